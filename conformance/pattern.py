@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Test bytes that name their place, canaries around them, poison for what will be written.
+
+A byte is a hash of (seed, storage number, offset), so eight neighbours name the place that they
+came from, and every bit pattern occurs, NaNs of every dtype included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+# Eight bytes that the hash yields at one place in 2**64, and that no dtype reads as 0 or 1.
+CANARY = np.array([0xCA, 0x9A, 0x12, 0x79, 0xC5, 0x3E, 0xA6, 0x5D], dtype=np.uint8)
+POISON_SALT = 0x0DDC0FFEEBADF00D
+MARGIN = 64  # bytes of canary on each side, one cache line
+_WORD = (1 << 64) - 1
+
+
+def _mix(words: np.ndarray) -> np.ndarray:
+    """The output function of splitmix64 (Steele, Lea, Flood, OOPSLA 2014) on uint64."""
+    words = words * np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(words ^ (words >> np.uint64(31)))
+
+
+def pattern_bytes(seed: int, storage: int, nbytes: int, start: int = 0) -> np.ndarray:
+    """Bytes ``start .. start + nbytes`` of the pattern of one storage, as uint8.
+
+    The byte at an offset depends on (seed, storage, offset) only, not on ``start``.
+    """
+    first = start // 8
+    words = np.arange(first, (start + nbytes + 7) // 8 + 1, dtype=np.uint64)
+    key = _mix(np.array([(seed * 0x1000193 + storage + 1) & _WORD], dtype=np.uint64))
+    return _mix(words + key).view(np.uint8)[start - 8 * first :][:nbytes]
+
+
+def poison_bytes(seed: int, storage: int, nbytes: int, start: int = 0) -> np.ndarray:
+    """As ``pattern_bytes``, for destinations: unlike the pattern of any source."""
+    return pattern_bytes(seed ^ POISON_SALT, storage, nbytes, start)
+
+
+def canary_bytes(nbytes: int, start: int = 0) -> np.ndarray:
+    """Bytes ``start .. start + nbytes`` of an endless run of canaries, as uint8."""
+    return np.resize(np.roll(CANARY, -(start % CANARY.size)), nbytes)
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A storage with a payload between canaries.
+
+    ``whole`` is the storage (uint8), the payload is ``whole[start : start + nbytes]``.
+    """
+
+    whole: torch.Tensor
+    start: int
+    nbytes: int
+
+    def payload(self) -> torch.Tensor:
+        """The payload as uint8, on the device of the storage."""
+        return self.whole[self.start : self.start + self.nbytes]
+
+    def tensor(
+        self, dtype: torch.dtype, size: Sequence[int], stride: Sequence[int], offset: int = 0
+    ) -> torch.Tensor:
+        """A tensor over the payload; stride and offset count elements of ``dtype``.
+
+        ValueError where the tensor would reach outside the payload.
+        """
+        view = torch.empty(0, dtype=dtype, device=self.whole.device)
+        item = view.element_size()
+        reach = 1 + offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+        if self.start % item or (0 not in size and reach * item > self.nbytes):
+            raise ValueError(f"{list(size)} of {dtype} does not fit {self.nbytes} guarded bytes.")
+        return view.set_(
+            self.whole.untyped_storage(), self.start // item + offset, list(size), list(stride)
+        )
+
+    def broken(self) -> str | None:
+        """A sentence on the first canary that is not whole, or None."""
+        host = self.whole.cpu().numpy()
+        for low, high in ((0, self.start), (self.start + self.nbytes, host.size)):
+            wrong = np.nonzero(host[low:high] != canary_bytes(high - low, low))[0]
+            if wrong.size:
+                side, far = ("behind", low + int(wrong[0]) - self.start - self.nbytes)
+                if low == 0:
+                    side, far = "before", self.start - int(wrong[-1]) - 1
+                return (
+                    f"A canary was overwritten: {wrong.size} bytes {side} a payload of "
+                    f"{self.nbytes} bytes, the nearest {far} bytes away from it."
+                )
+        return None
+
+
+def guarded(
+    nbytes: int,
+    *,
+    seed: int = 0,
+    storage: int = 0,
+    poison: bool = False,
+    lead: int = 0,
+    device: torch.device | str = "cpu",
+) -> Guarded:
+    """Allocate ``nbytes`` between canaries, filled with the pattern, or with poison.
+
+    ``lead`` moves the payload that many bytes on, away from the allocator's alignment (64 bytes
+    on the CPU). The pattern counts offsets from the start of the storage.
+    """
+    start = MARGIN + lead
+    content = np.empty(start + nbytes + MARGIN, dtype=np.uint8)
+    content[:start] = canary_bytes(start)
+    fill = poison_bytes if poison else pattern_bytes
+    content[start : start + nbytes] = fill(seed, storage, nbytes, start)
+    content[start + nbytes :] = canary_bytes(MARGIN, start + nbytes)
+    whole = torch.empty(content.size, dtype=torch.uint8, device=device)
+    whole.copy_(torch.from_numpy(content))
+    return Guarded(whole, start, nbytes)

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a backend is: probe, capabilities, check, prepare; and the launch that it prepares."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from ..index import Index
+    from ..plan import CopyPlan
+    from ..view import KVView
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Whether a candidate was accepted, and the reason, as a sentence."""
+
+    name: str
+    accepted: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {'accepted' if self.accepted else 'rejected'}, {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend claims; the conformance suite tests each claim both ways.
+
+    Attributes:
+        places: pairs (source place, destination place) that it copies between.
+        index_on: ``host`` or ``device``: where it reads ids.
+        index_dtypes: dtypes of ids that it reads.
+        skips_negative: it skips positions whose id is negative.
+        guards: it moves nothing for an id past the end, and reports it in the status word.
+        alignment: the least vector it needs, in bytes.
+        max_loops: strided loops in a nest that it takes; None for any number.
+        tables: it takes planes that are addressed by a pointer table.
+        capturable: a launch can be captured into a device graph.
+        threads: one launch may be called from several threads at once.
+    """
+
+    places: frozenset[tuple[str, str]]
+    index_on: str = "device"
+    index_dtypes: frozenset[torch.dtype] = field(
+        default_factory=lambda: frozenset({torch.int32, torch.int64})
+    )
+    skips_negative: bool = False
+    guards: bool = False
+    alignment: int = 1
+    max_loops: int | None = None
+    tables: bool = True
+    capturable: bool = False
+    threads: bool = True
+
+
+class Pending(Protocol):
+    """Work that is not ordered on the stream."""
+
+    def done(self) -> bool:
+        """True once the bytes have landed; never blocks."""
+
+    def wait(self) -> None:
+        """Block the host until the bytes have landed."""
+
+
+class Launch(Protocol):
+    """A prepared copy. Immutable; allocates, synchronises and logs nothing if it can help it.
+
+    ``count`` tokens are moved, a multiple of the plan's unit. ``stream`` is where to order the
+    work (None: the caller's current stream). ``status`` is a pinned int64 word: a backend that
+    guards writes position + 1 of a bad id there. Returns None where the work is ordered on the
+    stream, else a `Pending`.
+    """
+
+    def __call__(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+    ) -> Pending | None: ...
+
+
+class Backend(ABC):
+    """One way of carrying plans out on one device.
+
+    A subclass sets ``name`` and implements `probe`, `capabilities` and `prepare`.
+    """
+
+    name: str = ""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @classmethod
+    @abstractmethod
+    def probe(cls, device: torch.device) -> Decision:
+        """Whether this backend can run on ``device``; cheap, without side effects."""
+
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What this backend claims on its device."""
+
+    def check(self, plan: CopyPlan) -> Decision:
+        """Whether it takes this plan; pure. The default compares plan and capabilities."""
+        why = refusal(self.capabilities(), plan)
+        return Decision(self.name, why is None, why or "takes the plan")
+
+    @abstractmethod
+    def prepare(self, plan: CopyPlan) -> Launch:
+        """Compile, load and return the launch.
+
+        Raises:
+            Unsupported: the plan cannot be carried out; nothing was written.
+        """
+
+
+def refusal(can: Capabilities, plan: CopyPlan) -> str | None:
+    """The first claim that a plan exceeds, as a sentence, or None."""
+    route = (plan.src.place, plan.dst.place)
+    if route not in can.places:
+        return f"it does not copy from {route[0]} to {route[1]} memory"
+    if plan.vector < can.alignment:
+        return f"it needs {can.alignment} B alignment and the plan allows {plan.vector} B"
+    loops = max(len(nest.loops) for nest in plan.nests)
+    if can.max_loops is not None and loops > can.max_loops:
+        return f"it takes {can.max_loops} strided loops and the plan has {loops}"
+    if plan.tabled and not can.tables:
+        return "it takes no pointer tables and the planes lie in separate allocations"
+    return None

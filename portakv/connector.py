@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`AdaptiveConnector`: what an engine calls to store chunks from its paged cache and load them.
+
+It decides which views, which direction and which stream; the copy itself is `copy.carry`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .chunks import WHOLE, ChunkReader
+from .copy import carry
+from .errors import DeviceMismatch, LayoutError, SlotError
+from .example import example_chunk
+from .index import Index
+from .reading import read_as
+from .registry import choose
+from .routes import route
+from .transfer import Transfer
+from .view import KVView
+
+KV_LAYOUT = "layer | kv block token head dim"
+CHUNK_LAYOUT = "kv layer token (head dim)"
+
+
+class AdaptiveConnector:
+    """Moves rows between one group of paged caches and chunks.
+
+    Args:
+        device: where the caches are.
+        backend: a backend's name, which is then forced; by default the registry chooses.
+        kv_layout: layout of ``kv_caches``, a string or a preset. Default: vLLM flash attention,
+            a list over layers of ``(2, blocks, block_size, heads, head_dim)``.
+        chunk_layout: layout of memory objects. Default ``[2, L, T, H*D]``.
+        extents: declared extents of the caches: ``layers, kv, block_size, heads, dim``.
+
+    Raises:
+        LayoutError: a layout that cannot be parsed, or extents that it does not have.
+        BackendUnavailable: no backend, or not the forced one, serves the device.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        backend: str | None = None,
+        kv_layout: str = KV_LAYOUT,
+        chunk_layout: str = CHUNK_LAYOUT,
+        **extents: Any,
+    ) -> None:
+        self._choice = choose(device, backend)
+        self.device = self._choice.backend.device
+        self._kv_reading = read_as(kv_layout, **extents)
+        self._chunk_layout = chunk_layout
+        self._registered: KVView | None = None
+        self._facts: list[tuple[Any, ...]] = []
+        self._chunks: ChunkReader | None = None
+        self._unreported: list[Transfer] = []
+
+    def register_kv_caches(self, kv_caches: Any) -> None:
+        """Read the caches once and hold them until `unregister_kv_caches` or another registration.
+
+        An engine that reallocates its caches registers again.
+
+        Raises:
+            LayoutError: caches that contradict the layout. DeviceMismatch: on another device.
+        """
+        view = KVView.through(self._kv_reading, kv_caches)
+        if view.device != self.device:
+            raise DeviceMismatch(
+                f"The kv_caches are on {view.device}, but this connector serves {self.device}; "
+                f"make a connector for their device."
+            )
+        self._registered = view
+        self._facts = _facts(kv_caches)
+        self._chunks = ChunkReader(view, self._chunk_layout)
+
+    def unregister_kv_caches(self) -> None:
+        """Let go of the caches."""
+        self._registered = self._chunks = None
+        self._facts = []
+
+    def from_gpu(
+        self,
+        memory_obj: Any,
+        kv_caches: Any = None,
+        slot_mapping: Any = None,
+        start: int = 0,
+        end: int | None = None,
+        *,
+        stream: torch.Stream | None = None,
+    ) -> Transfer:
+        """Store: rows of ``slot_mapping[start:end]`` become tokens 0 .. end - start of the chunk.
+
+        Args:
+            memory_obj: the chunk, a tensor or anything with ``.tensor``, on device or host.
+            kv_caches: the caches; None: those registered. Others are registered in their place.
+            slot_mapping: int32 or int64 ``[tokens]``, host or device; negative = skipped.
+            start, end: the range of the slot mapping; ``end`` None: to its end.
+            stream: where to order the work; it first waits for the current stream.
+
+        Raises:
+            LayoutError, SlotError, DeviceMismatch, Unsupported: before anything was written.
+        """
+        return self._move(True, memory_obj, kv_caches, slot_mapping, start, end, stream)
+
+    def to_gpu(
+        self,
+        memory_obj: Any,
+        kv_caches: Any = None,
+        slot_mapping: Any = None,
+        start: int = 0,
+        end: int | None = None,
+        *,
+        stream: torch.Stream | None = None,
+    ) -> Transfer:
+        """Load: tokens 0 .. end - start of the chunk go to rows ``slot_mapping[start:end]``.
+
+        Arguments and errors are those of `from_gpu`.
+        """
+        return self._move(False, memory_obj, kv_caches, slot_mapping, start, end, stream)
+
+    def batched_from_gpu(
+        self,
+        memory_objs: Sequence[Any],
+        kv_caches: Any = None,
+        slot_mapping: Any = None,
+        starts: Sequence[int] = (),
+        ends: Sequence[int] = (),
+        *,
+        stream: torch.Stream | None = None,
+    ) -> Transfer:
+        """`from_gpu` of several chunks; one launch for each set of equal shape and strides."""
+        return self._move_batch(True, memory_objs, kv_caches, slot_mapping, starts, ends, stream)
+
+    def batched_to_gpu(
+        self,
+        memory_objs: Sequence[Any],
+        kv_caches: Any = None,
+        slot_mapping: Any = None,
+        starts: Sequence[int] = (),
+        ends: Sequence[int] = (),
+        *,
+        stream: torch.Stream | None = None,
+    ) -> Transfer:
+        """`to_gpu` of several chunks; one launch for each set of equal shape and strides."""
+        return self._move_batch(False, memory_objs, kv_caches, slot_mapping, starts, ends, stream)
+
+    def explain(self, tokens: int = 256) -> str:
+        """The trace of candidates and, where caches are registered, the plan of storing a
+        contiguous chunk of ``tokens`` tokens."""
+        lines = [f"{self.device}: backend {self._choice.name!r} was chosen"]
+        lines += [f"  {decision}" for decision in self._choice.trace]
+        if self._registered is None or self._chunks is None:
+            return "\n".join([*lines, "no kv_caches are registered, so there is no plan yet"])
+        cache = self._registered
+        chunk = self._chunks.read(example_chunk(cache, self._chunk_layout, tokens))
+        way = route(cache.form, chunk.form, 1, 0, None, self._choice)
+        lines.append(f"from_gpu of {tokens} tokens, carried out by {way.choice.name!r}:")
+        if not (way.can.guards and way.can.skips_negative):
+            lines.append(
+                "device ids are checked before launch, with one synchronisation; host ids are not "
+                "delayed"
+            )
+        return "\n".join([*lines, str(way.plan)])
+
+    def _move(
+        self,
+        store: bool,
+        memory_obj: Any,
+        kv_caches: Any,
+        slot_mapping: Any,
+        start: int,
+        end: int | None,
+        stream: torch.Stream | None,
+    ) -> Transfer:
+        self._report()
+        cache, chunks = self._cache(kv_caches)
+        index, count = _range(slot_mapping, start, end)
+        chunk = chunks.read(memory_obj)
+        _check_chunk(cache, chunk, count)
+        if store:
+            return self._keep(
+                carry(cache, chunk, index, WHOLE, count, self._choice, stream, disjoint=True)
+            )
+        return self._keep(
+            carry(chunk, cache, WHOLE, index, count, self._choice, stream, disjoint=True)
+        )
+
+    def _move_batch(
+        self,
+        store: bool,
+        memory_objs: Sequence[Any],
+        kv_caches: Any,
+        slot_mapping: Any,
+        starts: Sequence[int],
+        ends: Sequence[int],
+        stream: torch.Stream | None,
+    ) -> Transfer:
+        self._report()
+        if not len(memory_objs) == len(starts) == len(ends):
+            raise SlotError(
+                f"{len(memory_objs)} memory objects came with {len(starts)} starts and "
+                f"{len(ends)} ends; pass one start and one end for each."
+            )
+        cache, chunks = self._cache(kv_caches)
+        jobs = []
+        for memory_obj, start, end in zip(memory_objs, starts, ends):
+            index, count = _range(slot_mapping, start, end)
+            chunk = chunks.read(memory_obj)
+            _check_chunk(cache, chunk, count)
+            jobs.append((chunk, index, count))
+        self._check_batch(cache, jobs, store)
+        transfers = []
+        for chunk, chunk_index, index, count in chunks.sets(jobs):
+            src, dst = (cache, chunk) if store else (chunk, cache)
+            ids = (index, chunk_index) if store else (chunk_index, index)
+            transfers.append(carry(src, dst, *ids, count, self._choice, stream, disjoint=True))
+        return self._keep(Transfer.join(transfers))
+
+    def _check_batch(
+        self, cache: KVView, jobs: list[tuple[KVView, Index, int]], store: bool
+    ) -> None:
+        """Refuse the whole batch before its first launch where a host id of any job is bad."""
+        side = "source" if store else "destination"
+        for _, index, count in jobs:
+            if index.on_host:
+                index.judge(count, cache.slots, not store, side)
+
+    def _cache(self, kv_caches: Any) -> tuple[KVView, ChunkReader]:
+        """The caches' view and the reader of their chunks; caches that differ register again."""
+        if kv_caches is not None and (
+            self._registered is None or _facts(kv_caches) != self._facts
+        ):
+            self.register_kv_caches(kv_caches)
+        if self._registered is None or self._chunks is None:
+            raise LayoutError(
+                "No kv_caches were passed and none are registered; pass them, or call "
+                "register_kv_caches first."
+            )
+        return self._registered, self._chunks
+
+    def _keep(self, transfer: Transfer) -> Transfer:
+        if transfer.may_fail:
+            self._unreported.append(transfer)
+        return transfer
+
+    def _report(self) -> None:
+        """Raise the error of an earlier transfer that nobody asked for."""
+        if not self._unreported:
+            return
+        still = []
+        error = None
+        for transfer in self._unreported:
+            if error is None and transfer.failed is not None:
+                error = transfer.failed
+                transfer.told()
+            elif not transfer.ended or transfer.failed is not None:
+                still.append(transfer)
+        self._unreported = still
+        if error is not None:
+            raise error
+
+
+def _range(slot_mapping: Any, start: int, end: int | None) -> tuple[Index, int]:
+    if slot_mapping is None:
+        raise SlotError("No slot_mapping was passed; pass the slots of the tokens to move.")
+    index = Index.of(slot_mapping)
+    length = index.length or 0
+    stop = length if end is None else end
+    if not 0 <= start <= stop <= length:
+        raise SlotError(
+            f"slot_mapping[{start}:{stop}] was asked of {length} slots; expected 0 <= start <= end "
+            f"<= {length}."
+        )
+    return index.shifted(start), stop - start
+
+
+def _check_chunk(cache: KVView, chunk: KVView, count: int) -> None:
+    if chunk.slots < count:
+        raise SlotError(
+            f"{count} tokens were asked, but the memory_obj holds {chunk.slots}; pass a larger "
+            f"one or a smaller range."
+        )
+    if chunk.overlaps(cache):
+        raise LayoutError(
+            "The memory_obj lies in the memory of the kv_caches; pass a buffer of its own."
+        )
+
+
+def _facts(kv_caches: Any) -> list[tuple[Any, ...]]:
+    """Address, shape, strides and dtype of each tensor, in order."""
+    if isinstance(kv_caches, torch.Tensor):
+        return [(kv_caches.data_ptr(), kv_caches.shape, kv_caches.stride(), kv_caches.dtype)]
+    if isinstance(kv_caches, Mapping):
+        kv_caches = kv_caches.values()
+    elif not isinstance(kv_caches, (list, tuple)):
+        raise LayoutError(
+            f"kv_caches is a {type(kv_caches).__name__}; expected a tensor, list, tuple or dict."
+        )
+    return [fact for item in kv_caches for fact in _facts(item)]

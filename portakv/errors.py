@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one exception tree of PortaKV.
+
+Every message is a sentence that says what was asked, what was found, what was expected and
+what to do. After any of these errors no byte outside the addressed rows has changed.
+"""
+
+from __future__ import annotations
+
+
+class PortaKVError(Exception):
+    """Base of everything that PortaKV raises on purpose."""
+
+
+class LayoutError(PortaKVError, ValueError):
+    """A layout string, or tensors that contradict it, or two views that cannot hold each other."""
+
+
+class SlotError(PortaKVError, ValueError):
+    """A bad index: wrong dtype, a slot past the end, a range past the list, a duplicate."""
+
+
+class DeviceMismatch(PortaKVError, ValueError):
+    """Tensors that should be on one device are on several, or on one that is not served."""
+
+
+class BackendUnavailable(PortaKVError, RuntimeError):
+    """A backend that was asked for by name is unknown or cannot run here; carries the trace."""
+
+
+class Unsupported(PortaKVError, NotImplementedError):
+    """A plan that this backend, or no backend, can carry out.
+
+    Args:
+        what: what was asked.
+        why: why it cannot be done, and what to do instead.
+    """
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what}: {why}")
+        self.what = what
+        self.why = why
+
+
+class TransferError(PortaKVError, RuntimeError):
+    """A transfer that was launched did not end well, or its completion cannot be asked here."""

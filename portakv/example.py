@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors that fit a layout, made from its extents: for `explain`, the demo and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .extents import factor_extent
+from .layout import Group, Layout, parse
+from .presets import resolve
+
+if TYPE_CHECKING:
+    from .view import KVView
+
+
+def example_tensors(
+    layout: str,
+    *,
+    layers: int = 1,
+    kv: int = 1,
+    heads: int = 1,
+    dim: int | Sequence[int] = 1,
+    blocks: int = 1,
+    tokens: int = 1,
+    dtype: torch.dtype = torch.float16,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """Uninitialised contiguous tensors of a layout, in the containers that it names.
+
+    Args:
+        layout: a layout string or preset.
+        layers, kv, heads, blocks: extents.
+        dim: elements: one number, or one for each kv (of a page: its elements).
+        tokens: tokens of a block, or of the chunk where there is no `block`.
+
+    Raises:
+        LayoutError: the layout cannot be parsed, or a factor does not divide its extent.
+    """
+    parsed = parse(resolve(layout)[0])
+    widths = list(dim) if isinstance(dim, Sequence) else [dim] * kv
+    values = [
+        {
+            "layer": layers, "kv": kv, "head": heads, "block": blocks, "token": tokens,
+            "dim": width, "page": width,
+        }
+        for width in widths
+    ]  # fmt: skip
+    return _level(parsed, parsed.containers, values, 0, dtype, torch.device(device))
+
+
+def example_chunk(cache: KVView, layout: str, tokens: int) -> Any:
+    """A contiguous memory object for ``tokens`` tokens of a cache, in the cache's dtype."""
+    dtype = cache.owners[0].dtype
+    paged = parse(resolve(layout)[0]).paged
+    size = cache.block_size or tokens
+    return example_tensors(
+        layout,
+        layers=cache.layers,
+        kv=cache.kv,
+        heads=cache.heads,
+        dim=[width // dtype.itemsize for width in cache.widths],
+        blocks=-(-tokens // size),
+        tokens=size if paged else tokens,
+        dtype=dtype,
+        device=cache.device,
+    )
+
+
+def _level(
+    layout: Layout,
+    containers: Sequence[Group],
+    values: Sequence[Mapping[str, int]],
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    if not containers:
+        shape = [_size(group, values, k) for group in layout.dims]
+        return torch.empty(shape, dtype=dtype, device=device)
+    group, rest = containers[0], containers[1:]
+    extents = [factor_extent(factor, values[0]) or 1 for factor in group.factors]
+    kv_at = next((i for i, factor in enumerate(group.factors) if factor.axis == "kv"), None)
+    items = []
+    for position in range(prod(extents)):
+        at = k
+        if kv_at is not None:
+            at = position // prod(extents[kv_at + 1 :]) % extents[kv_at]
+        items.append(_level(layout, rest, values, at, dtype, device))
+    return items
+
+
+def _size(group: Group, values: Sequence[Mapping[str, int]], k: int) -> int:
+    """The size of a dimension; kv parts of unequal width lie one behind the other."""
+    sizes = [1] * len(values)
+    for factor in reversed(group.factors):
+        if factor.axis == "kv":
+            sizes = [sum(sizes)] * len(values)
+        else:
+            sizes = [n * (factor_extent(factor, v) or 1) for n, v in zip(sizes, values)]
+    return sizes[k]

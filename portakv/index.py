@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Index lists: for one side of a copy, which slot each position uses.
+
+Position ``p``, with ``q = p + offset``, is slot ``ids[q // step] * step + q % step``; without ids
+it is slot ``q``. ``step=1`` is a slot mapping, ``step=block_size`` a block table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .backends.base import Capabilities
+from .errors import SlotError
+
+_DTYPES = (torch.int64, torch.int32)
+
+
+class Index:
+    """An index list. Its contents must not change once it was made: copies on both sides are kept.
+
+    Args:
+        ids: int32 or int64, one dimension, on host or device, contiguous or not (a tensor, a numpy
+            array or a list of int); negative ids are padding and skip their positions. None:
+            consecutive slots.
+        step: tokens for each id.
+        offset: tokens of the first id that are passed over.
+
+    Raises:
+        SlotError: another dtype (float and bool included), rank, or a bad step or offset.
+    """
+
+    __slots__ = ("_device_ids", "_host_ids", "_judged", "ids", "offset", "step")
+
+    def __init__(
+        self,
+        ids: torch.Tensor | npt.NDArray[Any] | Sequence[int] | None = None,
+        step: int = 1,
+        offset: int = 0,
+    ) -> None:
+        if step < 1 or offset < 0:
+            raise SlotError(
+                f"Index(step={step}, offset={offset}) was asked for; step must be at least 1 and "
+                f"offset at least 0."
+            )
+        self.ids = None if ids is None else _as_ids(ids)
+        self.step = step
+        self.offset = offset
+        self._host_ids: npt.NDArray[np.int64] | None = None
+        self._device_ids: torch.Tensor | None = None
+        self._judged: dict[tuple[int, int, bool], bool] = {}
+
+    @classmethod
+    def of(cls, index: Any) -> Index:
+        """An index as it is; a tensor, array or list as a slot mapping; None as consecutive."""
+        return index if isinstance(index, Index) else cls(index)
+
+    @classmethod
+    def joined(cls, ranges: Sequence[tuple[Index, int]]) -> Index:
+        """The first ``count`` positions of several indices, one behind the other, as slots."""
+        pieces = []
+        for index, count in ranges:
+            if index.ids is not None and index.step == 1:
+                pieces.append(index.ids[index.offset : index.offset + count])
+            else:
+                pieces.append(torch.from_numpy(index.slots(count)))
+        homes = {piece.device for piece in pieces if piece.device.type != "cpu"}
+        home = homes.pop() if homes else torch.device("cpu")
+        return cls(torch.cat([piece.to(home, torch.int64) for piece in pieces]))
+
+    @property
+    def plan_step(self) -> int:
+        """What a plan is made for: ``step``, or 0 without ids."""
+        return self.step if self.ids is not None else 0
+
+    @property
+    def length(self) -> int | None:
+        """Positions that the ids cover; None without ids."""
+        return None if self.ids is None else self.ids.numel() * self.step - self.offset
+
+    @property
+    def on_host(self) -> bool:
+        """True where ids can be validated before launch."""
+        return self.ids is None or self.ids.device.type == "cpu"
+
+    def shifted(self, tokens: int) -> Index:
+        """This index from position ``tokens`` on; shares ids and copies."""
+        if not tokens:
+            return self
+        moved = Index(None, self.step, self.offset + tokens)
+        moved.ids, moved._host_ids, moved._device_ids = self.ids, self._host_ids, self._device_ids
+        return moved
+
+    def placed(self, can: Capabilities, device: torch.device) -> Index:
+        """This index with its ids at the place and in a dtype that a backend reads."""
+        if self.ids is None:
+            return self
+        home = device if can.index_on == "device" else torch.device("cpu")
+        if self.ids.device == home and self.ids.dtype in can.index_dtypes:
+            return self
+        ids = self.on(home)
+        if ids.dtype not in can.index_dtypes:
+            ids = ids.to(torch.int64 if torch.int64 in can.index_dtypes else torch.int32)
+        return Index(ids, self.step, self.offset)
+
+    def to_host(self) -> Index:
+        """This index with its ids on the host; waits for the device if they are there."""
+        if self.on_host:
+            return self
+        return Index(torch.from_numpy(self.host_ids()), self.step, self.offset)
+
+    def host_ids(self) -> npt.NDArray[np.int64]:
+        """The ids as a contiguous int64 array on the host; waits for the device if they are there."""
+        if self._host_ids is None:
+            assert self.ids is not None
+            self._host_ids = np.ascontiguousarray(self.ids.cpu().numpy(), dtype=np.int64)
+        return self._host_ids
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """The ids, contiguous, on ``device``; copied at most once for the last device asked."""
+        assert self.ids is not None
+        kept = self._device_ids
+        if kept is None or kept.device != device:
+            kept = self._device_ids = self.ids.to(device).contiguous()
+        return kept
+
+    def units(self, count: int, unit: int, device: torch.device) -> torch.Tensor:
+        """For each of ``count // unit`` units its number (slot // unit), int64 ``[units]``.
+
+        Negative where the id is negative. Without ids the first position may be any slot; units
+        are then counted from it.
+        """
+        if self.ids is None:
+            first = self.offset // unit
+            return torch.arange(first, first + count // unit, device=device)
+        ids = self.on(device)
+        first, per_id = self.offset // unit, self.step // unit
+        if per_id == 1:
+            return ids[first : first + count // unit].long()
+        at = torch.arange(first, first + count // unit, device=device)
+        return ids.long()[at // per_id] * per_id + at % per_id
+
+    def slots(self, count: int) -> npt.NDArray[np.int64]:
+        """The slot of each of ``count`` positions, on the host; negative where skipped."""
+        at = np.arange(self.offset, self.offset + count, dtype=np.int64)
+        if self.ids is None:
+            return at
+        ids = self.host_ids()[at // self.step]
+        return np.where(ids < 0, -1, ids * self.step + at % self.step)
+
+    def check_length(self, count: int, slots: int, side: str) -> None:
+        """Raise `SlotError` where ``count`` positions run past the list, or past a view of
+        ``slots`` slots that is read without ids."""
+        if self.ids is not None:
+            if self.offset + count > self.ids.numel() * self.step:
+                raise SlotError(
+                    f"{count} positions from {self.offset} on were asked of the {side} index, "
+                    f"which covers {self.ids.numel()} ids x {self.step} tokens; pass a longer list "
+                    f"or a smaller range."
+                )
+        elif self.offset + count > slots:
+            raise SlotError(
+                f"{count} tokens from {self.offset} on were asked of the {side}, which holds "
+                f"{slots} tokens; pass a larger buffer or a smaller range."
+            )
+
+    def judge(self, count: int, slots: int, distinct: bool, side: str) -> bool:
+        """Validate host ids for ``count`` positions in a view of ``slots`` slots; remembered.
+
+        Returns:
+            True where an id is negative, so that positions are to be skipped.
+
+        Raises:
+            SlotError: a slot past the end, or with ``distinct`` one that occurs twice.
+        """
+        key = (count, slots, distinct)
+        known = self._judged.get(key)
+        if known is not None:
+            return known
+        last = self.offset + count
+        used = self.host_ids()[self.offset // self.step : -(-last // self.step)]
+        skips = False
+        if used.size:
+            skips = bool(used.min() < 0)
+            if (int(used.max()) + 1) * self.step > slots:
+                self._check_bounds(count, slots, side)
+            if distinct and used.size > 1 and _repeats(used):
+                self._check_distinct(count, side)
+        self._judged[key] = skips
+        return skips
+
+    def _check_bounds(self, count: int, slots: int, side: str) -> None:
+        expanded = self.slots(count)
+        past = np.nonzero(expanded >= slots)[0]
+        if past.size:
+            at = int(past[0])
+            raise SlotError(
+                f"Position {at} of the {side} index is slot {int(expanded[at])}, but the view has "
+                f"{slots} slots (0 to {slots - 1}); nothing was moved. Correct the index."
+            )
+
+    def _check_distinct(self, count: int, side: str) -> None:
+        expanded = self.slots(count)
+        values, times = np.unique(expanded[expanded >= 0], return_counts=True)
+        if (times > 1).any():
+            slot = int(values[times > 1][0])
+            raise SlotError(
+                f"Slot {slot} occurs {int(times[times > 1][0])} times in the {side} index; a "
+                f"destination slot may be written once. Nothing was moved."
+            )
+
+    def __repr__(self) -> str:
+        ids = "None" if self.ids is None else f"<{self.ids.numel()} ids on {self.ids.device}>"
+        return f"Index({ids}, step={self.step}, offset={self.offset})"
+
+
+def _as_ids(ids: Any) -> torch.Tensor:
+    if isinstance(ids, np.ndarray):
+        ids = torch.from_numpy(ids) if ids.flags.writeable else torch.from_numpy(ids.copy())
+    elif isinstance(ids, (list, tuple, range)):
+        bad = next((x for x in ids if isinstance(x, bool) or not isinstance(x, int)), None)
+        if bad is not None:
+            raise SlotError(f"An index holds integers, but {bad!r} was found; pass slot numbers.")
+        ids = torch.tensor(list(ids), dtype=torch.int64)
+    if not isinstance(ids, torch.Tensor):
+        raise SlotError(
+            f"An index is a tensor, an array or a list of integers, but a {type(ids).__name__} "
+            f"was given."
+        )
+    if ids.dtype not in _DTYPES:
+        raise SlotError(
+            f"An index of dtype {ids.dtype} was given; expected torch.int32 or torch.int64. "
+            f"Convert it with .to(torch.int64) if it really holds slot numbers."
+        )
+    if ids.dim() != 1:
+        raise SlotError(
+            f"An index of shape {tuple(ids.shape)} was given; expected one dimension. Flatten it."
+        )
+    return ids
+
+
+def _repeats(used: npt.NDArray[np.int64]) -> bool:
+    if used.size <= 512:
+        listed = [x for x in used.tolist() if x >= 0]
+        return len(set(listed)) < len(listed)
+    ordered = np.sort(used[used >= 0])
+    return bool((ordered[1:] == ordered[:-1]).any())

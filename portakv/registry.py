@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registry: which backend carries a plan out, and why not the others.
+
+Candidates are asked in order and every answer is kept. Backends are imported when asked; third
+parties register through the entry-point group ``portakv.backends`` or `register_backend`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+
+import torch
+
+from .backends.base import Backend, Capabilities, Decision, Launch
+from .errors import BackendUnavailable, Unsupported
+from .plan import CopyPlan
+from .selfcheck import self_check
+
+#: Environment variable that beats the ``backend=`` argument, which beats the automatic choice.
+ENVIRONMENT = "PORTAKV_BACKEND"
+ENTRY_POINTS = "portakv.backends"
+
+_BUILT_IN = {"reference": "portakv.backends.reference:Reference"}
+# What comes last whatever the device: it runs everywhere and is never faster than a native one.
+_LAST = ("reference",)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """What was chosen for a device, and every answer on the way. Compared by identity."""
+
+    backend: Backend
+    trace: tuple[Decision, ...]
+    forced: bool
+    can: Capabilities
+
+    @property
+    def name(self) -> str:
+        """The name of the chosen backend."""
+        return self.backend.name
+
+
+class Registry:
+    """Names of backends, what each said of each device, and those that were made."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._loaders: dict[str, Callable[[], object]] = {}
+        self._known: dict[tuple[str, torch.device], tuple[Backend | None, Decision]] = {}
+        self._choices: dict[tuple[torch.device, str | None], Choice] = {}
+        self._broken: dict[str, str] = {}
+        self._scanned = False
+        for name, target in _BUILT_IN.items():
+            self._loaders[name] = _importer(target)
+
+    def register(self, name: str, target: str | type[Backend]) -> None:
+        """Register a backend under a name; see `register_backend`."""
+        with self._lock:
+            self._scan()
+            if name in self._loaders:
+                raise BackendUnavailable(
+                    f"A backend named {name!r} is registered already; silent replacement is "
+                    f"refused. Choose another name."
+                )
+            self._loaders[name] = _importer(target) if isinstance(target, str) else lambda: target
+            self._choices.clear()
+
+    def unregister(self, name: str) -> None:
+        """Forget a backend that was registered; unknown and built-in names are errors."""
+        with self._lock:
+            if name in _BUILT_IN or name not in self._loaders:
+                raise BackendUnavailable(
+                    f"Backend {name!r} cannot be removed: only registered ones can."
+                )
+            del self._loaders[name]
+            self._choices.clear()
+            self._known = {key: kept for key, kept in self._known.items() if key[0] != name}
+
+    def names(self) -> list[str]:
+        """Every candidate, in the order in which they are asked."""
+        with self._lock:
+            self._scan()
+            first = [name for name in self._loaders if name not in _LAST]
+            return [*first, *(name for name in _LAST if name in self._loaders)]
+
+    def ask(self, name: str, device: torch.device, *, check: bool) -> tuple[Backend | None, Decision]:
+        """One candidate's answer for ``device``; with ``check`` it is also self-checked, once."""
+        with self._lock:
+            known = self._known.get((name, device))
+            if known is None:
+                known = self._known[name, device] = self._probe(name, device)
+            backend, decision = known
+            if backend is not None and check and decision.reason.startswith(_UNCHECKED):
+                checked = self_check(backend)
+                reason = f"{decision.reason[len(_UNCHECKED) :]}; {checked.reason}"
+                decision = Decision(name, checked.accepted, reason)
+                known = (backend if checked.accepted else None, decision)
+                self._known[name, device] = known
+            return known
+
+    def choose(self, device: torch.device, asked: str | None) -> Choice:
+        """The backend for a device; see `choose`."""
+        forced = os.environ.get(ENVIRONMENT) or asked
+        with self._lock:
+            known = self._choices.get((device, forced))
+            if known is None:
+                known = self._choices[device, forced] = self._choose(device, forced)
+            return known
+
+    def choose_plainly(self, device: torch.device, name: str) -> Choice:
+        """A named backend whatever the environment says: for work that is not the user's copy."""
+        with self._lock:
+            return self._choices.get((device, name)) or self._choices.setdefault(
+                (device, name), self._choose(device, name)
+            )
+
+    def _choose(self, device: torch.device, forced: str | None) -> Choice:
+        trace: list[Decision] = []
+        candidates = self.names() if forced is None else [forced]
+        for name in candidates:
+            backend, decision = self.ask(name, device, check=True)
+            trace.append(decision)
+            if backend is not None:
+                return Choice(backend, tuple(trace), forced is not None, backend.capabilities())
+        raise self._unavailable(device, forced, trace)
+
+    def trace(self, device: torch.device) -> tuple[Decision, ...]:
+        """What every candidate says of ``device``, without choosing; see `trace`."""
+        return tuple(self.ask(name, device, check=False)[1] for name in self.names()) + tuple(
+            Decision(name, False, why) for name, why in self._broken.items()
+        )
+
+    def _probe(self, name: str, device: torch.device) -> tuple[Backend | None, Decision]:
+        self._scan()
+        if name not in self._loaders:
+            known = ", ".join(self.names())
+            return None, Decision(name, False, f"no such backend; known are {known}")
+        try:
+            cls = self._loaders[name]()
+            if not (isinstance(cls, type) and issubclass(cls, Backend)):
+                return None, Decision(name, False, f"{cls!r} is not a portakv Backend class")
+            decision = cls.probe(device)
+            if not decision.accepted:
+                return None, Decision(name, False, decision.reason)
+            backend = cls(device)
+        except Exception as error:  # a broken vendor package must not take the others down
+            why = f"it failed to load: {type(error).__name__}: {error}"
+            return None, Decision(name, False, why)
+        if backend.name != name:
+            backend.name = name
+        return backend, Decision(name, True, _UNCHECKED + decision.reason)
+
+    def _scan(self) -> None:
+        if self._scanned:
+            return
+        self._scanned = True
+        for entry in entry_points(group=ENTRY_POINTS):
+            if entry.name in self._loaders:
+                self._broken[entry.name] = (
+                    f"the entry point {entry.value!r} would replace a backend of that name; refused"
+                )
+            else:
+                self._loaders[entry.name] = entry.load
+
+    def _unavailable(
+        self, device: torch.device, forced: str | None, trace: list[Decision]
+    ) -> BackendUnavailable:
+        asked = "No backend" if forced is None else f"Backend {forced!r} was forced, but it"
+        rest = [d for d in self.trace(device) if d.name not in {t.name for t in trace}]
+        lines = "\n".join(f"  {describe(d)}" for d in [*trace, *rest])
+        return BackendUnavailable(
+            f"{asked} cannot serve {device}. The candidates said:\n{lines}\n"
+            f"Unset {ENVIRONMENT} and backend= to let the registry choose, or mend the reason."
+        )
+
+
+_UNCHECKED = "(not self-checked yet) "
+
+
+def describe(decision: Decision) -> str:
+    """One line of a trace."""
+    return str(decision)
+
+
+def _importer(target: str) -> Callable[[], object]:
+    def load() -> object:
+        module, _, name = target.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    return load
+
+
+REGISTRY = Registry()
+
+
+def register_backend(name: str, target: str | type[Backend]) -> None:
+    """Register a backend: ``"pkg.mod:Class"`` (imported when asked) or the class.
+
+    Raises:
+        BackendUnavailable: the name is taken.
+    """
+    REGISTRY.register(name, target)
+
+
+def choose(device: torch.device | str, backend: str | None = None) -> Choice:
+    """The backend for ``device``: ``PORTAKV_BACKEND``, else ``backend``, else the first accepted.
+
+    Raises:
+        BackendUnavailable: with the trace; a forced backend never falls back.
+    """
+    return REGISTRY.choose(_indexed(device), backend)
+
+
+def trace(device: torch.device | str) -> tuple[Decision, ...]:
+    """Every candidate's answer for ``device``; nothing is self-checked that was not already."""
+    return REGISTRY.trace(_indexed(device))
+
+
+def _indexed(device: torch.device | str) -> torch.device:
+    """The device with its index, so that ``cuda`` and ``cuda:0`` are one."""
+    device = torch.device(device)
+    if device.type == "cpu" or device.index is not None:
+        return torch.device(device.type) if device.type == "cpu" else device
+    return torch.device(device.type, torch.get_device_module(device).current_device())
+
+
+def prepare(plan: CopyPlan, device: torch.device, choice: Choice) -> tuple[Launch, Choice]:
+    """Prepare a launch through the chosen backend, or, unless forced, the next that takes it.
+
+    Raises:
+        Unsupported: nobody takes the plan (or the forced backend does not), with the trace.
+    """
+    refused: list[Decision] = []
+    names = [choice.name]
+    if not choice.forced:
+        order = REGISTRY.names()
+        names += order[order.index(choice.name) + 1 :]
+    for name in names:
+        backend, decision = REGISTRY.ask(name, device, check=True)
+        if backend is not None:
+            decision = backend.check(plan)
+        if backend is not None and decision.accepted:
+            try:
+                launch = backend.prepare(plan)
+            except Unsupported as error:
+                decision = Decision(name, False, str(error))
+            else:
+                won = Decision(name, True, decision.reason)
+                return launch, Choice(
+                    backend, (*refused, won), choice.forced, backend.capabilities()
+                )
+        refused.append(Decision(name, False, decision.reason))
+    lines = "\n".join(f"  {describe(d)}" for d in refused)
+    forced = f"backend {choice.name!r} was forced and" if choice.forced else "no backend"
+    raise Unsupported("This copy", f"{forced} does not take its plan:\n{lines}\n{plan}")

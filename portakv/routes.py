@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routes: the one bounded cache of plans with their launches.
+
+New memory objects, reallocated caches and other layers of known form hit it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from .backends.base import Capabilities, Launch
+from .form import Form
+from .plan import CopyPlan
+from .registry import Choice, prepare
+
+CAPACITY = 1024  # launches
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Route:
+    """A plan, the launch that carries it out, and what its backend can do."""
+
+    plan: CopyPlan
+    launch: Launch
+    choice: Choice
+    can: Capabilities
+
+
+Key = tuple[Form, Form, int, int, int | None, Choice]
+_routes: OrderedDict[Key, Route] = OrderedDict()
+_lock = threading.Lock()
+
+
+def route(
+    src: Form, dst: Form, src_step: int, dst_step: int, unit: int | None, choice: Choice
+) -> Route:
+    """The route between two forms; made on the first call, looked up after that.
+
+    Raises:
+        LayoutError, Unsupported: as `CopyPlan` and `registry.prepare` do.
+    """
+    key = (src, dst, src_step, dst_step, unit, choice)
+    found = _routes.get(key)
+    if found is not None:
+        return found
+    plan = CopyPlan(src, dst, src_step, dst_step, unit)
+    launch, taken = prepare(plan, choice.backend.device, choice)
+    found = Route(plan, launch, taken, taken.can)
+    with _lock:
+        _routes[key] = found
+        # Oldest first: a use does not move a route, which would cost every call a lock.
+        while len(_routes) > CAPACITY:
+            _routes.popitem(last=False)
+    return found
+
+
+def cached_routes() -> int:
+    """How many launches are kept."""
+    return len(_routes)

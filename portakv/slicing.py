@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slices of a view by layers, heads and kv: other origins and extents, the same memory.
+
+The table and the origins are normalised, so that equal slices (each single layer, say) share one
+form and with it one plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+
+from .errors import LayoutError
+from .form import PART_AXES, Form, Part, Step, Steps, locate
+from .reading import Facts
+
+Range = slice | int | None
+
+
+def slice_facts(facts: Facts, *, layers: Range, heads: Range, kv: Range) -> Facts:
+    """Facts of the sliced view; raises `LayoutError` for ranges that cannot be cut out."""
+    form = facts.form
+    kv_range = _range("kv", kv, form.kv)
+    layer_range = _range("layers", layers, form.layers)
+    head_range = _range("heads", heads, form.heads)
+    parts = []
+    for part in (form.parts[k] for k in kv_range):
+        part = _cut(part, "layer", layer_range)
+        parts.append(_cut(part, "head", head_range))
+    kept, parts = _keep_entries(parts, len(facts.addresses))
+    addresses = facts.addresses[kept]
+    parts, shifts = _fold_origins(parts, len(addresses))
+    for entry, shift in shifts.items():
+        addresses[entry] += shift
+    sliced = Form(
+        parts=tuple(parts),
+        layers=len(layer_range),
+        heads=len(head_range),
+        widths=tuple(form.widths[k] for k in kv_range),
+        block_size=form.block_size,
+        opaque=form.opaque,
+        alignment=_alignment(form) if any(shifts.values()) else form.alignment,
+        place=form.place,
+    )
+    owners = tuple(facts.owners[i] for i in kept)
+    return facts._replace(form=sliced, addresses=addresses, owners=owners)
+
+
+def _range(name: str, asked: Range, extent: int) -> range:
+    if asked is None:
+        return range(extent)
+    if isinstance(asked, slice):
+        found = range(extent)[asked]
+    else:
+        found = range(extent)[asked : asked + 1] if 0 <= asked < extent else range(0)
+    if len(found) < 1 or found.step != 1:
+        raise LayoutError(
+            f"{name}={asked} asks for {list(found)} of {extent}; ask for a range of at least one "
+            f"with step 1."
+        )
+    return found
+
+
+def _cut(part: Part, axis: str, wanted: range) -> Part:
+    """Keep ``wanted`` positions of one axis."""
+    steps = part.axis(axis)
+    extent = int(np.prod([step.extent for step in steps], dtype=np.int64)) if steps else 1
+    if len(wanted) == extent:
+        return part
+    table, offset = locate(part.table, part.offset, steps, wanted.start)
+    kept: Steps = ()
+    size = len(wanted)
+    for at in range(len(steps) - 1, -1, -1):
+        step = steps[at]
+        if size <= step.extent:
+            start = wanted.start // _below(steps, at) % step.extent
+            whole = wanted.start % _below(steps, at) == 0 and start + size <= step.extent
+            if not whole:
+                break
+            kept = (Step(size, step.table, step.stride), *kept) if size > 1 else kept
+            return replace(part, table=table, offset=offset, **{axis: kept})
+        if size % step.extent:
+            break
+        kept, size = (step, *kept), size // step.extent
+    raise LayoutError(
+        f"{axis} {wanted.start}..{wanted.stop} cuts through a factor of the {axis!r} axis; slice "
+        f"at multiples of its factors."
+    )
+
+
+def _below(steps: Steps, at: int) -> int:
+    return int(np.prod([step.extent for step in steps[at + 1 :]], dtype=np.int64))
+
+
+def _keep_entries(parts: list[Part], entries: int) -> tuple[list[int], list[Part]]:
+    """Drop table entries that no part reaches, and renumber the steps that walk through them."""
+    reached = sorted({entry for part in parts for entry in _entries(part, entries)})
+    if len(reached) == entries:
+        return reached, parts
+    number = {entry: i for i, entry in enumerate(reached)}
+
+    def renumber(steps: Steps) -> Steps:
+        # A step of n entries now passes as many as are left of any n from the first on.
+        windows = [sum(entry < reached[0] + step.table for entry in reached) for step in steps]
+        return tuple(replace(step, table=n) for step, n in zip(steps, windows))
+
+    kept = []
+    for part in parts:
+        walks = {name: renumber(part.axis(name)) for name in PART_AXES}
+        kept.append(replace(part, table=number[part.table], **walks))
+    return reached, kept
+
+
+def _entries(part: Part, entries: int) -> list[int]:
+    """Table entries of one part; an unbounded step reaches as far as the table does."""
+    walks = []
+    for step in (s for name in PART_AXES for s in part.axis(name) if s.table):
+        extent = step.extent or -(-(entries - part.table) // step.table)
+        walks.append([i * step.table for i in range(extent)])
+    return [part.table + sum(combination) for combination in product(*walks)]
+
+
+def _fold_origins(parts: list[Part], entries: int) -> tuple[list[Part], dict[int, int]]:
+    """Move byte offsets of the parts into the addresses where the parts share no entry."""
+    by_entry: dict[int, list[int]] = {}
+    for i, part in enumerate(parts):
+        by_entry.setdefault(part.table, []).append(i)
+    shifts: dict[int, int] = {}
+    folded = list(parts)
+    for members in by_entry.values():
+        shift = parts[members[0]].offset
+        for i in members:
+            folded[i] = replace(parts[i], offset=parts[i].offset - shift)
+        shifts.update({e: shift for e in _entries(parts[members[0]], entries)})
+    return folded, shifts
+
+
+def _alignment(form: Form) -> int:
+    """What the origins of all slices share, so that no slice has a form of its own."""
+    bits = form.alignment
+    for part in form.parts:
+        bits |= part.offset
+        for step in part.layer + part.head:
+            bits |= step.stride
+    return min(16, bits & -bits)

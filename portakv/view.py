@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Views: tensors read through a layout are a form and addresses.
+
+Addresses come from ``data_ptr()`` and strides, never from contiguity, the number of tensors or
+``shape[i] == 2``. A contradiction between tensors, layout and declared extents is a `LayoutError`
+when the view is made.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import LayoutError
+from .form import check_writable, locate
+from .layout import Layout
+from .reading import Facts, Reading, read_as
+from .slicing import slice_facts
+
+
+class KVView:
+    """Tensors read through a layout.
+
+    Args:
+        tensors: a tensor, or the containers that the layout names (list, tuple, dict).
+        layout: a layout string, or the name of a preset.
+        layers, kv, block_size, heads: declared extents. ``block_size`` is tokens of a block.
+        dim: declared width in elements: one number, or one for each kv.
+
+    Attributes:
+        form: strides, widths, alignment and place.
+        addresses: int64 array, the table of addresses (one entry where all is strided).
+        owners: for each entry, the tensor whose storage it lies in.
+        slots: tokens that can be addressed (blocks * block_size, or a chunk's tokens).
+        device: where the tensors are.
+        kept: what backends derive from this view for a plan, kept as long as the view.
+
+    Raises:
+        LayoutError: a contradiction, naming the axis, the expected and the found extent.
+        DeviceMismatch: tensors on different devices.
+    """
+
+    __slots__ = (
+        "_spans", "_table", "_unwritable", "addresses", "device", "form", "kept", "layout", "owners",
+        "requires_grad", "slots", "tensors",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        tensors: Any,
+        layout: str,
+        *,
+        layers: int | None = None,
+        kv: int | None = None,
+        block_size: int | None = None,
+        heads: int | None = None,
+        dim: int | Sequence[int] | None = None,
+    ) -> None:
+        width = tuple(dim) if isinstance(dim, (list, tuple)) else dim
+        reading = read_as(
+            layout, layers=layers, kv=kv, block_size=block_size, heads=heads, dim=width
+        )
+        self._set(reading.layout, tensors, reading.read(tensors))
+
+    @classmethod
+    def through(cls, reading: Reading, tensors: Any) -> KVView:
+        """A view through a reading that was made before; raises as the constructor does."""
+        view = cls.__new__(cls)
+        view._set(reading.layout, tensors, reading.read(tensors))
+        return view
+
+    def _set(self, layout: Layout, tensors: Any, facts: Facts) -> None:
+        self.layout, self.tensors = layout, tensors
+        self.form, self.addresses, self.owners, self.slots, self.device, self.requires_grad = facts
+        self._spans = self._table = self._unwritable = None
+        self.kept: dict[Any, Any] = {}
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return self.form.layers
+
+    @property
+    def kv(self) -> int:
+        """Number of kv: 2 for keys and values, 1 for MLA."""
+        return self.form.kv
+
+    @property
+    def heads(self) -> int:
+        """Number of kv heads."""
+        return self.form.heads
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """For each kv the bytes of ``dim`` (of the page, for opaque pages)."""
+        return self.form.widths
+
+    @property
+    def block_size(self) -> int | None:
+        """Tokens of a block; None where the view is not paged."""
+        return self.form.block_size or None
+
+    @property
+    def opaque(self) -> bool:
+        """True where only whole pages can be moved."""
+        return self.form.opaque
+
+    @property
+    def table(self) -> torch.Tensor:
+        """The table of addresses on the view's device, int64; made once."""
+        if self._table is None:
+            self._table = torch.from_numpy(self.addresses).to(self.device)
+        return self._table
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Sorted ranges [first byte, past the last byte) that the tensors cover."""
+        if self._spans is None:
+            self._spans = _spans(self.tensors)
+        return self._spans
+
+    def overlaps(self, other: KVView) -> bool:
+        """True where the two views' tensors share memory."""
+        if self.device != other.device:
+            return False
+        few, many = sorted((self.spans, other.spans), key=len)
+        for first, past in few:
+            at = bisect_left(many, (past,))
+            if at and many[at - 1][1] > first:
+                return True
+        return False
+
+    def check_writable(self) -> None:
+        """Raise `LayoutError` where this view cannot be a destination."""
+        if self._unwritable is None:
+            self._unwritable = self._why_unwritable()
+        if self._unwritable:
+            raise LayoutError(
+                f"The destination, {self.layout.text!r}, cannot be written: {self._unwritable}."
+            )
+
+    def _why_unwritable(self) -> str:
+        if self.requires_grad:
+            return "it requires grad; pass tensor.detach()"
+        why = check_writable(self.form)
+        if why is None and len(self.addresses) > 1:
+            origins = self.addresses.tolist()
+            if len(set(origins)) < len(origins):
+                why = "two of its planes lie at one address, so that one would overwrite the other"
+        return why or ""
+
+    def strided(
+        self, entry: int, offset: int, dtype: torch.dtype, size: Sequence[int], stride: Sequence[int]
+    ) -> torch.Tensor:
+        """A tensor over the storage of table entry ``entry``, ``offset`` bytes behind its address.
+
+        ``size`` and ``stride`` count elements of ``dtype``. Copies nothing.
+        """
+        storage = self.owners[entry].untyped_storage()
+        start = int(self.addresses[entry]) + offset - storage.data_ptr()
+        empty = torch.empty(0, dtype=dtype, device=self.device)
+        return empty.set_(storage, start // dtype.itemsize, size, stride)  # type: ignore[call-overload, no-any-return]
+
+    def plane(self, layer: int, kv: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One plane as a strided tensor ``[blocks, block_size, heads, dim]`` (a chunk: ``[tokens,
+        heads, dim]``) in ``dtype``, by default the tensors' own.
+
+        Raises:
+            LayoutError: an axis of the plane is split, or not a whole number of ``dtype`` wide.
+        """
+        part = self.form.parts[kv]
+        entry, offset = locate(part.table, part.offset, part.layer, layer)
+        element = dtype or self.owners[entry].dtype
+        chain = ([(self.slots // (self.form.block_size or 1), part.block)] if part.block else [])
+        chain += [(self.form.block_size or self.slots, part.token), (self.heads, part.head)]
+        chain += [(self.widths[kv], part.dim)]
+        size, stride = [], []
+        for extent, steps in chain:
+            if len(steps) > 1 or any(s.table for s in steps):
+                raise LayoutError(
+                    f"{self.layout.text!r} splits an axis of a plane, so no strided tensor can "
+                    f"show it; read the view by its form instead."
+                )
+            size.append(extent)
+            stride.append(steps[0].stride if steps else 0)
+        width = element.itemsize
+        if size[-1] % width or any(s % width for s in stride[:-1]) or stride[-1] not in (0, 1):
+            raise LayoutError(f"A plane of {self.layout.text!r} cannot be read as {element}.")
+        counts = [*size[:-1], size[-1] // width]
+        return self.strided(entry, offset, element, counts, [*(s // width for s in stride[:-1]), 1])
+
+    def slice(
+        self,
+        *,
+        layers: slice | int | None = None,
+        heads: slice | int | None = None,
+        kv: slice | int | None = None,
+    ) -> KVView:
+        """Some layers, heads or kv of this view, as a view; copies nothing.
+
+        An integer keeps its axis with extent 1. Slices of one layer all have one form.
+
+        Raises:
+            LayoutError: an empty or stepped range, or one that cuts through a factor.
+        """
+        facts = slice_facts(self._facts(), layers=layers, heads=heads, kv=kv)
+        view = KVView.__new__(KVView)
+        view._set(self.layout, self.tensors, facts)
+        return view
+
+    def _facts(self) -> Facts:
+        return Facts(
+            self.form, self.addresses, self.owners, self.slots, self.device, self.requires_grad
+        )
+
+
+def _spans(tensors: Any) -> list[tuple[int, int]]:
+    found, queue = set(), [tensors]
+    while queue:
+        item = queue.pop()
+        if isinstance(item, torch.Tensor):
+            if item.numel():
+                first = item.data_ptr()
+                reach = item.numel()
+                if not item.is_contiguous():
+                    reach = 1 + sum((n - 1) * s for n, s in zip(item.shape, item.stride()))
+                found.add((first, first + reach * item.element_size()))
+        else:
+            queue.extend(item.values() if isinstance(item, Mapping) else item)
+    return sorted(found)

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Python that readers are told to type runs, block after block, as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: str) -> list[str]:
+    found = BLOCK.findall((ROOT / page).read_text())
+    assert found, f"{page} holds no block marked python"
+    return found
+
+
+def run(page: str, code: list[str], names: dict[str, Any]) -> dict[str, Any]:
+    for number, block in enumerate(code, 1):
+        exec(compile(block, f"{page}, block {number}", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_the_code_of_a_page_runs(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
+    run(page, blocks(page), {})
+
+
+def test_the_first_copy_of_the_quickstart_moves_what_it_says() -> None:
+    names = run("docs/quickstart.md", blocks("docs/quickstart.md")[:1], {})
+    caches, chunk, slots = names["caches"], names["chunk"], names["slots"]
+    for layer, cache in enumerate(caches):
+        for kv in range(2):
+            rows = cache[kv].flatten(0, 1)[slots].flatten(1)
+            assert torch.equal(chunk[kv, layer], rows)
