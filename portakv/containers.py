@@ -145,4 +145,6 @@ def _distances(
     if (by_kv != by_kv[:, :1]).any():
         return None
     found = tuple(int(row[0]) for row in by_kv)
+    if min(found) < 0:
+        return None  # torch has no negative strides, so descending tensors stay a table
     return found if len(found) == kv else found * kv

@@ -168,15 +168,17 @@ class _SideRows:
         self.side, self.unit, self.width, self.dtype = side, unit, width, dtype
         self.size, self.moves = size, moves
         self.grain = gcd(*(step.stride for step in side.units if not step.table)) or width
-        self.stride = [self.grain // width, *stride]
+        self.stride = stride
         self.tabled = any(step.table for step in side.units)
-        self.plain = len(side.units) == 1 and not self.tabled
+        self.flat = len(side.units) == 1 and not self.tabled
+        self.plain = self.flat and self.grain == side.units[0].stride
 
     def rows(self, index: Index, units: int, device: torch.device) -> _Rows:
         """The rows that an index addresses."""
-        if index.ids is None and self.plain:
-            start = index.offset * (self.side.units[0].stride // self.unit)
-            return _Rows(None, None, start)
+        if index.ids is None and self.flat:
+            unit, rest = divmod(index.offset, self.unit)
+            stride = self.side.units[0].stride
+            return _Rows(None, None, unit * stride + rest * (stride // self.unit))
         # Without ids the numbers are known to the host: finding their entries needs no device.
         home = torch.device("cpu") if index.ids is None and self.tabled else device
         number = index.units(units * self.unit, self.unit, home)
@@ -196,21 +198,20 @@ class _SideRows:
     def tensors(self, view: KVView, entry: int, rows: _Rows, units: int) -> list[torch.Tensor]:
         """For each move, the strided tensor ``[rows, loops..., run]`` that begins at ``entry``."""
         if rows.ids is None:
-            return self._strided(view, entry, rows.start, units)
+            return self._strided(view, entry, rows.start, units, self.side.units[0].stride)
         kept = view.kept.get((self, entry))
         if kept is None:
-            kept = self._strided(view, entry, 0, self._last_row(view.slots) + 1)
-            view.kept[self, entry] = kept
+            last = self._last_row(view.slots)
+            kept = view.kept[self, entry] = self._strided(view, entry, 0, last + 1, self.grain)
         return kept
 
-    def _strided(self, view: KVView, entry: int, start: int, rows: int) -> list[torch.Tensor]:
-        side, size = self.side, [rows, *self.size]
+    def _strided(
+        self, view: KVView, entry: int, start: int, rows: int, grain: int
+    ) -> list[torch.Tensor]:
+        side, size, stride = self.side, [rows, *self.size], [grain // self.width, *self.stride]
         return [
-            view.strided(
-                side.table + entry + table, side.offset + start + offset, self.dtype, size,
-                self.stride,
-            )  # fmt: skip
-            for table, offset in self.moves
+            view.strided(side.table + entry + t, side.offset + start + b, self.dtype, size, stride)
+            for t, b in self.moves
         ]
 
     def _last_row(self, slots: int) -> int:
