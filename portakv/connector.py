@@ -226,8 +226,7 @@ class AdaptiveConnector:
         """Refuse the whole batch before its first launch where a host id of any job is bad."""
         side = "source" if store else "destination"
         for _, index, count in jobs:
-            if index.on_host:
-                index.judge(count, cache.slots, not store, side)
+            index.judge(count, cache.slots, not store, side)
 
     def _cache(self, kv_caches: Any) -> tuple[KVView, ChunkReader]:
         """The caches' view and the reader of their chunks; caches that differ register again."""

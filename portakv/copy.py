@@ -103,18 +103,13 @@ def carry(
     src_index.check_length(count, src.slots, "source")
     dst_index.check_length(count, dst.slots, "destination")
     dst.check_writable()
-    if (src.form.place, dst.form.place) not in choice.can.places and src.device != dst.device:
+    if src.device != dst.device and (src.form.place, dst.form.place) not in choice.can.places:
         return staged_copy(carry, src, dst, src_index, dst_index, count, choice, stream)
-    way = route(
-        src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice
-    )
+    way = route(src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice)
     if count == 0:
         return Transfer()
-    skips = False
-    if src_index.ids is not None and src_index.on_host:
-        skips = src_index.judge(count, src.slots, False, "source")
-    if dst_index.ids is not None and dst_index.on_host:
-        skips |= dst_index.judge(count, dst.slots, True, "destination")
+    skips = src_index.judge(count, src.slots, False, "source")
+    skips |= dst_index.judge(count, dst.slots, True, "destination")
     error: PortaKVError | None = None
     if _needs_cleaning(way, src_index, dst_index, skips):
         _refuse_capture(way, src.device, "ids that have to be checked on the host")
@@ -122,9 +117,10 @@ def carry(
         src_index, dst_index, count, error = kept
         if count == 0:
             return Transfer(error=error)
+        way = route(src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice)
     if not disjoint and src.overlaps(dst):
         _check_disjoint(way, src, dst, src_index, dst_index, count)
-    return _launch(src, dst, src_index, dst_index, count, choice, stream, error)
+    return _launch(way, src, dst, src_index, dst_index, count, choice, stream, error)
 
 
 def _needs_cleaning(way: Route, src_index: Index, dst_index: Index, skips: bool) -> bool:
@@ -135,6 +131,7 @@ def _needs_cleaning(way: Route, src_index: Index, dst_index: Index, skips: bool)
 
 
 def _launch(
+    way: Route,
     src: KVView,
     dst: KVView,
     src_index: Index,
@@ -144,13 +141,12 @@ def _launch(
     stream: torch.Stream | None,
     error: PortaKVError | None,
 ) -> Transfer:
-    pieces = _pieces(src, dst, src_index, dst_index, count, choice)
-    device = src.device
-    can = pieces[0][0].can
+    pieces = _pieces(way, src, dst, src_index, dst_index, count, choice)
+    can, device = pieces[0][0].can, src.device
     src_index, dst_index = src_index.placed(can, device), dst_index.placed(can, device)
-    if device.type == "cpu":
+    if src.form.place != "device":
         pendings = _run(pieces, src, dst, src_index, dst_index, None, None)
-        return Transfer(pendings=pendings, error=error, kept=(src, dst) if pendings else None)
+        return Transfer((), pendings, None, error, (src, dst) if pendings else None)
     for way, _, _ in pieces:
         _refuse_capture(way, device, f"backend {way.choice.name!r}, which cannot be captured")
     current = torch.accelerator.current_stream(device)
@@ -191,14 +187,19 @@ def _run(
 
 
 def _pieces(
-    src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int, choice: Choice
+    way: Route,
+    src: KVView,
+    dst: KVView,
+    src_index: Index,
+    dst_index: Index,
+    count: int,
+    choice: Choice,
 ) -> list[tuple[Route, int, int]]:
     """(route, first position, tokens): the body in the largest units, head and tail by token."""
-    steps = (src.form, dst.form, src_index.plan_step, dst_index.plan_step)
-    way = route(*steps, None, choice)
     unit = way.plan.unit
     if unit == 1:
         return [(way, 0, count)]
+    steps = (src.form, dst.form, src_index.plan_step, dst_index.plan_step)
     starts = [x.offset for x, side in ((src_index, "src"), (dst_index, "dst")) if way.plan.aligned(side)]
     common = gcd(unit, *(start - starts[0] for start in starts))
     head = -starts[0] % common if starts else 0

@@ -30,11 +30,19 @@ class Index:
         step: tokens for each id.
         offset: tokens of the first id that are passed over.
 
+    Attributes:
+        length: positions that the ids cover; None without ids.
+        on_host: True where ids can be validated before launch.
+        plan_step: what a plan is made for: ``step``, or 0 without ids.
+
     Raises:
         SlotError: another dtype (float and bool included), rank, or a bad step or offset.
     """
 
-    __slots__ = ("_device_ids", "_host_ids", "_judged", "ids", "offset", "step")
+    __slots__ = (
+        "_device_ids", "_host_ids", "_judged", "ids", "length", "offset", "on_host", "plan_step",
+        "step",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -47,12 +55,17 @@ class Index:
                 f"Index(step={step}, offset={offset}) was asked for; step must be at least 1 and "
                 f"offset at least 0."
             )
-        self.ids = None if ids is None else _as_ids(ids)
-        self.step = step
-        self.offset = offset
+        self._set(None if ids is None else _as_ids(ids), step, offset)
         self._host_ids: npt.NDArray[np.int64] | None = None
         self._device_ids: torch.Tensor | None = None
-        self._judged: dict[tuple[int, int, bool], bool] = {}
+        self._judged: dict[tuple[int, int, int, bool], bool] = {}
+
+    def _set(self, ids: torch.Tensor | None, step: int, offset: int) -> None:
+        # Plain attributes: every call reads them, and asking a tensor each time is dear.
+        self.ids, self.step, self.offset = ids, step, offset
+        self.length = None if ids is None else ids.numel() * step - offset
+        self.on_host = ids is None or ids.is_cpu
+        self.plan_step = 0 if ids is None else step
 
     @classmethod
     def of(cls, index: Any) -> Index:
@@ -72,27 +85,14 @@ class Index:
         home = homes.pop() if homes else torch.device("cpu")
         return cls(torch.cat([piece.to(home, torch.int64) for piece in pieces]))
 
-    @property
-    def plan_step(self) -> int:
-        """What a plan is made for: ``step``, or 0 without ids."""
-        return self.step if self.ids is not None else 0
-
-    @property
-    def length(self) -> int | None:
-        """Positions that the ids cover; None without ids."""
-        return None if self.ids is None else self.ids.numel() * self.step - self.offset
-
-    @property
-    def on_host(self) -> bool:
-        """True where ids can be validated before launch."""
-        return self.ids is None or self.ids.device.type == "cpu"
-
     def shifted(self, tokens: int) -> Index:
         """This index from position ``tokens`` on; shares ids and copies."""
         if not tokens:
             return self
-        moved = Index(None, self.step, self.offset + tokens)
-        moved.ids, moved._host_ids, moved._device_ids = self.ids, self._host_ids, self._device_ids
+        moved = Index.__new__(Index)
+        moved._set(self.ids, self.step, self.offset + tokens)
+        moved._host_ids, moved._device_ids = self._host_ids, self._device_ids
+        moved._judged = self._judged
         return moved
 
     def placed(self, can: Capabilities, device: torch.device) -> Index:
@@ -172,12 +172,15 @@ class Index:
         """Validate host ids for ``count`` positions in a view of ``slots`` slots; remembered.
 
         Returns:
-            True where an id is negative, so that positions are to be skipped.
+            True where an id is negative, so that positions are to be skipped; False also without
+            ids and for ids on a device.
 
         Raises:
             SlotError: a slot past the end, or with ``distinct`` one that occurs twice.
         """
-        key = (count, slots, distinct)
+        if self.ids is None or not self.on_host:
+            return False
+        key = (self.offset, count, slots, distinct)
         known = self._judged.get(key)
         if known is not None:
             return known

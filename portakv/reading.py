@@ -34,6 +34,16 @@ class Facts(NamedTuple):
     slots: int
     device: torch.device
     requires_grad: bool
+    spans: list[tuple[int, int]]
+
+
+class _Known(NamedTuple):
+    """What tensors of one shape, strides, dtype, place and alignment share."""
+
+    form: Form
+    slots: int
+    device: torch.device
+    reach: int  # bytes from the first to past the last
 
 
 class Reading:
@@ -48,7 +58,7 @@ class Reading:
         self.layout = layout
         self.extents = dict(extents)
         self.declared = declare(layout, extents)
-        self._known: dict[tuple[Any, ...], tuple[Form, int]] = {}
+        self._known: dict[tuple[Any, ...], _Known] = {}
 
     def read(self, tensors: Any) -> Facts:
         """Find form and addresses.
@@ -59,23 +69,27 @@ class Reading:
         """
         if self.layout.containers or not isinstance(tensors, torch.Tensor):
             return self._read_all(tensors)
-        address, device = tensors.data_ptr(), tensors.device
+        address = tensors.data_ptr()
         # The storage offset tells whether the storage's base is as aligned as the address.
-        base = tensors.storage_offset() & 15
-        key: tuple[Any, ...] = (
-            tensors.shape, tensors.stride(), tensors.dtype, device, address & 15, base,
+        key = (
+            tensors.shape, tensors.stride(), tensors.dtype, tensors.device, tensors.layout,
+            address & 15, tensors.storage_offset() & 15, tensors.is_cpu and tensors.is_pinned(),
         )  # fmt: skip
-        if device.type == "cpu":
-            key = (*key, tensors.is_pinned())
         known = self._known.get(key)
-        if known is None or tensors.layout != torch.strided:
-            facts = self._read_all(tensors)
-            if len(self._known) >= _KNOWN_SHAPES:
-                self._known.clear()
-            self._known[key] = (facts.form, facts.slots)
-            return facts
-        addresses = np.array((address,), dtype=np.int64)
-        return Facts(known[0], addresses, (tensors,), known[1], device, tensors.requires_grad)
+        if known is None:
+            return self._remember(key, self._read_all(tensors))
+        form, slots, device, reach = known
+        return Facts(
+            form, np.array((address,), dtype=np.int64), (tensors,), slots, device,
+            tensors.requires_grad, [(address, address + reach)] if reach else [],
+        )  # fmt: skip
+
+    def _remember(self, key: tuple[Any, ...], facts: Facts) -> Facts:
+        if len(self._known) >= _KNOWN_SHAPES:
+            self._known.clear()
+        reach = facts.spans[0][1] - facts.spans[0][0] if facts.spans else 0
+        self._known[key] = _Known(facts.form, facts.slots, facts.device, reach)
+        return facts
 
     def _read_all(self, tensors: Any) -> Facts:
         layout = self.layout
@@ -98,7 +112,8 @@ class Reading:
         slots = values[0]["token"] * values[0].get("block", 1)
         grad = any(tensor.requires_grad for tensor in flat)
         form = _form(layout, values, parts, picks, flat)
-        return Facts(form, table.addresses, table.owners, slots, device, grad)
+        spans = _spans(flat)
+        return Facts(form, table.addresses, table.owners, slots, device, grad, spans)
 
 
 @lru_cache(maxsize=256)
@@ -222,6 +237,16 @@ def _form(
         alignment=min(16, bits & -bits) if bits else 16,
         place=_place(tensors),
     )
+
+
+def _spans(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    found = set()
+    for tensor in tensors:
+        if tensor.numel():
+            last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride()))
+            first = tensor.data_ptr()
+            found.add((first, first + (last + 1) * tensor.element_size()))
+    return sorted(found)
 
 
 def _place(tensors: Sequence[torch.Tensor]) -> str:

@@ -9,7 +9,7 @@ when the view is made.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ class KVView:
         owners: for each entry, the tensor whose storage it lies in.
         slots: tokens that can be addressed (blocks * block_size, or a chunk's tokens).
         device: where the tensors are.
+        spans: sorted ranges [first byte, past the last byte) that the tensors cover.
         kept: what backends derive from this view for a plan, kept as long as the view.
 
     Raises:
@@ -45,8 +46,8 @@ class KVView:
     """
 
     __slots__ = (
-        "_spans", "_table", "_unwritable", "addresses", "device", "form", "kept", "layout", "owners",
-        "requires_grad", "slots", "tensors",
+        "_table", "_unwritable", "addresses", "device", "form", "kept", "layout", "owners",
+        "requires_grad", "slots", "spans", "tensors",
     )  # fmt: skip
 
     def __init__(
@@ -75,8 +76,12 @@ class KVView:
 
     def _set(self, layout: Layout, tensors: Any, facts: Facts) -> None:
         self.layout, self.tensors = layout, tensors
-        self.form, self.addresses, self.owners, self.slots, self.device, self.requires_grad = facts
-        self._spans = self._table = self._unwritable = None
+        (
+            self.form, self.addresses, self.owners, self.slots, self.device, self.requires_grad,
+            self.spans,
+        ) = facts  # fmt: skip
+        self._table: torch.Tensor | None = None
+        self._unwritable: str | None = None
         self.kept: dict[Any, Any] = {}
 
     @property
@@ -115,13 +120,6 @@ class KVView:
         if self._table is None:
             self._table = torch.from_numpy(self.addresses).to(self.device)
         return self._table
-
-    @property
-    def spans(self) -> list[tuple[int, int]]:
-        """Sorted ranges [first byte, past the last byte) that the tensors cover."""
-        if self._spans is None:
-            self._spans = _spans(self.tensors)
-        return self._spans
 
     def overlaps(self, other: KVView) -> bool:
         """True where the two views' tensors share memory."""
@@ -214,21 +212,6 @@ class KVView:
 
     def _facts(self) -> Facts:
         return Facts(
-            self.form, self.addresses, self.owners, self.slots, self.device, self.requires_grad
-        )
-
-
-def _spans(tensors: Any) -> list[tuple[int, int]]:
-    found, queue = set(), [tensors]
-    while queue:
-        item = queue.pop()
-        if isinstance(item, torch.Tensor):
-            if item.numel():
-                first = item.data_ptr()
-                reach = item.numel()
-                if not item.is_contiguous():
-                    reach = 1 + sum((n - 1) * s for n, s in zip(item.shape, item.stride()))
-                found.add((first, first + reach * item.element_size()))
-        else:
-            queue.extend(item.values() if isinstance(item, Mapping) else item)
-    return sorted(found)
+            self.form, self.addresses, self.owners, self.slots, self.device, self.requires_grad,
+            self.spans,
+        )  # fmt: skip
