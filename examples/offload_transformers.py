@@ -28,6 +28,7 @@ LAYERS, HEADS, KV_HEADS, HEAD_DIM = 4, 8, 4, 32  # grouped queries: two heads sh
 BLOCKS, BLOCK_SIZE = 64, 16  # the paged caches
 CHUNK = 64  # tokens of a stored chunk
 STEPS = 24  # tokens that are decoded afterwards
+DTYPE = torch.float32  # of the model, the caches and the chunks
 
 
 @dataclass(frozen=True)
@@ -45,67 +46,77 @@ def main(device: torch.device | str = "cpu", tell: Callable[[str], None] = print
     """Run the example on ``device``; ``tell`` is handed each line of the story."""
     torch.manual_seed(0)
     model = tiny_llama().to(device)
-    prompt = torch.tensor([list(PROMPT)], device=device)  # a byte is a token, so 256 are enough
-    tokens = prompt.shape[1]
+    tokens = len(PROMPT)
 
-    # 1. transformers reads the prompt. Its cache: for each layer keys and values [1, H, T, D].
+    # 1. transformers reads the prompt into its own cache. A byte is a token: 256 are enough.
     with torch.no_grad():
-        prefilled = model(prompt, past_key_values=DynamicCache())
+        prefilled = model(torch.tensor([list(PROMPT)], device=device))
     cache, first = prefilled.past_key_values, prefilled.logits[:, -1:].argmax(-1)
-    tell(f"prefill  a Llama of {LAYERS} layers read {tokens} tokens of English, a byte each")
+    tell(f"prefill  a Llama of {LAYERS} layers read {tokens} bytes of English, a token each")
 
-    # 2. Into the paged caches of an engine, each token in a slot of its own. Two layouts, no code.
-    kv_caches = [
-        torch.empty(2, BLOCKS, BLOCK_SIZE, KV_HEADS, HEAD_DIM, device=device) for _ in range(LAYERS)
-    ]
+    # 2. From there into an engine's paged caches, each token in a slot anywhere in the pool.
+    size = (2, BLOCKS, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
+    kv_caches = [torch.empty(size, dtype=DTYPE, device=device) for _ in range(LAYERS)]
     paged = KVView(kv_caches, "layer | kv block token head dim")
-    old_slots, new_slots = torch.randperm(BLOCKS * BLOCK_SIZE)[: 2 * tokens].split(tokens)
-    copy_rows(view_of(cache), paged, dst_index=old_slots)
-    tell(f"paged    its KV cache went to {tokens} shuffled slots of {LAYERS} paged caches")
+    slots, other_slots = torch.randperm(BLOCKS * BLOCK_SIZE)[: 2 * tokens].split(tokens)
+    copy_rows(view_of(cache), paged, dst_index=slots)
+    tell(f"paged    its KV cache went to shuffled slots of {LAYERS} paged caches")
 
-    # 3. Store chunks in host memory, as an offload tier does. The last one is partial.
+    # 3. Store chunks in host memory; then the pages are somebody else's.
     connector = AdaptiveConnector(device)
     connector.register_kv_caches(kv_caches)
-    ranges = [(start, min(start + CHUNK, tokens)) for start in range(0, tokens, CHUNK)]
-    chunks = [torch.empty(2, LAYERS, end - start, KV_HEADS * HEAD_DIM) for start, end in ranges]
-    for chunk, (start, end) in zip(chunks, ranges):
-        connector.from_gpu(chunk, slot_mapping=old_slots, start=start, end=end).synchronize()
-    sizes = " + ".join(str(end - start) for start, end in ranges)
+    chunks = store(connector, slots)
+    sizes = " + ".join(str(chunk.shape[2]) for chunk in chunks)
     tell(f"stored   from_gpu: {len(chunks)} chunks of {sizes} tokens in host memory")
-
-    # 4. Somebody else's rows now: everything in the paged memory is lost.
     for layer in kv_caches:
         layer.normal_()
-    control = cache_from(paged, old_slots)
-    tell("lost     the whole paged memory was overwritten with noise")
+    noise = taken_from(paged, slots, cache)
+    tell("lost     all of the paged memory was overwritten with noise")
 
-    # 5. Load the chunks into slots that were not theirs, and hand the rows back to transformers.
-    for chunk, (start, end) in zip(chunks, ranges):
-        connector.to_gpu(chunk, slot_mapping=new_slots, start=start, end=end).synchronize()
-    returned = cache_from(paged, new_slots)
-    tell("loaded   to_gpu: the chunks came back into other slots, and from there to transformers")
+    # 4. Load the chunks into other slots, and hand the rows back to transformers.
+    load(connector, chunks, other_slots)
+    returned = taken_from(paged, other_slots, cache)
+    tell("loaded   to_gpu: the chunks came back, into other slots")
 
-    # 6. Decode on: from the cache that never left, from the one that did, and from the noise.
-    stayed = decode(model, cache, first)
-    identical = torch.equal(decode(model, returned, first), stayed)
-    differs = not torch.equal(decode(model, control, first), stayed)
-    verdict = "bit-identical to" if identical else "DIFFERENT FROM"
-    tell(f"decoded  {STEPS} more tokens: all logits are {verdict} the run that never left")
-    tell(f"control  decoded from the noise instead: {'they differ' if differs else 'NO DIFFERENCE'}")
+    # 5. Decode on: from the cache that never left, the one that did, and the noise.
+    stayed, came_back, control = (decode(model, x, first) for x in (cache, returned, noise))
+    identical, differs = torch.equal(stayed, came_back), not torch.equal(stayed, control)
+    verdict = "bit-identical to" if identical else "NOT those of"
+    tell(f"decoded  {STEPS} more tokens: logits {verdict} the run that never left")
+    tell(f"control  logits decoded from the noise {'differ' if differs else 'DO NOT DIFFER'}")
     return Outcome(tokens, len(chunks), STEPS, identical, differs)
 
 
+def store(connector: AdaptiveConnector, slots: torch.Tensor) -> list[torch.Tensor]:
+    """The rows at ``slots`` as chunks ``[2, layers, tokens, heads * dim]``; the last is partial."""
+    chunks = []
+    for start in range(0, len(slots), CHUNK):
+        end = min(start + CHUNK, len(slots))
+        chunk = torch.empty(2, LAYERS, end - start, KV_HEADS * HEAD_DIM, dtype=DTYPE)
+        connector.from_gpu(chunk, slot_mapping=slots, start=start, end=end).synchronize()
+        chunks.append(chunk)
+    return chunks
+
+
+def load(connector: AdaptiveConnector, chunks: list[torch.Tensor], slots: torch.Tensor) -> None:
+    """The chunks, one behind the other, to the rows at ``slots``."""
+    start = 0
+    for chunk in chunks:
+        end = start + chunk.shape[2]
+        connector.to_gpu(chunk, slot_mapping=slots, start=start, end=end).synchronize()
+        start = end
+
+
 def view_of(cache: DynamicCache) -> KVView:
-    """transformers' own cache, read and written where it lies: keys and values [1, H, T, D]."""
+    """transformers' own cache where it lies: for each layer keys and values ``[1, H, T, D]``."""
     return KVView([(x.keys, x.values) for x in cache.layers], "layer kv | 1 head token dim")
 
 
-def cache_from(paged: KVView, slots: torch.Tensor) -> DynamicCache:
-    """A cache for transformers that holds the rows at ``slots``."""
+def taken_from(paged: KVView, slots: torch.Tensor, like: DynamicCache) -> DynamicCache:
+    """A new cache for transformers, as long as ``like``, with the rows at ``slots``."""
     cache = DynamicCache()
-    for layer in range(LAYERS):
-        keys, values = torch.zeros(2, 1, KV_HEADS, len(slots), HEAD_DIM, device=paged.device)
-        cache.update(keys, values, layer)  # makes room; the rows come in one copy
+    for i, layer in enumerate(like.layers):  # room first; then all rows in one copy
+        cache.update(torch.zeros_like(layer.keys), torch.zeros_like(layer.values), i)
     copy_rows(paged, view_of(cache), src_index=slots)
     return cache
 
@@ -121,7 +132,7 @@ def decode(model: LlamaForCausalLM, cache: DynamicCache, token: torch.Tensor) ->
 
 
 def tiny_llama() -> LlamaForCausalLM:
-    """A Llama with random weights, in float32: no rounding hides a wrong bit."""
+    """A Llama with random weights."""
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=HEADS * HEAD_DIM,
@@ -131,9 +142,10 @@ def tiny_llama() -> LlamaForCausalLM:
         num_key_value_heads=KV_HEADS,
         initializer_range=0.2,  # wide enough that attention looks at some tokens more than others
     )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).to(DTYPE).eval()
 
 
 if __name__ == "__main__":
-    outcome = main(*sys.argv[1:2])
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    outcome = main(sys.argv[1] if len(sys.argv) > 1 else usual)
     sys.exit(0 if outcome.identical and outcome.control_differs else 1)

@@ -37,9 +37,11 @@ class ChunkReader:
         Raises:
             LayoutError: it does not hold rows of these caches.
         """
-        tensor = memory_obj if isinstance(memory_obj, torch.Tensor) else _tensor_of(memory_obj)
-        probe = tensor if isinstance(tensor, torch.Tensor) else _first_tensor(tensor)
-        itemsize = probe.dtype.itemsize
+        tensor = probe = memory_obj
+        if not isinstance(memory_obj, torch.Tensor):
+            tensor = _tensor_of(memory_obj)
+            probe = tensor if isinstance(tensor, torch.Tensor) else _first_tensor(tensor)
+        itemsize = probe.itemsize
         reading = self._readings.get(itemsize)
         if reading is None:
             extents = _known_extents(self._cache, resolve(self._layout)[0], itemsize)
@@ -58,7 +60,10 @@ class ChunkReader:
         groups: dict[Any, list[Job]] = defaultdict(list)
         for job in jobs:
             if job[2]:
-                groups[job[0].form, job[0].slots].append(job)
+                # Equal in bytes is not enough: one view has tensors of one shape and dtype.
+                chunk, first = job[0], job[0].owners[0]
+                kind = (chunk.device, first.dtype, first.shape, first.stride())
+                groups[chunk.form, chunk.slots, kind].append(job)
         found = []
         for members in groups.values():
             layout = members[0][0].layout
@@ -117,7 +122,10 @@ def _joined(members: list[tuple[KVView, Index, int]]) -> tuple[Index, Index, int
         shared = Index.joined([(index, count) for _, index, count in members])
     if all(count == slots for _, _, count in members[:-1]):
         return Index(), shared, total
-    rows = [torch.arange(count) + i * slots for i, (_, _, count) in enumerate(members)]
+    rows = [
+        torch.arange(i * slots, i * slots + count, device="cpu")
+        for i, (_, _, count) in enumerate(members)
+    ]
     return Index(torch.cat(rows)), shared, total
 
 

@@ -176,7 +176,8 @@ class AdaptiveConnector:
         end: int | None,
         stream: torch.Stream | None,
     ) -> Transfer:
-        self._report()
+        if self._unreported:
+            self._report()
         cache, chunks = self._cache(kv_caches)
         index, count = _range(slot_mapping, start, end)
         chunk = chunks.read(memory_obj)
@@ -199,7 +200,8 @@ class AdaptiveConnector:
         ends: Sequence[int],
         stream: torch.Stream | None,
     ) -> Transfer:
-        self._report()
+        if self._unreported:
+            self._report()
         if not len(memory_objs) == len(starts) == len(ends):
             raise SlotError(
                 f"{len(memory_objs)} memory objects came with {len(starts)} starts and "
@@ -248,8 +250,6 @@ class AdaptiveConnector:
 
     def _report(self) -> None:
         """Raise the error of an earlier transfer that nobody asked for."""
-        if not self._unreported:
-            return
         still = []
         error = None
         for transfer in self._unreported:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from .errors import LayoutError
 from .layout import Factor, Layout
 
 Grid = npt.NDArray[np.object_]
+Entry = TypeVar("Entry", bound=np.generic)
 
 
 def to_grid(layout: Layout, tensors: Any) -> Grid:
@@ -112,7 +113,8 @@ def tabulate(factors: Sequence[tuple[Factor, int]], grid: Grid, kv: int) -> Addr
         if factor.axis in ("block", "token") or distances is None:
             continue
         steps[factor] = (0, distances)
-        where, homes, cube = where.take(0, at), homes.take(0, at), _take_first(cube, at)
+        where, homes = _take_first(where, at), _take_first(homes, at)
+        cube = _take_first(cube, at)
         axes.remove(factor)
     entries = 1
     for at in reversed(range(len(axes))):
@@ -121,7 +123,8 @@ def tabulate(factors: Sequence[tuple[Factor, int]], grid: Grid, kv: int) -> Addr
     return AddressTable(where.reshape(-1), tuple(cube.reshape(-1)), steps)
 
 
-def _take_first(cube: Grid, at: int) -> Grid:
+def _take_first(cube: npt.NDArray[Entry], at: int) -> npt.NDArray[Entry]:
+    # A slice and not an index: an array without axes is still an array.
     first = cube[(slice(None),) * at + (slice(0, 1),)]
     return first.reshape(cube.shape[:at] + cube.shape[at + 1 :])
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from functools import cache
 from math import gcd
 from typing import Any
 
@@ -48,6 +50,8 @@ def copy_rows(
     tokens = _tokens(src, dst, mine, theirs) if count is None else count
     if tokens < 0:
         raise SlotError(f"count={count} was asked; it must be at least 0.")
+    mine.check_length(tokens, src.slots, "source")
+    theirs.check_length(tokens, dst.slots, "destination")
     return carry(src, dst, mine, theirs, tokens, choose(common_device(src, dst), backend), stream)
 
 
@@ -98,10 +102,11 @@ def carry(
     *,
     disjoint: bool = False,
 ) -> Transfer:
-    """Carry a copy out through the chosen backend. ``disjoint``: the views are known to share no
-    memory. Raises as `copy_rows` does."""
-    src_index.check_length(count, src.slots, "source")
-    dst_index.check_length(count, dst.slots, "destination")
+    """Carry a copy out through the chosen backend; raises as `copy_rows` does.
+
+    The caller has checked that indices and views cover ``count`` positions. ``disjoint``: the views
+    are known to share no memory.
+    """
     dst.check_writable()
     if src.device != dst.device and (src.form.place, dst.form.place) not in choice.can.places:
         return staged_copy(carry, src, dst, src_index, dst_index, count, choice, stream)
@@ -141,15 +146,19 @@ def _launch(
     stream: torch.Stream | None,
     error: PortaKVError | None,
 ) -> Transfer:
-    pieces = _pieces(way, src, dst, src_index, dst_index, count, choice)
+    pieces = [(way, 0, count)]
+    if way.plan.unit > 1:
+        pieces = _pieces(way, src, dst, src_index, dst_index, count, choice)
     can, device = pieces[0][0].can, src.device
     src_index, dst_index = src_index.placed(can, device), dst_index.placed(can, device)
     if src.form.place != "device":
         pendings = _run(pieces, src, dst, src_index, dst_index, None, None)
         return Transfer((), pendings, None, error, (src, dst) if pendings else None)
-    for way, _, _ in pieces:
-        _refuse_capture(way, device, f"backend {way.choice.name!r}, which cannot be captured")
-    current = torch.accelerator.current_stream(device)
+    capturing = _capturing(device)
+    if capturing:
+        for way, _, _ in pieces:
+            _refuse_capture(way, device, f"backend {way.choice.name!r}, which cannot be captured")
+    current = torch.accelerator.current_stream(device.index)
     if stream is not None:
         stream.wait_stream(current)
         for tensor in (*src.owners, *dst.owners):
@@ -157,7 +166,7 @@ def _launch(
     guarded = any(way.can.guards for way, _, _ in pieces)
     status = torch.zeros(1, dtype=torch.int64).pin_memory() if guarded else None
     pendings = _run(pieces, src, dst, src_index, dst_index, stream, status)
-    if _capturing(device):
+    if capturing:
         return Transfer(captured=True, status=status, kept=(src, dst, src_index, dst_index))
     event = torch.Event(device)
     event.record(stream or current)
@@ -179,7 +188,9 @@ def _run(
 ) -> list[Any]:
     pendings = []
     for way, start, tokens in pieces:
-        mine, theirs = src_index.shifted(start), dst_index.shifted(start)
+        mine, theirs = src_index, dst_index
+        if start:
+            mine, theirs = src_index.shifted(start), dst_index.shifted(start)
         pending = way.launch(src, dst, mine, theirs, tokens, stream, status)
         if pending is not None:
             pendings.append(pending)
@@ -197,8 +208,6 @@ def _pieces(
 ) -> list[tuple[Route, int, int]]:
     """(route, first position, tokens): the body in the largest units, head and tail by token."""
     unit = way.plan.unit
-    if unit == 1:
-        return [(way, 0, count)]
     steps = (src.form, dst.form, src_index.plan_step, dst_index.plan_step)
     starts = [x.offset for x, side in ((src_index, "src"), (dst_index, "dst")) if way.plan.aligned(side)]
     common = gcd(unit, *(start - starts[0] for start in starts))
@@ -253,7 +262,7 @@ def _check_disjoint(
     """Host ids: raise where a byte is both read and written. Device ids: not checked."""
     if not (src_index.on_host and dst_index.on_host):
         return
-    if src.form == dst.form and np.array_equal(src.addresses, dst.addresses):
+    if src.form == dst.form and src.origins == dst.origins:
         mine, theirs = src_index.slots(count), dst_index.slots(count)
         both = np.intersect1d(mine[mine >= 0], theirs[theirs >= 0])
         if both.size:
@@ -277,8 +286,13 @@ def _check_disjoint(
 
 
 def _capturing(device: torch.device) -> bool:
-    ask = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
-    return bool(ask and ask())
+    ask = _capture_probe(device)
+    return ask is not None and ask()
+
+
+@cache
+def _capture_probe(device: torch.device) -> Callable[[], bool] | None:
+    return getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
 
 
 def _refuse_capture(way: Route, device: torch.device, what: str) -> None:

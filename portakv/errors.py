@@ -37,7 +37,8 @@ class Unsupported(PortaKVError, NotImplementedError):
     """
 
     def __init__(self, what: str, why: str) -> None:
-        super().__init__(f"{what}: {why}")
+        sentence = f"{what}: {why}"
+        super().__init__(sentence if sentence[-1] in ".\n" or "\n" in why else f"{sentence}.")
         self.what = what
         self.why = why
 

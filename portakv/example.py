@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .errors import LayoutError
 from .extents import factor_extent
 from .layout import Group, Layout, parse
 from .presets import resolve
@@ -21,9 +22,9 @@ def example_tensors(
     layout: str,
     *,
     layers: int = 1,
-    kv: int = 1,
-    heads: int = 1,
-    dim: int | Sequence[int] = 1,
+    kv: int | None = None,
+    heads: int | None = None,
+    dim: int | Sequence[int] | None = None,
     blocks: int = 1,
     tokens: int = 1,
     dtype: torch.dtype = torch.float16,
@@ -33,23 +34,42 @@ def example_tensors(
 
     Args:
         layout: a layout string or preset.
-        layers, kv, heads, blocks: extents.
-        dim: elements: one number, or one for each kv (of a page: its elements).
+        layers, blocks: extents.
+        heads: extent; by default what the preset says, else 1.
+        kv: extent; by default what the preset or the number of widths says, else 2 where the
+            layout names it.
+        dim: elements: one number, or one for each kv (of a page: its elements); by default what
+            the preset says, else 1.
         tokens: tokens of a block, or of the chunk where there is no `block`.
 
     Raises:
-        LayoutError: the layout cannot be parsed, or a factor does not divide its extent.
+        LayoutError: the layout cannot be parsed, a factor does not divide its extent, or the
+            number of widths is not the number of kv.
     """
-    parsed = parse(resolve(layout)[0])
+    text, always = resolve(layout)
+    parsed = parse(text)
+    dim = always.get("dim", 1) if dim is None else dim
+    counted = _number(always.get("heads")) or 1 if heads is None else heads
+    kv = _number(always.get("kv")) or _kv(parsed, dim) if kv is None else kv
     widths = list(dim) if isinstance(dim, Sequence) else [dim] * kv
-    values = [
-        {
-            "layer": layers, "kv": kv, "head": heads, "block": blocks, "token": tokens,
-            "dim": width, "page": width,
-        }
-        for width in widths
-    ]  # fmt: skip
+    if len(widths) != kv:
+        raise LayoutError(
+            f"dim={dim} holds {len(widths)} widths, but kv={kv} was asked of {layout!r}; give one "
+            f"number, or one for each kv."
+        )
+    shared = {"layer": layers, "kv": kv, "head": counted, "block": blocks, "token": tokens}
+    values = [{**shared, "dim": width, "page": width} for width in widths]
     return _level(parsed, parsed.containers, values, 0, dtype, torch.device(device))
+
+
+def _number(always: object) -> int | None:
+    return always if isinstance(always, int) else None
+
+
+def _kv(layout: Layout, dim: int | Sequence[int]) -> int:
+    if isinstance(dim, Sequence):
+        return len(dim)
+    return 2 if "kv" in layout.axes else 1
 
 
 def example_chunk(cache: KVView, layout: str, tokens: int) -> Any:
@@ -100,5 +120,6 @@ def _size(group: Group, values: Sequence[Mapping[str, int]], k: int) -> int:
         if factor.axis == "kv":
             sizes = [sum(sizes)] * len(values)
         else:
-            sizes = [n * (factor_extent(factor, v) or 1) for n, v in zip(sizes, values)]
+            extents = [factor_extent(factor, known) or 1 for known in values]
+            sizes = [n * extent for n, extent in zip(sizes, extents, strict=True)]
     return sizes[k]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
+from operator import index
 
 from .errors import LayoutError
 from .layout import Factor, Group, Layout
@@ -21,7 +22,6 @@ DECLARED_AS = {
     "head": "heads",
     "dim": "dim",
     "page": "dim",
-    "block": "blocks",
 }
 
 Values = list[dict[str, int]]  # for each kv, the extent of each axis
@@ -78,13 +78,23 @@ def solve(layout: Layout, values: Values, sized: Sequence[Sized]) -> list[Sized]
 
 
 def finish(layout: Layout, values: Values, stuck: Sequence[Sized]) -> None:
-    """Check that every extent is known and that all kv agree.
+    """Check that every extent is known, that none is 0 and that all kv agree.
+
+    Only what grows may be empty: the blocks of a paged view, the tokens of a chunk.
 
     Raises:
-        LayoutError: an extent stayed unknown, or kv differ in more than their width.
+        LayoutError: an extent stayed unknown or is 0, or kv differ in more than their width.
     """
     if stuck:
         raise _undeclared(layout, values, *stuck[0])
+    grows = "block" if layout.paged else "token"
+    for known in values:
+        for axis, extent in known.items():
+            if not extent and axis != grows:
+                raise LayoutError(
+                    f"Axis {axis!r} of {layout.text!r} has extent 0; a view needs at least 1. Hand "
+                    f"over tensors that hold rows."
+                )
     _same_for_all(layout, values)
 
 
@@ -108,7 +118,7 @@ def _settle(layout: Layout, values: Values, group: Group, sizes: Sequence[int]) 
     unknown = {f for known in values for f in group.factors if factor_extent(f, known) is None}
     if len(unknown) > 1:
         return False
-    for k, (size, known_part) in enumerate(zip(sizes, _known_parts(group, values))):
+    for k, (size, known_part) in enumerate(zip(sizes, _known_parts(group, values), strict=True)):
         if not known_part or size % known_part or (not unknown and size != known_part):
             raise _contradiction(layout, group, known_part, size, values[k])
         for factor in unknown:
@@ -130,13 +140,17 @@ def _product(factors: Sequence[Factor], known: Mapping[str, int]) -> int:
 
 
 def _positive(name: str, value: object) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:  # type: ignore[call-overload]
+    try:
+        extent = 0 if isinstance(value, bool) else index(value)  # type: ignore[arg-type]
+    except TypeError:
+        extent = 0
+    if extent < 1:
         raise LayoutError(f"{name}={value!r} was declared; an extent is a positive integer.")
-    return int(value)  # type: ignore[call-overload, no-any-return]
+    return extent
 
 
 def _fill(values: Values, axis: str, extents: Sequence[int]) -> None:
-    for known, extent in zip(values, extents):
+    for known, extent in zip(values, extents, strict=True):
         known[axis] = extent
 
 
@@ -225,8 +239,10 @@ def _contradiction(
 
 def _undeclared(layout: Layout, values: Values, group: Group, sizes: Sequence[int]) -> LayoutError:
     unknown = [f.axis for f in group.factors if factor_extent(f, values[0]) is None]
-    names = " or ".join(dict.fromkeys(DECLARED_AS[axis] for axis in unknown if axis != "block"))
+    # What grows is never declared: it is what remains.
+    grows = "block" if layout.paged else "token"
+    names = " or ".join(dict.fromkeys(DECLARED_AS[axis] for axis in unknown if axis != grows))
     return LayoutError(
-        f"The dimension {group} of {layout.text!r} has {sizes[0]} entries, which {' and '.join(unknown)} "
-        f"share; all but one of them must be declared: declare {names}."
+        f"The dimension {group} of {layout.text!r} has {sizes[0]} entries, which "
+        f"{' and '.join(unknown)} share; all but one of them must be declared: declare {names}."
     )

@@ -69,6 +69,7 @@ class Form:
         opaque: only whole pages can be moved.
         alignment: the largest power of two up to 16 that divides all addresses.
         place: one of ``device``, ``pinned``, ``pageable``, ``remote``.
+        unwritable: why rows of this form cannot be a destination; empty where they can.
     """
 
     parts: tuple[Part, ...]
@@ -79,12 +80,14 @@ class Form:
     opaque: bool
     alignment: int
     place: str
+    unwritable: str = field(default="", init=False, compare=False, repr=False)
     _hash: int = field(default=0, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # Forms key the cache of launches on the hot path: hash the nested tuples only once.
         key = (self.parts, self.layers, self.heads, self.widths, self.block_size, self.alignment)
         object.__setattr__(self, "_hash", hash((key, self.opaque, self.place)))
+        object.__setattr__(self, "unwritable", _why_unwritable(self.parts))
 
     def __hash__(self) -> int:
         return self._hash
@@ -108,6 +111,12 @@ class Form:
     def token_bytes(self) -> int:
         """Bytes of one token in all layers, heads and kv (opaque pages: of one page)."""
         return self.layers * self.heads * sum(self.widths)
+
+
+@lru_cache(maxsize=4096)
+def same_form(form: Form) -> Form:
+    """The first form that was equal to this one: look-ups then compare them by identity."""
+    return form
 
 
 def build_parts(
@@ -139,7 +148,7 @@ def build_parts(
                 else:
                     extent = factor_extent(factor, known) or 0
                     steps[factor] = Step(extent, entries, distances[k])
-        for group, stride in zip(layout.dims, strides[k]):
+        for group, stride in zip(layout.dims, strides[k], strict=True):
             offset += _group_steps(group, stride * itemsizes[k], values, k, steps)
         parts.append(_part(layout, steps, table, offset, itemsizes[k]))
     return tuple(parts)
@@ -161,9 +170,8 @@ def _group_steps(
             inner = [sum(inner)] * len(values)
             continue
         steps[factor] = Step(factor_extent(factor, values[k]) or 0, 0, inner[k] * stride)
-        inner = [
-            span * (factor_extent(factor, known) or 0) for span, known in zip(inner, values)
-        ]
+        extents = [factor_extent(factor, known) or 0 for known in values]
+        inner = [span * extent for span, extent in zip(inner, extents, strict=True)]
     return offset
 
 
@@ -201,21 +209,26 @@ def merge_steps(steps: Sequence[Step]) -> Steps:
     return tuple(merged)
 
 
-@lru_cache(maxsize=1024)
-def check_writable(form: Form) -> str | None:
-    """Why rows of this form cannot be a destination, or None where they can.
-
-    A step that does not move would write many rows to one place.
-    """
-    origins = [(part.table, part.offset) for part in form.parts]
-    if len(set(origins)) < len(origins):
-        return "two of its planes lie at one address, so that one would overwrite the other"
-    for part in form.parts:
+def _why_unwritable(parts: Sequence[Part]) -> str:
+    """A step that does not move, or planes that coincide, would write many rows to one place."""
+    for part in parts:
         for name in PART_AXES:
             for step in part.axis(name):
                 if step.stride == 0 and step.table == 0 and step.extent != 1:
                     return f"its {name!r} axis has stride 0, so that several rows share one place"
-    return None
+    origins = [origin for part in parts for origin in _plane_origins(part)]
+    if len(set(origins)) < len(origins):
+        return "two of its planes lie at one address, so that one would overwrite the other"
+    return ""
+
+
+def _plane_origins(part: Part) -> list[tuple[int, int]]:
+    """Table entry and byte offset of each layer's plane."""
+    origins = [(part.table, part.offset)]
+    for step in part.layer:
+        moves = [(i * step.table, i * step.stride) for i in range(step.extent)]
+        origins = [(table + t, offset + o) for table, offset in origins for t, o in moves]
+    return origins
 
 
 def locate(table: int, offset: int, steps: Sequence[Step], position: int) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from .backends.base import Capabilities
 from .errors import SlotError
 
 _DTYPES = (torch.int64, torch.int32)
+_HOST = torch.device("cpu")
 
 
 class Index:
@@ -40,8 +41,8 @@ class Index:
     """
 
     __slots__ = (
-        "_device_ids", "_host_ids", "_judged", "ids", "length", "offset", "on_host", "plan_step",
-        "step",
+        "_device_ids", "_host_ids", "_judged", "_placed", "ids", "length", "offset", "on_host",
+        "plan_step", "step",
     )  # fmt: skip
 
     def __init__(
@@ -59,6 +60,7 @@ class Index:
         self._host_ids: npt.NDArray[np.int64] | None = None
         self._device_ids: torch.Tensor | None = None
         self._judged: dict[tuple[int, int, int, bool], bool] = {}
+        self._placed: Index | None = None
 
     def _set(self, ids: torch.Tensor | None, step: int, offset: int) -> None:
         # Plain attributes: every call reads them, and asking a tensor each time is dear.
@@ -92,20 +94,28 @@ class Index:
         moved = Index.__new__(Index)
         moved._set(self.ids, self.step, self.offset + tokens)
         moved._host_ids, moved._device_ids = self._host_ids, self._device_ids
-        moved._judged = self._judged
+        moved._judged, moved._placed = self._judged, None
         return moved
 
     def placed(self, can: Capabilities, device: torch.device) -> Index:
         """This index with its ids at the place and in a dtype that a backend reads."""
-        if self.ids is None:
+        home = device if can.index_on == "device" else _HOST
+        if self.ids is None or self._reads(can, home):
             return self
-        home = device if can.index_on == "device" else torch.device("cpu")
-        if self.ids.device == home and self.ids.dtype in can.index_dtypes:
-            return self
-        ids = self.on(home)
-        if ids.dtype not in can.index_dtypes:
-            ids = ids.to(torch.int64 if torch.int64 in can.index_dtypes else torch.int32)
-        return Index(ids, self.step, self.offset)
+        kept = self._placed
+        if kept is not None and kept._reads(can, home):
+            return kept
+        wanted = torch.int64 if torch.int64 in can.index_dtypes else torch.int32
+        dtype = self.ids.dtype if self.ids.dtype in can.index_dtypes else wanted
+        placed = Index(self.ids.to(dtype).to(home).contiguous(), self.step, self.offset)
+        if self.on_host:
+            # A copy made from device ids is ordered on one stream only, so it is not kept.
+            self._placed = placed
+        return placed
+
+    def _reads(self, can: Capabilities, home: torch.device) -> bool:
+        assert self.ids is not None
+        return self.ids.device == home and self.ids.dtype in can.index_dtypes
 
     def to_host(self) -> Index:
         """This index with its ids on the host; waits for the device if they are there."""
@@ -117,7 +127,8 @@ class Index:
         """The ids as a contiguous int64 array on the host; waits for the device if they are there."""
         if self._host_ids is None:
             assert self.ids is not None
-            self._host_ids = np.ascontiguousarray(self.ids.cpu().numpy(), dtype=np.int64)
+            ids = self.ids if self.on_host else self.ids.cpu()
+            self._host_ids = np.ascontiguousarray(ids.numpy(), dtype=np.int64)
         return self._host_ids
 
     def on(self, device: torch.device) -> torch.Tensor:
@@ -188,8 +199,9 @@ class Index:
         used = self.host_ids()[self.offset // self.step : -(-last // self.step)]
         skips = False
         if used.size:
-            skips = bool(used.min() < 0)
-            if (int(used.max()) + 1) * self.step > slots:
+            # Read as unsigned a negative id is huge, so one pass shows whether all are in range.
+            if (int(np.maximum.reduce(used.view(np.uint64))) + 1) * self.step > slots:
+                skips = bool(used.min() < 0)
                 self._check_bounds(count, slots, side)
             if distinct and used.size > 1 and _repeats(used):
                 self._check_distinct(count, side)

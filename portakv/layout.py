@@ -37,13 +37,17 @@ class Factor:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One container level or tensor dimension: its factors, outermost first; none for ``1``."""
+    """One container level or tensor dimension: its factors, outermost first; none for ``1``.
+
+    ``merged`` is True where they stand in parentheses, be it only one.
+    """
 
     factors: tuple[Factor, ...]
+    merged: bool = False
 
     def __str__(self) -> str:
         names = " ".join(map(str, self.factors))
-        return f"({names})" if len(self.factors) > 1 else names or "1"
+        return f"({names})" if self.merged else names or "1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,13 @@ class Layout:
         """True where only whole pages can be moved."""
         return "page" in self.axes
 
+    @property
+    def open_end(self) -> bool:
+        """True where the last group may cover several trailing dimensions: it is ``page`` or
+        stands in parentheses."""
+        last = self.dims[-1]
+        return last.merged or last.factors == (Factor("page"),)
+
     def shares(self, axis: str) -> bool:
         """True where ``axis`` shares a dimension with another axis, so that neither is implied."""
         for group in self.containers + self.dims:
@@ -78,7 +89,6 @@ class Layout:
         return False
 
 
-@lru_cache(maxsize=512)
 def parse(text: str) -> Layout:
     """Parse a layout string.
 
@@ -88,61 +98,88 @@ def parse(text: str) -> Layout:
     """
     if not isinstance(text, str):
         raise LayoutError(f"A layout is a string of axis names, but {text!r} was given.")
-    groups, places, bar = _groups(text)
-    _check_factors(text, places)
-    _check_together(text, places)
-    if bar is None:
-        return Layout(text, (), tuple(groups))
-    return Layout(text, tuple(groups[:bar]), tuple(groups[bar:]))
+    return _parse(text)
+
+
+@lru_cache(maxsize=512)
+def _parse(text: str) -> Layout:
+    found = _Groups(text).read()
+    _check_factors(text, found.places)
+    _check_together(text, found.places)
+    containers = found.groups[: found.bar or 0]
+    return Layout(text, tuple(containers), tuple(found.groups[len(containers) :]))
 
 
 def fail(text: str, at: int, why: str) -> NoReturn:
     """Raise a `LayoutError` that shows ``text`` with a caret under position ``at``."""
-    raise LayoutError(f"{why}\n    {text}\n    {' ' * at}^")
+    shown = re.sub(r"\s", " ", text)  # a line break or a tab would move the caret
+    raise LayoutError(f"{why}\n    {shown}\n    {' ' * at}^")
 
 
-def _groups(text: str) -> tuple[list[Group], list[tuple[Factor, int]], int | None]:
-    groups: list[Group] = []
-    places: list[tuple[Factor, int]] = []
-    bar: int | None = None
-    inside: list[Factor] | None = None
-    opened = at = 0
-    while text[at:].strip():
-        match = _TOKEN.match(text, at)
-        if match is None:
-            at += len(text[at:]) - len(text[at:].lstrip())
-            fail(text, at, f"{text[at]!r} is not part of the layout language.")
-        start, at = match.start(match.lastgroup or 0), match.end()
-        mark = match["mark"]
-        if match["factor"]:
-            factor = _factor(text, match["factor"], start)
-            places.append((factor, start))
-            if inside is None:
-                groups.append(Group((factor,)))
+class _Groups:
+    """The groups of a layout string, read from left to right.
+
+    Attributes:
+        groups: all groups, containers first.
+        bar: how many of them stand left of ``|``; None without ``|``.
+        places: each factor and where it stands in the string.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.groups: list[Group] = []
+        self.bar: int | None = None
+        self.places: list[tuple[Factor, int]] = []
+        self._inside: list[Factor] | None = None  # factors since an open parenthesis
+        self._opened = 0
+
+    def read(self) -> _Groups:
+        at = 0
+        while self.text[at:].strip():
+            match = _TOKEN.match(self.text, at)
+            if match is None:
+                at += len(self.text[at:]) - len(self.text[at:].lstrip())
+                fail(self.text, at, f"{self.text[at]!r} is not part of the layout language.")
+            start, at = match.start(match.lastgroup or 0), match.end()
+            if match["factor"]:
+                self._add(_factor(self.text, match["factor"], start), start)
+            elif match["one"]:
+                self._add_one(start)
             else:
-                inside.append(factor)
-        elif match["one"]:
-            if inside is not None:
-                fail(text, start, "`1` is a dimension of its own and cannot stand in parentheses.")
-            groups.append(Group(()))
-        elif mark == "|":
-            if bar is not None or inside is not None:
-                fail(text, start, "`|` stands at most once, and outside of parentheses.")
-            bar = len(groups)
-        elif mark == "(":
-            if inside is not None:
-                fail(text, start, "Parentheses do not nest.")
-            inside, opened = [], start
+                self._add_mark(match["mark"], start)
+        if self._inside is not None:
+            fail(self.text, self._opened, "This parenthesis is never closed.")
+        if len(self.groups) == (self.bar or 0):
+            why = "The tensor has no dimension; name at least one axis."
+            fail(self.text, len(self.text.rstrip()), why)
+        return self
+
+    def _add(self, factor: Factor, at: int) -> None:
+        self.places.append((factor, at))
+        if self._inside is None:
+            self.groups.append(Group((factor,)))
         else:
-            if not inside:
-                fail(text, start, "This parenthesis closes nothing; write axes in between.")
-            groups.append(Group(tuple(inside)))
-            inside = None
-    if inside is not None:
-        fail(text, opened, "This parenthesis is never closed.")
-    if len(groups) == (bar or 0):
-        fail(text, len(text.rstrip()), "The tensor has no dimension; name at least one axis.")
-    return groups, places, bar
+            self._inside.append(factor)
+
+    def _add_one(self, at: int) -> None:
+        if self._inside is not None:
+            fail(self.text, at, "`1` is a dimension of its own and cannot stand in parentheses.")
+        self.groups.append(Group(()))
+
+    def _add_mark(self, mark: str, at: int) -> None:
+        if mark == "|":
+            if self.bar is not None or self._inside is not None:
+                fail(self.text, at, "`|` stands at most once, and outside of parentheses.")
+            self.bar = len(self.groups)
+        elif mark == "(":
+            if self._inside is not None:
+                fail(self.text, at, "Parentheses do not nest.")
+            self._inside, self._opened = [], at
+        else:
+            if not self._inside:
+                fail(self.text, at, "This parenthesis closes nothing; write axes in between.")
+            self.groups.append(Group(tuple(self._inside), merged=True))
+            self._inside = None
 
 
 def _factor(text: str, word: str, at: int) -> Factor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from math import gcd, prod
 from typing import TYPE_CHECKING
 
@@ -83,7 +84,7 @@ class CopyPlan:
             raise Unsupported(
                 f"A plan with unit {unit}", f"the steps and block sizes allow divisors of {largest}"
             )
-        self.unit, self.nests = _fit(src, dst, [unit] if unit else _divisors(largest))
+        self.unit, self.nests = _fit(src, dst, [unit] if unit else _divisors(largest or 1))
 
     @property
     def vector(self) -> int:
@@ -98,17 +99,18 @@ class CopyPlan:
     @cached_property
     def tabled(self) -> bool:
         """True where a side needs its address table."""
-        return any(
-            loop.tabled for nest in self.nests for loop in nest.loops
-        ) or any(step.table for nest in self.nests for step in nest.src.units + nest.dst.units)
+        loops = any(loop.tabled for nest in self.nests for loop in nest.loops)
+        sides = [side for nest in self.nests for side in (nest.src, nest.dst)]
+        return loops or any(step.table for side in sides for step in side.units)
 
     def aligned(self, side: str) -> bool:
         """True where positions of a side must start at multiples of ``unit``.
 
-        A side without ids whose tokens lie at one stride may start anywhere.
+        A side without ids whose tokens lie at one stride behind one address may start anywhere.
         """
         form, step = (self.src, self.src_step) if side == "src" else (self.dst, self.dst_step)
-        return step > 0 or any(len(_chain(form, part)) > 1 for part in form.parts)
+        chains = [_chain(form, part) for part in form.parts]
+        return step > 0 or any(len(chain) > 1 or chain[0].table for chain in chains)
 
     def runs(
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int
@@ -117,7 +119,7 @@ class CopyPlan:
         neighbours merged; negative ids are left out.
 
         Raises:
-            SlotError: an id past the end of its view, or a range past the list.
+            LayoutError, SlotError: as `runs.expand` says.
         """
         from .runs import expand
 
@@ -188,13 +190,14 @@ def _chain(form: Form, part: Part) -> Steps:
 
 
 def _largest_unit(src: Form, dst: Form, src_step: int, dst_step: int) -> int:
+    """The most tokens that can be moved at once; 0 where any number can."""
     largest = gcd(src_step, dst_step)
     for form in (src, dst):
         for part in form.parts:
             chain = _chain(form, part)
             if len(chain) > 1:
                 largest = gcd(largest, prod(step.extent for step in chain[1:]))
-    return largest or 1
+    return largest
 
 
 def _divisors(number: int) -> list[int]:
@@ -282,7 +285,7 @@ def _join(nests: list[_Open]) -> tuple[Nest, ...]:
         for n in nests
     )
     origins = [(n.src.table, n.src.offset, n.dst.table, n.dst.offset) for n in nests]
-    steps = {tuple(b - a for a, b in zip(x, y)) for x, y in zip(origins, origins[1:])}
+    steps = {tuple(b - a for a, b in zip(x, y, strict=True)) for x, y in pairwise(origins)}
     if not alike or len(steps) > 1:
         return tuple(_close(nest) for nest in nests)
     for step in steps:

@@ -12,16 +12,16 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from . import presets
 from .containers import Grid, tabulate, to_grid
 from .errors import DeviceMismatch, LayoutError
 from .extents import Sized, Values, declare, factor_extent, finish, solve
-from .form import Form, build_parts
+from .form import Form, build_parts, same_form
 from .layout import Factor, Group, Layout, parse
 
+_STRIDED = torch.strided
 _KNOWN_SHAPES = 256  # forms of single tensors that one reading remembers
 
 
@@ -29,12 +29,18 @@ class Facts(NamedTuple):
     """What a reading finds out about tensors; `KVView` documents each."""
 
     form: Form
-    addresses: npt.NDArray[np.int64]
+    origins: tuple[int, ...]
     owners: tuple[torch.Tensor, ...]
     slots: int
     device: torch.device
     requires_grad: bool
     spans: list[tuple[int, int]]
+
+
+#: `Facts` without names, whose making every call would pay for.
+Found = tuple[
+    Form, tuple[int, ...], tuple[torch.Tensor, ...], int, torch.device, bool, list[tuple[int, int]]
+]
 
 
 class _Known(NamedTuple):
@@ -60,8 +66,8 @@ class Reading:
         self.declared = declare(layout, extents)
         self._known: dict[tuple[Any, ...], _Known] = {}
 
-    def read(self, tensors: Any) -> Facts:
-        """Find form and addresses.
+    def read(self, tensors: Any) -> Found:
+        """Find form and addresses, in the order of `Facts`.
 
         Raises:
             LayoutError: tensors that contradict the layout or the extents.
@@ -69,20 +75,20 @@ class Reading:
         """
         if self.layout.containers or not isinstance(tensors, torch.Tensor):
             return self._read_all(tensors)
+        if tensors.layout is not _STRIDED:
+            return self._read_all(tensors)  # it has no address to look up, and is refused there
         address = tensors.data_ptr()
         # The storage offset tells whether the storage's base is as aligned as the address.
         key = (
-            tensors.shape, tensors.stride(), tensors.dtype, tensors.device, tensors.layout,
-            address & 15, tensors.storage_offset() & 15, tensors.is_cpu and tensors.is_pinned(),
+            tensors.shape, tensors.stride(), tensors.dtype, tensors.device, address & 15,
+            tensors.storage_offset() & 15, tensors.is_cpu and tensors.is_pinned(),
         )  # fmt: skip
         known = self._known.get(key)
         if known is None:
             return self._remember(key, self._read_all(tensors))
         form, slots, device, reach = known
-        return Facts(
-            form, np.array((address,), dtype=np.int64), (tensors,), slots, device,
-            tensors.requires_grad, [(address, address + reach)] if reach else [],
-        )  # fmt: skip
+        spans = [(address, address + reach)] if reach else []
+        return form, (address,), (tensors,), slots, device, tensors.requires_grad, spans
 
     def _remember(self, key: tuple[Any, ...], facts: Facts) -> Facts:
         if len(self._known) >= _KNOWN_SHAPES:
@@ -111,9 +117,10 @@ class Reading:
         parts = build_parts(layout, values, strides, itemsizes, table.steps)
         slots = values[0]["token"] * values[0].get("block", 1)
         grad = any(tensor.requires_grad for tensor in flat)
-        form = _form(layout, values, parts, picks, flat)
+        form = same_form(_form(layout, values, parts, picks, flat))
         spans = _spans(flat)
-        return Facts(form, table.addresses, table.owners, slots, device, grad, spans)
+        origins = tuple(table.addresses.tolist())
+        return Facts(form, origins, table.owners, slots, device, grad, spans)
 
 
 @lru_cache(maxsize=256)
@@ -240,13 +247,20 @@ def _form(
 
 
 def _spans(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    """Sorted, disjoint ranges of bytes from the first to past the last of the tensors."""
     found = set()
     for tensor in tensors:
         if tensor.numel():
             last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride()))
             first = tensor.data_ptr()
             found.add((first, first + (last + 1) * tensor.element_size()))
-    return sorted(found)
+    merged: list[tuple[int, int]] = []
+    for first, past in sorted(found):
+        if merged and first < merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(past, merged[-1][1]))
+        else:
+            merged.append((first, past))
+    return merged
 
 
 def _place(tensors: Sequence[torch.Tensor]) -> str:

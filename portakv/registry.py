@@ -69,6 +69,7 @@ class Registry:
                 )
             self._loaders[name] = _importer(target) if isinstance(target, str) else lambda: target
             self._choices.clear()
+            self._forget(name)  # somebody may have asked for it in vain
 
     def unregister(self, name: str) -> None:
         """Forget a backend that was registered; unknown and built-in names are errors."""
@@ -79,7 +80,10 @@ class Registry:
                 )
             del self._loaders[name]
             self._choices.clear()
-            self._known = {key: kept for key, kept in self._known.items() if key[0] != name}
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        self._known = {key: kept for key, kept in self._known.items() if key[0] != name}
 
     def names(self) -> list[str]:
         """Every candidate, in the order in which they are asked."""
@@ -223,10 +227,19 @@ def trace(device: torch.device | str) -> tuple[Decision, ...]:
 
 def _indexed(device: torch.device | str) -> torch.device:
     """The device with its index, so that ``cuda`` and ``cuda:0`` are one."""
-    device = torch.device(device)
-    if device.type == "cpu" or device.index is not None:
-        return torch.device(device.type) if device.type == "cpu" else device
-    return torch.device(device.type, torch.get_device_module(device).current_device())
+    try:
+        device = torch.device(device)
+        if device.type == "cpu":
+            return torch.device("cpu")
+        if device.index is not None:
+            return device
+        return torch.device(device.type, torch.get_device_module(device).current_device())
+    except (RuntimeError, TypeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise BackendUnavailable(
+            f"Device {str(device)!r} was asked for, but torch cannot use it here: {why} Pass a "
+            f"device that torch lists, such as 'cpu'."
+        ) from error
 
 
 def prepare(plan: CopyPlan, device: torch.device, choice: Choice) -> tuple[Launch, Choice]:
@@ -243,13 +256,8 @@ def prepare(plan: CopyPlan, device: torch.device, choice: Choice) -> tuple[Launc
     for name in names:
         backend, decision = REGISTRY.ask(name, device, check=True)
         if backend is not None:
-            decision = backend.check(plan)
-        if backend is not None and decision.accepted:
-            try:
-                launch = backend.prepare(plan)
-            except Unsupported as error:
-                decision = Decision(name, False, str(error))
-            else:
+            launch, decision = _prepare(backend, plan)
+            if launch is not None:
                 won = Decision(name, True, decision.reason)
                 return launch, Choice(
                     backend, (*refused, won), choice.forced, backend.capabilities()
@@ -258,3 +266,15 @@ def prepare(plan: CopyPlan, device: torch.device, choice: Choice) -> tuple[Launc
     lines = "\n".join(f"  {describe(d)}" for d in refused)
     forced = f"backend {choice.name!r} was forced and" if choice.forced else "no backend"
     raise Unsupported("This copy", f"{forced} does not take its plan:\n{lines}\n{plan}")
+
+
+def _prepare(backend: Backend, plan: CopyPlan) -> tuple[Launch | None, Decision]:
+    """The launch of one backend, or None and the reason."""
+    try:
+        decision = backend.check(plan)
+        return (backend.prepare(plan) if decision.accepted else None), decision
+    except Unsupported as error:
+        why = str(error)
+    except Exception as error:  # a compiler that fails must not take the other backends down
+        why = f"it failed to prepare: {type(error).__name__}: {error}"
+    return None, Decision(backend.name, False, why)

@@ -86,8 +86,7 @@ def _copy(backend: Backend, src: KVView, dst: KVView, src_step: int, dst_step: i
     launch = backend.prepare(plan)
     ids = Index(_SLOTS).placed(backend.capabilities(), backend.device)
     src_index, dst_index = (ids, Index()) if src_step else (Index(), ids)
-    status = torch.zeros(1, dtype=torch.int64)
-    pending = launch(src, dst, src_index, dst_index, len(_SLOTS), None, status)
+    pending = launch(src, dst, src_index, dst_index, len(_SLOTS), None, None)
     if pending is not None:
         pending.wait()
 

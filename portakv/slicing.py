@@ -7,33 +7,38 @@ form and with it one plan.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
+from typing import TypeVar
 
 import numpy as np
 
 from .errors import LayoutError
-from .form import PART_AXES, Form, Part, Step, Steps, locate
+from .form import PART_AXES, Form, Part, Step, Steps, locate, same_form
 from .reading import Facts
 
 Range = slice | int | None
+Entry = TypeVar("Entry")
 
 
 def slice_facts(facts: Facts, *, layers: Range, heads: Range, kv: Range) -> Facts:
     """Facts of the sliced view; raises `LayoutError` for ranges that cannot be cut out."""
-    form = facts.form
+    form, origins, owners = facts.form, facts.origins, facts.owners
     kv_range = _range("kv", kv, form.kv)
     layer_range = _range("layers", layers, form.layers)
     head_range = _range("heads", heads, form.heads)
-    parts = []
-    for part in (form.parts[k] for k in kv_range):
-        part = _cut(part, "layer", layer_range)
-        parts.append(_cut(part, "head", head_range))
-    kept, parts = _keep_entries(parts, len(facts.addresses))
-    addresses = facts.addresses[kept]
-    parts, shifts = _fold_origins(parts, len(addresses))
-    for entry, shift in shifts.items():
-        addresses[entry] += shift
+    if (len(kv_range), len(layer_range), len(head_range)) == (form.kv, form.layers, form.heads):
+        return facts
+    parts = [_cut(form.parts[k], "head", head_range) for k in kv_range]
+    fewer_layers = len(layer_range) < form.layers
+    alignment = _alignment(form.alignment, parts, fewer_layers)
+    if fewer_layers and _drift_apart(parts):
+        origins, owners = _repeat(origins, len(parts)), _repeat(owners, len(parts))
+        parts = _with_own_entries(parts)
+    parts = [_cut(part, "layer", layer_range) for part in parts]
+    kept, parts = _keep_entries(parts, len(origins))
+    parts, shifts = _fold_origins(parts, len(kept))
     sliced = Form(
         parts=tuple(parts),
         layers=len(layer_range),
@@ -41,11 +46,11 @@ def slice_facts(facts: Facts, *, layers: Range, heads: Range, kv: Range) -> Fact
         widths=tuple(form.widths[k] for k in kv_range),
         block_size=form.block_size,
         opaque=form.opaque,
-        alignment=_alignment(form) if any(shifts.values()) else form.alignment,
+        alignment=alignment,
         place=form.place,
     )
-    owners = tuple(facts.owners[i] for i in kept)
-    return facts._replace(form=sliced, addresses=addresses, owners=owners)
+    origins = tuple(origins[entry] + shifts.get(i, 0) for i, entry in enumerate(kept))
+    return facts._replace(form=same_form(sliced), origins=origins, owners=tuple(owners[i] for i in kept))
 
 
 def _range(name: str, asked: Range, extent: int) -> range:
@@ -103,14 +108,16 @@ def _keep_entries(parts: list[Part], entries: int) -> tuple[list[int], list[Part
 
     def renumber(steps: Steps) -> Steps:
         # A step of n entries now passes as many as are left of any n from the first on.
-        windows = [sum(entry < reached[0] + step.table for entry in reached) for step in steps]
-        return tuple(replace(step, table=n) for step, n in zip(steps, windows))
+        reach = [reached[0] + step.table for step in steps]
+        windows = [sum(entry < end for entry in reached) for end in reach]
+        return tuple(replace(step, table=n) for step, n in zip(steps, windows, strict=True))
 
-    kept = []
-    for part in parts:
-        walks = {name: renumber(part.axis(name)) for name in PART_AXES}
-        kept.append(replace(part, table=number[part.table], **walks))
-    return reached, kept
+    return reached, [_rewalk(part, number[part.table], renumber) for part in parts]
+
+
+def _rewalk(part: Part, table: int, change: Callable[[Steps], Steps]) -> Part:
+    axes = (part.layer, part.block, part.token, part.head, part.dim)
+    return Part(table, part.offset, *map(change, axes))
 
 
 def _entries(part: Part, entries: int) -> list[int]:
@@ -133,15 +140,35 @@ def _fold_origins(parts: list[Part], entries: int) -> tuple[list[Part], dict[int
         shift = parts[members[0]].offset
         for i in members:
             folded[i] = replace(parts[i], offset=parts[i].offset - shift)
-        shifts.update({e: shift for e in _entries(parts[members[0]], entries)})
+        shifts.update(dict.fromkeys(_entries(parts[members[0]], entries), shift))
     return folded, shifts
 
 
-def _alignment(form: Form) -> int:
-    """What the origins of all slices share, so that no slice has a form of its own."""
-    bits = form.alignment
-    for part in form.parts:
+def _drift_apart(parts: Sequence[Part]) -> bool:
+    """True where parts behind one address lie farther apart from layer to layer."""
+    shared = len({part.table for part in parts}) < len(parts)
+    return shared and len({part.layer for part in parts}) > 1
+
+
+def _with_own_entries(parts: Sequence[Part]) -> list[Part]:
+    """The parts, each with an entry of its own for every entry of the table before."""
+    n = len(parts)
+
+    def widened(steps: Steps) -> Steps:
+        return tuple(replace(step, table=step.table * n) for step in steps)
+
+    return [_rewalk(part, part.table * n + i, widened) for i, part in enumerate(parts)]
+
+
+def _repeat(entries: tuple[Entry, ...], times: int) -> tuple[Entry, ...]:
+    return tuple(entry for entry in entries for _ in range(times))
+
+
+def _alignment(known: int, parts: Sequence[Part], fewer_layers: bool) -> int:
+    """What the origins of such slices share at any layer, so that no layer has its own form."""
+    bits = known
+    for part in parts:
         bits |= part.offset
-        for step in part.layer + part.head:
+        for step in part.layer if fewer_layers else ():
             bits |= step.stride
     return min(16, bits & -bits)

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from .errors import LayoutError
-from .form import check_writable, locate
+from .form import locate
 from .layout import Layout
-from .reading import Facts, Reading, read_as
+from .reading import Facts, Found, Reading, read_as
 from .slicing import slice_facts
 
 
@@ -33,11 +34,11 @@ class KVView:
 
     Attributes:
         form: strides, widths, alignment and place.
-        addresses: int64 array, the table of addresses (one entry where all is strided).
+        origins: the addresses as integers (one where all is strided).
         owners: for each entry, the tensor whose storage it lies in.
         slots: tokens that can be addressed (blocks * block_size, or a chunk's tokens).
         device: where the tensors are.
-        spans: sorted ranges [first byte, past the last byte) that the tensors cover.
+        spans: sorted, disjoint ranges [first byte, past the last byte) that the tensors cover.
         kept: what backends derive from this view for a plan, kept as long as the view.
 
     Raises:
@@ -46,7 +47,7 @@ class KVView:
     """
 
     __slots__ = (
-        "_table", "_unwritable", "addresses", "device", "form", "kept", "layout", "owners",
+        "_table", "_unwritable", "device", "form", "kept", "layout", "origins", "owners",
         "requires_grad", "slots", "spans", "tensors",
     )  # fmt: skip
 
@@ -74,10 +75,10 @@ class KVView:
         view._set(reading.layout, tensors, reading.read(tensors))
         return view
 
-    def _set(self, layout: Layout, tensors: Any, facts: Facts) -> None:
+    def _set(self, layout: Layout, tensors: Any, facts: Found) -> None:
         self.layout, self.tensors = layout, tensors
         (
-            self.form, self.addresses, self.owners, self.slots, self.device, self.requires_grad,
+            self.form, self.origins, self.owners, self.slots, self.device, self.requires_grad,
             self.spans,
         ) = facts  # fmt: skip
         self._table: torch.Tensor | None = None
@@ -115,6 +116,11 @@ class KVView:
         return self.form.opaque
 
     @property
+    def addresses(self) -> npt.NDArray[np.int64]:
+        """The table of addresses as an int64 array on the host."""
+        return np.array(self.origins, dtype=np.int64)
+
+    @property
     def table(self) -> torch.Tensor:
         """The table of addresses on the view's device, int64; made once."""
         if self._table is None:
@@ -125,7 +131,9 @@ class KVView:
         """True where the two views' tensors share memory."""
         if self.device != other.device:
             return False
-        few, many = sorted((self.spans, other.spans), key=len)
+        few, many = self.spans, other.spans
+        if len(few) > len(many):
+            few, many = many, few
         for first, past in few:
             at = bisect_left(many, (past,))
             if at and many[at - 1][1] > first:
@@ -134,22 +142,18 @@ class KVView:
 
     def check_writable(self) -> None:
         """Raise `LayoutError` where this view cannot be a destination."""
-        if self._unwritable is None:
-            self._unwritable = self._why_unwritable()
-        if self._unwritable:
-            raise LayoutError(
-                f"The destination, {self.layout.text!r}, cannot be written: {self._unwritable}."
-            )
+        why = self._unwritable
+        if why is None:
+            why = self._unwritable = self._why_unwritable()
+        if why:
+            raise LayoutError(f"The destination, {self.layout.text!r}, cannot be written: {why}.")
 
     def _why_unwritable(self) -> str:
         if self.requires_grad:
             return "it requires grad; pass tensor.detach()"
-        why = check_writable(self.form)
-        if why is None and len(self.addresses) > 1:
-            origins = self.addresses.tolist()
-            if len(set(origins)) < len(origins):
-                why = "two of its planes lie at one address, so that one would overwrite the other"
-        return why or ""
+        if not self.form.unwritable and len(set(self.origins)) < len(self.origins):
+            return "two of its planes lie at one address, so that one would overwrite the other"
+        return self.form.unwritable
 
     def strided(
         self, entry: int, offset: int, dtype: torch.dtype, size: Sequence[int], stride: Sequence[int]
@@ -159,7 +163,7 @@ class KVView:
         ``size`` and ``stride`` count elements of ``dtype``. Copies nothing.
         """
         storage = self.owners[entry].untyped_storage()
-        start = int(self.addresses[entry]) + offset - storage.data_ptr()
+        start = self.origins[entry] + offset - storage.data_ptr()
         empty = torch.empty(0, dtype=dtype, device=self.device)
         return empty.set_(storage, start // dtype.itemsize, size, stride)  # type: ignore[call-overload, no-any-return]
 
@@ -212,6 +216,6 @@ class KVView:
 
     def _facts(self) -> Facts:
         return Facts(
-            self.form, self.addresses, self.owners, self.slots, self.device, self.requires_grad,
+            self.form, self.origins, self.owners, self.slots, self.device, self.requires_grad,
             self.spans,
         )  # fmt: skip

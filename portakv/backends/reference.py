@@ -98,6 +98,8 @@ class _NestCopy:
     def __call__(
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, units: int
     ) -> None:
+        # Torch refuses to index from a tensor into one that shares memory with it.
+        within = src.overlaps(dst)
         s = self.src.rows(src_index, units, src.device)
         d = self.dst.rows(dst_index, units, dst.device)
         for src_entry, dst_entry, picked in _by_entry(s, d):
@@ -105,7 +107,7 @@ class _NestCopy:
             targets = self.dst.tensors(dst, dst_entry, d, units)
             srows, drows = s.pick(picked, src.device), d.pick(picked, dst.device)
             for source, target in zip(sources, targets):
-                _copy(source, srows, target, drows)
+                _copy(source, srows, target, drows, within)
 
 
 def _move(at: tuple[int, ...], steps: list[tuple[int, int]]) -> tuple[int, int]:
@@ -117,11 +119,15 @@ def _copy(
     srows: torch.Tensor | None,
     target: torch.Tensor,
     drows: torch.Tensor | None,
+    within: bool,
 ) -> None:
-    if drows is None and srows is not None:
+    if drows is None and srows is not None and not within:
         torch.index_select(source, 0, srows, out=target)
         return
-    picked = source if srows is None else source.index_select(0, srows)
+    if srows is not None:
+        picked = source.index_select(0, srows)
+    else:
+        picked = source.clone() if within else source
     if drows is None:
         target.copy_(picked)
     else:
@@ -202,7 +208,9 @@ class _SideRows:
         kept = view.kept.get((self, entry))
         if kept is None:
             last = self._last_row(view.slots)
-            kept = view.kept[self, entry] = self._strided(view, entry, 0, last + 1, self.grain)
+            # One made in inference mode could not be written outside of it.
+            with torch.inference_mode(False):
+                kept = view.kept[self, entry] = self._strided(view, entry, 0, last + 1, self.grain)
         return kept
 
     def _strided(
@@ -226,7 +234,8 @@ def _by_entry(s: _Rows, d: _Rows) -> list[tuple[int, int, torch.Tensor | None]]:
     """Group positions by table entry on both sides: (src entry, dst entry, positions)."""
     if s.entries is None and d.entries is None:
         return [(0, 0, None)]
-    columns = [torch.zeros(1).long() if x.entries is None else x.entries.cpu() for x in (s, d)]
+    first = torch.zeros(1, dtype=torch.int64, device="cpu")
+    columns = [first if x.entries is None else x.entries.cpu() for x in (s, d)]
     pairs = torch.stack(torch.broadcast_tensors(*columns))
     found, group = pairs.unique(dim=1, return_inverse=True)
     return [

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The harness: variants in turns with `copy_` of the same bytes, every byte checked in the run.
+
+In each round every variant is called once, in an order that rotates, with the next memory object.
+A variant's ratio is the median over the rounds of the time of `copy_` / its own time, so that what
+slows the whole machine down slows both. Its bytes are checked before the rounds, for each memory
+object, and once behind them, the output poisoned each time.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+from .timers import Call, Sample, Timer
+
+#: A row whose p90 is above this many times its median is flagged as noisy.
+NOISY = 1.2
+_LEAST_ROUNDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way of moving the bytes.
+
+    Attributes:
+        labels: what identifies it in the results.
+        call: the timed call, with a memory object's number.
+        poison: overwrites what the call will write.
+        right: whether every byte landed, and none elsewhere.
+    """
+
+    labels: Mapping[str, Any]
+    call: Call
+    poison: Callable[[int], None]
+    right: Callable[[int], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What the rounds gave for one variant; times in microseconds."""
+
+    labels: Mapping[str, Any]
+    p10: float
+    p50: float
+    p90: float
+    ratio: float
+    ratio_p10: float
+    ratio_p90: float
+    host: float
+    rounds: int
+    hidden: bool
+    verified: bool
+
+    @property
+    def noisy(self) -> bool:
+        """True where the row is flagged: its spread is too wide to be quoted."""
+        return self.p90 > NOISY * self.p50
+
+
+def measure(
+    ceiling: Variant,
+    variants: Sequence[Variant],
+    timer: Timer,
+    *,
+    objects: int,
+    rounds: int,
+    seconds: float,
+) -> list[Measured]:
+    """Measure variants beside ``ceiling``, `copy_` of the same bytes; its row comes first.
+
+    Args:
+        objects: memory objects to take turns with.
+        rounds: how many rounds; fewer, but at least 5, where ``seconds`` are over first.
+    """
+    everyone = [ceiling, *variants]
+    verified = [all(_check(variant, i) for i in range(objects)) for variant in everyone]
+    settled = [timer.settle(variant.call, objects) for variant in everyone]
+    samples: list[list[Sample]] = [[] for _ in everyone]
+    began = perf_counter()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for n in range(rounds):
+            if n >= _LEAST_ROUNDS and perf_counter() - began > seconds:
+                break
+            for turn in range(len(everyone)):
+                v = (n + turn) % len(everyone)
+                i = (n + v) % objects  # never that of the call before
+                samples[v].append(timer.sample(everyone[v].call, i, settled[v]))
+    finally:
+        if collecting:
+            gc.enable()
+    verified = [known and _check(v, 0) for known, v in zip(verified, everyone, strict=True)]
+    return [
+        _summary(variant, own, samples[0], known)
+        for variant, own, known in zip(everyone, samples, verified, strict=True)
+    ]
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """The q-th quantile, linear between neighbours."""
+    ordered = sorted(values)
+    at = q * (len(ordered) - 1)
+    below = int(at)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (at - below) * (ordered[above] - ordered[below])
+
+
+def _check(variant: Variant, i: int) -> bool:
+    variant.poison(i)
+    variant.call(i)
+    return variant.right(i)
+
+
+def _summary(
+    variant: Variant, own: Sequence[Sample], ceiling: Sequence[Sample], verified: bool
+) -> Measured:
+    times = [sample.elapsed for sample in own]
+    ratios = [c.elapsed / s.elapsed for c, s in zip(ceiling, own, strict=True)]
+    return Measured(
+        labels=variant.labels,
+        p10=quantile(times, 0.1),
+        p50=quantile(times, 0.5),
+        p90=quantile(times, 0.9),
+        ratio=quantile(ratios, 0.5),
+        ratio_p10=quantile(ratios, 0.1),
+        ratio_p90=quantile(ratios, 0.9),
+        host=quantile([sample.host for sample in own], 0.5),
+        rounds=len(own),
+        hidden=all(sample.hidden for sample in own),
+        verified=verified,
+    )

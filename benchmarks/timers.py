@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timers: how long one call takes, on a CPU and on an accelerator.
+
+On an accelerator the L2 cache is flushed before each call, and a delay kernel stands before the
+first event: it outlasts the host's part of the call, so that the events see device time alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+
+Call = Callable[[int], object]  # takes the number of the memory object
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One timed call, in microseconds. ``hidden``: the host's part is not in ``elapsed``."""
+
+    elapsed: float
+    host: float
+    hidden: bool
+
+
+class Timer(Protocol):
+    """Times single calls."""
+
+    name: str
+
+    def settle(self, call: Call, objects: int) -> Any:
+        """Warm a call up; returns what `sample` wants to know about it."""
+
+    def sample(self, call: Call, i: int, settled: Any) -> Sample:
+        """Time one call with memory object ``i``."""
+
+
+class CpuTimer:
+    """`time.perf_counter` around a call: the host is the device."""
+
+    name = "perf_counter"
+
+    def settle(self, call: Call, objects: int) -> None:
+        """Call it with each memory object once."""
+        for i in range(objects):
+            call(i)
+
+    def sample(self, call: Call, i: int, settled: None) -> Sample:
+        """Time one call with memory object ``i``."""
+        start = perf_counter()
+        call(i)
+        elapsed = (perf_counter() - start) * 1e6
+        return Sample(elapsed, elapsed, True)
+
+
+class DeviceTimer:
+    """Device events, behind a flush of the L2 cache and a delay kernel."""
+
+    name = "device events, L2 flushed, delay kernel in front"
+
+    def __init__(self, device: torch.device) -> None:
+        self._module = torch.get_device_module(device)
+        self._sleep = getattr(self._module, "_sleep", None)
+        if self._sleep is None:
+            self.name = "device events, L2 flushed; no delay kernel on this device"
+        properties = self._module.get_device_properties(device)
+        flushed = 2 * (getattr(properties, "L2_cache_size", 0) or 128 << 20)
+        self._flush = torch.empty(flushed // 8, dtype=torch.int64, device=device)
+        self._cycles_per_us = self._calibrate() if self._sleep else 0.0
+
+    def settle(self, call: Call, objects: int) -> float:
+        """Call it with each memory object; returns the delay in microseconds that hides it."""
+        for i in range(objects):
+            call(i)
+        hosts = []
+        for n in range(5):
+            self._module.synchronize()
+            start = perf_counter()
+            call(n % objects)
+            hosts.append((perf_counter() - start) * 1e6)
+        self._module.synchronize()
+        return 2 * median(hosts) + 50
+
+    def sample(self, call: Call, i: int, settled: float) -> Sample:
+        """Time one call with memory object ``i``."""
+        first, last = (self._module.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        if self._sleep:
+            self._sleep(int(settled * self._cycles_per_us))
+        began = perf_counter()
+        first.record()
+        start = perf_counter()
+        call(i)
+        host = (perf_counter() - start) * 1e6
+        last.record()
+        issued = (perf_counter() - began) * 1e6
+        self._module.synchronize()
+        return Sample(first.elapsed_time(last) * 1e3, host, bool(self._sleep) and issued < settled)
+
+    def _calibrate(self) -> float:
+        """Clock cycles of the delay kernel in a microsecond."""
+        assert self._sleep is not None
+        cycles = 2_000_000
+        rates: list[float] = []
+        for _ in range(5):
+            first, last = (self._module.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            self._sleep(cycles)
+            last.record()
+            self._module.synchronize()
+            rates.append(cycles / (first.elapsed_time(last) * 1e3))
+        return max(rates)
+
+
+def timer_for(device: torch.device) -> Timer:
+    """The timer of a device."""
+    return CpuTimer() if device.type == "cpu" else DeviceTimer(device)

@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one kernel family of PortaKV: copy rows between two views under an index on either side.
+//
+// One thread moves one vector. blockIdx.x walks through the vectors of a plane in copy order,
+// blockIdx.y through the planes. Everything that a model fixes (vector width, run, loop extents,
+// index types, how a block is split) is a template parameter, so that division is by constants and
+// nothing loops; everything that a request changes (addresses, strides, counts) is an argument.
+//
+// Raw pointers and integers only: this text builds under NVRTC, nvcc, hipRTC and hipcc. No cache
+// hints: on an H200 every one of them cost bandwidth (docs/benchmarks.md).
+#pragma once
+
+// Arguments stay in constant memory where the compiler has a word for it.
+#if defined(__CUDACC_RTC__) || defined(__NVCC__)
+#define PORTAKV_CONSTANT __grid_constant__
+#else
+#define PORTAKV_CONSTANT
+#endif
+
+namespace portakv {
+
+typedef long long i64;
+typedef unsigned long long u64;
+
+// 16 bytes as one access; the others are plain integers.
+struct alignas(16) Wide { unsigned int part[4]; };
+template <int Bytes> struct Vector;
+template <> struct Vector<16> { typedef Wide type; };
+template <> struct Vector<8> { typedef u64 type; };
+template <> struct Vector<4> { typedef unsigned int type; };
+template <> struct Vector<2> { typedef unsigned short type; };
+template <> struct Vector<1> { typedef unsigned char type; };
+
+// One step of a loop: entries of the address table, and bytes.
+struct Step { i64 table, stride; };
+
+// What a request fixes about one side.
+struct Side {
+    i64 base;           // origin: an address, or bytes behind the table's addresses
+    const i64* table;   // addresses, where the shape says UNITS
+    const void* ids;    // int32 or int64, where the shape says that there are any
+    i64 wide;           // ids are int64
+    i64 first;          // number of the unit at position 0 (of its id, where there are ids)
+    i64 limit;          // units in the view: ids past it move nothing
+    Step units[3];      // how the number of a unit walks, outermost first
+    Step outer[4];      // how planes walk
+    i64 inner[6];       // bytes of the loops inside a unit
+};
+
+struct Copy {
+    Side src, dst;
+    unsigned units;     // units in this launch
+    unsigned start;     // the first of them, for launches that were split
+    unsigned unit;      // tokens of a unit, to name a bad position
+    unsigned ahead;     // vectors to prefetch ahead in copy order; 0: none
+    volatile i64* status;
+};
+
+template <unsigned... E> struct Extents {
+    static constexpr int count = sizeof...(E);
+    static constexpr unsigned product = (1u * ... * E);
+};
+
+// How a side finds the address of a plane.
+enum Table {
+    NONE,    // one address, all else is strides
+    PLANES,  // an entry for each plane, in the arguments: read from constant memory
+    UNITS    // entries in device memory, also chosen by the number of a unit
+};
+
+// Ids: there is an index. PerId: units of one id. Entries: of the table, where it is PLANES.
+// Bounded: extents of the split number.
+template <bool Ids, unsigned PerId, int Kind, unsigned Entries, class Bounded> struct SideShape {
+    static constexpr bool ids = Ids;
+    static constexpr unsigned per_id = PerId;
+    static constexpr int kind = Kind;
+    static constexpr unsigned entries = Entries;
+    typedef Bounded bounded;
+};
+
+// The argument, with the tables that travel in it behind.
+template <class Src, class Dst> struct CopyOf : Copy {
+    i64 src_table[Src::entries ? Src::entries : 1];
+    i64 dst_table[Dst::entries ? Dst::entries : 1];
+};
+
+// Walk a number through loops of constant extents, innermost last.
+template <unsigned... E> struct Walk;
+template <> struct Walk<> {
+    static __device__ __forceinline__ i64 bytes(unsigned, const i64*) { return 0; }
+    static __device__ __forceinline__ i64 steps(unsigned at, const Step* step, i64& entry) {
+        entry += at * step[0].table;
+        return at * step[0].stride;
+    }
+    static __device__ __forceinline__ i64 bounded(unsigned, const Step*, i64&) { return 0; }
+};
+template <unsigned First, unsigned... Rest> struct Walk<First, Rest...> {
+    static constexpr unsigned below = Extents<Rest...>::product;
+    static __device__ __forceinline__ i64 bytes(unsigned at, const i64* stride) {
+        return (i64)(at / below) * stride[0] + Walk<Rest...>::bytes(at % below, stride + 1);
+    }
+    // The unbounded step stands first: step[0] takes what the bounded ones leave.
+    static __device__ __forceinline__ i64 steps(unsigned at, const Step* step, i64& entry) {
+        constexpr unsigned all = First * below;
+        const unsigned outermost = at / all;
+        entry += outermost * step[0].table;
+        return outermost * step[0].stride + bounded(at % all, step + 1, entry);
+    }
+    static __device__ __forceinline__ i64 bounded(unsigned at, const Step* step, i64& entry) {
+        const unsigned here = at / below;
+        entry += here * step[0].table;
+        return here * step[0].stride + Walk<Rest...>::bounded(at % below, step + 1, entry);
+    }
+};
+template <class E> struct WalkOf;
+template <unsigned... E> struct WalkOf<Extents<E...>> { typedef Walk<E...> type; };
+
+// The number of a unit on one side: false where it is skipped or past the end (then `bad`).
+template <class Shape>
+__device__ __forceinline__ bool number_of(const Side& side, unsigned unit, unsigned& number, bool& bad) {
+    if constexpr (!Shape::ids) {
+        number = (unsigned)(side.first + unit);
+        return true;
+    } else {
+        const i64 at = side.first + unit;
+        const i64 slot = Shape::per_id == 1 ? at : at / Shape::per_id;
+        const i64 id = side.wide ? ((const i64*)side.ids)[slot] : ((const int*)side.ids)[slot];
+        if (id < 0) return false;
+        // Compared before it is multiplied: no id, however wild, can overflow.
+        if (id >= side.limit / Shape::per_id + 1) { bad = true; return false; }
+        const i64 found = Shape::per_id == 1 ? id : id * Shape::per_id + at % Shape::per_id;
+        if (found >= side.limit) { bad = true; return false; }
+        number = (unsigned)found;
+        return true;
+    }
+}
+
+template <class Shape, class Outer, class Inner>
+__device__ __forceinline__ char* address_of(
+    const Side& side, const i64* table, unsigned number, unsigned plane, unsigned piece) {
+    i64 entry = 0, none = 0;
+    i64 bytes = WalkOf<typename Shape::bounded>::type::steps(
+        number, side.units, Shape::kind == UNITS ? entry : none);
+    bytes += WalkOf<Outer>::type::bounded(plane, side.outer, entry);
+    bytes += WalkOf<Inner>::type::bytes(piece, side.inner);
+    if constexpr (Shape::kind == PLANES) bytes += table[entry];
+    if constexpr (Shape::kind == UNITS) bytes += side.table[entry];
+    return (char*)(side.base + bytes);
+}
+
+// Both addresses of a piece of a unit; false where it is not moved. A bad id is reported once.
+template <class Outer, class Inner, class Src, class Dst>
+__device__ __forceinline__ bool both_addresses(
+    const CopyOf<Src, Dst>& copy, unsigned unit, unsigned plane, unsigned piece, bool reports,
+    char*& src, char*& dst) {
+    unsigned from, to;
+    bool bad = false;
+    const bool read = number_of<Src>(copy.src, unit, from, bad);
+    const bool write = number_of<Dst>(copy.dst, unit, to, bad);
+    if (bad && reports && plane == 0 && copy.status) *copy.status = (i64)unit * copy.unit + 1;
+    if (bad || !read || !write) return false;
+    src = address_of<Src, Outer, Inner>(copy.src, copy.src_table, from, plane, piece);
+    dst = address_of<Dst, Outer, Inner>(copy.dst, copy.dst_table, to, plane, piece);
+    return true;
+}
+
+__device__ __forceinline__ void prefetch(const void* address) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#else
+    (void)address;
+#endif
+}
+
+template <int Bytes, unsigned Run, class Inner, class Outer, class Src, class Dst>
+__device__ __forceinline__ void copy_rows(const CopyOf<Src, Dst>& copy) {
+    constexpr unsigned row = Inner::product * Run;  // vectors of one unit in one plane
+    typedef typename Vector<Bytes>::type V;
+    const unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
+    const unsigned plane = blockIdx.y;
+    const unsigned all = copy.units * row;
+    if (at >= all) return;
+    if (copy.ahead && at * Bytes % 128 < Bytes) {
+        // A lane for each 128-byte line; past the end of a plane lies the next one.
+        unsigned later = at + copy.ahead, next = plane;
+        if (later >= all) { later -= all; next += 1; }
+        unsigned number;
+        bool bad = false;
+        if (later < all && next < gridDim.y
+            && number_of<Src>(copy.src, copy.start + later / row, number, bad)) {
+            const unsigned in = later % row;
+            prefetch(address_of<Src, Outer, Inner>(copy.src, copy.src_table, number, next, in / Run)
+                     + (i64)(in % Run) * Bytes);
+        }
+    }
+    const unsigned in = at % row;
+    char *src, *dst;
+    if (!both_addresses<Outer, Inner>(copy, copy.start + at / row, plane, in / Run, in == 0, src, dst))
+        return;
+    const i64 byte = (i64)(in % Run) * Bytes;
+#if defined(__CUDA_ARCH__)
+    // Addresses come from integers; told that they are global, the compiler takes the direct path.
+    __builtin_assume(__isGlobal(src));
+    __builtin_assume(__isGlobal(dst));
+#endif
+    *(V*)(dst + byte) = *(const V*)(src + byte);
+}
+
+}  // namespace portakv

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A private cache on disk for compiled kernels.
+
+Entries carry their own checksum and are rebuilt when corrupt. Writing is atomic, so that any number
+of processes may race. A missing, unwritable or foreign directory is no error: kernels are then
+compiled in each process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+ENVIRONMENT = "PORTAKV_CACHE_DIR"
+
+
+def directory() -> Path:
+    """Where compiled kernels are kept: ``PORTAKV_CACHE_DIR``, else the user's cache folder."""
+    named = os.environ.get(ENVIRONMENT)
+    if named:
+        return Path(named)
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(home) / "portakv"
+
+
+def cached(parts: tuple[str, ...], build: Callable[[], bytes]) -> bytes:
+    """The binary for a key, from disk or built and kept.
+
+    Args:
+        parts: everything that decides the binary: source, flags, architecture, compiler version.
+        build: makes it; its errors pass through.
+    """
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    path = directory() / name
+    kept = _read(path)
+    if kept is not None:
+        return kept
+    binary = build()
+    with suppress(OSError):
+        _write(path, binary)
+    return binary
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        if not _private(path.parent):
+            return None
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, binary = content[:32], content[32:]
+    return binary if binary and hashlib.sha256(binary).digest() == digest else None
+
+
+def _write(path: Path, binary: bytes) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _private(path.parent):
+        return
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.sha256(binary).digest() + binary)
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _private(folder: Path) -> bool:
+    """True where nobody else can put a kernel into the folder."""
+    status = folder.stat()
+    mine = not hasattr(os, "getuid") or status.st_uid == os.getuid()
+    return mine and not stat.S_IMODE(status.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)

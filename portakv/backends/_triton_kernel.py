@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one Triton kernel: a nest of a plan, copied vector by vector. Imports triton.
+
+A program moves ``TILE`` vectors of one plane: axis 0 of the grid walks through the vectors of a
+plane in copy order, axis 1 through the planes. Extents and widths, which a model fixes, are
+constants, so that division is by constants and nothing loops at run time; addresses, strides and
+counts, which a request changes, are arguments. Addresses are plain int64, so that the kernel is
+the same on a device and, under Triton's interpreter, on the host.
+
+No cache hints: on an H200 every one of them cost bandwidth (docs/benchmarks.md).
+"""
+
+# Triton reads annotations itself, so they are not postponed here.
+# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def walk(number, start, steps, EXTENTS: tl.constexpr, UNBOUNDED: tl.constexpr):
+    """``start`` moved by a number written in positional notation, innermost extent last.
+
+    With ``UNBOUNDED`` 1 a step without an extent stands first and takes what the others leave.
+    """
+    place = start
+    for back in tl.static_range(1, len(EXTENTS) + 1):
+        digit = number % EXTENTS[len(EXTENTS) - back]
+        place += digit.to(tl.int64) * steps[UNBOUNDED + len(EXTENTS) - back]
+        number = number // EXTENTS[len(EXTENTS) - back]
+    if UNBOUNDED == 1:
+        place += number.to(tl.int64) * steps[0]
+    return place
+
+
+@triton.jit
+def find_units(at, inside, side, PER_ID: tl.constexpr):
+    """Where units lie on one side: (number, whether it is moved, whether its id is past the end).
+
+    ``PER_ID`` is the units of one id, 0 for a side without ids.
+    """
+    number = at + side.first
+    moved = inside
+    past = inside & (number < 0)
+    if PER_ID > 0:
+        slot = number // PER_ID
+        # Two loads of which one is masked off: choosing by a constant would compile twice.
+        wide = tl.load(
+            side.ids.to(tl.pointer_type(tl.int64)) + slot, mask=inside & (side.wide != 0), other=0
+        )
+        narrow = tl.load(
+            side.ids.to(tl.pointer_type(tl.int32)) + slot, mask=inside & (side.wide == 0), other=0
+        )
+        found = wide + narrow.to(tl.int64)
+        # Compared before it is multiplied: no id, however wild, can overflow.
+        near = (found >= 0) & (found < side.most)
+        number = tl.where(near, found, 0) * PER_ID + number % PER_ID
+        moved = inside & near & (number < side.limit)
+        past = inside & (found >= 0) & (~near | (number >= side.limit))
+    return number, moved, past
+
+
+@triton.jit
+def find_bytes(
+    number, plane, piece, moved, side,
+    UNITS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    TABLE: tl.constexpr, UNIT_ENTRIES: tl.constexpr, OUTER_ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """The address of each run of a tile, int64.
+
+    ``TABLE``: 0 where one address is the base of all, 1 where each plane looks one up, 2 where
+    each unit does, too.
+    """
+    address = walk(plane, side.base, side.outer, OUTER, 0)
+    if TABLE > 0:
+        entry = walk(plane, plane.to(tl.int64) * 0, OUTER_ENTRIES, OUTER, 0)
+        if TABLE == 2:
+            entry = walk(number, entry, UNIT_ENTRIES, UNITS, 1)
+            address += tl.load(side.table.to(tl.pointer_type(tl.int64)) + entry, mask=moved, other=0)
+        else:
+            address += tl.load(side.table.to(tl.pointer_type(tl.int64)) + entry)
+    address = walk(number, address, side.units, UNITS, 1)
+    return walk(piece, address, side.inner, INNER, 0)
+
+
+@triton.jit
+def to_pointers(address, VECTOR: tl.constexpr, ELEMENT: tl.constexpr, LANES: tl.constexpr):
+    """Pointers to the elements of each vector: ``[TILE, LANES]``."""
+    # Nothing tells Triton that what came from a table is aligned; the plan knows.
+    pointers = tl.multiple_of(address, VECTOR).to(tl.pointer_type(ELEMENT))
+    return pointers[:, None] + tl.arange(0, LANES)[None, :]
+
+
+@triton.jit
+def copy_rows(
+    src, dst, units, start, tokens, status,
+    VECTOR: tl.constexpr, ELEMENT: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    RUN: tl.constexpr, ROW: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    SRC_PER_ID: tl.constexpr, SRC_UNITS: tl.constexpr, SRC_TABLE: tl.constexpr,
+    SRC_UNIT_ENTRIES: tl.constexpr, SRC_OUTER_ENTRIES: tl.constexpr,
+    DST_PER_ID: tl.constexpr, DST_UNITS: tl.constexpr, DST_TABLE: tl.constexpr,
+    DST_UNIT_ENTRIES: tl.constexpr, DST_OUTER_ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """Copy ``units`` units of one nest, from unit ``start`` on, in all planes.
+
+    ``src`` and ``dst`` are `portakv.backends.triton.SideArguments`. ``tokens`` of a unit name the
+    position of a bad id, which goes to the word at ``status`` (0: nowhere). A vector is ``LANES``
+    elements of ``ELEMENT``; ``RUN`` and ``ROW`` count vectors: contiguous ones, and those of one
+    unit in one plane.
+    """
+    plane = tl.program_id(1)
+    at = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    inside = at < units * ROW
+    unit = start + at // ROW
+    within = at % ROW
+    src_number, src_moved, src_past = find_units(unit, inside, src, SRC_PER_ID)
+    dst_number, dst_moved, dst_past = find_units(unit, inside, dst, DST_PER_ID)
+    if SRC_PER_ID + DST_PER_ID > 0:
+        reports = (src_past | dst_past) & (within == 0) & (plane == 0) & (status != 0)
+        word = (status + unit * 0).to(tl.pointer_type(tl.int64))
+        tl.store(word, unit * tokens + 1, mask=reports)
+    moved = src_moved & dst_moved
+    piece = within // RUN
+    source = find_bytes(
+        src_number, plane, piece, moved, src,
+        SRC_UNITS, OUTER, INNER, SRC_TABLE, SRC_UNIT_ENTRIES, SRC_OUTER_ENTRIES,
+    )  # fmt: skip
+    target = find_bytes(
+        dst_number, plane, piece, moved, dst,
+        DST_UNITS, OUTER, INNER, DST_TABLE, DST_UNIT_ENTRIES, DST_OUTER_ENTRIES,
+    )  # fmt: skip
+    byte = (within % RUN).to(tl.int64) * VECTOR
+    vectors = tl.load(to_pointers(source + byte, VECTOR, ELEMENT, LANES), mask=moved[:, None])
+    tl.store(to_pointers(target + byte, VECTOR, ELEMENT, LANES), vectors, mask=moved[:, None])

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`cuda`: the hand-written row kernel, compiled at run time by NVRTC, launched by the driver API."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import Unsupported
+from ..plan import CopyPlan
+from . import _nvrtc
+from ._rows_kernel import NAME, BulkShape, RowsKernel
+from .base import Backend, Capabilities, Decision, Launch
+
+if TYPE_CHECKING:
+    from ..index import Index
+    from ..view import KVView
+
+_THREADS = 128
+_RING_BLOCKS = 6  # of one warp, for each processor: together they fill its shared memory
+_DRIVER = 13000  # CUDA 13: what NVRTC 13's machine code and cuda-bindings 13 need
+
+
+class Cuda(Backend):
+    """The CUDA kernel of ``native/cuda`` on NVIDIA devices."""
+
+    name = "cuda"
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        major, minor = torch.cuda.get_device_capability(device)
+        self._capability = 10 * major + minor
+        self._functions: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def probe(cls, device: torch.device) -> Decision:
+        if device.type != "cuda":
+            return Decision(cls.name, False, f"it runs on cuda devices, not on {device.type}")
+        if torch.version.hip is not None:
+            return Decision(cls.name, False, "this torch is built for ROCm, not for CUDA")
+        why = _nvrtc.missing()
+        if why is not None:
+            return Decision(cls.name, False, why)
+        from cuda.bindings import driver
+
+        _, found = driver.cuDriverGetVersion()
+        if found < _DRIVER:
+            return Decision(
+                cls.name,
+                False,
+                f"the driver supports CUDA {found // 1000}.{found % 1000 // 10}, but 13.0 is "
+                f"needed; update the driver",
+            )
+        return Decision(cls.name, True, f"NVRTC {_nvrtc.nvrtc_version()} compiles its kernel")
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            places=frozenset({("device", "device")}),
+            skips_negative=True,
+            guards=True,
+            capturable=True,
+        )
+
+    def prepare(self, plan: CopyPlan) -> Launch:
+        if not self._functions and _capturing():
+            raise Unsupported(
+                "Preparing a copy inside graph capture",
+                "its kernel has to be loaded first; make the same call once before the capture",
+            )
+        kernels = [RowsKernel(nest, plan) for nest in plan.nests]
+        functions = [self._function(kernel.source) for kernel in kernels]
+        rings = [self._ring(kernel) for kernel in kernels]
+        return _CudaLaunch(plan.unit, kernels, functions, rings, self.device)
+
+    def _ring(self, kernel: RowsKernel) -> tuple[Any, BulkShape] | None:
+        shape = kernel.bulk if self._capability >= 90 else None
+        return None if shape is None else (self._function(shape.source), shape)
+
+    def _function(self, source: str) -> Any:
+        """The loaded kernel; compiled, or read from the cache on disk, at most once."""
+        with self._lock:
+            found = self._functions.get(source)
+            if found is None:
+                binary = _nvrtc.compile_kernel(source, self._capability)
+                found = self._functions[source] = _load(binary, self.device)
+            return found
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
+def _load(binary: bytes, device: torch.device) -> Any:
+    from cuda.bindings import driver
+
+    with torch.cuda.device(device):
+        torch.cuda.current_stream(device)  # a context, before anything is loaded into it
+        torch._C._cuda_setDevice(device.index)
+        error, library = driver.cuLibraryLoadData(binary, [], [], 0, [], [], 0)
+        _check(error, "Loading the kernel")
+        error, kernel = driver.cuLibraryGetKernel(library, NAME.encode())
+        _check(error, "Finding the kernel")
+        # Modules load lazily; a first launch inside a capture must not have to.
+        error, function = driver.cuKernelGetFunction(kernel)
+        _check(error, "Making the kernel resident")
+    return function
+
+
+def _check(error: Any, what: str) -> None:
+    if int(error):
+        raise RuntimeError(f"{what} failed: {error!s}; the copy was not made.")
+
+
+class _Arguments(threading.local):
+    """One buffer for each thread, so that a launch can be called from several at once."""
+
+    def __init__(self, kernels: list[RowsKernel], device: torch.device) -> None:
+        with torch.cuda.device(device):
+            torch._C._cuda_setDevice(device.index)  # a new thread has no context yet
+        self.buffers = [kernel.fresh_arguments() for kernel in kernels]
+        owned = [(ctypes.c_char * len(buffer)).from_buffer(buffer) for buffer in self.buffers]
+        self._pointers = [(ctypes.c_void_p * 1)(ctypes.addressof(one)) for one in owned]
+        self._owned = owned
+        self.addresses = [ctypes.addressof(pointer) for pointer in self._pointers]
+
+
+class _CudaLaunch:
+    def __init__(
+        self,
+        unit: int,
+        kernels: list[RowsKernel],
+        functions: list[Any],
+        rings: list[tuple[Any, BulkShape] | None],
+        device: torch.device,
+    ) -> None:
+        from cuda.bindings import driver
+
+        self._launch = driver.cuLaunchKernel
+        self._streams: dict[int, Any] = {}
+        self._make_stream = driver.CUstream
+        self._unit, self._kernels, self._functions = unit, kernels, functions
+        self._rings, self._device, self._index = rings, device, device.index
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._blocks = processors * _RING_BLOCKS
+        self._arguments = _Arguments(kernels, device)
+        self._process = os.getpid()
+
+    def __call__(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+    ) -> None:
+        if os.getpid() != self._process:
+            raise Unsupported(
+                "Launching in a forked process", "CUDA does not survive fork; start it by spawn"
+            )
+        if torch._C._cuda_getDevice() != self._index:
+            with torch.cuda.device(self._device):
+                self._run(src, dst, src_index, dst_index, count, stream, status)
+            return
+        self._run(src, dst, src_index, dst_index, count, stream, status)
+
+    def _run(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+    ) -> None:
+        raw = torch._C._cuda_getCurrentRawStream(self._index) if stream is None else _raw(stream)
+        handle = self._streams.get(raw)
+        if handle is None:
+            handle = self._streams[raw] = self._make_stream(raw)
+        units = count // self._unit
+        word = 0 if status is None else status.data_ptr()
+        arguments = self._arguments
+        for at, kernel in enumerate(self._kernels):
+            buffer = arguments.buffers[at]
+            ahead = prefetch_distance(kernel, units)
+            kernel.pack(buffer, src, dst, src_index, dst_index, word, ahead)
+            ring = self._rings[at]
+            if ring is not None and os.environ.get("PKV_RING"):
+                function, shape = ring
+                kernel.pack_span(buffer, 0, units)
+                blocks = min(self._blocks, -(-units * shape.pieces // shape.per_tile))
+                (error,) = self._launch(
+                    function, blocks, 1, 1, 32, 1, 1, 0, handle, arguments.addresses[at], 0
+                )
+                if error:
+                    _check(error, "The launch")
+                continue
+            for start, span in kernel.spans(units):
+                kernel.pack_span(buffer, start, span)
+                blocks = -(-span * kernel.row // _THREADS)
+                (error,) = self._launch(
+                    self._functions[at], blocks, kernel.planes, 1, _THREADS, 1, 1, 0, handle,
+                    arguments.addresses[at], 0,
+                )  # fmt: skip
+                if error:
+                    _check(error, "The launch")
+
+
+def _raw(stream: torch.Stream) -> int:
+    """The driver's handle of a torch stream."""
+    own = getattr(stream, "cuda_stream", None)
+    if own is not None:
+        return int(own)
+    same = torch.cuda.Stream(
+        stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type
+    )
+    return int(same.cuda_stream)
+
+
+def prefetch_distance(kernel: RowsKernel, units: int) -> int:
+    """Vectors to prefetch ahead in copy order."""
+    return int(os.environ.get("PKV_AHEAD", "0")) // kernel.vector

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`portakv layouts`: the presets, and one layout with its picture."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from portakv.console import Column, print_json, print_prose, print_table
+from portakv.picture import draw
+from portakv.presets import PRESETS, Preset, resolve
+
+
+def add_to(verbs: Any) -> None:
+    """Add the verb."""
+    parser = verbs.add_parser(
+        "layouts",
+        help="the named layouts; with a name, its string, note and picture",
+        description="Without a name, prints every preset. With one, prints what is known of it and "
+        "how its tensors are read. A layout string gets its picture too.",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a preset or a layout string")
+    parser.add_argument("--json", action="store_true", help="print one JSON value")
+    parser.set_defaults(run=run)
+
+
+def run(asked: argparse.Namespace) -> int:
+    """Print the table, or one layout."""
+    if asked.name is not None:
+        return _run_one(asked.name, asked.json)
+    if asked.json:
+        print_json({"layouts": [_facts(preset) for preset in PRESETS.values()]})
+        return 0
+    columns = [Column("name", whole=True), Column("layout"), Column("engine")]
+    columns.append(Column("releases", whole=True))
+    rows = [[p.name, p.layout, p.engine, p.releases] for p in PRESETS.values()]
+    print_table(columns, rows)
+    print()
+    print_prose(
+        f"{len(rows)} layouts. `portakv layouts NAME` prints one with its note and picture."
+    )
+    return 0
+
+
+def _run_one(name: str, json: bool) -> int:
+    text, _ = resolve(name)
+    preset = PRESETS.get(name.strip()) or Preset("", text, "")
+    facts = _facts(preset)
+    facts["picture"] = draw(text)
+    facts["same_layout"] = [
+        p.name for p in PRESETS.values() if p.layout == text and p.name != preset.name
+    ]
+    if json:
+        print_json(facts)
+        return 0
+    rows = [[key, value] for key, value in _described(preset, facts["same_layout"]) if value]
+    head = ("name", preset.name) if preset.name else ("string", text)
+    print_table([Column(head[0], whole=True), Column(head[1])], rows)
+    print(f"\n{facts['picture']}")
+    return 0
+
+
+def _described(preset: Preset, same_layout: list[str]) -> list[tuple[str, str]]:
+    return [
+        ("string", preset.layout if preset.name else ""),
+        ("engine", preset.engine),
+        ("releases", preset.releases),
+        ("extents", _written(preset.extents)),
+        ("note", preset.note),
+        ("same string", ", ".join(same_layout)),
+    ]
+
+
+def _written(extents: Mapping[str, Any]) -> str:
+    """Extents as a caller writes them: ``kv=2, dim=(128, 4)``."""
+    return ", ".join(f"{name}={value}" for name, value in extents.items())
+
+
+def _facts(preset: Preset) -> dict[str, Any]:
+    """A preset as JSON."""
+    extents = {k: list(v) if isinstance(v, tuple) else v for k, v in preset.extents.items()}
+    return {
+        "name": preset.name or None,
+        "layout": preset.layout,
+        "engine": preset.engine,
+        "releases": preset.releases,
+        "extents": extents,
+        "note": preset.note,
+    }

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two sides of a copy that is explained: example views of two layouts with equal extents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from portakv.errors import LayoutError, PortaKVError
+from portakv.example import example_tensors
+from portakv.layout import Layout, parse
+from portakv.presets import resolve
+from portakv.reading import read_as
+from portakv.view import KVView
+
+# What an axis has where nobody says otherwise, and what it has where a side does not write it.
+LAYERS, KV, HEADS, DIM, BLOCK_SIZE, TOKENS = 32, 2, 32, 128, 16, 128
+LATENT_DIM = 576  # of a row that is neither key nor value, as MLA stores it
+
+
+@dataclass(frozen=True, slots=True)
+class Extents:
+    """What the user said of both sides; None: not said.
+
+    ``block_size`` holds one number for each side; ``dim`` one for each kv, or one for all.
+    """
+
+    layers: int | None = None
+    kv: int | None = None
+    heads: int | None = None
+    dim: tuple[int, ...] | None = None
+    block_size: tuple[int, int] = (BLOCK_SIZE, BLOCK_SIZE)
+    blocks: int | None = None
+    tokens: int = TOKENS
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One side: what was asked, its layout and a view of example tensors.
+
+    ``step`` is tokens for each id of its index; 0: consecutive tokens, no ids.
+    """
+
+    asked: str
+    layout: Layout
+    view: KVView
+    step: int
+
+
+def make_sides(
+    asked: tuple[str, str],
+    said: Extents,
+    device: torch.device,
+    steps: tuple[int | None, int | None],
+    whole_blocks: bool,
+) -> tuple[Side, Side]:
+    """Example views of two layouts.
+
+    Args:
+        asked: layout strings or presets, source first.
+        said: extents; what is not said is filled in alike on both sides.
+        device: where the tensors are made. They are not written to.
+        steps: for each side tokens for each id; None: as ``whole_blocks`` says.
+        whole_blocks: paged sides take block ids; else a slot for each token.
+
+    Raises:
+        LayoutError: a layout that cannot be parsed or does not have such extents.
+        PortaKVError: tensors that cannot be made.
+    """
+    resolved = [resolve(text) for text in asked]
+    layouts = [parse(text) for text, _ in resolved]
+    always: dict[str, Any] = {}
+    for _, extents in resolved:
+        always |= extents
+    declared = _declared(layouts, said, always)
+    # The presets that fix a width count bytes: their rows mix dtypes.
+    dtype = said.dtype or (torch.uint8 if "dim" in always else torch.float16)
+    sides = []
+    for text, layout, step, size in zip(asked, layouts, steps, said.block_size, strict=True):
+        view = _view(text, layout, declared, said, size, dtype, device)
+        if step is None:
+            paged_step = size if whole_blocks or layout.opaque else 1
+            step = paged_step if layout.paged else 0
+        sides.append(Side(text, layout, view, step))
+    return sides[0], sides[1]
+
+
+def _declared(
+    layouts: Sequence[Layout], said: Extents, always: Mapping[str, Any]
+) -> dict[str, Any]:
+    """layers, kv, heads and dim for both sides. An axis that a side does not write has extent 1,
+    so unless it was said it has extent 1 on the other side too."""
+
+    def settle(name: str, axis: str, value: int | None, usual: int) -> int:
+        if value is not None:
+            return value
+        if name in always:
+            return int(always[name])
+        return usual if all(axis in layout.axes for layout in layouts) else 1
+
+    widths = said.dim if said.dim is not None else always.get("dim")
+    many = len(widths) if isinstance(widths, tuple) and len(widths) > 1 else None
+    kv = settle("kv", "kv", said.kv, many or KV)
+    if widths is None:
+        width = DIM if all("kv" in layout.axes for layout in layouts) else LATENT_DIM
+        opaque = any(layout.opaque for layout in layouts)
+        widths = width * said.block_size[0] if opaque else width
+    elif isinstance(widths, tuple) and len(widths) == 1:
+        widths = widths[0]
+    return {
+        "layers": settle("layers", "layer", said.layers, LAYERS),
+        "kv": kv,
+        "heads": settle("heads", "head", said.heads, HEADS),
+        "dim": widths,
+    }
+
+
+def _view(
+    text: str,
+    layout: Layout,
+    declared: Mapping[str, Any],
+    said: Extents,
+    size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> KVView:
+    block_size = size if layout.paged else None
+    reading = read_as(text, **declared, block_size=block_size)
+    blocks = said.blocks or max(2, -(-said.tokens // size))
+    try:
+        tensors = example_tensors(
+            text,
+            **declared,
+            blocks=blocks,
+            tokens=size if layout.paged else said.tokens,
+            dtype=dtype,
+            device=device,
+        )
+    except LayoutError:
+        raise
+    except (RuntimeError, OverflowError, TypeError) as error:  # torch, of a size it cannot make
+        why = str(error).splitlines()[0]
+        raise PortaKVError(
+            f"Example tensors of {layout.text!r} could not be made on {device} ({why}); ask for "
+            f"fewer --blocks, --tokens or --layers."
+        ) from error
+    return KVView.through(reading, tensors)
+
+
+def describe_tensors(tensors: Any) -> str:
+    """``list of 32, each (2, 8, 16, 32, 128)``; where the shapes differ, the first one's."""
+    levels = []
+    while not isinstance(tensors, torch.Tensor):
+        levels.append(f"list of {len(tensors)}")
+        tensors = tensors[0]
+    return ", each ".join([*levels, str(tuple(tensors.shape))])

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Index lists: which slot each position uses, and which lists are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from portakv import Index, SlotError
+
+
+@st.composite
+def indices(draw: st.DrawFn) -> tuple[Index, int, list[int]]:
+    """An index, a count that it covers, and the slots by the definition of DESIGN's words:
+    position p, with q = p + offset, is slot ids[q // step] * step + q % step."""
+    step = draw(st.integers(1, 6))
+    ids = draw(st.none() | st.lists(st.integers(-2, 40), max_size=8))
+    room = 30 if ids is None else len(ids) * step
+    offset = draw(st.integers(0, room))
+    count = draw(st.integers(0, room - offset))
+    slots = []
+    for q in range(offset, offset + count):
+        if ids is None:
+            slots.append(q)
+        else:
+            slots.append(-1 if ids[q // step] < 0 else ids[q // step] * step + q % step)
+    dtype = draw(st.sampled_from([torch.int32, torch.int64]))
+    tensor = None if ids is None else torch.tensor(ids, dtype=dtype)
+    return Index(tensor, step, offset), count, slots
+
+
+@given(indices())
+def test_the_definition(case: tuple[Index, int, list[int]]) -> None:
+    index, count, slots = case
+    assert index.slots(count).tolist() == slots
+    assert index.slots(count).dtype == np.int64
+
+
+@given(indices(), st.data())
+def test_an_index_from_a_later_position_on(
+    case: tuple[Index, int, list[int]], data: st.DataObject
+) -> None:
+    index, count, slots = case
+    passed = data.draw(st.integers(0, count))
+    assert index.shifted(passed).slots(count - passed).tolist() == slots[passed:]
+    assert index.slots(count).tolist() == slots  # the first index is as it was
+
+
+@given(indices(), st.data())
+def test_units_are_slots_divided(case: tuple[Index, int, list[int]], data: st.DataObject) -> None:
+    index, count, _ = case
+    if index.ids is None:
+        unit = data.draw(st.sampled_from([u for u in (1, 2, 3, 4) if index.offset % u == 0]))
+    else:
+        units = [u for u in (1, 2, 3, 6) if index.step % u == 0 and index.offset % u == 0]
+        unit = data.draw(st.sampled_from(units))
+    count -= count % unit
+    numbers = index.units(count, unit, torch.device("cpu"))
+    assert numbers.dtype == torch.int64
+    expected = index.slots(count)[::unit] // unit
+    assert np.where(numbers.numpy() < 0, -1, numbers.numpy()).tolist() == expected.tolist()
+
+
+@given(st.lists(indices(), min_size=1, max_size=4))
+def test_joined_indices_follow_each_other(cases: list[tuple[Index, int, list[int]]]) -> None:
+    joined = Index.joined([(index, count) for index, count, _ in cases])
+    expected = [slot for _, _, slots in cases for slot in slots]
+    found = joined.slots(len(expected))
+    assert np.where(found < 0, -1, found).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.tensor([4, -1, 7]),
+        torch.tensor([4, -1, 7], dtype=torch.int32),
+        torch.tensor([[4, 0], [-1, 0], [7, 0]])[:, 0],
+        torch.tensor([4, 9, -1, 9, 7], dtype=torch.int32)[::2],
+        np.array([4, -1, 7]),
+        np.array([4, -1, 7], dtype=np.int32),
+        np.array([7, -1, 4])[::-1],
+        np.array([4, -1, 7], dtype=">i8"),
+        [4, -1, 7],
+        (4, -1, 7),
+        list(np.array([4, -1, 7])),
+    ],
+    ids=[
+        "int64", "int32", "column", "stepped", "array", "array of int32", "reversed array",
+        "array of another byte order", "list", "tuple", "list of numpy integers",
+    ],
+)  # fmt: skip
+def test_lists_of_any_make(ids: Any) -> None:
+    index = Index(ids)
+    assert index.slots(3).tolist() == [4, -1, 7]
+    assert index.host_ids().flags.c_contiguous
+    assert index.length == 3
+    assert index.units(3, 1, torch.device("cpu")).tolist() == [4, -1, 7]
+
+
+def test_a_range_is_a_list() -> None:
+    assert Index(range(3, 6)).slots(3).tolist() == [3, 4, 5]
+
+
+def test_an_array_that_cannot_be_written_is_copied() -> None:
+    ids = np.array([1, 2])
+    ids.flags.writeable = False
+    assert Index(ids).slots(2).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("ids", "why"),
+    [
+        (torch.tensor([1.0]), r"dtype torch.float32 was given; expected torch.int32 or"),
+        (torch.tensor([True]), "dtype torch.bool"),
+        (torch.tensor([1], dtype=torch.int16), "dtype torch.int16"),
+        (torch.tensor([1], dtype=torch.uint8), "dtype torch.uint8"),
+        (np.array([1.5]), "dtype torch.float64"),
+        (np.array([1], dtype=np.uint16), "dtype torch.uint16"),
+        (np.array([1, None], dtype=object), "ind"),
+        (np.array(["1"]), "ind"),
+        (torch.tensor(3), r"shape \(\) was given; expected one dimension"),
+        (torch.tensor([[1, 2]]), r"shape \(1, 2\)"),
+        ([1, 2.0], "2.0 was found"),
+        ([True], "True was found"),
+        ([1, None], "None was found"),
+        ([2**70], "ind|slot"),
+        ("12", "a str was given"),
+        ({1, 2}, "a set was given"),
+    ],
+)
+def test_lists_that_are_no_slots(ids: Any, why: str) -> None:
+    with pytest.raises(SlotError, match=why):
+        Index(ids)
+
+
+@pytest.mark.parametrize(
+    ("step", "offset"), [(0, 0), (-1, 0), (1, -1), (1.5, 0), (2, 0.5), ("4", 0)]
+)
+def test_a_bad_step_or_offset(step: Any, offset: Any) -> None:
+    with pytest.raises(SlotError, match="step must be"):
+        Index([1], step, offset)
+
+
+def test_what_an_index_knows_about_itself() -> None:
+    table = Index(torch.tensor([5, 2, 9]), step=4, offset=3)
+    assert (table.length, table.plan_step, table.on_host) == (9, 4, True)
+    nothing = Index(offset=3)
+    assert (nothing.length, nothing.plan_step, nothing.on_host) == (None, 0, True)
+    assert repr(table) == "Index(<3 ids on cpu>, step=4, offset=3)"
+    assert repr(nothing) == "Index(None, step=1, offset=3)"
+
+
+def test_of_takes_an_index_as_it_is_and_a_list_as_a_slot_mapping() -> None:
+    table = Index([1], step=4)
+    assert Index.of(table) is table
+    assert Index.of([3, 1]).slots(2).tolist() == [3, 1]
+    assert Index.of(None).slots(3).tolist() == [0, 1, 2]
+
+
+def test_an_empty_list_covers_nothing() -> None:
+    index = Index([], step=4)
+    assert (index.length, index.slots(0).tolist()) == (0, [])
+    assert index.judge(0, 16, True, "source") is False
+
+
+_LENGTHS = [(8, 0, True), (9, 0, False), (5, 4, False), (4, 4, True)]
+
+
+class TestLengths:
+    @pytest.mark.parametrize(
+        ("count", "offset", "fits"), [(8, 0, True), (9, 0, False), (5, 4, False)]
+    )
+    def test_a_list_covers_ids_times_step(self, count: int, offset: int, fits: bool) -> None:
+        index = Index([0, 1], 4, offset)
+        if fits:
+            index.check_length(count, 100, "source")
+            return
+        with pytest.raises(SlotError, match=rf"{count} positions from {offset} .* 2 ids"):
+            index.check_length(count, 100, "source")
+
+    @pytest.mark.parametrize(("count", "offset", "fits"), [(16, 0, True), (16, 1, False)])
+    def test_without_ids_the_view_decides(self, count: int, offset: int, fits: bool) -> None:
+        if fits:
+            Index(offset=offset).check_length(count, 16, "destination")
+            return
+        with pytest.raises(SlotError, match="of the destination, which holds 16 tokens"):
+            Index(offset=offset).check_length(count, 16, "destination")
+
+
+class TestJudgement:
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+    def test_a_slot_past_the_end_is_named_with_its_position(self, dtype: torch.dtype) -> None:
+        index = Index(torch.tensor([3, 15, 16, 99], dtype=dtype))
+        with pytest.raises(SlotError, match="Position 2 of the source index is slot 16, but"):
+            index.judge(4, 16, False, "source")
+
+    def test_only_the_positions_that_are_used_count(self) -> None:
+        index = Index([99, 3, 1, 3, 99], offset=1)
+        assert index.judge(2, 16, True, "source") is False
+        with pytest.raises(SlotError, match="Slot 3 occurs 2 times"):
+            index.judge(3, 16, True, "destination")
+        with pytest.raises(SlotError, match="slot 99"):
+            index.judge(4, 16, False, "source")
+
+    def test_a_block_may_reach_past_the_end_where_its_tokens_are_not_used(self) -> None:
+        """18 slots in blocks of 4: the last block holds two."""
+        index = Index([4], step=4)
+        assert index.judge(2, 18, True, "source") is False
+        with pytest.raises(SlotError, match=r"Position 2 .* slot 18"):
+            index.judge(3, 18, True, "source")
+
+    def test_a_manager_block_may_occur_twice_where_other_tokens_of_it_are_used(self) -> None:
+        """The tail of a block, then its head: no slot is written twice."""
+        index = Index([7, 7], step=4, offset=2)
+        assert index.judge(4, 100, True, "destination") is False
+        with pytest.raises(SlotError, match="Slot 30 occurs 2 times"):
+            index.judge(6, 100, True, "destination")
+
+    @pytest.mark.parametrize("n", [4, 2000], ids=["few", "many"])
+    def test_duplicates_are_an_error_of_destinations_only(self, n: int) -> None:
+        ids = torch.arange(n)
+        ids[-1] = ids[1]
+        assert Index(ids).judge(n, n, False, "source") is False
+        with pytest.raises(SlotError, match="Slot 1 occurs 2 times in the destination index"):
+            Index(ids).judge(n, n, True, "destination")
+
+    @pytest.mark.parametrize("n", [4, 2000], ids=["few", "many"])
+    def test_padding_may_occur_as_often_as_it_likes(self, n: int) -> None:
+        ids = torch.arange(n)
+        ids[: n // 2] = -1
+        ids[0] = torch.iinfo(torch.int64).min
+        assert Index(ids).judge(n, n, True, "destination") is True
+
+    def test_skips_depend_on_the_positions_that_are_used(self) -> None:
+        index = Index([-1, 3, 4])
+        assert index.judge(3, 16, True, "source") is True
+        assert index.shifted(1).judge(2, 16, True, "source") is False
+        assert index.judge(1, 16, True, "source") is True
+
+    def test_a_judgement_holds_for_its_view_only(self) -> None:
+        index = Index([3, 9])
+        assert index.judge(2, 10, True, "source") is False
+        with pytest.raises(SlotError, match="slot 9"):
+            index.judge(2, 9, True, "source")
+
+    def test_slots_that_do_not_fit_into_32_bits(self) -> None:
+        index = Index(torch.tensor([2**31 - 1, 5], dtype=torch.int32), step=16)
+        assert index.slots(17).tolist()[0] == (2**31 - 1) * 16
+        assert index.judge(17, 2**36, True, "source") is False
+        with pytest.raises(SlotError, match=str((2**31 - 1) * 16)):
+            index.judge(17, 2**31, True, "source")
+        assert index.units(32, 4, torch.device("cpu"))[0] == (2**31 - 1) * 4
