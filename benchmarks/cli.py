@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _device(name: str | None) -> torch.device:
     if name is None:
-        found = torch.accelerator.current_accelerator(check_available=True)
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = torch.device("cpu") if found is None else found
     else:
         try:

@@ -89,7 +89,7 @@ def measure(
                 break
             for turn in range(len(everyone)):
                 v = (n + turn) % len(everyone)
-                i = (n + v) % objects  # never that of the call before
+                i = (n * len(everyone) + turn) % objects  # never that of the call before
                 samples[v].append(timer.sample(everyone[v].call, i, settled[v]))
     finally:
         if collecting:

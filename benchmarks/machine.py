@@ -37,7 +37,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         facts["cuda"] = torch.version.cuda or torch.version.hip
         facts["multiprocessors"] = properties.multi_processor_count
-        facts["l2_bytes"] = properties.L2_cache_size
+        facts["l2_bytes"] = getattr(properties, "L2_cache_size", None)
         facts |= _smi(device)
     return facts
 

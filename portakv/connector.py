@@ -6,8 +6,10 @@ It decides which views, which direction and which stream; the copy itself is `co
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from operator import index as whole_number
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,11 +21,19 @@ from .index import Index
 from .reading import read_as
 from .registry import choose
 from .routes import route
-from .transfer import Transfer
+from .transfer import Completion, Transfer
 from .view import KVView
 
 KV_LAYOUT = "layer | kv block token head dim"
 CHUNK_LAYOUT = "kv layer token (head dim)"
+
+
+class _Caches(NamedTuple):
+    """Registered caches: their view, the facts that tell others apart, the reader of chunks."""
+
+    view: KVView
+    facts: list[tuple[Any, ...]]
+    chunks: ChunkReader
 
 
 class AdaptiveConnector:
@@ -54,10 +64,8 @@ class AdaptiveConnector:
         self.device = self._choice.backend.device
         self._kv_reading = read_as(kv_layout, **extents)
         self._chunk_layout = chunk_layout
-        self._registered: KVView | None = None
-        self._facts: list[tuple[Any, ...]] = []
-        self._chunks: ChunkReader | None = None
-        self._unreported: list[Transfer] = []
+        self._registered: _Caches | None = None
+        self._unreported: deque[Completion] = deque()
 
     def register_kv_caches(self, kv_caches: Any) -> None:
         """Read the caches once and hold them until `unregister_kv_caches` or another registration.
@@ -67,20 +75,11 @@ class AdaptiveConnector:
         Raises:
             LayoutError: caches that contradict the layout. DeviceMismatch: on another device.
         """
-        view = KVView.through(self._kv_reading, kv_caches)
-        if view.device != self.device:
-            raise DeviceMismatch(
-                f"The kv_caches are on {view.device}, but this connector serves {self.device}; "
-                f"make a connector for their device."
-            )
-        self._registered = view
-        self._facts = _facts(kv_caches)
-        self._chunks = ChunkReader(view, self._chunk_layout)
+        self._register(kv_caches)
 
     def unregister_kv_caches(self) -> None:
         """Let go of the caches."""
-        self._registered = self._chunks = None
-        self._facts = []
+        self._registered = None
 
     def from_gpu(
         self,
@@ -153,16 +152,19 @@ class AdaptiveConnector:
         contiguous chunk of ``tokens`` tokens."""
         lines = [f"{self.device}: backend {self._choice.name!r} was chosen"]
         lines += [f"  {decision}" for decision in self._choice.trace]
-        if self._registered is None or self._chunks is None:
+        registered = self._registered
+        if registered is None:
             return "\n".join([*lines, "no kv_caches are registered, so there is no plan yet"])
-        cache = self._registered
-        chunk = self._chunks.read(example_chunk(cache, self._chunk_layout, tokens))
+        cache = registered.view
+        chunk = registered.chunks.read(example_chunk(cache, self._chunk_layout, tokens))
         way = route(cache.form, chunk.form, 1, 0, None, self._choice)
         lines.append(f"from_gpu of {tokens} tokens, carried out by {way.choice.name!r}:")
+        if way.choice.name != self._choice.name:
+            lines += [f"  {decision}" for decision in way.choice.trace]
         if not (way.can.guards and way.can.skips_negative):
             lines.append(
-                "device ids are checked before launch, with one synchronisation; host ids are not "
-                "delayed"
+                "  device ids are checked before launch, with one synchronisation; host ids are "
+                "not delayed"
             )
         return "\n".join([*lines, str(way.plan)])
 
@@ -178,7 +180,7 @@ class AdaptiveConnector:
     ) -> Transfer:
         if self._unreported:
             self._report()
-        cache, chunks = self._cache(kv_caches)
+        cache, _, chunks = self._caches(kv_caches)
         index, count = _range(slot_mapping, start, end)
         chunk = chunks.read(memory_obj)
         _check_chunk(cache, chunk, count)
@@ -207,60 +209,71 @@ class AdaptiveConnector:
                 f"{len(memory_objs)} memory objects came with {len(starts)} starts and "
                 f"{len(ends)} ends; pass one start and one end for each."
             )
-        cache, chunks = self._cache(kv_caches)
+        cache, _, chunks = self._caches(kv_caches)
         jobs = []
         for memory_obj, start, end in zip(memory_objs, starts, ends):
             index, count = _range(slot_mapping, start, end)
             chunk = chunks.read(memory_obj)
             _check_chunk(cache, chunk, count)
             jobs.append((chunk, index, count))
-        self._check_batch(cache, jobs, store)
-        transfers = []
+        copies = []
         for chunk, chunk_index, index, count in chunks.sets(jobs):
-            src, dst = (cache, chunk) if store else (chunk, cache)
-            ids = (index, chunk_index) if store else (chunk_index, index)
-            transfers.append(carry(src, dst, *ids, count, self._choice, stream, disjoint=True))
-        return self._keep(Transfer.join(transfers))
+            sides = ((cache, index), (chunk, chunk_index))
+            (src, src_index), (dst, dst_index) = sides if store else sides[::-1]
+            copies.append((src, dst, src_index, dst_index, count))
+        _check_batch(copies)
+        return self._keep(
+            Transfer.join([carry(*copy, self._choice, stream, disjoint=True) for copy in copies])
+        )
 
-    def _check_batch(
-        self, cache: KVView, jobs: list[tuple[KVView, Index, int]], store: bool
-    ) -> None:
-        """Refuse the whole batch before its first launch where a host id of any job is bad."""
-        side = "source" if store else "destination"
-        for _, index, count in jobs:
-            index.judge(count, cache.slots, not store, side)
-
-    def _cache(self, kv_caches: Any) -> tuple[KVView, ChunkReader]:
-        """The caches' view and the reader of their chunks; caches that differ register again."""
+    def _caches(self, kv_caches: Any) -> _Caches:
+        """What is registered; caches that differ from it register again."""
+        registered = self._registered
         if kv_caches is not None and (
-            self._registered is None or _facts(kv_caches) != self._facts
+            registered is None or _facts(kv_caches) != registered.facts
         ):
-            self.register_kv_caches(kv_caches)
-        if self._registered is None or self._chunks is None:
+            registered = self._register(kv_caches)
+        if registered is None:
             raise LayoutError(
                 "No kv_caches were passed and none are registered; pass them, or call "
                 "register_kv_caches first."
             )
-        return self._registered, self._chunks
+        return registered
+
+    def _register(self, kv_caches: Any) -> _Caches:
+        view = KVView.through(self._kv_reading, kv_caches, lasting=True)
+        if view.device != self.device:
+            raise DeviceMismatch(
+                f"The kv_caches are on {view.device}, but this connector serves {self.device}; "
+                f"make a connector for their device."
+            )
+        if self._choice.can.tables:
+            view.table  # noqa: B018 - made now, so that no transfer has to
+        # Assigned at once: another thread sees the old caches or the new ones, never a mixture.
+        self._registered = _Caches(view, _facts(kv_caches), ChunkReader(view, self._chunk_layout))
+        return self._registered
 
     def _keep(self, transfer: Transfer) -> Transfer:
-        if transfer.may_fail:
-            self._unreported.append(transfer)
+        if transfer.completion.may_fail:
+            self._unreported.append(transfer.completion)
         return transfer
 
     def _report(self) -> None:
-        """Raise the error of an earlier transfer that nobody asked for."""
-        still = []
-        error = None
-        for transfer in self._unreported:
-            if error is None and transfer.failed is not None:
-                error = transfer.failed
-                transfer.told()
-            elif not transfer.ended or transfer.failed is not None:
-                still.append(transfer)
-        self._unreported = still
-        if error is not None:
-            raise error
+        """Raise the error of an earlier transfer that nobody asked for; forget those that ended."""
+        for _ in range(len(self._unreported)):
+            try:
+                first = self._unreported.popleft()
+            except IndexError:  # another thread was faster
+                return
+            error = first.take_error()
+            if error is not None:
+                raise error
+            if not first.ended():
+                self._unreported.appendleft(first)
+                return
+            error = first.take_error()  # it may have ended badly between the two questions
+            if error is not None:
+                raise error
 
 
 def _range(slot_mapping: Any, start: int, end: int | None) -> tuple[Index, int]:
@@ -268,6 +281,8 @@ def _range(slot_mapping: Any, start: int, end: int | None) -> tuple[Index, int]:
         raise SlotError("No slot_mapping was passed; pass the slots of the tokens to move.")
     index = Index.of(slot_mapping)
     length = index.length or 0
+    if type(start) is not int or (end is not None and type(end) is not int):
+        start, end = _whole("start", start), None if end is None else _whole("end", end)
     stop = length if end is None else end
     if not 0 <= start <= stop <= length:
         raise SlotError(
@@ -275,6 +290,23 @@ def _range(slot_mapping: Any, start: int, end: int | None) -> tuple[Index, int]:
             f"<= {length}."
         )
     return index.shifted(start), stop - start
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return whole_number(value)
+    except TypeError:
+        raise SlotError(
+            f"{name}={value!r} was asked; expected an integer, a position in the slot_mapping."
+        ) from None
+
+
+def _check_batch(copies: list[tuple[KVView, KVView, Index, Index, int]]) -> None:
+    """Refuse the whole batch before its first launch where one of its copies is bad."""
+    for src, dst, src_index, dst_index, count in copies:
+        dst.check_writable()
+        src_index.judge(count, src.slots, False, "source")
+        dst_index.judge(count, dst.slots, True, "destination")
 
 
 def _check_chunk(cache: KVView, chunk: KVView, count: int) -> None:

@@ -3,22 +3,21 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
-from functools import cache
 from math import gcd
+from operator import index as whole_number
 from typing import Any
 
-import numpy as np
 import torch
 
 from .clean import clean
 from .errors import DeviceMismatch, LayoutError, PortaKVError, SlotError, Unsupported
 from .index import Index
+from .ordering import Piece, launch, refuse_capture
+from .overlap import check_disjoint
 from .registry import Choice, choose
 from .routes import Route, route
 from .staging import staged_copy
-from .transfer import Transfer
+from .transfer import Completion, Transfer
 from .view import KVView
 
 
@@ -47,9 +46,7 @@ def copy_rows(
         DeviceMismatch, BackendUnavailable, Unsupported: nobody can carry it out; with the trace.
     """
     mine, theirs = Index.of(src_index), Index.of(dst_index)
-    tokens = _tokens(src, dst, mine, theirs) if count is None else count
-    if tokens < 0:
-        raise SlotError(f"count={count} was asked; it must be at least 0.")
+    tokens = _tokens(src, dst, mine, theirs) if count is None else _count(count)
     mine.check_length(tokens, src.slots, "source")
     theirs.check_length(tokens, dst.slots, "destination")
     return carry(src, dst, mine, theirs, tokens, choose(common_device(src, dst), backend), stream)
@@ -68,7 +65,8 @@ def copy_blocks(
 
     Args:
         src, dst: paged views, or chunks where that side's blocks are None (consecutive tokens).
-        src_blocks, dst_blocks: block ids, int32 or int64, negative = skipped.
+        src_blocks, dst_blocks: block ids, int32 or int64, negative = skipped; or an `Index` of
+            them with ``step=block_size``, which is validated once however often it is used.
 
     Raises:
         LayoutError: ids for a view that is not paged.
@@ -108,93 +106,54 @@ def carry(
     are known to share no memory.
     """
     dst.check_writable()
-    if src.device != dst.device and (src.form.place, dst.form.place) not in choice.can.places:
-        return staged_copy(carry, src, dst, src_index, dst_index, count, choice, stream)
+    home = choice.backend.device
+    if src.device != home or dst.device != home:
+        if _must_stage(src, dst, choice):
+            return staged_copy(carry, src, dst, src_index, dst_index, count, choice, stream)
     way = route(src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice)
     if count == 0:
         return Transfer()
     skips = src_index.judge(count, src.slots, False, "source")
     skips |= dst_index.judge(count, dst.slots, True, "destination")
+    pieces = _pieces(way, src, dst, src_index, dst_index, count, choice)
     error: PortaKVError | None = None
-    if _needs_cleaning(way, src_index, dst_index, skips):
-        _refuse_capture(way, src.device, "ids that have to be checked on the host")
-        kept = clean(src, dst, src_index, dst_index, count, way.plan.unit)
+    if _need_cleaning(pieces, src_index, dst_index, skips):
+        refuse_capture(home, "its ids have to be checked before they are used")
+        unit = max(way.plan.unit for way, _, _ in pieces)
+        kept = clean(src, dst, src_index, dst_index, count, unit)
         src_index, dst_index, count, error = kept
         if count == 0:
-            return Transfer(error=error)
+            return Transfer(Completion(error=error))
         way = route(src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice)
-    if not disjoint and src.overlaps(dst):
-        _check_disjoint(way, src, dst, src_index, dst_index, count)
-    return _launch(way, src, dst, src_index, dst_index, count, choice, stream, error)
-
-
-def _needs_cleaning(way: Route, src_index: Index, dst_index: Index, skips: bool) -> bool:
-    if skips and not way.can.skips_negative:
-        return True
-    device_ids = not (src_index.on_host and dst_index.on_host)
-    return device_ids and not (way.can.guards and way.can.skips_negative)
-
-
-def _launch(
-    way: Route,
-    src: KVView,
-    dst: KVView,
-    src_index: Index,
-    dst_index: Index,
-    count: int,
-    choice: Choice,
-    stream: torch.Stream | None,
-    error: PortaKVError | None,
-) -> Transfer:
-    pieces = [(way, 0, count)]
-    if way.plan.unit > 1:
         pieces = _pieces(way, src, dst, src_index, dst_index, count, choice)
-    can, device = pieces[0][0].can, src.device
-    src_index, dst_index = src_index.placed(can, device), dst_index.placed(can, device)
-    if src.form.place != "device":
-        pendings = _run(pieces, src, dst, src_index, dst_index, None, None)
-        return Transfer((), pendings, None, error, (src, dst) if pendings else None)
-    capturing = _capturing(device)
-    if capturing:
-        for way, _, _ in pieces:
-            _refuse_capture(way, device, f"backend {way.choice.name!r}, which cannot be captured")
-    current = torch.accelerator.current_stream(device.index)
-    if stream is not None:
-        stream.wait_stream(current)
-        for tensor in (*src.owners, *dst.owners):
-            tensor.record_stream(stream)
-    guarded = any(way.can.guards for way, _, _ in pieces)
-    status = torch.zeros(1, dtype=torch.int64).pin_memory() if guarded else None
-    pendings = _run(pieces, src, dst, src_index, dst_index, stream, status)
-    if capturing:
-        return Transfer(captured=True, status=status, kept=(src, dst, src_index, dst_index))
-    event = torch.Event(device)
-    event.record(stream or current)
-    kept = (src, dst, src_index, dst_index)
-    transfer = Transfer((event,), pendings, status, error, kept)
-    if status is not None:
-        _watch(transfer)
-    return transfer
+    if not disjoint and src.overlaps(dst):
+        unit = src.form.block_size if src.opaque else 1
+        check_disjoint(src, dst, src_index, dst_index, count, unit)
+    return launch(pieces, src, dst, src_index, dst_index, stream, error)
 
 
-def _run(
-    pieces: list[tuple[Route, int, int]],
-    src: KVView,
-    dst: KVView,
-    src_index: Index,
-    dst_index: Index,
-    stream: torch.Stream | None,
-    status: torch.Tensor | None,
-) -> list[Any]:
-    pendings = []
-    for way, start, tokens in pieces:
-        mine, theirs = src_index, dst_index
-        if start:
-            mine, theirs = src_index.shifted(start), dst_index.shifted(start)
-        pending = way.launch(src, dst, mine, theirs, tokens, stream, status)
-        if pending is not None:
-            pendings.append(pending)
-    return pendings
+def _must_stage(src: KVView, dst: KVView, choice: Choice) -> bool:
+    """True where the backend does not reach both places itself; raise where no staging can help."""
+    home = choice.backend.device
+    devices = {src.device, dst.device}
+    if devices - {home, torch.device("cpu")} or (home not in devices):
+        raise DeviceMismatch(
+            f"The source is on {src.device} and the destination on {dst.device}, but the copy runs "
+            f"on {home}; views must lie there or on the host. Make a connector for their device."
+        )
+    return (src.form.place, dst.form.place) not in choice.can.places
+
+
+def _need_cleaning(
+    pieces: list[Piece], src_index: Index, dst_index: Index, skips: bool
+) -> bool:
+    device_ids = not (src_index.on_host and dst_index.on_host)
+    if not (skips or device_ids):
+        return False
+    for way, _, _ in pieces:
+        if not way.can.skips_negative or (device_ids and not way.can.guards):
+            return True
+    return False
 
 
 def _pieces(
@@ -205,12 +164,17 @@ def _pieces(
     dst_index: Index,
     count: int,
     choice: Choice,
-) -> list[tuple[Route, int, int]]:
+) -> list[Piece]:
     """(route, first position, tokens): the body in the largest units, head and tail by token."""
     unit = way.plan.unit
+    if unit == 1:
+        return [(way, 0, count)]
     steps = (src.form, dst.form, src_index.plan_step, dst_index.plan_step)
-    starts = [x.offset for x, side in ((src_index, "src"), (dst_index, "dst")) if way.plan.aligned(side)]
-    common = gcd(unit, *(start - starts[0] for start in starts))
+    sides = ((src_index, "src"), (dst_index, "dst"))
+    starts = [index.offset for index, side in sides if way.plan.aligned(side)]
+    # A flat pool may end inside a unit; then no unit may be moved that is partly past the end.
+    ends = [view.slots for view, x in ((src, src_index), (dst, dst_index)) if x.ids is not None]
+    common = gcd(unit, *ends, *(start - starts[0] for start in starts))
     head = -starts[0] % common if starts else 0
     body = max(0, count - head) // common * common
     if src.opaque and (common < unit or head or body < count):
@@ -227,6 +191,16 @@ def _pieces(
         return [(single, 0, count)]
     spans = [(single, 0, head), (way, head, body), (single, head + body, count - head - body)]
     return [piece for piece in spans if piece[2]]
+
+
+def _count(count: object) -> int:
+    try:
+        tokens = whole_number(count)  # type: ignore[arg-type]
+    except TypeError:
+        tokens = -1
+    if tokens < 0:
+        raise SlotError(f"count={count!r} was asked; expected a whole number of at least 0.")
+    return tokens
 
 
 def _tokens(src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> int:
@@ -252,62 +226,10 @@ def _block_index(view: KVView, blocks: Any, side: str) -> Index:
             f"consecutive tokens."
         )
     if isinstance(blocks, Index):
-        raise SlotError(f"{side}_blocks takes block ids; pass an Index to copy_rows instead.")
-    return Index(blocks, step=view.block_size)
-
-
-def _check_disjoint(
-    way: Route, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int
-) -> None:
-    """Host ids: raise where a byte is both read and written. Device ids: not checked."""
-    if not (src_index.on_host and dst_index.on_host):
-        return
-    if src.form == dst.form and src.origins == dst.origins:
-        mine, theirs = src_index.slots(count), dst_index.slots(count)
-        both = np.intersect1d(mine[mine >= 0], theirs[theirs >= 0])
-        if both.size:
+        if blocks.step != view.block_size:
             raise SlotError(
-                f"Slot {int(both[0])} is both source and destination of a copy inside one cache; "
-                f"exchange rows through a buffer."
+                f"{side}_blocks is an Index with step {blocks.step}, but the view's blocks hold "
+                f"{view.block_size} tokens; pass Index(ids, step={view.block_size}), or ids."
             )
-        return
-    single = route(
-        src.form, dst.form, src_index.plan_step, dst_index.plan_step, 1, way.choice
-    ) if not src.opaque else way
-    runs = single.plan.runs(src, dst, src_index, dst_index, count)
-    order = np.argsort(runs.dst)
-    first, past = runs.dst[order], (runs.dst + runs.nbytes)[order]
-    at = np.searchsorted(first, runs.src + runs.nbytes) - 1
-    if ((at >= 0) & (past[np.maximum(at, 0)] > runs.src)).any():
-        raise SlotError(
-            "A row is both source and destination of a copy inside one allocation; exchange rows "
-            "through a buffer."
-        )
-
-
-def _capturing(device: torch.device) -> bool:
-    ask = _capture_probe(device)
-    return ask is not None and ask()
-
-
-@cache
-def _capture_probe(device: torch.device) -> Callable[[], bool] | None:
-    return getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
-
-
-def _refuse_capture(way: Route, device: torch.device, what: str) -> None:
-    if device.type != "cpu" and not way.can.capturable and _capturing(device):
-        raise Unsupported(
-            "A copy inside graph capture",
-            f"it needs {what}; capture a copy with a capturable backend and device ids",
-        )
-
-
-# Status words of transfers in flight must outlive them, also where the caller dropped the handle.
-_watched: deque[Transfer] = deque()
-
-
-def _watch(transfer: Transfer) -> None:
-    while _watched and _watched[0].ended:
-        _watched.popleft()
-    _watched.append(transfer)
+        return blocks
+    return Index(blocks, step=view.block_size)

@@ -15,10 +15,14 @@ import numpy.typing as npt
 import torch
 
 from .backends.base import Capabilities
-from .errors import SlotError
+from .errors import SlotError, Unsupported
 
 _DTYPES = (torch.int64, torch.int32)
 _HOST = torch.device("cpu")
+
+
+_WILD = 2**62  # past the end of any view, and far from where 64 bits wrap
+_INT32 = 2**31 - 1
 
 
 class Index:
@@ -51,10 +55,10 @@ class Index:
         step: int = 1,
         offset: int = 0,
     ) -> None:
-        if step < 1 or offset < 0:
+        if type(step) is not int or type(offset) is not int or step < 1 or offset < 0:
             raise SlotError(
-                f"Index(step={step}, offset={offset}) was asked for; step must be at least 1 and "
-                f"offset at least 0."
+                f"Index(step={step!r}, offset={offset!r}) was asked for; both are integers, step "
+                f"at least 1 and offset at least 0."
             )
         self._set(None if ids is None else _as_ids(ids), step, offset)
         self._host_ids: npt.NDArray[np.int64] | None = None
@@ -107,15 +111,28 @@ class Index:
             return kept
         wanted = torch.int64 if torch.int64 in can.index_dtypes else torch.int32
         dtype = self.ids.dtype if self.ids.dtype in can.index_dtypes else wanted
-        placed = Index(self.ids.to(dtype).to(home).contiguous(), self.step, self.offset)
+        narrows = dtype == torch.int32 and self.ids.dtype == torch.int64
+        ids = self._narrow() if narrows else self.ids.to(dtype)
+        placed = Index(ids.to(home).contiguous(), self.step, self.offset)
         if self.on_host:
             # A copy made from device ids is ordered on one stream only, so it is not kept.
             self._placed = placed
         return placed
 
+    def _narrow(self) -> torch.Tensor:
+        """The ids as int32, for a backend that reads nothing else; what does not fit stays bad."""
+        assert self.ids is not None
+        if self.on_host and self.ids.numel() and int(self.host_ids().max()) > _INT32:
+            raise Unsupported(
+                f"An index with id {int(self.host_ids().max())}",
+                "the backend reads int32 ids only; use another backend",
+            )
+        return self.ids.clamp(-1, _INT32).to(torch.int32)
+
     def _reads(self, can: Capabilities, home: torch.device) -> bool:
         assert self.ids is not None
-        return self.ids.device == home and self.ids.dtype in can.index_dtypes
+        ids = self.ids
+        return ids.device == home and ids.dtype in can.index_dtypes and ids.is_contiguous()
 
     def to_host(self) -> Index:
         """This index with its ids on the host; waits for the device if they are there."""
@@ -153,14 +170,16 @@ class Index:
         if per_id == 1:
             return ids[first : first + count // unit].long()
         at = torch.arange(first, first + count // unit, device=device)
-        return ids.long()[at // per_id] * per_id + at % per_id
+        # Clamped before it is multiplied, so that a wild id stays wild.
+        wide = ids.long().clamp(-1, _WILD // self.step)
+        return wide[at // per_id] * per_id + at % per_id
 
     def slots(self, count: int) -> npt.NDArray[np.int64]:
         """The slot of each of ``count`` positions, on the host; negative where skipped."""
         at = np.arange(self.offset, self.offset + count, dtype=np.int64)
         if self.ids is None:
             return at
-        ids = self.host_ids()[at // self.step]
+        ids = np.clip(self.host_ids()[at // self.step], -1, _WILD // self.step)
         return np.where(ids < 0, -1, ids * self.step + at % self.step)
 
     def check_length(self, count: int, slots: int, side: str) -> None:
@@ -234,13 +253,10 @@ class Index:
 
 
 def _as_ids(ids: Any) -> torch.Tensor:
+    if isinstance(ids, (list, tuple, range)):
+        ids = _listed(ids)
     if isinstance(ids, np.ndarray):
-        ids = torch.from_numpy(ids) if ids.flags.writeable else torch.from_numpy(ids.copy())
-    elif isinstance(ids, (list, tuple, range)):
-        bad = next((x for x in ids if isinstance(x, bool) or not isinstance(x, int)), None)
-        if bad is not None:
-            raise SlotError(f"An index holds integers, but {bad!r} was found; pass slot numbers.")
-        ids = torch.tensor(list(ids), dtype=torch.int64)
+        ids = _from_array(ids)
     if not isinstance(ids, torch.Tensor):
         raise SlotError(
             f"An index is a tensor, an array or a list of integers, but a {type(ids).__name__} "
@@ -255,7 +271,35 @@ def _as_ids(ids: Any) -> torch.Tensor:
         raise SlotError(
             f"An index of shape {tuple(ids.shape)} was given; expected one dimension. Flatten it."
         )
+    if ids.is_meta:
+        raise SlotError(
+            "An index on device meta was given, which holds no ids; expected ids on the host or a "
+            "device."
+        )
     return ids
+
+
+def _listed(ids: Sequence[Any]) -> npt.NDArray[np.int64]:
+    bad = next((x for x in ids if isinstance(x, bool) or not isinstance(x, (int, np.integer))), ids)
+    if bad is not ids:
+        raise SlotError(f"An index holds integers, but {bad!r} was found; pass slot numbers.")
+    try:
+        return np.array(ids, dtype=np.int64)
+    except OverflowError:
+        raise SlotError(
+            "An index with a number of more than 64 bits was given; expected slot numbers."
+        ) from None
+
+
+def _from_array(ids: npt.NDArray[Any]) -> torch.Tensor:
+    if ids.dtype.kind != "i" or ids.dtype.itemsize not in (4, 8):
+        raise SlotError(
+            f"An index of dtype {ids.dtype} was given; expected int32 or int64. Convert it with "
+            f".astype('int64') if it really holds slot numbers."
+        )
+    # Torch takes neither negative strides, nor foreign byte orders, nor read-only memory.
+    native = np.ascontiguousarray(ids, dtype=ids.dtype.newbyteorder("="))
+    return torch.from_numpy(native if native.flags.writeable else native.copy())
 
 
 def _repeats(used: npt.NDArray[np.int64]) -> bool:

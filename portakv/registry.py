@@ -25,7 +25,10 @@ from .selfcheck import self_check
 ENVIRONMENT = "PORTAKV_BACKEND"
 ENTRY_POINTS = "portakv.backends"
 
-_BUILT_IN = {"reference": "portakv.backends.reference:Reference"}
+_BUILT_IN = {
+    "triton": "portakv.backends.triton:Triton",
+    "reference": "portakv.backends.reference:Reference",
+}
 # What comes last whatever the device: it runs everywhere and is never faster than a native one.
 _LAST = ("reference",)
 

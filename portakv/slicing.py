@@ -50,7 +50,8 @@ def slice_facts(facts: Facts, *, layers: Range, heads: Range, kv: Range) -> Fact
         place=form.place,
     )
     origins = tuple(origins[entry] + shifts.get(i, 0) for i, entry in enumerate(kept))
-    return facts._replace(form=same_form(sliced), origins=origins, owners=tuple(owners[i] for i in kept))
+    owners = tuple(owners[i] for i in kept)
+    return facts._replace(form=same_form(sliced), origins=origins, owners=owners)
 
 
 def _range(name: str, asked: Range, extent: int) -> range:

@@ -10,6 +10,95 @@ import torch
 
 from .backends.base import Pending
 from .errors import PortaKVError, SlotError, TransferError
+from .words import Word
+
+
+class Completion:
+    """How one launch or several end. Holds memory only where no stream orders the work."""
+
+    __slots__ = ("_error", "_events", "_pendings", "_reported", "_words", "kept")
+
+    def __init__(
+        self,
+        events: Sequence[torch.Event] = (),
+        pendings: Sequence[Pending] = (),
+        words: Sequence[Word] = (),
+        error: PortaKVError | None = None,
+        kept: Any = None,
+    ) -> None:
+        self._events, self._pendings, self._words = events, pendings, words
+        self.kept = kept  # memory of work that no stream orders
+        self._error = error
+        self._reported = False
+
+    @classmethod
+    def join(cls, parts: Sequence[Completion]) -> Completion:
+        """Several as one; the first error counts."""
+        return cls(
+            [event for part in parts for event in part._events],
+            [pending for part in parts for pending in part._pendings],
+            [word for part in parts for word in part._words],
+            next((part._error for part in parts if part._error is not None), None),
+            [part.kept for part in parts],
+        )
+
+    @property
+    def may_fail(self) -> bool:
+        """True where an error may show up, or already did, after the call returned."""
+        return self._error is not None or bool(self._words)
+
+    def ended(self) -> bool:
+        """True once all bytes have landed, error or not; never blocks or raises."""
+        if not all(event.query() for event in self._events):
+            return False
+        if not all(pending.done() for pending in self._pendings):
+            return False
+        self._settle()
+        return True
+
+    def wait(self, stream: torch.Stream | None) -> None:
+        """Make a stream wait for events; block the host for what is not on a stream."""
+        for pending in self._pendings:
+            pending.wait()
+        for event in self._events:
+            event.wait(stream) if stream is not None else event.wait()
+
+    def synchronize(self) -> None:
+        """Block the host until all bytes have landed."""
+        for pending in self._pendings:
+            pending.wait()
+        for event in self._events:
+            event.synchronize()
+        self._settle()
+
+    def take_error(self) -> PortaKVError | None:
+        """An error that nobody was told of yet, once; never blocks."""
+        if self._reported:
+            return None
+        for word in self._words:
+            self._read(word)
+        self._reported = self._error is not None
+        return self._error
+
+    @property
+    def error(self) -> PortaKVError | None:
+        """The error, told or not."""
+        return self._error
+
+    def _settle(self) -> None:
+        self.kept = None
+        words, self._words = self._words, ()
+        for word in words:
+            self._read(word)
+            word.release()
+
+    def _read(self, word: Word) -> None:
+        position = word.read()
+        if position and self._error is None:
+            self._error = bad_slot(position - 1)
+
+
+_NOTHING: Completion = Completion()  # of a copy that had ended when the call returned
 
 
 class Transfer:
@@ -19,37 +108,23 @@ class Transfer:
     then raise.
     """
 
-    __slots__ = ("_captured", "_error", "_events", "_kept", "_pendings", "_reported", "_statuses")
+    __slots__ = ("_captured", "_kept", "completion")
 
     def __init__(
-        self,
-        events: Sequence[torch.Event] = (),
-        pendings: Sequence[Pending] = (),
-        status: torch.Tensor | None = None,
-        error: PortaKVError | None = None,
-        kept: Any = None,
-        captured: bool = False,
+        self, completion: Completion = _NOTHING, kept: Any = None, captured: bool = False
     ) -> None:
-        self._events, self._pendings = events, pendings
-        self._statuses = [] if status is None else [status]
-        self._error, self._kept = error, kept
-        self._captured = captured
-        self._reported = False
+        self.completion, self._kept, self._captured = completion, kept, captured
 
     @classmethod
     def join(cls, transfers: Sequence[Transfer]) -> Transfer:
         """Several transfers as one handle; the first error counts."""
         if len(transfers) == 1:
             return transfers[0]
-        joined = cls(
-            [event for t in transfers for event in t._events],
-            [pending for t in transfers for pending in t._pendings],
-            error=next((t._error for t in transfers if t._error is not None), None),
-            kept=[t._kept for t in transfers],
-            captured=any(t._captured for t in transfers),
+        return cls(
+            Completion.join([transfer.completion for transfer in transfers]),
+            [transfer._kept for transfer in transfers],
+            any(transfer._captured for transfer in transfers),
         )
-        joined._statuses = [status for t in transfers for status in t._statuses]
-        return joined
 
     def done(self) -> bool:
         """True once all bytes have landed; never blocks.
@@ -59,60 +134,25 @@ class Transfer:
             TransferError: it was captured into a graph and has no completion of its own.
         """
         self._refuse_captured("done()")
-        if not self.ended:
+        if not self.completion.ended():
             return False
         self._finish()
         return True
 
     def wait(self, stream: torch.Stream | None = None) -> None:
         """Make the current stream (or ``stream``) wait; blocks the host only for staged work."""
-        for pending in self._pendings:
-            pending.wait()
-        for event in self._events:
-            event.wait(stream) if stream is not None else event.wait()
+        self.completion.wait(stream)
 
     def synchronize(self) -> None:
         """Block the host until all bytes have landed; raises as `done` does."""
         self._refuse_captured("synchronize()")
-        for pending in self._pendings:
-            pending.wait()
-        for event in self._events:
-            event.synchronize()
+        self.completion.synchronize()
         self._finish()
 
-    @property
-    def ended(self) -> bool:
-        """True once all bytes have landed, error or not; never blocks or raises."""
-        return all(event.query() for event in self._events) and all(
-            pending.done() for pending in self._pendings
-        )
-
-    @property
-    def may_fail(self) -> bool:
-        """True where an error may show up, or already did, after the call returned."""
-        return self._error is not None or bool(self._statuses)
-
-    @property
-    def failed(self) -> PortaKVError | None:
-        """An error that nobody was told of yet; never blocks."""
-        if self._reported:
-            return None
-        if self._error is None:
-            words = (int(status[0]) for status in self._statuses)
-            position = next((word - 1 for word in words if word), None)
-            if position is not None:
-                self._error = bad_slot(position)
-        return self._error
-
-    def told(self) -> None:
-        """Mark the error as reported."""
-        self._reported = True
-
     def _finish(self) -> None:
-        error = self.failed or self._error
         self._kept = None
+        error = self.completion.take_error() or self.completion.error
         if error is not None:
-            self.told()
             raise error
 
     def _refuse_captured(self, call: str) -> None:
@@ -123,7 +163,7 @@ class Transfer:
             )
 
 
-def bad_slot(position: int, slot: int | None = None, slots: int | None = None) -> PortaKVError:
+def bad_slot(position: int, slot: int | None = None, slots: int | None = None) -> SlotError:
     """The error for a device id past the end of its view."""
     found = "" if slot is None else f", slot {slot} of a view of {slots},"
     return SlotError(

@@ -67,13 +67,23 @@ class KVView:
             layout, layers=layers, kv=kv, block_size=block_size, heads=heads, dim=width
         )
         self._set(reading.layout, tensors, reading.read(tensors))
+        self._hold()
 
     @classmethod
-    def through(cls, reading: Reading, tensors: Any) -> KVView:
-        """A view through a reading that was made before; raises as the constructor does."""
+    def through(cls, reading: Reading, tensors: Any, *, lasting: bool = False) -> KVView:
+        """A view through a reading that was made before; raises as the constructor does.
+
+        ``lasting``: it outlives the call that it is made for.
+        """
         view = cls.__new__(cls)
         view._set(reading.layout, tensors, reading.read(tensors))
+        if lasting:
+            view._hold()
         return view
+
+    def _hold(self) -> None:
+        # Aliases keep the memory that was read, also where a caller gives a tensor another one.
+        self.owners = tuple(owner.detach() for owner in self.owners)
 
     def _set(self, layout: Layout, tensors: Any, facts: Found) -> None:
         self.layout, self.tensors = layout, tensors
@@ -164,6 +174,12 @@ class KVView:
         """
         storage = self.owners[entry].untyped_storage()
         start = self.origins[entry] + offset - storage.data_ptr()
+        reach = sum((n - 1) * s for n, s in zip(size, stride)) + 1 if all(size) else 0
+        if start < 0 or start + reach * dtype.itemsize > storage.nbytes():
+            raise LayoutError(
+                f"The memory behind a tensor of {self.layout.text!r} was replaced after it was "
+                f"read; make the view anew, or register the kv_caches again."
+            )
         empty = torch.empty(0, dtype=dtype, device=self.device)
         return empty.set_(storage, start // dtype.itemsize, size, stride)  # type: ignore[call-overload, no-any-return]
 

@@ -300,8 +300,8 @@ def test_opaque_pages_by_token(scene: Scene) -> None:
 def test_blocks_of_a_view_without_blocks(scene: Scene) -> None:
     with refused(LayoutError, "dst_blocks", "`block`", "None", watch=scene.memory):
         copy_blocks(scene.cache_view(), scene.chunk_view(), [0], [0])
-    with refused(SlotError, "src_blocks", "Index", watch=scene.memory):
-        copy_blocks(scene.cache_view(), scene.chunk_view(), Index([0], step=4), None)
+    with refused(SlotError, "src_blocks", "step 2", "step=4", watch=scene.memory):
+        copy_blocks(scene.cache_view(), scene.chunk_view(), Index([0], step=2), None)
     with refused(SlotError, "covers 4", "destination 8", watch=scene.memory):
         copy_blocks(scene.cache_view(), scene.cache_view(), [0], [1, 2])
 

@@ -83,11 +83,11 @@ def test_joined_indices_follow_each_other(cases: list[tuple[Index, int, list[int
         torch.tensor([4, 9, -1, 9, 7], dtype=torch.int32)[::2],
         np.array([4, -1, 7]),
         np.array([4, -1, 7], dtype=np.int32),
-        np.array([7, -1, 4])[::-1],
-        np.array([4, -1, 7], dtype=">i8"),
+        pytest.param(np.array([7, -1, 4])[::-1]),
+        pytest.param(np.array([4, -1, 7], dtype=">i8")),
         [4, -1, 7],
         (4, -1, 7),
-        list(np.array([4, -1, 7])),
+        pytest.param(list(np.array([4, -1, 7]))),
     ],
     ids=[
         "int64", "int32", "column", "stepped", "array", "array of int32", "reversed array",
@@ -119,16 +119,16 @@ def test_an_array_that_cannot_be_written_is_copied() -> None:
         (torch.tensor([True]), "dtype torch.bool"),
         (torch.tensor([1], dtype=torch.int16), "dtype torch.int16"),
         (torch.tensor([1], dtype=torch.uint8), "dtype torch.uint8"),
-        (np.array([1.5]), "dtype torch.float64"),
-        (np.array([1], dtype=np.uint16), "dtype torch.uint16"),
-        (np.array([1, None], dtype=object), "ind"),
-        (np.array(["1"]), "ind"),
+        (np.array([1.5]), "dtype float64"),
+        (np.array([1], dtype=np.uint16), "dtype uint16"),
+        pytest.param(np.array([1, None], dtype=object), "object"),
+        pytest.param(np.array(["1"]), "<U1"),
         (torch.tensor(3), r"shape \(\) was given; expected one dimension"),
         (torch.tensor([[1, 2]]), r"shape \(1, 2\)"),
         ([1, 2.0], "2.0 was found"),
         ([True], "True was found"),
-        ([1, None], "None was found"),
-        ([2**70], "ind|slot"),
+        pytest.param([1, None], "None was found"),
+        pytest.param([2**70], "slot"),
         ("12", "a str was given"),
         ({1, 2}, "a set was given"),
     ],
@@ -139,10 +139,18 @@ def test_lists_that_are_no_slots(ids: Any, why: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "offset"), [(0, 0), (-1, 0), (1, -1), (1.5, 0), (2, 0.5), ("4", 0)]
+    ("step", "offset"),
+    [
+        (0, 0),
+        (-1, 0),
+        (1, -1),
+        pytest.param(1.5, 0),
+        pytest.param(2, 0.5),
+        pytest.param("4", 0),
+    ],
 )
 def test_a_bad_step_or_offset(step: Any, offset: Any) -> None:
-    with pytest.raises(SlotError, match="step must be"):
+    with pytest.raises(SlotError, match="at least 1"):
         Index([1], step, offset)
 
 

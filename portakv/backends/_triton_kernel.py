@@ -40,7 +40,7 @@ def find_units(at, inside, side, PER_ID: tl.constexpr):
     """
     number = at + side.first
     moved = inside
-    past = inside & (number < 0)
+    past = tl.zeros_like(inside)
     if PER_ID > 0:
         slot = number // PER_ID
         # Two loads of which one is masked off: choosing by a constant would compile twice.
@@ -55,79 +55,87 @@ def find_units(at, inside, side, PER_ID: tl.constexpr):
         near = (found >= 0) & (found < side.most)
         number = tl.where(near, found, 0) * PER_ID + number % PER_ID
         moved = inside & near & (number < side.limit)
-        past = inside & (found >= 0) & (~near | (number >= side.limit))
+        past = inside & ((found >= side.most) | (near & (number >= side.limit)))
     return number, moved, past
 
 
 @triton.jit
-def find_bytes(
-    number, plane, piece, moved, side,
-    UNITS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
-    TABLE: tl.constexpr, UNIT_ENTRIES: tl.constexpr, OUTER_ENTRIES: tl.constexpr,
-):  # fmt: skip
-    """The address of each run of a tile, int64.
+def find_plane(plane, side, TABLE: tl.constexpr, OUTER: tl.constexpr, ENTRIES: tl.constexpr):
+    """Where a plane lies on one side: (bytes, entry of the table).
 
     ``TABLE``: 0 where one address is the base of all, 1 where each plane looks one up, 2 where
-    each unit does, too.
+    each unit does, so that the entry is still open.
     """
-    address = walk(plane, side.base, side.outer, OUTER, 0)
-    if TABLE > 0:
-        entry = walk(plane, plane.to(tl.int64) * 0, OUTER_ENTRIES, OUTER, 0)
-        if TABLE == 2:
-            entry = walk(number, entry, UNIT_ENTRIES, UNITS, 1)
-            address += tl.load(side.table.to(tl.pointer_type(tl.int64)) + entry, mask=moved, other=0)
-        else:
-            address += tl.load(side.table.to(tl.pointer_type(tl.int64)) + entry)
-    address = walk(number, address, side.units, UNITS, 1)
-    return walk(piece, address, side.inner, INNER, 0)
+    place = walk(plane, side.base.to(tl.int64), side.outer, OUTER, 0)
+    entry = walk(plane, plane.to(tl.int64) * 0, ENTRIES, OUTER, 0)
+    if TABLE == 1:
+        place += tl.load(side.table.to(tl.pointer_type(tl.int64)) + entry)
+    return place, entry
+
+
+@triton.jit
+def find_pieces(
+    place, entry, number, piece, moved, side,
+    TABLE: tl.constexpr, UNITS: tl.constexpr, INNER: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """The address of each piece of a tile, from the bytes and the entry of its plane."""
+    address = walk(piece, walk(number, place, side.units, UNITS, 1), side.inner, INNER, 0)
+    if TABLE == 2:
+        entries = walk(number, entry, ENTRIES, UNITS, 1)
+        address += tl.load(side.table.to(tl.pointer_type(tl.int64)) + entries, mask=moved, other=0)
+    return address
 
 
 @triton.jit
 def to_pointers(address, VECTOR: tl.constexpr, ELEMENT: tl.constexpr, LANES: tl.constexpr):
     """Pointers to the elements of each vector: ``[TILE, LANES]``."""
+    pointers = address.to(tl.pointer_type(ELEMENT))[:, None] + tl.arange(0, LANES)[None, :]
     # Nothing tells Triton that what came from a table is aligned; the plan knows.
-    pointers = tl.multiple_of(address, VECTOR).to(tl.pointer_type(ELEMENT))
-    return pointers[:, None] + tl.arange(0, LANES)[None, :]
+    return tl.max_contiguous(tl.multiple_of(pointers, (VECTOR, VECTOR)), (1, LANES))
 
 
 @triton.jit
 def copy_rows(
     src, dst, units, start, tokens, status,
-    VECTOR: tl.constexpr, ELEMENT: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    VECTOR: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
     RUN: tl.constexpr, ROW: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
     SRC_PER_ID: tl.constexpr, SRC_UNITS: tl.constexpr, SRC_TABLE: tl.constexpr,
     SRC_UNIT_ENTRIES: tl.constexpr, SRC_OUTER_ENTRIES: tl.constexpr,
     DST_PER_ID: tl.constexpr, DST_UNITS: tl.constexpr, DST_TABLE: tl.constexpr,
-    DST_UNIT_ENTRIES: tl.constexpr, DST_OUTER_ENTRIES: tl.constexpr,
+    DST_UNIT_ENTRIES: tl.constexpr, DST_OUTER_ENTRIES: tl.constexpr, ELEMENT: tl.constexpr,
 ):  # fmt: skip
     """Copy ``units`` units of one nest, from unit ``start`` on, in all planes.
 
-    ``src`` and ``dst`` are `portakv.backends.triton.SideArguments`. ``tokens`` of a unit name the
+    ``src`` and ``dst`` are `portakv.backends._triton_rows.SideArguments`. ``tokens`` of a unit name the
     position of a bad id, which goes to the word at ``status`` (0: nowhere). A vector is ``LANES``
     elements of ``ELEMENT``; ``RUN`` and ``ROW`` count vectors: contiguous ones, and those of one
     unit in one plane.
     """
+    # Loads that depend on nothing stand first and the word last: a store between two loads would
+    # make the second wait for whatever the store waits for.
     plane = tl.program_id(1)
+    src_place, src_entry = find_plane(plane, src, SRC_TABLE, OUTER, SRC_OUTER_ENTRIES)
+    dst_place, dst_entry = find_plane(plane, dst, DST_TABLE, OUTER, DST_OUTER_ENTRIES)
     at = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = at < units * ROW
-    unit = start + at // ROW
+    unit = (start + at // ROW).to(tl.int64)
     within = at % ROW
     src_number, src_moved, src_past = find_units(unit, inside, src, SRC_PER_ID)
     dst_number, dst_moved, dst_past = find_units(unit, inside, dst, DST_PER_ID)
-    if SRC_PER_ID + DST_PER_ID > 0:
-        reports = (src_past | dst_past) & (within == 0) & (plane == 0) & (status != 0)
-        word = (status + unit * 0).to(tl.pointer_type(tl.int64))
-        tl.store(word, unit * tokens + 1, mask=reports)
     moved = src_moved & dst_moved
     piece = within // RUN
-    source = find_bytes(
-        src_number, plane, piece, moved, src,
-        SRC_UNITS, OUTER, INNER, SRC_TABLE, SRC_UNIT_ENTRIES, SRC_OUTER_ENTRIES,
+    source = find_pieces(
+        src_place, src_entry, src_number, piece, moved, src,
+        SRC_TABLE, SRC_UNITS, INNER, SRC_UNIT_ENTRIES,
     )  # fmt: skip
-    target = find_bytes(
-        dst_number, plane, piece, moved, dst,
-        DST_UNITS, OUTER, INNER, DST_TABLE, DST_UNIT_ENTRIES, DST_OUTER_ENTRIES,
+    target = find_pieces(
+        dst_place, dst_entry, dst_number, piece, moved, dst,
+        DST_TABLE, DST_UNITS, INNER, DST_UNIT_ENTRIES,
     )  # fmt: skip
     byte = (within % RUN).to(tl.int64) * VECTOR
     vectors = tl.load(to_pointers(source + byte, VECTOR, ELEMENT, LANES), mask=moved[:, None])
     tl.store(to_pointers(target + byte, VECTOR, ELEMENT, LANES), vectors, mask=moved[:, None])
+    if SRC_PER_ID + DST_PER_ID > 0:
+        reports = (src_past | dst_past) & (within == 0) & (plane == 0) & (status != 0)
+        word = (status + unit * 0).to(tl.pointer_type(tl.int64))
+        tl.store(word, unit * tokens + 1, mask=reports)

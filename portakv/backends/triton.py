@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`triton`: one Triton kernel over a pointer table, on whatever target Triton has.
+
+Triton is imported when the backend is asked about a device that it could run on. With
+``TRITON_INTERPRET=1`` in the environment the same kernel runs on the host, for tests.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import Unsupported
+from ..plan import CopyPlan
+from ._triton_rows import NestKernel
+from .base import Backend, Capabilities, Decision, Launch
+
+if TYPE_CHECKING:
+    from ..index import Index
+    from ..view import KVView
+
+INTERPRET = "TRITON_INTERPRET"
+_HOST = ("pageable", "pinned")
+
+
+class Triton(Backend):
+    """The Triton kernel on the device that Triton's active driver serves."""
+
+    name = "triton"
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def probe(cls, device: torch.device) -> Decision:
+        why = _missing_host() if device.type == "cpu" else _missing_device(device)
+        if why is not None:
+            return Decision(cls.name, False, why)
+        import triton
+
+        where = "its interpreter" if device.type == "cpu" else f"target {_target()}"
+        return Decision(cls.name, True, f"Triton {triton.__version__} has {where}")
+
+    def capabilities(self) -> Capabilities:
+        host = self.device.type == "cpu"
+        return Capabilities(
+            places=frozenset(product(_HOST, _HOST) if host else [("device", "device")]),
+            skips_negative=True,
+            guards=True,
+            capturable=not host,
+            threads=not host,  # the interpreter replaces functions of triton while it runs
+        )
+
+    def prepare(self, plan: CopyPlan) -> Launch:
+        nests = [NestKernel(nest, plan) for nest in plan.nests]
+        if self.device.type == "cpu":
+            return _InterpretedLaunch(plan.unit, nests)
+        return _TritonLaunch(plan.unit, nests, [self._kernel(x) for x in nests], self.device)
+
+    def _kernel(self, nest: NestKernel) -> Any:
+        """The kernel of a nest, compiled and loaded; nests of one shape share it."""
+        key = (*nest.constants.values(), *map(repr, nest.signature().values()))
+        with self._lock:
+            found = self._compiled.get(key)
+            if found is None:
+                _refuse_capture(self.device)
+                with torch.get_device_module(self.device).device(self.device):
+                    found = compile_kernel(nest, _target())
+                    found.run  # noqa: B018 - loads it into the current device
+                self._compiled[key] = found
+            return found
+
+
+def compile_kernel(nest: NestKernel, target: Any) -> Any:
+    """Triton's compiled kernel of a nest for a target, which need not be there."""
+    from triton import compile as compile_source
+    from triton.compiler import ASTSource
+
+    from ._triton_kernel import copy_rows
+
+    constants = _constants(nest)
+    signature = {**nest.signature(), "ELEMENT": "constexpr"}
+    source = ASTSource(copy_rows, signature, constexprs=constants)
+    return compile_source(source, target=target, options={"num_warps": nest.tile.warps})
+
+
+def _constants(nest: NestKernel) -> dict[str, Any]:
+    import triton.language as tl
+
+    elements = {8: tl.int8, 16: tl.int16, 32: tl.int32, 64: tl.int64}
+    return {**nest.constants, "ELEMENT": elements[nest.element_bits]}
+
+
+class _InterpretedLaunch:
+    """Runs the kernel through Triton's interpreter, in this thread."""
+
+    def __init__(self, unit: int, nests: list[NestKernel]) -> None:
+        self._unit, self._nests = unit, nests
+
+    def __call__(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+    ) -> None:
+        from ._triton_kernel import copy_rows
+
+        word = 0 if status is None else status.data_ptr()
+        for nest in self._nests:
+            constants = _constants(nest)
+            for programs, arguments in nest.launches(
+                src, dst, src_index, dst_index, count // self._unit, word
+            ):
+                copy_rows[(programs, nest.planes)](*arguments, **constants)
+
+
+class _TritonLaunch:
+    def __init__(
+        self, unit: int, nests: list[NestKernel], kernels: list[Any], device: torch.device
+    ) -> None:
+        driver = _driver()
+        self._current_device, self._current_stream = (
+            driver.get_current_device,
+            driver.get_current_stream,
+        )
+        self._unit, self._device, self._index = unit, device, device.index
+        # Constants keep their places in a launcher's arguments; what stands there is not read.
+        self._parts = [
+            (nest, k.run, k.function, k.packed_metadata, (None,) * (len(nest.constants) + 1))
+            for nest, k in zip(nests, kernels, strict=True)
+        ]
+        self._process = os.getpid()
+
+    def __call__(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+    ) -> None:
+        if os.getpid() != self._process:
+            raise Unsupported(
+                "Launching in a forked process",
+                "the device's context does not survive fork; start the process by spawn",
+            )
+        word = 0 if status is None else status.data_ptr()
+        units = count // self._unit
+        if stream is None and self._current_device() == self._index:
+            self._run(src, dst, src_index, dst_index, units, word)
+            return
+        module = torch.get_device_module(self._device)
+        with module.device(self._device), module.stream(stream):
+            self._run(src, dst, src_index, dst_index, units, word)
+
+    def _run(
+        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, units: int, word: int
+    ) -> None:
+        stream = self._current_stream(self._index)
+        for nest, run, function, metadata, constants in self._parts:
+            for programs, arguments in nest.launches(src, dst, src_index, dst_index, units, word):
+                run(
+                    programs, nest.planes, 1, stream, function, metadata, None, None, None,
+                    *arguments, *constants,
+                )  # fmt: skip
+
+
+def _refuse_capture(device: torch.device) -> None:
+    capturing = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    if capturing is not None and capturing():
+        raise Unsupported(
+            "Preparing a copy inside graph capture",
+            "its kernel has to be compiled and loaded first; make the same call once before the "
+            "capture",
+        )
+
+
+def _driver() -> Any:
+    from triton.runtime import driver
+
+    return driver.active
+
+
+def _target() -> Any:
+    return _driver().get_current_target()
+
+
+def _interpreter_asked() -> bool:
+    return os.environ.get(INTERPRET, "").lower() in ("1", "true", "on", "yes")
+
+
+def _missing_host() -> str | None:
+    """Why it cannot run on the host, or None."""
+    if not _interpreter_asked():
+        return f"it needs a GPU; on the host only its interpreter runs: set {INTERPRET}=1 for that"
+    why = _unimportable()
+    if why is not None:
+        return why
+    from ._triton_kernel import copy_rows
+
+    if not hasattr(copy_rows, "rewrite"):
+        return f"{INTERPRET} was set after its kernel was imported; set it before the process starts"
+    return None
+
+
+def _missing_device(device: torch.device) -> str | None:
+    """Why it cannot run on an accelerator, or None."""
+    if _interpreter_asked():
+        return f"{INTERPRET} is set, so that Triton runs on the host only; unset it"
+    why = _unimportable()
+    if why is not None:
+        return why
+    try:
+        served = _driver().get_active_torch_device()
+    except Exception as error:  # whatever a vendor's driver, or the compiler that it needs, raises
+        return f"Triton has no driver for this machine: {_first_line(error)}"
+    if served.type != device.type:
+        return f"Triton's active driver serves {served.type} devices, not {device.type}"
+    return None
+
+
+def _unimportable() -> str | None:
+    try:
+        from . import _triton_kernel  # noqa: F401
+    except ModuleNotFoundError as error:
+        return f"the package {error.name!r} is missing; install portakv[triton]"
+    except Exception as error:  # a Triton that does not fit torch or the system breaks in many ways
+        return f"Triton cannot be imported: {_first_line(error)}"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Status words: pinned int64, one for each transfer in flight, written by a device on error only."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+_BATCH = 64  # words allocated at once
+
+
+class Word:
+    """One status word: 0, or the position + 1 of a bad id. Read without synchronising."""
+
+    __slots__ = ("_values", "tensor")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self._values = tensor.numpy()
+
+    def read(self) -> int:
+        """What stands in the word now."""
+        return int(self._values[0])
+
+    def release(self) -> None:
+        """Give the word back; only after everything that may write it has ended."""
+        self._values[0] = 0
+        _free.append(self)
+
+
+# Words are never freed: a launch may still write one whose transfer was dropped.
+_free: deque[Word] = deque()
+
+
+def acquire() -> Word:
+    """A word that holds 0."""
+    try:
+        return _free.pop()
+    except IndexError:
+        batch = torch.zeros(_BATCH, dtype=torch.int64, device="cpu").pin_memory()
+        words = [Word(batch[i : i + 1]) for i in range(_BATCH)]
+        _free.extend(words[1:])
+        return words[0]
