@@ -51,12 +51,7 @@ def example_tensors(
     dim = always.get("dim", 1) if dim is None else dim
     counted = _number(always.get("heads")) or 1 if heads is None else heads
     kv = _number(always.get("kv")) or _kv(parsed, dim) if kv is None else kv
-    widths = list(dim) if isinstance(dim, Sequence) else [dim] * kv
-    if len(widths) != kv:
-        raise LayoutError(
-            f"dim={dim} holds {len(widths)} widths, but kv={kv} was asked of {layout!r}; give one "
-            f"number, or one for each kv."
-        )
+    widths = _widths(layout, kv, dim)
     shared = {"layer": layers, "kv": kv, "head": counted, "block": blocks, "token": tokens}
     values = [{**shared, "dim": width, "page": width} for width in widths]
     return _level(parsed, parsed.containers, values, 0, dtype, torch.device(device))
@@ -70,6 +65,16 @@ def _kv(layout: Layout, dim: int | Sequence[int]) -> int:
     if isinstance(dim, Sequence):
         return len(dim)
     return 2 if "kv" in layout.axes else 1
+
+
+def _widths(layout: str, kv: int, dim: int | Sequence[int]) -> list[int]:
+    widths = list(dim) if isinstance(dim, Sequence) else [dim] * kv
+    if len(widths) != kv:
+        raise LayoutError(
+            f"dim={dim} holds {len(widths)} widths, but kv={kv} was asked of {layout!r}; give one "
+            f"number, or one for each kv."
+        )
+    return widths
 
 
 def example_chunk(cache: KVView, layout: str, tokens: int) -> Any:

@@ -38,7 +38,7 @@ def declare(layout: Layout, extents: Mapping[str, int | Sequence[int] | None]) -
             length, or not positive.
     """
     given = {name: value for name, value in extents.items() if value is not None}
-    kv = _positive("kv", given.pop("kv", 2 if "kv" in layout.axes else 1))
+    kv = positive("kv", given.pop("kv", 2 if "kv" in layout.axes else 1))
     if "kv" not in layout.axes and kv != 1:
         raise _unwritten(layout, "kv", kv, "kv")
     values: Values = [{"kv": kv} for _ in range(kv)]
@@ -46,9 +46,9 @@ def declare(layout: Layout, extents: Mapping[str, int | Sequence[int] | None]) -
         name = DECLARED_AS[axis]
         if axis in layout.axes:
             if name in given:
-                _fill(values, axis, [_positive(name, given.pop(name))] * kv)
+                _fill(values, axis, [positive(name, given.pop(name))] * kv)
         else:
-            extent = _positive(name, given.pop(name, 1))
+            extent = positive(name, given.pop(name, 1))
             if extent != 1:
                 raise _unwritten(layout, name, extent, axis)
             _fill(values, axis, [1] * kv)
@@ -139,7 +139,8 @@ def _product(factors: Sequence[Factor], known: Mapping[str, int]) -> int:
     return prod(e for f in factors if (e := factor_extent(f, known)) is not None)
 
 
-def _positive(name: str, value: object) -> int:
+def positive(name: str, value: object) -> int:
+    """A declared extent as an integer; raise `LayoutError` where it is no positive integer."""
     try:
         extent = 0 if isinstance(value, bool) else index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -161,7 +162,7 @@ def _declare_tokens(layout: Layout, values: Values, block_size: object) -> None:
                 f"block_size={block_size} was declared, but {layout.text!r} has no `block` axis; "
                 f"leave it out."
             )
-        _fill(values, "token", [_positive("block_size", block_size)] * len(values))
+        _fill(values, "token", [positive("block_size", block_size)] * len(values))
     elif layout.opaque:
         raise LayoutError(
             f"{layout.text!r} holds opaque pages, whose number of tokens cannot be read from "
@@ -174,7 +175,7 @@ def _declare_widths(layout: Layout, values: Values, dim: object) -> None:
         return
     axis = "page" if layout.opaque else "dim"
     listed = list(dim) if isinstance(dim, (tuple, list)) else [dim] * len(values)
-    widths = [_positive("dim", value) for value in listed]
+    widths = [positive("dim", value) for value in listed]
     if len(widths) != len(values):
         raise LayoutError(
             f"dim={dim!r} declares {len(widths)} widths, but kv has extent {len(values)}; "

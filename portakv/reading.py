@@ -17,9 +17,9 @@ import torch
 from . import presets
 from .containers import Grid, tabulate, to_grid
 from .errors import DeviceMismatch, LayoutError
-from .extents import Sized, Values, declare, factor_extent, finish, solve
+from .extents import Sized, Values, declare, factor_extent, finish, positive, solve
 from .form import Form, build_parts, same_form
-from .layout import Factor, Group, Layout, parse
+from .layout import Factor, Layout, parse
 
 _STRIDED = torch.strided
 _KNOWN_SHAPES = 256  # forms of single tensors that one reading remembers
@@ -142,11 +142,18 @@ def read_as(layout: str, **extents: Any) -> Reading:
     if not isinstance(layout, str):
         raise LayoutError(f"A layout is a string of axis names, but {layout!r} was given.")
     declared = tuple(
-        (name, tuple(value) if isinstance(value, list) else value)
+        (name, _integers(name, value))
         for name, value in sorted(extents.items())
         if value is not None
     )
     return _reading(layout, declared)
+
+
+def _integers(name: str, value: Any) -> int | tuple[int, ...]:
+    """A declared extent as plain integers: equal numbers of other types must not pass for them."""
+    if name == "dim" and isinstance(value, (list, tuple)):
+        return tuple(positive(name, one) for one in value)
+    return positive(name, value)
 
 
 def _container_factors(layout: Layout, values: Values) -> list[tuple[Factor, int]]:
@@ -200,9 +207,8 @@ def _dim_shapes(layout: Layout, tensor: torch.Tensor) -> list[tuple[int, int]]:
     """Size and stride (elements) of each dimension group; the last may cover several."""
     shape, strides, groups = list(tensor.shape), list(tensor.stride()), layout.dims
     extra = len(shape) - len(groups)
-    last: Group = groups[-1]
-    several = len(last.factors) > 1 or last.factors == (Factor("page"),)
-    if extra < 0 or (extra and not several):
+    last = groups[-1]
+    if extra < 0 or (extra and not layout.open_end):
         raise LayoutError(
             f"{layout.text!r} has {len(groups)} dimension(s) right of its containers, but a tensor "
             f"of shape {tuple(shape)} was found; write an axis (or `1`) for each dimension."

@@ -161,9 +161,17 @@ class KVView:
     def _why_unwritable(self) -> str:
         if self.requires_grad:
             return "it requires grad; pass tensor.detach()"
-        if not self.form.unwritable and len(set(self.origins)) < len(self.origins):
+        if self.form.unwritable or len(self.origins) == 1:
+            return self.form.unwritable
+        planes = [
+            self.origins[entry] + offset
+            for part in self.form.parts
+            for layer in range(self.layers)
+            for entry, offset in [locate(part.table, part.offset, part.layer, layer)]
+        ]
+        if len(set(planes)) < len(planes) or len(set(self.origins)) < len(self.origins):
             return "two of its planes lie at one address, so that one would overwrite the other"
-        return self.form.unwritable
+        return ""
 
     def strided(
         self, entry: int, offset: int, dtype: torch.dtype, size: Sequence[int], stride: Sequence[int]
@@ -188,8 +196,11 @@ class KVView:
         heads, dim]``) in ``dtype``, by default the tensors' own.
 
         Raises:
-            LayoutError: an axis of the plane is split, or not a whole number of ``dtype`` wide.
+            LayoutError: an axis of the plane is split, the view holds opaque pages, or its rows do
+                not begin and end at whole numbers of ``dtype``.
         """
+        if self.opaque:
+            raise LayoutError(f"{self.layout.text!r} holds opaque pages, which have no rows to show.")
         part = self.form.parts[kv]
         entry, offset = locate(part.table, part.offset, part.layer, layer)
         element = dtype or self.owners[entry].dtype
@@ -206,7 +217,8 @@ class KVView:
             size.append(extent)
             stride.append(steps[0].stride if steps else 0)
         width = element.itemsize
-        if size[-1] % width or any(s % width for s in stride[:-1]) or stride[-1] not in (0, 1):
+        places = [self.origins[entry] + offset, size[-1], *stride[:-1]]
+        if any(place % width for place in places) or stride[-1] not in (0, 1):
             raise LayoutError(f"A plane of {self.layout.text!r} cannot be read as {element}.")
         counts = [*size[:-1], size[-1] // width]
         return self.strided(entry, offset, element, counts, [*(s // width for s in stride[:-1]), 1])

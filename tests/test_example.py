@@ -17,7 +17,7 @@ from portakv.layout import parse
 def test_a_view_reads_the_example_of_every_preset(name: str) -> None:
     preset = PRESETS[name]
     layout = parse(preset.layout)
-    counts = {"layers": 3 if "layer" in layout.axes else 1}
+    counts: dict[str, Any] = {"layers": 3 if "layer" in layout.axes else 1}
     if "heads" not in preset.extents:
         counts["heads"] = 2 if "head" in layout.axes else 1
     if "dim" not in preset.extents:
@@ -41,7 +41,7 @@ def test_a_view_reads_the_example_of_every_preset(name: str) -> None:
 def test_widths_say_how_many_kv_there_are(layout: str, shapes: Any) -> None:
     made = example_tensors(layout, layers=2, dim=(512, 64), blocks=3, tokens=4)
     assert _shapes(made) == shapes
-    extents = {"dim": (512, 64), "layers": 2 if "layer" in layout else 1}
+    extents: dict[str, Any] = {"dim": (512, 64), "layers": 2 if "layer" in layout else 1}
     assert KVView(made, layout, **extents, block_size=4).kv == 2
 
 

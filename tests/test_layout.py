@@ -154,7 +154,7 @@ def test_what_is_no_string_is_a_layout_error(text: object) -> None:
 _WORDS = (*AXES, "dim/2", "dim%2", "head/4", "head%4", "head%2", "block/2", "1", "(", ")", "|")
 
 
-@settings(max_examples=5 * settings.default.max_examples)
+@settings(max_examples=5 * settings().max_examples)
 @given(st.lists(st.sampled_from(_WORDS), max_size=8))
 def test_any_words_parse_or_raise_a_layout_error_that_points_into_them(words: list[str]) -> None:
     text = " ".join(words)
@@ -187,7 +187,7 @@ def layouts(draw: st.DrawFn) -> str:
     return space.join([*groups[:bar], "|", *groups[bar:]] if bar else groups)
 
 
-@settings(max_examples=2 * settings.default.max_examples)
+@settings(max_examples=2 * settings().max_examples)
 @given(layouts())
 def test_parser_and_oracle_read_a_string_alike(text: str) -> None:
     """The oracle has a parser of its own."""

@@ -324,10 +324,10 @@ class TestBlocksAndPages:
     ) -> None:
         cache = [noise(3, 64, 132, dtype=BYTES) for _ in range(2)]
         other = [torch.zeros(3, 64, 132, dtype=BYTES) for _ in range(2)]
-        views = [KVView(tensors, "vllm-dsa", block_size=64) for tensors in (cache, other)]
+        src, dst = (KVView(tensors, "vllm-dsa", block_size=64) for tensors in (cache, other))
         with pytest.raises(Unsupported, match="page moves only whole"):
-            carry(*views, torch.tensor([1]), torch.tensor([2]))
+            carry(src, dst, torch.tensor([1]), torch.tensor([2]))
         assert not any(tensor.any() for tensor in other)
-        carry(*views, Index([2], 64), Index([1], 64))
+        carry(src, dst, Index([2], 64), Index([1], 64))
         assert torch.equal(other[1][1], cache[1][2])
         assert not other[1][[0, 2]].any()

@@ -36,7 +36,8 @@ def test_runs_of_whole_blocks_and_of_everything(src: Hand, dst: Hand) -> None:
     """Block tables on the paged sides (in any order), consecutive slots on the others."""
     source, target = src.make(3), dst.make(4)
     order = {n: torch.arange(n).flip(0).roll(1) for n in (2, 3, 6, 12)}
-    indices, slots = [], []
+    indices: list[Index] = []
+    slots: list[torch.Tensor] = []
     for hand in (src, dst):
         blocks = order[SLOTS // hand.block] if hand.block else None
         index = Index(blocks, step=hand.block or 1)
@@ -46,7 +47,7 @@ def test_runs_of_whole_blocks_and_of_everything(src: Hand, dst: Hand) -> None:
     expected[:, :, slots[1]] = src.rows(source)[:, :, slots[0]]
     first, second = src.view(source), dst.view(target)
     plan = CopyPlan(first.form, second.form, indices[0].plan_step, indices[1].plan_step)
-    move(plan.runs(first, second, *indices, SLOTS))
+    move(plan.runs(first, second, indices[0], indices[1], SLOTS))
     assert torch.equal(dst.rows(target), expected)
 
 
@@ -158,14 +159,14 @@ class TestRefusals:
         flat = [KVView(noise(16, 8, seed=i), "token dim") for i in range(2)]
         plan = CopyPlan(flat[0].form, flat[1].form, unit=4)
         with pytest.raises(SlotError, match="begins at token 2"):
-            plan.runs(*flat, Index([0, 2], 4, offset=2), Index(), 4)
+            plan.runs(flat[0], flat[1], Index([0, 2], 4, offset=2), Index(), 4)
 
     @pytest.mark.parametrize("side", [0, 1], ids=["source", "destination"])
     def test_a_slot_past_the_end(self, side: int) -> None:
         indices = [Index([0], 4), Index([0], 4)]
         indices[side] = Index([4], 4)
         with pytest.raises(SlotError, match="slot 16, but the view has 16 slots"):
-            self.runs(*indices, 4)
+            self.runs(indices[0], indices[1], 4)
 
     def test_a_range_past_the_list(self) -> None:
         with pytest.raises(SlotError, match="2 ids x 4 tokens"):

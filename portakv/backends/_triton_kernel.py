@@ -10,8 +10,8 @@ the same on a device and, under Triton's interpreter, on the host.
 No cache hints: on an H200 every one of them cost bandwidth (docs/benchmarks.md).
 """
 
-# Triton reads annotations itself, so they are not postponed here.
-# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False
+# Triton reads annotations itself, so none of them are postponed, and arguments have none.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 import triton
 import triton.language as tl
 
@@ -52,10 +52,14 @@ def find_units(at, inside, side, PER_ID: tl.constexpr):
         )
         found = wide + narrow.to(tl.int64)
         # Compared before it is multiplied: no id, however wild, can overflow.
-        near = (found >= 0) & (found < side.most)
-        number = tl.where(near, found, 0) * PER_ID + number % PER_ID
-        moved = inside & near & (number < side.limit)
-        past = inside & ((found >= side.most) | (near & (number >= side.limit)))
+        moved = inside & (found >= 0) & (found < side.past)
+        past = inside & (found >= side.past)
+        if PER_ID == 1:
+            number = found
+        else:
+            number = tl.where(moved, found, 0) * PER_ID + number % PER_ID
+            past = past | (moved & (number >= side.limit))
+            moved = moved & (number < side.limit)
     return number, moved, past
 
 
@@ -106,10 +110,10 @@ def copy_rows(
 ):  # fmt: skip
     """Copy ``units`` units of one nest, from unit ``start`` on, in all planes.
 
-    ``src`` and ``dst`` are `portakv.backends._triton_rows.SideArguments`. ``tokens`` of a unit name the
-    position of a bad id, which goes to the word at ``status`` (0: nowhere). A vector is ``LANES``
-    elements of ``ELEMENT``; ``RUN`` and ``ROW`` count vectors: contiguous ones, and those of one
-    unit in one plane.
+    ``src`` and ``dst`` are `_triton_rows.SideArguments`. ``tokens`` of a unit name the position of
+    a bad id, which goes to the word at ``status`` (0: nowhere). A vector is ``LANES`` elements of
+    ``ELEMENT``; ``RUN`` and ``ROW`` count vectors: contiguous ones, and those of one unit in one
+    plane.
     """
     # Loads that depend on nothing stand first and the word last: a store between two loads would
     # make the second wait for whatever the store waits for.
@@ -135,7 +139,8 @@ def copy_rows(
     byte = (within % RUN).to(tl.int64) * VECTOR
     vectors = tl.load(to_pointers(source + byte, VECTOR, ELEMENT, LANES), mask=moved[:, None])
     tl.store(to_pointers(target + byte, VECTOR, ELEMENT, LANES), vectors, mask=moved[:, None])
-    if SRC_PER_ID + DST_PER_ID > 0:
-        reports = (src_past | dst_past) & (within == 0) & (plane == 0) & (status != 0)
-        word = (status + unit * 0).to(tl.pointer_type(tl.int64))
-        tl.store(word, unit * tokens + 1, mask=reports)
+    if SRC_PER_ID + DST_PER_ID > 0:  # noqa: SIM102 - decided by the compiler, the next at run time
+        if plane == 0:
+            reports = (src_past | dst_past) & (within == 0) & (status != 0)
+            word = (status + unit * 0).to(tl.pointer_type(tl.int64))
+            tl.store(word, unit * tokens + 1, mask=reports)

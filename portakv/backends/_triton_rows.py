@@ -7,13 +7,14 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import Unsupported
-from ..plan import CopyPlan, Nest, Side
+from portakv.errors import Unsupported
+from portakv.plan import CopyPlan, Nest, Side
+
 from ._rows_kernel import split_loops
 
 if TYPE_CHECKING:
-    from ..index import Index
-    from ..view import KVView
+    from portakv.index import Index
+    from portakv.view import KVView
 
 MAX_PLANES = 65535  # programs along y
 # Vectors of one launch are counted in 32 bits, the last program's included; a larger copy is split.
@@ -51,7 +52,7 @@ class SideArguments(NamedTuple):
         wide: 1 for int64 ids, 0 for int32.
         first: number of the unit at position 0.
         limit: units in the view.
-        most: the least id that is certainly past the end.
+        past: the least id whose first unit is past the end.
         units, outer, inner: byte strides, outermost first.
     """
 
@@ -61,7 +62,7 @@ class SideArguments(NamedTuple):
     wide: Any
     first: Any
     limit: Any
-    most: Any
+    past: Any
     units: Any
     outer: Any
     inner: Any
@@ -101,10 +102,10 @@ class SideShape:
         limit = view.slots // unit
         if self.per_id:
             ids = index.on(view.device)
-            most = limit // self.per_id + 1
+            past = -(-limit // self.per_id)
             wide = ids.dtype.itemsize == 8
             return SideArguments(
-                base, table, ids.data_ptr(), int(wide), first, limit, most, *self._strides
+                base, table, ids.data_ptr(), int(wide), first, limit, past, *self._strides
             )
         if rest and self._flat:
             # Without ids a flat side may start anywhere, also between two units.

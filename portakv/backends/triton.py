@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import Unsupported
-from ..plan import CopyPlan
+from portakv.errors import Unsupported
+from portakv.plan import CopyPlan
+
 from ._triton_rows import NestKernel
 from .base import Backend, Capabilities, Decision, Launch
 
 if TYPE_CHECKING:
-    from ..index import Index
-    from ..view import KVView
+    from portakv.index import Index
+    from portakv.view import KVView
 
 INTERPRET = "TRITON_INTERPRET"
 _HOST = ("pageable", "pinned")
@@ -211,7 +212,7 @@ def _missing_host() -> str | None:
     from ._triton_kernel import copy_rows
 
     if not hasattr(copy_rows, "rewrite"):
-        return f"{INTERPRET} was set after its kernel was imported; set it before the process starts"
+        return f"{INTERPRET} was set after its kernel was imported; set it before Python starts"
     return None
 
 
