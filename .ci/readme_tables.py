@@ -38,10 +38,8 @@ def layouts() -> str:
 def backends() -> str:
     """One row for each backend-device pair, with the rung that it reached."""
     pairs = tomllib.loads((ROOT / "conformance" / "support.toml").read_text())["pair"]
-    rows = [
-        f"| `{p['backend']}` | {p['device']} | {p['rung']} | {p['versions']} | {p['date']} | {p['evidence']} |"
-        for p in pairs
-    ]
+    columns = ("device", "rung", "versions", "date", "evidence")
+    rows = [f"| `{p['backend']}` | {' | '.join(p[c] for c in columns)} |" for p in pairs]
     head = "| backend | device | rung | versions run | date | evidence |"
     return "\n".join([head, "|---|---|---|---|---|---|", *rows])
 

@@ -81,12 +81,16 @@ def run(asked: argparse.Namespace) -> dict[str, Any]:
         for backend in backends:
             tell(f"overhead of {backend}")
             rows += measure_overhead(backend, device, preset.overhead_rounds)
-        for task in jobs:
+        for done, task in enumerate(jobs):
             tell(f"{task.shape.name}, layers {task.arrangement}")
             if task.left_out:
                 left_out.append(f"{task.shape.name}, {task.arrangement}: {task.left_out}")
-            else:
+                continue
+            try:
                 rows += run_task(task, preset, backends, timer, device)
+            except KeyboardInterrupt:
+                left_out.append(f"interrupted: the last {len(jobs) - done} workloads")
+                break
     return {
         "format": RESULT_FORMAT,
         "machine": describe(device),
@@ -117,7 +121,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _device(name: str | None) -> torch.device:
     if name is None:
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        found = (
+            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        )
         device = torch.device("cpu") if found is None else found
     else:
         try:

@@ -22,7 +22,8 @@ unset PORTAKV_BACKEND
 status=0
 timeout 160 python3 -m pytest -m gpu -q -p no:cacheprovider 2>&1 | tee "$out/pytest-gpu.log" ||
     status=1
-timeout 190 python3 -m portakv_benchmarks.cli --device cuda --preset full \
+# Interrupted, it writes what it has measured so far.
+timeout --signal=INT --kill-after=20 190 python3 -m portakv_benchmarks.cli --device cuda --preset full \
     "${backends[@]/#/--backend=}" --out "$out" 2>&1 | tee "$out/bench.log" || status=1
 for result in "$out"/*.json; do
     python3 -m portakv_benchmarks.check "$result" || status=1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chunks: how memory objects are read beside the caches that they belong to, one or many at once."""
+"""Chunks: how memory objects are read beside the caches that they belong to."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class Cleaned(NamedTuple):
 
     src_index: Index
     dst_index: Index
-    count: int
+    tokens: int
     error: SlotError | None
 
 
@@ -35,7 +35,7 @@ def clean(
     device = next((x.ids.device for x in (src_index, dst_index) if x.ids is not None), None)
     device = device or src.device
     numbers = [x.units(count, unit, device) for x in (src_index, dst_index)]
-    bad = [number >= view.slots // unit for number, view in zip(numbers, (src, dst))]
+    bad = [number >= view.slots // unit for number, view in zip(numbers, (src, dst), strict=True)]
     keep = (numbers[0] >= 0) & (numbers[1] >= 0) & ~bad[0] & ~bad[1]
     kept = keep.nonzero()[:, 0]
     if kept.numel() == keep.numel():

@@ -211,7 +211,7 @@ class AdaptiveConnector:
             )
         cache, _, chunks = self._caches(kv_caches)
         jobs = []
-        for memory_obj, start, end in zip(memory_objs, starts, ends):
+        for memory_obj, start, end in zip(memory_objs, starts, ends, strict=True):
             index, count = _range(slot_mapping, start, end)
             chunk = chunks.read(memory_obj)
             _check_chunk(cache, chunk, count)
@@ -229,9 +229,7 @@ class AdaptiveConnector:
     def _caches(self, kv_caches: Any) -> _Caches:
         """What is registered; caches that differ from it register again."""
         registered = self._registered
-        if kv_caches is not None and (
-            registered is None or _facts(kv_caches) != registered.facts
-        ):
+        if kv_caches is not None and (registered is None or _facts(kv_caches) != registered.facts):
             registered = self._register(kv_caches)
         if registered is None:
             raise LayoutError(

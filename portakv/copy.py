@@ -107,15 +107,17 @@ def carry(
     """
     dst.check_writable()
     home = choice.backend.device
-    if src.device != home or dst.device != home:
-        if _must_stage(src, dst, choice):
-            return staged_copy(carry, src, dst, src_index, dst_index, count, choice, stream)
+    elsewhere = src.device != home or dst.device != home
+    if elsewhere and _must_stage(src, dst, choice):
+        return staged_copy(carry, src, dst, src_index, dst_index, count, choice, stream)
     way = route(src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice)
     if count == 0:
         return Transfer()
     skips = src_index.judge(count, src.slots, False, "source")
     skips |= dst_index.judge(count, dst.slots, True, "destination")
-    pieces = _pieces(way, src, dst, src_index, dst_index, count, choice)
+    pieces = [(way, 0, count)]
+    if way.plan.unit > 1:
+        pieces = _pieces(way, src, dst, src_index, dst_index, count, choice)
     error: PortaKVError | None = None
     if _need_cleaning(pieces, src_index, dst_index, skips):
         refuse_capture(home, "its ids have to be checked before they are used")
@@ -144,9 +146,7 @@ def _must_stage(src: KVView, dst: KVView, choice: Choice) -> bool:
     return (src.form.place, dst.form.place) not in choice.can.places
 
 
-def _need_cleaning(
-    pieces: list[Piece], src_index: Index, dst_index: Index, skips: bool
-) -> bool:
+def _need_cleaning(pieces: list[Piece], src_index: Index, dst_index: Index, skips: bool) -> bool:
     device_ids = not (src_index.on_host and dst_index.on_host)
     if not (skips or device_ids):
         return False

@@ -141,7 +141,7 @@ class Index:
         return Index(torch.from_numpy(self.host_ids()), self.step, self.offset)
 
     def host_ids(self) -> npt.NDArray[np.int64]:
-        """The ids as a contiguous int64 array on the host; waits for the device if they are there."""
+        """The ids as a contiguous int64 array on the host; waits for a device that has them."""
         if self._host_ids is None:
             assert self.ids is not None
             ids = self.ids if self.on_host else self.ids.cpu()

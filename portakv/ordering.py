@@ -17,6 +17,8 @@ from .routes import Route
 from .transfer import Completion, Transfer
 from .view import KVView
 
+_HOST = torch.device("cpu")
+
 Piece = tuple[Route, int, int]  # a route, its first position, its tokens
 
 
@@ -31,7 +33,7 @@ def launch(
 ) -> Transfer:
     """Launch every piece, ordered behind the current stream (or, after it, on ``stream``)."""
     device = pieces[0][0].choice.backend.device
-    if device.type == "cpu":
+    if device == _HOST:
         return _launch_on_host(pieces, src, dst, src_index, dst_index, error)
     if capturing(device):
         return _launch_captured(pieces, src, dst, src_index, dst_index, stream)
@@ -49,7 +51,7 @@ def launch(
     guarded = any(way.can.guards for way, _, _ in pieces)
     word = words.acquire() if guarded else None
     pendings = []
-    for (way, start, tokens), (mine, theirs) in zip(pieces, placed):
+    for (way, start, tokens), (mine, theirs) in zip(pieces, placed, strict=True):
         pending = way.launch(
             src, dst, mine.shifted(start), theirs.shifted(start), tokens, stream,
             None if word is None else word.tensor,
@@ -118,8 +120,9 @@ def _run(
     pendings = []
     for way, start, tokens in pieces:
         device = way.choice.backend.device
-        mine = src_index.placed(way.can, device).shifted(start)
-        theirs = dst_index.placed(way.can, device).shifted(start)
+        mine, theirs = src_index.placed(way.can, device), dst_index.placed(way.can, device)
+        if start:
+            mine, theirs = mine.shifted(start), theirs.shifted(start)
         pending = way.launch(src, dst, mine, theirs, tokens, stream, status)
         if pending is not None:
             pendings.append(pending)

@@ -62,7 +62,7 @@ def _levels(layout: Layout) -> list[tuple[str, str, str]]:
     last = len(layout.dims) - 1
     for at, group in enumerate(layout.dims):
         place = f"dim {at}"
-        if at == last and (len(group.factors) > 1 or layout.opaque):
+        if at == last and layout.open_end:
             place += " .."  # such a group may cover several trailing dimensions
         rows.append((str(group), place, _meaning(group, layout)))
     return rows

@@ -127,10 +127,13 @@ class CopyPlan:
 
     def __str__(self) -> str:
         plural = "token" if self.unit == 1 else "tokens"
-        lines = [f"unit {self.unit} {plural}, vector {self.vector} B, {self.token_bytes} B a token"]
+        lines = [
+            f"unit {self.unit} {plural}, vector {self.vector} B, {self.token_bytes} B a token",
+            f"s: {_numbers(self.src_step)}, d: {_numbers(self.dst_step)}",
+        ]
         for nest in self.nests:
-            src, dst = _origin(nest.src, self.src_step), _origin(nest.dst, self.dst_step)
-            lines.append(f"for unit in units: src = {src}; dst = {dst}")
+            src, dst = _origin("s", nest.src), _origin("d", nest.dst)
+            lines.append(f"for s, d in units: src = {src}; dst = {dst}")
             for depth, loop in enumerate(nest.loops, 1):
                 lines.append("  " * depth + str(loop))
             depth = len(nest.loops) + 1
@@ -138,15 +141,21 @@ class CopyPlan:
         return "\n".join(lines)
 
 
-def _origin(side: Side, step: int) -> str:
-    unit = "ids" if step else "position"
+def _numbers(step: int) -> str:
+    """Where the numbers of units come from."""
+    if not step:
+        return "consecutive units"
+    return f"units by ids of {step} {'token' if step == 1 else 'tokens'}"
+
+
+def _origin(number: str, side: Side) -> str:
     walks = []
     below = 1
     for at in reversed(side.units):
-        number = unit if below == 1 else f"{unit} // {below}"
-        number = f"({number}) % {at.extent}" if at.extent else number
-        where = f"table[{number} * {at.table}]" if at.table else f"{number} * {at.stride} B"
-        walks.append(where)
+        place = number if below == 1 else f"{number} // {below}"
+        if at.extent:
+            place = f"{place} % {at.extent}"
+        walks.append(f"table[{place} * {at.table}]" if at.table else f"{place} * {at.stride} B")
         below *= at.extent or 1
     base = f"table[{side.table}]" + (f" + {side.offset} B" if side.offset else "")
     return " + ".join([base, *reversed(walks)])

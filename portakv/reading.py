@@ -103,7 +103,7 @@ class Reading:
         flat: list[torch.Tensor] = list(grid.reshape(-1))
         device = _one_device(flat)
         values = [dict(known) for known in self.declared]
-        outer = [(g, [n] * len(values)) for g, n in zip(layout.containers, grid.shape)]
+        outer = [(g, [n] * len(values)) for g, n in zip(layout.containers, grid.shape, strict=True)]
         stuck = solve(layout, values, outer)
         if stuck:
             finish(layout, values, stuck)
@@ -183,7 +183,7 @@ def _pick_per_kv(layout: Layout, grid: Grid, values: Values) -> list[torch.Tenso
     kv_at = next((i for i, (factor, _) in enumerate(factors) if factor.axis == "kv"), None)
     cube = grid.reshape([extent for _, extent in factors])
     rows = cube.reshape(1, -1) if kv_at is None else np.moveaxis(cube, kv_at, 0)
-    rows = rows.reshape(rows.shape[0], -1)
+    rows = rows.reshape(len(rows), -1)
     for row in rows:
         first = row[0]
         for tensor in row[1:]:
@@ -224,7 +224,7 @@ def _dim_shapes(layout: Layout, tensor: torch.Tensor) -> list[tuple[int, int]]:
         stride = strides[-1] if size == 1 else stride
         shape[-1], strides[-1] = shape[-1] * size, stride
         extra -= 1
-    return list(zip(shape, strides))
+    return list(zip(shape, strides, strict=True))
 
 
 def _form(
@@ -244,7 +244,7 @@ def _form(
         parts=parts,
         layers=known["layer"],
         heads=known["head"],
-        widths=tuple(v[axis] * t.element_size() for v, t in zip(values, picks)),
+        widths=tuple(v[axis] * t.element_size() for v, t in zip(values, picks, strict=True)),
         block_size=known["token"] if layout.paged else 0,
         opaque=layout.opaque,
         alignment=min(16, bits & -bits) if bits else 16,
@@ -257,7 +257,7 @@ def _spans(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
     found = set()
     for tensor in tensors:
         if tensor.numel():
-            last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride()))
+            last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
             first = tensor.data_ptr()
             found.add((first, first + (last + 1) * tensor.element_size()))
     merged: list[tuple[int, int]] = []

@@ -95,7 +95,9 @@ class Registry:
             first = [name for name in self._loaders if name not in _LAST]
             return [*first, *(name for name in _LAST if name in self._loaders)]
 
-    def ask(self, name: str, device: torch.device, *, check: bool) -> tuple[Backend | None, Decision]:
+    def ask(
+        self, name: str, device: torch.device, *, check: bool
+    ) -> tuple[Backend | None, Decision]:
         """One candidate's answer for ``device``; with ``check`` it is also self-checked, once."""
         with self._lock:
             known = self._known.get((name, device))

@@ -81,10 +81,6 @@ class KVView:
             view._hold()
         return view
 
-    def _hold(self) -> None:
-        # Aliases keep the memory that was read, also where a caller gives a tensor another one.
-        self.owners = tuple(owner.detach() for owner in self.owners)
-
     def _set(self, layout: Layout, tensors: Any, facts: Found) -> None:
         self.layout, self.tensors = layout, tensors
         (
@@ -94,6 +90,10 @@ class KVView:
         self._table: torch.Tensor | None = None
         self._unwritable: str | None = None
         self.kept: dict[Any, Any] = {}
+
+    def _hold(self) -> None:
+        # Aliases keep the memory that was read, also where a caller gives a tensor another one.
+        self.owners = tuple(owner.detach() for owner in self.owners)
 
     @property
     def layers(self) -> int:
@@ -174,7 +174,12 @@ class KVView:
         return ""
 
     def strided(
-        self, entry: int, offset: int, dtype: torch.dtype, size: Sequence[int], stride: Sequence[int]
+        self,
+        entry: int,
+        offset: int,
+        dtype: torch.dtype,
+        size: Sequence[int],
+        stride: Sequence[int],
     ) -> torch.Tensor:
         """A tensor over the storage of table entry ``entry``, ``offset`` bytes behind its address.
 
@@ -182,14 +187,14 @@ class KVView:
         """
         storage = self.owners[entry].untyped_storage()
         start = self.origins[entry] + offset - storage.data_ptr()
-        reach = sum((n - 1) * s for n, s in zip(size, stride)) + 1 if all(size) else 0
+        reach = sum((n - 1) * s for n, s in zip(size, stride, strict=True)) + 1 if all(size) else 0
         if start < 0 or start + reach * dtype.itemsize > storage.nbytes():
             raise LayoutError(
                 f"The memory behind a tensor of {self.layout.text!r} was replaced after it was "
                 f"read; make the view anew, or register the kv_caches again."
             )
         empty = torch.empty(0, dtype=dtype, device=self.device)
-        return empty.set_(storage, start // dtype.itemsize, size, stride)  # type: ignore[call-overload, no-any-return]
+        return empty.set_(storage, start // dtype.itemsize, size, stride)  # type: ignore[call-overload,no-any-return]
 
     def plane(self, layer: int, kv: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """One plane as a strided tensor ``[blocks, block_size, heads, dim]`` (a chunk: ``[tokens,
@@ -200,11 +205,13 @@ class KVView:
                 not begin and end at whole numbers of ``dtype``.
         """
         if self.opaque:
-            raise LayoutError(f"{self.layout.text!r} holds opaque pages, which have no rows to show.")
+            raise LayoutError(
+                f"{self.layout.text!r} holds opaque pages, which have no rows to show."
+            )
         part = self.form.parts[kv]
         entry, offset = locate(part.table, part.offset, part.layer, layer)
         element = dtype or self.owners[entry].dtype
-        chain = ([(self.slots // (self.form.block_size or 1), part.block)] if part.block else [])
+        chain = [(self.slots // (self.form.block_size or 1), part.block)] if part.block else []
         chain += [(self.form.block_size or self.slots, part.token), (self.heads, part.head)]
         chain += [(self.widths[kv], part.dim)]
         size, stride = [], []

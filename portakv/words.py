@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Status words: pinned int64, one for each transfer in flight, written by a device on error only."""
+"""Status words: pinned int64, one for each transfer in flight, written only on error."""
 
 from __future__ import annotations
 

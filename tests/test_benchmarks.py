@@ -297,6 +297,22 @@ def test_wrong_bytes_end_in_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None
     assert bench.main(["--preset", "quick", "--device", "cpu", "--shape", "tiny"]) == 1
 
 
+@pytest.mark.usefixtures("tiny_only")
+def test_interrupted_it_keeps_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*job: Any) -> list[dict[str, Any]]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "run_task", interrupted)
+    words = ["--preset", "quick", "--device", "cpu", "--shape", "tiny", "--out", str(tmp_path)]
+    assert bench.main(words) == 0
+    (file,) = tmp_path.iterdir()
+    written = json.loads(file.read_text())
+    assert {row["kind"] for row in written["rows"]} == {"overhead"}
+    assert written["left_out"] == ["interrupted: the last 1 workloads"]
+
+
 def test_a_forced_backend_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

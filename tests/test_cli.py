@@ -29,7 +29,7 @@ import portakv
 from portakv.backends.base import Launch
 from portakv.backends.reference import Reference
 from portakv.cli import main
-from portakv.cli.devices import devices_present
+from portakv.devices import devices_present
 from portakv.picture import draw
 from portakv.presets import PRESETS
 from portakv.registry import REGISTRY

@@ -16,7 +16,7 @@ from portakv_examples import offload_transformers
 from small_backends import small_backend
 
 from portakv import AdaptiveConnector, KVView, Transfer
-from portakv.cli.devices import usual_device
+from portakv.devices import usual_device
 from portakv.demo import model, scenario, timing
 from portakv.demo.model import ModelPart, run_model
 from portakv.demo.scenario import Founding, Scenario, fitted, free_memory

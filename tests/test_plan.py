@@ -171,7 +171,8 @@ class TestLoops:
         chunk = form("kv token (head dim)", 2, 12, 16, heads=2)
         assert str(CopyPlan(cache, chunk, 1, 0)) == (
             "unit 1 token, vector 16 B, 64 B a token\n"
-            "for unit in units: src = table[0] + ids * 32 B; dst = table[0] + position * 32 B\n"
+            "s: units by ids of 1 token, d: consecutive units\n"
+            "for s, d in units: src = table[0] + s * 32 B; dst = table[0] + d * 32 B\n"
             "  for kv in range(2): src += 384 B; dst += 384 B\n"
             "    copy 32 B in vectors of 16 B"
         )
@@ -180,9 +181,9 @@ class TestLoops:
         layers = [torch.zeros(3, 2, 4, 8) for _ in range(2)]
         cache = KVView(layers, "layer | block head token dim").form
         chunk = form("layer token (head dim)", 2, 12, 16, dtype=torch.float32, heads=2)
-        assert str(CopyPlan(cache, chunk, 1, 0)).splitlines()[1:3] == [
-            "for unit in units: src = table[0] + ids // 4 * 256 B + (ids) % 4 * 32 B; "
-            "dst = table[0] + position * 64 B",
+        assert str(CopyPlan(cache, chunk, 1, 0)).splitlines()[2:4] == [
+            "for s, d in units: src = table[0] + s // 4 * 256 B + s % 4 * 32 B; "
+            "dst = table[0] + d * 64 B",
             "  for layer in range(2): src += table[1]; dst += 768 B",
         ]
         whole = str(CopyPlan(cache, chunk, 4, 0))

@@ -123,7 +123,9 @@ class RowsKernel:
     @property
     def bulk(self) -> BulkShape | None:
         """How the ring of bulk copies moves this nest; None where its pieces are too small."""
-        piece = next((d for d in range(min(_TILE, self.run), 0, -1) if self.run % d == 0 and d % 16 == 0), 0)
+        piece = next(
+            (d for d in range(min(_TILE, self.run), 0, -1) if self.run % d == 0 and d % 16 == 0), 0
+        )
         if self.vector < 16 or piece < _LEAST_PIECE:
             return None
         per_tile = _TILE // piece

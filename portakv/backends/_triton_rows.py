@@ -121,7 +121,8 @@ class NestKernel:
         plan: the plan that it belongs to.
 
     Attributes:
-        constants: the kernel's constants but for the element; equal for nests of one shape.
+        constants: the kernel's constants but for the element.
+        key: equal for nests that share a kernel.
         tile: how its launches are cut.
         planes: programs along y.
 
@@ -158,6 +159,8 @@ class NestKernel:
             self.constants[f"{name}_TABLE"] = side.table
             self.constants[f"{name}_UNIT_ENTRIES"] = side.unit_entries
             self.constants[f"{name}_OUTER_ENTRIES"] = side.outer_entries
+
+        self.key = (*self.constants.values(), self.tile.warps, str(self.signature()))
 
     @property
     def element_bits(self) -> int:

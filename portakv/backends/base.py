@@ -73,8 +73,8 @@ class Launch(Protocol):
 
     ``count`` tokens are moved, a multiple of the plan's unit. ``stream`` is where to order the
     work (None: the caller's current stream). ``status`` is a pinned int64 word: a backend that
-    guards writes position + 1 of a bad id there (None: it only moves nothing). Returns None where the work is ordered on the
-    stream, else a `Pending`.
+    guards writes position + 1 of a bad id there (None: it only moves nothing). Returns None where
+    the work is ordered on the stream, else a `Pending`.
     """
 
     def __call__(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`cuda`: the hand-written row kernel, compiled at run time by NVRTC, launched by the driver API."""
+"""`cuda`: the hand-written row kernel, compiled by NVRTC, launched by the driver API."""
 
 from __future__ import annotations
 

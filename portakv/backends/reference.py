@@ -106,12 +106,14 @@ class _NestCopy:
             sources = self.src.tensors(src, src_entry, s, units)
             targets = self.dst.tensors(dst, dst_entry, d, units)
             srows, drows = s.pick(picked, src.device), d.pick(picked, dst.device)
-            for source, target in zip(sources, targets):
+            for source, target in zip(sources, targets, strict=True):
                 _copy(source, srows, target, drows, within)
 
 
 def _move(at: tuple[int, ...], steps: list[tuple[int, int]]) -> tuple[int, int]:
-    return sum(i * t for i, (t, _) in zip(at, steps)), sum(i * b for i, (_, b) in zip(at, steps))
+    return sum(i * t for i, (t, _) in zip(at, steps, strict=True)), sum(
+        i * b for i, (_, b) in zip(at, steps, strict=True)
+    )
 
 
 def _copy(

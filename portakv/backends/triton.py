@@ -66,15 +66,14 @@ class Triton(Backend):
 
     def _kernel(self, nest: NestKernel) -> Any:
         """The kernel of a nest, compiled and loaded; nests of one shape share it."""
-        key = (*nest.constants.values(), *map(repr, nest.signature().values()))
         with self._lock:
-            found = self._compiled.get(key)
+            found = self._compiled.get(nest.key)
             if found is None:
                 _refuse_capture(self.device)
                 with torch.get_device_module(self.device).device(self.device):
                     found = compile_kernel(nest, _target())
                     found.run  # noqa: B018 - loads it into the current device
-                self._compiled[key] = found
+                self._compiled[nest.key] = found
             return found
 
 

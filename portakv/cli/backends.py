@@ -14,8 +14,8 @@ from portakv import __version__
 from portakv.console import print_json
 from portakv.registry import ENVIRONMENT
 
-from .candidates import Candidate, as_json, candidates_for, forced_backend, print_candidates
-from .devices import device_count, device_name, devices_present
+from ..candidates import Candidate, as_json, candidates_for, forced_backend, print_candidates
+from ..devices import device_count, device_name, devices_present
 
 Traces = list[tuple[torch.device, list[Candidate]]]
 

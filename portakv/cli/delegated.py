@@ -9,7 +9,7 @@ from typing import Any
 
 from portakv.errors import PortaKVError
 
-from .devices import usable_device
+from ..devices import usable_device
 
 BENCHMARKS = "portakv_benchmarks"
 

@@ -15,8 +15,8 @@ from portakv.plan import CopyPlan, Nest
 from portakv.plan import Side as Units
 from portakv.registry import ENVIRONMENT, Choice, choose, prepare
 
-from .candidates import as_json, candidates_for_plan, forced_backend, print_candidates
-from .devices import usable_device, usual_device
+from ..candidates import as_json, candidates_for_plan, forced_backend, print_candidates
+from ..devices import usable_device, usual_device
 from .sides import BLOCK_SIZE, TOKENS, Extents, Side, describe_tensors, make_sides
 
 _DESCRIPTION = """\

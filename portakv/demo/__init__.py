@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from .. import __version__
-from ..cli.candidates import as_json, candidates_for
-from ..cli.devices import device_name, usual_device
+from ..candidates import as_json, candidates_for
+from ..devices import device_name, usual_device
 from ..console import print_json
 from ..registry import ENVIRONMENT, REGISTRY, choose
 from . import screen

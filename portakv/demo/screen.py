@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from .. import __version__
-from ..cli.candidates import Candidate, print_candidates
-from ..cli.devices import device_name
+from ..candidates import Candidate, print_candidates
+from ..devices import device_name
 from ..console import Column, print_table
 from ..registry import ENVIRONMENT
 from .model import ModelPart

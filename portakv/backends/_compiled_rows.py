@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The functions that `compiled` compiles, and how one is compiled once and for all.
+
+All memory from an address on is one tensor here, and addresses are numbers in it. So a plan over
+any number of allocations is one indexed copy, one kernel, and what a request changes (addresses,
+strides of a chunk, tokens) are arguments, never shapes. Memory is only touched where rows lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any, NamedTuple, cast
+
+import torch
+
+#: Bytes that a tensor over all memory spans: what a process can address.
+SPAN = 2**47
+# Inductor judges whether a pointer is aligned by this many bytes without looking at the pointer.
+ALIGNMENT = 16
+_OPTIONS = {
+    # Ids are guarded in the function itself; an assertion would poison the device's context.
+    "assert_indirect_indexing": False,
+    # To time alternatives inductor copies what a kernel writes to: here that is all memory.
+    "triton.autotune_pointwise": False,
+    "max_autotune": False,
+    "max_autotune_pointwise": False,
+    "coordinate_descent_tuning": False,
+    "triton.cudagraphs": False,
+    # One kernel needs no pool of compiling processes.
+    "compile_threads": 1,
+    # The caller makes every argument to one pattern, so that nothing is left to assert.
+    "size_asserts": False,
+    "alignment_asserts": False,
+}
+
+Argument = torch.Tensor | int
+
+
+class SideShape(NamedTuple):
+    """What a model fixes about one side.
+
+    Attributes:
+        per_id: units that one id covers; 0 without ids.
+        extents: of the steps that the number of a unit walks through, outermost (0) first.
+        unit_entries: for each step, whether it walks through the table of addresses.
+        loop_entries: whether loops walk through the table.
+    """
+
+    per_id: int
+    extents: tuple[int, ...]
+    unit_entries: tuple[bool, ...]
+    loop_entries: bool
+
+    @property
+    def tabled(self) -> bool:
+        """True where addresses are looked up."""
+        return self.loop_entries or any(self.unit_entries)
+
+
+class CopyShape(NamedTuple):
+    """What a model fixes about one nest: nests of equal shape share one program.
+
+    Attributes:
+        dtype: of the elements that are moved.
+        run: elements in a contiguous run.
+        ratio: elements in a grain, the distance that addresses are counted in.
+        loops: extents of the groups of loops.
+        src, dst: the sides.
+    """
+
+    dtype: torch.dtype
+    run: int
+    ratio: int
+    loops: tuple[int, ...]
+    src: SideShape
+    dst: SideShape
+
+    @property
+    def grain(self) -> int:
+        """Bytes in a grain, a power of two."""
+        return self.ratio * self.dtype.itemsize
+
+
+def memory_from(
+    address: int, device: torch.device, dtype: torch.dtype, run: int = 1, ratio: int = 1
+) -> torch.Tensor:
+    """All memory from ``address`` on as rows ``[rows, run]`` that begin ``ratio`` elements apart.
+
+    It owns and allocates nothing. ``address`` lies in an allocation of the device and is a
+    multiple of `ALIGNMENT`.
+    """
+    storage = torch._C._construct_storage_from_data_pointer(address, device, SPAN)
+    rows = (SPAN // dtype.itemsize - run) // ratio
+    # One made in inference mode could not be written outside of it.
+    with torch.inference_mode(False):
+        memory = torch.empty(0, dtype=dtype, device=device)
+        return memory.set_(storage, 0, (rows, run), (ratio, 1))  # type: ignore[call-overload, no-any-return]
+
+
+# Constants of the functions below: each program puts its own in their place.
+SHAPE = cast(CopyShape, None)
+SIDES = 0
+
+
+def copy(*arguments: Argument) -> None:
+    """The copy of a nest of ``SHAPE``: ``(units, lost, *source's side, *destination's side)``.
+
+    ``lost`` is the row, counted in the destination's memory, that units with a negative or bad id
+    are sent to: so such a unit moves nothing, and no id has to be known to the host. The arguments
+    of a side are, as far as its shape needs them: its memory; ids int64; the table of addresses;
+    for each group of loops the grains that it walks, then the entries; then the numbers ``at``
+    (grains from the memory's start), ``first`` (the id, or without ids the unit, to begin with),
+    ``rest`` (units of the first id to pass over), ``limit`` (units in the view), ``entry`` (of the
+    table), and for each step of the units its stride in grains, or its entries.
+    """
+    _refuse_plain_python()
+    given: Iterator[Any] = iter(arguments)
+    units, lost = next(given), next(given)
+    source, src_rows, src_good = _side(SHAPE, SHAPE.src, given, units)
+    target, dst_rows, dst_good = _side(SHAPE, SHAPE.dst, given, units)
+    for good in (src_good, dst_good):
+        if good is not None:
+            dst_rows = torch.where(_over(good, SHAPE), dst_rows, lost)
+    # Rows are never negative. Said aloud, so that no code is made to count them from the end.
+    target.index_put_((dst_rows.clamp(min=0),), source[src_rows.clamp(min=0)])
+
+
+def report(*arguments: Argument) -> None:
+    """The report of bad ids: ``(memory of int64, units, unit, word, lost, *side...)``.
+
+    Writes position + 1 of a bad id, in tokens, to row ``word`` of the memory, and nothing where
+    there is none (``lost`` is a row that nobody reads). The arguments of each of the ``SIDES`` with
+    ids are ids, ``first``, ``rest``, ``limit`` and ``per_id``.
+    """
+    _refuse_plain_python()
+    given: Iterator[Any] = iter(arguments)
+    memory, units, unit, word, lost = (next(given) for _ in range(5))
+    at = torch.arange(units, device=memory.device)
+    row = torch.full_like(at, lost)
+    for _ in range(SIDES):
+        ids, first, rest, limit, per_id = (next(given) for _ in range(5))
+        found = ids[:, 0][first + (at + rest) // per_id]
+        row = torch.where(found * per_id + (at + rest) % per_id >= limit, word, row)
+    memory.index_put_((row,), (at * unit + 1)[:, None])
+
+
+def _refuse_plain_python() -> None:
+    if not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "torch.compile was asked to compile a copy but ran it as plain Python; unset "
+            "TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE and TORCHDYNAMO_SUPPRESS_ERRORS, or use "
+            "another backend."
+        )
+
+
+def _side(
+    shape: CopyShape, side: SideShape, given: Iterator[Any], units: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The memory of a side, ``[units, loops...]`` rows in it, and which units have good ids."""
+    memory = next(given)
+    ids = next(given) if side.per_id else None
+    table = next(given) if side.tabled else None
+    walks = [next(given) for _ in shape.loops]
+    walked = [next(given) for _ in shape.loops] if side.loop_entries else []
+    at, first = next(given), next(given)
+    number, good = torch.arange(units, device=memory.device), None
+    if ids is None:
+        number = number + first
+    else:
+        rest, limit = next(given), next(given)
+        if side.per_id == 1:
+            number = torch.narrow(ids, 0, first, units)[:, 0]
+        else:
+            number = number + rest
+            found = ids[:, 0][first + number // side.per_id]
+            number = found * side.per_id + number % side.per_id
+        good = (number >= 0) & (number < limit)
+        number = torch.where(good, number, 0)
+    entry = next(given) if side.tabled else 0
+    steps = [next(given) for _ in side.extents]
+    row: Any = at
+    for place in reversed(range(len(steps))):
+        extent = side.extents[place]
+        digit = number % extent if extent else number
+        number = number // extent if extent else number
+        if side.unit_entries[place]:
+            entry = entry + _over(digit * steps[place], shape)
+        else:
+            row = row + _over(digit * steps[place], shape)
+    for depth, walk in enumerate(walks):
+        row = row + _along(walk, depth, shape)
+    for depth, walk in enumerate(walked):
+        entry = entry + _along(walk, depth, shape)
+    if table is not None:
+        row = row + (table[:, 0][entry.clamp(min=0)] >> (shape.grain.bit_length() - 1))
+    return memory, row, good
+
+
+def _over(unit: torch.Tensor, shape: CopyShape) -> torch.Tensor:
+    """``[units]`` as ``[units, 1...]``."""
+    return unit[(slice(None), *[None] * len(shape.loops))]
+
+
+def _along(walk: torch.Tensor, depth: int, shape: CopyShape) -> torch.Tensor:
+    """``[extent]`` of one group of loops as ``[1, 1.., extent, 1..]``."""
+    after = len(shape.loops) - depth - 1
+    return walk[(*[None] * (depth + 1), slice(None), *[None] * after)]
+
+
+class Program:
+    """A function that was compiled once; a call of it compiles nothing and checks nothing.
+
+    ``torch.compile`` traces the function, and what inductor made of it is kept and called
+    directly: no guard is left whose failure would compile again, such as one on the state of
+    autocast or on the number of threads.
+
+    Args:
+        function: takes tensors and integers one behind the other, changes them, returns nothing.
+        constants: its globals; the tracer takes a global integer for a constant, and a
+            parameter's for a variable.
+        example: its arguments: tensors of the shapes to come, and integers, which stay variable.
+
+    Raises:
+        RuntimeError: torch.compile is switched off, or would run the function as it is.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., None],
+        constants: dict[str, Any],
+        example: Sequence[Argument],
+    ) -> None:
+        self.compilations = 0
+        self._compiled: Callable[..., object] | None = None
+        self._order: list[int] = []
+        # Distinct integers, so that they can be told apart when they come back from the tracer;
+        # above 1, because it takes 0 and 1 for constants.
+        taken = {x for x in example if isinstance(x, int)}
+        marks = iter(n for n in range(1009, 1 << 20) if n not in taken)
+        self._example = [next(marks) if isinstance(x, int) and x < 2 else x for x in example]
+        for tensor in self._example:
+            if isinstance(tensor, torch.Tensor):
+                torch._dynamo.mark_static(tensor)
+        with torch.no_grad(), _any_order():
+            compiled = torch.compile(
+                _own(function, constants), backend=self._compile, fullgraph=True, dynamic=True
+            )
+            compiled(*self._example)
+        del self._example
+        self(example)  # what is left to build or load at the first call
+
+    def __call__(self, arguments: Sequence[Argument]) -> None:
+        """Run it on arguments of the example's pattern, on the current stream."""
+        compiled = self._compiled
+        assert compiled is not None
+        compiled(*[arguments[n] for n in self._order])
+
+    def _compile(
+        self, graph: torch.fx.GraphModule, examples: list[Any]
+    ) -> Callable[..., tuple[()]]:
+        """What torch.compile calls as its backend: compile, and learn the order of arguments."""
+        self.compilations += 1
+        if self._compiled is not None:
+            raise RuntimeError("A function that was to be compiled once was compiled again.")
+        self._compiled = torch._inductor.compile(graph, examples, options=_known_options())
+
+        def learn(*given: Argument) -> tuple[()]:
+            # The example's integers are marks, not addresses: nothing may run on them.
+            self._order = [self._find(x) for x in given]
+            return ()
+
+        return learn
+
+    def _find(self, argument: Argument) -> int:
+        number = isinstance(argument, int)
+        for n, x in enumerate(self._example):
+            if (isinstance(x, int) and x == argument) if number else x is argument:
+                return n
+        raise RuntimeError(f"torch.compile made an argument {argument!r} that it was not given.")
+
+
+def _own(function: Callable[..., None], constants: dict[str, Any]) -> Callable[..., None]:
+    """The function with constants and a code object of its own: torch counts compilations for
+    each code object, and gives up after a few."""
+    code = function.__code__.replace(co_name=f"portakv_{function.__name__}")
+    return FunctionType(code, {**function.__globals__, **constants})
+
+
+@contextmanager
+def _any_order() -> Iterator[None]:
+    """Without the promise of one order of writes, which would be kept by a slow way: rows do not
+    meet, so that any order gives one result."""
+    promised = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    if promised:
+        torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        if promised:
+            torch.use_deterministic_algorithms(True, warn_only=warned)
+
+
+def _known_options() -> dict[str, Any]:
+    """The options that this torch has."""
+    known = set(torch._inductor.list_options())
+    return {name: value for name, value in _OPTIONS.items() if name in known}

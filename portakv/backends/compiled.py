@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`compiled`: a plan as one indexed copy, through ``torch.compile``.
+
+One kernel moves all planes of a nest, whether they share an allocation or not; it is compiled in
+`prepare` only, for each shape that a model fixes (see `_compiled_rows`). Ids are guarded inside of
+it: to clean them before would read device ids on the host, and wait for the device.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import sysconfig
+import threading
+from collections.abc import Callable
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import Unsupported
+from ..plan import CopyPlan
+from ._compiled_arguments import NestArguments, id_arguments
+from ._compiled_rows import ALIGNMENT, Argument, CopyShape, Program, copy, memory_from, report
+from .base import Backend, Capabilities, Decision, Launch
+from .reference import on_stream
+
+if TYPE_CHECKING:
+    from ..index import Index
+    from ..view import KVView
+
+_PLACES = {
+    "cpu": frozenset(product(("pageable", "pinned"), repeat=2)),
+    "cuda": frozenset({("device", "device")}),
+}
+# Elements that the example of a program moves; inductor sizes its blocks by it.
+_EXAMPLE = 2**18
+_WORD = 16  # bytes, of which a report uses eight
+
+
+class Compiled(Backend):
+    """One indexed copy through ``torch.compile``, on devices that inductor compiles for."""
+
+    name = "compiled"
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._lock = threading.RLock()
+        self._programs: dict[CopyShape | tuple[bool, bool], Program] = {}
+        self._lost: dict[int, torch.Tensor] = {}
+
+    @classmethod
+    def probe(cls, device: torch.device) -> Decision:
+        why = _missing(device)
+        reason = why or f"inductor compiles for {device.type}"
+        return Decision(cls.name, why is None, reason)
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            places=_PLACES[self.device.type],
+            # Which dtype will come is not known in prepare, and each is a program of its own.
+            index_dtypes=frozenset({torch.int64}),
+            skips_negative=True,
+            guards=True,
+            capturable=self.device.type != "cpu",
+        )
+
+    def prepare(self, plan: CopyPlan) -> Launch:
+        if self.device.type != "cpu" and torch.cuda.is_current_stream_capturing():
+            raise Unsupported(
+                "Preparing a copy inside graph capture",
+                "it has to be compiled first; make the same call once before the capture",
+            )
+        with self._lock:
+            nests = [NestArguments(nest, plan, self.lost(nest.run)) for nest in plan.nests]
+            copies = [(nest, self._copying(nest.shape)) for nest in nests]
+            return _CompiledLaunch(plan, copies, self._reporting(plan), self.lost(_WORD))
+
+    @property
+    def compilations(self) -> int:
+        """How many functions were compiled so far."""
+        return sum(program.compilations for program in self._programs.values())
+
+    def lost(self, nbytes: int) -> torch.Tensor:
+        """Memory that nobody reads, for what is not to be moved."""
+        known = self._lost.get(nbytes)
+        if known is None:
+            with torch.inference_mode(False):
+                known = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+            self._lost[nbytes] = known
+        return known
+
+    def _program(self, key: CopyShape | tuple[bool, bool], make: Callable[[], Program]) -> Program:
+        known = self._programs.get(key)
+        if known is None:
+            known = self._programs[key] = make()
+        return known
+
+    def _copying(self, shape: CopyShape) -> Program:
+        """The program of a shape; all rows of its example are the first bytes of one buffer."""
+
+        def make() -> Program:
+            units = max(2, _EXAMPLE // (prod(shape.loops) * shape.run))
+            zeros = self._zeros(max(units, *shape.loops, 1))
+            lost = self.lost(shape.run * shape.dtype.itemsize).data_ptr()
+            example: list[Argument] = [units, 0]
+            for side in (shape.src, shape.dst):
+                example.append(memory_from(lost, self.device, shape.dtype, shape.run, shape.ratio))
+                for _ in range((side.per_id > 0) + side.tabled):
+                    example.append(self._all_from(zeros))
+                for _ in range(1 + side.loop_entries):
+                    example += [zeros[:extent].clone() for extent in shape.loops]
+                example += [0] * (2 + 2 * (side.per_id > 0) + side.tabled + len(side.extents))
+            return Program(copy, {"SHAPE": shape}, example)
+
+        return self._program(shape, make)
+
+    def _reporting(self, plan: CopyPlan) -> Program | None:
+        """The program that reports bad ids; None for a plan without ids."""
+        key = (plan.src_step > 0, plan.dst_step > 0)
+
+        def make() -> Program:
+            units = 4096
+            zeros = self._zeros(units)
+            example: list[Argument] = [self._all_from(self.lost(_WORD)), units, 0, 0, 0]
+            for _ in range(sum(key)):
+                example += [self._all_from(zeros), 0, 0, 0, 1]
+            return Program(report, {"SIDES": sum(key)}, example)
+
+        return self._program(key, make) if any(key) else None
+
+    def _zeros(self, count: int) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.int64, device=self.device)
+
+    def _all_from(self, tensor: torch.Tensor) -> torch.Tensor:
+        return memory_from(tensor.data_ptr(), self.device, torch.int64)
+
+
+class _CompiledLaunch:
+    def __init__(
+        self,
+        plan: CopyPlan,
+        copies: list[tuple[NestArguments, Program]],
+        report: Program | None,
+        lost: torch.Tensor,
+    ) -> None:
+        self.unit, self.copies, self.report, self.lost = plan.unit, copies, report, lost
+        self.per_id = [step // plan.unit for step in (plan.src_step, plan.dst_step)]
+
+    def __call__(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+    ) -> None:
+        units = count // self.unit
+        with on_stream(stream), torch.no_grad():
+            # A view without slots has no memory to speak of, and every id is bad.
+            if src.slots and dst.slots:
+                for nest, program in self.copies:
+                    program(nest.launch(src, dst, src_index, dst_index, units))
+            if self.report is not None and status is not None:
+                sides = ((src, src_index), (dst, dst_index))
+                self.report(self._report(sides, units, status))
+
+    def _report(
+        self, sides: tuple[tuple[KVView, Index], ...], units: int, status: torch.Tensor
+    ) -> list[Argument]:
+        device = self.lost.device
+        word, lost = status.data_ptr(), self.lost.data_ptr()
+        low = min(word, lost) // ALIGNMENT * ALIGNMENT
+        memory = memory_from(low, device, torch.int64)
+        given: list[Argument] = [memory, units, self.unit, (word - low) // 8, (lost - low) // 8]
+        for (view, index), per_id in zip(sides, self.per_id, strict=True):
+            if per_id:
+                ids = id_arguments(index, device, self.unit, per_id)
+                given += [*ids, view.slots // self.unit, per_id]
+        return given
+
+
+def _missing(device: torch.device) -> str | None:
+    """What compiling for a device lacks, as a sentence, or None."""
+    if device.type not in _PLACES:
+        return f"it runs on cuda and cpu devices, not on {device.type}"
+    if not hasattr(torch._C, "_construct_storage_from_data_pointer"):
+        return f"torch {torch.__version__} cannot make a tensor of an address"
+    try:
+        dynamo = importlib.import_module("torch._dynamo")
+        importlib.import_module("torch._inductor.cpp_builder")
+        if not dynamo.is_dynamo_supported():
+            return f"torch {torch.__version__} does not compile on this Python"
+        if dynamo.config.disable or os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+            return "torch.compile is switched off by TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE"
+        return _missing_triton() if device.type == "cuda" else _missing_compiler()
+    except Exception as error:  # whatever a broken inductor raises
+        return f"inductor does not load: {type(error).__name__}: {error}"
+
+
+def _missing_compiler() -> str | None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        compiler = get_cpp_compiler()
+    except Exception as error:
+        return f"inductor finds no C++ compiler ({type(error).__name__}); install g++, or set CXX"
+    if shutil.which(compiler) is None:
+        return f"inductor's C++ compiler {compiler!r} is not there; install g++, or set CXX"
+    return _missing_headers()
+
+
+def _missing_triton() -> str | None:
+    from torch.utils._triton import has_triton
+
+    if not has_triton():
+        return "inductor needs Triton for GPUs, and torch finds none that works here"
+    if not any(shutil.which(x) for x in (os.environ.get("CC", ""), "cc", "gcc", "clang") if x):
+        return "Triton finds no C compiler for its launchers; install gcc, or set CC"
+    return _missing_headers()
+
+
+def _missing_headers() -> str | None:
+    folder = sysconfig.get_path("include")
+    if not (Path(folder) / "Python.h").exists():
+        return f"Python's headers are not in {folder}; install them (Debian: python3-dev)"
+    return None
