@@ -29,7 +29,7 @@ def clean(
     """Drop every unit whose id is negative or past the end, on either side.
 
     Synchronises once with the device where ids are there. Where nothing is dropped the indices
-    come back as they are.
+    come back as they are, and need not be cleaned again.
     """
     unit = gcd(unit, src_index.offset, dst_index.offset, count)
     device = next((x.ids.device for x in (src_index, dst_index) if x.ids is not None), None)
@@ -39,6 +39,8 @@ def clean(
     keep = (numbers[0] >= 0) & (numbers[1] >= 0) & ~bad[0] & ~bad[1]
     kept = keep.nonzero()[:, 0]
     if kept.numel() == keep.numel():
+        src_index.trust(count, src.slots)
+        dst_index.trust(count, dst.slots)
         return Cleaned(src_index, dst_index, count, None)
     error = _first_bad(src, dst, numbers, bad, unit)
     ids = [Index(number[kept], step=unit) for number in numbers]

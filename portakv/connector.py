@@ -66,6 +66,7 @@ class AdaptiveConnector:
         self._chunk_layout = chunk_layout
         self._registered: _Caches | None = None
         self._unreported: deque[Completion] = deque()
+        self._captured: list[Completion] = []
 
     def register_kv_caches(self, kv_caches: Any) -> None:
         """Read the caches once and hold them until `unregister_kv_caches` or another registration.
@@ -178,7 +179,7 @@ class AdaptiveConnector:
         end: int | None,
         stream: torch.Stream | None,
     ) -> Transfer:
-        if self._unreported:
+        if self._unreported or self._captured:
             self._report()
         cache, _, chunks = self._caches(kv_caches)
         index, count = _range(slot_mapping, start, end)
@@ -202,7 +203,7 @@ class AdaptiveConnector:
         ends: Sequence[int],
         stream: torch.Stream | None,
     ) -> Transfer:
-        if self._unreported:
+        if self._unreported or self._captured:
             self._report()
         if not len(memory_objs) == len(starts) == len(ends):
             raise SlotError(
@@ -252,12 +253,19 @@ class AdaptiveConnector:
         return self._registered
 
     def _keep(self, transfer: Transfer) -> Transfer:
-        if transfer.completion.may_fail:
-            self._unreported.append(transfer.completion)
+        for completion in transfer.completions:
+            if completion.standing:
+                self._captured.append(completion)
+            elif completion.may_fail:
+                self._unreported.append(completion)
         return transfer
 
     def _report(self) -> None:
         """Raise the error of an earlier transfer that nobody asked for; forget those that ended."""
+        for completion in self._captured:
+            error = completion.take_error()
+            if error is not None:
+                raise error
         for _ in range(len(self._unreported)):
             try:
                 first = self._unreported.popleft()

@@ -119,13 +119,14 @@ def carry(
     if way.plan.unit > 1:
         pieces = _pieces(way, src, dst, src_index, dst_index, count, choice)
     error: PortaKVError | None = None
-    if _need_cleaning(pieces, src_index, dst_index, skips):
+    trusted = src_index.trusted(count, src.slots) and dst_index.trusted(count, dst.slots)
+    if _need_cleaning(pieces, skips, trusted):
         refuse_capture(home, "its ids have to be checked before they are used")
         unit = max(way.plan.unit for way, _, _ in pieces)
         kept = clean(src, dst, src_index, dst_index, count, unit)
         src_index, dst_index, count, error = kept
         if count == 0:
-            return Transfer(Completion(error=error))
+            return Transfer((Completion(error=error),))
         way = route(src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice)
         pieces = _pieces(way, src, dst, src_index, dst_index, count, choice)
     if not disjoint and src.overlaps(dst):
@@ -146,12 +147,12 @@ def _must_stage(src: KVView, dst: KVView, choice: Choice) -> bool:
     return (src.form.place, dst.form.place) not in choice.can.places
 
 
-def _need_cleaning(pieces: list[Piece], src_index: Index, dst_index: Index, skips: bool) -> bool:
-    device_ids = not (src_index.on_host and dst_index.on_host)
-    if not (skips or device_ids):
+def _need_cleaning(pieces: list[Piece], skips: bool, trusted: bool) -> bool:
+    """Whether ids may be bad that a backend on the way neither skips nor guards against."""
+    if trusted and not skips:
         return False
     for way, _, _ in pieces:
-        if not way.can.skips_negative or (device_ids and not way.can.guards):
+        if not way.can.skips_negative or not (trusted or way.can.guards):
             return True
     return False
 

@@ -63,7 +63,7 @@ class Index:
         self._set(None if ids is None else _as_ids(ids), step, offset)
         self._host_ids: npt.NDArray[np.int64] | None = None
         self._device_ids: torch.Tensor | None = None
-        self._judged: dict[tuple[int, int, int, bool], bool] = {}
+        self._judged: dict[tuple[int, int, int, bool | None], bool] = {}
         self._placed: Index | None = None
 
     def _set(self, ids: torch.Tensor | None, step: int, offset: int) -> None:
@@ -226,6 +226,14 @@ class Index:
                 self._check_distinct(count, side)
         self._judged[key] = skips
         return skips
+
+    def trust(self, count: int, slots: int) -> None:
+        """Remember that ids on a device were found clean: neither negative nor past the end."""
+        self._judged[self.offset, count, slots, None] = False
+
+    def trusted(self, count: int, slots: int) -> bool:
+        """True where no id can be bad any more: judged on the host, or found clean."""
+        return self.on_host or (self.offset, count, slots, None) in self._judged
 
     def _check_bounds(self, count: int, slots: int, side: str) -> None:
         expanded = self.slots(count)

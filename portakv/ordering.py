@@ -37,36 +37,48 @@ def launch(
         return _launch_on_host(pieces, src, dst, src_index, dst_index, error)
     if capturing(device):
         return _launch_captured(pieces, src, dst, src_index, dst_index, stream)
-    current = torch.accelerator.current_stream(device.index)
     placed = [
-        tuple(index.placed(way.can, device) for index in (src_index, dst_index))
+        (src_index.placed(way.can, device), dst_index.placed(way.can, device))
         for way, _, _ in pieces
     ]
     if stream is not None:
-        stream.wait_stream(current)
-        ids = (index.ids for pair in placed for index in pair if index.ids is not None)
-        for tensor in (*src.owners, *dst.owners, *ids):
-            if tensor.device == device:
-                tensor.record_stream(stream)
-    guarded = any(way.can.guards for way, _, _ in pieces)
-    word = words.acquire() if guarded else None
+        _order(stream, device, src, dst, placed)
+    word = None
+    for way, _, _ in pieces:
+        if way.can.guards and word is None:
+            word = words.acquire()
+    status = None if word is None else word.tensor
     pendings = []
     for (way, start, tokens), (mine, theirs) in zip(pieces, placed, strict=True):
         pending = way.launch(
-            src, dst, mine.shifted(start), theirs.shifted(start), tokens, stream,
-            None if word is None else word.tensor,
-        )  # fmt: skip
+            src, dst, mine.shifted(start), theirs.shifted(start), tokens, stream, status
+        )
         if pending is not None:
             pendings.append(pending)
     event = torch.Event(device)
-    event.record(stream or current)
+    event.record(stream)  # None: the current stream of its device
     kept = (src, dst, placed)
-    completion = Completion(
-        (event,), pendings, () if word is None else (word,), error, kept if pendings else None
-    )
+    completion = Completion(event, pendings, word, error, kept if pendings else None)
     if pendings or word is not None:
         _watch(completion)
-    return Transfer(completion, kept)
+    return Transfer((completion,), kept)
+
+
+def _order(
+    stream: torch.Stream,
+    device: torch.device,
+    src: KVView,
+    dst: KVView,
+    placed: list[tuple[Index, Index]],
+) -> None:
+    """Make ``stream`` wait for the current one, and tell the allocator who uses the memory."""
+    # Tables are made on the current stream, so they have to be there before the other waits.
+    tables = [view.table for view in (src, dst) if len(view.origins) > 1]
+    stream.wait_stream(torch.accelerator.current_stream(device.index))
+    ids = [index.ids for pair in placed for index in pair if index.ids is not None]
+    for tensor in (*src.owners, *dst.owners, *ids, *tables):
+        if tensor.device == device:
+            tensor.record_stream(stream)
 
 
 def _launch_on_host(
@@ -80,10 +92,10 @@ def _launch_on_host(
     pendings = _run(pieces, src, dst, src_index, dst_index, None, None)
     if not pendings and error is None:
         return Transfer()
-    completion = Completion((), pendings, (), error, (src, dst, src_index, dst_index))
+    completion = Completion(None, pendings, None, error, (src, dst, src_index, dst_index))
     if pendings:
         _watch(completion)
-    return Transfer(completion)
+    return Transfer((completion,))
 
 
 def _launch_captured(
@@ -97,15 +109,19 @@ def _launch_captured(
     """Capture every piece; with ``stream`` the capture forks there, and `Transfer.wait` joins."""
     _check_capture(pieces, src_index, dst_index)
     device = pieces[0][0].choice.backend.device
-    events = []
+    # The graph may write this word at every replay, so it is never given back.
+    word = words.acquire() if any(way.can.guards for way, _, _ in pieces) else None
     if stream is not None:
         stream.wait_stream(torch.accelerator.current_stream(device.index))
-    _run(pieces, src, dst, src_index, dst_index, stream, None)
+    status = None if word is None else word.tensor
+    _run(pieces, src, dst, src_index, dst_index, stream, status)
+    event = None
     if stream is not None:
-        events.append(torch.Event(device))
-        events[0].record(stream)
+        event = torch.Event(device)
+        event.record(stream)
+    completions = [Completion(event, word=word, standing=True)]
     kept = (src, dst, src_index, dst_index)
-    return Transfer(Completion(events), kept, captured=True)
+    return Transfer(completions, kept, captured=True)
 
 
 def _run(
@@ -131,15 +147,15 @@ def _run(
 
 def capturing(device: torch.device) -> bool:
     """True while the current stream of ``device`` is captured into a graph."""
-    ask = _capture_probe(device.type)
+    ask = _capture_probe(device)
     return ask is not None and ask()
 
 
 @cache
-def _capture_probe(kind: str) -> Callable[[], bool] | None:
-    if kind == "cpu":
+def _capture_probe(device: torch.device) -> Callable[[], bool] | None:
+    if device == _HOST:
         return None
-    return getattr(torch.get_device_module(kind), "is_current_stream_capturing", None)
+    return getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
 
 
 def refuse_capture(device: torch.device, why: str) -> None:
@@ -162,18 +178,17 @@ def _check_capture(pieces: list[Piece], src_index: Index, dst_index: Index) -> N
                 refuse_capture(device, "its ids would have to be copied first")
 
 
-# Status words of transfers in flight, and memory of work that no stream orders, must outlive a
-# handle that the caller dropped.
+# Work that no stream orders, and status words, must outlive a handle that the caller dropped.
 _watched: deque[Completion] = deque()
+_WATCHED = 64  # looked through only when there are more, so that a call seldom pays for it
 
 
 def _watch(completion: Completion) -> None:
+    _watched.append(completion)
+    if len(_watched) <= _WATCHED:
+        return
     try:
-        while True:
-            first = _watched.popleft()
-            if not first.ended():
-                _watched.appendleft(first)
-                break
+        while _watched[0].ended():
+            _watched.popleft()
     except IndexError:  # empty, perhaps because another thread was faster
         pass
-    _watched.append(completion)

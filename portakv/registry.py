@@ -26,11 +26,15 @@ ENVIRONMENT = "PORTAKV_BACKEND"
 ENTRY_POINTS = "portakv.backends"
 
 _BUILT_IN = {
+    "cuda": "portakv.backends.cuda:Cuda",
     "triton": "portakv.backends.triton:Triton",
+    "compiled": "portakv.backends.compiled:Compiled",
     "reference": "portakv.backends.reference:Reference",
 }
-# What comes last whatever the device: it runs everywhere and is never faster than a native one.
-_LAST = ("reference",)
+# What comes last whatever the device: they run everywhere, and never faster than a native one.
+_LAST = ("compiled", "reference")
+# By device type, what is used only when asked for: on a CPU it gains less than compiling costs.
+_ONLY_ASKED = {"cpu": ("compiled",)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,6 +99,11 @@ class Registry:
             first = [name for name in self._loaders if name not in _LAST]
             return [*first, *(name for name in _LAST if name in self._loaders)]
 
+    def automatic(self, device: torch.device) -> list[str]:
+        """The candidates that nobody has to ask for, in their order."""
+        asked = _ONLY_ASKED.get(device.type, ())
+        return [name for name in self.names() if name not in asked]
+
     def ask(
         self, name: str, device: torch.device, *, check: bool
     ) -> tuple[Backend | None, Decision]:
@@ -130,7 +139,7 @@ class Registry:
 
     def _choose(self, device: torch.device, forced: str | None) -> Choice:
         trace: list[Decision] = []
-        candidates = self.names() if forced is None else [forced]
+        candidates = self.automatic(device) if forced is None else [forced]
         for name in candidates:
             backend, decision = self.ask(name, device, check=True)
             trace.append(decision)
@@ -140,9 +149,16 @@ class Registry:
 
     def trace(self, device: torch.device) -> tuple[Decision, ...]:
         """What every candidate says of ``device``, without choosing; see `trace`."""
-        return tuple(self.ask(name, device, check=False)[1] for name in self.names()) + tuple(
-            Decision(name, False, why) for name, why in self._broken.items()
-        )
+        decisions = []
+        automatic = self.automatic(device)
+        for name in self.names():
+            decision = self.ask(name, device, check=False)[1]
+            if name not in automatic:
+                reason = f"{decision.reason}; on {device.type} it is used only when asked for"
+                decision = Decision(name, decision.accepted, reason)
+            decisions.append(decision)
+        decisions += [Decision(name, False, why) for name, why in self._broken.items()]
+        return tuple(decisions)
 
     def _probe(self, name: str, device: torch.device) -> tuple[Backend | None, Decision]:
         self._scan()
@@ -256,7 +272,7 @@ def prepare(plan: CopyPlan, device: torch.device, choice: Choice) -> tuple[Launc
     refused: list[Decision] = []
     names = [choice.name]
     if not choice.forced:
-        order = REGISTRY.names()
+        order = REGISTRY.automatic(device)
         names += order[order.index(choice.name) + 1 :]
     for name in names:
         backend, decision = REGISTRY.ask(name, device, check=True)

@@ -14,61 +14,59 @@ from .words import Word
 
 
 class Completion:
-    """How one launch or several end. Holds memory only where no stream orders the work."""
+    """How one launch, or several in a row, end. Holds memory only where no stream orders it."""
 
-    __slots__ = ("_error", "_events", "_pendings", "_reported", "_words", "kept")
+    __slots__ = ("_error", "_event", "_pendings", "_reported", "_words", "kept", "standing")
 
     def __init__(
         self,
-        events: Sequence[torch.Event] = (),
+        event: torch.Event | None = None,
         pendings: Sequence[Pending] = (),
-        words: Sequence[Word] = (),
+        word: Word | None = None,
         error: PortaKVError | None = None,
         kept: Any = None,
+        standing: bool = False,
     ) -> None:
-        self._events, self._pendings, self._words = events, pendings, words
-        self.kept = kept  # memory of work that no stream orders
+        self._event, self._pendings = event, pendings
+        self.standing = standing  # captured: it happens again with every replay
+        self._words = [] if word is None else [word]  # a list, for its atomic pop
         self._error = error
+        self.kept = kept
         self._reported = False
-
-    @classmethod
-    def join(cls, parts: Sequence[Completion]) -> Completion:
-        """Several as one; the first error counts."""
-        return cls(
-            [event for part in parts for event in part._events],
-            [pending for part in parts for pending in part._pendings],
-            [word for part in parts for word in part._words],
-            next((part._error for part in parts if part._error is not None), None),
-            [part.kept for part in parts],
-        )
 
     @property
     def may_fail(self) -> bool:
         """True where an error may show up, or already did, after the call returned."""
         return self._error is not None or bool(self._words)
 
+    @property
+    def error(self) -> PortaKVError | None:
+        """The error, told or not."""
+        return self._error
+
     def ended(self) -> bool:
         """True once all bytes have landed, error or not; never blocks or raises."""
-        if not all(event.query() for event in self._events):
+        if self._event is not None and not self._event.query():
             return False
-        if not all(pending.done() for pending in self._pendings):
-            return False
+        for pending in self._pendings:
+            if not pending.done():
+                return False
         self._settle()
         return True
 
     def wait(self, stream: torch.Stream | None) -> None:
-        """Make a stream wait for events; block the host for what is not on a stream."""
+        """Make a stream wait for the event; block the host for what is not on a stream."""
         for pending in self._pendings:
             pending.wait()
-        for event in self._events:
-            event.wait(stream) if stream is not None else event.wait()
+        if self._event is not None:
+            self._event.wait(stream) if stream is not None else self._event.wait()
 
     def synchronize(self) -> None:
         """Block the host until all bytes have landed."""
         for pending in self._pendings:
             pending.wait()
-        for event in self._events:
-            event.synchronize()
+        if self._event is not None:
+            self._event.synchronize()
         self._settle()
 
     def take_error(self) -> PortaKVError | None:
@@ -77,18 +75,22 @@ class Completion:
             return None
         for word in self._words:
             self._read(word)
-        self._reported = self._error is not None
-        return self._error
-
-    @property
-    def error(self) -> PortaKVError | None:
-        """The error, told or not."""
-        return self._error
+        error = self._error
+        if self.standing:
+            self._error = None
+            for word in self._words:
+                word.clear()
+        else:
+            self._reported = error is not None
+        return error
 
     def _settle(self) -> None:
         self.kept = None
-        words, self._words = self._words, ()
-        for word in words:
+        while self._words:
+            try:
+                word = self._words.pop()
+            except IndexError:  # another thread was faster
+                return
             self._read(word)
             word.release()
 
@@ -98,9 +100,6 @@ class Completion:
             self._error = bad_slot(position - 1)
 
 
-_NOTHING: Completion = Completion()  # of a copy that had ended when the call returned
-
-
 class Transfer:
     """One or more launches. Holds views and ids until the end.
 
@@ -108,12 +107,15 @@ class Transfer:
     then raise.
     """
 
-    __slots__ = ("_captured", "_kept", "completion")
+    __slots__ = ("_captured", "_kept", "completions")
 
     def __init__(
-        self, completion: Completion = _NOTHING, kept: Any = None, captured: bool = False
+        self,
+        completions: Sequence[Completion] = (),
+        kept: Any = None,
+        captured: bool = False,
     ) -> None:
-        self.completion, self._kept, self._captured = completion, kept, captured
+        self.completions, self._kept, self._captured = completions, kept, captured
 
     @classmethod
     def join(cls, transfers: Sequence[Transfer]) -> Transfer:
@@ -121,7 +123,7 @@ class Transfer:
         if len(transfers) == 1:
             return transfers[0]
         return cls(
-            Completion.join([transfer.completion for transfer in transfers]),
+            [completion for transfer in transfers for completion in transfer.completions],
             [transfer._kept for transfer in transfers],
             any(transfer._captured for transfer in transfers),
         )
@@ -134,26 +136,29 @@ class Transfer:
             TransferError: it was captured into a graph and has no completion of its own.
         """
         self._refuse_captured("done()")
-        if not self.completion.ended():
+        if not all([completion.ended() for completion in self.completions]):
             return False
         self._finish()
         return True
 
     def wait(self, stream: torch.Stream | None = None) -> None:
         """Make the current stream (or ``stream``) wait; blocks the host only for staged work."""
-        self.completion.wait(stream)
+        for completion in self.completions:
+            completion.wait(stream)
 
     def synchronize(self) -> None:
         """Block the host until all bytes have landed; raises as `done` does."""
         self._refuse_captured("synchronize()")
-        self.completion.synchronize()
+        for completion in self.completions:
+            completion.synchronize()
         self._finish()
 
     def _finish(self) -> None:
         self._kept = None
-        error = self.completion.take_error() or self.completion.error
-        if error is not None:
-            raise error
+        errors = [completion.take_error() or completion.error for completion in self.completions]
+        for error in errors:
+            if error is not None:
+                raise error
 
     def _refuse_captured(self, call: str) -> None:
         if self._captured:

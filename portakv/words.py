@@ -23,14 +23,19 @@ class Word:
         """What stands in the word now."""
         return int(self._values[0])
 
+    def clear(self) -> None:
+        """Put 0 back."""
+        self._values[0] = 0
+
     def release(self) -> None:
         """Give the word back; only after everything that may write it has ended."""
-        self._values[0] = 0
+        self.clear()
         _free.append(self)
 
 
-# Words are never freed: a launch may still write one whose transfer was dropped.
 _free: deque[Word] = deque()
+# Never freed: a launch may still write a word whose transfer was dropped.
+_batches: list[torch.Tensor] = []
 
 
 def acquire() -> Word:
@@ -39,6 +44,7 @@ def acquire() -> Word:
         return _free.pop()
     except IndexError:
         batch = torch.zeros(_BATCH, dtype=torch.int64, device="cpu").pin_memory()
+        _batches.append(batch)
         words = [Word(batch[i : i + 1]) for i in range(_BATCH)]
         _free.extend(words[1:])
         return words[0]

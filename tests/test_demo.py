@@ -16,10 +16,10 @@ from portakv_examples import offload_transformers
 from small_backends import small_backend
 
 from portakv import AdaptiveConnector, KVView, Transfer
-from portakv.devices import usual_device
 from portakv.demo import model, scenario, timing
 from portakv.demo.model import ModelPart, run_model
 from portakv.demo.scenario import Founding, Scenario, fitted, free_memory
+from portakv.devices import usual_device
 
 SMALL = Scenario(layers=3, tokens=24, heads=2, dim=8, block_size=8, blocks=5)
 PAYLOAD = 3 * 2 * 24 * 2 * 8 * 2

@@ -54,6 +54,11 @@ def word(device: str) -> torch.Tensor:
     return status.pin_memory() if device == "cuda" else status
 
 
+def kept(tensor: torch.Tensor) -> torch.Tensor:
+    """What it holds now, on the host."""
+    return tensor.cpu().clone()
+
+
 def finish(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -155,6 +160,23 @@ def two_nests_of_unequal_widths(device: str) -> None:
     assert torch.equal(parts[1].cpu(), rows[..., 16:])
 
 
+def unequal_widths_through_tables(device: str) -> None:
+    """The second nest begins behind the first entry of a table."""
+    layers = [(noise(3, 4, 2, 16, seed=n), noise(3, 4, 2, 8, seed=10 + n)) for n in range(3)]
+    caches = on(device, layers)
+    zeros = [(torch.zeros(5, 2, 16), torch.zeros(5, 2, 8)) for _ in range(3)]
+    rows = on(device, [[t.to(torch.int16) for t in layer] for layer in zeros])
+    slots = [11, 0, 6, 5, 3]
+    copy(
+        KVView(caches, "layer kv | block token head dim", dim=(16, 8)),
+        KVView(rows, "layer kv | token head dim", dim=(16, 8)),
+        slots,
+    )
+    for mine, theirs in zip(layers, rows, strict=True):
+        for cache, landed in zip(mine, theirs, strict=True):
+            assert torch.equal(landed.cpu(), cache.flatten(0, 1)[slots])
+
+
 def lists_of_memory_objects(device: str) -> None:
     """Tables that the number of a unit walks through, on either side."""
     caches = pool(device)
@@ -176,7 +198,7 @@ def lists_of_memory_objects(device: str) -> None:
 def units_that_begin_between_units(device: str) -> None:
     """Without ids a flat side may start anywhere, though whole blocks are moved."""
     caches, rows = pool(device), chunk(device, 16)
-    wanted = rows.cpu()
+    wanted = kept(rows)
     wanted[:, :, 3:11] = rows_of(caches)[:, :, [20, 21, 22, 23, 4, 5, 6, 7]]
     mine, theirs = Index([5, 1], step=4), Index(offset=3)
     src, dst = paged(caches), dense(rows)
@@ -199,7 +221,7 @@ def bad_ids_are_reported_and_move_nothing(device: str) -> None:
 def _guarded(device: str, slots: torch.Tensor, gathers: bool, bad: int) -> None:
     for told in (True, False):
         caches, rows = pool(device), chunk(device, len(slots))
-        wanted_pool, wanted_rows = rows_of(caches), rows.cpu()
+        wanted_pool, wanted_rows = rows_of(caches), kept(rows)
         for n, slot in enumerate(slots.tolist()):
             if 0 <= slot < 24 and gathers:
                 wanted_rows[:, :, n] = wanted_pool[:, :, slot]
@@ -242,13 +264,13 @@ def bad_blocks_on_both_sides(device: str) -> None:
 
 
 def far_offsets(device: str) -> None:
-    """Rows past 2**31 and 2**32 bytes, on either side, under both types of ids."""
+    """Rows past 2**31 and 2**32 bytes: by the slot, under both types of ids, and by the layer."""
     far = (
-        lazy(5 * GIB) if device == "cpu" else torch.zeros(5 * GIB, dtype=torch.uint8, device=device)
+        torch.zeros(5 * GIB, dtype=torch.uint8, device=device) if device != "cpu" else lazy(5 * GIB)
     )
     cache = far.as_strided((5, 4, 32), (GIB, 64, 1))
     cache.copy_(noise(5, 4, 32, dtype=torch.uint8))
-    wanted, slots = cache.cpu().flatten(0, 1), [19, 0, 9, 16, 13]
+    wanted, slots = kept(cache).flatten(0, 1), [19, 0, 9, 16, 13]
     paged_view = KVView(cache, "block token dim")
     for dtype in (torch.int32, torch.int64):
         rows = torch.zeros(5, 32, dtype=torch.uint8, device=device)
@@ -259,6 +281,13 @@ def far_offsets(device: str) -> None:
         copy(KVView(rows, "token dim"), paged_view, None, ids)
         wanted[slots] = rows.cpu()
         assert torch.equal(cache.cpu().flatten(0, 1), wanted)
+    for axes in ("layer token dim", "token head dim"):
+        source, target = far.as_strided((5, 4, 32), (GIB, 64, 1)), torch.zeros(5, 4, 32)
+        if axes.startswith("token"):
+            source, target = source.transpose(0, 1), target.transpose(0, 1).contiguous()
+        landed = target.to(device, torch.uint8)
+        copy(KVView(source, axes), KVView(landed, axes))
+        assert torch.equal(landed.cpu(), source.cpu()), axes
 
 
 def many_planes_and_heads(device: str) -> None:
@@ -296,7 +325,7 @@ CASES: dict[str, Callable[[str], None]] = {
     case.__name__: case
     for case in (
         drawn_copies, layouts_by_hand, every_vector_width, two_nests_of_unequal_widths,
-        lists_of_memory_objects, units_that_begin_between_units,
+        unequal_widths_through_tables, lists_of_memory_objects, units_that_begin_between_units,
         bad_ids_are_reported_and_move_nothing, bad_blocks_on_both_sides, far_offsets,
         many_planes_and_heads, copies_split_into_several_launches,
     )

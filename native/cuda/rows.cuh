@@ -35,25 +35,30 @@ template <> struct Vector<1> { typedef unsigned char type; };
 struct Step { i64 table, stride; };
 
 // What a request fixes about one side.
-struct Side {
+struct Request {
     i64 base;           // origin: an address, or bytes behind the table's addresses
     const i64* table;   // addresses, where the shape says UNITS
     const void* ids;    // int32 or int64, where the shape says that there are any
     i64 wide;           // ids are int64
     i64 first;          // number of the unit at position 0 (of its id, where there are ids)
     i64 limit;          // units in the view: ids past it move nothing
+};
+
+// What two forms fix about one side.
+struct Side {
     Step units[3];      // how the number of a unit walks, outermost first
     Step outer[4];      // how planes walk
     i64 inner[6];       // bytes of the loops inside a unit
 };
 
 struct Copy {
-    Side src, dst;
+    Request from, to;
     unsigned units;     // units in this launch
     unsigned start;     // the first of them, for launches that were split
     unsigned unit;      // tokens of a unit, to name a bad position
     unsigned ahead;     // vectors to prefetch ahead in copy order; 0: none
     volatile i64* status;
+    Side src, dst;
 };
 
 template <unsigned... E> struct Extents {
@@ -117,19 +122,21 @@ template <unsigned... E> struct WalkOf<Extents<E...>> { typedef Walk<E...> type;
 
 // The number of a unit on one side: false where it is skipped or past the end (then `bad`).
 template <class Shape>
-__device__ __forceinline__ bool number_of(const Side& side, unsigned unit, unsigned& number, bool& bad) {
+__device__ __forceinline__ bool number_of(
+    const Request& request, unsigned unit, unsigned& number, bool& bad) {
     if constexpr (!Shape::ids) {
-        number = (unsigned)(side.first + unit);
+        number = (unsigned)(request.first + unit);
         return true;
     } else {
-        const i64 at = side.first + unit;
+        const i64 at = request.first + unit;
         const i64 slot = Shape::per_id == 1 ? at : at / Shape::per_id;
-        const i64 id = side.wide ? ((const i64*)side.ids)[slot] : ((const int*)side.ids)[slot];
+        const i64 id = request.wide ? ((const i64*)request.ids)[slot]
+                                    : ((const int*)request.ids)[slot];
         if (id < 0) return false;
         // Compared before it is multiplied: no id, however wild, can overflow.
-        if (id >= side.limit / Shape::per_id + 1) { bad = true; return false; }
+        if (id >= request.limit / Shape::per_id + 1) { bad = true; return false; }
         const i64 found = Shape::per_id == 1 ? id : id * Shape::per_id + at % Shape::per_id;
-        if (found >= side.limit) { bad = true; return false; }
+        if (found >= request.limit) { bad = true; return false; }
         number = (unsigned)found;
         return true;
     }
@@ -137,15 +144,16 @@ __device__ __forceinline__ bool number_of(const Side& side, unsigned unit, unsig
 
 template <class Shape, class Outer, class Inner>
 __device__ __forceinline__ char* address_of(
-    const Side& side, const i64* table, unsigned number, unsigned plane, unsigned piece) {
+    const Request& request, const Side& side, const i64* table, unsigned number, unsigned plane,
+    unsigned piece) {
     i64 entry = 0, none = 0;
     i64 bytes = WalkOf<typename Shape::bounded>::type::steps(
         number, side.units, Shape::kind == UNITS ? entry : none);
     bytes += WalkOf<Outer>::type::bounded(plane, side.outer, entry);
     bytes += WalkOf<Inner>::type::bytes(piece, side.inner);
     if constexpr (Shape::kind == PLANES) bytes += table[entry];
-    if constexpr (Shape::kind == UNITS) bytes += side.table[entry];
-    return (char*)(side.base + bytes);
+    if constexpr (Shape::kind == UNITS) bytes += request.table[entry];
+    return (char*)(request.base + bytes);
 }
 
 // Both addresses of a piece of a unit; false where it is not moved. A bad id is reported once.
@@ -155,12 +163,12 @@ __device__ __forceinline__ bool both_addresses(
     char*& src, char*& dst) {
     unsigned from, to;
     bool bad = false;
-    const bool read = number_of<Src>(copy.src, unit, from, bad);
-    const bool write = number_of<Dst>(copy.dst, unit, to, bad);
+    const bool read = number_of<Src>(copy.from, unit, from, bad);
+    const bool write = number_of<Dst>(copy.to, unit, to, bad);
     if (bad && reports && plane == 0 && copy.status) *copy.status = (i64)unit * copy.unit + 1;
     if (bad || !read || !write) return false;
-    src = address_of<Src, Outer, Inner>(copy.src, copy.src_table, from, plane, piece);
-    dst = address_of<Dst, Outer, Inner>(copy.dst, copy.dst_table, to, plane, piece);
+    src = address_of<Src, Outer, Inner>(copy.from, copy.src, copy.src_table, from, plane, piece);
+    dst = address_of<Dst, Outer, Inner>(copy.to, copy.dst, copy.dst_table, to, plane, piece);
     return true;
 }
 
@@ -187,9 +195,9 @@ __device__ __forceinline__ void copy_rows(const CopyOf<Src, Dst>& copy) {
         unsigned number;
         bool bad = false;
         if (later < all && next < gridDim.y
-            && number_of<Src>(copy.src, copy.start + later / row, number, bad)) {
+            && number_of<Src>(copy.from, copy.start + later / row, number, bad)) {
             const unsigned in = later % row;
-            prefetch(address_of<Src, Outer, Inner>(copy.src, copy.src_table, number, next, in / Run)
+            prefetch(address_of<Src, Outer, Inner>(copy.from, copy.src, copy.src_table, number, next, in / Run)
                      + (i64)(in % Run) * Bytes);
         }
     }

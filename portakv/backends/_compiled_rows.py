@@ -45,18 +45,18 @@ class SideShape(NamedTuple):
         per_id: units that one id covers; 0 without ids.
         extents: of the steps that the number of a unit walks through, outermost (0) first.
         unit_entries: for each step, whether it walks through the table of addresses.
-        loop_entries: whether loops walk through the table.
+        loop_entries: for each loop, the same.
     """
 
     per_id: int
     extents: tuple[int, ...]
     unit_entries: tuple[bool, ...]
-    loop_entries: bool
+    loop_entries: tuple[bool, ...]
 
     @property
     def tabled(self) -> bool:
         """True where addresses are looked up."""
-        return self.loop_entries or any(self.unit_entries)
+        return any(self.unit_entries) or any(self.loop_entries)
 
 
 class CopyShape(NamedTuple):
@@ -66,7 +66,7 @@ class CopyShape(NamedTuple):
         dtype: of the elements that are moved.
         run: elements in a contiguous run.
         ratio: elements in a grain, the distance that addresses are counted in.
-        loops: extents of the groups of loops.
+        loops: extents of the loops, outermost first.
         src, dst: the sides.
     """
 
@@ -96,7 +96,7 @@ def memory_from(
     # One made in inference mode could not be written outside of it.
     with torch.inference_mode(False):
         memory = torch.empty(0, dtype=dtype, device=device)
-        return memory.set_(storage, 0, (rows, run), (ratio, 1))  # type: ignore[call-overload, no-any-return]
+        return memory.set_(storage, 0, (rows, run), (ratio, 1))
 
 
 # Constants of the functions below: each program puts its own in their place.
@@ -110,10 +110,10 @@ def copy(*arguments: Argument) -> None:
     ``lost`` is the row, counted in the destination's memory, that units with a negative or bad id
     are sent to: so such a unit moves nothing, and no id has to be known to the host. The arguments
     of a side are, as far as its shape needs them: its memory; ids int64; the table of addresses;
-    for each group of loops the grains that it walks, then the entries; then the numbers ``at``
-    (grains from the memory's start), ``first`` (the id, or without ids the unit, to begin with),
-    ``rest`` (units of the first id to pass over), ``limit`` (units in the view), ``entry`` (of the
-    table), and for each step of the units its stride in grains, or its entries.
+    then the numbers ``at`` (grains from the memory's start), ``first`` (the id, or without ids the
+    unit, to begin with), ``rest`` (units of the first id to pass over), ``limit`` (units in the
+    view), ``entry`` (of the table); for each step of the units its stride in grains or its
+    entries; for each loop its stride in grains, and its entries where it has any.
     """
     _refuse_plain_python()
     given: Iterator[Any] = iter(arguments)
@@ -123,8 +123,7 @@ def copy(*arguments: Argument) -> None:
     for good in (src_good, dst_good):
         if good is not None:
             dst_rows = torch.where(_over(good, SHAPE), dst_rows, lost)
-    # Rows are never negative. Said aloud, so that no code is made to count them from the end.
-    target.index_put_((dst_rows.clamp(min=0),), source[src_rows.clamp(min=0)])
+    target.index_put_((dst_rows,), source[src_rows])
 
 
 def report(*arguments: Argument) -> None:
@@ -162,51 +161,63 @@ def _side(
     memory = next(given)
     ids = next(given) if side.per_id else None
     table = next(given) if side.tabled else None
-    walks = [next(given) for _ in shape.loops]
-    walked = [next(given) for _ in shape.loops] if side.loop_entries else []
-    at, first = next(given), next(given)
+    row, first = next(given), next(given)
     number, good = torch.arange(units, device=memory.device), None
     if ids is None:
         number = number + first
     else:
-        rest, limit = next(given), next(given)
-        if side.per_id == 1:
-            number = torch.narrow(ids, 0, first, units)[:, 0]
-        else:
-            number = number + rest
-            found = ids[:, 0][first + number // side.per_id]
-            number = found * side.per_id + number % side.per_id
-        good = (number >= 0) & (number < limit)
-        number = torch.where(good, number, 0)
+        number, good = _from_ids(side, number, ids, first, next(given), next(given))
     entry = next(given) if side.tabled else 0
-    steps = [next(given) for _ in side.extents]
-    row: Any = at
-    for place in reversed(range(len(steps))):
+    row, entry = _walk_units(side, number, row, entry, [next(given) for _ in side.extents])
+    row, entry = _over(row, shape), _over(entry, shape)
+    for depth, extent in enumerate(shape.loops):
+        along = _along(torch.arange(extent, device=memory.device), depth, shape)
+        row = row + along * next(given)
+        if side.loop_entries[depth]:
+            entry = entry + along * next(given)
+    if table is not None:
+        row = row + (table[:, 0][entry] >> (shape.grain.bit_length() - 1))
+    return memory, row, good
+
+
+def _from_ids(
+    side: SideShape, at: torch.Tensor, ids: torch.Tensor, first: int, rest: int, limit: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The number of the unit for each position, 0 where its id is not good; and which are."""
+    if side.per_id == 1:
+        number = torch.narrow(ids, 0, first, at.shape[0])[:, 0]
+    else:
+        number = ids[:, 0][first + (at + rest) // side.per_id] * side.per_id
+        number = number + (at + rest) % side.per_id
+    good = (number >= 0) & (number < limit)
+    return torch.where(good, number, 0), good
+
+
+def _walk_units(
+    side: SideShape, number: torch.Tensor, row: Any, entry: Any, strides: list[int]
+) -> tuple[Any, Any]:
+    """Rows and entries after the steps that numbers of units walk through."""
+    for place in reversed(range(len(strides))):
         extent = side.extents[place]
         digit = number % extent if extent else number
         number = number // extent if extent else number
         if side.unit_entries[place]:
-            entry = entry + _over(digit * steps[place], shape)
+            entry = entry + digit * strides[place]
         else:
-            row = row + _over(digit * steps[place], shape)
-    for depth, walk in enumerate(walks):
-        row = row + _along(walk, depth, shape)
-    for depth, walk in enumerate(walked):
-        entry = entry + _along(walk, depth, shape)
-    if table is not None:
-        row = row + (table[:, 0][entry.clamp(min=0)] >> (shape.grain.bit_length() - 1))
-    return memory, row, good
+            row = row + digit * strides[place]
+    return row, entry
 
 
-def _over(unit: torch.Tensor, shape: CopyShape) -> torch.Tensor:
-    """``[units]`` as ``[units, 1...]``."""
-    return unit[(slice(None), *[None] * len(shape.loops))]
+def _over(unit: Any, shape: CopyShape) -> Any:
+    """``[units]`` as ``[units, 1...]``; a number as it is."""
+    if isinstance(unit, torch.Tensor):
+        return unit.reshape(-1, *[1] * len(shape.loops))
+    return unit
 
 
-def _along(walk: torch.Tensor, depth: int, shape: CopyShape) -> torch.Tensor:
-    """``[extent]`` of one group of loops as ``[1, 1.., extent, 1..]``."""
-    after = len(shape.loops) - depth - 1
-    return walk[(*[None] * (depth + 1), slice(None), *[None] * after)]
+def _along(step: torch.Tensor, depth: int, shape: CopyShape) -> torch.Tensor:
+    """The steps of one loop as ``[extent, 1..]``, in its place from the right."""
+    return step.reshape(-1, *[1] * (len(shape.loops) - depth - 1))
 
 
 class Program:

@@ -11,7 +11,9 @@ import struct
 from functools import cache
 from importlib.resources import files
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+import torch
 
 from ..errors import Unsupported
 from ..loops import Loop
@@ -26,24 +28,24 @@ MAX_UNITS, MAX_OUTER, MAX_INNER = 3, 4, 6  # array lengths in `Side`
 MAX_PLANES = 65535  # blocks along y
 # Addresses that travel in the arguments: with both sides below the classic limit of 4 KiB.
 MAX_ENTRIES = 192
-_SIDE = struct.Struct("<6q")
-_TAIL = struct.Struct("<4Iq")
-_SIDE_BYTES = _SIDE.size + 16 * MAX_UNITS + 16 * MAX_OUTER + 8 * MAX_INNER
+# `Copy` up to its sides: two requests; units, start, unit, ahead; status.
+_REQUEST = struct.Struct("<12q4Iq")
+_SPAN = struct.Struct("<2I")
+_SPAN_AT = 12 * 8
+_SIDE_BYTES = 16 * MAX_UNITS + 16 * MAX_OUTER + 8 * MAX_INNER
+_TABLES_AT = _REQUEST.size + 2 * _SIDE_BYTES
 # Vectors of one launch are counted in 32 bits; a larger copy is split.
 _MAX_VECTORS = 2**31
 
 
-# The ring of bulk copies: tiles of at most this many bytes, this many in flight for each block.
-_TILE, _STAGES = 4096, 8
-_LEAST_PIECE = 512  # bytes; below, a bulk copy costs more than it moves
+# Bytes to prefetch ahead in copy order by payload, from the largest down (benchmarks/NOTES.md).
+_AHEAD = ((256 << 20, 2 << 20), (48 << 20, 1 << 20), (24 << 20, 512 << 10), (0, 0))
 
 
 @cache
-def kernel_text(*names: str) -> str:
-    """The texts of the kernel family, as they travel in the wheel, as one."""
-    folder = files("portakv_native.cuda")
-    texts = [folder.joinpath(name).read_text() for name in names]
-    return "\n".join(text.replace('#include "rows.cuh"\n', "") for text in texts)
+def kernel_text() -> str:
+    """The text of the kernel family, as it travels in the wheel."""
+    return files("portakv_native.cuda").joinpath("rows.cuh").read_text()
 
 
 class RowsKernel:
@@ -82,8 +84,8 @@ class RowsKernel:
         self.dst = _SideArguments(nest.dst, plan.unit, plan.dst_step)
         self.src.find_table([(x.extent, x.src_table) for x in outer])
         self.dst.find_table([(x.extent, x.dst_table) for x in outer])
-        self.table_at = 2 * _SIDE_BYTES + _TAIL.size
-        self.nbytes = self.table_at + 8 * (max(1, self.src.entries) + max(1, self.dst.entries))
+        self._dst_table_at = _TABLES_AT + 8 * max(1, self.src.entries)
+        self._most_units = max(1, (_MAX_VECTORS - 1) // self.row)
         self.run = nest.run
         self.outer, self.inner = [[x.extent for x in loops] for loops in (outer, inner)]
         self._fixed = self._pack_fixed(outer, inner)
@@ -95,9 +97,13 @@ class RowsKernel:
         dst = self.dst.pack_fixed(
             [(x.dst_table, x.dst_stride) for x in outer], [x.dst_stride for x in inner]
         )
-        return src + dst + bytes(self.nbytes - 2 * _SIDE_BYTES)
+        tables = max(1, self.src.entries) + max(1, self.dst.entries)
+        return bytes(_REQUEST.size) + src + dst + bytes(8 * tables)
 
-    def _instance(self, texts: tuple[str, ...], call: str) -> str:
+    @property
+    def source(self) -> str:
+        """The kernel's whole text; nests of one shape have one text."""
+        call = f"copy_rows<{self.vector}, {self.run // self.vector}"
         types = [
             f"typedef {_extents(self.inner)} Inner;",
             f"typedef {_extents(self.outer)} Outer;",
@@ -106,7 +112,7 @@ class RowsKernel:
         ]
         return "\n".join(
             [
-                kernel_text(*texts),
+                kernel_text(),
                 "using namespace portakv;",
                 *types,
                 f'extern "C" __global__ void {NAME}(const PORTAKV_CONSTANT CopyOf<Src, Dst> copy) {{',
@@ -115,23 +121,10 @@ class RowsKernel:
             ]
         )
 
-    @property
-    def source(self) -> str:
-        """The vector kernel's whole text; nests of one shape have one text."""
-        return self._instance(("rows.cuh",), f"copy_rows<{self.vector}, {self.run // self.vector}")
-
-    @property
-    def bulk(self) -> BulkShape | None:
-        """How the ring of bulk copies moves this nest; None where its pieces are too small."""
-        piece = next(
-            (d for d in range(min(_TILE, self.run), 0, -1) if self.run % d == 0 and d % 16 == 0), 0
-        )
-        if self.vector < 16 or piece < _LEAST_PIECE:
-            return None
-        per_tile = _TILE // piece
-        call = f"copy_rows_bulk<{piece}, {self.run // piece}, {per_tile}, {_STAGES}"
-        source = self._instance(("rows.cuh", "bulk.cuh"), call)
-        return BulkShape(source, self.row * self.vector // piece * self.planes, per_tile)
+    def ahead(self, units: int) -> int:
+        """How many vectors to prefetch ahead in copy order."""
+        payload = units * self.row * self.planes * self.vector
+        return next(ahead for least, ahead in _AHEAD if payload >= least) // self.vector
 
     def fresh_arguments(self) -> bytearray:
         """A buffer for the argument with everything in it that does not change."""
@@ -148,38 +141,31 @@ class RowsKernel:
         ahead: int,
     ) -> None:
         """Put a request's addresses and counts into the argument; `pack_span` completes it."""
-        _SIDE.pack_into(buffer, 0, *self.src.request(src, src_index))
-        _SIDE.pack_into(buffer, _SIDE_BYTES, *self.dst.request(dst, dst_index))
-        _TAIL.pack_into(buffer, 2 * _SIDE_BYTES, 0, 0, self.unit, ahead, status)
-        at = self.table_at
-        for side, view in ((self.src, src), (self.dst, dst)):
-            if side.entries:
-                first = side.side.table
-                buffer[at : at + 8 * side.entries] = view.addresses[
-                    first : first + side.entries
-                ].tobytes()
-            at += 8 * max(1, side.entries)
+        _REQUEST.pack_into(
+            buffer, 0, *self.src.request(src, src_index), *self.dst.request(dst, dst_index),
+            0, 0, self.unit, ahead, status,
+        )  # fmt: skip
+        if self.src.entries:
+            table = self.src.table(src)
+            buffer[_TABLES_AT : _TABLES_AT + len(table)] = table
+        if self.dst.entries:
+            table = self.dst.table(dst)
+            buffer[self._dst_table_at : self._dst_table_at + len(table)] = table
 
     def spans(self, units: int) -> list[tuple[int, int]]:
         """(first unit, units) of each launch."""
-        most = max(1, (_MAX_VECTORS - 1) // self.row)
+        most = self._most_units
+        if units <= most:
+            return [(0, units)]
         return [(start, min(most, units - start)) for start in range(0, units, most)]
 
     def pack_span(self, buffer: bytearray, start: int, units: int) -> None:
         """Which units this launch moves."""
-        struct.pack_into("<2I", buffer, 2 * _SIDE_BYTES, units, start)
+        _SPAN.pack_into(buffer, _SPAN_AT, units, start)
 
 
 def _extents(numbers: list[int]) -> str:
     return f"Extents<{', '.join(map(str, numbers))}>"
-
-
-class BulkShape(NamedTuple):
-    """The ring's whole text, pieces of one unit in all planes, and pieces of a tile."""
-
-    source: str
-    pieces: int
-    per_tile: int
 
 
 class _SideArguments:
@@ -208,7 +194,16 @@ class _SideArguments:
         steps += outer + [(0, 0)] * (MAX_OUTER - len(outer))
         flat = [number for step in steps for number in step]
         flat += inner + [0] * (MAX_INNER - len(inner))
-        return bytes(_SIDE.size) + struct.pack(f"<{len(flat)}q", *flat)
+        return struct.pack(f"<{len(flat)}q", *flat)
+
+    def table(self, view: KVView) -> bytes:
+        """The entries that travel in the arguments."""
+        kept: bytes | None = view.kept.get(self)
+        if kept is None:
+            first = self.side.table
+            entries = view.origins[first : first + self.entries]
+            kept = view.kept[self] = struct.pack(f"<{self.entries}q", *entries)
+        return kept
 
     def request(self, view: KVView, index: Index) -> tuple[int, int, int, int, int, int]:
         """base, table, ids, whether they are int64, first, limit."""
@@ -218,14 +213,17 @@ class _SideArguments:
         elif self.kind == "PLANES":
             table, base = 0, side.offset
         else:
-            table, base = 0, int(view.addresses[side.table]) + side.offset
+            table, base = 0, view.origins[side.table] + side.offset
         limit = view.slots // unit
         if self.ids:
-            ids = index.on(view.device)
-            wide = ids.dtype.itemsize == 8
+            ids = index.ids  # contiguous and on the device: the library places them
+            assert ids is not None
+            wide = ids.dtype is torch.int64
             return base, table, ids.data_ptr(), wide, index.offset // unit, limit
         if self.flat:
             # Without ids a flat side may start anywhere, also between two units.
+            if not index.offset:
+                return base, table, 0, 0, 0, limit
             first, rest = divmod(index.offset, unit)
             stride = side.units[0].stride
             return base + first * stride + rest * (stride // unit), table, 0, 0, 0, limit

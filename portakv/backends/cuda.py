@@ -13,7 +13,7 @@ import torch
 from ..errors import Unsupported
 from ..plan import CopyPlan
 from . import _nvrtc
-from ._rows_kernel import NAME, BulkShape, RowsKernel
+from ._rows_kernel import NAME, RowsKernel
 from .base import Backend, Capabilities, Decision, Launch
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ..view import KVView
 
 _THREADS = 128
-_RING_BLOCKS = 6  # of one warp, for each processor: together they fill its shared memory
 _DRIVER = 13000  # CUDA 13: what NVRTC 13's machine code and cuda-bindings 13 need
 
 
@@ -74,12 +73,7 @@ class Cuda(Backend):
             )
         kernels = [RowsKernel(nest, plan) for nest in plan.nests]
         functions = [self._function(kernel.source) for kernel in kernels]
-        rings = [self._ring(kernel) for kernel in kernels]
-        return _CudaLaunch(plan.unit, kernels, functions, rings, self.device)
-
-    def _ring(self, kernel: RowsKernel) -> tuple[Any, BulkShape] | None:
-        shape = kernel.bulk if self._capability >= 90 else None
-        return None if shape is None else (self._function(shape.source), shape)
+        return _CudaLaunch(plan.unit, kernels, functions, self.device)
 
     def _function(self, source: str) -> Any:
         """The loaded kernel; compiled, or read from the cache on disk, at most once."""
@@ -135,7 +129,6 @@ class _CudaLaunch:
         unit: int,
         kernels: list[RowsKernel],
         functions: list[Any],
-        rings: list[tuple[Any, BulkShape] | None],
         device: torch.device,
     ) -> None:
         from cuda.bindings import driver
@@ -144,9 +137,7 @@ class _CudaLaunch:
         self._streams: dict[int, Any] = {}
         self._make_stream = driver.CUstream
         self._unit, self._kernels, self._functions = unit, kernels, functions
-        self._rings, self._device, self._index = rings, device, device.index
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._blocks = processors * _RING_BLOCKS
+        self._device, self._index = device, device.index
         self._arguments = _Arguments(kernels, device)
         self._process = os.getpid()
 
@@ -189,25 +180,12 @@ class _CudaLaunch:
         arguments = self._arguments
         for at, kernel in enumerate(self._kernels):
             buffer = arguments.buffers[at]
-            ahead = prefetch_distance(kernel, units)
-            kernel.pack(buffer, src, dst, src_index, dst_index, word, ahead)
-            ring = self._rings[at]
-            if ring is not None and os.environ.get("PKV_RING"):
-                function, shape = ring
-                kernel.pack_span(buffer, 0, units)
-                blocks = min(self._blocks, -(-units * shape.pieces // shape.per_tile))
-                (error,) = self._launch(
-                    function, blocks, 1, 1, 32, 1, 1, 0, handle, arguments.addresses[at], 0
-                )
-                if error:
-                    _check(error, "The launch")
-                continue
+            kernel.pack(buffer, src, dst, src_index, dst_index, word, kernel.ahead(units))
             for start, span in kernel.spans(units):
                 kernel.pack_span(buffer, start, span)
-                blocks = -(-span * kernel.row // _THREADS)
                 (error,) = self._launch(
-                    self._functions[at], blocks, kernel.planes, 1, _THREADS, 1, 1, 0, handle,
-                    arguments.addresses[at], 0,
+                    self._functions[at], -(-span * kernel.row // _THREADS), kernel.planes, 1,
+                    _THREADS, 1, 1, 0, handle, arguments.addresses[at], 0,
                 )  # fmt: skip
                 if error:
                     _check(error, "The launch")
@@ -222,8 +200,3 @@ def _raw(stream: torch.Stream) -> int:
         stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type
     )
     return int(same.cuda_stream)
-
-
-def prefetch_distance(kernel: RowsKernel, units: int) -> int:
-    """Vectors to prefetch ahead in copy order."""
-    return int(os.environ.get("PKV_AHEAD", "0")) // kernel.vector

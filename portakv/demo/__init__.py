@@ -15,8 +15,8 @@ import torch
 
 from .. import __version__
 from ..candidates import as_json, candidates_for
-from ..devices import device_name, usual_device
 from ..console import print_json
+from ..devices import device_name, usual_device
 from ..registry import ENVIRONMENT, REGISTRY, choose
 from . import screen
 from .model import ModelPart, run_model
@@ -94,7 +94,7 @@ class _Demo:
 
     def _rows(self, scenario: Scenario) -> list[Row]:
         """The copies of every backend that serves the device, or of the forced one alone."""
-        names = [self.chosen] if self.forced else REGISTRY.names()
+        names = [self.chosen] if self.forced else REGISTRY.automatic(self.device)
         serving = [n for n in names if REGISTRY.ask(n, self.device, check=True)[0] is not None]
         return measured(Founding(self.device, scenario), serving, self.forced is not None)
 

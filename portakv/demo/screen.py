@@ -10,8 +10,8 @@ import torch
 
 from .. import __version__
 from ..candidates import Candidate, print_candidates
-from ..devices import device_name
 from ..console import Column, print_table
+from ..devices import device_name
 from ..registry import ENVIRONMENT
 from .model import ModelPart
 from .moves import Row
