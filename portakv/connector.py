@@ -266,20 +266,19 @@ class AdaptiveConnector:
             error = completion.take_error()
             if error is not None:
                 raise error
-        for _ in range(len(self._unreported)):
+        # Two at most: every call adds one, so the queue shrinks, and no call pays for many.
+        for _ in range(2):
             try:
                 first = self._unreported.popleft()
-            except IndexError:  # another thread was faster
+            except IndexError:  # empty, perhaps because another thread was faster
                 return
+            ended = first.ended()
             error = first.take_error()
             if error is not None:
                 raise error
-            if not first.ended():
+            if not ended:
                 self._unreported.appendleft(first)
                 return
-            error = first.take_error()  # it may have ended badly between the two questions
-            if error is not None:
-                raise error
 
 
 def _range(slot_mapping: Any, start: int, end: int | None) -> tuple[Index, int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import words
+from . import events, words
 from .errors import PortaKVError, Unsupported
 from .index import Index
 from .routes import Route
@@ -43,25 +43,31 @@ def launch(
     ]
     if stream is not None:
         _order(stream, device, src, dst, placed)
-    word = None
-    for way, _, _ in pieces:
-        if way.can.guards and word is None:
-            word = words.acquire()
-    status = None if word is None else word.tensor
-    pendings = []
+    pendings: list[Any] = []
+    status: list[tuple[words.Word, int]] = []
     for (way, start, tokens), (mine, theirs) in zip(pieces, placed, strict=True):
+        word = _word(way, start, status)
         pending = way.launch(
-            src, dst, mine.shifted(start), theirs.shifted(start), tokens, stream, status
+            src, dst, mine.shifted(start), theirs.shifted(start), tokens, stream, word
         )
         if pending is not None:
             pendings.append(pending)
-    event = torch.Event(device)
+    event = events.acquire(device)
     event.record(stream)  # None: the current stream of its device
     kept = (src, dst, placed)
-    completion = Completion(event, pendings, word, error, kept if pendings else None)
-    if pendings or word is not None:
+    completion = Completion(event, pendings, status, error, kept if pendings else None)
+    if pendings or status:
         _watch(completion)
     return Transfer((completion,), kept)
+
+
+def _word(way: Route, start: int, status: list[tuple[words.Word, int]]) -> torch.Tensor | None:
+    """A status word for a launch that guards; noted with the position that it counts from."""
+    if not way.can.guards:
+        return None
+    word = words.acquire()
+    status.append((word, start))
+    return word.tensor
 
 
 def _order(
@@ -89,10 +95,16 @@ def _launch_on_host(
     dst_index: Index,
     error: PortaKVError | None,
 ) -> Transfer:
-    pendings = _run(pieces, src, dst, src_index, dst_index, None, None)
+    pendings = []
+    for way, start, tokens in pieces:
+        mine = src_index.placed(way.can, _HOST).shifted(start)
+        theirs = dst_index.placed(way.can, _HOST).shifted(start)
+        pending = way.launch(src, dst, mine, theirs, tokens, None, None)
+        if pending is not None:
+            pendings.append(pending)
     if not pendings and error is None:
         return Transfer()
-    completion = Completion(None, pendings, None, error, (src, dst, src_index, dst_index))
+    completion = Completion(None, pendings, (), error, (src, dst, src_index, dst_index))
     if pendings:
         _watch(completion)
     return Transfer((completion,))
@@ -109,40 +121,19 @@ def _launch_captured(
     """Capture every piece; with ``stream`` the capture forks there, and `Transfer.wait` joins."""
     _check_capture(pieces, src_index, dst_index)
     device = pieces[0][0].choice.backend.device
-    # The graph may write this word at every replay, so it is never given back.
-    word = words.acquire() if any(way.can.guards for way, _, _ in pieces) else None
     if stream is not None:
         stream.wait_stream(torch.accelerator.current_stream(device.index))
-    status = None if word is None else word.tensor
-    _run(pieces, src, dst, src_index, dst_index, stream, status)
+    # The graph may write these words at every replay, so they are never given back.
+    status: list[tuple[words.Word, int]] = []
+    for way, start, tokens in pieces:
+        mine, theirs = src_index.shifted(start), dst_index.shifted(start)
+        way.launch(src, dst, mine, theirs, tokens, stream, _word(way, start, status))
     event = None
     if stream is not None:
         event = torch.Event(device)
         event.record(stream)
-    completions = [Completion(event, word=word, standing=True)]
-    kept = (src, dst, src_index, dst_index)
-    return Transfer(completions, kept, captured=True)
-
-
-def _run(
-    pieces: list[Piece],
-    src: KVView,
-    dst: KVView,
-    src_index: Index,
-    dst_index: Index,
-    stream: torch.Stream | None,
-    status: torch.Tensor | None,
-) -> list[Any]:
-    pendings = []
-    for way, start, tokens in pieces:
-        device = way.choice.backend.device
-        mine, theirs = src_index.placed(way.can, device), dst_index.placed(way.can, device)
-        if start:
-            mine, theirs = mine.shifted(start), theirs.shifted(start)
-        pending = way.launch(src, dst, mine, theirs, tokens, stream, status)
-        if pending is not None:
-            pendings.append(pending)
-    return pendings
+    completion = Completion(event, words=status, standing=True)
+    return Transfer((completion,), (src, dst, src_index, dst_index), captured=True)
 
 
 def capturing(device: torch.device) -> bool:

@@ -84,7 +84,8 @@ class CopyPlan:
             raise Unsupported(
                 f"A plan with unit {unit}", f"the steps and block sizes allow divisors of {largest}"
             )
-        self.unit, self.nests = _fit(src, dst, [unit] if unit else _divisors(largest or 1))
+        units = [unit] if unit else _divisors(largest or 1)
+        self.unit, self.nests = _fit(src, dst, (src_step, dst_step), units)
 
     @property
     def vector(self) -> int:
@@ -215,7 +216,9 @@ def _divisors(number: int) -> list[int]:
     return sorted({*small, *(number // d for d in small)}, reverse=True)
 
 
-def _fit(src: Form, dst: Form, units: list[int]) -> tuple[int, tuple[Nest, ...]]:
+def _fit(
+    src: Form, dst: Form, steps: tuple[int, int], units: list[int]
+) -> tuple[int, tuple[Nest, ...]]:
     """The first of ``units`` for which every part has a nest."""
     if src.opaque:
         units = [unit for unit in units if unit % src.block_size == 0]
@@ -227,7 +230,7 @@ def _fit(src: Form, dst: Form, units: list[int]) -> tuple[int, tuple[Nest, ...]]
     refused: Unsupported | None = None
     for unit in units:
         try:
-            nests = [_nest(src, dst, k, unit) for k in range(src.kv)]
+            nests = [_nest(src, dst, steps, k, unit) for k in range(src.kv)]
         except Unsupported as error:
             refused = error
             continue
@@ -246,7 +249,7 @@ class _Open:
     alignment: int
 
 
-def _nest(src: Form, dst: Form, k: int, unit: int) -> _Open:
+def _nest(src: Form, dst: Form, steps: tuple[int, int], k: int, unit: int) -> _Open:
     mine, theirs = src.parts[k], dst.parts[k]
     src_units, src_tokens = _split(_chain(src, mine), unit)
     dst_units, dst_tokens = _split(_chain(dst, theirs), unit)
@@ -259,8 +262,19 @@ def _nest(src: Form, dst: Form, k: int, unit: int) -> _Open:
         Side(mine.table, mine.offset, src_units),
         Side(theirs.table, theirs.offset, dst_units),
         tuple(loops),
-        gcd(src.alignment, dst.alignment),
+        gcd(
+            src.alignment,
+            dst.alignment,
+            *_starts(src, mine, steps[0]),
+            *_starts(dst, theirs, steps[1]),
+        ),
     )
+
+
+def _starts(form: Form, part: Part, step: int) -> list[int]:
+    """Bytes between the places where a side may begin, if it may begin between two units."""
+    chain = _chain(form, part)
+    return [] if step or len(chain) > 1 or chain[0].table else [chain[0].stride]
 
 
 def _split(chain: Steps, unit: int) -> tuple[Steps, Steps]:

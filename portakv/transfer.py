@@ -8,30 +8,42 @@ from typing import Any
 
 import torch
 
+from . import events
 from .backends.base import Pending
 from .errors import PortaKVError, SlotError, TransferError
 from .words import Word
 
 
 class Completion:
-    """How one launch, or several in a row, end. Holds memory only where no stream orders it."""
+    """How one launch, or several in a row, end. Holds memory only where no stream orders it.
 
-    __slots__ = ("_error", "_event", "_pendings", "_reported", "_words", "kept", "standing")
+    Args:
+        event: recorded behind the last launch; given back to `events` once it has ended.
+        pendings: work that is not on a stream.
+        words: a status word and the first position that it counts from, for each launch.
+        error: an error that is known already.
+        kept: memory of work that no stream orders.
+        standing: it was captured, and happens again with every replay.
+    """
+
+    __slots__ = ("_error", "_events", "_pendings", "_reported", "_words", "kept", "standing")
 
     def __init__(
         self,
         event: torch.Event | None = None,
         pendings: Sequence[Pending] = (),
-        word: Word | None = None,
+        words: Sequence[tuple[Word, int]] = (),
         error: PortaKVError | None = None,
         kept: Any = None,
         standing: bool = False,
     ) -> None:
-        self._event, self._pendings = event, pendings
-        self.standing = standing  # captured: it happens again with every replay
-        self._words = [] if word is None else [word]  # a list, for its atomic pop
+        # Lists, for their atomic pop: two threads may ask at once, and each is given back once.
+        self._events = [] if event is None else [event]
+        self._words = list(words)
+        self._pendings = pendings
         self._error = error
         self.kept = kept
+        self.standing = standing
         self._reported = False
 
     @property
@@ -46,8 +58,9 @@ class Completion:
 
     def ended(self) -> bool:
         """True once all bytes have landed, error or not; never blocks or raises."""
-        if self._event is not None and not self._event.query():
-            return False
+        for event in self._events:
+            if not event.query():
+                return False
         for pending in self._pendings:
             if not pending.done():
                 return False
@@ -58,27 +71,27 @@ class Completion:
         """Make a stream wait for the event; block the host for what is not on a stream."""
         for pending in self._pendings:
             pending.wait()
-        if self._event is not None:
-            self._event.wait(stream) if stream is not None else self._event.wait()
+        for event in self._events:
+            event.wait(stream) if stream is not None else event.wait()
 
     def synchronize(self) -> None:
         """Block the host until all bytes have landed."""
         for pending in self._pendings:
             pending.wait()
-        if self._event is not None:
-            self._event.synchronize()
+        for event in self._events:
+            event.synchronize()
         self._settle()
 
     def take_error(self) -> PortaKVError | None:
         """An error that nobody was told of yet, once; never blocks."""
         if self._reported:
             return None
-        for word in self._words:
-            self._read(word)
+        for word, start in self._words:
+            self._read(word, start)
         error = self._error
         if self.standing:
             self._error = None
-            for word in self._words:
+            for word, _ in self._words:
                 word.clear()
         else:
             self._reported = error is not None
@@ -86,18 +99,22 @@ class Completion:
 
     def _settle(self) -> None:
         self.kept = None
-        while self._words:
-            try:
-                word = self._words.pop()
-            except IndexError:  # another thread was faster
-                return
-            self._read(word)
-            word.release()
+        if self.standing:
+            return
+        try:
+            while self._events:
+                events.release(self._events.pop())
+            while self._words:
+                word, start = self._words.pop()
+                self._read(word, start)
+                word.release()
+        except IndexError:  # another thread was faster
+            pass
 
-    def _read(self, word: Word) -> None:
+    def _read(self, word: Word, start: int) -> None:
         position = word.read()
         if position and self._error is None:
-            self._error = bad_slot(position - 1)
+            self._error = bad_slot(start + position - 1)
 
 
 class Transfer:
@@ -136,7 +153,8 @@ class Transfer:
             TransferError: it was captured into a graph and has no completion of its own.
         """
         self._refuse_captured("done()")
-        if not all([completion.ended() for completion in self.completions]):
+        ended = [completion.ended() for completion in self.completions]  # ask all: each settles
+        if not all(ended):
             return False
         self._finish()
         return True

@@ -194,7 +194,7 @@ class KVView:
                 f"read; make the view anew, or register the kv_caches again."
             )
         empty = torch.empty(0, dtype=dtype, device=self.device)
-        return empty.set_(storage, start // dtype.itemsize, size, stride)  # type: ignore[call-overload,no-any-return]
+        return empty.set_(storage, start // dtype.itemsize, size, stride)
 
     def plane(self, layer: int, kv: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """One plane as a strided tensor ``[blocks, block_size, heads, dim]`` (a chunk: ``[tokens,

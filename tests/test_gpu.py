@@ -377,3 +377,23 @@ def test_a_chunk_on_another_device(second: torch.device) -> None:
         check_sentence(str(error), "cuda:0", "cuda:1")
         wanted = before
     assert torch.equal(host_bytes(chunk), wanted)
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_a_bad_block_is_named_by_its_position_in_the_whole_copy(bad: int) -> None:
+    """Head, body and tail are launches of their own; each counts from its own first position."""
+    caches, chunk = make_caches(), make_chunk(2 * SIZE + 1)
+    blocks = [3, 1, 4]
+    blocks[bad] = BLOCKS
+    ids = torch.tensor(blocks, device=DEVICE)
+    transfer = copy_rows(
+        KVView(caches, "layer | kv block token head dim"),
+        KVView(chunk, "kv layer token (head dim)", heads=caches[0].shape[3]),
+        Index(ids, step=SIZE, offset=1),
+        count=2 * SIZE + 1,
+    )
+    with pytest.raises(SlotError) as caught:
+        transfer.synchronize()
+    position = max(0, bad * SIZE - 1)
+    found = int(str(caught.value).split("Position ")[1].split()[0])
+    assert position <= found < position + SIZE

@@ -18,7 +18,7 @@ from portakv_conformance.strategies import all_cases, cases, migrations, page_ca
 
 from portakv import CopyPlan, Index, KVView, LayoutError, copy_rows
 
-_TIMES = settings.default.max_examples
+_TIMES = settings().max_examples
 
 
 def _view(side: Side) -> KVView:

@@ -283,6 +283,16 @@ def test_a_stream_is_honoured() -> None:
 
 
 @pytest.mark.gpu
+def test_a_forked_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    caches, rows, slots = _gather()
+    src, dst, ids = paged(caches), dense(rows), Index(slots)
+    _, launch = prepared(src, dst, ids, Index())
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with refused(Unsupported, "forked", watch=[*caches, rows]):
+        launch(src, dst, ids, Index(), 8, None, None)
+
+
+@pytest.mark.gpu
 def test_several_threads_launch_at_once() -> None:
     caches = pool("cuda", blocks=300)
     _, launch = prepared(paged(caches), dense(chunk("cuda", 4)), Index([0]), Index())

@@ -54,7 +54,10 @@ class NestArguments:
         """The arguments of one launch."""
         mine, _ = self._src.arguments(src, src_index)
         theirs, low = self._dst.arguments(dst, dst_index)
-        return [units, (self._lost.data_ptr() - low) // self.shape.grain, *mine, *theirs]
+        given = [units, *mine, *theirs]
+        if self.shape.src.per_id or self.shape.dst.per_id:
+            given.append((self._lost.data_ptr() - low) // self.shape.grain)
+        return given
 
 
 class _SideArguments:
@@ -84,7 +87,7 @@ class _SideArguments:
         if self.mine.per_id:
             ids, first, rest = id_arguments(index, view.device, self.unit, self.mine.per_id)
             given.append(ids)
-            numbers = [first, rest, view.slots // self.unit]
+            numbers = [first, view.slots // self.unit, *([rest] if self.mine.per_id > 1 else [])]
         elif self.flat:
             # A flat side may start anywhere, also between two units.
             first, rest = divmod(index.offset, self.unit)

@@ -105,24 +105,25 @@ SIDES = 0
 
 
 def copy(*arguments: Argument) -> None:
-    """The copy of a nest of ``SHAPE``: ``(units, lost, *source's side, *destination's side)``.
+    """The copy of a nest of ``SHAPE``: ``(units, *source's side, *destination's side, lost)``.
 
-    ``lost`` is the row, counted in the destination's memory, that units with a negative or bad id
-    are sent to: so such a unit moves nothing, and no id has to be known to the host. The arguments
-    of a side are, as far as its shape needs them: its memory; ids int64; the table of addresses;
-    then the numbers ``at`` (grains from the memory's start), ``first`` (the id, or without ids the
-    unit, to begin with), ``rest`` (units of the first id to pass over), ``limit`` (units in the
-    view), ``entry`` (of the table); for each step of the units its stride in grains or its
-    entries; for each loop its stride in grains, and its entries where it has any.
+    ``lost``, given where a side has ids, is the row, counted in grains of the destination's memory,
+    that units with a negative or bad id are sent to: so such a unit moves nothing, and no id has to
+    be known to the host. The arguments of a side are, as far as its shape needs them: its memory;
+    ids int64; the table of addresses; then the numbers ``at`` (grains from the memory's start),
+    ``first`` (the id, or without ids the unit, to begin with), ``limit`` (units in the view),
+    ``rest`` (units of the first id to pass over, where an id covers several), ``entry`` (of the
+    table); for each step of the units its stride in grains or its entries; for each loop its stride
+    in grains, and its entries where it has any.
     """
     _refuse_plain_python()
     given: Iterator[Any] = iter(arguments)
-    units, lost = next(given), next(given)
+    units = next(given)
     source, src_rows, src_good = _side(SHAPE, SHAPE.src, given, units)
     target, dst_rows, dst_good = _side(SHAPE, SHAPE.dst, given, units)
-    for good in (src_good, dst_good):
-        if good is not None:
-            dst_rows = torch.where(_over(good, SHAPE), dst_rows, lost)
+    good = [_over(found, SHAPE) for found in (src_good, dst_good) if found is not None]
+    if good:
+        dst_rows = torch.where(good[0] & good[-1], dst_rows, next(given))
     target.index_put_((dst_rows,), source[src_rows])
 
 
@@ -141,7 +142,8 @@ def report(*arguments: Argument) -> None:
     for _ in range(SIDES):
         ids, first, rest, limit, per_id = (next(given) for _ in range(5))
         found = ids[:, 0][first + (at + rest) // per_id]
-        row = torch.where(found * per_id + (at + rest) % per_id >= limit, word, row)
+        number = found * per_id + (at + rest) % per_id
+        row = torch.where((found >= limit) | ((found >= 0) & (number >= limit)), word, row)
     memory.index_put_((row,), (at * unit + 1)[:, None])
 
 
@@ -166,7 +168,8 @@ def _side(
     if ids is None:
         number = number + first
     else:
-        number, good = _from_ids(side, number, ids, first, next(given), next(given))
+        limit, rest = next(given), next(given) if side.per_id > 1 else 0
+        number, good = _from_ids(side, number, ids, first, limit, rest)
     entry = next(given) if side.tabled else 0
     row, entry = _walk_units(side, number, row, entry, [next(given) for _ in side.extents])
     row, entry = _over(row, shape), _over(entry, shape)
@@ -181,15 +184,17 @@ def _side(
 
 
 def _from_ids(
-    side: SideShape, at: torch.Tensor, ids: torch.Tensor, first: int, rest: int, limit: int
+    side: SideShape, at: torch.Tensor, ids: torch.Tensor, first: int, limit: int, rest: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The number of the unit for each position, 0 where its id is not good; and which are."""
     if side.per_id == 1:
         number = torch.narrow(ids, 0, first, at.shape[0])[:, 0]
+        good = (number >= 0) & (number < limit)
     else:
-        number = ids[:, 0][first + (at + rest) // side.per_id] * side.per_id
-        number = number + (at + rest) % side.per_id
-    good = (number >= 0) & (number < limit)
+        found = ids[:, 0][first + (at + rest) // side.per_id]
+        number = found * side.per_id + (at + rest) % side.per_id
+        # A product of a wild id may have overflowed into what looks like a good number.
+        good = (found >= 0) & (found < limit) & (number < limit)
     return torch.where(good, number, 0), good
 
 
@@ -254,11 +259,13 @@ class Program:
         for tensor in self._example:
             if isinstance(tensor, torch.Tensor):
                 torch._dynamo.mark_static(tensor)
-        with torch.no_grad(), _any_order():
+        with torch.inference_mode(False), torch.no_grad(), _any_order():
             compiled = torch.compile(
                 _own(function, constants), backend=self._compile, fullgraph=True, dynamic=True
             )
             compiled(*self._example)
+        if sorted(self._order) != list(range(len(example))):
+            raise RuntimeError("torch.compile took an argument of a copy for a constant.")
         del self._example
         self(example)  # what is left to build or load at the first call
 

@@ -23,10 +23,10 @@ def missing() -> str | None:
     try:
         from cuda.bindings import nvrtc
 
-        error, major, minor = nvrtc.nvrtcVersion()
+        status, major, minor = nvrtc.nvrtcVersion()
     except Exception as error:  # a missing library raises whatever the loader raises
         return f"NVRTC cannot be loaded ({error}); {NEEDED}"
-    if int(error) or major != 13:
+    if int(status) or major != 13:
         return f"NVRTC {major}.{minor} was found, but 13.x is needed; {NEEDED}"
     return None
 
@@ -51,8 +51,8 @@ def architectures() -> list[int]:
     """The architectures that NVRTC makes machine code for: 80 is compute capability 8.0."""
     from cuda.bindings import nvrtc
 
-    error, count = nvrtc.nvrtcGetNumSupportedArchs()
-    error, found = nvrtc.nvrtcGetSupportedArchs()
+    _, count = nvrtc.nvrtcGetNumSupportedArchs()
+    _, found = nvrtc.nvrtcGetSupportedArchs()
     return sorted(int(arch) for arch in found[:count])
 
 
@@ -92,15 +92,14 @@ def _compile(source: str, target: str) -> bytes:
         nvrtc.nvrtcGetProgramLog(program, log)
         text = log.decode(errors="replace").strip("\0 \n")
         raise RuntimeError(f"NVRTC refused the kernel for {target}:\n{text}")
-    if target.startswith("sm_"):
-        error, size = nvrtc.nvrtcGetCUBINSize(program)
-        binary = b" " * size
-        (error,) = nvrtc.nvrtcGetCUBIN(program, binary)
-    else:
-        error, size = nvrtc.nvrtcGetPTXSize(program)
-        binary = b" " * size
-        (error,) = nvrtc.nvrtcGetPTX(program, binary)
-    _check(error, "reading the compiled kernel")
+    machine_code = target.startswith("sm_")
+    ask_size = nvrtc.nvrtcGetCUBINSize if machine_code else nvrtc.nvrtcGetPTXSize
+    read = nvrtc.nvrtcGetCUBIN if machine_code else nvrtc.nvrtcGetPTX
+    error, size = ask_size(program)
+    _check(error, "Asking for the size of the compiled kernel")
+    binary: bytes = b" " * size
+    (error,) = read(program, binary)
+    _check(error, "Reading the compiled kernel")
     nvrtc.nvrtcDestroyProgram(program)
     return binary
 

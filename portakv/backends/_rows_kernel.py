@@ -115,7 +115,8 @@ class RowsKernel:
                 kernel_text(),
                 "using namespace portakv;",
                 *types,
-                f'extern "C" __global__ void {NAME}(const PORTAKV_CONSTANT CopyOf<Src, Dst> copy) {{',
+                "typedef CopyOf<Src, Dst> Argument;",
+                f'extern "C" __global__ void {NAME}(const PORTAKV_CONSTANT Argument copy) {{',
                 f"    {call}, Inner, Outer, Src, Dst>(copy);",
                 "}\n",
             ]

@@ -108,13 +108,15 @@ class Compiled(Backend):
             units = max(2, _EXAMPLE // (prod(shape.loops) * shape.run))
             zeros = self._zeros(units)
             lost = self.lost(shape.run * shape.dtype.itemsize).data_ptr()
-            example: list[Argument] = [units, 0]
+            example: list[Argument] = [units]
             for side in (shape.src, shape.dst):
                 example.append(memory_from(lost, self.device, shape.dtype, shape.run, shape.ratio))
                 for _ in range((side.per_id > 0) + side.tabled):
                     example.append(self._all_from(zeros))
                 steps = len(side.extents) + len(shape.loops) + sum(side.loop_entries)
-                example += [0] * (2 + 2 * (side.per_id > 0) + side.tabled + steps)
+                numbers = 2 + (side.per_id > 0) + (side.per_id > 1) + side.tabled
+                example += [0] * (numbers + steps)
+            example += [0] * any(side.per_id for side in (shape.src, shape.dst))
             return Program(copy, {"SHAPE": shape}, example)
 
         return self._program(shape, make)

@@ -45,8 +45,11 @@ class Triton(Backend):
             return Decision(cls.name, False, why)
         import triton
 
-        where = "its interpreter" if device.type == "cpu" else f"target {_target()}"
-        return Decision(cls.name, True, f"Triton {triton.__version__} has {where}")
+        way = "interprets its kernel here"
+        if device.type != "cpu":
+            target = _target()
+            way = f"compiles its kernel for {target.backend} {target.arch}"
+        return Decision(cls.name, True, f"Triton {triton.__version__} {way}")
 
     def capabilities(self) -> Capabilities:
         host = self.device.type == "cpu"
@@ -129,10 +132,8 @@ class _TritonLaunch:
         self, unit: int, nests: list[NestKernel], kernels: list[Any], device: torch.device
     ) -> None:
         driver = _driver()
-        self._current_device, self._current_stream = (
-            driver.get_current_device,
-            driver.get_current_stream,
-        )
+        self._current_device = driver.get_current_device
+        self._current_stream = driver.get_current_stream
         self._unit, self._device, self._index = unit, device, device.index
         # Constants keep their places in a launcher's arguments; what stands there is not read.
         self._parts = [
