@@ -48,7 +48,7 @@ def fill(text: str) -> str:
     """The README with both tables written anew."""
     for name, table in (("layouts", layouts()), ("backends", backends())):
         mark = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        text, found = re.subn(mark, lambda m, t=table: m[1] + t + "\n" + m[2], text, flags=re.S)
+        text, found = re.subn(mark, rf"\g<1>{table}\n\2", text, flags=re.S)
         if found != 1:
             sys.exit(f"README.md must hold one `<!-- table: {name} -->` ... `<!-- end -->`.")
     return text

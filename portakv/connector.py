@@ -261,24 +261,21 @@ class AdaptiveConnector:
         return transfer
 
     def _report(self) -> None:
-        """Raise the error of an earlier transfer that nobody asked for; forget those that ended."""
+        """Raise the error of an earlier transfer that nobody asked for; forget one that ended."""
         for completion in self._captured:
             error = completion.take_error()
             if error is not None:
                 raise error
-        # Two at most: every call adds one, so the queue shrinks, and no call pays for many.
-        for _ in range(2):
-            try:
-                first = self._unreported.popleft()
-            except IndexError:  # empty, perhaps because another thread was faster
-                return
-            ended = first.ended()
-            error = first.take_error()
-            if error is not None:
-                raise error
-            if not ended:
-                self._unreported.appendleft(first)
-                return
+        # One at a time: every call adds one, so no call pays for many.
+        try:
+            first = self._unreported.popleft()
+        except IndexError:  # empty, perhaps because another thread was faster
+            return
+        if not first.ended():
+            self._unreported.appendleft(first)
+        error = first.take_error()
+        if error is not None:
+            raise error
 
 
 def _range(slot_mapping: Any, start: int, end: int | None) -> tuple[Index, int]:

@@ -3,24 +3,34 @@
 
 from __future__ import annotations
 
-from collections import deque
+from functools import cache
 
 import torch
 
 _KEPT = 256  # for each device; more are left to the garbage collector
-_free: dict[torch.device, deque[torch.Event]] = {}
 
 
-def acquire(device: torch.device) -> torch.Event:
-    """An event of a device, ready to be recorded."""
-    try:
-        return _free[device].pop()
-    except (KeyError, IndexError):
-        return torch.Event(device)
+class Pool:
+    """The free events of one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._free: list[torch.Event] = []
+
+    def acquire(self) -> torch.Event:
+        """An event, ready to be recorded."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return torch.Event(self._device)
+
+    def release(self, event: torch.Event) -> None:
+        """Give an event back that has ended and that nobody waits for any more."""
+        if len(self._free) < _KEPT:
+            self._free.append(event)
 
 
-def release(event: torch.Event) -> None:
-    """Give an event back that has ended and that nobody waits for any more."""
-    kept = _free.setdefault(event.device, deque())
-    if len(kept) < _KEPT:
-        kept.append(event)
+@cache
+def pool(device: torch.device) -> Pool:
+    """The events of a device."""
+    return Pool(device)

@@ -52,10 +52,11 @@ def launch(
         )
         if pending is not None:
             pendings.append(pending)
-    event = events.acquire(device)
+    pool = events.pool(device)
+    event = pool.acquire()
     event.record(stream)  # None: the current stream of its device
     kept = (src, dst, placed)
-    completion = Completion(event, pendings, status, error, kept if pendings else None)
+    completion = Completion(event, pendings, status, error, kept if pendings else None, pool)
     if pendings or status:
         _watch(completion)
     return Transfer((completion,), kept)

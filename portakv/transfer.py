@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from . import events
 from .backends.base import Pending
 from .errors import PortaKVError, SlotError, TransferError
+from .events import Pool
 from .words import Word
 
 
@@ -18,7 +18,7 @@ class Completion:
     """How one launch, or several in a row, end. Holds memory only where no stream orders it.
 
     Args:
-        event: recorded behind the last launch; given back to `events` once it has ended.
+        event: recorded behind the last launch; given back to its ``pool`` once it has ended.
         pendings: work that is not on a stream.
         words: a status word and the first position that it counts from, for each launch.
         error: an error that is known already.
@@ -26,7 +26,16 @@ class Completion:
         standing: it was captured, and happens again with every replay.
     """
 
-    __slots__ = ("_error", "_events", "_pendings", "_reported", "_words", "kept", "standing")
+    __slots__ = (
+        "_error",
+        "_events",
+        "_pendings",
+        "_pool",
+        "_reported",
+        "_words",
+        "kept",
+        "standing",
+    )
 
     def __init__(
         self,
@@ -35,12 +44,14 @@ class Completion:
         words: Sequence[tuple[Word, int]] = (),
         error: PortaKVError | None = None,
         kept: Any = None,
+        pool: Pool | None = None,
         standing: bool = False,
     ) -> None:
         # Lists, for their atomic pop: two threads may ask at once, and each is given back once.
         self._events = [] if event is None else [event]
         self._words = list(words)
         self._pendings = pendings
+        self._pool = pool
         self._error = error
         self.kept = kept
         self.standing = standing
@@ -103,7 +114,9 @@ class Completion:
             return
         try:
             while self._events:
-                events.release(self._events.pop())
+                event = self._events.pop()
+                if self._pool is not None:
+                    self._pool.release(event)
             while self._words:
                 word, start = self._words.pop()
                 self._read(word, start)

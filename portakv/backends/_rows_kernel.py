@@ -39,7 +39,7 @@ _MAX_VECTORS = 2**31
 
 
 # Bytes to prefetch ahead in copy order by payload, from the largest down (benchmarks/NOTES.md).
-_AHEAD = ((256 << 20, 2 << 20), (48 << 20, 1 << 20), (24 << 20, 512 << 10), (0, 0))
+_AHEAD = ((256 << 20, 2 << 20), (64 << 20, 1 << 20), (8 << 20, 512 << 10))
 
 
 @cache
@@ -85,6 +85,7 @@ class RowsKernel:
         self.src.find_table([(x.extent, x.src_table) for x in outer])
         self.dst.find_table([(x.extent, x.dst_table) for x in outer])
         self._dst_table_at = _TABLES_AT + 8 * max(1, self.src.entries)
+        self._unit_bytes = self.row * self.planes * self.vector
         self._most_units = max(1, (_MAX_VECTORS - 1) // self.row)
         self.run = nest.run
         self.outer, self.inner = [[x.extent for x in loops] for loops in (outer, inner)]
@@ -124,8 +125,11 @@ class RowsKernel:
 
     def ahead(self, units: int) -> int:
         """How many vectors to prefetch ahead in copy order."""
-        payload = units * self.row * self.planes * self.vector
-        return next(ahead for least, ahead in _AHEAD if payload >= least) // self.vector
+        payload = units * self._unit_bytes
+        for least, ahead in _AHEAD:
+            if payload >= least:
+                return ahead // self.vector
+        return 0
 
     def fresh_arguments(self) -> bytearray:
         """A buffer for the argument with everything in it that does not change."""
