@@ -63,7 +63,7 @@ def measure_overhead(backend: str, device: torch.device, rounds: int) -> list[di
     tiny = _Tiny(backend, device)
     host = torch.tensor([_SLOT])
     kept = Index(host)
-    placed, whole = kept.placed(tiny.way.can, device), Index()
+    placed, whole = kept.placed(tiny.way.home_of_ids, tiny.way.can.index_dtypes), Index()
     on_device = host.to(device)
 
     def launch(i: int) -> object:

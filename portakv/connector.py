@@ -249,8 +249,9 @@ class AdaptiveConnector:
         if self._choice.can.tables:
             view.table  # noqa: B018 - made now, so that no transfer has to
         # Assigned at once: another thread sees the old caches or the new ones, never a mixture.
-        self._registered = _Caches(view, _facts(kv_caches), ChunkReader(view, self._chunk_layout))
-        return self._registered
+        caches = _Caches(view, _facts(kv_caches), ChunkReader(view, self._chunk_layout))
+        self._registered = caches
+        return caches  # not what is registered by now: another thread may have been there
 
     def _keep(self, transfer: Transfer) -> Transfer:
         for completion in transfer.completions:

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .backends.base import Capabilities
 from .errors import SlotError, Unsupported
 
 _DTYPES = (torch.int64, torch.int32)
@@ -101,16 +100,15 @@ class Index:
         moved._judged, moved._placed = self._judged, None
         return moved
 
-    def placed(self, can: Capabilities, device: torch.device) -> Index:
-        """This index with its ids at the place and in a dtype that a backend reads."""
-        home = device if can.index_on == "device" else _HOST
-        if self.ids is None or self._reads(can, home):
+    def placed(self, home: torch.device, dtypes: frozenset[torch.dtype]) -> Index:
+        """This index with its ids contiguous on ``home`` and in one of ``dtypes``."""
+        if self.ids is None or self._lies(home, dtypes):
             return self
         kept = self._placed
-        if kept is not None and kept._reads(can, home):
+        if kept is not None and kept._lies(home, dtypes):
             return kept
-        wanted = torch.int64 if torch.int64 in can.index_dtypes else torch.int32
-        dtype = self.ids.dtype if self.ids.dtype in can.index_dtypes else wanted
+        wanted = torch.int64 if torch.int64 in dtypes else torch.int32
+        dtype = self.ids.dtype if self.ids.dtype in dtypes else wanted
         narrows = dtype == torch.int32 and self.ids.dtype == torch.int64
         ids = self._narrow() if narrows else self.ids.to(dtype)
         placed = Index(ids.to(home).contiguous(), self.step, self.offset)
@@ -129,10 +127,10 @@ class Index:
             )
         return self.ids.clamp(-1, _INT32).to(torch.int32)
 
-    def _reads(self, can: Capabilities, home: torch.device) -> bool:
+    def _lies(self, home: torch.device, dtypes: frozenset[torch.dtype]) -> bool:
         assert self.ids is not None
         ids = self.ids
-        return ids.device == home and ids.dtype in can.index_dtypes and ids.is_contiguous()
+        return ids.device == home and ids.dtype in dtypes and ids.is_contiguous()
 
     def to_host(self) -> Index:
         """This index with its ids on the host; waits for the device if they are there."""

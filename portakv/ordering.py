@@ -38,7 +38,10 @@ def launch(
     if capturing(device):
         return _launch_captured(pieces, src, dst, src_index, dst_index, stream)
     placed = [
-        (src_index.placed(way.can, device), dst_index.placed(way.can, device))
+        (
+            src_index.placed(way.home_of_ids, way.can.index_dtypes),
+            dst_index.placed(way.home_of_ids, way.can.index_dtypes),
+        )
         for way, _, _ in pieces
     ]
     if stream is not None:
@@ -98,8 +101,8 @@ def _launch_on_host(
 ) -> Transfer:
     pendings = []
     for way, start, tokens in pieces:
-        mine = src_index.placed(way.can, _HOST).shifted(start)
-        theirs = dst_index.placed(way.can, _HOST).shifted(start)
+        mine = src_index.placed(_HOST, way.can.index_dtypes).shifted(start)
+        theirs = dst_index.placed(_HOST, way.can.index_dtypes).shifted(start)
         pending = way.launch(src, dst, mine, theirs, tokens, None, None)
         if pending is not None:
             pendings.append(pending)
@@ -166,7 +169,7 @@ def _check_capture(pieces: list[Piece], src_index: Index, dst_index: Index) -> N
         if not way.can.capturable:
             refuse_capture(device, f"backend {way.choice.name!r} cannot be captured")
         for index in (src_index, dst_index):
-            if index.placed(way.can, device) is not index:
+            if index.placed(way.home_of_ids, way.can.index_dtypes) is not index:
                 refuse_capture(device, "its ids would have to be copied first")
 
 

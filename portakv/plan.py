@@ -13,45 +13,17 @@ from itertools import pairwise
 from math import gcd, prod
 from typing import TYPE_CHECKING
 
-from .errors import LayoutError, Unsupported
+from .errors import LayoutError, SlotError, Unsupported
 from .form import Form, Part, Step, Steps, merge_steps
 from .loops import Loop, merge, refine, split_run, widest_vector
+from .nests import Nest, Side
+from .runs import Runs, expand
 
 if TYPE_CHECKING:
     from .index import Index
-    from .runs import Runs
     from .view import KVView
 
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """Where the units of one side lie.
-
-    Attributes:
-        table, offset: origin: entry of the address table, and bytes behind its address.
-        units: the steps that the number of a unit walks through, outermost (unbounded) first:
-            ``n % extent`` from the innermost on, as in positional notation.
-    """
-
-    table: int
-    offset: int
-    units: Steps
-
-
-@dataclass(frozen=True, slots=True)
-class Nest:
-    """One loop nest. ``vector`` is the widest access in bytes that everything in it allows."""
-
-    src: Side
-    dst: Side
-    loops: tuple[Loop, ...]
-    run: int
-    vector: int
-
-    @property
-    def unit_bytes(self) -> int:
-        """Bytes that one unit moves in this nest."""
-        return prod(loop.extent for loop in self.loops) * self.run
+__all__ = ["CopyPlan", "Nest", "Side"]
 
 
 class CopyPlan:
@@ -120,11 +92,31 @@ class CopyPlan:
         neighbours merged; negative ids are left out.
 
         Raises:
-            LayoutError, SlotError: as `runs.expand` says.
+            LayoutError: a view whose form the plan was not made for.
+            SlotError: an id past the end of its view, a range past the list, or a range or an
+                index that does not consist of whole units.
         """
-        from .runs import expand
+        self._check_side("src", src_index, src)
+        self._check_side("dst", dst_index, dst)
+        return expand(self.nests, self.unit, src, dst, src_index, dst_index, count)
 
-        return expand(self, src, dst, src_index, dst_index, count)
+    def _check_side(self, side: str, index: Index, view: KVView) -> None:
+        name, form = ("source", self.src) if side == "src" else ("destination", self.dst)
+        if view.form != form:
+            raise LayoutError(
+                f"The {name}, {view.layout.text!r}, has another form than the plan was made for; "
+                f"make a plan for the forms of these two views."
+            )
+        if (self.aligned(side) or index.ids is not None) and index.offset % self.unit:
+            raise SlotError(
+                f"The {name} index begins at token {index.offset}, no multiple of the plan's unit "
+                f"{self.unit}; give head and tail to a plan with unit=1."
+            )
+        if index.plan_step % self.unit:
+            raise SlotError(
+                f"The {name} index has step {index.step}, no multiple of the plan's unit "
+                f"{self.unit}; make the plan for the steps of these two indices."
+            )
 
     def __str__(self) -> str:
         plural = "token" if self.unit == 1 else "tokens"

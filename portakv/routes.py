@@ -10,6 +10,8 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
+import torch
+
 from .backends.base import Capabilities, Launch
 from .form import Form
 from .plan import CopyPlan
@@ -26,6 +28,7 @@ class Route:
     launch: Launch
     choice: Choice
     can: Capabilities
+    home_of_ids: torch.device
 
 
 Key = tuple[Form, Form, int, int, int | None, Choice]
@@ -47,7 +50,7 @@ def route(
         return found
     plan = CopyPlan(src, dst, src_step, dst_step, unit)
     launch, taken = prepare(plan, choice.backend.device, choice)
-    found = Route(plan, launch, taken, taken.can)
+    found = Route(plan, launch, taken, taken.can, taken.can.home_of_ids(taken.backend.device))
     with _lock:
         _routes[key] = found
         # Oldest first: a use does not move a route, which would cost every call a lock.

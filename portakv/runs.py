@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import LayoutError, SlotError
-from .plan import CopyPlan, Nest, Side
+from .errors import SlotError
+from .nests import Nest, Side
 
 if TYPE_CHECKING:
     from .index import Index
@@ -27,52 +28,36 @@ class Runs(NamedTuple):
 
 
 def expand(
-    plan: CopyPlan, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int
+    nests: Sequence[Nest],
+    unit: int,
+    src: KVView,
+    dst: KVView,
+    src_index: Index,
+    dst_index: Index,
+    count: int,
 ) -> Runs:
     """Every run of ``count`` tokens, neighbours merged, in the order of the source.
 
     Raises:
-        LayoutError: a view whose form the plan was not made for.
-        SlotError: an id past the end of its view, a range past the list, or a range or an index
-            that does not consist of whole units.
+        SlotError: an id past the end of its view, a range past the list, or one that does not
+            consist of whole units.
     """
-    if count < 0 or count % plan.unit:
+    if count < 0 or count % unit:
         raise SlotError(
             f"Runs of {count} tokens were asked for, which are no multiple of the plan's unit "
-            f"{plan.unit}; give head and tail to a plan with unit=1."
+            f"{unit}; give head and tail to a plan with unit=1."
         )
     for index, view, side in ((src_index, src, "source"), (dst_index, dst, "destination")):
-        _check_side(plan, index, view, side)
         index.check_length(count, view.slots, side)
         if index.ids is not None:
             index.judge(count, view.slots, False, side)
-    src_slots = src_index.slots(count)[:: plan.unit]
-    dst_slots = dst_index.slots(count)[:: plan.unit]
+    src_slots = src_index.slots(count)[::unit]
+    dst_slots = dst_index.slots(count)[::unit]
     moved = (src_slots >= 0) & (dst_slots >= 0)
     pieces = [
-        _expand_nest(nest, plan.unit, src, dst, src_slots[moved], dst_slots[moved])
-        for nest in plan.nests
+        _expand_nest(nest, unit, src, dst, src_slots[moved], dst_slots[moved]) for nest in nests
     ]
     return _merge(*(np.concatenate(column) for column in zip(*pieces, strict=True)))
-
-
-def _check_side(plan: CopyPlan, index: Index, view: KVView, side: str) -> None:
-    name, form = ("src", plan.src) if side == "source" else ("dst", plan.dst)
-    if view.form != form:
-        raise LayoutError(
-            f"The {side}, {view.layout.text!r}, has another form than the plan was made for; make "
-            f"a plan for the forms of these two views."
-        )
-    if (plan.aligned(name) or index.ids is not None) and index.offset % plan.unit:
-        raise SlotError(
-            f"The {side} index begins at token {index.offset}, no multiple of the plan's unit "
-            f"{plan.unit}; give head and tail to a plan with unit=1."
-        )
-    if index.plan_step % plan.unit:
-        raise SlotError(
-            f"The {side} index has step {index.step}, no multiple of the plan's unit {plan.unit}; "
-            f"make the plan for the steps of these two indices."
-        )
 
 
 def _expand_nest(

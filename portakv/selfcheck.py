@@ -84,7 +84,8 @@ def _copy(backend: Backend, src: KVView, dst: KVView, src_step: int, dst_step: i
     if not decision.accepted:
         raise Unsupported(f"The self-check through {backend.name}", decision.reason)
     launch = backend.prepare(plan)
-    ids = Index(_SLOTS).placed(backend.capabilities(), backend.device)
+    can = backend.capabilities()
+    ids = Index(_SLOTS).placed(can.home_of_ids(backend.device), can.index_dtypes)
     src_index, dst_index = (ids, Index()) if src_step else (Index(), ids)
     pending = launch(src, dst, src_index, dst_index, len(_SLOTS), None, None)
     if pending is not None:

@@ -8,65 +8,25 @@ copies of each.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
+from compiled_cases import compiled, compiling, copy, launch, on_each_device
 from core_cases import HANDS, lazy, noise
 from guarded_memory import filled, same
 from hypothesis import given, settings
 from portakv_conformance.sides import Case
 from portakv_conformance.strategies import all_cases
-from triton_cases import chunk, dense, finish, index, kept, on, paged, pool, rows_of, view, word
+from triton_cases import chunk, dense, index, kept, on, paged, pool, rows_of, view, word
 
-from portakv import CopyPlan, Index, KVView, Unsupported, copy_blocks, copy_rows, registry
-from portakv.backends.compiled import Compiled
+from portakv import CopyPlan, Index, KVView, Unsupported, copy_blocks, copy_rows
 
-_missing = Compiled.probe(torch.device("cpu"))
-needs_compiler = pytest.mark.skipif(not _missing.accepted, reason=_missing.reason)
-DEVICES = [
-    pytest.param("cpu", marks=needs_compiler),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
-on_each_device = pytest.mark.parametrize("device", DEVICES)
 LENGTHS = (1, 2, 3, 7, 12)
 # (source, destination) among the layouts by hand, and which side has ids.
 PAIRS = [
     (0, 13, "src"), (13, 0, "dst"), (3, 14, "src"), (15, 7, "dst"), (8, 16, "src"), (17, 2, "both"),
     (5, 9, "both"), (11, 12, "both"), (16, 17, "neither"), (4, 13, "src"),
 ]  # fmt: skip
-
-
-def compiled(device: str) -> Compiled:
-    """The registry's backend: its programs are shared by all tests."""
-    home = torch.device(device, 0) if device == "cuda" else torch.device(device)
-    backend = registry.choose(home, "compiled").backend
-    assert isinstance(backend, Compiled)
-    return backend
-
-
-@contextmanager
-def compiling(device: str, programs: int) -> Iterator[None]:
-    """Exactly so many functions are compiled meanwhile."""
-    backend = compiled(device)
-    before = backend.compilations
-    yield
-    assert backend.compilations - before == programs
-
-
-def copy(src: KVView, dst: KVView, mine: Any = None, theirs: Any = None, **more: Any) -> None:
-    copy_rows(src, dst, mine, theirs, backend="compiled", **more).synchronize()
-
-
-def launch(src: KVView, dst: KVView, mine: Index, theirs: Index, status: Any = None) -> None:
-    """A launch behind the library's checks, and its end."""
-    plan = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
-    count = mine.length or theirs.length
-    assert count is not None
-    compiled(src.device.type).prepare(plan)(src, dst, mine, theirs, count, None, status)
-    finish(src.device.type)
 
 
 # The same bytes as by hand and by the oracle
@@ -99,7 +59,10 @@ def test_layouts_at_several_lengths(device: str, pair: tuple[int, int, str]) -> 
 
 @on_each_device
 def test_drawn_copies(device: str) -> None:
-    @settings(max_examples=8 if settings.default.max_examples == 100 else None)
+    profile = settings.default
+    assert profile is not None
+
+    @settings(max_examples=max(8, profile.max_examples // 12))
     @given(all_cases(device=device))
     def check(case: Case) -> None:
         src, dst = view(case.src), view(case.dst)

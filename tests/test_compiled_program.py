@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -13,11 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_compiled import copy, needs_compiler, on_each_device
+from compiled_cases import copy, needs_compiler, on_each_device
 from triton_cases import chunk, dense, paged, pool, rows_of
 
 from portakv import BackendUnavailable, CopyPlan, Index, copy_rows, registry
-from portakv.backends import _compiled_rows
 from portakv.backends import compiled as module
 from portakv.backends._compiled_rows import Program
 from portakv.backends.compiled import Compiled
@@ -50,7 +50,7 @@ def test_the_code_is_one_kernel_without_a_buffer(device: str, scatters: bool) ->
         _, codes = run_and_get_code(Compiled(_home(device)).prepare, plan)
     assert len(codes) == 2  # the copy and the report
     for code in codes:
-        body = code[code.index("def call(") :]
+        body = re.sub("#.*", "", code[code.index("def call(") :])
         made = re.findall(r"async_compile\.(?:cpp_pybinding|triton)\(", code)
         assert len(made) == 1, "one kernel"
         assert not re.search(r"empty_strided\w*\(|\.clone\(|extern_kernels\.|aten\.", body), body
@@ -191,7 +191,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_pythons_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(module.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     assert "python3-dev" in _reason(CPU)
     (tmp_path / "Python.h").touch()
@@ -209,7 +209,7 @@ def test_on_a_gpu_without_triton_or_a_compiler(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     assert "triton" in _reason(cuda)
     monkeypatch.setattr(module, "find_spec", lambda name: name)
-    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     assert "install gcc" in _reason(cuda)
 
 
@@ -231,7 +231,7 @@ def test_a_compiler_that_fails_is_the_self_checks_reason(
     def fails(*given: Any, **more: Any) -> Any:
         raise RuntimeError("the compiler broke")
 
-    monkeypatch.setattr(_compiled_rows.torch._inductor, "compile", fails)
+    monkeypatch.setattr(torch._inductor, "compile", fails)
     with pytest.raises(BackendUnavailable, match="the compiler broke"):
         registry.choose(CPU, "compiled")
     assert registry.choose(CPU).name == "reference"

@@ -27,6 +27,9 @@ class Decision:
         return f"{self.name}: {'accepted' if self.accepted else 'rejected'}, {self.reason}"
 
 
+_HOST = torch.device("cpu")
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What a backend claims; the conformance suite tests each claim both ways.
@@ -56,6 +59,10 @@ class Capabilities:
     tables: bool = True
     capturable: bool = False
     threads: bool = True
+
+    def home_of_ids(self, device: torch.device) -> torch.device:
+        """Where ids have to be for a backend of ``device``."""
+        return device if self.index_on == "device" else _HOST
 
 
 class Pending(Protocol):
