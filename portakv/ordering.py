@@ -150,6 +150,9 @@ def capturing(device: torch.device) -> bool:
 def _capture_probe(device: torch.device) -> Callable[[], bool] | None:
     if device == _HOST:
         return None
+    if device.type == "cuda":
+        # What torch.cuda's function of that name calls, at a third of its cost.
+        return torch._C._cuda_isCurrentStreamCapturing  # type: ignore[no-any-return]
     return getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
 
 
