@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,16 @@ FILE = Path(__file__).with_name("bars.toml")
 TOLERANCE = 0.03
 _TRIES = 3
 
+#: What `where` can ask of a number or a word beside equality.
+CONDITIONS: Mapping[str, Callable[[Any, Any], bool]] = {
+    "at_least": lambda found, asked: found >= asked,
+    "below": lambda found, asked: found < asked,
+    "multiple_of": lambda found, asked: found % asked == 0,
+    "no_multiple_of": lambda found, asked: found % asked != 0,
+    "any_of": lambda found, asked: found in asked,
+    "none_of": lambda found, asked: found not in asked,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
@@ -40,7 +50,11 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """What some figure of some rows has to reach."""
+    """What some figure of some rows has to reach.
+
+    ``where`` picks rows: each of its fields is a value, or a table of conditions, of
+    `CONDITIONS`, that the row's field fulfils. Rows without the figure are not picked.
+    """
 
     name: str
     where: Mapping[str, Any]
@@ -60,10 +74,16 @@ class Bar:
         assert self.at_most is not None
         return found <= self.at_most
 
-    def worst(self, rows: Sequence[Mapping[str, Any]]) -> float:
-        """The figure that decides."""
-        figures = [float(row[self.figure]) for row in rows]
-        return min(figures) if self.at_least is not None else max(figures)
+    def picks(self, row: Mapping[str, Any]) -> bool:
+        """True for rows that the bar is about."""
+        return self.figure in row and all(
+            name in row and _fulfils(row[name], asked) for name, asked in self.where.items()
+        )
+
+    def worst(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """The row that decides."""
+        pick = min if self.at_least is not None else max
+        return pick(rows, key=lambda row: float(row[self.figure]))
 
     def as_accepted(self, found: float) -> bool:
         """True where the figure is no worse than the one that was accepted."""
@@ -77,12 +97,17 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of one bar: ``met``, ``accepted`` or ``missed``."""
+    """What became of one bar: ``met``, ``accepted`` or ``missed``.
+
+    ``row`` says which row decided, ``rows`` how many were judged.
+    """
 
     bar: Bar
     figure: float | None
     word: str
     reason: str = ""
+    row: str = ""
+    rows: int = 0
 
 
 def load_bars(path: Path = FILE) -> list[Bar]:
@@ -97,6 +122,12 @@ def load_bars(path: Path = FILE) -> list[Bar]:
         if accepted is not None:
             accepted = Accepted(**{**accepted, "tries": tuple(accepted["tries"])})
         bar = Bar(**entry, accepted=accepted)
+        for asked in bar.where.values():
+            unknown = set(asked) - set(CONDITIONS) if isinstance(asked, Mapping) else set()
+            if unknown:
+                raise ValueError(
+                    f"Bar {bar.name!r} asks for {sorted(unknown)}; known are {list(CONDITIONS)}."
+                )
         if (bar.at_least is None) == (bar.at_most is None):
             raise ValueError(f"Bar {bar.name!r} has {entry}; expected at_least or at_most.")
         if accepted is not None and (len(accepted.tries) < _TRIES or not accepted.reason.strip()):
@@ -115,33 +146,48 @@ def judge(results: Mapping[str, Any], bars: Sequence[Bar]) -> list[Verdict]:
 
 
 def _judge(bar: Bar, rows: Sequence[Mapping[str, Any]]) -> Verdict:
-    picked = [row for row in rows if all(row.get(k) == v for k, v in bar.where.items())]
+    picked = [row for row in rows if bar.picks(row)]
     if not picked:
         return Verdict(bar, None, "missed", "no such row was measured")
-    worst = bar.worst(picked)
+    deciding = bar.worst(picked)
+    worst, about = float(deciding[bar.figure]), (_named(deciding), len(picked))
     if not all(row["verified"] for row in picked):
-        return Verdict(bar, worst, "missed", "some bytes were wrong")
-    noisy = "a row is flagged as noisy" if any(row.get("noisy") for row in picked) else ""
+        return Verdict(bar, worst, "missed", "some bytes were wrong", *about)
+    noisy = "the row is flagged as noisy" if deciding.get("noisy") else ""
     if bar.reached(worst):
-        return Verdict(bar, worst, "met", noisy)
+        return Verdict(bar, worst, "met", noisy, *about)
     if bar.as_accepted(worst):
         assert bar.accepted is not None
-        return Verdict(bar, worst, "accepted", bar.accepted.reason)
+        return Verdict(bar, worst, "accepted", bar.accepted.reason, *about)
     worse = "worse than the figure that was accepted" if bar.accepted else noisy
-    return Verdict(bar, worst, "missed", worse)
+    return Verdict(bar, worst, "missed", worse, *about)
+
+
+def _fulfils(found: Any, asked: Any) -> bool:
+    if not isinstance(asked, Mapping):
+        return bool(found == asked)
+    return all(CONDITIONS[name](found, limit) for name, limit in asked.items())
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    names = ["shape", "layers", "backend", "way", "op", "index", "ids"]
+    if row.get("kind") == "startup":
+        names.append("cache")  # of compiled kernels; in other rows it is a layout
+    return " ".join(str(row[name]) for name in names if name in row)
 
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
-    """Print figure, bar and verdict of each."""
+    """Print figure, bar and verdict of each, and the row that decided."""
     columns = [
         Column("bar"), Column("figure", right=True), Column("asked", right=True),
-        Column("verdict", whole=True), Column("remark"),
+        Column("verdict", whole=True), Column("rows", right=True), Column("worst"),
+        Column("remark"),
     ]  # fmt: skip
     print_table(
         columns,
         [
-            [v.bar.name, "-" if v.figure is None else f"{v.figure:.3g}", str(v.bar), v.word,
-             v.reason]
+            [v.bar.name, "-" if v.figure is None else f"{v.figure:.4g}", str(v.bar), v.word,
+             str(v.rows), v.row, v.reason]
             for v in verdicts
         ],
         title="bars",

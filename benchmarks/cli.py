@@ -7,27 +7,36 @@ Exit codes: 0 all bytes right, 1 some bytes wrong, 2 the command cannot be carri
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 
-from portakv.console import Column, print_json, print_table
+from portakv.console import print_json
 from portakv.errors import PortaKVError
 from portakv.registry import ENVIRONMENT
 
+from .check import judge, load_bars, print_verdicts
+from .derive import peer_failures, relate
+from .ladder import run_ladder
 from .machine import describe, short_name
 from .overhead import measure_overhead
+from .peers import PEERS, load_peer
 from .shapes import Shape, load
-from .suite import PRESETS, accepted_backends, run_task, tasks
+from .startup import measure_startup
+from .suite import COMPILING, PRESETS, Field, Preset, Task, accepted_backends, run_task, tasks
+from .tables import print_results
 from .timers import timer_for
 
-RESULT_FORMAT = 1
+RESULT_FORMAT = 2
+LADDER = "seed"  # the founding scenario
 
 _WIDTH = 24  # columns of the progress bar
 
@@ -48,14 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (_Refused, PortaKVError) as error:
         print(f"portakv bench: {error}", file=sys.stderr)
         return 2
-    written = _write(results, asked.out, _file_name(asked, results)) if asked.out else None
+    written = _write(results, asked.out, _file_name(asked, results)) if asked.out else []
     if asked.json:
         print_json(results)
     else:
-        _print(results)
-    if written:
-        print(f"wrote {written}", file=sys.stderr)
-    return 0 if all(row["verified"] for row in results["rows"]) else 1
+        print_results(results)
+        print_verdicts(judge(results, load_bars()))
+    for path in written:
+        print(f"wrote {path}", file=sys.stderr)
+    right = all(row["verified"] for row in results["rows"] if not row.get("peer"))
+    return 0 if right else 1
 
 
 def run(asked: argparse.Namespace) -> dict[str, Any]:
@@ -63,6 +74,7 @@ def run(asked: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         _Refused: `PORTAKV_BACKEND` is set, or the device or a name is unknown.
+        PeerMissing: a peer cannot be called here.
     """
     if os.environ.get(ENVIRONMENT):
         raise _Refused(
@@ -72,32 +84,90 @@ def run(asked: argparse.Namespace) -> dict[str, Any]:
     device = _device(asked.device)
     preset = PRESETS[asked.preset]
     shapes = _pick(asked.shape or preset.shapes)
-    backends = _backends(asked.backend, device)
-    timer = timer_for(device)
-    rows: list[dict[str, Any]] = []
-    left_out = []
-    jobs = list(tasks(preset, shapes, device))
-    with torch.no_grad(), _progress(len(jobs) + len(backends)) as tell:
-        for backend in backends:
-            tell(f"overhead of {backend}")
-            rows += measure_overhead(backend, device, preset.overhead_rounds)
-        for done, task in enumerate(jobs):
-            tell(f"{task.shape.name}, layers {task.arrangement}")
-            if task.left_out:
-                left_out.append(f"{task.shape.name}, {task.arrangement}: {task.left_out}")
-                continue
-            try:
-                rows += run_task(task, preset, backends, timer, device)
-            except KeyboardInterrupt:
-                left_out.append(f"interrupted: the last {len(jobs) - done} workloads")
-                break
+    backends = _backends(asked.backend, device, preset)
+    peers = [load_peer(name) for name in asked.peer or ()]
+    field = Field(backends, peers, timer_for(device), device)
+    rows, left_out = _measure(asked, preset, shapes, field)
+    relate(rows)
     return {
         "format": RESULT_FORMAT,
         "machine": describe(device),
-        "asked": {"preset": asked.preset, "backends": backends, "timer": timer.name},
-        "left_out": left_out,
+        "asked": {
+            "preset": asked.preset,
+            "backends": backends,
+            "peers": {peer.name: peer.release for peer in peers},
+            "timer": field.timer.name,
+        },
+        "left_out": left_out + peer_failures(rows),
         "rows": rows,
     }
+
+
+Step = tuple[str, Callable[[], tuple[list[dict[str, Any]], list[str]]]]
+
+
+def _measure(
+    asked: argparse.Namespace, preset: Preset, shapes: Sequence[Shape], field: Field
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows and what was left out. What is over time or interrupted is left out, and told."""
+    steps = list(_steps(preset, shapes, field))
+    rows: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    began = perf_counter()
+    with torch.no_grad(), _progress(len(steps)) as tell:
+        for done, (name, step) in enumerate(steps):
+            if asked.seconds is not None and perf_counter() - began > asked.seconds:
+                left_out += [f"{late}: no time was left" for late, _ in steps[done:]]
+                break
+            tell(name)
+            try:
+                found, refused = step()
+            except KeyboardInterrupt:
+                left_out.append(f"interrupted: the last {len(steps) - done} steps")
+                break
+            except (PortaKVError, RuntimeError) as error:
+                found, refused = [], [f"{name}: {error}"]
+            rows += found
+            left_out += refused
+            _release(field.device)
+    return rows, left_out
+
+
+def _steps(preset: Preset, shapes: Sequence[Shape], field: Field) -> Iterator[Step]:
+    """Everything to measure, by name; what compiles for seconds comes last."""
+    device = field.device
+    fast = [name for name in field.backends if name not in COMPILING]
+    slow = [name for name in field.backends if name in COMPILING]
+
+    def overhead(backend: str) -> Step:
+        rounds = preset.overhead_rounds
+        return f"overhead of {backend}", lambda: (measure_overhead(backend, device, rounds), [])
+
+    def start(backend: str, rounds: int) -> Step:
+        name = f"fresh process with {backend}"
+        return name, lambda: (measure_startup(backend, str(device), rounds), [])
+
+    def workload(task: Task) -> Step:
+        name = f"{task.shape.name}, layers {task.arrangement}"
+        if task.left_out:
+            return name, lambda: ([], [f"{name}: {task.left_out}"])
+        return name, lambda: run_task(task, preset, field)
+
+    yield from (overhead(backend) for backend in fast)
+    if preset.starts:
+        yield from (start(backend, preset.starts) for backend in fast)
+    yield from (workload(task) for task in tasks(preset, shapes, device))
+    if preset.ladder and any(shape.name == LADDER for shape in shapes):
+        shape = next(shape for shape in shapes if shape.name == LADDER)
+        yield f"ladder of {LADDER}", lambda: run_ladder(shape, field, preset.rounds)
+    yield from (overhead(backend) for backend in slow)
+
+
+def _release(device: torch.device) -> None:
+    """Give memory back, so that the next workload sees what it can have."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,7 +184,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shape", action="append", metavar="NAME", help="may be repeated (default: the preset's)"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write DIR/<device>.json")
+    parser.add_argument(
+        "--peer",
+        action="append",
+        metavar="NAME",
+        help=f"a released peer to measure beside, may be repeated: {', '.join(PEERS)}",
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="start nothing new after this time; tell what was left out"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write DIR/<device>.json, and plots of it"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON value")
     return parser
 
@@ -148,7 +229,7 @@ def _pick(names: Sequence[str] | None) -> list[Shape]:
     return [known[name] for name in names or known]
 
 
-def _backends(names: Sequence[str] | None, device: torch.device) -> list[str]:
+def _backends(names: Sequence[str] | None, device: torch.device, preset: Preset) -> list[str]:
     accepted = accepted_backends(device)
     for name in names or ():
         if name not in accepted:
@@ -156,7 +237,7 @@ def _backends(names: Sequence[str] | None, device: torch.device) -> list[str]:
                 f"Backend {name!r} was asked for; on {device} the registry accepts "
                 f"{', '.join(accepted)} (`portakv backends` says why not the others)."
             )
-    return list(names or accepted)
+    return list(names or (n for n in accepted if preset.compiling or n not in COMPILING))
 
 
 @contextmanager
@@ -198,40 +279,16 @@ def _file_name(asked: argparse.Namespace, results: dict[str, Any]) -> str:
     return "-".join([short_name(device), *(asked.backend or [])]) + ".json"
 
 
-def _write(results: dict[str, Any], folder: Path, name: str) -> Path:
+def _write(results: dict[str, Any], folder: Path, name: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return path
-
-
-def _print(results: dict[str, Any]) -> None:
-    machine = results["machine"]
-    print(f"{machine['device']}, torch {machine['torch']}, Python {machine['python']}")
-    copies = [row for row in results["rows"] if row["kind"] == "copy"]
-    numbers = ["MB", "us", "GB/s r+w", "of copy_", "p90/p50", "host us"]
-    columns = [Column(name, whole=True) for name in ("shape", "layers", "backend", "op", "index")]
-    columns += [Column(name, right=True) for name in numbers] + [Column("bytes", whole=True)]
-    print_table(columns, [_cells(row) for row in copies], title="copies, in turns with copy_")
-    added = [row for row in results["rows"] if row["kind"] == "overhead"]
-    times = ("launch_us", "call_us", "added_us")
-    columns = [Column("backend", whole=True), Column("ids", whole=True)]
-    columns += [Column(name.replace("_", " "), right=True) for name in times]
-    table = [[row["backend"], row["ids"], *(f"{row[n]:.2f}" for n in times)] for row in added]
-    print_table(columns, table, title="host time of a registered call, one token of one layer")
-    for line in results["left_out"]:
-        print(f"left out: {line}")
-    print("flags: noisy = p90 above 1.2 x median; host = the host's part shows in the time")
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    spread = f"{row['p90_us'] / row['p50_us']:.2f}" + (" noisy" if row["noisy"] else "")
-    time = f"{row['p50_us']:.4g}" + ("" if row["host_hidden"] else " host")
-    return [
-        row["shape"], row["layers"], row["backend"], row["op"], row["index"],
-        f"{row['payload_bytes'] / 1e6:.4g}", time, f"{row['gb_per_s']:.4g}", f"{row['ratio']:.3f}",
-        spread, f"{row['host_us']:.1f}", "right" if row["verified"] else "WRONG",
-    ]  # fmt: skip
+    try:
+        from .plots import draw
+    except ImportError as error:
+        print(f"no plots: {error}; pip install 'portakv[bench]'", file=sys.stderr)
+        return [path]
+    return [path, *draw(results, folder, path.stem)]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+from portakv.errors import PortaKVError
+
 from .timers import Call, Sample, Timer
 
 #: A row whose p90 is above this many times its median is flagged as noisy.
@@ -41,7 +43,10 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What the rounds gave for one variant; times in microseconds."""
+    """What the rounds gave for one variant; times in microseconds.
+
+    ``repeats`` are the ratios of the single measurements, where there were several.
+    """
 
     labels: Mapping[str, Any]
     p10: float
@@ -54,11 +59,26 @@ class Measured:
     rounds: int
     hidden: bool
     verified: bool
+    repeats: tuple[float, ...] = ()
 
     @property
     def noisy(self) -> bool:
         """True where the row is flagged: its spread is too wide to be quoted."""
         return self.p90 > NOISY * self.p50
+
+
+def usable(variants: Sequence[Variant]) -> tuple[list[Variant], list[tuple[Variant, str]]]:
+    """The variants that can be called at all, and the others with what they said."""
+    good, refused = [], []
+    for variant in variants:
+        try:
+            variant.poison(0)
+            variant.call(0)
+        except (PortaKVError, RuntimeError, TypeError, ValueError) as error:
+            refused.append((variant, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"))
+        else:
+            good.append(variant)
+    return good, refused
 
 
 def measure(
@@ -99,6 +119,27 @@ def measure(
         _summary(variant, own, samples[0], known)
         for variant, own, known in zip(everyone, samples, verified, strict=True)
     ]
+
+
+def merge(repeats: Sequence[Sequence[Measured]]) -> list[Measured]:
+    """One result for each variant out of several measurements of all: medians of the medians."""
+    merged = []
+    for same in zip(*repeats, strict=True):
+        middle = {
+            name: quantile([getattr(one, name) for one in same], 0.5)
+            for name in ("p10", "p50", "p90", "ratio", "ratio_p10", "ratio_p90", "host")
+        }
+        merged.append(
+            Measured(
+                labels=same[0].labels,
+                rounds=sum(one.rounds for one in same),
+                hidden=all(one.hidden for one in same),
+                verified=all(one.verified for one in same),
+                repeats=tuple(one.ratio for one in same),
+                **middle,
+            )
+        )
+    return merged
 
 
 def quantile(values: Sequence[float], q: float) -> float:

@@ -3,7 +3,8 @@
 
 The call is ``connector.from_gpu(chunk, slot_mapping=...)`` with its caches registered; the launch
 is the prepared one, handed the same views and ids. The payload is one token of one layer, so that
-the difference is not lost in the copy. Both are called in turns, with another memory object each.
+the difference is not lost in the copy. Both are called in turns, with another memory object each,
+which is a tensor that no call has seen before.
 """
 
 from __future__ import annotations
@@ -47,8 +48,13 @@ class _Tiny:
         self.connector.register_kv_caches(self.caches)
         self.view = KVView(self.caches, CACHE)
         self.chunk_views = [KVView(chunk, CHUNK, heads=_HEADS) for chunk in self.chunks]
+        self.fresh = self.chunks[0]
         forms = self.view.form, self.chunk_views[0].form
         self.way = route(*forms, 1, 0, None, choose(device, backend))
+
+    def renew(self, i: int) -> None:
+        """Make ``fresh`` a new tensor over the memory of chunk ``i``."""
+        self.fresh = self.chunks[i].detach()
 
     def poison(self) -> None:
         for chunk in self.chunks:
@@ -71,7 +77,7 @@ def measure_overhead(backend: str, device: torch.device, rounds: int) -> list[di
         return tiny.way.launch(*views, placed, whole, 1, None, None)
 
     def call(slots: Any) -> Callable[[int], object]:
-        return lambda i: tiny.connector.from_gpu(tiny.chunks[i], slot_mapping=slots)
+        return lambda i: tiny.connector.from_gpu(tiny.fresh, slot_mapping=slots)
 
     calls: dict[str, Callable[[int], object]] = {
         "launch": launch,
@@ -81,7 +87,7 @@ def measure_overhead(backend: str, device: torch.device, rounds: int) -> list[di
     if device.type != "cpu":
         calls["device tensor"] = call(on_device)
     verified = {name: _check(tiny, each) for name, each in calls.items()}
-    times = _time(calls, rounds, device)
+    times = _time(calls, tiny.renew, rounds, device)
     return [
         {
             "kind": "overhead",
@@ -101,12 +107,16 @@ def measure_overhead(backend: str, device: torch.device, rounds: int) -> list[di
 def _check(tiny: _Tiny, call: Callable[[int], object]) -> bool:
     tiny.poison()
     for i in range(_OBJECTS):
+        tiny.renew(i)
         call(i)
     return tiny.right()
 
 
 def _time(
-    calls: Mapping[str, Callable[[int], object]], rounds: int, device: torch.device
+    calls: Mapping[str, Callable[[int], object]],
+    renew: Callable[[int], None],
+    rounds: int,
+    device: torch.device,
 ) -> dict[str, list[float]]:
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -119,6 +129,7 @@ def _time(
             for turn in range(len(names)):
                 name = names[(n + turn) % len(names)]
                 i = (n + turn) % _OBJECTS
+                renew(i)
                 start = perf_counter()
                 calls[name](i)
                 elapsed = (perf_counter() - start) * 1e6

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -36,6 +37,10 @@ class Shape:
         tokens: tokens moved at once, a multiple of ``block_size``.
         pool: slots of the cache for each token moved.
         index: index lists to measure with, of `INDEX_KINDS`.
+        objects: memory objects of each kind that the timed calls take turns with.
+        apart, together: whether it is measured with each layer in an allocation of its own, and
+            with all in one.
+        compiled: whether backends that compile for seconds are measured with it.
     """
 
     name: str
@@ -52,6 +57,10 @@ class Shape:
     heads: int = 1
     pool: int = 4
     index: tuple[str, ...] = INDEX_KINDS
+    objects: int = 3
+    apart: bool = True
+    together: bool = True
+    compiled: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -73,7 +82,17 @@ class Shape:
     @property
     def blocks(self) -> int:
         """Blocks of the cache."""
-        return self.pool * self.tokens // self.block_size
+        return -(-self.pool * self.tokens // self.block_size)
+
+    @property
+    def slots(self) -> int:
+        """Token slots of the cache, the size of the pool."""
+        return self.blocks * self.block_size
+
+    @property
+    def slots_used(self) -> float:
+        """Share of the pool that one transfer touches."""
+        return self.tokens / self.slots
 
     @property
     def layered(self) -> bool:
@@ -84,15 +103,25 @@ class Shape:
 def load(path: Path = FILE) -> Mapping[str, Shape]:
     """The shapes of a file by name, in its order.
 
+    An entry with ``like`` has every field that it does not write from the shape of that name.
+
     Raises:
         ValueError: a name that occurs twice, a field that is missing, unknown or out of range.
     """
     found: dict[str, Shape] = {}
+    whole: dict[str, dict[str, Any]] = {}
     for entry in tomllib.loads(path.read_text(encoding="utf-8"))["shape"]:
+        name, like = entry.get("name"), entry.pop("like", None)
+        if like is not None and like not in whole:
+            raise ValueError(
+                f"{path.name}: shape {name!r} is like {like!r}; expected the name of a shape "
+                f"above it."
+            )
+        fields = whole[name] = {**whole.get(like, {}), **entry}
         try:
-            shape = Shape(**{**entry, "index": tuple(entry.get("index", INDEX_KINDS))})
+            shape = Shape(**{**fields, "index": tuple(fields.get("index", INDEX_KINDS))})
         except TypeError as error:
-            raise ValueError(f"{path.name}: shape {entry.get('name')!r}: {error}") from error
+            raise ValueError(f"{path.name}: shape {name!r}: {error}") from error
         _check(path.name, shape, found)
         found[shape.name] = shape
     return MappingProxyType(found)
@@ -110,8 +139,10 @@ def _check(file: str, shape: Shape, found: Mapping[str, Shape]) -> None:
     if unknown or not shape.index:
         raise ValueError(f"{where} has index {shape.index}; expected some of {INDEX_KINDS}.")
     numbers = (shape.layers, shape.kv, shape.heads, shape.dim, shape.block_size, shape.tokens)
-    if min(*numbers, shape.pool) < 1 or shape.tokens % shape.block_size:
+    broken = "blocks" in shape.index and shape.tokens % shape.block_size
+    if min(*numbers, shape.pool, shape.objects) < 1 or broken:
         raise ValueError(
             f"{where} has {shape.tokens} tokens in blocks of {shape.block_size} and extents "
-            f"{numbers}; expected whole blocks, and every number at least 1."
+            f"{numbers}; expected whole blocks where the index is `blocks`, and every number at "
+            f"least 1."
         )

@@ -10,22 +10,28 @@ from typing import Any
 import torch
 
 from portakv import AdaptiveConnector, Index, KVView, copy_blocks, copy_rows
+from portakv.errors import PortaKVError
 from portakv.registry import trace
 
-from .harness import Measured, Variant, measure
+from .harness import Measured, Variant, measure, merge, usable
 from .machine import free_memory
+from .peers import LMCache, PeerMissing
 from .shapes import Shape
 from .timers import Timer
 from .workload import Workload
 
-_OBJECTS = 3
+#: Backends that compile each plan for seconds: measured with a few shapes and slots only.
+COMPILING = ("compiled",)
+#: Payloads in bytes below which a row is the median of several measurements: `copy_` itself moves
+#: by 2 % within a run there.
+REPEATED_BELOW = 50_000_000
 #: Share of the free memory that one workload may take.
-_SHARE = 0.6
+_SHARE = 0.85
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """How much is measured. ``seconds`` bounds the rounds of one workload."""
+    """How much is measured. ``seconds`` bounds the rounds of one measurement."""
 
     shapes: tuple[str, ...] | None  # None: all
     index: tuple[str, ...]
@@ -33,15 +39,22 @@ class Preset:
     rounds: int
     seconds: float
     overhead_rounds: int
+    repeats: int = 1  # of payloads below `REPEATED_BELOW`
+    compiling: bool = True  # also the backends of `COMPILING`
+    ladder: bool = False  # also every way of moving the founding scenario
+    starts: int = 0  # fresh processes of each kind
 
 
 PRESETS: Mapping[str, Preset] = {
-    "quick": Preset(("seed",), ("random", "blocks"), False, 15, 5.0, 500),
+    "quick": Preset(("seed",), ("random", "blocks"), False, 15, 5.0, 500, compiling=False),
     "core": Preset(
         ("seed", "seed-fp8", "llama3-8b-chunk", "llama3-70b-tp8", "deepseek-mla"),
-        ("random", "blocks"), True, 41, 20.0, 3000,
+        ("random", "blocks"), True, 41, 20.0, 3000, ladder=True,
     ),
-    "full": Preset(None, ("random", "contiguous", "blocks"), True, 41, 20.0, 3000),
+    "full": Preset(
+        None, ("random", "contiguous", "blocks"), True, 31, 6.0, 3000,
+        repeats=3, ladder=True, starts=3,
+    ),
 }  # fmt: skip
 
 
@@ -54,19 +67,32 @@ class Task:
     left_out: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Field:
+    """Everything that is measured beside `copy_`, and how."""
+
+    backends: Sequence[str]
+    peers: Sequence[LMCache]
+    timer: Timer
+    device: torch.device
+
+
 def accepted_backends(device: torch.device) -> list[str]:
     """Names of the backends that serve a device, in the registry's order."""
     return [decision.name for decision in trace(device) if decision.accepted]
 
 
 def tasks(preset: Preset, shapes: Sequence[Shape], device: torch.device) -> Iterator[Task]:
-    """The workloads of a preset; those that the machine's memory cannot hold are left out."""
-    for shape in shapes:
-        arrangements = ["apart"] if shape.layered else ["together"]
-        if preset.together and shape.layered:
+    """The workloads of a preset; those that the machine's memory cannot hold are left out.
+
+    Shapes for backends that compile come last, so that nothing waits for them.
+    """
+    for shape in sorted(shapes, key=lambda shape: shape.compiled):
+        arrangements = ["apart"] if shape.layered and shape.apart else []
+        if not arrangements or (preset.together and shape.together):
             arrangements.append("together")
         for arrangement in arrangements:
-            needed = shape.payload * (2 * shape.pool + 2 * _OBJECTS)
+            needed = shape.payload * (2 * shape.pool + 2 * shape.objects)
             free = free_memory(device)
             why = ""
             if needed > _SHARE * free:
@@ -74,32 +100,86 @@ def tasks(preset: Preset, shapes: Sequence[Shape], device: torch.device) -> Iter
             yield Task(shape, arrangement, why)
 
 
-def run_task(
-    task: Task, preset: Preset, backends: Sequence[str], timer: Timer, device: torch.device
-) -> list[dict[str, Any]]:
-    """Measure one workload with every backend; a row for each, that of `copy_` first."""
-    shape = task.shape
-    work = Workload(shape, task.arrangement, device, _OBJECTS)
-    ceiling = Variant(
+def run_task(task: Task, preset: Preset, field: Field) -> tuple[list[dict[str, Any]], list[str]]:
+    """Measure one workload in every way; a row for each, that of `copy_` first, and what was
+    refused. Repeats have memory of their own."""
+    repeats = preset.repeats if task.shape.payload < REPEATED_BELOW else 1
+    refused: list[str] = []
+    runs: list[list[Measured]] = []
+    for repeat in range(repeats):
+        work = Workload(task.shape, task.arrangement, field.device, task.shape.objects)
+        told: list[str] = []
+        found = _variants(work, preset, field, told)
+        good, bad = usable(found)
+        told += [f"{_named(variant)}: {why}" for variant, why in bad]
+        if repeat == 0:
+            refused = [f"{task.shape.name}, layers {task.arrangement}, {line}" for line in told]
+        runs.append(
+            measure(
+                ceiling(work), good, field.timer, objects=task.shape.objects,
+                rounds=preset.rounds, seconds=preset.seconds,
+            )
+        )  # fmt: skip
+        del work, found, good, bad
+    return [_row(task, field.timer, one) for one in merge(runs)], refused
+
+
+def ceiling(work: Workload) -> Variant:
+    """`copy_` of the bytes of one memory object to another."""
+    return Variant(
         {"backend": "copy_", "op": "copy_", "index": "none", "call": "Tensor.copy_"},
         lambda i: work.stored[i].copy_(work.loaded[i]),
         work.poison_stored,
         work.copied_right,
     )
-    variants = [
-        variant
-        for backend in backends
-        for index in shape.index
-        if index in preset.index
-        for variant in _both_ways(work, backend, index)
-    ]
-    measured = measure(
-        ceiling, variants, timer, objects=_OBJECTS, rounds=preset.rounds, seconds=preset.seconds
-    )
-    return [_row(task, timer, one) for one in measured]
 
 
-def _both_ways(work: Workload, backend: str, index: str) -> Iterator[Variant]:
+def _named(variant: Variant) -> str:
+    return " ".join(str(variant.labels[name]) for name in ("backend", "op", "index"))
+
+
+def _variants(work: Workload, preset: Preset, field: Field, refused: list[str]) -> list[Variant]:
+    """Every way of moving a workload; ``refused`` is told of those that cannot be made."""
+    found: list[Variant] = []
+    for index in (index for index in work.shape.index if index in preset.index):
+        for backend in field.backends:
+            if backend in COMPILING and (index != "random" or not work.shape.compiled):
+                continue
+            try:
+                found += connector_ways(work, backend, index)
+                if backend in COMPILING and work.device.type == "cuda":
+                    found += [replayed(way) for way in connector_ways(work, backend, index)]
+            except PortaKVError as error:
+                refused.append(f"{backend} {index}: {error}")
+        for peer in field.peers:
+            try:
+                found += peer.variants(work, index)
+            except PeerMissing as error:
+                refused.append(f"{peer.name} {index}: {error}")
+    return found
+
+
+def replayed(variant: Variant) -> Variant:
+    """The same call captured into a CUDA graph, one for each memory object, and replayed."""
+    graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def replay(i: int) -> None:
+        if i not in graphs:
+            variant.call(i)  # prepared before it is captured
+            torch.cuda.synchronize()
+            variant.poison(i)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                variant.call(i)
+            graphs[i] = graph
+        graphs[i].replay()
+
+    labels = {**variant.labels, "backend": f"{variant.labels['backend']} graph"}
+    return Variant({**labels, "call": "graph replay"}, replay, variant.poison, variant.right)
+
+
+def connector_ways(work: Workload, backend: str, index: str) -> Iterator[Variant]:
+    """Gather and scatter through one backend, as a caller of PortaKV writes them."""
     name, store, load = (_by_blocks if index == "blocks" else _by_slots)(work, backend, index)
     labels = {"backend": backend, "index": index}
     yield Variant(
@@ -182,8 +262,10 @@ def _row(task: Task, timer: Timer, one: Measured) -> dict[str, Any]:
         "dtype": shape.dtype,
         "row_bytes": shape.row_bytes,
         "payload_bytes": shape.payload,
-        "pool_slots": shape.blocks * shape.block_size,
-        "slots_used": round(1 / shape.pool, 4),
+        "tokens": shape.tokens,
+        "pool_slots": shape.slots,
+        "pool_bytes": shape.layers * shape.kv * shape.slots * shape.row_bytes,
+        "slots_used": _short(shape.slots_used),
         "p10_us": _short(one.p10),
         "p50_us": _short(one.p50),
         "p90_us": _short(one.p90),
@@ -193,6 +275,7 @@ def _row(task: Task, timer: Timer, one: Measured) -> dict[str, Any]:
         "ratio_p90": _short(one.ratio_p90),
         "host_us": _short(one.host),
         "rounds": one.rounds,
+        "repeats": [_short(ratio) for ratio in one.repeats],
         "timer": timer.name,
         "host_hidden": one.hidden,
         "noisy": one.noisy,

@@ -56,6 +56,13 @@ class Workload:
         """The index list of a kind, int64 on the host: slots, or for ``blocks`` block ids."""
         return self._ids[index]
 
+    def slots(self, index: str) -> torch.Tensor:
+        """The slot of each token, int64 on the host, whatever the kind of the index list."""
+        ids, size = self._ids[index], self.shape.block_size
+        if index != "blocks":
+            return ids
+        return (ids[:, None] * size + torch.arange(size)).flatten()
+
     def poison_stored(self, i: int) -> None:
         """Overwrite memory object ``i`` of those that are written."""
         self.stored[i].view(torch.uint8).fill_(_POISON)
@@ -95,10 +102,8 @@ class Workload:
 
     def _places(self, index: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Block and place in the block of each token."""
-        ids, size = self._ids[index].to(self.device), self.shape.block_size
-        if index != "blocks":
-            return ids // size, ids % size
-        return ids.repeat_interleave(size), torch.arange(size, device=self.device).repeat(len(ids))
+        slots, size = self.slots(index).to(self.device), self.shape.block_size
+        return slots // size, slots % size
 
     def _caches(self, salt: int | None) -> Any:
         shape = self.shape
@@ -175,7 +180,7 @@ def _axis(name: str, shape: Shape, blocks: int, tokens: int) -> int:
 
 def _index_lists(shape: Shape) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(_SEED)
-    slots = torch.randperm(shape.blocks * shape.block_size, generator=generator)
+    slots = torch.randperm(shape.slots, generator=generator)
     blocks = torch.randperm(shape.blocks, generator=generator)
     first = shape.block_size if shape.pool > 1 else 0
     return {

@@ -152,7 +152,7 @@ def _capture_probe(device: torch.device) -> Callable[[], bool] | None:
         return None
     if device.type == "cuda":
         # What torch.cuda's function of that name calls, at a third of its cost.
-        return torch._C._cuda_isCurrentStreamCapturing  # type: ignore[no-any-return]
+        return torch._C._cuda_isCurrentStreamCapturing
     return getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
 
 

@@ -24,8 +24,8 @@ from portakv import CopyPlan, Index, KVView, Unsupported, copy_blocks, copy_rows
 LENGTHS = (1, 2, 3, 7, 12)
 # (source, destination) among the layouts by hand, and which side has ids.
 PAIRS = [
-    (0, 13, "src"), (13, 0, "dst"), (3, 14, "src"), (15, 7, "dst"), (8, 16, "src"), (17, 2, "both"),
-    (5, 9, "both"), (11, 12, "both"), (16, 17, "neither"), (4, 13, "src"),
+    (0, 13, "src"), (13, 0, "dst"), (3, 14, "src"), (15, 7, "dst"), (17, 2, "both"),
+    (5, 9, "both"), (11, 12, "both"), (16, 17, "neither"),
 ]  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def test_drawn_copies(device: str) -> None:
     profile = settings.default
     assert profile is not None
 
-    @settings(max_examples=max(8, profile.max_examples // 12))
+    @settings(max_examples=max(6, profile.max_examples // 16))
     @given(all_cases(device=device))
     def check(case: Case) -> None:
         src, dst = view(case.src), view(case.dst)

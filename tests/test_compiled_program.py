@@ -49,6 +49,10 @@ def test_the_code_is_one_kernel_without_a_buffer(device: str, scatters: bool) ->
     with torch._inductor.config.patch(force_disable_caches=True):
         _, codes = run_and_get_code(Compiled(_home(device)).prepare, plan)
     assert len(codes) == 2  # the copy and the report
+    # Units are the outermost loop: otherwise each vector would be divided by a variable.
+    outermost = re.search(r"for\(.*?;(.*?);", codes[0])
+    assert outermost is None or "ks" in outermost[1]
+    assert not re.search(r"(?://|%) ks", codes[0])
     for code in codes:
         body = re.sub("#.*", "", code[code.index("def call(") :])
         made = re.findall(r"async_compile\.(?:cpp_pybinding|triton)\(", code)

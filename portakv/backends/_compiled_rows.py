@@ -252,9 +252,10 @@ class Program:
         self._compiled: Callable[..., object] | None = None
         self._order: list[int] = []
         # Distinct integers, so that they can be told apart when they come back from the tracer;
-        # above 1, because it takes 0 and 1 for constants.
+        # above 1, because it takes 0 and 1 for constants; falling, because inductor sorts loops by
+        # the strides of the example, and units outermost leave divisions by constants only.
         taken = {x for x in example if isinstance(x, int)}
-        marks = iter(n for n in range(1009, 1 << 20) if n not in taken)
+        marks = iter(n for n in range(1 << 20, 1, -1) if n not in taken)
         self._example = [next(marks) if isinstance(x, int) and x < 2 else x for x in example]
         for tensor in self._example:
             if isinstance(tensor, torch.Tensor):

@@ -35,8 +35,7 @@ def cached(parts: tuple[str, ...], build: Callable[[], bytes]) -> bytes:
         parts: everything that decides the binary: source, flags, architecture, compiler version.
         build: makes it; its errors pass through.
     """
-    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-    path = directory() / name
+    path = _path(parts)
     kept = _read(path)
     if kept is not None:
         return kept
@@ -46,15 +45,42 @@ def cached(parts: tuple[str, ...], build: Callable[[], bytes]) -> bytes:
     return binary
 
 
+def holds(parts: tuple[str, ...]) -> bool:
+    """True where the binary for a key is on disk, whole."""
+    return _read(_path(parts)) is not None
+
+
+def refusal() -> str | None:
+    """Why nothing can be kept in the directory, which is made if need be; None where it can."""
+    folder = directory()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _private(folder):
+            return f"{folder} belongs to somebody else, or others may write to it"
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"{folder} cannot be written ({error.strerror})"
+
+
+def _path(parts: tuple[str, ...]) -> Path:
+    return directory() / hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
 def _read(path: Path) -> bytes | None:
     try:
-        if not _private(path.parent):
+        if not _private(path.parent) or not path.is_file():
             return None
         content = path.read_bytes()
     except OSError:
         return None
     digest, binary = content[:32], content[32:]
-    return binary if binary and hashlib.sha256(binary).digest() == digest else None
+    return binary if binary and _digest(path.name, binary) == digest else None
+
+
+def _digest(name: str, binary: bytes) -> bytes:
+    """Of the name too: a whole entry under another key's name is corrupt as well."""
+    return hashlib.sha256(name.encode() + binary).digest()
 
 
 def _write(path: Path, binary: bytes) -> None:
@@ -64,7 +90,7 @@ def _write(path: Path, binary: bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(binary).digest() + binary)
+            file.write(_digest(path.name, binary) + binary)
         os.replace(temporary, path)
     except OSError:
         with suppress(OSError):

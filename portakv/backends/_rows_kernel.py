@@ -36,6 +36,7 @@ _SIDE_BYTES = 16 * MAX_UNITS + 16 * MAX_OUTER + 8 * MAX_INNER
 _TABLES_AT = _REQUEST.size + 2 * _SIDE_BYTES
 # Vectors of one launch are counted in 32 bits; a larger copy is split.
 _MAX_VECTORS = 2**31
+_MAX_NUMBERS = 2**32  # of units in a view: the kernel counts them in 32 bits
 
 
 # Bytes to prefetch ahead in copy order by payload, from the largest down (benchmarks/NOTES.md).
@@ -220,6 +221,11 @@ class _SideArguments:
         else:
             table, base = 0, view.origins[side.table] + side.offset
         limit = view.slots // unit
+        if limit > _MAX_NUMBERS:
+            raise Unsupported(
+                f"A view of {view.slots} tokens in units of {unit}",
+                f"the kernel counts {_MAX_NUMBERS} units; use backend 'reference'",
+            )
         if self.ids:
             ids = index.ids  # contiguous and on the device: the library places them
             assert ids is not None

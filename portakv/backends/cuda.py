@@ -31,8 +31,7 @@ class Cuda(Backend):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        major, minor = torch.cuda.get_device_capability(device)
-        self._capability = 10 * major + minor
+        self._capability = _capability(device)
         self._functions: dict[str, Any] = {}
         self._lock = threading.Lock()
 
@@ -42,19 +41,9 @@ class Cuda(Backend):
             return Decision(cls.name, False, f"it runs on cuda devices, not on {device.type}")
         if torch.version.hip is not None:
             return Decision(cls.name, False, "this torch is built for ROCm, not for CUDA")
-        why = _nvrtc.missing()
+        why = _nvrtc.missing() or _driver_too_old() or _device_too_old(device)
         if why is not None:
             return Decision(cls.name, False, why)
-        from cuda.bindings import driver
-
-        _, found = driver.cuDriverGetVersion()
-        if found < _DRIVER:
-            return Decision(
-                cls.name,
-                False,
-                f"the driver supports CUDA {found // 1000}.{found % 1000 // 10}, but 13.0 is "
-                f"needed; update the driver",
-            )
         return Decision(cls.name, True, f"NVRTC {_nvrtc.nvrtc_version()} compiles its kernel")
 
     def capabilities(self) -> Capabilities:
@@ -66,13 +55,14 @@ class Cuda(Backend):
         )
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        if not self._functions and _capturing():
+        kernels = [RowsKernel(nest, plan) for nest in plan.nests]
+        sources = [kernel.source for kernel in kernels]
+        if _capturing() and not self._functions.keys() >= set(sources):
             raise Unsupported(
                 "Preparing a copy inside graph capture",
                 "its kernel has to be loaded first; make the same call once before the capture",
             )
-        kernels = [RowsKernel(nest, plan) for nest in plan.nests]
-        functions = [self._function(kernel.source) for kernel in kernels]
+        functions = [self._function(source) for source in sources]
         return _CudaLaunch(plan.unit, kernels, functions, self.device)
 
     def _function(self, source: str) -> Any:
@@ -83,6 +73,33 @@ class Cuda(Backend):
                 binary = _nvrtc.compile_kernel(source, self._capability)
                 found = self._functions[source] = _load(binary, self.device)
             return found
+
+
+def _driver_too_old() -> str | None:
+    from cuda.bindings import driver
+
+    error, found = driver.cuDriverGetVersion()
+    if int(error):
+        return f"the driver does not tell its version ({error})"
+    if found < _DRIVER:
+        return (
+            f"the driver supports CUDA {found // 1000}.{found % 1000 // 10}, but 13.0 is needed; "
+            f"update the driver"
+        )
+    return None
+
+
+def _device_too_old(device: torch.device) -> str | None:
+    try:
+        _nvrtc.target_for(_capability(device))
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _capturing() -> bool:
