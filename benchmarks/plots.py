@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 Row = Mapping[str, Any]
 
@@ -29,7 +30,7 @@ COLOURS = {
 }  # fmt: skip
 _MARKS = {"cuda": "o", "triton": "s", "reference": "^", "lmcache slot kernel": "x"}
 _SWEEP = "llama3-8b"  # the shape that is measured from one token up
-_INK = {"svg.hashsalt": "portakv", "svg.fonttype": "path", "font.size": 9}
+_INK: Any = {"svg.hashsalt": "portakv", "svg.fonttype": "path", "font.size": 9}
 
 
 def draw(results: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
@@ -80,6 +81,7 @@ def bandwidth(results: Mapping[str, Any]) -> Figure | None:
             style = {"color": COLOURS.get(way), "marker": _MARKS.get(way, "d")}
             _line(axes, same, way, markersize=4, linewidth=1.2, **style)
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(bottom=0)
         axes.set_xlabel("payload in bytes")
         axes.set_title(f"{op}, random slots, layers apart", fontsize=9)
@@ -93,33 +95,34 @@ def bandwidth(results: Mapping[str, Any]) -> Figure | None:
 
 
 def heat_map(results: Mapping[str, Any]) -> Figure | None:
-    """For each workload and way, the time of `copy_` / the time of the way."""
+    """For each workload and way, the time of `copy_` / the time of the way; random slots, or
+    blocks where a shape has no slots."""
     rows = [row for row in _copies(results) if row["backend"] != "copy_" and row["verified"]]
-    ways = [way for way in (*COLOURS, *_others(rows)) if any(r["backend"] == way for r in rows)]
+    slotted = {row["shape"] for row in rows if row["index"] == "random"}
+    rows = [row for row in rows if row["index"] == "random" or row["shape"] not in slotted]
+    ways = [way for way in _ways(rows) if way != "lmcache block kernel"]
     columns = [(way, op) for way in ways for op in ("gather", "scatter")]
     lines = list(dict.fromkeys(_workload(row) for row in sorted(rows, key=_by_size)))
     if not columns or not lines:
         return None
     found = {(_workload(row), row["backend"], row["op"]): row["ratio"] for row in rows}
     cells = [[found.get((line, *column), float("nan")) for column in columns] for line in lines]
-    figure = Figure(figsize=(2.6 + 0.62 * len(columns), 1.2 + 0.2 * len(lines)))
+    figure = Figure(figsize=(2.6 + 0.55 * len(columns), 0.6 + 0.19 * len(lines)))
     axes = figure.add_subplot(1, 1, 1)
     axes.imshow(cells, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1)
     for y, line in enumerate(cells):
         for x, ratio in enumerate(line):
             if ratio == ratio:
-                ink = "white" if ratio < 0.12 else "black"
+                ink = "white" if ratio < 0.12 or ratio > 0.92 else "black"
                 axes.text(x, y, f"{ratio:.2f}", ha="center", va="center", fontsize=6.5, color=ink)
     axes.set_yticks(range(len(lines)), lines, fontsize=6.5)
-    axes.set_xticks(range(len(columns)), [op for _, op in columns], fontsize=6.5, rotation=90)
+    axes.set_xticks(range(len(columns)), [op for _, op in columns], fontsize=6, rotation=90)
     for at, way in enumerate(ways):
-        axes.text(2 * at + 0.5, -0.9, way.replace(" ", "\n", 1), ha="center", va="bottom",
+        axes.text(2 * at + 0.5, -0.7, way.replace(" ", "\n", 1), ha="center", va="bottom",
                   fontsize=7)  # fmt: skip
         axes.axvline(2 * at - 0.5, color="white", linewidth=2)
-    figure.suptitle(
-        f"Speed against copy_ of the same bytes (1 = a memory copy) · "
-        f"{results['machine']['device']}", fontsize=9, y=1.0 + 0.3 / (1.2 + 0.2 * len(lines)),
-    )  # fmt: skip
+    title = "Speed against copy_ of the same bytes (1 = a memory copy)"
+    axes.set_title(f"{title} · {results['machine']['device']}", fontsize=9, pad=26)
     return figure
 
 
@@ -186,11 +189,11 @@ def _others(rows: Sequence[Row]) -> list[str]:
 
 def _workload(row: Row) -> str:
     size = row["payload_bytes"] / 1e6
-    return f"{row['shape']}, {row['layers']}, {row['index']} · {size:.3g} MB"
+    return f"{row['shape']}, layers {row['layers']} · {size:.3g} MB · {row['row_bytes']} B"
 
 
 def _by_size(row: Row) -> tuple[Any, ...]:
-    return (row["shape"], row["layers"], row["index"])
+    return (row["layers"], row["payload_bytes"], row["shape"])
 
 
 def _line(axes: Axes, rows: Sequence[Row], label: str, **style: Any) -> None:

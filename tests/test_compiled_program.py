@@ -17,7 +17,7 @@ import torch
 from compiled_cases import copy, needs_compiler, on_each_device
 from triton_cases import chunk, dense, paged, pool, rows_of
 
-from portakv import BackendUnavailable, CopyPlan, Index, copy_rows, registry
+from portakv import BackendUnavailable, CopyPlan, Index, KVView, copy_rows, registry
 from portakv.backends import compiled as module
 from portakv.backends._compiled_rows import Program
 from portakv.backends.compiled import Compiled
@@ -65,7 +65,7 @@ def test_a_scatter_takes_no_memory() -> None:
     caches = [torch.zeros(2, 4096, 16, 8, 128, dtype=torch.float16, device="cuda") for _ in "ab"]
     rows = torch.zeros(2, 2, 64, 1024, dtype=torch.float16, device="cuda")
     slots, dst = torch.arange(64, device="cuda"), paged(caches)
-    src = dense(rows.view(2, 2, 64, 1024))
+    src = KVView(rows, "kv layer token (head dim)", heads=8)
     copy(src, dst, None, Index(slots))
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
