@@ -63,6 +63,7 @@ class Bar:
     at_most: float | None = None
     device: str | None = None
     accepted: Accepted | None = None
+    open: str = ""
 
     def __str__(self) -> str:
         return f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
@@ -148,7 +149,7 @@ def judge(results: Mapping[str, Any], bars: Sequence[Bar]) -> list[Verdict]:
 def _judge(bar: Bar, rows: Sequence[Mapping[str, Any]]) -> Verdict:
     picked = [row for row in rows if bar.picks(row)]
     if not picked:
-        return Verdict(bar, None, "missed", "no such row was measured")
+        return Verdict(bar, None, "missed", bar.open or "no such row was measured")
     deciding = bar.worst(picked)
     worst, about = float(deciding[bar.figure]), (_named(deciding), len(picked))
     if not all(row["verified"] for row in picked):
@@ -159,7 +160,7 @@ def _judge(bar: Bar, rows: Sequence[Mapping[str, Any]]) -> Verdict:
     if bar.as_accepted(worst):
         assert bar.accepted is not None
         return Verdict(bar, worst, "accepted", bar.accepted.reason, *about)
-    worse = "worse than the figure that was accepted" if bar.accepted else noisy
+    worse = "worse than the figure that was accepted" if bar.accepted else bar.open or noisy
     return Verdict(bar, worst, "missed", worse, *about)
 
 

@@ -87,11 +87,12 @@ def run(asked: argparse.Namespace) -> dict[str, Any]:
     backends = _backends(asked.backend, device, preset)
     peers = [load_peer(name) for name in asked.peer or ()]
     field = Field(backends, peers, timer_for(device), device)
+    machine = describe(device)
     rows, left_out = _measure(asked, preset, shapes, field)
     relate(rows)
     return {
         "format": RESULT_FORMAT,
-        "machine": describe(device),
+        "machine": machine,
         "asked": {
             "preset": asked.preset,
             "backends": backends,
@@ -125,11 +126,16 @@ def _measure(
             except KeyboardInterrupt:
                 left_out.append(f"interrupted: the last {len(steps) - done} steps")
                 break
-            except (PortaKVError, RuntimeError) as error:
-                found, refused = [], [f"{name}: {error}"]
+            except Exception as error:  # what was measured before must not be lost
+                found, refused = [], [f"{name}: {type(error).__name__}: {error}"]
             rows += found
             left_out += refused
-            _release(field.device)
+            try:
+                _release(field.device)
+            except RuntimeError as error:
+                told = str(error).partition("\n")[0]
+                left_out.append(f"{name} left the device unusable ({told}); the rest was not run")
+                break
     return rows, left_out
 
 
@@ -154,8 +160,8 @@ def _steps(preset: Preset, shapes: Sequence[Shape], field: Field) -> Iterator[St
         return name, lambda: run_task(task, preset, field)
 
     yield from (overhead(backend) for backend in fast)
-    if preset.starts:
-        yield from (start(backend, preset.starts) for backend in fast)
+    if preset.starts:  # the first is what the registry would choose
+        yield from (start(name, preset.starts if name == fast[0] else 1) for name in fast)
     yield from (workload(task) for task in tasks(preset, shapes, device))
     if preset.ladder and any(shape.name == LADDER for shape in shapes):
         shape = next(shape for shape in shapes if shape.name == LADDER)
@@ -251,12 +257,13 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
     else:
         terminal = sys.stderr.isatty()
     if not terminal:
-        step = 0
+        step, began = 0, perf_counter()
 
         def line(text: str) -> None:
             nonlocal step
             step += 1
-            print(f"[{step}/{total}] {text}", file=sys.stderr, flush=True)
+            elapsed = f"{perf_counter() - began:.0f} s"
+            print(f"[{step}/{total}] {elapsed}: {text}", file=sys.stderr, flush=True)
 
         yield line
         return

@@ -29,7 +29,8 @@ _HEAD = """<!-- Made from the files in benchmarks/results: python -m benchmarks.
 # Choosing a backend
 
 PortaKV chooses by itself; `portakv backends` prints what it chose here and why. This page says what
-the choice is worth, from the result files in `benchmarks/results`. *x cuda* is a backend's device
+the choice is worth, from the result files in `benchmarks/results`. The order in which the registry
+asks is the order of *which one* below, the fastest first. *x cuda* is a backend's device
 time as a multiple of that of `cuda`, *of copy_* is the time of `copy_` of the same bytes / its own:
 1.00 is a memory copy. Every byte behind these figures was checked in the same run.
 """
@@ -62,17 +63,22 @@ def _which(copies: Sequence[Row]) -> list[str]:
     """What to take, in the order of the median over all workloads."""
     speeds = {way: _ratios(copies, backend=way) for way in _ORDER}
     speeds = {way: found for way, found in speeds.items() if found}
-    if len(speeds) < 2:
+    if not speeds:
         return []
     told = ["", "### Which one", ""]
-    order = sorted(speeds, key=lambda way: -median(speeds[way]))
-    for way in order:
+    for way in preference(copies):
         found = speeds[way]
         told.append(
             f"- `{way}`: {_two(median(found))} of `copy_` in the median of {len(found)} rows, "
             f"{_two(min(found))} at worst."
         )
     return told
+
+
+def preference(copies: Sequence[Row]) -> list[str]:
+    """The ways from the fastest to the slowest, by the median over their rows."""
+    found = {way: _ratios(copies, backend=way) for way in _ORDER}
+    return sorted((way for way in _ORDER if found[way]), key=lambda way: -median(found[way]))
 
 
 def _slower(copies: Sequence[Row]) -> list[str]:
@@ -109,7 +115,7 @@ def _sizes(copies: Sequence[Row]) -> list[str]:
     by = {(r["payload_bytes"], r["backend"]): r for r in rows}
     table = []
     for size in sizes:
-        cells = [f"{size / 1e6:.3g} MB"]
+        cells = [_size(size)]
         for way in ways:
             row = by.get((size, way))
             cells.append(f"{row['p50_us']:.4g} us ({row['host_us']:.0f})" if row else "")
@@ -141,8 +147,7 @@ def _thresholds(by: Mapping[Any, Row], sizes: Sequence[int], ways: Sequence[str]
             f"is within {CLOSE - 1:.0%} of `{fastest}` at every size"
             if not slower
             else f"is more than {CLOSE - 1:.0%} slower than `{fastest}` at "
-            + ", ".join(f"{size / 1e6:.3g}" for size in slower)
-            + " MB"
+            + ", ".join(_size(size) for size in slower)
         )
         told.append(f"- `{way}` {words}.")
     return told
@@ -219,6 +224,10 @@ def _ratios(rows: Sequence[Row], **fields: str) -> list[float]:
     return [
         float(r["ratio"]) for r in rows if all(r[name] == value for name, value in fields.items())
     ]
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:.3g} MB" if size < 999_500_000 else f"{size / 1e9:.3g} GB"
 
 
 def _two(value: float) -> str:

@@ -75,10 +75,17 @@ def usable(variants: Sequence[Variant]) -> tuple[list[Variant], list[tuple[Varia
             variant.poison(0)
             variant.call(0)
         except (PortaKVError, RuntimeError, TypeError, ValueError) as error:
-            refused.append((variant, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"))
+            refused.append((variant, _told(error)))
         else:
             good.append(variant)
     return good, refused
+
+
+def _told(error: BaseException) -> str:
+    """An error in a line, with the one that it came up behind, if any."""
+    line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    behind = error.__context__
+    return line if behind is None else f"{line} (behind {_told(behind)})"
 
 
 def measure(

@@ -35,6 +35,9 @@ _FORMATS = {
     "layer | block token dim": "NL_X_NB_BS_HS",
     "block layer kv token head dim": "NB_NL_TWO_BS_NH_HS",
 }
+# Its slot kernel reads outside of a cache in which the layers of a block lie together, given the
+# one address that its connector passes; with an address for each layer its bytes are wrong (0.5.3).
+_BLOCKS_ONLY = ("block layer kv token head dim",)
 _CHUNK = "kv layer token (head dim)"
 
 
@@ -64,14 +67,20 @@ class LMCache:
         """Gather and scatter by each kernel that takes such an index list.
 
         Raises:
-            PeerMissing: it has no name for the shape's cache.
+            PeerMissing: it has no name for the shape's cache, or no kernel that carries it out.
         """
         shape = work.shape
         if shape.cache not in _FORMATS or shape.chunk != _CHUNK:
             raise PeerMissing(
                 f"LMCache has no format for a cache {shape.cache!r} with chunks {shape.chunk!r}."
             )
-        yield from self._both_ways(work, index, "slot kernel", self._slot_kernel(work, index))
+        if shape.cache in _BLOCKS_ONLY and index == "random":
+            raise PeerMissing(
+                f"LMCache's slot kernel does not carry out a cache {shape.cache!r}: it reads "
+                f"outside of it."
+            )
+        if shape.cache not in _BLOCKS_ONLY:
+            yield from self._both_ways(work, index, "slot kernel", self._slot_kernel(work, index))
         if index != "random":
             yield from self._both_ways(work, index, "block kernel", self._block_kernel(work, index))
 

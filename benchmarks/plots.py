@@ -142,9 +142,10 @@ def host_cost(results: Mapping[str, Any]) -> Figure | None:
         axes.text(row["call_us"], y, f" {row['call_us']:.1f}", va="center", fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("host time of one call in microseconds")
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     axes.margins(x=0.12)
-    axes.set_title(f"Host cost of a registered call · {results['machine']['device']}", fontsize=9)
+    title = f"Host cost of a registered call · {results['machine']['device']}"
+    axes.set_title(title, fontsize=9, pad=22)
     return figure
 
 
@@ -189,7 +190,8 @@ def _others(rows: Sequence[Row]) -> list[str]:
 
 def _workload(row: Row) -> str:
     size = row["payload_bytes"] / 1e6
-    return f"{row['shape']}, layers {row['layers']} · {size:.3g} MB · {row['row_bytes']} B"
+    words = f"{size:.3g} MB" if size < 999.5 else f"{size / 1e3:.3g} GB"
+    return f"{row['shape']}, layers {row['layers']} · {words} · {row['row_bytes']} B"
 
 
 def _by_size(row: Row) -> tuple[Any, ...]:

@@ -2,8 +2,8 @@
 """A fresh process: from torch imported and a device context made to the first finished transfer.
 
 Counted are PortaKV's own imports, its self-check, registration and the transfer; *cold* with an
-empty cache of compiled kernels, *warm* with the one that the process before left behind. Run as a
-module it is such a process, and prints its times.
+empty cache of compiled kernels, *warm* with the one that the process before left behind. The
+process itself is ``fresh.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from .harness import quantile
@@ -22,7 +21,7 @@ from .harness import quantile
 _LIMIT = 180.0  # seconds for one process
 # Where the compilers below a backend keep what they made: a cold start must not find it.
 _CACHES = ("PORTAKV_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
-_CODE = "import sys; from {package}.startup import child; child(sys.argv[1], sys.argv[2])"
+_SCRIPT = Path(__file__).with_name("fresh.py")
 
 
 def measure_startup(backend: str, device: str, rounds: int) -> list[dict[str, Any]]:
@@ -58,50 +57,14 @@ def _start(backend: str, device: str, folder: Path) -> dict[str, Any]:
         own = folder / name.lower()
         own.mkdir(mode=0o700, exist_ok=True)
         environment[name] = str(own)
-    paths = [path for path in sys.path if path]
-    # The folder above the package, under whichever name this one was imported.
-    above = str(Path(__file__).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join([*paths, above])
-    code = _CODE.format(package=__package__)
+    # Not the folder of the script, where `startup` and others could stand in for other modules.
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    environment["PYTHONSAFEPATH"] = "1"
     told = subprocess.run(
-        [sys.executable, "-c", code, backend, device],
+        [sys.executable, str(_SCRIPT), backend, device],
         env=environment, capture_output=True, text=True, timeout=_LIMIT, check=False,
     )  # fmt: skip
     if told.returncode:
         raise RuntimeError(f"A fresh process with {backend!r} failed: {told.stderr[-400:]}")
     read: dict[str, Any] = json.loads(told.stdout.splitlines()[-1])
     return read
-
-
-def child(backend: str, device: str) -> None:
-    """Be the fresh process: print seconds, and whether the bytes were right, as JSON."""
-    import torch
-
-    size, slots = (2, 4, 16, 8, 64), [5, 33, 18]
-    count = 2 * 4 * 16 * 8 * 64
-    caches = [
-        torch.arange(count, dtype=torch.int32, device=device).to(torch.int16).view(size)
-        for _ in range(4)
-    ]
-    chunk = torch.empty((2, 4, len(slots), 512), dtype=torch.int16, device=device)
-    ids = torch.tensor(slots, device=device)
-    _synchronize(torch, device)
-    began = perf_counter()
-    from portakv import AdaptiveConnector
-
-    imported = perf_counter()
-    connector = AdaptiveConnector(device, backend)
-    connector.register_kv_caches(caches)
-    connector.from_gpu(chunk, slot_mapping=ids).synchronize()
-    ended = perf_counter()
-    rows = torch.stack([cache.flatten(1, 2)[:, ids].flatten(2) for cache in caches], 1)
-    print(json.dumps({
-        "seconds": ended - began,
-        "imported": imported - began,
-        "right": bool(torch.equal(rows, chunk)),
-    }))  # fmt: skip
-
-
-def _synchronize(torch: Any, device: str) -> None:
-    if not device.startswith("cpu"):
-        torch.get_device_module(device.partition(":")[0]).synchronize()

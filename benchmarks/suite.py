@@ -148,7 +148,8 @@ def _variants(work: Workload, preset: Preset, field: Field, refused: list[str]) 
             try:
                 found += connector_ways(work, backend, index)
                 if backend in COMPILING and work.device.type == "cuda":
-                    found += [replayed(way) for way in connector_ways(work, backend, index)]
+                    ways = connector_ways(work, backend, index, capturable=True)
+                    found += [replayed(way) for way in ways]
             except PortaKVError as error:
                 refused.append(f"{backend} {index}: {error}")
         for peer in field.peers:
@@ -165,7 +166,9 @@ def replayed(variant: Variant) -> Variant:
 
     def replay(i: int) -> None:
         if i not in graphs:
-            variant.call(i)  # prepared before it is captured
+            # Prepared before it is captured, and ended: no event is asked inside the capture.
+            prepared: Any = variant.call(i)
+            prepared.synchronize()
             torch.cuda.synchronize()
             variant.poison(i)
             graph = torch.cuda.CUDAGraph()
@@ -178,9 +181,18 @@ def replayed(variant: Variant) -> Variant:
     return Variant({**labels, "call": "graph replay"}, replay, variant.poison, variant.right)
 
 
-def connector_ways(work: Workload, backend: str, index: str) -> Iterator[Variant]:
-    """Gather and scatter through one backend, as a caller of PortaKV writes them."""
-    name, store, load = (_by_blocks if index == "blocks" else _by_slots)(work, backend, index)
+def connector_ways(
+    work: Workload, backend: str, index: str, capturable: bool = False
+) -> Iterator[Variant]:
+    """Gather and scatter through one backend, as a caller of PortaKV writes them.
+
+    Args:
+        capturable: with slots that lie on the device, as a capture into a graph needs them.
+    """
+    if index == "blocks":
+        name, store, load = _by_blocks(work, backend, index)
+    else:
+        name, store, load = _by_slots(work, backend, index, capturable)
     labels = {"backend": backend, "index": index}
     yield Variant(
         {**labels, "op": "gather", "call": name[0]},
@@ -199,9 +211,10 @@ def connector_ways(work: Workload, backend: str, index: str) -> Iterator[Variant
 Ways = tuple[tuple[str, str], Callable[[int], object], Callable[[int], object]]
 
 
-def _by_slots(work: Workload, backend: str, index: str) -> Ways:
+def _by_slots(work: Workload, backend: str, index: str, on_device: bool) -> Ways:
     """Through registered connectors, with an `Index` that the caller keeps."""
-    kept = Index(work.ids(index))
+    ids = work.ids(index)
+    kept = Index(ids.to(work.device) if on_device else ids)
     source, target = (_connector(work, backend, caches) for caches in (work.source, work.target))
     return (
         ("from_gpu", "to_gpu"),

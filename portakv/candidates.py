@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from portakv.backends.base import Decision
 from portakv.console import Column, print_table
 from portakv.errors import BackendUnavailable
 from portakv.plan import CopyPlan
@@ -77,7 +78,11 @@ def _passed_over(candidate: Candidate, plan: CopyPlan, taken: Choice) -> Candida
     """A candidate that nobody asked about the plan, because another takes it."""
     backend, decision = REGISTRY.ask(candidate.name, taken.backend.device, check=False)
     if backend is not None:
-        decision = backend.check(plan)
+        try:
+            decision = backend.check(plan)
+        except Exception as error:  # somebody else's backend: explaining must go on
+            why = f"its check failed: {type(error).__name__}: {error}"
+            decision = Decision(candidate.name, False, why)
     if not decision.accepted:
         return Candidate(candidate.name, False, False, decision.reason)
     why = "was forced" if taken.forced else "is asked before it"

@@ -141,6 +141,11 @@ def _tensor_of(memory_obj: Any) -> Any:
 
 def _first_tensor(level: Any) -> torch.Tensor:
     while not isinstance(level, torch.Tensor):
+        if not isinstance(level, (list, tuple, Mapping)):
+            raise LayoutError(
+                f"The memory_obj holds a {type(level).__name__}; expected tensors in the "
+                f"containers that chunk_layout names."
+            )
         items = list(level.values()) if isinstance(level, Mapping) else list(level)
         if not items:
             raise LayoutError("The memory_obj is an empty container; pass its tensors.")

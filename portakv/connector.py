@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from operator import index as whole_number
 from typing import Any, NamedTuple
 
@@ -18,6 +19,9 @@ from .copy import carry
 from .errors import DeviceMismatch, LayoutError, SlotError
 from .example import example_chunk
 from .index import Index
+from .layout import parse
+from .ordering import capturing
+from .presets import resolve
 from .reading import read_as
 from .registry import choose
 from .routes import route
@@ -32,7 +36,7 @@ class _Caches(NamedTuple):
     """Registered caches: their view, the facts that tell others apart, the reader of chunks."""
 
     view: KVView
-    facts: list[tuple[Any, ...]]
+    facts: Any
     chunks: ChunkReader
 
 
@@ -63,6 +67,7 @@ class AdaptiveConnector:
         self._choice = choose(device, backend)
         self.device = self._choice.backend.device
         self._kv_reading = read_as(kv_layout, **extents)
+        parse(resolve(chunk_layout)[0])  # a layout that cannot be read is refused now
         self._chunk_layout = chunk_layout
         self._registered: _Caches | None = None
         self._unreported: deque[Completion] = deque()
@@ -151,6 +156,8 @@ class AdaptiveConnector:
     def explain(self, tokens: int = 256) -> str:
         """The trace of candidates and, where caches are registered, the plan of storing a
         contiguous chunk of ``tokens`` tokens."""
+        if type(tokens) is not int or tokens < 1:
+            raise SlotError(f"explain(tokens={tokens!r}) was asked; expected a positive integer.")
         lines = [f"{self.device}: backend {self._choice.name!r} was chosen"]
         lines += [f"  {decision}" for decision in self._choice.trace]
         registered = self._registered
@@ -162,7 +169,8 @@ class AdaptiveConnector:
         lines.append(f"from_gpu of {tokens} tokens, carried out by {way.choice.name!r}:")
         if way.choice.name != self._choice.name:
             lines += [f"  {decision}" for decision in way.choice.trace]
-        if not (way.can.guards and way.can.skips_negative):
+        on_device = self.device.type != "cpu"
+        if on_device and not (way.can.guards and way.can.skips_negative):
             lines.append(
                 "  device ids are checked before launch, with one synchronisation; host ids are "
                 "not delayed"
@@ -179,7 +187,7 @@ class AdaptiveConnector:
         end: int | None,
         stream: torch.Stream | None,
     ) -> Transfer:
-        if self._unreported or self._captured:
+        if (self._unreported or self._captured) and not capturing(self.device):
             self._report()
         cache, _, chunks = self._caches(kv_caches)
         index, count = _range(slot_mapping, start, end)
@@ -203,8 +211,9 @@ class AdaptiveConnector:
         ends: Sequence[int],
         stream: torch.Stream | None,
     ) -> Transfer:
-        if self._unreported or self._captured:
+        if (self._unreported or self._captured) and not capturing(self.device):
             self._report()
+        memory_objs, starts, ends = list(memory_objs), list(starts), list(ends)
         if not len(memory_objs) == len(starts) == len(ends):
             raise SlotError(
                 f"{len(memory_objs)} memory objects came with {len(starts)} starts and "
@@ -217,6 +226,8 @@ class AdaptiveConnector:
             chunk = chunks.read(memory_obj)
             _check_chunk(cache, chunk, count)
             jobs.append((chunk, index, count))
+        if store:
+            _check_apart([chunk for chunk, _, count in jobs if count])
         copies = []
         for chunk, chunk_index, index, count in chunks.sets(jobs):
             sides = ((cache, index), (chunk, chunk_index))
@@ -310,6 +321,24 @@ def _check_batch(copies: list[tuple[KVView, KVView, Index, Index, int]]) -> None
         dst.check_writable()
         src_index.judge(count, src.slots, False, "source")
         dst_index.judge(count, dst.slots, True, "destination")
+    if len(copies) < 2:
+        return
+    # Sets of one batch share the cache; destinations must be distinct across them as well.
+    ids = [(dst_index, count) for _, _, _, dst_index, count in copies if dst_index.ids is not None]
+    if len(ids) == len(copies) and all(index.on_host for index, _ in ids):
+        total = sum(count for _, count in ids)
+        Index.joined(ids).judge(total, copies[0][1].slots, True, "destination")
+
+
+def _check_apart(chunks: list[KVView]) -> None:
+    """Refuse memory objects of one batch that overlap where they are written."""
+    spans = sorted(span for chunk in chunks for span in chunk.spans)
+    for (_, past), (first, _) in pairwise(spans):
+        if first < past:
+            raise LayoutError(
+                "Two memory objects of one batch lie in the same memory, so that one would "
+                "overwrite the other; pass buffers that do not overlap."
+            )
 
 
 def _check_chunk(cache: KVView, chunk: KVView, count: int) -> None:
@@ -324,14 +353,14 @@ def _check_chunk(cache: KVView, chunk: KVView, count: int) -> None:
         )
 
 
-def _facts(kv_caches: Any) -> list[tuple[Any, ...]]:
-    """Address, shape, strides and dtype of each tensor, in order."""
+def _facts(kv_caches: Any) -> Any:
+    """Address, shape, strides and dtype of each tensor, nested as they are."""
     if isinstance(kv_caches, torch.Tensor):
-        return [(kv_caches.data_ptr(), kv_caches.shape, kv_caches.stride(), kv_caches.dtype)]
+        return kv_caches.data_ptr(), kv_caches.shape, kv_caches.stride(), kv_caches.dtype
     if isinstance(kv_caches, Mapping):
         kv_caches = kv_caches.values()
     elif not isinstance(kv_caches, (list, tuple)):
         raise LayoutError(
             f"kv_caches is a {type(kv_caches).__name__}; expected a tensor, list, tuple or dict."
         )
-    return [fact for item in kv_caches for fact in _facts(item)]
+    return [_facts(item) for item in kv_caches]

@@ -45,6 +45,7 @@ def copy_rows(
         SlotError: a bad index on the host; bad device ids are raised by the transfer.
         DeviceMismatch, BackendUnavailable, Unsupported: nobody can carry it out; with the trace.
     """
+    _check_views(src, dst)
     mine, theirs = Index.of(src_index), Index.of(dst_index)
     tokens = _tokens(src, dst, mine, theirs) if count is None else _count(count)
     mine.check_length(tokens, src.slots, "source")
@@ -73,8 +74,18 @@ def copy_blocks(
         SlotError: the two sides cover different numbers of tokens.
         As `copy_rows` does otherwise.
     """
+    _check_views(src, dst)
     mine, theirs = _block_index(src, src_blocks, "src"), _block_index(dst, dst_blocks, "dst")
     return copy_rows(src, dst, mine, theirs, backend=backend, stream=stream)
+
+
+def _check_views(*views: object) -> None:
+    for view in views:
+        if not isinstance(view, KVView):
+            raise LayoutError(
+                f"A copy was asked of a {type(view).__name__}; expected two views. Read tensors "
+                f"through a layout: KVView(tensors, layout)."
+            )
 
 
 def common_device(src: KVView, dst: KVView) -> torch.device:

@@ -8,6 +8,7 @@ it is slot ``q``. ``step=1`` is a slot mapping, ``step=block_size`` a block tabl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index as whole_number
 from typing import Any
 
 import numpy as np
@@ -54,10 +55,12 @@ class Index:
         step: int = 1,
         offset: int = 0,
     ) -> None:
-        if type(step) is not int or type(offset) is not int or step < 1 or offset < 0:
+        if type(step) is not int or type(offset) is not int:
+            step, offset = _whole(step), _whole(offset)
+        if step < 1 or offset < 0:
             raise SlotError(
-                f"Index(step={step!r}, offset={offset!r}) was asked for; both are integers, step "
-                f"at least 1 and offset at least 0."
+                f"Index(step={step}, offset={offset}) was asked for; both are integers, step at "
+                f"least 1 and offset at least 0."
             )
         self._set(None if ids is None else _as_ids(ids), step, offset)
         self._host_ids: npt.NDArray[np.int64] | None = None
@@ -256,6 +259,16 @@ class Index:
     def __repr__(self) -> str:
         ids = "None" if self.ids is None else f"<{self.ids.numel()} ids on {self.ids.device}>"
         return f"Index({ids}, step={self.step}, offset={self.offset})"
+
+
+def _whole(number: Any) -> int:
+    try:
+        return whole_number(number)
+    except TypeError:
+        raise SlotError(
+            f"Index(..., {number!r}) was asked for; step and offset are integers, step at least 1 "
+            f"and offset at least 0."
+        ) from None
 
 
 def _as_ids(ids: Any) -> torch.Tensor:

@@ -48,6 +48,16 @@ class CopyPlan:
     def __init__(
         self, src: Form, dst: Form, src_step: int = 0, dst_step: int = 0, unit: int | None = None
     ) -> None:
+        if not (isinstance(src, Form) and isinstance(dst, Form)):
+            raise LayoutError(
+                f"A plan was asked between a {type(src).__name__} and a {type(dst).__name__}; "
+                f"expected two forms, such as view.form."
+            )
+        if src_step < 0 or dst_step < 0:
+            raise SlotError(
+                f"A plan with steps {src_step} and {dst_step} was asked; expected tokens for each "
+                f"id, or 0 for a side without ids."
+            )
         _check_extents(src, dst)
         self.src, self.dst = src, dst
         self.src_step, self.dst_step = src_step, dst_step

@@ -75,9 +75,11 @@ class Reading:
         """
         if self.layout.containers or not isinstance(tensors, torch.Tensor):
             return self._read_all(tensors)
-        if tensors.layout is not _STRIDED:
-            return self._read_all(tensors)  # it has no address to look up, and is refused there
+        if tensors.layout is not _STRIDED or tensors.is_conj() or tensors.is_neg():
+            return self._read_all(tensors)  # it has no bytes of its own, and is refused there
         address = tensors.data_ptr()
+        if not address:
+            return self._read_all(tensors)  # no memory, or none of it used
         # The storage offset tells whether the storage's base is as aligned as the address.
         key = (
             tensors.shape, tensors.stride(), tensors.dtype, tensors.device, address & 15,
@@ -170,8 +172,18 @@ def _one_device(tensors: Sequence[torch.Tensor]) -> torch.device:
                 f"The tensors of one view lie on {device} and {tensor.device}; one view lives on "
                 f"one device. Make a view (and a connector) for each device."
             )
+        if tensor.is_conj() or tensor.is_neg():
+            raise LayoutError(
+                "A lazily conjugated or negated tensor was found, whose bytes are not its values; "
+                "hand over tensor.resolve_conj().resolve_neg()."
+            )
         if tensor.layout != torch.strided:
             raise LayoutError(f"A view reads strided tensors, but a {tensor.layout} one was found.")
+        if device.type != "meta" and tensor.numel() and not tensor.data_ptr():
+            raise LayoutError(
+                f"A {type(tensor).__name__} of shape {tuple(tensor.shape)} without memory was "
+                f"found; hand over allocated tensors."
+            )
     if device.type == "meta":
         raise LayoutError("Tensors on device meta have no memory; hand over allocated tensors.")
     return device

@@ -13,13 +13,14 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from typing import Any
 
 import torch
 
-from .backends.base import Backend, Capabilities, Decision, Launch
+from .backends.base import Backend, Capabilities, Decision, Launch, Pending
 from .errors import BackendUnavailable, Unsupported
 from .plan import CopyPlan
-from .selfcheck import self_check
+from .selfcheck import UNCHECKABLE, self_check
 
 #: Environment variable that beats the ``backend=`` argument, which beats the automatic choice.
 ENVIRONMENT = "PORTAKV_BACKEND"
@@ -60,6 +61,7 @@ class Registry:
         self._loaders: dict[str, Callable[[], object]] = {}
         self._known: dict[tuple[str, torch.device], tuple[Backend | None, Decision]] = {}
         self._choices: dict[tuple[torch.device, str | None], Choice] = {}
+        self._unchecked: dict[tuple[str, torch.device], Backend] = {}
         self._broken: dict[str, str] = {}
         self._scanned = False
         for name, target in _BUILT_IN.items():
@@ -69,6 +71,11 @@ class Registry:
         """Register a backend under a name; see `register_backend`."""
         with self._lock:
             self._scan()
+            if not name or not isinstance(name, str):
+                raise BackendUnavailable(
+                    f"A backend was to be registered as {name!r}; its name is a word that is not "
+                    f"empty."
+                )
             if name in self._loaders:
                 raise BackendUnavailable(
                     f"A backend named {name!r} is registered already; silent replacement is "
@@ -91,6 +98,7 @@ class Registry:
 
     def _forget(self, name: str) -> None:
         self._known = {key: kept for key, kept in self._known.items() if key[0] != name}
+        self._unchecked = {key: kept for key, kept in self._unchecked.items() if key[0] != name}
 
     def names(self) -> list[str]:
         """Every candidate, in the order in which they are asked."""
@@ -117,6 +125,8 @@ class Registry:
                 checked = self_check(backend)
                 reason = f"{decision.reason[len(_UNCHECKED) :]}; {checked.reason}"
                 decision = Decision(name, checked.accepted, reason)
+                if checked.reason.startswith(UNCHECKABLE):
+                    self._unchecked[name, device] = backend
                 known = (backend if checked.accepted else None, decision)
                 self._known[name, device] = known
             return known
@@ -142,6 +152,8 @@ class Registry:
         candidates = self.automatic(device) if forced is None else [forced]
         for name in candidates:
             backend, decision = self.ask(name, device, check=True)
+            if backend is None and forced is not None:
+                backend = self._unchecked.get((name, device))
             trace.append(decision)
             if backend is not None:
                 return Choice(backend, tuple(trace), forced is not None, backend.capabilities())
@@ -173,7 +185,7 @@ class Registry:
             if not decision.accepted:
                 return None, Decision(name, False, decision.reason)
             backend = cls(device)
-        except Exception as error:  # a broken vendor package must not take the others down
+        except (Exception, SystemExit) as error:  # a broken package must not take others down
             why = f"it failed to load: {type(error).__name__}: {error}"
             return None, Decision(name, False, why)
         if backend.name != name:
@@ -258,8 +270,8 @@ def _indexed(device: torch.device | str) -> torch.device:
     except (RuntimeError, TypeError, AssertionError) as error:
         why = str(error).splitlines()[0]
         raise BackendUnavailable(
-            f"Device {str(device)!r} was asked for, but torch cannot use it here: {why} Pass a "
-            f"device that torch lists, such as 'cpu'."
+            f"Device {str(device)!r} was asked for, but torch cannot use it here ({why}); "
+            f"pass a device that torch lists, such as 'cpu'."
         ) from error
 
 
@@ -273,20 +285,36 @@ def prepare(plan: CopyPlan, device: torch.device, choice: Choice) -> tuple[Launc
     names = [choice.name]
     if not choice.forced:
         order = REGISTRY.automatic(device)
-        names += order[order.index(choice.name) + 1 :]
+        names += order[order.index(choice.name) + 1 :] if choice.name in order else order
     for name in names:
         backend, decision = REGISTRY.ask(name, device, check=True)
+        if name == choice.name:
+            backend = choice.backend
         if backend is not None:
+            launch: Launch | None
             launch, decision = _prepare(backend, plan)
             if launch is not None:
                 won = Decision(name, True, decision.reason)
-                return launch, Choice(
-                    backend, (*refused, won), choice.forced, backend.capabilities()
-                )
+                can = backend.capabilities()
+                if not can.threads:
+                    launch = _OneAtATime(launch)
+                return launch, Choice(backend, (*refused, won), choice.forced, can)
         refused.append(Decision(name, False, decision.reason))
     lines = "\n".join(f"  {describe(d)}" for d in refused)
     forced = f"backend {choice.name!r} was forced and" if choice.forced else "no backend"
     raise Unsupported("This copy", f"{forced} does not take its plan:\n{lines}\n{plan}")
+
+
+class _OneAtATime:
+    """A launch of a backend that does not claim ``threads``."""
+
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
+        self._lock = threading.Lock()
+
+    def __call__(self, *arguments: Any) -> Pending | None:
+        with self._lock:
+            return self._launch(*arguments)
 
 
 def _prepare(backend: Backend, plan: CopyPlan) -> tuple[Launch | None, Decision]:

@@ -17,6 +17,9 @@ from .view import KVView
 _LAYERS, _BLOCKS, _BLOCK_SIZE, _HEADS, _DIM = 2, 4, 16, 2, 32
 _SLOTS = [37, 2, 63, 16, 15, 0, 48, 21]
 
+#: How the reason begins where no pattern could be tried: right or wrong, nobody knows.
+UNCHECKABLE = "it could not be self-checked, since it takes no test pattern"
+
 #: (layout, physical order of kv, block, token, head, dim) tried in turn: a backend may take one.
 _PATTERNS = (
     ("layer | kv block token head dim", (0, 1, 2, 3, 4)),
@@ -42,7 +45,7 @@ def self_check(backend: Backend) -> Decision:
         if why is None:
             return Decision(backend.name, True, "self-check passed, every byte right")
         return Decision(backend.name, False, f"its self-check failed: {why}")
-    return Decision(backend.name, True, f"not self-checked, it takes no test pattern ({refused})")
+    return Decision(backend.name, False, f"{UNCHECKABLE} ({refused}); it is used only when forced")
 
 
 def _try_pattern(backend: Backend, layout: str, order: tuple[int, ...]) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
+from operator import index
 from typing import TypeVar
 
 import numpy as np
@@ -57,10 +58,16 @@ def slice_facts(facts: Facts, *, layers: Range, heads: Range, kv: Range) -> Fact
 def _range(name: str, asked: Range, extent: int) -> range:
     if asked is None:
         return range(extent)
-    if isinstance(asked, slice):
-        found = range(extent)[asked]
-    else:
-        found = range(extent)[asked : asked + 1] if 0 <= asked < extent else range(0)
+    try:
+        if isinstance(asked, slice):
+            found = range(extent)[asked]
+        else:
+            at = index(asked)
+            found = range(at, at + 1) if 0 <= at < extent else range(0)
+    except TypeError:
+        raise LayoutError(
+            f"{name}={asked!r} was asked; expected an integer or a slice of integers."
+        ) from None
     if len(found) < 1 or found.step != 1:
         raise LayoutError(
             f"{name}={asked} asks for {list(found)} of {extent}; ask for a range of at least one "

@@ -189,12 +189,23 @@ class KVView:
         start = self.origins[entry] + offset - storage.data_ptr()
         reach = sum((n - 1) * s for n, s in zip(size, stride, strict=True)) + 1 if all(size) else 0
         if start < 0 or start + reach * dtype.itemsize > storage.nbytes():
-            raise LayoutError(
-                f"The memory behind a tensor of {self.layout.text!r} was replaced after it was "
-                f"read; make the view anew, or register the kv_caches again."
-            )
+            raise self._replaced()
         empty = torch.empty(0, dtype=dtype, device=self.device)
         return empty.set_(storage, start // dtype.itemsize, size, stride)
+
+    def check_memory(self) -> None:
+        """Raise `LayoutError` where the memory behind a tensor was freed or replaced in place."""
+        for owner, origin in zip(self.owners, self.origins, strict=True):
+            storage = owner.untyped_storage()
+            start = storage.data_ptr()
+            if not start <= origin < start + (storage.nbytes() or 1):
+                raise self._replaced()
+
+    def _replaced(self) -> LayoutError:
+        return LayoutError(
+            f"The memory behind a tensor of {self.layout.text!r} was replaced after it was read; "
+            f"make the view anew, or register the kv_caches again."
+        )
 
     def plane(self, layer: int, kv: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """One plane as a strided tensor ``[blocks, block_size, heads, dim]`` (a chunk: ``[tokens,
@@ -204,6 +215,11 @@ class KVView:
             LayoutError: an axis of the plane is split, the view holds opaque pages, or its rows do
                 not begin and end at whole numbers of ``dtype``.
         """
+        if not (0 <= layer < self.layers and 0 <= kv < self.kv):
+            raise LayoutError(
+                f"The plane of layer {layer} and kv {kv} was asked of a view of {self.layers} "
+                f"layers and {self.kv} kv; both count from 0."
+            )
         if self.opaque:
             raise LayoutError(
                 f"{self.layout.text!r} holds opaque pages, which have no rows to show."

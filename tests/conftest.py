@@ -9,6 +9,7 @@ their own, so that `--fuzz` reaches them; one that wants more writes
 from __future__ import annotations
 
 import argparse
+import os
 import re
 
 import pytest
@@ -36,6 +37,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Load the profile before any test module is imported, so that decorators can read it."""
+    if os.environ.get("PORTAKV_BACKEND"):
+        raise pytest.UsageError(
+            "PORTAKV_BACKEND forces a backend, which is not what tests judge; unset it."
+        )
     # The machine's load, not the code, decides how long an example takes: no time is judged.
     checks = (HealthCheck.too_slow,)
     settings.register_profile(

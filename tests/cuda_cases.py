@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -164,10 +165,13 @@ COPIES: dict[str, Callable[[], Copy]] = {
         chunk(7), End(filled((7, 2, 3, 2, 8)), "token kv layer head dim"), 7
     ),
     "gather of 656 B rows": lambda: gathered(656),
-    **{f"gather of {width} B rows": lambda n=width: gathered(n) for width in (48, 40, 12, 6, 3)},
-    **{f"scatter to {width} B rows": lambda n=width: scattered(n) for width in (48, 40, 12, 6, 3)},
+    **{f"gather of {width} B rows": partial(gathered, width) for width in (48, 40, 12, 6, 3)},
+    **{f"scatter to {width} B rows": partial(scattered, width) for width in (48, 40, 12, 6, 3)},
     "rows at an odd address": lambda: gathered(64, shift=1),
     "rows to an odd address": lambda: scattered(64, shift=2),
+    "one plane": lambda: Copy(
+        End(filled((3, 4, 16)), "block token dim", ids=SLOTS), End(filled((7, 16)), "token dim"), 7
+    ),
     "layers in one allocation": lambda: Copy(by(joined(NHD), SLOTS), chunk(7), 7),
     "scatter to one allocation": lambda: Copy(chunk(7), by(joined(HND), SLOTS), 7),
     "blocks": lambda: Copy(by(pool(), [2, -1, 0], 4), chunk(12), 12),

@@ -39,19 +39,21 @@ def kernel() -> Iterator[None]:
 
 def copy(copied: Copy) -> None:
     """Copy as the library would."""
-    ends = (copied.src, copied.dst)
-    src, dst = (end.view() for end in ends)
-    mine, theirs = (end.index() for end in ends)
-    copy_rows(src, dst, mine, theirs, count=copied.count, backend=CudaOnCpu.name).synchronize()
+    src, dst = copied.src, copied.dst
+    copy_rows(
+        src.view(), dst.view(), src.index(), dst.index(), count=copied.count,
+        backend=CudaOnCpu.name,
+    ).synchronize()  # fmt: skip
 
 
 def launch(copied: Copy, told: bool = True) -> int:
     """Launch behind the library's checks; returns the status word."""
-    ends = (copied.src, copied.dst)
+    src, dst = copied.src, copied.dst
     status = torch.zeros(1, dtype=torch.int64)
-    launched = CudaOnCpu(CPU).prepare(copied.plan())
-    views, indices = [end.view() for end in ends], [end.index() for end in ends]
-    launched(*views, *indices, copied.count, None, status if told else None)
+    CudaOnCpu(CPU).prepare(copied.plan())(
+        src.view(), dst.view(), src.index(), dst.index(), copied.count, None,
+        status if told else None,
+    )  # fmt: skip
     return int(status)
 
 

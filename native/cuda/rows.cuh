@@ -151,9 +151,11 @@ __device__ __forceinline__ char* address_of(
         number, side.units, Shape::kind == UNITS ? entry : none);
     bytes += WalkOf<Outer>::type::bounded(plane, side.outer, entry);
     bytes += WalkOf<Inner>::type::bytes(piece, side.inner);
-    if constexpr (Shape::kind == PLANES) bytes += table[entry];
-    if constexpr (Shape::kind == UNITS) bytes += request.table[entry];
-    return (char*)(request.base + bytes);
+    i64 base = request.base;
+    if constexpr (Shape::kind == PLANES) base += table[entry];
+    if constexpr (Shape::kind == UNITS) base += request.table[entry];
+    // Not one sum: only of a pointer and an offset is the compiler told that it is global memory.
+    return (char*)base + bytes;
 }
 
 // Both addresses of a piece of a unit; false where it is not moved. A bad id is reported once.
@@ -197,13 +199,16 @@ __device__ __forceinline__ void copy_rows(const CopyOf<Src, Dst>& copy) {
         if (later < all && next < gridDim.y
             && number_of<Src>(copy.from, copy.start + later / row, number, bad)) {
             const unsigned in = later % row;
-            prefetch(address_of<Src, Outer, Inner>(copy.from, copy.src, copy.src_table, number, next, in / Run)
-                     + (i64)(in % Run) * Bytes);
+            prefetch(
+                address_of<Src, Outer, Inner>(
+                    copy.from, copy.src, copy.src_table, number, next, in / Run)
+                + (i64)(in % Run) * Bytes);
         }
     }
     const unsigned in = at % row;
     char *src, *dst;
-    if (!both_addresses<Outer, Inner>(copy, copy.start + at / row, plane, in / Run, in == 0, src, dst))
+    if (!both_addresses<Outer, Inner>(
+            copy, copy.start + at / row, plane, in / Run, in == 0, src, dst))
         return;
     const i64 byte = (i64)(in % Run) * Bytes;
 #if defined(__CUDA_ARCH__)

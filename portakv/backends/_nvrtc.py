@@ -40,7 +40,7 @@ def nvrtc_version() -> str:
 
     _, major, minor = nvrtc.nvrtcVersion()
     try:
-        return f"{major}.{minor} {version('nvidia-cuda-nvrtc')}"
+        return f"{major}.{minor} ({version('nvidia-cuda-nvrtc')})"
     except PackageNotFoundError:  # it came with a CUDA toolkit
         return f"{major}.{minor}"
 

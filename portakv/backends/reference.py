@@ -207,6 +207,7 @@ class _SideRows:
         """For each move, the strided tensor ``[rows, loops..., run]`` that begins at ``entry``."""
         if rows.ids is None:
             return self._strided(view, entry, rows.start, units, self.side.units[0].stride)
+        view.check_memory()
         kept = view.kept.get((self, entry))
         if kept is None:
             last = self._last_row(view.slots)

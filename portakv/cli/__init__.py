@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from portakv import __version__
 from portakv.errors import PortaKVError
 
-from . import backends, delegated, explain, layouts
+from . import backends, delegated, explain, layouts, warmup
 
 _EPILOG = """\
 examples:
@@ -80,5 +80,6 @@ def make_parser() -> argparse.ArgumentParser:
     backends.add_to(verbs)
     explain.add_to(verbs)
     layouts.add_to(verbs)
+    warmup.add_to(verbs)
     delegated.add_bench(verbs)
     return parser

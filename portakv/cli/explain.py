@@ -52,7 +52,7 @@ def add_to(verbs: Any) -> None:
     )
     parser.add_argument("src", metavar="SRC_LAYOUT", help="a layout string or a preset")
     parser.add_argument("dst", metavar="DST_LAYOUT", help="a layout string or a preset")
-    _add_extents(parser.add_argument_group("extents"))
+    add_extents(parser.add_argument_group("extents"))
     _add_index(parser.add_argument_group("indices"))
     parser.add_argument("--device", help="a torch device (default: the accelerator, else cpu)")
     parser.add_argument("--backend", metavar="NAME", help=f"force it, unless {ENVIRONMENT} is set")
@@ -60,7 +60,8 @@ def add_to(verbs: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _add_extents(group: Any) -> None:
+def add_extents(group: Any) -> None:
+    """Add the options that say the extents of two sides."""
     group.add_argument("--layers", type=_positive, metavar="N")
     group.add_argument("--kv", type=_positive, metavar="N", help="2 for keys and values")
     group.add_argument("--heads", type=_positive, metavar="N", help="KV heads")
@@ -98,6 +99,14 @@ def _add_index(group: Any) -> None:
         group.add_argument(
             f"--{side}-step", type=_step, metavar="N", help="tokens for each id; 0: no ids"
         )
+
+
+def said_extents(asked: argparse.Namespace) -> Extents:
+    """What the options of `add_extents` were given."""
+    return Extents(
+        asked.layers, asked.kv, asked.heads, asked.dim, asked.block_size, asked.blocks,
+        asked.tokens, asked.dtype,
+    )  # fmt: skip
 
 
 def _positive(text: str) -> int:
@@ -145,10 +154,7 @@ def run(asked: argparse.Namespace) -> int:
 def explain(asked: argparse.Namespace) -> Explained:
     """Make the views and the plan, and let the registry choose, as a copy would."""
     device = usual_device() if asked.device is None else usable_device(asked.device)
-    said = Extents(
-        asked.layers, asked.kv, asked.heads, asked.dim, asked.block_size, asked.blocks,
-        asked.tokens, asked.dtype,
-    )  # fmt: skip
+    said = said_extents(asked)
     steps = (asked.src_step, asked.dst_step)
     src, dst = make_sides((asked.src, asked.dst), said, device, steps, asked.index == "blocks")
     plan = CopyPlan(src.view.form, dst.view.form, src.step, dst.step)
