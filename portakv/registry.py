@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +21,10 @@ from .backends.base import Backend, Capabilities, Decision, Launch, Pending
 from .errors import BackendUnavailable, Unsupported
 from .plan import CopyPlan
 from .selfcheck import UNCHECKABLE, self_check
+
+if TYPE_CHECKING:
+    from .index import Index
+    from .view import KVView
 
 #: Environment variable that beats the ``backend=`` argument, which beats the automatic choice.
 ENVIRONMENT = "PORTAKV_BACKEND"
@@ -291,7 +295,6 @@ def prepare(plan: CopyPlan, device: torch.device, choice: Choice) -> tuple[Launc
         if name == choice.name:
             backend = choice.backend
         if backend is not None:
-            launch: Launch | None
             launch, decision = _prepare(backend, plan)
             if launch is not None:
                 won = Decision(name, True, decision.reason)
@@ -312,9 +315,18 @@ class _OneAtATime:
         self._launch = launch
         self._lock = threading.Lock()
 
-    def __call__(self, *arguments: Any) -> Pending | None:
+    def __call__(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+    ) -> Pending | None:
         with self._lock:
-            return self._launch(*arguments)
+            return self._launch(src, dst, src_index, dst_index, count, stream, status)
 
 
 def _prepare(backend: Backend, plan: CopyPlan) -> tuple[Launch | None, Decision]:

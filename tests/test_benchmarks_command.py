@@ -86,7 +86,7 @@ def test_without_matplotlib_the_result_is_written_all_the_same(
 ) -> None:
     monkeypatch.delitem(sys.modules, "portakv_benchmarks.plots", raising=False)
     absent: ModuleType | None = None
-    monkeypatch.setitem(sys.modules, "matplotlib", absent)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "matplotlib", absent)
     assert bench.main([*tiny_bench, "--shape", "llama3-8b-16", "--out", str(tmp_path)]) == 0
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
     assert "portakv[bench]" in capsys.readouterr().err
@@ -102,7 +102,7 @@ def test_what_no_time_is_left_for_is_told(tmp_path: Path, tiny_bench: list[str])
 def test_a_step_that_fails_leaves_the_others(
     tmp_path: Path, tiny_bench: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole: Callable[..., Any] = bench.run_task
+    whole: Callable[..., Any] = suite.run_task
 
     def sometimes(task: suite.Task, *more: Any) -> Any:
         if task.shape.name == "seed":

@@ -150,7 +150,7 @@ def test_a_refused_way_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_way_that_takes_too_long_to_hide_is_not_delayed() -> None:
     """Thousands of launches fill the device's queue: a longer delay would only wait longer."""
     timer = DeviceTimer.__new__(DeviceTimer)
-    timer._module = SimpleNamespace(synchronize=lambda: None)  # type: ignore[assignment]
+    timer._module = SimpleNamespace(synchronize=lambda: None)
     assert timer.settle(lambda i: sleep(0.025), 1) == 0.0
     assert timer.settle(lambda i: None, 1) >= 50
 

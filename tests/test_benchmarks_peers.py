@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import IntEnum
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -148,7 +149,7 @@ def test_a_peer_that_does_not_load_is_a_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: bytes | None, why: str
 ) -> None:
     if file is not None:
-        (tmp_path / f"c_ops{peers.EXTENSION_SUFFIXES[0]}").write_bytes(file)
+        (tmp_path / f"c_ops{EXTENSION_SUFFIXES[0]}").write_bytes(file)
     found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr(peers, "find_spec", lambda package: found)
     monkeypatch.setattr(peers, "version", lambda package: "9.9")
