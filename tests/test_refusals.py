@@ -7,6 +7,7 @@ import threading
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from connector_cases import make_caches, make_chunk
@@ -141,10 +142,9 @@ def test_a_memory_obj_of_numbers() -> None:
 
 
 def test_steps_of_any_integer_type() -> None:
-    assert Index([1], step=torch.tensor(4).item(), offset=torch.tensor(1)).slots(2).tolist() == [
-        5,
-        6,
-    ]
+    step: Any = np.int64(4)
+    offset: Any = torch.tensor(1)
+    assert Index([1], step=step, offset=offset).slots(2).tolist() == [5, 6]
 
 
 # Backends
