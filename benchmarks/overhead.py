@@ -69,7 +69,7 @@ def measure_overhead(backend: str, device: torch.device, rounds: int) -> list[di
     tiny = _Tiny(backend, device)
     host = torch.tensor([_SLOT])
     kept = Index(host)
-    placed, whole = kept.placed(tiny.way.home_of_ids, tiny.way.can.index_dtypes), Index()
+    placed, whole = tiny.way.place(kept), Index()
     on_device = host.to(device)
 
     def launch(i: int) -> object:

@@ -47,7 +47,6 @@ def main(device: torch.device | str = "cpu", tell: Callable[[str], None] = print
     torch.manual_seed(0)
     model = tiny_llama().to(device)
     tokens = len(PROMPT)
-
     # 1. transformers reads the prompt into its own cache. A byte is a token: 256 are enough.
     with torch.no_grad():
         prefilled = model(torch.tensor([list(PROMPT)], device=device))
@@ -55,8 +54,7 @@ def main(device: torch.device | str = "cpu", tell: Callable[[str], None] = print
     tell(f"prefill  a Llama of {LAYERS} layers read {tokens} bytes of English, a token each")
 
     # 2. From there into an engine's paged caches, each token in a slot anywhere in the pool.
-    size = (2, BLOCKS, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
-    kv_caches = [torch.empty(size, dtype=DTYPE, device=device) for _ in range(LAYERS)]
+    kv_caches = empty_pages(device)
     paged = KVView(kv_caches, "layer | kv block token head dim")
     slots, other_slots = torch.randperm(BLOCKS * BLOCK_SIZE)[: 2 * tokens].split(tokens)
     copy_rows(view_of(cache), paged, dst_index=slots)
@@ -68,8 +66,7 @@ def main(device: torch.device | str = "cpu", tell: Callable[[str], None] = print
     chunks = store(connector, slots)
     sizes = " + ".join(str(chunk.shape[2]) for chunk in chunks)
     tell(f"stored   from_gpu: {len(chunks)} chunks of {sizes} tokens in host memory")
-    for layer in kv_caches:
-        layer.normal_()
+    overwrite(kv_caches)
     noise = taken_from(paged, slots, cache)
     tell("lost     all of the paged memory was overwritten with noise")
 
@@ -85,6 +82,18 @@ def main(device: torch.device | str = "cpu", tell: Callable[[str], None] = print
     tell(f"decoded  {STEPS} more tokens: logits {verdict} the run that never left")
     tell(f"control  logits decoded from the noise {'differ' if differs else 'DO NOT DIFFER'}")
     return Outcome(tokens, len(chunks), STEPS, identical, differs)
+
+
+def empty_pages(device: torch.device | str) -> list[torch.Tensor]:
+    """What an engine allocates: for each layer ``(2, blocks, block_size, heads, head_dim)``."""
+    size = (2, BLOCKS, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
+    return [torch.empty(size, dtype=DTYPE, device=device) for _ in range(LAYERS)]
+
+
+def overwrite(kv_caches: list[torch.Tensor]) -> None:
+    """What another request does to the pages: here noise."""
+    for layer in kv_caches:
+        layer.normal_()
 
 
 def store(connector: AdaptiveConnector, slots: torch.Tensor) -> list[torch.Tensor]:

@@ -117,22 +117,18 @@ def carry(
     are known to share no memory.
     """
     dst.check_writable()
-    home = choice.backend.device
-    elsewhere = src.device != home or dst.device != home
-    if elsewhere and _must_stage(src, dst, choice):
+    at_home = src.device == dst.device == choice.backend.device
+    if not at_home and _must_stage(src, dst, choice):
         return staged_copy(carry, src, dst, src_index, dst_index, count, choice, stream)
     way = route(src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice)
     if count == 0:
         return Transfer()
     skips = src_index.judge(count, src.slots, False, "source")
     skips |= dst_index.judge(count, dst.slots, True, "destination")
-    pieces = [(way, 0, count)]
-    if way.plan.unit > 1:
-        pieces = _pieces(way, src, dst, src_index, dst_index, count, choice)
+    pieces = _pieces(way, src, dst, src_index, dst_index, count, choice)
     error: PortaKVError | None = None
     trusted = src_index.trusted(count, src.slots) and dst_index.trusted(count, dst.slots)
     if _need_cleaning(pieces, skips, trusted):
-        refuse_capture(home, "its ids have to be checked before they are used")
         unit = max(way.plan.unit for way, _, _ in pieces)
         kept = clean(src, dst, src_index, dst_index, count, unit)
         src_index, dst_index, count, error = kept
@@ -159,11 +155,17 @@ def _must_stage(src: KVView, dst: KVView, choice: Choice) -> bool:
 
 
 def _need_cleaning(pieces: list[Piece], skips: bool, trusted: bool) -> bool:
-    """Whether ids may be bad that a backend on the way neither skips nor guards against."""
+    """Whether ids may be bad that a backend on the way neither skips nor guards against.
+
+    Raises `Unsupported` inside graph capture, where they cannot be checked.
+    """
     if trusted and not skips:
         return False
     for way, _, _ in pieces:
         if not way.can.skips_negative or not (trusted or way.can.guards):
+            refuse_capture(
+                way.choice.backend.device, "its ids have to be checked before they are used"
+            )
             return True
     return False
 

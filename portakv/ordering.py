@@ -37,13 +37,7 @@ def launch(
         return _launch_on_host(pieces, src, dst, src_index, dst_index, error)
     if capturing(device):
         return _launch_captured(pieces, src, dst, src_index, dst_index, stream)
-    placed = [
-        (
-            src_index.placed(way.home_of_ids, way.can.index_dtypes),
-            dst_index.placed(way.home_of_ids, way.can.index_dtypes),
-        )
-        for way, _, _ in pieces
-    ]
+    placed = [(way.place(src_index), way.place(dst_index)) for way, _, _ in pieces]
     if stream is not None:
         _order(stream, device, src, dst, placed)
     pendings: list[Any] = []
@@ -101,8 +95,7 @@ def _launch_on_host(
 ) -> Transfer:
     pendings = []
     for way, start, tokens in pieces:
-        mine = src_index.placed(_HOST, way.can.index_dtypes).shifted(start)
-        theirs = dst_index.placed(_HOST, way.can.index_dtypes).shifted(start)
+        mine, theirs = way.place(src_index).shifted(start), way.place(dst_index).shifted(start)
         pending = way.launch(src, dst, mine, theirs, tokens, None, None)
         if pending is not None:
             pendings.append(pending)
@@ -172,7 +165,7 @@ def _check_capture(pieces: list[Piece], src_index: Index, dst_index: Index) -> N
         if not way.can.capturable:
             refuse_capture(device, f"backend {way.choice.name!r} cannot be captured")
         for index in (src_index, dst_index):
-            if index.placed(way.home_of_ids, way.can.index_dtypes) is not index:
+            if way.place(index) is not index:
                 refuse_capture(device, "its ids would have to be copied first")
 
 

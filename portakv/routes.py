@@ -14,6 +14,7 @@ import torch
 
 from .backends.base import Capabilities, Launch
 from .form import Form
+from .index import Index
 from .plan import CopyPlan
 from .registry import Choice, prepare
 
@@ -29,6 +30,10 @@ class Route:
     choice: Choice
     can: Capabilities
     home_of_ids: torch.device
+
+    def place(self, index: Index) -> Index:
+        """An index with its ids where, and in a dtype that, the backend reads."""
+        return index.placed(self.home_of_ids, self.can.index_dtypes)
 
 
 Key = tuple[Form, Form, int, int, int | None, Choice]

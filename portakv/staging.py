@@ -40,10 +40,8 @@ def staged_copy(
     if stream is not None:
         stream.wait_stream(torch.accelerator.current_stream(device))
     mine, theirs = src_index.to_host(), dst_index.to_host()
-    skips = False
-    for index, view, side in ((mine, src, "source"), (theirs, dst, "destination")):
-        if index.ids is not None:
-            skips |= index.judge(count, view.slots, view is dst, side)
+    skips = mine.judge(count, src.slots, False, "source")
+    skips |= theirs.judge(count, dst.slots, True, "destination")
     if skips:
         unit = src.form.block_size if src.opaque else 1
         mine, theirs, count, _ = clean(src, dst, mine, theirs, count, unit)
