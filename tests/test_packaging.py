@@ -155,7 +155,9 @@ def test_the_wheel_holds_every_file_that_travels(wheel: Path, folders: dict[str,
         f"{name}/{path.relative_to(folder).as_posix()}"
         for name, folder in folders.items()
         for path in folder.rglob("*")
-        if path.suffix in (".py", ".typed", *NATIVE_SUFFIXES)
+        if path.suffix in (".py", ".typed")
+        or (name == "portakv_native" and path.suffix in NATIVE_SUFFIXES)
+        or (name == "portakv_benchmarks" and path.suffix == ".toml")
     }
     expected |= {f"portakv_native/{seeded}" for seeded in seeded_sources()}
     with zipfile.ZipFile(wheel) as archive:

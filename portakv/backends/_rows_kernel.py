@@ -40,8 +40,7 @@ _MAX_NUMBERS = 2**32  # of units in a view: the kernel counts them in 32 bits
 
 
 # Bytes to prefetch ahead in copy order by payload, from the largest down (benchmarks/NOTES.md).
-# From about 2 GB on, copies without any prefetch were the faster ones.
-_AHEAD = ((3 << 29, 0), (256 << 20, 2 << 20), (64 << 20, 1 << 20), (8 << 20, 512 << 10))
+_AHEAD = ((256 << 20, 2 << 20), (64 << 20, 1 << 20), (8 << 20, 512 << 10))
 
 
 @cache
