@@ -43,12 +43,13 @@ def find_units(at, inside, side, PER_ID: tl.constexpr):
     past = tl.zeros_like(inside)
     if PER_ID > 0:
         slot = number // PER_ID
+        ids = side.ids.to(tl.int64)  # the interpreter takes a low address for a narrow integer
         # Two loads of which one is masked off: choosing by a constant would compile twice.
         wide = tl.load(
-            side.ids.to(tl.pointer_type(tl.int64)) + slot, mask=inside & (side.wide != 0), other=0
+            ids.to(tl.pointer_type(tl.int64)) + slot, mask=inside & (side.wide != 0), other=0
         )
         narrow = tl.load(
-            side.ids.to(tl.pointer_type(tl.int32)) + slot, mask=inside & (side.wide == 0), other=0
+            ids.to(tl.pointer_type(tl.int32)) + slot, mask=inside & (side.wide == 0), other=0
         )
         found = wide + narrow.to(tl.int64)
         # Compared before it is multiplied: no id, however wild, can overflow.
@@ -73,7 +74,7 @@ def find_plane(plane, side, TABLE: tl.constexpr, OUTER: tl.constexpr, ENTRIES: t
     place = walk(plane, side.base.to(tl.int64), side.outer, OUTER, 0)
     entry = walk(plane, plane.to(tl.int64) * 0, ENTRIES, OUTER, 0)
     if TABLE == 1:
-        place += tl.load(side.table.to(tl.pointer_type(tl.int64)) + entry)
+        place += tl.load(side.table.to(tl.int64).to(tl.pointer_type(tl.int64)) + entry)
     return place, entry
 
 
@@ -86,7 +87,8 @@ def find_pieces(
     address = walk(piece, walk(number, place, side.units, UNITS, 1), side.inner, INNER, 0)
     if TABLE == 2:
         entries = walk(number, entry, ENTRIES, UNITS, 1)
-        address += tl.load(side.table.to(tl.pointer_type(tl.int64)) + entries, mask=moved, other=0)
+        table = side.table.to(tl.int64).to(tl.pointer_type(tl.int64))
+        address += tl.load(table + entries, mask=moved, other=0)
     return address
 
 
@@ -142,5 +144,5 @@ def copy_rows(
     if SRC_PER_ID + DST_PER_ID > 0:  # noqa: SIM102 - decided by the compiler, the next at run time
         if plane == 0:
             reports = (src_past | dst_past) & (within == 0) & (status != 0)
-            word = (status + unit * 0).to(tl.pointer_type(tl.int64))
+            word = (status.to(tl.int64) + unit * 0).to(tl.pointer_type(tl.int64))
             tl.store(word, unit * tokens + 1, mask=reports)
