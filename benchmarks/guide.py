@@ -32,7 +32,8 @@ PortaKV chooses by itself; `portakv backends` prints what it chose here and why.
 the choice is worth, from the result files in `benchmarks/results`. The order in which the registry
 asks is the order of *which one* below, the fastest first. *x cuda* is a backend's device
 time as a multiple of that of `cuda`, *of copy_* is the time of `copy_` of the same bytes / its own:
-1.00 is a memory copy. Every byte behind these figures was checked in the same run.
+1.00 is a memory copy. *compiled graph* is `compiled` captured into
+a CUDA graph. Every byte behind these figures was checked in the same run.
 """
 
 
@@ -144,9 +145,9 @@ def _thresholds(by: Mapping[Any, Row], sizes: Sequence[int], ways: Sequence[str]
             and by[size, way]["p50_us"] > CLOSE * by[size, fastest]["p50_us"]
         ]  # fmt: skip
         words = (
-            f"is within {CLOSE - 1:.0%} of `{fastest}` at every size"
+            f"is at most {CLOSE - 1:.0%} slower than `{fastest}` at every size measured"
             if not slower
-            else f"is more than {CLOSE - 1:.0%} slower than `{fastest}` at "
+            else f"is more than {CLOSE - 1:.0%} slower than `{fastest}`, of the sizes measured, at "
             + ", ".join(_size(size) for size in slower)
         )
         told.append(f"- `{way}` {words}.")

@@ -303,7 +303,7 @@ def _range(slot_mapping: Any, start: int, end: int | None) -> tuple[Index, int]:
             f"slot_mapping[{start}:{stop}] was asked of {length} slots; expected 0 <= start <= end "
             f"<= {length}."
         )
-    return index.shifted(start), stop - start
+    return (index.shifted(start) if start else index), stop - start
 
 
 def _whole(name: str, value: Any) -> int:

@@ -113,25 +113,26 @@ def carry(
 ) -> Transfer:
     """Carry a copy out through the chosen backend; raises as `copy_rows` does.
 
-    The caller has checked that indices and views cover ``count`` positions. ``disjoint``: the views
-    are known to share no memory.
+    Indices and views cover ``count`` positions. ``disjoint``: the views share no memory.
     """
     dst.check_writable()
-    at_home = src.device == dst.device == choice.backend.device
-    if not at_home and _must_stage(src, dst, choice):
+    if not src.device == dst.device == choice.backend.device and _must_stage(src, dst, choice):
         return staged_copy(carry, src, dst, src_index, dst_index, count, choice, stream)
     way = route(src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice)
     if count == 0:
         return Transfer()
     skips = src_index.judge(count, src.slots, False, "source")
     skips |= dst_index.judge(count, dst.slots, True, "destination")
-    pieces = _pieces(way, src, dst, src_index, dst_index, count, choice)
+    pieces = [(way, 0, count)]
+    if way.plan.unit > 1:
+        pieces = _pieces(way, src, dst, src_index, dst_index, count, choice)
     error: PortaKVError | None = None
-    trusted = src_index.trusted(count, src.slots) and dst_index.trusted(count, dst.slots)
-    if _need_cleaning(pieces, skips, trusted):
+    trusted = (src_index.on_host or src_index.trusted(count, src.slots)) and (
+        dst_index.on_host or dst_index.trusted(count, dst.slots)
+    )
+    if (skips or not trusted) and _need_cleaning(pieces, trusted):
         unit = max(way.plan.unit for way, _, _ in pieces)
-        kept = clean(src, dst, src_index, dst_index, count, unit)
-        src_index, dst_index, count, error = kept
+        src_index, dst_index, count, error = clean(src, dst, src_index, dst_index, count, unit)
         if count == 0:
             return Transfer((Completion(error=error),))
         way = route(src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice)
@@ -154,13 +155,11 @@ def _must_stage(src: KVView, dst: KVView, choice: Choice) -> bool:
     return (src.form.place, dst.form.place) not in choice.can.places
 
 
-def _need_cleaning(pieces: list[Piece], skips: bool, trusted: bool) -> bool:
-    """Whether ids may be bad that a backend on the way neither skips nor guards against.
+def _need_cleaning(pieces: list[Piece], trusted: bool) -> bool:
+    """Whether a backend on the way cannot take ids that are negative, or not trusted either.
 
     Raises `Unsupported` inside graph capture, where they cannot be checked.
     """
-    if trusted and not skips:
-        return False
     for way, _, _ in pieces:
         if not way.can.skips_negative or not (trusted or way.can.guards):
             refuse_capture(

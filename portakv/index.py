@@ -45,8 +45,8 @@ class Index:
     """
 
     __slots__ = (
-        "_device_ids", "_host_ids", "_judged", "_placed", "ids", "length", "offset", "on_host",
-        "plan_step", "step",
+        "_device_ids", "_dtypes", "_home", "_host_ids", "_judged", "_placed", "ids", "length",
+        "offset", "on_host", "plan_step", "step",
     )  # fmt: skip
 
     def __init__(
@@ -74,6 +74,8 @@ class Index:
         self.length = None if ids is None else ids.numel() * step - offset
         self.on_host = ids is None or ids.is_cpu
         self.plan_step = 0 if ids is None else step
+        self._home: torch.device | None = None
+        self._dtypes: frozenset[torch.dtype] | None = None
 
     @classmethod
     def of(cls, index: Any) -> Index:
@@ -105,7 +107,10 @@ class Index:
 
     def placed(self, home: torch.device, dtypes: frozenset[torch.dtype]) -> Index:
         """This index with its ids contiguous on ``home`` and in one of ``dtypes``."""
-        if self.ids is None or self._lies(home, dtypes):
+        if self.ids is None or (self._home is home and self._dtypes is dtypes):
+            return self
+        if self._lies(home, dtypes):
+            self._home, self._dtypes = home, dtypes  # the same launch asks again and again
             return self
         kept = self._placed
         if kept is not None and kept._lies(home, dtypes):
@@ -233,8 +238,8 @@ class Index:
         self._judged[self.offset, count, slots, None] = False
 
     def trusted(self, count: int, slots: int) -> bool:
-        """True where no id can be bad any more: judged on the host, or found clean."""
-        return self.on_host or (self.offset, count, slots, None) in self._judged
+        """True where ids on a device were found clean."""
+        return (self.offset, count, slots, None) in self._judged
 
     def _check_bounds(self, count: int, slots: int, side: str) -> None:
         expanded = self.slots(count)

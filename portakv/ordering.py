@@ -32,9 +32,9 @@ def launch(
     error: PortaKVError | None,
 ) -> Transfer:
     """Launch every piece, ordered behind the current stream (or, after it, on ``stream``)."""
-    device = pieces[0][0].choice.backend.device
-    if device == _HOST:
+    if src.form.place != "device" and dst.form.place != "device":
         return _launch_on_host(pieces, src, dst, src_index, dst_index, error)
+    device = pieces[0][0].choice.backend.device
     if capturing(device):
         return _launch_captured(pieces, src, dst, src_index, dst_index, stream)
     placed = [(way.place(src_index), way.place(dst_index)) for way, _, _ in pieces]
@@ -95,7 +95,9 @@ def _launch_on_host(
 ) -> Transfer:
     pendings = []
     for way, start, tokens in pieces:
-        mine, theirs = way.place(src_index).shifted(start), way.place(dst_index).shifted(start)
+        mine, theirs = way.place(src_index), way.place(dst_index)
+        if start:
+            mine, theirs = mine.shifted(start), theirs.shifted(start)
         pending = way.launch(src, dst, mine, theirs, tokens, None, None)
         if pending is not None:
             pendings.append(pending)
