@@ -113,6 +113,10 @@ class Form:
         return self.layers * self.heads * sum(self.widths)
 
 
+#: Why planes that coincide cannot be written, whether strides or addresses make them so.
+ALIASED = "two of its planes lie at one address, so that one would overwrite the other"
+
+
 @lru_cache(maxsize=4096)
 def same_form(form: Form) -> Form:
     """The first form that was equal to this one: look-ups then compare them by identity."""
@@ -218,7 +222,7 @@ def _why_unwritable(parts: Sequence[Part]) -> str:
                     return f"its {name!r} axis has stride 0, so that several rows share one place"
     origins = [origin for part in parts for origin in _plane_origins(part)]
     if len(set(origins)) < len(origins):
-        return "two of its planes lie at one address, so that one would overwrite the other"
+        return ALIASED
     return ""
 
 

@@ -64,8 +64,3 @@ def route(
         while len(_routes) > CAPACITY:
             _routes.popitem(last=False)
     return found
-
-
-def cached_routes() -> int:
-    """How many launches are kept."""
-    return len(_routes)

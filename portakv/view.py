@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from .errors import LayoutError
-from .form import locate
+from .form import ALIASED, locate
 from .layout import Layout
 from .reading import Facts, Found, Reading, read_as
 from .slicing import slice_facts
@@ -170,7 +170,7 @@ class KVView:
             for entry, offset in [locate(part.table, part.offset, part.layer, layer)]
         ]
         if len(set(planes)) < len(planes) or len(set(self.origins)) < len(self.origins):
-            return "two of its planes lie at one address, so that one would overwrite the other"
+            return ALIASED
         return ""
 
     def strided(
