@@ -27,6 +27,8 @@ class Side:
 
     ``ids``, ``step``, ``offset`` are those of an Index; ``widths`` are bytes for each kv;
     ``block_size`` is None for a chunk; ``slots`` counts the tokens that can be addressed.
+    ``arrangement`` is what it was built from; two sides with one of the same identity share
+    their tensors.
     """
 
     tensors: Any
@@ -42,6 +44,7 @@ class Side:
     block_size: int | None
     slots: int
     opaque: bool = False
+    arrangement: Arrangement | None = None
 
     @property
     def kv(self) -> int:
@@ -132,6 +135,32 @@ class Arrangement:
     storage: int = 0
     poison: bool = False
     device: str = "cpu"
+
+
+def side_of(
+    to: Arrangement,
+    ids: torch.Tensor | None = None,
+    step: int = 1,
+    offset: int = 0,
+    declared: dict[str, Any] | None = None,
+) -> Side:
+    """Build one side; ``declared`` are its view's extents, by default all that can be declared."""
+    axes = read_layout(to.layout)
+    opaque, paged = axes.written("page"), axes.written("block")
+    dims = tuple(to.extents["page" if opaque else "dim"])
+    size = to.extents["token"]
+    if declared is None:
+        declared = {"layers": to.extents["layer"], "kv": len(dims), "heads": to.extents["head"]}
+        if not opaque:
+            declared["dim"] = dims
+        if paged:
+            declared["block_size"] = size
+    tensors, guards = build(to)
+    return Side(
+        tensors, to.layout, declared, ids, step, offset, guards, to.extents["layer"],
+        to.extents["head"], tuple(n * to.dtype.itemsize for n in dims), size if paged else None,
+        size * (to.extents["block"] if paged else 1), opaque, to,
+    )  # fmt: skip
 
 
 def _factor_size(to: Arrangement, group: Group, place: int, kv: int) -> int:

@@ -17,7 +17,7 @@ import torch
 from hypothesis import strategies as st
 
 from .drawn_layouts import Draw, SharedRows, arrange, declare, draw_layout, groups_of, pick, rarely
-from .sides import Arrangement, Case, Side, build
+from .sides import Arrangement, Case, Side, side_of
 
 DTYPES = (
     torch.float16, torch.uint8, torch.int8, torch.bfloat16, torch.float32,
@@ -62,12 +62,12 @@ class _Draft:
     step: int = 0
 
     def side(self, ids: torch.Tensor | None, offset: int, *, opaque: bool = False) -> Side:
-        tensors, guards = build(self.arrangement)
-        return Side(
-            tensors, self.arrangement.layout, self.extents, ids, max(self.step, 1), offset, guards,
-            self.rows.layers, self.rows.heads, self.rows.widths, self.block_size, self.slots,
-            opaque,
-        )  # fmt: skip
+        side = side_of(self.arrangement, ids, max(self.step, 1), offset, self.extents)
+        # What was drawn must be what was built, or the examples would not be those described.
+        drawn = (self.rows.layers, self.rows.heads, self.rows.widths, self.block_size, self.slots)
+        assert drawn == (side.layers, side.heads, side.widths, side.block_size, side.slots)
+        assert side.opaque is opaque
+        return side
 
 
 def _draw_rows(draw: Draw, options: Options) -> tuple[SharedRows, list[torch.dtype]]:

@@ -6,7 +6,7 @@ It decides which views, which direction and which stream; the copy itself is `co
 
 from __future__ import annotations
 
-from collections import deque
+import weakref
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from operator import index as whole_number
@@ -19,6 +19,7 @@ from .copy import carry
 from .errors import DeviceMismatch, LayoutError, SlotError
 from .example import example_chunk
 from .index import Index
+from .lanes import Lanes
 from .layout import parse
 from .ordering import capturing
 from .presets import resolve
@@ -27,17 +28,20 @@ from .registry import choose
 from .routes import route
 from .transfer import Completion, Transfer
 from .view import KVView
+from .watch import fail, troubled, unasked_error
 
 KV_LAYOUT = "layer | kv block token head dim"
 CHUNK_LAYOUT = "kv layer token (head dim)"
 
 
 class _Caches(NamedTuple):
-    """Registered caches: their view, the facts that tell others apart, the reader of chunks."""
+    """Registered caches: their view, the facts that tell others apart, the reader of chunks, and
+    what was learnt of transfers to and from them."""
 
     view: KVView
     facts: Any
     chunks: ChunkReader
+    lanes: Lanes
 
 
 class AdaptiveConnector:
@@ -70,8 +74,8 @@ class AdaptiveConnector:
         parse(resolve(chunk_layout)[0])  # a layout that cannot be read is refused now
         self._chunk_layout = chunk_layout
         self._registered: _Caches | None = None
-        self._unreported: deque[Completion] = deque()
         self._captured: list[Completion] = []
+        self._owner = weakref.ref(self)
 
     def register_kv_caches(self, kv_caches: Any) -> None:
         """Read the caches once and hold them until `unregister_kv_caches` or another registration.
@@ -187,19 +191,20 @@ class AdaptiveConnector:
         end: int | None,
         stream: torch.Stream | None,
     ) -> Transfer:
-        if (self._unreported or self._captured) and not capturing(self.device):
+        if self._captured or troubled():
             self._report()
-        cache, _, chunks = self._caches(kv_caches)
+        cache, _, chunks, lanes = self._caches(kv_caches)
+        if stream is None:
+            transfer = lanes.transfer(store, memory_obj, slot_mapping, start, end)
+            if transfer is not None:
+                return transfer
         index, count = _range(slot_mapping, start, end)
         chunk = chunks.read(memory_obj)
         _check_chunk(cache, chunk, count)
-        if store:
-            return self._keep(
-                carry(cache, chunk, index, WHOLE, count, self._choice, stream, disjoint=True)
-            )
-        return self._keep(
-            carry(chunk, cache, WHOLE, index, count, self._choice, stream, disjoint=True)
-        )
+        sides = (cache, chunk, index, WHOLE) if store else (chunk, cache, WHOLE, index)
+        transfer = self._keep(carry(*sides, count, self._choice, stream, disjoint=True))
+        lanes.learn(store, chunk, slot_mapping)
+        return transfer
 
     def _move_batch(
         self,
@@ -211,7 +216,7 @@ class AdaptiveConnector:
         ends: Sequence[int],
         stream: torch.Stream | None,
     ) -> Transfer:
-        if (self._unreported or self._captured) and not capturing(self.device):
+        if self._captured or troubled():
             self._report()
         memory_objs, starts, ends = list(memory_objs), list(starts), list(ends)
         if not len(memory_objs) == len(starts) == len(ends):
@@ -219,7 +224,7 @@ class AdaptiveConnector:
                 f"{len(memory_objs)} memory objects came with {len(starts)} starts and "
                 f"{len(ends)} ends; pass one start and one end for each."
             )
-        cache, _, chunks = self._caches(kv_caches)
+        cache, _, chunks, _ = self._caches(kv_caches)
         jobs = []
         for memory_obj, start, end in zip(memory_objs, starts, ends, strict=True):
             index, count = _range(slot_mapping, start, end)
@@ -260,32 +265,33 @@ class AdaptiveConnector:
         if self._choice.can.tables:
             view.table  # noqa: B018 - made now, so that no transfer has to
         # Assigned at once: another thread sees the old caches or the new ones, never a mixture.
-        caches = _Caches(view, _facts(kv_caches), ChunkReader(view, self._chunk_layout))
+        caches = _Caches(
+            view,
+            _facts(kv_caches),
+            ChunkReader(view, self._chunk_layout),
+            Lanes(view, self._choice, self._owner),
+        )
         self._registered = caches
         return caches  # not what is registered by now: another thread may have been there
 
     def _keep(self, transfer: Transfer) -> Transfer:
         for completion in transfer.completions:
+            completion.owner = self._owner
             if completion.standing:
                 self._captured.append(completion)
-            elif completion.may_fail:
-                self._unreported.append(completion)
+            elif completion.untold:
+                fail(completion, self._owner)
         return transfer
 
     def _report(self) -> None:
-        """Raise the error of an earlier transfer that nobody asked for; forget one that ended."""
+        """Raise the error of an earlier transfer that nobody asked for."""
+        if capturing(self.device):
+            return
         for completion in self._captured:
             error = completion.take_error()
             if error is not None:
                 raise error
-        # One at a time: every call adds one, so no call pays for many.
-        try:
-            first = self._unreported.popleft()
-        except IndexError:  # empty, perhaps because another thread was faster
-            return
-        if not first.ended():
-            self._unreported.appendleft(first)
-        error = first.take_error()
+        error = unasked_error(self._owner)
         if error is not None:
             raise error
 

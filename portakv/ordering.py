@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -16,6 +15,7 @@ from .index import Index
 from .routes import Route
 from .transfer import Completion, Transfer
 from .view import KVView
+from .watch import watch
 
 _HOST = torch.device("cpu")
 
@@ -55,7 +55,7 @@ def launch(
     kept = (src, dst, placed)
     completion = Completion(event, pendings, status, error, kept if pendings else None, pool)
     if pendings or status:
-        _watch(completion)
+        watch(completion)
     return Transfer((completion,), kept)
 
 
@@ -105,7 +105,7 @@ def _launch_on_host(
         return Transfer()
     completion = Completion(None, pendings, (), error, (src, dst, src_index, dst_index))
     if pendings:
-        _watch(completion)
+        watch(completion)
     return Transfer((completion,))
 
 
@@ -137,18 +137,21 @@ def _launch_captured(
 
 def capturing(device: torch.device) -> bool:
     """True while the current stream of ``device`` is captured into a graph."""
-    ask = _capture_probe(device)
-    return ask is not None and ask()
+    return capture_question(device)()
 
 
 @cache
-def _capture_probe(device: torch.device) -> Callable[[], bool] | None:
-    if device == _HOST:
-        return None
+def capture_question(device: torch.device) -> Callable[[], bool]:
+    """What answers `capturing` for a device."""
     if device.type == "cuda":
         # What torch.cuda's function of that name calls, at a third of its cost.
         return torch._C._cuda_isCurrentStreamCapturing
-    return getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    module = None if device == _HOST else torch.get_device_module(device)
+    return getattr(module, "is_current_stream_capturing", None) or _never
+
+
+def _never() -> bool:
+    return False
 
 
 def refuse_capture(device: torch.device, why: str) -> None:
@@ -169,19 +172,3 @@ def _check_capture(pieces: list[Piece], src_index: Index, dst_index: Index) -> N
         for index in (src_index, dst_index):
             if way.place(index) is not index:
                 refuse_capture(device, "its ids would have to be copied first")
-
-
-# Work that no stream orders, and status words, must outlive a handle that the caller dropped.
-_watched: deque[Completion] = deque()
-_WATCHED = 64  # looked through only when there are more, so that a call seldom pays for it
-
-
-def _watch(completion: Completion) -> None:
-    _watched.append(completion)
-    if len(_watched) <= _WATCHED:
-        return
-    try:
-        while _watched[0].ended():
-            _watched.popleft()
-    except IndexError:  # empty, perhaps because another thread was faster
-        pass

@@ -13,6 +13,9 @@ from .errors import PortaKVError, SlotError, TransferError
 from .events import Pool
 from .words import Word
 
+#: Completions that learnt of an error; `watch` tells their owners what nobody asked for.
+failed: list[Completion] = []
+
 
 class Completion:
     """How one launch, or several in a row, end. Holds memory only where no stream orders it.
@@ -24,6 +27,9 @@ class Completion:
         error: an error that is known already.
         kept: memory of work that no stream orders.
         standing: it was captured, and happens again with every replay.
+
+    Attributes:
+        owner: a weak reference to who is told of an error that nobody asked for; or None.
     """
 
     __slots__ = (
@@ -34,6 +40,7 @@ class Completion:
         "_reported",
         "_words",
         "kept",
+        "owner",
         "standing",
     )
 
@@ -55,12 +62,13 @@ class Completion:
         self._error = error
         self.kept = kept
         self.standing = standing
+        self.owner: Any = None
         self._reported = False
 
     @property
-    def may_fail(self) -> bool:
-        """True where an error may show up, or already did, after the call returned."""
-        return self._error is not None or bool(self._words)
+    def untold(self) -> bool:
+        """True where an error is known and nobody was told of it."""
+        return self._error is not None and not self._reported
 
     @property
     def error(self) -> PortaKVError | None:
@@ -128,6 +136,7 @@ class Completion:
         position = word.read()
         if position and self._error is None:
             self._error = bad_slot(start + position - 1)
+            failed.append(self)
 
 
 class Transfer:

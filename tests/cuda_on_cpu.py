@@ -116,7 +116,7 @@ class _LaunchOnCpu:
         word = 0 if status is None else status.data_ptr()
         units = count // self._unit
         for kernel, library in zip(self._kernels, self._libraries, strict=True):
-            buffer = kernel.fresh_arguments()
+            buffer = bytearray(kernel.fixed)
             assert len(buffer) == library.argument_bytes()
             assert kernel._dst_table_at == library.dst_table_at()
             kernel.pack(buffer, src, dst, src_index, dst_index, word, kernel.ahead(units))

@@ -8,6 +8,7 @@ becomes the argument ``Copy``, packed here as that file declares it.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from math import prod
@@ -132,9 +133,10 @@ class RowsKernel:
                 return ahead // self.vector
         return 0
 
-    def fresh_arguments(self) -> bytearray:
-        """A buffer for the argument with everything in it that does not change."""
-        return bytearray(self._fixed)
+    @property
+    def fixed(self) -> bytes:
+        """The argument with everything in it that does not change."""
+        return self._fixed
 
     def pack(
         self,
@@ -157,6 +159,43 @@ class RowsKernel:
         if self.dst.entries:
             table = self.dst.table(dst)
             buffer[self._dst_table_at : self._dst_table_at + len(table)] = table
+
+    def packer(
+        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
+    ) -> Callable[[bytearray, int, int, int, int, int], None] | None:
+        """`pack` and `pack_span` of one launch with everything settled but (address of the dense
+        side, address of the ids, first id, units, status word); None where a table is needed."""
+        store = src_index.ids is not None
+        dense = self.dst if store else self.src
+        if dense.kind != "NONE" or self.unit != 1:
+            return None
+        paged = self.src.request(src, src_index) if store else self.dst.request(dst, dst_index)
+        base, table, _, wide, _, limit = paged
+        behind, pack, ahead = dense.side.offset, _REQUEST.pack_into, self.ahead
+        least = -(-_AHEAD[-1][0] // self._unit_bytes)  # units from which on it fetches ahead
+
+        def gather(
+            buffer: bytearray, address: int, ids: int, first: int, units: int, status: int
+        ) -> None:
+            pack(
+                buffer, 0, base, table, ids, wide, first, limit, address + behind, 0, 0, 0, 0, 0,
+                units, 0, 1, ahead(units) if units >= least else 0, status,
+            )  # fmt: skip
+
+        def scatter(
+            buffer: bytearray, address: int, ids: int, first: int, units: int, status: int
+        ) -> None:
+            pack(
+                buffer, 0, address + behind, 0, 0, 0, 0, 0, base, table, ids, wide, first, limit,
+                units, 0, 1, ahead(units) if units >= least else 0, status,
+            )  # fmt: skip
+
+        return gather if store else scatter
+
+    @property
+    def most_units(self) -> int:
+        """The most units of one launch."""
+        return self._most_units
 
     def spans(self, units: int) -> list[tuple[int, int]]:
         """(first unit, units) of each launch."""

@@ -86,6 +86,11 @@ class SideShape:
             _padded("inner", [getattr(x, f"{name}_stride") for x in inner]),
         )
 
+    @property
+    def offset(self) -> int:
+        """Bytes from an address to the first plane of the nest."""
+        return self._side.offset
+
     def signature(self) -> SideArguments:
         """The types of this side's arguments."""
         steps = (tuple("i64" for _ in strides) for strides in self._strides)
@@ -179,17 +184,24 @@ class NestKernel:
         }
         return {**arguments, **dict.fromkeys(self.constants, "constexpr")}
 
+    @property
+    def most_units(self) -> int:
+        """The most units of one launch; launchers multiply the programs of both axes in 32 bits."""
+        return min(MAX_VECTORS, MAX_VECTORS // self.planes * self.tile.vectors) // self._row or 1
+
+    def programs(self, units: int) -> int:
+        """Programs along x that move so many units."""
+        return -(-units * self._row // self.tile.vectors)
+
     def launches(
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, units: int, status: int
     ) -> list[tuple[int, tuple[Any, ...]]]:
         """(programs along x, arguments before the constants) of each launch."""
         mine, theirs = self.src.arguments(src, src_index), self.dst.arguments(dst, dst_index)
-        unit, row, tile = self._unit, self._row, self.tile.vectors
-        # Launchers multiply the programs of both axes in 32 bits.
-        most = min(MAX_VECTORS, MAX_VECTORS // self.planes * tile) // row or 1
+        unit, most = self._unit, self.most_units
         return [
             (
-                -(-min(most, units - start) * row // tile),
+                self.programs(min(most, units - start)),
                 (mine, theirs, min(most, units - start), start, unit, status),
             )
             for start in range(0, units, most)

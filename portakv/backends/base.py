@@ -96,6 +96,30 @@ class Launch(Protocol):
     ) -> Pending | None: ...
 
 
+class Again(Protocol):
+    """A launch with everything settled but addresses and a count; see `Repeatable`.
+
+    ``most`` is the most tokens that one call moves. Arguments: the address of the dense side, the
+    address of the ids, the position of the first id, the tokens to move, and the address of the
+    status word. The work is ordered on the current stream.
+    """
+
+    most: int
+
+    def __call__(self, dense: int, ids: int, first: int, count: int, status: int) -> None: ...
+
+
+class Repeatable(Launch, Protocol):
+    """A launch that spares the host time of a transfer that is made again and again.
+
+    Having `again` is no claim: without it the library calls the launch itself each time.
+    """
+
+    def again(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> Again | None:
+        """The launch with these arguments, between a cache under device ids of step 1 and one
+        dense tensor without ids; None where it cannot be settled further."""
+
+
 class Backend(ABC):
     """One way of carrying plans out on one device.
 

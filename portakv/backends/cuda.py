@@ -130,10 +130,10 @@ def _check(error: Any, what: str) -> None:
 class _Arguments(threading.local):
     """One buffer for each thread, so that a launch can be called from several at once."""
 
-    def __init__(self, kernels: list[RowsKernel], device: torch.device) -> None:
+    def __init__(self, fixed: list[bytes], device: torch.device) -> None:
         with torch.cuda.device(device):
             torch._C._cuda_setDevice(device.index)  # a new thread has no context yet
-        self.buffers = [kernel.fresh_arguments() for kernel in kernels]
+        self.buffers = [bytearray(one) for one in fixed]
         owned = [(ctypes.c_char * len(buffer)).from_buffer(buffer) for buffer in self.buffers]
         self._pointers = [(ctypes.c_void_p * 1)(ctypes.addressof(one)) for one in owned]
         self._owned = owned
@@ -155,8 +155,30 @@ class _CudaLaunch:
         self._make_stream = driver.CUstream
         self._unit, self._kernels, self._functions = unit, kernels, functions
         self._device, self._index = device, device.index
-        self._arguments = _Arguments(kernels, device)
+        self._arguments = _Arguments([kernel.fixed for kernel in kernels], device)
         self._process = os.getpid()
+
+    def again(
+        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
+    ) -> _CudaAgain | None:
+        """See `base.Repeatable`."""
+        packers, fixed = [], []
+        for kernel in self._kernels:
+            packer = kernel.packer(src, dst, src_index, dst_index)
+            if packer is None:
+                return None
+            filled = bytearray(kernel.fixed)
+            kernel.pack(filled, src, dst, src_index, dst_index, 0, 0)
+            packers.append(packer)
+            fixed.append(bytes(filled))
+        parts = [
+            (packer, function, kernel.row, kernel.planes)
+            for packer, function, kernel in zip(
+                packers, self._functions, self._kernels, strict=True
+            )
+        ]
+        most = min(kernel.most_units for kernel in self._kernels)
+        return _CudaAgain(parts, _Arguments(fixed, self._device), self._device, most)
 
     def __call__(
         self,
@@ -169,9 +191,7 @@ class _CudaLaunch:
         status: torch.Tensor | None,
     ) -> None:
         if os.getpid() != self._process:
-            raise Unsupported(
-                "Launching in a forked process", "CUDA does not survive fork; start it by spawn"
-            )
+            raise _forked()
         if torch._C._cuda_getDevice() != self._index:
             with torch.cuda.device(self._device):
                 self._run(src, dst, src_index, dst_index, count, stream, status)
@@ -206,6 +226,49 @@ class _CudaLaunch:
                 )  # fmt: skip
                 if error:
                     _check(error, "The launch")
+
+
+class _CudaAgain:
+    """See `base.Again`."""
+
+    def __init__(
+        self, parts: list[Any], arguments: _Arguments, device: torch.device, most: int
+    ) -> None:
+        from cuda.bindings import driver
+
+        self._launch, self._make_stream = driver.cuLaunchKernel, driver.CUstream
+        self._parts, self._arguments, self.most = parts, arguments, most
+        self._device, self._index = device, device.index
+        self._streams: dict[int, Any] = {}
+        self._process = os.getpid()
+
+    def __call__(self, dense: int, ids: int, first: int, count: int, status: int) -> None:
+        if os.getpid() != self._process:
+            raise _forked()
+        if torch._C._cuda_getDevice() != self._index:
+            with torch.cuda.device(self._device):
+                self(dense, ids, first, count, status)
+            return
+        raw = torch._C._cuda_getCurrentRawStream(self._index)
+        stream = self._streams.get(raw)
+        if stream is None:
+            stream = self._streams[raw] = self._make_stream(raw)
+        arguments = self._arguments
+        buffers, addresses = arguments.buffers, arguments.addresses
+        for at, (pack, function, row, planes) in enumerate(self._parts):
+            pack(buffers[at], dense, ids, first, count, status)
+            (error,) = self._launch(
+                function, -(-count * row // _THREADS), planes, 1,
+                _THREADS, 1, 1, 0, stream, addresses[at], 0,
+            )  # fmt: skip
+            if error:
+                _check(error, "The launch")
+
+
+def _forked() -> Unsupported:
+    return Unsupported(
+        "Launching in a forked process", "CUDA does not survive fork; start it by spawn"
+    )
 
 
 def _raw(stream: torch.Stream) -> int:

@@ -142,6 +142,23 @@ class _TritonLaunch:
         ]
         self._process = os.getpid()
 
+    def again(
+        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
+    ) -> _TritonAgain | None:
+        """See `base.Repeatable`."""
+        store = src_index.ids is not None
+        if self._unit != 1 or any((x.dst if store else x.src).table for x, *_ in self._parts):
+            return None
+        return _TritonAgain(self, self._parts, self._device, (src, dst, src_index, dst_index))
+
+    def refuse_fork(self) -> None:
+        """Raise `Unsupported` in a process that was forked since."""
+        if os.getpid() != self._process:
+            raise Unsupported(
+                "Launching in a forked process",
+                "the device's context does not survive fork; start the process by spawn",
+            )
+
     def __call__(
         self,
         src: KVView,
@@ -152,11 +169,7 @@ class _TritonLaunch:
         stream: torch.Stream | None,
         status: torch.Tensor | None,
     ) -> None:
-        if os.getpid() != self._process:
-            raise Unsupported(
-                "Launching in a forked process",
-                "the device's context does not survive fork; start the process by spawn",
-            )
+        self.refuse_fork()
         word = 0 if status is None else status.data_ptr()
         units = count // self._unit
         if stream is None and self._current_device() == self._index:
@@ -176,6 +189,47 @@ class _TritonLaunch:
                     programs, nest.planes, 1, stream, function, metadata, None, None, None,
                     *arguments, *constants,
                 )  # fmt: skip
+
+
+class _TritonAgain:
+    """See `base.Again`."""
+
+    def __init__(
+        self, launch: _TritonLaunch, parts: list[Any], device: torch.device, sides: Any
+    ) -> None:
+        driver = _driver()
+        self._current_device = driver.get_current_device
+        self._current_stream = driver.get_current_stream
+        self._refuse_fork, self._device, self._index = launch.refuse_fork, device, device.index
+        src, dst, src_index, dst_index = sides
+        self._store = src_index.ids is not None
+        self._parts = []
+        for nest, run, function, metadata, constants in parts:
+            mine, theirs = nest.src.arguments(src, src_index), nest.dst.arguments(dst, dst_index)
+            paged, dense = (mine, theirs) if self._store else (theirs, mine)
+            # What an address or a count changes stands between what stays.
+            begins = paged[:2], paged[3], paged[5:], dense[1:]
+            behind = (nest.dst if self._store else nest.src).offset
+            rest = (None, None, None), constants
+            self._parts.append((nest, run, function, metadata, begins, behind, rest))
+        self.most = min(nest.most_units for nest, *_ in parts)
+
+    def __call__(self, dense: int, ids: int, first: int, count: int, status: int) -> None:
+        self._refuse_fork()
+        if self._current_device() != self._index:
+            with torch.get_device_module(self._device).device(self._device):
+                self(dense, ids, first, count, status)
+            return
+        stream = self._current_stream(self._index)
+        for nest, run, function, metadata, begins, behind, (hooks, constants) in self._parts:
+            base, wide, steps, side = begins
+            paged = (*base, ids, wide, first, *steps)
+            other = (dense + behind, *side)
+            mine, theirs = (paged, other) if self._store else (other, paged)
+            run(
+                nest.programs(count), nest.planes, 1, stream, function, metadata, *hooks,
+                mine, theirs, count, 0, 1, status, *constants,
+            )  # fmt: skip
 
 
 def _refuse_capture(device: torch.device) -> None:

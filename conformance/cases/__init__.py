@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cases: what is asked of a backend. Each test's docstring is a sentence of the specification.
+
+`test_core` is what every backend must do. The other files widen it: layouts and shapes
+(`test_corners`, `test_presets`, `test_indices`), what callers do (`test_connector`), what must never
+happen (`test_safety`), what a backend claims (`test_claims`), order and graphs, and structures that
+nobody thought of (`test_drawn`, `test_metamorphic`, `test_stateful`).
+"""

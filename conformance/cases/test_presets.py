@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every layout that an engine is known to use: rows go out of it, into it, within it, and over
+into another. Small shapes; the memory orders, paddings and widths are those of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from portakv_conformance.claims import full
+from portakv_conformance.grammar import read_layout
+from portakv_conformance.judging import Judge
+from portakv_conformance.shapes import CHUNK, PAGED, Shape, Workshop
+from portakv_conformance.sides import Case, Side
+
+from portakv.presets import PRESETS
+
+pytestmark = pytest.mark.area("corners")
+
+OPERATIONS = ("gather", "scatter", "migrate", "convert")
+DTYPES = (torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.float32)
+#: The physical order where it is not the logical one; with `layer`, all layers lie in one pool.
+MEMORY = {
+    "vllm-hnd": "kv block head token dim",
+    "vllm-flashinfer-hnd": "block kv head token dim",
+    "vllm-0.26-nhd": "block token head (kv dim)",
+    "vllm-lbhnc": "layer block head token (kv dim)",
+    "vllm-lbnhc": "layer block token head (kv dim)",
+    "vllm-lhbnc": "layer head block token (kv dim)",
+    "vllm-blhnc": "block layer head token (kv dim)",
+    "vllm-blnhc": "block layer token head (kv dim)",
+    "vllm-bhlnc": "block head layer token (kv dim)",
+    "vllm-0.29-cpu": "layer block head (kv token dim)",
+    "vllm-0.29-planes": "layer block kv token (head dim)",
+    "vllm-0.29-mla": "block layer 1 token dim",
+}
+#: Bytes of each kv where the engine fixes them; of a nominal row where pages are opaque.
+WIDTHS = {
+    "vllm-mla-fp8": (656,),
+    "vllm-dsv4": (584,),
+    "vllm-dsv4-split": (576, 8),
+    "vllm-mla-nvfp4": (352,),
+    "vllm-mla-nvfp4-split": (320, 32),
+    "vllm-dsa": (132,),
+    "vllm-dsa-split": (128, 4),
+}
+#: Widths in elements where the parts of a row differ, as in latent and rope.
+UNEQUAL = {
+    "vllm-ascend-mla": (32, 8),
+    "vllm-ascend-dsa": (32, 8, 16),
+    "lmcache-17": (32, 8),
+    "vllm-lbnhc": (24, 16),
+    "vllm-bhlnc": (16, 8),
+}
+_PAD = 16  # elements between the pages of layouts that lie in one pool
+
+
+def _table() -> Iterator[Any]:
+    """(operation, preset, dtype): in `core` one dtype for each preset, in `full` all."""
+    for number, (name, preset) in enumerate(PRESETS.items()):
+        fixed = name in WIDTHS
+        dtypes = (torch.uint8,) if fixed else DTYPES
+        for at, dtype in enumerate(dtypes):
+            first = at == number % len(dtypes)
+            for operation in OPERATIONS:
+                if operation == "migrate" and not read_layout(preset.layout).written("block"):
+                    continue
+                tags = {"layout": name, "dtype": _name(dtype), "operation": operation}
+                marks = [pytest.mark.tags(**tags), *([] if first else [full])]
+                label = f"{operation}-{name}-{_name(dtype)}"
+                yield pytest.param(operation, name, dtype, marks=marks, id=label)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize(("operation", "name", "dtype"), _table())
+def test_preset(
+    judge: Judge, workshop: Workshop, operation: str, name: str, dtype: torch.dtype
+) -> None:
+    """Rows are gathered from, scattered to, migrated within and converted from every preset."""
+    judge.copy(_case(workshop, operation, name, dtype))
+
+
+def shape_of(name: str, dtype: torch.dtype) -> Shape:
+    """What the tensors of a preset hold here."""
+    preset = PRESETS[name]
+    axes = read_layout(preset.layout)
+    kv = int(preset.extents.get("kv", 2 if axes.written("kv") else 1))  # type: ignore[arg-type]
+    split = any(factor.part for group in axes.right for factor in group)
+    elements = UNEQUAL.get(name, (64 if split else 16,) * kv)
+    widths = WIDTHS.get(name) or tuple(n * dtype.itemsize for n in elements)
+    shape = Shape(
+        layers=2 if axes.written("layer") else 1,
+        heads=2 if axes.written("head") and name != "chunk-2ltd-mla" else 1,
+        widths=widths,
+    )
+    if axes.written("page"):
+        page = (widths[0] if name in WIDTHS else 24 * dtype.itemsize) * shape.block_size
+        return replace(shape, widths=(page,))
+    return shape
+
+
+def _how(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    how: dict[str, Any] = {"dtype": dtype}
+    memory = MEMORY.get(name, "")
+    if memory:
+        how["memory"] = memory
+        if "layer" in memory.split():
+            how.update(pads={memory.split().index("block"): _PAD}, shift=_PAD)
+    if name.startswith("vllm-dsv4"):
+        how["pads"] = {0: -(584 * 4) % 576}  # the page is rounded up to whole values
+    if name.startswith("vllm-ascend"):
+        how["shift"] = _PAD  # slices of larger allocations
+    return how
+
+
+def _case(shop: Workshop, operation: str, name: str, dtype: torch.dtype) -> Case:
+    layout, shape = PRESETS[name].layout, shape_of(name, dtype)
+    axes, how = read_layout(layout), _how(name, dtype)
+    if axes.written("page"):
+        return _pages(shop, operation, layout, shape, how)
+    if not axes.written("block"):
+        return _chunks(shop, operation, layout, shape, dtype)
+    slots = shop.shuffled(shape.slots, 13, 2)
+    if operation == "migrate":
+        return _within(shop, layout, shape, how)
+    if operation == "convert":
+        other = replace(shape, block_size=6, blocks=4)
+        target = shop.cache(
+            other, shop.shuffled(other.slots, 13), layout=_other(shape), source=False, dtype=dtype
+        )
+        return Case(shop.cache(shape, slots, layout=layout, **how), target, 13)
+    if operation == "gather":
+        target = shop.chunk(shape, 13, layout=_dense(shape), source=False, dtype=dtype)
+        return Case(shop.cache(shape, slots, layout=layout, **how), target, 13)
+    source = shop.chunk(shape, 13, layout=_dense(shape), dtype=dtype)
+    return Case(source, shop.cache(shape, slots, layout=layout, source=False, **how), 13)
+
+
+def _dense(shape: Shape) -> str:
+    """A chunk that can hold the widths."""
+    return CHUNK if len(set(shape.widths)) == 1 else "layer token (kv head dim)"
+
+
+def _other(shape: Shape) -> str:
+    """A paged layout that is like none of the presets."""
+    if len(set(shape.widths)) > 1:
+        return "block head layer token (kv dim)"
+    return "head | block layer token kv dim"
+
+
+def _within(shop: Workshop, layout: str, shape: Shape, how: dict[str, Any]) -> Case:
+    """Whole blocks of one cache, by block tables on both sides."""
+    blocks = shop.shuffled(shape.blocks, 4)
+    cache = shop.cache(shape, blocks[:2], layout=layout, step=shape.block_size, **how)
+    return Case(cache, replace(cache, ids=torch.tensor(blocks[2:])), 2 * shape.block_size)
+
+
+def _pages(
+    shop: Workshop, operation: str, layout: str, shape: Shape, how: dict[str, Any]
+) -> Case:
+    if operation == "migrate":
+        return _within(shop, layout, shape, how)
+    size, blocks = shape.block_size, shop.shuffled(shape.blocks, 3, 1)
+    mine = {"layout": layout, "step": size, **how}
+    flat = "block page" if shape.layers == 1 else "block layer page"
+    store: Side
+    if operation == "convert":
+        store = shop.cache(shape, blocks[::-1], layout=flat, step=size, source=False)
+        return Case(shop.cache(shape, shop.shuffled(shape.blocks, 3), **mine), store, 3 * size)
+    few = replace(shape, blocks=3)
+    store = shop.cache(few, None, layout=flat, source=operation == "scatter")
+    if operation == "gather":
+        return Case(shop.cache(shape, blocks, **mine), store, 3 * size)
+    return Case(store, shop.cache(shape, blocks, source=False, **mine), 3 * size)
+
+
+def _chunks(
+    shop: Workshop, operation: str, layout: str, shape: Shape, dtype: torch.dtype
+) -> Case:
+    """A chunk's layout beside a paged cache, or another chunk's."""
+    if operation == "convert":
+        source = shop.chunk(shape, 13, layout=layout, dtype=dtype)
+        other = "token layer head kv dim"
+        return Case(source, shop.chunk(shape, 13, layout=other, source=False, dtype=dtype), 13)
+    slots = shop.shuffled(shape.slots, 13, 2)
+    if operation == "gather":
+        target = shop.chunk(shape, 13, layout=layout, source=False, dtype=dtype)
+        return Case(shop.cache(shape, slots, layout=PAGED, dtype=dtype), target, 13)
+    source = shop.chunk(shape, 13, layout=layout, dtype=dtype)
+    return Case(source, shop.cache(shape, slots, layout=PAGED, source=False, dtype=dtype), 13)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims: marks that say what a case judges, and what happens where a backend does not claim it.
+
+A field of `Capabilities` that is claimed is tested. One that is not claimed ends as the status
+``not-claimed``, after the case has seen, where a plan can show it, that the backend refuses.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from portakv import Unsupported
+
+from .judging import Judge, changed, index_of, view_of
+from .memory import Memory
+from .sides import Case
+
+#: Every mark of a case, with what it says; the plugin registers them.
+MARKS = {
+    "area": "area(name): what part of the suite a case belongs to",
+    "profile": "profile(name): the least profile that runs a case; core where none is said",
+    "claim": "claim(field): the field of Capabilities that a case judges",
+    "tags": "tags(layout=, dtype=, operation=): the cell of the report's matrix",
+    "needs": "needs(what): accelerator, host, two devices, graphs or memory",
+}
+AREAS = (
+    "core", "corners", "safety", "claims", "metamorphic", "ordering", "capture", "stateful",
+    "drawn",
+)  # fmt: skip
+NOT_CLAIMED = pytest.StashKey[str]()
+
+#: A case of the profile ``full`` only.
+full = pytest.mark.profile("full")
+
+
+def not_claimed(request: pytest.FixtureRequest, field: str, reason: str) -> None:
+    """Let this case end as ``not-claimed``, unless it fails: the backend does not claim ``field``.
+
+    The case goes on, and returns by itself.
+    """
+    request.node.stash[NOT_CLAIMED] = f"{field} is not claimed: {reason}"
+
+
+def check_refused(judge: Judge, case: Case) -> None:
+    """The forced backend must raise `Unsupported` for this case, with every output untouched."""
+    src, dst = view_of(case.src), view_of(case.dst)
+    before = Memory.snapshot(case.src.tensors, case.dst.tensors)
+    try:
+        judge.finish(
+            judge.subject.copy(src, dst, index_of(case.src), index_of(case.dst), count=case.count)
+        )
+    except Unsupported:
+        judge.facility.synchronize()
+        wrong = changed(before, [case.src.tensors, case.dst.tensors])
+        assert wrong is None, f"The copy was refused as Unsupported, but {wrong}."
+        return
+    except Exception as error:
+        raise AssertionError(
+            f"What is not claimed must raise Unsupported; {type(error).__name__} was raised: "
+            f"{error} The case was {case!r}."
+        ) from error
+    raise AssertionError(
+        f"What is not claimed must raise Unsupported; the copy returned as if it were carried "
+        f"out. Claim it, or refuse it. The case was {case!r}."
+    )

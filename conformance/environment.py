@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run was made with: the backend and its source, the device and its driver, versions.
+
+Reads files and asks tools; changes nothing, and imports no vendor package that is not there yet.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .source import SourceError, source_sha256
+from .subject import Subject
+
+#: Environment variable under which Triton interprets its kernels on the host.
+INTERPRET = "TRITON_INTERPRET"
+# Distributions whose versions may explain a result, where they are installed.
+_PACKAGES = (
+    "portakv", "numpy", "pytest", "hypothesis", "triton", "cuda-bindings", "nvidia-cuda-nvrtc",
+    "torch-npu", "torch-mlu", "torch-mlu-ops", "torch-musa", "intel-extension-for-pytorch",
+)  # fmt: skip
+
+
+def describe_environment(subject: Subject, asked: str) -> dict[str, Any]:
+    """The facts of `RunRecord.environment`.
+
+    Args:
+        subject: what is judged.
+        asked: the device as the user wrote it.
+    """
+    device = subject.device
+    facts: dict[str, Any] = {
+        "torch": str(torch.__version__),
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "device": asked,
+        "device_name": device_name(device, subject.emulated),
+        "driver": driver_version(device, subject.emulated),
+        "emulated": is_emulated(subject),
+        "cores": len(os.sched_getaffinity(0)),
+    }
+    if device.type == "cuda":
+        facts["cuda"] = str(torch.version.cuda or torch.version.hip)
+    if interpreted(subject):
+        facts[INTERPRET] = os.environ[INTERPRET]
+    return facts | package_versions([*_PACKAGES, *_distributions(subject.target)])
+
+
+def describe_backend(subject: Subject) -> dict[str, str]:
+    """The facts of `RunRecord.backend`: name, target, version, source_sha256."""
+    try:
+        source = source_sha256(subject.target)
+    except SourceError as error:
+        source = f"unknown: {error}"
+    versions = package_versions(_distributions(subject.target))
+    return {
+        "name": subject.name,
+        "target": subject.target,
+        "version": next(iter(versions.values()), ""),
+        "source_sha256": source,
+    }
+
+
+def plain(value: Any) -> Any:
+    """A claim as JSON can hold it: sets sorted into lists, dtypes and the like as their names."""
+    if value is None or isinstance(value, bool | int | float | str) and not isinstance(value, enum.Enum):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, dict):
+        return {str(key): plain(kept) for key, kept in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted((plain(entry) for entry in value), key=str)
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return str(value).removeprefix("torch.")
+
+
+def is_emulated(subject: Subject) -> bool:
+    """Whether less than the real device was at work: a simulated device, or an interpreter.
+
+    A backend of a third party that emulates says so with ``emulated = True`` in its class.
+    """
+    says = getattr(subject.backend, "emulated", False)
+    return subject.emulated or interpreted(subject) or bool(says)
+
+
+def interpreted(subject: Subject) -> bool:
+    """Whether the backend's kernels run through Triton's interpreter."""
+    asked = os.environ.get(INTERPRET, "").lower() in ("1", "true", "on", "yes")
+    if not (asked and subject.on_host):
+        return False
+    module = subject.target.partition(":")[0]
+    return module == "portakv.backends.triton" or "interpret" in " ".join(
+        decision.reason for decision in subject.trace if decision.name == subject.name
+    )
+
+
+def device_name(device: torch.device, simulated: bool) -> str:
+    """The device's own name; for a CPU the processor's."""
+    if simulated:
+        return f"simulated device ({device.type}, on the host's processor)"
+    if device.type == "cpu":
+        return _processor()
+    ask = getattr(torch.get_device_module(device), "get_device_name", None)
+    return str(ask(device)) if ask else device.type
+
+
+def driver_version(device: torch.device, simulated: bool) -> str:
+    """The driver's version where the system tells it; else empty."""
+    if simulated or device.type != "cuda":
+        return ""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ""
+    try:
+        told = subprocess.run(
+            [tool, "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=20, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    lines = told.stdout.split()
+    return lines[0] if lines else ""
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Versions of those distributions that are installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _distributions(target: str) -> list[str]:
+    """The distributions that a class's top-level package comes from."""
+    top = target.partition(":")[0].partition(".")[0]
+    if top.startswith("portakv"):
+        return ["portakv"]
+    return sorted(set(metadata.packages_distributions().get(top, [])))
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else platform.processor() or platform.machine()

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the suite needs from a device beyond tensors: streams, a slow job, a second device.
+
+The only module of the suite that knows device types by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+_CYCLES = 2_000_000  # of a CUDA device's clock in a millisecond, or a little more
+_FILL = 1 << 26  # bytes that a device without a clock to wait on fills again and again
+_FILLS = 8  # for each millisecond: no accelerator writes 512 MiB faster
+
+
+class Facility:
+    """Streams, delays and devices of one kind.
+
+    Args:
+        device: the device that is judged.
+        emulated: it is the simulated one.
+    """
+
+    def __init__(self, device: torch.device, emulated: bool = False) -> None:
+        self.device = device
+        self.emulated = emulated
+        self._junk: torch.Tensor | None = None
+
+    @property
+    def streams(self) -> bool:
+        """Whether work on the device is ordered on streams."""
+        return self.device.type != "cpu"
+
+    @property
+    def graphs(self) -> bool:
+        """Whether work of the device can be captured into graphs by torch."""
+        return self.device.type == "cuda"
+
+    def devices(self) -> int:
+        """How many devices of this kind there are."""
+        return torch.accelerator.device_count() if self.streams else 1
+
+    def second(self) -> torch.device:
+        """Another device of this kind."""
+        return torch.device(self.device.type, ((self.device.index or 0) + 1) % self.devices())
+
+    def stream(self, device: torch.device | None = None) -> torch.Stream:
+        """A new stream."""
+        return torch.Stream(device or self.device)
+
+    def current(self) -> torch.Stream:
+        """The current stream of the judged device."""
+        return torch.accelerator.current_stream(self.device)
+
+    def on(self, stream: torch.Stream) -> AbstractContextManager[Any]:
+        """Inside, ``stream`` is the current one."""
+        context: AbstractContextManager[Any] = torch.get_device_module(stream.device).stream(stream)
+        return context
+
+    def delay(self, milliseconds: int, stream: torch.Stream | None = None) -> None:
+        """Keep a stream (None: the current one) busy; what is enqueued behind it comes late."""
+        if not self.streams:
+            return
+        if stream is not None:
+            with self.on(stream):
+                self._wait(milliseconds)(stream)
+        else:
+            self._wait(milliseconds)(self.current())
+
+    def _wait(self, milliseconds: int) -> Callable[[torch.Stream], object]:
+        if self.emulated:
+            from portakv_conformance import simdev
+
+            return lambda stream: simdev.delay(stream, milliseconds)
+        if self.device.type == "cuda":
+            return lambda stream: torch.cuda._sleep(milliseconds * _CYCLES)
+        return lambda stream: self._fill(milliseconds * _FILLS)
+
+    def _fill(self, times: int) -> None:
+        if self._junk is None:
+            self._junk = torch.empty(_FILL, dtype=torch.uint8, device=self.device)
+        for _ in range(times):
+            self._junk.fill_(1)
+
+    def synchronize(self) -> None:
+        """Wait for all work of the judged device."""
+        if self.streams:
+            torch.accelerator.synchronize(self.device)

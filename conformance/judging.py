@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The judge: carries a case out on the subject and compares every byte with the oracle's.
+
+A backend may decline a plan (`Unsupported`, by its claims, its ``check`` or its ``prepare``); then
+not one byte may have changed. Any other error, and any wrong byte, is a failure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from math import gcd
+from typing import Any
+
+import numpy as np
+import torch
+
+from portakv import CopyPlan, Index, KVView, PortaKVError, Transfer, Unsupported
+
+from .facility import Facility
+from .memory import Memory
+from .oracle import compare
+from .shapes import Shape, Workshop
+from .sides import Case, Side
+from .subject import Subject
+
+#: How the end of a transfer may be waited for.
+ENDS = ("synchronize", "done", "wait")
+_PATIENCE = 60.0  # seconds until a transfer that never says that it is done is given up
+
+
+def view_of(side: Side) -> KVView:
+    """The view of one side."""
+    return KVView(side.tensors, side.layout, **side.extents)
+
+
+def index_of(side: Side) -> Index:
+    """The index of one side."""
+    return Index(side.ids, step=side.step, offset=side.offset)
+
+
+class Judge:
+    """Judges the copies of one test.
+
+    Attributes:
+        examples: copies that were carried out and judged.
+        declined: why copies were not carried out, a sentence each.
+        failing: the case that failed last; hypothesis ends with the smallest.
+        seed: of this test's patterns and choices.
+    """
+
+    def __init__(self, subject: Subject, facility: Facility, seed: int) -> None:
+        self.subject, self.facility, self.seed = subject, facility, seed
+        self.examples = 0
+        self.declined: list[str] = []
+        self.failing: Case | None = None
+
+    def copy(
+        self, case: Case, *, end: str = "synchronize", stream: torch.Stream | None = None
+    ) -> bool:
+        """Judge a case as a user gets it; False where the backend declines it, as it may."""
+        src, dst = view_of(case.src), view_of(case.dst)
+        mine, theirs = index_of(case.src), index_of(case.dst)
+
+        def carry() -> None:
+            done = self.subject.copy(src, dst, mine, theirs, count=case.count, stream=stream)
+            self.finish(done, end)
+
+        return self.judge(case, carry, lambda: self._why_declined(src, dst, mine, theirs))
+
+    def launch(
+        self, case: Case, *, stream: torch.Stream | None = None, status: torch.Tensor | None = None
+    ) -> bool:
+        """Judge a case by ``prepare`` and the launch alone; False where it is declined."""
+        src, dst = view_of(case.src), view_of(case.dst)
+        mine, theirs = index_of(case.src), index_of(case.dst)
+        plan = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
+        unit = gcd(plan.unit, case.count, mine.offset, theirs.offset)
+
+        def carry() -> None:
+            pending = self.subject.launch(
+                src, dst, mine, theirs, case.count, stream=stream, status=status, unit=unit
+            )
+            if pending is not None:
+                pending.wait()
+            self.facility.synchronize()
+
+        return self.judge(case, carry, lambda: self._why_declined(src, dst, mine, theirs))
+
+    def judge(
+        self, case: Case, carry: Callable[[], object], why_declined: Callable[[], str | None]
+    ) -> bool:
+        """Run ``carry``, which has finished when it returns, and judge every byte.
+
+        ``why_declined`` is asked where it raised `Unsupported`: a sentence, or None where nothing
+        allows the backend to decline.
+        """
+        try:
+            return self._judge(case, carry, why_declined)
+        except AssertionError:
+            self.failing = case
+            raise
+
+    def _judge(
+        self, case: Case, carry: Callable[[], object], why_declined: Callable[[], str | None]
+    ) -> bool:
+        expected = case.expected()
+        ids = [side.ids.clone() for side in (case.src, case.dst) if side.ids is not None]
+        try:
+            carry()
+        except Unsupported as error:
+            why = why_declined()
+            self.facility.synchronize()
+            wrong = changed(expected.before, case.dst.tensors)
+            assert wrong is None, f"The copy was refused as Unsupported, but {wrong} ({error})"
+            assert why is not None, (
+                f"The backend's check and prepare take this plan and the copy raised Unsupported: "
+                f"{error} The case was {case!r}."
+            )
+            self.declined.append(why)
+            return False
+        except PortaKVError as error:
+            raise AssertionError(
+                f"The copy raised {type(error).__name__}: {error} It was asked for what is right. "
+                f"The case was {case!r}."
+            ) from error
+        except Exception as error:
+            raise AssertionError(
+                f"The copy raised {type(error).__name__}: {error}. A backend raises Unsupported "
+                f"in prepare, or nothing. The case was {case!r}."
+            ) from error
+        verdict = compare(expected, case.dst.tensors, case.src.tensors)
+        assert verdict is None, f"{verdict} The case was {case!r}."
+        now = [side.ids for side in (case.src, case.dst) if side.ids is not None]
+        assert all(torch.equal(a, b) for a, b in zip(ids, now, strict=True)), (
+            f"The copy wrote into its ids. The case was {case!r}."
+        )
+        self.examples += 1
+        return True
+
+    def finish(self, transfer: Transfer, end: str = "synchronize") -> None:
+        """Wait for a transfer in one of the ways of ``ENDS``; its bytes have landed then."""
+        if end == "synchronize":
+            transfer.synchronize()
+            assert transfer.done(), "The transfer was synchronised and says that it is not done."
+        elif end == "wait":
+            transfer.wait()
+            if self.facility.streams:
+                self.facility.current().synchronize()
+        else:
+            until = time.monotonic() + _PATIENCE
+            while not transfer.done():
+                assert time.monotonic() < until, "The transfer never said that it was done."
+                time.sleep(0.001)
+
+    def _why_declined(self, src: KVView, dst: KVView, mine: Index, theirs: Index) -> str | None:
+        """The first reason by which the backend declines a plan of this copy, or None."""
+        backend = self.subject.backend
+        for plan in plans(src, dst, mine, theirs):
+            decision = backend.check(plan)
+            if not decision.accepted:
+                return decision.reason
+            try:
+                backend.prepare(plan)
+            except Unsupported as error:
+                return str(error)
+        return None
+
+
+def find_home(subject: Subject, layouts: Sequence[str]) -> str:
+    """The first layout of a cache that the backend's ``check`` takes both ways; else the first."""
+    shape = Shape()
+    for layout in layouts:
+        shop = Workshop(str(subject.device), 0, layout)
+        cases = [shop.move(direction, shape, [1]) for direction in ("gather", "scatter")]
+        views = [(view_of(case.src), view_of(case.dst), case) for case in cases]
+        asked = [
+            plan
+            for src, dst, case in views
+            for plan in plans(src, dst, index_of(case.src), index_of(case.dst))
+        ]
+        if all(subject.backend.check(plan).accepted for plan in asked):
+            return layout
+    return layouts[0]
+
+
+def plans(src: KVView, dst: KVView, mine: Index, theirs: Index) -> list[CopyPlan]:
+    """The plans that one copy may come to: whole units, single tokens, ids without holes."""
+    first = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
+    found = [first]
+    with_ids = [first.unit if index.ids is not None else 0 for index in (mine, theirs)]
+    for steps, unit in (((mine.plan_step, theirs.plan_step), 1), (tuple(with_ids), None)):
+        try:
+            found.append(CopyPlan(src.form, dst.form, *steps, unit))
+        except PortaKVError:  # opaque pages have no plan by tokens
+            continue
+    return found
+
+
+def changed(before: Memory, tensors: Any) -> str | None:
+    """A clause on the first storage that is not as it was, or None."""
+    now = Memory.snapshot(tensors)
+    for number, (old, new) in enumerate(zip(before.regions, now.regions, strict=True)):
+        offsets = np.nonzero(old.content != new.content)[0]
+        if offsets.size:
+            return (
+                f"{offsets.size} bytes of storage {number} of the outputs were changed, the first "
+                f"at offset {int(offsets[0])}"
+            )
+    return None

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutants that claim what they cannot do, or do less than CORE asks, or do not keep to a claim."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from portakv import Unsupported
+from portakv.backends.base import Capabilities, Decision, Launch
+from portakv.plan import CopyPlan, Nest
+
+from .cells import Int64
+from .host_rows import Call, HostRows, Runs
+
+if TYPE_CHECKING:
+    from portakv import KVView
+
+
+class ClaimsSkipping(HostRows):
+    """Claims to skip negative ids and takes them for slot 0."""
+
+    def moved(self, src: Int64, dst: Int64) -> npt.NDArray[np.bool_]:
+        for side in (src, dst):
+            side[side < 0] = 0
+        return super().moved(src, dst)
+
+
+class ClaimsGuards(HostRows):
+    """Claims to guard against slots past the end and clamps them to the last one instead."""
+
+    profile = "full"
+
+    def pairs(self, plan: CopyPlan, call: Call) -> tuple[Int64, Int64]:
+        src = self.numbers(call.src_index, self.units(plan, call), plan.unit)
+        dst = self.numbers(call.dst_index, self.units(plan, call), plan.unit)
+        moved = self.moved(src, dst)
+        src = np.minimum(src, call.src.slots // plan.unit - 1)
+        dst = np.minimum(dst, call.dst.slots // plan.unit - 1)
+        return src[moved], dst[moved]
+
+
+class GuardOffByOne(HostRows):
+    """The guard takes the slot right behind the last one for a good one."""
+
+    profile = "full"
+
+    def pairs(self, plan: CopyPlan, call: Call) -> tuple[Int64, Int64]:
+        src = self.numbers(call.src_index, self.units(plan, call), plan.unit)
+        dst = self.numbers(call.dst_index, self.units(plan, call), plan.unit)
+        bad = (src > call.src.slots // plan.unit) | (dst > call.dst.slots // plan.unit)
+        if bad.any():
+            self.report(int(np.nonzero(bad)[0][0]), plan.unit, call)
+        moved = self.moved(src, dst) & ~bad
+        return src[moved], dst[moved]
+
+
+class StatusIgnored(HostRows):
+    """A bad slot moves nothing, and nobody is told: the status word stays 0."""
+
+    profile = "full"
+
+    def report(self, at: int, unit: int, call: Call) -> None:
+        return
+
+
+class StatusFromZero(HostRows):
+    """The status word holds the position, not position + 1: a bad first id looks like none."""
+
+    profile = "full"
+
+    def report(self, at: int, unit: int, call: Call) -> None:
+        super().report(at, unit, call)
+        if call.status is not None:
+            call.status -= 1
+
+
+class StatusInUnits(HostRows):
+    """The status word counts units, and so names another position than the bad one."""
+
+    profile = "full"
+
+    def report(self, at: int, unit: int, call: Call) -> None:
+        super().report(at, 1, call)
+
+
+class BadSlotStopsTheRest(HostRows):
+    """One bad slot and nothing at all is moved, though all other rows should be."""
+
+    profile = "full"
+
+    def pairs(self, plan: CopyPlan, call: Call) -> tuple[Int64, Int64]:
+        self._bad = False
+        src, dst = super().pairs(plan, call)
+        return (src[:0], dst[:0]) if self._bad else (src, dst)
+
+    def report(self, at: int, unit: int, call: Call) -> None:
+        self._bad = True
+        super().report(at, unit, call)
+
+
+class ClaimsTables(HostRows):
+    """Claims pointer tables and reads the first address only."""
+
+    def table(self, view: KVView) -> Int64:
+        found = super().table(view)
+        return np.full_like(found, found[0])
+
+
+class ClaimsSingleBytes(HostRows):
+    """Claims an alignment of one byte, but has no vector below 4 bytes and leaves such rows out."""
+
+    def move(self, runs: Runs, call: Call) -> None:
+        if runs.vector >= 4:
+            super().move(runs, call)
+
+
+class ClaimsAnyLoops(HostRows):
+    """Claims any number of loops and has registers for two: the innermost others are not walked."""
+
+    def nests(self, plan: CopyPlan) -> Sequence[Nest]:
+        return [replace(nest, loops=nest.loops[:2]) for nest in plan.nests]
+
+
+class TakesMoreThanItClaims(HostRows):
+    """Claims one loop, accepts plans of more, and leaves out the loops that it does not have."""
+
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities(), max_loops=1)
+
+    def check(self, plan: CopyPlan) -> Decision:
+        return Decision(self.name, True, "it takes every plan")
+
+    def nests(self, plan: CopyPlan) -> Sequence[Nest]:
+        return [replace(nest, loops=nest.loops[:1]) for nest in plan.nests]
+
+
+class ClaimsThreads(HostRows):
+    """Claims that a launch may be called from several threads, and keeps its arguments in one
+    place for all of them."""
+
+    profile = "full"
+
+    def carry(self, plan: CopyPlan, call: Call) -> None:
+        self._call = call
+        time.sleep(0.001)
+        super().carry(plan, self._call)
+
+
+class ClaimsGraphs(HostRows):
+    """Claims that launches can be captured into graphs of a device that has none."""
+
+    profile = "full"
+
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities(), capturable=True)
+
+
+class ClaimsTheDevice(HostRows):
+    """Claims to copy within device memory, though it runs on the host."""
+
+    profile = "full"
+
+    def capabilities(self) -> Capabilities:
+        can = super().capabilities()
+        return replace(can, places=can.places | {("device", "device")})
+
+
+class ClaimsFloatIds(HostRows):
+    """Claims to read ids of float32, which no index has."""
+
+    profile = "full"
+
+    def capabilities(self) -> Capabilities:
+        can = super().capabilities()
+        return replace(can, index_dtypes=can.index_dtypes | {torch.float32})
+
+
+class ClaimsChange(HostRows):
+    """What it claims changes from one question to the next."""
+
+    profile = "full"
+    _asked = 0
+
+    def capabilities(self) -> Capabilities:
+        self._asked += 1
+        return replace(super().capabilities(), guards=self._asked % 2 == 1)
+
+
+class RefusesEverything(HostRows):
+    """Claims much and refuses every plan, in the hope that refusals count as skipped."""
+
+    def check(self, plan: CopyPlan) -> Decision:
+        return Decision(self.name, False, "it would rather not")
+
+
+class RefusesOddWidths(HostRows):
+    """Refuses rows of an odd number of bytes, which CORE asks of every backend."""
+
+    def prepare(self, plan: CopyPlan) -> Launch:
+        if any(width % 2 for width in plan.src.widths):
+            raise Unsupported("Moving odd rows", "rows have to be whole words of 2 bytes")
+        return super().prepare(plan)
+
+
+class DividesByRows(HostRows):
+    """A copy whose positions are all padding ends in a division by zero."""
+
+    def pairs(self, plan: CopyPlan, call: Call) -> tuple[Int64, Int64]:
+        src, dst = super().pairs(plan, call)
+        self._bytes_of_a_row = call.count * plan.token_bytes // len(src)
+        return src, dst

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutants that misread an index: padding, offsets, steps, dtypes, bad and repeated slots."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from portakv.plan import CopyPlan
+
+from .cells import Int64
+from .host_rows import Call, HostRows
+
+if TYPE_CHECKING:
+    from portakv import Index
+
+
+class NegativeIsLastRow(HostRows):
+    """A negative slot is read as in Python: -1 is the last row of the source."""
+
+    def pairs(self, plan: CopyPlan, call: Call) -> tuple[Int64, Int64]:
+        self._units = call.src.slots // plan.unit
+        return super().pairs(plan, call)
+
+    def moved(self, src: Int64, dst: Int64) -> npt.NDArray[np.bool_]:
+        src[src < 0] += self._units
+        return super().moved(src, dst)
+
+
+class NegativeSkippedInSourceOnly(HostRows):
+    """Padding is looked for in the source's ids; a negative destination is taken for slot 0."""
+
+    def moved(self, src: Int64, dst: Int64) -> npt.NDArray[np.bool_]:
+        dst[dst < 0] = 0
+        return src >= 0
+
+
+class NegativeEndsTheList(HostRows):
+    """A negative slot is taken for the end of the list: what follows it is not moved."""
+
+    def moved(self, src: Int64, dst: Int64) -> npt.NDArray[np.bool_]:
+        return np.logical_and.accumulate(super().moved(src, dst))
+
+
+class OnlyMinusOneIsPadding(HostRows):
+    """Only -1 counts as padding; other negative slots are moved to and from slot 0."""
+
+    def moved(self, src: Int64, dst: Int64) -> npt.NDArray[np.bool_]:
+        for side in (src, dst):
+            side[side < -1] = 0
+        return super().moved(src, dst)
+
+
+class Int32ReadAsInt64(HostRows):
+    """A list of int32 is read as int64, two ids as one."""
+
+    def ids(self, ids: torch.Tensor) -> Int64:
+        plain = np.ascontiguousarray(ids.numpy()).view(np.uint8)
+        padded = np.zeros(8 * ids.numel(), dtype=np.uint8)
+        padded[: plain.size] = plain
+        return padded.view(np.int64)
+
+
+class Int64ReadAsInt32(HostRows):
+    """Ids are narrowed to int32: a wild id of 64 bits becomes a slot that exists."""
+
+    profile = "full"
+
+    def ids(self, ids: torch.Tensor) -> Int64:
+        return super().ids(ids).astype(np.int32).astype(np.int64)
+
+
+class StartIgnored(HostRows):
+    """The offset of an index is ignored: every copy begins with its first id."""
+
+    def start(self, index: Index) -> int:
+        return 0 if index.ids is not None else index.offset
+
+
+class ChunkStartIgnored(HostRows):
+    """A side without ids begins at its first token, whatever its offset says."""
+
+    def start(self, index: Index) -> int:
+        return 0 if index.ids is None else index.offset
+
+
+class BlockIdsAsSlots(HostRows):
+    """The ids of a block table are taken for slots where a block is moved in several pieces."""
+
+    def numbers(self, index: Index, units: int, unit: int) -> Int64:
+        per_id = index.step // unit
+        if index.ids is None or per_id == 1:
+            return super().numbers(index, units, unit)
+        at = np.arange(index.offset // unit, index.offset // unit + units)
+        ids = self.ids(index.ids)[at // per_id]
+        return np.where(ids < 0, -1, ids + at % per_id)
+
+
+class PartialBlockRepeats(HostRows):
+    """Inside a block of the table the position is lost: each piece is the block's first."""
+
+    def numbers(self, index: Index, units: int, unit: int) -> Int64:
+        found = super().numbers(index, units, unit)
+        per_id = index.step // unit
+        return found if index.ids is None else np.where(found < 0, found, found // per_id * per_id)
+
+
+class PartialBlockDropped(HostRows):
+    """Only whole blocks are moved: the tokens of a last block that is not full are forgotten."""
+
+    def units(self, plan: CopyPlan, call: Call) -> int:
+        size = max(call.src.form.block_size, call.dst.form.block_size, 1)
+        whole = call.count // size * size
+        return (whole or call.count) // plan.unit
+
+
+class GridClipped(HostRows):
+    """The grid is clipped at 65535 units, the rest of a long list is not moved."""
+
+    def units(self, plan: CopyPlan, call: Call) -> int:
+        return min(super().units(plan, call), 65535)
+
+
+class SixteenBitCount(HostRows):
+    """Units are counted in 16 bits: of 70000 only 4464 are moved."""
+
+    def units(self, plan: CopyPlan, call: Call) -> int:
+        return super().units(plan, call) & 0xFFFF
+
+
+class OneUnitForgotten(HostRows):
+    """A copy of a single unit is taken for an empty one."""
+
+    def units(self, plan: CopyPlan, call: Call) -> int:
+        found = super().units(plan, call)
+        return 0 if found == 1 else found
+
+
+class DuplicatesPastTheEnd(HostRows):
+    """Of slots that occur twice in the destination the second is written behind the last slot."""
+
+    profile = "full"
+
+    def pairs(self, plan: CopyPlan, call: Call) -> tuple[Int64, Int64]:
+        src, dst = super().pairs(plan, call)
+        repeated = np.ones(dst.shape, dtype=bool)
+        repeated[np.unique(dst, return_index=True)[1]] = False
+        return src, np.where(repeated, call.dst.slots // plan.unit, dst)
+
+
+class DuplicatesMixed(HostRows):
+    """A source slot that occurs twice is moved once: the later positions stay as they were."""
+
+    def pairs(self, plan: CopyPlan, call: Call) -> tuple[Int64, Int64]:
+        src, dst = super().pairs(plan, call)
+        first = np.sort(np.unique(src, return_index=True)[1])
+        return src[first], dst[first]

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutants that take one layout for another: keys and values, layers, heads and tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+from portakv.form import Form, Part, Step
+from portakv.plan import CopyPlan
+
+from .host_rows import Call, HostRows
+
+
+@lru_cache(maxsize=256)
+def _plan(src: Form, dst: Form, src_step: int, dst_step: int, unit: int) -> CopyPlan:
+    return CopyPlan(src, dst, src_step, dst_step, unit)
+
+
+def _read_as(plan: CopyPlan, src: Form, dst: Form) -> CopyPlan:
+    """The plan between two forms as a mutant reads them."""
+    if (src, dst) == (plan.src, plan.dst):
+        return plan
+    return _plan(src, dst, plan.src_step, plan.dst_step, plan.unit)
+
+
+class SwappedKeysAndValues(HostRows):
+    """Keys are copied to the values and values to the keys."""
+
+    def planned(self, plan: CopyPlan, call: Call) -> CopyPlan:
+        parts = plan.src.parts
+        if len(set(plan.src.widths)) > 1:
+            return plan
+        return _read_as(plan, replace(plan.src, parts=parts[::-1]), plan.dst)
+
+
+class SwappedTuples(HostRows):
+    """Keys and values are swapped where each has a tensor of its own."""
+
+    def planned(self, plan: CopyPlan, call: Call) -> CopyPlan:
+        parts = plan.src.parts
+        apart = len({part.table for part in parts}) > 1
+        if not apart or len(set(plan.src.widths)) > 1:
+            return plan
+        return _read_as(plan, replace(plan.src, parts=parts[::-1]), plan.dst)
+
+
+class SwappedLayers(HostRows):
+    """Layers are walked from the last to the first on one side only."""
+
+    def planned(self, plan: CopyPlan, call: Call) -> CopyPlan:
+        parts = tuple(_last_layer_first(part) for part in plan.src.parts)
+        return _read_as(plan, replace(plan.src, parts=parts), plan.dst)
+
+
+def _last_layer_first(part: Part) -> Part:
+    if len(part.layer) != 1:
+        return part
+    step = part.layer[0]
+    last = step.extent - 1
+    back = Step(step.extent, -step.table, -step.stride)
+    start = (part.table + last * step.table, part.offset + last * step.stride)
+    return replace(part, table=start[0], offset=start[1], layer=(back,))
+
+
+class FirstLayerForAll(HostRows):
+    """The address of the first layer is used for every layer of the source."""
+
+    def planned(self, plan: CopyPlan, call: Call) -> CopyPlan:
+        parts = tuple(
+            replace(part, layer=tuple(Step(at.extent, 0, 0) for at in part.layer))
+            for part in plan.src.parts
+        )
+        return _read_as(plan, replace(plan.src, parts=parts), plan.dst)
+
+
+class TokensBeforeHeads(HostRows):
+    """Wrong token order: a cache of heads before tokens (HND) is walked as tokens before heads."""
+
+    def planned(self, plan: CopyPlan, call: Call) -> CopyPlan:
+        return _read_as(plan, _as_nhd(plan.src), _as_nhd(plan.dst))
+
+
+def _as_nhd(form: Form) -> Form:
+    parts = []
+    for part, width in zip(form.parts, form.widths, strict=True):
+        token, head = part.token, part.head
+        if len(token) == len(head) == 1 and head[0].stride > token[0].stride > 0:
+            extent = head[0].extent
+            token = (replace(token[0], stride=extent * width),)
+            head = (replace(head[0], stride=width),)
+        parts.append(replace(part, token=token, head=head))
+    return replace(form, parts=tuple(parts))
+
+
+class HeadsOfTheOtherSide(HostRows):
+    """The stride between heads is read from the destination and used for both sides."""
+
+    def planned(self, plan: CopyPlan, call: Call) -> CopyPlan:
+        pairs = zip(plan.src.parts, plan.dst.parts, strict=True)
+        parts = tuple(replace(mine, head=theirs.head) for mine, theirs in pairs)
+        tabled = any(step.table for part in plan.dst.parts for step in part.head)
+        return plan if tabled else _read_as(plan, replace(plan.src, parts=parts), plan.dst)
+
+
+class TwoBlocksTakenForKv(HostRows):
+    """Layout guessed from sizes: an axis of two blocks is taken for keys and values."""
+
+    def planned(self, plan: CopyPlan, call: Call) -> CopyPlan:
+        guessed = _guess(plan.src, call.src.slots)
+        return _read_as(plan, guessed, plan.dst)
+
+
+def _guess(form: Form, slots: int) -> Form:
+    """[2 blocks, kv, ...] read as [kv, 2 blocks, ...]."""
+    if form.block_size == 0 or slots != 2 * form.block_size or form.kv != 2:
+        return form
+    first, second = form.parts
+    kv = second.offset - first.offset
+    if len(first.block) != 1 or first.table != second.table or not 0 < kv < first.block[0].stride:
+        return form
+    block = (replace(first.block[0], stride=kv),)
+    behind = first.offset + first.block[0].stride
+    parts = (replace(first, block=block), replace(second, offset=behind, block=block))
+    return replace(form, parts=parts)
+
+
+class TwoLayersTakenForKv(HostRows):
+    """Layout guessed from the count of tensors: a list of two layers is taken for (key, value)."""
+
+    def planned(self, plan: CopyPlan, call: Call) -> CopyPlan:
+        form, parts = plan.src, plan.src.parts
+        layer = parts[0].layer
+        if form.layers != 2 or form.kv != 2 or len(layer) != 1 or not layer[0].table:
+            return plan
+        distance = parts[1].offset - parts[0].offset
+        across = (Step(2, 0, distance),)
+        second = replace(parts[0], table=parts[0].table + layer[0].table, layer=across)
+        read = replace(form, parts=(replace(parts[0], layer=across), second))
+        return _read_as(plan, read, plan.dst)
+
+
+class LostThroughContiguous(HostRows):
+    """A destination that is not contiguous is copied through .contiguous() and thrown away."""
+
+    def carry(self, plan: CopyPlan, call: Call) -> None:
+        if all(owner.is_contiguous() for owner in call.dst.owners):
+            super().carry(plan, call)

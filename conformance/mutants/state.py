@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutants that remember what they should not, and that say that they are done too early."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from portakv.backends.base import Pending
+from portakv.plan import CopyPlan
+
+from .cells import store
+from .host_rows import Call, HostRows, Runs
+
+if TYPE_CHECKING:
+    from portakv import Index
+
+_LATE = 0.02  # seconds that work in the background takes
+
+
+class _Remembering(HostRows):
+    """A base that keeps the first call of each launch."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._first: dict[CopyPlan, Call] = {}
+
+    def carry(self, plan: CopyPlan, call: Call) -> Pending | None:
+        first = self._first.setdefault(plan, call)
+        return super().carry(plan, self.recalled(first, call))
+
+    def recalled(self, first: Call, call: Call) -> Call:
+        """The call, mixed up with the first one."""
+        raise NotImplementedError
+
+
+class StalePointerTable(_Remembering):
+    """The addresses of a cache are kept for its form, so one that was reallocated is not seen."""
+
+    def recalled(self, first: Call, call: Call) -> Call:
+        if call.src.form.block_size and call.src.slots == first.src.slots:
+            return replace(call, src=first.src)
+        return call
+
+
+class StaleDestination(_Remembering):
+    """The addresses of a destination are kept for its form: the second chunk goes to the first."""
+
+    def recalled(self, first: Call, call: Call) -> Call:
+        return replace(call, dst=first.dst) if call.dst.slots == first.dst.slots else call
+
+
+class IndicesOfTheFirstCall(_Remembering):
+    """A second call with as many ids as the first uses the ids of the first."""
+
+    def recalled(self, first: Call, call: Call) -> Call:
+        return replace(
+            call,
+            src_index=_recalled(first.src_index, call.src_index),
+            dst_index=_recalled(first.dst_index, call.dst_index),
+        )
+
+
+def _recalled(first: Index, index: Index) -> Index:
+    return first if (first.length, first.offset) == (index.length, index.offset) else index
+
+
+class CountOfTheFirstCall(_Remembering):
+    """The grid of the first call is used again: of a longer list the end is not moved."""
+
+    def recalled(self, first: Call, call: Call) -> Call:
+        return replace(call, count=min(call.count, first.count))
+
+
+class OnlyTheFirstCall(_Remembering):
+    """A launch that is called with the same arguments again is taken for done."""
+
+    def recalled(self, first: Call, call: Call) -> Call:
+        same = first is not call and (first.src, first.dst) == (call.src, call.dst)
+        return replace(call, count=0) if same else call
+
+
+class _Work:
+    """A job in the background."""
+
+    def __init__(self, job: Callable[[], object]) -> None:
+        self._thread = threading.Thread(target=job, daemon=True)
+        self._thread.start()
+
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        self._thread.join()
+
+
+class _InBackground(HostRows):
+    """A base that moves rows in the background."""
+
+    def carry(self, plan: CopyPlan, call: Call) -> Pending | None:
+        def job() -> None:
+            time.sleep(_LATE)
+            HostRows.carry(self, plan, call)
+
+        return self.handle(_Work(job))
+
+    def handle(self, work: _Work) -> Pending | None:
+        """What the launch returns."""
+        return work
+
+
+class ReturnsBeforeFinishing(_InBackground):
+    """Rows are moved in the background and None is returned, as if they were there."""
+
+    def handle(self, work: _Work) -> None:
+        return None
+
+
+class DoneTooEarly(_InBackground):
+    """A handle that waits rightly and says from the start that it is done."""
+
+    def handle(self, work: _Work) -> Pending:
+        work.done = lambda: True  # type: ignore[method-assign]
+        return work
+
+
+class WaitsForNothing(_InBackground):
+    """A handle that knows rightly whether it is done, and does not wait for it."""
+
+    def handle(self, work: _Work) -> Pending:
+        work.wait = lambda: None  # type: ignore[method-assign]
+        return work
+
+
+class TempFreedEarly(HostRows):
+    """Rows pass through a staging buffer that the next call fills while the first is on its way."""
+
+    profile = "full"
+
+    def carry(self, plan: CopyPlan, call: Call) -> Pending:
+        found = self.pieces(plan, call)
+        staged: list[Any] = [self.load(runs, call) for runs in found]
+        self._staging = staged
+
+        def job() -> None:
+            time.sleep(_LATE)
+            for runs, values in zip(found, self._staging, strict=False):
+                _store(runs, values, call)
+
+        return _Work(job)
+
+
+def _store(runs: Runs, values: Any, call: Call) -> None:
+    """Whatever fits of what lies in the buffer by now."""
+    if values.dtype.itemsize == runs.vector and values.shape[1] * runs.vector == runs.nbytes:
+        n = min(len(values), len(runs.dst))
+        store(call.dst, runs.dst[:n], values[:n])

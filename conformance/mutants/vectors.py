@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutants that move the wrong bytes of a row: vector width, tails, padding, and what bytes mean."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from portakv.loops import widest_vector
+from portakv.plan import CopyPlan, Nest
+
+from .cells import store
+from .host_rows import Call, HostRows, Runs
+
+
+class CutToEight(HostRows):
+    """Rows are moved in units of 8 bytes; what is left of a row of 132 bytes is not moved."""
+
+    def move(self, runs: Runs, call: Call) -> None:
+        cut = runs.nbytes // 8 * 8
+        super().move(replace(runs, nbytes=cut) if cut else runs, call)
+
+
+class RoundedToEight(HostRows):
+    """The size of a row is rounded up to 8 bytes, so the bytes behind it are overwritten."""
+
+    def move(self, runs: Runs, call: Call) -> None:
+        rounded = -(-runs.nbytes // 8) * 8
+        super().move(replace(runs, nbytes=rounded) if runs.nbytes > 8 else runs, call)
+
+
+class VectorOfRowAlone(HostRows):
+    """The vector is chosen from the bytes of a row, whatever addresses and strides allow."""
+
+    def vector(self, nest: Nest, plan: CopyPlan, call: Call) -> int:
+        return widest_vector([nest.run])
+
+
+class VectorWithoutBase(HostRows):
+    """The vector is chosen from row and strides; that the tensors begin unaligned is not seen."""
+
+    def vector(self, nest: Nest, plan: CopyPlan, call: Call) -> int:
+        steps = [step.stride for step in nest.src.units + nest.dst.units]
+        loops = [x for loop in nest.loops for x in (loop.src_stride, loop.dst_stride)]
+        return widest_vector([nest.run, nest.src.offset, nest.dst.offset, *steps, *loops])
+
+
+class VectorWithoutStrides(HostRows):
+    """The vector is chosen from row and base address; the first row is aligned, later ones not."""
+
+    def vector(self, nest: Nest, plan: CopyPlan, call: Call) -> int:
+        bases = [nest.src.offset, nest.dst.offset, plan.src.alignment, plan.dst.alignment]
+        return widest_vector([nest.run, *bases])
+
+
+class VectorWithoutStart(HostRows):
+    """The vector does not heed where the values begin behind the keys in one row."""
+
+    def vector(self, nest: Nest, plan: CopyPlan, call: Call) -> int:
+        bases = [plan.src.alignment, plan.dst.alignment]
+        steps = [step.stride for step in nest.src.units + nest.dst.units]
+        loops = [x for loop in nest.loops for x in (loop.src_stride, loop.dst_stride)]
+        return widest_vector([nest.run, *bases, *steps, *loops])
+
+
+class TailOverrun(HostRows):
+    """The last thread of the last row has no bounds check and stores one vector too many."""
+
+    def move(self, runs: Runs, call: Call) -> None:
+        super().move(runs, call)
+        if len(runs.dst):
+            values = self.load(runs, call)[-1:, -1:]
+            store(call.dst, runs.dst[-1:] + runs.nbytes, values)
+
+
+class LastVectorDropped(HostRows):
+    """Rows are moved four vectors at a time; those left over at the end are not."""
+
+    def move(self, runs: Runs, call: Call) -> None:
+        four = 4 * runs.vector
+        whole = runs.nbytes // four * four
+        super().move(replace(runs, nbytes=whole) if whole else runs, call)
+
+
+class ThreadsClipped(HostRows):
+    """One thread for each vector of a row, and never more than 1024: the others are not moved."""
+
+    def move(self, runs: Runs, call: Call) -> None:
+        super().move(replace(runs, nbytes=min(runs.nbytes, 1024 * runs.vector)), call)
+
+
+class PaddingOverwritten(HostRows):
+    """Pages are written whole: the padding between their rows is filled with zeros."""
+
+    def pieces(self, plan: CopyPlan, call: Call) -> list[Runs]:
+        found = super().pieces(plan, call)
+        for nest, runs in zip(plan.nests, found, strict=True):
+            padding = nest.dst.units[-1].stride - nest.run
+            # Only where all that lies between two rows is padding.
+            if padding > 0 and len(plan.nests) == 1 and not any(x.dst_stride for x in nest.loops):
+                zeros = np.zeros((len(runs.dst), padding), dtype=np.uint8)
+                store(call.dst, runs.dst + nest.run, zeros)
+        return found
+
+
+class NansCanonical(HostRows):
+    """Rows pass through float registers, which make every NaN of 32 bits the same one."""
+
+    def load(self, runs: Runs, call: Call) -> npt.NDArray[Any]:
+        return _as_floats(super().load(runs, call), lambda x: np.isnan(x), 0x7FC00000)
+
+
+class DenormalsFlushed(HostRows):
+    """Rows pass through float registers that flush denormal numbers of 32 bits to zero."""
+
+    def load(self, runs: Runs, call: Call) -> npt.NDArray[Any]:
+        tiny = float(np.finfo(np.float32).tiny)
+        return _as_floats(super().load(runs, call), lambda x: np.abs(x) < tiny, 0)
+
+
+def _as_floats(values: npt.NDArray[Any], hit: Any, becomes: int) -> npt.NDArray[Any]:
+    if values.dtype.itemsize % 4:
+        return values
+    words = values.view(np.uint32)
+    with np.errstate(all="ignore"):
+        words[hit(words.view(np.float32))] = becomes
+    return values

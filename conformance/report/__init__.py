@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reports of a run: one record, written in the forms that its readers use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..records import RunRecord
+from .badge import badge
+from .html import page
+from .junit import junit
+from .markdown import markdown
+
+
+def write(record: RunRecord, folder: Path) -> list[Path]:
+    """Write every form of a report into a folder, which is made where it is missing.
+
+    ``conformance.json`` is the report itself; the others are made from the same record:
+    ``report.html``, ``report.md``, ``junit.xml``, ``badge.svg``.
+
+    Returns:
+        The files, in that order.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    forms = {
+        "conformance.json": record.document(),
+        "report.html": page(record),
+        "report.md": markdown(record),
+        "junit.xml": junit(record),
+        "badge.svg": badge(record),
+    }
+    written = []
+    for name, text in forms.items():
+        file = folder / name
+        file.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+        written.append(file)
+    return written

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The failures: for each the first wrong byte, what repeats it, and the folded details."""
+
+from __future__ import annotations
+
+from ..records import CaseRecord, RunRecord
+from .first_byte import FirstByte, first_byte
+from .markup import Html, breakable, element, join
+from .parts import command, folded, pill, section, trouble
+from .words import plural
+
+_OPEN = 25  # cards before the rest is folded
+
+
+def failures(record: RunRecord) -> Html | None:
+    """One card for each case that failed; None where none did."""
+    found = [case for case in record.cases if case.status in ("failed", "error")]
+    if not found:
+        return None
+    found.sort(key=lambda case: case.status != "failed")  # faults of the surroundings last
+    cards = [card(case) for case in found]
+    rest = None
+    if len(cards) > _OPEN:
+        rest = folded(f"{plural(len(cards) - _OPEN, 'more failure')}", cards[_OPEN:])
+    lead = "The first wrong byte of each case, where it lies and where its content came from."
+    return section("failures", plural(len(found), "failure"), lead, cards[:_OPEN], rest)
+
+
+def card(case: CaseRecord) -> Html:
+    """One failed case."""
+    byte = first_byte(case.reason)
+    return element(
+        "article",
+        element(
+            "header",
+            pill(case.status),
+            element("code", breakable(case.id), class_="id"),
+        ),
+        element("p", byte.headline(), class_="headline") if byte else None,
+        trouble(byte.before) if byte else None,
+        explained(byte) if byte else element("div", trouble(case.reason), class_="headline"),
+        trouble(byte.after) if byte else None,
+        command(case.replay) if case.replay else None,
+        _example(case),
+        folded("Traceback and output", element("pre", case.details, tabindex="0"))
+        if case.details
+        else None,
+        class_=f"failure {case.status}",
+    )
+
+
+def explained(byte: FirstByte) -> Html:
+    """Where the byte lies, what it is, what it should be."""
+    rows = (
+        ("where", byte.place, f"storage {byte.storage}, offset {byte.offset:,}"),
+        ("holds", byte.found, byte.origin),
+        ("expected", byte.expected, byte.should),
+    )
+    lines = [
+        element(
+            "div",
+            element("dt", name),
+            element("dd", element("code", value), " ", element("span", meaning)),
+            class_=name,
+        )
+        for name, value, meaning in rows
+    ]
+    total = element("div", element("dt", "in all"), element("dd", plural(byte.wrong, "wrong byte")))
+    return element("dl", lines, total, class_="byte")
+
+
+def _example(case: CaseRecord) -> Html | None:
+    if not case.example:
+        return None
+    return element(
+        "p",
+        join(("Shrunken example, beside this report: ", element("code", case.example))),
+        class_="note",
+    )

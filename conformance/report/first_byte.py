@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The oracle's sentence on the first wrong byte, taken apart so that a page can lay it out."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_SENTENCE = re.compile(
+    r"Destination (?P<place>[^()]+) \(storage (?P<storage>\d+), offset (?P<offset>\d+)\) holds "
+    r"(?P<found>0x[0-9a-f]{2}), which is (?P<origin>.+?); expected (?P<expected>0x[0-9a-f]{2}), "
+    r"(?P<should>.+?)\. In all (?P<wrong>\d+) bytes are wrong\.",
+    re.DOTALL,
+)
+_WITHIN_A_ROW = re.compile(r" head \d+ byte \d+$")
+
+
+@dataclass(frozen=True)
+class FirstByte:
+    """One wrong byte: where it lies, what it is, what it should be.
+
+    Attributes:
+        place: ``layer 3 value slot 17 head 0 byte 5``, or ``padding or canary``.
+        storage: number of the destination's storage; offset: bytes from its start.
+        found, expected: hexadecimal, such as ``0x9a``.
+        origin: where the found byte comes from; should: where the expected one does.
+        wrong: bytes that are wrong in all.
+        before, after: what else the text says, around the sentence.
+    """
+
+    place: str
+    storage: int
+    offset: int
+    found: str
+    origin: str
+    expected: str
+    should: str
+    wrong: int
+    before: str = ""
+    after: str = ""
+
+    def headline(self) -> str:
+        """The fault in a few words: whose bytes the row holds."""
+        row = _WITHIN_A_ROW.sub("", self.place)
+        if self.origin.startswith("what stood there before"):
+            return f"Destination {row} was not written."
+        if not self.should.startswith("source "):
+            return f"The copy wrote to {row}, where it must not write."
+        if self.origin.startswith(("source ", "destination ")):
+            origin = _WITHIN_A_ROW.sub("", self.origin)
+            if origin == _WITHIN_A_ROW.sub("", self.should):
+                return f"Destination {row} holds other bytes of {origin}."
+            return f"Destination {row} holds bytes of {origin}."
+        return f"Destination {row} holds a byte {self.origin}."
+
+
+def first_byte(reason: str) -> FirstByte | None:
+    """The wrong byte that a reason tells of; None where it tells of something else."""
+    found = _SENTENCE.search(reason)
+    if found is None:
+        return None
+    named = found.groupdict()
+    return FirstByte(
+        place=named["place"], storage=int(named["storage"]), offset=int(named["offset"]),
+        found=named["found"], origin=named["origin"], expected=named["expected"],
+        should=named["should"], wrong=int(named["wrong"]),
+        before=reason[: found.start()].strip(), after=reason[found.end() :].strip(),
+    )  # fmt: skip

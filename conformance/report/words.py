@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a report says in words, the same in every form: verdict, areas, rungs, claims."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import datetime, timezone
+from typing import Any
+
+from ..records import STATUSES, RunRecord, Status
+
+#: For each area of cases, what it judges.
+AREAS = {
+    "core": "Byte-exact copies both ways: what every backend must do.",
+    "corners": "A fixed table of corner cases: layouts, widths, counts and kinds of ids.",
+    "drawn": "Layouts, strides, holes and ids drawn from the seed.",
+    "metamorphic": "Laws that need no oracle: scatter after gather is the identity.",
+    "stateful": "A cache that is filled, evicted, offloaded and reloaded, step by step.",
+    "safety": "Canaries, poison, ids out of range, aliasing, misaligned memory.",
+    "ordering": "Slow producers and consumers, side streams, buffers freed right away.",
+    "capture": "Graph capture and compilation.",
+    "claims": "Each claim is tested; what is not claimed must be refused.",
+}
+#: The rungs of verification that a run can reach.
+RUNGS = {"R3": "semantics emulated", "R6": "run on the hardware"}
+STATUS_WORDS: dict[Status, str] = {
+    "passed": "passed", "failed": "failed", "error": "error", "waived": "waived",
+    "not-claimed": "not claimed",
+}  # fmt: skip
+#: What each field of `Capabilities` claims.
+CLAIMS = {
+    "places": "copies between these places",
+    "index_on": "where it reads ids",
+    "index_dtypes": "dtypes of ids that it reads",
+    "skips_negative": "skips positions whose id is negative",
+    "guards": "moves nothing for an id past the end, and reports it",
+    "alignment": "the least vector that it needs, in bytes",
+    "max_loops": "strided loops that it takes in a nest",
+    "tables": "takes planes addressed by a pointer table",
+    "capturable": "can be captured into a device graph",
+    "threads": "one launch may be called from several threads",
+}
+EMULATED = (
+    "This device is simulated in software. No hardware took part: the run says that the semantics "
+    "are right, not that any device works, and nothing about speed."
+)
+
+
+def counts(record: RunRecord) -> Counter[Status]:
+    """How many cases have each status, counted anew: nothing is taken from ``totals``."""
+    return Counter(case.status for case in record.cases)
+
+
+def bad(record: RunRecord) -> int:
+    """Cases that failed or ended in an error."""
+    found = counts(record)
+    return found["failed"] + found["error"]
+
+
+def emulated(record: RunRecord) -> bool:
+    """Whether the device says that it is none."""
+    return bool(record.environment.get("emulated"))
+
+
+def device(record: RunRecord) -> str:
+    """The device's own name, or the one it was asked for by."""
+    return str(record.environment.get("device_name") or record.environment.get("device", "?"))
+
+
+def plural(number: int, noun: str) -> str:
+    """``1 case``, ``2 cases``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def verdict(record: RunRecord) -> str:
+    """The verdict as a headline."""
+    waived = counts(record)["waived"]
+    if record.verdict == "conformant":
+        return f"Conformant, with {plural(waived, 'waiver')}" if waived else "Conformant"
+    return {"failed": "Not conformant", "incomplete": "Incomplete"}.get(
+        record.verdict, record.verdict
+    )
+
+
+def sentence(record: RunRecord) -> str:
+    """The verdict in a sentence or two, for a reader who reads nothing else."""
+    found, total = counts(record), len(record.cases)
+    if record.verdict == "failed":
+        wrong = bad(record)
+        if not wrong:
+            return f"All {plural(total, 'case')} ended well, but the run breaks a rule of the suite."
+        return f"{wrong} of {plural(total, 'case')} failed; each is explained below."
+    if record.verdict == "incomplete":
+        gaps = plural(len(record.missing), "part")
+        return f"No certificate: {gaps} of the {record.profile} profile could not be run here."
+    text = f"{plural(found['passed'], 'case')} passed, with every byte where it must be."
+    unclaimed = found["not-claimed"]
+    if unclaimed:
+        text += f" {plural(unclaimed, 'case')} judged what is not claimed, and it was refused."
+    return text
+
+
+def rung(record: RunRecord) -> str:
+    """``R6: run on the hardware``, or empty."""
+    meaning = RUNGS.get(record.rung)
+    return f"{record.rung}: {meaning}" if meaning else record.rung
+
+
+def duration(seconds: float) -> str:
+    """``0.4 s``, ``42 s``, ``3 min 7 s``, ``1 h 2 min``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def moment(started: str) -> str:
+    """``20 Nov 2026, 09:41 UTC``; the text itself where it is no ISO time."""
+    try:
+        when = datetime.fromisoformat(started.replace("Z", "+00:00"))
+    except ValueError:
+        return started
+    if when.tzinfo is not None:
+        when = when.astimezone(timezone.utc)
+    return f"{when.day} {when:%b %Y, %H:%M} UTC"
+
+
+def plain(value: Any) -> str:
+    """A value of capabilities or environment for a reader."""
+    if value is None:
+        return "any"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        pairs = all(isinstance(entry, (list, tuple)) for entry in value)
+        joined = [" → ".join(map(str, e)) if pairs else plain(e) for e in value]
+        return ", ".join(joined) or "none"
+    return str(value)
+
+
+def worst(statuses: Counter[Status]) -> Status:
+    """The worst status that occurs; ``passed`` where there is none."""
+    return next((status for status in STATUSES if statuses[status]), "passed")

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+// Device and pinned memory: who has it, and what happens to it once it is freed.
+//
+// As in a caching allocator freed memory is at once another tensor's on the same stream. Streams
+// that were recorded are waited for; work of others finds poison, or the other tensor's bytes.
+#pragma once
+
+#include "jobs.h"
+
+#include <signal.h>
+#include <unistd.h>
+
+namespace {
+
+size_t rounded(size_t bytes) {
+  size_t size = (bytes + kPage - 1) / kPage * kPage;
+  if (size > kPooled) return size;
+  size_t power = kPage;
+  while (power < size) power *= 2;
+  return power;
+}
+
+void* acquire(size_t bytes, BlockPtr block) {
+  block->bytes = bytes;
+  std::lock_guard lock(registry_mutex);
+  holders[block.get()] = block;
+  return block->address;
+}
+
+BlockPtr pooled(Queue* queue, size_t size) {  // the mutex is held
+  auto& limbo = machine.limbo;
+  for (size_t i = 0; i < limbo.size();) {
+    auto [block, end] = limbo[i];
+    auto ended = [](const JobPtr& job) { return job->state == State::done; };
+    if (!std::all_of(end->after.begin(), end->after.end(), ended)) {
+      ++i;
+      continue;
+    }
+    start(end);
+    if (block->size <= kPooled) machine.pool[{block->home, block->size}].push_back(block);
+    limbo.erase(limbo.begin() + i);
+  }
+  auto& free = machine.pool[{queue, size}];
+  if (free.empty()) return nullptr;
+  BlockPtr block = free.back();
+  free.pop_back();
+  return block;
+}
+
+void end_tenancy(Block& block, uint64_t tenant) {
+  if (block.size <= kPooled) memset(block.alias, kPoison, block.size);
+  else mprotect(block.alias, block.size, PROT_NONE);
+  block.ended = tenant + 1;
+}
+
+void release(void* context) {
+  BlockPtr block;
+  {
+    std::lock_guard lock(registry_mutex);
+    auto held = holders.find(static_cast<Block*>(context));
+    block = held->second;
+    holders.erase(held);
+  }
+  if (block->device == kHost || forked) return;  // jobs that still read pinned memory hold it
+  std::lock_guard lock(machine.mutex);
+  uint64_t tenant = block->tenant++;
+  auto work = [at = block.get(), tenant] { end_tenancy(*at, tenant); };
+  JobPtr end = make(block->home, "free", {{block, true, tenant}}, work);
+  if (block->recorded.empty()) {  // free for what is launched later on its own stream
+    append(end);
+    if (block->size <= kPooled) machine.pool[{block->home, block->size}].push_back(block);
+    return;
+  }
+  block->recorded.insert(block->home);
+  for (Queue* queue : block->recorded)
+    if (queue->last && queue->last->state != State::done) end->after.push_back(queue->last);
+  block->recorded.clear();
+  machine.limbo.emplace_back(block, end);
+}
+
+struct Memory final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    c10::Device device(kType, current_device);
+    if (bytes == 0) return {nullptr, nullptr, &release, device};
+    BlockPtr block;
+    {
+      std::lock_guard lock(machine.mutex);
+      check_process();
+      Queue* queue = queue_of(current_device, current_stream[current_device]);
+      block = pooled(queue, rounded(bytes));
+      if (!block) block = std::make_shared<Block>(bytes, rounded(bytes), current_device);
+      block->home = queue;
+    }
+    Block* context = block.get();
+    return {acquire(bytes, std::move(block)), context, &release, device};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  void copy_data(void*, const void*, size_t) const override {
+    TORCH_CHECK(false, "simdev: the host cannot copy device memory.");
+  }
+} memory;
+
+struct PinnedMemory final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    if (bytes == 0) return {nullptr, nullptr, &release, c10::kCPU};
+    auto block = std::make_shared<Block>(bytes, rounded(bytes), kHost);
+    Block* context = block.get();
+    return {acquire(bytes, std::move(block)), context, &release, c10::kCPU};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    memcpy(to, from, bytes);
+  }
+} pinned_memory;
+
+struct sigaction previous[2];
+
+void on_fault(int number, siginfo_t* facts, void*) {
+  if (running) {
+    fault_address = facts->si_addr;
+    siglongjmp(escape, 1);
+  }
+  char text[] = "simdev: the host touched an address that it may not. If it is a device's, then "
+                "device memory was read or written outside of a job: copy it to the host first.\n";
+  if (write(2, text, sizeof text - 1) < 0) _exit(139);
+  sigaction(number, &previous[number == SIGBUS], nullptr);  // which meets the fault again
+}
+
+}  // namespace

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is judged: one backend on one device, as a user gets it and as the library calls it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from portakv import BackendUnavailable, CopyPlan, Index, KVView, Transfer, Unsupported, copy_rows
+from portakv.backends.base import Backend, Capabilities, Decision, Launch, Pending
+from portakv.registry import REGISTRY, Choice, choose, prepare, register_backend
+
+#: Devices that are simulated, and so have to be loaded before torch knows them.
+SIMULATED = "simdev"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One backend on one device.
+
+    Attributes:
+        name: under which it is registered; what ``copy_rows(backend=...)`` is given.
+        target: ``module:Class``.
+        backend, device, can: the backend, where it works, and what it claims.
+        trace: the registry's answers.
+        emulated: the device is simulated.
+    """
+
+    name: str
+    target: str
+    backend: Backend
+    device: torch.device
+    can: Capabilities
+    trace: tuple[Decision, ...]
+    emulated: bool = False
+
+    @property
+    def on_host(self) -> bool:
+        """True where it works on the CPU, and so without streams."""
+        return self.device.type == "cpu"
+
+    def copy(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Any = None,
+        dst_index: Any = None,
+        *,
+        count: int | None = None,
+        stream: torch.Stream | None = None,
+    ) -> Transfer:
+        """The copy as a user gets it: ``copy_rows`` with this backend forced."""
+        return copy_rows(
+            src, dst, src_index, dst_index, count=count, backend=self.name, stream=stream
+        )
+
+    def prepare(self, plan: CopyPlan) -> Launch:
+        """The launch, by the backend's own ``check`` and ``prepare``.
+
+        Raises:
+            Unsupported: either of them refuses the plan.
+        """
+        decision = self.backend.check(plan)
+        if not decision.accepted:
+            raise Unsupported(f"This plan through {self.name!r}", decision.reason)
+        return self.backend.prepare(plan)
+
+    def launch(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        *,
+        stream: torch.Stream | None = None,
+        status: torch.Tensor | None = None,
+        unit: int | None = None,
+    ) -> Pending | None:
+        """Prepare and launch directly, with nothing of the library in between.
+
+        ``count`` is a multiple of the plan's unit. Ids are brought only where the backend claims
+        to read them, in a dtype that it claims to read.
+        """
+        plan = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step, unit)
+        mine, theirs = self.place(src_index), self.place(dst_index)
+        return self.prepare(plan)(src, dst, mine, theirs, count, stream, status)
+
+    def place(self, index: Index) -> Index:
+        """An index with its ids where the backend claims to read them."""
+        return index.placed(self.can.home_of_ids(self.device), self.can.index_dtypes)
+
+
+def subject(name: str, device: str | torch.device = "cpu", *, emulated: bool = False) -> Subject:
+    """The backend of a registered name, or of a class written ``pkg.mod:Class``.
+
+    Args:
+        name: what to judge.
+        device: where. ``simdev`` loads the simulated device; with ``emulated`` it carries the
+            name of ``device`` (``npu``, ``mlu``).
+
+    Raises:
+        ValueError: a name or a device that is malformed.
+        BackendUnavailable: the backend cannot run there, with the probe's reason.
+    """
+    place, simulated = _device(device, emulated)
+    if ":" in name:
+        name = _register(name, place)
+    # Judging wrong bytes is the suite's work: a self-check that failed must not end it early.
+    choice = _choose_unchecked(place, name)
+    return Subject(
+        name,
+        _target(type(choice.backend)),
+        choice.backend,
+        choice.backend.device,
+        choice.can,
+        (*choice.trace,),
+        simulated,
+    )
+
+
+def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, bool]:
+    kind = str(device).partition(":")[0]
+    simulated = emulated or kind == SIMULATED
+    if simulated:
+        from portakv_conformance import simdev  # builds a C++ extension: only when asked
+
+        why = simdev.available()
+        if why is not None:
+            raise BackendUnavailable(f"Device {str(device)!r} was asked, but {why}")
+        simdev.load(kind)
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        why = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"Device {str(device)!r} is none that torch knows: {why}.") from error
+    return place, simulated
+
+
+def _register(target: str, device: torch.device) -> str:
+    """Register ``pkg.mod:Class``; return the name."""
+    module, _, attribute = target.partition(":")
+    if not (all(word.isidentifier() for word in module.split(".")) and attribute.isidentifier()):
+        raise ValueError(
+            f"{target!r} was asked for; expected a backend's name, or a class as pkg.mod:Class."
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # somebody else's module may fail in any way
+        why = f"{type(error).__name__}: {error}"
+        raise BackendUnavailable(f"{target!r} was asked for, but it does not load: {why}") from None
+    if not (isinstance(found, type) and issubclass(found, Backend)) or inspect.isabstract(found):
+        raise BackendUnavailable(
+            f"{target!r} was asked for, but it is {found!r}; expected a class of "
+            f"portakv.backends.base.Backend that implements probe, capabilities and prepare."
+        )
+    name = found.name or attribute
+    if name in REGISTRY.names():
+        known = REGISTRY.ask(name, _indexed(device), check=False)[0]
+        if type(known) is found:
+            return name
+        name = target  # that name is another's
+    if name not in REGISTRY.names():
+        register_backend(name, found)
+    return name
+
+
+def _choose_unchecked(device: torch.device, name: str) -> Choice:
+    """The registry's choice of ``name`` by force, without its power-on self-check.
+
+    Afterwards ``copy_rows(backend=name)`` uses it as well.
+    """
+    place = _indexed(device)
+    backend, decision = REGISTRY.ask(name, place, check=False)
+    if backend is not None:
+        reason = decision.reason.replace("(not self-checked yet) ", "")
+        decision = Decision(name, True, f"{reason}; judged by the suite, not by its self-check")
+        REGISTRY._known[name, place] = (backend, decision)
+    return choose(place, name)
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """The device with its index; BackendUnavailable where torch cannot use it here."""
+    if device.type == "cpu" or device.index is not None:
+        return torch.device("cpu") if device.type == "cpu" else device
+    try:
+        return torch.device(device.type, torch.get_device_module(device).current_device())
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0].rstrip(".")
+        raise BackendUnavailable(
+            f"Device {str(device)!r} was asked for, but torch cannot use it here ({why})."
+        ) from error
+
+
+def _target(found: type[Backend]) -> str:
+    return f"{found.__module__}:{found.__qualname__}"
+
+
+__all__ = ["Subject", "prepare", "subject"]

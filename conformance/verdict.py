@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run amounts to: totals, verdict, rung, and the digests that hold a report together.
+
+Every rule is a function of the record alone, so that a stranger's `portakv conform verify` applies
+the same ones to a report as the runner did when it was made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+
+from .records import STATUSES, CaseRecord, RunRecord
+from .waivers import problems
+
+#: The key of ``environment`` that seals a report: a sha256 over everything else in it.
+SEAL = "sealed_sha256"
+#: Statuses that no conformant run has.
+WRONG = ("failed", "error")
+#: The seed of certification runs; another draws other structures.
+CERTIFICATION_SEED = 0
+
+
+def totals_of(cases: Iterable[CaseRecord]) -> dict[str, int]:
+    """How many cases have each status; a status that nothing has counts 0."""
+    counted: dict[str, int] = dict.fromkeys(STATUSES, 0)
+    for case in cases:
+        counted[case.status] += 1
+    return counted
+
+
+def case_list_sha256(ids: Iterable[str]) -> str:
+    """The hash of a case list: of its sorted ids, a line each."""
+    return hashlib.sha256("".join(f"{id}\n" for id in sorted(ids)).encode()).hexdigest()
+
+
+def verdict_of(record: RunRecord) -> str:
+    """``failed``, ``incomplete`` or ``conformant``.
+
+    A waiver that does not hold is a failure. Waived cases leave a run conformant; its totals and
+    its ``waivers`` show them.
+    """
+    if any(case.status in WRONG for case in record.cases):
+        return "failed"
+    if problems(record.waivers, record.cases, record.suite, whole=not record.missing):
+        return "failed"
+    if record.missing or not record.cases:
+        return "incomplete"
+    return "conformant"
+
+
+def rung_of(record: RunRecord) -> str:
+    """``R6``, ``R3`` or empty: how far this run proves the backend.
+
+    R6 is a certification run (full profile, seed 0, no fuzzing) on the real device, R3 one on an
+    emulated device in either profile. Both need every case passed or not claimed: what is waived
+    does not pass.
+    """
+    fixed = record.fuzz == 0 and record.seed == CERTIFICATION_SEED
+    if verdict_of(record) != "conformant" or not fixed or totals_of(record.cases)["waived"]:
+        return ""
+    if record.environment.get("emulated") is not False:
+        return "R3"
+    return "R6" if record.profile == "full" else ""
+
+
+def why_no_rung(record: RunRecord) -> str:
+    """What stands between a conformant run and a rung, as the end of a sentence; or nothing."""
+    if record.rung or record.verdict != "conformant":
+        return ""
+    reasons = []
+    if record.fuzz or record.seed != CERTIFICATION_SEED:
+        reasons.append(f"certification has seed {CERTIFICATION_SEED} and no --fuzz")
+    if record.totals["waived"]:
+        reasons.append("cases are waived")
+    if record.profile != "full":
+        reasons.append("R6 needs --profile full")
+    return " and ".join(reasons)
+
+
+def digest_of(record: RunRecord) -> str:
+    """sha256 over the whole record but its seal, as canonical JSON."""
+    values = asdict(record)
+    values["environment"] = {k: v for k, v in record.environment.items() if k != SEAL}
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def judge(record: RunRecord) -> None:
+    """Fill in totals, verdict, rung and seal. Nothing may change in the record behind this."""
+    record.totals = totals_of(record.cases)
+    record.verdict = verdict_of(record)
+    record.rung = rung_of(record)
+    record.environment[SEAL] = digest_of(record)
+
+
+def in_list_order(cases: dict[str, CaseRecord], ids: Sequence[str]) -> list[CaseRecord]:
+    """The records of those ids that have one, in the order of the list."""
+    return [cases[id] for id in ids if id in cases]

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process that a backend is judged in: it introduces what is judged, then runs pytest.
+
+Started by the runner as ``python -m portakv_conformance.worker ORDERS``. All that the runner learns
+comes through two files: events, and the stacks that faulthandler leaves when the process crashes or
+is asked for them by a signal. What a backend prints goes elsewhere and disturbs neither.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pytest
+
+#: Asks a worker for the stacks of all of its threads. Answered by faulthandler's own handler, in
+#: C, so that a worker answers that hangs in native code.
+STACKS_PLEASE = signal.SIGUSR1
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+# Of the user's own plugins none is loaded: one that reorders or repeats would change the verdict.
+_PLUGINS = ("-p", "portakv_conformance.options", "-p", "_hypothesis_pytestplugin")
+_QUIET = ("-p", "no:cacheprovider", "-p", "no:faulthandler", "--no-header", "-q", "--tb=short")
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a worker is told, as a file of JSON.
+
+    Attributes:
+        backend, device, emulated: what is judged, and where.
+        events, stacks: the files that it answers in.
+        pytest: the options of the suite.
+        configuration: an empty file: no configuration of the folder that we happen to be in.
+        runner: the process that gave the orders; its end is the worker's.
+    """
+
+    backend: str
+    device: str
+    emulated: bool
+    events: str
+    stacks: str
+    pytest: list[str]
+    configuration: str
+    runner: int
+
+    def write(self, path: Path) -> None:
+        """Write the file."""
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Orders:
+        """Read the file."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Carry out the orders in the file that is named; returns pytest's exit code."""
+    orders = Orders.read(Path(argv[0]))
+    _end_with(orders.runner)
+    stacks = open(orders.stacks, "a", encoding="utf-8")  # noqa: SIM115 (open until the end)
+    faulthandler.enable(file=stacks, all_threads=True)
+    faulthandler.register(STACKS_PLEASE, file=stacks, all_threads=True)
+    told = introduce(orders)
+    with open(orders.events, "a", encoding="utf-8") as events:
+        events.write(json.dumps(told) + "\n")
+    if told["event"] != "subject":
+        return 0
+    import pytest
+
+    folder = str(Path(__file__).resolve().parent)
+    where = ["-c", orders.configuration, "--rootdir", folder, "--confcutdir", folder]
+    words = [*where, *_PLUGINS, *_QUIET, *orders.pytest, folder]
+    return int(pytest.main(words, plugins=[Descriptions(orders.events)]))
+
+
+class Descriptions:
+    """Tells what each case is about before it runs: of one that takes the process with it nobody
+    could tell afterwards."""
+
+    def __init__(self, events: str) -> None:
+        self._events = events
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Write the event ``described``: by id, the fields of `CaseRecord` that are marks."""
+        from .plugin import case_id
+
+        told = {
+            case_id(item): {
+                "area": _mark(item, "area"),
+                "profile": _mark(item, "profile"),
+                "claim": _mark(item, "claim", ""),
+                "tags": {k: v for mark in item.iter_markers("tags") for k, v in mark.kwargs.items()},
+            }
+            for item in session.items
+        }
+        with open(self._events, "a", encoding="utf-8") as events:
+            events.write(json.dumps({"event": "described", "cases": told}) + "\n")
+
+
+def _mark(item: pytest.Item, name: str, default: str = "core") -> str:
+    mark = item.get_closest_marker(name)
+    return default if mark is None else str(mark.args[0])
+
+
+def introduce(orders: Orders) -> dict[str, Any]:
+    """The event that tells who is judged, or why nobody is.
+
+    ``{"event": "subject", "backend", "environment", "capabilities", "trace"}``, or ``unavailable``
+    or ``usage`` with a ``reason``.
+    """
+    from portakv.errors import PortaKVError
+
+    from .environment import describe_backend, describe_environment, plain
+    from .subject import subject
+
+    try:
+        judged = subject(orders.backend, orders.device, emulated=orders.emulated)
+        capabilities = plain(judged.can)
+        return {
+            "event": "subject",
+            "backend": describe_backend(judged),
+            "environment": describe_environment(judged, orders.device),
+            "capabilities": capabilities if isinstance(capabilities, dict) else {"": capabilities},
+            "trace": [str(decision) for decision in judged.trace],
+        }
+    except PortaKVError as error:
+        return {"event": "unavailable", "reason": str(error)}
+    except ValueError as error:
+        return {"event": "usage", "reason": str(error)}
+    except Exception as error:  # a backend fails in any way while it is asked what it claims
+        return {"event": "unavailable", "reason": f"It failed: {type(error).__name__}: {error}"}
+
+
+def _end_with(runner: int) -> None:
+    """End when the runner ends, however it ends: nothing must go on occupying a device."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+        if os.getppid() != runner:
+            raise SystemExit("The runner has gone.")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
