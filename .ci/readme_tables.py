@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the README's generated tables, or with ``--check`` fail where they are stale.
 
-The table of layouts comes from `portakv.presets`, the one of backends from
-`conformance/support.toml`.
+The table of layouts comes from `portakv.presets`, the one of backends from the reports in
+`conformance/results` and, for pairs without one, `conformance/support.toml`. A report whose backend
+has changed since stays in the table as expired: writing the tables anew says so, running the suite
+again and `.ci/keep_result.py` mend it.
 """
 
 from __future__ import annotations
@@ -16,10 +18,14 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from portakv_conformance.report import results, support
+
 from portakv.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+RESULTS = ROOT / "conformance" / "results"
+IN_WORDS = ROOT / "conformance" / "support.toml"
 
 
 FAMILIES = ("LMCache", "vLLM-Ascend", "vLLM-RBLN", "vLLM", "SGLang", "FlexKV", "Dynamo")
@@ -37,11 +43,11 @@ def layouts() -> str:
 
 def backends() -> str:
     """One row for each backend-device pair, with how far it was verified."""
-    pairs = tomllib.loads((ROOT / "conformance" / "support.toml").read_text())["pair"]
-    columns = ("device", "verified", "versions", "date")
-    rows = [f"| `{p['backend']}` | {' | '.join(p[c] for c in columns)} |" for p in pairs]
-    head = "| backend | device | verified | versions | date |"
-    return "\n".join([head, "|---|---|---|---|---|", *rows])
+    in_words = tomllib.loads(IN_WORDS.read_text()).get("pair", [])
+    try:
+        return support.table(support.rows(results.load(RESULTS), in_words, ROOT))
+    except ValueError as error:
+        sys.exit(str(error))
 
 
 def fill(text: str) -> str:
@@ -54,14 +60,29 @@ def fill(text: str) -> str:
     return text
 
 
-def main() -> None:
-    """Write, or check."""
+def write() -> None:
+    """Write the tables into README.md."""
+    README.write_text(fill(README.read_text()))
+
+
+def check() -> None:
+    """Fail where the README says something else, naming the lines that should stand there."""
     old = README.read_text()
     new = fill(old)
-    if "--check" not in sys.argv:
-        README.write_text(new)
-    elif new != old:
-        sys.exit("README.md's tables are stale; run python .ci/readme_tables.py.")
+    if new == old:
+        return
+    due = [line for line in new.splitlines() if line not in old.splitlines()]
+    sys.exit(
+        "README.md's tables are stale: a preset, a result or a backend's source has changed. Run "
+        "`python .ci/readme_tables.py` and commit README.md; to renew an expired result, run the "
+        "suite and `python .ci/keep_result.py REPORT`. What should stand there:\n"
+        + "\n".join(due or ["(only lines that are to go)"])
+    )
+
+
+def main() -> None:
+    """Write, or check."""
+    check() if "--check" in sys.argv else write()
 
 
 if __name__ == "__main__":

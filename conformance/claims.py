@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from portakv import Unsupported
+from portakv import CopyPlan, Unsupported
 
 from .judging import Judge, changed, index_of, view_of
 from .memory import Memory
@@ -39,6 +39,21 @@ def not_claimed(request: pytest.FixtureRequest, field: str, reason: str) -> None
     The case goes on, and returns by itself.
     """
     request.node.stash[NOT_CLAIMED] = f"{field} is not claimed: {reason}"
+
+
+def claimed(judge: Judge, case: Case, field: str, what: str, *, must: bool = True) -> None:
+    """Judge a case by the launch alone; a plan within the claims may not be refused.
+
+    With ``must=False`` the backend's own ``check`` may decline it, as it may any layout.
+    """
+    if judge.launch(case):
+        return
+    src, dst = view_of(case.src), view_of(case.dst)
+    plan = CopyPlan(src.form, dst.form, index_of(case.src).plan_step, index_of(case.dst).plan_step)
+    declined = not judge.subject.backend.check(plan).accepted
+    assert declined and not must, (
+        f"It claims by {field!r} that it {what}, and refuses a plan of that: {judge.declined[-1]}."
+    )
 
 
 def check_refused(judge: Judge, case: Case) -> None:

@@ -6,7 +6,6 @@ Reads files and asks tools; changes nothing, and imports no vendor package that 
 
 from __future__ import annotations
 
-import enum
 import os
 import platform
 import re
@@ -43,7 +42,7 @@ def describe_environment(subject: Subject, asked: str) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "torch": str(torch.__version__),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "os": _system(),
         "device": asked,
         "device_name": device_name(device, subject.emulated),
         "driver": driver_version(device, subject.emulated),
@@ -74,7 +73,7 @@ def describe_backend(subject: Subject) -> dict[str, str]:
 
 def plain(value: Any) -> Any:
     """A claim as JSON can hold it: sets sorted into lists, dtypes and the like as their names."""
-    if value is None or isinstance(value, bool | int | float | str) and not isinstance(value, enum.Enum):
+    if value is None or type(value) in (bool, int, float, str):
         return value
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
@@ -152,6 +151,16 @@ def _distributions(target: str) -> list[str]:
     if top.startswith("portakv"):
         return ["portakv"]
     return sorted(set(metadata.packages_distributions().get(top, [])))
+
+
+def _system() -> str:
+    """The distribution, and the kernel without what its builder added to the version."""
+    kernel = ".".join(platform.release().split(".")[:2])
+    told = f"{platform.system()} {kernel} {platform.machine()}"
+    try:
+        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {told}"
+    except (OSError, KeyError):
+        return told
 
 
 def _processor() -> str:

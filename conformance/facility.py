@@ -90,3 +90,20 @@ class Facility:
         """Wait for all work of the judged device."""
         if self.streams:
             torch.accelerator.synchronize(self.device)
+
+    def spare(self) -> int:
+        """Bytes of memory that are free on the judged device; 0 where it cannot be asked."""
+        if not self.streams or self.emulated:
+            return 0
+        ask = getattr(torch.get_device_module(self.device), "mem_get_info", None)
+        if ask is None:
+            return 0
+        return int(ask(self.device)[0])
+
+    def release(self) -> None:
+        """Give memory that the allocator holds back to the device."""
+        if self.streams:
+            torch.accelerator.synchronize(self.device)
+            give = getattr(torch.get_device_module(self.device), "empty_cache", None)
+            if give is not None:
+                give()

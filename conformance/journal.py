@@ -29,6 +29,7 @@ class Journal:
     """The cases of a run and how they ended, over all of its workers.
 
     Attributes:
+        loading: a worker has begun to load the backend: the suite itself is in order.
         subject: the event that introduced what is judged.
         ids: the case list, in the order of execution; empty before it is known.
         cases: by id, what has ended.
@@ -45,6 +46,7 @@ class Journal:
         self._progress = progress
         self._waivers = {waiver.id: waiver for waiver in options.waivers}
         self._described: dict[str, dict[str, Any]] = {}
+        self.loading = False
         self.subject: dict[str, Any] = {}
         self.ids: list[str] = []
         self.cases: dict[str, CaseRecord] = {}
@@ -56,6 +58,11 @@ class Journal:
         """A new worker begins."""
         self.running = self.latest = ""
         self.listed = self.finished = False
+
+    @property
+    def over(self) -> bool:
+        """The present worker came to the end of its session, and nothing is left to run."""
+        return self.finished and bool(self.ids) and not self.left()
 
     def left(self) -> list[str]:
         """Ids that have not ended, in their order."""
@@ -69,7 +76,9 @@ class Journal:
             SuiteBroken: it is none that a suite of this version writes.
         """
         kind = event.get("event")
-        if kind == "subject":
+        if kind == "loading":
+            self.loading = True
+        elif kind == "subject":
             self.subject = self.subject or event
         elif kind == "unavailable":
             raise SubjectUnavailable(event["reason"])
@@ -102,6 +111,8 @@ class Journal:
                 f"{self._options.device} has none of that name; a report lists the ids."
             )
         self.ids = [id for id in ids if not self._options.only or id in self._options.only]
+        if not self.ids:
+            raise SuiteBroken(f"The profile {self._options.profile!r} has no case here.")
         self._progress.listed(len(self.ids))
 
     def _take_end(self, values: dict[str, Any]) -> None:
@@ -136,4 +147,3 @@ class Journal:
         """Something that could not be run here."""
         if sentence not in self.missing:
             self.missing.append(sentence)
-

@@ -74,18 +74,27 @@ class Judge:
         """Judge a case by ``prepare`` and the launch alone; False where it is declined."""
         src, dst = view_of(case.src), view_of(case.dst)
         mine, theirs = index_of(case.src), index_of(case.dst)
+        return self.judge(
+            case,
+            lambda: self.launch_only(case, stream=stream, status=status),
+            lambda: self._why_declined(src, dst, mine, theirs),
+        )
+
+    def launch_only(
+        self, case: Case, *, stream: torch.Stream | None = None, status: torch.Tensor | None = None
+    ) -> None:
+        """Prepare and launch a case in the largest unit that its count and offsets allow, and
+        wait for it."""
+        src, dst = view_of(case.src), view_of(case.dst)
+        mine, theirs = index_of(case.src), index_of(case.dst)
         plan = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
         unit = gcd(plan.unit, case.count, mine.offset, theirs.offset)
-
-        def carry() -> None:
-            pending = self.subject.launch(
-                src, dst, mine, theirs, case.count, stream=stream, status=status, unit=unit
-            )
-            if pending is not None:
-                pending.wait()
-            self.facility.synchronize()
-
-        return self.judge(case, carry, lambda: self._why_declined(src, dst, mine, theirs))
+        pending = self.subject.launch(
+            src, dst, mine, theirs, case.count, stream=stream, status=status, unit=unit
+        )
+        if pending is not None:
+            pending.wait()
+        self.facility.synchronize()
 
     def judge(
         self, case: Case, carry: Callable[[], object], why_declined: Callable[[], str | None]

@@ -32,8 +32,9 @@ from .shapes import HOMES, Workshop
 from .subject import Subject, subject
 
 #: Examples of each drawn case in certification; ``--portakv-fuzz`` replaces them.
-EXAMPLES = {"core": 60, "full": 250}
+EXAMPLES = {"core": 40, "full": 150}
 UNAVAILABLE = 3  # exit code
+_BIG = 6 << 30  # bytes that the largest cases take on a device
 _JUDGE = pytest.StashKey[Judge]()
 _REPORTS = pytest.StashKey[dict[str, pytest.TestReport]]()
 
@@ -123,6 +124,10 @@ class Suite:
             found = self.facility.devices()
             missing = f"it needs two devices of type {self.subject.device.type}, found {found}."
             return found > 1, missing if streams else ""
+        if need == "memory":
+            wanted = self.subject.device.type != "cpu" and not self.subject.emulated
+            missing = f"it needs {_BIG >> 30} GiB of free memory on {self.subject.device}."
+            return wanted and self.facility.spare() > _BIG, missing if wanted else ""
         raise pytest.UsageError(f"A case needs {need!r}, which the plugin does not know.")
 
     def seed_of(self, name: str) -> int:

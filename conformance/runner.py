@@ -53,14 +53,15 @@ def run(
     """
     started, began = datetime.now(timezone.utc), time.monotonic()
     journal = Journal(options, progress)
-    losses = 0
+    workers = losses = 0
     with tempfile.TemporaryDirectory(prefix="portakv-conform-") as name:
         folder = Path(name)
         while not journal.stopped and (not journal.ids or journal.left()):
             if losses == _MOST_LOSSES:
                 _give_up(journal, progress)
                 break
-            why = _one_worker(journal, options, folder / str(losses), command)
+            workers += 1
+            why = _one_worker(journal, options, folder / str(workers), command)
             if why:
                 losses += 1
                 progress.say(why)
@@ -68,9 +69,7 @@ def run(
     return _record(journal, options, started, time.monotonic() - began)
 
 
-def _one_worker(
-    journal: Journal, options: Options, folder: Path, command: Sequence[str]
-) -> str:
+def _one_worker(journal: Journal, options: Options, folder: Path, command: Sequence[str]) -> str:
     """Run one worker to its end; a sentence where it was lost, else empty."""
     told = options.suite_options()
     wanted = journal.left() or options.only
@@ -114,7 +113,7 @@ def _allowed(journal: Journal, options: Options) -> float:
 
 def _ended(worker: Worker, journal: Journal) -> str:
     """A worker has ended by itself: well, or with a case."""
-    if journal.finished and not journal.left():
+    if journal.over:
         if worker.how.startswith("was killed"):
             sentence = (
                 f"The worker {worker.how} after the last case; memory may have been corrupted "
@@ -127,7 +126,7 @@ def _ended(worker: Worker, journal: Journal) -> str:
 
 def _too_long(worker: Worker, journal: Journal, options: Options) -> str:
     """Nothing has been heard of a worker for too long: take its stacks, and end it."""
-    if journal.finished and not journal.left():
+    if journal.over:
         journal.miss(f"The worker did not end within {_ENDING:g} s of its last case.")
         return ""
     stacks = worker.ask_stacks()
@@ -140,11 +139,13 @@ def _too_long(worker: Worker, journal: Journal, options: Options) -> str:
 def _lost(worker: Worker, journal: Journal, what: str, stacks: str) -> str:
     """Name the case that a worker was lost with; returns a sentence for the user."""
     details = "\n\n".join(part for part in (stacks, worker.printed()) if part)
+    if not journal.loading:
+        raise SuiteBroken(f"{what} before it loaded anything.\n{details}")
     if not journal.subject:
         raise SubjectUnavailable(f"{what} while the backend was loaded and probed.\n{details}")
     if not journal.listed:
         if worker.code == _PYTEST_USAGE:
-            raise BadRequest(worker.printed().removeprefix("ERROR: "))
+            raise BadRequest(worker.printed().rpartition("ERROR: ")[2])
         if not journal.ids:
             raise SuiteBroken(f"{what} before the cases were collected.\n{details}")
         when = "before it could be started again"
@@ -175,9 +176,7 @@ def _note_what_was_left_out(journal: Journal, options: Options) -> None:
         journal.miss(f"{len(journal.left())} cases behind the first failure were not run (-x).")
 
 
-def _record(
-    journal: Journal, options: Options, started: datetime, seconds: float
-) -> RunRecord:
+def _record(journal: Journal, options: Options, started: datetime, seconds: float) -> RunRecord:
     subject = journal.subject
     record = RunRecord(
         schema=SCHEMA,

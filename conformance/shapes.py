@@ -90,9 +90,10 @@ def arranged(
     elif how.get("place") == "strided":
         order = [len(order), *order]
     how.setdefault("kinds", (list,) * len(axes.left))
+    how.setdefault("storage", 0 if source else _ELSEWHERE)
     return Arrangement(
         layout, dtype, extents, order=tuple(order), seed=seed, poison=not source, device=device,
-        storage=0 if source else _ELSEWHERE, offset=shift, **how,
+        offset=shift, **how,
     )  # fmt: skip
 
 

@@ -118,7 +118,8 @@ class Worker:
                     time.sleep(10 * _POLL)  # until the rest of it is written
                     break
                 time.sleep(_POLL)
-        return self._stacks.read_text(encoding="utf-8", errors="replace")[-_TAIL:].strip()
+        text = self._stacks.read_text(encoding="utf-8", errors="replace")
+        return text.partition("\nExtension modules:")[0][-_TAIL:].strip()
 
     def printed(self) -> str:
         """The end of what it wrote to standard output and error."""

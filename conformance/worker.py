@@ -69,9 +69,12 @@ def main(argv: Sequence[str]) -> int:
     stacks = open(orders.stacks, "a", encoding="utf-8")  # noqa: SIM115 (open until the end)
     faulthandler.enable(file=stacks, all_threads=True)
     faulthandler.register(STACKS_PLEASE, file=stacks, all_threads=True)
+    # What fails before this is an installation that is broken; what fails behind it is the backend.
+    from . import environment, subject  # noqa: F401
+
+    _tell(orders, {"event": "loading"})
     told = introduce(orders)
-    with open(orders.events, "a", encoding="utf-8") as events:
-        events.write(json.dumps(told) + "\n")
+    _tell(orders, told)
     if told["event"] != "subject":
         return 0
     import pytest
@@ -79,15 +82,20 @@ def main(argv: Sequence[str]) -> int:
     folder = str(Path(__file__).resolve().parent)
     where = ["-c", orders.configuration, "--rootdir", folder, "--confcutdir", folder]
     words = [*where, *_PLUGINS, *_QUIET, *orders.pytest, folder]
-    return int(pytest.main(words, plugins=[Descriptions(orders.events)]))
+    return int(pytest.main(words, plugins=[Descriptions(orders)]))
+
+
+def _tell(orders: Orders, event: dict[str, Any]) -> None:
+    with open(orders.events, "a", encoding="utf-8") as events:
+        events.write(json.dumps(event) + "\n")
 
 
 class Descriptions:
     """Tells what each case is about before it runs: of one that takes the process with it nobody
     could tell afterwards."""
 
-    def __init__(self, events: str) -> None:
-        self._events = events
+    def __init__(self, orders: Orders) -> None:
+        self._orders = orders
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Write the event ``described``: by id, the fields of `CaseRecord` that are marks."""
@@ -98,12 +106,21 @@ class Descriptions:
                 "area": _mark(item, "area"),
                 "profile": _mark(item, "profile"),
                 "claim": _mark(item, "claim", ""),
-                "tags": {k: v for mark in item.iter_markers("tags") for k, v in mark.kwargs.items()},
+                "tags": {
+                    k: v for mark in item.iter_markers("tags") for k, v in mark.kwargs.items()
+                },
             }
             for item in session.items
         }
-        with open(self._events, "a", encoding="utf-8") as events:
-            events.write(json.dumps({"event": "described", "cases": told}) + "\n")
+        _tell(self._orders, {"event": "described", "cases": told})
+
+
+def _tags(item: pytest.Item) -> dict[str, str]:
+    """The tags of a case, the nearest of each name."""
+    tags: dict[str, str] = {}
+    for mark in item.iter_markers("tags"):
+        tags = {**mark.kwargs, **tags}
+    return tags
 
 
 def _mark(item: pytest.Item, name: str, default: str = "core") -> str:

@@ -7,41 +7,30 @@ It decides which views, which direction and which stream; the copy itself is `co
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from operator import index as whole_number
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
+from torch.compiler import is_compiling
 
-from .chunks import WHOLE, ChunkReader
+from . import opaque
+from .chunks import WHOLE
 from .copy import carry
-from .errors import DeviceMismatch, LayoutError, SlotError
+from .errors import LayoutError, SlotError
 from .example import example_chunk
-from .index import Index
-from .lanes import Lanes
 from .layout import parse
 from .ordering import capturing
 from .presets import resolve
 from .reading import read_as
+from .registration import Registration, facts_of
 from .registry import choose
+from .request import check_apart, check_batch, check_chunk, slot_range
 from .routes import route
 from .transfer import Completion, Transfer
-from .view import KVView
 from .watch import fail, troubled, unasked_error
 
 KV_LAYOUT = "layer | kv block token head dim"
 CHUNK_LAYOUT = "kv layer token (head dim)"
-
-
-class _Caches(NamedTuple):
-    """Registered caches: their view, the facts that tell others apart, the reader of chunks, and
-    what was learnt of transfers to and from them."""
-
-    view: KVView
-    facts: Any
-    chunks: ChunkReader
-    lanes: Lanes
 
 
 class AdaptiveConnector:
@@ -73,9 +62,10 @@ class AdaptiveConnector:
         self._kv_reading = read_as(kv_layout, **extents)
         parse(resolve(chunk_layout)[0])  # a layout that cannot be read is refused now
         self._chunk_layout = chunk_layout
-        self._registered: _Caches | None = None
+        self._registered: Registration | None = None
         self._captured: list[Completion] = []
         self._owner = weakref.ref(self)
+        self._handle = opaque.enlist(self)
 
     def register_kv_caches(self, kv_caches: Any) -> None:
         """Read the caches once and hold them until `unregister_kv_caches` or another registration.
@@ -113,6 +103,8 @@ class AdaptiveConnector:
         Raises:
             LayoutError, SlotError, DeviceMismatch, Unsupported: before anything was written.
         """
+        if is_compiling():
+            return self._traced(True, [memory_obj], kv_caches, slot_mapping, [start], [end], stream)
         return self._move(True, memory_obj, kv_caches, slot_mapping, start, end, stream)
 
     def to_gpu(
@@ -129,6 +121,10 @@ class AdaptiveConnector:
 
         Arguments and errors are those of `from_gpu`.
         """
+        if is_compiling():
+            return self._traced(
+                False, [memory_obj], kv_caches, slot_mapping, [start], [end], stream
+            )
         return self._move(False, memory_obj, kv_caches, slot_mapping, start, end, stream)
 
     def batched_from_gpu(
@@ -142,7 +138,8 @@ class AdaptiveConnector:
         stream: torch.Stream | None = None,
     ) -> Transfer:
         """`from_gpu` of several chunks; one launch for each set of equal shape and strides."""
-        return self._move_batch(True, memory_objs, kv_caches, slot_mapping, starts, ends, stream)
+        args = (memory_objs, kv_caches, slot_mapping, starts, ends, stream)
+        return self._traced(True, *args) if is_compiling() else self._move_batch(True, *args)
 
     def batched_to_gpu(
         self,
@@ -155,7 +152,8 @@ class AdaptiveConnector:
         stream: torch.Stream | None = None,
     ) -> Transfer:
         """`to_gpu` of several chunks; one launch for each set of equal shape and strides."""
-        return self._move_batch(False, memory_objs, kv_caches, slot_mapping, starts, ends, stream)
+        args = (memory_objs, kv_caches, slot_mapping, starts, ends, stream)
+        return self._traced(False, *args) if is_compiling() else self._move_batch(False, *args)
 
     def explain(self, tokens: int = 256) -> str:
         """The trace of candidates and, where caches are registered, the plan of storing a
@@ -193,17 +191,30 @@ class AdaptiveConnector:
     ) -> Transfer:
         if self._captured or troubled():
             self._report()
-        cache, _, chunks, lanes = self._caches(kv_caches)
+        caches = self._caches(kv_caches)
+        return self._carry(store, caches, memory_obj, slot_mapping, start, end, stream)
+
+    def _carry(
+        self,
+        store: bool,
+        caches: Registration,
+        memory_obj: Any,
+        slot_mapping: Any,
+        start: int,
+        end: int | None,
+        stream: torch.Stream | None,
+    ) -> Transfer:
+        cache, chunks = caches.view, caches.chunks
         if stream is None:
-            transfer = lanes.transfer(store, memory_obj, slot_mapping, start, end)
+            transfer = caches.lanes.transfer(store, memory_obj, slot_mapping, start, end)
             if transfer is not None:
                 return transfer
-        index, count = _range(slot_mapping, start, end)
+        index, count = slot_range(slot_mapping, start, end)
         chunk = chunks.read(memory_obj)
-        _check_chunk(cache, chunk, count)
+        check_chunk(cache, chunk, count)
         sides = (cache, chunk, index, WHOLE) if store else (chunk, cache, WHOLE, index)
         transfer = self._keep(carry(*sides, count, self._choice, stream, disjoint=True))
-        lanes.learn(store, chunk, slot_mapping)
+        caches.lanes.learn(store, chunk, slot_mapping)
         return transfer
 
     def _move_batch(
@@ -224,55 +235,100 @@ class AdaptiveConnector:
                 f"{len(memory_objs)} memory objects came with {len(starts)} starts and "
                 f"{len(ends)} ends; pass one start and one end for each."
             )
-        cache, _, chunks, _ = self._caches(kv_caches)
+        caches = self._caches(kv_caches)
+        return self._carry_batch(store, caches, memory_objs, slot_mapping, starts, ends, stream)
+
+    def _carry_batch(
+        self,
+        store: bool,
+        caches: Registration,
+        memory_objs: list[Any],
+        slot_mapping: Any,
+        starts: Sequence[int],
+        ends: Sequence[int],
+        stream: torch.Stream | None,
+    ) -> Transfer:
+        cache, chunks = caches.view, caches.chunks
         jobs = []
         for memory_obj, start, end in zip(memory_objs, starts, ends, strict=True):
-            index, count = _range(slot_mapping, start, end)
+            index, count = slot_range(slot_mapping, start, end)
             chunk = chunks.read(memory_obj)
-            _check_chunk(cache, chunk, count)
+            check_chunk(cache, chunk, count)
             jobs.append((chunk, index, count))
         if store:
-            _check_apart([chunk for chunk, _, count in jobs if count])
+            check_apart([chunk for chunk, _, count in jobs if count])
         copies = []
         for chunk, chunk_index, index, count in chunks.sets(jobs):
             sides = ((cache, index), (chunk, chunk_index))
             (src, src_index), (dst, dst_index) = sides if store else sides[::-1]
             copies.append((src, dst, src_index, dst_index, count))
-        _check_batch(copies)
+        check_batch(copies)
         return self._keep(
             Transfer.join([carry(*copy, self._choice, stream, disjoint=True) for copy in copies])
         )
 
-    def _caches(self, kv_caches: Any) -> _Caches:
+    def _traced(
+        self,
+        store: bool,
+        memory_objs: Sequence[Any],
+        kv_caches: Any,
+        slot_mapping: Any,
+        starts: Sequence[Any],
+        ends: Sequence[Any],
+        stream: torch.Stream | None,
+    ) -> Transfer:
+        """Inside torch.compile: the opaque op takes the place of the call."""
+        if stream is not None or not isinstance(slot_mapping, torch.Tensor):
+            args = (store, memory_objs, kv_caches, slot_mapping, starts, ends, stream)
+            return cast(Transfer, opaque.eagerly(self._move_batch, *args))
+        if kv_caches is None:
+            registered = self._registered
+            if registered is None:
+                raise _no_caches()
+            kv_caches = registered.kv_caches
+        opaque.transfer(store, self._handle, memory_objs, kv_caches, slot_mapping, starts, ends)
+        return Transfer()
+
+    def carry_op(
+        self,
+        store: bool,
+        memory_objs: list[Any],
+        kv_caches: Any,
+        slot_mapping: torch.Tensor,
+        starts: Sequence[int],
+        ends: Sequence[int],
+    ) -> None:
+        """What the op of `opaque` does when a compiled function runs; not for callers."""
+        registered = self._registered
+        if registered is None or facts_of(kv_caches) != registered.facts:
+            # Perhaps a compiler's copy, which must not take the place of what was registered.
+            registered = self._read(kv_caches)
+        if len(memory_objs) == 1:
+            sides = (store, registered, memory_objs[0], slot_mapping, starts[0], ends[0], None)
+            self._carry(*sides)
+        else:
+            self._carry_batch(store, registered, memory_objs, slot_mapping, starts, ends, None)
+
+    def _caches(self, kv_caches: Any) -> Registration:
         """What is registered; caches that differ from it register again."""
         registered = self._registered
-        if kv_caches is not None and (registered is None or _facts(kv_caches) != registered.facts):
+        if kv_caches is not None and (
+            registered is None or facts_of(kv_caches) != registered.facts
+        ):
             registered = self._register(kv_caches)
         if registered is None:
-            raise LayoutError(
-                "No kv_caches were passed and none are registered; pass them, or call "
-                "register_kv_caches first."
-            )
+            raise _no_caches()
         return registered
 
-    def _register(self, kv_caches: Any) -> _Caches:
-        view = KVView.through(self._kv_reading, kv_caches, lasting=True)
-        if view.device != self.device:
-            raise DeviceMismatch(
-                f"The kv_caches are on {view.device}, but this connector serves {self.device}; "
-                f"make a connector for their device."
-            )
-        if self._choice.can.tables:
-            view.table  # noqa: B018 - made now, so that no transfer has to
+    def _register(self, kv_caches: Any) -> Registration:
         # Assigned at once: another thread sees the old caches or the new ones, never a mixture.
-        caches = _Caches(
-            view,
-            _facts(kv_caches),
-            ChunkReader(view, self._chunk_layout),
-            Lanes(view, self._choice, self._owner),
-        )
-        self._registered = caches
+        caches = self._registered = self._read(kv_caches)
         return caches  # not what is registered by now: another thread may have been there
+
+    def _read(self, kv_caches: Any) -> Registration:
+        return Registration.read(
+            kv_caches, self._kv_reading, self._chunk_layout, self._choice, self._owner
+        )
 
     def _keep(self, transfer: Transfer) -> Transfer:
         for completion in transfer.completions:
@@ -296,77 +352,8 @@ class AdaptiveConnector:
             raise error
 
 
-def _range(slot_mapping: Any, start: int, end: int | None) -> tuple[Index, int]:
-    if slot_mapping is None:
-        raise SlotError("No slot_mapping was passed; pass the slots of the tokens to move.")
-    index = Index.of(slot_mapping)
-    length = index.length or 0
-    if type(start) is not int or (end is not None and type(end) is not int):
-        start, end = _whole("start", start), None if end is None else _whole("end", end)
-    stop = length if end is None else end
-    if not 0 <= start <= stop <= length:
-        raise SlotError(
-            f"slot_mapping[{start}:{stop}] was asked of {length} slots; expected 0 <= start <= end "
-            f"<= {length}."
-        )
-    return (index.shifted(start) if start else index), stop - start
-
-
-def _whole(name: str, value: Any) -> int:
-    try:
-        return whole_number(value)
-    except TypeError:
-        raise SlotError(
-            f"{name}={value!r} was asked; expected an integer, a position in the slot_mapping."
-        ) from None
-
-
-def _check_batch(copies: list[tuple[KVView, KVView, Index, Index, int]]) -> None:
-    """Refuse the whole batch before its first launch where one of its copies is bad."""
-    for src, dst, src_index, dst_index, count in copies:
-        dst.check_writable()
-        src_index.judge(count, src.slots, False, "source")
-        dst_index.judge(count, dst.slots, True, "destination")
-    if len(copies) < 2:
-        return
-    # Sets of one batch share the cache; destinations must be distinct across them as well.
-    ids = [(dst_index, count) for _, _, _, dst_index, count in copies if dst_index.ids is not None]
-    if len(ids) == len(copies) and all(index.on_host for index, _ in ids):
-        total = sum(count for _, count in ids)
-        Index.joined(ids).judge(total, copies[0][1].slots, True, "destination")
-
-
-def _check_apart(chunks: list[KVView]) -> None:
-    """Refuse memory objects of one batch that overlap where they are written."""
-    spans = sorted(span for chunk in chunks for span in chunk.spans)
-    for (_, past), (first, _) in pairwise(spans):
-        if first < past:
-            raise LayoutError(
-                "Two memory objects of one batch lie in the same memory, so that one would "
-                "overwrite the other; pass buffers that do not overlap."
-            )
-
-
-def _check_chunk(cache: KVView, chunk: KVView, count: int) -> None:
-    if chunk.slots < count:
-        raise SlotError(
-            f"{count} tokens were asked, but the memory_obj holds {chunk.slots}; pass a larger "
-            f"one or a smaller range."
-        )
-    if chunk.overlaps(cache):
-        raise LayoutError(
-            "The memory_obj lies in the memory of the kv_caches; pass a buffer of its own."
-        )
-
-
-def _facts(kv_caches: Any) -> Any:
-    """Address, shape, strides and dtype of each tensor, nested as they are."""
-    if isinstance(kv_caches, torch.Tensor):
-        return kv_caches.data_ptr(), kv_caches.shape, kv_caches.stride(), kv_caches.dtype
-    if isinstance(kv_caches, Mapping):
-        kv_caches = kv_caches.values()
-    elif not isinstance(kv_caches, (list, tuple)):
-        raise LayoutError(
-            f"kv_caches is a {type(kv_caches).__name__}; expected a tensor, list, tuple or dict."
-        )
-    return [_facts(item) for item in kv_caches]
+def _no_caches() -> LayoutError:
+    return LayoutError(
+        "No kv_caches were passed and none are registered; pass them, or call register_kv_caches "
+        "first."
+    )

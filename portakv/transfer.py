@@ -91,7 +91,8 @@ class Completion:
         for pending in self._pendings:
             pending.wait()
         for event in self._events:
-            event.wait(stream) if stream is not None else event.wait()
+            # An event that is given no stream takes the current device's, which may be another.
+            event.wait(stream or torch.accelerator.current_stream(event.device))
 
     def synchronize(self) -> None:
         """Block the host until all bytes have landed."""

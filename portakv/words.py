@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,8 @@ class Word:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor, self.address = tensor, tensor.data_ptr()
-        self._values = memoryview(tensor.numpy())  # a third of the cost of asking the array
+        values: Any = tensor.numpy()
+        self._values = memoryview(values)  # a third of the cost of asking the array
 
     def read(self) -> int:
         """What stands in the word now."""

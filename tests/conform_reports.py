@@ -8,7 +8,8 @@ import random
 from dataclasses import replace
 
 from portakv_conformance import SPEC_VERSION, SUITE_VERSION
-from portakv_conformance.records import SCHEMA, STATUSES, CaseRecord, RunRecord
+from portakv_conformance.records import SCHEMA, CaseRecord, RunRecord
+from portakv_conformance.verdict import case_list_sha256, judge
 
 LAYOUTS = (
     "vllm-nhd", "vllm-hnd", "vllm-flashinfer-nhd", "vllm-0.26-hnd", "vllm-mla-fp8", "vllm-dsv4",
@@ -96,12 +97,11 @@ def _unclaimed(cases: list[CaseRecord], claims: tuple[str, ...]) -> list[CaseRec
 
 
 def _run(cases: list[CaseRecord], **values: object) -> RunRecord:
-    ids = sorted(case.id for case in cases)
     made = RunRecord(
         schema=SCHEMA, suite=SUITE_VERSION, spec=SPEC_VERSION,
         backend={"name": "acme", "target": "portakv_acme:Acme", "version": "1.4.0",
                  "source_sha256": hashlib.sha256(b"acme").hexdigest()},
-        environment={"torch": "2.13.0", "python": "3.11.7", "os": "Linux-6.1.0-x86_64",
+        environment={"torch": "2.13.0", "python": "CPython 3.11.7", "os": "Linux 6.1.0 x86_64",
                      "device": "acme", "device_name": "Acme XPU 900", "driver": "5.2.1",
                      "emulated": False, "torch_acme": "2.13.0.post1"},
         capabilities={"places": [["device", "device"], ["device", "pinned"]],
@@ -109,14 +109,14 @@ def _run(cases: list[CaseRecord], **values: object) -> RunRecord:
                       "skips_negative": True, "guards": True, "alignment": 1, "max_loops": 5,
                       "tables": True, "capturable": False, "threads": True},
         trace=list(_TRACE), profile="full", seed=0, fuzz=0,
-        case_list_sha256=hashlib.sha256("\n".join(ids).encode()).hexdigest(),
-        cases=cases, totals={}, rung="R6", verdict="conformant", missing=[],
+        case_list_sha256=case_list_sha256(case.id for case in cases),
+        cases=cases, totals={}, rung="", verdict="", missing=[],
         started="2026-11-20T09:41:12+00:00", seconds=187.4,
-        command="portakv conform acme --device acme --profile full --report out",
+        command="portakv conform acme --device acme --profile full --seed 0 --report out",
     )  # fmt: skip
     made = replace(made, **values)  # type: ignore[arg-type]
-    statuses = [case.status for case in made.cases]
-    return replace(made, totals={status: statuses.count(status) for status in STATUSES})
+    judge(made)
+    return made
 
 
 def passing() -> RunRecord:
@@ -129,7 +129,8 @@ def failing(count: int = 12) -> RunRecord:
     """``count`` cases failed, one of them by a crash, one by a time-out; two are waived."""
     run = passing()
     draw = random.Random(2)
-    hit = set(draw.sample(range(len(run.cases)), count))
+    others = [n for n, case in enumerate(run.cases) if case.area not in ("ordering", "capture")]
+    hit = set(draw.sample(others, count))
     cases = []
     for number, case in enumerate(run.cases):
         if number in hit:
@@ -147,35 +148,37 @@ def failing(count: int = 12) -> RunRecord:
                 case.reason = "The worker process died with signal 11 (SIGSEGV) in this case."
         cases.append(case)
     spared = [n for n, case in enumerate(cases) if case.area == "ordering"][:2]
-    waiver = "Driver 5.2.1 reorders two streams; mended in 5.3. (until suite 2027.02)"
+    waiver = "Driver 5.2.1 reorders two streams; mended in 5.3."
     for number in spared:
         cases[number] = replace(cases[number], status="waived", reason=waiver)
-    waivers = [{"id": cases[n].id, "reason": waiver, "until": "2027.02"} for n in spared]
-    return _run(cases, verdict="failed", rung="", waivers=waivers)
+    waivers = [{"id": cases[n].id, "reason": waiver, "expires": "2027.02"} for n in spared]
+    return _run(cases, waivers=waivers)
 
 
 def emulated() -> RunRecord:
     """Conformant on the simulated device."""
     run = passing()
-    surroundings = dict(run.environment, device="simdev", device_name="simulated device",
-                        driver="", emulated=True)  # fmt: skip
+    name = "simulated device (simdev, on the host's processor)"
+    surroundings = dict(run.environment, device="simdev", device_name=name, driver="",
+                        emulated=True)  # fmt: skip
     surroundings.pop("torch_acme")
-    return replace(run, environment=surroundings, rung="R3",
-                   command="portakv conform acme --device simdev --report out")  # fmt: skip
+    return _run(run.cases, environment=surroundings,
+                command="portakv conform acme --device simdev --profile full --seed 0")  # fmt: skip
 
 
 def incomplete() -> RunRecord:
     """Nothing failed, but a part of the profile could not be run."""
     run = passing()
     cases = [case for case in run.cases if case.area != "ordering"]
-    return _run(cases, verdict="incomplete", rung="", missing=[
+    return _run(cases, missing=[
         "The simulated device was not built: no C++ compiler was found; install g++.",
         "Cases on two devices were left out: this machine has one."])  # fmt: skip
 
 
 def hostile() -> RunRecord:
     """Every text tries to be markup, a link, a mention, or a character that no document takes."""
-    bad = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>\"'&|`@all\x1b[0m\x00"
+    bad = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>"
+    bad += "\"'&|`@all\x1b[0m\x00"
     run = failing()
     cases = [
         replace(case, id=f"{case.id}{bad}", reason=bad, details=bad, replay=bad, example=bad,
@@ -185,9 +188,9 @@ def hostile() -> RunRecord:
     ]  # fmt: skip
     return replace(
         run, cases=cases, backend=dict.fromkeys(run.backend, bad), trace=[bad], missing=[bad],
-        environment={**run.environment, "device_name": bad, bad: bad}, suite=bad, spec=bad,
-        capabilities={**run.capabilities, bad: [bad]}, command=bad, verdict="failed",
-        waivers=[dict.fromkeys(("id", "reason", "until"), bad)], started=bad,
+        environment={**run.environment, "device_name": bad, bad: bad}, spec=bad,
+        capabilities={**run.capabilities, bad: [bad]}, command=bad,
+        waivers=[{"id": bad, "reason": bad, "expires": "2027.02"}], started=bad,
     )  # fmt: skip
 
 

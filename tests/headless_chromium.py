@@ -104,7 +104,7 @@ class Browser:
         return message
 
     def open(self, page: Path, width: int, height: int, scheme: str) -> None:
-        """Show a file in a window of that many CSS pixels, in a scheme, and wait until it loaded."""
+        """Show a file in a window of that many CSS pixels, in a scheme; return once it loaded."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
             mobile=width < 500,
@@ -146,14 +146,17 @@ class Browser:
 
     def shoot(self, picture: Path, whole: bool = True) -> None:
         """A PNG of the whole page, or of the window."""
-        shot = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
+        asked: dict[str, Any] = {"optimizeForSpeed": True}
         if whole:
             size = self.call("Page.getLayoutMetrics")["cssContentSize"]
             clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-            shot = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)["data"]
+            asked |= {"captureBeyondViewport": True, "clip": clip}
+        shot = self.call("Page.captureScreenshot", **asked)["data"]
         picture.write_bytes(base64.b64decode(shot))
 
     def paper(self, file: Path) -> None:
         """The page as a PDF, as it would be printed on A4."""
-        printed = self.call("Page.printToPDF", printBackground=True, paperWidth=8.27, paperHeight=11.7)
+        printed = self.call(
+            "Page.printToPDF", printBackground=True, paperWidth=8.27, paperHeight=11.7
+        )
         file.write_bytes(base64.b64decode(printed["data"]))

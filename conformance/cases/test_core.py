@@ -144,8 +144,8 @@ def test_a_transfer_that_ended_has_landed(
     judge: Judge, home: Workshop, direction: str, end: str
 ) -> None:
     """When a transfer says that it ended, in any of its three ways, every byte is in its place."""
-    many = Shape(layers=4, widths=(512, 512), blocks=64)
-    must(judge, home.move(direction, many, home.shuffled(many.slots, 200)), end=end)
+    many = Shape(layers=3, widths=(128, 128), blocks=32)
+    must(judge, home.move(direction, many, home.shuffled(many.slots, 60)), end=end)
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8])

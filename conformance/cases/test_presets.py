@@ -78,7 +78,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-@pytest.mark.parametrize(("operation", "name", "dtype"), _table())
+@pytest.mark.parametrize(("operation", "name", "dtype"), list(_table()))
 def test_preset(
     judge: Judge, workshop: Workshop, operation: str, name: str, dtype: torch.dtype
 ) -> None:
@@ -111,9 +111,9 @@ def _how(name: str, dtype: torch.dtype) -> dict[str, Any]:
     if memory:
         how["memory"] = memory
         if "layer" in memory.split():
-            how.update(pads={memory.split().index("block"): _PAD}, shift=_PAD)
+            how.update(pads={memory.split().index("block") + 1: _PAD}, shift=_PAD)
     if name.startswith("vllm-dsv4"):
-        how["pads"] = {0: -(584 * 4) % 576}  # the page is rounded up to whole values
+        how["pads"] = {1: -(584 * 4) % 576}  # the page is rounded up to whole values
     if name.startswith("vllm-ascend"):
         how["shift"] = _PAD  # slices of larger allocations
     return how

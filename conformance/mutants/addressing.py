@@ -62,7 +62,7 @@ class IgnoredStorageOffset(HostRows):
     def table(self, view: KVView) -> Int64:
         starts = [owner.untyped_storage().data_ptr() for owner in view.owners]
         begins = [owner.data_ptr() for owner in view.owners]
-        return super().table(view) - np.array(begins) + np.array(starts)
+        return np.asarray(super().table(view) - np.array(begins) + np.array(starts))
 
 
 class FirstTensorForAll(HostRows):
@@ -72,7 +72,7 @@ class FirstTensorForAll(HostRows):
         found = super().table(view)
         if len(found) < 3:
             return found
-        return found[0] + np.arange(len(found)) * (found[1] - found[0])
+        return np.asarray(found[0] + np.arange(len(found)) * (found[1] - found[0]))
 
 
 class SortedTable(HostRows):

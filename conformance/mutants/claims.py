@@ -78,7 +78,7 @@ class StatusFromZero(HostRows):
     def report(self, at: int, unit: int, call: Call) -> None:
         super().report(at, unit, call)
         if call.status is not None:
-            call.status -= 1
+            call.status.sub_(1)
 
 
 class StatusInUnits(HostRows):

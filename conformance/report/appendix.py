@@ -41,7 +41,7 @@ def claims(record: RunRecord) -> Html:
 
 def _judged(statuses: Counter[Status] | None) -> Html:
     if not statuses:
-        return element("span", "the other cases", class_="note")
+        return element("span", "no case of its own", class_="note")
     words = ", ".join(f"{number} {STATUS_WORDS[s]}" for s, number in statuses.items())
     return element("span", mark(worst(statuses)), words, class_="judged")
 

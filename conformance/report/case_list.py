@@ -106,7 +106,7 @@ def duration_of(case: CaseRecord) -> str:
 
 def set_apart(record: RunRecord) -> Html | None:
     """What is waived or not claimed, one entry for each reason; None where there is nothing."""
-    until = {waiver.get("id"): waiver.get("until", "") for waiver in record.waivers}
+    until = {waiver.get("id"): waiver.get("expires", "") for waiver in record.waivers}
     entries: dict[tuple[Status, str, str], list[str]] = {}
     for status in ("waived", "not-claimed"):
         for case in record.cases:
@@ -121,7 +121,8 @@ def set_apart(record: RunRecord) -> Html | None:
 
 
 def _entry(status: Status, reason: str, until: str, ids: list[str]) -> Html:
-    names = element("ul", (element("li", element("code", breakable(id), class_="id")) for id in ids))
+    each = (element("code", breakable(id), class_="id") for id in ids)
+    names = element("ul", (element("li", name) for name in each))
     many = plural(len(ids), "case")
     return element(
         "li",

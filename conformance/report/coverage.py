@@ -53,7 +53,7 @@ def _row(found: Matrix, layout: str) -> Html:
     for operation, dtypes in found.columns.items():
         for number, dtype in enumerate(dtypes):
             cell = found.cells.get((layout, operation, dtype))
-            content = cell and _cell(cell, layout, operation, dtype)
+            content = None if cell is None else _cell(cell, layout, operation, dtype)
             cells.append(element("td", content, class_=None if number else "first"))
     head = element("th", element("code", layout), scope="row")
     return element("tr", head, cells)

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from ..records import CaseRecord, RunRecord
 from .first_byte import FirstByte, first_byte
-from .markup import Html, breakable, element, join
+from .markup import Html, breakable, element, join, prose
 from .parts import command, folded, pill, section, trouble
 from .words import plural
 
 _OPEN = 25  # cards before the rest is folded
+_HEADLINE = 240  # characters that can still be read in large letters
 
 
 def failures(record: RunRecord) -> Html | None:
@@ -28,7 +29,6 @@ def failures(record: RunRecord) -> Html | None:
 
 def card(case: CaseRecord) -> Html:
     """One failed case."""
-    byte = first_byte(case.reason)
     return element(
         "article",
         element(
@@ -36,10 +36,7 @@ def card(case: CaseRecord) -> Html:
             pill(case.status),
             element("code", breakable(case.id), class_="id"),
         ),
-        element("p", byte.headline(), class_="headline") if byte else None,
-        trouble(byte.before) if byte else None,
-        explained(byte) if byte else element("div", trouble(case.reason), class_="headline"),
-        trouble(byte.after) if byte else None,
+        _told(case.reason),
         command(case.replay) if case.replay else None,
         _example(case),
         folded("Traceback and output", element("pre", case.details, tabindex="0"))
@@ -47,6 +44,18 @@ def card(case: CaseRecord) -> Html:
         else None,
         class_=f"failure {case.status}",
     )
+
+
+def _told(reason: str) -> Html:
+    """The reason, the fault in a few words first."""
+    byte = first_byte(reason)
+    if byte is not None:
+        head = element("p", byte.headline(), class_="headline")
+        return join((head, trouble(byte.before), explained(byte), trouble(byte.after)))
+    first, _, rest = reason.strip().partition("\n")
+    if len(first) > _HEADLINE:
+        return trouble(reason)
+    return join((element("p", prose(first), class_="headline"), trouble(rest)))
 
 
 def explained(byte: FirstByte) -> Html:

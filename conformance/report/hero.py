@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from ..records import STATUSES, RunRecord, Status
 from ..verdict import why_no_rung
-from .markup import Html, element
+from .markup import Html, element, prose
 from .parts import command, facts, glyph, pill
 from .words import (
     EMULATED,
     RUNGS,
+    broken,
     counts,
     device,
     duration,
@@ -44,7 +45,8 @@ def hero(record: RunRecord) -> Html:
         _banner() if emulated(record) else None,
         _verdict(record),
         _bar(record),
-        _missing(record),
+        _notes("Waivers that do not hold", broken(record)),
+        _notes("Not run here", record.missing),
         _facts(record),
         element("h2", "Repeat this run", class_="small"),
         command(record.command),
@@ -101,29 +103,28 @@ def _bar(record: RunRecord) -> Html:
     ]
     bar = element("svg", pieces, class_="bar", viewBox=f"0 0 {_BAR} 8", aria_hidden="true",
                   preserveAspectRatio="none")  # fmt: skip
-    return element(
-        "div", bar, element("ul", legend, aria_label="Cases by status"), class_="tally"
-    )
+    return element("div", bar, element("ul", legend, aria_label="Cases by status"), class_="tally")
 
 
-def _missing(record: RunRecord) -> Html | None:
-    if not record.missing:
+def _notes(title: str, lines: list[str]) -> Html | None:
+    if not lines:
         return None
     return element(
         "aside",
-        element("strong", "Not run here"),
-        element("ul", (element("li", line) for line in record.missing)),
+        element("strong", title),
+        element("ul", (element("li", prose(line)) for line in lines)),
         class_="missing",
-        aria_label="What could not be run here",
+        aria_label=title,
     )
 
 
 def _facts(record: RunRecord) -> Html:
     drawn = f"{record.fuzz:,} for each drawn case, from seed {record.seed}" if record.fuzz else ""
+    simulated = ", emulated" if emulated(record) else ""
     return facts(
         (
             ("Backend", " ".join(record.backend.get(k, "") for k in ("name", "version")).strip()),
-            ("Device", device(record) + (" (emulated)" if emulated(record) else "")),
+            ("Device", f"{record.environment.get('device', '?')}{simulated}"),
             ("Profile", record.profile),
             ("Suite", f"{record.suite} (spec {record.spec})"),
             ("Cases", f"{len(record.cases):,}"),

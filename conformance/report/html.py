@@ -18,8 +18,8 @@ from .parts import sprite
 from .words import RUNGS, device, emulated, verdict
 
 _NAMES = {
-    "failures": "Failures", "coverage": "Coverage", "claims": "Capabilities", "apart": "Not claimed, waived",
-    "environment": "Environment", "cases": "All cases",
+    "failures": "Failures", "coverage": "Coverage", "claims": "Capabilities",
+    "apart": "Not claimed, waived", "environment": "Environment", "cases": "All cases",
 }  # fmt: skip
 _COLOURS = {"passed": "137547", "failed": "b3261e", "incomplete": "8a5a00"}
 
@@ -51,7 +51,8 @@ def _head(record: RunRecord, style: Html, script: Html) -> list[Html]:
         f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
-    dot = f"<svg xmlns='http://www.w3.org/2000/svg'><circle cx='8' cy='8' r='7' fill='%23{_COLOURS[seal_of(record)]}'/></svg>"
+    dot = f"<circle cx='8' cy='8' r='7' fill='%23{_COLOURS[seal_of(record)]}'/>"
+    icon = f"data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'>{dot}</svg>"
     return [
         element("meta", charset="utf-8"),
         element("meta", http_equiv="Content-Security-Policy", content=policy),
@@ -59,7 +60,7 @@ def _head(record: RunRecord, style: Html, script: Html) -> list[Html]:
         element("meta", name="color-scheme", content="light dark"),
         element("meta", name="referrer", content="no-referrer"),
         element("title", "Emulated: " if emulated(record) else None, name),
-        element("link", rel="icon", href=f"data:image/svg+xml,{dot}"),
+        element("link", rel="icon", href=icon),
     ]
 
 
@@ -67,15 +68,15 @@ def _foot(record: RunRecord) -> Html:
     rungs: Content = [
         element("p", element("b", name), f" {meaning}.") for name, meaning in RUNGS.items()
     ]
+    scale = element("p", "A rung says how far a backend is verified on a device:")
+    origin = (
+        f"PortaKV conformance suite {record.suite}, specification {record.spec}. This page is "
+        "complete in itself and loads nothing. Check the report beside it with "
+    )
+    check = element("code", "portakv conform verify conformance.json")
     return element(
-        "footer",
-        element("div", element("p", "How far a backend is verified on a device is told by its rung:"),
-                rungs, class_="rungs"),
-        element("p", f"PortaKV conformance suite {record.suite}, specification {record.spec}. "
-                     "This page is complete in itself and loads nothing. "
-                     "Check the report beside it with ",
-                element("code", "portakv conform verify conformance.json"), "."),
-    )  # fmt: skip
+        "footer", element("div", scale, rungs, class_="rungs"), element("p", origin, check, ".")
+    )
 
 
 def _own(name: str) -> Html:

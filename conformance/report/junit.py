@@ -11,16 +11,21 @@ from xml.etree import ElementTree
 
 from ..records import CaseRecord, RunRecord
 from .markup import printable
-from .words import device, plain
+from .words import broken, device, plain
 
 _SKIPPED = ("waived", "not-claimed")
 
 
 def junit(record: RunRecord) -> str:
-    """The document. What could not be run is an error of a suite of its own."""
+    """The document.
+
+    What could not be run, and waivers that do not hold, are errors in suites of their own: they
+    keep a run from being conformant.
+    """
     suites = [_suite(record, area) for area in dict.fromkeys(c.area for c in record.cases)]
-    if record.missing:
-        suites.append(_missing(record))
+    suites += [_errors(record, "missing", record.missing)] if record.missing else []
+    unfit = broken(record)
+    suites += [_errors(record, "waivers", unfit)] if unfit else []
     root = ElementTree.Element("testsuites", name=_attribute(_title(record)))
     for key in ("tests", "failures", "errors", "skipped"):
         root.set(key, str(sum(int(suite.get(key, "0")) for suite in suites)))
@@ -86,15 +91,15 @@ def _case(case: CaseRecord) -> ElementTree.Element:
     return made
 
 
-def _missing(record: RunRecord) -> ElementTree.Element:
-    suite = _empty(record, "missing", len(record.missing), 0.0)
-    suite.set("errors", str(len(record.missing)))
-    for number, reason in enumerate(record.missing, 1):
+def _errors(record: RunRecord, kind: str, reasons: list[str]) -> ElementTree.Element:
+    suite = _empty(record, kind, len(reasons), 0.0)
+    suite.set("errors", str(len(reasons)))
+    for number, reason in enumerate(reasons, 1):
         case = ElementTree.SubElement(
-            suite, "testcase", classname="portakv_conformance.missing", name=f"part {number}",
+            suite, "testcase", classname=f"portakv_conformance.{kind}", name=f"{kind} {number}",
             time="0.000",
         )  # fmt: skip
-        ElementTree.SubElement(case, "error", type="missing", message=_attribute(reason))
+        ElementTree.SubElement(case, "error", type=kind, message=_attribute(reason))
     return suite
 
 

@@ -11,6 +11,7 @@ from .markup import printable
 from .words import (
     EMULATED,
     STATUS_WORDS,
+    broken,
     counts,
     device,
     duration,
@@ -56,7 +57,9 @@ def fenced(words: str) -> str:
 
 def markdown(record: RunRecord) -> str:
     """The summary."""
-    parts = [_head(record), _totals(record), _failures(record), _missing(record), _where(record)]
+    parts = [_head(record), _totals(record), _failures(record),
+             _list("Waivers that do not hold", broken(record)),
+             _list("Not run here", record.missing), _where(record)]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -98,20 +101,26 @@ def _failures(record: RunRecord) -> str:
 
 def _failure(case: CaseRecord) -> str:
     byte = first_byte(case.reason)
-    lines = [f"- **{STATUS_WORDS[case.status]}** {code(case.id)}  "]
+    reason, lines = case.reason, [f"- **{STATUS_WORDS[case.status]}** {code(case.id)}  "]
     if byte is not None:
         lines.append(f"  **{text(byte.headline())}**  ")
-    reason = case.reason if len(case.reason) <= _LONGEST else f"{case.reason[:_LONGEST]} ..."
+        reason = (
+            f"{byte.before} First wrong byte: {byte.place}, storage {byte.storage}, offset "
+            f"{byte.offset:,}: {byte.found} for {byte.expected}; "
+            f"{plural(byte.wrong, 'wrong byte')} in all. {byte.after}"
+        )
+    if len(reason) > _LONGEST:
+        reason = f"{reason[:_LONGEST]} ..."
     lines.append(f"  {text(reason)}  ")
     if case.replay:
         lines.append(f"  replay: {code(case.replay)}")
     return "\n".join(line for line in lines if line.strip())
 
 
-def _missing(record: RunRecord) -> str:
-    if not record.missing:
+def _list(title: str, lines: list[str]) -> str:
+    if not lines:
         return ""
-    return "\n".join(("### Not run here", "", *(f"- {text(line)}" for line in record.missing)))
+    return "\n".join((f"### {title}", "", *(f"- {text(line)}" for line in lines)))
 
 
 def _where(record: RunRecord) -> str:

@@ -12,9 +12,9 @@ from ..records import STATUSES, CaseRecord, Status
 ANY = "any"  # where a case has a layout but is about no dtype or operation in particular
 # Narrow columns need short names; others stand as they are.
 SHORT = {
-    "bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64", "float8_e4m3fn": "f8e4",
-    "float8_e5m2": "f8e5", "uint8": "u8", "int8": "i8", "int16": "i16", "int32": "i32",
-    "int64": "i64", "bool": "b8",
+    "bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64",
+    "float8_e4m3fn": "f8e4", "float8_e5m2": "f8e5", "uint8": "u8", "int8": "i8",
+    "int16": "i16", "int32": "i32", "int64": "i64", "bool": "b8",
 }  # fmt: skip
 
 

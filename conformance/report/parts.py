@@ -36,7 +36,9 @@ def glyph(name: str) -> Html:
 
 def mark(status: Status) -> Html:
     """The mark of a status, with its word for who cannot see it."""
-    return element("span", glyph(status), hidden_text(STATUS_WORDS[status]), class_=f"mark {status}")
+    return element(
+        "span", glyph(status), hidden_text(STATUS_WORDS[status]), class_=f"mark {status}"
+    )
 
 
 def pill(status: Status, none: bool = False) -> Html:

@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from ..records import STATUSES, RunRecord, Status
+from ..waivers import problems
 
 #: For each area of cases, what it judges.
 AREAS = {
@@ -41,8 +42,8 @@ CLAIMS = {
     "threads": "one launch may be called from several threads",
 }
 EMULATED = (
-    "This device is simulated in software. No hardware took part: the run says that the semantics "
-    "are right, not that any device works, and nothing about speed."
+    "The device, or what runs code on it, was simulated in software. The run says that the "
+    "semantics are right, not that any hardware works, and nothing about speed."
 )
 
 
@@ -72,11 +73,17 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def broken(record: RunRecord) -> list[str]:
+    """The waivers that do not hold, a sentence each: they fail the run though no case does."""
+    return problems(record.waivers, record.cases, record.suite, whole=not record.missing)
+
+
 def verdict(record: RunRecord) -> str:
     """The verdict as a headline."""
     waived = counts(record)["waived"]
     if record.verdict == "conformant":
-        return f"Conformant, with {plural(waived, 'waiver')}" if waived else "Conformant"
+        word = "Conformant in emulation" if emulated(record) else "Conformant"
+        return f"{word}, with {plural(waived, 'waiver')}" if waived else word
     return {"failed": "Not conformant", "incomplete": "Incomplete"}.get(
         record.verdict, record.verdict
     )
@@ -88,7 +95,9 @@ def sentence(record: RunRecord) -> str:
     if record.verdict == "failed":
         wrong = bad(record)
         if not wrong:
-            return f"All {plural(total, 'case')} ended well, but the run breaks a rule of the suite."
+            return (
+                "No case failed, but waivers do not hold, and a waiver that does not fails the run."
+            )
         return f"{wrong} of {plural(total, 'case')} failed; each is explained below."
     if record.verdict == "incomplete":
         gaps = plural(len(record.missing), "part")
@@ -96,7 +105,8 @@ def sentence(record: RunRecord) -> str:
     text = f"{plural(found['passed'], 'case')} passed, with every byte where it must be."
     unclaimed = found["not-claimed"]
     if unclaimed:
-        text += f" {plural(unclaimed, 'case')} judged what is not claimed, and it was refused."
+        about = "is" if unclaimed == 1 else "are"
+        text += f" {plural(unclaimed, 'case')} {about} about what the backend does not claim."
     return text
 
 

@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A simulated accelerator on torch's PrivateUse1: torch's hooks, and its operators as jobs.
-//
-// An operator's results get their shapes from torch's Meta kernel when it is launched, and their
-// bytes from the CPU kernel when the job runs. Where shapes depend on values the launch waits.
-#include "memory.h"
+// A simulated accelerator on torch's PrivateUse1: what torch asks of a device, and what Python does.
+#include "operators.h"
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
@@ -15,28 +12,15 @@
 #include <ATen/ops/view_as_complex_native.h>
 #include <ATen/ops/view_as_real_native.h>
 #include <ATen/ops/view_native.h>
-#include <c10/core/impl/DeviceGuardImplInterface.h>
-#include <torch/library.h>
 
 namespace {
-
-using at::Tensor;
-using c10::IValue;
-using c10::Stream;
-
-Stream stream_of(int device) {
-  return Stream(Stream::UNSAFE, c10::Device(kType, device), current_stream[device]);
-}
-
-void wait_for(const JobPtr& job) {
-  need(job);
-  raise_faults();
-}
 
 // --- devices, streams and events ---------------------------------------------------------------
 
 struct Event {
-  JobPtr job;
+  JobPtr job;  // null: ended
+  std::chrono::steady_clock::time_point recorded;
+  auto time() const { return job ? job->ended : recorded; }
 };
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
@@ -76,8 +60,19 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     current_stream[stream.device_index()] = stream.id();
     return old;
   }
-  bool queryStream(const Stream& stream) const override { return asked(last_of(stream)); }
-  void synchronizeStream(const Stream& stream) const override { wait_for(last_of(stream)); }
+  bool queryStream(const Stream& stream) const override {
+    JobPtr now = mark(stream);
+    if (!now) return true;
+    Queue* queue;
+    {
+      std::lock_guard lock(machine.mutex);
+      queue = queue_of(stream.device_index(), stream.id());
+      if (ended(queue->probe)) queue->probe = now;
+    }
+    asked(queue->probe);
+    return false;
+  }
+  void synchronizeStream(const Stream& stream) const override { wait_for(mark(stream)); }
   void synchronizeDevice(const c10::DeviceIndex device) const override {
     for (;;) {
       JobPtr latest;
@@ -94,10 +89,11 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void record(void** event, const Stream& stream, const c10::DeviceIndex,
               const c10::EventFlag) const override {
     if (!*event) *event = new Event;
-    static_cast<Event*>(*event)->job = launch(stream, "an event", {}, nullptr);
+    auto& recorded = *static_cast<Event*>(*event);
+    recorded = {mark(stream), std::chrono::steady_clock::now()};
   }
   void block(void* event, const Stream& stream) const override {
-    if (event) launch(stream, "a wait", {}, nullptr, static_cast<Event*>(event)->job);
+    if (event) fence(stream, static_cast<Event*>(event)->job);
   }
   bool queryEvent(void* event) const override {
     return !event || asked(static_cast<Event*>(event)->job);
@@ -111,7 +107,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   double elapsedTime(void* first, void* second, const c10::DeviceIndex) const override {
     auto &a = *static_cast<Event*>(first), &b = *static_cast<Event*>(second);
     TORCH_CHECK(asked(a.job) && asked(b.job), "simdev: the time between events that have not ended.");
-    return std::chrono::duration<double, std::milli>(b.job->ended - a.job->ended).count();
+    return std::chrono::duration<double, std::milli>(b.time() - a.time()).count();
   }
   void recordDataPtrOnStream(const c10::DataPtr& at, const Stream& stream) const override {
     BlockPtr block = find(at.get());
@@ -121,10 +117,6 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
 
  private:
-  static JobPtr last_of(const Stream& stream) {
-    std::lock_guard lock(machine.mutex);
-    return queue_of(stream.device_index(), stream.id())->last;
-  }
   static bool asked(const JobPtr& job) {  // who asks often enough sees the device begin to work
     std::lock_guard lock(machine.mutex);
     if (job && job->state == State::pending && ++job->asked >= kPatience) start(job);
@@ -161,248 +153,189 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override;
 };
 
-// --- what a job sees of a tensor -----------------------------------------------------------------
+// --- operators of its own ----------------------------------------------------------------------------
 
-// Tensors over the same bytes for the CPU, or without bytes for Meta. They own nothing, and share
-// storages as the originals do.
-class Aliases {
- public:
-  explicit Aliases(c10::Device device) : device_(device) {}
+constexpr c10::DispatchKeySet kKeys(c10::DispatchKey::PrivateUse1);
+
+Tensor empty(at::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+             std::optional<at::Device> device, std::optional<bool> pin,
+             std::optional<at::MemoryFormat> format) {
+  TORCH_CHECK(!pin.value_or(false), "Only tensors of the host can be pinned.");
+  c10::DeviceGuard guard(Guard::indexed(device.value_or(c10::Device(kType))));
+  return at::detail::empty_generic(size, &memory, kKeys, c10::dtype_or_default(dtype), format);
+}
+
+Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::optional<at::ScalarType> dtype,
+                     std::optional<at::Layout>, std::optional<at::Device> device,
+                     std::optional<bool> pin) {
+  TORCH_CHECK(!pin.value_or(false), "Only tensors of the host can be pinned.");
+  c10::DeviceGuard guard(Guard::indexed(device.value_or(c10::Device(kType))));
+  return at::detail::empty_strided_generic(size, stride, &memory, kKeys,
+                                           c10::dtype_or_default(dtype));
+}
+
+void set_bytes(c10::StorageImpl* storage, size_t bytes) {
+  c10::DeviceGuard guard(storage->device());
+  size_t kept = std::min(bytes, storage->nbytes());
+  c10::DataPtr fresh = memory.allocate(bytes);
+  BlockPtr to = find(fresh.get()), from = find(storage->data());
+  if (kept)
+    launch(stream_of(current_device), "a resize", {{to, true, to->tenant}, {from, false, from->tenant}},
+           [to = to->alias, from = from->alias, kept] { memcpy(to, from, kept); });
+  storage->set_data_ptr(std::move(fresh));
+  storage->set_nbytes(bytes);
+}
+
+void Hooks::resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const {
+  set_bytes(storage.unsafeGetStorageImpl(), bytes);
+}
+
+const Tensor& resize_(const Tensor& self, at::IntArrayRef size, std::optional<at::MemoryFormat> format) {
+  auto* facts = self.unsafeGetTensorImpl();
+  size_t bytes = at::detail::computeStorageNbytesContiguous(size, self.itemsize(),
+                                                            self.storage_offset());
+  if (bytes > self.storage().nbytes()) set_bytes(self.storage().unsafeGetStorageImpl(), bytes);
+  facts->set_sizes_contiguous(size);
+  if (format) facts->empty_tensor_restride(*format);
+  return self;
+}
+
+at::Scalar local_scalar(const Tensor& self) {
+  Tensor there = at::empty({}, self.options().device(c10::kCPU));
+  copy_from(self, there, false);
+  return there.item();
+}
+
+void record_stream(Tensor& self, Stream stream) {
+  Guard().recordDataPtrOnStream(self.storage().data_ptr(), stream);
+}
+
+Tensor& set_storage(Tensor& self, c10::Storage storage, int64_t offset, at::IntArrayRef size,
+                    at::IntArrayRef stride) {
+  return at::cpu::set_(self, std::move(storage), offset, size, stride);
+}
+
+Tensor& set_whole_storage(Tensor& self, c10::Storage storage) {
+  auto size = static_cast<int64_t>(storage.nbytes() / self.itemsize());
+  return at::cpu::set_(self, std::move(storage), 0, {size}, {});
+}
+
+Tensor& set_tensor(Tensor& self, const Tensor& source) {
+  return at::cpu::set_(self, source.storage(), source.storage_offset(), source.sizes(),
+                       source.strides());
+}
+
+TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
+  m.fallback(torch::CppFunction::makeFromBoxedFunction<&operate>());
+}
+
+TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
+  m.impl("empty.memory_format", &empty);
+  m.impl("empty_strided", &empty_strided);
+  m.impl("as_strided", &at::native::as_strided_tensorimpl);
+  m.impl("view", &at::native::view);
+  m.impl("_reshape_alias", &at::native::_reshape_alias);
+  m.impl("unfold", &at::native::unfold);
+  m.impl("view_as_real", &at::native::view_as_real);
+  m.impl("view_as_complex", &at::native::view_as_complex);
+  m.impl("resize_", &resize_);
+  m.impl("set_.source_Storage_storage_offset", &set_storage);
+  m.impl("set_.source_Storage", &set_whole_storage);
+  m.impl("set_.source_Tensor", &set_tensor);
+  m.impl("_copy_from", &copy_from);
+  m.impl("_local_scalar_dense", &local_scalar);
+  m.impl("record_stream", &record_stream);
+}
+
+// --- what Python calls -------------------------------------------------------------------------------
+
+Stream given(int64_t device, int64_t id) {
+  return Stream(Stream::UNSAFE, c10::Device(kType, static_cast<c10::DeviceIndex>(device)), id);
+}
+
+void delay(int64_t device, int64_t stream, int64_t milliseconds) {
+  fence(given(device, stream), nullptr,
+        [=] { std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds)); });
+}
+
+struct Run {
+  char *to, *from;
+  size_t bytes;
+};
+
+// Memory of `device` or pinned memory, for `bytes` from an address on; its alias.
+char* reached(int64_t address, int64_t bytes, int64_t device, bool writes, std::vector<Touch>& touches) {
+  auto* at = reinterpret_cast<char*>(address);
+  BlockPtr block = find(at);
+  TORCH_CHECK(block && at + bytes <= block->address + block->bytes, "copy_runs was given ", bytes,
+              " bytes at ", address, ", which lie in no allocation of a device and in no pinned one.");
+  TORCH_CHECK(block->device == kHost || block->device == device, "copy_runs was given memory of device ",
+              block->device, " on a stream of device ", device, "; it reaches its own device and "
+              "pinned memory.");
+  note(touches, block, writes);
+  return block->alias + (at - block->address);
+}
+
+void copy_runs(const Tensor& src, const Tensor& dst, const Tensor& bytes, int64_t device,
+               int64_t stream) {
+  std::vector<Run> runs;
   std::vector<Touch> touches;
-
-  Tensor of(const Tensor& tensor, bool writes) {
-    TORCH_CHECK(tensor.layout() == at::kStrided, "simdev: only strided tensors are known here.");
-    auto& kept = storages_[tensor.storage().unsafeGetStorageImpl()];
-    if (!kept) kept = storage(tensor.storage());
-    if (!device_.is_meta()) touch(tensor.storage().data(), writes);
-    auto key = device_.is_meta() ? c10::DispatchKey::Meta : c10::DispatchKey::CPU;
-    auto alias = at::detail::make_tensor<c10::TensorImpl>(
-        c10::Storage(kept), c10::DispatchKeySet(key), tensor.dtype());
-    auto* facts = alias.unsafeGetTensorImpl();
-    facts->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
-    if (tensor.unsafeGetTensorImpl()->is_wrapped_number()) facts->set_wrapped_number(true);
-    alias._set_conj(tensor.is_conj());
-    alias._set_neg(tensor.is_neg());
-    return alias;
+  auto* from = src.const_data_ptr<int64_t>();
+  auto* to = dst.const_data_ptr<int64_t>();
+  auto* sizes = bytes.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < bytes.numel(); ++i) {
+    TORCH_CHECK(sizes[i] >= 0, "copy_runs was given a run of ", sizes[i], " bytes.");
+    if (sizes[i] == 0) continue;
+    char* target = reached(to[i], sizes[i], device, true, touches);
+    runs.push_back({target, reached(from[i], sizes[i], device, false, touches),
+                    static_cast<size_t>(sizes[i])});
   }
-
- private:
-  c10::Device device_;
-  std::map<c10::StorageImpl*, c10::Storage> storages_;
-
-  c10::Storage storage(const c10::Storage& of) const {
-    auto bytes = of.nbytes();
-    auto* at = const_cast<void*>(of.data());
-    if (device_.is_meta()) {
-      auto* none = c10::GetAllocator(c10::kMeta);
-      return c10::Storage(c10::Storage::use_byte_size_t(), bytes, none->allocate(bytes), none, true);
-    }
-    if (BlockPtr block = find(at)) at = block->alias + (static_cast<char*>(at) - block->address);
-    return c10::Storage(c10::Storage::use_byte_size_t(), bytes, c10::DataPtr(at, c10::kCPU));
-  }
-  void touch(const void* at, bool writes) {
-    BlockPtr block = find(at);
-    if (!block) return;
-    for (Touch& known : touches)
-      if (known.block == block) {
-        known.writes |= writes;
-        return;
-      }
-    touches.push_back({block, writes, block->tenant});
-  }
-};
-
-void copy_on(const Stream& stream, const Tensor& to, const Tensor& from, bool waits, JobPtr behind) {
-  Aliases aliases(c10::kCPU);
-  auto target = aliases.of(to, true), source = aliases.of(from, false);
-  auto work = [target, source] { target.copy_(source); };
-  launch(stream, "a copy", std::move(aliases.touches), work, behind, waits);
+  launch(given(device, stream), "copy_runs", std::move(touches), [runs = std::move(runs)] {
+    for (const Run& run : runs) memmove(run.to, run.from, run.bytes);
+  });
 }
 
-Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
-  at::AutoDispatchBelowADInplaceOrView plain;
-  if (to.numel() == 0) return to;
-  bool here = to.device().type() == kType, there = from.device().type() == kType;
-  Stream stream = stream_of(there ? from.device().index() : to.device().index());
-  if (!there) {
-    // A copy that blocks may read its source at once; only one that does not can be overtaken.
-    bool later = non_blocking && Hooks().isPinnedPtr(from.storage().data());
-    Tensor source = later ? from : from.clone();
-    Aliases aliases(c10::kCPU);
-    auto target = aliases.of(to, true), bytes = later ? aliases.of(from, false) : source;
-    launch(stream, "a copy from the host", std::move(aliases.touches),
-           [target, bytes] { target.copy_(bytes); });
-  } else if (!here) {
-    bool later = non_blocking && Hooks().isPinnedPtr(to.storage().data());
-    copy_on(stream, to, from, !later, nullptr);
-    if (!later) raise_faults();
-  } else if (from.device() == to.device()) {
-    copy_on(stream, to, from, false, nullptr);
-  } else {
-    Stream other = stream_of(to.device().index());
-    copy_on(stream, to, from, false, launch(other, "an event", {}, nullptr));
-    launch(other, "a wait", {}, nullptr, launch(stream, "an event", {}, nullptr));
-  }
-  return to;
+std::vector<std::string> taken_faults() {
+  std::vector<std::string> told;
+  std::lock_guard lock(machine.mutex);
+  told.swap(machine.faults);
+  return told;
 }
 
-// --- any operator ----------------------------------------------------------------------------------
-
-IValue mapped(const IValue& value, c10::Device device, const std::function<Tensor(Tensor)>& to) {
-  if (value.isTensor()) return value.toTensor().defined() ? IValue(to(value.toTensor())) : value;
-  if (value.isTensorList()) {
-    c10::List<Tensor> list;
-    for (const Tensor& tensor : value.toTensorVector()) list.push_back(to(tensor));
-    return list;
-  }
-  if (value.isOptionalTensorList()) {
-    c10::List<std::optional<Tensor>> list;
-    for (const std::optional<Tensor>& tensor : value.toOptionalTensorVector())
-      list.push_back(tensor && tensor->defined() ? std::optional(to(*tensor)) : std::nullopt);
-    return list;
-  }
-  if (value.isDevice()) return device;
-  return value;
+std::vector<std::string> waited() {
+  std::lock_guard lock(machine.mutex);
+  return {machine.waited.begin(), machine.waited.end()};
 }
 
-struct Call {  // one operator with its arguments
-  const c10::OperatorHandle& op;
-  std::vector<IValue> arguments;
-  int device = -1;
-
-  bool writes(size_t i) const {
-    auto* alias = op.schema().arguments()[i].alias_info();
-    return alias && alias->isWrite();
-  }
-  bool passed_on(size_t i) const { return op.schema().returns()[i].alias_info() != nullptr; }
-
-  IValue argument_of(size_t result) const {  // the argument that a result is
-    const auto& schema = op.schema();
-    for (size_t i = 0; i < arguments.size(); ++i)
-      if (schema.arguments()[i].alias_info() &&
-          *schema.arguments()[i].alias_info() == *schema.returns()[result].alias_info())
-        return arguments[i];
-    TORCH_CHECK(false, "simdev: ", schema.name(), " returns an alias of none of its arguments.");
-  }
-
-  void check() {
-    auto name = op.schema().name();
-    bool indexes = name.rfind("aten::index", 0) == 0 || name == "aten::_index_put_impl_";
-    auto look = [&](const Tensor& tensor) {
-      if (tensor.device().type() == kType) {
-        int on = tensor.device().index();
-        TORCH_CHECK(device < 0 || device == on, "Expected all tensors to be on the same device, but "
-                    "found some on simulated devices ", device, " and ", on, " (", name, ").");
-        device = on;
-      } else {
-        TORCH_CHECK(tensor.is_cpu() && (indexes || tensor.dim() == 0), "Expected all tensors to be "
-                    "on the same device, but found one on ", tensor.device(), " (", name, ").");
-      }
-      return tensor;
-    };
-    for (const IValue& argument : arguments) mapped(argument, c10::kCPU, look);
-    if (device < 0) device = current_device;
-    for (const auto& result : op.schema().returns())
-      TORCH_CHECK(!result.alias_info() || result.alias_info()->isWrite(), "simdev: ", name,
-                  " returns a view, and the simulated device has no kernel for it.");
-  }
-
-  // The arguments on the CPU or on Meta. Host tensors are copied: their owner may change them.
-  torch::jit::Stack on(Aliases& aliases, c10::Device home) const {
-    torch::jit::Stack stack;
-    for (size_t i = 0; i < arguments.size(); ++i)
-      stack.push_back(mapped(arguments[i], home, [&](const Tensor& tensor) {
-        if (tensor.device().type() == kType) return aliases.of(tensor, writes(i));
-        return home.is_meta() && tensor.dim() ? aliases.of(tensor, false) : tensor.clone();
-      }));
-    return stack;
-  }
-
-  // What Meta says of the results; false where shapes depend on values, or where it does not know.
-  bool foretell(torch::jit::Stack& results) const {
-    for (const auto& result : op.schema().returns())
-      if (!result.type()->isSubtypeOf(*c10::TensorType::get())) return false;
-    Aliases aliases(c10::kMeta);
-    results = on(aliases, c10::kMeta);
-    try {
-      op.callBoxed(&results);
-      return true;
-    } catch (const std::exception&) {  // a real mistake shows again when the CPU's kernel runs
-      return false;
-    }
-  }
-};
-
-Tensor made(const Tensor& like, int device) {
-  return at::empty_strided(like.sizes(), like.strides(), like.options().device(kType, device));
-}
-
-void launch_foretold(Call& call, torch::jit::Stack& results) {
-  auto returned = call.op.schema().returns().size();
-  for (size_t i = 0; i < returned; ++i) {
-    Tensor told = results[i].toTensor();
-    if (!call.passed_on(i)) {
-      if (told.defined()) results[i] = made(told, call.device);
-      continue;
-    }
-    Tensor given = call.argument_of(i).toTensor();
-    if (given.sizes() != told.sizes()) given.resize_(told.sizes());
-    results[i] = given;
-  }
-  Aliases aliases(c10::kCPU);
-  auto stack = std::make_shared<torch::jit::Stack>(call.on(aliases, c10::kCPU));
-  std::vector<Tensor> fresh(returned);
-  for (size_t i = 0; i < returned; ++i)
-    if (!call.passed_on(i) && results[i].toTensor().defined())
-      fresh[i] = aliases.of(results[i].toTensor(), true);
-  auto work = [op = call.op, stack, fresh] {
-    op.callBoxed(stack.get());
-    for (size_t i = 0; i < fresh.size(); ++i)
-      if (fresh[i].defined()) fresh[i].copy_((*stack)[i].toTensor());
-  };
-  launch(stream_of(call.device), call.op.schema().name(), std::move(aliases.touches), work);
-}
-
-void run_at_once(Call& call, torch::jit::Stack& results) {
-  const auto& schema = call.op.schema();
-  Aliases aliases(c10::kCPU);
-  auto stack = std::make_shared<torch::jit::Stack>(call.on(aliases, c10::kCPU));
-  for (size_t i = 0; i < schema.arguments().size(); ++i)  // it decides itself how large they are
-    if (schema.arguments()[i].is_out() && (*stack)[i].isTensor())
-      (*stack)[i] = at::empty({0}, (*stack)[i].toTensor().options());
-  {
-    std::lock_guard lock(machine.mutex);
-    machine.waited.insert(schema.name());
-  }
-  launch(stream_of(call.device), schema.name(), std::move(aliases.touches),
-         [op = call.op, stack] { op.callBoxed(stack.get()); }, nullptr, true);
-  results.clear();
-  for (size_t i = 0; i < stack->size(); ++i) {
-    auto land = [&](const Tensor& found) { return made(found, call.device).copy_(found); };
-    if (!call.passed_on(i)) {
-      results.push_back(mapped((*stack)[i], c10::Device(kType, call.device), land));
-      continue;
-    }
-    IValue given = call.argument_of(i);
-    if (given.isTensor() && schema.is_mutable() && (*stack)[i].isTensor()) {
-      Tensor found = (*stack)[i].toTensor(), target = given.toTensor();
-      if (target.sizes() != found.sizes()) target.resize_(found.sizes());
-      target.copy_(found);
-    }
-    results.push_back(given);
+void run_early(bool early) {
+  std::unique_lock lock(machine.mutex);
+  machine.early = early;
+  while (early && !machine.pending.empty()) {
+    JobPtr first = machine.pending.begin()->second;  // which erases itself
+    finish(lock, first);
   }
 }
 
-void operate(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  at::AutoDispatchBelowADInplaceOrView plain;
-  auto taken = torch::jit::pop(*stack, op.schema().arguments().size());
-  Call call{op, {taken.begin(), taken.end()}};
-  call.check();
-  c10::impl::VirtualGuardImpl guard(kType);
-  auto before = guard.exchangeDevice(c10::Device(kType, call.device));
-  torch::jit::Stack results;
-  if (call.foretell(results)) launch_foretold(call, results);
-  else run_at_once(call, results);
-  guard.setDevice(before);
-  for (IValue& result : results) stack->push_back(std::move(result));
+void power_on() {
+  c10::SetAllocator(kType, &memory);
+  at::RegisterPrivateUse1HooksInterface(new Hooks);
+  struct sigaction action = {};
+  action.sa_sigaction = on_fault;
+  action.sa_flags = SA_SIGINFO | SA_NODEFER;
+  sigaction(SIGSEGV, &action, &previous[0]);
+  sigaction(SIGBUS, &action, &previous[1]);
 }
+
+TORCH_LIBRARY(portakv_simdev, m) {
+  m.def("power_on() -> ()", &power_on);
+  m.def("device_count() -> int", [] { return int64_t{kDevices}; });
+  m.def("delay(int device, int stream, int milliseconds) -> ()", &delay);
+  m.def("copy_runs(Tensor src, Tensor dst, Tensor nbytes, int device, int stream) -> ()", &copy_runs);
+  m.def("taken_faults() -> str[]", &taken_faults);
+  m.def("waited() -> str[]", &waited);
+  m.def("run_early(bool early) -> ()", &run_early);
+}
+
+C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
+
+}  // namespace

@@ -8,6 +8,8 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <dlfcn.h>
 #include <pthread.h>
 #include <setjmp.h>
@@ -35,10 +37,15 @@ constexpr char kForked[] = "simdev: this process was forked from one that had us
 struct Job;
 using JobPtr = std::shared_ptr<Job>;
 
-struct Queue {  // a stream
+// A stream. Its jobs run in the order of their launch only as far as anybody can tell: those that
+// touch the same memory, and all that lies behind a wait. An operator that blocks the host does not
+// complete others on the way, which would hide a missing wait elsewhere.
+struct Queue {
   int device;
   int64_t id;
-  JobPtr last;
+  std::vector<JobPtr> open;  // what an event or a wait of the host has to wait for
+  JobPtr fence;              // the last wait: whatever is launched later runs behind it
+  JobPtr probe;              // what a question whether all has ended asks for
 };
 
 std::mutex registry_mutex;
@@ -84,6 +91,15 @@ struct Touch {
   uint64_t tenant;
 };
 
+void note(std::vector<Touch>& touches, const BlockPtr& block, bool writes) {
+  for (Touch& known : touches)
+    if (known.block == block) {
+      known.writes |= writes;
+      return;
+    }
+  touches.push_back({block, writes, block->tenant});
+}
+
 enum class State { pending, ordered, done };
 struct Job {
   uint64_t number;
@@ -105,8 +121,7 @@ struct Machine {
   std::map<std::pair<int, int64_t>, std::unique_ptr<Queue>> queues;
   std::map<uint64_t, JobPtr> pending;
   std::deque<JobPtr> order;  // what the workers run, one job at a time
-  std::map<std::pair<Queue*, size_t>, std::vector<BlockPtr>> pool;
-  std::vector<std::pair<BlockPtr, JobPtr>> limbo;  // freed, but recorded streams may use it
+  std::map<std::pair<Queue*, size_t>, std::vector<std::pair<BlockPtr, JobPtr>>> pool;
   std::vector<std::string> faults;
   std::set<std::string> waited;  // operations that had to wait for the device
   uint64_t jobs = 0;
@@ -117,6 +132,11 @@ auto& machine = *new Machine;
 std::atomic<bool> forked = false;
 thread_local int current_device = 0;
 thread_local std::array<int64_t, kDevices> current_stream{};
+using c10::Stream;
+Stream stream_of(int device) {  // the current one
+  return Stream(Stream::UNSAFE, c10::Device(kType, device), current_stream[device]);
+}
+
 thread_local Job* running = nullptr;
 thread_local sigjmp_buf escape;
 thread_local void* fault_address = nullptr;
@@ -137,6 +157,8 @@ BlockPtr find(const void* at) {  // the block with a tenant around an address, o
 }
 
 // --- order -----------------------------------------------------------------------------------
+
+bool ended(const JobPtr& job) { return !job || job->state == State::done; }
 
 bool may_precede(const JobPtr& job, const std::set<Job*>& open, std::set<Job*>& seen) {
   if (open.count(job.get())) return false;
@@ -174,12 +196,15 @@ void start(const JobPtr& job) {  // the mutex is held
   machine.changed.notify_all();
 }
 
+void finish(std::unique_lock<std::mutex>& lock, const JobPtr& job) {
+  start(job);
+  machine.changed.wait(lock, [&] { return ended(job); });
+}
+
 void need(const JobPtr& job) {
   TORCH_CHECK(!job || !forked, kForked);
   std::unique_lock lock(machine.mutex);
-  if (!job || job->state == State::done) return;
-  start(job);
-  machine.changed.wait(lock, [&] { return job->state == State::done; });
+  if (!ended(job)) finish(lock, job);
 }
 
 void raise_faults() {
@@ -192,6 +217,11 @@ void raise_faults() {
   auto text = told.front();
   if (told.size() > 1) text = c10::str(text, " (and ", told.size() - 1, " more)");
   TORCH_CHECK(false, text);
+}
+
+void wait_for(const JobPtr& job) {
+  need(job);
+  raise_faults();
 }
 
 void report(std::string text) {
@@ -223,14 +253,16 @@ void run(Job& job) {
     if (job.work) execute(job);
   } catch (const std::exception& error) {
     running = nullptr;
+    auto* of_torch = dynamic_cast<const c10::Error*>(&error);
+    auto why = of_torch ? of_torch->what_without_backtrace() : error.what();
     if (job.awaited) job.error = std::current_exception();
-    else report(c10::str(described(job), " failed: ", error.what()));
+    else report(c10::str(described(job), " failed: ", why));
   }
   job.work = nullptr;
 }
 
 [[noreturn]] void serve(int device) {
-  at::set_num_threads(at::get_num_threads());  // made now, so that the next line has the last word
+  at::get_num_threads();  // torch sets this thread up now, so that the next line has the last word
   if (auto one = reinterpret_cast<void (*)(int)>(dlsym(RTLD_DEFAULT, "omp_set_num_threads"))) one(1);
   at::AutoDispatchBelowADInplaceOrView plain;
   std::unique_lock lock(machine.mutex);
@@ -270,7 +302,7 @@ void check_process() {
 
 Queue* queue_of(int device, int64_t id) {  // the mutex is held
   auto& found = machine.queues[{device, id}];
-  if (!found) found.reset(new Queue{device, id, nullptr});
+  if (!found) found.reset(new Queue{device, id, {}, nullptr, nullptr});
   return found.get();
 }
 
@@ -282,21 +314,34 @@ JobPtr make(Queue* queue, std::string name, std::vector<Touch> touches, std::fun
   return job;
 }
 
-void append(const JobPtr& job) {
-  if (job->queue->last && job->queue->last->state != State::done)
-    job->after.push_back(job->queue->last);
-  job->queue->last = job;
+void follow(Job& job, const JobPtr& first) {
+  if (!ended(first)) job.after.push_back(first);
 }
 
-JobPtr launch(const c10::Stream& stream, std::string name, std::vector<Touch> touches,
-              std::function<void()> work, JobPtr behind = nullptr, bool awaited = false) {
+// Put a job behind those of a stream that touch the same memory.
+void follow_users(Job& job, const Queue* queue) {
+  for (const Touch& touch : job.touches)
+    for (const auto& [user, writes] : touch.block->users)
+      if (user->queue == queue && user->number < job.number && (writes || touch.writes))
+        follow(job, user);
+}
+
+void append(const JobPtr& job) {
+  Queue& queue = *job->queue;
+  follow(*job, queue.fence);
+  follow_users(*job, &queue);
+  queue.open.erase(std::remove_if(queue.open.begin(), queue.open.end(), ended), queue.open.end());
+  queue.open.push_back(job);
+}
+
+JobPtr launch(const Stream& stream, std::string name, std::vector<Touch> touches,
+              std::function<void()> work, bool awaited = false) {
   JobPtr job, urgent;
   {
     std::lock_guard lock(machine.mutex);
     Queue* queue = queue_of(stream.device_index(), stream.id());
     job = make(queue, std::move(name), std::move(touches), std::move(work));
     append(job);
-    if (behind && behind->state != State::done) job->after.push_back(behind);
     job->awaited = awaited;
     if (machine.early || awaited) urgent = job;
     else if (machine.pending.size() > kPending) urgent = machine.pending.begin()->second;
@@ -304,6 +349,30 @@ JobPtr launch(const c10::Stream& stream, std::string name, std::vector<Touch> to
   need(urgent);
   if (job->error) std::rethrow_exception(job->error);
   return job;
+}
+
+// A job that ends when everything that was launched on a stream has ended; null where it has.
+JobPtr mark(const Stream& stream) {
+  std::unique_lock lock(machine.mutex);
+  Queue* queue = queue_of(stream.device_index(), stream.id());
+  if (std::all_of(queue->open.begin(), queue->open.end(), ended)) return nullptr;
+  JobPtr job = make(queue, "an event", {}, nullptr);
+  for (const JobPtr& first : queue->open) follow(*job, first);
+  queue->open = {job};
+  if (machine.early) finish(lock, job);
+  return job;
+}
+
+// Everything launched later on a stream runs behind `first`, and behind some work.
+void fence(const Stream& stream, const JobPtr& first, std::function<void()> work = nullptr) {
+  std::unique_lock lock(machine.mutex);
+  if (ended(first) && !work) return;
+  Queue* queue = queue_of(stream.device_index(), stream.id());
+  JobPtr job = make(queue, "a wait", {}, std::move(work));
+  append(job);
+  follow(*job, first);
+  queue->fence = job;
+  if (machine.early) finish(lock, job);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Device and pinned memory: who has it, and what happens to it once it is freed.
 //
-// As in a caching allocator freed memory is at once another tensor's on the same stream. Streams
-// that were recorded are waited for; work of others finds poison, or the other tensor's bytes.
+// As in a caching allocator memory is freed in the order of the stream that it was allocated on.
+// Streams that were recorded are waited for; work of others finds poison, or another tensor's bytes.
 #pragma once
 
 #include "jobs.h"
@@ -27,24 +27,17 @@ void* acquire(size_t bytes, BlockPtr block) {
   return block->address;
 }
 
+// A block that was freed on this stream, or null. One whose end is still to come is not taken: to
+// wait for it would hurry the stream's other work.
 BlockPtr pooled(Queue* queue, size_t size) {  // the mutex is held
-  auto& limbo = machine.limbo;
-  for (size_t i = 0; i < limbo.size();) {
-    auto [block, end] = limbo[i];
-    auto ended = [](const JobPtr& job) { return job->state == State::done; };
-    if (!std::all_of(end->after.begin(), end->after.end(), ended)) {
-      ++i;
-      continue;
-    }
-    start(end);
-    if (block->size <= kPooled) machine.pool[{block->home, block->size}].push_back(block);
-    limbo.erase(limbo.begin() + i);
-  }
   auto& free = machine.pool[{queue, size}];
-  if (free.empty()) return nullptr;
-  BlockPtr block = free.back();
-  free.pop_back();
-  return block;
+  for (auto it = free.rbegin(); it != free.rend(); ++it) {
+    if (!ended(it->second)) continue;
+    BlockPtr block = it->first;
+    free.erase(std::next(it).base());
+    return block;
+  }
+  return nullptr;
 }
 
 void end_tenancy(Block& block, uint64_t tenant) {
@@ -66,16 +59,10 @@ void release(void* context) {
   uint64_t tenant = block->tenant++;
   auto work = [at = block.get(), tenant] { end_tenancy(*at, tenant); };
   JobPtr end = make(block->home, "free", {{block, true, tenant}}, work);
-  if (block->recorded.empty()) {  // free for what is launched later on its own stream
-    append(end);
-    if (block->size <= kPooled) machine.pool[{block->home, block->size}].push_back(block);
-    return;
-  }
-  block->recorded.insert(block->home);
-  for (Queue* queue : block->recorded)
-    if (queue->last && queue->last->state != State::done) end->after.push_back(queue->last);
+  append(end);
+  for (Queue* queue : block->recorded) follow_users(*end, queue);
   block->recorded.clear();
-  machine.limbo.emplace_back(block, end);
+  if (block->size <= kPooled) machine.pool[{block->home, block->size}].emplace_back(block, end);
 }
 
 struct Memory final : c10::Allocator {
@@ -120,9 +107,14 @@ void on_fault(int number, siginfo_t* facts, void*) {
     fault_address = facts->si_addr;
     siglongjmp(escape, 1);
   }
-  char text[] = "simdev: the host touched an address that it may not. If it is a device's, then "
-                "device memory was read or written outside of a job: copy it to the host first.\n";
-  if (write(2, text, sizeof text - 1) < 0) _exit(139);
+  // What the host may not touch is a device's, or nobody's. The search takes no lock: who was stopped
+  // here may hold it.
+  auto next = registry.upper_bound(reinterpret_cast<uintptr_t>(facts->si_addr));
+  Block* block = next == registry.begin() ? nullptr : std::prev(next)->second;
+  bool ours = block && facts->si_addr < block->address + block->mapped;
+  char text[] = "simdev: the host touched memory of the simulated device outside of a job, or ran past "
+                "pinned memory. Copy device memory to the host before it is read there.\n";
+  if (ours && write(2, text, sizeof text - 1) < 0) _exit(139);
   sigaction(number, &previous[number == SIGBUS], nullptr);  // which meets the fault again
 }
 

@@ -2,7 +2,8 @@
 """The command line: the verbs of `portakv`, one file for each.
 
 Exit codes: 0 all went well, 1 it did not (one sentence on standard error says why), 2 the command
-was not understood. With ``--json`` a verb writes one JSON value to standard output, nothing else.
+was not understood; `portakv conform` has more. With ``--json`` a verb writes one JSON value to
+standard output, nothing else.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ def _run(words: list[str]) -> int:
         return 0
     if words[0] == "bench":  # its words are not argparse's to judge here
         return delegated.bench(words[1:])
+    if words[0] == "conform":
+        return delegated.conform(words[1:])
     asked = parser.parse_args(words)
     code: int = asked.run(asked)
     return code
@@ -81,5 +84,6 @@ def make_parser() -> argparse.ArgumentParser:
     explain.add_to(verbs)
     layouts.add_to(verbs)
     warmup.add_to(verbs)
+    delegated.add_conform(verbs)
     delegated.add_bench(verbs)
     return parser

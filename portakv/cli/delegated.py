@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv demo` and `portakv bench`: verbs whose work is done in modules of their own."""
+"""`portakv demo`, `conform` and `bench`: verbs whose work is done in modules of their own."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from typing import Any
 
 from portakv.errors import PortaKVError
@@ -12,6 +13,7 @@ from portakv.errors import PortaKVError
 from ..devices import usable_device
 
 BENCHMARKS = "portakv_benchmarks"
+CONFORMANCE = "portakv_conformance"
 
 
 def add_demo(verbs: Any) -> None:
@@ -53,18 +55,43 @@ def bench(words: list[str]) -> int:
     try:
         benchmarks = importlib.import_module(f"{BENCHMARKS}.cli")
     except ModuleNotFoundError as error:
-        raise PortaKVError(_absent(error)) from error
+        raise PortaKVError(_absent(error, "bench", BENCHMARKS, "bench")) from error
     return int(benchmarks.main(words) or 0)
 
 
-def _absent(error: ModuleNotFoundError) -> str:
+def add_conform(verbs: Any) -> None:
+    """Add `portakv conform` to the verbs; its own words are parsed by the suite."""
+    verbs.add_parser(
+        "conform",
+        help="judge a backend by the conformance suite; see `portakv conform --help`",
+        add_help=False,
+    )
+
+
+def conform(words: list[str]) -> int:
+    """Hand the words behind `portakv conform` to the suite; returns its exit code.
+
+    2 where the suite, or a package that it needs, is not installed: 1 would say that a backend
+    failed.
+    """
+    try:
+        for needed in ("pytest", "hypothesis"):
+            importlib.import_module(needed)
+        suite = importlib.import_module(f"{CONFORMANCE}.cli")
+    except ModuleNotFoundError as error:
+        print(f"portakv: {_absent(error, 'conform', CONFORMANCE, 'conformance')}", file=sys.stderr)
+        return 2
+    return int(suite.main(words))
+
+
+def _absent(error: ModuleNotFoundError, verb: str, package: str, extra: str) -> str:
     missing = error.name or str(error)
-    if missing.partition(".")[0] == BENCHMARKS:
+    if missing.partition(".")[0] == package:
         return (
-            f"`portakv bench` runs the package {BENCHMARKS}, but this installation has no "
+            f"`portakv {verb}` runs the package {package}, but this installation has no "
             f"{missing}; install PortaKV again from a release or a clone that has it."
         )
     return (
-        f"`portakv bench` needs the package {missing!r}, which is not installed; "
-        f"`pip install 'portakv[bench]'` brings what the benchmarks need."
+        f"`portakv {verb}` needs the package {missing!r}, which is not installed; "
+        f"`pip install 'portakv[{extra}]'` brings what it needs."
     )

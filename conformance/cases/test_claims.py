@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims, both ways: what `Capabilities` claims is tested on ``prepare`` and the launch directly,
+where nothing of the library helps; what it does not claim is refused, with every output untouched.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from portakv_conformance.claims import check_refused, claimed, not_claimed
+from portakv_conformance.judging import Judge, index_of, view_of
+from portakv_conformance.oracle import compare
+from portakv_conformance.shapes import Shape, Workshop
+from portakv_conformance.sides import Case, Side
+from portakv_conformance.subject import Subject
+
+from portakv import CopyPlan, KVView, Unsupported
+from portakv.form import PLACES
+
+pytestmark = pytest.mark.area("claims")
+
+DIRECTIONS = ("gather", "scatter")
+SHAPE = Shape()
+_DTYPES = {torch.int32, torch.int64}
+
+
+def test_claims_make_sense(subject: Subject) -> None:
+    """Every field of the claims is one of the values that it can have, each time it is asked."""
+    can = subject.can
+    assert can.places, "places is empty: it claims to copy from nowhere to nowhere."
+    assert all(a in PLACES and b in PLACES for a, b in can.places), f"places is {can.places}."
+    assert can.index_on in ("host", "device"), f"index_on is {can.index_on!r}."
+    assert can.index_dtypes, "index_dtypes is empty: it claims to read no ids."
+    assert can.index_dtypes <= _DTYPES, f"index_dtypes is {can.index_dtypes}."
+    assert can.alignment in (1, 2, 4, 8, 16), f"alignment is {can.alignment}: no vector has it."
+    loops = can.max_loops
+    assert loops is None or (type(loops) is int and loops >= 0), f"max_loops is {loops!r}."
+    for name in ("skips_negative", "guards", "tables", "capturable", "threads"):
+        assert type(getattr(can, name)) is bool, f"{name} is {getattr(can, name)!r}."
+    assert subject.backend.capabilities() == can, "It claims something else when asked again."
+
+
+# -- places -----------------------------------------------------------------------------------
+
+
+def _in(place: str, side: Side) -> Side:
+    """The side with its tensors in a place, their bytes as they are."""
+    if place == "device":
+        return side
+    guards = [replace(guard, whole=guard.whole.cpu()) for guard in side.guards]
+    if place == "pinned":
+        guards = [replace(guard, whole=guard.whole.pin_memory()) for guard in guards]
+    moved = dict(zip((g.whole.data_ptr() for g in side.guards), guards, strict=True))
+
+    def move(level: Any) -> Any:
+        if not isinstance(level, torch.Tensor):
+            return [move(item) for item in level]
+        home = moved[level.untyped_storage().data_ptr()].whole.untyped_storage()
+        made = torch.empty(0, dtype=level.dtype)
+        return made.set_(home, level.storage_offset(), level.shape, level.stride())
+
+    return replace(side, tensors=move(side.tensors), guards=guards, arrangement=None)
+
+
+@pytest.mark.claim("places")
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(
+    "pair",
+    [
+        pytest.param(("pageable", "pageable"), marks=pytest.mark.needs("host")),
+        *(
+            pytest.param(pair, marks=pytest.mark.needs("accelerator"))
+            for pair in (("device", "device"), ("device", "pinned"), ("pinned", "device"),
+                         ("device", "pageable"), ("pageable", "device"))
+        ),
+    ],
+    ids="-".join,
+)  # fmt: skip
+def test_places(
+    request: pytest.FixtureRequest, subject: Subject, judge: Judge, home: Workshop,
+    pair: tuple[str, str], direction: str,
+) -> None:  # fmt: skip
+    """It copies between the places that it claims, and refuses plans between others."""
+    case = home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 9))
+    case = Case(_in(pair[0], case.src), _in(pair[1], case.dst), case.count)
+    if pair in subject.can.places:
+        claimed(judge, case, "places", f"copies from {pair[0]} to {pair[1]} memory")
+        return
+    not_claimed(request, "places", f"it does not copy from {pair[0]} to {pair[1]} memory.")
+    _prepare_refuses(judge, case)
+    judge.copy(case)  # the library stages it, or the backend is refused
+
+
+def _prepare_refuses(judge: Judge, case: Case) -> None:
+    """``check`` or ``prepare`` refuses the plan of a case."""
+    src, dst = view_of(case.src), view_of(case.dst)
+    plan = CopyPlan(src.form, dst.form, index_of(case.src).plan_step, index_of(case.dst).plan_step)
+    try:
+        judge.subject.prepare(plan)
+    except Unsupported:
+        return
+    raise AssertionError(f"It prepares a plan that it does not claim:\n{plan}")
+
+
+# -- ids --------------------------------------------------------------------------------------
+
+
+@pytest.mark.claim("index_on")
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_ids_are_read_where_claimed(
+    subject: Subject, judge: Judge, home: Workshop, direction: str
+) -> None:
+    """The launch reads ids where it claims to, on both sides at once too."""
+    place = subject.can.home_of_ids(subject.device)
+    dtype = next(iter(subject.can.index_dtypes))
+    for step in (1, SHAPE.block_size):
+        ids = torch.tensor(home.shuffled(SHAPE.slots // step, 5), dtype=dtype).to(place)
+        case = home.move(direction, SHAPE, ids, step=step)
+        claimed(judge, case, "index_on", f"reads ids on the {subject.can.index_on}")
+    slots = home.shuffled(SHAPE.slots, 12)
+    cache = home.cache(SHAPE, torch.tensor(slots[:6], dtype=dtype).to(place))
+    other = replace(cache, ids=torch.tensor(slots[6:], dtype=dtype).to(place))
+    claimed(judge, Case(cache, other, 6), "index_on", "reads ids of both sides")
+
+
+@pytest.mark.claim("index_dtypes")
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+def test_ids_are_read_in_the_claimed_dtypes(
+    request: pytest.FixtureRequest, subject: Subject, judge: Judge, home: Workshop,
+    dtype: torch.dtype, direction: str,
+) -> None:  # fmt: skip
+    """The launch reads ids of each dtype that it claims, also where the sides' dtypes differ."""
+    if dtype not in subject.can.index_dtypes:
+        not_claimed(request, "index_dtypes", f"ids of {dtype} are converted before the launch.")
+        judge.copy(home.move(direction, SHAPE, torch.tensor([3, 0, 9], dtype=dtype)))
+        return
+    place = subject.can.home_of_ids(subject.device)
+    ids = torch.tensor(home.shuffled(SHAPE.slots, 9), dtype=dtype).to(place)
+    claimed(judge, home.move(direction, SHAPE, ids), "index_dtypes", f"reads ids of {dtype}")
+    for other in subject.can.index_dtypes:
+        slots = home.shuffled(SHAPE.slots, 12)
+        cache = home.cache(SHAPE, torch.tensor(slots[:6], dtype=dtype).to(place))
+        second = replace(cache, ids=torch.tensor(slots[6:], dtype=other).to(place))
+        claimed(judge, Case(cache, second, 6), "index_dtypes", f"reads {dtype} beside {other}")
+
+
+@pytest.mark.claim("skips_negative")
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("step", [1, 4])
+def test_negative_ids_reach_the_launch(
+    request: pytest.FixtureRequest, subject: Subject, judge: Judge, home: Workshop,
+    step: int, direction: str,
+) -> None:  # fmt: skip
+    """A launch that claims to skip negative ids moves nothing for any negative number."""
+    if not subject.can.skips_negative:
+        not_claimed(request, "skips_negative", "negative ids are removed before the launch.")
+        judge.copy(home.move(direction, SHAPE, [-1, 3, -1], step=step))
+        return
+    place = subject.can.home_of_ids(subject.device)
+    for dtype in subject.can.index_dtypes:
+        least = torch.iinfo(dtype).min
+        for ids in ([-1, 3, 0], [3, 0, -1], [-1, -1], [-7, 2, least, 5], [least // 4, 1, -(2**20)]):
+            case = home.move(direction, SHAPE, torch.tensor(ids, dtype=dtype).to(place), step=step)
+            claimed(judge, case, "skips_negative", "skips negative ids")
+
+
+@pytest.mark.claim("guards")
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("step", [1, 4])
+def test_bad_ids_are_guarded(
+    request: pytest.FixtureRequest, subject: Subject, judge: Judge, home: Workshop,
+    step: int, direction: str,
+) -> None:  # fmt: skip
+    """A launch that guards moves nothing for an id past the end, moves all others, and writes the
+    position + 1 of a bad id to the status word, if it is given one."""
+    if not subject.can.guards:
+        not_claimed(request, "guards", "bad ids are found before the launch.")
+        return
+    past = SHAPE.slots // step
+    for dtype in subject.can.index_dtypes:
+        wild = [2**31 - 1]
+        wild += [2**31, 2**32 + 1, 2**40, 2**61, 2**62, 2**63 - 1] if dtype == torch.int64 else []
+        for bad in (past + 1, *wild):
+            _guard(judge, home, direction, [1, bad, 3], step, dtype, past, True)
+        for ids in ([1, past, 3], [past, 2], [0, 4, past], [1, past, 3, past], [4, 2, 0]):
+            _guard(judge, home, direction, ids, step, dtype, past, True)
+        _guard(judge, home, direction, [1, past, 3], step, dtype, past, False)
+
+
+def _guard(
+    judge: Judge, home: Workshop, direction: str, ids: list[int], step: int, dtype: torch.dtype,
+    past: int, with_word: bool,
+) -> None:  # fmt: skip
+    """Launch with bad ids, and judge the bytes and the status word."""
+    can, device = judge.subject.can, judge.subject.device
+    placed = torch.tensor(ids, dtype=dtype).to(can.home_of_ids(device))
+    case = home.move(direction, SHAPE, placed, step=step)
+    # The bytes must be as if the bad ids were padding.
+    good = torch.tensor([n if n < past else -1 for n in ids])
+    sides = [replace(s, ids=None if s.ids is None else good) for s in (case.src, case.dst)]
+    expected = Case(sides[0], sides[1], case.count).expected()
+    status = torch.zeros(1, dtype=torch.int64)
+    if judge.facility.streams:
+        status = status.pin_memory()
+    judge.launch_only(case, status=status if with_word else None)
+    verdict = compare(expected, case.dst.tensors, case.src.tensors)
+    assert verdict is None, f"{verdict} Ids {ids} are past the end from {past} on. {case!r}"
+    bad = {p for p, n in enumerate(ids) if n >= past}
+    told = int(status[0])
+    if with_word:
+        wanted = {p * step + n + 1 for p in bad for n in range(step)} or {0}
+        assert told in wanted, (
+            f"The status word holds {told} for ids {ids} of {step} tokens, of which those from "
+            f"{past} on are bad; expected position + 1 of a bad one, or 0 where none is."
+        )
+    judge.examples += 1
+
+
+# -- plans ------------------------------------------------------------------------------------
+
+
+@pytest.mark.claim("alignment")
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("vector", [1, 2, 4, 8, 16])
+def test_alignment(
+    subject: Subject, judge: Judge, home: Workshop, vector: int, direction: str
+) -> None:
+    """It takes rows that are aligned as it claims and no better, and refuses any less."""
+    for how in ({"shift": vector}, {"pads": {4: vector}}, {"pads": {2: vector}}):
+        case = home.move(
+            direction, Shape(widths=(64, 64)), home.shuffled(24, 9), dtype=torch.uint8, **how
+        )
+        plan = _plan(case)
+        assert plan.vector >= min(vector, 16), f"The suite's plan has vector {plan.vector}."
+        if plan.vector >= subject.can.alignment:
+            claimed(judge, case, "alignment", f"takes rows at multiples of {plan.vector} B")
+        else:
+            check_refused(judge, case)
+
+
+def _plan(case: Case) -> CopyPlan:
+    src, dst = view_of(case.src), view_of(case.dst)
+    return CopyPlan(src.form, dst.form, index_of(case.src).plan_step, index_of(case.dst).plan_step)
+
+
+#: For each number of strided loops in a plan, the extents (layers, kv, heads, tokens) that make it.
+_LOOPS = {0: (1, 1, 1, 1), 1: (1, 1, 2, 1), 2: (1, 2, 2, 1), 3: (3, 2, 2, 1), 4: (3, 2, 2, 4)}
+
+
+@pytest.mark.claim("max_loops")
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("loops", _LOOPS)
+def test_max_loops(
+    subject: Subject, judge: Judge, workshop: Workshop, loops: int, direction: str
+) -> None:
+    """It takes nests of as many strided loops as it claims, and refuses deeper ones."""
+    layers, kv, heads, step = _LOOPS[loops]
+    shape = Shape(layers=layers, heads=heads, widths=(24,) * kv)
+    case = _nested(workshop, direction, shape, step)
+    assert max(len(nest.loops) for nest in _plan(case).nests) == loops, str(_plan(case))
+    most = subject.can.max_loops
+    if most is None or loops <= most:
+        claimed(judge, case, "max_loops", f"takes {loops} strided loops", must=False)
+    else:
+        check_refused(judge, case)
+
+
+def _nested(shop: Workshop, direction: str, shape: Shape, step: int) -> Case:
+    """A cache and a chunk in which no two loops can be merged: every place is padded."""
+    ids, source = shop.shuffled(shape.slots // step, 3), direction == "gather"
+    cache = shop.cache(
+        shape, ids, step=step, source=source, layout="block layer kv token head dim",
+        pads={1: 8, 2: 16, 3: 24, 4: 8, 5: 4},
+    )  # fmt: skip
+    chunk = shop.chunk(
+        shape, 3 * step, layout="token head kv layer dim", source=not source,
+        pads={1: 8, 2: 16, 3: 4, 4: 8},
+    )  # fmt: skip
+    return Case(cache, chunk, 3 * step) if source else Case(chunk, cache, 3 * step)
+
+
+@pytest.mark.claim("tables")
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_tables(subject: Subject, judge: Judge, home: Workshop, direction: str) -> None:
+    """It takes planes in separate allocations, at new addresses in each call; or refuses them."""
+    shape, held = Shape(layers=5), []
+    for number in range(3):
+        shop = replace(home, seed=home.seed + number)
+        case = shop.move(direction, shape, shop.shuffled(shape.slots, 9), place="scattered")
+        held.append(case)
+        assert _plan(case).tabled, "The suite's plan needs no table."
+        if subject.can.tables:
+            claimed(judge, case, "tables", "takes planes behind a table of addresses")
+        else:
+            check_refused(judge, case)
+    if subject.can.tables:
+        _same_launch(judge, held)
+
+
+def _same_launch(judge: Judge, cases: list[Case]) -> None:
+    """One prepared launch serves views of one form at any addresses."""
+    launches: dict[Any, Any] = {}
+    for case in cases:
+        src, dst = view_of(case.src), view_of(case.dst)
+        key = (src.form, dst.form)
+        if key not in launches:
+            launches[key] = judge.subject.prepare(_plan(case))
+        judge.judge(case, _bound(judge, launches[key], case, src, dst), lambda: None)
+
+
+def _bound(
+    judge: Judge, launch: Any, case: Case, src: KVView, dst: KVView
+) -> Callable[[], None]:
+    def carry() -> None:
+        mine, theirs = (judge.subject.place(index_of(s)) for s in (case.src, case.dst))
+        pending = launch(src, dst, mine, theirs, case.count, None, None)
+        if pending is not None:
+            pending.wait()
+        judge.facility.synchronize()
+
+    return carry
+
+
+@pytest.mark.claim("threads")
+def test_threads(
+    request: pytest.FixtureRequest, subject: Subject, judge: Judge, home: Workshop
+) -> None:
+    """One launch may be called from several threads at once; where that is not claimed, copies of
+    several threads still come out right."""
+    shape = Shape(layers=3)
+    shops = [replace(home, seed=home.seed + n) for n in range(4)]
+    cases = [shop.gather(shape, shop.shuffled(shape.slots, 9)) for shop in shops]
+    expected = [case.expected() for case in cases]
+    views = [(view_of(case.src), view_of(case.dst)) for case in cases]
+    assert len({(src.form, dst.form) for src, dst in views}) == 1
+    if subject.can.threads:
+        launch = subject.prepare(_plan(cases[0]))
+        works = [
+            _bound(judge, launch, case, *pair) for case, pair in zip(cases, views, strict=True)
+        ]
+    else:
+        not_claimed(request, "threads", "the library lets one thread at a time into a launch.")
+        works = [lambda c=case, p=pair: _by_user(judge, c, *p)
+                 for case, pair in zip(cases, views, strict=True)]  # fmt: skip
+    _all_at_once(works, 40 if subject.can.threads else 8)
+    for case, wanted in zip(cases, expected, strict=True):
+        verdict = compare(wanted, case.dst.tensors, case.src.tensors)
+        assert verdict is None, f"Called from four threads: {verdict}"
+    judge.examples += len(cases)
+
+
+def _by_user(judge: Judge, case: Case, src: KVView, dst: KVView) -> None:
+    judge.finish(judge.subject.copy(src, dst, index_of(case.src), index_of(case.dst)))
+
+
+def _all_at_once(works: list[Callable[[], None]], times: int) -> None:
+    """Run each in a thread of its own, again and again; raise what any of them raised."""
+    faults: list[BaseException] = []
+    gate = threading.Barrier(len(works))
+
+    def again(work: Callable[[], None]) -> None:
+        try:
+            gate.wait()
+            for _ in range(times):
+                work()
+        except BaseException as fault:
+            faults.append(fault)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # so that threads interleave within a launch
+    try:
+        threads = [threading.Thread(target=again, args=(work,)) for work in works]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    if faults:
+        raise AssertionError(
+            f"Called from four threads, {type(faults[0]).__name__} was raised: {faults[0]}."
+        ) from faults[0]

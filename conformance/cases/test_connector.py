@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine calls: `AdaptiveConnector`, with this backend forced, over registered caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from portakv_conformance.judging import Judge
+from portakv_conformance.oracle import compare
+from portakv_conformance.shapes import Shape, Workshop
+from portakv_conformance.sides import Case, Side
+from portakv_conformance.subject import Subject
+
+from portakv import AdaptiveConnector
+
+pytestmark = pytest.mark.area("corners")
+
+SHAPE = Shape(blocks=8)
+MOVES = ("from_gpu", "to_gpu")
+
+
+@dataclass
+class Store:
+    """Caches, and a connector that moves their rows to chunks and back."""
+
+    judge: Judge
+    home: Workshop
+    connector: AdaptiveConnector
+
+    def caches(self, seed: int = 0, **how: Any) -> Side:
+        """Caches of a seed of their own."""
+        return Workshop(self.home.device, self.home.seed + seed, self.home.paged).cache(
+            SHAPE, [], **how
+        )
+
+    def case(self, move: str, caches: Side, slots: Any, tokens: int = 0, seed: int = 0) -> Case:
+        """The copy that ``move`` of these slots must be."""
+        shop = Workshop(self.home.device, self.home.seed + 100 + seed)
+        ids = shop.ids(slots)
+        assert ids is not None
+        count = len(ids)
+        chunk = shop.chunk(SHAPE, tokens or max(count, 1), source=move == "to_gpu")
+        paged = Side(**{**vars(caches), "ids": ids, "arrangement": None})
+        return Case(paged, chunk, count) if move == "from_gpu" else Case(chunk, paged, count)
+
+    def check(self, case: Case, call: Callable[[], Any]) -> None:
+        """Judge a call of the connector as the copy that it must be."""
+        self.judge.judge(case, lambda: self.judge.finish(call()), lambda: "the connector's plan")
+
+
+def _chunk(case: Case) -> Any:
+    return (case.dst if case.src.block_size else case.src).tensors
+
+
+@pytest.fixture
+def store(subject: Subject, judge: Judge, home: Workshop) -> Store:
+    """A connector for this backend, in a layout that it takes."""
+    connector = AdaptiveConnector(subject.device, backend=subject.name, kv_layout=home.paged)
+    return Store(judge, home, connector)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, None), (0, 5), (3, 11), (7, None), (4, 4), (11, 12)])
+@pytest.mark.parametrize("move", MOVES)
+def test_a_range_of_the_slot_mapping(
+    store: Store, move: str, start: int, end: int | None
+) -> None:
+    """Rows ``slot_mapping[start:end]`` are tokens 0 to end - start of the chunk, and no others."""
+    slots = torch.tensor(store.home.shuffled(SHAPE.slots, 12, 2))
+    caches = store.caches(source=move == "from_gpu")
+    case = store.case(move, caches, slots[start:end], tokens=12)
+    store.connector.register_kv_caches(caches.tensors)
+    call = getattr(store.connector, move)
+    store.check(case, lambda: call(_chunk(case), None, slots, start, end))
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_caches_that_were_registered_again(store: Store, move: str) -> None:
+    """An engine that reallocates its caches registers them again, and the old are let alone."""
+    for seed in range(3):
+        caches = store.caches(seed, source=move == "from_gpu")
+        slots = torch.tensor(store.home.shuffled(SHAPE.slots, 9, 1))
+        store.connector.register_kv_caches(caches.tensors)
+        for again in range(2):
+            case = store.case(move, caches, slots.roll(again), seed=seed)
+            call = getattr(store.connector, move)
+            store.check(case, lambda c=case, f=call: f(_chunk(c), None, ids_of(c)))
+
+
+def ids_of(case: Case) -> Any:
+    """The slot mapping of a case."""
+    return case.src.ids if case.src.ids is not None else case.dst.ids
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_caches_passed_with_the_call(store: Store, move: str) -> None:
+    """Caches that differ from those registered take their place; alternating sets do not mix."""
+    sets = [store.caches(seed, source=move == "from_gpu") for seed in range(2)]
+    for turn in range(4):
+        caches = sets[turn % 2]
+        case = store.case(move, caches, store.home.shuffled(SHAPE.slots, 7 + turn), seed=turn)
+        call = getattr(store.connector, move)
+        store.check(case, lambda c=case, f=call, t=caches.tensors: f(_chunk(c), t, ids_of(c)))
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("move", MOVES)
+def test_batches(store: Store, move: str, ragged: bool) -> None:
+    """A batch moves each chunk's range of the slot mapping, as single calls would."""
+    lengths = (8, 5, 8, 3) if ragged else (8, 8, 8)
+    slots = torch.tensor(store.home.shuffled(SHAPE.slots, sum(lengths), 2))
+    ends = [sum(lengths[: n + 1]) for n in range(len(lengths))]
+    starts = [0, *ends[:-1]]
+    caches = store.caches(source=move == "from_gpu")
+    store.connector.register_kv_caches(caches.tensors)
+    cases = [
+        store.case(move, caches, slots[a:b], tokens=8, seed=n)
+        for n, (a, b) in enumerate(zip(starts, ends, strict=True))
+    ]
+    call = getattr(store.connector, f"batched_{move}")
+
+    def batch() -> Any:
+        return call([_chunk(case) for case in cases], None, slots, starts, ends)
+
+    if move == "from_gpu":
+        expected = [case.expected() for case in cases]
+        store.check(cases[0], batch)
+        for case, wanted in zip(cases, expected, strict=True):
+            verdict = compare(wanted, case.dst.tensors, case.src.tensors)
+            assert verdict is None, verdict
+        return
+    # All chunks land in one cache: the last expectation is made by the ones before it.
+    store.check(_joined(store, caches, cases, slots, lengths), batch)
+
+
+def _joined(
+    store: Store, caches: Side, cases: list[Case], slots: torch.Tensor, lengths: tuple[int, ...]
+) -> Case:
+    """A batch of loads as one copy: from the chunks as blocks of 8 tokens to the caches."""
+    first = cases[0].src
+    chunks = Side(
+        **{
+            **vars(first),
+            "tensors": [case.src.tensors for case in cases],
+            "layout": f"block | {first.layout}",
+            "ids": torch.tensor([8 * n + t for n, c in enumerate(lengths) for t in range(c)]),
+            "block_size": 8,
+            "slots": 8 * len(cases),
+            "arrangement": None,
+        }
+    )
+    paged = Side(**{**vars(caches), "ids": slots, "arrangement": None})
+    return Case(chunks, paged, len(slots))
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_objects_that_hold_a_tensor(store: Store, move: str) -> None:
+    """A memory object may hold its tensor, and may be longer than what is moved."""
+
+    class MemoryObject:
+        tensor: Any
+
+    caches = store.caches(source=move == "from_gpu")
+    case = store.case(move, caches, store.home.shuffled(SHAPE.slots, 6), tokens=32)
+    held = MemoryObject()
+    held.tensor = _chunk(case)
+    call = getattr(store.connector, move)
+    store.check(case, lambda: call(held, caches.tensors, ids_of(case)))

@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shapes, widths and strides that have broken movers of rows in the field, both directions each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from portakv_conformance.claims import full
+from portakv_conformance.judging import Judge
+from portakv_conformance.shapes import Shape, Workshop
+from portakv_conformance.sides import Case
+
+pytestmark = pytest.mark.area("corners")
+
+DIRECTIONS = ("gather", "scatter")
+NHD = "layer | kv block token head dim"
+HND = "layer | kv block head token dim"
+FUSED = "layer | block head token (kv dim)"
+PLAIN = "layer token (kv head dim)"  # a chunk that holds unequal widths as well
+
+_COMMON = (
+    *range(1, 18), 20, 24, 31, 32, 33, 48, 63, 64, 65, 66, 96, 100, 112, 127, 128, 129, 132, 144,
+    160, 255, 256, 320, 576, 584, 656, 1152,
+)  # fmt: skip
+_WIDTHS = [
+    pytest.param(width, marks=[] if width in _COMMON else [full])
+    for width in sorted({*range(1, 257), *_COMMON})
+]
+
+
+def both_ways(judge: Judge, source: Any, target: Any) -> None:
+    """Judge a copy from the first maker's side to the second's, then the other way.
+
+    A maker is called with ``source=True`` or ``False`` and returns a side.
+    """
+    for make, take in ((source, target), (target, source)):
+        src, dst = make(True), take(False)
+        counts = [
+            side.slots if side.ids is None else len(side.ids) * side.step for side in (src, dst)
+        ]
+        judge.copy(Case(src, dst, min(counts)))
+
+
+@pytest.mark.parametrize("width", _WIDTHS)
+def test_row_width(judge: Judge, workshop: Workshop, width: int) -> None:
+    """A row of any number of bytes moves whole: nothing is rounded, and no last piece is lost."""
+    shape = Shape(layers=1, heads=1, widths=(width, width), blocks=5)
+    slots = workshop.shuffled(shape.slots, 7, 1)
+    for direction in DIRECTIONS:
+        judge.copy(workshop.move(direction, shape, slots, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("width", [2, 6, 10, 20, 34, 66, 100, 132])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_heads_that_no_vector_divides(
+    judge: Judge, workshop: Workshop, heads: int, width: int
+) -> None:
+    """In HND a head's bytes, not the row's, bound the widest access; tokens keep their order."""
+    shape = Shape(heads=heads, widths=(width, width))
+    slots = workshop.shuffled(shape.slots, 9, 1)
+    for direction in DIRECTIONS:
+        judge.copy(workshop.move(direction, shape, slots, layout=HND))
+        judge.copy(workshop.move(direction, shape, slots, memory="kv block head token dim"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "widths"),
+    [
+        ("layer kv | block token head dim", (64, 48)),
+        ("layer kv | block token head dim", (6, 10)),
+        ("layer kv | block token head dim", (2, 96, 34)),
+        (FUSED, (256, 128)),
+        (FUSED, (10, 6)),
+        ("layer | block token head (kv dim)", (48, 16)),
+        ("layer | block (kv token dim)", (128, 4)),
+        ("layer | block (kv token dim)", (576, 8)),
+        ("layer | block head (kv token dim)", (64, 32)),
+    ],
+)
+def test_keys_and_values_of_unequal_width(
+    judge: Judge, workshop: Workshop, layout: str, widths: tuple[int, ...]
+) -> None:
+    """Each kv has a width of its own, in containers, side by side and one behind the other."""
+    shape = Shape(heads=2 if "head" in layout else 1, widths=widths)
+    slots = workshop.shuffled(shape.slots, 9, 1)
+    both_ways(
+        judge,
+        lambda source: workshop.cache(shape, slots, layout=layout, source=source),
+        lambda source: workshop.chunk(shape, 9, layout=PLAIN, source=source),
+    )
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+@pytest.mark.parametrize(("heads", "width"), [(128, 2), (128, 128), (1, 1152), (1, 2), (300, 6)])
+def test_many_heads_and_few(
+    judge: Judge, workshop: Workshop, heads: int, width: int, layers: int
+) -> None:
+    """128 heads are as good as one; a latent row of 1152 B has one head."""
+    shape = Shape(layers=layers, heads=heads, widths=(width, width), blocks=3)
+    slots = workshop.shuffled(shape.slots, 5, 1)
+    for direction in DIRECTIONS:
+        judge.copy(workshop.move(direction, shape, slots))
+        judge.copy(workshop.move(direction, shape, slots, layout=HND))
+
+
+@pytest.mark.parametrize("layout", ["layer | block token dim", "layer | (block token) 1 dim"])
+@pytest.mark.parametrize("width", [1152, 640, 656, 132])
+def test_one_latent_row_for_each_token(
+    judge: Judge, workshop: Workshop, width: int, layout: str
+) -> None:
+    """MLA keeps one row for each token and layer, without keys, values or heads."""
+    shape = Shape(layers=3, heads=1, widths=(width,))
+    slots = workshop.shuffled(shape.slots, 11, 2)
+    for direction in DIRECTIONS:
+        judge.copy(workshop.move(direction, shape, slots, layout=layout))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (16, 16), (128, 128), (1, 16), (16, 1), (16, 128),
+                                   (128, 16), (4, 6), (6, 4), (3, 5), (48, 32), (2, 7)])  # fmt: skip
+def test_block_sizes(judge: Judge, workshop: Workshop, sizes: tuple[int, int]) -> None:
+    """Blocks of both sides may have any sizes, and need have no common factor."""
+    first, second = (
+        Shape(layers=2, heads=1, widths=(12, 12), block_size=size, blocks=2 + 256 // size)
+        for size in sizes
+    )
+    count = min(first.slots, second.slots) - 3
+
+    def make(shape: Shape, layout: str, source: bool) -> Any:
+        rng = Workshop(workshop.device, workshop.seed + source)
+        return rng.cache(shape, rng.shuffled(shape.slots, count), layout=layout, source=source)
+
+    both_ways(judge, lambda s: make(first, NHD, s), lambda s: make(second, HND, s))
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (4, 8), (8, 4), (4, 6), (16, 128), (3, 4)])
+def test_block_tables_of_both_sides(
+    judge: Judge, workshop: Workshop, sizes: tuple[int, int]
+) -> None:
+    """Block tables on both sides move every token once, whatever their steps have in common."""
+    first, second = (
+        Shape(layers=2, heads=2, widths=(16, 16), block_size=size, blocks=768 // size)
+        for size in sizes
+    )
+
+    def make(shape: Shape, layout: str, source: bool) -> Any:
+        blocks = workshop.shuffled(shape.blocks, 384 // shape.block_size)
+        step = shape.block_size
+        return workshop.cache(shape, blocks, step=step, layout=layout, source=source)
+
+    both_ways(judge, lambda s: make(first, NHD, s), lambda s: make(second, HND, s))
+
+
+_TWOS = (
+    "layer | kv block token head dim", "layer | block kv token head dim",
+    "layer | block token kv head dim", "layer kv | block token head dim",
+    "kv layer | block token head dim", "block layer kv token head dim",
+    "layer | block head token (kv dim)", "kv layer | (block token) head dim",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("layout", _TWOS)
+def test_shapes_in_which_every_extent_is_two(
+    judge: Judge, workshop: Workshop, layout: str, layers: int
+) -> None:
+    """Which axis is which is said by the layout, never by an extent that happens to be 2."""
+    shape = Shape(layers=layers, heads=2, widths=(4, 4), block_size=2, blocks=2)
+    for direction in DIRECTIONS:
+        judge.copy(workshop.move(direction, shape, [3, 0, 1], layout=layout))
+        judge.copy(workshop.move(direction, shape, [1, 0], step=2, layout=layout))
+
+
+_PADDED = {
+    "pages": {"pads": {2: 24}},
+    "blocks-by-one": {"pads": {2: 1}},
+    "rows": {"pads": {4: 3}},
+    "heads": {"pads": {3: 8}},
+    "planes": {"pads": {1: 7}},
+    "layers": {"place": "strided", "pads": {1: 16}},
+    "elements": {"gap": 2},
+    "scattered": {"place": "scattered"},
+    "offset": {"shift": 8},
+    "odd-offset": {"shift": 3},
+    "kernel-blocks": {"pads": {2: 64}, "shift": 16},
+    "token-outermost": {"memory": "token head kv block dim"},
+    "dim-outermost": {"memory": "dim kv block token head"},
+    "cross-layer": {"memory": "block layer kv token head dim"},
+    "layer-innermost": {"memory": "kv block token head layer dim", "pads": {4: 4}},
+}
+
+
+@pytest.mark.parametrize("how", _PADDED)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_strides_and_padding(judge: Judge, workshop: Workshop, direction: str, how: str) -> None:
+    """Rows lie where strides and storage offsets say; the bytes between them are not touched."""
+    shape = Shape(layers=3, heads=2, widths=(16, 16))
+    wanted: dict[str, Any] = _PADDED[how]
+    slots = workshop.shuffled(shape.slots, 9, 1)
+    judge.copy(workshop.move(direction, shape, slots, **wanted))
+    blocks = workshop.shuffled(shape.blocks, 3, 1)
+    judge.copy(workshop.move(direction, shape, blocks, step=4, **wanted))
+
+
+@pytest.mark.parametrize("how", ["rows", "planes", "elements", "permuted", "shift", "split"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_chunks_that_are_not_contiguous(
+    judge: Judge, workshop: Workshop, direction: str, how: str
+) -> None:
+    """A chunk need not be contiguous: what is written arrives in it, not in a copy of it."""
+    wanted: dict[str, Any] = {
+        "rows": {"pads": {3: 5}},
+        "planes": {"pads": {2: 9}},
+        "elements": {"gap": 3},
+        "permuted": {"memory": "token layer kv (head dim)"},
+        "shift": {"shift": 5},
+        "split": {"split_end": True, "pads": {3: 2}},
+    }[how]
+    shape = Shape(layers=2, heads=2, widths=(16, 16))
+    slots = workshop.shuffled(shape.slots, 9, 1)
+    source = direction == "scatter"
+    chunk = workshop.chunk(shape, 9, source=source, **wanted)
+    cache = workshop.cache(shape, slots, source=not source)
+    judge.copy(Case(chunk, cache, 9) if source else Case(cache, chunk, 9))
+
+
+@pytest.mark.parametrize("layout", ["block | kv layer token (head dim)", "block | layer token kv head dim",
+                                    "block token | layer kv head dim"])  # fmt: skip
+@pytest.mark.parametrize("place", ["separate", "strided", "scattered"])
+def test_lists_of_memory_objects(
+    judge: Judge, workshop: Workshop, layout: str, place: str
+) -> None:
+    """A list of buffers, each a block, is one paged view and moves in one copy."""
+    cache, store = Shape(blocks=8), Shape(block_size=16, blocks=2)
+    slots = workshop.shuffled(cache.slots, 27, 2)
+    both_ways(
+        judge,
+        lambda source: workshop.cache(cache, slots, source=source),
+        lambda source: workshop.cache(
+            store, list(range(27)), layout=layout, source=source, place=place
+        ),
+    )
+
+
+@pytest.mark.parametrize("layout", ["layer | block page", "block layer page", "block | layer page"])
+@pytest.mark.parametrize("page", [132 * 4, 66, 7, 584 * 4])
+def test_opaque_pages(judge: Judge, workshop: Workshop, page: int, layout: str) -> None:
+    """An opaque page moves whole, and its padding stays."""
+    shape = Shape(widths=(page,), heads=1)
+    step, size = shape.block_size, torch.uint8
+    both_ways(
+        judge,
+        lambda source: workshop.cache(
+            shape, workshop.shuffled(6, 4, 1), step=step, source=source, dtype=size,
+            layout="layer | block page", pads={1: 5},
+        ),
+        lambda source: workshop.cache(
+            shape, workshop.shuffled(6, 4), step=step, source=source, dtype=size, layout=layout
+        ),
+    )  # fmt: skip
+
+
+def test_one_source_row_for_many_tokens(judge: Judge, workshop: Workshop) -> None:
+    """A source may have a stride of 0, and one slot may be read many times."""
+    shape = Shape()
+    spread = workshop.chunk(shape, 8, layout="kv layer token head dim", expand=2)
+    target = workshop.cache(shape, workshop.shuffled(shape.slots, 8), source=False)
+    judge.copy(Case(spread, target, 8))
+    judge.copy(workshop.gather(shape, [5, 5, 5, 0, 5, -1, 5]))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("kind", ["tokens", "blocks", "layers", "rows-of-a-block"])
+def test_more_than_a_grid_holds(
+    judge: Judge, workshop: Workshop, kind: str, direction: str
+) -> None:
+    """One call moves 200,000 tokens, 70,000 blocks, or a token of 70,000 rows: nothing is clipped."""
+    if kind == "tokens":
+        shape = Shape(layers=1, heads=1, widths=(2, 2), block_size=16, blocks=12_600)
+        ids = torch.randperm(shape.slots, generator=_generator(workshop))[:200_000]
+        judge.copy(workshop.move(direction, shape, ids))
+    elif kind == "blocks":
+        shape = Shape(layers=1, heads=1, widths=(4, 4), block_size=2, blocks=70_001)
+        ids = torch.randperm(shape.blocks, generator=_generator(workshop))
+        judge.copy(workshop.move(direction, shape, ids, step=2))
+    elif kind == "layers":
+        shape = Shape(layers=300, heads=117, widths=(2, 2), block_size=2, blocks=2)
+        judge.copy(workshop.move(direction, shape, [3, 0], layout=HND, place="strided"))
+    else:
+        shape = Shape(layers=1, heads=2, widths=(2, 2), block_size=35_000, blocks=2)
+        judge.copy(workshop.move(direction, shape, [1], step=35_000, layout=HND))
+
+
+def _generator(workshop: Workshop) -> torch.Generator:
+    return torch.Generator().manual_seed(workshop.seed)
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["same-dtype", "other-dtype"])
+def test_widths_are_compared_in_bytes(judge: Judge, workshop: Workshop, same: bool) -> None:
+    """Both sides may have different dtypes where rows have equal bytes; bits are not converted."""
+    shape = Shape()
+    dtype = torch.float16 if same else torch.int64
+    slots = workshop.shuffled(shape.slots, 9, 1)
+    both_ways(
+        judge,
+        lambda source: workshop.cache(shape, slots, source=source),
+        lambda source: workshop.chunk(shape, 9, dtype=dtype, source=source),
+    )
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_row_that_is_larger_than_a_page_of_memory(
+    judge: Judge, workshop: Workshop, direction: str
+) -> None:
+    """A row of many kilobytes is one run, as in caches of encoders."""
+    shape = Shape(layers=1, heads=1, widths=(70_002,), blocks=3)
+    layout = "block token dim"
+    slots = workshop.shuffled(shape.slots, 5, 1)
+    chunk = "token (head dim)"
+    if direction == "gather":
+        target = workshop.chunk(shape, 5, layout=chunk, source=False)
+        judge.copy(Case(workshop.cache(shape, slots, layout=layout), target, 5))
+        return
+    source = workshop.chunk(shape, 5, layout=chunk)
+    judge.copy(Case(source, workshop.cache(shape, slots, layout=layout, source=False), 5))
+
+
+def test_migration_within_one_cache(judge: Judge, workshop: Workshop) -> None:
+    """Rows move inside one cache, by slots and by blocks, where both sides do not meet."""
+    for layout in (NHD, HND, FUSED, "block layer kv token head dim"):
+        shape = Shape(blocks=8)
+        slots = workshop.shuffled(shape.slots, 20)
+        cache = workshop.cache(shape, slots[:10], layout=layout)
+        judge.copy(Case(cache, replace(cache, ids=torch.tensor(slots[10:])), 10))
+        blocks = workshop.shuffled(shape.blocks, 6)
+        cache = workshop.cache(shape, blocks[:3], layout=layout, step=4)
+        judge.copy(Case(cache, replace(cache, ids=torch.tensor(blocks[3:])), 12))

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Structures that nobody thought of: drawn by hypothesis, judged by the oracle byte by byte.
+
+What a case draws is decided by the run's seed; ``--fuzz N`` draws N in each. A failing structure
+is shrunken and saved, see `portakv_conformance.saved`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from portakv_conformance.judging import ENDS, Judge
+from portakv_conformance.strategies import all_cases, cases, migrations, page_cases
+from portakv_conformance.subject import Subject
+
+pytestmark = pytest.mark.area("drawn")
+
+#: Where ids may lie beside a device; on the CPU there is only the host.
+_ANYWHERE = st.sampled_from(("device", "cpu"))
+_TIMES = settings.default.max_examples  # of the profile
+
+
+def places(subject: Subject, data: st.DataObject) -> dict[str, Any]:
+    """Options of the strategies: tensors on the device, ids there or on the host."""
+    device = str(subject.device)
+    if subject.on_host:
+        return {"device": device}
+    return {"device": device, "ids_on": device if data.draw(_ANYWHERE) == "device" else "cpu"}
+
+
+@settings(max_examples=4 * _TIMES)
+@given(st.data())
+def test_any_copy(subject: Subject, judge: Judge, data: st.DataObject) -> None:
+    """Whatever the layouts, strides, paddings, ids and steps: the addressed rows move, and
+    nothing else."""
+    judge.copy(data.draw(all_cases(**places(subject, data))))
+
+
+@given(st.data())
+def test_copies_between_two_sides(subject: Subject, judge: Judge, data: st.DataObject) -> None:
+    """Token-exact copies between any two layouts, waited for in any way."""
+    case = data.draw(cases(**places(subject, data)))
+    judge.copy(case, end=data.draw(st.sampled_from(ENDS)))
+
+
+@given(st.data())
+def test_migrations(subject: Subject, judge: Judge, data: st.DataObject) -> None:
+    """Copies within one cache, between rows that do not meet."""
+    judge.copy(data.draw(migrations(**places(subject, data))))
+
+
+@given(st.data())
+def test_pages(subject: Subject, judge: Judge, data: st.DataObject) -> None:
+    """Whole opaque blocks between any two page layouts."""
+    judge.copy(data.draw(page_cases(**places(subject, data))))
+
+
+@settings(max_examples=2 * _TIMES)
+@given(st.data())
+def test_launches(subject: Subject, judge: Judge, data: st.DataObject) -> None:
+    """What `prepare` returns moves the rows by itself, with ids where and as the backend claims."""
+    holes = subject.can.skips_negative
+    judge.launch(data.draw(cases(**places(subject, data), holes=holes)))

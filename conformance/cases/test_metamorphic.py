@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Relations between copies that hold whatever the oracle says: round trips, permutations, parts,
+and one backend reading what another has written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from portakv_conformance.judging import Judge, changed, index_of, view_of
+from portakv_conformance.memory import Memory
+from portakv_conformance.rows import locate
+from portakv_conformance.shapes import Shape, Workshop
+from portakv_conformance.sides import Case, Side
+from portakv_conformance.strategies import cases
+from portakv_conformance.subject import Subject
+
+from portakv import Index, LayoutError, Unsupported, copy_rows
+
+pytestmark = pytest.mark.area("metamorphic")
+
+# What is copied matters less here than that two ways of copying it agree.
+_FEWER = settings(max_examples=max(settings.default.max_examples // 3, 1))
+
+
+def drawn(subject: Subject, data: st.DataObject, **options: Any) -> Case:
+    """A case on the judged device."""
+    return data.draw(cases(device=str(subject.device), **options))
+
+
+def carry(judge: Judge, src: Side, dst: Side, count: int, *, backend: str = "") -> bool:
+    """Copy with the judged backend, or another; False where it declines the plan."""
+    views, indices = (view_of(src), view_of(dst)), (index_of(src), index_of(dst))
+    try:
+        if backend:
+            judge.finish(copy_rows(*views, *indices, count=count, backend=backend))
+        else:
+            judge.finish(judge.subject.copy(*views, *indices, count=count))
+    except Unsupported as error:
+        judge.declined.append(str(error))
+        return False
+    return True
+
+
+def writable(side: Side) -> bool:
+    """Whether the view of a side may be a destination."""
+    try:
+        view_of(side).check_writable()
+    except LayoutError:
+        return False
+    return True
+
+
+def rows_at(side: Side, slots: np.ndarray) -> list[np.ndarray]:
+    """The bytes of the rows at some slots, one array for each layer and kv."""
+    rows, memory = locate(side.tensors, side.layout, side.extents), Memory.snapshot(side.tensors)
+    return [
+        memory.read(rows.row_addresses(kv, layer, slots))
+        for layer in range(rows.layers)
+        for kv in range(rows.kv)
+    ]
+
+
+def distinct(slots: np.ndarray) -> bool:
+    """Whether no slot occurs twice, holes apart."""
+    real = slots[slots >= 0]
+    return len(np.unique(real)) == len(real)
+
+
+@_FEWER
+@given(st.data())
+def test_scatter_after_gather_is_the_identity(
+    subject: Subject, judge: Judge, data: st.DataObject
+) -> None:
+    """What was copied and is copied back leaves every byte of the source as it was."""
+    case = drawn(subject, data, expanded=False)
+    assume(distinct(case.src_slots()) and writable(case.src))
+    before = Memory.snapshot(case.src.tensors)
+    if carry(judge, case.src, case.dst, case.count) and carry(
+        judge, case.dst, case.src, case.count
+    ):
+        wrong = changed(before, case.src.tensors)
+        assert wrong is None, f"After there and back, {wrong}. The case was {case!r}."
+        judge.examples += 1
+
+
+@_FEWER
+@given(st.data(), st.integers(0, 255))
+def test_permuting_positions_permutes_nothing(
+    subject: Subject, judge: Judge, data: st.DataObject, order: int
+) -> None:
+    """Positions have no order: the same pairs of slots in another order are the same copy."""
+    case = drawn(subject, data)
+    turned = np.random.default_rng(order).permutation(case.count)
+    before = Memory.snapshot(case.dst.tensors)
+    if not carry(judge, case.src, case.dst, case.count):
+        return
+    once = Memory.snapshot(case.dst.tensors)
+    _restore(case.dst, before)
+    src, dst = (
+        replace(side, ids=torch.from_numpy(slots[turned]), step=1, offset=0)
+        for side, slots in ((case.src, case.src_slots()), (case.dst, case.dst_slots()))
+    )
+    if carry(judge, src, dst, case.count):
+        wrong = changed(once, case.dst.tensors)
+        assert wrong is None, f"In another order of positions, {wrong}. The case was {case!r}."
+        judge.examples += 1
+
+
+@_FEWER
+@given(st.data(), st.integers(0, 40))
+def test_parts_make_the_whole(
+    subject: Subject, judge: Judge, data: st.DataObject, cut: int
+) -> None:
+    """A copy in two parts, by offsets, is the copy in one."""
+    case = drawn(subject, data)
+    cut = min(cut, case.count)
+    before = Memory.snapshot(case.dst.tensors)
+    if not carry(judge, case.src, case.dst, case.count):
+        return
+    once = Memory.snapshot(case.dst.tensors)
+    _restore(case.dst, before)
+    rest = [replace(side, offset=side.offset + cut) for side in (case.src, case.dst)]
+    parts = ((case.src, case.dst, cut), (rest[0], rest[1], case.count - cut))
+    if all([carry(judge, *part) for part in reversed(parts)]):
+        wrong = changed(once, case.dst.tensors)
+        assert wrong is None, f"In two parts cut at {cut}, {wrong}. The case was {case!r}."
+        judge.examples += 1
+
+
+@pytest.mark.parametrize("reads", ["reference", "subject"])
+@_FEWER
+@given(data=st.data())
+def test_one_backend_reads_what_another_wrote(
+    subject: Subject, judge: Judge, data: st.DataObject, reads: str
+) -> None:
+    """Rows that one backend gathers and the other scatters are the rows that were there."""
+    case = drawn(subject, data, expanded=False)
+    assume(distinct(case.src_slots()) and writable(case.src))
+    names = ("reference", "") if reads == "reference" else ("", "reference")
+    before = Memory.snapshot(case.src.tensors)
+    if carry(judge, case.src, case.dst, case.count, backend=names[0]) and carry(
+        judge, case.dst, case.src, case.count, backend=names[1]
+    ):
+        wrong = changed(before, case.src.tensors)
+        assert wrong is None, f"With {names} in turn, {wrong}. The case was {case!r}."
+        judge.examples += 1
+
+
+@_FEWER
+@given(st.data())
+def test_a_chain_of_layouts(subject: Subject, judge: Judge, data: st.DataObject) -> None:
+    """Rows that go through a dense buffer arrive as those that go straight."""
+    case = drawn(subject, data, holes=False)
+    assume(distinct(case.dst_slots()))
+    wanted = rows_at(case.src, case.src_slots())
+    if not carry(judge, case.src, case.dst, case.count):
+        return
+    landed = rows_at(case.dst, case.dst_slots())
+    for plane, (was, now) in enumerate(zip(wanted, landed, strict=True)):
+        wrong = np.argwhere(was != now)
+        assert not wrong.size, (
+            f"Plane {plane}: the row at position {int(wrong[0, 0])} is not the one that was read. "
+            f"The case was {case!r}."
+        )
+    judge.examples += 1
+
+
+def _restore(side: Side, memory: Memory) -> None:
+    """Put the bytes of a snapshot back."""
+    by_base = {region.base: region.content for region in memory.regions}
+    for guard in side.guards:
+        content = by_base[guard.whole.data_ptr()]
+        guard.whole.copy_(torch.from_numpy(content))
+
+
+def test_an_index_of_blocks_is_its_slots(judge: Judge, workshop: Workshop) -> None:
+    """A block table moves what the mapping of all its slots moves."""
+    shape = Shape(blocks=9)
+    for holes in (0, 2):
+        blocks = workshop.shuffled(shape.blocks, 5, holes)
+        tables = workshop.gather(shape, blocks, step=shape.block_size)
+        slots = Index(blocks, step=shape.block_size).slots(tables.count)
+        judge.copy(tables)
+        judge.copy(workshop.gather(shape, torch.from_numpy(slots)))

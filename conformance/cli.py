@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`portakv conform`: judge a backend, and read what such judgements left behind.
+
+Exit codes: 0 conformant, 1 not, 2 the command cannot be understood, 3 the backend is not available
+here (with the probe's reason; nothing is ever skipped).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from portakv.errors import PortaKVError
+from portakv.registry import ENVIRONMENT
+
+from .journal import BadRequest, SubjectUnavailable, SuiteBroken
+from .progress import shown
+from .reading import compare, replay_example, verify
+from .records import RunRecord
+from .request import Options
+from .runner import run
+from .summary import print_summary
+from .verdict import WRONG
+from .waivers import WaiverError, read_waivers
+
+CONFORMANT, FAILURES, USAGE, UNAVAILABLE = 0, 1, 2, 3
+_INTERRUPTED = 130
+_VERBS = {"diff": compare, "verify": verify, "replay": replay_example}
+_SEEDS = 1 << 31
+
+_EPILOG = """\
+other verbs:
+  portakv conform diff OLD NEW        what changed from one report to another
+  portakv conform verify REPORT       whether a report stands
+  portakv conform replay FILE [NAME]  judge a saved example again
+  portakv conform --mutants           the suite's score on backends with seeded bugs
+
+exit codes: 0 conformant, 1 failures, 2 usage, 3 the backend is not available here
+
+examples:
+  portakv conform reference --profile full --report out/
+  portakv conform acme_kv.backend:Acme --device simdev
+  portakv conform triton --fuzz 2000"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the words behind `portakv conform`; by default the process's own.
+
+    Returns:
+        The exit code; argparse raises ``SystemExit(2)`` for what it does not understand.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if words and words[0] in ("diff", "verify"):
+            return _VERBS[words[0]](words[1:])
+        if os.environ.get(ENVIRONMENT):
+            return _refuse(
+                f"{ENVIRONMENT}={os.environ[ENVIRONMENT]} forces every copy through one backend, "
+                f"which is not what the suite judges; unset it and name the backend."
+            )
+        if words and words[0] in _VERBS:
+            return _VERBS[words[0]](words[1:])
+        return _conform(words)
+    except SubjectUnavailable as error:
+        print(f"portakv conform: {error}", file=sys.stderr)
+        return UNAVAILABLE
+    except (BadRequest, WaiverError) as error:
+        return _refuse(str(error))
+    except (SuiteBroken, PortaKVError) as error:
+        print(f"portakv conform: {error}", file=sys.stderr)
+        return FAILURES
+    except KeyboardInterrupt:
+        print("portakv conform: interrupted; nothing was reported.", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _refuse(sentence: str) -> int:
+    print(f"portakv conform: {sentence}", file=sys.stderr)
+    return USAGE
+
+
+def _conform(words: list[str]) -> int:
+    if "--mutants" in words:  # the other words are the score's own
+        from .mutants.score import main as score
+
+        return score([word for word in words if word != "--mutants"])
+    asked = make_parser().parse_args(words)
+    options = _options(asked)
+    examples = _examples_folder(asked.report)
+    with shown() as progress:
+        if options.fuzz:
+            progress.say(f"seed {options.seed}")
+        record = run(replace(options, examples=examples), progress)
+    written = _write(record, asked.report)
+    if asked.report is None and not any(examples.iterdir()):
+        examples.rmdir()
+    print_summary(record, replace(options, examples=examples))
+    for path in written:
+        print(f"wrote {path}", file=sys.stderr)
+    return exit_code(record, options)
+
+
+def exit_code(record: RunRecord, options: Options) -> int:
+    """Conformant or not. Where only some cases were asked for, whether those are right."""
+    if options.only:
+        return FAILURES if any(case.status in WRONG for case in record.cases) else CONFORMANT
+    return CONFORMANT if record.verdict == "conformant" else FAILURES
+
+
+def _options(asked: argparse.Namespace) -> Options:
+    seed = asked.seed
+    if seed is None:
+        seed = random.SystemRandom().randrange(_SEEDS) if asked.fuzz else 0
+    return Options(
+        asked.backend,
+        asked.device or _usual_device(),
+        asked.profile,
+        seed,
+        asked.fuzz or 0,
+        () if asked.waivers is None else read_waivers(asked.waivers),
+        "" if asked.waivers is None else str(asked.waivers),
+        asked.limit,
+        asked.exit_first,
+        tuple(asked.only),
+        asked.emulated,
+    )
+
+
+def _usual_device() -> str:
+    """The accelerator where there is one, else the CPU; no device is touched to find out."""
+    import torch
+
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        if kind is not None:
+            return kind.type
+    return "cpu"
+
+
+def _examples_folder(report: Path | None) -> Path:
+    """Where failing examples go: beside the report, or to a place of their own."""
+    if report is None:
+        return Path(tempfile.mkdtemp(prefix="portakv-examples-"))
+    try:
+        report.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadRequest(f"The folder {report} of --report cannot be made: {error}.") from error
+    return report
+
+
+def _write(record: RunRecord, report: Path | None) -> list[Path]:
+    if report is None:
+        return []
+    from .report import write
+
+    return write(record, report)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of a run."""
+    parser = argparse.ArgumentParser(
+        prog="portakv conform",
+        description="Judges one backend on one device by the conformance suite.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("backend", metavar="NAME", help="a registered backend, or pkg.mod:Class")
+    add("--device", metavar="D", help="cpu, cuda, cuda:1, simdev (default: the accelerator or cpu)")
+    add("--profile", choices=("core", "full"), default="core", help="which cases (default: core)")
+    add("--fuzz", type=_count, metavar="N", help="draw N fresh examples in each drawn case")
+    add("--seed", type=_seed, metavar="S", help="of all that is drawn (default: 0; --fuzz: any)")
+    add("--waivers", type=Path, metavar="FILE", help="TOML: cases that may fail, until when, why")
+    add("--report", type=Path, metavar="DIR", help="write conformance.json, report.html and more")
+    add("--limit", type=_seconds, metavar="SECONDS", help="that one case may take (default: 120)")
+    add("-x", dest="exit_first", action="store_true", help="stop at the first failure")
+    add("--only", nargs="+", default=[], metavar="ID", help="run only these cases")
+    add("--emulated", action="store_true", help="the simulated device carries the name of D")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} was given, expected a whole number from 1 on")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} was given, expected a whole number from 0 on")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} was given, expected seconds above 0")
+    return value

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What changed from one report to another: FIX, REGRESSION, NEW, MISSING."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .records import CaseRecord, RunRecord
+
+#: Kinds that make a comparison fail.
+BAD_KINDS = ("REGRESSION", "MISSING")
+# What is no longer claimed is a step back from what passed; what is waived fails all the same.
+_DEPTH = {"passed": 0, "not-claimed": 1, "waived": 2, "failed": 2, "error": 2}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One case that ended in another way, or is in one report only.
+
+    Attributes:
+        kind: ``FIX``, ``REGRESSION``, ``NEW`` or ``MISSING``.
+        id: the case.
+        before, after: its status in each report; empty where it is not in that one.
+        reason: what the worse of the two reports says of it.
+    """
+
+    kind: str
+    id: str
+    before: str
+    after: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        way = f"{self.before or 'not there'} -> {self.after or 'not there'}"
+        return f"{self.kind:<10} {self.id}: {way}"
+
+
+def compare_runs(old: RunRecord, new: RunRecord) -> list[Change]:
+    """Every change, in the order of the new report; what is missing from it comes last."""
+    before = {case.id: case for case in old.cases}
+    after = {case.id: case for case in new.cases}
+    found = [_change(before.get(id), case) for id, case in after.items()]
+    found += [
+        Change("MISSING", id, case.status, "") for id, case in before.items() if id not in after
+    ]
+    return [change for change in found if change is not None]
+
+
+def differences(old: RunRecord, new: RunRecord) -> list[str]:
+    """What makes the two reports hard to compare: sentences on what they were made with."""
+    pairs = [
+        ("suite", old.suite, new.suite),
+        ("backend", old.backend.get("name"), new.backend.get("name")),
+        ("device", old.environment.get("device_name"), new.environment.get("device_name")),
+        ("profile", old.profile, new.profile),
+        ("seed", old.seed, new.seed),
+        ("examples of --fuzz", old.fuzz, new.fuzz),
+    ]
+    return [f"The {what} differs: {a} and {b}." for what, a, b in pairs if a != b]
+
+
+def _change(old: CaseRecord | None, new: CaseRecord) -> Change | None:
+    if old is None:
+        return Change("NEW", new.id, "", new.status, new.reason)
+    step = _DEPTH[new.status] - _DEPTH[old.status]
+    if step == 0:
+        return None
+    kind, worse = ("REGRESSION", new) if step > 0 else ("FIX", old)
+    return Change(kind, new.id, old.status, new.status, worse.reason)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutants that break the order of streams, on the simulated device; their addresses are right."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from dataclasses import replace
+
+import torch
+
+from portakv.backends.base import Capabilities, Pending
+from portakv.plan import CopyPlan
+
+from .device_rows import DeviceRows
+from .host_rows import Call, Runs
+
+_LATE = 0.02  # seconds
+
+
+class WrongStream(DeviceRows):
+    """All work goes to the stream that was current when the backend was made."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._stream = torch.accelerator.current_stream(device)
+
+    def stream(self, call: Call) -> torch.Stream:
+        return self._stream
+
+
+class PassedStreamIgnored(DeviceRows):
+    """The stream that was passed is ignored, the work goes to the current one."""
+
+    def stream(self, call: Call) -> torch.Stream:
+        return torch.accelerator.current_stream(self.device)
+
+
+class StreamZeroIsNone(DeviceRows):
+    """A passed default stream has the number 0 and is read as no stream given."""
+
+    def stream(self, call: Call) -> torch.Stream:
+        if call.stream is not None and call.stream.stream_id:
+            return call.stream
+        return torch.accelerator.current_stream(self.device)
+
+
+class CurrentDeviceOnly(DeviceRows):
+    """The index of the device is ignored: work goes to a stream of the thread's current device."""
+
+    def stream(self, call: Call) -> torch.Stream:
+        return call.stream or torch.accelerator.current_stream()
+
+
+class _OnItsOwnStream(DeviceRows):
+    """A base that works on a stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._own = torch.Stream(device)
+
+
+class NoWaitOnProducer(_OnItsOwnStream):
+    """Its own stream does not wait for what the caller's stream is still producing."""
+
+    def move(self, runs: Runs, call: Call) -> None:
+        self.enqueue(runs, call, self._own)
+        self.stream(call).wait_stream(self._own)
+
+
+class NobodyWaitsForIt(_OnItsOwnStream):
+    """The caller's stream does not wait for its own stream: the transfer ends before the copy."""
+
+    def move(self, runs: Runs, call: Call) -> None:
+        self._own.wait_stream(self.stream(call))
+        self.enqueue(runs, call, self._own)
+
+
+class WaitsForTheFirstOnly(_OnItsOwnStream):
+    """Its own stream waits for the caller's on the first call, and never again."""
+
+    _waited = False
+
+    def move(self, runs: Runs, call: Call) -> None:
+        if not self._waited:
+            self._own.wait_stream(self.stream(call))
+        self._waited = True
+        self.enqueue(runs, call, self._own)
+        self.stream(call).wait_stream(self._own)
+
+
+class EnqueuedLater(DeviceRows):
+    """A thread in the background enqueues the work, behind whatever came in the meantime."""
+
+    def move(self, runs: Runs, call: Call) -> None:
+        stream = self.stream(call)
+
+        def job() -> None:
+            time.sleep(_LATE)
+            self.enqueue(runs, call, stream)
+
+        threading.Thread(target=job, daemon=True).start()
+
+
+class DeviceTempFreedEarly(DeviceRows):
+    """Rows pass through a buffer of the allocator that is freed while the copy still uses it."""
+
+    def carry(self, plan: CopyPlan, call: Call) -> Pending | None:
+        stream = self.stream(call)
+        for runs in self.pieces(plan, call):
+            rows = torch.empty(len(runs.src) * runs.nbytes, dtype=torch.uint8, device=self.device)
+            self._through(runs, rows, stream)
+        return None
+
+    def _through(self, runs: Runs, rows: torch.Tensor, stream: torch.Stream) -> None:
+        from portakv_conformance import simdev  # built and loaded only where it is used
+
+        sources, targets = torch.from_numpy(runs.src), torch.from_numpy(runs.dst)
+        sizes = torch.full_like(sources, runs.nbytes)
+        between = rows.data_ptr() + torch.arange(len(sizes)) * runs.nbytes
+        simdev.copy_runs(sources, between, sizes, stream)
+        simdev.copy_runs(between, targets, sizes, stream)
+
+
+class ClaimsHostReach(DeviceRows):
+    """Claims to copy to the host, and lets the host read the device's memory by itself."""
+
+    def capabilities(self) -> Capabilities:
+        can = super().capabilities()
+        reach = {("device", place) for place in ("pageable", "pinned")}
+        return replace(can, places=can.places | reach)
+
+    def move(self, runs: Runs, call: Call) -> None:
+        if call.dst.form.place == "device":
+            super().move(runs, call)
+            return
+        for source, target in zip(runs.src.tolist(), runs.dst.tolist(), strict=True):
+            ctypes.memmove(target, source, runs.nbytes)

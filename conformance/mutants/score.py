@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The score of the suite: every mutant has to be caught, under every seed.
+
+``python -m portakv_conformance.mutants.score``, or `portakv conform --mutants`. Exit code 0 where
+no mutant survives and the un-mutated bases pass, else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from . import CONTROLS, MUTANTS, Mutant
+from .table import document, print_score
+from .trial import WALL_LIMIT, Trial, fails_self_check, try_control, try_mutant
+
+_JOBS = 2
+
+
+def score(
+    mutants: Sequence[Mutant],
+    seeds: Sequence[int],
+    *,
+    jobs: int = _JOBS,
+    attempt: Callable[[Mutant, int], Trial] = try_mutant,
+    tell: Callable[[Trial], object] = lambda trial: None,
+) -> list[Trial]:
+    """Try every mutant under every seed, ``jobs`` at a time; in the order of mutants and seeds.
+
+    ``tell`` is given each trial as it ends.
+    """
+    with ThreadPoolExecutor(jobs) as pool:
+        asked = {
+            pool.submit(attempt, mutant, seed): (number, seed)
+            for seed in seeds
+            for number, mutant in enumerate(mutants)
+        }
+        for future in as_completed(asked):
+            tell(future.result())
+    return [future.result() for future, _ in sorted(asked.items(), key=lambda item: item[1])]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the score; returns the exit code."""
+    asked = _parser().parse_args(argv)
+    mutants = _chosen(asked.only)
+    # Two processes on two cores: threads of torch's own would only get in each other's way.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    controls = {} if asked.no_control else _controls(mutants)
+    seeds = range(asked.seed, asked.seed + asked.runs)
+    trials = score(
+        mutants, seeds, jobs=asked.jobs, tell=_say,
+        attempt=lambda mutant, seed: try_mutant(mutant, seed, wall=asked.limit),
+    )  # fmt: skip
+    known = {mutant.name for mutant in mutants if fails_self_check(mutant)}
+    print_score(trials, known, controls)
+    if asked.write is not None:
+        asked.write.write_text(document(trials, known), encoding="utf-8")
+    bad = any(not trial.caught for trial in trials) or any(controls.values())
+    return 1 if bad else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="portakv conform --mutants",
+        description="Runs the suite on backends with seeded bugs, and counts those that it misses.",
+    )
+    add = parser.add_argument
+    add("--runs", type=_count, default=1, metavar="N", help="with N different seeds (default: 1)")
+    add("--seed", type=int, default=0, metavar="S", help="the first of them (default: 0)")
+    add("--jobs", type=_count, default=_JOBS, metavar="N", help="at a time (default: 2)")
+    add("--only", nargs="+", metavar="NAME", help="these mutants")
+    add("--limit", type=float, default=WALL_LIMIT, metavar="SECONDS", help="for one mutant")
+    add("--no-control", action="store_true", help="do not run the un-mutated bases")
+    add("--write", type=Path, metavar="FILE", help="write the table as Markdown")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} was asked for; expected a number from 1 on.")
+    return int(text)
+
+
+def _chosen(names: Sequence[str] | None) -> tuple[Mutant, ...]:
+    if names is None:
+        return MUTANTS
+    unknown = sorted(set(names) - {mutant.name for mutant in MUTANTS})
+    if unknown:
+        _parser().error(f"no mutant is named {unknown[0]!r}; docs/mutants.md lists them")
+    return tuple(mutant for mutant in MUTANTS if mutant.name in names)
+
+
+def _controls(mutants: Sequence[Mutant]) -> dict[str, str | None]:
+    """For each base that is needed, None where the suite passes it, else why not."""
+    devices = {mutant.device for mutant in mutants}
+    needed = [control for control in CONTROLS if control.device in devices]
+    with ThreadPoolExecutor(_JOBS) as pool:
+        found = dict(zip(needed, pool.map(try_control, needed), strict=True))
+    return {control.name: why for control, why in found.items()}
+
+
+def _say(trial: Trial) -> None:
+    how = f"caught by {trial.caught_by}" if trial.caught else f"SURVIVES: {trial.reason}"
+    line = f"{trial.mutant.name} (seed {trial.seed}, {trial.seconds:.0f} s): {how}"
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One mutant before the suite: which case catches it first, and after how long."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from portakv_conformance.records import CaseRecord, RunRecord
+from portakv_conformance.runner import BadRequest, Options, SubjectUnavailable, SuiteBroken, run
+from portakv_conformance.verdict import WRONG
+
+from portakv.selfcheck import UNCHECKABLE, self_check
+
+from . import Mutant
+
+#: Seconds that one case may take of a mutant, and a mutant in all.
+CASE_LIMIT = 60.0
+WALL_LIMIT = 300.0
+
+Runner = Callable[..., RunRecord]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How a mutant fared under one seed.
+
+    Attributes:
+        mutant, seed: who, and from which seed.
+        caught_by: the id of the first case that failed; empty where none did.
+        reason: what that case said, or why there is no verdict.
+        seconds: until then, with everything that had to be loaded.
+    """
+
+    mutant: Mutant
+    seed: int
+    caught_by: str
+    reason: str
+    seconds: float
+
+    @property
+    def caught(self) -> bool:
+        """True where a case failed."""
+        return bool(self.caught_by)
+
+
+class OutOfTime(Exception):
+    """A mutant was not caught within its limit."""
+
+
+class _Clock:
+    """A progress that shows nothing and ends a run when its time is over."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._until = seconds, time.monotonic() + seconds
+
+    def listed(self, count: int) -> None: ...
+
+    def started(self, id: str) -> None:
+        if time.monotonic() > self._until:
+            raise OutOfTime(f"it was not caught within {self._seconds:g} s")
+
+    def ended(self, case: CaseRecord) -> None: ...
+
+    def say(self, sentence: str) -> None: ...
+
+
+def try_mutant(
+    mutant: Mutant, seed: int = 0, *, wall: float = WALL_LIMIT, runner: Runner = run
+) -> Trial:
+    """Run the suite on a mutant, up to its first failure.
+
+    A case in error is none that catches: the suite itself is at fault then.
+    """
+    began = time.monotonic()
+    asked = Options(
+        mutant.target, mutant.device, mutant.profile, seed, limit=CASE_LIMIT, exit_first=True
+    )
+    try:
+        record = runner(asked, _Clock(wall))
+    except (OutOfTime, BadRequest, SubjectUnavailable, SuiteBroken) as error:
+        return Trial(mutant, seed, "", _line(error), time.monotonic() - began)
+    wrong = [case for case in record.cases if case.status in WRONG]
+    caught = [case for case in wrong if case.status == "failed"]
+    seconds = time.monotonic() - began
+    if caught:
+        return Trial(mutant, seed, caught[0].id, caught[0].reason, seconds)
+    why = f"{wrong[0].id} is in error: {wrong[0].reason}" if wrong else "every case passed"
+    return Trial(mutant, seed, "", why, seconds)
+
+
+def try_control(control: Mutant, seed: int = 0, *, runner: Runner = run) -> str | None:
+    """Run the full suite on an un-mutated base; None where it passes, else why not."""
+    try:
+        record = runner(Options(control.target, control.device, "full", seed))
+    except (BadRequest, SubjectUnavailable, SuiteBroken) as error:
+        return _line(error)
+    wrong = [case for case in record.cases if case.status in WRONG]
+    if wrong:
+        return f"{len(wrong)} cases fail, the first is {wrong[0].id}: {wrong[0].reason}"
+    return None if record.verdict == "conformant" else "; ".join(record.missing)
+
+
+def fails_self_check(mutant: Mutant) -> bool:
+    """Whether the registry would turn a mutant down when it is chosen, before any user's copy."""
+    module, _, name = mutant.target.partition(":")
+    if mutant.device != "cpu":
+        from portakv_conformance import simdev
+
+        if simdev.available() is not None:
+            return False
+        simdev.load(mutant.device)
+    device = torch.device("cpu") if mutant.device == "cpu" else torch.device(mutant.device, 0)
+    found = self_check(getattr(importlib.import_module(module), name)(device))
+    return not (found.accepted or found.reason.startswith(UNCHECKABLE))
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

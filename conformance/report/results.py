@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results that are committed: a report for each backend-device pair that was run.
+
+They are whole reports, sealed as they were made, written with a case to each line so that a change
+can be read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from ..records import RunRecord
+from ..verdict import SEAL, digest_of, judge
+
+
+def device_kind(record: RunRecord) -> str:
+    """The device's type as it was asked for: ``cuda:1`` is ``cuda``."""
+    return str(record.environment.get("device", "")).partition(":")[0]
+
+
+def file_name(record: RunRecord) -> str:
+    """``<backend>-<device>-<suite>.json``; the device by its own name where it is a real one."""
+    kind = device_kind(record)
+    named = record.environment.get("device_name") or kind
+    on_host = kind == "cpu" or record.environment.get("emulated") is not False
+    parts = (record.backend["name"], kind if on_host else str(named), record.suite)
+    return (
+        "-".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()).strip("-.") for part in parts) + ".json"
+    )
+
+
+def trimmed(record: RunRecord) -> RunRecord:
+    """The report without details of cases that passed; sealed anew where there were any."""
+    if not any(case.details for case in record.cases if case.status == "passed"):
+        return record
+    cases = [replace(c, details="") if c.status == "passed" else c for c in record.cases]
+    short = replace(record, cases=cases, environment=dict(record.environment))
+    judge(short)
+    return short
+
+
+def document(record: RunRecord) -> str:
+    """The same JSON document as the report's own, with one line for each field or case."""
+    values = asdict(record)
+    cases = values.pop("cases")
+    lines = [f" {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}," for k, v in values.items()]
+    listed = ",\n".join(f"  {json.dumps(case, ensure_ascii=False)}" for case in cases)
+    return "{\n" + "\n".join(lines) + f'\n "cases": [\n{listed}\n ]\n}}\n'
+
+
+def read(file: Path) -> RunRecord:
+    """A report that nobody edited.
+
+    Raises:
+        ValueError: it is no report, or its seal is broken; a sentence that names the file.
+    """
+    try:
+        record = RunRecord.read(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if record.environment.get(SEAL) != digest_of(record):
+        raise ValueError(
+            f"{file} is not as its run left it: its seal does not fit its contents. "
+            "Make the report again with `portakv conform ... --report`."
+        )
+    return record
+
+
+def keep(report: Path, folder: Path) -> Path:
+    """Put a report among the results, in place of an older one of the pair and suite.
+
+    Raises:
+        ValueError: the report was edited, or its run was not the one that certification fixes.
+    """
+    record = read(report)
+    if record.fuzz or record.seed:
+        raise ValueError(
+            f"{report} is of a run with seed {record.seed} and fuzz {record.fuzz}; a result is of "
+            "a certification run: no --seed, no --fuzz."
+        )
+    file = folder / file_name(record)
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(document(trimmed(record)), encoding="utf-8", newline="\n")
+    return file
+
+
+def load(folder: Path) -> dict[Path, RunRecord]:
+    """Every committed result, by its file.
+
+    Raises:
+        ValueError: one is no unedited report, or has not the name that its contents give it.
+    """
+    found = {file: read(file) for file in sorted(folder.glob("*.json"))}
+    for file, record in found.items():
+        if file.name != file_name(record):
+            raise ValueError(f"{file} must be named {file_name(record)}, after its contents.")
+    return found

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A simulated accelerator: two devices with streams and memory of their own, run on the CPU.
+
+It shows that code assumes nothing about CUDA, and it turns a missing wait into wrong bytes every
+time. Device memory cannot be touched by the host. Work runs late, in worker threads, and only when
+somebody waits for it; among all orders that streams and events allow it takes the one that is worst
+for whoever forgot to wait. It proves nothing about any vendor's kernels, and nothing about speed.
+
+One C++ library, built on demand with the machine's compiler (about 10 s) and kept on disk.
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .build import SimulatedDeviceError, load_library, missing
+
+__all__ = [
+    "EMULATED",
+    "NAMES",
+    "SimulatedDeviceError",
+    "available",
+    "copy_runs",
+    "delay",
+    "early",
+    "load",
+    "loaded",
+    "synchronised",
+    "take_faults",
+]
+
+#: What it always says of itself.
+EMULATED = True
+#: The names that it can carry, one in a process.
+NAMES = ("simdev", "npu", "mlu")
+
+_FREE = "privateuseone"  # torch's name for the device type while nobody has taken it
+_lock = threading.Lock()
+_name: str | None = None
+
+
+def available() -> str | None:
+    """None where the device can be loaded, as far as can be told without trying; else why not."""
+    if _name is not None:
+        return None
+    return _taken() or missing()
+
+
+def loaded() -> str | None:
+    """The name that it carries in this process; None where it was not loaded."""
+    return _name
+
+
+def load(name: str = "simdev") -> None:
+    """Make the device known to torch as ``name``; builds it where nobody has. Again: nothing.
+
+    Afterwards ``torch.device("simdev:1")``, ``torch.simdev``, ``torch.Stream("simdev")``,
+    ``torch.Event`` and ``torch.accelerator`` work.
+
+    Raises:
+        ValueError: a name that it cannot carry.
+        SimulatedDeviceError: no compiler, or it failed; another name was loaded; or another
+            package has torch's place for devices in this process.
+    """
+    global _name
+    if name not in NAMES:
+        raise ValueError(
+            f"The simulated device was asked to be {name!r}; it can be {', '.join(NAMES)}."
+        )
+    with _lock:
+        if _name == name:
+            return
+        if _name is not None:
+            raise SimulatedDeviceError(
+                f"The simulated device is {_name!r} in this process and cannot be {name!r} as "
+                f"well; torch takes one name. Start another process for {name!r}."
+            )
+        why = _taken()
+        if why is not None:
+            raise SimulatedDeviceError(why)
+        load_library()
+        _introduce(name)
+        _name = name
+
+
+def delay(stream: torch.Stream, milliseconds: int) -> None:
+    """Keep a stream busy for some time once its work runs."""
+    torch.ops.portakv_simdev.delay(stream.device_index, stream.stream_id, milliseconds)
+
+
+def copy_runs(
+    src: torch.Tensor,
+    dst: torch.Tensor,
+    nbytes: torch.Tensor,
+    stream: torch.Stream | None = None,
+) -> None:
+    """Copy ``nbytes[i]`` bytes from address ``src[i]`` to ``dst[i]``, as one job on a stream.
+
+    This is what a vendor's batched memory copy looks like.
+
+    Args:
+        src, dst, nbytes: int64 ``[runs]`` on the host; read before the call returns. Addresses of
+            the stream's device or of pinned memory.
+        stream: where to order the job; None: the current stream of the current device.
+
+    Raises:
+        ValueError: other dtypes, shapes or places of the lists.
+        RuntimeError: a run that lies in no allocation, or in another device's; nothing was copied.
+    """
+    for given in (src, dst, nbytes):
+        if given.dtype != torch.int64 or given.dim() != 1 or not given.is_cpu:
+            raise ValueError(
+                f"copy_runs was given a list of {given.dtype}, shape {tuple(given.shape)}, on "
+                f"{given.device}; expected int64, one dimension, on the host."
+            )
+    if not src.numel() == dst.numel() == nbytes.numel():
+        raise ValueError(
+            f"copy_runs was given {src.numel()} sources, {dst.numel()} destinations and "
+            f"{nbytes.numel()} sizes; expected as many of each."
+        )
+    where = torch.accelerator.current_stream() if stream is None else stream
+    lists = (src.contiguous(), dst.contiguous(), nbytes.contiguous())
+    torch.ops.portakv_simdev.copy_runs(*lists, where.device_index, where.stream_id)
+
+
+def take_faults() -> list[str]:
+    """What went wrong in jobs since the last look, a sentence each; the host's waits raise it."""
+    if _name is None:
+        return []
+    return list(torch.ops.portakv_simdev.taken_faults())
+
+
+def synchronised() -> list[str]:
+    """The operators that had to wait for the device so far, since their shapes depend on values."""
+    return [] if _name is None else list(torch.ops.portakv_simdev.waited())
+
+
+@contextmanager
+def early() -> Iterator[None]:
+    """Inside, each job runs before its launch returns: the other extreme of what is allowed."""
+    torch.ops.portakv_simdev.run_early(True)
+    try:
+        yield
+    finally:
+        torch.ops.portakv_simdev.run_early(False)
+
+
+def _taken() -> str | None:
+    holder = torch._C._get_privateuse1_backend_name()
+    if holder == _FREE:
+        return None
+    return (
+        f"Another package has made {holder!r} torch's device in this process, and there is room "
+        f"for one; start a process without it (TORCH_DEVICE_BACKEND_AUTOLOAD=0)."
+    )
+
+
+def _introduce(name: str) -> None:
+    from . import device_module
+
+    torch.ops.portakv_simdev.power_on()
+    torch.utils.rename_privateuse1_backend(name)
+    torch._register_device_module(name, device_module)
+    torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
+    atexit.register(_tell)
+
+
+def _tell() -> None:
+    for fault in take_faults():
+        print(fault, file=sys.stderr)

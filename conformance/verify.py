@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a report is what a run of the installed suite writes, and says what follows from it.
+
+No check needs the device or the backend. Who forges a whole report, seal and all, is not stopped
+by any of them; that the run can be repeated by one command is what a stranger's trust rests on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+from . import SPEC_VERSION, SUITE_VERSION
+from .listing import cases_of
+from .records import CaseRecord, RunRecord
+from .verdict import SEAL, WRONG, case_list_sha256, digest_of, rung_of, totals_of, verdict_of
+from .waivers import problems as waiver_problems
+
+#: ``(profile, device) -> what each case is about, by id``.
+Listing = Callable[[str, str], dict[str, dict[str, Any]]]
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "str": str, "int": int, "float": (int, float), "list": list, "dict": dict,
+}  # fmt: skip
+_FACTS = ("torch", "python", "os", "device", "device_name", "driver", "emulated")
+_CLOCKS = timedelta(days=1)  # by which another machine's clock may be ahead
+
+
+def check_report(text: str, listing: Listing = cases_of) -> list[str]:
+    """Everything that is wrong with a report, a sentence each; empty where it stands.
+
+    Args:
+        text: the document ``conformance.json``.
+        listing: what tells the case list of the installed suite.
+
+    Raises:
+        SuiteBroken: the installed suite cannot be collected.
+    """
+    try:
+        record = RunRecord.read(text)
+    except (ValueError, TypeError, KeyError) as error:
+        return [f"It cannot be read as a report: {error}"]
+    wrong = [*_kinds(record)]
+    if wrong:
+        return wrong
+    if (record.suite, record.spec) != (SUITE_VERSION, SPEC_VERSION):
+        return [
+            f"It was made by suite {record.suite} (spec {record.spec}), but {SUITE_VERSION} (spec "
+            f"{SPEC_VERSION}) is installed; verify it with the release that has its suite."
+        ]
+    found = [*_seal(record), *_sums(record), *_cases(record), *_facts(record)]
+    return [*found, *_case_list(record, listing)]
+
+
+def _kinds(record: RunRecord) -> Iterator[str]:
+    """Values of another type than the schema's."""
+    entries: list[RunRecord | CaseRecord] = [record, *record.cases]
+    for entry in entries:
+        place = f"case {entry.id!r}" if isinstance(entry, CaseRecord) else "the report"
+        for field in fields(entry):
+            kind = _KINDS.get(str(field.type).partition("[")[0], str)
+            value = getattr(entry, field.name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                yield f"In {place} {field.name!r} is {json.dumps(value)[:60]}, not {field.type}."
+    for waiver in record.waivers:
+        if not isinstance(waiver, dict) or set(waiver) != {"id", "reason", "expires"}:
+            yield "A waiver of the report has not the keys id, reason, expires."
+        elif not re.fullmatch(r"\d+(\.\d+)*", str(waiver["expires"])):
+            yield f"A waiver of the report expires in {waiver['expires']!r}, which is no version."
+
+
+def _seal(record: RunRecord) -> Iterator[str]:
+    seal = record.environment.get(SEAL)
+    if seal is None:
+        yield f"It has no seal ({SEAL!r}): no run of the suite wrote it."
+    elif seal != digest_of(record):
+        yield "Its seal does not fit its content: it was changed after the run."
+
+
+def _sums(record: RunRecord) -> Iterator[str]:
+    """What has to follow from the cases."""
+    totals, verdict, rung = totals_of(record.cases), verdict_of(record), rung_of(record)
+    if record.totals != totals:
+        yield f"Its totals are {record.totals}, but its cases count {totals}."
+    if record.verdict != verdict:
+        yield f"Its verdict is {record.verdict!r}, but {verdict!r} follows from its cases."
+    if record.rung != rung:
+        yield f"It claims rung {record.rung!r}, but {rung!r} is what it proves: {_rule(record)}."
+    for why in waiver_problems(
+        record.waivers, record.cases, record.suite, whole=not record.missing
+    ):
+        if record.verdict == "conformant":
+            yield why
+
+
+def _rule(record: RunRecord) -> str:
+    """The rule that a rung breaks."""
+    if record.environment.get("emulated") is not False:
+        return "its device is emulated, and R6 needs the real one"
+    if record.missing:
+        return "what is missing stands between it and any rung"
+    return "R6 needs the full profile, seed 0, no fuzzing, and every case passed or not claimed"
+
+
+def _cases(record: RunRecord) -> Iterator[str]:
+    """Cases that contradict themselves or the rest of the report."""
+    for id, count in Counter(case.id for case in record.cases).items():
+        if count > 1:
+            yield f"Case {id!r} is there {count} times."
+    waived = {waiver["id"] for waiver in record.waivers}
+    for case in record.cases:
+        if case.status in (*WRONG, "not-claimed", "waived") and not case.reason:
+            yield f"Case {case.id!r} is {case.status} without a reason."
+        if case.status in ("waived", "not-claimed") and case.area == "core":
+            yield f"CORE can be neither waived nor unclaimed, but {case.id!r} is {case.status}."
+        if (case.status == "waived") != (case.id in waived) and case.status not in WRONG:
+            yield f"Case {case.id!r} is {case.status}, which does not fit the report's waivers."
+        if case.status == "not-claimed" and record.capabilities.get(case.claim) is True:
+            yield f"Case {case.id!r} is not claimed, but the backend claims {case.claim!r}."
+        if case.seconds < 0 or case.examples < 0:
+            yield f"Case {case.id!r} took {case.seconds} s for {case.examples} examples."
+    spent = sum(case.seconds for case in record.cases)
+    if spent > record.seconds * 1.05 + 1:
+        yield f"Its cases took {spent:.1f} s one after another, but the run {record.seconds:.1f} s."
+
+
+def _facts(record: RunRecord) -> Iterator[str]:
+    """What was run, and where."""
+    absent = [name for name in _FACTS if name not in record.environment]
+    if absent:
+        yield f"Its environment does not say {', '.join(absent)}."
+    if not isinstance(record.environment.get("emulated", False), bool):
+        yield "Its environment does not say whether the device is emulated, true or false."
+    device = str(record.environment.get("device", ""))
+    if device.partition(":")[0] == "simdev" and record.environment.get("emulated") is False:
+        yield "Its device is simdev, which is always emulated, but it says that it is not."
+    if not re.fullmatch(r"[0-9a-f]{64}", str(record.backend.get("source_sha256"))):
+        yield "It does not say the hash of the backend's source."
+    for name in ("name", "target"):
+        if not record.backend.get(name):
+            yield f"It does not say the {name} of the backend."
+    if record.profile not in ("core", "full"):
+        yield f"Its profile {record.profile!r} is none."
+    try:
+        started = datetime.fromisoformat(record.started)
+        if started > datetime.now(timezone.utc) + _CLOCKS:
+            yield f"It was started at {record.started}, which is yet to come."
+    except (ValueError, TypeError):
+        yield f"It was started at {record.started!r}, which is no time with a zone."
+    yield from _command(record, device)
+
+
+def _command(record: RunRecord, device: str) -> Iterator[str]:
+    """The command that repeats the run has to ask for what was run."""
+    words = shlex.split(record.command)
+    expected = [["--device", device], ["--profile", record.profile], ["--seed", str(record.seed)]]
+    expected += [["--fuzz", str(record.fuzz)]] if record.fuzz else []
+    pairs = [words[at : at + 2] for at in range(len(words))]
+    for pair in expected:
+        if pair not in pairs:
+            yield f"Its command does not say {' '.join(pair)}: {record.command}"
+
+
+def _case_list(record: RunRecord, listing: Listing) -> Iterator[str]:
+    """The case list against the installed suite's."""
+    ids = {case.id for case in record.cases}
+    if record.profile not in ("core", "full"):
+        return
+    listed = listing(record.profile, str(record.environment.get("device", "cpu")))
+    for id in sorted(ids - set(listed)):
+        yield f"Case {id!r} is not in the installed suite's list for this profile and device."
+    told = " ".join(record.missing)
+    absent = sorted(set(listed) - ids)
+    unexplained = [id for id in absent if f"{id}:" not in told]
+    if unexplained and record.verdict == "conformant":
+        yield (
+            f"{len(unexplained)} cases of the installed suite are not in it, the first of them "
+            f"{unexplained[0]!r}."
+        )
+    if not record.missing and record.case_list_sha256 != case_list_sha256(ids):
+        yield "Its case-list hash is not that of its cases."
+    for case in record.cases:
+        known = listed.get(case.id)
+        claimed = {name: getattr(case, name) for name in ("area", "profile", "claim", "tags")}
+        if known is not None and claimed != known:
+            yield f"Case {case.id!r} is described as {claimed}, but the suite says {known}."

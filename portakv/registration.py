@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registered caches: read once, and what is known of them for every transfer after that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from .chunks import ChunkReader
+from .errors import DeviceMismatch, LayoutError
+from .lanes import Lanes
+from .reading import Reading
+from .registry import Choice
+from .view import KVView
+
+
+class Registration(NamedTuple):
+    """Caches that a connector holds.
+
+    Attributes:
+        view: what was read of them.
+        kv_caches: the caches as they were handed over.
+        facts: what tells others apart; see `facts_of`.
+        chunks: the reader of memory objects beside them.
+        lanes: what was learnt of transfers to and from them.
+    """
+
+    view: KVView
+    kv_caches: Any
+    facts: Any
+    chunks: ChunkReader
+    lanes: Lanes
+
+    @classmethod
+    def read(
+        cls, kv_caches: Any, reading: Reading, chunk_layout: str, choice: Choice, owner: Any
+    ) -> Registration:
+        """Read caches for a connector's ``choice``; ``owner`` is a weak reference to it.
+
+        Raises:
+            LayoutError: caches that contradict the layout. DeviceMismatch: on another device.
+        """
+        view = KVView.through(reading, kv_caches, lasting=True)
+        if view.device != choice.backend.device:
+            raise DeviceMismatch(
+                f"The kv_caches are on {view.device}, but this connector serves "
+                f"{choice.backend.device}; make a connector for their device."
+            )
+        if choice.can.tables:
+            view.table  # noqa: B018 - made now, so that no transfer has to
+        chunks, lanes = ChunkReader(view, chunk_layout), Lanes(view, choice, owner)
+        return cls(view, kv_caches, facts_of(kv_caches), chunks, lanes)
+
+
+def facts_of(kv_caches: Any) -> Any:
+    """Address, shape, strides and dtype of each tensor, nested as they are."""
+    if isinstance(kv_caches, torch.Tensor):
+        return kv_caches.data_ptr(), kv_caches.shape, kv_caches.stride(), kv_caches.dtype
+    if isinstance(kv_caches, Mapping):
+        kv_caches = kv_caches.values()
+    elif not isinstance(kv_caches, (list, tuple)):
+        raise LayoutError(
+            f"kv_caches is a {type(kv_caches).__name__}; expected a tensor, list, tuple or dict."
+        )
+    return [facts_of(item) for item in kv_caches]

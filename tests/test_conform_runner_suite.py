@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The runner with the real worker and the suite's own cases: what backends do to their process."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from portakv_conformance.cli import main
+from portakv_conformance.listing import cases_of
+from portakv_conformance.records import RunRecord
+from portakv_conformance.runner import Options, SubjectUnavailable, run
+from portakv_conformance.verdict import SEAL, digest_of, judge
+from portakv_conformance.verify import check_report
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker finds the bad backends."""
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture(scope="module")
+def ids() -> tuple[str, ...]:
+    """Two core cases."""
+    listed = cases_of("core", "cpu")
+    return tuple([id for id in listed if id.startswith("cases/test_core.py::")][:2])
+
+
+def judged(name: str, ids: tuple[str, ...], **options: object) -> RunRecord:
+    asked = Options(f"conform_bad_backends:{name}", only=ids, **options)  # type: ignore[arg-type]
+    return run(asked)
+
+
+def test_the_reference_passes(ids: tuple[str, ...]) -> None:
+    record = run(Options("reference", only=ids))
+    assert [case.status for case in record.cases] == ["passed"] * 2
+    assert record.environment["emulated"] is False
+    assert record.backend["target"] == "portakv.backends.reference:Reference"
+    assert re.fullmatch("[0-9a-f]{64}", record.backend["source_sha256"])
+    assert ["pageable", "pageable"] in record.capabilities["places"]
+    assert record.capabilities["index_dtypes"] == ["int32", "int64"]
+    assert check_report(record.document()) == []
+
+
+@pytest.mark.slow
+def test_a_backend_that_raises(ids: tuple[str, ...], tmp_path: Path) -> None:
+    record = judged("Raising", ids, examples=tmp_path)
+    assert [case.status for case in record.cases] == ["failed"] * 2
+    assert "the firmware is on fire" in record.cases[0].reason
+    saved = tmp_path / record.cases[0].example
+    assert main(["replay", str(saved), "reference", "--device", "cpu"]) == 0
+
+
+def test_a_backend_that_crashes(ids: tuple[str, ...]) -> None:
+    record = judged("Crashing", ids)
+    assert [case.status for case in record.cases] == ["failed"] * 2
+    assert "killed by SIGSEGV while this case ran; another worker" in record.cases[0].reason
+    assert "in launch" in record.cases[0].details
+    assert record.cases[0].area == "core"
+
+
+def test_a_backend_that_hangs(ids: tuple[str, ...]) -> None:
+    record = judged("Hanging", ids[:1], limit=1.0)
+    assert "longer than its limit of 1 s" in record.cases[0].reason
+    assert "in launch_for_ever" in record.cases[0].details
+
+
+def test_a_backend_that_prints(ids: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
+    record = judged("Chatty", ids)
+    assert [case.status for case in record.cases] == ["passed"] * 2
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+def test_a_backend_that_claims_by_a_word(ids: tuple[str, ...]) -> None:
+    record = judged("NoClaims", ids)
+    assert record.capabilities == {"": "all of it"}
+    assert record.verdict == "failed"
+
+
+@pytest.mark.slow
+def test_a_probe_that_crashes(ids: tuple[str, ...]) -> None:
+    with pytest.raises(SubjectUnavailable, match="SIGSEGV while the backend was loaded"):
+        judged("Deadly", ids)
+
+
+def test_the_lists_of_other_devices_are_known_here() -> None:
+    here, elsewhere = cases_of("core", "cpu"), cases_of("core", "cuda:1")
+    assert {"area", "profile", "claim", "tags"} == set(next(iter(here.values())))
+    shared = set(here) & set(elsewhere)
+    assert len(shared) > 50
+    assert set(elsewhere) - set(here), "ordering on streams makes sense on accelerators only"
+
+
+def test_a_report_of_some_cases_that_claims_to_be_whole_is_refused(ids: tuple[str, ...]) -> None:
+    record = run(Options("reference", only=ids))
+    whole = replace(
+        record, missing=[], profile="full", command=record.command.replace("core", "full")
+    )
+    judge(whole)
+    assert (whole.verdict, whole.rung) == ("conformant", "R6")
+    assert whole.environment[SEAL] == digest_of(whole)
+    (wrong,) = check_report(whole.document())
+    assert "cases of the installed suite are not in it" in wrong
+
+
+@pytest.mark.slow
+def test_an_interpreted_kernel_is_emulated(
+    ids: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    asked = Options("triton", only=ids)
+    record = run(asked)
+    assert record.environment["emulated"] is True
+    assert [case.status for case in record.cases] == ["passed"] * 2
+    assert record.command.startswith("TRITON_INTERPRET=1 portakv conform triton ")
+    assert run(replace(asked, backend="reference")).environment["emulated"] is False

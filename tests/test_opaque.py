@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transfers inside `torch.compile`: one op in the graph, ordered among reads and writes of the
+caches, the same bytes as the eager call."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.exc import Unsupported
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from portakv import (
+    AdaptiveConnector,
+    Index,
+    KVView,
+    LayoutError,
+    SlotError,
+    TransferError,
+    copy_rows,
+)
+
+LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 8, 4, 2, 8
+SLOTS = BLOCKS * SIZE
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+COMPILERS = ["eager", "aot_eager", "inductor"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+
+
+def make_caches(device: str) -> list[torch.Tensor]:
+    return [torch.randn(2, BLOCKS, SIZE, HEADS, DIM, device=device) for _ in range(LAYERS)]
+
+
+def make_chunk(tokens: int, device: str) -> torch.Tensor:
+    return torch.randn(2, LAYERS, tokens, HEADS * DIM, device=device)
+
+
+def rows_of(caches: list[torch.Tensor], slots: torch.Tensor) -> torch.Tensor:
+    """What a store of these slots puts into a chunk."""
+    return torch.stack([cache.reshape(2, SLOTS, HEADS * DIM)[:, slots] for cache in caches], dim=1)
+
+
+class Counter(CompileCounterWithBackend):
+    """Counts compilations, and keeps the graphs."""
+
+    def ops(self) -> list[str]:
+        return [
+            str(node.target)
+            for graph in self.graphs
+            for node in graph.graph.nodes
+            if "portakv" in str(node.target)
+        ]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("registered", [True, False])
+def test_a_store_stands_behind_writes_and_before_reads(
+    device: str, compiler: str, registered: bool
+) -> None:
+    connector, caches = AdaptiveConnector(device), make_caches(device)
+    connector.register_kv_caches(caches)
+
+    def step(row: torch.Tensor, chunk: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        for layer, cache in enumerate(caches):
+            cache[0, 1] = row + layer
+        connector.from_gpu(chunk, None if registered else caches, slots)
+        return chunk * 2
+
+    counter = Counter(compiler)
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for tokens in (5, 6, 7, 9, 12):
+        row, chunk = torch.randn(SIZE, HEADS, DIM, device=device), make_chunk(tokens, device)
+        slots = torch.randperm(SLOTS, device=device)[:tokens]
+        found = compiled(row, chunk, slots)
+        assert torch.equal(caches[1][0, 1], row + 1)
+        wanted = rows_of(caches, slots)
+        assert torch.equal(chunk, wanted)
+        assert torch.equal(found, wanted * 2)
+    assert counter.frame_count <= 2  # once for the first length, once for any
+    assert set(counter.ops()) == {"portakv.from_gpu"}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("registered", [True, False])
+def test_a_load_stands_behind_the_chunk_and_before_reads_of_the_cache(
+    device: str, compiler: str, registered: bool
+) -> None:
+    connector, caches = AdaptiveConnector(device), make_caches(device)
+    connector.register_kv_caches(caches)
+
+    def step(rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        chunk = rows * 3  # made by the graph itself
+        connector.to_gpu(chunk, None if registered else caches, slots, 1, 5)
+        return sum((cache.sum() for cache in caches), torch.zeros((), device=device))
+
+    before = [cache.clone() for cache in caches]
+    rows, slots = make_chunk(4, device), torch.randperm(SLOTS, device=device)[:6]
+    found = torch.compile(step, fullgraph=True, backend=compiler)(rows, slots)
+    for layer, cache in enumerate(before):
+        flat = cache.view(2, SLOTS, HEADS * DIM)
+        flat[:, slots[1:5]] = rows[:, layer] * 3
+    assert all(torch.equal(x, y) for x, y in zip(caches, before, strict=True))
+    torch.testing.assert_close(found, sum(cache.sum() for cache in caches))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_compiler_makes_no_copy_of_the_caches(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connector, caches = AdaptiveConnector(device), make_caches(device)
+    connector.register_kv_caches(caches)
+    monkeypatch.setattr(connector, "_read", None)  # only other tensors would be read
+
+    def step(chunk: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        connector.from_gpu(chunk, None, slots)
+        connector.to_gpu(chunk, None, slots + 1)
+        connector.from_gpu(chunk, None, slots + 2)
+        return caches[0].sum() + chunk.sum()
+
+    chunk, slots = make_chunk(4, device), torch.arange(4, device=device)
+    first, second = rows_of(caches, slots), rows_of(caches, slots + 2)
+    second[:, :, :3] = first[:, :, 1:]  # slots 2, 3, 4 were loaded in between
+    torch.compile(step, fullgraph=True)(chunk, slots)
+    assert torch.equal(chunk, second)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_cache_that_the_graph_writes_by_indexing_and_then_loads(device: str) -> None:
+    """Inductor then works on a copy of that cache and puts it back; slow, and right."""
+    connector, caches = AdaptiveConnector(device), make_caches(device)
+    connector.register_kv_caches(caches)
+
+    def step(row: torch.Tensor, chunk: torch.Tensor, slots: torch.Tensor) -> None:
+        caches[0][0, 1] = row
+        connector.to_gpu(chunk, None, slots)
+
+    row, chunk = torch.randn(SIZE, HEADS, DIM, device=device), make_chunk(4, device)
+    slots = torch.tensor([9, SIZE + 1, 17, 6], device=device)
+    wanted = [cache.clone() for cache in caches]
+    wanted[0][0, 1] = row
+    for layer, cache in enumerate(wanted):
+        cache.view(2, SLOTS, HEADS * DIM)[:, slots] = chunk[:, layer]
+    torch.compile(step, fullgraph=True)(row, chunk, slots)
+    assert all(torch.equal(x, y) for x, y in zip(caches, wanted, strict=True))
+    assert connector._registered is not None
+    assert connector._registered.kv_caches is caches
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("store", [True, False])
+def test_a_batch_is_one_op(device: str, store: bool) -> None:
+    connector, caches = AdaptiveConnector(device), make_caches(device)
+    twin = AdaptiveConnector(device)
+    slots = torch.randperm(SLOTS, device=device)[:9]
+    starts, ends = [0, 3, 6], [3, 6, 9]
+
+    def run(one: AdaptiveConnector, pool: list[torch.Tensor], objects: list[torch.Tensor]) -> None:
+        batched = one.batched_from_gpu if store else one.batched_to_gpu
+        batched(objects, pool, slots, starts, ends)
+
+    objects = [make_chunk(3, device) for _ in starts]
+    eager_pool = [cache.clone() for cache in caches]
+    eager_objects = [chunk.clone() for chunk in objects]
+    counter = Counter("aot_eager")
+    torch.compile(run, fullgraph=True, backend=counter)(connector, caches, objects)
+    run(twin, eager_pool, eager_objects)
+    assert len(counter.ops()) == 1
+    assert all(torch.equal(x, y) for x, y in zip(caches, eager_pool, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(objects, eager_objects, strict=True))
+
+
+class _MemoryObj:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def test_nested_caches_and_memory_objects_with_a_tensor() -> None:
+    connector = AdaptiveConnector("cpu", kv_layout="layer kv | block token head dim")
+    caches = {f"model.{n}": tuple(torch.randn(2, BLOCKS, SIZE, HEADS, DIM)) for n in range(LAYERS)}
+    chunk, slots = make_chunk(4, "cpu"), torch.tensor([9, 2, 17, 6])
+
+    def step(memory_obj: _MemoryObj, slots: torch.Tensor) -> None:
+        connector.from_gpu(memory_obj, caches, slots)
+
+    torch.compile(step, fullgraph=True, backend="aot_eager")(_MemoryObj(chunk), slots)
+    together = [torch.stack(pair) for pair in caches.values()]
+    assert torch.equal(chunk, rows_of(together, slots))
+
+
+def _call(connector: AdaptiveConnector, **others: Any) -> Callable[[], Any]:
+    chunk = make_chunk(4, "cpu")
+    arguments = {"slot_mapping": torch.arange(4), **others}
+    return lambda: connector.from_gpu(chunk, **arguments)
+
+
+@pytest.mark.parametrize(
+    "others", [{"slot_mapping": [1, 2, 3, 4]}, {"slot_mapping": Index([1, 2, 3, 4])}]
+)
+def test_what_no_graph_can_hold_breaks_it_and_is_made_eagerly(others: dict[str, Any]) -> None:
+    connector, caches = AdaptiveConnector("cpu"), make_caches("cpu")
+    connector.register_kv_caches(caches)
+    with pytest.raises(Unsupported, match="PortaKV's op"):
+        torch.compile(_call(connector, **others), fullgraph=True, backend="eager")()
+    torch._dynamo.reset()
+    torch.compile(_call(connector, **others), backend="eager")().synchronize()
+
+
+def test_copy_rows_is_kept_out_of_graphs_by_its_caller() -> None:
+    """`copy_rows` is no op; torch's own word for that serves."""
+    caches, chunk = make_caches("cpu"), make_chunk(4, "cpu")
+    cache = KVView(caches, "layer | kv block token head dim")
+    dense = KVView(chunk, "kv layer token (head dim)", heads=HEADS)
+    outside, index = torch.compiler.disable(copy_rows), Index([9, 2, 17, 6])
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        outside(cache, dense, index)
+        return y * chunk.sum()
+
+    found = torch.compile(step, backend="eager")(torch.ones(3))
+    assert torch.equal(chunk, rows_of(caches, torch.tensor([9, 2, 17, 6])))
+    assert torch.equal(found, 2 * torch.ones(3) * chunk.sum())
+
+
+def test_nothing_registered_nothing_passed() -> None:
+    connector = AdaptiveConnector("cpu")
+    with pytest.raises((LayoutError, RuntimeError), match=r"No kv_caches|LayoutError|Observed"):
+        torch.compile(_call(connector), backend="eager")()
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_bad_slots_raise_from_the_compiled_function(compiler: str) -> None:
+    connector, caches = AdaptiveConnector("cpu"), make_caches("cpu")
+    connector.register_kv_caches(caches)
+    before = make_chunk(4, "cpu")
+    chunk = before.clone()
+
+    def step(slots: torch.Tensor) -> None:
+        connector.from_gpu(chunk, None, slots)
+
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    with pytest.raises(SlotError, match=f"slot {SLOTS}"):
+        compiled(torch.tensor([0, 1, SLOTS, 2]))
+    assert torch.equal(chunk, before)
+    compiled(torch.arange(4))
+    assert torch.equal(chunk, rows_of(caches, torch.arange(4)))
+
+
+def test_a_connector_that_is_gone() -> None:
+    connector, caches = AdaptiveConnector("cpu"), make_caches("cpu")
+    handle = connector._handle
+    del connector
+    gc.collect()
+    arguments = ([make_chunk(4, "cpu")], [1], caches, [LAYERS], torch.arange(4), [0], [4])
+    with pytest.raises(TransferError, match="keep the connector"):
+        torch.ops.portakv.from_gpu(handle, *arguments)
+
+
+def test_caches_that_are_not_registered_do_not_replace_those_that_are() -> None:
+    connector, caches, others = AdaptiveConnector("cpu"), make_caches("cpu"), make_caches("cpu")
+    connector.register_kv_caches(caches)
+    chunk, slots = make_chunk(4, "cpu"), torch.arange(4)
+    arguments = ([chunk], [1], others, [LAYERS], slots, [0], [4])
+    torch.ops.portakv.from_gpu(connector._handle, *arguments)
+    assert torch.equal(chunk, rows_of(others, slots))
+    connector.from_gpu(chunk, None, slots)
+    assert torch.equal(chunk, rows_of(caches, slots))
+
+
+@pytest.mark.parametrize("store", [True, False])
+def test_torch_finds_the_schema_true(store: bool) -> None:
+    connector, caches = AdaptiveConnector("cpu"), make_caches("cpu")
+    op = torch.ops.portakv.from_gpu if store else torch.ops.portakv.to_gpu
+    torch.library.opcheck(
+        op.default,
+        (
+            connector._handle,
+            [make_chunk(4, "cpu")],
+            [1],
+            caches,
+            [LAYERS],
+            torch.arange(4),
+            [0],
+            [4],
+        ),
+    )
+
+
+def test_eager_calls_do_not_go_through_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    connector, caches = AdaptiveConnector("cpu"), make_caches("cpu")
+    monkeypatch.setattr(connector, "carry_op", None)
+    connector.from_gpu(make_chunk(4, "cpu"), caches, torch.arange(4)).synchronize()
+
+
+@pytest.mark.gpu
+def test_another_stream_is_refused_in_a_graph() -> None:
+    connector = AdaptiveConnector("cuda")
+    connector.register_kv_caches(make_caches("cuda"))
+    chunk, slots, side = make_chunk(4, "cuda"), torch.arange(4, device="cuda"), torch.cuda.Stream()
+    with pytest.raises(Unsupported, match="PortaKV's op"):
+        torch.compile(
+            lambda: connector.from_gpu(chunk, None, slots, stream=side),
+            fullgraph=True, backend="eager",
+        )()  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton", "compiled"])
+def test_inside_the_compiler_s_own_graphs(backend: str) -> None:
+    connector, caches = AdaptiveConnector("cuda", backend), make_caches("cuda")
+    connector.register_kv_caches(caches)
+    chunk = make_chunk(4, "cuda")
+    connector.from_gpu(chunk, None, torch.arange(4, device="cuda")).synchronize()
+
+    def step(row: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        caches[0][0, 1] = row
+        connector.from_gpu(chunk, None, slots)
+        return chunk + 1
+
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    for _ in range(5):
+        row = torch.randn(SIZE, HEADS, DIM, device="cuda")
+        slots = torch.randperm(SLOTS, device="cuda")[:4]
+        found = compiled(row, slots).clone()
+        assert torch.equal(caches[0][0, 1], row)
+        assert torch.equal(chunk, rows_of(caches, slots))
+        assert torch.equal(found, chunk + 1)
