@@ -3,8 +3,8 @@
 
 The call is ``connector.from_gpu(chunk, slot_mapping=...)`` with its caches registered; the launch
 is the prepared one, handed the same views and ids. The payload is one token of one layer, so that
-the difference is not lost in the copy. Both are called in turns, with another memory object each,
-which is a tensor that no call has seen before.
+the difference is not lost in the copy. Both are called in turns of several calls, as an engine
+makes them, each with another memory object, which is a tensor that no call has seen before.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ CHUNK = "kv layer token (head dim)"
 _BLOCKS, _BLOCK_SIZE, _HEADS, _DIM = 8, 16, 1, 8
 _OBJECTS = 64
 _SLOT = 37
-_WARM_UP = 200
+_WARM_UP = 13  # turns
+_TURN = 16  # calls of one kind in a row
 
 
 class _Tiny:
@@ -123,18 +124,18 @@ def _time(
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for n in range(-_WARM_UP, rounds):
-            if n % 100 == 0 and device.type != "cpu":
+        for n in range(-_WARM_UP, -(-rounds // _TURN)):
+            if device.type != "cpu":
                 torch.get_device_module(device).synchronize()  # launches must not queue up
             for turn in range(len(names)):
                 name = names[(n + turn) % len(names)]
-                i = (n + turn) % _OBJECTS
-                renew(i)
-                start = perf_counter()
-                calls[name](i)
-                elapsed = (perf_counter() - start) * 1e6
-                if n >= 0:
-                    times[name].append(elapsed)
+                for i in range(_TURN):
+                    renew((n + turn + i) % _OBJECTS)
+                    start = perf_counter()
+                    calls[name]((n + turn + i) % _OBJECTS)
+                    elapsed = (perf_counter() - start) * 1e6
+                    if n >= 0:
+                        times[name].append(elapsed)
     finally:
         if collecting:
             gc.enable()

@@ -15,14 +15,6 @@ from .judging import Judge, changed, index_of, view_of
 from .memory import Memory
 from .sides import Case
 
-#: Every mark of a case, with what it says; the plugin registers them.
-MARKS = {
-    "area": "area(name): what part of the suite a case belongs to",
-    "profile": "profile(name): the least profile that runs a case; core where none is said",
-    "claim": "claim(field): the field of Capabilities that a case judges",
-    "tags": "tags(layout=, dtype=, operation=): the cell of the report's matrix",
-    "needs": "needs(what): accelerator, host, two devices, graphs or memory",
-}
 AREAS = (
     "core", "corners", "safety", "claims", "metamorphic", "ordering", "capture", "stateful",
     "drawn",
@@ -50,8 +42,8 @@ def claimed(judge: Judge, case: Case, field: str, what: str, *, must: bool = Tru
         return
     src, dst = view_of(case.src), view_of(case.dst)
     plan = CopyPlan(src.form, dst.form, index_of(case.src).plan_step, index_of(case.dst).plan_step)
-    declined = not judge.subject.backend.check(plan).accepted
-    assert declined and not must, (
+    lawful = not must and not judge.subject.backend.check(plan).accepted
+    assert lawful, (
         f"It claims by {field!r} that it {what}, and refuses a plan of that: {judge.declined[-1]}."
     )
 

@@ -94,17 +94,17 @@ def _conform(words: list[str]) -> int:
 
         return score([word for word in words if word != "--mutants"])
     asked = make_parser().parse_args(words)
-    options = _options(asked)
-    examples = _examples_folder(asked.report)
-    with shown() as progress:
-        if options.fuzz:
-            progress.say(f"seed {options.seed}")
-        record = run(replace(options, examples=examples), progress)
-    written = _write(record, asked.report)
-    if asked.report is None and not any(examples.iterdir()):
-        examples.rmdir()
-    print_summary(record, replace(options, examples=examples))
-    for path in written:
+    options = replace(_options(asked), examples=_examples_folder(asked.report))
+    try:
+        with shown() as progress:
+            if options.fuzz:
+                progress.say(f"seed {options.seed}")
+            record = run(options, progress)
+    finally:
+        if asked.report is None:
+            _remove_if_empty(options.examples)
+    print_summary(record, options)
+    for path in _write(record, asked.report):
         print(f"wrote {path}", file=sys.stderr)
     return exit_code(record, options)
 
@@ -155,6 +155,11 @@ def _examples_folder(report: Path | None) -> Path:
     except OSError as error:
         raise BadRequest(f"The folder {report} of --report cannot be made: {error}.") from error
     return report
+
+
+def _remove_if_empty(folder: Path | None) -> None:
+    if folder is not None and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _write(record: RunRecord, report: Path | None) -> list[Path]:

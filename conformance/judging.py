@@ -19,7 +19,7 @@ from portakv import CopyPlan, Index, KVView, PortaKVError, Transfer, Unsupported
 
 from .facility import Facility
 from .memory import Memory
-from .oracle import compare
+from .oracle import Expected, compare
 from .shapes import Shape, Workshop
 from .sides import Case, Side
 from .subject import Subject
@@ -115,19 +115,25 @@ class Judge:
     ) -> bool:
         expected = case.expected()
         ids = [side.ids.clone() for side in (case.src, case.dst) if side.ids is not None]
+        refusal = self._carried(case, carry)
+        if refusal is not None:
+            self._may_decline(case, expected, refusal, why_declined())
+            return False
+        verdict = compare(expected, case.dst.tensors, case.src.tensors)
+        assert verdict is None, f"{verdict} The case was {case!r}."
+        now = [side.ids for side in (case.src, case.dst) if side.ids is not None]
+        assert all(torch.equal(a, b) for a, b in zip(ids, now, strict=True)), (
+            f"The copy wrote into its ids. The case was {case!r}."
+        )
+        self.examples += 1
+        return True
+
+    def _carried(self, case: Case, carry: Callable[[], object]) -> Unsupported | None:
+        """Run ``carry``; its refusal, or None where it was carried out."""
         try:
             carry()
-        except Unsupported as error:
-            why = why_declined()
-            self.facility.synchronize()
-            wrong = changed(expected.before, case.dst.tensors)
-            assert wrong is None, f"The copy was refused as Unsupported, but {wrong} ({error})"
-            assert why is not None, (
-                f"The backend's check and prepare take this plan and the copy raised Unsupported: "
-                f"{error} The case was {case!r}."
-            )
-            self.declined.append(why)
-            return False
+        except Unsupported as refusal:
+            return refusal
         except PortaKVError as error:
             raise AssertionError(
                 f"The copy raised {type(error).__name__}: {error} It was asked for what is right. "
@@ -138,14 +144,22 @@ class Judge:
                 f"The copy raised {type(error).__name__}: {error}. A backend raises Unsupported "
                 f"in prepare, or nothing. The case was {case!r}."
             ) from error
-        verdict = compare(expected, case.dst.tensors, case.src.tensors)
-        assert verdict is None, f"{verdict} The case was {case!r}."
-        now = [side.ids for side in (case.src, case.dst) if side.ids is not None]
-        assert all(torch.equal(a, b) for a, b in zip(ids, now, strict=True)), (
-            f"The copy wrote into its ids. The case was {case!r}."
+        return None
+
+    def _may_decline(
+        self, case: Case, expected: Expected, refusal: Unsupported, why: str | None
+    ) -> None:
+        """A refused copy has written nothing, and there is a reason for it."""
+        self.facility.synchronize()
+        wrong = changed(expected.before, case.dst.tensors)
+        assert wrong is None, (
+            f"The copy was refused as Unsupported, but {wrong}: {refusal} The case was {case!r}."
         )
-        self.examples += 1
-        return True
+        assert why is not None, (
+            f"The backend's check and prepare take this plan, and the copy raised Unsupported: "
+            f"{refusal} The case was {case!r}."
+        )
+        self.declined.append(why)
 
     def finish(self, transfer: Transfer, end: str = "synchronize") -> None:
         """Wait for a transfer in one of the ways of ``ENDS``; its bytes have landed then."""
@@ -197,10 +211,11 @@ def plans(src: KVView, dst: KVView, mine: Index, theirs: Index) -> list[CopyPlan
     """The plans that one copy may come to: whole units, single tokens, ids without holes."""
     first = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
     found = [first]
-    with_ids = [first.unit if index.ids is not None else 0 for index in (mine, theirs)]
-    for steps, unit in (((mine.plan_step, theirs.plan_step), 1), (tuple(with_ids), None)):
+    by_unit = [first.unit if index.ids is not None else 0 for index in (mine, theirs)]
+    others = ((mine.plan_step, theirs.plan_step, 1), (by_unit[0], by_unit[1], None))
+    for src_step, dst_step, unit in others:
         try:
-            found.append(CopyPlan(src.form, dst.form, *steps, unit))
+            found.append(CopyPlan(src.form, dst.form, src_step, dst_step, unit))
         except PortaKVError:  # opaque pages have no plan by tokens
             continue
     return found

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pytest plugin that is always there: it adds the options of the suite, and nothing else.
+"""The pytest plugin that is always there: it adds the options and marks of the suite only.
 
 The suite itself (``plugin``) is loaded only where ``--portakv-backend`` names what to judge;
 without it this package collects nothing. Imports neither torch nor PortaKV.
@@ -14,6 +14,14 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent
+#: Every mark of a case, with what it says; the plugin registers them.
+MARKS = {
+    "area": "area(name): what part of the suite a case belongs to",
+    "profile": "profile(name): the least profile that runs a case; core where none is said",
+    "claim": "claim(field): the field of Capabilities that a case judges",
+    "tags": "tags(layout=, dtype=, operation=): the cell of the report's matrix",
+    "needs": "needs(what): accelerator, host, two devices, graphs or memory",
+}
 PROFILES = ("core", "full")
 ENVIRONMENT = "PORTAKV_BACKEND"
 
@@ -34,19 +42,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options; their names all begin with ``--portakv-``."""
     group = parser.getgroup("portakv", "PortaKV conformance suite")
     add = group.addoption
-    add("--portakv-backend", metavar="NAME", help="what to judge: a backend's name, or pkg.mod:Class")
-    add("--portakv-device", metavar="D", default="cpu", help="where: cpu, cuda, cuda:1, simdev, ...")
+    add(
+        "--portakv-backend",
+        metavar="NAME",
+        help="what to judge: a backend's name, or pkg.mod:Class",
+    )
+    add(
+        "--portakv-device", metavar="D", default="cpu", help="where: cpu, cuda, cuda:1, simdev, ..."
+    )
     add("--portakv-profile", choices=PROFILES, default="core", help="which cases (default: core)")
     add("--portakv-fuzz", type=_positive, metavar="N", help="draw N examples in each drawn case")
     add("--portakv-seed", type=_seed, metavar="S", help="of every pattern and drawing (default: 0)")
     add("--portakv-events", metavar="FILE", help="append what happens as JSON lines")
-    add("--portakv-only", metavar="FILE", help="run only the cases whose ids stand in FILE, one a line")
+    add(
+        "--portakv-only",
+        metavar="FILE",
+        help="run only the cases whose ids stand in FILE, one a line",
+    )
     add("--portakv-examples", metavar="DIR", help="save failing examples there, shrunken, as JSON")
-    add("--portakv-emulated", action="store_true", help="the simulated device carries the name of D")
+    add(
+        "--portakv-emulated", action="store_true", help="the simulated device carries the name of D"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Load the suite where a backend was named."""
+    """Declare the marks, and load the suite where a backend was named."""
+    for line in MARKS.values():
+        config.addinivalue_line("markers", line)
     if config.getoption("--portakv-backend") is None:
         return
     if os.environ.get(ENVIRONMENT):

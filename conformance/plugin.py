@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, Phase, settings
 from portakv import BackendUnavailable
 
 from . import saved
-from .claims import AREAS, MARKS, NOT_CLAIMED
+from .claims import AREAS, NOT_CLAIMED
 from .facility import Facility
 from .judging import Judge, find_home
 from .options import PACKAGE
@@ -123,7 +123,7 @@ class Suite:
         if need == "two devices":
             found = self.facility.devices()
             missing = f"it needs two devices of type {self.subject.device.type}, found {found}."
-            return found > 1, missing if streams else ""
+            return found > 1, missing if self.subject.emulated else ""
         if need == "memory":
             wanted = self.subject.device.type != "cpu" and not self.subject.emulated
             missing = f"it needs {_BIG >> 30} GiB of free memory on {self.subject.device}."
@@ -143,7 +143,7 @@ class Suite:
             return (yield)
         self._tell({"event": "start", "id": case_id(item)})
         item.stash[_REPORTS] = {}
-        drawn = getattr(item, "obj", None)
+        drawn: Any = getattr(item, "obj", None)
         if hasattr(drawn, "hypothesis"):  # now, since all parameters of a test share it
             hypothesis.seed(self.seed_of(case_id(item)))(drawn)
         began = time.perf_counter()
@@ -224,8 +224,6 @@ class Suite:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Find what is judged; exit code 3, with the reason, where it is not available."""
-    for line in MARKS.values():
-        config.addinivalue_line("markers", line)
     config.pluginmanager.register(Suite(config), "portakv-suite")
 
 
@@ -331,9 +329,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
-def judge(
-    request: pytest.FixtureRequest, subject: Subject, facility: Facility, seed: int
-) -> Judge:
+def judge(request: pytest.FixtureRequest, subject: Subject, facility: Facility, seed: int) -> Judge:
     """Judges the copies of this case."""
     made = Judge(subject, facility, seed)
     request.node.stash[_JUDGE] = made
@@ -347,8 +343,6 @@ def _settled(request: pytest.FixtureRequest) -> Iterator[None]:
     suite = request.config.pluginmanager.get_plugin("portakv-suite")
     if suite is not None:
         suite.facility.synchronize()
-
-
 
 
 @pytest.fixture(scope="session")

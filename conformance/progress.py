@@ -90,7 +90,9 @@ class Bar:
             self.say(f"{case.status}: {case.id}")
 
     def say(self, sentence: str) -> None:
-        self._progress.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+        self._progress.console.print(
+            sentence, markup=False, emoji=False, highlight=False, soft_wrap=True
+        )
 
 
 @contextmanager

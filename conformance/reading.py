@@ -67,8 +67,10 @@ def verify(words: list[str]) -> int:
         return 1
     record = RunRecord.read(text)
     rung = f", {record.rung}" if record.rung else ""
+    emulated = " (emulated)" if record.environment["emulated"] else ""
+    place = f"{record.environment['device_name']}{emulated}"
     print(
-        f"{asked.report} stands: {record.backend['name']} on {record.environment['device_name']}, "
+        f"{asked.report} stands: {record.backend['name']} on {place}, "
         f"suite {record.suite}, profile {record.profile}: {record.verdict}{rung}."
     )
     return 0

@@ -91,9 +91,11 @@ def _draw_splits(draw: Draw, rows: SharedRows, dtypes: list[torch.dtype]) -> lis
     bytes_of = [d.itemsize if rows.split == "dim" else 1 for d in dtypes]
     length = {"layer": rows.layers, "head": rows.heads, "token": 4, "dim": math.gcd(*rows.widths)}
     whole = length[rows.split]
-    chain = [n for n in (2, 4, 3, 6, 8, 16) if whole % n == 0] or [1]
+    # Elements may lie apart, so a cut within one of either side would have no common refinement.
+    grain = max(d.itemsize for d in dtypes) if rows.split == "dim" else 1
+    chain = [n for n in (2, 4, 3, 6, 8, 16) if whole % n == n % grain == 0] or [grain]
     coarse = pick(draw, chain)
-    fine = pick(draw, [n for n in range(1, coarse + 1) if coarse % n == 0])
+    fine = pick(draw, [n for n in range(grain, coarse + 1) if coarse % n == n % grain == 0])
     cuts = pick(draw, ((coarse, 0), (0, coarse), (coarse, fine), (fine, coarse)))
     return [n // b if n % b == 0 and n > b else 0 for n, b in zip(cuts, bytes_of, strict=True)]
 

@@ -131,13 +131,16 @@ def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, b
 
         why = simdev.available()
         if why is not None:
-            raise BackendUnavailable(f"Device {str(device)!r} was asked, but {why}")
-        simdev.load(kind)
+            raise BackendUnavailable(f"Device {str(device)!r} was asked for. {why}")
+        try:
+            simdev.load(kind)
+        except simdev.SimulatedDeviceError as error:
+            raise BackendUnavailable(f"Device {str(device)!r} was asked for. {error}") from error
     try:
         place = torch.device(device)
     except RuntimeError as error:
         why = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"Device {str(device)!r} is none that torch knows: {why}.") from error
+        raise ValueError(f"Device {str(device)!r} was asked for, but not found: {why}.") from error
     return place, simulated
 
 

@@ -77,5 +77,5 @@ def _print_failure(case: CaseRecord, record: RunRecord, options: Options) -> Non
 
 def _short(reason: str) -> str:
     """The sentence on the first wrong byte, without the structure that it was found in."""
-    told = reason.partition(" The case was ")[0]
+    told = reason.partition(" The case was ")[0].partition("\n")[0]
     return told if len(told) <= _LONGEST else told[:_LONGEST] + " ..."

@@ -55,6 +55,8 @@ class Worker:
         ).write(folder / "orders.json")  # fmt: skip
         environment = {k: v for k, v in os.environ.items() if k not in _LEFT_OUT}
         environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+        # Else hypothesis leaves a folder wherever the user happens to be.
+        environment["HYPOTHESIS_STORAGE_DIRECTORY"] = str(folder / "hypothesis")
         with self._printed.open("wb") as printed:
             self._process = subprocess.Popen(
                 [*command, str(folder / "orders.json")],

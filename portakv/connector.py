@@ -26,8 +26,9 @@ from .registration import Registration, facts_of
 from .registry import choose
 from .request import check_apart, check_batch, check_chunk, slot_range
 from .routes import route
-from .transfer import Completion, Transfer
-from .watch import fail, troubled, unasked_error
+from .transfer import Completion, Transfer, failed
+from .watch import fail, unasked_error
+from .words import any_set
 
 KV_LAYOUT = "layer | kv block token head dim"
 CHUNK_LAYOUT = "kv layer token (head dim)"
@@ -189,7 +190,7 @@ class AdaptiveConnector:
         end: int | None,
         stream: torch.Stream | None,
     ) -> Transfer:
-        if self._captured or troubled():
+        if self._captured or failed or any_set():
             self._report()
         caches = self._caches(kv_caches)
         return self._carry(store, caches, memory_obj, slot_mapping, start, end, stream)
@@ -227,7 +228,7 @@ class AdaptiveConnector:
         ends: Sequence[int],
         stream: torch.Stream | None,
     ) -> Transfer:
-        if self._captured or troubled():
+        if self._captured or failed or any_set():
             self._report()
         memory_objs, starts, ends = list(memory_objs), list(starts), list(ends)
         if not len(memory_objs) == len(starts) == len(ends):

@@ -233,6 +233,12 @@ class Index:
         self._judged[key] = skips
         return skips
 
+    def judged(self, first: int, count: int, slots: int, distinct: bool) -> torch.Tensor | None:
+        """The copy elsewhere of host ids, where `judge` found them good from ``first`` on."""
+        if self._placed is None or (first, count, slots, distinct) not in self._judged:
+            return None
+        return self._placed.ids
+
     def trust(self, count: int, slots: int) -> None:
         """Remember that ids on a device were found clean: neither negative nor past the end."""
         self._judged[self.offset, count, slots, None] = False

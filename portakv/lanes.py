@@ -19,7 +19,7 @@ from .backends.base import Again
 from .index import Index
 from .ordering import capture_question, capturing
 from .registry import Choice
-from .routes import Route, route
+from .routes import route
 from .transfer import Completion, Transfer
 from .view import KVView
 from .watch import watch
@@ -38,40 +38,68 @@ class Lanes:
 
     def __init__(self, cache: KVView, choice: Choice, owner: Any) -> None:
         self._cache, self._choice, self._owner = cache, choice, owner
+        self._events = events.pool(choice.backend.device)
+        self._capturing = capture_question(choice.backend.device)
         self._known: dict[Any, _Lane] = {}
 
     def transfer(
         self, store: bool, memory_obj: Any, slot_mapping: Any, start: Any, end: Any
     ) -> Transfer | None:
         """The transfer through a lane, on the current stream; None: it has to go the long way."""
-        if type(slot_mapping) is not torch.Tensor:
-            return None
+        ids = slot_mapping
+        if type(ids) is not torch.Tensor:
+            ids = self._ids_of(ids, store, start, end)
+            if ids is None:
+                return None
         chunk = memory_obj
         if type(chunk) is not torch.Tensor:
             chunk = getattr(memory_obj, "tensor", None)
             if type(chunk) is not torch.Tensor:
                 return None
         try:
-            lane = self._known.get(
-                (store, chunk.shape, chunk.stride(), chunk.dtype, slot_mapping.dtype)
-            )
+            lane = self._known.get((store, chunk.shape, chunk.stride(), chunk.dtype, ids.dtype))
         except RuntimeError:  # a tensor that has no strides
             return None
-        return None if lane is None else lane.transfer(chunk, slot_mapping, start, end)
+        if lane is None or not lane.fits(chunk, ids):
+            return None
+        length = ids.numel()
+        if end is None:
+            end = length
+        if type(start) is not int or type(end) is not int or not 0 <= start < end <= length:
+            return None
+        address, count = chunk.data_ptr(), end - start
+        if count > lane.slots or lane.overlaps(address) or self._capturing():
+            return None
+        word, event = words.acquire(), self._events.acquire()
+        lane.again(address, ids.data_ptr(), start, count, word.address)
+        event.record()
+        completion = Completion(event, (), ((word, 0),), None, None, self._events)
+        watch(completion, self._owner)
+        return Transfer((completion,), (chunk, ids, self._cache))
+
+    def _ids_of(self, index: Any, store: bool, start: Any, end: Any) -> torch.Tensor | None:
+        """The copy on the device of host ids that were found good for this range before."""
+        if type(index) is not Index or index.plan_step != 1 or index.offset:
+            return None
+        length = index.length or 0
+        count = (length if end is None else end) - start
+        return index.judged(start, count, self._cache.slots, not store)
 
     def learn(self, store: bool, chunk: KVView, slot_mapping: Any) -> None:
         """Make a lane of a transfer that just went the long way, where one is possible."""
         tensor = chunk.tensors
-        if type(slot_mapping) is not torch.Tensor or type(tensor) is not torch.Tensor:
+        if type(tensor) is not torch.Tensor or chunk.device != self._choice.backend.device:
             return
-        if chunk.device != self._choice.backend.device or slot_mapping.device != chunk.device:
+        index = Index.of(slot_mapping)
+        if type(slot_mapping) is Index and index.on_host and index.plan_step == 1:
+            index = index.placed(chunk.device, self._choice.can.index_dtypes)
+        if index.ids is None or index.plan_step != 1 or index.ids.device != chunk.device:
             return
-        key = (store, tensor.shape, tensor.stride(), tensor.dtype, slot_mapping.dtype)
+        key = (store, tensor.shape, tensor.stride(), tensor.dtype, index.ids.dtype)
         if key in self._known or len(chunk.spans) != 1 or capturing(chunk.device):
             return
         forms = (self._cache.form, chunk.form) if store else (chunk.form, self._cache.form)
         way = route(*forms, int(store), int(not store), None, self._choice)
-        index = Index(slot_mapping)
         again = getattr(way.launch, "again", None)
         if again is None or not (way.can.guards and way.can.skips_negative):
             return
@@ -83,64 +111,38 @@ class Lanes:
             if repeat is not None:
                 if len(self._known) >= _MOST:
                     self._known.clear()
-                self._known[key] = _Lane(self._cache, chunk, way, repeat, self._owner)
+                self._known[key] = _Lane(self._cache, chunk, repeat)
 
 
 class _Lane:
     """One kind of transfer: a chunk of one form, ids of one dtype, one direction."""
 
-    __slots__ = (
-        "_again", "_alignment", "_cache", "_capturing", "_events", "_firsts", "_index", "_owner",
-        "_pasts", "_reach", "_slots",
-    )  # fmt: skip
+    __slots__ = ("_alignment", "_firsts", "_index", "_pasts", "_reach", "again", "slots")
 
-    def __init__(self, cache: KVView, chunk: KVView, way: Route, again: Again, owner: Any) -> None:
-        self._cache, self._again, self._owner = cache, again, owner
-        device = way.choice.backend.device
-        self._index, self._events = device.index, events.pool(device)
-        self._capturing = capture_question(device)
-        self._slots = min(chunk.slots, again.most)
+    def __init__(self, cache: KVView, chunk: KVView, again: Again) -> None:
+        self.again, self.slots = again, min(chunk.slots, again.most)
+        self._index = chunk.device.index
         # The plan's vectors rest on the alignment of the chunk that it was made with.
         self._alignment = chunk.form.alignment
-        (first, past) = chunk.spans[0]
+        ((first, past),) = chunk.spans
         self._reach = past - first
         self._firsts = [span[0] for span in cache.spans]
         self._pasts = [span[1] for span in cache.spans]
 
-    def transfer(
-        self, chunk: torch.Tensor, ids: torch.Tensor, start: Any, end: Any
-    ) -> Transfer | None:
+    def fits(self, chunk: torch.Tensor, ids: torch.Tensor) -> bool:
+        """Whether tensors of the lane's shapes and dtypes are what it was made for."""
         index = self._index
-        if (
-            chunk.get_device() != index
-            or ids.get_device() != index
-            or chunk.requires_grad
-            or chunk.is_neg()
-            or ids.dim() != 1
-            or not ids.is_contiguous()
-            or type(start) is not int
-        ):
-            return None
-        length = ids.numel()
-        if end is None:
-            end = length
-        elif type(end) is not int:
-            return None
-        address = chunk.data_ptr()
-        if not 0 <= start < end <= length or end - start > self._slots:
-            return None
-        if address % self._alignment or self._overlaps(address) or self._capturing():
-            return None
-        word = words.acquire()
-        self._again(address, ids.data_ptr(), start, end - start, word.address)
-        pool = self._events
-        event = pool.acquire()
-        event.record()
-        completion = Completion(event, (), ((word, 0),), None, None, pool)
-        watch(completion, self._owner)
-        return Transfer((completion,), (chunk, ids, self._cache))
+        return (
+            chunk.get_device() == index
+            and ids.get_device() == index
+            and ids.dim() == 1
+            and ids.is_contiguous()
+            and chunk.data_ptr() % self._alignment == 0
+            and not chunk.requires_grad
+            and not chunk.is_neg()
+        )
 
-    def _overlaps(self, address: int) -> bool:
+    def overlaps(self, address: int) -> bool:
         """True where a chunk at this address would share memory with the caches."""
         past = address + self._reach
         at = bisect_right(self._firsts, past - 1)

@@ -128,7 +128,8 @@ class Completion:
                     self._pool.release(event)
             while self._words:
                 word, start = self._words.pop()
-                self._read(word, start)
+                if word.read():
+                    self._read(word, start)
                 word.release()
         except IndexError:  # another thread was faster
             pass

@@ -7,7 +7,6 @@ from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from . import words
 from .transfer import Completion, failed
 
 if TYPE_CHECKING:
@@ -50,11 +49,6 @@ def fail(completion: Completion, owner: Any) -> None:
     """Keep a completion whose error is known already, for its owner to be told."""
     completion.owner = owner
     failed.append(completion)
-
-
-def troubled() -> bool:
-    """True where some transfer, anybody's, met an error that may not have been told."""
-    return bool(failed) or words.any_set()
 
 
 def unasked_error(owner: Any) -> PortaKVError | None:

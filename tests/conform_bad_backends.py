@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from portakv import CopyPlan
-from portakv.backends.base import Capabilities, Decision, Launch
+from portakv.backends.base import Capabilities, Decision
 from portakv.backends.reference import Reference
 
 
@@ -21,7 +21,7 @@ class Raising(Reference):
 
     name = "raising"
 
-    def prepare(self, plan: CopyPlan) -> Launch:
+    def prepare(self, plan: CopyPlan) -> Any:
         def launch(*arguments: Any) -> None:
             raise RuntimeError("the firmware is on fire")
 
@@ -33,7 +33,7 @@ class Hanging(Reference):
 
     name = "hanging"
 
-    def prepare(self, plan: CopyPlan) -> Launch:
+    def prepare(self, plan: CopyPlan) -> Any:
         def launch_for_ever(*arguments: Any) -> None:
             while True:
                 time.sleep(0.05)
@@ -46,7 +46,7 @@ class Crashing(Reference):
 
     name = "crashing"
 
-    def prepare(self, plan: CopyPlan) -> Launch:
+    def prepare(self, plan: CopyPlan) -> Any:
         def launch(*arguments: Any) -> None:
             os.kill(os.getpid(), signal.SIGSEGV)
 
@@ -58,7 +58,7 @@ class Chatty(Reference):
 
     name = "chatty"
 
-    def prepare(self, plan: CopyPlan) -> Launch:
+    def prepare(self, plan: CopyPlan) -> Any:
         inner = super().prepare(plan)
 
         def launch(*arguments: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from portakv import CopyPlan, Index, KVView
-from portakv.backends._rows_kernel import NAME, RowsKernel
+from portakv.backends._rows_kernel import NAMES, RowsKernel
 from portakv.backends.base import Backend, Capabilities, Decision, Launch
 
 THREADS = 128
@@ -33,8 +33,8 @@ _HOST = frozenset((a, b) for a in ("pageable", "pinned") for b in ("pageable", "
 # Behind the text: the grid, what the compiler makes of the argument, and where it prefetched.
 _ENTRIES = f"""
 extern "C" void run_kernel(
-    const void* argument, unsigned blocks, unsigned planes, unsigned threads) {{
-    run_grid<Argument>({NAME}, argument, blocks, planes, threads);
+    const void* argument, unsigned each, unsigned blocks, unsigned planes, unsigned threads) {{
+    run_grid<Argument>(each == 2 ? {NAMES[2]} : {NAMES[1]}, argument, blocks, planes, threads);
 }}
 extern "C" unsigned argument_bytes() {{ return sizeof(Argument); }}
 extern "C" unsigned dst_table_at() {{ return offsetof(Argument, dst_table); }}
@@ -119,12 +119,13 @@ class _LaunchOnCpu:
             buffer = bytearray(kernel.fixed)
             assert len(buffer) == library.argument_bytes()
             assert kernel._dst_table_at == library.dst_table_at()
-            kernel.pack(buffer, src, dst, src_index, dst_index, word, kernel.ahead(units))
+            each, ahead = kernel.tuned(units)
+            kernel.pack(buffer, src, dst, src_index, dst_index, word, ahead)
             for start, span in kernel.spans(units):
                 kernel.pack_span(buffer, start, span)
                 argument = (ctypes.c_char * len(buffer)).from_buffer(buffer)
-                blocks = -(-span * kernel.row // THREADS)
-                library.run_kernel(argument, blocks, kernel.planes, THREADS)
+                blocks = -(-span * kernel.row // (THREADS * each))
+                library.run_kernel(argument, each, blocks, kernel.planes, THREADS)
                 _check_prefetches(library, src)
 
 

@@ -198,14 +198,11 @@ def test_a_report_that_has_no_place_ends_with_2(
 
 
 def test_an_example_is_told_with_its_replay(
-    monkeypatch: pytest.MonkeyPatch, behave: Behave, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    behave({CORE + "a": "fail"})
-    inner = cli.run
 
     def with_example(*arguments: Any) -> RunRecord:
-        record = inner(*arguments)
+        record = run(*arguments, command=fake.command({CORE + "a": "fail"}))
         record.cases[0].example = "example-1.json"
         return record
 
@@ -219,9 +216,10 @@ def test_no_folder_is_left_behind(
     behave: Behave, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    behave({CORE + "a": "fail"})
-    assert main(["fake", "--device", "cpu"]) == 1
-    assert list(tmp_path.iterdir()) == []
+    for behaviours, code in (({CORE + "a": "fail"}, 1), ({"start": "unavailable"}, 3)):
+        behave(behaviours)
+        assert main(["fake", "--device", "cpu"]) == code
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("tables", ["rich", "plain"])

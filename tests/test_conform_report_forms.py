@@ -87,7 +87,7 @@ def test_markdown_says_verdict_totals_failures_and_place() -> None:
     assert "| 298 | 2 | 2 | 11 | 1 |" in said
     assert "### 12 failures" in said
     assert said.count("replay: `portakv conform") == 12
-    assert "holds bytes of source layer 3 key slot 17" in said
+    assert "holds bytes of layer 3 key slot 17, not of" in said
     assert "| driver | 5.2.1 |" in said
     assert len(said) < 12_000
     assert len(markdown(conform_reports.passing())) < 1_500
@@ -155,10 +155,35 @@ def test_the_oracle_s_own_sentence_is_taken_apart() -> None:
     assert byte.origin == "source layer 0 value slot 0 head 0 byte 0"
     assert byte.should == "source layer 0 key slot 0 head 0 byte 0"
     assert byte.headline() == (
-        "Destination layer 0 key slot 0 holds bytes of source layer 0 value slot 0."
+        "Destination layer 0 key slot 0 holds bytes of layer 0 value slot 0, "
+        "not of layer 0 key slot 0."
     )
     assert (byte.before, byte.after) == ("Case 3.", "More.")
     assert byte.wrong == 64
+
+
+SLOT_4 = "source layer 0 key slot 4 head 0 byte 0"
+ROW = "Destination layer 0 key slot 1"
+
+
+@pytest.mark.parametrize(("origin", "should", "told"), [
+    ("what stood there before the copy: it was not written", SLOT_4, f"{ROW} was not written."),
+    ("source layer 0 key slot 4 head 0 byte 2", SLOT_4,
+     f"{ROW} holds other bytes of source layer 0 key slot 4."),
+    ("destination layer 1 key slot 4 head 0 byte 0", SLOT_4,
+     f"{ROW} holds bytes of destination layer 1 key slot 4, not of layer 0 key slot 4."),
+    ("of unknown origin", SLOT_4, f"{ROW} holds a byte of unknown origin."),
+    ("a piece of a canary", SLOT_4, f"{ROW} holds a byte that is a piece of a canary."),
+    (SLOT_4, "what was there before: the copy must not write it",
+     "The copy wrote to layer 0 key slot 1, where it must not write."),
+])  # fmt: skip
+def test_the_fault_is_told_in_a_few_words(origin: str, should: str, told: str) -> None:
+    byte = first_byte(
+        f"Destination layer 0 key slot 1 head 0 byte 0 (storage 0, offset 64) holds 0x01, which is "
+        f"{origin}; expected 0x02, {should}. In all 1 bytes are wrong."
+    )
+    assert byte is not None
+    assert byte.headline() == told
 
 
 def test_a_reason_of_another_kind_is_left_alone() -> None:

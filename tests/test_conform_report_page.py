@@ -149,10 +149,8 @@ def test_each_failure_is_explained_and_can_be_replayed() -> None:
     record = conform_reports.failing()
     reader = read("failing")
     assert "12 failures" in reader.text
-    assert (
-        "Destination layer 3 value slot 17 holds bytes of source layer 3 key slot 17."
-        in reader.text
-    )
+    swapped = "holds bytes of layer 3 key slot 17, not of layer 3 value slot 17."
+    assert f"Destination layer 3 value slot 17 {swapped}" in reader.text
     assert "Destination layer 0 key slot 31 was not written." in reader.text
     assert "The worker process died with signal 11 (SIGSEGV) in this case." in reader.text
     assert "shrunken-3.json" in reader.text

@@ -199,21 +199,23 @@ def test_what_is_no_report_is_refused(text: str) -> None:
     assert len(check_report(text, listing)) == 1
 
 
-def test_fields_too_many_and_too_few_are_refused(record: RunRecord) -> None:
-    for edit in (lambda v: v.pop("seed"), lambda v: v.update(note="all right")):
+@pytest.mark.parametrize("inside", [False, True])
+def test_fields_too_many_and_too_few_are_refused(record: RunRecord, inside: bool) -> None:
+    for name in ("seed", "status", "note"):
         values = json.loads(record.document())
-        edit(values)
-        assert "missing or unknown" in check_report(json.dumps(values), listing)[0]
-        values = json.loads(record.document())
-        edit(values["cases"][0]) if "seed" in values["cases"][0] else values["cases"][0].pop("id")
+        place = values["cases"][0] if inside else values
+        if name in place:
+            del place[name]
+        else:
+            place[name] = "all right"
         assert "missing or unknown" in check_report(json.dumps(values), listing)[0]
 
 
-def test_cases_of_another_form_are_refused(record: RunRecord) -> None:
-    for cases in ("x", 3, None, [3], ["x"], [[]]):
-        values = json.loads(record.document())
-        values["cases"] = cases
-        assert check_report(json.dumps(values), listing) != []
+@pytest.mark.parametrize("cases", ["x", 3, None, [3], ["x"], [[]]])
+def test_cases_of_another_form_are_refused(record: RunRecord, cases: Any) -> None:
+    values = json.loads(record.document())
+    values["cases"] = cases
+    assert check_report(json.dumps(values), listing) != []
 
 
 def test_the_command(

@@ -21,7 +21,7 @@ from cuda_cases import COPIES
 
 from portakv import Unsupported
 from portakv.backends import _nvrtc, cuda
-from portakv.backends._rows_kernel import MAX_ENTRIES, NAME, RowsKernel
+from portakv.backends._rows_kernel import MAX_ENTRIES, NAMES, RowsKernel
 from portakv.backends.cuda import Cuda
 
 DEVICE = torch.device("cuda", 0)
@@ -98,13 +98,21 @@ _PTX = {16: ".v4.u32", 8: ".u64", 4: ".u32", 2: ".u16", 1: ".u8"}
 
 
 def _judge_sass(code: str, vector: int) -> None:
-    """One load and one store of the vector; beside them only ids, addresses and the status."""
+    """As many loads and stores of the vector as a thread moves."""
+    for each, name in NAMES.items():
+        _, found, rest = code.partition(f".section\t.text.{name},")
+        assert found, f"{name} was not found"
+        _judge_entry(rest.partition(".section\t")[0], vector, each)
+
+
+def _judge_entry(code: str, vector: int, each: int) -> None:
+    """Beside the vectors only ids, addresses and the status."""
     found = re.findall(r"\b(LDG?|STG?|LDL|STL)((?:\.[A-Z0-9]+)*) ", code)
     assert not {op for op, _ in found} & {"LD", "ST", "LDL", "STL"}, "generic or local memory"
     loads = [kind for op, kind in found if op == "LDG"]
     stores = [kind for op, kind in found if op == "STG" and ".STRONG" not in kind]
-    assert stores == [_SASS[vector]], stores
-    assert _SASS[vector] in loads, loads
+    assert stores == [_SASS[vector]] * each, stores
+    assert loads.count(_SASS[vector]) >= each, loads
     assert set(loads) <= {_SASS[vector], _SASS[8], _SASS[4]}, loads
 
 
@@ -142,13 +150,13 @@ def test_ptx_has_the_vector_width(monkeypatch: pytest.MonkeyPatch) -> None:
         assert binary.endswith(b"\0"), "the driver wants text that ends"
         text = binary.decode()
         assert ".target sm_80" in text
-        assert f".entry {NAME}(" in text
+        assert [f".entry {name}(" in text for name in NAMES.values()] == [True, True]
         vector = _PTX[kernel.vector]
         loads = set(re.findall(r"\bld\.(?!param)\S+", text))
         assert loads <= {f"ld.global{kind}" for kind in (vector, ".u64", ".s32")}
         assert f"ld.global{vector}" in loads
         stores = re.findall(r"\bst\.(?!volatile)\S+", text)
-        assert stores == [f"st.global{vector}"]
+        assert stores == [f"st.global{vector}"] * sum(NAMES)
 
 
 @needs_nvrtc

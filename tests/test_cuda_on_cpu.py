@@ -28,12 +28,12 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kernel() -> Iterator[None]:
-    """The kernel as a backend, prefetching in the smallest copies."""
+@pytest.fixture(scope="module", autouse=True, params=[1, 2])
+def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As a backend, with so many vectors a thread, prefetching in the smallest copies."""
     with pytest.MonkeyPatch.context() as patched, registered(**{CudaOnCpu.name: CudaOnCpu}):
         patched.delenv("PORTAKV_BACKEND", raising=False)
-        patched.setattr(_rows_kernel, "_AHEAD", ((0, 48),))
+        patched.setattr(_rows_kernel, "TUNING", (_rows_kernel.Tuning(0, request.param, 48),))
         yield
 
 

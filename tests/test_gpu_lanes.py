@@ -23,7 +23,7 @@ from device_cases import (
 )
 from guarded_memory import untouched
 
-from portakv import AdaptiveConnector, LayoutError, SlotError
+from portakv import AdaptiveConnector, Index, LayoutError, SlotError
 from portakv.lanes import Lanes
 
 pytestmark = pytest.mark.gpu
@@ -118,6 +118,30 @@ def test_what_does_not_fit_goes_the_long_way(
     connector.from_gpu(odd, None, placed(IDS)).synchronize()
     assert torch.equal(host_bytes(odd), wanted)
     assert taken == [False] * 5
+
+
+def test_host_ids_in_a_kept_index(connector: AdaptiveConnector, taken: list[bool]) -> None:
+    caches, slots = make_caches(), [9, 2, -1, 6, 0, 4, 8, 6]
+    connector.register_kv_caches(caches)
+    index = Index(slots)
+    for start, end in ((0, 5), (0, 5), (3, 8), (3, 8), (0, 5)):
+        chunk, other = make_chunk(5), make_chunk(5)
+        wanted = gathered(caches, chunk, slots[start:end])
+        connector.from_gpu(chunk, None, index, start, end).synchronize()
+        check_chunk(chunk, wanted)
+        if start:
+            # Slot 6 twice: sources may be repeated, destinations may not, first time or not.
+            with untouched(caches), pytest.raises(SlotError, match="Slot 6 occurs 2 times"):
+                connector.to_gpu(other, None, index, start, end)
+            continue
+        back = scattered(caches, other, slots[start:end])
+        connector.to_gpu(other, None, index, start, end).synchronize()
+        check_caches(caches, back)
+    assert taken == [False, False, True, True, False, False, True, False, True, True]
+    bad = Index([1, 2, SLOTS, 3, 4])
+    for _ in range(2):
+        with untouched(caches), pytest.raises(SlotError, match=f"slot {SLOTS}"):
+            connector.to_gpu(make_chunk(5), None, bad)
 
 
 def test_refusals_are_those_of_the_long_way(connector: AdaptiveConnector) -> None:

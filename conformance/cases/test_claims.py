@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -315,9 +316,7 @@ def _same_launch(judge: Judge, cases: list[Case]) -> None:
         judge.judge(case, _bound(judge, launches[key], case, src, dst), lambda: None)
 
 
-def _bound(
-    judge: Judge, launch: Any, case: Case, src: KVView, dst: KVView
-) -> Callable[[], None]:
+def _bound(judge: Judge, launch: Any, case: Case, src: KVView, dst: KVView) -> Callable[[], None]:
     def carry() -> None:
         mine, theirs = (judge.subject.place(index_of(s)) for s in (case.src, case.dst))
         pending = launch(src, dst, mine, theirs, case.count, None, None)
@@ -347,8 +346,9 @@ def test_threads(
         ]
     else:
         not_claimed(request, "threads", "the library lets one thread at a time into a launch.")
-        works = [lambda c=case, p=pair: _by_user(judge, c, *p)
-                 for case, pair in zip(cases, views, strict=True)]  # fmt: skip
+        works = [
+            partial(_by_user, judge, case, *pair) for case, pair in zip(cases, views, strict=True)
+        ]
     _all_at_once(works, 40 if subject.can.threads else 8)
     for case, wanted in zip(cases, expected, strict=True):
         verdict = compare(wanted, case.dst.tensors, case.src.tensors)

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -44,7 +45,7 @@ class Store:
         assert ids is not None
         count = len(ids)
         chunk = shop.chunk(SHAPE, tokens or max(count, 1), source=move == "to_gpu")
-        paged = Side(**{**vars(caches), "ids": ids, "arrangement": None})
+        paged = replace(caches, ids=ids, arrangement=None)
         return Case(paged, chunk, count) if move == "from_gpu" else Case(chunk, paged, count)
 
     def check(self, case: Case, call: Callable[[], Any]) -> None:
@@ -63,11 +64,11 @@ def store(subject: Subject, judge: Judge, home: Workshop) -> Store:
     return Store(judge, home, connector)
 
 
-@pytest.mark.parametrize(("start", "end"), [(0, None), (0, 5), (3, 11), (7, None), (4, 4), (11, 12)])
+@pytest.mark.parametrize(
+    ("start", "end"), [(0, None), (0, 5), (3, 11), (7, None), (4, 4), (11, 12)]
+)
 @pytest.mark.parametrize("move", MOVES)
-def test_a_range_of_the_slot_mapping(
-    store: Store, move: str, start: int, end: int | None
-) -> None:
+def test_a_range_of_the_slot_mapping(store: Store, move: str, start: int, end: int | None) -> None:
     """Rows ``slot_mapping[start:end]`` are tokens 0 to end - start of the chunk, and no others."""
     slots = torch.tensor(store.home.shuffled(SHAPE.slots, 12, 2))
     caches = store.caches(source=move == "from_gpu")
@@ -87,7 +88,7 @@ def test_caches_that_were_registered_again(store: Store, move: str) -> None:
         for again in range(2):
             case = store.case(move, caches, slots.roll(again), seed=seed)
             call = getattr(store.connector, move)
-            store.check(case, lambda c=case, f=call: f(_chunk(c), None, ids_of(c)))
+            store.check(case, partial(call, _chunk(case), None, ids_of(case)))
 
 
 def ids_of(case: Case) -> Any:
@@ -103,7 +104,7 @@ def test_caches_passed_with_the_call(store: Store, move: str) -> None:
         caches = sets[turn % 2]
         case = store.case(move, caches, store.home.shuffled(SHAPE.slots, 7 + turn), seed=turn)
         call = getattr(store.connector, move)
-        store.check(case, lambda c=case, f=call, t=caches.tensors: f(_chunk(c), t, ids_of(c)))
+        store.check(case, partial(call, _chunk(case), caches.tensors, ids_of(case)))
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -141,19 +142,16 @@ def _joined(
 ) -> Case:
     """A batch of loads as one copy: from the chunks as blocks of 8 tokens to the caches."""
     first = cases[0].src
-    chunks = Side(
-        **{
-            **vars(first),
-            "tensors": [case.src.tensors for case in cases],
-            "layout": f"block | {first.layout}",
-            "ids": torch.tensor([8 * n + t for n, c in enumerate(lengths) for t in range(c)]),
-            "block_size": 8,
-            "slots": 8 * len(cases),
-            "arrangement": None,
-        }
+    chunks = replace(
+        first,
+        tensors=[case.src.tensors for case in cases],
+        layout=f"block | {first.layout}",
+        ids=torch.tensor([8 * n + t for n, c in enumerate(lengths) for t in range(c)]),
+        block_size=8,
+        slots=8 * len(cases),
+        arrangement=None,
     )
-    paged = Side(**{**vars(caches), "ids": slots, "arrangement": None})
-    return Case(chunks, paged, len(slots))
+    return Case(chunks, replace(caches, ids=slots, arrangement=None), len(slots))
 
 
 @pytest.mark.parametrize("move", MOVES)

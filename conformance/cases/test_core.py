@@ -182,9 +182,7 @@ def _odd_floats(width: int, nbytes: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_a_second_call_is_a_call_of_its_own(
-    judge: Judge, home: Workshop, direction: str
-) -> None:
+def test_a_second_call_is_a_call_of_its_own(judge: Judge, home: Workshop, direction: str) -> None:
     """The same plan again, with other ids, another count and other addresses, keeps nothing."""
     held = []  # so that no call gets the addresses of the one before it
     for number, count in enumerate((9, 9, 4, 16, 9)):

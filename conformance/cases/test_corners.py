@@ -118,8 +118,13 @@ def test_one_latent_row_for_each_token(
         judge.copy(workshop.move(direction, shape, slots, layout=layout))
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (16, 16), (128, 128), (1, 16), (16, 1), (16, 128),
-                                   (128, 16), (4, 6), (6, 4), (3, 5), (48, 32), (2, 7)])  # fmt: skip
+_SIZES = (
+    (1, 1), (16, 16), (128, 128), (1, 16), (16, 1), (16, 128), (128, 16), (4, 6), (6, 4), (3, 5),
+    (48, 32), (2, 7),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", _SIZES)
 def test_block_sizes(judge: Judge, workshop: Workshop, sizes: tuple[int, int]) -> None:
     """Blocks of both sides may have any sizes, and need have no common factor."""
     first, second = (
@@ -173,7 +178,7 @@ def test_shapes_in_which_every_extent_is_two(
         judge.copy(workshop.move(direction, shape, [1, 0], step=2, layout=layout))
 
 
-_PADDED = {
+_PADDED: dict[str, dict[str, Any]] = {
     "pages": {"pads": {2: 24}},
     "blocks-by-one": {"pads": {2: 1}},
     "rows": {"pads": {4: 3}},
@@ -197,7 +202,7 @@ _PADDED = {
 def test_strides_and_padding(judge: Judge, workshop: Workshop, direction: str, how: str) -> None:
     """Rows lie where strides and storage offsets say; the bytes between them are not touched."""
     shape = Shape(layers=3, heads=2, widths=(16, 16))
-    wanted: dict[str, Any] = _PADDED[how]
+    wanted = _PADDED[how]
     slots = workshop.shuffled(shape.slots, 9, 1)
     judge.copy(workshop.move(direction, shape, slots, **wanted))
     blocks = workshop.shuffled(shape.blocks, 3, 1)
@@ -210,14 +215,15 @@ def test_chunks_that_are_not_contiguous(
     judge: Judge, workshop: Workshop, direction: str, how: str
 ) -> None:
     """A chunk need not be contiguous: what is written arrives in it, not in a copy of it."""
-    wanted: dict[str, Any] = {
+    every: dict[str, dict[str, Any]] = {
         "rows": {"pads": {3: 5}},
         "planes": {"pads": {2: 9}},
         "elements": {"gap": 3},
         "permuted": {"memory": "token layer kv (head dim)"},
         "shift": {"shift": 5},
         "split": {"split_end": True, "pads": {3: 2}},
-    }[how]
+    }
+    wanted = every[how]
     shape = Shape(layers=2, heads=2, widths=(16, 16))
     slots = workshop.shuffled(shape.slots, 9, 1)
     source = direction == "scatter"
@@ -226,12 +232,16 @@ def test_chunks_that_are_not_contiguous(
     judge.copy(Case(chunk, cache, 9) if source else Case(cache, chunk, 9))
 
 
-@pytest.mark.parametrize("layout", ["block | kv layer token (head dim)", "block | layer token kv head dim",
-                                    "block token | layer kv head dim"])  # fmt: skip
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "block | kv layer token (head dim)",
+        "block | layer token kv head dim",
+        "block token | layer kv head dim",
+    ],
+)
 @pytest.mark.parametrize("place", ["separate", "strided", "scattered"])
-def test_lists_of_memory_objects(
-    judge: Judge, workshop: Workshop, layout: str, place: str
-) -> None:
+def test_lists_of_memory_objects(judge: Judge, workshop: Workshop, layout: str, place: str) -> None:
     """A list of buffers, each a block, is one paged view and moves in one copy."""
     cache, store = Shape(blocks=8), Shape(block_size=16, blocks=2)
     slots = workshop.shuffled(cache.slots, 27, 2)
@@ -276,7 +286,8 @@ def test_one_source_row_for_many_tokens(judge: Judge, workshop: Workshop) -> Non
 def test_more_than_a_grid_holds(
     judge: Judge, workshop: Workshop, kind: str, direction: str
 ) -> None:
-    """One call moves 200,000 tokens, 70,000 blocks, or a token of 70,000 rows: nothing is clipped."""
+    """One call moves 200,000 tokens, 70,000 blocks, tokens of 70,200 runs or a block of 35,000
+    tokens: nothing is clipped."""
     if kind == "tokens":
         shape = Shape(layers=1, heads=1, widths=(2, 2), block_size=16, blocks=12_600)
         ids = torch.randperm(shape.slots, generator=_generator(workshop))[:200_000]

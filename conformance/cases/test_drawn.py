@@ -20,7 +20,7 @@ pytestmark = pytest.mark.area("drawn")
 
 #: Where ids may lie beside a device; on the CPU there is only the host.
 _ANYWHERE = st.sampled_from(("device", "cpu"))
-_TIMES = settings.default.max_examples  # of the profile
+_TIMES = settings().max_examples  # of the profile
 
 
 def places(subject: Subject, data: st.DataObject) -> dict[str, Any]:

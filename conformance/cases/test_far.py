@@ -101,7 +101,10 @@ def test_layers_that_lie_far_apart(judge: Judge, direction: str) -> None:
     plane = memory.as_strided((3, 2, _SIZE, _HEADS, _DIM), (stride, 256, 128, _DIM, 1))
     chunk = torch.full((3, 3, _HEADS, _DIM), 0xA5, dtype=torch.uint8)
     fresh = torch.from_numpy(pattern_bytes(judge.seed, 1, chunk.numel()).copy()).view(chunk.shape)
-    cache, dense = KVView(plane, "layer block token head dim"), KVView(chunk, "layer token head dim")
+    cache, dense = (
+        KVView(plane, "layer block token head dim"),
+        KVView(chunk, "layer token head dim"),
+    )
     try:
         if direction == "gather":
             for at, slot in enumerate(slots):
@@ -134,4 +137,3 @@ def test_far_blocks_on_a_device(subject: Subject, judge: Judge, direction: str) 
     check(judge, direction, plane, [3, 0, 2], "block token head dim")
     del plane, memory
     judge.facility.release()
-

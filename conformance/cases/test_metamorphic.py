@@ -25,7 +25,7 @@ from portakv import Index, LayoutError, Unsupported, copy_rows
 pytestmark = pytest.mark.area("metamorphic")
 
 # What is copied matters less here than that two ways of copying it agree.
-_FEWER = settings(max_examples=max(settings.default.max_examples // 3, 1))
+_FEWER = settings(max_examples=max(settings().max_examples // 3, 1))
 
 
 def drawn(subject: Subject, data: st.DataObject, **options: Any) -> Case:
@@ -127,7 +127,7 @@ def test_parts_make_the_whole(
     _restore(case.dst, before)
     rest = [replace(side, offset=side.offset + cut) for side in (case.src, case.dst)]
     parts = ((case.src, case.dst, cut), (rest[0], rest[1], case.count - cut))
-    if all([carry(judge, *part) for part in reversed(parts)]):
+    if all(carry(judge, *part) for part in reversed(parts)):
         wrong = changed(once, case.dst.tensors)
         assert wrong is None, f"In two parts cut at {cut}, {wrong}. The case was {case!r}."
         judge.examples += 1

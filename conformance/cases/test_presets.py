@@ -161,9 +161,7 @@ def _within(shop: Workshop, layout: str, shape: Shape, how: dict[str, Any]) -> C
     return Case(cache, replace(cache, ids=torch.tensor(blocks[2:])), 2 * shape.block_size)
 
 
-def _pages(
-    shop: Workshop, operation: str, layout: str, shape: Shape, how: dict[str, Any]
-) -> Case:
+def _pages(shop: Workshop, operation: str, layout: str, shape: Shape, how: dict[str, Any]) -> Case:
     if operation == "migrate":
         return _within(shop, layout, shape, how)
     size, blocks = shape.block_size, shop.shuffled(shape.blocks, 3, 1)
@@ -180,9 +178,7 @@ def _pages(
     return Case(store, shop.cache(shape, blocks, source=False, **mine), 3 * size)
 
 
-def _chunks(
-    shop: Workshop, operation: str, layout: str, shape: Shape, dtype: torch.dtype
-) -> Case:
+def _chunks(shop: Workshop, operation: str, layout: str, shape: Shape, dtype: torch.dtype) -> Case:
     """A chunk's layout beside a paged cache, or another chunk's."""
     if operation == "convert":
         source = shop.chunk(shape, 13, layout=layout, dtype=dtype)

@@ -50,19 +50,17 @@ _FAR = (2**31, 2**32 + 1, 2**40, 2**62, 2**63 - 1)
 
 @pytest.mark.parametrize("slot", [*_PAST, *_FAR])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_host_slots_past_the_end(
-    judge: Judge, home: Workshop, direction: str, slot: int
-) -> None:
+def test_host_slots_past_the_end(judge: Judge, home: Workshop, direction: str, slot: int) -> None:
     """A slot past the end in a list on the host is a SlotError, and nothing is moved."""
     for dtype in (torch.int64, torch.int32) if slot < 2**31 else (torch.int64,):
-        refused(judge, home.move(direction, SHAPE, torch.tensor([2, slot, 7], dtype=dtype)), SlotError)
+        refused(
+            judge, home.move(direction, SHAPE, torch.tensor([2, slot, 7], dtype=dtype)), SlotError
+        )
 
 
 @pytest.mark.parametrize("block", [SHAPE.blocks, 2**31 - 1, 2**61, 2**62, 2**63 - 1])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_host_blocks_past_the_end(
-    judge: Judge, home: Workshop, direction: str, block: int
-) -> None:
+def test_host_blocks_past_the_end(judge: Judge, home: Workshop, direction: str, block: int) -> None:
     """A block past the end is a SlotError, also where its slots do not fit 64 bits."""
     refused(judge, home.move(direction, SHAPE, [2, block, 0], step=4), SlotError)
 
@@ -85,7 +83,9 @@ def test_device_slots_past_the_end(
 
 def _judge_bad(judge: Judge, case: Case, good: Case) -> None:
     """Bytes as if the bad id were padding, and a SlotError at the end."""
-    like = Case(replace(case.src, ids=good.src.ids), replace(case.dst, ids=good.dst.ids), case.count)
+    like = Case(
+        replace(case.src, ids=good.src.ids), replace(case.dst, ids=good.dst.ids), case.count
+    )
     expected = like.expected()
     transfer = None
     try:
@@ -121,9 +121,7 @@ def test_duplicates_on_the_device(
     dst = replace(case.dst, ids=torch.tensor([ids[n] for n in unlike]))
     expected = Case(src, dst, len(unlike) * step).expected()
     torn = list(range(5 * step, 6 * step))
-    judge.finish(
-        judge.subject.copy(view_of(case.src), view_of(case.dst), None, index_of(case.dst))
-    )
+    judge.finish(judge.subject.copy(view_of(case.src), view_of(case.dst), None, index_of(case.dst)))
     found = Memory.snapshot(case.dst.tensors)
     for layer in range(expected.dst.layers):
         for kv in range(expected.dst.kv):
@@ -156,15 +154,18 @@ def test_destinations_that_cannot_be_written(judge: Judge, workshop: Workshop) -
     refused(judge, Case(workshop.chunk(shape, 2), doubled, 2), LayoutError)
 
 
+_MISALIGNED = (
+    "offset", "row", "head", "block", "plane", "one-layer", "chunk-offset", "chunk-row",
+    "chunk-plane",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("off", [1, 2, 4, 8])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("what", ["offset", "row", "head", "block", "plane", "one-layer", "chunk-offset",
-                                  "chunk-row", "chunk-plane"])  # fmt: skip
-def test_misaligned(
-    judge: Judge, workshop: Workshop, what: str, direction: str, off: int
-) -> None:
+@pytest.mark.parametrize("what", _MISALIGNED)
+def test_misaligned(judge: Judge, workshop: Workshop, what: str, direction: str, off: int) -> None:
     """The widest access is what base, every stride and storage offset allow, each by itself."""
-    how: dict[str, Any] = {
+    every: dict[str, dict[str, Any]] = {
         "offset": {"shift": off},
         "row": {"pads": {3: off}},
         "head": {"pads": {4: off}},
@@ -173,10 +174,11 @@ def test_misaligned(
         "chunk-offset": {"shift": off},
         "chunk-row": {"pads": {3: off}},
         "chunk-plane": {"pads": {2: off}},
-    }.get(what, {})
+    }
+    how = every.get(what, {})
     shape = Shape(layers=3, heads=2, widths=(64, 64))
     slots, source = workshop.shuffled(shape.slots, 9, 1), direction == "gather"
-    plain = {"dtype": torch.uint8}
+    plain: dict[str, Any] = {"dtype": torch.uint8}
     of_chunk = what.startswith("chunk")
     cache = workshop.cache(shape, slots, source=source, **plain, **({} if of_chunk else how))
     chunk = workshop.chunk(shape, 9, source=not source, **plain, **(how if of_chunk else {}))

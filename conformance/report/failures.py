@@ -83,6 +83,7 @@ def _example(case: CaseRecord) -> Html | None:
         return None
     return element(
         "p",
-        join(("Shrunken example, beside this report: ", element("code", case.example))),
+        "Shrunken example, beside this report: ",
+        element("code", f"portakv conform replay {case.example}"),
         class_="note",
     )

@@ -48,10 +48,14 @@ class FirstByte:
             return f"The copy wrote to {row}, where it must not write."
         if self.origin.startswith(("source ", "destination ")):
             origin = _WITHIN_A_ROW.sub("", self.origin)
-            if origin == _WITHIN_A_ROW.sub("", self.should):
+            should = _WITHIN_A_ROW.sub("", self.should)
+            if origin == should:
                 return f"Destination {row} holds other bytes of {origin}."
-            return f"Destination {row} holds bytes of {origin}."
-        return f"Destination {row} holds a byte {self.origin}."
+            # Both come from the source, unless the origin says something else.
+            short = origin.removeprefix("source ")
+            return f"Destination {row} holds bytes of {short}, not of {should[len('source ') :]}."
+        which = "" if self.origin.startswith("of ") else "that is "
+        return f"Destination {row} holds a byte {which}{self.origin}."
 
 
 def first_byte(reason: str) -> FirstByte | None:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.utils import backend_registration
 
 from .build import SimulatedDeviceError, load_library, missing
 
@@ -165,9 +166,9 @@ def _introduce(name: str) -> None:
     from . import device_module
 
     torch.ops.portakv_simdev.power_on()
-    torch.utils.rename_privateuse1_backend(name)
+    backend_registration.rename_privateuse1_backend(name)
     torch._register_device_module(name, device_module)
-    torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
+    backend_registration.generate_methods_for_privateuse1_backend(for_storage=True)
     atexit.register(_tell)
 
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A simulated accelerator on torch's PrivateUse1: what torch asks of a device, and what Python does.
+// A simulated accelerator on torch's PrivateUse1: what torch asks of a device, and Python of it.
 #include "operators.h"
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -106,7 +106,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   double elapsedTime(void* first, void* second, const c10::DeviceIndex) const override {
     auto &a = *static_cast<Event*>(first), &b = *static_cast<Event*>(second);
-    TORCH_CHECK(asked(a.job) && asked(b.job), "simdev: the time between events that have not ended.");
+    TORCH_CHECK(asked(a.job) && asked(b.job), "simdev: the time was asked between events that have "
+                "not ended; synchronize them first.");
     return std::chrono::duration<double, std::milli>(b.time() - a.time()).count();
   }
   void recordDataPtrOnStream(const c10::DataPtr& at, const Stream& stream) const override {
@@ -153,7 +154,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override;
 };
 
-// --- operators of its own ----------------------------------------------------------------------------
+// --- operators of its own ------------------------------------------------------------------------
 
 constexpr c10::DispatchKeySet kKeys(c10::DispatchKey::PrivateUse1);
 
@@ -165,9 +166,9 @@ Tensor empty(at::IntArrayRef size, std::optional<at::ScalarType> dtype, std::opt
   return at::detail::empty_generic(size, &memory, kKeys, c10::dtype_or_default(dtype), format);
 }
 
-Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::optional<at::ScalarType> dtype,
-                     std::optional<at::Layout>, std::optional<at::Device> device,
-                     std::optional<bool> pin) {
+Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride,
+                     std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+                     std::optional<at::Device> device, std::optional<bool> pin) {
   TORCH_CHECK(!pin.value_or(false), "Only tensors of the host can be pinned.");
   c10::DeviceGuard guard(Guard::indexed(device.value_or(c10::Device(kType))));
   return at::detail::empty_strided_generic(size, stride, &memory, kKeys,
@@ -180,7 +181,8 @@ void set_bytes(c10::StorageImpl* storage, size_t bytes) {
   c10::DataPtr fresh = memory.allocate(bytes);
   BlockPtr to = find(fresh.get()), from = find(storage->data());
   if (kept)
-    launch(stream_of(current_device), "a resize", {{to, true, to->tenant}, {from, false, from->tenant}},
+    launch(stream_of(current_device), "a resize",
+           {{to, true, to->tenant}, {from, false, from->tenant}},
            [to = to->alias, from = from->alias, kept] { memcpy(to, from, kept); });
   storage->set_data_ptr(std::move(fresh));
   storage->set_nbytes(bytes);
@@ -190,7 +192,8 @@ void Hooks::resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) co
   set_bytes(storage.unsafeGetStorageImpl(), bytes);
 }
 
-const Tensor& resize_(const Tensor& self, at::IntArrayRef size, std::optional<at::MemoryFormat> format) {
+const Tensor& resize_(const Tensor& self, at::IntArrayRef size,
+                      std::optional<at::MemoryFormat> format) {
   auto* facts = self.unsafeGetTensorImpl();
   size_t bytes = at::detail::computeStorageNbytesContiguous(size, self.itemsize(),
                                                             self.storage_offset());
@@ -247,7 +250,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("record_stream", &record_stream);
 }
 
-// --- what Python calls -------------------------------------------------------------------------------
+// --- what Python calls ---------------------------------------------------------------------------
 
 Stream given(int64_t device, int64_t id) {
   return Stream(Stream::UNSAFE, c10::Device(kType, static_cast<c10::DeviceIndex>(device)), id);
@@ -264,14 +267,15 @@ struct Run {
 };
 
 // Memory of `device` or pinned memory, for `bytes` from an address on; its alias.
-char* reached(int64_t address, int64_t bytes, int64_t device, bool writes, std::vector<Touch>& touches) {
+char* reached(int64_t address, int64_t bytes, int64_t device, bool writes,
+              std::vector<Touch>& touches) {
   auto* at = reinterpret_cast<char*>(address);
   BlockPtr block = find(at);
   TORCH_CHECK(block && at + bytes <= block->address + block->bytes, "copy_runs was given ", bytes,
-              " bytes at ", address, ", which lie in no allocation of a device and in no pinned one.");
-  TORCH_CHECK(block->device == kHost || block->device == device, "copy_runs was given memory of device ",
-              block->device, " on a stream of device ", device, "; it reaches its own device and "
-              "pinned memory.");
+              " bytes at ", address, ", which lie in no allocation of a device and no pinned one.");
+  TORCH_CHECK(block->device == kHost || block->device == device, "copy_runs was given memory of ",
+              "device ", block->device, " on a stream of device ", device, "; it reaches its own "
+              "device and pinned memory.");
   note(touches, block, writes);
   return block->alias + (at - block->address);
 }
@@ -330,7 +334,8 @@ TORCH_LIBRARY(portakv_simdev, m) {
   m.def("power_on() -> ()", &power_on);
   m.def("device_count() -> int", [] { return int64_t{kDevices}; });
   m.def("delay(int device, int stream, int milliseconds) -> ()", &delay);
-  m.def("copy_runs(Tensor src, Tensor dst, Tensor nbytes, int device, int stream) -> ()", &copy_runs);
+  m.def("copy_runs(Tensor src, Tensor dst, Tensor nbytes, int device, int stream) -> ()",
+        &copy_runs);
   m.def("taken_faults() -> str[]", &taken_faults);
   m.def("waited() -> str[]", &waited);
   m.def("run_early(bool early) -> ()", &run_early);

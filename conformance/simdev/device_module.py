@@ -73,7 +73,7 @@ def current_stream(device: Any = None) -> torch.Stream:
 def default_stream(device: Any = None) -> torch.Stream:
     """Stream 0 of a device."""
     where = _device(device)
-    kind = int(torch._C._autograd.DeviceType.PrivateUse1)
+    kind = current_stream(where).device_type
     return torch.Stream(stream_id=0, device_index=where.index, device_type=kind)
 
 

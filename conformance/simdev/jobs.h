@@ -29,10 +29,11 @@ constexpr int kHost = -1;               // the device of pinned memory
 constexpr size_t kPage = 4096;
 constexpr size_t kPooled = 64u << 20;   // larger blocks are unmapped when they are freed
 constexpr size_t kPending = 2048;       // jobs; beyond it the oldest is run
+constexpr size_t kKept = 1024;          // freed blocks; beyond it they are unmapped
 constexpr int kPatience = 16;           // queries in vain before the device begins to work
 constexpr int kPoison = 0xDB;
-constexpr char kForked[] = "simdev: this process was forked from one that had used the device; start "
-                           "it with the method 'spawn'.";
+constexpr char kForked[] = "simdev: this process was forked from one that had used the device; "
+                           "start it with the method 'spawn'.";
 
 struct Job;
 using JobPtr = std::shared_ptr<Job>;
@@ -64,7 +65,8 @@ struct Block {  // memory, of one tenant after another
 
   Block(size_t asked, size_t rounded, int on) : bytes(asked), size(rounded), device(on) {
     mapped = on == kHost ? size + 2 * kPage : 2 * size + 3 * kPage;
-    void* all = mmap(nullptr, mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* all = mmap(nullptr, mapped, PROT_NONE, flags, -1, 0);
     TORCH_CHECK(all != MAP_FAILED, "simdev: ", asked, " bytes were asked, but this machine has no "
                 "address space for them: out of memory.");
     address = static_cast<char*>(all) + kPage;
@@ -124,6 +126,7 @@ struct Machine {
   std::map<std::pair<Queue*, size_t>, std::vector<std::pair<BlockPtr, JobPtr>>> pool;
   std::vector<std::string> faults;
   std::set<std::string> waited;  // operations that had to wait for the device
+  size_t kept = 0;  // in the pool
   uint64_t jobs = 0;
   int64_t streams = 0;
   bool busy = false, early = false, working = false;
@@ -246,7 +249,7 @@ void run(Job& job) {
     if (touch.block->ended > touch.tenant) {
       report(c10::str(described(job), " used ", touch.block->bytes, " bytes that were freed after "
                       "its launch. Its stream was not recorded with the allocator: call "
-                      "tensor.record_stream(stream), or keep the tensor until the work has ended."));
+                      "tensor.record_stream(stream), or keep the tensor until the work ended."));
       break;  // and it runs all the same: what it reads is poison by now
     }
   try {
@@ -263,7 +266,8 @@ void run(Job& job) {
 
 [[noreturn]] void serve(int device) {
   at::get_num_threads();  // torch sets this thread up now, so that the next line has the last word
-  if (auto one = reinterpret_cast<void (*)(int)>(dlsym(RTLD_DEFAULT, "omp_set_num_threads"))) one(1);
+  auto set_threads = reinterpret_cast<void (*)(int)>(dlsym(RTLD_DEFAULT, "omp_set_num_threads"));
+  if (set_threads) set_threads(1);
   at::AutoDispatchBelowADInplaceOrView plain;
   std::unique_lock lock(machine.mutex);
   for (;;) {
@@ -306,9 +310,11 @@ Queue* queue_of(int device, int64_t id) {  // the mutex is held
   return found.get();
 }
 
-JobPtr make(Queue* queue, std::string name, std::vector<Touch> touches, std::function<void()> work) {
+JobPtr make(Queue* queue, std::string name, std::vector<Touch> touches,
+            std::function<void()> work) {
   check_process();  // the mutex is held
-  JobPtr job(new Job{++machine.jobs, queue, std::move(name), {}, std::move(touches), std::move(work)});
+  JobPtr job(new Job{++machine.jobs, queue, std::move(name), {}, std::move(touches),
+                     std::move(work)});
   for (const Touch& touch : job->touches) touch.block->users.emplace_back(job, touch.writes);
   machine.pending[job->number] = job;
   return job;

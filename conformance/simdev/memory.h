@@ -2,7 +2,7 @@
 // Device and pinned memory: who has it, and what happens to it once it is freed.
 //
 // As in a caching allocator memory is freed in the order of the stream that it was allocated on.
-// Streams that were recorded are waited for; work of others finds poison, or another tensor's bytes.
+// Recorded streams are waited for; work of others finds poison, or another tensor's bytes.
 #pragma once
 
 #include "jobs.h"
@@ -35,9 +35,20 @@ BlockPtr pooled(Queue* queue, size_t size) {  // the mutex is held
     if (!ended(it->second)) continue;
     BlockPtr block = it->first;
     free.erase(std::next(it).base());
+    --machine.kept;
     return block;
   }
   return nullptr;
+}
+
+void drop_pool() {  // streams come and go, and nobody asks again for what was theirs
+  machine.kept = 0;
+  auto is_over = [](const auto& free) { return ended(free.second); };
+  for (auto& [key, free] : machine.pool) {
+    free.erase(std::remove_if(free.begin(), free.end(), is_over), free.end());
+    machine.kept += free.size();
+  }
+  std::erase_if(machine.pool, [](const auto& entry) { return entry.second.empty(); });
 }
 
 void end_tenancy(Block& block, uint64_t tenant) {
@@ -62,7 +73,10 @@ void release(void* context) {
   append(end);
   for (Queue* queue : block->recorded) follow_users(*end, queue);
   block->recorded.clear();
-  if (block->size <= kPooled) machine.pool[{block->home, block->size}].emplace_back(block, end);
+  if (block->size > kPooled) return;
+  if (machine.kept >= kKept) drop_pool();
+  machine.pool[{block->home, block->size}].emplace_back(block, end);
+  ++machine.kept;
 }
 
 struct Memory final : c10::Allocator {
@@ -107,13 +121,13 @@ void on_fault(int number, siginfo_t* facts, void*) {
     fault_address = facts->si_addr;
     siglongjmp(escape, 1);
   }
-  // What the host may not touch is a device's, or nobody's. The search takes no lock: who was stopped
-  // here may hold it.
+  // What the host may not touch is a device's, or nobody's. The search takes no lock: who was
+  // stopped here may hold it.
   auto next = registry.upper_bound(reinterpret_cast<uintptr_t>(facts->si_addr));
   Block* block = next == registry.begin() ? nullptr : std::prev(next)->second;
   bool ours = block && facts->si_addr < block->address + block->mapped;
-  char text[] = "simdev: the host touched memory of the simulated device outside of a job, or ran past "
-                "pinned memory. Copy device memory to the host before it is read there.\n";
+  char text[] = "simdev: the host touched memory of the simulated device outside of a job, or ran "
+                "past pinned memory. Copy device memory to the host before it is read there.\n";
   if (ours && write(2, text, sizeof text - 1) < 0) _exit(139);
   sigaction(number, &previous[number == SIGBUS], nullptr);  // which meets the fault again
 }

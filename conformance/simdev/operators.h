@@ -49,7 +49,8 @@ class Aliases {
     auto* at = const_cast<void*>(of.data());
     if (device_.is_meta()) {
       auto* none = c10::GetAllocator(c10::kMeta);
-      return c10::Storage(c10::Storage::use_byte_size_t(), bytes, none->allocate(bytes), none, true);
+      auto nothing = none->allocate(bytes);
+      return c10::Storage(c10::Storage::use_byte_size_t(), bytes, std::move(nothing), none, true);
     }
     if (BlockPtr block = find(at)) at = block->alias + (static_cast<char*>(at) - block->address);
     return c10::Storage(c10::Storage::use_byte_size_t(), bytes, c10::DataPtr(at, c10::kCPU));
@@ -93,7 +94,7 @@ Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
   return to;
 }
 
-// --- any operator ----------------------------------------------------------------------------------
+// --- any operator --------------------------------------------------------------------------------
 
 IValue mapped(const IValue& value, c10::Device device, const std::function<Tensor(Tensor)>& to) {
   if (value.isTensor()) return value.toTensor().defined() ? IValue(to(value.toTensor())) : value;
@@ -139,8 +140,8 @@ struct Call {  // one operator with its arguments
     auto look = [&](const Tensor& tensor) {
       if (tensor.device().type() == kType) {
         int on = tensor.device().index();
-        TORCH_CHECK(device < 0 || device == on, "Expected all tensors to be on the same device, but "
-                    "found some on simulated devices ", device, " and ", on, " (", name, ").");
+        TORCH_CHECK(device < 0 || device == on, "Expected all tensors to be on the same device, "
+                    "but found some on simulated devices ", device, " and ", on, " (", name, ").");
         device = on;
       } else {
         TORCH_CHECK(tensor.is_cpu() && (indexes || tensor.dim() == 0), "Expected all tensors to be "

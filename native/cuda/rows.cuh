@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The one kernel family of PortaKV: copy rows between two views under an index on either side.
 //
-// One thread moves one vector. blockIdx.x walks through the vectors of a plane in copy order,
+// One thread moves `Each` vectors, one or two. blockIdx.x walks through the vectors of a plane in copy order,
 // blockIdx.y through the planes. Everything that a model fixes (vector width, run, loop extents,
 // index types, how a block is split) is a template parameter, so that division is by constants and
 // nothing loops; everything that a request changes (addresses, strides, counts) is an argument.
 //
 // Raw pointers and integers only: this text builds under NVRTC, nvcc, hipRTC and hipcc. No cache
-// hints: on an H200 every one of them cost bandwidth (docs/benchmarks.md).
+// hints: on an H200 every one of them cost bandwidth (benchmarks/NOTES.md).
 #pragma once
 
 // Arguments stay in constant memory where the compiler has a word for it.
@@ -15,6 +15,12 @@
 #define PORTAKV_CONSTANT __grid_constant__
 #else
 #define PORTAKV_CONSTANT
+#endif
+
+#if defined(__CUDACC__) || defined(__HIPCC__) || defined(__HIPCC_RTC__)
+#define PORTAKV_UNROLL _Pragma("unroll")
+#else
+#define PORTAKV_UNROLL
 #endif
 
 namespace portakv {
@@ -182,41 +188,62 @@ __device__ __forceinline__ void prefetch(const void* address) {
 #endif
 }
 
+// Fetch what is copied `ahead` vectors later: past the end of a plane lies the next one.
 template <int Bytes, unsigned Run, class Inner, class Outer, class Src, class Dst>
+__device__ __forceinline__ void fetch_ahead(
+    const CopyOf<Src, Dst>& copy, unsigned at, unsigned plane, unsigned all) {
+    constexpr unsigned row = Inner::product * Run;
+    // A lane for each 128-byte line.
+    if (!copy.ahead || at * Bytes % 128 >= Bytes) return;
+    unsigned later = at + copy.ahead, next = plane, number;
+    if (later >= all) { later -= all; next += 1; }
+    bool bad = false;
+    if (later >= all || next >= gridDim.y
+        || !number_of<Src>(copy.from, copy.start + later / row, number, bad))
+        return;
+    const unsigned in = later % row;
+    prefetch(
+        address_of<Src, Outer, Inner>(copy.from, copy.src, copy.src_table, number, next, in / Run)
+        + (i64)(in % Run) * Bytes);
+}
+
+template <int Bytes, unsigned Run, unsigned Each, class Inner, class Outer, class Src, class Dst>
 __device__ __forceinline__ void copy_rows(const CopyOf<Src, Dst>& copy) {
     constexpr unsigned row = Inner::product * Run;  // vectors of one unit in one plane
     typedef typename Vector<Bytes>::type V;
-    const unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
     const unsigned plane = blockIdx.y;
     const unsigned all = copy.units * row;
-    if (at >= all) return;
-    if (copy.ahead && at * Bytes % 128 < Bytes) {
-        // A lane for each 128-byte line; past the end of a plane lies the next one.
-        unsigned later = at + copy.ahead, next = plane;
-        if (later >= all) { later -= all; next += 1; }
-        unsigned number;
-        bool bad = false;
-        if (later < all && next < gridDim.y
-            && number_of<Src>(copy.from, copy.start + later / row, number, bad)) {
-            const unsigned in = later % row;
-            prefetch(
-                address_of<Src, Outer, Inner>(
-                    copy.from, copy.src, copy.src_table, number, next, in / Run)
-                + (i64)(in % Run) * Bytes);
-        }
-    }
-    const unsigned in = at % row;
-    char *src, *dst;
-    if (!both_addresses<Outer, Inner>(
-            copy, copy.start + at / row, plane, in / Run, in == 0, src, dst))
-        return;
-    const i64 byte = (i64)(in % Run) * Bytes;
+    V vectors[Each];
+    char* targets[Each];
+    PORTAKV_UNROLL
+    for (unsigned nth = 0; nth < Each; ++nth) {
+        targets[nth] = 0;
+        const unsigned at = (blockIdx.x * Each + nth) * blockDim.x + threadIdx.x;
+        if (at >= all) continue;
+        fetch_ahead<Bytes, Run, Inner, Outer>(copy, at, plane, all);
+        const unsigned in = at % row;
+        char *src, *dst;
+        if (!both_addresses<Outer, Inner>(
+                copy, copy.start + at / row, plane, in / Run, in == 0, src, dst))
+            continue;
+        const i64 byte = (i64)(in % Run) * Bytes;
 #if defined(__CUDA_ARCH__)
-    // Addresses come from integers; told that they are global, the compiler takes the direct path.
-    __builtin_assume(__isGlobal(src));
-    __builtin_assume(__isGlobal(dst));
+        // Addresses come from integers; told that they are global, the compiler takes the direct
+        // path.
+        __builtin_assume(__isGlobal(src));
 #endif
-    *(V*)(dst + byte) = *(const V*)(src + byte);
+        targets[nth] = dst + byte;
+        vectors[nth] = *(const V*)(src + byte);
+    }
+    // All loads are under way before the first store waits for its own.
+    PORTAKV_UNROLL
+    for (unsigned nth = 0; nth < Each; ++nth) {
+        if (!targets[nth]) continue;
+#if defined(__CUDA_ARCH__)
+        __builtin_assume(__isGlobal(targets[nth]));
+#endif
+        *(V*)targets[nth] = vectors[nth];
+    }
 }
 
 }  // namespace portakv

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from ..index import Index
     from ..view import KVView
 
-NAME = "portakv_rows"
+#: Names of the entries in a kernel's text, by the vectors that one thread moves.
+NAMES = {1: "portakv_rows", 2: "portakv_rows_2"}
 MAX_UNITS, MAX_OUTER, MAX_INNER = 3, 4, 6  # array lengths in `Side`
 MAX_PLANES = 65535  # blocks along y
 # Addresses that travel in the arguments: with both sides below the classic limit of 4 KiB.
@@ -40,8 +41,21 @@ _MAX_VECTORS = 2**31
 _MAX_NUMBERS = 2**32  # of units in a view: the kernel counts them in 32 bits
 
 
-# Bytes to prefetch ahead in copy order by payload, from the largest down (benchmarks/NOTES.md).
-_AHEAD = ((256 << 20, 2 << 20), (64 << 20, 1 << 20), (8 << 20, 512 << 10))
+class Tuning(NamedTuple):
+    """How a launch of some size is cut; measured on an H200 (benchmarks/NOTES.md, section 6)."""
+
+    payload: int  # bytes, from which on
+    each: int  # vectors that one thread moves
+    ahead: int  # bytes to prefetch ahead in copy order
+
+
+TUNING = (
+    Tuning(3 << 29, 2, 1 << 20),
+    Tuning(256 << 20, 1, 2 << 20),
+    Tuning(64 << 20, 1, 1 << 20),
+    Tuning(8 << 20, 1, 512 << 10),
+    Tuning(0, 1, 0),
+)
 
 
 @cache
@@ -106,32 +120,35 @@ class RowsKernel:
     @property
     def source(self) -> str:
         """The kernel's whole text; nests of one shape have one text."""
-        call = f"copy_rows<{self.vector}, {self.run // self.vector}"
         types = [
             f"typedef {_extents(self.inner)} Inner;",
             f"typedef {_extents(self.outer)} Outer;",
             f"typedef {self.src.shape()} Src;",
             f"typedef {self.dst.shape()} Dst;",
         ]
-        return "\n".join(
-            [
-                kernel_text(),
-                "using namespace portakv;",
-                *types,
-                "typedef CopyOf<Src, Dst> Argument;",
-                f'extern "C" __global__ void {NAME}(const PORTAKV_CONSTANT Argument copy) {{',
-                f"    {call}, Inner, Outer, Src, Dst>(copy);",
-                "}\n",
-            ]
-        )
+        entries = [self._entry(each, name) for each, name in NAMES.items()]
+        head = [kernel_text(), "using namespace portakv;", *types]
+        return "\n".join([*head, "typedef CopyOf<Src, Dst> Argument;", *entries])
 
-    def ahead(self, units: int) -> int:
-        """How many vectors to prefetch ahead in copy order."""
+    def _entry(self, each: int, name: str) -> str:
+        call = (
+            f"copy_rows<{self.vector}, {self.run // self.vector}, {each}, Inner, Outer, Src, Dst>"
+        )
+        argument = "const PORTAKV_CONSTANT Argument copy"
+        return f'extern "C" __global__ void {name}({argument}) {{ {call}(copy); }}\n'
+
+    def tuned(self, units: int) -> tuple[int, int]:
+        """(vectors that one thread moves, vectors to prefetch ahead) for so many units."""
         payload = units * self._unit_bytes
-        for least, ahead in _AHEAD:
-            if payload >= least:
-                return ahead // self.vector
-        return 0
+        for tuning in TUNING:
+            if payload >= tuning.payload:
+                return tuning.each, tuning.ahead // self.vector
+        raise AssertionError("the last tuning is for any payload")
+
+    @property
+    def small(self) -> int:
+        """Below so many units a launch is tuned as the smallest are."""
+        return -(-TUNING[-2].payload // self._unit_bytes)
 
     @property
     def fixed(self) -> bytes:
@@ -162,32 +179,44 @@ class RowsKernel:
 
     def packer(
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
-    ) -> Callable[[bytearray, int, int, int, int, int], None] | None:
+    ) -> Callable[[bytearray, int, int, int, int, int, int], None] | None:
         """`pack` and `pack_span` of one launch with everything settled but (address of the dense
-        side, address of the ids, first id, units, status word); None where a table is needed."""
+        side, address of the ids, first id, units, vectors to prefetch ahead, status word); None
+        where a table is needed."""
         store = src_index.ids is not None
         dense = self.dst if store else self.src
         if dense.kind != "NONE" or self.unit != 1:
             return None
         paged = self.src.request(src, src_index) if store else self.dst.request(dst, dst_index)
         base, table, _, wide, _, limit = paged
-        behind, pack, ahead = dense.side.offset, _REQUEST.pack_into, self.ahead
-        least = -(-_AHEAD[-1][0] // self._unit_bytes)  # units from which on it fetches ahead
+        behind, pack = dense.side.offset, _REQUEST.pack_into
 
         def gather(
-            buffer: bytearray, address: int, ids: int, first: int, units: int, status: int
+            buffer: bytearray,
+            address: int,
+            ids: int,
+            first: int,
+            units: int,
+            ahead: int,
+            status: int,
         ) -> None:
             pack(
                 buffer, 0, base, table, ids, wide, first, limit, address + behind, 0, 0, 0, 0, 0,
-                units, 0, 1, ahead(units) if units >= least else 0, status,
+                units, 0, 1, ahead, status,
             )  # fmt: skip
 
         def scatter(
-            buffer: bytearray, address: int, ids: int, first: int, units: int, status: int
+            buffer: bytearray,
+            address: int,
+            ids: int,
+            first: int,
+            units: int,
+            ahead: int,
+            status: int,
         ) -> None:
             pack(
                 buffer, 0, address + behind, 0, 0, 0, 0, 0, base, table, ids, wide, first, limit,
-                units, 0, 1, ahead(units) if units >= least else 0, status,
+                units, 0, 1, ahead, status,
             )  # fmt: skip
 
         return gather if store else scatter

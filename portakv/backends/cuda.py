@@ -13,7 +13,7 @@ import torch
 from ..errors import Unsupported
 from ..plan import CopyPlan
 from . import _nvrtc
-from ._rows_kernel import NAME, RowsKernel
+from ._rows_kernel import NAMES, RowsKernel
 from .base import Backend, Capabilities, Decision, Launch
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Cuda(Backend):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._capability = _capability(device)
-        self._functions: dict[str, Any] = {}
+        self._functions: dict[str, dict[int, Any]] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -65,8 +65,8 @@ class Cuda(Backend):
         functions = [self._function(source) for source in sources]
         return _CudaLaunch(plan.unit, kernels, functions, self.device)
 
-    def _function(self, source: str) -> Any:
-        """The loaded kernel; compiled, or read from the cache on disk, at most once."""
+    def _function(self, source: str) -> dict[int, Any]:
+        """The loaded kernels of a text; compiled, or read from the cache on disk, at most once."""
         with self._lock:
             found = self._functions.get(source)
             if found is None:
@@ -106,7 +106,8 @@ def _capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
-def _load(binary: bytes, device: torch.device) -> Any:
+def _load(binary: bytes, device: torch.device) -> dict[int, Any]:
+    """The loaded entries, by the vectors that one thread moves."""
     from cuda.bindings import driver
 
     with torch.cuda.device(device):
@@ -114,12 +115,14 @@ def _load(binary: bytes, device: torch.device) -> Any:
         torch._C._cuda_setDevice(device.index)
         error, library = driver.cuLibraryLoadData(binary, [], [], 0, [], [], 0)
         _check(error, "Loading the kernel")
-        error, kernel = driver.cuLibraryGetKernel(library, NAME.encode())
-        _check(error, "Finding the kernel")
-        # Modules load lazily; a first launch inside a capture must not have to.
-        error, function = driver.cuKernelGetFunction(kernel)
-        _check(error, "Making the kernel resident")
-    return function
+        functions = {}
+        for each, name in NAMES.items():
+            error, kernel = driver.cuLibraryGetKernel(library, name.encode())
+            _check(error, "Finding the kernel")
+            # Modules load lazily; a first launch inside a capture must not have to.
+            error, functions[each] = driver.cuKernelGetFunction(kernel)
+            _check(error, "Making the kernel resident")
+    return functions
 
 
 def _check(error: Any, what: str) -> None:
@@ -145,7 +148,7 @@ class _CudaLaunch:
         self,
         unit: int,
         kernels: list[RowsKernel],
-        functions: list[Any],
+        functions: list[dict[int, Any]],
         device: torch.device,
     ) -> None:
         from cuda.bindings import driver
@@ -172,8 +175,8 @@ class _CudaLaunch:
             packers.append(packer)
             fixed.append(bytes(filled))
         parts = [
-            (packer, function, kernel.row, kernel.planes)
-            for packer, function, kernel in zip(
+            (packer, functions, kernel.row, kernel.planes, kernel.small, kernel.tuned)
+            for packer, functions, kernel in zip(
                 packers, self._functions, self._kernels, strict=True
             )
         ]
@@ -217,11 +220,13 @@ class _CudaLaunch:
         arguments = self._arguments
         for at, kernel in enumerate(self._kernels):
             buffer = arguments.buffers[at]
-            kernel.pack(buffer, src, dst, src_index, dst_index, word, kernel.ahead(units))
+            each, ahead = kernel.tuned(units)
+            kernel.pack(buffer, src, dst, src_index, dst_index, word, ahead)
             for start, span in kernel.spans(units):
                 kernel.pack_span(buffer, start, span)
                 (error,) = self._launch(
-                    self._functions[at], -(-span * kernel.row // _THREADS), kernel.planes, 1,
+                    self._functions[at][each], -(-span * kernel.row // (_THREADS * each)),
+                    kernel.planes, 1,
                     _THREADS, 1, 1, 0, handle, arguments.addresses[at], 0,
                 )  # fmt: skip
                 if error:
@@ -254,12 +259,15 @@ class _CudaAgain:
         if stream is None:
             stream = self._streams[raw] = self._make_stream(raw)
         arguments = self._arguments
-        buffers, addresses = arguments.buffers, arguments.addresses
-        for at, (pack, function, row, planes) in enumerate(self._parts):
-            pack(buffers[at], dense, ids, first, count, status)
+        for part, buffer, address in zip(
+            self._parts, arguments.buffers, arguments.addresses, strict=True
+        ):
+            pack, functions, row, planes, small, tuned = part
+            each, ahead = (1, 0) if count < small else tuned(count)
+            pack(buffer, dense, ids, first, count, ahead, status)
             (error,) = self._launch(
-                function, -(-count * row // _THREADS), planes, 1,
-                _THREADS, 1, 1, 0, stream, addresses[at], 0,
+                functions[each], -(-count * row // (_THREADS * each)), planes, 1,
+                _THREADS, 1, 1, 0, stream, address, 0,
             )  # fmt: skip
             if error:
                 _check(error, "The launch")

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device graphs: a launch that claims `capturable` is captured once and replayed with other ids and
+other bytes; one that does not is refused inside a capture, in words, before anything is enqueued.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from portakv_conformance.claims import not_claimed
+from portakv_conformance.judging import Judge, changed, index_of, view_of
+from portakv_conformance.memory import Memory
+from portakv_conformance.oracle import compare
+from portakv_conformance.pattern import pattern_bytes
+from portakv_conformance.shapes import Shape, Workshop
+from portakv_conformance.sides import Case, Side
+from portakv_conformance.subject import Subject
+
+from portakv import CopyPlan, TransferError, Unsupported
+
+pytestmark = [
+    pytest.mark.area("capture"), pytest.mark.needs("graphs"), pytest.mark.claim("capturable"),
+]  # fmt: skip
+
+DIRECTIONS = ("gather", "scatter")
+SHAPE = Shape(layers=3, widths=(64, 64))
+
+
+def paged(case: Case) -> Side:
+    """The side of a case that has ids."""
+    return case.src if case.src.ids is not None else case.dst
+
+
+def device_case(subject: Subject, home: Workshop, direction: str, holes: int) -> Case:
+    """A case with ids on the device."""
+    slots = torch.tensor(home.shuffled(SHAPE.slots, 9, holes))
+    return home.move(direction, SHAPE, slots.to(subject.device))
+
+
+def captured(call: Any) -> tuple[Any, Any]:
+    """A graph of one call, and what the call returned."""
+    gc.collect()  # a graph that dies during a capture spoils it
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        returned = call()
+    return graph, returned
+
+
+def check_replays(judge: Judge, case: Case, graph: Any, home: Workshop, holes: int) -> None:
+    """Replay with new ids and new bytes, and judge each time."""
+    side = paged(case)
+    assert side.ids is not None
+    for turn in range(3):
+        shop = Workshop(home.device, home.seed + turn, home.paged)
+        if judge.subject.can.index_on == "device":
+            side.ids.copy_(torch.tensor(shop.shuffled(SHAPE.slots, 9, holes)))
+        for number, guard in enumerate(case.src.guards):
+            fresh = pattern_bytes(home.seed + turn + 1, number, guard.nbytes)
+            guard.payload().copy_(torch.from_numpy(fresh.copy()))
+        expected = case.expected()
+        graph.replay()
+        torch.cuda.synchronize()
+        verdict = compare(expected, case.dst.tensors, case.src.tensors)
+        assert verdict is None, f"At replay {turn}: {verdict}"
+        judge.examples += 1
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_launch_is_captured_and_replayed(
+    request: pytest.FixtureRequest, subject: Subject, judge: Judge, home: Workshop, direction: str
+) -> None:
+    """What was captured reads ids and bytes anew at every replay."""
+    if not subject.can.capturable:
+        not_claimed(request, "capturable", "its launches cannot be captured into a graph.")
+        return
+    holes = 2 if subject.can.skips_negative else 0
+    case = device_case(subject, home, direction, holes)
+    src, dst = view_of(case.src), view_of(case.dst)
+    mine, theirs = (subject.place(index_of(side)) for side in (case.src, case.dst))
+    plan = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
+    launch = subject.prepare(plan)
+    judge.launch(case)  # made its tables, and all that a first launch makes
+
+    def call() -> Any:
+        return launch(src, dst, mine, theirs, case.count, None, None)
+
+    call()
+    graph, pending = captured(call)
+    assert pending is None, "A captured launch returned a Pending: nobody can wait for a replay."
+    check_replays(judge, case, graph, home, holes)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_copy_inside_a_capture(
+    request: pytest.FixtureRequest, subject: Subject, judge: Judge, home: Workshop, direction: str
+) -> None:
+    """As a user gets it: a copy of device ids is captured, or refused with nothing enqueued."""
+    can = subject.can
+    able = can.capturable and can.skips_negative and can.guards and can.index_on == "device"
+    case = device_case(subject, home, direction, 2)
+    src, dst = view_of(case.src), view_of(case.dst)
+    mine, theirs = index_of(case.src), index_of(case.dst)
+
+    def call() -> Any:
+        return subject.copy(src, dst, mine, theirs, count=case.count)
+
+    call().synchronize()
+    if able:
+        graph, transfer = captured(call)
+        for ask in (transfer.done, transfer.synchronize):
+            with pytest.raises(TransferError):
+                ask()
+        check_replays(judge, case, graph, home, 2)
+        return
+    not_claimed(request, "capturable", "a copy of device ids inside a capture is refused.")
+    refused_in_capture(judge, case, call)
+    judge.copy(case)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_host_ids_inside_a_capture(
+    subject: Subject, judge: Judge, home: Workshop, direction: str
+) -> None:
+    """Ids on the host would have to be copied first: a backend that reads the device's is
+    refused inside a capture, and works behind it."""
+    case = home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 9))
+    src, dst = view_of(case.src), view_of(case.dst)
+
+    def call() -> Any:
+        return subject.copy(src, dst, index_of(case.src), index_of(case.dst), count=case.count)
+
+    call().synchronize()
+    if subject.can.index_on == "device":
+        refused_in_capture(judge, case, call)
+    judge.copy(case)
+
+
+def refused_in_capture(judge: Judge, case: Case, call: Any) -> None:
+    """Inside a capture the call raises `Unsupported`; no byte changes."""
+    before = Memory.snapshot(case.src.tensors, case.dst.tensors)
+    with pytest.raises(Unsupported):
+        captured(call)
+    torch.cuda.synchronize()
+    wrong = changed(before, [case.src.tensors, case.dst.tensors])
+    assert wrong is None, f"It was refused inside a capture, but {wrong}."

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lies that a single call does not show: claims that cannot be true on this device, calls that mix
+with their neighbours, a stream that is taken for none. Each was found by a mutant that survived.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from portakv_conformance.cases.test_ordering import Late, launched, prepared
+from portakv_conformance.claims import not_claimed
+from portakv_conformance.facility import Facility
+from portakv_conformance.judging import Judge, index_of, view_of
+from portakv_conformance.memory import Memory
+from portakv_conformance.oracle import compare
+from portakv_conformance.shapes import Shape, Workshop
+from portakv_conformance.sides import Case
+from portakv_conformance.subject import Subject
+
+from portakv import CopyPlan, Index
+
+pytestmark = pytest.mark.area("claims")
+
+DIRECTIONS = ("gather", "scatter")
+SHAPE = Shape(layers=3, widths=(64, 64))
+BUSY = 300  # milliseconds
+_THREADS, _ROUNDS = 4, 12
+
+
+@pytest.mark.claim("places")
+def test_places_are_of_this_device(subject: Subject) -> None:
+    """On the host only host memory is claimed; elsewhere each pair has the device on one side."""
+    for pair in sorted(subject.can.places):
+        if subject.on_host:
+            right = "device" not in pair
+        else:
+            right = "device" in pair
+        assert right, f"It runs on {subject.device} and claims to copy from {' to '.join(pair)}."
+
+
+@pytest.mark.claim("capturable")
+def test_capture_is_claimed_where_there_are_graphs(subject: Subject, facility: Facility) -> None:
+    """`capturable` is claimed only on a device whose torch can capture: nothing else shows it."""
+    assert facility.graphs or not subject.can.capturable, (
+        f"It claims capturable, but torch captures no graphs on {subject.device.type}."
+    )
+
+
+@pytest.mark.claim("threads")
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_each_thread_gets_its_own_copy(
+    request: pytest.FixtureRequest, subject: Subject, judge: Judge, home: Workshop, direction: str
+) -> None:
+    """Of one launch that several threads call at once each call moves its own rows, once."""
+    if not subject.can.threads:
+        not_claimed(request, "threads", "the library lets one thread at a time into a launch.")
+        return
+    launch: Any = None
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for turn in range(_ROUNDS):
+            shops = [replace(home, seed=home.seed + 10 * turn + n) for n in range(_THREADS)]
+            # Fresh destinations each time: a call that is lost is not made good by the next.
+            cases = [shop.move(direction, SHAPE, shop.shuffled(SHAPE.slots, 9)) for shop in shops]
+            launch = launch or subject.prepare(_plan(cases[0]))
+            expected = [case.expected() for case in cases]
+            gate = threading.Barrier(_THREADS)
+            works = [_work(subject, launch, case, gate) for case in cases]
+            judge.facility.synchronize()
+            for ended in [pool.submit(work) for work in works]:
+                ended.result()
+            judge.facility.synchronize()
+            for case, wanted in zip(cases, expected, strict=True):
+                verdict = compare(wanted, case.dst.tensors, case.src.tensors)
+                assert verdict is None, f"Called from {_THREADS} threads at once: {verdict}"
+                judge.examples += 1
+
+
+def _plan(case: Case) -> CopyPlan:
+    src, dst = view_of(case.src), view_of(case.dst)
+    return CopyPlan(src.form, dst.form, index_of(case.src).plan_step, index_of(case.dst).plan_step)
+
+
+def _work(subject: Subject, launch: Any, case: Case, gate: threading.Barrier) -> Any:
+    views = view_of(case.src), view_of(case.dst)
+    indices = [subject.place(index_of(side)) for side in (case.src, case.dst)]
+    _ = [view.table for view in views]  # made on this thread's stream
+
+    def work() -> None:
+        gate.wait()
+        pending = launch(*views, *indices, case.count, None, None)
+        if pending is not None:
+            pending.wait()
+
+    return work
+
+
+@pytest.mark.area("safety")
+@pytest.mark.parametrize("step", [1, 4])
+def test_duplicates_that_reach_a_launch(
+    subject: Subject, judge: Judge, home: Workshop, step: int
+) -> None:
+    """Where nobody looked at the ids, a destination that occurs twice corrupts nothing else."""
+    shape = replace(SHAPE, block_size=4, blocks=6)
+    ids = [5, 2, 5, 0, 5, 5]
+    case = home.scatter(shape, torch.tensor(ids).to(subject.device), step=step)
+    once = [n for n, slot in enumerate(ids) if slot != 5]
+    positions = torch.tensor([n * step + at for n in once for at in range(step)])
+    src = replace(case.src, ids=positions)
+    dst = replace(case.dst, ids=torch.tensor([ids[n] for n in once]))
+    expected = Case(src, dst, len(once) * step).expected()
+    theirs = subject.place(index_of(case.dst))
+    pending = subject.launch(view_of(case.src), view_of(case.dst), Index(), theirs, case.count)
+    if pending is not None:
+        pending.wait()
+    judge.facility.synchronize()
+    found = Memory.snapshot(case.dst.tensors)
+    for layer in range(expected.dst.layers):
+        for kv in range(expected.dst.kv):  # which of its sources a row holds is not specified
+            rows = expected.dst.row_addresses(kv, layer, list(range(5 * step, 6 * step)))
+            expected.after.write(rows, found.read(rows))
+    verdict = compare(expected, case.dst.tensors, case.src.tensors)
+    assert verdict is None, verdict
+    judge.examples += 1
+
+
+@pytest.mark.area("ordering")
+@pytest.mark.needs("accelerator")
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_default_stream_is_a_stream(
+    facility: Facility, judge: Judge, home: Workshop, direction: str
+) -> None:
+    """The default stream, passed while another is current, carries the work out: its number, 0,
+    does not say that no stream was given."""
+    late = Late(judge, home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 9)))
+    launch = prepared(late)
+    late.indices = tuple(judge.subject.place(index) for index in late.indices)  # type: ignore[assignment]
+    late.produce()
+    default, side = facility.current(), facility.stream()
+    facility.synchronize()
+    facility.delay(BUSY, side)
+    with facility.on(side):
+        pending = launched(late, launch, default)
+    if pending is not None:
+        pending.wait()
+    default.synchronize()
+    late.check()  # while the other stream is still busy

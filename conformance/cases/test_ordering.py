@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Order on accelerators: what a copy waits for, what waits for it, and what may be freed meanwhile.
+
+A slow job stands before the producer or before the copy, so that a missing wait shows.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from portakv_conformance.facility import Facility
+from portakv_conformance.judging import Judge, index_of, view_of
+from portakv_conformance.oracle import compare
+from portakv_conformance.shapes import Shape, Workshop
+from portakv_conformance.sides import Case
+from portakv_conformance.subject import Subject
+
+from portakv import CopyPlan, Unsupported
+
+pytestmark = [pytest.mark.area("ordering"), pytest.mark.needs("accelerator")]
+
+DIRECTIONS = ("gather", "scatter")
+SHAPE = Shape(layers=3, widths=(64, 64))
+SLOW = 60  # milliseconds
+STREAMS = ("none", "side", "current")
+PLACES = ("host", "device")
+
+
+class Late:
+    """A case whose source is produced late: until then it holds other bytes.
+
+    ``expected`` is what must come out of it.
+    """
+
+    def __init__(self, judge: Judge, case: Case) -> None:
+        self.judge, self.case = judge, case
+        self.expected = case.expected()
+        self.final = [guard.payload().clone() for guard in case.src.guards]
+        self.views = view_of(case.src), view_of(case.dst)
+        self.indices = index_of(case.src), index_of(case.dst)
+        self._prepare()
+        for guard in case.src.guards:
+            guard.payload().fill_(0xEE)
+        judge.facility.synchronize()
+
+    def _prepare(self) -> None:
+        """Compile outside of the race, and leave the destination as it was."""
+        try:
+            self.copy().synchronize()
+        finally:
+            before = {region.base: region.content for region in self.expected.before.regions}
+            for guard in self.case.dst.guards:
+                content = before[guard.whole.data_ptr()]
+                guard.whole.copy_(torch.from_numpy(content))
+
+    def produce(self) -> None:
+        """Write the source, on the current stream."""
+        for guard, final in zip(self.case.src.guards, self.final, strict=True):
+            guard.payload().copy_(final, non_blocking=True)
+
+    def copy(self, stream: torch.Stream | None = None) -> Any:
+        """The copy, as a user gets it."""
+        count = self.case.count
+        return self.judge.subject.copy(*self.views, *self.indices, count=count, stream=stream)
+
+    def check(self, *, source: bool = True) -> None:
+        """Judge the bytes; all work has ended."""
+        src = self.case.src.tensors if source else None
+        verdict = compare(self.expected, self.case.dst.tensors, src)
+        self.judge.failing = self.case if verdict else self.judge.failing
+        assert verdict is None, verdict
+        self.judge.examples += 1
+
+
+def made(judge: Judge, home: Workshop, direction: str, ids: str) -> Case:
+    """A case whose ids lie on the host or on the device."""
+    slots = torch.tensor(home.shuffled(SHAPE.slots, 9, 1))
+    return home.move(direction, SHAPE, slots.to(judge.subject.device) if ids == "device" else slots)
+
+
+@pytest.mark.parametrize("ids", PLACES)
+@pytest.mark.parametrize("where", STREAMS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_copy_waits_for_its_producer(
+    facility: Facility, judge: Judge, home: Workshop, direction: str, where: str, ids: str
+) -> None:
+    """A copy is ordered behind all earlier work of the caller's current stream, be it carried out
+    there or on another stream that is passed."""
+    late = Late(judge, made(judge, home, direction, ids))
+    side = facility.stream()
+    if where == "current":  # which need not be the default stream
+        with facility.on(side):
+            facility.delay(SLOW)
+            late.produce()
+            transfer = late.copy()
+    else:
+        facility.delay(SLOW)
+        late.produce()
+        transfer = late.copy(side if where == "side" else None)
+    transfer.synchronize()
+    late.check()
+
+
+@pytest.mark.parametrize("where", STREAMS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_later_work_waits_for_the_copy(
+    facility: Facility, judge: Judge, home: Workshop, direction: str, where: str
+) -> None:
+    """Behind ``Transfer.wait`` the current stream may read the destination and reuse the source."""
+    late = Late(judge, made(judge, home, direction, "host"))
+    late.produce()
+    facility.synchronize()
+    side = facility.stream()
+    with facility.on(side if where == "current" else facility.current()):
+        facility.delay(SLOW, side if where == "side" else None)
+        transfer = late.copy(side if where == "side" else None)
+        transfer.wait()
+        landed = [guard.whole.clone() for guard in late.case.dst.guards]
+        for guard in late.case.src.guards:
+            guard.payload().fill_(0x11)
+        facility.current().synchronize()
+    facility.synchronize()
+    for guard, copy in zip(late.case.dst.guards, landed, strict=True):
+        assert torch.equal(guard.whole.cpu(), copy.cpu()), "Behind wait() bytes were still coming."
+    late.check(source=False)
+
+
+@pytest.mark.parametrize("where", ["none", "side"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_ids_that_are_produced_late(
+    facility: Facility, judge: Judge, home: Workshop, direction: str, where: str
+) -> None:
+    """Ids on the device are read behind the work that writes them."""
+    late = Late(judge, made(judge, home, direction, "device"))
+    side = late.case.src if direction == "gather" else late.case.dst
+    assert side.ids is not None
+    late.produce()
+    fresh = side.ids.clone()
+    side.ids.copy_(torch.arange(len(fresh)).flip(0))
+    facility.synchronize()
+    late.indices = index_of(late.case.src), index_of(late.case.dst)
+    facility.delay(SLOW)
+    side.ids.copy_(fresh, non_blocking=True)
+    late.copy(facility.stream() if where == "side" else None).synchronize()
+    late.check()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_done_means_landed(
+    facility: Facility, judge: Judge, home: Workshop, direction: str
+) -> None:
+    """A transfer on a busy stream says that it is done only when its bytes have landed."""
+    late = Late(judge, made(judge, home, direction, "host"))
+    late.produce()
+    facility.synchronize()
+    side = facility.stream()
+    facility.delay(SLOW, side)
+    transfer = late.copy(side)
+    judge.finish(transfer, "synchronize" if not transfer.done() else "done")
+    late.check()
+
+
+@pytest.mark.parametrize("ids", PLACES)
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "dropped"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_memory_freed_right_after_the_call(
+    facility: Facility, judge: Judge, home: Workshop, direction: str, keep: bool, ids: str
+) -> None:
+    """Source and ids may be freed and reused right after the call, whether or not the transfer is
+    kept: the copy still reads what was there."""
+    late = Late(judge, made(judge, home, direction, ids))
+    late.produce()
+    facility.synchronize()
+    side = facility.stream()
+    facility.delay(SLOW, side)
+    transfer = late.copy(side)
+    expected, target = late.expected, late.case.dst
+    sizes = [guard.whole.numel() for guard in late.case.src.guards]
+    sizes += [tensor.nbytes for tensor in (late.case.src.ids, target.ids) if tensor is not None]
+    target = replace(target, ids=None)
+    if not keep:
+        del transfer
+    del late
+    gc.collect()
+    # Zeros are slots as well: what reads reused ids moves a wrong row, never a wild one.
+    junk = [torch.zeros(n, dtype=torch.uint8, device=facility.device) for n in sizes * 4]
+    facility.synchronize()
+    assert junk
+    verdict = compare(expected, target.tensors)
+    assert verdict is None, f"Its memory was reused too early. {verdict}"
+    judge.examples += 1
+
+
+# -- launches -----------------------------------------------------------------------------------
+
+
+def launched(late: Late, launch: Any, stream: torch.Stream | None) -> Any:
+    """Call a prepared launch; its `Pending`, if any."""
+    mine, theirs = (late.judge.subject.place(index) for index in late.indices)
+    return launch(*late.views, mine, theirs, late.case.count, stream, None)
+
+
+def prepared(late: Late) -> Any:
+    """The launch for a case."""
+    (src, dst), (mine, theirs) = late.views, late.indices
+    return late.judge.subject.prepare(
+        CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
+    )
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "current"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_launch_works_on_its_stream(
+    facility: Facility, judge: Judge, home: Workshop, direction: str, given: bool
+) -> None:
+    """A launch orders its work on the stream that it is given, or else on the current one, in
+    each call anew."""
+    slots = home.shuffled(SHAPE.slots, 9)
+    lates = [Late(judge, home.move(direction, SHAPE, slots)) for _ in range(3)]
+    launch = prepared(lates[0])
+    for late in lates:
+        # Ids are brought over now: the copy of a list would wait for the device.
+        late.indices = tuple(judge.subject.place(index) for index in late.indices)  # type: ignore[assignment]
+        _ = [view.table for view in late.views]
+        facility.synchronize()
+        stream = facility.stream()
+        with facility.on(stream):
+            facility.delay(SLOW)
+            late.produce()
+            pending = None if given else launched(late, launch, None)
+        if given:
+            pending = launched(late, launch, stream)
+        if pending is not None:
+            pending.wait()
+        stream.synchronize()
+        late.check()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_copies_on_two_streams_at_once(
+    facility: Facility, judge: Judge, home: Workshop, direction: str
+) -> None:
+    """Copies on two streams do not share anything that one of them still needs."""
+    lates = []
+    for number in range(2):
+        shop = replace(home, seed=home.seed + number)
+        slots = shop.shuffled(SHAPE.slots, 9, 1)
+        lates.append(Late(judge, shop.move(direction, SHAPE, slots)))
+    streams = [facility.stream() for _ in lates]
+    transfers = []
+    for turn, (late, stream) in enumerate(zip(lates, streams, strict=True)):
+        late.produce()
+        facility.delay(SLOW * (2 - turn), stream)
+        transfers.append(late.copy(stream))
+    for transfer in transfers:
+        transfer.synchronize()
+    for late in lates:
+        late.check()
+
+
+def test_a_load_behind_a_store_of_the_same_rows(
+    facility: Facility, judge: Judge, home: Workshop
+) -> None:
+    """On one stream, a store reads its rows before the load behind it writes them."""
+    slots = home.shuffled(SHAPE.slots, 9)
+    store = home.gather(SHAPE, slots)
+    fresh = replace(home, seed=home.seed + 1).scatter(SHAPE, slots)
+    load = Case(fresh.src, replace(store.src), 9)
+    wanted = store.expected()
+    load_wanted = load.expected()
+    facility.delay(SLOW)
+    transfers = [
+        judge.subject.copy(view_of(c.src), view_of(c.dst), index_of(c.src), index_of(c.dst))
+        for c in (store, load)
+    ]
+    for transfer in transfers:
+        transfer.synchronize()
+    for expected, case in ((wanted, store), (load_wanted, load)):
+        verdict = compare(expected, case.dst.tensors)
+        assert verdict is None, verdict
+    judge.examples += 2
+
+
+# -- the host on one side -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
+@pytest.mark.parametrize("where", ["none", "side"])
+def test_a_store_to_the_host_waits_for_its_producer(
+    facility: Facility, judge: Judge, home: Workshop, where: str, pinned: bool
+) -> None:
+    """A store to the host reads the device behind the work that writes it."""
+    slots = home.shuffled(SHAPE.slots, 9, 1)
+    chunk = on_host(Workshop("cpu", home.seed).chunk(SHAPE, 9, source=False), pinned)
+    late = Late(judge, Case(home.cache(SHAPE, slots), chunk, 9))
+    facility.delay(SLOW)
+    late.produce()
+    late.copy(facility.stream() if where == "side" else None).synchronize()
+    late.check()
+
+
+@pytest.mark.parametrize("where", ["none", "side"])
+def test_a_load_of_pinned_memory_that_is_being_written(
+    facility: Facility, judge: Judge, home: Workshop, where: str
+) -> None:
+    """A load reads pinned memory behind the work that writes it."""
+    slots = home.shuffled(SHAPE.slots, 9, 1)
+    chunk = on_host(Workshop("cpu", home.seed).chunk(SHAPE, 9), True)
+    late = Late(judge, Case(chunk, home.cache(SHAPE, slots, source=False), 9))
+    late.final = [final.to(facility.device) for final in late.final]
+    facility.synchronize()
+    facility.delay(SLOW)
+    late.produce()
+    late.copy(facility.stream() if where == "side" else None).synchronize()
+    late.check()
+
+
+def on_host(chunk: Any, pinned: bool) -> Any:
+    """A chunk of one tensor on the host, pinned where asked."""
+    if not pinned:
+        return chunk
+    guard = replace(chunk.guards[0], whole=chunk.guards[0].whole.pin_memory())
+    old = chunk.tensors
+    tensor = guard.tensor(
+        old.dtype, old.shape, old.stride(), old.storage_offset() - guard.start // old.itemsize
+    )
+    return replace(chunk, tensors=tensor, guards=[guard], arrangement=None)
+
+
+# -- threads and devices ------------------------------------------------------------------------
+
+
+def test_threads_with_streams_of_their_own(
+    facility: Facility, judge: Judge, home: Workshop
+) -> None:
+    """Threads that copy on streams of their own do not disturb each other."""
+    faults: list[BaseException] = []
+    shops = [replace(home, seed=home.seed + n) for n in range(3)]
+    lates = [Late(judge, s.gather(SHAPE, s.shuffled(SHAPE.slots, 9, 1))) for s in shops]
+
+    def work(late: Late) -> None:
+        try:
+            with facility.on(facility.stream()):
+                for _ in range(5):
+                    facility.delay(1)
+                    late.produce()
+                    late.copy().synchronize()
+        except BaseException as fault:
+            faults.append(fault)
+
+    threads = [threading.Thread(target=work, args=(late,)) for late in lates]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if faults:
+        raise AssertionError(f"In a thread {type(faults[0]).__name__}: {faults[0]}") from faults[0]
+    for late in lates:
+        late.check()
+
+
+@pytest.mark.needs("two devices")
+@pytest.mark.parametrize("thread", [False, True], ids=["same-thread", "other-thread"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_another_device_than_the_current_one(
+    subject: Subject, facility: Facility, judge: Judge, home: Workshop, direction: str, thread: bool
+) -> None:
+    """A copy runs on the device of its views, whichever is current, in any thread, and leaves the
+    current device as it was."""
+    from portakv_conformance.subject import subject as find
+
+    other = facility.second()
+    name = subject.target if ":" in subject.name else subject.name
+    there = replace(find(name, other, emulated=subject.emulated))
+    theirs = Judge(there, Facility(other, facility.emulated), judge.seed)
+    shop = replace(home, device=str(other))
+    late = Late(theirs, shop.move(direction, SHAPE, shop.shuffled(SHAPE.slots, 9, 1)))
+    assert torch.accelerator.current_device_index() != other.index
+
+    def work() -> None:
+        late.produce()
+        late.copy().synchronize()
+
+    if thread:
+        worker = threading.Thread(target=work)
+        worker.start()
+        worker.join()
+    else:
+        work()
+    theirs.facility.synchronize()
+    assert torch.accelerator.current_device_index() != other.index, "The current device changed."
+    late.check()
+    judge.examples += 1
+
+
+@pytest.mark.needs("two devices")
+def test_views_on_two_devices_are_refused(facility: Facility, judge: Judge, home: Workshop) -> None:
+    """A copy between two devices is refused in words, not carried out on one of them."""
+    from portakv import DeviceMismatch
+
+    there = replace(home, device=str(facility.second()))
+    case = Case(home.cache(SHAPE, [1, 2]), there.chunk(SHAPE, 2, source=False), 2)
+    with pytest.raises((DeviceMismatch, Unsupported)):
+        judge.subject.copy(view_of(case.src), view_of(case.dst), index_of(case.src))
+    judge.examples += 1

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backends with one fault each, for the tests of the suite itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from threading import Thread
+from time import sleep
+from typing import Any
+
+import torch
+
+from portakv import CopyPlan, Index, KVView, Unsupported
+from portakv.backends.base import Backend, Capabilities, Decision
+from portakv.backends.reference import Reference
+
+
+class Right(Reference):
+    """Nothing is wrong with it; it does what `reference` does."""
+
+    name = "suite-right"
+
+    def prepare(self, plan: CopyPlan) -> Any:
+        real = super().prepare(plan)
+
+        def launch(
+            src: KVView, dst: KVView, mine: Index, theirs: Index, count: int,
+            stream: torch.Stream | None, status: torch.Tensor | None,
+        ) -> Any:  # fmt: skip
+            return self.carry(real, src, dst, mine, theirs, count)
+
+        return launch
+
+    def carry(
+        self, real: Any, src: KVView, dst: KVView, mine: Index, theirs: Index, count: int
+    ) -> Any:
+        """The launch, as a subclass has it."""
+        return real(src, dst, mine, theirs, count, None, None)
+
+
+class OffByOne(Right):
+    """It reads the slot behind the one that was asked for, where a long list asks."""
+
+    name = "suite-off-by-one"
+
+    def carry(
+        self, real: Any, src: KVView, dst: KVView, mine: Index, theirs: Index, count: int
+    ) -> Any:
+        if mine.ids is not None and mine.ids.numel() > 2:
+            units = src.slots // mine.step
+            mine = Index((mine.ids + 1) % units, mine.step, mine.offset)
+        return real(src, dst, mine, theirs, count, None, None)
+
+
+class Talking(Right):
+    """It prints, which is nobody's business."""
+
+    name = "suite-talking"
+
+    def carry(self, real: Any, *rest: Any) -> Any:
+        print('{"event": "finish"}')
+        return super().carry(real, *rest)
+
+
+class Raising(Right):
+    """It raises what is no error of PortaKV, after it has written a part."""
+
+    name = "suite-raising"
+
+    def carry(
+        self, real: Any, src: KVView, dst: KVView, mine: Index, theirs: Index, count: int
+    ) -> Any:
+        real(src, dst, mine, theirs, count, None, None)
+        raise KeyError("stream")
+
+
+class Late(Right):
+    """It returns before it has begun, and says that nobody has to wait."""
+
+    name = "suite-late"
+
+    def carry(self, real: Any, *rest: Any) -> Any:
+        Thread(target=_later, args=(super().carry, real, *rest)).start()
+
+
+class Waiting(Right):
+    """It returns before it has begun, with a `Pending` that tells the truth, or not."""
+
+    name = "suite-waiting"
+    honest = True
+
+    def carry(self, real: Any, *rest: Any) -> Any:
+        thread = Thread(target=_later, args=(super().carry, real, *rest))
+        thread.start()
+        return _Pending(thread, self.honest)
+
+
+class Impatient(Waiting):
+    """Its `Pending` is done before the work is."""
+
+    name = "suite-impatient"
+    honest = False
+
+
+def _later(work: Callable[..., Any], *rest: Any) -> None:
+    sleep(0.02)
+    work(*rest)
+
+
+class _Pending:
+    def __init__(self, thread: Thread, honest: bool) -> None:
+        self.thread, self.honest = thread, honest
+
+    def done(self) -> bool:
+        return not self.thread.is_alive() or not self.honest
+
+    def wait(self) -> None:
+        if self.honest:
+            self.thread.join()
+
+
+class Boasting(Right):
+    """It claims to skip negative ids and to guard, and does neither."""
+
+    name = "suite-boasting"
+
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities(), skips_negative=True, guards=True)
+
+
+class Modest(Right):
+    """It claims little: aligned rows in one allocation, in two loops."""
+
+    name = "suite-modest"
+
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities(), alignment=16, max_loops=2, tables=False)
+
+
+class Lax(Modest):
+    """It carries out what it does not claim."""
+
+    name = "suite-lax"
+
+    def check(self, plan: CopyPlan) -> Decision:
+        return Decision(self.name, True, "takes everything")
+
+
+class Refusing(Right):
+    """It claims pointer tables, and refuses them in `prepare`."""
+
+    name = "suite-refusing"
+
+    def prepare(self, plan: CopyPlan) -> Any:
+        if plan.tabled:
+            raise Unsupported("A plan with tables", "they are not written yet")
+        return super().prepare(plan)
+
+
+class Absent(Right):
+    """It is not for this machine."""
+
+    name = "suite-absent"
+
+    @classmethod
+    def probe(cls, device: torch.device) -> Decision:
+        return Decision(cls.name, False, "its driver is from another century")
+
+
+class Namesake(Right):
+    """It bears the name of another."""
+
+    name = "reference"
+
+
+class Unfinished(Backend):
+    """It implements nothing."""

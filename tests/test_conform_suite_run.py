@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The suite under pytest, as a vendor or the runner starts it: options, events, statuses, codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from portakv_conformance import saved
+from portakv_conformance.records import CaseRecord
+from portakv_conformance.subject import subject
+
+_TESTS = Path(__file__).resolve().parent
+
+
+def run(*options: str, where: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the suite's package under pytest in a folder of its own."""
+    given = {**os.environ, "PYTHONPATH": str(_TESTS), "OMP_NUM_THREADS": "1", **environment}
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs"]
+    words += ["portakv_conformance", *options]
+    return subprocess.run(words, cwd=where, env=given, capture_output=True, text=True, timeout=300)
+
+
+def events(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def records(file: Path) -> dict[str, CaseRecord]:
+    found = [CaseRecord.read(event["case"]) for event in events(file) if event["event"] == "end"]
+    return {record.id: record for record in found}
+
+
+_FEW = (
+    "cases/test_core.py::test_one_row[gather-0]",
+    "cases/test_presets.py::test_preset[gather-vllm-mla-fp8-uint8]",
+    "cases/test_claims.py::test_bad_ids_are_guarded[1-gather]",
+    "cases/test_drawn.py::test_pages",
+)
+
+
+def only(folder: Path, *ids: str) -> str:
+    file = folder / "only.txt"
+    file.write_text("\n".join(ids) + "\n", encoding="utf-8")
+    return str(file)
+
+
+def test_events_tell_of_each_case(tmp_path: Path) -> None:
+    told = tmp_path / "events.jsonl"
+    done = run(
+        "--portakv-backend=conform_suite_backends:Talking", f"--portakv-events={told}",
+        f"--portakv-only={only(tmp_path, *_FEW)}", "-s", where=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    kinds = [event["event"] for event in events(told)]
+    assert kinds == ["list", *["start", "end"] * len(_FEW), "finish"]  # whatever it prints
+    listed = events(told)[0]["ids"]
+    assert sorted(listed) == sorted(_FEW)
+    assert listed[0].startswith("cases/test_core.py"), "CORE comes first"
+    assert listed[-1] == "cases/test_drawn.py::test_pages"
+    found = records(told)
+    assert [found[name].status for name in _FEW] == ["passed", "passed", "not-claimed", "passed"]
+    core, preset, guards, drawn = (found[name] for name in _FEW)
+    assert (core.area, core.profile, core.examples) == ("core", "core", 1)
+    tags = {"layout": "vllm-mla-fp8", "dtype": "uint8", "operation": "gather"}
+    assert preset.tags == tags
+    assert guards.claim == "guards"
+    assert "guards is not claimed" in guards.reason
+    assert drawn.examples >= 30
+    assert "portakv_conformance.cases.test_core::test_one_row[gather-0]" in core.replay
+
+
+def test_a_failure_is_told_shrunken_saved_and_replayed(tmp_path: Path) -> None:
+    told, kept = tmp_path / "events.jsonl", tmp_path / "examples"
+    name = "cases/test_drawn.py::test_copies_between_two_sides"
+    done = run(
+        "--portakv-backend=conform_suite_backends:OffByOne", f"--portakv-events={told}",
+        f"--portakv-examples={kept}", f"--portakv-only={only(tmp_path, name)}", where=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    record = records(told)[name]
+    assert record.status == "failed"
+    assert "holds 0x" in record.reason
+    assert "The case was" not in record.reason
+    assert "Case(src=Side(" in record.details
+    case, about = saved.load((kept / record.example).read_text(encoding="utf-8"))
+    assert about["case"] == name
+    assert case.src.ids is not None
+    # The fault shows with three ids and up; nothing more than that is left of what was drawn.
+    assert case.src.ids.numel() == 3
+    assert case.src.layers * case.src.heads * case.src.kv == 1
+    told_again = saved.replay(
+        kept / record.example, subject("conform_suite_backends:OffByOne", "cpu")
+    )
+    assert told_again is not None
+    assert record.reason in told_again
+
+
+def test_the_same_seed_draws_the_same(tmp_path: Path) -> None:
+    name = "cases/test_drawn.py::test_copies_between_two_sides"
+    examples = []
+    for number, seed in enumerate((5, 5, 6)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        done = run(
+            "--portakv-backend=conform_suite_backends:OffByOne", f"--portakv-examples={folder}",
+            f"--portakv-only={only(folder, name)}", f"--portakv-seed={seed}",
+            f"--portakv-events={folder / 'events'}", where=folder,
+        )  # fmt: skip
+        assert done.returncode == 1
+        examples.append(records(folder / "events")[name].details)
+    assert examples[0] == examples[1]
+    assert f"seed {5}" in run(
+        "--portakv-backend=reference", "--portakv-seed=5", "--collect-only", "-v", where=tmp_path
+    ).stdout  # fmt: skip
+
+
+def test_fuzzing_draws_as_many_as_asked(tmp_path: Path) -> None:
+    told, name = tmp_path / "events.jsonl", "cases/test_drawn.py::test_pages"
+    done = run(
+        "--portakv-backend=reference", "--portakv-fuzz=77", f"--portakv-events={told}",
+        f"--portakv-only={only(tmp_path, name)}", "-v", where=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0
+    record = records(told)[name]
+    assert 60 <= record.examples <= 77
+    seed = record.replay.partition("--portakv-seed ")[2].split()[0]
+    assert f"seed {seed}, 77 examples" in done.stdout
+    assert "--portakv-fuzz 77" in record.replay
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "code", "why"),
+    [
+        (("--portakv-backend=nonsense",), {}, 3, "no such backend"),
+        (("--portakv-backend=conform_suite_backends:Absent",), {}, 3, "from another century"),
+        (("--portakv-backend=a b:C",), {}, 4, "pkg.mod:Class"),
+        (("--portakv-backend=reference",), {"PORTAKV_BACKEND": "cuda"}, 4, "unset"),
+        (("--portakv-backend=reference", "--portakv-seed=x"), {}, 4, "whole number"),
+        (("--portakv-backend=reference", "--portakv-fuzz=0"), {}, 4, "1 or more"),
+        ((), {}, 5, "no tests"),
+    ],
+)
+def test_exit_codes(
+    tmp_path: Path, options: tuple[str, ...], environment: dict[str, str], code: int, why: str
+) -> None:
+    done = run(*options, where=tmp_path, **environment)
+    assert done.returncode == code
+    assert why in done.stdout + done.stderr
+
+
+def test_ids_that_are_not_in_the_profile(tmp_path: Path) -> None:
+    unknown = only(tmp_path, "cases/test_core.py::test_nothing")
+    done = run("--portakv-backend=reference", f"--portakv-only={unknown}", where=tmp_path)
+    assert done.returncode == 4
+    assert "test_nothing" in done.stdout + done.stderr
+
+
+def test_the_case_list_is_the_same_for_every_backend_and_seed(tmp_path: Path) -> None:
+    lists = []
+    for backend, seed in (("reference", 0), ("conform_suite_backends:Modest", 9)):
+        told = tmp_path / f"{seed}.jsonl"
+        run(
+            f"--portakv-backend={backend}", f"--portakv-seed={seed}", f"--portakv-events={told}",
+            "--portakv-profile=full", "--collect-only", where=tmp_path,
+        )  # fmt: skip
+        lists.append(events(told)[0]["ids"])
+    assert lists[0] == lists[1]
+    assert len(lists[0]) == len(set(lists[0])) > 1500
