@@ -32,7 +32,7 @@ from .shapes import HOMES, Workshop
 from .subject import Subject, subject
 
 #: Examples of each drawn case in certification; ``--portakv-fuzz`` replaces them.
-EXAMPLES = {"core": 40, "full": 150}
+EXAMPLES = {"core": 40, "full": 120}
 UNAVAILABLE = 3  # exit code
 _BIG = 6 << 30  # bytes that the largest cases take on a device
 _JUDGE = pytest.StashKey[Judge]()

@@ -12,7 +12,7 @@ import torch
 
 from portakv import BackendUnavailable, CopyPlan, Index, KVView, Transfer, Unsupported, copy_rows
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, Pending
-from portakv.registry import REGISTRY, Choice, choose, prepare, register_backend
+from portakv.registry import REGISTRY, Choice, choose, register_backend
 
 #: Devices that are simulated, and so have to be loaded before torch knows them.
 SIMULATED = "simdev"
@@ -202,5 +202,3 @@ def _indexed(device: torch.device) -> torch.device:
 def _target(found: type[Backend]) -> str:
     return f"{found.__module__}:{found.__qualname__}"
 
-
-__all__ = ["Subject", "prepare", "subject"]

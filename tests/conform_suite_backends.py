@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from threading import Thread
@@ -155,6 +156,17 @@ class Refusing(Right):
     def prepare(self, plan: CopyPlan) -> Any:
         if plan.tabled:
             raise Unsupported("A plan with tables", "they are not written yet")
+        return super().prepare(plan)
+
+
+class Noting(Right):
+    """It notes the plans that it is asked for, in the file that the environment names."""
+
+    name = "suite-noting"
+
+    def prepare(self, plan: CopyPlan) -> Any:
+        with open(os.environ["SUITE_PLANS"], "a", encoding="utf-8") as file:
+            file.write(f"{plan}\n")
         return super().prepare(plan)
 
 

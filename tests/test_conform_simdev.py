@@ -129,3 +129,34 @@ def test_a_forked_process_is_refused() -> None:
     done = run("-c", code)
     assert done.returncode == 7, done.stderr
     assert "'spawn'" in done.stdout
+
+
+NO_WAIT = """
+from portakv import ordering
+
+def order(stream, device, src, dst, placed):
+    tables = [view.table for view in (src, dst) if len(view.origins) > 1]
+    ids = [index.ids for pair in placed for index in pair if index.ids is not None]
+    for tensor in (*src.owners, *dst.owners, *ids, *tables):
+        if tensor.device == device:
+            tensor.record_stream(stream)
+
+ordering._order = order
+"""
+
+
+@pytest.mark.slow
+def test_the_suite_fails_every_time_without_the_connectors_wait(tmp_path: Path) -> None:
+    (tmp_path / "no_wait.py").write_text(NO_WAIT)
+    suite = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--pyargs",
+             "portakv_conformance", "--portakv-backend", "reference", "--portakv-device", "simdev",
+             "-k", "test_a_copy_waits_for_its_producer and side"]  # fmt: skip
+    whole = run(*suite)
+    assert whole.returncode == 0, whole.stdout
+    for seed in range(100):
+        done = run(
+            *suite, "-p", "no_wait", "--portakv-seed", str(seed),
+            PYTHONPATH=os.pathsep.join([str(tmp_path), str(HERE)]),
+        )  # fmt: skip
+        assert done.returncode == 1, done.stdout
+        assert "1 failed" in done.stdout

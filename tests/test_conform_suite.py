@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,11 @@ SHAPE = Shape()
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry of its own, so that no backend stays behind."""
     made = registry.Registry()
     monkeypatch.setattr(registry, "REGISTRY", made)
     monkeypatch.setattr("portakv_conformance.subject.REGISTRY", made)
-    yield
 
 
 def judge_of(name: str) -> Judge:
@@ -185,7 +183,9 @@ def test_a_failing_example_is_judged_again_on_whom_one_likes(tmp_path: Path) -> 
     assert saved.replay(file, subject("reference")) is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "portakv-example/9"}', '{"schema": 1}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"schema": "portakv-example/9"}', '{"schema": 1}']
+)
 def test_a_file_that_is_no_example(text: str) -> None:
     with pytest.raises(ValueError, match="no saved example"):
         saved.load(text)

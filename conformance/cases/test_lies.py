@@ -36,10 +36,7 @@ _THREADS, _ROUNDS = 4, 12
 def test_places_are_of_this_device(subject: Subject) -> None:
     """On the host only host memory is claimed; elsewhere each pair has the device on one side."""
     for pair in sorted(subject.can.places):
-        if subject.on_host:
-            right = "device" not in pair
-        else:
-            right = "device" in pair
+        right = "device" not in pair if subject.on_host else "device" in pair
         assert right, f"It runs on {subject.device} and claims to copy from {' to '.join(pair)}."
 
 
@@ -48,6 +45,22 @@ def test_capture_is_claimed_where_there_are_graphs(subject: Subject, facility: F
     """`capturable` is claimed only on a device whose torch can capture: nothing else shows it."""
     assert facility.graphs or not subject.can.capturable, (
         f"It claims capturable, but torch captures no graphs on {subject.device.type}."
+    )
+
+
+@pytest.mark.claim("alignment")
+@pytest.mark.parametrize("times", [1, 3, 5])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_rows_as_short_as_claimed(
+    subject: Subject, judge: Judge, home: Workshop, direction: str, times: int
+) -> None:
+    """Rows of as many bytes as it claims to need, or an odd multiple of them, are not refused."""
+    least = subject.can.alignment
+    shape = Shape(heads=1, widths=(times * least,) * 2)
+    case = home.move(direction, shape, home.shuffled(shape.slots, 9), dtype=torch.uint8)
+    assert judge.copy(case), (
+        f"It claims an alignment of {least} B and refuses rows of {times * least} B: "
+        f"{judge.declined[-1]}"
     )
 
 

@@ -120,9 +120,9 @@ def test_duplicates_on_the_device(
     src = replace(case.src, ids=_positions(unlike, step))
     dst = replace(case.dst, ids=torch.tensor([ids[n] for n in unlike]))
     expected = Case(src, dst, len(unlike) * step).expected()
-    torn = list(range(5 * step, 6 * step))
-    judge.finish(judge.subject.copy(view_of(case.src), view_of(case.dst), None, index_of(case.dst)))
-    found = Memory.snapshot(case.dst.tensors)
+    views = view_of(case.src), view_of(case.dst)
+    judge.finish(judge.subject.copy(*views, None, index_of(case.dst)))
+    found, torn = Memory.snapshot(case.dst.tensors), list(range(5 * step, 6 * step))
     for layer in range(expected.dst.layers):
         for kv in range(expected.dst.kv):
             rows = expected.dst.row_addresses(kv, layer, torn)

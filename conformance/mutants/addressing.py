@@ -30,16 +30,12 @@ class OffByOneSlot(HostRows):
 class ThirtyTwoBitOffset(HostRows):
     """Byte offsets are worked out in 32 bits and wrap in a cache of more than 2 GiB."""
 
-    profile = "full"
-
     def address(self, view: KVView, entry: Int64, byte: Int64) -> Int64:
         return super().address(view, entry, byte.astype(np.int32).astype(np.int64))
 
 
 class UnsignedOffset(HostRows):
     """Byte offsets are kept in 32 bits without a sign and wrap in a cache of more than 4 GiB."""
-
-    profile = "full"
 
     def address(self, view: KVView, entry: Int64, byte: Int64) -> Int64:
         return super().address(view, entry, byte & 0xFFFFFFFF)
@@ -122,8 +118,6 @@ class OnlyFirstBlockSize(HostRows):
 
 class PlanesInEightBits(HostRows):
     """Layers are counted in eight bits, so layer 256 of a deep model is layer 0 again."""
-
-    profile = "full"
 
     def walk(self, loop: Loop, name: str) -> tuple[Int64, Int64]:
         entries, steps = super().walk(loop, name)

@@ -35,8 +35,6 @@ class ClaimsSkipping(HostRows):
 class ClaimsGuards(HostRows):
     """Claims to guard against slots past the end and clamps them to the last one instead."""
 
-    profile = "full"
-
     def pairs(self, plan: CopyPlan, call: Call) -> tuple[Int64, Int64]:
         src = self.numbers(call.src_index, self.units(plan, call), plan.unit)
         dst = self.numbers(call.dst_index, self.units(plan, call), plan.unit)
@@ -48,8 +46,6 @@ class ClaimsGuards(HostRows):
 
 class GuardOffByOne(HostRows):
     """The guard takes the slot right behind the last one for a good one."""
-
-    profile = "full"
 
     def pairs(self, plan: CopyPlan, call: Call) -> tuple[Int64, Int64]:
         src = self.numbers(call.src_index, self.units(plan, call), plan.unit)
@@ -64,16 +60,12 @@ class GuardOffByOne(HostRows):
 class StatusIgnored(HostRows):
     """A bad slot moves nothing, and nobody is told: the status word stays 0."""
 
-    profile = "full"
-
     def report(self, at: int, unit: int, call: Call) -> None:
         return
 
 
 class StatusFromZero(HostRows):
     """The status word holds the position, not position + 1: a bad first id looks like none."""
-
-    profile = "full"
 
     def report(self, at: int, unit: int, call: Call) -> None:
         super().report(at, unit, call)
@@ -84,16 +76,12 @@ class StatusFromZero(HostRows):
 class StatusInUnits(HostRows):
     """The status word counts units, and so names another position than the bad one."""
 
-    profile = "full"
-
     def report(self, at: int, unit: int, call: Call) -> None:
         super().report(at, 1, call)
 
 
 class BadSlotStopsTheRest(HostRows):
     """One bad slot and nothing at all is moved, though all other rows should be."""
-
-    profile = "full"
 
     def pairs(self, plan: CopyPlan, call: Call) -> tuple[Int64, Int64]:
         self._bad = False
@@ -145,8 +133,6 @@ class ClaimsThreads(HostRows):
     """Claims that a launch may be called from several threads, and keeps its arguments in one
     place for all of them."""
 
-    profile = "full"
-
     def carry(self, plan: CopyPlan, call: Call) -> None:
         self._call = call
         time.sleep(0.001)
@@ -156,16 +142,12 @@ class ClaimsThreads(HostRows):
 class ClaimsGraphs(HostRows):
     """Claims that launches can be captured into graphs of a device that has none."""
 
-    profile = "full"
-
     def capabilities(self) -> Capabilities:
         return replace(super().capabilities(), capturable=True)
 
 
 class ClaimsTheDevice(HostRows):
     """Claims to copy within device memory, though it runs on the host."""
-
-    profile = "full"
 
     def capabilities(self) -> Capabilities:
         can = super().capabilities()
@@ -175,8 +157,6 @@ class ClaimsTheDevice(HostRows):
 class ClaimsFloatIds(HostRows):
     """Claims to read ids of float32, which no index has."""
 
-    profile = "full"
-
     def capabilities(self) -> Capabilities:
         can = super().capabilities()
         return replace(can, index_dtypes=can.index_dtypes | {torch.float32})
@@ -185,7 +165,6 @@ class ClaimsFloatIds(HostRows):
 class ClaimsChange(HostRows):
     """What it claims changes from one question to the next."""
 
-    profile = "full"
     _asked = 0
 
     def capabilities(self) -> Capabilities:

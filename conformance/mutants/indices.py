@@ -67,8 +67,6 @@ class Int32ReadAsInt64(HostRows):
 class Int64ReadAsInt32(HostRows):
     """Ids are narrowed to int32: a wild id of 64 bits becomes a slot that exists."""
 
-    profile = "full"
-
     def ids(self, ids: torch.Tensor) -> Int64:
         return super().ids(ids).astype(np.int32).astype(np.int64)
 
@@ -141,8 +139,6 @@ class OneUnitForgotten(HostRows):
 
 class DuplicatesPastTheEnd(HostRows):
     """Of slots that occur twice in the destination the second is written behind the last slot."""
-
-    profile = "full"
 
     def pairs(self, plan: CopyPlan, call: Call) -> tuple[Int64, Int64]:
         src, dst = super().pairs(plan, call)

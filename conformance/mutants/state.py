@@ -140,8 +140,6 @@ class WaitsForNothing(_InBackground):
 class TempFreedEarly(HostRows):
     """Rows pass through a staging buffer that the next call fills while the first is on its way."""
 
-    profile = "full"
-
     def carry(self, plan: CopyPlan, call: Call) -> Pending:
         found = self.pieces(plan, call)
         staged: list[Any] = [self.load(runs, call) for runs in found]

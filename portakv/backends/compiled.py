@@ -13,7 +13,9 @@ import shutil
 import sys
 import sysconfig
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from importlib.util import find_spec
 from itertools import product
 from math import prod
@@ -53,6 +55,7 @@ class Compiled(Backend):
         self._lock = threading.RLock()
         self._programs: dict[CopyShape | tuple[bool, bool], Program] = {}
         self._lost: dict[int, torch.Tensor] = {}
+        self._sides = _Sides(device)
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
@@ -79,7 +82,8 @@ class Compiled(Backend):
         with self._lock:
             nests = [NestArguments(nest, plan, self.lost(nest.run)) for nest in plan.nests]
             copies = [(nest, self._copying(nest.shape)) for nest in nests]
-            return _CompiledLaunch(plan, copies, self._reporting(plan), self.lost(_WORD))
+            report, lost = self._reporting(plan), self.lost(_WORD)
+            return _CompiledLaunch(plan, copies, report, lost, self._sides)
 
     @property
     def compilations(self) -> int:
@@ -142,6 +146,17 @@ class Compiled(Backend):
         return memory_from(tensor.data_ptr(), self.device, torch.int64)
 
 
+class _Sides(threading.local):
+    """A stream beside the current one for each thread; made when it is first asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    @cached_property
+    def stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self._device)
+
+
 class _CompiledLaunch:
     def __init__(
         self,
@@ -149,8 +164,10 @@ class _CompiledLaunch:
         copies: list[tuple[NestArguments, Program]],
         report: Program | None,
         lost: torch.Tensor,
+        sides: _Sides,
     ) -> None:
         self.unit, self.copies, self.report, self.lost = plan.unit, copies, report, lost
+        self.sides = sides
         self.per_id = [step // plan.unit for step in (plan.src_step, plan.dst_step)]
 
     def __call__(
@@ -165,13 +182,34 @@ class _CompiledLaunch:
     ) -> None:
         units = count // self.unit
         with on_stream(stream), torch.no_grad():
-            # A view without slots has no memory to speak of, and every id is bad.
-            if src.slots and dst.slots:
-                for nest, program in self.copies:
-                    program(nest.launch(src, dst, src_index, dst_index, units))
+            aside: AbstractContextManager[None] = nullcontext()
             if self.report is not None and status is not None:
                 sides = ((src, src_index), (dst, dst_index))
-                self.report(self._report(sides, units, status))
+                aside = self._beside(self.report, self._report(sides, units, status))
+            with aside:
+                # A view without slots has no memory to speak of, and every id is bad.
+                if src.slots and dst.slots:
+                    for nest, program in self.copies:
+                        program(nest.launch(src, dst, src_index, dst_index, units))
+
+    @contextmanager
+    def _beside(self, report: Program, arguments: list[Argument]) -> Iterator[None]:
+        """Report bad ids while the copy runs, on a stream beside its own: behind it the report took
+        15 % of the time of a 33 MB copy. In a capture before it, where a fork would gain nothing
+        that graphs do not gain anyway."""
+        device = self.lost.device
+        if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
+            report(arguments)
+            yield
+            return
+        current, side = torch.cuda.current_stream(device), self.sides.stream
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            report(arguments)
+        try:
+            yield
+        finally:
+            current.wait_stream(side)
 
     def _report(
         self, sides: tuple[tuple[KVView, Index], ...], units: int, status: torch.Tensor

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Addresses that nobody would choose: tensors in an order that is no order, rows seen twice."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import pytest
+from portakv_conformance.judging import Judge, view_of
+from portakv_conformance.shapes import Shape, Workshop
+from portakv_conformance.sides import Case
+
+pytestmark = pytest.mark.area("corners")
+
+DIRECTIONS = ("gather", "scatter")
+SHAPE = Shape(layers=4)
+
+
+@pytest.mark.parametrize(
+    "layout", ["layer | kv block token head dim", "layer kv | block token head dim"]
+)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_tensors_in_no_order(judge: Judge, workshop: Workshop, direction: str, layout: str) -> None:
+    """Where tensors lie in memory says nothing of which layer they are."""
+    slots = workshop.shuffled(SHAPE.slots, 9, 1)
+    for seed in count(workshop.seed):
+        case = workshop.move(direction, SHAPE, slots, layout=layout, place="scattered", seed=seed)
+        if _in_no_order(case, direction):
+            judge.copy(case)
+            return
+
+
+def _in_no_order(case: Case, direction: str) -> bool:
+    """Neither rising nor falling, and no distance occurs twice in a row."""
+    cache = case.src if direction == "gather" else case.dst
+    at = view_of(cache).addresses.tolist()
+    steps = [b - a for a, b in zip(at, at[1:], strict=False)]
+    even = any(a == b for a, b in zip(steps, steps[1:], strict=False))
+    return min(steps) < 0 < max(steps) and steps[0] != max(steps) and not even
+
+
+#: The dimension that is expanded, of a cache "layer | kv block token head dim" and of a chunk
+#: "kv layer token (head dim)".
+_EXPANDED = {"gather": {"kv": 0, "token": 2, "head": 3}, "scatter": {"kv": 0, "layer": 1}}
+
+
+@pytest.mark.parametrize(
+    ("direction", "axis"), [(way, axis) for way, axes in _EXPANDED.items() for axis in axes]
+)
+def test_a_source_that_is_expanded(
+    judge: Judge, workshop: Workshop, direction: str, axis: str
+) -> None:
+    """A source may show one row in several places, by a stride of 0; each place is a row."""
+    slots = workshop.shuffled(SHAPE.slots, 9, 1)
+    cache = workshop.cache(SHAPE, slots, source=direction == "gather")
+    chunk = workshop.chunk(SHAPE, 9, source=direction == "scatter")
+    dimension = _EXPANDED[direction][axis]
+    if direction == "gather":
+        judge.copy(Case(workshop.cache(SHAPE, slots, expand=dimension), chunk, 9))
+    else:
+        judge.copy(Case(workshop.chunk(SHAPE, 9, expand=dimension), cache, 9))

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threads with streams of their own, and a device that is not the current one."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from portakv_conformance.cases.test_ordering import SHAPE, Late
+from portakv_conformance.facility import Facility
+from portakv_conformance.judging import Judge, index_of, view_of
+from portakv_conformance.shapes import Workshop
+from portakv_conformance.sides import Case
+from portakv_conformance.subject import Subject
+from portakv_conformance.subject import subject as find
+
+from portakv import DeviceMismatch, Unsupported
+
+pytestmark = [pytest.mark.area("ordering"), pytest.mark.needs("accelerator")]
+
+DIRECTIONS = ("gather", "scatter")
+
+
+def test_threads_with_streams_of_their_own(
+    facility: Facility, judge: Judge, home: Workshop
+) -> None:
+    """Threads that copy on streams of their own do not disturb each other."""
+    faults: list[BaseException] = []
+    shops = [replace(home, seed=home.seed + n) for n in range(3)]
+    lates = [Late(judge, s.gather(SHAPE, s.shuffled(SHAPE.slots, 9, 1))) for s in shops]
+
+    def work(late: Late) -> None:
+        try:
+            with facility.on(facility.stream()):
+                for _ in range(5):
+                    facility.delay(1)
+                    late.produce()
+                    late.copy().synchronize()
+        except BaseException as fault:
+            faults.append(fault)
+
+    threads = [threading.Thread(target=work, args=(late,)) for late in lates]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if faults:
+        raise AssertionError(f"In a thread {type(faults[0]).__name__}: {faults[0]}") from faults[0]
+    for late in lates:
+        late.check()
+
+
+@pytest.mark.needs("two devices")
+@pytest.mark.parametrize("thread", [False, True], ids=["same-thread", "other-thread"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_another_device_than_the_current_one(
+    subject: Subject, facility: Facility, judge: Judge, home: Workshop, direction: str, thread: bool
+) -> None:
+    """A copy runs on the device of its views, whichever is current, in any thread, and leaves the
+    current device as it was."""
+    other = facility.second()
+    there = find(subject.name, other, emulated=subject.emulated)
+    theirs = Judge(there, Facility(other, facility.emulated), judge.seed)
+    shop = replace(home, device=str(other))
+    late = Late(theirs, shop.move(direction, SHAPE, shop.shuffled(SHAPE.slots, 9, 1)))
+    assert torch.accelerator.current_device_index() != other.index
+
+    def work() -> None:
+        late.produce()
+        late.copy().synchronize()
+
+    if thread:
+        worker = threading.Thread(target=work)
+        worker.start()
+        worker.join()
+    else:
+        work()
+    theirs.facility.synchronize()
+    assert torch.accelerator.current_device_index() != other.index, "The current device changed."
+    late.check()
+    judge.examples += 1
+
+
+@pytest.mark.needs("two devices")
+def test_views_on_two_devices_are_refused(facility: Facility, judge: Judge, home: Workshop) -> None:
+    """A copy between two devices is refused in words, not carried out on one of them."""
+    there = replace(home, device=str(facility.second()))
+    case = Case(home.cache(SHAPE, [1, 2]), there.chunk(SHAPE, 2, source=False), 2)
+    with pytest.raises((DeviceMismatch, Unsupported)):
+        judge.subject.copy(view_of(case.src), view_of(case.dst), index_of(case.src))
+    judge.examples += 1
