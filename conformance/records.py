@@ -57,7 +57,7 @@ class CaseRecord:
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> CaseRecord:
-        """A record of parsed JSON; ValueError where a field is missing, unknown or of a bad kind."""
+        """A record of parsed JSON; ValueError where a field is missing or unknown."""
         known = {entry.name for entry in fields(cls)}
         if set(values) != known:
             odd = sorted(set(values) ^ known)

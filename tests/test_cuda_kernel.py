@@ -292,7 +292,7 @@ def test_nothing_is_loaded_during_capture(
     monkeypatch.setattr(cuda, "_capturing", lambda: True)
     monkeypatch.setattr(cuda, "_load", lambda binary, device: loaded.append(binary))
     backend = Cuda(DEVICE)
-    backend._functions["another kernel"] = object()
+    backend._functions["another kernel"] = {1: object()}
     with pytest.raises(Unsupported, match="make the same call once before the capture"):
         backend.prepare(COPIES["gather"]().plan())
     assert not loaded

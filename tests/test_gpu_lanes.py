@@ -198,8 +198,8 @@ def test_many_transfers_that_nobody_waits_for(
     for chunk, one in zip(chunks, ids, strict=True):
         connector.from_gpu(chunk, None, one)
     torch.cuda.synchronize()
-    for chunk, one in zip(chunks[-24:], lists[-24:], strict=True):
-        check_chunk(chunk, gathered(caches, chunk, one))
+    for chunk, slots in zip(chunks[-24:], lists[-24:], strict=True):
+        check_chunk(chunk, gathered(caches, chunk, slots))
     assert taken.count(True) == 299
 
 

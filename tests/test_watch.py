@@ -34,8 +34,9 @@ class _Owner:
 @pytest.fixture(autouse=True)
 def _apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "_watched", type(watch._watched)())
-    monkeypatch.setattr(watch, "failed", [])
-    monkeypatch.setattr(transfer, "failed", watch.failed)
+    failed: list[Completion] = []
+    monkeypatch.setattr(watch, "failed", failed)
+    monkeypatch.setattr(transfer, "failed", failed)
     monkeypatch.setattr(watch, "_WATCHED", 4)
 
 
@@ -52,7 +53,7 @@ def _host_words(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _troubled() -> bool:
     """What a connector asks in each call."""
-    return bool(watch.failed) or words.any_set()
+    return bool(transfer.failed) or words.any_set()
 
 
 def begun(owner: Any = None) -> tuple[_Work, words.Word, Completion]:

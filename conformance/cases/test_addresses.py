@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from itertools import count
+from itertools import count, pairwise
 
 import pytest
 from portakv_conformance.judging import Judge, view_of
@@ -34,8 +34,8 @@ def _in_no_order(case: Case, direction: str) -> bool:
     """Neither rising nor falling, and no distance occurs twice in a row."""
     cache = case.src if direction == "gather" else case.dst
     at = view_of(cache).addresses.tolist()
-    steps = [b - a for a, b in zip(at, at[1:], strict=False)]
-    even = any(a == b for a, b in zip(steps, steps[1:], strict=False))
+    steps = [b - a for a, b in pairwise(at)]
+    even = any(a == b for a, b in pairwise(steps))
     return min(steps) < 0 < max(steps) and steps[0] != max(steps) and not even
 
 
