@@ -132,6 +132,7 @@ def _options(asked: argparse.Namespace) -> Options:
         asked.exit_first,
         tuple(asked.only),
         asked.emulated,
+        jobs=asked.jobs,
     )
 
 
@@ -187,6 +188,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--waivers", type=Path, metavar="FILE", help="TOML: cases that may fail, until when, why")
     add("--report", type=Path, metavar="DIR", help="write conformance.json, report.html and more")
     add("--limit", type=_seconds, metavar="SECONDS", help="that one case may take (default: 120)")
+    add("--jobs", type=_count, default=1, metavar="N", help="cases at a time (default: 1)")
     add("-x", dest="exit_first", action="store_true", help="stop at the first failure")
     add("--only", nargs="+", default=[], metavar="ID", help="run only these cases")
     add("--emulated", action="store_true", help="the simulated device carries the name of D")

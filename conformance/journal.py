@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from . import SUITE_VERSION
 from .progress import Progress
 from .records import CaseRecord, Status
 from .request import Options
+from .sharing import Share
 from .verdict import WRONG
 from .waivers import judged
 
@@ -25,6 +27,27 @@ class SuiteBroken(Exception):
     """The suite itself could not be run; the text holds what the worker printed."""
 
 
+#: Failing examples that are kept as files; of a backend that is wrong everywhere more say no more.
+MOST_EXAMPLES = 20
+
+
+@dataclass
+class Page:
+    """What one worker has told.
+
+    Attributes:
+        running, latest: the id of the case that runs, and of the one that ended last; or empty.
+        listed, finished: whether it collected its cases, and came to the end of its session.
+        refusal: why it could not load what others have loaded; or empty.
+    """
+
+    running: str = ""
+    latest: str = ""
+    listed: bool = False
+    finished: bool = False
+    refusal: str = ""
+
+
 class Journal:
     """The cases of a run and how they ended, over all of its workers.
 
@@ -34,10 +57,6 @@ class Journal:
         ids: the case list, in the order of execution; empty before it is known.
         cases: by id, what has ended.
         missing: sentences: what cannot be run here.
-        running, latest: of the present worker, the id of the case that runs, and that of the one
-            that ended last; or empty.
-        listed, finished: of the present worker, whether it collected its cases and whether it
-            came to the end of its session.
         stopped: the first failure was all that was asked for, and it happened.
     """
 
@@ -52,24 +71,22 @@ class Journal:
         self.cases: dict[str, CaseRecord] = {}
         self.missing: list[str] = []
         self.stopped = False
-        self.turn_the_page()
-
-    def turn_the_page(self) -> None:
-        """A new worker begins."""
-        self.running = self.latest = ""
-        self.listed = self.finished = False
-
-    @property
-    def over(self) -> bool:
-        """The present worker came to the end of its session, and nothing is left to run."""
-        return self.finished and bool(self.ids) and not self.left()
+        self._examples = 0
 
     def left(self) -> list[str]:
         """Ids that have not ended, in their order."""
         return [id for id in self.ids if id not in self.cases]
 
-    def take(self, event: dict[str, Any]) -> None:
-        """One event of the present worker.
+    def left_but(self, id: str) -> bool:
+        """Whether another case than ``id`` has not ended."""
+        return any(other != id for other in self.left())
+
+    def waiting(self, share: Share) -> list[str]:
+        """Ids that nobody has taken yet."""
+        return [id for id in self.left() if not share.taken(id)]
+
+    def take(self, event: dict[str, Any], page: Page) -> None:
+        """One event of the worker whose page it is.
 
         Raises:
             SubjectUnavailable, BadRequest: it tells that nothing can be judged.
@@ -80,28 +97,35 @@ class Journal:
             self.loading = True
         elif kind == "subject":
             self.subject = self.subject or event
-        elif kind == "unavailable":
-            raise SubjectUnavailable(event["reason"])
-        elif kind == "usage":
-            raise BadRequest(event["reason"])
+        elif kind in ("unavailable", "usage"):
+            self._take_refusal(kind, event["reason"], page)
         elif kind == "list":
+            page.listed = True
             self._take_list(event["ids"])
         elif kind == "missing":
             self.miss(event["reason"])
         elif kind == "described":
             self._described |= event["cases"]
         elif kind == "start":
-            self.running = event["id"]
-            self._progress.started(self.running)
+            page.running = event["id"]
+            self._progress.started(page.running)
         elif kind == "end":
-            self._take_end(event["case"])
+            self._take_end(event["case"], page)
         elif kind == "finish":
-            self.finished = True
+            page.finished = True
         else:
             raise SuiteBroken(f"A worker told of {event!r}, which no suite of this version does.")
 
+    def _take_refusal(self, kind: str, reason: str, page: Page) -> None:
+        """A worker tells that there is nothing to judge. Where others found it, only it is lost."""
+        if self.subject:
+            page.refusal = reason
+        elif kind == "usage":
+            raise BadRequest(reason)
+        else:
+            raise SubjectUnavailable(reason)
+
     def _take_list(self, ids: list[str]) -> None:
-        self.listed = True
         if self.ids:
             return
         unknown = [id for id in self._options.only if id not in ids]
@@ -115,13 +139,24 @@ class Journal:
             raise SuiteBroken(f"The profile {self._options.profile!r} has no case here.")
         self._progress.listed(len(self.ids))
 
-    def _take_end(self, values: dict[str, Any]) -> None:
+    def _take_end(self, values: dict[str, Any], page: Page) -> None:
         try:
             case = CaseRecord.read(values)
         except (ValueError, KeyError) as error:
             raise SuiteBroken(f"A worker told of a case that is no record: {error}") from error
-        self.running, self.latest = "", case.id
+        page.running, page.latest = "", case.id
+        self._keep_example(case)
         self.settle(case)
+
+    def _keep_example(self, case: CaseRecord) -> None:
+        """Of the examples that workers save the first few stay."""
+        if not case.example or self._options.examples is None:
+            return
+        if self._examples < MOST_EXAMPLES:
+            self._examples += 1
+        else:
+            (self._options.examples / case.example).unlink(missing_ok=True)
+            case.example = ""
 
     def settle(self, case: CaseRecord) -> None:
         """How a case ended, after its waiver."""

@@ -46,6 +46,7 @@ class Judge:
         examples: copies that were carried out and judged.
         declined: why copies were not carried out, a sentence each.
         failing: the case that failed last; hypothesis ends with the smallest.
+        direct: it failed by the launch alone, without the library around it.
         seed: of this test's patterns and choices.
     """
 
@@ -54,11 +55,13 @@ class Judge:
         self.examples = 0
         self.declined: list[str] = []
         self.failing: Case | None = None
+        self.direct = False
 
     def copy(
         self, case: Case, *, end: str = "synchronize", stream: torch.Stream | None = None
     ) -> bool:
         """Judge a case as a user gets it; False where the backend declines it, as it may."""
+        self.direct = False
         src, dst = view_of(case.src), view_of(case.dst)
         mine, theirs = index_of(case.src), index_of(case.dst)
 
@@ -72,6 +75,7 @@ class Judge:
         self, case: Case, *, stream: torch.Stream | None = None, status: torch.Tensor | None = None
     ) -> bool:
         """Judge a case by ``prepare`` and the launch alone; False where it is declined."""
+        self.direct = True
         src, dst = view_of(case.src), view_of(case.dst)
         mine, theirs = index_of(case.src), index_of(case.dst)
         return self.judge(
@@ -192,6 +196,13 @@ class Judge:
 
 def find_home(subject: Subject, layouts: Sequence[str]) -> str:
     """The first layout of a cache that the backend's ``check`` takes both ways; else the first."""
+
+    def accepts(plan: CopyPlan) -> bool:
+        try:
+            return subject.backend.check(plan).accepted
+        except Exception:  # the cases will tell; here it would be a fault of their surroundings
+            return False
+
     shape = Shape()
     for layout in layouts:
         shop = Workshop(str(subject.device), 0, layout)
@@ -202,7 +213,7 @@ def find_home(subject: Subject, layouts: Sequence[str]) -> str:
             for src, dst, case in views
             for plan in plans(src, dst, index_of(case.src), index_of(case.dst))
         ]
-        if all(subject.backend.check(plan).accepted for plan in asked):
+        if all(map(accepts, asked)):
             return layout
     return layouts[0]
 

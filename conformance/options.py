@@ -59,6 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FILE",
         help="run only the cases whose ids stand in FILE, one a line",
     )
+    add("--portakv-share", metavar="DIR", help="leave out cases that others took by files in DIR")
     add("--portakv-examples", metavar="DIR", help="save failing examples there, shrunken, as JSON")
     add(
         "--portakv-emulated", action="store_true", help="the simulated device carries the name of D"

@@ -23,12 +23,14 @@ from hypothesis import HealthCheck, Phase, settings
 from portakv import BackendUnavailable
 
 from . import saved
-from .claims import AREAS, NOT_CLAIMED
+from .claims import AREAS
 from .facility import Facility
 from .judging import Judge, find_home
-from .options import PACKAGE
-from .records import CaseRecord, Status
+from .marks import case_id, is_case, mark_of, tags_of
+from .outcome import outcome
+from .records import CaseRecord
 from .shapes import HOMES, Workshop
+from .sharing import Share
 from .subject import Subject, subject
 
 #: Examples of each drawn case in certification; ``--portakv-fuzz`` replaces them.
@@ -51,6 +53,8 @@ class Suite:
         self.facility = Facility(self.subject.device, self.subject.emulated)
         self.events: str | None = config.getoption("--portakv-events")
         self.only = _only(config.getoption("--portakv-only"))
+        share: str | None = config.getoption("--portakv-share")
+        self.share = None if share is None else Share(Path(share))
         self.examples: str | None = config.getoption("--portakv-examples")
         self._load_settings()
 
@@ -64,6 +68,7 @@ class Suite:
             phases=(Phase.explicit, Phase.generate, Phase.shrink),
             suppress_health_check=list(HealthCheck),
             print_blob=False,
+            report_multiple_bugs=False,  # one failure, the one whose example is kept
         )
         settings.load_profile("portakv")
 
@@ -83,10 +88,10 @@ class Suite:
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
         """Keep the profile's cases that make sense on this device, the most telling first."""
-        mine = [item for item in items if PACKAGE in item.path.parents]
+        mine = [item for item in items if is_case(item)]
         dropped = [item for item in mine if not self._belongs(item)]
         kept = [item for item in mine if item not in set(dropped)]
-        kept.sort(key=lambda item: AREAS.index(_mark(item, "area", "core")))
+        kept.sort(key=lambda item: AREAS.index(mark_of(item, "area")))
         if self.only is not None:
             unknown = sorted(self.only - {case_id(item) for item in kept})
             if unknown:
@@ -97,11 +102,11 @@ class Suite:
             dropped += [item for item in kept if case_id(item) not in self.only]
             kept = [item for item in kept if case_id(item) in self.only]
         config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if PACKAGE not in item.path.parents] + kept
+        items[:] = [item for item in items if not is_case(item)] + kept
         self._tell({"event": "list", "ids": [case_id(item) for item in kept]})
 
     def _belongs(self, item: pytest.Item) -> bool:
-        if _mark(item, "profile", "core") == "full" and self.profile == "core":
+        if mark_of(item, "profile") == "full" and self.profile == "core":
             return False
         for mark in item.iter_markers("needs"):
             met, why = self._has(mark.args[0])
@@ -134,12 +139,28 @@ class Suite:
         """The seed of one case: another for each, all from the run's."""
         return (self.seed << 32) ^ zlib.crc32(name.encode())
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
+        """Where the cases are shared, run those that nobody else has taken."""
+        if self.share is None or session.testsfailed or session.config.option.collectonly:
+            return None
+        for item in session.items:
+            if is_case(item) and not self.share.take(case_id(item)):
+                continue
+            # Which case comes next is not known yet, so nothing is kept for it.
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+            if session.shouldfail:
+                raise session.Failed(session.shouldfail)
+            if session.shouldstop:
+                raise session.Interrupted(session.shouldstop)
+        return True
+
     # -- how each one ends ----------------------------------------------------------------------
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         """Tell of the case before and after it; a wrapper, so that a crash lies in between."""
-        if PACKAGE not in item.path.parents:
+        if not is_case(item):
             return (yield)
         self._tell({"event": "start", "id": case_id(item)})
         item.stash[_REPORTS] = {}
@@ -152,6 +173,12 @@ class Suite:
         finally:
             record = self._record(item, time.perf_counter() - began)
             self._tell({"event": "end", "case": json.loads(record.line())})
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Of a backend that does not say what it claims no case can be judged."""
+        if is_case(item) and self.subject.flaw:
+            pytest.fail(self.subject.flaw, pytrace=False)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
@@ -170,16 +197,17 @@ class Suite:
 
     def _record(self, item: pytest.Item, seconds: float) -> CaseRecord:
         judge = item.stash.get(_JUDGE, None)
-        status, reason, details = _outcome(item, judge)
+        reports = item.stash[_REPORTS]
+        status, reason, details = outcome(item, reports, judge, self.subject.flaw)
         record = CaseRecord(
             id=case_id(item),
-            area=_mark(item, "area", "core"),
-            profile=_mark(item, "profile", "core"),
-            claim=_mark(item, "claim", ""),
+            area=mark_of(item, "area"),
+            profile=mark_of(item, "profile"),
+            claim=mark_of(item, "claim", ""),
             status=status,
             seconds=round(seconds, 4),
             examples=judge.examples if judge else 0,
-            tags=_tags(item),
+            tags=tags_of(item),
             reason=reason,
             details=details,
             replay=self._replay(item),
@@ -195,7 +223,8 @@ class Suite:
         name = f"example-{zlib.crc32(record.id.encode()):08x}.json"
         about = {
             "case": record.id, "backend": self.subject.target, "device": str(self.subject.device),
-            "seed": self.seed, "reason": record.reason,
+            "emulated": self.subject.emulated, "seed": self.seed, "reason": record.reason,
+            "direct": judge.direct,
         }  # fmt: skip
         try:
             saved.save(judge.failing, Path(self.examples) / name, about)
@@ -247,58 +276,6 @@ def _only(file: str | None) -> set[str] | None:
     if file is None:
         return None
     return {line for line in Path(file).read_text(encoding="utf-8").splitlines() if line}
-
-
-def case_id(item: pytest.Item) -> str:
-    """The id of a case: the file relative to this package, and what pytest calls the test."""
-    return f"{item.path.relative_to(PACKAGE).as_posix()}::{item.nodeid.partition('::')[2]}"
-
-
-def _mark(item: pytest.Item, name: str, default: str) -> str:
-    mark = item.get_closest_marker(name)
-    return default if mark is None else str(mark.args[0])
-
-
-def _tags(item: pytest.Item) -> dict[str, str]:
-    tags: dict[str, str] = {}
-    for mark in item.iter_markers("tags"):
-        tags = {**mark.kwargs, **tags}
-    return tags
-
-
-def _outcome(item: pytest.Item, judge: Judge | None) -> tuple[Status, str, str]:
-    """Status, a sentence and the details of a case whose phases have all ended."""
-    reports = item.stash[_REPORTS]
-    for when in ("setup", "call", "teardown"):
-        report = reports.get(when)
-        if report is None or report.passed:
-            continue
-        if report.skipped:
-            return "error", "The case skipped itself; a case of the suite never does.", ""
-        status: Status = "failed" if when == "call" else "error"
-        return status, _sentence(report), _details(report)
-    if "call" not in reports:
-        return "error", "The case did not come to its end.", ""
-    if NOT_CLAIMED in item.stash:
-        return "not-claimed", item.stash[NOT_CLAIMED], ""
-    if judge is not None and judge.declined and not judge.examples:
-        return "not-claimed", f"The backend declines the plan: {judge.declined[0]}", ""
-    return "passed", "", ""
-
-
-def _sentence(report: pytest.TestReport) -> str:
-    """The message of the exception, without its type where it is an assertion's."""
-    crash = getattr(report.longrepr, "reprcrash", None)
-    message = str(getattr(crash, "message", report.longrepr)).strip()
-    message = message.removeprefix("AssertionError: ").partition("\nassert ")[0]
-    message = message.partition("\nFalsifying example")[0]
-    return message.partition(" The case was ")[0].strip()
-
-
-def _details(report: pytest.TestReport) -> str:
-    parts = [report.longreprtext]
-    parts += [f"--- {name}\n{content}" for name, content in report.sections]
-    return "\n".join(parts)[-20_000:]
 
 
 # -- what cases ask for --------------------------------------------------------------------------

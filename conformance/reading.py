@@ -93,18 +93,20 @@ def replay_example(words: list[str]) -> int:
     parser.add_argument("--device", metavar="D", help="default: the one it failed on")
     parser.add_argument("--emulated", action="store_true", help="D is carried by the simulated one")
     asked = parser.parse_args(words)
-    from .saved import load, replay
+    from .saved import read_about, replay
     from .subject import subject
 
     text = _text(asked.file)
     try:
-        _, about = load(text)
-        name = asked.backend or about.get("backend")
+        said = read_about(text)
+        name = asked.backend or said.get("backend")
         if not name:
             raise BadRequest(f"{asked.file} does not say which backend failed; name one.")
-        device = asked.device or about.get("device", "cpu")
-        judged = subject(name, device, emulated=asked.emulated)
-        wrong = replay(asked.file, judged)
+        device = asked.device or said.get("device", "cpu")
+        emulated = asked.emulated or (asked.device is None and said.get("emulated") is True)
+        # The device is made known to torch by this; tensors of the example may lie there.
+        judged = subject(name, device, emulated=emulated)
+        wrong = judged.flaw or replay(asked.file, judged)
     except PortaKVError as error:
         raise SubjectUnavailable(str(error)) from error
     except ValueError as error:

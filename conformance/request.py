@@ -33,6 +33,7 @@ class Options:
         only: ids to run; empty: all of the profile.
         emulated: the simulated device carries the name of ``device``.
         examples: an existing folder for failing examples that were shrunken.
+        jobs: workers at a time.
     """
 
     backend: str
@@ -47,6 +48,7 @@ class Options:
     only: tuple[str, ...] = ()
     emulated: bool = False
     examples: Path | None = None
+    jobs: int = 1
 
     @property
     def seconds(self) -> float:
@@ -61,6 +63,7 @@ class Options:
         words += ["--emulated"] if self.emulated else []
         words += ["--waivers", self.waiver_file] if self.waiver_file and not only else []
         words += ["--limit", f"{self.limit:g}"] if self.limit else []
+        words += ["--jobs", str(self.jobs)] if self.jobs > 1 and not only else []
         chosen = only or self.only
         words += ["--only", *chosen] if chosen else []
         told = {name: os.environ[name] for name in _TOLD_BY_ENVIRONMENT if name in os.environ}

@@ -46,6 +46,21 @@ def save(case: Case, path: Path, about: dict[str, Any] | None = None) -> None:
     path.write_text(dump(case, about), encoding="utf-8")
 
 
+def read_about(text: str) -> dict[str, Any]:
+    """What a JSON document says of its case; makes no tensors, so that no device is needed.
+
+    Raises:
+        ValueError: no document of this schema.
+    """
+    try:
+        document = json.loads(text)
+        if document["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {document['schema']!r}, expected {SCHEMA!r}")
+        return dict(document["about"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _no_example(error) from error
+
+
 def load(text: str, device: str | torch.device | None = None) -> tuple[Case, dict[str, Any]]:
     """The case of a JSON document, with fresh tensors, and what is said about it.
 
@@ -56,12 +71,10 @@ def load(text: str, device: str | torch.device | None = None) -> tuple[Case, dic
     Raises:
         ValueError: no document of this schema, or one with fields missing.
     """
+    said = read_about(text)
     try:
         document = json.loads(text)
-        if document["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {document['schema']!r}, expected {SCHEMA!r}")
-        about = dict(document["about"])
-        move = _Move(str(about.get("device", "cpu")), None if device is None else str(device))
+        move = _Move(str(said.get("device", "cpu")), None if device is None else str(device))
         src = _build(document["src"], move)
         if document["one_cache"]:
             told = document["dst"]
@@ -69,12 +82,16 @@ def load(text: str, device: str | torch.device | None = None) -> tuple[Case, dic
             dst = replace(src, ids=ids, step=told["step"], offset=told["offset"])
         else:
             dst = _build(document["dst"], move)
-        return Case(src, dst, int(document["count"])), about
+        return Case(src, dst, int(document["count"])), said
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"This is no saved example of the suite ({type(error).__name__}: {error}); pass a file "
-            f"that a run wrote beside its report."
-        ) from error
+        raise _no_example(error) from error
+
+
+def _no_example(error: Exception) -> ValueError:
+    return ValueError(
+        f"This is no saved example of the suite ({type(error).__name__}: {error}); pass a file "
+        f"that a run wrote beside its report."
+    )
 
 
 def replay(path: Path, subject: Subject) -> str | None:
@@ -83,13 +100,13 @@ def replay(path: Path, subject: Subject) -> str | None:
     A copy that the backend declines, as it may, passes; ValueError as `load` raises.
     """
     text = path.read_text(encoding="utf-8")
-    case, about = load(text, subject.device)
-    judge = Judge(subject, Facility(subject.device, subject.emulated), about.get("seed", 0))
+    case, said = load(text, subject.device)
+    judge = Judge(subject, Facility(subject.device, subject.emulated), said.get("seed", 0))
     try:
-        if about.get("direct"):
+        if said.get("direct"):
             judge.launch(case)
         else:
-            judge.copy(case, end=about.get("end", "synchronize"))
+            judge.copy(case)
     except AssertionError as error:
         return str(error)
     return None

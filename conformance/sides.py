@@ -246,7 +246,7 @@ def _place(
     item = torch.empty(0, dtype=to.dtype).element_size()
     starts = [to.offset + number * between for number in range(count)]
     if to.place == "scattered":
-        rng = random.Random(to.seed)
+        rng = random.Random(f"{to.seed} {kv}")  # as one list of all tensors it has no order either
         holes = [rng.randrange(9) for _ in range(count)]
         starts = [start + sum(holes[: n + 1]) for n, start in enumerate(starts)]
         rng.shuffle(starts)

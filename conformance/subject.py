@@ -12,7 +12,7 @@ import torch
 
 from portakv import BackendUnavailable, CopyPlan, Index, KVView, Transfer, Unsupported, copy_rows
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, Pending
-from portakv.registry import REGISTRY, Choice, choose, register_backend
+from portakv.registry import REGISTRY, choose, register_backend
 
 #: Devices that are simulated, and so have to be loaded before torch knows them.
 SIMULATED = "simdev"
@@ -28,6 +28,8 @@ class Subject:
         backend, device, can: the backend, where it works, and what it claims.
         trace: the registry's answers.
         emulated: the device is simulated.
+        flaw: why no claim of the backend can be judged, a sentence: it does not say what it
+            claims. Then ``can`` claims nothing, or is what it says instead.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Subject:
     can: Capabilities
     trace: tuple[Decision, ...]
     emulated: bool = False
+    flaw: str = ""
 
     @property
     def on_host(self) -> bool:
@@ -110,17 +113,29 @@ def subject(name: str, device: str | torch.device = "cpu", *, emulated: bool = F
     place, simulated = _device(device, emulated)
     if ":" in name:
         name = _register(name, place)
+    place = _indexed(place)
     # Judging wrong bytes is the suite's work: a self-check that failed must not end it early.
-    choice = _choose_unchecked(place, name)
-    return Subject(
-        name,
-        _target(type(choice.backend)),
-        choice.backend,
-        choice.backend.device,
-        choice.can,
-        (*choice.trace,),
-        simulated,
-    )
+    decision = REGISTRY.admit(name, place)
+    backend = REGISTRY.ask(name, place, check=False)[0]
+    if backend is None:
+        choose(place, name)  # raises, with what the others said
+        raise BackendUnavailable(f"{name!r} was asked for, but {decision.reason}.")
+    can, flaw = _claims(backend)
+    trace = (decision,) if flaw else (*choose(place, name).trace,)
+    return Subject(name, _target(type(backend)), backend, place, can, trace, simulated, flaw)
+
+
+def _claims(backend: Backend) -> tuple[Capabilities, str]:
+    """What a backend claims, and a sentence where it does not say."""
+    nothing = Capabilities(places=frozenset())
+    expected = "expected a portakv.backends.base.Capabilities. Without it no case can be judged."
+    try:
+        can = backend.capabilities()
+    except Exception as error:  # a vendor's code may fail in any way
+        return nothing, f"capabilities() raised {type(error).__name__}: {error}; {expected}"
+    if not isinstance(can, Capabilities):
+        return can, f"capabilities() returned {can!r}; {expected}"
+    return can, ""
 
 
 def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, bool]:
@@ -172,20 +187,6 @@ def _register(target: str, device: torch.device) -> str:
     return name
 
 
-def _choose_unchecked(device: torch.device, name: str) -> Choice:
-    """The registry's choice of ``name`` by force, without its power-on self-check.
-
-    Afterwards ``copy_rows(backend=name)`` uses it as well.
-    """
-    place = _indexed(device)
-    backend, decision = REGISTRY.ask(name, place, check=False)
-    if backend is not None:
-        reason = decision.reason.replace("(not self-checked yet) ", "")
-        decision = Decision(name, True, f"{reason}; judged by the suite, not by its self-check")
-        REGISTRY._known[name, place] = (backend, decision)
-    return choose(place, name)
-
-
 def _indexed(device: torch.device) -> torch.device:
     """The device with its index; BackendUnavailable where torch cannot use it here."""
     if device.type == "cpu" or device.index is not None:
@@ -201,4 +202,3 @@ def _indexed(device: torch.device) -> torch.device:
 
 def _target(found: type[Backend]) -> str:
     return f"{found.__module__}:{found.__qualname__}"
-

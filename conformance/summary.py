@@ -10,6 +10,7 @@ from pathlib import Path
 
 from portakv.console import print_prose
 
+from .journal import MOST_EXAMPLES
 from .records import STATUSES, CaseRecord, RunRecord
 from .request import Options
 from .verdict import WRONG, why_no_rung
@@ -36,6 +37,11 @@ def print_summary(record: RunRecord, options: Options) -> None:
         print_prose(f"missing: {sentence}")
     for sentence in problems(record.waivers, record.cases, record.suite, whole=not record.missing):
         print_prose(f"waivers: {sentence}")
+    if sum(bool(case.example) for case in record.cases) >= MOST_EXAMPLES:
+        print_prose(
+            f"Of the failing examples the first {MOST_EXAMPLES} were kept; a case that is run "
+            f"alone saves its own."
+        )
     if record.fuzz:
         print_prose(f"seed {record.seed}, {record.fuzz} examples in each drawn case")
         print(f"again: {record.command}")

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Worker:
         command: what runs the worker, to which the file of orders is added.
         folder: an empty folder of its own, for its files.
         backend, device, emulated, options: its orders; see `worker.Orders`.
+        surroundings: environment variables to set for it.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Worker:
         device: str,
         emulated: bool,
         options: Sequence[str],
+        surroundings: Mapping[str, str] | None = None,
     ) -> None:
         folder.mkdir(parents=True)
         self._events = folder / "events.jsonl"
@@ -54,6 +56,7 @@ class Worker:
             [*options, *events], str(empty), os.getpid(),
         ).write(folder / "orders.json")  # fmt: skip
         environment = {k: v for k, v in os.environ.items() if k not in _LEFT_OUT}
+        environment |= surroundings or {}
         environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         # Else hypothesis leaves a folder wherever the user happens to be.
         environment["HYPOTHESIS_STORAGE_DIRECTORY"] = str(folder / "hypothesis")

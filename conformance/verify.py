@@ -126,8 +126,17 @@ def _cases(record: RunRecord) -> Iterator[str]:
         if case.seconds < 0 or case.examples < 0:
             yield f"Case {case.id!r} took {case.seconds} s for {case.examples} examples."
     spent = sum(case.seconds for case in record.cases)
-    if spent > record.seconds * 1.05 + 1:
-        yield f"Its cases took {spent:.1f} s one after another, but the run {record.seconds:.1f} s."
+    jobs = _jobs(record)
+    if spent > jobs * record.seconds * 1.05 + 1:
+        once = f"{jobs} at a time" if jobs > 1 else "one after another"
+        yield f"Its cases took {spent:.1f} s, {once}, but the run {record.seconds:.1f} s."
+
+
+def _jobs(record: RunRecord) -> int:
+    """How many cases ran at a time, as its command says."""
+    words = _words(record)
+    told = words[words.index("--jobs") + 1 :][:1] if "--jobs" in words else []
+    return int(told[0]) if told and told[0].isdecimal() else 1
 
 
 def _facts(record: RunRecord) -> Iterator[str]:
@@ -156,9 +165,16 @@ def _facts(record: RunRecord) -> Iterator[str]:
     yield from _command(record, device)
 
 
+def _words(record: RunRecord) -> list[str]:
+    try:
+        return shlex.split(record.command)
+    except ValueError:  # a quote that is not closed
+        return []
+
+
 def _command(record: RunRecord, device: str) -> Iterator[str]:
     """The command that repeats the run has to ask for what was run."""
-    words = shlex.split(record.command)
+    words = _words(record)
     expected = [["--device", device], ["--profile", record.profile], ["--seed", str(record.seed)]]
     expected += [["--fuzz", str(record.fuzz)]] if record.fuzz else []
     pairs = [words[at : at + 2] for at in range(len(words))]

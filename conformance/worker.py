@@ -99,33 +99,18 @@ class Descriptions:
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Write the event ``described``: by id, the fields of `CaseRecord` that are marks."""
-        from .plugin import case_id
+        from .marks import case_id, mark_of, tags_of
 
         told = {
             case_id(item): {
-                "area": _mark(item, "area"),
-                "profile": _mark(item, "profile"),
-                "claim": _mark(item, "claim", ""),
-                "tags": {
-                    k: v for mark in item.iter_markers("tags") for k, v in mark.kwargs.items()
-                },
+                "area": mark_of(item, "area"),
+                "profile": mark_of(item, "profile"),
+                "claim": mark_of(item, "claim", ""),
+                "tags": tags_of(item),
             }
             for item in session.items
         }
         _tell(self._orders, {"event": "described", "cases": told})
-
-
-def _tags(item: pytest.Item) -> dict[str, str]:
-    """The tags of a case, the nearest of each name."""
-    tags: dict[str, str] = {}
-    for mark in item.iter_markers("tags"):
-        tags = {**mark.kwargs, **tags}
-    return tags
-
-
-def _mark(item: pytest.Item, name: str, default: str = "core") -> str:
-    mark = item.get_closest_marker(name)
-    return default if mark is None else str(mark.args[0])
 
 
 def introduce(orders: Orders) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from .reading import read_as
 from .registration import Registration, facts_of
 from .registry import choose
 from .request import check_apart, check_batch, check_chunk, slot_range
+from .roots import flatten, nested
 from .routes import route
 from .transfer import Completion, Transfer, failed
 from .watch import fail, unasked_error
@@ -67,6 +68,7 @@ class AdaptiveConnector:
         self._captured: list[Completion] = []
         self._owner = weakref.ref(self)
         self._handle = opaque.enlist(self)
+        self._passing: Registration | None = None
 
     def register_kv_caches(self, kv_caches: Any) -> None:
         """Read the caches once and hold them until `unregister_kv_caches` or another registration.
@@ -190,7 +192,7 @@ class AdaptiveConnector:
         end: int | None,
         stream: torch.Stream | None,
     ) -> Transfer:
-        if self._captured or failed or any_set():
+        if failed or any_set():
             self._report()
         caches = self._caches(kv_caches)
         return self._carry(store, caches, memory_obj, slot_mapping, start, end, stream)
@@ -210,6 +212,7 @@ class AdaptiveConnector:
             transfer = caches.lanes.transfer(store, memory_obj, slot_mapping, start, end)
             if transfer is not None:
                 return transfer
+        caches.check_memory()
         index, count = slot_range(slot_mapping, start, end)
         chunk = chunks.read(memory_obj)
         check_chunk(cache, chunk, count)
@@ -228,7 +231,7 @@ class AdaptiveConnector:
         ends: Sequence[int],
         stream: torch.Stream | None,
     ) -> Transfer:
-        if self._captured or failed or any_set():
+        if failed or any_set():
             self._report()
         memory_objs, starts, ends = list(memory_objs), list(starts), list(ends)
         if not len(memory_objs) == len(starts) == len(ends):
@@ -250,6 +253,7 @@ class AdaptiveConnector:
         stream: torch.Stream | None,
     ) -> Transfer:
         cache, chunks = caches.view, caches.chunks
+        caches.check_memory()
         jobs = []
         for memory_obj, start, end in zip(memory_objs, starts, ends, strict=True):
             index, count = slot_range(slot_mapping, start, end)
@@ -282,33 +286,66 @@ class AdaptiveConnector:
         if stream is not None or not isinstance(slot_mapping, torch.Tensor):
             args = (store, memory_objs, kv_caches, slot_mapping, starts, ends, stream)
             return cast(Transfer, opaque.eagerly(self._move_batch, *args))
+        if not memory_objs:
+            return Transfer()
+        caches, levels = self._shown(kv_caches)
+        opaque.transfer(
+            store, self._handle, memory_objs, caches, levels, slot_mapping, starts, ends
+        )
+        return Transfer()
+
+    def _shown(self, kv_caches: Any) -> tuple[Sequence[torch.Tensor], Sequence[int]]:
+        """The caches as a compiler is shown them, and the lengths of their containers: none for
+        those that are registered."""
+        registered = self._registered
         if kv_caches is None:
-            registered = self._registered
             if registered is None:
                 raise _no_caches()
-            kv_caches = registered.kv_caches
-        opaque.transfer(store, self._handle, memory_objs, kv_caches, slot_mapping, starts, ends)
-        return Transfer()
+            return registered.roots.tensors, []
+        leaves, levels = flatten(kv_caches)
+        if registered is not None and len(leaves) == len(registered.roots.leaves):
+            pairs = zip(leaves, registered.roots.leaves, strict=True)
+            if all(mine is theirs for mine, theirs in pairs):
+                return registered.roots.tensors, []
+        return leaves, levels
 
     def carry_op(
         self,
         store: bool,
         memory_objs: list[Any],
-        kv_caches: Any,
+        caches: Sequence[torch.Tensor],
+        cache_levels: Sequence[int],
         slot_mapping: torch.Tensor,
         starts: Sequence[int],
         ends: Sequence[int],
     ) -> None:
         """What the op of `opaque` does when a compiled function runs; not for callers."""
-        registered = self._registered
-        if registered is None or facts_of(kv_caches) != registered.facts:
-            # Perhaps a compiler's copy, which must not take the place of what was registered.
-            registered = self._read(kv_caches)
+        if failed or any_set():
+            self._report()
+        read = self._handed_over(caches, cache_levels)
         if len(memory_objs) == 1:
-            sides = (store, registered, memory_objs[0], slot_mapping, starts[0], ends[0], None)
-            self._carry(*sides)
+            sides = (store, read, memory_objs[0], slot_mapping, starts[0], ends[0], None)
+            transfer = self._carry(*sides)
         else:
-            self._carry_batch(store, registered, memory_objs, slot_mapping, starts, ends, None)
+            transfer = self._carry_batch(store, read, memory_objs, slot_mapping, starts, ends, None)
+        if any(completion.pending for completion in transfer.completions):
+            transfer.wait()  # what follows in the graph knows of no handle
+
+    def _handed_over(self, caches: Sequence[torch.Tensor], levels: Sequence[int]) -> Registration:
+        """What a compiled function hands over: registered caches, or others, which do not take
+        their place: they may be a compiler's copies."""
+        registered = self._registered
+        if not levels:
+            if registered is None:
+                raise _no_caches()
+            if registered.roots.are(caches):
+                return registered
+            return self._read(registered.roots.nested_in(caches))  # a compiler's copies: not kept
+        kv_caches = nested(caches, levels)
+        facts = facts_of(kv_caches)
+        if self._passing is None or self._passing.facts != facts:
+            self._passing = self._read(kv_caches)
+        return self._passing
 
     def _caches(self, kv_caches: Any) -> Registration:
         """What is registered; caches that differ from it register again."""

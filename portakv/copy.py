@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .clean import clean
-from .errors import DeviceMismatch, LayoutError, PortaKVError, SlotError, Unsupported
+from .errors import DeviceMismatch, LayoutError, SlotError, Unsupported
 from .index import Index
 from .ordering import Piece, launch, refuse_capture
 from .overlap import check_disjoint
@@ -126,7 +126,7 @@ def carry(
     pieces = [(way, 0, count)]
     if way.plan.unit > 1:
         pieces = _pieces(way, src, dst, src_index, dst_index, count, choice)
-    error: PortaKVError | None = None
+    error = None
     trusted = (src_index.on_host or src_index.trusted(count, src.slots)) and (
         dst_index.on_host or dst_index.trusted(count, dst.slots)
     )
@@ -138,8 +138,8 @@ def carry(
         way = route(src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice)
         pieces = _pieces(way, src, dst, src_index, dst_index, count, choice)
     if not disjoint and src.overlaps(dst):
-        unit = src.form.block_size if src.opaque else 1
-        check_disjoint(src, dst, src_index, dst_index, count, unit)
+        whole = src.form.block_size if src.opaque else 1
+        check_disjoint(src, dst, src_index, dst_index, count, whole)
     return launch(pieces, src, dst, src_index, dst_index, stream, error)
 
 

@@ -24,6 +24,15 @@ class Pool:
         except IndexError:
             return torch.Event(self._device)
 
+    def recorded(self, stream: torch.Stream | None) -> torch.Event:
+        """An event behind everything on ``stream``; None: the current stream of this device."""
+        event = self.acquire()
+        if stream is None and torch.accelerator.current_device_index() != self._device.index:
+            # Given no stream it would take the current device's.
+            stream = torch.accelerator.current_stream(self._device.index)
+        event.record(stream)
+        return event
+
     def release(self, event: torch.Event) -> None:
         """Give an event back that has ended and that nobody waits for any more."""
         if len(self._free) < _KEPT:

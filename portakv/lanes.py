@@ -24,6 +24,7 @@ from .transfer import Completion, Transfer
 from .view import KVView
 from .watch import watch
 
+_current_device = torch.accelerator.current_device_index
 _MOST = 256  # lanes; a chunk length that comes once must not stay for ever
 
 
@@ -38,9 +39,14 @@ class Lanes:
 
     def __init__(self, cache: KVView, choice: Choice, owner: Any) -> None:
         self._cache, self._choice, self._owner = cache, choice, owner
-        self._events = events.pool(choice.backend.device)
-        self._capturing = capture_question(choice.backend.device)
+        device = choice.backend.device
+        self._events, self._index = events.pool(device), device.index
+        self._capturing = capture_question(device)
+        # One allocation stands for all of them; the long way looks at each.
+        self._memory = cache.owners[0].untyped_storage()
+        self._begins = self._memory.data_ptr()
         self._known: dict[Any, _Lane] = {}
+        self._repeatable = device.type != "cpu"  # until a launch shows that it is not
 
     def transfer(
         self, store: bool, memory_obj: Any, slot_mapping: Any, start: Any, end: Any
@@ -57,7 +63,10 @@ class Lanes:
             if type(chunk) is not torch.Tensor:
                 return None
         try:
-            lane = self._known.get((store, chunk.shape, chunk.stride(), chunk.dtype, ids.dtype))
+            address = chunk.data_ptr()
+            # The last bits of the address are its alignment, on which a plan's vectors rest.
+            key = (store, chunk.shape, chunk.stride(), chunk.dtype, address & 15, ids.dtype)
+            lane = self._known.get(key)
         except RuntimeError:  # a tensor that has no strides
             return None
         if lane is None or not lane.fits(chunk, ids):
@@ -67,8 +76,11 @@ class Lanes:
             end = length
         if type(start) is not int or type(end) is not int or not 0 <= start < end <= length:
             return None
-        address, count = chunk.data_ptr(), end - start
-        if count > lane.slots or lane.overlaps(address) or self._capturing():
+        count = end - start
+        if count > lane.slots or lane.overlaps(address) or self._memory.data_ptr() != self._begins:
+            return None
+        # The question of a capture and the event are about the current device.
+        if _current_device() != self._index or self._capturing():
             return None
         word, event = words.acquire(), self._events.acquire()
         lane.again(address, ids.data_ptr(), start, count, word.address)
@@ -81,12 +93,18 @@ class Lanes:
         """The copy on the device of host ids that were found good for this range before."""
         if type(index) is not Index or index.plan_step != 1 or index.offset:
             return None
+        if not index.on_host:
+            return index.ids
+        if type(start) is not int or type(end) not in (int, type(None)):
+            return None
         length = index.length or 0
         count = (length if end is None else end) - start
         return index.judged(start, count, self._cache.slots, not store)
 
     def learn(self, store: bool, chunk: KVView, slot_mapping: Any) -> None:
         """Make a lane of a transfer that just went the long way, where one is possible."""
+        if not self._repeatable:
+            return
         tensor = chunk.tensors
         if type(tensor) is not torch.Tensor or chunk.device != self._choice.backend.device:
             return
@@ -95,13 +113,15 @@ class Lanes:
             index = index.placed(chunk.device, self._choice.can.index_dtypes)
         if index.ids is None or index.plan_step != 1 or index.ids.device != chunk.device:
             return
-        key = (store, tensor.shape, tensor.stride(), tensor.dtype, index.ids.dtype)
+        alignment = tensor.data_ptr() & 15
+        key = (store, tensor.shape, tensor.stride(), tensor.dtype, alignment, index.ids.dtype)
         if key in self._known or len(chunk.spans) != 1 or capturing(chunk.device):
             return
         forms = (self._cache.form, chunk.form) if store else (chunk.form, self._cache.form)
         way = route(*forms, int(store), int(not store), None, self._choice)
         again = getattr(way.launch, "again", None)
         if again is None or not (way.can.guards and way.can.skips_negative):
+            self._repeatable = False
             return
         if way.place(index) is index and index.length:
             sides = (self._cache, chunk, index, Index()) if store else (
@@ -117,13 +137,11 @@ class Lanes:
 class _Lane:
     """One kind of transfer: a chunk of one form, ids of one dtype, one direction."""
 
-    __slots__ = ("_alignment", "_firsts", "_index", "_pasts", "_reach", "again", "slots")
+    __slots__ = ("_firsts", "_index", "_pasts", "_reach", "again", "slots")
 
     def __init__(self, cache: KVView, chunk: KVView, again: Again) -> None:
         self.again, self.slots = again, min(chunk.slots, again.most)
         self._index = chunk.device.index
-        # The plan's vectors rest on the alignment of the chunk that it was made with.
-        self._alignment = chunk.form.alignment
         ((first, past),) = chunk.spans
         self._reach = past - first
         self._firsts = [span[0] for span in cache.spans]
@@ -137,7 +155,6 @@ class _Lane:
             and ids.get_device() == index
             and ids.dim() == 1
             and ids.is_contiguous()
-            and chunk.data_ptr() % self._alignment == 0
             and not chunk.requires_grad
             and not chunk.is_neg()
         )

@@ -9,14 +9,15 @@ connector's eager call. Eager calls never come here, and do not pay for the disp
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 
-from .errors import LayoutError, SlotError, TransferError
+from .errors import SlotError, TransferError
+from .roots import flatten, nested
 
 NAMESPACE = "portakv"
 # Nested containers travel as flat lists, with the length of each level, outermost first.
@@ -45,12 +46,20 @@ def transfer(
     store: bool,
     handle: int,
     memory_objs: Sequence[Any],
-    kv_caches: Any,
-    slot_mapping: Any,
+    caches: Sequence[torch.Tensor],
+    cache_levels: Sequence[int],
+    slot_mapping: torch.Tensor,
     starts: Sequence[Any],
     ends: Sequence[Any],
 ) -> None:
-    """Put the op into the graph that is being traced; the parameters are the connector's.
+    """Put the op into the graph that is being traced.
+
+    Args:
+        store: which op.
+        handle: the connector's number.
+        memory_objs, slot_mapping, starts, ends: as in a connector's batch.
+        caches: the roots of the registered caches (no levels), or other caches, flat.
+        cache_levels: the lengths of their containers.
 
     Raises:
         LayoutError, SlotError: what does not fit together already shows.
@@ -60,12 +69,12 @@ def transfer(
             f"{len(memory_objs)} memory objects came with {len(starts)} starts and {len(ends)} "
             f"ends; pass one start and one end for each."
         )
-    chunks, chunk_levels = _flatten([getattr(one, "tensor", one) for one in memory_objs])
-    caches, cache_levels = _flatten(kv_caches)
+    chunks, chunk_levels = flatten([getattr(one, "tensor", one) for one in memory_objs])
     length = slot_mapping.shape[0]
     ends = [length if end is None else end for end in ends]
     op = torch.ops.portakv.from_gpu if store else torch.ops.portakv.to_gpu
-    op(handle, chunks, chunk_levels, caches, cache_levels, slot_mapping, list(starts), ends)
+    given = (list(caches), list(cache_levels), slot_mapping, list(starts), ends)
+    op(handle, chunks, chunk_levels, *given)
 
 
 def eagerly(call: Any, *arguments: Any) -> Any:
@@ -95,36 +104,6 @@ def _call(call: Any, *arguments: Any) -> Any:
 # What `torch.compiler.assume_constant_result` sets, without the import of the whole compiler,
 # which takes longer than everything else that PortaKV does when it is imported.
 setattr(_make_outside, "_dynamo_marked_constant", True)  # noqa: B010 - unknown to type checkers
-
-
-def _flatten(nest: Any) -> tuple[list[torch.Tensor], list[int]]:
-    """The tensors of nested containers, and the length of each level."""
-    level, levels = [nest], []
-    while not isinstance(level[0], torch.Tensor):
-        rows = []
-        for one in level:
-            if not isinstance(one, (list, tuple, Mapping)):
-                raise LayoutError(
-                    f"A {type(one).__name__} was found where tensors, lists, tuples or dicts were "
-                    f"expected."
-                )
-            rows.append(list(one.values()) if isinstance(one, Mapping) else list(one))
-        if not rows[0] or any(len(row) != len(rows[0]) for row in rows):
-            raise LayoutError(
-                f"Containers of {[len(row) for row in rows]} things were found in one level; all "
-                f"hold the same number, and at least one."
-            )
-        levels.append(len(rows[0]))
-        level = [item for row in rows for item in row]
-    return level, levels
-
-
-def nested(tensors: Sequence[torch.Tensor], levels: Sequence[int]) -> Any:
-    """Lists in lists, as they were before `_flatten`."""
-    level: list[Any] = list(tensors)
-    for length in reversed(levels):
-        level = [level[i : i + length] for i in range(0, len(level), length)]
-    return level[0]
 
 
 @cache
@@ -160,7 +139,8 @@ def _carry(store: bool) -> Any:
         found.carry_op(
             store,
             nested(memory_objs, chunk_levels),
-            nested(kv_caches, cache_levels),
+            kv_caches,
+            cache_levels,
             slot_mapping,
             starts,
             ends,

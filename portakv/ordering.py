@@ -50,8 +50,7 @@ def launch(
         if pending is not None:
             pendings.append(pending)
     pool = events.pool(device)
-    event = pool.acquire()
-    event.record(stream)  # None: the current stream of its device
+    event = pool.recorded(stream)
     kept = (src, dst, placed)
     completion = Completion(event, pendings, status, error, kept if pendings else None, pool)
     if pendings or status:
@@ -137,12 +136,15 @@ def _launch_captured(
 
 def capturing(device: torch.device) -> bool:
     """True while the current stream of ``device`` is captured into a graph."""
-    return capture_question(device)()
+    if device == _HOST or torch.accelerator.current_device_index() == device.index:
+        return capture_question(device)()
+    with torch.get_device_module(device).device(device):
+        return capture_question(device)()
 
 
 @cache
 def capture_question(device: torch.device) -> Callable[[], bool]:
-    """What answers `capturing` for a device."""
+    """What answers `capturing` for a device while it is the current one."""
     if device.type == "cuda":
         # What torch.cuda's function of that name calls, at a third of its cost.
         return torch._C._cuda_isCurrentStreamCapturing

@@ -13,6 +13,7 @@ from .errors import DeviceMismatch, LayoutError
 from .lanes import Lanes
 from .reading import Reading
 from .registry import Choice
+from .roots import Roots
 from .view import KVView
 
 
@@ -21,14 +22,14 @@ class Registration(NamedTuple):
 
     Attributes:
         view: what was read of them.
-        kv_caches: the caches as they were handed over.
+        roots: what a compiler is shown of them.
         facts: what tells others apart; see `facts_of`.
         chunks: the reader of memory objects beside them.
         lanes: what was learnt of transfers to and from them.
     """
 
     view: KVView
-    kv_caches: Any
+    roots: Roots
     facts: Any
     chunks: ChunkReader
     lanes: Lanes
@@ -51,7 +52,12 @@ class Registration(NamedTuple):
         if choice.can.tables:
             view.table  # noqa: B018 - made now, so that no transfer has to
         chunks, lanes = ChunkReader(view, chunk_layout), Lanes(view, choice, owner)
-        return cls(view, kv_caches, facts_of(kv_caches), chunks, lanes)
+        return cls(view, Roots(kv_caches), facts_of(kv_caches), chunks, lanes)
+
+    def check_memory(self) -> None:
+        """Raise `LayoutError` where the memory of a cache was freed or replaced in place."""
+        if not self.roots.stand():
+            raise self.view.replaced()
 
 
 def facts_of(kv_caches: Any) -> Any:

@@ -135,6 +135,16 @@ class Registry:
                 self._known[name, device] = known
             return known
 
+    def admit(self, name: str, device: torch.device) -> Decision:
+        """Take a backend without its self-check, for who judges it himself; its probe counts."""
+        with self._lock:
+            backend, decision = self.ask(name, device, check=False)
+            if backend is not None and decision.reason.startswith(_UNCHECKED):
+                reason = f"{decision.reason[len(_UNCHECKED) :]}; not self-checked, as was asked"
+                decision = Decision(name, True, reason)
+                self._known[name, device] = (backend, decision)
+            return decision
+
     def choose(self, device: torch.device, asked: str | None) -> Choice:
         """The backend for a device; see `choose`."""
         forced = os.environ.get(ENVIRONMENT) or asked

@@ -59,7 +59,8 @@ def route(
     launch, taken = prepare(plan, choice.backend.device, choice)
     found = Route(plan, launch, taken, taken.can, taken.can.home_of_ids(taken.backend.device))
     with _lock:
-        _routes[key] = found
+        # Another thread may have been here first: one launch for all, with its one lock.
+        found = _routes.setdefault(key, found)
         # Oldest first: a use does not move a route, which would cost every call a lock.
         while len(_routes) > CAPACITY:
             _routes.popitem(last=False)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from .words import Word
 
 #: Completions that learnt of an error; `watch` tells their owners what nobody asked for.
 failed: list[Completion] = []
+_settling = threading.Lock()  # of the words and events of every completion
 
 
 class Completion:
@@ -54,7 +56,6 @@ class Completion:
         pool: Pool | None = None,
         standing: bool = False,
     ) -> None:
-        # Lists, for their atomic pop: two threads may ask at once, and each is given back once.
         self._events = [] if event is None else [event]
         self._words = list(words)
         self._pendings = pendings
@@ -69,6 +70,11 @@ class Completion:
     def untold(self) -> bool:
         """True where an error is known and nobody was told of it."""
         return self._error is not None and not self._reported
+
+    @property
+    def pending(self) -> bool:
+        """True where no stream orders the work."""
+        return bool(self._pendings)
 
     @property
     def error(self) -> PortaKVError | None:
@@ -106,33 +112,31 @@ class Completion:
         """An error that nobody was told of yet, once; never blocks."""
         if self._reported:
             return None
-        for word, start in self._words:
-            self._read(word, start)
-        error = self._error
-        if self.standing:
-            self._error = None
-            for word, _ in self._words:
-                word.clear()
-        else:
-            self._reported = error is not None
+        with _settling:
+            for word, start in self._words:
+                self._read(word, start)
+            error = self._error
+            if self.standing:
+                self._error = None
+                for word, _ in self._words:
+                    word.clear()
+            else:
+                self._reported = error is not None
         return error
 
     def _settle(self) -> None:
         self.kept = None
         if self.standing:
             return
-        try:
-            while self._events:
-                event = self._events.pop()
+        # Read, then given back, at once: another thread's transfer may get the word next.
+        with _settling:
+            for event in self._events:
                 if self._pool is not None:
                     self._pool.release(event)
-            while self._words:
-                word, start = self._words.pop()
-                if word.read():
-                    self._read(word, start)
+            for word, start in self._words:
+                self._read(word, start)
                 word.release()
-        except IndexError:  # another thread was faster
-            pass
+            self._events, self._words = [], []
 
     def _read(self, word: Word, start: int) -> None:
         position = word.read()

@@ -189,7 +189,7 @@ class KVView:
         start = self.origins[entry] + offset - storage.data_ptr()
         reach = sum((n - 1) * s for n, s in zip(size, stride, strict=True)) + 1 if all(size) else 0
         if start < 0 or start + reach * dtype.itemsize > storage.nbytes():
-            raise self._replaced()
+            raise self.replaced()
         empty = torch.empty(0, dtype=dtype, device=self.device)
         return empty.set_(storage, start // dtype.itemsize, size, stride)
 
@@ -199,9 +199,10 @@ class KVView:
             storage = owner.untyped_storage()
             start = storage.data_ptr()
             if not start <= origin < start + (storage.nbytes() or 1):
-                raise self._replaced()
+                raise self.replaced()
 
-    def _replaced(self) -> LayoutError:
+    def replaced(self) -> LayoutError:
+        """The error where the memory behind a tensor is another than that which was read."""
         return LayoutError(
             f"The memory behind a tensor of {self.layout.text!r} was replaced after it was read; "
             f"make the view anew, or register the kv_caches again."

@@ -54,7 +54,8 @@ def fail(completion: Completion, owner: Any) -> None:
 def unasked_error(owner: Any) -> PortaKVError | None:
     """An error of this owner's that nobody was told of yet, once; never blocks."""
     for completion in tuple(_watched):
-        completion.ended()  # takes an error out of its word, where nobody has to look again
+        if completion.owner is owner or completion.owner is None:
+            completion.ended()  # takes an error out of its word, where nobody has to look again
         if completion.owner is owner:
             error = completion.take_error()  # also of work that goes on
             if error is not None:

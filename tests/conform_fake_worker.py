@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from portakv_conformance.sharing import Share
 from portakv_conformance.worker import STACKS_PLEASE, Orders
 
 CORE, CLAIM = "cases/test_core.py::test_", "cases/test_claims.py::test_"
@@ -70,11 +71,18 @@ def main(argv: Sequence[str]) -> None:
     ids = [id for id in behaviours if id in chosen(orders, behaviours)]
     tell(orders, {"event": "list", "ids": ids})
     tell(orders, {"event": "described", "cases": {id: about(id) for id in ids}})
+    share = shared(orders)
     for id in ids:
+        if not share.take(id):
+            continue
         tell(orders, {"event": "start", "id": id})
         act(behaviours[id], orders, id)
     tell(orders, {"event": "finish"})
     act(finish, orders, "")
+
+
+def shared(orders: Orders) -> Share:
+    return Share(Path(orders.pytest[orders.pytest.index("--portakv-share") + 1]))
 
 
 def chosen(orders: Orders, behaviours: Mapping[str, str]) -> Sequence[str]:
@@ -132,6 +140,12 @@ def act(what: str, orders: Orders, id: str) -> None:
         with open(orders.events, "a", encoding="utf-8") as events:
             events.write('{"event": "en')
         os.kill(os.getpid(), signal.SIGKILL)
+    elif what == "slow":
+        time.sleep(0.4)
+        end(orders, id, "passed", f"by {os.getpid()}")
+    elif what == "fail later":
+        time.sleep(0.4)
+        end(orders, id, "failed", f"by {os.getpid()}")
     elif what == "child":
         child = os.fork()
         if child == 0:

@@ -124,12 +124,14 @@ def test_ranges_that_are_none(
         call(scene.chunk, scene.caches, [0, 1, 2, 3], start, end)
 
 
-@pytest.mark.parametrize(("start", "end"), [(0.5, 2), (0, 1.5), ("0", 2), (0, "2")])
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(("start", "end"), [(0.5, 2), (0, 1.5), ("0", 2), (0, "2"), (None, 2)])
 def test_ranges_that_are_no_integers(
-    scene: Scene, call: Callable[..., Any], start: Any, end: Any
+    scene: Scene, call: Callable[..., Any], start: Any, end: Any, kept: bool
 ) -> None:
+    slots = Index([0, 1, 2, 3]) if kept else [0, 1, 2, 3]
     with refused(SlotError, "integer", watch=scene.memory):
-        call(scene.chunk, scene.caches, [0, 1, 2, 3], start, end)
+        call(scene.chunk, scene.caches, slots, start, end)
 
 
 @pytest.mark.parametrize("count", [-1, 2.0, "2"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from portakv_conformance.judging import index_of, view_of
 from portakv_conformance.mutants import CONTROLS, MUTANTS, Mutant
 from portakv_conformance.mutants.cells import IllegalAddress, load, store
@@ -128,7 +128,7 @@ def test_the_self_check_turns_some_down(name: str) -> None:
 def test_a_mutant_is_wrong_where_the_base_is_right(name: str) -> None:
     backend = class_of(next(mutant for mutant in MUTANTS if mutant.name == name))(HOST)
 
-    @settings(max_examples=100, database=None)
+    @settings(max_examples=100, database=None, phases=(Phase.generate,))
     @given(all_cases())
     def holds(case: Case) -> None:
         case.check(lambda: moved_by(backend, case))

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import conform_fake_worker as fake
 import pytest
 from conform_fake_worker import CLAIM, CORE
-from portakv_conformance import runner
+from portakv_conformance import crew, watch
 from portakv_conformance.records import CaseRecord, RunRecord
 from portakv_conformance.runner import BadRequest, Options, SubjectUnavailable, SuiteBroken, run
 from portakv_conformance.verdict import case_list_sha256
@@ -134,14 +134,14 @@ def test_a_crash_behind_the_last_case_is_no_certificate() -> None:
 
 
 def test_a_worker_that_never_ends_is_no_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_ENDING", 0.2)
+    monkeypatch.setattr(watch, "_ENDING", 0.2)
     record = ran({CORE + "a": "pass", "finish": "hang"})
     assert record.verdict == "incomplete"
     assert "did not end" in record.missing[0]
 
 
 def test_a_backend_that_always_crashes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_MOST_LOSSES", 3)
+    monkeypatch.setattr(crew, "_MOST_LOSSES", 3)
     record = ran({f"{CORE}{n}": "crash" for n in range(6)})
     assert list(statuses(record).values()) == ["failed"] * 3 + ["error"] * 3
     assert record.cases[-1].reason == "It was not run: the worker had been lost 3 times."

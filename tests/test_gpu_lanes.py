@@ -23,7 +23,7 @@ from device_cases import (
 )
 from guarded_memory import untouched
 
-from portakv import AdaptiveConnector, Index, LayoutError, SlotError
+from portakv import AdaptiveConnector, Index, LayoutError, SlotError, TransferError
 from portakv.lanes import Lanes
 
 pytestmark = pytest.mark.gpu
@@ -144,6 +144,62 @@ def test_host_ids_in_a_kept_index(connector: AdaptiveConnector, taken: list[bool
             connector.to_gpu(make_chunk(5), None, bad)
 
 
+def test_a_first_chunk_off_its_alignment_does_not_slow_later_ones(
+    connector: AdaptiveConnector, taken: list[bool]
+) -> None:
+    caches = make_caches()
+    connector.register_kv_caches(caches)
+    off = torch.empty(make_chunk(5).numel() + 1, dtype=torch.float16, device=DEVICE)[1:]
+    for chunk in (off.view(make_chunk(5).shape), make_chunk(5), make_chunk(5)):
+        wanted = gathered(caches, chunk, IDS)
+        connector.from_gpu(chunk, None, placed(IDS)).synchronize()
+        assert torch.equal(host_bytes(chunk), wanted)
+    assert taken == [False, False, True]  # one lane for each alignment
+
+
+@pytest.mark.parametrize("store", [True, False])
+def test_a_lane_behind_a_late_producer_and_before_a_late_consumer(
+    connector: AdaptiveConnector, taken: list[bool], store: bool
+) -> None:
+    caches, fresh = make_caches(), make_caches()
+    connector.register_kv_caches(caches)
+    move = connector.from_gpu if store else connector.to_gpu
+    move(make_chunk(5), None, placed(IDS)).synchronize()
+    chunk, new, ids = make_chunk(5), make_chunk(5), placed(IDS)
+    wanted = gathered(fresh, chunk, IDS)
+    back = scattered(fresh, new, IDS)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(LONG)  # the producer comes late
+    for cache, other in zip(caches, fresh, strict=True):
+        cache.copy_(other)
+    if not store:
+        chunk.copy_(new)
+    transfer = move(chunk, None, ids)
+    assert not transfer.done()
+    landed = [chunk.clone()] if store else [cache.clone() for cache in caches]
+    torch.cuda._sleep(LONG // 8)
+    for written in [*caches] if store else [chunk]:
+        written.zero_()  # must not overtake the transfer
+    torch.cuda.synchronize()
+    if store:
+        check_chunk(landed[0], wanted)
+    else:
+        check_caches(landed, back)
+    assert taken == [False, True]
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_caches_whose_memory_was_freed(connector: AdaptiveConnector, layer: int) -> None:
+    caches = make_caches()
+    connector.register_kv_caches(caches)
+    host = torch.tensor(IDS)
+    connector.from_gpu(make_chunk(5), None, placed(IDS)).synchronize()
+    caches[layer].untyped_storage().resize_(0)
+    with pytest.raises(LayoutError, match="register the kv_caches again"):
+        # The long way looks at every layer, a lane at the first.
+        connector.from_gpu(make_chunk(5), None, placed(IDS) if layer == 0 else host)
+
+
 def test_refusals_are_those_of_the_long_way(connector: AdaptiveConnector) -> None:
     caches = make_caches()
     whole = torch.cat([cache.flatten() for cache in caches])
@@ -216,4 +272,72 @@ def test_a_lane_is_captured_and_replayed(connector: AdaptiveConnector) -> None:
         chunk.zero_()
         wanted = gathered(caches, chunk, slots)
         graph.replay()
+        check_chunk(chunk, wanted)
+
+
+def test_a_bad_id_in_a_replayed_graph(connector: AdaptiveConnector) -> None:
+    caches, chunk, ids = make_caches(), make_chunk(5), placed(IDS)
+    connector.register_kv_caches(caches)
+    connector.from_gpu(chunk, None, ids).synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        transfer = connector.from_gpu(chunk, None, ids)
+    with pytest.raises(TransferError, match="no completion of its own"):
+        transfer.synchronize()
+    for bad in ([9, 2, SLOTS, 6, 0], [SLOTS + 7, 1, 2, 3, 4]):
+        ids.copy_(placed(bad))
+        wanted = gathered(caches, chunk, bad)
+        graph.replay()
+        torch.cuda.synchronize()
+        check_chunk(chunk, wanted)
+        position = next(n for n, slot in enumerate(bad) if slot >= SLOTS)
+        with pytest.raises(SlotError, match=f"Position {position} "):
+            connector.from_gpu(make_chunk(5), None, placed(IDS))
+        connector.from_gpu(make_chunk(5), None, placed(IDS)).synchronize()
+    ids.copy_(placed(IDS))
+    wanted = gathered(caches, chunk, IDS)
+    graph.replay()
+    check_chunk(chunk, wanted)
+    connector.from_gpu(make_chunk(5), None, placed(IDS)).synchronize()
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton", "compiled"])
+def test_a_transfer_does_not_stand_behind_another_streams_work(backend: str) -> None:
+    connector, caches = AdaptiveConnector(DEVICE, backend), make_caches()
+    connector.register_kv_caches(caches)
+    busy, free = torch.cuda.Stream(DEVICE), torch.cuda.Stream(DEVICE)
+    chunks, ids = [make_chunk(5), make_chunk(5)], placed(IDS)
+    for stream in (busy, free):
+        with torch.cuda.stream(stream):
+            connector.from_gpu(chunks[0], None, ids).synchronize()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(busy):
+        torch.cuda._sleep(4 * LONG)
+        late = connector.from_gpu(chunks[0], None, ids)
+    with torch.cuda.stream(free):
+        soon = connector.from_gpu(chunks[1], None, ids)
+    soon.synchronize()
+    assert not late.done()
+    late.synchronize()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="it takes two CUDA devices")
+@pytest.mark.parametrize("backend", ["cuda", "triton", "compiled", "reference"])
+def test_a_transfer_of_a_device_that_is_not_current_is_not_done_early(backend: str) -> None:
+    there = torch.device("cuda", 1)
+    connector, caches = AdaptiveConnector(there, backend), make_caches(device=there)
+    connector.register_kv_caches(caches)
+    for _ in range(3):  # the long way, then a lane where there is one
+        chunk = make_chunk(5, device=there)
+        ids = torch.tensor(IDS, device=there)
+        wanted = gathered(caches, chunk, IDS)
+        torch.cuda.synchronize(there)
+        with torch.cuda.device(there):
+            torch.cuda._sleep(LONG)
+        assert torch.cuda.current_device() == 0
+        transfer = connector.from_gpu(chunk, None, ids)
+        if backend != "reference":  # which reads device ids, and so waits for them
+            assert not transfer.done()
+        transfer.synchronize()
+        assert torch.cuda.current_stream(there).query()
         check_chunk(chunk, wanted)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import registered
+from small_backends import small_backend
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -36,6 +38,14 @@ def _fresh() -> None:
 
 def make_caches(device: str) -> list[torch.Tensor]:
     return [torch.randn(2, BLOCKS, SIZE, HEADS, DIM, device=device) for _ in range(LAYERS)]
+
+
+def in_one_allocation(device: str) -> list[torch.Tensor]:
+    """As `make_caches`, all layers views of one tensor."""
+    return list(torch.randn(LAYERS, 2, BLOCKS, SIZE, HEADS, DIM, device=device))
+
+
+ALLOCATIONS = [make_caches, in_one_allocation]
 
 
 def make_chunk(tokens: int, device: str) -> torch.Tensor:
@@ -91,16 +101,17 @@ def test_a_store_stands_behind_writes_and_before_reads(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("registered", [True, False])
+@pytest.mark.parametrize("make", ALLOCATIONS)
 def test_a_load_stands_behind_the_chunk_and_before_reads_of_the_cache(
-    device: str, compiler: str, registered: bool
+    device: str, compiler: str, registered: bool, make: Callable[[str], list[torch.Tensor]]
 ) -> None:
-    connector, caches = AdaptiveConnector(device), make_caches(device)
+    connector, caches = AdaptiveConnector(device), make(device)
     connector.register_kv_caches(caches)
 
     def step(rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         chunk = rows * 3  # made by the graph itself
         connector.to_gpu(chunk, None if registered else caches, slots, 1, 5)
-        return sum((cache.sum() for cache in caches), torch.zeros((), device=device))
+        return sum((cache.double().sum() for cache in caches), torch.zeros((), device=device))
 
     before = [cache.clone() for cache in caches]
     rows, slots = make_chunk(4, device), torch.randperm(SLOTS, device=device)[:6]
@@ -109,21 +120,26 @@ def test_a_load_stands_behind_the_chunk_and_before_reads_of_the_cache(
         flat = cache.view(2, SLOTS, HEADS * DIM)
         flat[:, slots[1:5]] = rows[:, layer] * 3
     assert all(torch.equal(x, y) for x, y in zip(caches, before, strict=True))
-    torch.testing.assert_close(found, sum(cache.sum() for cache in caches))
+    torch.testing.assert_close(found, sum(cache.double().sum() for cache in caches))
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("make", ALLOCATIONS)
+@pytest.mark.parametrize("passed", [True, False])
 def test_the_compiler_makes_no_copy_of_the_caches(
-    device: str, monkeypatch: pytest.MonkeyPatch
+    device: str,
+    make: Callable[[str], list[torch.Tensor]],
+    passed: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    connector, caches = AdaptiveConnector(device), make_caches(device)
+    connector, caches = AdaptiveConnector(device), make(device)
     connector.register_kv_caches(caches)
     monkeypatch.setattr(connector, "_read", None)  # only other tensors would be read
 
     def step(chunk: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        connector.from_gpu(chunk, None, slots)
-        connector.to_gpu(chunk, None, slots + 1)
-        connector.from_gpu(chunk, None, slots + 2)
+        connector.from_gpu(chunk, caches if passed else None, slots)
+        connector.to_gpu(chunk, caches if passed else None, slots + 1)
+        connector.from_gpu(chunk, caches if passed else None, slots + 2)
         return caches[0].sum() + chunk.sum()
 
     chunk, slots = make_chunk(4, device), torch.arange(4, device=device)
@@ -151,8 +167,8 @@ def test_a_cache_that_the_graph_writes_by_indexing_and_then_loads(device: str) -
         cache.view(2, SLOTS, HEADS * DIM)[:, slots] = chunk[:, layer]
     torch.compile(step, fullgraph=True)(row, chunk, slots)
     assert all(torch.equal(x, y) for x, y in zip(caches, wanted, strict=True))
-    assert connector._registered is not None
-    assert connector._registered.kv_caches is caches
+    connector.from_gpu(chunk, None, slots)  # what was registered is so still
+    assert torch.equal(chunk, rows_of(caches, slots))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -176,6 +192,103 @@ def test_a_batch_is_one_op(device: str, store: bool) -> None:
     assert len(counter.ops()) == 1
     assert all(torch.equal(x, y) for x, y in zip(caches, eager_pool, strict=True))
     assert all(torch.equal(x, y) for x, y in zip(objects, eager_objects, strict=True))
+
+
+def test_an_empty_batch_is_no_op() -> None:
+    connector, caches = AdaptiveConnector("cpu"), make_caches("cpu")
+    connector.register_kv_caches(caches)
+    counter = Counter("eager")
+
+    def step(x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        connector.batched_from_gpu([], None, slots, [], [])
+        return x + 1
+
+    torch.compile(step, fullgraph=True, backend=counter)(torch.ones(2), torch.arange(3))
+    assert not counter.ops()
+
+
+def test_caches_that_were_never_registered_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    connector, caches, chunk = AdaptiveConnector("cpu"), make_caches("cpu"), make_chunk(4, "cpu")
+    read, counted = connector._read, []
+    monkeypatch.setattr(connector, "_read", lambda some: counted.append(1) or read(some))
+
+    def step(slots: torch.Tensor) -> None:
+        connector.from_gpu(chunk, caches, slots)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for first in range(5):
+        slots = torch.arange(first, first + 4)
+        compiled(slots)
+        assert torch.equal(chunk, rows_of(caches, slots))
+    assert len(counted) == 1
+
+
+def test_other_caches_registered_after_the_compilation() -> None:
+    connector, chunk, slots = AdaptiveConnector("cpu"), make_chunk(4, "cpu"), torch.arange(4)
+
+    def step(slots: torch.Tensor) -> None:
+        connector.from_gpu(chunk, None, slots)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for caches in (make_caches("cpu"), make_caches("cpu"), in_one_allocation("cpu")):
+        connector.register_kv_caches(caches)
+        compiled(slots)
+        assert torch.equal(chunk, rows_of(caches, slots))
+
+
+class _Later:
+    """Work that lands when somebody waits for it."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work: list[Callable[[], None]] = [work]
+
+    def done(self) -> bool:
+        return not self._work
+
+    def wait(self) -> None:
+        while self._work:
+            self._work.pop()()
+
+
+def test_work_that_no_stream_orders_has_landed_before_the_graph_goes_on() -> None:
+    late = small_backend("late")
+    prepare = late.prepare
+
+    def prepare_late(self: Any, plan: Any) -> Any:
+        launch = prepare(self, plan)
+        return lambda *arguments: _Later(lambda: launch(*arguments))
+
+    late.prepare = prepare_late  # type: ignore[method-assign]
+    with registered(late=late):
+        connector, caches = AdaptiveConnector("cpu", "late"), make_caches("cpu")
+        connector.register_kv_caches(caches)
+
+        def step(chunk: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+            connector.from_gpu(chunk, None, slots)
+            return chunk * 2
+
+        chunk, slots = torch.zeros_like(make_chunk(4, "cpu")), torch.arange(4)
+        found = torch.compile(step, fullgraph=True, backend="aot_eager")(chunk, slots)
+        assert torch.equal(found, 2 * rows_of(caches, slots))
+
+
+@pytest.mark.gpu
+def test_a_bad_device_id_is_told_by_the_next_compiled_call() -> None:
+    connector, caches = AdaptiveConnector("cuda"), make_caches("cuda")
+    connector.register_kv_caches(caches)
+    chunk = make_chunk(4, "cuda")
+
+    def step(slots: torch.Tensor) -> None:
+        connector.from_gpu(chunk, None, slots)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled(torch.tensor([0, SLOTS, 2, 3], device="cuda"))
+    torch.cuda.synchronize()
+    with pytest.raises(SlotError, match="Position 1 "):
+        compiled(torch.arange(4, device="cuda"))
+    compiled(torch.arange(4, device="cuda"))
+    torch.cuda.synchronize()
+    assert torch.equal(chunk, rows_of(caches, torch.arange(4, device="cuda")))
 
 
 class _MemoryObj:

@@ -93,7 +93,7 @@ def test_an_error_is_told_to_its_owner_once_and_to_nobody_else() -> None:
     assert "Position 13 " in str(error)
     assert watch.unasked_error(theirs) is None
     work.ended = True
-    watch.unasked_error(mine)  # whoever looks next puts the word back
+    assert watch.unasked_error(theirs) is None  # it has ended, so that its word is put back
     assert not _troubled()
     assert one is not two
 

@@ -13,12 +13,18 @@ from portakv.plan import CopyPlan
 from .host_rows import Call, HostRows, Runs
 
 
+def _by_source(runs: Runs) -> Runs:
+    order = np.argsort(runs.src, kind="stable")
+    return replace(runs, src=runs.src[order], dst=runs.dst[order])
+
+
 class MergedBySourceAlone(HostRows):
     """Runs are merged where they are neighbours in the source, wherever the destination is."""
 
     def move(self, runs: Runs, call: Call) -> None:
         if not len(runs.src):
             return
+        runs = _by_source(runs)
         follows = np.concatenate(([False], runs.src[1:] == runs.src[:-1] + runs.nbytes))
         begins = np.maximum.accumulate(np.where(follows, 0, np.arange(len(follows))))
         behind = (np.arange(len(follows)) - begins) * runs.nbytes
@@ -29,6 +35,7 @@ class LastRunLost(HostRows):
     """A merged run is sent when the next begins; one that ends the list is never sent."""
 
     def move(self, runs: Runs, call: Call) -> None:
+        runs = _by_source(runs)
         follows = (runs.src[1:] == runs.src[:-1] + runs.nbytes) & (
             runs.dst[1:] == runs.dst[:-1] + runs.nbytes
         )

@@ -14,9 +14,9 @@ _HEAD = """\
 # Mutants
 
 A suite that cannot fail proves nothing. So it comes with backends that have a bug: each is a small
-correct kernel ([`host_rows.py`](../conformance/mutants/host_rows.py), on the simulated device
-[`device_rows.py`](../conformance/mutants/device_rows.py)) with one step of it replaced. The suite
-passes the kernel itself and has to fail every mutant; one that survives is a bug of the suite.
+correct kernel (`conformance/mutants/host_rows.py`, on the simulated device `device_rows.py` beside
+it) with one step of it replaced. The kernel itself passes the suite, in the profile `full`; every
+mutant has to fail it, and one that survives is a bug of the suite.
 
 This page is written by the score:
 
@@ -29,8 +29,9 @@ portakv conform portakv_conformance.mutants.addressing:OffByOneSlot      # one o
 
 Each mutant is judged by its profile on its device up to the first case that fails, with the
 registry's power-on self-check out of the way; where that check alone turns a mutant down when it is
-chosen, the table says so. Seconds are those of one run on two cores, two mutants at a time, with
-about four seconds each in which torch and the suite are loaded.
+chosen, the table says so. A file of cases that names a mutant's weakness may come after a case that
+meets it by chance; the table shows what came first. Seconds are those of the first run, on two
+cores, two mutants at a time, loading torch and the suite included.
 """
 
 
@@ -73,7 +74,9 @@ def _row(group: Sequence[Trial], self_checked: Collection[str]) -> str:
     first = group[0]
     mutant = first.mutant
     where = mutant.profile if mutant.device == "cpu" else f"{mutant.profile}, {mutant.device}"
-    case = f"`{first.caught_by.removeprefix('cases/')}`" if first.caught else "**survives**"
+    # A bar would end the cell, in code as well.
+    found = first.caught_by.removeprefix("cases/").replace("|", "\\|")
+    case = f"`{found}`" if first.caught else "**survives**"
     if len(group) > 1:
         case += f" ({sum(trial.caught for trial in group)} of {len(group)})"
     if mutant.name in self_checked:

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The one kernel family of PortaKV: copy rows between two views under an index on either side.
 //
-// One thread moves `Each` vectors, one or two. blockIdx.x walks through the vectors of a plane in copy order,
-// blockIdx.y through the planes. Everything that a model fixes (vector width, run, loop extents,
-// index types, how a block is split) is a template parameter, so that division is by constants and
-// nothing loops; everything that a request changes (addresses, strides, counts) is an argument.
+// One thread moves one vector, or `Each` of them. blockIdx.x walks through the vectors of a plane in
+// copy order, blockIdx.y through the planes. Everything that a model fixes (vector width, run, loop
+// extents, index types, how a block is split) is a template parameter, so that division is by
+// constants and nothing loops; everything that a request changes (addresses, strides, counts) is an
+// argument.
 //
 // Raw pointers and integers only: this text builds under NVRTC, nvcc, hipRTC and hipcc. No cache
 // hints: on an H200 every one of them cost bandwidth (benchmarks/NOTES.md).

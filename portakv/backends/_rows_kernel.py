@@ -191,35 +191,15 @@ class RowsKernel:
         base, table, _, wide, _, limit = paged
         behind, pack = dense.side.offset, _REQUEST.pack_into
 
-        def gather(
-            buffer: bytearray,
-            address: int,
-            ids: int,
-            first: int,
-            units: int,
-            ahead: int,
-            status: int,
-        ) -> None:
-            pack(
+        if store:
+            return lambda buffer, address, ids, first, units, ahead, status: pack(
                 buffer, 0, base, table, ids, wide, first, limit, address + behind, 0, 0, 0, 0, 0,
                 units, 0, 1, ahead, status,
             )  # fmt: skip
-
-        def scatter(
-            buffer: bytearray,
-            address: int,
-            ids: int,
-            first: int,
-            units: int,
-            ahead: int,
-            status: int,
-        ) -> None:
-            pack(
-                buffer, 0, address + behind, 0, 0, 0, 0, 0, base, table, ids, wide, first, limit,
-                units, 0, 1, ahead, status,
-            )  # fmt: skip
-
-        return gather if store else scatter
+        return lambda buffer, address, ids, first, units, ahead, status: pack(
+            buffer, 0, address + behind, 0, 0, 0, 0, 0, base, table, ids, wide, first, limit,
+            units, 0, 1, ahead, status,
+        )  # fmt: skip
 
     @property
     def most_units(self) -> int:

@@ -15,7 +15,6 @@ import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
 from importlib.util import find_spec
 from itertools import product
 from math import prod
@@ -146,15 +145,19 @@ class Compiled(Backend):
         return memory_from(tensor.data_ptr(), self.device, torch.int64)
 
 
-class _Sides(threading.local):
-    """A stream beside the current one for each thread; made when it is first asked for."""
+class _Sides:
+    """A stream beside each stream: shared, they would wait for each other's work."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._known: dict[int, torch.cuda.Stream] = {}
 
-    @cached_property
-    def stream(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream(self._device)
+    def beside(self, stream: torch.cuda.Stream) -> torch.cuda.Stream:
+        known = self._known.get(stream.cuda_stream)
+        if known is None:
+            made = torch.cuda.Stream(self._device)
+            known = self._known.setdefault(stream.cuda_stream, made)
+        return known
 
 
 class _CompiledLaunch:
@@ -202,7 +205,8 @@ class _CompiledLaunch:
             report(arguments)
             yield
             return
-        current, side = torch.cuda.current_stream(device), self.sides.stream
+        current = torch.cuda.current_stream(device)
+        side = self.sides.beside(current)
         side.wait_stream(current)
         with torch.cuda.stream(side):
             report(arguments)

@@ -100,6 +100,10 @@ def _constants(nest: NestKernel) -> dict[str, Any]:
     return {**nest.constants, "ELEMENT": elements[nest.element_bits]}
 
 
+# The interpreter replaces functions of triton while it runs, for all threads.
+_interpreting = threading.Lock()
+
+
 class _InterpretedLaunch:
     """Runs the kernel through Triton's interpreter, in this thread."""
 
@@ -119,12 +123,12 @@ class _InterpretedLaunch:
         from ._triton_kernel import copy_rows
 
         word = 0 if status is None else status.data_ptr()
+        units = count // self._unit
         for nest in self._nests:
-            constants = _constants(nest)
-            for programs, arguments in nest.launches(
-                src, dst, src_index, dst_index, count // self._unit, word
-            ):
-                copy_rows[(programs, nest.planes)](*arguments, **constants)
+            constants, grid = _constants(nest), nest.planes
+            for programs, arguments in nest.launches(src, dst, src_index, dst_index, units, word):
+                with _interpreting:
+                    copy_rows[(programs, grid)](*arguments, **constants)
 
 
 class _TritonLaunch:

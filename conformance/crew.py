@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The workers of a run: as many at a time as were asked for, others for those that are lost."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from .journal import Journal
+from .progress import Progress
+from .request import Options
+from .sharing import Share
+from .supervise import Worker
+from .watch import Watch
+
+# A backend that crashes or hangs everywhere is not worth hours.
+_MOST_LOSSES = 20
+_POLL = 0.02  # seconds between two looks at the workers
+# Threads of each of several workers at once: two, so that kernels with threads still run so.
+_LEAST_THREADS = 2
+
+
+class Crew:
+    """Workers that share one case list.
+
+    Args:
+        journal: what is known of the run.
+        options: what was asked for.
+        progress: who is told of workers that were lost.
+        folder: an empty folder for the files of all workers.
+        command: what runs a worker, to which the file of its orders is added.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        options: Options,
+        progress: Progress,
+        folder: Path,
+        command: Sequence[str],
+    ) -> None:
+        self._journal, self._options, self._progress = journal, options, progress
+        self._folder, self._command = folder, command
+        (folder / "taken").mkdir()
+        self._share = Share(folder / "taken")
+        self._watches: list[Watch] = []
+        self._started = self._losses = 0
+
+    def work(self) -> None:
+        """Run every case of the list, or up to the first failure where that is enough.
+
+        Raises:
+            SubjectUnavailable, BadRequest, SuiteBroken: nothing can be judged.
+        """
+        try:
+            while not self._journal.stopped and self._go_on():
+                if not self._look():
+                    time.sleep(_POLL)
+        finally:
+            for watch in self._watches:
+                watch.stop()
+
+    def _go_on(self) -> bool:
+        """Start the workers that are wanting; False where there is nothing left to do."""
+        if self._losses >= _MOST_LOSSES:
+            self._give_up()
+            return False
+        if not self._watches:
+            for id in self._journal.left():  # taken by a worker that was lost before it began
+                self._share.give_back(id)
+        while len(self._watches) < self._options.jobs and self._wanting():
+            self._watches.append(self._start())
+        return bool(self._watches)
+
+    def _wanting(self) -> bool:
+        """Whether another worker would find a case to run. The first one lists them, alone."""
+        if not self._journal.ids:
+            return not self._watches
+        starting = sum(not watch.page.listed for watch in self._watches)
+        return len(self._journal.waiting(self._share)) > starting
+
+    def _start(self) -> Watch:
+        self._started += 1
+        folder = self._folder / str(self._started)
+        told = [*self._options.suite_options(), "--portakv-share", str(self._folder / "taken")]
+        if self._options.only:
+            only = folder.with_suffix(".only")
+            only.write_text("".join(f"{id}\n" for id in self._options.only), encoding="utf-8")
+            told += ["--portakv-only", str(only)]
+        asked = self._options
+        worker = Worker(
+            self._command, folder, asked.backend, asked.device, asked.emulated, told,
+            surroundings(asked.jobs),
+        )  # fmt: skip
+        return Watch(worker, self._journal, self._share, asked)
+
+    def _look(self) -> bool:
+        """Look at every worker once; False where none of them is done."""
+        done = False
+        for watch in list(self._watches):
+            lost = watch.look()
+            if self._journal.stopped:
+                return True
+            if lost is None:
+                continue
+            done = True
+            watch.stop()
+            self._watches.remove(watch)
+            if lost:
+                self._losses += 1
+                self._progress.say(lost)
+        return done
+
+    def _give_up(self) -> None:
+        reason = f"It was not run: the worker had been lost {_MOST_LOSSES} times."
+        self._progress.say(
+            f"The worker was lost {_MOST_LOSSES} times; the other cases are not run."
+        )
+        for id in self._journal.left():
+            self._journal.lose(id, "error", reason, "")
+
+
+def surroundings(jobs: int) -> dict[str, str]:
+    """Variables that keep several workers from fighting for the cores; what the user set stands."""
+    if jobs == 1:
+        return {}
+    threads = max(_LEAST_THREADS, len(os.sched_getaffinity(0)) // jobs)
+    wanted = {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    return {name: value for name, value in wanted.items() if name not in os.environ}
