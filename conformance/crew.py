@@ -46,6 +46,7 @@ class Crew:
         (folder / "taken").mkdir()
         self._share = Share(folder / "taken")
         self._watches: list[Watch] = []
+        self._jobs = options.jobs
         self._started = self._losses = 0
 
     def work(self) -> None:
@@ -70,7 +71,7 @@ class Crew:
         if not self._watches:
             for id in self._journal.left():  # taken by a worker that was lost before it began
                 self._share.give_back(id)
-        while len(self._watches) < self._options.jobs and self._wanting():
+        while len(self._watches) < self._jobs and self._wanting():
             self._watches.append(self._start())
         return bool(self._watches)
 
@@ -100,18 +101,24 @@ class Crew:
         """Look at every worker once; False where none of them is done."""
         done = False
         for watch in list(self._watches):
-            lost = watch.look()
+            lost = watch.look(alone=len(self._watches) == 1)
             if self._journal.stopped:
                 return True
-            if lost is None:
-                continue
-            done = True
-            watch.stop()
-            self._watches.remove(watch)
-            if lost:
-                self._losses += 1
-                self._progress.say(lost)
+            if lost is not None:
+                done = True
+                self._remove(watch, lost)
         return done
+
+    def _remove(self, watch: Watch, lost: str) -> None:
+        watch.stop()
+        self._watches.remove(watch)
+        if not lost:
+            return
+        self._progress.say(lost)
+        if self._watches and not watch.page.listed:
+            self._jobs -= 1  # there is no room for so many, on the device or in memory
+        else:
+            self._losses += 1
 
     def _give_up(self) -> None:
         reason = f"It was not run: the worker had been lost {_MOST_LOSSES} times."

@@ -37,9 +37,12 @@ class Watch:
         self._options = options
         self._heard = time.monotonic()
 
-    def look(self) -> str | None:
+    def look(self, *, alone: bool = True) -> str | None:
         """Take what the worker has told since: None while it goes on, else how it was lost, a
         sentence, or an empty one where it ended well.
+
+        Args:
+            alone: no other worker is there to run what this one does not.
 
         Raises:
             SubjectUnavailable, BadRequest, SuiteBroken: nothing can be judged.
@@ -54,9 +57,9 @@ class Watch:
             self._heard = time.monotonic()
             return None
         if ended:
-            return self._ended()
+            return self._ended(alone)
         if time.monotonic() - self._heard > self._allowed():
-            return self._too_long()
+            return self._too_long(alone)
         return None
 
     def stop(self) -> None:
@@ -75,7 +78,7 @@ class Watch:
             return False
         return bool(self._journal.ids) and not self._journal.waiting(self._share)
 
-    def _ended(self) -> str:
+    def _ended(self, alone: bool) -> str:
         """It has ended by itself: well, or with a case."""
         if self._over():
             if self._worker.how.startswith("was killed"):
@@ -86,10 +89,10 @@ class Watch:
             return ""
         what = f"The worker process {self._worker.how}"
         if self.page.refusal:
-            what = f"Another worker could not load the backend ({self.page.refusal}) and ended"
-        return self._lost(what, self._worker.ask_stacks())
+            what = f"A worker could not load the backend, which others could ({self.page.refusal}),"
+        return self._lost(what, self._worker.ask_stacks(), alone)
 
-    def _too_long(self) -> str:
+    def _too_long(self, alone: bool) -> str:
         """It is silent: take its stacks, and end it."""
         if self._over():
             self._journal.miss(f"The worker did not end within {_ENDING:g} s of its last case.")
@@ -98,13 +101,15 @@ class Watch:
         self._worker.stop()
         limit = self._allowed()
         what = f"It took longer than its limit of {limit:g} s; the worker process was killed"
-        return self._lost(what, stacks)
+        return self._lost(what, stacks, alone)
 
-    def _lost(self, what: str, stacks: str) -> str:
+    def _lost(self, what: str, stacks: str, alone: bool) -> str:
         """Name the case that it was lost with; returns a sentence for the user."""
         details = "\n\n".join(part for part in (stacks, self._worker.printed()) if part)
         if not self._journal.ids:
             raise self._nothing_begun(what, details)
+        if not (self.page.listed or alone):
+            return f"{what} before it was ready; the others go on."
         id, status, when = self._at_fault()
         if not id:
             return f"{what} {when}."

@@ -36,7 +36,12 @@ SUBJECT = {
 
 
 def command(behaviours: Mapping[str, str]) -> tuple[str, ...]:
-    """What `runner.run` starts: cases by id, each with what it does, in this order."""
+    """What `runner.run` starts: cases by id, each with what it does, in this order.
+
+    Before and behind them happen ``load``, ``start``, ``collect`` and ``finish``; what has ``2 ``
+    before its name is what the second worker does. The first one takes the case ``take``, and
+    never begins it.
+    """
     return (sys.executable, __file__, json.dumps(dict(behaviours)))
 
 
@@ -56,6 +61,10 @@ def gone(process: int) -> bool:
 def main(argv: Sequence[str]) -> None:
     behaviours: dict[str, str] = json.loads(argv[0])
     orders = Orders.read(Path(argv[1]))
+    number = Path(orders.events).parent.name
+    of_second = {key: behaviours.pop(key) for key in list(behaviours) if key.startswith("2 ")}
+    if number == "2":
+        behaviours |= {key.removeprefix("2 "): what for key, what in of_second.items()}
     faulthandler.enable(file=open(orders.stacks, "a"))  # noqa: SIM115
     faulthandler.register(STACKS_PLEASE, file=open(orders.stacks, "a"))  # noqa: SIM115
     if "load" in behaviours:
@@ -67,11 +76,13 @@ def main(argv: Sequence[str]) -> None:
         return
     tell(orders, SUBJECT)
     act(behaviours.pop("collect", "pass"), orders, "")
-    finish = behaviours.pop("finish", "pass")
+    finish, taken = behaviours.pop("finish", "pass"), behaviours.pop("take", "")
     ids = [id for id in behaviours if id in chosen(orders, behaviours)]
     tell(orders, {"event": "list", "ids": ids})
     tell(orders, {"event": "described", "cases": {id: about(id) for id in ids}})
     share = shared(orders)
+    if number == "1" and taken:
+        share.take(taken)  # and never begins it
     for id in ids:
         if not share.take(id):
             continue
@@ -141,11 +152,8 @@ def act(what: str, orders: Orders, id: str) -> None:
             events.write('{"event": "en')
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "slow":
-        time.sleep(0.4)
+        time.sleep(0.2)
         end(orders, id, "passed", f"by {os.getpid()}")
-    elif what == "fail later":
-        time.sleep(0.4)
-        end(orders, id, "failed", f"by {os.getpid()}")
     elif what == "child":
         child = os.fork()
         if child == 0:

@@ -210,7 +210,12 @@ def test_an_empty_batch_is_no_op() -> None:
 def test_caches_that_were_never_registered_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     connector, caches, chunk = AdaptiveConnector("cpu"), make_caches("cpu"), make_chunk(4, "cpu")
     read, counted = connector._read, []
-    monkeypatch.setattr(connector, "_read", lambda some: counted.append(1) or read(some))
+
+    def count(some: Any) -> Any:
+        counted.append(some)
+        return read(some)
+
+    monkeypatch.setattr(connector, "_read", count)
 
     def step(slots: torch.Tensor) -> None:
         connector.from_gpu(chunk, caches, slots)
