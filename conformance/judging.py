@@ -27,6 +27,9 @@ from .subject import Subject
 #: How the end of a transfer may be waited for.
 ENDS = ("synchronize", "done", "wait")
 _PATIENCE = 60.0  # seconds until a transfer that never says that it is done is given up
+_NO_REASON = "The backend's check and prepare take this plan, and the copy raised Unsupported:"
+#: What the simulated device fills memory with, as the oracle tells of a byte that nobody wrote.
+_EMULATED_POISON = "holds 0xdb, which is of unknown origin"
 
 
 def view_of(side: Side) -> KVView:
@@ -69,7 +72,7 @@ class Judge:
             done = self.subject.copy(src, dst, mine, theirs, count=case.count, stream=stream)
             self.finish(done, end)
 
-        return self.judge(case, carry, lambda: self._why_declined(src, dst, mine, theirs))
+        return self.judge(case, carry, lambda: self.why_declined(src, dst, mine, theirs))
 
     def launch(
         self, case: Case, *, stream: torch.Stream | None = None, status: torch.Tensor | None = None
@@ -81,7 +84,7 @@ class Judge:
         return self.judge(
             case,
             lambda: self.launch_only(case, stream=stream, status=status),
-            lambda: self._why_declined(src, dst, mine, theirs),
+            lambda: self.why_declined(src, dst, mine, theirs),
         )
 
     def launch_only(
@@ -123,7 +126,7 @@ class Judge:
         if refusal is not None:
             self._may_decline(case, expected, refusal, why_declined())
             return False
-        verdict = compare(expected, case.dst.tensors, case.src.tensors)
+        verdict = self.compare(expected, case.dst.tensors, case.src.tensors)
         assert verdict is None, f"{verdict} The case was {case!r}."
         now = [side.ids for side in (case.src, case.dst) if side.ids is not None]
         assert all(torch.equal(a, b) for a, b in zip(ids, now, strict=True)), (
@@ -159,11 +162,27 @@ class Judge:
         assert wrong is None, (
             f"The copy was refused as Unsupported, but {wrong}: {refusal} The case was {case!r}."
         )
-        assert why is not None, (
-            f"The backend's check and prepare take this plan, and the copy raised Unsupported: "
-            f"{refusal} The case was {case!r}."
-        )
+        assert why is not None, f"{_NO_REASON} {refusal} The case was {case!r}."
         self.declined.append(why)
+
+    def may_decline(
+        self, refusal: Unsupported, src: KVView, dst: KVView, mine: Index, theirs: Index
+    ) -> None:
+        """Note why a copy of these views was refused; AssertionError where nothing allows it."""
+        why = self.why_declined(src, dst, mine, theirs)
+        assert why is not None, f"{_NO_REASON} {refusal}"
+        self.declined.append(why)
+
+    def compare(self, expected: Expected, dst: Any, src: Any = None) -> str | None:
+        """As the oracle's `compare`, with what the judged device knows of a wrong byte."""
+        verdict = compare(expected, dst, src)
+        if verdict is None or not self.subject.emulated or _EMULATED_POISON not in verdict:
+            return verdict
+        return (
+            f"{verdict} 0xdb is what the simulated device fills memory with that was never "
+            f"written, or was freed: the copy came before its producer, or after the end of "
+            f"memory that it still needed."
+        )
 
     def finish(self, transfer: Transfer, end: str = "synchronize") -> None:
         """Wait for a transfer in one of the ways of ``ENDS``; its bytes have landed then."""
@@ -180,7 +199,7 @@ class Judge:
                 assert time.monotonic() < until, "The transfer never said that it was done."
                 time.sleep(0.001)
 
-    def _why_declined(self, src: KVView, dst: KVView, mine: Index, theirs: Index) -> str | None:
+    def why_declined(self, src: KVView, dst: KVView, mine: Index, theirs: Index) -> str | None:
         """The first reason by which the backend declines a plan of this copy, or None."""
         backend = self.subject.backend
         for plan in plans(src, dst, mine, theirs):

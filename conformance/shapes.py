@@ -8,12 +8,13 @@ which slots a shuffled list holds.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from .grammar import Group, read_layout
+from .pattern import Guarded
 from .sides import Arrangement, Case, Side, side_of
 
 PAGED = "layer | kv block token head dim"
@@ -171,3 +172,40 @@ class Workshop:
         for place in rng.sample(range(count), holes):
             numbers[place] = rng.choice((-1, -2, -100))
         return numbers
+
+
+def moved(side: Side, guards: list[Guarded]) -> Side:
+    """A side with its tensors over other storages, one for each of its own; lists stay lists."""
+    homes = dict(zip((g.whole.data_ptr() for g in side.guards), guards, strict=True))
+
+    def move(level: Any) -> Any:
+        if not isinstance(level, torch.Tensor):
+            return [move(item) for item in level]
+        whole = homes[level.untyped_storage().data_ptr()].whole
+        made = torch.empty(0, dtype=level.dtype, device=whole.device)
+        where = (level.storage_offset(), level.shape, level.stride())
+        return made.set_(whole.untyped_storage(), *where)
+
+    return replace(side, tensors=move(side.tensors), guards=guards, arrangement=None)
+
+
+def on_host(side: Side, pinned: bool) -> Side:
+    """A side with its tensors on the host, pinned where asked, their bytes as they are."""
+    if not pinned and all(guard.whole.device.type == "cpu" for guard in side.guards):
+        return side
+    guards = [replace(guard, whole=guard.whole.cpu()) for guard in side.guards]
+    if pinned:
+        guards = [replace(guard, whole=guard.whole.pin_memory()) for guard in guards]
+    return moved(side, guards)
+
+
+def lifted(side: Side, nbytes: int) -> Side:
+    """A side in storages that begin themselves ``nbytes`` behind an address of the allocator, as
+    those of tensors do that another library made; storage offsets stay as they are."""
+    guards = []
+    for guard in side.guards:
+        wide = guard.whole.new_empty(guard.whole.numel() + nbytes)
+        part = wide.untyped_storage()[nbytes:]
+        whole = wide.new_empty(0).set_(part)
+        guards.append(replace(guard, whole=whole.copy_(guard.whole)))
+    return moved(side, guards)

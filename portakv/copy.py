@@ -111,10 +111,8 @@ def carry(
     *,
     disjoint: bool = False,
 ) -> Transfer:
-    """Carry a copy out through the chosen backend; raises as `copy_rows` does.
-
-    Indices and views cover ``count`` positions. ``disjoint``: the views share no memory.
-    """
+    """Carry a copy of ``count`` positions, which indices and views cover, out through the chosen
+    backend; ``disjoint``: the views share no memory. Raises as `copy_rows` does."""
     dst.check_writable()
     if not src.device == dst.device == choice.backend.device and _must_stage(src, dst, choice):
         return staged_copy(carry, src, dst, src_index, dst_index, count, choice, stream)

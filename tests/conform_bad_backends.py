@@ -94,6 +94,15 @@ class NoClaims(Reference):
         return "all of it"  # type: ignore[return-value]
 
 
+class Secretive(Reference):
+    """It does not say what it claims."""
+
+    name = "secretive"
+
+    def capabilities(self) -> Capabilities:
+        raise OSError("the licence server is asleep")
+
+
 class Deadly(Reference):
     """Its probe takes the process with it."""
 

@@ -94,7 +94,7 @@ def test_a_worker_that_is_lost_disturbs_no_other(how: str) -> None:
     record = ran(behaviours, heard, jobs=2, limit=1.0)
     assert statuses(record) == {**dict.fromkeys(behaviours, "passed"), CORE + "bad": "failed"}
     assert [case.id for case in record.cases] == list(behaviours)
-    assert "while this case ran; another worker went on" in record.cases[1].reason
+    assert "while this case ran" in record.cases[1].reason
     assert len(heard.sentences) == 1
     assert sorted(heard.ids) == sorted(behaviours), "no case is run again"
 

@@ -15,6 +15,7 @@ from portakv_conformance.records import RunRecord
 from portakv_conformance.runner import Options, SubjectUnavailable, run
 from portakv_conformance.verdict import SEAL, digest_of, judge
 from portakv_conformance.verify import check_report
+from test_conform_runner_jobs import timeless
 
 HERE = Path(__file__).resolve().parent
 
@@ -90,11 +91,57 @@ def test_a_backend_that_prints(ids: tuple[str, ...], capfd: pytest.CaptureFixtur
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(
+    ("name", "told", "noted"),
+    [
+        ("NoClaims", "capabilities() returned 'all of it'; expected", {"": "all of it"}),
+        (
+            "Secretive",
+            "capabilities() raised OSError: the licence server is asleep; expected",
+            None,
+        ),
+    ],
+)
+def test_a_backend_that_does_not_say_what_it_claims(
+    ids: tuple[str, ...], name: str, told: str, noted: dict[str, str] | None
+) -> None:
+    """It has failed: the suite and its surroundings are in order."""
+    record = judged(name, ids)
+    assert [case.status for case in record.cases] == ["failed"] * 2
+    assert all(case.reason.startswith(told) for case in record.cases)
+    assert all(case.reason.endswith("no case can be judged.") for case in record.cases)
+    assert (record.verdict, record.totals["error"]) == ("failed", 0)
+    assert noted in (None, record.capabilities)
+
+
 @pytest.mark.slow
-def test_a_backend_that_claims_by_a_word(ids: tuple[str, ...]) -> None:
-    record = judged("NoClaims", ids)
-    assert record.capabilities == {"": "all of it"}
-    assert record.verdict == "failed"
+def test_a_backend_whose_claims_are_nonsense(ids: tuple[str, ...]) -> None:
+    record = judged("Nonsense", (*ids, "cases/test_claims.py::test_claims_make_sense"))
+    assert record.totals["error"] == 0
+    assert "index_on is 'nowhere'" in record.cases[-1].reason
+
+
+def test_two_workers_find_what_one_finds(listed: dict[str, dict[str, Any]]) -> None:
+    """Some cases of every area, in two processes and in one."""
+    some = tuple([*listed][::15])
+    assert {listed[id]["area"] for id in some} >= {"core", "corners", "safety", "drawn"}
+    alone = run(Options("reference", only=some))
+    both = run(Options("reference", only=some, jobs=2))
+    assert len(both.cases) == len(some)
+    assert timeless(both) == timeless(alone)
+    assert "--jobs 2 --only" in both.command
+    assert "--jobs" not in alone.command
+
+
+@pytest.mark.slow
+def test_the_command_with_two_jobs(tmp_path: Path) -> None:
+    for jobs in ("1", "2"):
+        words = ["reference", "--device", "cpu", "--jobs", jobs, "--report", str(tmp_path / jobs)]
+        assert main(words) == 0
+    one, two = (tmp_path / jobs / "conformance.json" for jobs in "12")
+    texts = [file.read_text(encoding="utf-8") for file in (one, two)]
+    assert timeless(RunRecord.read(texts[0])) == timeless(RunRecord.read(texts[1]))
+    assert [check_report(text) for text in texts] == [[], []]
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ import torch
 from portakv_conformance.claims import not_claimed
 from portakv_conformance.judging import Judge, changed, index_of, view_of
 from portakv_conformance.memory import Memory
-from portakv_conformance.oracle import compare
 from portakv_conformance.pattern import pattern_bytes
 from portakv_conformance.shapes import Shape, Workshop
 from portakv_conformance.sides import Case, Side
@@ -27,6 +26,8 @@ pytestmark = [
 
 DIRECTIONS = ("gather", "scatter")
 SHAPE = Shape(layers=3, widths=(64, 64))
+#: Like no other case's, so that no kernel for it was launched before.
+FIRST = Shape(layers=3, heads=7, widths=(104, 104), block_size=12)
 
 
 def paged(case: Case) -> Side:
@@ -34,10 +35,12 @@ def paged(case: Case) -> Side:
     return case.src if case.src.ids is not None else case.dst
 
 
-def device_case(subject: Subject, home: Workshop, direction: str, holes: int) -> Case:
+def device_case(
+    subject: Subject, home: Workshop, direction: str, holes: int, shape: Shape = SHAPE
+) -> Case:
     """A case with ids on the device."""
-    slots = torch.tensor(home.shuffled(SHAPE.slots, 9, holes))
-    return home.move(direction, SHAPE, slots.to(subject.device))
+    slots = torch.tensor(home.shuffled(shape.slots, 9, holes))
+    return home.move(direction, shape, slots.to(subject.device))
 
 
 def captured(call: Any) -> tuple[Any, Any]:
@@ -57,14 +60,14 @@ def check_replays(judge: Judge, case: Case, graph: Any, home: Workshop, holes: i
     for turn in range(3):
         shop = Workshop(home.device, home.seed + turn, home.paged)
         if judge.subject.can.index_on == "device":
-            side.ids.copy_(torch.tensor(shop.shuffled(SHAPE.slots, 9, holes)))
+            side.ids.copy_(torch.tensor(shop.shuffled(side.slots, 9, holes)))
         for number, guard in enumerate(case.src.guards):
             fresh = pattern_bytes(home.seed + turn + 1, number, guard.nbytes)
             guard.payload().copy_(torch.from_numpy(fresh.copy()))
         expected = case.expected()
         graph.replay()
         torch.cuda.synchronize()
-        verdict = compare(expected, case.dst.tensors, case.src.tensors)
+        verdict = judge.compare(expected, case.dst.tensors, case.src.tensors)
         assert verdict is None, f"At replay {turn}: {verdict}"
         judge.examples += 1
 
@@ -91,6 +94,28 @@ def test_a_launch_is_captured_and_replayed(
     call()
     graph, pending = captured(call)
     assert pending is None, "A captured launch returned a Pending: nobody can wait for a replay."
+    check_replays(judge, case, graph, home, holes)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_first_launch_inside_a_capture(
+    request: pytest.FixtureRequest, subject: Subject, judge: Judge, home: Workshop, direction: str
+) -> None:
+    """What a launch needs is made when it is prepared: its first call may be inside a capture."""
+    if not subject.can.capturable:
+        not_claimed(request, "capturable", "its launches cannot be captured into a graph.")
+        return
+    holes = 2 if subject.can.skips_negative else 0
+    case = device_case(subject, home, direction, holes, FIRST)
+    src, dst = view_of(case.src), view_of(case.dst)
+    mine, theirs = (subject.place(index_of(side)) for side in (case.src, case.dst))
+    _ = [view.table for view in (src, dst)]  # a copy from the host: not inside
+    before = Memory.snapshot(case.dst.tensors)
+    launch = subject.prepare(CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step))
+    graph, pending = captured(lambda: launch(src, dst, mine, theirs, case.count, None, None))
+    assert pending is None, "A captured launch returned a Pending: nobody can wait for a replay."
+    wrong = changed(before, case.dst.tensors)
+    assert wrong is None, f"A captured launch is carried out at a replay, but {wrong}."
     check_replays(judge, case, graph, home, holes)
 
 

@@ -16,8 +16,7 @@ import pytest
 import torch
 from portakv_conformance.claims import check_refused, claimed, not_claimed
 from portakv_conformance.judging import Judge, index_of, view_of
-from portakv_conformance.oracle import compare
-from portakv_conformance.shapes import Shape, Workshop
+from portakv_conformance.shapes import Shape, Workshop, on_host
 from portakv_conformance.sides import Case, Side
 from portakv_conformance.subject import Subject
 
@@ -52,21 +51,7 @@ def test_claims_make_sense(subject: Subject) -> None:
 
 def _in(place: str, side: Side) -> Side:
     """The side with its tensors in a place, their bytes as they are."""
-    if place == "device":
-        return side
-    guards = [replace(guard, whole=guard.whole.cpu()) for guard in side.guards]
-    if place == "pinned":
-        guards = [replace(guard, whole=guard.whole.pin_memory()) for guard in guards]
-    moved = dict(zip((g.whole.data_ptr() for g in side.guards), guards, strict=True))
-
-    def move(level: Any) -> Any:
-        if not isinstance(level, torch.Tensor):
-            return [move(item) for item in level]
-        home = moved[level.untyped_storage().data_ptr()].whole.untyped_storage()
-        made = torch.empty(0, dtype=level.dtype)
-        return made.set_(home, level.storage_offset(), level.shape, level.stride())
-
-    return replace(side, tensors=move(side.tensors), guards=guards, arrangement=None)
+    return side if place == "device" else on_host(side, place == "pinned")
 
 
 @pytest.mark.claim("places")
@@ -211,7 +196,7 @@ def _guard(
     if judge.facility.streams:
         status = status.pin_memory()
     judge.launch_only(case, status=status if with_word else None)
-    verdict = compare(expected, case.dst.tensors, case.src.tensors)
+    verdict = judge.compare(expected, case.dst.tensors, case.src.tensors)
     assert verdict is None, f"{verdict} Ids {ids} are past the end from {past} on. {case!r}"
     bad = {p for p, n in enumerate(ids) if n >= past}
     told = int(status[0])
@@ -351,7 +336,7 @@ def test_threads(
         ]
     _all_at_once(works, 40 if subject.can.threads else 8)
     for case, wanted in zip(cases, expected, strict=True):
-        verdict = compare(wanted, case.dst.tensors, case.src.tensors)
+        verdict = judge.compare(wanted, case.dst.tensors, case.src.tensors)
         assert verdict is None, f"Called from four threads: {verdict}"
     judge.examples += len(cases)
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from portakv_conformance.judging import Judge
-from portakv_conformance.oracle import compare
+from portakv_conformance.judging import Judge, index_of, view_of
 from portakv_conformance.shapes import Shape, Workshop
 from portakv_conformance.sides import Case, Side
 from portakv_conformance.subject import Subject
@@ -48,9 +47,22 @@ class Store:
         paged = replace(caches, ids=ids, arrangement=None)
         return Case(paged, chunk, count) if move == "from_gpu" else Case(chunk, paged, count)
 
-    def check(self, case: Case, call: Callable[[], Any]) -> None:
-        """Judge a call of the connector as the copy that it must be."""
-        self.judge.judge(case, lambda: self.judge.finish(call()), lambda: "the connector's plan")
+    def check(self, case: Case, call: Callable[[], Any], asked: Case | None = None) -> None:
+        """Judge a call of the connector as the copy that it must be.
+
+        ``asked`` is the copy that the backend is asked for, where it is more than ``case``.
+        """
+        views = [view_of(side) for side in _sides(asked or case)]
+        indices = [index_of(side) for side in _sides(asked or case)]
+        self.judge.judge(
+            case,
+            lambda: self.judge.finish(call()),
+            lambda: self.judge.why_declined(views[0], views[1], indices[0], indices[1]),
+        )
+
+
+def _sides(case: Case) -> tuple[Side, Side]:
+    return case.src, case.dst
 
 
 def _chunk(case: Case) -> Any:
@@ -128,30 +140,31 @@ def test_batches(store: Store, move: str, ragged: bool) -> None:
 
     if move == "from_gpu":
         expected = [case.expected() for case in cases]
-        store.check(cases[0], batch)
+        store.check(cases[0], batch, _joined(caches, cases, slots, lengths))
         for case, wanted in zip(cases, expected, strict=True):
-            verdict = compare(wanted, case.dst.tensors, case.src.tensors)
+            verdict = store.judge.compare(wanted, case.dst.tensors, case.src.tensors)
             assert verdict is None, verdict
         return
     # All chunks land in one cache: the last expectation is made by the ones before it.
-    store.check(_joined(store, caches, cases, slots, lengths), batch)
+    store.check(_joined(caches, cases, slots, lengths), batch)
 
 
-def _joined(
-    store: Store, caches: Side, cases: list[Case], slots: torch.Tensor, lengths: tuple[int, ...]
-) -> Case:
-    """A batch of loads as one copy: from the chunks as blocks of 8 tokens to the caches."""
-    first = cases[0].src
+def _joined(caches: Side, cases: list[Case], slots: torch.Tensor, lengths: tuple[int, ...]) -> Case:
+    """A batch as one copy, between the caches and the chunks as blocks of 8 tokens."""
+    load = cases[0].src.block_size is None
+    parts = [case.src if load else case.dst for case in cases]
+    first = parts[0]
     chunks = replace(
         first,
-        tensors=[case.src.tensors for case in cases],
+        tensors=[part.tensors for part in parts],
         layout=f"block | {first.layout}",
         ids=torch.tensor([8 * n + t for n, c in enumerate(lengths) for t in range(c)]),
         block_size=8,
         slots=8 * len(cases),
         arrangement=None,
     )
-    return Case(chunks, replace(caches, ids=slots, arrangement=None), len(slots))
+    paged = replace(caches, ids=slots, arrangement=None)
+    return Case(chunks, paged, len(slots)) if load else Case(paged, chunks, len(slots))
 
 
 @pytest.mark.parametrize("move", MOVES)

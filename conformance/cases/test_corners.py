@@ -9,7 +9,7 @@ import pytest
 import torch
 from portakv_conformance.claims import full
 from portakv_conformance.judging import Judge
-from portakv_conformance.shapes import Shape, Workshop
+from portakv_conformance.shapes import Shape, Workshop, on_host
 from portakv_conformance.sides import Case
 
 pytestmark = pytest.mark.area("corners")
@@ -54,11 +54,12 @@ def test_row_width(judge: Judge, workshop: Workshop, width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [2, 6, 10, 20, 34, 66, 100, 132])
-@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("heads", [1, 3, 8])
 def test_heads_that_no_vector_divides(
     judge: Judge, workshop: Workshop, heads: int, width: int
 ) -> None:
-    """In HND a head's bytes, not the row's, bound the widest access; tokens keep their order."""
+    """In HND a head's bytes, not the row's, bound the widest access, also where a vector divides
+    the row; tokens keep their order."""
     shape = Shape(heads=heads, widths=(width, width))
     slots = workshop.shuffled(shape.slots, 9, 1)
     for direction in DIRECTIONS:
@@ -94,11 +95,15 @@ def test_keys_and_values_of_unequal_width(
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5])
-@pytest.mark.parametrize(("heads", "width"), [(128, 2), (128, 128), (1, 1152), (1, 2), (300, 6)])
+@pytest.mark.parametrize(
+    ("heads", "width"),
+    [(128, 2), (128, 128), (128, 256), (1030, 16), (1, 1152), (1, 2), (300, 6)],
+)
 def test_many_heads_and_few(
     judge: Judge, workshop: Workshop, heads: int, width: int, layers: int
 ) -> None:
-    """128 heads are as good as one; a latent row of 1152 B has one head."""
+    """128 heads are as good as one, and so is a row of more than 1,024 vectors; a latent row of
+    1152 B has one head."""
     shape = Shape(layers=layers, heads=heads, widths=(width, width), blocks=3)
     slots = workshop.shuffled(shape.slots, 5, 1)
     for direction in DIRECTIONS:
@@ -138,6 +143,8 @@ def test_block_sizes(judge: Judge, workshop: Workshop, sizes: tuple[int, int]) -
         return rng.cache(shape, rng.shuffled(shape.slots, count), layout=layout, source=source)
 
     both_ways(judge, lambda s: make(first, NHD, s), lambda s: make(second, HND, s))
+    if first.block_size != second.block_size:
+        both_ways(judge, lambda s: make(first, HND, s), lambda s: make(second, HND, s))
 
 
 @pytest.mark.parametrize("sizes", [(4, 4), (4, 8), (8, 4), (4, 6), (16, 128), (3, 4)])
@@ -302,6 +309,24 @@ def test_more_than_a_grid_holds(
     else:
         shape = Shape(layers=1, heads=2, widths=(2, 2), block_size=35_000, blocks=2)
         judge.copy(workshop.move(direction, shape, [1], step=35_000, layout=HND))
+
+
+@full
+@pytest.mark.needs("accelerator")
+@pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_more_runs_than_one_call_of_a_copy_engine_takes(
+    judge: Judge, workshop: Workshop, direction: str, pinned: bool
+) -> None:
+    """Between host and device one call moves 20,000 runs, of which no two are neighbours on either
+    side: engines that take 8,192 at a time are called again."""
+    shape = Shape(layers=2, heads=1, widths=(24, 24), blocks=2 * 5_000 // 4)
+    slots = workshop.shuffled(shape.slots // 2, 5_000)
+    source = direction == "gather"
+    cache = workshop.cache(shape, [2 * slot for slot in slots], source=source)
+    home = Workshop("cpu", workshop.seed)
+    chunk = on_host(home.chunk(shape, 5_000, source=not source, pads={3: 4}), pinned)
+    judge.copy(Case(cache, chunk, 5_000) if source else Case(chunk, cache, 5_000))
 
 
 def _generator(workshop: Workshop) -> torch.Generator:

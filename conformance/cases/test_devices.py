@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
-from portakv_conformance.cases.test_ordering import SHAPE, Late
+from portakv_conformance.cases.test_ordering import SHAPE, SLOW, Late
 from portakv_conformance.facility import Facility
 from portakv_conformance.judging import Judge, index_of, view_of
 from portakv_conformance.shapes import Workshop
@@ -60,27 +61,52 @@ def test_another_device_than_the_current_one(
 ) -> None:
     """A copy runs on the device of its views, whichever is current, in any thread, and leaves the
     current device as it was."""
-    other = facility.second()
+    other, current = facility.second(), torch.accelerator.current_device_index()
     there = find(subject.name, other, emulated=subject.emulated)
     theirs = Judge(there, Facility(other, facility.emulated), judge.seed)
     shop = replace(home, device=str(other))
     late = Late(theirs, shop.move(direction, SHAPE, shop.shuffled(SHAPE.slots, 9, 1)))
-    assert torch.accelerator.current_device_index() != other.index
 
-    def work() -> None:
+    def work() -> int:
+        # Which device is current is a matter of each thread, and need not be the judged one.
+        torch.accelerator.set_device_index(subject.device.index)
         late.produce()
         late.copy().synchronize()
+        return torch.accelerator.current_device_index()
 
-    if thread:
-        worker = threading.Thread(target=work)
-        worker.start()
-        worker.join()
-    else:
-        work()
+    try:
+        found = ThreadPoolExecutor(1).submit(work).result() if thread else work()
+    finally:
+        torch.accelerator.set_device_index(current)
     theirs.facility.synchronize()
-    assert torch.accelerator.current_device_index() != other.index, "The current device changed."
+    assert found == subject.device.index, "The current device changed."
     late.check()
     judge.examples += 1
+
+
+@pytest.mark.needs("two devices")
+@pytest.mark.parametrize("late", [False, True], ids=["there", "late"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_ids_on_another_device(
+    facility: Facility, judge: Judge, home: Workshop, direction: str, late: bool
+) -> None:
+    """Ids may lie on another device than the views, and be written there behind slow work."""
+    there = Facility(facility.second(), facility.emulated)
+    slots = torch.tensor(home.shuffled(SHAPE.slots, 9, 1))
+    copy = Late(judge, home.move(direction, SHAPE, slots.to(there.device)))
+    copy.produce()
+    facility.synchronize()
+    if late:
+        side = copy.case.src if direction == "gather" else copy.case.dst
+        assert side.ids is not None
+        fresh = side.ids.clone()
+        side.ids.copy_(torch.arange(len(fresh)).flip(0))
+        there.synchronize()
+        copy.indices = index_of(copy.case.src), index_of(copy.case.dst)
+        there.delay(SLOW, there.current())
+        side.ids.copy_(fresh, non_blocking=True)
+    copy.copy().synchronize()
+    copy.check()
 
 
 @pytest.mark.needs("two devices")

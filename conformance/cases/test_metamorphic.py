@@ -42,7 +42,10 @@ def carry(judge: Judge, src: Side, dst: Side, count: int, *, backend: str = "") 
         else:
             judge.finish(judge.subject.copy(*views, *indices, count=count))
     except Unsupported as error:
-        judge.declined.append(str(error))
+        if backend:  # not the one that is judged
+            judge.declined.append(str(error))
+        else:
+            judge.may_decline(error, *views, *indices)
         return False
     return True
 

@@ -14,8 +14,7 @@ import pytest
 import torch
 from portakv_conformance.facility import Facility
 from portakv_conformance.judging import Judge, index_of, view_of
-from portakv_conformance.oracle import compare
-from portakv_conformance.shapes import Shape, Workshop
+from portakv_conformance.shapes import Shape, Workshop, on_host
 from portakv_conformance.sides import Case
 
 from portakv import CopyPlan
@@ -69,7 +68,7 @@ class Late:
     def check(self, *, source: bool = True) -> None:
         """Judge the bytes; all work has ended."""
         src = self.case.src.tensors if source else None
-        verdict = compare(self.expected, self.case.dst.tensors, src)
+        verdict = self.judge.compare(self.expected, self.case.dst.tensors, src)
         self.judge.failing = self.case if verdict else self.judge.failing
         assert verdict is None, verdict
         self.judge.examples += 1
@@ -189,7 +188,7 @@ def test_memory_freed_right_after_the_call(
     junk = [torch.zeros(n, dtype=torch.uint8, device=facility.device) for n in sizes * 4]
     facility.synchronize()
     assert junk
-    verdict = compare(expected, target.tensors)
+    verdict = judge.compare(expected, target.tensors)
     assert verdict is None, f"Its memory was reused too early. {verdict}"
     judge.examples += 1
 
@@ -279,7 +278,7 @@ def test_a_load_behind_a_store_of_the_same_rows(
     for transfer in transfers:
         transfer.synchronize()
     for expected, case in ((wanted, store), (load_wanted, load)):
-        verdict = compare(expected, case.dst.tensors)
+        verdict = judge.compare(expected, case.dst.tensors)
         assert verdict is None, verdict
     judge.examples += 2
 
@@ -316,15 +315,3 @@ def test_a_load_of_pinned_memory_that_is_being_written(
     late.produce()
     late.copy(facility.stream() if where == "side" else None).synchronize()
     late.check()
-
-
-def on_host(chunk: Any, pinned: bool) -> Any:
-    """A chunk of one tensor on the host, pinned where asked."""
-    if not pinned:
-        return chunk
-    guard = replace(chunk.guards[0], whole=chunk.guards[0].whole.pin_memory())
-    old = chunk.tensors
-    tensor = guard.tensor(
-        old.dtype, old.shape, old.stride(), old.storage_offset() - guard.start // old.itemsize
-    )
-    return replace(chunk, tensors=tensor, guards=[guard], arrangement=None)

@@ -12,6 +12,8 @@ from portakv_conformance.judging import Judge, index_of, view_of
 from portakv_conformance.shapes import Shape, Workshop
 from portakv_conformance.sides import Case
 
+from portakv import Index
+
 pytestmark = pytest.mark.area("corners")
 
 DIRECTIONS = ("gather", "scatter")
@@ -35,10 +37,12 @@ def test_migration_within_one_cache(judge: Judge, workshop: Workshop) -> None:
         judge.copy(Case(cache, replace(cache, ids=torch.tensor(blocks[3:])), 12))
 
 
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[3]], ids=["layers", "pool"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("what", ["one-layer", "layers", "one-head", "heads", "keys", "values"])
-def test_slices(judge: Judge, workshop: Workshop, what: str, direction: str) -> None:
-    """A slice of a view is those layers, heads or kv only: the others are not touched."""
+def test_slices(judge: Judge, workshop: Workshop, what: str, direction: str, layout: str) -> None:
+    """A slice of a view is those layers, heads or kv only, also of a pool that all layers share:
+    the others are not touched."""
     whole = Shape(layers=4, heads=4)
     every: dict[str, dict[str, Any]] = {
         "one-layer": {"layers": 2},
@@ -58,28 +62,31 @@ def test_slices(judge: Judge, workshop: Workshop, what: str, direction: str) -> 
         widths=whole.widths if layers or heads else (32,),
     )
     source = direction == "gather"
-    side = workshop.cache(whole, workshop.shuffled(whole.slots, 9, 1), source=source)
+    slots = workshop.shuffled(whole.slots, 9, 1)
+    side = workshop.cache(whole, slots, source=source, layout=layout)
     chunk = workshop.chunk(shape, 9, source=not source)
     told = replace(side, tensors=_sliced(side.tensors, part), arrangement=None)
     told.extents = {**side.extents, "layers": shape.layers, "kv": len(shape.widths)}
     told.extents.update(heads=shape.heads, dim=side.extents["dim"][: len(shape.widths)])
     case = Case(told, chunk, 9) if source else Case(chunk, told, 9)
-    view, other = view_of(side).slice(**part), view_of(chunk)
-    ids = index_of(side)
+    views, ids = (view_of(side).slice(**part), view_of(chunk)), (index_of(side), Index())
+    asked = (*views, *ids) if source else (*views[::-1], *ids[::-1])
 
     def carry() -> None:
-        pair = ((view, other), (ids, None)) if source else ((other, view), (None, ids))
-        judge.finish(judge.subject.copy(*pair[0], *pair[1], count=9))
+        judge.finish(judge.subject.copy(*asked, count=9))
 
-    judge.judge(case, carry, lambda: "its check declines slices")
+    judge.judge(case, carry, lambda: judge.why_declined(*asked))
 
 
-def _sliced(tensors: list[torch.Tensor], part: dict[str, Any]) -> list[torch.Tensor]:
-    """The same slice by plain indexing of ``[kv, block, token, head, dim]`` tensors."""
+def _sliced(tensors: Any, part: dict[str, Any]) -> Any:
+    """The same slice by plain indexing of a list of ``[kv, block, token, head, dim]`` tensors, or
+    of one tensor ``[block, layer, kv, token, head, dim]``."""
 
     def span(name: str) -> slice:
         at = part.get(name, slice(None))
         return at if isinstance(at, slice) else slice(at, at + 1)
 
+    if isinstance(tensors, torch.Tensor):
+        return tensors[:, span("layers"), span("kv"), :, span("heads")]
     chosen = tensors[span("layers")]
     return [t[span("kv"), :, :, span("heads")] for t in chosen]

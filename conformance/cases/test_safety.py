@@ -10,8 +10,7 @@ import pytest
 import torch
 from portakv_conformance.judging import Judge, changed, index_of, view_of
 from portakv_conformance.memory import Memory
-from portakv_conformance.oracle import compare
-from portakv_conformance.shapes import Shape, Workshop
+from portakv_conformance.shapes import Shape, Workshop, lifted
 from portakv_conformance.sides import Case
 from portakv_conformance.subject import Subject
 
@@ -97,7 +96,7 @@ def _judge_bad(judge: Judge, case: Case, good: Case) -> None:
         judge.facility.synchronize()
     else:
         raise AssertionError(f"A bad slot raised nothing. The case was {case!r}.")
-    verdict = compare(expected, case.dst.tensors, case.src.tensors)
+    verdict = judge.compare(expected, case.dst.tensors, case.src.tensors)
     assert verdict is None, f"{verdict} The case was {case!r}."
     judge.examples += 1
 
@@ -127,7 +126,7 @@ def test_duplicates_on_the_device(
         for kv in range(expected.dst.kv):
             rows = expected.dst.row_addresses(kv, layer, torn)
             expected.after.write(rows, found.read(rows))
-    verdict = compare(expected, case.dst.tensors, case.src.tensors)
+    verdict = judge.compare(expected, case.dst.tensors, case.src.tensors)
     assert verdict is None, verdict
     judge.examples += 1
 
@@ -155,8 +154,8 @@ def test_destinations_that_cannot_be_written(judge: Judge, workshop: Workshop) -
 
 
 _MISALIGNED = (
-    "offset", "row", "head", "block", "plane", "one-layer", "chunk-offset", "chunk-row",
-    "chunk-plane",
+    "base", "offset", "row", "head", "block", "plane", "one-layer", "chunk-base", "chunk-offset",
+    "chunk-row", "chunk-plane",
 )  # fmt: skip
 
 
@@ -164,7 +163,8 @@ _MISALIGNED = (
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("what", _MISALIGNED)
 def test_misaligned(judge: Judge, workshop: Workshop, what: str, direction: str, off: int) -> None:
-    """The widest access is what base, every stride and storage offset allow, each by itself."""
+    """The widest access is what the storage's own address, every stride and the storage offset
+    allow, each by itself."""
     every: dict[str, dict[str, Any]] = {
         "offset": {"shift": off},
         "row": {"pads": {3: off}},
@@ -188,4 +188,8 @@ def test_misaligned(judge: Judge, workshop: Workshop, what: str, direction: str,
             cache, tensors=[*cache.tensors[:2], moved.tensors[2]], arrangement=None,
             guards=[*cache.guards[:2], moved.guards[2]],
         )  # fmt: skip
+    if what == "base":
+        cache = lifted(cache, off)
+    elif what == "chunk-base":
+        chunk = lifted(chunk, off)
     judge.copy(Case(cache, chunk, 9) if source else Case(chunk, cache, 9))
