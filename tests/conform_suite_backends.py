@@ -159,6 +159,20 @@ class Refusing(Right):
         return super().prepare(plan)
 
 
+class WholeChunks(Right):
+    """Its launch refuses what does not fill a chunk, of which check and prepare say nothing."""
+
+    name = "suite-whole-chunks"
+
+    def carry(
+        self, real: Any, src: KVView, dst: KVView, mine: Index, theirs: Index, count: int
+    ) -> Any:
+        for view, index in ((src, mine), (dst, theirs)):
+            if index.ids is None and count < view.slots:
+                raise Unsupported("A part of a chunk", "it moves whole ones")
+        return super().carry(real, src, dst, mine, theirs, count)
+
+
 class Noting(Right):
     """It notes the plans that it is asked for, in the file that the environment names."""
 

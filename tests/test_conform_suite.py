@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,15 @@ from hypothesis import given, settings
 from portakv_conformance import saved
 from portakv_conformance.claims import check_refused, claimed
 from portakv_conformance.facility import Facility
-from portakv_conformance.judging import Judge, find_home
+from portakv_conformance.judging import Judge, find_home, index_of, view_of
 from portakv_conformance.oracle import compare
 from portakv_conformance.pattern import poison_bytes
-from portakv_conformance.shapes import HOMES, Shape, Workshop
+from portakv_conformance.shapes import HOMES, Shape, Workshop, lifted
 from portakv_conformance.sides import Case
 from portakv_conformance.strategies import all_cases
 from portakv_conformance.subject import Subject, subject
 
-from portakv import BackendUnavailable, registry
+from portakv import BackendUnavailable, Unsupported, registry
 
 SHAPE = Shape()
 
@@ -121,6 +122,46 @@ def test_wrong_backends_fail_with_a_sentence(name: str, why: str) -> None:
     assert why in str(caught.value)
 
 
+def test_a_launch_that_refuses_has_no_reason_that_counts() -> None:
+    judge = judge_of("WholeChunks")
+    assert judge.copy(gather())
+    shop = Workshop(seed=7)
+    case = Case(shop.cache(SHAPE, [4, 2]), shop.chunk(SHAPE, 5, source=False), 2)
+    with pytest.raises(AssertionError, match="check and prepare take this plan"):
+        judge.copy(case)
+    assert judge.declined == []
+
+
+def test_a_refusal_that_check_foretells_may_be() -> None:
+    judge, case = judge_of("Modest"), gather(dtype=torch.uint8, shift=1)
+    views = view_of(case.src), view_of(case.dst)
+    refusal = Unsupported("This plan", "of a launch")
+    judge.may_decline(refusal, *views, index_of(case.src), index_of(case.dst))
+    assert judge.declined == ["it needs 16 B alignment and the plan allows 1 B"]
+    judge = judge_of("Right")
+    with pytest.raises(AssertionError, match="of a launch"):
+        judge.may_decline(refusal, *views, index_of(case.src), index_of(case.dst))
+
+
+def test_what_the_simulated_device_fills_memory_with_is_told() -> None:
+    judge, case = judge_of("Right"), gather()
+    expected = case.expected()
+    case.dst.guards[0].payload().fill_(0xDB)
+    plain = judge.compare(expected, case.dst.tensors)
+    assert plain is not None
+    assert "holds 0xdb, which is of unknown origin" in plain
+    judge.subject = replace(judge.subject, emulated=True)
+    assert judge.compare(expected, case.dst.tensors) == (
+        f"{plain} 0xdb is what the simulated device fills memory with that was never written, or "
+        f"was freed: the copy came before its producer, or after the end of memory that it still "
+        f"needed."
+    )
+    case.dst.guards[0].payload().fill_(0xDA)
+    other = judge.compare(expected, case.dst.tensors)
+    assert other is not None
+    assert "simulated" not in other
+
+
 def test_a_backend_that_declines_is_no_failure_and_no_example() -> None:
     judge = judge_of("Modest")
     assert not judge.copy(gather(dtype=torch.uint8, shift=1))
@@ -212,6 +253,21 @@ def test_shapes_lie_as_they_say() -> None:
     assert first.storage_offset() * 2 == side.guards[0].start
     poison = poison_bytes(0, 1000, 8, side.guards[0].start)
     assert side.guards[0].payload()[:8].tolist() == poison.tolist()
+
+
+def test_a_lifted_side_is_the_same_side_elsewhere() -> None:
+    side = Workshop().cache(SHAPE, [0], dtype=torch.uint8)
+    moved = lifted(side, 3)
+    for one, two in zip(moved.tensors, side.tensors, strict=True):
+        assert one.untyped_storage().data_ptr() % 16 == 3
+        assert one.storage_offset() == two.storage_offset()
+        assert one.stride() == two.stride()
+        assert torch.equal(one, two)
+    for guard, old in zip(moved.guards, side.guards, strict=True):
+        assert guard.broken() is None
+        guard.payload().fill_(0)
+        assert not torch.equal(guard.whole, old.whole)
+    assert not moved.tensors[0].any()
 
 
 def test_a_pool_of_all_layers_is_one_storage() -> None:

@@ -125,6 +125,22 @@ def test_the_same_seed_draws_the_same(tmp_path: Path) -> None:
     assert drawn[0] != drawn[2]
 
 
+def test_a_connector_whose_backend_refuses_parts_of_chunks_fails(tmp_path: Path) -> None:
+    told = tmp_path / "events.jsonl"
+    names = [
+        f"cases/test_connector.py::test_a_range_of_the_slot_mapping[{move}-3-11]"
+        for move in ("from_gpu", "to_gpu")
+    ]
+    done = run(
+        "--portakv-backend=conform_suite_backends:WholeChunks", f"--portakv-events={told}",
+        f"--portakv-only={only(tmp_path, *names)}", where=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    for record in records(told).values():
+        assert record.status == "failed"
+        assert "it moves whole ones" in record.reason
+
+
 def test_fuzzing_draws_as_many_as_asked(tmp_path: Path) -> None:
     told, name = tmp_path / "events.jsonl", "cases/test_drawn.py::test_pages"
     done = run(

@@ -82,12 +82,13 @@ def store(subject: Subject, judge: Judge, home: Workshop) -> Store:
 @pytest.mark.parametrize("move", MOVES)
 def test_a_range_of_the_slot_mapping(store: Store, move: str, start: int, end: int | None) -> None:
     """Rows ``slot_mapping[start:end]`` are tokens 0 to end - start of the chunk, and no others."""
-    slots = torch.tensor(store.home.shuffled(SHAPE.slots, 12, 2))
     caches = store.caches(source=move == "from_gpu")
-    case = store.case(move, caches, slots[start:end], tokens=12)
     store.connector.register_kv_caches(caches.tensors)
     call = getattr(store.connector, move)
-    store.check(case, lambda: call(_chunk(case), None, slots, start, end))
+    for turn, holes in enumerate((0, 2)):
+        slots = torch.tensor(store.home.shuffled(SHAPE.slots, 12, holes))
+        case = store.case(move, caches, slots[start:end], tokens=12, seed=turn)
+        store.check(case, partial(call, _chunk(case), None, slots, start, end))
 
 
 @pytest.mark.parametrize("move", MOVES)

@@ -133,7 +133,7 @@ _SIZES = (
 def test_block_sizes(judge: Judge, workshop: Workshop, sizes: tuple[int, int]) -> None:
     """Blocks of both sides may have any sizes, and need have no common factor."""
     first, second = (
-        Shape(layers=2, heads=1, widths=(12, 12), block_size=size, blocks=2 + 256 // size)
+        Shape(layers=2, heads=2, widths=(12, 12), block_size=size, blocks=2 + 256 // size)
         for size in sizes
     )
     count = min(first.slots, second.slots) - 3
