@@ -65,11 +65,9 @@ class Facility:
         """Keep a stream (None: the current one) busy; what is enqueued behind it comes late."""
         if not self.streams:
             return
-        if stream is not None:
-            with self.on(stream):
-                self._wait(milliseconds)(stream)
-        else:
-            self._wait(milliseconds)(self.current())
+        stream = stream or self.current()
+        with self.on(stream):  # also where another device than this one is current
+            self._wait(milliseconds)(stream)
 
     def _wait(self, milliseconds: int) -> Callable[[torch.Stream], object]:
         if self.emulated:

@@ -34,7 +34,7 @@ from .sharing import Share
 from .subject import Subject, subject
 
 #: Examples of each drawn case in certification; ``--portakv-fuzz`` replaces them.
-EXAMPLES = {"core": 40, "full": 120}
+EXAMPLES = {"core": 20, "full": 60}
 UNAVAILABLE = 3  # exit code
 _BIG = 6 << 30  # bytes that the largest cases take on a device
 _JUDGE = pytest.StashKey[Judge]()

@@ -107,14 +107,10 @@ class Index:
 
     def placed(self, home: torch.device, dtypes: frozenset[torch.dtype]) -> Index:
         """This index with its ids contiguous on ``home`` and in one of ``dtypes``."""
-        if self.ids is None or (self._home is home and self._dtypes is dtypes):
-            return self
-        if self._lies(home, dtypes):
-            self._home, self._dtypes = home, dtypes  # the same launch asks again and again
-            return self
-        kept = self._placed
-        if kept is not None and kept._lies(home, dtypes):
-            return kept
+        known = self.lying(home, dtypes)
+        if known is not None:
+            return known
+        assert self.ids is not None
         wanted = torch.int64 if torch.int64 in dtypes else torch.int32
         dtype = self.ids.dtype if self.ids.dtype in dtypes else wanted
         narrows = dtype == torch.int32 and self.ids.dtype == torch.int64
@@ -124,6 +120,16 @@ class Index:
             # A copy made from device ids is ordered on one stream only, so it is not kept.
             self._placed = placed
         return placed
+
+    def lying(self, home: torch.device, dtypes: frozenset[torch.dtype]) -> Index | None:
+        """As `placed`, where nothing has to be copied for it; else None."""
+        if self.ids is None or (self._home is home and self._dtypes is dtypes):
+            return self
+        if self._lies(home, dtypes):
+            self._home, self._dtypes = home, dtypes  # the same launch asks again and again
+            return self
+        kept = self._placed
+        return kept if kept is not None and kept._lies(home, dtypes) else None
 
     def _narrow(self) -> torch.Tensor:
         """The ids as int32, for a backend that reads nothing else; what does not fit stays bad."""

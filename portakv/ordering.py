@@ -124,7 +124,8 @@ def _launch_captured(
     # The graph may write these words at every replay, so they are never given back.
     status: list[tuple[words.Word, int]] = []
     for way, start, tokens in pieces:
-        mine, theirs = src_index.shifted(start), dst_index.shifted(start)
+        # The ids lie where they are read, or a copy of theirs that was made before does.
+        mine, theirs = way.place(src_index).shifted(start), way.place(dst_index).shifted(start)
         way.launch(src, dst, mine, theirs, tokens, stream, _word(way, start, status))
     event = None
     if stream is not None:
@@ -172,5 +173,5 @@ def _check_capture(pieces: list[Piece], src_index: Index, dst_index: Index) -> N
         if not way.can.capturable:
             refuse_capture(device, f"backend {way.choice.name!r} cannot be captured")
         for index in (src_index, dst_index):
-            if way.place(index) is not index:
+            if index.lying(way.home_of_ids, way.can.index_dtypes) is None:
                 refuse_capture(device, "its ids would have to be copied first")

@@ -41,7 +41,7 @@ _FEW = (
     "cases/test_core.py::test_one_row[gather-0]",
     "cases/test_presets.py::test_preset[gather-vllm-mla-fp8-uint8]",
     "cases/test_claims.py::test_bad_ids_are_guarded[1-gather]",
-    "cases/test_drawn.py::test_pages",
+    "cases/test_drawn.py::test_pages[0]",
 )
 
 
@@ -63,7 +63,7 @@ def test_events_tell_of_each_case(tmp_path: Path) -> None:
     listed = events(told)[0]["ids"]
     assert sorted(listed) == sorted(_FEW)
     assert listed[0].startswith("cases/test_core.py"), "CORE comes first"
-    assert listed[-1] == "cases/test_drawn.py::test_pages"
+    assert listed[-1] == "cases/test_drawn.py::test_pages[0]"
     found = records(told)
     assert [found[name].status for name in _FEW] == ["passed", "passed", "not-claimed", "passed"]
     core, preset, guards, drawn = (found[name] for name in _FEW)
@@ -72,7 +72,7 @@ def test_events_tell_of_each_case(tmp_path: Path) -> None:
     assert preset.tags == tags
     assert guards.claim == "guards"
     assert "guards is not claimed" in guards.reason
-    assert drawn.examples >= 30
+    assert drawn.examples >= 15
     assert "portakv_conformance.cases.test_core::test_one_row[gather-0]" in core.replay
 
 
@@ -84,7 +84,7 @@ def test_a_failure_is_told_shrunken_saved_and_replayed(
     monkeypatch.setattr(registry, "REGISTRY", made)
     monkeypatch.setattr("portakv_conformance.subject.REGISTRY", made)
     told, kept = tmp_path / "events.jsonl", tmp_path / "examples"
-    name = "cases/test_drawn.py::test_copies_between_two_sides"
+    name = "cases/test_drawn.py::test_copies_between_two_sides[0]"
     done = run(
         "--portakv-backend=conform_suite_backends:OffByOne", f"--portakv-events={told}",
         f"--portakv-examples={kept}", f"--portakv-only={only(tmp_path, name)}", where=tmp_path,
@@ -100,7 +100,7 @@ def test_a_failure_is_told_shrunken_saved_and_replayed(
     assert case.src.ids is not None
     # The fault shows with three ids and up; little more than that is left of what was drawn.
     assert case.src.ids.numel() in (3, 4)
-    assert case.src.layers == case.src.heads == 1
+    assert case.src.layers * case.src.heads <= 2
     told_again = saved.replay(
         kept / record.example, subject("conform_suite_backends:OffByOne", "cpu")
     )
@@ -110,7 +110,7 @@ def test_a_failure_is_told_shrunken_saved_and_replayed(
 
 @pytest.mark.slow
 def test_the_same_seed_draws_the_same(tmp_path: Path) -> None:
-    ids = only(tmp_path, "cases/test_drawn.py::test_copies_between_two_sides")
+    ids = only(tmp_path, "cases/test_drawn.py::test_copies_between_two_sides[0]")
     drawn = []
     for number, seed in enumerate((5, 5, 6)):
         plans = tmp_path / str(number)
@@ -142,7 +142,7 @@ def test_a_connector_whose_backend_refuses_parts_of_chunks_fails(tmp_path: Path)
 
 
 def test_fuzzing_draws_as_many_as_asked(tmp_path: Path) -> None:
-    told, name = tmp_path / "events.jsonl", "cases/test_drawn.py::test_pages"
+    told, name = tmp_path / "events.jsonl", "cases/test_drawn.py::test_pages[0]"
     done = run(
         "--portakv-backend=reference", "--portakv-fuzz=77", f"--portakv-events={told}",
         f"--portakv-only={only(tmp_path, name)}", "-v", where=tmp_path,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from portakv_conformance.judging import ENDS, Judge
 from portakv_conformance.strategies import all_cases, cases, migrations, page_cases
@@ -20,7 +20,11 @@ pytestmark = pytest.mark.area("drawn")
 
 #: Where ids may lie beside a device; on the CPU there is only the host.
 _ANYWHERE = st.sampled_from(("device", "cpu"))
-_TIMES = settings().max_examples  # of the profile
+
+
+def in_parts(count: int) -> pytest.MarkDecorator:
+    """A drawn case as several, which take even times and can be judged at the same time."""
+    return pytest.mark.parametrize("part", range(count))
 
 
 def places(subject: Subject, data: st.DataObject) -> dict[str, Any]:
@@ -31,35 +35,41 @@ def places(subject: Subject, data: st.DataObject) -> dict[str, Any]:
     return {"device": device, "ids_on": device if data.draw(_ANYWHERE) == "device" else "cpu"}
 
 
-@settings(max_examples=3 * _TIMES)
-@given(st.data())
-def test_any_copy(subject: Subject, judge: Judge, data: st.DataObject) -> None:
+@in_parts(6)
+@given(data=st.data())
+def test_any_copy(subject: Subject, judge: Judge, part: int, data: st.DataObject) -> None:
     """Whatever the layouts, strides, paddings, ids and steps: the addressed rows move, and
     nothing else."""
     judge.copy(data.draw(all_cases(**places(subject, data))))
 
 
-@given(st.data())
-def test_copies_between_two_sides(subject: Subject, judge: Judge, data: st.DataObject) -> None:
+@in_parts(2)
+@given(data=st.data())
+def test_copies_between_two_sides(
+    subject: Subject, judge: Judge, part: int, data: st.DataObject
+) -> None:
     """Token-exact copies between any two layouts, waited for in any way."""
     case = data.draw(cases(**places(subject, data)))
     judge.copy(case, end=data.draw(st.sampled_from(ENDS)))
 
 
-@given(st.data())
-def test_migrations(subject: Subject, judge: Judge, data: st.DataObject) -> None:
+@in_parts(2)
+@given(data=st.data())
+def test_migrations(subject: Subject, judge: Judge, part: int, data: st.DataObject) -> None:
     """Copies within one cache, between rows that do not meet."""
     judge.copy(data.draw(migrations(**places(subject, data))))
 
 
-@given(st.data())
-def test_pages(subject: Subject, judge: Judge, data: st.DataObject) -> None:
+@in_parts(2)
+@given(data=st.data())
+def test_pages(subject: Subject, judge: Judge, part: int, data: st.DataObject) -> None:
     """Whole opaque blocks between any two page layouts."""
     judge.copy(data.draw(page_cases(**places(subject, data))))
 
 
-@given(st.data())
-def test_launches(subject: Subject, judge: Judge, data: st.DataObject) -> None:
+@in_parts(2)
+@given(data=st.data())
+def test_launches(subject: Subject, judge: Judge, part: int, data: st.DataObject) -> None:
     """What `prepare` returns moves the rows by itself, with ids where and as the backend claims."""
     holes = subject.can.skips_negative
     judge.launch(data.draw(cases(**places(subject, data), holes=holes)))

@@ -25,7 +25,7 @@ from portakv import Index, LayoutError, Unsupported, copy_rows
 pytestmark = pytest.mark.area("metamorphic")
 
 # What is copied matters less here than that two ways of copying it agree.
-_FEWER = settings(max_examples=max(settings().max_examples // 3, 1))
+_FEWER = settings(max_examples=max(settings().max_examples * 2 // 3, 1))
 
 
 def drawn(subject: Subject, data: st.DataObject, **options: Any) -> Case:

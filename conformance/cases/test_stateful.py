@@ -192,5 +192,5 @@ def test_blocks_of_an_engine(judge: Judge, home: Workshop) -> None:
         return
     machine = type("Engine", (Engine,), {"judge": judge, "home": home})
     hypothesis.seed(judge.seed)(machine)
-    examples = max(settings().max_examples // 4, 10)
+    examples = max(settings().max_examples // 2, 10)
     run(machine, settings=settings(max_examples=examples, stateful_step_count=15))

@@ -209,7 +209,7 @@ class RowsKernel:
     def spans(self, units: int) -> list[tuple[int, int]]:
         """(first unit, units) of each launch."""
         most = self._most_units
-        if units <= most:
+        if 0 < units <= most:
             return [(0, units)]
         return [(start, min(most, units - start)) for start in range(0, units, most)]
 
