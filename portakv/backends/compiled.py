@@ -184,6 +184,8 @@ class _CompiledLaunch:
         status: torch.Tensor | None,
     ) -> None:
         units = count // self.unit
+        if not units:
+            return  # inductor divides by the length
         with on_stream(stream), torch.no_grad():
             aside: AbstractContextManager[None] = nullcontext()
             if self.report is not None and status is not None:
