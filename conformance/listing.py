@@ -29,7 +29,8 @@ _WORKER = (sys.executable, "-m", "portakv_conformance.worker")
 def cases_of(
     profile: str, device: str, command: Sequence[str] = _WORKER
 ) -> dict[str, dict[str, Any]]:
-    """By id, ``area``, ``profile``, ``claim`` and ``tags`` of each case of the list.
+    """By id, ``area``, ``profile``, ``claim`` and ``tags`` of each case of the list, and whether
+    it is ``optional``: a real machine with one device is judged without it.
 
     Args:
         profile: ``core`` or ``full``.
@@ -57,7 +58,8 @@ def _described(worker: Worker) -> dict[str, dict[str, Any]] | None:
         for event in events:
             if event["event"] == "described":
                 cases: dict[str, dict[str, Any]] = event["cases"]
-                return cases
+                pairs = set(event["two devices"])
+                return {id: {**about, "optional": id in pairs} for id, about in cases.items()}
     return None
 
 
@@ -70,6 +72,9 @@ class Elsewhere(Facility):
 
     def devices(self) -> int:
         return 1 if self.device.type == "cpu" else 2
+
+    def spare(self) -> int:
+        return 1 << 62
 
     def synchronize(self) -> None:
         """There is nothing to wait for."""

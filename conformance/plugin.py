@@ -130,7 +130,7 @@ class Suite:
             missing = f"it needs two devices of type {self.subject.device.type}, found {found}."
             return found > 1, missing if self.subject.emulated else ""
         if need == "memory":
-            wanted = self.subject.device.type != "cpu" and not self.subject.emulated
+            wanted = self.facility.device.type != "cpu" and not self.facility.emulated
             missing = f"it needs {_BIG >> 30} GiB of free memory on {self.subject.device}."
             return wanted and self.facility.spare() > _BIG, missing if wanted else ""
         raise pytest.UsageError(f"A case needs {need!r}, which the plugin does not know.")

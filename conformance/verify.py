@@ -191,8 +191,8 @@ def _case_list(record: RunRecord, listing: Listing) -> Iterator[str]:
     listed = listing(record.profile, str(record.environment.get("device", "cpu")))
     for id in sorted(ids - set(listed)):
         yield f"Case {id!r} is not in the installed suite's list for this profile and device."
-    told = " ".join(record.missing)
-    absent = sorted(set(listed) - ids)
+    told, real = " ".join(record.missing), not record.environment.get("emulated")
+    absent = sorted(id for id in set(listed) - ids if not (real and listed[id].get("optional")))
     unexplained = [id for id in absent if f"{id}:" not in told]
     if unexplained and record.verdict == "conformant":
         yield (
@@ -204,5 +204,6 @@ def _case_list(record: RunRecord, listing: Listing) -> Iterator[str]:
     for case in record.cases:
         known = listed.get(case.id)
         claimed = {name: getattr(case, name) for name in ("area", "profile", "claim", "tags")}
+        known = known and {name: known[name] for name in claimed}
         if known is not None and claimed != known:
             yield f"Case {case.id!r} is described as {claimed}, but the suite says {known}."

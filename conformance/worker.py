@@ -110,7 +110,12 @@ class Descriptions:
             }
             for item in session.items
         }
-        _tell(self._orders, {"event": "described", "cases": told})
+        pairs = [
+            case_id(item)
+            for item in session.items
+            if any(mark.args[0] == "two devices" for mark in item.iter_markers("needs"))
+        ]
+        _tell(self._orders, {"event": "described", "cases": told, "two devices": pairs})
 
 
 def introduce(orders: Orders) -> dict[str, Any]:
