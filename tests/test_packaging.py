@@ -24,6 +24,12 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE_SUFFIXES = (".cuh", ".cu", ".h", ".hpp", ".cpp", ".md")
+#: What travels beside Python files, by package.
+TRAVELS = {
+    "portakv_native": NATIVE_SUFFIXES,
+    "portakv_benchmarks": (".toml",),
+    "portakv_conformance": (".toml", ".cpp", ".h", ".css", ".js"),
+}
 PIN = re.compile(r"[a-z0-9][a-z0-9._-]*==[0-9][0-9a-z.]*( ; python_full_version .+)?")
 
 
@@ -157,9 +163,8 @@ def test_the_wheel_holds_every_file_that_travels(wheel: Path, folders: dict[str,
         f"{name}/{path.relative_to(folder).as_posix()}"
         for name, folder in folders.items()
         for path in folder.rglob("*")
-        if path.suffix in (".py", ".typed")
-        or (name == "portakv_native" and path.suffix in NATIVE_SUFFIXES)
-        or (name == "portakv_benchmarks" and path.suffix == ".toml")
+        if not (path.parent / "pyproject.toml").exists()  # an example that is a project of its own
+        if path.suffix in (".py", ".typed", *TRAVELS.get(name, ()))
     }
     expected |= {f"portakv_native/{seeded}" for seeded in seeded_sources()}
     with zipfile.ZipFile(wheel) as archive:
