@@ -135,7 +135,7 @@ def act(what: str, orders: Orders, id: str) -> None:
     elif what == "exit":
         os._exit(7)
     elif what == "usage":
-        print("ERROR: 1 ids are not in profile 'core'")
+        print("ERROR: 1 ids are not in profile 'core'", flush=True)
         os._exit(4)
     elif what == "unavailable":
         tell(orders, {"event": "unavailable", "reason": "no such backend; known are x"})
