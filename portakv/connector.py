@@ -24,7 +24,7 @@ from .presets import resolve
 from .reading import read_as
 from .registration import Registration, facts_of
 from .registry import choose
-from .request import check_apart, check_batch, check_chunk, slot_range
+from .request import check_apart, check_batch, check_chunk, check_paired, slot_range
 from .roots import flatten, nested
 from .routes import route
 from .transfer import Completion, Transfer, failed
@@ -234,11 +234,7 @@ class AdaptiveConnector:
         if failed or any_set():
             self._report()
         memory_objs, starts, ends = list(memory_objs), list(starts), list(ends)
-        if not len(memory_objs) == len(starts) == len(ends):
-            raise SlotError(
-                f"{len(memory_objs)} memory objects came with {len(starts)} starts and "
-                f"{len(ends)} ends; pass one start and one end for each."
-            )
+        check_paired(memory_objs, starts, ends)
         caches = self._caches(kv_caches)
         return self._carry_batch(store, caches, memory_objs, slot_mapping, starts, ends, stream)
 
@@ -288,6 +284,7 @@ class AdaptiveConnector:
             return cast(Transfer, opaque.eagerly(self._move_batch, *args))
         if not memory_objs:
             return Transfer()
+        check_paired(memory_objs, starts, ends)
         caches, levels = self._shown(kv_caches)
         opaque.transfer(
             store, self._handle, memory_objs, caches, levels, slot_mapping, starts, ends

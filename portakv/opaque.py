@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from .errors import SlotError, TransferError
+from .errors import TransferError
 from .roots import flatten, nested
 
 NAMESPACE = "portakv"
@@ -62,13 +62,8 @@ def transfer(
         cache_levels: the lengths of their containers.
 
     Raises:
-        LayoutError, SlotError: what does not fit together already shows.
+        LayoutError: what does not fit together already shows.
     """
-    if not len(memory_objs) == len(starts) == len(ends):
-        raise SlotError(
-            f"{len(memory_objs)} memory objects came with {len(starts)} starts and {len(ends)} "
-            f"ends; pass one start and one end for each."
-        )
     chunks, chunk_levels = flatten([getattr(one, "tensor", one) for one in memory_objs])
     length = slot_mapping.shape[0]
     ends = [length if end is None else end for end in ends]

@@ -4,6 +4,7 @@ can be what they are."""
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from itertools import pairwise
 from operator import index as whole_number
 from typing import Any
@@ -37,6 +38,15 @@ def _whole(name: str, value: Any) -> int:
         raise SlotError(
             f"{name}={value!r} was asked; expected an integer, a position in the slot_mapping."
         ) from None
+
+
+def check_paired(memory_objs: Sized, starts: Sized, ends: Sized) -> None:
+    """Refuse a batch whose memory objects have not one start and one end each."""
+    if not len(memory_objs) == len(starts) == len(ends):
+        raise SlotError(
+            f"{len(memory_objs)} memory objects came with {len(starts)} starts and {len(ends)} "
+            f"ends; pass one start and one end for each."
+        )
 
 
 def check_batch(copies: list[tuple[KVView, KVView, Index, Index, int]]) -> None:
