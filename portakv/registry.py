@@ -223,7 +223,7 @@ class Registry:
     ) -> BackendUnavailable:
         asked = "No backend" if forced is None else f"Backend {forced!r} was forced, but it"
         rest = [d for d in self.trace(device) if d.name not in {t.name for t in trace}]
-        lines = "\n".join(f"  {describe(d)}" for d in [*trace, *rest])
+        lines = "\n".join(f"  {d}" for d in [*trace, *rest])
         return BackendUnavailable(
             f"{asked} cannot serve {device}. The candidates said:\n{lines}\n"
             f"Unset {ENVIRONMENT} and backend= to let the registry choose, or mend the reason."
@@ -231,11 +231,6 @@ class Registry:
 
 
 _UNCHECKED = "(not self-checked yet) "
-
-
-def describe(decision: Decision) -> str:
-    """One line of a trace."""
-    return str(decision)
 
 
 def _importer(target: str) -> Callable[[], object]:
@@ -313,7 +308,7 @@ def prepare(plan: CopyPlan, device: torch.device, choice: Choice) -> tuple[Launc
                     launch = _OneAtATime(launch)
                 return launch, Choice(backend, (*refused, won), choice.forced, can)
         refused.append(Decision(name, False, decision.reason))
-    lines = "\n".join(f"  {describe(d)}" for d in refused)
+    lines = "\n".join(f"  {d}" for d in refused)
     forced = f"backend {choice.name!r} was forced and" if choice.forced else "no backend"
     raise Unsupported("This copy", f"{forced} does not take its plan:\n{lines}\n{plan}")
 
