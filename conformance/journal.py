@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import SUITE_VERSION
+from .chosen import chosen
 from .progress import Progress
 from .records import CaseRecord, Status
 from .request import Options
@@ -128,13 +129,14 @@ class Journal:
     def _take_list(self, ids: list[str]) -> None:
         if self.ids:
             return
-        unknown = [id for id in self._options.only if id not in ids]
+        only = self._options.only
+        self.ids, unknown = chosen(ids, only) if only else (ids, [])
         if unknown:
             raise BadRequest(
                 f"Case {unknown[0]!r} was asked for, but the profile {self._options.profile!r} on "
-                f"{self._options.device} has none of that name; a report lists the ids."
+                f"{self._options.device} has none of that name; `portakv conform --list` prints "
+                f"the ids."
             )
-        self.ids = [id for id in ids if not self._options.only or id in self._options.only]
         if not self.ids:
             raise SuiteBroken(f"The profile {self._options.profile!r} has no case here.")
         self._progress.listed(len(self.ids))

@@ -90,12 +90,11 @@ class Judge:
     def launch_only(
         self, case: Case, *, stream: torch.Stream | None = None, status: torch.Tensor | None = None
     ) -> None:
-        """Prepare and launch a case in the largest unit that its count and offsets allow, and
-        wait for it."""
+        """Prepare and launch a case in the largest unit that its count, its offsets and its
+        blocks allow, and wait for it."""
         src, dst = view_of(case.src), view_of(case.dst)
         mine, theirs = index_of(case.src), index_of(case.dst)
-        plan = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
-        unit = gcd(plan.unit, case.count, mine.offset, theirs.offset)
+        unit = largest_unit(src, dst, mine, theirs, case.count)
         pending = self.subject.launch(
             src, dst, mine, theirs, case.count, stream=stream, status=status, unit=unit
         )
@@ -262,3 +261,15 @@ def changed(before: Memory, tensors: Any) -> str | None:
                 f"at offset {int(offsets[0])}"
             )
     return None
+
+
+def largest_unit(src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int) -> int:
+    """The most tokens to move at once that a count and the offsets are multiples of."""
+    steps = src_index.plan_step, dst_index.plan_step
+    most = CopyPlan(src.form, dst.form, *steps).unit
+    unit = gcd(most, count, src_index.offset, dst_index.offset)
+    try:
+        CopyPlan(src.form, dst.form, *steps, unit)
+    except Unsupported:  # a block that is split: what divides the whole of it may fit no part
+        return 1
+    return unit

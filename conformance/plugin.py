@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, Phase, settings
 from portakv import BackendUnavailable
 
 from . import saved
+from .chosen import chosen
 from .claims import AREAS
 from .facility import Facility
 from .judging import Judge, find_home
@@ -93,14 +94,14 @@ class Suite:
         kept = [item for item in mine if item not in set(dropped)]
         kept.sort(key=lambda item: AREAS.index(mark_of(item, "area")))
         if self.only is not None:
-            unknown = sorted(self.only - {case_id(item) for item in kept})
+            ids, unknown = chosen([case_id(item) for item in kept], sorted(self.only))
             if unknown:
                 raise pytest.UsageError(
-                    f"{len(unknown)} ids are not in profile {self.profile!r} on "
-                    f"{self.subject.device}, the first of them {unknown[0]!r}."
+                    f"Profile {self.profile!r} on {self.subject.device} has no case "
+                    f"{unknown[0]!r}; `portakv conform --list` prints the ids."
                 )
-            dropped += [item for item in kept if case_id(item) not in self.only]
-            kept = [item for item in kept if case_id(item) in self.only]
+            dropped += [item for item in kept if case_id(item) not in ids]
+            kept = [item for item in kept if case_id(item) in ids]
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if not is_case(item)] + kept
         self._tell({"event": "list", "ids": [case_id(item) for item in kept]})
@@ -217,7 +218,9 @@ class Suite:
         return record
 
     def _save(self, record: CaseRecord, judge: Judge) -> str:
-        """Write the failing example, as far as it was built from a structure; its file name."""
+        """Write the failing example, as far as it was built from a structure and fails also on its
+        own: what only a stream or an earlier call made wrong passes when it is replayed. Returns
+        the file's name."""
         if self.examples is None or judge.failing is None:
             return ""
         name = f"example-{zlib.crc32(record.id.encode()):08x}.json"
@@ -226,9 +229,13 @@ class Suite:
             "emulated": self.subject.emulated, "seed": self.seed, "reason": record.reason,
             "direct": judge.direct,
         }  # fmt: skip
+        file = Path(self.examples) / name
         try:
-            saved.save(judge.failing, Path(self.examples) / name, about)
+            saved.save(judge.failing, file, about)
         except ValueError:  # tensors that no arrangement describes
+            return ""
+        if saved.replay(file, self.subject) is None:
+            file.unlink()
             return ""
         return name
 

@@ -55,7 +55,7 @@ class Lines:
 
     def listed(self, count: int) -> None:
         self._count = count
-        self.say(f"{count} cases")
+        self.say("1 case" if count == 1 else f"{count} cases")
 
     def started(self, id: str) -> None:
         if time.monotonic() - self._told > _EVERY:

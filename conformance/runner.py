@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from . import SPEC_VERSION, SUITE_VERSION
+from .chosen import counted
 from .crew import Crew
 from .journal import BadRequest, Journal, SubjectUnavailable, SuiteBroken
 from .progress import SILENT, Progress
@@ -52,9 +53,9 @@ def run(
 
 def _note_what_was_left_out(journal: Journal, options: Options) -> None:
     if options.only:
-        journal.miss(f"Only {len(options.only)} cases were asked for (--only), not the profile.")
+        journal.miss(f"Only {counted(len(journal.ids))} asked for (--only), not the profile.")
     if journal.stopped and journal.left():
-        journal.miss(f"{len(journal.left())} cases behind the first failure were not run (-x).")
+        journal.miss(f"{counted(len(journal.left()))} behind the first failure not run (-x).")
 
 
 def _record(journal: Journal, options: Options, started: datetime, seconds: float) -> RunRecord:

@@ -12,7 +12,7 @@ import torch
 from .errors import LayoutError
 from .extents import factor_extent
 from .layout import Group, Layout, parse
-from .presets import resolve
+from .presets import memory_order, resolve
 
 if TYPE_CHECKING:
     from .view import KVView
@@ -30,7 +30,8 @@ def example_tensors(
     dtype: torch.dtype = torch.float16,
     device: torch.device | str = "cpu",
 ) -> Any:
-    """Uninitialised contiguous tensors of a layout, in the containers that it names.
+    """Uninitialised tensors of a layout, in the containers that it names: contiguous, but where a
+    preset says that its tensors lie in another memory order.
 
     Args:
         layout: a layout string or preset.
@@ -54,7 +55,26 @@ def example_tensors(
     widths = _widths(layout, kv, dim)
     shared = {"layer": layers, "kv": kv, "head": counted, "block": blocks, "token": tokens}
     values = [{**shared, "dim": width, "page": width} for width in widths]
-    return _level(parsed, parsed.containers, values, 0, dtype, torch.device(device))
+    memory = parse(memory_order(layout))
+    made = _level(memory, memory.containers, values, 0, dtype, torch.device(device))
+    return made if memory == parsed else _ordered(made, memory, parsed)
+
+
+def _ordered(made: Any, memory: Layout, layout: Layout) -> Any:
+    """Tensors of a memory order, read in the order of a layout; its containers are views."""
+    if not isinstance(made, torch.Tensor):
+        return [_ordered(one, memory, layout) for one in made]
+    taken = len(memory.containers)
+    wanted = [*layout.containers[taken:], *layout.dims]
+    viewed = made.permute([memory.dims.index(group) for group in wanted])
+    return _unbound(viewed, len(layout.containers) - taken)
+
+
+def _unbound(tensor: torch.Tensor, levels: int) -> Any:
+    """The leading dimensions of a tensor as lists of views."""
+    if not levels:
+        return tensor
+    return [_unbound(one, levels - 1) for one in tensor.unbind(0)]
 
 
 def _number(always: object) -> int | None:

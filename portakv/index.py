@@ -259,9 +259,16 @@ class Index:
         if past.size:
             at = int(past[0])
             raise SlotError(
-                f"Position {at} of the {side} index is slot {int(expanded[at])}, but the view has "
-                f"{slots} slots (0 to {slots - 1}); nothing was moved. Correct the index."
+                f"Position {at} of the {side} index is slot {int(expanded[at])}{self._block(at)}, "
+                f"but the view has {slots} slots (0 to {slots - 1}); nothing was moved. Correct "
+                f"the index."
             )
+
+    def _block(self, at: int) -> str:
+        """The id behind a position, where it names more than one slot."""
+        if self.step == 1 or self.ids is None:
+            return ""
+        return f" (of id {int(self.ids[(at + self.offset) // self.step])}, {self.step} slots each)"
 
     def _check_distinct(self, count: int, side: str) -> None:
         expanded = self.slots(count)

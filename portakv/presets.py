@@ -36,6 +36,8 @@ class Preset:
         extents: extents that are always true for it, as `KVView` takes them; ``dim`` counts
             elements of the tensors' dtype, one number or one for each ``kv``.
         note: what a caller has to know; one or two sentences.
+        memory: the same groups in the order in which they lie in memory, where that is not the
+            order of ``layout``. What stands right of ``|`` is one allocation.
     """
 
     name: str
@@ -44,6 +46,14 @@ class Preset:
     releases: str = ""
     extents: Mapping[str, Extent] = field(default_factory=lambda: MappingProxyType({}))
     note: str = ""
+    memory: str = ""
+
+
+def memory_order(text: str) -> str:
+    """The groups of a layout or preset in the order in which they lie in memory; of a string,
+    which says nothing of it, the string."""
+    preset = PRESETS.get(text.strip()) or _BY_LMCACHE_NAME.get(text.strip())
+    return (preset.memory or preset.layout) if preset else text
 
 
 def resolve(text: str) -> tuple[str, dict[str, Extent]]:
@@ -86,7 +96,8 @@ def _lmcache() -> Iterator[Preset]:
 
 def _table() -> Iterator[Preset]:
     for name, layout, engine, releases, extents, note in _ROWS:
-        yield Preset(name, layout, engine, releases, MappingProxyType(dict(extents)), note)
+        fixed = MappingProxyType(dict(extents))
+        yield Preset(name, layout, engine, releases, fixed, note, _MEMORY.get(name, ""))
 
 
 # LMCache's formats in the order of their numbers. NB blocks, NL layers, BS block size, NH heads,
@@ -131,8 +142,20 @@ _SPLIT_NOTE = "A block holds all values, then all scales. Block size must be dec
 _FLAT_NOTE = "A flat pool of token slots; declare block_size = the pool's page size (1 is right)."
 
 
+_VIEW_ORDERS = ("LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")
+_LETTERS = {"L": "layer", "B": "block", "H": "head", "N": "token", "C": "(kv dim)"}
+
+# Presets whose tensors do not lie in the order of their dimensions.
+_MEMORY = {
+    "vllm-hnd": "layer | kv block head token dim",
+    "vllm-flashinfer-hnd": "layer | block kv head token dim",
+    "vllm-0.26-nhd": "layer | block token head (kv dim)",
+    **{f"vllm-{x.lower()}": " ".join(_LETTERS[c] for c in x) for x in _VIEW_ORDERS},
+}
+
+
 def _vllm_views() -> Iterator[_Row]:
-    for order in ("LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC"):
+    for order in _VIEW_ORDERS:
         alias = {"LBHNC": " Also called HND.", "LBNHC": " Also called NHD."}.get(order, "")
         note = _VIEW_NOTE.format(order) + alias
         yield f"vllm-{order.lower()}", _FUSED, "vLLM", ">= 0.29", {}, note

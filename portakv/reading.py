@@ -139,7 +139,7 @@ def _reading(layout: str, declared: tuple[tuple[str, Any], ...]) -> Reading:
     return Reading(parse(text), extents)
 
 
-def read_as(layout: str, **extents: Any) -> Reading:
+def read_as(layout: str, /, **extents: Any) -> Reading:
     """The reading of a layout (string or preset) with declared extents; None means undeclared."""
     if not isinstance(layout, str):
         raise LayoutError(f"A layout is a string of axis names, but {layout!r} was given.")

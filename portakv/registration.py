@@ -43,6 +43,7 @@ class Registration(NamedTuple):
         Raises:
             LayoutError: caches that contradict the layout. DeviceMismatch: on another device.
         """
+        _check_caches(kv_caches, reading)
         view = KVView.through(reading, kv_caches, lasting=True)
         if view.device != choice.backend.device:
             raise DeviceMismatch(
@@ -58,6 +59,22 @@ class Registration(NamedTuple):
         """Raise `LayoutError` where the memory of a cache was freed or replaced in place."""
         if not self.roots.stand():
             raise self.view.replaced()
+
+
+def _check_caches(kv_caches: Any, reading: Reading) -> None:
+    """Name the slip of a slot mapping that was passed in the place of the caches."""
+    layout = reading.layout
+    if (
+        isinstance(kv_caches, torch.Tensor)
+        and kv_caches.dim() == 1
+        and not kv_caches.is_floating_point()
+        and (layout.containers or len(layout.dims) > 1)
+    ):
+        raise LayoutError(
+            f"A {kv_caches.dtype} tensor of one dimension was passed as kv_caches, the second "
+            f"argument; expected caches of {layout.text!r}. If it is the slot mapping, pass "
+            f"slot_mapping=..., and no caches where they are registered."
+        )
 
 
 def facts_of(kv_caches: Any) -> Any:

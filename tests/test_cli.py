@@ -157,7 +157,7 @@ def test_backends_as_json() -> None:
     assert list(cpu) == ["device", "name", "count", "chosen", "candidates"]
     assert (cpu["device"], cpu["count"], cpu["chosen"]) == ("cpu", 1, "reference")
     assert [c["name"] for c in cpu["candidates"]] == REGISTRY.names()
-    assert list(cpu["candidates"][-1]) == ["name", "accepted", "chosen", "reason"]
+    assert list(cpu["candidates"][-1]) == ["name", "accepted", "chosen", "reason", "verified"]
 
 
 @pytest.mark.usefixtures("either")
@@ -251,7 +251,7 @@ def test_layouts_as_json() -> None:
     assert list(found) == ["layouts"]
     assert [row["name"] for row in found["layouts"]] == list(PRESETS)
     for row in found["layouts"]:
-        assert list(row) == ["name", "layout", "engine", "releases", "extents", "note"]
+        assert list(row) == ["name", "layout", "engine", "releases", "extents", "memory", "note"]
     split = next(row for row in found["layouts"] if row["name"] == "vllm-dsa-split")
     assert split["extents"] == {"kv": 2, "dim": [128, 4]}
 

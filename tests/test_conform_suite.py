@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from portakv_conformance import saved
 from portakv_conformance.claims import check_refused, claimed
 from portakv_conformance.facility import Facility
-from portakv_conformance.judging import Judge, find_home, index_of, view_of
+from portakv_conformance.judging import Judge, find_home, index_of, largest_unit, view_of
 from portakv_conformance.oracle import compare
 from portakv_conformance.pattern import poison_bytes
 from portakv_conformance.shapes import HOMES, Shape, Workshop, lifted
@@ -22,7 +24,7 @@ from portakv_conformance.sides import Case
 from portakv_conformance.strategies import all_cases
 from portakv_conformance.subject import Subject, subject
 
-from portakv import BackendUnavailable, Unsupported, registry
+from portakv import BackendUnavailable, CopyPlan, Index, KVView, Unsupported, registry
 
 SHAPE = Shape()
 
@@ -292,3 +294,26 @@ def test_the_subject_of_the_judge_is_forced(monkeypatch: pytest.MonkeyPatch) -> 
     judge.copy(gather())
     assert asked == ["suite-right"]
     assert isinstance(judge.subject, Subject)
+
+
+def test_a_block_that_is_split_is_launched_in_a_unit_that_fits_its_parts() -> None:
+    """3 tokens divide a block of 6, but no part of it: ``token%2`` holds 2."""
+    split = KVView(torch.empty(2, 2, 3, 8), "token%2 block token/2 dim", block_size=6)
+    flat = KVView(torch.empty(4, 8), "token dim")
+    ids = Index([0], step=6)
+    assert largest_unit(split, flat, ids, Index(), 3) == 1
+    assert largest_unit(split, flat, ids, Index(), 6) == CopyPlan(split.form, flat.form, 6, 0).unit
+
+
+def test_what_fails_only_beside_other_work_is_not_kept_as_an_example(tmp_path: Path) -> None:
+    """A saved example that passes when it is replayed would only mislead."""
+    told = ["--only", "test_ordering", "--device", "simdev", "--profile", "core", "-x"]
+    mutant = "portakv_conformance.mutants.ordering:NoWaitOnProducer"
+    result = subprocess.run(
+        [sys.executable, "-m", "portakv", "conform", mutant, *told, "--report", str(tmp_path)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1, result.stderr
+    assert "FAILED cases/test_ordering.py" in result.stdout
+    assert "conform replay" not in result.stdout
+    assert not list(tmp_path.glob("example-*.json"))

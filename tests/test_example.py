@@ -45,6 +45,21 @@ def test_widths_say_how_many_kv_there_are(layout: str, shapes: Any) -> None:
     assert KVView(made, layout, **extents, block_size=4).kv == 2
 
 
+@pytest.mark.parametrize("name", [p.name for p in PRESETS.values() if p.memory])
+def test_an_example_lies_in_memory_as_its_preset_says(name: str) -> None:
+    preset = PRESETS[name]
+    made = example_tensors(name, layers=3, heads=2, dim=8, blocks=3, tokens=4)
+    # The same tensors under the layout that writes memory order down: contiguous there.
+    ordered = parse(preset.memory)
+    groups = [*parse(preset.layout).containers, *parse(preset.layout).dims]
+    apart = (made[1].data_ptr() - made[0].data_ptr()) // made[0].element_size()
+    strides = dict(zip(groups, (apart, *made[0].stride()), strict=True))
+    assert len(made) == 3
+    found = [strides[group] for group in ordered.dims]
+    assert found == sorted(found, reverse=True)
+    assert found[-1] == 1
+
+
 def test_a_preset_says_what_is_not_given() -> None:
     assert tuple(example_tensors("vllm-dsa-split", tokens=64)[0].shape) == (1, 132 * 64)
 

@@ -23,7 +23,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-NATIVE_SUFFIXES = (".cuh", ".cu", ".h", ".hpp", ".cpp", ".md")
+NATIVE_SUFFIXES = (".cuh", ".cu", ".h", ".hpp", ".cpp", ".md", ".sh")
 #: What travels beside Python files, by package.
 TRAVELS = {
     "portakv_native": NATIVE_SUFFIXES,

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the AscendC sources will live; there are none yet.
+"""The AscendC kernel: `rows.h`, its launch apart, and ``emulation/`` to run it without CANN.
 
-Planned: the kernel, its launch file apart, and an emulation for a machine without the vendor's
-toolkit. Until they exist no backend uses this folder.
+It holds no Python code of its own. README.md says what was run and what was not.
 """

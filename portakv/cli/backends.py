@@ -11,11 +11,17 @@ from typing import Any
 import torch
 
 from portakv import __version__
-from portakv.console import print_json
+from portakv.console import print_json, print_prose
 from portakv.registry import ENVIRONMENT
 
 from ..candidates import Candidate, as_json, candidates_for, forced_backend, print_candidates
 from ..devices import device_count, device_name, devices_present
+from .verified import verified
+
+_RUNGS = (
+    "verified: R6 run on the hardware, R5 built by the vendor's toolchain, R4 cross-compiled, R3 "
+    "semantics emulated, R2 accepted by the vendor's schemas, R1 called against a stand-in."
+)
 
 Traces = list[tuple[torch.device, list[Candidate]]]
 
@@ -56,7 +62,10 @@ def _print(found: Traces) -> None:
         count = device_count(device)
         parts = [str(device), device_name(device), f"{count} devices" if count > 1 else ""]
         print()
-        print_candidates(candidates, ", ".join(part for part in parts if part))
+        rungs = verified([c.name for c in candidates], device)
+        print_candidates(candidates, ", ".join(part for part in parts if part), rungs)
+    print()
+    print_prose(_RUNGS)
 
 
 def _as_json(found: Traces) -> dict[str, Any]:
@@ -71,8 +80,13 @@ def _as_json(found: Traces) -> dict[str, Any]:
                 "name": device_name(device),
                 "count": device_count(device),
                 "chosen": next((c.name for c in candidates if c.chosen), None),
-                "candidates": as_json(candidates),
+                "candidates": _with_rungs(device, candidates),
             }
             for device, candidates in found
         ],
     }
+
+
+def _with_rungs(device: torch.device, candidates: list[Candidate]) -> list[dict[str, Any]]:
+    rungs = verified([c.name for c in candidates], device)
+    return [row | {"verified": rungs.get(row["name"], "")} for row in as_json(candidates)]

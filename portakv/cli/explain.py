@@ -23,7 +23,8 @@ _DESCRIPTION = """\
 Prints the plan of a copy between two layouts: the loops a person would write,
 the tokens moved for each index read (unit), the widest access (vector) and the
 bytes of a token; then the backend that carries it out and what the others
-answered. The plan is made for contiguous example tensors; nothing is moved.
+answered. The plan is made for example tensors, contiguous or in the memory
+order that a preset names; nothing is moved.
 
 What is not said is taken as 32 layers, keys and values, 32 heads, 128 elements
 (576 where a side has no kv), float16. An axis that one side does not write has

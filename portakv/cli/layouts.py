@@ -66,6 +66,7 @@ def _described(preset: Preset, same_layout: list[str]) -> list[tuple[str, str]]:
         ("string", preset.layout if preset.name else ""),
         ("engine", preset.engine),
         ("releases", preset.releases),
+        ("memory", preset.memory),
         ("extents", _written(preset.extents)),
         ("note", preset.note),
         ("same string", ", ".join(same_layout)),
@@ -86,5 +87,6 @@ def _facts(preset: Preset) -> dict[str, Any]:
         "engine": preset.engine,
         "releases": preset.releases,
         "extents": extents,
+        "memory": preset.memory or None,
         "note": preset.note,
     }

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+// The arguments of the AscendC row kernel, and the C interface of its launch.
+//
+// `Nest` is what two forms fix: one nest of a `CopyPlan`, uploaded once when a launch is prepared.
+// `Copy` is what a request changes; it stays on the host and travels as scalars. Every member is a
+// 64-bit integer, so that Python packs both with struct.pack("<...q"). Strides and offsets are bytes.
+#pragma once
+#include <cstdint>
+
+namespace portakv {
+
+constexpr int kUnits = 4;  // steps that the number of a unit walks through
+constexpr int kLoops = 8;  // strided loops of a nest, beside the rows
+
+// One step of a unit's number, outermost first; the outermost has extent 0: it takes what is left.
+struct Step {
+    int64_t extent, table, stride;
+};
+
+// Where the units of one side lie.
+struct Side {
+    int64_t table, offset;  // origin: entry of the address table, bytes behind its address
+    int64_t per_id;         // units of one id; 0: a side without ids
+    int64_t steps;          // how many of `units` there are
+    Step units[kUnits];
+};
+
+struct Loop {
+    int64_t extent, src_table, src_stride, dst_table, dst_stride;
+};
+
+// Units x loops x rows x one contiguous run.
+struct Nest {
+    Side src, dst;
+    int64_t unit;                    // tokens of a unit, to name a bad position
+    int64_t run;                     // contiguous bytes
+    int64_t rows;                    // runs that one transfer takes, if it can; 1: none
+    int64_t src_stride, dst_stride;  // bytes between rows, at least `run`
+    int64_t loops;                   // how many of `loop` there are, outermost first
+    Loop loop[kLoops];
+};
+
+// What a request fixes about one side.
+struct Request {
+    int64_t table;   // addresses in global memory, int64; or 0
+    int64_t base;    // bytes behind the table's addresses; without a table: the address itself
+    int64_t ids;     // int32 or int64 in global memory; 0 where the side has none
+    int64_t wide;    // ids are int64
+    int64_t first;   // number of the unit at position 0
+    int64_t limit;   // units in the view: ids past it move nothing
+};
+
+struct Copy {
+    int64_t nest;    // a `Nest` in global memory
+    Request src, dst;
+    int64_t units;   // units to move
+    int64_t status;  // an int64 word in global memory, or 0
+};
+
+constexpr uint32_t kLeastUb = 1024;  // bytes: far below any core's, far above what tiling needs
+
+// Why a launch cannot be right, as a sentence; null where it can. Checked on the host.
+inline const char* why_not(const Copy& copy, uint32_t blocks, uint32_t ub_bytes) {
+    if (copy.nest == 0) return "A launch without a nest was asked for.";
+    if (copy.units < 0) return "A launch of a negative number of units was asked for.";
+    if (blocks == 0) return "A launch on no core was asked for.";
+    if (ub_bytes < kLeastUb) return "A unified buffer of less than 1 KiB was named; ask the platform.";
+    return nullptr;
+}
+
+}  // namespace portakv
+
+// Launch on `blocks` vector cores, ordered on `stream`; returns 0, or 1 where the arguments cannot
+// be right (`portakv::why_not`). `ub_bytes` is the unified buffer of one core, as the platform tells it.
+extern "C" int portakv_ascend_rows(
+    const portakv::Copy* copy, uint32_t blocks, uint32_t ub_bytes, void* stream);

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+// One launch of the row kernel on an emulated machine.
+#pragma once
+
+namespace portakv_emulation {
+
+// `ub_bytes` is what the kernel is told; what the machine has, it knows itself.
+inline void run_rows(Machine& on, const portakv::Copy& copy, uint32_t blocks, uint32_t ub_bytes) {
+    if (const char* why = portakv::why_not(copy, blocks, ub_bytes)) fault("%s", why);
+    launch(on, blocks, [&] { portakv_rows(PORTAKV_ROWS_ARGUMENTS(copy), ub_bytes); });
+}
+
+}  // namespace portakv_emulation

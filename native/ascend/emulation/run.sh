@@ -1,0 +1,131 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Runs the unchanged AscendC kernel on a CPU, functionally emulated: no Ascend device is involved,
+# and nothing here says how one would perform. Needs g++; the suite also needs this package's
+# Python (PYTHON, or python3 from PATH).
+#
+#   run.sh [matrix|misuse|mutants|suite|sanitized]...     all of them where none is named
+#   FULL=1 run.sh                                         the suite's full profile instead of core
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+native=$(dirname "$here")
+python=${PYTHON:-python3}
+profile=core
+[[ -z ${FULL:-} ]] || profile=full
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+strict=(-std=c++17 -O1 -Wall -Wextra -Werror)
+sanitizers=(-g -fsanitize=address,undefined -fno-sanitize-recover=all)
+export ASAN_OPTIONS=detect_leaks=0
+failed=()
+
+command -v g++ >/dev/null || {
+    echo "The emulation is compiled when it runs, but there is no g++; install it (Debian: apt install g++)."
+    exit 2
+}
+
+# check NAME COMMAND...: run it, remember whether it failed, say how long it took.
+check() {
+    local name=$1 began=$SECONDS
+    shift
+    printf '\n=== %s\n' "$name"
+    "$@" || failed+=("$name")
+    printf '    %d s\n' "$((SECONDS - began))"
+}
+
+# compiled FOLDER-OF-rows.h FLAGS...: the kernel matrix, from check.cpp.
+compiled() {
+    local folder=$1
+    shift
+    g++ "$@" -DPORTAKV_EMULATION -I"$folder" -I"$here" "$folder/check.cpp" -o "$folder/check"
+}
+
+matrix() {
+    mkdir -p "$work/plain" && cp "$native"/*.h "$native"/check.cpp "$work/plain"
+    compiled "$work/plain" "${strict[@]}" && "$work/plain/check"
+}
+
+misuse() {
+    g++ "${strict[@]}" -I"$here" "$here/misuse.cpp" -o "$work/misuse" && "$work/misuse"
+}
+
+sanitized() {
+    mkdir -p "$work/sanitized" && cp "$native"/*.h "$native"/check.cpp "$work/sanitized"
+    compiled "$work/sanitized" "${strict[@]}" "${sanitizers[@]}" && "$work/sanitized/check" || return
+    g++ "${strict[@]}" "${sanitizers[@]}" -I"$here" "$here/misuse.cpp" -o "$work/misuse-sanitized" \
+        && "$work/misuse-sanitized"
+}
+
+# Each bug must be in the text, and the matrix must fail with it within a minute.
+mutants() {
+    local at bug edit folder survived=0
+    source "$here/mutants.sh"
+    for ((at = 0; at < ${#MUTANTS[@]}; at += 2)); do
+        bug=${MUTANTS[at]} edit=${MUTANTS[at + 1]} folder=$work/mutant
+        rm -rf "$folder" && mkdir "$folder" && cp "$native"/*.h "$native"/check.cpp "$folder"
+        sed -i "$edit" "$folder/rows.h"
+        if cmp -s "$native/rows.h" "$folder/rows.h"; then
+            echo "  NOT SEEDED: $bug (the kernel's text has changed)"
+            survived=$((survived + 1))
+        elif ! compiled "$folder" -std=c++17 -O0 -w 2>"$folder/errors"; then
+            echo "  NOT COMPILED: $bug"
+            sed -n 1,5p "$folder/errors"
+            survived=$((survived + 1))
+        elif timeout 60 "$folder/check" -x >"$folder/output" 2>&1; then
+            echo "  SURVIVED: $bug"
+            survived=$((survived + 1))
+        elif [[ -n ${VERBOSE:-} ]]; then
+            echo "  caught: $bug: $(head -n 1 "$folder/output")"
+        fi
+    done
+    echo "bugs seeded into the kernel: $((${#MUTANTS[@]} / 2)), not caught: $survived"
+    ((survived == 0))
+}
+
+conform() {
+    OMP_NUM_THREADS=1 "$python" -m portakv conform \
+        portakv_conformance.vendor.ascendc_emulated:AscendC --device cpu --profile "$profile"
+}
+
+has_package() {
+    "$python" -c "import portakv_conformance.vendor.ascendc_emulated" && return
+    echo "The suite needs PortaKV in $python; install it (pip install 'portakv[conformance]'), or set PYTHON."
+    return 1
+}
+
+suite() { has_package && conform; }
+
+suite_sanitized() {
+    local runtime
+    has_package || return
+    runtime=$(g++ -print-file-name=libasan.so)
+    [[ $runtime == /* ]] || { echo "g++ has no address sanitizer."; return 1; }
+    PORTAKV_ASCENDC_FLAGS="${sanitizers[*]}" LD_PRELOAD=$runtime conform
+}
+
+declare -A wanted=()
+for word in "${@:-all}"; do
+    [[ $word =~ ^(all|matrix|misuse|mutants|suite|sanitized)$ ]] || {
+        echo "run.sh was asked for '$word'; expected matrix, misuse, mutants, suite or sanitized."
+        exit 2
+    }
+    wanted[$word]=1
+done
+asks() { [[ -n ${wanted[all]:-} || -n ${wanted[$1]:-} ]]; }
+
+echo "The AscendC kernel of native/ascend, functionally emulated on a CPU by $(g++ --version | head -n 1)."
+if asks matrix; then check "kernel matrix" matrix; fi
+if asks misuse; then check "misuse of the API" misuse; fi
+if asks mutants; then check "bugs seeded into the kernel" mutants; fi
+if asks sanitized; then check "kernel matrix and misuse under ASan and UBSan" sanitized; fi
+if asks suite; then check "conformance suite, profile $profile" suite; fi
+if asks sanitized; then check "conformance suite under ASan and UBSan, profile $profile" suite_sanitized; fi
+
+echo
+if ((${#failed[@]})); then
+    printf 'FAILED: %s\n' "${failed[@]}"
+    exit 1
+fi
+echo "The AscendC kernel was functionally emulated on a CPU; it was not run on an Ascend device."
+echo "all right"
