@@ -40,7 +40,7 @@ library's alone, or no case can show it yet.
 To try your backend on one line of the table:
 
 ```
-pytest --pyargs portakv_conformance --portakv-backend NAME -k test_misaligned
+portakv conform NAME --profile full --only test_safety::test_misaligned
 ```
 
 """
