@@ -1,30 +1,67 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put reports of certification runs among the committed results, then write the README's tables.
+"""Put result files among the committed ones, with their rows in the ladder, then write the README.
 
 portakv conform reference --profile full --report out
 python .ci/keep_result.py out/conformance.json
+
+Other jobs leave records (see `portakv_conformance.evidence`), and may need words of their own:
+
+python .ci/keep_result.py hip.json --device "AMD gfx906, gfx908, gfx90a" --note "no DCU was at hand"
 """
 
 from __future__ import annotations
 
+import argparse
+import re
+import shutil
 import sys
 from pathlib import Path
 
 import readme_tables
+from portakv_conformance import evidence, ladder
 from portakv_conformance.report.results import keep
+
+RESULTS = readme_tables.ROOT / ladder.RESULTS
 
 
 def main() -> None:
-    """Keep each report named on the command line."""
-    if len(sys.argv) < 2:
-        sys.exit("Name the conformance.json of one report or several.")
-    for report in sys.argv[1:]:
+    """Keep each file named on the command line."""
+    parser = argparse.ArgumentParser(prog=".ci/keep_result.py", description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--device", default="", help="what a record is about, where it says nothing"
+    )
+    parser.add_argument("--note", help="words that stand behind the rung (default: as before)")
+    asked = parser.parse_args()
+    for file in asked.files:
         try:
-            file = keep(Path(report), readme_tables.RESULTS)
+            kept = place(file, asked.device, asked.note)
         except (OSError, ValueError) as error:
             sys.exit(str(error))
-        print(f"{report} is kept as {file.relative_to(readme_tables.ROOT)}.")
+        print(f"{file} is kept as {kept.evidence}: {kept.backend} on {kept.device}, {kept.rung}.")
     readme_tables.write()
+
+
+def place(file: Path, device: str, note: str | None) -> ladder.Rung:
+    """Copy one file to its place and write its row; the row."""
+    found = ladder.read(readme_tables.LADDER)
+    said = evidence.read(file)
+    made = evidence.rung_of(said, str(file), device=device)
+    old = next((rung for rung in found.rungs if rung.place == made.place), None)
+    note = (old.note if old else "") if note is None else note
+    if said.suite:
+        target = keep(file, RESULTS)
+    else:
+        words = (made.backend, made.device, made.rung)
+        slug = (re.sub(r"[^a-z0-9]+", "-", word.lower()).strip("-") for word in words)
+        target = RESULTS / f"{'-'.join(slug)}.json"
+        shutil.copyfile(file, target)
+    made = evidence.rung_of(said, ladder.RESULTS + target.name, device=device, note=note)
+    if old is not None and old.evidence != made.evidence:
+        (readme_tables.ROOT / old.evidence).unlink(missing_ok=True)
+    text = ladder.written(found.with_rung(made))
+    readme_tables.LADDER.write_text(text, encoding="utf-8", newline="\n")
+    return made
 
 
 if __name__ == "__main__":

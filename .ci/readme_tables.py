@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the README's generated tables, or with ``--check`` fail where they are stale.
 
-The table of layouts comes from `portakv.presets`, the one of backends from the reports in
-`conformance/results` and, for pairs without one, `conformance/support.toml`. A report whose backend
-has changed since stays in the table as expired: writing the tables anew says so, running the suite
-again and `.ci/keep_result.py` mend it.
+The table of layouts comes from `portakv.presets`, that of backends from `conformance/ladder.toml`,
+whose rows the files in `conformance/results` bear out. A rung whose backend has changed since stays
+in the table as expired: writing the tables anew says so, reaching it again and `.ci/keep_result.py`
+mend it.
 """
 
 from __future__ import annotations
@@ -13,20 +13,14 @@ import re
 import sys
 from pathlib import Path
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-from portakv_conformance.report import results, support
+from portakv_conformance import evidence, ladder
+from portakv_conformance.report import support
 
 from portakv.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-RESULTS = ROOT / "conformance" / "results"
-IN_WORDS = ROOT / "conformance" / "support.toml"
-
+LADDER = ROOT / "conformance" / "ladder.toml"
 
 FAMILIES = ("LMCache", "vLLM-Ascend", "vLLM-RBLN", "vLLM", "SGLang", "FlexKV", "Dynamo")
 
@@ -43,11 +37,14 @@ def layouts() -> str:
 
 def backends() -> str:
     """One row for each backend-device pair, with how far it was verified."""
-    in_words = tomllib.loads(IN_WORDS.read_text()).get("pair", [])
     try:
-        return support.table(support.rows(results.load(RESULTS), in_words, ROOT))
+        rungs = ladder.read(LADDER)
     except ValueError as error:
         sys.exit(str(error))
+    wrong = evidence.contradictions(rungs, ROOT)
+    if wrong:
+        sys.exit("\n".join(wrong))
+    return support.table(rungs)
 
 
 def fill(text: str) -> str:

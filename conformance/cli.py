@@ -20,6 +20,7 @@ from portakv.errors import PortaKVError
 from portakv.registry import ENVIRONMENT
 
 from .journal import BadRequest, SubjectUnavailable, SuiteBroken
+from .listing import cases_of
 from .progress import shown
 from .reading import compare, replay_example, verify
 from .records import RunRecord
@@ -39,6 +40,7 @@ other verbs:
   portakv conform diff OLD NEW        what changed from one report to another
   portakv conform verify REPORT       whether a report stands
   portakv conform replay FILE [NAME]  judge a saved example again
+  portakv conform --list              the ids of the cases
   portakv conform --mutants           the suite's score on backends with seeded bugs
 
 exit codes: 0 conformant, 1 failures, 2 usage, 3 the backend is not available here
@@ -93,6 +95,8 @@ def _conform(words: list[str]) -> int:
         from .mutants.score import main as score
 
         return score([word for word in words if word != "--mutants"])
+    if "--list" in words:
+        return _list([word for word in words if word != "--list"])
     asked = make_parser().parse_args(words)
     options = replace(_options(asked), examples=_examples_folder(asked.report))
     try:
@@ -107,6 +111,21 @@ def _conform(words: list[str]) -> int:
     for path in _write(record, asked.report):
         print(f"wrote {path}", file=sys.stderr)
     return exit_code(record, options)
+
+
+def _list(words: list[str]) -> int:
+    """Print the ids of a profile's cases; no backend is judged."""
+    parser = argparse.ArgumentParser(
+        prog="portakv conform --list",
+        description="Prints the ids of the cases of a profile on a kind of device, which need not "
+        "be here. Any beginning of an id, up to `::` or `[`, names its cases behind --only.",
+    )
+    _add_profile(parser)
+    parser.add_argument("--device", default="cpu", metavar="D", help="a kind (default: cpu)")
+    asked, _ = parser.parse_known_args(words)  # the words of a run may stand beside
+    for id in cases_of(asked.profile, asked.device):
+        print(id)
+    return CONFORMANT
 
 
 def exit_code(record: RunRecord, options: Options) -> int:
@@ -181,8 +200,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("backend", metavar="NAME", help="a registered backend, or pkg.mod:Class")
-    add("--device", metavar="D", help="cpu, cuda, cuda:1, simdev (default: the accelerator or cpu)")
-    add("--profile", choices=("core", "full"), default="core", help="which cases (default: core)")
+    add(
+        "--device",
+        metavar="D",
+        help="cpu, cuda:1, simdev, simdev:mlu, ... (default: the accelerator or cpu)",
+    )
+    _add_profile(parser)
     add("--fuzz", type=_count, metavar="N", help="draw N fresh examples in each drawn case")
     add("--seed", type=_seed, metavar="S", help="of all that is drawn (default: 0; --fuzz: any)")
     add("--waivers", type=Path, metavar="FILE", help="TOML: cases that may fail, until when, why")
@@ -190,9 +213,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--limit", type=_seconds, metavar="SECONDS", help="that one case may take (default: 120)")
     add("--jobs", type=_count, default=1, metavar="N", help="cases at a time (default: 1)")
     add("-x", dest="exit_first", action="store_true", help="stop at the first failure")
-    add("--only", nargs="+", default=[], metavar="ID", help="run only these cases")
+    add("--only", nargs="+", default=[], metavar="ID", help="only these: ids or their beginnings")
     add("--emulated", action="store_true", help="the simulated device carries the name of D")
     return parser
+
+
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--profile", choices=("core", "full"), default="core", help="which cases (default: core)"
+    )
 
 
 def _count(text: str) -> int:

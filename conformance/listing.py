@@ -19,6 +19,7 @@ import pytest
 
 from .facility import Facility
 from .journal import SuiteBroken
+from .subject import SIMULATED
 from .supervise import Worker
 
 _OPTION = "--portakv-listed-device"
@@ -68,7 +69,7 @@ class Elsewhere(Facility):
 
     def __init__(self, kind: str) -> None:
         device: Any = SimpleNamespace(type=kind, index=0)  # torch knows no device that is not here
-        super().__init__(device)
+        super().__init__(device, emulated=kind == SIMULATED)
 
     def devices(self) -> int:
         return 1 if self.device.type == "cpu" else 2

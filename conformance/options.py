@@ -48,7 +48,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="what to judge: a backend's name, or pkg.mod:Class",
     )
     add(
-        "--portakv-device", metavar="D", default="cpu", help="where: cpu, cuda, cuda:1, simdev, ..."
+        "--portakv-device",
+        metavar="D",
+        default="cpu",
+        help="where: cpu, cuda, cuda:1, simdev, simdev:mlu, ...",
     )
     add("--portakv-profile", choices=PROFILES, default="core", help="which cases (default: core)")
     add("--portakv-fuzz", type=_positive, metavar="N", help="draw N examples in each drawn case")

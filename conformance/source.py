@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A hash of a backend's source: what a result holds for, and expires with.
 
-Of a third party's backend every file of its package counts. Of a backend of PortaKV its own file
-counts, with what that imports of ``portakv.backends`` (never the interface in ``base``) and of
-``portakv_native``: a new comment elsewhere in the library must not make every result stale.
+Of a third party's backend every file of its package counts. Of a backend of PortaKV, or of one of
+``portakv_conformance.vendor``, its own file counts, with what that imports of either (never the
+interface in ``base``) and of ``portakv_native``: a new comment elsewhere in the library must not
+make every result stale.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import importlib.util
 from pathlib import Path
 
 _OURS = "portakv.backends"
+_VENDOR = "portakv_conformance.vendor"
 _NATIVE = "portakv_native"
+_COUNTED = (f"{_OURS}.", f"{_VENDOR}.", f"{_NATIVE}.")
 _SUFFIXES = frozenset((".py", ".pyi", ".c", ".cc", ".cpp", ".h", ".hpp", ".cu", ".cuh", ".toml"))
 
 
@@ -39,7 +42,7 @@ def source_sha256(target: str) -> str:
 def source_files(module: str) -> dict[str, Path]:
     """The files that count for a backend's module, by a name that is the same on any machine."""
     path = _file_of(module)
-    if module.startswith(f"{_OURS}."):
+    if module.startswith((f"{_OURS}.", f"{_VENDOR}.")):
         return _ours(module, path, {})
     if module.partition(".")[0].startswith("portakv") or "." not in module:
         if path.name != "__init__.py":
@@ -81,7 +84,7 @@ def _named_in(path: Path, module: str) -> set[str]:
             named |= {alias.name for alias in node.names}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             named |= {node.value} if node.value.replace(".", "").isidentifier() else set()
-    return {name for name in named if name.startswith((f"{_OURS}.", f"{_NATIVE}."))}
+    return {name for name in named if name.startswith(_COUNTED)}
 
 
 def _files_in(folder: Path) -> list[Path]:

@@ -103,8 +103,8 @@ def subject(name: str, device: str | torch.device = "cpu", *, emulated: bool = F
 
     Args:
         name: what to judge.
-        device: where. ``simdev`` loads the simulated device; with ``emulated`` it carries the
-            name of ``device`` (``npu``, ``mlu``).
+        device: where. ``simdev`` loads the simulated device, ``simdev:mlu`` under that name, as
+            does ``mlu`` with ``emulated``. Then a stand-in takes the place of the vendor's package.
 
     Raises:
         ValueError: a name or a device that is malformed.
@@ -139,24 +139,42 @@ def _claims(backend: Backend) -> tuple[Capabilities, str]:
 
 
 def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, bool]:
-    kind = str(device).partition(":")[0]
-    simulated = emulated or kind == SIMULATED
+    simulated = emulated or str(device).partition(":")[0] == SIMULATED
+    asked, device = str(device), _carried(str(device))
     if simulated:
-        from portakv_conformance import simdev  # builds a C++ extension: only when asked
+        from portakv_conformance.vendor import standins
 
-        why = simdev.available()
-        if why is not None:
-            raise BackendUnavailable(f"Device {str(device)!r} was asked for. {why}")
-        try:
-            simdev.load(kind)
-        except simdev.SimulatedDeviceError as error:
-            raise BackendUnavailable(f"Device {str(device)!r} was asked for. {error}") from error
+        name = device.partition(":")[0]
+        if not standins.enter(name):
+            _simulate(asked, name)
     try:
         place = torch.device(device)
     except RuntimeError as error:
         why = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"Device {str(device)!r} was asked for, but not found: {why}.") from error
+        raise ValueError(f"Device {asked!r} was asked for, but not found: {why}.") from error
     return place, simulated
+
+
+def _simulate(asked: str, name: str) -> None:
+    """Load the simulated device under a name, with the stand-in for its vendor's package."""
+    from portakv_conformance import simdev  # builds a C++ extension: only when asked
+    from portakv_conformance.vendor import standins
+
+    why = simdev.available()
+    if why is not None:
+        raise BackendUnavailable(f"Device {asked!r} was asked for. {why}")
+    try:
+        simdev.load(name)
+    except simdev.SimulatedDeviceError as error:
+        raise BackendUnavailable(f"Device {asked!r} was asked for. {error}") from error
+    standins.install(name)
+
+
+def _carried(device: str) -> str:
+    """The name that torch gets to see: of ``simdev:mlu:1`` ``mlu:1``. ``simdev:1`` stays."""
+    kind, _, rest = device.partition(":")
+    named = kind == SIMULATED and rest and not rest.partition(":")[0].isdigit()
+    return rest if named else device
 
 
 def _register(target: str, device: torch.device) -> str:

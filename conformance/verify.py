@@ -19,6 +19,7 @@ from typing import Any
 from . import SPEC_VERSION, SUITE_VERSION
 from .listing import cases_of
 from .records import CaseRecord, RunRecord
+from .subject import SIMULATED
 from .verdict import SEAL, WRONG, case_list_sha256, digest_of, rung_of, totals_of, verdict_of
 from .waivers import problems as waiver_problems
 
@@ -147,7 +148,7 @@ def _facts(record: RunRecord) -> Iterator[str]:
     if not isinstance(record.environment.get("emulated", False), bool):
         yield "Its environment does not say whether the device is emulated, true or false."
     device = str(record.environment.get("device", ""))
-    if device.partition(":")[0] == "simdev" and record.environment.get("emulated") is False:
+    if device.partition(":")[0] == SIMULATED and record.environment.get("emulated") is False:
         yield "Its device is simdev, which is always emulated, but it says that it is not."
     if not re.fullmatch(r"[0-9a-f]{64}", str(record.backend.get("source_sha256"))):
         yield "It does not say the hash of the backend's source."
@@ -188,7 +189,10 @@ def _case_list(record: RunRecord, listing: Listing) -> Iterator[str]:
     ids = {case.id for case in record.cases}
     if record.profile not in ("core", "full"):
         return
-    listed = listing(record.profile, str(record.environment.get("device", "cpu")))
+    device = str(record.environment.get("device", "cpu"))
+    if record.environment.get("emulated") and device.partition(":")[0] != "cpu":
+        device = SIMULATED  # whatever name it carried
+    listed = listing(record.profile, device)
     for id in sorted(ids - set(listed)):
         yield f"Case {id!r} is not in the installed suite's list for this profile and device."
     told, real = " ".join(record.missing), not record.environment.get("emulated")

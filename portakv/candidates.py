@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -90,10 +90,17 @@ def _passed_over(candidate: Candidate, plan: CopyPlan, taken: Choice) -> Candida
     return replace(candidate, chosen=False, reason=reason)
 
 
-def print_candidates(candidates: Sequence[Candidate], title: str) -> None:
-    """Print a table of candidates."""
+def print_candidates(
+    candidates: Sequence[Candidate], title: str, verified: Mapping[str, str] | None = None
+) -> None:
+    """Print a table of candidates; ``verified``: how far each was, by name, as a column more."""
     columns = [Column("backend", whole=True), Column("answer", whole=True), Column("reason")]
-    print_table(columns, [[c.name, c.verdict, c.reason] for c in candidates], title)
+    rows = [[c.name, c.verdict, c.reason] for c in candidates]
+    if verified:
+        columns.insert(2, Column("verified"))
+        for row in rows:
+            row.insert(2, verified.get(row[0], ""))
+    print_table(columns, rows, title)
 
 
 def as_json(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ parties register through the entry-point group ``portakv.backends`` or `register
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import threading
@@ -32,6 +33,9 @@ ENTRY_POINTS = "portakv.backends"
 
 _BUILT_IN = {
     "cuda": "portakv.backends.cuda:Cuda",
+    "hip": "portakv.backends.hip:Hip",
+    "ascend": "portakv.backends.ascend:Ascend",
+    "mlu": "portakv.backends.mlu:Mlu",
     "triton": "portakv.backends.triton:Triton",
     "compiled": "portakv.backends.compiled:Compiled",
     "reference": "portakv.backends.reference:Reference",
@@ -189,8 +193,7 @@ class Registry:
     def _probe(self, name: str, device: torch.device) -> tuple[Backend | None, Decision]:
         self._scan()
         if name not in self._loaders:
-            known = ", ".join(self.names())
-            return None, Decision(name, False, f"no such backend; known are {known}")
+            return None, Decision(name, False, self._unknown(name))
         try:
             cls = self._loaders[name]()
             if not (isinstance(cls, type) and issubclass(cls, Backend)):
@@ -205,6 +208,11 @@ class Registry:
         if backend.name != name:
             backend.name = name
         return backend, Decision(name, True, _UNCHECKED + decision.reason)
+
+    def _unknown(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self.names(), n=1)
+        meant = f"; did you mean {near[0]}?" if near else ";"
+        return f"no such backend{meant} known are {', '.join(self.names())}"
 
     def _scan(self) -> None:
         if self._scanned:

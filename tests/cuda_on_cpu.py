@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from portakv_conformance.vendor.hip_fake import SHIM
 
 from portakv import CopyPlan, Index, KVView
 from portakv.backends._rows_kernel import NAMES, RowsKernel
@@ -30,10 +31,14 @@ _STRICT = (
     "-Wall", "-Wextra", "-Werror", "-Wno-invalid-offsetof", "-Wno-maybe-uninitialized",
 )  # fmt: skip
 _HOST = frozenset((a, b) for a in ("pageable", "pinned") for b in ("pageable", "pinned"))
+_HEAD = "".join(
+    f'#include "{file}"\n' for file in (SHIM, Path(__file__).with_name("cuda_on_cpu.h"))
+)
 # Behind the text: the grid, what the compiler makes of the argument, and where it prefetched.
 _ENTRIES = f"""
 extern "C" void run_kernel(
     const void* argument, unsigned each, unsigned blocks, unsigned planes, unsigned threads) {{
+    touches = 0;
     run_grid<Argument>(each == 2 ? {NAMES[2]} : {NAMES[1]}, argument, blocks, planes, threads);
 }}
 extern "C" unsigned argument_bytes() {{ return sizeof(Argument); }}
@@ -64,10 +69,9 @@ def compiled(source: str) -> ctypes.CDLL:
 
 def build(source: str, stem: Path) -> Path:
     """Compile a kernel's text to a library with the entries above."""
-    head = Path(__file__).with_name("cuda_on_cpu.h").read_text()
-    text = source.replace("#pragma once", "").replace("(void)address;", "touch(address);")
+    text = source.replace("(void)address;", "touch(address);")
     assert text.count("touch(address);") == 1, "where the kernel prefetches was not found"
-    stem.with_suffix(".cpp").write_text(head + text + _ENTRIES)
+    stem.with_suffix(".cpp").write_text(_HEAD + text + _ENTRIES)
     library = stem.with_suffix(".so")
     flags = [*_STRICT, *os.environ.get(FLAGS, "").split()]
     command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", *flags]

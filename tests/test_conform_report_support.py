@@ -4,20 +4,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import conform_reports
 import pytest
+from portakv_conformance.evidence import of_report, rung_of
+from portakv_conformance.ladder import Ladder, Rung
 from portakv_conformance.records import RunRecord
-from portakv_conformance.report.results import file_name, keep, load, trimmed
-from portakv_conformance.report.support import Row, changed, device, row, rows, table, versions
-from portakv_conformance.source import SourceError
+from portakv_conformance.report.results import file_name, keep, read, trimmed
+from portakv_conformance.report.support import device, table, versions
 from portakv_conformance.verdict import SEAL, digest_of, judge
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def ours(**values: object) -> RunRecord:
@@ -41,10 +39,6 @@ def other(target: str) -> str:
     return "b" * 64
 
 
-def gone(target: str) -> str:
-    raise SourceError("no such module")
-
-
 def kept(record: RunRecord, folder: Path) -> Path:
     report = folder / "conformance.json"
     report.write_text(record.document())
@@ -57,7 +51,7 @@ def test_a_result_is_the_whole_report_with_a_line_for_each_case(tmp_path: Path) 
     assert file.name == "acme-acme-xpu-900-2026.11.json"
     assert RunRecord.read(file.read_text()) == record
     assert len(file.read_text().splitlines()) < len(record.cases) + 40
-    assert load(tmp_path / "results") == {file: record}
+    assert read(file) == record
 
 
 def test_details_of_passed_cases_are_left_out_and_the_seal_still_fits(tmp_path: Path) -> None:
@@ -101,48 +95,6 @@ def test_only_certification_runs_become_results(tmp_path: Path, asked: dict[str,
         kept(ours(**asked), tmp_path)
 
 
-def test_a_result_under_another_s_name_is_refused(tmp_path: Path) -> None:
-    file = kept(ours(), tmp_path)
-    file.rename(file.with_name("cuda-nvidia-b200-2026.11.json"))
-    with pytest.raises(ValueError, match=r"must be named cuda-nvidia-h200-2026\.11\.json"):
-        load(tmp_path / "results")
-
-
-def test_a_row_says_rung_versions_and_date() -> None:
-    assert row(ours(), "x.json", same) == Row(
-        "cuda", "NVIDIA H200", "[R6: 314 cases](x.json)",
-        "torch 2.13.0, nvidia-cuda-nvrtc 13.0.88, driver 580.159, Python 3.11.7", "2026-11-20",
-    )  # fmt: skip
-
-
-def test_a_rung_expires_with_the_source_of_the_backend() -> None:
-    assert not changed(ours(), same)
-    assert changed(ours(), other)
-    assert changed(ours(), gone)
-    verified = row(ours(), "x.json", other).verified
-    assert verified == "expired: [R6: 314 cases](x.json), source changed since"
-
-
-def test_the_source_of_a_third_party_s_backend_is_not_looked_for() -> None:
-    """It may be installed here or not; the table must not depend on that."""
-    assert not changed(conform_reports.passing(), gone)
-
-
-def test_an_older_suite_shows() -> None:
-    verified = row(ours(suite="2026.05"), "x.json", same).verified
-    assert verified == "expired: [R6: 314 cases](x.json), suite 2026.05, now 2026.11"
-
-
-def test_what_is_not_conformant_or_has_no_rung_is_not_called_so() -> None:
-    failed = conform_reports.failing()
-    assert row(failed, "x", same).verified == "[failed: 12 of 314 cases](x)"
-    assert row(conform_reports.incomplete(), "x", same).verified == "[incomplete: 298 cases](x)"
-    core = row(ours(profile="core"), "x", same).verified
-    assert core == "[conformant, no rung: core profile, 314 cases](x)"
-    emulated = row(conform_reports.emulated(), "x", same)
-    assert (emulated.device, emulated.verified) == ("simdev, emulated", "[R3: 314 cases](x)")
-
-
 def test_the_machine_of_a_cpu_result_is_its_kind_of_processor() -> None:
     run = ours()
     run.environment |= {"device": "cpu", "device_name": "AMD EPYC", "driver": ""}
@@ -152,42 +104,62 @@ def test_the_machine_of_a_cpu_result_is_its_kind_of_processor() -> None:
     assert "driver" not in versions(run)
 
 
-def test_of_two_suites_the_newer_result_counts() -> None:
-    results = {
-        Path("/r/a.json"): ours(suite="2026.05", started="2026-12-01T00:00:00+00:00"),
-        Path("/r/b.json"): ours(),
-    }
-    made = rows(results, [], Path("/r"), same)
-    assert [entry.verified for entry in made] == ["[R6: 314 cases](b.json)"]
+@pytest.mark.parametrize(
+    ("asked", "shown", "file"),
+    [
+        ("simdev", "simdev, emulated", "cuda-simdev-2026.11.json"),
+        ("simdev:1", "simdev, emulated", "cuda-simdev-2026.11.json"),
+        ("simdev:mlu", "mlu, emulated", "cuda-simdev-mlu-2026.11.json"),
+        ("simdev:mlu:1", "mlu, emulated", "cuda-simdev-mlu-2026.11.json"),
+        ("mlu", "mlu, emulated", "cuda-mlu-2026.11.json"),
+    ],
+)
+def test_a_simulated_device_goes_by_the_name_that_it_carries(
+    asked: str, shown: str, file: str
+) -> None:
+    run = ours()
+    run.environment |= {"device": asked, "emulated": True}
+    assert (device(run), file_name(run)) == (shown, file)
 
 
-def test_pairs_in_words_fill_up_and_must_not_repeat_a_report() -> None:
-    words = {
-        "backend": "cuda",
-        "verified": "R4: compiled",
-        "versions": "NVRTC",
-        "date": "2026-11-20",
-    }
-    listed = [{**words, "device": "others"}, {**words, "backend": "reference", "device": "CPU"}]
-    made = rows({Path("/r/a.json"): ours()}, listed, Path("/r"), same)
-    assert [(r.backend, r.device) for r in made] == [
-        ("reference", "CPU"), ("cuda", "NVIDIA H200"), ("cuda", "others")]  # fmt: skip
-    listed = [{**words, "device": "NVIDIA H200"}]
-    with pytest.raises(ValueError, match=r"take it out of support\.toml"):
-        rows({Path("/r/a.json"): ours()}, listed, Path("/r"), same)
+def test_a_result_says_what_it_holds_for() -> None:
+    assert versions(ours()) == (
+        "torch 2.13.0, nvidia-cuda-nvrtc 13.0.88, driver 580.159, Python 3.11.7"
+    )
+
+
+def rung(**values: Any) -> Rung:
+    """The row of `ours`, with other values."""
+    made = rung_of(of_report(ours()), "conformance/results/a.json")
+    return replace(made, **values)
+
+
+def test_a_line_of_the_table_says_rung_versions_and_date() -> None:
+    assert table(Ladder((rung(),)), same).splitlines()[2:] == [
+        "| `cuda` | NVIDIA H200 | [R6: 314 cases](conformance/results/a.json) | torch 2.13.0, "
+        "nvidia-cuda-nvrtc 13.0.88, driver 580.159, Python 3.11.7 | 2026-11-20 |"
+    ]
+
+
+def test_a_line_of_the_table_says_what_has_changed() -> None:
+    shown = table(Ladder((rung(suite="2026.05", note="by us"),)), other)
+    link = "[R6: 314 cases](conformance/results/a.json)"
+    assert f"| expired: {link}, source changed since, suite 2026.05, now 2026.11, by us |" in shown
+
+
+def test_a_pair_is_one_line_its_highest_rung_first() -> None:
+    rungs = [
+        rung(backend="mlu", device="mlu, emulated", rung=name, emulated=True, told=f"by {name}")
+        for name in ("R1", "R3")
+    ]
+    lines = table(Ladder((*rungs, rung())), same).splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in lines] == ["`cuda`", "`mlu`"]
+    file = "conformance/results/a.json"
+    assert f"| mlu, emulated | [R3: by R3]({file}); [R1: by R1]({file}) |" in lines[1]
 
 
 def test_the_table_holds_whatever_a_device_is_called() -> None:
-    made = Row("acme", "a|b <c>\nd", "[R6](x)", "v|1", "2026-11-20")
-    last = table([made]).splitlines()[-1]
-    assert last == "| `acme` | a\\|b \\<c\\> d | [R6](x) | v\\|1 | 2026-11-20 |"
-
-
-def test_committed_results_stand_and_the_readme_s_tables_say_what_they_say() -> None:
-    """The check of CI: results unedited and well named, no source changed behind the table."""
-    load(ROOT / "conformance" / "results")
-    checked = subprocess.run(
-        [sys.executable, ".ci/readme_tables.py", "--check"], cwd=ROOT, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
-    assert checked.returncode == 0, checked.stderr
+    made = rung(device="a|b <c>\nd", versions="v|1")
+    last = table(Ladder((made,)), same).splitlines()[-1]
+    assert "| a\\|b \\<c\\> d | [R6: 314 cases]" in last
+    assert last.endswith("| v\\|1 | 2026-11-20 |")

@@ -17,8 +17,9 @@ from ..verdict import SEAL, digest_of, judge
 
 
 def device_kind(record: RunRecord) -> str:
-    """The device's type as it was asked for: ``cuda:1`` is ``cuda``."""
-    return str(record.environment.get("device", "")).partition(":")[0]
+    """The device's type as it was asked for, without an index: ``cuda:1`` is ``cuda``, and
+    ``simdev:mlu`` is ``simdev:mlu``."""
+    return re.sub(r":\d+$", "", str(record.environment.get("device", "")))
 
 
 def file_name(record: RunRecord) -> str:
@@ -85,16 +86,3 @@ def keep(report: Path, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(document(trimmed(record)), encoding="utf-8", newline="\n")
     return file
-
-
-def load(folder: Path) -> dict[Path, RunRecord]:
-    """Every committed result, by its file.
-
-    Raises:
-        ValueError: one is no unedited report, or has not the name that its contents give it.
-    """
-    found = {file: read(file) for file in sorted(folder.glob("*.json"))}
-    for file, record in found.items():
-        if file.name != file_name(record):
-            raise ValueError(f"{file} must be named {file_name(record)}, after its contents.")
-    return found

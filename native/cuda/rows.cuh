@@ -8,14 +8,22 @@
 // argument.
 //
 // Raw pointers and integers only: this text builds under NVRTC, nvcc, hipRTC and hipcc. No cache
-// hints: on an H200 every one of them cost bandwidth (benchmarks/NOTES.md).
-#pragma once
+// hints: on an H200 every one of them cost bandwidth (benchmarks/NOTES.md). Nothing includes it: the
+// instances that a plan needs are written behind it, and both are compiled as one text.
 
 // Arguments stay in constant memory where the compiler has a word for it.
 #if defined(__CUDACC_RTC__) || defined(__NVCC__)
 #define PORTAKV_CONSTANT __grid_constant__
 #else
 #define PORTAKV_CONSTANT
+#endif
+
+// AMD's compiler keeps a vector type in registers, but takes a structure through LDS, and uses the
+// instructions for global memory only where the type of a pointer says that it points there.
+#if defined(__AMDGCN__)
+#define PORTAKV_GLOBAL __attribute__((address_space(1)))
+#else
+#define PORTAKV_GLOBAL
 #endif
 
 #if defined(__CUDACC__) || defined(__HIPCC__) || defined(__HIPCC_RTC__)
@@ -30,7 +38,11 @@ typedef long long i64;
 typedef unsigned long long u64;
 
 // 16 bytes as one access; the others are plain integers.
+#if defined(__AMDGCN__)
+typedef unsigned int Wide __attribute__((vector_size(16)));
+#else
 struct alignas(16) Wide { unsigned int part[4]; };
+#endif
 template <int Bytes> struct Vector;
 template <> struct Vector<16> { typedef Wide type; };
 template <> struct Vector<8> { typedef u64 type; };
@@ -234,7 +246,7 @@ __device__ __forceinline__ void copy_rows(const CopyOf<Src, Dst>& copy) {
         __builtin_assume(__isGlobal(src));
 #endif
         targets[nth] = dst + byte;
-        vectors[nth] = *(const V*)(src + byte);
+        vectors[nth] = *(const PORTAKV_GLOBAL V*)(src + byte);
     }
     // All loads are under way before the first store waits for its own.
     PORTAKV_UNROLL
@@ -243,7 +255,7 @@ __device__ __forceinline__ void copy_rows(const CopyOf<Src, Dst>& copy) {
 #if defined(__CUDA_ARCH__)
         __builtin_assume(__isGlobal(targets[nth]));
 #endif
-        *(V*)targets[nth] = vectors[nth];
+        *(PORTAKV_GLOBAL V*)targets[nth] = vectors[nth];
     }
 }
 

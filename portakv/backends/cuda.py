@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import Unsupported
 from ..plan import CopyPlan
 from . import _nvrtc
+from ._launching import Arguments, captured, forked, raw_stream
 from ._rows_kernel import NAMES, RowsKernel
 from .base import Backend, Capabilities, Decision, Launch
 
@@ -58,10 +57,7 @@ class Cuda(Backend):
         kernels = [RowsKernel(nest, plan) for nest in plan.nests]
         sources = [kernel.source for kernel in kernels]
         if _capturing() and not self._functions.keys() >= set(sources):
-            raise Unsupported(
-                "Preparing a copy inside graph capture",
-                "its kernel has to be loaded first; make the same call once before the capture",
-            )
+            raise captured()
         functions = [self._function(source) for source in sources]
         return _CudaLaunch(plan.unit, kernels, functions, self.device)
 
@@ -130,17 +126,11 @@ def _check(error: Any, what: str) -> None:
         raise RuntimeError(f"{what} failed: {error!s}; the copy was not made.")
 
 
-class _Arguments(threading.local):
-    """One buffer for each thread, so that a launch can be called from several at once."""
-
+class _Arguments(Arguments):
     def __init__(self, fixed: list[bytes], device: torch.device) -> None:
         with torch.cuda.device(device):
             torch._C._cuda_setDevice(device.index)  # a new thread has no context yet
-        self.buffers = [bytearray(one) for one in fixed]
-        owned = [(ctypes.c_char * len(buffer)).from_buffer(buffer) for buffer in self.buffers]
-        self._pointers = [(ctypes.c_void_p * 1)(ctypes.addressof(one)) for one in owned]
-        self._owned = owned
-        self.addresses = [ctypes.addressof(pointer) for pointer in self._pointers]
+        super().__init__(fixed)
 
 
 class _CudaLaunch:
@@ -194,7 +184,7 @@ class _CudaLaunch:
         status: torch.Tensor | None,
     ) -> None:
         if os.getpid() != self._process:
-            raise _forked()
+            raise forked("CUDA")
         if torch._C._cuda_getDevice() != self._index:
             with torch.cuda.device(self._device):
                 self._run(src, dst, src_index, dst_index, count, stream, status)
@@ -211,7 +201,11 @@ class _CudaLaunch:
         stream: torch.Stream | None,
         status: torch.Tensor | None,
     ) -> None:
-        raw = torch._C._cuda_getCurrentRawStream(self._index) if stream is None else _raw(stream)
+        raw = (
+            torch._C._cuda_getCurrentRawStream(self._index)
+            if stream is None
+            else raw_stream(stream)
+        )
         handle = self._streams.get(raw)
         if handle is None:
             handle = self._streams[raw] = self._make_stream(raw)
@@ -249,7 +243,7 @@ class _CudaAgain:
 
     def __call__(self, dense: int, ids: int, first: int, count: int, status: int) -> None:
         if os.getpid() != self._process:
-            raise _forked()
+            raise forked("CUDA")
         if torch._C._cuda_getDevice() != self._index:
             with torch.cuda.device(self._device):
                 self(dense, ids, first, count, status)
@@ -271,20 +265,3 @@ class _CudaAgain:
             )  # fmt: skip
             if error:
                 _check(error, "The launch")
-
-
-def _forked() -> Unsupported:
-    return Unsupported(
-        "Launching in a forked process", "CUDA does not survive fork; start it by spawn"
-    )
-
-
-def _raw(stream: torch.Stream) -> int:
-    """The driver's handle of a torch stream."""
-    own = getattr(stream, "cuda_stream", None)
-    if own is not None:
-        return int(own)
-    same = torch.cuda.Stream(
-        stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type
-    )
-    return int(same.cuda_stream)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from portakv.errors import Unsupported
 from portakv.plan import CopyPlan
 
+from ._launching import captured, forked
 from ._triton_rows import NestKernel
 from .base import Backend, Capabilities, Decision, Launch
 
@@ -153,15 +153,7 @@ class _TritonLaunch:
         store = src_index.ids is not None
         if self._unit != 1 or any((x.dst if store else x.src).table for x, *_ in self._parts):
             return None
-        return _TritonAgain(self, self._parts, self._device, (src, dst, src_index, dst_index))
-
-    def refuse_fork(self) -> None:
-        """Raise `Unsupported` in a process that was forked since."""
-        if os.getpid() != self._process:
-            raise Unsupported(
-                "Launching in a forked process",
-                "the device's context does not survive fork; start the process by spawn",
-            )
+        return _TritonAgain(self._parts, self._device, (src, dst, src_index, dst_index))
 
     def __call__(
         self,
@@ -173,7 +165,8 @@ class _TritonLaunch:
         stream: torch.Stream | None,
         status: torch.Tensor | None,
     ) -> None:
-        self.refuse_fork()
+        if os.getpid() != self._process:
+            raise forked("the device's context")
         word = 0 if status is None else status.data_ptr()
         units = count // self._unit
         if stream is None and self._current_device() == self._index:
@@ -198,13 +191,12 @@ class _TritonLaunch:
 class _TritonAgain:
     """See `base.Again`."""
 
-    def __init__(
-        self, launch: _TritonLaunch, parts: list[Any], device: torch.device, sides: Any
-    ) -> None:
+    def __init__(self, parts: list[Any], device: torch.device, sides: Any) -> None:
         driver = _driver()
         self._current_device = driver.get_current_device
         self._current_stream = driver.get_current_stream
-        self._refuse_fork, self._device, self._index = launch.refuse_fork, device, device.index
+        self._device, self._index = device, device.index
+        self._process = os.getpid()
         src, dst, src_index, dst_index = sides
         self._store = src_index.ids is not None
         self._parts = []
@@ -219,7 +211,8 @@ class _TritonAgain:
         self.most = min(nest.most_units for nest, *_ in parts)
 
     def __call__(self, dense: int, ids: int, first: int, count: int, status: int) -> None:
-        self._refuse_fork()
+        if os.getpid() != self._process:
+            raise forked("the device's context")
         if self._current_device() != self._index:
             with torch.get_device_module(self._device).device(self._device):
                 self(dense, ids, first, count, status)
@@ -239,17 +232,20 @@ class _TritonAgain:
 def _refuse_capture(device: torch.device) -> None:
     capturing = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
     if capturing is not None and capturing():
-        raise Unsupported(
-            "Preparing a copy inside graph capture",
-            "its kernel has to be compiled and loaded first; make the same call once before the "
-            "capture",
-        )
+        raise captured()
 
 
 def _driver() -> Any:
     from triton.runtime import driver
 
     return driver.active
+
+
+def _served() -> str:
+    """The type of the devices that Triton's active driver serves."""
+    asked = getattr(_driver(), "get_active_torch_device", None)
+    # Cambricon's driver does not have it; its target is named as torch names the device.
+    return str(_target().backend if asked is None else asked().type)
 
 
 def _target() -> Any:
@@ -282,11 +278,11 @@ def _missing_device(device: torch.device) -> str | None:
     if why is not None:
         return why
     try:
-        served = _driver().get_active_torch_device()
+        served = _served()
     except Exception as error:  # whatever a vendor's driver, or the compiler that it needs, raises
         return f"Triton has no driver for this machine: {_first_line(error)}"
-    if served.type != device.type:
-        return f"Triton's active driver serves {served.type} devices, not {device.type}"
+    if served != device.type:
+        return f"Triton's active driver serves {served} devices, not {device.type}"
     return None
 
 

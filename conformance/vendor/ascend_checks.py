@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inside the schema job: torch_npu's own schemas against the pinned ones, and calls it must refuse.
+
+Runs as ``python -m portakv_conformance.vendor.ascend_checks`` where torch_npu can be imported, and
+prints one JSON document.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from portakv import KVView, Unsupported, copy_rows
+from portakv.registry import REGISTRY, register_backend
+
+from . import ascend_ops
+from .ascend_device import enter
+
+_NZ = 29
+_DISPATCH = "PrivateUse1"
+
+
+def main() -> None:
+    """Print what was found: ``torch``, ``torch_npu``, ``schemas`` and ``refusals``."""
+    torch_npu: Any = importlib.import_module("torch_npu")
+    schemas = compare_schemas()  # before anything is put in the place of the vendor's kernels
+    enter("npu")
+    if "ascend" not in REGISTRY.names():
+        register_backend("ascend", "portakv.backends.ascend:Ascend")
+    refusals = [_refused(name, call, kind) for name, call, kind in _forbidden(torch_npu)]
+    told = {
+        "torch": torch.__version__,
+        "torch_npu": torch_npu.__version__,
+        "torch_npu_git": torch_npu.version.git_version,
+        "schemas": schemas,
+        "refusals": refusals,
+    }
+    print(json.dumps(told))
+
+
+def compare_schemas() -> list[dict[str, Any]]:
+    """For each pinned op: the pinned schema, the one found, and whether the vendor has a kernel."""
+    known = {str(schema).partition("(")[0]: str(schema) for schema in _all_schemas()}
+    found = []
+    for whose in ("vendor", "torch"):
+        for name, pinned in ascend_ops.pinned_schemas(whose).items():
+            theirs = known.get(name, "").partition("(")
+            has = bool(theirs[0]) and _has_kernel(name)
+            there = "".join(theirs[1:])
+            same = there == pinned and has
+            row = {"op": name, "pinned": pinned, "found": there, "kernel": has, "same": same}
+            found.append(row)
+    return found
+
+
+def _all_schemas() -> list[Any]:
+    return list(torch._C._jit_get_all_schemas())
+
+
+def _has_kernel(name: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, _DISPATCH))
+
+
+_Call = Callable[[], object]
+
+
+def _refused(name: str, call: _Call, kind: type[Exception]) -> dict[str, Any]:
+    """What a call that must raise said."""
+    try:
+        call()
+    except Exception as error:
+        said = (str(error).splitlines() or [""])[0]
+        return {"call": name, "right": type(error) is kind, "said": said}
+    return {"call": name, "right": False, "said": "nothing: it went through"}
+
+
+def _forbidden(torch_npu: Any) -> list[tuple[str, _Call, type[Exception]]]:
+    """Calls that the dispatcher, the stub, the documents or the backend must refuse."""
+    rows = torch.zeros(3, 2, 16, dtype=torch.float16).to("npu")
+    cache = torch.zeros(4, 8, 2, 16, dtype=torch.float16).to("npu")
+    slots = torch.tensor([5, 2, 31]).to("npu")
+    scatter, gather = torch_npu.npu_scatter_pa_kv_cache, torch_npu.npu_gather_pa_kv_cache
+    ids = torch.zeros(1, 1, dtype=torch.int32).to("npu")
+    two = (rows, rows, cache, cache.clone())
+    refused = ascend_ops.Refused
+
+    def norm(*tensors: torch.Tensor, slots: torch.Tensor = slots) -> _Call:
+        return lambda: scatter(*tensors, slots, cache_mode="Norm")
+
+    nz = torch_npu.empty_with_format(
+        (4, 8, 2, 16), dtype=torch.float16, device="npu", acl_format=_NZ
+    )
+    return [
+        (
+            "scatter, a keyword that is none",
+            lambda: scatter(*two, slots, mode="Norm"),
+            RuntimeError,
+        ),
+        ("scatter, slots forgotten", lambda: scatter(*two), RuntimeError),
+        ("scatter, slots as a list", lambda: scatter(*two, [5, 2, 31]), RuntimeError),
+        ("gather, slots for a block table", lambda: gather(cache, cache, slots), RuntimeError),
+        ("scatter, the default cache_mode, which is NZ", lambda: scatter(*two, slots), refused),
+        ("scatter, a negative slot", norm(*two, slots=slots + -3), refused),
+        ("scatter, a slot past the end", norm(*two, slots=slots + 1), refused),
+        ("scatter, float slots", norm(*two, slots=torch.zeros(3).to("npu")), refused),
+        ("scatter, rows with holes", norm(rows[:, :, ::2], *two[1:]), refused),
+        ("scatter, another dtype", norm(rows.view(torch.bfloat16), *two[1:]), refused),
+        ("scatter, an empty tensor", norm(rows[:0], rows[:0], *two[2:], slots=slots[:0]), refused),
+        ("gather, int64 blocks", lambda: gather(*two[2:], ids.long(), ids[0], *two[:2]), refused),
+        ("tanh, which nothing emulates", rows.tanh, refused),
+        ("tanh, in a thread that is not watched", lambda: _in_a_thread(rows.tanh), RuntimeError),
+        ("a copy of an NZ tensor given as ND", lambda: _copy_of(nz), Unsupported),
+    ]
+
+
+def _in_a_thread(call: _Call) -> object:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+def _copy_of(cache: torch.Tensor) -> None:
+    before = torch.zeros(2, 1, 4, 32, dtype=torch.float16).to("npu")
+    view = KVView([(cache, cache.clone())], "layer kv | block token head dim")
+    chunk = KVView(before, "kv layer token (head dim)", heads=2)
+    copy_rows(view, chunk, [3, 9, 1, 30], backend="ascend")
+
+
+if __name__ == "__main__":
+    main()

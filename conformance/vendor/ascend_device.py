@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch_npu over a stub of CANN: the vendor's dispatcher, allocator and copies, and no NPU.
+
+`enter` makes the device ``npu`` known to torch through the vendor's own package, and puts torch's
+CPU kernels behind exactly the ops named here, on the memory that the vendor's allocator gave. Any
+other op raises: here, where its thread is watched, else in the stub. What computes is never the
+vendor's; what decides whether a call is well formed is.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import importlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import ascend_ops
+
+#: Names a folder where each process leaves, as JSON, how often it called each op.
+CALLS = "PORTAKV_ASCEND_CALLS"
+#: How often each op was called in this process.
+calls: Counter[str] = Counter()
+
+_DISPATCH = "PrivateUse1"
+_VENDOR: dict[str, Callable[..., Any]] = {
+    "npu::npu_scatter_pa_kv_cache": ascend_ops.scatter_pa_kv_cache,
+    "npu::npu_gather_pa_kv_cache": ascend_ops.gather_pa_kv_cache,
+    "npu::npu_scatter_nd_update_": ascend_ops.scatter_nd_update_,
+    "aten::index_select": ascend_ops.index_select,
+    "aten::index_select.out": ascend_ops.index_select_out,
+    "aten::index_copy_": ascend_ops.index_copy_,
+}
+# What the library and the suite need around them, by torch's own kernels: arithmetic on ids,
+# comparisons, fills. `clone` and `copy_` are the vendor's where they move plain bytes.
+_PLAIN = (
+    "aten::add.Tensor", "aten::add_.Tensor", "aten::mul.Tensor", "aten::floor_divide",
+    "aten::remainder.Scalar", "aten::clamp", "aten::ge.Scalar", "aten::__and__.Tensor",
+    "aten::bitwise_not", "aten::bitwise_or.Tensor", "aten::nonzero", "aten::index.Tensor",
+    "aten::equal", "aten::arange", "aten::arange.start", "aten::cat", "aten::stack",
+    "aten::fill_.Scalar", "aten::zero_", "aten::clone",
+)  # fmt: skip
+# Metadata and memory, by the vendor's own code; what these are composed of is watched as well.
+_OWN = frozenset({
+    "aten::_local_scalar_dense", "aten::_to_copy", "aten::alias", "aten::detach",
+    "aten::full_like", "aten::lift_fresh", "aten::new_empty", "aten::record_stream",
+    "aten::select.int", "aten::set_.source_Storage", "aten::set_.source_Storage_storage_offset",
+    "aten::slice.Tensor", "aten::split_with_sizes", "aten::unsqueeze", "aten::view",
+    "aten::view.dtype", "aten::zeros_like", "npu::get_npu_format",
+})  # fmt: skip
+_KNOWN = frozenset({*_VENDOR, *_PLAIN, *_OWN, "aten::copy_"})
+_kept: list[Any] = []
+
+
+def enter(name: str) -> None:
+    """Load torch_npu as the device ``name``, which is ``npu``, and put the ops in place.
+
+    Raises:
+        ImportError: torch_npu, or the stub that it wants in place of CANN, is not there.
+        ValueError: another name.
+    """
+    if name != "npu":
+        raise ValueError(f"torch_npu over a stub was asked to be {name!r}; it is 'npu'.")
+    if _kept:
+        return
+    torch_npu = importlib.import_module("torch_npu")
+    torch_npu.__dict__["EMULATED"] = True
+    copy = torch.library.get_kernel("aten::copy_", _DISPATCH)
+    _implement({**_VENDOR, **{name: _torch_op(name) for name in _PLAIN}})
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("copy_", partial(_copy, copy), _DISPATCH)
+    guard: Any = _Guard  # torch does not say its types
+    guard = guard()
+    guard.__enter__()
+    _kept.extend((library, guard))
+    folder = os.environ.get(CALLS)
+    if folder:
+        told = Path(folder, f"{os.getpid()}.json")
+        atexit.register(lambda: told.write_text(json.dumps(calls), encoding="utf-8"))
+
+
+def _implement(ops: dict[str, Callable[..., Any]]) -> None:
+    for name, function in ops.items():
+        space, _, rest = name.partition("::")
+        library = torch.library.Library(space, "IMPL")
+        library.impl(rest, partial(_run, name, function), _DISPATCH)
+        _kept.append(library)  # its kernels go with it
+
+
+def _torch_op(name: str) -> Callable[..., Any]:
+    base, _, overload = name.removeprefix("aten::").partition(".")
+    found: Callable[..., Any] = getattr(getattr(torch.ops.aten, base), overload or "default")
+    return found
+
+
+class _Guard(TorchDispatchMode):
+    """Lets nothing but the named ops see a tensor of the device; watches one thread."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.name()
+        if name not in _KNOWN and any(map(_on_npu, pytree.tree_leaves((args, kwargs)))):
+            raise ascend_ops.Refused(f"{name} is not emulated, and torch_npu has no NPU here.")
+        return func(*args, **(kwargs or {}))
+
+
+def _on_npu(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == "npu"
+
+
+def _run(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function with the host's views of tensors of the device; bring its results there."""
+    calls[name] += 1
+    lent: dict[int, torch.Tensor] = {}
+    where: list[torch.device] = []
+
+    def lend(value: Any) -> Any:
+        if _on_npu(value):
+            where.append(value.device)
+            view = on_host(value)
+            lent[id(view)] = value
+            return view
+        if isinstance(value, torch.device) and value.type == "npu":
+            where.append(value)
+            return torch.device("cpu")
+        return value
+
+    def give(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return lent[id(value)] if id(value) in lent else value.to(where[0])
+
+    lent_args, lent_kwargs = pytree.tree_map(lend, (args, kwargs))
+    with torch.no_grad():
+        return pytree.tree_map(give, function(*lent_args, **lent_kwargs))
+
+
+def _copy(
+    vendor: Any, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
+) -> torch.Tensor:
+    """`copy_` by the vendor's kernel where it moves plain bytes; CANN would compute the rest."""
+    alike = target.dtype == source.dtype and target.shape == source.shape
+    if alike and target.is_contiguous() and source.is_contiguous():
+        calls["aten::copy_, the vendor's"] += 1
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
+        vendor.call_boxed(keys, target, source, non_blocking)
+        return target
+    copied: torch.Tensor = _run("aten::copy_", torch.Tensor.copy_, target, source)
+    return copied
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """The host's view of a tensor in the stub's device memory, which is the host's."""
+    storage = tensor.untyped_storage()
+    view = torch.empty(0, dtype=tensor.dtype)
+    if not storage.nbytes():
+        return view.view(tensor.shape)
+    memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    flat = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+    return view.set_(flat, tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The schema job: `portakv.backends.ascend` against the vendor's own torch_npu, without an NPU.
+
+``python -m portakv_conformance.vendor.ascend_schema --report out`` makes an environment of its own,
+installs torch and the vendor's wheel there, builds stub libraries in place of CANN, compares the
+schemas of every op that the backend calls with the pinned ones, and runs the suite through the
+vendor's dispatcher. The kernels behind the ops are torch's: this shows that calls are well formed
+and rows land where they should if the ops do what their documents say. It shows nothing about an
+NPU. Needs Linux, gcc, binutils, the network for pip, and a minute or two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from portakv.backends._kernel_cache import directory
+
+from ..report.results import keep, read
+from . import ascend_device, cann_stub, standins
+
+TORCH = "2.13.0"
+TORCH_NPU = "2.13.0"
+#: The report of this job; the suite's own report lies beside it.
+REPORT = "ascend-schema.json"
+COMMAND = "python -m portakv_conformance.vendor.ascend_schema"
+SENTENCE = (
+    "Accepted by torch_npu's own schemas and dispatcher over a stub of CANN; the kernels behind "
+    "its ops are torch's, on the host. No NPU was involved."
+)
+_NEEDS = (f"torch=={TORCH}", "numpy", "pytest", "hypothesis", 'tomli; python_version < "3.11"')
+_PACKAGES = ("portakv", "portakv_conformance", "portakv_native")
+_SECONDS = 1800
+_TARGET = "portakv.backends.ascend:Ascend"
+_ENTER = "portakv_conformance.vendor.ascend_device:enter"
+
+
+class JobError(RuntimeError):
+    """The job could not be done; the message is a sentence that says what failed."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do the job; 0 where every schema is as pinned and the suite passes, 1 where not."""
+    asked = _parser().parse_args(argv)
+    began = time.monotonic()
+    try:
+        with tempfile.TemporaryDirectory(prefix="portakv-ascend-") as work:
+            report = _judge(asked, Path(work), asked.report)
+    except (JobError, cann_stub.StubError) as error:
+        print(f"ascend_schema: {error}", file=sys.stderr)
+        return 1
+    report["seconds"] = round(time.monotonic() - began)
+    target = asked.report / REPORT
+    target.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _print(report, target)
+    return 0 if right(report) else 1
+
+
+def right(report: dict[str, Any]) -> bool:
+    """Whether a report carries R2 and R3: schemas, refusals and the suite are as they should be."""
+    rows = [row["same"] for row in report["schemas"]] + [row["right"] for row in report["refusals"]]
+    return bool(rows) and all(rows) and report["conformance"]["verdict"] == "conformant"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    add = parser.add_argument
+    add("--venv", type=Path, default=directory() / "ascend-venv", metavar="DIR",
+        help="the environment; made where it is not, kept for the next time")  # fmt: skip
+    add("--report", type=Path, default=Path("out"), metavar="DIR", help="where reports go")
+    add("--profile", choices=("core", "full"), default="full", help="of the suite (default: full)")
+    return parser
+
+
+def _judge(asked: argparse.Namespace, work: Path, report: Path) -> dict[str, Any]:
+    report.mkdir(parents=True, exist_ok=True)
+    python = asked.venv.absolute() / "bin" / "python"
+    wheel = _environment(asked.venv, python)
+    paths = _run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
+    raising = cann_stub.build(Path(paths.strip()), work / "cann")
+    variables = {**os.environ, **cann_stub.environment(work / "cann"), **_variables(work)}
+    checks = _run([str(python), "-m", f"{__package__}.ascend_checks"], variables)
+    suite = _suite(python, variables, asked.profile, report.absolute())
+    return {
+        "job": "ascend-schema",
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "command": f"{COMMAND} --profile {asked.profile} --report {asked.report}",
+        "emulated": True,
+        "says": SENTENCE,
+        "wheel": {"file": wheel.name, "sha256": hashlib.sha256(wheel.read_bytes()).hexdigest()},
+        **json.loads(checks),
+        "cann_stub_raises": raising,
+        "conformance": suite,
+        "ops_called": _calls(work / "calls"),
+    }
+
+
+def _environment(venv: Path, python: Path) -> Path:
+    """Make the environment where it is not whole; returns the vendor's wheel."""
+    wheels = venv / "wheels"
+    if not python.exists():
+        _run([sys.executable, "-m", "venv", str(venv)])
+    pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    _run([*pip, "install", *_NEEDS])
+    if not list(wheels.glob("torch_npu-*.whl")):
+        _run([*pip, "download", "--no-deps", "--dest", str(wheels), f"torch_npu=={TORCH_NPU}"])
+    [wheel] = wheels.glob("torch_npu-*.whl")
+    _run([*pip, "install", "--no-deps", str(wheel)])
+    return wheel
+
+
+def _variables(work: Path) -> dict[str, str]:
+    """What the processes inside get to see, this library's packages among it."""
+    site, calls = work / "site", work / "calls"
+    site.mkdir()
+    calls.mkdir()
+    for name in _PACKAGES:
+        home = Path(str(importlib.import_module(name).__file__)).parent
+        (site / name).symlink_to(home, target_is_directory=True)
+    return {
+        "PYTHONPATH": str(site),
+        standins.EMULATION: _ENTER,
+        ascend_device.CALLS: str(calls),
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+def _suite(python: Path, variables: dict[str, str], profile: str, report: Path) -> dict[str, Any]:
+    """Run the suite; what its report says of itself."""
+    command = ["-m", "portakv", "conform", _TARGET, "--device", "npu", "--emulated"]
+    command += ["--profile", profile, "--report", str(report)]
+    done = _run([str(python), *command], variables, accepted=(0, 1))
+    file = report / "conformance.json"
+    if not file.is_file():
+        raise JobError(f"The suite left no report. It said: {done.strip()}")
+    kept = keep(file, report)  # as it can be committed
+    record = read(kept)
+    return {
+        "file": kept.name,
+        "sha256": hashlib.sha256(kept.read_bytes()).hexdigest(),
+        "verdict": record.verdict,
+        "rung": record.rung,
+        "suite": record.suite,
+        "profile": record.profile,
+        "cases": dict(sorted(Counter(case.status for case in record.cases).items())),
+        "source_sha256": record.backend["source_sha256"],
+    }
+
+
+def _calls(folder: Path) -> dict[str, int]:
+    """How often each op was called in all processes of the suite."""
+    total: Counter[str] = Counter()
+    for file in folder.glob("*.json"):
+        total.update(json.loads(file.read_text(encoding="utf-8")))
+    return dict(sorted(total.items()))
+
+
+def _run(
+    command: Sequence[str],
+    variables: dict[str, str] | None = None,
+    accepted: tuple[int, ...] = (0,),
+) -> str:
+    done = subprocess.run(
+        command, env=variables, capture_output=True, text=True, check=False, timeout=_SECONDS
+    )
+    if done.returncode not in accepted:
+        raise JobError(
+            f"{' '.join(command[:6])} ended with {done.returncode}: {done.stderr.strip()[-2000:]}"
+        )
+    return done.stdout
+
+
+def _print(report: dict[str, Any], file: Path) -> None:
+    for row in report["schemas"]:
+        print(f"{'same     ' if row['same'] else 'DIFFERENT'} {row['op']}{row['found']}")
+    for row in report["refusals"]:
+        print(f"{'refused  ' if row['right'] else 'WRONG    '} {row['call']}: {row['said'][:80]}")
+    suite = report["conformance"]
+    cases = ", ".join(f"{count} {status}" for status, count in suite["cases"].items())
+    print(f"{suite['verdict']}, {suite['rung']} (emulated), suite {suite['suite']}: {cases}")
+    print(f"{SENTENCE}\nwrote {file} in {report['seconds']} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

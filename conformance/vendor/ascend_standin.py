@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stand-in for torch_npu on the simulated device that carries the name ``npu``.
+
+It declares the ops that ``portakv.backends.ascend`` calls under the vendor's own schemas, so that
+a wrong keyword is refused as the vendor's dispatcher would refuse it, and does in torch what they
+are documented to do. It shows call shapes and order of work. It is not the vendor's code, and says
+nothing about an NPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType
+
+import torch
+
+from . import ascend_ops
+
+#: What it always says of itself.
+EMULATED = True
+_DISPATCH = "PrivateUse1"
+_ND = 2
+_kept: list[torch.library.Library] = []
+
+
+def install() -> None:
+    """Put the stand-in into ``sys.modules`` as ``torch_npu``; again, or beside the vendor's own
+    package, nothing: that is left alone."""
+    if "torch_npu" in sys.modules or importlib.util.find_spec("torch_npu") is not None:
+        return
+    _declare()
+    sys.modules["torch_npu"] = _module()
+
+
+def _declare() -> None:
+    if _kept:
+        return
+    library = torch.library.Library("npu", "DEF")
+    for name, schema in ascend_ops.pinned_schemas("vendor").items():
+        library.define(name.partition("::")[2] + schema)
+    library.impl("npu_scatter_pa_kv_cache", ascend_ops.scatter_pa_kv_cache, _DISPATCH)
+    library.impl("npu_gather_pa_kv_cache", ascend_ops.gather_pa_kv_cache, _DISPATCH)
+    library.impl("npu_scatter_nd_update_", ascend_ops.scatter_nd_update_, _DISPATCH)
+    library.impl("get_npu_format", lambda tensor: _ND, _DISPATCH)
+    _kept.append(library)  # its ops go with it
+
+
+def _module() -> ModuleType:
+    module = ModuleType("torch_npu", "A stand-in: the simulated device, and no NPU.")
+    module.__dict__.update(
+        EMULATED=True, __version__=torch.__version__, npu=torch.get_device_module("npu")
+    )
+    return module

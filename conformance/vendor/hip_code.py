@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What AMD's compiler makes of `hip`'s kernels for devices that are not here: built, never run.
+
+``native/cuda/check_hip.sh`` runs it. Each kernel is the text of a real plan; its machine code is
+read for the loads and stores of its vector, for local memory and for the width of a wave.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from portakv_conformance.source import source_sha256
+
+from portakv import CopyPlan, KVView
+from portakv.backends._hiprtc import FLAGS
+from portakv.backends._rows_kernel import NAMES, RowsKernel
+
+TARGETS = ("gfx906", "gfx908", "gfx90a")
+_NHD = "layer | kv block token head dim"
+# What loads and stores one vector of so many bytes (LLVM's AMDGPU assembler).
+_LOADS = {
+    16: ("global_load_dwordx4",),
+    8: ("global_load_dwordx2",),
+    4: ("global_load_dword",),
+    2: ("global_load_ushort", "global_load_short_d16", "global_load_short_d16_hi"),
+    1: ("global_load_ubyte", "global_load_ubyte_d16", "global_load_ubyte_d16_hi"),
+}
+_STORES = {
+    16: ("global_store_dwordx4",),
+    8: ("global_store_dwordx2",),
+    4: ("global_store_dword",),
+    2: ("global_store_short", "global_store_short_d16_hi"),  # from either half of a register
+    1: ("global_store_byte", "global_store_byte_d16_hi"),
+}
+_IDS = {*_LOADS[8], *_LOADS[4]}  # what loads ids and addresses
+_STATUS = "flat_store_dwordx2"  # the status word lies in host memory
+
+
+@dataclass
+class Code:
+    """What was found in the machine code of one kernel for one target.
+
+    Attributes:
+        kernel, target, vector: which; the vector in bytes.
+        accesses: for each entry, how often each instruction that touches memory occurs.
+        lds, scratch: bytes of local memory, of all entries.
+        wave: lanes.
+        wrong: what is not as it should be, sentences; empty where all is right.
+    """
+
+    kernel: str
+    target: str
+    vector: int
+    accesses: dict[str, dict[str, int]] = field(default_factory=dict)
+    lds: int = 0
+    scratch: int = 0
+    wave: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+
+def kernels() -> Iterator[tuple[str, RowsKernel]]:
+    """Kernels of real plans: every vector, with and without tables, ids on either side."""
+    for width, vector in ((4096, 16), (40, 8), (12, 4), (6, 2), (3, 1)):
+        caches = KVView([_bytes(5, 4, width) for _ in range(2)], "layer | block token dim")
+        rows = KVView(_bytes(2, 7, width), "layer token dim")
+        yield from _of(f"gather rows of {width} B", caches, rows, 1, 0, vector)
+        yield from _of(f"scatter rows of {width} B", rows, caches, 0, 1, vector)
+    pool = KVView([_bytes(2, 3, 4, 2, 64) for _ in range(3)], _NHD)
+    joined = KVView(list(_bytes(3, 2, 3, 4, 2, 64)), _NHD)
+    heads = KVView([_bytes(2, 3, 2, 4, 64) for _ in range(3)], "layer | kv block head token dim")
+    objects = [_bytes(2, 3, 4, 128) for _ in range(3)]
+    listed = KVView(objects, "block | kv layer token (head dim)", heads=2)
+    yield from _of("pool to pool, other order of heads", pool, heads, 1, 1, 16)
+    yield from _of(
+        "whole blocks",
+        heads,
+        KVView(_bytes(2, 3, 8, 128), "kv layer token (head dim)", heads=2),
+        4,
+        0,
+        16,
+    )
+    yield from _of("one allocation to memory objects", joined, listed, 1, 0, 16)
+
+
+def _bytes(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.uint8)
+
+
+def _of(
+    name: str, src: KVView, dst: KVView, src_step: int, dst_step: int, vector: int
+) -> Iterator[tuple[str, RowsKernel]]:
+    plan = CopyPlan(src.form, dst.form, src_step, dst_step)
+    assert (len(plan.nests), plan.vector) == (1, vector), f"{name}: {plan}"
+    yield name, RowsKernel(plan.nests[0], plan)
+
+
+def read_code(code: Code, disassembly: str, notes: str) -> Code:
+    """Judge the machine code of a kernel.
+
+    Args:
+        code: which kernel; completed and returned.
+        disassembly: of ``llvm-objdump -d``.
+        notes: the code object's metadata, of ``llvm-readelf --notes``.
+    """
+    for each, name in NAMES.items():
+        _, found, rest = disassembly.partition(f"<{name}>:\n")
+        body = rest.partition("\n\n")[0]
+        pattern = r"\b(?:global|flat|ds|scratch|buffer)_(?:load|store|read|write|atomic)\w*"
+        code.accesses[name] = dict(sorted(Counter(re.findall(pattern, body)).items()))
+        if not found:
+            code.wrong.append(f"{name} is not in the code")
+        else:
+            code.wrong += _judge(name, code.accesses[name], code.vector, each)
+    code.lds = sum(_numbers(notes, "group_segment_fixed_size"))
+    code.scratch = sum(_numbers(notes, "private_segment_fixed_size"))
+    code.wave = min(_numbers(notes, "wavefront_size"), default=0)
+    if code.lds or code.scratch:
+        code.wrong.append(f"{code.lds} B of LDS and {code.scratch} B of scratch are used, not none")
+    if code.wave != 64:
+        code.wrong.append(f"a wave has {code.wave} lanes, not 64")
+    return code
+
+
+def _judge(name: str, found: dict[str, int], vector: int, each: int) -> Iterator[str]:
+    loads = sum(found.get(load, 0) for load in _LOADS[vector])
+    stores = sum(found.get(store, 0) for store in _STORES[vector])
+    if loads < each or stores != each:
+        yield f"{name} has {loads} loads and {stores} stores of {vector} B, not {each}"
+    expected = {*_LOADS[vector], *_STORES[vector], *_IDS, _STATUS}
+    if others := sorted(found.keys() - expected):
+        yield f"{name} has {', '.join(others)}"
+
+
+def _numbers(notes: str, name: str) -> list[int]:
+    return [int(number) for number in re.findall(rf"\.{name}:\s*(\d+)", notes)]
+
+
+def _build(
+    hipcc: str, objdump: str, readelf: str, folder: Path, targets: Sequence[str]
+) -> list[Code]:
+    found = []
+    for number, (name, kernel) in enumerate(kernels()):
+        text = folder / f"kernel{number}.hip"
+        text.write_text(f"#include <hip/hip_runtime.h>\n{kernel.source}")
+        for target in targets:
+            code, built = Code(name, target, kernel.vector), folder / f"kernel{number}.{target}.o"
+            command = [hipcc, "-x", "hip", *FLAGS, f"--offload-arch={target}", "--cuda-device-only"]
+            done = _run([*command, "--no-gpu-bundle-output", "-c", str(text), "-o", str(built)])
+            if done.returncode:
+                code.wrong.append(f"hipcc refused it:\n{done.stderr.strip()}")
+            else:
+                disassembly = _run([objdump, "-d", f"--mcpu={target}", str(built)]).stdout
+                read_code(code, disassembly, _run([readelf, "--notes", str(built)]).stdout)
+            found.append(code)
+    return found
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    # Where nvcc is installed, hipcc would else act as nvcc.
+    environment = {**os.environ, "HIP_PLATFORM": "amd"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def _print(found: list[Code], targets: Sequence[str]) -> None:
+    print(f"{'kernel':36}{'vector':>7}  " + "".join(f"{t:>12}" for t in targets) + "   load, store")
+    for name in dict.fromkeys(code.kernel for code in found):
+        row = [code for code in found if code.kernel == name]
+        words = "".join(f"{'WRONG' if code.wrong else 'right':>12}" for code in row)
+        shown = row[0].accesses.get(NAMES[1], {})
+        vector = row[0].vector
+        wide = [word for word in (*_LOADS[vector], *_STORES[vector]) if word in shown]
+        print(f"{name:36}{vector:>5} B  {words}   {', '.join(wide)}")
+    for code in found:
+        for why in code.wrong:
+            print(f"{code.kernel} for {code.target}: {why}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Build, judge and print; 1 where something is wrong, else 0."""
+    asked = argparse.ArgumentParser(prog="check_hip.sh", description=__doc__)
+    asked.add_argument("targets", nargs="*", default=list(TARGETS))
+    asked.add_argument("--report", type=Path, help="a JSON file for what was found")
+    for tool in ("hipcc", "llvm-objdump", "llvm-readelf"):
+        asked.add_argument(f"--{tool}", default=tool)
+    given = asked.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="portakv-hip-") as folder:
+        found = _build(
+            given.hipcc, given.llvm_objdump, given.llvm_readelf, Path(folder), given.targets
+        )
+    _print(found, given.targets)
+    wrong = sum(bool(code.wrong) for code in found)
+    compiler = (_run([given.hipcc, "--version"]).stdout.splitlines() or ["unknown"])[0]
+    if given.report:
+        given.report.write_text(
+            json.dumps(_report(found, given.targets, compiler), indent=1) + "\n"
+        )
+    print(f"{len(found)} kernels built by hipcc ({compiler}), {wrong} wrong; compiled, not run")
+    return int(wrong > 0)
+
+
+def _report(found: list[Code], targets: Sequence[str], compiler: str) -> dict[str, object]:
+    return {
+        "what": "cross-compiled, not executed",
+        "backend": "portakv.backends.hip:Hip",
+        "source_sha256": source_sha256("portakv.backends.hip:Hip"),
+        "command": " ".join(["bash native/cuda/check_hip.sh", *targets]),
+        "compiler": compiler,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "targets": list(targets),
+        "right": not any(code.wrong for code in found),
+        "kernels": [asdict(code) for code in found],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

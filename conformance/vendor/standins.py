@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stand-ins for vendors' packages on the simulated device, by the name that it carries."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+
+#: Names what emulates a device where that is not the simulated one, ``package.module:function``;
+#: the vendor's jobs set it for the processes that they start. The function gets the device's name.
+EMULATION = "PORTAKV_EMULATION"
+
+#: For each name of the simulated device, the module whose ``install()`` puts the stand-in in place.
+STANDINS = {
+    "mlu": "portakv_conformance.vendor.mlu_standin",
+    "npu": "portakv_conformance.vendor.ascend_standin",
+}
+
+
+def install(name: str) -> None:
+    """Put the stand-in for a device name in place; nothing where there is none.
+
+    A stand-in leaves the vendor's own package alone where that is installed.
+    """
+    module = STANDINS.get(name)
+    if module is None:
+        return
+    try:
+        found = import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        return
+    found.install()
+
+
+def enter(name: str) -> bool:
+    """Make a device known by what `EMULATION` names; False where it names nothing."""
+    module, _, function = os.environ.get(EMULATION, "").partition(":")
+    if not module:
+        return False
+    getattr(import_module(module), function)(name)
+    return True

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# For whoever has Hygon's DTK, which alone knows the newer DCUs: builds the row kernel of `hip` for
+# them, and judges the backend where there is a card.
+#
+#   bash native/cuda/check_dtk.sh [target ...]      default: gfx928 gfx936
+#
+# Nobody of PortaKV has run this: no DTK and no DCU were at hand. The targets are those of public
+# build files (gfx906 Z100, gfx926, gfx928 K500SM_AI, gfx936 BW1000, gfx938). DTKROOT names another
+# folder than /opt/dtk. Send what it prints, and out/ if it made one, as docs/hardware.md says.
+set -eo pipefail # not -u: the DTK's env.sh reads names that may not be set
+cd "$(dirname "$0")/../.."
+
+dtk=${DTKROOT:-/opt/dtk}
+if ! [ -x "$dtk/bin/hipcc" ]; then
+    echo "$dtk/bin/hipcc was not found; install Hygon's DTK, or name its folder in DTKROOT." >&2
+    echo "Nobody of PortaKV has run this: what it finds is news to us." >&2
+    exit 2
+fi
+[ ! -f "$dtk/env.sh" ] || . "$dtk/env.sh"
+python=${PYTHON:-python3}
+targets=("$@")
+[ $# -gt 0 ] || targets=(gfx928 gfx936)
+
+# The DTK's own LLVM: no other knows these targets.
+bin=$(dirname "$(find -L "$dtk" -name llvm-objdump -print -quit)")
+built=0
+HIPCC="$dtk/bin/hipcc" LLVM_BIN="$bin" PYTHON="$python" \
+    bash native/cuda/check_hip.sh --report hip-dtk.json "${targets[@]}" || built=$?
+
+card='import sys, torch; sys.exit(not (torch.version.hip and torch.cuda.is_available()))'
+if "$python" -c "$card"; then
+    "$python" -m portakv conform hip --profile full --report out
+else
+    echo "torch finds no DCU here, or is not built for ROCm: nothing was run, only built."
+fi
+exit "$built"

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guarding ids with torch operations, for launches whose copy does it in part or not at all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..plan import CopyPlan
+from ._ascend_rows import RowCopy
+
+if TYPE_CHECKING:
+    from ..index import Index
+    from ..view import KVView
+
+_Side = tuple["KVView", "Index"]
+
+
+def guarded_slots(
+    view: KVView, index: Index, count: int, device: torch.device, status: torch.Tensor | None
+) -> torch.Tensor:
+    """The slot of each position, int32 ``[count]`` on ``device``; -1 where an id is past the end,
+    which the status word then tells. For ops that skip negative slots; nothing here waits.
+
+    ``view`` has at most 2**31 - 1 slots.
+    """
+    slots = index.units(count, 1, device)
+    bad = slots >= view.slots
+    _report(bad, 1, status)
+    # Clamped before it is narrowed: of a wild negative number only the low bits would be left.
+    return torch.where(bad, -1, slots.clamp(-1)).to(torch.int32)
+
+
+class GuardedRows:
+    """Any plan by torch indexing of whole rows, which can skip nothing: negative and bad ids are
+    taken out before. That waits for the device, since a number of tokens depends on it.
+
+    Args:
+        element: the widest element to index, in bytes.
+    """
+
+    def __init__(self, plan: CopyPlan, device: torch.device, element: int) -> None:
+        self._device = device
+        # Where ids are bad, what is left goes by token: units may begin anywhere.
+        self._unit = plan.src.block_size if plan.src.opaque else 1
+        pieces = CopyPlan(plan.src, plan.dst, self._unit, self._unit, self._unit)
+        self._whole, self._pieces = _Rows(plan, element), _Rows(pieces, element)
+
+    def __call__(self, src: _Side, dst: _Side, count: int, status: torch.Tensor | None) -> None:
+        views, indices = (src[0], dst[0]), (src[1], dst[1])
+        if all(index.ids is None for index in indices):
+            self._whole(views, indices, count)
+            return
+        numbers = [index.units(count, self._unit, self._device) for index in indices]
+        ends = [view.slots // self._unit for view in views]
+        bad = (numbers[0] >= ends[0]) | (numbers[1] >= ends[1])
+        kept = (~bad & (numbers[0] >= 0) & (numbers[1] >= 0)).nonzero()[:, 0]
+        if kept.numel() == bad.numel():
+            self._whole(views, indices, count)
+            return
+        _report(bad, self._unit, status)
+        mine, theirs = (type(src[1])(number[kept], self._unit) for number in numbers)
+        self._pieces(views, (mine, theirs), kept.numel() * self._unit)
+
+
+class _Rows:
+    def __init__(self, plan: CopyPlan, element: int) -> None:
+        nests = [replace(nest, vector=min(nest.vector, element)) for nest in plan.nests]
+        self._unit, self._copies = plan.unit, [RowCopy(nest, plan.unit) for nest in nests]
+
+    def __call__(
+        self, views: tuple[KVView, KVView], indices: tuple[Index, Index], tokens: int
+    ) -> None:
+        for copy in self._copies if tokens else ():
+            copy(*views, *indices, tokens // self._unit, _put)
+
+
+def _put(matrix: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor) -> None:
+    matrix.index_copy_(0, numbers, rows)
+
+
+def _report(bad: torch.Tensor, unit: int, status: torch.Tensor | None) -> None:
+    """Write position + 1 of the first bad unit to the status word, ordered on the stream."""
+    if status is not None:
+        first = bad.to(torch.int32).argmax() * unit + 1
+        status.copy_(torch.where(bad.any(), first, 0).view(1), non_blocking=True)

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ascend`: rows on Huawei's NPUs, through the ops of torch_npu.
+
+Which op serves which plan:
+
+| a plan that                                         | is carried out by                  |
+|-----------------------------------------------------|------------------------------------|
+| scatters by slots into dense pages, two kv at once  | `npu_scatter_pa_kv_cache` (layers) |
+| gathers whole blocks of dense pages, two kv at once | `npu_gather_pa_kv_cache` (layers)  |
+| reads other rows under ids                          | `index_select`, into the chunk     |
+| writes other rows under ids, 1 or 8 bytes wide      | `npu_scatter_nd_update_`           |
+| writes other rows under ids, 2 or 4 bytes wide      | `index_copy_`                      |
+| has no ids                                          | `copy_`                            |
+
+Dense pages are ``[blocks, block_size, heads, dim]`` without holes: (key, value) tuples, merged
+caches, MLA's latent and rope of unequal widths. Of three kv (DSA) the third goes by rows, and so
+does everything else: head-major pages, NZ described by its layout, pages with holes. NZ as a
+format that only the vendor knows (``FRACTAL_NZ``) is `Unsupported`: strides do not tell where its
+bytes lie. The paged ops forbid negative slots, and no op skips or guards: the caller of a launch
+removes bad ids. Not one of these ops was run on an NPU by us; see ``conformance/ladder.toml``.
+
+Sources: docstrings of torch_npu 2.13.0; CANN's pages on aclnnScatterPaKvCache,
+aclnnGatherPaKvCache, aclnnScatterNdUpdate, aclnnIndexSelect and aclnnInplaceIndexCopy.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import Unsupported
+from ..plan import CopyPlan
+from ._ascend_rows import RowCopy
+from ._packed import TOKENS, packed, planes
+from ._vendor_package import Unusable, imported, version_of
+from .base import Backend, Capabilities, Decision, Launch
+
+if TYPE_CHECKING:
+    from ..form import Form
+    from ..index import Index
+    from ..view import KVView
+
+#: The arguments that each op is called with. The strings of all schemas: conformance/vendor.
+CALLS = {
+    "npu_scatter_pa_kv_cache": {
+        "key", "value", "key_cache", "value_cache", "slot_mapping", "cache_mode",
+    },
+    "npu_gather_pa_kv_cache": {
+        "key_cache", "value_cache", "block_tables", "seq_lens", "key", "value",
+    },
+    "npu_scatter_nd_update_": {"input", "indices", "updates"},
+    "get_npu_format": {"input"},
+}  # fmt: skip
+#: The axes of a plane that the paged ops take, outermost first.
+PAGES = ("block", *TOKENS)
+#: Formats whose bytes lie where strides say: NCHW, ND, NCDHW, which all tensors begin with.
+_STRIDED = (0, 2, 30)
+#: Rows of the paged ops: whole 32 B, as CANN's vector memory wants them, and at most 148 KiB.
+_LINE, _MOST = 32, 148 * 1024
+_SCATTER_ND = (torch.int64, torch.int8)
+
+
+class Ascend(Backend):
+    """The ops of torch_npu."""
+
+    name = "ascend"
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        #: What stands in for torch_npu, or for what is below it, says so of itself.
+        self.emulated = bool(getattr(_vendor(), "EMULATED", False))
+
+    @classmethod
+    def probe(cls, device: torch.device) -> Decision:
+        if device.type != "npu":
+            return Decision(cls.name, False, f"it runs on npu devices, not on {device.type}")
+        try:
+            vendor = _vendor()
+        except Unusable as error:
+            return Decision(cls.name, False, str(error))
+        emulated = ", emulated" if getattr(vendor, "EMULATED", False) else ""
+        return Decision(cls.name, True, f"torch_npu {version_of(vendor)}{emulated}")
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(places=frozenset({("device", "device")}))
+
+    def check(self, plan: CopyPlan) -> Decision:
+        decision = super().check(plan)
+        by = f"takes the plan by {_paged_op(plan) or 'rows, through index ops'}"
+        return replace(decision, reason=by) if decision.accepted else decision
+
+    def prepare(self, plan: CopyPlan) -> Launch:
+        return _Launch(plan, self.device)
+
+
+def _vendor() -> Any:
+    """The module torch_npu, with every op as it is called here.
+
+    Raises:
+        Unusable: it is not there, is broken, is of another release, or has other ops.
+    """
+    release = ".".join(torch.__version__.split(".")[:2])
+    install = f"torch_npu=={release}.* beside CANN, and source CANN's set_env.sh"
+    vendor = imported("torch_npu", install)
+    version = version_of(vendor)
+    if not f"{version}.".startswith(f"{release}."):
+        raise Unusable(
+            f"torch_npu {version} was found, which is not for torch {torch.__version__}; "
+            f"install {install}"
+        )
+    for name, given in CALLS.items():
+        op = getattr(getattr(torch.ops.npu, name, None), "default", None)
+        if op is None:
+            raise Unusable(f"torch_npu {version} has no op {name}; install {install}")
+        arguments = op._schema.arguments
+        demanded = {each.name for each in arguments if not each.has_default_value()}
+        if not demanded <= given <= {each.name for each in arguments}:
+            raise Unusable(
+                f"an op of torch_npu {version} is {op._schema}, which cannot be called with "
+                f"{', '.join(sorted(given))}; install {install}"
+            )
+    return vendor
+
+
+class _Launch:
+    """A plan by the paged ops where they serve it, and by rows where not."""
+
+    def __init__(self, plan: CopyPlan, device: torch.device) -> None:
+        self.unit, self.device = plan.unit, device
+        self.op = _paged_op(plan)
+        # A half number where rows are even: moved, never computed with.
+        even = all(size % 2 == 0 for size in (plan.vector, *plan.src.widths))
+        self.dtype = torch.float16 if even else torch.int8
+        pairs = plan.src.kv // 2 if self.op else 0
+        self.pairs = [(layer, 2 * i) for i in range(pairs) for layer in range(plan.src.layers)]
+        nests = plan.nests if not pairs else plan.nests[2 * pairs :] if plan.src.kv % 2 else ()
+        self.rows = [RowCopy(nest, plan.unit) for nest in nests]
+
+    def __call__(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+    ) -> None:
+        for view in (src, dst):
+            _check_format(view)
+        if not count:  # which the ops forbid
+            return
+        on = (
+            torch.get_device_module(self.device).stream(stream)
+            if stream is not None
+            else nullcontext()
+        )
+        with on, torch.no_grad():
+            if self.pairs:
+                self._paged(src, dst, src_index, dst_index, count)
+            for rows in self.rows:
+                rows(src, dst, src_index, dst_index, count // self.unit, _scatter_rows)
+
+    def _paged(
+        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int
+    ) -> None:
+        gathers = self.op == "npu_gather_pa_kv_cache"
+        cache, chunk, ids, dense = (
+            (src, dst, src_index, dst_index) if gathers else (dst, src, dst_index, src_index)
+        )
+        for view in (cache, chunk):
+            view.check_memory()
+        if gathers:
+            blocks = ids.units(count, self.unit, self.device).to(torch.int32)
+            tokens = torch.full((1,), count, dtype=torch.int32, device=self.device)
+            call = partial(
+                torch.ops.npu.npu_gather_pa_kv_cache.default,
+                block_tables=blocks[None], seq_lens=tokens,
+            )  # fmt: skip
+        else:
+            slots = ids.on(self.device)[ids.offset : ids.offset + count]
+            call = partial(
+                torch.ops.npu.npu_scatter_pa_kv_cache.default,
+                slot_mapping=slots, cache_mode="Norm",
+            )  # fmt: skip
+        pages, rows = planes(cache, self.dtype), planes(chunk, self.dtype)
+        for layer, k in self.pairs:
+            key, value = (
+                row[dense.offset : dense.offset + count] for row in rows[layer][k : k + 2]
+            )
+            key_cache, value_cache = pages[layer][k : k + 2]
+            call(key=key, value=value, key_cache=key_cache, value_cache=value_cache)
+
+
+def _paged_op(plan: CopyPlan) -> str:
+    """The paged op that serves a plan; empty where none does."""
+    src, dst = plan.src, plan.dst
+    alone = src.kv % 2 and len(plan.nests) != src.kv  # the last kv cannot be told from the others
+    if src.kv < 2 or alone or not (_dense(src) and _dense(dst)):
+        return ""
+    if not src.paged and not plan.src_step and dst.paged and plan.dst_step == 1:
+        return "npu_scatter_pa_kv_cache"
+    if src.paged and plan.src_step and plan.unit == src.block_size and not dst.paged:
+        return "" if plan.dst_step else "npu_gather_pa_kv_cache"
+    return ""
+
+
+def _dense(form: Form) -> bool:
+    """Whether its planes lie as the paged ops take them, and the tokens' rows too."""
+    rows = [form.heads * width for width in form.widths]
+    whole = all(size % _LINE == 0 and size <= _MOST for size in rows)
+    return whole and packed(form, PAGES if form.paged else TOKENS)
+
+
+def _scatter_rows(matrix: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor) -> None:
+    if matrix.dtype in _SCATTER_ND:
+        torch.ops.npu.npu_scatter_nd_update_.default(matrix, numbers[:, None], rows)
+    else:
+        matrix.index_copy_(0, numbers, rows)
+
+
+def _check_format(view: KVView) -> None:
+    """Raise `Unsupported` where a tensor is laid out as only the vendor knows."""
+    if "npu format" in view.kept:
+        return
+    for owner in view.owners:
+        number = int(torch.ops.npu.get_npu_format.default(owner))
+        if number not in _STRIDED:
+            raise Unsupported(
+                f"A copy of a tensor in NPU format {number} (29 is FRACTAL_NZ)",
+                "its bytes do not lie where its strides say, and nothing was moved; cast it by "
+                "torch_npu.npu_format_cast(tensor, 2), or keep NZ in plain memory under a layout "
+                "such as 'layer kv | block head dim/32 token dim%32'",
+            )
+    view.kept["npu format"] = True

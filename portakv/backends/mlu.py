@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`mlu`: Cambricon MLU, by ops of ``torch_mlu_ops`` for paged caches, and by torch indexing.
+
+Which op serves which plan. The first that takes the plan, and the call at hand, carries it out:
+
+    op                         side with ids                    other side
+    multi_layer_kv_transfer    HND, a tensor for each layer     one whole chunk [kv, L, T, h*d]
+                               in a shape of KVFormat
+    reshape_paged_cache        HND, each plane in one piece     planes [T, h*d]
+    index_select, index_copy_  any                              any
+
+`reshape_paged_cache` gathers only in releases that have ``direction``. Both ops take heads of whole
+32 bytes here: they are known with head sizes of 16 elements and more, and a third party's script
+shows a release that left half of a cache unwritten where a head had 8 bytes. They skip negative
+slots by themselves and nobody waits. For indexing bad ids are taken out, and that waits.
+
+Written against documentation; nothing here has run on an MLU. Where the signatures come from stands
+in `_mlu_ops`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ..plan import CopyPlan
+from ._guarding import GuardedRows, guarded_slots
+from ._mlu_ops import Ops, load_ops
+from ._packed import HND, HND_IN_BLOCKS, TOKENS, apart, packed, planes, steps
+from ._vendor_package import Unusable
+from .base import Backend, Capabilities, Decision, Launch
+
+if TYPE_CHECKING:
+    from ..form import Form
+    from ..index import Index
+    from ..view import KVView
+
+# What both ops move; anything else goes as int8, which is among them.
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+_HEAD = 32  # bytes
+# Of one element that is indexed: torch_mlu promises nothing about 64-bit integers.
+_ELEMENT = 4
+_INT32 = 2**31 - 1
+
+
+class Mlu(Backend):
+    """Cambricon MLU through torch_mlu and torch_mlu_ops."""
+
+    name = "mlu"
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._ops = load_ops()
+        self.emulated = self._ops.emulated
+
+    @classmethod
+    def probe(cls, device: torch.device) -> Decision:
+        if device.type != "mlu":
+            return Decision(cls.name, False, f"it runs on mlu devices, not on {device.type}")
+        try:
+            return Decision(cls.name, True, load_ops().told)
+        except Unusable as error:
+            return Decision(cls.name, False, str(error))
+
+    def capabilities(self) -> Capabilities:
+        places = frozenset({("device", "device")})
+        return Capabilities(places, skips_negative=True, guards=True)
+
+    def check(self, plan: CopyPlan) -> Decision:
+        decision = super().check(plan)
+        ops = [way.op for way in _ways(plan, self._ops)] or [
+            "index_select and index_copy_, after a wait"
+        ]
+        by = f"takes the plan by {ops[0]}"
+        return replace(decision, reason=by) if decision.accepted else decision
+
+    def prepare(self, plan: CopyPlan) -> Launch:
+        return _MluLaunch(self.device, plan, _ways(plan, self._ops))
+
+
+_Side = tuple["KVView", "Index"]
+
+
+class _Call(NamedTuple):
+    """One launch as the ops see it: ``tokens`` from ``first`` on, and their cache."""
+
+    cache: KVView
+    dense: KVView
+    first: int
+    tokens: int
+    dtype: torch.dtype
+
+
+class _Layers:
+    """`multi_layer_kv_transfer`: one call for all layers of a whole chunk."""
+
+    op = "multi_layer_kv_transfer"
+
+    def __init__(self, cache: Form, dense: Form, gather: bool, ops: Ops) -> None:
+        self._op: Any = ops.transfer
+        self._cache, self._dense = cache, dense
+        self._direction = ops.directions.get("D2H" if gather else "H2D")
+        self._row = cache.heads * cache.widths[0]  # bytes of a token in one plane
+        page = cache.block_size * self._row
+        # Bytes from key to value where both lie in each block.
+        self._inside = page if packed(cache, HND_IN_BLOCKS) and apart(cache) == page else 0
+        name = "NB_TWO_HN_BS_HS" if self._inside else "TWO_NB_HN_BS_HS"
+        self._format = ops.formats.get("NB_HN_BS_HS" if cache.kv == 1 else name)
+
+    @property
+    def fits(self) -> bool:
+        known = None not in (self._op, self._format, self._direction)
+        hnd = self._inside or packed(self._cache, HND)
+        if not (known and hnd) or len(set(self._cache.widths)) > 1:
+            return False
+        pair = None not in (apart(self._cache), apart(self._dense))
+        return self._cache.kv == 1 or (self._cache.kv == 2 and pair)
+
+    def takes(self, call: _Call) -> bool:
+        """Whether the chunk is one dense block of just these tokens, and keys and values are as far
+        apart as the format has them. Forms do not know counts."""
+        tokens, layers = call.dense.slots, self._cache.layers
+        inner = [(layers, 0, tokens * self._row)] if layers > 1 else []
+        apiece = self._inside or call.cache.slots * self._row
+        return (
+            (call.first, call.tokens) == (0, tokens)
+            and steps(self._dense.parts[0], "layer") == inner
+            and apart(self._dense) in (None, layers * tokens * self._row)
+            and apart(self._cache) in (None, apiece)
+        )
+
+    def __call__(self, call: _Call, slots: torch.Tensor) -> None:
+        plane = planes(call.dense, call.dtype)[0][0]
+        tokens, heads, width = plane.shape
+        size = [call.dense.kv, call.dense.layers, tokens, heads * width][call.dense.kv == 1 :]
+        self._op(
+            key_value=plane.as_strided(size, [prod(size[at:]) for at in range(1, len(size) + 1)]),
+            kv_cache_ptrs=_pointers(call),
+            slot_mapping=slots,
+            paged_memory_device=call.cache.device,
+            page_buffer_size=call.cache.slots,
+            direction=self._direction,
+            kv_format=self._format,
+            block_size=self._cache.block_size,
+            head_size=width,
+            skip_prefix_n_tokens=0,
+        )
+
+
+def _pointers(call: _Call) -> torch.Tensor:
+    """The address of each layer's cache, int64 on the device; kept for each stream, since no other
+    is ordered behind the copy that brings them there."""
+    key = (_pointers, torch.accelerator.current_stream(call.cache.device).stream_id)
+    if key not in call.cache.kept:
+        found = [layer[0].data_ptr() for layer in planes(call.cache, call.dtype)]
+        with torch.inference_mode(False):
+            call.cache.kept[key] = torch.tensor(found).to(call.cache.device)
+    return call.cache.kept[key]  # type: ignore[no-any-return]
+
+
+class _Planes:
+    """`reshape_paged_cache`: a call for each layer, or for each plane where widths differ."""
+
+    op = "reshape_paged_cache"
+
+    def __init__(self, cache: Form, dense: Form, gather: bool, ops: Ops) -> None:
+        self._op, self._told = ops.reshape, {"direction": gather} if ops.gathers else {}
+        self.fits = packed(cache, HND) and (ops.gathers or not gather)
+
+    def takes(self, call: _Call) -> bool:
+        return True
+
+    def __call__(self, call: _Call, slots: torch.Tensor) -> None:
+        last = call.first + call.tokens
+        layers = zip(planes(call.dense, call.dtype), planes(call.cache, call.dtype), strict=True)
+        for tokens, caches in layers:
+            rows = [plane[call.first : last] for plane in tokens]
+            pages = [plane.transpose(1, 2) for plane in caches]
+            if len(rows) == 2 and rows[0].shape == rows[1].shape:
+                self._op(*rows, *pages, slots, **self._told)
+                continue
+            for row, page in zip(rows, pages, strict=True):
+                self._op(row, None, page, None, slots, **self._told)
+
+
+def _ways(plan: CopyPlan, ops: Ops) -> list[_Layers | _Planes]:
+    """The vendor's ops that a plan fits, in the order of this file's table."""
+    gather = plan.src_step > 0
+    cache, dense = (plan.src, plan.dst) if gather else (plan.dst, plan.src)
+    whole = all(width % _HEAD == 0 for width in cache.widths)
+    if gather == (plan.dst_step > 0) or not (whole and packed(dense, TOKENS)):
+        return []
+    ways = (_Layers(cache, dense, gather, ops), _Planes(cache, dense, gather, ops))
+    return [way for way in ways if way.fits]
+
+
+class _MluLaunch:
+    def __init__(self, device: torch.device, plan: CopyPlan, ways: list[_Layers | _Planes]) -> None:
+        self._device, self._plan, self._ways = device, plan, ways
+        self._rest = GuardedRows(plan, device, _ELEMENT)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+    ) -> None:
+        module = torch.get_device_module(self._device)
+        # The ops are not known to make their tensors' device current by themselves.
+        with module.device(self._device) if stream is None else module.stream(stream):
+            mine, theirs = (src, src_index), (dst, dst_index)
+            if not self._carried(mine, theirs, count, status):
+                self._rest(mine, theirs, count, status)
+
+    def _carried(self, src: _Side, dst: _Side, count: int, status: torch.Tensor | None) -> bool:
+        """Whether one of the vendor's ops has carried the copy out."""
+        (cache, index), (dense, rows) = (src, dst) if self._plan.src_step else (dst, src)
+        own = cache.owners[0].dtype
+        dtype = own if own in _DTYPES and own.itemsize <= self._plan.vector else torch.int8
+        call = _Call(cache, dense, rows.offset, count, dtype)
+        way = next((way for way in self._ways if way.takes(call)), None)
+        if way is None or not count or cache.slots > _INT32:
+            return False
+        cache.check_memory()
+        dense.check_memory()
+        way(call, guarded_slots(cache, index, count, self._device, status))
+        return True
