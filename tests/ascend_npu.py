@@ -32,10 +32,7 @@ from portakv import (  # noqa: E402
     copy_rows,
 )
 from portakv.backends import ascend  # noqa: E402
-from portakv.registry import REGISTRY, choose, register_backend, trace  # noqa: E402
-
-if "ascend" not in REGISTRY.names():
-    register_backend("ascend", "portakv.backends.ascend:Ascend")
+from portakv.registry import choose, trace  # noqa: E402
 
 DEVICE = torch.device("npu", 0)
 choose(DEVICE, "ascend")  # with its self-check, whose calls must not count

@@ -11,14 +11,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hip_cases import needs_compiler
 
 PROGRAM = """
-import dataclasses, json, sys
+import dataclasses, json
 from types import SimpleNamespace
 import torch
 torch.version.hip, torch.version.cuda = "6.3.42134", None
@@ -28,12 +27,7 @@ from portakv import AdaptiveConnector, BackendUnavailable, registry
 from portakv.backends import _hip_driver
 from portakv.selfcheck import self_check
 from portakv_conformance.vendor.hip_emulated import HipEmulated
-from portakv_conformance.vendor.hip_fake import fake_driver
-
-if "fake" in sys.argv:
-    _hip_driver.driver = fake_driver
-else:
-    _hip_driver._places = lambda stem, beside=None: iter(())
+from portakv_conformance.vendor.hip_fake import compiler, fake_driver
 
 
 def on_the_host(backend):
@@ -41,40 +35,51 @@ def on_the_host(backend):
     return dataclasses.replace(checked, name=backend.name)
 
 
+def answers():
+    registry.REGISTRY = registry.Registry()  # which has asked nobody yet
+    found = {}
+    try:
+        AdaptiveConnector("cuda")
+        found["chosen"] = registry.choose("cuda").name
+    except BackendUnavailable as error:
+        found["error"] = str(error)
+    try:
+        AdaptiveConnector("cuda", backend="cuda")
+    except BackendUnavailable as error:
+        found["forced"] = str(error)
+    decisions = registry.trace(torch.device("cuda", 0))
+    return found | {"trace": {d.name: [d.accepted, d.reason] for d in decisions}}
+
+
 registry.self_check = on_the_host
-if "hip" not in registry.REGISTRY.names():
-    registry.register_backend("hip", "portakv.backends.hip:Hip")
-found = {}
-try:
-    AdaptiveConnector("cuda")
-    found["chosen"] = registry.choose("cuda").name
-except BackendUnavailable as error:
-    found["error"] = str(error)
-try:
-    AdaptiveConnector("cuda", backend="cuda")
-except BackendUnavailable as error:
-    found["forced"] = str(error)
-device = torch.device("cuda", 0)
-found["trace"] = {d.name: [d.accepted, d.reason] for d in registry.trace(device)}
+_hip_driver._places = lambda stem, beside=None: iter(())
+found = {"without": answers()}
+if compiler() is not None:
+    _hip_driver.driver = fake_driver
+    found["with"] = answers()
 print(json.dumps(found))
 """
 
 
-def answers(tmp_path: Path, *words: str) -> dict[str, Any]:
-    environment = {**os.environ, "PORTAKV_CACHE_DIR": str(tmp_path)}
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What is said with HIP's driver, and without."""
+    environment = {**os.environ, "PORTAKV_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
     for name in ("PORTAKV_BACKEND", "TRITON_INTERPRET"):
         environment.pop(name, None)
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return answers(tmp_path_factory.mktemp("cache"), "fake")
+@pytest.fixture
+def found(both: dict[str, Any]) -> dict[str, Any]:
+    """With the driver."""
+    answers: dict[str, Any] = both["with"]
+    return answers
 
 
 @needs_compiler
@@ -103,9 +108,8 @@ def test_everybody_says_something(found: dict[str, Any]) -> None:
         assert "it failed to load" not in why, f"{name}: {why}"
 
 
-def test_without_the_driver_it_says_what_to_install(tmp_path: Path) -> None:
-    found = answers(tmp_path)
-    accepted, why = found["trace"]["hip"]
+def test_without_the_driver_it_says_what_to_install(both: dict[str, Any]) -> None:
+    accepted, why = both["without"]["trace"]["hip"]
     assert not accepted
     assert why.startswith("the HIP runtime cannot be loaded (")
     assert "install ROCm for an AMD device, or load the environment of the DTK" in why

@@ -90,7 +90,8 @@ def test_the_code_for_amd_is_wide(
 # Other vendors' drivers
 
 # Torch takes one name for a device of somebody else's in a process, so that each name has its own.
-# The driver stands for that of the vendor's Triton: triton-ascend's has these two methods.
+# The drivers stand for those of vendors' Tritons: triton-ascend's has both methods of `Driver`, and
+# Cambricon's, as FlagTree has it, tells only its target.
 PROGRAM = """
 import json, sys, torch
 from portakv.backends import triton as backend
@@ -105,18 +106,20 @@ def ask(case):
     found[case] = [decision.accepted, decision.reason]
 
 
-class Driver:
+class Target:
     serves = name
-
-    def get_active_torch_device(self):
-        if self.serves is None:
-            raise RuntimeError("libascendcl.so: cannot open shared object file\\nmore")
-        return torch.device(self.serves, 0)
 
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget(name, "Ascend910B1" if name == "npu" else 5, 0)
+        return GPUTarget(self.serves, "Ascend910B1" if name == "npu" else 5, 0)
+
+
+class Driver(Target):
+    def get_active_torch_device(self):
+        if self.serves is None:
+            raise RuntimeError("libascendcl.so: cannot open shared object file\\nmore")
+        return torch.device(self.serves, 0)
 
 
 sys.modules["triton"] = None
@@ -130,8 +133,12 @@ else:
     if not torch.cuda.is_available():
         ask("upstream's")
     for case, serves in (("active", name), ("another", "cuda"), ("broken", None)):
-        Driver.serves = serves
+        Target.serves = serves
         driver.set_active(Driver())
+        ask(case)
+    for case, serves in (("only a target", name), ("another's target", "maca")):
+        Target.serves = serves
+        driver.set_active(Target())
         ask(case)
 print(json.dumps(found))
 """
@@ -152,8 +159,9 @@ def answers(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 @needs_triton
-def test_a_triton_that_serves_the_device_is_taken(answers: dict[str, Any]) -> None:
-    accepted, reason = answers["active"]
+@pytest.mark.parametrize("case", ["active", "only a target"])
+def test_a_triton_that_serves_the_device_is_taken(case: str, answers: dict[str, Any]) -> None:
+    accepted, reason = answers[case]
     target = {"npu": "npu Ascend910B1", "mlu": "mlu 5"}[answers["name"]]
     assert accepted, reason
     assert reason.endswith(f"compiles its kernel for {target}")
@@ -163,6 +171,7 @@ def test_a_triton_that_serves_the_device_is_taken(answers: dict[str, Any]) -> No
 def test_a_triton_that_serves_others_says_which(answers: dict[str, Any]) -> None:
     reason = f"Triton's active driver serves cuda devices, not {answers['name']}"
     assert answers["another"] == [False, reason]
+    assert answers["another's target"] == [False, reason.replace("cuda", "maca")]
 
 
 @needs_triton

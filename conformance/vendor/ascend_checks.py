@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from portakv import KVView, Unsupported, copy_rows
-from portakv.registry import REGISTRY, register_backend
 
 from . import ascend_ops
 from .ascend_device import enter
@@ -30,8 +29,6 @@ def main() -> None:
     torch_npu: Any = importlib.import_module("torch_npu")
     schemas = compare_schemas()  # before anything is put in the place of the vendor's kernels
     enter("npu")
-    if "ascend" not in REGISTRY.names():
-        register_backend("ascend", "portakv.backends.ascend:Ascend")
     refusals = [_refused(name, call, kind) for name, call, kind in _forbidden(torch_npu)]
     told = {
         "torch": torch.__version__,

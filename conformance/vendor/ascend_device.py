@@ -74,6 +74,8 @@ def enter(name: str) -> None:
         return
     torch_npu = importlib.import_module("torch_npu")
     torch_npu.__dict__["EMULATED"] = True
+    module: Any = torch.get_device_module(name)
+    module.EMULATED_AS = f"torch_npu {torch_npu.__version__} over a stub of CANN, on the host"
     copy = torch.library.get_kernel("aten::copy_", _DISPATCH)
     _implement({**_VENDOR, **{name: _torch_op(name) for name in _PLAIN}})
     library = torch.library.Library("aten", "IMPL")

@@ -60,7 +60,7 @@ def build(packages: Path, folder: Path) -> list[str]:
     empty.write_text("", encoding="utf-8")
     for name in _NAMES:
         _run("gcc", "-shared", "-fPIC", str(empty), "-Wl,--no-as-needed", f"-L{lib}",
-             f"-l{_WHOLE}", "-o", str(lib / f"lib{name}.so"))  # fmt: skip
+             f"-l{_WHOLE}", "-Wl,-rpath,$ORIGIN", "-o", str(lib / f"lib{name}.so"))  # fmt: skip
     return raising
 
 

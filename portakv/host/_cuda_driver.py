@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the host side asks of CUDA's driver by itself: to launch, and to copy rows at a pitch."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import torch
+
+from ..backends import _nvrtc
+from ..errors import TransferError, Unsupported
+
+_DRIVER = 13000  # CUDA 13: what NVRTC 13's machine code and cuda-bindings 13 need
+
+
+@cache
+def why_not(device: torch.device) -> str | None:
+    """What keeps the driver from being asked for a device, as a phrase; None where it can be."""
+    if device.type != "cuda":
+        return f"the CUDA driver does not serve {device.type} devices"
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm, not for CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no usable CUDA device here"
+    why = _nvrtc.missing()
+    if why is not None:
+        return why
+    found = driver_version()
+    if found < _DRIVER:
+        return (
+            f"the driver supports CUDA {found // 1000}.{found % 1000 // 10}, but 13.0 is needed; "
+            f"update the driver"
+        )
+    return None
+
+
+def driver_version() -> int:
+    """CUDA's version that the driver supports (13000 is 13.0); 0 where it does not tell."""
+    error, found = bindings().cuDriverGetVersion()
+    return 0 if int(error) else int(found)
+
+
+def bindings() -> Any:
+    """The driver's functions, out of the extra ``cuda``."""
+    from cuda.bindings import driver
+
+    return driver
+
+
+def capability(device: torch.device) -> int:
+    """The compute capability of a device; 90 is 9.0."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def load(source: str, names: Iterable[str], device: torch.device) -> dict[str, Any]:
+    """Compile a text, or find it on disk, and make its kernels resident.
+
+    Raises:
+        RuntimeError: the text does not compile, with NVRTC's log.
+        TransferError: the driver refuses it.
+    """
+    driver = bindings()
+    binary = _nvrtc.compile_kernel(source, capability(device))
+    with torch.cuda.device(device):
+        adopt(device)
+        error, library = driver.cuLibraryLoadData(binary, [], [], 0, [], [], 0)
+        check(error, "Loading the kernel")
+        functions = {}
+        for name in names:
+            error, kernel = driver.cuLibraryGetKernel(library, name.encode())
+            check(error, "Finding the kernel")
+            # Modules load lazily; a first launch inside a capture must not have to.
+            error, functions[name] = driver.cuKernelGetFunction(kernel)
+            check(error, "Making the kernel resident")
+    return functions
+
+
+def adopt(device: torch.device) -> None:
+    """Give this thread the device's context, which the driver's calls take for granted."""
+    torch.cuda.current_stream(device)
+    torch._C._cuda_setDevice(device.index)
+
+
+class Arguments(threading.local):
+    """A kernel's one parameter, once for each thread, so that several can launch at once.
+
+    Attributes:
+        buffer: the parameter's bytes.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            adopt(device)  # a new thread has no context yet
+        self.buffer = bytearray(nbytes)
+        self.room = memoryview(self.buffer)
+        self._owned = (ctypes.c_char * nbytes).from_buffer(self.buffer)
+        self._pointer = (ctypes.c_void_p * 1)(ctypes.addressof(self._owned))
+        self.address = ctypes.addressof(self._pointer)
+
+
+class Launcher:
+    """Launches kernels with one parameter on a device, in any thread.
+
+    Raises `Unsupported` in a process that was forked from the one that made it.
+    """
+
+    def __init__(self, device: torch.device, threads: int) -> None:
+        self._device, self._index, self._threads = device, device.index, threads
+        self._launch, self._make_stream = bindings().cuLaunchKernel, bindings().CUstream
+        self._streams: dict[int, Any] = {}
+        self._process = os.getpid()
+
+    def __call__(
+        self, function: Any, blocks: int, address: int, stream: torch.Stream | None
+    ) -> None:
+        """Launch on ``stream``; None: the current stream of this device."""
+        if os.getpid() != self._process:
+            raise Unsupported(
+                "Launching in a forked process", "CUDA does not survive fork; start it by spawn"
+            )
+        if torch._C._cuda_getDevice() != self._index:
+            with torch.cuda.device(self._device):
+                self(function, blocks, address, stream)
+            return
+        handle = raw(stream, self._index)
+        known = self._streams.get(handle)
+        if known is None:
+            known = self._streams[handle] = self._make_stream(handle)
+        (error,) = self._launch(
+            function, blocks, 1, 1, self._threads, 1, 1, 0, known, address, 0
+        )  # fmt: skip
+        if error:
+            check(error, "The launch of a small copy")
+
+
+def copy_pitched(
+    dst: int,
+    src: int,
+    to_device: bool,
+    rows: tuple[int, int, int, int],
+    device: torch.device,
+    stream: torch.Stream | None,
+) -> None:
+    """Copy rows between pinned host memory and a device; ordered on ``stream``.
+
+    Args:
+        dst, src: addresses of the first rows.
+        to_device: from the host to the device, else the other way round.
+        rows: bytes of a row, rows, and the bytes from row to row in the source and destination.
+
+    Raises:
+        TransferError: the driver refuses the copy; nothing was moved.
+    """
+    driver = bindings()
+    width, height, src_pitch, dst_pitch = rows
+    host = driver.CUmemorytype.CU_MEMORYTYPE_HOST
+    there = driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
+    asked = driver.CUDA_MEMCPY2D()
+    asked.WidthInBytes, asked.Height = width, height
+    asked.srcPitch, asked.dstPitch = src_pitch, dst_pitch
+    if to_device:
+        asked.srcMemoryType, asked.srcHost = host, src
+        asked.dstMemoryType, asked.dstDevice = there, driver.CUdeviceptr(dst)
+    else:
+        asked.srcMemoryType, asked.srcDevice = there, driver.CUdeviceptr(src)
+        asked.dstMemoryType, asked.dstHost = host, dst
+    with torch.cuda.device(device):
+        adopt(device)
+        handle = driver.CUstream(raw(stream, device.index))
+        (error,) = driver.cuMemcpy2DAsync(asked, handle)
+    check(error, f"A copy of {height} rows of {width} bytes")
+
+
+def raw(stream: torch.Stream | None, index: int) -> int:
+    """The driver's handle of a stream; None: the current one of the device of that index."""
+    if stream is None:
+        return int(torch._C._cuda_getCurrentRawStream(index))
+    own = getattr(stream, "cuda_stream", None)
+    if own is not None:
+        return int(own)
+    same = torch.cuda.Stream(
+        stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type
+    )
+    return int(same.cuda_stream)
+
+
+def check(error: Any, what: str) -> None:
+    """Raise `TransferError` where the driver returned anything but success."""
+    if int(error):
+        name = getattr(error, "name", str(error))
+        raise TransferError(
+            f"{what} was asked of the CUDA driver, which answered {name}; success was expected, "
+            f"and nothing was moved. Check that the memory still exists, and earlier errors."
+        )

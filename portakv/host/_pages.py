@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pages of host memory: mapping exactly so many bytes, huge pages, first touch, what is left."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ._faults import HostMemoryError
+
+PAGE = mmap.PAGESIZE
+HUGE = 2 << 20  # what x86 and most arm64 kernels call huge
+_MAP_HUGETLB = 0x40000
+_MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
+_MS_ASYNC = 1
+_SLICE = 64 << 20  # bytes one thread touches at a time; whole huge pages
+
+
+class Span:
+    """Bytes at an address, in numpy's terms; what is made from it holds it.
+
+    Args:
+        address: of the first byte.
+        nbytes: how many.
+        read_only: numpy shall not write them.
+    """
+
+    def __init__(self, address: int, nbytes: int, read_only: bool = False) -> None:
+        self.address, self.nbytes, self.read_only = address, nbytes, read_only
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return {
+            "version": 3,
+            "shape": (self.nbytes,),
+            "typestr": "|u1",
+            "data": (self.address, self.read_only),
+        }
+
+    def array(self) -> npt.NDArray[np.uint8]:
+        """The bytes, without a copy."""
+        return np.asarray(self)
+
+
+def address_of(mapping: mmap.mmap) -> int:
+    """Where a mapping begins."""
+    return int(np.frombuffer(mapping, np.uint8).ctypes.data)
+
+
+def to_pages(nbytes: int, page: int = PAGE) -> int:
+    """So many bytes, rounded up to whole pages."""
+    return -(-nbytes // page) * page
+
+
+def map_private(nbytes: int, huge_pages: str) -> tuple[mmap.mmap, list[str]]:
+    """A private mapping of exactly so many bytes (the kernel ends it with its page), and what was
+    done about huge pages, a sentence each.
+
+    Args:
+        nbytes: one or more.
+        huge_pages: ``reserved``, ``transparent``, ``auto`` (transparent, without a word) or
+            ``never``.
+
+    Raises:
+        HostMemoryError: the kernel has no room for it.
+    """
+    notes: list[str] = []
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if huge_pages == "reserved":
+        whole = to_pages(nbytes, HUGE)
+        with suppress(OSError):
+            mapping = mmap.mmap(-1, whole, flags=flags | _MAP_HUGETLB)
+            notes.append(f"reserved huge pages hold it, {whole} bytes of them")
+            return mapping, notes
+        notes.append("no reserved huge pages are free (vm.nr_hugepages); asked for transparent")
+    try:
+        mapping = mmap.mmap(-1, nbytes, flags=flags)
+    except OSError as error:
+        raise HostMemoryError(
+            f"{nbytes} bytes of host memory were asked for, and the kernel refused to map them "
+            f"({error.strerror}); ask for less, or raise the limit (ulimit -v, overcommit)."
+        ) from None
+    if huge_pages != "never":
+        why = advise(address_of(mapping), nbytes)
+        if huge_pages != "auto":
+            notes.append(f"transparent huge pages were {'advised' if why is None else why}")
+    return mapping, notes
+
+
+def advise(address: int, nbytes: int) -> str | None:
+    """Ask for transparent huge pages; None, or how the kernel refused."""
+    code = _call("madvise", address, nbytes, _MADV_HUGEPAGE)
+    return None if code == 0 else f"refused ({os.strerror(code)})"
+
+
+def is_mapped(address: int, nbytes: int) -> bool:
+    """True where every page of the range belongs to the process; reads none of them."""
+    start = address // PAGE * PAGE
+    return _call("msync", start, to_pages(address + nbytes) - start, _MS_ASYNC) == 0
+
+
+def touch(address: int, nbytes: int, threads: int | None = None) -> None:
+    """Have the kernel give every page, from several threads at once. What pages hold stays.
+
+    Args:
+        address: on a page.
+        nbytes: of fresh memory, or of any where the kernel knows MADV_POPULATE_WRITE (5.14).
+        threads: how many; None: one for each core that the process may use, at most 16.
+
+    Raises:
+        HostMemoryError: the kernel ran out of pages, or of pages on the node asked for.
+    """
+    count = min(threads or default_threads(), -(-nbytes // _SLICE))
+    if count <= 1:
+        for start, length in _slices(address, nbytes):
+            _touch_slice(start, length)
+        return
+    with ThreadPoolExecutor(count, thread_name_prefix="portakv-touch") as pool:
+        done = [pool.submit(_touch_slice, *each) for each in _slices(address, nbytes)]
+        for each in done:
+            each.result()
+
+
+def default_threads() -> int:
+    """How many threads touch pages unless told."""
+    return min(16, len(os.sched_getaffinity(0)))
+
+
+def _slices(address: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    """Cut at multiples of a slice, so that two threads do not share a huge page."""
+    start, end = address, address + nbytes
+    while start < end:
+        stop = min(end, (start // _SLICE + 1) * _SLICE)
+        yield start, stop - start
+        start = stop
+
+
+def _touch_slice(address: int, nbytes: int) -> None:
+    code = _call("madvise", address, nbytes, _MADV_POPULATE_WRITE)
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EPERM):
+        write_each_page(address, nbytes)
+    elif code:
+        raise HostMemoryError(
+            f"{nbytes} bytes of host memory were mapped, and the kernel has no pages for them "
+            f"({os.strerror(code)}); ask for less memory, or for another NUMA node."
+        )
+
+
+def write_each_page(address: int, nbytes: int) -> None:
+    """One byte a page, for kernels without MADV_POPULATE_WRITE; numpy holds no GIL meanwhile."""
+    bytes_ = Span(address, nbytes).array()
+    # What the page holds is written back, since it may be a shared one.
+    bytes_[::PAGE] |= 0
+
+
+def available() -> int:
+    """Bytes that can be touched before the kernel starts to kill: of the machine, of the cgroup."""
+    return min([_machine(), *_cgroups()])
+
+
+def _machine() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _cgroups() -> Iterator[int]:
+    root = Path("/sys/fs/cgroup")
+    names = (("memory.max", "memory.current", "memory.stat"),
+             ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes",
+              "memory/memory.stat"))  # fmt: skip
+    for most, used, stat in names:
+        with suppress(OSError, ValueError, KeyError):
+            limit, current = int((root / most).read_text()), int((root / used).read_text())
+            pairs = (line.split() for line in (root / stat).read_text().splitlines())
+            counts = {key: int(value) for key, value in pairs}
+            # The page cache is given up first; what lies in shared memory is not.
+            files = counts.get("file", counts.get("cache", 0)) - counts.get("shmem", 0)
+            yield max(0, limit - current + max(0, files))
+
+
+def _call(name: str, address: int, nbytes: int, argument: int) -> int:
+    """A call of the C library on a range; its errno, or 0."""
+    if getattr(_libc(), name)(address, nbytes, argument) == 0:
+        return 0
+    return ctypes.get_errno() or errno.EINVAL
+
+
+@cache
+def _libc() -> Any:
+    library = ctypes.CDLL(None, use_errno=True)
+    for name in ("madvise", "msync"):
+        getattr(library, name).argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return library

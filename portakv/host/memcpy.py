@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain copies of tensors between host and device, within a device, and between devices.
+
+Most of the work is torch's: for contiguous memory its ``copy_`` issues the very memcpy that could
+be issued here, and inside a device one kernel of its own handles any strides. What these calls add:
+
+- "blocking" means that the host waits, in every direction, and "non-blocking" that it does not, or
+  that `Copied.waited` says so (pageable memory, and strides that the host has to lay out itself);
+- rows at a pitch between a device and pinned memory cross in one 2-D memcpy, without the
+  intermediate tensors, and the wait, that ``copy_`` needs for them (NVIDIA, extra ``cuda``);
+- a copy into strided memory is really written there, and an element type, a shape or memory that
+  do not fit are an error before anything is written: nothing is converted, broadcast or
+  reinterpreted;
+- host memory is held until the copy has ended, also memory that torch's allocator knows nothing of;
+- the result says which way was taken, and why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..errors import DeviceMismatch
+from ..transfer import Transfer
+from . import _cuda_driver, _flight
+from ._copy_checks import check_alike, check_disjoint
+from ._pitched import Pitched, pitched
+
+#: Rows narrower than this go through torch, which packs them first: a copy engine sends each row
+#: as packets of its own, and 256 bytes are what one usually carries. A default, not a measurement.
+LEAST_WIDTH = 256
+
+_TORCH_SAME = "torch's copy_ issues the same memcpy"
+_TORCH_INSIDE = "torch's copy_ is one pass for any strides inside a device"
+_TORCH_PEER = "torch's copy_ orders both devices' streams and takes the peer link where there is one"
+_TORCH_HOST = "both tensors are on the host"
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What became of a copy.
+
+    Attributes:
+        direction: ``h2d``, ``d2h``, ``d2d`` (one device), ``peer`` (two) or ``h2h``.
+        way: ``memcpy2d``, the driver's 2-D memcpy; ``torch``, its ``copy_``; ``nothing``, where
+            there were no bytes.
+        why: why that way, as a phrase; a fallback names what is missing.
+        nbytes: bytes moved.
+        waited: all bytes had landed when the call returned.
+        transfer: the handle behind `done`, `wait` and `synchronize`.
+    """
+
+    direction: str
+    way: str
+    why: str
+    nbytes: int
+    waited: bool
+    transfer: Transfer = field(repr=False, compare=False)
+
+    def done(self) -> bool:
+        """See `Transfer.done`."""
+        return self.transfer.done()
+
+    def wait(self, stream: torch.Stream | None = None) -> None:
+        """See `Transfer.wait`."""
+        self.transfer.wait(stream)
+
+    def synchronize(self) -> None:
+        """See `Transfer.synchronize`."""
+        self.transfer.synchronize()
+
+
+def is_available(device: torch.device | str | None = None) -> bool:
+    """True where the CUDA driver's own copies can be used; everything else works without them.
+
+    Args:
+        device: the device asked about; None: the current accelerator.
+    """
+    if device is None:
+        if not torch.accelerator.is_available():
+            return False
+        device = torch.accelerator.current_accelerator()
+    return device is not None and _cuda_driver.why_not(_flight.resolve(device)) is None
+
+
+def copy_(
+    dst: torch.Tensor,
+    src: torch.Tensor,
+    non_blocking: bool = False,
+    stream: torch.Stream | None = None,
+) -> Copied:
+    """Copy a tensor into another, wherever they are.
+
+    Args:
+        dst: any strides in which each element has an address of its own.
+        src: the same shape and dtype, any strides, no byte in common with ``dst``.
+        non_blocking: False: all bytes have landed when this returns. True: the host does not wait,
+            unless `Copied.waited` says that it had to.
+        stream: where the copy is ordered, behind what the current stream of its device holds by
+            now; a stream of a device that takes part. None: the current stream, for two devices
+            the source's, which the destination's then waits for.
+
+    In a graph capture the copy must be non-blocking, host memory pinned, and contiguous unless it
+    goes by 2-D memcpy; the caller keeps the memory for as long as the graph.
+
+    Raises:
+        LayoutError: dtypes or shapes differ; the tensors share bytes; an element of ``dst`` shares
+            its address with another; a tensor that is not strided.
+        DeviceMismatch: two kinds of device, or a stream of neither.
+        Unsupported: inside graph capture, what cannot be captured.
+        TransferError: the driver refuses the copy.
+    """
+    check_alike(dst, src)
+    direction = direction_of(dst, src)
+    devices = [each.device for each in (src, dst) if each.device.type != "cpu"]
+    _flight.check_stream(stream, *(devices or [torch.device("cpu")]))
+    nbytes = dst.numel() * dst.element_size()
+    if not nbytes:
+        return Copied(direction, "nothing", "there are no bytes", 0, True, Transfer())
+    check_disjoint(dst, src)
+    if not devices:
+        with torch.no_grad():
+            dst.copy_(src)
+        return Copied(direction, "torch", _TORCH_HOST, nbytes, True, Transfer())
+    device = stream.device if stream is not None else devices[-1]
+    rows = _rows(dst, src, direction, device)
+    captures = _flight.capturing(device)
+    if captures:
+        _check_capture(dst, src, direction, rows, non_blocking)
+    _flight.follow_current(stream, dst, src)
+    if isinstance(rows, Pitched):
+        way, why, late = "memcpy2d", "rows at a pitch cross as they lie", True
+        to_device = direction == "h2d"
+        _cuda_driver.copy_pitched(
+            dst.data_ptr(), src.data_ptr(), to_device, rows, device, stream
+        )  # fmt: skip
+    else:
+        way, why = "torch", rows
+        late = _copy_by_torch(dst, src, direction, non_blocking, stream)
+    waited = not (non_blocking and late)
+    if captures:
+        transfer = _flight.captured(device, stream, dst, src)
+        return Copied(direction, way, why, nbytes, False, transfer)
+    host = [each for each in (dst, src) if each.device.type == "cpu"]
+    end = _flight.completion(device, stream, *host)
+    if waited:
+        end.synchronize()
+    transfer = Transfer() if waited else Transfer((end,), (dst, src))
+    return Copied(direction, way, why, nbytes, waited, transfer)
+
+
+def copy_h2d(
+    dst: torch.Tensor,
+    src: torch.Tensor,
+    non_blocking: bool = False,
+    stream: torch.Stream | None = None,
+) -> Copied:
+    """`copy_` from the host to a device; `DeviceMismatch` for any other direction."""
+    return _directed(("h2d",), dst, src, non_blocking, stream)
+
+
+def copy_d2h(
+    dst: torch.Tensor,
+    src: torch.Tensor,
+    non_blocking: bool = False,
+    stream: torch.Stream | None = None,
+) -> Copied:
+    """`copy_` from a device to the host; `DeviceMismatch` for any other direction."""
+    return _directed(("d2h",), dst, src, non_blocking, stream)
+
+
+def copy_d2d(
+    dst: torch.Tensor,
+    src: torch.Tensor,
+    non_blocking: bool = False,
+    stream: torch.Stream | None = None,
+) -> Copied:
+    """`copy_` inside a device or between two; `DeviceMismatch` for any other direction."""
+    return _directed(("d2d", "peer"), dst, src, non_blocking, stream)
+
+
+def direction_of(dst: torch.Tensor, src: torch.Tensor) -> str:
+    """The direction of a copy, as `Copied` names it.
+
+    Raises:
+        DeviceMismatch: two kinds of accelerator, or tensors without memory.
+    """
+    kinds = src.device.type, dst.device.type
+    if "meta" in kinds or ("cpu" not in kinds and kinds[0] != kinds[1]):
+        raise DeviceMismatch(
+            f"A copy from {src.device} to {dst.device} was asked; expected the host, or one kind "
+            f"of device. Copy through a tensor on the host."
+        )
+    if kinds == ("cpu", "cpu"):
+        return "h2h"
+    if kinds[0] == "cpu":
+        return "h2d"
+    if kinds[1] == "cpu":
+        return "d2h"
+    return "d2d" if src.device == dst.device else "peer"
+
+
+def _directed(
+    wanted: tuple[str, ...],
+    dst: torch.Tensor,
+    src: torch.Tensor,
+    non_blocking: bool,
+    stream: torch.Stream | None,
+) -> Copied:
+    check_alike(dst, src)
+    if direction_of(dst, src) not in wanted:
+        raise DeviceMismatch(
+            f"copy_{wanted[0]} was asked to copy from {src.device} to {dst.device}; expected "
+            f"{' or '.join(wanted)}. Call copy_, which takes any direction."
+        )
+    return copy_(dst, src, non_blocking, stream)
+
+
+def _rows(
+    dst: torch.Tensor, src: torch.Tensor, direction: str, device: torch.device
+) -> Pitched | str:
+    """The rows for the driver's 2-D memcpy, or why torch copies, as a phrase."""
+    if direction == "d2d":
+        return _TORCH_INSIDE
+    if direction == "peer":
+        return _TORCH_PEER
+    if dst.is_contiguous() and src.is_contiguous():
+        return _TORCH_SAME
+    rows = pitched(dst, src)
+    if isinstance(rows, str):
+        return rows
+    if rows.height == 1:
+        return _TORCH_SAME
+    if rows.width < LEAST_WIDTH:
+        return f"its rows of {rows.width} bytes are narrower than {LEAST_WIDTH}; torch packs them"
+    if not is_pinned(dst if direction == "d2h" else src):
+        return "the host memory is pageable; torch packs the rows there"
+    if src.is_conj() != dst.is_conj() or src.is_neg() != dst.is_neg():
+        return "one of the tensors is a lazy conjugate or negative"
+    return _cuda_driver.why_not(device) or rows
+
+
+def is_pinned(tensor: torch.Tensor) -> bool:
+    """True where the first and the last byte of a host tensor are pinned.
+
+    The last one too: a tensor may reach past the memory that was registered.
+    """
+    if not tensor.is_pinned():
+        return False
+    dims = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((extent - 1) * stride for extent, stride in dims)
+    return bool(tensor.as_strided((1,), (1,), last).is_pinned())
+
+
+def _copy_by_torch(
+    dst: torch.Tensor,
+    src: torch.Tensor,
+    direction: str,
+    non_blocking: bool,
+    stream: torch.Stream | None,
+) -> bool:
+    """Let torch copy; returns False where all bytes have landed already."""
+    late = non_blocking or direction in ("d2d", "peer")
+    if direction == "d2h":
+        # Torch brings the bytes to pageable memory first where the host lays them out itself.
+        late = late and _runs_like_contiguous(dst) and is_pinned(dst)
+    elif direction == "h2d" and src.device.type == "cpu" and dst.device.type != "cuda":
+        # CUDA has read pageable memory when its call returns; of others that is not known.
+        late = late and is_pinned(src)
+    with torch.no_grad(), _flight.inside(stream):
+        dst.copy_(src, non_blocking=late)
+    return late
+
+
+def _runs_like_contiguous(tensor: torch.Tensor) -> bool:
+    """True where torch hands a host tensor to memcpy as it is."""
+    return tensor.is_contiguous()
+
+
+def _check_capture(
+    dst: torch.Tensor,
+    src: torch.Tensor,
+    direction: str,
+    rows: Pitched | str,
+    non_blocking: bool,
+) -> None:
+    if not non_blocking:
+        raise _flight.refuse_capture(
+            "A blocking copy", "the host cannot wait for it; pass non_blocking=True"
+        )
+    if direction not in ("h2d", "d2h") or isinstance(rows, Pitched):
+        return
+    host = dst if direction == "d2h" else src
+    if not is_pinned(host):
+        raise _flight.refuse_capture(
+            "A copy of pageable host memory", "a graph reads it at replay; pin the memory first"
+        )
+    if not host.is_contiguous():
+        raise _flight.refuse_capture(
+            f"A copy of host memory with strides {list(host.stride())}",
+            f"torch would copy it through memory that the graph does not keep ({rows}); use "
+            f"contiguous memory, or rows that a 2-D memcpy takes",
+        )
