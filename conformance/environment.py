@@ -109,7 +109,9 @@ def interpreted(subject: Subject) -> bool:
 def device_name(device: torch.device, simulated: bool) -> str:
     """The device's own name; for a CPU the processor's."""
     if simulated:
-        return f"simulated device ({device.type}, on the host's processor)"
+        simulation = f"simulated device ({device.type}, on the host's processor)"
+        # What emulates a vendor's device below the vendor's own package has a name of its own.
+        return str(getattr(torch.get_device_module(device), "EMULATED_AS", simulation))
     if device.type == "cpu":
         return _processor()
     ask = getattr(torch.get_device_module(device), "get_device_name", None)

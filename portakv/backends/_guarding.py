@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..plan import CopyPlan
-from ._ascend_rows import RowCopy
+from ._row_copy import RowCopy
 
 if TYPE_CHECKING:
     from ..index import Index

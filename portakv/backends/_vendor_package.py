@@ -27,7 +27,7 @@ def imported(package: str, install: str) -> Any:
         what = package if error.name == package else f"{error.name}, which {package} needs,"
         raise Unusable(f"{what} is not installed; install {install}") from error
     except Exception as error:  # such as OSError where a library of the vendor's is missing
-        why = f"{type(error).__name__}: {str(error).rstrip('.')}"
+        why = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
         raise Unusable(
             f"{package} is installed, but its import failed ({why}); install {install}, in the "
             f"release for torch {torch.__version__} and for this machine's driver"

@@ -34,7 +34,7 @@ import torch
 
 from ..errors import Unsupported
 from ..plan import CopyPlan
-from ._ascend_rows import RowCopy
+from ._row_copy import RowCopy
 from ._packed import TOKENS, packed, planes
 from ._vendor_package import Unusable, imported, version_of
 from .base import Backend, Capabilities, Decision, Launch
