@@ -6,11 +6,11 @@ Reads files and asks tools; changes nothing, and imports no vendor package that 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
-import shutil
-import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from importlib import metadata
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from .driver import driver_version
 from .source import SourceError, source_sha256
 from .subject import Subject
 
@@ -26,9 +27,11 @@ from .subject import Subject
 INTERPRET = "TRITON_INTERPRET"
 # Distributions whose versions may explain a result, where they are installed.
 _PACKAGES = (
-    "portakv", "numpy", "pytest", "hypothesis", "triton", "cuda-bindings", "nvidia-cuda-nvrtc",
-    "torch-npu", "torch-mlu", "torch-mlu-ops", "torch-musa", "intel-extension-for-pytorch",
+    "portakv", "numpy", "pytest", "hypothesis", "triton", "triton-ascend", "pytorch-triton-rocm",
+    "cuda-bindings", "nvidia-cuda-nvrtc", "torch-musa", "intel-extension-for-pytorch",
 )  # fmt: skip
+# Those whose ops are a backend: a version is not enough, since vendors build one more than once.
+_VENDORS = ("torch-npu", "torch-mlu", "torch-mlu-ops")
 
 
 def describe_environment(subject: Subject, asked: str) -> dict[str, Any]:
@@ -45,15 +48,16 @@ def describe_environment(subject: Subject, asked: str) -> dict[str, Any]:
         "os": _system(),
         "device": asked,
         "device_name": device_name(device, subject.emulated),
-        "driver": driver_version(device, subject.emulated),
+        "driver": "" if subject.emulated else driver_version(device),
         "emulated": is_emulated(subject),
         "cores": len(os.sched_getaffinity(0)),
     }
-    if device.type == "cuda":
-        facts["cuda"] = str(torch.version.cuda or torch.version.hip)
+    facts |= {} if subject.emulated else _toolkit(device)
     if interpreted(subject):
         facts[INTERPRET] = os.environ[INTERPRET]
-    return facts | package_versions([*_PACKAGES, *_distributions(subject.target)])
+    facts |= package_versions([*_PACKAGES, *_VENDORS, *_distributions(subject.target)])
+    digests = {f"sha256 of {name}": package_sha256(name) for name in _VENDORS}
+    return facts | {name: digest for name, digest in digests.items() if digest}
 
 
 def describe_backend(subject: Subject) -> dict[str, str]:
@@ -115,36 +119,56 @@ def device_name(device: torch.device, simulated: bool) -> str:
     if device.type == "cpu":
         return _processor()
     ask = getattr(torch.get_device_module(device), "get_device_name", None)
-    return str(ask(device)) if ask else device.type
+    name = str(ask(device)) if ask else ""
+    return name or _architecture(device) or device.type
 
 
-def driver_version(device: torch.device, simulated: bool) -> str:
-    """The driver's version where the system tells it; else empty."""
-    if simulated or device.type != "cuda":
+def _architecture(device: torch.device) -> str:
+    """``gfx906`` and the like, under HIP."""
+    if device.type != "cuda" or torch.version.hip is None:
         return ""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return ""
-    try:
-        told = subprocess.run(
-            [tool, "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=20, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    lines = told.stdout.split()
-    return lines[0] if lines else ""
+    return str(getattr(torch.cuda.get_device_properties(device), "gcnArchName", ""))
+
+
+def _toolkit(device: torch.device) -> dict[str, str]:
+    """The version of the vendor's toolkit that torch was built for, or that lies beside it."""
+    if device.type == "cuda":
+        if torch.version.hip is None:
+            return {"cuda": str(torch.version.cuda)}
+        return {"hip": torch.version.hip, "architecture": _architecture(device)}
+    ask = getattr(sys.modules.get("torch_npu.utils"), "get_cann_version", None)
+    version = ask() if device.type == "npu" and ask else ""  # empty before CANN 8.1
+    return {"cann": str(version)} if version else {}
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str]:
-    """Versions of those distributions that are installed."""
+    """Versions of those distributions that are installed, and of modules without one."""
     found = {}
     for name in names:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            continue
+            module = sys.modules.get(name.replace("-", "_"))
+            version = getattr(module, "__version__", None)
+            if version and not getattr(module, "EMULATED", False):
+                found[name] = str(version)
     return found
+
+
+def package_sha256(name: str) -> str:
+    """A hash of the files of an installed distribution, by the list that its wheel brought along;
+    the same wherever that wheel was installed. Empty where there is none."""
+    try:
+        listed = metadata.distribution(name).read_text("RECORD") or ""
+    except metadata.PackageNotFoundError:
+        return ""
+    # Not what an installer writes: its own notes, scripts with its Python's path, compiled files.
+    files = sorted(
+        line
+        for line in listed.splitlines()
+        if ",sha256=" in line and ".dist-info/" not in line and not line.startswith("..")
+    )
+    return hashlib.sha256("\n".join(files).encode()).hexdigest() if files else ""
 
 
 def _distributions(target: str) -> list[str]:

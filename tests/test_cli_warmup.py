@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from command_line import run, run_json, settle
 from guarded_memory import check_sentence
+from hip_cases import needs_compiler
+from portakv_conformance.vendor.hip_fake import fake_driver
 
 from portakv import CopyPlan, KVView
-from portakv.backends import _nvrtc
+from portakv.backends import _hip_driver, _hiprtc, _nvrtc
 from portakv.backends._rows_kernel import RowsKernel
 from portakv.cli import main
 
@@ -133,6 +136,45 @@ def test_without_a_device_architectures_have_to_be_named(monkeypatch: pytest.Mon
     assert "finds no CUDA device here; name architectures" in refuses()
 
 
+@needs_compiler
+def test_amds_architectures(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hipRTC, which is the fake one; a name that says more is another one."""
+    monkeypatch.setattr(_hip_driver, "driver", fake_driver)
+    words = ("--layout", NHD, CHUNK, "--heads", "2", "--layers", "3", "--dim", "64")
+    first = run_json("warmup", "--arch", "gfx906", "gfx906", "gfx90a:xnack-", *words)
+    targets = [(w["target"], w["compiled"], w["kept"]) for w in first["warmed"]]
+    assert targets == [("gfx906", 8, 0), ("gfx90a:xnack-", 8, 0)]
+    assert first["compilers"] == [f"hipRTC {_hiprtc.hiprtc_version(fake_driver())}"]
+    for source in _needed("cpu"):
+        assert _hiprtc.compiled_before(fake_driver(), source, "gfx906")
+        assert not _hiprtc.compiled_before(fake_driver(), source, "gfx90a")
+    again = run_json("warmup", "--arch", "gfx906", *words)
+    assert [(w["compiled"], w["kept"]) for w in again["warmed"]] == [(0, 8)]
+
+
+@needs_compiler
+def test_under_rocm_the_default_is_this_machines_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = [SimpleNamespace(gcnArchName=name) for name in ("gfx936", "gfx90a:xnack-", "gfx936")]
+    monkeypatch.setattr(_hip_driver, "driver", fake_driver)
+    monkeypatch.setattr(_hiprtc, "_compile", lambda *_: b"code")
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", named.__getitem__)
+    warmed = run_json("warmup", "--layout", NHD, CHUNK, "--layers", "2")["warmed"]
+    assert [w["target"] for w in warmed] == ["gfx936", "gfx90a:xnack-"]
+
+
+def test_without_hiprtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise _hip_driver.DriverMissing("hipRTC cannot be loaded (no such file); install ROCm")
+
+    monkeypatch.setattr(_hip_driver, "driver", missing)
+    assert "hip backend cannot be compiled: hipRTC cannot be loaded (no such file); install" in (
+        refuses("--arch", "gfx906")
+    )
+
+
 @needs_nvrtc
 def test_an_architecture_that_is_too_old() -> None:
     assert "Compute capability 5.0" in refuses("--arch", "50", "--shape", "seed")
@@ -179,7 +221,9 @@ def test_what_the_compiler_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "sm_90:\na line" in refuses("--arch", "90", "--shape", "seed")
 
 
-@pytest.mark.parametrize("words", [["--arch", "x"], ["--arch", "900000"], ["--layout", NHD]])
+@pytest.mark.parametrize(
+    "words", [["--arch", "x"], ["--arch", "900000"], ["--arch", "gfx"], ["--layout", NHD]]
+)
 def test_words_that_are_not_understood(words: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["warmup", *words])

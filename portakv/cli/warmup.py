@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv warmup`: compile the `cuda` backend's kernels before anybody waits for them."""
+"""`portakv warmup`: compile the kernels of `cuda` and `hip` before anybody waits for them."""
 
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from portakv.backends import _kernel_cache, _nvrtc
+from portakv.backends import _kernel_cache
 from portakv.backends._rows_kernel import RowsKernel
 from portakv.console import Column, print_json, print_prose, print_table
 from portakv.errors import PortaKVError
@@ -21,15 +20,16 @@ from portakv.view import KVView
 
 from .explain import add_extents, said_extents
 from .sides import Extents, Side, make_sides
+from .warmup_targets import Target, architecture, targets
 
 _DESCRIPTION = """\
-Compiles the kernels of the `cuda` backend and keeps them in its cache
-(PORTAKV_CACHE_DIR, else portakv in the user's cache folder), so that the first
-transfer does not have to. It needs no GPU: with --arch it also serves a machine
-that is not here. For each shape or pair of layouts the kernels of gather and
-scatter are made, by slots and by blocks, for layers in separate allocations
-and in one. What an engine's own extents need beyond that is compiled when its
-caches are registered."""
+Compiles the kernels of the `cuda` or the `hip` backend and keeps them in their
+cache (PORTAKV_CACHE_DIR, else portakv in the user's cache folder), so that the
+first transfer does not have to. It needs no GPU: with --arch it also serves a
+machine that is not here but has the same release of the compiler. For each
+shape or pair of layouts the kernels of gather and scatter are made, by slots
+and by blocks, for layers in separate allocations and in one. What an engine's
+own extents need beyond that is compiled when its caches are registered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +56,14 @@ def add_to(verbs: Any) -> None:
     """Add the verb."""
     parser = verbs.add_parser(
         "warmup",
-        help="compile the cuda backend's kernels into its cache, for any architecture",
+        help="compile the kernels of cuda or hip into their cache, for any architecture",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--arch", type=_architecture, nargs="+", metavar="N", default=[],
-        help="compute capabilities: 90, 9.0 or sm_90 (default: of this machine's devices)",
+        "--arch", type=architecture, nargs="+", metavar="N", default=[],
+        help="compute capabilities (90, 9.0 or sm_90), or AMD's names, whole, as torch tells them "
+        "in gcnArchName (gfx906, gfx90a:sramecc+:xnack-); default: of this machine's devices",
     )  # fmt: skip
     parser.add_argument(
         "--shape", nargs="+", metavar="NAME", default=[],
@@ -77,23 +78,15 @@ def add_to(verbs: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _architecture(text: str) -> int:
-    if re.fullmatch(r"(sm_)?\d{2,3}|\d{1,2}\.\d", text) is None:
-        raise argparse.ArgumentTypeError(f"{text!r} was given, expected a number such as 90")
-    return int(text.removeprefix("sm_").replace(".", ""))
-
-
 def run(asked: argparse.Namespace) -> int:
     """Compile, and print what was compiled and what was there before.
 
     Raises:
-        PortaKVError: NVRTC or the cache cannot be used, an unknown shape or architecture, no
+        PortaKVError: a compiler or the cache cannot be used, an unknown shape or architecture, no
             device where none was named.
         LayoutError, Unsupported: what a copy between the layouts would raise.
     """
-    why = _nvrtc.missing()
-    if why is not None:
-        raise PortaKVError(f"The kernels of the cuda backend cannot be compiled: {why}.")
+    compiled_for = targets(asked.arch)
     why = _kernel_cache.refusal()
     if why is not None:
         raise PortaKVError(
@@ -101,29 +94,15 @@ def run(asked: argparse.Namespace) -> int:
             f"that only you can write to."
         )
     pairs = [*_shapes(asked.shape, not asked.layout), *_layouts(asked)]
-    architectures = list(dict.fromkeys(asked.arch or _own_architectures()))
     began = perf_counter()
-    warmed = [done for pair in pairs for done in _warm(pair, architectures)]
+    warmed = [done for pair in pairs for done in _warm(pair, compiled_for)]
     seconds = perf_counter() - began
+    compilers = list(dict.fromkeys(target.compiler for target in compiled_for))
     if asked.json:
-        print_json(_as_json(warmed, seconds))
+        print_json(_as_json(warmed, compilers, seconds))
     else:
-        _print(warmed, seconds)
+        _print(warmed, compilers, seconds)
     return 0
-
-
-def _own_architectures() -> list[int]:
-    found = []
-    if torch.version.hip is None and torch.cuda.is_available():
-        for number in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(number)
-            found.append(10 * major + minor)
-    if not found:
-        raise PortaKVError(
-            "Kernels were asked for this machine's own devices, but torch finds no CUDA device "
-            "here; name architectures, for example --arch 90."
-        )
-    return found
 
 
 def _shapes(names: Sequence[str], else_all: bool) -> list[Pair]:
@@ -161,17 +140,16 @@ def _layouts(asked: argparse.Namespace) -> list[Pair]:
     ]
 
 
-def _warm(pair: Pair, architectures: Sequence[int]) -> Iterator[Warmed]:
+def _warm(pair: Pair, compiled_for: Sequence[Target]) -> Iterator[Warmed]:
     sources = list(dict.fromkeys(_sources(pair)))
-    for architecture in architectures:
+    for target in compiled_for:
         try:
-            target = _nvrtc.target_for(architecture)
-            missing = [s for s in sources if not _nvrtc.compiled_before(s, architecture)]
+            missing = [source for source in sources if not target.holds(source)]
             for source in missing:
-                _nvrtc.compile_kernel(source, architecture)
+                target.compile(source)
         except RuntimeError as error:
             raise PortaKVError(str(error)) from error
-        yield Warmed(pair.name, target, len(missing), len(sources) - len(missing))
+        yield Warmed(pair.name, target.name, len(missing), len(sources) - len(missing))
 
 
 def _sources(pair: Pair) -> Iterator[str]:
@@ -204,7 +182,7 @@ def _arrangements(side: Side) -> list[KVView]:
     return [view, one]
 
 
-def _print(warmed: Sequence[Warmed], seconds: float) -> None:
+def _print(warmed: Sequence[Warmed], compilers: Sequence[str], seconds: float) -> None:
     columns = [
         Column("kernels of"), Column("for", whole=True), Column("compiled", right=True),
         Column("kept", right=True),
@@ -214,15 +192,15 @@ def _print(warmed: Sequence[Warmed], seconds: float) -> None:
     compiled, kept = sum(one.compiled for one in warmed), sum(one.kept for one in warmed)
     print()
     print_prose(
-        f"{compiled} kernels compiled by NVRTC {_nvrtc.nvrtc_version()} in {seconds:.1f} s, "
+        f"{compiled} kernels compiled by {' and '.join(compilers)} in {seconds:.1f} s, "
         f"{kept} were there before: {_kernel_cache.directory()}"
     )
 
 
-def _as_json(warmed: Sequence[Warmed], seconds: float) -> dict[str, Any]:
+def _as_json(warmed: Sequence[Warmed], compilers: Sequence[str], seconds: float) -> dict[str, Any]:
     return {
         "directory": str(_kernel_cache.directory()),
-        "nvrtc": _nvrtc.nvrtc_version(),
+        "compilers": [*compilers],
         "seconds": round(seconds, 3),
         "warmed": [asdict(one) for one in warmed],
     }

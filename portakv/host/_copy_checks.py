@@ -13,7 +13,7 @@ from ..errors import LayoutError
 
 # Steps of the search for a common byte. Strides of real tensors need a few; only ones that were
 # made to be hard come near it.
-_STEPS = 1_000_000
+_STEPS: Any = 1_000_000
 
 
 def check_alike(dst: Any, src: Any) -> None:

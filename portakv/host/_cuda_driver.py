@@ -58,6 +58,11 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def compiler_target(device: torch.device) -> str:
+    """What is compiled for a device; raises `RuntimeError` where it is too old for NVRTC."""
+    return _nvrtc.target_for(capability(device))
+
+
 def load(source: str, names: Iterable[str], device: torch.device) -> dict[str, Any]:
     """Compile a text, or find it on disk, and make its kernels resident.
 
@@ -67,8 +72,8 @@ def load(source: str, names: Iterable[str], device: torch.device) -> dict[str, A
     """
     driver = bindings()
     binary = _nvrtc.compile_kernel(source, capability(device))
+    adopt(device)
     with torch.cuda.device(device):
-        adopt(device)
         error, library = driver.cuLibraryLoadData(binary, [], [], 0, [], [], 0)
         check(error, "Loading the kernel")
         functions = {}
@@ -82,9 +87,10 @@ def load(source: str, names: Iterable[str], device: torch.device) -> dict[str, A
 
 
 def adopt(device: torch.device) -> None:
-    """Give this thread the device's context, which the driver's calls take for granted."""
-    torch.cuda.current_stream(device)
-    torch._C._cuda_setDevice(device.index)
+    """Give this thread a context, which the driver's calls take for granted."""
+    with torch.cuda.device(device):
+        torch.cuda.current_stream(device)
+        torch._C._cuda_setDevice(device.index)
 
 
 class Arguments(threading.local):
@@ -95,8 +101,7 @@ class Arguments(threading.local):
     """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
-        with torch.cuda.device(device):
-            adopt(device)  # a new thread has no context yet
+        adopt(device)  # a new thread has no context yet
         self.buffer = bytearray(nbytes)
         self.room = memoryview(self.buffer)
         self._owned = (ctypes.c_char * nbytes).from_buffer(self.buffer)
@@ -170,8 +175,8 @@ def copy_pitched(
     else:
         asked.srcMemoryType, asked.srcDevice = there, driver.CUdeviceptr(src)
         asked.dstMemoryType, asked.dstHost = host, dst
+    adopt(device)
     with torch.cuda.device(device):
-        adopt(device)
         handle = driver.CUstream(raw(stream, device.index))
         (error,) = driver.cuMemcpy2DAsync(asked, handle)
     check(error, f"A copy of {height} rows of {width} bytes")

@@ -60,6 +60,11 @@ def follow_current(stream: torch.Stream | None, *tensors: torch.Tensor) -> None:
             tensor.record_stream(stream)
 
 
+def drain(device: torch.device, stream: torch.Stream | None) -> None:
+    """Block the host until everything on ``stream`` has ended; None: the device's current one."""
+    (stream or torch.accelerator.current_stream(device.index)).synchronize()
+
+
 def inside(stream: torch.Stream | None) -> AbstractContextManager[object]:
     """Inside, ``stream`` is the current one; None changes nothing."""
     if stream is None:
@@ -81,9 +86,7 @@ def completion(
     return ended
 
 
-def captured(
-    device: torch.device, stream: torch.Stream | None, *tensors: torch.Tensor
-) -> Transfer:
+def captured(device: torch.device, stream: torch.Stream | None, *tensors: torch.Tensor) -> Transfer:
     """The handle of a copy that was captured; with ``stream``, `Transfer.wait` joins the fork."""
     event = None
     if stream is not None:

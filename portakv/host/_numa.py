@@ -10,6 +10,7 @@ import platform
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ def nodes() -> list[int]:
 
 def node_of(device: torch.device | str) -> int | None:
     """The node that a CUDA or ROCm device hangs on; None where the machine does not say."""
-    found = torch.cuda.get_device_properties(torch.device(device))
+    found: Any = torch.cuda.get_device_properties(torch.device(device))
     if not hasattr(found, "pci_bus_id"):
         return None
     address = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"

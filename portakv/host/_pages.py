@@ -33,11 +33,10 @@ class Span:
     Args:
         address: of the first byte.
         nbytes: how many.
-        read_only: numpy shall not write them.
     """
 
-    def __init__(self, address: int, nbytes: int, read_only: bool = False) -> None:
-        self.address, self.nbytes, self.read_only = address, nbytes, read_only
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.address, self.nbytes = address, nbytes
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -45,7 +44,7 @@ class Span:
             "version": 3,
             "shape": (self.nbytes,),
             "typestr": "|u1",
-            "data": (self.address, self.read_only),
+            "data": (self.address, False),
         }
 
     def array(self) -> npt.NDArray[np.uint8]:

@@ -2,8 +2,8 @@
 """The few calls of the CUDA or HIP runtime that register host memory.
 
 A call that fails leaves its error in the runtime, where the next kernel launch of anybody finds it
-(vLLM #51081), so each failure here is cleared at once. The library is the one that torch has loaded:
-every copy of the runtime, such as the one inside ``cuda.bindings``, remembers errors of its own.
+(vLLM #51081), so each failure here is cleared at once. The library is the one that torch has
+loaded: each copy of the runtime, as the one inside ``cuda.bindings``, has an error of its own.
 """
 
 from __future__ import annotations
@@ -82,23 +82,23 @@ class ThroughTorch:
     def __init__(self) -> None:
         self._cudart: Any = torch.cuda.cudart()
 
-    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
         return int(self._cudart.cudaHostRegister(address, nbytes, flags).value)
 
-    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+    def cudaHostUnregister(self, address: int) -> int:
         return int(self._cudart.cudaHostUnregister(address).value)
 
-    def cudaHostGetDevicePointer(self, found: Any, address: int, flags: int) -> int:  # noqa: N802
+    def cudaHostGetDevicePointer(self, found: Any, address: int, flags: int) -> int:
         found._obj.value = address  # one address space on every 64-bit CUDA system
         return 0
 
-    def cudaGetLastError(self) -> int:  # noqa: N802
+    def cudaGetLastError(self) -> int:
         # Not offered; but torch asks for it behind each launch, and forgets it.
         with suppress(RuntimeError):
             torch.empty(1, device="cuda").fill_(0)
         return 0
 
-    def cudaGetErrorString(self, code: int) -> str:  # noqa: N802
+    def cudaGetErrorString(self, code: int) -> str:
         return f"CUDA error {code}"
 
 
@@ -153,7 +153,8 @@ def loaded_library(stem: str, version: str, maps: str = "/proc/self/maps") -> st
             if re.match(rf"{stem}(-[0-9a-f]+)?\.so", name) and f"/{path}" not in found:
                 found.append(f"/{path}")
     named = re.compile(rf"\.so\.{version}(\.|$)|-[0-9a-f]+\.so\.{version}(\.|$)")
-    return next((path for path in found if version and named.search(path)), (found or [None])[0])
+    preferred = [path for path in found if version and named.search(path)]
+    return next(iter(preferred + found), None)
 
 
 def quiesce() -> None:
@@ -164,8 +165,9 @@ def quiesce() -> None:
     if torch.cuda.is_available():
         if not torch.cuda.is_initialized() or torch.cuda._is_in_bad_fork():
             return
+        inside: Any = torch._C
         for index in range(torch.cuda.device_count()):
-            if torch._C._cuda_hasPrimaryContext(index):  # waiting must not make one
+            if inside._cuda_hasPrimaryContext(index):  # waiting must not make one
                 with suppress(RuntimeError):
                     torch.cuda.synchronize(index)
     elif torch.accelerator.is_available():

@@ -53,6 +53,11 @@ def capacities(limit: int) -> tuple[int, ...]:
     return tuple(one for one in CAPACITIES if VALUES_HEAD.size + one <= limit)
 
 
+def capacity_for(nbytes: int) -> int:
+    """The smallest kernel that carries so many bytes by value., which one of them must."""
+    return next(one for one in CAPACITIES if nbytes <= one)
+
+
 def values_name(capacity: int) -> str:
     """The entry that carries so many bytes by value."""
     return f"portakv_small_{capacity}"

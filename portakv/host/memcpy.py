@@ -25,7 +25,7 @@ from ..errors import DeviceMismatch
 from ..transfer import Transfer
 from . import _cuda_driver, _flight
 from ._copy_checks import check_alike, check_disjoint
-from ._pitched import Pitched, pitched
+from ._pitched import Pitched, loops_of, pitched
 
 #: Rows narrower than this go through torch, which packs them first: a copy engine sends each row
 #: as packets of its own, and 256 bytes are what one usually carries. A default, not a measurement.
@@ -33,7 +33,9 @@ LEAST_WIDTH = 256
 
 _TORCH_SAME = "torch's copy_ issues the same memcpy"
 _TORCH_INSIDE = "torch's copy_ is one pass for any strides inside a device"
-_TORCH_PEER = "torch's copy_ orders both devices' streams and takes the peer link where there is one"
+_TORCH_PEER = (
+    "torch's copy_ orders both devices' streams and takes the peer link where there is one"
+)
 _TORCH_HOST = "both tensors are on the host"
 
 
@@ -264,18 +266,24 @@ def _copy_by_torch(
     late = non_blocking or direction in ("d2d", "peer")
     if direction == "d2h":
         # Torch brings the bytes to pageable memory first where the host lays them out itself.
-        late = late and _runs_like_contiguous(dst) and is_pinned(dst)
-    elif direction == "h2d" and src.device.type == "cpu" and dst.device.type != "cuda":
-        # CUDA has read pageable memory when its call returns; of others that is not known.
-        late = late and is_pinned(src)
+        late = late and lies_ready(dst, dst, src) and is_pinned(dst)
+    elif direction == "h2d":
+        if not lies_ready(src, dst, src):
+            late = False
+            if is_pinned(src):
+                # The host packs it now; earlier work of the stream may still be writing it.
+                _flight.drain(dst.device, stream)
+        elif dst.device.type != "cuda":
+            # CUDA has read pageable memory when its call returns; of others that is not known.
+            late = late and is_pinned(src)
     with torch.no_grad(), _flight.inside(stream):
         dst.copy_(src, non_blocking=late)
     return late
 
 
-def _runs_like_contiguous(tensor: torch.Tensor) -> bool:
-    """True where torch hands a host tensor to memcpy as it is."""
-    return tensor.is_contiguous()
+def lies_ready(host: torch.Tensor, dst: torch.Tensor, src: torch.Tensor) -> bool:
+    """True where torch hands the host's tensor of a copy to memcpy as it lies."""
+    return host.is_contiguous() or not loops_of(dst, src)[1]
 
 
 def _check_capture(
@@ -296,7 +304,7 @@ def _check_capture(
         raise _flight.refuse_capture(
             "A copy of pageable host memory", "a graph reads it at replay; pin the memory first"
         )
-    if not host.is_contiguous():
+    if not lies_ready(host, dst, src):
         raise _flight.refuse_capture(
             f"A copy of host memory with strides {list(host.stride())}",
             f"torch would copy it through memory that the graph does not keep ({rows}); use "

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file behind a shared pool: a header, the members, who has which block, then the blocks.
+
+Each change that matters is one aligned store of 8 bytes, so a process that dies between two of them
+leaves tables that mean something. The header's first word is written last.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import stat
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import SlotError
+from . import _pages
+from ._blocks import stride as stride_of
+from ._faults import HostMemoryError
+from ._members import RECORD, FileLocks, Members
+
+FOLDER = Path("/dev/shm")
+_PREFIX = "portakv-"
+_MAGIC = 0x3130564B41545250  # changes with the layout of the file
+_MEMBERS = 128
+HEADER = np.dtype([("magic", "i8"), ("block_bytes", "i8"), ("blocks", "i8"), ("stride", "i8"),
+                   ("high_water", "i8")])  # fmt: skip
+_MEMBERS_AT = 256
+_OWNERS_AT = _MEMBERS_AT + _MEMBERS * RECORD.itemsize
+_BLOCK_RECORD = 8 + 8 + 8 + 40  # owner, generation, since, label
+
+
+class SharedFile:
+    """One opening of the file, with a place among its members.
+
+    Attributes:
+        mapping: all of the file.
+        header: `HEADER`, one record.
+        owners: int64 ``[blocks]``: the place of who has a block, plus 1; 0: free.
+        generations: int64 ``[blocks]``, counts how often a block changed hands.
+        since: float64 ``[blocks]``, when it was acquired, by the monotonic clock.
+        labels: what for.
+    """
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self.path, self.locks = path, FileLocks(fd)
+
+    @classmethod
+    def open(
+        cls, name: str, block_bytes: int | None, blocks: int | None, alignment: int, label: str
+    ) -> SharedFile:
+        """Open or make it, and join. Errors as `SharedPool`."""
+        path = _path(name)
+        wanted = None
+        if block_bytes is not None and blocks is not None:
+            wanted = (block_bytes, blocks, stride_of(block_bytes, blocks, alignment))
+        while True:
+            file = cls(path, _opened(path, wanted is not None))
+            try:
+                with file.locks.exclusive():
+                    if not file._named():  # the last member removed it meanwhile
+                        continue
+                    file._begin(name, wanted)
+                    file._join(name, label)
+                    return file
+            except BaseException:
+                file.locks.close()
+                raise
+
+    @property
+    def address(self) -> int:
+        """Of the first block."""
+        return _pages.address_of(self.mapping) + _data_at(self.blocks)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all blocks."""
+        return self.blocks * self.stride
+
+    def check(self, index: int) -> None:
+        """Raise `SlotError` where there is no such block."""
+        if not 0 <= index < self.blocks:
+            raise SlotError(
+                f"Block {index} was asked of a shared pool of {self.blocks}; ask for one of "
+                f"0 .. {self.blocks - 1}."
+            )
+
+    def assign(self, index: int) -> None:
+        """Make a block this process's. Inside ``locks.exclusive()``."""
+        self.since[index] = time.monotonic()
+        self.generations[index] += 1
+        self.owners[index] = self.members.me + 1
+
+    def reclaim(self) -> list[str]:
+        """Free what dead members have. Inside ``locks.exclusive()``."""
+        found = []
+        for place in self.members.dead():
+            theirs = np.flatnonzero(self.owners == place + 1)
+            found.append(f"{self.members.describe(place)}: {theirs.size} blocks")
+            self.owners[theirs] = 0
+            self.members.bury(place)
+        return found
+
+    def leave(self, keep: bool) -> None:
+        """Give back what this process has, and its place; the last removes the file."""
+        if self.locks.fd < 0:
+            return
+        with suppress(HostMemoryError), self.locks.exclusive():
+            self.owners[self.owners == self.members.me + 1] = 0
+            self.reclaim()
+            self.members.leave()
+            if not keep and not self.members.attached() and self._named():
+                self.path.unlink(missing_ok=True)
+        self.locks.close()
+
+    def _named(self) -> bool:
+        """True while the name still leads to this file."""
+        with suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self.locks.fd), os.stat(self.path))
+        return False
+
+    def _begin(self, name: str, wanted: tuple[int, int, int] | None) -> None:
+        """Make the file where nobody has finished that, and map it."""
+        fd = self.locks.fd
+        found = np.zeros(1, HEADER)
+        raw = os.pread(fd, HEADER.itemsize, 0)
+        if len(raw) == HEADER.itemsize:
+            found = np.frombuffer(raw, HEADER)
+        fresh = found["magic"][0] == 0
+        if fresh:
+            if wanted is None:
+                self.path.unlink(missing_ok=True)
+                raise _absent(name)
+            self._reserve(wanted)
+        elif found["magic"][0] != _MAGIC:
+            raise HostMemoryError(
+                f"The shared pool {name!r} was made by another release of PortaKV; end what uses "
+                f"it and remove {self.path}."
+            )
+        here = wanted if fresh and wanted else tuple(
+            int(found[field][0]) for field in ("block_bytes", "blocks", "stride")
+        )  # fmt: skip
+        if wanted is not None and wanted != here:
+            raise HostMemoryError(
+                f"The shared pool {name!r} was asked for with {wanted[1]} blocks of {wanted[0]} "
+                f"bytes ({wanted[2]} apart), and it has {here[1]} of {here[0]} ({here[2]} apart); "
+                f"ask for the same, or take another name."
+            )
+        self.block_bytes, self.blocks, self.stride = here
+        self._map(fresh)
+
+    def _reserve(self, wanted: tuple[int, int, int]) -> None:
+        """Have the pages from the start: running out of them later would be a SIGBUS."""
+        _, blocks, stride = wanted
+        total = _data_at(blocks) + blocks * stride
+        try:
+            os.ftruncate(self.locks.fd, 0)
+            os.posix_fallocate(self.locks.fd, 0, total)
+        except OSError as error:
+            room = os.statvfs(FOLDER)
+            self.path.unlink(missing_ok=True)
+            raise HostMemoryError(
+                f"A shared pool of {total} bytes was asked for, and {FOLDER} has "
+                f"{room.f_bavail * room.f_frsize} ({error.strerror}); make it smaller, or mount a "
+                f"larger one (docker: --shm-size)."
+            ) from None
+
+    def _map(self, fresh: bool) -> None:
+        total = _data_at(self.blocks) + self.nbytes
+        self.mapping = mmap.mmap(self.locks.fd, total)
+        count, at = self.blocks, _OWNERS_AT
+        self.header = np.frombuffer(self.mapping, HEADER, 1)
+        self.owners = np.frombuffer(self.mapping, np.int64, count, at)
+        self.generations = np.frombuffer(self.mapping, np.int64, count, at + 8 * count)
+        self.since = np.frombuffer(self.mapping, np.float64, count, at + 16 * count)
+        self.labels = np.frombuffer(self.mapping, "S40", count, at + 24 * count)
+        table = np.frombuffer(self.mapping, RECORD, _MEMBERS, _MEMBERS_AT)
+        self.members = Members(self.locks, table)
+        if fresh:
+            _pages.touch(self.address // _pages.PAGE * _pages.PAGE, self.nbytes)
+            for field in ("block_bytes", "blocks", "stride"):
+                self.header[field][0] = getattr(self, field)
+            self.header["magic"][0] = _MAGIC
+
+    def _join(self, name: str, label: str) -> None:
+        if not self.members.join(label):
+            self.reclaim()
+            if not self.members.join(label):
+                raise HostMemoryError(
+                    f"The shared pool {name!r} was opened by one process more than the {_MEMBERS} "
+                    f"that it has room for; close it in some."
+                )
+        # Left by a predecessor that died in this place before it had it.
+        self.owners[self.owners == self.members.me + 1] = 0
+
+
+def names() -> list[str]:
+    """The shared pools of this machine, of every user."""
+    return sorted(path.name[len(_PREFIX) :] for path in FOLDER.glob(f"{_PREFIX}*"))
+
+
+def remove(name: str) -> None:
+    """Remove a shared pool that was left behind; who is attached keeps its memory until it closes.
+
+    Raises:
+        HostMemoryError: there is none, or it is another user's.
+    """
+    path = _path(name)
+    os.close(_opened(path, False))
+    path.unlink(missing_ok=True)
+
+
+def _path(name: str) -> Path:
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", name):
+        raise HostMemoryError(
+            f"A shared pool was named {name!r}; expected 1 to 200 letters, digits, dots, dashes "
+            f"and underscores."
+        )
+    return FOLDER / f"{_PREFIX}{name}"
+
+
+def _opened(path: Path, make: bool) -> int:
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if make else 0)
+    try:
+        fd = os.open(path, flags, 0o600)
+    except FileNotFoundError:
+        raise _absent(path.name[len(_PREFIX) :]) from None
+    except OSError as error:
+        raise HostMemoryError(
+            f"The shared pool at {path} cannot be opened ({error.strerror}); take another name, "
+            f"or run as the user whose it is."
+        ) from None
+    found = os.fstat(fd)
+    if found.st_uid == os.geteuid() and stat.S_ISREG(found.st_mode) and not found.st_mode & 0o022:
+        return fd
+    os.close(fd)
+    raise HostMemoryError(
+        f"The shared pool at {path} belongs to somebody else, or others may write to it; take "
+        f"another name, or run as the user whose it is."
+    )
+
+
+def _absent(name: str) -> HostMemoryError:
+    return HostMemoryError(
+        f"The shared pool {name!r} was asked for as it is, and there is none; say block_bytes and "
+        f"blocks to make it."
+    )
+
+
+def _data_at(blocks: int) -> int:
+    """Where the blocks begin, on a page."""
+    return _pages.to_pages(_OWNERS_AT + blocks * _BLOCK_RECORD)

@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pinned host memory: allocated to the byte, or memory that exists, registered where it is.
+
+Memory lives as long as anything made from it: the handle, its tensor, any view or array of these.
+Before it is unregistered the host waits for the devices, so that no copy in flight loses it.
+Where nothing can be pinned the same calls give pageable memory, and say so once.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import weakref
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..errors import Unsupported
+from . import _numa, _pages, _runtime, _spans
+from ._faults import HostMemoryError, warn_once
+from ._pages import Span
+from ._registrations import LARGEST, Registration
+from ._runtime import CallRefused, Runtime
+
+__all__ = ["HostMemoryError", "PinnedMemory", "allocate", "empty", "register", "register_address",
+           "registered", "unregister", "why_not"]  # fmt: skip
+
+HugePages = Literal["auto", "transparent", "reserved", "never"]
+_ONLY_TORCH = "torch registers no memory that exists for this device; take some of `allocate`"
+_open: dict[int, PinnedMemory] = {}  # what `register` returned, until it is closed
+
+
+class PinnedMemory:
+    """Host memory and how it is held. A context manager; `close` may be called again.
+
+    Attributes:
+        nbytes: exactly what was asked.
+        address: of the first byte, as the host sees it.
+        pinned: False where it is pageable after all.
+        seams: offsets in bytes at which one registration ends and the next begins. A copy must
+            not cross one: it fails or is slow.
+        notes: what was done otherwise than asked, a sentence each.
+    """
+
+    def __init__(
+        self,
+        base: torch.Tensor,
+        registration: Registration | None = None,
+        notes: Sequence[str] = (),
+        mapped: bool = True,
+        read_only: bool = False,
+    ) -> None:
+        self.nbytes, self.address = base.numel(), base.data_ptr()
+        self.pinned = registration.pinned if registration is not None else base.is_pinned()
+        self.notes = tuple(notes)
+        pieces = [] if registration is None else registration.pieces
+        self.seams = tuple(at - self.address for at, _ in pieces[1:])
+        self._base: torch.Tensor | None = base
+        self._registration, self._mapped, self._read_only = registration, mapped, read_only
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """All of it, uint8 ``[nbytes]``. Holds the memory, as do all tensors made from it."""
+        if self._base is None:
+            raise HostMemoryError(
+                f"{self.nbytes} bytes of host memory were asked for after they had been closed; "
+                f"take the tensor before, which holds the memory."
+            )
+        return self._base
+
+    @property
+    def array(self) -> npt.NDArray[np.uint8]:
+        """All of it, uint8 ``[nbytes]``. Holds the memory."""
+        found: npt.NDArray[np.uint8] = self.tensor.numpy()
+        found.flags.writeable = not self._read_only
+        return found
+
+    @property
+    def pieces(self) -> list[torch.Tensor]:
+        """The tensor, cut at the seams."""
+        ends = (*self.seams, self.nbytes)
+        starts = (0, *self.seams)
+        return [self.tensor[a:b] for a, b in zip(starts, ends, strict=True)]
+
+    def parts(self, offset: int, nbytes: int) -> list[tuple[int, int]]:
+        """A range as (offset, bytes) that cross no seam, in order."""
+        cuts = [seam for seam in self.seams if offset < seam < offset + nbytes]
+        starts, ends = [offset, *cuts], [*cuts, offset + nbytes]
+        return [(a, b - a) for a, b in zip(starts, ends, strict=True)]
+
+    def view(self, dtype: torch.dtype, shape: Sequence[int] | None = None) -> torch.Tensor:
+        """All of it as another dtype and shape, without a copy."""
+        typed = self.tensor.view(dtype)
+        return typed if shape is None else typed.view(tuple(shape))
+
+    def device_address(self, offset: int = 0) -> int:
+        """Where a kernel on the current device finds a byte; on ROCm not where the host does.
+
+        Raises:
+            Unsupported: it is not registered with a CUDA or HIP runtime, or not mapped.
+        """
+        what = f"The device's address of host memory at {self.address:#x}"
+        if self._registration is None or not self._registration.pinned:
+            raise Unsupported(what, "it is not registered with a CUDA or HIP runtime; copy instead")
+        if not self._mapped:
+            raise Unsupported(what, "it was registered with mapped=False; register it mapped")
+        try:
+            return self._registration.device_address(self.address + offset)
+        except CallRefused as refused:
+            raise Unsupported(what, f"the runtime refused it, {refused}") from None
+
+    @property
+    def closed(self) -> bool:
+        """True once `close` was called; tensors made before still hold the memory."""
+        return self._base is None
+
+    @property
+    def released(self) -> bool:
+        """True once nothing holds the memory and it was unregistered."""
+        return self._base is None and (self._registration is None or self._registration.ended)
+
+    def close(self) -> None:
+        """Let go of it: at once, or when the last tensor made from it dies. Again: nothing."""
+        if _open.get(self.address) is self:
+            del _open[self.address]
+        self._base = None
+
+    def __enter__(self) -> PinnedMemory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        how = "pinned" if self.pinned else "pageable"
+        state = ", closed" if self.closed else ""
+        return f"<{self.nbytes} bytes of {how} host memory at {self.address:#x}{state}>"
+
+
+def allocate(
+    nbytes: int,
+    *,
+    portable: bool = True,
+    mapped: bool = True,
+    huge_pages: HugePages = "auto",
+    numa: int | Sequence[int] | None = None,
+    threads: int | None = None,
+    largest: int = LARGEST,
+    unit: int = 1,
+    fallback: bool = True,
+) -> PinnedMemory:
+    """Pinned memory of exactly so many bytes, on a page, touched by several threads at once.
+
+    Args:
+        nbytes: one or more; only the last page is rounded up, by the kernel.
+        portable: pinned for every device, not only the current one.
+        mapped: kernels may read and write it.
+        huge_pages: ``auto`` asks for transparent ones and does not mind a refusal;
+            ``transparent`` and ``reserved`` (hugetlbfs) note one; ``never`` asks for none.
+        numa: the node or nodes that its pages come from.
+        threads: how many touch the pages; None: one a core, at most 16.
+        largest: bytes of one registration; more are cut into `PinnedMemory.pieces`.
+        unit: cut only at multiples of so many bytes.
+        fallback: pageable memory and one warning where it cannot be pinned; False: an error.
+
+    On devices other than CUDA's and ROCm's the memory comes from torch's own allocator.
+
+    Raises:
+        HostMemoryError: no bytes were asked for, or more than there is room for.
+        Unsupported: a NUMA node that cannot be bound.
+    """
+    nbytes = _count(nbytes)
+    runtime = _runtime.find()
+    if runtime is None and not torch.cuda.is_available() and torch.accelerator.is_available():
+        given = _from_torch(nbytes, huge_pages, numa)
+        if given is not None:
+            return given
+    room = _pages.available()
+    if nbytes > room:
+        raise HostMemoryError(
+            f"{nbytes} bytes of host memory were asked for, and {room} are available to this "
+            f"process; touching more would have it killed. Ask for less."
+        )
+    mapping, notes = _pages.map_private(nbytes, huge_pages)
+    address = _pages.address_of(mapping)
+    if numa is not None:
+        _numa.bind(address, len(mapping), numa)
+    _pages.touch(address, len(mapping), threads)
+    registration = _register(
+        runtime, address, len(mapping), _flags(portable, mapped), largest, unit, fallback
+    )
+    return _held(Span(address, nbytes), registration, mapping, notes, mapped)
+
+
+def empty(shape: int | Sequence[int], dtype: torch.dtype | None = None, **options: Any,
+          ) -> torch.Tensor:  # fmt: skip
+    """An uninitialised pinned tensor, to the byte; its last view gives the memory back.
+
+    Args:
+        shape: with no elements, a plain tensor comes back, as there is nothing to pin.
+        dtype: None: torch's default.
+        options: of `allocate`.
+    """
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    kind = dtype or torch.get_default_dtype()
+    nbytes = math.prod(sizes) * kind.itemsize
+    if nbytes == 0:
+        return torch.empty(sizes, dtype=kind)
+    return allocate(nbytes, **options).view(kind, sizes)
+
+
+def register(
+    memory: Any,
+    *,
+    portable: bool = True,
+    mapped: bool = True,
+    read_only: bool = False,
+    largest: int = LARGEST,
+    unit: int = 1,
+    fallback: bool = True,
+) -> PinnedMemory:
+    """Pin memory that exists, where it is, until `unregister`, `PinnedMemory.close` or the end.
+
+    Every page that the memory touches is registered, so it need not begin on one; but a page is
+    registered only once. The memory is held meanwhile: an mmap or shared memory cannot be closed.
+
+    Args:
+        memory: a CPU tensor, a numpy array, an mmap, shared memory, anything with a buffer.
+        portable, mapped: as in `allocate`.
+        read_only: allow memory that cannot be written, for copies to a device alone.
+        largest, unit: as in `allocate`.
+        fallback: leave it pageable, with one warning, where nothing can be pinned.
+
+    Raises:
+        HostMemoryError: registered already, freed, read-only without ``read_only``, or empty.
+        DeviceMismatch: a tensor that is not on the host.
+    """
+    address, nbytes, fixed, held = _spans.span(memory)
+    if fixed and not read_only:
+        raise HostMemoryError(
+            f"{nbytes} bytes were asked to be registered, and they can only be read; expected "
+            f"memory that can be written. Pass read_only=True to copy from it alone."
+        )
+    return register_address(
+        address, nbytes, held=held, portable=portable, mapped=mapped, read_only=read_only,
+        largest=largest, unit=unit, fallback=fallback,
+    )  # fmt: skip
+
+
+def register_address(
+    address: int,
+    nbytes: int,
+    *,
+    held: Any = None,
+    portable: bool = True,
+    mapped: bool = True,
+    read_only: bool = False,
+    largest: int = LARGEST,
+    unit: int = 1,
+    fallback: bool = True,
+) -> PinnedMemory:
+    """As `register`, of bytes at an address.
+
+    Args:
+        held: kept until they are unregistered; who owns the memory.
+    """
+    nbytes = _count(nbytes)
+    if address <= 0 or not _pages.is_mapped(address, nbytes):
+        raise HostMemoryError(
+            f"{nbytes} bytes at {address:#x} were asked to be registered, and some of them "
+            f"belong to no memory of this process; register memory before it is freed."
+        )
+    flags = _flags(portable, mapped) | (_runtime.READ_ONLY if read_only else 0)
+    registration = _register(_runtime.find(), address, nbytes, flags, largest, unit, fallback)
+    memory = _held(Span(address, nbytes), registration, held, (), mapped, read_only)
+    _open[address] = memory
+    return memory
+
+
+def unregister(memory: Any) -> None:
+    """Undo `register`: of the same memory, or of what it returned.
+
+    Raises:
+        HostMemoryError: it is not registered, or not by `register`.
+    """
+    at = memory.address if isinstance(memory, PinnedMemory) else _spans.span(memory)[0]
+    found = _open.get(at)
+    if found is None or (isinstance(memory, PinnedMemory) and found is not memory):
+        raise HostMemoryError(
+            f"Memory at {at:#x} was asked to be unregistered, and register() has none that begins "
+            f"there; pass what was registered, once."
+        )
+    found.close()
+
+
+def registered() -> list[PinnedMemory]:
+    """What `register` returned and nobody closed yet."""
+    return list(_open.values())
+
+
+def why_not() -> str | None:
+    """Why host memory stays pageable in this process; None where it can be pinned."""
+    why = _runtime.why_not()
+    if why is not None and not torch.cuda.is_available() and torch.accelerator.is_available():
+        return None  # torch's own allocator pins for that device
+    return why
+
+
+def _flags(portable: bool, mapped: bool) -> int:
+    return _runtime.PORTABLE * portable | _runtime.MAPPED * mapped
+
+
+def _count(nbytes: int) -> int:
+    try:
+        found = operator.index(nbytes)
+    except TypeError:
+        found = 0
+    if found < 1:
+        raise HostMemoryError(
+            f"{nbytes!r} bytes of host memory were asked for; ask for a whole number, one or more."
+        )
+    return found
+
+
+def _register(
+    runtime: Runtime | None,
+    address: int,
+    nbytes: int,
+    flags: int,
+    largest: int,
+    unit: int,
+    fallback: bool,
+) -> Registration:
+    """Registered, or merely claimed where that is impossible and allowed."""
+    if runtime is None:
+        _impossible(_ONLY_TORCH if why_not() is None else str(why_not()), fallback)
+        return Registration(None, address, nbytes, largest=largest, unit=unit)
+    try:
+        return Registration(runtime, address, nbytes, flags, largest, unit)
+    except CallRefused as refused:
+        if refused.code in (_runtime.ALREADY, _runtime.INVALID):
+            raise HostMemoryError(
+                f"{nbytes} bytes at {address:#x} were asked to be registered, and the runtime says "
+                f"{refused}: somebody else registered some of their pages, or they are memory that "
+                f"it cannot pin. Unregister them there, or copy them to memory of `allocate`."
+            ) from None
+        _impossible(f"the runtime refused to register it, {refused}", fallback)
+    return Registration(None, address, nbytes, largest=largest, unit=unit)
+
+
+def _impossible(why: str, fallback: bool) -> None:
+    if not fallback:
+        raise HostMemoryError(
+            f"Pinned host memory was asked for, and {why}. Pass fallback=True to go on with "
+            f"pageable memory."
+        )
+    warn_once(why)
+
+
+def _from_torch(nbytes: int, huge_pages: HugePages, numa: Any) -> PinnedMemory | None:
+    """Memory of torch's allocator for the accelerator that is there; None where it has none."""
+    if numa is not None:
+        raise Unsupported(
+            f"Binding {nbytes} bytes of pinned memory to NUMA node {numa}",
+            "on this device it comes from torch's allocator, which does not say where from; "
+            "start the process under numactl --membind",
+        )
+    notes = ["it comes from torch's allocator, which may take more than was asked"]
+    if huge_pages in ("transparent", "reserved"):
+        notes.append("torch's allocator was not told of huge pages")
+    try:
+        base = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+    except RuntimeError:
+        return None
+    return PinnedMemory(base, notes=notes)
+
+
+def _held(
+    span: Span,
+    registration: Registration,
+    owner: Any,
+    notes: Sequence[str],
+    mapped: bool,
+    read_only: bool = False,
+) -> PinnedMemory:
+    """Tie the registration and the owner to the span, which every tensor made from it holds."""
+    base = _spans.as_tensor(span)
+    end = weakref.finalize(span, registration.forget, owner)
+    end.atexit = False  # `_registrations` unregisters at exit; unmapping then would be too early
+    return PinnedMemory(base, registration, notes, mapped, read_only)

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small copies: integers or bytes from the host to a device, without a copy engine.
+
+A copy engine works first come, first served, whatever the streams' priorities: 64 integers wait
+behind a gigabyte that was asked for earlier. A kernel does not.
+
+- ``value``: the integers travel in the launch's parameters, up to 32,736 bytes on an NVIDIA device
+  (4,080 before CUDA 12.1 or compute capability 7.0). In a graph they are what they were at capture.
+- ``mapped``: they are written to pinned memory that the kernel reads by itself; any size. In a
+  graph they are read again at each replay, and `SmallCopy.refill` changes them.
+- ``copy``: pinned memory and torch's non-blocking copy, which does take the copy engine: the
+  fallback where there is no CUDA driver or no extra ``cuda``; it captures like ``mapped``.
+- ``host``: the target is the CPU; written at once.
+
+`choose` tells which is taken, and why.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from ..errors import BackendUnavailable, DeviceMismatch, LayoutError
+from . import _cuda_driver, _flight
+from . import _small_kernel as kernel
+from ._small_ways import ByValue, OnHost, Ring, Way, cross_by_copy, cross_by_kernel, make_slot
+from ._values import Values, check_dtype, count_of, dtype_of, pack, settle, shape_of
+
+WAYS = ("value", "mapped", "copy", "host")
+
+
+class Chosen(NamedTuple):
+    """A way, and why it was chosen, as a phrase."""
+
+    way: str
+    why: str
+
+
+def choose(nbytes: int, device: torch.device | str, way: str | None = None) -> Chosen:
+    """The way that so many bytes take to a device.
+
+    Args:
+        nbytes: of the values.
+        device: where they go.
+        way: one that is asked for; None: the best.
+
+    Raises:
+        BackendUnavailable: a way that is unknown, or that this device or size does not allow.
+    """
+    place = _flight.resolve(device)
+    best, most = _best(place, nbytes)
+    if way is None or way == best.way:
+        return best if way is None else Chosen(way, "it was asked for")
+    if way not in WAYS:
+        raise BackendUnavailable(
+            f"A small copy by {way!r} was asked; expected one of {', '.join(WAYS)}, or None for "
+            f"the best."
+        )
+    if way == "value" and best.way == "mapped":
+        why = f"{nbytes} bytes are more than the {most} that its parameters hold"
+    elif way in ("mapped", "copy") and best.way in ("value", "mapped"):
+        return Chosen(way, "it was asked for")
+    elif way == "host" or best.way == "host":
+        why = f"{place} is {'the CPU' if best.way == 'host' else 'no CPU'}"
+    else:
+        why = best.why
+    raise BackendUnavailable(
+        f"A small copy of {nbytes} bytes to {place} by {way!r} was asked, but {why}; ask for "
+        f"{best.way!r}, or for None."
+    )
+
+
+def to_device(
+    values: Values,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    out: torch.Tensor | None = None,
+    stream: torch.Stream | None = None,
+    way: str | None = None,
+) -> torch.Tensor:
+    """Values of the host as a tensor on a device; the host does not wait.
+
+    Args:
+        values: integers, bytes, a numpy array, or a tensor on the host; read before this returns.
+        device: where to; None: that of ``out``.
+        dtype: an integer dtype or bool; None: that of ``out``, else of the array or tensor, uint8
+            for bytes, int64 for other sequences.
+        out: contiguous, of as many elements, written and returned; None: a new tensor with the
+            shape of ``values``.
+        stream: where to order it, behind what the current stream holds by now; whoever reads the
+            result on another stream waits for this one. None: the current stream.
+        way: see the module; None: the best. A graph capture takes only ``"value"``, by name, since
+            the contents are then fixed; `SmallCopy` captures contents that change.
+
+    Raises:
+        LayoutError: values that the dtype cannot hold; an ``out`` that does not fit.
+        DeviceMismatch: values on a device; an ``out`` or a stream of another device.
+        BackendUnavailable: a way that cannot be had, with the reason.
+        Unsupported: inside graph capture, anything but ``"value"``.
+    """
+    settled = settle(values)
+    place = _place(device, out)
+    dtype = dtype or (dtype_of(settled) if out is None else out.dtype)
+    check_dtype(dtype)
+    _flight.check_stream(stream, place)
+    count = count_of(settled)
+    if out is not None:
+        _check_out(out, count, dtype, place)
+    chosen = choose(count * dtype.itemsize, place, way).way
+    captures = _flight.capturing(place)
+    if captures and way != "value":
+        raise _flight.refuse_capture(
+            "A small copy by to_device",
+            "say way='value' if its contents may be fixed at capture; use SmallCopy with "
+            "way='mapped' for contents that are read at each replay",
+        )
+    target = torch.empty(shape_of(settled), dtype=dtype, device=place) if out is None else out
+    _flight.follow_current(stream, target)
+    if chosen == "value":
+        _by_value(place, kernel.capacity_for(count * dtype.itemsize)).send(
+            settled, target, stream, captures
+        )
+    elif chosen == "host":
+        OnHost().send(settled, target, stream, captures)
+    elif count:
+        _send_once(chosen, settled, target, stream)
+    return target
+
+
+class SmallCopy:
+    """A small copy that is made again and again, with everything but the values ready.
+
+    Args:
+        n: the most values of one send.
+        dtype: an integer dtype or bool.
+        device: where they go.
+        out: contiguous, ``n`` elements, written by every send; None: a tensor of its own.
+        way: see the module; None: the best. To capture sends into a graph, name it: the contents
+            are fixed at capture by ``"value"``, and read at each replay by ``"mapped"`` (or
+            ``"copy"``).
+
+    Attributes:
+        out: the target.
+        way, why: the way that was taken, and why.
+
+    One `SmallCopy` may be used from several threads; they share ``out``.
+
+    Raises as `to_device` does.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+        *,
+        out: torch.Tensor | None = None,
+        way: str | None = None,
+    ) -> None:
+        check_dtype(dtype)
+        if n < 0:
+            raise LayoutError(f"A SmallCopy of {n} values was asked; expected 0 or more values.")
+        place = _place(device, out)
+        if out is not None:
+            _check_out(out, n, dtype, place)
+        self.way, self.why = choose(n * dtype.itemsize, place, way)
+        self._n, self._device = n, place
+        self._named = way is not None
+        self._way = _make(self.way, place, n * dtype.itemsize)
+        self.out = torch.empty(n, dtype=dtype, device=place) if out is None else out
+
+    def send(self, values: Values, *, stream: torch.Stream | None = None) -> torch.Tensor:
+        """Write values to the beginning of ``out``; the host does not wait, as a rule.
+
+        It waits only for pinned memory: by ``mapped`` and ``copy``, once 16 sends are under way.
+
+        Args:
+            values: ``n`` or fewer, as in `to_device`; read before this returns.
+            stream: as in `to_device`.
+
+        Returns:
+            ``out``, or of its elements in a row as many as there are values.
+
+        Inside a graph capture, see ``way`` above. All captured sends of one `SmallCopy` read the
+        same memory, so they carry equally many values.
+        """
+        settled = settle(values)
+        captures = _flight.capturing(self._device)
+        if captures and not self._named:
+            raise _flight.refuse_capture(
+                "A send of a SmallCopy whose way was left open",
+                "make it with way='value' for contents that are fixed at capture, or with "
+                "way='mapped' for contents that are read at each replay",
+            )
+        count = count_of(settled)
+        if count > self._n:
+            raise LayoutError(
+                f"{count} values were sent by a SmallCopy made for {self._n}; expected no more. "
+                f"Make one for the most that occur."
+            )
+        if stream is not None:
+            _flight.check_stream(stream, self._device)
+            _flight.follow_current(stream, self.out)
+        self._way.send(settled, self.out, stream, captures)
+        return self.out if count == self._n else self.out.view(-1)[:count]
+
+    def refill(self, values: Values) -> None:
+        """Change what the captured send carries from the next replay on.
+
+        The graph reads the memory while it runs: wait for the last replay to end first, and
+        refill before the next one starts.
+
+        Raises:
+            Unsupported: by ``value``, whose contents are fixed; or nothing was captured.
+            LayoutError: another number of values than was captured.
+        """
+        self._way.refill(settle(values), self.out.dtype)
+
+
+def _best(device: torch.device, nbytes: int) -> tuple[Chosen, int]:
+    """The best way, and the most bytes that go by value."""
+    if device.type == "cpu":
+        return Chosen("host", "the target is on the CPU"), 0
+    why = _cuda_driver.why_not(device) or _unknown_to_compiler(device)
+    if why is not None:
+        return Chosen("copy", why), 0
+    most = _most_by_value(device)
+    if nbytes <= most:
+        return Chosen("value", f"it fits the {most} bytes of a launch's parameters"), most
+    return Chosen("mapped", f"a launch's parameters hold {most} bytes"), most
+
+
+@cache
+def _most_by_value(device: torch.device) -> int:
+    limit = kernel.parameter_limit(_cuda_driver.driver_version(), _cuda_driver.capability(device))
+    return kernel.capacities(limit)[-1]
+
+
+@cache
+def _unknown_to_compiler(device: torch.device) -> str | None:
+    try:
+        _cuda_driver.compiler_target(device)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def _make(way: str, device: torch.device, nbytes: int) -> Way:
+    if way == "value":
+        return ByValue(device, nbytes)
+    if way == "host":
+        return OnHost()
+    return Ring(device, nbytes, cross_by_kernel(device) if way == "mapped" else cross_by_copy)
+
+
+# What `to_device` keeps ready: one for each kernel of a device.
+_by_value = cache(ByValue)
+_by_kernel = cache(cross_by_kernel)
+
+
+def _send_once(
+    way: str, settled: Values, target: torch.Tensor, stream: torch.Stream | None
+) -> None:
+    """Through pinned memory that is let go once it was read."""
+    device = target.device
+    slot = make_slot(device, target.numel() * target.element_size())
+    nbytes = pack(slot.room, settled, target.dtype)
+    cross = _by_kernel(device) if way == "mapped" else cross_by_copy
+    cross(target, slot, nbytes, stream)
+    _flight.completion(device, stream, slot.memory)
+
+
+def _place(device: torch.device | str | None, out: torch.Tensor | None) -> torch.device:
+    if device is not None:
+        return _flight.resolve(device)
+    if out is None:
+        raise DeviceMismatch(
+            "A small copy was asked with neither a device nor an out tensor; expected one of them "
+            "to say where the values go."
+        )
+    return out.device
+
+
+def _check_out(out: torch.Tensor, count: int, dtype: torch.dtype, device: torch.device) -> None:
+    if out.device != device:
+        raise DeviceMismatch(
+            f"A small copy to {device} was given an out tensor on {out.device}; expected one on "
+            f"{device}. Pass another, or leave the device away."
+        )
+    if out.dtype != dtype or out.numel() != count or not out.is_contiguous():
+        raise LayoutError(
+            f"A small copy of {count} values of {dtype} was given an out tensor of {out.numel()} "
+            f"of {out.dtype}, strides {list(out.stride())}; expected as many of that dtype, "
+            f"contiguous. Pass another, or none."
+        )
