@@ -55,7 +55,7 @@ def _note_what_was_left_out(journal: Journal, options: Options) -> None:
     if options.only:
         journal.miss(f"Only {counted(len(journal.ids))} asked for (--only), not the profile.")
     if journal.stopped and journal.left():
-        journal.miss(f"{counted(len(journal.left()))} behind the first failure not run (-x).")
+        journal.miss(f"{counted(len(journal.left()))} behind the first failure and did not run (-x).")
 
 
 def _record(journal: Journal, options: Options, started: datetime, seconds: float) -> RunRecord:

@@ -160,7 +160,7 @@ def test_the_first_failure_can_be_the_end() -> None:
     )
     assert statuses(record) == {CORE + "a": "failed"}
     assert record.verdict == "failed"
-    assert record.missing == ["2 cases behind the first failure were not run (-x)."]
+    assert record.missing == ["2 cases were behind the first failure and did not run (-x)."]
 
 
 @pytest.mark.parametrize("how", ["crash", "hang"])

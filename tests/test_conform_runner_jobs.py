@@ -119,7 +119,7 @@ def test_the_first_failure_stops_all() -> None:
     record = ran(behaviours, jobs=3, exit_first=True)
     assert time.monotonic() - began < 30
     assert statuses(record) == {CORE + "c": "failed"}
-    assert record.missing == ["3 cases behind the first failure were not run (-x)."]
+    assert record.missing == ["3 cases were behind the first failure and did not run (-x)."]
     assert children() == []
 
 

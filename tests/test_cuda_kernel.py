@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -296,3 +299,21 @@ def test_nothing_is_loaded_during_capture(
     with pytest.raises(Unsupported, match="make the same call once before the capture"):
         backend.prepare(COPIES["gather"]().plan())
     assert not loaded
+
+
+def test_each_thread_has_arguments_and_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", made.append, raising=False)
+    arguments, theirs = cuda._Arguments([b"ab", b"c"], torch.device("cuda", 3)), []
+    other = threading.Thread(target=lambda: theirs.extend([arguments.buffers, arguments.addresses]))
+    other.start()
+    other.join()
+    assert made == [3, 3]
+    mine = arguments.buffers
+    assert theirs[0] == mine == [bytearray(b"ab"), bytearray(b"c")]
+    assert theirs[0][0] is not mine[0]
+    for buffer, address in zip(mine, arguments.addresses, strict=True):
+        buffer[0] = 7
+        there = ctypes.c_size_t.from_address(address).value
+        assert ctypes.string_at(there, 1) == b"\7"

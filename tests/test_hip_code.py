@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from portakv_conformance import evidence
 from portakv_conformance.vendor import hip_code
 from portakv_conformance.vendor.hip_code import Code, kernels, read_code
 
@@ -140,7 +141,8 @@ def test_the_machine_code_is_wide(few: list[str], tmp_path: Path) -> None:
     assert wide["global_load_dwordx4"] >= 1
     assert wide["global_store_dwordx4"] == 1
     assert {code["wave"] for code in told["kernels"]} == {64}
-    assert told["what"] == "cross-compiled, not executed"
+    said = evidence.read(report)
+    assert (said.rung, said.backend, said.device) == ("R4", "hip", "AMD gfx906")
 
 
 # What rows.cuh says to AMD's compiler alone, and would say otherwise.
@@ -191,6 +193,23 @@ def test_without_the_dtk_it_says_what_it_is() -> None:
     assert (ran.returncode, ran.stdout) == (2, "")
     assert "/nowhere/bin/hipcc was not found" in ran.stderr
     assert "Nobody of PortaKV has run this" in ran.stderr
+
+
+@needs_hipcc
+@pytest.mark.slow
+def test_with_a_dtk_it_says_who_built(tmp_path: Path) -> None:
+    """In its place hipcc and LLVM's tools of the system, for a target that both know."""
+    (tmp_path / "bin").mkdir()
+    for tool in ("hipcc", "llvm-objdump", "llvm-readelf"):
+        found = shutil.which(tool) or shutil.which(f"{tool}-15")
+        (tmp_path / "bin" / tool).write_text(f'#!/bin/sh\nexec {found} "$@"\n')
+        (tmp_path / "bin" / tool).chmod(0o755)
+    ran = run(DTK, "gfx906", DTKROOT=str(tmp_path), OUT=str(tmp_path / "out"))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "nothing was run, only built" in ran.stdout
+    said = evidence.read(tmp_path / "out" / "hip-dtk.json")
+    assert (said.rung, said.backend, said.device) == ("R5", "hip", "Hygon gfx906")
+    assert said.command == "bash native/cuda/check_dtk.sh gfx906"
 
 
 # Reading machine code

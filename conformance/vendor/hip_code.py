@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What AMD's compiler makes of `hip`'s kernels for devices that are not here: built, never run.
 
-``native/cuda/check_hip.sh`` runs it. Each kernel is the text of a real plan; its machine code is
-read for the loads and stores of its vector, for local memory and for the width of a wave.
+``native/cuda/check_hip.sh`` runs it, and ``check_dtk.sh`` with Hygon's own tools. Each kernel is
+the text of a real plan; its machine code is read for the loads and stores of its vector, for local
+memory and for the width of a wave.
 """
 
 from __future__ import annotations
@@ -192,6 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = argparse.ArgumentParser(prog="check_hip.sh", description=__doc__)
     asked.add_argument("targets", nargs="*", default=list(TARGETS))
     asked.add_argument("--report", type=Path, help="a JSON file for what was found")
+    asked.add_argument("--dtk", action="store_true", help="the tools are Hygon's own")
     for tool in ("hipcc", "llvm-objdump", "llvm-readelf"):
         asked.add_argument(f"--{tool}", default=tool)
     given = asked.parse_args(arguments)
@@ -204,18 +206,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compiler = (_run([given.hipcc, "--version"]).stdout.splitlines() or ["unknown"])[0]
     if given.report:
         given.report.write_text(
-            json.dumps(_report(found, given.targets, compiler), indent=1) + "\n"
+            json.dumps(_report(found, given.targets, compiler, given.dtk), indent=1) + "\n"
         )
     print(f"{len(found)} kernels built by hipcc ({compiler}), {wrong} wrong; compiled, not run")
     return int(wrong > 0)
 
 
-def _report(found: list[Code], targets: Sequence[str], compiler: str) -> dict[str, object]:
+def _report(
+    found: list[Code], targets: Sequence[str], compiler: str, dtk: bool
+) -> dict[str, object]:
+    """A record of a job, as `portakv_conformance.evidence` reads it."""
+    script = "check_dtk.sh" if dtk else "check_hip.sh"
     return {
-        "what": "cross-compiled, not executed",
+        "what": "built by the vendor's toolchain" if dtk else "cross-compiled, not executed",
         "backend": "portakv.backends.hip:Hip",
         "source_sha256": source_sha256("portakv.backends.hip:Hip"),
-        "command": " ".join(["bash native/cuda/check_hip.sh", *targets]),
+        "device": f"{'Hygon' if dtk else 'AMD'} {', '.join(targets)}",
+        "command": " ".join([f"bash native/cuda/{script}", *targets]),
         "compiler": compiler,
         "date": datetime.now(timezone.utc).date().isoformat(),
         "targets": list(targets),

@@ -7,7 +7,8 @@
 #
 # Nobody of PortaKV has run this: no DTK and no DCU were at hand. The targets are those of public
 # build files (gfx906 Z100, gfx926, gfx928 K500SM_AI, gfx936 BW1000, gfx938). DTKROOT names another
-# folder than /opt/dtk. Send what it prints, and out/ if it made one, as docs/hardware.md says.
+# folder than /opt/dtk, OUT one for results (default: out/ of this repository). Send what it prints
+# and that folder, as docs/hardware.md says.
 set -eo pipefail # not -u: the DTK's env.sh reads names that may not be set
 cd "$(dirname "$0")/../.."
 
@@ -22,15 +23,17 @@ python=${PYTHON:-python3}
 targets=("$@")
 [ $# -gt 0 ] || targets=(gfx928 gfx936)
 
+out=${OUT:-out}
+mkdir -p "$out"
 # The DTK's own LLVM: no other knows these targets.
 bin=$(dirname "$(find -L "$dtk" -name llvm-objdump -print -quit)")
 built=0
 HIPCC="$dtk/bin/hipcc" LLVM_BIN="$bin" PYTHON="$python" \
-    bash native/cuda/check_hip.sh --report hip-dtk.json "${targets[@]}" || built=$?
+    bash native/cuda/check_hip.sh --dtk --report "$out/hip-dtk.json" "${targets[@]}" || built=$?
 
 card='import sys, torch; sys.exit(not (torch.version.hip and torch.cuda.is_available()))'
 if "$python" -c "$card"; then
-    "$python" -m portakv conform hip --profile full --report out
+    "$python" -m portakv conform hip --profile full --report "$out"
 else
     echo "torch finds no DCU here, or is not built for ROCm: nothing was run, only built."
 fi

@@ -24,6 +24,7 @@ class Block:
     Attributes:
         index: which one of its pool.
         nbytes: how many it has.
+        generation: counts who had it, of all processes in a shared pool.
     """
 
     __slots__ = ("__weakref__", "_pool", "_tensor", "generation", "index", "nbytes")

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 
@@ -28,14 +30,23 @@ def capturing(device: torch.device) -> bool:
     """True while the current stream of ``device`` is captured into a graph."""
     if device.type == "cpu":
         return False
-    module = torch.get_device_module(device)
-    ask = getattr(module, "is_current_stream_capturing", None)
-    if ask is None:
-        return False
     if torch.accelerator.current_device_index() == device.index:
-        return bool(ask())
-    with module.device(device):
-        return bool(ask())
+        return _capture_question(device.type)()
+    with torch.get_device_module(device).device(device):
+        return _capture_question(device.type)()
+
+
+@cache
+def _capture_question(kind: str) -> Callable[[], bool]:
+    """What answers `capturing` for the current device of a kind."""
+    if kind == "cuda":
+        # What torch.cuda's function of that name calls, at a third of its cost.
+        return torch._C._cuda_isCurrentStreamCapturing
+    return getattr(torch.get_device_module(kind), "is_current_stream_capturing", None) or _never
+
+
+def _never() -> bool:
+    return False
 
 
 def check_stream(stream: torch.Stream | None, *devices: torch.device) -> None:

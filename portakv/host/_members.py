@@ -187,4 +187,9 @@ def _watch_forks() -> None:
     global _forks_watched
     if not _forks_watched:
         _forks_watched = True
-        os.register_at_fork(after_in_child=lambda: [each.close() for each in list(_open)])
+        os.register_at_fork(after_in_child=_close_all)
+
+
+def _close_all() -> None:
+    for each in list(_open):
+        each.close()

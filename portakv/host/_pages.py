@@ -83,6 +83,12 @@ def map_private(nbytes: int, huge_pages: str) -> tuple[mmap.mmap, list[str]]:
             notes.append(f"reserved huge pages hold it, {whole} bytes of them")
             return mapping, notes
         notes.append("no reserved huge pages are free (vm.nr_hugepages); asked for transparent")
+    room = available()
+    if nbytes > room:
+        raise HostMemoryError(
+            f"{nbytes} bytes of host memory were asked for, and {room} are available to this "
+            f"process; touching more would have it killed. Ask for less."
+        )
     try:
         mapping = mmap.mmap(-1, nbytes, flags=flags)
     except OSError as error:

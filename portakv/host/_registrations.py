@@ -36,7 +36,7 @@ class Registration:
         nbytes: how many; every page that they touch is registered.
         flags: the runtime's.
         largest: bytes of one piece, at most.
-        unit: pieces meet where ``address`` plus a multiple of it lies, if one fits into a piece.
+        unit: pieces of memory that begins on a page are a multiple of it, if one fits at all.
 
     Raises:
         HostMemoryError: some of these pages are registered already.

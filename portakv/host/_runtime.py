@@ -109,11 +109,16 @@ def find() -> Runtime | None:
 
 def why_not() -> str | None:
     """What keeps host memory from being registered in this process; None where nothing does."""
-    if not torch.cuda.is_available():
-        return "there is no CUDA or ROCm device"
     if torch.cuda._is_in_bad_fork():
         return "CUDA does not survive fork; start this process by spawn"
-    return None
+    return None if torch.cuda.is_available() else "there is no CUDA or ROCm device"
+
+
+def through_torch() -> bool:
+    """True where there is a device of another kind, for which torch's own allocator pins."""
+    if torch.cuda._is_in_bad_fork() or torch.cuda.is_available():
+        return False
+    return torch.accelerator.is_available()
 
 
 @cache
@@ -162,15 +167,13 @@ def quiesce() -> None:
 
     A device that has failed does neither: its error is left to whoever uses it next.
     """
-    if torch.cuda.is_available():
-        if not torch.cuda.is_initialized() or torch.cuda._is_in_bad_fork():
-            return
+    if torch.cuda.is_initialized() and not torch.cuda._is_in_bad_fork():
         inside: Any = torch._C
         for index in range(torch.cuda.device_count()):
             if inside._cuda_hasPrimaryContext(index):  # waiting must not make one
                 with suppress(RuntimeError):
                     torch.cuda.synchronize(index)
-    elif torch.accelerator.is_available():
+    elif through_torch():
         for index in range(torch.accelerator.device_count()):
             with suppress(RuntimeError):
                 torch.accelerator.synchronize(index)
@@ -178,5 +181,4 @@ def quiesce() -> None:
 
 def capturing() -> bool:
     """True where waiting for a device, or unregistering, would break a graph's capture."""
-    ready = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return ready and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -7,6 +7,7 @@ leaves tables that mean something. The header's first word is written last.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import re
@@ -56,17 +57,22 @@ class SharedFile:
         """Open or make it, and join. Errors as `SharedPool`."""
         path = _path(name)
         wanted = None
+        if (block_bytes is None) != (blocks is None):
+            raise HostMemoryError(
+                f"The shared pool {name!r} was asked for with {blocks} blocks of {block_bytes} "
+                f"bytes; say both, to make it, or neither, to open it as it is."
+            )
         if block_bytes is not None and blocks is not None:
             wanted = (block_bytes, blocks, stride_of(block_bytes, blocks, alignment))
         while True:
             file = cls(path, _opened(path, wanted is not None))
             try:
                 with file.locks.exclusive():
-                    if not file._named():  # the last member removed it meanwhile
-                        continue
-                    file._begin(name, wanted)
-                    file._join(name, label)
-                    return file
+                    if file._named():
+                        file._begin(name, wanted)
+                        file._join(name, label)
+                        return file
+                file.locks.close()  # the last member removed it meanwhile
             except BaseException:
                 file.locks.close()
                 raise
@@ -116,6 +122,9 @@ class SharedFile:
             if not keep and not self.members.attached() and self._named():
                 self.path.unlink(missing_ok=True)
         self.locks.close()
+        # Tensors still hold the memory; nothing here does.
+        del self.mapping, self.header, self.owners, self.generations, self.since, self.labels
+        del self.members
 
     def _named(self) -> bool:
         """True while the name still leads to this file."""
@@ -158,20 +167,29 @@ class SharedFile:
         _, blocks, stride = wanted
         total = _data_at(blocks) + blocks * stride
         try:
+            if total > _pages.available():
+                raise OSError(errno.ENOMEM, "more than this process may have")
             os.ftruncate(self.locks.fd, 0)
             os.posix_fallocate(self.locks.fd, 0, total)
         except OSError as error:
-            room = os.statvfs(FOLDER)
+            folder = os.statvfs(FOLDER)
+            room = min(folder.f_bavail * folder.f_frsize, _pages.available())
             self.path.unlink(missing_ok=True)
             raise HostMemoryError(
-                f"A shared pool of {total} bytes was asked for, and {FOLDER} has "
-                f"{room.f_bavail * room.f_frsize} ({error.strerror}); make it smaller, or mount a "
-                f"larger one (docker: --shm-size)."
+                f"A shared pool of {total} bytes was asked for, and {FOLDER} has room "
+                f"for {room} ({error.strerror}); make it smaller, or the machine's shared memory "
+                f"larger (docker: --shm-size)."
             ) from None
 
     def _map(self, fresh: bool) -> None:
         total = _data_at(self.blocks) + self.nbytes
-        self.mapping = mmap.mmap(self.locks.fd, total)
+        # An opening of its own: mmap keeps a copy of the descriptor, which would keep the locks
+        # alive in forked children.
+        fd = os.open(f"/proc/self/fd/{self.locks.fd}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self.mapping = mmap.mmap(fd, total)
+        finally:
+            os.close(fd)
         count, at = self.blocks, _OWNERS_AT
         self.header = np.frombuffer(self.mapping, HEADER, 1)
         self.owners = np.frombuffer(self.mapping, np.int64, count, at)

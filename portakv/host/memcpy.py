@@ -122,34 +122,10 @@ def copy_(
         return Copied(direction, "nothing", "there are no bytes", 0, True, Transfer())
     check_disjoint(dst, src)
     if not devices:
-        with torch.no_grad():
-            dst.copy_(src)
+        _write(dst, src, False)
         return Copied(direction, "torch", _TORCH_HOST, nbytes, True, Transfer())
     device = stream.device if stream is not None else devices[-1]
-    rows = _rows(dst, src, direction, device)
-    captures = _flight.capturing(device)
-    if captures:
-        _check_capture(dst, src, direction, rows, non_blocking)
-    _flight.follow_current(stream, dst, src)
-    if isinstance(rows, Pitched):
-        way, why, late = "memcpy2d", "rows at a pitch cross as they lie", True
-        to_device = direction == "h2d"
-        _cuda_driver.copy_pitched(
-            dst.data_ptr(), src.data_ptr(), to_device, rows, device, stream
-        )  # fmt: skip
-    else:
-        way, why = "torch", rows
-        late = _copy_by_torch(dst, src, direction, non_blocking, stream)
-    waited = not (non_blocking and late)
-    if captures:
-        transfer = _flight.captured(device, stream, dst, src)
-        return Copied(direction, way, why, nbytes, False, transfer)
-    host = [each for each in (dst, src) if each.device.type == "cpu"]
-    end = _flight.completion(device, stream, *host)
-    if waited:
-        end.synchronize()
-    transfer = Transfer() if waited else Transfer((end,), (dst, src))
-    return Copied(direction, way, why, nbytes, waited, transfer)
+    return _launch(dst, src, direction, non_blocking, device, stream)
 
 
 def copy_h2d(
@@ -213,10 +189,44 @@ def _directed(
     check_alike(dst, src)
     if direction_of(dst, src) not in wanted:
         raise DeviceMismatch(
-            f"copy_{wanted[0]} was asked to copy from {src.device} to {dst.device}; expected "
-            f"{' or '.join(wanted)}. Call copy_, which takes any direction."
+            f"A copy by copy_{wanted[0]} was asked from {src.device} to {dst.device}; expected "
+            f"the direction {' or '.join(wanted)}. Call copy_, which takes any."
         )
     return copy_(dst, src, non_blocking, stream)
+
+
+def _launch(
+    dst: torch.Tensor,
+    src: torch.Tensor,
+    direction: str,
+    non_blocking: bool,
+    device: torch.device,
+    stream: torch.Stream | None,
+) -> Copied:
+    """Copy what has bytes and was checked, ordered on a stream of ``device``."""
+    nbytes = dst.numel() * dst.element_size()
+    rows = _rows(dst, src, direction, device)
+    captures = _flight.capturing(device)
+    if captures:
+        _check_capture(dst, src, direction, rows, non_blocking)
+    # A graph's memory is kept by the caller, and no allocator hears of its replays.
+    _flight.follow_current(stream, *(() if captures else (dst, src)))
+    if isinstance(rows, Pitched):
+        way, why, late = "memcpy2d", "rows at a pitch cross as they lie", True
+        places = dst.data_ptr(), src.data_ptr(), direction == "h2d"
+        _cuda_driver.copy_pitched(*places, rows, device, stream)
+    else:
+        way, why = "torch", rows
+        late = _copy_by_torch(dst, src, direction, non_blocking, stream)
+    if captures:
+        transfer = _flight.captured(device, stream, dst, src)
+        return Copied(direction, way, why, nbytes, False, transfer)
+    host = [each for each in (dst, src) if each.device.type == "cpu"]
+    end = _flight.completion(device, stream, *host)
+    if non_blocking and late:
+        return Copied(direction, way, why, nbytes, False, Transfer((end,), (dst, src)))
+    end.synchronize()
+    return Copied(direction, way, why, nbytes, True, Transfer())
 
 
 def _rows(
@@ -276,9 +286,17 @@ def _copy_by_torch(
         elif dst.device.type != "cuda":
             # CUDA has read pageable memory when its call returns; of others that is not known.
             late = late and is_pinned(src)
-    with torch.no_grad(), _flight.inside(stream):
-        dst.copy_(src, non_blocking=late)
+    with _flight.inside(stream):
+        _write(dst, src, late)
     return late
+
+
+def _write(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool) -> None:
+    """Torch's copy, of bits: of a bool it would write 0 or 1, whatever the byte holds."""
+    if dst.dtype == torch.bool:
+        dst, src = dst.view(torch.uint8), src.view(torch.uint8)
+    with torch.no_grad():
+        dst.copy_(src, non_blocking=non_blocking)
 
 
 def lies_ready(host: torch.Tensor, dst: torch.Tensor, src: torch.Tensor) -> bool:

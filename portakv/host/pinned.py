@@ -75,7 +75,8 @@ class PinnedMemory:
     def array(self) -> npt.NDArray[np.uint8]:
         """All of it, uint8 ``[nbytes]``. Holds the memory."""
         found: npt.NDArray[np.uint8] = self.tensor.numpy()
-        found.flags.writeable = not self._read_only
+        if self._read_only:
+            found.flags.writeable = False
         return found
 
     @property
@@ -174,16 +175,10 @@ def allocate(
     """
     nbytes = _count(nbytes)
     runtime = _runtime.find()
-    if runtime is None and not torch.cuda.is_available() and torch.accelerator.is_available():
+    if runtime is None and _runtime.through_torch():
         given = _from_torch(nbytes, huge_pages, numa)
         if given is not None:
             return given
-    room = _pages.available()
-    if nbytes > room:
-        raise HostMemoryError(
-            f"{nbytes} bytes of host memory were asked for, and {room} are available to this "
-            f"process; touching more would have it killed. Ask for less."
-        )
     mapping, notes = _pages.map_private(nbytes, huge_pages)
     address = _pages.address_of(mapping)
     if numa is not None:
@@ -303,10 +298,7 @@ def registered() -> list[PinnedMemory]:
 
 def why_not() -> str | None:
     """Why host memory stays pageable in this process; None where it can be pinned."""
-    why = _runtime.why_not()
-    if why is not None and not torch.cuda.is_available() and torch.accelerator.is_available():
-        return None  # torch's own allocator pins for that device
-    return why
+    return None if _runtime.through_torch() else _runtime.why_not()
 
 
 def _flags(portable: bool, mapped: bool) -> int:

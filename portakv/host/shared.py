@@ -87,6 +87,7 @@ class SharedPool:
     @property
     def high_water(self) -> int:
         """Most blocks that were out at once, in all processes."""
+        self._refuse()
         return int(self._file.header["high_water"][0])
 
     def acquire(self, owner: str = "", *, wait: bool = False, timeout: float | None = None,
@@ -150,22 +151,28 @@ class SharedPool:
                 )
             self._file.owners[block.index] = 0
 
-    def adopt(self, index: int) -> Block:
-        """Take over a block that another process acquired and told this one the index of.
+    def adopt(self, index: int, generation: int | None = None) -> Block:
+        """Take over a block that another process acquired and told this one of.
 
         From then on it is this process's to release, and outlives the other.
 
+        Args:
+            index: the block's.
+            generation: the block's as well; refuses one that has changed hands since.
+
         Raises:
             SlotError: no such block.
-            HostMemoryError: nobody has it.
+            HostMemoryError: nobody has it, or somebody else by now.
         """
         self._refuse()
         self._file.check(index)
         with self._file.locks.exclusive():
-            if self._file.owners[index] == 0:
+            now = int(self._file.generations[index])
+            if self._file.owners[index] == 0 or generation not in (None, now):
                 raise HostMemoryError(
-                    f"Block {index} of {self.name!r} was asked to be adopted, and nobody has it; "
-                    f"adopt it before the process that acquired it releases it or dies."
+                    f"Block {index} of {self.name!r} was asked to be adopted, and nobody has it, "
+                    f"or somebody else by now; adopt it before whoever acquired it releases it or "
+                    f"dies."
                 )
             self._file.assign(index)
             mine = self._held.pop(index, None)

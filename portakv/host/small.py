@@ -118,7 +118,7 @@ def to_device(
             "way='mapped' for contents that are read at each replay",
         )
     target = torch.empty(shape_of(settled), dtype=dtype, device=place) if out is None else out
-    _flight.follow_current(stream, target)
+    _flight.follow_current(stream, *(() if captures else (target,)))
     if chosen == "value":
         _by_value(place, kernel.capacity_for(count * dtype.itemsize)).send(
             settled, target, stream, captures
@@ -203,7 +203,7 @@ class SmallCopy:
             )
         if stream is not None:
             _flight.check_stream(stream, self._device)
-            _flight.follow_current(stream, self.out)
+            _flight.follow_current(stream, *(() if captures else (self.out,)))
         self._way.send(settled, self.out, stream, captures)
         return self.out if count == self._n else self.out.view(-1)[:count]
 

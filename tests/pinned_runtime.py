@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stand-in for the CUDA runtime: what it registers, what it refuses, and the error it keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from portakv.host import _registrations, _runtime
+from portakv.host._runtime import Runtime
+
+
+class FakeLibrary:
+    """Registers ranges, refuses as CUDA does, and remembers its last error until it is asked.
+
+    Attributes:
+        registered: address -> (bytes, flags).
+        refuse: number of a call of cudaHostRegister, from 0 -> the code that it fails with.
+        sticky: the error that the next kernel launch would find.
+        log: what happened, in order.
+    """
+
+    def __init__(self) -> None:
+        self.registered: dict[int, tuple[int, int]] = {}
+        self.refuse: dict[int, int] = {}
+        self.sticky = 0
+        self.calls = 0
+        self.log: list[str] = []
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        self.calls += 1
+        code = self.refuse.get(self.calls - 1, 0)
+        for start, (length, _) in self.registered.items():
+            if start < address + nbytes and address < start + length:
+                code = 712
+        if not code:
+            self.registered[address] = nbytes, flags
+            self.log.append("register")
+        return self._end(code)
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.log.append("unregister")
+        return self._end(0 if self.registered.pop(address, None) else 713)
+
+    def cudaHostGetDevicePointer(self, found: Any, address: int, flags: int) -> int:
+        if address not in self.registered:
+            return self._end(1)
+        found._obj.value = address + (1 << 40)
+        return 0
+
+    def cudaGetLastError(self) -> int:
+        found, self.sticky = self.sticky, 0
+        return found
+
+    def cudaGetErrorString(self, code: int) -> bytes:
+        return b"refused by the test"
+
+    def _end(self, code: int) -> int:
+        self.sticky = code or self.sticky
+        return code
+
+
+def installed(patch: pytest.MonkeyPatch) -> FakeLibrary:
+    """A stand-in in the place of the runtime."""
+    library = FakeLibrary()
+    runtime = Runtime(library, "cuda")
+    patch.setattr(_runtime, "find", lambda: runtime)
+    patch.setattr(_runtime, "why_not", lambda: None)
+    patch.setattr(_runtime, "quiesce", lambda: library.log.append("quiesce"))
+    return library
+
+
+def absent(patch: pytest.MonkeyPatch) -> None:
+    """No device at all, whatever this machine has."""
+    patch.setattr(_runtime, "find", lambda: None)
+    patch.setattr(_runtime, "through_torch", lambda: False)
+    patch.setattr(_runtime, "why_not", lambda: "the test has taken every device away")
+
+
+def claimed() -> int:
+    """How many page ranges are registered or claimed."""
+    return len(_registrations._claimed)

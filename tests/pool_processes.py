@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes that share a pool with a test, and a name for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+from portakv.host import shared
+from portakv.host.pinned import registered
+from portakv.host.shared import SharedPool
+
+SIZE = 3000
+
+
+def unused_name() -> Iterator[str]:
+    """A name of its own, which nothing is left of."""
+    found = f"test-{os.getpid()}-{time.monotonic_ns()}"
+    yield found
+    assert found not in shared.names()
+    assert registered() == []
+
+
+class Child:
+    """A forked process that runs a function with one end of a pipe."""
+
+    def __init__(self, work: Callable[[Connection], Any]) -> None:
+        self.here, there = Pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                work(there)
+                code = 0
+            finally:
+                os._exit(code)
+        there.close()
+
+    def told(self) -> Any:
+        assert self.here.poll(30), "the child says nothing"
+        return self.here.recv()
+
+    def end(self) -> int:
+        """Its exit status."""
+        self.here.send("end")
+        return os.waitpid(self.pid, 0)[1]
+
+    def kill(self) -> None:
+        """As the kernel does when memory runs out."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+
+def holder(name: str, count: int, value: int) -> Child:
+    """A process that opens the pool, takes blocks, fills them, tells of them and waits."""
+
+    def work(pipe: Connection) -> None:
+        pool = SharedPool(name, label="holder")
+        blocks = [pool.acquire("offload") for _ in range(count)]
+        for block in blocks:
+            block.tensor.fill_(value)
+        pipe.send([(block.index, block.generation) for block in blocks])
+        pipe.recv()
+        for block in blocks:
+            block.release()
+        pool.close()
+
+    return Child(work)

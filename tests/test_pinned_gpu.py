@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pinned memory on a CUDA device: exact, asynchronous, and no error is left behind."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from portakv.host import _numa, _pages, _runtime, pinned
+from portakv.host.pinned import HostMemoryError
+from portakv.host.pool import PinnedPool
+from portakv.host.shared import SharedPool
+
+pytestmark = pytest.mark.gpu
+ODD = 3 * 1024 * 1024 + 4096
+BIG = 300 * 1024 * 1024 + 4096
+BUSY = 1_000_000_000  # cycles: some half a second
+GIB = 1 << 30
+
+
+def pattern(nbytes: int) -> torch.Tensor:
+    """Bytes on the device that repeat with no power of two."""
+    return (torch.arange(nbytes, device="cuda", dtype=torch.int32) % 251).to(torch.uint8)
+
+
+def last_error() -> int:
+    """What the runtime that torch uses remembers; reading it clears it."""
+    return int(_runtime._loaded()._last_error())
+
+
+def resident() -> int:
+    """Bytes of memory that this process has; the kernel counts pages one by one here."""
+    (rss,) = re.findall(r"^Rss: +(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.M)
+    return int(rss) * 1024
+
+
+def lands_later(here: torch.Tensor) -> None:
+    """A copy into it returns at once, has not happened then, and is right in the end."""
+    there = pattern(here.numel())
+    here.fill_(255)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(BUSY)
+    here.copy_(there, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    assert not event.query(), "the host waited for the copy"
+    assert int(here[0]) == int(here[-1]) == 255
+    event.synchronize()
+    assert torch.equal(here, there.cpu())
+
+
+@pytest.mark.parametrize("nbytes", [ODD, BIG, 5])
+def test_exactly_so_many_bytes_and_truly_asynchronous(nbytes: int) -> None:
+    torch.cuda.synchronize()
+    with pinned.allocate(PAGE := mmap.PAGESIZE):  # whatever a first registration needs
+        pass
+    before = resident()
+    with pinned.allocate(nbytes, fallback=False) as memory:
+        grown = resident() - before
+        whole = -(-nbytes // PAGE) * PAGE
+        assert memory.pinned
+        assert memory.tensor.is_pinned()
+        assert memory.tensor.numel() == nbytes
+        assert whole <= grown + (1 << 20)
+        assert grown < whole + (8 << 20)  # torch's allocator would have taken 512 MiB for BIG
+        assert memory.device_address() == memory.address
+        if nbytes > 5:
+            lands_later(memory.tensor)
+
+
+@pytest.mark.parametrize("huge_pages", ["never", "transparent", "reserved"])
+def test_every_kind_of_page(huge_pages: Any) -> None:
+    with pinned.allocate(ODD, huge_pages=huge_pages, fallback=False) as memory:
+        lands_later(memory.tensor)
+
+
+def test_the_library_is_the_one_whose_errors_torch_sees() -> None:
+    with pinned.allocate(ODD, fallback=False) as memory:
+        code = torch.cuda.cudart().cudaHostRegister(memory.address, 4096, 0)
+        assert int(code.value) == _runtime.ALREADY
+        assert last_error() == _runtime.ALREADY
+        assert last_error() == 0
+
+
+def test_somebody_else_registered_it_and_no_error_is_left() -> None:
+    tensor = torch.zeros(ODD, dtype=torch.uint8)
+    cudart: Any = torch.cuda.cudart()
+    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    assert int(cudart.cudaHostRegister(start, 4 * mmap.PAGESIZE, 0).value) == 0
+    try:
+        with pytest.raises(HostMemoryError, match="already"):
+            pinned.register(tensor.numpy())
+        assert last_error() == 0
+        assert float(torch.ones(4, device="cuda").sum()) == 4
+    finally:
+        cudart.cudaHostUnregister(start)
+    with pinned.register(tensor, fallback=False):
+        lands_later(tensor)
+    assert not tensor.is_pinned()
+    assert last_error() == 0
+
+
+def test_memory_that_exists() -> None:
+    shared = SharedMemory(create=True, size=ODD)
+    try:
+        kinds: list[Any] = [np.zeros(ODD, np.uint8), torch.zeros(ODD, dtype=torch.uint8)[777:],
+                            mmap.mmap(-1, ODD), shared]  # fmt: skip
+        for memory in kinds:
+            with pinned.register(memory, fallback=False) as held:
+                assert held.pinned
+                lands_later(held.tensor)
+            del held
+        kinds.clear()
+        del memory
+    finally:
+        shared.close()
+        shared.unlink()
+
+
+def test_freed_and_read_only_leave_no_error() -> None:
+    mapping = mmap.mmap(-1, ODD, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = _pages.address_of(mapping)
+    mapping.close()
+    with pytest.raises(HostMemoryError, match="freed"):
+        pinned.register_address(address, ODD)
+    fixed = mmap.mmap(-1, ODD, prot=mmap.PROT_READ)
+    with pytest.raises(HostMemoryError, match="read_only"):
+        pinned.register(fixed)
+    with suppress(HostMemoryError):  # devices differ in whether they can
+        pinned.register(fixed, read_only=True, fallback=False).close()
+    assert last_error() == 0
+    # Behind the library's own checks, the runtime's refusal is cleared as well.
+    with pytest.raises(_runtime.CallRefused):
+        _runtime._loaded().register(address, ODD, 0)
+    assert last_error() == 0
+
+
+def test_nothing_is_lost_when_the_tensor_dies_first() -> None:
+    there = pattern(BIG)
+    for _ in range(3):
+        here = pinned.empty(BIG, torch.uint8, fallback=False)
+        torch.cuda._sleep(BUSY // 5)
+        here.copy_(there, non_blocking=True)
+        del here
+    torch.cuda.synchronize()
+    assert last_error() == 0
+
+
+def test_a_tensor_that_dies_in_a_capture_does_not_break_it() -> None:
+    here = pinned.empty(ODD, torch.uint8, fallback=False)
+    counter = torch.zeros(1, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        counter += 1
+        del here
+    graph.replay()
+    torch.cuda.synchronize()
+    assert float(counter) == 1
+    pinned.allocate(4096).close()  # what was postponed ends here
+
+
+def test_pieces_are_registered_each_by_itself() -> None:
+    there = pattern(ODD)
+    with pinned.allocate(ODD, largest=1 << 20, fallback=False) as memory:
+        assert memory.seams == (1 << 20, 2 << 20, 3 << 20)
+        memory.tensor.fill_(255)
+        for start, nbytes in memory.parts(100, ODD - 200):
+            part = slice(start, start + nbytes)
+            memory.tensor[part].copy_(there[part], non_blocking=True)
+        torch.cuda.synchronize()
+        assert torch.equal(memory.tensor[100:-100], there[100:-100].cpu())
+        assert bool((memory.tensor[:100] == 255).all())
+
+
+def test_the_device_s_node() -> None:
+    node = _numa.node_of("cuda:0")
+    if node is None:
+        pytest.skip("the machine does not say which node the device hangs on")
+    try:
+        memory = pinned.allocate(ODD, numa=node, fallback=False)
+    except NotImplementedError as refused:
+        pytest.skip(str(refused))
+    with memory:
+        lands_later(memory.tensor)
+
+
+def test_blocks_come_back_when_their_copies_have_ended() -> None:
+    there = pattern(ODD)
+    with PinnedPool(ODD, 1, fallback=False) as pool:
+        assert pool.pinned
+        block = pool.acquire()
+        here = block.tensor
+        torch.cuda._sleep(BUSY // 5)
+        here.copy_(there, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        block.release(after=event)
+        with pool.acquire(wait=True, timeout=60) as again:
+            assert event.query()
+            assert torch.equal(again.tensor, there.cpu())
+
+
+OTHER = """
+import sys, torch
+from portakv.host.shared import SharedPool
+pool = SharedPool(sys.argv[1], label="other", fallback=False)
+assert pool.pinned
+if sys.argv[2] == "read":
+    print(int(pool.bytes_of(0).to("cuda", non_blocking=True).long().sum()), flush=True)
+    pool.close()
+else:
+    block = pool.acquire("transfer")
+    there = torch.full((pool.block_bytes,), 9, dtype=torch.uint8, device="cuda")
+    print(block.index, flush=True)
+    while True:
+        block.tensor.copy_(there, non_blocking=True)
+        torch.cuda.synchronize()
+"""
+
+
+def other(name: str, what: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", OTHER, name, what], stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_processes_share_a_pool_and_survive_a_kill_in_mid_transfer() -> None:
+    name = f"test-gpu-{os.getpid()}"
+    there = pattern(ODD)
+    with SharedPool(name, ODD, 2, fallback=False) as pool:
+        assert pool.pinned
+        block = pool.acquire()
+        assert block.index == 0
+        lands_later(block.tensor)
+        reader = other(name, "read")
+        assert int(reader.communicate(timeout=120)[0]) == int(there.long().sum())
+        assert reader.returncode == 0
+        writer = other(name, "write")
+        assert writer.stdout is not None
+        assert int(writer.stdout.readline()) == 1
+        time.sleep(0.2)
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.wait()
+        writer.stdout.close()
+        with pool.acquire() as taken:
+            assert taken.index == 1
+            lands_later(taken.tensor)
+        assert torch.equal(block.tensor, there.cpu())
+        block.release()
+
+
+AT_EXIT = """
+import torch
+from portakv.host import pinned
+here = pinned.empty(100 << 20, torch.uint8, fallback=False)
+mine = pinned.register(bytearray(1 << 20), fallback=False)
+there = torch.ones(100 << 20, dtype=torch.uint8, device="cuda")
+torch.cuda._sleep(500_000_000)
+here.copy_(there, non_blocking=True)
+print("end", flush=True)
+"""
+
+
+def test_the_interpreter_ends_quietly_with_a_copy_in_flight() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+@pytest.mark.bigmem
+def test_17_gib_faster_than_torch_and_to_the_byte() -> None:
+    """The memory is touched once and freed first, so that neither pays for what the machine does
+    when it is used for the first time. Run with ``-s`` to see the seconds."""
+    nbytes = 17 * GIB
+    with pinned.allocate(nbytes, fallback=False):
+        pass
+    before, began = resident(), time.perf_counter()
+    memory = pinned.allocate(nbytes, fallback=False)
+    ours = time.perf_counter() - began
+    grown = resident() - before
+    assert abs(grown - nbytes) < (64 << 20)
+    memory.close()
+    began = time.perf_counter()
+    theirs = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    torchs = time.perf_counter() - began
+    del theirs
+    print(f"\npinning 17 GiB: {ours:.2f} s here, {torchs:.2f} s by torch")
+    assert ours < torchs
