@@ -102,6 +102,11 @@ def of_report(record: RunRecord) -> Evidence:
         command=record.command,
         date=record.started[:10],
         versions=support.versions(record),
+        vendor={
+            f"{name.removeprefix('sha256 of ')}, as installed": str(digest)
+            for name, digest in record.environment.items()
+            if name.startswith("sha256 of ")
+        },
         suite=record.suite,
     )
 

@@ -55,7 +55,8 @@ def _note_what_was_left_out(journal: Journal, options: Options) -> None:
     if options.only:
         journal.miss(f"Only {counted(len(journal.ids))} asked for (--only), not the profile.")
     if journal.stopped and journal.left():
-        journal.miss(f"{counted(len(journal.left()))} behind the first failure and did not run (-x).")
+        left = counted(len(journal.left()))
+        journal.miss(f"{left} behind the first failure and did not run (-x).")
 
 
 def _record(journal: Journal, options: Options, started: datetime, seconds: float) -> RunRecord:

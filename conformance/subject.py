@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,12 +148,23 @@ def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, b
         name = device.partition(":")[0]
         if not standins.enter(name):
             _simulate(asked, name)
+    else:
+        _load_extension(device.partition(":")[0])
     try:
         place = torch.device(device)
     except RuntimeError as error:
         why = str(error).splitlines()[0].rstrip(".")
         raise ValueError(f"Device {asked!r} was asked for, but not found: {why}.") from error
     return place, simulated
+
+
+def _load_extension(kind: str) -> None:
+    """Have torch know a vendor's device, where ``torch_mlu`` or the like does not load with it."""
+    try:
+        torch.device(kind)
+    except RuntimeError:
+        with suppress(Exception):  # then torch does not know the device, and says so
+            importlib.import_module(f"torch_{kind}")
 
 
 def _simulate(asked: str, name: str) -> None:

@@ -18,6 +18,8 @@ _PACKAGES = {
     "triton": ("triton",),
     "compiled": ("triton",),
     "cuda": ("nvidia-cuda-nvrtc", "cuda-bindings"),
+    "hip": ("hip",),
+    "ascend": ("cann",),
 }
 
 

@@ -34,8 +34,8 @@ import torch
 
 from ..errors import Unsupported
 from ..plan import CopyPlan
-from ._row_copy import RowCopy
 from ._packed import TOKENS, packed, planes
+from ._row_copy import RowCopy
 from ._vendor_package import Unusable, imported, version_of
 from .base import Backend, Capabilities, Decision, Launch
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far each backend was verified, for `portakv backends`: from the conformance suite's ladder."""
+"""How far each backend was verified, for `portakv backends`: from the suite's ladder."""
 
 from __future__ import annotations
 
