@@ -15,8 +15,11 @@ from .sharing import Share
 from .supervise import Worker
 from .watch import Watch
 
-# A backend that crashes or hangs everywhere is not worth hours.
+# A backend that crashes or hangs everywhere is not worth hours: so many losses in a row, without a
+# case between them that came to its end, or so many seconds lost in all.
 _MOST_LOSSES = 20
+_MOST_SECONDS = 1800.0
+_PROGRESS = 2  # cases that have to end between two losses, so that they are not in a row
 _POLL = 0.02  # seconds between two looks at the workers
 # Threads of each of several workers at once: two, so that kernels with threads still run so.
 _LEAST_THREADS = 2
@@ -47,7 +50,8 @@ class Crew:
         self._share = Share(folder / "taken")
         self._watches: list[Watch] = []
         self._jobs = options.jobs
-        self._started = self._losses = 0
+        self._started = self._losses = self._ran = 0
+        self._seconds = 0.0  # that losses have cost: workers that began, cases that hung
 
     def work(self) -> None:
         """Run every case of the list, or up to the first failure where that is enough.
@@ -65,8 +69,9 @@ class Crew:
 
     def _go_on(self) -> bool:
         """Start the workers that are wanting; False where there is nothing left to do."""
-        if self._losses >= _MOST_LOSSES:
-            self._give_up()
+        why = self._hopeless()
+        if why:
+            self._give_up(why)
             return False
         if not self._watches:
             for id in self._journal.left():  # taken by a worker that was lost before it began
@@ -118,15 +123,24 @@ class Crew:
         if self._watches and not watch.page.listed:
             self._jobs -= 1  # there is no room for so many, on the device or in memory
         else:
-            self._losses += 1
+            # A worker that ended with the first case that it took has got the run no further.
+            between = self._journal.ran - self._ran
+            self._losses = self._losses + 1 if between < _PROGRESS else 1
+            self._ran = self._journal.ran
+            self._seconds += watch.wasted()
 
-    def _give_up(self) -> None:
-        reason = f"It was not run: the worker had been lost {_MOST_LOSSES} times."
-        self._progress.say(
-            f"The worker was lost {_MOST_LOSSES} times; the other cases are not run."
-        )
+    def _hopeless(self) -> str:
+        """Why it makes no sense to go on, as a clause; empty where it does."""
+        if self._losses >= _MOST_LOSSES:
+            return f"the worker had been lost {_MOST_LOSSES} times in a row"
+        if self._losses and self._seconds > _MOST_SECONDS:
+            return f"lost workers had cost more than {_MOST_SECONDS / 60:g} minutes"
+        return ""
+
+    def _give_up(self, why: str) -> None:
+        self._progress.say(f"The other cases are not run: {why}.")
         for id in self._journal.left():
-            self._journal.lose(id, "error", reason, "")
+            self._journal.lose(id, "error", f"It was not run: {why}.", "")
 
 
 def surroundings(jobs: int) -> dict[str, str]:

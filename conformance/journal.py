@@ -40,6 +40,7 @@ class Page:
         running, latest: the id of the case that runs, and of the one that ended last; or empty.
         listed, finished: whether it collected its cases, and came to the end of its session.
         refusal: why it could not load what others have loaded; or empty.
+        retired: why it ended itself behind a case that has failed; or empty.
     """
 
     running: str = ""
@@ -47,6 +48,7 @@ class Page:
     listed: bool = False
     finished: bool = False
     refusal: str = ""
+    retired: str = ""
 
 
 class Journal:
@@ -58,6 +60,7 @@ class Journal:
         ids: the case list, in the order of execution; empty before it is known.
         cases: by id, what has ended.
         missing: sentences: what cannot be run here.
+        ran: how many cases came to an end by themselves.
         stopped: the first failure was all that was asked for, and it happened.
     """
 
@@ -71,6 +74,7 @@ class Journal:
         self.ids: list[str] = []
         self.cases: dict[str, CaseRecord] = {}
         self.missing: list[str] = []
+        self.ran = 0
         self.stopped = False
         self._examples = 0
 
@@ -114,6 +118,8 @@ class Journal:
             self._take_end(event["case"], page)
         elif kind == "finish":
             page.finished = True
+        elif kind == "retired":
+            page.retired = event["reason"]
         else:
             raise SuiteBroken(f"A worker told of {event!r}, which no suite of this version does.")
 
@@ -147,6 +153,7 @@ class Journal:
         except (ValueError, KeyError) as error:
             raise SuiteBroken(f"A worker told of a case that is no record: {error}") from error
         page.running, page.latest = "", case.id
+        self.ran += 1
         self._keep_example(case)
         self.settle(case)
 

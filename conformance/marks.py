@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .options import PACKAGE
+from .options import PACKAGE, real
 
 if TYPE_CHECKING:
     import pytest
@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 
 def is_case(item: pytest.Item) -> bool:
     """Whether a collected test is one of the suite's."""
-    return PACKAGE in item.path.parents
+    return PACKAGE in real(item.path).parents
 
 
 def case_id(item: pytest.Item) -> str:
     """The id of a case: the file relative to this package, and what pytest calls the test."""
-    return f"{item.path.relative_to(PACKAGE).as_posix()}::{item.nodeid.partition('::')[2]}"
+    file = real(item.path).relative_to(PACKAGE).as_posix()
+    return f"{file}::{item.nodeid.partition('::')[2]}"
 
 
 def mark_of(item: pytest.Item, name: str, default: str = "core") -> str:

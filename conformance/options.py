@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,12 @@ MARKS = {
 }
 PROFILES = ("core", "full")
 ENVIRONMENT = "PORTAKV_BACKEND"
+
+
+@cache
+def real(path: Path) -> Path:
+    """A path without symbolic links: pytest keeps those that it was pointed to the package by."""
+    return path.resolve()
 
 
 def _positive(text: str) -> int:
@@ -85,6 +92,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Without a backend to judge there are no cases."""
-    if config.getoption("--portakv-backend") is None and PACKAGE in collection_path.parents:
+    if config.getoption("--portakv-backend") is None and PACKAGE in real(collection_path).parents:
         return True
     return None

@@ -8,11 +8,12 @@ crash came.
 
 from __future__ import annotations
 
-import json
+import os
 import random
 import time
 import zlib
 from collections.abc import Generator, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,19 @@ from hypothesis import HealthCheck, Phase, settings
 
 from portakv import BackendUnavailable
 
-from . import saved
+from . import events, saved
 from .chosen import chosen
 from .claims import AREAS
 from .facility import Facility
 from .judging import Judge, find_home
 from .marks import case_id, is_case, mark_of, tags_of
 from .outcome import outcome
+from .pulse import Pulse
 from .records import CaseRecord
 from .shapes import HOMES, Workshop
 from .sharing import Share
 from .subject import Subject, subject
+from .verdict import WRONG
 
 #: Examples of each drawn case in certification; ``--portakv-fuzz`` replaces them.
 EXAMPLES = {"core": 20, "full": 60}
@@ -57,6 +60,7 @@ class Suite:
         share: str | None = config.getoption("--portakv-share")
         self.share = None if share is None else Share(Path(share))
         self.examples: str | None = config.getoption("--portakv-examples")
+        self.pulse = Pulse(self.subject, self.facility)
         self._load_settings()
 
     def _load_settings(self) -> None:
@@ -173,7 +177,27 @@ class Suite:
             return (yield)
         finally:
             record = self._record(item, time.perf_counter() - began)
-            self._tell({"event": "end", "case": json.loads(record.line())})
+            lost = self._lost(record)
+            self._tell({"event": "end", "case": asdict(record)})
+            if lost:
+                self._leave(lost)
+
+    def _lost(self, record: CaseRecord) -> str:
+        """Why nothing more can be judged in this process; noted with the case that did it."""
+        if record.status == "passed" and record.examples:
+            self.pulse.learn()
+        why = self.pulse.lost() if record.status in WRONG else ""
+        if why:
+            lost = f"Behind it everything on {self.subject.device} fails in this process ({why})."
+            record.reason = f"{record.reason} {events.writable(lost)}"
+        return why
+
+    def _leave(self, why: str) -> None:
+        """End the process, so that another goes on where the device works."""
+        if self.events is None:
+            pytest.exit(f"Nothing more can be judged on {self.subject.device}: {why}", returncode=1)
+        self._tell({"event": "retired", "reason": why})
+        os._exit(1)  # an orderly end might hang on the device
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -209,8 +233,8 @@ class Suite:
             seconds=round(seconds, 4),
             examples=judge.examples if judge else 0,
             tags=tags_of(item),
-            reason=reason,
-            details=details,
+            reason=events.writable(reason),
+            details=events.writable(details),
             replay=self._replay(item),
         )
         if status == "failed" and judge is not None and judge.failing is not None:
@@ -253,9 +277,7 @@ class Suite:
 
     def _tell(self, event: dict[str, Any]) -> None:
         if self.events is not None:
-            # Opened each time: a forked or crashing case can take no buffered line along.
-            with open(self.events, "a", encoding="utf-8") as file:
-                file.write(json.dumps(event, ensure_ascii=False) + "\n")
+            events.append(self.events, event)
 
 
 def pytest_configure(config: pytest.Config) -> None:

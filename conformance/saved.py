@@ -37,7 +37,7 @@ def dump(case: Case, about: dict[str, Any] | None = None) -> str:
         "src": _side(case.src),
         "dst": _side(case.dst),
     }
-    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(document, indent=1) + "\n"
 
 
 def save(case: Case, path: Path, about: dict[str, Any] | None = None) -> None:

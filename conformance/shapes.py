@@ -98,6 +98,32 @@ def arranged(
     )  # fmt: skip
 
 
+def widened(layout: str, axis: str, elements: int) -> dict[str, Any]:
+    """How to make an axis of a layout lie ``elements`` further apart: keywords of `arranged`.
+
+    Nothing where no dimension of the layout is that axis.
+    """
+    names = [_text(group) for group in read_layout(layout).right]
+    return {"pads": {names.index(axis) + 1: elements}} if axis in names else {}
+
+
+def reordered(layout: str, axes: str) -> str:
+    """The dimensions of a layout in the order of ``axes``, as ``memory`` of `arranged`.
+
+    An axis of ``axes`` that is none of its dimensions is passed over.
+    """
+    names = [_text(group) for group in read_layout(layout).right]
+    left = [_text(group) for group in read_layout(layout).left]
+    known = names + left if len(left) == 1 else names
+    return " ".join(axis for axis in axes.split() if axis in known)
+
+
+def dimension(layout: str, axis: str) -> int | None:
+    """Which dimension of a layout is an axis; None where none is."""
+    names = [_text(group) for group in read_layout(layout).right]
+    return names.index(axis) if axis in names else None
+
+
 def _text(group: Group) -> str:
     words = " ".join(map(str, group)) or "1"
     return f"({words})" if len(group) > 1 else words

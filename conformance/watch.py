@@ -35,7 +35,8 @@ class Watch:
         self.page = Page()
         self._worker, self._journal, self._share = worker, journal, share
         self._options = options
-        self._heard = time.monotonic()
+        self._began = self._heard = time.monotonic()
+        self._ready = 0.0  # seconds until it had its case list
 
     def look(self, *, alone: bool = True) -> str | None:
         """Take what the worker has told since: None while it goes on, else how it was lost, a
@@ -55,12 +56,17 @@ class Watch:
                 return ""
         if events:
             self._heard = time.monotonic()
+            self._ready = self._ready or (self._heard - self._began if self.page.listed else 0.0)
             return None
         if ended:
             return self._ended(alone)
         if time.monotonic() - self._heard > self._allowed():
             return self._too_long(alone)
         return None
+
+    def wasted(self) -> float:
+        """Seconds that its loss costs: its start, and how long it was silent at its end."""
+        return self._ready + time.monotonic() - self._heard
 
     def stop(self) -> None:
         """End the worker."""
@@ -105,6 +111,8 @@ class Watch:
 
     def _lost(self, what: str, stacks: str, alone: bool) -> str:
         """Name the case that it was lost with; returns a sentence for the user."""
+        if self.page.retired:
+            return f"The device failed behind {self.page.latest} ({self.page.retired})."
         details = "\n\n".join(part for part in (stacks, self._worker.printed()) if part)
         if not self._journal.ids:
             raise self._nothing_begun(what, details)

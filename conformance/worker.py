@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .events import append
+
 if TYPE_CHECKING:
     import pytest
 
@@ -72,9 +74,9 @@ def main(argv: Sequence[str]) -> int:
     # What fails before this is an installation that is broken; what fails behind it is the backend.
     from . import environment, subject  # noqa: F401
 
-    _tell(orders, {"event": "loading"})
+    append(orders.events, {"event": "loading"})
     told = introduce(orders)
-    _tell(orders, told)
+    append(orders.events, told)
     if told["event"] != "subject":
         return 0
     import pytest
@@ -83,11 +85,6 @@ def main(argv: Sequence[str]) -> int:
     where = ["-c", orders.configuration, "--rootdir", folder, "--confcutdir", folder]
     words = [*where, *_PLUGINS, *_QUIET, *orders.pytest, folder]
     return int(pytest.main(words, plugins=[Descriptions(orders)]))
-
-
-def _tell(orders: Orders, event: dict[str, Any]) -> None:
-    with open(orders.events, "a", encoding="utf-8") as events:
-        events.write(json.dumps(event) + "\n")
 
 
 class Descriptions:
@@ -115,7 +112,7 @@ class Descriptions:
             for item in session.items
             if any(mark.args[0] == "two devices" for mark in item.iter_markers("needs"))
         ]
-        _tell(self._orders, {"event": "described", "cases": told, "two devices": pairs})
+        append(self._orders.events, {"event": "described", "cases": told, "two devices": pairs})
 
 
 def introduce(orders: Orders) -> dict[str, Any]:

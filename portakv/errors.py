@@ -45,3 +45,11 @@ class Unsupported(PortaKVError, NotImplementedError):
 
 class TransferError(PortaKVError, RuntimeError):
     """A transfer that was launched did not end well, or its completion cannot be asked here."""
+
+
+class HostMemoryError(PortaKVError, RuntimeError):
+    """Host memory that cannot be had, registered or given back as asked."""
+
+
+class PoolExhausted(HostMemoryError):
+    """A pool has no block to give, at once or within the time that was allowed."""

@@ -147,6 +147,10 @@ def act(what: str, orders: Orders, id: str) -> None:
     elif what == "leave":  # the session ends without this case
         tell(orders, {"event": "finish"})
         sys.exit(0)
+    elif what == "retire":  # the device works no more in this process
+        end(orders, id, "failed", "It faulted.")
+        tell(orders, {"event": "retired", "reason": "an illegal access"})
+        os._exit(1)
     elif what == "half a line":
         with open(orders.events, "a", encoding="utf-8") as events:
             events.write('{"event": "en')

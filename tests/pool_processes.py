@@ -33,6 +33,7 @@ class Child:
         self.here, there = Pipe()
         self.pid = os.fork()
         if self.pid == 0:
+            self.here.close()  # so that it ends when the test does, whatever the outcome
             code = 1
             try:
                 work(there)

@@ -144,8 +144,34 @@ def test_a_backend_that_always_crashes_is_given_up(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(crew, "_MOST_LOSSES", 3)
     record = ran({f"{CORE}{n}": "crash" for n in range(6)})
     assert list(statuses(record).values()) == ["failed"] * 3 + ["error"] * 3
-    assert record.cases[-1].reason == "It was not run: the worker had been lost 3 times."
+    assert record.cases[-1].reason == "It was not run: the worker had been lost 3 times in a row."
     assert record.verdict == "failed"
+
+
+def test_losses_that_are_not_in_a_row_cost_their_cases_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(crew, "_MOST_LOSSES", 2)
+    behaviours = {f"{CORE}{n}": "crash" if n % 3 == 0 else "pass" for n in range(12)}
+    record = ran(behaviours)
+    assert list(statuses(record).values()) == ["failed", "passed", "passed"] * 4
+
+
+def test_losses_that_cost_too_much_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew, "_MOST_SECONDS", 0.5)
+    behaviours = {f"{CORE}{n}": "pass" if n % 3 else "hang" for n in range(9)}
+    record = ran(behaviours, limit=0.3)
+    assert record.totals["failed"] <= 2
+    assert "lost workers had cost more than" in record.cases[-1].reason
+    assert record.cases[-1].status == "error"
+
+
+def test_a_worker_that_retires_costs_one_case() -> None:
+    heard = Heard()
+    record = ran({CORE + "a": "pass", CORE + "b": "retire", CORE + "c": "pass"}, heard)
+    assert statuses(record) == {CORE + "a": "passed", CORE + "b": "failed", CORE + "c": "passed"}
+    assert record.cases[1].reason == "It faulted."
+    assert heard.sentences == [f"The device failed behind {CORE}b (an illegal access)."]
 
 
 def test_children_of_a_worker_end_with_it() -> None:

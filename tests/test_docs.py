@@ -26,7 +26,7 @@ def run(page: str, code: list[str], names: dict[str, Any]) -> dict[str, Any]:
     return names
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/host.md"])
 def test_the_code_of_a_page_runs(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
     run(page, blocks(page), {})

@@ -19,7 +19,7 @@ import torch
 from pinned_runtime import absent, claimed, installed
 
 from portakv.errors import DeviceMismatch, PortaKVError, Unsupported
-from portakv.host import _faults, _numa, _pages, _runtime, pinned
+from portakv.host import _numa, _pageable, _pages, _runtime, pinned
 from portakv.host.pinned import HostMemoryError
 
 PAGE = mmap.PAGESIZE
@@ -284,7 +284,7 @@ def test_lists_of_nodes() -> None:
 
 
 def test_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_faults, "_told", set())
+    monkeypatch.setattr(_pageable, "_told", set())
     absent(monkeypatch)
     monkeypatch.setattr(_runtime, "why_not", lambda: "of the test")
     with warnings.catch_warnings(record=True) as seen:

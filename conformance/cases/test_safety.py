@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from portakv_conformance.claims import not_claimed
 from portakv_conformance.judging import Judge, changed, index_of, view_of
 from portakv_conformance.memory import Memory
-from portakv_conformance.shapes import Shape, Workshop, lifted
-from portakv_conformance.sides import Case
+from portakv_conformance.shapes import CHUNK, PAGED, Shape, Workshop, lifted, widened
+from portakv_conformance.sides import Case, Side
 from portakv_conformance.subject import Subject
 
-from portakv import LayoutError, PortaKVError, SlotError
+from portakv import LayoutError, PortaKVError, SlotError, Unsupported
 
 pytestmark = pytest.mark.area("safety")
 
@@ -25,15 +26,20 @@ SHAPE = Shape()
 def refused(judge: Judge, case: Case, error: type[PortaKVError]) -> None:
     """The copy must raise ``error``, before it has written one byte."""
     before = Memory.snapshot(case.src.tensors, case.dst.tensors)
+    src, dst = view_of(case.src), view_of(case.dst)
     try:
-        src, dst = view_of(case.src), view_of(case.dst)
         judge.finish(
             judge.subject.copy(src, dst, index_of(case.src), index_of(case.dst), count=case.count)
         )
-    except error:
+    except (error, Unsupported) as found:
+        judge.facility.synchronize()
         wrong = changed(before, [case.src.tensors, case.dst.tensors])
-        assert wrong is None, f"{error.__name__} was raised, but {wrong}. The case was {case!r}."
-        judge.examples += 1
+        name = type(found).__name__
+        assert wrong is None, f"{name} was raised, but {wrong}. The case was {case!r}."
+        if isinstance(found, error):
+            judge.examples += 1
+        else:
+            judge.may_decline(found, src, dst, index_of(case.src), index_of(case.dst))
         return
     except Exception as other:
         raise AssertionError(
@@ -86,19 +92,122 @@ def _judge_bad(judge: Judge, case: Case, good: Case) -> None:
         replace(case.src, ids=good.src.ids), replace(case.dst, ids=good.dst.ids), case.count
     )
     expected = like.expected()
-    transfer = None
+    asked = view_of(case.src), view_of(case.dst), index_of(case.src), index_of(case.dst)
     try:
-        transfer = judge.subject.copy(
-            view_of(case.src), view_of(case.dst), index_of(case.src), index_of(case.dst)
-        )
-        transfer.synchronize()
+        judge.subject.copy(*asked).synchronize()
     except SlotError:
         judge.facility.synchronize()
+    except Unsupported as refusal:
+        judge.may_decline(refusal, *asked)
+        return
     else:
         raise AssertionError(f"A bad slot raised nothing. The case was {case!r}.")
     verdict = judge.compare(expected, case.dst.tensors, case.src.tensors)
     assert verdict is None, f"{verdict} The case was {case!r}."
     judge.examples += 1
+
+
+# -- ids on both sides ----------------------------------------------------------------------------
+
+_END = 1 << 20  # stands for the first id past the end, and what is added to it for one far behind
+#: Ids of the source and of the destination: which of them are bad, and what faces a bad one.
+_PAIRS = {
+    "source": ([1, _END, 3], [0, 2, 4]),
+    "destination": ([1, 0, 3], [0, _END, 4]),
+    "each": ([_END, 2, 3, 0], [5, 1, _END, 4]),
+    "one-position": ([1, _END + 7, 3], [0, _END + 9, 4]),
+    "beside-padding": ([-1, 2, 3], [_END, -1, 4]),
+    "padding-beside": ([1, _END, 3], [-1, -1, 4]),
+    "far-source": ([1, 2**31 - 1, 3], [0, 2, 4]),
+    "far-destination": ([1, 0, 3], [0, 2**31 - 1, 4]),
+}
+
+
+def between(home: Workshop, pair: str, step: int, device: Any, dtype: torch.dtype) -> Case:
+    """A copy from one cache to another under a list of ids on each side."""
+    end = SHAPE.slots // step
+    lists = [[n - _END + end if _END <= n < 2 * _END else n for n in ids] for ids in _PAIRS[pair]]
+    sides = [
+        home.cache(SHAPE, torch.tensor(ids, dtype=dtype).to(device), step=step, source=not number)
+        for number, ids in enumerate(lists)
+    ]
+    return Case(sides[0], sides[1], len(lists[0]) * step)
+
+
+def without_bad(case: Case, step: int) -> Case:
+    """The copy that is left of a case: where an id of either side is bad, both are padding."""
+    mine, theirs = (side.ids.cpu().long() for side in (case.src, case.dst) if side.ids is not None)
+    end = SHAPE.slots // step
+    bad = (mine >= end) | (theirs >= end)
+    ids = [torch.where(bad, -1, each) for each in (mine, theirs)]
+    sides = [replace(side, ids=each) for side, each in zip((case.src, case.dst), ids, strict=True)]
+    return Case(sides[0], sides[1], case.count)
+
+
+@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize("pair", _PAIRS)
+def test_host_ids_past_the_end_of_both_sides(
+    judge: Judge, home: Workshop, pair: str, step: int
+) -> None:
+    """With lists on both sides too, an id past the end of either is a SlotError, also where the
+    other side's is padding, and nothing is moved."""
+    refused(judge, between(home, pair, step, "cpu", torch.int64), SlotError)
+
+
+@pytest.mark.needs("accelerator")
+@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize("pair", _PAIRS)
+def test_device_ids_past_the_end_of_both_sides(
+    subject: Subject, judge: Judge, home: Workshop, pair: str, step: int
+) -> None:
+    """With lists on both sides too, a bad id of either moves nothing, all others move, and the
+    transfer raises SlotError."""
+    for dtype in (torch.int64, torch.int32):
+        case = between(home, pair, step, subject.device, dtype)
+        _judge_bad(judge, case, without_bad(case, step))
+
+
+@pytest.mark.claim("guards")
+@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize("pair", _PAIRS)
+def test_bad_ids_of_both_sides_are_guarded(
+    request: pytest.FixtureRequest, subject: Subject, judge: Judge, home: Workshop,
+    pair: str, step: int,
+) -> None:  # fmt: skip
+    """A launch that guards does so for both lists, and tells also of an id that faces padding."""
+    if not subject.can.guards:
+        not_claimed(request, "guards", "bad ids are found before the launch.")
+        return
+    for dtype in subject.can.index_dtypes:
+        case = between(home, pair, step, subject.can.home_of_ids(subject.device), dtype)
+        expected = without_bad(case, step).expected()
+        status = torch.zeros(1, dtype=torch.int64)
+        status = status.pin_memory() if judge.facility.streams else status
+        try:
+            judge.launch_only(case, status=status)
+        except Unsupported as refusal:
+            asked = view_of(case.src), view_of(case.dst), index_of(case.src), index_of(case.dst)
+            judge.may_decline(refusal, *asked)
+            continue
+        verdict = judge.compare(expected, case.dst.tensors, case.src.tensors)
+        assert verdict is None, f"{verdict} The case was {case!r}."
+        _check_word(int(status[0]), case, step)
+        judge.examples += 1
+
+
+def _check_word(told: int, case: Case, step: int) -> None:
+    """The status word tells the position + 1 of a bad id."""
+    end = SHAPE.slots // step
+    sides = [side.ids.tolist() for side in (case.src, case.dst) if side.ids is not None]
+    bad = [at for ids in sides for at, number in enumerate(ids) if number >= end]
+    wanted = {at * step + n + 1 for at in bad for n in range(step)}
+    assert told in wanted, (
+        f"The status word holds {told} for source ids {sides[0]} and destination ids {sides[1]} of "
+        f"{step} tokens, of which those from {end} on are bad; expected position + 1 of a bad one."
+    )
+
+
+# -- rows that meet -------------------------------------------------------------------------------
 
 
 def test_a_destination_slot_twice(judge: Judge, home: Workshop) -> None:
@@ -143,16 +252,21 @@ def test_rows_that_are_source_and_destination(judge: Judge, home: Workshop) -> N
     refused(judge, Case(cache, replace(cache, ids=torch.tensor([0, 1])), 8), SlotError)
 
 
-def test_destinations_that_cannot_be_written(judge: Judge, workshop: Workshop) -> None:
+def test_destinations_that_cannot_be_written(judge: Judge, home: Workshop) -> None:
     """A destination with a stride of 0, or with two planes at one address, is a LayoutError."""
     shape = Shape()
-    spread = workshop.chunk(shape, 8, layout="kv layer token head dim", source=False, expand=2)
-    refused(judge, Case(workshop.cache(shape, list(range(8))), spread, 8), LayoutError)
-    cache = workshop.cache(shape, [0, 1], source=False)
+    spread = home.chunk(shape, 8, layout="kv layer token head dim", source=False, expand=2)
+    refused(judge, Case(home.cache(shape, list(range(8))), spread, 8), LayoutError)
+    cache = replace(home, paged=PAGED).cache(shape, [0, 1], source=False)
     doubled = replace(cache, tensors=[cache.tensors[0], cache.tensors[0]])
-    refused(judge, Case(workshop.chunk(shape, 2), doubled, 2), LayoutError)
+    refused(judge, Case(home.chunk(shape, 2), doubled, 2), LayoutError)
 
 
+#: What is misaligned, and the axis of a cache or of a chunk whose stride does it.
+_STRIDES = {
+    "row": "token", "head": "head", "block": "block", "plane": "kv", "chunk-row": "token",
+    "chunk-plane": "layer",
+}  # fmt: skip
 _MISALIGNED = (
     "base", "offset", "row", "head", "block", "plane", "one-layer", "chunk-base", "chunk-offset",
     "chunk-row", "chunk-plane",
@@ -162,34 +276,35 @@ _MISALIGNED = (
 @pytest.mark.parametrize("off", [1, 2, 4, 8])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("what", _MISALIGNED)
-def test_misaligned(judge: Judge, workshop: Workshop, what: str, direction: str, off: int) -> None:
+def test_misaligned(judge: Judge, home: Workshop, what: str, direction: str, off: int) -> None:
     """The widest access is what the storage's own address, every stride and the storage offset
     allow, each by itself."""
-    every: dict[str, dict[str, Any]] = {
-        "offset": {"shift": off},
-        "row": {"pads": {3: off}},
-        "head": {"pads": {4: off}},
-        "block": {"pads": {2: off}},
-        "plane": {"pads": {1: off}},
-        "chunk-offset": {"shift": off},
-        "chunk-row": {"pads": {3: off}},
-        "chunk-plane": {"pads": {2: off}},
-    }
-    how = every.get(what, {})
     shape = Shape(layers=3, heads=2, widths=(64, 64))
-    slots, source = workshop.shuffled(shape.slots, 9, 1), direction == "gather"
+    slots, source = home.shuffled(shape.slots, 9, 1), direction == "gather"
     plain: dict[str, Any] = {"dtype": torch.uint8}
     of_chunk = what.startswith("chunk")
-    cache = workshop.cache(shape, slots, source=source, **plain, **({} if of_chunk else how))
-    chunk = workshop.chunk(shape, 9, source=not source, **plain, **(how if of_chunk else {}))
-    if what == "one-layer":  # only a later layer is misaligned
-        moved = workshop.cache(shape, slots, source=source, **plain, shift=off, storage=77)
-        cache = replace(
-            cache, tensors=[*cache.tensors[:2], moved.tensors[2]], arrangement=None,
-            guards=[*cache.guards[:2], moved.guards[2]],
-        )  # fmt: skip
+    layout = CHUNK if of_chunk else home.paged
+    how = widened(layout, _STRIDES[what], off) if what in _STRIDES else {}
+    if what.endswith("offset"):
+        how = {"shift": off}
+    cache = home.cache(shape, slots, source=source, **plain, **({} if of_chunk else how))
+    chunk = home.chunk(shape, 9, source=not source, **plain, **(how if of_chunk else {}))
+    if what == "one-layer":
+        cache = _with_another_layer(cache, home, shape, off)
     if what == "base":
         cache = lifted(cache, off)
     elif what == "chunk-base":
         chunk = lifted(chunk, off)
     judge.copy(Case(cache, chunk, 9) if source else Case(chunk, cache, 9))
+
+
+def _with_another_layer(cache: Side, home: Workshop, shape: Shape, off: int) -> Side:
+    """A cache of which only the last layer is misaligned; as it is where layers lie in one
+    tensor, which has one address."""
+    if not isinstance(cache.tensors, list):
+        return cache
+    assert cache.arrangement is not None
+    source = not cache.arrangement.poison
+    moved = home.cache(shape, source=source, dtype=torch.uint8, shift=off, storage=77)
+    tensors = [*cache.tensors[:2], moved.tensors[2]]
+    return replace(cache, tensors=tensors, arrangement=None, guards=[*cache.guards, *moved.guards])

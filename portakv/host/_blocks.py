@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ._faults import HostMemoryError
+from ..errors import HostMemoryError
 
 
 class Owner(Protocol):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ._faults import HostMemoryError
+from ..errors import HostMemoryError
 
 PAGE = mmap.PAGESIZE
 HUGE = 2 << 20  # what x86 and most arm64 kernels call huge

@@ -11,8 +11,9 @@ import threading
 import weakref
 from typing import Any
 
+from ..errors import HostMemoryError
 from . import _runtime
-from ._faults import HostMemoryError, warn_once
+from ._pageable import warn_once
 from ._pages import PAGE, to_pages
 from ._runtime import CallRefused, Runtime
 

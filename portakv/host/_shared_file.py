@@ -18,10 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import SlotError
+from ..errors import HostMemoryError, SlotError
 from . import _pages
 from ._blocks import stride as stride_of
-from ._faults import HostMemoryError
 from ._members import RECORD, FileLocks, Members
 
 FOLDER = Path("/dev/shm")

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import DeviceMismatch
-from ._faults import HostMemoryError
+from ..errors import DeviceMismatch, HostMemoryError
 from ._pages import Span
 
 

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..errors import Unsupported
+from ..errors import HostMemoryError, Unsupported
 from . import _numa, _pages, _runtime, _spans
-from ._faults import HostMemoryError, warn_once
+from ._pageable import warn_once
 from ._pages import Span
 from ._registrations import LARGEST, Registration
 from ._runtime import CallRefused, Runtime
@@ -142,17 +142,10 @@ class PinnedMemory:
 
 
 def allocate(
-    nbytes: int,
-    *,
-    portable: bool = True,
-    mapped: bool = True,
-    huge_pages: HugePages = "auto",
-    numa: int | Sequence[int] | None = None,
-    threads: int | None = None,
-    largest: int = LARGEST,
-    unit: int = 1,
-    fallback: bool = True,
-) -> PinnedMemory:
+    nbytes: int, *, portable: bool = True, mapped: bool = True, huge_pages: HugePages = "auto",
+    numa: int | Sequence[int] | None = None, threads: int | None = None, largest: int = LARGEST,
+    unit: int = 1, fallback: bool = True,
+) -> PinnedMemory:  # fmt: skip
     """Pinned memory of exactly so many bytes, on a page, touched by several threads at once.
 
     Args:
@@ -184,9 +177,8 @@ def allocate(
     if numa is not None:
         _numa.bind(address, len(mapping), numa)
     _pages.touch(address, len(mapping), threads)
-    registration = _register(
-        runtime, address, len(mapping), _flags(portable, mapped), largest, unit, fallback
-    )
+    flags = _flags(portable, mapped)
+    registration = _register(runtime, address, len(mapping), flags, largest, unit, fallback)
     return _held(Span(address, nbytes), registration, mapping, notes, mapped)
 
 

@@ -13,9 +13,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import HostMemoryError, PoolExhausted
 from . import pinned
 from ._blocks import Block, Cooling, Leak, stride, told
-from ._faults import HostMemoryError, PoolExhausted
 from ._registrations import LARGEST
 from .pinned import PinnedMemory
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors import HostMemoryError, PoolExhausted
 from . import _runtime, pinned
 from ._blocks import Block, told
-from ._faults import HostMemoryError, PoolExhausted
 from ._shared_file import SharedFile, names, remove
 
 __all__ = ["PoolExhausted", "SharedPool", "names", "remove"]

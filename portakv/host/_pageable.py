@@ -1,21 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What host memory can be refused for, and the warning where it is pageable after all."""
+"""The warning, given once for each reason, where host memory is pageable after all."""
 
 from __future__ import annotations
 
 import threading
 import warnings
-
-from ..errors import PortaKVError
-
-
-class HostMemoryError(PortaKVError, RuntimeError):
-    """Host memory that cannot be had, registered or given back as asked."""
-
-
-class PoolExhausted(HostMemoryError):
-    """A pool has no block to give, at once or within the time that was allowed."""
-
 
 _told: set[str] = set()
 _lock = threading.Lock()
