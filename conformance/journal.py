@@ -28,8 +28,10 @@ class SuiteBroken(Exception):
     """The suite itself could not be run; the text holds what the worker printed."""
 
 
-#: Failing examples that are kept as files; of a backend that is wrong everywhere more say no more.
+#: Failing examples that are kept as files, of drawn cases and of all others each; of a backend
+#: that is wrong everywhere more say no more.
 MOST_EXAMPLES = 20
+_DRAWN = ("drawn", "metamorphic", "stateful")  # areas
 
 
 @dataclass
@@ -76,7 +78,7 @@ class Journal:
         self.missing: list[str] = []
         self.ran = 0
         self.stopped = False
-        self._examples = 0
+        self._examples = {True: 0, False: 0}  # by whether the case draws them
 
     def left(self) -> list[str]:
         """Ids that have not ended, in their order."""
@@ -161,8 +163,9 @@ class Journal:
         """Of the examples that workers save the first few stay."""
         if not case.example or self._options.examples is None:
             return
-        if self._examples < MOST_EXAMPLES:
-            self._examples += 1
+        drawn = case.area in _DRAWN
+        if self._examples[drawn] < MOST_EXAMPLES:
+            self._examples[drawn] += 1
         else:
             (self._options.examples / case.example).unlink(missing_ok=True)
             case.example = ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from math import gcd
 from typing import Any
 
@@ -50,6 +51,8 @@ class Judge:
         declined: why copies were not carried out, a sentence each.
         failing: the case that failed last; hypothesis ends with the smallest.
         direct: it failed by the launch alone, without the library around it.
+        end: how its end was waited for, one of `ENDS`.
+        fault: what was wrong first, a sentence; what was wrong once may be right when repeated.
         seed: of this test's patterns and choices.
     """
 
@@ -58,13 +61,15 @@ class Judge:
         self.examples = 0
         self.declined: list[str] = []
         self.failing: Case | None = None
+        self.fault = ""
         self.direct = False
+        self.end = ENDS[0]
 
     def copy(
         self, case: Case, *, end: str = "synchronize", stream: torch.Stream | None = None
     ) -> bool:
         """Judge a case as a user gets it; False where the backend declines it, as it may."""
-        self.direct = False
+        self.direct, self.end = False, end
         src, dst = view_of(case.src), view_of(case.dst)
         mine, theirs = index_of(case.src), index_of(case.dst)
 
@@ -112,8 +117,9 @@ class Judge:
         """
         try:
             return self._judge(case, carry, why_declined)
-        except AssertionError:
+        except AssertionError as error:
             self.failing = case
+            self.fault = self.fault or str(error)
             raise
 
     def _judge(
@@ -213,27 +219,37 @@ class Judge:
 
 
 def find_home(subject: Subject, layouts: Sequence[str]) -> str:
-    """The first layout of a cache that the backend's ``check`` takes both ways; else the first."""
-
-    def accepts(plan: CopyPlan) -> bool:
-        try:
-            return subject.backend.check(plan).accepted
-        except Exception:  # the cases will tell; here it would be a fault of their surroundings
-            return False
-
+    """The first layout of a cache that the backend takes both ways, by tokens and by blocks; else
+    the first."""
     shape = Shape()
     for layout in layouts:
         shop = Workshop(str(subject.device), 0, layout)
-        cases = [shop.move(direction, shape, [1]) for direction in ("gather", "scatter")]
-        views = [(view_of(case.src), view_of(case.dst), case) for case in cases]
-        asked = [
-            plan
-            for src, dst, case in views
-            for plan in plans(src, dst, index_of(case.src), index_of(case.dst))
-        ]
-        if all(map(accepts, asked)):
+        if all(
+            takes(subject, shop.move(direction, shape, [1], step=step))
+            for step in (1, shape.block_size)
+            for direction in ("gather", "scatter")
+        ):
             return layout
     return layouts[0]
+
+
+@lru_cache(maxsize=256)  # asked by many cases, and preparing may compile
+def across(subject: Subject, paged: str, other: str) -> str:
+    """``other`` where the backend copies from caches of layout ``paged`` to it, else ``paged``."""
+    shape, shop = Shape(), Workshop(str(subject.device), 0, paged)
+    source, target = shop.cache(shape, [1]), shop.cache(shape, [1], layout=other, source=False)
+    return other if takes(subject, Case(source, target, 1)) else paged
+
+
+def takes(subject: Subject, case: Case) -> bool:
+    """Whether the backend's ``check`` and ``prepare`` take every plan of a case."""
+    src, dst = view_of(case.src), view_of(case.dst)
+    try:
+        for plan in plans(src, dst, index_of(case.src), index_of(case.dst)):
+            subject.prepare(plan)
+    except Exception:  # Unsupported; of anything else the cases will tell
+        return False
+    return True
 
 
 def plans(src: KVView, dst: KVView, mine: Index, theirs: Index) -> list[CopyPlan]:

@@ -41,9 +41,14 @@ def outcome(
         return "error", "The case did not come to its end.", ""
     if NOT_CLAIMED in item.stash:
         return "not-claimed", item.stash[NOT_CLAIMED], ""
-    if judge is not None and judge.declined and not judge.examples:
+    if judge is None or not judge.declined:
+        return "passed", "", ""
+    # What was judged stands for the case only where it is the greater part of it.
+    told, judged = len(judge.declined), judge.examples
+    kept = "passed" if told < judged else "not-claimed"
+    if not judged:
         return "not-claimed", f"The backend declines the plan: {judge.declined[0]}", ""
-    return "passed", "", ""
+    return kept, f"It declines {told} of {told + judged} copies: {judge.declined[0]}", ""
 
 
 def sentence(message: str) -> str:

@@ -41,6 +41,7 @@ from .verdict import WRONG
 EXAMPLES = {"core": 20, "full": 60}
 UNAVAILABLE = 3  # exit code
 _BIG = 6 << 30  # bytes that the largest cases take on a device
+_NOT_ALONE = "This one copy alone, with nothing before it or beside it, does not show it."
 _JUDGE = pytest.StashKey[Judge]()
 _REPORTS = pytest.StashKey[dict[str, pytest.TestReport]]()
 
@@ -178,6 +179,8 @@ class Suite:
         finally:
             record = self._record(item, time.perf_counter() - began)
             lost = self._lost(record)
+            if record.status == "failed" and not lost:  # elsewhere no example can be judged again
+                self._save(record, item.stash.get(_JUDGE, None))
             self._tell({"event": "end", "case": asdict(record)})
             if lost:
                 self._leave(lost)
@@ -224,7 +227,7 @@ class Suite:
         judge = item.stash.get(_JUDGE, None)
         reports = item.stash[_REPORTS]
         status, reason, details = outcome(item, reports, judge, self.subject.flaw)
-        record = CaseRecord(
+        return CaseRecord(
             id=case_id(item),
             area=mark_of(item, "area"),
             profile=mark_of(item, "profile"),
@@ -232,36 +235,35 @@ class Suite:
             status=status,
             seconds=round(seconds, 4),
             examples=judge.examples if judge else 0,
+            declined=len(judge.declined) if judge else 0,
+            declined=len(judge.declined) if judge else 0,
             tags=tags_of(item),
             reason=events.writable(reason),
             details=events.writable(details),
             replay=self._replay(item),
         )
-        if status == "failed" and judge is not None and judge.failing is not None:
-            record.example = self._save(record, judge)
-        return record
 
-    def _save(self, record: CaseRecord, judge: Judge) -> str:
+    def _save(self, record: CaseRecord, judge: Judge | None) -> None:
         """Write the failing example, as far as it was built from a structure and fails also on its
-        own: what only a stream or an earlier call made wrong passes when it is replayed. Returns
-        the file's name."""
-        if self.examples is None or judge.failing is None:
-            return ""
+        own: what only a stream or an earlier call made wrong passes when it is replayed."""
+        if self.examples is None or judge is None or judge.failing is None:
+            return
         name = f"example-{zlib.crc32(record.id.encode()):08x}.json"
         about = {
             "case": record.id, "backend": self.subject.target, "device": str(self.subject.device),
             "emulated": self.subject.emulated, "seed": self.seed, "reason": record.reason,
-            "direct": judge.direct,
+            "direct": judge.direct, "end": judge.end,
         }  # fmt: skip
         file = Path(self.examples) / name
         try:
             saved.save(judge.failing, file, about)
         except ValueError:  # tensors that no arrangement describes
-            return ""
+            return
         if saved.replay(file, self.subject) is None:
             file.unlink()
-            return ""
-        return name
+            record.reason = f"{record.reason} {_NOT_ALONE}"
+        else:
+            record.example = name
 
     def _replay(self, item: pytest.Item) -> str:
         name, _, test = case_id(item).partition("::")

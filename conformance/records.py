@@ -31,8 +31,10 @@ class CaseRecord:
         status: how it ended; ``error`` is a fault of the suite or its surroundings.
         seconds: time it took.
         examples: copies that were judged in it.
+        declined: copies in it that the backend declined, and that were not judged for it.
         tags: ``layout``, ``dtype``, ``operation`` where the case is about one.
-        reason: a sentence: the first wrong byte, why it is waived, what is not claimed.
+        reason: a sentence: the first wrong byte, why it is waived, what is not claimed; where it
+            passed, why some of its copies were declined.
         details: traceback and captured output; empty where it passed.
         replay: the command that runs this case again, alone.
         example: file name of the shrunken failing example, beside the report; or empty.
@@ -45,6 +47,7 @@ class CaseRecord:
     status: Status = "passed"
     seconds: float = 0.0
     examples: int = 0
+    declined: int = 0
     tags: dict[str, str] = field(default_factory=dict)
     reason: str = ""
     details: str = ""

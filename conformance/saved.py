@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .facility import Facility
-from .judging import Judge
+from .judging import ENDS, Judge
 from .sides import Arrangement, Case, Side, side_of
 from .subject import Subject
 
@@ -101,12 +101,15 @@ def replay(path: Path, subject: Subject) -> str | None:
     """
     text = path.read_text(encoding="utf-8")
     case, said = load(text, subject.device)
+    end = said.get("end", ENDS[0])
+    if end not in ENDS:
+        raise _no_example(ValueError(f"{end!r} is no way to wait for a copy"))
     judge = Judge(subject, Facility(subject.device, subject.emulated), said.get("seed", 0))
     try:
         if said.get("direct"):
             judge.launch(case)
         else:
-            judge.copy(case)
+            judge.copy(case, end=end)
     except AssertionError as error:
         return str(error)
     return None

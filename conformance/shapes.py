@@ -19,13 +19,18 @@ from .sides import Arrangement, Case, Side, side_of
 
 PAGED = "layer | kv block token head dim"
 CHUNK = "kv layer token (head dim)"
-#: Layouts of caches; CORE is judged in the first that a backend takes.
+#: Layouts of caches; CORE is judged in the first that a backend takes. The last two need no table
+#: of addresses, the last not even a loop.
 HOMES = (
     "layer | kv block token head dim",
     "layer | kv block head token dim",
     "layer kv | block token head dim",
     "layer kv | block head token dim",
+    "block layer kv token head dim",
+    "block token layer kv head dim",
 )
+#: Layouts of chunks, for caches whose rows do not go to `CHUNK` in the fewest loops.
+_CHUNKS = {HOMES[-1]: "token layer kv (head dim)"}
 _ELSEWHERE = 1000  # storage numbers of destinations, so that no source has the same bytes
 
 
@@ -143,6 +148,11 @@ class Workshop:
     seed: int = 0
     paged: str = PAGED
 
+    @property
+    def dense(self) -> str:
+        """The layout of chunks that name none."""
+        return _CHUNKS.get(self.paged, CHUNK)
+
     def cache(
         self,
         shape: Shape,
@@ -159,11 +169,13 @@ class Workshop:
         return side_of(to, self.ids(ids), step, offset)
 
     def chunk(
-        self, shape: Shape, tokens: int, *, layout: str = CHUNK, offset: int = 0, **how: Any
+        self, shape: Shape, tokens: int, *, layout: str = "", offset: int = 0, **how: Any
     ) -> Side:
         """A chunk of so many tokens, from its token ``offset`` on."""
         how = {"seed": self.seed, "device": self.device, **how}
-        return side_of(arranged(layout, shape, tokens=tokens, **how), None, 1, offset)
+        return side_of(
+            arranged(layout or self.dense, shape, tokens=tokens, **how), None, 1, offset
+        )
 
     def gather(self, shape: Shape, ids: Any, **how: Any) -> Case:
         """Rows of a cache to a chunk; ``how`` is that of the cache."""

@@ -116,7 +116,7 @@ class Arrangement:
     ``order`` permutes the physical dimensions, outermost first: those of the right groups, and
     as the last number the containers, when ``place`` is ``"strided"``. ``place``: ``"separate"``
     storages, ``"strided"`` in one storage at equal distances, ``"scattered"`` in one storage at
-    irregular ones. ``pad`` adds elements to the stride of one physical place, ``gap`` is the
+    irregular ones, with holes of multiples of ``grain``. ``pad`` adds elements to the stride of one physical place, ``gap`` is the
     stride of the innermost, ``expand`` gives one dimension stride 0.
     """
 
@@ -128,6 +128,7 @@ class Arrangement:
     order: tuple[int, ...] = ()
     pads: dict[int, int] = field(default_factory=dict)
     gap: int = 1
+    grain: int = 1
     expand: int | None = None
     split_end: bool = False
     offset: int = 0
@@ -247,7 +248,7 @@ def _place(
     starts = [to.offset + number * between for number in range(count)]
     if to.place == "scattered":
         rng = random.Random(f"{to.seed} {kv}")  # as one list of all tensors it has no order either
-        holes = [rng.randrange(9) for _ in range(count)]
+        holes = [rng.randrange(9) * to.grain for _ in range(count)]
         starts = [start + sum(holes[: n + 1]) for n, start in enumerate(starts)]
         rng.shuffle(starts)
     if to.place == "separate":

@@ -39,8 +39,8 @@ def print_summary(record: RunRecord, options: Options) -> None:
         print_prose(f"waivers: {sentence}")
     if sum(bool(case.example) for case in record.cases) >= MOST_EXAMPLES:
         print_prose(
-            f"Of the failing examples the first {MOST_EXAMPLES} were kept; a case that is run "
-            f"alone saves its own."
+            f"Of the failing examples at most {MOST_EXAMPLES} of drawn cases and {MOST_EXAMPLES} "
+            f"of others are kept; a case that is run alone saves its own."
         )
     if record.fuzz:
         print_prose(f"seed {record.seed}, {record.fuzz} examples in each drawn case")

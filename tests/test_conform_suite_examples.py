@@ -75,11 +75,40 @@ def test_the_first_examples_are_kept(tmp_path: Path, more: int) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(kept)
 
 
+def test_drawn_examples_are_counted_apart(tmp_path: Path) -> None:
+    """Fixed cases come first, and would leave no room for what --fuzz finds."""
+    journal, page = Journal(Options("fake", examples=tmp_path), SILENT), Page()
+    areas = ["corners"] * (MOST_EXAMPLES + 3) + ["drawn"] * 3 + ["metamorphic"] * 3
+    ids = [f"cases/test_x.py::test_{n}" for n in range(len(areas))]
+    journal.take({"event": "list", "ids": ids}, page)
+    for n, (id, area) in enumerate(zip(ids, areas, strict=True)):
+        case = CaseRecord(id, area, "core", status="failed", reason="Wrong.", example=f"{n}.json")
+        journal.take({"event": "end", "case": json.loads(case.line())}, page)
+    kept = [bool(case.example) for case in journal.cases.values()]
+    assert kept == [True] * MOST_EXAMPLES + [False] * 3 + [True] * 6
+
+
+def test_an_example_keeps_how_its_end_was_waited_for(tmp_path: Path) -> None:
+    words = ["portakv_conformance.mutants.state:DoneTooEarly", "--device", "cpu"]
+    case = "test_a_transfer_that_ended_has_landed"
+    done = conform(*words, "--report", str(tmp_path), "--only", f"test_core::{case}")
+    assert done.returncode == 1, done.stdout + done.stderr
+    files = [*tmp_path.glob("example-*.json")]
+    assert files
+    for file in files:
+        assert json.loads(file.read_text(encoding="utf-8"))["about"]["end"] != "synchronize"
+        assert conform("replay", str(file)).returncode == 1
+    file = files[0]
+    file.write_text(file.read_text(encoding="utf-8").replace('"end": "', '"end": "never '))
+    assert "no way to wait for a copy" in conform("replay", str(file)).stderr
+
+
 @pytest.mark.slow
 def test_a_backend_that_is_wrong_everywhere_says_so_once(tmp_path: Path) -> None:
     words = ["conform_suite_backends:OffByOne", "--device", "cpu", "--report", str(tmp_path)]
     done = conform(*words, "--jobs", "2")
     assert done.returncode == 1, done.stderr
-    assert len([*tmp_path.glob("example-*.json")]) == MOST_EXAMPLES
-    assert done.stdout.count("its example: ") == MOST_EXAMPLES
-    assert f"Of the failing examples the first {MOST_EXAMPLES} were kept" in done.stdout
+    kept = len([*tmp_path.glob("example-*.json")])
+    assert MOST_EXAMPLES < kept <= 2 * MOST_EXAMPLES
+    assert done.stdout.count("its example: ") == kept
+    assert f"Of the failing examples at most {MOST_EXAMPLES} of drawn cases" in done.stdout

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import portakv_conformance
 import pytest
 from portakv_conformance import saved
 from portakv_conformance.records import CaseRecord
@@ -193,3 +194,17 @@ def test_the_case_list_is_the_same_for_every_backend_and_seed(tmp_path: Path) ->
         lists.append(events(told)[0]["ids"])
     assert lists[0] == lists[1]
     assert len(lists[0]) == len(set(lists[0])) > 1500
+
+
+def test_the_package_may_lie_behind_a_symbolic_link(tmp_path: Path) -> None:
+    """As under /usr/lib64, /var/run or a linked home; pytest keeps the path that it was given."""
+    folder = tmp_path / "portakv_conformance"
+    folder.symlink_to(Path(portakv_conformance.__file__).parent)
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only"]
+    words += [f"{folder}/cases/test_parts.py"]
+    judged = [*words, "--portakv-backend", "reference"]
+    listed = subprocess.run(judged, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert listed.returncode == 0, listed.stdout + listed.stderr
+    assert "test_parts.py::test_slices" in listed.stdout
+    nothing = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "no tests" in nothing.stdout, nothing.stdout

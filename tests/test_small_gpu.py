@@ -43,6 +43,8 @@ def drawn(count: int, dtype: torch.dtype) -> torch.Tensor:
     """Elements with any bits, on the host."""
     if dtype == torch.bool:
         return torch.arange(count) % 3 == 0
+    if not count:
+        return torch.empty(0, dtype=dtype)  # numpy's empty array has stride 0, of which no view is
     wide = np.random.default_rng(count).integers(0, 256, count * dtype.itemsize, np.uint8)
     return torch.from_numpy(wide).view(dtype)
 

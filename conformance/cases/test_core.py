@@ -7,6 +7,7 @@ own test layouts that the backend takes.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -186,11 +187,11 @@ def test_a_second_call_is_a_call_of_its_own(judge: Judge, home: Workshop, direct
     """The same plan again, with other ids, another count and other addresses, keeps nothing."""
     held = []  # so that no call gets the addresses of the one before it
     for number, count in enumerate((9, 9, 4, 16, 9)):
-        shop = Workshop(home.device, home.seed + number, home.paged)
+        shop = replace(home, seed=home.seed + number)
         case = shop.move(direction, SHAPE, shop.shuffled(SHAPE.slots, count, number % 2))
         must(judge, case)
         held.append(case)
-    again = Workshop(home.device, home.seed + 9, home.paged).shuffled(SHAPE.slots, 9)
+    again = replace(home, seed=home.seed + 9).shuffled(SHAPE.slots, 9)
     for case in held[:2]:  # the addresses of an earlier call, under other ids
         side = case.src if direction == "gather" else case.dst
         side.ids = torch.tensor(again)
@@ -239,7 +240,7 @@ def test_to_the_host_and_back(judge: Judge, home: Workshop, direction: str, end:
 
 def _with_host_chunk(home: Workshop, direction: str) -> Case:
     slots = home.shuffled(SHAPE.slots, 9, 2)
-    on_host = Workshop("cpu", home.seed)
+    on_host = replace(home, device="cpu")
     if direction == "gather":
         return Case(home.cache(SHAPE, slots), on_host.chunk(SHAPE, 9, source=False), 9)
     return Case(on_host.chunk(SHAPE, 9), home.cache(SHAPE, slots, source=False), 9)

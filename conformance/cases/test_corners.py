@@ -9,7 +9,7 @@ import pytest
 import torch
 from portakv_conformance.claims import full
 from portakv_conformance.judging import Judge
-from portakv_conformance.shapes import Shape, Workshop, on_host
+from portakv_conformance.shapes import Shape, Workshop, on_host, reordered, widened
 from portakv_conformance.sides import Case
 
 pytestmark = pytest.mark.area("corners")
@@ -44,27 +44,26 @@ def both_ways(judge: Judge, source: Any, target: Any) -> None:
 
 
 @pytest.mark.parametrize("width", _WIDTHS)
-def test_row_width(judge: Judge, workshop: Workshop, width: int) -> None:
+def test_row_width(judge: Judge, home: Workshop, width: int) -> None:
     """A row of any number of bytes moves whole: nothing is rounded, and no last piece is lost."""
     shape = Shape(layers=1, heads=1, widths=(width, width), blocks=5)
-    slots = workshop.shuffled(shape.slots, 7, 1)
+    slots = home.shuffled(shape.slots, 7, 1)
     # A width is a program of its own for backends that compile, so the others go one way only.
     for direction in DIRECTIONS if width in _COMMON else (DIRECTIONS[width % 2],):
-        judge.copy(workshop.move(direction, shape, slots, dtype=torch.uint8))
+        judge.copy(home.move(direction, shape, slots, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("width", [2, 6, 10, 20, 34, 66, 100, 132])
 @pytest.mark.parametrize("heads", [1, 3, 8])
-def test_heads_that_no_vector_divides(
-    judge: Judge, workshop: Workshop, heads: int, width: int
-) -> None:
+def test_heads_that_no_vector_divides(judge: Judge, home: Workshop, heads: int, width: int) -> None:
     """In HND a head's bytes, not the row's, bound the widest access, also where a vector divides
     the row; tokens keep their order."""
     shape = Shape(heads=heads, widths=(width, width))
-    slots = workshop.shuffled(shape.slots, 9, 1)
+    slots = home.shuffled(shape.slots, 9, 1)
     for direction in DIRECTIONS:
-        judge.copy(workshop.move(direction, shape, slots, layout=HND))
-        judge.copy(workshop.move(direction, shape, slots, memory="kv block head token dim"))
+        judge.copy(home.move(direction, shape, slots, layout=HND))
+        heads_first = reordered(home.paged, "kv block head token dim")
+        judge.copy(home.move(direction, shape, slots, memory=heads_first))
 
 
 @pytest.mark.parametrize(
@@ -106,15 +105,15 @@ _MANY = [
 
 @pytest.mark.parametrize(("heads", "width", "layers"), _MANY)
 def test_many_heads_and_few(
-    judge: Judge, workshop: Workshop, heads: int, width: int, layers: int
+    judge: Judge, home: Workshop, heads: int, width: int, layers: int
 ) -> None:
     """128 heads are as good as one, and so is a row of more than 1,024 vectors; a latent row of
     1152 B has one head."""
     shape = Shape(layers=layers, heads=heads, widths=(width, width), blocks=3)
-    slots = workshop.shuffled(shape.slots, 5, 1)
+    slots = home.shuffled(shape.slots, 5, 1)
     for direction in DIRECTIONS:
-        judge.copy(workshop.move(direction, shape, slots))
-        judge.copy(workshop.move(direction, shape, slots, layout=HND))
+        judge.copy(home.move(direction, shape, slots))
+        judge.copy(home.move(direction, shape, slots, layout=HND))
 
 
 @pytest.mark.parametrize("layout", ["layer | block token dim", "layer | (block token) 1 dim"])
@@ -191,41 +190,55 @@ def test_shapes_in_which_every_extent_is_two(
         judge.copy(workshop.move(direction, shape, [1, 0], step=2, layout=layout))
 
 
-_PADDED: dict[str, dict[str, Any]] = {
-    "pages": {"pads": {2: 24}},
-    "blocks-by-one": {"pads": {2: 1}},
-    "rows": {"pads": {4: 3}},
-    "heads": {"pads": {3: 8}},
-    "planes": {"pads": {1: 7}},
+#: How a cache lies: the axis that is further apart, by how many elements; the order in memory; or
+#: keywords of `arranged`.
+_PADDED: dict[str, Any] = {
+    "pages": ("block", 24),
+    "blocks-by-one": ("block", 1),
+    "rows": ("head", 3),
+    "heads": ("token", 8),
+    "planes": ("kv", 7),
     "layers": {"place": "strided", "pads": {1: 16}},
     "elements": {"gap": 2},
     "scattered": {"place": "scattered"},
     "offset": {"shift": 8},
     "odd-offset": {"shift": 3},
-    "kernel-blocks": {"pads": {2: 64}, "shift": 16},
-    "token-outermost": {"memory": "token head kv block dim"},
-    "dim-outermost": {"memory": "dim kv block token head"},
-    "cross-layer": {"memory": "block layer kv token head dim"},
-    "layer-innermost": {"memory": "kv block token head layer dim", "pads": {4: 4}},
+    "kernel-blocks": ("block", 64, {"shift": 16}),
+    "token-outermost": "token head kv block dim",
+    "dim-outermost": "dim kv block token head",
+    "cross-layer": "block layer kv token head dim",
+    "layer-innermost": "kv block token head layer dim",
 }
+
+
+def _lying(layout: str, how: Any) -> dict[str, Any]:
+    """An entry of `_PADDED` as keywords, for a cache of a layout."""
+    if isinstance(how, dict):
+        return how
+    if isinstance(how, str):
+        memory = reordered(layout, how)
+        apart = memory.split().index("head") + 1
+        return {"memory": memory, **({"pads": {apart: 4}} if "head layer" in memory else {})}
+    axis, elements, *more = how
+    return {**widened(layout, axis, elements), **dict(*more)}
 
 
 @pytest.mark.parametrize("how", _PADDED)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_strides_and_padding(judge: Judge, workshop: Workshop, direction: str, how: str) -> None:
+def test_strides_and_padding(judge: Judge, home: Workshop, direction: str, how: str) -> None:
     """Rows lie where strides and storage offsets say; the bytes between them are not touched."""
     shape = Shape(layers=3, heads=2, widths=(16, 16))
-    wanted = _PADDED[how]
-    slots = workshop.shuffled(shape.slots, 9, 1)
-    judge.copy(workshop.move(direction, shape, slots, **wanted))
-    blocks = workshop.shuffled(shape.blocks, 3, 1)
-    judge.copy(workshop.move(direction, shape, blocks, step=4, **wanted))
+    wanted = _lying(home.paged, _PADDED[how])
+    slots = home.shuffled(shape.slots, 9, 1)
+    judge.copy(home.move(direction, shape, slots, **wanted))
+    blocks = home.shuffled(shape.blocks, 3, 1)
+    judge.copy(home.move(direction, shape, blocks, step=4, **wanted))
 
 
 @pytest.mark.parametrize("how", ["rows", "planes", "elements", "permuted", "shift", "split"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_chunks_that_are_not_contiguous(
-    judge: Judge, workshop: Workshop, direction: str, how: str
+    judge: Judge, home: Workshop, direction: str, how: str
 ) -> None:
     """A chunk need not be contiguous: what is written arrives in it, not in a copy of it."""
     every: dict[str, dict[str, Any]] = {
@@ -238,10 +251,10 @@ def test_chunks_that_are_not_contiguous(
     }
     wanted = every[how]
     shape = Shape(layers=2, heads=2, widths=(16, 16))
-    slots = workshop.shuffled(shape.slots, 9, 1)
+    slots = home.shuffled(shape.slots, 9, 1)
     source = direction == "scatter"
-    chunk = workshop.chunk(shape, 9, source=source, **wanted)
-    cache = workshop.cache(shape, slots, source=not source)
+    chunk = home.chunk(shape, 9, source=source, **wanted)
+    cache = home.cache(shape, slots, source=not source)
     judge.copy(Case(chunk, cache, 9) if source else Case(cache, chunk, 9))
 
 
@@ -254,14 +267,14 @@ def test_chunks_that_are_not_contiguous(
     ],
 )
 @pytest.mark.parametrize("place", ["separate", "strided", "scattered"])
-def test_lists_of_memory_objects(judge: Judge, workshop: Workshop, layout: str, place: str) -> None:
+def test_lists_of_memory_objects(judge: Judge, home: Workshop, layout: str, place: str) -> None:
     """A list of buffers, each a block, is one paged view and moves in one copy."""
     cache, store = Shape(blocks=8), Shape(block_size=16, blocks=2)
-    slots = workshop.shuffled(cache.slots, 27, 2)
+    slots = home.shuffled(cache.slots, 27, 2)
     both_ways(
         judge,
-        lambda source: workshop.cache(cache, slots, source=source),
-        lambda source: workshop.cache(
+        lambda source: home.cache(cache, slots, source=source),
+        lambda source: home.cache(
             store, list(range(27)), layout=layout, source=source, place=place
         ),
     )
@@ -285,36 +298,34 @@ def test_opaque_pages(judge: Judge, workshop: Workshop, page: int, layout: str) 
     )  # fmt: skip
 
 
-def test_one_source_row_for_many_tokens(judge: Judge, workshop: Workshop) -> None:
+def test_one_source_row_for_many_tokens(judge: Judge, home: Workshop) -> None:
     """A source may have a stride of 0, and one slot may be read many times."""
     shape = Shape()
-    spread = workshop.chunk(shape, 8, layout="kv layer token head dim", expand=2)
-    target = workshop.cache(shape, workshop.shuffled(shape.slots, 8), source=False)
+    spread = home.chunk(shape, 8, layout="kv layer token head dim", expand=2)
+    target = home.cache(shape, home.shuffled(shape.slots, 8), source=False)
     judge.copy(Case(spread, target, 8))
-    judge.copy(workshop.gather(shape, [5, 5, 5, 0, 5, -1, 5]))
+    judge.copy(home.gather(shape, [5, 5, 5, 0, 5, -1, 5]))
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("kind", ["tokens", "blocks", "layers", "rows-of-a-block"])
-def test_more_than_a_grid_holds(
-    judge: Judge, workshop: Workshop, kind: str, direction: str
-) -> None:
+def test_more_than_a_grid_holds(judge: Judge, home: Workshop, kind: str, direction: str) -> None:
     """One call moves 200,000 tokens, 70,000 blocks, tokens of 70,200 runs or a block of 35,000
     tokens: nothing is clipped."""
     if kind == "tokens":
         shape = Shape(layers=1, heads=1, widths=(2, 2), block_size=16, blocks=12_600)
-        ids = torch.randperm(shape.slots, generator=_generator(workshop))[:200_000]
-        judge.copy(workshop.move(direction, shape, ids))
+        ids = torch.randperm(shape.slots, generator=_generator(home))[:200_000]
+        judge.copy(home.move(direction, shape, ids))
     elif kind == "blocks":
         shape = Shape(layers=1, heads=1, widths=(4, 4), block_size=2, blocks=70_001)
-        ids = torch.randperm(shape.blocks, generator=_generator(workshop))
-        judge.copy(workshop.move(direction, shape, ids, step=2))
+        ids = torch.randperm(shape.blocks, generator=_generator(home))
+        judge.copy(home.move(direction, shape, ids, step=2))
     elif kind == "layers":
         shape = Shape(layers=300, heads=117, widths=(2, 2), block_size=2, blocks=2)
-        judge.copy(workshop.move(direction, shape, [3, 0], layout=HND, place="strided"))
+        judge.copy(home.move(direction, shape, [3, 0], layout=HND, place="strided"))
     else:
         shape = Shape(layers=1, heads=2, widths=(2, 2), block_size=35_000, blocks=2)
-        judge.copy(workshop.move(direction, shape, [1], step=35_000, layout=HND))
+        judge.copy(home.move(direction, shape, [1], step=35_000, layout=HND))
 
 
 @full
@@ -322,33 +333,33 @@ def test_more_than_a_grid_holds(
 @pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_more_runs_than_one_call_of_a_copy_engine_takes(
-    judge: Judge, workshop: Workshop, direction: str, pinned: bool
+    judge: Judge, home: Workshop, direction: str, pinned: bool
 ) -> None:
     """Between host and device one call moves 20,000 runs, of which no two are neighbours on either
     side: engines that take 8,192 at a time are called again."""
     shape = Shape(layers=2, heads=1, widths=(24, 24), blocks=2 * 5_000 // 4)
-    slots = workshop.shuffled(shape.slots // 2, 5_000)
+    slots = home.shuffled(shape.slots // 2, 5_000)
     source = direction == "gather"
-    cache = workshop.cache(shape, [2 * slot for slot in slots], source=source)
-    home = Workshop("cpu", workshop.seed)
-    chunk = on_host(home.chunk(shape, 5_000, source=not source, pads={3: 4}), pinned)
+    cache = home.cache(shape, [2 * slot for slot in slots], source=source)
+    host = Workshop("cpu", home.seed)
+    chunk = on_host(host.chunk(shape, 5_000, source=not source, pads={3: 4}), pinned)
     judge.copy(Case(cache, chunk, 5_000) if source else Case(chunk, cache, 5_000))
 
 
-def _generator(workshop: Workshop) -> torch.Generator:
-    return torch.Generator().manual_seed(workshop.seed)
+def _generator(home: Workshop) -> torch.Generator:
+    return torch.Generator().manual_seed(home.seed)
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["same-dtype", "other-dtype"])
-def test_widths_are_compared_in_bytes(judge: Judge, workshop: Workshop, same: bool) -> None:
+def test_widths_are_compared_in_bytes(judge: Judge, home: Workshop, same: bool) -> None:
     """Both sides may have different dtypes where rows have equal bytes; bits are not converted."""
     shape = Shape()
     dtype = torch.float16 if same else torch.int64
-    slots = workshop.shuffled(shape.slots, 9, 1)
+    slots = home.shuffled(shape.slots, 9, 1)
     both_ways(
         judge,
-        lambda source: workshop.cache(shape, slots, source=source),
-        lambda source: workshop.chunk(shape, 9, dtype=dtype, source=source),
+        lambda source: home.cache(shape, slots, source=source),
+        lambda source: home.chunk(shape, 9, dtype=dtype, source=source),
     )
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
-from portakv_conformance.judging import Judge
+from portakv_conformance.judging import Judge, across
 from portakv_conformance.shapes import Shape, Workshop
-from portakv_conformance.sides import Case
+from portakv_conformance.sides import Case, Side
 from portakv_conformance.subject import Subject
 
 pytestmark = pytest.mark.area("corners")
 
 DIRECTIONS = ("gather", "scatter")
 SHAPE = Shape(blocks=9)
+POOL, HND = "block layer kv token head dim", "layer kv | block head token dim"
 DTYPES = {"int32": torch.int32, "int64": torch.int64}
 
 
@@ -26,94 +28,91 @@ def homes(subject: Subject) -> list[torch.device]:
     return [host] if subject.on_host else [host, subject.device]
 
 
+def elsewhere(judge: Judge, home: Workshop, layout: str, ids: Any, **how: Any) -> Side:
+    """A destination in another layout than the home, where the backend copies to it."""
+    found = across(judge.subject, home.paged, layout)
+    return home.cache(SHAPE, ids, layout=found, source=False, **how)
+
+
 @pytest.mark.parametrize("stride", [2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_ids_that_are_not_contiguous(
-    subject: Subject, judge: Judge, workshop: Workshop, direction: str, dtype: str, stride: int
+    subject: Subject, judge: Judge, home: Workshop, direction: str, dtype: str, stride: int
 ) -> None:
     """A strided list of ids is read by its stride; what stands between its ids is not read."""
-    for home in homes(subject):
-        slots = torch.tensor(workshop.shuffled(SHAPE.slots, 11, 2), dtype=DTYPES[dtype])
-        wide = torch.full((stride * 11 + 1,), SHAPE.slots + 7, dtype=DTYPES[dtype]).to(home)
+    for place in homes(subject):
+        slots = torch.tensor(home.shuffled(SHAPE.slots, 11, 2), dtype=DTYPES[dtype])
+        wide = torch.full((stride * 11 + 1,), SHAPE.slots + 7, dtype=DTYPES[dtype]).to(place)
         spread = wide[1::stride][:11]
         spread.copy_(slots)
-        judge.copy(workshop.move(direction, SHAPE, spread))
+        judge.copy(home.move(direction, SHAPE, spread))
 
 
 @pytest.mark.parametrize(("mine", "theirs"), list(product(DTYPES, DTYPES)))
 def test_each_side_has_its_own_dtype(
-    subject: Subject, judge: Judge, workshop: Workshop, mine: str, theirs: str
+    subject: Subject, judge: Judge, home: Workshop, mine: str, theirs: str
 ) -> None:
     """Ids of the two sides may be of different dtypes, and lie in different places."""
-    for home, other in product(homes(subject), homes(subject)):
-        src = torch.tensor(workshop.shuffled(SHAPE.slots, 10, 1), dtype=DTYPES[mine])
-        dst = torch.tensor(workshop.shuffled(SHAPE.slots, 10)[::-1], dtype=DTYPES[theirs])
-        source = workshop.cache(SHAPE, src.to(home))
-        target = workshop.cache(
-            SHAPE, dst.to(other), layout="block layer kv token head dim", source=False
-        )
+    for place, other in product(homes(subject), homes(subject)):
+        src = torch.tensor(home.shuffled(SHAPE.slots, 10, 1), dtype=DTYPES[mine])
+        dst = torch.tensor(home.shuffled(SHAPE.slots, 10)[::-1], dtype=DTYPES[theirs])
+        source = home.cache(SHAPE, src.to(place))
+        target = elsewhere(judge, home, POOL, dst.to(other))
         judge.copy(Case(source, target, 10))
 
 
 @pytest.mark.parametrize("step", [1, 2, 4, 8, 12, 36])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_steps(judge: Judge, workshop: Workshop, direction: str, step: int) -> None:
+def test_steps(judge: Judge, home: Workshop, direction: str, step: int) -> None:
     """An id may stand for any number of tokens: part of a block, a block, or several blocks."""
     units = SHAPE.slots // step
-    ids = workshop.shuffled(units, max(1, units // 2), 1 if units > 2 else 0)
-    judge.copy(workshop.move(direction, SHAPE, ids, step=step))
-    judge.copy(workshop.move(direction, SHAPE, torch.tensor(ids, dtype=torch.int32), step=step))
+    ids = home.shuffled(units, max(1, units // 2), 1 if units > 2 else 0)
+    judge.copy(home.move(direction, SHAPE, ids, step=step))
+    judge.copy(home.move(direction, SHAPE, torch.tensor(ids, dtype=torch.int32), step=step))
 
 
 @pytest.mark.parametrize(("mine", "theirs"), [(1, 4), (4, 1), (2, 4), (4, 12), (12, 4), (3, 4)])
-def test_steps_of_both_sides(judge: Judge, workshop: Workshop, mine: int, theirs: int) -> None:
+def test_steps_of_both_sides(judge: Judge, home: Workshop, mine: int, theirs: int) -> None:
     """The two sides count their ids in different units; a slot mapping is not a block table."""
     count = 24
-    src = workshop.cache(SHAPE, workshop.shuffled(36 // mine, count // mine), step=mine)
-    dst = workshop.cache(
-        SHAPE, workshop.shuffled(36 // theirs, count // theirs), step=theirs, source=False,
-        layout="layer kv | block head token dim",
-    )  # fmt: skip
+    src = home.cache(SHAPE, home.shuffled(36 // mine, count // mine), step=mine)
+    ids = home.shuffled(36 // theirs, count // theirs)
+    dst = elsewhere(judge, home, HND, ids, step=theirs)
     judge.copy(Case(src, dst, count))
 
 
 @pytest.mark.parametrize("offsets", [(0, 1), (1, 0), (3, 5), (4, 8), (2, 2), (5, 4)])
 @pytest.mark.parametrize("steps", [(1, 1), (4, 4), (4, 1), (0, 4), (4, 0), (0, 1)])
 def test_offsets_of_both_sides(
-    judge: Judge, workshop: Workshop, steps: tuple[int, int], offsets: tuple[int, int]
+    judge: Judge, home: Workshop, steps: tuple[int, int], offsets: tuple[int, int]
 ) -> None:
     """Each side begins at its own offset, in the middle of a block too."""
     count, sides = 17, []
     for step, offset, source in zip(steps, offsets, (True, False), strict=True):
-        ids = workshop.shuffled(36 // step, -(-(count + offset) // step)) if step else None
-        layout = "" if source else "layer kv | block head token dim"
+        ids = home.shuffled(36 // step, -(-(count + offset) // step)) if step else None
+        layout = home.paged if source else across(judge.subject, home.paged, HND)
         sides.append(
-            workshop.cache(
-                SHAPE, ids, step=max(step, 1), offset=offset, source=source, layout=layout
-            )
+            home.cache(SHAPE, ids, step=max(step, 1), offset=offset, source=source, layout=layout)
         )
     judge.copy(Case(sides[0], sides[1], count))
 
 
 @pytest.mark.parametrize("holes", [1, 5, 10])
-def test_holes_on_both_sides(judge: Judge, workshop: Workshop, holes: int) -> None:
+def test_holes_on_both_sides(judge: Judge, home: Workshop, holes: int) -> None:
     """A position is skipped where either side's id is negative."""
-    other = replace(workshop, seed=workshop.seed + 1)
-    src = workshop.cache(SHAPE, workshop.shuffled(SHAPE.slots, 20, holes))
-    dst = workshop.cache(
-        SHAPE, other.shuffled(SHAPE.slots, 20, holes), source=False,
-        layout="block layer kv token head dim",
-    )  # fmt: skip
+    other = replace(home, seed=home.seed + 1)
+    src = home.cache(SHAPE, home.shuffled(SHAPE.slots, 20, holes))
+    dst = elsewhere(judge, home, POOL, other.shuffled(SHAPE.slots, 20, holes))
     judge.copy(Case(src, dst, 20))
-    src = workshop.cache(SHAPE, workshop.shuffled(9, 6, holes // 2), step=4)
+    src = home.cache(SHAPE, home.shuffled(9, 6, holes // 2), step=4)
     dst = replace(dst, ids=torch.tensor(other.shuffled(SHAPE.slots, 24, holes)))
     judge.copy(Case(src, dst, 24))
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_list_in_order_backwards_and_with_runs(
-    judge: Judge, workshop: Workshop, direction: str
+    judge: Judge, home: Workshop, direction: str
 ) -> None:
     """Neighbouring ids may be moved together, but only where they are neighbours on both sides."""
     n = SHAPE.slots
@@ -121,10 +120,10 @@ def test_a_list_in_order_backwards_and_with_runs(
         list(range(n)), list(range(n))[::-1], [*range(8, 16), *range(8), *range(20, n)],
         [n - 1, *range(n - 1)], [*range(5, 9), -1, *range(10, 14)], [0, 1, 2, 3, 8, 9, 10, 11],
     ):  # fmt: skip
-        judge.copy(workshop.move(direction, SHAPE, slots))
+        judge.copy(home.move(direction, SHAPE, slots))
 
 
 @pytest.mark.parametrize("step", [1, 4])
-def test_a_slot_that_is_read_many_times(judge: Judge, workshop: Workshop, step: int) -> None:
+def test_a_slot_that_is_read_many_times(judge: Judge, home: Workshop, step: int) -> None:
     """A source id may occur any number of times."""
-    judge.copy(workshop.gather(SHAPE, [3, 3, 0, 3, -1, 8, 8, 3], step=step))
+    judge.copy(home.gather(SHAPE, [3, 3, 0, 3, -1, 8, 8, 3], step=step))

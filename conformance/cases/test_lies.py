@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from portakv_conformance.cases.test_ordering import Late, launched, prepared
-from portakv_conformance.claims import not_claimed
+from portakv_conformance.claims import not_claimed, plan_of
 from portakv_conformance.facility import Facility
 from portakv_conformance.judging import Judge, index_of, view_of
 from portakv_conformance.memory import Memory
@@ -22,7 +22,7 @@ from portakv_conformance.shapes import Shape, Workshop
 from portakv_conformance.sides import Case
 from portakv_conformance.subject import Subject
 
-from portakv import CopyPlan, Index
+from portakv import Index
 
 pytestmark = pytest.mark.area("claims")
 
@@ -79,7 +79,7 @@ def test_each_thread_gets_its_own_copy(
             shops = [replace(home, seed=home.seed + 10 * turn + n) for n in range(_THREADS)]
             # Fresh destinations each time: a call that is lost is not made good by the next.
             cases = [shop.move(direction, SHAPE, shop.shuffled(SHAPE.slots, 9)) for shop in shops]
-            launch = launch or subject.prepare(_plan(cases[0]))
+            launch = launch or subject.prepare(plan_of(cases[0]))
             expected = [case.expected() for case in cases]
             gate = threading.Barrier(_THREADS)
             works = [_work(subject, launch, case, gate) for case in cases]
@@ -91,11 +91,6 @@ def test_each_thread_gets_its_own_copy(
                 verdict = compare(wanted, case.dst.tensors, case.src.tensors)
                 assert verdict is None, f"Called from {_THREADS} threads at once: {verdict}"
                 judge.examples += 1
-
-
-def _plan(case: Case) -> CopyPlan:
-    src, dst = view_of(case.src), view_of(case.dst)
-    return CopyPlan(src.form, dst.form, index_of(case.src).plan_step, index_of(case.dst).plan_step)
 
 
 def _work(subject: Subject, launch: Any, case: Case, gate: threading.Barrier) -> Any:

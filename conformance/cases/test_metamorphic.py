@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from portakv_conformance.blame import blaming
 from portakv_conformance.judging import Judge, changed, index_of, view_of
 from portakv_conformance.memory import Memory
 from portakv_conformance.rows import locate
@@ -33,14 +34,15 @@ def drawn(subject: Subject, data: st.DataObject, **options: Any) -> Case:
     return data.draw(cases(device=str(subject.device), **options))
 
 
-def carry(judge: Judge, src: Side, dst: Side, count: int, *, backend: str = "") -> bool:
+def carry(judge: Judge, case: Case, *, backend: str = "") -> bool:
     """Copy with the judged backend, or another; False where it declines the plan."""
-    views, indices = (view_of(src), view_of(dst)), (index_of(src), index_of(dst))
+    sides = (case.src, case.dst)
+    views, indices = [view_of(side) for side in sides], [index_of(side) for side in sides]
     try:
         if backend:
-            judge.finish(copy_rows(*views, *indices, count=count, backend=backend))
+            judge.finish(copy_rows(*views, *indices, count=case.count, backend=backend))
         else:
-            judge.finish(judge.subject.copy(*views, *indices, count=count))
+            judge.finish(judge.subject.copy(*views, *indices, count=case.count))
     except Unsupported as error:
         if backend:  # not the one that is judged
             judge.declined.append(str(error))
@@ -84,12 +86,12 @@ def test_scatter_after_gather_is_the_identity(
     case = drawn(subject, data, expanded=False)
     assume(distinct(case.src_slots()) and writable(case.src))
     before = Memory.snapshot(case.src.tensors)
-    if carry(judge, case.src, case.dst, case.count) and carry(
-        judge, case.dst, case.src, case.count
-    ):
-        wrong = changed(before, case.src.tensors)
-        assert wrong is None, f"After there and back, {wrong}. The case was {case!r}."
-        judge.examples += 1
+    back = Case(case.dst, case.src, case.count)
+    with blaming(judge, case, back):
+        if carry(judge, case) and carry(judge, back):
+            wrong = changed(before, case.src.tensors)
+            assert wrong is None, f"After there and back, {wrong}. The case was {case!r}."
+            judge.examples += 1
 
 
 @_FEWER
@@ -100,19 +102,11 @@ def test_permuting_positions_permutes_nothing(
     """Positions have no order: the same pairs of slots in another order are the same copy."""
     case = drawn(subject, data)
     turned = np.random.default_rng(order).permutation(case.count)
-    before = Memory.snapshot(case.dst.tensors)
-    if not carry(judge, case.src, case.dst, case.count):
-        return
-    once = Memory.snapshot(case.dst.tensors)
-    _restore(case.dst, before)
     src, dst = (
         replace(side, ids=torch.from_numpy(slots[turned]), step=1, offset=0)
         for side, slots in ((case.src, case.src_slots()), (case.dst, case.dst_slots()))
     )
-    if carry(judge, src, dst, case.count):
-        wrong = changed(once, case.dst.tensors)
-        assert wrong is None, f"In another order of positions, {wrong}. The case was {case!r}."
-        judge.examples += 1
+    same_as(judge, case, [Case(src, dst, case.count)], "In another order of positions")
 
 
 @_FEWER
@@ -123,17 +117,23 @@ def test_parts_make_the_whole(
     """A copy in two parts, by offsets, is the copy in one."""
     case = drawn(subject, data)
     cut = min(cut, case.count)
+    src, dst = (replace(side, offset=side.offset + cut) for side in (case.src, case.dst))
+    parts = [Case(src, dst, case.count - cut), Case(case.src, case.dst, cut)]
+    same_as(judge, case, parts, f"In two parts cut at {cut}")
+
+
+def same_as(judge: Judge, case: Case, others: list[Case], how: str) -> None:
+    """Judge that other copies between the same tensors do together what one does."""
     before = Memory.snapshot(case.dst.tensors)
-    if not carry(judge, case.src, case.dst, case.count):
-        return
-    once = Memory.snapshot(case.dst.tensors)
-    _restore(case.dst, before)
-    rest = [replace(side, offset=side.offset + cut) for side in (case.src, case.dst)]
-    parts = ((case.src, case.dst, cut), (rest[0], rest[1], case.count - cut))
-    if all(carry(judge, *part) for part in reversed(parts)):
-        wrong = changed(once, case.dst.tensors)
-        assert wrong is None, f"In two parts cut at {cut}, {wrong}. The case was {case!r}."
-        judge.examples += 1
+    with blaming(judge, case, *others):
+        if not carry(judge, case):
+            return
+        once = Memory.snapshot(case.dst.tensors)
+        _restore(case.dst, before)
+        if all(carry(judge, other) for other in others):
+            wrong = changed(once, case.dst.tensors)
+            assert wrong is None, f"{how}, {wrong}. The case was {case!r}."
+            judge.examples += 1
 
 
 @pytest.mark.parametrize("reads", ["reference", "subject"])
@@ -147,12 +147,12 @@ def test_one_backend_reads_what_another_wrote(
     assume(distinct(case.src_slots()) and writable(case.src))
     names = ("reference", "") if reads == "reference" else ("", "reference")
     before = Memory.snapshot(case.src.tensors)
-    if carry(judge, case.src, case.dst, case.count, backend=names[0]) and carry(
-        judge, case.dst, case.src, case.count, backend=names[1]
-    ):
-        wrong = changed(before, case.src.tensors)
-        assert wrong is None, f"With {names} in turn, {wrong}. The case was {case!r}."
-        judge.examples += 1
+    back = Case(case.dst, case.src, case.count)
+    with blaming(judge, back if reads == "reference" else case):
+        if carry(judge, case, backend=names[0]) and carry(judge, back, backend=names[1]):
+            wrong = changed(before, case.src.tensors)
+            assert wrong is None, f"With {names} in turn, {wrong}. The case was {case!r}."
+            judge.examples += 1
 
 
 @_FEWER
@@ -162,16 +162,17 @@ def test_a_chain_of_layouts(subject: Subject, judge: Judge, data: st.DataObject)
     case = drawn(subject, data, holes=False)
     assume(distinct(case.dst_slots()))
     wanted = rows_at(case.src, case.src_slots())
-    if not carry(judge, case.src, case.dst, case.count):
-        return
-    landed = rows_at(case.dst, case.dst_slots())
-    for plane, (was, now) in enumerate(zip(wanted, landed, strict=True)):
-        wrong = np.argwhere(was != now)
-        assert not wrong.size, (
-            f"Plane {plane}: the row at position {int(wrong[0, 0])} is not the one that was read. "
-            f"The case was {case!r}."
-        )
-    judge.examples += 1
+    with blaming(judge, case):
+        if not carry(judge, case):
+            return
+        landed = rows_at(case.dst, case.dst_slots())
+        for plane, (was, now) in enumerate(zip(wanted, landed, strict=True)):
+            wrong = np.argwhere(was != now)
+            assert not wrong.size, (
+                f"Plane {plane}: the row at position {int(wrong[0, 0])} is not the one that was "
+                f"read. The case was {case!r}."
+            )
+        judge.examples += 1
 
 
 def _restore(side: Side, memory: Memory) -> None:
@@ -182,12 +183,12 @@ def _restore(side: Side, memory: Memory) -> None:
         guard.whole.copy_(torch.from_numpy(content))
 
 
-def test_an_index_of_blocks_is_its_slots(judge: Judge, workshop: Workshop) -> None:
+def test_an_index_of_blocks_is_its_slots(judge: Judge, home: Workshop) -> None:
     """A block table moves what the mapping of all its slots moves."""
     shape = Shape(blocks=9)
     for holes in (0, 2):
-        blocks = workshop.shuffled(shape.blocks, 5, holes)
-        tables = workshop.gather(shape, blocks, step=shape.block_size)
+        blocks = home.shuffled(shape.blocks, 5, holes)
+        tables = home.gather(shape, blocks, step=shape.block_size)
         slots = Index(blocks, step=shape.block_size).slots(tables.count)
         judge.copy(tables)
-        judge.copy(workshop.gather(shape, torch.from_numpy(slots)))
+        judge.copy(home.gather(shape, torch.from_numpy(slots)))

@@ -17,30 +17,32 @@ from portakv import Index
 pytestmark = pytest.mark.area("corners")
 
 DIRECTIONS = ("gather", "scatter")
-LAYOUTS = (
-    "layer | kv block token head dim",
-    "layer | kv block head token dim",
-    "layer | block head token (kv dim)",
-    "block layer kv token head dim",
-)
+#: Layouts of one cache beside the home.
+LAYOUTS = {
+    "home": "",
+    "nhd": "layer | kv block token head dim",
+    "hnd": "layer | kv block head token dim",
+    "packed": "layer | block head token (kv dim)",
+    "pool": "block layer kv token head dim",
+}
 
 
-def test_migration_within_one_cache(judge: Judge, workshop: Workshop) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_migration_within_one_cache(judge: Judge, home: Workshop, layout: str) -> None:
     """Rows move inside one cache, by slots and by blocks, where both sides do not meet."""
-    for layout in LAYOUTS:
-        shape = Shape(blocks=8)
-        slots = workshop.shuffled(shape.slots, 20)
-        cache = workshop.cache(shape, slots[:10], layout=layout)
-        judge.copy(Case(cache, replace(cache, ids=torch.tensor(slots[10:])), 10))
-        blocks = workshop.shuffled(shape.blocks, 6)
-        cache = workshop.cache(shape, blocks[:3], layout=layout, step=4)
-        judge.copy(Case(cache, replace(cache, ids=torch.tensor(blocks[3:])), 12))
+    shape = Shape(blocks=8)
+    slots = home.shuffled(shape.slots, 20)
+    cache = home.cache(shape, slots[:10], layout=layout)
+    judge.copy(Case(cache, replace(cache, ids=torch.tensor(slots[10:])), 10))
+    blocks = home.shuffled(shape.blocks, 6)
+    cache = home.cache(shape, blocks[:3], layout=layout, step=4)
+    judge.copy(Case(cache, replace(cache, ids=torch.tensor(blocks[3:])), 12))
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[3]], ids=["layers", "pool"])
+@pytest.mark.parametrize("layout", ["", LAYOUTS["pool"]], ids=["home", "pool"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("what", ["one-layer", "layers", "one-head", "heads", "keys", "values"])
-def test_slices(judge: Judge, workshop: Workshop, what: str, direction: str, layout: str) -> None:
+def test_slices(judge: Judge, home: Workshop, what: str, direction: str, layout: str) -> None:
     """A slice of a view is those layers, heads or kv only, also of a pool that all layers share:
     the others are not touched."""
     whole = Shape(layers=4, heads=4)
@@ -62,10 +64,10 @@ def test_slices(judge: Judge, workshop: Workshop, what: str, direction: str, lay
         widths=whole.widths if layers or heads else (32,),
     )
     source = direction == "gather"
-    slots = workshop.shuffled(whole.slots, 9, 1)
-    side = workshop.cache(whole, slots, source=source, layout=layout)
-    chunk = workshop.chunk(shape, 9, source=not source)
-    told = replace(side, tensors=_sliced(side.tensors, part), arrangement=None)
+    slots = home.shuffled(whole.slots, 9, 1)
+    side = home.cache(whole, slots, source=source, layout=layout)
+    chunk = home.chunk(shape, 9, source=not source)
+    told = replace(side, tensors=_sliced(side.tensors, side.layout, part), arrangement=None)
     told.extents = {**side.extents, "layers": shape.layers, "kv": len(shape.widths)}
     told.extents.update(heads=shape.heads, dim=side.extents["dim"][: len(shape.widths)])
     case = Case(told, chunk, 9) if source else Case(chunk, told, 9)
@@ -78,15 +80,21 @@ def test_slices(judge: Judge, workshop: Workshop, what: str, direction: str, lay
     judge.judge(case, carry, lambda: judge.why_declined(*asked))
 
 
-def _sliced(tensors: Any, part: dict[str, Any]) -> Any:
-    """The same slice by plain indexing of a list of ``[kv, block, token, head, dim]`` tensors, or
-    of one tensor ``[block, layer, kv, token, head, dim]``."""
+#: The keyword that slices each axis.
+_SLICED = {"layer": "layers", "kv": "kv", "head": "heads"}
+
+
+def _sliced(tensors: Any, layout: str, part: dict[str, Any]) -> Any:
+    """The same slice by plain indexing of lists and tensors, one axis in each of their places."""
+    left, _, right = layout.rpartition("|")
 
     def span(name: str) -> slice:
-        at = part.get(name, slice(None))
+        at = part.get(_SLICED.get(name, ""), slice(None))
         return at if isinstance(at, slice) else slice(at, at + 1)
 
-    if isinstance(tensors, torch.Tensor):
-        return tensors[:, span("layers"), span("kv"), :, span("heads")]
-    chosen = tensors[span("layers")]
-    return [t[span("kv"), :, :, span("heads")] for t in chosen]
+    def of(level: Any, lists: list[str]) -> Any:
+        if lists:
+            return [of(item, lists[1:]) for item in level[span(lists[0])]]
+        return level[tuple(span(name) for name in right.split())]
+
+    return of(tensors, left.split())

@@ -17,6 +17,7 @@ be issued here, and inside a device one kernel of its own handles any strides. W
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, field
 
 import torch
@@ -256,13 +257,20 @@ def _rows(
 def is_pinned(tensor: torch.Tensor) -> bool:
     """True where the first and the last byte of a host tensor are pinned.
 
-    The last one too: a tensor may reach past the memory that was registered.
+    The last one too: a tensor may reach past the memory that was registered. Of a view torch tells
+    whether its storage begins in pinned memory, so each byte is asked as a storage of its own.
     """
-    if not tensor.is_pinned():
-        return False
+    if not tensor.numel():
+        return tensor.is_pinned()
     dims = zip(tensor.shape, tensor.stride(), strict=True)
-    last = tensor.storage_offset() + sum((extent - 1) * stride for extent, stride in dims)
-    return bool(tensor.as_strided((1,), (1,), last).is_pinned())
+    last = sum((extent - 1) * stride for extent, stride in dims) * tensor.element_size()
+    ends = (tensor.data_ptr(), tensor.data_ptr() + last + tensor.element_size() - 1)
+    return all(_byte_at(address).is_pinned() for address in ends)
+
+
+def _byte_at(address: int) -> torch.Tensor:
+    """One byte of memory that somebody else holds, as a tensor; it is never read."""
+    return torch.frombuffer(ctypes.c_char.from_address(address), dtype=torch.uint8)
 
 
 def _copy_by_torch(
