@@ -14,12 +14,12 @@ import torch
 from torch.compiler import is_compiling
 
 from . import opaque
+from .capture import capturing
 from .chunks import WHOLE
 from .copy import carry
 from .errors import LayoutError, SlotError
 from .example import example_chunk
 from .layout import parse
-from .ordering import capturing
 from .presets import resolve
 from .reading import read_as
 from .registration import Registration, facts_of

@@ -16,8 +16,8 @@ import torch
 
 from . import events, words
 from .backends.base import Again
+from .capture import capture_question, capturing
 from .index import Index
-from .ordering import capture_question, capturing
 from .registry import Choice
 from .routes import route
 from .transfer import Completion, Transfer

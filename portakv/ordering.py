@@ -3,21 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 
 from . import events, words
+from .capture import capturing
 from .errors import PortaKVError, Unsupported
 from .index import Index
 from .routes import Route
 from .transfer import Completion, Transfer
 from .view import KVView
 from .watch import watch
-
-_HOST = torch.device("cpu")
 
 Piece = tuple[Route, int, int]  # a route, its first position, its tokens
 
@@ -133,28 +130,6 @@ def _launch_captured(
         event.record(stream)
     completion = Completion(event, words=status, standing=True)
     return Transfer((completion,), (src, dst, src_index, dst_index), captured=True)
-
-
-def capturing(device: torch.device) -> bool:
-    """True while the current stream of ``device`` is captured into a graph."""
-    if device == _HOST or torch.accelerator.current_device_index() == device.index:
-        return capture_question(device)()
-    with torch.get_device_module(device).device(device):
-        return capture_question(device)()
-
-
-@cache
-def capture_question(device: torch.device) -> Callable[[], bool]:
-    """What answers `capturing` for a device while it is the current one."""
-    if device.type == "cuda":
-        # What torch.cuda's function of that name calls, at a third of its cost.
-        return torch._C._cuda_isCurrentStreamCapturing
-    module = None if device == _HOST else torch.get_device_module(device)
-    return getattr(module, "is_current_stream_capturing", None) or _never
-
-
-def _never() -> bool:
-    return False
 
 
 def refuse_capture(device: torch.device, why: str) -> None:

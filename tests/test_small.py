@@ -12,8 +12,15 @@ import pytest
 import torch
 from guarded_memory import filled, refused
 
-from portakv import BackendUnavailable, DeviceMismatch, LayoutError, PortaKVError, Unsupported
-from portakv.host import _cuda_driver, _flight, _small_ways, small
+from portakv import (
+    BackendUnavailable,
+    DeviceMismatch,
+    LayoutError,
+    PortaKVError,
+    Unsupported,
+    capture,
+)
+from portakv.host import _cuda_driver, _small_ways, small
 from portakv.host.small import SmallCopy, choose, to_device
 
 META = torch.device("meta")
@@ -191,7 +198,7 @@ def test_the_fallback_is_recorded(card: torch.device, monkeypatch: pytest.Monkey
 
 
 def test_no_kernel_is_loaded_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_flight, "capturing", lambda device: True)
+    monkeypatch.setattr(capture, "capturing", lambda device: True)
     with refused(Unsupported, "inside graph capture", "before the capture"):
         _small_ways.kernels(torch.device("cuda", 7))
     with refused(Unsupported, "inside graph capture", "before the capture"):

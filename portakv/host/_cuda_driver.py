@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from ..backends import _nvrtc
-from ..errors import TransferError, Unsupported
+from ..backends._launching import forked, raw_stream
+from ..errors import TransferError
 
 _DRIVER = 13000  # CUDA 13: what NVRTC 13's machine code and cuda-bindings 13 need
 
@@ -126,9 +127,7 @@ class Launcher:
     ) -> None:
         """Launch on ``stream``; None: the current stream of this device."""
         if os.getpid() != self._process:
-            raise Unsupported(
-                "Launching in a forked process", "CUDA does not survive fork; start it by spawn"
-            )
+            raise forked("CUDA")
         if torch._C._cuda_getDevice() != self._index:
             with torch.cuda.device(self._device):
                 self(function, blocks, address, stream)
@@ -186,13 +185,7 @@ def raw(stream: torch.Stream | None, index: int) -> int:
     """The driver's handle of a stream; None: the current one of the device of that index."""
     if stream is None:
         return int(torch._C._cuda_getCurrentRawStream(index))
-    own = getattr(stream, "cuda_stream", None)
-    if own is not None:
-        return int(own)
-    same = torch.cuda.Stream(
-        stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type
-    )
-    return int(same.cuda_stream)
+    return raw_stream(stream)
 
 
 def check(error: Any, what: str) -> None:

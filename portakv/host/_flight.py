@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 
 import torch
 
@@ -24,29 +22,6 @@ def resolve(device: torch.device | str | int) -> torch.device:
     if found.type == "cpu" or found.index is not None:
         return torch.device("cpu") if found.type == "cpu" else found
     return torch.device(found.type, torch.accelerator.current_device_index())
-
-
-def capturing(device: torch.device) -> bool:
-    """True while the current stream of ``device`` is captured into a graph."""
-    if device.type == "cpu":
-        return False
-    if torch.accelerator.current_device_index() == device.index:
-        return _capture_question(device.type)()
-    with torch.get_device_module(device).device(device):
-        return _capture_question(device.type)()
-
-
-@cache
-def _capture_question(kind: str) -> Callable[[], bool]:
-    """What answers `capturing` for the current device of a kind."""
-    if kind == "cuda":
-        # What torch.cuda's function of that name calls, at a third of its cost.
-        return torch._C._cuda_isCurrentStreamCapturing
-    return getattr(torch.get_device_module(kind), "is_current_stream_capturing", None) or _never
-
-
-def _never() -> bool:
-    return False
 
 
 def check_stream(stream: torch.Stream | None, *devices: torch.device) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import capture
 from ..errors import LayoutError, Unsupported
 from . import _cuda_driver, _flight
 from . import _small_kernel as kernel
@@ -43,7 +44,7 @@ def kernels(device: torch.device) -> Kernels:
     Raises:
         Unsupported: inside graph capture, where nothing can be loaded.
     """
-    if _flight.capturing(device):
+    if capture.capturing(device):
         raise _flight.refuse_capture(
             "The first small copy of a device",
             "its kernels have to be loaded first; make one before the capture",
@@ -120,7 +121,7 @@ class Ring(Way):
     """
 
     def __init__(self, device: torch.device, nbytes: int, cross: Cross) -> None:
-        if _flight.capturing(device):
+        if capture.capturing(device):
             raise _flight.refuse_capture(
                 "A small copy through pinned memory", "it has to be made before the capture"
             )

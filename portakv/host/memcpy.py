@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .. import capture
 from ..errors import DeviceMismatch
 from ..transfer import Transfer
 from . import _cuda_driver, _flight
@@ -207,7 +208,7 @@ def _launch(
     """Copy what has bytes and was checked, ordered on a stream of ``device``."""
     nbytes = dst.numel() * dst.element_size()
     rows = _rows(dst, src, direction, device)
-    captures = _flight.capturing(device)
+    captures = capture.capturing(device)
     if captures:
         _check_capture(dst, src, direction, rows, non_blocking)
     # A graph's memory is kept by the caller, and no allocator hears of its replays.

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+from .. import capture
 from ..errors import BackendUnavailable, DeviceMismatch, LayoutError
 from . import _cuda_driver, _flight
 from . import _small_kernel as kernel
@@ -110,7 +111,7 @@ def to_device(
     if out is not None:
         _check_out(out, count, dtype, place)
     chosen = choose(count * dtype.itemsize, place, way).way
-    captures = _flight.capturing(place)
+    captures = capture.capturing(place)
     if captures and way != "value":
         raise _flight.refuse_capture(
             "A small copy by to_device",
@@ -188,7 +189,7 @@ class SmallCopy:
         same memory, so they carry equally many values.
         """
         settled = settle(values)
-        captures = _flight.capturing(self._device)
+        captures = capture.capturing(self._device)
         if captures and not self._named:
             raise _flight.refuse_capture(
                 "A send of a SmallCopy whose way was left open",
