@@ -15,7 +15,7 @@ from portakv_conformance import simdev
 from simdev_cases import DEVICE, OTHER, current, on
 from simdev_host_copies import REPEATS, _no_faults_left, device_tensor
 
-from portakv import BackendUnavailable, DeviceMismatch, LayoutError, Unsupported
+from portakv import BackendUnavailable, DeviceMismatch, LayoutError, Unsupported, capture
 from portakv.host import _flight, _small_ways
 from portakv.host.small import SmallCopy, choose, to_device
 
@@ -165,7 +165,7 @@ def test_what_a_capture_carries_changes_with_refill(monkeypatch: pytest.MonkeyPa
         sender.refill([1, 2, 3])
     ring: Any = sender._way
     with monkeypatch.context() as patched:
-        patched.setattr(_flight, "capturing", lambda device: True)
+        patched.setattr(capture, "capturing", lambda device: True)
         patched.setattr(ring, "_cross", crossing)
         landed = sender.send([1, 2, 3])
     sender.send([9, 9, 9, 9])  # an eager send takes other memory
