@@ -28,7 +28,7 @@ from .request import Options
 from .runner import run
 from .summary import print_summary
 from .verdict import WRONG
-from .waivers import WaiverError, read_waivers
+from .waivers import WaiverError, problems, read_waivers
 
 CONFORMANT, FAILURES, USAGE, UNAVAILABLE = 0, 1, 2, 3
 _INTERRUPTED = 130
@@ -129,9 +129,12 @@ def _list(words: list[str]) -> int:
 
 
 def exit_code(record: RunRecord, options: Options) -> int:
-    """Conformant or not. Where only some cases were asked for, whether those are right."""
+    """Conformant or not. Where only some cases were asked for, whether those are right, and every
+    waiver holds."""
     if options.only:
-        return FAILURES if any(case.status in WRONG for case in record.cases) else CONFORMANT
+        wrong = any(case.status in WRONG for case in record.cases)
+        broken = problems(record.waivers, record.cases, record.suite, whole=False)
+        return FAILURES if wrong or broken else CONFORMANT
     return CONFORMANT if record.verdict == "conformant" else FAILURES
 
 

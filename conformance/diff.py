@@ -6,11 +6,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .records import CaseRecord, RunRecord
+from .verdict import WRONG, why_no_rung
 
 #: Kinds that make a comparison fail.
 BAD_KINDS = ("REGRESSION", "MISSING")
-# What is no longer claimed is a step back from what passed; what is waived fails all the same.
-_DEPTH = {"passed": 0, "not-claimed": 1, "waived": 2, "failed": 2, "error": 2}
+# What is no longer claimed is a step back from what passed; what is waived fails, and somebody has
+# said why.
+_DEPTH = {"passed": 0, "not-claimed": 1, "waived": 2, "failed": 3, "error": 3}
+_VERDICTS = ("conformant", "incomplete", "failed")  # best first
+_RUNGS = ("R6", "R3", "")
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class Change:
 
     Attributes:
         kind: ``FIX``, ``REGRESSION``, ``NEW`` or ``MISSING``.
-        id: the case.
+        id: the case; or ``verdict`` and ``rung``, which are the run's.
         before, after: its status in each report; empty where it is not in that one.
         reason: what the worse of the two reports says of it.
     """
@@ -30,16 +34,26 @@ class Change:
     after: str
     reason: str = ""
 
+    @property
+    def bad(self) -> bool:
+        """Whether it makes a comparison fail: so does a new case that is wrong."""
+        return self.kind in BAD_KINDS or (self.kind == "NEW" and self.after in WRONG)
+
     def __str__(self) -> str:
         way = f"{self.before or 'not there'} -> {self.after or 'not there'}"
         return f"{self.kind:<10} {self.id}: {way}"
 
 
 def compare_runs(old: RunRecord, new: RunRecord) -> list[Change]:
-    """Every change, in the order of the new report; what is missing from it comes last."""
+    """Every change: of verdict and rung, then of cases in the order of the new report; what is
+    missing from it comes last."""
     before = {case.id: case for case in old.cases}
     after = {case.id: case for case in new.cases}
-    found = [_change(before.get(id), case) for id, case in after.items()]
+    found = [
+        _step("verdict", old.verdict, new.verdict, _VERDICTS, "; ".join(new.missing)),
+        _step("rung", old.rung, new.rung, _RUNGS, why_no_rung(new)),
+    ]
+    found += [_change(before.get(id), case) for id, case in after.items()]
     found += [
         Change("MISSING", id, case.status, "") for id, case in before.items() if id not in after
     ]
@@ -57,6 +71,15 @@ def differences(old: RunRecord, new: RunRecord) -> list[str]:
         ("examples of --fuzz", old.fuzz, new.fuzz),
     ]
     return [f"The {what} differs: {a} and {b}." for what, a, b in pairs if a != b]
+
+
+def _step(name: str, old: str, new: str, best: tuple[str, ...], why: str) -> Change | None:
+    """A change of what a run amounts to; what nobody knows is the worst."""
+    step = [best.index(value) if value in best else len(best) for value in (old, new)]
+    if old == new:
+        return None
+    worse = step[1] > step[0]
+    return Change("REGRESSION" if worse else "FIX", name, old or "none", new or "none", why)
 
 
 def _change(old: CaseRecord | None, new: CaseRecord) -> Change | None:

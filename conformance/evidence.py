@@ -33,6 +33,7 @@ from .records import SCHEMA, RunRecord
 from .report import results, support
 from .report.words import plural
 from .source import source_sha256
+from .verdict import LEFT_OUT
 
 #: The rung that each kind of job bears out; no job but the suite's own ends at R6.
 JOBS = {
@@ -91,9 +92,10 @@ def read(file: Path) -> Evidence:
 
 def of_report(record: RunRecord) -> Evidence:
     """What a report of the suite says."""
+    lone = LEFT_OUT in record.environment
     return Evidence(
         rung=record.rung,
-        told=plural(len(record.cases), "case"),
+        told=plural(len(record.cases), "case") + (", on one device" if lone else ""),
         backend=record.backend["name"],
         target=record.backend["target"],
         source_sha256=record.backend["source_sha256"],

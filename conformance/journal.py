@@ -62,6 +62,7 @@ class Journal:
         ids: the case list, in the order of execution; empty before it is known.
         cases: by id, what has ended.
         missing: sentences: what cannot be run here.
+        lone: how many cases were left out since there is one real device only.
         ran: how many cases came to an end by themselves.
         stopped: the first failure was all that was asked for, and it happened.
     """
@@ -76,7 +77,7 @@ class Journal:
         self.ids: list[str] = []
         self.cases: dict[str, CaseRecord] = {}
         self.missing: list[str] = []
-        self.ran = 0
+        self.lone = self.ran = 0
         self.stopped = False
         self._examples = {True: 0, False: 0}  # by whether the case draws them
 
@@ -108,7 +109,8 @@ class Journal:
             self._take_refusal(kind, event["reason"], page)
         elif kind == "list":
             page.listed = True
-            self._take_list(event["ids"])
+            self._take_list(event["ids"], event.get("profile", event["ids"]))
+            self.lone = event.get("lone", 0)
         elif kind == "missing":
             self.miss(event["reason"])
         elif kind == "described":
@@ -134,10 +136,16 @@ class Journal:
         else:
             raise SubjectUnavailable(reason)
 
-    def _take_list(self, ids: list[str]) -> None:
+    def _take_list(self, ids: list[str], profile: list[str]) -> None:
+        """Of all ids of the profile those that the workers were given."""
         if self.ids:
             return
         only = self._options.only
+        stale = sorted(set(self._waivers) - set(profile)) if only else []
+        if stale:  # a whole run fails by it; of a part nobody else would notice
+            raise BadRequest(
+                f"A waiver names {stale[0]!r}, but no case of the profile has that id; remove it."
+            )
         self.ids, unknown = chosen(ids, only) if only else (ids, [])
         if unknown:
             raise BadRequest(

@@ -21,6 +21,7 @@ MARKS = {
     "profile": "profile(name): the least profile that runs a case; core where none is said",
     "claim": "claim(field): the field of Capabilities that a case judges",
     "tags": "tags(layout=, dtype=, operation=): the cell of the report's matrix",
+    "bigmem": "bigmem: takes gigabytes of the judged device's memory",
     "needs": "needs(what): accelerator, host, two devices, graphs or memory",
 }
 PROFILES = ("core", "full")

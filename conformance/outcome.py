@@ -13,6 +13,12 @@ from .records import Status
 
 # What hypothesis writes below a message, by its version.
 _NOTES = ("\nFalsifying ", "\nFailing test case", "\nFailing explicit example")
+# What hypothesis raises where the same calls end in another way when it repeats them.
+_FLAKY = "hypothesis.errors.Flaky"
+_ONCE = (
+    "The same calls end in another way when they are repeated: something is kept of earlier calls, "
+    "or is not waited for."
+)
 _MOST_DETAILS = 20_000  # characters
 
 
@@ -36,7 +42,10 @@ def outcome(
         if report.skipped:
             return "error", "The case skipped itself; a case of the suite never does.", ""
         status: Status = "failed" if when == "call" else "error"
-        return status, sentence(_message(report)), _details(report)
+        told = sentence(_message(report))
+        if _FLAKY in report.longreprtext and judge is not None and judge.fault:
+            told = f"{sentence(judge.fault)} {_ONCE}"
+        return status, told, _details(report)
     if "call" not in reports:
         return "error", "The case did not come to its end.", ""
     if NOT_CLAIMED in item.stash:
@@ -44,11 +53,11 @@ def outcome(
     if judge is None or not judge.declined:
         return "passed", "", ""
     # What was judged stands for the case only where it is the greater part of it.
-    told, judged = len(judge.declined), judge.examples
-    kept = "passed" if told < judged else "not-claimed"
+    declined, judged = len(judge.declined), judge.examples
     if not judged:
         return "not-claimed", f"The backend declines the plan: {judge.declined[0]}", ""
-    return kept, f"It declines {told} of {told + judged} copies: {judge.declined[0]}", ""
+    why = f"It declines {declined} of {declined + judged} copies: {judge.declined[0]}"
+    return ("passed" if declined < judged else "not-claimed"), why, ""
 
 
 def sentence(message: str) -> str:

@@ -62,6 +62,7 @@ class Suite:
         self.share = None if share is None else Share(Path(share))
         self.examples: str | None = config.getoption("--portakv-examples")
         self.pulse = Pulse(self.subject, self.facility)
+        self._lone = 0  # cases left out for want of a second device
         self._load_settings()
 
     def _load_settings(self) -> None:
@@ -95,11 +96,13 @@ class Suite:
     ) -> None:
         """Keep the profile's cases that make sense on this device, the most telling first."""
         mine = [item for item in items if is_case(item)]
+        self._lone = 0
         dropped = [item for item in mine if not self._belongs(item)]
         kept = [item for item in mine if item not in set(dropped)]
         kept.sort(key=lambda item: AREAS.index(mark_of(item, "area")))
+        profile = [case_id(item) for item in kept]
         if self.only is not None:
-            ids, unknown = chosen([case_id(item) for item in kept], sorted(self.only))
+            ids, unknown = chosen(profile, sorted(self.only))
             if unknown:
                 raise pytest.UsageError(
                     f"Profile {self.profile!r} on {self.subject.device} has no case "
@@ -109,7 +112,8 @@ class Suite:
             kept = [item for item in kept if case_id(item) in ids]
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if not is_case(item)] + kept
-        self._tell({"event": "list", "ids": [case_id(item) for item in kept]})
+        ids = [case_id(item) for item in kept]
+        self._tell({"event": "list", "ids": ids, "profile": profile, "lone": self._lone})
 
     def _belongs(self, item: pytest.Item) -> bool:
         if mark_of(item, "profile") == "full" and self.profile == "core":
@@ -134,11 +138,14 @@ class Suite:
         if need == "two devices":
             found = self.facility.devices()
             missing = f"it needs two devices of type {self.subject.device.type}, found {found}."
+            if found < 2 and self.subject.device.type != "cpu" and not self.subject.emulated:
+                self._lone += 1  # no fault of the machine, but a report says so
             return found > 1, missing if self.subject.emulated else ""
         if need == "memory":
-            wanted = self.facility.device.type != "cpu" and not self.facility.emulated
+            if self.facility.emulated:  # its memory takes no room before it is touched
+                return streams, ""
             missing = f"it needs {_BIG >> 30} GiB of free memory on {self.subject.device}."
-            return wanted and self.facility.spare() > _BIG, missing if wanted else ""
+            return streams and self.facility.spare() > _BIG, missing if streams else ""
         raise pytest.UsageError(f"A case needs {need!r}, which the plugin does not know.")
 
     def seed_of(self, name: str) -> int:
@@ -235,7 +242,6 @@ class Suite:
             status=status,
             seconds=round(seconds, 4),
             examples=judge.examples if judge else 0,
-            declined=len(judge.declined) if judge else 0,
             declined=len(judge.declined) if judge else 0,
             tags=tags_of(item),
             reason=events.writable(reason),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from portakv.errors import PortaKVError
 
-from .diff import BAD_KINDS, compare_runs, differences
+from .diff import compare_runs, differences
 from .journal import BadRequest, SubjectUnavailable
 from .records import RunRecord
 from .verify import check_report
@@ -25,7 +25,8 @@ def compare(words: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="portakv conform diff",
         description="Prints FIX, REGRESSION, NEW and MISSING; exits with 1 on REGRESSION or "
-        "MISSING. A claim that was withdrawn is a REGRESSION too.",
+        "MISSING, or where a NEW case is wrong. A claim that was withdrawn is a REGRESSION, and so "
+        "is a rung that is lost.",
     )
     parser.add_argument("old", type=Path, metavar="OLD", help="conformance.json of before")
     parser.add_argument("new", type=Path, metavar="NEW", help="conformance.json of now")
@@ -36,13 +37,13 @@ def compare(words: list[str]) -> int:
     changes = compare_runs(old, new)
     for change in changes:
         print(change)
-        if change.kind == "REGRESSION" and change.reason:
+        if change.bad and change.reason:
             print(f"{'':<10} {change.reason.splitlines()[0]}")
     counts = dict.fromkeys(("FIX", "REGRESSION", "NEW", "MISSING"), 0)
     for change in changes:
         counts[change.kind] += 1
     print(", ".join(f"{count} {kind}" for kind, count in counts.items()))
-    return 1 if any(change.kind in BAD_KINDS for change in changes) else 0
+    return 1 if any(change.bad for change in changes) else 0
 
 
 def verify(words: list[str]) -> int:

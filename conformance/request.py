@@ -61,7 +61,7 @@ class Options:
         words += ["--profile", self.profile, "--seed", str(self.seed)]
         words += ["--fuzz", str(self.fuzz)] if self.fuzz else []
         words += ["--emulated"] if self.emulated else []
-        words += ["--waivers", self.waiver_file] if self.waiver_file and not only else []
+        words += ["--waivers", self.waiver_file] if self.waivers and not only else []
         words += ["--limit", f"{self.limit:g}"] if self.limit else []
         words += ["--jobs", str(self.jobs)] if self.jobs > 1 and not only else []
         chosen = only or self.only

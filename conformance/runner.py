@@ -21,7 +21,7 @@ from .journal import BadRequest, Journal, SubjectUnavailable, SuiteBroken
 from .progress import SILENT, Progress
 from .records import SCHEMA, RunRecord
 from .request import Options
-from .verdict import case_list_sha256, in_list_order, judge
+from .verdict import LEFT_OUT, case_list_sha256, in_list_order, judge
 
 __all__ = ["BadRequest", "Options", "SubjectUnavailable", "SuiteBroken", "run"]
 
@@ -83,5 +83,9 @@ def _record(journal: Journal, options: Options, started: datetime, seconds: floa
         command=options.command(),
         waivers=[waiver.plain() for waiver in options.waivers],
     )
+    if journal.lone:
+        record.environment[LEFT_OUT] = (
+            f"{counted(journal.lone)} left out, since one device was found"
+        )
     judge(record)
     return record

@@ -115,12 +115,14 @@ def widened(layout: str, axis: str, elements: int) -> dict[str, Any]:
 def reordered(layout: str, axes: str) -> str:
     """The dimensions of a layout in the order of ``axes``, as ``memory`` of `arranged`.
 
-    An axis of ``axes`` that is none of its dimensions is passed over.
+    An axis of ``axes`` that is none of its dimensions is passed over; a dimension that is not in
+    ``axes`` comes outermost.
     """
     names = [_text(group) for group in read_layout(layout).right]
     left = [_text(group) for group in read_layout(layout).left]
     known = names + left if len(left) == 1 else names
-    return " ".join(axis for axis in axes.split() if axis in known)
+    wanted = [axis for axis in axes.split() if axis in known]
+    return " ".join([*(name for name in names if name not in wanted), *wanted])
 
 
 def dimension(layout: str, axis: str) -> int | None:
@@ -173,9 +175,7 @@ class Workshop:
     ) -> Side:
         """A chunk of so many tokens, from its token ``offset`` on."""
         how = {"seed": self.seed, "device": self.device, **how}
-        return side_of(
-            arranged(layout or self.dense, shape, tokens=tokens, **how), None, 1, offset
-        )
+        return side_of(arranged(layout or self.dense, shape, tokens=tokens, **how), None, 1, offset)
 
     def gather(self, shape: Shape, ids: Any, **how: Any) -> Case:
         """Rows of a cache to a chunk; ``how`` is that of the cache."""

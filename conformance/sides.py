@@ -116,8 +116,8 @@ class Arrangement:
     ``order`` permutes the physical dimensions, outermost first: those of the right groups, and
     as the last number the containers, when ``place`` is ``"strided"``. ``place``: ``"separate"``
     storages, ``"strided"`` in one storage at equal distances, ``"scattered"`` in one storage at
-    irregular ones, with holes of multiples of ``grain``. ``pad`` adds elements to the stride of one physical place, ``gap`` is the
-    stride of the innermost, ``expand`` gives one dimension stride 0.
+    irregular ones, with holes of multiples of ``grain``. ``pad`` adds elements to the stride of one
+    physical place, ``gap`` is the stride of the innermost, ``expand`` gives one dimension stride 0.
     """
 
     layout: str

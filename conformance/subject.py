@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,8 @@ from portakv.registry import REGISTRY, choose, register_backend
 
 #: Devices that are simulated, and so have to be loaded before torch knows them.
 SIMULATED = "simdev"
+# Devices that a vendor's extension of torch brings along, as torch_npu does.
+_VENDORS = ("npu", "mlu", "musa", "gcu", "sdaa")
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, b
         if not standins.enter(name):
             _simulate(asked, name)
     else:
-        _load_extension(device.partition(":")[0])
+        _load_extension(asked, device.partition(":")[0])
     try:
         place = torch.device(device)
     except RuntimeError as error:
@@ -158,13 +159,24 @@ def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, b
     return place, simulated
 
 
-def _load_extension(kind: str) -> None:
-    """Have torch know a vendor's device, where ``torch_mlu`` or the like does not load with it."""
+def _load_extension(asked: str, kind: str) -> None:
+    """Have torch know a vendor's device, where ``torch_mlu`` or the like does not load with it.
+
+    Raises:
+        BackendUnavailable: it is a vendor's, and his extension cannot be imported.
+    """
     try:
         torch.device(kind)
     except RuntimeError:
-        with suppress(Exception):  # then torch does not know the device, and says so
+        try:
             importlib.import_module(f"torch_{kind}")
+        except Exception as error:
+            if kind in _VENDORS:
+                raise BackendUnavailable(
+                    f"Device {asked!r} was asked for, but torch knows {kind!r} only by its "
+                    f"vendor's torch_{kind}, and that does not load ({error}); "
+                    f"the simulated device carries that name with --emulated."
+                ) from error
 
 
 def _simulate(asked: str, name: str) -> None:
@@ -219,15 +231,23 @@ def _register(target: str, device: torch.device) -> str:
 
 def _indexed(device: torch.device) -> torch.device:
     """The device with its index; BackendUnavailable where torch cannot use it here."""
-    if device.type == "cpu" or device.index is not None:
-        return torch.device("cpu") if device.type == "cpu" else device
+    if device.type == "cpu":
+        return torch.device("cpu")
+    why = ""
     try:
-        return torch.device(device.type, torch.get_device_module(device).current_device())
-    except (RuntimeError, AssertionError) as error:
+        module = torch.get_device_module(device)
+        known = getattr(module, "current_device", lambda: 0)  # torch.mps has one device
+        index = known() if device.index is None else device.index
+        count = module.device_count()
+        if index >= count:
+            why = f"torch finds {count} of its kind"
+    except (RuntimeError, AssertionError, AttributeError) as error:
         why = str(error).splitlines()[0].rstrip(".")
+    if why:
         raise BackendUnavailable(
             f"Device {str(device)!r} was asked for, but torch cannot use it here ({why})."
-        ) from error
+        )
+    return torch.device(device.type, index)
 
 
 def _target(found: type[Backend]) -> str:

@@ -13,7 +13,7 @@ from portakv.console import print_prose
 from .journal import MOST_EXAMPLES
 from .records import STATUSES, CaseRecord, RunRecord
 from .request import Options
-from .verdict import WRONG, why_no_rung
+from .verdict import LEFT_OUT, WRONG, why_no_rung
 from .waivers import problems
 
 _LONGEST = 600  # characters of a reason; the report has all of it
@@ -33,8 +33,13 @@ def print_summary(record: RunRecord, options: Options) -> None:
     if unclaimed:
         told = ", ".join(f"{claim} ({count})" for claim, count in sorted(unclaimed.items()))
         print_prose(f"not claimed (cases): {told}")
+    partly = [case.declined for case in record.cases if case.status == "passed" and case.declined]
+    if partly:
+        print_prose(f"declined: {sum(partly)} copies in {len(partly)} cases that passed")
     for sentence in record.missing:
         print_prose(f"missing: {sentence}")
+    if LEFT_OUT in record.environment:
+        print_prose(f"two devices: {record.environment[LEFT_OUT]}")
     for sentence in problems(record.waivers, record.cases, record.suite, whole=not record.missing):
         print_prose(f"waivers: {sentence}")
     if sum(bool(case.example) for case in record.cases) >= MOST_EXAMPLES:

@@ -17,6 +17,9 @@ from .waivers import problems
 
 #: The key of ``environment`` that seals a report: a sha256 over everything else in it.
 SEAL = "sealed_sha256"
+#: The key of ``environment`` that says how many cases on two devices a real machine with one device
+#: was judged without. They stand between it and nothing, and no reader has to guess.
+LEFT_OUT = "two devices"
 #: Statuses that no conformant run has.
 WRONG = ("failed", "error")
 #: The seed of certification runs; another draws other structures.

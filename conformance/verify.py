@@ -9,18 +9,30 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from datetime import datetime, timedelta, timezone
+from math import isfinite
 from typing import Any
 
+from portakv.backends.base import Capabilities
+
 from . import SPEC_VERSION, SUITE_VERSION
+from .commanded import contradictions, jobs_of
 from .listing import cases_of
 from .records import CaseRecord, RunRecord
 from .subject import SIMULATED
-from .verdict import SEAL, WRONG, case_list_sha256, digest_of, rung_of, totals_of, verdict_of
+from .verdict import (
+    LEFT_OUT,
+    SEAL,
+    WRONG,
+    case_list_sha256,
+    digest_of,
+    rung_of,
+    totals_of,
+    verdict_of,
+)
 from .waivers import problems as waiver_problems
 
 #: ``(profile, device) -> what each case is about, by id``.
@@ -30,6 +42,9 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "str": str, "int": int, "float": (int, float), "list": list, "dict": dict,
 }  # fmt: skip
 _FACTS = ("torch", "python", "os", "device", "device_name", "driver", "emulated")
+# All that can be claimed of a field that is not yes or no.
+_WHOLE = {"max_loops": None, "alignment": 1, "index_dtypes": ["int32", "int64"]}
+_IDLE = 0.1  # of the cases that passed: a few judge what is said, and copy nothing
 _CLOCKS = timedelta(days=1)  # by which another machine's clock may be ahead
 
 
@@ -122,22 +137,40 @@ def _cases(record: RunRecord) -> Iterator[str]:
             yield f"CORE can be neither waived nor unclaimed, but {case.id!r} is {case.status}."
         if (case.status == "waived") != (case.id in waived) and case.status not in WRONG:
             yield f"Case {case.id!r} is {case.status}, which does not fit the report's waivers."
-        if case.status == "not-claimed" and record.capabilities.get(case.claim) is True:
+        # A layout that was declined is no field that was left unclaimed.
+        silent = case.status == "not-claimed" and not case.declined
+        if silent and _claims_all(record, case.claim):
             yield f"Case {case.id!r} is not claimed, but the backend claims {case.claim!r}."
-        if case.seconds < 0 or case.examples < 0:
+        if case.status == "passed" and case.declined and case.declined >= case.examples:
+            yield f"Case {case.id!r} passed, with half or more of its copies declined."
+        if not (isfinite(case.seconds) and min(case.seconds, case.examples, case.declined) >= 0):
             yield f"Case {case.id!r} took {case.seconds} s for {case.examples} examples."
+    yield from _work(record)
+
+
+def _claims_all(record: RunRecord, claim: str) -> bool:
+    """Whether the backend claims all that there is of a field, so that no case of it is left."""
+    if claim not in record.capabilities:
+        return False
+    value = record.capabilities[claim]
+    return value is True or bool(value == _WHOLE.get(claim, ...))
+
+
+def _work(record: RunRecord) -> Iterator[str]:
+    """Whether as much was done as is told, in the time that is told."""
+    if not isfinite(record.seconds):
+        yield f"The run took {record.seconds} s."
+    passed = [case for case in record.cases if case.status == "passed"]
+    idle = sum(case.examples == 0 for case in passed)
+    if record.verdict == "conformant" and idle > len(passed) * _IDLE + 1:
+        yield f"{idle} of the {len(passed)} cases that passed have judged no copy."
     spent = sum(case.seconds for case in record.cases)
-    jobs = _jobs(record)
+    if passed and not spent > 0:
+        yield f"Its {len(record.cases)} cases took no time at all."
+    jobs = jobs_of(record)
     if spent > jobs * record.seconds * 1.05 + 1:
         once = f"{jobs} at a time" if jobs > 1 else "one after another"
         yield f"Its cases took {spent:.1f} s, {once}, but the run {record.seconds:.1f} s."
-
-
-def _jobs(record: RunRecord) -> int:
-    """How many cases ran at a time, as its command says."""
-    words = _words(record)
-    told = words[words.index("--jobs") + 1 :][:1] if "--jobs" in words else []
-    return int(told[0]) if told and told[0].isdecimal() else 1
 
 
 def _facts(record: RunRecord) -> Iterator[str]:
@@ -152,6 +185,12 @@ def _facts(record: RunRecord) -> Iterator[str]:
         yield "Its device is simdev, which is always emulated, but it says that it is not."
     if not re.fullmatch(r"[0-9a-f]{64}", str(record.backend.get("source_sha256"))):
         yield "It does not say the hash of the backend's source."
+    claims = {field.name for field in fields(Capabilities)}
+    if record.verdict == "conformant" and set(record.capabilities) != claims:
+        odd = ", ".join(sorted(set(record.capabilities) ^ claims))
+        yield f"Its capabilities are not the fields of a backend's claims: {odd}."
+    if not record.trace:
+        yield "It does not say what the registry answered."
     for name in ("name", "target"):
         if not record.backend.get(name):
             yield f"It does not say the {name} of the backend."
@@ -163,25 +202,7 @@ def _facts(record: RunRecord) -> Iterator[str]:
             yield f"It was started at {record.started}, which is yet to come."
     except (ValueError, TypeError):
         yield f"It was started at {record.started!r}, which is no time with a zone."
-    yield from _command(record, device)
-
-
-def _words(record: RunRecord) -> list[str]:
-    try:
-        return shlex.split(record.command)
-    except ValueError:  # a quote that is not closed
-        return []
-
-
-def _command(record: RunRecord, device: str) -> Iterator[str]:
-    """The command that repeats the run has to ask for what was run."""
-    words = _words(record)
-    expected = [["--device", device], ["--profile", record.profile], ["--seed", str(record.seed)]]
-    expected += [["--fuzz", str(record.fuzz)]] if record.fuzz else []
-    pairs = [words[at : at + 2] for at in range(len(words))]
-    for pair in expected:
-        if pair not in pairs:
-            yield f"Its command does not say {' '.join(pair)}: {record.command}"
+    yield from contradictions(record)
 
 
 def _case_list(record: RunRecord, listing: Listing) -> Iterator[str]:
@@ -196,7 +217,11 @@ def _case_list(record: RunRecord, listing: Listing) -> Iterator[str]:
     for id in sorted(ids - set(listed)):
         yield f"Case {id!r} is not in the installed suite's list for this profile and device."
     told, real = " ".join(record.missing), not record.environment.get("emulated")
-    absent = sorted(id for id in set(listed) - ids if not (real and listed[id].get("optional")))
+    gone = set(listed) - ids
+    lone = {id for id in gone if real and listed[id].get("optional")}
+    if lone and LEFT_OUT not in record.environment and record.verdict == "conformant":
+        yield f"It does not say that {len(lone)} cases on two devices were left out."
+    absent = sorted(gone - lone)
     unexplained = [id for id in absent if f"{id}:" not in told]
     if unexplained and record.verdict == "conformant":
         yield (

@@ -161,4 +161,8 @@ def _why_not(waiver: dict[str, str], area: str, suite: str) -> str:
 
 
 def _numbers(version: str) -> list[int]:
-    return [int(part) for part in _VERSION.match(version).group().split(".")]  # type: ignore[union-attr]
+    """``2026.11`` and ``2026.11.0`` are one version."""
+    numbers = [int(part) for part in _VERSION.match(version).group().split(".")]  # type: ignore[union-attr]
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return numbers

@@ -232,9 +232,14 @@ class Registry:
         asked = "No backend" if forced is None else f"Backend {forced!r} was forced, but it"
         rest = [d for d in self.trace(device) if d.name not in {t.name for t in trace}]
         lines = "\n".join(f"  {d}" for d in [*trace, *rest])
+        if os.environ.get(ENVIRONMENT):
+            todo = f"Unset {ENVIRONMENT} to let the registry choose, or mend the reason."
+        elif forced is not None:
+            todo = "Name no backend to let the registry choose, or mend the reason."
+        else:
+            todo = "Mend one of the reasons."
         return BackendUnavailable(
-            f"{asked} cannot serve {device}. The candidates said:\n{lines}\n"
-            f"Unset {ENVIRONMENT} and backend= to let the registry choose, or mend the reason."
+            f"{asked} cannot serve {device}. The candidates said:\n{lines}\n{todo}"
         )
 
 

@@ -30,7 +30,11 @@ SUBJECT = {
         "torch": "2.13", "python": "3.11", "os": "Linux", "device": "cpu", "device_name": "CPU",
         "driver": "", "emulated": False,
     },
-    "capabilities": {"guards": False, "threads": True},
+    "capabilities": {
+        "places": [["pageable", "pageable"]], "index_on": "host", "index_dtypes": ["int64"],
+        "skips_negative": False, "guards": False, "alignment": 1, "max_loops": None,
+        "tables": True, "capturable": False, "threads": True,
+    },
     "trace": ["fake: accepted, always"],
 }  # fmt: skip
 
@@ -77,8 +81,10 @@ def main(argv: Sequence[str]) -> None:
     tell(orders, SUBJECT)
     act(behaviours.pop("collect", "pass"), orders, "")
     finish, taken = behaviours.pop("finish", "pass"), behaviours.pop("take", "")
+    lone = int(behaviours.pop("lone", 0))
     ids = [id for id in behaviours if id in chosen(orders, behaviours)]
-    tell(orders, {"event": "list", "ids": ids})
+    listed = {"event": "list", "ids": ids, "profile": list(behaviours), "lone": lone}
+    tell(orders, listed)
     tell(orders, {"event": "described", "cases": {id: about(id) for id in ids}})
     share = shared(orders)
     if number == "1" and taken:
@@ -116,7 +122,7 @@ def tell(orders: Orders, event: Mapping[str, Any]) -> None:
 
 def end(orders: Orders, id: str, status: str, reason: str = "") -> None:
     record = {
-        "id": id, **about(id), "status": status, "seconds": 0.001, "examples": 1,
+        "id": id, **about(id), "status": status, "seconds": 0.001, "examples": 1, "declined": 0,
         "reason": reason, "details": "", "replay": "", "example": "",
     }  # fmt: skip
     tell(orders, {"event": "end", "case": record})

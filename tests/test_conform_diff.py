@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import conform_fake_worker as fake
@@ -48,7 +49,7 @@ def test_nothing_changed(record: RunRecord) -> None:
 
 def test_each_step_has_its_kind(record: RunRecord) -> None:
     """Both ways between every two statuses, against what each of them is worth."""
-    worth = {"passed": 2, "not-claimed": 1, "waived": 0, "failed": 0, "error": 0}
+    worth = {"passed": 3, "not-claimed": 2, "waived": 1, "failed": 0, "error": 0}
     for before in STATUSES:
         for after in STATUSES:
             old = with_statuses(record, *[before] * 5)
@@ -64,6 +65,45 @@ def test_what_came_and_what_went(record: RunRecord) -> None:
     assert kinds(record, less) == ["MISSING"]
     assert kinds(less, record) == ["NEW"]
     assert compare_runs(record, less)[0].id == gone.id
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kind"),
+    [
+        (("conformant", "R6"), ("incomplete", ""), "REGRESSION"),
+        (("conformant", "R6"), ("conformant", "R3"), "REGRESSION"),
+        (("conformant", "R3"), ("conformant", ""), "REGRESSION"),
+        (("incomplete", ""), ("failed", ""), "REGRESSION"),
+        (("failed", ""), ("conformant", "R3"), "FIX"),
+    ],
+)
+def test_verdict_and_rung_are_compared(
+    record: RunRecord, tmp_path: Path, before: tuple[str, str], after: tuple[str, str], kind: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Though no case ended in another way: one was left out, or the device is another."""
+    for name, (verdict, rung) in (("old", before), ("new", after)):
+        changed = replace(record, verdict=verdict, rung=rung)
+        (tmp_path / name).write_text(changed.document(), encoding="utf-8")
+    assert main(["diff", str(tmp_path / "old"), str(tmp_path / "new")]) == (kind == "REGRESSION")
+    out = capsys.readouterr().out
+    for name, old, new in zip(("verdict", "rung"), before, after, strict=True):
+        line = f"{kind:<10} {name}: {old or 'none'} -> {new or 'none'}"
+        assert (line in out) == (old != new)
+
+
+def test_a_new_case_that_fails_ends_with_1(
+    record: RunRecord, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "new").write_text(
+        with_statuses(record, "failed", *["passed"] * 4).document(), encoding="utf-8"
+    )
+    del record.cases[0]
+    (tmp_path / "old").write_text(record.document(), encoding="utf-8")
+    assert main(["diff", str(tmp_path / "old"), str(tmp_path / "new")]) == 1
+    out = capsys.readouterr().out
+    assert "NEW        cases/" in out
+    assert "Byte 3 is wrong." in out
 
 
 def test_other_surroundings_are_told(record: RunRecord) -> None:

@@ -56,6 +56,15 @@ ASKED = {
     "second call reuses the first call's indices": "indices-of-the-first-call",
     "capabilities overclaimed": "claims-guards",
     "error after a partial write": "error-after-partial-write",
+    "table of 64 addresses": "table-of64",
+    "table of 256 addresses": "table-of256",
+    "32 bits for whole blocks": "blocks-in-thirty-two-bits",
+    "32 bits under two lists": "migrations-in-thirty-two-bits",
+    "two lists clipped at a grid limit": "migrations-clipped",
+    "two lists, destination not guarded": "guards-source-only",
+    "32 bits in a chunk on a device": "far-chunk-on-the-device",
+    "32 bits between planes on a device": "far-planes-on-the-device",
+    "a launch that waits": "waits-in-the-launch",
 }
 
 

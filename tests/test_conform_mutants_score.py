@@ -57,16 +57,23 @@ def test_the_first_case_that_fails_catches() -> None:
 )
 def test_who_fails_no_case_survives(ends: Ends, why: str) -> None:
     trial = try_mutant(FIRST, runner=runner(ends, []))
-    assert not trial.caught
+    assert trial.survives
+    assert trial.ending.startswith("SURVIVES: ")
     assert why in trial.reason
 
 
-def test_who_cannot_be_judged_survives() -> None:
+def test_who_cannot_be_judged_does_not_survive() -> None:
+    """For want of a compiler, say: it tells nothing of the suite."""
+
     def run(options: Options, progress: object) -> RunRecord:
         raise SubjectUnavailable("there is no compiler.\nmore")
 
     trial = try_mutant(FIRST, runner=run)
-    assert (trial.caught, trial.reason) == (False, "there is no compiler.")
+    assert (trial.caught, trial.survives) == (False, False)
+    assert trial.ending == "NOT JUDGED: there is no compiler."
+    page = document([trial], [])
+    assert "| not judged |" in page
+    assert "0 of 1 mutants are caught. 1 could not be judged here." in page
 
 
 def test_time_that_is_over_ends_a_run() -> None:
@@ -75,7 +82,7 @@ def test_time_that_is_over_ends_a_run() -> None:
         raise AssertionError("it went on")
 
     trial = try_mutant(FIRST, wall=-1.0, runner=run)
-    assert not trial.caught
+    assert trial.survives
     assert "not caught within" in trial.reason
     assert issubclass(OutOfTime, Exception)
 
@@ -173,3 +180,12 @@ def test_the_suite_catches_every_mutant() -> None:
 @pytest.mark.slow
 def test_the_suite_catches_every_mutant_under_ten_seeds() -> None:
     assert score.main(["--runs", "10", "--seed", "1", "--no-control"]) == 0
+
+
+def test_the_score_refuses_a_forced_backend(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PORTAKV_BACKEND", "reference")
+    with pytest.raises(SystemExit, match="2"):
+        score.main(["--only", FIRST.name])
+    assert "PORTAKV_BACKEND forces another backend" in capsys.readouterr().err

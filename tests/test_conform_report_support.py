@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,19 @@ import conform_reports
 import pytest
 from portakv_conformance.evidence import of_report, rung_of
 from portakv_conformance.ladder import Ladder, Rung
-from portakv_conformance.records import RunRecord
+from portakv_conformance.listing import cases_of
+from portakv_conformance.records import SCHEMA, RunRecord
 from portakv_conformance.report.results import file_name, keep, read, trimmed
 from portakv_conformance.report.support import device, table, versions
 from portakv_conformance.verdict import SEAL, digest_of, judge
+from portakv_conformance.verify import check_report
+
+RESULTS = Path(__file__).resolve().parent.parent / "conformance" / "results"
+REPORTS = [
+    file
+    for file in sorted(RESULTS.rglob("*.json"))
+    if json.loads(file.read_text(encoding="utf-8")).get("schema") == SCHEMA
+]
 
 
 def ours(**values: object) -> RunRecord:
@@ -40,9 +50,10 @@ def other(target: str) -> str:
 
 
 def kept(record: RunRecord, folder: Path) -> Path:
+    """Of cases that no suite has; what `verify` says of them is not asked."""
     report = folder / "conformance.json"
     report.write_text(record.document())
-    return keep(report, folder / "results")
+    return keep(report, folder / "results", lambda text: [])
 
 
 def test_a_result_is_the_whole_report_with_a_line_for_each_case(tmp_path: Path) -> None:
@@ -87,6 +98,29 @@ def test_an_edited_report_is_no_result(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match=r"broken\.json"):
         keep(tmp_path / "broken.json", tmp_path)
+
+
+def test_what_verify_refuses_is_no_result(tmp_path: Path) -> None:
+    """As a report of the simulated device that says R6 and was sealed anew."""
+    run = conform_reports.emulated()
+    run.rung = "R6"
+    run.environment[SEAL] = digest_of(run)
+    report = tmp_path / "conformance.json"
+    report.write_text(run.document())
+    with pytest.raises(ValueError, match="R6 needs the real one"):
+        keep(report, tmp_path, partial(check_report, listing=lambda profile, device: {}))
+    assert [*tmp_path.glob("*.json")] == [report]
+
+
+@cache
+def listed(profile: str, device: str) -> dict[str, dict[str, Any]]:
+    return cases_of(profile, device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", REPORTS, ids=[file.name for file in REPORTS])
+def test_committed_reports_stand(file: Path) -> None:
+    assert check_report(file.read_text(encoding="utf-8"), listed) == []
 
 
 @pytest.mark.parametrize("asked", [{"fuzz": 100}, {"seed": 7}], ids=["fuzz", "seed"])

@@ -14,9 +14,12 @@ import pytest
 from conform_fake_worker import CLAIM, CORE
 from portakv_conformance import verify
 from portakv_conformance.cli import main
+from portakv_conformance.evidence import of_report
 from portakv_conformance.records import CaseRecord, RunRecord
+from portakv_conformance.report.markdown import markdown
+from portakv_conformance.report.words import left_out
 from portakv_conformance.runner import Options, run
-from portakv_conformance.verdict import SEAL, case_list_sha256, digest_of, judge
+from portakv_conformance.verdict import LEFT_OUT, SEAL, case_list_sha256, digest_of, judge
 from portakv_conformance.verify import check_report
 from portakv_conformance.waivers import Waiver
 
@@ -120,6 +123,25 @@ def waive(record: RunRecord, at: int) -> None:
     record.waivers = [Waiver(record.cases[at].id, "Ticket.", "2999.01").plain()]
 
 
+def asked(record: RunRecord, old: str, new: str) -> None:
+    assert old in record.command
+    record.command = record.command.replace(old, new, 1)
+
+
+def each(record: RunRecord, name: str, value: object) -> None:
+    for case in record.cases:
+        setattr(case, name, value)
+
+
+def interpreted(record: RunRecord) -> None:
+    record.backend |= {"name": "triton", "target": "portakv.backends.triton:Triton"}
+    asked(record, "portakv conform fake", "TRITON_INTERPRET=1 portakv conform triton")
+
+
+def unclaimed(record: RunRecord, claim: str) -> None:
+    record.cases[2].claim = claim
+
+
 RESEALED: list[tuple[Callable[[RunRecord], object], str]] = [
     (set_to("verdict", "failed"), "'conformant' follows from its cases"),
     (set_to("totals", {"passed": 3}), "its cases count"),
@@ -162,6 +184,25 @@ RESEALED: list[tuple[Callable[[RunRecord], object], str]] = [
     (set_to("waivers", [{"id": "x"}]), "has not the keys"),
     (set_to("waivers", [{"id": "x", "reason": "y", "expires": "soon"}]), "no version"),
     (case_to("examples", True), "'examples' is true"),
+    (lambda record: each(record, "examples", 0), "judged no copy"),
+    (case_to("declined", 99), "passed, with half or more of its copies declined"),
+    (case_to("declined", -1), "took"),
+    (lambda record: each(record, "seconds", 0.0), "no time at all"),
+    (case_to("seconds", float("nan")), "took nan s"),
+    (set_to("seconds", float("inf")), "The run took inf s"),
+    (set_to("capabilities", {}), "not the fields of a backend's claims: alignment, "),
+    (set_to("trace", []), "what the registry answered"),
+    (lambda record: asked(record, "fake", "other"), "does not judge 'fake' (fakes:Fake)"),
+    (lambda record: asked(record, "portakv", "echo"), "does not judge"),
+    (lambda record: asked(record, "fake", "other:Class"), "does not judge"),
+    (lambda record: asked(record, "--seed 0", "--seed 0 --only x"), "has --only, which"),
+    (lambda record: asked(record, "--seed 0", "--seed 0 --waivers f"), "has --waivers, which"),
+    (lambda record: asked(record, "--seed 0", "--seed 0 --fuzz 9"), "has --fuzz, which"),
+    (lambda record: asked(record, "--seed 0", "--seed 0 --emulated"), "has --emulated, which"),
+    (fact_to("TRITON_INTERPRET", "1"), "An interpreter ran its kernels"),
+    (lambda record: interpreted(record), "An interpreter ran its kernels"),
+    (lambda record: unclaimed(record, "max_loops"), "the backend claims 'max_loops'"),
+    (lambda record: unclaimed(record, "alignment"), "the backend claims 'alignment'"),
 ]
 
 
@@ -181,6 +222,37 @@ def test_a_list_that_was_cut_and_hashed_again_is_refused(record: RunRecord) -> N
     record.case_list_sha256 = case_list_sha256(case.id for case in record.cases)
     judge(record)
     assert "1 cases of the installed suite are not in it" in refusals(record)
+
+
+@pytest.mark.parametrize("word", ["fakes:Fake", "elsewhere:Fake"])
+def test_a_command_may_name_the_class(record: RunRecord, word: str) -> None:
+    asked(record, "conform fake", f"conform {word}")
+    judge(record)
+    assert refusals(record) == ""
+
+
+def test_cases_on_two_devices_are_left_out_in_words_only(record: RunRecord) -> None:
+    """They stand between a real machine and nothing, but the report has to say so."""
+
+    def pairs(profile: str, device: str) -> dict[str, dict[str, Any]]:
+        alone = {id: {**about, "optional": False} for id, about in listing("", "").items()}
+        return {**alone, "cases/test_devices.py::test_two": {**fake.about("x"), "optional": True}}
+
+    assert check_report(record.document(), pairs) == [
+        "It does not say that 1 cases on two devices were left out."
+    ]
+    record.environment[LEFT_OUT] = "1 case was left out, since one device was found"
+    judge(record)
+    assert (record.rung, check_report(record.document(), pairs)) == ("R6", [])
+    assert left_out(record) == ["Two devices: 1 case was left out, since one device was found."]
+    assert "1 case was left out" in markdown(record)
+    assert of_report(record).told == "3 cases, on one device"
+
+
+def test_a_run_says_what_it_was_judged_without() -> None:
+    record = run(Options("fake"), command=fake.command(BEHAVIOURS | {"lone": "9"}))
+    assert record.environment[LEFT_OUT] == "9 cases were left out, since one device was found"
+    assert record.verdict == "conformant"
 
 
 def test_what_was_missing_explains_a_shorter_list(record: RunRecord) -> None:

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import conform_fake_worker as fake
 import pytest
 from conform_fake_worker import CLAIM, CORE
-from portakv_conformance import SUITE_VERSION
+from portakv_conformance import SUITE_VERSION, cli
 from portakv_conformance.records import CaseRecord, RunRecord
 from portakv_conformance.runner import Options, run
 from portakv_conformance.verdict import why_no_rung
@@ -104,7 +105,7 @@ def test_a_waived_case_that_does_not_fail_fails_the_run(how: str) -> None:
 
 
 def test_a_waiver_that_expired_does_not_hold() -> None:
-    for expires in (NOW, "2020.01", "1"):
+    for expires in (NOW, f"{NOW}.0", "2020.01", "1"):
         record = ran({CLAIM + "a": "fail"}, *waived(CLAIM + "a", expires=expires))
         assert (record.verdict, record.cases[0].status) == ("failed", "failed")
         assert f"expired in suite {expires}" in record.cases[0].reason
@@ -158,3 +159,17 @@ def test_ids_beyond_those_asked_for_are_not_judged() -> None:
         {CORE + "a": "pass", CLAIM + "a": "fail"}, *waived(CLAIM + "a"), only=(CORE + "a",)
     )
     assert (record.verdict, record.totals["failed"]) == ("incomplete", 0)
+
+
+def test_waivers_are_strict_where_only_some_cases_are_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A waiver that does not hold fails these too, though its case is not among them."""
+    behaviours = {CORE + "a": "pass", CLAIM + "a": "fail", CLAIM + "b": "pass"}
+    monkeypatch.setattr(cli, "run", partial(run, command=fake.command(behaviours)))
+    words = ["fake", "--device", "cpu", "--only", CORE + "a", "--waivers"]
+    assert cli.main([*words, str(written(tmp_path, GOOD))]) == 0
+    assert cli.main([*words, str(written(tmp_path, GOOD.replace(LATER, NOW)))]) == 1
+    assert f"expired in suite {NOW}" in capsys.readouterr().out
+    assert cli.main([*words, str(written(tmp_path, GOOD.replace(CLAIM + "a", "cases/gone")))]) == 2
+    assert "A waiver names 'cases/gone', but no case" in capsys.readouterr().err

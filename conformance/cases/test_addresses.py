@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 from portakv_conformance.judging import Judge, view_of
-from portakv_conformance.shapes import Shape, Workshop
+from portakv_conformance.shapes import CHUNK, Shape, Workshop, dimension
 from portakv_conformance.sides import Case
 
 pytestmark = pytest.mark.area("corners")
@@ -41,23 +41,20 @@ def _in_no_order(case: Case, direction: str) -> bool:
     return min(steps) < 0 < max(steps) and steps[0] != max(steps) and not even
 
 
-#: The dimension that is expanded, of a cache "layer | kv block token head dim" and of a chunk
-#: "kv layer token (head dim)".
-_EXPANDED = {"gather": {"kv": 0, "token": 2, "head": 3}, "scatter": {"kv": 0, "layer": 1}}
+#: What a source shows in several places: an axis of a cache, or of a chunk.
+_EXPANDED = {"gather": ("kv", "token", "head"), "scatter": ("kv", "layer")}
 
 
 @pytest.mark.parametrize(
     ("direction", "axis"), [(way, axis) for way, axes in _EXPANDED.items() for axis in axes]
 )
-def test_a_source_that_is_expanded(
-    judge: Judge, workshop: Workshop, direction: str, axis: str
-) -> None:
+def test_a_source_that_is_expanded(judge: Judge, home: Workshop, direction: str, axis: str) -> None:
     """A source may show one row in several places, by a stride of 0; each place is a row."""
-    slots = workshop.shuffled(SHAPE.slots, 9, 1)
-    cache = workshop.cache(SHAPE, slots, source=direction == "gather")
-    chunk = workshop.chunk(SHAPE, 9, source=direction == "scatter")
-    dimension = _EXPANDED[direction][axis]
+    slots = home.shuffled(SHAPE.slots, 9, 1)
     if direction == "gather":
-        judge.copy(Case(workshop.cache(SHAPE, slots, expand=dimension), chunk, 9))
+        expand = dimension(home.paged, axis)
+        chunk = home.chunk(SHAPE, 9, source=False)
+        judge.copy(Case(home.cache(SHAPE, slots, expand=expand), chunk, 9))
     else:
-        judge.copy(Case(workshop.chunk(SHAPE, 9, expand=dimension), cache, 9))
+        cache = home.cache(SHAPE, slots, source=False)
+        judge.copy(Case(home.chunk(SHAPE, 9, expand=dimension(CHUNK, axis)), cache, 9))

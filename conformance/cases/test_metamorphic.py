@@ -36,8 +36,8 @@ def drawn(subject: Subject, data: st.DataObject, **options: Any) -> Case:
 
 def carry(judge: Judge, case: Case, *, backend: str = "") -> bool:
     """Copy with the judged backend, or another; False where it declines the plan."""
-    sides = (case.src, case.dst)
-    views, indices = [view_of(side) for side in sides], [index_of(side) for side in sides]
+    views = (view_of(case.src), view_of(case.dst))
+    indices = (index_of(case.src), index_of(case.dst))
     try:
         if backend:
             judge.finish(copy_rows(*views, *indices, count=case.count, backend=backend))

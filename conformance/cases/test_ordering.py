@@ -238,6 +238,49 @@ def test_a_launch_works_on_its_stream(
         late.check()
 
 
+def _busy(facility: Facility, stream: torch.Stream) -> torch.Event:
+    """An event behind slow work on a stream."""
+    end = torch.Event(facility.device)
+    facility.delay(2 * SLOW, stream)
+    end.record(stream)
+    return end
+
+
+@pytest.mark.parametrize("ids", ["no-ids", "ids"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_launch_returns_while_its_stream_is_busy(
+    facility: Facility, judge: Judge, home: Workshop, direction: str, ids: str
+) -> None:
+    """A launch does not wait for its stream, unless it has to read ids that lie on the device."""
+    can = judge.subject.can
+    case = home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 9))
+    if ids == "no-ids":
+        case = Case(replace(case.src, ids=None), replace(case.dst, ids=None), case.count)
+    late = Late(judge, case)
+    launch = prepared(late)
+    late.indices = tuple(judge.subject.place(index) for index in late.indices)  # type: ignore[assignment]
+    _ = [view.table for view in late.views]
+    launched(late, launch, None)  # makes what only a first launch has to wait for
+    late.produce()
+    facility.synchronize()
+    # Whether slow work is slow here is asked of another stream: work that was asked for has begun.
+    late_at_all = not _busy(facility, facility.stream()).query()
+    assert late_at_all or facility.emulated, "The slow job ended as soon as it was ordered."
+    stream = facility.stream()
+    busy = _busy(facility, stream)
+    pending = launched(late, launch, stream)
+    waited = late_at_all and busy.query()
+    if pending is not None:
+        pending.wait()
+    stream.synchronize()
+    late.check()
+    if ids == "no-ids" or can.index_on == "host" or can.capturable:
+        assert not waited, (
+            "The launch returned only after the work that stood on its stream before: it waits, "
+            "and with it everything that the host could have enqueued meanwhile."
+        )
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_copies_on_two_streams_at_once(
     facility: Facility, judge: Judge, home: Workshop, direction: str

@@ -4,90 +4,102 @@ in any order, against a dictionary of bytes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run
-from portakv_conformance.judging import Judge
-from portakv_conformance.pattern import Guarded, guarded, pattern_bytes
-from portakv_conformance.shapes import Workshop
+from portakv_conformance.blame import blaming
+from portakv_conformance.cases.test_metamorphic import rows_at
+from portakv_conformance.judging import Judge, index_of, view_of
+from portakv_conformance.shapes import HOMES, Shape, Workshop
+from portakv_conformance.sides import Case, Side
 
-from portakv import AdaptiveConnector, Index, KVView, Transfer, copy_blocks
+from portakv import AdaptiveConnector, Transfer, Unsupported, copy_blocks
 
 pytestmark = pytest.mark.area("stateful")
 
-LAYERS, BLOCKS, SIZE, HEADS, DIM = 2, 7, 4, 2, 8
-ROW = LAYERS * 2 * HEADS * DIM * 2  # bytes of one token in all planes
-_WAYS = ("layer | kv block token head dim", "layer kv | block head token dim")
+SHAPE = Shape(widths=(16, 16), block_size=4, blocks=7)
+SIZE = SHAPE.block_size
 
 
 class Engine(RuleBasedStateMachine):
-    """Sequences of tokens in blocks. ``told`` is what each token of each sequence must hold."""
+    """Sequences of tokens in blocks of a cache in the backend's home layout. ``told`` is what each
+    token of each sequence must hold. What the backend declines does not happen."""
 
     judge: Judge
     home: Workshop
 
     def __init__(self) -> None:
         super().__init__()
-        self.device = torch.device(self.home.device)
-        self.guards: list[Guarded] = []
-        self.caches = [self._buffer(2 * BLOCKS * SIZE) for _ in range(LAYERS)]
-        shape = (2, BLOCKS, SIZE, HEADS, DIM)
-        self.layers = [cache.view(shape) for cache in self.caches]
-        name = self.judge.subject.name
-        self.connector = AdaptiveConnector(self.device, backend=name, kv_layout=_WAYS[0])
-        self.connector.register_kv_caches(self.layers)
-        self.free = list(range(BLOCKS))
+        self.cache = self.home.cache(SHAPE, [], source=False)
+        self.connector = AdaptiveConnector(
+            torch.device(self.home.device), backend=self.judge.subject.name,
+            kv_layout=self.home.paged, chunk_layout=self.home.dense,
+        )  # fmt: skip
+        self.connector.register_kv_caches(self.cache.tensors)
+        self.free = list(range(SHAPE.blocks))
         self.blocks: dict[int, list[int]] = {}  # sequence -> its blocks
         self.told: dict[int, list[bytes]] = {}  # sequence -> the bytes of each token
-        self.stored: dict[int, tuple[torch.Tensor, list[bytes]]] = {}  # evicted ones, as chunks
+        self.stored: dict[int, tuple[Side, list[bytes]]] = {}  # evicted ones, as chunks
         self.number = 0
-        self.on_host = False
+        self.done: list[Case] = []  # every copy so far
 
-    def _buffer(self, rows: int) -> torch.Tensor:
-        """Memory for so many rows of all heads, as fp16, between canaries."""
-        made = guarded(
-            rows * HEADS * DIM * 2, storage=len(self.guards), poison=True, device=self.device
-        )
-        self.guards.append(made)
-        return made.payload().view(torch.float16)
-
-    def _chunk(self, tokens: int) -> torch.Tensor:
-        return self._buffer(2 * LAYERS * tokens).view(2, LAYERS, tokens, HEADS * DIM)
+    def _chunk(self, tokens: int, source: bool) -> Side:
+        """A chunk with bytes of its own."""
+        self.number += 1
+        shop = replace(self.home, seed=self.judge.seed + self.number)
+        return shop.chunk(SHAPE, tokens, source=source)
 
     def _slots(self, sequence: int, first: int, past: int) -> list[int]:
-        blocks = self.blocks[sequence]
-        return [blocks[t // SIZE] * SIZE + t % SIZE for t in range(first, past)]
+        return _slots(self.blocks[sequence], first, past)
 
-    def _finish(self, transfer: Transfer) -> None:
-        self.judge.finish(transfer)
+    def _paged(self, ids: list[int], step: int = 1) -> Side:
+        """The cache under an index."""
+        return replace(self.cache, ids=torch.tensor(ids), step=step)
+
+    def _carried(self, call: Callable[[], Transfer], src: Side, dst: Side, count: int) -> bool:
+        """Carry a copy out; False where the backend declines it, as it may."""
+        self.done.append(Case(src, dst, count))
+        try:
+            self.judge.finish(call())
+        except Unsupported as refusal:
+            self.judge.may_decline(
+                refusal, view_of(src), view_of(dst), index_of(src), index_of(dst)
+            )
+            return False
         self.judge.examples += 1
+        return True
+
+    def _blaming(self) -> AbstractContextManager[None]:
+        """Keeps one of the last copies as an example, where what is inside fails."""
+        return blaming(self.judge, *self.done[:-4:-1])
 
     @precondition(lambda self: self.free)
     @rule(tokens=st.integers(1, 2 * SIZE), end=st.booleans())
     def append(self, tokens: int, end: bool) -> None:
         """New tokens of a new or the last sequence are written by a scatter, into new blocks."""
         sequence = max(self.blocks, default=0) + 1 if end or not self.blocks else max(self.blocks)
-        known = len(self.told.get(sequence, []))
-        own = self.blocks.setdefault(sequence, [])
-        while len(own) * SIZE < known + tokens and self.free:
+        own, told = self.blocks.setdefault(sequence, []), self.told.setdefault(sequence, [])
+        while len(own) * SIZE < len(told) + tokens and self.free:
             own.append(self.free.pop())
-        tokens = min(tokens, len(own) * SIZE - known)
-        fresh = [self._bytes() for _ in range(tokens)]
-        self.told.setdefault(sequence, []).extend(fresh)
+        tokens = min(tokens, len(own) * SIZE - len(told))
         if not tokens:
             return
-        chunk = self._chunk(tokens)
-        chunk.copy_(_as_chunk(fresh).to(self.device))
-        slots = [-1, *self._slots(sequence, known, known + tokens)]
-        self._finish(self.connector.to_gpu(chunk, None, slots, 1))
-
-    def _bytes(self) -> bytes:
-        self.number += 1
-        return pattern_bytes(self.judge.seed, self.number, ROW).tobytes()
+        chunk = self._chunk(tokens, True)
+        fresh = tokens_at(chunk, range(tokens))
+        slots = self._slots(sequence, len(told), len(told) + tokens)
+        call = partial(self.connector.to_gpu, chunk.tensors, None, [-1, *slots], 1)
+        if self._carried(call, chunk, self._paged(slots), tokens):
+            told.extend(fresh)
 
     @precondition(lambda self: self.blocks)
     @rule(pick=st.integers(0, 5))
@@ -96,10 +108,11 @@ class Engine(RuleBasedStateMachine):
         sequence = sorted(self.blocks)[pick % len(self.blocks)]
         told = self.told.pop(sequence)
         if told:
-            chunk = self._chunk(len(told))
-            slots = torch.tensor(self._slots(sequence, 0, len(told)), dtype=torch.int32)
-            self._finish(self.connector.from_gpu(chunk, None, slots))
-            self.stored[sequence] = (chunk, told)
+            chunk, slots = self._chunk(len(told), False), self._slots(sequence, 0, len(told))
+            ids = torch.tensor(slots, dtype=torch.int32)
+            call = partial(self.connector.from_gpu, chunk.tensors, None, ids)
+            if self._carried(call, self._paged(slots), chunk, len(told)):
+                self.stored[sequence] = (chunk, told)
         self.free += self.blocks.pop(sequence)
 
     @precondition(lambda self: self.stored and self.free)
@@ -108,14 +121,15 @@ class Engine(RuleBasedStateMachine):
         """A stored sequence is loaded into whatever blocks are free, if they are enough."""
         sequence = sorted(self.stored)[pick % len(self.stored)]
         chunk, told = self.stored[sequence]
-        needed = -(-len(told) // SIZE)
-        if needed > len(self.free):
+        own = self.free[: -(-len(told) // SIZE)]
+        if len(own) * SIZE < len(told):
             return
-        del self.stored[sequence]
-        self.blocks[sequence] = [self.free.pop(0) for _ in range(needed)]
-        self.told[sequence] = told
-        slots = torch.tensor(self._slots(sequence, 0, len(told))).to(self.device)
-        self._finish(self.connector.to_gpu(chunk, None, slots))
+        slots = _slots(own, 0, len(told))
+        ids = torch.tensor(slots).to(self.home.device)
+        call = partial(self.connector.to_gpu, chunk.tensors, None, ids)
+        if self._carried(call, chunk, self._paged(slots), len(told)):
+            del self.stored[sequence], self.free[: len(own)]
+            self.blocks[sequence], self.told[sequence] = own, told
 
     @precondition(lambda self: self.free and any(self.blocks.values()))
     @rule(pick=st.integers(0, 5), which=st.integers(0, 5))
@@ -124,72 +138,63 @@ class Engine(RuleBasedStateMachine):
         owners = [s for s in sorted(self.blocks) if self.blocks[s]]
         own = self.blocks[owners[pick % len(owners)]]
         place = which % len(own)
-        target = self.free.pop(0)
-        view = KVView(self.layers, _WAYS[0])
-        name = self.judge.subject.name
-        self._finish(copy_blocks(view, view, [own[place]], [target], backend=name))
-        self.free.append(own[place])
-        own[place] = target
+        src, dst = self._paged([own[place]], SIZE), self._paged([self.free[0]], SIZE)
+        view, name = view_of(self.cache), self.judge.subject.name
+        call = partial(copy_blocks, view, view, [own[place]], [self.free[0]], backend=name)
+        if self._carried(call, src, dst, SIZE):
+            self.free.append(own[place])
+            own[place] = self.free.pop(0)
 
     @precondition(lambda self: any(self.told.values()))
-    @rule(pick=st.integers(0, 5))
-    def convert(self, pick: int) -> None:
+    @rule(pick=st.integers(0, 5), other=st.sampled_from(HOMES))
+    def convert(self, pick: int, other: str) -> None:
         """A sequence is read, through another layout's cache, as it was written."""
         owners = [s for s in sorted(self.told) if self.told[s]]
         sequence = owners[pick % len(owners)]
         told = self.told[sequence]
         blocks = self.blocks[sequence][: -(-len(told) // SIZE)]
-        pairs = [
-            tuple(self._buffer(len(blocks) * SIZE).view(-1, HEADS, SIZE, DIM) for _ in range(2))
-            for _ in range(LAYERS)
-        ]
-        view, other = KVView(self.layers, _WAYS[0]), KVView(pairs, _WAYS[1])
         order = list(range(len(blocks)))[::-1]
-        self._finish(
-            self.judge.subject.copy(
-                view, other, Index(blocks, step=SIZE), Index(order, step=SIZE), count=len(told)
-            )
-        )
-        keys = torch.stack([torch.stack(pair) for pair in pairs]).cpu()
-        for token, wanted in enumerate(told):
-            block = order[token // SIZE]
-            row = keys[:, :, block, :, token % SIZE].transpose(0, 1)
-            assert _raw(row) == wanted, f"Sequence {sequence}, token {token} was converted wrong."
+        src = self._paged(blocks, SIZE)
+        shape = replace(SHAPE, blocks=len(blocks))
+        dst = self.home.cache(shape, order, layout=other, step=SIZE, source=False)
+        views, indices = (view_of(src), view_of(dst)), (index_of(src), index_of(dst))
+        call = partial(self.judge.subject.copy, *views, *indices, count=len(told))
+        if not self._carried(call, src, dst, len(told)):
+            return
+        found = tokens_at(dst, _slots(order, 0, len(told)))
+        with self._blaming():
+            for token, (was, now) in enumerate(zip(told, found, strict=True)):
+                assert was == now, f"Sequence {sequence}, token {token} was converted wrong."
 
     @invariant()
     def every_token_holds_its_bytes(self) -> None:
         """Whatever happened, each token of each sequence holds what was written for it."""
-        rows = torch.stack([layer.cpu() for layer in self.layers]).view(
-            LAYERS, 2, BLOCKS * SIZE, HEADS, DIM
-        )
-        for sequence, told in self.told.items():
-            for token, slot in enumerate(self._slots(sequence, 0, len(told))):
-                found = _raw(rows[:, :, slot].transpose(0, 1))
-                assert found == told[token], (
-                    f"Sequence {sequence}, token {token} in slot {slot} does not hold its bytes."
-                )
-        for guard in self.guards[:LAYERS]:
-            wrong = guard.broken()
-            assert wrong is None, wrong
+        held = tokens_at(self.cache, range(SHAPE.slots))
+        with self._blaming():
+            for sequence, told in self.told.items():
+                for token, slot in enumerate(self._slots(sequence, 0, len(told))):
+                    assert held[slot] == told[token], (
+                        f"Sequence {sequence}, token {token} in slot {slot} does not hold its "
+                        f"bytes."
+                    )
+            for guard in self.cache.guards:
+                wrong = guard.broken()
+                assert wrong is None, wrong
 
 
-def _raw(row: torch.Tensor) -> bytes:
-    """The bytes of one token ``[kv, layer, heads, dim]``."""
-    raw: bytes = row.contiguous().view(torch.uint8).numpy().tobytes()
-    return raw
+def _slots(blocks: list[int], first: int, past: int) -> list[int]:
+    """The slots of tokens in blocks."""
+    return [blocks[t // SIZE] * SIZE + t % SIZE for t in range(first, past)]
 
 
-def _as_chunk(tokens: list[bytes]) -> torch.Tensor:
-    """Tokens as a chunk ``[2, layers, tokens, heads * dim]`` on the host."""
-    flat = torch.frombuffer(bytearray(b"".join(tokens)), dtype=torch.float16)
-    return flat.view(len(tokens), 2, LAYERS, HEADS * DIM).permute(1, 2, 0, 3).contiguous()
+def tokens_at(side: Side, slots: Sequence[int]) -> list[bytes]:
+    """The bytes of the tokens at some slots, in all planes."""
+    planes = rows_at(side, np.asarray(slots, dtype=np.int64))
+    return [b"".join(plane[at].tobytes() for plane in planes) for at in range(len(slots))]
 
 
 def test_blocks_of_an_engine(judge: Judge, home: Workshop) -> None:
     """Through any sequence of appends, evictions, reloads and migrations, no token is lost."""
-    if home.paged != _WAYS[0]:
-        judge.declined.append(f"it takes no cache as {_WAYS[0]!r}, in which engines keep theirs")
-        return
     machine = type("Engine", (Engine,), {"judge": judge, "home": home})
     hypothesis.seed(judge.seed)(machine)
     examples = max(settings().max_examples // 2, 10)

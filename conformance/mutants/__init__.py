@@ -11,7 +11,7 @@ import inspect
 from dataclasses import dataclass
 from types import ModuleType
 
-from . import addressing, claims, indices, layouts, merging, ordering, state, vectors
+from . import addressing, claims, indices, layouts, merging, ordering, paths, state, vectors
 from .device_rows import DeviceRows
 from .host_rows import HostRows
 
@@ -53,7 +53,7 @@ def _mutants_of(module: ModuleType) -> list[Mutant]:
     ]
 
 
-_MODULES = (addressing, vectors, indices, layouts, merging, state, claims, ordering)
+_MODULES = (addressing, paths, vectors, indices, layouts, merging, state, claims, ordering)
 
 #: Every mutant, those of one idea together.
 MUTANTS: tuple[Mutant, ...] = tuple(one for module in _MODULES for one in _mutants_of(module))

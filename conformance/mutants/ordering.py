@@ -103,6 +103,15 @@ class EnqueuedLater(DeviceRows):
         threading.Thread(target=job, daemon=True).start()
 
 
+class WaitsInTheLaunch(DeviceRows):
+    """The launch waits for its stream, and with it the host for everything that stands there."""
+
+    def carry(self, plan: CopyPlan, call: Call) -> Pending | None:
+        super().carry(plan, call)
+        self.stream(call).synchronize()
+        return None
+
+
 class DeviceTempFreedEarly(DeviceRows):
     """Rows pass through a buffer of the allocator that is freed while the copy still uses it."""
 

@@ -2,7 +2,7 @@
 """The score of the suite: every mutant has to be caught, under every seed.
 
 ``python -m portakv_conformance.mutants.score``, or `portakv conform --mutants`. Exit code 0 where
-no mutant survives and the un-mutated bases pass, else 1.
+every mutant is caught and the un-mutated bases pass, else 1: also where one could not be judged.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+
+from portakv.registry import ENVIRONMENT
 
 from . import CONTROLS, MUTANTS, Mutant
 from .table import document, print_score
@@ -47,6 +49,8 @@ def score(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the score; returns the exit code."""
     asked = _parser().parse_args(argv)
+    if os.environ.get(ENVIRONMENT):
+        _parser().error(f"{ENVIRONMENT} forces another backend than the mutant; unset it")
     mutants = _chosen(asked.only)
     # Two processes on two cores: threads of torch's own would only get in each other's way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -105,8 +109,7 @@ def _controls(mutants: Sequence[Mutant]) -> dict[str, str | None]:
 
 
 def _say(trial: Trial) -> None:
-    how = f"caught by {trial.caught_by}" if trial.caught else f"SURVIVES: {trial.reason}"
-    line = f"{trial.mutant.name} (seed {trial.seed}, {trial.seconds:.0f} s): {how}"
+    line = f"{trial.mutant.name} (seed {trial.seed}, {trial.seconds:.0f} s): {trial.ending}"
     print(line, file=sys.stderr, flush=True)
 
 

@@ -67,7 +67,9 @@ def _sum(groups: Sequence[Sequence[Trial]]) -> str:
     runs = len(groups[0]) if groups else 0
     caught = sum(all(trial.caught for trial in group) for group in groups)
     how = "" if runs == 1 else f" in {runs} runs of {runs}, each with another seed"
-    return f"**{caught} of {len(groups)} mutants are caught{how}.**"
+    unjudged = sum(not any(trial.judged for trial in group) for group in groups)
+    rest = f" {unjudged} could not be judged here." if unjudged else ""
+    return f"**{caught} of {len(groups)} mutants are caught{how}.{rest}**"
 
 
 def _row(group: Sequence[Trial], self_checked: Collection[str]) -> str:
@@ -76,7 +78,7 @@ def _row(group: Sequence[Trial], self_checked: Collection[str]) -> str:
     where = mutant.profile if mutant.device == "cpu" else f"{mutant.profile}, {mutant.device}"
     # A bar would end the cell, in code as well.
     found = first.caught_by.removeprefix("cases/").replace("|", "\\|")
-    case = f"`{found}`" if first.caught else "**survives**"
+    case = f"`{found}`" if first.caught else "**survives**" if first.judged else "not judged"
     if len(group) > 1:
         case += f" ({sum(trial.caught for trial in group)} of {len(group)})"
     if mutant.name in self_checked:
@@ -97,13 +99,15 @@ def print_score(
         for trial in group:
             if not trial.caught:
                 name = f"{trial.mutant.name} ({trial.mutant.target})"
-                print(f"SURVIVES under seed {trial.seed}: {name}: {trial.reason}")
+                what = "SURVIVES" if trial.judged else "NOT JUDGED"
+                print(f"{what} under seed {trial.seed}: {name}: {trial.reason}")
     print(_sum(groups).strip("*"))
 
 
 def _cells(group: Sequence[Trial], self_checked: Collection[str]) -> tuple[str, ...]:
     first, caught = group[0], sum(trial.caught for trial in group)
-    case = next((trial.caught_by for trial in group if trial.caught), "SURVIVES")
+    lost = "SURVIVES" if any(trial.survives for trial in group) else "not judged"
+    case = next((trial.caught_by for trial in group if trial.caught), lost)
     note = " (self-check too)" if first.mutant.name in self_checked else ""
     runs, seconds = f"{caught}/{len(group)}", f"{first.seconds:.1f}"
     return first.mutant.name, first.mutant.bug, case.removeprefix("cases/") + note, runs, seconds

@@ -33,6 +33,7 @@ class Trial:
         caught_by: the id of the first case that failed; empty where none did.
         reason: what that case said, or why there is no verdict.
         seconds: until then, with everything that had to be loaded.
+        judged: the suite got to judge it. Where it did not, the suite is not at fault.
     """
 
     mutant: Mutant
@@ -40,6 +41,19 @@ class Trial:
     caught_by: str
     reason: str
     seconds: float
+    judged: bool = True
+
+    @property
+    def survives(self) -> bool:
+        """True where it was judged, and no case failed."""
+        return self.judged and not self.caught
+
+    @property
+    def ending(self) -> str:
+        """How it fared, in a few words."""
+        if self.caught:
+            return f"caught by {self.caught_by}"
+        return f"{'SURVIVES' if self.judged else 'NOT JUDGED'}: {self.reason}"
 
     @property
     def caught(self) -> bool:
@@ -81,8 +95,10 @@ def try_mutant(
     )
     try:
         record = runner(asked, _Clock(wall))
-    except (OutOfTime, BadRequest, SubjectUnavailable, SuiteBroken) as error:
+    except OutOfTime as error:
         return Trial(mutant, seed, "", _line(error), time.monotonic() - began)
+    except (BadRequest, SubjectUnavailable, SuiteBroken) as error:
+        return Trial(mutant, seed, "", _line(error), time.monotonic() - began, judged=False)
     wrong = [case for case in record.cases if case.status in WRONG]
     caught = [case for case in wrong if case.status == "failed"]
     seconds = time.monotonic() - began

@@ -16,6 +16,7 @@ from .words import (
     device,
     duration,
     emulated,
+    left_out,
     moment,
     plural,
     rung,
@@ -59,7 +60,8 @@ def markdown(record: RunRecord) -> str:
     """The summary."""
     parts = [_head(record), _totals(record), _failures(record),
              _list("Waivers that do not hold", broken(record)),
-             _list("Not run here", record.missing), _where(record)]  # fmt: skip
+             _list("Not run here", record.missing),
+             _list("Not verified by this run", left_out(record)), _where(record)]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

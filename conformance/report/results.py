@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..records import RunRecord
 from ..verdict import SEAL, digest_of, judge
+from ..verify import check_report
+
+Check = Callable[[str], list[str]]
 
 
 def device_kind(record: RunRecord) -> str:
@@ -70,13 +74,22 @@ def read(file: Path) -> RunRecord:
     return record
 
 
-def keep(report: Path, folder: Path) -> Path:
+def keep(report: Path, folder: Path, check: Check = check_report) -> Path:
     """Put a report among the results, in place of an older one of the pair and suite.
 
+    Args:
+        report: the document ``conformance.json``.
+        folder: where results lie.
+        check: what says everything that is wrong with a report.
+
     Raises:
-        ValueError: the report was edited, or its run was not the one that certification fixes.
+        ValueError: the report was edited or contradicts itself, or its run was not the one that
+            certification fixes.
     """
     record = read(report)
+    wrong = check(report.read_text(encoding="utf-8"))
+    if wrong:
+        raise ValueError(f"{report} is refused by `portakv conform verify`: {' '.join(wrong[:3])}")
     if record.fuzz or record.seed:
         raise ValueError(
             f"{report} is of a run with seed {record.seed} and fuzz {record.fuzz}; a result is of "

@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from ..records import STATUSES, RunRecord, Status
+from ..verdict import LEFT_OUT
 from ..waivers import problems
 
 #: For each area of cases, what it judges.
@@ -76,6 +77,12 @@ def plural(number: int, noun: str) -> str:
 def broken(record: RunRecord) -> list[str]:
     """The waivers that do not hold, a sentence each: they fail the run though no case does."""
     return problems(record.waivers, record.cases, record.suite, whole=not record.missing)
+
+
+def left_out(record: RunRecord) -> list[str]:
+    """What the run was judged without though nothing stands in its way for it, a sentence each."""
+    told = record.environment.get(LEFT_OUT)
+    return [f"Two devices: {told}."] if told else []
 
 
 def verdict(record: RunRecord) -> str:

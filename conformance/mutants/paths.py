@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutants of which one path alone is wrong: many tensors, whole blocks, ids on both sides."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from portakv.loops import Loop
+from portakv.plan import CopyPlan, Nest, Side
+
+from .addressing import ThirtyTwoBitOffset
+from .cells import Int64
+from .device_rows import DeviceRows
+from .host_rows import Call, HostRows, Runs
+
+if TYPE_CHECKING:
+    from portakv import KVView
+
+
+def _of_both(call: Call) -> bool:
+    """Whether both sides have ids, as in copies between caches."""
+    return call.src_index.ids is not None and call.dst_index.ids is not None
+
+
+class TableOf64(HostRows):
+    """The table travels in the arguments and has room for 64 addresses; more wrap around."""
+
+    def address(self, view: KVView, entry: Int64, byte: Int64) -> Int64:
+        return super().address(view, entry % 64, byte)
+
+
+class TableOf256(HostRows):
+    """The table has room for 256 addresses; of a list of more blocks the others wrap around."""
+
+    def address(self, view: KVView, entry: Int64, byte: Int64) -> Int64:
+        return super().address(view, entry % 256, byte)
+
+
+class BlocksInThirtyTwoBits(HostRows):
+    """Byte offsets have 64 bits where tokens move one by one, and 32 where whole blocks do."""
+
+    def offsets(
+        self, nest: Nest, side: Side, name: str, numbers: Int64, rest: int, unit: int
+    ) -> tuple[Int64, Int64]:
+        entry, byte = super().offsets(nest, side, name, numbers, rest, unit)
+        return entry, byte if unit == 1 else byte.astype(np.int32).astype(np.int64)
+
+
+class MigrationsInThirtyTwoBits(HostRows):
+    """The path for ids on both sides works out byte offsets in 32 bits."""
+
+    def pieces(self, plan: CopyPlan, call: Call) -> list[Runs]:
+        narrow = ThirtyTwoBitOffset(self.device)
+        return narrow.pieces(plan, call) if _of_both(call) else super().pieces(plan, call)
+
+
+class FarChunkOnTheDevice(DeviceRows):
+    """On the device the byte offsets of a chunk are worked out in 32 bits and wrap past 2 GiB."""
+
+    profile = "full"
+
+    def address(self, view: KVView, entry: Int64, byte: Int64) -> Int64:
+        narrow = byte if view.block_size else byte.astype(np.int32).astype(np.int64)
+        return super().address(view, entry, narrow)
+
+
+class FarPlanesOnTheDevice(DeviceRows):
+    """On the device the stride between planes is cut to 32 bits."""
+
+    profile = "full"
+
+    def walk(self, loop: Loop, name: str) -> tuple[Int64, Int64]:
+        entries, steps = super().walk(loop, name)
+        return entries, steps.astype(np.int32).astype(np.int64)
+
+
+class MigrationsClipped(HostRows):
+    """The grid of the path for ids on both sides is clipped at 65535 units."""
+
+    def units(self, plan: CopyPlan, call: Call) -> int:
+        found = super().units(plan, call)
+        return min(found, 65535) if _of_both(call) else found
+
+
+class GuardsSourceOnly(HostRows):
+    """With ids on both sides only the source's are guarded: a bad destination is the last slot."""
+
+    def pairs(self, plan: CopyPlan, call: Call) -> tuple[Int64, Int64]:
+        if not _of_both(call):
+            return super().pairs(plan, call)
+        units = self.units(plan, call)
+        src = self.numbers(call.src_index, units, plan.unit)
+        dst = self.numbers(call.dst_index, units, plan.unit)
+        dst = np.minimum(dst, call.dst.slots // plan.unit - 1)
+        bad = src >= call.src.slots // plan.unit
+        if bad.any():
+            self.report(int(np.nonzero(bad)[0][0]), plan.unit, call)
+        moved = self.moved(src, dst) & ~bad
+        return src[moved], dst[moved]
+
+
+class PaddingHidesBadIds(HostRows):
+    """A bad id that faces padding on the other side is skipped with it, and not reported."""
+
+    def pairs(self, plan: CopyPlan, call: Call) -> tuple[Int64, Int64]:
+        units = self.units(plan, call)
+        src = self.numbers(call.src_index, units, plan.unit)
+        dst = self.numbers(call.dst_index, units, plan.unit)
+        moved = self.moved(src, dst)
+        bad = (src >= call.src.slots // plan.unit) | (dst >= call.dst.slots // plan.unit)
+        if (bad & moved).any():
+            self.report(int(np.nonzero(bad & moved)[0][0]), plan.unit, call)
+        return src[moved & ~bad], dst[moved & ~bad]
