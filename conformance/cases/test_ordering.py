@@ -336,7 +336,7 @@ def test_a_store_to_the_host_waits_for_its_producer(
 ) -> None:
     """A store to the host reads the device behind the work that writes it."""
     slots = home.shuffled(SHAPE.slots, 9, 1)
-    chunk = on_host(Workshop("cpu", home.seed).chunk(SHAPE, 9, source=False), pinned)
+    chunk = on_host(replace(home, device="cpu").chunk(SHAPE, 9, source=False), pinned)
     late = Late(judge, Case(home.cache(SHAPE, slots), chunk, 9))
     facility.delay(SLOW)
     late.produce()
@@ -350,7 +350,7 @@ def test_a_load_of_pinned_memory_that_is_being_written(
 ) -> None:
     """A load reads pinned memory behind the work that writes it."""
     slots = home.shuffled(SHAPE.slots, 9, 1)
-    chunk = on_host(Workshop("cpu", home.seed).chunk(SHAPE, 9), True)
+    chunk = on_host(replace(home, device="cpu").chunk(SHAPE, 9), True)
     late = Late(judge, Case(chunk, home.cache(SHAPE, slots, source=False), 9))
     late.final = [final.to(facility.device) for final in late.final]
     facility.synchronize()
