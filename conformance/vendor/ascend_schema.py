@@ -35,6 +35,7 @@ TORCH = "2.13.0"
 TORCH_NPU = "2.13.0"
 #: The report of this job; the suite's own report lies beside it.
 REPORT = "ascend-schema.json"
+BACKEND = "portakv.backends.ascend:Ascend"
 COMMAND = "python -m portakv_conformance.vendor.ascend_schema"
 SENTENCE = (
     "Accepted by torch_npu's own schemas and dispatcher over a stub of CANN; the kernels behind "
@@ -92,17 +93,29 @@ def _judge(asked: argparse.Namespace, work: Path, report: Path) -> dict[str, Any
     variables = {**os.environ, **cann_stub.environment(work / "cann"), **_variables(work)}
     checks = _run([str(python), "-m", f"{__package__}.ascend_checks"], variables)
     suite = _suite(python, variables, asked.profile, report.absolute())
-    return {
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    made = {
         "job": "ascend-schema",
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "command": f"{COMMAND} --profile {asked.profile} --report out",
         "emulated": True,
         "says": SENTENCE,
-        "wheel": {"file": wheel.name, "sha256": hashlib.sha256(wheel.read_bytes()).hexdigest()},
+        "wheel": {"file": wheel.name, "sha256": digest},
         **json.loads(checks),
         "cann_stub_raises": raising,
         "conformance": suite,
         "ops_called": _calls(work / "calls"),
+    }
+    # What the ladder reads of a record (portakv_conformance.evidence).
+    return {
+        **made,
+        "what": "accepted by the vendor's schemas",
+        "backend": BACKEND,
+        "source_sha256": suite["source_sha256"],
+        "device": "npu, emulated",
+        "versions": f"torch-npu {made['torch_npu']}, torch {made['torch']}",
+        "vendor": {wheel.name: digest},
+        "right": right(made),
     }
 
 
