@@ -28,7 +28,7 @@ NATIVE_SUFFIXES = (".cuh", ".cu", ".h", ".hpp", ".cpp", ".md", ".sh")
 TRAVELS = {
     "portakv_native": NATIVE_SUFFIXES,
     "portakv_benchmarks": (".toml",),
-    "portakv_conformance": (".toml", ".cpp", ".h", ".css", ".js"),
+    "portakv_conformance": (".toml", ".c", ".cpp", ".h", ".css", ".js"),
 }
 PIN = re.compile(r"[a-z0-9][a-z0-9._-]*==[0-9][0-9a-z.]*( ; python_full_version .+)?")
 
@@ -165,6 +165,7 @@ def test_the_wheel_holds_every_file_that_travels(wheel: Path, folders: dict[str,
         for path in folder.rglob("*")
         if not (path.parent / "pyproject.toml").exists()  # an example that is a project of its own
         if path.suffix in (".py", ".typed", *TRAVELS.get(name, ()))
+        or path.name == "CMakeLists.txt"
     }
     expected |= {f"portakv_native/{seeded}" for seeded in seeded_sources()}
     with zipfile.ZipFile(wheel) as archive:
