@@ -164,8 +164,7 @@ def test_the_wheel_holds_every_file_that_travels(wheel: Path, folders: dict[str,
         for name, folder in folders.items()
         for path in folder.rglob("*")
         if not (path.parent / "pyproject.toml").exists()  # an example that is a project of its own
-        if path.suffix in (".py", ".typed", *TRAVELS.get(name, ()))
-        or path.name == "CMakeLists.txt"
+        if path.suffix in (".py", ".typed", *TRAVELS.get(name, ())) or path.name == "CMakeLists.txt"
     }
     expected |= {f"portakv_native/{seeded}" for seeded in seeded_sources()}
     with zipfile.ZipFile(wheel) as archive:

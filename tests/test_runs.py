@@ -165,7 +165,8 @@ class TestRefusals:
     def test_a_slot_past_the_end(self, side: int) -> None:
         indices = [Index([0], 4), Index([0], 4)]
         indices[side] = Index([4], 4)
-        with pytest.raises(SlotError, match="slot 16.* but the view has 16 slots"):
+        told = r"slot 16 \(of id 4, 4 slots each\), but the view has 16 slots"
+        with pytest.raises(SlotError, match=told):
             self.runs(indices[0], indices[1], 4)
 
     def test_a_range_past_the_list(self) -> None:
