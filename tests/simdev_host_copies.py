@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from guarded_memory import bits, filled, refused, same
+from host_copy_places import places, rest_of
 from portakv_conformance import simdev
 from simdev_cases import DEVICE, OTHER, current, on
 
@@ -64,33 +64,8 @@ def device_tensor(*shape: int, device: torch.device = DEVICE) -> torch.Tensor:
     return filled(shape, torch.int32, device=device)
 
 
-Make = Callable[[], torch.Tensor]
-
-# Shapes of (ROWS, WIDTH), by what holds them.
-HOSTS: dict[str, Make] = {
-    "pageable": lambda: filled((ROWS, WIDTH), torch.int32),
-    "pageable rows": lambda: filled((ROWS, 2 * WIDTH), torch.int32)[:, :WIDTH],
-    "pinned": lambda: pinned(ROWS, WIDTH),
-    "pinned rows": lambda: pinned(ROWS, 2 * WIDTH)[:, WIDTH:],
-    "pinned columns": lambda: pinned(WIDTH, ROWS).t(),
-    "pinned elements": lambda: pinned(ROWS, 2 * WIDTH)[:, ::2],
-}
-DEVICES: dict[str, Make] = {
-    "device": lambda: device_tensor(ROWS, WIDTH),
-    "device rows": lambda: device_tensor(ROWS, 2 * WIDTH)[:, :WIDTH],
-    "device columns": lambda: device_tensor(WIDTH, ROWS).t(),
-    "device elements": lambda: device_tensor(ROWS, 2 * WIDTH)[:, 1::2],
-}
-PLACES = HOSTS | DEVICES
-PAIRS = [(dst, src) for dst in PLACES for src in PLACES if dst in DEVICES or src in DEVICES]
-
-
-def rest_of(view: torch.Tensor) -> torch.Tensor:
-    """All bytes of a view's storage with its own elements cleared."""
-    whole = torch.empty(0, dtype=view.dtype, device=view.device).set_(view.untyped_storage())
-    there = whole.cpu().clone()
-    there.as_strided(view.shape, view.stride(), view.storage_offset()).zero_()
-    return there
+HOSTS, DEVICES, PAIRS = _places = places(ROWS, WIDTH, pinned, device_tensor)
+PLACES = _places.all
 
 
 @pytest.mark.parametrize("side", [False, True])

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from device_cases import DEVICE, LONG
 from guarded_memory import bits, filled, refused, same
+from host_copy_places import places, rest_of
 
 from portakv import LayoutError, Unsupported
 from portakv.host import _cuda_driver, _flight
@@ -28,36 +28,13 @@ def there(*shape: int) -> torch.Tensor:
     return filled(shape, torch.int32, device=DEVICE)
 
 
-Make = Callable[[], torch.Tensor]
-HOSTS: dict[str, Make] = {
-    "pageable": lambda: filled((ROWS, WIDTH), torch.int32),
-    "pageable rows": lambda: filled((ROWS, 2 * WIDTH), torch.int32)[:, :WIDTH],
-    "pinned": lambda: pinned(ROWS, WIDTH),
-    "pinned rows": lambda: pinned(ROWS, 2 * WIDTH)[:, WIDTH:],
-    "pinned columns": lambda: pinned(WIDTH, ROWS).t(),
-    "pinned elements": lambda: pinned(ROWS, 2 * WIDTH)[:, ::2],
-}
-DEVICES: dict[str, Make] = {
-    "device": lambda: there(ROWS, WIDTH),
-    "device rows": lambda: there(ROWS, 2 * WIDTH)[:, :WIDTH],
-    "device columns": lambda: there(WIDTH, ROWS).t(),
-    "device elements": lambda: there(ROWS, 2 * WIDTH)[:, 1::2],
-}
-PLACES = HOSTS | DEVICES
-PAIRS = [(dst, src) for dst in PLACES for src in PLACES if dst in DEVICES or src in DEVICES]
+HOSTS, DEVICES, PAIRS = _places = places(ROWS, WIDTH, pinned, there)
+PLACES = _places.all
 
 
 @pytest.fixture
 def side() -> Any:
     return torch.cuda.Stream(DEVICE)
-
-
-def rest_of(view: torch.Tensor) -> torch.Tensor:
-    """All bytes of a view's storage with its own elements cleared."""
-    whole = torch.empty(0, dtype=view.dtype, device=view.device).set_(view.untyped_storage())
-    host = whole.cpu().clone()
-    host.as_strided(view.shape, view.stride(), view.storage_offset()).zero_()
-    return host
 
 
 @pytest.mark.parametrize("on_side", [False, True])
