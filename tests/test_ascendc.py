@@ -13,12 +13,13 @@ from core_cases import GIB, lazy, noise
 from cuda_cases import COPIES, Copy, by, chunk, gathered, pool
 from guarded_memory import filled, refused
 from hypothesis import given
-from portakv_conformance.sides import Case, Side
+from portakv_conformance.judging import index_of, view_of
+from portakv_conformance.sides import Case
 from portakv_conformance.strategies import all_cases
 from portakv_conformance.vendor import ascendc_emulated
 from portakv_conformance.vendor.ascendc_emulated import SETTINGS, AscendC, Setting
 
-from portakv import Index, KVView, TransferError, Unsupported, copy_rows
+from portakv import KVView, TransferError, Unsupported, copy_rows
 
 CPU = torch.device("cpu")
 _PROBED = AscendC.probe(CPU)
@@ -68,13 +69,8 @@ def test_every_byte_lands(name: str, setting: Setting, monkeypatch: pytest.Monke
 
 @given(all_cases())
 def test_drawn_copies(case: Case) -> None:
-    def view(side: Side) -> KVView:
-        return KVView(side.tensors, side.layout, **side.extents)
-
-    def index(side: Side) -> Index:
-        return Index(side.ids, step=side.step, offset=side.offset)
-
-    src, dst, mine, theirs = view(case.src), view(case.dst), index(case.src), index(case.dst)
+    src, dst = view_of(case.src), view_of(case.dst)
+    mine, theirs = index_of(case.src), index_of(case.dst)
     case.check(
         lambda: copy_rows(
             src, dst, mine, theirs, count=case.count, backend=AscendC.name

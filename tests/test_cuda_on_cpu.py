@@ -17,10 +17,11 @@ from cuda_cases import COPIES, Copy, by, chunk, gathered, pool
 from cuda_on_cpu import FLAGS, CudaOnCpu, why_not
 from guarded_memory import filled, refused
 from hypothesis import given
-from portakv_conformance.sides import Case, Side
+from portakv_conformance.judging import index_of, view_of
+from portakv_conformance.sides import Case
 from portakv_conformance.strategies import all_cases
 
-from portakv import Index, KVView, Unsupported, copy_rows
+from portakv import KVView, Unsupported, copy_rows
 from portakv.backends import _rows_kernel
 from portakv.backends._rows_kernel import RowsKernel
 
@@ -72,13 +73,8 @@ def test_every_byte_lands(name: str) -> None:
 
 @given(all_cases())
 def test_drawn_copies(case: Case) -> None:
-    def view(side: Side) -> KVView:
-        return KVView(side.tensors, side.layout, **side.extents)
-
-    def index(side: Side) -> Index:
-        return Index(side.ids, step=side.step, offset=side.offset)
-
-    src, dst, mine, theirs = view(case.src), view(case.dst), index(case.src), index(case.dst)
+    src, dst = view_of(case.src), view_of(case.dst)
+    mine, theirs = index_of(case.src), index_of(case.dst)
     case.check(
         lambda: copy_rows(
             src, dst, mine, theirs, count=case.count, backend=CudaOnCpu.name
