@@ -47,6 +47,8 @@ def place(file: Path, device: str, note: str | None) -> ladder.Rung:
     found = ladder.read(readme_tables.LADDER)
     said = evidence.read(file)
     made = evidence.rung_of(said, str(file), device=device)
+    if since := ladder.why_expired(made, found.with_rung(made)):
+        raise ValueError(f"{file} is expired: {since}. Make it again.")
     old = next((rung for rung in found.rungs if rung.place == made.place), None)
     note = (old.note if old else "") if note is None else note
     if said.suite:

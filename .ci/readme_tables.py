@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the README's generated tables, or with ``--check`` fail where they are stale.
+"""Write the generated tables of the README and of docs/hardware.md, or with ``--check`` fail where
+they are stale.
 
-The table of layouts comes from `portakv.presets`, that of backends from `conformance/ladder.toml`,
+The table of layouts comes from `portakv.presets`, those of backends from `conformance/ladder.toml`,
 whose rows the files in `conformance/results` bear out. A rung whose backend has changed since stays
 in the table as expired: writing the tables anew says so, reaching it again and `.ci/keep_result.py`
 mend it.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from portakv_conformance import evidence, ladder
@@ -25,6 +27,19 @@ LADDER = ROOT / "conformance" / "ladder.toml"
 FAMILIES = ("LMCache", "vLLM-Ascend", "vLLM-RBLN", "vLLM", "SGLang", "FlexKV", "Dynamo")
 
 
+# For docs/hardware.md: devices, what torch calls them, the backend that serves them or a part of
+# them, and how the devices of those of its rungs begin that are about them.
+HARDWARE = (
+    ("NVIDIA", "cuda", "cuda", "NVIDIA"),
+    ("Ascend A2, A3", "npu", "ascend", ""),
+    ("Ascend, AscendC kernel", "npu", "ascendc-emulated", ""),
+    ("Cambricon MLU", "mlu", "mlu", ""),
+    ("AMD, Hygon DCU", "cuda", "hip", ""),
+    ("AMD, Hygon DCU: host side and kernel text", "cuda", "hip-emulated", ""),
+    ("AMD, Hygon DCU", "cuda", "triton", "AMD"),
+)
+
+
 def layouts() -> str:
     """One row for each family of engines: its presets."""
     families: dict[str, list[str]] = {}
@@ -37,6 +52,28 @@ def layouts() -> str:
 
 def backends() -> str:
     """One row for each backend-device pair, with how far it was verified."""
+    return support.table(borne_out())
+
+
+def hardware() -> str:
+    """One row for each vendor's device and backend: its rungs, highest first."""
+    found = borne_out()
+    rows = ["| device | torch calls it | backend | how far it was verified |", "|---|---|---|---|"]
+    for device, kind, backend, begins in HARDWARE:
+        mine = [
+            rung
+            for rungs in ladder.by_pair(found).values()
+            for rung in rungs
+            if rung.backend == backend and rung.device.startswith(begins)
+        ]
+        mine.sort(key=lambda rung: rung.rung, reverse=True)
+        told = "; ".join(support.reached(rung, found) for rung in mine) or "R0: described"
+        rows.append(f"| {device} | `{kind}` | `{backend}` | {told} |")
+    return "\n".join(rows)
+
+
+def borne_out() -> ladder.Ladder:
+    """The ladder; ends the program where its files do not bear it out."""
     try:
         rungs = ladder.read(LADDER)
     except ValueError as error:
@@ -44,37 +81,47 @@ def backends() -> str:
     wrong = evidence.contradictions(rungs, ROOT)
     if wrong:
         sys.exit("\n".join(wrong))
-    return support.table(rungs)
+    return rungs
 
 
-def fill(text: str) -> str:
-    """The README with both tables written anew."""
-    for name, table in (("layouts", layouts()), ("backends", backends())):
-        mark = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        text, found = re.subn(mark, rf"\g<1>{table}\n\2", text, flags=re.S)
-        if found != 1:
-            sys.exit(f"README.md must hold one `<!-- table: {name} -->` ... `<!-- end -->`.")
+#: The tables of each page, by the name in its mark.
+PAGES: dict[Path, dict[str, Callable[[], str]]] = {
+    README: {"layouts": layouts, "backends": backends},
+    ROOT / "docs" / "hardware.md": {"hardware": hardware},
+}
+
+
+def fill(page: Path) -> str:
+    """A page's text with its tables written anew."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in PAGES[page].items():
+        parts = re.split(rf"(?s)(?<=<!-- table: {name} -->\n).*?(?=<!-- end -->)", text)
+        text = f"{table()}\n".join(parts)
+        if len(parts) != 2:
+            sys.exit(f"{page.name} must hold one `<!-- table: {name} -->` ... `<!-- end -->`.")
     return text
 
 
 def write() -> None:
-    """Write the tables into README.md."""
-    README.write_text(fill(README.read_text()))
+    """Write the tables into their pages."""
+    for page in PAGES:
+        page.write_text(fill(page), encoding="utf-8")
 
 
 def check() -> None:
-    """Fail where the README says something else, naming the lines that should stand there."""
-    old = README.read_text()
-    new = fill(old)
-    if new == old:
-        return
-    due = [line for line in new.splitlines() if line not in old.splitlines()]
-    sys.exit(
-        "README.md's tables are stale: a preset, a result or a backend's source has changed. Run "
-        "`python .ci/readme_tables.py` and commit README.md; to renew an expired result, run the "
-        "suite and `python .ci/keep_result.py REPORT`. What should stand there:\n"
-        + "\n".join(due or ["(only lines that are to go)"])
-    )
+    """Fail where a page says something else, naming the lines that should stand there."""
+    for page in PAGES:
+        old = page.read_text(encoding="utf-8")
+        new = fill(page)
+        if new == old:
+            continue
+        due = [line for line in new.splitlines() if line not in old.splitlines()]
+        sys.exit(
+            f"The tables of {page.relative_to(ROOT)} are stale: a preset, a result or a backend's "
+            "source has changed. Run `python .ci/readme_tables.py` and commit the page; to renew "
+            "an expired result, run the suite and `python .ci/keep_result.py REPORT`. What should "
+            "stand there:\n" + "\n".join(due or ["(only lines that are to go)"])
+        )
 
 
 def main() -> None:

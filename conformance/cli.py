@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from portakv.builtin import MADE_FOR
 from portakv.errors import PortaKVError
 from portakv.registry import ENVIRONMENT
 
@@ -46,7 +47,7 @@ other verbs:
 exit codes: 0 conformant, 1 failures, 2 usage, 3 the backend is not available here
 
 examples:
-  portakv conform reference --profile full --report out/
+  portakv conform ascend --report out/
   portakv conform acme_kv.backend:Acme --device simdev
   portakv conform triton --fuzz 2000"""
 
@@ -120,7 +121,7 @@ def _list(words: list[str]) -> int:
         description="Prints the ids of the cases of a profile on a kind of device, which need not "
         "be here. Any beginning of an id, up to `::` or `[`, names its cases behind --only.",
     )
-    _add_profile(parser)
+    _add_profile(parser, "core", "core")
     parser.add_argument("--device", default="cpu", metavar="D", help="a kind (default: cpu)")
     asked, _ = parser.parse_known_args(words)  # the words of a run may stand beside
     for id in cases_of(asked.profile, asked.device):
@@ -144,8 +145,8 @@ def _options(asked: argparse.Namespace) -> Options:
         seed = random.SystemRandom().randrange(_SEEDS) if asked.fuzz else 0
     return Options(
         asked.backend,
-        asked.device or _usual_device(),
-        asked.profile,
+        asked.device or _usual_device(asked.backend),
+        asked.profile or ("core" if asked.report is None else "full"),
         seed,
         asked.fuzz or 0,
         () if asked.waivers is None else read_waivers(asked.waivers),
@@ -158,8 +159,12 @@ def _options(asked: argparse.Namespace) -> Options:
     )
 
 
-def _usual_device() -> str:
-    """The accelerator where there is one, else the CPU; no device is touched to find out."""
+def _usual_device(backend: str) -> str:
+    """The type that a backend of PortaKV is made for; of others the accelerator where there is
+    one, else the CPU. No device is touched to find out."""
+    made_for = MADE_FOR.get(backend)
+    if made_for is not None:
+        return made_for
     import torch
 
     if torch.accelerator.is_available():
@@ -206,9 +211,10 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--device",
         metavar="D",
-        help="cpu, cuda:1, simdev, simdev:mlu, ... (default: the accelerator or cpu)",
+        help="cpu, cuda:1, simdev, simdev:mlu, ... (default: the kind that NAME is made for, such "
+        "as npu for ascend; where it is for several, the accelerator or cpu)",
     )
-    _add_profile(parser)
+    _add_profile(parser, None, "full with --report, which a rung needs; else core")
     add("--fuzz", type=_count, metavar="N", help="draw N fresh examples in each drawn case")
     add("--seed", type=_seed, metavar="S", help="of all that is drawn (default: 0; --fuzz: any)")
     add("--waivers", type=Path, metavar="FILE", help="TOML: cases that may fail, until when, why")
@@ -221,9 +227,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_profile(parser: argparse.ArgumentParser) -> None:
+def _add_profile(parser: argparse.ArgumentParser, default: str | None, told: str) -> None:
     parser.add_argument(
-        "--profile", choices=("core", "full"), default="core", help="which cases (default: core)"
+        "--profile",
+        choices=("core", "full"),
+        default=default,
+        help=f"which cases (default: {told})",
     )
 
 

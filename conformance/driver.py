@@ -28,11 +28,16 @@ _MODULES = ("amdgpu", "hydcu", "hycu")
 def driver_version(device: torch.device) -> str:
     """The version of the driver of a real device; empty where the system does not tell it.
 
-    Under HIP the kernel module's with its name, else that of the runtime, ``HIP 6.3.42134``.
+    Under HIP the kernel module's with its name, else that of the runtime, ``HIP 6.3.42134``. Of a
+    device of another kind ``driver_version`` of its properties, which torch.xpu has, as torch's
+    extension for it tells them.
     """
     if device.type in _FILES:
         return _told(*_FILES[device.type])
     if device.type != "cuda":
+        ask = getattr(getattr(torch, device.type, None), "get_device_properties", None)
+        with suppress(Exception):  # a vendor's code may fail in any way
+            return "" if ask is None else str(getattr(ask(device), "driver_version", ""))
         return ""
     return _nvidia() if torch.version.hip is None else _module() or _hip()
 

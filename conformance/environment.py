@@ -22,6 +22,7 @@ import torch
 from .driver import driver_version
 from .source import SourceError, source_sha256
 from .subject import Subject
+from .vendor import standins
 
 #: Environment variable under which Triton interprets its kernels on the host.
 INTERPRET = "TRITON_INTERPRET"
@@ -52,6 +53,8 @@ def describe_environment(subject: Subject, asked: str) -> dict[str, Any]:
         "emulated": is_emulated(subject),
         "cores": len(os.sched_getaffinity(0)),
     }
+    if subject.emulated:
+        facts["emulation"] = hashed(standins.emulating(device.type))
     facts |= {} if subject.emulated else _toolkit(device)
     if interpreted(subject):
         facts[INTERPRET] = os.environ[INTERPRET]
@@ -73,6 +76,17 @@ def describe_backend(subject: Subject) -> dict[str, str]:
         "version": next(iter(versions.values()), ""),
         "source_sha256": source,
     }
+
+
+def hashed(modules: Iterable[str]) -> dict[str, str]:
+    """The hash of each of the modules that emulate, as a backend's own source is hashed."""
+    found = {}
+    for module in modules:
+        try:
+            found[module] = source_sha256(module)
+        except SourceError as error:
+            found[module] = f"unknown: {error}"
+    return found
 
 
 def plain(value: Any) -> Any:

@@ -10,8 +10,9 @@ JSON object with at least these keys, and further ones as it likes:
     command, date  what repeats it, and the day (ISO)
     right          true where it ended well
 
-and, where they count, ``vendor`` (sha256 of each package of the vendor, by name), ``versions`` (in
-words) and ``device``. `recorded` makes one of any command.
+and what its kind has to show (`contents`); where they count, ``vendor`` (sha256 of each package of
+the vendor, by name), ``emulation`` (sha256 of each module that emulated), ``versions`` (in words)
+and ``device``. `recorded` makes one of any command.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .ladder import RESULTS, Ladder, Rung, broken_rules
+from .contents import kernels_in, lacking, signatures_of
+from .environment import INTERPRET, hashed
+from .ladder import EMULATED, RESULTS, Ladder, Rung, broken_rules
 from .records import SCHEMA, RunRecord
 from .report import results, support
 from .report.words import plural
-from .source import source_sha256
+from .source import SourceError, source_sha256
 from .verdict import LEFT_OUT
 
 #: The rung that each kind of job bears out; no job but the suite's own ends at R6.
@@ -59,6 +62,7 @@ class Evidence:
         command, date, versions: what repeats it, the day, what it holds for.
         suite: the version of the suite; empty for other jobs.
         vendor: sha256 of the vendor's packages, by name.
+        emulation: what emulated the device, as in `ladder.Rung`.
     """
 
     rung: str
@@ -73,25 +77,39 @@ class Evidence:
     versions: str
     suite: str = ""
     vendor: Mapping[str, str] = field(default_factory=dict)
+    emulation: Mapping[str, str] = field(default_factory=dict)
 
 
 def read(file: Path) -> Evidence:
     """What a file says.
 
     Raises:
-        ValueError: it is neither a report that nobody edited nor a record of a job; a sentence.
+        ValueError: it is neither a report that nobody edited nor a record of a job that holds
+            what its kind has to; a sentence that says why it cannot be read.
     """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if isinstance(values, dict) and values.get("schema") == SCHEMA:
-        return of_report(results.read(file))
+        record = results.read(file)
+        try:
+            return of_report(record)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            told = "" if isinstance(error, ValueError) else f"{type(error).__name__}, "
+            raise ValueError(f"{file} is unreadable: {told}{error}") from error
     return _of_job(file, values)
 
 
 def of_report(record: RunRecord) -> Evidence:
-    """What a report of the suite says."""
+    """What a report of the suite says.
+
+    Raises:
+        ValueError: it does not say which backend it is about; a sentence.
+    """
+    for name in ("name", "target", "source_sha256"):
+        if not isinstance(record.backend.get(name), str):
+            raise ValueError(f"it does not say the backend's {name}.")
     lone = LEFT_OUT in record.environment
     return Evidence(
         rung=record.rung,
@@ -110,7 +128,20 @@ def of_report(record: RunRecord) -> Evidence:
             if name.startswith("sha256 of ")
         },
         suite=record.suite,
+        emulation=_emulation(record),
     )
+
+
+def _emulation(record: RunRecord) -> dict[str, str]:
+    """What emulated: on a CPU an interpreter, or the backend itself; else as the report says."""
+    known = record.environment
+    if known.get("emulated") is False:
+        return {}
+    if results.device_kind(record) != "cpu":
+        return {str(name): str(told) for name, told in dict(known.get("emulation", {})).items()}
+    if INTERPRET in known:
+        return {"triton": str(known.get("triton", ""))}
+    return {record.backend["target"].partition(":")[0]: record.backend["source_sha256"]}
 
 
 def _of_job(file: Path, values: Any) -> Evidence:
@@ -122,6 +153,8 @@ def _of_job(file: Path, values: Any) -> Evidence:
             f"{file} is neither a report of the suite nor a record of a job: {', '.join(odd)} "
             f"missing or of another type; see portakv_conformance.evidence."
         )
+    if wrong := lacking(JOBS.get(values["what"], "") if values["right"] else "", values):
+        raise ValueError(f"{file}: {values['what']!r} is not borne out. {' '.join(wrong)}")
     if values["what"] not in JOBS:
         raise ValueError(f"{file} says {values['what']!r}; expected one of {', '.join(JOBS)}.")
     module = values["backend"].partition(":")[0]
@@ -137,6 +170,7 @@ def _of_job(file: Path, values: Any) -> Evidence:
         date=values["date"],
         versions=str(values.get("versions", values.get("compiler", ""))),
         vendor=dict(values.get("vendor", {})),
+        emulation=dict(values.get("emulation", {})),
     )
 
 
@@ -184,54 +218,111 @@ def _not_borne_out(rung: Rung, file: Path) -> Iterator[str]:
             yield f"{place}: {entry.name} is {mine!r}, but the file says {its!r}."
 
 
-def recorded(
-    what: str, target: str, device: str, versions: str, command: Sequence[str], says: str = ""
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Job:
+    """What is to be recorded of a command.
+
+    Attributes:
+        what: one of `JOBS`; target: ``module:Class``; device, versions: for a reader.
+        says: a regular expression for what it prints where it did its work.
+        emulated_by: the modules that emulate in it.
+        targets: what it builds for.
+        kernels: a regular expression for each kernel that was read, with groups of that name and
+            ``target``; compiler: one for the toolchain's line with its version.
+    """
+
+    what: str
+    target: str
+    device: str
+    versions: str = ""
+    says: str = ""
+    emulated_by: Sequence[str] = ()
+    targets: Sequence[str] = ()
+    kernels: str = ""
+    compiler: str = ""
+
+
+def recorded(job: Job, command: Sequence[str]) -> dict[str, Any]:
     """Run a command and make a record of it, with all that it printed.
 
-    It is right where it ends with 0, prints what the regular expression ``says`` finds, and leaves
-    the backend's source alone.
+    It is right where it ends with 0, prints what is expected, leaves the sources alone, and all
+    that its kind has to show was found.
     """
-    before = source_sha256(target)
+    before = (source_sha256(job.target), hashed(job.emulated_by))
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     sys.stdout.write(done.stdout)
-    return {
-        "what": what,
-        "backend": target,
-        "device": device,
-        "versions": versions,
-        "source_sha256": before,
+    record = {
+        "what": job.what,
+        "backend": job.target,
+        "device": job.device,
+        "versions": job.versions,
+        "source_sha256": before[0],
+        "emulation": before[1],
         "command": shlex.join(command),
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "right": (
-            done.returncode == 0
-            and re.search(says, done.stdout) is not None
-            and before == source_sha256(target)
-        ),
+        **_shown(job, done.stdout),
         "printed": done.stdout.splitlines(),
     }
+    wrong = lacking(JOBS[job.what], record)
+    if JOBS[job.what] in EMULATED and not job.emulated_by:
+        wrong.append("It does not say what emulated (--emulated-by).")
+    if (source_sha256(job.target), hashed(job.emulated_by)) != before:
+        wrong.append("A source was changed meanwhile.")
+    if done.returncode or re.search(job.says, done.stdout) is None:
+        wrong.append(f"The command ended with {done.returncode}, or did not say what it has to.")
+    print("".join(f"{why}\n" for why in wrong), end="", file=sys.stderr)
+    return record | {"right": not wrong}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Record a command: 0 where it ended well, else 1."""
+def _shown(job: Job, printed: str) -> dict[str, Any]:
+    """What the kinds have to show, of the job and of what it printed."""
+    found: dict[str, Any] = {}
+    if JOBS[job.what] == "R1":
+        found["signatures"] = signatures_of(job.emulated_by)
+    if job.targets:
+        found["targets"] = list(job.targets)
+    if job.kernels:
+        found["kernels"] = kernels_in(printed, job.kernels)
+    line = re.search(job.compiler, printed, re.MULTILINE) if job.compiler else None
+    return found | ({"compiler": line[0].strip()} if line else {})
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m portakv_conformance.evidence",
         description="Runs COMMAND and writes a record of it, to be kept by .ci/keep_result.py.",
     )
     add = parser.add_argument
-    add("--what", choices=JOBS, required=True, help="what the command does")
-    add("--backend", required=True, metavar="MODULE:CLASS", help="whose source it is about")
+    kinds = [what for what, rung in JOBS.items() if rung != "R2"]  # its job writes its own record
+    add("--what", choices=kinds, required=True, help="what the command does")
+    add("--backend", dest="target", required=True, metavar="MODULE:CLASS", help="whose source")
     add("--device", required=True, help="what it stands for, for a reader")
     add("--versions", default="", help="what it holds for, in words")
     add("--says", default="", metavar="REGEX", help="what it prints where it did its work")
+    add("--emulated-by", action="append", default=[], metavar="MODULE", help="what emulates in it")
+    add("--target", dest="targets", action="append", default=[], metavar="T",
+        help="what it builds for")  # fmt: skip
+    add("--kernels", default="", metavar="REGEX",
+        help="what it prints of a kernel that was read, with groups kernel and target")  # fmt: skip
+    add("--compiler", default="", metavar="REGEX",
+        help="what it prints of the toolchain's version")  # fmt: skip
     add("--report", type=Path, required=True, metavar="FILE", help="the JSON file to write")
     add("command", nargs="+", metavar="COMMAND", help="what to run, behind --")
-    asked = parser.parse_args(arguments)
-    what, backend, device = asked.what, asked.backend, asked.device
-    record = recorded(what, backend, device, asked.versions, asked.command, asked.says)
-    asked.report.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Record a command: 0 where it ended well and shows what its kind has to, else 1."""
+    asked = vars(_parser().parse_args(arguments))
+    command, report = asked.pop("command"), asked.pop("report")
+    try:
+        record = recorded(Job(**asked), command)
+    except (SourceError, ImportError, OSError) as error:
+        print(f"Nothing was recorded: {error}", file=sys.stderr)
+        return 1
+    report.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0 if record["right"] else 1
 
 

@@ -2,7 +2,8 @@
 """The ladder: how far each backend was verified on each device, and whether that still holds.
 
 ``ladder.toml`` has a row for each rung of each pair, with the file that bears it out. A rung counts
-as expired where the backend's source, the suite or a package of the vendor's is another one now.
+as expired where the backend's source, what emulated its device, the suite or a package of the
+vendor's is another one now.
 
 R0 described, R1 call shapes against a stand-in, R2 accepted by the vendor's own schemas, R3
 semantics emulated, R4 cross-compiled, R5 built by the vendor's toolchain, R6 run on the hardware.
@@ -36,6 +37,8 @@ _HEAD = """\
 #
 # [vendor] names the packages of vendors that count now, by sha256.
 """
+#: The rungs of what emulates: each says what did, and ends with it.
+EMULATED = ("R1", "R2", "R3")
 _OURS = ("portakv.", "portakv_conformance.")
 # PortaKV's own first, in the order of the README; others follow by name.
 _ORDER = ("reference", "cuda", "triton", "compiled", "hip", "ascend", "mlu")
@@ -57,6 +60,8 @@ class Rung:
         suite: the version of the suite; empty for other jobs.
         vendor: sha256 of the vendor's packages that it holds for.
         note: what a reader has to know; empty, or words that stand behind the rung.
+        emulation: of each module that emulated, the sha256 of its source; of a third party's
+            package the version.
     """
 
     backend: str
@@ -73,6 +78,7 @@ class Rung:
     suite: str = ""
     vendor: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+    emulation: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def place(self) -> tuple[str, str, str]:
@@ -109,18 +115,29 @@ def why_expired(rung: Rung, ladder: Ladder, digest: Digest = digest) -> str:
     Only sources of this repository are looked at: a third party's may be installed here or not.
     """
     since = []
-    if rung.target.startswith(_OURS):
-        try:
-            changed = digest(rung.target) != rung.source_sha256
-        except SourceError:
-            changed = True  # the backend is gone
-        since += ["source changed since"] if changed else []
+    if _changed(rung.target, rung.source_sha256, digest):
+        since.append("source changed since")
+    if rung.rung in EMULATED and rung.emulated and not rung.emulation:
+        since.append("it does not say what emulated it")
+    for module, sha256 in rung.emulation.items():
+        if module != rung.target.partition(":")[0] and _changed(module, sha256, digest):
+            since.append(f"{module.rpartition('.')[2]} changed since")
     if rung.suite and rung.suite != SUITE_VERSION:
         since.append(f"suite {rung.suite}, now {SUITE_VERSION}")
     for package, sha256 in rung.vendor.items():
         if ladder.vendor.get(package) != sha256:
             since.append(f"{package} changed since")
     return ", ".join(since)
+
+
+def _changed(target: str, sha256: str, digest: Digest) -> bool:
+    """Whether a source of this repository is another one now, or gone."""
+    if not target.startswith(_OURS):
+        return False
+    try:
+        return digest(target) != sha256
+    except SourceError:
+        return True
 
 
 def broken_rules(ladder: Ladder) -> Iterator[str]:
@@ -136,7 +153,7 @@ def broken_rules(ladder: Ladder) -> Iterator[str]:
             yield f"{name}: R6 needs a report of the suite."
         if not rung.emulated and rung.rung != "R6":
             yield f"{name}: what ran on the real device is R6 or no rung."
-        if rung.emulated and "emulated" not in rung.device and rung.rung in ("R1", "R2", "R3"):
+        if rung.emulated and "emulated" not in rung.device and rung.rung in EMULATED:
             yield f"{name}: the device has to say that it is emulated."
         if rung.place in seen:
             yield f"{name}: listed twice."
@@ -196,15 +213,16 @@ def read(file: Path = FILE) -> Ladder:
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
         rungs = tuple(Rung(**row) for row in values.get("rung", []))
+        vendor = dict(values.get("vendor", {}))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{file} is no ladder: {error}") from error
     for rung in rungs:
         for entry in fields(Rung):
             given = getattr(rung, entry.name)
-            kind = {"emulated": bool, "vendor": dict}.get(entry.name, str)
+            kind = {"emulated": bool, "vendor": dict, "emulation": dict}.get(entry.name, str)
             if type(given) is not kind:
                 raise ValueError(f"{file}: {entry.name} is {given!r}, expected {kind.__name__}.")
-    return Ladder(rungs, dict(values.get("vendor", {})))
+    return Ladder(rungs, vendor)
 
 
 def written(ladder: Ladder) -> str:

@@ -7,8 +7,11 @@ Plain values only: written as JSON lines while the run goes on, and as one docum
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+from . import SUITE_VERSION
 
 Status = Literal["passed", "failed", "waived", "not-claimed", "error"]
 
@@ -60,14 +63,17 @@ class CaseRecord:
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> CaseRecord:
-        """A record of parsed JSON; ValueError where a field is missing or unknown."""
+        """A record of parsed JSON; ValueError where a field is missing, unknown or of another
+        type."""
+        if not isinstance(values, dict):
+            raise ValueError(f"A case record is {json.dumps(values)[:60]}, expected an object.")
         known = {entry.name for entry in fields(cls)}
         if set(values) != known:
             odd = sorted(set(values) ^ known)
             raise ValueError(f"A case record has fields {odd} missing or unknown.")
         if values["status"] not in STATUSES:
             raise ValueError(f"Case {values['id']!r} has status {values['status']!r}.")
-        return cls(**values)
+        return _of_kind(cls(**values))
 
 
 @dataclass
@@ -118,13 +124,47 @@ class RunRecord:
 
     @classmethod
     def read(cls, text: str) -> RunRecord:
-        """A document parsed; ValueError where it is not one of this schema."""
+        """A document parsed.
+
+        Raises:
+            ValueError: it is none of this schema, or of a suite whose reports had other fields; a
+                sentence that says which.
+        """
         values = json.loads(text)
         if not isinstance(values, dict) or values.get("schema") != SCHEMA:
             raise ValueError(f"This is no report of schema {SCHEMA!r}.")
         known = {entry.name for entry in fields(cls)}
         if set(values) != known:
             odd = sorted(set(values) ^ known)
-            raise ValueError(f"The report has fields {odd} missing or unknown.")
-        values["cases"] = [CaseRecord.read(case) for case in values["cases"]]
-        return cls(**values)
+            raise ValueError(
+                f"The report is of suite {values.get('suite')!r} (installed is {SUITE_VERSION!r}) "
+                f"and has fields {odd} missing or unknown."
+            )
+        if isinstance(values["cases"], list):
+            values["cases"] = [CaseRecord.read(case) for case in values["cases"]]
+        return _of_kind(cls(**values))
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "str": str, "int": int, "float": (int, float), "list": list, "dict": dict,
+}  # fmt: skip
+
+
+_Record = TypeVar("_Record", "CaseRecord", "RunRecord")
+
+
+def _of_kind(record: _Record) -> _Record:
+    """The record; ValueError with a sentence for each value of another type than the field's."""
+    odd = [*_odd_kinds(record)]
+    if odd:
+        raise ValueError(" ".join(odd))
+    return record
+
+
+def _odd_kinds(record: CaseRecord | RunRecord) -> Iterator[str]:
+    place = f"case {record.id!r}" if isinstance(record, CaseRecord) else "the report"
+    for entry in fields(record):
+        kind = _KINDS.get(str(entry.type).partition("[")[0], str)
+        value = getattr(record, entry.name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            yield f"In {place} {entry.name!r} is {json.dumps(value)[:60]}, not {entry.type}."

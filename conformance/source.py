@@ -3,8 +3,9 @@
 
 Of a third party's backend every file of its package counts. Of a backend of PortaKV, or of one of
 ``portakv_conformance.vendor``, its own file counts, with what that imports of either (never the
-interface in ``base``) and of ``portakv_native``: a new comment elsewhere in the library must not
-make every result stale.
+interface in ``base``) and of ``portakv_native``, and the files that those name and that lie beside
+them: a new comment elsewhere in the library must not make every result stale. What emulates a
+device is hashed by the same rules, so that a rung ends with its emulation too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
+#: A hash as it is written, as a regular expression.
+SHA256 = "[0-9a-f]{64}"
 _OURS = "portakv.backends"
 _VENDOR = "portakv_conformance.vendor"
 _NATIVE = "portakv_native"
@@ -56,6 +59,8 @@ def source_files(module: str) -> dict[str, Path]:
 def _ours(module: str, path: Path, found: dict[str, Path]) -> dict[str, Path]:
     """The file of a module of ``portakv.backends`` and those that it builds on, added to found."""
     found[f"{module}.py"] = path
+    for file in _beside(path):
+        found[f"{module.rpartition('.')[0]}/{file.name}"] = file
     for name in _named_in(path, module):
         if name.startswith(f"{_NATIVE}."):
             folder = _file_of(name).parent
@@ -85,6 +90,20 @@ def _named_in(path: Path, module: str) -> set[str]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             named |= {node.value} if node.value.replace(".", "").isidentifier() else set()
     return {name for name in named if name.startswith(_COUNTED)}
+
+
+def _beside(path: Path) -> list[Path]:
+    """The files that are no Python, lie beside a module and are named in it: ``hip_fake.cpp``."""
+    texts = {
+        node.value
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    return [
+        file
+        for file in sorted(path.parent.iterdir())
+        if file.name in texts and file.suffix in _SUFFIXES - {".py"} and file.is_file()
+    ]
 
 
 def _files_in(folder: Path) -> list[Path]:

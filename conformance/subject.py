@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +13,11 @@ import torch
 
 from portakv import BackendUnavailable, CopyPlan, Index, KVView, Transfer, Unsupported, copy_rows
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, Pending
-from portakv.registry import REGISTRY, choose, register_backend
+from portakv.registry import REGISTRY, choose, found, register_backend
 
 #: Devices that are simulated, and so have to be loaded before torch knows them.
 SIMULATED = "simdev"
-# Devices that a vendor's extension of torch brings along, as torch_npu does.
-_VENDORS = ("npu", "mlu", "musa", "gcu", "sdaa")
+_WRITTEN = re.compile(r"\w+(:\d+)?")  # a device
 
 
 @dataclass(frozen=True)
@@ -149,34 +149,33 @@ def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, b
         name = device.partition(":")[0]
         if not standins.enter(name):
             _simulate(asked, name)
+    elif not _WRITTEN.fullmatch(device):
+        raise ValueError(f"Device {asked!r} was asked for; expected one such as cpu or npu:1.")
     else:
-        _load_extension(asked, device.partition(":")[0])
+        _find(device)
     try:
-        place = torch.device(device)
+        return torch.device(device), simulated
     except RuntimeError as error:
         why = str(error).splitlines()[0].rstrip(".")
         raise ValueError(f"Device {asked!r} was asked for, but not found: {why}.") from error
-    return place, simulated
 
 
-def _load_extension(asked: str, kind: str) -> None:
-    """Have torch know a vendor's device, where ``torch_mlu`` or the like does not load with it.
+def _find(device: str) -> None:
+    """Have torch know a device, whose vendor's package is imported where torch does not.
 
     Raises:
-        BackendUnavailable: it is a vendor's, and his extension cannot be imported.
+        BackendUnavailable: torch cannot use it here; with what every candidate says.
     """
+    from portakv_conformance.vendor.standins import STANDINS
+
     try:
-        torch.device(kind)
-    except RuntimeError:
-        try:
-            importlib.import_module(f"torch_{kind}")
-        except Exception as error:
-            if kind in _VENDORS:
-                raise BackendUnavailable(
-                    f"Device {asked!r} was asked for, but torch knows {kind!r} only by its "
-                    f"vendor's torch_{kind}, and that does not load ({error}); "
-                    f"the simulated device carries that name with --emulated."
-                ) from error
+        found(device)
+    except BackendUnavailable as error:
+        if device.partition(":")[0] not in STANDINS:
+            raise
+        raise BackendUnavailable(
+            f"{error}\nThe simulated device carries that name with --emulated."
+        ) from error
 
 
 def _simulate(asked: str, name: str) -> None:
@@ -209,37 +208,35 @@ def _register(target: str, device: torch.device) -> str:
             f"{target!r} was asked for; expected a backend's name, or a class as pkg.mod:Class."
         )
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        made = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # somebody else's module may fail in any way
         why = f"{type(error).__name__}: {error}"
         raise BackendUnavailable(f"{target!r} was asked for, but it does not load: {why}") from None
-    if not (isinstance(found, type) and issubclass(found, Backend)) or inspect.isabstract(found):
+    if not (isinstance(made, type) and issubclass(made, Backend)) or inspect.isabstract(made):
         raise BackendUnavailable(
-            f"{target!r} was asked for, but it is {found!r}; expected a class of "
+            f"{target!r} was asked for, but it is {made!r}; expected a class of "
             f"portakv.backends.base.Backend that implements probe, capabilities and prepare."
         )
-    name = found.name or attribute
+    name = made.name or attribute
     if name in REGISTRY.names():
         known = REGISTRY.ask(name, _indexed(device), check=False)[0]
-        if type(known) is found:
+        if type(known) is made:
             return name
         name = target  # that name is another's
     if name not in REGISTRY.names():
-        register_backend(name, found)
+        register_backend(name, made)
     return name
 
 
 def _indexed(device: torch.device) -> torch.device:
     """The device with its index; BackendUnavailable where torch cannot use it here."""
-    if device.type == "cpu":
-        return torch.device("cpu")
+    place = found(device)
+    if place.type == "cpu":
+        return place
     why = ""
     try:
-        module = torch.get_device_module(device)
-        known = getattr(module, "current_device", lambda: 0)  # torch.mps has one device
-        index = known() if device.index is None else device.index
-        count = module.device_count()
-        if index >= count:
+        count = torch.get_device_module(place).device_count()
+        if (place.index or 0) >= count:
             why = f"torch finds {count} of its kind"
     except (RuntimeError, AssertionError, AttributeError) as error:
         why = str(error).splitlines()[0].rstrip(".")
@@ -247,8 +244,8 @@ def _indexed(device: torch.device) -> torch.device:
         raise BackendUnavailable(
             f"Device {str(device)!r} was asked for, but torch cannot use it here ({why})."
         )
-    return torch.device(device.type, index)
+    return place
 
 
-def _target(found: type[Backend]) -> str:
-    return f"{found.__module__}:{found.__qualname__}"
+def _target(cls: type[Backend]) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"

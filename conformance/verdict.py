@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
@@ -20,6 +21,8 @@ SEAL = "sealed_sha256"
 #: The key of ``environment`` that says how many cases on two devices a real machine with one device
 #: was judged without. They stand between it and nothing, and no reader has to guess.
 LEFT_OUT = "two devices"
+# Facts of an environment that name a package of a vendor, or the toolkit that torch was built for.
+_VENDORS = re.compile(r"torch[-_]\w|cuda$|hip$|cann$|nvidia-")
 #: Statuses that no conformant run has.
 WRONG = ("failed", "error")
 #: The seed of certification runs; another draws other structures.
@@ -59,14 +62,31 @@ def rung_of(record: RunRecord) -> str:
 
     R6 is a certification run (full profile, seed 0, no fuzzing) on the real device, R3 one on an
     emulated device in either profile. Both need every case passed or not claimed: what is waived
-    does not pass.
+    does not pass. On an accelerator R6 also says the driver and the vendor's package.
     """
     fixed = record.fuzz == 0 and record.seed == CERTIFICATION_SEED
     if verdict_of(record) != "conformant" or not fixed or totals_of(record.cases)["waived"]:
         return ""
     if record.environment.get("emulated") is not False:
         return "R3"
-    return "R6" if record.profile == "full" else ""
+    return "R6" if record.profile == "full" and not unnamed(record) else ""
+
+
+def unnamed(record: RunRecord) -> list[str]:
+    """What R6 on an accelerator has to say and the record does not: under which driver, and with
+    which package of the vendor. A CPU has neither."""
+    known = record.environment
+    if known.get("emulated") is not False or str(known.get("device", "")).startswith("cpu"):
+        return []
+    named = any(_VENDORS.match(name) and _said(value) for name, value in known.items())
+    if not str(record.backend.get("target", "")).startswith("portakv."):
+        named = named or _said(record.backend.get("version"))  # a third party's own package
+    lacking = [] if _said(known.get("driver")) else ["the driver's version"]
+    return lacking if named else [*lacking, "a version of the vendor's package"]
+
+
+def _said(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def why_no_rung(record: RunRecord) -> str:
@@ -80,6 +100,7 @@ def why_no_rung(record: RunRecord) -> str:
         reasons.append("cases are waived")
     if record.profile != "full":
         reasons.append("R6 needs --profile full")
+    reasons += [f"R6 needs {lacking}" for lacking in unnamed(record)]
     return " and ".join(reasons)
 
 

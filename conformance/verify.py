@@ -7,7 +7,6 @@ by any of them; that the run can be repeated by one command is what a stranger's
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,8 +20,10 @@ from portakv.backends.base import Capabilities
 from . import SPEC_VERSION, SUITE_VERSION
 from .commanded import contradictions, jobs_of
 from .listing import cases_of
-from .records import CaseRecord, RunRecord
+from .records import RunRecord
+from .source import SHA256
 from .subject import SIMULATED
+from .vendor.standins import SIMULATION, STANDINS
 from .verdict import (
     LEFT_OUT,
     SEAL,
@@ -31,6 +32,7 @@ from .verdict import (
     digest_of,
     rung_of,
     totals_of,
+    unnamed,
     verdict_of,
 )
 from .waivers import problems as waiver_problems
@@ -38,9 +40,6 @@ from .waivers import problems as waiver_problems
 #: ``(profile, device) -> what each case is about, by id``.
 Listing = Callable[[str, str], dict[str, dict[str, Any]]]
 
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    "str": str, "int": int, "float": (int, float), "list": list, "dict": dict,
-}  # fmt: skip
 _FACTS = ("torch", "python", "os", "device", "device_name", "driver", "emulated")
 # All that can be claimed of a field that is not yes or no.
 _WHOLE = {"max_loops": None, "alignment": 1, "index_dtypes": ["int32", "int64"]}
@@ -75,15 +74,7 @@ def check_report(text: str, listing: Listing = cases_of) -> list[str]:
 
 
 def _kinds(record: RunRecord) -> Iterator[str]:
-    """Values of another type than the schema's."""
-    entries: list[RunRecord | CaseRecord] = [record, *record.cases]
-    for entry in entries:
-        place = f"case {entry.id!r}" if isinstance(entry, CaseRecord) else "the report"
-        for field in fields(entry):
-            kind = _KINDS.get(str(field.type).partition("[")[0], str)
-            value = getattr(entry, field.name)
-            if not isinstance(value, kind) or isinstance(value, bool):
-                yield f"In {place} {field.name!r} is {json.dumps(value)[:60]}, not {field.type}."
+    """Waivers of another form than the schema's; of the rest the reader has made sure."""
     for waiver in record.waivers:
         if not isinstance(waiver, dict) or set(waiver) != {"id", "reason", "expires"}:
             yield "A waiver of the report has not the keys id, reason, expires."
@@ -121,6 +112,8 @@ def _rule(record: RunRecord) -> str:
         return "its device is emulated, and R6 needs the real one"
     if record.missing:
         return "what is missing stands between it and any rung"
+    if lacking := unnamed(record):
+        return f"R6 on an accelerator needs {' and '.join(lacking)}"
     return "R6 needs the full profile, seed 0, no fuzzing, and every case passed or not claimed"
 
 
@@ -183,7 +176,8 @@ def _facts(record: RunRecord) -> Iterator[str]:
     device = str(record.environment.get("device", ""))
     if device.partition(":")[0] == SIMULATED and record.environment.get("emulated") is False:
         yield "Its device is simdev, which is always emulated, but it says that it is not."
-    if not re.fullmatch(r"[0-9a-f]{64}", str(record.backend.get("source_sha256"))):
+    yield from _emulation(record, device.partition(":")[0])
+    if not re.fullmatch(SHA256, str(record.backend.get("source_sha256"))):
         yield "It does not say the hash of the backend's source."
     claims = {field.name for field in fields(Capabilities)}
     if record.verdict == "conformant" and set(record.capabilities) != claims:
@@ -203,6 +197,24 @@ def _facts(record: RunRecord) -> Iterator[str]:
     except (ValueError, TypeError):
         yield f"It was started at {record.started!r}, which is no time with a zone."
     yield from contradictions(record)
+
+
+def _emulation(record: RunRecord, device: str) -> Iterator[str]:
+    """What emulated a device; on a CPU it is the backend itself or an interpreter."""
+    if record.environment.get("emulated") is not True or device == "cpu":
+        return
+    told = record.environment.get("emulation")
+    if not isinstance(told, dict) or not told:
+        yield "Its device is emulated, but it does not say by what."
+        return
+    if device == SIMULATED or SIMULATION in told:
+        carried = re.sub(r":\d+$", "", str(record.environment["device"])).rpartition(":")[2]
+        for module in (SIMULATION, STANDINS.get(carried, SIMULATION)):
+            if module not in told:
+                yield f"Its device is {device}, but it does not say the hash of {module}."
+    for module, sha256 in told.items():
+        if not re.fullmatch(SHA256, str(sha256)):
+            yield f"It does not say the hash of {module}, which emulated."
 
 
 def _case_list(record: RunRecord, listing: Listing) -> Iterator[str]:

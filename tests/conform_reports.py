@@ -160,7 +160,8 @@ def emulated() -> RunRecord:
     run = passing()
     name = "simulated device (simdev, on the host's processor)"
     surroundings = dict(run.environment, device="simdev", device_name=name, driver="",
-                        emulated=True)  # fmt: skip
+                        emulated=True,
+                        emulation={"portakv_conformance.simdev": "5" * 64})  # fmt: skip
     surroundings.pop("torch_acme")
     return _run(run.cases, environment=surroundings,
                 command="portakv conform acme --device simdev --profile full --seed 0")  # fmt: skip

@@ -13,12 +13,14 @@ from typing import Any
 
 import conform_fake_worker as fake
 import pytest
+import torch
 from command_line import choose_tables, settle
 from conform_fake_worker import CLAIM, CORE
 from portakv_conformance import cli
 from portakv_conformance.cli import main
-from portakv_conformance.progress import Lines
+from portakv_conformance.progress import Lines, Progress
 from portakv_conformance.records import CaseRecord, RunRecord
+from portakv_conformance.request import Options
 from portakv_conformance.runner import run
 
 from portakv.cli import main as portakv
@@ -71,6 +73,62 @@ def test_an_incomplete_run_is_not_conformant(
     behave({CORE + "a": "pass", "finish": "crash"})
     assert main(["fake", "--device", "cpu"]) == 1
     assert "missing: The worker was killed by SIGSEGV" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "profile"),
+    [
+        ([], "core"),
+        (["--report", "out"], "full"),
+        (["--report", "out", "--profile", "core"], "core"),
+        (["--profile", "full"], "full"),
+    ],
+)
+def test_a_report_is_of_the_profile_that_earns_a_rung(
+    words: list[str], profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Options] = []
+
+    def judge(options: Options, progress: Progress) -> RunRecord:
+        asked.append(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "run", judge)
+    main(["fake", "--device", "cpu", *words])
+    assert asked[0].profile == profile
+    assert f"--profile {profile} " in asked[0].command()
+
+
+@pytest.mark.parametrize(
+    ("words", "device"),
+    [
+        (["ascend"], "npu"),
+        (["mlu", "--emulated"], "mlu"),
+        (["cuda"], "cuda"),
+        (["hip"], "cuda"),
+        (["hip", "--device", "cuda:1"], "cuda:1"),
+        (["ascend", "--device", "simdev:npu"], "simdev:npu"),
+        (["reference"], "xpu"),
+        (["triton"], "xpu"),
+        (["acme_kv.backend:Acme"], "xpu"),
+    ],
+)
+def test_a_backend_is_judged_where_it_is_made_to_run(
+    words: list[str], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Options] = []
+
+    def judge(options: Options, progress: Progress) -> RunRecord:
+        asked.append(options)
+        raise KeyboardInterrupt
+
+    accelerator = torch.device("xpu")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: accelerator)
+    monkeypatch.setattr(cli, "run", judge)
+    main(words)
+    assert asked[0].device == device
 
 
 def test_some_cases_alone_are_judged_by_themselves(behave: Behave) -> None:

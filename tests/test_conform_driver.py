@@ -113,6 +113,18 @@ def test_others_tell_nothing(system: Write) -> None:
     assert driver_version(device("xpu")) == ""
 
 
+def test_another_vendor_s_extension_tells_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """R6 needs a driver of any accelerator, so any has to be able to say it."""
+    told = SimpleNamespace(driver_version="5.2.1")
+    extension = SimpleNamespace(get_device_properties=lambda device: told)
+    monkeypatch.setattr(torch, "acme", extension, raising=False)
+    assert driver_version(device("acme")) == "5.2.1"
+    del told.driver_version
+    assert driver_version(device("acme")) == ""
+    del extension.get_device_properties
+    assert driver_version(device("acme")) == ""
+
+
 # The whole environment
 
 

@@ -183,7 +183,14 @@ def test_a_line_of_the_table_says_what_has_changed() -> None:
 
 def test_a_pair_is_one_line_its_highest_rung_first() -> None:
     rungs = [
-        rung(backend="mlu", device="mlu, emulated", rung=name, emulated=True, told=f"by {name}")
+        rung(
+            backend="mlu",
+            device="mlu, emulated",
+            rung=name,
+            emulated=True,
+            told=f"by {name}",
+            emulation={"acme": "1"},
+        )
         for name in ("R1", "R3")
     ]
     lines = table(Ladder((*rungs, rung())), same).splitlines()[2:]

@@ -91,10 +91,18 @@ def test_what_is_not_there_is_told_with_the_reason(name: str, why: str) -> None:
     assert why in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "device"), [("a b:C", "cpu"), (":", "cpu"), ("reference", "zpu")])
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [("a b:C", "cpu"), (":", "cpu"), ("reference", "z/pu"), ("reference", "cpu:x")],
+)
 def test_what_is_malformed_is_a_value_error(name: str, device: str) -> None:
     with pytest.raises(ValueError, match=r"was asked"):
         subject(name, device)
+
+
+def test_a_device_that_nobody_brings_is_not_available() -> None:
+    with pytest.raises(BackendUnavailable, match=r"'zpu' was asked.*torch_zpu is not installed"):
+        subject("reference", "zpu")
 
 
 # -- how copies are judged ----------------------------------------------------------------------

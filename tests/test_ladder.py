@@ -16,6 +16,7 @@ import pytest
 from portakv_conformance import ladder as ladders
 from portakv_conformance.evidence import (
     JOBS,
+    Job,
     contradictions,
     main,
     of_report,
@@ -34,7 +35,8 @@ from portakv_conformance.ladder import (
     written,
 )
 from portakv_conformance.report.results import keep
-from portakv_conformance.source import SourceError
+from portakv_conformance.source import SourceError, source_sha256
+from portakv_conformance.vendor.standins import SIMULATION
 from portakv_conformance.verdict import judge
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +49,15 @@ JOB = {
     "date": "2026-11-20",
     "right": True,
     "compiler": "hipcc 5.2",
+    "targets": ["gfx906"],
+    "kernels": [{"kernel": "gather", "target": "gfx906", "wrong": []}],
 }
+# What each kind has to show beyond that, as tests/test_ladder_contents.py forges it.
+SHOWN: dict[str, dict[str, Any]] = {
+    "R1": {"signatures": [{"op": "a.b", "signature": "(x)", "source": "its page"}]},
+    "R2": {"schemas": [{"op": "a::b", "pinned": "()", "found": "()", "same": True}],
+           "vendor": {"torch_npu-2.13.0-cp311-cp311-any.whl": "1" * 64}, "versions": "2.13.0"},
+}  # fmt: skip
 
 
 def same(target: str) -> str:
@@ -149,7 +159,7 @@ def test_the_reference_s_own_rung_expires_here_and_now() -> None:
 
 
 def test_a_list_tells_the_rung_here_else_the_highest_that_holds() -> None:
-    far = rung(device="hip, emulated", rung="R3", emulated=True)
+    far = rung(device="hip, emulated", rung="R3", emulated=True, emulation={"acme": "1"})
     found = Ladder((rung(source_sha256="b" * 64), far))
     assert told("cuda", "NVIDIA H200", found, same) == "expired R6"
     assert told("cuda", "CPU (x86-64)", found, same) == "R3 on hip, emulated"
@@ -231,10 +241,11 @@ def test_what_is_not_conformant_is_no_rung() -> None:
 @pytest.mark.parametrize("what", JOBS)
 def test_a_job_bears_out_the_rung_of_its_kind(root: Path, what: str) -> None:
     file = root / RESULTS / "hip.json"
-    file.write_text(json.dumps(JOB | {"what": what, "vendor": {"torch-npu": "1" * 64}}))
+    shown: dict[str, Any] = {"vendor": {"torch-npu": "1" * 64}, **SHOWN.get(JOBS[what], {})}
+    file.write_text(json.dumps(JOB | {"what": what, **shown}))
     made = rung_of(read(file), f"{RESULTS}hip.json", device="gfx906, emulated")
     assert (made.backend, made.rung, made.emulated) == ("hip", JOBS[what], True)
-    assert (made.versions, made.vendor) == ("hipcc 5.2", {"torch-npu": "1" * 64})
+    assert (made.versions, made.vendor) == (shown.get("versions", "hipcc 5.2"), shown["vendor"])
     assert contradictions(Ladder((made,)), root) == []
     assert "R6" not in JOBS.values()
 
@@ -264,18 +275,21 @@ def test_what_is_no_evidence_at_all(root: Path, text: str) -> None:
 
 def test_a_command_is_recorded_with_what_it_printed(root: Path) -> None:
     command = [sys.executable, "-c", "print('built'); print('checked')"]
-    made = recorded("semantics emulated", REFERENCE, "cpu, emulated", "g++ 12", command)
+    job = Job("semantics emulated", REFERENCE, "cpu, emulated", "g++ 12", "", [SIMULATION])
+    made = recorded(job, command)
     assert made["right"]
     assert made["printed"] == ["built", "checked"]
-    idle = recorded("semantics emulated", REFERENCE, "cpu, emulated", "", command, r"\d+ passed")
-    assert not idle["right"]
+    assert made["emulation"] == {SIMULATION: source_sha256(SIMULATION)}
+    assert not recorded(replace(job, says=r"\d+ passed"), command)["right"]
     file = root / "job.json"
     words = ["--what", "semantics emulated", "--backend", REFERENCE, "--device", "cpu, emulated",
-             "--report", str(file), "--", sys.executable, "-c", "raise SystemExit(3)"]  # fmt: skip
+             "--report", str(file), "--emulated-by", SIMULATION, "--", sys.executable, "-c",
+             "raise SystemExit(3)"]  # fmt: skip
     assert main(words) == 1
     assert read(file).rung == ""
     assert main([*words[:-1], "print(1)"]) == 0
     assert rung_of(read(file), "job.json").rung == "R3"
+    assert main([word if word != SIMULATION else "no.such" for word in words[:-1]] + ["1"]) == 1
 
 
 # -- ladder.toml ----------------------------------------------------------------------------------
@@ -319,6 +333,7 @@ def test_a_result_is_kept_with_its_row(root: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(tables, "LADDER", root / "ladder.toml")
     monkeypatch.setattr(keeper, "RESULTS", root / RESULTS)
     monkeypatch.setattr(keep, "__defaults__", (lambda text: [],))  # cases that no suite has
+    monkeypatch.setattr(ladders.why_expired, "__defaults__", (same,))
     (root / "ladder.toml").write_text("")
     job = root / "job.json"
     job.write_text(json.dumps(JOB))
@@ -329,6 +344,9 @@ def test_a_result_is_kept_with_its_row(root: Path, monkeypatch: pytest.MonkeyPat
     keeper.place(root / "conformance.json", "", None)
     job.write_text(json.dumps(JOB | {"date": "2026-11-21"}))
     again = keeper.place(job, "AMD gfx906, gfx908", None)
+    monkeypatch.setattr(ladders.why_expired, "__defaults__", (other,))
+    with pytest.raises(ValueError, match="is expired: source changed since"):
+        keeper.place(job, "AMD gfx906, gfx908", None)
     assert (again.date, again.note) == ("2026-11-21", "not run")
     found = ladders.read(root / "ladder.toml")
     assert {r.place for r in found.rungs} == {made.place, ("acme", "Acme XPU 900", "R6")}

@@ -57,6 +57,14 @@ def verified(rung: Rung, ladder: Ladder, digest: Digest = digest) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def reached(rung: Rung, ladder: Ladder, digest: Digest = digest) -> str:
+    """A rung without its link, with the device that it is about: ``R3: 1,820 cases (mlu,
+    emulated)``."""
+    since = why_expired(rung, ladder, digest)
+    parts = [f"{rung.rung}: {text(rung.told)} ({text(rung.device)})", since, text(rung.note)]
+    return ("expired: " if since else "") + ", ".join(part for part in parts if part)
+
+
 def table(ladder: Ladder, digest: Digest = digest) -> str:
     """The ladder as a Markdown table: a line for each pair, its highest rung first."""
     lines = ["| backend | device | verified | versions | date |", "|---|---|---|---|---|"]

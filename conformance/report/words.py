@@ -156,6 +156,8 @@ def plain(value: Any) -> str:
         pairs = all(isinstance(entry, (list, tuple)) for entry in value)
         joined = [" → ".join(map(str, e)) if pairs else plain(e) for e in value]
         return ", ".join(joined) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {plain(entry)}" for name, entry in value.items()) or "none"
     return str(value)
 
 

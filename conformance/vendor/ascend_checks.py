@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
-from portakv import KVView, Unsupported, copy_rows
+from portakv import CopyPlan, Index, KVView, Unsupported, copy_rows
+from portakv.backends._ascendc import VARIABLE
+from portakv.backends.ascend import Ascend
 
-from . import ascend_ops
+from . import ascend_ops, ascendc_emulated, ascendc_npu
 from .ascend_device import enter
 
 _NZ = 29
@@ -25,7 +28,7 @@ _DISPATCH = "PrivateUse1"
 
 
 def main() -> None:
-    """Print what was found: ``torch``, ``torch_npu``, ``schemas`` and ``refusals``."""
+    """Print what was found: ``torch``, ``torch_npu``, ``schemas``, ``refusals``, ``kernel``."""
     torch_npu: Any = importlib.import_module("torch_npu")
     schemas = compare_schemas()  # before anything is put in the place of the vendor's kernels
     enter("npu")
@@ -36,6 +39,7 @@ def main() -> None:
         "torch_npu_git": torch_npu.version.git_version,
         "schemas": schemas,
         "refusals": refusals,
+        "kernel": launch_kernel(torch_npu),
     }
     print(json.dumps(told))
 
@@ -61,6 +65,29 @@ def _all_schemas() -> list[Any]:
 
 def _has_kernel(name: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, _DISPATCH))
+
+
+def launch_kernel(torch_npu: Any) -> dict[str, Any]:
+    """The AscendC kernel, emulated, through the backend, on a stream and on memory of torch_npu's."""
+    device = torch.device("npu", 1)
+    rows = torch.arange(32 * 32).to(torch.float16).view(4, 8, 2, 16)
+    cache, chunk = rows.to(device), torch.zeros(3, 2, 16, dtype=torch.float16).to(device)
+    view, dense = KVView(cache, "block token head dim"), KVView(chunk, "token head dim")
+    path = ascendc_emulated.library_file()
+    handles = ascendc_npu.run_at_once(path)
+    os.environ[VARIABLE] = path
+    backend, plan = Ascend(device), CopyPlan(view.form, dense.form, 1, 0)
+    index = Index(torch.tensor([9, 3, 30]).to(device))
+    stream = torch_npu.npu.Stream(device)
+    backend.prepare(plan)(view, dense, index, Index(), 3, stream, None)
+    moved = chunk.cpu().equal(rows.view(32, 2, 16)[[9, 3, 30]])
+    ordered = handles == [stream.npu_stream]
+    return {
+        "right": moved and ordered,
+        "said": backend.check(plan).reason,
+        "moved": moved,
+        "on_its_stream": ordered,
+    }
 
 
 _Call = Callable[[], object]

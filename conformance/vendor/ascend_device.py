@@ -26,6 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import ascend_ops
 
+#: What emulates below the vendor's package: it is hashed with this file, since it is named here.
+BENEATH = "portakv_conformance.vendor.cann_stub"
 #: Names a folder where each process leaves, as JSON, how often it called each op.
 CALLS = "PORTAKV_ASCEND_CALLS"
 #: How often each op was called in this process.
@@ -144,6 +146,9 @@ def _run(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
             return value
         return lent[id(value)] if id(value) in lent else value.to(where[0])
 
+    if name.startswith("npu::"):
+        leaves = pytree.tree_leaves((args, kwargs))
+        ascend_ops.check_current(name, (x for x in leaves if isinstance(x, torch.Tensor)))
     lent_args, lent_kwargs = pytree.tree_map(lend, (args, kwargs))
     with torch.no_grad():
         return pytree.tree_map(give, function(*lent_args, **lent_kwargs))

@@ -11,7 +11,7 @@ knows are checked where they can be read without waiting, which is on a CPU.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -33,6 +33,18 @@ _TOKEN_BYTES = 148 * 1024
 
 class Refused(RuntimeError):
     """A call that the vendor's documents forbid."""
+
+
+def check_current(name: str, tensors: Iterable[torch.Tensor]) -> None:
+    """Raise `Refused` where an op is called with tensors of another device than the current one,
+    on which torch_npu would launch it."""
+    current = torch.accelerator.current_device_index()
+    for tensor in tensors:
+        if tensor.device.type == "npu" and tensor.device.index != current:
+            raise Refused(
+                f"{name} was called with a tensor on {tensor.device}; the current device is "
+                f"npu:{current}."
+            )
 
 
 def pinned_schemas(whose: str) -> dict[str, str]:

@@ -6,7 +6,8 @@ installs torch and the vendor's wheel there, builds stub libraries in place of C
 schemas of every op that the backend calls with the pinned ones, and runs the suite through the
 vendor's dispatcher. The kernels behind the ops are torch's: this shows that calls are well formed
 and rows land where they should if the ops do what their documents say. It shows nothing about an
-NPU. Needs Linux, gcc, binutils, the network for pip, and a minute or two.
+NPU. Once the AscendC kernel, emulated, is launched on a stream of torch_npu's. Needs Linux, gcc,
+g++, binutils, the network for pip, and a minute or two.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from portakv.backends._ascendc import VARIABLE
 from portakv.backends._kernel_cache import directory
 
+from ..environment import hashed
 from ..report.results import keep, read
 from . import ascend_device, cann_stub, standins
 
@@ -69,8 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def right(report: dict[str, Any]) -> bool:
-    """Whether a report carries R2 and R3: schemas, refusals and the suite are as they should be."""
+    """Whether a report carries R2 and R3: schemas, refusals, the launch of the emulated kernel and
+    the suite are as they should be."""
     rows = [row["same"] for row in report["schemas"]] + [row["right"] for row in report["refusals"]]
+    rows += [report.get("kernel", {}).get("right", False)] if rows else []
     return bool(rows) and all(rows) and report["conformance"]["verdict"] == "conformant"
 
 
@@ -115,6 +120,7 @@ def _judge(asked: argparse.Namespace, work: Path, report: Path) -> dict[str, Any
         "device": "npu, emulated",
         "versions": f"torch-npu {made['torch_npu']}, torch {made['torch']}",
         "vendor": {wheel.name: digest},
+        "emulation": hashed([_ENTER.partition(":")[0], f"{__package__}.ascend_checks"]),
         "right": right(made),
     }
 
@@ -144,6 +150,7 @@ def _variables(work: Path) -> dict[str, str]:
     return {
         "PYTHONPATH": str(site),
         standins.EMULATION: _ENTER,
+        VARIABLE: "",  # this job is about the ops
         ascend_device.CALLS: str(calls),
         "PYTHONWARNINGS": "ignore",
     }
@@ -199,6 +206,8 @@ def _print(report: dict[str, Any], file: Path) -> None:
         print(f"{'same     ' if row['same'] else 'DIFFERENT'} {row['op']}{row['found']}")
     for row in report["refusals"]:
         print(f"{'refused  ' if row['right'] else 'WRONG    '} {row['call']}: {row['said'][:80]}")
+    kernel = report["kernel"]
+    print(f"{'launched ' if kernel['right'] else 'WRONG    '} {kernel['said']}, emulated on a CPU")
     suite = report["conformance"]
     cases = ", ".join(f"{count} {status}" for status, count in suite["cases"].items())
     print(f"{suite['verdict']}, {suite['rung']} (emulated), suite {suite['suite']}: {cases}")

@@ -10,17 +10,28 @@ nothing about an NPU.
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 
-from . import ascend_ops
+from portakv.backends._ascendc import VARIABLE
+
+from . import ascend_ops, ascendc_npu
 
 #: What it always says of itself.
 EMULATED = True
 _DISPATCH = "PrivateUse1"
 _ND = 2
+_OPS: dict[str, Callable[..., Any]] = {
+    "npu_scatter_pa_kv_cache": ascend_ops.scatter_pa_kv_cache,
+    "npu_gather_pa_kv_cache": ascend_ops.gather_pa_kv_cache,
+    "npu_scatter_nd_update_": ascend_ops.scatter_nd_update_,
+}
 _kept: list[torch.library.Library] = []
 
 
@@ -31,6 +42,7 @@ def install() -> None:
         return
     _declare()
     sys.modules["torch_npu"] = _module()
+    ascendc_npu.install(os.environ.get(VARIABLE))
 
 
 def _declare() -> None:
@@ -39,11 +51,16 @@ def _declare() -> None:
     library = torch.library.Library("npu", "DEF")
     for name, schema in ascend_ops.pinned_schemas("vendor").items():
         library.define(name.partition("::")[2] + schema)
-    library.impl("npu_scatter_pa_kv_cache", ascend_ops.scatter_pa_kv_cache, _DISPATCH)
-    library.impl("npu_gather_pa_kv_cache", ascend_ops.gather_pa_kv_cache, _DISPATCH)
-    library.impl("npu_scatter_nd_update_", ascend_ops.scatter_nd_update_, _DISPATCH)
+    for name, op in _OPS.items():
+        library.impl(name, partial(_launch, name, op), _DISPATCH)
     library.impl("get_npu_format", lambda tensor: _ND, _DISPATCH)
     _kept.append(library)  # its ops go with it
+
+
+def _launch(name: str, op: Callable[..., Any], *args: Any, **given: Any) -> Any:
+    tensors = [each for each in (*args, *given.values()) if isinstance(each, torch.Tensor)]
+    ascend_ops.check_current(name, tensors)
+    return op(*args, **given)
 
 
 def _module() -> ModuleType:

@@ -19,30 +19,27 @@ import struct
 import subprocess
 import tempfile
 import zlib
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import as_file, files
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from portakv import CopyPlan, Index, KVView, TransferError, Unsupported
 from portakv.backends import _kernel_cache
+from portakv.backends._ascendc_arguments import Arguments, reached
 from portakv.backends.base import Backend, Capabilities, Decision, Launch
-from portakv.loops import Loop
-from portakv.plan import Nest, Side
 
 #: What it always says of itself.
 EMULATED = True
 #: Further flags for g++, from the environment: a process under a sanitizer sets them.
 FLAGS = "PORTAKV_ASCENDC_FLAGS"
 
-MAX_UNITS, MAX_LOOPS = 4, 8  # array lengths in native/ascend/copy.h
-_MOST_GAP = 2**32  # bytes between rows of one transfer
 _HOST = ("pageable", "pinned")
-_COPY = struct.Struct("<15q")
-_MEMORY = struct.Struct("<3Q")
+_MEMORY = struct.Struct("<4Q")
 _SECONDS = 120
 
 
@@ -91,11 +88,9 @@ class AscendC(Backend):
 
 class _EmulatedLaunch:
     def __init__(self, plan: CopyPlan) -> None:
-        self._unit = plan.unit
-        self._nests = [pack_nest(nest, plan) for nest in plan.nests]
-        self._sides = [
-            (_SideRequest(nest.src, plan.unit), _SideRequest(nest.dst, plan.unit))
-            for nest in plan.nests
+        self._unit, self._arguments = plan.unit, Arguments(plan)
+        self._nests = [
+            ctypes.create_string_buffer(nest, len(nest)) for nest in self._arguments.nests
         ]
         self._run = library().portakv_emulated_rows
 
@@ -109,107 +104,42 @@ class _EmulatedLaunch:
         stream: torch.Stream | None,
         status: torch.Tensor | None,
     ) -> None:
-        units = count // self._unit
         word = 0 if status is None else status.data_ptr()
-        # Everything that the kernel may touch; what it may not write is not writable here either.
-        held = [*_spans(src, False), *_spans(dst, True)]
-        for index in (src_index, dst_index):
-            held += [] if index.ids is None else _tensor(index.ids)
-        if word:
-            held.append((word, 8, 1))
-        for packed, (mine, theirs) in zip(self._nests, self._sides, strict=True):
-            nest = ctypes.create_string_buffer(packed, len(packed))
-            address = ctypes.addressof(nest)
-            copy = _COPY.pack(
-                address, *mine.pack(src, src_index), *theirs.pack(dst, dst_index), units, word
-            )
-            self._launch(copy, [*held, (address, len(packed), 0)], zlib.crc32(packed, units))
-
-    def _launch(self, copy: bytes, held: list[tuple[int, int, int]], seed: int) -> None:
-        memory = b"".join(_MEMORY.pack(*one) for one in held)
-        setting = SETTINGS[seed % len(SETTINGS)]
-        why = ctypes.create_string_buffer(512)
-        failed = self._run(
-            copy, setting.cores, setting.ub_bytes, memory, len(held), setting.when, seed, why,
-            len(why),
-        )  # fmt: skip
-        if failed:
-            raise TransferError(f"The emulated AscendC kernel failed: {why.value.decode()}.")
+        mine, theirs = (src, src_index), (dst, dst_index)
+        nests = [ctypes.addressof(nest) for nest in self._nests]
+        further = [(at, len(nest), False) for at, nest in zip(nests, self._nests, strict=True)]
+        # What the kernel may not write is not writable here either.
+        held = reached(mine, theirs, [*further, (word, 8, True)] if word else further)
+        memory = [(first, size, writable, first) for first, size, writable in held]
+        copies = self._arguments.copies(nests, mine, theirs, count, word)
+        for nest, copy in zip(self._nests, copies, strict=True):
+            seed = zlib.crc32(nest.raw, count // self._unit)
+            run(self._run, copy, memory, SETTINGS[seed % len(SETTINGS)], seed)
 
 
-def pack_nest(nest: Nest, plan: CopyPlan) -> bytes:
-    """A nest of a plan as ``portakv::Nest``.
+def run(
+    rows: Any,
+    copy: bytes,
+    memory: Sequence[tuple[int, int, bool, int]],
+    setting: Setting,
+    seed: int,
+) -> None:
+    """Run a launch on the emulation, now.
+
+    Args:
+        rows: ``portakv_emulated_rows`` of a library.
+        memory: what it may touch: address, bytes, whether it may be written, where the bytes are.
 
     Raises:
-        Unsupported: more loops or steps than it holds.
+        TransferError: the emulation found what hardware would refuse.
     """
-    loops, rows, src_stride, dst_stride = _split_rows(nest)
-    if len(loops) > MAX_LOOPS or max(len(s.units) for s in (nest.src, nest.dst)) > MAX_UNITS:
-        raise Unsupported(
-            f"A nest of {len(nest.loops)} loops",
-            f"the AscendC kernel takes {MAX_LOOPS} loops and {MAX_UNITS} steps of a unit; use "
-            f"backend 'reference'",
-        )
-    numbers = [*_side(nest.src, plan.src_step // plan.unit)]
-    numbers += _side(nest.dst, plan.dst_step // plan.unit)
-    numbers += [plan.unit, nest.run, rows, src_stride, dst_stride, len(loops)]
-    for loop in loops:
-        numbers += [loop.extent, loop.src_table, loop.src_stride, loop.dst_table, loop.dst_stride]
-    numbers += [0] * (5 * (MAX_LOOPS - len(loops)))
-    return struct.pack(f"<{len(numbers)}q", *numbers)
-
-
-def _split_rows(nest: Nest) -> tuple[tuple[Loop, ...], int, int, int]:
-    """The loops above the rows, how many rows a transfer can take, and their strides."""
-    if nest.loops:
-        last = nest.loops[-1]
-        gaps = (last.src_stride - nest.run, last.dst_stride - nest.run)
-        # A transfer walks upwards and leaves gaps: neither tables, nor overlaps, nor steps back.
-        if not last.tabled and all(0 <= gap < _MOST_GAP for gap in gaps):
-            return nest.loops[:-1], last.extent, last.src_stride, last.dst_stride
-    return nest.loops, 1, nest.run, nest.run
-
-
-def _side(side: Side, per_id: int) -> list[int]:
-    numbers = [side.table, side.offset, per_id, len(side.units)]
-    for step in side.units:
-        numbers += [step.extent, step.table, step.stride]
-    return numbers + [0] * (3 * (MAX_UNITS - len(side.units)))
-
-
-class _SideRequest:
-    """Packs what a request fixes about one side, as ``portakv::Request``."""
-
-    def __init__(self, side: Side, unit: int) -> None:
-        self._unit = unit
-        self._token = side.units[-1].stride // unit
-
-    def pack(self, view: KVView, index: Index) -> tuple[int, int, int, int, int, int]:
-        """table, base, ids, whether they are int64, first, limit."""
-        tabled = len(view.origins) > 1
-        table, base = (view.table.data_ptr(), 0) if tabled else (0, view.origins[0])
-        first, rest = divmod(index.offset, self._unit)
-        limit = view.slots // self._unit
-        if index.ids is not None:
-            return table, base, index.ids.data_ptr(), index.ids.itemsize == 8, first, limit
-        # Without ids a flat side may start anywhere, also between two units.
-        return table, base + rest * self._token, 0, 0, first, limit
-
-
-def _spans(view: KVView, writable: bool) -> list[tuple[int, int, int]]:
-    """What a view's tensors cover; those that touch are one run to a plan, and so one piece."""
-    joined: list[list[int]] = []
-    for first, past in view.spans:
-        if joined and joined[-1][1] == first:
-            joined[-1][1] = past
-        else:
-            joined.append([first, past])
-    held = [(first, past - first, int(writable)) for first, past in joined]
-    return held + (_tensor(view.table) if len(view.origins) > 1 else [])
-
-
-def _tensor(tensor: torch.Tensor) -> list[tuple[int, int, int]]:
-    return [(tensor.data_ptr(), tensor.nbytes, 0)]
+    lent = b"".join(_MEMORY.pack(*one) for one in memory)
+    why = ctypes.create_string_buffer(512)
+    failed = rows(
+        copy, setting.cores, setting.ub_bytes, lent, len(memory), setting.when, seed, why, len(why)
+    )
+    if failed:
+        raise TransferError(f"The emulated AscendC kernel failed: {why.value.decode()}.")
 
 
 @cache
@@ -219,6 +149,18 @@ def library() -> ctypes.CDLL:
     Raises:
         Unsupported: g++ failed.
     """
+    loaded = ctypes.CDLL(library_file())
+    rows = loaded.portakv_emulated_rows
+    number, text = ctypes.c_uint32, ctypes.c_char_p
+    rows.argtypes = [text, number, number, text, number, number, number, text, number]
+    return loaded
+
+
+@cache
+def library_file() -> str:
+    """Where this process can load that library from. It has no name on disk: nobody can put another
+    in its place between check and load. And it stays open: the loader takes a name that comes
+    again for the library that it had."""
     folder = files("portakv_native.ascend")
     with as_file(folder) as sources:
         texts = [path.read_text() for path in sorted(sources.rglob("*.h"))]
@@ -226,7 +168,10 @@ def library() -> ctypes.CDLL:
         told = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True)
         main = sources / "emulation" / "library.cpp"
         parts = ("ascendc", *texts, main.read_text(), *flags, told.stdout)
-        return _loaded(_kernel_cache.cached(parts, lambda: _build(main, flags)))
+        binary = _kernel_cache.cached(parts, lambda: _build(main, flags))
+    handle = os.memfd_create("portakv_ascendc")
+    os.write(handle, binary)
+    return f"/proc/{os.getpid()}/fd/{handle}"
 
 
 def _build(main: Path, flags: tuple[str, ...]) -> bytes:
@@ -243,18 +188,3 @@ def _build(main: Path, flags: tuple[str, ...]) -> bytes:
                 "The AscendC kernel on a CPU", f"g++ failed to compile it ({lines[0].strip()})"
             )
         return target.read_bytes()
-
-
-def _loaded(binary: bytes) -> ctypes.CDLL:
-    # Without a name on disk: nobody can put another library in its place between check and load.
-    handle = os.memfd_create("portakv_ascendc")
-    with os.fdopen(handle, "wb") as file:
-        file.write(binary)
-        file.flush()
-        loaded = ctypes.CDLL(f"/proc/self/fd/{handle}")
-    run = loaded.portakv_emulated_rows
-    number, address = ctypes.c_uint32, ctypes.c_char_p
-    run.argtypes = [
-        address, number, number, address, number, number, number, address, number,
-    ]  # fmt: skip
-    return loaded

@@ -19,6 +19,17 @@ from typing import Any
 import torch
 
 EMULATED = True
+#: Where the signature of each function is known from; a record of R1 lists them (`contents`).
+SOURCES = {
+    "torch_mlu_ops.reshape_paged_cache": (
+        "Cambricon/vllm-mlu@8fa99fd, vllm_mlu/_mlu_ops.py: what the vendor's own code passes, all "
+        "but direction; that is of miznchimaki/domesticated_torch_mlu_ops@9fbf7df, _ops.py, a "
+        "third party's copy of a wheel"
+    ),
+    "torch_mlu_ops.multi_layer_kv_transfer": (
+        "miznchimaki/domesticated_torch_mlu_ops@9fbf7df, _ops.py, a third party's copy of a wheel"
+    ),
+}
 #: How often each op was called in this process.
 CALLS: Counter[str] = Counter()
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)

@@ -10,11 +10,25 @@ from importlib import import_module
 #: the vendor's jobs set it for the processes that they start. The function gets the device's name.
 EMULATION = "PORTAKV_EMULATION"
 
+#: The simulated device.
+SIMULATION = "portakv_conformance.simdev"
 #: For each name of the simulated device, the module whose ``install()`` puts the stand-in in place.
 STANDINS = {
     "mlu": "portakv_conformance.vendor.mlu_standin",
     "npu": "portakv_conformance.vendor.ascend_standin",
 }
+
+
+def emulating(name: str) -> tuple[str, ...]:
+    """The modules that emulate a device of that name: what a report holds for, and expires with.
+
+    They are where `source.source_files` starts: what they import and the files beside them that
+    they name count with them.
+    """
+    module = os.environ.get(EMULATION, "").partition(":")[0]
+    if module:
+        return (module,)
+    return (SIMULATION, *([STANDINS[name]] if name in STANDINS else []))
 
 
 def install(name: str) -> None:
