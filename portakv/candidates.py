@@ -40,15 +40,18 @@ def forced_backend() -> str | None:
     return os.environ.get(ENVIRONMENT) or None
 
 
-def candidates_for(device: torch.device) -> list[Candidate]:
-    """Every candidate's answer for a device. The chosen one has passed its self-check."""
+def candidates_for(device: torch.device | str) -> list[Candidate]:
+    """Every candidate's answer for a device. The chosen one has passed its self-check.
+
+    Of the name of one that torch cannot use here too: each says what it lacks.
+    """
     chosen = None
     with suppress(BackendUnavailable):  # which the answers explain
         chosen = choose(device).name
     decisions = [*trace(device)]
     forced = forced_backend()
     if forced is not None and forced not in REGISTRY.names():
-        decisions.insert(0, REGISTRY.ask(forced, device, check=False)[1])
+        decisions.insert(0, REGISTRY.unknown(forced))
     # An entry point that was refused shares its name with a backend: accepted tells them apart.
     return [
         Candidate(d.name, d.accepted, d.accepted and d.name == chosen, d.reason) for d in decisions

@@ -1,13 +1,93 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The devices of this machine, as the command line names them."""
+"""The devices of this machine: known by name, with the index that torch means, or why not."""
 
 from __future__ import annotations
 
 import platform
+from dataclasses import dataclass
 
 import torch
 
+from portakv.backends._vendor_package import Unusable, imported
 from portakv.errors import DeviceMismatch
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A device whose type torch does not know: a name, where a `torch.device` cannot be made."""
+
+    type: str
+    index: int | None = None
+
+    def __str__(self) -> str:
+        return self.type if self.index is None else f"{self.type}:{self.index}"
+
+
+class DeviceAbsent(Exception):
+    """Why torch cannot use a device here, as the end of a sentence.
+
+    Attributes:
+        device: as far as it can be named, for who is asked about it all the same.
+    """
+
+    def __init__(self, device: torch.device | Named, why: str) -> None:
+        super().__init__(why)
+        self.device = device
+
+
+def known(device: torch.device | str) -> torch.device:
+    """The device of that name.
+
+    A type that is not torch's own comes with a package of its vendor's, which extends torch and is
+    called ``torch_`` and the type. It is imported now, if torch has not loaded it by itself.
+
+    Raises:
+        DeviceAbsent: torch does not know the type; also where the package fails, in its own words.
+    """
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        kind, _, index = str(device).partition(":")
+        named = Named(kind, int(index) if index.isdecimal() else None)
+        package = f"torch_{kind}"
+        if not isinstance(device, str) or str(named) != device or not kind.isidentifier():
+            raise DeviceAbsent(
+                named, f"it is no device of torch's ({_first_line(error)})"
+            ) from error
+    why = f"torch knows no {kind} devices, and {package}"
+    try:
+        imported(package, "the package of that name by the vendor of the device")
+        return torch.device(device)
+    except Unusable as error:
+        why = f"torch knows no {kind} devices, and {error}"
+    except RuntimeError:
+        why = f"{why} was imported, but does not bring them"
+    except SystemExit as error:  # a broken package must not take others down
+        why = f"{why} ends the process when it is imported (SystemExit: {error})"
+    raise DeviceAbsent(named, why)
+
+
+def indexed(device: torch.device | str) -> torch.device:
+    """The device with its index, so that ``cuda`` and ``cuda:0`` are one.
+
+    Raises:
+        DeviceAbsent: as `known` does; torch finds no current device of its type.
+    """
+    place = known(device)
+    if place.type == "cpu":
+        return torch.device("cpu")
+    if place.index is not None:
+        return place
+    try:
+        module = torch.get_device_module(place)
+        # torch.mps has one device, or none, and no such function.
+        place = torch.device(place.type, getattr(module, "current_device", lambda: 0)())
+        count = getattr(module, "device_count", lambda: 1)()
+    except (RuntimeError, AssertionError, AttributeError, OSError) as error:
+        raise DeviceAbsent(place, f"torch cannot use it here ({_first_line(error)})") from error
+    if not count:
+        raise DeviceAbsent(place, "torch cannot use it here (it finds no device of that type)")
+    return place
 
 
 def devices_present() -> list[torch.device]:
@@ -32,14 +112,14 @@ def usable_device(text: str) -> torch.device:
         DeviceMismatch: torch does not know the device, or cannot use it here.
     """
     try:
-        device = torch.device(text)
+        device = known(text)
         torch.empty(0, device=device)
     except Exception as error:  # torch says it in a different type for each device
-        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        why = _first_line(error)
         present = ", ".join(map(str, devices_present()))
         raise DeviceMismatch(
             f"Device {text!r} was asked, but torch cannot use it here ({why}); this machine has "
-            f"{present}."
+            f"{present}. What each backend lacks: portakv backends --device {text}"
         ) from error
     return device
 
@@ -55,3 +135,7 @@ def device_name(device: torch.device) -> str:
         return platform.machine()
     ask = getattr(torch.get_device_module(device), "get_device_name", None)
     return str(ask(device)) if ask else ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

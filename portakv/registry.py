@@ -12,38 +12,24 @@ import importlib
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from typing import cast
 
 import torch
 
-from .backends.base import Backend, Capabilities, Decision, Launch, Pending
+from .backends.base import Backend, Capabilities, Decision, Launch, Tells
+from .builtin import BUILT_IN, ENGINES, LAST, ONLY_ASKED
+from .devices import DeviceAbsent, indexed
 from .errors import BackendUnavailable, Unsupported
+from .launches import OneAtATime, PlainOnly
 from .plan import CopyPlan
 from .selfcheck import UNCHECKABLE, self_check
-
-if TYPE_CHECKING:
-    from .index import Index
-    from .view import KVView
 
 #: Environment variable that beats the ``backend=`` argument, which beats the automatic choice.
 ENVIRONMENT = "PORTAKV_BACKEND"
 ENTRY_POINTS = "portakv.backends"
-
-_BUILT_IN = {
-    "cuda": "portakv.backends.cuda:Cuda",
-    "hip": "portakv.backends.hip:Hip",
-    "ascend": "portakv.backends.ascend:Ascend",
-    "mlu": "portakv.backends.mlu:Mlu",
-    "triton": "portakv.backends.triton:Triton",
-    "compiled": "portakv.backends.compiled:Compiled",
-    "reference": "portakv.backends.reference:Reference",
-}
-# What comes last whatever the device: they run everywhere, and never faster than a native one.
-_LAST = ("compiled", "reference")
-# By device type, what is used only when asked for: on a CPU it gains less than compiling costs.
-_ONLY_ASKED = {"cpu": ("compiled",)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,9 +56,10 @@ class Registry:
         self._known: dict[tuple[str, torch.device], tuple[Backend | None, Decision]] = {}
         self._choices: dict[tuple[torch.device, str | None], Choice] = {}
         self._unchecked: dict[tuple[str, torch.device], Backend] = {}
+        self._tells: dict[torch.device, tuple[Tells, ...]] = {}
         self._broken: dict[str, str] = {}
         self._scanned = False
-        for name, target in _BUILT_IN.items():
+        for name, target in BUILT_IN.items():
             self._loaders[name] = _importer(target)
 
     def register(self, name: str, target: str | type[Backend]) -> None:
@@ -96,7 +83,7 @@ class Registry:
     def unregister(self, name: str) -> None:
         """Forget a backend that was registered; unknown and built-in names are errors."""
         with self._lock:
-            if name in _BUILT_IN or name not in self._loaders:
+            if name in BUILT_IN or name not in self._loaders:
                 raise BackendUnavailable(
                     f"Backend {name!r} cannot be removed: only registered ones can."
                 )
@@ -105,6 +92,7 @@ class Registry:
             self._forget(name)
 
     def _forget(self, name: str) -> None:
+        self._tells.clear()
         self._known = {key: kept for key, kept in self._known.items() if key[0] != name}
         self._unchecked = {key: kept for key, kept in self._unchecked.items() if key[0] != name}
 
@@ -112,12 +100,12 @@ class Registry:
         """Every candidate, in the order in which they are asked."""
         with self._lock:
             self._scan()
-            first = [name for name in self._loaders if name not in _LAST]
-            return [*first, *(name for name in _LAST if name in self._loaders)]
+            first = [name for name in self._loaders if name not in LAST]
+            return [*first, *(name for name in LAST if name in self._loaders)]
 
     def automatic(self, device: torch.device) -> list[str]:
         """The candidates that nobody has to ask for, in their order."""
-        asked = _ONLY_ASKED.get(device.type, ())
+        asked = (*ONLY_ASKED.get(device.type, ()), *ENGINES)
         return [name for name in self.names() if name not in asked]
 
     def ask(
@@ -183,36 +171,74 @@ class Registry:
         automatic = self.automatic(device)
         for name in self.names():
             decision = self.ask(name, device, check=False)[1]
-            if name not in automatic:
+            if decision.accepted and name not in automatic:
                 reason = f"{decision.reason}; on {device.type} it is used only when asked for"
                 decision = Decision(name, decision.accepted, reason)
             decisions.append(decision)
         decisions += [Decision(name, False, why) for name, why in self._broken.items()]
         return tuple(decisions)
 
-    def _probe(self, name: str, device: torch.device) -> tuple[Backend | None, Decision]:
+    def trace_absent(self, absent: DeviceAbsent) -> tuple[Decision, ...]:
+        """What every candidate lacks for a device that torch cannot use; none accepts."""
+        with self._lock:
+            device = cast(torch.device, absent.device)  # or a name, of which a probe reads the type
+            said = [self._asked(name, device)[1] for name in self.names()]
+        decisions = [Decision(d.name, False, str(absent)) if d.accepted else d for d in said]
+        decisions += [Decision(name, False, why) for name, why in self._broken.items()]
+        return tuple(decisions)
+
+    def tells(self, device: torch.device) -> tuple[Tells, ...]:
+        """What tells, of tensors on a device, those that no backend may move by their strides."""
+        # Only what extends torch can have formats that torch knows nothing of.
+        if device.type != torch._C._get_privateuse1_backend_name():
+            return ()
+        with self._lock:
+            if device not in self._tells:
+                classes = []
+                for name in self.names():
+                    with suppress(Exception, SystemExit):  # what does not load knows of no tensors
+                        classes.append(self._class(name))
+                told = [cls.hides(device) for cls in classes]
+                self._tells[device] = tuple(tell for tell in told if tell is not None)
+            return self._tells[device]
+
+    def _class(self, name: str) -> type[Backend]:
+        cls = self._loaders[name]()
+        if not (isinstance(cls, type) and issubclass(cls, Backend)):
+            raise TypeError(f"{cls!r} is not a portakv Backend class")
+        return cls
+
+    def _asked(self, name: str, device: torch.device) -> tuple[type[Backend] | None, Decision]:
+        """What a candidate's probe says, and its class where it accepts."""
         self._scan()
         if name not in self._loaders:
-            return None, Decision(name, False, self._unknown(name))
+            return None, self.unknown(name)
         try:
-            cls = self._loaders[name]()
-            if not (isinstance(cls, type) and issubclass(cls, Backend)):
-                return None, Decision(name, False, f"{cls!r} is not a portakv Backend class")
+            cls = self._class(name)
             decision = cls.probe(device)
-            if not decision.accepted:
-                return None, Decision(name, False, decision.reason)
-            backend = cls(device)
         except (Exception, SystemExit) as error:  # a broken package must not take others down
-            why = f"it failed to load: {type(error).__name__}: {error}"
-            return None, Decision(name, False, why)
+            return None, _failed(name, error)
+        accepted = decision.accepted
+        return (cls if accepted else None), Decision(name, accepted, decision.reason)
+
+    def _probe(self, name: str, device: torch.device) -> tuple[Backend | None, Decision]:
+        cls, decision = self._asked(name, device)
+        if cls is None:
+            return None, decision
+        try:
+            backend = cls(device)
+        except (Exception, SystemExit) as error:
+            return None, _failed(name, error)
         if backend.name != name:
             backend.name = name
         return backend, Decision(name, True, _UNCHECKED + decision.reason)
 
-    def _unknown(self, name: str) -> str:
+    def unknown(self, name: str) -> Decision:
+        """The answer for a name that no candidate has."""
         near = difflib.get_close_matches(name, self.names(), n=1)
         meant = f"; did you mean {near[0]}?" if near else ";"
-        return f"no such backend{meant} known are {', '.join(self.names())}"
+        reason = f"no such backend{meant} known are {', '.join(self.names())}"
+        return Decision(name, False, reason)
 
     def _scan(self) -> None:
         if self._scanned:
@@ -229,7 +255,8 @@ class Registry:
     def _unavailable(
         self, device: torch.device, forced: str | None, trace: list[Decision]
     ) -> BackendUnavailable:
-        asked = "No backend" if forced is None else f"Backend {forced!r} was forced, but it"
+        forced_to = f"Backend {forced!r} was forced, but it cannot"
+        asked = "No backend can" if forced is None else forced_to
         rest = [d for d in self.trace(device) if d.name not in {t.name for t in trace}]
         lines = "\n".join(f"  {d}" for d in [*trace, *rest])
         if os.environ.get(ENVIRONMENT):
@@ -238,12 +265,14 @@ class Registry:
             todo = "Name no backend to let the registry choose, or mend the reason."
         else:
             todo = "Mend one of the reasons."
-        return BackendUnavailable(
-            f"{asked} cannot serve {device}. The candidates said:\n{lines}\n{todo}"
-        )
+        return BackendUnavailable(f"{asked} serve {device}. The candidates said:\n{lines}\n{todo}")
 
 
 _UNCHECKED = "(not self-checked yet) "
+
+
+def _failed(name: str, error: BaseException) -> Decision:
+    return Decision(name, False, f"it failed to load: {type(error).__name__}: {error}")
 
 
 def _importer(target: str) -> Callable[[], object]:
@@ -272,29 +301,47 @@ def choose(device: torch.device | str, backend: str | None = None) -> Choice:
     Raises:
         BackendUnavailable: with the trace; a forced backend never falls back.
     """
-    return REGISTRY.choose(_indexed(device), backend)
+    return REGISTRY.choose(found(device), backend)
 
 
 def trace(device: torch.device | str) -> tuple[Decision, ...]:
-    """Every candidate's answer for ``device``; nothing is self-checked that was not already."""
-    return REGISTRY.trace(_indexed(device))
+    """Every candidate's answer for ``device``; nothing is self-checked that was not already.
+
+    Of a device that torch cannot use here each says what it lacks, and none accepts.
+    """
+    place = _sought(device)
+    return REGISTRY.trace(place) if isinstance(place, torch.device) else place[1]
 
 
-def _indexed(device: torch.device | str) -> torch.device:
-    """The device with its index, so that ``cuda`` and ``cuda:0`` are one."""
+def found(device: torch.device | str) -> torch.device:
+    """The device with its index; a vendor's package is imported where torch does not know it.
+
+    Raises:
+        BackendUnavailable: torch cannot use it here; with what each candidate says of it.
+    """
+    place = _sought(device)
+    if isinstance(place, torch.device):
+        return place
+    absent, said = place
+    lines = "\n".join(f"  {d}" for d in said)
+    raise BackendUnavailable(
+        f"Device {str(device)!r} was asked for, but {absent}. The candidates said:\n{lines}\n"
+        f"Mend one of the reasons, or pass a device that torch lists, such as 'cpu'."
+    ) from absent
+
+
+def _sought(
+    device: torch.device | str,
+) -> torch.device | tuple[DeviceAbsent, tuple[Decision, ...]]:
+    """A device, or why it is not here and what the candidates say of that."""
     try:
-        device = torch.device(device)
-        if device.type == "cpu":
-            return torch.device("cpu")
-        if device.index is not None:
-            return device
-        return torch.device(device.type, torch.get_device_module(device).current_device())
-    except (RuntimeError, TypeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise BackendUnavailable(
-            f"Device {str(device)!r} was asked for, but torch cannot use it here ({why}); "
-            f"pass a device that torch lists, such as 'cpu'."
-        ) from error
+        return indexed(device)
+    except DeviceAbsent as absent:
+        said = REGISTRY.trace_absent(absent)
+        with suppress(DeviceAbsent, RuntimeError, TypeError):
+            torch.device(device)  # what a candidate imports may have brought it
+            return indexed(device)
+        return absent, said
 
 
 def prepare(plan: CopyPlan, device: torch.device, choice: Choice) -> tuple[Launch, Choice]:
@@ -318,33 +365,15 @@ def prepare(plan: CopyPlan, device: torch.device, choice: Choice) -> tuple[Launc
                 won = Decision(name, True, decision.reason)
                 can = backend.capabilities()
                 if not can.threads:
-                    launch = _OneAtATime(launch)
+                    launch = OneAtATime(launch)
+                tells = REGISTRY.tells(device)
+                if tells:
+                    launch = PlainOnly(launch, tells)
                 return launch, Choice(backend, (*refused, won), choice.forced, can)
         refused.append(Decision(name, False, decision.reason))
     lines = "\n".join(f"  {d}" for d in refused)
     forced = f"backend {choice.name!r} was forced and" if choice.forced else "no backend"
     raise Unsupported("This copy", f"{forced} does not take its plan:\n{lines}\n{plan}")
-
-
-class _OneAtATime:
-    """A launch of a backend that does not claim ``threads``."""
-
-    def __init__(self, launch: Launch) -> None:
-        self._launch = launch
-        self._lock = threading.Lock()
-
-    def __call__(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None,
-    ) -> Pending | None:
-        with self._lock:
-            return self._launch(src, dst, src_index, dst_index, count, stream, status)
 
 
 def _prepare(backend: Backend, plan: CopyPlan) -> tuple[Launch | None, Decision]:

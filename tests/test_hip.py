@@ -55,7 +55,8 @@ def test_other_devices_and_builds_of_torch_load_nothing(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Hip, "open_driver", staticmethod(fails))
     monkeypatch.setattr(torch.version, "hip", None)
-    assert reason() == "this torch is not built for ROCm"
+    assert reason().startswith("this torch is not built for ROCm; for a device of AMD install ")
+    assert reason().endswith("for a DCU the torch of Hygon's DTK")
     monkeypatch.setattr(torch.version, "hip", "6.3")
     assert reason(CPU) == "it runs on cuda devices, not on cpu"
     assert reason(torch.device("meta")) == "it runs on cuda devices, not on meta"

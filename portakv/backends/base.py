@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -36,7 +37,8 @@ class Capabilities:
 
     Attributes:
         places: pairs (source place, destination place) that it copies between.
-        index_on: ``host`` or ``device``: where it reads ids.
+        index_on: ``host`` or ``device``: where it reads ids; ``any``: it takes them wherever they
+            are, and brings each side's where it needs them.
         index_dtypes: dtypes of ids that it reads.
         skips_negative: it skips positions whose id is negative.
         guards: it moves nothing for an id past the end, and reports it in the status word.
@@ -120,6 +122,10 @@ class Repeatable(Launch, Protocol):
         dense tensor without ids; None where it cannot be settled further."""
 
 
+#: Says of a tensor why its bytes do not lie where its strides say and what to do; else "".
+Tells = Callable[[torch.Tensor], str]
+
+
 class Backend(ABC):
     """One way of carrying plans out on one device.
 
@@ -134,7 +140,20 @@ class Backend(ABC):
     @classmethod
     @abstractmethod
     def probe(cls, device: torch.device) -> Decision:
-        """Whether this backend can run on ``device``; cheap, without side effects."""
+        """Whether this backend can run on ``device``; cheap, without side effects.
+
+        Where torch does not know the device's type, ``device`` is a name with ``type`` and
+        ``index`` only. Then the answer counts for its reason: what to install.
+        """
+
+    @classmethod
+    def hides(cls, device: torch.device) -> Tells | None:
+        """What tells of a tensor on ``device`` that it is in a private format of the vendor's.
+
+        Of the class, since no backend may move such a tensor, whichever serves the plan. Asked
+        only of devices that extend torch, once; each view is told about once.
+        """
+        return None
 
     @abstractmethod
     def capabilities(self) -> Capabilities:

@@ -32,6 +32,11 @@ _THREADS = 256  # four waves of 64
 # each thread moves one vector, and these architectures have no prefetch into L2.
 _EACH, _AHEAD = 1, 0
 
+_OTHER_TORCH = (
+    "this torch is not built for ROCm; for a device of AMD install torch's build for ROCm, for a "
+    "DCU the torch of Hygon's DTK"
+)
+
 
 class Hip(Backend):
     """The kernel of ``native/cuda`` on devices of AMD and Hygon."""
@@ -59,7 +64,7 @@ class Hip(Backend):
         if device.type != "cuda":
             return Decision(cls.name, False, f"it runs on cuda devices, not on {device.type}")
         if torch.version.hip is None:
-            return Decision(cls.name, False, "this torch is not built for ROCm")
+            return Decision(cls.name, False, _OTHER_TORCH)
         return cls._probe_driver(device)
 
     @classmethod

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from portakv import __version__
 from portakv.errors import PortaKVError
 
-from . import backends, delegated, explain, layouts, warmup
+from . import backends, calibrate, delegated, explain, layouts, warmup
 
 _EPILOG = """\
 examples:
@@ -84,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     explain.add_to(verbs)
     layouts.add_to(verbs)
     warmup.add_to(verbs)
+    calibrate.add_to(verbs)
     delegated.add_conform(verbs)
     delegated.add_bench(verbs)
     return parser

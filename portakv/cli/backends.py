@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv backends`: what every candidate says of every type of device on this machine."""
+"""`portakv backends`: what every candidate says of this machine's devices, or of a named one."""
 
 from __future__ import annotations
 
 import argparse
 import platform
 import sys
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from portakv import __version__
 from portakv.console import print_json, print_prose
-from portakv.registry import ENVIRONMENT
+from portakv.errors import BackendUnavailable
+from portakv.registry import ENVIRONMENT, found
 
 from ..candidates import Candidate, as_json, candidates_for, forced_backend, print_candidates
 from ..devices import device_count, device_name, devices_present
@@ -23,7 +25,8 @@ _RUNGS = (
     "semantics emulated, R2 accepted by the vendor's schemas, R1 called against a stand-in."
 )
 
-Traces = list[tuple[torch.device, list[Candidate]]]
+#: Each device with what is said of it; its name, where torch cannot use it here.
+Traces = list[tuple[torch.device | str, list[Candidate]]]
 
 
 def add_to(verbs: Any) -> None:
@@ -34,33 +37,47 @@ def add_to(verbs: Any) -> None:
         description="Asks every candidate about every type of device on this machine. The chosen "
         "one copies a known pattern there first, and every byte is compared.",
     )
+    parser.add_argument(
+        "--device",
+        metavar="D",
+        help="ask about this one, such as npu or cuda:1, which need not be here",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON value")
     parser.set_defaults(run=run)
 
 
 def run(asked: argparse.Namespace) -> int:
     """Print the traces. 1 where no device is served, as under a forced name that is unknown."""
-    found = [(device, candidates_for(device)) for device in devices_present()]
+    asks = [_device(asked.device)] if asked.device else devices_present()
+    traces: Traces = [(device, candidates_for(device)) for device in asks]
     if asked.json:
-        print_json(_as_json(found))
+        print_json(_as_json(traces))
     else:
-        _print(found)
-    if any(c.chosen for _, candidates in found for c in candidates):
+        _print(traces)
+    if any(c.chosen for _, candidates in traces for c in candidates):
         return 0
-    print("portakv: no backend is chosen for any device of this machine.", file=sys.stderr)
+    where = asked.device or "any device of this machine"
+    print(f"portakv: no backend is chosen for {where}.", file=sys.stderr)
     return 1
 
 
-def _print(found: Traces) -> None:
+def _device(text: str) -> torch.device | str:
+    """The device; where torch cannot use it here, its name."""
+    with suppress(BackendUnavailable):
+        return found(text)
+    return text
+
+
+def _print(traces: Traces) -> None:
     print(f"portakv {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     forced = forced_backend()
     if forced is None:
         print(f"{ENVIRONMENT} is not set: the first accepted candidate is chosen.")
     else:
         print(f"{ENVIRONMENT}={forced} is set: no other backend is chosen.")
-    for device, candidates in found:
-        count = device_count(device)
-        parts = [str(device), device_name(device), f"{count} devices" if count > 1 else ""]
+    for device, candidates in traces:
+        count, name = _facts(device)
+        parts = [str(device), name, {0: "not here", 1: ""}.get(count, f"{count} devices")]
         print()
         rungs = verified([c.name for c in candidates], device)
         print_candidates(candidates, ", ".join(part for part in parts if part), rungs)
@@ -68,7 +85,7 @@ def _print(found: Traces) -> None:
     print_prose(_RUNGS)
 
 
-def _as_json(found: Traces) -> dict[str, Any]:
+def _as_json(traces: Traces) -> dict[str, Any]:
     return {
         "portakv": __version__,
         "torch": str(torch.__version__),
@@ -77,16 +94,23 @@ def _as_json(found: Traces) -> dict[str, Any]:
         "devices": [
             {
                 "device": str(device),
-                "name": device_name(device),
-                "count": device_count(device),
+                "name": _facts(device)[1],
+                "count": _facts(device)[0],
                 "chosen": next((c.name for c in candidates if c.chosen), None),
                 "candidates": _with_rungs(device, candidates),
             }
-            for device, candidates in found
+            for device, candidates in traces
         ],
     }
 
 
-def _with_rungs(device: torch.device, candidates: list[Candidate]) -> list[dict[str, Any]]:
+def _facts(device: torch.device | str) -> tuple[int, str]:
+    """How many there are, and what they are called."""
+    if isinstance(device, str):
+        return 0, ""
+    return device_count(device), device_name(device)
+
+
+def _with_rungs(device: torch.device | str, candidates: list[Candidate]) -> list[dict[str, Any]]:
     rungs = verified([c.name for c in candidates], device)
     return [row | {"verified": rungs.get(row["name"], "")} for row in as_json(candidates)]

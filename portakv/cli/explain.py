@@ -17,6 +17,7 @@ from portakv.registry import ENVIRONMENT, Choice, choose, prepare
 
 from ..candidates import as_json, candidates_for_plan, forced_backend, print_candidates
 from ..devices import usable_device, usual_device
+from . import explain_host
 from .sides import BLOCK_SIZE, TOKENS, Extents, Side, describe_tensors, make_sides
 
 _DESCRIPTION = """\
@@ -24,7 +25,8 @@ Prints the plan of a copy between two layouts: the loops a person would write,
 the tokens moved for each index read (unit), the widest access (vector) and the
 bytes of a token; then the backend that carries it out and what the others
 answered. The plan is made for example tensors, contiguous or in the memory
-order that a preset names; nothing is moved.
+order that a preset names; nothing is moved. With --host it explains instead
+which engine copies between a device and host memory, and takes no layouts.
 
 What is not said is taken as 32 layers, keys and values, 32 heads, 128 elements
 (576 where a side has no kv), float16. An axis that one side does not write has
@@ -51,14 +53,16 @@ def add_to(verbs: Any) -> None:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("src", metavar="SRC_LAYOUT", help="a layout string or a preset")
-    parser.add_argument("dst", metavar="DST_LAYOUT", help="a layout string or a preset")
+    for name in ("src", "dst"):
+        metavar = f"{name.upper()}_LAYOUT"
+        parser.add_argument(name, nargs="?", metavar=metavar, help="a layout string or a preset")
     add_extents(parser.add_argument_group("extents"))
     _add_index(parser.add_argument_group("indices"))
     parser.add_argument("--device", help="a torch device (default: the accelerator, else cpu)")
     parser.add_argument("--backend", metavar="NAME", help=f"force it, unless {ENVIRONMENT} is set")
     parser.add_argument("--json", action="store_true", help="print one JSON value")
-    parser.set_defaults(run=run)
+    explain_host.add_options(parser, _positive)
+    parser.set_defaults(run=run, misunderstood=parser.error)
 
 
 def add_extents(group: Any) -> None:
@@ -144,6 +148,11 @@ def run(asked: argparse.Namespace) -> int:
     Raises:
         LayoutError, Unsupported, BackendUnavailable, DeviceMismatch: what the copy would raise.
     """
+    why = explain_host.misplaced(asked)
+    if why:
+        asked.misunderstood(why)
+    if asked.host:
+        return explain_host.run(asked)
     explained = explain(asked)
     if asked.json:
         print_json(_as_json(explained))

@@ -11,8 +11,9 @@ import torch
 from ..devices import device_name
 
 
-def verified(names: Iterable[str], device: torch.device) -> dict[str, str]:
-    """For each backend of that name how far it was verified, on ``device`` or elsewhere.
+def verified(names: Iterable[str], device: torch.device | str) -> dict[str, str]:
+    """For each backend of that name how far it was verified, on ``device`` or elsewhere; a device
+    that is not here is a name.
 
     ``R6``, ``R3 on mlu, emulated``, ``expired R6 on NVIDIA H200``. Empty without the suite, which a
     bare installation on Python 3.10 cannot read.
@@ -25,10 +26,12 @@ def verified(names: Iterable[str], device: torch.device) -> dict[str, str]:
     return {name: ladder.told(name, _listed(device), rungs) for name in names}
 
 
-def _listed(device: torch.device) -> str:
+def _listed(device: torch.device | str) -> str:
     """A device as the ladder names it."""
     from portakv_conformance.ladder import cpu_name
 
+    if isinstance(device, str):
+        return device
     if device.type == "cpu":
         return cpu_name(platform.machine())
     if getattr(torch.get_device_module(device), "EMULATED", False):

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`portakv calibrate`: measure what copies between a device and the host cost, and keep it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from portakv.backends import _kernel_cache
+from portakv.console import Column, print_json, print_prose, print_table
+from portakv.errors import PortaKVError
+
+from ..devices import usable_device, usual_device
+from .units import in_bytes, in_time
+
+_DESCRIPTION = """\
+Measures every engine that copies between a device and host memory, over the
+direction, the bytes of a run and the number of runs, and keeps the table in
+PORTAKV_CACHE_DIR, else in portakv in the user's cache folder. From then on the
+choice of an engine is a look-up there; `portakv explain --host` shows it.
+
+The device should be idle. A table is true for one model of device, its driver
+and runtime, and torch's release; another one is measured beside it."""
+
+
+def add_to(verbs: Any) -> None:
+    """Add the verb."""
+    parser = verbs.add_parser(
+        "calibrate",
+        help="measure the copies between a device and the host, once for each kind of device",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", help="a torch device (default: the accelerator)")
+    parser.add_argument(
+        "--seconds", type=_seconds, metavar="S", default=20.0,
+        help="time to measure at most; what is left then is interpolated (default: 20)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON value")
+    parser.set_defaults(run=run)
+
+
+def _seconds(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} was given, expected seconds above 0")
+    return found
+
+
+def run(asked: argparse.Namespace) -> int:
+    """Measure, keep and print.
+
+    Raises:
+        PortaKVError: no accelerator, or nothing could be measured or kept.
+        DeviceMismatch: torch cannot use the device.
+    """
+    # What measures is imported by nobody else.
+    from portakv.host.engines import calibration, table
+
+    device = _device(asked.device)
+    why = _kernel_cache.refusal()
+    if why is not None:
+        raise PortaKVError(
+            f"A table cannot be kept: {why}. Set {_kernel_cache.ENVIRONMENT} to a folder that only "
+            f"you can write to."
+        )
+    measured = calibration.calibrate(device, asked.seconds)
+    try:
+        path = table.store(measured)
+    except OSError as error:
+        raise PortaKVError(
+            f"The table cannot be kept in {table.path_for(measured.device)} ({error.strerror}). "
+            f"Set {_kernel_cache.ENVIRONMENT} to a folder that you can write to."
+        ) from error
+    if asked.json:
+        print_json({"file": str(path), **table.as_json(measured)})
+    else:
+        _print(measured, calibration.by_point(measured), path, device)
+    return 0
+
+
+def _device(named: str | None) -> torch.device:
+    device = usual_device() if named is None else usable_device(named)
+    if device.type == "cpu":
+        raise PortaKVError(
+            "Copies between a device and the host were to be measured, but "
+            + ("this machine has no accelerator" if named is None else "the CPU is the host")
+            + "; run `portakv calibrate` where torch finds one, or name it with --device."
+        )
+    if device.index is None:
+        return torch.device(device.type, torch.accelerator.current_device_index())
+    return device
+
+
+def _print(table: Any, rows: Mapping[Any, Mapping[str, Any]], path: Path, dev: Any) -> None:
+    names = list(dict.fromkeys(engine for engine, _ in table.points))
+    columns = [Column("direction", whole=True)]
+    columns += [Column(title, right=True) for title in ("bytes of a run", "runs", "payload")]
+    columns += [Column(f"{name}, GB/s", right=True) for name in names]
+    columns += [Column("fastest", whole=True), Column("takes", right=True)]
+    lines = []
+    for (direction, size, runs), found in rows.items():
+        pinned = {name: point for name, point in found.items() if name != "ring"} or found
+        best = min(pinned, key=lambda name: pinned[name].seconds)
+        rates = [_rate(found.get(name), size * runs) for name in names]
+        lines.append([
+            direction, str(size), str(runs), in_bytes(size * runs), *rates, best,
+            in_time(found[best].seconds),
+        ])  # fmt: skip
+    print_table(columns, lines, f"{table.device.get('model') or dev}, {dev}")
+    print()
+    if table.emulated:
+        print_prose("The device is emulated: these times say nothing about any hardware.")
+    for name, why in table.left_out.items():
+        print_prose(f"{name} was not measured: {why}")
+    if not table.whole:
+        print_prose("The time did not suffice for every point; the rest is interpolated.")
+    print_prose(f"Measured in {table.took:.1f} s and kept in {path}")
+
+
+def _rate(point: Any, nbytes: int) -> str:
+    return f"{nbytes / point.seconds / 1e9:.2f}" if point is not None else ""
