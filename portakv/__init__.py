@@ -7,14 +7,17 @@ its reasons on record.
 
 from __future__ import annotations
 
+from .block_transfer import BlockTransfer
+from .blocks import copy_blocks
 from .connector import AdaptiveConnector
-from .copy import copy_blocks, copy_rows
+from .copy import copy_rows
 from .errors import (
     BackendUnavailable,
     DeviceMismatch,
     LayoutError,
     PortaKVError,
     SlotError,
+    TransferCancelled,
     TransferError,
     Unsupported,
 )
@@ -31,6 +34,7 @@ __all__ = [
     "PRESETS",
     "AdaptiveConnector",
     "BackendUnavailable",
+    "BlockTransfer",
     "CopyPlan",
     "DeviceMismatch",
     "Index",
@@ -39,6 +43,7 @@ __all__ = [
     "PortaKVError",
     "SlotError",
     "Transfer",
+    "TransferCancelled",
     "TransferError",
     "Unsupported",
     "__version__",

@@ -11,12 +11,13 @@ import torch
 
 from .clean import clean
 from .errors import DeviceMismatch, LayoutError, SlotError, Unsupported
+from .host.engines.across import across
+from .host.engines.terms import Terms
 from .index import Index
 from .ordering import Piece, launch, refuse_capture
 from .overlap import check_disjoint
 from .registry import Choice, choose
 from .routes import Route, route
-from .staging import staged_copy
 from .transfer import Completion, Transfer
 from .view import KVView
 
@@ -45,41 +46,16 @@ def copy_rows(
         SlotError: a bad index on the host; bad device ids are raised by the transfer.
         DeviceMismatch, BackendUnavailable, Unsupported: nobody can carry it out; with the trace.
     """
-    _check_views(src, dst)
+    check_views(src, dst)
     mine, theirs = Index.of(src_index), Index.of(dst_index)
-    tokens = _tokens(src, dst, mine, theirs) if count is None else _count(count)
+    tokens = covered(src, dst, mine, theirs) if count is None else _count(count)
     mine.check_length(tokens, src.slots, "source")
     theirs.check_length(tokens, dst.slots, "destination")
     return carry(src, dst, mine, theirs, tokens, choose(common_device(src, dst), backend), stream)
 
 
-def copy_blocks(
-    src: KVView,
-    dst: KVView,
-    src_blocks: Any,
-    dst_blocks: Any,
-    *,
-    backend: str | None = None,
-    stream: torch.Stream | None = None,
-) -> Transfer:
-    """Copy whole blocks by their ids; block sizes may differ, the numbers of tokens may not.
-
-    Args:
-        src, dst: paged views, or chunks where that side's blocks are None (consecutive tokens).
-        src_blocks, dst_blocks: block ids, int32 or int64, negative = skipped; or an `Index` of
-            them with ``step=block_size``, which is validated once however often it is used.
-
-    Raises:
-        LayoutError: ids for a view that is not paged.
-        SlotError: the two sides cover different numbers of tokens.
-        As `copy_rows` does otherwise.
-    """
-    _check_views(src, dst)
-    mine, theirs = _block_index(src, src_blocks, "src"), _block_index(dst, dst_blocks, "dst")
-    return copy_rows(src, dst, mine, theirs, backend=backend, stream=stream)
-
-
-def _check_views(*views: object) -> None:
+def check_views(*views: object) -> None:
+    """Raise `LayoutError` where a copy is asked of something else than views."""
     for view in views:
         if not isinstance(view, KVView):
             raise LayoutError(
@@ -110,12 +86,17 @@ def carry(
     stream: torch.Stream | None,
     *,
     disjoint: bool = False,
+    terms: Terms | None = None,
 ) -> Transfer:
     """Carry a copy of ``count`` positions, which indices and views cover, out through the chosen
-    backend; ``disjoint``: the views share no memory. Raises as `copy_rows` does."""
+    backend, or across the link through an engine over it.
+
+    ``disjoint``: the views share no memory. ``terms``: what a copy across the link may take.
+    Raises as `copy_rows` does.
+    """
     dst.check_writable()
-    if not src.device == dst.device == choice.backend.device and _must_stage(src, dst, choice):
-        return staged_copy(carry, src, dst, src_index, dst_index, count, choice, stream)
+    if not src.device == dst.device == choice.backend.device and _must_cross(src, dst, choice):
+        choice = across(choice, terms)
     way = route(src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice)
     if count == 0:
         return Transfer()
@@ -141,8 +122,8 @@ def carry(
     return launch(pieces, src, dst, src_index, dst_index, stream, error)
 
 
-def _must_stage(src: KVView, dst: KVView, choice: Choice) -> bool:
-    """True where the backend does not reach both places itself; raise where no staging can help."""
+def _must_cross(src: KVView, dst: KVView, choice: Choice) -> bool:
+    """True where the backend does not reach both places itself; raise where no engine can help."""
     home = choice.backend.device
     devices = {src.device, dst.device}
     if devices - {home, torch.device("cpu")} or (home not in devices):
@@ -214,33 +195,16 @@ def _count(count: object) -> int:
     return tokens
 
 
-def _tokens(src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> int:
-    covered = [x.length for x in (src_index, dst_index) if x.length is not None]
-    if not covered:
-        covered = [src.slots - src_index.offset, dst.slots - dst_index.offset]
-    if len(set(covered)) > 1:
+def covered(src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> int:
+    """The tokens that two indices cover alike; raises `SlotError` where they do not."""
+    tokens = [x.length for x in (src_index, dst_index) if x.length is not None]
+    if not tokens:
+        tokens = [src.slots - src_index.offset, dst.slots - dst_index.offset]
+    if len(set(tokens)) > 1:
         raise SlotError(
-            f"The source covers {covered[0]} tokens and the destination {covered[1]}; make them "
+            f"The source covers {tokens[0]} tokens and the destination {tokens[1]}; make them "
             f"equal, or pass count."
         )
-    if covered[0] < 0:
-        raise SlotError(f"The index begins {-covered[0]} tokens behind its end; lower its offset.")
-    return covered[0]
-
-
-def _block_index(view: KVView, blocks: Any, side: str) -> Index:
-    if blocks is None:
-        return Index()
-    if view.block_size is None:
-        raise LayoutError(
-            f"{side}_blocks was given, but {view.layout.text!r} has no `block` axis; pass None for "
-            f"consecutive tokens."
-        )
-    if isinstance(blocks, Index):
-        if blocks.step != view.block_size:
-            raise SlotError(
-                f"{side}_blocks is an Index with step {blocks.step}, but the view's blocks hold "
-                f"{view.block_size} tokens; pass Index(ids, step={view.block_size}), or ids."
-            )
-        return blocks
-    return Index(blocks, step=view.block_size)
+    if tokens[0] < 0:
+        raise SlotError(f"The index begins {-tokens[0]} tokens behind its end; lower its offset.")
+    return tokens[0]

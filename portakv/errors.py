@@ -47,6 +47,10 @@ class TransferError(PortaKVError, RuntimeError):
     """A transfer that was launched did not end well, or its completion cannot be asked here."""
 
 
+class TransferCancelled(TransferError):
+    """A transfer was cancelled, so that some of its blocks were not moved."""
+
+
 class HostMemoryError(PortaKVError, RuntimeError):
     """Host memory that cannot be had, registered or given back as asked."""
 

@@ -105,6 +105,27 @@ class Index:
         moved._judged, moved._placed = self._judged, None
         return moved
 
+    def part(self, first: int, count: int) -> Index:
+        """Of this index ``count`` positions from ``first`` on, without the other ids; shares the
+        copies that there are."""
+        q = self.offset + first
+        if self.ids is None:
+            return Index(offset=q)
+        held = slice(q // self.step, -(-(q + count) // self.step))
+        piece = Index.__new__(Index)
+        piece._set(self.ids[held], self.step, q % self.step)
+        piece._host_ids = None if self._host_ids is None else self._host_ids[held]
+        piece._device_ids = None if self._device_ids is None else self._device_ids[held]
+        piece._judged = {}
+        piece._placed = None if self._placed is None else self._placed.part(first, count)
+        return piece
+
+    @property
+    def lineage(self) -> object:
+        """What this index and its shifted ones share, and no other: one lineage, one list of ids,
+        whose contents never change."""
+        return self._judged
+
     def placed(self, home: torch.device, dtypes: frozenset[torch.dtype]) -> Index:
         """This index with its ids contiguous on ``home`` and in one of ``dtypes``."""
         known = self.lying(home, dtypes)

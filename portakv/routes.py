@@ -33,7 +33,7 @@ class Route:
 
     def place(self, index: Index) -> Index:
         """An index with its ids where, and in a dtype that, the backend reads."""
-        if index.ids is None:
+        if index.ids is None or self.can.index_on == "any":
             return index
         return index.placed(self.home_of_ids, self.can.index_dtypes)
 

@@ -58,7 +58,8 @@ def _try_pattern(backend: Backend, layout: str, order: tuple[int, ...]) -> str |
     rows = known.view(_LAYERS, 2, _BLOCKS * _BLOCK_SIZE, _HEADS, _DIM)
     expected = rows[:, :, _SLOTS].transpose(0, 1).contiguous()
     pool = [layer.permute(order).contiguous().to(device) for layer in known]
-    chunk = torch.full(expected.shape, -1, dtype=torch.int16).to(device)
+    chunk = torch.full(expected.shape, -1, dtype=torch.int16)
+    chunk = _placed(chunk, backend)
     cache = _paged(pool, layout)
     dense = KVView(chunk, "kv layer token head dim")
     _copy(backend, cache, dense, 1, 0)
@@ -73,6 +74,14 @@ def _try_pattern(backend: Backend, layout: str, order: tuple[int, ...]) -> str |
     if not torch.equal(landed, wanted):
         return f"{_wrong(landed, wanted)} scattering {layout!r}"
     return None
+
+
+def _placed(chunk: torch.Tensor, backend: Backend) -> torch.Tensor:
+    """The chunk where the backend reaches it: on its device, or on the host for an engine."""
+    places = backend.capabilities().places
+    if ("device", "device") in places:
+        return chunk.to(backend.device)
+    return chunk.pin_memory() if ("device", "pinned") in places else chunk
 
 
 def _paged(pool: list[torch.Tensor], layout: str) -> KVView:
@@ -93,6 +102,8 @@ def _copy(backend: Backend, src: KVView, dst: KVView, src_step: int, dst_step: i
     pending = launch(src, dst, src_index, dst_index, len(_SLOTS), None, None)
     if pending is not None:
         pending.wait()
+    if backend.device.type != "cpu":
+        torch.accelerator.synchronize(backend.device)
 
 
 def _wrong(found: torch.Tensor, expected: torch.Tensor) -> str:

@@ -173,6 +173,11 @@ class Transfer:
             any(transfer._captured for transfer in transfers),
         )
 
+    @property
+    def ordered(self) -> bool:
+        """True where a stream orders all of the work; False also where it ended with the call."""
+        return bool(self.completions) and not any(x.pending for x in self.completions)
+
     def done(self) -> bool:
         """True once all bytes have landed; never blocks.
 

@@ -92,7 +92,6 @@ private:
 #else
 #include "acl/acl.h"
 #include "copy.h"
-#include "tiling/platform/platform_ascendc.h"
 
 class Device {
 public:
@@ -103,11 +102,8 @@ public:
         Must(aclInit(nullptr), "aclInit");
         Must(aclrtSetDevice(0), "aclrtSetDevice");
         Must(aclrtCreateStream(&stream_), "aclrtCreateStream");
-        auto* platform = platform_ascendc::PlatformAscendCManager::GetInstance();
-        uint64_t bytes = 0;
-        platform->GetCoreMemSize(platform_ascendc::CoreMemType::UB, bytes);
-        ub_bytes = most_ub = static_cast<uint32_t>(bytes);
-        cores = platform->GetCoreNumAiv();
+        Must(portakv_ascend_platform(&cores, &ub_bytes), "portakv_ascend_platform");
+        most_ub = ub_bytes;
     }
 
     void* Allocate(size_t bytes) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arguments of the AscendC row kernel, and the C interface of its launch.
+// The arguments of the AscendC row kernel, and the C interface of the library that launches it.
 //
 // `Nest` is what two forms fix: one nest of a `CopyPlan`, uploaded once when a launch is prepared.
 // `Copy` is what a request changes; it stays on the host and travels as scalars. Every member is a
@@ -70,7 +70,19 @@ inline const char* why_not(const Copy& copy, uint32_t blocks, uint32_t ub_bytes)
 
 }  // namespace portakv
 
-// Launch on `blocks` vector cores, ordered on `stream`; returns 0, or 1 where the arguments cannot
-// be right (`portakv::why_not`). `ub_bytes` is the unified buffer of one core, as the platform tells it.
+// What a library exports, one built with CANN and one built with emulation/ alike. Who loads it asks
+// for the first two before anything else.
+
+namespace portakv {
+constexpr uint32_t kAbi = 1;  // counts changes of the structures above and of the functions below
+}
+
+extern "C" uint32_t portakv_ascend_abi();
+// 1 where it emulates the kernel on a CPU, 0 where it launches on an NPU.
+extern "C" uint32_t portakv_ascend_emulated();
+// Vector cores, and bytes of one core's unified buffer; returns 0 where the platform tells both.
+extern "C" int portakv_ascend_platform(uint32_t* blocks, uint32_t* ub_bytes);
+// Launch on `blocks` vector cores, ordered on `stream`, whose device is the current one; returns 0, or
+// 1 where the arguments cannot be right (`portakv::why_not`). `copy` is read before it returns.
 extern "C" int portakv_ascend_rows(
     const portakv::Copy* copy, uint32_t blocks, uint32_t ub_bytes, void* stream);

@@ -8,7 +8,9 @@
 #
 #   run_in_cann.sh cpu [SOC_VERSION]        CPU twin: any machine with CANN
 #   run_in_cann.sh sim [SOC_VERSION]        CANN's simulator
-#   run_in_cann.sh npu [SOC_VERSION]        the device; SOC_VERSION as `npu-smi info` names the chip
+#   run_in_cann.sh npu [SOC_VERSION]        the device; SOC_VERSION as `npu-smi info` names the chip.
+#                                           Leaves the library in lib/ beside this file, where
+#                                           portakv finds it and PORTAKV_ASCENDC can name it.
 #   OUT=folder run_in_cann.sh ...           where the log goes (default: the current folder)
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -43,16 +45,20 @@ run() {
     date -u +%Y-%m-%dT%H:%M:%SZ
     uname -srm
     cat "$ASCEND_HOME_PATH"/{version.cfg,version.info,*/ascend_toolkit_install.info} 2>/dev/null || true
-    (cd "$here" && sha256sum copy.h rows.h launch.cpp check.cpp check_device.h CMakeLists.txt)
+    (cd "$here" && sha256sum copy.h rows.h launch.cpp host.cpp check.cpp check_device.h CMakeLists.txt)
     if [[ $mode == npu ]]; then npu-smi info; fi
     cmake -S "$here" -B "$work" -DRUN_MODE="$mode" -DSOC_VERSION="$soc" \
         -DASCEND_CANN_PACKAGE_PATH="$ASCEND_HOME_PATH" || return
     cmake --build "$work" --parallel "$(nproc)" || return
     export LD_LIBRARY_PATH=$work:$work/lib:${LD_LIBRARY_PATH:-}
     if [[ $mode == sim ]]; then
-        LD_LIBRARY_PATH=$ASCEND_HOME_PATH/tools/simulator/$soc/lib:$LD_LIBRARY_PATH "$work/check"
+        LD_LIBRARY_PATH=$ASCEND_HOME_PATH/tools/simulator/$soc/lib:$LD_LIBRARY_PATH "$work/check" || return
     else
-        "$work/check"
+        "$work/check" || return
+    fi
+    if [[ $mode == npu ]]; then
+        cmake --install "$work" --prefix "$here/lib" || return
+        echo "PORTAKV_ASCENDC=$here/lib/libportakv_ascend.so portakv conform ascend --report out/"
     fi
 }
 

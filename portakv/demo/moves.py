@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+from ..blocks import copy_blocks
 from ..connector import AdaptiveConnector
-from ..copy import copy_blocks
 from ..errors import Unsupported
 from ..index import Index
 from ..transfer import Transfer

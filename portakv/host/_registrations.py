@@ -23,6 +23,7 @@ LARGEST = 511 << 30
 _lock = threading.RLock()  # a finalizer may run wherever its own thread holds it
 _claimed: list[tuple[int, int]] = []  # page ranges, sorted; no two overlap
 _live: weakref.WeakSet[Registration] = weakref.WeakSet()
+_seams: list[int] = []  # addresses, sorted
 _postponed: list[tuple[Registration, Any]] = []  # by finalizers during a graph's capture
 _exit_asked = False
 
@@ -72,6 +73,9 @@ class Registration:
         except BaseException:
             self.undo()
             raise
+        with _lock:
+            _seams.extend(piece for piece, _ in self.pieces[1:])
+            _seams.sort()
         _live.add(self)
         _ask_for_exit()
 
@@ -104,6 +108,7 @@ class Registration:
         if claimed is not None:
             with _lock:
                 _claimed.remove(claimed)
+                _seams[:] = [at for at in _seams if not claimed[0] < at < claimed[1]]
 
     def forget(self, owner: Any) -> None:
         """`undo`; where a graph's capture forbids that, later. The owner is held until then."""
@@ -111,6 +116,12 @@ class Registration:
             _postponed.append((self, owner))
         else:
             self.undo()
+
+
+def seams() -> tuple[int, ...]:
+    """Addresses, in order, at which one registration ends and the next of the same memory begins:
+    no copy may reach across."""
+    return tuple(_seams)
 
 
 def settle() -> None:

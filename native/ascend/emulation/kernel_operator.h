@@ -56,14 +56,13 @@ public:
         return rest;
     }
 
-    // The address of bytes that an operation touches.
+    // Where the bytes are that an operation touches.
     uint64_t Bytes(uint64_t offset, uint64_t bytes, bool writes) const {
         if (offset > bytes_ || bytes > bytes_ - offset)
             fault("%llu bytes at offset %llu run past the end of a global tensor of %llu bytes",
                   (unsigned long long)bytes, (unsigned long long)offset,
                   (unsigned long long)bytes_);
-        machine().CheckGlobal(address_ + offset, bytes, writes);
-        return address_ + offset;
+        return machine().Global(address_ + offset, bytes, writes);
     }
 
 private:

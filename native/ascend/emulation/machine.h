@@ -38,10 +38,11 @@ struct Fault : std::runtime_error {
     throw Fault(text);
 }
 
-// An allocation in global memory.
+// An allocation in global memory: the addresses that a kernel knows, and where the bytes are.
 struct Memory {
     uint64_t first, bytes;
     uint64_t writable;
+    uint64_t host = 0;  // 0: at `first`
 };
 
 // When a copy takes place that the kernel has issued. Hardware may do either.
@@ -85,11 +86,12 @@ public:
 
     // --- Global memory -------------------------------------------------------------------------
 
-    void CheckGlobal(uint64_t address, uint64_t bytes, bool writes) const {
+    // Where the bytes at an address are.
+    uint64_t Global(uint64_t address, uint64_t bytes, bool writes) const {
         for (const Memory& one : memory_)
             if (address >= one.first && address - one.first <= one.bytes
                 && bytes <= one.bytes - (address - one.first) && (one.writable || !writes))
-                return;
+                return one.host ? one.host + (address - one.first) : address;
         fault("%s %llu bytes at 0x%llx lies in no allocation of global memory%s",
               writes ? "A write of" : "A read of", (unsigned long long)bytes,
               (unsigned long long)address, writes ? " that may be written" : "");

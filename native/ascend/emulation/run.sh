@@ -4,8 +4,11 @@
 # and nothing here says how one would perform. Needs g++; the suite also needs this package's
 # Python (PYTHON, or python3 from PATH).
 #
-#   run.sh [matrix|misuse|mutants|suite|sanitized]...     all of them where none is named
-#   FULL=1 run.sh                                         the suite's full profile instead of core
+#   run.sh [matrix|misuse|mutants|suite|npu|sanitized]...  all of them where none is named
+#   FULL=1 run.sh                                          the suite's full profile, not core
+#   RECORD=FILE run.sh sanitized                           leaves a record that the ladder can keep
+#   run.sh library FILE                                    builds the emulation, as PORTAKV_ASCENDC
+#                                                          names it for a simulated NPU
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 native=$(dirname "$here")
@@ -83,31 +86,76 @@ mutants() {
     ((survived == 0))
 }
 
+backend=portakv_conformance.vendor.ascendc_emulated:AscendC
+
+# conform DEVICE BACKEND: the suite.
 conform() {
-    OMP_NUM_THREADS=1 "$python" -m portakv conform \
-        portakv_conformance.vendor.ascendc_emulated:AscendC --device cpu --profile "$profile"
+    OMP_NUM_THREADS=1 "$python" -m portakv conform "$2" --device "$1" --profile "$profile"
 }
 
 has_package() {
-    "$python" -c "import portakv_conformance.vendor.ascendc_emulated" && return
-    echo "The suite needs PortaKV in $python; install it (pip install 'portakv[conformance]'), or set PYTHON."
+    "$python" -c "import pytest, hypothesis, ${backend%:*}" >/dev/null 2>&1 && return
+    echo "The suite needs PortaKV with its extra 'conformance', and $python has not got both; run" \
+        "pip install '.[conformance]' in the repository, or name another Python by PYTHON."
     return 1
 }
 
-suite() { has_package && conform; }
+suite() { has_package && conform cpu "$backend"; }
+
+# `ascend` itself: its loader, its arguments and its launches, which a simulated device runs.
+npu() {
+    has_package && conform simdev:npu portakv_conformance.vendor.ascendc_npu:AscendKernel
+}
 
 suite_sanitized() {
     local runtime
     has_package || return
     runtime=$(g++ -print-file-name=libasan.so)
     [[ $runtime == /* ]] || { echo "g++ has no address sanitizer."; return 1; }
-    PORTAKV_ASCENDC_FLAGS="${sanitizers[*]}" LD_PRELOAD=$runtime conform
+    export PORTAKV_ASCENDC_FLAGS="${sanitizers[*]}"
+    LD_PRELOAD=$runtime "$python" - <<'END' || return
+from pathlib import Path
+from portakv_conformance.vendor.ascendc_emulated import library_file
+built = Path(library_file()).read_bytes()
+names = [name for name in (b"__asan_init", b"__ubsan_handle") if name in built]
+print("the suite's library calls", *(name.decode() for name in names))
+raise SystemExit(len(names) != 2)
+END
+    LD_PRELOAD=$runtime conform cpu "$backend"
 }
+
+# Run this script once more, and keep what it prints as a record of the ladder's.
+record() {
+    local file words=("$@")
+    file=$(realpath "$RECORD")
+    [[ -z ${FULL:-} ]] || words=(env FULL=1 "${words[@]}")
+    has_package || return
+    cd "$native/../.."
+    env -u RECORD "$python" -m portakv_conformance.evidence --what "semantics emulated" \
+        --backend "$backend" --emulated-by "${backend%:*}" \
+        --device "CPU ($(uname -m | tr _ -)), emulated, under ASan and UBSan" \
+        --versions "$(g++ --version | head -n 1)" --report "$file" \
+        --says 'calls __asan_init __ubsan_handle[^$]*conformant, R3[^$]*\nall right\n' \
+        -- "${words[@]}"
+}
+
+if [[ ${1:-} == library ]]; then
+    [[ $# == 2 ]] || { echo "run.sh library was not told where to; name a file."; exit 2; }
+    g++ "${strict[@]}" -shared -fPIC -I"$here" "$here/library.cpp" -o "$2"
+    echo "$2 emulates the AscendC kernel on a CPU; PORTAKV_ASCENDC=$2 names it for a simulated NPU."
+    exit 0
+fi
+if [[ -n ${RECORD:-} ]]; then
+    [[ $* == sanitized ]] || { echo "RECORD is for 'run.sh sanitized'."; exit 2; }
+    record bash native/ascend/emulation/run.sh "$@"
+    exit
+fi
 
 declare -A wanted=()
 for word in "${@:-all}"; do
-    [[ $word =~ ^(all|matrix|misuse|mutants|suite|sanitized)$ ]] || {
-        echo "run.sh was asked for '$word'; expected matrix, misuse, mutants, suite or sanitized."
+    [[ $word =~ ^(all|matrix|misuse|mutants|suite|npu|sanitized)$ ]] || {
+        echo "run.sh was asked for '$word'; expected matrix, misuse, mutants, suite, npu, sanitized" \
+            "or library."
         exit 2
     }
     wanted[$word]=1
@@ -120,12 +168,16 @@ if asks misuse; then check "misuse of the API" misuse; fi
 if asks mutants; then check "bugs seeded into the kernel" mutants; fi
 if asks sanitized; then check "kernel matrix and misuse under ASan and UBSan" sanitized; fi
 if asks suite; then check "conformance suite, profile $profile" suite; fi
+if asks npu; then check "ascend with the kernel on a simulated NPU, profile $profile" npu; fi
 if asks sanitized; then check "conformance suite under ASan and UBSan, profile $profile" suite_sanitized; fi
 
 echo
 if ((${#failed[@]})); then
     printf 'FAILED: %s\n' "${failed[@]}"
     exit 1
+fi
+if asks sanitized && [[ -n ${wanted[all]:-} ]]; then
+    echo "RECORD=ascendc-sanitized.json bash native/ascend/emulation/run.sh sanitized leaves a record."
 fi
 echo "The AscendC kernel was functionally emulated on a CPU; it was not run on an Ascend device."
 echo "all right"

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block transfers in slices: a pump issues them, so that they can be cancelled or keep a rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from math import gcd
+from typing import Any
+
+import torch
+
+from .block_order import Order
+from .block_transfer import BlockTransfer
+from .capture import capturing
+from .clean import clean
+from .errors import Unsupported
+from .pump import Landing, Pace, Pump, Slice
+from .transfer import Transfer
+
+#: The most bytes of a slice, unless one block has more. What is under way when a transfer is
+#: cancelled still lands, three slices of it: 1 ms on a link of 50 GB/s.
+SLICE = 16 << 20
+#: Seconds that a slice takes at the rate that was asked for. It crosses as fast as the link, and
+#: the pause behind it makes the rate.
+BEAT = 0.002
+
+
+def in_slices(order: Order, by_layer: bool) -> BlockTransfer:
+    """Start a transfer in slices; with ``by_layer`` none has rows of two layers.
+
+    Raises:
+        SlotError: also for bad ids on a device, which are read first.
+        Unsupported: inside graph capture. As `copy.carry` does otherwise.
+    """
+    if capturing(order.device):
+        raise Unsupported(
+            "A copy in slices inside graph capture",
+            "the host issues them while the copy runs; leave out cancellable and max_gbps",
+        )
+    order.dst.check_writable()
+    shown = order.layer(0) if by_layer else order
+    shown._replace(count=0).carried()  # what cannot be carried out is refused now
+    order = order._replace(src_index=order.src_index.to_host(), dst_index=order.dst_index.to_host())
+    asked, order = order.asked(), _cleaned(order)
+    order.check_apart()
+    if not order.count:
+        layers = [Transfer() for _ in range(order.src.layers if by_layer else 0)]
+        return BlockTransfer((), None, False, asked, layers=layers)
+    order = _on_own_stream(order)
+    clock, rate = order.clock(), order.terms.max_gbps
+    slices = cut(order, by_layer)
+    inside = partial(_current, order.stream)
+    pump = Pump(slices, _issuer(order), inside, clock, None if rate is None else Pace(rate))
+    layers = []
+    if by_layer:
+        last = {piece.layer: nth for nth, piece in enumerate(slices, 1)}
+        layers = [Transfer((Landing(pump, nth),)) for nth in last.values()]
+    whole = Landing(pump, len(slices), (order.src, order.dst))
+    first = _rows(order, slices[0]).asked()
+    transfer = BlockTransfer((whole,), None, False, asked, clock, layers, first, pump, slices)
+    pump.start()
+    return transfer
+
+
+def cut(order: Order, by_layer: bool) -> list[Slice]:
+    """The slices of a transfer, each of whole blocks."""
+    layers: list[int | None] = list(range(order.src.layers)) if by_layer else [None]
+    token_bytes = order.asked().token_bytes / len(layers)
+    rate, most = order.terms.max_gbps, float(SLICE)
+    if rate is not None:
+        most = min(most, rate * 1e9 * BEAT)
+    tokens = max(1, int(most / (order.whole * token_bytes))) * order.whole
+    return [
+        Slice(layer, first, size, round(size * token_bytes))
+        for layer in layers
+        for first in range(0, order.count, tokens)
+        for size in [min(tokens, order.count - first)]
+    ]
+
+
+def _cleaned(order: Order) -> Order:
+    """Without the positions that are skipped; raises `SlotError` for bad ids."""
+    mine, theirs = order.src_index, order.dst_index
+    skips = mine.judge(order.count, order.src.slots, False, "source")
+    skips |= theirs.judge(order.count, order.dst.slots, True, "destination")
+    count = order.count
+    if skips:
+        unit = gcd(mine.plan_step, theirs.plan_step)
+        mine, theirs, count, _ = clean(order.src, order.dst, mine, theirs, count, unit)
+    return order._replace(src_index=mine, dst_index=theirs, count=count)
+
+
+def _on_own_stream(order: Order) -> Order:
+    """On a stream that waits for the current one, with its ids where backends read them."""
+    if order.device.type == "cpu":
+        return order
+    for index in (order.src_index, order.dst_index):
+        if index.ids is not None:
+            index.placed(order.device, order.choice.can.index_dtypes)  # kept by the index
+    order = order._replace(stream=order.stream or torch.Stream(order.device))
+    order.follow_current()
+    return order
+
+
+def _issuer(order: Order) -> Callable[[Slice], Transfer]:
+    order = order._replace(stream=None)  # its stream is the thread's current one
+
+    def issue(piece: Slice) -> Transfer:
+        return _rows(order, piece).carried(disjoint=True)
+
+    return issue
+
+
+def _rows(order: Order, piece: Slice) -> Order:
+    rows = order if piece.layer is None else order.layer(piece.layer)
+    return rows.part(piece.first, piece.tokens)
+
+
+def _current(stream: torch.Stream | None) -> AbstractContextManager[Any]:
+    """Inside, a stream and its device are the current ones."""
+    if stream is None:
+        return nullcontext()
+    module = torch.get_device_module(stream.device)
+    return module.stream(stream)  # type: ignore[no-any-return]

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block transfers: copies of whole blocks by their ids, all at once, by layer, or in slices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .block_order import Order
+from .block_slices import in_slices
+from .block_transfer import Asked, BlockTransfer
+from .clocks import Clock
+from .copy import carry, check_views, common_device, covered
+from .errors import DeviceMismatch, LayoutError, SlotError, Unsupported
+from .host.engines.terms import Terms
+from .index import Index
+from .registry import choose
+from .transfer import Transfer
+from .view import KVView
+
+_NO_TERMS = Terms()
+
+
+def copy_blocks(
+    src: KVView,
+    dst: KVView,
+    src_blocks: Any,
+    dst_blocks: Any,
+    *,
+    backend: str | None = None,
+    stream: torch.Stream | None = None,
+    by_layer: bool = False,
+    overlap: str = "compute",
+    max_thread_blocks: int | None = None,
+    max_gbps: float | None = None,
+    cancellable: bool = False,
+) -> BlockTransfer:
+    """Copy whole blocks by their ids; block sizes may differ, the numbers of tokens may not.
+
+    Everything is issued before this returns, ordered on a stream. Not so with ``cancellable`` or
+    ``max_gbps``: then a thread issues it in slices, behind what the current stream holds by now,
+    and no stream orders it: `Transfer.wait` blocks the host.
+
+    Args:
+        src, dst: paged views, or chunks where that side's blocks are None (consecutive tokens).
+        src_blocks, dst_blocks: block ids, int32 or int64, negative = skipped; or an `Index` of
+            them with ``step=block_size``, which is validated once however often it is used.
+        backend: the name of a backend or of an engine, which then must carry it out.
+        stream: where to order the work; it first waits for the current stream. Its priority is
+            that of the kernels; copy engines know none.
+        by_layer: one layer behind the other, each with an end of its own: `BlockTransfer.layers`.
+        overlap: what the device does meanwhile: ``compute``, a model runs; or ``idle``.
+        max_thread_blocks: the most thread blocks of a kernel that reads or writes host memory.
+        max_gbps: the most 10^9 bytes in a second.
+        cancellable: `BlockTransfer.cancel` stops it between two slices.
+
+    Raises:
+        LayoutError: ids for a view that is not paged.
+        SlotError: the two sides cover different numbers of tokens.
+        DeviceMismatch: a stream of another device.
+        Unsupported: terms that nobody can keep; slices inside graph capture.
+        As `copy_rows` does otherwise. In slices also bad ids on a device, which are read first.
+    """
+    check_views(src, dst)
+    mine, theirs = _block_index(src, src_blocks, "src"), _block_index(dst, dst_blocks, "dst")
+    tokens = covered(src, dst, mine, theirs)
+    mine.check_length(tokens, src.slots, "source")
+    theirs.check_length(tokens, dst.slots, "destination")
+    device = common_device(src, dst)
+    if stream is not None and stream.device != device:
+        raise DeviceMismatch(
+            f"A copy on {device} was asked with a stream of {stream.device}; expected a stream of "
+            f"the device that takes part. Pass one, or none for the current stream."
+        )
+    choice, terms = choose(device, backend), _NO_TERMS
+    if overlap != "compute" or max_thread_blocks is not None or max_gbps is not None:
+        terms = Terms(overlap, max_thread_blocks, max_gbps)
+    in_place, sliced = src.device == dst.device, cancellable or max_gbps is not None
+    if in_place and max_thread_blocks is not None:
+        raise Unsupported(
+            f"A copy from {src.device} to {dst.device} with max_thread_blocks={max_thread_blocks}",
+            "the limit is kept by kernels that read or write host memory from a device; leave it "
+            "out",
+        )
+    if in_place and not by_layer and not sliced:
+        # As dear as `copy_rows`: no clock inside a device, where two events would be felt.
+        clock = Clock(None) if device.type == "cpu" else None
+        transfer = carry(src, dst, mine, theirs, tokens, choice, stream)
+        asked = Asked(src.form, dst.form, mine, theirs, tokens, choice, terms)
+        return BlockTransfer.of(transfer, asked, clock)
+    order = Order(src, dst, mine, theirs, tokens, choice, stream, terms)
+    if sliced:
+        return in_slices(order, by_layer)
+    order.follow_current()
+    return _by_layer(order) if by_layer else _at_once(order)
+
+
+def _at_once(order: Order) -> BlockTransfer:
+    clock = order.clock()
+    return BlockTransfer.of(order.carried(), order.asked(), clock)
+
+
+def _by_layer(order: Order) -> BlockTransfer:
+    order.dst.check_writable()
+    order.check_apart()
+    clock = order.clock()
+    layers = [order.layer(i).carried(disjoint=True) for i in range(order.src.layers)]
+    first = order.layer(0).asked()
+    return BlockTransfer.of(Transfer.join(layers), order.asked(), clock, layers, first)
+
+
+def _block_index(view: KVView, blocks: Any, side: str) -> Index:
+    if blocks is None:
+        return Index()
+    if view.block_size is None:
+        raise LayoutError(
+            f"{side}_blocks was given, but {view.layout.text!r} has no `block` axis; pass None for "
+            f"consecutive tokens."
+        )
+    if isinstance(blocks, Index):
+        if blocks.step != view.block_size:
+            raise SlotError(
+                f"{side}_blocks is an Index with step {blocks.step}, but the view's blocks hold "
+                f"{view.block_size} tokens; pass Index(ids, step={view.block_size}), or ids."
+            )
+        return blocks
+    return Index(blocks, step=view.block_size)

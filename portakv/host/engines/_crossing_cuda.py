@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies across the link by CUDA's driver: plain, of rows at a pitch, and many in one call.
+
+The driver's library is called as it is: its functions take whole arrays, which any wrapper in
+Python would first turn into lists of objects, at more than the copies themselves cost the host.
+Declarations are those of ``cuda.h`` (CUDA driver API, "Memory Management").
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ...errors import TransferError
+from ...view import KVView
+from .. import _cuda_driver
+from .folding import Pieces
+
+_Mask = npt.NDArray[np.bool_]
+
+LIBRARY = "libcuda.so.1"
+
+#: Entries of one batched call. The driver states no limit; other runtimes fail above 8192, and
+#: shorter calls let another thread's small copy in between.
+MOST_DESCRIPTORS = 4096
+
+#: Fewer plain copies than this are calls of their own: setting a batch up costs the host as much.
+LEAST_BATCH = 8
+
+_HOST, _DEVICE = 1, 2  # CUmemorytype
+_NULL_STREAMS = (0, 1)  # the legacy default stream, by both of its handles
+
+# CUDA_MEMCPY2D; of each side x, y, kind, host address, device address, array, pitch; then the rows.
+_rows_of = struct.Struct("@QQQQQQQ QQQQQQQ QQ").pack
+# CUmemcpyAttributes: accesses in the order of the stream; two places, which only memory that can
+# migrate has; and "prefer to overlap with compute".
+_ATTRIBUTES = np.array([1, 0, 0, 0, 0, 1], dtype=np.int32)
+_FROM_FIRST = np.zeros(1, dtype=np.uint64)  # they hold from the first copy on
+
+
+class Copies:
+    """The driver's copies, of a library; knows nothing of devices or torch."""
+
+    def __init__(self, library: Any) -> None:
+        word, size = ctypes.c_uint64, ctypes.c_size_t
+        self._library = library
+        self._plain = _function(library, "cuMemcpyAsync", word, word, size, word)
+        self._rows = _function(library, "cuMemcpy2DAsync_v2", ctypes.c_char_p, word)
+        many = (word, word, word, size, word, word, size)
+        # CUDA 13 dropped an argument (where it failed) that 12.8 had.
+        self._batch: Any = None
+        self._fails: tuple[int, ...] = ()
+        if hasattr(library, "cuMemcpyBatchAsync_v2"):
+            self._batch = _function(library, "cuMemcpyBatchAsync_v2", *many, word)
+        elif hasattr(library, "cuMemcpyBatchAsync"):
+            self._batch = _function(library, "cuMemcpyBatchAsync", *many, word, word)
+            self._failed = np.zeros(1, dtype=np.uint64)
+            self._fails = (_at(self._failed),)
+        self._attributes, self._from_first = _at(_ATTRIBUTES), _at(_FROM_FIRST)
+
+    def batched(self, pieces: Pieces) -> _Mask | None:
+        """Which pieces `copy` hands over in batches; None: none of them."""
+        if self._batch is None or pieces.number < LEAST_BATCH:
+            return None
+        plain = pieces.height == 1
+        return plain if np.count_nonzero(plain) >= LEAST_BATCH else None
+
+    def copy(self, pieces: Pieces, to_device: bool, stream: int) -> None:
+        """Copy pieces, ordered on the stream of that handle.
+
+        Raises:
+            TransferError: the driver refuses a piece; those before it may have been moved.
+        """
+        batched = self.batched(pieces)
+        if batched is None:
+            self._copy_each(pieces, to_device, stream)
+        elif batched.all():
+            self._copy_batch(pieces, stream)
+        else:
+            self._copy_each(Pieces(*(column[~batched] for column in pieces)), to_device, stream)
+            self._copy_batch(Pieces(*(column[batched] for column in pieces)), stream)
+
+    def _copy_batch(self, pieces: Pieces, stream: int) -> None:
+        columns = [np.ascontiguousarray(each) for each in (pieces.dst, pieces.src, pieces.width)]
+        lists = [_at(column) for column in columns]
+        for first in range(0, pieces.number, MOST_DESCRIPTORS):
+            count = min(MOST_DESCRIPTORS, pieces.number - first)
+            error = self._batch(
+                *(base + 8 * first for base in lists), count,
+                self._attributes, self._from_first, 1, *self._fails, stream,
+            )  # fmt: skip
+            if error:
+                raise self._refused(error, f"A batch of {count} copies")
+
+    def _copy_each(self, pieces: Pieces, to_device: bool, stream: int) -> None:
+        columns = [column.tolist() for column in pieces]
+        for dst, src, width, height, dst_pitch, src_pitch in zip(*columns, strict=True):
+            if height == 1:
+                error = self._plain(dst, src, width, stream)
+            elif to_device:
+                error = self._rows(_rows_of(
+                    0, 0, _HOST, src, 0, 0, src_pitch, 0, 0, _DEVICE, 0, dst, 0, dst_pitch,
+                    width, height,
+                ), stream)  # fmt: skip
+            else:
+                error = self._rows(_rows_of(
+                    0, 0, _DEVICE, 0, src, 0, src_pitch, 0, 0, _HOST, dst, 0, 0, dst_pitch,
+                    width, height,
+                ), stream)  # fmt: skip
+            if error:
+                raise self._refused(error, f"A copy of {height} x {width} bytes")
+
+    def _refused(self, error: int, what: str) -> TransferError:
+        name = ctypes.c_char_p()
+        found = hasattr(self._library, "cuGetErrorName") and not self._library.cuGetErrorName(
+            ctypes.c_int(error), ctypes.byref(name)
+        )
+        called = name.value.decode() if found and name.value else f"error {error}"
+        return TransferError(
+            f"{what} between device and host was asked of the CUDA driver, which answered "
+            f"{called}; success was expected, and only what was asked before may have been moved. "
+            f"Check that the memory still exists and is pinned, and earlier errors."
+        )
+
+
+class CudaCrossing:
+    """Puts pieces on the link of an NVIDIA device, in any thread."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._copies = Copies(_library())
+        self._adopted = threading.local()
+        self._beside: torch.cuda.Stream | None = None
+
+    def copy(
+        self, pieces: Pieces, src: KVView, dst: KVView, stream: torch.Stream | None = None
+    ) -> None:
+        """See `Crossing.copy`."""
+        if getattr(self._adopted, "known", None) is None:
+            _cuda_driver.adopt(self.device)  # a new thread has no context yet
+            self._adopted.known = True
+        if torch._C._cuda_getDevice() != self.device.index:
+            with torch.cuda.device(self.device):
+                self.copy(pieces, src, dst, stream)
+            return
+        to_device = dst.form.place == "device"
+        handle = _cuda_driver.raw(stream, self.device.index)
+        if handle in _NULL_STREAMS and self._copies.batched(pieces) is not None:
+            self._copy_beside(pieces, to_device, stream)
+        else:
+            self._copies.copy(pieces, to_device, handle)
+
+    def _copy_beside(self, pieces: Pieces, to_device: bool, stream: torch.Stream | None) -> None:
+        """For the legacy default stream, which batches refuse: on another, between two events."""
+        if self._beside is None:
+            self._beside = torch.cuda.Stream(self.device)
+        beside, asked = self._beside, stream or torch.cuda.current_stream(self.device)
+        beside.wait_stream(asked)
+        try:
+            self._copies.copy(pieces, to_device, beside.cuda_stream)
+        finally:
+            asked.wait_stream(beside)
+
+
+@cache
+def why_not(device: torch.device) -> str | None:
+    """What keeps the driver from copying for a device, as a phrase; None where it can."""
+    if device.type != "cuda":
+        return f"the CUDA driver does not serve {device.type} devices"
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm, not for CUDA"
+    try:
+        Copies(_library())
+    except (OSError, AttributeError) as error:
+        return f"the CUDA driver's library cannot be used ({error})"
+    return None
+
+
+@cache
+def _library() -> Any:
+    return ctypes.CDLL(LIBRARY)
+
+
+def _function(library: Any, name: str, *arguments: Any) -> Any:
+    found = library[name]  # an object of its own: nobody else's declarations
+    found.argtypes, found.restype = arguments, ctypes.c_int
+    return found
+
+
+def _at(array: Any) -> int:
+    """The address of an array's first byte."""
+    return int(array.__array_interface__["data"][0])

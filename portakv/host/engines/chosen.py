@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`host`: prepares the engines and picks one for each transfer, by what they cost on this device.
+
+It carries nothing out itself, so that it can do what the engine that it picks can do. It cannot be
+captured: which engine is best, and what crosses in which piece, is worked out on the host from the
+ids of each transfer, and would stay in a graph as it was at capture.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...backends.base import Backend, Capabilities, Decision, Launch, Pending
+from ...builtin import BUILT_IN
+from ...errors import Unsupported
+from ...index import Index
+from ...plan import CopyPlan
+from ...registry import Choice
+from .._flight import inside
+from .engine import Engine, direction_of
+from .picking import ORDER, Pick, pick
+from .shapes import RunCounter, Shape
+from .table import Costs, costs_of
+from .terms import Terms
+
+if TYPE_CHECKING:
+    from ...view import KVView
+
+_MOST = 1024  # picks that one launch remembers
+
+
+class Host(Engine):
+    """The engine of a device that picks engines.
+
+    Args:
+        device: the device.
+        half: what carries out the device's half of a copy; None: what the registry chooses.
+        terms: what the caller asks of the transfers.
+        costs: what engines cost; None: what was measured on this device, or is assumed.
+    """
+
+    name = "host"
+
+    def __init__(
+        self,
+        device: torch.device,
+        half: Choice | None = None,
+        terms: Terms | None = None,
+        costs: Costs | None = None,
+    ) -> None:
+        super().__init__(device, half, terms)
+        self._costs = costs
+        self._lock = threading.Lock()
+        self._asked: tuple[dict[str, Backend], dict[str, str]] | None = None
+
+    @property
+    def costs(self) -> Costs:
+        """What engines cost on this device."""
+        return self._costs or costs_of(self.device)
+
+    @property
+    def engines(self) -> Mapping[str, Backend]:
+        """The engines that serve this device, by name."""
+        return self._ask()[0]
+
+    @property
+    def out(self) -> Mapping[str, str]:
+        """The engines that do not, and why, as a phrase."""
+        return self._ask()[1]
+
+    def capabilities(self) -> Capabilities:
+        served = [engine.capabilities().places for engine in self.engines.values()]
+        return Capabilities(places=frozenset().union(*served), index_on="any")
+
+    def check(self, plan: CopyPlan) -> Decision:
+        answers = {name: engine.check(plan) for name, engine in self.engines.items()}
+        able = [name for name, answer in answers.items() if answer.accepted]
+        if able:
+            return Decision(self.name, True, f"takes the plan, by {' or '.join(able)}")
+        reasons = {name: answer.reason for name, answer in answers.items()} | dict(self.out)
+        told = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+        return Decision(self.name, False, f"no engine takes it ({told})")
+
+    def prepare(self, plan: CopyPlan) -> HostLaunch:
+        launch = HostLaunch(plan, self)
+        launch.prepare_one()
+        return launch
+
+    def _ask(self) -> tuple[dict[str, Backend], dict[str, str]]:
+        with self._lock:
+            if self._asked is None:
+                engines: dict[str, Backend] = {}
+                out: dict[str, str] = {}
+                for name in ORDER:
+                    made = self._make(name)
+                    if isinstance(made, str):
+                        out[name] = made
+                    else:
+                        engines[name] = made
+                self._asked = engines, out
+        return self._asked
+
+    def _make(self, name: str) -> Backend | str:
+        """An engine, or why it does not serve this device."""
+        module, _, attribute = BUILT_IN[name].partition(":")
+        try:
+            cls: type[Engine] = getattr(importlib.import_module(module), attribute)
+            decision = cls.probe(self.device)
+            if decision.accepted:
+                return cls(self.device, self._half, self.terms)
+        except Exception as error:  # one that fails must not take the others down
+            return f"it failed to load: {type(error).__name__}: {error}"
+        return decision.reason
+
+
+class HostLaunch:
+    """A plan's launches, one for each engine that takes it, each prepared when it is first used.
+
+    Args:
+        plan: between a device and the host.
+        host: whose engines they are.
+
+    Attributes:
+        direction: ``d2h`` or ``h2d``.
+        out: engines that do not carry the plan out, and why, as a phrase.
+    """
+
+    def __init__(self, plan: CopyPlan, host: Host) -> None:
+        self.plan, self.direction = plan, direction_of(plan)
+        self._host, self._terms = host, host.terms
+        self.out = dict(host.out)
+        self._engines: dict[str, Backend] = {}
+        for name, engine in host.engines.items():
+            decision = engine.check(plan)
+            if decision.accepted:
+                self._engines[name] = engine
+            else:
+                self.out[name] = decision.reason
+        self._lock = threading.RLock()
+        self._launches: dict[str, Launch] = {}
+        self._whole, self._of_host = RunCounter(plan), RunCounter.of_host(plan)
+        self._picks: dict[tuple[int, int, int], Pick] = {}
+
+    def prepare_one(self) -> None:
+        """Prepare the first engine that can be, so that the plan is known to be carried out.
+
+        Raises:
+            Unsupported: none can be, with each one's reason.
+        """
+        if any(self._prepared(name) is not None for name in list(self._engines)):
+            return
+        lines = "\n".join(f"  {name}: {why}" for name, why in self.out.items())
+        raise Unsupported("A copy between the device and the host", f"no engine takes it:\n{lines}")
+
+    def pick(
+        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int
+    ) -> Pick:
+        """The engine that the transfer of ``count`` positions takes; moves nothing.
+
+        Raises:
+            Unsupported: every engine has turned out not to carry the plan out.
+        """
+        theirs = dst_index if self.direction == "d2h" else src_index
+        whole = self._whole.groups(src_index, dst_index, count)
+        of_host = self._of_host.groups(theirs, theirs, count)
+        key = whole, of_host, count
+        found = self._picks.get(key)
+        if found is None:
+            shapes = self._shapes(whole, of_host, count)
+            found = pick(shapes, self.direction, self.out, self._terms, self._host.costs)
+            if len(self._picks) >= _MOST:
+                self._picks.clear()
+            self._picks[key] = found
+        return found
+
+    def carry(
+        self,
+        engine: str,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+    ) -> Pending | None:
+        """Carry a transfer out by one engine, whatever would be picked.
+
+        Raises:
+            Unsupported: the engine does not carry the plan out.
+        """
+        launch = self._prepared(engine)
+        if launch is None:
+            why = self.out.get(engine, "there is no such engine")
+            raise Unsupported(f"A copy by the engine {engine!r}", why)
+        mine, theirs = (self._placed(engine, x, stream) for x in (src_index, dst_index))
+        return launch(src, dst, mine, theirs, count, stream, None)
+
+    def __call__(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+    ) -> Pending | None:
+        if not count:
+            return None
+        picked = self.pick(src, dst, src_index, dst_index, count).engine
+        while self._prepared(picked) is None:  # it is out now, and another one is picked
+            picked = self.pick(src, dst, src_index, dst_index, count).engine
+        return self.carry(picked, src, dst, src_index, dst_index, count, stream)
+
+    def _shapes(self, whole: int, of_host: int, count: int) -> dict[str, Shape]:
+        """What a copy is to each engine."""
+        crossing = self._of_host.shape(of_host, count)
+        return {
+            "staged": crossing,
+            "descriptors": self._whole.shape(whole, count),
+            "direct": self._whole.unmerged(count),
+            "ring": crossing,
+        }
+
+    def _prepared(self, name: str) -> Launch | None:
+        """The launch of an engine, prepared now if need be; None where it cannot be."""
+        launch = self._launches.get(name)
+        if launch is not None or name not in self._engines:
+            return launch
+        with self._lock:
+            if name in self._engines and name not in self._launches:
+                try:
+                    self._launches[name] = self._engines[name].prepare(self.plan)
+                except Unsupported as error:
+                    self._refuse(name, str(error))
+                except Exception as error:  # a compiler that fails must not end the transfer
+                    self._refuse(name, f"it failed to prepare: {type(error).__name__}: {error}")
+            return self._launches.get(name)
+
+    def _refuse(self, name: str, why: str) -> None:
+        self.out = {**self.out, name: why}
+        del self._engines[name]
+        self._picks.clear()
+
+    def _placed(self, name: str, index: Index, stream: torch.Stream | None) -> Index:
+        """An index with its ids where an engine reads them."""
+        can = self._engines[name].capabilities()
+        if index.ids is None or can.index_on == "any":
+            return index
+        with inside(stream):
+            placed = index.placed(can.home_of_ids(self._host.device), can.index_dtypes)
+        if stream is not None and placed.ids is not None and not placed.ids.is_cpu:
+            # Kept with the index, it may have been made for another stream than this one.
+            placed.ids.record_stream(stream)
+        return placed

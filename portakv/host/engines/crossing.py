@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Crossings: what puts pieces of memory on the link between a device and the host."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Protocol
+
+import torch
+
+from ...view import KVView
+from . import _crossing_cuda
+from ._crossing_torch import TorchCrossing
+from .folding import Pieces, fold
+
+__all__ = ["Crossing", "Pieces", "crossing", "fold"]
+
+
+class Crossing(Protocol):
+    """Puts pieces on the link of one device; any thread may call it."""
+
+    def copy(
+        self, pieces: Pieces, src: KVView, dst: KVView, stream: torch.Stream | None = None
+    ) -> None:
+        """Copy the pieces, ordered on ``stream`` (None: the device's current one).
+
+        The host does not wait, except where memory is pageable or a device's torch knows no other
+        way. Who calls holds the memory of both views until the copy has ended.
+
+        Raises:
+            TransferError: the driver refuses; some of the pieces may have been moved.
+        """
+
+
+@cache
+def crossing(device: torch.device) -> Crossing:
+    """What crosses the link of a device: CUDA's driver by itself, else the device's torch."""
+    if _crossing_cuda.why_not(device) is None:
+        return _crossing_cuda.CudaCrossing(device)
+    return TorchCrossing(device)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The halves of a copy across the link: inside the device, and between a mirror and the host."""
+
+from __future__ import annotations
+
+from math import lcm
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...index import Index
+from ...plan import CopyPlan
+from ...routes import Route, route
+from .crossing import fold
+from .folding import Pieces
+from .mirror import Mirror
+from .schedule import capacity
+
+if TYPE_CHECKING:
+    from ...registry import Choice
+    from ...view import KVView
+
+_FRONT = Index()
+
+
+class Halves:
+    """Both halves of a plan.
+
+    Args:
+        plan: between a device and the host.
+        mirror: how its mirrors lie.
+        half: what carries out the device's half.
+
+    Attributes:
+        downward: from the device to the host.
+        quantum: slices along the positions are multiples of it, but for the last.
+    """
+
+    def __init__(self, plan: CopyPlan, mirror: Mirror, half: Choice) -> None:
+        self.plan, self.mirror = plan, mirror
+        self.downward = plan.src.place == "device"
+        self.quantum = lcm(plan.unit, mirror.block_size)
+        self._half = half
+        self._ways: dict[int, tuple[Route, CopyPlan]] = {}
+
+    def prepare(self, device: torch.device) -> None:
+        """Prepare the device's half; raises `Unsupported` where nobody takes it."""
+        held = self.held(1, False)
+        buffer = torch.empty(self.mirror.nbytes(held), dtype=torch.uint8, device=device)
+        self.ways(self.mirror.view(buffer, held), held)
+
+    def held(self, count: int, exactly: bool) -> int:
+        """Slots of a mirror for ``count`` positions; exactly so many where nothing is to lie
+        between its planes."""
+        block = self.mirror.block_size
+        if exactly and block == 1:
+            return count
+        return capacity(count, self.quantum, self.plan.token_bytes) + (block if block > 1 else 0)
+
+    def ways(self, mirror: KVView, held: int) -> tuple[Route, CopyPlan]:
+        """The route between the device's rows and a mirror, and the plan of its other side."""
+        known = self._ways.get(held)
+        if known is None:
+            plan, unit = self.plan, self.plan.unit
+            if self.downward:
+                way = route(plan.src, mirror.form, plan.src_step, 0, unit, self._half)
+                link = CopyPlan(mirror.form, plan.dst, 0, plan.dst_step, unit)
+            else:
+                way = route(mirror.form, plan.dst, 0, plan.dst_step, unit, self._half)
+                link = CopyPlan(plan.src, mirror.form, plan.src_step, 0, unit)
+            known = self._ways[held] = way, link
+        return known
+
+    def behind(self, index: Index) -> Index:
+        """Where rows lie in a mirror: as far into a block as they do on the host."""
+        block = self.mirror.block_size
+        return _FRONT if block == 1 else Index(offset=index.offset % block)
+
+    def pieces(
+        self, link: CopyPlan, host: KVView, mirror: KVView, index: Index, count: int
+    ) -> Pieces:
+        """What has to cross between a mirror and the host."""
+        behind = self.behind(index)
+        if self.downward:
+            return fold(link.runs(mirror, host, behind, index, count), mirror, host)
+        return fold(link.runs(host, mirror, index, behind, count), host, mirror)

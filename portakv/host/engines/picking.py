@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Picking: which engine carries a copy out, by what each would cost and by the caller's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ...errors import Unsupported
+from .assumed import Assumed
+from .shapes import Shape
+from .table import Costs
+from .terms import Terms
+
+#: The engines, the gentlest to a running model first: it wins where two cost the same.
+ORDER = ("staged", "descriptors", "direct", "ring")
+#: The most bytes that a kernel may move across the link while the device computes: about 20 us,
+#: less than one layer of a model takes. A default, not a measurement.
+SMALL = 1 << 20
+#: Rows of a 2-D copy from this many bytes on: the piece costs what one run of all its bytes costs.
+#: Narrower ones count one by one. A default, not a measurement.
+WIDE = 1024
+
+_ASSUMED = Assumed("the engine is not in the table")
+
+
+class Alternative(NamedTuple):
+    """What one engine would make of a copy.
+
+    Attributes:
+        engine: its name.
+        run_bytes, runs: the copy, as its cost was looked up.
+        seconds: what it would take; None where that is not known.
+        measured: that was measured on this device, not assumed.
+        refused: why it may not be picked, as a phrase; empty where it may.
+    """
+
+    engine: str
+    run_bytes: int
+    runs: int
+    seconds: float | None
+    measured: bool
+    refused: str
+
+    def gbps(self, nbytes: int) -> float | None:
+        """10^9 bytes in a second."""
+        return nbytes / self.seconds / 1e9 if self.seconds else None
+
+
+class Pick(NamedTuple):
+    """The engine that carries a copy out, why as a sentence, and what each engine would take."""
+
+    engine: str
+    why: str
+    alternatives: tuple[Alternative, ...]
+
+
+def pick(
+    shapes: Mapping[str, Shape],
+    direction: str,
+    out: Mapping[str, str],
+    terms: Terms,
+    costs: Costs,
+) -> Pick:
+    """The engine for a copy.
+
+    Args:
+        shapes: what the copy is to each engine that might carry it out.
+        direction: ``d2h`` or ``h2d``.
+        out: engines that do not, and why, as a phrase.
+        terms: what the caller asks.
+        costs: what engines cost.
+
+    Raises:
+        Unsupported: no engine is left, with each one's reason.
+    """
+    found = [
+        _alternative(name, shapes[name], direction, out.get(name, ""), terms, costs)
+        for name in ORDER
+        if name in shapes
+    ]
+    able = [one for one in found if one.engine not in out]
+    if not able:
+        lines = "\n".join(f"  {name}: {why}" for name, why in out.items())
+        raise Unsupported("A copy between the device and the host", f"no engine takes it:\n{lines}")
+    allowed = [one for one in able if not one.refused]
+    # What was measured on this device beats what was assumed; `min` takes the first of equals.
+    best = min(allowed or able, key=lambda one: (not one.measured, one.seconds or float("inf")))
+    return Pick(best.engine, _why(best, allowed, found, out, terms), tuple(found))
+
+
+def _alternative(
+    name: str, shape: Shape, direction: str, out: str, terms: Terms, costs: Costs
+) -> Alternative:
+    runs = shape.pieces if shape.run_bytes >= WIDE else shape.runs
+    runs = max(1, runs)
+    run_bytes = max(1, shape.nbytes // runs)
+    seconds, measured = costs.seconds(name, direction, run_bytes, runs), costs.measured
+    if seconds is None:
+        seconds, measured = _ASSUMED.seconds(name, direction, run_bytes, runs), False
+    if seconds is not None and terms.max_gbps is not None:
+        seconds = max(seconds, shape.nbytes / terms.max_gbps / 1e9)
+    refused = out or _kept_out(name, shape.nbytes, terms)
+    return Alternative(name, run_bytes, runs, seconds, measured, refused)
+
+
+def _kept_out(name: str, nbytes: int, terms: Terms) -> str:
+    """Why the terms keep an engine out, as a phrase; empty where they do not."""
+    if name != "direct" or terms.overlap == "idle" or nbytes <= SMALL:
+        return ""
+    if terms.max_gbps is not None or terms.max_thread_blocks is not None:
+        return ""
+    return (
+        f"with overlap='compute' it moves at most {SMALL >> 20} MiB, unless max_gbps or "
+        f"max_thread_blocks limit it"
+    )
+
+
+def _why(
+    best: Alternative,
+    allowed: list[Alternative],
+    found: list[Alternative],
+    out: Mapping[str, str],
+    terms: Terms,
+) -> str:
+    if not allowed:
+        return f"no other engine takes the copy, although {best.refused}"
+    known = "measured" if best.measured else "assumed"
+    if len(allowed) > 1:
+        text = f"the least time of those that the terms allow, as {known}"
+    else:
+        text = "the only engine that is left"
+    quicker = [
+        one for one in found
+        if one.engine not in out and one.refused and one.seconds and best.seconds
+        and one.seconds < best.seconds
+    ]  # fmt: skip
+    for one in quicker:
+        text += f"; {one.engine} would take less, but the terms keep it out"
+    if terms.max_gbps is not None:
+        text += f"; at most {terms.max_gbps:g} GB/s"
+    return text

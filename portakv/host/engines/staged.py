@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`staged`: rows are made dense on the device, and cross the link in few large copies.
+
+The device's half is a copy between the rows and a mirror of the host's rows, by whichever backend
+serves the device; the link's half is one copy of each slice, on a stream of its own. They overlap:
+while a slice crosses, the next one is gathered, or the last one scattered.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...backends.base import Capabilities, Launch, Pending
+from ...errors import Unsupported
+from ...index import Index
+from ...plan import CopyPlan
+from ...routes import Route
+from .. import _flight, _registrations
+from .crossing import Crossing, crossing
+from .engine import PINNED, Engine
+from .folding import Pieces
+from .halves import Halves
+from .mirror import mirror_of
+from .schedule import Cut, cuts
+from .staging import Staging, staging
+
+if TYPE_CHECKING:
+    from ...view import KVView
+
+_KEPT = 64  # lengths of which a view of rows remembers the slices
+
+
+class Staged(Engine):
+    """Gather on the device, then a memcpy of each slice; or a memcpy, then scatter."""
+
+    name = "staged"
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(places=PINNED, index_on="any")
+
+    def prepare(self, plan: CopyPlan) -> Launch:
+        refused: Unsupported | None = None
+        for by_layer in (False, True):
+            launch = _StagedLaunch(plan, self, by_layer)
+            try:
+                launch.whole.prepare(self.device)
+            except Unsupported as error:
+                refused = error
+                continue
+            return launch
+        assert refused is not None
+        raise refused
+
+
+class _StagedLaunch:
+    """A prepared copy; ``whole``: its halves where every plane is moved at once."""
+
+    def __init__(self, plan: CopyPlan, engine: Engine, by_layer: bool) -> None:
+        self.device, self.downward = engine.device, plan.src.place == "device"
+        self.plan, self._half, self._by_layer = plan, engine.half, by_layer
+        self._host = plan.dst if self.downward else plan.src
+        self.whole = self._halves_of(plan)
+        self._crossing = crossing(engine.device)
+        self._halves: dict[tuple[object, ...], Halves] = {}
+
+    def __call__(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+    ) -> None:
+        if not count:
+            return
+        host, rows = (dst, src) if self.downward else (src, dst)
+        theirs, mine = (dst_index, src_index) if self.downward else (src_index, dst_index)
+        legs = self._legs(rows, host, theirs.to_host(), count)
+        work = stream or torch.accelerator.current_stream(self.device.index)
+        room = staging(self.device, work, self.downward)
+        with room.lock, _flight.inside(stream):
+            _Passage(self.downward, room, work, self._crossing).run(legs, host, mine)
+        # No allocator knows of the link's copies, so the host's memory is held until they ended.
+        _flight.completion(self.device, work, *host.owners)
+
+    def _legs(self, rows: KVView, host: KVView, theirs: Index, count: int) -> list[Leg]:
+        """The slices of a transfer; kept where they hold for any memory of the host's form."""
+        # Ids scatter the rows of a plane anyway, and several allocations the planes.
+        single = theirs.ids is None and len(host.origins) == 1 and not _registrations.seams()
+        if not single:
+            slices = cuts(self._host, (), count, self.whole.quantum, self.downward)
+            return [Leg(self, cut, False, rows, host, theirs) for cut in slices]
+        kept: dict[tuple[int, int], list[Leg]] = rows.kept.setdefault(self, {})
+        known = kept.get((count, theirs.offset))
+        if known is None:
+            outside = self.whole.mirror.outside
+            slices = cuts(self._host, outside, count, self.whole.quantum, self.downward)
+            known = [Leg(self, cut, bool(outside), rows, host, theirs) for cut in slices]
+            if len(kept) >= _KEPT:
+                kept.clear()
+            kept[count, theirs.offset] = known
+        return known
+
+    def halves(self, rows: KVView, host: KVView, cut: Cut) -> Halves:
+        """The halves for the planes of a slice, of views that show only these."""
+        if cut.layers is None and cut.kv is None:
+            return self.whole
+        key = rows.form, host.form
+        known = self._halves.get(key)
+        if known is None:
+            src, dst = key if self.downward else key[::-1]
+            steps = self.plan.src_step, self.plan.dst_step
+            known = self._halves[key] = self._halves_of(CopyPlan(src, dst, *steps, self.plan.unit))
+        return known
+
+    def _halves_of(self, plan: CopyPlan) -> Halves:
+        host = plan.dst if self.downward else plan.src
+        return Halves(plan, mirror_of(host, self._by_layer), self._half)
+
+
+class Leg:
+    """A slice of a transfer, with everything settled that does not change with the host's memory.
+
+    Args:
+        launch: the prepared copy.
+        cut: which planes and positions.
+        exactly: nothing may lie between the planes of a mirror.
+        rows: the device's.
+        host: the host's.
+        theirs: the index of the host's rows, with ids on the host.
+    """
+
+    def __init__(
+        self,
+        launch: _StagedLaunch,
+        cut: Cut,
+        exactly: bool,
+        rows: KVView,
+        host: KVView,
+        theirs: Index,
+    ) -> None:
+        self.rows, part = sliced(rows, cut), sliced(host, cut)
+        self.start, self.count = cut.start, cut.count
+        self.halves = launch.halves(self.rows, part, cut)
+        self.mirror, self.held = self.halves.mirror, self.halves.held(cut.count, exactly)
+        self.nbytes = self.mirror.nbytes(self.held)
+        self.behind = self.halves.behind(theirs.shifted(cut.start))
+        self._theirs = theirs.shifted(cut.start)
+        self._part: KVView | None = part
+        self._origins = 0, host.origins[0]
+        self._pieces: Pieces | None = None
+        self.way: Route | None = None
+
+    def settle(self, mirror: KVView) -> Route:
+        """The device's half, and what has to cross, for mirrors of this leg's."""
+        part = self._part
+        if self.way is None and part is not None:
+            way, link = self.halves.ways(mirror, self.held)
+            self._pieces = self.halves.pieces(link, part, mirror, self._theirs, self.count)
+            self._origins = mirror.origins[0], self._origins[1]
+            self.way = way  # last: another thread may look
+            self._part = None  # a leg that is kept must not hold the memory that it was made for
+        assert self.way is not None
+        return self.way
+
+    def pieces(self, mirror: KVView, host: KVView) -> Pieces:
+        """What has to cross between a mirror and the host's rows, where these lie."""
+        assert self._pieces is not None
+        known = self._pieces
+        there, here = mirror.origins[0] - self._origins[0], host.origins[0] - self._origins[1]
+        dst, src = (here, there) if self.halves.downward else (there, here)
+        if not dst and not src:
+            return known
+        return known._replace(dst=known.dst + dst, src=known.src + src)
+
+
+def sliced(view: KVView, cut: Cut) -> KVView:
+    """The planes of a slice, as a view that is made once."""
+    if cut.layers is None and cut.kv is None:
+        return view
+    key = "planes", cut.layers, cut.kv
+    known: KVView | None = view.kept.get(key)
+    if known is None:
+        layers, kv = (None if ends is None else slice(*ends) for ends in (cut.layers, cut.kv))
+        known = view.kept[key] = view.slice(layers=layers, kv=kv)
+    return known
+
+
+class _Passage:
+    """One transfer under way: on which streams, and through which mirrors."""
+
+    def __init__(
+        self, downward: bool, room: Staging, work: torch.Stream, crossing: Crossing
+    ) -> None:
+        self._downward, self._room, self._crossing = downward, room, crossing
+        self._work = self._side = work
+
+    def run(self, legs: list[Leg], host: KVView, mine: Index) -> None:
+        """Move every slice."""
+        room, work = self._room, self._work
+        room.reserve(max(leg.nbytes for leg in legs))
+        if len(legs) > 1:  # a single slice has nothing to overlap with
+            self._side = room.side
+            self._side.wait_stream(work)
+        free: list[torch.Event | None] = [None] * room.mirrors
+        placed, by = mine, None
+        try:
+            for nth, leg in enumerate(legs):
+                at = nth % room.mirrors
+                mirror = room.mirror(at, leg.mirror, leg.held)
+                way = leg.settle(mirror)
+                if way is not by:
+                    placed, by = way.place(mine), way
+                again = nth + room.mirrors < len(legs)
+                index = placed.shifted(leg.start)
+                free[at] = self._move(leg, mirror, host, way, index, free[at], again)
+        finally:
+            # What was enqueued, also before an interrupt, is part of the caller's stream.
+            if self._side is not work:
+                work.wait_stream(self._side)
+
+    def _move(
+        self,
+        leg: Leg,
+        mirror: KVView,
+        host: KVView,
+        way: Route,
+        mine: Index,
+        free: torch.Event | None,
+        again: bool,
+    ) -> torch.Event | None:
+        """Move a slice through a mirror, which is free after an event; the next such where the
+        mirror is used again."""
+        work, side = self._work, self._side
+        pieces = leg.pieces(mirror, host)
+        if self._downward:
+            _wait(work, free)
+            _finish(way.launch(leg.rows, mirror, mine, leg.behind, leg.count, work, None))
+            _wait(side, self._mark(work))
+            self._crossing.copy(pieces, mirror, host, side)
+            return self._mark(side) if again else None
+        _wait(side, free)
+        self._crossing.copy(pieces, host, mirror, side)
+        _wait(work, self._mark(side))
+        _finish(way.launch(mirror, leg.rows, leg.behind, mine, leg.count, work, None))
+        return self._mark(work) if again else None
+
+    def _mark(self, stream: torch.Stream) -> torch.Event | None:
+        if self._side is self._work:
+            return None
+        event = torch.Event(stream.device)
+        event.record(stream)
+        return event
+
+
+def _wait(stream: torch.Stream, event: torch.Event | None) -> None:
+    if event is not None:
+        stream.wait_event(event)
+
+
+def _finish(pending: Pending | None) -> None:
+    """Wait for a device's half that is not ordered on its stream."""
+    if pending is not None:
+        pending.wait()

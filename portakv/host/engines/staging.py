@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Staging: memory on the device that transfers of one stream pass through, and the stream beside
+it on which slices cross."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+import torch
+
+from .mirror import Mirror
+from .schedule import RING
+
+if TYPE_CHECKING:
+    from ...view import KVView
+
+_APART = 256  # bytes: mirrors begin at multiples, so that vectors are as wide as they can be
+_STREAMS = 8  # streams, by direction, whose staging is kept; the oldest is made anew
+
+
+class Staging:
+    """The mirrors of one stream and direction. One transfer at a time issues its work, under
+    ``lock``; on the device the stream orders them.
+
+    Attributes:
+        side: where slices cross.
+        mirrors: how many there are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.lock = threading.Lock()
+        self.side = torch.Stream(device)
+        self.mirrors = RING
+        self._device = device
+        self._each = 0
+        self._room: torch.Tensor | None = None
+        self._views: dict[tuple[int, Mirror, int], KVView] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the device that are held."""
+        return 0 if self._room is None else self._room.numel()
+
+    def reserve(self, nbytes: int) -> None:
+        """Have room for mirrors of so many bytes each; on the current stream.
+
+        Smaller memory is given back: to what the allocator serves later on this stream, which by
+        then waits for every use.
+        """
+        each = -(-nbytes // _APART) * _APART
+        if each > self._each:
+            self._views.clear()
+            self._room = None
+            self._room = torch.empty(self.mirrors * each, dtype=torch.uint8, device=self._device)
+            self._each = each
+
+    def mirror(self, at: int, mirror: Mirror, held: int) -> KVView:
+        """One of the mirrors, for rows of ``held`` slots."""
+        key = at, mirror, held
+        known = self._views.get(key)
+        if known is None:
+            assert self._room is not None
+            room = self._room[at * self._each : (at + 1) * self._each]
+            known = self._views[key] = mirror.view(room, held)
+        return known
+
+
+_known: OrderedDict[tuple[torch.device, int, bool], Staging] = OrderedDict()
+_lock = threading.Lock()
+
+
+def staging(device: torch.device, work: torch.Stream, downward: bool) -> Staging:
+    """The staging of a stream, for one direction."""
+    key = device, work.stream_id, downward
+    found = _known.get(key)
+    if found is None:
+        with _lock:
+            found = _known.setdefault(key, Staging(device))
+            while len(_known) > _STREAMS:
+                _known.popitem(last=False)
+    return found
