@@ -23,6 +23,8 @@ else:
     import tomli as tomllib
 
 FILE = Path(__file__).with_name("bars.toml")
+#: What a result of `portakv bench --host` says of itself; its rows are of kinds that begin so.
+HOST_SUITE = "host"
 
 #: How much worse than its accepted figure a bar may come out: the noise between two runs.
 TOLERANCE = 0.03
@@ -64,6 +66,11 @@ class Bar:
     device: str | None = None
     accepted: Accepted | None = None
     open: str = ""
+
+    @property
+    def of_host(self) -> bool:
+        """True where it is about results of `portakv bench --host`."""
+        return str(self.where.get("kind", "")).startswith(f"{HOST_SUITE}_")
 
     def __str__(self) -> str:
         return f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
@@ -141,9 +148,14 @@ def load_bars(path: Path = FILE) -> list[Bar]:
 
 
 def judge(results: Mapping[str, Any], bars: Sequence[Bar]) -> list[Verdict]:
-    """A verdict for each bar that concerns the device of the results."""
+    """A verdict for each bar that concerns the device, and the suite, of the results."""
     device = results["machine"]["device_type"]
-    return [_judge(bar, results["rows"]) for bar in bars if bar.device in (None, device)]
+    host = results.get("suite") == HOST_SUITE
+    return [
+        _judge(bar, results["rows"])
+        for bar in bars
+        if bar.device in (None, device) and bar.of_host == host
+    ]
 
 
 def _judge(bar: Bar, rows: Sequence[Mapping[str, Any]]) -> Verdict:
@@ -171,7 +183,7 @@ def _fulfils(found: Any, asked: Any) -> bool:
 
 
 def _named(row: Mapping[str, Any]) -> str:
-    names = ["shape", "layers", "backend", "way", "op", "index", "ids"]
+    names = ["shape", "layers", "backend", "way", "op", "index", "ids", "loop"]
     if row.get("kind") == "startup":
         names.append("cache")  # of compiled kernels; in other rows it is a layout
     return " ".join(str(row[name]) for name in names if name in row)

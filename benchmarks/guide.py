@@ -15,6 +15,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from . import host_guide
+from .check import HOST_SUITE
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("results")
 PAGE = ROOT / "docs" / "choosing.md"
@@ -41,9 +44,12 @@ def page(files: Iterable[Path]) -> str:
     """The whole page for result files, those of accelerators first."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(files)]
     results.sort(key=lambda result: result["machine"]["device_type"] == "cpu")
+    hosts = [result for result in results if result.get("suite") == HOST_SUITE]
     parts = [_HEAD.rstrip("\n")]
     for result in results:
-        parts += _device(result)
+        parts += [] if result in hosts else _device(result)
+    for result in hosts:
+        parts += host_guide.section(result)
     return "\n".join(parts).rstrip("\n") + "\n"
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plots of a result: ``python -m benchmarks.plots benchmarks/results/h200.json``.
 
-Three SVG files beside it: bandwidth against bytes with the ceiling dashed, a heat map of time
-against `copy_`, and what a call costs the host. Needs matplotlib (`pip install 'portakv[bench]'`).
+SVG files beside it: bandwidth against bytes with the ceiling dashed, a heat map of time against
+`copy_`, what a call costs the host, and the ladder; of ``h200-host.json`` speed against a memcpy,
+and what a transfer does to what runs beside it. Needs matplotlib (`pip install 'portakv[bench]'`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
+
+from . import host_plots
 
 Row = Mapping[str, Any]
 
@@ -45,6 +48,8 @@ def draw(results: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
         "heatmap": heat_map,
         "host": host_cost,
         "ladder": ladder,
+        "ratio": host_plots.ratio,
+        "interference": host_plots.interference,
     }
     with matplotlib.rc_context(_INK):
         for kind, make in kinds.items():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from portakv import AdaptiveConnector, Index, KVView, copy_blocks, copy_rows
+from portakv.builtin import ENGINES
 from portakv.errors import PortaKVError
 from portakv.registry import trace
 
@@ -78,8 +79,9 @@ class Field:
 
 
 def accepted_backends(device: torch.device) -> list[str]:
-    """Names of the backends that serve a device, in the registry's order."""
-    return [decision.name for decision in trace(device) if decision.accepted]
+    """Names of the backends that serve a device, in the registry's order; engines between it and
+    the host are measured by ``--host``."""
+    return [d.name for d in trace(device) if d.accepted and d.name not in ENGINES]
 
 
 def tasks(preset: Preset, shapes: Sequence[Shape], device: torch.device) -> Iterator[Task]:

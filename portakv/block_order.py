@@ -23,13 +23,13 @@ _LAYERS = "a view for each layer"
 
 
 class Order(NamedTuple):
-    """A copy of ``count`` positions, checked but for its ids."""
+    """A copy of ``tokens`` positions, checked but for its ids."""
 
     src: KVView
     dst: KVView
     src_index: Index
     dst_index: Index
-    count: int
+    tokens: int
     choice: Choice
     stream: torch.Stream | None
     terms: Terms
@@ -48,27 +48,27 @@ class Order(NamedTuple):
     def carried(self, disjoint: bool = False) -> Transfer:
         """Issue all of it; ``disjoint``: its rows are known to be."""
         return carry(
-            self.src, self.dst, self.src_index, self.dst_index, self.count, self.choice,
+            self.src, self.dst, self.src_index, self.dst_index, self.tokens, self.choice,
             self.stream, disjoint=disjoint, terms=self.terms,
         )  # fmt: skip
 
     def layer(self, layer: int) -> Order:
         """One layer of it; raises as the whole does where the sides have not equally many."""
         if self.src.layers != self.dst.layers:
-            self._replace(count=0).carried()
+            self._replace(tokens=0).carried()
         return self._replace(src=layers_of(self.src)[layer], dst=layers_of(self.dst)[layer])
 
     def part(self, first: int, tokens: int) -> Order:
         """Some of its positions."""
         mine, theirs = self.src_index.part(first, tokens), self.dst_index.part(first, tokens)
-        return self._replace(src_index=mine, dst_index=theirs, count=tokens)
+        return self._replace(src_index=mine, dst_index=theirs, tokens=tokens)
 
     def check_apart(self) -> None:
         """Raise `SlotError` where a row is both source and destination, as far as the host knows
         the ids."""
         if self.src.overlaps(self.dst):
             unit = self.src.form.block_size if self.src.opaque else 1
-            check_disjoint(self.src, self.dst, self.src_index, self.dst_index, self.count, unit)
+            check_disjoint(self.src, self.dst, self.src_index, self.dst_index, self.tokens, unit)
 
     def follow_current(self) -> None:
         """Make its stream wait for the current one."""
@@ -88,7 +88,7 @@ class Order(NamedTuple):
     def asked(self) -> Asked:
         """What a handle says of it, without its views."""
         return Asked(
-            self.src.form, self.dst.form, self.src_index, self.dst_index, self.count, self.choice,
+            self.src.form, self.dst.form, self.src_index, self.dst_index, self.tokens, self.choice,
             self.terms,
         )  # fmt: skip
 

@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from math import gcd
-from typing import Any
 
 import torch
 
 from .block_order import Order
 from .block_transfer import BlockTransfer
-from .capture import capturing
+from .capture import capturing, ignore_captures_elsewhere
 from .clean import clean
 from .errors import Unsupported
 from .pump import Landing, Pace, Pump, Slice
@@ -41,17 +40,21 @@ def in_slices(order: Order, by_layer: bool) -> BlockTransfer:
         )
     order.dst.check_writable()
     shown = order.layer(0) if by_layer else order
-    shown._replace(count=0).carried()  # what cannot be carried out is refused now
+    shown._replace(tokens=0).carried()  # what cannot be carried out is refused now
     order = order._replace(src_index=order.src_index.to_host(), dst_index=order.dst_index.to_host())
     asked, order = order.asked(), _cleaned(order)
     order.check_apart()
-    if not order.count:
+    if not order.tokens:
         layers = [Transfer() for _ in range(order.src.layers if by_layer else 0)]
         return BlockTransfer((), None, False, asked, layers=layers)
-    order = _on_own_stream(order)
+    # Indices of its own: copies of ids that the thread makes are on no other stream.
+    order = order.part(0, order.tokens)
+    if order.device.type != "cpu":
+        order = order._replace(stream=order.stream or torch.Stream(order.device))
+        order.follow_current()
     clock, rate = order.clock(), order.terms.max_gbps
     slices = cut(order, by_layer)
-    inside = partial(_current, order.stream)
+    inside = partial(_inside, order)
     pump = Pump(slices, _issuer(order), inside, clock, None if rate is None else Pace(rate))
     layers = []
     if by_layer:
@@ -75,33 +78,21 @@ def cut(order: Order, by_layer: bool) -> list[Slice]:
     return [
         Slice(layer, first, size, round(size * token_bytes))
         for layer in layers
-        for first in range(0, order.count, tokens)
-        for size in [min(tokens, order.count - first)]
+        for first in range(0, order.tokens, tokens)
+        for size in [min(tokens, order.tokens - first)]
     ]
 
 
 def _cleaned(order: Order) -> Order:
     """Without the positions that are skipped; raises `SlotError` for bad ids."""
     mine, theirs = order.src_index, order.dst_index
-    skips = mine.judge(order.count, order.src.slots, False, "source")
-    skips |= theirs.judge(order.count, order.dst.slots, True, "destination")
-    count = order.count
+    skips = mine.judge(order.tokens, order.src.slots, False, "source")
+    skips |= theirs.judge(order.tokens, order.dst.slots, True, "destination")
+    count = order.tokens
     if skips:
         unit = gcd(mine.plan_step, theirs.plan_step)
         mine, theirs, count, _ = clean(order.src, order.dst, mine, theirs, count, unit)
-    return order._replace(src_index=mine, dst_index=theirs, count=count)
-
-
-def _on_own_stream(order: Order) -> Order:
-    """On a stream that waits for the current one, with its ids where backends read them."""
-    if order.device.type == "cpu":
-        return order
-    for index in (order.src_index, order.dst_index):
-        if index.ids is not None:
-            index.placed(order.device, order.choice.can.index_dtypes)  # kept by the index
-    order = order._replace(stream=order.stream or torch.Stream(order.device))
-    order.follow_current()
-    return order
+    return order._replace(src_index=mine, dst_index=theirs, tokens=count)
 
 
 def _issuer(order: Order) -> Callable[[Slice], Transfer]:
@@ -118,9 +109,16 @@ def _rows(order: Order, piece: Slice) -> Order:
     return rows.part(piece.first, piece.tokens)
 
 
-def _current(stream: torch.Stream | None) -> AbstractContextManager[Any]:
-    """Inside, a stream and its device are the current ones."""
-    if stream is None:
-        return nullcontext()
-    module = torch.get_device_module(stream.device)
-    return module.stream(stream)  # type: ignore[no-any-return]
+@contextmanager
+def _inside(order: Order) -> Iterator[None]:
+    """Inside, its stream and device are the current ones, and its ids are on the device."""
+    if order.stream is None:
+        yield
+        return
+    ignore_captures_elsewhere(order.device)
+    with torch.get_device_module(order.device).stream(order.stream):
+        for index in (order.src_index, order.dst_index):
+            if index.ids is not None:
+                # All at once, kept by the index: a copy for each slice would wait for the last.
+                index.placed(order.device, order.choice.can.index_dtypes)
+        yield

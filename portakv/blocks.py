@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from .block_slices import in_slices
 from .block_transfer import Asked, BlockTransfer
 from .clocks import Clock
 from .copy import carry, check_views, common_device, covered
-from .errors import DeviceMismatch, LayoutError, SlotError, Unsupported
+from .errors import LayoutError, SlotError, Unsupported
+from .host._flight import check_stream
+from .host.engines.engine import Engine
 from .host.engines.terms import Terms
 from .index import Index
-from .registry import choose
+from .registry import Choice, choose
 from .transfer import Transfer
 from .view import KVView
 
@@ -68,22 +71,13 @@ def copy_blocks(
     mine.check_length(tokens, src.slots, "source")
     theirs.check_length(tokens, dst.slots, "destination")
     device = common_device(src, dst)
-    if stream is not None and stream.device != device:
-        raise DeviceMismatch(
-            f"A copy on {device} was asked with a stream of {stream.device}; expected a stream of "
-            f"the device that takes part. Pass one, or none for the current stream."
-        )
+    check_stream(stream, device)
     choice, terms = choose(device, backend), _NO_TERMS
     if overlap != "compute" or max_thread_blocks is not None or max_gbps is not None:
         terms = Terms(overlap, max_thread_blocks, max_gbps)
-    in_place, sliced = src.device == dst.device, cancellable or max_gbps is not None
-    if in_place and max_thread_blocks is not None:
-        raise Unsupported(
-            f"A copy from {src.device} to {dst.device} with max_thread_blocks={max_thread_blocks}",
-            "the limit is kept by kernels that read or write host memory from a device; leave it "
-            "out",
-        )
-    if in_place and not by_layer and not sliced:
+        choice = _on_terms(src, dst, choice, terms)
+    sliced = cancellable or max_gbps is not None
+    if src.device == dst.device and not by_layer and not sliced:
         # As dear as `copy_rows`: no clock inside a device, where two events would be felt.
         clock = Clock(None) if device.type == "cpu" else None
         transfer = carry(src, dst, mine, theirs, tokens, choice, stream)
@@ -108,6 +102,31 @@ def _by_layer(order: Order) -> BlockTransfer:
     layers = [order.layer(i).carried(disjoint=True) for i in range(order.src.layers)]
     first = order.layer(0).asked()
     return BlockTransfer.of(Transfer.join(layers), order.asked(), clock, layers, first)
+
+
+def _on_terms(src: KVView, dst: KVView, choice: Choice, terms: Terms) -> Choice:
+    """A choice that keeps a caller's terms; the rate is kept by who issues the slices.
+
+    Raises:
+        Unsupported: no engine carries the copy out, which would keep the limit.
+    """
+    if isinstance(choice.backend, Engine):
+        return _engine_on(choice, terms)
+    reached = (src.form.place, dst.form.place) in choice.can.places
+    if terms.max_thread_blocks is not None and (src.device == dst.device or reached):
+        raise Unsupported(
+            f"A copy from {src.device} to {dst.device} by {choice.name!r} with "
+            f"max_thread_blocks={terms.max_thread_blocks}",
+            "the limit is kept by engines whose kernels read or write host memory; leave it out",
+        )
+    return choice
+
+
+@cache
+def _engine_on(engine: Choice, terms: Terms) -> Choice:
+    """An engine that was asked for by its name, on a caller's terms."""
+    made = type(engine.backend)(engine.backend.device, None, terms)  # type: ignore[call-arg]
+    return Choice(made, engine.trace, engine.forced, made.capabilities())
 
 
 def _block_index(view: KVView, blocks: Any, side: str) -> Index:

@@ -24,7 +24,7 @@ BUILT_IN = {
 #: one chooses among the others.
 ENGINES = ("host", "staged", "descriptors", "direct", "ring")
 #: What comes last whatever the device: they run everywhere, and never faster than a native one.
-LAST = ("compiled", "reference", *ENGINES)
+LAST = ("compiled", "reference")
 #: By device type, what is used only when asked for: on a CPU it gains less than compiling costs.
 ONLY_ASKED = {"cpu": ("compiled",)}
 #: The one type of device that a candidate is made for; the others run on several.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from functools import cache
 
@@ -27,6 +28,21 @@ def capture_question(device: torch.device) -> Callable[[], bool]:
         return torch._C._cuda_isCurrentStreamCapturing
     module = None if device == _HOST else torch.get_device_module(device)
     return getattr(module, "is_current_stream_capturing", None) or _never
+
+
+def ignore_captures_elsewhere(device: torch.device) -> None:
+    """Let this thread work while another one captures a graph; for as long as the thread lives.
+
+    CUDA forbids other threads much, `torch.cuda.Event.query` for one, and ends the capture where
+    one of them does it. Of other devices no such way is known here.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return
+    try:
+        exchange = ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
+    except (OSError, AttributeError):
+        return
+    exchange(ctypes.byref(ctypes.c_int(1)))  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
 
 def _never() -> bool:

@@ -75,8 +75,10 @@ class Pump:
         clock: Clock,
         pace: Pace | None = None,
     ) -> None:
-        self._slices, self._inside, self._clock, self._pace = slices, inside, clock, pace
+        self._slices, self._clock, self._pace = slices, clock, pace
+        # Both hold the views, and are let go at the end.
         self._issue: Callable[[Slice], Transfer] | None = issue
+        self._inside: Callable[[], AbstractContextManager[Any]] | None = inside
         self._process = os.getpid()
         self._change = threading.Condition()
         self._cancelled = self._ended = self._gap = False
@@ -119,7 +121,10 @@ class Pump:
 
     def has_landed(self, slices: int) -> bool:
         """True once the first ``slices`` landed, or never will; never blocks."""
-        return self.landed >= slices or self._ended or self._elsewhere()
+        if self._ended or self._elsewhere():
+            return True
+        # With all of them the thread has let go of the views as well.
+        return self.landed >= slices and slices < len(self._slices)
 
     def wait(self, slices: int) -> None:
         """Block the host until `has_landed`."""
@@ -166,11 +171,12 @@ class Pump:
         flying: deque[Transfer] = deque()
         error: BaseException | None = None
         try:
+            assert self._inside is not None
             with self._inside():
                 error = self._pump(flying)
         except BaseException as found:  # of the context: nobody is above this thread
             error = error or found
-        self._issue = None  # with it go the views
+        self._issue = self._inside = None
         flying.clear()
         with self._change:
             self._error, self._ended = error, True

@@ -34,7 +34,7 @@ from portakv import (  # noqa: E402
 from portakv.backends import ascend  # noqa: E402
 from portakv.registry import choose, trace  # noqa: E402
 
-DEVICE = torch.device("npu", 0)
+DEVICE, OTHER = torch.device("npu", 0), torch.device("npu", 1)
 choose(DEVICE, "ascend")  # with its self-check, whose calls must not count
 LAYERS, BLOCKS, SIZE, HEADS = 2, 4, 8, 2
 SLOTS = BLOCKS * SIZE
@@ -322,9 +322,41 @@ def test_the_connector_chooses_it_and_imports_no_other_vendor_s_package() -> Non
     finally:
         sys.meta_path.remove(finder)
     assert "backend 'ascend' was chosen" in told
-    said = f"ascend: accepted, torch_npu {torch.__version__}, emulated; self-check passed"
+    said = f"ascend: accepted, torch_npu {torch.__version__}, emulated; copies go by its ops, since"
     assert said in told
+    assert "self-check passed" in told
     assert any(str(d).startswith("reference: accepted") for d in trace("npu"))
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["no stream", "a stream"])
+@pytest.mark.parametrize("ids", [IDS, Index([3, 0, 2], step=SIZE)], ids=["slots", "blocks"])
+def test_copies_on_another_device_than_the_current_one(ids: Any, given: bool) -> None:
+    """torch_npu launches an op on the current device, wherever its tensors are."""
+    caches, layout, extents, rows = cached("three")
+    tokens = 3 * SIZE if isinstance(ids, Index) else len(ids)
+    host = KVView(moved(caches, torch.clone), layout, **extents)
+    far = KVView(moved(caches, lambda x: x.to(OTHER)), layout, **extents)
+    dense = chunk_for(host, tokens, torch.bfloat16, 70)
+    chunk = KVView(moved(dense, torch.clone), rows, kv=3)
+    far_chunk = KVView(moved(dense, lambda x: x.to(OTHER)), rows, kv=3)
+    assert torch.accelerator.current_device_index() == 0
+    stream = torch.Stream(device=OTHER) if given else None
+    for scatter in (True, False):
+        at: dict[str, Any] = {"dst_index" if scatter else "src_index": ids, "count": tokens}
+        copy_rows(*((chunk, host) if scatter else (host, chunk)), **at, backend="reference")
+        sides = (far_chunk, far) if scatter else (far, far_chunk)
+        copy_rows(*sides, **at, backend="ascend", stream=stream).synchronize()
+    assert torch.accelerator.current_device_index() == 0
+    for mine, theirs in ((host, far), (chunk, far_chunk)):
+        pairs = zip(leaves(mine.tensors), leaves(theirs.tensors), strict=True)
+        assert all(plain(a).equal(plain(b.cpu())) for a, b in pairs)
+
+
+def test_an_op_on_another_device_than_the_current_one_is_refused() -> None:
+    matrix, rows = torch.zeros(4, 2).to(OTHER), torch.ones(1, 2).to(OTHER)
+    where = torch.tensor([[1]]).to(OTHER)
+    with pytest.raises(RuntimeError, match="tensor on npu:1; the current device is npu:0"):
+        torch.ops.npu.npu_scatter_nd_update_(matrix, where, rows)
 
 
 def test_the_dispatcher_refuses_what_the_vendor_s_would() -> None:

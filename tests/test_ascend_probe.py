@@ -15,6 +15,7 @@ import pytest
 import torch
 from portakv_conformance.vendor import ascend_ops
 
+from portakv.backends import _ascendc
 from portakv.backends.ascend import CALLS, Ascend
 from portakv.backends.base import Decision
 
@@ -37,6 +38,13 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     yield ask
     sys.modules.pop("torch_npu", None)
+
+
+@pytest.fixture(autouse=True)
+def _no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No library of the kernel, whatever was built here."""
+    monkeypatch.delenv(_ascendc.VARIABLE, raising=False)
+    monkeypatch.setattr(_ascendc, "_PLACE", ("lib", "none.so"))
 
 
 @pytest.fixture
@@ -105,7 +113,24 @@ def test_another_release_is_refused(loaded: Any, version: str) -> None:
 
 def test_the_release_for_this_torch_is_accepted(loaded: Any) -> None:
     decision = loaded(f"{RELEASE}.0.post3", ascend_ops.pinned_schemas("vendor"))
-    assert str(decision) == f"ascend: accepted, torch_npu {RELEASE}.0.post3"
+    assert str(decision) == (
+        f"ascend: accepted, torch_npu {RELEASE}.0.post3; copies go by its ops, since the AscendC "
+        f"kernel was not built (bash native/ascend/run_in_cann.sh npu builds it, and "
+        f"PORTAKV_ASCENDC names it)"
+    )
+
+
+def test_a_kernel_that_is_named_and_cannot_be_used_is_a_rejection(
+    loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = tmp_path / "libportakv_ascend.so"
+    monkeypatch.setenv(_ascendc.VARIABLE, str(named))
+    decision = loaded(f"{RELEASE}.0", ascend_ops.pinned_schemas("vendor"))
+    assert str(decision) == (
+        f"ascend: rejected, PORTAKV_ASCENDC names {named}, and there is no such file (bash "
+        f"native/ascend/run_in_cann.sh npu builds it, and PORTAKV_ASCENDC names it); without "
+        f"PORTAKV_ASCENDC the ops of torch_npu carry plans out"
+    )
 
 
 @pytest.mark.parametrize("missing", sorted(CALLS))

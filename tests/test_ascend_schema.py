@@ -78,7 +78,7 @@ def test_the_report_is_about_the_backend_as_it_is(report: dict[str, Any]) -> Non
     assert read(RESULTS / suite["file"]).backend["source_sha256"] == suite["source_sha256"]
 
 
-@pytest.mark.parametrize("spoiled", ["schemas", "refusals", "conformance", "empty"])
+@pytest.mark.parametrize("spoiled", ["schemas", "refusals", "kernel", "conformance", "empty"])
 def test_a_report_with_one_thing_wrong_carries_nothing(
     report: dict[str, Any], spoiled: str
 ) -> None:
@@ -87,6 +87,8 @@ def test_a_report_with_one_thing_wrong_carries_nothing(
         changed["schemas"][2]["same"] = False
     elif spoiled == "refusals":
         changed["refusals"][-1]["right"] = False
+    elif spoiled == "kernel":
+        changed["kernel"] = {"right": False}
     elif spoiled == "conformance":
         changed["conformance"]["verdict"] = "failed"
     else:

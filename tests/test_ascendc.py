@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +19,7 @@ from portakv_conformance.vendor import ascendc_emulated
 from portakv_conformance.vendor.ascendc_emulated import SETTINGS, AscendC, Setting
 
 from portakv import KVView, TransferError, Unsupported, copy_rows
+from portakv.backends import _ascendc_arguments
 
 CPU = torch.device("cpu")
 _PROBED = AscendC.probe(CPU)
@@ -156,7 +156,7 @@ def test_plans_with_more_than_the_arguments_hold(
 ) -> None:
     plan = COPIES[name]().plan()
     AscendC(CPU).prepare(plan)
-    monkeypatch.setattr(ascendc_emulated, limit, 0)
+    monkeypatch.setattr(_ascendc_arguments, limit, 0)
     with refused(Unsupported, "the AscendC kernel takes", "reference"):
         AscendC(CPU).prepare(plan)
 
@@ -171,15 +171,18 @@ def test_it_says_that_it_is_emulated() -> None:
 def test_the_arguments_are_as_large_as_the_kernel_says() -> None:
     library = ascendc_emulated.library()
     plan = COPIES["gather"]().plan()
-    packed = ascendc_emulated.pack_nest(plan.nests[0], plan)
-    assert len(packed) == library.portakv_emulated_nest_bytes()
-    assert struct.calcsize("<15q") == library.portakv_emulated_copy_bytes()
+    arguments = _ascendc_arguments.Arguments(plan)
+    assert [len(nest) for nest in arguments.nests] == [library.portakv_emulated_nest_bytes()]
+    case = COPIES["gather"]()
+    sides = (case.src.view(), case.src.index()), (case.dst.view(), case.dst.index())
+    (copied,) = arguments.copies([1], *sides, case.count, 0)
+    assert len(copied) == library.portakv_emulated_copy_bytes()
 
 
 def test_memory_that_was_not_given_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     """A destination said to be shorter than it is: the first byte past its end is told."""
     monkeypatch.setattr(
-        ascendc_emulated, "_spans",
+        _ascendc_arguments, "_spans",
         lambda view, writable: [(first, past - first - 1, 1) for first, past in view.spans],
     )  # fmt: skip
     copied = gathered(64)
@@ -206,4 +209,4 @@ def test_launches_that_cannot_be_right(
 def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ascendc_emulated.FLAGS, "-Dportakv=1")
     with refused(Unsupported, "g++ failed", "error"):
-        ascendc_emulated.library.__wrapped__()
+        ascendc_emulated.library_file.__wrapped__()

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from portakv_conformance.evidence import read
+from portakv_conformance.source import source_sha256
 
 ASCEND = Path(__file__).resolve().parent.parent / "native" / "ascend"
 EMULATION = ASCEND / "emulation"
@@ -99,6 +101,45 @@ def test_the_script_refuses_words_that_it_does_not_know() -> None:
     assert "everything" in done.stdout
 
 
+@compiles
+@pytest.mark.parametrize("word", ["suite", "npu"])
+def test_without_the_package_the_script_says_what_to_install(word: str, tmp_path: Path) -> None:
+    bare = tmp_path / "python"  # one that sees no installed package
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    bare.chmod(0o755)
+    for python in (bare, tmp_path / "none"):
+        done = run(word, PYTHON=str(python))
+        assert done.returncode == 1
+        said = done.stdout.partition("===")[2].splitlines()[1]
+        assert said == (
+            f"The suite needs PortaKV with its extra 'conformance', and {python} has not got both; "
+            f"run pip install '.[conformance]' in the repository, or name another Python by PYTHON."
+        )
+        assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@compiles
+def test_the_sanitized_run_leaves_a_record_for_the_ladder(tmp_path: Path) -> None:
+    record = tmp_path / "ascendc-sanitized.json"
+    done = run("sanitized", RECORD=str(record))
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    said = read(record)
+    assert (said.rung, said.emulated) == ("R3", True)
+    assert said.target == "portakv_conformance.vendor.ascendc_emulated:AscendC"
+    assert said.source_sha256 == source_sha256(said.target)
+    assert said.device.endswith(", emulated, under ASan and UBSan")
+    assert said.command == "bash native/ascend/emulation/run.sh sanitized"
+
+
+@compiles
+def test_a_record_of_anything_else_is_refused(tmp_path: Path) -> None:
+    done = run("matrix", RECORD=str(tmp_path / "record.json"))
+    assert done.returncode == 2
+    assert "RECORD is for 'run.sh sanitized'" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_cann_the_script_for_cann_says_what_is_missing(tmp_path: Path) -> None:
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "OUT": str(tmp_path)}
     script = ["bash", str(ASCEND / "run_in_cann.sh")]
@@ -110,7 +151,8 @@ def test_without_cann_the_script_for_cann_says_what_is_missing(tmp_path: Path) -
 
 # Texts
 
-TEXTS = sorted(path for path in ASCEND.rglob("*") if path.is_file() and path.suffix != ".pyc")
+BUILT = (".pyc", ".so")
+TEXTS = sorted(path for path in ASCEND.rglob("*") if path.is_file() and path.suffix not in BUILT)
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ASCEND)))

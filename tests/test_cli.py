@@ -69,7 +69,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ["nonsense"],
         ["layouts", "epd", "opaque"],
-        ["backends", "--device", "cpu"],
+        ["backends", "cpu"],
+        ["backends", "--device"],
         ["explain", "epd"],
         *(
             ["explain", "epd", "epd", *option]
@@ -210,7 +211,7 @@ def test_backends_under_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None
     assert (code, cpu["chosen"]) == (1, None)
     answers = [(c["name"], c["accepted"]) for c in cpu["candidates"]]
     assert answers[0] == ("nonsense", False)
-    assert answers[-1] == ("reference", True)
+    assert ("reference", True) in answers
     assert [name for name, _ in answers[1:]] == REGISTRY.names()
 
 

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import torch
 torch.version.hip, torch.version.cuda = "6.3.42134", None
 torch.cuda.current_device = lambda: 0
+torch.cuda.device_count = lambda: 1
 torch.cuda.get_device_properties = lambda _: SimpleNamespace(name="BW1000", gcnArchName="gfx936")
 from portakv import AdaptiveConnector, BackendUnavailable, registry
 from portakv.backends import _hip_driver

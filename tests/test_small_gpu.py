@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from typing import Any
 
@@ -207,6 +208,7 @@ def test_a_graph_reads_what_was_refilled(way: str, count: int, dtype: torch.dtyp
 
 
 def test_what_is_not_captured() -> None:
+    gc.collect()  # a graph of an earlier test that is freed during this capture would end it
     sender = SmallCopy(4, torch.int32, DEVICE)
     graph, marker = torch.cuda.CUDAGraph(), torch.zeros(1, device=DEVICE)
     with torch.cuda.graph(graph):

@@ -68,7 +68,7 @@ def _has_kernel(name: str) -> bool:
 
 
 def launch_kernel(torch_npu: Any) -> dict[str, Any]:
-    """The AscendC kernel, emulated, through the backend, on a stream and on memory of torch_npu's."""
+    """The AscendC kernel, emulated: through the backend, on a stream and memory of torch_npu's."""
     device = torch.device("npu", 1)
     rows = torch.arange(32 * 32).to(torch.float16).view(4, 8, 2, 16)
     cache, chunk = rows.to(device), torch.zeros(3, 2, 16, dtype=torch.float16).to(device)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ascend`: rows on Huawei's NPUs, through the ops of torch_npu.
+"""`ascend`: rows on Huawei's NPUs, by the AscendC kernel or through the ops of torch_npu.
 
-Which op serves which plan:
+What serves which plan; the first that takes it:
 
 | a plan that                                         | is carried out by                  |
 |-----------------------------------------------------|------------------------------------|
+| is any, where the kernel was built (`_ascendc`)     | the AscendC kernel                 |
 | scatters by slots into dense pages, two kv at once  | `npu_scatter_pa_kv_cache` (layers) |
 | gathers whole blocks of dense pages, two kv at once | `npu_gather_pa_kv_cache` (layers)  |
 | reads other rows under ids                          | `index_select`, into the chunk     |
@@ -17,7 +18,7 @@ caches, MLA's latent and rope of unequal widths. Of three kv (DSA) the third goe
 does everything else: head-major pages, NZ described by its layout, pages with holes. NZ as a
 format that only the vendor knows (``FRACTAL_NZ``) is `Unsupported`: strides do not tell where its
 bytes lie. The paged ops forbid negative slots, and no op skips or guards: the caller of a launch
-removes bad ids. Not one of these ops was run on an NPU by us; see ``conformance/ladder.toml``.
+removes bad ids. The kernel does both. Neither was run on an NPU by us: ``conformance/ladder.toml``.
 
 Sources: docstrings of torch_npu 2.13.0; CANN's pages on aclnnScatterPaKvCache,
 aclnnGatherPaKvCache, aclnnScatterNdUpdate, aclnnIndexSelect and aclnnInplaceIndexCopy.
@@ -25,24 +26,24 @@ aclnnGatherPaKvCache, aclnnScatterNdUpdate, aclnnIndexSelect and aclnnInplaceInd
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import Unsupported
 from ..plan import CopyPlan
+from ._ascendc import KernelRows, find_kernel, told
 from ._packed import TOKENS, packed, planes
 from ._row_copy import RowCopy
 from ._vendor_package import Unusable, imported, version_of
-from .base import Backend, Capabilities, Decision, Launch
+from .base import Backend, Capabilities, Decision, Launch, Tells
 
 if TYPE_CHECKING:
     from ..form import Form
     from ..index import Index
     from ..view import KVView
+
+    _Side = tuple[KVView, Index]
 
 #: The arguments that each op is called with. The strings of all schemas: conformance/vendor.
 CALLS = {
@@ -65,14 +66,16 @@ _SCATTER_ND = (torch.int64, torch.int8)
 
 
 class Ascend(Backend):
-    """The ops of torch_npu."""
+    """The AscendC kernel where it was built, else the ops of torch_npu."""
 
     name = "ascend"
+    find_kernel = staticmethod(find_kernel)
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         #: What stands in for torch_npu, or for what is below it, says so of itself.
         self.emulated = bool(getattr(_vendor(), "EMULATED", False))
+        self._kernel, _ = self.find_kernel(self.emulated)
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
@@ -80,21 +83,31 @@ class Ascend(Backend):
             return Decision(cls.name, False, f"it runs on npu devices, not on {device.type}")
         try:
             vendor = _vendor()
+            emulated = bool(getattr(vendor, "EMULATED", False))
+            _, by = cls.find_kernel(emulated)
         except Unusable as error:
             return Decision(cls.name, False, str(error))
-        emulated = ", emulated" if getattr(vendor, "EMULATED", False) else ""
-        return Decision(cls.name, True, f"torch_npu {version_of(vendor)}{emulated}")
+        version = f"torch_npu {version_of(vendor)}{', emulated' if emulated else ''}"
+        return Decision(cls.name, True, f"{version}; copies go {by}")
+
+    @classmethod
+    def hides(cls, device: torch.device) -> Tells | None:
+        known = device.type == "npu" and hasattr(torch.ops.npu, "get_npu_format")
+        return _private_format if known else None
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(places=frozenset({("device", "device")}))
+        guards = self._kernel is not None
+        return Capabilities(frozenset({("device", "device")}), skips_negative=guards, guards=guards)
 
     def check(self, plan: CopyPlan) -> Decision:
         decision = super().check(plan)
-        by = f"takes the plan by {_paged_op(plan) or 'rows, through index ops'}"
+        by = told(plan) if self._kernel else _paged_op(plan) or "rows, through index ops"
+        by = f"takes the plan by {by}"
         return replace(decision, reason=by) if decision.accepted else decision
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        return _Launch(plan, self.device)
+        rows = KernelRows(self._kernel, plan, self.device) if self._kernel else None
+        return _Launch(self.device, rows or _OpRows(plan, self.device))
 
 
 def _vendor() -> Any:
@@ -127,6 +140,30 @@ def _vendor() -> Any:
 
 
 class _Launch:
+    """Rows by the kernel or by the ops, on the stream and the device that they belong to."""
+
+    def __init__(self, device: torch.device, rows: KernelRows | _OpRows) -> None:
+        self.device, self.rows = device, rows
+
+    def __call__(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+    ) -> None:
+        if not count:  # which the ops forbid
+            return
+        module = torch.get_device_module(self.device)
+        # Both are launched on the current device, wherever their tensors are.
+        with module.device(self.device) if stream is None else module.stream(stream):
+            self.rows((src, src_index), (dst, dst_index), count, status)
+
+
+class _OpRows:
     """A plan by the paged ops where they serve it, and by rows where not."""
 
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
@@ -140,60 +177,32 @@ class _Launch:
         nests = plan.nests if not pairs else plan.nests[2 * pairs :] if plan.src.kv % 2 else ()
         self.rows = [RowCopy(nest, plan.unit) for nest in nests]
 
-    def __call__(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None,
-    ) -> None:
-        for view in (src, dst):
-            _check_format(view)
-        if not count:  # which the ops forbid
-            return
-        on = (
-            torch.get_device_module(self.device).stream(stream)
-            if stream is not None
-            else nullcontext()
-        )
-        with on, torch.no_grad():
-            if self.pairs:
-                self._paged(src, dst, src_index, dst_index, count)
-            for rows in self.rows:
-                rows(src, dst, src_index, dst_index, count // self.unit, _scatter_rows)
+    @torch.no_grad()
+    def __call__(self, src: _Side, dst: _Side, count: int, status: torch.Tensor | None) -> None:
+        if self.pairs:
+            self._paged(src, dst, count)
+        for rows in self.rows:
+            rows(src[0], dst[0], src[1], dst[1], count // self.unit, _scatter_rows)
 
-    def _paged(
-        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int
-    ) -> None:
+    def _paged(self, src: _Side, dst: _Side, count: int) -> None:
         gathers = self.op == "npu_gather_pa_kv_cache"
-        cache, chunk, ids, dense = (
-            (src, dst, src_index, dst_index) if gathers else (dst, src, dst_index, src_index)
-        )
+        (cache, ids), (chunk, dense) = (src, dst) if gathers else (dst, src)
         for view in (cache, chunk):
             view.check_memory()
         if gathers:
             blocks = ids.units(count, self.unit, self.device).to(torch.int32)
             tokens = torch.full((1,), count, dtype=torch.int32, device=self.device)
-            call = partial(
-                torch.ops.npu.npu_gather_pa_kv_cache.default,
-                block_tables=blocks[None], seq_lens=tokens,
-            )  # fmt: skip
+            more: dict[str, Any] = {"block_tables": blocks[None], "seq_lens": tokens}
         else:
             slots = ids.on(self.device)[ids.offset : ids.offset + count]
-            call = partial(
-                torch.ops.npu.npu_scatter_pa_kv_cache.default,
-                slot_mapping=slots, cache_mode="Norm",
-            )  # fmt: skip
+            more = {"slot_mapping": slots, "cache_mode": "Norm"}
+        op = getattr(torch.ops.npu, self.op).default
         pages, rows = planes(cache, self.dtype), planes(chunk, self.dtype)
+        moved = slice(dense.offset, dense.offset + count)
         for layer, k in self.pairs:
-            key, value = (
-                row[dense.offset : dense.offset + count] for row in rows[layer][k : k + 2]
-            )
+            key, value = (row[moved] for row in rows[layer][k : k + 2])
             key_cache, value_cache = pages[layer][k : k + 2]
-            call(key=key, value=value, key_cache=key_cache, value_cache=value_cache)
+            op(key=key, value=value, key_cache=key_cache, value_cache=value_cache, **more)
 
 
 def _paged_op(plan: CopyPlan) -> str:
@@ -223,17 +232,13 @@ def _scatter_rows(matrix: torch.Tensor, numbers: torch.Tensor, rows: torch.Tenso
         matrix.index_copy_(0, numbers, rows)
 
 
-def _check_format(view: KVView) -> None:
-    """Raise `Unsupported` where a tensor is laid out as only the vendor knows."""
-    if "npu format" in view.kept:
-        return
-    for owner in view.owners:
-        number = int(torch.ops.npu.get_npu_format.default(owner))
-        if number not in _STRIDED:
-            raise Unsupported(
-                f"A copy of a tensor in NPU format {number} (29 is FRACTAL_NZ)",
-                "its bytes do not lie where its strides say, and nothing was moved; cast it by "
-                "torch_npu.npu_format_cast(tensor, 2), or keep NZ in plain memory under a layout "
-                "such as 'layer kv | block head dim/32 token dim%32'",
-            )
-    view.kept["npu format"] = True
+def _private_format(tensor: torch.Tensor) -> str:
+    """Why a tensor lies as only the vendor knows, and what to do; empty where it does not."""
+    number = int(torch.ops.npu.get_npu_format.default(tensor))
+    if number in _STRIDED:
+        return ""
+    return (
+        f"a tensor in NPU format {number} (29 is FRACTAL_NZ) does not lie where its strides say; "
+        "cast it by torch_npu.npu_format_cast(tensor, 2), or keep NZ in plain memory under a "
+        "layout such as 'layer kv | block head dim/32 token dim%32'"
+    )

@@ -8,13 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from portakv.backends import _kernel_cache
 from portakv.console import Column, print_json, print_prose, print_table
 from portakv.errors import PortaKVError
 
-from ..devices import usable_device, usual_device
+from .accelerator import accelerator_asked
 from .units import in_bytes, in_time
 
 _DESCRIPTION = """\
@@ -64,12 +62,18 @@ def run(asked: argparse.Namespace) -> int:
     # What measures is imported by nobody else.
     from portakv.host.engines import calibration, table
 
-    device = _device(asked.device)
-    why = _kernel_cache.refusal()
-    if why is not None:
+    device = accelerator_asked(asked.device)
+    if device is None:
+        why = "this machine has no accelerator" if asked.device is None else "the CPU is the host"
         raise PortaKVError(
-            f"A table cannot be kept: {why}. Set {_kernel_cache.ENVIRONMENT} to a folder that only "
-            f"you can write to."
+            f"Copies between a device and the host were to be measured, but {why}; run `portakv "
+            f"calibrate` where torch finds an accelerator, or name one with --device."
+        )
+    refused = _kernel_cache.refusal()
+    if refused is not None:
+        raise PortaKVError(
+            f"A table cannot be kept: {refused}. Set {_kernel_cache.ENVIRONMENT} to a folder that "
+            f"only you can write to."
         )
     measured = calibration.calibrate(device, asked.seconds)
     try:
@@ -84,19 +88,6 @@ def run(asked: argparse.Namespace) -> int:
     else:
         _print(measured, calibration.by_point(measured), path, device)
     return 0
-
-
-def _device(named: str | None) -> torch.device:
-    device = usual_device() if named is None else usable_device(named)
-    if device.type == "cpu":
-        raise PortaKVError(
-            "Copies between a device and the host were to be measured, but "
-            + ("this machine has no accelerator" if named is None else "the CPU is the host")
-            + "; run `portakv calibrate` where torch finds one, or name it with --device."
-        )
-    if device.index is None:
-        return torch.device(device.type, torch.accelerator.current_device_index())
-    return device
 
 
 def _print(table: Any, rows: Mapping[Any, Mapping[str, Any]], path: Path, dev: Any) -> None:

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from portakv.console import Column, print_json, print_prose, print_table
 from portakv.errors import PortaKVError
 from portakv.host.engines.assumed import DIRECTIONS, Assumed
@@ -19,7 +17,7 @@ from portakv.host.engines.shapes import Shape
 from portakv.host.engines.table import Costs, TableError, costs_of, read
 from portakv.host.engines.terms import OVERLAPS, Terms
 
-from ..devices import usable_device, usual_device
+from .accelerator import accelerator_asked
 from .units import in_bytes, in_time, read_bytes, read_rate
 
 #: Options that only `--host` reads, by where argparse leaves them.
@@ -149,7 +147,7 @@ def explain(asked: argparse.Namespace) -> Explained:
 
 def _known(asked: argparse.Namespace) -> tuple[Costs, dict[str, str], str]:
     """Costs, the engines that do not serve the device, and what a reader has to know of both."""
-    device = usual_device() if asked.device is None else usable_device(asked.device)
+    device = accelerator_asked(asked.device)
     costs: Costs | None = None
     if asked.table is not None:
         try:
@@ -159,11 +157,9 @@ def _known(asked: argparse.Namespace) -> tuple[Costs, dict[str, str], str]:
                 f"{asked.table} was to be read as a table, but {error}. Pass a file that `portakv "
                 f"calibrate` wrote."
             ) from error
-    if device.type == "cpu":
+    if device is None:
         note = "No accelerator was asked which engines serve it; all are taken to."
         return costs or Assumed("there is no accelerator to measure"), {}, note
-    if device.index is None:
-        device = torch.device(device.type, torch.accelerator.current_device_index())
     host = Host(device)
     return costs or costs_of(device), dict(host.out), f"On {device}."
 
@@ -180,7 +176,8 @@ def _print(explained: Explained) -> None:
     print()
     columns = [
         Column("engine", whole=True), Column("answer", whole=True),
-        Column("takes", whole=True, right=True), Column("GB/s", whole=True, right=True), Column("looked up as", whole=True), Column("why not"),
+        Column("takes", whole=True, right=True), Column("GB/s", whole=True, right=True),
+        Column("looked up as", whole=True), Column("why not"),
     ]  # fmt: skip
     print_table(columns, [_row(one, pick, nbytes) for one in pick.alternatives])
     print()

@@ -140,7 +140,7 @@ class Launcher:
             function, blocks, 1, 1, self._threads, 1, 1, 0, known, address, 0
         )  # fmt: skip
         if error:
-            check(error, "The launch of a small copy")
+            check(error, "A launch")
 
 
 def copy_pitched(

@@ -102,7 +102,7 @@ class EventTimer:
         first, last = self._events
         stream = torch.accelerator.current_stream(self.device)
         stream.synchronize()
-        first.record(); stream.synchronize()
+        first.record(stream)
         began = perf_counter()
         pending = call()
         host = perf_counter() - began

@@ -9,7 +9,7 @@ the positions.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 from ...form import Form
 
@@ -23,7 +23,8 @@ RING = 2
 WHOLE = 4 << 20
 
 
-class Cut(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Cut:
     """A slice: which layers and kv (None: all), the first position, and how many."""
 
     layers: tuple[int, int] | None
@@ -60,7 +61,7 @@ def cuts(form: Form, outside: tuple[str, ...], count: int, quantum: int, rising:
             at += n
             target = min(target * GROWTH, LARGEST)
     if not outside:
-        found = [cut._replace(layers=None) for cut in found]
+        found = [replace(cut, layers=None) for cut in found]
     return found if rising else found[::-1]
 
 

@@ -8,7 +8,7 @@ while a slice crosses, the next one is gathered, or the last one scattered.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -82,28 +82,35 @@ class _StagedLaunch:
         legs = self._legs(rows, host, theirs.to_host(), count)
         work = stream or torch.accelerator.current_stream(self.device.index)
         room = staging(self.device, work, self.downward)
-        with room.lock, _flight.inside(stream):
-            _Passage(self.downward, room, work, self._crossing).run(legs, host, mine)
-        # No allocator knows of the link's copies, so the host's memory is held until they ended.
-        _flight.completion(self.device, work, *host.owners)
+        try:
+            with room.lock, _flight.inside(stream):
+                passage = _Passage(self.downward, room, work, self._crossing, len(legs) == 1)
+                passage.run(legs, host, mine)
+        finally:
+            # No allocator knows of the link's copies: the host's memory is held until they ended,
+            # also those that were under way when something failed.
+            _flight.completion(self.device, work, *host.owners)
 
     def _legs(self, rows: KVView, host: KVView, theirs: Index, count: int) -> list[Leg]:
-        """The slices of a transfer; kept where they hold for any memory of the host's form."""
-        # Ids scatter the rows of a plane anyway, and several allocations the planes.
-        single = theirs.ids is None and len(host.origins) == 1 and not _registrations.seams()
-        if not single:
-            slices = cuts(self._host, (), count, self.whole.quantum, self.downward)
-            return [Leg(self, cut, False, rows, host, theirs) for cut in slices]
-        kept: dict[tuple[int, int], list[Leg]] = rows.kept.setdefault(self, {})
-        known = kept.get((count, theirs.offset))
-        if known is None:
+        """The slices of a transfer, kept for others of its kind."""
+        outside: tuple[str, ...] = ()
+        key: tuple[object, ...] = count, theirs.offset
+        if theirs.ids is not None:
+            key += id(theirs.lineage), host.origins
+        elif len(host.origins) > 1 or _registrations.seams():
+            key += (host.origins,)
+        else:  # in other memory of the host's form a slice lies as far behind its address
             outside = self.whole.mirror.outside
+        kept: dict[tuple[object, ...], _Kept] = rows.kept.setdefault(self, {})
+        known = kept.get(key)
+        if known is None:
+            # Ids scatter the rows of a plane anyway, and several allocations the planes.
             slices = cuts(self._host, outside, count, self.whole.quantum, self.downward)
-            known = [Leg(self, cut, bool(outside), rows, host, theirs) for cut in slices]
+            legs = [Leg(self, cut, bool(outside), rows, host, theirs) for cut in slices]
             if len(kept) >= _KEPT:
                 kept.clear()
-            kept[count, theirs.offset] = known
-        return known
+            known = kept[key] = _Kept(legs, theirs.lineage)
+        return known.legs
 
     def halves(self, rows: KVView, host: KVView, cut: Cut) -> Halves:
         """The halves for the planes of a slice, of views that show only these."""
@@ -120,6 +127,13 @@ class _StagedLaunch:
     def _halves_of(self, plan: CopyPlan) -> Halves:
         host = plan.dst if self.downward else plan.src
         return Halves(plan, mirror_of(host, self._by_layer), self._half)
+
+
+class _Kept(NamedTuple):
+    """The slices of a transfer, and the list of ids that they are for, which its key names."""
+
+    legs: list[Leg]
+    lineage: object
 
 
 class Leg:
@@ -191,37 +205,43 @@ def sliced(view: KVView, cut: Cut) -> KVView:
 
 
 class _Passage:
-    """One transfer under way: on which streams, and through which mirrors."""
+    """One transfer under way: on which streams, and through which mirrors.
+
+    The caller's stream stands before and behind it. In between the device's half has a stream with
+    priority, since a slice that waits for a model's kernels would leave the link idle.
+    """
 
     def __init__(
-        self, downward: bool, room: Staging, work: torch.Stream, crossing: Crossing
+        self, downward: bool, room: Staging, work: torch.Stream, crossing: Crossing, single: bool
     ) -> None:
-        self._downward, self._room, self._crossing = downward, room, crossing
-        self._work = self._side = work
+        self._downward, self._room, self._crossing, self._work = downward, room, crossing, work
+        # A single slice has nothing to overlap with.
+        self._half, self._link = (work, work) if single else (room.half, room.link)
 
     def run(self, legs: list[Leg], host: KVView, mine: Index) -> None:
         """Move every slice."""
         room, work = self._room, self._work
         room.reserve(max(leg.nbytes for leg in legs))
-        if len(legs) > 1:  # a single slice has nothing to overlap with
-            self._side = room.side
-            self._side.wait_stream(work)
+        moves, placed, by = [], mine, None
+        for nth, leg in enumerate(legs):
+            mirror = room.mirror(nth % room.mirrors, leg.mirror, leg.held)
+            way = leg.settle(mirror)
+            if way is not by:
+                placed, by = way.place(mine), way
+            moves.append((leg, mirror, way, placed.shifted(leg.start)))
+        others = [stream for stream in (self._half, self._link) if stream is not work]
+        for stream in others:
+            stream.wait_stream(work)
         free: list[torch.Event | None] = [None] * room.mirrors
-        placed, by = mine, None
         try:
-            for nth, leg in enumerate(legs):
-                at = nth % room.mirrors
-                mirror = room.mirror(at, leg.mirror, leg.held)
-                way = leg.settle(mirror)
-                if way is not by:
-                    placed, by = way.place(mine), way
+            for nth, (leg, mirror, way, index) in enumerate(moves):
                 again = nth + room.mirrors < len(legs)
-                index = placed.shifted(leg.start)
+                at = nth % room.mirrors
                 free[at] = self._move(leg, mirror, host, way, index, free[at], again)
         finally:
             # What was enqueued, also before an interrupt, is part of the caller's stream.
-            if self._side is not work:
-                work.wait_stream(self._side)
+            for stream in others:
+                work.wait_stream(stream)
 
     def _move(
         self,
@@ -235,22 +255,22 @@ class _Passage:
     ) -> torch.Event | None:
         """Move a slice through a mirror, which is free after an event; the next such where the
         mirror is used again."""
-        work, side = self._work, self._side
+        half, link = self._half, self._link
         pieces = leg.pieces(mirror, host)
         if self._downward:
-            _wait(work, free)
-            _finish(way.launch(leg.rows, mirror, mine, leg.behind, leg.count, work, None))
-            _wait(side, self._mark(work))
-            self._crossing.copy(pieces, mirror, host, side)
-            return self._mark(side) if again else None
-        _wait(side, free)
-        self._crossing.copy(pieces, host, mirror, side)
-        _wait(work, self._mark(side))
-        _finish(way.launch(mirror, leg.rows, leg.behind, mine, leg.count, work, None))
-        return self._mark(work) if again else None
+            _wait(half, free)
+            _finish(way.launch(leg.rows, mirror, mine, leg.behind, leg.count, half, None))
+            _wait(link, self._mark(half))
+            self._crossing.copy(pieces, mirror, host, link)
+            return self._mark(link) if again else None
+        _wait(link, free)
+        self._crossing.copy(pieces, host, mirror, link)
+        _wait(half, self._mark(link))
+        _finish(way.launch(mirror, leg.rows, leg.behind, mine, leg.count, half, None))
+        return self._mark(half) if again else None
 
     def _mark(self, stream: torch.Stream) -> torch.Event | None:
-        if self._side is self._work:
+        if self._half is self._link:
             return None
         event = torch.Event(stream.device)
         event.record(stream)

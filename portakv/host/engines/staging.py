@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Staging: memory on the device that transfers of one stream pass through, and the stream beside
-it on which slices cross."""
+"""Staging: memory on the device that transfers of one stream pass through, and the streams beside
+it on which their slices do."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ class Staging:
     ``lock``; on the device the stream orders them.
 
     Attributes:
-        side: where slices cross.
+        half: the stream of the device's half.
+        link: the stream on which slices cross.
         mirrors: how many there are.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.lock = threading.Lock()
-        self.side = torch.Stream(device)
+        self.half = torch.Stream(device, priority=-1)
+        self.link = torch.Stream(device)
         self.mirrors = RING
         self._device = device
         self._each = 0

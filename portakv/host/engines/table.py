@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 import threading
 from bisect import bisect_left
@@ -24,10 +25,14 @@ import torch
 
 from ...backends import _kernel_cache
 from ...devices import device_name
+from .. import _cuda_driver
 from .assumed import DIRECTIONS, Assumed
 
 #: Of the file, and of how engines behave: a table of another format is measured anew.
 FORMAT = 1
+
+#: Where Linux tells the version of NVIDIA's module, and of AMD's.
+_MODULES = Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version")
 
 Columns = Mapping[int, Sequence["Point"]]  # by bytes of a run, with rising numbers of runs
 
@@ -141,15 +146,26 @@ def _along(runs: Sequence[int], seconds: Sequence[float], wanted: float) -> floa
 
 def identity(device: torch.device) -> dict[str, str]:
     """What a table is true for: the device's model, its driver and runtime, and torch."""
-    driver = getattr(torch._C, "_cuda_getDriverVersion", None) if device.type == "cuda" else None
     runtime = torch.version.cuda or torch.version.hip or ""
     return {
         "type": device.type,
         "model": device_name(device),
-        "driver": str(driver()) if driver is not None else "",
+        "driver": _driver() if device.type == "cuda" else "",
         "runtime": runtime if device.type == "cuda" else "",
         "torch": torch.__version__,
     }
+
+
+def _driver() -> str:
+    """The kernel module's version, else the CUDA version that the driver supports; or nothing."""
+    module = _MODULES[torch.version.hip is not None]
+    with suppress(OSError, UnicodeDecodeError):
+        found = re.search(r"(?:^|\s)(\d+\.\d[\d.]*)", module.read_text())
+        if found:
+            return found[1]
+    with suppress(ImportError):
+        return str(_cuda_driver.driver_version())
+    return ""
 
 
 def path_for(device: Mapping[str, str]) -> Path:

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a block transfer costs the host: 1,000 blocks x 64 planes, by each engine.
+
+Everything that can be made beforehand is: views, plans, kernels. The ids are an `Index` that the
+caller keeps, or tensors on the host that nobody has seen before, as an offload has them. The device
+is idle at the beginning of each call and the host does not wait for its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+from portakv.errors import PortaKVError
+from portakv.plan import CopyPlan
+
+from .command import Rows, Step
+from .harness import quantile
+from .host_cases import BLOCK_FIRST, DIRECTIONS, LAYER_FIRST, Case, Scene, size
+from .host_memory import Sides
+from .host_suite import Bench, short
+from .host_ways import DESCRIPTORS, HOST, STAGED, Way, direct
+
+_BLOCK, _LAYERS = 16, 32
+_WAYS = (direct(), STAGED, HOST, DESCRIPTORS)
+#: Calls of a way that takes the host this many microseconds are not repeated as often.
+_DEAR, _FEW = 20_000.0, 4
+IDS = ("kept Index", "host tensor")
+
+
+def call_steps(bench: Bench) -> Iterator[Step]:
+    """A step for each row size."""
+    for row in bench.preset.call_rows:
+        tokens = _BLOCK * bench.preset.call_blocks
+        place = Scene(_BLOCK * row, row // 256, LAYER_FIRST, "blocks", BLOCK_FIRST, "random")
+        case = Case(place, _LAYERS, tokens)
+        yield f"host time: rows of {size(row)}", partial(_measure, bench, case)
+
+
+def _measure(bench: Bench, case: Case) -> tuple[Rows, list[str]]:
+    rows: Rows = []
+    left_out: list[str] = []
+    sides, _ = bench.sides(case)
+    for direction in DIRECTIONS:
+        sides.fill(direction)
+        merged = merged_runs(sides, direction)
+        for way in bench.serving(_WAYS):
+            for ids in IDS:
+                try:
+                    rows.append(_row(bench, sides, direction, way, ids, merged))
+                except (PortaKVError, RuntimeError, TypeError, ValueError) as error:
+                    told = str(error).partition("\n")[0]
+                    left_out.append(f"host time: {way.name} {direction}, {ids}: {told}")
+    return rows, left_out
+
+
+def merged_runs(sides: Sides, direction: str) -> int:
+    """The runs of a transfer once neighbours are merged."""
+    src, dst, mine, theirs = sides.arguments(direction)
+    plan = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
+    return int(plan.runs(src, dst, mine, theirs, sides.case.tokens).nbytes.size)
+
+
+def _row(
+    bench: Bench, sides: Sides, direction: str, way: Way, ids: str, merged: int
+) -> dict[str, Any]:
+    def call() -> float:
+        fresh = None if ids == IDS[0] else sides.fresh_ids()
+        bench.module.synchronize()
+        began = perf_counter()
+        way.move(sides, direction, ids=fresh)
+        return (perf_counter() - began) * 1e6
+
+    sides.poison(direction)
+    first = call()
+    right = sides.right(direction)
+    times = _times(call, bench.preset.calls)
+    bench.module.synchronize()
+    middle = quantile(times, 0.5)
+    return {
+        "kind": "host_call", "shape": sides.case.name, "backend": way.name, "engine": way.engine,
+        "op": direction, "ids": ids, "row_bytes": sides.case.scene.row,
+        "payload_bytes": sides.case.payload, "blocks": sides.case.tokens // _BLOCK,
+        "planes": 2 * sides.case.layers, "merged_runs": merged,
+        "host_us": short(middle), "host_us_p90": short(quantile(times, 0.9)),
+        "first_us": short(first), "us_per_run": short(middle / merged), "calls": len(times),
+        "verified": right,
+    }  # fmt: skip
+
+
+def _times(call: Callable[[], float], calls: int) -> list[float]:
+    call()
+    times = [call()]
+    most = min(calls, _FEW) if times[0] > _DEAR else calls
+    while len(times) < most:
+        times.append(call())
+    return times

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The grid: every engine over direction, layouts and payload, in turns with a plain memcpy.
+
+Three parts: the grid itself; the direct engine by its thread blocks; both directions at once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from .command import Rows, Step
+from .harness import Measured, Variant, measure, usable
+from .host_cases import BLOCK_FIRST, DIRECTIONS, SCENES, Case, case_of, cases, scene, size
+from .host_memory import Sides
+from .host_suite import KB, Bench, figures, short
+from .host_timers import alone
+from .host_ways import (
+    CHOSEN,
+    DESCRIPTORS,
+    HOST,
+    HOST_IDLE,
+    MEMCPY,
+    STAGED,
+    Way,
+    by_engine,
+    direct,
+    memcpy,
+    plain,
+)  # fmt: skip
+
+#: What is compared; `chosen_loss` is against the best of the first three.
+ENGINES = (STAGED, DESCRIPTORS, direct())
+GRID_WAYS = (*ENGINES, HOST, HOST_IDLE)
+
+Found = tuple[Rows, list[str]]
+
+
+def grid_steps(bench: Bench) -> Iterator[Step]:
+    """A step for each scene, and the largest payload."""
+    preset = bench.preset
+    for one in (one for one in SCENES if one.run in preset.runs):
+        mine = cases([one], preset.payloads_of(one))
+        yield f"grid: {one.name}", partial(_grid, bench, mine)
+    largest = cases([scene(32 * KB)], [preset.largest])
+    yield f"grid: {size(preset.largest)}", partial(_grid, bench, largest)
+
+
+def direct_steps(bench: Bench) -> Iterator[Step]:
+    """The direct engine by its limit on thread blocks."""
+    for run in (256, 2 * KB, 32 * KB):
+        case = case_of(scene(run), bench.preset.direct)
+        if case is not None:
+            yield f"direct: {case.name}", partial(_direct, bench, case)
+
+
+def duplex_steps(bench: Bench) -> Iterator[Step]:
+    """Both directions at once, on two streams."""
+    scenes = (scene(256), scene(2 * KB), scene(32 * KB, BLOCK_FIRST, "random"))
+    for case in cases(scenes, bench.preset.duplex):
+        yield f"both ways: {case.name}", partial(_both_ways, bench, case)
+
+
+def _grid(bench: Bench, mine: Sequence[Case]) -> Found:
+    rows: Rows = []
+    left_out: list[str] = []
+    for case in mine:
+        found, told = _measure(bench, case, GRID_WAYS, "host_copy")
+        rows += found
+        left_out += told
+    compare(rows)
+    return rows, left_out
+
+
+def _direct(bench: Bench, case: Case) -> Found:
+    ways = [direct(blocks) for blocks in bench.preset.thread_blocks]
+    rows, left_out = _measure(bench, case, ways, "host_direct")
+    for row in rows:
+        if row["backend"] != MEMCPY:
+            row["thread_blocks"] = int(row["backend"].rpartition(" ")[2])
+    return rows, left_out
+
+
+def _measure(bench: Bench, case: Case, ways: Sequence[Way], kind: str) -> Found:
+    """A case in both directions by each way."""
+    ways = bench.serving(ways)
+    told = {way: way.left_out(case.runs) for way in ways}
+    left_out = [f"{case.name}, {way.name}: {why}" for way, why in told.items() if why]
+    ways = [way for way in ways if not told[way]]
+    sides, own = bench.sides(case)
+    rows: Rows = []
+    for direction in DIRECTIONS:
+        sides.fill(direction)
+        good, refused = usable([by_engine(way, sides, direction) for way in ways])
+        left_out += [f"{case.name}, {v.labels['backend']} {direction}: {why}" for v, why in refused]
+        more: list[dict[str, Any]] = [{}, *(_staging(bench, variant, own) for variant in good)]
+        ceiling, *others = measured(bench, memcpy(sides, direction), good, case.payload)
+        for variant, one in zip(good, more[1:], strict=True):
+            one["alone_us"] = short(alone(bench.timer, variant.call))
+            if variant.labels["engine"] == CHOSEN:
+                way = next(way for way in ways if way.name == variant.labels["backend"])
+                one["took"] = _took(way, sides, direction)
+        for measure_of, fields in zip((ceiling, *others), more, strict=True):
+            rows.append({**_row(kind, case, measure_of, bench), **fields})
+    return rows, left_out
+
+
+def _row(kind: str, case: Case, one: Measured, bench: Bench) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "shape": case.name,
+        **one.labels,
+        "host_side": case.scene.name.partition(", ")[2],
+        "row_bytes": case.scene.row,
+        "run_bytes": case.scene.run,
+        "runs": case.runs,
+        "payload_bytes": case.payload,
+        "layer_count": case.layers,
+        "tokens": case.tokens,
+        **figures(one, case.payload),
+        "timer": bench.timer.name,
+    }
+
+
+def _staging(bench: Bench, variant: Variant, own: int | None) -> dict[str, Any]:
+    """``staging_mb``, the most memory of the device that a call finds taken beside the benchmark's
+    own; what engines keep from call to call counts. Empty where torch does not say."""
+    if own is None:
+        return {}
+    bench.module.reset_peak_memory_stats(bench.device)
+    variant.call(0)
+    bench.module.synchronize()
+    return {"staging_mb": short((bench.module.max_memory_allocated(bench.device) - own) / 1e6)}
+
+
+def _took(way: Way, sides: Sides, direction: str) -> str:
+    """Which engine was chosen."""
+    transfer: Any = way.move(sides, direction)
+    transfer.synchronize()
+    return str(transfer.statistics.engine)
+
+
+def compare(rows: Rows) -> None:
+    """Write into the rows of chosen engines how they stand to the best engine of that point:
+    ``chosen_loss``, their time / its time - 1, and ``best_engine``."""
+    points: dict[tuple[Any, ...], Rows] = defaultdict(list)
+    for row in rows:
+        points[row["shape"], row["op"]].append(row)
+    named = [way.name for way in ENGINES]
+    for point in points.values():
+        known = [row for row in point if row["backend"] in named and row["verified"]]
+        best = min(known, key=lambda row: float(row["p50_us"]), default=None)
+        for row in point:
+            if best is not None and row["engine"] == CHOSEN:
+                row["chosen_loss"] = short(row["p50_us"] / best["p50_us"] - 1)
+                row["best_engine"] = best["backend"]
+
+
+def measured(
+    bench: Bench, ceiling: Variant, variants: Sequence[Variant], payload: int
+) -> list[Measured]:
+    """Variants in turns with a ceiling, on one device and one region."""
+    return measure(
+        ceiling, variants, bench.timer, objects=1, rounds=bench.preset.rounds(payload),
+        seconds=bench.preset.seconds,
+    )  # fmt: skip
+
+
+def _both_ways(bench: Bench, case: Case) -> Found:
+    """Device to host and host to device at once, each with memory of its own."""
+    first, second = bench.region(2 * case.payload).halves()
+    down, up = Sides(case, first), Sides(case, second)
+    down.fill("d2h")
+    up.fill("h2d")
+    streams = bench.stream(), bench.stream()
+    ways = bench.serving((STAGED, direct(), HOST, HOST_IDLE))
+    good, refused = usable([_opposed(way, down, up, streams) for way in ways])
+    left_out = [f"both ways: {case.name}, {v.labels['backend']}: {why}" for v, why in refused]
+    ceiling = _opposed_memcpy(bench, down, up, streams)
+    rows = [
+        _row("host_duplex", case, one, bench)
+        for one in measured(bench, ceiling, good, 2 * case.payload)
+    ]
+    for row in rows:  # what went both ways together
+        row["gb_per_s"] = short(2 * row["gb_per_s"])
+    return rows, left_out
+
+
+Streams = tuple[torch.Stream, torch.Stream]
+
+
+def _opposed(way: Way, down: Sides, up: Sides, streams: Streams) -> Variant:
+    def call(i: int) -> None:
+        there = way.move(down, "d2h", streams[0])
+        back = way.move(up, "h2d", streams[1])
+        there.wait()
+        back.wait()
+
+    return _duplex_variant(way.name, way.engine, call, down, up, plainly=False)
+
+
+def _opposed_memcpy(bench: Bench, down: Sides, up: Sides, streams: Streams) -> Variant:
+    def call(i: int) -> None:
+        current = bench.module.current_stream(bench.device)
+        for stream, sides, direction in zip(streams, (down, up), DIRECTIONS, strict=True):
+            stream.wait_stream(current)
+            with bench.module.stream(stream):
+                plain(sides, direction)
+        for stream in streams:
+            current.wait_stream(stream)
+
+    return _duplex_variant(MEMCPY, MEMCPY, call, down, up, plainly=True)
+
+
+def _duplex_variant(
+    name: str, engine: str, call: Any, down: Sides, up: Sides, *, plainly: bool
+) -> Variant:
+    both = ((down, "d2h"), (up, "h2d"))
+
+    def poison(i: int) -> None:
+        for sides, direction in both:
+            (sides.poison_plain if plainly else sides.poison)(direction)
+
+    def right(i: int) -> bool:
+        return all((s.plain_right if plainly else s.right)(direction) for s, direction in both)
+
+    return Variant({"backend": name, "engine": engine, "op": "both"}, call, poison, right)

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# The host side on a machine with a GPU, from a clone that is not installed:
+# bash benchmarks/host_run.sh FOLDER. Under 8 minutes on one H200. FOLDER gets the result
+# (<device>-host.json), its two plots, its tables (host.log), and the logs of the tests, of calibration
+# and of the benchmark. Each part has a time limit of its own, and what was measured before it stays:
+# the result is written anew behind each. PEERS names peers to measure beside, such as "lmcache";
+# SKIP_TESTS=1 leaves the tests out; TESTS are the files to run (default: those of the host side).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+mkdir -p "${1:?where the results go}"
+out=$(realpath "$1")
+read -ra peers <<<"${PEERS:-}"
+tests=(${TESTS:-tests/test_*_gpu.py})
+
+# The packages under the names that they have once installed.
+names=$(mktemp -d)
+parts=$(mktemp -d)
+trap 'rm -rf "$names" "$parts"' EXIT
+for folder in native conformance benchmarks examples; do
+    ln -s "$PWD/$folder" "$names/portakv_$folder"
+done
+export PYTHONPATH=$names:$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 COLUMNS=200
+unset PORTAKV_BACKEND
+
+status=0
+if [[ -z ${SKIP_TESTS:-} ]]; then
+    timeout --signal=INT --kill-after=10 70 python3 -m pytest -m gpu -q -p no:cacheprovider \
+        -p portakv_conformance.options "${tests[@]}" >"$out/pytest-host.log" 2>&1 || status=1
+    tail -n 15 "$out/pytest-host.log"
+fi
+
+timeout --signal=INT --kill-after=5 25 python3 -m portakv calibrate >"$out/calibrate.log" 2>&1 || status=1
+tail -n 3 "$out/calibrate.log"
+
+# Past these seconds nothing new is begun; some more, and it is interrupted, and
+# writes what it has measured so far.
+measure() {
+    local seconds=$1 what=$2
+    timeout --signal=INT --kill-after=10 "$((seconds + 15))" python3 -m portakv_benchmarks.cli --host \
+        --device cuda --only "$what" --seconds "$seconds" "${peers[@]/#/--peers=}" \
+        --out "$parts/${what%%,*}" >>"$out/bench.log" 2>&1 || status=1
+    merge || true
+}
+
+merge() {
+    local results=("$parts"/*/*.json)
+    [[ -f ${results[0]} ]] || return 1
+    python3 -m portakv_benchmarks.host_merge "${results[@]}" --out "$out" >"$out/host.log" 2>&1
+}
+
+measure 90 grid
+measure 60 direct,duplex,calls,small
+measure 110 interference
+measure 45 pageable,pinning
+merge || status=1
+if [[ -f $out/host.log ]]; then tail -n 60 "$out/host.log"; else tail -n 20 "$out/bench.log"; fi
+exit "$status"

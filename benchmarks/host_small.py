@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small copies: integers that a stream can use, on an idle device and while a large copy flies.
+
+The latency is the host's: from handing the values over until the host sees, by synchronising their
+stream, that a kernel there could have read them. The device's events, recorded on that stream right
+before and behind the call, are told beside it. Every way is given the same numpy array of int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from statistics import median
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from portakv.errors import PortaKVError
+from portakv.host import pinned
+from portakv.host.small import SmallCopy, choose, to_device
+
+from .command import Rows, Step
+from .host_loops import timed_event
+from .host_suite import Bench, short
+
+Values = npt.NDArray[np.int64]
+
+OURS, PINNED, PLAIN = "SmallCopy", "pinned copy", "torch.tensor"
+_WARM_UP = 3
+#: Seconds that a large copy is given to be under way.
+_HEAD_START = 3e-4
+
+
+def _nothing(values: Values) -> None:
+    """No preparation."""
+
+
+class Route(NamedTuple):
+    """A way for values: what is timed, and what was done with them before.
+
+    ``send`` makes them usable on the current stream, and returns where they are.
+    """
+
+    send: Callable[[Values], torch.Tensor]
+    before: Callable[[Values], None] = _nothing
+
+
+class Seen(NamedTuple):
+    """One send, in microseconds; ``busy``: the large copy was still under way at its end."""
+
+    landed: float
+    host: float
+    device: float
+    busy: bool
+
+
+def small_steps(bench: Bench) -> Iterator[Step]:
+    """A step for each count of integers."""
+    for count in bench.preset.small:
+        yield f"small copies: {count}", partial(_measure, bench, count)
+
+
+def _measure(bench: Bench, count: int) -> tuple[Rows, list[str]]:
+    ways, left_out = _ways(bench.device, count)
+    with bench.module.stream(bench.stream()):
+        large = _Large(bench)
+        rows = [_row(bench, name, way, count, large) for name, way in ways.items()]
+    compare(rows)
+    for row in rows:
+        if row["backend"] == OURS:
+            row["why"] = choose(8 * count, bench.device).why
+    return rows, left_out
+
+
+class _Large:
+    """A large copy from pinned memory, on a stream of its own."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._module, self._stream = bench.module, bench.stream()
+        region = bench.region(bench.preset.large)
+        nbytes = bench.preset.large
+        self._source, self._target = region.host[:nbytes], region.device[:nbytes]
+        self._ended = torch.Event(bench.device)
+
+    def start(self) -> None:
+        """Begin it, and wait until it has surely begun."""
+        with self._module.stream(self._stream):
+            self._target.copy_(self._source, non_blocking=True)
+            self._ended.record(self._stream)
+        began = perf_counter()
+        while perf_counter() - began < _HEAD_START:
+            pass
+
+    @property
+    def flying(self) -> bool:
+        """True while it is under way."""
+        return not self._ended.query()
+
+
+def _row(bench: Bench, name: str, way: Route, count: int, large: _Large) -> dict[str, Any]:
+    samples = bench.preset.small_samples
+    for n in range(_WARM_UP):
+        _send(bench, way, count, n)
+    idle, right = [], True
+    for n in range(samples):
+        bench.module.synchronize()
+        seen, good = _send(bench, way, count, n)
+        idle.append(seen)
+        right &= good
+    busy: list[Seen] = []
+    for n in range(samples):
+        bench.module.synchronize()
+        seen, good = _send(bench, way, count, n, large)
+        busy.append(seen)
+        right &= good
+    bench.module.synchronize()
+    return {
+        "kind": "host_small", "shape": f"{count} int64", "backend": name, "op": "h2d",
+        "integers": count, "payload_bytes": 8 * count, "large_bytes": bench.preset.large,
+        "idle_us": short(median(s.landed for s in idle)),
+        "idle_host_us": short(median(s.host for s in idle)),
+        "idle_device_us": short(median(s.device for s in idle)),
+        "busy_us": short(median(s.landed for s in busy)),
+        "busy_host_us": short(median(s.host for s in busy)),
+        "busy_device_us": short(median(s.device for s in busy)),
+        "overtook": sum(s.busy for s in busy), "samples": samples,
+        "busy_to_idle": short(median(s.landed for s in busy) / median(s.landed for s in idle)),
+        "verified": right,
+    }  # fmt: skip
+
+
+def compare(rows: Rows) -> None:
+    """Write ``idle_to_pinned`` into each row: its latency on an idle device / that of a pinned
+    non-blocking copy of the same values."""
+    known = next((row for row in rows if row["backend"] == PINNED), None)
+    for row in rows:
+        if known is not None:
+            row["idle_to_pinned"] = short(row["idle_us"] / known["idle_us"])
+
+
+def _send(
+    bench: Bench, way: Route, count: int, n: int, large: _Large | None = None
+) -> tuple[Seen, bool]:
+    """Send other values than before; what was seen, and whether they arrived."""
+    values = np.arange(n + 1, n + 1 + count, dtype=np.int64) * 0x10001
+    stream = bench.module.current_stream(bench.device)
+    first, last = timed_event(bench.module), timed_event(bench.module)
+    way.before(values)
+    if large is not None:
+        large.start()
+    first.record(stream)
+    start = perf_counter()
+    landed = way.send(values)
+    host = perf_counter() - start
+    last.record(stream)
+    stream.synchronize()
+    took = perf_counter() - start
+    busy = large is not None and large.flying
+    device = float(first.elapsed_time(last)) * 1e3
+    right = bool((landed.cpu().numpy().reshape(-1) == values).all())
+    return Seen(took * 1e6, host * 1e6, device, busy), right
+
+
+def _ways(device: torch.device, count: int) -> tuple[dict[str, Route], list[str]]:
+    """Every way, and those that cannot be had, with the reason."""
+    left_out: list[str] = []
+    ways = {
+        OURS: Route(SmallCopy(count, torch.int64, device).send),
+        "to_device": Route(lambda values: to_device(values, device)),
+    }
+    for way in ("value", "mapped", "copy"):
+        try:
+            sender = SmallCopy(count, torch.int64, device, way=way)
+        except PortaKVError as error:
+            left_out.append(f"small copies: {count}, {way}: {error}")
+        else:
+            ways[f"{OURS} {way}"] = Route(sender.send)
+    held = pinned.empty(count, torch.int64)
+    target = torch.empty(count, dtype=torch.int64, device=device)
+
+    def fill(values: Values) -> None:
+        held.numpy()[:] = values
+
+    def copy(values: Values) -> torch.Tensor:
+        return target.copy_(held, non_blocking=True)
+
+    def fill_and_copy(values: Values) -> torch.Tensor:
+        fill(values)
+        return copy(values)
+
+    ways[PINNED] = Route(fill_and_copy)
+    ways[f"{PINNED}, filled before"] = Route(copy, fill)
+    ways[PLAIN] = Route(lambda values: torch.tensor(values, device=device))
+    return ways, left_out

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stands in for the CUDA driver's library in tests: its copies are memcpys, done at once, and it
+// notes every call. Structures are declared as in cuda.h. -DBATCH=13 or 12 gives the batched copy
+// as that version of CUDA has it; without, there is none.
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef struct {
+    size_t srcXInBytes, srcY;
+    unsigned int srcMemoryType;
+    const void *srcHost;
+    uint64_t srcDevice;
+    void *srcArray;
+    size_t srcPitch;
+    size_t dstXInBytes, dstY;
+    unsigned int dstMemoryType;
+    void *dstHost;
+    uint64_t dstDevice;
+    void *dstArray;
+    size_t dstPitch;
+    size_t WidthInBytes, Height;
+} CUDA_MEMCPY2D;
+
+typedef struct {
+    unsigned int type;
+    int id;
+} CUmemLocation;
+
+typedef struct {
+    unsigned int srcAccessOrder;
+    CUmemLocation srcLocHint, dstLocHint;
+    unsigned int flags;
+} CUmemcpyAttributes;
+
+enum { INVALID_VALUE = 1, MOST_CALLS = 4096, MAX_PITCH = 0x7fffffff };
+
+typedef struct {
+    char kind; // p: plain, r: rows, b: batch
+    uint64_t count, stream;
+} Call;
+
+static Call calls[MOST_CALLS];
+static int made, refuse_at = -1;
+
+int fake_calls(Call *out) {
+    memcpy(out, calls, made * sizeof(Call));
+    return made;
+}
+
+void fake_forget(int refuse) {
+    made = 0;
+    refuse_at = refuse;
+}
+
+static int noted(char kind, uint64_t count, uint64_t stream) {
+    if (made == refuse_at || made == MOST_CALLS) return INVALID_VALUE;
+    calls[made++] = (Call){kind, count, stream};
+    return 0;
+}
+
+int cuGetErrorName(int error, const char **name) {
+    *name = error == INVALID_VALUE ? "CUDA_ERROR_INVALID_VALUE" : "CUDA_ERROR_UNKNOWN";
+    return 0;
+}
+
+int cuMemcpyAsync(uint64_t dst, uint64_t src, size_t size, uint64_t stream) {
+    if (noted('p', 1, stream)) return INVALID_VALUE;
+    memcpy((void *)dst, (const void *)src, size);
+    return 0;
+}
+
+int cuMemcpy2DAsync_v2(const CUDA_MEMCPY2D *asked, uint64_t stream) {
+    const char *src = asked->srcMemoryType == 1 ? asked->srcHost : (const char *)asked->srcDevice;
+    char *dst = asked->dstMemoryType == 1 ? asked->dstHost : (char *)asked->dstDevice;
+    if (!src || !dst || asked->srcMemoryType + asked->dstMemoryType != 3) return INVALID_VALUE;
+    if (asked->srcPitch < asked->WidthInBytes || asked->srcPitch > MAX_PITCH) return INVALID_VALUE;
+    if (asked->dstPitch < asked->WidthInBytes || asked->dstPitch > MAX_PITCH) return INVALID_VALUE;
+    if (asked->srcXInBytes || asked->srcY || asked->dstXInBytes || asked->dstY) return INVALID_VALUE;
+    if (noted('r', asked->Height, stream)) return INVALID_VALUE;
+    for (size_t row = 0; row < asked->Height; row++)
+        memcpy(dst + row * asked->dstPitch, src + row * asked->srcPitch, asked->WidthInBytes);
+    return 0;
+}
+
+__attribute__((unused)) static int batch(const uint64_t *dsts, const uint64_t *srcs,
+                                         const size_t *sizes, size_t count,
+                                         const CUmemcpyAttributes *attrs, const size_t *firsts,
+                                         size_t attributes, uint64_t stream) {
+    if (stream <= 1 || !count || attributes != 1 || firsts[0]) return INVALID_VALUE;
+    if (attrs->srcAccessOrder != 1 || attrs->flags > 1) return INVALID_VALUE;
+    if (noted('b', count, stream)) return INVALID_VALUE;
+    for (size_t i = count; i-- > 0;) // in no order that may be relied on
+        memcpy((void *)dsts[i], (const void *)srcs[i], sizes[i]);
+    return 0;
+}
+
+#if BATCH == 13
+int cuMemcpyBatchAsync_v2(const uint64_t *dsts, const uint64_t *srcs, const size_t *sizes,
+                          size_t count, const CUmemcpyAttributes *attrs, const size_t *firsts,
+                          size_t attributes, uint64_t stream) {
+    return batch(dsts, srcs, sizes, count, attrs, firsts, attributes, stream);
+}
+#elif BATCH == 12
+int cuMemcpyBatchAsync(const uint64_t *dsts, const uint64_t *srcs, const size_t *sizes,
+                       size_t count, const CUmemcpyAttributes *attrs, const size_t *firsts,
+                       size_t attributes, size_t *failed, uint64_t stream) {
+    *failed = 0;
+    return batch(dsts, srcs, sizes, count, attrs, firsts, attributes, stream);
+}
+#endif

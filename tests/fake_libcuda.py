@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stand-in for the CUDA driver's library, compiled when a test first asks for it."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+SOURCE = Path(__file__).with_name("fake_libcuda.c")
+
+
+class Call(NamedTuple):
+    """A call: ``p`` (plain), ``r`` (rows) or ``b`` (batch), its copies or rows, its stream."""
+
+    kind: str
+    copies: int
+    stream: int
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [("kind", ctypes.c_char), ("count", ctypes.c_uint64), ("stream", ctypes.c_uint64)]
+
+
+class FakeLibrary:
+    """The library with what it noted.
+
+    Args:
+        folder: where to compile it.
+        batch: the version of CUDA whose batched copy it has; None: none at all.
+
+    Attributes:
+        batches: it has one.
+    """
+
+    def __init__(self, folder: Path, batch: int | None) -> None:
+        compiler = shutil.which("gcc") or shutil.which("cc")
+        if compiler is None:
+            pytest.skip("no C compiler here to make the stand-in for the CUDA driver")
+        path = folder / f"libfake_cuda_{batch}.so"
+        if not path.exists():
+            subprocess.run(
+                [compiler, "-O1", "-Wall", "-Werror", "-shared", "-fPIC",
+                 f"-DBATCH={batch or 0}", str(SOURCE), "-o", str(path)],
+                check=True, timeout=120,
+            )  # fmt: skip
+        self.batches = batch is not None
+        self.library: Any = ctypes.CDLL(str(path))
+        self.forget()
+
+    def forget(self, refuse_at: int = -1) -> None:
+        """Forget the calls so far; the one of that number will be refused."""
+        self.library.fake_forget(refuse_at)
+
+    @property
+    def calls(self) -> list[Call]:
+        """What was called, in order."""
+        noted = (_Call * 4096)()
+        made = self.library.fake_calls(noted)
+        return [Call(c.kind.decode(), c.count, c.stream) for c in noted[:made]]

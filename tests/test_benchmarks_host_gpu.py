@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host benchmark on a CUDA device, in small sizes: every part, every byte, every engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import portakv_benchmarks.cli as bench
+import pytest
+import torch
+from portakv_benchmarks import host_cli
+from portakv_benchmarks.host_loops import attention, matmul
+from portakv_benchmarks.host_suite import KB, MB, PRESETS
+
+pytestmark = pytest.mark.gpu
+
+SMALL = dataclasses.replace(
+    PRESETS["tiny"], runs=(256, 2 * KB, 32 * KB), payloads=(512 * KB, 2 * MB), largest=2 * MB,
+    direct=2 * MB, duplex=(2 * MB,), pageable=(2 * MB,), ring_slots=((2, 256 * KB),),
+    beside=2 * MB, loop_seconds=0.02, matmul=1024, attention=(2, 4, 512), large=64 * MB,
+    small=(1, 64, 10_000), pinned=17 * MB,
+)  # fmt: skip
+
+
+def test_every_part_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
+    monkeypatch.setattr(host_cli, "PRESETS", {"full": SMALL})
+    words = ["--host", "--device", "cuda", "--preset", "full", "--out", str(tmp_path)]
+    assert bench.main(words) == 0
+    (file,) = tmp_path.glob("*-host.json")
+    written = json.loads(file.read_text())
+    rows = written["rows"]
+    assert all(row["verified"] for row in rows)
+    assert {row["part"] for row in rows} == set(host_cli.PARTS)
+    grid = [row for row in rows if row["kind"] == "host_copy"]
+    engines = {row["backend"] for row in grid}
+    assert {"memcpy", "staged", "descriptors", "direct", "host", "host idle"} == engines
+    assert all("staging_mb" in row for row in grid if row["backend"] != "memcpy")
+    assert max(row["staging_mb"] for row in grid if row["backend"] == "host") < 64
+    assert {row["thread_blocks"] for row in rows if "thread_blocks" in row} == {8}
+    ways = {row["backend"] for row in rows if row["kind"] == "host_small"}
+    assert {"SmallCopy value", "SmallCopy mapped", "torch.tensor"} <= ways
+
+
+def test_loops_last_as_long_as_was_asked_for() -> None:
+    device = torch.device("cuda", 0)
+    for loop in (matmul(device, 1024, 0.05), attention(device, (2, 4, 512), 0.05)):
+        assert loop._time() >= 45.0  # milliseconds
