@@ -144,6 +144,25 @@ def test_host_memory_is_held_while_bytes_fly(store: bool, way: str) -> None:
         assert holds(back, numbers)
 
 
+@pytest.mark.parametrize("name", ["staged", "descriptors", "direct"])
+def test_every_engine_holds_host_memory_that_everybody_forgets(name: str) -> None:
+    blocks = 64
+    ids = list(range(blocks))
+    for _ in range(3):
+        there, on_device = large(blocks, 1, DEVICE)
+        here, on_host = large(blocks, 1, "cpu")
+        numbers = numbered(here)[:, :, 0, 0].clone()
+        torch.cuda.synchronize()
+        torch.cuda._sleep(LONG)
+        copy_blocks(on_host, on_device, ids, ids, backend=name, overlap="idle")
+        del here, on_host
+        gc.collect()
+        other = pinned.empty((blocks * BIG,), torch.uint8)  # where the freed memory was, perhaps
+        other.fill_(255)
+        torch.cuda.synchronize()
+        assert holds(there, numbers)
+
+
 def test_in_a_graph() -> None:
     src, dst = layered(DEVICE), block_first(DEVICE)
     expected = wanted(src, dst, SRC, DST)

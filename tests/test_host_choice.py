@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import pytest
 import torch
@@ -354,6 +355,38 @@ def test_picking_with_kept_ids_is_cheap() -> None:
         launch.pick(src, dst, index, index, 30 * SIZE)
         best = min(best, perf_counter() - began)
     assert best < 10e-6
+
+
+def test_a_pick_that_was_under_way_when_its_engine_went_out_does_not_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    src, dst = planes("device"), view("pinned")
+    both = apart(2), apart(2)
+    with engines(monkeypatch, direct="Late"):
+        launch = ready(host(), src, dst)
+        real = picking.pick
+
+        def slow(*arguments: Any) -> Pick:
+            found = real(*arguments)
+            launch._prepared("direct")  # by another thread, say
+            return found
+
+        monkeypatch.setattr("portakv.host.engines.chosen.pick", slow)
+        assert launch.pick(src, dst, *both, 2 * SIZE).engine == "direct"
+        launch(src, dst, *both, 2 * SIZE, None, None)
+        assert launched() == ["staged"]
+
+
+def test_costs_are_read_before_the_first_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+
+    def look(device: torch.device) -> Assumed:
+        asked.append(device)
+        return ASSUMED
+
+    monkeypatch.setattr("portakv.host.engines.chosen.costs_of", look)
+    Host(CPU).prepare(plan_of(view("device"), view("pinned")))
+    assert asked == [CPU]
 
 
 def test_threads_prepare_an_engine_once() -> None:

@@ -89,6 +89,7 @@ class Host(Engine):
     def prepare(self, plan: CopyPlan) -> HostLaunch:
         launch = HostLaunch(plan, self)
         launch.prepare_one()
+        _ = self.costs  # read now, rather than in a transfer
         return launch
 
     def _ask(self) -> tuple[dict[str, Backend], dict[str, str]]:
@@ -144,7 +145,7 @@ class HostLaunch:
         self._lock = threading.RLock()
         self._launches: dict[str, Launch] = {}
         self._whole, self._of_host = RunCounter(plan), RunCounter.of_host(plan)
-        self._picks: dict[tuple[int, int, int], Pick] = {}
+        self._picks: dict[tuple[int, int, int, int], Pick] = {}
 
     def prepare_one(self) -> None:
         """Prepare the first engine that can be, so that the plan is known to be carried out.
@@ -168,11 +169,13 @@ class HostLaunch:
         theirs = dst_index if self.direction == "d2h" else src_index
         whole = self._whole.groups(src_index, dst_index, count)
         of_host = self._of_host.groups(theirs, theirs, count)
-        key = whole, of_host, count
+        out = self.out
+        # An engine that turns out to be out ends every pick that was made before.
+        key = whole, of_host, count, len(out)
         found = self._picks.get(key)
         if found is None:
             shapes = self._shapes(whole, of_host, count)
-            found = pick(shapes, self.direction, self.out, self._terms, self._host.costs)
+            found = pick(shapes, self.direction, out, self._terms, self._host.costs)
             if len(self._picks) >= _MOST:
                 self._picks.clear()
             self._picks[key] = found
@@ -245,7 +248,6 @@ class HostLaunch:
     def _refuse(self, name: str, why: str) -> None:
         self.out = {**self.out, name: why}
         del self._engines[name]
-        self._picks.clear()
 
     def _placed(self, name: str, index: Index, stream: torch.Stream | None) -> Index:
         """An index with its ids where an engine reads them."""

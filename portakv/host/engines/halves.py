@@ -45,17 +45,19 @@ class Halves:
 
     def prepare(self, device: torch.device) -> None:
         """Prepare the device's half; raises `Unsupported` where nobody takes it."""
-        held = self.held(1, False)
+        held = self.held(1, 0, False)
         buffer = torch.empty(self.mirror.nbytes(held), dtype=torch.uint8, device=device)
         self.ways(self.mirror.view(buffer, held), held)
 
-    def held(self, count: int, exactly: bool) -> int:
-        """Slots of a mirror for ``count`` positions; exactly so many where nothing is to lie
-        between its planes."""
+    def held(self, count: int, first: int, exactly: bool) -> int:
+        """Slots of a mirror for ``count`` positions of which the ``first`` may stand inside a
+        block; exactly so many where nothing is to lie between its planes."""
         block = self.mirror.block_size
         if exactly and block == 1:
             return count
-        return capacity(count, self.quantum, self.plan.token_bytes) + (block if block > 1 else 0)
+        return capacity(count, self.quantum, self.plan.token_bytes) + (
+            block if first % block else 0
+        )
 
     def ways(self, mirror: KVView, held: int) -> tuple[Route, CopyPlan]:
         """The route between the device's rows and a mirror, and the plan of its other side."""

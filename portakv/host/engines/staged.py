@@ -81,7 +81,7 @@ class _StagedLaunch:
         theirs, mine = (dst_index, src_index) if self.downward else (src_index, dst_index)
         legs = self._legs(rows, host, theirs.to_host(), count)
         work = stream or torch.accelerator.current_stream(self.device.index)
-        room = staging(self.device, work, self.downward)
+        room = staging(self.device, work)
         try:
             with room.lock, _flight.inside(stream):
                 passage = _Passage(self.downward, room, work, self._crossing, len(legs) == 1)
@@ -160,7 +160,10 @@ class Leg:
         self.rows, part = sliced(rows, cut), sliced(host, cut)
         self.start, self.count = cut.start, cut.count
         self.halves = launch.halves(self.rows, part, cut)
-        self.mirror, self.held = self.halves.mirror, self.halves.held(cut.count, exactly)
+        self.mirror, self.held = (
+            self.halves.mirror,
+            self.halves.held(cut.count, theirs.offset + cut.start, exactly),
+        )
         self.nbytes = self.mirror.nbytes(self.held)
         self.behind = self.halves.behind(theirs.shifted(cut.start))
         self._theirs = theirs.shifted(cut.start)

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from ...view import KVView
 
 _APART = 256  # bytes: mirrors begin at multiples, so that vectors are as wide as they can be
-_STREAMS = 8  # streams, by direction, whose staging is kept; the oldest is made anew
+_STREAMS = 8  # whose staging is kept; the oldest one's is given back
 
 
 class Staging:
-    """The mirrors of one stream and direction. One transfer at a time issues its work, under
-    ``lock``; on the device the stream orders them.
+    """The mirrors of one stream. One transfer at a time issues its work, under ``lock``; on the
+    device the stream orders them.
 
     Attributes:
         half: the stream of the device's half.
@@ -69,13 +69,13 @@ class Staging:
         return known
 
 
-_known: OrderedDict[tuple[torch.device, int, bool], Staging] = OrderedDict()
+_known: OrderedDict[tuple[torch.device, int], Staging] = OrderedDict()
 _lock = threading.Lock()
 
 
-def staging(device: torch.device, work: torch.Stream, downward: bool) -> Staging:
-    """The staging of a stream, for one direction."""
-    key = device, work.stream_id, downward
+def staging(device: torch.device, work: torch.Stream) -> Staging:
+    """The staging of a stream."""
+    key = device, work.stream_id
     found = _known.get(key)
     if found is None:
         with _lock:
