@@ -2,7 +2,8 @@
 """What a block transfer costs the host: 1,000 blocks x 64 planes, by each engine.
 
 Everything that can be made beforehand is: views, plans, kernels. The ids are an `Index` that the
-caller keeps, or tensors on the host that nobody has seen before, as an offload has them. The device
+caller keeps, or tensors on the host that nobody has seen before, as an offload has them. The host's
+blocks follow each other, or lie at random: then the driver is asked for a copy of each. The device
 is idle at the beginning of each call and the host does not wait for its end.
 """
 
@@ -28,28 +29,37 @@ _WAYS = (direct(), STAGED, HOST, DESCRIPTORS)
 #: Calls of a way that takes the host this many microseconds are not repeated as often.
 _DEAR, _FEW = 20_000.0, 4
 IDS = ("kept Index", "host tensor")
+#: Of the host's blocks.
+ORDERS = ("random", "consecutive")
 
 
 def call_steps(bench: Bench) -> Iterator[Step]:
-    """A step for each row size."""
+    """A step for each row size and order of the host's blocks.
+
+    The first row size is measured in full; with others, which move gigabytes, the number of slices
+    decides, and they are called less often, by fewer ways and with kept ids alone.
+    """
+    tokens = _BLOCK * bench.preset.call_blocks
     for row in bench.preset.call_rows:
-        tokens = _BLOCK * bench.preset.call_blocks
-        place = Scene(_BLOCK * row, row // 256, LAYER_FIRST, "blocks", BLOCK_FIRST, "random")
-        case = Case(place, _LAYERS, tokens)
-        yield f"host time: rows of {size(row)}", partial(_measure, bench, case)
+        whole = row == bench.preset.call_rows[0]
+        for order in ORDERS if whole else ORDERS[:1]:
+            place = Scene(_BLOCK * row, row // 256, LAYER_FIRST, "blocks", BLOCK_FIRST, order)
+            name = f"host time: rows of {size(row)}, {place.side}"
+            yield name, partial(_measure, bench, Case(place, _LAYERS, tokens), whole)
 
 
-def _measure(bench: Bench, case: Case) -> tuple[Rows, list[str]]:
+def _measure(bench: Bench, case: Case, whole: bool) -> tuple[Rows, list[str]]:
     rows: Rows = []
     left_out: list[str] = []
-    sides, _ = bench.sides(case)
+    sides = bench.sides(case)
+    calls = bench.preset.calls if whole else max(1, bench.preset.calls // 3)
     for direction in DIRECTIONS:
         sides.fill(direction)
         merged = merged_runs(sides, direction)
-        for way in bench.serving(_WAYS):
-            for ids in IDS:
+        for way in bench.serving(_WAYS if whole else _WAYS[:-1]):
+            for ids in IDS if whole else IDS[:1]:
                 try:
-                    rows.append(_row(bench, sides, direction, way, ids, merged))
+                    rows.append(_row(bench, sides, direction, way, ids, merged, calls))
                 except (PortaKVError, RuntimeError, TypeError, ValueError) as error:
                     told = str(error).partition("\n")[0]
                     left_out.append(f"host time: {way.name} {direction}, {ids}: {told}")
@@ -64,7 +74,7 @@ def merged_runs(sides: Sides, direction: str) -> int:
 
 
 def _row(
-    bench: Bench, sides: Sides, direction: str, way: Way, ids: str, merged: int
+    bench: Bench, sides: Sides, direction: str, way: Way, ids: str, merged: int, calls: int
 ) -> dict[str, Any]:
     def call() -> float:
         fresh = None if ids == IDS[0] else sides.fresh_ids()
@@ -76,12 +86,15 @@ def _row(
     sides.poison(direction)
     first = call()
     right = sides.right(direction)
-    times = _times(call, bench.preset.calls)
+    times = _times(call, calls)
+    bench.module.synchronize()
+    chosen = way.taken(way.move(sides, direction))
     bench.module.synchronize()
     middle = quantile(times, 0.5)
     return {
         "kind": "host_call", "shape": sides.case.name, "backend": way.name, "engine": way.engine,
-        "op": direction, "ids": ids, "row_bytes": sides.case.scene.row,
+        **chosen, "op": direction, "ids": ids, "host_side": sides.case.scene.side,
+        "row_bytes": sides.case.scene.row, "run_bytes": sides.case.scene.run,
         "payload_bytes": sides.case.payload, "blocks": sides.case.tokens // _BLOCK,
         "planes": 2 * sides.case.layers, "merged_runs": merged,
         "host_us": short(middle), "host_us_p90": short(quantile(times, 0.9)),

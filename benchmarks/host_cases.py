@@ -50,10 +50,15 @@ class Scene:
         return self.heads * _DIM * _ITEM
 
     @property
+    def side(self) -> str:
+        """The host's side: ``dense``, ``block-first random``."""
+        where = {CHUNK: "", BLOCK_FIRST: "block-first ", POOL_BY_LAYER: "layer-first "}[self.host]
+        return f"{where}{self.order}"
+
+    @property
     def name(self) -> str:
         """``2 KB runs, block-first random``."""
-        where = {CHUNK: "", BLOCK_FIRST: "block-first ", POOL_BY_LAYER: "layer-first "}[self.host]
-        return f"{size(self.run)} runs, {where}{self.order}"
+        return f"{size(self.run)} runs, {self.side}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +111,27 @@ _HOSTS = (
     (BLOCK_FIRST, "random"),
     (POOL_BY_LAYER, "random"),
 )
-#: Runs of one row each, by random slots; of one block in one plane; and of a whole block.
+#: Runs of a whole block.
+_WHOLE_BLOCKS = tuple(
+    Scene(_LAYERS * _KV * _BLOCK * 2048, 8, BLOCK_FIRST, "blocks", BLOCK_FIRST, order)
+    for order in ("consecutive", "random")
+)
+
+
+def _scenes(host: str, order: str) -> Sequence[Scene]:
+    """The scenes of a host side: runs of one row, by random slots; and of one block in a plane."""
+    sides = host, order
+    return (
+        *(Scene(256 * n, n, LAYER_FIRST, "slots", *sides) for n in (1, 8, 32)),
+        Scene(_BLOCK * 2048, 8, LAYER_FIRST, "blocks", *sides),
+    )
+
+
+#: The host sides that caches have first, since time may run out.
 SCENES: tuple[Scene, ...] = (
-    *(Scene(256 * n, n, LAYER_FIRST, "slots", *host) for n in (1, 8, 32) for host in _HOSTS),
-    *(Scene(_BLOCK * 2048, 8, LAYER_FIRST, "blocks", *host) for host in _HOSTS),
-    *(
-        Scene(_LAYERS * _KV * _BLOCK * 2048, 8, BLOCK_FIRST, "blocks", BLOCK_FIRST, order)
-        for order in ("consecutive", "random")
-    ),
+    *(one for host in _HOSTS[:-1] for one in _scenes(*host)),
+    *_WHOLE_BLOCKS,
+    *_scenes(*_HOSTS[-1]),
 )
 
 

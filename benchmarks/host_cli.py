@@ -31,7 +31,7 @@ from .command import (
 )
 from .host_calls import call_steps
 from .host_grid import direct_steps, duplex_steps, grid_steps
-from .host_interference import interference_steps
+from .host_interference import interference_steps, peer_steps
 from .host_pageable import pageable_steps
 from .host_peers import PEERS, load_host_peer
 from .host_pinning import pinning_steps
@@ -40,8 +40,8 @@ from .host_suite import PRESETS, Bench
 from .host_tables import print_host
 from .machine import describe, short_name
 
-#: What can be measured on its own, in this order: the grid first, since it tells how much of the
-#: device's memory engines take, and pinning last, since it wants the host's.
+#: What can be measured on its own, in this order: the grid first, since most bars are about it, and
+#: peers last, since the kernel of another that fails may leave no device for what follows.
 PARTS: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
     "grid": grid_steps,
     "direct": direct_steps,
@@ -51,6 +51,7 @@ PARTS: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
     "interference": interference_steps,
     "pageable": pageable_steps,
     "pinning": pinning_steps,
+    "peers": peer_steps,
 }
 
 
@@ -92,8 +93,9 @@ def run(asked: argparse.Namespace) -> dict[str, Any]:
     peers = [load_host_peer(name) for name in asked.peers or ()]
     bench = Bench(device, PRESETS[asked.preset], peers)
     machine = describe(device)
-    steps = [_of_part(part, step) for part in parts for step in PARTS[part](bench)]
+    steps = [_of_part(part, step) for part in parts for step in _steps(part, bench)]
     rows, left_out = carry_out(steps, device, asked.seconds)
+    left_out = list(dict.fromkeys(left_out))  # some steps leave out the same for the same reason
     bench.forget()
     name = f"{short_name(device)}-host"
     return {
@@ -111,6 +113,16 @@ def run(asked: argparse.Namespace) -> dict[str, Any]:
         "left_out": [f"{engine}: {why}" for engine, why in bench.absent.items()] + left_out,
         "rows": rows,
     }
+
+
+def _steps(part: str, bench: Bench) -> list[Step]:
+    """The steps of a part; of one that cannot tell them a step that says why, so that the others
+    are measured."""
+    try:
+        return list(PARTS[part](bench))
+    except Exception as error:
+        why = f"{part}: {type(error).__name__}: {error}"
+        return [(part, lambda: ([], [why]))]
 
 
 def _of_part(part: str, step: Step) -> Step:
@@ -161,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--peers", action="append", metavar="NAME",
-        help=f"a released peer to measure beside, may be repeated: {', '.join(PEERS)}",
+        help=f"a released peer, for the part `peers`; may be repeated: {', '.join(PEERS)}",
     )  # fmt: skip
     parser.add_argument(
         "--seconds", type=float, help="start nothing new after this time; tell what was left out"

@@ -13,11 +13,23 @@ from typing import Any
 
 import torch
 
+from portakv.host.engines.staging import staging
+
 from .command import Rows, Step
 from .harness import Measured, Variant, measure, usable
-from .host_cases import BLOCK_FIRST, DIRECTIONS, SCENES, Case, case_of, cases, scene, size
+from .host_cases import (
+    BLOCK_FIRST,
+    DIRECTIONS,
+    POOL_BY_LAYER,
+    SCENES,
+    Case,
+    case_of,
+    cases,
+    scene,
+    size,
+)  # fmt: skip
 from .host_memory import Sides
-from .host_suite import KB, Bench, figures, short
+from .host_suite import KB, MB, Bench, figures, short
 from .host_timers import alone
 from .host_ways import (
     CHOSEN,
@@ -33,7 +45,7 @@ from .host_ways import (
     plain,
 )  # fmt: skip
 
-#: What is compared; `chosen_loss` is against the best of the first three.
+#: What is compared; `chosen_loss` is against the best of the first three that may be chosen.
 ENGINES = (STAGED, DESCRIPTORS, direct())
 GRID_WAYS = (*ENGINES, HOST, HOST_IDLE)
 
@@ -43,11 +55,16 @@ Found = tuple[Rows, list[str]]
 def grid_steps(bench: Bench) -> Iterator[Step]:
     """A step for each scene, and the largest payload."""
     preset = bench.preset
-    for one in (one for one in SCENES if one.run in preset.runs):
+    scenes = [one for one in SCENES if one.run in preset.runs]
+    late = [one for one in scenes if one.host == POOL_BY_LAYER]
+    for one in (one for one in scenes if one not in late):
         mine = cases([one], preset.payloads_of(one))
         yield f"grid: {one.name}", partial(_grid, bench, mine)
-    largest = cases([scene(32 * KB)], [preset.largest])
+    largest = cases([scene(2 * KB), scene(32 * KB, BLOCK_FIRST, "random")], [preset.largest])
     yield f"grid: {size(preset.largest)}", partial(_grid, bench, largest)
+    for one in late:
+        mine = cases([one], preset.payloads_of(one))
+        yield f"grid: {one.name}", partial(_grid, bench, mine)
 
 
 def direct_steps(bench: Bench) -> Iterator[Step]:
@@ -88,22 +105,24 @@ def _direct(bench: Bench, case: Case) -> Found:
 def _measure(bench: Bench, case: Case, ways: Sequence[Way], kind: str) -> Found:
     """A case in both directions by each way."""
     ways = bench.serving(ways)
-    told = {way: way.left_out(case.runs) for way in ways}
-    left_out = [f"{case.name}, {way.name}: {why}" for way, why in told.items() if why]
-    ways = [way for way in ways if not told[way]]
-    sides, own = bench.sides(case)
+    told = {way: way.left_out(case) for way in ways}
+    left_out = [why for why in told.values() if why]
+    named = {way.name: way for way in ways if not told[way]}
+    sides = bench.sides(case)
     rows: Rows = []
     for direction in DIRECTIONS:
         sides.fill(direction)
-        good, refused = usable([by_engine(way, sides, direction) for way in ways])
+        good, refused = usable([by_engine(way, sides, direction) for way in named.values()])
         left_out += [f"{case.name}, {v.labels['backend']} {direction}: {why}" for v, why in refused]
-        more: list[dict[str, Any]] = [{}, *(_staging(bench, variant, own) for variant in good)]
+        more: list[dict[str, Any]] = [{}, *(_staging(bench, variant) for variant in good)]
         ceiling, *others = measured(bench, memcpy(sides, direction), good, case.payload)
         for variant, one in zip(good, more[1:], strict=True):
             one["alone_us"] = short(alone(bench.timer, variant.call))
-            if variant.labels["engine"] == CHOSEN:
-                way = next(way for way in ways if way.name == variant.labels["backend"])
-                one["took"] = _took(way, sides, direction)
+            way = named[variant.labels["backend"]]
+            if way.engine == CHOSEN:
+                one |= way.taken(way.move(sides, direction))
+                one["allowed"] = sorted(way.allowed(sides, direction))
+        bench.module.synchronize()
         for measure_of, fields in zip((ceiling, *others), more, strict=True):
             rows.append({**_row(kind, case, measure_of, bench), **fields})
     return rows, left_out
@@ -114,7 +133,7 @@ def _row(kind: str, case: Case, one: Measured, bench: Bench) -> dict[str, Any]:
         "kind": kind,
         "shape": case.name,
         **one.labels,
-        "host_side": case.scene.name.partition(", ")[2],
+        "host_side": case.scene.side,
         "row_bytes": case.scene.row,
         "run_bytes": case.scene.run,
         "runs": case.runs,
@@ -126,38 +145,47 @@ def _row(kind: str, case: Case, one: Measured, bench: Bench) -> dict[str, Any]:
     }
 
 
-def _staging(bench: Bench, variant: Variant, own: int | None) -> dict[str, Any]:
-    """``staging_mb``, the most memory of the device that a call finds taken beside the benchmark's
-    own; what engines keep from call to call counts. Empty where torch does not say."""
-    if own is None:
+def _staging(bench: Bench, variant: Variant) -> dict[str, Any]:
+    """``staging_mb``, the most memory of the device that a call takes, in 2^20 bytes. Empty where
+    torch does not say.
+
+    Engines keep what they stage in for each stream, so the call comes on a stream that none has
+    seen: what it takes there is its own, and nothing of it was left by a call before.
+    """
+    module, device = bench.module, bench.device
+    if not hasattr(module, "max_memory_allocated"):
         return {}
-    bench.module.reset_peak_memory_stats(bench.device)
-    variant.call(0)
-    bench.module.synchronize()
-    return {"staging_mb": short((bench.module.max_memory_allocated(bench.device) - own) / 1e6)}
-
-
-def _took(way: Way, sides: Sides, direction: str) -> str:
-    """Which engine was chosen."""
-    transfer: Any = way.move(sides, direction)
-    transfer.synchronize()
-    return str(transfer.statistics.engine)
+    stream = bench.stream()
+    staging(device, stream)  # the oldest stream's is given back now, and not in the call
+    module.synchronize()
+    before = module.memory_allocated(device)
+    module.reset_peak_memory_stats(device)
+    with module.stream(stream):
+        variant.call(0)
+    module.synchronize()
+    return {"staging_mb": short((module.max_memory_allocated(device) - before) / MB)}
 
 
 def compare(rows: Rows) -> None:
     """Write into the rows of chosen engines how they stand to the best engine of that point:
-    ``chosen_loss``, their time / its time - 1, and ``best_engine``."""
+    ``chosen_loss``, their time / its time - 1, where the best is of those that their terms allow;
+    ``best_engine`` and ``best_ratio``, of all."""
     points: dict[tuple[Any, ...], Rows] = defaultdict(list)
     for row in rows:
         points[row["shape"], row["op"]].append(row)
     named = [way.name for way in ENGINES]
     for point in points.values():
         known = [row for row in point if row["backend"] in named and row["verified"]]
-        best = min(known, key=lambda row: float(row["p50_us"]), default=None)
-        for row in point:
-            if best is not None and row["engine"] == CHOSEN:
-                row["chosen_loss"] = short(row["p50_us"] / best["p50_us"] - 1)
-                row["best_engine"] = best["backend"]
+        for row in (row for row in point if row["engine"] == CHOSEN and known):
+            allowed = [one for one in known if one["engine"] in row["allowed"]]
+            if allowed:
+                row["chosen_loss"] = short(row["p50_us"] / _quickest(allowed)["p50_us"] - 1)
+            best = _quickest(known)
+            row["best_engine"], row["best_ratio"] = best["backend"], best["ratio"]
+
+
+def _quickest(rows: Rows) -> dict[str, Any]:
+    return min(rows, key=lambda row: float(row["p50_us"]))
 
 
 def measured(
@@ -187,6 +215,12 @@ def _both_ways(bench: Bench, case: Case) -> Found:
     ]
     for row in rows:  # what went both ways together
         row["gb_per_s"] = short(2 * row["gb_per_s"])
+        way = next((way for way in ways if way.name == row["backend"]), None)
+        if way is not None and way.engine == CHOSEN:
+            told = [way.taken(way.move(*one)) for one in ((down, "d2h"), (up, "h2d"))]
+            chosen = ", ".join(dict.fromkeys(one["chosen"] for one in told))
+            row.update(told[0], chosen=chosen)
+    bench.module.synchronize()
     return rows, left_out
 
 

@@ -30,6 +30,9 @@ class Loop:
         self, name: str, step: Callable[[], object], device: torch.device, seconds: float
     ) -> None:
         self.name = name
+        # A captured graph holds addresses, not tensors: freed, the step's memory would be given to
+        # others, such as ids of what is moved beside the loop, and be overwritten by each replay.
+        self._step = step
         self._module = torch.get_device_module(device)
         self._batch = _captured(step, device)
         self._times = 1

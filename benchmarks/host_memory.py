@@ -81,6 +81,8 @@ class Sides:
         self.dense = _words(region.device[end : end + case.payload])
         self.flat = _words(region.host[: case.payload])
         self._device_ids, self._host_ids = _ids(case)
+        _check(self._device_ids, device, "device")
+        _check(self._host_ids, host, "host")
         self.device_view = KVView(self.caches, device.cache)
         self.host_view = self._view_on_host(region.host)
         self.device_index = Index(self._device_ids, step=device.block_size)
@@ -94,6 +96,10 @@ class Sides:
             _rows(self.caches, device, self._places).to(self.device),
             _rows(tensors, host, _places(host, self._host_ids)).to(self.device),
         )
+        for rows, nbytes in zip(self._rows, (self._spread, self._host_bytes), strict=True):
+            if int(rows.min()) < 0 or int(rows.max()) >= nbytes // _UNIT:
+                raise ValueError(f"{case.name}: rows outside of the {nbytes} bytes of their side")
+        self._sums = [int(rows.sum()) for rows in self._rows]
 
     def settle(self) -> None:
         """Have what every engine needs on the device, ids and addresses, made once and kept."""
@@ -178,6 +184,8 @@ class Sides:
         Overwrites those rows where they are on the device.
         """
         self._synchronise()
+        if [int(rows.sum()) for rows in self._rows] != self._sums:  # indexing would end the process
+            raise RuntimeError("the places of the rows were overwritten on the device by something")
         scratch = self._region.scratch[: self._host_bytes]
         scratch.copy_(self._region.host[: self._host_bytes])
         on_device = _units(self._region.device[: _aligned(self._spread)])
@@ -213,6 +221,15 @@ def _ids(case: Case) -> tuple[torch.Tensor, torch.Tensor | None]:
     if case.scene.order == "consecutive":
         return mine, torch.arange(1, 1 + wanted)
     return mine, torch.randperm(host.blocks, generator=generator)[:wanted]
+
+
+def _check(ids: torch.Tensor | None, shape: Shape, side: str) -> None:
+    """Raise `ValueError` unless a side's ids are blocks of its pool, each once."""
+    if ids is not None and (
+        int(ids.min()) < 0 or int(ids.max()) >= shape.blocks or ids.unique().numel() < ids.numel()
+    ):
+        raise ValueError(f"{shape.name}: the {side}'s ids are no {ids.numel()} blocks of "
+                         f"{shape.blocks}")  # fmt: skip
 
 
 def _places(shape: Shape, ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

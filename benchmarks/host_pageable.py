@@ -97,12 +97,16 @@ def _measure(bench: Bench, case: Case) -> tuple[Rows, list[str]]:
         good, refused = usable([by_engine(way, sides, direction) for way in ways])
         left_out += [f"pageable: {case.name}, {v.labels['backend']} {direction}: {why}"
                      for v, why in refused]  # fmt: skip
+        told = {v.labels["backend"]: HOST.taken(HOST.move(sides, direction))
+                for v in good if v.labels["backend"] == HOST.name}  # fmt: skip
+        bench.module.synchronize()
         for one in measure(
             torchs, [*rings, *good], bench.wall, objects=1,
             rounds=bench.preset.rounds(case.payload), seconds=bench.preset.seconds,
         ):  # fmt: skip
             rows.append({
                 "kind": "host_pageable", "shape": case.name, "plain": False, **one.labels,
+                **told.get(one.labels["backend"], {}),
                 "run_bytes": case.scene.run, "payload_bytes": case.payload,
                 **figures(one, case.payload), "timer": bench.wall.name,
             })  # fmt: skip

@@ -31,7 +31,7 @@ class HostPreset:
     Attributes:
         runs: lengths of runs in the grid.
         payloads: of the grid; from `RARE` on with two host sides only, since they take the time.
-        largest: of one scene more.
+        largest: of two scenes more.
         seconds: bounds the rounds of one measurement.
         thread_blocks, direct: limits of the direct engine, and the payload that it is swept with.
         duplex: payloads each way, of both directions at once.
@@ -47,7 +47,7 @@ class HostPreset:
         pinned: bytes to pin.
         call_rows: bytes of a row, for the host time of 1,000 blocks x 64 planes.
         call_blocks: the number of blocks.
-        calls: how often each is called.
+        calls: how often each is called; beyond the first length of rows a third as often.
     """
 
     runs: tuple[int, ...]
@@ -79,6 +79,8 @@ class HostPreset:
 
     def rounds(self, payload: int) -> int:
         """How many rounds measure a payload: small ones move more from round to round."""
+        if payload <= 8 * MB:
+            return 25
         return 15 if payload <= 32 * MB else 9 if payload <= 128 * MB else 5
 
 
@@ -120,7 +122,6 @@ class Bench:
         self.timer: LinkTimer | WallTimer = link_timer(device)
         self.wall = WallTimer(device)
         self._regions: dict[bool, tuple[int, Region]] = {}
-        self._own = self.allocated()  # before any engine was called
         said = {d.name: d for d in trace(device)}
         #: Why an engine does not serve the device, by its name.
         self.absent = {n: said[n].reason for n in ENGINES if n in said and not said[n].accepted}
@@ -129,22 +130,17 @@ class Bench:
         """Memory for cases of up to so many bytes; kept, and made anew where it is too small."""
         known = self._regions.get(pageable)
         if known is None or known[0] < payload:
-            before = self.allocated()
             del known
             self._regions.pop(pageable, None)
             made = Region.reserve(self.device, payload, pageable=pageable)
             known = self._regions[pageable] = (payload, made)
-            self._own = _grown(self._own, before, self.allocated())
         return known[1]
 
-    def sides(self, case: Case) -> tuple[Sides, int | None]:
-        """A case in the kept memory, and the bytes of the device that the benchmark now has, with
-        copies of the ids; None where torch does not say."""
-        region = self.region(max(case.payload, *self.preset.payloads))
-        before = self.allocated()
-        sides = Sides(case, region)
+    def sides(self, case: Case) -> Sides:
+        """A case in the kept memory, with copies of its ids wherever engines read them."""
+        sides = Sides(case, self.region(max(case.payload, *self.preset.payloads)))
         sides.settle()
-        return sides, _grown(self._own, before, self.allocated())
+        return sides
 
     def serving(self, ways: Iterable[Way]) -> list[Way]:
         """Those of several ways whose engines serve the device."""
@@ -152,23 +148,12 @@ class Bench:
 
     def forget(self) -> None:
         """Let go of the memory."""
-        before = self.allocated()
         self._regions.clear()
-        self._own = _grown(self._own, before, self.allocated())
-
-    def allocated(self) -> int | None:
-        """Bytes of the device that torch has given out; None where it does not say."""
-        ask = getattr(self.module, "memory_allocated", None)
-        return None if ask is None else int(ask(self.device))
 
     def stream(self) -> torch.Stream:
         """A new stream of the device."""
         made: torch.Stream = self.module.Stream(self.device)
         return made
-
-
-def _grown(own: int | None, before: int | None, after: int | None) -> int | None:
-    return None if own is None or before is None or after is None else own + after - before
 
 
 def figures(one: Measured, payload: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ _FLAGS = (
     "flags: noisy = p90 above 1.2 x median; host = the host's part shows in the time. MB and GB of "
     "cases are 2^20 and 2^30 bytes; GB/s are 10^9, each byte counted once"
 )
-_NAMES = ("case", "way", "direction", "loop", "ids", "bytes", "took")
+_NAMES = ("case", "way", "direction", "loop", "ids", "bytes", "chosen", "best")
 
 
 def print_host(results: Mapping[str, Any]) -> None:
@@ -80,14 +80,23 @@ _TABLES: Mapping[str, tuple[str, Cells]] = {
         "to its end on an idle device, nothing hidden",
         (
             *_COPY,
-            ("staging MB", _number("staging_mb", ".3g")),
+            ("staging MiB", _number("staging_mb", ".3g")),
             ("loss", _number("chosen_loss", ".3f")),
-            ("took", _text("took")),
+            ("chosen", _text("chosen")),
+            (
+                "best",
+                lambda row: (
+                    f"{row['best_engine']} {row['best_ratio']:.3f}" if "best_ratio" in row else "-"
+                ),
+            ),
             ("bytes", _bytes),
         ),
     ),
     "host_direct": ("direct, by its limit on thread blocks", (*_COPY, ("bytes", _bytes))),
-    "host_duplex": ("both directions at once", (*_COPY, ("bytes", _bytes))),
+    "host_duplex": (
+        "both directions at once",
+        (*_COPY, ("chosen", _text("chosen")), ("bytes", _bytes)),
+    ),
     "host_pageable": (
         "device and pageable host, beside plain copies through a pinned ring; by the host's clock",
         (
@@ -110,6 +119,8 @@ _TABLES: Mapping[str, tuple[str, Cells]] = {
             ("over memcpy", _number("over_memcpy")),
             ("GB/s", _number("link_gb_per_s")),
             ("of memcpy", _number("link_ratio", ".3f")),
+            ("ran dry", _text("ran_dry")),
+            ("chosen", _text("chosen")),
             ("bytes", _bytes),
         ),
     ),

@@ -5,21 +5,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from portakv import copy_blocks
+from portakv import Index, copy_blocks
+from portakv.block_transfer import BlockTransfer
+from portakv.host.engines.across import across
+from portakv.host.engines.chosen import HostLaunch
+from portakv.host.engines.terms import Terms
+from portakv.registry import choose
+from portakv.routes import route
 from portakv.transfer import Transfer
 
 from .harness import Variant
+from .host_cases import Case, size
 from .host_memory import Sides
 
 MEMCPY = "memcpy"
 CHOSEN = "host"
-#: Pieces of one transfer from which on `descriptors` is not measured: each costs the host most of
-#: a microsecond, so that this many take longer than the bytes of any case.
-MOST_RUNS = 20_000
+#: Pieces of one transfer up to which `descriptors` is measured, and the bytes of one from which on:
+#: each costs the host most of a microsecond, in which the link moves that many.
+MOST_RUNS, LEAST_RUN = 20_000, 32 << 10
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,11 +43,35 @@ class Way:
     engine: str
     terms: Mapping[str, Any] = field(default_factory=dict)
 
-    def left_out(self, runs: int) -> str:
-        """Why it is not measured with so many runs; empty where it is."""
-        if self.engine == "descriptors" and runs > MOST_RUNS:
-            return f"{runs} runs, a descriptor each; measured up to {MOST_RUNS}"
+    def left_out(self, case: Case) -> str:
+        """Why it is not measured with a case, as a line; empty where it is."""
+        if self.engine != DESCRIPTORS.engine:
+            return ""
+        if case.scene.run < LEAST_RUN:
+            return (f"{self.name}: all runs under {size(LEAST_RUN)}, since each costs the host "
+                    f"longer than the link")  # fmt: skip
+        if case.runs > MOST_RUNS:
+            return f"{self.name}, {case.name}: {case.runs} runs; measured up to {MOST_RUNS}"
         return ""
+
+    def taken(self, transfer: Transfer) -> dict[str, str]:
+        """What a row says of the choice that a transfer made: ``chosen``, the engine, and
+        ``terms``, which it had to keep. Empty where no engine is chosen."""
+        if self.engine != CHOSEN:
+            return {}
+        terms = {"overlap": Terms().overlap, **self.terms}
+        told = ", ".join(f"{name}={value}" for name, value in terms.items())
+        return {"chosen": cast(BlockTransfer, transfer).statistics.engine, "terms": told}
+
+    def allowed(self, sides: Sides, direction: str) -> set[str]:
+        """The engines that may be chosen for a case under its terms; moves nothing."""
+        src, dst, *ids = sides.arguments(direction)
+        mine, theirs = (Index() if one is None else one for one in ids)
+        steps = mine.plan_step, theirs.plan_step
+        choice = across(choose(sides.device), Terms(**self.terms))
+        launch = cast(HostLaunch, route(src.form, dst.form, *steps, None, choice).launch)
+        picked = launch.pick(src, dst, mine, theirs, sides.case.tokens)
+        return {one.engine for one in picked.alternatives if not one.refused}
 
     def move(
         self, sides: Sides, direction: str, stream: torch.Stream | None = None, ids: Any = None

@@ -83,7 +83,7 @@ class Order(NamedTuple):
         """A clock of its work, behind what its stream holds by now."""
         if self.device.type == "cpu" or capturing(self.device):
             return Clock(None)
-        return Clock(self.stream or torch.accelerator.current_stream(self.device.index))
+        return Clock(self.device, self.stream)
 
     def asked(self) -> Asked:
         """What a handle says of it, without its views."""

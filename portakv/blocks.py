@@ -144,4 +144,4 @@ def _block_index(view: KVView, blocks: Any, side: str) -> Index:
                 f"{view.block_size} tokens; pass Index(ids, step={view.block_size}), or ids."
             )
         return blocks
-    return Index(blocks, step=view.block_size)
+    return Index.of(blocks, view.block_size)

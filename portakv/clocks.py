@@ -4,31 +4,42 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from functools import cache
 
 import torch
+
+from .events import Pool
 
 
 class Clock:
     """Times work from its making on.
 
     Args:
-        stream: what the work is ordered on, which is timed by its device's events where torch has
-            such; None: by the host's clock.
+        device: where the work is timed by events, if torch has such there; None: by the host's
+            clock.
+        stream: what the work is ordered on; None: the device's current stream.
     """
 
-    __slots__ = ("_began", "_first", "_landed", "_last", "_seconds", "_stream")
+    __slots__ = ("_began", "_first", "_landed", "_last", "_pool", "_seconds", "_stream")
 
-    def __init__(self, stream: torch.Stream | None) -> None:
+    def __init__(self, device: torch.device | None, stream: torch.Stream | None = None) -> None:
         self._stream = stream
         self._first: torch.Event | None = None
         self._last: torch.Event | None = None
         self._landed: float | None = None
         self._seconds: float | None = None
-        if stream is not None:
-            with suppress(RuntimeError, NotImplementedError):
-                self._first = self._recorded(stream)
+        self._pool = None if device is None else _timers(device)
+        if self._pool is not None:
+            try:
+                self._first = self._pool.recorded(stream)
+            except (RuntimeError, NotImplementedError):
+                self._pool = None
         self._began = time.perf_counter()
+
+    def __del__(self) -> None:
+        for event in (self._first, self._last):
+            if event is not None and self._pool is not None:
+                self._pool.release(event)  # nobody waits for it, ended or not
 
     @property
     def name(self) -> str:
@@ -38,8 +49,8 @@ class Clock:
 
     def issued(self, ordered: bool) -> None:
         """All work was issued; ``ordered``: on the stream."""
-        if self._first is not None and self._stream is not None and ordered:
-            self._last = self._recorded(self._stream)
+        if self._pool is not None and ordered:
+            self._last = self._pool.recorded(self._stream)
 
     def landed(self) -> None:
         """Somebody saw that all work has ended; the first counts."""
@@ -61,8 +72,15 @@ class Clock:
                     self._seconds = self._landed - self._began
         return self._seconds
 
-    @staticmethod
-    def _recorded(stream: torch.Stream) -> torch.Event:
-        event = torch.Event(stream.device, enable_timing=True)
-        event.record(stream)
-        return event
+
+class _Timers(Pool):
+    """Events that tell the time."""
+
+    def acquire(self) -> torch.Event:
+        try:
+            return self._free.pop()
+        except IndexError:
+            return torch.Event(self._device, enable_timing=True)
+
+
+_timers = cache(_Timers)

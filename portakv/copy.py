@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from math import gcd
 from operator import index as whole_number
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .clean import clean
-from .errors import DeviceMismatch, LayoutError, SlotError, Unsupported
+from .errors import DeviceMismatch, LayoutError, PortaKVError, SlotError, Unsupported
 from .host.engines.across import across
 from .host.engines.terms import Terms
 from .index import Index
@@ -20,6 +20,8 @@ from .registry import Choice, choose
 from .routes import Route, route
 from .transfer import Completion, Transfer
 from .view import KVView
+
+_KEPT = 16  # kinds of copies that an index remembers
 
 
 def copy_rows(
@@ -95,16 +97,56 @@ def carry(
     Raises as `copy_rows` does.
     """
     dst.check_writable()
-    if not src.device == dst.device == choice.backend.device and _must_cross(src, dst, choice):
-        choice = across(choice, terms)
+    # Settled once for an index that is kept: it needs nothing but forms and numbers of slots.
+    listed, other = (src_index, dst_index) if src_index.ids is not None else (dst_index, src_index)
+    key = (
+        src.form, dst.form, src.slots, dst.slots, src.device, dst.device, count, choice, terms,
+        src_index is listed, listed.offset, other.names,
+    )  # fmt: skip
+    known: tuple[list[Piece], object] | None = listed.kept.get(key)
+    error: PortaKVError | None = None
+    if known is not None:
+        pieces = known[0]
+    else:
+        if not src.device == dst.device == choice.backend.device and _must_cross(src, dst, choice):
+            choice = across(choice, terms)
+        if count == 0:
+            route(src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice)
+            return Transfer()
+        found = _settled(src, dst, src_index, dst_index, count, choice)
+        pieces, error = found.pieces, found.error
+        if found.src_index is not src_index or found.dst_index is not dst_index or error:
+            src_index, dst_index, count = found[1:4]
+        else:
+            if len(listed.kept) >= _KEPT:
+                listed.kept.clear()
+            listed.kept[key] = pieces, other.lineage  # held, so that its identity stays its own
+    if not pieces:
+        return Transfer((Completion(error=error),))
+    if not disjoint and src.overlaps(dst):
+        whole = src.form.block_size if src.opaque else 1
+        check_disjoint(src, dst, src_index, dst_index, count, whole)
+    return launch(pieces, src, dst, src_index, dst_index, stream, error)
+
+
+class _Settled(NamedTuple):
+    """The pieces of a copy, none where nothing is left of it, and the indices that they go by."""
+
+    pieces: list[Piece]
+    src_index: Index
+    dst_index: Index
+    count: int
+    error: PortaKVError | None
+
+
+def _settled(
+    src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int, choice: Choice
+) -> _Settled:
+    """Judge the indices, drop what the backend cannot skip, and cut the copy into pieces."""
     way = route(src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice)
-    if count == 0:
-        return Transfer()
     skips = src_index.judge(count, src.slots, False, "source")
     skips |= dst_index.judge(count, dst.slots, True, "destination")
-    pieces = [(way, 0, count)]
-    if way.plan.unit > 1:
-        pieces = _pieces(way, src, dst, src_index, dst_index, count, choice)
+    pieces = _pieces(way, src, dst, src_index, dst_index, count, choice)
     error = None
     trusted = (src_index.on_host or src_index.trusted(count, src.slots)) and (
         dst_index.on_host or dst_index.trusted(count, dst.slots)
@@ -113,13 +155,10 @@ def carry(
         unit = max(way.plan.unit for way, _, _ in pieces)
         src_index, dst_index, count, error = clean(src, dst, src_index, dst_index, count, unit)
         if count == 0:
-            return Transfer((Completion(error=error),))
+            return _Settled([], src_index, dst_index, count, error)
         way = route(src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice)
         pieces = _pieces(way, src, dst, src_index, dst_index, count, choice)
-    if not disjoint and src.overlaps(dst):
-        whole = src.form.block_size if src.opaque else 1
-        check_disjoint(src, dst, src_index, dst_index, count, whole)
-    return launch(pieces, src, dst, src_index, dst_index, stream, error)
+    return _Settled(pieces, src_index, dst_index, count, error)
 
 
 def _must_cross(src: KVView, dst: KVView, choice: Choice) -> bool:

@@ -39,14 +39,16 @@ class Index:
         length: positions that the ids cover; None without ids.
         on_host: True where ids can be validated before launch.
         plan_step: what a plan is made for: ``step``, or 0 without ids.
+        fleeting: a caller's ids for one call, which nobody will use again.
+        kept: what copies settled about it, kept as long as the index.
 
     Raises:
         SlotError: another dtype (float and bool included), rank, or a bad step or offset.
     """
 
     __slots__ = (
-        "_device_ids", "_dtypes", "_home", "_host_ids", "_judged", "_placed", "ids", "length",
-        "offset", "on_host", "plan_step", "step",
+        "_device_ids", "_dtypes", "_home", "_host_ids", "_judged", "_placed", "fleeting", "ids",
+        "kept", "length", "offset", "on_host", "plan_step", "step",
     )  # fmt: skip
 
     def __init__(
@@ -76,11 +78,18 @@ class Index:
         self.plan_step = 0 if ids is None else step
         self._home: torch.device | None = None
         self._dtypes: frozenset[torch.dtype] | None = None
+        self.fleeting = False
+        self.kept: dict[Any, Any] = {}
 
     @classmethod
-    def of(cls, index: Any) -> Index:
-        """An index as it is; a tensor, array or list as a slot mapping; None as consecutive."""
-        return index if isinstance(index, Index) else cls(index)
+    def of(cls, index: Any, step: int = 1) -> Index:
+        """An index as it is; a tensor, array or list as ids of ``step`` tokens, which nobody will
+        use again; None as consecutive."""
+        if isinstance(index, Index):
+            return index
+        made = cls(index, step)
+        made.fleeting = True
+        return made
 
     @classmethod
     def joined(cls, ranges: Sequence[tuple[Index, int]]) -> Index:
@@ -121,6 +130,11 @@ class Index:
         return piece
 
     @property
+    def names(self) -> tuple[int, int]:
+        """Which slots: equal for indices of one lineage, as long as somebody holds that."""
+        return (0 if self.ids is None else id(self._judged)), self.offset
+
+    @property
     def lineage(self) -> object:
         """What this index and its shifted ones share, and no other: one lineage, one list of ids,
         whose contents never change."""
@@ -149,8 +163,7 @@ class Index:
         if self._lies(home, dtypes):
             self._home, self._dtypes = home, dtypes  # the same launch asks again and again
             return self
-        kept = self._placed
-        return kept if kept is not None and kept._lies(home, dtypes) else None
+        return None if self._placed is None else self._placed.lying(home, dtypes)
 
     def _narrow(self) -> torch.Tensor:
         """The ids as int32, for a backend that reads nothing else; what does not fit stays bad."""
@@ -207,9 +220,10 @@ class Index:
         wide = ids.long().clamp(-1, _WILD // self.step)
         return wide[at // per_id] * per_id + at % per_id
 
-    def slots(self, count: int) -> npt.NDArray[np.int64]:
-        """The slot of each of ``count`` positions, on the host; negative where skipped."""
-        at = np.arange(self.offset, self.offset + count, dtype=np.int64)
+    def slots(self, count: int, every: int = 1) -> npt.NDArray[np.int64]:
+        """The slot of each of ``count`` positions, or of ``every`` so many-th one, on the host;
+        negative where skipped."""
+        at = np.arange(self.offset, self.offset + count, every, dtype=np.int64)
         if self.ids is None:
             return at
         ids = np.clip(self.host_ids()[at // self.step], -1, _WILD // self.step)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import SlotError
+from .loops import Loop
 from .nests import Nest, Side
 
 if TYPE_CHECKING:
@@ -27,6 +28,17 @@ class Runs(NamedTuple):
     nbytes: Int64
 
 
+class Factors(NamedTuple):
+    """The runs of a nest as a sum: each of ``lines`` in each of ``planes``, in order of the source.
+
+    Addresses of the two are added. ``nbytes`` of a line is its own, neighbours merged; of planes it
+    is the longest line's.
+    """
+
+    planes: Runs
+    lines: Runs
+
+
 def expand(
     nests: Sequence[Nest],
     unit: int,
@@ -42,6 +54,19 @@ def expand(
         SlotError: an id past the end of its view, a range past the list, or one that does not
             consist of whole units.
     """
+    return summed(factors(nests, unit, src, dst, src_index, dst_index, count))
+
+
+def factors(
+    nests: Sequence[Nest],
+    unit: int,
+    src: KVView,
+    dst: KVView,
+    src_index: Index,
+    dst_index: Index,
+    count: int,
+) -> list[Factors]:
+    """For each nest the runs of ``count`` tokens, not yet multiplied out; raises as `expand`."""
     if count < 0 or count % unit:
         raise SlotError(
             f"Runs of {count} tokens were asked for, which are no multiple of the plan's unit "
@@ -51,29 +76,75 @@ def expand(
         index.check_length(count, view.slots, side)
         if index.ids is not None:
             index.judge(count, view.slots, False, side)
-    src_slots = src_index.slots(count)[::unit]
-    dst_slots = dst_index.slots(count)[::unit]
+    src_slots = src_index.slots(count, unit)
+    dst_slots = dst_index.slots(count, unit)
     moved = (src_slots >= 0) & (dst_slots >= 0)
-    pieces = [
-        _expand_nest(nest, unit, src, dst, src_slots[moved], dst_slots[moved]) for nest in nests
-    ]
-    return _merge(*(np.concatenate(column) for column in zip(*pieces, strict=True)))
+    if not moved.all():
+        src_slots, dst_slots = src_slots[moved], dst_slots[moved]
+    return [_factors(nest, unit, (src, dst), (src_slots, dst_slots)) for nest in nests]
 
 
-def _expand_nest(
-    nest: Nest, unit: int, src: KVView, dst: KVView, src_slots: Int64, dst_slots: Int64
-) -> tuple[Int64, Int64, Int64]:
-    src_entry, src_byte = _place(nest.src, src_slots, unit)
-    dst_entry, dst_byte = _place(nest.dst, dst_slots, unit)
-    for loop in nest.loops:
+def summed(several: Sequence[Factors]) -> Runs:
+    """The runs of several nests, multiplied out, neighbours merged, in the order of the source."""
+    columns = [_sum(*one) for one in several]
+    if len(columns) == 1:
+        return _merge(*columns[0])
+    return _merge(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+
+
+def _sum(planes: Runs, lines: Runs) -> Runs:
+    """Every line in every plane; in order where one of the two lies inside the other's gaps."""
+    outer, inner = planes, lines
+    if lines.src.size > 1 and np.ptp(planes.src) < np.diff(lines.src).min():
+        outer, inner = lines, planes
+    src, dst = (_outer(a, b) for a, b in zip(outer[:2], inner[:2], strict=True))
+    nbytes = np.broadcast_to(lines.nbytes, (planes.src.size, lines.src.size))
+    return Runs(src, dst, (nbytes if outer is planes else nbytes.T).reshape(-1))
+
+
+def _factors(
+    nest: Nest, unit: int, views: tuple[KVView, KVView], slots: tuple[Int64, Int64]
+) -> Factors:
+    # Addresses can only be added where either the lines or the planes look them up.
+    sides, looks_up = (nest.src, nest.dst), [_looks_up(nest.src), _looks_up(nest.dst)]
+    inner: list[Loop] = []
+    outer = list(nest.loops)
+    while taken := [x for x in outer if any(a and b for a, b in zip(looks_up, _tables(x)))]:
+        inner += taken
+        outer = [x for x in outer if x not in taken]
+        looks_up = [was or any(_tables(x)[at] for x in taken) for at, was in enumerate(looks_up)]
+    planes, lines = [], []
+    for at, (side, view, own) in enumerate(zip(sides, views, slots, strict=True)):
+        entries, offsets = _walk(*_place(side, own, unit), inner, at)
+        first = np.full(1, side.table, dtype=np.int64)
+        if looks_up[at]:
+            lines.append(view.addresses[entries] + offsets)
+            planes.append(_walk(first, np.zeros(1, dtype=np.int64), outer, at)[1])
+        else:
+            lines.append(offsets)
+            tables, offsets = _walk(first, np.zeros(1, dtype=np.int64), outer, at)
+            planes.append(view.addresses[tables] + offsets)
+    merged = _merge(*lines, np.full(lines[0].shape, nest.run, dtype=np.int64))
+    order = np.argsort(planes[0], kind="stable")
+    widest = np.full(order.shape, merged.nbytes.max(initial=0), dtype=np.int64)
+    return Factors(Runs(planes[0][order], planes[1][order], widest), merged)
+
+
+def _looks_up(side: Side) -> bool:
+    return any(step.table for step in side.units)
+
+
+def _tables(loop: Loop) -> tuple[int, int]:
+    return loop.src_table, loop.dst_table
+
+
+def _walk(entries: Int64, offsets: Int64, loops: Sequence[Loop], side: int) -> tuple[Int64, Int64]:
+    """Table entries and byte offsets, for each step of the loops."""
+    for loop in loops:
         at = np.arange(loop.extent, dtype=np.int64)
-        src_entry = _outer(src_entry, at * loop.src_table)
-        src_byte = _outer(src_byte, at * loop.src_stride)
-        dst_entry = _outer(dst_entry, at * loop.dst_table)
-        dst_byte = _outer(dst_byte, at * loop.dst_stride)
-    sources = src.addresses[src_entry] + src_byte
-    targets = dst.addresses[dst_entry] + dst_byte
-    return sources, targets, np.full(sources.shape, nest.run, dtype=np.int64)
+        entries = _outer(entries, at * _tables(loop)[side])
+        offsets = _outer(offsets, at * (loop.src_stride, loop.dst_stride)[side])
+    return entries, offsets
 
 
 def _outer(base: Int64, steps: Int64) -> Int64:
@@ -97,10 +168,11 @@ def _place(side: Side, slots: Int64, unit: int) -> tuple[Int64, Int64]:
 
 
 def _merge(src: Int64, dst: Int64, nbytes: Int64) -> Runs:
-    order = np.lexsort((dst, src))
-    src, dst, nbytes = src[order], dst[order], nbytes[order]
-    if not src.size:
-        return Runs(src, dst, nbytes)
+    if not (src[1:] > src[:-1]).all():
+        order = np.lexsort((dst, src))
+        src, dst, nbytes = src[order], dst[order], nbytes[order]
     joins = (src[:-1] + nbytes[:-1] == src[1:]) & (dst[:-1] + nbytes[:-1] == dst[1:])
-    first = np.nonzero(np.concatenate(([True], ~joins)))[0]
+    if not joins.any():
+        return Runs(src, dst, nbytes)
+    first = np.flatnonzero(np.concatenate(([True], ~joins)))
     return Runs(src[first], dst[first], np.add.reduceat(nbytes, first))

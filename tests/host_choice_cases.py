@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from time import sleep
 from typing import Any
 
 import pytest
@@ -74,6 +75,10 @@ class Direct(Fake):
         return Capabilities(
             places=PINNED, index_dtypes=frozenset({torch.int32}), guards=True, skips_negative=True
         )
+
+    def prepare(self, plan: Plan) -> Launch:
+        sleep(0.01)  # as who compiles: other threads come meanwhile
+        return super().prepare(plan)
 
 
 class Ring(Fake):

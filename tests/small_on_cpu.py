@@ -94,7 +94,7 @@ def installed() -> Iterator[None]:
     def best(device: torch.device, nbytes: int) -> tuple[Chosen, int]:
         return Chosen("value" if nbytes <= most else "mapped", "emulated on the CPU"), most
 
-    caches = (_small_ways.kernels, small._by_value, small._by_kernel)
+    caches = (_small_ways.kernels, small._by_value, small._by_kernel, small._most_at_once)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(_cuda_driver, "driver_version", lambda: 13000)
         patched.setattr(_cuda_driver, "capability", lambda device: 90)

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 import weakref
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import portakv_benchmarks.cli as bench
 import pytest
 import torch
+from benchmarks_host_rows import result, row
 from portakv_benchmarks import (
-    check,
     guide,
     host_grid,
     host_interference,
+    host_memory,
     host_merge,
     host_pageable,
     host_pinning,
@@ -39,7 +39,7 @@ from portakv_benchmarks.host_cases import (
 )  # fmt: skip
 from portakv_benchmarks.host_cli import PARTS
 from portakv_benchmarks.host_memory import Region, Sides
-from portakv_benchmarks.host_suite import GB, KB, MB, PRESETS, RARE
+from portakv_benchmarks.host_suite import GB, KB, MB, PRESETS, RARE, Bench
 from portakv_benchmarks.host_timers import WallTimer, alone
 from portakv_benchmarks.host_ways import DESCRIPTORS, HOST, MOST_RUNS, direct
 
@@ -83,14 +83,30 @@ def test_the_largest_payloads_meet_fewer_host_sides() -> None:
     assert sides == {("kv layer token (head dim)", "dense"), (BLOCK_FIRST, "random")}
 
 
+def test_what_bars_judge_comes_first_and_pools_by_layer_last() -> None:
+    names = [name for name, _ in host_grid.grid_steps(Bench(CPU, PRESETS["full"]))]
+    late = ["layer-first" in name for name in names]
+    assert late == sorted(late)
+    assert sum(late) == 4
+    assert names.index("grid: 1 GB") == late.index(True) - 1
+
+
 def test_sizes_in_words() -> None:
     assert [size(n) for n in (256, 2 * KB, 32 * MB, GB)] == ["256 B", "2 KB", "32 MB", "1 GB"]
 
 
 def test_descriptors_are_not_measured_with_a_descriptor_for_each_row() -> None:
-    assert not DESCRIPTORS.left_out(MOST_RUNS)
-    assert "descriptor" in DESCRIPTORS.left_out(MOST_RUNS + 1)
-    assert not HOST.left_out(10 * MOST_RUNS)
+    told = {
+        (run, payload): DESCRIPTORS.left_out(found)
+        for run, payload in ((8 * KB, MB), (32 * KB, 512 * MB), (32 * KB, GB))
+        if (found := case_of(scene(run), payload)) is not None
+    }
+    assert list(map(bool, told.values())) == [True, False, True]
+    assert str(GB // (32 * KB)) in told[32 * KB, GB]
+    rows = case_of(scene(256), 128 * MB)
+    assert rows is not None
+    assert rows.runs > MOST_RUNS
+    assert not HOST.left_out(rows)
     assert direct(4).terms == {"max_thread_blocks": 4}
 
 
@@ -182,25 +198,48 @@ def test_a_call_is_timed_on_an_idle_device_and_then_forgotten() -> None:
     assert not timer.alone
 
 
+def test_ids_outside_of_their_pool_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_of(scene(256, BLOCK_FIRST, "random"), 64 * KB)
+    assert case is not None
+    region = Region.reserve(CPU, 64 * KB, pageable=True)
+    mine, theirs = host_memory._ids(case)
+    assert theirs is not None
+    for spoilt in (mine + case.on_device.blocks, mine - case.on_device.blocks, mine * 0):
+        monkeypatch.setattr(host_memory, "_ids", lambda case, ids=spoilt: (ids, theirs))
+        with pytest.raises(ValueError, match="device's ids"):
+            Sides(case, region)
+    monkeypatch.setattr(host_memory, "_ids", lambda case: (mine, theirs + case.on_host.blocks))
+    with pytest.raises(ValueError, match="host's ids"):
+        Sides(case, region)
+
+
+def test_places_that_were_overwritten_are_told_and_not_indexed_with() -> None:
+    sides = moved(SMALL[0], "d2h")
+    sides._rows[0][3] = 1 << 40  # as a kernel does that writes to freed memory
+    with pytest.raises(RuntimeError, match="overwritten"):
+        sides.right("d2h")
+
+
 # --- figures across rows ------------------------------------------------------------------------
 
 
-def row(backend: str, time: float = 1.0, **more: Any) -> dict[str, Any]:
-    engine = backend.split()[0]
-    usual = {"kind": "host_copy", "shape": "s", "backend": backend, "engine": engine, "op": "d2h",
-             "p50_us": time, "verified": True}  # fmt: skip
-    return {**usual, **more}
-
-
-def test_the_loss_is_against_the_best_engine_whose_bytes_are_right() -> None:
+def test_the_loss_is_against_the_best_engine_that_the_terms_allow() -> None:
+    gentle, every = ["descriptors", "staged"], ["descriptors", "direct", "staged"]
     rows = [
-        row("memcpy", 9.0), row("staged", 10.0), row("descriptors", 5.0, verified=False),
-        row("direct", 12.0), row("host", 11.0), row("host idle", 10.0),
-        row("staged", 4.0, op="h2d"),
+        row("memcpy", 7.0), row("staged", 10.0), row("descriptors", 5.0, verified=False),
+        row("direct", 8.0, ratio=0.875), row("host", 11.0, allowed=gentle),
+        row("host idle", 10.0, allowed=every), row("staged", 4.0, op="h2d"),
     ]  # fmt: skip
     host_grid.compare(rows)
-    assert [one.get("chosen_loss") for one in rows] == [None, None, None, None, 0.1, 0.0, None]
-    assert rows[4]["best_engine"] == "staged"
+    assert [one.get("chosen_loss") for one in rows] == [None, None, None, None, 0.1, 0.25, None]
+    assert {(one["best_engine"], one["best_ratio"]) for one in rows[4:6]} == {("direct", 0.875)}
+
+
+def test_what_the_terms_allow_is_not_measured_here_and_there_is_no_loss() -> None:
+    rows = [row("direct", 8.0, ratio=0.875), row("host", 11.0, allowed=["staged"])]
+    host_grid.compare(rows)
+    assert "chosen_loss" not in rows[1]
+    assert rows[1]["best_engine"] == "direct"
 
 
 def test_interference_is_beyond_that_of_memcpy_beside_the_same_loop() -> None:
@@ -234,65 +273,6 @@ def test_what_a_process_has_in_memory() -> None:
     before = host_pinning.resident()
     held = torch.ones(64 * MB, dtype=torch.uint8)
     assert held.numel() - 4 * MB < host_pinning.resident() - before < held.numel() + 16 * MB
-
-
-# --- bars ---------------------------------------------------------------------------------------
-
-
-def full_result() -> list[dict[str, Any]]:
-    """Rows as the full preset gives them, with figures that reach every bar."""
-    rows: list[dict[str, Any]] = []
-    for one in SCENES:
-        for case, op in product(cases([one], FULL.payloads_of(one)), DIRECTIONS):
-            rows.append(row("host", shape=case.name, op=op, payload_bytes=case.payload, ratio=1.0,
-                            staging_mb=48.0, chosen_loss=0.0))  # fmt: skip
-    for op in DIRECTIONS:
-        rows += [row(f"direct {n}", kind="host_direct", op=op, thread_blocks=n, ratio=0.96)
-                 for n in FULL.thread_blocks]  # fmt: skip
-        rows.append(row("host", kind="host_pageable", op=op, to_ring=0.95))
-        rows += [row("host", kind="host_interference", op=op, loop=loop, over_memcpy=1.0,
-                     link_ratio=0.95) for loop in ("matmul", "attention")]  # fmt: skip
-        rows += [row(engine, kind="host_call", op=op, host_us=90.0, us_per_run=0.9)
-                 for engine in ("direct", "staged", "descriptors")]  # fmt: skip
-    rows.append(row("host", kind="host_duplex", op="both", ratio=0.96))
-    rows += [row("SmallCopy", kind="host_small", integers=n, busy_to_idle=1.5, idle_to_pinned=0.9)
-             for n in FULL.small]  # fmt: skip
-    rows.append(row("pinned.allocate", kind="host_pinning", to_torch=0.5, excess_mb=0.1))
-    return rows
-
-
-def result(rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    machine = {"device_type": "cuda", "device": "Some GPU", "torch": "2.11", "python": "3.12",
-               "date": "2026-11-20", "portakv": "0", "driver_version": "1"}  # fmt: skip
-    return {"suite": "host", "name": "some-gpu-host", "machine": machine, "left_out": [],
-            "asked": {"parts": ["grid"], "peers": {}}, "rows": rows, **more}  # fmt: skip
-
-
-def host_bars() -> list[check.Bar]:
-    return [bar for bar in check.load_bars() if bar.of_host]
-
-
-def test_every_host_bar_asks_for_rows_that_the_full_preset_gives() -> None:
-    verdicts = check.judge(result(full_result()), check.load_bars())
-    assert {verdict.bar.name for verdict in verdicts} == {bar.name for bar in host_bars()}
-    assert {verdict.word for verdict in verdicts} == {"met"}
-
-
-@pytest.mark.parametrize("bar", host_bars(), ids=lambda bar: str(bar.name))
-def test_every_host_bar_is_missed_by_one_worse_row(bar: check.Bar) -> None:
-    rows = full_result()
-    worst = bar.worst([one for one in rows if bar.picks(one)])
-    limit = bar.at_least if bar.at_least is not None else bar.at_most
-    assert limit is not None
-    rows[rows.index(dict(worst))][bar.figure] = limit + (0.01 if bar.at_most is not None else -0.01)
-    words = {v.bar.name: v.word for v in check.judge(result(rows), [bar])}
-    assert words in ({bar.name: "missed"}, {bar.name: "accepted"})
-
-
-def test_the_bars_of_one_suite_do_not_judge_the_other() -> None:
-    copies = {"machine": {"device_type": "cuda"}, "rows": []}
-    assert not any(v.bar.of_host for v in check.judge(copies, check.load_bars()))
-    assert all(v.bar.of_host for v in check.judge(result([]), check.load_bars()))
 
 
 # --- several files, the guide, plots ------------------------------------------------------------

@@ -88,8 +88,9 @@ def test_a_rate_is_kept(store: bool) -> None:
     moved.synchronize()
     took = time.perf_counter() - began
     found = moved.statistics
-    assert found.gbps == pytest.approx(rate, rel=0.1)
-    assert blocks * BIG / took / 1e9 == pytest.approx(rate, rel=0.1)
+    # The rate is a limit: never above it, and not far below where the machine is busy.
+    for reached in (found.gbps, blocks * BIG / took / 1e9):
+        assert 0.75 * rate < reached < 1.03 * rate
     assert holds(dst, numbers)
 
 
@@ -194,7 +195,10 @@ def test_a_capture_beside_a_transfer_in_slices() -> None:
     there, to_host = large(256, 1, "cpu")
     numbers = numbered(src)[:, :, 0, 0].cpu()
     total = torch.zeros(1, device=DEVICE)
+    copy_blocks(from_device, to_host, range(256), range(256), cancellable=True).synchronize()
+    there.zero_()
     torch.cuda.synchronize()
+    gc.collect()  # what an earlier test left must not be freed during a capture either
     moved = copy_blocks(from_device, to_host, range(256), range(256), max_gbps=1.0)
     graphs = []
     while not moved.done():

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from portakv.backends import _kernel_cache
+from portakv.host import _cuda_driver
 from portakv.host.engines import table
 from portakv.host.engines.assumed import Assumed
 from portakv.host.engines.table import (
@@ -272,7 +273,7 @@ def test_the_driver_of_a_table(
     if told is not None:
         file.write_text(told)
     monkeypatch.setattr(table, "_MODULES", (file, file))
-    monkeypatch.setattr(table._cuda_driver, "driver_version", lambda: 13000)
+    monkeypatch.setattr(_cuda_driver, "driver_version", lambda: 13000)
     assert table._driver() == driver
 
 
@@ -281,5 +282,5 @@ def test_a_driver_that_nobody_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise ImportError("no cuda.bindings")
 
     monkeypatch.setattr(table, "_MODULES", (tmp_path, tmp_path))
-    monkeypatch.setattr(table._cuda_driver, "driver_version", absent)
+    monkeypatch.setattr(_cuda_driver, "driver_version", absent)
     assert table._driver() == ""

@@ -150,7 +150,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     monkeypatch.setattr(_cuda_driver, "driver_version", lambda: 13000)
     monkeypatch.setattr(_cuda_driver, "capability", lambda device: 90)
     monkeypatch.setattr(_cuda_driver, "compiler_target", lambda device: "sm_90")
-    caches = (small._most_by_value, small._unknown_to_compiler)
+    caches = (small._most_by_value, small._unknown_to_compiler, small._most_at_once)
     for one in caches:
         one.cache_clear()
     yield torch.device("cuda", 0)
@@ -202,7 +202,7 @@ def test_no_kernel_is_loaded_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -
     with refused(Unsupported, "inside graph capture", "before the capture"):
         _small_ways.kernels(torch.device("cuda", 7))
     with refused(Unsupported, "inside graph capture", "before the capture"):
-        _small_ways.Ring(torch.device("cuda", 7), 8, _small_ways.cross_by_copy)
+        _small_ways.Ring(torch.device("cuda", 7), torch.int64, 1, _small_ways.cross_by_copy)
     with refused(Unsupported, "way='value'", "way='mapped'"):
         to_device([1], "cpu")
     with refused(Unsupported, "way='value'", "way='mapped'"):

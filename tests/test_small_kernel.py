@@ -18,6 +18,7 @@ from portakv.backends import _nvrtc
 from portakv.host import _small_kernel as kernel
 from portakv.host import _small_ways
 from portakv.host._small_ways import ByValue, cross_by_kernel
+from portakv.host._values import Room
 from portakv.host.small import SmallCopy, to_device
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
@@ -103,8 +104,8 @@ def test_through_mapped_memory(nbytes: int, offset: int) -> None:
     target = filled((nbytes + 32,), torch.uint8)
     before = target.clone()
     out = target[16 + offset : 16 + offset + nbytes]
-    room = memoryview(source.numpy())  # type: ignore[arg-type]
-    slot = _small_ways.Slot(source, room, source.data_ptr(), None)  # type: ignore[arg-type]
+    room = Room(memoryview(source.numpy()), torch.uint8)  # type: ignore[arg-type]
+    slot = _small_ways.Slot(source, room, source.data_ptr())
     cross_by_kernel(CPU)(out, slot, nbytes, None)
     assert torch.equal(out, source)
     assert torch.equal(target[: 16 + offset], before[: 16 + offset])
@@ -156,7 +157,7 @@ def test_a_target_with_a_shape() -> None:
 
 def test_threads_do_not_share_arguments() -> None:
     """Each thread fills a target of its own by one sender, many times."""
-    way = ByValue(CPU, 1000)
+    way = ByValue(CPU, torch.int64, 100)
     wrong: list[int] = []
     together = threading.Barrier(4)
 

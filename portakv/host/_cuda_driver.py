@@ -110,6 +110,19 @@ class Arguments(threading.local):
         self.address = ctypes.addressof(self._pointer)
 
 
+# Another object in a forked process; to ask for the process at each launch is a system call.
+_process = object()
+
+
+@cache
+def _watch_forks() -> None:
+    def forget() -> None:
+        global _process
+        _process = object()
+
+    os.register_at_fork(after_in_child=forget)
+
+
 class Launcher:
     """Launches kernels with one parameter on a device, in any thread.
 
@@ -119,20 +132,24 @@ class Launcher:
     def __init__(self, device: torch.device, threads: int) -> None:
         self._device, self._index, self._threads = device, device.index, threads
         self._launch, self._make_stream = bindings().cuLaunchKernel, bindings().CUstream
+        self._raw, self._current = torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice
+        self._alone = torch.cuda.device_count() == 1  # so this device is always the current one
         self._streams: dict[int, Any] = {}
-        self._process = os.getpid()
+        _watch_forks()
+        self._process = _process
 
     def __call__(
         self, function: Any, blocks: int, address: int, stream: torch.Stream | None
     ) -> None:
         """Launch on ``stream``; None: the current stream of this device."""
-        if os.getpid() != self._process:
+        if _process is not self._process:
             raise forked("CUDA")
-        if torch._C._cuda_getDevice() != self._index:
+        index = self._index
+        if not self._alone and self._current() != index:
             with torch.cuda.device(self._device):
                 self(function, blocks, address, stream)
             return
-        handle = raw(stream, self._index)
+        handle = self._raw(index) if stream is None else raw_stream(stream)
         known = self._streams.get(handle)
         if known is None:
             known = self._streams[handle] = self._make_stream(handle)

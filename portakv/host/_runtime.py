@@ -123,6 +123,8 @@ def through_torch() -> bool:
 
 @cache
 def _loaded() -> Runtime:
+    # Until torch has begun with the device it takes no memory for pinned, whoever pinned it.
+    torch.cuda.init()
     prefix = "cuda" if torch.version.hip is None else "hip"
     path = loaded_library(_STEMS[prefix], (torch.version.cuda or "").split(".")[0])
     if path is None:

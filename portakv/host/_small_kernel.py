@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left
 from functools import cache
 from importlib.resources import files
 
@@ -28,12 +29,10 @@ def room_for_values(parameters: int) -> int:
     return (parameters - VALUES_HEAD.size) // _WIDE * _WIDE
 
 
-#: Bytes that one launch carries by value: a kernel for each, so that few values cost few bytes.
+#: Bytes that one launch carries by value: a kernel for each, since the driver copies them all.
 CAPACITIES = (
-    240,
-    1008,
-    room_for_values(CLASSIC_PARAMETERS),
-    room_for_values(LARGE_PARAMETERS),
+    *(256, 512, 1024, 2048, room_for_values(CLASSIC_PARAMETERS)),
+    *(8192, 16384, room_for_values(LARGE_PARAMETERS)),
 )
 
 
@@ -54,8 +53,8 @@ def capacities(limit: int) -> tuple[int, ...]:
 
 
 def capacity_for(nbytes: int) -> int:
-    """The smallest kernel that carries so many bytes by value., which one of them must."""
-    return next(one for one in CAPACITIES if nbytes <= one)
+    """The smallest kernel that carries so many bytes by value, which one of them must."""
+    return CAPACITIES[bisect_left(CAPACITIES, nbytes)]
 
 
 def values_name(capacity: int) -> str:

@@ -10,12 +10,21 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from numpy import ndarray
 
 from .. import capture
 from ..errors import LayoutError, Unsupported
 from . import _cuda_driver, _flight
 from . import _small_kernel as kernel
-from ._values import Values, count_of, pack, packed_bytes
+from ._values import (
+    Room,
+    Values,
+    check_count,
+    count_of,
+    numpy_dtype,
+    packed_bytes,
+    settle,
+)
 
 #: Sends of one `Ring` that may be under way; the next one makes the host wait for the oldest.
 MOST_SLOTS = 16
@@ -53,42 +62,92 @@ def kernels(device: torch.device) -> Kernels:
 
 
 class Way(ABC):
-    """One way of carrying up to so many bytes, again and again, from any thread."""
+    """One way of carrying so many values of a dtype, again and again, from any thread."""
 
     @abstractmethod
     def send(
-        self, settled: Values, out: torch.Tensor, stream: torch.Stream | None, captures: bool
-    ) -> None:
-        """Write the values to the beginning of ``out``, which is contiguous, on the stream."""
+        self, values: Values, out: torch.Tensor, stream: torch.Stream | None, captures: bool
+    ) -> int:
+        """Write the values to the beginning of ``out``, which is contiguous and of the dtype, on
+        the stream; returns how many they are."""
 
     @abstractmethod
-    def refill(self, settled: Values, dtype: torch.dtype) -> None:
+    def refill(self, values: Values) -> None:
         """Change what the captured send carries."""
 
 
-class ByValue(Way):
-    """In the parameters: the values are gone from the host when the launch returns."""
+class _Parameters:
+    """What a launch by value carries: its head, kept from launch to launch, and its values.
 
-    def __init__(self, device: torch.device, nbytes: int) -> None:
+    Args:
+        device: of the launches.
+        capacity: bytes of values that the kernel takes.
+        dtype, most: of the values, and how many.
+    """
+
+    __slots__ = (
+        "_arguments", "_buffer", "_itemsize", "address", "blocks", "count", "room", "to", "whole",
+    )  # fmt: skip
+
+    def __init__(
+        self, device: torch.device, capacity: int, dtype: torch.dtype, most: int
+    ) -> None:
+        head = kernel.VALUES_HEAD.size
+        self._arguments = _cuda_driver.Arguments(head + capacity, device)
+        self._buffer, self._itemsize = self._arguments.buffer, dtype.itemsize
+        self.address = self._arguments.address
+        self.room = Room(self._arguments.room[head:][: most * dtype.itemsize], dtype)
+        self.whole = self.room.whole
+        self.to = self.count = self.blocks = 0
+
+    def aim(self, to: int, count: int) -> None:
+        """Make the next launch write ``count`` values to an address."""
+        nbytes, width = count * self._itemsize, kernel.width(to)
+        kernel.VALUES_HEAD.pack_into(self._buffer, 0, to, nbytes, width)
+        self.to, self.count, self.blocks = to, count, kernel.blocks(nbytes, width)
+
+
+class _PerThread(threading.local):
+    """`_Parameters` for each thread, so that several can launch at once."""
+
+    def __init__(self, *made_of: Any) -> None:
+        self.own = _Parameters(*made_of)
+
+
+class ByValue(Way):
+    """In the parameters: the values are gone from the host when the launch returns.
+
+    Args:
+        device: where the values go.
+        dtype: of the values.
+        most: how many they may be.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, most: int) -> None:
         loaded = kernels(device)
-        capacity = kernel.capacity_for(nbytes)
+        capacity = kernel.capacity_for(most * dtype.itemsize)
         self._function = loaded.functions[kernel.values_name(capacity)]
         self._launch = loaded.launch
-        self._arguments = _cuda_driver.Arguments(kernel.VALUES_HEAD.size + capacity, device)
+        self._parameters = _PerThread(device, capacity, dtype, most)
+        self._most, self._shape, self._own = most, (most,), numpy_dtype(dtype)
 
     def send(
-        self, settled: Values, out: torch.Tensor, stream: torch.Stream | None, captures: bool
-    ) -> None:
-        arguments = self._arguments
-        nbytes = pack(arguments.room[kernel.VALUES_HEAD.size :], settled, out.dtype)
-        if not nbytes:
-            return
-        to = out.data_ptr()
-        width = kernel.width(to)
-        kernel.VALUES_HEAD.pack_into(arguments.buffer, 0, to, nbytes, width)
-        self._launch(self._function, kernel.blocks(nbytes, width), arguments.address, stream)
+        self, values: Values, out: torch.Tensor, stream: torch.Stream | None, captures: bool
+    ) -> int:
+        mine = self._parameters.own
+        if type(values) is ndarray and values.dtype is self._own and values.shape == self._shape:
+            mine.whole[...] = values  # what `fill` would come to, some calls later
+            count = self._most
+        else:
+            count = mine.room.fill(values)
+        if count:
+            to = out.data_ptr()
+            if to != mine.to or count != mine.count:
+                mine.aim(to, count)
+            self._launch(self._function, mine.blocks, mine.address, stream)
+        return count
 
-    def refill(self, settled: Values, dtype: torch.dtype) -> None:
+    def refill(self, values: Values) -> None:
         raise Unsupported(
             "Refilling a small copy by value",
             "its contents were fixed when it was captured; make it with way='mapped'",
@@ -99,16 +158,18 @@ class Slot(NamedTuple):
     """Pinned memory for one send."""
 
     memory: torch.Tensor
-    room: memoryview
+    room: Room
     address: int
-    event: torch.Event
 
 
-def make_slot(device: torch.device, nbytes: int) -> Slot:
-    """A slot of its own."""
-    memory = torch.empty(max(nbytes, 1), dtype=torch.uint8, device="cpu", pin_memory=True)
+def make_slot(dtype: torch.dtype, most: int) -> Slot:
+    """A slot of its own, for so many values."""
+    memory = torch.empty(
+        max(most * dtype.itemsize, 1), dtype=torch.uint8, device="cpu", pin_memory=True
+    )
     array: Any = memory.numpy()
-    return Slot(memory, memoryview(array), memory.data_ptr(), torch.Event(device))
+    room = Room(memoryview(array)[: most * dtype.itemsize], dtype)
+    return Slot(memory, room, memory.data_ptr())
 
 
 class Ring(Way):
@@ -116,81 +177,108 @@ class Ring(Way):
 
     Args:
         device: where the values go.
-        nbytes: of the largest send.
+        dtype: of the values.
+        most: how many they may be.
         cross: enqueues the copy from a slot on a stream.
     """
 
-    def __init__(self, device: torch.device, nbytes: int, cross: Cross) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, most: int, cross: Cross
+    ) -> None:
         if capture.capturing(device):
             raise _flight.refuse_capture(
                 "A small copy through pinned memory", "it has to be made before the capture"
             )
-        self._device, self._nbytes, self._cross = device, nbytes, cross
-        self._slots: list[Slot] = []
+        self._device, self._index, self._cross = device, device.index, cross
+        self._alone = torch.accelerator.device_count() == 1
+        self._dtype, self._itemsize, self._most = dtype, dtype.itemsize, most
+        self._slots: list[tuple[Slot, torch.Event]] = []  # each with the end of its last send
         self._next = 0
-        self._standing = make_slot(device, nbytes)
+        self._standing = make_slot(dtype, most)
         self._captured: int | None = None  # values of the captured send
         self._lock = threading.Lock()
 
     def send(
-        self, settled: Values, out: torch.Tensor, stream: torch.Stream | None, captures: bool
-    ) -> None:
+        self, values: Values, out: torch.Tensor, stream: torch.Stream | None, captures: bool
+    ) -> int:
         with self._lock:
             if captures:
-                self._stand(settled, out.dtype)
-                self._captured = count_of(settled)
-                slot, nbytes = self._standing, self._captured * out.dtype.itemsize
-            else:
-                slot = self._take()
-                nbytes = pack(slot.room, settled, out.dtype)
-            if nbytes:
-                self._cross(out, slot, nbytes, stream)
-            if not captures:
-                slot.event.record(stream or torch.accelerator.current_stream(self._device.index))
+                self._captured = count = self._stand(values)
+                if count:
+                    self._cross(out, self._standing, count * self._itemsize, stream)
+                return count
+            slot, ended = self._take()
+            count = slot.room.fill(values)
+            if count:
+                self._cross(out, slot, count * self._itemsize, stream)
+                if stream is None and not self._alone:
+                    # Given no stream it would take one of the device that is current.
+                    stream = torch.accelerator.current_stream(self._index)
+                ended.record(stream)
                 self._next = (self._next + 1) % len(self._slots)
+            return count
 
-    def refill(self, settled: Values, dtype: torch.dtype) -> None:
+    def refill(self, values: Values) -> None:
         with self._lock:
             if self._captured is None:
                 raise Unsupported(
                     "Refilling a small copy that was never captured",
                     "call send inside a graph capture first, or send instead of refill",
                 )
-            self._stand(settled, dtype)
+            self._stand(values)
 
-    def _stand(self, settled: Values, dtype: torch.dtype) -> None:
+    def _stand(self, values: Values) -> int:
         """Write what every captured send carries; a graph's size is fixed."""
-        if self._captured not in (None, count_of(settled)):
+        settled = settle(values)
+        count = count_of(settled)
+        if self._captured not in (None, count):
             raise LayoutError(
-                f"A small copy that was captured with {self._captured} values was given "
-                f"{count_of(settled)}; expected as many, since a graph's sizes are fixed. Pad the "
-                f"values, or capture another SmallCopy."
+                f"A small copy that was captured with {self._captured} values was given {count}; "
+                f"expected as many, since a graph's sizes are fixed. Pad the values, or capture "
+                f"another SmallCopy."
             )
-        packed = packed_bytes(settled, dtype)  # a wrong value leaves the slot as it was
-        self._standing.room[: len(packed)] = packed
+        check_count(count, self._most, self._dtype)
+        packed = packed_bytes(settled, self._dtype)  # a wrong value leaves the slot as it was
+        self._standing.room.memory[: len(packed)] = packed
+        return count
 
-    def _take(self) -> Slot:
+    def _take(self) -> tuple[Slot, torch.Event]:
         """The slot that is next, once its last send has ended."""
-        if self._slots and self._slots[self._next].event.query():
-            return self._slots[self._next]
+        if self._slots:
+            found = self._slots[self._next]
+            if found[1].query():
+                return found
         if len(self._slots) < MOST_SLOTS:
-            self._slots.insert(self._next, make_slot(self._device, self._nbytes))
+            made = make_slot(self._dtype, self._most), torch.Event(self._device)
+            self._slots.insert(self._next, made)
         else:
-            self._slots[self._next].event.synchronize()
+            self._slots[self._next][1].synchronize()
         return self._slots[self._next]
 
 
 class OnHost(Way):
-    """To the CPU: written at once."""
+    """To the CPU: written at once.
+
+    Args:
+        dtype: of the values.
+        most: how many they may be.
+    """
+
+    def __init__(self, dtype: torch.dtype, most: int) -> None:
+        self._dtype, self._most = dtype, most
 
     def send(
-        self, settled: Values, out: torch.Tensor, stream: torch.Stream | None, captures: bool
-    ) -> None:
-        packed = packed_bytes(settled, out.dtype)
+        self, values: Values, out: torch.Tensor, stream: torch.Stream | None, captures: bool
+    ) -> int:
+        settled = settle(values)
+        count = count_of(settled)
+        check_count(count, self._most, self._dtype)
+        packed = packed_bytes(settled, self._dtype)  # a wrong value leaves the target as it was
         array: Any = out.view(-1).view(torch.uint8).numpy()
         memoryview(array)[: len(packed)] = packed
+        return count
 
-    def refill(self, settled: Values, dtype: torch.dtype) -> None:
+    def refill(self, values: Values) -> None:
         raise Unsupported(
             "Refilling a small copy to the CPU", "there are no graphs; send the values again"
         )

@@ -50,14 +50,16 @@ def settle(values: Values) -> Values:
         DeviceMismatch: a tensor that is not on the host.
         LayoutError: something that has no length, or elements that are no integers.
     """
+    if type(values) is np.ndarray:
+        return values
     if isinstance(values, torch.Tensor):
-        if values.device.type != "cpu":
+        if not values.is_cpu:
             raise DeviceMismatch(
                 f"A small copy was asked of a tensor on {values.device}; expected values on the "
                 f"host. Use copy_ for what is on a device."
             )
         check_dtype(values.dtype)
-        return values.detach().numpy()
+        return values.numpy()
     if isinstance(values, memoryview):
         return np.asarray(values)
     if isinstance(values, str) or not hasattr(values, "__len__"):
@@ -77,11 +79,17 @@ def dtype_of(settled: Values) -> torch.dtype:
     if isinstance(settled, (bytes, bytearray)):
         return torch.uint8
     if isinstance(settled, np.ndarray):
-        found = _OF_NUMPY.get(settled.dtype.newbyteorder("="))
+        own = settled.dtype
+        found = _OF_NUMPY.get(own) or _OF_NUMPY.get(own.newbyteorder("="))
         if found is None:
             raise _not_integers(settled)
         return found
     return torch.int64
+
+
+def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """What numpy calls a dtype."""
+    return _NUMPY[dtype]
 
 
 def shape_of(settled: Values) -> tuple[int, ...]:
@@ -94,6 +102,15 @@ def count_of(settled: Values) -> int:
     return int(settled.size) if isinstance(settled, np.ndarray) else len(settled)
 
 
+def check_count(count: int, most: int, dtype: torch.dtype) -> None:
+    """Raise `LayoutError` for more values than there is room for."""
+    if count > most:
+        raise LayoutError(
+            f"{count} values of {dtype} were sent by a small copy made for {most}; expected no "
+            f"more. Make one for the most that occur."
+        )
+
+
 def pack(room: memoryview, settled: Values, dtype: torch.dtype) -> int:
     """Write the values as elements of ``dtype`` to the beginning of ``room``; returns the bytes.
 
@@ -104,10 +121,7 @@ def pack(room: memoryview, settled: Values, dtype: torch.dtype) -> int:
     count = count_of(settled)
     nbytes = count * dtype.itemsize
     if nbytes > len(room):
-        raise LayoutError(
-            f"A small copy of {count} values of {dtype}, {nbytes} bytes, was asked where "
-            f"{len(room) // dtype.itemsize} were expected at most; make it for more values."
-        )
+        check_count(count, len(room) // dtype.itemsize, dtype)
     if not nbytes:
         return 0
     if isinstance(settled, np.ndarray):
@@ -134,6 +148,46 @@ def packed_bytes(settled: Values, dtype: torch.dtype) -> bytearray:
 @lru_cache(256)
 def _form(count: int, code: str) -> struct.Struct:
     return struct.Struct(f"={count}{code}")
+
+
+class Room:
+    """Memory that values are written into, again and again, as elements of one dtype.
+
+    Args:
+        memory: for as many elements as it has bytes.
+        dtype: of the elements.
+
+    Attributes:
+        memory: as it was given.
+        whole: the same as an array of the dtype.
+    """
+
+    def __init__(self, memory: memoryview, dtype: torch.dtype) -> None:
+        self.memory, self._dtype = memory, dtype
+        self._most = len(memory) // dtype.itemsize
+        self._own = numpy_dtype(dtype)
+        self.whole: npt.NDArray[Any] = np.ndarray((self._most,), self._own, memory)
+
+    def fill(self, values: Values) -> int:
+        """Write the values to the beginning; returns how many they are.
+
+        Raises as `settle` and `pack` do.
+        """
+        # What is handed over most: nothing of it has to be converted, or looked at.
+        kind = type(values)
+        if kind is torch.Tensor and values.dtype is self._dtype and values.is_cpu:
+            values = values.numpy()
+            kind = np.ndarray
+        if kind is np.ndarray and values.dtype is self._own and values.ndim == 1:
+            count: int = values.size
+            if count == self._most:
+                self.whole[...] = values
+                return count
+            if count < self._most:
+                self.whole[:count] = values
+                return count
+        settled = values if kind is list else settle(values)
+        return pack(self.memory, settled, self._dtype) // self._dtype.itemsize
 
 
 def _pack_array(room: memoryview, array: npt.NDArray[Any], dtype: torch.dtype) -> None:

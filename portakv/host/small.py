@@ -17,6 +17,7 @@ behind a gigabyte that was asked for earlier. A kernel does not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from ..errors import BackendUnavailable, DeviceMismatch, LayoutError
 from . import _cuda_driver, _flight
 from . import _small_kernel as kernel
 from ._small_ways import ByValue, OnHost, Ring, Way, cross_by_copy, cross_by_kernel, make_slot
-from ._values import Values, check_dtype, count_of, dtype_of, pack, settle, shape_of
+from ._values import Values, check_dtype, count_of, dtype_of, settle, shape_of
 
 WAYS = ("value", "mapped", "copy", "host")
 
@@ -106,12 +107,14 @@ def to_device(
     place = _place(device, out)
     dtype = dtype or (dtype_of(settled) if out is None else out.dtype)
     check_dtype(dtype)
-    _flight.check_stream(stream, place)
+    if stream is not None:
+        _flight.check_stream(stream, place)
     count = count_of(settled)
     if out is not None:
         _check_out(out, count, dtype, place)
-    chosen = choose(count * dtype.itemsize, place, way).way
-    captures = capture.capturing(place)
+    fits = way is None and count * dtype.itemsize <= _most_at_once(place)
+    chosen = "value" if fits else choose(count * dtype.itemsize, place, way).way
+    captures = _capture_question(place)()
     if captures and way != "value":
         raise _flight.refuse_capture(
             "A small copy by to_device",
@@ -119,13 +122,13 @@ def to_device(
             "way='mapped' for contents that are read at each replay",
         )
     target = torch.empty(shape_of(settled), dtype=dtype, device=place) if out is None else out
-    _flight.follow_current(stream, *(() if captures else (target,)))
+    if stream is not None:
+        _flight.follow_current(stream, *(() if captures else (target,)))
     if chosen == "value":
-        _by_value(place, kernel.capacity_for(count * dtype.itemsize)).send(
-            settled, target, stream, captures
-        )
+        carried = kernel.capacity_for(count * dtype.itemsize) // dtype.itemsize
+        _by_value(place, dtype, carried).send(settled, target, stream, captures)
     elif chosen == "host":
-        OnHost().send(settled, target, stream, captures)
+        OnHost(dtype, count).send(settled, target, stream, captures)
     elif count:
         _send_once(chosen, settled, target, stream)
     return target
@@ -170,7 +173,8 @@ class SmallCopy:
         self.way, self.why = choose(n * dtype.itemsize, place, way)
         self._n, self._device = n, place
         self._named = way is not None
-        self._way = _make(self.way, place, n * dtype.itemsize)
+        self._captures = _capture_question(place)
+        self._way = _make(self.way, place, dtype, n)
         self.out = torch.empty(n, dtype=dtype, device=place) if out is None else out
 
     def send(self, values: Values, *, stream: torch.Stream | None = None) -> torch.Tensor:
@@ -188,25 +192,19 @@ class SmallCopy:
         Inside a graph capture, see ``way`` above. All captured sends of one `SmallCopy` read the
         same memory, so they carry equally many values.
         """
-        settled = settle(values)
-        captures = capture.capturing(self._device)
+        captures = self._captures()
         if captures and not self._named:
             raise _flight.refuse_capture(
                 "A send of a SmallCopy whose way was left open",
                 "make it with way='value' for contents that are fixed at capture, or with "
                 "way='mapped' for contents that are read at each replay",
             )
-        count = count_of(settled)
-        if count > self._n:
-            raise LayoutError(
-                f"{count} values were sent by a SmallCopy made for {self._n}; expected no more. "
-                f"Make one for the most that occur."
-            )
+        out = self.out
         if stream is not None:
             _flight.check_stream(stream, self._device)
-            _flight.follow_current(stream, *(() if captures else (self.out,)))
-        self._way.send(settled, self.out, stream, captures)
-        return self.out if count == self._n else self.out.view(-1)[:count]
+            _flight.follow_current(stream, *(() if captures else (out,)))
+        count = self._way.send(values, out, stream, captures)
+        return out if count == self._n else out.view(-1)[:count]
 
     def refill(self, values: Values) -> None:
         """Change what the captured send carries from the next replay on.
@@ -218,7 +216,7 @@ class SmallCopy:
             Unsupported: by ``value``, whose contents are fixed; or nothing was captured.
             LayoutError: another number of values than was captured.
         """
-        self._way.refill(settle(values), self.out.dtype)
+        self._way.refill(values)
 
 
 def _best(device: torch.device, nbytes: int) -> tuple[Chosen, int]:
@@ -249,15 +247,34 @@ def _unknown_to_compiler(device: torch.device) -> str | None:
     return None
 
 
-def _make(way: str, device: torch.device, nbytes: int) -> Way:
+def _make(way: str, device: torch.device, dtype: torch.dtype, most: int) -> Way:
     if way == "value":
-        return ByValue(device, nbytes)
+        return ByValue(device, dtype, most)
     if way == "host":
-        return OnHost()
-    return Ring(device, nbytes, cross_by_kernel(device) if way == "mapped" else cross_by_copy)
+        return OnHost(dtype, most)
+    return Ring(device, dtype, most, cross_by_kernel(device) if way == "mapped" else cross_by_copy)
 
 
-# What `to_device` keeps ready: one for each kernel of a device.
+@cache
+def _most_at_once(device: torch.device) -> int:
+    """The most bytes that go by value where nothing else was asked for; -1 where none do."""
+    best, most = _best(device, 0)
+    return most if best.way == "value" else -1
+
+
+@cache
+def _capture_question(device: torch.device) -> Callable[[], bool]:
+    """`capture.capturing` of one device, with less to look up."""
+    if device.type != "cuda":
+        return lambda: capture.capturing(device)
+    captures = capture.capture_question(device)
+    if torch.cuda.device_count() == 1:
+        return captures
+    index, current = device.index, torch._C._cuda_getDevice
+    return lambda: captures() if current() == index else capture.capturing(device)
+
+
+# What `to_device` keeps ready: one for each kernel of a device, and dtype.
 _by_value = cache(ByValue)
 _by_kernel = cache(cross_by_kernel)
 
@@ -267,16 +284,23 @@ def _send_once(
 ) -> None:
     """Through pinned memory that is let go once it was read."""
     device = target.device
-    slot = make_slot(device, target.numel() * target.element_size())
-    nbytes = pack(slot.room, settled, target.dtype)
+    slot = make_slot(target.dtype, target.numel())
+    nbytes = slot.room.fill(settled) * target.element_size()
     cross = _by_kernel(device) if way == "mapped" else cross_by_copy
     cross(target, slot, nbytes, stream)
     _flight.completion(device, stream, slot.memory)
 
 
+@cache
+def _lasting(device: torch.device | str) -> torch.device | None:
+    """`_flight.resolve` of what means the same device whichever is current; None for others."""
+    found = torch.device(device)
+    return _flight.resolve(found) if found.type == "cpu" or found.index is not None else None
+
+
 def _place(device: torch.device | str | None, out: torch.Tensor | None) -> torch.device:
     if device is not None:
-        return _flight.resolve(device)
+        return _lasting(device) or _flight.resolve(device)
     if out is None:
         raise DeviceMismatch(
             "A small copy was asked with neither a device nor an out tensor; expected one of them "

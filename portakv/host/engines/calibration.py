@@ -85,7 +85,7 @@ class Timer(Protocol):
 
 
 class EventTimer:
-    """Device events round the call; wall clock where its work is on no stream.
+    """Device events round the call, the last one behind what the host had to wait for.
 
     The device is idle when the call begins, so that what the host does first counts: it is part of
     what a transfer takes.
@@ -106,12 +106,10 @@ class EventTimer:
         began = perf_counter()
         pending = call()
         host = perf_counter() - began
-        if pending is not None:
-            pending.wait()
+        _end(pending)
         last.record(stream)
         last.synchronize()
-        wall = perf_counter() - began
-        return Timed(wall if pending is not None else first.elapsed_time(last) / 1e3, host)
+        return Timed(first.elapsed_time(last) / 1e3, host)
 
 
 def calibrate(

@@ -17,8 +17,9 @@ from ...backends.base import Capabilities, Decision, Launch
 from ...index import Index
 from ...plan import CopyPlan
 from .. import _flight, _registrations
-from .crossing import Pieces, crossing, fold
+from .crossing import Pieces, crossing
 from .engine import PINNED, Engine, direction_of
+from .folding import pieces_of
 
 if TYPE_CHECKING:
     from ...view import KVView
@@ -78,7 +79,7 @@ class _DescriptorsLaunch:
         if pieces is None:
             # On the host every id is looked at before anything is moved.
             indices = src_index.to_host(), dst_index.to_host()
-            pieces = fold(self._plan.runs(src, dst, *indices, count), src, dst)
+            pieces = pieces_of(self._plan, src, dst, *indices, count)
             self._known.put(key, pieces, (src_index.lineage, dst_index.lineage))
         host = dst if self._downward else src
         try:

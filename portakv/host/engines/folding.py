@@ -8,7 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ...runs import Int64, Runs
+from ...index import Index
+from ...plan import CopyPlan
+from ...runs import Factors, Int64, Runs, factors, summed
 from ...view import KVView
 from .. import _registrations
 from .._pitched import MAX_PITCH
@@ -16,6 +18,10 @@ from .._pitched import MAX_PITCH
 #: Fewer rows stay copies of their own: a 2-D copy is a call by itself, and about as dear for the
 #: host as this many entries of a batched one. A default, not a measurement.
 LEAST_HEIGHT = 4
+
+#: From so many runs on they are folded before they are multiplied out, in a tenth of the time; what
+#: meets only at the ends of planes is then not merged. A default, not a measurement.
+LARGE = 4096
 
 _Mask = npt.NDArray[np.bool_]
 
@@ -44,6 +50,62 @@ class Pieces(NamedTuple):
         return int(self.width @ self.height)
 
 
+def pieces_of(
+    plan: CopyPlan, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int
+) -> Pieces:
+    """What `fold` makes of a plan's runs; raises as `CopyPlan.runs` does."""
+    plan.runs(src, dst, src_index, dst_index, 0)  # only to be refused what it refuses
+    several = factors(plan.nests, plan.unit, src, dst, src_index, dst_index, count)
+    if sum(planes.src.size * lines.src.size for planes, lines in several) >= LARGE:
+        seams = _seams([src, dst])
+        if all(_between(seams, *each) for each in several):
+            found = [_fold_factors(seams, *each) for each in several]
+            if len(found) == 1:
+                return found[0]
+            return Pieces(*(np.concatenate(column) for column in zip(*found, strict=True)))
+    return fold(summed(several), src, dst)
+
+
+def _between(seams: Int64, planes: Runs, lines: Runs) -> bool:
+    """Whether no plane's lines lie on both sides of a seam."""
+    if not seams.size or not lines.nbytes.size:
+        return True
+    for side in (0, 1):
+        first = planes[side] + lines[side].min()
+        past = planes[side] + (lines[side] + lines.nbytes).max()
+        if (np.searchsorted(seams, first, "right") != np.searchsorted(seams, past, "left")).any():
+            return False
+    return True
+
+
+def _fold_factors(seams: Int64, planes: Runs, lines: Runs) -> Pieces:
+    """The planes folded or the lines, whichever gives less, and every line in every plane."""
+    if not lines.nbytes.size:
+        return _plain(lines)
+    areas = [np.searchsorted(seams, planes[at] + lines[at].min(), "right") for at in (0, 1)]
+    by_plane = _least(planes, np.stack(areas))
+    by_line = _least(lines, np.zeros((0, lines.nbytes.size), dtype=np.int64))
+    if by_plane.number * lines.nbytes.size < by_line.number * planes.nbytes.size:
+        return _times(by_plane, _plain(lines))
+    return _times(_plain(planes), by_line)
+
+
+def _times(planes: Pieces, lines: Pieces) -> Pieces:
+    """Every line in every plane; either the lines have one row each, or the planes."""
+    high = planes.height[:, None] > 1
+    columns = [planes.dst[:, None] + lines.dst, planes.src[:, None] + lines.src]
+    columns += [lines.width, planes.height[:, None] * lines.height]
+    for own, inner in zip(planes[4:], lines[4:], strict=True):
+        columns.append(np.where(high, own[:, None], inner) if high.any() else inner)
+    shape = planes.number, lines.number
+    return Pieces(*(np.broadcast_to(column, shape).reshape(-1) for column in columns))
+
+
+def _plain(runs: Runs) -> Pieces:
+    src, dst, width = runs
+    return Pieces(dst, src, width, np.ones_like(width), width, width)
+
+
 def fold(runs: Runs, src: KVView | None = None, dst: KVView | None = None) -> Pieces:
     """Runs as few pieces. Exactly their bytes, each once; the order of pieces is any.
 
@@ -52,7 +114,11 @@ def fold(runs: Runs, src: KVView | None = None, dst: KVView | None = None) -> Pi
         src, dst: the views that they lie in: no piece then reaches from one allocation of theirs
             into another, nor over a seam between two registrations, which drivers refuse.
     """
-    runs, areas = _apart(runs, [view for view in (src, dst) if view is not None])
+    return _least(*_apart(runs, [view for view in (src, dst) if view is not None]))
+
+
+def _least(runs: Runs, areas: Int64) -> Pieces:
+    """Runs, each in an area, folded in the order that gives the least pieces."""
     best = _in_order(runs, areas)
     for lag in _lags(runs):
         if lag >= best.number:  # it gives as many pieces at least
@@ -78,7 +144,7 @@ def _in_order(runs: Runs, areas: Int64) -> Pieces:
     length = np.diff(first, append=joins.size)
     long = joins[first] & (length >= LEAST_HEIGHT - 1)
     if not long.any():
-        return Pieces(dst, src, width, np.ones_like(width), width, width)
+        return _plain(runs)
     streak = np.repeat(np.where(long, np.arange(first.size), -1), length)
     before, after = np.append(-1, streak), np.append(streak, -1)
     of_row = np.where(before >= 0, before, after)

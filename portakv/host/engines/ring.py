@@ -1,41 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ring`: between a device and pageable memory, through pinned memory that is used in turns.
 
-A device cannot read or write pageable memory beside the host. So each slice crosses to or from
-pinned memory as `staged` has it, and the host copies between that and the rows while the next slice
-crosses. The host is busy until all has landed: a copy through this engine blocks.
+A device cannot read or write pageable memory beside the host. So rows are made dense on the device,
+as `staged` does, and cross in one copy each slice to or from pinned memory, where they lie in the
+order of the host's rows; and the host copies between that and the rows while the next slices cross.
+The host is busy until it has read or written all: a copy through this engine blocks.
 """
 
 from __future__ import annotations
 
-import threading
-from functools import cache
-from math import lcm
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
-from ...backends.base import Capabilities, Launch
+from ...backends.base import Capabilities, Launch, Pending
+from ...errors import Unsupported
 from ...index import Index
 from ...plan import CopyPlan
-from ...registry import REGISTRY
-from ...routes import route
-from .. import pinned
+from ...routes import Route
+from .. import _flight
+from ._ring_slots import TURNS, Slots, slots
+from .crossing import crossing
 from .engine import PAGEABLE, Engine
+from .folding import Pieces
+from .halves import Halves
+from .host_rows import HostRows
 from .mirror import mirror_of
-from .schedule import Cut, multiple
-from .staged import Staged
+from .schedule import multiple
+from .staging import Staging, staging
 
 if TYPE_CHECKING:
+    from ...form import Form
     from ...view import KVView
 
-#: Bytes of a slice, and slices of pinned memory for each device: while the host copies one, another
-#: crosses. Defaults, to be measured.
-SLICE, TURNS = 8 << 20, 3
+#: Bytes of the largest slice (one unit of a copy at least), and so of a slot of pinned memory: a
+#: device takes `_ring_slots.TURNS` of these, 48 MiB. Of 4 and 16 MiB the larger lost least to the
+#: calls between slices, for plain copies on an H200.
+SLICE = 16 << 20
+#: The largest slice by these: at one end of a transfer only the link is busy (the first slice to
+#: the host, the last one from it), so slices grow from there.
+GROWING = (4, 2)
 
 
 class Ring(Engine):
-    """Pinned memory in turns, between `staged` and the host's own copies."""
+    """Dense on the device, across to pinned memory, and on to the rows by the host; or back."""
 
     name = "ring"
 
@@ -43,53 +52,75 @@ class Ring(Engine):
         return Capabilities(places=PAGEABLE, index_on="any")
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        return _RingLaunch(plan, self)
+        refused: Unsupported | None = None
+        for by_layer in (False, True):
+            launch = _RingLaunch(plan, self, by_layer)
+            try:
+                launch.halves.prepare(self.device)
+            except Unsupported as error:
+                refused = error
+                continue
+            return launch
+        assert refused is not None
+        raise refused
 
 
-class _Turns:
-    """The pinned memory of one device; one transfer at a time has it."""
+class _Slice(NamedTuple):
+    """Positions of a transfer, how many its mirror holds, and where in it they begin."""
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self._memory: list[torch.Tensor] = []
-
-    def of(self, nbytes: int) -> list[torch.Tensor]:
-        """Pieces of at least so many bytes."""
-        if not self._memory or self._memory[0].numel() < nbytes:
-            self._memory = [pinned.empty(nbytes, torch.uint8) for _ in range(TURNS)]
-        return self._memory
+    start: int
+    count: int
+    held: int
+    behind: Index
 
 
-@cache
-def _turns(device: torch.device) -> _Turns:
-    return _Turns()
+class Extent(NamedTuple):
+    """Rows of bytes: where the first one begins, their width, how many, and how far apart."""
+
+    start: int
+    width: int
+    height: int
+    pitch: int
+
+
+def extent(form: Form, held: int, first: int, count: int) -> Extent:
+    """What some positions take of dense rows that hold ``held``; whole blocks, and perhaps more
+    than they take, but nothing outside of the rows."""
+    per = form.block_size or 1
+    nbytes = held * form.token_bytes // (per if form.opaque else 1)
+    chains = [part.block if form.paged else part.token for part in form.parts]
+    stride = chains[0][0].stride
+    pitch = held // per * stride
+    if any(len(chain) > 1 or chain[0].stride != stride for chain in chains) or nbytes % pitch:
+        return Extent(0, nbytes, 1, nbytes)
+    begin, end = first // per, -(-(first + count) // per)
+    if (end - begin) * stride == pitch:
+        return Extent(0, nbytes, 1, nbytes)
+    return Extent(begin * stride, (end - begin) * stride, nbytes // pitch, pitch)
+
+
+def _pieces(src: KVView, dst: KVView, used: Extent) -> Pieces:
+    """The same bytes of two views of dense rows, as what crosses between them."""
+    pitch = used.width if used.height == 1 else used.pitch
+    numbers = dst.origins[0] + used.start, src.origins[0] + used.start, used.width, used.height
+    return Pieces(*np.array([[*numbers, pitch, pitch]], dtype=np.int64).T)
 
 
 class _RingLaunch:
-    def __init__(self, plan: CopyPlan, engine: Engine) -> None:
-        self._device = engine.device
-        self._downward = plan.src.place == "device"
-        host = plan.dst if self._downward else plan.src
-        self._mirror = mirror_of(host)
-        quantum = lcm(plan.unit, self._mirror.block_size)
-        self._positions = multiple(SLICE, quantum, plan.token_bytes)
-        block = self._mirror.block_size
-        self._held = self._positions + (block if block > 1 else 0)
-        self._turns = _turns(self._device)
-        form = self._views()[0].form
-        # The host's half is the reference's, whatever was forced for the device.
-        on_host = REGISTRY.choose_plainly(torch.device("cpu"), "reference")
-        staged = Staged(self._device, engine.half, engine.terms)
-        if self._downward:
-            self._link = staged.prepare(CopyPlan(plan.src, form, plan.src_step, 0, plan.unit))
-            self._way = route(form, plan.dst, 0, plan.dst_step, plan.unit, on_host)
-        else:
-            self._way = route(plan.src, form, plan.src_step, 0, plan.unit, on_host)
-            self._link = staged.prepare(CopyPlan(form, plan.dst, 0, plan.dst_step, plan.unit))
+    """A prepared copy."""
 
-    def _views(self) -> list[KVView]:
-        nbytes = self._mirror.nbytes(self._held)
-        return [self._mirror.view(memory, self._held) for memory in self._turns.of(nbytes)]
+    def __init__(self, plan: CopyPlan, engine: Engine, by_layer: bool) -> None:
+        self.plan, self.device = plan, engine.device
+        self.downward = plan.src.place == "device"
+        self.mirror = mirror_of(plan.dst if self.downward else plan.src, by_layer)
+        self.halves = Halves(plan, self.mirror, engine.half)
+        self.crossing = crossing(engine.device)
+        self._slots = slots(engine.device)
+        self._of_host: dict[int, HostRows] = {}
+        quantum = self.halves.quantum
+        each = self.mirror.slot_bytes
+        self._most = multiple(SLICE, quantum, each)
+        self._first = [multiple(SLICE // by, quantum, each) for by in GROWING]
 
     def __call__(
         self,
@@ -101,81 +132,173 @@ class _RingLaunch:
         stream: torch.Stream | None,
         status: torch.Tensor | None,
     ) -> None:
-        work = stream or torch.accelerator.current_stream(self._device.index)
-        most = self._positions
-        slices = [Cut(None, None, at, min(most, count - at)) for at in range(0, count, most)]
-        with self._turns.lock:
-            if self._downward:
-                self._take(slices, src, dst, src_index, dst_index.to_host(), work)
+        if not count:
+            return
+        host, rows = (dst, src) if self.downward else (src, dst)
+        theirs, mine = (dst_index, src_index) if self.downward else (src_index, dst_index)
+        theirs = theirs.to_host()
+        work = stream or torch.accelerator.current_stream(self.device.index)
+        room = staging(self.device, work)
+        slices = self.slices(theirs.offset, count)
+        with self._slots.lock, room.lock, _flight.inside(stream):
+            largest = self.mirror.nbytes(max(piece.held for piece in slices))
+            room.reserve(largest)
+            self._slots.reserve(largest)
+            passage = _Passage(self, room, self._slots, work, slices)
+            passage.run(rows, host, mine, theirs)
+
+    def slices(self, offset: int, count: int) -> list[_Slice]:
+        """The slices of a transfer whose host's rows begin at an offset, in their order."""
+        counts, left = list[int](), count
+        for most in self._first:
+            if most < left:
+                counts.append(most)
+                left -= most
+        full, rest = divmod(left, self._most)
+        counts += [self._most] * full + [rest] * bool(rest)
+        found, start = [], 0
+        for each in counts:
+            behind = self.halves.behind(Index(offset=offset + start))
+            found.append(_Slice(start, each, self._held(each, behind.offset), behind))
+            start += each
+        return found if self.downward else found[::-1]
+
+    def _held(self, count: int, behind: int) -> int:
+        """Slots of a mirror: one of few numbers, so that transfers of any length share plans."""
+        held = self.halves.quantum
+        while held < count:
+            held *= 2
+        held = count if count in self._first else min(held, self._most)
+        return held + (self.mirror.block_size if behind else 0)
+
+    def of_host(self, slot: KVView, held: int) -> HostRows:
+        """The host's own half, for slots that hold so many."""
+        known = self._of_host.get(held)
+        if known is None:
+            plan = self.plan
+            if self.downward:
+                known = HostRows(slot.form, plan.dst, 0, plan.dst_step, plan.unit)
             else:
-                self._bring(slices, src, dst, src_index.to_host(), dst_index, work)
+                known = HostRows(plan.src, slot.form, plan.src_step, 0, plan.unit)
+            self._of_host[held] = known
+        return known
 
-    def _take(
+
+class _Passage:
+    """One transfer under way.
+
+    The caller's stream stands before and behind it, as it does with `staged`.
+    """
+
+    def __init__(
         self,
-        slices: list[Cut],
-        src: KVView,
-        dst: KVView,
-        mine: Index,
-        theirs: Index,
+        launch: _RingLaunch,
+        room: Staging,
+        ring: Slots,
         work: torch.Stream,
+        slices: list[_Slice],
     ) -> None:
-        """From the device: each slice is laid out by the host while the next ones cross."""
-        views = self._views()
-        crossing: list[tuple[Cut, KVView, torch.Event]] = []
+        self._launch, self._room, self._ring, self._work = launch, room, ring, work
+        self._slices = slices
+        # A single slice has nothing to overlap with.
+        single = len(slices) == 1
+        self._half, self._link = (work, work) if single else (room.half, room.link)
+        self._free: list[torch.Event | None] = [None] * room.mirrors
+        self._by: Route | None = None
+        self._placed = Index()
+
+    def run(self, rows: KVView, host: KVView, mine: Index, theirs: Index) -> None:
+        """Move every slice."""
+        others = [stream for stream in (self._half, self._link) if stream is not self._work]
+        for stream in others:
+            stream.wait_stream(self._work)
         try:
-            for nth, cut in enumerate(slices):
-                if len(crossing) == len(views):
-                    self._lay_out(*crossing.pop(0), dst, theirs)
-                view, behind = views[nth % len(views)], self._behind(theirs, cut)
-                self._link(src, view, mine.shifted(cut.start), behind, cut.count, work, None)
-                crossing.append((cut, view, self._mark(work)))
-            while crossing:
-                self._lay_out(*crossing.pop(0), dst, theirs)
+            if self._launch.downward:
+                for nth in range(len(self._slices) + TURNS):
+                    if nth >= TURNS:
+                        self._lay_out(nth - TURNS, host, theirs)
+                    if nth < len(self._slices):
+                        self._take(nth, rows, mine)
+            else:
+                for nth in range(len(self._slices)):
+                    self._pack(nth, host, theirs)
+                    self._bring(nth, rows, mine)
         finally:
-            _settle([event for _, _, event in crossing])
+            # What was enqueued, also before an interrupt, is part of the caller's stream.
+            for stream in others:
+                self._work.wait_stream(stream)
 
-    def _lay_out(
-        self, cut: Cut, view: KVView, event: torch.Event, dst: KVView, theirs: Index
-    ) -> None:
-        event.synchronize()
-        here, behind = theirs.shifted(cut.start), self._behind(theirs, cut)
-        self._way.launch(view, dst, behind, here, cut.count, None, None)
+    def _take(self, nth: int, rows: KVView, mine: Index) -> None:
+        """From the device's rows to a slot."""
+        piece, at = self._slices[nth], nth % self._room.mirrors
+        mirror, way, index = self._device_half(piece, at, mine)
+        _wait(self._half, self._free[at])
+        _finish(way.launch(rows, mirror, index, piece.behind, piece.count, self._half, None))
+        _wait(self._link, self._mark(self._half))
+        self._cross(nth, mirror)
+        self._free[at] = self._mark(self._link)
 
-    def _bring(
-        self,
-        slices: list[Cut],
-        src: KVView,
-        dst: KVView,
-        theirs: Index,
-        mine: Index,
-        work: torch.Stream,
-    ) -> None:
-        """To the device: the host packs a slice while those before it cross."""
-        views = self._views()
-        events: list[torch.Event] = []
-        try:
-            for nth, cut in enumerate(slices):
-                if nth >= len(views):
-                    events[nth - len(views)].synchronize()
-                view, behind = views[nth % len(views)], self._behind(theirs, cut)
-                here = theirs.shifted(cut.start)
-                self._way.launch(src, view, here, behind, cut.count, None, None)
-                self._link(view, dst, behind, mine.shifted(cut.start), cut.count, work, None)
-                events.append(self._mark(work))
-        finally:
-            _settle(events)
+    def _bring(self, nth: int, rows: KVView, mine: Index) -> None:
+        """From a slot to the device's rows."""
+        piece, at = self._slices[nth], nth % self._room.mirrors
+        mirror, way, index = self._device_half(piece, at, mine)
+        _wait(self._link, self._free[at])
+        self._cross(nth, mirror)
+        _wait(self._half, self._mark(self._link))
+        _finish(way.launch(mirror, rows, piece.behind, index, piece.count, self._half, None))
+        self._free[at] = self._mark(self._half)
 
-    def _behind(self, theirs: Index, cut: Cut) -> Index:
-        """Where a slice lies in pinned memory: as far into a block as it does in the rows."""
-        return Index(offset=(theirs.offset + cut.start) % self._mirror.block_size)
+    def _device_half(self, piece: _Slice, at: int, mine: Index) -> tuple[KVView, Route, Index]:
+        mirror = self._room.mirror(at, self._launch.mirror, piece.held)
+        way, _ = self._launch.halves.ways(mirror, piece.held)
+        if way is not self._by:
+            self._placed, self._by = way.place(mine), way
+        return mirror, way, self._placed.shifted(piece.start)
 
-    def _mark(self, stream: torch.Stream) -> torch.Event:
-        event = torch.Event(self._device)
+    def _cross(self, nth: int, mirror: KVView) -> None:
+        """Between a mirror and a slot, in one copy."""
+        piece, at = self._slices[nth], nth % TURNS
+        slot = self._ring.view(at, self._launch.mirror, piece.held)
+        src, dst = (mirror, slot) if self._launch.downward else (slot, mirror)
+        used = extent(mirror.form, piece.held, piece.behind.offset, piece.count)
+        self._ring.wait(at)
+        self._ring.begin(at, self._link)
+        self._launch.crossing.copy(_pieces(src, dst, used), src, dst, self._link)
+        self._ring.end(at, self._link)
+
+    def _lay_out(self, nth: int, host: KVView, theirs: Index) -> None:
+        """From a slot to the host's rows."""
+        if nth < len(self._slices):
+            slot, half, piece = self._host_half(nth)
+            there = theirs.shifted(piece.start)
+            self._ring.wait(nth % TURNS)
+            half.copy(slot, host, piece.behind, there, piece.count)
+
+    def _pack(self, nth: int, host: KVView, theirs: Index) -> None:
+        """From the host's rows to a slot."""
+        slot, half, piece = self._host_half(nth)
+        self._ring.wait(nth % TURNS)
+        half.copy(host, slot, theirs.shifted(piece.start), piece.behind, piece.count)
+
+    def _host_half(self, nth: int) -> tuple[KVView, HostRows, _Slice]:
+        piece = self._slices[nth]
+        slot = self._ring.view(nth % TURNS, self._launch.mirror, piece.held)
+        return slot, self._launch.of_host(slot, piece.held), piece
+
+    def _mark(self, stream: torch.Stream) -> torch.Event | None:
+        if self._half is self._link:
+            return None
+        event = torch.Event(stream.device)
         event.record(stream)
         return event
 
 
-def _settle(events: list[torch.Event]) -> None:
-    """Wait for what still uses the pinned memory, before the next transfer has it."""
-    for event in events:
-        event.synchronize()
+def _wait(stream: torch.Stream, event: torch.Event | None) -> None:
+    if event is not None:
+        stream.wait_event(event)
+
+
+def _finish(pending: Pending | None) -> None:
+    """Wait for a device's half that is not ordered on its stream."""
+    if pending is not None:
+        pending.wait()

@@ -98,10 +98,6 @@ class RunCounter:
         if units < 2:
             return units
         sides = [(self._nests[0].src.units, src_index), (self._nests[0].dst.units, dst_index)]
-        if self._mirrored:
-            del sides[0]
-        if any(steps[-1].table for steps, _ in sides):
-            return units  # each one behind an address of its own
         limits = tuple(_limit(steps) for steps, _ in sides)
         if all(index.ids is None for _, index in sides):
             firsts = tuple(index.offset // self._unit for _, index in sides)
