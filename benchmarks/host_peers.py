@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 
-from .harness import Variant
 from .host_memory import Sides
 from .peers import PEERS, LMCache, PeerMissing
 
@@ -30,16 +29,6 @@ class HostPeer(LMCache):
         pointers, chunk = addresses.to(sides.device), sides.chunk()
         move = self._slot_kernel(cast(Any, sides), "random")  # has what it asks of a `Workload`
         return lambda: move(chunk, pointers, direction == "d2h")
-
-    def variant(self, sides: Sides, direction: str) -> Variant:
-        """A case by its kernel, every byte of the destination checked."""
-        move = self.mover(sides, direction)
-        return Variant(
-            {"backend": self.name, "engine": self.name, "op": direction, "peer": self.name},
-            lambda i: move(),
-            lambda i: sides.poison(direction),
-            lambda i: sides.right(direction),
-        )
 
 
 def load_host_peer(name: str) -> HostPeer:

@@ -53,7 +53,7 @@ merge() {
 
 : >"$out/bench.log"
 measure 95 grid
-measure 55 direct,duplex,calls,small
+measure 75 direct,duplex,calls,small
 measure 100 interference
 measure 45 pageable,pinning
 if ((${#peers[@]})); then measure 45 peers "${peers[@]/#/--peers=}"; fi

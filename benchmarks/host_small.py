@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small copies: integers that a stream can use, on an idle device and while a large copy flies.
 
+Idle sends and those beside a large copy alternate, and come about alike: a large copy was issued
+and has ended, another one was issued, and a while later follows the send. Beside a large copy that
+other one is as large; else it is of a few bytes, and over by then.
+
 The latency is the host's: from handing the values over until the host sees, by synchronising their
 stream, that a kernel there could have read them. The device's events, recorded on that stream right
 before and behind the call, are told beside it. Every way is given the same numpy array of int64.
@@ -30,8 +34,15 @@ Values = npt.NDArray[np.int64]
 
 OURS, PINNED, PLAIN = "SmallCopy", "pinned copy", "torch.tensor"
 _WARM_UP = 3
-#: Seconds that a large copy is given to be under way.
+#: Seconds that a large copy is given to be under way, and a short one to end.
 _HEAD_START = 3e-4
+_SHORT = 4096  # bytes
+_CADENCE = (
+    f"each send comes {_HEAD_START * 1e6:.0f} us after another copy was issued, behind a large one "
+    f"that has ended: of {_SHORT} bytes (idle), or as large and still flying (busy)"
+)
+#: The count of integers that the bars look at; others take less of the time.
+_BARRED, _FEWER = 64, 3
 
 
 def _nothing(values: Values) -> None:
@@ -85,14 +96,25 @@ class _Large:
         self._source, self._target = region.host[:nbytes], region.device[:nbytes]
         self._ended = torch.Event(bench.device)
 
-    def start(self) -> None:
-        """Begin it, and wait until it has surely begun."""
-        with self._module.stream(self._stream):
-            self._target.copy_(self._source, non_blocking=True)
-            self._ended.record(self._stream)
+    def pass_by(self) -> None:
+        """Begin it, and wait for everything to end."""
+        self._issue(self._source, self._target)
+        self._module.synchronize()
+
+    def start(self, flies: bool) -> None:
+        """Begin it, and wait until it has surely begun; or do the same with a few bytes of it, and
+        wait until they have landed."""
+        part = slice(None if flies else _SHORT)
+        self._issue(self._source[part], self._target[part])
         began = perf_counter()
-        while perf_counter() - began < _HEAD_START:
+        # Either asks at least once, so that the driver is as warm for the one as for the other.
+        while perf_counter() - began < _HEAD_START or (self.flying and not flies):
             pass
+
+    def _issue(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        with self._module.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+            self._ended.record(self._stream)
 
     @property
     def flying(self) -> bool:
@@ -102,21 +124,21 @@ class _Large:
 
 def _row(bench: Bench, name: str, way: Route, count: int, large: _Large) -> dict[str, Any]:
     samples = bench.preset.small_samples
+    if count != _BARRED:
+        samples = max(1, samples // _FEWER)
     for n in range(_WARM_UP):
-        _send(bench, way, count, n)
-    idle, right = [], True
-    for n in range(samples):
-        bench.module.synchronize()
-        seen, good = _send(bench, way, count, n)
-        idle.append(seen)
-        right &= good
+        _send(bench, way, count, n, large, flies=False)
+    idle: list[Seen] = []
     busy: list[Seen] = []
-    for n in range(samples):
-        bench.module.synchronize()
-        seen, good = _send(bench, way, count, n, large)
-        busy.append(seen)
+    right = True
+    for n in range(2 * samples):
+        flies = n % 2 == 1
+        if flies or not n:  # else the one that flew beside the last send has passed by
+            large.pass_by()
+        seen, good = _send(bench, way, count, n, large, flies)
+        (busy if flies else idle).append(seen)
         right &= good
-    bench.module.synchronize()
+        bench.module.synchronize()
     return {
         "kind": "host_small", "shape": f"{count} int64", "backend": name, "op": "h2d",
         "integers": count, "payload_bytes": 8 * count, "large_bytes": bench.preset.large,
@@ -126,7 +148,7 @@ def _row(bench: Bench, name: str, way: Route, count: int, large: _Large) -> dict
         "busy_us": short(median(s.landed for s in busy)),
         "busy_host_us": short(median(s.host for s in busy)),
         "busy_device_us": short(median(s.device for s in busy)),
-        "overtook": sum(s.busy for s in busy), "samples": samples,
+        "overtook": sum(s.busy for s in busy), "samples": samples, "cadence": _CADENCE,
         "busy_to_idle": short(median(s.landed for s in busy) / median(s.landed for s in idle)),
         "verified": right,
     }  # fmt: skip
@@ -142,15 +164,14 @@ def compare(rows: Rows) -> None:
 
 
 def _send(
-    bench: Bench, way: Route, count: int, n: int, large: _Large | None = None
+    bench: Bench, way: Route, count: int, n: int, large: _Large, flies: bool
 ) -> tuple[Seen, bool]:
     """Send other values than before; what was seen, and whether they arrived."""
     values = np.arange(n + 1, n + 1 + count, dtype=np.int64) * 0x10001
     stream = bench.module.current_stream(bench.device)
     first, last = timed_event(bench.module), timed_event(bench.module)
     way.before(values)
-    if large is not None:
-        large.start()
+    large.start(flies)
     first.record(stream)
     start = perf_counter()
     landed = way.send(values)
@@ -158,7 +179,7 @@ def _send(
     last.record(stream)
     stream.synchronize()
     took = perf_counter() - start
-    busy = large is not None and large.flying
+    busy = flies and large.flying
     device = float(first.elapsed_time(last)) * 1e3
     right = bool((landed.cpu().numpy().reshape(-1) == values).all())
     return Seen(took * 1e6, host * 1e6, device, busy), right

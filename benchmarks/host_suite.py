@@ -42,7 +42,7 @@ class HostPreset:
         matmul: the side of its square matrices.
         attention: batch, heads and tokens of the decode loop.
         small: counts of integers.
-        small_samples: calls of each way, idle and beside a large copy.
+        small_samples: calls of each way, idle and beside a large copy, where a bar looks at them.
         large: that copy's bytes.
         pinned: bytes to pin.
         call_rows: bytes of a row, for the host time of 1,000 blocks x 64 planes.
@@ -92,7 +92,7 @@ PRESETS: Mapping[str, HostPreset] = {
         pageable=(32 * MB, 256 * MB),
         ring_slots=((2, 4 * MB), (4, 4 * MB), (3, 16 * MB), (4, 16 * MB)),
         beside=128 * MB, loop_seconds=0.55, repeats=5, matmul=8192, attention=(32, 32, 4096),
-        small=(1, 64, 1000, 4096, 10_000, 100_000), small_samples=15, large=GB, pinned=17 * GB,
+        small=(1, 64, 1000, 4096, 10_000, 100_000), small_samples=31, large=GB, pinned=17 * GB,
         call_rows=(256, 2048), call_blocks=1000, calls=30,
     ),
     "tiny": HostPreset(  # for tests: it runs everywhere in seconds and its figures mean nothing

@@ -103,7 +103,7 @@ def carry(
         src.form, dst.form, src.slots, dst.slots, src.device, dst.device, count, choice, terms,
         src_index is listed, listed.offset, other.names,
     )  # fmt: skip
-    known: tuple[list[Piece], object] | None = listed.kept.get(key)
+    known: tuple[list[Piece], object] | None = listed.kept.get(key) if listed.kept else None
     error: PortaKVError | None = None
     if known is not None:
         pieces = known[0]
@@ -117,7 +117,7 @@ def carry(
         pieces, error = found.pieces, found.error
         if found.src_index is not src_index or found.dst_index is not dst_index or error:
             src_index, dst_index, count = found[1:4]
-        else:
+        elif not (listed.fleeting or other.fleeting):
             if len(listed.kept) >= _KEPT:
                 listed.kept.clear()
             listed.kept[key] = pieces, other.lineage  # held, so that its identity stays its own
@@ -198,7 +198,8 @@ def _pieces(
 ) -> list[Piece]:
     """(route, first position, tokens): the body in the largest units, head and tail by token."""
     unit = way.plan.unit
-    if unit == 1:
+    numbers = (count, src.slots, dst.slots, src_index.offset, dst_index.offset)
+    if unit == 1 or not any(number % unit for number in numbers):
         return [(way, 0, count)]
     steps = (src.form, dst.form, src_index.plan_step, dst_index.plan_step)
     sides = ((src_index, "src"), (dst_index, "dst"))

@@ -23,6 +23,8 @@ _HOST = torch.device("cpu")
 
 _WILD = 2**62  # past the end of any view, and far from where 64 bits wrap
 _INT32 = 2**31 - 1
+#: Types of devices that are sent ids by a kernel; to others torch copies them, and waits.
+_BY_KERNEL = frozenset({"cuda"})
 
 
 class Index:
@@ -88,7 +90,7 @@ class Index:
         if isinstance(index, Index):
             return index
         made = cls(index, step)
-        made.fleeting = True
+        made.fleeting = made.ids is not None
         return made
 
     @classmethod
@@ -111,7 +113,7 @@ class Index:
         moved = Index.__new__(Index)
         moved._set(self.ids, self.step, self.offset + tokens)
         moved._host_ids, moved._device_ids = self._host_ids, self._device_ids
-        moved._judged, moved._placed = self._judged, None
+        moved._judged, moved._placed, moved.fleeting = self._judged, None, self.fleeting
         return moved
 
     def part(self, first: int, count: int) -> Index:
@@ -127,6 +129,7 @@ class Index:
         piece._device_ids = None if self._device_ids is None else self._device_ids[held]
         piece._judged = {}
         piece._placed = None if self._placed is None else self._placed.part(first, count)
+        piece.fleeting = self.fleeting
         return piece
 
     @property
@@ -146,6 +149,8 @@ class Index:
         if known is not None:
             return known
         assert self.ids is not None
+        if bring((self,), home, dtypes) and self._placed is not None:
+            return self._placed
         wanted = torch.int64 if torch.int64 in dtypes else torch.int32
         dtype = self.ids.dtype if self.ids.dtype in dtypes else wanted
         narrows = dtype == torch.int32 and self.ids.dtype == torch.int64
@@ -155,6 +160,14 @@ class Index:
             # A copy made from device ids is ordered on one stream only, so it is not kept.
             self._placed = placed
         return placed
+
+    def _beside(self, ids: torch.Tensor) -> None:
+        """Keep a copy of the ids elsewhere."""
+        placed = Index.__new__(Index)
+        placed._set(ids, self.step, self.offset)
+        placed._host_ids = placed._device_ids = placed._placed = None
+        placed._judged = {}
+        self._placed = placed
 
     def lying(self, home: torch.device, dtypes: frozenset[torch.dtype]) -> Index | None:
         """As `placed`, where nothing has to be copied for it; else None."""
@@ -269,7 +282,7 @@ class Index:
             if (int(np.maximum.reduce(used.view(np.uint64))) + 1) * self.step > slots:
                 skips = bool(used.min() < 0)
                 self._check_bounds(count, slots, side)
-            if distinct and used.size > 1 and _repeats(used):
+            if distinct and used.size > 1 and _repeats(used[used >= 0] if skips else used):
                 self._check_distinct(count, side)
         self._judged[key] = skips
         return skips
@@ -318,6 +331,32 @@ class Index:
     def __repr__(self) -> str:
         ids = "None" if self.ids is None else f"<{self.ids.numel()} ids on {self.ids.device}>"
         return f"Index({ids}, step={self.step}, offset={self.offset})"
+
+
+def bring(indices: Sequence[Index], home: torch.device, dtypes: frozenset[torch.dtype]) -> bool:
+    """Send those ids of a caller's that a device has not to it, all at once, behind what the
+    current stream holds; the host does not wait.
+
+    Only fleeting ones: they are used on no other stream but such as wait for that one.
+
+    Returns:
+        True where some were sent.
+    """
+    if home.type not in _BY_KERNEL or torch.int64 not in dtypes:
+        return False
+    sent = [
+        index for index in indices
+        if index.fleeting and index.on_host and index.lying(home, dtypes) is None
+    ]  # fmt: skip
+    if not sent:
+        return False
+    from .host.small import to_device  # it stands above, and imports its kernels
+
+    listed = [index.host_ids() for index in sent]
+    ids = to_device(listed[0] if len(listed) == 1 else np.concatenate(listed), home, torch.int64)
+    for index, own in zip(sent, ids.split([each.size for each in listed]), strict=True):
+        index._beside(own)
+    return True
 
 
 def _whole(number: Any) -> int:
@@ -381,8 +420,8 @@ def _from_array(ids: npt.NDArray[Any]) -> torch.Tensor:
 
 
 def _repeats(used: npt.NDArray[np.int64]) -> bool:
+    """Whether an id occurs twice; none is negative."""
     if used.size <= 512:
-        listed = [x for x in used.tolist() if x >= 0]
-        return len(set(listed)) < len(listed)
-    ordered = np.sort(used[used >= 0])
+        return len(set(used.tolist())) < used.size
+    ordered = np.sort(used)
     return bool((ordered[1:] == ordered[:-1]).any())

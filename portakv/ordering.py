@@ -10,7 +10,7 @@ import torch
 from . import events, words
 from .capture import capturing
 from .errors import PortaKVError, Unsupported
-from .index import Index
+from .index import Index, bring
 from .routes import Route
 from .transfer import Completion, Transfer
 from .view import KVView
@@ -34,7 +34,7 @@ def launch(
     device = pieces[0][0].choice.backend.device
     if capturing(device):
         return _launch_captured(pieces, src, dst, src_index, dst_index, stream)
-    placed = [(way.place(src_index), way.place(dst_index)) for way, _, _ in pieces]
+    placed = [_placed(way, src_index, dst_index) for way, _, _ in pieces]
     if stream is not None:
         _order(stream, device, src, dst, placed)
     pendings: list[Any] = []
@@ -53,6 +53,13 @@ def launch(
     if pendings or status:
         watch(completion)
     return Transfer((completion,), kept)
+
+
+def _placed(way: Route, src_index: Index, dst_index: Index) -> tuple[Index, Index]:
+    """Both indices with their ids where the backend reads them."""
+    if src_index.fleeting and dst_index.fleeting and way.can.index_on != "any":
+        bring((src_index, dst_index), way.home_of_ids, way.can.index_dtypes)
+    return way.place(src_index), way.place(dst_index)
 
 
 def _word(way: Route, start: int, status: list[tuple[words.Word, int]]) -> torch.Tensor | None:

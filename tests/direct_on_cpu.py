@@ -60,8 +60,10 @@ def compiled(source: str) -> ctypes.CDLL:
 
 @dataclass
 class Driver:
-    """What the engine asked of the driver: for each launch its blocks, threads and argument."""
+    """What the engine asked of the driver: for each launch its blocks, threads and argument; and
+    the host memory that it had held."""
 
+    held: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
     launches: list[tuple[int, int, bytes]] = field(default_factory=list)
     streams: list[int] = field(default_factory=list)
     error: int = 0
@@ -69,6 +71,9 @@ class Driver:
     def load(self, source: str, names: Iterable[str], device: torch.device) -> dict[str, Any]:
         library = compiled(source)
         return dict.fromkeys(names, library)
+
+    def hold(self, device: torch.device, stream: torch.Stream | None, *host: torch.Tensor) -> None:
+        self.held.append(host)
 
     def launch(self, library: Any, x: int, y: int, z: int, *rest: Any) -> tuple[int]:
         threads, of_y, of_z, shared, stream, address, extra = rest
@@ -124,7 +129,9 @@ def installed(cut: Cut = SMALL) -> Iterator[Driver]:
         patched.setattr(_cuda_driver, "adopt", lambda device: None)
         patched.setattr(_cuda_driver, "raw", lambda stream, index: 7)
         patched.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+        patched.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
         patched.setattr(direct, "device_address", lambda address, device: address)
         patched.setattr(direct, "table_on", _table_elsewhere)
+        patched.setattr(direct._flight, "completion", driver.hold)
         patched.setattr(_direct_kernel, "CUT", cut)
         yield driver

@@ -24,6 +24,7 @@ def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if request.param == "small":
         monkeypatch.setattr(schedule, "LARGEST", 4096)
         monkeypatch.setattr(schedule, "SMALLEST", 1024)
+        monkeypatch.setattr(schedule, "WHOLE", 0)
         monkeypatch.setattr(ring, "SLICE", 2048)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,6 +148,42 @@ def test_sends_again_and_again() -> None:
         sender.send([7, 2**31])
     with refused(Unsupported, "way='mapped'"):
         sender.refill([1])
+
+
+@pytest.mark.parametrize("most", [6, 9], ids=["all", "fewer"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.arange(6), np.arange(12)[::2], np.arange(6)[::-1], np.arange(6).reshape(2, 3).T,
+        np.arange(6, dtype=">i8"), np.arange(6, dtype=np.int8), np.arange(6, dtype=np.longlong),
+        np.arange(6) > 2, torch.arange(6), torch.arange(6).view(3, 2).t(), torch.arange(12)[::2],
+        torch.arange(6).to(torch.uint16), memoryview(b"abcdef"), b"abcdef", range(6), (1,) * 6,
+    ],
+    ids=lambda values: type(values).__name__,
+)  # fmt: skip
+def test_sends_of_every_kind(values: Any, most: int) -> None:
+    sender = SmallCopy(most, torch.int64, CPU)
+    plain = values.tolist() if hasattr(values, "tolist") else list(values)
+    wanted = [int(one) for one in np.array(plain).reshape(-1)]
+    assert to_device(values, CPU, torch.int64).reshape(-1).tolist() == wanted
+    sender.out.fill_(-1)
+    assert sender.send(values).tolist() == wanted
+    assert sender.out.tolist() == wanted + [-1] * (most - 6)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [np.arange(10), torch.arange(10), np.array([2.0]), torch.tensor([2.0]), np.array([-1]),
+     torch.tensor([256]), np.array([[1, -1]])],
+    ids=str,
+)  # fmt: skip
+def test_what_an_array_may_not_hold(values: Any) -> None:
+    sender = SmallCopy(9, torch.uint8, CPU)
+    sender.send(np.arange(9, dtype=np.uint8))
+    Launcher.launches = 0
+    with untouched(sender.out), pytest.raises(LayoutError):
+        sender.send(values)
+    assert Launcher.launches == 0
 
 
 def test_a_target_with_a_shape() -> None:

@@ -89,9 +89,7 @@ class _Parameters:
         "_arguments", "_buffer", "_itemsize", "address", "blocks", "count", "room", "to", "whole",
     )  # fmt: skip
 
-    def __init__(
-        self, device: torch.device, capacity: int, dtype: torch.dtype, most: int
-    ) -> None:
+    def __init__(self, device: torch.device, capacity: int, dtype: torch.dtype, most: int) -> None:
         head = kernel.VALUES_HEAD.size
         self._arguments = _cuda_driver.Arguments(head + capacity, device)
         self._buffer, self._itemsize = self._arguments.buffer, dtype.itemsize
@@ -182,9 +180,7 @@ class Ring(Way):
         cross: enqueues the copy from a slot on a stream.
     """
 
-    def __init__(
-        self, device: torch.device, dtype: torch.dtype, most: int, cross: Cross
-    ) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, most: int, cross: Cross) -> None:
         if capture.capturing(device):
             raise _flight.refuse_capture(
                 "A small copy through pinned memory", "it has to be made before the capture"

@@ -165,6 +165,7 @@ class Room:
     def __init__(self, memory: memoryview, dtype: torch.dtype) -> None:
         self.memory, self._dtype = memory, dtype
         self._most = len(memory) // dtype.itemsize
+        self._form = _form(self._most, _CODES[dtype])
         self._own = numpy_dtype(dtype)
         self.whole: npt.NDArray[Any] = np.ndarray((self._most,), self._own, memory)
 
@@ -186,7 +187,13 @@ class Room:
             if count < self._most:
                 self.whole[:count] = values
                 return count
-        settled = values if kind is list else settle(values)
+        elif kind is list and len(values) == self._most and self._dtype != torch.bool:
+            try:
+                self._form.pack_into(self.memory, 0, *values)
+                return self._most
+            except (struct.error, TypeError):
+                pass  # `pack` says which value it was
+        settled = settle(values)
         return pack(self.memory, settled, self._dtype) // self._dtype.itemsize
 
 

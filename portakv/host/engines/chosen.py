@@ -18,7 +18,7 @@ import torch
 from ...backends.base import Backend, Capabilities, Decision, Launch, Pending
 from ...builtin import BUILT_IN
 from ...errors import Unsupported
-from ...index import Index
+from ...index import Index, bring
 from ...plan import CopyPlan
 from ...registry import Choice
 from .._flight import inside
@@ -200,7 +200,7 @@ class HostLaunch:
         if launch is None:
             why = self.out.get(engine, "there is no such engine")
             raise Unsupported(f"A copy by the engine {engine!r}", why)
-        mine, theirs = (self._placed(engine, x, stream) for x in (src_index, dst_index))
+        mine, theirs = self._placed(engine, src_index, dst_index, stream)
         return launch(src, dst, mine, theirs, count, stream, None)
 
     def __call__(
@@ -249,14 +249,22 @@ class HostLaunch:
         self.out = {**self.out, name: why}
         del self._engines[name]
 
-    def _placed(self, name: str, index: Index, stream: torch.Stream | None) -> Index:
-        """An index with its ids where an engine reads them."""
+    def _placed(
+        self, name: str, src_index: Index, dst_index: Index, stream: torch.Stream | None
+    ) -> tuple[Index, Index]:
+        """Both indices with their ids where an engine reads them."""
         can = self._engines[name].capabilities()
-        if index.ids is None or can.index_on == "any":
-            return index
+        if can.index_on == "any":
+            return src_index, dst_index
+        home, dtypes = can.home_of_ids(self._host.device), can.index_dtypes
         with inside(stream):
-            placed = index.placed(can.home_of_ids(self._host.device), can.index_dtypes)
-        if stream is not None and placed.ids is not None and not placed.ids.is_cpu:
+            bring((src_index, dst_index), home, dtypes)
+            mine, theirs = (
+                index if index.ids is None else index.placed(home, dtypes)
+                for index in (src_index, dst_index)
+            )
+        for placed in (mine, theirs) if stream is not None else ():
             # Kept with the index, it may have been made for another stream than this one.
-            placed.ids.record_stream(stream)
-        return placed
+            if placed.ids is not None and not placed.ids.is_cpu:
+                placed.ids.record_stream(stream)
+        return mine, theirs

@@ -80,7 +80,8 @@ class _DescriptorsLaunch:
             # On the host every id is looked at before anything is moved.
             indices = src_index.to_host(), dst_index.to_host()
             pieces = pieces_of(self._plan, src, dst, *indices, count)
-            self._known.put(key, pieces, (src_index.lineage, dst_index.lineage))
+            if not (src_index.fleeting or dst_index.fleeting):
+                self._known.put(key, pieces, (src_index.lineage, dst_index.lineage))
         host = dst if self._downward else src
         try:
             self._crossing.copy(pieces, src, dst, stream)

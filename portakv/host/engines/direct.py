@@ -20,7 +20,7 @@ from ...backends.base import Capabilities, Decision, Launch
 from ...errors import Unsupported
 from ...plan import CopyPlan
 from ...registry import Choice
-from .. import _cuda_driver
+from .. import _cuda_driver, _flight
 from ..small import to_device
 from ._direct_kernel import BLOCKS, NAME, DirectKernel
 from .engine import PINNED, Engine
@@ -131,6 +131,25 @@ class _DirectLaunch:
         check_reach(host, self._device)
         table = table_on(host, self._device, stream) if self._wants_table else 0
         word = 0 if status is None else status.data_ptr()
+        try:
+            self._enqueue(src, dst, src_index, dst_index, count, stream, word, table)
+        finally:
+            # No allocator knows of these kernels, so the host's memory is held until they ended. A
+            # graph's memory is its owner's.
+            if not capture.capturing(self._device):
+                _flight.completion(self._device, stream, *host.owners)
+
+    def _enqueue(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        word: int,
+        table: int,
+    ) -> None:
         units = count // self._unit
         arguments = self._arguments
         for at, kernel in enumerate(self._kernels):

@@ -38,9 +38,10 @@ if TYPE_CHECKING:
 #: device takes `_ring_slots.TURNS` of these, 48 MiB. Of 4 and 16 MiB the larger lost least to the
 #: calls between slices, for plain copies on an H200.
 SLICE = 16 << 20
-#: The largest slice by these: at one end of a transfer only the link is busy (the first slice to
-#: the host, the last one from it), so slices grow from there.
-GROWING = (4, 2)
+#: The first slices are the largest by these, and the last ones of a copy to the device: there only
+#: the link is busy, or only the host. What crosses must not take much longer than the host needs
+#: for the slice before it, which it copies at about two thirds of the link's speed.
+GROWING = (4, 4, 2, 2)
 
 
 class Ring(Engine):

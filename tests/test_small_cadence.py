@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of small copies: idle sends come about as those beside a large copy do."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from portakv_benchmarks import host_small
+from portakv_benchmarks.host_small import Route, Seen
+
+
+class Link:
+    """A device and its large copy, which note what happens to them."""
+
+    def __init__(self, samples: int) -> None:
+        self.noted: list[str] = []
+        self.preset = SimpleNamespace(small_samples=samples, large=1 << 30)
+        self.module = SimpleNamespace(synchronize=lambda: self.noted.append("ends"))
+
+    def pass_by(self) -> None:
+        self.noted += ["large", "ends"]
+
+
+def rows_of(
+    monkeypatch: pytest.MonkeyPatch, count: int, samples: int
+) -> tuple[dict[str, Any], list[str]]:
+    """A row, and what happened for it behind the warm-up."""
+    link = Link(samples)
+
+    def send(bench: Any, way: Any, count: int, n: int, large: Any, flies: bool) -> Any:
+        link.noted += ["large" if flies else "short", "send"]
+        return Seen(9.0 if flies else 5.0, 1.0, 2.0, flies), True
+
+    monkeypatch.setattr(host_small, "_send", send)
+    any_bench: Any = link
+    row = host_small._row(any_bench, "way", Route(lambda values: torch.ones(1)), count, any_bench)
+    return row, link.noted[2 * host_small._WARM_UP :]
+
+
+def test_only_the_copy_in_flight_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    row, noted = rows_of(monkeypatch, 64, 31)
+    sends = [at for at, what in enumerate(noted) if what == "send"]
+    assert len(sends) == 62
+    before = [noted[at - 2 : at + 1] for at in sends]
+    assert before == [["ends", "short", "send"], ["ends", "large", "send"]] * 31
+    for at in sends:  # what ended last was a large copy
+        behind = [what for what in noted[: at - 1] if what in ("large", "short")]
+        assert behind[-1] == "large"
+    assert (row["samples"], row["overtook"], row["busy_to_idle"]) == (31, 31, 1.8)
+    assert "has ended" in row["cadence"]
+
+
+def test_counts_without_a_bar_take_less_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rows_of(monkeypatch, 1000, 31)[0]["samples"] == 10
+    assert rows_of(monkeypatch, 1, 2)[0]["samples"] == 1
+
+
+def test_the_other_copy_is_short_or_large() -> None:
+    """And the short one has ended when the send begins."""
+    queries: list[bool] = []
+
+    def query() -> bool:
+        queries.append(len(queries) >= 3)
+        return queries[-1]
+
+    ended = SimpleNamespace(record=lambda stream: None, query=query)
+    for flies, moved in ((False, host_small._SHORT), (True, 100_000)):
+        large = object.__new__(host_small._Large)
+        large._module = SimpleNamespace(stream=lambda stream: nullcontext())
+        large._stream, large._ended = None, ended  # type: ignore[assignment]
+        large._source = torch.ones(100_000, dtype=torch.uint8)
+        large._target = torch.zeros(100_000, dtype=torch.uint8)
+        queries.clear()
+        large.start(flies)
+        assert int(large._target.sum()) == moved
+        assert queries == ([False] if flies else [False, False, False, True])
