@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small copies: integers that a stream can use, on an idle device and while a large copy flies.
 
-Idle sends and those beside a large copy alternate, and come about alike: a large copy was issued
-and has ended, another one was issued, and a while later follows the send. Beside a large copy that
-other one is as large; else it is of a few bytes, and over by then.
+Idle sends follow one another. Those beside a large copy cannot, and find the host's caches cold; so
+they are held against idle ones that come about as they do, *paced*: a large copy was issued and has
+ended, another one was issued, and a while later follows the send. That other one is as large and
+still flies (busy), or is of a few bytes, and over by then (paced). The two alternate.
 
 The latency is the host's: from handing the values over until the host sees, by synchronising their
 stream, that a kernel there could have read them. The device's events, recorded on that stream right
@@ -39,7 +40,8 @@ _HEAD_START = 3e-4
 _SHORT = 4096  # bytes
 _CADENCE = (
     f"each send comes {_HEAD_START * 1e6:.0f} us after another copy was issued, behind a large one "
-    f"that has ended: of {_SHORT} bytes (idle), or as large and still flying (busy)"
+    f"that has ended: as large and still flying (busy), or of {_SHORT} bytes (paced); idle sends "
+    f"follow one another"
 )
 #: The count of integers that the bars look at; others take less of the time.
 _BARRED, _FEWER = 64, 3
@@ -123,55 +125,72 @@ class _Large:
 
 
 def _row(bench: Bench, name: str, way: Route, count: int, large: _Large) -> dict[str, Any]:
-    samples = bench.preset.small_samples
-    if count != _BARRED:
-        samples = max(1, samples // _FEWER)
-    for n in range(_WARM_UP):
-        _send(bench, way, count, n, large, flies=False)
-    idle: list[Seen] = []
-    busy: list[Seen] = []
-    right = True
-    for n in range(2 * samples):
-        flies = n % 2 == 1
-        if flies or not n:  # else the one that flew beside the last send has passed by
-            large.pass_by()
-        seen, good = _send(bench, way, count, n, large, flies)
-        (busy if flies else idle).append(seen)
-        right &= good
-        bench.module.synchronize()
+    seen, right = _seen(bench, way, count, large)
+    figures: dict[str, Any] = {}
+    for state, sends in seen.items():
+        figures[f"{state}_us"] = short(median(one.landed for one in sends))
+        figures[f"{state}_host_us"] = short(median(one.host for one in sends))
+        figures[f"{state}_device_us"] = short(median(one.device for one in sends))
+    busy, paced = (median(one.landed for one in seen[state]) for state in ("busy", "paced"))
     return {
         "kind": "host_small", "shape": f"{count} int64", "backend": name, "op": "h2d",
         "integers": count, "payload_bytes": 8 * count, "large_bytes": bench.preset.large,
-        "idle_us": short(median(s.landed for s in idle)),
-        "idle_host_us": short(median(s.host for s in idle)),
-        "idle_device_us": short(median(s.device for s in idle)),
-        "busy_us": short(median(s.landed for s in busy)),
-        "busy_host_us": short(median(s.host for s in busy)),
-        "busy_device_us": short(median(s.device for s in busy)),
-        "overtook": sum(s.busy for s in busy), "samples": samples, "cadence": _CADENCE,
-        "busy_to_idle": short(median(s.landed for s in busy) / median(s.landed for s in idle)),
+        **figures, "overtook": sum(one.busy for one in seen["busy"]),
+        "samples": len(seen["busy"]), "cadence": _CADENCE, "busy_to_idle": short(busy / paced),
         "verified": right,
     }  # fmt: skip
 
 
+def _seen(
+    bench: Bench, way: Route, count: int, large: _Large
+) -> tuple[dict[str, list[Seen]], bool]:
+    """What every send came to, idle, paced and busy, and whether all of them arrived."""
+    samples = bench.preset.small_samples
+    if count != _BARRED:
+        samples = max(1, samples // _FEWER)
+    for n in range(_WARM_UP):
+        _send(bench, way, count, n)
+    seen: dict[str, list[Seen]] = {"idle": [], "paced": [], "busy": []}
+    right = True
+
+    def send(state: str, n: int, large: _Large | None = None) -> None:
+        nonlocal right
+        one, good = _send(bench, way, count, n, large, flies=state == "busy")
+        seen[state].append(one)
+        right &= good
+        bench.module.synchronize()
+
+    bench.module.synchronize()
+    for n in range(samples):
+        send("idle", n)
+    for n in range(samples):
+        if not n:  # from then on the one that flew beside the last send has passed by
+            large.pass_by()
+        send("paced", n, large)
+        large.pass_by()
+        send("busy", n, large)
+    return seen, right
+
+
 def compare(rows: Rows) -> None:
-    """Write ``idle_to_pinned`` into each row: its latency on an idle device / that of a pinned
-    non-blocking copy of the same values."""
+    """Write ``idle_to_pinned`` and ``paced_to_pinned`` into each row: its latency on an idle device
+    / that of a pinned non-blocking copy of the same values."""
     known = next((row for row in rows if row["backend"] == PINNED), None)
     for row in rows:
-        if known is not None:
-            row["idle_to_pinned"] = short(row["idle_us"] / known["idle_us"])
+        for state in ("idle", "paced") if known is not None else ():
+            row[f"{state}_to_pinned"] = short(row[f"{state}_us"] / known[f"{state}_us"])
 
 
 def _send(
-    bench: Bench, way: Route, count: int, n: int, large: _Large, flies: bool
+    bench: Bench, way: Route, count: int, n: int, large: _Large | None = None, flies: bool = False
 ) -> tuple[Seen, bool]:
     """Send other values than before; what was seen, and whether they arrived."""
     values = np.arange(n + 1, n + 1 + count, dtype=np.int64) * 0x10001
     stream = bench.module.current_stream(bench.device)
     first, last = timed_event(bench.module), timed_event(bench.module)
     way.before(values)
-    large.start(flies)
+    if large is not None:
+        large.start(flies)
     first.record(stream)
     start = perf_counter()
     landed = way.send(values)
@@ -179,7 +198,7 @@ def _send(
     last.record(stream)
     stream.synchronize()
     took = perf_counter() - start
-    busy = flies and large.flying
+    busy = flies and large is not None and large.flying
     device = float(first.elapsed_time(last)) * 1e3
     right = bool((landed.cpu().numpy().reshape(-1) == values).all())
     return Seen(took * 1e6, host * 1e6, device, busy), right

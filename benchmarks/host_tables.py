@@ -126,14 +126,16 @@ _TABLES: Mapping[str, tuple[str, Cells]] = {
     ),
     "host_small": (
         "integers from the host, until it sees that their stream has them; busy = beside a copy of "
-        "1 GB; device = by events on that stream",
+        "1 GB; paced = as busy, but idle; device = by events on that stream",
         (
             ("integers", _text("integers")),
             ("way", _text("backend")),
             ("idle us", _number("idle_us")),
+            ("paced us", _number("paced_us")),
             ("busy us", _number("busy_us")),
-            ("busy/idle", _number("busy_to_idle", ".2f")),
+            ("busy/paced", _number("busy_to_idle", ".2f")),
             ("idle/pinned", _number("idle_to_pinned", ".2f")),
+            ("paced/pinned", _number("paced_to_pinned", ".2f")),
             ("host us", _number("idle_host_us")),
             ("device us", _number("idle_device_us")),
             ("busy device us", _number("busy_device_us")),

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model's KV cache leaves its paged memory, comes back elsewhere, and no logit changes.
 
-    python examples/offload_transformers.py [device]
+    python examples/offload_transformers.py [device] [--host pinned]
 
 A Llama from `transformers` (random weights, nothing is downloaded) reads a prompt. Its keys and
 values go into paged caches as a serving engine keeps them, are stored as chunks in host memory and
-lost from the pages; the chunks are loaded into other slots, and decoding goes on from there.
+lost from the pages; the chunks are loaded into other slots, and decoding goes on from there. With
+``--host pinned`` the chunks lie in pinned memory: they cross the link in the background, all of
+them under way at once.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from portakv import AdaptiveConnector, KVView, copy_rows
+from portakv.host import pinned
 
 PROMPT = (
     b"A serving engine keeps the keys and values of every token in pages that are scattered over "
@@ -42,8 +46,13 @@ class Outcome:
     control_differs: bool
 
 
-def main(device: torch.device | str = "cpu", tell: Callable[[str], None] = print) -> Outcome:
-    """Run the example on ``device``; ``tell`` is handed each line of the story."""
+def main(
+    device: torch.device | str = "cpu", tell: Callable[[str], None] = print, host: str = "pageable"
+) -> Outcome:
+    """Run the example on ``device``; ``tell`` is handed each line of the story.
+
+    ``host``: the chunks' memory, ``pageable`` or, where it can be, ``pinned``.
+    """
     torch.manual_seed(0)
     model = tiny_llama().to(device)
     tokens = len(PROMPT)
@@ -63,9 +72,10 @@ def main(device: torch.device | str = "cpu", tell: Callable[[str], None] = print
     # 3. Store chunks in host memory; then the pages are somebody else's.
     connector = AdaptiveConnector(device)
     connector.register_kv_caches(kv_caches)
-    chunks = store(connector, slots)
+    chunks = store(connector, slots, host)
     sizes = " + ".join(str(chunk.shape[2]) for chunk in chunks)
-    tell(f"stored   from_gpu: {len(chunks)} chunks of {sizes} tokens in host memory")
+    found = "pinned" if chunks[0].is_pinned() else "pageable"
+    tell(f"stored   from_gpu: {len(chunks)} chunks of {sizes} tokens in {found} host memory")
     overwrite(kv_caches)
     noise = taken_from(paged, slots, cache)
     tell("lost     all of the paged memory was overwritten with noise")
@@ -96,24 +106,29 @@ def overwrite(kv_caches: list[torch.Tensor]) -> None:
         layer.normal_()
 
 
-def store(connector: AdaptiveConnector, slots: torch.Tensor) -> list[torch.Tensor]:
+def store(connector: AdaptiveConnector, slots: torch.Tensor, host: str) -> list[torch.Tensor]:
     """The rows at ``slots`` as chunks ``[2, layers, tokens, heads * dim]``; the last is partial."""
-    chunks = []
+    chunks, under_way = [], []
     for start in range(0, len(slots), CHUNK):
         end = min(start + CHUNK, len(slots))
-        chunk = torch.empty(2, LAYERS, end - start, KV_HEADS * HEAD_DIM, dtype=DTYPE)
-        connector.from_gpu(chunk, slot_mapping=slots, start=start, end=end).synchronize()
+        size = (2, LAYERS, end - start, KV_HEADS * HEAD_DIM)
+        chunk = pinned.empty(size, DTYPE) if host == "pinned" else torch.empty(size, dtype=DTYPE)
+        under_way.append(connector.from_gpu(chunk, slot_mapping=slots, start=start, end=end))
         chunks.append(chunk)
+    for transfer in under_way:  # before the pages are given to anybody else
+        transfer.synchronize()
     return chunks
 
 
 def load(connector: AdaptiveConnector, chunks: list[torch.Tensor], slots: torch.Tensor) -> None:
     """The chunks, one behind the other, to the rows at ``slots``."""
-    start = 0
+    start, under_way = 0, []
     for chunk in chunks:
         end = start + chunk.shape[2]
-        connector.to_gpu(chunk, slot_mapping=slots, start=start, end=end).synchronize()
+        under_way.append(connector.to_gpu(chunk, slot_mapping=slots, start=start, end=end))
         start = end
+    for transfer in under_way:
+        transfer.synchronize()
 
 
 def view_of(cache: DynamicCache) -> KVView:
@@ -154,7 +169,16 @@ def tiny_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(DTYPE).eval()
 
 
-if __name__ == "__main__":
+def run(words: list[str] | None = None) -> int:
+    """The command line; 0 where nothing changed and the control did."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     usual = "cuda" if torch.cuda.is_available() else "cpu"
-    outcome = main(sys.argv[1] if len(sys.argv) > 1 else usual)
-    sys.exit(0 if outcome.identical and outcome.control_differs else 1)
+    parser.add_argument("device", nargs="?", default=usual, help=f"a torch device ({usual})")
+    parser.add_argument("--host", choices=("pageable", "pinned"), default="pageable")
+    asked = parser.parse_args(words)
+    outcome = main(asked.device, host=asked.host)
+    return 0 if outcome.identical and outcome.control_differs else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run())

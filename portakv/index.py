@@ -23,8 +23,6 @@ _HOST = torch.device("cpu")
 
 _WILD = 2**62  # past the end of any view, and far from where 64 bits wrap
 _INT32 = 2**31 - 1
-#: Types of devices that are sent ids by a kernel; to others torch copies them, and waits.
-_BY_KERNEL = frozenset({"cuda"})
 
 
 class Index:
@@ -149,8 +147,11 @@ class Index:
         if known is not None:
             return known
         assert self.ids is not None
-        if bring((self,), home, dtypes) and self._placed is not None:
-            return self._placed
+        if self.fleeting:
+            from .host.ids import bring  # it stands above
+
+            if bring((self,), home, dtypes) and self._placed is not None:
+                return self._placed
         wanted = torch.int64 if torch.int64 in dtypes else torch.int32
         dtype = self.ids.dtype if self.ids.dtype in dtypes else wanted
         narrows = dtype == torch.int32 and self.ids.dtype == torch.int64
@@ -161,8 +162,8 @@ class Index:
             self._placed = placed
         return placed
 
-    def _beside(self, ids: torch.Tensor) -> None:
-        """Keep a copy of the ids elsewhere."""
+    def keep(self, ids: torch.Tensor) -> None:
+        """Keep a copy of the ids elsewhere, contiguous, as what `placed` finds."""
         placed = Index.__new__(Index)
         placed._set(ids, self.step, self.offset)
         placed._host_ids = placed._device_ids = placed._placed = None
@@ -331,32 +332,6 @@ class Index:
     def __repr__(self) -> str:
         ids = "None" if self.ids is None else f"<{self.ids.numel()} ids on {self.ids.device}>"
         return f"Index({ids}, step={self.step}, offset={self.offset})"
-
-
-def bring(indices: Sequence[Index], home: torch.device, dtypes: frozenset[torch.dtype]) -> bool:
-    """Send those ids of a caller's that a device has not to it, all at once, behind what the
-    current stream holds; the host does not wait.
-
-    Only fleeting ones: they are used on no other stream but such as wait for that one.
-
-    Returns:
-        True where some were sent.
-    """
-    if home.type not in _BY_KERNEL or torch.int64 not in dtypes:
-        return False
-    sent = [
-        index for index in indices
-        if index.fleeting and index.on_host and index.lying(home, dtypes) is None
-    ]  # fmt: skip
-    if not sent:
-        return False
-    from .host.small import to_device  # it stands above, and imports its kernels
-
-    listed = [index.host_ids() for index in sent]
-    ids = to_device(listed[0] if len(listed) == 1 else np.concatenate(listed), home, torch.int64)
-    for index, own in zip(sent, ids.split([each.size for each in listed]), strict=True):
-        index._beside(own)
-    return True
 
 
 def _whole(number: Any) -> int:

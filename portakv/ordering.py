@@ -10,7 +10,8 @@ import torch
 from . import events, words
 from .capture import capturing
 from .errors import PortaKVError, Unsupported
-from .index import Index, bring
+from .host.ids import bring
+from .index import Index
 from .routes import Route
 from .transfer import Completion, Transfer
 from .view import KVView

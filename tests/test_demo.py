@@ -49,13 +49,22 @@ def silent(line: str) -> None:
 # the example
 
 
-def test_the_example_is_bit_identical_and_its_control_is_not() -> None:
+@pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
+@pytest.mark.parametrize("host", ["pageable", "pinned"])
+def test_the_example_is_bit_identical_and_its_control_is_not(host: str) -> None:
     story: list[str] = []
-    outcome = offload_transformers.main(DEVICE, story.append)
+    outcome = offload_transformers.main(DEVICE, story.append, host)
     assert outcome.identical
     assert outcome.control_differs
     assert (outcome.tokens, outcome.chunks) == (235, 4)
     assert any("bit-identical" in line for line in story)
+
+
+@pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
+def test_the_example_by_its_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert offload_transformers.run([str(DEVICE), "--host", "pinned"]) == 0
+    found = "pinned" if DEVICE.type == "cuda" else "pageable"
+    assert f"tokens in {found} host memory" in capsys.readouterr().out
 
 
 def test_the_example_sees_chunks_that_do_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,18 +31,24 @@ def rows_of(
     """A row, and what happened for it behind the warm-up."""
     link = Link(samples)
 
-    def send(bench: Any, way: Any, count: int, n: int, large: Any, flies: bool) -> Any:
-        link.noted += ["large" if flies else "short", "send"]
-        return Seen(9.0 if flies else 5.0, 1.0, 2.0, flies), True
+    def send(
+        bench: Any, way: Any, count: int, n: int, large: Any = None, flies: bool = False
+    ) -> Any:
+        if large is not None:
+            link.noted.append("large" if flies else "short")
+        link.noted.append("send")
+        return Seen(9.0 if flies else 5.0 if large is None else 6.0, 1.0, 2.0, flies), True
 
     monkeypatch.setattr(host_small, "_send", send)
     any_bench: Any = link
     row = host_small._row(any_bench, "way", Route(lambda values: torch.ones(1)), count, any_bench)
-    return row, link.noted[2 * host_small._WARM_UP :]
+    return row, link.noted[host_small._WARM_UP :]
 
 
 def test_only_the_copy_in_flight_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     row, noted = rows_of(monkeypatch, 64, 31)
+    assert noted[: 1 + 2 * 31] == ["ends"] + ["send", "ends"] * 31
+    noted = noted[2 * 31 :]
     sends = [at for at, what in enumerate(noted) if what == "send"]
     assert len(sends) == 62
     before = [noted[at - 2 : at + 1] for at in sends]
@@ -50,7 +56,8 @@ def test_only_the_copy_in_flight_differs(monkeypatch: pytest.MonkeyPatch) -> Non
     for at in sends:  # what ended last was a large copy
         behind = [what for what in noted[: at - 1] if what in ("large", "short")]
         assert behind[-1] == "large"
-    assert (row["samples"], row["overtook"], row["busy_to_idle"]) == (31, 31, 1.8)
+    assert (row["samples"], row["overtook"], row["busy_to_idle"]) == (31, 31, 1.5)
+    assert (row["idle_us"], row["paced_us"], row["busy_us"]) == (5.0, 6.0, 9.0)
     assert "has ended" in row["cadence"]
 
 

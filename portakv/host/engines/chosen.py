@@ -18,10 +18,11 @@ import torch
 from ...backends.base import Backend, Capabilities, Decision, Launch, Pending
 from ...builtin import BUILT_IN
 from ...errors import Unsupported
-from ...index import Index, bring
+from ...index import Index
 from ...plan import CopyPlan
 from ...registry import Choice
 from .._flight import inside
+from ..ids import bring
 from .engine import Engine, direction_of
 from .picking import ORDER, Pick, pick
 from .shapes import RunCounter, Shape

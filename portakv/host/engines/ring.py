@@ -9,6 +9,7 @@ The host is busy until it has read or written all: a copy through this engine bl
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -66,7 +67,8 @@ class Ring(Engine):
         raise refused
 
 
-class _Slice(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Slice:
     """Positions of a transfer, how many its mirror holds, and where in it they begin."""
 
     start: int
