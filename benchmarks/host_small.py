@@ -176,8 +176,10 @@ def compare(rows: Rows) -> None:
     """Write ``idle_to_pinned`` and ``paced_to_pinned`` into each row: its latency on an idle device
     / that of a pinned non-blocking copy of the same values."""
     known = next((row for row in rows if row["backend"] == PINNED), None)
+    if known is None:
+        return
     for row in rows:
-        for state in ("idle", "paced") if known is not None else ():
+        for state in ("idle", "paced"):
             row[f"{state}_to_pinned"] = short(row[f"{state}_us"] / known[f"{state}_us"])
 
 

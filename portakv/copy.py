@@ -116,7 +116,7 @@ def carry(
         found = _settled(src, dst, src_index, dst_index, count, choice)
         pieces, error = found.pieces, found.error
         if found.src_index is not src_index or found.dst_index is not dst_index or error:
-            src_index, dst_index, count = found[1:4]
+            _, src_index, dst_index, count, _ = found
         elif not (listed.fleeting or other.fleeting):
             if len(listed.kept) >= _KEPT:
                 listed.kept.clear()
@@ -135,7 +135,7 @@ class _Settled(NamedTuple):
     pieces: list[Piece]
     src_index: Index
     dst_index: Index
-    count: int
+    tokens: int
     error: PortaKVError | None
 
 

@@ -18,9 +18,6 @@ import torch
 from .errors import SlotError, Unsupported
 
 _DTYPES = (torch.int64, torch.int32)
-_HOST = torch.device("cpu")
-
-
 _WILD = 2**62  # past the end of any view, and far from where 64 bits wrap
 _INT32 = 2**31 - 1
 
@@ -164,11 +161,10 @@ class Index:
 
     def keep(self, ids: torch.Tensor) -> None:
         """Keep a copy of the ids elsewhere, contiguous, as what `placed` finds."""
-        placed = Index.__new__(Index)
+        self._placed = placed = Index.__new__(Index)
         placed._set(ids, self.step, self.offset)
         placed._host_ids = placed._device_ids = placed._placed = None
         placed._judged = {}
-        self._placed = placed
 
     def lying(self, home: torch.device, dtypes: frozenset[torch.dtype]) -> Index | None:
         """As `placed`, where nothing has to be copied for it; else None."""

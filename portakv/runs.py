@@ -105,44 +105,43 @@ def _sum(planes: Runs, lines: Runs) -> Runs:
 def _factors(
     nest: Nest, unit: int, views: tuple[KVView, KVView], slots: tuple[Int64, Int64]
 ) -> Factors:
-    # Addresses can only be added where either the lines or the planes look them up.
-    sides, looks_up = (nest.src, nest.dst), [_looks_up(nest.src), _looks_up(nest.dst)]
-    inner: list[Loop] = []
-    outer = list(nest.loops)
-    while taken := [x for x in outer if any(a and b for a, b in zip(looks_up, _tables(x)))]:
-        inner += taken
-        outer = [x for x in outer if x not in taken]
-        looks_up = [was or any(_tables(x)[at] for x in taken) for at, was in enumerate(looks_up)]
+    inner, outer, by_line = _split(nest)
     planes, lines = [], []
-    for at, (side, view, own) in enumerate(zip(sides, views, slots, strict=True)):
+    zero = np.zeros(1, dtype=np.int64)
+    for at, (side, view, own) in enumerate(zip((nest.src, nest.dst), views, slots, strict=True)):
         entries, offsets = _walk(*_place(side, own, unit), inner, at)
-        first = np.full(1, side.table, dtype=np.int64)
-        if looks_up[at]:
-            lines.append(view.addresses[entries] + offsets)
-            planes.append(_walk(first, np.zeros(1, dtype=np.int64), outer, at)[1])
+        tables, starts = _walk(zero + side.table, zero, outer, at)
+        if by_line[at]:
+            offsets = view.addresses[entries] + offsets
         else:
-            lines.append(offsets)
-            tables, offsets = _walk(first, np.zeros(1, dtype=np.int64), outer, at)
-            planes.append(view.addresses[tables] + offsets)
-    merged = _merge(*lines, np.full(lines[0].shape, nest.run, dtype=np.int64))
+            starts = view.addresses[tables] + starts
+        planes.append(starts)
+        lines.append(offsets)
+    merged = _merge(lines[0], lines[1], np.full(lines[0].shape, nest.run, dtype=np.int64))
     order = np.argsort(planes[0], kind="stable")
     widest = np.full(order.shape, merged.nbytes.max(initial=0), dtype=np.int64)
     return Factors(Runs(planes[0][order], planes[1][order], widest), merged)
 
 
-def _looks_up(side: Side) -> bool:
-    return any(step.table for step in side.units)
-
-
-def _tables(loop: Loop) -> tuple[int, int]:
-    return loop.src_table, loop.dst_table
+def _split(nest: Nest) -> tuple[list[Loop], list[Loop], tuple[bool, bool]]:
+    """Loops inside the lines, loops over planes, and for each side whether the address is looked
+    up for each line: for lines and planes both it cannot be, where the two are to be added."""
+    inner: list[Loop] = []
+    outer = list(nest.loops)
+    src, dst = (any(step.table for step in side.units) for side in (nest.src, nest.dst))
+    while taken := [x for x in outer if (src and x.src_table) or (dst and x.dst_table)]:
+        inner += taken
+        outer = [x for x in outer if x not in taken]
+        src = src or any(x.src_table for x in taken)
+        dst = dst or any(x.dst_table for x in taken)
+    return inner, outer, (src, dst)
 
 
 def _walk(entries: Int64, offsets: Int64, loops: Sequence[Loop], side: int) -> tuple[Int64, Int64]:
     """Table entries and byte offsets, for each step of the loops."""
     for loop in loops:
         at = np.arange(loop.extent, dtype=np.int64)
-        entries = _outer(entries, at * _tables(loop)[side])
+        entries = _outer(entries, at * (loop.src_table, loop.dst_table)[side])
         offsets = _outer(offsets, at * (loop.src_stride, loop.dst_stride)[side])
     return entries, offsets
 

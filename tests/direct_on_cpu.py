@@ -25,7 +25,7 @@ from cuda_on_cpu import why_not
 
 from portakv import CopyPlan, KVView
 from portakv.backends.base import Capabilities, Decision, Launch
-from portakv.host import _cuda_driver
+from portakv.host import _cuda_driver, _flight
 from portakv.host.engines import _direct_kernel, direct
 from portakv.host.engines._direct_kernel import NAME, Cut
 from portakv.host.engines.direct import Direct
@@ -132,6 +132,6 @@ def installed(cut: Cut = SMALL) -> Iterator[Driver]:
         patched.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
         patched.setattr(direct, "device_address", lambda address, device: address)
         patched.setattr(direct, "table_on", _table_elsewhere)
-        patched.setattr(direct._flight, "completion", driver.hold)
+        patched.setattr(_flight, "completion", driver.hold)
         patched.setattr(_direct_kernel, "CUT", cut)
         yield driver

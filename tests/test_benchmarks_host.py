@@ -264,9 +264,11 @@ def test_pageable_copies_are_against_the_best_plain_ring() -> None:
 
 
 def test_small_copies_are_against_a_pinned_one() -> None:
-    rows = [row("SmallCopy", idle_us=5.0), row("pinned copy", idle_us=10.0)]
+    rows = [row("SmallCopy", idle_us=5.0, paced_us=30.0),
+            row("pinned copy", idle_us=10.0, paced_us=40.0)]  # fmt: skip
     host_small.compare(rows)
     assert [one["idle_to_pinned"] for one in rows] == [0.5, 1.0]
+    assert [one["paced_to_pinned"] for one in rows] == [0.75, 1.0]
 
 
 def test_what_a_process_has_in_memory() -> None:

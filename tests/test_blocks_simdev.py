@@ -21,7 +21,7 @@ def test_on_the_simulated_device() -> None:
     path = os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider",
-         "simdev_blocks.py"],
+         "simdev_blocks.py", "simdev_block_ids.py"],
         env={**os.environ, "PYTHONPATH": path}, cwd=here, capture_output=True, text=True,
         check=False, timeout=600,
     )  # fmt: skip

@@ -319,3 +319,33 @@ def test_arguments_begin_as_the_rows_kernels_do() -> None:
     words = struct.unpack_from("<12q", buffer)
     assert words[7] == (1 << 40) + 8 * kernel.dst.side.table
     assert (words[2], words[3], words[5]) == (ids.ids.data_ptr(), 1, 12)  # type: ignore[union-attr]
+
+
+# What is held
+
+
+@needs_compiler
+@pytest.mark.parametrize("stores", [True, False])
+def test_the_host_s_memory_is_held_until_the_copy_ended(
+    stores: bool, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DirectOnCpu, "stores", stores)
+    copied = COPIES["gather"]()
+    copied.check(lambda: launch(copied))
+    host = copied.dst if stores else copied.src
+    assert [[x.data_ptr() for x in held] for held in driver.held] == [
+        [x.data_ptr() for x in host.view().owners]
+    ]
+    driver.error = 700  # what was launched before may be under way
+    with refused(TransferError, "700", watch=copied.dst.tensors):
+        launch(copied)
+    assert len(driver.held) == 2
+
+
+@needs_compiler
+def test_a_graph_s_memory_is_its_owner_s(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = COPIES["gather"]()
+    prepared = DirectOnCpu(CPU).prepare(copied.plan())
+    monkeypatch.setattr(capture, "capturing", lambda device: True)
+    _run(prepared, copied)
+    assert driver.held == []

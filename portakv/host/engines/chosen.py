@@ -264,8 +264,8 @@ class HostLaunch:
                 index if index.ids is None else index.placed(home, dtypes)
                 for index in (src_index, dst_index)
             )
-        for placed in (mine, theirs) if stream is not None else ():
-            # Kept with the index, it may have been made for another stream than this one.
-            if placed.ids is not None and not placed.ids.is_cpu:
+        for placed in (mine, theirs):
+            if stream is not None and placed.ids is not None and not placed.ids.is_cpu:
+                # Kept with the index, it may have been made for another stream than this one.
                 placed.ids.record_stream(stream)
         return mine, theirs

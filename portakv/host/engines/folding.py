@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ...index import Index
 from ...plan import CopyPlan
-from ...runs import Factors, Int64, Runs, factors, summed
+from ...runs import Int64, Runs, factors, summed
 from ...view import KVView
 from .. import _registrations
 from .._pitched import MAX_PITCH

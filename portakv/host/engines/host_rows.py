@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 #: these (19 - 25 GB/s) from 2 MiB on; with vectors of 8 bytes it moves half of that.
 LEAST_STRETCH = 2 << 20
 
+#: Bytes of the widest element of a plain copy.
+PLAIN = 8
+
 _ELEMENTS = {
     16: torch.complex128, 8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8
 }  # fmt: skip
@@ -106,16 +109,17 @@ class _Units:
 
 
 class _NestRows:
-    """One nest as strided tensors ``[units, loops..., run]``, of the widest elements that fit."""
+    """One nest as strided tensors ``[units, loops..., run]``."""
 
     def __init__(self, nest: Nest, unit: int) -> None:
         self._unit_bytes = nest.unit_bytes
-        self._dtype, width = _ELEMENTS[nest.vector], nest.vector
         outer = [loop for loop in nest.loops if loop.tabled]
-        inner = [loop for loop in nest.loops if not loop.tabled]
-        size = [*(loop.extent for loop in inner), nest.run // width]
-        self._src = _SideRows(nest.src, unit, width, size, [x.src_stride for x in inner])
-        self._dst = _SideRows(nest.dst, unit, width, size, [x.dst_stride for x in inner])
+        # Indexed calls are as fast as their elements are wide. Plain ones are not, and torch gives
+        # each thread a number of elements, so that wide ones leave threads of small slices idle.
+        self._indexed, self._plain = (
+            (_SideRows(nest, nest.src, unit, width), _SideRows(nest, nest.dst, unit, width))
+            for width in (nest.vector, min(nest.vector, PLAIN))
+        )
         # Planes that are memory of their own: how far each lies in the tables, and in bytes.
         self._moves = [
             (
@@ -129,15 +133,17 @@ class _NestRows:
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, units: int
     ) -> None:
         """Copy so many units."""
-        mine, theirs = self._src.places(src_index, units), self._dst.places(dst_index, units)
+        from_rows, to_rows = self._plain
+        mine, theirs = from_rows.places(src_index, units), to_rows.places(dst_index, units)
         each_call = units * self._unit_bytes // len(self._moves)
         for first, past in _ranges(mine, theirs, units, each_call):
             here, there = mine.part(first, past), theirs.part(first, past)
+            plain = here.rows is None and there.rows is None
+            from_rows, to_rows = self._plain if plain else self._indexed
             for from_move, to_move in self._moves:
-                _copy(
-                    self._src.tensor(src, here, past - first, from_move, self._dtype), here.rows,
-                    self._dst.tensor(dst, there, past - first, to_move, self._dtype), there.rows,
-                )  # fmt: skip
+                source = from_rows.tensor(src, here, past - first, from_move)
+                target = to_rows.tensor(dst, there, past - first, to_move)
+                _copy(source, here.rows, target, there.rows)
 
 
 class _Stretch(NamedTuple):
@@ -197,11 +203,13 @@ class _Places:
 class _SideRows:
     """How the units of one side lie, and the strided tensors over them."""
 
-    def __init__(
-        self, side: Side, unit: int, width: int, size: list[int], strides: list[int]
-    ) -> None:
+    def __init__(self, nest: Nest, side: Side, unit: int, width: int) -> None:
         self._side, self._unit, self._width = side, unit, width
-        self._size, self._stride = size, [*(stride // width for stride in strides), 1]
+        self._dtype = _ELEMENTS[width]
+        loops = [loop for loop in nest.loops if not loop.tabled]
+        strides = [x.src_stride if side is nest.src else x.dst_stride for x in loops]
+        self._size = [*(loop.extent for loop in loops), nest.run // width]
+        self._stride = [*(stride // width for stride in strides), 1]
         self._tabled = any(step.table for step in side.units)
         self._pitch = side.units[-1].stride or width
         self._grain = gcd(*(step.stride for step in side.units if not step.table)) or width
@@ -209,8 +217,8 @@ class _SideRows:
     def places(self, index: Index, units: int) -> _Places:
         """Where the units lie that an index names."""
         if index.ids is None and len(self._side.units) == 1 and not self._tabled:
-            number, rest = divmod(index.offset, self._unit)
-            start = number * self._pitch + rest * (self._pitch // self._unit)
+            first, rest = divmod(index.offset, self._unit)
+            start = first * self._pitch + rest * (self._pitch // self._unit)
             return _Places(start, self._pitch, self._grain, None, None)
         number = index.units(units * self._unit, self._unit, _HERE).numpy()
         offsets, entries = np.zeros_like(number), np.zeros_like(number)
@@ -222,16 +230,11 @@ class _SideRows:
         return _Places(0, self._pitch, self._grain, offsets, entries if self._tabled else None)
 
     def tensor(
-        self,
-        view: KVView,
-        stretch: _Stretch,
-        units: int,
-        move: tuple[int, int],
-        dtype: torch.dtype,
+        self, view: KVView, stretch: _Stretch, units: int, move: tuple[int, int]
     ) -> torch.Tensor:
         """The units of a stretch, or all rows that they are among."""
         held = units if stretch.rows is None else stretch.last + 1
-        words, start = _words(view, self._side.table + stretch.entry + move[0], dtype)
+        words, start = _words(view, self._side.table + stretch.entry + move[0], self._dtype)
         start += self._side.offset + stretch.start + move[1]
         size, stride = [held, *self._size], [stretch.pitch // self._width, *self._stride]
         return words.as_strided(size, stride, start // self._width)
