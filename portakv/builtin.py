@@ -12,13 +12,13 @@ BUILT_IN = {
     "ascend": "portakv.backends.ascend:Ascend",
     "mlu": "portakv.backends.mlu:Mlu",
     "triton": "portakv.backends.triton:Triton",
-    "compiled": "portakv.backends.compiled:Compiled",
-    "reference": "portakv.backends.reference:Reference",
     "host": "portakv.host.engines.chosen:Host",
     "staged": "portakv.host.engines.staged:Staged",
     "descriptors": "portakv.host.engines.descriptors:Descriptors",
     "direct": "portakv.host.engines.direct:Direct",
     "ring": "portakv.host.engines.ring:Ring",
+    "compiled": "portakv.backends.compiled:Compiled",
+    "reference": "portakv.backends.reference:Reference",
 }
 #: Engines: between a device and the host only, for whichever backend serves the device. The first
 #: one chooses among the others.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from math import gcd
 from operator import index as whole_number
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -99,11 +99,14 @@ def carry(
     dst.check_writable()
     # Settled once for an index that is kept: it needs nothing but forms and numbers of slots.
     listed, other = (src_index, dst_index) if src_index.ids is not None else (dst_index, src_index)
-    key = (
-        src.form, dst.form, src.slots, dst.slots, src.device, dst.device, count, choice, terms,
-        src_index is listed, listed.offset, other.names,
-    )  # fmt: skip
-    known: tuple[list[Piece], object] | None = listed.kept.get(key) if listed.kept else None
+    known: tuple[list[Piece], object] | None = None
+    key: tuple[object, ...] | None = None
+    if listed.ids is not None and not (listed.fleeting or other.fleeting):
+        key = (
+            src.form, dst.form, src.slots, dst.slots, src.device, dst.device, count, choice, terms,
+            src_index is listed, listed.offset, other.names,
+        )  # fmt: skip
+        known = listed.kept.get(key)
     error: PortaKVError | None = None
     if known is not None:
         pieces = known[0]
@@ -113,11 +116,11 @@ def carry(
         if count == 0:
             route(src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice)
             return Transfer()
-        found = _settled(src, dst, src_index, dst_index, count, choice)
-        pieces, error = found.pieces, found.error
-        if found.src_index is not src_index or found.dst_index is not dst_index or error:
-            _, src_index, dst_index, count, _ = found
-        elif not (listed.fleeting or other.fleeting):
+        given = src_index, dst_index
+        pieces, src_index, dst_index, count, error = _settled(
+            src, dst, src_index, dst_index, count, choice
+        )
+        if key is not None and src_index is given[0] and dst_index is given[1]:
             if len(listed.kept) >= _KEPT:
                 listed.kept.clear()
             listed.kept[key] = pieces, other.lineage  # held, so that its identity stays its own
@@ -129,20 +132,15 @@ def carry(
     return launch(pieces, src, dst, src_index, dst_index, stream, error)
 
 
-class _Settled(NamedTuple):
-    """The pieces of a copy, none where nothing is left of it, and the indices that they go by."""
-
-    pieces: list[Piece]
-    src_index: Index
-    dst_index: Index
-    tokens: int
-    error: PortaKVError | None
-
-
 def _settled(
     src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int, choice: Choice
-) -> _Settled:
-    """Judge the indices, drop what the backend cannot skip, and cut the copy into pieces."""
+) -> tuple[list[Piece], Index, Index, int, PortaKVError | None]:
+    """Judge the indices, drop what the backend cannot skip, and cut the copy into pieces.
+
+    Returns:
+        The pieces, none where nothing is left; the indices and positions that they go by; and what
+        was found wrong with ids on a device.
+    """
     way = route(src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice)
     skips = src_index.judge(count, src.slots, False, "source")
     skips |= dst_index.judge(count, dst.slots, True, "destination")
@@ -155,10 +153,10 @@ def _settled(
         unit = max(way.plan.unit for way, _, _ in pieces)
         src_index, dst_index, count, error = clean(src, dst, src_index, dst_index, count, unit)
         if count == 0:
-            return _Settled([], src_index, dst_index, count, error)
+            return [], src_index, dst_index, count, error
         way = route(src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice)
         pieces = _pieces(way, src, dst, src_index, dst_index, count, choice)
-    return _Settled(pieces, src_index, dst_index, count, error)
+    return pieces, src_index, dst_index, count, error
 
 
 def _must_cross(src: KVView, dst: KVView, choice: Choice) -> bool:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # Work that no stream orders, and status words, must outlive a handle that the caller dropped.
 _watched: deque[Completion] = deque()
-_WATCHED = 64  # looked through only when there are more, so that a call seldom pays for it
+_WATCHED = 16  # looked through only when there are more, so that a call seldom pays for it
 
 
 def watch(completion: Completion, owner: Any = None) -> None:

@@ -59,6 +59,7 @@ def test_an_index_that_is_kept_is_not_sent_behind_a_stream(monkeypatch: pytest.M
     settled()
     expected = wanted(src, dst, SRC, DST)
     mine, theirs = Index(SRC, step=SIZE), Index(DST, step=SIZE)
+    assert not ids.bring((mine, theirs), DEVICE, frozenset({torch.int64}))
     for stream in (None, torch.Stream(DEVICE)):
         copy_blocks(src.view, dst.view, mine, theirs, stream=stream).synchronize()
         assert torch.equal(dst.rows(), expected)

@@ -84,6 +84,16 @@ def test_ids_of_a_source_that_may_not_be_a_destination(settled: list[int]) -> No
     assert settled == [12] * 3
 
 
+def test_ids_that_were_a_source_s_beside_consecutive_rows() -> None:
+    """The same index beside no ids, now as a source and then as a destination."""
+    twice = Index([5, 5, 7], step=SIZE)
+    src, dst = layered(), layered()
+    copy_rows(src.view, dst.view, twice, None).synchronize()
+    copy_rows(src.view, dst.view, twice, Index()).synchronize()
+    with refused(SlotError, "occurs 2 times", watch=dst.tensors):
+        copy_rows(src.view, dst.view, Index(), twice)
+
+
 def test_inside_one_cache_the_rows_are_compared_each_time() -> None:
     mine, theirs = Index([1, 2], step=SIZE), Index([2, 3], step=SIZE)
     src, dst = layered(), layered()

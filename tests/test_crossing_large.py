@@ -134,6 +134,21 @@ def test_skipped_blocks_and_none_at_all() -> None:
 
 
 @pytest.mark.usefixtures("always")
+def test_slots_of_which_some_follow_each_other() -> None:
+    """Lines of several lengths, in planes that lie between them, and around them."""
+    slots = [0, 1, 2, 5, 12, 13, 9, 30, 31]
+    for layout in (BLOCK_FIRST, POOL_BY_LAYER, LAYER_FIRST):
+        paged = pooled(layout, blocks=40)
+        chunk = KVView(torch.zeros(3, 9, 8, dtype=torch.int16), "layer token dim")
+        for src, dst in ((paged, chunk), (chunk, paged)):
+            sides = Index(slots), Index()
+            mine, theirs = sides if src is paged else sides[::-1]
+            plan = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
+            pieces = judge((plan, src, dst, mine, theirs, 9))
+            assert (pieces.number, pieces.nbytes) == (3 * 5, 3 * 9 * 16)
+
+
+@pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("layout", [LAYER_FIRST, POOL_BY_LAYER])
 def test_no_piece_reaches_over_a_seam(

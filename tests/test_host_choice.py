@@ -51,8 +51,8 @@ def test_what_is_assumed_picks_what_the_measurements_behind_it_say(direction: st
     assert chosen(64 * MIB, 262144, 1, direction).engine == "staged"  # rows of 256 bytes
     assert chosen(64 * MIB, 32, 32, direction).engine == "descriptors"  # 2 MiB each, both sides
     assert chosen(64 * MIB, 2048, 2048, direction).engine == "descriptors"
-    assert chosen(SMALL, 4096, 1, direction).engine == "direct"
-    assert chosen(SMALL + 1, 4096, 1, direction).engine == "staged"
+    assert chosen(SMALL[direction], 4096, 1, direction).engine == "direct"
+    assert chosen(SMALL[direction] + 1, 4096, 1, direction).engine == "staged"
     assert chosen(16 * MIB, 65536, 65536, direction, overlap="idle").engine == "direct"
     pageable = dict.fromkeys(ORDER[:3], "it does not copy pageable memory")
     assert chosen(64 * MIB, 64, 64, direction, out=pageable).engine == "ring"
@@ -222,8 +222,9 @@ def test_the_pick_depends_on_the_ids() -> None:
     near = Index(range(5, 35), SIZE)
     found = scattered.pick(*sides, near, near, 30 * SIZE)
     looked_up = {one.engine: one.runs for one in found.alternatives}
-    # Blocks follow each other on the host; on the device their planes do, at one pitch there.
-    assert looked_up == {"staged": 1, "descriptors": 8, "direct": 30 * 8, "ring": 1}
+    # Blocks follow each other on the host; on the device their planes do, at one pitch there: 8
+    # pieces, but on the way to the host each row of them costs what a run does.
+    assert looked_up == {"staged": 1, "descriptors": 30 * 8, "direct": 30 * 8, "ring": 1}
     assert found.engine == "staged"
     found = scattered.pick(*sides, near, apart(30), 30 * SIZE)
     looked_up = {one.engine: one.runs for one in found.alternatives}
@@ -417,4 +418,4 @@ def test_the_guide_tells_what_is_assumed() -> None:
         cells = [f"`{engine}`", f"{down.fixed * 1e6:.0f} us", each,
                  f"{down.rate / 1e9:.1f} / {up.rate / 1e9:.1f}"]  # fmt: skip
         assert "| " + " | ".join(cells).replace("|  |", "| |") + " |" in page
-    assert f"may then move {SMALL >> 20} MiB" in page
+    assert f"{SMALL['d2h'] >> 20} MiB from the device and {SMALL['h2d'] >> 20} MiB to it" in page

@@ -193,7 +193,7 @@ class _Work:
 
     def pageable(self, engine: str) -> bool:
         places = self._host.engines[engine].capabilities().places
-        return not any("pinned" in pair for pair in places)
+        return any("pageable" in pair for pair in places)
 
     def expected(self, engine: str, direction: str, size: int, runs: int) -> float:
         """Seconds that a point should take, by what was found so far or is assumed."""

@@ -13,7 +13,7 @@ from . import _crossing_cuda
 from ._crossing_torch import TorchCrossing
 from .folding import Pieces, fold
 
-__all__ = ["Crossing", "Pieces", "crossing", "fold"]
+__all__ = ["Crossing", "Pieces", "by_torch", "crossing", "fold"]
 
 
 class Crossing(Protocol):
@@ -32,9 +32,12 @@ class Crossing(Protocol):
         """
 
 
+def by_torch(device: torch.device) -> bool:
+    """True where runs cross the link of a device by calls of its torch, each at a call's cost."""
+    return _crossing_cuda.why_not(device) is not None
+
+
 @cache
 def crossing(device: torch.device) -> Crossing:
     """What crosses the link of a device: CUDA's driver by itself, else the device's torch."""
-    if _crossing_cuda.why_not(device) is None:
-        return _crossing_cuda.CudaCrossing(device)
-    return TorchCrossing(device)
+    return TorchCrossing(device) if by_torch(device) else _crossing_cuda.CudaCrossing(device)

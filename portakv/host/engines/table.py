@@ -27,6 +27,7 @@ from ...backends import _kernel_cache
 from ...devices import device_name
 from .. import _cuda_driver
 from .assumed import DIRECTIONS, Assumed
+from .crossing import by_torch
 
 #: Of the file, and of how engines behave: a table of another format is measured anew.
 FORMAT = 1
@@ -307,15 +308,19 @@ def _find(device: torch.device) -> Costs:
     mine = identity(device)
     path = path_for(mine)
     if not path.exists():
-        return Assumed(f"there is no table for this device in {path.parent}; `portakv calibrate` "
-                       f"measures one")  # fmt: skip
+        why = (
+            f"there is no table for this device in {path.parent}; `portakv calibrate` measures one"
+        )
+        return Assumed(why, by_torch(device))
     try:
         table = read(path)
     except TableError as error:
-        return Assumed(f"{path} was ignored, since {error}; `portakv calibrate` measures anew")
+        why = f"{path} was ignored, since {error}; `portakv calibrate` measures anew"
+        return Assumed(why, by_torch(device))
     if table.device != mine:
-        return Assumed(
+        why = (
             f"{path} was ignored, since it was measured on {dict(table.device)}, and this is "
             f"{mine}; `portakv calibrate` measures anew"
         )
+        return Assumed(why, by_torch(device))
     return table
