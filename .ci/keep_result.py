@@ -15,6 +15,7 @@ import argparse
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import readme_tables
@@ -49,6 +50,9 @@ def place(file: Path, device: str, note: str | None) -> ladder.Rung:
     made = evidence.rung_of(said, str(file), device=device)
     if since := ladder.why_expired(made, found.with_rung(made)):
         raise ValueError(f"{file} is expired: {since}. Make it again.")
+    kept = replace(made, evidence=f"{ladder.RESULTS}{file.name}")
+    if wrong := [*ladder.broken_rules(ladder.Ladder((kept,)))]:
+        raise ValueError(f"{file} is not kept: {' '.join(wrong)}")
     old = next((rung for rung in found.rungs if rung.place == made.place), None)
     note = (old.note if old else "") if note is None else note
     if said.suite:

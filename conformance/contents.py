@@ -30,6 +30,9 @@ _Record = Mapping[str, Any]
 def lacking(rung: str, record: _Record) -> list[str]:
     """What a record lacks to bear out a rung, a sentence each; empty where it holds all."""
     found = [f"{name} {values[name]!r} is no sha256." for values, name in _no_hashes(record)]
+    told = str(record.get("told") or "")
+    if told not in " ".join(" ".join(_printed(record)).split()):
+        found.append(f"{told!r} was not printed.")
     for check in _CHECKS.get(rung, ()):
         found += check(record)
     return found

@@ -13,13 +13,14 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .driver import driver_version
+from .records import ASSUMPTION, CARRIER, LIBRARY
 from .source import SourceError, source_sha256
 from .subject import Subject
 from .vendor import standins
@@ -54,7 +55,10 @@ def describe_environment(subject: Subject, asked: str) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
     }
     if subject.emulated:
-        facts["emulation"] = hashed(standins.emulating(device.type))
+        emulating = standins.emulating(device.type)
+        facts["emulation"] = hashed(emulating)
+        facts |= {ASSUMPTION: told} if (told := assumed(emulating)) else {}
+    facts |= _carrier(subject)
     facts |= {} if subject.emulated else _toolkit(device)
     if interpreted(subject):
         facts[INTERPRET] = os.environ[INTERPRET]
@@ -76,6 +80,24 @@ def describe_backend(subject: Subject) -> dict[str, str]:
         "version": next(iter(versions.values()), ""),
         "source_sha256": source,
     }
+
+
+def assumed(modules: Iterable[str]) -> str:
+    """What modules that emulate take for true without the vendor's word: each one's ``ASSUMPTION``,
+    a clause; empty where none takes anything."""
+    said = (str(getattr(import_module(module), "ASSUMPTION", "")) for module in modules)
+    return "; ".join(clause for clause in said if clause)
+
+
+def _carrier(subject: Subject) -> dict[str, Any]:
+    """What carried plans out, and the library that was built for it."""
+    path = subject.backend.library
+    found: dict[str, Any] = {CARRIER: subject.backend.carrier}
+    if path:
+        built = Path(path)
+        digest = hashlib.sha256(built.read_bytes()).hexdigest()
+        return found | {LIBRARY: {built.resolve().name: digest}}
+    return found if found[CARRIER] else {}
 
 
 def hashed(modules: Iterable[str]) -> dict[str, str]:

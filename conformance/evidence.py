@@ -5,14 +5,15 @@ A report of the suite (`records`) bears out R3 or R6, as its verdict says. Every
 JSON object with at least these keys, and further ones as it likes:
 
     what           one of `JOBS`: what was done, which decides the rung
-    backend        ``module:Class``
+    name, backend  the backend's own name, and ``module:Class``
     source_sha256  the hash of the backend's source (`source.source_sha256`)
     command, date  what repeats it, and the day (ISO)
     right          true where it ended well
 
 and what its kind has to show (`contents`); where they count, ``vendor`` (sha256 of each package of
-the vendor, by name), ``emulation`` (sha256 of each module that emulated), ``versions`` (in words)
-and ``device``. `recorded` makes one of any command.
+the vendor, by name), ``emulation`` (sha256 of each module that emulated), ``assumption`` (what that
+takes for true), ``versions`` and ``told`` (in words) and ``device``. `recorded` makes one of any
+command.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from .contents import kernels_in, lacking, signatures_of
-from .environment import INTERPRET, hashed
+from .environment import INTERPRET, assumed, hashed
 from .ladder import EMULATED, RESULTS, Ladder, Rung, broken_rules
-from .records import SCHEMA, RunRecord
+from .printed import without_places
+from .records import ASSUMPTION, SCHEMA, RunRecord
 from .report import results, support
 from .report.words import plural
 from .source import SourceError, source_sha256
@@ -46,8 +49,8 @@ JOBS = {
     "cross-compiled, not executed": "R4",
     "built by the vendor's toolchain": "R5",
 }
-_WANTED = {"what": str, "backend": str, "source_sha256": str, "command": str, "date": str,
-           "right": bool}  # fmt: skip
+_WANTED = {"what": str, "name": str, "backend": str, "source_sha256": str, "command": str,
+           "date": str, "right": bool}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Evidence:
         command, date, versions: what repeats it, the day, what it holds for.
         suite: the version of the suite; empty for other jobs.
         vendor: sha256 of the vendor's packages, by name.
-        emulation: what emulated the device, as in `ladder.Rung`.
+        emulation, assumption: what emulated the device, as in `ladder.Rung`.
     """
 
     rung: str
@@ -78,6 +81,7 @@ class Evidence:
     suite: str = ""
     vendor: Mapping[str, str] = field(default_factory=dict)
     emulation: Mapping[str, str] = field(default_factory=dict)
+    assumption: str = ""
 
 
 def read(file: Path) -> Evidence:
@@ -129,6 +133,7 @@ def of_report(record: RunRecord) -> Evidence:
         },
         suite=record.suite,
         emulation=_emulation(record),
+        assumption=str(record.environment.get(ASSUMPTION, "")),
     )
 
 
@@ -157,11 +162,11 @@ def _of_job(file: Path, values: Any) -> Evidence:
         raise ValueError(f"{file}: {values['what']!r} is not borne out. {' '.join(wrong)}")
     if values["what"] not in JOBS:
         raise ValueError(f"{file} says {values['what']!r}; expected one of {', '.join(JOBS)}.")
-    module = values["backend"].partition(":")[0]
+    told = ", ".join(str(part) for part in (values["what"], values.get("told")) if part)
     return Evidence(
         rung=JOBS[values["what"]] if values["right"] else "",
-        told=values["what"] if values["right"] else f"failed: {values['what']}",
-        backend=module.rpartition(".")[2],
+        told=told if values["right"] else f"failed: {told}",
+        backend=values["name"],
         target=values["backend"],
         source_sha256=values["source_sha256"],
         device=str(values.get("device", "")),
@@ -171,6 +176,7 @@ def _of_job(file: Path, values: Any) -> Evidence:
         versions=str(values.get("versions", values.get("compiler", ""))),
         vendor=dict(values.get("vendor", {})),
         emulation=dict(values.get("emulation", {})),
+        assumption=str(values.get("assumption", "")),
     )
 
 
@@ -224,7 +230,8 @@ class Job:
 
     Attributes:
         what: one of `JOBS`; target: ``module:Class``; device, versions: for a reader.
-        says: a regular expression for what it prints where it did its work.
+        says: a regular expression for what it prints where it did its work; tells: one for what
+            of that stands in the row of the ladder.
         emulated_by: the modules that emulate in it.
         targets: what it builds for.
         kernels: a regular expression for each kernel that was read, with groups of that name and
@@ -236,6 +243,7 @@ class Job:
     device: str
     versions: str = ""
     says: str = ""
+    tells: str = ""
     emulated_by: Sequence[str] = ()
     targets: Sequence[str] = ()
     kernels: str = ""
@@ -243,7 +251,7 @@ class Job:
 
 
 def recorded(job: Job, command: Sequence[str]) -> dict[str, Any]:
-    """Run a command and make a record of it, with all that it printed.
+    """Run a command and make a record of it, with all that it printed but the places of files.
 
     It is right where it ends with 0, prints what is expected, leaves the sources alone, and all
     that its kind has to show was found.
@@ -253,27 +261,43 @@ def recorded(job: Job, command: Sequence[str]) -> dict[str, Any]:
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     sys.stdout.write(done.stdout)
+    printed = without_places(done.stdout)
     record = {
         "what": job.what,
+        "name": name_of(job.target),
         "backend": job.target,
         "device": job.device,
         "versions": job.versions,
         "source_sha256": before[0],
         "emulation": before[1],
+        "assumption": assumed(job.emulated_by),
         "command": shlex.join(command),
         "date": datetime.now(timezone.utc).date().isoformat(),
-        **_shown(job, done.stdout),
-        "printed": done.stdout.splitlines(),
+        **_shown(job, printed),
+        "printed": printed.splitlines(),
     }
     wrong = lacking(JOBS[job.what], record)
     if JOBS[job.what] in EMULATED and not job.emulated_by:
         wrong.append("It does not say what emulated (--emulated-by).")
     if (source_sha256(job.target), hashed(job.emulated_by)) != before:
         wrong.append("A source was changed meanwhile.")
-    if done.returncode or re.search(job.says, done.stdout) is None:
+    if done.returncode or not all(re.search(each, printed) for each in (job.says, job.tells)):
         wrong.append(f"The command ended with {done.returncode}, or did not say what it has to.")
     print("".join(f"{why}\n" for why in wrong), end="", file=sys.stderr)
     return record | {"right": not wrong}
+
+
+def name_of(target: str) -> str:
+    """The name that a backend says it has.
+
+    Raises:
+        SourceError: ``module:Class`` is none.
+    """
+    module, _, attribute = target.partition(":")
+    found = getattr(getattr(import_module(module), attribute, None), "name", "")
+    if not (isinstance(found, str) and found):
+        raise SourceError(f"{target!r} is no backend's class: it says no name")
+    return found
 
 
 def _shown(job: Job, printed: str) -> dict[str, Any]:
@@ -285,6 +309,8 @@ def _shown(job: Job, printed: str) -> dict[str, Any]:
         found["targets"] = list(job.targets)
     if job.kernels:
         found["kernels"] = kernels_in(printed, job.kernels)
+    if job.tells and (told := re.search(job.tells, printed)):
+        found["told"] = " ".join(told[0].split())
     line = re.search(job.compiler, printed, re.MULTILINE) if job.compiler else None
     return found | ({"compiler": line[0].strip()} if line else {})
 
@@ -301,6 +327,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", required=True, help="what it stands for, for a reader")
     add("--versions", default="", help="what it holds for, in words")
     add("--says", default="", metavar="REGEX", help="what it prints where it did its work")
+    add("--tells", default="", metavar="REGEX", help="what of that its row says")
     add("--emulated-by", action="append", default=[], metavar="MODULE", help="what emulates in it")
     add("--target", dest="targets", action="append", default=[], metavar="T",
         help="what it builds for")  # fmt: skip

@@ -39,6 +39,7 @@ _HEAD = """\
 """
 #: The rungs of what emulates: each says what did, and ends with it.
 EMULATED = ("R1", "R2", "R3")
+_EMULATIONS = "portakv_conformance.vendor."
 _OURS = ("portakv.", "portakv_conformance.")
 # PortaKV's own first, in the order of the README; others follow by name.
 _ORDER = ("reference", "cuda", "triton", "compiled", "hip", "ascend", "mlu")
@@ -60,6 +61,7 @@ class Rung:
         suite: the version of the suite; empty for other jobs.
         vendor: sha256 of the vendor's packages that it holds for.
         note: what a reader has to know; empty, or words that stand behind the rung.
+        assumption: what the emulation takes for true without the vendor's word, a clause.
         emulation: of each module that emulated, the sha256 of its source; of a third party's
             package the version.
     """
@@ -78,12 +80,18 @@ class Rung:
     suite: str = ""
     vendor: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+    assumption: str = ""
     emulation: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def place(self) -> tuple[str, str, str]:
         """What no two rows share."""
         return self.backend, self.device, self.rung
+
+    @property
+    def caveats(self) -> list[str]:
+        """What never stands apart from the rung, clauses."""
+        return [clause for clause in (self.assumption, self.note) if clause]
 
 
 @dataclass(frozen=True)
@@ -153,6 +161,8 @@ def broken_rules(ladder: Ladder) -> Iterator[str]:
             yield f"{name}: R6 needs a report of the suite."
         if not rung.emulated and rung.rung != "R6":
             yield f"{name}: what ran on the real device is R6 or no rung."
+        if rung.rung in ("R4", "R5", "R6") and rung.target.startswith(_EMULATIONS):
+            yield f"{name}: {rung.target} emulates a vendor's backend, and is at most R3."
         if rung.emulated and "emulated" not in rung.device and rung.rung in EMULATED:
             yield f"{name}: the device has to say that it is emulated."
         if rung.place in seen:
@@ -179,7 +189,8 @@ def by_pair(ladder: Ladder) -> dict[tuple[str, str], list[Rung]]:
 def told(backend: str, device: str, ladder: Ladder, digest: Digest = digest) -> str:
     """How far a backend was verified, for a list: on ``device``, else wherever it got highest.
 
-    ``R6``, ``R6 on NVIDIA H200``, ``expired R3 on mlu, emulated``; empty where nothing is known.
+    ``R6``, ``R6 on NVIDIA H200``, ``expired R3 on mlu, emulated``; with what has to be known of
+    that rung; empty where nothing is known.
     """
     mine = {pair: rungs for pair, rungs in by_pair(ladder).items() if pair[0] == backend}
     here = mine.get((backend, device), [])
@@ -187,7 +198,7 @@ def told(backend: str, device: str, ladder: Ladder, digest: Digest = digest) -> 
     if best is None:
         return ""
     expired = "expired " if why_expired(best, ladder, digest) else ""
-    return f"{expired}{best.rung}{'' if here else f' on {best.device}'}"
+    return ", ".join([f"{expired}{best.rung}{'' if here else f' on {best.device}'}", *best.caveats])
 
 
 def _best(rungs: Iterable[Rung], ladder: Ladder, digest: Digest) -> Rung | None:

@@ -19,6 +19,12 @@ Status = Literal["passed", "failed", "waived", "not-claimed", "error"]
 STATUSES: tuple[Status, ...] = ("error", "failed", "waived", "not-claimed", "passed")
 #: The identity of the report's form; a reader refuses another.
 SCHEMA = "portakv-conformance/1"
+#: The key of ``environment`` that says what an emulation takes for true without the vendor's word:
+#: a clause behind "it holds".
+ASSUMPTION = "assumption"
+#: Its keys that say what carried plans out, where a backend has more than one way, and the sha256
+#: of the library that was built for it, by the name of its file.
+CARRIER, LIBRARY = "carried out by", "library"
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pathlib import Path
 from portakv.console import print_prose
 
 from .journal import MOST_EXAMPLES
-from .records import STATUSES, CaseRecord, RunRecord
+from .records import ASSUMPTION, STATUSES, CaseRecord, RunRecord
 from .request import Options
 from .verdict import LEFT_OUT, WRONG, why_no_rung
 from .waivers import problems
@@ -38,6 +38,8 @@ def print_summary(record: RunRecord, options: Options) -> None:
         print_prose(f"declined: {sum(partly)} copies in {len(partly)} cases that passed")
     for sentence in record.missing:
         print_prose(f"missing: {sentence}")
+    if ASSUMPTION in record.environment:
+        print_prose(f"It holds {record.environment[ASSUMPTION]}.")
     if LEFT_OUT in record.environment:
         print_prose(f"two devices: {record.environment[LEFT_OUT]}")
     for sentence in problems(record.waivers, record.cases, record.suite, whole=not record.missing):

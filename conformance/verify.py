@@ -19,8 +19,9 @@ from portakv.backends.base import Capabilities
 
 from . import SPEC_VERSION, SUITE_VERSION
 from .commanded import contradictions, jobs_of
+from .environment import assumed
 from .listing import cases_of
-from .records import RunRecord
+from .records import ASSUMPTION, LIBRARY, RunRecord
 from .source import SHA256
 from .subject import SIMULATED
 from .vendor.standins import SIMULATION, STANDINS
@@ -177,6 +178,7 @@ def _facts(record: RunRecord) -> Iterator[str]:
     if device.partition(":")[0] == SIMULATED and record.environment.get("emulated") is False:
         yield "Its device is simdev, which is always emulated, but it says that it is not."
     yield from _emulation(record, device.partition(":")[0])
+    yield from _built(record)
     if not re.fullmatch(SHA256, str(record.backend.get("source_sha256"))):
         yield "It does not say the hash of the backend's source."
     claims = {field.name for field in fields(Capabilities)}
@@ -212,9 +214,23 @@ def _emulation(record: RunRecord, device: str) -> Iterator[str]:
         for module in (SIMULATION, STANDINS.get(carried, SIMULATION)):
             if module not in told:
                 yield f"Its device is {device}, but it does not say the hash of {module}."
+        assumed_here = assumed((STANDINS[carried],)) if carried in STANDINS else ""
+        if assumed_here and not record.environment.get(ASSUMPTION):
+            yield f"It does not say what it holds by: {assumed_here}."
     for module, sha256 in told.items():
         if not re.fullmatch(SHA256, str(sha256)):
             yield f"It does not say the hash of {module}, which emulated."
+
+
+def _built(record: RunRecord) -> Iterator[str]:
+    """The library that was built to carry plans out."""
+    library = record.environment.get(LIBRARY, {})
+    if not isinstance(library, dict):
+        yield f"Its library is {library!r}, expected its sha256 by the name of its file."
+        return
+    for name, sha256 in library.items():
+        if not re.fullmatch(SHA256, str(sha256)):
+            yield f"It does not say the hash of {name}, which carried plans out."
 
 
 def _case_list(record: RunRecord, listing: Listing) -> Iterator[str]:

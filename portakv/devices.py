@@ -11,6 +11,9 @@ import torch
 from portakv.backends._vendor_package import Unusable, imported
 from portakv.errors import DeviceMismatch
 
+# What to install where no backend says it better.
+_SOMEHOW = "the package of that name by the vendor of the device"
+
 
 @dataclass(frozen=True, slots=True)
 class Named:
@@ -28,11 +31,15 @@ class DeviceAbsent(Exception):
 
     Attributes:
         device: as far as it can be named, for who is asked about it all the same.
+        package: of the vendor's, that could not be imported; or empty.
+        install: what is to be installed, as far as that is known without a backend; or empty.
     """
 
-    def __init__(self, device: torch.device | Named, why: str) -> None:
+    def __init__(
+        self, device: torch.device | Named, why: str, package: str = "", install: str = ""
+    ) -> None:
         super().__init__(why)
-        self.device = device
+        self.device, self.package, self.install = device, package, install
 
 
 def known(device: torch.device | str) -> torch.device:
@@ -54,17 +61,18 @@ def known(device: torch.device | str) -> torch.device:
             raise DeviceAbsent(
                 named, f"it is no device of torch's ({_first_line(error)})"
             ) from error
-    why = f"torch knows no {kind} devices, and {package}"
+    why, install = f"torch knows no {kind} devices, and {package}", ""
     try:
-        imported(package, "the package of that name by the vendor of the device")
+        imported(package, _SOMEHOW)
         return torch.device(device)
     except Unusable as error:
-        why = f"torch knows no {kind} devices, and {error}"
+        told, _, rest = str(error).partition(f"; install {_SOMEHOW}")
+        why, install = f"torch knows no {kind} devices, and {told}", f"install {_SOMEHOW}{rest}"
     except RuntimeError:
         why = f"{why} was imported, but does not bring them"
     except SystemExit as error:  # a broken package must not take others down
         why = f"{why} ends the process when it is imported (SystemExit: {error})"
-    raise DeviceAbsent(named, why)
+    raise DeviceAbsent(named, why, package, install)
 
 
 def indexed(device: torch.device | str) -> torch.device:

@@ -11,7 +11,7 @@ import difflib
 import importlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -183,7 +183,8 @@ class Registry:
         with self._lock:
             device = cast(torch.device, absent.device)  # or a name, of which a probe reads the type
             said = [self._asked(name, device)[1] for name in self.names()]
-        decisions = [Decision(d.name, False, str(absent)) if d.accepted else d for d in said]
+        needs = "it needs the device"
+        decisions = [Decision(d.name, False, needs) if d.accepted else d for d in said]
         decisions += [Decision(name, False, why) for name, why in self._broken.items()]
         return tuple(decisions)
 
@@ -325,9 +326,20 @@ def found(device: torch.device | str) -> torch.device:
     absent, said = place
     lines = "\n".join(f"  {d}" for d in said)
     raise BackendUnavailable(
-        f"Device {str(device)!r} was asked for, but {absent}. The candidates said:\n{lines}\n"
+        f"Device {str(device)!r} was asked for, but {_lacking(absent, said)}. The candidates "
+        f"said:\n{lines}\n"
         f"Mend one of the reasons, or pass a device that torch lists, such as 'cpu'."
     ) from absent
+
+
+def _lacking(absent: DeviceAbsent, said: Sequence[Decision]) -> str:
+    """Why a device is not here, with what to install in the words of the candidate made for it."""
+    todo = absent.install
+    for decision in said:
+        _, install, words = decision.reason.partition("; install ")
+        if install and absent.package and absent.package in decision.reason:
+            todo = f"install {words}"
+    return "; ".join(part for part in (str(absent), todo) if part)
 
 
 def _sought(

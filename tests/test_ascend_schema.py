@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from portakv_conformance import ladder
 from portakv_conformance.report.results import read
 from portakv_conformance.source import source_sha256
 from portakv_conformance.vendor import ascend_ops, ascend_schema, cann_stub, standins
@@ -94,6 +95,28 @@ def test_a_report_with_one_thing_wrong_carries_nothing(
     else:
         changed["schemas"] = changed["refusals"] = []
     assert not ascend_schema.right(changed)
+
+
+def test_another_wheel_of_the_same_name_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before it is installed: what it holds is not what the pinned hash stands for."""
+    known = ladder.read().vendor
+    (name,) = (name for name in known if name.endswith(".whl"))
+    wheel = tmp_path / "venv" / "wheels" / name
+    wheel.parent.mkdir(parents=True)
+    wheel.write_bytes(b"another")
+    digest = hashlib.sha256(b"another").hexdigest()
+    assert ascend_schema.check_wheel(wheel, {}) == digest
+    assert ascend_schema.check_wheel(wheel, {name: digest}) == digest
+    asked: list[str] = []
+    monkeypatch.setattr(ascend_schema, "_run", lambda command: asked.append(" ".join(command)))
+    words = ["--venv", str(tmp_path / "venv"), "--report", str(tmp_path / "out")]
+    assert ascend_schema.main(words) == 1
+    said = capsys.readouterr().err
+    assert f"{name} has the sha256 {digest}, and the vendor's wheel of that name has" in said
+    assert known[name] in said
+    assert not any(name in command for command in asked)
 
 
 def test_no_wheel_is_a_sentence(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import subprocess
@@ -10,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from portakv_conformance.records import RunRecord
+from portakv_conformance.report import support
 from portakv_conformance.simdev import build
 
 HERE = Path(__file__).parent
@@ -52,6 +56,17 @@ def test_the_command_of_docs_hardware_judges_the_kernel(library: str, tmp_path: 
     assert "failed" not in told
     report = (tmp_path / "conformance.json").read_text()
     assert "copies go by the AscendC kernel in libportakv_ascend.so, emulated" in report
+    said = json.loads(report)["environment"]
+    assert said["carried out by"] == "the AscendC kernel"
+    digest = hashlib.sha256(Path(library).read_bytes()).hexdigest()
+    assert said["library"] == {"libportakv_ascend.so": digest}
+    assert support.device(RunRecord.read(report)) == "npu, emulated, by the AscendC kernel"
+    done = run(sys.executable, *words, *chosen, PORTAKV_ASCENDC="")
+    report = (tmp_path / "conformance.json").read_text()
+    said = json.loads(report)["environment"]
+    assert said["carried out by"] == "the ops of torch_npu"
+    assert "library" not in said
+    assert support.device(RunRecord.read(report)) == "npu, emulated"
     # And where it cannot be used, nothing else is judged in its place.
     done = run(sys.executable, *words, *chosen, PORTAKV_ASCENDC=library + ".not")
     assert done.returncode == 3

@@ -74,16 +74,32 @@ def test_without_the_package_every_candidate_says_what_it_lacks(kind: str, tmp_p
     assert early == []
     package = kind.partition(":")[0]
     assert said.startswith(
-        f"Device {kind!r} was asked for, but torch knows no {package} devices, and "
-        f"torch_{package} is not installed; install the package of that name by the vendor of the "
-        f"device. The candidates said:\n  cuda: rejected, it runs on cuda devices, not on {package}"
+        f"Device {kind!r} was asked for, but torch knows no {package} devices, and torch_{package}"
     )
+    # What to install leads, in the words of the backend that knows the release, and is not said
+    # again by those that serve any device.
+    first = said.splitlines()[0]
+    assert first.endswith(f" is not installed; {INSTALL[package]}. The candidates said:")
+    assert "the package of that name" not in said + "".join(traced)
+    assert "\n  reference: rejected, it needs the device\n" in said
+    assert f"\n  cuda: rejected, it runs on cuda devices, not on {package}\n" in said
     backend = "ascend" if package == "npu" else "mlu"
     assert f"  {backend}: rejected, torch_{package}" in said
     assert f"is not installed; {INSTALL[package]}\n" in said
     assert all(f"\n  {name}: rejected, " in said for name in BUILT_IN)
     assert [line.partition(":")[0] for line in traced] == [*BUILT_IN]
     assert not any("accepted" in line for line in traced)
+
+
+def test_where_no_backend_knows_what_to_install_it_is_said_once() -> None:
+    with pytest.raises(BackendUnavailable) as refused:
+        found("zpu")
+    lines = str(refused.value).splitlines()
+    assert lines[0].startswith(
+        "Device 'zpu' was asked for, but torch knows no zpu devices, and torch_zpu is not "
+        "installed; install the package of that name by the vendor of the device. "
+    )
+    assert not any("torch_zpu" in line for line in lines[1:])
 
 
 @pytest.mark.parametrize(
@@ -114,7 +130,7 @@ def test_a_broken_package_is_named_with_its_own_words(
         assert words in first
     else:
         assert f"no_such_part, which torch_{kind} needs, is not installed" in first
-    assert INSTALL[kind] in said or "SystemExit" in words
+    assert INSTALL[kind] in first or "SystemExit" in words
     assert not any("accepted" in line for line in traced)
 
 

@@ -41,8 +41,10 @@ from portakv_conformance.verdict import judge
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = "portakv.backends.reference:Reference"
+EMULATION = "portakv_conformance.vendor.ascendc_emulated:AscendC"
 JOB = {
     "what": "cross-compiled, not executed",
+    "name": "hip",
     "backend": "portakv.backends.hip:Hip",
     "source_sha256": "a" * 64,
     "command": "bash native/cuda/check_hip.sh",
@@ -120,6 +122,8 @@ def test_a_row_that_breaks_no_rule() -> None:
         ({"rung": "R7"}, "there is no rung 'R7'"),
         ({"rung": "R3"}, "what ran on the real device is R6 or no rung"),
         ({"rung": "R3", "emulated": True}, "has to say that it is emulated"),
+        ({"rung": "R5", "emulated": True, "target": EMULATION}, "emulates a vendor's backend, and"),
+        ({"rung": "R4", "emulated": True, "target": EMULATION}, "emulates a vendor's backend, and"),
         ({"evidence": "docs/notes.md"}, "does not lie in conformance/results/"),
         ({"evidence": f"{RESULTS}../../README.md"}, "does not lie in conformance/results/"),
     ],
@@ -165,6 +169,10 @@ def test_a_list_tells_the_rung_here_else_the_highest_that_holds() -> None:
     assert told("cuda", "CPU (x86-64)", found, same) == "R3 on hip, emulated"
     assert told("cuda", "CPU (x86-64)", Ladder((rung(),)), same) == "R6 on NVIDIA H200"
     assert told("triton", "NVIDIA H200", found, same) == ""
+    assumed = replace(far, assumption="by assumption: nobody said so", note="not by us")
+    assert told("cuda", "hip, emulated", Ladder((assumed,)), same) == (
+        "R3, by assumption: nobody said so, not by us"
+    )
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -257,6 +265,7 @@ def test_a_job_bears_out_the_rung_of_its_kind(root: Path, what: str) -> None:
         ({"right": "yes"}, "right missing or of another type"),
         ({"what": "run on the hardware"}, "says 'run on the hardware'; expected one of"),
         ({"command": None}, "command missing or of another type"),
+        ({"name": None}, "name missing or of another type"),
         ({}, "name it by --device"),
     ],
 )
@@ -275,7 +284,7 @@ def test_what_is_no_evidence_at_all(root: Path, text: str) -> None:
 
 def test_a_command_is_recorded_with_what_it_printed(root: Path) -> None:
     command = [sys.executable, "-c", "print('built'); print('checked')"]
-    job = Job("semantics emulated", REFERENCE, "cpu, emulated", "g++ 12", "", [SIMULATION])
+    job = Job("semantics emulated", REFERENCE, "cpu, emulated", "g++ 12", "", "", [SIMULATION])
     made = recorded(job, command)
     assert made["right"]
     assert made["printed"] == ["built", "checked"]
@@ -336,6 +345,9 @@ def test_a_result_is_kept_with_its_row(root: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ladders.why_expired, "__defaults__", (same,))
     (root / "ladder.toml").write_text("")
     job = root / "job.json"
+    job.write_text(json.dumps(JOB | {"name": "ascendc-emulated", "backend": EMULATION}))
+    with pytest.raises(ValueError, match=r"is not kept: .* emulates a vendor's backend"):
+        keeper.place(job, "AMD gfx906", None)
     job.write_text(json.dumps(JOB))
     made = keeper.place(job, "AMD gfx906, gfx908", "not run")
     assert made.evidence == f"{RESULTS}hip-amd-gfx906-gfx908-r4.json"

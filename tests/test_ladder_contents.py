@@ -167,6 +167,7 @@ def test_every_committed_rung_of_an_emulation_names_it_or_is_expired() -> None:
 # -- records of jobs ------------------------------------------------------------------------------
 
 RECORD = {
+    "name": "reference",
     "backend": REFERENCE,
     "source_sha256": "a" * 64,
     "command": "bash it.sh",

@@ -8,13 +8,13 @@ from ..verdict import why_no_rung
 from .markup import Html, element, prose
 from .parts import command, facts, glyph, pill
 from .words import (
-    EMULATED,
     RUNGS,
     broken,
     counts,
     device,
     duration,
     emulated,
+    emulation,
     left_out,
     moment,
     sentence,
@@ -43,7 +43,7 @@ def hero(record: RunRecord) -> Html:
             " ",
             element("span", "on ", device(record), class_="on"),
         ),
-        _banner() if emulated(record) else None,
+        _banner(record) if emulated(record) else None,
         _verdict(record),
         _bar(record),
         _notes("Waivers that do not hold", broken(record)),
@@ -55,9 +55,9 @@ def hero(record: RunRecord) -> Html:
     )
 
 
-def _banner() -> Html:
+def _banner(record: RunRecord) -> Html:
     return element(
-        "aside", element("strong", "Emulated"), element("p", EMULATED), class_="emulated",
+        "aside", element("strong", "Emulated"), element("p", emulation(record)), class_="emulated",
         aria_label="Emulated device",
     )  # fmt: skip
 

@@ -9,13 +9,13 @@ from ..records import STATUSES, CaseRecord, RunRecord
 from .first_byte import first_byte
 from .markup import printable
 from .words import (
-    EMULATED,
     STATUS_WORDS,
     broken,
     counts,
     device,
     duration,
     emulated,
+    emulation,
     left_out,
     moment,
     plural,
@@ -74,7 +74,7 @@ def _head(record: RunRecord) -> str:
         text(sentence(record)),
     ]
     if emulated(record):
-        lines.insert(1, f"> **EMULATED.** {EMULATED}")
+        lines.insert(1, f"> **EMULATED.** {text(emulation(record))}")
     return "\n\n".join(lines)
 
 

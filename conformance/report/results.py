@@ -16,6 +16,7 @@ from pathlib import Path
 from ..records import RunRecord
 from ..verdict import SEAL, digest_of, judge
 from ..verify import check_report
+from .words import built
 
 Check = Callable[[str], list[str]]
 
@@ -27,11 +28,13 @@ def device_kind(record: RunRecord) -> str:
 
 
 def file_name(record: RunRecord) -> str:
-    """``<backend>-<device>-<suite>.json``; the device by its own name where it is a real one."""
+    """``<backend>-<device>-<suite>.json``; the device by its own name where it is a real one, with
+    what carried plans out where a library was built for that."""
     kind = device_kind(record)
     named = record.environment.get("device_name") or kind
     on_host = kind == "cpu" or record.environment.get("emulated") is not False
-    parts = (record.backend["name"], kind if on_host else str(named), record.suite)
+    place = f"{kind if on_host else named} {built(record)}"
+    parts = (record.backend["name"], place, record.suite)
     return (
         "-".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()).strip("-.") for part in parts) + ".json"
     )

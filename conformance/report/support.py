@@ -11,7 +11,7 @@ from ..ladder import Digest, Ladder, Rung, by_pair, cpu_name, digest, why_expire
 from ..records import RunRecord
 from .markdown import text
 from .results import device_kind
-from .words import emulated
+from .words import built, emulated
 
 # Packages of the environment whose versions a result stands or falls with, beyond torch's own.
 _PACKAGES = {
@@ -24,7 +24,8 @@ _PACKAGES = {
 
 
 def device(record: RunRecord) -> str:
-    """The device for a reader: ``NVIDIA H200``, ``CPU (x86-64)``, ``mlu, emulated``."""
+    """The device for a reader: ``NVIDIA H200``, ``CPU (x86-64)``, ``mlu, emulated``; with what
+    carried plans out, where a library was built for that: it has a row of its own."""
     kind = device_kind(record)
     if kind == "cpu":
         machine = str(record.environment.get("os", "")).split()[-1:] or [""]
@@ -33,7 +34,8 @@ def device(record: RunRecord) -> str:
         name = kind.rpartition(":")[2]  # of simdev:mlu the name that it carries
     else:
         name = str(record.environment.get("device_name") or kind)
-    return f"{name}, emulated" if emulated(record) else name
+    parts = [name, "emulated" if emulated(record) else "", built(record)]
+    return ", ".join(part for part in parts if part)
 
 
 def versions(record: RunRecord) -> str:
@@ -53,7 +55,7 @@ def verified(rung: Rung, ladder: Ladder, digest: Digest = digest) -> str:
     """A rung as a link to its evidence, and what has changed since."""
     linked = f"[{rung.rung}: {text(rung.told)}]({rung.evidence})"
     since = why_expired(rung, ladder, digest)
-    parts = [f"expired: {linked}" if since else linked, since, text(rung.note)]
+    parts = [f"expired: {linked}" if since else linked, since, *map(text, rung.caveats)]
     return ", ".join(part for part in parts if part)
 
 
@@ -61,7 +63,8 @@ def reached(rung: Rung, ladder: Ladder, digest: Digest = digest) -> str:
     """A rung without its link, with the device that it is about: ``R3: 1,820 cases (mlu,
     emulated)``."""
     since = why_expired(rung, ladder, digest)
-    parts = [f"{rung.rung}: {text(rung.told)} ({text(rung.device)})", since, text(rung.note)]
+    parts = [f"{rung.rung}: {text(rung.told)} ({text(rung.device)})", since]
+    parts += map(text, rung.caveats)
     return ("expired: " if since else "") + ", ".join(part for part in parts if part)
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from datetime import datetime, timezone
 from typing import Any
 
-from ..records import STATUSES, RunRecord, Status
+from ..records import ASSUMPTION, CARRIER, LIBRARY, STATUSES, RunRecord, Status
 from ..verdict import LEFT_OUT
 from ..waivers import problems
 
@@ -62,6 +62,18 @@ def bad(record: RunRecord) -> int:
 def emulated(record: RunRecord) -> bool:
     """Whether the device says that it is none."""
     return bool(record.environment.get("emulated"))
+
+
+def emulation(record: RunRecord) -> str:
+    """What an emulated device says, and what it does not, in sentences."""
+    assumed = record.environment.get(ASSUMPTION)
+    return f"{EMULATED} It holds {assumed}." if assumed else EMULATED
+
+
+def built(record: RunRecord) -> str:
+    """``by the AscendC kernel``, where a library that was built for that carried plans out."""
+    known = record.environment
+    return f"by {known.get(CARRIER) or ', '.join(known[LIBRARY])}" if known.get(LIBRARY) else ""
 
 
 def device(record: RunRecord) -> str:

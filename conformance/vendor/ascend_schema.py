@@ -23,14 +23,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from portakv.backends._ascendc import VARIABLE
 from portakv.backends._kernel_cache import directory
 
+from .. import ladder
 from ..environment import hashed
+from ..evidence import name_of
 from ..report.results import keep, read
 from . import ascend_device, cann_stub, standins
 
@@ -115,6 +117,7 @@ def _judge(asked: argparse.Namespace, work: Path, report: Path) -> dict[str, Any
     return {
         **made,
         "what": "accepted by the vendor's schemas",
+        "name": name_of(BACKEND),
         "backend": BACKEND,
         "source_sha256": suite["source_sha256"],
         "device": "npu, emulated",
@@ -135,8 +138,27 @@ def _environment(venv: Path, python: Path) -> Path:
     if not list(wheels.glob("torch_npu-*.whl")):
         _run([*pip, "download", "--no-deps", "--dest", str(wheels), f"torch_npu=={TORCH_NPU}"])
     [wheel] = wheels.glob("torch_npu-*.whl")
+    check_wheel(wheel, ladder.read().vendor)
     _run([*pip, "install", "--no-deps", str(wheel)])
     return wheel
+
+
+def check_wheel(wheel: Path, known: Mapping[str, str]) -> str:
+    """The sha256 of a wheel, which is the known one of its file name where there is one.
+
+    Raises:
+        JobError: it is another.
+    """
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    expected = known.get(wheel.name, digest)
+    if digest != expected:
+        raise JobError(
+            f"{wheel.name} has the sha256 {digest}, and the vendor's wheel of that name has "
+            f"{expected} ([vendor] in conformance/ladder.toml). It was not installed: delete "
+            f"{wheel} and run the job again; if the vendor gives out another wheel under that name "
+            f"now, say so in ladder.toml"
+        )
+    return digest
 
 
 def _variables(work: Path) -> dict[str, str]:

@@ -27,6 +27,7 @@ from portakv_conformance.source import source_sha256
 from portakv import CopyPlan, KVView
 from portakv.backends._hiprtc import FLAGS
 from portakv.backends._rows_kernel import NAMES, RowsKernel
+from portakv.backends.hip import Hip
 
 TARGETS = ("gfx906", "gfx908", "gfx90a")
 _NHD = "layer | kv block token head dim"
@@ -220,6 +221,7 @@ def _report(
     return {
         "what": "built by the vendor's toolchain" if dtk else "cross-compiled, not executed",
         "backend": "portakv.backends.hip:Hip",
+        "name": Hip.name,
         "source_sha256": source_sha256("portakv.backends.hip:Hip"),
         "device": f"{'Hygon' if dtk else 'AMD'} {', '.join(targets)}",
         "command": " ".join([f"bash native/cuda/{script}", *targets]),

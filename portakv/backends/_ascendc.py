@@ -62,13 +62,14 @@ class Kernel:
     """A loaded library.
 
     Attributes:
-        name: its file's, for a reader.
+        name: its file's, for a reader; path: of that file.
         library: with its functions typed.
         blocks, ub_bytes: vector cores, and bytes of one core's unified buffer.
         emulated: it runs the kernel on a CPU.
     """
 
     name: str
+    path: str
     library: Any
     blocks: int
     ub_bytes: int
@@ -183,7 +184,7 @@ def _loaded(path: str) -> Kernel:
             f"{name} found no vector cores, or none with a unified buffer (code {code}); source "
             f"CANN's set_env.sh, and see that there is an NPU"
         )
-    return Kernel(name, library, blocks.value, ub_bytes.value, emulated)
+    return Kernel(name, path, library, blocks.value, ub_bytes.value, emulated)
 
 
 def _type(library: Any, name: str, functions: dict[str, tuple[Any, tuple[Any, ...]]]) -> None:

@@ -76,6 +76,8 @@ class Ascend(Backend):
         #: What stands in for torch_npu, or for what is below it, says so of itself.
         self.emulated = bool(getattr(_vendor(), "EMULATED", False))
         self._kernel, _ = self.find_kernel(self.emulated)
+        self.carrier = "the AscendC kernel" if self._kernel else "the ops of torch_npu"
+        self.library = self._kernel.path if self._kernel else ""
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:

@@ -133,6 +133,10 @@ class Backend(ABC):
     """
 
     name: str = ""
+    #: What carries plans out where a backend has more than one way, such as ``the AscendC kernel``,
+    #: and the file of the library that was built for it beforehand. Reports of the suite say both.
+    carrier: str = ""
+    library: str = ""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

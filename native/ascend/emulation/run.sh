@@ -136,6 +136,7 @@ record() {
         --device "CPU ($(uname -m | tr _ -)), emulated, under ASan and UBSan" \
         --versions "$(g++ --version | head -n 1)" --report "$file" \
         --says 'calls __asan_init __ubsan_handle[^$]*conformant, R3[^$]*\nall right\n' \
+        --tells 'profile\s+\w+,\s+seed\s+\d+:\s+\d[^.]*?(?=\s+in\s+\d)' \
         -- "${words[@]}"
 }
 
