@@ -75,7 +75,7 @@ def main(
     chunks = store(connector, slots, host)
     sizes = " + ".join(str(chunk.shape[2]) for chunk in chunks)
     found = "pinned" if chunks[0].is_pinned() else "pageable"
-    tell(f"stored   from_gpu: {len(chunks)} chunks of {sizes} tokens in {found} host memory")
+    tell(f"stored   from_gpu: {len(chunks)} chunks of {sizes} tokens in {found} memory")
     overwrite(kv_caches)
     noise = taken_from(paged, slots, cache)
     tell("lost     all of the paged memory was overwritten with noise")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,16 @@ class DeviceAbsent(Exception):
     ) -> None:
         super().__init__(why)
         self.device, self.package, self.install = device, package, install
+
+    def told(self, reasons: Iterable[str]) -> str:
+        """Why, with what to install: in the words of the backend that is made for the device, which
+        knows the release, where one of the backends' ``reasons`` is about that package."""
+        todo = self.install
+        for reason in reasons:
+            _, install, words = reason.partition("; install ")
+            if install and self.package and self.package in reason:
+                todo = f"install {words}"
+        return "; ".join(part for part in (str(self), todo) if part)
 
 
 def known(device: torch.device | str) -> torch.device:

@@ -11,7 +11,7 @@ import difflib
 import importlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -325,21 +325,11 @@ def found(device: torch.device | str) -> torch.device:
         return place
     absent, said = place
     lines = "\n".join(f"  {d}" for d in said)
+    why = absent.told(d.reason for d in said)
     raise BackendUnavailable(
-        f"Device {str(device)!r} was asked for, but {_lacking(absent, said)}. The candidates "
-        f"said:\n{lines}\n"
+        f"Device {str(device)!r} was asked for, but {why}. The candidates said:\n{lines}\n"
         f"Mend one of the reasons, or pass a device that torch lists, such as 'cpu'."
     ) from absent
-
-
-def _lacking(absent: DeviceAbsent, said: Sequence[Decision]) -> str:
-    """Why a device is not here, with what to install in the words of the candidate made for it."""
-    todo = absent.install
-    for decision in said:
-        _, install, words = decision.reason.partition("; install ")
-        if install and absent.package and absent.package in decision.reason:
-            todo = f"install {words}"
-    return "; ".join(part for part in (str(absent), todo) if part)
 
 
 def _sought(
