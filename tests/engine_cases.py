@@ -135,15 +135,15 @@ def launch_pieces(
 ) -> None:
     """Launch whole units, and then the rest by tokens, as the library does."""
     src, dst = views
-    steps = [index.plan_step for index in indices]
+    src_index, dst_index = indices
     start = 0
     for unit in (None, 1):
-        plan = CopyPlan(src.form, dst.form, *steps, unit)
+        plan = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step, unit)
         aligned = not any(i.offset % plan.unit for i in indices)
         tokens = (count - start) // plan.unit * plan.unit if aligned else 0
         if tokens:
-            moved = [index.shifted(start) for index in indices]
+            mine, theirs = src_index.shifted(start), dst_index.shifted(start)
             assert engine.check(plan).accepted, engine.check(plan)
-            engine.prepare(plan)(src, dst, *moved, tokens, stream, None)
+            engine.prepare(plan)(src, dst, mine, theirs, tokens, stream, None)
             start += tokens
     assert start == count

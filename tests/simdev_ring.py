@@ -54,8 +54,9 @@ class Copies:
         # Backwards, so that the device's half is no plain copy.
         ids = Index(list(range(tokens))[::-1])
         self.indices = (ids, Index()) if down else (Index(), ids)
-        steps = [index.plan_step for index in self.indices]
-        self.launch = Ring(device).prepare(CopyPlan(*(v.form for v in self.views), *steps))
+        forms, steps = (v.form for v in self.views), (i.plan_step for i in self.indices)
+        plan = CopyPlan(*forms, *steps)  # type: ignore[arg-type]
+        self.launch: Any = Ring(device).prepare(plan)
 
     def fill(self, seed: int) -> torch.Tensor:
         """Other bytes in the source; returns what the destination is to hold."""

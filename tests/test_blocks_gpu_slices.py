@@ -89,6 +89,7 @@ def test_a_rate_is_kept(store: bool) -> None:
     took = time.perf_counter() - began
     found = moved.statistics
     # The rate is a limit: never above it, and not far below where the machine is busy.
+    assert found.gbps is not None
     for reached in (found.gbps, blocks * BIG / took / 1e9):
         assert 0.75 * rate < reached < 1.03 * rate
     assert holds(dst, numbers)

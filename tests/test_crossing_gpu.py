@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,7 +132,7 @@ def test_rows_at_odd_addresses_beside_plain_copies(to_device: bool, which: int) 
 def test_a_copy_is_ordered_on_its_stream(count: int, which: int) -> None:
     """Behind a producer that is late, and before a consumer; the host goes on at once."""
     link, pieces = Link(False), scattered(count)
-    stream = streams()[which] or torch.cuda.current_stream(DEVICE)
+    stream: Any = streams()[which] or torch.cuda.current_stream(DEVICE)
     fresh, rubbish = link.src.clone(), torch.zeros_like(link.src)
     link.src.zero_()
     torch.cuda.synchronize()
@@ -226,14 +227,14 @@ def test_foreign_host_memory_is_held_while_a_copy_flies() -> None:
     host.copy_(noise(host.numel()))
     wanted = host.clone()
     device = torch.zeros(1 << 20, dtype=torch.uint8, device=DEVICE)
-    views = [KVView(each.view(-1, 256), "token dim") for each in (host, device)]
-    plan = CopyPlan(views[0].form, views[1].form)
+    src, dst = (KVView(each.view(-1, 256), "token dim") for each in (host, device))
+    plan = CopyPlan(src.form, dst.form)
     launch = Descriptors(DEVICE).prepare(plan)
     torch.cuda._sleep(LONG)
-    launch(*views, Index(), Index(), 4096, None, None)
+    launch(src, dst, Index(), Index(), 4096, None, None)
     assert _flight.held() == 1
     memory.close()
-    del host, views
+    del host, src, dst
     gc.collect()
     assert not memory.released
     torch.cuda.synchronize()

@@ -46,8 +46,8 @@ class Copies:
         self.views, self.indices = (rows, host), (mine, theirs)
         if not down:
             self.views, self.indices = self.views[::-1], self.indices[::-1]
-        steps = [index.plan_step for index in self.indices]
-        plan = CopyPlan(*(view.form for view in self.views), *steps)
+        forms, steps = (v.form for v in self.views), (i.plan_step for i in self.indices)
+        plan = CopyPlan(*forms, *steps)  # type: ignore[arg-type]
         self.launch = Ring(device).prepare(plan)
 
     def fill(self) -> None:

@@ -129,7 +129,12 @@ def test_consecutive_ids_are_one_plain_copy(monkeypatch: pytest.MonkeyPatch) -> 
     slot = mirror.view(torch.zeros(mirror.nbytes(64), dtype=torch.uint8), 64)
     seen = []
     plain = host_rows._copy
-    monkeypatch.setattr(host_rows, "_copy", lambda *a: (seen.append(a), plain(*a)))
+
+    def noted(*arguments: Any) -> None:
+        seen.append(arguments)
+        plain(*arguments)
+
+    monkeypatch.setattr(host_rows, "_copy", noted)
     half = HostRows(slot.form, rows.form, 0, BLOCK, BLOCK)
     half.copy(slot, rows, Index(), Index(list(range(4, 12)), step=BLOCK), 64)
     assert [(a[1], a[3]) for a in seen] == [(None, None)]
