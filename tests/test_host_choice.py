@@ -18,7 +18,7 @@ from portakv import Index, KVView, Unsupported
 from portakv.host.engines import picking
 from portakv.host.engines.assumed import COSTS, DIRECTIONS, Assumed
 from portakv.host.engines.chosen import Host, HostLaunch
-from portakv.host.engines.picking import ORDER, SMALL, WIDE, Pick, pick
+from portakv.host.engines.picking import APART, ORDER, SMALL, WIDE, Pick, pick
 from portakv.host.engines.shapes import Shape
 from portakv.host.engines.table import Point, Table
 from portakv.host.engines.terms import Terms
@@ -419,3 +419,26 @@ def test_the_guide_tells_what_is_assumed() -> None:
                  f"{down.rate / 1e9:.1f} / {up.rate / 1e9:.1f}"]  # fmt: skip
         assert "| " + " | ".join(cells).replace("|  |", "| |") + " |" in page
     assert f"{SMALL['d2h'] >> 20} MiB from the device and {SMALL['h2d'] >> 20} MiB to it" in page
+
+
+def test_a_kernel_reads_what_lies_plane_behind_plane() -> None:
+    """Where a plane of the host's lies scattered, `direct` is slower, and small loads go by it only
+    as far as small stores do."""
+    nbytes = SMALL["h2d"]
+    shapes = {"staged": Shape(nbytes, 1, 1), "direct": Shape(nbytes, 4096, 4096)}
+    for scattered in (False, True):
+        found = pick(shapes, "h2d", {}, Terms(), Assumed("a test"), scattered)
+        seconds = {one.engine: one.seconds for one in found.alternatives}
+        assert found.engine == ("staged" if scattered else "direct")
+        assert bool(refusals(found)["direct"]) == scattered
+        if not scattered:
+            dense = seconds["direct"]
+        else:
+            assert seconds["direct"] == pytest.approx(dense / APART)
+
+
+@pytest.mark.parametrize("rows", [WIDE // 8, WIDE])
+def test_narrow_rows_of_a_folded_copy_count_one_by_one(rows: int) -> None:
+    shapes = {"staged": Shape(64 * 64 * rows, 64 * 64, 64)}
+    (found,) = pick(shapes, "h2d", {}, Terms(), Assumed("a test")).alternatives
+    assert found.runs == (64 if rows == WIDE else 64 * 64)

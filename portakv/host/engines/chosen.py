@@ -25,6 +25,7 @@ from .._flight import inside
 from ..ids import bring
 from .crossing import by_torch
 from .engine import Engine, direction_of
+from .mirror import mirror_of
 from .picking import ORDER, Pick, pick
 from .shapes import RunCounter, Shape
 from .table import Costs, costs_of
@@ -147,6 +148,7 @@ class HostLaunch:
         # Rows at a pitch cost what a run of all their bytes costs only on the way to the device:
         # back from it 64 rows of 32 KiB took twice their time on an H200. To torch each is a call.
         self._by_rows = self.direction == "d2h" or by_torch(host.device)
+        self._apart = self.direction == "h2d" and not mirror_of(plan.src).outside
         self._lock = threading.RLock()
         self._launches: dict[str, Launch] = {}
         self._whole, self._of_host = RunCounter(plan), RunCounter.of_host(plan)
@@ -180,7 +182,7 @@ class HostLaunch:
         found = self._picks.get(key)
         if found is None:
             shapes = self._shapes(whole, of_host, count)
-            found = pick(shapes, self.direction, out, self._terms, self._host.costs)
+            found = pick(shapes, self.direction, out, self._terms, self._host.costs, self._apart)
             if len(self._picks) >= _MOST:
                 self._picks.clear()
             self._picks[key] = found
