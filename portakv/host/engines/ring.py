@@ -28,7 +28,7 @@ from .folding import Pieces
 from .halves import Halves
 from .host_rows import HostRows
 from .mirror import mirror_of
-from .schedule import multiple
+from .schedule import RING, multiple
 from .staging import Staging, staging
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class _RingLaunch:
         slices = self.slices(theirs.offset, count)
         with self._slots.lock, room.lock, _flight.inside(stream):
             largest = self.mirror.nbytes(max(piece.held for piece in slices))
-            room.reserve(largest)
+            room.reserve(largest, RING)
             self._slots.reserve(largest)
             passage = _Passage(self, room, self._slots, work, slices)
             passage.run(rows, host, mine, theirs)
@@ -209,7 +209,7 @@ class _Passage:
         # A single slice has nothing to overlap with.
         single = len(slices) == 1
         self._half, self._link = (work, work) if single else (room.half, room.link)
-        self._free: list[torch.Event | None] = [None] * room.mirrors
+        self._free: list[torch.Event | None] = [None] * RING
         self._by: Route | None = None
         self._placed = Index()
 
@@ -236,7 +236,7 @@ class _Passage:
 
     def _take(self, nth: int, rows: KVView, mine: Index) -> None:
         """From the device's rows to a slot."""
-        piece, at = self._slices[nth], nth % self._room.mirrors
+        piece, at = self._slices[nth], nth % RING
         mirror, way, index = self._device_half(piece, at, mine)
         _wait(self._half, self._free[at])
         _finish(way.launch(rows, mirror, index, piece.behind, piece.count, self._half, None))
@@ -246,7 +246,7 @@ class _Passage:
 
     def _bring(self, nth: int, rows: KVView, mine: Index) -> None:
         """From a slot to the device's rows."""
-        piece, at = self._slices[nth], nth % self._room.mirrors
+        piece, at = self._slices[nth], nth % RING
         mirror, way, index = self._device_half(piece, at, mine)
         _wait(self._link, self._free[at])
         self._cross(nth, mirror)

@@ -17,8 +17,11 @@ from ...form import Form
 #: (the first gather, the last scatter), so slices grow from there, each by `GROWTH`. Measured on an
 #: H200: of 8, 16 and 32 MiB the largest lose least to the gaps between slices.
 LARGEST, SMALLEST, GROWTH = 32 << 20, 4 << 20, 4
-#: Mirrors that are under way at once: one is filled or emptied while the other crosses.
-RING = 2
+#: Mirrors that are under way at once: one is filled or emptied while the other crosses. Where
+#: transfers follow each other there is a third one: a persistent matmul lets a gather in only between
+#: two of its kernels, every 1.6 ms, in which the link of an H200 moves 85 MiB; with two mirrors it
+#: reached 0.73 of a memcpy then.
+RING, LONG_RING = 2, 3
 #: Bytes up to which a transfer is one slice: a gather of 16 MiB takes 10 us, no more than what the
 #: events and the gap of another slice cost.
 WHOLE = 16 << 20
@@ -34,7 +37,14 @@ class Cut:
     count: int
 
 
-def cuts(form: Form, outside: tuple[str, ...], count: int, quantum: int, rising: bool) -> list[Cut]:
+def cuts(
+    form: Form,
+    outside: tuple[str, ...],
+    count: int,
+    quantum: int,
+    rising: bool,
+    idle: bool = True,
+) -> list[Cut]:
     """Cut ``count`` positions of a form into slices, in the order in which they should be moved.
 
     Args:
@@ -43,11 +53,13 @@ def cuts(form: Form, outside: tuple[str, ...], count: int, quantum: int, rising:
         count: positions.
         quantum: every slice but the last along the positions is a multiple of it.
         rising: small slices first; else last.
+        idle: the link is; else all slices are as large as they can be, as nothing waits for the
+            first of them, and a model that leaves little room is asked for it least often.
     """
     if form.token_bytes // _page(form) * count <= WHOLE:
         return [Cut(None, None, 0, count)]
     found: list[Cut] = []
-    target = SMALLEST
+    target = SMALLEST if idle else LARGEST
     for kv, layers, atom in _planes(form, outside, count):
         at = 0
         while at < layers:

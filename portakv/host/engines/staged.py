@@ -23,7 +23,7 @@ from .engine import PINNED, Engine
 from .folding import Pieces
 from .halves import Halves
 from .mirror import mirror_of
-from .schedule import Cut, cuts
+from .schedule import LONG_RING, RING, Cut, cuts
 from .staging import Staging, staging
 
 if TYPE_CHECKING:
@@ -79,22 +79,23 @@ class _StagedLaunch:
             return
         host, rows = (dst, src) if self.downward else (src, dst)
         theirs, mine = (dst_index, src_index) if self.downward else (src_index, dst_index)
-        legs = self._legs(rows, host, theirs.to_host(), count)
         work = stream or torch.accelerator.current_stream(self.device.index)
         room = staging(self.device, work)
+        idle = room.link.query()
+        legs = self._legs(rows, host, theirs.to_host(), count, idle)
         try:
             with room.lock, _flight.inside(stream):
                 passage = _Passage(self.downward, room, work, self._crossing, len(legs) == 1)
-                passage.run(legs, host, mine)
+                passage.run(legs, host, mine, RING if idle else LONG_RING)
         finally:
             # No allocator knows of the link's copies: the host's memory is held until they ended,
             # also those that were under way when something failed.
             _flight.completion(self.device, work, *host.owners)
 
-    def _legs(self, rows: KVView, host: KVView, theirs: Index, count: int) -> list[Leg]:
-        """The slices of a transfer, kept for others of its kind."""
+    def _legs(self, rows: KVView, host: KVView, theirs: Index, count: int, idle: bool) -> list[Leg]:
+        """The slices of a transfer, kept for others of its kind; ``idle``: the link is."""
         outside: tuple[str, ...] = ()
-        key: tuple[object, ...] = count, theirs.offset
+        key: tuple[object, ...] = count, theirs.offset, idle
         if theirs.ids is not None:
             key += id(theirs.lineage), host.origins
         elif len(host.origins) > 1 or _registrations.seams():
@@ -105,7 +106,7 @@ class _StagedLaunch:
         known = kept.get(key)
         if known is None:
             # Ids scatter the rows of a plane anyway, and several allocations the planes.
-            slices = cuts(self._host, outside, count, self.whole.quantum, self.downward)
+            slices = cuts(self._host, outside, count, self.whole.quantum, self.downward, idle)
             legs = [Leg(self, cut, bool(outside), rows, host, theirs) for cut in slices]
             if len(kept) >= _KEPT:
                 kept.clear()
@@ -221,13 +222,13 @@ class _Passage:
         # A single slice has nothing to overlap with.
         self._half, self._link = (work, work) if single else (room.half, room.link)
 
-    def run(self, legs: list[Leg], host: KVView, mine: Index) -> None:
-        """Move every slice."""
+    def run(self, legs: list[Leg], host: KVView, mine: Index, mirrors: int) -> None:
+        """Move every slice, through so many mirrors."""
         room, work = self._room, self._work
-        room.reserve(max(leg.nbytes for leg in legs))
+        room.reserve(max(leg.nbytes for leg in legs), mirrors)
         moves, placed, by = [], mine, None
         for nth, leg in enumerate(legs):
-            mirror = room.mirror(nth % room.mirrors, leg.mirror, leg.held)
+            mirror = room.mirror(nth % mirrors, leg.mirror, leg.held)
             way = leg.settle(mirror)
             if way is not by:
                 placed, by = way.place(mine), way
@@ -235,11 +236,11 @@ class _Passage:
         others = [stream for stream in (self._half, self._link) if stream is not work]
         for stream in others:
             stream.wait_stream(work)
-        free: list[torch.Event | None] = [None] * room.mirrors
+        free: list[torch.Event | None] = [None] * mirrors
         try:
             for nth, (leg, mirror, way, index) in enumerate(moves):
-                again = nth + room.mirrors < len(legs)
-                at = nth % room.mirrors
+                again = nth + mirrors < len(legs)
+                at = nth % mirrors
                 free[at] = self._move(leg, mirror, host, way, index, free[at], again)
         finally:
             # What was enqueued, also before an interrupt, is part of the caller's stream.

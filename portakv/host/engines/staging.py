@@ -27,14 +27,13 @@ class Staging:
     Attributes:
         half: the stream of the device's half.
         link: the stream on which slices cross.
-        mirrors: how many there are.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.lock = threading.Lock()
         self.half = torch.Stream(device, priority=-1)
         self.link = torch.Stream(device)
-        self.mirrors = RING
+        self._mirrors = RING
         self._device = device
         self._each = 0
         self._room: torch.Tensor | None = None
@@ -45,17 +44,18 @@ class Staging:
         """Bytes of the device that are held."""
         return 0 if self._room is None else self._room.numel()
 
-    def reserve(self, nbytes: int) -> None:
-        """Have room for mirrors of so many bytes each; on the current stream.
+    def reserve(self, nbytes: int, mirrors: int) -> None:
+        """Have room for so many mirrors, of so many bytes each; on the current stream.
 
         Smaller memory is given back: to what the allocator serves later on this stream, which by
         then waits for every use.
         """
-        each = -(-nbytes // _APART) * _APART
-        if each > self._each:
+        each = max(self._each, -(-nbytes // _APART) * _APART)
+        if each > self._each or mirrors > self._mirrors:
+            self._mirrors = max(self._mirrors, mirrors)
             self._views.clear()
             self._room = None
-            self._room = torch.empty(self.mirrors * each, dtype=torch.uint8, device=self._device)
+            self._room = torch.empty(self._mirrors * each, dtype=torch.uint8, device=self._device)
             self._each = each
 
     def mirror(self, at: int, mirror: Mirror, held: int) -> KVView:
