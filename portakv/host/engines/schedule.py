@@ -17,10 +17,9 @@ from ...form import Form
 #: (the first gather, the last scatter), so slices grow from there, each by `GROWTH`. Measured on an
 #: H200: of 8, 16 and 32 MiB the largest lose least to the gaps between slices.
 LARGEST, SMALLEST, GROWTH = 32 << 20, 4 << 20, 4
-#: Mirrors that are under way at once: one is filled or emptied while the other crosses. Where
-#: transfers follow each other there is a third one: a persistent matmul lets a gather in only between
-#: two of its kernels, every 1.6 ms, in which the link of an H200 moves 85 MiB; with two mirrors it
-#: reached 0.73 of a memcpy then.
+#: Mirrors that are under way at once: one is filled or emptied while the other crosses. A third one
+#: where transfers follow each other: a persistent matmul lets a gather in only between two of its
+#: kernels, every 1.6 ms, in which the link of an H200 moves 85 MiB.
 RING, LONG_RING = 2, 3
 #: Bytes up to which a transfer is one slice: a gather of 16 MiB takes 10 us, no more than what the
 #: events and the gap of another slice cost.
