@@ -15,6 +15,7 @@ from .block_transfer import BlockTransfer
 from .capture import capturing, ignore_captures_elsewhere
 from .clean import clean
 from .errors import Unsupported
+from .host.ids import bring
 from .pump import Landing, Pace, Pump, Slice
 from .transfer import Transfer
 
@@ -117,6 +118,7 @@ def _inside(order: Order) -> Iterator[None]:
         return
     ignore_captures_elsewhere(order.device)
     with torch.get_device_module(order.device).stream(order.stream):
+        bring((order.src_index, order.dst_index), order.device, order.choice.can.index_dtypes)
         for index in (order.src_index, order.dst_index):
             if index.ids is not None:
                 # All at once, kept by the index: a copy for each slice would wait for the last.

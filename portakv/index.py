@@ -144,11 +144,6 @@ class Index:
         if known is not None:
             return known
         assert self.ids is not None
-        if self.fleeting:
-            from .host.ids import bring  # it stands above
-
-            if bring((self,), home, dtypes) and self._placed is not None:
-                return self._placed
         wanted = torch.int64 if torch.int64 in dtypes else torch.int32
         dtype = self.ids.dtype if self.ids.dtype in dtypes else wanted
         narrows = dtype == torch.int32 and self.ids.dtype == torch.int64

@@ -14,6 +14,7 @@ import torch
 
 from .backends.base import Capabilities, Launch
 from .form import Form
+from .host.ids import bring
 from .index import Index
 from .plan import CopyPlan
 from .registry import Choice, prepare
@@ -35,6 +36,8 @@ class Route:
         """An index with its ids where, and in a dtype that, the backend reads."""
         if index.ids is None or self.can.index_on == "any":
             return index
+        if index.fleeting:
+            bring((index,), self.home_of_ids, self.can.index_dtypes)
         return index.placed(self.home_of_ids, self.can.index_dtypes)
 
 

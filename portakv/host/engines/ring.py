@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from ...backends.base import Capabilities, Launch, Pending
+from ...backends.base import Capabilities, Launch
 from ...errors import Unsupported
 from ...index import Index
 from ...plan import CopyPlan
@@ -29,7 +29,7 @@ from .halves import Halves
 from .host_rows import HostRows
 from .mirror import mirror_of
 from .schedule import RING, multiple
-from .staging import Staging, staging
+from .staging import Staging, finish, mark, staging, wait
 
 if TYPE_CHECKING:
     from ...form import Form
@@ -238,21 +238,21 @@ class _Passage:
         """From the device's rows to a slot."""
         piece, at = self._slices[nth], nth % RING
         mirror, way, index = self._device_half(piece, at, mine)
-        _wait(self._half, self._free[at])
-        _finish(way.launch(rows, mirror, index, piece.behind, piece.count, self._half, None))
-        _wait(self._link, self._mark(self._half))
+        wait(self._half, self._free[at])
+        finish(way.launch(rows, mirror, index, piece.behind, piece.count, self._half, None))
+        wait(self._link, mark(self._half, beside=self._half is not self._link))
         self._cross(nth, mirror)
-        self._free[at] = self._mark(self._link)
+        self._free[at] = mark(self._link, beside=self._half is not self._link)
 
     def _bring(self, nth: int, rows: KVView, mine: Index) -> None:
         """From a slot to the device's rows."""
         piece, at = self._slices[nth], nth % RING
         mirror, way, index = self._device_half(piece, at, mine)
-        _wait(self._link, self._free[at])
+        wait(self._link, self._free[at])
         self._cross(nth, mirror)
-        _wait(self._half, self._mark(self._link))
-        _finish(way.launch(mirror, rows, piece.behind, index, piece.count, self._half, None))
-        self._free[at] = self._mark(self._half)
+        wait(self._half, mark(self._link, beside=self._half is not self._link))
+        finish(way.launch(mirror, rows, piece.behind, index, piece.count, self._half, None))
+        self._free[at] = mark(self._half, beside=self._half is not self._link)
 
     def _device_half(self, piece: _Slice, at: int, mine: Index) -> tuple[KVView, Route, Index]:
         mirror = self._room.mirror(at, self._launch.mirror, piece.held)
@@ -290,21 +290,3 @@ class _Passage:
         piece = self._slices[nth]
         slot = self._ring.view(nth % TURNS, self._launch.mirror, piece.held)
         return slot, self._launch.of_host(slot, piece.held), piece
-
-    def _mark(self, stream: torch.Stream) -> torch.Event | None:
-        if self._half is self._link:
-            return None
-        event = torch.Event(stream.device)
-        event.record(stream)
-        return event
-
-
-def _wait(stream: torch.Stream, event: torch.Event | None) -> None:
-    if event is not None:
-        stream.wait_event(event)
-
-
-def _finish(pending: Pending | None) -> None:
-    """Wait for a device's half that is not ordered on its stream."""
-    if pending is not None:
-        pending.wait()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ...backends.base import Capabilities, Launch, Pending
+from ...backends.base import Capabilities, Launch
 from ...errors import Unsupported
 from ...index import Index
 from ...plan import CopyPlan
@@ -24,7 +24,7 @@ from .folding import Pieces
 from .halves import Halves
 from .mirror import mirror_of
 from .schedule import LONG_RING, RING, Cut, cuts
-from .staging import Staging, staging
+from .staging import Staging, finish, mark, staging, wait
 
 if TYPE_CHECKING:
     from ...view import KVView
@@ -262,31 +262,13 @@ class _Passage:
         half, link = self._half, self._link
         pieces = leg.pieces(mirror, host)
         if self._downward:
-            _wait(half, free)
-            _finish(way.launch(leg.rows, mirror, mine, leg.behind, leg.count, half, None))
-            _wait(link, self._mark(half))
+            wait(half, free)
+            finish(way.launch(leg.rows, mirror, mine, leg.behind, leg.count, half, None))
+            wait(link, mark(half, beside=self._half is not self._link))
             self._crossing.copy(pieces, mirror, host, link)
-            return self._mark(link) if again else None
-        _wait(link, free)
+            return mark(link, beside=self._half is not self._link) if again else None
+        wait(link, free)
         self._crossing.copy(pieces, host, mirror, link)
-        _wait(half, self._mark(link))
-        _finish(way.launch(mirror, leg.rows, leg.behind, mine, leg.count, half, None))
-        return self._mark(half) if again else None
-
-    def _mark(self, stream: torch.Stream) -> torch.Event | None:
-        if self._half is self._link:
-            return None
-        event = torch.Event(stream.device)
-        event.record(stream)
-        return event
-
-
-def _wait(stream: torch.Stream, event: torch.Event | None) -> None:
-    if event is not None:
-        stream.wait_event(event)
-
-
-def _finish(pending: Pending | None) -> None:
-    """Wait for a device's half that is not ordered on its stream."""
-    if pending is not None:
-        pending.wait()
+        wait(half, mark(link, beside=self._half is not self._link))
+        finish(way.launch(mirror, leg.rows, leg.behind, mine, leg.count, half, None))
+        return mark(half, beside=self._half is not self._link) if again else None

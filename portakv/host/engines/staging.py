@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...backends.base import Pending
 from .mirror import Mirror
 from .schedule import RING
 
@@ -83,3 +84,24 @@ def staging(device: torch.device, work: torch.Stream) -> Staging:
             while len(_known) > _STREAMS:
                 _known.popitem(last=False)
     return found
+
+
+def mark(stream: torch.Stream, beside: bool) -> torch.Event | None:
+    """An event behind what is on a stream; None where nothing runs beside it."""
+    if not beside:
+        return None
+    event = torch.Event(stream.device)
+    event.record(stream)
+    return event
+
+
+def wait(stream: torch.Stream, event: torch.Event | None) -> None:
+    """Make a stream wait for an event, if there is one."""
+    if event is not None:
+        stream.wait_event(event)
+
+
+def finish(pending: Pending | None) -> None:
+    """Wait for a device's half that is not ordered on its stream."""
+    if pending is not None:
+        pending.wait()
