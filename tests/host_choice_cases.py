@@ -16,9 +16,12 @@ from portakv import CopyPlan, Index, KVView
 from portakv.backends.base import Capabilities, Decision, Launch
 from portakv.errors import Unsupported
 from portakv.host.engines import chosen
+from portakv.host.engines.assumed import Assumed
 from portakv.host.engines.engine import PAGEABLE, PINNED, Engine
+from portakv.host.engines.picking import Pick
 from portakv.plan import CopyPlan as Plan
 
+ASSUMED = Assumed("of a test")
 CPU = torch.device("cpu")
 HERE = __name__
 BLOCKS, SIZE = 64, 16
@@ -163,3 +166,7 @@ def plan_of(src: KVView, dst: KVView, src_step: int = SIZE, dst_step: int = SIZE
 def apart(count: int, first: int = 0) -> Index:
     """Blocks without neighbours."""
     return Index([first + 2 * n for n in range(count)], SIZE)
+
+
+def refusals(picked: Pick) -> dict[str, str]:
+    return {one.engine: one.refused for one in picked.alternatives}

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import lcm
 from typing import TYPE_CHECKING
 
 import torch
 
+from ...errors import Unsupported
 from ...index import Index
 from ...plan import CopyPlan
 from ...routes import Route, route
@@ -17,6 +19,7 @@ from .mirror import Mirror
 from .schedule import capacity
 
 if TYPE_CHECKING:
+    from ...backends.base import Launch
     from ...registry import Choice
     from ...view import KVView
 
@@ -86,3 +89,18 @@ class Halves:
         if self.downward:
             return fold(link.runs(mirror, host, behind, index, count), mirror, host)
         return fold(link.runs(host, mirror, index, behind, count), host, mirror)
+
+
+def in_either_order(prepared: Callable[[bool], Launch]) -> Launch:
+    """A launch whose mirrors lie as the host's rows do, else layer by layer.
+
+    Args:
+        prepared: makes the launch, by layer where it is told so; may raise `Unsupported`.
+
+    Raises:
+        Unsupported: neither can be made; why not the second.
+    """
+    try:
+        return prepared(False)
+    except Unsupported:
+        return prepared(True)

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from ...backends.base import Capabilities, Launch
-from ...errors import Unsupported
 from ...index import Index
 from ...plan import CopyPlan
 from ...routes import Route
@@ -25,7 +24,7 @@ from ._ring_slots import TURNS, Slots, slots
 from .crossing import by_torch, crossing
 from .engine import PAGEABLE, PINNED, Engine
 from .folding import Pieces
-from .halves import Halves
+from .halves import Halves, in_either_order
 from .host_rows import HostRows
 from .mirror import mirror_of
 from .schedule import RING, multiple
@@ -57,17 +56,12 @@ class Ring(Engine):
         return Capabilities(places=places, index_on="any")
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        refused: Unsupported | None = None
-        for by_layer in (False, True):
+        def prepared(by_layer: bool) -> Launch:
             launch = _RingLaunch(plan, self, by_layer)
-            try:
-                launch.halves.prepare(self.device)
-            except Unsupported as error:
-                refused = error
-                continue
+            launch.halves.prepare(self.device)
             return launch
-        assert refused is not None
-        raise refused
+
+        return in_either_order(prepared)
 
 
 @dataclass(frozen=True, slots=True)

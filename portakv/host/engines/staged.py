@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ...backends.base import Capabilities, Launch
-from ...errors import Unsupported
 from ...index import Index
 from ...plan import CopyPlan
 from ...routes import Route
@@ -21,7 +20,7 @@ from .. import _flight, _registrations
 from .crossing import Crossing, crossing
 from .engine import PINNED, Engine
 from .folding import Pieces
-from .halves import Halves
+from .halves import Halves, in_either_order
 from .mirror import mirror_of
 from .schedule import LONG_RING, RING, Cut, cuts
 from .staging import Staging, finish, mark, staging, wait
@@ -41,17 +40,12 @@ class Staged(Engine):
         return Capabilities(places=PINNED, index_on="any")
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        refused: Unsupported | None = None
-        for by_layer in (False, True):
+        def prepared(by_layer: bool) -> Launch:
             launch = _StagedLaunch(plan, self, by_layer)
-            try:
-                launch.whole.prepare(self.device)
-            except Unsupported as error:
-                refused = error
-                continue
+            launch.whole.prepare(self.device)
             return launch
-        assert refused is not None
-        raise refused
+
+        return in_either_order(prepared)
 
 
 class _StagedLaunch:
