@@ -9,16 +9,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from portakv.console import print_json
-from portakv.errors import PortaKVError
-
-from .check import judge, load_bars, print_verdicts
-from .command import RESULT_FORMAT, Refused, Step, carry_out, pick_device, refuse_forced, write
+from .command import RESULT_FORMAT, Refused, Step, carry_out, conclude, pick_device, refuse_forced
 from .derive import peer_failures, relate
 from .host_cli import main as measure_host
 from .ladder import run_ladder
@@ -45,21 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         words.remove("--host")
         return measure_host(words)
     asked = _parser().parse_args(words)
-    try:
-        results = run(asked)
-    except (Refused, PortaKVError) as error:
-        print(f"portakv bench: {error}", file=sys.stderr)
-        return 2
-    written = write(results, asked.out, _file_name(asked, results)) if asked.out else []
-    if asked.json:
-        print_json(results)
-    else:
-        print_results(results)
-        print_verdicts(judge(results, load_bars()))
-    for path in written:
-        print(f"wrote {path}", file=sys.stderr)
-    right = all(row["verified"] for row in results["rows"] if not row.get("peer"))
-    return 0 if right else 1
+    return conclude("bench", asked, run, partial(_file_name, asked), print_results)
 
 
 def run(asked: argparse.Namespace) -> dict[str, Any]:

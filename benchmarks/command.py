@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -15,7 +16,11 @@ from typing import Any
 
 import torch
 
+from portakv.console import print_json
+from portakv.errors import PortaKVError
 from portakv.registry import ENVIRONMENT
+
+from .check import judge, load_bars, print_verdicts
 
 RESULT_FORMAT = 2
 
@@ -156,3 +161,39 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
             started = True
 
         yield advance
+
+
+def conclude(
+    verb: str,
+    asked: argparse.Namespace,
+    run: Callable[[argparse.Namespace], dict[str, Any]],
+    file_name: Callable[[dict[str, Any]], str],
+    show: Callable[[dict[str, Any]], None],
+) -> int:
+    """Measure, write where ``asked.out`` says, and show, as one JSON value where that was asked.
+
+    Args:
+        verb: the command, as its error names it.
+        asked: with ``out`` and ``json``.
+        run: measures.
+        file_name: what the results' file is called.
+        show: prints the results.
+
+    Returns:
+        0 all bytes of ours right, 1 some wrong, 2 the command cannot be carried out.
+    """
+    try:
+        results = run(asked)
+    except (Refused, PortaKVError) as error:
+        print(f"portakv {verb}: {error}", file=sys.stderr)
+        return 2
+    written = write(results, asked.out, file_name(results)) if asked.out else []
+    if asked.json:
+        print_json(results)
+    else:
+        show(results)
+        print_verdicts(judge(results, load_bars()))
+    for path in written:
+        print(f"wrote {path}", file=sys.stderr)
+    right = all(row["verified"] for row in results["rows"] if not row.get("peer"))
+    return 0 if right else 1

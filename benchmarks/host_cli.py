@@ -7,27 +7,24 @@ Exit codes as of `portakv bench`.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from portakv.console import print_json
-from portakv.errors import PortaKVError
 from portakv.host.engines.table import costs_of
 
-from .check import HOST_SUITE, judge, load_bars, print_verdicts
+from .check import HOST_SUITE
 from .command import (
     RESULT_FORMAT,
     Refused,
     Rows,
     Step,
     carry_out,
+    conclude,
     pick_device,
     refuse_forced,
-    write,
 )
 from .host_calls import call_steps
 from .host_grid import direct_steps, duplex_steps, grid_steps
@@ -62,21 +59,7 @@ def main(argv: Sequence[str]) -> int:
         argv: the words behind `portakv bench`, without ``--host``.
     """
     asked = _parser().parse_args(argv)
-    try:
-        results = run(asked)
-    except (Refused, PortaKVError) as error:
-        print(f"portakv bench --host: {error}", file=sys.stderr)
-        return 2
-    written = write(results, asked.out, f"{results['name']}.json") if asked.out else []
-    if asked.json:
-        print_json(results)
-    else:
-        print_host(results)
-        print_verdicts(judge(results, load_bars()))
-    for path in written:
-        print(f"wrote {path}", file=sys.stderr)
-    right = all(row["verified"] for row in results["rows"] if not row.get("peer"))
-    return 0 if right else 1
+    return conclude("bench --host", asked, run, lambda found: f"{found['name']}.json", print_host)
 
 
 def run(asked: argparse.Namespace) -> dict[str, Any]:
