@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,6 +16,7 @@ from .timers import Call, DeviceTimer, Sample, Timer
 #: in the queue it would fill, and the host wait for the delay itself.
 _SEEN = 3000.0
 _TIMES = 3
+_REST = 0.02  # seconds
 
 
 class LinkTimer(DeviceTimer):
@@ -39,6 +40,9 @@ class LinkTimer(DeviceTimer):
 class WallTimer:
     """The host's clock from a call's beginning until the device has ended it.
 
+    Before it the host rests: threads that torch copied with look for more work for some
+    milliseconds (libgomp: 8 - 10), and would take it from the threads of the next way.
+
     Attributes:
         alone: as in `LinkTimer`.
     """
@@ -56,6 +60,7 @@ class WallTimer:
     def sample(self, call: Call, i: int, settled: None) -> Sample:
         """Time one call with memory object ``i``."""
         self._synchronise()
+        sleep(_REST)
         start = perf_counter()
         call(i)
         issued = perf_counter()

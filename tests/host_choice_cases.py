@@ -25,6 +25,7 @@ ASSUMED = Assumed("of a test")
 CPU = torch.device("cpu")
 HERE = __name__
 BLOCKS, SIZE = 64, 16
+ROWS = 8 * SIZE * 4  # of 256 bytes, in each block
 
 
 class Fake(Engine):
@@ -145,16 +146,16 @@ def engines(monkeypatch: pytest.MonkeyPatch, **targets: str) -> Iterator[None]:
 
 
 def view(place: str) -> KVView:
-    """Blocks of 16 tokens, 8 planes of 4 KiB, each block in one piece."""
-    found = KVView(torch.empty(BLOCKS, 4, 2, SIZE, 256), "block layer kv token dim")
+    """Blocks of 16 tokens, 8 planes of 16 KiB, each block in one piece."""
+    found = KVView(torch.empty(BLOCKS, 4, 2, SIZE, 4, 64), "block layer kv token head dim")
     found.form = replace(found.form, place=place)
     return found
 
 
 def planes(place: str) -> KVView:
-    """The same rows with a plane for each layer and kv, in allocations of their own."""
-    layers = [torch.empty(2, BLOCKS, SIZE, 256) for _ in range(4)]
-    found = KVView(layers, "layer | kv block token dim")
+    """The same rows head by head, 256 bytes each, and each layer in an allocation of its own."""
+    layers = [torch.empty(2, BLOCKS, 4, SIZE, 64) for _ in range(4)]
+    found = KVView(layers, "layer | kv block head token dim")
     found.form = replace(found.form, place=place)
     return found
 

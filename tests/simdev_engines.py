@@ -13,6 +13,7 @@ from simdev_cases import DEVICE
 
 from portakv import CopyPlan, KVView
 from portakv.host.engines import ring, schedule, staging
+from portakv.host.engines.halves import Halves
 from portakv.host.engines.ring import Ring
 from portakv.host.engines.staged import Staged
 
@@ -156,6 +157,38 @@ def test_kept_slices_do_not_hold_the_memory_that_they_were_made_for() -> None:
     legs = [leg for kept in rows.kept[launch].values() for leg in kept.legs]
     assert legs
     assert all(leg._part is None and leg.rows.device == DEVICE for leg in legs)
+
+
+@pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
+def test_slices_cross_before_the_pieces_of_later_ones_are_made(
+    downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the link is idle until the host has expanded the whole transfer."""
+    for name, size in (("LARGEST", 4096), ("SMALLEST", 1024), ("WHOLE", 0)):
+        monkeypatch.setattr(schedule, name, size)
+    src, dst, _, _, _ = two_sides(40, downward)
+    steps = (1, 0) if downward else (0, 1)
+    launch: Any = Staged(DEVICE).prepare(CopyPlan(src.form, dst.form, *steps))
+    made, copy, order = Halves.pieces, launch._crossing.copy, list[str]()
+
+    def pieces(*arguments: Any) -> Any:
+        order.append("made")
+        return made(*arguments)
+
+    def crossing(*arguments: Any) -> None:
+        order.append("crossed")
+        copy(*arguments)
+
+    monkeypatch.setattr(Halves, "pieces", pieces)
+    monkeypatch.setattr(launch._crossing, "copy", crossing)
+    indices = _ordered(downward)
+    for again in (False, True):  # what is kept is not made again
+        order.clear()
+        launch(src, dst, *indices, 40, None, None)
+        torch.accelerator.synchronize(DEVICE)
+        slices = order.count("crossed")
+        assert slices > 2
+        assert order == (["crossed"] if again else ["made", "crossed"]) * slices
 
 
 def test_staging_stays_below_its_limit() -> None:

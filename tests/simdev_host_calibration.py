@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import sleep
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,13 +20,21 @@ from portakv import CopyPlan, PortaKVError
 from portakv.backends import _kernel_cache
 from portakv.backends.base import Capabilities, Decision, Pending
 from portakv.builtin import BUILT_IN
-from portakv.host.engines import calibration, chosen, table
+from portakv.host.engines import calibration, chosen, table, timing
 from portakv.host.engines.assumed import DIRECTIONS
-from portakv.host.engines.calibration import GAP, EventTimer, Grid, Timed, by_point, calibrate
-from portakv.host.engines.chosen import Host
+from portakv.host.engines.calibration import GAP, Grid, by_point, calibrate
+from portakv.host.engines.chosen import Host, HostLaunch
 from portakv.host.engines.descriptors import Descriptors
 from portakv.host.engines.engine import PINNED, Engine
 from portakv.host.engines.staged import Staged
+from portakv.host.engines.timing import (
+    SEEN,
+    TRIES,
+    DelayTimer,
+    EventTimer,
+    Timed,
+    timer_for,
+)
 
 SMALL = Grid((256, 4096), (4096, 32768), most_runs=64, repeats=1, pageable=8192)
 HERE = __name__
@@ -144,17 +154,42 @@ class Pretending:
 
     def __init__(self, times: list[float]) -> None:
         self.times, self.at = times, 0
+        self.hidden: list[float] = []
 
-    def time(self, call: Callable[[], Pending | None]) -> Timed:
+    def time(self, call: Callable[[], Pending | None], host_seconds: float = 0.0) -> Timed:
         call()
         self.at += 1
+        self.hidden.append(host_seconds)
         return Timed(self.times[self.at % len(self.times)], 1e-6)
 
 
 def test_the_median_of_what_the_timer_tells_is_kept() -> None:
     grid = Grid((4096,), (4096,), repeats=3, pageable=4096)
-    found = calibrate(DEVICE, 60, grid, Pretending([3.0, 1.0, 2.0]))
+    timer = Pretending([3.0, 1.0, 2.0])
+    found = calibrate(DEVICE, 60, grid, timer)
     assert {p.seconds for columns in found.points.values() for p in columns[4096]} == {2.0}
+    assert found.timer == "pretended"
+    # What `ring` does first cannot be hidden, as it waits for the device in between.
+    engines = [engine for engine, way in found.points if way == "d2h"]
+    assert engines == ["staged", "descriptors", "ring"]
+    both = 2 * grid.repeats
+    assert len(timer.hidden) == 3 * both
+    assert all(0 < hidden < 1 for hidden in timer.hidden[: 2 * both])
+    assert timer.hidden[2 * both :] == [0.0] * both
+
+
+def test_lists_are_sent_once_and_not_while_a_copy_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two lists of a point, by each of three engines and in both directions."""
+    carry, met = HostLaunch.carry, set[tuple[Any, ...]]()
+
+    def noted(self: HostLaunch, *arguments: Any) -> Any:
+        met.add(arguments[3:5])
+        return carry(self, *arguments)
+
+    monkeypatch.setattr(HostLaunch, "carry", noted)
+    calibrate(DEVICE, 60, Grid((4096,), (4096,), repeats=3, pageable=4096), Pretending([1e-5]))
+    assert len(met) == 3 * 2
+    assert not any(index.fleeting for pair in met for index in pair)
 
 
 class Clock:
@@ -221,7 +256,7 @@ def test_pending_work_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     grid = Grid((4096,), (4096,), repeats=2, pageable=4096)
     Late.waited = 0
     calibrate(DEVICE, 60, grid)
-    assert Late.waited == 2 * (1 + 1 + 2)  # each direction: proved, called, timed
+    assert Late.waited == 2 * (1 + 2 + 2)  # each direction: proved, called, timed
 
 
 def test_the_timer_sees_the_work_of_the_stream() -> None:
@@ -233,6 +268,74 @@ def test_the_timer_sees_the_work_of_the_stream() -> None:
     timed = timer.time(work)
     assert 0.025 < timed.seconds < 10
     assert timed.host_seconds < 0.025
+
+
+@pytest.fixture
+def delays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A kernel that does nothing, on a device that has none: 1000 cycles are 1 ms. How long the
+    delays were, in ms."""
+    module, asked = torch.get_device_module(DEVICE), list[int]()
+
+    def sleep(cycles: int) -> None:
+        asked.append(cycles // 1000)
+        simdev.delay(torch.accelerator.current_stream(DEVICE), cycles // 1000)
+
+    monkeypatch.setattr(module, "_sleep", sleep, raising=False)
+    cache = SimpleNamespace(L2_cache_size=1 << 16)
+    monkeypatch.setattr(module, "get_device_properties", lambda device: cache, raising=False)
+    monkeypatch.setattr(timing, "_CYCLES", 20_000)
+    return asked
+
+
+def test_a_delay_hides_what_the_host_does_first(
+    delays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "SEEN", 0.2)
+    timer = timer_for(DEVICE)
+    assert isinstance(timer, DelayTimer)
+    delays.clear()
+
+    def work() -> None:
+        sleep(0.05)
+        simdev.delay(torch.accelerator.current_stream(DEVICE), 20)
+
+    seen = timer.time(work)  # nothing is known of it: nothing is hidden
+    assert not delays
+    assert seen.seconds > 0.065
+    hidden = timer.time(work, 0.1)
+    assert len(delays) == 1
+    assert 0.015 < hidden.seconds < 0.05
+    assert hidden.host_seconds > 0.045
+    timer.time(work, 0.3)  # longer than what is worth hiding
+    assert len(delays) == 1
+
+
+def test_a_delay_that_was_too_short_is_made_longer(delays: list[int]) -> None:
+    timer, calls = DelayTimer(DEVICE), list[int]()
+    delays.clear()
+
+    def late() -> None:
+        calls.append(len(calls))
+        sleep(0.03 if len(calls) < 3 else 0.0)
+
+    timer.time(late, 1e-3)
+    assert len(calls) == len(delays) == 3
+    assert delays == sorted(delays)
+    calls.clear()
+
+    def always() -> None:
+        calls.append(len(calls))
+        sleep(0.1)
+
+    timer.time(always, 1e-3)
+    assert len(calls) == TRIES
+
+
+def test_a_device_without_a_delay_is_timed_as_it_is() -> None:
+    timer = timer_for(DEVICE)
+    assert type(timer) is EventTimer
+    assert "idle" in timer.name
+    assert f"{SEEN * 1e3:g} ms" in DelayTimer.name
 
 
 def test_the_grid_leaves_room_between_blocks() -> None:

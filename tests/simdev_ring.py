@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine_cases import Case, cases, judge
@@ -14,7 +16,8 @@ from portakv_conformance import simdev
 from simdev_cases import DEVICE, OTHER, on
 
 from portakv import Index, KVView
-from portakv.host.engines import ring
+from portakv.host.engines import host_rows, ring
+from portakv.host.engines._crew import Batch
 from portakv.host.engines._crossing_torch import TorchCrossing
 from portakv.host.engines._ring_slots import TURNS, slots
 from portakv.host.engines.host_rows import HostRows
@@ -38,6 +41,16 @@ def _no_faults_left() -> Any:
 @pytest.fixture(autouse=True)
 def _small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ring, "SLICE", SLICE)
+
+
+@pytest.fixture(autouse=True)
+def _several_threads(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Also where torch may use one: and shares so small that all of them take part."""
+    monkeypatch.setattr(host_rows, "SHARE", 64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
 
 
 class Copies:
@@ -113,17 +126,18 @@ def test_on_another_stream_behind_its_producer(down: bool) -> None:
         assert torch.equal(found.cpu(), wanted)
 
 
-def interrupted(plain: Callable[..., None], after: int, late: bool) -> Callable[..., None]:
+def interrupted(plain: Callable[..., Any], after: int, late: bool) -> Callable[..., Any]:
     """A stand-in that is interrupted in its n-th call, before or after the work."""
     calls = iter(range(1 << 30))
 
-    def stand_in(*arguments: Any) -> None:
+    def stand_in(*arguments: Any) -> Any:
         number = next(calls)
         if number == after and not late:
             raise KeyboardInterrupt
-        plain(*arguments)
+        found = plain(*arguments)
         if number == after:
             raise KeyboardInterrupt
+        return found
 
     return stand_in
 
@@ -131,12 +145,15 @@ def interrupted(plain: Callable[..., None], after: int, late: bool) -> Callable[
 @pytest.mark.parametrize("down", [True, False], ids=["d2h", "h2d"])
 @pytest.mark.parametrize("late", [True, False], ids=["after", "before"])
 @pytest.mark.parametrize("after", [0, 1, 3, 4])
-@pytest.mark.parametrize("where", ["host", "link"])
+@pytest.mark.parametrize("where", ["rows", "start", "wait", "link"])
 def test_an_interrupt_leaves_the_ring_usable(
     down: bool, late: bool, after: int, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    owner, name = (HostRows, "copy") if where == "host" else (TorchCrossing, "copy")
-    plain = getattr(owner, name)
+    owner, name = {
+        "rows": (HostRows, "batch"), "start": (Batch, "start"), "wait": (Batch, "wait"),
+        "link": (TorchCrossing, "copy"),
+    }[where]  # fmt: skip
+    plain: Callable[..., Any] = getattr(owner, name)
     for seed in range(4):
         copies = Copies(down)
         copies.fill(seed)
@@ -157,12 +174,38 @@ def test_memory_that_an_interrupt_leaves_behind_is_not_written_later(
 ) -> None:
     copies = Copies(True)
     copies.fill(1)
-    monkeypatch.setattr(HostRows, "copy", interrupted(HostRows.copy, 2, False))
+    monkeypatch.setattr(HostRows, "batch", interrupted(HostRows.batch, 2, False))
     with pytest.raises(KeyboardInterrupt):
         copies.run()
     copies.host.fill_(0x11)
     torch.accelerator.synchronize(DEVICE)
     assert (copies.host == 0x11).all()
+
+
+@pytest.mark.parametrize("down", [True, False], ids=["d2h", "h2d"])
+def test_an_error_of_the_crew_is_the_caller_s(down: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    caller, plain, under_way = threading.get_ident(), np.copyto, list[int]()
+
+    def fails(*arguments: Any) -> None:
+        under_way.append(1)
+        time.sleep(0.001)
+        try:
+            plain(*arguments)
+            if threading.get_ident() != caller:
+                raise MemoryError("no more")
+        finally:
+            under_way.pop()
+
+    copies = Copies(down)
+    copies.fill(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "copyto", fails)
+        with pytest.raises(MemoryError, match="no more"):
+            copies.run()
+        assert not under_way
+    wanted = copies.fill(2)
+    copies.run()
+    assert torch.equal(copies.landed(), wanted)
 
 
 @pytest.mark.parametrize("devices", [(DEVICE, DEVICE), (DEVICE, OTHER)], ids=["one", "two"])
@@ -216,5 +259,10 @@ def test_slices_cover_every_position_once(tokens: int, down: bool) -> None:
     assert all(each.count <= each.held for each in slices)
     each = 2 * LAYERS * WIDTH
     assert all(piece.held * each <= SLICE for piece in slices)
-    ends = slices if down else slices[::-1]
-    assert ends[0].count * each <= SLICE // ring.GROWING[0]
+    # One of half a slice where only the link is busy, or only the host, and then the largest.
+    assert ring.GROWING == (2,)
+    most, left, wanted = SLICE // each, tokens, list[int]()
+    for size in (most // 2 if tokens > most // 2 else most, *[most] * tokens):
+        wanted += [min(size, left)] * bool(left)
+        left -= min(size, left)
+    assert [piece.count for piece in (slices if down else slices[::-1])] == wanted

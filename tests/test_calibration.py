@@ -13,9 +13,10 @@ from command_line import choose_tables, run, settle
 from portakv.cli import calibrate as verb
 from portakv.cli import main, units
 from portakv.host.engines import calibration
-from portakv.host.engines.assumed import COSTS
+from portakv.host.engines.assumed import COSTS, Assumed
 from portakv.host.engines.calibration import GRID, Grid, _spread, by_point
 from portakv.host.engines.table import Point, Table
+from portakv.host.engines.timing import SEEN
 
 no_accelerator = pytest.mark.skipif(
     torch.accelerator.is_available(), reason="this machine has an accelerator"
@@ -51,12 +52,17 @@ def test_the_usual_grid_spans_what_transfers_are() -> None:
 
 def test_the_usual_grid_takes_less_than_its_time_by_what_is_assumed() -> None:
     """With a factor of two for what is not assumed, as kernels that compile."""
-    seconds = sum(
-        (GRID.repeats + 2) * cost.seconds(size, runs)
-        for (engine, _), cost in COSTS.items()
+    points = (
+        (engine, direction, size, runs)
+        for engine, direction in COSTS
         for size in GRID.run_bytes
         for runs in GRID.runs(size, GRID.pageable if engine == "ring" else max(GRID.payloads))
     )
+    assumed, seconds = Assumed("a test"), 0.0
+    for point in points:
+        host = assumed.host_seconds(*point) or 0
+        delay = min(host, SEEN)
+        seconds += (GRID.repeats + 2) * ((assumed.seconds(*point) or 0) + host + delay)
     assert 2 * seconds < calibration.SECONDS
 
 
@@ -133,7 +139,7 @@ def test_the_table_that_is_printed(
         {"model": "Some Card"},
         {("staged", "d2h"): {4096: [fast]}, ("direct", "d2h"): {4096: [slow]},
          ("ring", "d2h"): {4096: [Point(64, 1e-9, 0.0)]}},
-        {"descriptors": "it was not there"}, took=3.21, whole=False,
+        {"descriptors": "it was not there"}, took=3.21, whole=False, timer="a good clock",
     )  # fmt: skip
     device = torch.device("cpu")
     verb._print(measured, by_point(measured), Path("/somewhere/table.json"), device)
@@ -145,6 +151,7 @@ def test_the_table_that_is_printed(
     assert "Some Card, cpu" in out
     assert "descriptors was not measured: it was not there" in out
     assert "The time did not suffice" in out
+    assert "Times are of a good clock." in out
     assert "Measured in 3.2 s and kept in /somewhere/table.json" in out
     assert "emulated" not in out
 

@@ -23,9 +23,10 @@ from hypothesis import given
 from portakv import KVView, TransferError
 from portakv.host import _cuda_driver
 from portakv.host.engines import _crossing_cuda, crossing
-from portakv.host.engines._crossing_cuda import LEAST_BATCH, Copies, CudaCrossing
+from portakv.host.engines._crossing_cuda import FOLD_BELOW, LEAST_BATCH, Copies, CudaCrossing
 from portakv.host.engines._crossing_torch import TorchCrossing
 from portakv.host.engines.crossing import Pieces, fold
+from portakv.host.engines.folding import ALL
 from portakv.runs import Runs
 
 STREAM = 0x7F55_0000_1230  # a handle of more than 32 bits
@@ -75,14 +76,14 @@ def plain(count: int, width: int = 8) -> Pieces:
 
 
 def rows(groups: int) -> Pieces:
-    """So many pieces of six rows."""
-    src = [g * g * 128 + g * 1000 + row * 64 for g in range(groups) for row in range(6)]
+    """So many pieces of nine rows."""
+    src = [g * g * 128 + g * 1000 + row * 64 for g in range(groups) for row in range(9)]
     return fold(runs_of(src, range(0, 16 * len(src), 16), 16))
 
 
 def test_the_cases_are_what_they_say() -> None:
     assert (plain(20).height == 1).all()
-    assert (plain(20).number, rows(5).height.tolist()) == (20, [6] * 5)
+    assert (plain(20).number, rows(5).height.tolist()) == (20, [9] * 5)
 
 
 @pytest.mark.parametrize("to_device", [True, False])
@@ -132,13 +133,33 @@ def test_a_batch_has_so_many_entries_at_most(
     library: FakeLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_crossing_cuda, "MOST_DESCRIPTORS", 16)
-    for count in (16, 17, 50):
+    monkeypatch.setattr(_crossing_cuda, "FIRST_DESCRIPTORS", 3)
+    wanted = {3: [3], 4: [3, 1], 16: [3, 12, 1], 31: [3, 12, 16], 50: [3, 12, 16, 16, 3]}
+    for count, sizes in wanted.items():
         memory, pieces = Memory(), plain(count)
         library.forget()
         Copies(library.library).copy(memory.at(pieces), True, STREAM)
         memory.judge(pieces)
-        sizes = [call.copies for call in library.calls]
-        assert sizes == [16] * (count // 16) + [count % 16] * bool(count % 16)
+        assert [call.copies for call in library.calls] == sizes
+
+
+def test_rows_are_folded_by_who_has_no_batches(library: FakeLibrary) -> None:
+    below = Copies(library.library).fold_below
+    assert below == (FOLD_BELOW if library.batches else ALL)
+    wide = runs_of(
+        range(0, 20 * 2 * FOLD_BELOW, 2 * FOLD_BELOW),
+        range(0, 20 * FOLD_BELOW, FOLD_BELOW),
+        FOLD_BELOW,
+    )
+    narrow = runs_of(range(0, 20 * FOLD_BELOW, FOLD_BELOW), range(0, 20 * 4096, 4096), 2048)
+    assert fold(wide, below=below).number == (20 if library.batches else 1)
+    many = runs_of(
+        range(0, 32 * 2 * FOLD_BELOW, 2 * FOLD_BELOW),
+        range(0, 32 * FOLD_BELOW, FOLD_BELOW),
+        FOLD_BELOW,
+    )
+    assert fold(many, below=below).number == 1
+    assert fold(narrow, below=below).number == 1
 
 
 def test_columns_that_are_not_contiguous(library: FakeLibrary) -> None:
@@ -149,14 +170,14 @@ def test_columns_that_are_not_contiguous(library: FakeLibrary) -> None:
 
 
 @pytest.mark.parametrize("library", [13, 12], indirect=True)
-@pytest.mark.parametrize("what", ["1 x 8 bytes", "6 x 16 bytes", "batch of 20 copies"])
+@pytest.mark.parametrize("what", ["1 x 8 bytes", "9 x 16 bytes", "batch of 20 copies"])
 def test_what_the_driver_refuses(library: FakeLibrary, what: str) -> None:
-    pieces = {"1": plain(3), "6": rows(3), "b": plain(20)}[what[0]]
+    pieces = {"1": plain(1), "9": rows(3), "b": plain(20)}[what[0]]
     memory = Memory()
-    library.forget(refuse_at=0 if what[0] == "b" else 1)
+    library.forget(refuse_at=int(what[0] == "9"))
     with refused(TransferError, what, "CUDA_ERROR_INVALID_VALUE", "Check"):
         Copies(library.library).copy(memory.at(pieces), True, STREAM)
-    assert len(library.calls) == (0 if what[0] == "b" else 1)
+    assert len(library.calls) == int(what[0] == "9")
 
 
 def fake_stream(handle: int, log: list[str]) -> Any:
@@ -240,12 +261,12 @@ def test_the_default_stream_is_not_given_to_a_batch(
     memory = Memory()
     where = views(memory, monkeypatch)
     link = CudaCrossing(torch.device("cuda", 0))
-    for pieces in (plain(3), plain(30), plain(40)):
+    for pieces in (plain(LEAST_BATCH - 1), plain(30), plain(40)):
         cuda.log.clear()
         cuda.library.forget()
         link.copy(memory.at(pieces), *where, fake_stream(handle, cuda.log))
         memory.judge(pieces)
-        beside = pieces.number > 3 and cuda.library.batches
+        beside = pieces.number >= LEAST_BATCH and cuda.library.batches
         assert {call.stream for call in cuda.library.calls} == {77 if beside else handle}
         order = [f"77 waits for {handle}", f"{handle} waits for 77"]
         assert cuda.log == (order if beside else [])

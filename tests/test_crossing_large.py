@@ -18,7 +18,7 @@ from portakv.host import _registrations
 from portakv.host._pitched import MAX_PITCH
 from portakv.host.engines import folding
 from portakv.host.engines.crossing import Pieces, fold
-from portakv.host.engines.folding import pieces_of
+from portakv.host.engines.folding import TALL, pieces_of
 
 CASES = cases()
 LAYER_FIRST, BLOCK_FIRST = "layer | block token dim", "block layer token dim"
@@ -173,7 +173,7 @@ def test_only_large_copies_are_folded_first(monkeypatch: pytest.MonkeyPatch) -> 
     real = folding._fold_factors
 
     def noted(*arguments: Any) -> Pieces:
-        seen.append(len(arguments[2].nbytes))
+        seen.append(len(arguments[3].nbytes))
         return real(*arguments)
 
     monkeypatch.setattr(folding, "_fold_factors", noted)
@@ -210,3 +210,22 @@ def test_what_runs_refuse_is_refused(count: int, monkeypatch: pytest.MonkeyPatch
     bad(SlotError, past, "160 slots")
     bad(SlotError, half, "begins at token 2")
     bad(SlotError, longer, "36 positions")
+
+
+@pytest.mark.parametrize("large", [0, 10**9])
+@pytest.mark.parametrize("layers", [12, TALL])
+@pytest.mark.parametrize("below", [0, 64, 65, 10**9])
+def test_rows_that_are_wide_are_copies_of_their_own(
+    below: int, large: int, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However rows are folded: all at once, or planes and lines apart."""
+    monkeypatch.setattr(folding, "LARGE", large)
+    plan, src, dst, mine, theirs, count = copied(
+        POOL_BY_LAYER, BLOCK_FIRST, RANDOM, RANDOM, layers=layers
+    )
+    folded = pieces_of(plan, src, dst, mine, theirs, count, below)
+    whole = plan.runs(src, dst, mine, theirs, count)
+    width = int(whole.nbytes.max())
+    many = layers >= TALL
+    assert (folded.height > 1).any() == (width < below or many)
+    assert bytes_of_pieces(folded) == bytes_of_pieces(fold(whole))

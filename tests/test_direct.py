@@ -93,7 +93,7 @@ def driver() -> Iterator[Driver]:
 
 
 def large() -> Copy:
-    """12,288 vectors: three blocks of 512 threads with 8 each."""
+    """12,288 vectors: six blocks of 1024 threads with 2 each."""
     slots = list(range(256, 0, -1))
     cache = pool(blocks=65, layers=2, dim=48)
     return Copy(by(cache, slots), chunk(256, layers=2, dim=48), 256)
@@ -126,7 +126,7 @@ def test_no_more_thread_blocks_than_have_something_to_do(driver: Driver) -> None
     copied.check(lambda: launch(copied))
     small = COPIES["gather"]()
     small.check(lambda: launch(small))
-    assert [(blocks, threads) for blocks, threads, _ in driver.launches] == [(3, 512), (1, 512)]
+    assert [(blocks, threads) for blocks, threads, _ in driver.launches] == [(6, 1024), (1, 1024)]
     assert driver.streams == [7, 7], "the stream's handle, as the driver knows it"
 
 

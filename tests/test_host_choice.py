@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from time import perf_counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from host_choice_cases import (
     ASSUMED,
     CPU,
+    ROWS,
     SIZE,
     Fake,
     apart,
@@ -24,7 +27,7 @@ from host_choice_cases import (
 )
 
 from portakv import Index, KVView, Unsupported
-from portakv.host.engines import picking
+from portakv.host.engines import chosen, picking
 from portakv.host.engines.assumed import Assumed
 from portakv.host.engines.chosen import Host, HostLaunch
 from portakv.host.engines.picking import Pick
@@ -106,17 +109,63 @@ def test_the_pick_depends_on_the_ids() -> None:
     near = Index(range(5, 35), SIZE)
     found = scattered.pick(*sides, near, near, 30 * SIZE)
     looked_up = {one.engine: one.runs for one in found.alternatives}
-    # Blocks follow each other on the host; on the device their planes do, at one pitch there: 8
-    # pieces, but on the way to the host each row of them costs what a run does.
-    assert looked_up == {"staged": 1, "descriptors": 30 * 8, "direct": 30 * 8, "ring": 1}
+    # Blocks follow each other on the host; on the device the heads do, and no two rows of both.
+    assert looked_up == {"staged": 1, "descriptors": 30 * ROWS, "direct": 30 * ROWS, "ring": 1}
     assert found.engine == "staged"
     found = scattered.pick(*sides, near, apart(30), 30 * SIZE)
     looked_up = {one.engine: one.runs for one in found.alternatives}
-    assert looked_up == {"staged": 30, "descriptors": 30 * 8, "direct": 30 * 8, "ring": 30}
+    assert looked_up == {"staged": 30, "descriptors": 30 * ROWS, "direct": 30 * ROWS, "ring": 30}
     # The other way the host is the source.
     upward = ready(host(), view("pinned"), planes("device"))
     found = upward.pick(*sides[::-1], near, apart(30), 30 * SIZE)
     assert {one.engine: one.runs for one in found.alternatives}["staged"] == 1
+
+
+@pytest.mark.parametrize(
+    ("below", "pieces"),
+    [(None, 30 * ROWS), (1, 30 * ROWS), (256, 30 * ROWS), (257, 30 * ROWS // 16)],
+)
+def test_what_folds_counts_for_the_host_as_it_crosses(
+    below: int | None, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows under the crossing's `fold_below` are one piece where they lie at a pitch; by torch
+    (None) each is a call. The device pays for each row beside its piece."""
+    if below is not None:
+        monkeypatch.setattr(chosen, "by_torch", lambda device: False)
+        crossing = SimpleNamespace(fold_below=below)
+        monkeypatch.setattr(chosen, "crossing", lambda device: crossing)
+    src, dst = planes("device"), view("pinned")
+    found = ready(host(), src, dst).pick(src, dst, apart(30), apart(30), 30 * SIZE)
+    (one,) = (each for each in found.alternatives if each.engine == "descriptors")
+    asked = "descriptors", "d2h", 256 * 30 * ROWS // pieces, pieces
+    assert (one.run_bytes, one.runs) == asked[2:]
+    rows = 30 * ROWS * picking.ROW["d2h"] if pieces < 30 * ROWS else 0
+    assert one.seconds == (ASSUMED.seconds(*asked) or 0) + rows
+    assert one.host_seconds == ASSUMED.host_seconds(*asked)
+
+
+def test_to_torch_each_row_is_a_call_however_many_lie_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of 64 wide rows in a block a driver that has batches makes one 2-D copy; torch none."""
+    views = []
+    for place in ("device", "pinned"):
+        tensor = torch.empty(8, 2, 64, 4, 64) if place == "device" else torch.empty(8, 64, 2, 4, 64)
+        layout = f"block {'kv token' if place == 'device' else 'token kv'} head dim"
+        made = KVView(tensor, layout)
+        made.form = replace(made.form, place=place)
+        views.append(made)
+
+    def runs() -> int:
+        launch = ready(host(), views[0], views[1], src_step=64, dst_step=64)
+        blocks = Index([0, 2, 4, 6], 64)
+        found = launch.pick(views[0], views[1], blocks, blocks, 4 * 64)
+        return {one.engine: one.runs for one in found.alternatives}["descriptors"]
+
+    assert runs() == 4 * 2 * 64
+    monkeypatch.setattr(chosen, "by_torch", lambda device: False)
+    monkeypatch.setattr(chosen, "crossing", lambda device: SimpleNamespace(fold_below=1))
+    assert runs() == 4 * 2
 
 
 def test_pageable_memory_goes_by_the_ring() -> None:
@@ -200,10 +249,10 @@ def test_engines_get_the_device_and_the_terms() -> None:
 
 
 def test_terms_of_the_host_count() -> None:
-    src, dst = view("device"), view("pinned")
+    src, dst = planes("device"), view("pinned")
     index = Index(range(0, 64, 2), SIZE)
     compute, idle = (ready(host(overlap=policy), src, dst) for policy in ("compute", "idle"))
-    assert compute.pick(src, dst, index, index, 32 * SIZE).engine == "descriptors"
+    assert compute.pick(src, dst, index, index, 32 * SIZE).engine == "staged"
     assert idle.pick(src, dst, index, index, 32 * SIZE).engine == "direct"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from portakv.host.engines.chosen import Host
 from portakv.host.engines.picking import ORDER
 from portakv.host.engines.table import Table, costs_of, store
 from portakv.host.engines.terms import Terms
+from portakv.host.engines.timing import DelayTimer, timer_for
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
@@ -54,6 +55,21 @@ def test_every_engine_is_measured_in_time() -> None:
     assert set(found.points) == {(name, way) for name in ORDER for way in DIRECTIONS}
     assert found.device["model"]
     assert found.device["driver"]
+    assert found.timer == DelayTimer.name
+
+
+def test_what_the_host_does_first_is_hidden() -> None:
+    source, target = torch.zeros(8 << 20, device=DEVICE), pinned.empty((8 << 20,), torch.float32)
+    timer = timer_for(DEVICE)
+
+    def late() -> None:
+        sleep(1e-3)
+        target.copy_(source, non_blocking=True)  # 32 MiB: 0.6 ms on a fast link
+
+    seen, hidden = timer.time(late), timer.time(late, 1e-3)
+    assert seen.host_seconds > 1e-3
+    assert hidden.host_seconds > 1e-3
+    assert 1e-4 < hidden.seconds < seen.seconds - 0.8e-3
 
 
 def test_rates_are_those_of_a_link() -> None:

@@ -18,7 +18,7 @@ from portakv_conformance.strategies import cases
 from portakv import CopyPlan, Index, KVView
 from portakv.form import Form
 from portakv.host.engines import shapes
-from portakv.host.engines.folding import fold
+from portakv.host.engines.folding import ALL, LEAST_HEIGHT, TALL, fold
 from portakv.host.engines.shapes import RunCounter, Shape
 from portakv.runs import Runs
 
@@ -29,8 +29,8 @@ def _view(side: Side) -> KVView:
     return KVView(side.tensors, side.layout, **side.extents)
 
 
-def counted(plan: CopyPlan, mine: Index, theirs: Index, count: int) -> Shape:
-    counter = RunCounter(plan)
+def counted(plan: CopyPlan, mine: Index, theirs: Index, count: int, below: int = ALL) -> Shape:
+    counter = RunCounter(plan, fold_below=below)
     return counter.shape(counter.groups(mine, theirs, count), count)
 
 
@@ -110,20 +110,22 @@ def chunk() -> KVView:
 VIEWS = (paged, by_block, listed, hnd, chunk)
 
 
-def folded(runs: Runs, src: KVView, dst: KVView) -> int:
+def folded(runs: Runs, src: KVView, dst: KVView, below: int) -> int:
     """Pieces that runs fold into, in the order of the source or of the destination."""
     order = np.argsort(runs.dst)
     turned = Runs(runs.dst[order], runs.src[order], runs.nbytes[order])
-    return min(fold(runs, src, dst).number, fold(turned, dst, src).number)
+    return min(fold(runs, src, dst, below).number, fold(turned, dst, src, below).number)
 
 
+@pytest.mark.parametrize("below", [1, 1 << 10, 64 << 10, ALL])
 @pytest.mark.parametrize("order", ["random", "rising", "neighbours"])
 @pytest.mark.parametrize("target", VIEWS, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("source", VIEWS, ids=lambda make: make.__name__)
 def test_what_engines_meet(
-    source: Callable[[], KVView], target: Callable[[], KVView], order: str
+    source: Callable[[], KVView], target: Callable[[], KVView], order: str, below: int
 ) -> None:
-    """The layouts of the field: exactly as many runs, and about as many pieces as there will be."""
+    """The layouts of the field: exactly as many runs, and about as many pieces as there will be
+    where wider runs than so many bytes are folded only if they are many."""
     random = np.random.default_rng(5)
     src, dst = source(), target()
     indices = []
@@ -134,10 +136,10 @@ def test_what_engines_meet(
     mine, theirs = indices
     plan = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
     runs = plan.runs(src, dst, mine, theirs, 20 * B)
-    found = counted(plan, mine, theirs, 20 * B)
+    found = counted(plan, mine, theirs, 20 * B, below)
     # Planes of separate allocations may happen to touch each other.
     assert 0.9 * found.runs <= runs.src.size <= found.runs
-    assert 0.5 <= found.pieces / folded(runs, src, dst) <= 2
+    assert 0.5 <= found.pieces / folded(runs, src, dst, below) <= 2
 
 
 def test_the_host_side_alone() -> None:
@@ -153,6 +155,25 @@ def test_the_host_side_alone() -> None:
         assert (found.nbytes, found.runs, found.pieces) == (len(ids) * block, runs, runs)
     # The whole plan moves head by head.
     assert counted(plan, Index([7], B), Index([3], B), B).runs == L * 2 * H * B
+
+
+def test_whole_blocks_are_one_run_however_they_are_named() -> None:
+    """By slots on the device, host blocks that are taken whole lie in one piece all the same."""
+    device, host = paged(), by_block()
+    slots = Index(np.random.default_rng(2).permutation(N * B)[: 4 * B])
+    plan = CopyPlan(device.form, host.form, slots.plan_step, B)
+    plan.src, plan.dst = _at(device, "device"), _at(host, "pinned")
+    assert plan.unit == 1
+    counter = RunCounter.of_host(plan)
+
+    def runs(theirs: Index, count: int) -> int:
+        return counter.shape(counter.groups(theirs, theirs, count), count).runs
+
+    assert runs(Index([7, 3, 5, 1], B), 4 * B) == 4
+    # Parts of blocks are runs of each plane.
+    planes = 2 * L
+    assert runs(Index([7, 3, 5, 1], B), 4 * B - 1) == 4 * planes
+    assert runs(Index([7, 3, 5, 1], B, offset=1), 2 * B) == 3 * planes
 
 
 def test_a_host_side_without_ids() -> None:
@@ -176,12 +197,40 @@ def test_padding_between_blocks_keeps_neighbours_apart() -> None:
     view = KVView(room[:, :4], "block token dim")
     dense = KVView(torch.empty(40, 8), "token dim")
     plan = CopyPlan(view.form, dense.form, 4, 0)
-    found = counted(plan, Index([1, 2, 3, 4, 5, 6], 4), Index(), 24)
-    assert (found.runs, found.pieces) == (6, 1)
-    assert fold(plan.runs(view, dense, Index([1, 2, 3, 4, 5, 6], 4), Index(), 24)).number == 1
+    blocks = Index(list(range(1, 9)), 4)
+    found = counted(plan, blocks, Index(), 32)
+    assert (found.runs, found.pieces) == (8, 1)
+    assert fold(plan.runs(view, dense, blocks, Index(), 32)).number == 1
+    assert counted(plan, blocks, Index(), 32, below=4 * 32).pieces == 8  # too few for wide ones
     # The same slots by a slot mapping: no neighbours across the padding either.
     by_slot = CopyPlan(view.form, dense.form, 1, 0)
-    assert counted(by_slot, Index(list(range(4, 28))), Index(), 24).runs == 6
+    assert counted(by_slot, Index(list(range(4, 36))), Index(), 32).runs == 8
+
+
+@pytest.mark.parametrize("by_loop", [False, True], ids=["units", "a loop"])
+@pytest.mark.parametrize("height", [LEAST_HEIGHT - 1, LEAST_HEIGHT, TALL - 1, TALL, 2 * TALL])
+def test_few_wide_rows_stay_apart_and_many_fold(height: int, by_loop: bool) -> None:
+    """As many as `fold` folds of the same runs: narrow ones from 8 rows on, wide ones from 32."""
+    count = 4 if by_loop else height
+    shape = (4, height, 8) if by_loop else (height, 8)
+    layout = "token head dim" if by_loop else "token dim"
+    # Apart on both sides, by gaps that differ: nothing merges, and rows lie at one pitch.
+    first, second = (torch.empty(*shape[:-1], 8 + gap)[..., :8] for gap in (1, 2))
+    src, dst = KVView(first, layout), KVView(second, layout)
+    plan = CopyPlan(src.form, dst.form, 0, 0)
+    runs = plan.runs(src, dst, Index(), Index(), count)
+    for below, least in ((33, LEAST_HEIGHT), (32, TALL)):
+        found = counted(plan, Index(), Index(), count, below)
+        assert found.runs == runs.src.size
+        if not by_loop:
+            assert found.pieces == fold(runs, src, dst, below).number
+            assert found.pieces == (1 if height >= least else height)
+        elif height >= least:
+            assert found.pieces == 4
+        else:
+            assert found.pieces == found.runs
+    never = counted(plan, Index(), Index(), count, 0)
+    assert (never.runs, never.pieces) == (runs.src.size,) * 2
 
 
 def test_a_list_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,16 +48,21 @@ def affine(size: int, runs: int) -> float:
     return 2e-5 + 8e-7 * runs + size * runs / 55e9
 
 
+def kept(runs: int) -> float:
+    """What a call keeps the host: no byte has a price."""
+    return 4e-5 + 4.5e-7 * runs
+
+
 SIZES = (256, 4096, 65536, 1 << 20)
 
 
 def made(**device: str) -> Table:
     columns = {
-        size: [Point(n, affine(size, n), 1e-5) for n in (1, 16, 256, 4096)] for size in SIZES
+        size: [Point(n, affine(size, n), kept(n)) for n in (1, 16, 256, 4096)] for size in SIZES
     }
     return Table(
         {**identity(CPU), **device}, {("staged", "d2h"): columns, ("direct", "d2h"): columns},
-        {"ring": "it was slow"}, took=1.5,
+        {"ring": "it was slow"}, took=1.5, timer="a good clock",
     )  # fmt: skip
 
 
@@ -74,6 +79,15 @@ def test_between_measurements_what_is_affine_is_exact(size: int, runs: int) -> N
     assert found == pytest.approx(wanted, rel=0.5 if few else 1e-6)
     assert found is not None
     assert few or found >= wanted * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("size", [256, 1152, 32768, 1 << 20])
+@pytest.mark.parametrize("runs", [16, 100, 1000, 4096])
+def test_what_the_host_pays_is_known_beside_it(size: int, runs: int) -> None:
+    found = made().host_seconds("staged", "d2h", size, runs)
+    few = size * runs < max(SIZES)
+    assert found == pytest.approx(kept(runs), rel=0.5 if few else 1e-6)
+    assert made().host_seconds("staged", "h2d", size, runs) is None
 
 
 def test_outside_the_sizes_that_were_measured() -> None:
@@ -118,7 +132,11 @@ def test_a_table_comes_back_as_it_was(folder: Path) -> None:
     assert as_json(after) == as_json(before)
     for size in (300, 4096):
         assert after.seconds("staged", "d2h", size, 77) == before.seconds("staged", "d2h", size, 77)
+        assert after.host_seconds("staged", "d2h", size, 77) == before.host_seconds(
+            "staged", "d2h", size, 77
+        )
     assert after.left_out == {"ring": "it was slow"}
+    assert after.timer == "a good clock"
     assert str(path) in after.origin
     assert [entry.name for entry in folder.iterdir()] == [path.name]  # nothing half-written
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from portakv import Index, KVView
+from portakv.host.engines._crew import Batch
 from portakv.host.engines._ring_slots import TURNS
 from portakv.host.engines.host_rows import HostRows
 from portakv.host.engines.ring import Ring
@@ -121,16 +122,16 @@ def test_threads_with_streams_of_their_own(down: bool) -> None:
 def test_an_interrupt_leaves_the_ring_usable(
     down: bool, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copies, plain, calls = Copies(down, LAYOUTS[0], 32_000), HostRows.copy, iter(range(1 << 30))
+    copies, plain, calls = Copies(down, LAYOUTS[0], 32_000), HostRows.batch, iter(range(1 << 30))
 
-    def interrupted(self: HostRows, *arguments: object) -> None:
+    def interrupted(self: HostRows, *arguments: object) -> Batch:
         if next(calls) == after:
             raise KeyboardInterrupt
-        plain(self, *arguments)  # type: ignore[arg-type]
+        return plain(self, *arguments)  # type: ignore[arg-type]
 
     copies.fill()
     with monkeypatch.context() as patched:
-        patched.setattr(HostRows, "copy", interrupted)
+        patched.setattr(HostRows, "batch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             copies.run()
     del copies

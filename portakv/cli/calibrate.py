@@ -113,6 +113,8 @@ def _print(table: Any, rows: Mapping[Any, Mapping[str, Any]], path: Path, dev: A
         print_prose(f"{name} was not measured: {why}")
     if not table.whole:
         print_prose("The time did not suffice for every point; the rest is interpolated.")
+    if table.timer:
+        print_prose(f"Times are of {table.timer}.")
     print_prose(f"Measured in {table.took:.1f} s and kept in {path}")
 
 

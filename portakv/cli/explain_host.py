@@ -177,7 +177,8 @@ def _print(explained: Explained) -> None:
     columns = [
         Column("engine", whole=True), Column("answer", whole=True),
         Column("takes", whole=True, right=True), Column("GB/s", whole=True, right=True),
-        Column("looked up as", whole=True), Column("why not"),
+        Column("host", whole=True, right=True), Column("looked up as", whole=True),
+        Column("why not"),
     ]  # fmt: skip
     print_table(columns, [_row(one, pick, nbytes) for one in pick.alternatives])
     print()
@@ -192,6 +193,7 @@ def _row(one: Alternative, pick: Pick, nbytes: int) -> list[str]:
         _answer(one, pick),
         in_time(one.seconds) if one.seconds else "not known",
         f"{gbps:.1f}" if gbps else "",
+        in_time(one.host_seconds) if one.host_seconds else "",
         f"{one.runs} x {in_bytes(one.run_bytes)}",
         one.refused,
     ]

@@ -10,11 +10,13 @@ import torch
 from ...errors import TransferError
 from ...view import KVView
 from .. import _flight
-from .folding import Pieces
+from .folding import ALL, Pieces
 
 
 class TorchCrossing:
     """Puts pieces on the link of any device through its torch."""
+
+    fold_below = ALL  # each copy is a call
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

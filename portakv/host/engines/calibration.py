@@ -3,7 +3,8 @@
 
 Each point copies so many runs of one size between blocks in random order, on the device and on the
 host alike, with room between them, so that no two runs are neighbours and none fold. Every engine
-copies the same blocks, and an engine whose bytes are wrong is left out.
+copies the same blocks, and an engine whose bytes are wrong is left out. What a call keeps the host
+is measured beside what the device takes, and is no part of it where it can be hidden.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
-from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,11 +26,12 @@ from ...plan import CopyPlan
 from ...runs import Int64
 from ...view import KVView
 from .. import pinned
-from .assumed import COSTS, D2H, DIRECTIONS
+from .assumed import D2H, DIRECTIONS, Assumed
 from .chosen import Host, HostLaunch
 from .picking import ORDER
-from .table import Point, Table, identity
+from .table import Costs, Point, Table, identity
 from .terms import Terms
+from .timing import SEEN, Timer, end, timer_for
 
 #: Seconds that measuring takes at most.
 SECONDS = 20.0
@@ -49,10 +50,13 @@ class Grid:
         pageable: the largest payload between the device and pageable memory.
     """
 
-    run_bytes: tuple[int, ...] = (256, 1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 2 << 20)
+    # Closer where copy engines turn from so many copies in a second to so many bytes.
+    run_bytes: tuple[int, ...] = (
+        256, 1 << 10, 4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10, 256 << 10, 2 << 20,
+    )  # fmt: skip
     payloads: tuple[int, ...] = (64 << 10, 1 << 20, 8 << 20, 64 << 20, 256 << 20)
     most_runs: int = 1 << 16
-    repeats: int = 3
+    repeats: int = 5
     pageable: int = 64 << 20
 
     def runs(self, run_bytes: int, most: int) -> list[int]:
@@ -66,50 +70,6 @@ class Grid:
 
 
 GRID = Grid()
-
-
-class Timed(NamedTuple):
-    """Seconds until a copy had landed, and seconds that its call kept the host."""
-
-    seconds: float
-    host_seconds: float
-
-
-class Timer(Protocol):
-    """Times one copy."""
-
-    name: str
-
-    def time(self, call: Callable[[], Pending | None]) -> Timed:
-        """Time a call, whose work is ordered on the current stream unless it is pending."""
-
-
-class EventTimer:
-    """Device events round the call, the last one behind what the host had to wait for.
-
-    The device is idle when the call begins, so that what the host does first counts: it is part of
-    what a transfer takes.
-    """
-
-    name = "device events"
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._events = [torch.Event(device, enable_timing=True) for _ in range(2)]
-
-    def time(self, call: Callable[[], Pending | None]) -> Timed:
-        """Time one call."""
-        first, last = self._events
-        stream = torch.accelerator.current_stream(self.device)
-        stream.synchronize()
-        first.record(stream)
-        began = perf_counter()
-        pending = call()
-        host = perf_counter() - began
-        _end(pending)
-        last.record(stream)
-        last.synchronize()
-        return Timed(first.elapsed_time(last) / 1e3, host)
 
 
 def calibrate(
@@ -126,7 +86,7 @@ def calibrate(
         device: an accelerator, idle.
         seconds: time to take at most; points that are left then are not measured.
         grid: what to measure; by default `GRID`.
-        timer: how; by default `EventTimer`.
+        timer: how; by default `timer_for` the device.
         host: whose engines; by default all that serve the device.
         clock: seconds that pass.
 
@@ -135,10 +95,11 @@ def calibrate(
     """
     began = clock()
     grid = grid or GRID
-    work = _Work(device, grid, timer or EventTimer(device), host or Host(device, terms=_IDLE))
+    timer = timer or timer_for(device)
+    work = _Work(device, grid, timer, host or Host(device, terms=_IDLE))
     whole = True
     for direction, size, runs, engine in work.points():
-        expected = work.expected(engine, direction, size, runs) * (grid.repeats + 1)
+        expected = work.expected(engine, direction, size, runs) * (grid.repeats + 2)
         if clock() - began + expected > seconds:
             whole = False
             continue
@@ -155,10 +116,12 @@ def calibrate(
     return Table(
         identity(device), points, work.left_out, emulated, clock() - began, whole,
         f"measured by this process on {device}{', which is emulated' if emulated else ''}",
+        timer.name,
     )  # fmt: skip
 
 
 _IDLE = Terms(overlap="idle")
+_ASSUMED = Assumed("it is being measured")
 
 
 class _Work:
@@ -196,15 +159,16 @@ class _Work:
         return any("pageable" in pair for pair in places)
 
     def expected(self, engine: str, direction: str, size: int, runs: int) -> float:
-        """Seconds that a point should take, by what was found so far or is assumed."""
+        """Seconds that a copy and a delay before it should take, by what was found so far or is
+        assumed."""
+        point = engine, direction, size, runs
         columns = self.found.get((engine, direction))
+        costs: Costs = _ASSUMED
         if columns:
             known = {s: sorted(c, key=lambda p: p.runs) for s, c in columns.items()}
-            found = Table({}, {(engine, direction): known}).seconds(engine, direction, size, runs)
-            if found is not None:
-                return found
-        cost = COSTS.get((engine, direction))
-        return 0.0 if cost is None else cost.seconds(size, runs)
+            costs = Table({}, {(engine, direction): known})
+        host = costs.host_seconds(*point) or 0.0
+        return (costs.seconds(*point) or 0.0) + host + min(host, SEEN)
 
     def measure(self, engine: str, direction: str, size: int, runs: int) -> None:
         """Measure one point; an engine that fails, or whose bytes are wrong, is left out."""
@@ -214,8 +178,10 @@ class _Work:
             copy = _Copy(self, engine, direction, size, runs)
             if size not in self.found.get((engine, direction), {}):
                 copy.prove()
-            _end(copy.call())
-            times = [self._timer.time(copy.call) for _ in range(self._grid.repeats)]
+            # Who copies pageable memory waits for the device, and would wait for a delay as well.
+            kept = copy.host_seconds()
+            hide = 0.0 if self.pageable(engine) else kept
+            times = [self._timer.time(copy.call, hide) for _ in range(self._grid.repeats)]
         except Exception as error:  # one engine that fails must not end the others
             with suppress(Exception):
                 torch.accelerator.synchronize(self.device)
@@ -254,31 +220,37 @@ class _Copy:
         self._engine, self._device, self._runs = engine, work.device, runs
         self._src, self._dst = (device, host) if direction == D2H else (host, device)
         self._orders = [_shuffled(runs, seed) for seed in (1, 2)]
+        self._indices = [Index(order) for order in self._orders]
         self._views = [KVView(x, "block token dim", block_size=1) for x in (self._src, self._dst)]
         self._launch = work.launch(direction, *self._views)
 
     def call(self) -> Pending | None:
-        """Copy every block, under lists that nobody has seen before, as each transfer has."""
-        src, dst = self._views
-        mine, theirs = (Index(order) for order in self._orders)
+        """Copy every block, under lists that are wherever engines read them: new ones are sent by
+        some and not by others, in a few microseconds that are not the copy's."""
+        (src, dst), (mine, theirs) = self._views, self._indices
         return self._launch.carry(self._engine, src, dst, mine, theirs, self._runs, None)
+
+    def host_seconds(self) -> float:
+        """Seconds that a call keeps the host, once one was made before it."""
+        for _ in range(2):
+            torch.accelerator.synchronize(self._device)
+            began = perf_counter()
+            pending = self.call()
+            taken = perf_counter() - began
+            end(pending)
+        return taken
 
     def prove(self) -> None:
         """Raise `PortaKVError` unless a copy brings every block where it belongs."""
         for blocks, first in ((self._src, 1), (self._dst, 128)):
             number = torch.arange(self._runs, device=blocks.device) % 127 + first
             blocks[:, 0, :] = number.to(torch.uint8)[:, None]
-        _end(self.call())
+        end(self.call())
         torch.accelerator.synchronize(self._device)
         sides = zip((self._src, self._dst), self._orders, strict=True)
         wanted, found = (blocks.cpu()[torch.from_numpy(order)] for blocks, order in sides)
         if not torch.equal(wanted, found):
             raise PortaKVError("its bytes were wrong")
-
-
-def _end(pending: Pending | None) -> None:
-    if pending is not None:
-        pending.wait()
 
 
 def _memory(place: str, nbytes: int, device: torch.device) -> torch.Tensor:

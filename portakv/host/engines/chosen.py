@@ -23,9 +23,8 @@ from ...plan import CopyPlan
 from ...registry import Choice
 from .._flight import inside
 from ..ids import bring
-from .crossing import by_torch
+from .crossing import by_torch, crossing
 from .engine import Engine, direction_of
-from .mirror import mirror_of
 from .picking import ORDER, Pick, pick
 from .shapes import RunCounter, Shape
 from .table import Costs, costs_of
@@ -145,13 +144,12 @@ class HostLaunch:
                 self._engines[name] = engine
             else:
                 self.out[name] = decision.reason
-        # Rows at a pitch cost what a run of all their bytes costs only on the way to the device:
-        # back from it 64 rows of 32 KiB took twice their time on an H200. To torch each is a call.
-        self._by_rows = self.direction == "d2h" or by_torch(host.device)
-        self._apart = self.direction == "h2d" and not mirror_of(plan.src).outside
+        # To torch each row on the host is a call: nothing folds.
+        below = 0 if by_torch(host.device) else crossing(host.device).fold_below
         self._lock = threading.RLock()
         self._launches: dict[str, Launch] = {}
-        self._whole, self._of_host = RunCounter(plan), RunCounter.of_host(plan)
+        self._whole = RunCounter(plan, fold_below=below)
+        self._of_host = RunCounter.of_host(plan, below)
         self._picks: dict[tuple[int, int, int, int], Pick] = {}
 
     def prepare_one(self) -> None:
@@ -182,7 +180,7 @@ class HostLaunch:
         found = self._picks.get(key)
         if found is None:
             shapes = self._shapes(whole, of_host, count)
-            found = pick(shapes, self.direction, out, self._terms, self._host.costs, self._apart)
+            found = pick(shapes, self.direction, out, self._terms, self._host.costs)
             if len(self._picks) >= _MOST:
                 self._picks.clear()
             self._picks[key] = found
@@ -230,12 +228,9 @@ class HostLaunch:
     def _shapes(self, whole: int, of_host: int, count: int) -> dict[str, Shape]:
         """What a copy is to each engine."""
         mirrored = self._of_host.shape(of_host, count)
-        pieces = self._whole.shape(whole, count)
-        if self._by_rows:
-            mirrored, pieces = (each._replace(pieces=each.runs) for each in (mirrored, pieces))
         return {
             "staged": mirrored,
-            "descriptors": pieces,
+            "descriptors": self._whole.shape(whole, count),
             "direct": self._whole.unmerged(count),
             "ring": mirrored,
         }

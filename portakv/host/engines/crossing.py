@@ -17,7 +17,14 @@ __all__ = ["Crossing", "Pieces", "by_torch", "crossing", "fold"]
 
 
 class Crossing(Protocol):
-    """Puts pieces on the link of one device; any thread may call it."""
+    """Puts pieces on the link of one device; any thread may call it.
+
+    Attributes:
+        fold_below: bytes; narrower rows are worth folding into 2-D copies, wider ones only where
+            they are many: they cross faster as copies of their own.
+    """
+
+    fold_below: int
 
     def copy(
         self, pieces: Pieces, src: KVView, dst: KVView, stream: torch.Stream | None = None

@@ -79,7 +79,8 @@ class _DescriptorsLaunch:
         if pieces is None:
             # On the host every id is looked at before anything is moved.
             indices = src_index.to_host(), dst_index.to_host()
-            pieces = pieces_of(self._plan, src, dst, *indices, count)
+            below = self._crossing.fold_below
+            pieces = pieces_of(self._plan, src, dst, *indices, count, below)
             if not (src_index.fleeting or dst_index.fleeting):
                 self._known.put(key, pieces, (src_index.lineage, dst_index.lineage))
         host = dst if self._downward else src

@@ -82,13 +82,13 @@ class Halves:
         return _FRONT if block == 1 else Index(offset=index.offset % block)
 
     def pieces(
-        self, link: CopyPlan, host: KVView, mirror: KVView, index: Index, count: int
+        self, link: CopyPlan, host: KVView, mirror: KVView, index: Index, count: int, below: int
     ) -> Pieces:
-        """What has to cross between a mirror and the host."""
+        """What has to cross between a mirror and the host; ``below`` as in `fold`."""
         behind = self.behind(index)
         if self.downward:
-            return fold(link.runs(mirror, host, behind, index, count), mirror, host)
-        return fold(link.runs(host, mirror, index, behind, count), host, mirror)
+            return fold(link.runs(mirror, host, behind, index, count), mirror, host, below)
+        return fold(link.runs(host, mirror, index, behind, count), host, mirror, below)
 
 
 def in_either_order(prepared: Callable[[bool], Launch]) -> Launch:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Picking: which engine carries a copy out, by what each would cost and by the caller's terms."""
+"""Picking: which engine carries a copy out, by what each would cost and by the caller's terms.
+
+The device's seconds come first, since a model that runs ahead of its device hides the host's. Among
+engines that take the device about as long, the one that keeps the host least is picked.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +16,23 @@ from .shapes import Shape
 from .table import Costs
 from .terms import Terms
 
-#: The engines, the gentlest to a running model first: it wins where two cost the same.
+#: The engines, the gentlest to a running model first: it wins where two cost the same in all.
 ORDER = ("staged", "descriptors", "direct", "ring")
 #: The most bytes that a kernel may move across the link while the device computes, by direction.
-#: Measured on an H200: `direct` beats `staged` up to 2 MiB down and 12 MiB up, where it reads the
-#: host as quickly as a copy engine and costs a model no more than that does.
+#: Measured on an H200: `direct` beats `staged` up to 2 MiB down and 12 MiB up, where it costs a
+#: model no more than a copy engine does.
 SMALL = {"d2h": 2 << 20, "h2d": 12 << 20}
 #: Runs from which on `ring` may move pinned memory, where it can: the host waits for it, as it need
 #: not for the others, but by then these take it as long to issue. A default, not a measurement.
 MANY = 1024
-#: Rows of a 2-D copy from this many bytes on: the piece costs what one run of all its bytes costs.
-#: Narrower ones count one by one. To an H200 64 rows of 32 KiB took 1.2 of a memcpy's time, such of
-#: 4 KiB twice as long.
-WIDE = 32 << 10
-#: What `direct` reaches of its speed where it reads host memory whose planes do not lie behind one
-#: another: it walks plane by plane, and so from block to block (0.74 - 0.85 of a memcpy, not 0.92).
-APART = 0.85
+#: Engines whose seconds differ by no more than this part of the least count as equal: the same copy
+#: of 8 MiB and more timed twice on an H200 differs by up to 2 %, and so may each of two figures.
+EQUAL = 0.02
+
+#: Seconds of the device for each row of a 2-D copy beside its bytes, by direction. Measured on an
+#: H200: in 64 rows of 4 KiB it reached 0.60 of a memcpy up, in such of 512 B 0.16, which is 58 ns a
+#: row; down 0.45 with 4 KiB and 0.78 with 32 KiB, which is 92 and 168 ns.
+ROW = {"d2h": 100e-9, "h2d": 60e-9}
 
 _ASSUMED = Assumed("the engine is not in the table")
 
@@ -37,8 +42,9 @@ class Alternative(NamedTuple):
 
     Attributes:
         engine: its name.
-        run_bytes, runs: the copy, as its cost was looked up.
-        seconds: what it would take; None where that is not known.
+        run_bytes, runs: the copy, as its cost was looked up: in pieces, where rows are folded.
+        seconds: what it would take the device; None where that is not known.
+        host_seconds: what it would keep the host; None likewise.
         measured: that was measured on this device, not assumed.
         refused: why it may not be picked, as a phrase; empty where it may.
     """
@@ -47,6 +53,7 @@ class Alternative(NamedTuple):
     run_bytes: int
     runs: int
     seconds: float | None
+    host_seconds: float | None
     measured: bool
     refused: str
 
@@ -69,9 +76,11 @@ def pick(
     out: Mapping[str, str],
     terms: Terms,
     costs: Costs,
-    apart: bool = False,
 ) -> Pick:
     """The engine for a copy.
+
+    Of those that the terms allow and that take the device at most `EQUAL` longer than the quickest,
+    it is the one that keeps the host least; of equals the first in `ORDER`.
 
     Args:
         shapes: what the copy is to each engine that might carry it out.
@@ -79,13 +88,12 @@ def pick(
         out: engines that do not, and why, as a phrase.
         terms: what the caller asks.
         costs: what engines cost.
-        apart: the host is the source, and each of its planes lies scattered over its memory.
 
     Raises:
         Unsupported: no engine is left, with each one's reason.
     """
     found = [
-        _alternative(name, shapes[name], direction, out, terms, costs, apart)
+        _alternative(name, shapes[name], direction, out, terms, costs)
         for name in ORDER
         if name in shapes
     ]
@@ -94,9 +102,21 @@ def pick(
         lines = "\n".join(f"  {name}: {why}" for name, why in out.items())
         raise Unsupported("A copy between the device and the host", f"no engine takes it:\n{lines}")
     allowed = [one for one in able if not one.refused]
-    # What was measured on this device beats what was assumed; `min` takes the first of equals.
-    best = min(allowed or able, key=lambda one: (not one.measured, one.seconds or float("inf")))
-    return Pick(best.engine, _why(best, allowed, found, out, terms), tuple(found))
+    equal = _equal(allowed or able)
+    best = min(equal, key=lambda one: _known(one.host_seconds))  # the first of equals
+    return Pick(best.engine, _why(best, equal, allowed, found, out, terms), tuple(found))
+
+
+def _equal(able: list[Alternative]) -> list[Alternative]:
+    """The quickest engine, and those that are about as quick."""
+    # What was measured on this device beats what was assumed.
+    rivals = [one for one in able if one.measured] or able
+    least = min(_known(one.seconds) for one in rivals)
+    return [one for one in rivals if _known(one.seconds) <= least * (1 + EQUAL)]
+
+
+def _known(seconds: float | None) -> float:
+    return float("inf") if seconds is None else seconds
 
 
 def _alternative(
@@ -106,23 +126,20 @@ def _alternative(
     out: Mapping[str, str],
     terms: Terms,
     costs: Costs,
-    apart: bool,
 ) -> Alternative:
-    runs = shape.pieces if shape.run_bytes >= WIDE else shape.runs
-    runs = max(1, runs)
-    run_bytes = max(1, shape.nbytes // runs)
-    seconds, measured = costs.seconds(name, direction, run_bytes, runs), costs.measured
-    if seconds is None:
-        seconds, measured = _ASSUMED.seconds(name, direction, run_bytes, runs), False
+    runs, pieces = max(1, shape.runs), max(1, shape.pieces)
+    run_bytes = max(1, shape.nbytes // pieces)
+    by = _ASSUMED if costs.seconds(name, direction, run_bytes, pieces) is None else costs
+    seconds = by.seconds(name, direction, run_bytes, pieces)
+    host_seconds = by.host_seconds(name, direction, run_bytes, pieces)
+    if seconds is not None and pieces < runs:
+        seconds += runs * ROW[direction]
     if seconds is not None and terms.max_gbps is not None:
         seconds = max(seconds, shape.nbytes / terms.max_gbps / 1e9)
-    if name == "direct" and apart and seconds is not None:
-        seconds /= APART
-    small = min(SMALL.values()) if apart else SMALL[direction]
-    refused = out.get(name, "") or _kept_out(name, small, shape.nbytes, terms)
+    refused = out.get(name, "") or _kept_out(name, SMALL[direction], shape.nbytes, terms)
     if name == "ring" and not refused and "staged" not in out and shape.runs < MANY:
         refused = f"it keeps the host waiting, which pinned memory is worth from {MANY} runs on"
-    return Alternative(name, run_bytes, runs, seconds, measured, refused)
+    return Alternative(name, run_bytes, pieces, seconds, host_seconds, by.measured, refused)
 
 
 def _kept_out(name: str, small: int, nbytes: int, terms: Terms) -> str:
@@ -139,6 +156,7 @@ def _kept_out(name: str, small: int, nbytes: int, terms: Terms) -> str:
 
 def _why(
     best: Alternative,
+    equal: list[Alternative],
     allowed: list[Alternative],
     found: list[Alternative],
     out: Mapping[str, str],
@@ -147,7 +165,12 @@ def _why(
     if not allowed:
         return f"no other engine takes the copy, although {best.refused}"
     known = "measured" if best.measured else "assumed"
-    if len(allowed) > 1:
+    if len(equal) > 1:
+        text = (
+            f"within {EQUAL * 100:g} % of the least time of those that the terms allow, and keeps "
+            f"the host least, as {known}"
+        )
+    elif len(allowed) > 1:
         text = f"the least time of those that the terms allow, as {known}"
     else:
         text = "the only engine that is left"

@@ -22,7 +22,7 @@ from ...nests import Nest
 from ...plan import CopyPlan
 from ...runs import Int64
 from .._pitched import MAX_PITCH
-from .folding import LEAST_HEIGHT
+from .folding import ALL, LEAST_HEIGHT, TALL
 
 _KEPT = 256  # counts that are remembered for each plan
 #: Units up to which ids are sorted, since runs are merged in the order of their addresses; counted
@@ -34,7 +34,8 @@ class Shape(NamedTuple):
     """Bytes of a copy and the pieces that they lie in.
 
     ``runs`` are contiguous, neighbours merged: as many as `CopyPlan.runs` gives, or more where
-    parts of a plan happen to meet. ``pieces`` are about what `fold` makes of them.
+    parts of a plan happen to meet. ``pieces`` are about what `fold` makes of them: what the host
+    asks for, while the device pays for each row of a 2-D copy about as for a copy of its own.
     """
 
     nbytes: int
@@ -54,19 +55,20 @@ class RunCounter:
         plan: any plan.
         mirrored: its two sides are one, and the runs are those between that side's memory and
             dense rows in the order of its index.
+        fold_below: as `Crossing.fold_below` has it; 0: nothing folds, however many lie together.
     """
 
-    def __init__(self, plan: CopyPlan, mirrored: bool = False) -> None:
+    def __init__(self, plan: CopyPlan, mirrored: bool = False, fold_below: int = ALL) -> None:
         self._unit, self._nests, self._mirrored = plan.unit, plan.nests, mirrored
-        self._bytes = plan.token_bytes
+        self._bytes, self._below = plan.token_bytes, fold_below
         self._known: dict[Any, tuple[int, Any]] = {}
 
     @classmethod
-    def of_host(cls, plan: CopyPlan) -> RunCounter:
+    def of_host(cls, plan: CopyPlan, fold_below: int = ALL) -> RunCounter:
         """A counter of the runs between a plan's host memory and dense rows in its order."""
         device_first = plan.src.place == "device"
         form, step = (plan.dst, plan.dst_step) if device_first else (plan.src, plan.src_step)
-        return cls(CopyPlan(form, form, step, step, plan.unit), mirrored=True)
+        return cls(CopyPlan(form, form, step, step, plan.unit), True, fold_below)
 
     def groups(self, src_index: Index, dst_index: Index, count: int) -> int:
         """Into how many groups ``count`` positions fall, in each of which the units follow each
@@ -85,7 +87,7 @@ class RunCounter:
     def shape(self, groups: int, count: int) -> Shape:
         """The shape of ``count`` positions that fall into so many groups."""
         units = count // self._unit
-        parts = [_of_nest(nest, units, groups) for nest in self._nests]
+        parts = [_of_nest(nest, units, groups, self._below) for nest in self._nests]
         return Shape(count * self._bytes, sum(p[0] for p in parts), sum(p[1] for p in parts))
 
     def unmerged(self, count: int) -> Shape:
@@ -170,23 +172,33 @@ def _groups(numbers: Sequence[Int64], limits: Sequence[int], falling: bool) -> i
     return int(joins.size + 1 - np.count_nonzero(joins))
 
 
-def _of_nest(nest: Nest, units: int, groups: int) -> tuple[int, int]:
-    """Runs and pieces of one nest."""
+def _of_nest(nest: Nest, units: int, groups: int, below: int) -> tuple[int, int]:
+    """Runs and pieces of one nest, folded as `fold` does with this ``below`` (0: not at all), on
+    average."""
     if not units:
         return 0, 0
     src, dst = nest.src.units[-1], nest.dst.units[-1]
     joined = src.stride == dst.stride == nest.run and not (src.table or dst.table)
     lines, width, loops = (groups if joined else units), nest.run, list(nest.loops)
-    if joined and groups == 1:
-        width, loops = _absorb(loops, nest.run * units)
+    if joined and _equal(nest, units, groups):
+        width, loops = _absorb(loops, nest.run * (units // groups))
     around = prod(loop.extent for loop in loops)
     runs = pieces = lines * around
+    if not below:
+        return runs, runs
+    least = LEAST_HEIGHT if max(width, nest.run * units // lines) < below else TALL
     for loop in loops:
-        if not loop.tabled and _folds(loop.extent, width, loop.src_stride, loop.dst_stride):
+        if not loop.tabled and _folds(least, loop.extent, width, loop.src_stride, loop.dst_stride):
             pieces = min(pieces, runs // loop.extent)
-    if not joined and _folds(units // groups, width, src.stride, dst.stride):
+    if not joined and _folds(least, units // groups, width, src.stride, dst.stride):
         pieces = min(pieces, groups * around)
     return runs, pieces
+
+
+def _equal(nest: Nest, units: int, groups: int) -> bool:
+    """Whether all groups are known to be of one length: there is one, or each is a whole block."""
+    limits = [limit for side in (nest.src, nest.dst) if (limit := _limit(side.units))]
+    return groups == 1 or (bool(limits) and units == groups * min(limits))
 
 
 def _absorb(loops: list[Loop], width: int) -> tuple[int, list[Loop]]:
@@ -200,6 +212,6 @@ def _absorb(loops: list[Loop], width: int) -> tuple[int, list[Loop]]:
         width *= following[0].extent
 
 
-def _folds(height: int, width: int, *pitches: int) -> bool:
-    """Whether rows at such pitches become one 2-D copy."""
-    return height >= LEAST_HEIGHT and width <= min(pitches) and max(pitches) <= MAX_PITCH
+def _folds(least: int, height: int, width: int, *pitches: int) -> bool:
+    """Whether rows at such pitches become one 2-D copy, of so many at least."""
+    return height >= least and width <= min(pitches) and max(pitches) <= MAX_PITCH

@@ -57,6 +57,7 @@ class _StagedLaunch:
         self._host = plan.dst if self.downward else plan.src
         self.whole = self._halves_of(plan)
         self._crossing = crossing(engine.device)
+        self.fold_below = self._crossing.fold_below
         self._halves: dict[tuple[object, ...], Halves] = {}
 
     def __call__(
@@ -162,27 +163,31 @@ class Leg:
         self.nbytes = self.mirror.nbytes(self.held)
         self.behind = self.halves.behind(theirs.shifted(cut.start))
         self._theirs = theirs.shifted(cut.start)
+        self._fold_below = launch.fold_below
         self._part: KVView | None = part
         self._origins = 0, host.origins[0]
         self._pieces: Pieces | None = None
-        self.way: Route | None = None
+        self._way: Route | None = None
 
-    def settle(self, mirror: KVView) -> Route:
-        """The device's half, and what has to cross, for mirrors of this leg's."""
-        part = self._part
-        if self.way is None and part is not None:
-            way, link = self.halves.ways(mirror, self.held)
-            self._pieces = self.halves.pieces(link, part, mirror, self._theirs, self.count)
-            self._origins = mirror.origins[0], self._origins[1]
-            self.way = way  # last: another thread may look
-            self._part = None  # a leg that is kept must not hold the memory that it was made for
-        assert self.way is not None
-        return self.way
+    def way(self, mirror: KVView) -> Route:
+        """The device's half, for mirrors of this leg's."""
+        if self._way is None:
+            self._way = self.halves.ways(mirror, self.held)[0]
+        return self._way
 
     def pieces(self, mirror: KVView, host: KVView) -> Pieces:
-        """What has to cross between a mirror and the host's rows, where these lie."""
-        assert self._pieces is not None
-        known = self._pieces
+        """What has to cross between a mirror and the host's rows, where these lie; settled when it
+        is first asked for, so that the slices before this one are under way by then."""
+        part, known = self._part, self._pieces
+        if known is None:
+            assert part is not None
+            link = self.halves.ways(mirror, self.held)[1]
+            known = self.halves.pieces(
+                link, part, mirror, self._theirs, self.count, self._fold_below
+            )
+            self._origins = mirror.origins[0], self._origins[1]
+            self._pieces = known  # last: another thread may look
+            self._part = None  # a leg that is kept must not hold the memory that it was made for
         there, here = mirror.origins[0] - self._origins[0], host.origins[0] - self._origins[1]
         dst, src = (here, there) if self.halves.downward else (there, here)
         if not dst and not src:
@@ -223,7 +228,7 @@ class _Passage:
         moves, placed, by = [], mine, None
         for nth, leg in enumerate(legs):
             mirror = room.mirror(nth % mirrors, leg.mirror, leg.held)
-            way = leg.settle(mirror)
+            way = leg.way(mirror)
             if way is not by:
                 placed, by = way.place(mine), way
             moves.append((leg, mirror, way, placed.shifted(leg.start)))

@@ -32,8 +32,10 @@ class Staging:
 
     def __init__(self, device: torch.device) -> None:
         self.lock = threading.Lock()
-        self.half = torch.Stream(device, priority=-1)
-        self.link = torch.Stream(device)
+        # The device's own kind of stream, whose driver's handle is known.
+        module = torch.get_device_module(device)
+        self.half: torch.Stream = module.Stream(device, priority=-1)
+        self.link: torch.Stream = module.Stream(device)
         self._mirrors = RING
         self._device = device
         self._each = 0

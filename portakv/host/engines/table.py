@@ -15,7 +15,7 @@ import re
 import tempfile
 import threading
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from .assumed import DIRECTIONS, Assumed
 from .crossing import by_torch
 
 #: Of the file, and of how engines behave: a table of another format is measured anew.
-FORMAT = 1
+FORMAT = 2
 
 #: Where Linux tells the version of NVIDIA's module, and of AMD's.
 _MODULES = Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version")
@@ -50,7 +50,10 @@ class Costs(Protocol):
         """Whether they were measured on this device."""
 
     def seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> float | None:
-        """Seconds that an engine takes; None where nothing is known of it."""
+        """Seconds that the device takes; None where nothing is known of an engine."""
+
+    def host_seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> float | None:
+        """Seconds that a call keeps the host; None where nothing is known of an engine."""
 
 
 class TableError(ValueError):
@@ -59,8 +62,8 @@ class TableError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One measurement: so many runs, the seconds until they had landed, and the seconds that the
-    call kept the host."""
+    """One measurement: so many runs, the seconds until they had landed, without what the host does
+    first where that can be hidden, and the seconds that the call kept the host."""
 
     runs: int
     seconds: float
@@ -79,6 +82,7 @@ class Table:
         took: seconds of measuring.
         whole: every point was measured within the time that was allowed.
         origin: where it comes from.
+        timer: what its times are.
     """
 
     device: Mapping[str, str]
@@ -88,17 +92,33 @@ class Table:
     took: float = 0.0
     whole: bool = True
     origin: str = "measured by this process"
+    timer: str = ""
     measured = True
 
     def __post_init__(self) -> None:
-        known = {key: _Surface(columns) for key, columns in self.points.items() if columns}
-        object.__setattr__(self, "_surfaces", known)
+        for name, of in (("_seconds", _of_device), ("_host_seconds", _of_host)):
+            known = {key: _Surface(columns, of) for key, columns in self.points.items() if columns}
+            object.__setattr__(self, name, known)
 
     def seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> float | None:
-        """Seconds that an engine takes; None where it was not measured."""
-        surfaces: dict[tuple[str, str], _Surface] = self._surfaces  # type: ignore[attr-defined]
+        """Seconds that the device takes; None where an engine was not measured."""
+        surfaces: dict[tuple[str, str], _Surface] = self._seconds  # type: ignore[attr-defined]
         surface = surfaces.get((engine, direction))
         return None if surface is None else surface.seconds(run_bytes, runs)
+
+    def host_seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> float | None:
+        """Seconds that a call keeps the host; None where an engine was not measured."""
+        surfaces: dict[tuple[str, str], _Surface] = self._host_seconds  # type: ignore[attr-defined]
+        surface = surfaces.get((engine, direction))
+        return None if surface is None else surface.seconds(run_bytes, runs)
+
+
+def _of_device(point: Point) -> float:
+    return point.seconds
+
+
+def _of_host(point: Point) -> float:
+    return point.host_seconds
 
 
 class _Surface:
@@ -108,10 +128,10 @@ class _Surface:
     in how many runs they lie in. That is exact for what each run and each byte has its price.
     """
 
-    def __init__(self, columns: Columns) -> None:
+    def __init__(self, columns: Columns, of: Callable[[Point], float]) -> None:
         self._sizes = sorted(columns)
         self._columns = [
-            ([p.runs for p in columns[size]], [p.seconds for p in columns[size]])
+            ([p.runs for p in columns[size]], [of(p) for p in columns[size]])
             for size in self._sizes
         ]
 
@@ -231,6 +251,7 @@ def as_json(table: Table) -> dict[str, Any]:
         "emulated": table.emulated,
         "took_seconds": round(table.took, 3),
         "whole": table.whole,
+        "timer": table.timer,
         "left_out": dict(table.left_out),
         "columns": ["run_bytes", "runs", "seconds", "host_seconds"],
         "engines": engines,
@@ -262,6 +283,7 @@ def _parsed(content: Mapping[str, Any], path: Path) -> Table:
         _time(content["took_seconds"]),
         bool(content["whole"]),
         f"{origin}{', which is emulated' if emulated else ''} ({path})",
+        str(content["timer"]),
     )
 
 
