@@ -106,12 +106,13 @@ def _calls(rows: Sequence[Row]) -> list[str]:
     found = [row for row in rows if row["kind"] == "host_call"]
     table = [
         [f"`{row['backend']}`", _WORDS[row["op"]], row["host_side"], row["ids"],
-         size(row["row_bytes"]), f"{row['host_us']:,.1f}"]
+         size(row["row_bytes"]), f"{row['host_us']:,.1f}", f"{row['idle_us']:,.1f}"]
         for row in found
     ]  # fmt: skip
-    heads = ["engine", "direction", "host memory", "ids", "rows", "host, us"]
+    heads = ["engine", "direction", "host memory", "ids", "rows", "host, us", "idle, us"]
     many = f"{found[0]['blocks']:,} blocks x {found[0]['planes']} planes" if found else ""
-    return _titled("What a block transfer costs the host", f"{many}.", heads, table)
+    told = f"{many}, behind other transfers and as the first one on an idle device."
+    return _titled("What a block transfer costs the host", told, heads, table)
 
 
 def _pinning(rows: Sequence[Row]) -> list[str]:

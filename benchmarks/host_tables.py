@@ -166,6 +166,7 @@ _TABLES: Mapping[str, tuple[str, Cells]] = {
             ("runs", _text("merged_runs")),
             ("host us", _number("host_us")),
             ("p90", _number("host_us_p90")),
+            ("idle", _number("idle_us")),
             ("first", _number("first_us")),
             ("us a run", _number("us_per_run", ".3g")),
             ("bytes", _bytes),

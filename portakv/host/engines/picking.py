@@ -30,9 +30,9 @@ MANY = 1024
 EQUAL = 0.02
 
 #: Seconds of the device for each row of a 2-D copy beside its bytes, by direction. Measured on an
-#: H200: in 64 rows of 4 KiB it reached 0.60 of a memcpy up, in such of 512 B 0.16, which is 58 ns a
+#: H200: in 64 rows of 4 KiB it reached 0.60 of a memcpy up, in such of 512 B 0.16, which is 49 ns a
 #: row; down 0.45 with 4 KiB and 0.78 with 32 KiB, which is 92 and 168 ns.
-ROW = {"d2h": 100e-9, "h2d": 60e-9}
+ROW = {"d2h": 100e-9, "h2d": 50e-9}
 
 _ASSUMED = Assumed("the engine is not in the table")
 

@@ -82,6 +82,9 @@ class _StagedLaunch:
             with room.lock, _flight.inside(stream):
                 passage = _Passage(self.downward, room, work, self._crossing, len(legs) == 1)
                 passage.run(legs, host, mine, RING if idle else LONG_RING)
+        except BaseException:
+            rows.kept.pop(self, None)  # slices that were not settled hold the host's memory
+            raise
         finally:
             # No allocator knows of the link's copies: the host's memory is held until they ended,
             # also those that were under way when something failed.
@@ -165,8 +168,8 @@ class Leg:
         self._theirs = theirs.shifted(cut.start)
         self._fold_below = launch.fold_below
         self._part: KVView | None = part
-        self._origins = 0, host.origins[0]
-        self._pieces: Pieces | None = None
+        self._origin = host.origins[0]
+        self._settled: tuple[int, Pieces] | None = None  # for a mirror at that address
         self._way: Route | None = None
 
     def way(self, mirror: KVView) -> Route:
@@ -178,17 +181,17 @@ class Leg:
     def pieces(self, mirror: KVView, host: KVView) -> Pieces:
         """What has to cross between a mirror and the host's rows, where these lie; settled when it
         is first asked for, so that the slices before this one are under way by then."""
-        part, known = self._part, self._pieces
-        if known is None:
+        part, settled = self._part, self._settled
+        if settled is None:
             assert part is not None
             link = self.halves.ways(mirror, self.held)[1]
-            known = self.halves.pieces(
+            made = self.halves.pieces(
                 link, part, mirror, self._theirs, self.count, self._fold_below
             )
-            self._origins = mirror.origins[0], self._origins[1]
-            self._pieces = known  # last: another thread may look
+            settled = self._settled = mirror.origins[0], made  # at once: other threads may look
             self._part = None  # a leg that is kept must not hold the memory that it was made for
-        there, here = mirror.origins[0] - self._origins[0], host.origins[0] - self._origins[1]
+        origin, known = settled
+        there, here = mirror.origins[0] - origin, host.origins[0] - self._origin
         dst, src = (here, there) if self.halves.downward else (there, here)
         if not dst and not src:
             return known
