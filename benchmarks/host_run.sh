@@ -55,7 +55,7 @@ merge() {
 measure 95 grid
 measure 75 direct,duplex,calls,small
 measure 100 interference
-measure 45 pageable,pinning
+measure 70 pageable,pinning
 if ((${#peers[@]})); then measure 45 peers "${peers[@]/#/--peers=}"; fi
 merge || status=1
 if [[ -f $out/host.log ]]; then tail -n 60 "$out/host.log"; else tail -n 20 "$out/bench.log"; fi

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from portakv import CopyPlan, Index, KVView
 from portakv.backends import _kernel_cache
 from portakv.backends.base import Capabilities
 from portakv.builtin import BUILT_IN
-from portakv.host.engines import chosen, table
+from portakv.host.engines import chosen, staging, table
 from portakv.host.engines.assumed import DIRECTIONS
 from portakv.host.engines.chosen import Host, HostLaunch
 from portakv.host.engines.engine import PINNED, Engine
@@ -128,6 +129,28 @@ def test_engines_agree() -> None:
         found.append(host)
     assert torch.equal(*found)
     assert found[0].any()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_device_without_room_for_staging_copies_all_the_same(
+    direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, host = planes(), pinned_blocks()
+    before, index, blocks = host.clone(), Index(range(BLOCKS), SIZE), torch.arange(BLOCKS)
+    src, dst = views(layers, host) if direction == "d2h" else views(layers, host)[::-1]
+    launch = Host(DEVICE).prepare(CopyPlan(src.form, dst.form, SIZE, SIZE))
+
+    def full(self: staging.Staging, nbytes: int, mirrors: int) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(staging.Staging, "reserve", full)
+    with pytest.raises(torch.OutOfMemoryError):  # by name, it is told
+        launch.carry("staged", src, dst, index, index, BLOCKS * SIZE, None)
+    monkeypatch.setattr(launch, "pick", lambda *asked: SimpleNamespace(engine="staged"))
+    launch(src, dst, index, index, BLOCKS * SIZE, None, None)
+    torch.accelerator.synchronize(DEVICE)
+    assert torch.equal(rows(layers, blocks), host)
+    assert torch.equal(host, before) == (direction == "h2d")
 
 
 def kernel_launch(monkeypatch: pytest.MonkeyPatch) -> tuple[HostLaunch, KVView, KVView]:

@@ -283,10 +283,11 @@ def test_views_that_cannot_hold_each_other(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("terms", "words"),
     [
-        ({"overlap": "never"}, "compute, idle"),
-        ({"max_gbps": 0}, "above 0"),
-        ({"max_gbps": -1.5}, "above 0"),
-        ({"max_thread_blocks": 0}, "whole number"),
+        ({"overlap": "never"}, "compute, idle; pass one of these, or leave it out"),
+        ({"max_gbps": 0}, "above 0; pass so many, or None"),
+        ({"max_gbps": -1.5}, "above 0; pass so many, or None"),
+        ({"max_gbps": "fast"}, "above 0; pass so many, or None"),
+        ({"max_thread_blocks": 0}, "whole number from 1 on; pass one, or None"),
         ({"max_thread_blocks": 2.5}, "whole number"),
         ({"max_thread_blocks": 4}, "leave it out"),
     ],

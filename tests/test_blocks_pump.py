@@ -320,6 +320,7 @@ def test_several_at_once(gate: Gate) -> None:
     assert len(gate.threads) > 1
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_leaves_it_running(gate: Gate) -> None:
     transfer, dst, _, after = start()
 

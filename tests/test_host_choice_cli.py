@@ -38,8 +38,8 @@ def test_the_command_of_the_guide() -> None:
     assert (code, err) == (0, "")
     flat = " ".join(out.split())
     for text in (
-        "31.25 MiB from the device to pinned host memory: 1000 runs on the device, 1000 in host",
-        "No accelerator was asked which engines serve it; all are taken to.",
+        "31.25 MiB from the device to pinned host memory. Runs: 1000 on the device, 1000 on the",
+        "There is no accelerator here; all engines are taken to serve one.",
         "descriptors carries it out: within 2 % of the least time of those that the terms allow, "
         "and keeps the host least, as assumed.",
         "Terms: overlap='compute': the device is taken to run a model meanwhile.",

@@ -120,8 +120,52 @@ def test_a_tensor_of_any_shape_and_of_none() -> None:
 
 @pytest.mark.parametrize("nbytes", [0, -1, 1.5, "4"])
 def test_no_number_of_bytes(nbytes: Any) -> None:
-    with pytest.raises(HostMemoryError, match="one or more"):
+    with pytest.raises(HostMemoryError, match="1 or more"):
         pinned.allocate(nbytes)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"unit": 0}, "multiples of 0 bytes .* 1 or more: pass 1"),
+        ({"unit": -4096}, "multiples of -4096 bytes"),
+        ({"unit": "x"}, "multiples of 'x' bytes"),
+        ({"largest": "x"}, "at most 'x' bytes"),
+        ({"huge_pages": "sometimes"}, "huge_pages='sometimes'; expected one of auto, .*pass one"),
+        ({"threads": -3}, "-3 threads .* 1 or more: pass None"),
+        ({"threads": 1.5}, "1.5 threads"),
+    ],
+)
+def test_what_nobody_can_allocate_by(
+    options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_pages, "map_private", lambda *_: pytest.fail("memory was taken first"))
+    with pytest.raises(HostMemoryError, match=words):
+        pinned.allocate(PAGE, **options)
+
+
+@pytest.mark.parametrize("unit", [0, -4096, 1.5])
+def test_a_unit_of_memory_that_exists(unit: Any) -> None:
+    with pytest.raises(HostMemoryError, match="1 or more: pass 1"):
+        pinned.register(torch.zeros(5000), unit=unit)
+
+
+@pytest.mark.parametrize("shape", [(-2, -4), (-2, 4), (0, -1), -1, 1.5, "x", (3, "4"), None])
+def test_no_shape(shape: Any) -> None:
+    with pytest.raises(HostMemoryError, match=r"of shape .* expected a whole number, 0 or more"):
+        pinned.empty(shape, torch.uint8)
+
+
+def test_parts_lie_inside() -> None:
+    with pinned.allocate(PAGE) as memory:
+        assert memory.parts(0, PAGE) == [(0, PAGE)]
+        assert memory.parts(PAGE, 0) == [(PAGE, 0)]
+        outside: list[tuple[Any, Any]] = [
+            (0, 99999), (-5, 10), (PAGE, 1), (PAGE + 1, 0), (8, -1), (0, 1.5), ("x", 1),
+        ]  # fmt: skip
+        for offset, nbytes in outside:
+            with pytest.raises(HostMemoryError, match=f"were asked of {PAGE} bytes; expected"):
+                memory.parts(offset, nbytes)
 
 
 def test_more_than_the_machine_has_is_refused_before_the_kernel_kills() -> None:
@@ -261,9 +305,14 @@ def test_a_node_that_exists_and_one_that_does_not() -> None:
     with memory:
         maps = Path("/proc/self/numa_maps").read_text()
         assert re.search(rf"^{memory.address:x} bind:{known[-1]}\b", maps, re.MULTILINE)
-    for wanted in (known[-1] + 1, [known[0], 4096], []):
+    for wanted in (known[-1] + 1, [known[0], 4096]):
         with pytest.raises(Unsupported, match="this machine has the nodes"):
             pinned.allocate(PAGE, numa=wanted)
+
+
+def test_no_node_at_all() -> None:
+    with pytest.raises(Unsupported, match=r"an empty list of NUMA nodes(?s:.*)leave numa=None"):
+        pinned.allocate(PAGE, numa=[])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ import pytest
 import torch
 from pinned_runtime import absent, claimed, installed
 
-from portakv.host.pinned import HostMemoryError
+from portakv.host import pinned
+from portakv.host.pinned import HostMemoryError, PinnedMemory
 from portakv.host.pool import Block, PinnedPool, PoolExhausted
 
 pytestmark = pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
@@ -128,6 +129,77 @@ def test_it_grows_up_to_its_limit() -> None:
         assert [int(block.tensor[-1]) for block in blocks] == [0, 1, 2, 3, 4]
         for block in blocks:
             block.release()
+
+
+class Scarce:
+    """In the place of `pinned.allocate`: no memory for more than ``room`` blocks at a time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+        self.room, self.asked, self._allocate = room, [0], pinned.allocate
+        monkeypatch.setattr(pinned, "allocate", self)
+
+    def __call__(self, nbytes: int, **options: Any) -> PinnedMemory:
+        memory = self._allocate(nbytes, **options)  # as pages that are mapped, and then not there
+        self.asked.append(nbytes // 1024 + 1)
+        if self.asked[-1] > self.room:
+            raise HostMemoryError("of the test")
+        return memory
+
+
+def test_it_grows_by_what_is_missing_where_there_is_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with PinnedPool(SIZE, 2, limit=64, grow=32) as pool:
+        scarce = Scarce(monkeypatch, 3)
+        blocks = pool.acquire_many(5)
+        assert (pool.blocks, scarce.asked) == (5, [0, 32, 3])
+        for block in blocks:
+            block.release()
+
+
+def test_no_memory_to_grow_is_exhaustion_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    with PinnedPool(SIZE, 2, limit=64, grow=32) as pool:
+        blocks, kept = pool.acquire_many(2), claimed()
+        scarce = Scarce(monkeypatch, 0)
+        with pytest.raises(PoolExhausted, match="it has 2 and there was no memory") as refused:
+            pool.acquire()
+        assert str(refused.value.__cause__) == "of the test"
+        assert claimed() == kept, "the error holds the memory that was taken"
+        with pytest.raises(PoolExhausted, match=r"within 0\.15 s") as refused:
+            pool.acquire(wait=True, timeout=0.15)
+        assert isinstance(refused.value.__cause__, HostMemoryError)
+        assert 4 <= len(scarce.asked) <= 9, "it asks again, and not without pause"
+        for block in blocks:
+            block.release()
+
+
+@pytest.mark.parametrize("how", ["a release", "memory"])
+def test_who_may_wait_waits_for_either(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with PinnedPool(SIZE, 1, limit=64, grow=32) as pool:
+        block = pool.acquire()
+        scarce = Scarce(monkeypatch, 0)
+
+        def relieve() -> None:
+            if how == "memory":
+                scarce.room = 1
+            else:
+                block.release()
+
+        timer = threading.Timer(0.05, relieve)
+        timer.start()
+        with pool.acquire(wait=True, timeout=30) as second:
+            assert second.index == (how == "memory")
+        timer.join()
+        if block.held:
+            block.release()
+
+
+@pytest.mark.parametrize("count", [-1, "x", 1.5, None])
+def test_no_number_of_blocks(count: Any) -> None:
+    with PinnedPool(SIZE, 1) as pool:
+        assert pool.acquire_many(0) == []
+        with pytest.raises(HostMemoryError, match="blocks were asked of a pool; expected a whole"):
+            pool.acquire_many(count)
 
 
 def test_a_block_in_flight_is_not_handed_out() -> None:

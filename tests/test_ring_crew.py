@@ -128,6 +128,7 @@ def test_an_error_is_raised_once_nothing_is_under_way(caller: bool) -> None:
     again.wait()
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("by_caller", [True, False], ids=["in a call", "while it waits"])
 def test_an_interrupt_waits_for_what_is_under_way(by_caller: bool) -> None:
     slow, here = Slow(0.1), threading.get_ident()

@@ -158,7 +158,7 @@ def _known(asked: argparse.Namespace) -> tuple[Costs, dict[str, str], str]:
                 f"calibrate` wrote."
             ) from error
     if device is None:
-        note = "No accelerator was asked which engines serve it; all are taken to."
+        note = "There is no accelerator here; all engines are taken to serve one."
         return costs or Assumed("there is no accelerator to measure"), {}, note
     host = Host(device)
     return costs or costs_of(device), dict(host.out), f"On {device}."
@@ -166,11 +166,12 @@ def _known(asked: argparse.Namespace) -> tuple[Costs, dict[str, str], str]:
 
 def _print(explained: Explained) -> None:
     pick, nbytes = explained.pick, explained.nbytes
-    ends = ("the device", "pageable host" if explained.pageable else "pinned host")
+    host = f"{'pageable' if explained.pageable else 'pinned'} host memory"
+    ends = "the device", host
     first, last = ends if explained.direction == "d2h" else ends[::-1]
     print_prose(
-        f"{in_bytes(nbytes)} from {first} to {last} memory: {explained.runs} runs on the device, "
-        f"{explained.host_runs} in host memory. {explained.note}"
+        f"{in_bytes(nbytes)} from {first} to {last}. Runs: {explained.runs} on the device, "
+        f"{explained.host_runs} on the host. {explained.note}"
     )
     print_prose(f"{pick.engine} carries it out: {pick.why}.")
     print()

@@ -53,10 +53,15 @@ def bind(address: int, nbytes: int, wanted: int | Sequence[int]) -> None:
     """Have pages of the range that are not there yet come from these nodes and no other.
 
     Raises:
-        Unsupported: a node that is not there, an architecture or kernel that cannot bind, or a
-            container that may not.
+        Unsupported: no node, or one that is not there, an architecture or kernel that cannot bind,
+            or a container that may not.
     """
     asked = [wanted] if isinstance(wanted, int) else list(wanted)
+    if not asked:
+        raise Unsupported(
+            f"Binding {nbytes} bytes of host memory to an empty list of NUMA nodes",
+            "pages must come from some node; name one or more, or leave numa=None",
+        )
     what = f"Binding {nbytes} bytes of host memory to NUMA node {', '.join(map(str, asked))}"
     number = _MBIND.get(platform.machine())
     if number is None:
@@ -64,7 +69,7 @@ def bind(address: int, nbytes: int, wanted: int | Sequence[int]) -> None:
     known = nodes()
     if not known:
         raise Unsupported(what, "this kernel tells of no NUMA nodes; leave numa=None")
-    if not asked or not set(asked) <= set(known):
+    if not set(asked) <= set(known):
         raise Unsupported(what, f"this machine has the nodes {known}; ask for some of these")
     bits = 8 * ctypes.sizeof(ctypes.c_ulong)
     mask = (ctypes.c_ulong * (max(asked) // bits + 1))()

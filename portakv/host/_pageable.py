@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 
@@ -20,5 +21,13 @@ def warn_once(why: str) -> None:
         f"Host memory was asked to be pinned and stays pageable: {why}. Results are the same; "
         f"copies are slower, and block the host.",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=_outside(),
     )
+
+
+def _outside() -> int:
+    """How far up the stack, from the warning on, the first line is that is not PortaKV's own."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("portakv."):
+        frame, level = frame.f_back, level + 1
+    return level

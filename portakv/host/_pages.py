@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
+import operator
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from ..errors import HostMemoryError
 
 PAGE = mmap.PAGESIZE
+HUGE_PAGES = ("auto", "transparent", "reserved", "never")
 HUGE = 2 << 20  # what x86 and most arm64 kernels call huge
 _MAP_HUGETLB = 0x40000
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
@@ -50,6 +52,37 @@ class Span:
     def array(self) -> npt.NDArray[np.uint8]:
         """The bytes, without a copy."""
         return np.asarray(self)
+
+
+def whole(number: Any, least: int, asked: str, do: str) -> int:
+    """A number that must be whole and no less.
+
+    Raises:
+        HostMemoryError: it is not; begins with what was asked and ends with what to do.
+    """
+    try:
+        found = operator.index(number)
+    except TypeError:
+        found = least - 1
+    if found < least:
+        raise HostMemoryError(f"{asked}; expected a whole number, {least} or more: {do}.")
+    return found
+
+
+def refuse(huge_pages: str, threads: int | None) -> None:
+    """Ways to get pages that there are not.
+
+    Raises:
+        HostMemoryError: such a one.
+    """
+    if huge_pages not in HUGE_PAGES:
+        raise HostMemoryError(
+            f"Host memory was asked for with huge_pages={huge_pages!r}; expected one of "
+            f"{', '.join(HUGE_PAGES)}: pass one of these, or leave it out for auto."
+        )
+    if threads is not None:
+        asked = f"{threads!r} threads were asked to touch pages"
+        whole(threads, 1, asked, "pass None for one a core, at most 16")
 
 
 def address_of(mapping: mmap.mmap) -> int:

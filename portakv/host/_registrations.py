@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import HostMemoryError
 from . import _runtime
 from ._pageable import warn_once
-from ._pages import PAGE, to_pages
+from ._pages import PAGE, to_pages, whole
 from ._runtime import CallRefused, Runtime
 
 #: One registration over 512 GiB fails (vLLM #51081); whole GiB, so that no huge page is cut.
@@ -41,7 +41,7 @@ class Registration:
         unit: pieces of memory that begins on a page are a multiple of it, if one fits at all.
 
     Raises:
-        HostMemoryError: some of these pages are registered already.
+        HostMemoryError: some of these pages are registered already, or pieces that cannot be.
         CallRefused: the runtime refused; nothing is registered or claimed then.
 
     Attributes:
@@ -149,15 +149,22 @@ def _claim(start: int, end: int) -> None:
         bisect.insort(_claimed, (start, end))
 
 
+def piece_bytes(largest: int, unit: int) -> int:
+    """How many bytes one registration has where there are several.
+
+    Raises:
+        HostMemoryError: a ``largest`` under a page, or a ``unit`` under 1.
+    """
+    asked = f"Pieces of at most {largest!r} bytes were asked for, and a page has {PAGE}"
+    most = whole(largest, PAGE, asked, "ask for whole pages")
+    asked = f"Pieces cut at multiples of {unit!r} bytes were asked for"
+    step = math.lcm(whole(unit, 1, asked, "pass 1 to have them cut at any page"), PAGE)
+    return most // step * step or most // PAGE * PAGE
+
+
 def _cut(start: int, end: int, largest: int, unit: int) -> list[tuple[int, int]]:
     """The range in pieces; one wherever that is allowed."""
-    whole = math.lcm(unit, PAGE)
-    length = largest // whole * whole or largest // PAGE * PAGE
-    if length <= 0:
-        raise HostMemoryError(
-            f"Pieces of at most {largest} bytes were asked for, and a page has {PAGE}; ask for "
-            f"whole pages."
-        )
+    length = piece_bytes(largest, unit)
     return [(at, min(length, end - at)) for at in range(start, end, length)]
 
 

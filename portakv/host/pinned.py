@@ -9,9 +9,8 @@ Where nothing can be pinned the same calls give pageable memory, and say so once
 from __future__ import annotations
 
 import math
-import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +21,7 @@ from ..errors import HostMemoryError, Unsupported
 from . import _numa, _pages, _runtime, _spans
 from ._pageable import warn_once
 from ._pages import Span
-from ._registrations import LARGEST, Registration
+from ._registrations import LARGEST, Registration, piece_bytes
 from ._runtime import CallRefused, Runtime
 
 __all__ = ["HostMemoryError", "PinnedMemory", "allocate", "empty", "register", "register_address",
@@ -87,7 +86,15 @@ class PinnedMemory:
         return [self.tensor[a:b] for a, b in zip(starts, ends, strict=True)]
 
     def parts(self, offset: int, nbytes: int) -> list[tuple[int, int]]:
-        """A range as (offset, bytes) that cross no seam, in order."""
+        """A range as (offset, bytes) that cross no seam, in order.
+
+        Raises:
+            HostMemoryError: some of it is not in this memory.
+        """
+        asked = f"{nbytes!r} bytes from {offset!r} on were asked of {self.nbytes} bytes"
+        do = "ask for a range that ends with the memory or before"
+        _pages.whole(offset, 0, asked, do)
+        _pages.whole(self.nbytes - offset - _pages.whole(nbytes, 0, asked, do), 0, asked, do)
         cuts = [seam for seam in self.seams if offset < seam < offset + nbytes]
         starts, ends = [offset, *cuts], [*cuts, offset + nbytes]
         return [(a, b - a) for a, b in zip(starts, ends, strict=True)]
@@ -163,10 +170,13 @@ def allocate(
     On devices other than CUDA's and ROCm's the memory comes from torch's own allocator.
 
     Raises:
-        HostMemoryError: no bytes were asked for, or more than there is room for.
+        HostMemoryError: no bytes were asked for, or more than there is room for; or an argument
+            that is none of the above.
         Unsupported: a NUMA node that cannot be bound.
     """
     nbytes = _count(nbytes)
+    _pages.refuse(huge_pages, threads)
+    piece_bytes(largest, unit)
     runtime = _runtime.find()
     if runtime is None and _runtime.through_torch():
         given = _from_torch(nbytes, huge_pages, numa)
@@ -190,8 +200,14 @@ def empty(shape: int | Sequence[int], dtype: torch.dtype | None = None, **option
         shape: with no elements, a plain tensor comes back, as there is nothing to pin.
         dtype: None: torch's default.
         options: of `allocate`.
+
+    Raises:
+        HostMemoryError: a size that is no whole number, or below 0; or as `allocate` does.
     """
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    asked = f"A pinned tensor of shape {shape!r} was asked for"
+    do = "name the size of each dimension"
+    each = shape if isinstance(shape, Iterable) else (shape,)
+    sizes = tuple(_pages.whole(size, 0, asked, do) for size in each)
     kind = dtype or torch.get_default_dtype()
     nbytes = math.prod(sizes) * kind.itemsize
     if nbytes == 0:
@@ -298,15 +314,9 @@ def _flags(portable: bool, mapped: bool) -> int:
 
 
 def _count(nbytes: int) -> int:
-    try:
-        found = operator.index(nbytes)
-    except TypeError:
-        found = 0
-    if found < 1:
-        raise HostMemoryError(
-            f"{nbytes!r} bytes of host memory were asked for; ask for a whole number, one or more."
-        )
-    return found
+    return _pages.whole(
+        nbytes, 1, f"{nbytes!r} bytes of host memory were asked for", "ask for one at least"
+    )
 
 
 def _register(

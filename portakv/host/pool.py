@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import HostMemoryError, PoolExhausted
-from . import pinned
+from . import _pages, pinned
 from ._blocks import Block, Cooling, Leak, stride, told
 from ._registrations import LARGEST
 from .pinned import PinnedMemory
@@ -22,6 +22,7 @@ from .pinned import PinnedMemory
 __all__ = ["Block", "Leak", "PinnedPool", "PoolExhausted"]
 
 _ASK_AGAIN = 0.0005  # seconds between two looks at work that only tells when asked
+_GROW_AGAIN = 0.1  # seconds until who waits asks again for memory that could not be had
 
 
 @dataclass
@@ -40,7 +41,8 @@ class PinnedPool:
         block_bytes: of each block, exactly.
         blocks: how many it begins with.
         limit: how many it may have; it grows when none is free. None: ``blocks``.
-        grow: how many it grows by; None: as many as it began with.
+        grow: how many it grows by, or by what is missing where there is no memory for more; None:
+            as many as it began with.
         alignment: in bytes, of each block: 1, 2, 4 ... up to a page.
         stacks: remember where each block was acquired, for `leaks`; some 50 us each.
         options: of `pinned.allocate`.
@@ -108,7 +110,8 @@ class PinnedPool:
             timeout: seconds to wait at most; None: without end.
 
         Raises:
-            PoolExhausted: none is free, or was in time; says who has them.
+            PoolExhausted: none is free, or was in time, and the pool has its limit or no memory to
+                grow, which its cause says then; says who has them.
             HostMemoryError: the pool is closed, or this process was forked from its maker.
         """
         return self.acquire_many(1, owner, wait=wait, timeout=timeout)[0]
@@ -119,7 +122,13 @@ class PinnedPool:
         """Several blocks, all or none, so that two callers cannot each wait for the other's half.
 
         Args and errors: as `acquire`.
+
+        Raises:
+            HostMemoryError: a count that is no whole number, or below 0.
         """
+        count = _pages.whole(
+            count, 0, f"{count!r} blocks were asked of a pool", "say how many are needed"
+        )
         if count > self.limit:
             raise PoolExhausted(
                 f"{count} blocks were asked of a pool that may have {self.limit}; ask for fewer, "
@@ -128,12 +137,19 @@ class PinnedPool:
         self._refuse_fork()
         with self._changed:
             until = time.monotonic() + timeout if timeout is not None else None
-            while not self._enough(count):
-                left = None if until is None else until - time.monotonic()
+            refused: HostMemoryError | None = None
+            grow_at = 0.0
+            while (missing := self._missing(count)) > 0:
+                now, room = time.monotonic(), self.limit - self._size >= missing
+                if room and now >= grow_at:
+                    refused, grow_at = self._grown(missing), time.monotonic() + _GROW_AGAIN
+                    continue
+                left = None if until is None else until - now
                 if not wait or (left is not None and left <= 0):
-                    raise self._exhausted(count, timeout if wait else None)
-                pause = _ASK_AGAIN if self._cooling else None
-                self._changed.wait(min((x for x in (left, pause) if x is not None), default=None))
+                    raise self._exhausted(count, timeout if wait else None, refused) from refused
+                pauses = [left] if left is not None else []
+                pauses += [_ASK_AGAIN] * bool(self._cooling) + [grow_at - now] * room
+                self._changed.wait(min(pauses, default=None))
             return [self._hand_out(owner) for _ in range(count)]
 
     def release(self, block: Block, after: Any = None) -> None:
@@ -223,15 +239,30 @@ class PinnedPool:
             self._size += count
             blocks -= count
 
-    def _enough(self, count: int) -> bool:
-        """True where so many are free, after growing if that is allowed."""
+    def _missing(self, count: int) -> int:
+        """How many are not free of so many."""
         if self._closed:
             raise HostMemoryError("A block was asked of a pool that is closed; make another one.")
         self._sweep()
-        missing = count - len(self._free)
-        if missing > 0 and self.limit - self._size >= missing:
-            self._add(min(self.limit - self._size, max(self._grow, missing)))
-        return len(self._free) >= count
+        return count - len(self._free)
+
+    def _grown(self, missing: int) -> HostMemoryError | None:
+        """By `grow` blocks, or else by as many as are missing; or why not even by these."""
+        refused, least = None, self._size + missing
+        for size in dict.fromkeys((min(self.limit, self._size + max(self._grow, missing)), least)):
+            refused = self._grown_to(size)
+            if refused is None:
+                break
+        return refused
+
+    def _grown_to(self, size: int) -> HostMemoryError | None:
+        try:
+            self._add(size - self._size)
+        except HostMemoryError as refused:
+            # Its frames hold the very memory that there is too little of.
+            traceback.clear_frames(refused.__traceback__)
+            return refused
+        return None
 
     def _sweep(self) -> None:
         if self._cooling:
@@ -252,12 +283,17 @@ class PinnedPool:
         self.high_water = max(self.high_water, len(self._out) + len(self._cooling))
         return block
 
-    def _exhausted(self, count: int, waited: float | None) -> PoolExhausted:
-        how = "" if waited is None else f" within {waited:g} s"
+    def _exhausted(
+        self, count: int, waited: float | None, refused: HostMemoryError | None
+    ) -> PoolExhausted:
+        how, do = "" if waited is None else f" within {waited:g} s", "raise the limit"
+        if refused is not None:
+            how += f", as it has {self._size} and there was no memory for more"
+            do = "free some of the machine's memory"
         return PoolExhausted(
             told(
                 f"{count} blocks of {self.block_bytes} bytes were asked of a pool, and "
                 f"{len(self._free)} of {self.limit} were free{how}; release some, wait longer, or "
-                f"raise the limit", self.leaks(),
+                f"{do}", self.leaks(),
             )
         )  # fmt: skip

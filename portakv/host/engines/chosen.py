@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ...view import KVView
 
 _MOST = 1024  # picks that one launch remembers
+_UNSTAGED = ("descriptors", "direct")  # they take no memory of the device
 
 
 class Host(Engine):
@@ -223,7 +224,15 @@ class HostLaunch:
         picked = self.pick(src, dst, src_index, dst_index, count).engine
         while self._prepared(picked) is None:  # it is out now, and another one is picked
             picked = self.pick(src, dst, src_index, dst_index, count).engine
-        return self.carry(picked, src, dst, src_index, dst_index, count, stream)
+        asked = src, dst, src_index, dst_index, count, stream
+        try:
+            return self.carry(picked, *asked)
+        except torch.OutOfMemoryError:
+            # The device has no room for staging. Others need none, and may move rows once more.
+            able = [name for name in _UNSTAGED if name != picked and self._prepared(name)]
+            if not able:
+                raise
+            return self.carry(able[0], *asked)
 
     def _shapes(self, whole: int, of_host: int, count: int) -> dict[str, Shape]:
         """What a copy is to each engine."""

@@ -93,10 +93,11 @@ class _StagedLaunch:
     def _legs(self, rows: KVView, host: KVView, theirs: Index, count: int, idle: bool) -> list[Leg]:
         """The slices of a transfer, kept for others of its kind; ``idle``: the link is."""
         outside: tuple[str, ...] = ()
-        key: tuple[object, ...] = count, theirs.offset, idle
+        seams = _registrations.seams()  # which memory of the host was pinned in parts
+        key: tuple[object, ...] = count, theirs.offset, idle, seams
         if theirs.ids is not None:
             key += id(theirs.lineage), host.origins
-        elif len(host.origins) > 1 or _registrations.seams():
+        elif len(host.origins) > 1 or seams:
             key += (host.origins,)
         else:  # in other memory of the host's form a slice lies as far behind its address
             outside = self.whole.mirror.outside

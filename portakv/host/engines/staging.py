@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ...view import KVView
 
 _APART = 256  # bytes: mirrors begin at multiples, so that vectors are as wide as they can be
-_STREAMS = 8  # whose staging is kept; the oldest one's is given back
+_STREAMS = 8  # whose staging is kept; of the one that was used longest ago it is given back
 
 
 class Staging:
@@ -55,11 +55,11 @@ class Staging:
         """
         each = max(self._each, -(-nbytes // _APART) * _APART)
         if each > self._each or mirrors > self._mirrors:
-            self._mirrors = max(self._mirrors, mirrors)
+            mirrors = max(self._mirrors, mirrors)
             self._views.clear()
-            self._room = None
-            self._room = torch.empty(self._mirrors * each, dtype=torch.uint8, device=self._device)
-            self._each = each
+            self._room, self._each = None, 0  # nothing is held if there is no more
+            self._room = torch.empty(mirrors * each, dtype=torch.uint8, device=self._device)
+            self._mirrors, self._each = mirrors, each
 
     def mirror(self, at: int, mirror: Mirror, held: int) -> KVView:
         """One of the mirrors, for rows of ``held`` slots."""
@@ -79,12 +79,13 @@ _lock = threading.Lock()
 def staging(device: torch.device, work: torch.Stream) -> Staging:
     """The staging of a stream."""
     key = device, work.stream_id
-    found = _known.get(key)
-    if found is None:
-        with _lock:
-            found = _known.setdefault(key, Staging(device))
+    with _lock:
+        found = _known.get(key)
+        if found is None:
+            found = _known[key] = Staging(device)
             while len(_known) > _STREAMS:
                 _known.popitem(last=False)
+        _known.move_to_end(key)
     return found
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 from ...errors import Unsupported
 
@@ -34,14 +35,18 @@ class Terms:
         if self.overlap not in OVERLAPS:
             raise Unsupported(
                 f"A transfer with overlap={self.overlap!r}",
-                f"expected one of {', '.join(OVERLAPS)}",
+                f"expected one of {', '.join(OVERLAPS)}; pass one of these, or leave it out for "
+                f"{OVERLAPS[0]}",
             )
         blocks, rate = self.max_thread_blocks, self.max_gbps
         if blocks is not None and (not isinstance(blocks, int) or blocks < 1):
             raise Unsupported(
-                f"A transfer with max_thread_blocks={blocks!r}", "expected a whole number from 1 on"
+                f"A transfer with max_thread_blocks={blocks!r}",
+                "expected a whole number from 1 on; pass one, or None for the engine's own limit",
             )
-        if rate is not None and not rate > 0:
+        if rate is not None and not (isinstance(rate, Real) and rate > 0):
             raise Unsupported(
-                f"A transfer with max_gbps={rate!r}", "expected 10^9 bytes in a second, above 0"
+                f"A transfer with max_gbps={rate!r}",
+                "expected 10^9 bytes in a second, above 0; pass so many, or None for the link's "
+                "own rate",
             )
