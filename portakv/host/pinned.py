@@ -170,13 +170,10 @@ def allocate(
     On devices other than CUDA's and ROCm's the memory comes from torch's own allocator.
 
     Raises:
-        HostMemoryError: no bytes were asked for, or more than there is room for; or an argument
-            that is none of the above.
+        HostMemoryError: no bytes, more than there is room for, or an argument not as above.
         Unsupported: a NUMA node that cannot be bound.
     """
-    nbytes = _count(nbytes)
-    _pages.refuse(huge_pages, threads)
-    piece_bytes(largest, unit)
+    nbytes = _judged(nbytes, huge_pages, threads, largest, unit)
     runtime = _runtime.find()
     if runtime is None and _runtime.through_torch():
         given = _from_torch(nbytes, huge_pages, numa)
@@ -311,6 +308,15 @@ def why_not() -> str | None:
 
 def _flags(portable: bool, mapped: bool) -> int:
     return _runtime.PORTABLE * portable | _runtime.MAPPED * mapped
+
+
+def _judged(
+    nbytes: int, huge_pages: HugePages, threads: int | None, largest: int, unit: int
+) -> int:
+    """How many bytes, once the other arguments are such as can be served."""
+    _pages.refuse(huge_pages, threads)
+    piece_bytes(largest, unit)
+    return _count(nbytes)
 
 
 def _count(nbytes: int) -> int:
