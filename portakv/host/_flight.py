@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from .. import events
-from ..errors import DeviceMismatch, Unsupported
+from ..devices import DeviceAbsent, indexed
+from ..errors import BackendUnavailable, DeviceMismatch, Unsupported
 from ..transfer import Completion, Transfer
 
 # Host memory is held by what is under way, since no allocator orders it on a stream.
@@ -17,11 +18,18 @@ _flying: deque[Completion] = deque()
 
 
 def resolve(device: torch.device | str | int) -> torch.device:
-    """A device with an index, unless it is the CPU."""
-    found = torch.device(device)
-    if found.type == "cpu" or found.index is not None:
-        return torch.device("cpu") if found.type == "cpu" else found
-    return torch.device(found.type, torch.accelerator.current_device_index())
+    """A device with an index, unless it is the CPU.
+
+    Raises:
+        BackendUnavailable: this machine has no such device.
+    """
+    try:
+        return indexed(torch.device(device) if isinstance(device, int) else device)
+    except (DeviceAbsent, RuntimeError) as error:
+        raise BackendUnavailable(
+            f"Host memory was to be used with the device {device}, and {str(error).rstrip('.')}. "
+            f"Name a device of this machine, or leave it out."
+        ) from None
 
 
 def check_stream(stream: torch.Stream | None, *devices: torch.device) -> None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import capture
-from ..errors import DeviceMismatch
+from ..errors import BackendUnavailable, DeviceMismatch
 from ..transfer import Transfer
 from . import _cuda_driver, _flight
 from ._copy_checks import check_alike, check_disjoint
@@ -85,7 +85,10 @@ def is_available(device: torch.device | str | None = None) -> bool:
         if not torch.accelerator.is_available():
             return False
         device = torch.accelerator.current_accelerator()
-    return device is not None and _cuda_driver.why_not(_flight.resolve(device)) is None
+    try:
+        return device is not None and _cuda_driver.why_not(_flight.resolve(device)) is None
+    except BackendUnavailable:  # there is no such device
+        return False
 
 
 def copy_(

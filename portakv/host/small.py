@@ -294,7 +294,10 @@ def _send_once(
 @cache
 def _lasting(device: torch.device | str) -> torch.device | None:
     """`_flight.resolve` of what means the same device whichever is current; None for others."""
-    found = torch.device(device)
+    try:
+        found = torch.device(device)
+    except RuntimeError:  # of a vendor's, perhaps, which has to be imported
+        return None
     return _flight.resolve(found) if found.type == "cpu" or found.index is not None else None
 
 
