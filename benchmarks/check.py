@@ -217,7 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = json.loads(asked.file.read_text(encoding="utf-8"))
         verdicts = judge(results, load_bars(asked.bars))
     except (OSError, ValueError, KeyError) as error:
-        print(f"check: {asked.file} cannot be judged: {error}", file=sys.stderr)
+        why = error.strerror if isinstance(error, OSError) else error
+        print(f"check: {asked.file} cannot be judged: {why}", file=sys.stderr)
         return 2
     print_verdicts(verdicts)
     counts = {word: sum(v.word == word for v in verdicts) for word in ("met", "accepted", "missed")}
