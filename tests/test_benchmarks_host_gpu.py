@@ -62,4 +62,4 @@ def test_a_captured_loop_writes_to_nobody_elses_memory() -> None:
 def test_loops_last_as_long_as_was_asked_for() -> None:
     device = torch.device("cuda", 0)
     for loop in (matmul(device, 1024, 0.05), attention(device, (2, 4, 512), 0.05)):
-        assert loop._time() >= 45.0  # milliseconds
+        assert loop._time() >= 40.0  # milliseconds; the shortest of three runs set its length
