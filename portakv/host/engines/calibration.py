@@ -28,10 +28,11 @@ from ...view import KVView
 from .. import pinned
 from .assumed import D2H, DIRECTIONS, Assumed
 from .chosen import Host, HostLaunch
+from .engine import finish
 from .picking import ORDER
 from .table import Costs, Point, Table, identity
 from .terms import Terms
-from .timing import SEEN, Timer, end, timer_for
+from .timing import SEEN, Timer, timer_for
 
 #: Seconds that measuring takes at most.
 SECONDS = 20.0
@@ -237,7 +238,7 @@ class _Copy:
             began = perf_counter()
             pending = self.call()
             taken = perf_counter() - began
-            end(pending)
+            finish(pending)
         return taken
 
     def prove(self) -> None:
@@ -245,7 +246,7 @@ class _Copy:
         for blocks, first in ((self._src, 1), (self._dst, 128)):
             number = torch.arange(self._runs, device=blocks.device) % 127 + first
             blocks[:, 0, :] = number.to(torch.uint8)[:, None]
-        end(self.call())
+        finish(self.call())
         torch.accelerator.synchronize(self._device)
         sides = zip((self._src, self._dst), self._orders, strict=True)
         wanted, found = (blocks.cpu()[torch.from_numpy(order)] for blocks, order in sides)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from ...backends.base import Backend, Decision
+from ...backends.base import Backend, Decision, Pending
 from ...plan import CopyPlan
 from ...registry import Choice, choose
 from .terms import Terms
@@ -48,3 +48,9 @@ class Engine(Backend):
 def direction_of(plan: CopyPlan) -> str:
     """``d2h`` or ``h2d``."""
     return "d2h" if plan.src.place == "device" else "h2d"
+
+
+def finish(pending: Pending | None) -> None:
+    """Wait for work that is not ordered on its stream."""
+    if pending is not None:
+        pending.wait()

@@ -25,13 +25,13 @@ from .. import _flight
 from ._crew import Batch
 from ._ring_slots import TURNS, Slots, slots
 from .crossing import by_torch, crossing
-from .engine import PAGEABLE, PINNED, Engine
+from .engine import PAGEABLE, PINNED, Engine, finish
 from .folding import Pieces
 from .halves import Halves, in_either_order
 from .host_rows import HostRows
 from .mirror import mirror_of
 from .schedule import RING, multiple
-from .staging import Staging, finish, mark, staging, wait
+from .staging import Staging, mark, staging, wait
 
 if TYPE_CHECKING:
     from ...form import Form
@@ -207,6 +207,7 @@ class _Passage:
         # A single slice has nothing to overlap with.
         single = len(slices) == 1
         self._half, self._link = (work, work) if single else (room.half, room.link)
+        self._beside = not single
         self._free: list[torch.Event | None] = [None] * RING
         self._copying: deque[Batch] = deque()
         self._by: Route | None = None
@@ -257,9 +258,9 @@ class _Passage:
         mirror, way, index = self._device_half(piece, at, mine)
         wait(self._half, self._free[at])
         finish(way.launch(rows, mirror, index, piece.behind, piece.count, self._half, None))
-        wait(self._link, mark(self._half, beside=self._half is not self._link))
+        wait(self._link, mark(self._half, self._beside))
         self._cross(nth, mirror)
-        self._free[at] = mark(self._link, beside=self._half is not self._link)
+        self._free[at] = mark(self._link, self._beside)
 
     def _bring(self, nth: int, rows: KVView, mine: Index) -> None:
         """From a slot to the device's rows."""
@@ -267,9 +268,9 @@ class _Passage:
         mirror, way, index = self._device_half(piece, at, mine)
         wait(self._link, self._free[at])
         self._cross(nth, mirror)
-        wait(self._half, mark(self._link, beside=self._half is not self._link))
+        wait(self._half, mark(self._link, self._beside))
         finish(way.launch(mirror, rows, piece.behind, index, piece.count, self._half, None))
-        self._free[at] = mark(self._half, beside=self._half is not self._link)
+        self._free[at] = mark(self._half, self._beside)
 
     def _device_half(self, piece: _Slice, at: int, mine: Index) -> tuple[KVView, Route, Index]:
         mirror = self._room.mirror(at, self._launch.mirror, piece.held)

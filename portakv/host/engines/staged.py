@@ -18,12 +18,12 @@ from ...plan import CopyPlan
 from ...routes import Route
 from .. import _flight, _registrations
 from .crossing import Crossing, crossing
-from .engine import PINNED, Engine
+from .engine import PINNED, Engine, finish
 from .folding import Pieces
 from .halves import Halves, in_either_order
 from .mirror import mirror_of
 from .schedule import LONG_RING, RING, Cut, cuts
-from .staging import Staging, finish, mark, staging, wait
+from .staging import Staging, mark, staging, wait
 
 if TYPE_CHECKING:
     from ...view import KVView
@@ -224,6 +224,7 @@ class _Passage:
         self._downward, self._room, self._crossing, self._work = downward, room, crossing, work
         # A single slice has nothing to overlap with.
         self._half, self._link = (work, work) if single else (room.half, room.link)
+        self._beside = not single
 
     def run(self, legs: list[Leg], host: KVView, mine: Index, mirrors: int) -> None:
         """Move every slice, through so many mirrors."""
@@ -267,11 +268,11 @@ class _Passage:
         if self._downward:
             wait(half, free)
             finish(way.launch(leg.rows, mirror, mine, leg.behind, leg.count, half, None))
-            wait(link, mark(half, beside=self._half is not self._link))
+            wait(link, mark(half, self._beside))
             self._crossing.copy(pieces, mirror, host, link)
-            return mark(link, beside=self._half is not self._link) if again else None
+            return mark(link, self._beside) if again else None
         wait(link, free)
         self._crossing.copy(pieces, host, mirror, link)
-        wait(half, mark(link, beside=self._half is not self._link))
+        wait(half, mark(link, self._beside))
         finish(way.launch(mirror, leg.rows, leg.behind, mine, leg.count, half, None))
-        return mark(half, beside=self._half is not self._link) if again else None
+        return mark(half, self._beside) if again else None

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...backends.base import Pending
 from .mirror import Mirror
 from .schedule import RING
 
@@ -102,9 +101,3 @@ def wait(stream: torch.Stream, event: torch.Event | None) -> None:
     """Make a stream wait for an event, if there is one."""
     if event is not None:
         stream.wait_event(event)
-
-
-def finish(pending: Pending | None) -> None:
-    """Wait for a device's half that is not ordered on its stream."""
-    if pending is not None:
-        pending.wait()

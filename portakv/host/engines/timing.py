@@ -15,6 +15,7 @@ import torch
 
 from ...backends.base import Pending
 from .._flight import inside
+from .engine import finish
 
 #: Seconds of host time from which on no delay hides them: with thousands of copies in its queue the
 #: device would take no more, and the host wait for the delay itself.
@@ -72,7 +73,7 @@ class EventTimer:
         began = perf_counter()
         pending = call()
         host = perf_counter() - began
-        end(pending)
+        finish(pending)
         last.record(stream)
         last.synchronize()
         return Timed(first.elapsed_time(last) / 1e3, host)
@@ -139,9 +140,3 @@ def timer_for(device: torch.device) -> EventTimer:
     """The timer of a device: with a delay where its torch has a kernel for that."""
     can = hasattr(torch.get_device_module(device), "_sleep")
     return DelayTimer(device) if can else EventTimer(device)
-
-
-def end(pending: Pending | None) -> None:
-    """Wait for work that is not ordered on the stream."""
-    if pending is not None:
-        pending.wait()
