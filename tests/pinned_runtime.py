@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from mmap import PAGESIZE as PAGE
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from portakv.host._runtime import Runtime
 
 
 class FakeLibrary:
-    """Registers ranges, refuses as CUDA does, and remembers its last error until it is asked.
+    """Registers ranges, refuses a second one of a page as CUDA does, and remembers its last error until it is asked.
 
     Attributes:
         registered: address -> (bytes, flags).
@@ -31,8 +32,9 @@ class FakeLibrary:
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
         self.calls += 1
         code = self.refuse.get(self.calls - 1, 0)
+        first, last = address // PAGE, (address + nbytes - 1) // PAGE
         for start, (length, _) in self.registered.items():
-            if start < address + nbytes and address < start + length:
+            if start // PAGE <= last and first <= (start + length - 1) // PAGE:
                 code = 712
         if not code:
             self.registered[address] = nbytes, flags

@@ -130,6 +130,22 @@ def test_memory_that_exists() -> None:
         shared.unlink()
 
 
+@pytest.mark.parametrize("behind", [16, 3000])
+def test_neighbours_on_the_heap_are_left_alone(behind: int) -> None:
+    """A pageable copy that begins behind registered memory, in its last page, and reaches far."""
+    heap = torch.zeros(64 * mmap.PAGESIZE, dtype=torch.uint8)
+    first = -heap.data_ptr() % mmap.PAGESIZE
+    ours, theirs = heap[first + 100 : first + 3 * 4096 + 50], heap[first + 3 * 4096 + 50 + behind :]
+    with pinned.register(ours, fallback=False):
+        assert ours.is_pinned()
+        lands_later(ours)
+        there = pattern(theirs.numel())
+        theirs.copy_(there)
+        assert torch.equal(theirs, there.cpu())
+        assert torch.equal(theirs.to("cuda"), there)
+    assert last_error() == 0
+
+
 def test_freed_and_read_only_leave_no_error() -> None:
     mapping = mmap.mmap(-1, ODD, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     address = _pages.address_of(mapping)

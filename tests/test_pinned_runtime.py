@@ -131,8 +131,7 @@ def test_memory_that_exists_where_it_is(kind: str, cuda: FakeLibrary) -> None:
     with pinned.register(memory, mapped=False) as held:
         ((start, (length, flags)),) = cuda.registered.items()
         assert flags == 1
-        assert start % PAGE == length % PAGE == 0
-        assert start <= held.address < held.address + held.nbytes <= start + length
+        assert (start, length) == (held.address, held.nbytes)
         held.tensor.fill_(1)
         assert pinned.registered() == [held]
     assert not cuda.registered
@@ -210,6 +209,23 @@ def test_pieces(cuda: FakeLibrary) -> None:
         assert memory.seams == (3 * PAGE, 6 * PAGE, 9 * PAGE)
     with pytest.raises(HostMemoryError, match="whole pages"):
         pinned.allocate(PAGE, largest=100)
+
+
+def test_what_is_registered_is_exact_and_its_neighbours_are_left_alone(cuda: FakeLibrary) -> None:
+    mapping = private(8 * PAGE)
+    address = _pages.address_of(mapping) + 100
+    with pinned.register_address(address, 2 * PAGE, held=mapping) as memory:
+        assert cuda.registered == {address: (2 * PAGE, 3)}
+        assert memory.seams == ()
+        with pytest.raises(HostMemoryError, match="a page can be registered once"):
+            pinned.register_address(address + 2 * PAGE + 8, PAGE, held=mapping)
+        pinned.register_address(address + 3 * PAGE, PAGE, held=mapping).close()
+    with pinned.register_address(address, 3 * PAGE, held=mapping, largest=PAGE) as memory:
+        assert memory.seams == tuple(at * PAGE - 100 for at in (1, 2, 3))
+        lengths = [cuda.registered[address + at][0] for at in (0, *memory.seams)]
+        assert lengths == [PAGE - 100, PAGE, PAGE, 100]
+        assert memory.device_address(PAGE) == address + PAGE + (1 << 40)
+    assert not cuda.registered
 
 
 def test_device_addresses_of_memory_that_has_none(cuda: FakeLibrary) -> None:

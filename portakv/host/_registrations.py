@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which pages of this process are registered, and how that ends: once, and never under a copy."""
+"""Which memory of this process is registered, and how that ends: once, and never under a copy.
+
+What is registered is exact to the byte, though a page is pinned as a whole and only once. With
+whole pages registered, a neighbour's copy that begins behind ours in our last page, and reaches
+beyond it, would fail: CUDA refuses a copy that begins in registered memory and ends outside.
+"""
 
 from __future__ import annotations
 
 import atexit
 import bisect
+import itertools
 import math
 import os
 import threading
@@ -29,13 +35,13 @@ _exit_asked = False
 
 
 class Registration:
-    """Whole pages, registered in one piece or several; or merely claimed, where there is nobody
-    to register them with.
+    """Memory, registered in one piece or several; or merely claimed, where there is nobody to
+    register it with.
 
     Args:
         runtime: whom to register with; None: nobody.
         address: of the first byte, on a page or not.
-        nbytes: how many; every page that they touch is registered.
+        nbytes: how many; nobody else can register the pages that they touch.
         flags: the runtime's.
         largest: bytes of one piece, at most.
         unit: pieces of memory that begins on a page are a multiple of it, if one fits at all.
@@ -57,10 +63,9 @@ class Registration:
         largest: int = LARGEST,
         unit: int = 1,
     ) -> None:
-        start = address // PAGE * PAGE
-        end = to_pages(address + nbytes)
+        start, end = address // PAGE * PAGE, to_pages(address + nbytes)
         self._runtime, self._process = runtime, os.getpid()
-        self.pieces = _cut(start, end, largest, unit)
+        self.pieces = _cut(address, address + nbytes, piece_bytes(largest, unit))
         self._registered: list[int] = []
         settle()
         _claim(start, end)
@@ -162,10 +167,11 @@ def piece_bytes(largest: int, unit: int) -> int:
     return most // step * step or most // PAGE * PAGE
 
 
-def _cut(start: int, end: int, largest: int, unit: int) -> list[tuple[int, int]]:
-    """The range in pieces; one wherever that is allowed."""
-    length = piece_bytes(largest, unit)
-    return [(at, min(length, end - at)) for at in range(start, end, length)]
+def _cut(start: int, end: int, length: int) -> list[tuple[int, int]]:
+    """The range in pieces; one wherever that is allowed. They meet between pages."""
+    first = start // PAGE * PAGE
+    edges = [start, *range(first + length, end, length), end]
+    return [(a, b - a) for a, b in itertools.pairwise(edges)]
 
 
 def _unregister(runtime: Runtime, piece: int) -> None:

@@ -224,8 +224,8 @@ def register(
 ) -> PinnedMemory:
     """Pin memory that exists, where it is, until `unregister`, `PinnedMemory.close` or the end.
 
-    Every page that the memory touches is registered, so it need not begin on one; but a page is
-    registered only once. The memory is held meanwhile: an mmap or shared memory cannot be closed.
+    It need not begin on a page; but a page is pinned only once, so memory that shares one with
+    registered memory is refused. It is held meanwhile: an mmap or shared memory cannot be closed.
 
     Args:
         memory: a CPU tensor, a numpy array, an mmap, shared memory, anything with a buffer.
