@@ -13,7 +13,8 @@ from portakv.host._runtime import Runtime
 
 
 class FakeLibrary:
-    """Registers ranges, refuses a second one of a page as CUDA does, and remembers its last error until it is asked.
+    """Registers ranges, refuses a page a second time as CUDA does, and remembers its last error
+    until it is asked.
 
     Attributes:
         registered: address -> (bytes, flags).
