@@ -11,10 +11,11 @@ import torch
 from .block_order import Order
 from .block_slices import in_slices
 from .block_transfer import Asked, BlockTransfer
+from .capture import capturing
 from .clocks import Clock
 from .copy import carry, check_views, common_device, covered
 from .errors import LayoutError, SlotError, Unsupported
-from .host._flight import check_stream
+from .host._flight import beside, check_stream
 from .host.engines.engine import Engine
 from .host.engines.terms import Terms
 from .index import Index
@@ -38,12 +39,18 @@ def copy_blocks(
     max_thread_blocks: int | None = None,
     max_gbps: float | None = None,
     cancellable: bool = False,
+    detached: bool = False,
 ) -> BlockTransfer:
     """Copy whole blocks by their ids; block sizes may differ, the numbers of tokens may not.
 
     Everything is issued before this returns, ordered on a stream. Not so with ``cancellable`` or
     ``max_gbps``: then a thread issues it in slices, behind what the current stream holds by now,
     and no stream orders it: `Transfer.wait` blocks the host.
+
+    With ``detached`` it begins behind what the current stream holds by now, and no stream waits for
+    its end, unless `Transfer.wait` makes one. A transfer that follows then need not wait for this
+    one's last bytes, which keeps the link busy beside a model that leaves few gaps. Nor are two of
+    them ordered: until the end nobody may write what is read, or use what is written.
 
     Args:
         src, dst: paged views, or chunks where that side's blocks are None (consecutive tokens).
@@ -57,12 +64,14 @@ def copy_blocks(
         max_thread_blocks: the most thread blocks of a kernel that reads or writes host memory.
         max_gbps: the most 10^9 bytes in a second.
         cancellable: `BlockTransfer.cancel` stops it between two slices.
+        detached: no stream waits for its end; the handle alone tells it.
 
     Raises:
         LayoutError: ids for a view that is not paged.
         SlotError: the two sides cover different numbers of tokens.
         DeviceMismatch: a stream of another device.
-        Unsupported: terms that nobody can keep; slices inside graph capture.
+        Unsupported: terms that nobody can keep; ``detached`` with a ``stream``; slices, or
+            ``detached``, inside graph capture.
         As `copy_rows` does otherwise. In slices also bad ids on a device, which are read first.
     """
     check_views(src, dst)
@@ -73,10 +82,12 @@ def copy_blocks(
     device = common_device(src, dst)
     check_stream(stream, device)
     choice, terms = choose(device, backend), _NO_TERMS
-    if overlap != "compute" or max_thread_blocks is not None or max_gbps is not None:
-        terms = Terms(overlap, max_thread_blocks, max_gbps)
+    if overlap != "compute" or max_thread_blocks is not None or max_gbps is not None or detached:
+        terms = Terms(overlap, max_thread_blocks, max_gbps, detached)
         choice = _on_terms(src, dst, choice, terms)
     sliced = cancellable or max_gbps is not None
+    if detached:
+        stream = _beside(src, dst, device, stream, sliced)
     if src.device == dst.device and not by_layer and not sliced:
         # As dear as `copy_rows`: no clock inside a device, where two events would be felt.
         clock = Clock(None) if device.type == "cpu" else None
@@ -88,6 +99,31 @@ def copy_blocks(
         return in_slices(order, by_layer)
     order.follow_current()
     return _by_layer(order) if by_layer else _at_once(order)
+
+
+def _beside(
+    src: KVView, dst: KVView, device: torch.device, stream: torch.Stream | None, sliced: bool
+) -> torch.Stream | None:
+    """The stream of a detached transfer; None where one is made for its slices, or none is needed.
+
+    Raises:
+        Unsupported: a stream was asked for as well, or a graph is captured.
+    """
+    if stream is not None:
+        raise Unsupported(
+            "A detached copy on a stream",
+            "nothing on that stream would wait for its end; leave out one of stream and detached",
+        )
+    if capturing(device):
+        raise Unsupported(
+            "A detached copy inside graph capture",
+            "a graph has no work that its stream does not wait for; leave out detached",
+        )
+    if device.type == "cpu" or sliced:
+        return None
+    if src.device == dst.device:
+        return beside(device, "d2d")
+    return beside(device, "d2h" if src.device == device else "h2d")
 
 
 def _at_once(order: Order) -> BlockTransfer:

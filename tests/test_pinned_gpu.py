@@ -136,9 +136,9 @@ def test_neighbours_on_the_heap_are_left_alone(behind: int) -> None:
     heap = torch.zeros(64 * mmap.PAGESIZE, dtype=torch.uint8)
     first = -heap.data_ptr() % mmap.PAGESIZE
     ours, theirs = heap[first + 100 : first + 3 * 4096 + 50], heap[first + 3 * 4096 + 50 + behind :]
-    with pinned.register(ours, fallback=False):
-        assert ours.is_pinned()
-        lands_later(ours)
+    with pinned.register(ours, fallback=False) as held:
+        assert held.tensor.is_pinned()
+        lands_later(held.tensor)
         there = pattern(theirs.numel())
         theirs.copy_(there)
         assert torch.equal(theirs, there.cpu())

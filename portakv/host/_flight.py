@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 
@@ -52,6 +53,13 @@ def follow_current(stream: torch.Stream | None, *tensors: torch.Tensor) -> None:
     for tensor in tensors:
         if tensor.device == stream.device:
             tensor.record_stream(stream)
+
+
+@cache
+def beside(device: torch.device, direction: str) -> torch.Stream:
+    """The stream of transfers of a direction that are ordered on none of their callers' streams."""
+    stream: torch.Stream = torch.get_device_module(device).Stream(device)
+    return stream
 
 
 def drain(device: torch.device, stream: torch.Stream | None) -> None:

@@ -22,7 +22,7 @@ from .engine import PINNED, Engine, finish
 from .folding import Pieces
 from .halves import Halves, in_either_order
 from .mirror import mirror_of
-from .schedule import LONG_RING, RING, Cut, cuts
+from .schedule import DETACHED_RING, LONG_RING, RING, Cut, cuts
 from .staging import Staging, mark, staging, wait
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class _StagedLaunch:
     def __init__(self, plan: CopyPlan, engine: Engine, by_layer: bool) -> None:
         self.device, self.downward = engine.device, plan.src.place == "device"
         self.plan, self._half, self._by_layer = plan, engine.half, by_layer
+        self._detached = engine.terms.detached
         self._host = plan.dst if self.downward else plan.src
         self.whole = self._halves_of(plan)
         self._crossing = crossing(engine.device)
@@ -74,14 +75,18 @@ class _StagedLaunch:
             return
         host, rows = (dst, src) if self.downward else (src, dst)
         theirs, mine = (dst_index, src_index) if self.downward else (src_index, dst_index)
-        work = stream or torch.accelerator.current_stream(self.device.index)
-        room = staging(self.device, work)
+        current = torch.accelerator.current_stream(self.device.index)
+        work = stream or current
+        room = staging(self.device, work, self._detached)
         idle = room.link.query()
         legs = self._legs(rows, host, theirs.to_host(), count, idle)
         try:
-            with room.lock, _flight.inside(stream):
-                passage = _Passage(self.downward, room, work, self._crossing, len(legs) == 1)
-                passage.run(legs, host, mine, RING if idle else LONG_RING)
+            with room.lock:
+                passage = _Passage(self.downward, room, work, self._crossing)
+                if self._detached:
+                    passage.run_detached(legs, host, mine, current)
+                else:
+                    passage.run(legs, host, mine, RING if idle else LONG_RING)
         except BaseException:
             rows.kept.pop(self, None)  # slices that were not settled hold the host's memory
             raise
@@ -211,6 +216,16 @@ def sliced(view: KVView, cut: Cut) -> KVView:
     return known
 
 
+class _Move(NamedTuple):
+    """A slice, the mirror that it goes through and its number, and the device's half of it."""
+
+    leg: Leg
+    mirror: KVView
+    at: int
+    way: Route
+    mine: Index
+
+
 class _Passage:
     """One transfer under way: on which streams, and through which mirrors.
 
@@ -219,60 +234,82 @@ class _Passage:
     """
 
     def __init__(
-        self, downward: bool, room: Staging, work: torch.Stream, crossing: Crossing, single: bool
+        self, downward: bool, room: Staging, work: torch.Stream, crossing: Crossing
     ) -> None:
         self._downward, self._room, self._crossing, self._work = downward, room, crossing, work
-        # A single slice has nothing to overlap with.
-        self._half, self._link = (work, work) if single else (room.half, room.link)
-        self._beside = not single
+        self._half, self._link = room.half, room.link
 
     def run(self, legs: list[Leg], host: KVView, mine: Index, mirrors: int) -> None:
-        """Move every slice, through so many mirrors."""
-        room, work = self._room, self._work
+        """Move every slice, through so many mirrors, between what the stream held before and what
+        it gets next."""
+        work = self._work
+        if len(legs) == 1:  # it has nothing to overlap with
+            self._half = self._link = work
+        with _flight.inside(work):
+            moves = self._moves(legs, mine, mirrors, [nth % mirrors for nth in range(len(legs))])
+        for stream in self._others():
+            stream.wait_stream(work)
+        self._run(moves, host, mirrors, [None] * mirrors)
+
+    def run_detached(
+        self, legs: list[Leg], host: KVView, mine: Index, current: torch.Stream
+    ) -> None:
+        """The same behind the current stream alone, and not behind the transfer before: its mirrors
+        are free one by one."""
+        room, mirrors = self._room, DETACHED_RING
+        for stream in self._others():
+            stream.wait_stream(current)
+        with _flight.inside(self._half):
+            moves = self._moves(legs, mine, mirrors, room.turns(len(legs), mirrors))
+        self._run(moves, host, 0, room.free)
+
+    def _others(self) -> list[torch.Stream]:
+        """The streams beside the one that transfers are ordered on."""
+        return [stream for stream in (self._half, self._link) if stream is not self._work]
+
+    def _moves(self, legs: list[Leg], mine: Index, mirrors: int, turns: list[int]) -> list[_Move]:
+        """Every slice with all that it takes; on the current stream."""
+        room = self._room
         room.reserve(max(leg.nbytes for leg in legs), mirrors)
         moves, placed, by = [], mine, None
-        for nth, leg in enumerate(legs):
-            mirror = room.mirror(nth % mirrors, leg.mirror, leg.held)
+        for leg, at in zip(legs, turns, strict=True):
+            mirror = room.mirror(at, leg.mirror, leg.held)
             way = leg.way(mirror)
             if way is not by:
                 placed, by = way.place(mine), way
-            moves.append((leg, mirror, way, placed.shifted(leg.start)))
-        others = [stream for stream in (self._half, self._link) if stream is not work]
-        for stream in others:
-            stream.wait_stream(work)
-        free: list[torch.Event | None] = [None] * mirrors
+            moves.append(_Move(leg, mirror, at, way, placed.shifted(leg.start)))
+        return moves
+
+    def _run(
+        self, moves: list[_Move], host: KVView, last: int, free: list[torch.Event | None]
+    ) -> None:
+        """Issue the slices; of so many ``last`` ones nobody asks when their mirrors are free."""
         try:
-            for nth, (leg, mirror, way, index) in enumerate(moves):
-                again = nth + mirrors < len(legs)
-                at = nth % mirrors
-                free[at] = self._move(leg, mirror, host, way, index, free[at], again)
+            for nth, move in enumerate(moves, 1):
+                again = nth + last <= len(moves)
+                free[move.at] = self._move(move, host, free[move.at], again)
         finally:
             # What was enqueued, also before an interrupt, is part of the caller's stream.
-            for stream in others:
-                work.wait_stream(stream)
+            for stream in self._others():
+                self._work.wait_stream(stream)
 
     def _move(
-        self,
-        leg: Leg,
-        mirror: KVView,
-        host: KVView,
-        way: Route,
-        mine: Index,
-        free: torch.Event | None,
-        again: bool,
+        self, move: _Move, host: KVView, free: torch.Event | None, again: bool
     ) -> torch.Event | None:
         """Move a slice through a mirror, which is free after an event; the next such where the
         mirror is used again."""
+        leg, mirror, _, way, mine = move
         half, link = self._half, self._link
+        beside = half is not link
         pieces = leg.pieces(mirror, host)
         if self._downward:
             wait(half, free)
             finish(way.launch(leg.rows, mirror, mine, leg.behind, leg.count, half, None))
-            wait(link, mark(half, self._beside))
+            wait(link, mark(half, beside))
             self._crossing.copy(pieces, mirror, host, link)
-            return mark(link, self._beside) if again else None
+            return mark(link, beside) if again else None
         wait(link, free)
         self._crossing.copy(pieces, host, mirror, link)
-        wait(half, mark(link, self._beside))
+        wait(half, mark(link, beside))
         finish(way.launch(mirror, leg.rows, leg.behind, mine, leg.count, half, None))
-        return mark(half, self._beside) if again else None
+        return mark(half, beside) if again else None

@@ -22,20 +22,25 @@ _STREAMS = 8  # whose staging is kept; of the one that was used longest ago it i
 
 class Staging:
     """The mirrors of one stream. One transfer at a time issues its work, under ``lock``; on the
-    device the stream orders them.
+    device the stream orders them, or where they are detached the mirrors do, one by one.
 
     Attributes:
         half: the stream of the device's half.
         link: the stream on which slices cross.
+        detached: transfers do not wait for the ends of those before them.
+        free: for each mirror, an event behind its last use by these; None where it has had none.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, detached: bool = False) -> None:
+        self.detached = detached
         self.lock = threading.Lock()
         # The device's own kind of stream, whose driver's handle is known.
         module = torch.get_device_module(device)
         self.half: torch.Stream = module.Stream(device, priority=-1)
         self.link: torch.Stream = module.Stream(device)
         self._mirrors = RING
+        self.free: list[torch.Event | None] = [None] * RING
+        self._turn = 0
         self._device = device
         self._each = 0
         self._room: torch.Tensor | None = None
@@ -50,15 +55,25 @@ class Staging:
         """Have room for so many mirrors, of so many bytes each; on the current stream.
 
         Smaller memory is given back: to what the allocator serves later on this stream, which by
-        then waits for every use.
+        then waits for every use. Where transfers are detached this stream is ``half``.
         """
         each = max(self._each, -(-nbytes // _APART) * _APART)
         if each > self._each or mirrors > self._mirrors:
             mirrors = max(self._mirrors, mirrors)
             self._views.clear()
+            self.free = [None] * mirrors
             self._room, self._each = None, 0  # nothing is held if there is no more
             self._room = torch.empty(mirrors * each, dtype=torch.uint8, device=self._device)
             self._mirrors, self._each = mirrors, each
+            if self.detached:
+                # The link waits for no stream that the allocator knows this memory by.
+                self._room.record_stream(self.link)
+                self.link.wait_stream(self.half)
+
+    def turns(self, slices: int, mirrors: int) -> list[int]:
+        """Which mirror each of so many slices takes, the one behind the last slice's first."""
+        first, self._turn = self._turn, (self._turn + slices) % mirrors
+        return [(first + nth) % mirrors for nth in range(slices)]
 
     def mirror(self, at: int, mirror: Mirror, held: int) -> KVView:
         """One of the mirrors, for rows of ``held`` slots."""
@@ -71,17 +86,17 @@ class Staging:
         return known
 
 
-_known: OrderedDict[tuple[torch.device, int], Staging] = OrderedDict()
+_known: OrderedDict[tuple[torch.device, int, bool], Staging] = OrderedDict()
 _lock = threading.Lock()
 
 
-def staging(device: torch.device, work: torch.Stream) -> Staging:
-    """The staging of a stream."""
-    key = device, work.stream_id
+def staging(device: torch.device, work: torch.Stream, detached: bool = False) -> Staging:
+    """The staging of a stream; ``detached``: of transfers on it whose next does not wait for it."""
+    key = device, work.stream_id, detached
     with _lock:
         found = _known.get(key)
         if found is None:
-            found = _known[key] = Staging(device)
+            found = _known[key] = Staging(device, detached)
             while len(_known) > _STREAMS:
                 _known.popitem(last=False)
         _known.move_to_end(key)

@@ -22,6 +22,8 @@ class Terms:
         max_thread_blocks: the most thread blocks of a kernel that reads or writes host memory;
             None: the engine's own limit.
         max_gbps: the most 10^9 bytes in a second; None: the link's own.
+        detached: no stream that the caller knows waits for the end, so that the next transfer need
+            not wait for this one's.
 
     Raises:
         Unsupported: terms that nobody can keep.
@@ -30,6 +32,7 @@ class Terms:
     overlap: str = "compute"
     max_thread_blocks: int | None = None
     max_gbps: float | None = None
+    detached: bool = False
 
     def __post_init__(self) -> None:
         if self.overlap not in OVERLAPS:
