@@ -2,9 +2,11 @@
 """What a transfer does to the model that is running: loops of compute beside each way.
 
 A loop runs on one stream. In a side stream blocks are moved at full speed from before its first
-step until its last has ended, a few transfers in the queue at any time. The slow-down is the time
-of the loop / its time alone in the same repeat - 1; the link's bandwidth counts the transfers that
-had ended by then. Repeats take the ways in turns, in an order that rotates.
+step until its last has ended, a few transfers in the queue at any time. A third stream listens: it
+waits for each transfer, and for nothing else, and tells when it ended. So a transfer that is
+detached is followed by one that need not wait for it. The slow-down is the time of the loop / its
+time alone in the same repeat - 1; the link's bandwidth counts the transfers that had ended by then.
+Repeats take the ways in turns, in an order that rotates.
 
 Peers meet the loops in a part of their own, since a kernel that fails may leave the process
 without its device.
@@ -28,14 +30,24 @@ from .host_cases import DIRECTIONS, Case, case_of, scene
 from .host_loops import Loop, attention, matmul, timed_event
 from .host_memory import Sides
 from .host_suite import KB, Bench, short
-from .host_ways import CHOSEN, DESCRIPTORS, HOST, MEMCPY, STAGED, Way, direct, plain
+from .host_ways import (
+    CHOSEN,
+    DESCRIPTORS,
+    HOST,
+    HOST_DETACHED,
+    MEMCPY,
+    STAGED,
+    Way,
+    direct,
+    plain,
+)
 
 #: Transfers in the queue at a time: several milliseconds of the link's time, in which the host
 #: issues the loop and the next ones.
 _AHEAD = 4
 #: Ways that a bar judges are repeated in full, the others this often at most.
 _OTHERS = 2
-_JUDGED = (MEMCPY, CHOSEN)
+_JUDGED = (MEMCPY, CHOSEN, HOST_DETACHED.name)
 _RUNS = (2 * KB, 256)
 #: What goes wrong with a way, and is told in place of its figures.
 _FAILURES = (PortaKVError, RuntimeError, TypeError, ValueError)
@@ -47,7 +59,8 @@ class Mover:
 
     Attributes:
         labels: what identifies it in the results.
-        issue: moves the case once on the current stream.
+        issue: moves the case once behind the current stream; a handle that tells the end, or None
+            where that stream does.
         poison, right: as in `harness.Variant`.
         payload: bytes of one transfer.
         way: the engine and its terms; None of a peer, and of memcpy.
@@ -115,7 +128,7 @@ def _measure(
     left_out: list[str] = []
     ways = _Ways(bench, f"beside {loop.name}, {direction}", left_out)
     usable = [one for one in movers(bench, direction, left_out) if ways.tried(one, _try)]
-    streams = bench.stream(), bench.stream()
+    streams = bench.stream(), bench.stream(), bench.stream()
     for n in range(repeats if ways.usable else 0):
         alone = _meet(bench, loop, None, streams)[0]
         turn = n % max(1, len(usable))
@@ -193,7 +206,7 @@ def _beside(bench: Bench, loop: Loop, streams: Any, alone: float, mover: Mover) 
 
 def _meet(bench: Bench, loop: Loop, mover: Mover | None, streams: Any) -> tuple[float, float]:
     """Milliseconds of the loop beside a mover, and 10^9 bytes in a second of the link."""
-    work, side = streams
+    work, side, listener = streams
     module = bench.module
     first, last, began = (timed_event(module) for _ in range(3))
     ended: list[Any] = []
@@ -205,15 +218,19 @@ def _meet(bench: Bench, loop: Loop, mover: Mover | None, streams: Any) -> tuple[
         if ended and ended[-1].query():
             mover.dry += 1
         with module.stream(side):
-            mover.issue()
-            ended.append(timed_event(module))
-            ended[-1].record(side)
+            done = mover.issue()
+        if isinstance(done, Transfer):
+            done.wait(listener)
+        else:
+            listener.wait_stream(side)
+        ended.append(timed_event(module))
+        ended[-1].record(listener)
         flying.append(ended[-1])
 
     collecting = gc.isenabled()
     gc.disable()  # a collection takes the host longer than a transfer takes the link
     try:
-        began.record(side)
+        began.record(listener)
         for _ in range(_AHEAD if mover is not None else 0):
             issue()
         with module.stream(work):
@@ -242,7 +259,7 @@ def _engines(bench: Bench, direction: str, left_out: list[str]) -> Iterator[Move
     """Plain memcpy and every engine; rows of 2 KB and of 256 bytes, and blocks for descriptors."""
     kept = _Kept(bench)
     yield _memcpy(kept, direction)
-    ways = [(way, run) for run in _RUNS for way in (HOST, direct(8))]
+    ways = [(way, run) for run in _RUNS for way in (HOST_DETACHED, HOST, direct(8))]
     for way, run in [*ways, (STAGED, _RUNS[0]), (DESCRIPTORS, 32 * KB)]:
         if bench.serving([way]):
             sides = kept.at(run)

@@ -54,7 +54,7 @@ merge() {
 : >"$out/bench.log"
 measure 95 grid
 measure 75 direct,duplex,calls,small
-measure 100 interference
+measure 125 interference
 measure 70 pageable,pinning
 if ((${#peers[@]})); then measure 45 peers "${peers[@]/#/--peers=}"; fi
 merge || status=1

@@ -85,6 +85,8 @@ STAGED, DESCRIPTORS = Way("staged", "staged"), Way("descriptors", "descriptors")
 #: The default: a model may be running meanwhile; and the choice for a device that is idle.
 HOST = Way(CHOSEN, CHOSEN)
 HOST_IDLE = Way(f"{CHOSEN} idle", CHOSEN, {"overlap": "idle"})
+#: Beside a model: no transfer waits for the one before it.
+HOST_DETACHED = Way(f"{CHOSEN} detached", CHOSEN, {"detached": True})
 
 
 def direct(blocks: int | None = None) -> Way:

@@ -15,7 +15,7 @@ from .capture import capturing
 from .clocks import Clock
 from .copy import carry, check_views, common_device, covered
 from .errors import LayoutError, SlotError, Unsupported
-from .host._flight import beside, check_stream
+from .host._flight import beside, check_stream, inside
 from .host.engines.engine import Engine
 from .host.engines.terms import Terms
 from .index import Index
@@ -47,10 +47,10 @@ def copy_blocks(
     ``max_gbps``: then a thread issues it in slices, behind what the current stream holds by now,
     and no stream orders it: `Transfer.wait` blocks the host.
 
-    With ``detached`` it begins behind what the current stream holds by now, and no stream waits for
-    its end, unless `Transfer.wait` makes one. A transfer that follows then need not wait for this
-    one's last bytes, which keeps the link busy beside a model that leaves few gaps. Nor are two of
-    them ordered: until the end nobody may write what is read, or use what is written.
+    With ``detached`` it begins behind the same work, and no stream waits for its end unless
+    `Transfer.wait` makes one. A transfer that follows then need not wait for this one's last bytes,
+    which keeps the link busy beside a model that leaves few gaps. Nor are two of them ordered:
+    until the end nobody may write what is read, or use what is written.
 
     Args:
         src, dst: paged views, or chunks where that side's blocks are None (consecutive tokens).
@@ -64,14 +64,13 @@ def copy_blocks(
         max_thread_blocks: the most thread blocks of a kernel that reads or writes host memory.
         max_gbps: the most 10^9 bytes in a second.
         cancellable: `BlockTransfer.cancel` stops it between two slices.
-        detached: no stream waits for its end; the handle alone tells it.
+        detached: no stream waits for its end, not even ``stream``; the handle alone tells it.
 
     Raises:
         LayoutError: ids for a view that is not paged.
         SlotError: the two sides cover different numbers of tokens.
         DeviceMismatch: a stream of another device.
-        Unsupported: terms that nobody can keep; ``detached`` with a ``stream``; slices, or
-            ``detached``, inside graph capture.
+        Unsupported: terms that nobody can keep; in slices or detached, inside graph capture.
         As `copy_rows` does otherwise. In slices also bad ids on a device, which are read first.
     """
     check_views(src, dst)
@@ -86,9 +85,7 @@ def copy_blocks(
         terms = Terms(overlap, max_thread_blocks, max_gbps, detached)
         choice = _on_terms(src, dst, choice, terms)
     sliced = cancellable or max_gbps is not None
-    if detached:
-        stream = _beside(src, dst, device, stream, sliced)
-    if src.device == dst.device and not by_layer and not sliced:
+    if src.device == dst.device and not (by_layer or sliced or detached):
         # As dear as `copy_rows`: no clock inside a device, where two events would be felt.
         clock = Clock(None) if device.type == "cpu" else None
         transfer = carry(src, dst, mine, theirs, tokens, choice, stream)
@@ -97,33 +94,29 @@ def copy_blocks(
     order = Order(src, dst, mine, theirs, tokens, choice, stream, terms)
     if sliced:
         return in_slices(order, by_layer)
+    if detached and device.type != "cpu":
+        return _detached(order, by_layer)
     order.follow_current()
     return _by_layer(order) if by_layer else _at_once(order)
 
 
-def _beside(
-    src: KVView, dst: KVView, device: torch.device, stream: torch.Stream | None, sliced: bool
-) -> torch.Stream | None:
-    """The stream of a detached transfer; None where one is made for its slices, or none is needed.
+def _detached(order: Order, by_layer: bool) -> BlockTransfer:
+    """Begin behind the order's stream, which does not wait for the end.
 
     Raises:
-        Unsupported: a stream was asked for as well, or a graph is captured.
+        Unsupported: a graph is captured.
     """
-    if stream is not None:
-        raise Unsupported(
-            "A detached copy on a stream",
-            "nothing on that stream would wait for its end; leave out one of stream and detached",
-        )
-    if capturing(device):
+    if capturing(order.device):
         raise Unsupported(
             "A detached copy inside graph capture",
             "a graph has no work that its stream does not wait for; leave out detached",
         )
-    if device.type == "cpu" or sliced:
-        return None
-    if src.device == dst.device:
-        return beside(device, "d2d")
-    return beside(device, "d2h" if src.device == device else "h2d")
+    order.follow_current()
+    with inside(order.stream):
+        places = order.src.form.place, order.dst.form.place
+        order = order._replace(stream=beside(order.device, *places))
+        order.follow_current()
+        return _by_layer(order) if by_layer else _at_once(order)
 
 
 def _at_once(order: Order) -> BlockTransfer:

@@ -54,7 +54,8 @@ def test_every_part_is_measured_and_every_byte_right(
     for row in grid:
         assert ("chosen" in row) == ("chosen_loss" in row) == row["backend"].startswith("host")
     chosen = [row for row in rows if row.get("engine") == "host"]
-    assert {row["terms"] for row in chosen} == {"overlap=compute", "overlap=idle"}
+    terms = {"overlap=compute", "overlap=idle", "overlap=compute, detached=True"}
+    assert {row["terms"] for row in chosen} == terms
     assert {row["kind"] for row in chosen} == KINDS - {"host_direct", "host_small", "host_pinning"}
     assert {row["chosen"] for row in chosen} <= {"staged", "descriptors", "ring"}
     assert {"chosen", "best"} <= set(shown.split())
@@ -275,7 +276,7 @@ def test_a_loop_lasts_as_long_as_was_asked_for() -> None:
     bench_ = Bench(DEVICE, PRESETS["tiny"])
     loop = host_interference._matmul(bench_)
     assert loop.steps >= 8
-    streams = bench_.stream(), bench_.stream()
+    streams = bench_.stream(), bench_.stream(), bench_.stream()
     taken, link = host_interference._meet(bench_, loop, None, streams)
     assert taken > 0
     assert link == 0.0

@@ -28,8 +28,9 @@ def full_result() -> list[dict[str, Any]]:
         rows += [row(f"direct {n}", kind="host_direct", op=op, thread_blocks=n, ratio=0.96)
                  for n in FULL.thread_blocks]  # fmt: skip
         rows.append(row("host", kind="host_pageable", op=op, to_ring=0.95))
-        rows += [row("host", kind="host_interference", op=op, loop=loop, over_memcpy=1.0,
-                     link_ratio=0.95) for loop in ("matmul", "attention")]  # fmt: skip
+        rows += [row(way, kind="host_interference", op=op, loop=loop, over_memcpy=1.0,
+                     link_ratio=0.95) for loop in ("matmul", "attention")
+                 for way in ("host", "host detached")]  # fmt: skip
         rows += [row(engine, kind="host_call", op=op, host_us=90.0, us_per_run=0.9, ids=ids,
                      run_bytes=16 * size, host_side=scene(2 * KB, BLOCK_FIRST, order).side)
                  for engine in ("direct", "staged", "descriptors") for ids in IDS

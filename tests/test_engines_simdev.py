@@ -8,4 +8,4 @@ from simdev_process import needs_simdev, run
 
 @needs_simdev
 def test_on_the_simulated_device() -> None:
-    run("simdev_engines.py", "simdev_staging.py", "simdev_mirrors.py")
+    run("simdev_engines.py", "simdev_staging.py", "simdev_mirrors.py", "simdev_detached.py")

@@ -71,7 +71,10 @@ void release(void* context) {
   auto work = [at = block.get(), tenant] { end_tenancy(*at, tenant); };
   JobPtr end = make(block->home, "free", {{block, true, tenant}}, work);
   append(end);
-  for (Queue* queue : block->recorded) follow_users(*end, queue);
+  for (Queue* queue : block->recorded) {
+    follow(*end, queue->fence);  // others that use it may have been joined to the recorded stream
+    follow_users(*end, queue);
+  }
   block->recorded.clear();
   if (block->size > kPooled) return;
   if (machine.kept >= kKept) drop_pool();

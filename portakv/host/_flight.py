@@ -56,8 +56,9 @@ def follow_current(stream: torch.Stream | None, *tensors: torch.Tensor) -> None:
 
 
 @cache
-def beside(device: torch.device, direction: str) -> torch.Stream:
-    """The stream of transfers of a direction that are ordered on none of their callers' streams."""
+def beside(device: torch.device, src: str, dst: str) -> torch.Stream:
+    """A device's stream for transfers between two places that no stream of their callers waits for:
+    those the other way round are not held up."""
     stream: torch.Stream = torch.get_device_module(device).Stream(device)
     return stream
 
