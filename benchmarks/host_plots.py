@@ -16,8 +16,9 @@ Row = Mapping[str, Any]
 
 #: One colour for each way, in all plots; black is the ceiling.
 COLOURS = {
-    "host": "#0072B2", "host detached": "#56B4E9", "staged": "#009E73", "descriptors": "#CC79A7", "direct": "#D55E00",
-    "direct 8": "#D55E00", "lmcache": "#777777", "memcpy": "black",
+    "host": "#0072B2", "host detached": "#56B4E9", "staged": "#009E73",
+    "descriptors": "#CC79A7", "direct": "#D55E00", "direct 8": "#D55E00", "lmcache": "#777777",
+    "memcpy": "black",
 }  # fmt: skip
 _MARKS = {"host": "o", "staged": "s", "descriptors": "^", "direct": "x"}
 _WORDS = {"d2h": "device to host", "h2d": "host to device"}
