@@ -98,7 +98,7 @@ def test_it_comes_behind_what_the_stream_holds_and_memory_is_held() -> None:
         ids = list(range(BLOCKS))
         torch.cuda.synchronize()
         torch.cuda._sleep(LONG)
-        numbers = numbered(there)[:, :, 0, 0]
+        numbers = numbered(there)[:, :, 0, 0].clone()
         copy_blocks(src, dst, ids, ids, backend="staged", detached=True)
         del there, src, dst  # the allocator gives these bytes to others
         others = [
