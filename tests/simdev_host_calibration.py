@@ -308,6 +308,11 @@ def test_a_delay_hides_what_the_host_does_first(
     assert hidden.host_seconds > 0.045
     timer.time(work, 0.3)  # longer than what is worth hiding
     assert len(delays) == 1
+    monkeypatch.setattr(timing, "SEEN", 0.02)
+    timer.time(work, 0.05)  # most of its 0.07 s
+    assert len(delays) == 1
+    timer.time(work, 0.03)  # the device takes longer
+    assert len(delays) == 2
 
 
 def test_a_delay_that_was_too_short_is_made_longer(delays: list[int]) -> None:

@@ -17,9 +17,10 @@ from ...backends.base import Pending
 from .._flight import inside
 from .engine import finish
 
-#: Seconds of host time from which on no delay hides them: with thousands of copies in its queue the
-#: device would take no more, and the host wait for the delay itself.
-SEEN = 3e-3
+#: Seconds of host time from which on no delay hides them where they are more than this share of the
+#: whole: calls that follow each other would wait for the host, however far ahead it began. With
+#: thousands of copies in its queue the device also takes no more.
+SEEN, SHARE = 3e-3, 0.65
 #: How often a call is timed again, behind a longer delay, when its host part was seen.
 TRIES = 4
 _FLUSHED = 128 << 20  # bytes that clear a cache whose size torch does not tell
@@ -85,7 +86,10 @@ class DelayTimer(EventTimer):
     The L2 cache is flushed before, as rows of a cache that a model has left lie in memory.
     """
 
-    name = f"device events, behind a delay for calls that keep the host under {SEEN * 1e3:.0f} ms"
+    name = (
+        "device events, behind a delay but for calls that keep the host over "
+        f"{SEEN * 1e3:.0f} ms and for {SHARE:.0%} of their time"
+    )
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -98,8 +102,12 @@ class DelayTimer(EventTimer):
 
     def time(self, call: Callable[[], Pending | None], host_seconds: float = 0.0) -> Timed:
         """Time one call; again, where the host was late."""
-        if not 0 < host_seconds < SEEN:
+        if host_seconds <= 0:
             return super().time(call)
+        if host_seconds >= SEEN:
+            seen = super().time(call)
+            if host_seconds > SHARE * seen.seconds:
+                return seen
         delay = 2 * host_seconds + 50e-6
         for _ in range(TRIES):
             timed, hidden = self._behind(call, delay)
