@@ -73,7 +73,7 @@ def run(asked: argparse.Namespace) -> dict[str, Any]:
     device = pick_device(asked.device)
     _check(device, asked.preset)
     parts = _parts(asked.only)
-    peers = [load_host_peer(name) for name in asked.peers or ()]
+    peers = [load_host_peer(name) for name in asked.peer or ()]
     bench = Bench(device, PRESETS[asked.preset], peers)
     machine = describe(device)
     steps = [_of_part(part, step) for part in parts for step in _steps(part, bench)]
@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         "--only", metavar="PARTS", help=f"some parts alone, separated by commas: {', '.join(PARTS)}"
     )
     parser.add_argument(
-        "--peers", action="append", metavar="NAME",
+        "--peer", action="append", metavar="NAME",
         help=f"a released peer, for the part `peers`; may be repeated: {', '.join(PEERS)}",
     )  # fmt: skip
     parser.add_argument(

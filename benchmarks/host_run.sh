@@ -56,7 +56,7 @@ measure 95 grid
 measure 75 direct,duplex,calls,small
 measure 125 interference
 measure 70 pageable,pinning
-if ((${#peers[@]})); then measure 45 peers "${peers[@]/#/--peers=}"; fi
+if ((${#peers[@]})); then measure 45 peers "${peers[@]/#/--peer=}"; fi
 merge || status=1
 if [[ -f $out/host.log ]]; then tail -n 60 "$out/host.log"; else tail -n 20 "$out/bench.log"; fi
 exit "$status"

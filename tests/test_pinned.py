@@ -349,3 +349,9 @@ def test_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_error_is_one_of_the_tree() -> None:
     assert issubclass(HostMemoryError, PortaKVError)
+
+
+@pytest.mark.parametrize("node", [1.5, "0", [0, "1"]])
+def test_a_node_that_is_no_number(node: Any) -> None:
+    with pytest.raises(Unsupported, match="nodes have whole numbers"):
+        pinned.allocate(ODD, numa=node)

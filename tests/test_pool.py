@@ -356,3 +356,25 @@ def forked(pool: PinnedPool, block: Block) -> int:
 def test_a_block_of_a_tensor_s_dtype() -> None:
     with PinnedPool(64, 1) as pool, pool.acquire() as block:
         assert block.tensor.view(torch.bfloat16).shape == (32,)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"limit": 1}, "up to 1; .*2 or more"),
+        ({"limit": "many"}, "up to 'many'; .*2 or more"),
+        ({"limit": 4, "grow": 0}, "grow by 0 .*1 or more"),
+        ({"limit": 4, "grow": 1.5}, "grow by 1.5 .*1 or more"),
+    ],
+)
+def test_limits_and_steps_that_make_no_pool(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(HostMemoryError, match=match):
+        PinnedPool(SIZE, 2, **options)
+
+
+@pytest.mark.parametrize("timeout", ["1", float("nan"), object()])
+def test_a_timeout_that_is_no_time(timeout: Any) -> None:
+    with PinnedPool(SIZE, 1) as pool:
+        with pytest.raises(HostMemoryError, match="expected seconds"):
+            pool.acquire(timeout=timeout)
+        assert pool.free == 1

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -151,3 +154,19 @@ def told(sentence: str, leaks: list[Leak]) -> str:
     shown = [f"  {leak}" for leak in leaks[:8]]
     more = [f"  and {len(leaks) - 8} more"] if len(leaks) > 8 else []
     return "\n".join([f"{sentence}. Out are {len(leaks)} blocks:", *shown, *more])
+
+
+def ends(timeout: float | None) -> float | None:
+    """When a wait of so many seconds ends, by the monotonic clock.
+
+    Raises:
+        HostMemoryError: no number of seconds.
+    """
+    if timeout is None:
+        return None
+    if not isinstance(timeout, Real) or math.isnan(timeout):
+        raise HostMemoryError(
+            f"A block was asked for with timeout={timeout!r}; expected seconds: pass a number, or "
+            f"None to wait without end."
+        )
+    return time.monotonic() + timeout

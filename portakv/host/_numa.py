@@ -7,7 +7,7 @@ import ctypes
 import errno
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,12 @@ def bind(address: int, nbytes: int, wanted: int | Sequence[int]) -> None:
         Unsupported: no node, or one that is not there, an architecture or kernel that cannot bind,
             or a container that may not.
     """
-    asked = [wanted] if isinstance(wanted, int) else list(wanted)
+    asked = list(wanted) if isinstance(wanted, Iterable) else [wanted]
+    if not all(isinstance(node, int) for node in asked):
+        raise Unsupported(
+            f"Binding {nbytes} bytes of host memory to NUMA node {wanted!r}",
+            "nodes have whole numbers; name one or more, or leave numa=None",
+        )
     if not asked:
         raise Unsupported(
             f"Binding {nbytes} bytes of host memory to an empty list of NUMA nodes",

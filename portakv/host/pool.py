@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import HostMemoryError, PoolExhausted
 from . import _pages, pinned
-from ._blocks import Block, Cooling, Leak, stride, told
+from ._blocks import Block, Cooling, Leak, ends, stride, told
 from ._registrations import LARGEST
 from .pinned import PinnedMemory
 
@@ -65,14 +65,11 @@ class PinnedPool:
         stacks: bool = False,
         **options: Any,
     ) -> None:
-        self.limit = blocks if limit is None else limit
         self.block_bytes, self._stride = block_bytes, stride(block_bytes, blocks, alignment)
-        self._grow = grow or blocks
-        if self.limit < blocks or self._grow < 1:
-            raise HostMemoryError(
-                f"A pool of {blocks} blocks was asked to grow by {self._grow} up to "
-                f"{self.limit}; the limit must be at least what it begins with."
-            )
+        most, each = (blocks if number is None else number for number in (limit, grow))
+        asked = f"A pool of {blocks} blocks was asked to grow by {each!r} up to {most!r}"
+        self.limit = _pages.whole(most, blocks, asked, "set a limit of what it begins with or more")
+        self._grow = _pages.whole(each, 1, asked, "let it grow by one block or more")
         self._stacks, self._options = stacks, options
         self._changed = threading.Condition(threading.RLock())
         self._segments: list[tuple[int, PinnedMemory]] = []  # number of its first block, memory
@@ -136,7 +133,7 @@ class PinnedPool:
             )
         self._refuse_fork()
         with self._changed:
-            until = time.monotonic() + timeout if timeout is not None else None
+            until = ends(timeout)
             refused: HostMemoryError | None = None
             grow_at = 0.0
             while (missing := self._missing(count)) > 0:

@@ -19,7 +19,7 @@ import torch
 
 from ..errors import HostMemoryError, PoolExhausted
 from . import _runtime, pinned
-from ._blocks import Block, told
+from ._blocks import Block, ends, told
 from ._shared_file import SharedFile, names, remove
 
 __all__ = ["PoolExhausted", "SharedPool", "names", "remove"]
@@ -103,7 +103,7 @@ class SharedPool:
             PoolExhausted: none is free, or was in time; says who has them.
             HostMemoryError: the pool is closed, or this process was forked from its opener.
         """
-        until = None if timeout is None else time.monotonic() + timeout
+        until = ends(timeout)
         while True:
             index = self._take(owner)
             if index is not None:
