@@ -33,6 +33,7 @@ class Order(NamedTuple):
     choice: Choice
     stream: torch.Stream | None
     terms: Terms
+    timed: bool
 
     @property
     def device(self) -> torch.device:
@@ -80,8 +81,8 @@ class Order(NamedTuple):
             self.stream.wait_stream(torch.accelerator.current_stream(self.device.index))
 
     def clock(self) -> Clock:
-        """A clock of its work, behind what its stream holds by now."""
-        if self.device.type == "cpu" or capturing(self.device):
+        """A clock of its work: of the device, behind what its stream holds by now, if asked for."""
+        if not self.timed or self.device.type == "cpu" or capturing(self.device):
             return Clock(None)
         return Clock(self.device, self.stream)
 

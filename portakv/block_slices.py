@@ -14,6 +14,7 @@ from .block_order import Order
 from .block_transfer import BlockTransfer
 from .capture import capturing, ignore_captures_elsewhere
 from .clean import clean
+from .clocks import Clock
 from .errors import Unsupported
 from .host.ids import bring
 from .pump import Landing, Pace, Pump, Slice
@@ -47,7 +48,7 @@ def in_slices(order: Order, by_layer: bool) -> BlockTransfer:
     order.check_apart()
     if not order.tokens:
         layers = [Transfer() for _ in range(order.src.layers if by_layer else 0)]
-        return BlockTransfer((), None, False, asked, layers=layers)
+        return BlockTransfer.of(Transfer(), asked, Clock(None), layers)
     # Indices of its own: copies of ids that the thread makes are on no other stream.
     order = order.part(0, order.tokens)
     if order.device.type != "cpu":

@@ -33,10 +33,9 @@ class Statistics:
         engine: the backend, or the engine across the link, that carries it out; of several pieces,
             the first.
         why: why that one, as a phrase.
-        seconds: what it took; None before the end, inside graph capture, and for a plain copy
-            inside a device, which is not timed.
-        clock: what told the time: ``device events`` on its stream, ``host clock`` up to the moment
-            when the end was noticed, or nothing.
+        seconds: what it took; None before the end, and inside graph capture.
+        clock: what told the time: ``host clock`` from the call to the moment when the end was
+            noticed, or, where it was asked for, ``device events`` on its stream.
         slices: how many pieces it was issued in so far.
         cancelled: it was cancelled, so that some blocks are not moved.
     """
@@ -120,7 +119,7 @@ class BlockTransfer(Transfer):
         kept: Any,
         captured: bool,
         asked: Asked,
-        clock: Clock | None = None,
+        clock: Clock,
         layers: Sequence[Transfer] = (),
         first: Asked | None = None,
         pump: Pump | None = None,
@@ -135,15 +134,14 @@ class BlockTransfer(Transfer):
         cls,
         transfer: Transfer,
         asked: Asked,
-        clock: Clock | None = None,
+        clock: Clock,
         layers: Sequence[Transfer] = (),
         first: Asked | None = None,
     ) -> BlockTransfer:
         """A transfer that was issued already."""
-        if clock is not None:
-            clock.issued(transfer.ordered)
-            if not transfer.completions:
-                clock.landed()
+        clock.issued(transfer.ordered)
+        if not transfer.completions:
+            clock.landed()
         ends = transfer.completions, transfer._kept, transfer._captured
         return cls(*ends, asked, clock, layers, first)
 
@@ -176,8 +174,8 @@ class BlockTransfer(Transfer):
             moving // asked.block,
             engine,
             why,
-            clock.seconds() if clock is not None and ended else None,
-            "" if clock is None else clock.name,
+            clock.seconds() if ended else None,
+            clock.name,
             self._pump.issued if self._pump is not None else max(1, len(self.layers)),
             self.cancelled,
         )
@@ -194,14 +192,12 @@ class BlockTransfer(Transfer):
             return 0, 0
         ended = all(completion.ended() for completion in self.completions)
         if ended:
-            if self._clock is not None:
-                self._clock.landed()
+            self._clock.landed()
             return round(moving * asked.token_bytes), moving // asked.block
         done = sum(all(c.ended() for c in layer.completions) for layer in self.layers)
         each = moving * asked.token_bytes / max(1, len(self.layers))
         return round(done * each), 0
 
     def _finish(self) -> None:
-        if self._clock is not None:
-            self._clock.landed()
+        self._clock.landed()
         super()._finish()

@@ -276,7 +276,7 @@ def test_a_loop_lasts_as_long_as_was_asked_for() -> None:
     bench_ = Bench(DEVICE, PRESETS["tiny"])
     loop = host_interference._matmul(bench_)
     assert loop.steps >= 8
-    streams = bench_.stream(), bench_.stream(), bench_.stream()
+    streams = bench_.stream(), bench_.stream()
     taken, link = host_interference._meet(bench_, loop, None, streams)
     assert taken > 0
     assert link == 0.0
