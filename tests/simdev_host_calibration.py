@@ -309,7 +309,7 @@ def test_a_delay_hides_what_the_host_does_first(
     timer.time(work, 0.3)  # longer than what is worth hiding
     assert len(delays) == 1
     monkeypatch.setattr(timing, "SEEN", 0.02)
-    timer.time(work, 0.05)  # most of its 0.07 s
+    timer.time(work, 0.06)  # most of its 0.07 s
     assert len(delays) == 1
     timer.time(work, 0.03)  # the device takes longer
     assert len(delays) == 2

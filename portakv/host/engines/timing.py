@@ -20,7 +20,7 @@ from .engine import finish
 #: Seconds of host time from which on no delay hides them where they are more than this share of the
 #: whole: calls that follow each other would wait for the host, however far ahead it began. With
 #: thousands of copies in its queue the device also takes no more.
-SEEN, SHARE = 3e-3, 0.65
+SEEN, SHARE = 3e-3, 0.75
 #: How often a call is timed again, behind a longer delay, when its host part was seen.
 TRIES = 4
 _FLUSHED = 128 << 20  # bytes that clear a cache whose size torch does not tell
