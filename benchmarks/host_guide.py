@@ -85,7 +85,7 @@ def _beside(rows: Sequence[Row]) -> list[str]:
     heads = ["loop", "direction", "way", "moved", "slow-down, %", "link, GB/s"]
     told = (
         "The loop runs alone, then beside transfers at full speed. `host` is what PortaKV chooses "
-        "unless it is told that the device is idle."
+        "unless it is told that the device is idle; `host detached` the same with `detached=True`."
     )
     return _titled("What a transfer does to what runs beside it", told, heads, table)
 
