@@ -80,11 +80,12 @@ class Order(NamedTuple):
                     _ = view.table
             self.stream.wait_stream(torch.accelerator.current_stream(self.device.index))
 
-    def clock(self) -> Clock:
-        """A clock of its work: of the device, behind what its stream holds by now, if asked for."""
+    def clock(self, last: torch.Stream | None = None) -> Clock:
+        """A clock of its work: of the device, behind what its stream holds by now, if asked for;
+        ``last``: the stream on which it ends, where that is another."""
         if not self.timed or self.device.type == "cpu" or capturing(self.device):
             return Clock(None)
-        return Clock(self.device, self.stream)
+        return Clock(self.device, self.stream, last)
 
     def asked(self) -> Asked:
         """What a handle says of it, without its views."""

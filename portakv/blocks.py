@@ -84,10 +84,11 @@ def copy_blocks(
     device = common_device(src, dst)
     check_stream(stream, device)
     choice, terms = choose(device, backend), _NO_TERMS
-    if overlap != "compute" or max_thread_blocks is not None or max_gbps is not None or detached:
-        terms = Terms(overlap, max_thread_blocks, max_gbps, detached)
-        choice = _on_terms(src, dst, choice, terms)
     sliced = cancellable or max_gbps is not None
+    if overlap != "compute" or max_thread_blocks is not None or max_gbps is not None or detached:
+        # No stream orders slices anyway.
+        terms = Terms(overlap, max_thread_blocks, max_gbps, False if sliced else detached)
+        choice = _on_terms(src, dst, choice, terms)
     if src.device == dst.device and not (by_layer or sliced or detached or timed):
         clock = Clock(None)
         transfer = carry(src, dst, mine, theirs, tokens, choice, stream)
@@ -99,7 +100,8 @@ def copy_blocks(
     if detached and device.type != "cpu":
         return _detached(order, by_layer)
     order.follow_current()
-    return _by_layer(order) if by_layer else _at_once(order)
+    clock = order.clock()
+    return _by_layer(order, clock) if by_layer else _at_once(order, clock)
 
 
 def _detached(order: Order, by_layer: bool) -> BlockTransfer:
@@ -108,28 +110,29 @@ def _detached(order: Order, by_layer: bool) -> BlockTransfer:
     Raises:
         Unsupported: a graph is captured.
     """
-    if capturing(order.device):
+    with inside(order.stream):
+        captured = capturing(order.device)
+    if captured or capturing(order.device):
         raise Unsupported(
             "A detached copy inside graph capture",
             "a graph has no work that its stream does not wait for; leave out detached",
         )
     order.follow_current()
     with inside(order.stream):
-        places = order.src.form.place, order.dst.form.place
-        order = order._replace(stream=beside(order.device, *places))
+        before = torch.accelerator.current_stream(order.device.index)
+        stream = beside(before, order.src.form.place, order.dst.form.place)
+        clock, order = order.clock(stream), order._replace(stream=stream)
         order.follow_current()
-        return _by_layer(order) if by_layer else _at_once(order)
+        return _by_layer(order, clock) if by_layer else _at_once(order, clock)
 
 
-def _at_once(order: Order) -> BlockTransfer:
-    clock = order.clock()
+def _at_once(order: Order, clock: Clock) -> BlockTransfer:
     return BlockTransfer.of(order.carried(), order.asked(), clock)
 
 
-def _by_layer(order: Order) -> BlockTransfer:
+def _by_layer(order: Order, clock: Clock) -> BlockTransfer:
     order.dst.check_writable()
     order.check_apart()
-    clock = order.clock()
     layers = [order.layer(i).carried(disjoint=True) for i in range(order.src.layers)]
     first = order.layer(0).asked()
     return BlockTransfer.of(Transfer.join(layers), order.asked(), clock, layers, first)

@@ -18,12 +18,18 @@ class Clock:
         device: where the work is timed by events, if torch has such there; None: by the host's
             clock.
         stream: what the work is ordered on; None: the device's current stream.
+        last: where it ends; None: there as well.
     """
 
     __slots__ = ("_began", "_first", "_landed", "_last", "_pool", "_seconds", "_stream")
 
-    def __init__(self, device: torch.device | None, stream: torch.Stream | None = None) -> None:
-        self._stream = stream
+    def __init__(
+        self,
+        device: torch.device | None,
+        stream: torch.Stream | None = None,
+        last: torch.Stream | None = None,
+    ) -> None:
+        self._stream = last or stream
         self._first: torch.Event | None = None
         self._last: torch.Event | None = None
         self._landed: float | None = None

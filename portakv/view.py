@@ -137,6 +137,11 @@ class KVView:
             self._table = torch.from_numpy(self.addresses).to(self.device)
         return self._table
 
+    def record_table(self, stream: torch.Stream) -> None:
+        """Tell the allocator that a stream uses the table of addresses, where there is one."""
+        if self._table is not None and self._table.device == stream.device:
+            self._table.record_stream(stream)
+
     def overlaps(self, other: KVView) -> bool:
         """True where the two views' tensors share memory."""
         if self.device != other.device:

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from block_cases import BLOCKS, Cache, block_first, layered, wanted
+from block_cases import BLOCKS, SIZE, Cache, block_first, layered, wanted
 from portakv_conformance import simdev
 from simdev_cases import DEVICE, current, on
 from simdev_staging import full, small_slices
 
-from portakv import copy_blocks
+from portakv import Index, Unsupported, clocks, copy_blocks
+from portakv.events import Pool
 from portakv.host.engines import staging
 from portakv.host.engines.schedule import DETACHED_RING
 from portakv.host.engines.staging import Staging
@@ -214,6 +215,88 @@ def test_one_that_failed_leaves_the_next_right(
         with pytest.raises(RuntimeError, match="the link is down"):
             started(caches)
     for moved in started(caches):
+        moved.synchronize()
+    assert landed(caches, rows)
+
+
+@pytest.mark.parametrize("how", ["detached", "on a stream", "ring on a stream"])
+def test_ids_that_an_index_keeps_and_everybody_forgets(how: str) -> None:
+    """Their copy on the device was made on another stream than the one that reads it."""
+    for _ in range(3):
+        there = [layered(DEVICE) for _ in range(2)]
+        here = block_first(pin="ring" not in how)
+        torch.accelerator.synchronize(DEVICE)
+        mine, theirs = (Index(torch.tensor(ids), step=SIZE) for ids in (IDS, IDS[::-1]))
+        rows = wanted(there[0], here, IDS, IDS[::-1])
+        again = wanted(there[0], there[1], IDS, IDS)
+        options: dict[str, Any] = {"backend": "ring" if "ring" in how else "staged"}
+        options |= {"detached": True} if how == "detached" else {"stream": torch.Stream(DEVICE)}
+        copy_blocks(there[0].view, here.view, mine, theirs, **options).synchronize()
+        assert torch.equal(here.rows(), rows)
+        moved = copy_blocks(here.view, there[1].view, theirs, mine, **options)
+        del mine, theirs, moved
+        gc.collect()
+        rubbish = [torch.full((8,), 99, dtype=torch.int64, device=DEVICE) for _ in range(20)]
+        torch.accelerator.synchronize(DEVICE)
+        assert torch.equal(there[1].rows(), again)
+        assert rubbish
+
+
+def test_a_quick_stream_does_not_wait_for_a_slow_one() -> None:
+    slow, quick = pairs(True, 2)
+    rows = expected([slow, quick])
+    streams = torch.Stream(DEVICE), torch.Stream(DEVICE)
+    warm = pairs(True, 2)
+    for each, stream in zip(warm, streams, strict=True):
+        started([each], stream=stream)[0].synchronize()
+    simdev.delay(streams[0], 5)
+    (first,) = started([slow], stream=streams[0])
+    (second,) = started([quick], stream=streams[1])
+    second.synchronize()
+    assert not first.done()
+    first.synchronize()
+    assert landed([slow, quick], rows)
+
+
+@DOWNWARD
+@pytest.mark.parametrize("side", [False, True])
+def test_its_time_begins_with_the_stream_that_it_is_behind(
+    downward: bool, side: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not behind the end of the transfer before, where it would seem to take no time."""
+    recorded, asked = Pool.recorded, list[Any]()
+
+    def noted(self: Pool, stream: torch.Stream | None) -> torch.Event:
+        if self is clocks._timers(DEVICE):
+            asked.append(stream or current())
+        return recorded(self, stream)
+
+    monkeypatch.setattr(Pool, "recorded", noted)
+    stream = torch.Stream(DEVICE) if side else None
+    for moved in started(pairs(downward, 3), timed=True, stream=stream):
+        moved.synchronize()
+        assert moved.statistics.clock == "device events"
+        assert moved.statistics.seconds is not None
+    firsts, lasts = {one.stream_id for one in asked[::2]}, {one.stream_id for one in asked[1::2]}
+    assert firsts == {(stream or current()).stream_id}
+    assert len(lasts) == 1
+    assert not firsts & lasts
+
+
+@pytest.mark.parametrize("wrong", ["no", 1, [1]], ids=str)
+def test_detached_is_true_or_false(wrong: Any) -> None:
+    ((src, dst),) = pairs(True, 1)
+    with pytest.raises(Unsupported, match="expected True or False"):
+        copy_blocks(src.view, dst.view, IDS, IDS, detached=wrong)
+
+
+@DOWNWARD
+@pytest.mark.parametrize("options", [{"cancellable": True}, {"max_gbps": 1.0}], ids=str)
+def test_in_slices(downward: bool, options: dict[str, Any]) -> None:
+    """No stream orders these anyway."""
+    caches = pairs(downward, 3)
+    rows = expected(caches)
+    for moved in started(caches, **options):
         moved.synchronize()
     assert landed(caches, rows)
 

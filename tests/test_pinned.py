@@ -351,7 +351,15 @@ def test_every_error_is_one_of_the_tree() -> None:
     assert issubclass(HostMemoryError, PortaKVError)
 
 
-@pytest.mark.parametrize("node", [1.5, "0", [0, "1"]])
+@pytest.mark.parametrize("node", [1.5, "0", [0, "1"], np.array(0.0), None.__class__])
 def test_a_node_that_is_no_number(node: Any) -> None:
     with pytest.raises(Unsupported, match="nodes have whole numbers"):
+        pinned.allocate(ODD, numa=node)
+
+
+@pytest.mark.parametrize(
+    "node", [np.int64(4096), [np.int32(4096)], np.array(4096), np.array([4096])]
+)
+def test_a_node_of_numpys(node: Any) -> None:
+    with pytest.raises(Unsupported, match="node 4096"):
         pinned.allocate(ODD, numa=node)

@@ -378,3 +378,11 @@ def test_a_timeout_that_is_no_time(timeout: Any) -> None:
         with pytest.raises(HostMemoryError, match="expected seconds"):
             pool.acquire(timeout=timeout)
         assert pool.free == 1
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e300])
+def test_a_timeout_that_never_comes(timeout: float) -> None:
+    with PinnedPool(SIZE, 1) as pool:
+        block = pool.acquire()
+        threading.Timer(0.05, block.release).start()
+        pool.acquire(wait=True, timeout=timeout).release()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -162,11 +163,11 @@ def ends(timeout: float | None) -> float | None:
     Raises:
         HostMemoryError: no number of seconds.
     """
-    if timeout is None:
+    if timeout is None or timeout == math.inf:
         return None
     if not isinstance(timeout, Real) or math.isnan(timeout):
         raise HostMemoryError(
             f"A block was asked for with timeout={timeout!r}; expected seconds: pass a number, or "
             f"None to wait without end."
         )
-    return time.monotonic() + timeout
+    return time.monotonic() + min(timeout, threading.TIMEOUT_MAX)

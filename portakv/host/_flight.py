@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 
 import torch
 
@@ -16,6 +16,8 @@ from ..transfer import Completion, Transfer
 
 # Host memory is held by what is under way, since no allocator orders it on a stream.
 _flying: deque[Completion] = deque()
+_beside: dict[tuple[torch.device, int, str, str], torch.Stream] = {}
+_lock = threading.Lock()
 
 
 def resolve(device: torch.device | str | int) -> torch.device:
@@ -55,12 +57,14 @@ def follow_current(stream: torch.Stream | None, *tensors: torch.Tensor) -> None:
             tensor.record_stream(stream)
 
 
-@cache
-def beside(device: torch.device, src: str, dst: str) -> torch.Stream:
-    """A device's stream for transfers between two places that no stream of their callers waits for:
-    those the other way round are not held up."""
-    stream: torch.Stream = torch.get_device_module(device).Stream(device)
-    return stream
+def beside(stream: torch.Stream, src: str, dst: str) -> torch.Stream:
+    """The stream of transfers between two places that begin behind ``stream``, which does not wait
+    for them: neither those of another stream are held up nor those the other way round."""
+    key = stream.device, stream.stream_id, src, dst
+    with _lock:
+        if key not in _beside:
+            _beside[key] = torch.get_device_module(stream.device).Stream(stream.device)
+        return _beside[key]
 
 
 def drain(device: torch.device, stream: torch.Stream | None) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import operator
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,13 @@ def bind(address: int, nbytes: int, wanted: int | Sequence[int]) -> None:
         Unsupported: no node, or one that is not there, an architecture or kernel that cannot bind,
             or a container that may not.
     """
-    asked = list(wanted) if isinstance(wanted, Iterable) else [wanted]
-    if not all(isinstance(node, int) for node in asked):
+    try:
+        asked = _numbers(wanted)
+    except TypeError:
         raise Unsupported(
             f"Binding {nbytes} bytes of host memory to NUMA node {wanted!r}",
             "nodes have whole numbers; name one or more, or leave numa=None",
-        )
+        ) from None
     if not asked:
         raise Unsupported(
             f"Binding {nbytes} bytes of host memory to an empty list of NUMA nodes",
@@ -83,6 +85,13 @@ def bind(address: int, nbytes: int, wanted: int | Sequence[int]) -> None:
     code = _mbind(number, address, nbytes, mask, len(mask) * bits + 1)
     if code:
         raise Unsupported(what, _WHY.get(code, f"the kernel refused it ({os.strerror(code)})"))
+
+
+def _numbers(wanted: Any) -> list[int]:
+    """One whole number, or several; raises `TypeError` for anything else."""
+    with suppress(TypeError):
+        return [operator.index(wanted)]
+    return [operator.index(node) for node in wanted]
 
 
 def _mbind(number: int, address: int, nbytes: int, mask: ctypes.Array[ctypes.c_ulong], most: int,

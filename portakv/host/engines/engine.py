@@ -6,8 +6,10 @@ from __future__ import annotations
 import torch
 
 from ...backends.base import Backend, Decision, Pending
+from ...index import Index
 from ...plan import CopyPlan
 from ...registry import Choice, choose
+from ...routes import Route
 from .terms import Terms
 
 #: Both directions between a device and pinned memory, and between it and pageable memory.
@@ -48,6 +50,15 @@ class Engine(Backend):
 def direction_of(plan: CopyPlan) -> str:
     """``d2h`` or ``h2d``."""
     return "d2h" if plan.src.place == "device" else "h2d"
+
+
+def placed(way: Route, index: Index, work: torch.Stream) -> Index:
+    """An index with its ids where the device's half reads them, until the end of what ``work`` is
+    made to wait for: they may be a copy that somebody else keeps, made on another stream."""
+    found = way.place(index)
+    if found.ids is not None and found.ids.device == work.device:
+        found.ids.record_stream(work)
+    return found
 
 
 def finish(pending: Pending | None) -> None:

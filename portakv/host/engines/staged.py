@@ -18,7 +18,7 @@ from ...plan import CopyPlan
 from ...routes import Route
 from .. import _flight, _registrations
 from .crossing import Crossing, crossing
-from .engine import PINNED, Engine, finish
+from .engine import PINNED, Engine, finish, placed
 from .folding import Pieces
 from .halves import Halves, in_either_order
 from .mirror import mirror_of
@@ -246,7 +246,8 @@ class _Passage:
         if len(legs) == 1:  # it has nothing to overlap with
             self._half = self._link = work
         with _flight.inside(work):
-            moves = self._moves(legs, mine, mirrors, [nth % mirrors for nth in range(len(legs))])
+            self._reserve(legs, mirrors)
+            moves = self._moves(legs, mine, [nth % mirrors for nth in range(len(legs))])
         for stream in self._others():
             stream.wait_stream(work)
         self._run(moves, host, mirrors, [None] * mirrors)
@@ -257,27 +258,32 @@ class _Passage:
         """The same behind the current stream alone, and not behind the transfer before: its mirrors
         are free one by one."""
         room, mirrors = self._room, DETACHED_RING
+        with _flight.inside(self._half):
+            self._reserve(legs, mirrors)
+        # Ids that are brought for one call are ordered on the current stream, whoever reads them.
+        with _flight.inside(current):
+            moves = self._moves(legs, mine, room.turns(len(legs), mirrors))
         for stream in self._others():
             stream.wait_stream(current)
-        with _flight.inside(self._half):
-            moves = self._moves(legs, mine, mirrors, room.turns(len(legs), mirrors))
         self._run(moves, host, 0, room.free)
 
     def _others(self) -> list[torch.Stream]:
         """The streams beside the one that transfers are ordered on."""
         return [stream for stream in (self._half, self._link) if stream is not self._work]
 
-    def _moves(self, legs: list[Leg], mine: Index, mirrors: int, turns: list[int]) -> list[_Move]:
+    def _reserve(self, legs: list[Leg], mirrors: int) -> None:
+        """Have room for the slices in so many mirrors; on the current stream."""
+        self._room.reserve(max(leg.nbytes for leg in legs), mirrors)
+
+    def _moves(self, legs: list[Leg], mine: Index, turns: list[int]) -> list[_Move]:
         """Every slice with all that it takes; on the current stream."""
-        room = self._room
-        room.reserve(max(leg.nbytes for leg in legs), mirrors)
-        moves, placed, by = [], mine, None
+        moves, index, by = list[_Move](), mine, None
         for leg, at in zip(legs, turns, strict=True):
-            mirror = room.mirror(at, leg.mirror, leg.held)
+            mirror = self._room.mirror(at, leg.mirror, leg.held)
             way = leg.way(mirror)
             if way is not by:
-                placed, by = way.place(mine), way
-            moves.append(_Move(leg, mirror, at, way, placed.shifted(leg.start)))
+                index, by = placed(way, mine, self._work), way
+            moves.append(_Move(leg, mirror, at, way, index.shifted(leg.start)))
         return moves
 
     def _run(
@@ -292,6 +298,9 @@ class _Passage:
             # What was enqueued, also before an interrupt, is part of the caller's stream.
             for stream in self._others():
                 self._work.wait_stream(stream)
+            for move in moves:
+                move.leg.rows.record_table(self._work)  # made in a launch, for one stream's kernel
+                move.mirror.record_table(self._work)
 
     def _move(
         self, move: _Move, host: KVView, free: torch.Event | None, again: bool

@@ -61,8 +61,8 @@ class Staging:
         if each > self._each or mirrors > self._mirrors:
             mirrors = max(self._mirrors, mirrors)
             self._views.clear()
-            self.free = [None] * mirrors
             self._room, self._each = None, 0  # nothing is held if there is no more
+            self.free = [None] * mirrors
             self._room = torch.empty(mirrors * each, dtype=torch.uint8, device=self._device)
             self._mirrors, self._each = mirrors, each
             if self.detached:

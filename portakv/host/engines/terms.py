@@ -41,6 +41,11 @@ class Terms:
                 f"expected one of {', '.join(OVERLAPS)}; pass one of these, or leave it out for "
                 f"{OVERLAPS[0]}",
             )
+        if not isinstance(self.detached, bool):
+            raise Unsupported(
+                f"A transfer with detached={self.detached!r}",
+                "expected True or False; pass one, or leave it out for False",
+            )
         blocks, rate = self.max_thread_blocks, self.max_gbps
         if blocks is not None and (not isinstance(blocks, int) or blocks < 1):
             raise Unsupported(
