@@ -271,12 +271,16 @@ class HostLaunch:
         if can.index_on == "any":
             return src_index, dst_index
         home, dtypes = can.home_of_ids(self._host.device), can.index_dtypes
-        with inside(stream):
+        # Detached, the next layer's engine may read them on a stream that waits for no other.
+        apart = stream is not None and self._terms.detached
+        with inside(None if apart else stream):
             bring((src_index, dst_index), home, dtypes)
             mine, theirs = (
                 index if index.ids is None else index.placed(home, dtypes)
                 for index in (src_index, dst_index)
             )
+        if stream is not None and apart:
+            stream.wait_stream(torch.accelerator.current_stream(self._host.device.index))
         for placed in (mine, theirs):
             if stream is not None and placed.ids is not None and not placed.ids.is_cpu:
                 # Kept with the index, it may have been made for another stream than this one.
