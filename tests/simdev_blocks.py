@@ -40,7 +40,7 @@ from portakv.host.engines.terms import Terms
 
 SRC, DST = [5, 0, 7, 2, 3], [1, 6, 0, 4, 2]
 BLOCK_BYTES = LAYERS * 2 * SIZE * HEADS * DIM * 2
-REPEATS = 20
+REPEATS = 6
 ORDERED = ["at once", "by layer", "timed"]
 
 
