@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from block_cases import holds, large, numbered
 from device_cases import DEVICE, LONG
 
-from portakv import copy_blocks
+from portakv import Index, copy_blocks
 
 pytestmark = pytest.mark.gpu
 
@@ -124,3 +125,28 @@ def test_inside_a_device() -> None:
     moved = copy_blocks(src, dst, ids, ids, detached=True)
     moved.synchronize()
     assert holds(empty, numbers)
+
+
+@pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
+def test_ids_that_an_index_keeps_and_everybody_forgets(downward: bool) -> None:
+    """Their copy on the device is given back while the gather or scatter still has to read it."""
+    for seed in range(5):
+        places = (DEVICE, "cpu") if downward else ("cpu", DEVICE)
+        (full, src), (empty, dst) = (large(BLOCKS, 1, place) for place in places)
+        numbers = numbered(full)[:, :, 0, 0].clone()
+        order = torch.randperm(BLOCKS, generator=torch.Generator().manual_seed(seed))
+        ids, back = Index(order, step=1), Index(order.flip(0), step=1)
+        asked: dict[str, Any] = {"backend": "staged", "detached": True}
+        copy_blocks(src, dst, ids, back, **asked).synchronize()
+        empty.zero_()
+        torch.cuda.synchronize()
+        torch.cuda._sleep(LONG)
+        copy_blocks(src, dst, ids, back, **asked)
+        del ids, back
+        gc.collect()
+        others = [torch.zeros(BLOCKS, dtype=torch.int64, device=DEVICE) for _ in range(64)]
+        torch.cuda.synchronize()
+        expected = torch.empty_like(numbers)
+        expected[:, order.flip(0)] = numbers[:, order]
+        assert holds(empty, expected)
+        assert others
