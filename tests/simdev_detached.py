@@ -14,11 +14,12 @@ import torch
 from block_cases import BLOCKS, SIZE, Cache, block_first, layered, wanted
 from portakv_conformance import simdev
 from simdev_cases import DEVICE, current, on
-from simdev_staging import full, small_slices
+from simdev_staging import broken_at, full, small_slices
 
 from portakv import Index, Unsupported, clocks, copy_blocks
 from portakv.events import Pool
 from portakv.host.engines import staging
+from portakv.host.engines._crossing_torch import TorchCrossing
 from portakv.host.engines.schedule import DETACHED_RING
 from portakv.host.engines.staging import Staging
 
@@ -198,20 +199,10 @@ def test_no_room_on_the_device_and_then_some(
 def test_one_that_failed_leaves_the_next_right(
     downward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from portakv.host.engines._crossing_torch import TorchCrossing
-
     caches = pairs(downward, 4)
     rows = expected(caches)
-    copy, calls = TorchCrossing.copy, list[None]()
-
-    def failing(*arguments: Any) -> None:
-        calls.append(None)
-        if len(calls) == 5:
-            raise RuntimeError("the link is down")
-        copy(*arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(TorchCrossing, "copy", failing)
+        patch.setattr(TorchCrossing, "copy", broken_at(5, TorchCrossing.copy))
         with pytest.raises(RuntimeError, match="the link is down"):
             started(caches)
     for moved in started(caches):

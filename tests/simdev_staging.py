@@ -7,7 +7,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -82,6 +82,19 @@ class Transfers:
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in (("LARGEST", 2048), ("SMALLEST", 512), ("WHOLE", 0)):
         monkeypatch.setattr(schedule, name, size)
+
+
+def broken_at(nth: int, copy: Callable[..., None]) -> Callable[..., None]:
+    """A copy across the link whose ``nth`` call fails."""
+    calls = list[None]()
+
+    def failing(*arguments: Any) -> None:
+        calls.append(None)
+        if len(calls) == nth:
+            raise RuntimeError("the link is down")
+        copy(*arguments)
+
+    return failing
 
 
 def full(*_sizes: Any, **_how: Any) -> torch.Tensor:
@@ -195,14 +208,7 @@ def test_a_transfer_that_failed_leaves_no_memory_of_the_host_held(
     transfer = Transfers(Staged(DEVICE), downward)
     chunk = torch.zeros(2, 3, TOKENS, 32, dtype=torch.int16).pin_memory()
     host, gone = view_of(chunk, CHUNK), weakref.ref(chunk)
-    copy, calls = transfer.launch._crossing.copy, list[None]()
-
-    def failing(*arguments: Any) -> None:
-        calls.append(None)
-        if len(calls) == 2:
-            raise RuntimeError("the link is down")
-        copy(*arguments)
-
+    failing = broken_at(2, transfer.launch._crossing.copy)
     with monkeypatch.context() as patch:
         patch.setattr(transfer.launch._crossing, "copy", failing)
         with pytest.raises(RuntimeError, match="the link is down") as caught:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration without a device: the grid, the order of its points, and `portakv calibrate` where
-there is nothing to measure. Measuring itself is tested in simdev_host_calibration.py."""
+there is nothing to measure. Measuring itself is tested in simdev_host_calibration.py, its timers in
+simdev_host_timing.py."""
 
 from __future__ import annotations
 

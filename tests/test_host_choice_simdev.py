@@ -8,4 +8,5 @@ from simdev_process import needs_simdev, run
 
 @needs_simdev
 def test_on_the_simulated_device() -> None:
-    run("simdev_host_choice.py", "simdev_host_calibration.py", number=r"\d\d")
+    files = "simdev_host_choice.py", "simdev_host_calibration.py", "simdev_host_timing.py"
+    run(*files, number=r"\d\d")
