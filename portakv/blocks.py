@@ -123,7 +123,6 @@ def _detached(order: Order, by_layer: bool) -> BlockTransfer:
         before = torch.accelerator.current_stream(order.device.index)
         stream = beside(before, order.src.form.place, order.dst.form.place)
         clock, order = order.clock(stream), order._replace(stream=stream)
-        order.follow_current()
         return _by_layer(order, clock) if by_layer else _at_once(order, clock)
 
 

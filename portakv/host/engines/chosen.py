@@ -24,7 +24,7 @@ from ...registry import Choice
 from .._flight import inside
 from ..ids import bring
 from .crossing import by_torch, crossing
-from .engine import Engine, direction_of
+from .engine import Engine, direction_of, read_on
 from .picking import ORDER, Pick, pick
 from .shapes import RunCounter, Shape
 from .table import Costs, costs_of
@@ -281,8 +281,4 @@ class HostLaunch:
             )
         if stream is not None and apart:
             stream.wait_stream(torch.accelerator.current_stream(self._host.device.index))
-        for placed in (mine, theirs):
-            if stream is not None and placed.ids is not None and not placed.ids.is_cpu:
-                # Kept with the index, it may have been made for another stream than this one.
-                placed.ids.record_stream(stream)
-        return mine, theirs
+        return read_on(stream, mine), read_on(stream, theirs)

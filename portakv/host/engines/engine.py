@@ -9,7 +9,6 @@ from ...backends.base import Backend, Decision, Pending
 from ...index import Index
 from ...plan import CopyPlan
 from ...registry import Choice, choose
-from ...routes import Route
 from .terms import Terms
 
 #: Both directions between a device and pinned memory, and between it and pageable memory.
@@ -52,13 +51,12 @@ def direction_of(plan: CopyPlan) -> str:
     return "d2h" if plan.src.place == "device" else "h2d"
 
 
-def placed(way: Route, index: Index, work: torch.Stream) -> Index:
-    """An index with its ids where the device's half reads them, until the end of what ``work`` is
-    made to wait for: they may be a copy that somebody else keeps, made on another stream."""
-    found = way.place(index)
-    if found.ids is not None and found.ids.device == work.device:
-        found.ids.record_stream(work)
-    return found
+def read_on(stream: torch.Stream | None, index: Index) -> Index:
+    """The index, with its ids held until the end of what ``stream`` is made to wait for: they may
+    be a copy that somebody else keeps, made on another stream."""
+    if stream is not None and index.ids is not None and index.ids.device == stream.device:
+        index.ids.record_stream(stream)
+    return index
 
 
 def finish(pending: Pending | None) -> None:

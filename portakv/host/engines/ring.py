@@ -25,7 +25,7 @@ from .. import _flight
 from ._crew import Batch
 from ._ring_slots import TURNS, Slots, slots
 from .crossing import by_torch, crossing
-from .engine import PAGEABLE, PINNED, Engine, finish, placed
+from .engine import PAGEABLE, PINNED, Engine, finish, read_on
 from .folding import Pieces
 from .halves import Halves, in_either_order
 from .host_rows import HostRows
@@ -276,7 +276,7 @@ class _Passage:
         mirror = self._room.mirror(at, self._launch.mirror, piece.held)
         way, _ = self._launch.halves.ways(mirror, piece.held)
         if way is not self._by:
-            self._placed, self._by = placed(way, mine, self._work), way
+            self._placed, self._by = read_on(self._work, way.place(mine)), way
         return mirror, way, self._placed.shifted(piece.start)
 
     def _cross(self, nth: int, mirror: KVView) -> None:

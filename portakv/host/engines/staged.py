@@ -18,7 +18,7 @@ from ...plan import CopyPlan
 from ...routes import Route
 from .. import _flight, _registrations
 from .crossing import Crossing, crossing
-from .engine import PINNED, Engine, finish, placed
+from .engine import PINNED, Engine, finish, read_on
 from .folding import Pieces
 from .halves import Halves, in_either_order
 from .mirror import mirror_of
@@ -282,7 +282,7 @@ class _Passage:
             mirror = self._room.mirror(at, leg.mirror, leg.held)
             way = leg.way(mirror)
             if way is not by:
-                index, by = placed(way, mine, self._work), way
+                index, by = read_on(self._work, way.place(mine)), way
             moves.append(_Move(leg, mirror, at, way, index.shifted(leg.start)))
         return moves
 
