@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from crossing_cases import bytes_of_pieces, drawn_runs, runs_of
 from fake_libcuda import Call, FakeLibrary
 from guarded_memory import refused
 from hypothesis import given
+from hypothesis import strategies as st
 
 from portakv import KVView, TransferError
 from portakv.host import _cuda_driver
@@ -26,7 +28,7 @@ from portakv.host.engines import _crossing_cuda, crossing
 from portakv.host.engines._crossing_cuda import FOLD_BELOW, LEAST_BATCH, Copies, CudaCrossing
 from portakv.host.engines._crossing_torch import TorchCrossing
 from portakv.host.engines.crossing import Pieces, fold
-from portakv.host.engines.folding import ALL
+from portakv.host.engines.folding import ALL, portions
 from portakv.runs import Runs
 
 STREAM = 0x7F55_0000_1230  # a handle of more than 32 bits
@@ -283,6 +285,54 @@ def test_the_default_stream_waits_also_for_what_failed(
             memory.at(plain(30)), *views(memory, monkeypatch), fake_stream(0, cuda.log)
         )
     assert cuda.log[-1] == "0 waits for 77"
+
+
+def test_others_get_in_between_copies_in_a_row(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After so many bytes a copy goes by another stream: each stream has its own, and its count."""
+    memory, pieces = Memory(), plain(1, width=128)
+    monkeypatch.setattr(_crossing_cuda, "IN_A_ROW", 300)
+    made = iter((77, 78, 79))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: fake_stream(next(made), cuda.log))
+    where = views(memory, monkeypatch)
+    link = CudaCrossing(torch.device("cuda", 0))
+    beside = {5: 77, 6: 78}
+    for nth in range(1, 10):
+        for handle in beside:
+            cuda.log.clear()
+            cuda.library.forget()
+            link.copy(memory.at(pieces), *where, fake_stream(handle, cuda.log))
+            memory.judge(pieces)
+            other, turn = beside[handle], nth % 3 == 0
+            assert [call.stream for call in cuda.library.calls] == [other if turn else handle]
+            order = [f"{other} waits for {handle}", f"{handle} waits for {other}"]
+            assert cuda.log == (order if turn else [])
+
+
+def test_a_long_list_crosses_in_turns(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, pieces = Memory(), plain(60)
+    monkeypatch.setattr(_crossing_cuda, "IN_A_ROW", 160)
+    link = CudaCrossing(torch.device("cuda", 0))
+    link.copy(memory.at(pieces), *views(memory, monkeypatch), fake_stream(5, cuda.log))
+    memory.judge(pieces)
+    row: dict[int, int] = {5: 0, 77: 0}
+    streams = [stream for call in cuda.library.calls for stream in [call.stream] * call.copies]
+    for before, stream in pairwise([0, *streams]):
+        row[stream] = row[stream] + 8 if stream == before else 8
+        assert row[stream] <= 160
+    assert streams.count(5) + streams.count(77) == 60
+    assert cuda.log[-1] == "5 waits for 77"
+
+
+@given(drawn_runs(), st.integers(1, 200))
+def test_portions_are_the_pieces_in_their_order(runs: Runs, most: int) -> None:
+    pieces = fold(runs)
+    found = list(portions(pieces, most))
+    for whole, *parts in zip(pieces, *found, strict=True):
+        assert np.concatenate(parts).tolist() == whole.tolist()
+    for one in found:
+        assert one.number or not pieces.number
+        # No more than the last of them is beyond, and only by a part of itself.
+        assert one.number < 2 or int((one.width * one.height)[1:-1].sum()) < most
 
 
 def test_who_is_asked_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:

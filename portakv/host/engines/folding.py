@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +59,17 @@ class Pieces(NamedTuple):
     def nbytes(self) -> int:
         """All bytes that they move."""
         return int(self.width @ self.height)
+
+
+def portions(pieces: Pieces, most: int) -> Iterator[Pieces]:
+    """The pieces in their order, in groups of about ``most`` bytes; none is cut in two."""
+    if pieces.number < 2 or pieces.nbytes <= most:
+        yield pieces
+        return
+    nth = (np.cumsum(pieces.width * pieces.height) - 1) // most
+    ends = (np.flatnonzero(np.diff(nth)) + 1).tolist()
+    for first, past in pairwise([0, *ends, pieces.number]):
+        yield Pieces(*(column[first:past] for column in pieces))
 
 
 def pieces_of(
