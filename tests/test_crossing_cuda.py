@@ -308,6 +308,15 @@ def test_others_get_in_between_copies_in_a_row(cuda: Any, monkeypatch: pytest.Mo
             assert cuda.log == (order if turn else [])
 
 
+def test_copies_beyond_the_limit_take_turns_too(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, pieces = Memory(), plain(1, width=128)
+    monkeypatch.setattr(_crossing_cuda, "IN_A_ROW", 100)
+    link = CudaCrossing(torch.device("cuda", 0))
+    for _ in range(4):
+        link.copy(memory.at(pieces), *views(memory, monkeypatch), fake_stream(5, cuda.log))
+    assert [call.stream for call in cuda.library.calls] == [5, 77, 5, 77]
+
+
 def test_a_long_list_crosses_in_turns(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory, pieces = Memory(), plain(60)
     monkeypatch.setattr(_crossing_cuda, "IN_A_ROW", 160)

@@ -159,7 +159,7 @@ class CudaCrossing:
         self.device = device
         self._copies = Copies(_library())
         self._adopted = threading.local()
-        # By the handle of a stream: another one beside it, and the bytes since that was last used.
+        # By the handle of a stream: another one beside it, and the bytes since it was last used.
         self._beside: dict[int, torch.cuda.Stream] = {}
         self._in_a_row: dict[int, int] = {}
         self.fold_below = self._copies.fold_below
@@ -185,10 +185,10 @@ class CudaCrossing:
                 self._copies.copy(portion, to_device, handle)
 
     def _enough(self, handle: int, nbytes: int) -> bool:
-        """Whether with so many more too much would have crossed in a row on a stream."""
-        crossed = self._in_a_row.get(handle, 0) + nbytes
-        enough = crossed > IN_A_ROW
-        self._in_a_row[handle] = 0 if enough else crossed
+        """Whether so many more would be too much in a row on a stream, and others have a turn."""
+        crossed = self._in_a_row.get(handle, 0)
+        enough = crossed > 0 and crossed + nbytes > IN_A_ROW
+        self._in_a_row[handle] = 0 if enough else crossed + nbytes
         return enough
 
     def _copy_beside(
