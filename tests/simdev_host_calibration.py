@@ -27,7 +27,7 @@ from portakv.host.engines.engine import PINNED, Engine
 from portakv.host.engines.staged import Staged
 from portakv.host.engines.timing import EventTimer, Timed
 
-SMALL = Grid((256, 4096), (4096, 32768), most_runs=64, repeats=1, pageable=8192)
+SMALL = Grid((256, 4096), (4096, 32768), most_runs=64, repeats=1, short=0, pageable=8192)
 HERE = __name__
 
 
@@ -155,7 +155,7 @@ class Pretending:
 
 
 def test_the_median_of_what_the_timer_tells_is_kept() -> None:
-    grid = Grid((4096,), (4096,), repeats=3, pageable=4096)
+    grid = Grid((4096,), (4096,), repeats=3, short=0, pageable=4096)
     timer = Pretending([3.0, 1.0, 2.0])
     found = calibrate(DEVICE, 60, grid, timer)
     assert {p.seconds for columns in found.points.values() for p in columns[4096]} == {2.0}
@@ -169,6 +169,15 @@ def test_the_median_of_what_the_timer_tells_is_kept() -> None:
     assert timer.hidden[2 * both :] == [0.0] * both
 
 
+def test_short_copies_are_timed_more_often() -> None:
+    timer = Pretending([1.0])
+    grid = Grid((4096,), (4096, 8192), repeats=2, short=4096, pageable=4096)
+    calibrate(DEVICE, 3600, grid, timer)
+    assert (grid.times(4096), grid.times(4097)) == (2 * calibration.OFTEN, 2)
+    # Three engines, both directions; `ring` has the shorter one alone.
+    assert timer.at == 2 * (3 * grid.times(4096) + 2 * grid.times(8192))
+
+
 def test_lists_are_sent_once_and_not_while_a_copy_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two lists of a point, by each of three engines and in both directions."""
     carry, met = HostLaunch.carry, set[tuple[Any, ...]]()
@@ -178,7 +187,9 @@ def test_lists_are_sent_once_and_not_while_a_copy_is_timed(monkeypatch: pytest.M
         return carry(self, *arguments)
 
     monkeypatch.setattr(HostLaunch, "carry", noted)
-    calibrate(DEVICE, 60, Grid((4096,), (4096,), repeats=3, pageable=4096), Pretending([1e-5]))
+    calibrate(
+        DEVICE, 60, Grid((4096,), (4096,), repeats=3, short=0, pageable=4096), Pretending([1e-5])
+    )
     assert len(met) == 3 * 2
     assert not any(index.fleeting for pair in met for index in pair)
 
@@ -209,7 +220,7 @@ def test_it_ends_when_its_time_is_over() -> None:
 
 def test_a_point_that_would_take_too_long_is_left_out_and_smaller_ones_are_not() -> None:
     """What took a second for 16 runs takes longer for 64."""
-    found = calibrate(DEVICE, 60, Grid((256,), (4096, 16384), repeats=9, pageable=4096),
+    found = calibrate(DEVICE, 60, Grid((256,), (4096, 16384), repeats=9, short=0, pageable=4096),
                       Pretending([5.0]), clock=Clock(0.001))  # fmt: skip
     assert not found.whole
     assert runs_of(found.points["staged", "d2h"]) == [(256, 16)]
@@ -244,7 +255,7 @@ def test_no_engine_left_is_an_error_with_the_reasons(monkeypatch: pytest.MonkeyP
 
 def test_pending_work_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     replaced(monkeypatch, staged="Late", descriptors="Absent", ring="Absent")
-    grid = Grid((4096,), (4096,), repeats=2, pageable=4096)
+    grid = Grid((4096,), (4096,), repeats=2, short=0, pageable=4096)
     Late.waited = 0
     calibrate(DEVICE, 60, grid)
     assert Late.waited == 2 * (1 + 2 + 2)  # each direction: proved, called, timed

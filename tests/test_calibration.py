@@ -63,7 +63,8 @@ def test_the_usual_grid_takes_less_than_its_time_by_what_is_assumed() -> None:
     for point in points:
         host = assumed.host_seconds(*point) or 0
         delay = min(host, SEEN)
-        seconds += (GRID.repeats + 2) * ((assumed.seconds(*point) or 0) + host + delay)
+        one = (assumed.seconds(*point) or 0) + host + delay
+        seconds += (GRID.times(point[2] * point[3]) + 2) * one
     assert 2 * seconds < calibration.SECONDS
 
 

@@ -37,6 +37,7 @@ from .timing import SEEN, Timer, timer_for
 #: Seconds that measuring takes at most.
 SECONDS = 20.0
 GAP = 256  # bytes between two blocks
+OFTEN = 3
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class Grid:
         payloads: bytes of a copy; each makes a point for every run that fits into it.
         most_runs: the most runs of a point; beyond, cost rises by as much for each run.
         repeats: how often each point is timed, after one call that is not.
+        short: bytes of a copy up to which its point is timed `OFTEN` times as often: short copies
+            take one of two times on an H200 (1 MB: 26.7 and 34.9 us), and five of them in a row
+            would often tell the rarer one.
         pageable: the largest payload between the device and pageable memory.
     """
 
@@ -58,7 +62,12 @@ class Grid:
     payloads: tuple[int, ...] = (64 << 10, 1 << 20, 8 << 20, 64 << 20, 256 << 20)
     most_runs: int = 1 << 16
     repeats: int = 5
+    short: int = 1 << 20
     pageable: int = 64 << 20
+
+    def times(self, nbytes: int) -> int:
+        """How often a point of so many bytes is timed."""
+        return self.repeats * (OFTEN if nbytes <= self.short else 1)
 
     def runs(self, run_bytes: int, most: int) -> list[int]:
         """The numbers of runs of one size, rising, in payloads of at most ``most`` bytes."""
@@ -100,7 +109,7 @@ def calibrate(
     work = _Work(device, grid, timer, host or Host(device, terms=_IDLE))
     whole = True
     for direction, size, runs, engine in work.points():
-        expected = work.expected(engine, direction, size, runs) * (grid.repeats + 2)
+        expected = work.expected(engine, direction, size, runs) * (grid.times(size * runs) + 2)
         if clock() - began + expected > seconds:
             whole = False
             continue
@@ -182,7 +191,8 @@ class _Work:
             # Who copies pageable memory waits for the device, and would wait for a delay as well.
             kept = copy.host_seconds()
             hide = 0.0 if self.pageable(engine) else kept
-            times = [self._timer.time(copy.call, hide) for _ in range(self._grid.repeats)]
+            repeats = self._grid.times(size * runs)
+            times = [self._timer.time(copy.call, hide) for _ in range(repeats)]
         except Exception as error:  # one engine that fails must not end the others
             with suppress(Exception):
                 torch.accelerator.synchronize(self.device)
