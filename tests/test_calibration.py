@@ -52,7 +52,7 @@ def test_the_usual_grid_spans_what_transfers_are() -> None:
 
 
 def test_the_usual_grid_takes_less_than_its_time_by_what_is_assumed() -> None:
-    """With a factor of two for what is not assumed, as kernels that compile."""
+    """With a factor of 1.8 for what is not assumed, as kernels that compile."""
     points = (
         (engine, direction, size, runs)
         for engine, direction in COSTS
@@ -65,7 +65,7 @@ def test_the_usual_grid_takes_less_than_its_time_by_what_is_assumed() -> None:
         delay = min(host, SEEN)
         one = (assumed.seconds(*point) or 0) + host + delay
         seconds += (GRID.times(point[2] * point[3]) + 2) * one
-    assert 2 * seconds < calibration.SECONDS
+    assert 1.8 * seconds < calibration.SECONDS
 
 
 @pytest.mark.parametrize("count", range(1, 12))
