@@ -183,7 +183,8 @@ def _fulfils(found: Any, asked: Any) -> bool:
 
 
 def _named(row: Mapping[str, Any]) -> str:
-    names = ["shape", "layers", "backend", "way", "op", "index", "ids", "loop"]
+    names = ["shape", "layers", "backend", "way", "op", "index", "ids", "loop", "stream",
+             "other"]  # fmt: skip
     if row.get("kind") == "startup":
         names.append("cache")  # of compiled kernels; in other rows it is a layout
     return " ".join(str(row[name]) for name in names if name in row)

@@ -192,8 +192,18 @@ def conclude(
         print_json(results)
     else:
         show(results)
-        print_verdicts(judge(results, load_bars()))
+        print_bars(results)
     for path in written:
         print(f"wrote {path}", file=sys.stderr)
     right = all(row["verified"] for row in results["rows"] if not row.get("peer"))
     return 0 if right else 1
+
+
+def print_bars(results: dict[str, Any]) -> None:
+    """The verdicts on what was measured; of the others how many there are."""
+    verdicts = judge(results, load_bars())
+    measured = [verdict for verdict in verdicts if verdict.rows]
+    if measured:
+        print_verdicts(measured)
+    if len(measured) < len(verdicts):
+        print(f"{len(verdicts) - len(measured)} bars are about rows that were not measured.")

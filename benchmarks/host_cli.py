@@ -35,6 +35,7 @@ from .host_pinning import pinning_steps
 from .host_small import small_steps
 from .host_suite import PRESETS, Bench
 from .host_tables import print_host
+from .host_waiting import waiting_steps
 from .machine import describe, short_name
 
 #: What can be measured on its own, in this order: the grid first, since most bars are about it, and
@@ -46,6 +47,7 @@ PARTS: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
     "calls": call_steps,
     "small": small_steps,
     "interference": interference_steps,
+    "waiting": waiting_steps,
     "pageable": pageable_steps,
     "pinning": pinning_steps,
     "peers": peer_steps,

@@ -27,7 +27,7 @@ def section(result: Mapping[str, Any]) -> list[str]:
     told.append(f"Measured {machine['date']} with torch {machine['torch']}, Python "
                 f"{machine['python']}.")  # fmt: skip
     told += ["", *_HEAD.splitlines()]
-    for part in (_sizes, _best, _beside, _small, _calls, _pinning):
+    for part in (_sizes, _best, _beside, _waiting, _small, _calls, _pinning):
         told += part(rows)
     return told
 
@@ -78,16 +78,38 @@ def _best(rows: Sequence[Row]) -> list[str]:
 def _beside(rows: Sequence[Row]) -> list[str]:
     found = [row for row in rows if row["kind"] == "host_interference"]
     table = [
-        [row["loop"], _WORDS[row["op"]], f"`{row['backend']}`", row["shape"],
+        [row["loop"], row["stream"], _WORDS[row["op"]], f"`{row['backend']}`", row["shape"],
          f"{row['slowdown_pct']:.1f}", f"{row['link_gb_per_s']:.1f}"]
         for row in found
     ]  # fmt: skip
-    heads = ["loop", "direction", "way", "moved", "slow-down, %", "link, GB/s"]
+    heads = ["loop", "stream", "direction", "way", "moved", "slow-down, %", "link, GB/s"]
     told = (
-        "The loop runs alone, then beside transfers at full speed. `host` is what PortaKV chooses "
+        "The loop runs alone, then beside transfers at full speed, on the default stream or on one "
+        "of its own. `host` is what PortaKV chooses "
         "unless it is told that the device is idle; `host detached` the same with `detached=True`."
     )
     return _titled("What a transfer does to what runs beside it", told, heads, table)
+
+
+def _waiting(rows: Sequence[Row]) -> list[str]:
+    found = [row for row in rows if row["kind"] == "host_waiting"]
+    table = [
+        [row["other"], _WORDS[row["op"]], f"`{row['backend']}`", row["shape"],
+         f"{row['alone_us']:,.0f}", *(_at_least(row, name) for name in ("wait_us", "worst_us"))]
+        for row in found
+    ]  # fmt: skip
+    heads = ["copy", "direction", "beside", "moved", "alone, us", "median, us", "longest, us"]
+    told = (
+        "A pinned copy of somebody else, on another stream and in the direction of transfers that "
+        "follow each other, until the host sees its end. Copy engines stay with one stream for as "
+        "long as it has more for them; who waited for 50 ms was given up."
+    )
+    return _titled("What a copy of somebody else waits for", told, heads, table)
+
+
+def _at_least(row: Row, name: str) -> str:
+    never = row["given_up"] > (0 if name == "worst_us" else row["samples"] // 2)
+    return "given up" if never else f"{row[name]:,.0f}"
 
 
 def _small(rows: Sequence[Row]) -> list[str]:

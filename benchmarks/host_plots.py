@@ -21,6 +21,7 @@ COLOURS = {
     "memcpy": "black",
 }  # fmt: skip
 _MARKS = {"host": "o", "staged": "s", "descriptors": "^", "direct": "x"}
+_STREAMS = {"default": "the default stream", "own": "a stream of its own"}
 _WORDS = {"d2h": "device to host", "h2d": "host to device"}
 #: The host side that stands for its runs: the hardest of those that were measured.
 _SIDES = ("block-first random", "dense")
@@ -75,14 +76,15 @@ def _ratios(axes: Axes, rows: Sequence[Row]) -> None:
 def interference(results: Mapping[str, Any]) -> Figure | None:
     """The slow-down of a loop beside each way, and the link's bandwidth that it reached."""
     rows = [row for row in results["rows"] if row["kind"] == "host_interference"]
-    pairs = list(dict.fromkeys((row["loop"], row["op"]) for row in rows))
-    if not pairs:
+    points: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        points.setdefault((row["loop"], row["stream"], row["op"]), []).append(row)
+    if not points:
         return None
-    most = max(sum((row["loop"], row["op"]) == pair for row in rows) for pair in pairs)
-    figure = Figure(figsize=(11, (1.2 + 0.2 * most) * -(-len(pairs) // 2)))
-    for at, (loop, direction) in enumerate(pairs):
-        axes = figure.add_subplot(-(-len(pairs) // 2), 2, at + 1)
-        mine = [row for row in rows if (row["loop"], row["op"]) == (loop, direction)]
+    most = max(map(len, points.values()))
+    figure = Figure(figsize=(11, (1.2 + 0.2 * most) * -(-len(points) // 2)))
+    for at, ((loop, stream, direction), mine) in enumerate(points.items()):
+        axes = figure.add_subplot(-(-len(points) // 2), 2, at + 1)
         names = [f"{row['backend']}, {row['shape']}" for row in mine]
         slow = [max(0.0, row["slowdown_pct"]) for row in mine]
         axes.barh(names, slow, color=[COLOURS.get(row["backend"], "#BBBBBB") for row in mine])
@@ -92,7 +94,7 @@ def interference(results: Mapping[str, Any]) -> Figure | None:
         axes.invert_yaxis()
         axes.margins(x=0.45)
         axes.tick_params(labelsize=7)
-        axes.set_title(f"{loop}, {_WORDS[direction]}", fontsize=9)
+        axes.set_title(f"{loop} on {_STREAMS[stream]}, {_WORDS[direction]}", fontsize=9)
         axes.set_xlabel("slow-down of the loop in %", fontsize=8)
     machine = results["machine"]["device"]
     figure.suptitle(f"What a transfer does to what runs beside it · {machine}", fontsize=10)

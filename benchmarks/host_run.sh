@@ -53,8 +53,8 @@ merge() {
 
 : >"$out/bench.log"
 measure 95 grid
-measure 75 direct,duplex,calls,small
-measure 125 interference
+measure 95 direct,duplex,calls,small,waiting
+measure 190 interference
 measure 70 pageable,pinning
 if ((${#peers[@]})); then measure 45 peers "${peers[@]/#/--peer=}"; fi
 merge || status=1

@@ -13,8 +13,9 @@ before and behind the call, are told beside it. Every way is given the same nump
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import product
 from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -41,10 +42,11 @@ _SHORT = 4096  # bytes
 _CADENCE = (
     f"each send comes {_HEAD_START * 1e6:.0f} us after another copy was issued, behind a large one "
     f"that has ended: as large and still flying (busy), or of {_SHORT} bytes (paced); idle sends "
-    f"follow one another"
+    f"follow one another, the ways in turns"
 )
 #: The count of integers that the bars look at; others take less of the time.
 _BARRED, _FEWER = 64, 3
+_TURNS = 3  # of idle sends
 
 
 def _nothing(values: Values) -> None:
@@ -80,7 +82,8 @@ def _measure(bench: Bench, count: int) -> tuple[Rows, list[str]]:
     ways, left_out = _ways(bench.device, count)
     with bench.module.stream(bench.stream()):
         large = _Large(bench)
-        rows = [_row(bench, name, way, count, large) for name, way in ways.items()]
+        sends = _Sends(bench, ways, count, large)
+    rows = [_row(bench, name, count, sends.seen[name], sends.right[name]) for name in ways]
     compare(rows)
     for row in rows:
         if row["backend"] == OURS:
@@ -124,8 +127,9 @@ class _Large:
         return not self._ended.query()
 
 
-def _row(bench: Bench, name: str, way: Route, count: int, large: _Large) -> dict[str, Any]:
-    seen, right = _seen(bench, way, count, large)
+def _row(
+    bench: Bench, name: str, count: int, seen: dict[str, list[Seen]], right: bool
+) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for state, sends in seen.items():
         figures[f"{state}_us"] = short(median(one.landed for one in sends))
@@ -136,40 +140,45 @@ def _row(bench: Bench, name: str, way: Route, count: int, large: _Large) -> dict
         "kind": "host_small", "shape": f"{count} int64", "backend": name, "op": "h2d",
         "integers": count, "payload_bytes": 8 * count, "large_bytes": bench.preset.large,
         **figures, "overtook": sum(one.busy for one in seen["busy"]),
-        "samples": len(seen["busy"]), "cadence": _CADENCE, "busy_to_idle": short(busy / paced),
-        "verified": right,
+        "samples": len(seen["busy"]), "idle_samples": len(seen["idle"]), "cadence": _CADENCE,
+        "busy_to_idle": short(busy / paced), "verified": right,
     }  # fmt: skip
 
 
-def _seen(
-    bench: Bench, way: Route, count: int, large: _Large
-) -> tuple[dict[str, list[Seen]], bool]:
-    """What every send came to, idle, paced and busy, and whether all of them arrived."""
-    samples = bench.preset.small_samples
-    if count != _BARRED:
-        samples = max(1, samples // _FEWER)
-    for n in range(_WARM_UP):
-        _send(bench, way, count, n)
-    seen: dict[str, list[Seen]] = {"idle": [], "paced": [], "busy": []}
-    right = True
+class _Sends:
+    """What every send of every way came to, idle, paced and busy, and whether it arrived.
 
-    def send(state: str, n: int, large: _Large | None = None) -> None:
-        nonlocal right
-        one, good = _send(bench, way, count, n, large, flies=state == "busy")
-        seen[state].append(one)
-        right &= good
+    The ways take turns, each with many sends: whoever came first would meet a colder driver, and
+    whoever alternates with the others a processor whose caches hold theirs.
+    """
+
+    def __init__(self, bench: Bench, ways: Mapping[str, Route], count: int, large: _Large) -> None:
+        self._bench, self._ways, self._count = bench, ways, count
+        self.seen: dict[str, dict[str, list[Seen]]] = {
+            name: {"idle": [], "paced": [], "busy": []} for name in ways
+        }
+        self.right = dict.fromkeys(ways, True)
+        samples = bench.preset.small_samples
+        if count != _BARRED:
+            samples = max(1, samples // _FEWER)
+        for way, n in product(ways.values(), range(_WARM_UP)):
+            _send(bench, way, count, n)
         bench.module.synchronize()
+        for _, name, n in product(range(_TURNS), ways, range(samples)):
+            self._send(name, "idle", n)
+        for name in ways:
+            large.pass_by()  # from then on the one that flew beside the last send has passed by
+            for n in range(samples):
+                self._send(name, "paced", n, large)
+                large.pass_by()
+                self._send(name, "busy", n, large)
 
-    bench.module.synchronize()
-    for n in range(samples):
-        send("idle", n)
-    for n in range(samples):
-        if not n:  # from then on the one that flew beside the last send has passed by
-            large.pass_by()
-        send("paced", n, large)
-        large.pass_by()
-        send("busy", n, large)
-    return seen, right
+    def _send(self, name: str, state: str, n: int, large: _Large | None = None) -> None:
+        flies = state == "busy"
+        one, good = _send(self._bench, self._ways[name], self._count, n, large, flies)
+        self.seen[name][state].append(one)
+        self.right[name] &= good
+        self._bench.module.synchronize()
 
 
 def compare(rows: Rows) -> None:

@@ -39,10 +39,12 @@ class HostPreset:
         ring_slots: for plain copies through a pinned ring, slots and bytes of one.
         beside: the payload of one transfer beside a model.
         loop_seconds, repeats: how long a loop runs alone, and how often each way meets it.
+        waiting: seconds of transfers that follow each other, beside copies of somebody else.
         matmul: the side of its square matrices.
         attention: batch, heads and tokens of the decode loop.
         small: counts of integers.
-        small_samples: calls of each way, idle and beside a large copy, where a bar looks at them.
+        small_samples: calls of each way beside a large copy, where a bar looks at them; idle ones
+            are more.
         large: that copy's bytes.
         pinned: bytes to pin.
         call_rows: bytes of a row, for the host time of 1,000 blocks x 64 planes.
@@ -62,6 +64,7 @@ class HostPreset:
     beside: int
     loop_seconds: float
     repeats: int
+    waiting: float
     matmul: int
     attention: tuple[int, int, int]
     small: tuple[int, ...]
@@ -91,7 +94,8 @@ PRESETS: Mapping[str, HostPreset] = {
         thread_blocks=(1, 2, 4, 8, 16), direct=128 * MB, duplex=(32 * MB, 128 * MB, 512 * MB),
         pageable=(32 * MB, 256 * MB),
         ring_slots=((2, 4 * MB), (4, 4 * MB), (3, 16 * MB), (4, 16 * MB)),
-        beside=128 * MB, loop_seconds=0.55, repeats=5, matmul=8192, attention=(32, 32, 4096),
+        beside=128 * MB, loop_seconds=0.55, repeats=5, waiting=0.2, matmul=8192,
+        attention=(32, 32, 4096),
         small=(1, 64, 1000, 4096, 10_000, 100_000), small_samples=31, large=GB, pinned=17 * GB,
         call_rows=(256, 2048), call_blocks=1000, calls=30,
     ),
@@ -99,8 +103,9 @@ PRESETS: Mapping[str, HostPreset] = {
         runs=(2 * KB, 32 * KB), payloads=(64 * KB,), largest=128 * KB, seconds=0.02,
         thread_blocks=(8,), direct=64 * KB,
         duplex=(64 * KB,), pageable=(64 * KB,), ring_slots=((2, 16 * KB),), beside=64 * KB,
-        loop_seconds=0.001, repeats=2, matmul=16, attention=(1, 1, 16), small=(1, 64),
-        small_samples=2, large=64 * KB, pinned=3 * MB, call_rows=(256,), call_blocks=2, calls=3,
+        loop_seconds=0.001, repeats=2, waiting=0.001, matmul=16, attention=(1, 1, 16),
+        small=(1, 64), small_samples=2, large=64 * KB, pinned=3 * MB,
+        call_rows=(256,), call_blocks=2, calls=3,
     ),
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ _FLAGS = (
     "flags: noisy = p90 above 1.2 x median; host = the host's part shows in the time. MB and GB of "
     "cases are 2^20 and 2^30 bytes; GB/s are 10^9, each byte counted once"
 )
-_NAMES = ("case", "way", "direction", "loop", "ids", "bytes", "chosen", "best")
+_NAMES = ("case", "way", "direction", "loop", "stream", "other", "ids", "bytes", "chosen", "best")
 
 
 def print_host(results: Mapping[str, Any]) -> None:
@@ -112,6 +112,7 @@ _TABLES: Mapping[str, tuple[str, Cells]] = {
         "beside a loop of compute: its slow-down, and the link's bandwidth meanwhile",
         (
             ("loop", _text("loop")),
+            ("stream", _text("stream")),
             *_WHAT,
             ("blocks", _text("thread_blocks")),
             ("slow-down %", _number("slowdown_pct")),
@@ -120,6 +121,21 @@ _TABLES: Mapping[str, tuple[str, Cells]] = {
             ("GB/s", _number("link_gb_per_s")),
             ("of memcpy", _number("link_ratio", ".3f")),
             ("ran dry", _text("ran_dry")),
+            ("chosen", _text("chosen")),
+            ("bytes", _bytes),
+        ),
+    ),
+    "host_waiting": (
+        "a copy of somebody else, in the direction of transfers that follow each other, until the "
+        "host sees its end; given up after 50 ms",
+        (
+            ("other", _text("other")),
+            *_WHAT,
+            ("alone us", _number("alone_us")),
+            ("us", _number("wait_us")),
+            ("worst us", _number("worst_us")),
+            ("copies", _text("samples")),
+            ("given up", _text("given_up")),
             ("chosen", _text("chosen")),
             ("bytes", _bytes),
         ),

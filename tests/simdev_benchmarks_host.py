@@ -17,8 +17,8 @@ from portakv_benchmarks.command import Step
 from portakv_benchmarks.harness import Variant
 from portakv_benchmarks.host_cases import DIRECTIONS, case_of, scene
 from portakv_benchmarks.host_cli import PARTS
-from portakv_benchmarks.host_interference import Mover
 from portakv_benchmarks.host_memory import Sides
+from portakv_benchmarks.host_movers import Mover
 from portakv_benchmarks.host_peers import PeerMissing
 from portakv_benchmarks.host_suite import KB, PRESETS, Bench
 from portakv_benchmarks.host_ways import HOST, STAGED
@@ -26,7 +26,7 @@ from simdev_cases import DEVICE, NAME
 
 WORDS = ["--host", "--device", NAME, "--preset", "tiny"]
 KINDS = {"host_copy", "host_direct", "host_duplex", "host_call", "host_small", "host_interference",
-         "host_pageable", "host_pinning"}  # fmt: skip
+         "host_waiting", "host_pageable", "host_pinning"}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def test_every_part_is_measured_and_every_byte_right(
     assert {"chosen", "best"} <= set(shown.split())
     assert {row["op"] for row in grid} == set(DIRECTIONS)
     assert {"staged", "descriptors", "host", "host idle", "memcpy"} == {r["backend"] for r in grid}
-    assert all(title in shown for title in ("both directions at once", "beside a loop", "bars"))
+    assert all(title in shown for title in ("both directions at once", "beside a loop"))
     assert len(list(tmp_path.glob("*.svg"))) == 2 or not _plots()
 
 
@@ -153,7 +153,8 @@ def test_a_way_that_fails_beside_a_loop_leaves_the_others(
     rows, left_out = beside(monkeypatch, fails)
     assert [row["backend"] for row in rows] == ["memcpy", "host"]
     assert {row["repeats"] for row in rows} == {PRESETS["tiny"].repeats}
-    assert left_out == ["beside matmul, d2h, bad s: RuntimeError: no such kernel"]
+    place = "beside matmul on the default stream, d2h"
+    assert left_out == [f"{place}, bad s: RuntimeError: no such kernel"]
 
 
 def test_a_way_that_takes_the_device_ends_the_step_with_what_there_is(
@@ -176,9 +177,10 @@ def test_a_way_that_takes_the_device_ends_the_step_with_what_there_is(
     rows, left_out = beside(monkeypatch, fails)
     assert [row["backend"] for row in rows] == ["memcpy"]
     assert rows[0]["repeats"] == 1
+    place = "beside matmul on the default stream, d2h"
     assert [line.partition(": ")[0] for line in left_out] == [
-        "beside matmul, d2h, bad s",
-        "beside matmul, d2h, the device cannot be used any more (RuntimeError",
+        f"{place}, bad s",
+        f"{place}, the device cannot be used any more (RuntimeError",
     ]
 
 
@@ -272,12 +274,17 @@ def test_a_loop_keeps_what_a_captured_graph_reads_and_writes(
     assert held[0]() is None
 
 
+def test_a_loop_that_is_held_up_ends_the_way_that_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_interference, "_HELD_UP", 0)
+    rows, left_out = beside(monkeypatch, lambda times: None)
+    assert not rows
+    assert len(left_out) == 3
+    assert all("held up" in line for line in left_out)
+
+
 def test_a_loop_lasts_as_long_as_was_asked_for() -> None:
     bench_ = Bench(DEVICE, PRESETS["tiny"])
     loop = host_interference._matmul(bench_)
     assert loop.steps >= 8
-    streams = bench_.stream(), bench_.stream()
-    taken, link = host_interference._meet(bench_, loop, None, streams)
-    assert taken > 0
-    assert link == 0.0
+    assert host_interference._alone(bench_, loop, bench_.stream()) > 0
     torch.accelerator.synchronize(DEVICE)

@@ -25,11 +25,16 @@ class Link:
         self.noted += ["large", "ends"]
 
 
+WAYS = {name: Route(lambda values: torch.ones(1)) for name in ("one", "other")}
+
+
 def rows_of(
     monkeypatch: pytest.MonkeyPatch, count: int, samples: int
-) -> tuple[dict[str, Any], list[str]]:
-    """A row, and what happened for it behind the warm-up."""
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """A row, what happened behind the warm-up, and whose every send was."""
     link = Link(samples)
+    whose: list[str] = []
+    names = {id(way): name for name, way in WAYS.items()}
 
     def send(
         bench: Any, way: Any, count: int, n: int, large: Any = None, flies: bool = False
@@ -37,28 +42,39 @@ def rows_of(
         if large is not None:
             link.noted.append("large" if flies else "short")
         link.noted.append("send")
+        whose.append(names[id(way)])
         return Seen(9.0 if flies else 5.0 if large is None else 6.0, 1.0, 2.0, flies), True
 
     monkeypatch.setattr(host_small, "_send", send)
-    any_bench: Any = link
-    row = host_small._row(any_bench, "way", Route(lambda values: torch.ones(1)), count, any_bench)
-    return row, link.noted[host_small._WARM_UP :]
+    bench: Any = link
+    sends = host_small._Sends(bench, WAYS, count, bench)
+    row = host_small._row(bench, "one", count, sends.seen["one"], sends.right["one"])
+    warm = host_small._WARM_UP * len(WAYS)
+    return row, link.noted[warm:], whose[warm:]
 
 
 def test_only_the_copy_in_flight_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    row, noted = rows_of(monkeypatch, 64, 31)
-    assert noted[: 1 + 2 * 31] == ["ends"] + ["send", "ends"] * 31
-    noted = noted[2 * 31 :]
+    row, noted, _ = rows_of(monkeypatch, 64, 31)
+    idle = host_small._TURNS * 2 * 31
+    assert noted[: 1 + 2 * idle] == ["ends"] + ["send", "ends"] * idle
+    noted = noted[2 * idle :]
     sends = [at for at, what in enumerate(noted) if what == "send"]
-    assert len(sends) == 62
+    assert len(sends) == 2 * 62
     before = [noted[at - 2 : at + 1] for at in sends]
-    assert before == [["ends", "short", "send"], ["ends", "large", "send"]] * 31
+    assert before == [["ends", "short", "send"], ["ends", "large", "send"]] * 62
     for at in sends:  # what ended last was a large copy
         behind = [what for what in noted[: at - 1] if what in ("large", "short")]
         assert behind[-1] == "large"
     assert (row["samples"], row["overtook"], row["busy_to_idle"]) == (31, 31, 1.5)
     assert (row["idle_us"], row["paced_us"], row["busy_us"]) == (5.0, 6.0, 9.0)
+    assert row["idle_samples"] == host_small._TURNS * 31
     assert "has ended" in row["cadence"]
+
+
+def test_the_ways_take_turns_of_many_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    whose = rows_of(monkeypatch, 64, 31)[2]
+    turn = ["one"] * 31 + ["other"] * 31
+    assert whose[: host_small._TURNS * 62] == turn * host_small._TURNS
 
 
 def test_counts_without_a_bar_take_less_time(monkeypatch: pytest.MonkeyPatch) -> None:
