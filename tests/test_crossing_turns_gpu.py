@@ -50,3 +50,13 @@ def test_a_small_copy_need_not_wait_for_the_last_transfer(
         empty.zero_()
         torch.cuda.synchronize()
     pytest.fail("the small copy ended behind every transfer")
+
+
+def test_a_stream_of_torchs_general_kind_takes_turns_too() -> None:
+    (full, src), (empty, dst) = (large(BLOCKS * 4, 1, place) for place in (DEVICE, "cpu"))
+    numbers = numbered(full)[:, :, 0, 0].cpu()
+    stream = torch.Stream(DEVICE)
+    for part in torch.arange(BLOCKS * 4).split(BLOCKS):
+        copy_blocks(src, dst, part, part, backend="descriptors", stream=stream)
+    stream.synchronize()  # behind the copies that went beside, too
+    assert holds(empty, numbers)
