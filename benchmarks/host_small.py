@@ -222,7 +222,7 @@ def _ways(device: torch.device, count: int) -> tuple[dict[str, Route], list[str]
         OURS: Route(SmallCopy(count, torch.int64, device).send),
         "to_device": Route(lambda values: to_device(values, device)),
     }
-    for way in ("value", "mapped", "copy"):
+    for way in ("inline", "value", "mapped", "copy"):
         try:
             sender = SmallCopy(count, torch.int64, device, way=way)
         except PortaKVError as error:

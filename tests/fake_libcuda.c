@@ -40,17 +40,36 @@ typedef struct {
     uint64_t count, stream;
 } Call;
 
+typedef struct {
+    uint64_t dst, src;
+    size_t size;
+    uint64_t stream;
+} Sent;
+
 static Call calls[MOST_CALLS];
 static int made, refuse_at = -1;
+static Sent sent[MOST_CALLS];
+static int sends, page_tables = -1, untold;
 
 int fake_calls(Call *out) {
     memcpy(out, calls, made * sizeof(Call));
     return made;
 }
 
+int fake_sent(Sent *out) {
+    memcpy(out, sent, sends * sizeof(Sent));
+    return sends;
+}
+
 void fake_forget(int refuse) {
-    made = 0;
+    made = sends = 0;
     refuse_at = refuse;
+}
+
+// Whether the device of that number, and no other, reads pageable memory by the host's page tables.
+void fake_page_tables(int device, int error) {
+    page_tables = device;
+    untold = error;
 }
 
 static int noted(char kind, uint64_t count, uint64_t stream) {
@@ -67,6 +86,25 @@ int cuGetErrorName(int error, const char **name) {
 int cuMemcpyAsync(uint64_t dst, uint64_t src, size_t size, uint64_t stream) {
     if (noted('p', 1, stream)) return INVALID_VALUE;
     memcpy((void *)dst, (const void *)src, size);
+    return 0;
+}
+
+int cuMemcpyHtoDAsync_v2(uint64_t dst, uint64_t src, size_t size, uint64_t stream) {
+    if (noted('h', 1, stream)) return INVALID_VALUE;
+    int at = __atomic_fetch_add(&sends, 1, __ATOMIC_SEQ_CST); // threads call at the same time
+    sent[at] = (Sent){dst, src, size, stream};
+    memcpy((void *)dst, (const void *)src, size);
+    return 0;
+}
+
+int cuDeviceGet(int *device, int ordinal) {
+    *device = ordinal;
+    return 0;
+}
+
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+    if (untold || attribute != 100) return INVALID_VALUE;
+    *value = device == page_tables;
     return 0;
 }
 

@@ -15,15 +15,29 @@ SOURCE = Path(__file__).with_name("fake_libcuda.c")
 
 
 class Call(NamedTuple):
-    """A call: ``p`` (plain), ``r`` (rows) or ``b`` (batch), its copies or rows, its stream."""
+    """A call: ``p`` (plain), ``h`` (host to device), ``r`` (rows) or ``b`` (batch), its copies or
+    rows, its stream."""
 
     kind: str
     copies: int
     stream: int
 
 
+class Sent(NamedTuple):
+    """A copy from the host to the device."""
+
+    dst: int
+    src: int
+    nbytes: int
+    stream: int
+
+
 class _Call(ctypes.Structure):
     _fields_ = [("kind", ctypes.c_char), ("count", ctypes.c_uint64), ("stream", ctypes.c_uint64)]
+
+
+class _Sent(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in Sent._fields]
 
 
 class FakeLibrary:
@@ -62,3 +76,15 @@ class FakeLibrary:
         noted = (_Call * 4096)()
         made = self.library.fake_calls(noted)
         return [Call(c.kind.decode(), c.count, c.stream) for c in noted[:made]]
+
+    @property
+    def sent(self) -> list[Sent]:
+        """The copies from the host to the device, in order."""
+        noted = (_Sent * 4096)()
+        made = self.library.fake_sent(noted)
+        return [Sent(c.dst, c.src, c.nbytes, c.stream) for c in noted[:made]]
+
+    def read_by_page_tables(self, device: int = -1, *, untold: bool = False) -> None:
+        """Let the device of that number read pageable memory by the host's page tables; or let
+        nobody know which does."""
+        self.library.fake_page_tables(device, untold)

@@ -25,7 +25,7 @@ def test_ids_of_one_call_cross_together_and_keep_no_host_waiting(
     store: bool, side: bool, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on devices that are sent ids by a kernel."""
-    monkeypatch.setattr(ids, "BY_KERNEL", frozenset({DEVICE.type}))
+    monkeypatch.setattr(ids, "AT_ONCE", frozenset({DEVICE.type}))
     sent: list[int] = []
     real = small.to_device
 
@@ -53,7 +53,7 @@ def test_ids_of_one_call_cross_together_and_keep_no_host_waiting(
 
 def test_an_index_that_is_kept_is_not_sent_behind_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be used on another stream next, which does not wait for this one."""
-    monkeypatch.setattr(ids, "BY_KERNEL", frozenset({DEVICE.type}))
+    monkeypatch.setattr(ids, "AT_ONCE", frozenset({DEVICE.type}))
     monkeypatch.setattr(small, "to_device", lambda *rest: pytest.fail("it was sent"))
     src, dst = layered(DEVICE), block_first(DEVICE)
     settled()

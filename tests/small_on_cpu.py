@@ -21,7 +21,6 @@ import pytest
 import torch
 
 from portakv.host import _cuda_driver, _small_kernel, _small_ways, small
-from portakv.host.small import Chosen
 
 CPU = torch.device("cpu")
 _STRICT = ("-Wall", "-Wextra", "-Werror")
@@ -91,17 +90,22 @@ def installed() -> Iterator[None]:
     """Inside, small copies to the CPU go by the kernels as on a CUDA device."""
     most = _small_kernel.CAPACITIES[-1]
 
-    def best(device: torch.device, nbytes: int) -> tuple[Chosen, int]:
-        return Chosen("value" if nbytes <= most else "mapped", "emulated on the CPU"), most
+    def why_not(way: str, device: torch.device, nbytes: int) -> str | None:
+        if way == "inline":
+            return "it is emulated on the CPU"
+        return f"it is emulated up to {most} bytes" if way == "value" and nbytes > most else None
 
-    caches = (_small_ways.kernels, small._by_value, small._by_kernel, small._most_at_once)
+    caches = (
+        _small_ways.kernels, small._by_value, small._by_kernel, small._first,
+        small._most_by_value,
+    )  # fmt: skip
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(_cuda_driver, "driver_version", lambda: 13000)
         patched.setattr(_cuda_driver, "capability", lambda device: 90)
         patched.setattr(_cuda_driver, "load", _load)
         patched.setattr(_cuda_driver, "Launcher", Launcher)
         patched.setattr(_cuda_driver, "Arguments", Arguments)
-        patched.setattr(small, "_best", best)
+        patched.setattr(small, "_why_not", why_not)
         for one in caches:
             one.cache_clear()
         yield

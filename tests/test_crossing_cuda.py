@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from portakv import KVView, TransferError
-from portakv.host import _cuda_driver
+from portakv.host import _cuda_driver, _libcuda
 from portakv.host.engines import _crossing_cuda, crossing
 from portakv.host.engines._crossing_cuda import FOLD_BELOW, LEAST_BATCH, Copies, CudaCrossing
 from portakv.host.engines._crossing_torch import TorchCrossing
@@ -210,7 +210,7 @@ def cuda(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> Any:
     def adopt(device: torch.device) -> None:
         state.adopted.append((threading.get_ident(), device.index))
 
-    monkeypatch.setattr(_crossing_cuda, "_library", lambda: library.library)
+    monkeypatch.setattr(_libcuda, "library", lambda: library.library)
     monkeypatch.setattr(_cuda_driver, "adopt", adopt)
     monkeypatch.setattr(_cuda_driver, "raw", lambda stream, index: stream.cuda_stream)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: state.device, raising=False)
@@ -351,6 +351,6 @@ def test_who_is_asked_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(torch.version, "hip", "7.0")
         assert "ROCm" in str(ask(cuda))
-    monkeypatch.setattr(_crossing_cuda, "_library", lambda: ctypes.CDLL("libnone.so.7"))
+    monkeypatch.setattr(_libcuda, "library", lambda: ctypes.CDLL("libnone.so.7"))
     assert "libnone.so.7" in str(ask(cuda))
     assert isinstance(crossing.crossing(torch.device("meta")), TorchCrossing)

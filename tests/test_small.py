@@ -20,7 +20,7 @@ from portakv import (
     Unsupported,
     capture,
 )
-from portakv.host import _cuda_driver, _small_ways, small
+from portakv.host import _cuda_driver, _small_inline, _small_ways, small
 from portakv.host.small import SmallCopy, choose, to_device
 
 META = torch.device("meta")
@@ -142,15 +142,21 @@ def test_a_sender_to_the_cpu() -> None:
 
 # The way
 
+SHARED = "it reads pageable memory by the host's page tables"
+WITHOUT = "cuda-bindings is not installed"
+ALONG = "the driver takes up to 65536 bytes along with the command"
+HELD = "a launch's parameters hold up to 32736 bytes"
+
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """A CUDA device that everything can be asked of, but nothing be sent to."""
+    monkeypatch.setattr(_small_inline, "why_not", lambda device: None)
     monkeypatch.setattr(_cuda_driver, "why_not", lambda device: None)
     monkeypatch.setattr(_cuda_driver, "driver_version", lambda: 13000)
     monkeypatch.setattr(_cuda_driver, "capability", lambda device: 90)
     monkeypatch.setattr(_cuda_driver, "compiler_target", lambda device: "sm_90")
-    caches = (small._most_by_value, small._unknown_to_compiler, small._most_at_once)
+    caches = (small._most_by_value, small._unknown_to_compiler, small._first)
     for one in caches:
         one.cache_clear()
     yield torch.device("cuda", 0)
@@ -158,34 +164,100 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
         one.cache_clear()
 
 
-def test_the_best_way_and_why(card: torch.device) -> None:
-    assert choose(0, card).way == choose(32736, card).way == "value"
-    assert choose(32737, card) == ("mapped", "a launch's parameters hold 32736 bytes")
-    assert choose(64, card, "mapped") == choose(64, card, "copy")._replace(way="mapped")
+@pytest.fixture(params=["inline", "value"])
+def first(
+    card: torch.device, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> str:
+    """The best way of the fewest bytes: another where the device shares the host's page tables."""
+    if request.param == "value":
+        monkeypatch.setattr(_small_inline, "why_not", lambda device: SHARED)
+    return str(request.param)
+
+
+@pytest.mark.parametrize(
+    ("extra", "nbytes", "wanted", "allowed"),
+    [
+        (True, 0, ("inline", ALONG), "inline value mapped copy"),
+        (True, 1, ("inline", ALONG), "inline value mapped copy"),
+        (True, 32736, ("inline", ALONG), "inline value mapped copy"),
+        (True, 32737, ("inline", ALONG), "inline mapped copy"),
+        (True, 65536, ("inline", ALONG), "inline mapped copy"),
+        (True, 65537, ("mapped", f"{ALONG} and {HELD}"), "mapped copy"),
+        (False, 0, ("inline", ALONG), "inline copy"),
+        (False, 1, ("inline", ALONG), "inline copy"),
+        (False, 65536, ("inline", ALONG), "inline copy"),
+        (False, 65537, ("copy", f"{ALONG} and {WITHOUT}"), "copy"),
+    ],
+)
+def test_the_best_way_and_those_that_may_be_named(
+    card: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    extra: bool,
+    nbytes: int,
+    wanted: tuple[str, str],
+    allowed: str,
+) -> None:
+    monkeypatch.setattr(_cuda_driver, "why_not", lambda device: None if extra else WITHOUT)
+    assert choose(nbytes, card) == wanted
+    for way in small.WAYS:
+        if way in allowed.split():
+            assert choose(nbytes, card, way) == (way, "it was asked for")
+            continue
+        why = "no CPU"
+        if way == "inline":
+            why = "65536"
+        elif way != "host":
+            why = HELD if extra else WITHOUT
+        with refused(BackendUnavailable, f"{nbytes} bytes", why, f"ask for '{wanted[0]}'"):
+            choose(nbytes, card, way)
+
+
+def test_a_device_that_reads_the_host_s_pages(
+    card: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_small_inline, "why_not", lambda device: SHARED)
+    assert choose(0, card) == choose(32736, card) == ("value", SHARED)
+    assert choose(32737, card) == ("mapped", f"{SHARED} and {HELD}")
+    with refused(BackendUnavailable, "'inline'", "page tables", "ask for 'value'"):
+        choose(1, card, "inline")
+    with refused(BackendUnavailable, "32736", "ask for 'mapped'"):
+        choose(32737, card, "value")
+
+
+def test_what_to_device_takes_without_a_choice(card: torch.device, first: str) -> None:
+    way, most = small._first(card)
+    assert (way, most) == (first, 65536 if first == "inline" else 32736)
+    assert choose(most, card).way == first
+    assert choose(most + 1, card).way == "mapped"
+    assert small._first(torch.device("cpu"))[0] == "host"
+
+
+def test_the_cpu_takes_no_way_but_its_own() -> None:
     assert choose(64, "cpu") == ("host", "the target is on the CPU")
+    for way in ("inline", "value", "mapped", "copy"):
+        with refused(BackendUnavailable, "on the CPU", "ask for 'host'"):
+            choose(1, "cpu", way)
 
 
-def test_a_way_that_cannot_be_had(card: torch.device) -> None:
-    with refused(BackendUnavailable, "32736", "'mapped'"):
-        choose(40000, card, "value")
-    with refused(BackendUnavailable, "'pigeon'", "value, mapped, copy, host"):
+def test_a_way_that_nobody_knows(card: torch.device) -> None:
+    with refused(BackendUnavailable, "'pigeon'", "inline, value, mapped, copy, host"):
         choose(1, card, "pigeon")
-    with refused(BackendUnavailable, "is the CPU"):
-        choose(1, "cpu", "value")
-    with refused(BackendUnavailable, "no CPU"):
-        choose(1, card, "host")
 
 
-def test_the_classic_limit(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_classic_limit(card: torch.device, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cuda_driver, "driver_version", lambda: 12000)
-    assert choose(4080, card).way == "value"
-    assert choose(4081, card) == ("mapped", "a launch's parameters hold 4080 bytes")
+    assert choose(4080, card).way == first
+    assert choose(4081, card).way == ("inline" if first == "inline" else "mapped")
+    assert choose(4080, card, "value").way == "value"
+    with refused(BackendUnavailable, "4081 bytes", "hold up to 4080 bytes"):
+        choose(4081, card, "value")
 
 
 def test_the_fallback_is_recorded(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cuda_driver, "why_not", lambda device: "cuda-bindings is not installed")
-    assert choose(64, card) == ("copy", "cuda-bindings is not installed")
-    with refused(BackendUnavailable, "cuda-bindings is not installed", "'copy'"):
+    monkeypatch.setattr(_small_inline, "why_not", lambda device: SHARED)
+    monkeypatch.setattr(_cuda_driver, "why_not", lambda device: WITHOUT)
+    assert choose(64, card) == ("copy", f"{SHARED} and {WITHOUT}")
+    with refused(BackendUnavailable, WITHOUT, "'copy'"):
         choose(64, card, "value")
     monkeypatch.setattr(_cuda_driver, "why_not", lambda device: None)
 
@@ -195,6 +267,13 @@ def test_the_fallback_is_recorded(card: torch.device, monkeypatch: pytest.Monkey
     monkeypatch.setattr(_cuda_driver, "compiler_target", too_old)
     assert choose(64, card).way == "copy"
     assert "6.0" in choose(64, card).why
+
+
+def test_nothing_is_asked_of_the_compiler_for_what_goes_inline(
+    card: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cuda_driver, "why_not", lambda device: pytest.fail("it was asked"))
+    assert choose(65536, card).way == choose(8, card, "inline").way == "inline"
 
 
 def test_no_kernel_is_loaded_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:

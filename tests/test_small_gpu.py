@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import platform
 import threading
 from typing import Any
 
@@ -12,25 +13,22 @@ import pytest
 import torch
 from device_cases import DEVICE, LONG
 from guarded_memory import filled, refused
+from small_cases import INTEGERS, drawn, lacking, same_bits
 
 from portakv import BackendUnavailable, Unsupported
-from portakv.host import _cuda_driver, _flight
+from portakv.host import _flight
 from portakv.host.small import SmallCopy, choose, to_device
 
 pytestmark = pytest.mark.gpu
 
-INTEGERS = (
-    torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32,
-    torch.int64, torch.uint64,
-)  # fmt: skip
-MOST = 32736
+MOST, INLINE = 32736, 65536  # bytes that go by value, and inline
 
 
-@pytest.fixture(params=["value", "mapped", "copy"])
+@pytest.fixture(params=["inline", "value", "mapped", "copy"])
 def way(request: pytest.FixtureRequest) -> str:
-    """Each way that this machine has; without the extra it is one."""
-    why = _cuda_driver.why_not(DEVICE)
-    if why is not None and request.param != "copy":
+    """Each way that this machine has; without the extra they are two."""
+    why = lacking(request.param)
+    if why is not None:
         pytest.skip(why)
     return str(request.param)
 
@@ -40,28 +38,24 @@ def side() -> Any:
     return torch.cuda.Stream(DEVICE)
 
 
-def drawn(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Elements with any bits, on the host."""
-    if dtype == torch.bool:
-        return torch.arange(count) % 3 == 0
-    if not count:
-        return torch.empty(0, dtype=dtype)  # numpy's empty array has stride 0, of which no view is
-    wide = np.random.default_rng(count).integers(0, 256, count * dtype.itemsize, np.uint8)
-    return torch.from_numpy(wide).view(dtype)
-
-
-def same_bits(landed: torch.Tensor, values: torch.Tensor) -> bool:
-    return landed.dtype == values.dtype and torch.equal(
-        landed.cpu().view(torch.uint8), values.view(torch.uint8)
-    )
-
-
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="its pages may be the device's too")
 def test_the_best_way() -> None:
-    why = _cuda_driver.why_not(DEVICE)
+    assert [choose(n, DEVICE).way for n in (0, INLINE)] == ["inline", "inline"]
+    assert SmallCopy(64, torch.int64, DEVICE).way == "inline"
+    longer = choose(INLINE + 1, DEVICE)
+    assert longer.way == ("mapped" if lacking("mapped") is None else "copy")
+    assert str(INLINE) in longer.why
+    with refused(BackendUnavailable, str(INLINE)):
+        choose(INLINE + 1, DEVICE, "inline")
+
+
+def test_what_goes_by_value() -> None:
+    why = lacking("value")
     if why is not None:
-        assert choose(8, DEVICE) == ("copy", why)
+        with refused(BackendUnavailable, why):
+            choose(8, DEVICE, "value")
         return
-    assert [choose(n, DEVICE).way for n in (0, MOST, MOST + 1)] == ["value", "value", "mapped"]
+    assert [choose(n, DEVICE, "value").way for n in (0, MOST)] == ["value", "value"]
     with refused(BackendUnavailable, str(MOST)):
         choose(MOST + 1, DEVICE, "value")
 
@@ -76,12 +70,17 @@ def test_every_count(dtype: torch.dtype, way: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
-def test_counts_round_the_parameter_limits(dtype: torch.dtype) -> None:
-    for limit in (240, 1008, 4080, 4096, MOST, 32764, 1 << 20):
+@pytest.mark.parametrize("asked", [None, "value"])
+def test_counts_round_the_limits(dtype: torch.dtype, asked: str | None) -> None:
+    if asked is not None and lacking(asked) is not None:
+        pytest.skip(lacking(asked) or "")
+    for limit in (240, 1008, 4080, 4096, MOST, 32764, INLINE, 1 << 20):
         for count in range(limit // dtype.itemsize - 2, limit // dtype.itemsize + 3):
+            way = asked if count * dtype.itemsize <= MOST else None
             values = drawn(count, dtype)
-            assert same_bits(to_device(values, DEVICE), values), count
-            assert same_bits(SmallCopy(count, dtype, DEVICE).send(values), values), count
+            assert same_bits(to_device(values, DEVICE, way=way), values), count
+            sender = SmallCopy(count, dtype, DEVICE, way=way)
+            assert same_bits(sender.send(values), values), count
 
 
 @pytest.mark.parametrize("offset", range(1, 17))
@@ -166,8 +165,8 @@ def test_to_device_keeps_values_until_they_were_read(side: Any) -> None:
 
 
 def test_a_graph_keeps_what_was_sent_by_value() -> None:
-    if choose(8, DEVICE).way != "value":
-        pytest.skip(choose(8, DEVICE).why)
+    if lacking("value") is not None:
+        pytest.skip(lacking("value") or "")
     sender = SmallCopy(72, torch.int32, DEVICE, way="value")
     out = torch.zeros(72, dtype=torch.int32, device=DEVICE)
     to_device(range(72), out=out)
@@ -189,7 +188,7 @@ def test_a_graph_keeps_what_was_sent_by_value() -> None:
 @pytest.mark.parametrize("count", [1, 16, 64, 72, 20_000])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
 def test_a_graph_reads_what_was_refilled(way: str, count: int, dtype: torch.dtype) -> None:
-    if way == "value":
+    if way in ("inline", "value"):
         return
     sender = SmallCopy(count, dtype, DEVICE, way=way)
     graph = torch.cuda.CUDAGraph()

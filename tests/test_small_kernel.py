@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from guarded_memory import filled, refused, untouched
+from small_cases import INTEGERS
 from small_on_cpu import CPU, Launcher, installed, library, why_not
 
 from portakv import LayoutError, Unsupported
@@ -24,10 +25,6 @@ from portakv.host.small import SmallCopy, to_device
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
-INTEGERS = (
-    torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32,
-    torch.int64, torch.uint64,
-)  # fmt: skip
 MOST = kernel.CAPACITIES[-1]
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -19,16 +19,22 @@ from ..errors import TransferError
 _DRIVER = 13000  # CUDA 13: what NVRTC 13's machine code and cuda-bindings 13 need
 
 
-@cache
-def why_not(device: torch.device) -> str | None:
-    """What keeps the driver from being asked for a device, as a phrase; None where it can be."""
+def no_cuda(device: torch.device) -> str | None:
+    """What keeps the driver from serving a device at all, as a phrase; None where it does."""
     if device.type != "cuda":
         return f"the CUDA driver does not serve {device.type} devices"
     if torch.version.hip is not None:
         return "this torch is built for ROCm, not for CUDA"
     if not torch.cuda.is_available():
         return "torch finds no usable CUDA device here"
-    why = _nvrtc.missing()
+    return None
+
+
+@cache
+def why_not(device: torch.device) -> str | None:
+    """What keeps the driver from being asked for a device by the extra ``cuda``, as a phrase; None
+    where it can be."""
+    why = no_cuda(device) or _nvrtc.missing()
     if why is not None:
         return why
     found = driver_version()
@@ -123,33 +129,48 @@ def _watch_forks() -> None:
     os.register_at_fork(after_in_child=forget)
 
 
-class Launcher:
-    """Launches kernels with one parameter on a device, in any thread.
+class Caller:
+    """What every call for one device asks first, in any thread.
 
     Raises `Unsupported` in a process that was forked from the one that made it.
     """
 
-    def __init__(self, device: torch.device, threads: int) -> None:
-        self._device, self._index, self._threads = device, device.index, threads
-        self._launch, self._make_stream = bindings().cuLaunchKernel, bindings().CUstream
-        self._raw, self._current = torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice
+    def __init__(self, device: torch.device) -> None:
+        self._index = device.index
+        self._raw: Callable[[int], int] = torch._C._cuda_getCurrentRawStream
+        self._current = torch._C._cuda_getDevice
         self._alone = torch.cuda.device_count() == 1  # so this device is always the current one
-        self._streams: dict[int, Any] = {}
         _watch_forks()
         self._process = _process
+
+    def handle(self, stream: torch.Stream | None) -> int | None:
+        """The driver's handle of ``stream``, or of the current stream of this device; None: another
+        device is current, and this one has to be made it first."""
+        if _process is not self._process:
+            raise forked("CUDA")
+        index = self._index
+        if not self._alone and self._current() != index:
+            return None
+        return self._raw(index) if stream is None else raw_stream(stream)
+
+
+class Launcher:
+    """Launches kernels with one parameter on a device, in any thread; raises as `Caller` does."""
+
+    def __init__(self, device: torch.device, threads: int) -> None:
+        self._device, self._threads, self._caller = device, threads, Caller(device)
+        self._launch, self._make_stream = bindings().cuLaunchKernel, bindings().CUstream
+        self._streams: dict[int, Any] = {}
 
     def __call__(
         self, function: Any, blocks: int, address: int, stream: torch.Stream | None
     ) -> None:
         """Launch on ``stream``; None: the current stream of this device."""
-        if _process is not self._process:
-            raise forked("CUDA")
-        index = self._index
-        if not self._alone and self._current() != index:
+        handle = self._caller.handle(stream)
+        if handle is None:
             with torch.cuda.device(self._device):
                 self(function, blocks, address, stream)
             return
-        handle = self._raw(index) if stream is None else raw_stream(stream)
         known = self._streams.get(handle)
         if known is None:
             known = self._streams[handle] = self._make_stream(handle)
@@ -208,8 +229,12 @@ def raw(stream: torch.Stream | None, index: int) -> int:
 def check(error: Any, what: str) -> None:
     """Raise `TransferError` where the driver returned anything but success."""
     if int(error):
-        name = getattr(error, "name", str(error))
-        raise TransferError(
-            f"{what} was asked of the CUDA driver, which answered {name}; success was expected, "
-            f"and nothing was moved. Check that the memory still exists, and earlier errors."
-        )
+        raise refused(getattr(error, "name", str(error)), what)
+
+
+def refused(name: str, what: str) -> TransferError:
+    """The error for what the driver answered with an error of that name."""
+    return TransferError(
+        f"{what} was asked of the CUDA driver, which answered {name}; success was expected, "
+        f"and nothing was moved. Check that the memory still exists, and earlier errors."
+    )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How small values cross: in a launch's parameters, or through pinned memory that is read later."""
+"""How small values cross: read during the call, or through pinned memory that is read later."""
 
 from __future__ import annotations
 
@@ -80,16 +80,16 @@ class _Parameters:
     """What a launch by value carries: its head, kept from launch to launch, and its values.
 
     Args:
+        dtype, most: of the values, and how many.
         device: of the launches.
         capacity: bytes of values that the kernel takes.
-        dtype, most: of the values, and how many.
     """
 
     __slots__ = (
         "_arguments", "_buffer", "_itemsize", "address", "blocks", "count", "room", "to", "whole",
     )  # fmt: skip
 
-    def __init__(self, device: torch.device, capacity: int, dtype: torch.dtype, most: int) -> None:
+    def __init__(self, dtype: torch.dtype, most: int, device: torch.device, capacity: int) -> None:
         head = kernel.VALUES_HEAD.size
         self._arguments = _cuda_driver.Arguments(head + capacity, device)
         self._buffer, self._itemsize = self._arguments.buffer, dtype.itemsize
@@ -106,13 +106,47 @@ class _Parameters:
 
 
 class _PerThread(threading.local):
-    """`_Parameters` for each thread, so that several can launch at once."""
+    """A room for each thread, so that several can send at once."""
 
-    def __init__(self, *made_of: Any) -> None:
-        self.own = _Parameters(*made_of)
+    def __init__(self, make: Callable[..., Any], *made_of: Any) -> None:
+        self.own = make(*made_of)
 
 
-class ByValue(Way):
+class AtOnce(Way):
+    """The host's values are read while the driver is called, out of a room of each thread's.
+
+    Args:
+        dtype: of the values.
+        most: how many they may be.
+        make: a thread's room, given ``dtype``, ``most`` and ``made_of``; it has a `Room`, ``room``,
+            and that one's ``whole``.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, most: int, make: Callable[..., Any], *made_of: Any
+    ) -> None:
+        self._mine = _PerThread(make, dtype, most, *made_of)
+        self._most, self._shape, self._own = most, (most,), numpy_dtype(dtype)
+
+    @abstractmethod
+    def cross(self, mine: Any, to: int, count: int, stream: torch.Stream | None) -> None:
+        """Write the first values of this thread's room to an address, on the stream."""
+
+    def send(
+        self, values: Values, out: torch.Tensor, stream: torch.Stream | None, captures: bool
+    ) -> int:
+        mine = self._mine.own
+        if type(values) is ndarray and values.dtype is self._own and values.shape == self._shape:
+            mine.whole[...] = values  # what `fill` would come to, some calls later
+            count = self._most
+        else:
+            count = mine.room.fill(values)
+        if count:
+            self.cross(mine, out.data_ptr(), count, stream)
+        return count
+
+
+class ByValue(AtOnce):
     """In the parameters: the values are gone from the host when the launch returns.
 
     Args:
@@ -124,26 +158,15 @@ class ByValue(Way):
     def __init__(self, device: torch.device, dtype: torch.dtype, most: int) -> None:
         loaded = kernels(device)
         capacity = kernel.capacity_for(most * dtype.itemsize)
+        super().__init__(dtype, most, _Parameters, device, capacity)
         self._function = loaded.functions[kernel.values_name(capacity)]
         self._launch = loaded.launch
-        self._parameters = _PerThread(device, capacity, dtype, most)
-        self._most, self._shape, self._own = most, (most,), numpy_dtype(dtype)
 
-    def send(
-        self, values: Values, out: torch.Tensor, stream: torch.Stream | None, captures: bool
-    ) -> int:
-        mine = self._parameters.own
-        if type(values) is ndarray and values.dtype is self._own and values.shape == self._shape:
-            mine.whole[...] = values  # what `fill` would come to, some calls later
-            count = self._most
-        else:
-            count = mine.room.fill(values)
-        if count:
-            to = out.data_ptr()
-            if to != mine.to or count != mine.count:
-                mine.aim(to, count)
-            self._launch(self._function, mine.blocks, mine.address, stream)
-        return count
+    def cross(self, mine: Any, to: int, count: int, stream: torch.Stream | None) -> None:
+        """See `AtOnce.cross`."""
+        if to != mine.to or count != mine.count:
+            mine.aim(to, count)
+        self._launch(self._function, mine.blocks, mine.address, stream)
 
     def refill(self, values: Values) -> None:
         raise Unsupported(

@@ -10,9 +10,9 @@ import torch
 
 from ..index import Index
 
-#: Types of devices to which ids go by a kernel. To others torch copies them, and the host waits
-#: for everything that the stream holds.
-BY_KERNEL = frozenset({"cuda"})
+#: Types of devices to which ids go by a small copy that nobody waits for. To others torch copies
+#: them, and the host waits for everything that the stream holds.
+AT_ONCE = frozenset({"cuda"})
 
 
 def bring(indices: Sequence[Index], home: torch.device, dtypes: frozenset[torch.dtype]) -> bool:
@@ -25,7 +25,7 @@ def bring(indices: Sequence[Index], home: torch.device, dtypes: frozenset[torch.
     Returns:
         True where some were sent.
     """
-    if home.type not in BY_KERNEL or torch.int64 not in dtypes:
+    if home.type not in AT_ONCE or torch.int64 not in dtypes:
         return False
     sent = [
         index for index in dict.fromkeys(indices)
@@ -33,7 +33,7 @@ def bring(indices: Sequence[Index], home: torch.device, dtypes: frozenset[torch.
     ]  # fmt: skip
     if not sent:
         return False
-    from .small import to_device  # not before somebody needs its kernels
+    from .small import to_device  # not before somebody needs it
 
     listed = [index.host_ids() for index in sent]
     ids = to_device(listed[0] if len(listed) == 1 else np.concatenate(listed), home, torch.int64)

@@ -2,21 +2,27 @@
 """Small copies: integers or bytes from the host to a device, without a copy engine.
 
 A copy engine works first come, first served, whatever the streams' priorities: 64 integers wait
-behind a gigabyte that was asked for earlier. A kernel does not.
+behind a gigabyte that was asked for earlier. What the driver takes along with a command does not,
+and a kernel does not.
 
-- ``value``: the integers travel in the launch's parameters, up to 32,736 bytes on an NVIDIA device
+- ``inline``: up to 65,536 bytes that the CUDA driver takes along with the command to copy them. It
+  needs no extra. Not in a graph, and not on a device that reads pageable memory by the host's page
+  tables.
+- ``value``: the integers travel in a launch's parameters, up to 32,736 bytes on an NVIDIA device
   (4,080 before CUDA 12.1 or compute capability 7.0). In a graph they are what they were at capture.
 - ``mapped``: they are written to pinned memory that the kernel reads by itself; any size. In a
   graph they are read again at each replay, and `SmallCopy.refill` changes them.
-- ``copy``: pinned memory and torch's non-blocking copy, which does take the copy engine: the
-  fallback where there is no CUDA driver or no extra ``cuda``; it captures like ``mapped``.
+- ``copy``: pinned memory and torch's non-blocking copy, which does take the copy engine: what is
+  left where the others cannot be had; it captures like ``mapped``.
 - ``host``: the target is the CPU; written at once.
 
-`choose` tells which is taken, and why.
+The kernels of ``value`` and ``mapped`` need the extra ``cuda``. `choose` tells which way is taken,
+and why: of those that can be had the first.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -26,11 +32,20 @@ import torch
 from .. import capture
 from ..errors import BackendUnavailable, DeviceMismatch, LayoutError
 from . import _cuda_driver, _flight
+from . import _small_inline as inline
 from . import _small_kernel as kernel
 from ._small_ways import ByValue, OnHost, Ring, Way, cross_by_copy, cross_by_kernel, make_slot
 from ._values import Values, check_dtype, count_of, dtype_of, settle, shape_of
 
-WAYS = ("value", "mapped", "copy", "host")
+WAYS = ("inline", "value", "mapped", "copy", "host")  # the best first
+
+# What limits a way's bytes.
+_HOLDS = {
+    "inline": "the driver takes up to {} bytes along with the command",
+    "value": "a launch's parameters hold up to {} bytes",
+}
+# Sends that no capture takes, by the way that was asked for.
+_UNCAPTURED = {None: "whose way was left open", "inline": "by way='inline'"}
 
 
 class Chosen(NamedTuple):
@@ -52,26 +67,20 @@ def choose(nbytes: int, device: torch.device | str, way: str | None = None) -> C
         BackendUnavailable: a way that is unknown, or that this device or size does not allow.
     """
     place = _flight.resolve(device)
-    best, most = _best(place, nbytes)
-    if way is None or way == best.way:
-        return best if way is None else Chosen(way, "it was asked for")
+    if way is None:
+        return _best(place, nbytes)
     if way not in WAYS:
         raise BackendUnavailable(
             f"A small copy by {way!r} was asked; expected one of {', '.join(WAYS)}, or None for "
             f"the best."
         )
-    if way == "value" and best.way == "mapped":
-        why = f"{nbytes} bytes are more than the {most} that its parameters hold"
-    elif way in ("mapped", "copy") and best.way in ("value", "mapped"):
-        return Chosen(way, "it was asked for")
-    elif way == "host" or best.way == "host":
-        why = f"{place} is {'the CPU' if best.way == 'host' else 'no CPU'}"
-    else:
-        why = best.why
-    raise BackendUnavailable(
-        f"A small copy of {nbytes} bytes to {place} by {way!r} was asked, but {why}; ask for "
-        f"{best.way!r}, or for None."
-    )
+    why = _why_not(way, place, nbytes)
+    if why is not None:
+        raise BackendUnavailable(
+            f"A small copy of {nbytes} bytes to {place} by {way!r} was asked, but {why}; ask for "
+            f"{_best(place, nbytes).way!r}, or for None."
+        )
+    return Chosen(way, "it was asked for")
 
 
 def to_device(
@@ -112,8 +121,9 @@ def to_device(
     count = count_of(settled)
     if out is not None:
         _check_out(out, count, dtype, place)
-    fits = way is None and count * dtype.itemsize <= _most_at_once(place)
-    chosen = "value" if fits else choose(count * dtype.itemsize, place, way).way
+    nbytes = count * dtype.itemsize
+    first, most = _first(place)
+    chosen = first if way is None and nbytes <= most else choose(nbytes, place, way).way
     captures = _capture_question(place)()
     if captures and way != "value":
         raise _flight.refuse_capture(
@@ -124,8 +134,11 @@ def to_device(
     target = torch.empty(shape_of(settled), dtype=dtype, device=place) if out is None else out
     if stream is not None:
         _flight.follow_current(stream, *(() if captures else (target,)))
-    if chosen == "value":
-        carried = kernel.capacity_for(count * dtype.itemsize) // dtype.itemsize
+    if chosen == "inline":
+        carried = inline.MOST // dtype.itemsize
+        _inline(place, dtype, carried).send(settled, target, stream, captures)
+    elif chosen == "value":
+        carried = kernel.capacity_for(nbytes) // dtype.itemsize
         _by_value(place, dtype, carried).send(settled, target, stream, captures)
     elif chosen == "host":
         OnHost(dtype, count).send(settled, target, stream, captures)
@@ -144,7 +157,7 @@ class SmallCopy:
         out: contiguous, ``n`` elements, written by every send; None: a tensor of its own.
         way: see the module; None: the best. To capture sends into a graph, name it: the contents
             are fixed at capture by ``"value"``, and read at each replay by ``"mapped"`` (or
-            ``"copy"``).
+            ``"copy"``); ``"inline"`` is not captured.
 
     Attributes:
         out: the target.
@@ -172,7 +185,7 @@ class SmallCopy:
             _check_out(out, n, dtype, place)
         self.way, self.why = choose(n * dtype.itemsize, place, way)
         self._n, self._device = n, place
-        self._named = way is not None
+        self._uncaptured = _UNCAPTURED.get(way)
         self._captures = _capture_question(place)
         self._way = _make(self.way, place, dtype, n)
         self.out = torch.empty(n, dtype=dtype, device=place) if out is None else out
@@ -193,9 +206,9 @@ class SmallCopy:
         same memory, so they carry equally many values.
         """
         captures = self._captures()
-        if captures and not self._named:
+        if captures and self._uncaptured is not None:
             raise _flight.refuse_capture(
-                "A send of a SmallCopy whose way was left open",
+                f"A send of a SmallCopy {self._uncaptured}",
                 "make it with way='value' for contents that are fixed at capture, or with "
                 "way='mapped' for contents that are read at each replay",
             )
@@ -213,23 +226,54 @@ class SmallCopy:
         refill before the next one starts.
 
         Raises:
-            Unsupported: by ``value``, whose contents are fixed; or nothing was captured.
+            Unsupported: by ``value``, whose contents are fixed, or ``inline``; or nothing was
+                captured.
             LayoutError: another number of values than was captured.
         """
         self._way.refill(values)
 
 
-def _best(device: torch.device, nbytes: int) -> tuple[Chosen, int]:
-    """The best way, and the most bytes that go by value."""
+def _best(device: torch.device, nbytes: int) -> Chosen:
+    """The first way that can be had, and what keeps those before it from being taken."""
+    missing: dict[str, None] = {}
+    for way in WAYS:
+        why = _why_not(way, device, nbytes)
+        if why is None:
+            return Chosen(way, " and ".join(missing) or _HOLDS[way].format(_most(way, device)))
+        missing[why] = None
+    raise AssertionError("either 'copy' or 'host' can be had")
+
+
+def _why_not(way: str, device: torch.device, nbytes: int) -> str | None:
+    """What keeps so many bytes from going a way, as a phrase; None: nothing."""
     if device.type == "cpu":
-        return Chosen("host", "the target is on the CPU"), 0
-    why = _cuda_driver.why_not(device) or _unknown_to_compiler(device)
-    if why is not None:
-        return Chosen("copy", why), 0
-    most = _most_by_value(device)
-    if nbytes <= most:
-        return Chosen("value", f"it fits the {most} bytes of a launch's parameters"), most
-    return Chosen("mapped", f"a launch's parameters hold {most} bytes"), most
+        return None if way == "host" else "the target is on the CPU"
+    if way == "host":
+        return f"{device} is no CPU"
+    if way == "copy":
+        return None
+    why = inline.why_not(device) if way == "inline" else _no_kernels(device)
+    if why is None and nbytes > _most(way, device):
+        return _HOLDS[way].format(_most(way, device))
+    return why
+
+
+def _most(way: str, device: torch.device) -> int:
+    """The most bytes that go a way, where it can be had."""
+    if way == "inline":
+        return inline.MOST
+    return _most_by_value(device) if way == "value" else sys.maxsize
+
+
+@cache
+def _first(device: torch.device) -> tuple[str, int]:
+    """The way of the fewest bytes where nothing else was asked for, and the most it carries."""
+    way = _best(device, 0).way
+    return way, _most(way, device)
+
+
+def _no_kernels(device: torch.device) -> str | None:
+    return _cuda_driver.why_not(device) or _unknown_to_compiler(device)
 
 
 @cache
@@ -248,18 +292,13 @@ def _unknown_to_compiler(device: torch.device) -> str | None:
 
 
 def _make(way: str, device: torch.device, dtype: torch.dtype, most: int) -> Way:
+    if way == "inline":
+        return inline.Inline(device, dtype, most)
     if way == "value":
         return ByValue(device, dtype, most)
     if way == "host":
         return OnHost(dtype, most)
     return Ring(device, dtype, most, cross_by_kernel(device) if way == "mapped" else cross_by_copy)
-
-
-@cache
-def _most_at_once(device: torch.device) -> int:
-    """The most bytes that go by value where nothing else was asked for; -1 where none do."""
-    best, most = _best(device, 0)
-    return most if best.way == "value" else -1
 
 
 @cache
@@ -274,7 +313,8 @@ def _capture_question(device: torch.device) -> Callable[[], bool]:
     return lambda: captures() if current() == index else capture.capturing(device)
 
 
-# What `to_device` keeps ready: one for each kernel of a device, and dtype.
+# What `to_device` keeps ready: one for each dtype and device, and kernel of it.
+_inline = cache(inline.Inline)
 _by_value = cache(ByValue)
 _by_kernel = cache(cross_by_kernel)
 

@@ -20,12 +20,10 @@ import torch
 
 from ...errors import TransferError
 from ...view import KVView
-from .. import _cuda_driver
+from .. import _cuda_driver, _libcuda
 from .folding import ALL, Pieces, portions
 
 _Mask = npt.NDArray[np.bool_]
-
-LIBRARY = "libcuda.so.1"
 
 #: Entries of the longest batched call. The driver states no limit; other runtimes fail above 8192,
 #: and shorter calls let another thread's small copy in between. The first one of many is shorter,
@@ -66,16 +64,16 @@ class Copies:
     def __init__(self, library: Any) -> None:
         word, size = ctypes.c_uint64, ctypes.c_size_t
         self._library = library
-        self._plain = _function(library, "cuMemcpyAsync", word, word, size, word)
-        self._rows = _function(library, "cuMemcpy2DAsync_v2", ctypes.c_char_p, word)
+        self._plain = _libcuda.function(library, "cuMemcpyAsync", word, word, size, word)
+        self._rows = _libcuda.function(library, "cuMemcpy2DAsync_v2", ctypes.c_char_p, word)
         many = (word, word, word, size, word, word, size)
         # CUDA 13 dropped an argument (where it failed) that 12.8 had.
         self._batch: Any = None
         self._fails: tuple[int, ...] = ()
         if hasattr(library, "cuMemcpyBatchAsync_v2"):
-            self._batch = _function(library, "cuMemcpyBatchAsync_v2", *many, word)
+            self._batch = _libcuda.function(library, "cuMemcpyBatchAsync_v2", *many, word)
         elif hasattr(library, "cuMemcpyBatchAsync"):
-            self._batch = _function(library, "cuMemcpyBatchAsync", *many, word, word)
+            self._batch = _libcuda.function(library, "cuMemcpyBatchAsync", *many, word, word)
             self._failed = np.zeros(1, dtype=np.uint64)
             self._fails = (_at(self._failed),)
         self._attributes, self._from_first = _at(_ATTRIBUTES), _at(_FROM_FIRST)
@@ -140,11 +138,7 @@ class Copies:
                 raise self._refused(error, f"A copy of {height} x {width} bytes")
 
     def _refused(self, error: int, what: str) -> TransferError:
-        name = ctypes.c_char_p()
-        found = hasattr(self._library, "cuGetErrorName") and not self._library.cuGetErrorName(
-            ctypes.c_int(error), ctypes.byref(name)
-        )
-        called = name.value.decode() if found and name.value else f"error {error}"
+        called = _libcuda.error_name(error, self._library)
         return TransferError(
             f"{what} between device and host was asked of the CUDA driver, which answered "
             f"{called}; success was expected, and only what was asked before may have been moved. "
@@ -157,7 +151,7 @@ class CudaCrossing:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._copies = Copies(_library())
+        self._copies = Copies(_libcuda.library())
         self._adopted = threading.local()
         # By the handle of a stream: another one beside it, and the bytes since it was last used.
         self._beside: dict[int, torch.cuda.Stream] = {}
@@ -214,21 +208,10 @@ def why_not(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "this torch is built for ROCm, not for CUDA"
     try:
-        Copies(_library())
+        Copies(_libcuda.library())
     except (OSError, AttributeError) as error:
         return f"the CUDA driver's library cannot be used ({error})"
     return None
-
-
-@cache
-def _library() -> Any:
-    return ctypes.CDLL(LIBRARY)
-
-
-def _function(library: Any, name: str, *arguments: Any) -> Any:
-    found = library[name]  # an object of its own: nobody else's declarations
-    found.argtypes, found.restype = arguments, ctypes.c_int
-    return found
 
 
 def _at(array: Any) -> int:
