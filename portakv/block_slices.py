@@ -16,6 +16,7 @@ from .capture import capturing, ignore_captures_elsewhere
 from .clean import clean
 from .clocks import Clock
 from .errors import Unsupported
+from .host._streams import own_stream
 from .host.ids import bring
 from .pump import Landing, Pace, Pump, Slice
 from .transfer import Transfer
@@ -52,7 +53,7 @@ def in_slices(order: Order, by_layer: bool) -> BlockTransfer:
     # Indices of its own: copies of ids that the thread makes are on no other stream.
     order = order.part(0, order.tokens)
     if order.device.type != "cpu":
-        order = order._replace(stream=order.stream or torch.Stream(order.device))
+        order = order._replace(stream=order.stream or own_stream(order.device))
         order.follow_current()
     clock, rate = order.clock(), order.terms.max_gbps
     slices = cut(order, by_layer)

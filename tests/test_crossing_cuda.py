@@ -215,7 +215,7 @@ def cuda(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(_cuda_driver, "raw", lambda stream, index: stream.cuda_stream)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: state.device, raising=False)
     monkeypatch.setattr(torch.cuda, "device", Switched)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: fake_stream(77, state.log))
+    monkeypatch.setattr(_crossing_cuda, "own_stream", lambda device: fake_stream(77, state.log))
     return state
 
 
@@ -292,7 +292,9 @@ def test_others_get_in_between_copies_in_a_row(cuda: Any, monkeypatch: pytest.Mo
     memory, pieces = Memory(), plain(1, width=128)
     monkeypatch.setattr(_crossing_cuda, "IN_A_ROW", 300)
     made = iter((77, 78, 79))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: fake_stream(next(made), cuda.log))
+    monkeypatch.setattr(
+        _crossing_cuda, "own_stream", lambda device: fake_stream(next(made), cuda.log)
+    )
     where = views(memory, monkeypatch)
     link = CudaCrossing(torch.device("cuda", 0))
     beside = {5: 77, 6: 78}

@@ -13,6 +13,7 @@ from .. import events
 from ..devices import DeviceAbsent, indexed
 from ..errors import BackendUnavailable, DeviceMismatch, Unsupported
 from ..transfer import Completion, Transfer
+from ._streams import own_stream
 
 # Host memory is held by what is under way, since no allocator orders it on a stream.
 _flying: deque[Completion] = deque()
@@ -63,7 +64,7 @@ def beside(stream: torch.Stream, src: str, dst: str) -> torch.Stream:
     key = stream.device, stream.stream_id, src, dst
     with _lock:
         if key not in _beside:
-            _beside[key] = torch.get_device_module(stream.device).Stream(stream.device)
+            _beside[key] = own_stream(stream.device)
         return _beside[key]
 
 

@@ -21,6 +21,7 @@ import torch
 from ...errors import TransferError
 from ...view import KVView
 from .. import _cuda_driver, _libcuda
+from .._streams import own_stream
 from .folding import ALL, Pieces, portions
 
 _Mask = npt.NDArray[np.bool_]
@@ -154,7 +155,7 @@ class CudaCrossing:
         self._copies = Copies(_libcuda.library())
         self._adopted = threading.local()
         # By the handle of a stream: another one beside it, and the bytes since it was last used.
-        self._beside: dict[int, torch.cuda.Stream] = {}
+        self._beside: dict[int, torch.Stream] = {}
         self._in_a_row: dict[int, int] = {}
         self.fold_below = self._copies.fold_below
 
@@ -191,11 +192,11 @@ class CudaCrossing:
         """On another stream, between two events: in turn with this one, or in place of the legacy
         default stream, which batches refuse."""
         if handle not in self._beside:
-            self._beside[handle] = torch.cuda.Stream(self.device)
+            self._beside[handle] = own_stream(self.device)
         beside, asked = self._beside[handle], stream or torch.cuda.current_stream(self.device)
         beside.wait_stream(asked)
         try:
-            self._copies.copy(pieces, to_device, beside.cuda_stream)
+            self._copies.copy(pieces, to_device, _cuda_driver.raw(beside, self.device.index))
         finally:
             asked.wait_stream(beside)
 

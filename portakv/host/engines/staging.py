@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .._streams import own_stream
 from .mirror import Mirror
 from .schedule import RING
 
@@ -34,10 +35,8 @@ class Staging:
     def __init__(self, device: torch.device, detached: bool = False) -> None:
         self.detached = detached
         self.lock = threading.Lock()
-        # The device's own kind of stream, whose driver's handle is known.
-        module = torch.get_device_module(device)
-        self.half: torch.Stream = module.Stream(device, priority=-1)
-        self.link: torch.Stream = module.Stream(device)
+        self.half: torch.Stream = own_stream(device, priority=-1)
+        self.link: torch.Stream = own_stream(device)
         self._mirrors = RING
         self.free: list[torch.Event | None] = [None] * RING
         self._turn = 0
