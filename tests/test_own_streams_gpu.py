@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
+from block_cases import large, numbered
 from device_cases import DEVICE, LONG
 
+from portakv import copy_blocks
 from portakv.host import _streams
 from portakv.host._streams import own_stream
 
@@ -15,12 +19,41 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("priority", [0, -1])
 def test_torch_gives_them_to_nobody(priority: int) -> None:
-    own = [own_stream(DEVICE, priority) for _ in range(2 * _streams._MOST)]
+    own = [own_stream(DEVICE, priority) for _ in range(50)]
     handles = {stream.cuda_stream for stream in own}
-    assert len(handles) == _streams._MOST
+    assert len(handles) == 50
     assert all(stream.device == DEVICE for stream in own)
     theirs = {torch.cuda.Stream(DEVICE, priority=priority).cuda_stream for _ in range(100)}
     assert not handles & {*theirs, 0}
+
+
+def test_one_that_is_forgotten_serves_again() -> None:
+    kept, gone = own_stream(DEVICE), own_stream(DEVICE)
+    handle = gone.cuda_stream
+    del gone
+    gc.collect()
+    later = [own_stream(DEVICE) for _ in range(60)]
+    handles = [stream.cuda_stream for stream in (kept, *later)]
+    assert handle in handles
+    assert len(set(handles)) == len(handles)
+
+
+def test_transfers_in_slices_share_no_stream() -> None:
+    """Those under way have each their own; once they have ended these serve the next ones."""
+    full, src = large(16, 1, DEVICE)
+    _, dst = large(16, 1, "cpu")
+    numbered(full)
+    made: list[int] = []
+    for _ in range(3):
+        moves = [copy_blocks(src, dst, [n], [n], cancellable=True) for n in range(4)]
+        for move in moves:
+            move.synchronize()
+        del moves, move
+        gc.collect()
+        free = _streams._free[DEVICE, 0]
+        assert len(set(free)) == len(free)
+        made.append(len(free))
+    assert made[0] == made[1] == made[2]
 
 
 def test_they_have_their_priority_and_wait_for_no_default_stream() -> None:

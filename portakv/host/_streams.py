@@ -2,30 +2,31 @@
 """Streams that are nobody else's.
 
 Torch hands out 32 streams of a priority in turns: one that it gives to the library may be a
-caller's as well, whose copies then stand behind every transfer. On an NVIDIA device the library
-makes streams of its own by the driver, as many at most, and takes those in turns.
+caller's as well, whose copies then stand behind every transfer, or serve the library twice, so that
+both directions of the link wait for each other. On an NVIDIA device the library makes its own by
+the driver, and uses one again when whoever had it is gone.
 """
 
 from __future__ import annotations
 
 import ctypes
-import threading
+import weakref
+from collections import defaultdict, deque
 from typing import Any
 
 import torch
 
 from . import _cuda_driver, _libcuda
 
-_MOST = 32  # of a device and priority
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: it does not wait for the legacy default stream
 
-_lock = threading.Lock()
-_made: dict[tuple[torch.device, int], list[Any]] = {}
-_turns: dict[tuple[torch.device, int], int] = {}
+# Handles that nobody has; the one that was given back first comes first. No lock: what gives one
+# back may run wherever memory is collected.
+_free: defaultdict[tuple[torch.device, int], deque[int]] = defaultdict(deque)
 
 
 def own_stream(device: torch.device, priority: int = 0) -> Any:
-    """A stream of the device's own kind, which torch gives to nobody else.
+    """A stream of the device's own kind, which nobody else has for as long as this object lives.
 
     On devices that the CUDA driver does not serve it is one of torch's.
 
@@ -36,17 +37,17 @@ def own_stream(device: torch.device, priority: int = 0) -> Any:
     if _cuda_driver.no_cuda(device) is not None:
         module = torch.get_device_module(device)
         return module.Stream(device, priority=priority) if priority else module.Stream(device)
-    key = device, priority
-    with _lock:
-        made = _made.setdefault(key, [])
-        if len(made) < _MOST:
-            made.append(_new(device, priority))
-            return made[-1]
-        _turns[key] = turn = (_turns.get(key, -1) + 1) % _MOST
-        return made[turn]
+    free = _free[device, priority]
+    try:
+        handle = free.popleft()
+    except IndexError:
+        handle = _new(device, priority)
+    stream = torch.cuda.ExternalStream(handle, device=device)
+    weakref.finalize(stream, free.append, handle).atexit = False
+    return stream
 
 
-def _new(device: torch.device, priority: int) -> Any:
+def _new(device: torch.device, priority: int) -> int:
     handle = ctypes.c_void_p()
     create = _libcuda.function(
         _libcuda.library(), "cuStreamCreateWithPriority",
@@ -58,4 +59,4 @@ def _new(device: torch.device, priority: int) -> Any:
     if error:
         name = _libcuda.error_name(error, _libcuda.library())
         raise _cuda_driver.refused(name, "A stream")
-    return torch.cuda.ExternalStream(handle.value, device=device)
+    return handle.value or 0

@@ -39,9 +39,10 @@ LEAST_BATCH = 2
 #: Bytes that may cross on one stream until a copy goes by another one, beside it. A copy engine
 #: stays with a stream for as long as that has more to copy: while copies of 32 MiB followed each
 #: other on one of an H200, plain memcpys too, 64 bytes on another stream waited for all of them,
-#: over 0.25 s. With every second one beside they wait 0.1 ms, at most 0.7, for half a percent of
-#: the link. Less than two of the largest slices of `staged`, so that every second one does.
-IN_A_ROW = 56 << 20
+#: over 0.25 s. With every third one beside they wait about a millisecond at most, for less than a
+#: percent of the link; with every second one 0.7 ms, for 1.5 % of both directions at once. Less
+#: than three of the largest slices of `staged`, so that the third one does.
+IN_A_ROW = 88 << 20
 
 #: Rows from this many bytes on are entries of a batch rather than of a 2-D copy, where there are
 #: batches. On an H200, of a memcpy, rows of 4 KiB: 0.61 by a batch, 0.60 by tall 2-D copies, which
@@ -172,7 +173,7 @@ class CudaCrossing:
             return
         to_device = dst.form.place == "device"
         handle = _cuda_driver.raw(stream, self.device.index)
-        for portion in portions(pieces, IN_A_ROW // 2):
+        for portion in portions(pieces, IN_A_ROW // 3):
             refused = handle in _NULL_STREAMS and self._copies.batched(portion) is not None
             if self._enough(handle, portion.nbytes) or refused:
                 self._copy_beside(portion, to_device, stream, handle)
