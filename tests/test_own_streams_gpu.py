@@ -60,6 +60,8 @@ def test_they_have_their_priority_and_wait_for_no_default_stream() -> None:
     for priority in (0, -1):
         stream = own_stream(DEVICE, priority)
         assert stream.priority == priority
+        with torch.cuda.stream(stream):  # memory for a new stream is got from a device at rest
+            torch.zeros(1, device=DEVICE)
         torch.cuda.synchronize()
         torch.cuda._sleep(LONG)
         with torch.cuda.stream(stream):

@@ -10,7 +10,6 @@ the driver, and uses one again when whoever had it is gone.
 from __future__ import annotations
 
 import ctypes
-import weakref
 from collections import defaultdict, deque
 from typing import Any
 
@@ -42,9 +41,20 @@ def own_stream(device: torch.device, priority: int = 0) -> Any:
         handle = free.popleft()
     except IndexError:
         handle = _new(device, priority)
-    stream = torch.cuda.ExternalStream(handle, device=device)
-    weakref.finalize(stream, free.append, handle).atexit = False
+    make: Any = _Own
+    stream = make(handle, device=device)
+    stream.free = free
     return stream
+
+
+class _Own(torch.cuda.ExternalStream):
+    """Gives its handle back with its end. (Not by a weak reference: of those torch 2.11's streams
+    know nothing when they end, and the interpreter falls over them.)"""
+
+    free: deque[int]
+
+    def __del__(self) -> None:
+        self.free.append(self.cuda_stream)
 
 
 def _new(device: torch.device, priority: int) -> int:
