@@ -111,14 +111,14 @@ def _steps(part: str, bench: Bench) -> list[Step]:
 
 
 def _of_part(part: str, step: Step) -> Step:
-    """A step whose rows say which part they belong to."""
+    """A step that says which part it belongs to, and whose rows do."""
     name, measure = step
 
     def labelled() -> tuple[Rows, list[str]]:
         rows, left_out = measure()
         return [{**row, "part": part} for row in rows], left_out
 
-    return name, labelled
+    return f"{part}: {name}", labelled
 
 
 def _check(device: torch.device, preset: str) -> None:

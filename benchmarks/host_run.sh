@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # The host side on a machine with a GPU, from a clone that is not installed:
-# bash benchmarks/host_run.sh FOLDER. Under 8 minutes on one H200, of which the measurements take 6.
+# bash benchmarks/host_run.sh FOLDER. Under 10 minutes on one H200, of which the measurements take 8.
 # FOLDER gets the result (<device>-host.json), its two plots, its tables (host.log), and the logs of
 # the tests, of calibration and of the benchmark. Each part has a time limit and a process of its own,
 # and what was measured before it stays: the result is written anew behind each. PEERS names peers to
@@ -56,7 +56,7 @@ measure 95 grid
 measure 95 direct,duplex,calls,small,waiting
 measure 190 interference
 measure 70 pageable,pinning
-if ((${#peers[@]})); then measure 45 peers "${peers[@]/#/--peer=}"; fi
+if ((${#peers[@]})); then measure 60 peers "${peers[@]/#/--peer=}"; fi
 merge || status=1
 if [[ -f $out/host.log ]]; then tail -n 60 "$out/host.log"; else tail -n 20 "$out/bench.log"; fi
 exit "$status"

@@ -221,7 +221,7 @@ def test_a_part_that_fails_is_told_and_the_others_stay(
     written = json.loads(file.read_text())
     assert {row["part"] for row in written["rows"]} == {"duplex"}
     assert "grid: RuntimeError: out of cases" in written["left_out"]
-    assert "a step: OSError: out of memory" in written["left_out"]
+    assert "direct: a step: OSError: out of memory" in written["left_out"]
 
 
 def test_staging_is_what_a_call_takes_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -297,6 +297,8 @@ def test_parts_are_merged_and_the_last_of_each_counts(tmp_path: Path) -> None:
     ]
     assert merged["name"] == "some-gpu-host"
     assert merged["left_out"] == ["same"]
+    late = part("grid", 0.3) | {"left_out": ["grid: 1 GB: no time was left", "grid of four"]}
+    assert host_merge.merge([late, part("grid", 0.1)])["left_out"] == ["grid of four", "same"]
     other = part("small", 0.2)
     other["machine"]["driver_version"] = "2"
     with pytest.raises(ValueError, match="driver_version"):
