@@ -35,13 +35,11 @@ from portakv.errors import PortaKVError
 
 from .command import Rows, Step
 from .host_cases import DIRECTIONS
-from .host_loops import Loop, attention, matmul, timed_event
+from .host_loops import DEFAULT, OWN, STREAMS, Loop, attention, matmul, timed_event
 from .host_movers import RUNS, Kept, Mover, Pump, Ways, by_call, by_memcpy, by_way
 from .host_suite import Bench, short
 from .host_ways import CHOSEN, DESCRIPTORS, HOST, HOST_DETACHED, MEMCPY, STAGED, Way, direct
 
-#: Where a loop runs. On an H200 what the link reaches behind gathers depends on it.
-DEFAULT, OWN = "default", "own"
 #: Ways that a bar judges are repeated in full, the others this often at most.
 _OTHERS = 2
 #: Repeats with the loop on a stream of its own, at most.
@@ -101,10 +99,7 @@ class _Meeting:
     repeats: int
 
     def __str__(self) -> str:
-        return f"beside {self.loop} on {_STREAMS[self.where]}, {self.direction}"
-
-
-_STREAMS = {DEFAULT: "the default stream", OWN: "a stream of its own"}
+        return f"beside {self.loop} on {STREAMS[self.where]}, {self.direction}"
 
 
 def interference_steps(bench: Bench) -> Iterator[Step]:

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+#: Where a loop runs, and in words. On an H200 what the link reaches behind gathers depends on it.
+DEFAULT, OWN = "default", "own"
+STREAMS = {DEFAULT: "the default stream", OWN: "a stream of its own"}
 _BATCH = 8  # steps that are captured together
 _DIM = 128
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from .host_cases import DIRECTIONS, size
+from .host_loops import STREAMS
 
 Row = Mapping[str, Any]
 
@@ -21,7 +22,6 @@ COLOURS = {
     "memcpy": "black",
 }  # fmt: skip
 _MARKS = {"host": "o", "staged": "s", "descriptors": "^", "direct": "x"}
-_STREAMS = {"default": "the default stream", "own": "a stream of its own"}
 _WORDS = {"d2h": "device to host", "h2d": "host to device"}
 #: The host side that stands for its runs: the hardest of those that were measured.
 _SIDES = ("block-first random", "dense")
@@ -94,7 +94,7 @@ def interference(results: Mapping[str, Any]) -> Figure | None:
         axes.invert_yaxis()
         axes.margins(x=0.45)
         axes.tick_params(labelsize=7)
-        axes.set_title(f"{loop} on {_STREAMS[stream]}, {_WORDS[direction]}", fontsize=9)
+        axes.set_title(f"{loop} on {STREAMS[stream]}, {_WORDS[direction]}", fontsize=9)
         axes.set_xlabel("slow-down of the loop in %", fontsize=8)
     machine = results["machine"]["device"]
     figure.suptitle(f"What a transfer does to what runs beside it · {machine}", fontsize=10)

@@ -33,7 +33,7 @@ def full_result() -> list[dict[str, Any]]:
         rows += [row(way, kind="host_interference", op=op, loop=loop, stream=stream,
                      over_memcpy=1.0, link_ratio=0.95) for stream, loop, way in beside]  # fmt: skip
         rows += [row(way, kind="host_waiting", op=op, other_bytes=n, worst_us=700.0)
-                 for way in ("host", "host detached") for n in OTHERS]  # fmt: skip
+                 for way in ("host", "host detached", "descriptors") for n in OTHERS]  # fmt: skip
         rows += [row(engine, kind="host_call", op=op, host_us=90.0, us_per_run=0.9, ids=ids,
                      run_bytes=16 * size, host_side=scene(2 * KB, BLOCK_FIRST, order).side)
                  for engine in ("direct", "staged", "descriptors") for ids in IDS

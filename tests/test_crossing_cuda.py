@@ -310,6 +310,20 @@ def test_others_get_in_between_copies_in_a_row(cuda: Any, monkeypatch: pytest.Mo
             assert cuda.log == (order if turn else [])
 
 
+def test_only_the_first_batch_of_a_long_list_is_short(
+    cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The link waits for the end of its call alone."""
+    memory, pieces = Memory(), plain(60)
+    for name, size in (("IN_A_ROW", 480), ("FIRST_DESCRIPTORS", 3), ("GROWTH", 2)):
+        monkeypatch.setattr(_crossing_cuda, name, size)
+    link = CudaCrossing(torch.device("cuda", 0))
+    link.copy(memory.at(pieces), *views(memory, monkeypatch), fake_stream(5, cuda.log))
+    memory.judge(pieces)
+    if cuda.library.batches:
+        assert [call.copies for call in cuda.library.calls] == [3, 6, 11, 20, 20]
+
+
 def test_copies_beyond_the_limit_take_turns_too(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory, pieces = Memory(), plain(1, width=128)
     monkeypatch.setattr(_crossing_cuda, "IN_A_ROW", 100)

@@ -20,9 +20,10 @@ _TRIES = 5
 
 @pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
 @pytest.mark.parametrize("detached", [True, False], ids=["detached", "ordered"])
+@pytest.mark.parametrize("backwards", [False, True], ids=["a run", "many runs"])
 @pytest.mark.parametrize("engine", ["staged", "descriptors"])
 def test_a_small_copy_need_not_wait_for_the_last_transfer(
-    engine: str, detached: bool, downward: bool
+    engine: str, backwards: bool, detached: bool, downward: bool
 ) -> None:
     places = (DEVICE, "cpu") if downward else ("cpu", DEVICE)
     (full, src), (empty, dst) = (large(BLOCKS * MANY, 1, place) for place in places)
@@ -34,6 +35,7 @@ def test_a_small_copy_need_not_wait_for_the_last_transfer(
     asked: dict[str, Any] = {"backend": engine, "detached": detached}
     for _ in range(_TRIES):  # a host that is held up begins when all is over
         ids = torch.arange(BLOCKS * MANY).split(BLOCKS)
+        ids = [part.flip(0) if backwards else part for part in ids]
         moves = [copy_blocks(src, dst, part, part, **asked) for part in ids]
         with torch.cuda.stream(other):
             if downward:

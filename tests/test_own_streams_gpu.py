@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import gc
+import threading
+from typing import Any
 
 import pytest
 import torch
 from block_cases import large, numbered
 from device_cases import DEVICE, LONG
 
-from portakv import copy_blocks
-from portakv.host import _streams
+from portakv import block_slices, copy_blocks
 from portakv.host._streams import own_stream
+from portakv.host.small import SmallCopy
 
 pytestmark = pytest.mark.gpu
 
@@ -33,27 +35,34 @@ def test_one_that_is_forgotten_serves_again() -> None:
     del gone
     gc.collect()
     later = [own_stream(DEVICE) for _ in range(60)]
-    handles = [stream.cuda_stream for stream in (kept, *later)]
-    assert handle in handles
-    assert len(set(handles)) == len(handles)
+    assert later[0].cuda_stream == handle
+    assert len({stream.cuda_stream for stream in (kept, *later)}) == 61
 
 
-def test_transfers_in_slices_share_no_stream() -> None:
+def test_transfers_in_slices_share_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those under way have each their own; once they have ended these serve the next ones."""
     full, src = large(16, 1, DEVICE)
     _, dst = large(16, 1, "cpu")
     numbered(full)
-    made: list[int] = []
+    handed_out: list[int] = []
+
+    def noted(device: torch.device) -> Any:
+        stream = own_stream(device)
+        handed_out.append(stream.cuda_stream)
+        return stream
+
+    monkeypatch.setattr(block_slices, "own_stream", noted)
+    rounds = []
     for _ in range(3):
+        handed_out.clear()
         moves = [copy_blocks(src, dst, [n], [n], cancellable=True) for n in range(4)]
         for move in moves:
             move.synchronize()
         del moves, move
         gc.collect()
-        free = _streams._free[DEVICE, 0]
-        assert len(set(free)) == len(free)
-        made.append(len(free))
-    assert made[0] == made[1] == made[2]
+        assert len(set(handed_out)) == 4
+        rounds.append(set(handed_out))
+    assert rounds[0] == rounds[1] == rounds[2]
 
 
 def test_they_have_their_priority_and_wait_for_no_default_stream() -> None:
@@ -87,3 +96,34 @@ def test_the_allocator_knows_them() -> None:
     assert other.data_ptr() != at
     stream.synchronize()
     assert int(out.min()) == 3
+
+
+@pytest.mark.parametrize("mode", ["global", "thread_local"])
+def test_while_another_thread_captures(mode: str) -> None:
+    """A stream that is made, and values that go inline, end no capture of another thread's."""
+    gc.collect()
+    values, graph, marker = range(64), torch.cuda.CUDAGraph(), torch.zeros(1, device=DEVICE)
+    sender = SmallCopy(64, torch.int64, DEVICE, way="inline")
+    sender.send(values)
+    side = torch.cuda.Stream(DEVICE)
+    torch.cuda.synchronize()
+    failed: list[Exception] = []
+    kept: list[Any] = []
+
+    def work() -> None:
+        try:
+            with torch.cuda.stream(side):
+                kept.extend(own_stream(DEVICE) for _ in range(100))  # more than had been made
+                sender.send([n + 1 for n in values])
+        except Exception as error:
+            failed.append(error)
+
+    with torch.cuda.graph(graph, capture_error_mode=mode):
+        marker.add_(1)
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert not failed
+    assert (marker.item(), sender.out.tolist()) == (1, [n + 1 for n in values])

@@ -39,9 +39,9 @@ LEAST_BATCH = 2
 #: Bytes that may cross on one stream until a copy goes by another one, beside it. A copy engine
 #: stays with a stream for as long as that has more to copy: while copies of 32 MiB followed each
 #: other on one of an H200, plain memcpys too, 64 bytes on another stream waited for all of them,
-#: over 0.25 s. With every third one beside they wait about a millisecond at most, for less than a
-#: percent of the link; with every second one 0.7 ms, for 1.5 % of both directions at once. Less
-#: than three of the largest slices of `staged`, so that the third one does.
+#: over 0.25 s. With every third one beside they wait for 0.7 - 0.9 ms, 1.3 at most, for half a
+#: percent of the link and one of both directions at once; with every second one for half as long,
+#: at twice the price. It is less than three of the largest slices of `staged`.
 IN_A_ROW = 88 << 20
 
 #: Rows from this many bytes on are entries of a batch rather than of a 2-D copy, where there are
@@ -92,8 +92,9 @@ class Copies:
         plain = pieces.height == 1
         return plain if np.count_nonzero(plain) >= LEAST_BATCH else None
 
-    def copy(self, pieces: Pieces, to_device: bool, stream: int) -> None:
-        """Copy pieces, ordered on the stream of that handle.
+    def copy(self, pieces: Pieces, to_device: bool, stream: int, begun: bool = False) -> None:
+        """Copy pieces, ordered on the stream of that handle; ``begun``: behind others, so that the
+        link does not wait for the end of the first batch's call.
 
         Raises:
             TransferError: the driver refuses a piece; those before it may have been moved.
@@ -102,15 +103,15 @@ class Copies:
         if batched is None:
             self._copy_each(pieces, to_device, stream)
         elif batched.all():
-            self._copy_batch(pieces, stream)
+            self._copy_batch(pieces, stream, begun)
         else:
             self._copy_each(Pieces(*(column[~batched] for column in pieces)), to_device, stream)
-            self._copy_batch(Pieces(*(column[batched] for column in pieces)), stream)
+            self._copy_batch(Pieces(*(column[batched] for column in pieces)), stream, begun)
 
-    def _copy_batch(self, pieces: Pieces, stream: int) -> None:
+    def _copy_batch(self, pieces: Pieces, stream: int, begun: bool) -> None:
         columns = [np.ascontiguousarray(each) for each in (pieces.dst, pieces.src, pieces.width)]
         lists = [_at(column) for column in columns]
-        first, most = 0, FIRST_DESCRIPTORS
+        first, most = 0, MOST_DESCRIPTORS if begun else FIRST_DESCRIPTORS
         while first < pieces.number:
             count = min(most, pieces.number - first)
             error = self._batch(
@@ -173,12 +174,12 @@ class CudaCrossing:
             return
         to_device = dst.form.place == "device"
         handle = _cuda_driver.raw(stream, self.device.index)
-        for portion in portions(pieces, IN_A_ROW // 3):
+        for nth, portion in enumerate(portions(pieces, IN_A_ROW // 3)):
             refused = handle in _NULL_STREAMS and self._copies.batched(portion) is not None
             if self._enough(handle, portion.nbytes) or refused:
-                self._copy_beside(portion, to_device, stream, handle)
+                self._copy_beside(portion, to_device, stream, handle, nth > 0)
             else:
-                self._copies.copy(portion, to_device, handle)
+                self._copies.copy(portion, to_device, handle, nth > 0)
 
     def _enough(self, handle: int, nbytes: int) -> bool:
         """Whether so many more would be too much in a row on a stream, and others have a turn."""
@@ -188,16 +189,21 @@ class CudaCrossing:
         return enough
 
     def _copy_beside(
-        self, pieces: Pieces, to_device: bool, stream: torch.Stream | None, handle: int
+        self,
+        pieces: Pieces,
+        to_device: bool,
+        stream: torch.Stream | None,
+        handle: int,
+        begun: bool,
     ) -> None:
         """On another stream, between two events: in turn with this one, or in place of the legacy
         default stream, which batches refuse."""
         if handle not in self._beside:
-            self._beside[handle] = own_stream(self.device)
+            self._beside.setdefault(handle, own_stream(self.device))  # of several threads
         beside, asked = self._beside[handle], stream or torch.cuda.current_stream(self.device)
         beside.wait_stream(asked)
         try:
-            self._copies.copy(pieces, to_device, _cuda_driver.raw(beside, self.device.index))
+            self._copies.copy(pieces, to_device, _cuda_driver.raw(beside, self.device.index), begun)
         finally:
             asked.wait_stream(beside)
 
