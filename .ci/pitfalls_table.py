@@ -60,8 +60,8 @@ def page() -> str:
     pitfalls = load()
     open_ones = sum("tests" not in pitfall for pitfall in pitfalls)
     parts = [
-        _HEAD + f"{len(pitfalls)} pitfalls, of which {len(pitfalls) - open_ones} are tested; of parts "
-        f"that are not built yet there are {open_ones}. The page is\n"
+        _HEAD + f"{len(pitfalls)} pitfalls, of which {len(pitfalls) - open_ones} are tested; of "
+        f"parts that are not built yet there are {open_ones}. The page is\n"
         f"written from `conformance/pitfalls.toml`."
     ]
     for area, about in AREAS.items():
