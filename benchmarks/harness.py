@@ -10,7 +10,8 @@ object, and once behind them, the output poisoned each time.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -88,6 +89,18 @@ def _told(error: BaseException) -> str:
     return line if behind is None else f"{line} (behind {_told(behind)})"
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Inside, no garbage is collected: that takes the host longer than what is timed."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def measure(
     ceiling: Variant,
     variants: Sequence[Variant],
@@ -108,9 +121,7 @@ def measure(
     settled = [timer.settle(variant.call, objects) for variant in everyone]
     samples: list[list[Sample]] = [[] for _ in everyone]
     began = perf_counter()
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with uncollected():
         for n in range(rounds):
             if n >= _LEAST_ROUNDS and perf_counter() - began > seconds:
                 break
@@ -118,9 +129,6 @@ def measure(
                 v = (n + turn) % len(everyone)
                 i = (n * len(everyone) + turn) % objects  # never that of the call before
                 samples[v].append(timer.sample(everyone[v].call, i, settled[v]))
-    finally:
-        if collecting:
-            gc.enable()
     verified = [known and _check(v, 0) for known, v in zip(verified, everyone, strict=True)]
     return [
         _summary(variant, own, samples[0], known)

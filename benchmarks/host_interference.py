@@ -19,7 +19,6 @@ without its device.
 
 from __future__ import annotations
 
-import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ import torch
 from portakv.errors import PortaKVError
 
 from .command import Rows, Step
+from .harness import uncollected
 from .host_cases import DIRECTIONS
 from .host_loops import DEFAULT, OWN, STREAMS, Loop, attention, matmul, timed_event
 from .host_movers import RUNS, Kept, Mover, Pump, Ways, by_call, by_memcpy, by_way
@@ -183,19 +183,14 @@ def _meet(bench: Bench, loop: Loop, pump: Pump, work: torch.Stream) -> tuple[flo
         RuntimeError: the loop had not ended after `_HELD_UP` seconds.
     """
     first, last = events = _ready(bench, work)
-    collecting = gc.isenabled()
-    gc.disable()  # a collection takes the host longer than a transfer takes the link
     began = perf_counter()
-    try:
+    with uncollected():
         pump.fill()
         _start(bench, loop, work, events)
         while not last.query() and perf_counter() - began < _HELD_UP:
             pump.go_on()
         held_up, within = not last.query(), len(pump.stamps)
         bench.module.synchronize()
-    finally:
-        if collecting:
-            gc.enable()
     if held_up:
         raise RuntimeError(f"the loop was held up: it had not ended after {_HELD_UP:g} s")
     pump.land()

@@ -10,7 +10,6 @@ counts as that long.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -20,6 +19,7 @@ from time import perf_counter
 import torch
 
 from .command import Rows, Step
+from .harness import uncollected
 from .host_cases import DIRECTIONS, size
 from .host_movers import Kept, Mover, Pump, Ways, by_memcpy, by_way, recorded
 from .host_suite import Bench, short
@@ -89,9 +89,7 @@ def _waits(bench: Bench, mover: Mover, copy: Callable[[], object]) -> list[float
     stream, ends = bench.stream(), bench.preset.waiting
     waits: list[float] = []
     bench.module.synchronize()
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with uncollected():
         due = (now := perf_counter()) + _BEFORE
         over = now + ends
         while not waits or now < over:
@@ -105,9 +103,6 @@ def _waits(bench: Bench, mover: Mover, copy: Callable[[], object]) -> list[float
             now = perf_counter()
             due = now + _BETWEEN
         bench.module.synchronize()
-    finally:
-        if collecting:
-            gc.enable()
     return waits
 
 

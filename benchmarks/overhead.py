@@ -9,7 +9,6 @@ makes them, each with another memory object, which is a tensor that no call has 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
@@ -20,7 +19,7 @@ from portakv import AdaptiveConnector, Index, KVView
 from portakv.registry import choose
 from portakv.routes import route
 
-from .harness import quantile
+from .harness import quantile, uncollected
 
 CACHE = "layer | kv block token head dim"
 CHUNK = "kv layer token (head dim)"
@@ -121,9 +120,7 @@ def _time(
 ) -> dict[str, list[float]]:
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with uncollected():
         for n in range(-_WARM_UP, -(-rounds // _TURN)):
             if device.type != "cpu":
                 torch.get_device_module(device).synchronize()  # launches must not queue up
@@ -136,9 +133,6 @@ def _time(
                     elapsed = (perf_counter() - start) * 1e6
                     if n >= 0:
                         times[name].append(elapsed)
-    finally:
-        if collecting:
-            gc.enable()
     return times
 
 

@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import os
+import threading
+
 import numpy as np
 import torch
 from device_cases import DEVICE
 
+from portakv import Unsupported
 from portakv.host import _cuda_driver, _small_inline
+from portakv.host._small_ways import Way
 
 INTEGERS = (
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32,
@@ -37,3 +42,39 @@ def same_bits(landed: torch.Tensor, values: torch.Tensor) -> bool:
     return landed.dtype == values.dtype and torch.equal(
         landed.cpu().view(torch.uint8), values.view(torch.uint8)
     )
+
+
+def mixed_up(way: Way, count: int) -> list[int]:
+    """Which of four threads found others' values in a target of its own, which it fills by the
+    same sender many times; the targets lie on the host."""
+    wrong: list[int] = []
+    together = threading.Barrier(4)
+
+    def work(nth: int) -> None:
+        out = torch.zeros(count, dtype=torch.int64)
+        together.wait()
+        for time in range(100):
+            values = np.arange(count) * (nth + 1) + time
+            way.send(values, out, None, False)
+            if not np.array_equal(out.numpy(), values):
+                wrong.append(nth)
+
+    threads = [threading.Thread(target=work, args=(nth,)) for nth in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return wrong
+
+
+def sent_by_a_fork(way: Way, out: torch.Tensor) -> int:
+    """What a forked process ends with that sends: 0 where it is refused for being one."""
+    child = os.fork()
+    if not child:
+        try:
+            way.send([2], out, None, False)
+        except Unsupported as error:
+            os._exit(0 if "forked" in str(error) else 2)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -7,7 +7,6 @@ It shows what the driver is asked, and out of which memory; it says nothing abou
 from __future__ import annotations
 
 import mmap
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ import pytest
 import torch
 from fake_libcuda import FakeLibrary, Sent
 from guarded_memory import filled, refused
-from small_cases import INTEGERS, drawn
+from small_cases import INTEGERS, drawn, mixed_up, sent_by_a_fork
 
 from portakv import LayoutError, TransferError, Unsupported, capture
 from portakv.host import _cuda_driver, _flight, _libcuda, _small_inline, small
@@ -240,23 +239,7 @@ def test_each_thread_has_memory_and_a_context_of_its_own(cuda: Cuda) -> None:
 
 @pytest.mark.usefixtures("cuda")
 def test_threads_do_not_write_over_each_other_s_values() -> None:
-    way, together, wrong = inline(torch.int64, 500), threading.Barrier(4), list[int]()
-
-    def work(nth: int) -> None:
-        out = torch.zeros(500, dtype=torch.int64)
-        together.wait()
-        for time in range(100):
-            values = np.arange(500) * (nth + 1) + time
-            way.send(values, out, None, False)
-            if not np.array_equal(out.numpy(), values):
-                wrong.append(nth)
-
-    threads = [threading.Thread(target=work, args=(nth,)) for nth in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert not mixed_up(inline(torch.int64, 500), 500)
 
 
 # Streams, devices, processes
@@ -298,15 +281,7 @@ def test_errors_have_a_name_where_the_driver_tells_it(monkeypatch: pytest.Monkey
 def test_a_forked_process_cannot_send(cuda: Cuda) -> None:
     way, out = inline(torch.int8, 4), torch.zeros(4, dtype=torch.int8)
     way.send([1], out, None, False)
-    child = os.fork()
-    if not child:
-        try:
-            way.send([2], out, None, False)
-        except Unsupported as error:
-            os._exit(0 if "forked" in str(error) else 2)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert sent_by_a_fork(way, out) == 0
     way.send([3], out, None, False)
     assert [one.nbytes for one in cuda.library.sent] == [1, 1]
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from guarded_memory import filled, refused, untouched
-from small_cases import INTEGERS
+from small_cases import INTEGERS, mixed_up
 from small_on_cpu import CPU, Launcher, installed, library, why_not
 
 from portakv import LayoutError, Unsupported
@@ -190,26 +189,7 @@ def test_a_target_with_a_shape() -> None:
 
 
 def test_threads_do_not_share_arguments() -> None:
-    """Each thread fills a target of its own by one sender, many times."""
-    way = ByValue(CPU, torch.int64, 100)
-    wrong: list[int] = []
-    together = threading.Barrier(4)
-
-    def work(nth: int) -> None:
-        out = torch.zeros(100, dtype=torch.int64)
-        together.wait()
-        for time in range(100):
-            values = np.arange(100) * (nth + 1) + time
-            way.send(values, out, None, False)
-            if not np.array_equal(out.numpy(), values):
-                wrong.append(nth)
-
-    threads = [threading.Thread(target=work, args=(nth,)) for nth in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert not mixed_up(ByValue(CPU, torch.int64, 100), 100)
 
 
 def test_nothing_is_launched_for_nothing_or_for_a_wrong_value() -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from small_cases import sent_by_a_fork
 
-from portakv import TransferError, Unsupported, capture
+from portakv import TransferError, capture
 from portakv.host import _cuda_driver, _small_ways, small
 from portakv.host import _small_kernel as kernel
 from portakv.host._small_ways import ByValue
@@ -141,14 +141,6 @@ def test_a_driver_that_refuses(driver: Driver) -> None:
 def test_a_forked_process_cannot_launch(driver: Driver) -> None:
     way, out = ByValue(CARD, torch.int8, 4), torch.zeros(4, dtype=torch.int8)
     way.send([1], out, None, False)
-    child = os.fork()
-    if not child:
-        try:
-            way.send([2], out, None, False)
-        except Unsupported as error:
-            os._exit(0 if "forked" in str(error) else 2)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert sent_by_a_fork(way, out) == 0
     way.send([3], out, None, False)
     assert len(driver.launches) == 2

@@ -19,15 +19,20 @@ from ..errors import TransferError
 _DRIVER = 13000  # CUDA 13: what NVRTC 13's machine code and cuda-bindings 13 need
 
 
-def no_cuda(device: torch.device) -> str | None:
-    """What keeps the driver from serving a device at all, as a phrase; None where it does."""
+def of_others(device: torch.device) -> str | None:
+    """That a device is of a kind that the driver does not serve, as a phrase; None: it is not."""
     if device.type != "cuda":
         return f"the CUDA driver does not serve {device.type} devices"
     if torch.version.hip is not None:
         return "this torch is built for ROCm, not for CUDA"
-    if not torch.cuda.is_available():
-        return "torch finds no usable CUDA device here"
     return None
+
+
+def no_cuda(device: torch.device) -> str | None:
+    """What keeps the driver from serving a device at all, as a phrase; None where it does."""
+    if (why := of_others(device)) is not None:
+        return why
+    return None if torch.cuda.is_available() else "torch finds no usable CUDA device here"
 
 
 @cache

@@ -211,10 +211,8 @@ class CudaCrossing:
 @cache
 def why_not(device: torch.device) -> str | None:
     """What keeps the driver from copying for a device, as a phrase; None where it can."""
-    if device.type != "cuda":
-        return f"the CUDA driver does not serve {device.type} devices"
-    if torch.version.hip is not None:
-        return "this torch is built for ROCm, not for CUDA"
+    if (why := _cuda_driver.of_others(device)) is not None:
+        return why
     try:
         Copies(_libcuda.library())
     except (OSError, AttributeError) as error:
