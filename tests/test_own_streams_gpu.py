@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from block_cases import large, numbered
+from block_cases import PATIENCE, large, numbered
 from device_cases import DEVICE, LONG
 
 from portakv import block_slices, copy_blocks
 from portakv.host._streams import own_stream
+from portakv.host.ids import bring
 from portakv.host.small import SmallCopy
 
 pytestmark = pytest.mark.gpu
@@ -45,17 +46,25 @@ def test_transfers_in_slices_share_no_stream(monkeypatch: pytest.MonkeyPatch) ->
     _, dst = large(16, 1, "cpu")
     numbered(full)
     handed_out: list[int] = []
+    all_began = threading.Event()
 
     def noted(device: torch.device) -> Any:
         stream = own_stream(device)
         handed_out.append(stream.cuda_stream)
         return stream
 
+    def held(*args: Any) -> None:  # none ends before the last one begins
+        assert all_began.wait(PATIENCE)
+        bring(*args)
+
     monkeypatch.setattr(block_slices, "own_stream", noted)
+    monkeypatch.setattr(block_slices, "bring", held)
     rounds = []
     for _ in range(3):
         handed_out.clear()
+        all_began.clear()
         moves = [copy_blocks(src, dst, [n], [n], cancellable=True) for n in range(4)]
+        all_began.set()
         for move in moves:
             move.synchronize()
         del moves, move
