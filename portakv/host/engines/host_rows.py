@@ -1,49 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows inside the host: its own half of a copy through pinned memory.
 
-The units of both sides become strided arrays, which numpy copies without the interpreter's lock:
-by `memmove` where both sides are dense. They are cut into shares, which a crew of threads takes.
-Where ids scatter the rows, long stretches between them are arrays of their own, and short ones
-indexed tensors.
+The units of both sides become strided tensors, which torch copies in one call, indexed where ids
+scatter the rows. It has threads for the caller: others would be slower to wake, and would share the
+cores with those.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterable
 from itertools import pairwise, product
-from math import gcd, prod
+from math import gcd
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from ...plan import CopyPlan, Nest, Side
 from ...runs import Int64
-from ._crew import Batch, Call
 
 if TYPE_CHECKING:
     from ...form import Form
     from ...index import Index
     from ...view import KVView
 
-#: Bytes of a stretch of rows from which on it is an array of its own, which costs the caller 4 us.
-#: With blocks of 256 KiB in random order two threads of an AMD EPYC moved 12 - 19 GB/s so, and 9 by
-#: indexed calls.
-LEAST_STRETCH = 256 << 10
-
-#: Bytes of a share, which a thread copies in one call. With less, the calls of eight threads wait
-#: for each other in Python: dense rows of 256 MB moved at 14 GB/s in shares of 256 KiB, 19 of 512
-#: KiB, 24 of 1 MiB, 33 of 2 MiB, and 21 of 4 MiB, which leave threads idle (16 cores, H200).
-SHARE = 2 << 20
-
-#: Elements up to which torch leaves an indexed call in one thread (`at::internal::GRAIN_SIZE`):
-#: more would have each thread of the crew start threads of its own.
-GRAIN = 32768
-
-_Bytes = npt.NDArray[np.uint8]
 _ELEMENTS = {
     16: torch.complex128, 8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8
 }  # fmt: skip
@@ -66,23 +46,24 @@ class HostRows:
         if widest.unit > unit and widest.unit % unit == 0:
             self._wide = _Units(widest)
 
-    def batch(
+    def copy(
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int
-    ) -> Batch:
-        """The copy of ``count`` positions, to be started; ids must be on the host, and clean.
+    ) -> None:
+        """Copy ``count`` positions; ids must be on the host, and clean.
 
         Raises:
             LayoutError: the memory behind a view was freed or replaced.
         """
         src.check_memory()
         dst.check_memory()
-        calls, start = list[Call](), 0
-        for units, past in self._ways(src_index, dst_index, count):
-            if past > start:
-                mine, theirs = src_index.shifted(start), dst_index.shifted(start)
-                calls += units.calls(src, dst, mine, theirs, past - start)
-            start = past
-        return Batch(calls)
+        start = 0
+        # A tensor made in inference mode could not be written outside of it, as in another thread.
+        with torch.inference_mode(False):
+            for units, past in self._ways(src_index, dst_index, count):
+                if past > start:
+                    mine, theirs = src_index.shifted(start), dst_index.shifted(start)
+                    units.copy(src, dst, mine, theirs, past - start)
+                start = past
 
     def _ways(self, src_index: Index, dst_index: Index, count: int) -> list[tuple[_Units, int]]:
         """Head, whole units and tail: by which units, and up to which position."""
@@ -113,22 +94,19 @@ class _Units:
             if index.ids is not None or self._plan.aligned(side)
         }
 
-    def calls(
-        self, src: KVView, dst: KVView, mine: Index, theirs: Index, count: int
-    ) -> Iterator[Call]:
-        """Copies that make up that of ``count`` positions, of a share each."""
+    def copy(self, src: KVView, dst: KVView, mine: Index, theirs: Index, count: int) -> None:
+        """Copy ``count`` positions."""
         for nest in self._nests:
-            yield from nest.calls(src, dst, mine, theirs, count // self.unit)
+            nest.copy(src, dst, mine, theirs, count // self.unit)
 
 
 class _NestRows:
-    """One nest as strided arrays ``[units, loops..., run]``."""
+    """One nest as strided tensors ``[units, loops..., run]``."""
 
     def __init__(self, nest: Nest, unit: int) -> None:
-        self._unit_bytes = nest.unit_bytes
+        self._width = nest.vector
         outer = [loop for loop in nest.loops if loop.tabled]
         self._sides = _SideRows(nest, nest.src, unit), _SideRows(nest, nest.dst, unit)
-        self._whole = not outer and _dense(*self._sides)
         # Planes that are memory of their own: how far each lies in the tables, and in bytes.
         self._moves = [
             (
@@ -138,94 +116,82 @@ class _NestRows:
             for at in product(*(range(x.extent) for x in outer))
         ]
 
-    def calls(
+    def copy(
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, units: int
-    ) -> Iterator[Call]:
-        """Copies of so many units."""
+    ) -> None:
+        """Copy so many units."""
         from_rows, to_rows = self._sides
         mine, theirs = from_rows.places(src_index, units), to_rows.places(dst_index, units)
-        each_call = units * self._unit_bytes // len(self._moves)
-        for first, past in _ranges(mine, theirs, units, each_call):
+        for first, past in _ranges(mine, theirs, units):
             here, there = mine.part(first, past), theirs.part(first, past)
-            plain = here.rows is None and there.rows is None
-            steady = past - first == 1 or here.pitch == there.pitch == self._unit_bytes
+            # Plain copies are of bytes, which torch gives to most threads; indexed ones are as fast
+            # as their elements are wide.
+            width = 1 if here.rows is None and there.rows is None else self._width
+            read, written = from_rows.laid(here, width), to_rows.laid(there, width)
             for from_move, to_move in self._moves:
-                if plain and steady and self._whole:
-                    nbytes = (past - first) * self._unit_bytes
-                    source_at = from_rows.address(src, here, nbytes)
-                    yield from _moves(to_rows.address(dst, there, nbytes), source_at, nbytes)
-                elif plain:
-                    source = from_rows.array(src, here, past - first, from_move)
-                    target = to_rows.array(dst, there, past - first, to_move)
-                    yield from _shares(target, source)
-                else:
-                    read = from_rows.tensor(src, here, past - first, from_move)
-                    written = to_rows.tensor(dst, there, past - first, to_move)
-                    yield from _indexed(read, here.rows, written, there.rows, past - first)
+                source, target = read.tensor(src, from_move), written.tensor(dst, to_move)
+                _copy(source, here.rows, target, there.rows)
 
 
 class _Stretch(NamedTuple):
-    """Units of one table entry: from a byte on, ``pitch`` bytes apart; or the rows of that pitch
-    that ``rows`` numbers, of which ``last`` is the largest."""
+    """Units of one table entry: ``number`` from a byte on, ``pitch`` bytes apart; or those of them
+    that ``rows`` names."""
 
     entry: int
     start: int
     pitch: int
+    number: int
     rows: torch.Tensor | None = None
-    last: int = 0
 
 
-class _Places:
-    """Where each unit of one side begins: ``offsets`` behind the address of ``entries``; both None
-    where units follow each other at a pitch from ``start`` on.
+class _Places(NamedTuple):
+    """Where each unit of one side begins: ``offsets`` behind the address of ``entries`` (None: of
+    the first); both None where units follow each other at a pitch from ``start`` on.
 
     ``grain`` divides the distances between offsets.
     """
 
-    def __init__(
-        self, start: int, pitch: int, grain: int, offsets: Int64 | None, entries: Int64 | None
-    ) -> None:
-        self.start, self.pitch, self.grain = start, pitch, grain
-        self.offsets, self.entries = offsets, entries
-
-    def breaks(self) -> Int64:
-        """Before which units the steady walk ends."""
-        if self.offsets is None:
-            return np.zeros(0, dtype=np.int64)
-        broken = np.diff(self.offsets) != self.pitch
-        if self.entries is not None:
-            broken |= np.diff(self.entries) != 0
-        return np.flatnonzero(broken) + 1
-
-    def moves(self) -> Int64:
-        """Before which units another table entry begins."""
-        if self.entries is None:
-            return np.zeros(0, dtype=np.int64)
-        return np.flatnonzero(np.diff(self.entries)) + 1
+    start: int
+    pitch: int
+    grain: int
+    offsets: Int64 | None = None
+    entries: Int64 | None = None
 
     def part(self, first: int, past: int) -> _Stretch:
         """The units from one on, all of one table entry."""
         if self.offsets is None:
-            return _Stretch(0, self.start + first * self.pitch, self.pitch)
+            return _Stretch(0, self.start + first * self.pitch, self.pitch, past - first)
         entry = 0 if self.entries is None else int(self.entries[first])
-        if past - first == 1:
-            return _Stretch(entry, int(self.offsets[first]), self.pitch)
         offsets = self.offsets[first:past]
-        steps = np.diff(offsets)
-        if steps[0] > 0 and (steps == steps[0]).all():
-            return _Stretch(entry, int(offsets[0]), int(steps[0]))
+        begin, pitch = int(offsets[0]), int(offsets[1] - offsets[0]) if past - first > 1 else 1
+        if pitch > 0 and (offsets == np.arange(begin, begin + pitch * offsets.size, pitch)).all():
+            return _Stretch(entry, begin, pitch, past - first)
         lowest = int(offsets.min())
         rows = (offsets - lowest) // self.grain
-        return _Stretch(entry, lowest, self.grain, torch.from_numpy(rows), int(rows.max()))
+        return _Stretch(entry, lowest, self.grain, int(rows.max()) + 1, torch.from_numpy(rows))
+
+
+class _Laid(NamedTuple):
+    """How a strided tensor lies, in table entry ``entry`` and ``offset`` bytes behind its
+    address."""
+
+    entry: int
+    offset: int
+    dtype: torch.dtype
+    size: list[int]
+    stride: list[int]
+
+    def tensor(self, view: KVView, move: tuple[int, int]) -> torch.Tensor:
+        """It, so many table entries and bytes further on; raises as `KVView.strided` does."""
+        entry, offset = self.entry + move[0], self.offset + move[1]
+        return view.strided(entry, offset, self.dtype, self.size, self.stride)
 
 
 class _SideRows:
-    """How the units of one side lie, and the strided arrays and tensors over them."""
+    """How the units of one side lie, and the strided tensors over them."""
 
     def __init__(self, nest: Nest, side: Side, unit: int) -> None:
-        # Plain copies are of bytes; indexed ones are as fast as their elements are wide.
-        self._side, self._unit, self._width = side, unit, nest.vector
-        width = nest.vector
+        self._side, self._unit, width = side, unit, nest.vector
         loops = [loop for loop in nest.loops if not loop.tabled]
         strides = [x.src_stride if side is nest.src else x.dst_stride for x in loops]
         self.size, self.stride = [*(loop.extent for loop in loops), nest.run], [*strides, 1]
@@ -240,60 +206,23 @@ class _SideRows:
             start = first * self._pitch + rest * (self._pitch // self._unit)
             return _Places(start, self._pitch, self._grain, None, None)
         number = index.units(units * self._unit, self._unit, _HERE).numpy()
-        offsets, entries = np.zeros_like(number), np.zeros_like(number)
+        offsets, entries = np.zeros_like(number), None
         for step in reversed(self._side.units):
             at = number % step.extent if step.extent else number
             number = number // step.extent if step.extent else number
-            entries += at * step.table
             offsets += at * step.stride
-        return _Places(0, self._pitch, self._grain, offsets, entries if self._tabled else None)
+            if step.table:
+                entries = at * step.table if entries is None else entries + at * step.table
+        return _Places(0, self._pitch, self._grain, offsets, entries)
 
-    def address(self, view: KVView, stretch: _Stretch, nbytes: int) -> int:
-        """Where the units of a stretch begin, which lie one behind the other."""
-        memory, start = _memory(view, self._side.table + stretch.entry)
-        start += self._side.offset + stretch.start
-        if start < 0 or start + nbytes > memory.nbytes:
-            raise view.replaced()
-        return view.origins[self._side.table + stretch.entry] + self._side.offset + stretch.start
-
-    def array(self, view: KVView, stretch: _Stretch, units: int, move: tuple[int, int]) -> _Bytes:
-        """The units of a stretch, byte by byte."""
-        memory, start = _memory(view, self._side.table + stretch.entry + move[0])
-        start += self._side.offset + stretch.start + move[1]
-        size, stride = (units, *self.size), (stretch.pitch, *self.stride)
-        try:
-            rows: _Bytes = np.ndarray(size, np.uint8, memory, start, stride)
-            return rows
-        except (TypeError, ValueError):  # the storage ends before the rows do
-            raise view.replaced() from None
-
-    def tensor(
-        self, view: KVView, stretch: _Stretch, units: int, move: tuple[int, int]
-    ) -> torch.Tensor:
-        """The units of a stretch, or all rows that they are among, in their widest elements."""
-        held, width = units if stretch.rows is None else stretch.last + 1, self._width
-        *size, run = held, *self.size
+    def laid(self, stretch: _Stretch, width: int) -> _Laid:
+        """The units of a stretch, and all that lie among them, in elements of ``width``."""
+        *size, run = stretch.number, *self.size
         *stride, _ = (step // width for step in (stretch.pitch, *self.stride))
-        offset = self._side.offset + stretch.start + move[1]
-        # One made in inference mode could not be written outside of it, as in another thread.
-        with torch.inference_mode(False):
-            return view.strided(
-                self._side.table + stretch.entry + move[0], offset, _ELEMENTS[width],
-                [*size, run // width], [*stride, 1],
-            )  # fmt: skip
-
-
-def _memory(view: KVView, entry: int) -> tuple[memoryview, int]:
-    """The bytes of the storage behind a table entry, kept with its view, and at which of them the
-    entry is. They hold no memory: the view does."""
-    key, storage = ("memory", entry), view.owners[entry].untyped_storage()
-    place = storage.data_ptr(), storage.nbytes()
-    known = view.kept.get(key)
-    if known is None or known[0] != place:
-        # By address: `Tensor.numpy` would keep the caller from resizing the storage ever after.
-        memory = memoryview((ctypes.c_uint8 * place[1]).from_address(place[0]))
-        known = view.kept[key] = place, memory
-    return known[1], view.origins[entry] - place[0]
+        return _Laid(
+            self._side.table + stretch.entry, self._side.offset + stretch.start, _ELEMENTS[width],
+            [*size, run // width], [*stride, 1],
+        )  # fmt: skip
 
 
 def _walked(steps: list[tuple[int, int]], at: tuple[int, ...]) -> tuple[int, int]:
@@ -304,80 +233,24 @@ def _walked(steps: list[tuple[int, int]], at: tuple[int, ...]) -> tuple[int, int
     )
 
 
-def _ranges(mine: _Places, theirs: _Places, units: int, nbytes: int) -> list[tuple[int, int]]:
-    """The units of each call, where one call for all of them moves so many bytes."""
-    if mine.offsets is None and theirs.offsets is None:
+def _ranges(mine: _Places, theirs: _Places, units: int) -> Iterable[tuple[int, int]]:
+    """The units of each call: neither side moves to another table entry among them."""
+    moves = [np.diff(x.entries) != 0 for x in (mine, theirs) if x.entries is not None]
+    if not moves:
         return [(0, units)]
-    cuts = np.union1d(mine.breaks(), theirs.breaks())
-    if nbytes < LEAST_STRETCH * (cuts.size + 1):
-        cuts = np.union1d(mine.moves(), theirs.moves())
-    ends = [0, *cuts.tolist(), units]
-    return list(pairwise(ends))
-
-
-def _dense(one: _SideRows, other: _SideRows) -> bool:
-    """Whether a unit's bytes lie together, and in one order on both sides."""
-    if one.stride != other.stride:
-        return False
-    reached = 1
-    for stride, size in sorted(zip(one.stride, one.size, strict=True)):
-        if size > 1 and stride != reached:
-            return False
-        reached *= size
-    return True
-
-
-def _moves(target: int, source: int, nbytes: int) -> Iterator[Call]:
-    """Plain copies of a share each, between addresses; they let other threads run."""
-    for at in range(0, nbytes, SHARE):
-        yield partial(ctypes.memmove, target + at, source + at, min(SHARE, nbytes - at))
-
-
-def _shares(target: _Bytes, source: _Bytes) -> Iterator[Call]:
-    """Plain copies of a share each, cut along the widest strides."""
-    if target.size <= SHARE:
-        return iter((partial(np.copyto, target, source),))
-    axes = sorted(range(target.ndim), key=lambda axis: -target.strides[axis])
-    return _cut(target.transpose(axes), source.transpose(axes))
-
-
-def _cut(target: _Bytes, source: _Bytes) -> Iterator[Call]:
-    parts, length = -(-target.size // SHARE), len(target)
-    if parts <= 1:
-        yield partial(np.copyto, target, source)
-    elif parts > length:
-        for into, out_of in zip(target, source, strict=True):
-            yield from _cut(into, out_of)
-    else:
-        step = -(-length // parts)
-        for at in range(0, length, step):
-            yield partial(np.copyto, target[at : at + step], source[at : at + step])
-
-
-def _indexed(
-    source: torch.Tensor,
-    srows: torch.Tensor | None,
-    target: torch.Tensor,
-    drows: torch.Tensor | None,
-    units: int,
-) -> Iterator[Call]:
-    """Indexed copies of so many units, each of as many as one thread copies."""
-    step = max(1, GRAIN // prod(target.shape[1:]))
-    for at in range(0, units, step):
-        part = slice(at, at + step)
-        read = source[part] if srows is None else source
-        written = target[part] if drows is None else target
-        rows = (None if x is None else x[part] for x in (srows, drows))
-        yield partial(_copy, read, written, *rows)
+    cuts = np.flatnonzero(np.logical_or.reduce(moves)) + 1
+    return pairwise([0, *cuts.tolist(), units])
 
 
 def _copy(
     source: torch.Tensor,
-    target: torch.Tensor,
     srows: torch.Tensor | None,
+    target: torch.Tensor,
     drows: torch.Tensor | None,
 ) -> None:
-    if drows is None:
+    if drows is not None:
+        target.index_put_((drows,), source if srows is None else source[srows])
+    elif srows is not None:
         torch.ops.aten.index.Tensor_out(source, [srows], out=target)
     else:
-        target.index_put_((drows,), source if srows is None else source[srows])
+        target.copy_(source)

@@ -3,14 +3,13 @@
 
 A device cannot read or write pageable memory beside the host. So rows are made dense on the device,
 as `staged` does, and cross in one copy each slice to or from pinned memory, where they lie in the
-order of the host's rows; and a crew of the host's threads copies between that and the rows while
-the caller has other slices cross. It is busy until the host has read or written all: a copy through
-this engine blocks.
+order of the host's rows; and the caller copies between that and the rows, by torch's threads, while
+other slices cross. It is busy until the host has read or written all: a copy through this engine
+blocks.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,7 +21,6 @@ from ...index import Index
 from ...plan import CopyPlan
 from ...routes import Route
 from .. import _flight
-from ._crew import Batch
 from ._ring_slots import TURNS, Slots, slots
 from .crossing import by_torch, crossing
 from .engine import PAGEABLE, PINNED, Engine, finish, read_on
@@ -209,7 +207,6 @@ class _Passage:
         self._half, self._link = (work, work) if single else (room.half, room.link)
         self._beside = not single
         self._free: list[torch.Event | None] = [None] * RING
-        self._copying: deque[Batch] = deque()
         self._by: Route | None = None
         self._placed = Index()
 
@@ -221,36 +218,25 @@ class _Passage:
         try:
             (self._down if self._launch.downward else self._up)(rows, host, mine, theirs)
         finally:
-            try:
-                for batch in self._copying:
-                    batch.stop()
-            finally:
-                # What was enqueued, also before an interrupt, is part of the caller's stream.
-                for stream in others:
-                    self._work.wait_stream(stream)
+            # What was enqueued, also before an interrupt, is part of the caller's stream.
+            for stream in others:
+                self._work.wait_stream(stream)
 
     def _down(self, rows: KVView, host: KVView, mine: Index, theirs: Index) -> None:
-        """To the host; it has begun on the next slice when it ends one."""
+        """To the host, while later slices cross."""
         number = len(self._slices)
         for nth in range(min(TURNS, number)):
             self._take(nth, rows, mine)
-        for nth in range(number + 1):
-            if nth < number:
-                self._begin(nth, host, theirs)
-            if nth:
-                self._end()
-            if nth and nth - 1 + TURNS < number:
-                self._take(nth - 1 + TURNS, rows, mine)
+        for nth in range(number):
+            self._copy(nth, host, theirs)
+            if nth + TURNS < number:
+                self._take(nth + TURNS, rows, mine)
 
     def _up(self, rows: KVView, host: KVView, mine: Index, theirs: Index) -> None:
-        """From the host; likewise."""
-        number = len(self._slices)
-        for nth in range(number + 1):
-            if nth < number:
-                self._begin(nth, host, theirs)
-            if nth:
-                self._end()
-                self._bring(nth - 1, rows, mine)
+        """From the host, while earlier slices cross."""
+        for nth in range(len(self._slices)):
+            self._copy(nth, host, theirs)
+            self._bring(nth, rows, mine)
 
     def _take(self, nth: int, rows: KVView, mine: Index) -> None:
         """From the device's rows to a slot."""
@@ -290,20 +276,13 @@ class _Passage:
         self._launch.crossing.copy(_pieces(src, dst, used), src, dst, self._link)
         self._ring.end(at, self._link)
 
-    def _begin(self, nth: int, host: KVView, theirs: Index) -> None:
+    def _copy(self, nth: int, host: KVView, theirs: Index) -> None:
         """The host's copy between its rows and a slot, once nothing crosses there."""
         launch, piece = self._launch, self._slices[nth]
         slot = self._ring.view(nth % TURNS, launch.mirror, piece.held)
         half, there = launch.of_host(slot, piece.held), theirs.shifted(piece.start)
-        if launch.downward:
-            batch = half.batch(slot, host, piece.behind, there, piece.count)
-        else:
-            batch = half.batch(host, slot, there, piece.behind, piece.count)
         self._ring.wait(nth % TURNS)
-        self._copying.append(batch)  # first, so that an interrupt stops it
-        batch.start()
-
-    def _end(self) -> None:
-        """Wait for the oldest copy of the host that was begun."""
-        self._copying[0].wait()
-        self._copying.popleft()
+        if launch.downward:
+            half.copy(slot, host, piece.behind, there, piece.count)
+        else:
+            half.copy(host, slot, there, piece.behind, piece.count)
