@@ -106,7 +106,7 @@ def test_staging_is_empty_and_usable_after_it_found_no_memory(
     larger: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else what was enough before is taken to be there still."""
-    halves = Transfers(Staged(DEVICE), True).launch.whole
+    halves = Transfers(Staged(DEVICE), True).launch.halves.whole
     held = halves.held(8, 0, True)
     nbytes = halves.mirror.nbytes(held)
     for later in ((1, 2), larger):

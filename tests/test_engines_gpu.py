@@ -25,7 +25,7 @@ def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(schedule, "LARGEST", 4096)
         monkeypatch.setattr(schedule, "SMALLEST", 1024)
         monkeypatch.setattr(schedule, "WHOLE", 0)
-        monkeypatch.setattr(ring, "SLICE", 2048)
+        monkeypatch.setattr(ring, "SIZES", schedule.Sizes(512, 512, 2048))
 
 
 @pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])

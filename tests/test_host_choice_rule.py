@@ -10,11 +10,12 @@ import pytest
 from host_choice_cases import ASSUMED, refusals
 
 from portakv import Unsupported
-from portakv.host.engines import _crew
 from portakv.host.engines._crossing_cuda import FOLD_BELOW
+from portakv.host.engines._ring_slots import TURNS
 from portakv.host.engines.assumed import CALL, COSTS, DIRECTIONS, HOST_COSTS, Assumed
 from portakv.host.engines.folding import LEAST_HEIGHT, TALL
 from portakv.host.engines.picking import EQUAL, ORDER, ROW, SMALL, Pick, pick
+from portakv.host.engines.schedule import LARGEST
 from portakv.host.engines.shapes import Shape
 from portakv.host.engines.table import Point, Table
 from portakv.host.engines.terms import Terms
@@ -261,6 +262,6 @@ def test_the_guide_tells_what_is_assumed() -> None:
     assert f"wide ones where {TALL} or more lie together" in flat
     to_host, to_device = (f"{ROW[direction] * 1e9:.0f} ns" for direction in DIRECTIONS)
     assert f"device {to_host} beside that to the host, and {to_device} to the device" in flat
-    threads = {8: "eight"}[_crew.MOST]
-    assert f"by up to {threads} threads" in flat
+    assert f"three pinned slots of at most {LARGEST >> 20} MiB each" in flat
+    assert TURNS == 3
     assert f"{SMALL['d2h'] >> 20} MiB from the device and {SMALL['h2d'] >> 20} MiB to it" in page

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
-from time import sleep
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -45,17 +44,9 @@ CASES: list[tuple[str, Any, int, int, int]] = [
 ]
 
 
-@pytest.fixture(params=["stretches", "indexed"])
-def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whether scattered rows are calls of their own, or one indexed call."""
-    least = 1 if request.param == "stretches" else 1 << 60
-    monkeypatch.setattr(host_rows, "LEAST_STRETCH", least)
-    return str(request.param)
-
-
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
 @pytest.mark.parametrize("outward", [True, False], ids=["to rows", "from rows"])
-def test_every_byte(case: tuple[str, Any, int, int, int], outward: bool, calls: str) -> None:
+def test_every_byte(case: tuple[str, Any, int, int, int], outward: bool) -> None:
     layout, ids, offset, count, unit = case
     here = tensors_of(layout, BLOCK * BLOCKS, 1)
     rows = view_of(here, layout)
@@ -75,7 +66,7 @@ def test_every_byte(case: tuple[str, Any, int, int, int], outward: bool, calls: 
     copy_rows(*judged[0], *judged[1], count=count)
     (src, dst), (src_index, dst_index) = sides
     steps = src_index.plan_step, dst_index.plan_step
-    HostRows(src.form, dst.form, *steps, unit).batch(src, dst, src_index, dst_index, count).wait()
+    HostRows(src.form, dst.form, *steps, unit).copy(src, dst, src_index, dst_index, count)
     assert torch.equal(dense, twin)
     for found, wanted in zip(leaves(here), leaves(expected), strict=True):
         assert torch.equal(found, wanted)
@@ -100,7 +91,7 @@ def test_rows_of_unequal_widths_and_of_any_alignment(widths: tuple[int, int], in
     dense = torch.arange(mirror.nbytes(8)).to(torch.uint8).flip(0).contiguous()
     slot = mirror.view(dense, 8)
     half = HostRows(slot.form, rows.form, 0, index.plan_step, 1)
-    half.batch(slot, rows, Index(), index, 7).wait()
+    half.copy(slot, rows, Index(), index, 7)
     copy_rows(slot, judged, Index(), index, count=7)
     assert torch.equal(memory, twin)
 
@@ -110,10 +101,10 @@ def test_memory_that_was_replaced_is_refused() -> None:
     mirror = mirror_of(rows.form)
     slot = mirror.view(torch.zeros(mirror.nbytes(8), dtype=torch.uint8), 8)
     half = HostRows(slot.form, rows.form, 0, 0, 1)
-    half.batch(slot, rows, Index(), Index(), 8).wait()
+    half.copy(slot, rows, Index(), Index(), 8)
     memory.untyped_storage().resize_(0)
     with pytest.raises(LayoutError, match="replaced"):
-        half.batch(slot, rows, Index(), Index(), 8).wait()
+        half.copy(slot, rows, Index(), Index(), 8)
 
 
 def test_in_inference_mode_and_after_it() -> None:
@@ -122,75 +113,68 @@ def test_in_inference_mode_and_after_it() -> None:
     slot = mirror.view(torch.zeros(mirror.nbytes(24), dtype=torch.uint8), 24)
     half = HostRows(slot.form, rows.form, 0, 0, 1)
     with torch.inference_mode():
-        half.batch(slot, rows, Index(), Index(), 8).wait()
-    half.batch(slot, rows, Index(), Index(), 24).wait()
+        half.copy(slot, rows, Index(), Index(), 8)
+    half.copy(slot, rows, Index(), Index(), 24)
     assert not memory.any()
 
 
-@pytest.fixture
-def four_threads() -> Iterator[None]:
+@pytest.fixture(params=[1, 4])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """How many torch may use."""
     before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
+    torch.set_num_threads(request.param)
+    yield request.param
     torch.set_num_threads(before)
 
 
-def plain_copies(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of the copies that are made, axes of one element left out; 1 and bytes
-    where by `memmove`."""
-    seen: list[tuple[int, ...]] = []
-    plain, moved = np.copyto, ctypes.memmove
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], bool]]:
+    """The copies that are made: the shape of what is written, axes of one element left out, and
+    whether ids pick its rows or those that are read."""
+    seen: list[tuple[tuple[int, ...], bool]] = []
+    plain = host_rows._copy
 
-    def noted(target: np.ndarray[Any, Any], source: np.ndarray[Any, Any]) -> None:
-        seen.append(tuple(n for n in target.shape if n != 1))
-        plain(target, source)
+    def noted(source: Any, srows: Any, target: Any, drows: Any) -> None:
+        seen.append((tuple(n for n in target.shape if n != 1), not srows is drows is None))
+        plain(source, srows, target, drows)
 
-    def noted_move(target: int, source: int, nbytes: int) -> None:
-        seen.append((1, nbytes))
-        moved(target, source, nbytes)
-
-    monkeypatch.setattr(np, "copyto", noted)
-    monkeypatch.setattr(ctypes, "memmove", noted_move)
+    monkeypatch.setattr(host_rows, "_copy", noted)
     return seen
 
 
-def test_consecutive_ids_are_one_plain_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_consecutive_ids_are_one_plain_copy(made: list[Any]) -> None:
     rows = view_of(tensors_of(POOLS[2], 0, 1), POOLS[2])
     mirror = mirror_of(rows.form)
     slot = mirror.view(torch.zeros(mirror.nbytes(64), dtype=torch.uint8), 64)
-    seen = plain_copies(monkeypatch)
     half = HostRows(slot.form, rows.form, 0, BLOCK, BLOCK)
-    half.batch(slot, rows, Index(), Index(list(range(4, 12)), step=BLOCK), 64).wait()
-    assert seen == [(1, mirror.nbytes(64))]  # blocks that are dense, and in one order
+    half.copy(slot, rows, Index(), Index(list(range(4, 12)), step=BLOCK), 64)
+    assert [indexed for _, indexed in made] == [False]
+    assert prod(made[0][0]) == mirror.nbytes(64)  # by bytes, which torch spreads furthest
 
 
-@pytest.mark.usefixtures("four_threads")
-def test_dense_rows_are_cut_into_shares_plane_by_plane(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Each of few long pieces: rows of 4 KiB, which lie together in each of 8 planes."""
+@pytest.mark.usefixtures("threads")
+def test_dense_rows_are_one_plain_copy(made: list[Any]) -> None:
+    """Rows of 4 KiB, which lie together in each of 8 planes."""
     tokens, width = 256, 4096
     memory = torch.arange(8 * 2 * tokens * width // 8).view(torch.uint8)
     rows = KVView(memory.view(2, 4, 2 * tokens, width), "kv layer token (head dim)", heads=1)
     mirror = mirror_of(rows.form)
     dense = torch.zeros(mirror.nbytes(tokens), dtype=torch.uint8)
     slot = mirror.view(dense, tokens)
-    seen = plain_copies(monkeypatch)
     half = HostRows(rows.form, slot.form, 0, 0, 1)
-    half.batch(rows, slot, Index(offset=7), Index(), tokens).wait()
-    assert seen == [(2, tokens, width)] * 4
-    assert 2 * tokens * width == host_rows.SHARE
+    half.copy(rows, slot, Index(offset=7), Index(), tokens)
+    assert len(made) == 1
     assert torch.equal(dense, memory.view(8, -1, width)[:, 7 : 7 + tokens].reshape(-1))
 
 
-@pytest.mark.usefixtures("four_threads")
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize("run", [16, 4096, 512 << 10])
+@pytest.mark.parametrize("run", [16, 48, 4096, 512 << 10])
 @pytest.mark.parametrize("outward", [True, False], ids=["to rows", "from rows"])
-def test_scattered_rows_by_several_threads(
-    outward: bool, run: int, inference: bool, monkeypatch: pytest.MonkeyPatch
+def test_scattered_rows_are_one_indexed_copy(
+    outward: bool, run: int, inference: bool, made: list[Any]
 ) -> None:
-    """Arrays of their own or indexed calls, and none so large that torch would spread it."""
+    """Of any width, in the widest elements that there are."""
     count = max(4, (4 << 20) // run)
     memory = torch.randint(0, 256, (2 * count, run), dtype=torch.uint8)
     order = torch.randperm(2 * count)[:count]
@@ -200,38 +184,22 @@ def test_scattered_rows_by_several_threads(
     slot, index, wanted = mirror.view(dense, count), Index(order), memory.clone()
     if outward:
         wanted[order] = dense.view(count, run)
-    indexed, plain, largest = host_rows._copy, plain_copies(monkeypatch), [0]
-
-    def noted(*arguments: Any) -> None:
-        rows = next(x for x in arguments[2:] if x is not None)
-        largest[0] = max(largest[0], rows.numel() * (run // 16))
-        indexed(*arguments)
-
-    monkeypatch.setattr(host_rows, "_copy", noted)
     with torch.inference_mode(inference):
         if outward:
-            half = HostRows(slot.form, rows.form, 0, 1, 1)
-            batch = half.batch(slot, rows, Index(), index, count)
+            HostRows(slot.form, rows.form, 0, 1, 1).copy(slot, rows, Index(), index, count)
         else:
-            half = HostRows(rows.form, slot.form, 1, 0, 1)
-            batch = half.batch(rows, slot, index, Index(), count)
-        batch.start()
-        batch.wait()
+            HostRows(rows.form, slot.form, 1, 0, 1).copy(rows, slot, index, Index(), count)
     assert torch.equal(memory, wanted)
     assert torch.equal(dense.view(count, run), memory[order])
-    assert largest[0] <= host_rows.GRAIN
-    assert bool(plain) == (run >= host_rows.LEAST_STRETCH)
+    ((shape, indexed),) = made
+    assert indexed
+    assert prod(shape[1:]) == run // 16
 
 
-def moved(
-    rows: KVView, target: KVView, mine: Index, theirs: Index, count: int, start: bool = False
-) -> None:
+def moved(rows: KVView, target: KVView, mine: Index, theirs: Index, count: int) -> None:
     """Copy positions between two views on the host."""
     half = HostRows(rows.form, target.form, mine.plan_step, theirs.plan_step, 1)
-    batch = half.batch(rows, target, mine, theirs, count)
-    if start:
-        batch.start()
-    batch.wait()
+    half.copy(rows, target, mine, theirs, count)
 
 
 def tokens_of(number: int, width: int = 100) -> tuple[torch.Tensor, KVView]:
@@ -240,75 +208,43 @@ def tokens_of(number: int, width: int = 100) -> tuple[torch.Tensor, KVView]:
     return memory, KVView(memory, "token dim")
 
 
-@pytest.mark.usefixtures("four_threads")
-@pytest.mark.parametrize(("count", "last"), [(9, 900), (10, 1000), (11, 100), (37, 700)])
-def test_dense_rows_move_in_shares(count: int, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_rows, "SHARE", 1000)
-    source, rows = tokens_of(50)
-    target, theirs = tokens_of(50)
-    wanted, seen = target.clone(), plain_copies(monkeypatch)
-    wanted[5 : 5 + count] = source[3 : 3 + count]
-    moved(rows, theirs, Index(offset=3), Index(offset=5), count, start=True)
-    shares = -(-100 * count // 1000)
-    assert sorted(seen) == sorted([(1, 1000)] * (shares - 1) + [(1, last)])
-    assert torch.equal(target, wanted)
-
-
-@pytest.mark.parametrize("ids", [[7], [7, 2, 4], [2, 3, 4]])
-def test_a_block_that_stands_alone_is_dense_whatever_the_pitch(
-    ids: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Scattered blocks are a unit each, and move as one; neighbours lie at a pitch."""
-    monkeypatch.setattr(host_rows, "LEAST_STRETCH", 1)
+@pytest.mark.parametrize("ids", [[7], [7, 2, 4], [2, 3, 4], [2, 4, 6], [6, 4, 2]])
+def test_blocks_at_a_pitch_are_one_plain_copy(ids: list[int], made: list[Any]) -> None:
     source = torch.randint(0, 256, (10, 5, 8), dtype=torch.uint8)  # room behind each block
     rows = KVView(source[:, :4], "block token dim")
     target, theirs = tokens_of(50, 8)
-    wanted, seen = target.clone(), plain_copies(monkeypatch)
+    wanted = target.clone()
     wanted[: 4 * len(ids)] = source[ids, :4].reshape(-1, 8)
     half = HostRows(rows.form, theirs.form, 4, 0, 4)
-    half.batch(rows, theirs, Index(ids, 4), Index(), 4 * len(ids)).wait()
-    assert seen == ([(3, 32)] if ids == [2, 3, 4] else [(1, 32)] * len(ids))
+    half.copy(rows, theirs, Index(ids, 4), Index(), 4 * len(ids))
     assert torch.equal(target, wanted)
+    assert [indexed for _, indexed in made] == [ids in ([7, 2, 4], [6, 4, 2])]
 
 
-def test_rows_in_another_order_are_no_move(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_in_another_order(made: list[Any]) -> None:
     """A block is dense on both sides, but its heads lie the other way round on one."""
     source, target = (torch.randint(0, 256, (6, 4, 2, 8), dtype=torch.uint8) for _ in range(2))
     rows = KVView(source, "block token head dim")
     turned = KVView(target.view(6, 2, 4, 8), "block head token dim")
-    seen = plain_copies(monkeypatch)
     half = HostRows(rows.form, turned.form, 4, 4, 4)
-    half.batch(rows, turned, Index([3, 4], 4), Index([0, 1], 4), 8).wait()
-    assert seen
-    assert all(shape[0] > 1 for shape in seen)
+    half.copy(rows, turned, Index([3, 4], 4), Index([0, 1], 4), 8)
+    assert made
     assert torch.equal(target.view(6, 2, 4, 8)[:2], source[3:5].transpose(1, 2))
 
 
-@pytest.mark.usefixtures("four_threads")
-def test_an_error_in_one_share_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_rows, "SHARE", 10)
-    source, rows = tokens_of(50)
-    target, theirs = tokens_of(50)
-    plain, calls = ctypes.memmove, list[int]()
-
-    def failing(into: int, out_of: int, nbytes: int) -> None:
-        if into == target.data_ptr() + 30:
-            raise OSError("a page could not be read")
-        calls.append(into)
-        sleep(0.001)
-        plain(into, out_of, nbytes)
-
-    monkeypatch.setattr(ctypes, "memmove", failing)
-    with pytest.raises(OSError, match="a page could not be read"):
-        moved(rows, theirs, Index(), Index(), 50, start=True)
-    made = len(calls)
-    assert made < 400  # of 499
-    sleep(0.01)
-    assert len(calls) == made
-    assert not torch.equal(target[-5:], source[-5:])
+def test_planes_that_are_memory_of_their_own_are_copies_of_their_own(made: list[Any]) -> None:
+    source = [torch.randint(0, 256, (2, 6, 4, 1, 16), dtype=torch.uint8) for _ in range(3)]
+    rows = KVView(source, "layer | kv block token head dim")
+    mirror = mirror_of(rows.form)
+    dense = torch.zeros(mirror.nbytes(12), dtype=torch.uint8)
+    half = HostRows(rows.form, mirror.view(dense, 12).form, 4, 0, 4)
+    half.copy(rows, mirror.view(dense, 12), Index([5, 0, 3], 4), Index(), 12)
+    assert len(made) == 3
+    wanted = torch.stack([plane[:, [5, 0, 3]] for plane in source])
+    assert torch.equal(dense, wanted.reshape(-1))
 
 
-#: Rows in one piece, which `memmove` copies; and with gaps between them, which it does not.
+#: Rows in one piece, and with gaps between them.
 STEADY = pytest.mark.parametrize("gap", [0, 4], ids=["moved", "strided"])
 
 
@@ -328,7 +264,7 @@ def test_memory_that_is_elsewhere_or_too_short_is_refused(
     rows = within(arena, gap)
     _, others = tokens_of(20, 20 - gap)
     sides = (others, rows) if outward else (rows, others)
-    moved(*sides, Index(), Index(), 20)  # what it was before is kept with the view
+    moved(*sides, Index(), Index(), 20)
     rows.owners[0].set_(torch.from_numpy(arena[slice(*ends)]).untyped_storage())
     before = arena.copy()
     # It may also happen between that and the copy, as by another thread.
@@ -363,10 +299,10 @@ def test_storages_can_still_be_resized() -> None:
     mirror = mirror_of(rows.form)
     slot = mirror.view(torch.zeros(mirror.nbytes(8), dtype=torch.uint8), 8)
     half = HostRows(slot.form, rows.form, 0, 0, 1)
-    half.batch(slot, rows, Index(), Index(), 8).wait()
+    half.copy(slot, rows, Index(), Index(), 8)
     memory.untyped_storage().resize_(128)
     with pytest.raises(LayoutError, match="replaced"):
-        half.batch(slot, rows, Index(), Index(), 8)
+        half.copy(slot, rows, Index(), Index(), 8)
 
 
 @pytest.mark.parametrize("layout", [*CHUNKS, *POOLS, "layer token (kv head dim)"])

@@ -15,8 +15,8 @@ from .mirror import Mirror
 if TYPE_CHECKING:
     from ...view import KVView
 
-#: Slots of each device: while the host copies one, and begins on the next, another crosses. Of 2, 3
-#: and 4 slots of 4 and 16 MiB, plain copies did best through 3 of 16 on an H200.
+#: Slots of each device: while the host copies one, others cross. Of 2, 3 and 4 slots of 4 and 16
+#: MiB, plain copies did best through 3 of 16 on an H200.
 TURNS = 3
 _KEPT = 64  # views of slots that are remembered
 

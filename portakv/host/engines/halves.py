@@ -15,8 +15,8 @@ from ...plan import CopyPlan
 from ...routes import Route, route
 from .crossing import fold
 from .folding import Pieces
-from .mirror import Mirror
-from .schedule import capacity
+from .mirror import Mirror, mirror_of
+from .schedule import Cut, capacity
 
 if TYPE_CHECKING:
     from ...backends.base import Launch
@@ -89,6 +89,49 @@ class Halves:
         if self.downward:
             return fold(link.runs(mirror, host, behind, index, count), mirror, host, below)
         return fold(link.runs(host, mirror, index, behind, count), host, mirror, below)
+
+
+class CutHalves:
+    """The halves of a plan, ``whole`` and for the planes of its slices.
+
+    Args:
+        plan: between a device and the host.
+        by_layer: mirrors lie layer by layer instead of as the host's rows do.
+        half: what carries out the device's half.
+    """
+
+    def __init__(self, plan: CopyPlan, by_layer: bool, half: Choice) -> None:
+        self._plan, self._by_layer, self._half = plan, by_layer, half
+        self.whole = self._of(plan)
+        self._known: dict[tuple[object, ...], Halves] = {}
+
+    def of(self, rows: KVView, host: KVView, cut: Cut) -> Halves:
+        """The halves for a slice, of views that show only its planes."""
+        if cut.layers is None and cut.kv is None:
+            return self.whole
+        key = rows.form, host.form
+        known = self._known.get(key)
+        if known is None:
+            src, dst = key if self.whole.downward else key[::-1]
+            steps = self._plan.src_step, self._plan.dst_step
+            known = self._known[key] = self._of(CopyPlan(src, dst, *steps, self._plan.unit))
+        return known
+
+    def _of(self, plan: CopyPlan) -> Halves:
+        host = plan.dst if plan.src.place == "device" else plan.src
+        return Halves(plan, mirror_of(host, self._by_layer), self._half)
+
+
+def sliced(view: KVView, cut: Cut) -> KVView:
+    """The planes of a slice, as a view that is made once."""
+    if cut.layers is None and cut.kv is None:
+        return view
+    key = "planes", cut.layers, cut.kv
+    known: KVView | None = view.kept.get(key)
+    if known is None:
+        layers, kv = (None if ends is None else slice(*ends) for ends in (cut.layers, cut.kv))
+        known = view.kept[key] = view.slice(layers=layers, kv=kv)
+    return known
 
 
 def in_either_order(prepared: Callable[[bool], Launch]) -> Launch:

@@ -25,25 +25,20 @@ from ._ring_slots import TURNS, Slots, slots
 from .crossing import by_torch, crossing
 from .engine import PAGEABLE, PINNED, Engine, finish, read_on
 from .folding import Pieces
-from .halves import Halves, in_either_order
+from .halves import CutHalves, Halves, in_either_order, sliced
 from .host_rows import HostRows
-from .mirror import mirror_of
-from .schedule import RING, multiple
+from .mirror import Mirror
+from .schedule import RING, Sizes, cuts
 from .staging import Staging, mark, staging, wait
 
 if TYPE_CHECKING:
     from ...form import Form
     from ...view import KVView
 
-#: Bytes of the largest slice (one unit of a copy at least), and so of a slot of pinned memory: a
-#: device takes `_ring_slots.TURNS` of these, 48 MiB. Of 4 and 16 MiB the larger lost least to the
-#: calls between slices, for plain copies on an H200.
-SLICE = 16 << 20
-#: The first slices are the largest by these, and the last ones of a copy to the device: there only
-#: the link is busy, or only the host. What crosses must not take much longer than the host needs
-#: for the slice before it. There is one: on a small slice the caller spends as long as on a large
-#: (256 MB beside an H200: 34 - 38 GB/s with one, 32 - 34 with two, a quarter and a half).
-GROWING = (2,)
+#: Each slice costs the caller about 0.1 ms, and in the first one only the link is busy, or only the
+#: host. Of 16, 24 and 32 MiB the middle did best (H200, 16 cores); a device takes
+#: `_ring_slots.TURNS` slots of up to `schedule.LARGEST` for them, 96 MiB of pinned memory.
+SIZES = Sizes(whole=8 << 20, smallest=8 << 20, largest=24 << 20)
 
 
 class Ring(Engine):
@@ -60,7 +55,7 @@ class Ring(Engine):
     def prepare(self, plan: CopyPlan) -> Launch:
         def prepared(by_layer: bool) -> Launch:
             launch = _RingLaunch(plan, self, by_layer)
-            launch.halves.prepare(self.device)
+            launch.halves.whole.prepare(self.device)
             return launch
 
         return in_either_order(prepared)
@@ -68,12 +63,22 @@ class Ring(Engine):
 
 @dataclass(frozen=True, slots=True)
 class _Slice:
-    """Positions of a transfer, how many its mirror holds, and where in it they begin."""
+    """A slice: its planes on both sides, from which position on and how many, where the host's rows
+    are named and where they lie in a mirror that holds ``held`` positions."""
 
+    rows: KVView
+    host: KVView
+    halves: Halves
     start: int
     count: int
-    held: int
+    theirs: Index
     behind: Index
+    held: int
+
+    @property
+    def mirror(self) -> Mirror:
+        """How its rows lie while they are dense."""
+        return self.halves.mirror
 
 
 class Extent(NamedTuple):
@@ -112,17 +117,12 @@ class _RingLaunch:
     """A prepared copy."""
 
     def __init__(self, plan: CopyPlan, engine: Engine, by_layer: bool) -> None:
-        self.plan, self.device = plan, engine.device
-        self.downward = plan.src.place == "device"
-        self.mirror = mirror_of(plan.dst if self.downward else plan.src, by_layer)
-        self.halves = Halves(plan, self.mirror, engine.half)
+        self.device, self.downward = engine.device, plan.src.place == "device"
+        self._host = plan.dst if self.downward else plan.src
+        self.halves = CutHalves(plan, by_layer, engine.half)
         self.crossing = crossing(engine.device)
         self._slots = slots(engine.device)
-        self._of_host: dict[int, HostRows] = {}
-        quantum = self.halves.quantum
-        each = self.mirror.slot_bytes
-        self._most = multiple(SLICE, quantum, each)
-        self._first = [multiple(SLICE // by, quantum, each) for by in GROWING]
+        self._of_host: dict[tuple[Halves, int], HostRows] = {}
 
     def __call__(
         self,
@@ -138,51 +138,39 @@ class _RingLaunch:
             return
         host, rows = (dst, src) if self.downward else (src, dst)
         theirs, mine = (dst_index, src_index) if self.downward else (src_index, dst_index)
-        theirs = theirs.to_host()
         work = stream or torch.accelerator.current_stream(self.device.index)
         room = staging(self.device, work)
-        slices = self.slices(theirs.offset, count)
+        slices = self.slices(rows, host, theirs.to_host(), count)
         with self._slots.lock, room.lock, _flight.inside(stream):
-            largest = self.mirror.nbytes(max(piece.held for piece in slices))
+            largest = max(piece.mirror.nbytes(piece.held) for piece in slices)
             room.reserve(largest, RING)
             self._slots.reserve(largest)
-            passage = _Passage(self, room, self._slots, work, slices)
-            passage.run(rows, host, mine, theirs)
+            _Passage(self, room, self._slots, work, slices).run(mine)
 
-    def slices(self, offset: int, count: int) -> list[_Slice]:
-        """The slices of a transfer whose host's rows begin at an offset, in their order."""
-        counts, left = list[int](), count
-        for most in self._first:
-            if most < left:
-                counts.append(most)
-                left -= most
-        full, rest = divmod(left, self._most)
-        counts += [self._most] * full + [rest] * bool(rest)
-        found, start = [], 0
-        for each in counts:
-            behind = self.halves.behind(Index(offset=offset + start))
-            found.append(_Slice(start, each, self._held(each, behind.offset), behind))
-            start += each
-        return found if self.downward else found[::-1]
+    def slices(self, rows: KVView, host: KVView, theirs: Index, count: int) -> list[_Slice]:
+        """The slices of a transfer, in their order. Where planes lie outside the positions these
+        are cut, so that the host copies few long pieces."""
+        whole, found = self.halves.whole, list[_Slice]()
+        outside = whole.mirror.outside
+        for cut in cuts(self._host, outside, count, whole.quantum, self.downward, SIZES):
+            mine, part = sliced(rows, cut), sliced(host, cut)
+            halves, there = self.halves.of(mine, part, cut), theirs.shifted(cut.start)
+            held = halves.held(cut.count, there.offset, False)  # any length shares few plans
+            behind = halves.behind(there)
+            found.append(_Slice(mine, part, halves, cut.start, cut.count, there, behind, held))
+        return found
 
-    def _held(self, count: int, behind: int) -> int:
-        """Slots of a mirror: one of few numbers, so that transfers of any length share plans."""
-        held = self.halves.quantum
-        while held < count:
-            held *= 2
-        held = count if count in self._first else min(held, self._most)
-        return held + (self.mirror.block_size if behind else 0)
-
-    def of_host(self, slot: KVView, held: int) -> HostRows:
+    def of_host(self, piece: _Slice, slot: KVView) -> HostRows:
         """The host's own half, for slots that hold so many."""
-        known = self._of_host.get(held)
+        key = piece.halves, piece.held
+        known = self._of_host.get(key)
         if known is None:
-            plan = self.plan
+            plan = piece.halves.plan
             if self.downward:
                 known = HostRows(slot.form, plan.dst, 0, plan.dst_step, plan.unit)
             else:
                 known = HostRows(plan.src, slot.form, plan.src_step, 0, plan.unit)
-            self._of_host[held] = known
+            self._of_host[key] = known
         return known
 
 
@@ -210,57 +198,59 @@ class _Passage:
         self._by: Route | None = None
         self._placed = Index()
 
-    def run(self, rows: KVView, host: KVView, mine: Index, theirs: Index) -> None:
+    def run(self, mine: Index) -> None:
         """Move every slice."""
         others = [stream for stream in (self._half, self._link) if stream is not self._work]
         for stream in others:
             stream.wait_stream(self._work)
         try:
-            (self._down if self._launch.downward else self._up)(rows, host, mine, theirs)
+            (self._down if self._launch.downward else self._up)(mine)
         finally:
             # What was enqueued, also before an interrupt, is part of the caller's stream.
             for stream in others:
                 self._work.wait_stream(stream)
+            for piece in self._slices:
+                piece.rows.record_table(self._work)  # made in a launch, for one stream's kernel
 
-    def _down(self, rows: KVView, host: KVView, mine: Index, theirs: Index) -> None:
+    def _down(self, mine: Index) -> None:
         """To the host, while later slices cross."""
         number = len(self._slices)
         for nth in range(min(TURNS, number)):
-            self._take(nth, rows, mine)
+            self._take(nth, mine)
         for nth in range(number):
-            self._copy(nth, host, theirs)
+            self._copy(nth)
             if nth + TURNS < number:
-                self._take(nth + TURNS, rows, mine)
+                self._take(nth + TURNS, mine)
 
-    def _up(self, rows: KVView, host: KVView, mine: Index, theirs: Index) -> None:
+    def _up(self, mine: Index) -> None:
         """From the host, while earlier slices cross."""
         for nth in range(len(self._slices)):
-            self._copy(nth, host, theirs)
-            self._bring(nth, rows, mine)
+            self._copy(nth)
+            self._bring(nth, mine)
 
-    def _take(self, nth: int, rows: KVView, mine: Index) -> None:
+    def _take(self, nth: int, mine: Index) -> None:
         """From the device's rows to a slot."""
         piece, at = self._slices[nth], nth % RING
         mirror, way, index = self._device_half(piece, at, mine)
         wait(self._half, self._free[at])
-        finish(way.launch(rows, mirror, index, piece.behind, piece.count, self._half, None))
+        finish(way.launch(piece.rows, mirror, index, piece.behind, piece.count, self._half, None))
         wait(self._link, mark(self._half, self._beside))
         self._cross(nth, mirror)
         self._free[at] = mark(self._link, self._beside)
 
-    def _bring(self, nth: int, rows: KVView, mine: Index) -> None:
+    def _bring(self, nth: int, mine: Index) -> None:
         """From a slot to the device's rows."""
         piece, at = self._slices[nth], nth % RING
         mirror, way, index = self._device_half(piece, at, mine)
         wait(self._link, self._free[at])
         self._cross(nth, mirror)
         wait(self._half, mark(self._link, self._beside))
-        finish(way.launch(mirror, rows, piece.behind, index, piece.count, self._half, None))
+        finish(way.launch(mirror, piece.rows, piece.behind, index, piece.count, self._half, None))
         self._free[at] = mark(self._half, self._beside)
 
     def _device_half(self, piece: _Slice, at: int, mine: Index) -> tuple[KVView, Route, Index]:
-        mirror = self._room.mirror(at, self._launch.mirror, piece.held)
-        way, _ = self._launch.halves.ways(mirror, piece.held)
+        mirror = self._room.mirror(at, piece.mirror, piece.held)
+        way, _ = piece.halves.ways(mirror, piece.held)
         if way is not self._by:
             self._placed, self._by = read_on(self._work, way.place(mine)), way
         return mirror, way, self._placed.shifted(piece.start)
@@ -268,7 +258,7 @@ class _Passage:
     def _cross(self, nth: int, mirror: KVView) -> None:
         """Between a mirror and a slot, in one copy."""
         piece, at = self._slices[nth], nth % TURNS
-        slot = self._ring.view(at, self._launch.mirror, piece.held)
+        slot = self._ring.view(at, piece.mirror, piece.held)
         src, dst = (mirror, slot) if self._launch.downward else (slot, mirror)
         used = extent(mirror.form, piece.held, piece.behind.offset, piece.count)
         self._ring.wait(at)
@@ -276,13 +266,13 @@ class _Passage:
         self._launch.crossing.copy(_pieces(src, dst, used), src, dst, self._link)
         self._ring.end(at, self._link)
 
-    def _copy(self, nth: int, host: KVView, theirs: Index) -> None:
+    def _copy(self, nth: int) -> None:
         """The host's copy between its rows and a slot, once nothing crosses there."""
-        launch, piece = self._launch, self._slices[nth]
-        slot = self._ring.view(nth % TURNS, launch.mirror, piece.held)
-        half, there = launch.of_host(slot, piece.held), theirs.shifted(piece.start)
-        self._ring.wait(nth % TURNS)
-        if launch.downward:
-            half.copy(slot, host, piece.behind, there, piece.count)
+        piece, at = self._slices[nth], nth % TURNS
+        slot = self._ring.view(at, piece.mirror, piece.held)
+        half = self._launch.of_host(piece, slot)
+        self._ring.wait(at)
+        if self._launch.downward:
+            half.copy(slot, piece.host, piece.behind, piece.theirs, piece.count)
         else:
-            half.copy(host, slot, there, piece.behind, piece.count)
+            half.copy(piece.host, slot, piece.theirs, piece.behind, piece.count)

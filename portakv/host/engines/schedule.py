@@ -10,6 +10,7 @@ the positions.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ...form import Form
 
@@ -22,8 +23,8 @@ LARGEST, SMALLEST, GROWTH = 32 << 20, 4 << 20, 4
 #: kernels, every 1.6 ms, in which the link of an H200 moves 85 MiB. Four where the next transfer
 #: does not wait for the end of the last: one mirror is half drained by then, three are 96 MiB.
 RING, LONG_RING, DETACHED_RING = 2, 3, 4
-#: Bytes up to which a transfer is one slice: a gather of 16 MiB takes 10 us, no more than what the
-#: events and the gap of another slice cost.
+#: Bytes up to which a transfer of `staged` is one slice: a gather of 16 MiB takes 10 us, no more
+#: than what the events and the gap of another slice cost.
 WHOLE = 16 << 20
 
 
@@ -37,13 +38,27 @@ class Cut:
     count: int
 
 
+class Sizes(NamedTuple):
+    """Bytes of slices: up to which a transfer is one, of the first, and of the largest."""
+
+    whole: int
+    smallest: int
+    largest: int
+
+
+def staged_sizes(idle: bool) -> Sizes:
+    """Those of `staged`; where the link is not ``idle`` all are as large as they can be, as nothing
+    waits for the first of them, and a model that leaves little room is asked for it least often."""
+    return Sizes(WHOLE, SMALLEST if idle else LARGEST, LARGEST)
+
+
 def cuts(
     form: Form,
     outside: tuple[str, ...],
     count: int,
     quantum: int,
     rising: bool,
-    idle: bool = True,
+    sizes: Sizes,
 ) -> list[Cut]:
     """Cut ``count`` positions of a form into slices, in the order in which they should be moved.
 
@@ -53,33 +68,32 @@ def cuts(
         count: positions.
         quantum: every slice but the last along the positions is a multiple of it.
         rising: small slices first; else last.
-        idle: the link is; else all slices are as large as they can be, as nothing waits for the
-            first of them, and a model that leaves little room is asked for it least often.
+        sizes: of the slices.
     """
-    if form.token_bytes // _page(form) * count <= WHOLE:
+    if form.token_bytes // _page(form) * count <= sizes.whole:
         return [Cut(None, None, 0, count)]
     found: list[Cut] = []
-    target = SMALLEST if idle else LARGEST
-    for kv, layers, atom in _planes(form, outside, count):
+    target, largest = sizes.smallest, sizes.largest
+    for kv, layers, atom in _planes(form, outside, count, largest):
         at = 0
         while at < layers:
             # Powers of two: for each number of layers there is a plan, and perhaps a kernel.
             n = 1 << (min(max(1, target // atom), layers - at).bit_length() - 1)
             if "layer" not in outside:
                 n = layers
-            if "layer" in outside and atom <= LARGEST:
+            if "layer" in outside and atom <= largest:
                 found.append(Cut((at, at + n), kv, 0, count))
             else:
-                found += _positions((at, at + n), kv, count, quantum, n * atom, target)
+                found += _positions((at, at + n), kv, count, quantum, n * atom, target, largest)
             at += n
-            target = min(target * GROWTH, LARGEST)
+            target = min(target * GROWTH, largest)
     if not outside:
         found = [replace(cut, layers=None) for cut in found]
     return found if rising else found[::-1]
 
 
 def _planes(
-    form: Form, outside: tuple[str, ...], count: int
+    form: Form, outside: tuple[str, ...], count: int, largest: int
 ) -> list[tuple[tuple[int, int] | None, int, int]]:
     """Which kv, how many layers, and bytes of one of these layers, outermost first."""
     plane = form.token_bytes // (form.layers * form.kv) * count // _page(form)
@@ -87,7 +101,7 @@ def _planes(
         if "kv" not in outside:
             return [(None, form.layers, plane * form.kv)]
         return [((k, k + 1), form.layers, plane) for k in range(form.kv)]
-    if outside[0] == "kv" or (len(outside) == 2 and plane * form.kv > LARGEST):
+    if outside[0] == "kv" or (len(outside) == 2 and plane * form.kv > largest):
         return [((k, k + 1), form.layers, plane) for k in range(form.kv)]
     return [(None, form.layers, plane * form.kv)]
 
@@ -103,6 +117,7 @@ def _positions(
     quantum: int,
     nbytes: int,
     target: int,
+    largest: int,
 ) -> list[Cut]:
     """Cut the positions of some layers, of ``nbytes`` in all, into slices that grow."""
     found, start = [], 0
@@ -110,7 +125,7 @@ def _positions(
         taken = min(multiple(target, quantum, nbytes / count), count - start)
         found.append(Cut(layers, kv, start, taken))
         start += taken
-        target = min(target * GROWTH, LARGEST)
+        target = min(target * GROWTH, largest)
     return found
 
 

@@ -20,9 +20,8 @@ from .. import _flight, _registrations
 from .crossing import Crossing, crossing
 from .engine import PINNED, Engine, finish, read_on
 from .folding import Pieces
-from .halves import Halves, in_either_order
-from .mirror import mirror_of
-from .schedule import DETACHED_RING, LONG_RING, RING, Cut, cuts
+from .halves import CutHalves, in_either_order, sliced
+from .schedule import DETACHED_RING, LONG_RING, RING, Cut, cuts, staged_sizes
 from .staging import Staging, mark, staging, wait
 
 if TYPE_CHECKING:
@@ -42,24 +41,22 @@ class Staged(Engine):
     def prepare(self, plan: CopyPlan) -> Launch:
         def prepared(by_layer: bool) -> Launch:
             launch = _StagedLaunch(plan, self, by_layer)
-            launch.whole.prepare(self.device)
+            launch.halves.whole.prepare(self.device)
             return launch
 
         return in_either_order(prepared)
 
 
 class _StagedLaunch:
-    """A prepared copy; ``whole``: its halves where every plane is moved at once."""
+    """A prepared copy."""
 
     def __init__(self, plan: CopyPlan, engine: Engine, by_layer: bool) -> None:
         self.device, self.downward = engine.device, plan.src.place == "device"
-        self.plan, self._half, self._by_layer = plan, engine.half, by_layer
         self._detached = engine.terms.detached
         self._host = plan.dst if self.downward else plan.src
-        self.whole = self._halves_of(plan)
+        self.halves = CutHalves(plan, by_layer, engine.half)
         self._crossing = crossing(engine.device)
         self.fold_below = self._crossing.fold_below
-        self._halves: dict[tuple[object, ...], Halves] = {}
 
     def __call__(
         self,
@@ -105,33 +102,18 @@ class _StagedLaunch:
         elif len(host.origins) > 1 or seams:
             key += (host.origins,)
         else:  # in other memory of the host's form a slice lies as far behind its address
-            outside = self.whole.mirror.outside
+            outside = self.halves.whole.mirror.outside
         kept: dict[tuple[object, ...], _Kept] = rows.kept.setdefault(self, {})
         known = kept.get(key)
         if known is None:
             # Ids scatter the rows of a plane anyway, and several allocations the planes.
-            slices = cuts(self._host, outside, count, self.whole.quantum, self.downward, idle)
+            quantum, sizes = self.halves.whole.quantum, staged_sizes(idle)
+            slices = cuts(self._host, outside, count, quantum, self.downward, sizes)
             legs = [Leg(self, cut, bool(outside), rows, host, theirs) for cut in slices]
             if len(kept) >= _KEPT:
                 kept.clear()
             known = kept[key] = _Kept(legs, theirs.lineage)
         return known.legs
-
-    def halves(self, rows: KVView, host: KVView, cut: Cut) -> Halves:
-        """The halves for the planes of a slice, of views that show only these."""
-        if cut.layers is None and cut.kv is None:
-            return self.whole
-        key = rows.form, host.form
-        known = self._halves.get(key)
-        if known is None:
-            src, dst = key if self.downward else key[::-1]
-            steps = self.plan.src_step, self.plan.dst_step
-            known = self._halves[key] = self._halves_of(CopyPlan(src, dst, *steps, self.plan.unit))
-        return known
-
-    def _halves_of(self, plan: CopyPlan) -> Halves:
-        host = plan.dst if self.downward else plan.src
-        return Halves(plan, mirror_of(host, self._by_layer), self._half)
 
 
 class _Kept(NamedTuple):
@@ -164,7 +146,7 @@ class Leg:
     ) -> None:
         self.rows, part = sliced(rows, cut), sliced(host, cut)
         self.start, self.count = cut.start, cut.count
-        self.halves = launch.halves(self.rows, part, cut)
+        self.halves = launch.halves.of(self.rows, part, cut)
         self.mirror, self.held = (
             self.halves.mirror,
             self.halves.held(cut.count, theirs.offset + cut.start, exactly),
@@ -202,18 +184,6 @@ class Leg:
         if not dst and not src:
             return known
         return known._replace(dst=known.dst + dst, src=known.src + src)
-
-
-def sliced(view: KVView, cut: Cut) -> KVView:
-    """The planes of a slice, as a view that is made once."""
-    if cut.layers is None and cut.kv is None:
-        return view
-    key = "planes", cut.layers, cut.kv
-    known: KVView | None = view.kept.get(key)
-    if known is None:
-        layers, kv = (None if ends is None else slice(*ends) for ends in (cut.layers, cut.kv))
-        known = view.kept[key] = view.slice(layers=layers, kv=kv)
-    return known
 
 
 class _Move(NamedTuple):
