@@ -18,11 +18,11 @@ from .clocks import Clock
 from .errors import Unsupported
 from .host._streams import own_stream
 from .host.ids import bring
-from .pump import Landing, Pace, Pump, Slice
+from .pump import WINDOW, Landing, Pace, Pump, Slice
 from .transfer import Transfer
 
 #: The most bytes of a slice, unless one block has more. What is under way when a transfer is
-#: cancelled still lands, three slices of it: 1 ms on a link of 50 GB/s.
+#: cancelled still lands, three slices of it (`pump.WINDOW`): 1 ms on a link of 50 GB/s.
 SLICE = 16 << 20
 #: Seconds that a slice takes at the rate that was asked for. It crosses as fast as the link, and
 #: the pause behind it makes the rate.
@@ -75,6 +75,8 @@ def cut(order: Order, by_layer: bool) -> list[Slice]:
     layers: list[int | None] = list(range(order.src.layers)) if by_layer else [None]
     token_bytes = order.asked().token_bytes / len(layers)
     rate, most = order.terms.max_gbps, float(SLICE)
+    if {order.src.form.place, order.dst.form.place} == {"device", "pageable"}:
+        most *= WINDOW  # it blocks: one slice is under way, and costs what waking threads does
     if rate is not None:
         most = min(most, rate * 1e9 * BEAT)
     tokens = max(1, int(most / (order.whole * token_bytes))) * order.whole

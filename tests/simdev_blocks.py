@@ -37,6 +37,7 @@ from portakv import (
 )
 from portakv.host.engines.engine import Engine
 from portakv.host.engines.terms import Terms
+from portakv.pump import WINDOW
 
 SRC, DST = [5, 0, 7, 2, 3], [1, 6, 0, 4, 2]
 BLOCK_BYTES = LAYERS * 2 * SIZE * HEADS * DIM * 2
@@ -54,7 +55,8 @@ def _no_faults_left() -> Any:
 
 @pytest.fixture(autouse=True)
 def _small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_slices, "SLICE", 2 * BLOCK_BYTES)
+    # A slice has two blocks, or one where several are under way.
+    monkeypatch.setattr(block_slices, "SLICE", -(-2 * BLOCK_BYTES // WINDOW))
 
 
 @pytest.fixture(params=WAYS)
@@ -272,6 +274,19 @@ def test_cancelling(monkeypatch: pytest.MonkeyPatch) -> None:
         before[:, :, slots] = after[:, :, slots]
         assert 2 <= blocks < 5
         assert torch.equal(dst.rows(), before)
+
+
+@pytest.mark.parametrize("store", [False, True])
+@pytest.mark.parametrize("pin", [False, True], ids=["pageable", "pinned"])
+def test_as_much_is_under_way_in_one_slice_that_blocks_as_in_three(
+    store: bool, pin: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_slices, "SLICE", BLOCK_BYTES)
+    src, dst = pair(store, pin)
+    moved = copy_blocks(src.view, dst.view, SRC, DST, cancellable=True)
+    moved.synchronize()
+    assert WINDOW == 3
+    assert moved.statistics.slices == (5 if pin else 2)  # of five blocks
 
 
 @pytest.mark.parametrize("store", [False, True])

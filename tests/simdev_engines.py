@@ -36,7 +36,7 @@ def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         for name, size in zip(("LARGEST", "SMALLEST"), sizes, strict=False):
             monkeypatch.setattr(schedule, name, size)
         monkeypatch.setattr(schedule, "WHOLE", 0)
-        monkeypatch.setattr(ring, "SLICE", sizes[2])
+        monkeypatch.setattr(ring, "SIZES", schedule.Sizes(0, sizes[2] // 4, sizes[2]))
 
 
 @pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
