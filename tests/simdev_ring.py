@@ -192,16 +192,76 @@ def test_threads_on_streams_of_their_own(devices: tuple[torch.device, torch.devi
 
 
 def test_pinned_memory_is_bounded_and_no_more_than_a_payload_needs() -> None:
-    ring_slots = slots(DEVICE)
-    before = ring_slots.nbytes
+    slots.cache_clear()
     few = Copies(True, tokens=4)
     few.fill(0)
     few.run()
+    assert slots(DEVICE).nbytes == TURNS * 2 * LAYERS * 4 * WIDTH
     many = Copies(True, tokens=4096)
     many.fill(0)
     many.run()
-    assert max(before, TURNS * 2 * LAYERS * 4 * WIDTH) <= ring_slots.nbytes
-    assert ring_slots.nbytes <= max(before, TURNS * SLICE)
+    assert slots(DEVICE).nbytes == TURNS * SLICE
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize("block", [4, 16, 64])
+@pytest.mark.parametrize("layout", ["block layer kv token dim", "layer | kv block token dim"])
+def test_a_slice_is_no_larger_than_asked_or_by_one_block(
+    layout: str, block: int, offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 512 B, 2 KiB and 8 KiB in slices of 3 KiB, where `staged` may have far more."""
+    monkeypatch.setattr(ring, "SIZES", Sizes(1024, 1024, 3072))
+    monkeypatch.setattr(schedule, "LARGEST", 1 << 20)
+    layers, blocks = 2, 640 // block
+    if layout.startswith("block"):
+        made: Any = torch.zeros((blocks, layers, 2, block, WIDTH), dtype=torch.uint8)
+        rows: Any = made.to(DEVICE)
+    else:
+        shape = (2, blocks, block, WIDTH)
+        made = [torch.zeros(shape, dtype=torch.uint8) for _ in range(layers)]
+        rows = [each.to(DEVICE) for each in made]
+    device, host = KVView(rows, layout), KVView(made, layout)
+    theirs = Index(list(range(blocks))[::-1], block, offset)
+    launch: Any = Ring(DEVICE).prepare(CopyPlan(device.form, host.form, 0, block))
+    for piece in launch.slices(device, host, theirs, 640 - offset):
+        once = piece.mirror.nbytes(piece.mirror.block_size)
+        assert piece.mirror.nbytes(piece.held) <= max(3072, once) + (once if offset else 0)
+
+
+@pytest.mark.parametrize("down", [True, False], ids=["d2h", "h2d"])
+def test_ids_that_are_brought_for_the_copy_are_there_before_they_are_read(down: bool) -> None:
+    """A column of a block table: it is made contiguous on the caller's stream, which is late."""
+    copies, stream = Copies(down), torch.Stream(DEVICE)
+    for seed in range(4):
+        order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(seed))
+        table = torch.stack([order, torch.zeros_like(order)], 1).to(DEVICE)
+        made = copies.fill(seed).flip(2)
+        wanted = made[:, :, order] if down else torch.empty_like(made)
+        if not down:
+            wanted[:, :, order] = made
+        torch.accelerator.synchronize(DEVICE)
+        ids = Index(table[:, 0])
+        indices = (ids, Index()) if down else (Index(), ids)
+        with on(stream):
+            simdev.delay(stream, 20)
+            copies.launch(*copies.views, *indices, TOKENS, stream, None)
+            stream.synchronize()
+        assert torch.equal(copies.landed(), wanted)
+
+
+@pytest.mark.parametrize("page", [96, 100])  # the bytes of 16 tokens, whole for each or not
+@pytest.mark.parametrize("down", [True, False], ids=["d2h", "h2d"])
+def test_opaque_pages_of_any_size(page: int, down: bool) -> None:
+    made = torch.randint(0, 256, (2, 9, page), dtype=torch.uint8)
+    rows, host = (torch.zeros_like(made, device=each) for each in (DEVICE, "cpu"))
+    (rows if down else host).copy_(made)
+    views = [KVView(x, "layer block page", kv=1, block_size=16) for x in (rows, host)]
+    src, dst = views if down else views[::-1]
+    launch: Any = Ring(DEVICE).prepare(CopyPlan(src.form, dst.form, 0, 0))
+    launch(src, dst, Index(), Index(), 9 * 16, None, None)
+    torch.accelerator.synchronize(DEVICE)
+    assert torch.equal(host, rows.cpu())
+    assert torch.equal(host, made)
 
 
 def test_a_copy_of_nothing() -> None:
@@ -239,7 +299,7 @@ def planes_of(view: KVView) -> list[int]:
 def test_small_slices_stand_where_only_one_side_is_busy(down: bool) -> None:
     """At the beginning the link to the host, at the end the one to the device."""
     slices = slices_of(Copies(down, tokens=1000))
-    sizes = [piece.count * piece.mirror.slot_bytes for piece in (slices if down else slices[::-1])]
+    sizes = [piece.mirror.nbytes(piece.count) for piece in (slices if down else slices[::-1])]
     assert sizes[0] == SLICE // 4
     assert max(sizes) == sizes[1] == SLICE
 

@@ -29,6 +29,7 @@ from portakv import (
     block_slices,
     copy_blocks,
 )
+from portakv.pump import WINDOW
 
 pytestmark = pytest.mark.gpu
 
@@ -43,7 +44,8 @@ def way(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_slices, "SLICE", 2 * BLOCK_BYTES)
+    # A slice of pageable memory has two blocks, one of pinned memory one.
+    monkeypatch.setattr(block_slices, "SLICE", -(-2 * BLOCK_BYTES // WINDOW))
 
 
 def pair(store: bool, pin: bool = True) -> tuple[Cache, Cache]:

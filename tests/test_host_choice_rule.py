@@ -15,7 +15,7 @@ from portakv.host.engines._ring_slots import TURNS
 from portakv.host.engines.assumed import CALL, COSTS, DIRECTIONS, HOST_COSTS, Assumed
 from portakv.host.engines.folding import LEAST_HEIGHT, TALL
 from portakv.host.engines.picking import EQUAL, ORDER, ROW, SMALL, Pick, pick
-from portakv.host.engines.schedule import LARGEST
+from portakv.host.engines.ring import SIZES
 from portakv.host.engines.shapes import Shape
 from portakv.host.engines.table import Point, Table
 from portakv.host.engines.terms import Terms
@@ -262,6 +262,6 @@ def test_the_guide_tells_what_is_assumed() -> None:
     assert f"wide ones where {TALL} or more lie together" in flat
     to_host, to_device = (f"{ROW[direction] * 1e9:.0f} ns" for direction in DIRECTIONS)
     assert f"device {to_host} beside that to the host, and {to_device} to the device" in flat
-    assert f"three pinned slots of at most {LARGEST >> 20} MiB each" in flat
+    assert f"three pinned slots of at most {SIZES.largest >> 20} MiB each" in flat
     assert TURNS == 3
     assert f"{SMALL['d2h'] >> 20} MiB from the device and {SMALL['h2d'] >> 20} MiB to it" in page

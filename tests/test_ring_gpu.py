@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_cases import LONG
 
 from portakv import Index, KVView
 from portakv.host.engines._ring_slots import TURNS
@@ -149,3 +150,20 @@ def test_an_interrupt_leaves_the_ring_usable(
     other.fill()
     other.run()
     assert other.right()
+
+
+@pytest.mark.parametrize("down", [True, False], ids=["d2h", "h2d"])
+def test_ids_that_are_brought_for_the_copy_are_there_before_they_are_read(down: bool) -> None:
+    """A column of a block table on the device: it is made contiguous on the caller's stream."""
+    copies, stream = Copies(down, LAYOUTS[1], 32_000), torch.cuda.Stream()
+    table = torch.stack([copies.ids, torch.full_like(copies.ids, 1 << 40)], 1).cuda()
+    mine, theirs = Index(table[:, 0], step=BLOCK), Index(copies.host_ids, step=BLOCK)
+    copies.indices = (mine, theirs) if down else (theirs, mine)
+    copies.fill()
+    copies.run(stream)  # what is made once is there
+    copies.fill()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(LONG)
+        copies.run(stream)
+    assert copies.right()

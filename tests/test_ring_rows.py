@@ -135,7 +135,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], bool]]:
     plain = host_rows._copy
 
     def noted(source: Any, srows: Any, target: Any, drows: Any) -> None:
-        seen.append((tuple(n for n in target.shape if n != 1), not srows is drows is None))
+        seen.append(
+            (tuple(n for n in target.shape if n != 1), srows is not None or drows is not None)
+        )
         plain(source, srows, target, drows)
 
     monkeypatch.setattr(host_rows, "_copy", noted)
@@ -209,7 +211,9 @@ def tokens_of(number: int, width: int = 100) -> tuple[torch.Tensor, KVView]:
 
 
 @pytest.mark.parametrize("ids", [[7], [7, 2, 4], [2, 3, 4], [2, 4, 6], [6, 4, 2]])
-def test_blocks_at_a_pitch_are_one_plain_copy(ids: list[int], made: list[Any]) -> None:
+def test_blocks_at_one_pitch_are_a_plain_copy_and_others_an_indexed_one(
+    ids: list[int], made: list[Any]
+) -> None:
     source = torch.randint(0, 256, (10, 5, 8), dtype=torch.uint8)  # room behind each block
     rows = KVView(source[:, :4], "block token dim")
     target, theirs = tokens_of(50, 8)
@@ -244,8 +248,27 @@ def test_planes_that_are_memory_of_their_own_are_copies_of_their_own(made: list[
     assert torch.equal(dense, wanted.reshape(-1))
 
 
+@pytest.mark.parametrize("order", [None, [0, 3, 1, 2, 7, 5]], ids=["plain", "indexed"])
+def test_nothing_is_touched_where_one_part_of_the_rows_is_refused(
+    order: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two parts of unequal widths; what is left of the memory holds the first one alone."""
+    memory, rows = chunks((16, 48), tokens=8)
+    mirror = mirror_of(rows.form)
+    dense = torch.full((mirror.nbytes(6),), 0xA5, dtype=torch.uint8)
+    slot = mirror.view(dense, 6)
+    index = Index() if order is None else Index(order)
+    half = HostRows(slot.form, rows.form, 0, index.plan_step, 1)
+    memory.untyped_storage().resize_(memory.numel() - 150)
+    before = torch.tensor(memory.untyped_storage().tolist(), dtype=torch.uint8)
+    monkeypatch.setattr(KVView, "check_memory", lambda self: None)
+    with pytest.raises(LayoutError, match="replaced"):
+        half.copy(slot, rows, Index(), index, 6)
+    assert torch.equal(torch.tensor(memory.untyped_storage().tolist(), dtype=torch.uint8), before)
+
+
 #: Rows in one piece, and with gaps between them.
-STEADY = pytest.mark.parametrize("gap", [0, 4], ids=["moved", "strided"])
+STEADY = pytest.mark.parametrize("gap", [0, 4], ids=["dense", "gaps"])
 
 
 def within(arena: np.ndarray[Any, Any], gap: int) -> KVView:
@@ -328,4 +351,4 @@ def test_an_extent_covers_its_positions(layout: str, first: int, count: int) -> 
     assert not (needed & ~crossing).any()
     if "(kv" not in layout:
         units = -(-(first + count) // mirror.block_size) - first // mirror.block_size
-        assert crossing.sum() == units * mirror.block_size * mirror.slot_bytes
+        assert crossing.sum() == mirror.nbytes(units * mirror.block_size)

@@ -52,15 +52,15 @@ class Halves:
         buffer = torch.empty(self.mirror.nbytes(held), dtype=torch.uint8, device=device)
         self.ways(self.mirror.view(buffer, held), held)
 
-    def held(self, count: int, first: int, exactly: bool) -> int:
+    def held(self, count: int, first: int, exactly: bool, largest: int | None = None) -> int:
         """Slots of a mirror for ``count`` positions of which the ``first`` may stand inside a
-        block; exactly so many where nothing is to lie between its planes."""
+        block; exactly so many where nothing is to lie between its planes. No more than ``largest``
+        bytes (by default those of `staged`), but for one block, or where a block is cut two."""
         block = self.mirror.block_size
         if exactly and block == 1:
             return count
-        return capacity(count, self.quantum, self.plan.token_bytes) + (
-            block if first % block else 0
-        )
+        held = capacity(count, self.quantum, self.plan.token_bytes, largest)
+        return held + (block if first % block else 0)
 
     def ways(self, mirror: KVView, held: int) -> tuple[Route, CopyPlan]:
         """The route between the device's rows and a mirror, and the plan of its other side."""

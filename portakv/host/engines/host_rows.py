@@ -8,7 +8,7 @@ cores with those.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise, product
 from math import gcd
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,6 +28,15 @@ _ELEMENTS = {
     16: torch.complex128, 8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8
 }  # fmt: skip
 _HERE = torch.device("cpu")
+
+
+class _Call(NamedTuple):
+    """One copy: of what, which rows of it (None: all in their order), and to where."""
+
+    source: torch.Tensor
+    source_rows: torch.Tensor | None
+    target: torch.Tensor
+    target_rows: torch.Tensor | None
 
 
 class HostRows:
@@ -56,14 +65,17 @@ class HostRows:
         """
         src.check_memory()
         dst.check_memory()
-        start = 0
+        calls, start = list[_Call](), 0
         # A tensor made in inference mode could not be written outside of it, as in another thread.
         with torch.inference_mode(False):
             for units, past in self._ways(src_index, dst_index, count):
                 if past > start:
                     mine, theirs = src_index.shifted(start), dst_index.shifted(start)
-                    units.copy(src, dst, mine, theirs, past - start)
+                    calls += units.calls(src, dst, mine, theirs, past - start)
                 start = past
+            # All of them are settled, so that nothing was touched where memory is refused.
+            for call in calls:
+                _copy(*call)
 
     def _ways(self, src_index: Index, dst_index: Index, count: int) -> list[tuple[_Units, int]]:
         """Head, whole units and tail: by which units, and up to which position."""
@@ -94,10 +106,12 @@ class _Units:
             if index.ids is not None or self._plan.aligned(side)
         }
 
-    def copy(self, src: KVView, dst: KVView, mine: Index, theirs: Index, count: int) -> None:
-        """Copy ``count`` positions."""
+    def calls(
+        self, src: KVView, dst: KVView, mine: Index, theirs: Index, count: int
+    ) -> Iterator[_Call]:
+        """Copies that make up that of ``count`` positions."""
         for nest in self._nests:
-            nest.copy(src, dst, mine, theirs, count // self.unit)
+            yield from nest.calls(src, dst, mine, theirs, count // self.unit)
 
 
 class _NestRows:
@@ -116,10 +130,10 @@ class _NestRows:
             for at in product(*(range(x.extent) for x in outer))
         ]
 
-    def copy(
+    def calls(
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, units: int
-    ) -> None:
-        """Copy so many units."""
+    ) -> Iterator[_Call]:
+        """Copies of so many units."""
         from_rows, to_rows = self._sides
         mine, theirs = from_rows.places(src_index, units), to_rows.places(dst_index, units)
         for first, past in _ranges(mine, theirs, units):
@@ -130,7 +144,7 @@ class _NestRows:
             read, written = from_rows.laid(here, width), to_rows.laid(there, width)
             for from_move, to_move in self._moves:
                 source, target = read.tensor(src, from_move), written.tensor(dst, to_move)
-                _copy(source, here.rows, target, there.rows)
+                yield _Call(source, here.rows, target, there.rows)
 
 
 class _Stretch(NamedTuple):

@@ -56,13 +56,8 @@ class Mirror:
 
     def nbytes(self, slots: int) -> int:
         """Bytes of a buffer for so many slots, a multiple of `block_size`."""
-        return slots * self.slot_bytes
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of one slot (of an opaque page: its share)."""
         per = self.block_size if self.form.opaque else 1
-        return self.form.token_bytes // per
+        return slots * self.form.token_bytes // per
 
     def view(self, buffer: torch.Tensor, slots: int) -> KVView:
         """The first bytes of a uint8 buffer as rows of ``slots`` slots."""

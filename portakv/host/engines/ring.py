@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 #: Each slice costs the caller about 0.1 ms, and in the first one only the link is busy, or only the
 #: host. Of 16, 24 and 32 MiB the middle did best (H200, 16 cores); a device takes
-#: `_ring_slots.TURNS` slots of up to `schedule.LARGEST` for them, 96 MiB of pinned memory.
+#: `_ring_slots.TURNS` slots for them, 72 MiB of pinned memory, and a block more where one is cut.
 SIZES = Sizes(whole=8 << 20, smallest=8 << 20, largest=24 << 20)
 
 
@@ -155,7 +155,8 @@ class _RingLaunch:
         for cut in cuts(self._host, outside, count, whole.quantum, self.downward, SIZES):
             mine, part = sliced(rows, cut), sliced(host, cut)
             halves, there = self.halves.of(mine, part, cut), theirs.shifted(cut.start)
-            held = halves.held(cut.count, there.offset, False)  # any length shares few plans
+            # Not exactly so many: transfers of any length share few plans.
+            held = halves.held(cut.count, there.offset, False, SIZES.largest)
             behind = halves.behind(there)
             found.append(_Slice(mine, part, halves, cut.start, cut.count, there, behind, held))
         return found
@@ -172,6 +173,14 @@ class _RingLaunch:
                 known = HostRows(plan.src, slot.form, plan.src_step, 0, plan.unit)
             self._of_host[key] = known
         return known
+
+
+class _Move(NamedTuple):
+    """The device's half of a slice: through which mirror, by what, and its rows there."""
+
+    mirror: KVView
+    way: Route
+    mine: Index
 
 
 class _Passage:
@@ -195,16 +204,17 @@ class _Passage:
         self._half, self._link = (work, work) if single else (room.half, room.link)
         self._beside = not single
         self._free: list[torch.Event | None] = [None] * RING
-        self._by: Route | None = None
-        self._placed = Index()
+        self._moves: list[_Move] = []
 
     def run(self, mine: Index) -> None:
         """Move every slice."""
+        # Ids that are brought for this are ordered on the caller's stream; so the others wait then.
+        self._moves = self._settled(mine)
         others = [stream for stream in (self._half, self._link) if stream is not self._work]
         for stream in others:
             stream.wait_stream(self._work)
         try:
-            (self._down if self._launch.downward else self._up)(mine)
+            (self._down if self._launch.downward else self._up)()
         finally:
             # What was enqueued, also before an interrupt, is part of the caller's stream.
             for stream in others:
@@ -212,48 +222,50 @@ class _Passage:
             for piece in self._slices:
                 piece.rows.record_table(self._work)  # made in a launch, for one stream's kernel
 
-    def _down(self, mine: Index) -> None:
+    def _settled(self, mine: Index) -> list[_Move]:
+        """The device's half of every slice; on the current stream."""
+        moves, index, by = list[_Move](), mine, None
+        for nth, piece in enumerate(self._slices):
+            mirror = self._room.mirror(nth % RING, piece.mirror, piece.held)
+            way, _ = piece.halves.ways(mirror, piece.held)
+            if way is not by:
+                index, by = read_on(self._work, way.place(mine)), way
+            moves.append(_Move(mirror, way, index.shifted(piece.start)))
+        return moves
+
+    def _down(self) -> None:
         """To the host, while later slices cross."""
         number = len(self._slices)
         for nth in range(min(TURNS, number)):
-            self._take(nth, mine)
+            self._take(nth)
         for nth in range(number):
             self._copy(nth)
             if nth + TURNS < number:
-                self._take(nth + TURNS, mine)
+                self._take(nth + TURNS)
 
-    def _up(self, mine: Index) -> None:
+    def _up(self) -> None:
         """From the host, while earlier slices cross."""
         for nth in range(len(self._slices)):
             self._copy(nth)
-            self._bring(nth, mine)
+            self._bring(nth)
 
-    def _take(self, nth: int, mine: Index) -> None:
+    def _take(self, nth: int) -> None:
         """From the device's rows to a slot."""
-        piece, at = self._slices[nth], nth % RING
-        mirror, way, index = self._device_half(piece, at, mine)
+        piece, at, (mirror, way, index) = self._slices[nth], nth % RING, self._moves[nth]
         wait(self._half, self._free[at])
         finish(way.launch(piece.rows, mirror, index, piece.behind, piece.count, self._half, None))
         wait(self._link, mark(self._half, self._beside))
         self._cross(nth, mirror)
         self._free[at] = mark(self._link, self._beside)
 
-    def _bring(self, nth: int, mine: Index) -> None:
+    def _bring(self, nth: int) -> None:
         """From a slot to the device's rows."""
-        piece, at = self._slices[nth], nth % RING
-        mirror, way, index = self._device_half(piece, at, mine)
+        piece, at, (mirror, way, index) = self._slices[nth], nth % RING, self._moves[nth]
         wait(self._link, self._free[at])
         self._cross(nth, mirror)
         wait(self._half, mark(self._link, self._beside))
         finish(way.launch(mirror, piece.rows, piece.behind, index, piece.count, self._half, None))
         self._free[at] = mark(self._half, self._beside)
-
-    def _device_half(self, piece: _Slice, at: int, mine: Index) -> tuple[KVView, Route, Index]:
-        mirror = self._room.mirror(at, piece.mirror, piece.held)
-        way, _ = piece.halves.ways(mirror, piece.held)
-        if way is not self._by:
-            self._placed, self._by = read_on(self._work, way.place(mine)), way
-        return mirror, way, self._placed.shifted(piece.start)
 
     def _cross(self, nth: int, mirror: KVView) -> None:
         """Between a mirror and a slot, in one copy."""

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from ...form import Form
 
-#: Bytes of the largest slice, and of the smallest. Only at one end of a transfer is the link idle
-#: (the first gather, the last scatter), so slices grow from there, each by `GROWTH`. Measured on an
-#: H200: of 8, 16 and 32 MiB the largest lose least to the gaps between slices.
+#: Bytes of the largest slice of `staged`, and of the smallest. Only at one end of a transfer is the
+#: link idle (the first gather, the last scatter), so slices grow from there, each by `GROWTH`. Of
+#: 8, 16 and 32 MiB the largest lose least to the gaps between slices (H200).
 LARGEST, SMALLEST, GROWTH = 32 << 20, 4 << 20, 4
 #: Mirrors that are under way at once: one is filled or emptied while the other crosses. A third one
 #: where transfers follow each other: a persistent matmul lets a gather in only between two of its
@@ -129,12 +129,13 @@ def _positions(
     return found
 
 
-def capacity(count: int, quantum: int, token_bytes: float) -> int:
-    """Positions of a mirror that holds any slice of at most ``count`` positions.
+def capacity(count: int, quantum: int, token_bytes: float, largest: int | None = None) -> int:
+    """Positions of a mirror that holds any slice of at most ``count`` positions, and if that is
+    less no more than ``largest`` bytes (None: `LARGEST`).
 
     One of few numbers, so that transfers of any length share forms and with them plans.
     """
-    held, most = quantum, multiple(LARGEST, quantum, token_bytes)
+    held, most = quantum, multiple(LARGEST if largest is None else largest, quantum, token_bytes)
     while held < count:
         held *= 2
     return max(min(held, most), -(-count // quantum) * quantum)
