@@ -39,7 +39,7 @@ LEAST_BATCH = 2
 #: Bytes that may cross on one stream until a copy goes by another one, beside it. A copy engine
 #: stays with a stream for as long as that has more to copy: while copies of 32 MiB followed each
 #: other on one of an H200, plain memcpys too, 64 bytes on another stream waited for all of them,
-#: over 0.25 s. With every third one beside they wait for 0.7 - 0.9 ms, 1.3 at most, for half a
+#: over 0.25 s. With every third one beside they wait for 0.7 - 0.9 ms, 1.4 at most, for half a
 #: percent of the link and one of both directions at once; with every second one for half as long,
 #: at twice the price. It is less than three of the largest slices of `staged`.
 IN_A_ROW = 88 << 20

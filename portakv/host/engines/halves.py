@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import lcm
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,6 @@ from .mirror import Mirror, mirror_of
 from .schedule import Cut, capacity
 
 if TYPE_CHECKING:
-    from ...backends.base import Launch
     from ...registry import Choice
     from ...view import KVView
 
@@ -134,16 +132,16 @@ def sliced(view: KVView, cut: Cut) -> KVView:
     return known
 
 
-def in_either_order(prepared: Callable[[bool], Launch]) -> Launch:
-    """A launch whose mirrors lie as the host's rows do, else layer by layer.
-
-    Args:
-        prepared: makes the launch, by layer where it is told so; may raise `Unsupported`.
+def in_either_order(plan: CopyPlan, half: Choice, device: torch.device) -> CutHalves:
+    """The halves of a plan, prepared: their mirrors lie as the host's rows do, else layer by layer.
 
     Raises:
-        Unsupported: neither can be made; why not the second.
+        Unsupported: nobody takes either; why not the second.
     """
     try:
-        return prepared(False)
+        halves = CutHalves(plan, False, half)
+        halves.whole.prepare(device)
     except Unsupported:
-        return prepared(True)
+        halves = CutHalves(plan, True, half)
+        halves.whole.prepare(device)
+    return halves

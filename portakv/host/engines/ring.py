@@ -25,7 +25,7 @@ from ._ring_slots import TURNS, Slots, slots
 from .crossing import by_torch, crossing
 from .engine import PAGEABLE, PINNED, Engine, finish, read_on
 from .folding import Pieces
-from .halves import CutHalves, Halves, in_either_order, sliced
+from .halves import Halves, in_either_order, sliced
 from .host_rows import HostRows
 from .mirror import Mirror
 from .schedule import RING, Sizes, cuts
@@ -53,12 +53,7 @@ class Ring(Engine):
         return Capabilities(places=places, index_on="any")
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        def prepared(by_layer: bool) -> Launch:
-            launch = _RingLaunch(plan, self, by_layer)
-            launch.halves.whole.prepare(self.device)
-            return launch
-
-        return in_either_order(prepared)
+        return _RingLaunch(plan, self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +111,10 @@ def _pieces(src: KVView, dst: KVView, used: Extent) -> Pieces:
 class _RingLaunch:
     """A prepared copy."""
 
-    def __init__(self, plan: CopyPlan, engine: Engine, by_layer: bool) -> None:
+    def __init__(self, plan: CopyPlan, engine: Engine) -> None:
         self.device, self.downward = engine.device, plan.src.place == "device"
         self._host = plan.dst if self.downward else plan.src
-        self.halves = CutHalves(plan, by_layer, engine.half)
+        self.halves = in_either_order(plan, engine.half, engine.device)
         self.crossing = crossing(engine.device)
         self._slots = slots(engine.device)
         self._of_host: dict[tuple[Halves, int], HostRows] = {}
@@ -208,7 +203,7 @@ class _Passage:
 
     def run(self, mine: Index) -> None:
         """Move every slice."""
-        # Ids that are brought for this are ordered on the caller's stream; so the others wait then.
+        # First: ids that it brings are ordered on the caller's stream, which the others wait for.
         self._moves = self._settled(mine)
         others = [stream for stream in (self._half, self._link) if stream is not self._work]
         for stream in others:

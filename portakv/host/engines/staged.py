@@ -20,7 +20,7 @@ from .. import _flight, _registrations
 from .crossing import Crossing, crossing
 from .engine import PINNED, Engine, finish, read_on
 from .folding import Pieces
-from .halves import CutHalves, in_either_order, sliced
+from .halves import in_either_order, sliced
 from .schedule import DETACHED_RING, LONG_RING, RING, Cut, cuts, staged_sizes
 from .staging import Staging, mark, staging, wait
 
@@ -39,22 +39,17 @@ class Staged(Engine):
         return Capabilities(places=PINNED, index_on="any")
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        def prepared(by_layer: bool) -> Launch:
-            launch = _StagedLaunch(plan, self, by_layer)
-            launch.halves.whole.prepare(self.device)
-            return launch
-
-        return in_either_order(prepared)
+        return _StagedLaunch(plan, self)
 
 
 class _StagedLaunch:
     """A prepared copy."""
 
-    def __init__(self, plan: CopyPlan, engine: Engine, by_layer: bool) -> None:
+    def __init__(self, plan: CopyPlan, engine: Engine) -> None:
         self.device, self.downward = engine.device, plan.src.place == "device"
         self._detached = engine.terms.detached
         self._host = plan.dst if self.downward else plan.src
-        self.halves = CutHalves(plan, by_layer, engine.half)
+        self.halves = in_either_order(plan, engine.half, engine.device)
         self._crossing = crossing(engine.device)
         self.fold_below = self._crossing.fold_below
 
