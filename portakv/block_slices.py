@@ -21,9 +21,9 @@ from .host.ids import bring
 from .pump import WINDOW, Landing, Pace, Pump, Slice
 from .transfer import Transfer
 
-#: The most bytes of a slice, unless one block has more; three times as much where it blocks, and
-#: none is under way beside it. What is under way when a transfer is cancelled still lands, three
-#: slices of it (`pump.WINDOW`): 1 ms on a link of 50 GB/s.
+#: The most bytes of a slice, unless one block has more; three times as much where the host copies
+#: too. What is under way when a transfer is cancelled still lands, three slices of it
+#: (`pump.WINDOW`): 1 ms on a link of 50 GB/s.
 SLICE = 16 << 20
 #: Seconds that a slice takes at the rate that was asked for. It crosses as fast as the link, and
 #: the pause behind it makes the rate.
@@ -77,7 +77,7 @@ def cut(order: Order, by_layer: bool) -> list[Slice]:
     token_bytes = order.asked().token_bytes / len(layers)
     rate, most = order.terms.max_gbps, float(SLICE)
     if {order.src.form.place, order.dst.form.place} == {"device", "pageable"}:
-        most *= WINDOW  # each blocks, and has to wake torch's threads
+        most *= WINDOW  # each keeps its thread, and has to wake torch's
     if rate is not None:
         most = min(most, rate * 1e9 * BEAT)
     tokens = max(1, int(most / (order.whole * token_bytes))) * order.whole

@@ -11,7 +11,7 @@ from engine_cases import Case, cases, index_of, judge, leaves, mapped, tensors_o
 from portakv_conformance import simdev
 from simdev_cases import DEVICE
 
-from portakv import CopyPlan, KVView
+from portakv import CopyPlan, Index, KVView
 from portakv.host.engines import ring, schedule, staging
 from portakv.host.engines.halves import Halves
 from portakv.host.engines.ring import Ring
@@ -227,3 +227,33 @@ def test_an_interrupt_leaves_streams_in_order(
         launch(src, dst, *indices, 40, None, None)
     monkeypatch.undo()
     judge(case, Staged(DEVICE), downward, torch.Tensor.pin_memory)
+
+
+@pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
+@pytest.mark.parametrize("engine", [Staged, Ring])
+@pytest.mark.parametrize(
+    ("layout", "widths"),
+    [
+        ("layer kv | block token head dim", [[16, 8], [16, 8]]),
+        ("kv layer | block token head dim", [[16, 16], [8, 8]]),
+    ],
+)
+def test_parts_of_unequal_widths_outside_the_tokens(
+    layout: str, widths: list[list[int]], engine: type[Staged | Ring], downward: bool
+) -> None:
+    """Each a tensor of its own."""
+    made = [[torch.randint(1, 256, (4, 8, 1, w), dtype=torch.uint8) for w in row] for row in widths]
+    rows = [[x.to(DEVICE) if downward else torch.zeros_like(x, device=DEVICE) for x in row]
+            for row in made]  # fmt: skip
+    host = [[torch.zeros_like(x) if downward else x.clone() for x in row] for row in made]
+    if engine is Staged:
+        host = [[x.pin_memory() for x in row] for row in host]
+    sides = [KVView(x, layout, layers=2, kv=2, heads=1, dim=(16, 8)) for x in (rows, host)]
+    src, dst = sides if downward else sides[::-1]
+    launch: Any = engine(DEVICE).prepare(CopyPlan(src.form, dst.form, 8, 8))
+    launch(src, dst, Index([0, 2], 8), Index([1, 3], 8), 16, None, None)
+    torch.accelerator.synchronize(DEVICE)
+    found = [x.cpu() for row in (host if downward else rows) for x in row]
+    for each, source in zip(found, (x for row in made for x in row), strict=True):
+        assert torch.equal(each[[1, 3]], source[[0, 2]])
+        assert not each[[0, 2]].any()

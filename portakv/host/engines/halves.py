@@ -53,7 +53,7 @@ class Halves:
     def held(self, count: int, first: int, exactly: bool, largest: int | None = None) -> int:
         """Slots of a mirror for ``count`` positions of which the ``first`` may stand inside a
         block; exactly so many where nothing is to lie between its planes. No more than ``largest``
-        bytes (by default those of `staged`), but for one block, or where a block is cut two."""
+        bytes (by default those of `staged`), but for one block, or one more where one is cut."""
         block = self.mirror.block_size
         if exactly and block == 1:
             return count

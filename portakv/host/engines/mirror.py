@@ -93,6 +93,8 @@ def _in_order(form: Form) -> tuple[str, list[int], Mapping[str, Any]]:
     if len(set(form.widths)) > 1:
         # Unequal parts lie one behind the other, each with all that lies inside it.
         at = names.index("kv")
+        if _UNBOUNDED in shape[at + 1 :]:
+            return _by_layer(form)  # the language knows no parts whose lengths depend on a buffer's
         inner = [n for n in shape[at + 1 :] if n]
         each = prod(inner[:-1]) if inner else 1
         shape = [*shape[:at], each * sum(form.widths)]
