@@ -4,7 +4,8 @@
 portakv conform reference --profile full --report out
 python .ci/keep_result.py out/conformance.json
 
-Other jobs leave records (see `portakv_conformance.evidence`), and may need words of their own:
+Other jobs leave records (see `portakv_conformance.evidence`), and may need words of
+their own:
 
 python .ci/keep_result.py hip.json --device "AMD gfx906, gfx908, gfx90a" --note "no DCU was at hand"
 """
@@ -19,7 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import readme_tables
-from portakv_conformance import evidence, ladder
+
+from portakv_conformance.evidence import evidence, ladder
 from portakv_conformance.report.results import keep
 
 RESULTS = readme_tables.ROOT / ladder.RESULTS

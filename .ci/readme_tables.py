@@ -2,9 +2,9 @@
 """Write the generated tables of the README and of docs/hardware.md, or with ``--check`` fail where
 they are stale.
 
-The table of layouts comes from `portakv.presets`, those of backends from `conformance/ladder.toml`,
-whose rows the files in `conformance/results` bear out. A rung whose backend has changed since stays
-in the table as expired: writing the tables anew says so, reaching it again and `.ci/keep_result.py`
+The table of layouts comes from `portakv.layout.presets`, those of backends from
+`conformance/ladder.toml`, whose rows the files in `conformance/results` bear out. A rung whose
+backend has changed since stays in the table as expired: writing the tables anew says so, reaching it again and `.ci/keep_result.py`
 mend it.
 """
 
@@ -15,10 +15,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from portakv_conformance import evidence, ladder
+from portakv.layout.presets import PRESETS
+from portakv_conformance.evidence import evidence, ladder
 from portakv_conformance.report import support
-
-from portakv.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from portakv.console import Column, print_table
+from portakv.cli.console import Column, print_table
 
 if sys.version_info >= (3, 11):
     import tomllib

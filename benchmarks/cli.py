@@ -15,18 +15,35 @@ from typing import Any
 
 import torch
 
-from .command import RESULT_FORMAT, Refused, Step, carry_out, conclude, pick_device, refuse_forced
-from .derive import peer_failures, relate
-from .host_cli import main as measure_host
-from .ladder import run_ladder
-from .machine import describe, short_name
-from .overhead import measure_overhead
-from .peers import PEERS, load_peer
-from .shapes import Shape, load
-from .startup import measure_startup
-from .suite import COMPILING, PRESETS, Field, Preset, Task, accepted_backends, run_task, tasks
-from .tables import print_results
-from .timers import timer_for
+from portakv_benchmarks.device.overhead import measure_overhead
+from portakv_benchmarks.device.peers import PEERS, load_peer
+from portakv_benchmarks.device.shapes import Shape, load
+from portakv_benchmarks.device.startup import measure_startup
+from portakv_benchmarks.device.suite import (
+    COMPILING,
+    PRESETS,
+    Field,
+    Preset,
+    Task,
+    accepted_backends,
+    run_task,
+    tasks,
+)
+from portakv_benchmarks.device.tables import print_results
+from portakv_benchmarks.device.ways import run_ladder
+from portakv_benchmarks.host.cli import main as measure_host
+from portakv_benchmarks.shared.command import (
+    RESULT_FORMAT,
+    Refused,
+    Step,
+    carry_out,
+    conclude,
+    pick_device,
+    refuse_forced,
+)
+from portakv_benchmarks.shared.machine import describe, short_name
+from portakv_benchmarks.shared.ratios import peer_failures, relate
+from portakv_benchmarks.shared.timers import timer_for
 
 LADDER = "seed"  # the founding scenario
 

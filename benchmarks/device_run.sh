@@ -23,7 +23,7 @@ unset PORTAKV_BACKEND
 
 status=0
 if [[ -z ${SKIP_TESTS:-} ]]; then
-    timeout 160 python3 -m pytest -m gpu -q -p no:cacheprovider -p portakv_conformance.options 2>&1 |
+    timeout 160 python3 -m pytest -m gpu -q -p no:cacheprovider -p portakv_conformance.run.options 2>&1 |
         tee "$out/pytest-gpu.log" || status=1
 fi
 # Past --seconds it starts nothing new; interrupted, it writes what it has measured so far.

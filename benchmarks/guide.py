@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from . import host_guide
-from .check import HOST_SUITE
+from portakv_benchmarks.check import HOST_SUITE
+from portakv_benchmarks.host import guide as host_guide
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("results")

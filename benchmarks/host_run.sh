@@ -27,7 +27,7 @@ unset PORTAKV_BACKEND
 status=0
 if [[ -z ${SKIP_TESTS:-} ]]; then
     timeout --signal=INT --kill-after=10 70 python3 -m pytest -m gpu -q -p no:cacheprovider \
-        -p portakv_conformance.options "${tests[@]}" >"$out/pytest-host.log" 2>&1 || status=1
+        -p portakv_conformance.run.options "${tests[@]}" >"$out/pytest-host.log" 2>&1 || status=1
     tail -n 15 "$out/pytest-host.log"
 fi
 
@@ -48,7 +48,7 @@ measure() {
 merge() {
     local results=("$parts"/*/*.json)
     [[ -f ${results[0]} ]] || return 1
-    python3 -m portakv_benchmarks.host_merge "${results[@]}" --out "$out" >"$out/host.log" 2>&1
+    python3 -m portakv_benchmarks.host.merge "${results[@]}" --out "$out" >"$out/host.log" 2>&1
 }
 
 : >"$out/bench.log"

@@ -16,20 +16,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from portakv.builtin import MADE_FOR
 from portakv.errors import PortaKVError
-from portakv.registry import ENVIRONMENT
-
-from .journal import BadRequest, SubjectUnavailable, SuiteBroken
-from .listing import cases_of
-from .progress import shown
-from .reading import compare, replay_example, verify
-from .records import RunRecord
-from .request import Options
-from .runner import run
-from .summary import print_summary
-from .verdict import WRONG
-from .waivers import WaiverError, problems, read_waivers
+from portakv.registry.builtin import MADE_FOR
+from portakv.registry.registry import ENVIRONMENT
+from portakv_conformance.evidence.verdict import WRONG
+from portakv_conformance.judge.waivers import WaiverError, problems, read_waivers
+from portakv_conformance.reading import compare, replay_example, verify
+from portakv_conformance.report.summary import print_summary
+from portakv_conformance.run.journal import BadRequest, SubjectUnavailable, SuiteBroken
+from portakv_conformance.run.listing import cases_of
+from portakv_conformance.run.progress import shown
+from portakv_conformance.run.record import RunRecord
+from portakv_conformance.run.request import Options
+from portakv_conformance.run.runner import run
 
 CONFORMANT, FAILURES, USAGE, UNAVAILABLE = 0, 1, 2, 3
 _INTERRUPTED = 130
@@ -93,7 +92,7 @@ def _refuse(sentence: str) -> int:
 
 def _conform(words: list[str]) -> int:
     if "--mutants" in words:  # the other words are the score's own
-        from .mutants.score import main as score
+        from portakv_conformance.mutants.score import main as score
 
         return score([word for word in words if word != "--mutants"])
     if "--list" in words:
@@ -193,7 +192,7 @@ def _remove_if_empty(folder: Path | None) -> None:
 def _write(record: RunRecord, report: Path | None) -> list[Path]:
     if report is None:
         return []
-    from .report import write
+    from portakv_conformance.report import write
 
     return write(record, report)
 

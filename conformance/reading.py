@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 
 from portakv.errors import PortaKVError
-
-from .diff import compare_runs, differences
-from .journal import BadRequest, SubjectUnavailable
-from .records import RunRecord
-from .verify import check_report
+from portakv_conformance.evidence.verify import check_report
+from portakv_conformance.report.diff import compare_runs, differences
+from portakv_conformance.run.journal import BadRequest, SubjectUnavailable
+from portakv_conformance.run.record import RunRecord
 
 
 def compare(words: list[str]) -> int:
@@ -95,8 +94,8 @@ def replay_example(words: list[str]) -> int:
     parser.add_argument("--device", metavar="D", help="default: the one it failed on")
     parser.add_argument("--emulated", action="store_true", help="D is carried by the simulated one")
     asked = parser.parse_args(words)
-    from .saved import read_about, replay
-    from .subject import subject
+    from portakv_conformance.draw.saved import read_about, replay
+    from portakv_conformance.judge.subject import subject
 
     text = _text(asked.file)
     try:

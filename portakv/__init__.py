@@ -7,11 +7,11 @@ its reasons on record.
 
 from __future__ import annotations
 
-from .block_transfer import BlockTransfer
-from .blocks import copy_blocks
-from .connector import AdaptiveConnector
-from .copy import copy_rows
-from .errors import (
+from portakv.blocks.blocks import copy_blocks
+from portakv.blocks.handle import BlockTransfer
+from portakv.connector.connector import AdaptiveConnector
+from portakv.copy.copy import copy_rows
+from portakv.errors import (
     BackendUnavailable,
     DeviceMismatch,
     LayoutError,
@@ -21,12 +21,12 @@ from .errors import (
     TransferError,
     Unsupported,
 )
-from .index import Index
-from .plan import CopyPlan
-from .presets import PRESETS
-from .registry import register_backend
-from .transfer import Transfer
-from .view import KVView
+from portakv.layout.presets import PRESETS
+from portakv.plan.plan import CopyPlan
+from portakv.registry.registry import register_backend
+from portakv.runtime.transfer import Transfer
+from portakv.view.index import Index
+from portakv.view.view import KVView
 
 __version__ = "0.1.0.dev0"
 

@@ -175,7 +175,7 @@ def test_the_wheel_holds_every_file_that_travels(wheel: Path, folders: dict[str,
 @pytest.mark.wheel
 @pytest.mark.parametrize(
     "module",
-    ["portakv", "portakv_native.cuda", "portakv_native.ascend", "portakv_conformance.oracle"],
+    ["portakv", "portakv_native.cuda", "portakv_native.ascend", "portakv_conformance.judge.oracle"],
 )
 def test_the_installed_wheel_imports(clean: Path, module: str) -> None:
     """From the environment's own folder and with nothing of the repository on the path."""

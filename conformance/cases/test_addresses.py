@@ -6,9 +6,10 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from portakv_conformance.judging import Judge, view_of
-from portakv_conformance.shapes import CHUNK, Shape, Workshop, dimension
-from portakv_conformance.sides import Case
+
+from portakv_conformance.draw.arrangement import Case
+from portakv_conformance.draw.by_hand import CHUNK, Shape, Workshop, dimension
+from portakv_conformance.judge.judging import Judge, view_of
 
 pytestmark = pytest.mark.area("corners")
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from portakv_conformance.claims import not_claimed
-from portakv_conformance.judging import Judge, changed, index_of, view_of
-from portakv_conformance.memory import Memory
-from portakv_conformance.pattern import pattern_bytes
-from portakv_conformance.shapes import Shape, Workshop
-from portakv_conformance.sides import Case, Side
-from portakv_conformance.subject import Subject
 
 from portakv import CopyPlan, TransferError, Unsupported
+from portakv_conformance.draw.arrangement import Case, Side
+from portakv_conformance.draw.by_hand import Shape, Workshop
+from portakv_conformance.judge.claims import not_claimed
+from portakv_conformance.judge.judging import Judge, changed, index_of, view_of
+from portakv_conformance.judge.memory import Memory
+from portakv_conformance.judge.pattern import pattern_bytes
+from portakv_conformance.judge.subject import Subject
 
 pytestmark = [
     pytest.mark.area("capture"), pytest.mark.needs("graphs"), pytest.mark.claim("capturable"),

@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from portakv_conformance.claims import check_refused, claimed, not_claimed, plan_of
-from portakv_conformance.judging import Judge, index_of, takes, view_of
-from portakv_conformance.shapes import Shape, Workshop, on_host
-from portakv_conformance.sides import Case, Side
-from portakv_conformance.subject import Subject
 
 from portakv import KVView, Unsupported
 from portakv.backends.base import refusal
-from portakv.form import PLACES
+from portakv.view.form import PLACES
+from portakv_conformance.draw.arrangement import Case, Side
+from portakv_conformance.draw.by_hand import Shape, Workshop, on_host
+from portakv_conformance.judge.claims import check_refused, claimed, not_claimed, plan_of
+from portakv_conformance.judge.judging import Judge, index_of, takes, view_of
+from portakv_conformance.judge.subject import Subject
 
 pytestmark = pytest.mark.area("claims")
 

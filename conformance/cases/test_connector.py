@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from portakv_conformance.judging import Judge, changed, index_of, view_of
-from portakv_conformance.shapes import Shape, Workshop
-from portakv_conformance.sides import Case, Side
-from portakv_conformance.subject import Subject
 
 from portakv import AdaptiveConnector
+from portakv_conformance.draw.arrangement import Case, Side
+from portakv_conformance.draw.by_hand import Shape, Workshop
+from portakv_conformance.judge.judging import Judge, changed, index_of, view_of
+from portakv_conformance.judge.subject import Subject
 
 pytestmark = pytest.mark.area("corners")
 

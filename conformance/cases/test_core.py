@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from portakv_conformance.judging import ENDS, Judge
-from portakv_conformance.shapes import Shape, Workshop
-from portakv_conformance.sides import Case
-from portakv_conformance.subject import Subject
 
-from portakv.selfcheck import UNCHECKABLE, self_check
+from portakv.registry.self_check import UNCHECKABLE, self_check
+from portakv_conformance.draw.arrangement import Case
+from portakv_conformance.draw.by_hand import Shape, Workshop
+from portakv_conformance.judge.judging import ENDS, Judge
+from portakv_conformance.judge.subject import Subject
 
 pytestmark = pytest.mark.area("core")
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from portakv_conformance.claims import full
-from portakv_conformance.judging import Judge
-from portakv_conformance.shapes import Shape, Workshop, on_host, reordered, widened
-from portakv_conformance.sides import Case
+
+from portakv_conformance.draw.arrangement import Case
+from portakv_conformance.draw.by_hand import Shape, Workshop, on_host, reordered, widened
+from portakv_conformance.judge.claims import full
+from portakv_conformance.judge.judging import Judge
 
 pytestmark = pytest.mark.area("corners")
 

@@ -9,15 +9,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from portakv_conformance.cases.test_ordering import SHAPE, SLOW, Late
-from portakv_conformance.facility import Facility
-from portakv_conformance.judging import Judge, index_of, view_of
-from portakv_conformance.shapes import Workshop
-from portakv_conformance.sides import Case
-from portakv_conformance.subject import Subject
-from portakv_conformance.subject import subject as find
 
 from portakv import DeviceMismatch, Unsupported
+from portakv_conformance.cases.test_ordering import SHAPE, SLOW, Late
+from portakv_conformance.draw.arrangement import Case
+from portakv_conformance.draw.by_hand import Workshop
+from portakv_conformance.judge.device_support import Facility
+from portakv_conformance.judge.judging import Judge, index_of, view_of
+from portakv_conformance.judge.subject import Subject
+from portakv_conformance.judge.subject import subject as find
 
 pytestmark = [pytest.mark.area("ordering"), pytest.mark.needs("accelerator")]
 

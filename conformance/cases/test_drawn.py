@@ -2,7 +2,7 @@
 """Structures that nobody thought of: drawn by hypothesis, judged by the oracle byte by byte.
 
 What a case draws is decided by the run's seed; ``--fuzz N`` draws N in each. A failing structure
-is shrunken and saved, see `portakv_conformance.saved`.
+is shrunken and saved, see `portakv_conformance.draw.saved`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from portakv_conformance.judging import ENDS, Judge
-from portakv_conformance.strategies import all_cases, cases, migrations, page_cases
-from portakv_conformance.subject import Subject
+
+from portakv_conformance.draw.strategies import all_cases, cases, migrations, page_cases
+from portakv_conformance.judge.judging import ENDS, Judge
+from portakv_conformance.judge.subject import Subject
 
 pytestmark = pytest.mark.area("drawn")
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from portakv_conformance.claims import full
-from portakv_conformance.judging import Judge
-from portakv_conformance.pattern import pattern_bytes
-from portakv_conformance.subject import Subject
 
 from portakv import Index, KVView, Unsupported
+from portakv_conformance.judge.claims import full
+from portakv_conformance.judge.judging import Judge
+from portakv_conformance.judge.pattern import pattern_bytes
+from portakv_conformance.judge.subject import Subject
 
 pytestmark = pytest.mark.area("safety")
 

@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from portakv_conformance.cases.test_ordering import Late, launched, prepared
-from portakv_conformance.claims import not_claimed, plan_of
-from portakv_conformance.facility import Facility
-from portakv_conformance.judging import Judge, index_of, view_of
-from portakv_conformance.memory import Memory
-from portakv_conformance.oracle import compare
-from portakv_conformance.shapes import Shape, Workshop
-from portakv_conformance.sides import Case
-from portakv_conformance.subject import Subject
 
 from portakv import Index
+from portakv_conformance.cases.test_ordering import Late, launched, prepared
+from portakv_conformance.draw.arrangement import Case
+from portakv_conformance.draw.by_hand import Shape, Workshop
+from portakv_conformance.judge.claims import not_claimed, plan_of
+from portakv_conformance.judge.device_support import Facility
+from portakv_conformance.judge.judging import Judge, index_of, view_of
+from portakv_conformance.judge.memory import Memory
+from portakv_conformance.judge.oracle import compare
+from portakv_conformance.judge.subject import Subject
 
 pytestmark = pytest.mark.area("claims")
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from portakv_conformance.judging import Judge
-from portakv_conformance.shapes import Shape, Workshop
-from portakv_conformance.sides import Case
+
+from portakv_conformance.draw.arrangement import Case
+from portakv_conformance.draw.by_hand import Shape, Workshop
+from portakv_conformance.judge.judging import Judge
 
 pytestmark = pytest.mark.area("corners")
 

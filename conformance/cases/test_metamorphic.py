@@ -12,16 +12,16 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from portakv_conformance.blame import blaming
-from portakv_conformance.judging import Judge, changed, index_of, view_of
-from portakv_conformance.memory import Memory
-from portakv_conformance.rows import locate
-from portakv_conformance.shapes import Shape, Workshop
-from portakv_conformance.sides import Case, Side
-from portakv_conformance.strategies import cases
-from portakv_conformance.subject import Subject
 
 from portakv import Index, LayoutError, Unsupported, copy_rows
+from portakv_conformance.draw.arrangement import Case, Side
+from portakv_conformance.draw.by_hand import Shape, Workshop
+from portakv_conformance.draw.strategies import cases
+from portakv_conformance.judge.culprit import blaming
+from portakv_conformance.judge.judging import Judge, changed, index_of, view_of
+from portakv_conformance.judge.memory import Memory
+from portakv_conformance.judge.rows import locate
+from portakv_conformance.judge.subject import Subject
 
 pytestmark = pytest.mark.area("metamorphic")
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from portakv_conformance.facility import Facility
-from portakv_conformance.judging import Judge, index_of, view_of
-from portakv_conformance.shapes import Shape, Workshop, on_host
-from portakv_conformance.sides import Case
 
 from portakv import CopyPlan
+from portakv_conformance.draw.arrangement import Case
+from portakv_conformance.draw.by_hand import Shape, Workshop, on_host
+from portakv_conformance.judge.device_support import Facility
+from portakv_conformance.judge.judging import Judge, index_of, view_of
 
 pytestmark = [pytest.mark.area("ordering"), pytest.mark.needs("accelerator")]
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from portakv_conformance.judging import Judge, index_of, view_of
-from portakv_conformance.shapes import Shape, Workshop
-from portakv_conformance.sides import Case
 
 from portakv import Index
+from portakv_conformance.draw.arrangement import Case
+from portakv_conformance.draw.by_hand import Shape, Workshop
+from portakv_conformance.judge.judging import Judge, index_of, view_of
 
 pytestmark = pytest.mark.area("corners")
 

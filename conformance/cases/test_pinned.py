@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from portakv_conformance.claims import not_claimed
-from portakv_conformance.judging import Judge, index_of, view_of
-from portakv_conformance.shapes import Shape, Workshop
-from portakv_conformance.sides import Case, Side
-from portakv_conformance.subject import Subject
 
 from portakv import CopyPlan, KVView, Unsupported
+from portakv_conformance.draw.arrangement import Case, Side
+from portakv_conformance.draw.by_hand import Shape, Workshop
+from portakv_conformance.judge.claims import not_claimed
+from portakv_conformance.judge.judging import Judge, index_of, view_of
+from portakv_conformance.judge.subject import Subject
 
 pytestmark = [
     pytest.mark.area("claims"), pytest.mark.claim("places"), pytest.mark.needs("host"),

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from portakv_conformance.claims import full
-from portakv_conformance.grammar import read_layout
-from portakv_conformance.judging import Judge
-from portakv_conformance.shapes import CHUNK, PAGED, Shape, Workshop
-from portakv_conformance.sides import Case, Side
 
-from portakv.presets import PRESETS
+from portakv.layout.presets import PRESETS
+from portakv_conformance.draw.arrangement import Case, Side
+from portakv_conformance.draw.by_hand import CHUNK, PAGED, Shape, Workshop
+from portakv_conformance.judge.claims import full
+from portakv_conformance.judge.grammar import read_layout
+from portakv_conformance.judge.judging import Judge
 
 pytestmark = pytest.mark.area("corners")
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from portakv_conformance.claims import not_claimed
-from portakv_conformance.judging import Judge, changed, index_of, view_of
-from portakv_conformance.memory import Memory
-from portakv_conformance.shapes import CHUNK, PAGED, Shape, Workshop, lifted, widened
-from portakv_conformance.sides import Case, Side
-from portakv_conformance.subject import Subject
 
 from portakv import LayoutError, PortaKVError, SlotError, Unsupported
+from portakv_conformance.draw.arrangement import Case, Side
+from portakv_conformance.draw.by_hand import CHUNK, PAGED, Shape, Workshop, lifted, widened
+from portakv_conformance.judge.claims import not_claimed
+from portakv_conformance.judge.judging import Judge, changed, index_of, view_of
+from portakv_conformance.judge.memory import Memory
+from portakv_conformance.judge.subject import Subject
 
 pytestmark = pytest.mark.area("safety")
 

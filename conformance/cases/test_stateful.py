@@ -17,13 +17,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run
-from portakv_conformance.blame import blaming
-from portakv_conformance.cases.test_metamorphic import rows_at
-from portakv_conformance.judging import Judge, index_of, view_of
-from portakv_conformance.shapes import HOMES, Shape, Workshop
-from portakv_conformance.sides import Case, Side
 
 from portakv import AdaptiveConnector, Transfer, Unsupported, copy_blocks
+from portakv_conformance.cases.test_metamorphic import rows_at
+from portakv_conformance.draw.arrangement import Case, Side
+from portakv_conformance.draw.by_hand import HOMES, Shape, Workshop
+from portakv_conformance.judge.culprit import blaming
+from portakv_conformance.judge.judging import Judge, index_of, view_of
 
 pytestmark = pytest.mark.area("stateful")
 

@@ -11,9 +11,19 @@ import inspect
 from dataclasses import dataclass
 from types import ModuleType
 
-from . import addressing, claims, indices, layouts, merging, ordering, paths, state, vectors
-from .device_rows import DeviceRows
-from .host_rows import HostRows
+from portakv_conformance.mutants import (
+    addressing,
+    claims,
+    indices,
+    layouts,
+    merging,
+    ordering,
+    paths,
+    state,
+    vectors,
+)
+from portakv_conformance.mutants.base import HostRows
+from portakv_conformance.mutants.device_rows import DeviceRows
 
 __all__ = ["CONTROLS", "MUTANTS", "Mutant"]
 

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from portakv.loops import Loop
-from portakv.plan import CopyPlan, Nest, Side
-
-from .cells import Int64
-from .host_rows import Call, HostRows
+from portakv.plan.loops import Loop
+from portakv.plan.plan import CopyPlan, Nest, Side
+from portakv_conformance.mutants.base import Call, HostRows
+from portakv_conformance.mutants.cells import Int64
 
 if TYPE_CHECKING:
     from portakv import Index, KVView

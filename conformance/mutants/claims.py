@@ -14,10 +14,9 @@ import torch
 
 from portakv import Unsupported
 from portakv.backends.base import Capabilities, Decision, Launch
-from portakv.plan import CopyPlan, Nest
-
-from .cells import Int64
-from .host_rows import Call, HostRows, Runs
+from portakv.plan.plan import CopyPlan, Nest
+from portakv_conformance.mutants.base import Call, HostRows, Runs
+from portakv_conformance.mutants.cells import Int64
 
 if TYPE_CHECKING:
     from portakv import KVView

@@ -12,9 +12,8 @@ from typing import ClassVar
 import torch
 
 from portakv.backends.base import Capabilities
-
-from .cells import check_inside
-from .host_rows import Call, HostRows, Runs
+from portakv_conformance.mutants.base import Call, HostRows, Runs
+from portakv_conformance.mutants.cells import check_inside
 
 
 class DeviceRows(HostRows):

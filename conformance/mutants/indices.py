@@ -9,10 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portakv.plan import CopyPlan
-
-from .cells import Int64
-from .host_rows import Call, HostRows
+from portakv.plan.plan import CopyPlan
+from portakv_conformance.mutants.base import Call, HostRows
+from portakv_conformance.mutants.cells import Int64
 
 if TYPE_CHECKING:
     from portakv import Index

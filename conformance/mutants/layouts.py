@@ -6,10 +6,9 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-from portakv.form import Form, Part, Step
-from portakv.plan import CopyPlan
-
-from .host_rows import Call, HostRows
+from portakv.plan.plan import CopyPlan
+from portakv.view.form import Form, Part, Step
+from portakv_conformance.mutants.base import Call, HostRows
 
 
 @lru_cache(maxsize=256)

@@ -8,9 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from portakv import Unsupported
-from portakv.plan import CopyPlan
-
-from .host_rows import Call, HostRows, Runs
+from portakv.plan.plan import CopyPlan
+from portakv_conformance.mutants.base import Call, HostRows, Runs
 
 
 def _by_source(runs: Runs) -> Runs:

@@ -11,10 +11,9 @@ from dataclasses import replace
 import torch
 
 from portakv.backends.base import Capabilities, Pending
-from portakv.plan import CopyPlan
-
-from .device_rows import DeviceRows
-from .host_rows import Call, Runs
+from portakv.plan.plan import CopyPlan
+from portakv_conformance.mutants.base import Call, Runs
+from portakv_conformance.mutants.device_rows import DeviceRows
 
 _LATE = 0.02  # seconds
 

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from portakv.loops import Loop
-from portakv.plan import CopyPlan, Nest, Side
-
-from .addressing import ThirtyTwoBitOffset
-from .cells import Int64
-from .device_rows import DeviceRows
-from .host_rows import Call, HostRows, Runs
+from portakv.plan.loops import Loop
+from portakv.plan.plan import CopyPlan, Nest, Side
+from portakv_conformance.mutants.addressing import ThirtyTwoBitOffset
+from portakv_conformance.mutants.base import Call, HostRows, Runs
+from portakv_conformance.mutants.cells import Int64
+from portakv_conformance.mutants.device_rows import DeviceRows
 
 if TYPE_CHECKING:
     from portakv import KVView

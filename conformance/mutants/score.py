@@ -14,11 +14,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from portakv.registry import ENVIRONMENT
-
-from . import CONTROLS, MUTANTS, Mutant
-from .table import document, print_score
-from .trial import WALL_LIMIT, Trial, fails_self_check, try_control, try_mutant
+from portakv.registry.registry import ENVIRONMENT
+from portakv_conformance.mutants import CONTROLS, MUTANTS, Mutant
+from portakv_conformance.mutants.table import document, print_score
+from portakv_conformance.mutants.trial import (
+    WALL_LIMIT,
+    Trial,
+    fails_self_check,
+    try_control,
+    try_mutant,
+)
 
 _JOBS = 2
 

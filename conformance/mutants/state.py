@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from portakv.backends.base import Pending
-from portakv.plan import CopyPlan
-
-from .cells import store
-from .host_rows import Call, HostRows, Runs
+from portakv.plan.plan import CopyPlan
+from portakv_conformance.mutants.base import Call, HostRows, Runs
+from portakv_conformance.mutants.cells import store
 
 if TYPE_CHECKING:
     from portakv import Index

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 
-from .trial import Trial
+from portakv_conformance.mutants.trial import Trial
 
 _HEAD = """\
 # Mutants
 
 A suite that cannot fail proves nothing. So it comes with backends that have a bug: each is a small
-correct kernel (`conformance/mutants/host_rows.py`, on the simulated device `device_rows.py` beside
+correct kernel (`conformance/mutants/base.py`, on the simulated device `device_rows.py` beside
 it) with one step of it replaced. The kernel itself passes the suite, in the profile `full`; every
 mutant has to fail it, and one that survives is a bug of the suite.
 

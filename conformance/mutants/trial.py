@@ -9,13 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from portakv_conformance.records import CaseRecord, RunRecord
-from portakv_conformance.runner import BadRequest, Options, SubjectUnavailable, SuiteBroken, run
-from portakv_conformance.verdict import WRONG
 
-from portakv.selfcheck import UNCHECKABLE, self_check
-
-from . import Mutant
+from portakv.registry.self_check import UNCHECKABLE, self_check
+from portakv_conformance.evidence.verdict import WRONG
+from portakv_conformance.mutants import Mutant
+from portakv_conformance.run.record import CaseRecord, RunRecord
+from portakv_conformance.run.runner import BadRequest, Options, SubjectUnavailable, SuiteBroken, run
 
 #: Seconds that one case may take of a mutant, and a mutant in all.
 CASE_LIMIT = 60.0

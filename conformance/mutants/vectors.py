@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from portakv.loops import widest_vector
-from portakv.plan import CopyPlan, Nest
-
-from .cells import store
-from .host_rows import Call, HostRows, Runs
+from portakv.plan.loops import widest_vector
+from portakv.plan.plan import CopyPlan, Nest
+from portakv_conformance.mutants.base import Call, HostRows, Runs
+from portakv_conformance.mutants.cells import store
 
 
 class CutToEight(HostRows):

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..records import RunRecord
-from .badge import badge
-from .html import page
-from .junit import junit
-from .markdown import markdown
+from portakv_conformance.report.badge import badge
+from portakv_conformance.report.html import page
+from portakv_conformance.report.junit import junit
+from portakv_conformance.report.markdown import markdown
+from portakv_conformance.run.record import RunRecord
 
 
 def write(record: RunRecord, folder: Path) -> list[Path]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ..records import RunRecord, Status
-from ..verdict import SEAL
-from .markup import Html, breakable, element
-from .parts import facts, folded, mark, section
-from .words import CLAIMS, STATUS_WORDS, plain, worst
+from portakv_conformance.evidence.verdict import SEAL
+from portakv_conformance.report.markup import Html, breakable, element
+from portakv_conformance.report.parts import facts, folded, mark, section
+from portakv_conformance.report.words import CLAIMS, STATUS_WORDS, plain, worst
+from portakv_conformance.run.record import RunRecord, Status
 
 _KNOWN = {
     "device": "Device, as asked", "device_name": "Device", "driver": "Driver", "os": "System",

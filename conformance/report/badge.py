@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from ..records import RunRecord
-from .markup import Html, element
-from .words import bad, device, emulated
+from portakv_conformance.report.markup import Html, element
+from portakv_conformance.report.words import bad, device, emulated
+from portakv_conformance.run.record import RunRecord
 
 LABEL = "PortaKV conformance"
 _HEIGHT = 20

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ..records import STATUSES, CaseRecord, RunRecord, Status
-from .markup import Html, breakable, element
-from .matrix import ANY, dtype_of
-from .parts import command, facts, folded, mark, pill, section, trouble
-from .words import AREAS, STATUS_WORDS, counts, duration, plural, worst
+from portakv_conformance.report.markup import Html, breakable, element
+from portakv_conformance.report.matrix import ANY, dtype_of
+from portakv_conformance.report.parts import command, facts, folded, mark, pill, section, trouble
+from portakv_conformance.report.words import AREAS, STATUS_WORDS, counts, duration, plural, worst
+from portakv_conformance.run.record import STATUSES, CaseRecord, RunRecord, Status
 
 
 def case_list(record: RunRecord) -> Html:

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from ..records import RunRecord
-from .markup import Html, element, join
-from .matrix import ANY, SHORT, Cell, Matrix, matrix
-from .parts import glyph, hidden_text, pill, section
-from .words import plural
+from portakv_conformance.report.markup import Html, element, join
+from portakv_conformance.report.matrix import ANY, SHORT, Cell, Matrix, matrix
+from portakv_conformance.report.parts import glyph, hidden_text, pill, section
+from portakv_conformance.report.words import plural
+from portakv_conformance.run.record import RunRecord
 
 
 def coverage(record: RunRecord) -> Html | None:

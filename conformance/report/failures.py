@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from ..records import CaseRecord, RunRecord
-from .first_byte import FirstByte, first_byte
-from .markup import Html, breakable, element, join, prose
-from .parts import command, folded, pill, section, trouble
-from .words import plural
+from portakv_conformance.report.first_byte import FirstByte, first_byte
+from portakv_conformance.report.markup import Html, breakable, element, join, prose
+from portakv_conformance.report.parts import command, folded, pill, section, trouble
+from portakv_conformance.report.words import plural
+from portakv_conformance.run.record import CaseRecord, RunRecord
 
 _OPEN = 25  # cards before the rest is folded
 _HEADLINE = 240  # characters that can still be read in large letters

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from ..records import STATUSES, RunRecord, Status
-from ..verdict import why_no_rung
-from .markup import Html, element, prose
-from .parts import command, facts, glyph, pill
-from .words import (
+from portakv_conformance.evidence.verdict import why_no_rung
+from portakv_conformance.report.markup import Html, element, prose
+from portakv_conformance.report.parts import command, facts, glyph, pill
+from portakv_conformance.report.words import (
     RUNGS,
     broken,
     counts,
@@ -20,6 +19,7 @@ from .words import (
     sentence,
     verdict,
 )
+from portakv_conformance.run.record import STATUSES, RunRecord, Status
 
 # The mark that the verdict's seal shows.
 SEALS: dict[str, Status] = {"conformant": "passed", "failed": "failed", "incomplete": "error"}

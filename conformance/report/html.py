@@ -7,15 +7,15 @@ from base64 import b64encode
 from hashlib import sha256
 from importlib.resources import files
 
-from ..records import RunRecord
-from .appendix import claims, environment
-from .case_list import case_list, set_apart
-from .coverage import coverage
-from .failures import failures
-from .hero import hero, seal_of
-from .markup import Content, Html, element
-from .parts import sprite
-from .words import RUNGS, device, emulated, verdict
+from portakv_conformance.report.appendix import claims, environment
+from portakv_conformance.report.case_list import case_list, set_apart
+from portakv_conformance.report.coverage import coverage
+from portakv_conformance.report.failures import failures
+from portakv_conformance.report.hero import hero, seal_of
+from portakv_conformance.report.markup import Content, Html, element
+from portakv_conformance.report.parts import sprite
+from portakv_conformance.report.words import RUNGS, device, emulated, verdict
+from portakv_conformance.run.record import RunRecord
 
 _NAMES = {
     "failures": "Failures", "coverage": "Coverage", "claims": "Capabilities",

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from ..records import CaseRecord, RunRecord
-from .markup import printable
-from .words import broken, device, plain
+from portakv_conformance.report.markup import printable
+from portakv_conformance.report.words import broken, device, plain
+from portakv_conformance.run.record import CaseRecord, RunRecord
 
 _SKIPPED = ("waived", "not-claimed")
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import re
 
-from ..records import STATUSES, CaseRecord, RunRecord
-from .first_byte import first_byte
-from .markup import printable
-from .words import (
+from portakv_conformance.report.first_byte import first_byte
+from portakv_conformance.report.markup import printable
+from portakv_conformance.report.words import (
     STATUS_WORDS,
     broken,
     counts,
@@ -23,6 +22,7 @@ from .words import (
     sentence,
     verdict,
 )
+from portakv_conformance.run.record import STATUSES, CaseRecord, RunRecord
 
 _SIGNS = {"conformant": "✅", "failed": "❌", "incomplete": "⚠️"}
 _SHOWN = 20  # failures; a comment has a limit

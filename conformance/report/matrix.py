@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ..records import STATUSES, CaseRecord, Status
+from portakv_conformance.run.record import STATUSES, CaseRecord, Status
 
 ANY = "any"  # where a case has a layout but is about no dtype or operation in particular
 # Narrow columns need short names; others stand as they are.

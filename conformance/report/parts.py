@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..records import Status
-from .markup import Content, Html, element, join, prose
-from .words import STATUS_WORDS
+from portakv_conformance.report.markup import Content, Html, element, join, prose
+from portakv_conformance.report.words import STATUS_WORDS
+from portakv_conformance.run.record import Status
 
 # Strokes in a box of 16 x 16. A status is never told by its colour alone.
 _STROKES: dict[str, str] = {

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..records import RunRecord
-from ..verdict import SEAL, digest_of, judge
-from ..verify import check_report
-from .words import built
+from portakv_conformance.evidence.verdict import SEAL, digest_of, judge
+from portakv_conformance.evidence.verify import check_report
+from portakv_conformance.report.words import built
+from portakv_conformance.run.record import RunRecord
 
 Check = Callable[[str], list[str]]
 

@@ -7,11 +7,19 @@ vendor's changes: the row then says so, until it was reached again.
 
 from __future__ import annotations
 
-from ..ladder import Digest, Ladder, Rung, by_pair, cpu_name, digest, why_expired
-from ..records import RunRecord
-from .markdown import text
-from .results import device_kind
-from .words import built, emulated
+from portakv_conformance.evidence.ladder import (
+    Digest,
+    Ladder,
+    Rung,
+    by_pair,
+    cpu_name,
+    digest,
+    why_expired,
+)
+from portakv_conformance.report.markdown import text
+from portakv_conformance.report.results import device_kind
+from portakv_conformance.report.words import built, emulated
+from portakv_conformance.run.record import RunRecord
 
 # Packages of the environment whose versions a result stands or falls with, beyond torch's own.
 _PACKAGES = {

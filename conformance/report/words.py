@@ -7,9 +7,9 @@ from collections import Counter
 from datetime import datetime, timezone
 from typing import Any
 
-from ..records import ASSUMPTION, CARRIER, LIBRARY, STATUSES, RunRecord, Status
-from ..verdict import LEFT_OUT
-from ..waivers import problems
+from portakv_conformance.evidence.verdict import LEFT_OUT
+from portakv_conformance.judge.waivers import problems
+from portakv_conformance.run.record import ASSUMPTION, CARRIER, LIBRARY, STATUSES, RunRecord, Status
 
 #: For each area of cases, what it judges.
 AREAS = {

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils import backend_registration
 
-from .build import SimulatedDeviceError, load_library, missing
+from portakv_conformance.simdev.build import SimulatedDeviceError, load_library, missing
 
 __all__ = [
     "EMULATED",
@@ -163,7 +163,7 @@ def _taken() -> str | None:
 
 
 def _introduce(name: str) -> None:
-    from . import device_module
+    from portakv_conformance.simdev import device_module
 
     torch.ops.portakv_simdev.power_on()
     backend_registration.rename_privateuse1_backend(name)

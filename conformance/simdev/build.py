@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from portakv.backends import _kernel_cache
 from portakv.errors import BackendUnavailable
+from portakv.runtime import kernel_cache as _kernel_cache
 
 _HERE = Path(__file__).parent
 _MAIN = "device.cpp"

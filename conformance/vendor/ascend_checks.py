@@ -17,11 +17,10 @@ from typing import Any
 import torch
 
 from portakv import CopyPlan, Index, KVView, Unsupported, copy_rows
-from portakv.backends._ascendc import VARIABLE
+from portakv.backends._ascend_kernel import VARIABLE
 from portakv.backends.ascend import Ascend
-
-from . import ascend_ops, ascendc_emulated, ascendc_npu
-from .ascend_device import enter
+from portakv_conformance.vendor import ascend_ops, ascendc_emulated, ascendc_npu
+from portakv_conformance.vendor.ascend_device import enter
 
 _NZ = 29
 _DISPATCH = "PrivateUse1"

@@ -24,7 +24,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import ascend_ops
+from portakv_conformance.vendor import ascend_ops
 
 #: What emulates below the vendor's package: it is hashed with this file, since it is named here.
 BENEATH = "portakv_conformance.vendor.cann_stub"

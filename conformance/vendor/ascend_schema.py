@@ -27,14 +27,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from portakv.backends._ascendc import VARIABLE
-from portakv.backends._kernel_cache import directory
-
-from .. import ladder
-from ..environment import hashed
-from ..evidence import name_of
-from ..report.results import keep, read
-from . import ascend_device, cann_stub, standins
+from portakv.backends._ascend_kernel import VARIABLE
+from portakv.runtime.kernel_cache import directory
+from portakv_conformance.evidence import ladder
+from portakv_conformance.evidence.environment import hashed
+from portakv_conformance.evidence.evidence import name_of
+from portakv_conformance.report.results import keep, read
+from portakv_conformance.vendor import ascend_device, cann_stub, standins
 
 TORCH = "2.13.0"
 TORCH_NPU = "2.13.0"
@@ -113,7 +112,7 @@ def _judge(asked: argparse.Namespace, work: Path, report: Path) -> dict[str, Any
         "conformance": suite,
         "ops_called": _calls(work / "calls"),
     }
-    # What the ladder reads of a record (portakv_conformance.evidence).
+    # What the ladder reads of a record (portakv_conformance.evidence.evidence).
     return {
         **made,
         "what": "accepted by the vendor's schemas",

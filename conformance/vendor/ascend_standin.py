@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 
-from portakv.backends._ascendc import VARIABLE
-
-from . import ascend_ops, ascendc_npu
+from portakv.backends._ascend_kernel import VARIABLE
+from portakv_conformance.vendor import ascend_ops, ascendc_npu
 
 #: What it always says of itself.
 EMULATED = True

@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv import CopyPlan, Index, KVView, TransferError, Unsupported
-from portakv.backends import _kernel_cache
 from portakv.backends._ascendc_arguments import Arguments, reached
 from portakv.backends.base import Backend, Capabilities, Decision, Launch
+from portakv.runtime import kernel_cache as _kernel_cache
 
 #: What it always says of itself.
 EMULATED = True

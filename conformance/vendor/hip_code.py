@@ -22,12 +22,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from portakv_conformance.source import source_sha256
 
 from portakv import CopyPlan, KVView
-from portakv.backends._hiprtc import FLAGS
 from portakv.backends._rows_kernel import NAMES, RowsKernel
 from portakv.backends.hip import Hip
+from portakv.runtime._hiprtc import FLAGS
+from portakv_conformance.evidence.source import source_sha256
 
 TARGETS = ("gfx906", "gfx908", "gfx90a")
 _NHD = "layer | kv block token head dim"
@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report(
     found: list[Code], targets: Sequence[str], compiler: str, dtk: bool
 ) -> dict[str, object]:
-    """A record of a job, as `portakv_conformance.evidence` reads it."""
+    """A record of a job, as `portakv_conformance.evidence.evidence` reads it."""
     script = "check_dtk.sh" if dtk else "check_hip.sh"
     return {
         "what": "built by the vendor's toolchain" if dtk else "cross-compiled, not executed",

@@ -13,12 +13,11 @@ from itertools import product
 
 import torch
 
-from portakv.backends._hip_card import Card
-from portakv.backends._hip_driver import Driver
 from portakv.backends.base import Capabilities, Decision
 from portakv.backends.hip import Hip
-
-from .hip_fake import fake_driver
+from portakv.runtime._hip_card import Card
+from portakv.runtime.hip import Driver
+from portakv_conformance.vendor.hip_fake import fake_driver
 
 EMULATED = True
 ARCHITECTURE = "gfx906"

@@ -12,8 +12,8 @@ import zlib
 from functools import cache
 from pathlib import Path
 
-from portakv.backends import _kernel_cache
-from portakv.backends._hip_driver import Driver, DriverMissing, bound
+from portakv.runtime import kernel_cache as _kernel_cache
+from portakv.runtime.hip import Driver, DriverMissing, bound
 
 EMULATED = True
 #: What makes a kernel's text a C++ program.

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 
 from portakv.backends.base import Backend, Capabilities, Decision, Launch
-from portakv.index import Index
-from portakv.plan import CopyPlan
-from portakv.view import KVView
+from portakv.plan.plan import CopyPlan
+from portakv.view.index import Index
+from portakv.view.view import KVView
 
 
 class Acme(Backend):

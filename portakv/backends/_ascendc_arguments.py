@@ -11,15 +11,15 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import Unsupported
-from ..plan import CopyPlan, Nest, Side
+from portakv.errors import Unsupported
+from portakv.plan.plan import CopyPlan, Nest, Side
 
 if TYPE_CHECKING:
     import torch
 
-    from ..index import Index
-    from ..loops import Loop
-    from ..view import KVView
+    from portakv.plan.loops import Loop
+    from portakv.view.index import Index
+    from portakv.view.view import KVView
 
 MAX_UNITS, MAX_LOOPS = 4, 8  # lengths of arrays in copy.h
 _MOST_GAP = 2**32  # bytes between rows of one transfer

@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..plan import CopyPlan, Nest, Side
-from ._compiled_rows import ALIGNMENT, Argument, CopyShape, SideShape, memory_from
-from .reference import ELEMENTS
+from portakv.backends._compiled_program import (
+    ALIGNMENT,
+    Argument,
+    CopyShape,
+    SideShape,
+    memory_from,
+)
+from portakv.backends.reference import ELEMENTS
+from portakv.plan.plan import CopyPlan, Nest, Side
 
 if TYPE_CHECKING:
-    from ..index import Index
-    from ..view import KVView
+    from portakv.view.index import Index
+    from portakv.view.view import KVView
 
 
 class NestArguments:

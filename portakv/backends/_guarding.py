@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..plan import CopyPlan
-from ._row_copy import RowCopy
+from portakv.backends._strided import RowCopy
+from portakv.plan.plan import CopyPlan
 
 if TYPE_CHECKING:
-    from ..index import Index
-    from ..view import KVView
+    from portakv.view.index import Index
+    from portakv.view.view import KVView
 
 _Side = tuple["KVView", "Index"]
 

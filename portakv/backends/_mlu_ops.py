@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ._vendor_package import Unusable, imported, parameters, version_of, written
+from portakv.runtime._vendor_package import Unusable, imported, parameters, version_of, written
 
 PACKAGE = "torch_mlu_ops"
 #: The parameters of `reshape_paged_cache` in older releases, and in those that gather too.

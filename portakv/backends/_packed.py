@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from ..form import Form, Part
-    from ..view import KVView
+    from portakv.view.form import Form, Part
+    from portakv.view.view import KVView
 
 #: Orders of a plane's axes, outermost first. ``kv`` stands where key and value alternate.
 HND = ("block", "head", "token", "dim")

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ..errors import Unsupported
-from ..loops import Loop
-from ..plan import CopyPlan, Nest, Side
+from portakv.errors import Unsupported
+from portakv.plan.loops import Loop
+from portakv.plan.plan import CopyPlan, Nest, Side
 
 if TYPE_CHECKING:
-    from ..index import Index
-    from ..view import KVView
+    from portakv.view.index import Index
+    from portakv.view.view import KVView
 
 #: Names of the entries in a kernel's text, by the vectors that one thread moves.
 NAMES = {1: "portakv_rows", 2: "portakv_rows_2"}

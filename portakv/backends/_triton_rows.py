@@ -7,14 +7,13 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from portakv.backends._rows_kernel import split_loops
 from portakv.errors import Unsupported
-from portakv.plan import CopyPlan, Nest, Side
-
-from ._rows_kernel import split_loops
+from portakv.plan.plan import CopyPlan, Nest, Side
 
 if TYPE_CHECKING:
-    from portakv.index import Index
-    from portakv.view import KVView
+    from portakv.view.index import Index
+    from portakv.view.view import KVView
 
 MAX_PLANES = 65535  # programs along y
 # Vectors of one launch are counted in 32 bits, the last program's included; a larger copy is split.

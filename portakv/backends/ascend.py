@@ -31,17 +31,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..plan import CopyPlan
-from ._ascendc import KernelRows, find_kernel, told
-from ._packed import TOKENS, packed, planes
-from ._row_copy import RowCopy
-from ._vendor_package import Unusable, imported, version_of
-from .base import Backend, Capabilities, Decision, Launch, Tells
+from portakv.backends._ascend_kernel import KernelRows, find_kernel, told
+from portakv.backends._packed import TOKENS, packed, planes
+from portakv.backends._strided import RowCopy
+from portakv.backends.base import Backend, Capabilities, Decision, Launch, Tells
+from portakv.plan.plan import CopyPlan
+from portakv.runtime._vendor_package import Unusable, imported, version_of
 
 if TYPE_CHECKING:
-    from ..form import Form
-    from ..index import Index
-    from ..view import KVView
+    from portakv.view.form import Form
+    from portakv.view.index import Index
+    from portakv.view.view import KVView
 
     _Side = tuple[KVView, Index]
 

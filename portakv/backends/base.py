@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from portakv.runtime.transfer import Pending as Pending
+
 if TYPE_CHECKING:
-    from ..index import Index
-    from ..plan import CopyPlan
-    from ..view import KVView
+    from portakv.plan.plan import CopyPlan
+    from portakv.view.index import Index
+    from portakv.view.view import KVView
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +67,6 @@ class Capabilities:
     def home_of_ids(self, device: torch.device) -> torch.device:
         """Where ids have to be for a backend of ``device``."""
         return device if self.index_on == "device" else _HOST
-
-
-class Pending(Protocol):
-    """Work that is not ordered on the stream."""
-
-    def done(self) -> bool:
-        """True once the bytes have landed; never blocks."""
-
-    def wait(self) -> None:
-        """Block the host until the bytes have landed."""
 
 
 class Launch(Protocol):

@@ -23,16 +23,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import Unsupported
-from ..plan import CopyPlan
-from ._compiled_arguments import NestArguments, id_arguments
-from ._compiled_rows import ALIGNMENT, Argument, CopyShape, Program, copy, memory_from, report
-from .base import Backend, Capabilities, Decision, Launch
-from .reference import on_stream
+from portakv.backends._compiled_arguments import NestArguments, id_arguments
+from portakv.backends._compiled_program import (
+    ALIGNMENT,
+    Argument,
+    CopyShape,
+    Program,
+    copy,
+    memory_from,
+    report,
+)
+from portakv.backends.base import Backend, Capabilities, Decision, Launch
+from portakv.backends.reference import on_stream
+from portakv.errors import Unsupported
+from portakv.plan.plan import CopyPlan
 
 if TYPE_CHECKING:
-    from ..index import Index
-    from ..view import KVView
+    from portakv.view.index import Index
+    from portakv.view.view import KVView
 
 _HOST = ("pageable", "pinned")
 _PLACES = {

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..plan import CopyPlan
-from . import _nvrtc
-from ._launching import Arguments, captured, forked, raw_stream
-from ._rows_kernel import NAMES, RowsKernel
-from .base import Backend, Capabilities, Decision, Launch
+from portakv.backends._rows_kernel import NAMES, RowsKernel
+from portakv.backends.base import Backend, Capabilities, Decision, Launch
+from portakv.plan.plan import CopyPlan
+from portakv.runtime import nvrtc as _nvrtc
+from portakv.runtime._launching import Arguments, captured, forked, raw_stream
 
 if TYPE_CHECKING:
-    from ..index import Index
-    from ..view import KVView
+    from portakv.view.index import Index
+    from portakv.view.view import KVView
 
 _THREADS = 128
 _DRIVER = 13000  # CUDA 13: what NVRTC 13's machine code and cuda-bindings 13 need

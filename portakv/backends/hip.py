@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..plan import CopyPlan
-from . import _hip_driver, _hiprtc
-from ._hip_card import Card
-from ._hip_driver import Driver, DriverMissing
-from ._launching import Arguments, captured, forked
-from ._rows_kernel import NAMES, RowsKernel
-from .base import Backend, Capabilities, Decision, Launch
+from portakv.backends._rows_kernel import NAMES, RowsKernel
+from portakv.backends.base import Backend, Capabilities, Decision, Launch
+from portakv.plan.plan import CopyPlan
+from portakv.runtime import _hiprtc
+from portakv.runtime import hip as _hip_driver
+from portakv.runtime._hip_card import Card
+from portakv.runtime._launching import Arguments, captured, forked
+from portakv.runtime.hip import Driver, DriverMissing
 
 if TYPE_CHECKING:
-    from ..index import Index
-    from ..view import KVView
+    from portakv.view.index import Index
+    from portakv.view.view import KVView
 
 _THREADS = 256  # four waves of 64
 # Vectors of a thread and the distance of prefetches were measured on NVIDIA devices only: here

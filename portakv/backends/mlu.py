@@ -26,17 +26,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..plan import CopyPlan
-from ._guarding import GuardedRows, guarded_slots
-from ._mlu_ops import Ops, load_ops
-from ._packed import HND, HND_IN_BLOCKS, TOKENS, apart, packed, planes, steps
-from ._vendor_package import Unusable
-from .base import Backend, Capabilities, Decision, Launch
+from portakv.backends._guarding import GuardedRows, guarded_slots
+from portakv.backends._mlu_ops import Ops, load_ops
+from portakv.backends._packed import HND, HND_IN_BLOCKS, TOKENS, apart, packed, planes, steps
+from portakv.backends.base import Backend, Capabilities, Decision, Launch
+from portakv.plan.plan import CopyPlan
+from portakv.runtime._vendor_package import Unusable
 
 if TYPE_CHECKING:
-    from ..form import Form
-    from ..index import Index
-    from ..view import KVView
+    from portakv.view.form import Form
+    from portakv.view.index import Index
+    from portakv.view.view import KVView
 
 # What both ops move; anything else goes as int8, which is among them.
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)

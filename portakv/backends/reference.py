@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..plan import CopyPlan, Nest, Side
-from .base import Backend, Capabilities, Decision, Launch
+from portakv.backends.base import Backend, Capabilities, Decision, Launch
+from portakv.plan.plan import CopyPlan, Nest, Side
 
 if TYPE_CHECKING:
-    from ..index import Index
-    from ..view import KVView
+    from portakv.view.index import Index
+    from portakv.view.view import KVView
 
 # An opaque element for each vector width. Bytes are never indexed where a wider element fits:
 # on a CPU index_copy_ on uint8 takes five times as long as on int64.

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from portakv.plan import CopyPlan
-
-from ._launching import captured, forked
-from ._triton_rows import NestKernel
-from .base import Backend, Capabilities, Decision, Launch
+from portakv.backends._triton_rows import NestKernel
+from portakv.backends.base import Backend, Capabilities, Decision, Launch
+from portakv.plan.plan import CopyPlan
+from portakv.runtime._launching import captured, forked
 
 if TYPE_CHECKING:
-    from portakv.index import Index
-    from portakv.view import KVView
+    from portakv.view.index import Index
+    from portakv.view.view import KVView
 
 INTERPRET = "TRITON_INTERPRET"
 _HOST = ("pageable", "pinned")
@@ -85,7 +84,7 @@ def compile_kernel(nest: NestKernel, target: Any) -> Any:
     from triton import compile as compile_source
     from triton.compiler import ASTSource
 
-    from ._triton_kernel import copy_rows
+    from portakv.backends._triton_kernel import copy_rows
 
     constants = _constants(nest)
     signature = {**nest.signature(), "ELEMENT": "constexpr"}
@@ -120,7 +119,7 @@ class _InterpretedLaunch:
         stream: torch.Stream | None,
         status: torch.Tensor | None,
     ) -> None:
-        from ._triton_kernel import copy_rows
+        from portakv.backends._triton_kernel import copy_rows
 
         word = 0 if status is None else status.data_ptr()
         units = count // self._unit
@@ -263,7 +262,7 @@ def _missing_host() -> str | None:
     why = _unimportable()
     if why is not None:
         return why
-    from ._triton_kernel import copy_rows
+    from portakv.backends._triton_kernel import copy_rows
 
     if not hasattr(copy_rows, "rewrite"):
         return f"{INTERPRET} was set after its kernel was imported; set it before Python starts"
@@ -288,7 +287,7 @@ def _missing_device(device: torch.device) -> str | None:
 
 def _unimportable() -> str | None:
     try:
-        from . import _triton_kernel  # noqa: F401
+        from portakv.backends import _triton_kernel  # noqa: F401
     except ModuleNotFoundError as error:
         return f"the package {error.name!r} is missing; install portakv[triton]"
     except Exception as error:  # a Triton that does not fit torch or the system breaks in many ways

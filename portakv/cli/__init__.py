@@ -15,9 +15,8 @@ import sys
 from collections.abc import Sequence
 
 from portakv import __version__
+from portakv.cli import backends, calibrate, delegated, explain, layouts, warmup
 from portakv.errors import PortaKVError
-
-from . import backends, calibrate, delegated, explain, layouts, warmup
 
 _EPILOG = """\
 examples:

@@ -6,8 +6,7 @@ from __future__ import annotations
 import torch
 
 from portakv.errors import DeviceMismatch
-
-from ..devices import usable_device, usual_device
+from portakv.runtime.devices import usable_device, usual_device
 
 
 def accelerator_asked(name: str | None) -> torch.device | None:

@@ -12,13 +12,18 @@ from typing import Any
 import torch
 
 from portakv import __version__
-from portakv.console import print_json, print_prose
+from portakv.cli.candidates import (
+    Candidate,
+    as_json,
+    candidates_for,
+    forced_backend,
+    print_candidates,
+)
+from portakv.cli.console import print_json, print_prose
+from portakv.cli.verified import verified
 from portakv.errors import BackendUnavailable
-from portakv.registry import ENVIRONMENT, found
-
-from ..candidates import Candidate, as_json, candidates_for, forced_backend, print_candidates
-from ..devices import device_count, device_name, devices_present
-from .verified import verified
+from portakv.registry.registry import ENVIRONMENT, found
+from portakv.runtime.devices import device_count, device_name, devices_present
 
 _RUNGS = (
     "verified: R6 run on the hardware, R5 built by the vendor's toolchain, R4 cross-compiled, R3 "

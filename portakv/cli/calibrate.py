@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from portakv.backends import _kernel_cache
-from portakv.console import Column, print_json, print_prose, print_table
+from portakv.cli.accelerator import accelerator_asked
+from portakv.cli.console import Column, print_json, print_prose, print_table
+from portakv.cli.units import in_bytes, in_time
 from portakv.errors import PortaKVError
-
-from .accelerator import accelerator_asked
-from .units import in_bytes, in_time
+from portakv.runtime import kernel_cache as _kernel_cache
 
 _DESCRIPTION = """\
 Measures every engine that copies between a device and host memory, over the
@@ -60,7 +59,8 @@ def run(asked: argparse.Namespace) -> int:
         DeviceMismatch: torch cannot use the device.
     """
     # What measures is imported by nobody else.
-    from portakv.host.engines import calibration, table
+    from portakv.engines import calibration
+    from portakv.engines import costs as table
 
     device = accelerator_asked(asked.device)
     if device is None:

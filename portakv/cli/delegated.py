@@ -9,8 +9,7 @@ import sys
 from typing import Any
 
 from portakv.errors import PortaKVError
-
-from ..devices import usable_device
+from portakv.runtime.devices import usable_device
 
 BENCHMARKS = "portakv_benchmarks"
 CONFORMANCE = "portakv_conformance"
@@ -31,7 +30,9 @@ def add_demo(verbs: Any) -> None:
 
 def demo(asked: argparse.Namespace) -> int:
     """Run the demo; returns its exit code."""
-    from portakv.demo import run_demo  # its model part imports much more than any other verb needs
+    from portakv.cli.demo import (
+        run_demo,  # its model part imports much more than any other verb needs
+    )
 
     device = None if asked.device is None else str(usable_device(asked.device))
     return run_demo(device=device, json=asked.json)

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 
 from portakv.backends.base import Capabilities
-from portakv.console import Column, print_json, print_prose, print_table
-from portakv.plan import CopyPlan, Nest
-from portakv.plan import Side as Units
-from portakv.registry import ENVIRONMENT, Choice, choose, prepare
-
-from ..candidates import as_json, candidates_for_plan, forced_backend, print_candidates
-from ..devices import usable_device, usual_device
-from . import explain_host
-from .sides import BLOCK_SIZE, TOKENS, Extents, Side, describe_tensors, make_sides
+from portakv.cli import explain_host
+from portakv.cli.candidates import as_json, candidates_for_plan, forced_backend, print_candidates
+from portakv.cli.console import Column, print_json, print_prose, print_table
+from portakv.cli.sides import BLOCK_SIZE, TOKENS, Extents, Side, describe_tensors, make_sides
+from portakv.plan.plan import CopyPlan, Nest
+from portakv.plan.plan import Side as Units
+from portakv.registry.registry import ENVIRONMENT, Choice, choose, prepare
+from portakv.runtime.devices import usable_device, usual_device
 
 _DESCRIPTION = """\
 Prints the plan of a copy between two layouts: the loops a person would write,

@@ -8,17 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from portakv.console import Column, print_json, print_prose, print_table
+from portakv.cli.accelerator import accelerator_asked
+from portakv.cli.console import Column, print_json, print_prose, print_table
+from portakv.cli.units import in_bytes, in_time, read_bytes, read_rate
+from portakv.engines.assumed import DIRECTIONS, Assumed
+from portakv.engines.choose import Host
+from portakv.engines.costs import Costs, TableError, costs_of, read
+from portakv.engines.picking import ORDER, Alternative, Pick, pick
+from portakv.engines.shapes import Shape
+from portakv.engines.terms import OVERLAPS, Terms
 from portakv.errors import PortaKVError
-from portakv.host.engines.assumed import DIRECTIONS, Assumed
-from portakv.host.engines.chosen import Host
-from portakv.host.engines.picking import ORDER, Alternative, Pick, pick
-from portakv.host.engines.shapes import Shape
-from portakv.host.engines.table import Costs, TableError, costs_of, read
-from portakv.host.engines.terms import OVERLAPS, Terms
-
-from .accelerator import accelerator_asked
-from .units import in_bytes, in_time, read_bytes, read_rate
 
 #: Options that only `--host` reads, by where argparse leaves them.
 _ONLY = (

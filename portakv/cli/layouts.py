@@ -7,9 +7,9 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from portakv.console import Column, print_json, print_prose, print_table
-from portakv.picture import draw
-from portakv.presets import PRESETS, Preset, resolve
+from portakv.cli.console import Column, print_json, print_prose, print_table
+from portakv.layout.picture import draw
+from portakv.layout.presets import PRESETS, Preset, resolve
 
 
 def add_to(verbs: Any) -> None:

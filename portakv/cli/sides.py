@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from portakv.errors import LayoutError, PortaKVError
-from portakv.example import example_tensors
-from portakv.layout import Layout, parse
-from portakv.presets import resolve
-from portakv.reading import read_as
-from portakv.view import KVView
+from portakv.layout.language import Layout, parse
+from portakv.layout.presets import resolve
+from portakv.view.bound import read_as
+from portakv.view.example import example_tensors
+from portakv.view.view import KVView
 
 # What an axis has where nobody says otherwise, and what it has where a side does not write it.
 LAYERS, KV, HEADS, DIM, BLOCK_SIZE, TOKENS = 32, 2, 32, 128, 16, 128

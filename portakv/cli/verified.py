@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import torch
 
-from ..devices import device_name
+from portakv.runtime.devices import device_name
 
 
 def verified(names: Iterable[str], device: torch.device | str) -> dict[str, str]:
@@ -19,7 +19,7 @@ def verified(names: Iterable[str], device: torch.device | str) -> dict[str, str]
     bare installation on Python 3.10 cannot read.
     """
     try:
-        from portakv_conformance import ladder
+        from portakv_conformance.evidence import ladder
     except ImportError:
         return {}
     rungs = ladder.read()
@@ -28,7 +28,7 @@ def verified(names: Iterable[str], device: torch.device | str) -> dict[str, str]
 
 def _listed(device: torch.device | str) -> str:
     """A device as the ladder names it."""
-    from portakv_conformance.ladder import cpu_name
+    from portakv_conformance.evidence.ladder import cpu_name
 
     if isinstance(device, str):
         return device

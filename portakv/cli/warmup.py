@@ -11,16 +11,15 @@ from typing import Any
 
 import torch
 
-from portakv.backends import _kernel_cache
 from portakv.backends._rows_kernel import RowsKernel
-from portakv.console import Column, print_json, print_prose, print_table
+from portakv.cli.console import Column, print_json, print_prose, print_table
+from portakv.cli.explain import add_extents, said_extents
+from portakv.cli.sides import Extents, Side, make_sides
+from portakv.cli.warmup_targets import Target, architecture, targets
 from portakv.errors import PortaKVError
-from portakv.plan import CopyPlan
-from portakv.view import KVView
-
-from .explain import add_extents, said_extents
-from .sides import Extents, Side, make_sides
-from .warmup_targets import Target, architecture, targets
+from portakv.plan.plan import CopyPlan
+from portakv.runtime import kernel_cache as _kernel_cache
+from portakv.view.view import KVView
 
 _DESCRIPTION = """\
 Compiles the kernels of the `cuda` or the `hip` backend and keeps them in their
@@ -109,7 +108,7 @@ def _shapes(names: Sequence[str], else_all: bool) -> list[Pair]:
     if not names and not else_all:
         return []
     try:
-        from portakv_benchmarks.shapes import load
+        from portakv_benchmarks.device.shapes import load
     except ImportError as error:
         raise PortaKVError(
             f"Shapes are read by portakv_benchmarks, which cannot be loaded ({error}); "

@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from portakv.backends import _hip_driver, _hiprtc, _nvrtc
 from portakv.errors import PortaKVError
+from portakv.runtime import _hiprtc
+from portakv.runtime import hip as _hip_driver
+from portakv.runtime import nvrtc as _nvrtc
 
 #: A compute capability times ten, or what AMD's compiler calls an architecture.
 Architecture = int | str

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..errors import HostMemoryError
+from portakv.errors import HostMemoryError
 
 
 class Owner(Protocol):

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..errors import LayoutError
+from portakv.errors import LayoutError
 
 # Steps of the search for a common byte. Strides of real tensors need a few; only ones that were
 # made to be hard come near it.

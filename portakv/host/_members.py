@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import HostMemoryError
+from portakv.errors import HostMemoryError
 
 #: One attached process; ``pid`` 0: nobody. ``noticed``: when its lock was first found free.
 RECORD = np.dtype([("pid", "i8"), ("space", "i8"), ("started", "i8"), ("noticed", "f8"),

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..errors import Unsupported
+from portakv.errors import Unsupported
 
 # Numbers of the system call, from the kernel's tables of each architecture.
 _MBIND = {"x86_64": 237, "aarch64": 235, "riscv64": 235, "loongarch64": 235, "ppc64le": 259,

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import HostMemoryError
+from portakv.errors import HostMemoryError
 
 PAGE = mmap.PAGESIZE
 HUGE_PAGES = ("auto", "transparent", "reserved", "never")

@@ -17,11 +17,11 @@ import threading
 import weakref
 from typing import Any
 
-from ..errors import HostMemoryError
-from . import _runtime
-from ._pageable import warn_once
-from ._pages import PAGE, to_pages, whole
-from ._runtime import CallRefused, Runtime
+from portakv.errors import HostMemoryError
+from portakv.host import _runtime
+from portakv.host._pageable import warn_once
+from portakv.host._pages import PAGE, to_pages, whole
+from portakv.host._runtime import CallRefused, Runtime
 
 #: One registration over 512 GiB fails (vLLM #51081); whole GiB, so that no huge page is cut.
 LARGEST = 511 << 30

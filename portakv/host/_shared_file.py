@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import HostMemoryError, SlotError
-from . import _pages
-from ._blocks import stride as stride_of
-from ._members import RECORD, FileLocks, Members
+from portakv.errors import HostMemoryError, SlotError
+from portakv.host import _pages
+from portakv.host._blocks import stride as stride_of
+from portakv.host._members import RECORD, FileLocks, Members
 
 FOLDER = Path("/dev/shm")
 _PREFIX = "portakv-"

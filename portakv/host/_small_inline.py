@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from ..errors import Unsupported
-from . import _cuda_driver, _libcuda
-from ._small_ways import AtOnce
-from ._values import Room, Values
+from portakv.errors import Unsupported
+from portakv.host._small_ways import AtOnce
+from portakv.host._values import Room, Values
+from portakv.runtime import _libcuda
+from portakv.runtime import cuda as _cuda_driver
 
 #: Bytes that the driver takes along.
 MOST = 65536

@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from numpy import ndarray
 
-from .. import capture
-from ..errors import LayoutError, Unsupported
-from . import _cuda_driver, _flight
-from . import _small_kernel as kernel
-from ._values import (
+from portakv.errors import LayoutError, Unsupported
+from portakv.host import _small_kernel as kernel
+from portakv.host._values import (
     Room,
     Values,
     check_count,
@@ -25,6 +23,8 @@ from ._values import (
     packed_bytes,
     settle,
 )
+from portakv.runtime import _flight, capture
+from portakv.runtime import cuda as _cuda_driver
 
 #: Sends of one `Ring` that may be under way; the next one makes the host wait for the oldest.
 MOST_SLOTS = 16

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import DeviceMismatch, HostMemoryError
-from ._pages import Span
+from portakv.errors import DeviceMismatch, HostMemoryError
+from portakv.host._pages import Span
 
 
 def span(memory: Any) -> tuple[int, int, bool, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..errors import DeviceMismatch, LayoutError
+from portakv.errors import DeviceMismatch, LayoutError
 
 # What `struct`, and numpy, call each dtype.
 _CODES = {

@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .. import capture
-from ..errors import BackendUnavailable, DeviceMismatch
-from ..transfer import Transfer
-from . import _cuda_driver, _flight
-from ._copy_checks import check_alike, check_disjoint
-from ._pitched import Pitched, loops_of, pitched
+from portakv.errors import BackendUnavailable, DeviceMismatch
+from portakv.host._copy_checks import check_alike, check_disjoint
+from portakv.host._pitched import Pitched, loops_of, pitched
+from portakv.runtime import _flight, capture
+from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime.transfer import Transfer
 
 #: Rows narrower than this go through torch, which packs them first: a copy engine sends each row
 #: as packets of its own, and 256 bytes are what one usually carries. A default, not a measurement.

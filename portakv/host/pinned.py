@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..errors import HostMemoryError, Unsupported
-from . import _numa, _pages, _runtime, _spans
-from ._pageable import warn_once
-from ._pages import Span
-from ._registrations import LARGEST, Registration, piece_bytes
-from ._runtime import CallRefused, Runtime
+from portakv.errors import HostMemoryError, Unsupported
+from portakv.host import _numa, _pages, _runtime, _spans
+from portakv.host._pageable import warn_once
+from portakv.host._pages import Span
+from portakv.host._registrations import LARGEST, Registration, piece_bytes
+from portakv.host._runtime import CallRefused, Runtime
 
 __all__ = ["HostMemoryError", "PinnedMemory", "allocate", "empty", "register", "register_address",
            "registered", "unregister", "why_not"]  # fmt: skip

@@ -13,11 +13,11 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import HostMemoryError, PoolExhausted
-from . import _pages, pinned
-from ._blocks import Block, Cooling, Leak, ends, stride, told
-from ._registrations import LARGEST
-from .pinned import PinnedMemory
+from portakv.errors import HostMemoryError, PoolExhausted
+from portakv.host import _pages, pinned
+from portakv.host._blocks import Block, Cooling, Leak, ends, stride, told
+from portakv.host._registrations import LARGEST
+from portakv.host.pinned import PinnedMemory
 
 __all__ = ["Block", "Leak", "PinnedPool", "PoolExhausted"]
 

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import HostMemoryError, PoolExhausted
-from . import _runtime, pinned
-from ._blocks import Block, ends, told
-from ._shared_file import SharedFile, names, remove
+from portakv.errors import HostMemoryError, PoolExhausted
+from portakv.host import _runtime, pinned
+from portakv.host._blocks import Block, ends, told
+from portakv.host._shared_file import SharedFile, names, remove
 
 __all__ = ["PoolExhausted", "SharedPool", "names", "remove"]
 

@@ -29,13 +29,21 @@ from typing import NamedTuple
 
 import torch
 
-from .. import capture
-from ..errors import BackendUnavailable, DeviceMismatch, LayoutError
-from . import _cuda_driver, _flight
-from . import _small_inline as inline
-from . import _small_kernel as kernel
-from ._small_ways import ByValue, OnHost, Ring, Way, cross_by_copy, cross_by_kernel, make_slot
-from ._values import Values, check_dtype, count_of, dtype_of, settle, shape_of
+from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError
+from portakv.host import _small_inline as inline
+from portakv.host import _small_kernel as kernel
+from portakv.host._small_ways import (
+    ByValue,
+    OnHost,
+    Ring,
+    Way,
+    cross_by_copy,
+    cross_by_kernel,
+    make_slot,
+)
+from portakv.host._values import Values, check_dtype, count_of, dtype_of, settle, shape_of
+from portakv.runtime import _flight, capture
+from portakv.runtime import cuda as _cuda_driver
 
 WAYS = ("inline", "value", "mapped", "copy", "host")  # the best first
 

@@ -131,7 +131,7 @@ record() {
     [[ -z ${FULL:-} ]] || words=(env FULL=1 "${words[@]}")
     has_package || return
     cd "$native/../.."
-    env -u RECORD "$python" -m portakv_conformance.evidence --what "semantics emulated" \
+    env -u RECORD "$python" -m portakv_conformance.evidence.evidence --what "semantics emulated" \
         --backend "$backend" --emulated-by "${backend%:*}" \
         --device "CPU ($(uname -m | tr _ -)), emulated, under ASan and UBSan" \
         --versions "$(g++ --version | head -n 1)" --report "$file" \

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peers: other projects' released copies, called as their own integrations call them.
+
+A peer is installed for the benchmark only (`pip install --no-deps lmcache==0.5.3`); nothing of
+PortaKV needs it. Its bytes are checked like anybody's, and what it cannot carry out is listed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from portakv.errors import PortaKVError
+from portakv_benchmarks.device.shapes import Shape
+from portakv_benchmarks.device.workload import Workload
+from portakv_benchmarks.shared.harness import Variant
+
+#: What `--peer` takes, and the release that figures are quoted for.
+PEERS: Mapping[str, str] = {"lmcache": "0.5.3"}
+
+# LMCache's name of each cache layout that occurs in shapes.toml.
+_FORMATS = {
+    "layer | kv block token head dim": "NL_X_TWO_NB_BS_NH_HS",
+    "layer | block kv token head dim": "NL_X_NB_TWO_BS_NH_HS",
+    "layer | kv block head token dim": "NL_X_TWO_NB_NH_BS_HS",
+    "layer | block token dim": "NL_X_NB_BS_HS",
+    "block layer kv token head dim": "NB_NL_TWO_BS_NH_HS",
+}
+# Its slot kernel reads outside of a cache in which the layers of a block lie together, given the
+# one address that its connector passes; with an address for each layer its bytes are wrong (0.5.3).
+_BLOCKS_ONLY = ("block layer kv token head dim",)
+_CHUNK = "kv layer token (head dim)"
+
+
+class PeerMissing(PortaKVError):
+    """A peer was asked for that cannot be called here."""
+
+
+class LMCache:
+    """LMCache's compiled operations, without the rest of its package.
+
+    Its slot kernel takes a slot for each token (``multi_layer_kv_transfer``, as the connectors of
+    `lmcache/v1/gpu_connector/gpu_connectors.py` call it); its block kernel takes block ids
+    (``multi_layer_block_kv_transfer``, as `lmcache/v1/multiprocess/transfer_context/base.py`
+    calls it). Both read pointers of the layers from a tensor on the device, made beforehand.
+
+    Attributes:
+        name: what its rows are called.
+        release: the version that was found.
+    """
+
+    name = "lmcache"
+
+    def __init__(self) -> None:
+        self._ops, self.release = _load("lmcache", "c_ops")
+
+    def variants(self, work: Workload, index: str) -> Iterator[Variant]:
+        """Gather and scatter by each kernel that takes such an index list.
+
+        Raises:
+            PeerMissing: it has no name for the shape's cache, or no kernel that carries it out.
+        """
+        shape = work.shape
+        if shape.cache not in _FORMATS or shape.chunk != _CHUNK:
+            raise PeerMissing(
+                f"LMCache has no format for a cache {shape.cache!r} with chunks {shape.chunk!r}."
+            )
+        if shape.cache in _BLOCKS_ONLY and index == "random":
+            raise PeerMissing(
+                f"LMCache's slot kernel does not carry out a cache {shape.cache!r}: it reads "
+                f"outside of it."
+            )
+        if shape.cache not in _BLOCKS_ONLY:
+            yield from self._both_ways(work, index, "slot kernel", self._slot_kernel(work, index))
+        if index != "random":
+            yield from self._both_ways(work, index, "block kernel", self._block_kernel(work, index))
+
+    def _both_ways(
+        self, work: Workload, index: str, kernel: str, move: Callable[[Any, Any, bool], object]
+    ) -> Iterator[Variant]:
+        labels = {"backend": f"{self.name} {kernel}", "index": index, "peer": self.name}
+        source, target = (_pointers(caches) for caches in (work.source, work.target))
+        yield Variant(
+            {**labels, "op": "gather", "call": kernel},
+            lambda i: move(work.stored[i], source, True),
+            work.poison_stored,
+            lambda i: work.stored_right(i, index),
+        )
+        yield Variant(
+            {**labels, "op": "scatter", "call": kernel},
+            lambda i: move(work.loaded[i], target, False),
+            lambda i: work.poison_target(),
+            lambda i: work.target_right(i, index),
+        )
+
+    def _slot_kernel(self, work: Workload, index: str) -> Callable[[Any, Any, bool], object]:
+        shape, ops = work.shape, self._ops
+        slots = work.slots(index).to(work.device)
+        form = getattr(ops.EngineKVFormat, _FORMATS[shape.cache])
+        ways = (ops.TransferDirection.H2D, ops.TransferDirection.D2H)
+
+        def move(chunk: torch.Tensor, pointers: torch.Tensor, store: bool) -> None:
+            ops.multi_layer_kv_transfer(
+                chunk, pointers, slots, work.device, shape.slots, ways[store], form,
+                block_size=shape.block_size, head_size=shape.dim,
+            )  # fmt: skip
+
+        return move
+
+    def _block_kernel(self, work: Workload, index: str) -> Callable[[Any, Any, bool], object]:
+        shape, ops = work.shape, self._ops
+        slots = work.slots(index)
+        blocks = (slots[:: shape.block_size] // shape.block_size).to(work.device)
+        form = getattr(ops.EngineKVFormat, _FORMATS[shape.cache])
+        ways = (ops.TransferDirection.H2D, ops.TransferDirection.D2H)
+        described = _describe(ops.PageBufferShapeDesc(), shape)
+
+        def move(chunk: torch.Tensor, pointers: torch.Tensor, store: bool) -> None:
+            ops.multi_layer_block_kv_transfer(
+                pointers, [chunk.data_ptr()], blocks, work.device, ways[store], described,
+                shape.tokens, form, 0,
+            )  # fmt: skip
+
+        return move
+
+
+def load_peer(name: str) -> LMCache:
+    """The peer of a name.
+
+    Raises:
+        PeerMissing: an unknown name, or a package that is not installed or does not load.
+    """
+    if name not in PEERS:
+        raise PeerMissing(f"Peer {name!r} was asked for; known are {', '.join(PEERS)}.")
+    return LMCache()
+
+
+def _describe(described: Any, shape: Shape) -> Any:
+    latent = shape.cache == "layer | block token dim"
+    described.kv_size, described.nl = shape.kv, shape.layers
+    described.nb, described.bs = shape.blocks, shape.block_size
+    described.nh, described.hs = 1 if latent else shape.heads, shape.dim
+    described.element_size = shape.torch_dtype.itemsize
+    described.block_stride_elems = 0  # blocks without padding
+    return described
+
+
+def _pointers(caches: Any) -> torch.Tensor:
+    """Addresses of the layers, or of the one tensor that holds all, int64 on the device."""
+    tensors = caches if isinstance(caches, list) else [caches]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    return torch.tensor(addresses, dtype=torch.int64).to(tensors[0].device)
+
+
+def _load(package: str, module: str) -> tuple[ModuleType, str]:
+    """A compiled module of a package whose own ``__init__`` is not run, and its release."""
+    install = f"pip install --no-deps {package}=={PEERS[package]}"
+    try:
+        found, release = find_spec(package), version(package)
+    except (PackageNotFoundError, ValueError):
+        found = None
+    if found is None or not found.submodule_search_locations:
+        raise PeerMissing(
+            f"Peer {package!r} was asked for, but it is not installed; for the benchmark alone: "
+            f"{install}"
+        )
+    folders = [Path(folder) for folder in found.submodule_search_locations]
+    paths = [folder / (module + suffix) for folder in folders for suffix in EXTENSION_SUFFIXES]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        raise PeerMissing(
+            f"{package} {release} has no compiled {module} for Python "
+            f"{sys.version_info.major}.{sys.version_info.minor}; install a wheel for it: {install}"
+        )
+    spec = spec_from_file_location(f"{package}.{module}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    try:
+        loaded = module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+    except ImportError as error:
+        raise PeerMissing(
+            f"{package} {release} does not load beside torch {torch.__version__}: {error}"
+        ) from error
+    return loaded, release

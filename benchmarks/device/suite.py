@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The suite: which shapes, arrangements, index lists and backends a preset measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from portakv import AdaptiveConnector, Index, KVView, copy_blocks, copy_rows
+from portakv.errors import PortaKVError
+from portakv.registry.builtin import ENGINES
+from portakv.registry.registry import trace
+from portakv_benchmarks.device.peers import LMCache, PeerMissing
+from portakv_benchmarks.device.shapes import Shape
+from portakv_benchmarks.device.workload import Workload
+from portakv_benchmarks.shared.harness import Measured, Variant, measure, merge, usable
+from portakv_benchmarks.shared.machine import free_memory
+from portakv_benchmarks.shared.timers import Timer
+
+#: Backends that compile each plan for seconds: measured with a few shapes and slots only.
+COMPILING = ("compiled",)
+#: Payloads in bytes below which a row is the median of several measurements: `copy_` itself moves
+#: by 2 % within a run there.
+REPEATED_BELOW = 50_000_000
+#: Share of the free memory that one workload may take.
+_SHARE = 0.85
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """How much is measured. ``seconds`` bounds the rounds of one measurement."""
+
+    shapes: tuple[str, ...] | None  # None: all
+    index: tuple[str, ...]
+    together: bool  # also with all layers in one allocation
+    rounds: int
+    seconds: float
+    overhead_rounds: int
+    repeats: int = 1  # of payloads below `REPEATED_BELOW`
+    compiling: bool = True  # also the backends of `COMPILING`
+    ladder: bool = False  # also every way of moving the founding scenario
+    starts: int = 0  # fresh processes of each kind
+
+
+PRESETS: Mapping[str, Preset] = {
+    "quick": Preset(("seed",), ("random", "blocks"), False, 15, 5.0, 500, compiling=False),
+    "core": Preset(
+        ("seed", "seed-fp8", "llama3-8b-chunk", "llama3-70b-tp8", "deepseek-mla"),
+        ("random", "blocks"), True, 41, 20.0, 3000, ladder=True,
+    ),
+    "full": Preset(
+        None, ("random", "contiguous", "blocks"), True, 31, 6.0, 3000,
+        repeats=3, ladder=True, starts=3,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One workload to measure, or why it is left out."""
+
+    shape: Shape
+    arrangement: str
+    left_out: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """Everything that is measured beside `copy_`, and how."""
+
+    backends: Sequence[str]
+    peers: Sequence[LMCache]
+    timer: Timer
+    device: torch.device
+
+
+def accepted_backends(device: torch.device) -> list[str]:
+    """Names of the backends that serve a device, in the registry's order; engines between it and
+    the host are measured by ``--host``."""
+    return [d.name for d in trace(device) if d.accepted and d.name not in ENGINES]
+
+
+def tasks(preset: Preset, shapes: Sequence[Shape], device: torch.device) -> Iterator[Task]:
+    """The workloads of a preset; those that the machine's memory cannot hold are left out.
+
+    Shapes for backends that compile come last, so that nothing waits for them.
+    """
+    for shape in sorted(shapes, key=lambda shape: shape.compiled):
+        arrangements = ["apart"] if shape.layered and shape.apart else []
+        if not arrangements or (preset.together and shape.together):
+            arrangements.append("together")
+        for arrangement in arrangements:
+            needed = shape.payload * (2 * shape.pool + 2 * shape.objects)
+            free = free_memory(device)
+            why = ""
+            if needed > _SHARE * free:
+                why = f"needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+            yield Task(shape, arrangement, why)
+
+
+def run_task(task: Task, preset: Preset, field: Field) -> tuple[list[dict[str, Any]], list[str]]:
+    """Measure one workload in every way; a row for each, that of `copy_` first, and what was
+    refused. Repeats have memory of their own."""
+    repeats = preset.repeats if task.shape.payload < REPEATED_BELOW else 1
+    refused: list[str] = []
+    runs: list[list[Measured]] = []
+    for repeat in range(repeats):
+        work = Workload(task.shape, task.arrangement, field.device, task.shape.objects)
+        told: list[str] = []
+        found = _variants(work, preset, field, told)
+        good, bad = usable(found)
+        told += [f"{_named(variant)}: {why}" for variant, why in bad]
+        if repeat == 0:
+            refused = [f"{task.shape.name}, layers {task.arrangement}, {line}" for line in told]
+        runs.append(
+            measure(
+                ceiling(work), good, field.timer, objects=task.shape.objects,
+                rounds=preset.rounds, seconds=preset.seconds,
+            )
+        )  # fmt: skip
+        del work, found, good, bad
+    return [_row(task, field.timer, one) for one in merge(runs)], refused
+
+
+def ceiling(work: Workload) -> Variant:
+    """`copy_` of the bytes of one memory object to another."""
+    return Variant(
+        {"backend": "copy_", "op": "copy_", "index": "none", "call": "Tensor.copy_"},
+        lambda i: work.stored[i].copy_(work.loaded[i]),
+        work.poison_stored,
+        work.copied_right,
+    )
+
+
+def _named(variant: Variant) -> str:
+    return " ".join(str(variant.labels[name]) for name in ("backend", "op", "index"))
+
+
+def _variants(work: Workload, preset: Preset, field: Field, refused: list[str]) -> list[Variant]:
+    """Every way of moving a workload; ``refused`` is told of those that cannot be made."""
+    found: list[Variant] = []
+    for index in (index for index in work.shape.index if index in preset.index):
+        for backend in field.backends:
+            if backend in COMPILING and (index != "random" or not work.shape.compiled):
+                continue
+            try:
+                found += connector_ways(work, backend, index)
+                if backend in COMPILING and work.device.type == "cuda":
+                    ways = connector_ways(work, backend, index, capturable=True)
+                    found += [replayed(way) for way in ways]
+            except PortaKVError as error:
+                refused.append(f"{backend} {index}: {error}")
+        for peer in field.peers:
+            try:
+                found += peer.variants(work, index)
+            except PeerMissing as error:
+                refused.append(f"{peer.name} {index}: {error}")
+    return found
+
+
+def replayed(variant: Variant) -> Variant:
+    """The same call captured into a CUDA graph, one for each memory object, and replayed."""
+    graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def replay(i: int) -> None:
+        if i not in graphs:
+            # Prepared before it is captured, and ended: no event is asked inside the capture.
+            prepared: Any = variant.call(i)
+            prepared.synchronize()
+            torch.cuda.synchronize()
+            variant.poison(i)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                variant.call(i)
+            graphs[i] = graph
+        graphs[i].replay()
+
+    labels = {**variant.labels, "backend": f"{variant.labels['backend']} graph"}
+    return Variant({**labels, "call": "graph replay"}, replay, variant.poison, variant.right)
+
+
+def connector_ways(
+    work: Workload, backend: str, index: str, capturable: bool = False
+) -> Iterator[Variant]:
+    """Gather and scatter through one backend, as a caller of PortaKV writes them.
+
+    Args:
+        capturable: with slots that lie on the device, as a capture into a graph needs them.
+    """
+    if index == "blocks":
+        name, store, load = _by_blocks(work, backend, index)
+    else:
+        name, store, load = _by_slots(work, backend, index, capturable)
+    labels = {"backend": backend, "index": index}
+    yield Variant(
+        {**labels, "op": "gather", "call": name[0]},
+        store,
+        work.poison_stored,
+        lambda i: work.stored_right(i, index),
+    )
+    yield Variant(
+        {**labels, "op": "scatter", "call": name[1]},
+        load,
+        lambda i: work.poison_target(),
+        lambda i: work.target_right(i, index),
+    )
+
+
+Ways = tuple[tuple[str, str], Callable[[int], object], Callable[[int], object]]
+
+
+def _by_slots(work: Workload, backend: str, index: str, on_device: bool) -> Ways:
+    """Through registered connectors, with an `Index` that the caller keeps."""
+    ids = work.ids(index)
+    kept = Index(ids.to(work.device) if on_device else ids)
+    source, target = (_connector(work, backend, caches) for caches in (work.source, work.target))
+    return (
+        ("from_gpu", "to_gpu"),
+        lambda i: source.from_gpu(work.stored[i], slot_mapping=kept),
+        lambda i: target.to_gpu(work.loaded[i], slot_mapping=kept),
+    )
+
+
+def _by_blocks(work: Workload, backend: str, index: str) -> Ways:
+    """Through `copy_blocks`; on an accelerator with an `Index` that the caller keeps, since ids
+    that are copied to the device in each call would make the host wait in the middle of it."""
+    shape, ids = work.shape, work.ids(index)
+    source, target = (_cache_view(shape, caches) for caches in (work.source, work.target))
+    if work.device.type == "cpu":
+        return (
+            ("copy_blocks", "copy_blocks"),
+            lambda i: copy_blocks(source, _chunk_view(shape, work.stored[i]), ids, None,
+                                  backend=backend),
+            lambda i: copy_blocks(_chunk_view(shape, work.loaded[i]), target, None, ids,
+                                  backend=backend),
+        )  # fmt: skip
+    kept = Index(ids, step=shape.block_size)
+    return (
+        ("copy_rows", "copy_rows"),
+        lambda i: copy_rows(source, _chunk_view(shape, work.stored[i]), kept, backend=backend),
+        lambda i: copy_rows(
+            _chunk_view(shape, work.loaded[i]), target, None, kept, backend=backend
+        ),
+    )
+
+
+def _connector(work: Workload, backend: str, caches: Any) -> AdaptiveConnector:
+    shape = work.shape
+    made = AdaptiveConnector(work.device, backend, shape.cache, shape.chunk)
+    made.register_kv_caches(caches)
+    return made
+
+
+def _cache_view(shape: Shape, caches: Any) -> KVView:
+    return KVView(caches, shape.cache)
+
+
+def _chunk_view(shape: Shape, chunk: torch.Tensor) -> KVView:
+    merged = "(head dim)" in shape.chunk
+    kv = shape.kv if "kv" in shape.chunk else None
+    return KVView(chunk, shape.chunk, kv=kv, heads=shape.heads if merged else None)
+
+
+def _row(task: Task, timer: Timer, one: Measured) -> dict[str, Any]:
+    shape = task.shape
+    return {
+        "kind": "copy",
+        "shape": shape.name,
+        "layers": task.arrangement,
+        **one.labels,
+        "cache": shape.cache,
+        "chunk": shape.chunk,
+        "dtype": shape.dtype,
+        "row_bytes": shape.row_bytes,
+        "payload_bytes": shape.payload,
+        "tokens": shape.tokens,
+        "pool_slots": shape.slots,
+        "pool_bytes": shape.layers * shape.kv * shape.slots * shape.row_bytes,
+        "slots_used": _short(shape.slots_used),
+        "p10_us": _short(one.p10),
+        "p50_us": _short(one.p50),
+        "p90_us": _short(one.p90),
+        "gb_per_s": _short(2 * shape.payload / one.p50 / 1e3),
+        "ratio": _short(one.ratio),
+        "ratio_p10": _short(one.ratio_p10),
+        "ratio_p90": _short(one.ratio_p90),
+        "host_us": _short(one.host),
+        "rounds": one.rounds,
+        "repeats": [_short(ratio) for ratio in one.repeats],
+        "timer": timer.name,
+        "host_hidden": one.hidden,
+        "noisy": one.noisy,
+        "verified": one.verified,
+    }
+
+
+def _short(value: float) -> float:
+    """Four significant digits."""
+    return float(f"{value:.4g}")

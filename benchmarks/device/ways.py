@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ladder: every way of moving one workload, from Python loops to a memory copy.
+
+What an engine would write in plain torch stands beside the backends, with the same caches, slots
+and memory objects, in the same run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from portakv_benchmarks.device.shapes import Shape
+from portakv_benchmarks.device.suite import Field, ceiling, connector_ways
+from portakv_benchmarks.device.workload import Workload
+from portakv_benchmarks.shared.harness import Measured, Variant, measure, usable
+
+#: The plain ways in the order in which they get faster.
+PLAIN = ("Python loops", "advanced indexing", "vectorised")
+INDEX = "random"
+# A call of this way takes a fifth of a second, which a few rounds know well enough.
+_SLOW_ROUNDS = 5
+
+Move = Callable[[int], object]
+
+
+def run_ladder(shape: Shape, field: Field, rounds: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """A row for each way and direction, and the ways that were refused.
+
+    The shape's cache is a list over layers of ``(2, blocks, block_size, heads, dim)``, each an
+    allocation of its own, and the chunk ``[2, L, T, H*D]``.
+    """
+    work = Workload(shape, "apart", field.device, shape.objects)
+    plain = list(_plain(work))
+    slow = [way for way in plain if way.labels["backend"] == "Python loops"]
+    fast = [way for way in plain if way not in slow]
+    refused = []
+    for backend in field.backends:
+        good, bad = usable(list(connector_ways(work, backend, INDEX)))
+        fast += good
+        refused += [f"ladder, {backend}: {why}" for _, why in bad]
+    same = {"objects": shape.objects, "seconds": 20.0}
+    rows = []
+    for ways, turns in ((slow, _SLOW_ROUNDS), (fast, rounds)):
+        measured = measure(ceiling(work), ways, field.timer, rounds=turns, **same)  # type: ignore[arg-type]
+        # One row of `copy_` is enough: the one beside the fast ways.
+        rows += [_row(shape, one) for one in (measured[1:] if ways is slow else measured)]
+    return rows, refused
+
+
+def _row(shape: Shape, one: Measured) -> dict[str, Any]:
+    return {
+        "kind": "ladder",
+        "shape": shape.name,
+        "way": one.labels["backend"],
+        "op": one.labels["op"],
+        "pool_slots": shape.slots,
+        "slots_used": shape.slots_used,
+        "payload_bytes": shape.payload,
+        "p50_us": float(f"{one.p50:.4g}"),
+        "ratio": float(f"{one.ratio:.4g}"),
+        "host_us": float(f"{one.host:.4g}"),
+        "rounds": one.rounds,
+        "noisy": one.noisy,
+        "host_hidden": one.hidden,
+        "verified": one.verified,
+    }
+
+
+def _plain(work: Workload) -> Iterator[Variant]:
+    slots = work.slots(INDEX).to(work.device)
+    makers: dict[str, Callable[..., tuple[Move, Move]]] = {
+        "Python loops": _loops,
+        "advanced indexing": _indexing,
+        "vectorised": _vectorised,
+    }
+    for name in PLAIN:
+        gather, scatter = makers[name](work, slots)
+        labels = {"backend": name, "index": INDEX}
+        yield Variant(
+            {**labels, "op": "gather"},
+            gather,
+            work.poison_stored,
+            lambda i: work.stored_right(i, INDEX),
+        )
+        yield Variant(
+            {**labels, "op": "scatter"},
+            scatter,
+            lambda i: work.poison_target(),
+            lambda i: work.target_right(i, INDEX),
+        )
+
+
+def _loops(work: Workload, slots: torch.Tensor) -> tuple[Move, Move]:
+    """A copy for each layer, K or V, and token."""
+    shape, size = work.shape, work.shape.block_size
+    places = [(slot // size, slot % size) for slot in slots.tolist()]
+
+    def pairs(chunk: torch.Tensor, caches: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for layer in range(shape.layers):
+            for kv in range(shape.kv):
+                for token, (block, place) in enumerate(places):
+                    yield chunk[kv, layer, token], caches[layer][kv, block, place].view(-1)
+
+    def gather(i: int) -> None:
+        for row, cached in pairs(work.stored[i], work.source):
+            row.copy_(cached)
+
+    def scatter(i: int) -> None:
+        for row, cached in pairs(work.loaded[i], work.target):
+            cached.copy_(row)
+
+    return gather, scatter
+
+
+def _indexing(work: Workload, slots: torch.Tensor) -> tuple[Move, Move]:
+    """Blocks and places as two indices, for each layer and K or V."""
+    shape = work.shape
+    heads = (shape.tokens, shape.heads, shape.dim)
+
+    def gather(i: int) -> None:
+        block, place = slots // shape.block_size, slots % shape.block_size
+        for layer, cache in enumerate(work.source):
+            for kv in range(shape.kv):
+                work.stored[i][kv, layer].view(heads).copy_(cache[kv, block, place])
+
+    def scatter(i: int) -> None:
+        block, place = slots // shape.block_size, slots % shape.block_size
+        for layer, cache in enumerate(work.target):
+            for kv in range(shape.kv):
+                cache[kv, block, place] = work.loaded[i][kv, layer].view(heads)
+
+    return gather, scatter
+
+
+def _vectorised(work: Workload, slots: torch.Tensor) -> tuple[Move, Move]:
+    """One indexed copy for each layer, K and V together, over the flattened slots."""
+    source, target = ([cache.flatten(1, 2).flatten(2) for cache in caches]
+                      for caches in (work.source, work.target))  # fmt: skip
+
+    def gather(i: int) -> None:
+        for layer, cache in enumerate(source):
+            work.stored[i][:, layer] = cache[:, slots]
+
+    def scatter(i: int) -> None:
+        for layer, cache in enumerate(target):
+            cache[:, slots] = work.loaded[i][:, layer]
+
+    return gather, scatter

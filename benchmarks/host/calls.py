@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a block transfer costs the host: 1,000 blocks x 64 planes, by each engine.
+
+Everything that can be made beforehand is: views, plans, kernels. The ids are an `Index` that the
+caller keeps, or tensors on the host that nobody has seen before, as an offload has them. The host's
+blocks follow each other, or lie at random: then the driver is asked for a copy of each.
+
+Calls follow each other in rounds, without waiting for an end in between, as those of a serving
+engine do. The first of a round finds an idle device and a processor that has waited: it is told
+beside the others, and is two to four times as dear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+from portakv.errors import PortaKVError
+from portakv.plan.plan import CopyPlan
+from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, LAYER_FIRST, Case, Scene, size
+from portakv_benchmarks.host.memory import Sides
+from portakv_benchmarks.host.suite import Bench, short
+from portakv_benchmarks.host.ways import DESCRIPTORS, HOST, STAGED, Way, direct
+from portakv_benchmarks.shared.command import Rows, Step
+from portakv_benchmarks.shared.harness import quantile
+
+_BLOCK, _LAYERS = 16, 32
+_WAYS = (direct(), STAGED, HOST, DESCRIPTORS)
+#: Calls of a way that takes the host this many microseconds are not repeated as often.
+_DEAR, _FEW = 20_000.0, 4
+#: Calls of a round.
+_ROUND = 5
+IDS = ("kept Index", "host tensor")
+#: Of the host's blocks.
+ORDERS = ("random", "consecutive")
+
+
+def call_steps(bench: Bench) -> Iterator[Step]:
+    """A step for each row size and order of the host's blocks.
+
+    The first row size is measured in full; with others, which move gigabytes, the number of slices
+    decides, and they are called less often, by fewer ways and with kept ids alone.
+    """
+    tokens = _BLOCK * bench.preset.call_blocks
+    for row in bench.preset.call_rows:
+        whole = row == bench.preset.call_rows[0]
+        for order in ORDERS if whole else ORDERS[:1]:
+            place = Scene(_BLOCK * row, row // 256, LAYER_FIRST, "blocks", BLOCK_FIRST, order)
+            name = f"host time: rows of {size(row)}, {place.side}"
+            yield name, partial(_measure, bench, Case(place, _LAYERS, tokens), whole)
+
+
+def _measure(bench: Bench, case: Case, whole: bool) -> tuple[Rows, list[str]]:
+    rows: Rows = []
+    left_out: list[str] = []
+    sides = bench.sides(case)
+    calls = bench.preset.calls if whole else max(1, bench.preset.calls // 3)
+    for direction in DIRECTIONS:
+        sides.fill(direction)
+        merged = merged_runs(sides, direction)
+        for way in bench.serving(_WAYS if whole else _WAYS[:-1]):
+            for ids in IDS if whole else IDS[:1]:
+                try:
+                    rows.append(_row(bench, sides, direction, way, ids, merged, calls))
+                except (PortaKVError, RuntimeError, TypeError, ValueError) as error:
+                    told = str(error).partition("\n")[0]
+                    left_out.append(f"host time: {way.name} {direction}, {ids}: {told}")
+    return rows, left_out
+
+
+def merged_runs(sides: Sides, direction: str) -> int:
+    """The runs of a transfer once neighbours are merged."""
+    src, dst, mine, theirs = sides.arguments(direction)
+    plan = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
+    return int(plan.runs(src, dst, mine, theirs, sides.case.tokens).nbytes.size)
+
+
+def _row(
+    bench: Bench, sides: Sides, direction: str, way: Way, ids: str, merged: int, calls: int
+) -> dict[str, Any]:
+    def call(behind_others: bool = False) -> float:
+        fresh = None if ids == IDS[0] else sides.fresh_ids()
+        if not behind_others:
+            bench.module.synchronize()
+        began = perf_counter()
+        way.move(sides, direction, ids=fresh)
+        return (perf_counter() - began) * 1e6
+
+    sides.poison(direction)
+    first = call()
+    right = sides.right(direction)
+    idle, times = _times(call, calls)
+    bench.module.synchronize()
+    chosen = way.taken(way.move(sides, direction))
+    bench.module.synchronize()
+    middle = quantile(times, 0.5)
+    return {
+        "kind": "host_call", "shape": sides.case.name, "backend": way.name, "engine": way.engine,
+        **chosen, "op": direction, "ids": ids, "host_side": sides.case.scene.side,
+        "row_bytes": sides.case.scene.row, "run_bytes": sides.case.scene.run,
+        "payload_bytes": sides.case.payload, "blocks": sides.case.tokens // _BLOCK,
+        "planes": 2 * sides.case.layers, "merged_runs": merged,
+        "host_us": short(middle), "host_us_p90": short(quantile(times, 0.9)),
+        "idle_us": short(quantile(idle, 0.5)),
+        "first_us": short(first), "us_per_run": short(middle / merged), "calls": len(times),
+        "verified": right,
+    }  # fmt: skip
+
+
+def _times(call: Callable[..., float], calls: int) -> tuple[list[float], list[float]]:
+    """Microseconds of the first calls of rounds, and of those behind them."""
+    call()
+    idle, times = [call()], list[float]()
+    most = min(calls, _FEW) if idle[0] > _DEAR else calls
+    while len(times) < most:
+        for behind_others in (False, *[True] * (_ROUND - 1)):
+            (times if behind_others else idle).append(call(behind_others))
+    return idle, times

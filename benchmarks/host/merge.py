@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One result out of several of `portakv bench --host --only ...`, with plots and verdicts.
+
+``python -m benchmarks.host_merge FILE... --out DIR``; a part that occurs twice counts as it is in
+the last file. Exit code 1 where a bar is missed, 2 where the files are not of one machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from portakv_benchmarks.check import HOST_SUITE, judge, load_bars, print_verdicts
+from portakv_benchmarks.host.tables import print_host
+from portakv_benchmarks.shared.command import write
+
+#: What has to be the same for figures to stand beside each other.
+_SAME = ("device", "driver_version", "torch", "portakv", "python")
+
+
+def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All rows, of each part those of the last result that has it.
+
+    Raises:
+        ValueError: a result of another suite, or of another machine.
+    """
+    last = results[-1]
+    parts: dict[str, int] = {}
+    for n, result in enumerate(results):
+        if result.get("suite") != HOST_SUITE:
+            raise ValueError(f"file {n + 1} is no result of `portakv bench --host`")
+        for name in _SAME:
+            mine, theirs = result["machine"].get(name), last["machine"].get(name)
+            if mine != theirs:
+                raise ValueError(f"{name} is {mine!r} in file {n + 1} and {theirs!r} in the last")
+        parts |= dict.fromkeys(result["asked"]["parts"], n)
+    rows, left_out = [], []
+    for n, result in enumerate(results):
+        rows += [row for row in result["rows"] if parts[row["part"]] == n]
+        replaced = [part for part in result["asked"]["parts"] if parts[part] != n]
+        left_out += [
+            line for line in result["left_out"]
+            if line not in left_out and line.partition(": ")[0] not in replaced
+        ]  # fmt: skip
+    if {row["part"] for row in rows} == set(parts):  # what broke off in one is in another
+        left_out = [line for line in left_out if not line.startswith("interrupted:")]
+    peers = {k: v for result in results for k, v in result["asked"]["peers"].items()}
+    asked = {**last["asked"], "parts": list(parts), "peers": peers}
+    name = last["name"].partition(f"-{HOST_SUITE}")[0] + f"-{HOST_SUITE}"
+    return {**last, "name": name, "asked": asked, "left_out": left_out, "rows": rows}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Merge files; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host_merge", description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    asked = parser.parse_args(argv)
+    try:
+        found = [json.loads(file.read_text(encoding="utf-8")) for file in asked.files]
+        results = merge(found)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"host_merge: {error}", file=sys.stderr)
+        return 2
+    for path in write(results, asked.out, f"{results['name']}.json"):
+        print(f"wrote {path}", file=sys.stderr)
+    print_host(results)
+    verdicts = judge(results, load_bars())
+    print_verdicts(verdicts)
+    return 1 if any(v.word == "missed" for v in verdicts) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

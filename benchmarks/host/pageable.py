@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pageable host memory, against the best that plain copies through a pinned ring reach.
+
+The ring is written here without any of PortaKV's engines: slots of pinned memory, the device's
+memcpy between one end and a slot, and the host's own copy by several threads between the slot and
+pageable memory. Its best configuration, and torch's own copy of pageable memory, set the mark.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from portakv.host import pinned
+from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, Case, cases, scene, size
+from portakv_benchmarks.host.memory import Sides
+from portakv_benchmarks.host.suite import KB, Bench, figures, short
+from portakv_benchmarks.host.ways import HOST, Way, by_engine
+from portakv_benchmarks.shared.command import Rows, Step
+from portakv_benchmarks.shared.harness import Variant, measure, usable
+
+RING = "plain ring"
+TORCH = "torch, pageable"
+
+
+class PlainRing:
+    """A pinned ring for copies between dense memory of a device and of the host.
+
+    Args:
+        device: the device.
+        slots: how many.
+        nbytes: of one slot.
+    """
+
+    def __init__(self, device: torch.device, slots: int, nbytes: int) -> None:
+        self._module = torch.get_device_module(device)
+        self._words = nbytes // 8
+        self._slots = [pinned.empty(self._words, torch.int64) for _ in range(slots)]
+        self._events = [torch.Event(device) for _ in range(slots)]
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy int64 words; the host waits for the end of what it reads or writes itself."""
+        (self._down if source.device.type != "cpu" else self._up)(target, source)
+
+    def _down(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        pieces = list(zip(target.split(self._words), source.split(self._words), strict=True))
+        ahead = len(self._slots)
+        for n in range(min(ahead, len(pieces))):
+            self._fetch(n, pieces[n][1])
+        for n, (into, _) in enumerate(pieces):
+            at = n % ahead
+            self._events[at].synchronize()
+            into.copy_(self._slots[at][: into.numel()])
+            if n + ahead < len(pieces):
+                self._fetch(at, pieces[n + ahead][1])
+
+    def _fetch(self, at: int, source: torch.Tensor) -> None:
+        self._slots[at][: source.numel()].copy_(source, non_blocking=True)
+        self._events[at].record()
+
+    def _up(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        ahead = len(self._slots)
+        for n, (into, words) in enumerate(
+            zip(target.split(self._words), source.split(self._words), strict=True)
+        ):
+            at = n % ahead
+            if n >= ahead:
+                self._events[at].synchronize()
+            slot = self._slots[at][: words.numel()]
+            slot.copy_(words)
+            into.copy_(slot, non_blocking=True)
+            self._events[at].record()
+        self._module.current_stream().synchronize()
+
+
+def pageable_steps(bench: Bench) -> Iterator[Step]:
+    """A step for each case."""
+    scenes = (scene(256), scene(2 * KB), scene(32 * KB, BLOCK_FIRST, "random"))
+    for case in cases(scenes, bench.preset.pageable):
+        yield f"pageable: {case.name}", partial(_measure, bench, case)
+
+
+def _measure(bench: Bench, case: Case) -> tuple[Rows, list[str]]:
+    region = bench.region(max(bench.preset.pageable), pageable=True)
+    sides = Sides(case, region)
+    rows: Rows = []
+    left_out: list[str] = []
+    for direction in DIRECTIONS:
+        sides.fill(direction)
+        torchs, *rings = _plain_ways(bench, sides, direction)
+        ways = bench.serving((Way("ring", "ring"), HOST))
+        good, refused = usable([by_engine(way, sides, direction) for way in ways])
+        left_out += [f"pageable: {case.name}, {v.labels['backend']} {direction}: {why}"
+                     for v, why in refused]  # fmt: skip
+        told = {v.labels["backend"]: HOST.taken(HOST.move(sides, direction))
+                for v in good if v.labels["backend"] == HOST.name}  # fmt: skip
+        bench.module.synchronize()
+        for one in measure(
+            torchs, [*rings, *good], bench.wall, objects=1,
+            rounds=bench.preset.rounds(case.payload), seconds=bench.preset.seconds,
+        ):  # fmt: skip
+            rows.append({
+                "kind": "host_pageable", "shape": case.name, "plain": False, **one.labels,
+                **told.get(one.labels["backend"], {}),
+                "run_bytes": case.scene.run, "payload_bytes": case.payload,
+                **figures(one, case.payload), "timer": bench.wall.name,
+            })  # fmt: skip
+    compare(rows)
+    return rows, left_out
+
+
+def compare(rows: Rows) -> None:
+    """Write into the rows of engines ``to_ring``, the time of the best plain way / their own, and
+    which one that is."""
+    points: dict[tuple[Any, ...], Rows] = defaultdict(list)
+    for row in rows:
+        points[row["shape"], row["op"]].append(row)
+    for point in points.values():
+        plain = [row for row in point if row["plain"] and row["verified"]]
+        best = min(plain, key=lambda row: float(row["p50_us"]), default=None)
+        for row in point:
+            if best is not None and not row["plain"]:
+                row["to_ring"] = short(best["p50_us"] / row["p50_us"])
+                row["best_ring"] = best["backend"]
+
+
+def _plain_ways(bench: Bench, sides: Sides, direction: str) -> Sequence[Variant]:
+    """Torch's own copy of pageable memory, and rings of several configurations."""
+    down = direction == "d2h"
+    target, source = (sides.flat, sides.dense) if down else (sides.dense, sides.flat)
+    moves: dict[str, Any] = {TORCH: lambda i: target.copy_(source)}
+    for slots, nbytes in bench.preset.ring_slots:
+        ring = PlainRing(bench.device, slots, nbytes)
+        moves[f"{RING}, {slots} x {size(nbytes)}"] = lambda i, ring=ring: ring.copy(target, source)
+    return [
+        Variant(
+            {"backend": name, "engine": "memcpy", "op": direction, "plain": True},
+            move,
+            lambda i: sides.poison_plain(direction),
+            lambda i: sides.plain_right(direction),
+        )
+        for name, move in moves.items()
+    ]

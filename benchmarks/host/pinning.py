@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pinning gigabytes: time and bytes taken, PortaKV's allocation against torch's.
+
+The machine's memory is touched once and freed first: a virtual machine may get its pages from its
+host only then, which would be counted as the first allocator's. What is taken is what the process
+has more of resident by the kernel's account; of torch's, which the driver may keep elsewhere, what
+its own statistics say.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from portakv.host import pinned
+from portakv_benchmarks.host.cases import size
+from portakv_benchmarks.host.suite import Bench, short
+from portakv_benchmarks.shared.command import Rows, Step
+
+OURS, TORCH = "pinned.allocate", "torch, pin_memory=True"
+_STATUS = Path("/proc/self/status")
+
+#: Memory, and the bytes that its allocator says it took; None: ask the kernel.
+Taken = tuple[Any, int | None]
+
+
+def pinning_steps(bench: Bench) -> Iterator[Step]:
+    """One step."""
+    nbytes = bench.preset.pinned
+    yield f"pinning {size(nbytes)}", partial(_measure, bench, nbytes)
+
+
+def _measure(bench: Bench, nbytes: int) -> tuple[Rows, list[str]]:
+    bench.forget()
+    gc.collect()
+    _empty_torch()
+    # As much as the greedier of the two takes: a power of two.
+    _touch(1 << (nbytes - 1).bit_length())
+    rows = [_row(OURS, nbytes, _ours), _row(TORCH, nbytes, _torch)]
+    _empty_torch()
+    for row in rows:
+        row["to_torch"] = short(row["seconds"] / rows[1]["seconds"])
+    return rows, []
+
+
+def _row(name: str, nbytes: int, take: Callable[[int], Taken]) -> dict[str, Any]:
+    before = resident()
+    began = perf_counter()
+    held, said = take(nbytes)
+    seconds = perf_counter() - began
+    found = resident() - before
+    taken = found if said is None else said
+    tensor = held.tensor if name == OURS else held
+    # Another byte than 0 at both ends and in between, seen again through the device's eyes.
+    tensor[:: max(1, nbytes // 1000)] = 0x5A
+    right = tensor.numel() == nbytes and bool((tensor[:: max(1, nbytes // 1000)] == 0x5A).all())
+    pinned_all = bool(tensor[:1].is_pinned() and tensor[-1:].is_pinned())
+    began = perf_counter()
+    del tensor, held
+    gc.collect()
+    freed = perf_counter() - began
+    return {
+        "kind": "host_pinning", "shape": size(nbytes), "backend": name, "payload_bytes": nbytes,
+        "seconds": short(seconds), "free_seconds": short(freed),
+        "gib_per_s": short(nbytes / seconds / (1 << 30)),
+        "taken_bytes": taken, "excess_mb": short(abs(taken - nbytes) / 1e6),
+        "resident_bytes": found, "pinned": pinned_all, "verified": right,
+    }  # fmt: skip
+
+
+def _ours(nbytes: int) -> Taken:
+    return pinned.allocate(nbytes), None
+
+
+def _torch(nbytes: int) -> Taken:
+    ask = getattr(torch.cuda, "host_memory_stats", None)
+    known = torch.cuda.is_available() and ask is not None
+    before = _torch_has(ask) if known else 0
+    memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    return memory, _torch_has(ask) - before if known else None
+
+
+def _torch_has(ask: Any) -> int:
+    stats = ask()
+    return int(stats.get("allocated_bytes.current", stats.get("allocated_bytes.allocated", 0)))
+
+
+def _empty_torch() -> None:
+    """Have torch give back the pinned memory that it keeps for later."""
+    empty = getattr(torch._C, "_host_emptyCache", None)
+    if empty is not None and torch.cuda.is_available():
+        empty()
+
+
+def _touch(nbytes: int) -> None:
+    """Have the machine give so many bytes once, and free them."""
+    torch.empty(nbytes // 8, dtype=torch.int64).fill_(1)
+
+
+def resident() -> int:
+    """Bytes that the process has in memory, by the kernel's account."""
+    found = re.search(r"^VmRSS:\s*(\d+) kB$", _STATUS.read_text(encoding="utf-8"), re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else 0

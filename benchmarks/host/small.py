@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small copies: integers that a stream can use, on an idle device and while a large copy flies.
+
+Idle sends follow one another. Those beside a large copy cannot, and find the host's caches cold; so
+they are held against idle ones that come about as they do, *paced*: a large copy was issued and has
+ended, another one was issued, and a while later follows the send. That other one is as large and
+still flies (busy), or is of a few bytes, and over by then (paced). The two alternate.
+
+The latency is the host's: from handing the values over until the host sees, by synchronising their
+stream, that a kernel there could have read them. The device's events, recorded on that stream right
+before and behind the call, are told beside it. Every way is given the same numpy array of int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import product
+from statistics import median
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from portakv.errors import PortaKVError
+from portakv.host import pinned
+from portakv.host.small import SmallCopy, choose, to_device
+from portakv_benchmarks.host.loops import timed_event
+from portakv_benchmarks.host.suite import Bench, short
+from portakv_benchmarks.shared.command import Rows, Step
+
+Values = npt.NDArray[np.int64]
+
+OURS, PINNED, PLAIN = "SmallCopy", "pinned copy", "torch.tensor"
+_WARM_UP = 3
+#: Seconds that a large copy is given to be under way, and a short one to end.
+_HEAD_START = 3e-4
+_SHORT = 4096  # bytes
+_CADENCE = (
+    f"each send comes {_HEAD_START * 1e6:.0f} us after another copy was issued, behind a large one "
+    f"that has ended: as large and still flying (busy), or of {_SHORT} bytes (paced); idle sends "
+    f"follow one another, the ways in turns"
+)
+#: The count of integers that the bars look at; others take less of the time.
+_BARRED, _FEWER = 64, 3
+_TURNS = 3  # of idle sends
+
+
+def _nothing(values: Values) -> None:
+    """No preparation."""
+
+
+class Route(NamedTuple):
+    """A way for values: what is timed, and what was done with them before.
+
+    ``send`` makes them usable on the current stream, and returns where they are.
+    """
+
+    send: Callable[[Values], torch.Tensor]
+    before: Callable[[Values], None] = _nothing
+
+
+class Seen(NamedTuple):
+    """One send, in microseconds; ``busy``: the large copy was still under way at its end."""
+
+    landed: float
+    host: float
+    device: float
+    busy: bool
+
+
+def small_steps(bench: Bench) -> Iterator[Step]:
+    """A step for each count of integers."""
+    for count in bench.preset.small:
+        yield f"small copies: {count}", partial(_measure, bench, count)
+
+
+def _measure(bench: Bench, count: int) -> tuple[Rows, list[str]]:
+    ways, left_out = _ways(bench.device, count)
+    with bench.module.stream(bench.stream()):
+        large = _Large(bench)
+        sends = _Sends(bench, ways, count, large)
+    rows = [_row(bench, name, count, sends.seen[name], sends.right[name]) for name in ways]
+    compare(rows)
+    for row in rows:
+        if row["backend"] == OURS:
+            row["why"] = choose(8 * count, bench.device).why
+    return rows, left_out
+
+
+class _Large:
+    """A large copy from pinned memory, on a stream of its own."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._module, self._stream = bench.module, bench.stream()
+        region = bench.region(bench.preset.large)
+        nbytes = bench.preset.large
+        self._source, self._target = region.host[:nbytes], region.device[:nbytes]
+        self._ended = torch.Event(bench.device)
+
+    def pass_by(self) -> None:
+        """Begin it, and wait for everything to end."""
+        self._issue(self._source, self._target)
+        self._module.synchronize()
+
+    def start(self, flies: bool) -> None:
+        """Begin it, and wait until it has surely begun; or do the same with a few bytes of it, and
+        wait until they have landed."""
+        part = slice(None if flies else _SHORT)
+        self._issue(self._source[part], self._target[part])
+        began = perf_counter()
+        # Either asks at least once, so that the driver is as warm for the one as for the other.
+        while perf_counter() - began < _HEAD_START or (self.flying and not flies):
+            pass
+
+    def _issue(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        with self._module.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+            self._ended.record(self._stream)
+
+    @property
+    def flying(self) -> bool:
+        """True while it is under way."""
+        return not self._ended.query()
+
+
+def _row(
+    bench: Bench, name: str, count: int, seen: dict[str, list[Seen]], right: bool
+) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for state, sends in seen.items():
+        figures[f"{state}_us"] = short(median(one.landed for one in sends))
+        figures[f"{state}_host_us"] = short(median(one.host for one in sends))
+        figures[f"{state}_device_us"] = short(median(one.device for one in sends))
+    busy, paced = (median(one.landed for one in seen[state]) for state in ("busy", "paced"))
+    return {
+        "kind": "host_small", "shape": f"{count} int64", "backend": name, "op": "h2d",
+        "integers": count, "payload_bytes": 8 * count, "large_bytes": bench.preset.large,
+        **figures, "overtook": sum(one.busy for one in seen["busy"]),
+        "samples": len(seen["busy"]), "idle_samples": len(seen["idle"]), "cadence": _CADENCE,
+        "busy_to_idle": short(busy / paced), "verified": right,
+    }  # fmt: skip
+
+
+class _Sends:
+    """What every send of every way came to, idle, paced and busy, and whether it arrived.
+
+    The ways take turns, each with many sends: whoever came first would meet a colder driver, and
+    whoever alternates with the others a processor whose caches hold theirs.
+    """
+
+    def __init__(self, bench: Bench, ways: Mapping[str, Route], count: int, large: _Large) -> None:
+        self._bench, self._ways, self._count = bench, ways, count
+        self.seen: dict[str, dict[str, list[Seen]]] = {
+            name: {"idle": [], "paced": [], "busy": []} for name in ways
+        }
+        self.right = dict.fromkeys(ways, True)
+        samples = bench.preset.small_samples
+        if count != _BARRED:
+            samples = max(1, samples // _FEWER)
+        for way, n in product(ways.values(), range(_WARM_UP)):
+            _send(bench, way, count, n)
+        bench.module.synchronize()
+        for _, name, n in product(range(_TURNS), ways, range(samples)):
+            self._send(name, "idle", n)
+        for name in ways:
+            large.pass_by()  # from then on the one that flew beside the last send has passed by
+            for n in range(samples):
+                self._send(name, "paced", n, large)
+                large.pass_by()
+                self._send(name, "busy", n, large)
+
+    def _send(self, name: str, state: str, n: int, large: _Large | None = None) -> None:
+        flies = state == "busy"
+        one, good = _send(self._bench, self._ways[name], self._count, n, large, flies)
+        self.seen[name][state].append(one)
+        self.right[name] &= good
+        self._bench.module.synchronize()
+
+
+def compare(rows: Rows) -> None:
+    """Write ``idle_to_pinned`` and ``paced_to_pinned`` into each row: its latency on an idle device
+    / that of a pinned non-blocking copy of the same values."""
+    known = next((row for row in rows if row["backend"] == PINNED), None)
+    if known is None:
+        return
+    for row in rows:
+        for state in ("idle", "paced"):
+            row[f"{state}_to_pinned"] = short(row[f"{state}_us"] / known[f"{state}_us"])
+
+
+def _send(
+    bench: Bench, way: Route, count: int, n: int, large: _Large | None = None, flies: bool = False
+) -> tuple[Seen, bool]:
+    """Send other values than before; what was seen, and whether they arrived."""
+    values = np.arange(n + 1, n + 1 + count, dtype=np.int64) * 0x10001
+    stream = bench.module.current_stream(bench.device)
+    first, last = timed_event(bench.module), timed_event(bench.module)
+    way.before(values)
+    if large is not None:
+        large.start(flies)
+    first.record(stream)
+    start = perf_counter()
+    landed = way.send(values)
+    host = perf_counter() - start
+    last.record(stream)
+    stream.synchronize()
+    took = perf_counter() - start
+    busy = flies and large is not None and large.flying
+    device = float(first.elapsed_time(last)) * 1e3
+    right = bool((landed.cpu().numpy().reshape(-1) == values).all())
+    return Seen(took * 1e6, host * 1e6, device, busy), right
+
+
+def _ways(device: torch.device, count: int) -> tuple[dict[str, Route], list[str]]:
+    """Every way, and those that cannot be had, with the reason."""
+    left_out: list[str] = []
+    ways = {
+        OURS: Route(SmallCopy(count, torch.int64, device).send),
+        "to_device": Route(lambda values: to_device(values, device)),
+    }
+    for way in ("inline", "value", "mapped", "copy"):
+        try:
+            sender = SmallCopy(count, torch.int64, device, way=way)
+        except PortaKVError as error:
+            left_out.append(f"small copies: {count}, {way}: {error}")
+        else:
+            ways[f"{OURS} {way}"] = Route(sender.send)
+    held = pinned.empty(count, torch.int64)
+    target = torch.empty(count, dtype=torch.int64, device=device)
+
+    def fill(values: Values) -> None:
+        held.numpy()[:] = values
+
+    def copy(values: Values) -> torch.Tensor:
+        return target.copy_(held, non_blocking=True)
+
+    def fill_and_copy(values: Values) -> torch.Tensor:
+        fill(values)
+        return copy(values)
+
+    ways[PINNED] = Route(fill_and_copy)
+    ways[f"{PINNED}, filled before"] = Route(copy, fill)
+    ways[PLAIN] = Route(lambda values: torch.tensor(values, device=device))
+    return ways, left_out

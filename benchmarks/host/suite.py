@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the parts of the host benchmark share: how much is measured, with what, in which memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from portakv.registry.builtin import ENGINES
+from portakv.registry.registry import trace
+from portakv_benchmarks.host.cases import BLOCK_FIRST, Case, Scene
+from portakv_benchmarks.host.memory import Region, Sides
+from portakv_benchmarks.host.peers import HostPeer
+from portakv_benchmarks.host.timers import LinkTimer, WallTimer, link_timer
+from portakv_benchmarks.host.ways import Way
+from portakv_benchmarks.shared.harness import Measured
+
+KB, MB, GB = 1 << 10, 1 << 20, 1 << 30
+#: Bytes from which on the grid has fewer host sides.
+RARE = 512 * MB
+
+
+@dataclass(frozen=True, slots=True)
+class HostPreset:
+    """How much is measured; sizes in bytes.
+
+    Attributes:
+        runs: lengths of runs in the grid.
+        payloads: of the grid; from `RARE` on with two host sides only, since they take the time.
+        largest: of two scenes more.
+        seconds: bounds the rounds of one measurement.
+        thread_blocks, direct: limits of the direct engine, and the payload that it is swept with.
+        duplex: payloads each way, of both directions at once.
+        pageable: payloads between a device and pageable memory.
+        ring_slots: for plain copies through a pinned ring, slots and bytes of one.
+        beside: the payload of one transfer beside a model.
+        loop_seconds, repeats: how long a loop runs alone, and how often each way meets it.
+        waiting: seconds of transfers that follow each other, beside copies of somebody else.
+        matmul: the side of its square matrices.
+        attention: batch, heads and tokens of the decode loop.
+        small: counts of integers.
+        small_samples: calls of each way beside a large copy, where a bar looks at them; idle ones
+            are more.
+        large: that copy's bytes.
+        pinned: bytes to pin.
+        call_rows: bytes of a row, for the host time of 1,000 blocks x 64 planes.
+        call_blocks: the number of blocks.
+        calls: how often each is called; beyond the first length of rows a third as often.
+    """
+
+    runs: tuple[int, ...]
+    payloads: tuple[int, ...]
+    largest: int
+    seconds: float
+    thread_blocks: tuple[int, ...]
+    direct: int
+    duplex: tuple[int, ...]
+    pageable: tuple[int, ...]
+    ring_slots: tuple[tuple[int, int], ...]
+    beside: int
+    loop_seconds: float
+    repeats: int
+    waiting: float
+    matmul: int
+    attention: tuple[int, int, int]
+    small: tuple[int, ...]
+    small_samples: int
+    large: int
+    pinned: int
+    call_rows: tuple[int, ...]
+    call_blocks: int
+    calls: int
+
+    def payloads_of(self, scene: Scene) -> list[int]:
+        """The payloads of a scene of the grid."""
+        often = scene.order == "dense" or (scene.host, scene.order) == (BLOCK_FIRST, "random")
+        return [payload for payload in self.payloads if often or payload < RARE]
+
+    def rounds(self, payload: int) -> int:
+        """How many rounds measure a payload: small ones move more from round to round."""
+        if payload <= 8 * MB:
+            return 25
+        return 15 if payload <= 32 * MB else 9 if payload <= 128 * MB else 5
+
+
+PRESETS: Mapping[str, HostPreset] = {
+    "full": HostPreset(
+        runs=(256, 2 * KB, 8 * KB, 32 * KB, 2 * MB),
+        payloads=tuple(n * MB for n in (1, 4, 8, 32, 64, 128, 512)), largest=GB, seconds=1.5,
+        thread_blocks=(1, 2, 4, 8, 16), direct=128 * MB, duplex=(32 * MB, 128 * MB, 512 * MB),
+        pageable=(32 * MB, 256 * MB),
+        ring_slots=((2, 4 * MB), (4, 4 * MB), (3, 16 * MB), (4, 16 * MB)),
+        beside=128 * MB, loop_seconds=0.55, repeats=5, waiting=0.2, matmul=8192,
+        attention=(32, 32, 4096),
+        small=(1, 64, 1000, 4096, 10_000, 100_000), small_samples=31, large=GB, pinned=17 * GB,
+        call_rows=(256, 2048), call_blocks=1000, calls=30,
+    ),
+    "tiny": HostPreset(  # for tests: it runs everywhere in seconds and its figures mean nothing
+        runs=(2 * KB, 32 * KB), payloads=(64 * KB,), largest=128 * KB, seconds=0.02,
+        thread_blocks=(8,), direct=64 * KB,
+        duplex=(64 * KB,), pageable=(64 * KB,), ring_slots=((2, 16 * KB),), beside=64 * KB,
+        loop_seconds=0.001, repeats=2, waiting=0.001, matmul=16, attention=(1, 1, 16),
+        small=(1, 64), small_samples=2, large=64 * KB, pinned=3 * MB,
+        call_rows=(256,), call_blocks=2, calls=3,
+    ),
+}  # fmt: skip
+
+
+class Bench:
+    """The device, what times it, the peers, and memory that is kept from part to part.
+
+    Args:
+        device: an accelerator.
+        preset: how much is measured.
+        peers: released copies of others.
+    """
+
+    def __init__(
+        self, device: torch.device, preset: HostPreset, peers: Sequence[HostPeer] = ()
+    ) -> None:
+        self.device, self.preset, self.peers = device, preset, peers
+        self.module = torch.get_device_module(device)
+        self.timer: LinkTimer | WallTimer = link_timer(device)
+        self.wall = WallTimer(device)
+        self._regions: dict[bool, tuple[int, Region]] = {}
+        said = {d.name: d for d in trace(device)}
+        #: Why an engine does not serve the device, by its name.
+        self.absent = {n: said[n].reason for n in ENGINES if n in said and not said[n].accepted}
+
+    def region(self, payload: int, *, pageable: bool = False) -> Region:
+        """Memory for cases of up to so many bytes; kept, and made anew where it is too small."""
+        known = self._regions.get(pageable)
+        if known is None or known[0] < payload:
+            del known
+            self._regions.pop(pageable, None)
+            made = Region.reserve(self.device, payload, pageable=pageable)
+            known = self._regions[pageable] = (payload, made)
+        return known[1]
+
+    def sides(self, case: Case) -> Sides:
+        """A case in the kept memory, with copies of its ids wherever engines read them."""
+        sides = Sides(case, self.region(max(case.payload, *self.preset.payloads)))
+        sides.settle()
+        return sides
+
+    def serving(self, ways: Iterable[Way]) -> list[Way]:
+        """Those of several ways whose engines serve the device."""
+        return [way for way in ways if way.engine not in self.absent]
+
+    def forget(self) -> None:
+        """Let go of the memory."""
+        self._regions.clear()
+
+    def stream(self) -> torch.Stream:
+        """A new stream of the device."""
+        made: torch.Stream = self.module.Stream(self.device)
+        return made
+
+
+def figures(one: Measured, payload: int) -> dict[str, Any]:
+    """What a row says of times; the payload counts once in its bandwidth."""
+    return {
+        "p10_us": short(one.p10),
+        "p50_us": short(one.p50),
+        "p90_us": short(one.p90),
+        "gb_per_s": short(payload / one.p50 / 1e3),
+        "ratio": short(one.ratio),
+        "ratio_p10": short(one.ratio_p10),
+        "ratio_p90": short(one.ratio_p90),
+        "host_us": short(one.host),
+        "rounds": one.rounds,
+        "host_hidden": one.hidden,
+        "noisy": one.noisy,
+        "verified": one.verified,
+    }
+
+
+def short(value: float) -> float:
+    """Four significant digits."""
+    return float(f"{value:.4g}")

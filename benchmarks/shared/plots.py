@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plots of a result: ``python -m benchmarks.plots benchmarks/results/h200.json``.
+
+SVG files beside it: bandwidth against bytes with the ceiling dashed, a heat map of time against
+`copy_`, what a call costs the host, and the ladder; of ``h200-host.json`` speed against a memcpy,
+and what a transfer does to what runs beside it. Needs matplotlib (`pip install 'portakv[bench]'`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from portakv_benchmarks.host import plots as host_plots
+
+Row = Mapping[str, Any]
+
+# One colour for each way, the same in all plots (Okabe and Ito's, which colour-blind readers tell
+# apart); black is the ceiling, shades of grey are peers.
+COLOURS = {
+    "cuda": "#0072B2", "triton": "#009E73", "compiled": "#CC79A7", "compiled graph": "#882255",
+    "reference": "#D55E00", "lmcache slot kernel": "#777777", "lmcache block kernel": "#AAAAAA",
+    "copy_": "black",
+}  # fmt: skip
+_MARKS = {"cuda": "o", "triton": "s", "reference": "^", "lmcache slot kernel": "x"}
+_SWEEP = "llama3-8b"  # the shape that is measured from one token up
+_INK: Any = {"svg.hashsalt": "portakv", "svg.fonttype": "path", "font.size": 9}
+
+
+def draw(results: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
+    """Write the plots of a result into a folder; those without rows are not written.
+
+    Args:
+        stem: how the files' names begin.
+    """
+    written = []
+    kinds: dict[str, Callable[[Mapping[str, Any]], Figure | None]] = {
+        "bandwidth": bandwidth,
+        "heatmap": heat_map,
+        "host": host_cost,
+        "ladder": ladder,
+        "ratio": host_plots.ratio,
+        "interference": host_plots.interference,
+    }
+    with matplotlib.rc_context(_INK):
+        for kind, make in kinds.items():
+            figure = make(results)
+            if figure is None:
+                continue
+            path = folder / f"{stem}-{kind}.svg"
+            # No date and fixed ids: the same result gives the same file.
+            figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+            written.append(path)
+    return written
+
+
+def bandwidth(results: Mapping[str, Any]) -> Figure | None:
+    """Bandwidth, read and written, against bytes: Llama-3 8B from one token up, random slots."""
+    rows = [
+        row for row in _copies(results)
+        if row["shape"].startswith(_SWEEP) and row["row_bytes"] == 2048
+        and row["cache"] == "layer | kv block token head dim" and row["slots_used"] < 1
+    ]  # fmt: skip
+    if len({row["payload_bytes"] for row in rows}) < 2:
+        return None
+    figure = Figure(figsize=(9.5, 4.2))
+    for at, op in enumerate(("gather", "scatter")):
+        axes = figure.add_subplot(1, 2, at + 1)
+        ceiling = [row for row in rows if row["backend"] == "copy_" and row["layers"] == "apart"]
+        _line(axes, ceiling, "copy_ (ceiling)", color="black", linestyle="--", linewidth=1.6)
+        for way in _ways(rows):
+            same = [
+                row for row in rows
+                if row["backend"] == way and row["op"] == op and row["index"] == "random"
+                and row["layers"] == "apart"
+            ]  # fmt: skip
+            style = {"color": COLOURS.get(way), "marker": _MARKS.get(way, "d")}
+            _line(axes, same, way, markersize=4, linewidth=1.2, **style)
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("payload in bytes")
+        axes.set_title(f"{op}, random slots, layers apart", fontsize=9)
+        axes.grid(alpha=0.25)
+        if at == 0:
+            axes.set_ylabel("GB/s, read and written")
+            axes.legend(fontsize=8, frameon=False)
+    title = "Llama-3 8B, 1 to 16,384 tokens, rows of 2 KB"
+    figure.suptitle(f"{title} · {results['machine']['device']}", fontsize=10)
+    return figure
+
+
+def heat_map(results: Mapping[str, Any]) -> Figure | None:
+    """For each workload and way, the time of `copy_` / the time of the way; random slots, or
+    blocks where a shape has no slots."""
+    rows = [row for row in _copies(results) if row["backend"] != "copy_" and row["verified"]]
+    slotted = {row["shape"] for row in rows if row["index"] == "random"}
+    rows = [row for row in rows if row["index"] == "random" or row["shape"] not in slotted]
+    ways = [way for way in _ways(rows) if way != "lmcache block kernel"]
+    columns = [(way, op) for way in ways for op in ("gather", "scatter")]
+    lines = list(dict.fromkeys(_workload(row) for row in sorted(rows, key=_by_size)))
+    if not columns or not lines:
+        return None
+    found = {(_workload(row), row["backend"], row["op"]): row["ratio"] for row in rows}
+    cells = [[found.get((line, *column), float("nan")) for column in columns] for line in lines]
+    figure = Figure(figsize=(2.6 + 0.55 * len(columns), 0.6 + 0.19 * len(lines)))
+    axes = figure.add_subplot(1, 1, 1)
+    axes.imshow(cells, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1)
+    for y, line in enumerate(cells):
+        for x, ratio in enumerate(line):
+            if ratio == ratio:
+                ink = "white" if ratio < 0.12 or ratio > 0.92 else "black"
+                axes.text(x, y, f"{ratio:.2f}", ha="center", va="center", fontsize=6.5, color=ink)
+    axes.set_yticks(range(len(lines)), lines, fontsize=6.5)
+    axes.set_xticks(range(len(columns)), [op for _, op in columns], fontsize=6, rotation=90)
+    for at, way in enumerate(ways):
+        axes.text(2 * at + 0.5, -0.7, way.replace(" ", "\n", 1), ha="center", va="bottom",
+                  fontsize=7)  # fmt: skip
+        axes.axvline(2 * at - 0.5, color="white", linewidth=2)
+    title = "Speed against copy_ of the same bytes (1 = a memory copy)"
+    axes.set_title(f"{title} · {results['machine']['device']}", fontsize=9, pad=26)
+    return figure
+
+
+def host_cost(results: Mapping[str, Any]) -> Figure | None:
+    """Host time of a registered call, the launch alone and what the call adds."""
+    rows = [row for row in results["rows"] if row["kind"] == "overhead"]
+    if not rows:
+        return None
+    figure = Figure(figsize=(6.2, 0.9 + 0.32 * len(rows)))
+    axes = figure.add_subplot(1, 1, 1)
+    names = [f"{row['backend']}, {row['ids']}" for row in rows]
+    launches = [row["launch_us"] for row in rows]
+    added = [max(0.0, row["call_us"] - row["launch_us"]) for row in rows]
+    axes.barh(names, launches, color="#999999", label="the prepared launch alone")
+    axes.barh(names, added, left=launches, color="#0072B2", label="added by from_gpu")
+    for y, row in enumerate(rows):
+        axes.text(row["call_us"], y, f" {row['call_us']:.1f}", va="center", fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("host time of one call in microseconds")
+    axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    axes.margins(x=0.12)
+    title = f"Host cost of a registered call · {results['machine']['device']}"
+    axes.set_title(title, fontsize=9, pad=22)
+    return figure
+
+
+def ladder(results: Mapping[str, Any]) -> Figure | None:
+    """Every way of moving the founding scenario, slowest first, on a logarithmic axis."""
+    rows = [row for row in results["rows"] if row["kind"] == "ladder"]
+    times = {way: [r for r in rows if r["way"] == way] for way in (r["way"] for r in rows)}
+    if not rows:
+        return None
+    order = sorted(times, key=lambda way: -max(row["p50_us"] for row in times[way]))
+    figure = Figure(figsize=(7.2, 0.9 + 0.42 * len(order)))
+    axes = figure.add_subplot(1, 1, 1)
+    for op, shift, shade in (("gather", -0.2, 1.0), ("scatter", 0.2, 0.55), ("copy_", 0.0, 1.0)):
+        for y, way in enumerate(order):
+            for row in (row for row in times[way] if row["op"] == op):
+                colour = COLOURS.get(way, "#BBBBBB")
+                axes.barh(y + shift, row["p50_us"], height=0.38, color=colour, alpha=shade)
+                note = f" {row['p50_us']:,.4g} us" + ("" if op == "copy_" else f" ({op})")
+                axes.text(row["p50_us"], y + shift, note, va="center", fontsize=7)
+    axes.set_yticks(range(len(order)), order)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.margins(x=0.3)
+    axes.set_xlabel("device time in microseconds (logarithmic)")
+    title = "Ways of moving the founding scenario, 67 MB"
+    axes.set_title(f"{title} · {results['machine']['device']}", fontsize=9)
+    return figure
+
+
+def _copies(results: Mapping[str, Any]) -> list[Row]:
+    return [row for row in results["rows"] if row["kind"] == "copy"]
+
+
+def _ways(rows: Sequence[Row]) -> list[str]:
+    found = {row["backend"] for row in rows} - {"copy_"}
+    return [way for way in (*COLOURS, *_others(rows)) if way in found]
+
+
+def _others(rows: Sequence[Row]) -> list[str]:
+    return sorted({str(row["backend"]) for row in rows} - set(COLOURS))
+
+
+def _workload(row: Row) -> str:
+    size = row["payload_bytes"] / 1e6
+    words = f"{size:.3g} MB" if size < 999.5 else f"{size / 1e3:.3g} GB"
+    return f"{row['shape']}, layers {row['layers']} · {words} · {row['row_bytes']} B"
+
+
+def _by_size(row: Row) -> tuple[Any, ...]:
+    return (row["layers"], row["payload_bytes"], row["shape"])
+
+
+def _line(axes: Axes, rows: Sequence[Row], label: str, **style: Any) -> None:
+    points = {row["payload_bytes"]: row["gb_per_s"] for row in rows if row["verified"]}
+    if points:
+        ordered = sorted(points)
+        axes.plot(ordered, [points[size] for size in ordered], label=label, **style)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw the plots of one file beside it; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__)
+    parser.add_argument("file", type=Path, help="a result of `portakv bench`")
+    parser.add_argument("--out", type=Path, help="the folder (default: the file's)")
+    asked = parser.parse_args(argv)
+    try:
+        results = json.loads(asked.file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        print(f"plots: {asked.file} cannot be drawn: {error}", file=sys.stderr)
+        return 2
+    for path in draw(results, asked.out or asked.file.parent, asked.file.stem):
+        print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Structures of copies, drawn by hypothesis or written down by hand."""

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One side of a copy and a whole copy as plain structures, and tensors built from a structure.
+
+The strategies draw an ``Arrangement`` (how rows lie in memory) and an index; ``build`` makes
+tensors of it between canaries. Here is no randomness but that of the seeds handed in.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from portakv_conformance.judge.grammar import Group, read_layout
+from portakv_conformance.judge.oracle import Expected, compare, expand, expected_copy
+from portakv_conformance.judge.pattern import Guarded, guarded
+
+
+@dataclass
+class Side:
+    """One side of a copy: what a view is made from, its index, and the facts it was built to.
+
+    ``ids``, ``step``, ``offset`` are those of an Index; ``widths`` are bytes for each kv;
+    ``block_size`` is None for a chunk; ``slots`` counts the tokens that can be addressed.
+    ``arrangement`` is what it was built from; two sides with one of the same identity share
+    their tensors.
+    """
+
+    tensors: Any
+    layout: str
+    extents: dict[str, Any]
+    ids: torch.Tensor | None
+    step: int
+    offset: int
+    guards: list[Guarded]
+    layers: int
+    heads: int
+    widths: tuple[int, ...]
+    block_size: int | None
+    slots: int
+    opaque: bool = False
+    arrangement: Arrangement | None = None
+
+    @property
+    def kv(self) -> int:
+        """How many planes one layer has."""
+        return len(self.widths)
+
+    def at(self, count: int) -> np.ndarray:
+        """The slot of each of ``count`` positions, int64; negative where it is skipped."""
+        return expand(self.ids, self.step, self.offset, count)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """For hypothesis, which would otherwise print every byte of every tensor."""
+        printer.text(repr(self))
+
+    def __repr__(self) -> str:
+        ids = None if self.ids is None else (self.ids.tolist(), str(self.ids.dtype)[6:])
+        return (
+            f"Side({self.layout!r}, {self.extents}, tensors={_sketch(self.tensors)}, "
+            f"ids={ids}, step={self.step}, offset={self.offset})"
+        )
+
+
+@dataclass
+class Case:
+    """One copy: ``count`` positions from ``src`` to ``dst``."""
+
+    src: Side
+    dst: Side
+    count: int
+
+    def src_slots(self) -> np.ndarray:
+        """The source slot of each position, int64 ``[count]``; negative where skipped."""
+        return self.src.at(self.count)
+
+    def dst_slots(self) -> np.ndarray:
+        """The destination slot of each position, int64 ``[count]``; negative where skipped."""
+        return self.dst.at(self.count)
+
+    def expected(self) -> Expected:
+        """What the oracle expects of this copy; take it before copying."""
+        src, dst = self.src, self.dst
+        return expected_copy(
+            src.tensors, src.layout, src.extents, dst.tensors, dst.layout, dst.extents,
+            self.src_slots(), self.dst_slots(),
+        )  # fmt: skip
+
+    def check(self, copy: Callable[[], object]) -> None:
+        """Run ``copy`` (finished when it returns); AssertionError on the first wrong byte."""
+        expected = self.expected()
+        copy()
+        verdict = compare(expected, self.dst.tensors, self.src.tensors)
+        if verdict is not None:
+            raise AssertionError(f"{verdict} The case was {self!r}.")
+
+
+def _sketch(tensors: Any) -> str:
+    """Containers as counts, a tensor as dtype, to, strides and storage offset."""
+    if isinstance(tensors, torch.Tensor):
+        dtype, offset = str(tensors.dtype)[6:], tensors.storage_offset()
+        return f"{dtype}{list(tensors.shape)} strides {list(tensors.stride())} offset {offset}"
+    items = list(tensors.values()) if isinstance(tensors, dict) else list(tensors)
+    return f"{type(tensors).__name__} of {len(items)}: {_sketch(items[0])}"
+
+
+@dataclass
+class Arrangement:
+    """How the tensors of one side lie in memory; all lengths in elements of ``dtype``.
+
+    ``order`` permutes the physical dimensions, outermost first: those of the right groups, and
+    as the last number the containers, when ``place`` is ``"strided"``. ``place``: ``"separate"``
+    storages, ``"strided"`` in one storage at equal distances, ``"scattered"`` in one storage at
+    irregular ones, with holes of multiples of ``grain``. ``pad`` adds elements to the stride of one
+    physical place, ``gap`` is the stride of the innermost, ``expand`` gives one dimension stride 0.
+    """
+
+    layout: str
+    dtype: torch.dtype
+    extents: dict[str, Any]  # of every axis: layer, kv, block, token, head; dim: one for each kv
+    kinds: tuple[type, ...] = ()
+    place: str = "separate"
+    order: tuple[int, ...] = ()
+    pads: dict[int, int] = field(default_factory=dict)
+    gap: int = 1
+    grain: int = 1
+    expand: int | None = None
+    split_end: bool = False
+    offset: int = 0
+    seed: int = 0
+    storage: int = 0
+    poison: bool = False
+    device: str = "cpu"
+
+
+def side_of(
+    to: Arrangement,
+    ids: torch.Tensor | None = None,
+    step: int = 1,
+    offset: int = 0,
+    declared: dict[str, Any] | None = None,
+) -> Side:
+    """Build one side; ``declared`` are its view's extents, by default all that can be declared."""
+    axes = read_layout(to.layout)
+    opaque, paged = axes.written("page"), axes.written("block")
+    dims = tuple(to.extents["page" if opaque else "dim"])
+    size = to.extents["token"]
+    if declared is None:
+        declared = {"layers": to.extents["layer"], "kv": len(dims), "heads": to.extents["head"]}
+        if not opaque:
+            declared["dim"] = dims
+        if paged:
+            declared["block_size"] = size
+    tensors, guards = build(to)
+    return Side(
+        tensors, to.layout, declared, ids, step, offset, guards, to.extents["layer"],
+        to.extents["head"], tuple(n * to.dtype.itemsize for n in dims), size if paged else None,
+        size * (to.extents["block"] if paged else 1), opaque, to,
+    )  # fmt: skip
+
+
+def _factor_size(to: Arrangement, group: Group, place: int, kv: int) -> int:
+    factor = group[place]
+    extent = to.extents[factor.axis]
+    whole: int = extent[kv] if factor.axis in ("dim", "page") else extent
+    return {"": whole, "/": whole // max(factor.n, 1), "%": factor.n}[factor.part]
+
+
+def _group_size(to: Arrangement, group: Group, kv: int) -> int:
+    """The length of a group, unequal parts behind one another."""
+    axes = [(f.axis, f.part) for f in group]
+    sizes = [_factor_size(to, group, place, kv) for place in range(len(group))]
+    if (
+        ("kv", "") in axes
+        and ("dim", "") in axes
+        and axes.index(("kv", "")) < axes.index(("dim", ""))
+    ):
+        widths: tuple[int, ...] = to.extents["dim"]
+        return math.prod(sizes) // (len(widths) * widths[kv]) * sum(widths)
+    return math.prod(sizes)
+
+
+def _strides(to: Arrangement, sizes: list[int]) -> tuple[list[int], int]:
+    """Strides of physical dimensions under the order, pads and gap; and the elements spanned."""
+    strides, reach = [0] * len(sizes), to.gap
+    for place in reversed(range(len(sizes))):
+        dimension = to.order[place]
+        strides[dimension] = reach
+        reach = reach * sizes[dimension] + to.pads.get(place, 0)
+    return strides, reach
+
+
+def build(to: Arrangement) -> tuple[Any, list[Guarded]]:
+    """Tensors in their containers, and the guarded storages under them."""
+    axes = read_layout(to.layout)
+    parts = len(to.extents["page" if axes.written("page") else "dim"])
+    levels = [_group_size(to, group, 0) for group in axes.left]
+    count = math.prod(levels)
+    kv_of = _kv_of_each(axes.left, levels, parts, to)
+    flat: list[torch.Tensor | None] = [None] * count
+    guards: list[Guarded] = []
+    # Only the tensors of one kv are sure to have one to, so each kv is placed for itself.
+    for kv in sorted(set(kv_of)):
+        mine = [number for number in range(count) if kv_of[number] == kv]
+        sizes = [_group_size(to, group, kv) for group in axes.right]
+        tensors = _place(to, axes.right, sizes, len(mine), kv, guards)
+        for number, tensor in zip(mine, tensors, strict=True):
+            flat[number] = tensor
+    return _contain(flat, levels, to.kinds), guards
+
+
+def _kv_of_each(
+    left: tuple[Group, ...], levels: list[int], parts: int, to: Arrangement
+) -> list[int]:
+    """The kv that each tensor of the containers belongs to; 0 where kv is no container."""
+    radix = [(f.axis, _factor_size(to, g, i, 0)) for g in left for i, f in enumerate(g)]
+    found = []
+    for number in range(math.prod(levels)):
+        kv, rest = 0, number
+        for axis, size in reversed(radix):
+            kv = rest % size if axis == "kv" else kv
+            rest //= size
+        found.append(min(kv, parts - 1))
+    return found
+
+
+def _place(
+    to: Arrangement,
+    right: tuple[Group, ...],
+    sizes: list[int],
+    count: int,
+    kv: int,
+    guards: list[Guarded],
+) -> list[torch.Tensor]:
+    """``count`` tensors of one to, in as many storages as ``to.place`` says."""
+    all_sizes = [*sizes, count] if to.place == "strided" else list(sizes)
+    strides, span = _strides(to, all_sizes)
+    between = strides.pop() if to.place == "strided" else span
+    if to.expand is not None:
+        strides[to.expand] = 0
+    size, stride = _trailing(to, right, sizes, strides, kv)
+    item = torch.empty(0, dtype=to.dtype).element_size()
+    starts = [to.offset + number * between for number in range(count)]
+    if to.place == "scattered":
+        rng = random.Random(f"{to.seed} {kv}")  # as one list of all tensors it has no order either
+        holes = [rng.randrange(9) * to.grain for _ in range(count)]
+        starts = [start + sum(holes[: n + 1]) for n, start in enumerate(starts)]
+        rng.shuffle(starts)
+    if to.place == "separate":
+        starts = [to.offset] * count
+    storages = count if to.place == "separate" else 1
+    elements = (span + to.offset) if to.place != "scattered" else max(starts) + span
+    made = [
+        guarded(
+            elements * item,
+            seed=to.seed,
+            storage=to.storage + len(guards) + n,
+            poison=to.poison,
+            device=to.device,
+        )
+        for n in range(storages)
+    ]
+    guards.extend(made)
+    return [
+        made[n % storages].tensor(to.dtype, size, stride, start) for n, start in enumerate(starts)
+    ]
+
+
+def _trailing(
+    to: Arrangement, right: tuple[Group, ...], sizes: list[int], strides: list[int], kv: int
+) -> tuple[list[int], list[int]]:
+    """Show the last group as one dimension for each of its factors, when that was drawn."""
+    if not to.split_end:
+        return sizes, strides
+    inner = [_factor_size(to, right[-1], place, kv) for place in range(len(right[-1]))]
+    if len(inner) == 1:  # a page has no factors of its own: any two numbers do
+        least = next(
+            n for n in range(1, inner[0] + 1) if inner[0] % n == 0 and (n > 1 or inner == [1])
+        )
+        inner = [inner[0] // least, least]
+    steps = [strides[-1] * math.prod(inner[place + 1 :]) for place in range(len(inner))]
+    return sizes[:-1] + inner, strides[:-1] + steps
+
+
+def _contain(flat: list[Any], levels: list[int], kinds: tuple[type, ...]) -> Any:
+    """Wrap a flat list into the containers of each level."""
+    for size, kind in zip(reversed(levels), reversed(kinds), strict=True):
+        groups = [flat[n : n + size] for n in range(0, len(flat), size)]
+        flat = [
+            {f"model.{n}": item for n, item in enumerate(group)} if kind is dict else kind(group)
+            for group in groups
+        ]
+    return flat[0]

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies written down by hand: caches and chunks of a shape, for the fixed table of cases.
+
+`strategies` draws such structures, here a case says what it wants. Seeds decide the bytes, and
+which slots a shuffled list holds.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from portakv_conformance.draw.arrangement import Arrangement, Case, Side, side_of
+from portakv_conformance.judge.grammar import Group, read_layout
+from portakv_conformance.judge.pattern import Guarded
+
+PAGED = "layer | kv block token head dim"
+CHUNK = "kv layer token (head dim)"
+#: Layouts of caches; CORE is judged in the first that a backend takes. The last two need no table
+#: of addresses, the last not even a loop.
+HOMES = (
+    "layer | kv block token head dim",
+    "layer | kv block head token dim",
+    "layer kv | block token head dim",
+    "layer kv | block head token dim",
+    "block layer kv token head dim",
+    "block token layer kv head dim",
+)
+#: Layouts of chunks, for caches whose rows do not go to `CHUNK` in the fewest loops.
+_CHUNKS = {HOMES[-1]: "token layer kv (head dim)"}
+_ELSEWHERE = 1000  # storage numbers of destinations, so that no source has the same bytes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What both sides of a copy agree on, and how a cache is paged. ``widths`` are bytes, one for
+    each kv; ``page`` bytes for pages."""
+
+    layers: int = 2
+    heads: int = 2
+    widths: tuple[int, ...] = (32, 32)
+    block_size: int = 4
+    blocks: int = 6
+
+    @property
+    def slots(self) -> int:
+        """Tokens that a cache of this shape holds."""
+        return self.block_size * self.blocks
+
+
+def arranged(
+    layout: str,
+    shape: Shape,
+    dtype: torch.dtype = torch.float16,
+    *,
+    source: bool = True,
+    seed: int = 0,
+    device: str = "cpu",
+    tokens: int = 0,
+    memory: str = "",
+    shift: int = 0,
+    **how: Any,
+) -> Arrangement:
+    """How the tensors of a layout lie.
+
+    Args:
+        layout, shape, dtype: what they hold; ``tokens`` where the layout is a chunk's.
+        source: a source is filled with the pattern, a destination with poison.
+        memory: the physical order of the groups right of the bar, outermost first, where it is
+            not the logical one; with the group left of it among them, all containers lie in one
+            storage at equal distances.
+        shift: the storage offset of the first tensor, in elements.
+        how: fields of `Arrangement`.
+    """
+    axes = read_layout(layout)
+    opaque, paged = axes.written("page"), axes.written("block")
+    elements = tuple(width // dtype.itemsize for width in shape.widths)
+    extents: dict[str, Any] = {
+        "layer": shape.layers,
+        "head": shape.heads,
+        "kv": len(shape.widths),
+        "block": shape.blocks if paged else 1,
+        "token": shape.block_size if paged else tokens,
+        "page" if opaque else "dim": elements,
+    }
+    names = [_text(group) for group in axes.right]
+    order = list(range(len(names)))
+    if memory:
+        names.append(" ".join(_text(group) for group in axes.left))
+        order = [names.index(_text(group)) for group in read_layout(memory).right]
+        if len(order) == len(names):
+            how["place"] = "strided"
+    elif how.get("place") == "strided":
+        order = [len(order), *order]
+    how.setdefault("kinds", (list,) * len(axes.left))
+    how.setdefault("storage", 0 if source else _ELSEWHERE)
+    return Arrangement(
+        layout, dtype, extents, order=tuple(order), seed=seed, poison=not source, device=device,
+        offset=shift, **how,
+    )  # fmt: skip
+
+
+def widened(layout: str, axis: str, elements: int) -> dict[str, Any]:
+    """How to make an axis of a layout lie ``elements`` further apart: keywords of `arranged`.
+
+    Nothing where no dimension of the layout is that axis.
+    """
+    names = [_text(group) for group in read_layout(layout).right]
+    return {"pads": {names.index(axis) + 1: elements}} if axis in names else {}
+
+
+def reordered(layout: str, axes: str) -> str:
+    """The dimensions of a layout in the order of ``axes``, as ``memory`` of `arranged`.
+
+    An axis of ``axes`` that is none of its dimensions is passed over; a dimension that is not in
+    ``axes`` comes outermost.
+    """
+    names = [_text(group) for group in read_layout(layout).right]
+    left = [_text(group) for group in read_layout(layout).left]
+    known = names + left if len(left) == 1 else names
+    wanted = [axis for axis in axes.split() if axis in known]
+    return " ".join([*(name for name in names if name not in wanted), *wanted])
+
+
+def dimension(layout: str, axis: str) -> int | None:
+    """Which dimension of a layout is an axis; None where none is."""
+    names = [_text(group) for group in read_layout(layout).right]
+    return names.index(axis) if axis in names else None
+
+
+def _text(group: Group) -> str:
+    words = " ".join(map(str, group)) or "1"
+    return f"({words})" if len(group) > 1 else words
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Makes sides on one device from one seed.
+
+    Args:
+        device: where tensors lie.
+        seed: of the bytes and of shuffled lists.
+        paged: the layout of caches that name none.
+    """
+
+    device: str = "cpu"
+    seed: int = 0
+    paged: str = PAGED
+
+    @property
+    def dense(self) -> str:
+        """The layout of chunks that name none."""
+        return _CHUNKS.get(self.paged, CHUNK)
+
+    def cache(
+        self,
+        shape: Shape,
+        ids: Any = None,
+        *,
+        layout: str = "",
+        step: int = 1,
+        offset: int = 0,
+        **how: Any,
+    ) -> Side:
+        """A paged cache under a list of slots (with ``step`` the block size: of blocks)."""
+        how = {"seed": self.seed, "device": self.device, **how}
+        to = arranged(layout or self.paged, shape, **how)
+        return side_of(to, self.ids(ids), step, offset)
+
+    def chunk(
+        self, shape: Shape, tokens: int, *, layout: str = "", offset: int = 0, **how: Any
+    ) -> Side:
+        """A chunk of so many tokens, from its token ``offset`` on."""
+        how = {"seed": self.seed, "device": self.device, **how}
+        return side_of(arranged(layout or self.dense, shape, tokens=tokens, **how), None, 1, offset)
+
+    def gather(self, shape: Shape, ids: Any, **how: Any) -> Case:
+        """Rows of a cache to a chunk; ``how`` is that of the cache."""
+        ids = self.ids(ids)
+        count = len(ids) * how.get("step", 1) - how.get("offset", 0)
+        dtype = how.get("dtype", torch.float16)
+        target = self.chunk(shape, max(count, 1), source=False, dtype=dtype)
+        return Case(self.cache(shape, ids, **how), target, count)
+
+    def scatter(self, shape: Shape, ids: Any, **how: Any) -> Case:
+        """Tokens of a chunk to rows of a cache; ``how`` is that of the cache."""
+        ids = self.ids(ids)
+        count = len(ids) * how.get("step", 1) - how.get("offset", 0)
+        source = self.chunk(shape, max(count, 1), dtype=how.get("dtype", torch.float16))
+        return Case(source, self.cache(shape, ids, source=False, **how), count)
+
+    def move(self, direction: str, shape: Shape, ids: Any, **how: Any) -> Case:
+        """`gather` or `scatter` by its name."""
+        made: Case = getattr(self, direction)(shape, ids, **how)
+        return made
+
+    def ids(self, ids: Any) -> torch.Tensor | None:
+        """Ids as a tensor: int64 on the host where they are a list."""
+        if ids is None or isinstance(ids, torch.Tensor):
+            return ids
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def shuffled(self, units: int, count: int, holes: int = 0) -> list[int]:
+        """``count`` distinct numbers below ``units`` out of order, ``holes`` of them negative."""
+        rng = random.Random(self.seed)
+        numbers = rng.sample(range(units), count)
+        for place in rng.sample(range(count), holes):
+            numbers[place] = rng.choice((-1, -2, -100))
+        return numbers
+
+
+def moved(side: Side, guards: list[Guarded]) -> Side:
+    """A side with its tensors over other storages, one for each of its own; lists stay lists."""
+    homes = dict(zip((g.whole.data_ptr() for g in side.guards), guards, strict=True))
+
+    def move(level: Any) -> Any:
+        if not isinstance(level, torch.Tensor):
+            return [move(item) for item in level]
+        whole = homes[level.untyped_storage().data_ptr()].whole
+        made = torch.empty(0, dtype=level.dtype, device=whole.device)
+        where = (level.storage_offset(), level.shape, level.stride())
+        return made.set_(whole.untyped_storage(), *where)
+
+    return replace(side, tensors=move(side.tensors), guards=guards, arrangement=None)
+
+
+def on_host(side: Side, pinned: bool) -> Side:
+    """A side with its tensors on the host, pinned where asked, their bytes as they are."""
+    if not pinned and all(guard.whole.device.type == "cpu" for guard in side.guards):
+        return side
+    guards = [replace(guard, whole=guard.whole.cpu()) for guard in side.guards]
+    if pinned:
+        guards = [replace(guard, whole=guard.whole.pin_memory()) for guard in guards]
+    return moved(side, guards)
+
+
+def lifted(side: Side, nbytes: int) -> Side:
+    """A side in storages that begin themselves ``nbytes`` behind an address of the allocator, as
+    those of tensors do that another library made; storage offsets stay as they are."""
+    guards = []
+    for guard in side.guards:
+        wide = guard.whole.new_empty(guard.whole.numel() + nbytes)
+        part = wide.untyped_storage()[nbytes:]
+        whole = wide.new_empty(0).set_(part)
+        guards.append(replace(guard, whole=whole.copy_(guard.whole)))
+    return moved(side, guards)

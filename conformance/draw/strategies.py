@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hypothesis strategies for whole copies: they draw structure, never bytes.
+
+``cases`` draws token-exact copies between two caches or chunks, ``migrations`` copies within one
+cache, ``page_cases`` whole opaque blocks. Everything shrinks towards plain layouts, no padding,
+no holes, ids in order.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from portakv_conformance.draw.arrangement import Arrangement, Case, Side, side_of
+from portakv_conformance.draw.drawn_layouts import (
+    Draw,
+    SharedRows,
+    arrange,
+    declare,
+    draw_layout,
+    groups_of,
+    pick,
+    rarely,
+)
+
+DTYPES = (
+    torch.float16, torch.uint8, torch.int8, torch.bfloat16, torch.float32,
+    torch.float8_e4m3fn, torch.int64,
+)  # fmt: skip
+_FAR = 1 << 30  # a slot that no test cache has; stands between ids that are not contiguous
+_PAGES = ("layer | block page", "block page", "block layer page", "layer block page",
+          "block | layer page", "block | page", "layer block | page")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``cases`` may draw; every field is a keyword of it.
+
+    ``containers``: the axes that may stand left of the bar. ``factored``: axis/N with axis%N.
+    ``holes``: negative ids. ``ragged``: counts and offsets that are no multiple of any block.
+    ``duplicates``: ids may occur twice in a destination (its contents are then unspecified).
+    ``expanded``: a source dimension of stride 0. ``loose_pages``: opaque pages whose bytes are not
+    contiguous. ``device`` is where tensors live, ``ids_on`` where ids do.
+    """
+
+    containers: tuple[str, ...] = ("layer", "kv", "block", "head")
+    factored: bool = True
+    holes: bool = True
+    ragged: bool = True
+    duplicates: bool = False
+    expanded: bool = True
+    loose_pages: bool = True
+    device: str = "cpu"
+    ids_on: str = "cpu"
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A side before it is built. ``step`` is 0 where the side has no ids."""
+
+    arrangement: Arrangement
+    extents: dict[str, Any]
+    rows: SharedRows
+    block_size: int | None
+    slots: int
+    step: int = 0
+
+    def side(self, ids: torch.Tensor | None, offset: int, *, opaque: bool = False) -> Side:
+        side = side_of(self.arrangement, ids, max(self.step, 1), offset, self.extents)
+        # What was drawn must be what was built, or the examples would not be those described.
+        drawn = (self.rows.layers, self.rows.heads, self.rows.widths, self.block_size, self.slots)
+        assert drawn == (side.layers, side.heads, side.widths, side.block_size, side.slots)
+        assert side.opaque is opaque
+        return side
+
+
+def _draw_rows(draw: Draw, options: Options) -> tuple[SharedRows, list[torch.dtype]]:
+    """Extents and widths, and a dtype for each side that the widths are a multiple of."""
+    layers, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    kv = pick(draw, (2, 1, 3))
+    first = pick(draw, DTYPES)
+    dims = [draw(st.integers(1, 9))] * kv
+    if kv > 1 and draw(st.integers(0, 3)) == 3:
+        dims = dims[:1] + [draw(st.integers(1, 9)) for _ in dims[1:]]
+    widths = tuple(first.itemsize * n for n in dims)
+    second = pick(draw, [t for t in DTYPES if all(w % t.itemsize == 0 for w in widths)])
+    split = pick(draw, ("dim", "head", "token", "layer")) if options.factored else ""
+    return SharedRows(layers, heads, widths, split if rarely(draw) else ""), [first, second]
+
+
+def _draw_splits(draw: Draw, rows: SharedRows, dtypes: list[torch.dtype]) -> list[int]:
+    """The N of the factored axis for each side, 0 for none; one N divides the other."""
+    if not rows.split:
+        return [0, 0]
+    bytes_of = [d.itemsize if rows.split == "dim" else 1 for d in dtypes]
+    length = {"layer": rows.layers, "head": rows.heads, "token": 4, "dim": math.gcd(*rows.widths)}
+    whole = length[rows.split]
+    # Elements may lie apart, so a cut within one of either side would have no common refinement.
+    grain = max(d.itemsize for d in dtypes) if rows.split == "dim" else 1
+    chain = [n for n in (2, 4, 3, 6, 8, 16) if whole % n == n % grain == 0] or [grain]
+    coarse = pick(draw, chain)
+    fine = pick(draw, [n for n in range(grain, coarse + 1) if coarse % n == n % grain == 0])
+    cuts = pick(draw, ((coarse, 0), (0, coarse), (coarse, fine), (fine, coarse)))
+    return [n // b if n % b == 0 and n > b else 0 for n, b in zip(cuts, bytes_of, strict=True)]
+
+
+def _draw_draft(
+    draw: Draw, rows: SharedRows, dtype: torch.dtype, n: int, source: bool, options: Options
+) -> _Draft:
+    """One side: a paged cache or a chunk, its layout, its memory and the step of its index."""
+    paged = draw(st.booleans())
+    grain = n if n and rows.split == "token" else 1
+    size = pick(draw, (4, 2, 8, 1, 3, 5, 6, 7) if paged else (4, 1, 2, 3, *range(5, 25)))
+    size = -(-size // grain) * grain
+    blocks = pick(draw, (2, 3, 4, 5, 1)) if paged else 1
+    extents = {
+        "layer": rows.layers, "head": rows.heads, "token": size, "block": blocks,
+        "kv": len(rows.widths), "dim": tuple(w // dtype.itemsize for w in rows.widths),
+    }  # fmt: skip
+    layout = draw_layout(draw, rows, paged, n, options.containers)
+    declared = declare(draw, layout, extents, paged)
+    arrangement = _arranged(draw, layout, dtype, extents, source, options)
+    slots = size * blocks
+    usual = [1, size, 2 * size, *(s for s in range(2, size) if size % s == 0), 3]
+    steps = [s for s in usual if s <= slots] if paged else [0, 1, 2, 4]
+    step = pick(draw, [*steps, 0]) if paged else pick(draw, [s for s in steps if s <= slots])
+    return _Draft(arrangement, declared, rows, size if paged else None, slots, step)
+
+
+def _arranged(
+    draw: Draw,
+    layout: str,
+    dtype: torch.dtype,
+    extents: dict[str, Any],
+    source: bool,
+    options: Options,
+) -> Arrangement:
+    """How a side lies in memory, less what the options leave out."""
+    found = arrange(draw, layout, dtype, extents, source, options.device)
+    if not options.expanded:
+        found = replace(found, expand=None)
+    if "page" in extents and not options.loose_pages:
+        page = len(groups_of(layout.rpartition("|")[2])) - 1
+        order = (*(n for n in found.order if n != page), page)
+        expand = None if found.expand == page else found.expand
+        found = replace(found, order=order, gap=1, expand=expand)
+    return found
+
+
+def _most(draft: _Draft, source: bool, options: Options) -> int:
+    """The positions that one side can hold, duplicates in the source apart."""
+    if draft.step and (source or options.duplicates):
+        return 40
+    return draft.slots // max(draft.step, 1) * max(draft.step, 1)
+
+
+def _draw_count(
+    draw: Draw, drafts: list[_Draft], options: Options, unit: int = 1
+) -> tuple[list[int], int]:
+    """Offsets of both sides and the count of positions."""
+    if not options.ragged and unit == 1:
+        sizes = [n for d in drafts for n in (d.step, d.block_size) if n]
+        unit = math.gcd(*sizes) if sizes else 1
+    most = [_most(draft, n == 0, options) for n, draft in enumerate(drafts)]
+    offsets = [0, 0]
+    if draw(st.booleans()):
+        offsets = [draw(st.integers(0, min((m - 1) // unit, 5))) * unit for m in most]
+    room = min(m - o for m, o in zip(most, offsets, strict=True)) // unit
+    if rarely(draw):
+        return offsets, 0
+    return offsets, (room if draw(st.booleans()) else draw(st.integers(min(room, 1), room))) * unit
+
+
+def _draw_ids(
+    draw: Draw, draft: _Draft, offset: int, count: int, unique: bool, options: Options
+) -> torch.Tensor | None:
+    """Ids of one side: in order, reversed or shuffled, perhaps with holes and spare ones."""
+    if not draft.step:
+        return None
+    units, needed = draft.slots // draft.step, -(-(offset + count) // draft.step)
+    how, rng = draw(st.integers(0, 2)), random.Random(draw(st.integers(0, 255)))
+    if unique:
+        needed = min(needed + draw(st.integers(0, 2)), units)
+        ids = rng.sample(range(units), needed) if how == 2 else list(range(needed))
+    else:
+        ids = [rng.randrange(units) if how == 2 else n % units for n in range(needed)]
+    if how == 1:
+        ids.reverse()
+    if options.holes and draw(st.booleans()):
+        ids = [rng.choice((-1, -2, -100)) if rng.random() < 0.3 else n for n in ids]
+    return _as_tensor(draw, ids, options.ids_on)
+
+
+def _as_tensor(draw: Draw, ids: list[int], device: str) -> torch.Tensor:
+    """Ids as int64 or int32, contiguous or every other element of a longer tensor."""
+    dtype = pick(draw, (torch.int64, torch.int32))
+    if not rarely(draw):
+        return torch.tensor(ids, dtype=dtype, device=device)
+    wide = torch.full((2 * len(ids) + 3,), _FAR, dtype=dtype, device=device)
+    between = wide[3::2]
+    between.copy_(torch.tensor(ids, dtype=dtype))
+    return between
+
+
+@st.composite
+def cases(draw: Draw, /, **options: Any) -> Case:
+    """A token-exact copy between two sides; keywords are those of ``Options``.
+
+    Destination slots are never drawn twice unless ``duplicates`` is set.
+    """
+    chosen = Options(**options)
+    rows, dtypes = _draw_rows(draw, chosen)
+    splits = _draw_splits(draw, rows, dtypes)
+    drafts = [_draw_draft(draw, rows, dtypes[n], splits[n], n == 0, chosen) for n in range(2)]
+    offsets, count = _draw_count(draw, drafts, chosen)
+    src, dst = (
+        draft.side(
+            _draw_ids(draw, draft, offsets[n], count, n == 1 and not chosen.duplicates, chosen),
+            offsets[n],
+        )
+        for n, draft in enumerate(drafts)
+    )
+    return Case(src, dst, count)
+
+
+@st.composite
+def migrations(draw: Draw, /, **options: Any) -> Case:
+    """A copy within one cache, between rows that do not meet; ids on both sides."""
+    chosen = Options(**options)
+    rows, dtypes = _draw_rows(draw, chosen)
+    split = _draw_splits(draw, rows, dtypes)[0]
+    draft = _draw_draft(draw, rows, dtypes[0], split, False, chosen)
+    step = draft.step if 0 < 2 * draft.step <= draft.slots else 1
+    units = list(range(draft.slots // step))
+    random.Random(draw(st.integers(0, 255))).shuffle(units)
+    moved = len(units) // 2 if draw(st.booleans()) else draw(st.integers(0, len(units) // 2))
+    halves = (units[:moved], units[moved : 2 * moved])
+    side = draft.side(None, 0)
+    sides = []
+    for half in halves:
+        by_slot = draw(st.booleans())
+        slots = [unit * step + n for unit in half for n in range(step)]
+        ids = _as_tensor(draw, slots if by_slot else half, chosen.ids_on)
+        sides.append(replace(side, ids=ids, step=1 if by_slot else step))
+    return Case(sides[0], sides[1], moved * step)
+
+
+@st.composite
+def page_cases(draw: Draw, /, **options: Any) -> Case:
+    """A copy of whole opaque blocks; equal block sizes, and steps of one block or no ids."""
+    chosen = Options(**options)
+    layers, size = draw(st.integers(1, 3)), draw(st.integers(1, 8))
+    first = pick(draw, DTYPES)
+    width = first.itemsize * draw(st.integers(1, 40))
+    second = pick(draw, [t for t in DTYPES if width % t.itemsize == 0])
+    rows = SharedRows(layers, 1, (width,))
+    drafts = []
+    for n, dtype in enumerate((first, second)):
+        layout = pick(draw, [p for p in _PAGES if layers == 1 or "layer" in p])
+        blocks = draw(st.integers(1, 5))
+        extents = {"layer": layers, "head": 1, "token": size, "block": blocks, "kv": 1}
+        extents["page"] = (width // dtype.itemsize,)
+        arrangement = _arranged(draw, layout, dtype, extents, n == 0, chosen)
+        declared = {"block_size": size}
+        step = pick(draw, (size, 0))
+        drafts.append(_Draft(arrangement, declared, rows, size, size * blocks, step))
+    offsets, count = _draw_count(draw, drafts, chosen, unit=size)
+    src, dst = (
+        draft.side(
+            _draw_ids(draw, draft, offsets[n], count, n == 1, chosen), offsets[n], opaque=True
+        )
+        for n, draft in enumerate(drafts)
+    )
+    return Case(src, dst, count)
+
+
+def all_cases(**options: Any) -> st.SearchStrategy[Case]:
+    """``cases``, ``migrations`` and ``page_cases`` together."""
+    return st.one_of(cases(**options), migrations(**options), page_cases(**options))

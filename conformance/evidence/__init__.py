@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a committed result bears out: the ladder, its records and their checks."""

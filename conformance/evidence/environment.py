@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run was made with: the backend and its source, the device and its driver, versions.
+
+Reads files and asks tools; changes nothing, and imports no vendor package that is not there yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from portakv_conformance.evidence.driver import driver_version
+from portakv_conformance.evidence.source import SourceError, source_sha256
+from portakv_conformance.judge.subject import Subject
+from portakv_conformance.run.record import ASSUMPTION, CARRIER, LIBRARY
+from portakv_conformance.vendor import standins
+
+#: Environment variable under which Triton interprets its kernels on the host.
+INTERPRET = "TRITON_INTERPRET"
+# Distributions whose versions may explain a result, where they are installed.
+_PACKAGES = (
+    "portakv", "numpy", "pytest", "hypothesis", "triton", "triton-ascend", "pytorch-triton-rocm",
+    "cuda-bindings", "nvidia-cuda-nvrtc", "torch-musa", "intel-extension-for-pytorch",
+)  # fmt: skip
+# Those whose ops are a backend: a version is not enough, since vendors build one more than once.
+_VENDORS = ("torch-npu", "torch-mlu", "torch-mlu-ops")
+
+
+def describe_environment(subject: Subject, asked: str) -> dict[str, Any]:
+    """The facts of `RunRecord.environment`.
+
+    Args:
+        subject: what is judged.
+        asked: the device as the user wrote it.
+    """
+    device = subject.device
+    facts: dict[str, Any] = {
+        "torch": str(torch.__version__),
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "os": _system(),
+        "device": asked,
+        "device_name": device_name(device, subject.emulated),
+        "driver": "" if subject.emulated else driver_version(device),
+        "emulated": is_emulated(subject),
+        "cores": len(os.sched_getaffinity(0)),
+    }
+    if subject.emulated:
+        emulating = standins.emulating(device.type)
+        facts["emulation"] = hashed(emulating)
+        facts |= {ASSUMPTION: told} if (told := assumed(emulating)) else {}
+    facts |= _carrier(subject)
+    facts |= {} if subject.emulated else _toolkit(device)
+    if interpreted(subject):
+        facts[INTERPRET] = os.environ[INTERPRET]
+    facts |= package_versions([*_PACKAGES, *_VENDORS, *_distributions(subject.target)])
+    digests = {f"sha256 of {name}": package_sha256(name) for name in _VENDORS}
+    return facts | {name: digest for name, digest in digests.items() if digest}
+
+
+def describe_backend(subject: Subject) -> dict[str, str]:
+    """The facts of `RunRecord.backend`: name, target, version, source_sha256."""
+    try:
+        source = source_sha256(subject.target)
+    except SourceError as error:
+        source = f"unknown: {error}"
+    versions = package_versions(_distributions(subject.target))
+    return {
+        "name": subject.name,
+        "target": subject.target,
+        "version": next(iter(versions.values()), ""),
+        "source_sha256": source,
+    }
+
+
+def assumed(modules: Iterable[str]) -> str:
+    """What modules that emulate take for true without the vendor's word: each one's ``ASSUMPTION``,
+    a clause; empty where none takes anything."""
+    said = (str(getattr(import_module(module), "ASSUMPTION", "")) for module in modules)
+    return "; ".join(clause for clause in said if clause)
+
+
+def _carrier(subject: Subject) -> dict[str, Any]:
+    """What carried plans out, and the library that was built for it."""
+    path = subject.backend.library
+    found: dict[str, Any] = {CARRIER: subject.backend.carrier}
+    if path:
+        built = Path(path)
+        digest = hashlib.sha256(built.read_bytes()).hexdigest()
+        return found | {LIBRARY: {built.resolve().name: digest}}
+    return found if found[CARRIER] else {}
+
+
+def hashed(modules: Iterable[str]) -> dict[str, str]:
+    """The hash of each of the modules that emulate, as a backend's own source is hashed."""
+    found = {}
+    for module in modules:
+        try:
+            found[module] = source_sha256(module)
+        except SourceError as error:
+            found[module] = f"unknown: {error}"
+    return found
+
+
+def plain(value: Any) -> Any:
+    """A claim as JSON can hold it: sets sorted into lists, dtypes and the like as their names."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, dict):
+        return {str(key): plain(kept) for key, kept in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted((plain(entry) for entry in value), key=str)
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return str(value).removeprefix("torch.")
+
+
+def is_emulated(subject: Subject) -> bool:
+    """Whether less than the real device was at work: a simulated device, or an interpreter.
+
+    A backend of a third party that emulates says so with ``emulated = True`` in its class.
+    """
+    says = getattr(subject.backend, "emulated", False)
+    return subject.emulated or interpreted(subject) or bool(says)
+
+
+def interpreted(subject: Subject) -> bool:
+    """Whether the backend's kernels run through Triton's interpreter."""
+    asked = os.environ.get(INTERPRET, "").lower() in ("1", "true", "on", "yes")
+    if not (asked and subject.on_host):
+        return False
+    module = subject.target.partition(":")[0]
+    return module == "portakv.backends.triton" or "interpret" in " ".join(
+        decision.reason for decision in subject.trace if decision.name == subject.name
+    )
+
+
+def device_name(device: torch.device, simulated: bool) -> str:
+    """The device's own name; for a CPU the processor's."""
+    if simulated:
+        simulation = f"simulated device ({device.type}, on the host's processor)"
+        # What emulates a vendor's device below the vendor's own package has a name of its own.
+        return str(getattr(torch.get_device_module(device), "EMULATED_AS", simulation))
+    if device.type == "cpu":
+        return _processor()
+    ask = getattr(torch.get_device_module(device), "get_device_name", None)
+    name = str(ask(device)) if ask else ""
+    return name or _architecture(device) or device.type
+
+
+def _architecture(device: torch.device) -> str:
+    """``gfx906`` and the like, under HIP."""
+    if device.type != "cuda" or torch.version.hip is None:
+        return ""
+    return str(getattr(torch.cuda.get_device_properties(device), "gcnArchName", ""))
+
+
+def _toolkit(device: torch.device) -> dict[str, str]:
+    """The version of the vendor's toolkit that torch was built for, or that lies beside it."""
+    if device.type == "cuda":
+        if torch.version.hip is None:
+            return {"cuda": str(torch.version.cuda)}
+        return {"hip": torch.version.hip, "architecture": _architecture(device)}
+    ask = getattr(sys.modules.get("torch_npu.utils"), "get_cann_version", None)
+    version = ask() if device.type == "npu" and ask else ""  # empty before CANN 8.1
+    return {"cann": str(version)} if version else {}
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Versions of those distributions that are installed, and of modules without one."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            module = sys.modules.get(name.replace("-", "_"))
+            version = getattr(module, "__version__", None)
+            if version and not getattr(module, "EMULATED", False):
+                found[name] = str(version)
+    return found
+
+
+def package_sha256(name: str) -> str:
+    """A hash of the files of an installed distribution, by the list that its wheel brought along;
+    the same wherever that wheel was installed. Empty where there is none."""
+    try:
+        listed = metadata.distribution(name).read_text("RECORD") or ""
+    except metadata.PackageNotFoundError:
+        return ""
+    # Not what an installer writes: its own notes, scripts with its Python's path, compiled files.
+    files = sorted(
+        line
+        for line in listed.splitlines()
+        if ",sha256=" in line and ".dist-info/" not in line and not line.startswith("..")
+    )
+    return hashlib.sha256("\n".join(files).encode()).hexdigest() if files else ""
+
+
+def _distributions(target: str) -> list[str]:
+    """The distributions that a class's top-level package comes from."""
+    top = target.partition(":")[0].partition(".")[0]
+    if top.startswith("portakv"):
+        return ["portakv"]
+    return sorted(set(metadata.packages_distributions().get(top, [])))
+
+
+def _system() -> str:
+    """The distribution, and the kernel without what its builder added to the version."""
+    kernel = ".".join(platform.release().split(".")[:2])
+    told = f"{platform.system()} {kernel} {platform.machine()}"
+    try:
+        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {told}"
+    except (OSError, KeyError):
+        return told
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else platform.processor() or platform.machine()

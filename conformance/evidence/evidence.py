@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a committed result file bears out: a report of the suite, or a record of another job.
+
+A report of the suite (`records`) bears out R3 or R6, as its verdict says. Every other job leaves a
+JSON object with at least these keys, and further ones as it likes:
+
+    what           one of `JOBS`: what was done, which decides the rung
+    name, backend  the backend's own name, and ``module:Class``
+    source_sha256  the hash of the backend's source (`source.source_sha256`)
+    command, date  what repeats it, and the day (ISO)
+    right          true where it ended well
+
+and what its kind has to show (`contents`); where they count, ``vendor`` (sha256 of each package of
+the vendor, by name), ``emulation`` (sha256 of each module that emulated), ``assumption`` (what that
+takes for true), ``versions`` and ``told`` (in words) and ``device``. `recorded` makes one of any
+command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import datetime, timezone
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from portakv_conformance.evidence.environment import INTERPRET, assumed, hashed
+from portakv_conformance.evidence.ladder import EMULATED, RESULTS, Ladder, Rung, broken_rules
+from portakv_conformance.evidence.record_rules import kernels_in, lacking, signatures_of
+from portakv_conformance.evidence.scrub import without_places
+from portakv_conformance.evidence.source import SourceError, source_sha256
+from portakv_conformance.evidence.verdict import LEFT_OUT
+from portakv_conformance.report import results, support
+from portakv_conformance.report.words import plural
+from portakv_conformance.run.record import ASSUMPTION, SCHEMA, RunRecord
+
+#: The rung that each kind of job bears out; no job but the suite's own ends at R6.
+JOBS = {
+    "call shapes against a stand-in": "R1",
+    "accepted by the vendor's schemas": "R2",
+    "semantics emulated": "R3",
+    "cross-compiled, not executed": "R4",
+    "built by the vendor's toolchain": "R5",
+}
+_WANTED = {"what": str, "name": str, "backend": str, "source_sha256": str, "command": str,
+           "date": str, "right": bool}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one result file says.
+
+    Attributes:
+        rung: that it bears out; empty where it bears out none.
+        told: the outcome for a reader: ``1,740 cases``, ``cross-compiled, not executed``.
+        backend: by name; target: ``module:Class``; source_sha256: of its source then.
+        device: for a reader, empty where the file does not say; emulated: no real one.
+        command, date, versions: what repeats it, the day, what it holds for.
+        suite: the version of the suite; empty for other jobs.
+        vendor: sha256 of the vendor's packages, by name.
+        emulation, assumption: what emulated the device, as in `ladder.Rung`.
+    """
+
+    rung: str
+    told: str
+    backend: str
+    target: str
+    source_sha256: str
+    device: str
+    emulated: bool
+    command: str
+    date: str
+    versions: str
+    suite: str = ""
+    vendor: Mapping[str, str] = field(default_factory=dict)
+    emulation: Mapping[str, str] = field(default_factory=dict)
+    assumption: str = ""
+
+
+def read(file: Path) -> Evidence:
+    """What a file says.
+
+    Raises:
+        ValueError: it is neither a report that nobody edited nor a record of a job that holds
+            what its kind has to; a sentence that says why it cannot be read.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if isinstance(values, dict) and values.get("schema") == SCHEMA:
+        record = results.read(file)
+        try:
+            return of_report(record)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            told = "" if isinstance(error, ValueError) else f"{type(error).__name__}, "
+            raise ValueError(f"{file} is unreadable: {told}{error}") from error
+    return _of_job(file, values)
+
+
+def of_report(record: RunRecord) -> Evidence:
+    """What a report of the suite says.
+
+    Raises:
+        ValueError: it does not say which backend it is about; a sentence.
+    """
+    for name in ("name", "target", "source_sha256"):
+        if not isinstance(record.backend.get(name), str):
+            raise ValueError(f"it does not say the backend's {name}.")
+    lone = LEFT_OUT in record.environment
+    return Evidence(
+        rung=record.rung,
+        told=plural(len(record.cases), "case") + (", on one device" if lone else ""),
+        backend=record.backend["name"],
+        target=record.backend["target"],
+        source_sha256=record.backend["source_sha256"],
+        device=support.device(record),
+        emulated=record.environment.get("emulated") is not False,
+        command=record.command,
+        date=record.started[:10],
+        versions=support.versions(record),
+        vendor={
+            f"{name.removeprefix('sha256 of ')}, as installed": str(digest)
+            for name, digest in record.environment.items()
+            if name.startswith("sha256 of ")
+        },
+        suite=record.suite,
+        emulation=_emulation(record),
+        assumption=str(record.environment.get(ASSUMPTION, "")),
+    )
+
+
+def _emulation(record: RunRecord) -> dict[str, str]:
+    """What emulated: on a CPU an interpreter, or the backend itself; else as the report says."""
+    known = record.environment
+    if known.get("emulated") is False:
+        return {}
+    if results.device_kind(record) != "cpu":
+        return {str(name): str(told) for name, told in dict(known.get("emulation", {})).items()}
+    if INTERPRET in known:
+        return {"triton": str(known.get("triton", ""))}
+    return {record.backend["target"].partition(":")[0]: record.backend["source_sha256"]}
+
+
+def _of_job(file: Path, values: Any) -> Evidence:
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds no JSON object.")
+    odd = [name for name, kind in _WANTED.items() if type(values.get(name)) is not kind]
+    if odd:
+        raise ValueError(
+            f"{file} is neither a report of the suite nor a record of a job: {', '.join(odd)} "
+            f"missing or of another type; see portakv_conformance.evidence.evidence."
+        )
+    if wrong := lacking(JOBS.get(values["what"], "") if values["right"] else "", values):
+        raise ValueError(f"{file}: {values['what']!r} is not borne out. {' '.join(wrong)}")
+    if values["what"] not in JOBS:
+        raise ValueError(f"{file} says {values['what']!r}; expected one of {', '.join(JOBS)}.")
+    told = ", ".join(str(part) for part in (values["what"], values.get("told")) if part)
+    return Evidence(
+        rung=JOBS[values["what"]] if values["right"] else "",
+        told=told if values["right"] else f"failed: {told}",
+        backend=values["name"],
+        target=values["backend"],
+        source_sha256=values["source_sha256"],
+        device=str(values.get("device", "")),
+        emulated=True,  # nothing of this ran on the device that it is about
+        command=values["command"],
+        date=values["date"],
+        versions=str(values.get("versions", values.get("compiler", ""))),
+        vendor=dict(values.get("vendor", {})),
+        emulation=dict(values.get("emulation", {})),
+        assumption=str(values.get("assumption", "")),
+    )
+
+
+def rung_of(evidence: Evidence, file: str, *, device: str = "", note: str = "") -> Rung:
+    """The row of a result file; ``device`` where the file does not say one.
+
+    Raises:
+        ValueError: it bears out no rung, or nobody says on which device.
+    """
+    if not evidence.rung:
+        raise ValueError(f"{file} bears out no rung: {evidence.told}.")
+    if not (evidence.device or device):
+        raise ValueError(f"{file} does not say which device it is about; name it by --device.")
+    same = {f.name: getattr(evidence, f.name) for f in fields(Evidence)}
+    return Rung(**{**same, "device": evidence.device or device, "evidence": file, "note": note})
+
+
+def contradictions(ladder: Ladder, root: Path) -> list[str]:
+    """What the ladder says and its files do not, or the other way round; a sentence each."""
+    wrong = list(broken_rules(ladder))
+    named = {rung.evidence for rung in ladder.rungs}
+    for file in sorted((root / RESULTS).glob("*")):
+        name = f"{RESULTS}{file.name}"
+        if name not in named:
+            wrong.append(f"{name} has no row in ladder.toml; keep it by .ci/keep_result.py.")
+    for rung in ladder.rungs:
+        wrong += _not_borne_out(rung, root / rung.evidence)
+    return wrong
+
+
+def _not_borne_out(rung: Rung, file: Path) -> Iterator[str]:
+    place = f"{' '.join(rung.place)}, by {rung.evidence}"
+    try:
+        said = read(file)
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if said.suite and file.name != results.file_name(RunRecord.read(json.dumps(record))):
+            yield f"{place}: the file must be named after its contents."
+        made = rung_of(said, rung.evidence, device=rung.device, note=rung.note)
+    except ValueError as error:
+        yield f"{place}: {error}"
+        return
+    for entry in fields(Rung):
+        mine, its = getattr(rung, entry.name), getattr(made, entry.name)
+        if mine != its:
+            yield f"{place}: {entry.name} is {mine!r}, but the file says {its!r}."
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be recorded of a command.
+
+    Attributes:
+        what: one of `JOBS`; target: ``module:Class``; device, versions: for a reader.
+        says: a regular expression for what it prints where it did its work; tells: one for what
+            of that stands in the row of the ladder.
+        emulated_by: the modules that emulate in it.
+        targets: what it builds for.
+        kernels: a regular expression for each kernel that was read, with groups of that name and
+            ``target``; compiler: one for the toolchain's line with its version.
+    """
+
+    what: str
+    target: str
+    device: str
+    versions: str = ""
+    says: str = ""
+    tells: str = ""
+    emulated_by: Sequence[str] = ()
+    targets: Sequence[str] = ()
+    kernels: str = ""
+    compiler: str = ""
+
+
+def recorded(job: Job, command: Sequence[str]) -> dict[str, Any]:
+    """Run a command and make a record of it, with all that it printed but the places of files.
+
+    It is right where it ends with 0, prints what is expected, leaves the sources alone, and all
+    that its kind has to show was found.
+    """
+    before = (source_sha256(job.target), hashed(job.emulated_by))
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    sys.stdout.write(done.stdout)
+    printed = without_places(done.stdout)
+    record = {
+        "what": job.what,
+        "name": name_of(job.target),
+        "backend": job.target,
+        "device": job.device,
+        "versions": job.versions,
+        "source_sha256": before[0],
+        "emulation": before[1],
+        "assumption": assumed(job.emulated_by),
+        "command": shlex.join(command),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        **_shown(job, printed),
+        "printed": printed.splitlines(),
+    }
+    wrong = lacking(JOBS[job.what], record)
+    if JOBS[job.what] in EMULATED and not job.emulated_by:
+        wrong.append("It does not say what emulated (--emulated-by).")
+    if (source_sha256(job.target), hashed(job.emulated_by)) != before:
+        wrong.append("A source was changed meanwhile.")
+    if done.returncode or not all(re.search(each, printed) for each in (job.says, job.tells)):
+        wrong.append(f"The command ended with {done.returncode}, or did not say what it has to.")
+    print("".join(f"{why}\n" for why in wrong), end="", file=sys.stderr)
+    return record | {"right": not wrong}
+
+
+def name_of(target: str) -> str:
+    """The name that a backend says it has.
+
+    Raises:
+        SourceError: ``module:Class`` is none.
+    """
+    module, _, attribute = target.partition(":")
+    found = getattr(getattr(import_module(module), attribute, None), "name", "")
+    if not (isinstance(found, str) and found):
+        raise SourceError(f"{target!r} is no backend's class: it says no name")
+    return found
+
+
+def _shown(job: Job, printed: str) -> dict[str, Any]:
+    """What the kinds have to show, of the job and of what it printed."""
+    found: dict[str, Any] = {}
+    if JOBS[job.what] == "R1":
+        found["signatures"] = signatures_of(job.emulated_by)
+    if job.targets:
+        found["targets"] = list(job.targets)
+    if job.kernels:
+        found["kernels"] = kernels_in(printed, job.kernels)
+    if job.tells and (told := re.search(job.tells, printed)):
+        found["told"] = " ".join(told[0].split())
+    line = re.search(job.compiler, printed, re.MULTILINE) if job.compiler else None
+    return found | ({"compiler": line[0].strip()} if line else {})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m portakv_conformance.evidence.evidence",
+        description="Runs COMMAND and writes a record of it, to be kept by .ci/keep_result.py.",
+    )
+    add = parser.add_argument
+    kinds = [what for what, rung in JOBS.items() if rung != "R2"]  # its job writes its own record
+    add("--what", choices=kinds, required=True, help="what the command does")
+    add("--backend", dest="target", required=True, metavar="MODULE:CLASS", help="whose source")
+    add("--device", required=True, help="what it stands for, for a reader")
+    add("--versions", default="", help="what it holds for, in words")
+    add("--says", default="", metavar="REGEX", help="what it prints where it did its work")
+    add("--tells", default="", metavar="REGEX", help="what of that its row says")
+    add("--emulated-by", action="append", default=[], metavar="MODULE", help="what emulates in it")
+    add("--target", dest="targets", action="append", default=[], metavar="T",
+        help="what it builds for")  # fmt: skip
+    add("--kernels", default="", metavar="REGEX",
+        help="what it prints of a kernel that was read, with groups kernel and target")  # fmt: skip
+    add("--compiler", default="", metavar="REGEX",
+        help="what it prints of the toolchain's version")  # fmt: skip
+    add("--report", type=Path, required=True, metavar="FILE", help="the JSON file to write")
+    add("command", nargs="+", metavar="COMMAND", help="what to run, behind --")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Record a command: 0 where it ended well and shows what its kind has to, else 1."""
+    asked = vars(_parser().parse_args(arguments))
+    command, report = asked.pop("command"), asked.pop("report")
+    try:
+        record = recorded(Job(**asked), command)
+    except (SourceError, ImportError, OSError) as error:
+        print(f"Nothing was recorded: {error}", file=sys.stderr)
+        return 1
+    report.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0 if record["right"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ladder: how far each backend was verified on each device, and whether that still holds.
+
+``ladder.toml`` has a row for each rung of each pair, with the file that bears it out. A rung counts
+as expired where the backend's source, what emulated its device, the suite or a package of the
+vendor's is another one now.
+
+R0 described, R1 call shapes against a stand-in, R2 accepted by the vendor's own schemas, R3
+semantics emulated, R4 cross-compiled, R5 built by the vendor's toolchain, R6 run on the hardware.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from portakv_conformance import SUITE_VERSION
+from portakv_conformance.evidence.source import SourceError, source_sha256
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FILE = Path(__file__).with_name("ladder.toml")
+RUNGS = tuple(f"R{number}" for number in range(7))
+RESULTS = "conformance/results/"
+_HEAD = """\
+# How far each backend was verified on each device. A row for each rung, with the file that bears it
+# out: tests/conformance/test_ladder.py compares them. Written by .ci/keep_result.py; README.md's
+# table and `portakv backends` are made from it. A rung whose hashes no longer match counts as
+# expired.
+#
+# [vendor] names the packages of vendors that count now, by sha256.
+"""
+#: The rungs of what emulates: each says what did, and ends with it.
+EMULATED = ("R1", "R2", "R3")
+_EMULATIONS = "portakv_conformance.vendor."
+_OURS = ("portakv.", "portakv_conformance.")
+# PortaKV's own first, in the order of the README; others follow by name.
+_ORDER = ("reference", "cuda", "triton", "compiled", "hip", "ascend", "mlu")
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One rung of one backend-device pair.
+
+    Attributes:
+        backend: by name; target: ``module:Class``.
+        device: for a reader: ``NVIDIA H200``, ``CPU (x86-64)``, ``mlu, emulated``.
+        rung: ``R0`` to ``R6``.
+        emulated: less than the real device was at work.
+        evidence: the result file, from the repository's root.
+        told: what it says, in a few words.
+        command, date, versions: what repeats it, the day, what it holds for.
+        source_sha256: of the backend's source then.
+        suite: the version of the suite; empty for other jobs.
+        vendor: sha256 of the vendor's packages that it holds for.
+        note: what a reader has to know; empty, or words that stand behind the rung.
+        assumption: what the emulation takes for true without the vendor's word, a clause.
+        emulation: of each module that emulated, the sha256 of its source; of a third party's
+            package the version.
+    """
+
+    backend: str
+    target: str
+    device: str
+    rung: str
+    emulated: bool
+    evidence: str
+    told: str
+    command: str
+    date: str
+    versions: str
+    source_sha256: str
+    suite: str = ""
+    vendor: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+    assumption: str = ""
+    emulation: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """What no two rows share."""
+        return self.backend, self.device, self.rung
+
+    @property
+    def caveats(self) -> list[str]:
+        """What never stands apart from the rung, clauses."""
+        return [clause for clause in (self.assumption, self.note) if clause]
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """All rungs, and the packages of vendors that count now (sha256 by name)."""
+
+    rungs: tuple[Rung, ...]
+    vendor: Mapping[str, str] = field(default_factory=dict)
+
+    def with_rung(self, made: Rung) -> Ladder:
+        """The ladder with a rung in place of an older one of its pair. The vendor's packages that
+        it holds for are those that count from now on."""
+        kept = tuple(rung for rung in self.rungs if rung.place != made.place)
+        return Ladder((*kept, made), {**self.vendor, **made.vendor})
+
+
+Digest = Callable[[str], str]
+
+
+@cache
+def digest(target: str) -> str:
+    """The hash of a backend's source as it is now; asked once in a process."""
+    return source_sha256(target)
+
+
+def why_expired(rung: Rung, ladder: Ladder, digest: Digest = digest) -> str:
+    """Why a rung no longer counts, in a few words; empty where it does.
+
+    Only sources of this repository are looked at: a third party's may be installed here or not.
+    """
+    since = []
+    if _changed(rung.target, rung.source_sha256, digest):
+        since.append("source changed since")
+    if rung.rung in EMULATED and rung.emulated and not rung.emulation:
+        since.append("it does not say what emulated it")
+    for module, sha256 in rung.emulation.items():
+        if module != rung.target.partition(":")[0] and _changed(module, sha256, digest):
+            since.append(f"{module.rpartition('.')[2]} changed since")
+    if rung.suite and rung.suite != SUITE_VERSION:
+        since.append(f"suite {rung.suite}, now {SUITE_VERSION}")
+    for package, sha256 in rung.vendor.items():
+        if ladder.vendor.get(package) != sha256:
+            since.append(f"{package} changed since")
+    return ", ".join(since)
+
+
+def _changed(target: str, sha256: str, digest: Digest) -> bool:
+    """Whether a source of this repository is another one now, or gone."""
+    if not target.startswith(_OURS):
+        return False
+    try:
+        return digest(target) != sha256
+    except SourceError:
+        return True
+
+
+def broken_rules(ladder: Ladder) -> Iterator[str]:
+    """What contradicts the rules that hold whatever the files say; a sentence each."""
+    seen: set[tuple[str, str, str]] = set()
+    for rung in ladder.rungs:
+        name = " ".join(rung.place)
+        if rung.rung not in RUNGS:
+            yield f"{name}: there is no rung {rung.rung!r}; expected one of {', '.join(RUNGS)}."
+        if rung.rung == "R6" and rung.emulated:
+            yield f"{name}: an emulated device is never R6."
+        if rung.rung == "R6" and not rung.suite:
+            yield f"{name}: R6 needs a report of the suite."
+        if not rung.emulated and rung.rung != "R6":
+            yield f"{name}: what ran on the real device is R6 or no rung."
+        if rung.rung in ("R4", "R5", "R6") and rung.target.startswith(_EMULATIONS):
+            yield f"{name}: {rung.target} emulates a vendor's backend, and is at most R3."
+        if rung.emulated and "emulated" not in rung.device and rung.rung in EMULATED:
+            yield f"{name}: the device has to say that it is emulated."
+        if rung.place in seen:
+            yield f"{name}: listed twice."
+        if not rung.evidence.startswith(RESULTS) or ".." in rung.evidence:
+            yield f"{name}: the evidence {rung.evidence!r} does not lie in {RESULTS}."
+        seen.add(rung.place)
+
+
+def by_pair(ladder: Ladder) -> dict[tuple[str, str], list[Rung]]:
+    """The rungs of each pair, highest first; pairs in the order of the README's table."""
+    rank = {name: place for place, name in enumerate(_ORDER)}
+    pairs: dict[tuple[str, str], list[Rung]] = {}
+    for rung in sorted(ladder.rungs, key=lambda rung: rung.rung, reverse=True):
+        pairs.setdefault((rung.backend, rung.device), []).append(rung)
+
+    def place(pair: tuple[str, str]) -> tuple[int, str, int, str]:
+        rungs = pairs[pair]
+        return rank.get(pair[0], len(rank)), pair[0], rungs[0].rung != "R6", pair[1]
+
+    return {pair: pairs[pair] for pair in sorted(pairs, key=place)}
+
+
+def told(backend: str, device: str, ladder: Ladder, digest: Digest = digest) -> str:
+    """How far a backend was verified, for a list: on ``device``, else wherever it got highest.
+
+    ``R6``, ``R6 on NVIDIA H200``, ``expired R3 on mlu, emulated``; with what has to be known of
+    that rung; empty where nothing is known.
+    """
+    mine = {pair: rungs for pair, rungs in by_pair(ladder).items() if pair[0] == backend}
+    here = mine.get((backend, device), [])
+    best = _best(here or [rung for rungs in mine.values() for rung in rungs], ladder, digest)
+    if best is None:
+        return ""
+    expired = "expired " if why_expired(best, ladder, digest) else ""
+    return ", ".join([f"{expired}{best.rung}{'' if here else f' on {best.device}'}", *best.caveats])
+
+
+def _best(rungs: Iterable[Rung], ladder: Ladder, digest: Digest) -> Rung | None:
+    """The highest rung that holds, else the highest that expired."""
+    ranked = [(not why_expired(rung, ladder, digest), rung.rung, rung) for rung in rungs]
+    return max(ranked, key=lambda entry: entry[:2])[2] if ranked else None
+
+
+def cpu_name(machine: str) -> str:
+    """A CPU by its kind, ``CPU (x86-64)``: one row serves all machines of it."""
+    return f"CPU ({machine.replace('_', '-')})"
+
+
+# -- the file -----------------------------------------------------------------------------------
+
+
+def read(file: Path = FILE) -> Ladder:
+    """The ladder in a file.
+
+    Raises:
+        ValueError: it is no such file; a sentence.
+    """
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+        rungs = tuple(Rung(**row) for row in values.get("rung", []))
+        vendor = dict(values.get("vendor", {}))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{file} is no ladder: {error}") from error
+    for rung in rungs:
+        for entry in fields(Rung):
+            given = getattr(rung, entry.name)
+            kind = {"emulated": bool, "vendor": dict, "emulation": dict}.get(entry.name, str)
+            if type(given) is not kind:
+                raise ValueError(f"{file}: {entry.name} is {given!r}, expected {kind.__name__}.")
+    return Ladder(rungs, vendor)
+
+
+def written(ladder: Ladder) -> str:
+    """The text of the file."""
+    parts = [_HEAD]
+    if ladder.vendor:
+        parts.append("\n[vendor]\n" + _lines(ladder.vendor))
+    for rungs in by_pair(ladder).values():
+        for rung in rungs:
+            shown = {name: value for name, value in asdict(rung).items() if value not in ("", {})}
+            parts.append("\n[[rung]]\n" + _lines(shown))
+    return "".join(parts)
+
+
+def _lines(values: Mapping[str, Any]) -> str:
+    return "".join(f"{_key(name)} = {_value(value)}\n" for name, value in values.items())
+
+
+def _key(name: str) -> str:
+    plain = name.replace("_", "").replace("-", "").isalnum() and name.isascii()
+    return name if plain else json.dumps(name)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_key(n)} = {_value(v)}" for n, v in value.items()) + " }"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the record of each kind of job has to hold beyond its label and how it ended.
+
+    R1  ``signatures``: ``op``, ``signature`` and the ``source`` that it is known from
+    R2  ``schemas``: ``op``, ``pinned`` and ``found``; ``vendor``: sha256 of the vendor's wheel, by
+        its file name, which says package and version
+    R4  ``targets``; ``kernels``: of each ``kernel`` and ``target``, what was read in its code;
+        ``versions`` or ``compiler``
+    R5  ``targets``; ``compiler``: the toolchain's own line with its version
+
+R1 to R3 also name in ``emulation`` what emulated, with its hash: without it they count as expired.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
+from portakv_conformance.evidence.source import SHA256, SourceError, source_sha256
+
+_WHEEL = re.compile(r"[A-Za-z0-9_.]+-(?P<version>[^-]+)-[^/]+\.whl")
+_STANDINS = "portakv_conformance.vendor."
+_Record = Mapping[str, Any]
+
+
+def lacking(rung: str, record: _Record) -> list[str]:
+    """What a record lacks to bear out a rung, a sentence each; empty where it holds all."""
+    found = [f"{name} {values[name]!r} is no sha256." for values, name in _no_hashes(record)]
+    told = str(record.get("told") or "")
+    if told not in " ".join(" ".join(_printed(record)).split()):
+        found.append(f"{told!r} was not printed.")
+    for check in _CHECKS.get(rung, ()):
+        found += check(record)
+    return found
+
+
+def _no_hashes(record: _Record) -> Iterator[tuple[_Record, str]]:
+    if not re.fullmatch(SHA256, record["source_sha256"]):
+        yield record, "source_sha256"
+    for place in ("vendor", "emulation"):
+        values = record.get(place, {})
+        if not isinstance(values, dict):
+            yield record, place
+            continue
+        for name, sha256 in values.items():
+            if not re.fullmatch(SHA256, str(sha256)):
+                yield values, name
+
+
+def _rows(record: _Record, name: str, keys: Sequence[str]) -> tuple[list[_Record], list[str]]:
+    """The rows of a list of objects with texts under these keys, and what is wrong with it."""
+    rows = record.get(name)
+    if not isinstance(rows, list) or not rows:
+        return [], [f"It holds no {name}."]
+    for row in rows:
+        if not isinstance(row, dict) or not all(_text(row.get(key)) for key in keys):
+            return [], [f"Each of its {name} needs {', '.join(keys)}; found {str(row)[:80]}."]
+    return rows, []
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _signatures(record: _Record) -> Iterator[str]:
+    rows, wrong = _rows(record, "signatures", ("op", "signature", "source"))
+    yield from wrong
+    for row in rows:
+        if not re.fullmatch(r"\(.*\).*", row["signature"], re.DOTALL):
+            yield f"The signature of {row['op']} is {row['signature']!r}."
+    standins = _as_they_are(record.get("emulation"))
+    if standins and not wrong and rows != signatures_of(standins):
+        yield f"Its signatures are not those of {', '.join(standins)}."
+
+
+def _as_they_are(emulation: object) -> list[str]:
+    """The stand-ins of this repository that are here as they were then."""
+    named = emulation.items() if isinstance(emulation, dict) else ()
+    ours = [(name, sha256) for name, sha256 in named if str(name).startswith(_STANDINS)]
+    found = []
+    for name, sha256 in ours:
+        with suppress(SourceError):
+            found += [name] if source_sha256(name) == sha256 else []
+    return found
+
+
+def _schemas(record: _Record) -> Iterator[str]:
+    rows, wrong = _rows(record, "schemas", ("op", "pinned", "found"))
+    yield from wrong
+    for row in rows:
+        if row["pinned"] != row["found"] or row.get("same") is not True:
+            yield f"{row['op']} is pinned as {row['pinned']}, but was found as {row['found']}."
+
+
+def _wheel(record: _Record) -> Iterator[str]:
+    wheels = [found for name in record.get("vendor") or () if (found := _WHEEL.fullmatch(name))]
+    if not wheels:
+        yield "It names no wheel of the vendor's, <package>-<version>-<tags>.whl, with its sha256."
+    for wheel in wheels:
+        if wheel["version"] not in str(record.get("versions")):
+            yield f"Its versions do not name {wheel['version']}, which its wheel has."
+
+
+def _targets(record: _Record) -> Iterator[str]:
+    targets = record.get("targets")
+    if not isinstance(targets, list) or not targets or not all(map(_text, targets)):
+        yield "It does not say for which targets it was built."
+
+
+def _kernels(record: _Record) -> Iterator[str]:
+    rows, wrong = _rows(record, "kernels", ("kernel", "target"))
+    yield from wrong
+    for row in rows:
+        if row.get("wrong"):
+            yield f"{row['kernel']} for {row['target']} is wrong: {row['wrong']}."
+    printed = "\n".join(_printed(record))
+    if printed and (unread := [row["kernel"] for row in rows if row["kernel"] not in printed]):
+        yield f"Nothing was printed of {', '.join(unread)}."
+    built, read = set(map(str, record.get("targets") or ())), {row["target"] for row in rows}
+    if rows and read != built:
+        yield f"It was built for {sorted(built)}, but code was read of {sorted(read)}."
+
+
+def _versions(record: _Record) -> Iterator[str]:
+    if not (_text(record.get("versions")) or _text(record.get("compiler"))):
+        yield "It does not say which compiler built it (versions or compiler)."
+
+
+def _compiler(record: _Record) -> Iterator[str]:
+    line = record.get("compiler")
+    if not (_text(line) and re.search(r"\d", str(line))):
+        yield "It does not hold the toolchain's line with its version (compiler)."
+    elif str(line) not in "\n".join(_printed(record) or [str(line)]):
+        yield f"The line {line!r} of its toolchain is not in what was printed."
+
+
+def _printed(record: _Record) -> list[str]:
+    printed = record.get("printed", [])
+    return list(map(str, printed)) if isinstance(printed, list) else []
+
+
+_CHECKS: Mapping[str, Sequence[Callable[[_Record], Iterator[str]]]] = {
+    "R1": (_signatures,),
+    "R2": (_schemas, _wheel),
+    "R4": (_targets, _kernels, _versions),
+    "R5": (_targets, _compiler),
+}
+
+
+# -- for who makes a record -----------------------------------------------------------------------
+
+
+def signatures_of(modules: Iterable[str]) -> list[dict[str, str]]:
+    """The signatures that stand-ins have, and where each is known from, as they declare it.
+
+    A stand-in's ``SOURCES`` has for each function, ``package.function``, where its signature is
+    known from.
+    """
+    found = []
+    for name in modules:
+        module = import_module(name)
+        for op, source in getattr(module, "SOURCES", {}).items():
+            signature = str(inspect.signature(getattr(module, op.rpartition(".")[2])))
+            found.append({"op": op, "signature": signature, "source": source})
+    return found
+
+
+def kernels_in(printed: str, pattern: str) -> list[dict[str, str]]:
+    """Every kernel whose code was read, by the groups ``kernel`` and ``target`` of a pattern."""
+    found = re.finditer(pattern, printed, re.MULTILINE)
+    return [{name: each[name] for name in ("kernel", "target")} for each in found]

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a report is what a run of the installed suite writes, and says what follows from it.
+
+No check needs the device or the backend. Who forges a whole report, seal and all, is not stopped
+by any of them; that the run can be repeated by one command is what a stranger's trust rests on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from datetime import datetime, timedelta, timezone
+from math import isfinite
+from typing import Any
+
+from portakv.backends.base import Capabilities
+from portakv_conformance import SPEC_VERSION, SUITE_VERSION
+from portakv_conformance.evidence.command import contradictions, jobs_of
+from portakv_conformance.evidence.environment import assumed
+from portakv_conformance.evidence.source import SHA256
+from portakv_conformance.evidence.verdict import (
+    LEFT_OUT,
+    SEAL,
+    WRONG,
+    case_list_sha256,
+    digest_of,
+    rung_of,
+    totals_of,
+    unnamed,
+    verdict_of,
+)
+from portakv_conformance.judge.subject import SIMULATED
+from portakv_conformance.judge.waivers import problems as waiver_problems
+from portakv_conformance.run.listing import cases_of
+from portakv_conformance.run.record import ASSUMPTION, LIBRARY, RunRecord
+from portakv_conformance.vendor.standins import SIMULATION, STANDINS
+
+#: ``(profile, device) -> what each case is about, by id``.
+Listing = Callable[[str, str], dict[str, dict[str, Any]]]
+
+_FACTS = ("torch", "python", "os", "device", "device_name", "driver", "emulated")
+# All that can be claimed of a field that is not yes or no.
+_WHOLE = {"max_loops": None, "alignment": 1, "index_dtypes": ["int32", "int64"]}
+_IDLE = 0.1  # of the cases that passed: a few judge what is said, and copy nothing
+_CLOCKS = timedelta(days=1)  # by which another machine's clock may be ahead
+
+
+def check_report(text: str, listing: Listing = cases_of) -> list[str]:
+    """Everything that is wrong with a report, a sentence each; empty where it stands.
+
+    Args:
+        text: the document ``conformance.json``.
+        listing: what tells the case list of the installed suite.
+
+    Raises:
+        SuiteBroken: the installed suite cannot be collected.
+    """
+    try:
+        record = RunRecord.read(text)
+    except (ValueError, TypeError, KeyError) as error:
+        return [f"It cannot be read as a report: {error}"]
+    wrong = [*_kinds(record)]
+    if wrong:
+        return wrong
+    if (record.suite, record.spec) != (SUITE_VERSION, SPEC_VERSION):
+        return [
+            f"It was made by suite {record.suite} (spec {record.spec}), but {SUITE_VERSION} (spec "
+            f"{SPEC_VERSION}) is installed; verify it with the release that has its suite."
+        ]
+    found = [*_seal(record), *_sums(record), *_cases(record), *_facts(record)]
+    return [*found, *_case_list(record, listing)]
+
+
+def _kinds(record: RunRecord) -> Iterator[str]:
+    """Waivers of another form than the schema's; of the rest the reader has made sure."""
+    for waiver in record.waivers:
+        if not isinstance(waiver, dict) or set(waiver) != {"id", "reason", "expires"}:
+            yield "A waiver of the report has not the keys id, reason, expires."
+        elif not re.fullmatch(r"\d+(\.\d+)*", str(waiver["expires"])):
+            yield f"A waiver of the report expires in {waiver['expires']!r}, which is no version."
+
+
+def _seal(record: RunRecord) -> Iterator[str]:
+    seal = record.environment.get(SEAL)
+    if seal is None:
+        yield f"It has no seal ({SEAL!r}): no run of the suite wrote it."
+    elif seal != digest_of(record):
+        yield "Its seal does not fit its content: it was changed after the run."
+
+
+def _sums(record: RunRecord) -> Iterator[str]:
+    """What has to follow from the cases."""
+    totals, verdict, rung = totals_of(record.cases), verdict_of(record), rung_of(record)
+    if record.totals != totals:
+        yield f"Its totals are {record.totals}, but its cases count {totals}."
+    if record.verdict != verdict:
+        yield f"Its verdict is {record.verdict!r}, but {verdict!r} follows from its cases."
+    if record.rung != rung:
+        yield f"It claims rung {record.rung!r}, but {rung!r} is what it proves: {_rule(record)}."
+    for why in waiver_problems(
+        record.waivers, record.cases, record.suite, whole=not record.missing
+    ):
+        if record.verdict == "conformant":
+            yield why
+
+
+def _rule(record: RunRecord) -> str:
+    """The rule that a rung breaks."""
+    if record.environment.get("emulated") is not False:
+        return "its device is emulated, and R6 needs the real one"
+    if record.missing:
+        return "what is missing stands between it and any rung"
+    if lacking := unnamed(record):
+        return f"R6 on an accelerator needs {' and '.join(lacking)}"
+    return "R6 needs the full profile, seed 0, no fuzzing, and every case passed or not claimed"
+
+
+def _cases(record: RunRecord) -> Iterator[str]:
+    """Cases that contradict themselves or the rest of the report."""
+    for id, count in Counter(case.id for case in record.cases).items():
+        if count > 1:
+            yield f"Case {id!r} is there {count} times."
+    waived = {waiver["id"] for waiver in record.waivers}
+    for case in record.cases:
+        if case.status in (*WRONG, "not-claimed", "waived") and not case.reason:
+            yield f"Case {case.id!r} is {case.status} without a reason."
+        if case.status in ("waived", "not-claimed") and case.area == "core":
+            yield f"CORE can be neither waived nor unclaimed, but {case.id!r} is {case.status}."
+        if (case.status == "waived") != (case.id in waived) and case.status not in WRONG:
+            yield f"Case {case.id!r} is {case.status}, which does not fit the report's waivers."
+        # A layout that was declined is no field that was left unclaimed.
+        silent = case.status == "not-claimed" and not case.declined
+        if silent and _claims_all(record, case.claim):
+            yield f"Case {case.id!r} is not claimed, but the backend claims {case.claim!r}."
+        if case.status == "passed" and case.declined and case.declined >= case.examples:
+            yield f"Case {case.id!r} passed, with half or more of its copies declined."
+        if not (isfinite(case.seconds) and min(case.seconds, case.examples, case.declined) >= 0):
+            yield f"Case {case.id!r} took {case.seconds} s for {case.examples} examples."
+    yield from _work(record)
+
+
+def _claims_all(record: RunRecord, claim: str) -> bool:
+    """Whether the backend claims all that there is of a field, so that no case of it is left."""
+    if claim not in record.capabilities:
+        return False
+    value = record.capabilities[claim]
+    return value is True or bool(value == _WHOLE.get(claim, ...))
+
+
+def _work(record: RunRecord) -> Iterator[str]:
+    """Whether as much was done as is told, in the time that is told."""
+    if not isfinite(record.seconds):
+        yield f"The run took {record.seconds} s."
+    passed = [case for case in record.cases if case.status == "passed"]
+    idle = sum(case.examples == 0 for case in passed)
+    if record.verdict == "conformant" and idle > len(passed) * _IDLE + 1:
+        yield f"{idle} of the {len(passed)} cases that passed have judged no copy."
+    spent = sum(case.seconds for case in record.cases)
+    if passed and not spent > 0:
+        yield f"Its {len(record.cases)} cases took no time at all."
+    jobs = jobs_of(record)
+    if spent > jobs * record.seconds * 1.05 + 1:
+        once = f"{jobs} at a time" if jobs > 1 else "one after another"
+        yield f"Its cases took {spent:.1f} s, {once}, but the run {record.seconds:.1f} s."
+
+
+def _facts(record: RunRecord) -> Iterator[str]:
+    """What was run, and where."""
+    absent = [name for name in _FACTS if name not in record.environment]
+    if absent:
+        yield f"Its environment does not say {', '.join(absent)}."
+    if not isinstance(record.environment.get("emulated", False), bool):
+        yield "Its environment does not say whether the device is emulated, true or false."
+    device = str(record.environment.get("device", ""))
+    if device.partition(":")[0] == SIMULATED and record.environment.get("emulated") is False:
+        yield "Its device is simdev, which is always emulated, but it says that it is not."
+    yield from _emulation(record, device.partition(":")[0])
+    yield from _built(record)
+    if not re.fullmatch(SHA256, str(record.backend.get("source_sha256"))):
+        yield "It does not say the hash of the backend's source."
+    claims = {field.name for field in fields(Capabilities)}
+    if record.verdict == "conformant" and set(record.capabilities) != claims:
+        odd = ", ".join(sorted(set(record.capabilities) ^ claims))
+        yield f"Its capabilities are not the fields of a backend's claims: {odd}."
+    if not record.trace:
+        yield "It does not say what the registry answered."
+    for name in ("name", "target"):
+        if not record.backend.get(name):
+            yield f"It does not say the {name} of the backend."
+    if record.profile not in ("core", "full"):
+        yield f"Its profile {record.profile!r} is none."
+    try:
+        started = datetime.fromisoformat(record.started)
+        if started > datetime.now(timezone.utc) + _CLOCKS:
+            yield f"It was started at {record.started}, which is yet to come."
+    except (ValueError, TypeError):
+        yield f"It was started at {record.started!r}, which is no time with a zone."
+    yield from contradictions(record)
+
+
+def _emulation(record: RunRecord, device: str) -> Iterator[str]:
+    """What emulated a device; on a CPU it is the backend itself or an interpreter."""
+    if record.environment.get("emulated") is not True or device == "cpu":
+        return
+    told = record.environment.get("emulation")
+    if not isinstance(told, dict) or not told:
+        yield "Its device is emulated, but it does not say by what."
+        return
+    if device == SIMULATED or SIMULATION in told:
+        carried = re.sub(r":\d+$", "", str(record.environment["device"])).rpartition(":")[2]
+        for module in (SIMULATION, STANDINS.get(carried, SIMULATION)):
+            if module not in told:
+                yield f"Its device is {device}, but it does not say the hash of {module}."
+        assumed_here = assumed((STANDINS[carried],)) if carried in STANDINS else ""
+        if assumed_here and not record.environment.get(ASSUMPTION):
+            yield f"It does not say what it holds by: {assumed_here}."
+    for module, sha256 in told.items():
+        if not re.fullmatch(SHA256, str(sha256)):
+            yield f"It does not say the hash of {module}, which emulated."
+
+
+def _built(record: RunRecord) -> Iterator[str]:
+    """The library that was built to carry plans out."""
+    library = record.environment.get(LIBRARY, {})
+    if not isinstance(library, dict):
+        yield f"Its library is {library!r}, expected its sha256 by the name of its file."
+        return
+    for name, sha256 in library.items():
+        if not re.fullmatch(SHA256, str(sha256)):
+            yield f"It does not say the hash of {name}, which carried plans out."
+
+
+def _case_list(record: RunRecord, listing: Listing) -> Iterator[str]:
+    """The case list against the installed suite's."""
+    ids = {case.id for case in record.cases}
+    if record.profile not in ("core", "full"):
+        return
+    device = str(record.environment.get("device", "cpu"))
+    if record.environment.get("emulated") and device.partition(":")[0] != "cpu":
+        device = SIMULATED  # whatever name it carried
+    listed = listing(record.profile, device)
+    for id in sorted(ids - set(listed)):
+        yield f"Case {id!r} is not in the installed suite's list for this profile and device."
+    told, real = " ".join(record.missing), not record.environment.get("emulated")
+    gone = set(listed) - ids
+    lone = {id for id in gone if real and listed[id].get("optional")}
+    if lone and LEFT_OUT not in record.environment and record.verdict == "conformant":
+        yield f"It does not say that {len(lone)} cases on two devices were left out."
+    absent = sorted(gone - lone)
+    unexplained = [id for id in absent if f"{id}:" not in told]
+    if unexplained and record.verdict == "conformant":
+        yield (
+            f"{len(unexplained)} cases of the installed suite are not in it, the first of them "
+            f"{unexplained[0]!r}."
+        )
+    if not record.missing and record.case_list_sha256 != case_list_sha256(ids):
+        yield "Its case-list hash is not that of its cases."
+    for case in record.cases:
+        known = listed.get(case.id)
+        claimed = {name: getattr(case, name) for name in ("area", "profile", "claim", "tags")}
+        known = known and {name: known[name] for name in claimed}
+        if known is not None and claimed != known:
+            yield f"Case {case.id!r} is described as {claimed}, but the suite says {known}."

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The judge: carries a case out on the subject and compares every byte with the oracle's.
+
+A backend may decline a plan (`Unsupported`, by its claims, its ``check`` or its ``prepare``); then
+not one byte may have changed. Any other error, and any wrong byte, is a failure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from math import gcd
+from typing import Any
+
+import numpy as np
+import torch
+
+from portakv import CopyPlan, Index, KVView, PortaKVError, Transfer, Unsupported
+from portakv_conformance.draw.arrangement import Case, Side
+from portakv_conformance.draw.by_hand import Shape, Workshop
+from portakv_conformance.judge.device_support import Facility
+from portakv_conformance.judge.memory import Memory
+from portakv_conformance.judge.oracle import Expected, compare
+from portakv_conformance.judge.subject import Subject
+
+#: How the end of a transfer may be waited for.
+ENDS = ("synchronize", "done", "wait")
+_PATIENCE = 60.0  # seconds until a transfer that never says that it is done is given up
+_NO_REASON = "The backend's check and prepare take this plan, and the copy raised Unsupported:"
+#: What the simulated device fills memory with, as the oracle tells of a byte that nobody wrote.
+_EMULATED_POISON = "holds 0xdb, which is of unknown origin"
+
+
+def view_of(side: Side) -> KVView:
+    """The view of one side."""
+    return KVView(side.tensors, side.layout, **side.extents)
+
+
+def index_of(side: Side) -> Index:
+    """The index of one side."""
+    return Index(side.ids, step=side.step, offset=side.offset)
+
+
+class Judge:
+    """Judges the copies of one test.
+
+    Attributes:
+        examples: copies that were carried out and judged.
+        declined: why copies were not carried out, a sentence each.
+        failing: the case that failed last; hypothesis ends with the smallest.
+        direct: it failed by the launch alone, without the library around it.
+        end: how its end was waited for, one of `ENDS`.
+        fault: what was wrong first, a sentence; what was wrong once may be right when repeated.
+        seed: of this test's patterns and choices.
+    """
+
+    def __init__(self, subject: Subject, facility: Facility, seed: int) -> None:
+        self.subject, self.facility, self.seed = subject, facility, seed
+        self.examples = 0
+        self.declined: list[str] = []
+        self.failing: Case | None = None
+        self.fault = ""
+        self.direct = False
+        self.end = ENDS[0]
+
+    def copy(
+        self, case: Case, *, end: str = "synchronize", stream: torch.Stream | None = None
+    ) -> bool:
+        """Judge a case as a user gets it; False where the backend declines it, as it may."""
+        self.direct, self.end = False, end
+        src, dst = view_of(case.src), view_of(case.dst)
+        mine, theirs = index_of(case.src), index_of(case.dst)
+
+        def carry() -> None:
+            done = self.subject.copy(src, dst, mine, theirs, count=case.count, stream=stream)
+            self.finish(done, end)
+
+        return self.judge(case, carry, lambda: self.why_declined(src, dst, mine, theirs))
+
+    def launch(
+        self, case: Case, *, stream: torch.Stream | None = None, status: torch.Tensor | None = None
+    ) -> bool:
+        """Judge a case by ``prepare`` and the launch alone; False where it is declined."""
+        self.direct = True
+        src, dst = view_of(case.src), view_of(case.dst)
+        mine, theirs = index_of(case.src), index_of(case.dst)
+        return self.judge(
+            case,
+            lambda: self.launch_only(case, stream=stream, status=status),
+            lambda: self.why_declined(src, dst, mine, theirs),
+        )
+
+    def launch_only(
+        self, case: Case, *, stream: torch.Stream | None = None, status: torch.Tensor | None = None
+    ) -> None:
+        """Prepare and launch a case in the largest unit that its count, its offsets and its
+        blocks allow, and wait for it."""
+        src, dst = view_of(case.src), view_of(case.dst)
+        mine, theirs = index_of(case.src), index_of(case.dst)
+        unit = largest_unit(src, dst, mine, theirs, case.count)
+        pending = self.subject.launch(
+            src, dst, mine, theirs, case.count, stream=stream, status=status, unit=unit
+        )
+        if pending is not None:
+            pending.wait()
+        self.facility.synchronize()
+
+    def judge(
+        self, case: Case, carry: Callable[[], object], why_declined: Callable[[], str | None]
+    ) -> bool:
+        """Run ``carry``, which has finished when it returns, and judge every byte.
+
+        ``why_declined`` is asked where it raised `Unsupported`: a sentence, or None where nothing
+        allows the backend to decline.
+        """
+        try:
+            return self._judge(case, carry, why_declined)
+        except AssertionError as error:
+            self.failing = case
+            self.fault = self.fault or str(error)
+            raise
+
+    def _judge(
+        self, case: Case, carry: Callable[[], object], why_declined: Callable[[], str | None]
+    ) -> bool:
+        expected = case.expected()
+        ids = [side.ids.clone() for side in (case.src, case.dst) if side.ids is not None]
+        refusal = self._carried(case, carry)
+        if refusal is not None:
+            self._may_decline(case, expected, refusal, why_declined())
+            return False
+        verdict = self.compare(expected, case.dst.tensors, case.src.tensors)
+        assert verdict is None, f"{verdict} The case was {case!r}."
+        now = [side.ids for side in (case.src, case.dst) if side.ids is not None]
+        assert all(torch.equal(a, b) for a, b in zip(ids, now, strict=True)), (
+            f"The copy wrote into its ids. The case was {case!r}."
+        )
+        self.examples += 1
+        return True
+
+    def _carried(self, case: Case, carry: Callable[[], object]) -> Unsupported | None:
+        """Run ``carry``; its refusal, or None where it was carried out."""
+        try:
+            carry()
+        except Unsupported as refusal:
+            return refusal
+        except PortaKVError as error:
+            raise AssertionError(
+                f"The copy raised {type(error).__name__}: {error} It was asked for what is right. "
+                f"The case was {case!r}."
+            ) from error
+        except Exception as error:
+            raise AssertionError(
+                f"The copy raised {type(error).__name__}: {error}. A backend raises Unsupported "
+                f"in prepare, or nothing. The case was {case!r}."
+            ) from error
+        return None
+
+    def _may_decline(
+        self, case: Case, expected: Expected, refusal: Unsupported, why: str | None
+    ) -> None:
+        """A refused copy has written nothing, and there is a reason for it."""
+        self.facility.synchronize()
+        wrong = changed(expected.before, case.dst.tensors)
+        assert wrong is None, (
+            f"The copy was refused as Unsupported, but {wrong}: {refusal} The case was {case!r}."
+        )
+        assert why is not None, f"{_NO_REASON} {refusal} The case was {case!r}."
+        self.declined.append(why)
+
+    def may_decline(
+        self, refusal: Unsupported, src: KVView, dst: KVView, mine: Index, theirs: Index
+    ) -> None:
+        """Note why a copy of these views was refused; AssertionError where nothing allows it."""
+        why = self.why_declined(src, dst, mine, theirs)
+        assert why is not None, f"{_NO_REASON} {refusal}"
+        self.declined.append(why)
+
+    def compare(self, expected: Expected, dst: Any, src: Any = None) -> str | None:
+        """As the oracle's `compare`, with what the judged device knows of a wrong byte."""
+        verdict = compare(expected, dst, src)
+        if verdict is None or not self.subject.emulated or _EMULATED_POISON not in verdict:
+            return verdict
+        return (
+            f"{verdict} 0xdb is what the simulated device fills memory with that was never "
+            f"written, or was freed: the copy came before its producer, or after the end of "
+            f"memory that it still needed."
+        )
+
+    def finish(self, transfer: Transfer, end: str = "synchronize") -> None:
+        """Wait for a transfer in one of the ways of ``ENDS``; its bytes have landed then."""
+        if end == "synchronize":
+            transfer.synchronize()
+            assert transfer.done(), "The transfer was synchronised and says that it is not done."
+        elif end == "wait":
+            transfer.wait()
+            if self.facility.streams:
+                self.facility.current().synchronize()
+        else:
+            until = time.monotonic() + _PATIENCE
+            while not transfer.done():
+                assert time.monotonic() < until, "The transfer never said that it was done."
+                time.sleep(0.001)
+
+    def why_declined(self, src: KVView, dst: KVView, mine: Index, theirs: Index) -> str | None:
+        """The first reason by which the backend declines a plan of this copy, or None."""
+        backend = self.subject.backend
+        for plan in plans(src, dst, mine, theirs):
+            decision = backend.check(plan)
+            if not decision.accepted:
+                return decision.reason
+            try:
+                backend.prepare(plan)
+            except Unsupported as error:
+                return str(error)
+        return None
+
+
+def find_home(subject: Subject, layouts: Sequence[str]) -> str:
+    """The first layout of a cache that the backend takes both ways, by tokens and by blocks; else
+    the first."""
+    shape = Shape()
+    for layout in layouts:
+        shop = Workshop(str(subject.device), 0, layout)
+        if all(
+            takes(subject, shop.move(direction, shape, [1], step=step))
+            for step in (1, shape.block_size)
+            for direction in ("gather", "scatter")
+        ):
+            return layout
+    return layouts[0]
+
+
+@lru_cache(maxsize=256)  # asked by many cases, and preparing may compile
+def across(subject: Subject, paged: str, other: str) -> str:
+    """``other`` where the backend copies from caches of layout ``paged`` to it, else ``paged``."""
+    shape, shop = Shape(), Workshop(str(subject.device), 0, paged)
+    source, target = shop.cache(shape, [1]), shop.cache(shape, [1], layout=other, source=False)
+    return other if takes(subject, Case(source, target, 1)) else paged
+
+
+def takes(subject: Subject, case: Case) -> bool:
+    """Whether the backend's ``check`` and ``prepare`` take every plan of a case."""
+    src, dst = view_of(case.src), view_of(case.dst)
+    try:
+        for plan in plans(src, dst, index_of(case.src), index_of(case.dst)):
+            subject.prepare(plan)
+    except Exception:  # Unsupported; of anything else the cases will tell
+        return False
+    return True
+
+
+def plans(src: KVView, dst: KVView, mine: Index, theirs: Index) -> list[CopyPlan]:
+    """The plans that one copy may come to: whole units, single tokens, ids without holes."""
+    first = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
+    found = [first]
+    by_unit = [first.unit if index.ids is not None else 0 for index in (mine, theirs)]
+    others = ((mine.plan_step, theirs.plan_step, 1), (by_unit[0], by_unit[1], None))
+    for src_step, dst_step, unit in others:
+        try:
+            found.append(CopyPlan(src.form, dst.form, src_step, dst_step, unit))
+        except PortaKVError:  # opaque pages have no plan by tokens
+            continue
+    return found
+
+
+def changed(before: Memory, tensors: Any) -> str | None:
+    """A clause on the first storage that is not as it was, or None."""
+    now = Memory.snapshot(tensors)
+    for number, (old, new) in enumerate(zip(before.regions, now.regions, strict=True)):
+        offsets = np.nonzero(old.content != new.content)[0]
+        if offsets.size:
+            return (
+                f"{offsets.size} bytes of storage {number} of the outputs were changed, the first "
+                f"at offset {int(offsets[0])}"
+            )
+    return None
+
+
+def largest_unit(src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int) -> int:
+    """The most tokens to move at once that a count and the offsets are multiples of."""
+    steps = src_index.plan_step, dst_index.plan_step
+    most = CopyPlan(src.form, dst.form, *steps).unit
+    unit = gcd(most, count, src_index.offset, dst_index.offset)
+    try:
+        CopyPlan(src.form, dst.form, *steps, unit)
+    except Unsupported:  # a block that is split: what divides the whole of it may fit no part
+        return 1
+    return unit

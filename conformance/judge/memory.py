@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Snapshots of the storages behind tensors, read and written by absolute address."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from portakv_conformance.judge.rows import leaves
+
+
+@dataclass
+class Region:
+    """The bytes of one storage (uint8, one dimension) and the address where they lie."""
+
+    base: int
+    content: np.ndarray
+
+    @property
+    def end(self) -> int:
+        """The address behind the last byte."""
+        return self.base + self.content.size
+
+
+def storage_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """A copy on the host of the whole storage under a tensor, as uint8."""
+    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    flat.set_(tensor.untyped_storage())
+    return np.array(flat.cpu().numpy(), copy=True)
+
+
+@dataclass
+class Memory:
+    """The storages under some tensors: regions that do not overlap, by rising address."""
+
+    regions: list[Region] = field(default_factory=list)
+
+    @classmethod
+    def snapshot(cls, *tensors: Any) -> Memory:
+        """Copy every distinct storage below tensors or nested containers of them."""
+        found: dict[tuple[int, int], torch.Tensor] = {}
+        for tensor in leaves(tensors):
+            storage = tensor.untyped_storage()
+            if storage.nbytes():
+                found[(storage.data_ptr(), storage.nbytes())] = tensor
+        regions: list[Region] = []
+        for (base, _), tensor in sorted(found.items(), key=lambda item: item[0]):
+            region = Region(base, storage_bytes(tensor))
+            # Two storages can be windows on one piece of memory; it must be kept only once.
+            if regions and base < regions[-1].end:
+                kept = regions[-1]
+                past = region.content[max(kept.end - base, 0) :]
+                kept.content = np.concatenate([kept.content, past])
+            else:
+                regions.append(region)
+        return cls(regions)
+
+    def copy(self) -> Memory:
+        """The same regions with bytes of their own."""
+        return Memory([Region(r.base, r.content.copy()) for r in self.regions])
+
+    def read(self, addresses: np.ndarray) -> np.ndarray:
+        """The bytes at absolute addresses (int64, any shape)."""
+        values = np.empty(addresses.shape, dtype=np.uint8)
+        for region, chosen in self._split(addresses):
+            values[chosen] = region.content[addresses[chosen] - region.base]
+        return values
+
+    def write(self, addresses: np.ndarray, values: np.ndarray) -> None:
+        """Put bytes (uint8, the shape of ``addresses``) at absolute addresses."""
+        for region, chosen in self._split(addresses):
+            region.content[addresses[chosen] - region.base] = values[chosen]
+
+    def find(self, address: int) -> tuple[int, int] | None:
+        """The number of the region that holds an address and the offset in it, or None."""
+        for number, region in enumerate(self.regions):
+            if region.base <= address < region.end:
+                return number, address - region.base
+        return None
+
+    def _split(self, addresses: np.ndarray) -> list[tuple[Region, Any]]:
+        if not addresses.size:
+            return []
+        low, high = int(addresses.min()), int(addresses.max())
+        for region in self.regions:
+            if region.base <= low and high < region.end:
+                return [(region, ...)]
+        bases = np.array([region.base for region in self.regions], dtype=np.int64)
+        number = np.searchsorted(bases, addresses, side="right") - 1
+        pieces = [(self.regions[n], number == n) for n in np.unique(number) if n >= 0]
+        inside = sum(int((addresses[c] < r.end).sum()) for r, c in pieces)
+        if inside != addresses.size:
+            raise IndexError("A row reaches outside the storages of its tensors.")
+        return pieces

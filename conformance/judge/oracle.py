@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The oracle: what every storage must hold after a copy, and a sentence on the first wrong byte.
+
+It is numpy over bytes and takes nothing from the library: where a row lies comes from the layout
+language's definition (``rows``), and a copy is one assignment by absolute address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from portakv_conformance.judge.memory import Memory, Region
+from portakv_conformance.judge.origin import came_from, place_of
+from portakv_conformance.judge.rows import Extents, Rows, locate
+
+__all__ = ["Expected", "Rows", "check_copy", "compare", "expand", "expected_copy", "locate"]
+
+
+def expand(ids: Any, step: int, offset: int, count: int) -> np.ndarray:
+    """The slot of each position of one side, int64 ``[count]``; negative where it is skipped.
+
+    With ``q = position + offset`` the slot is ``ids[q // step] * step + q % step``, without ids
+    it is ``q``. ``ids`` is None or a tensor (any device) or sequence of integers.
+    """
+    q = np.arange(count, dtype=np.int64) + offset
+    if ids is None:
+        return q
+    host = ids.detach().cpu().numpy() if hasattr(ids, "detach") else np.asarray(ids)
+    chosen = host.astype(np.int64)[q // step]
+    return np.where(chosen < 0, -1, chosen * step + q % step)
+
+
+@dataclass
+class Expected:
+    """A copy as it must turn out.
+
+    ``regions`` are the storages of the destination afterwards; ``before`` is the destination and
+    ``source`` the source as they were; ``slots`` are the pairs (source, destination) really
+    copied, int64 ``[pairs, 2]`` (first slots of blocks where pages are opaque).
+    """
+
+    src: Rows
+    dst: Rows
+    slots: np.ndarray
+    source: Memory
+    before: Memory
+    after: Memory
+
+    @property
+    def regions(self) -> list[Region]:
+        """The expected storages: base address and bytes."""
+        return self.after.regions
+
+
+def expected_copy(
+    src_tensors: Any,
+    src_layout: str,
+    src_extents: Extents | None,
+    dst_tensors: Any,
+    dst_layout: str,
+    dst_extents: Extents | None,
+    src_slots: Any,
+    dst_slots: Any,
+) -> Expected:
+    """Snapshot both sides and work the copy out, without touching the tensors.
+
+    ``src_slots`` and ``dst_slots`` (integers, one for each position) may be negative: such a
+    position is skipped. ValueError where the two sides cannot hold the same rows.
+    """
+    src = locate(src_tensors, src_layout, src_extents)
+    dst = locate(dst_tensors, dst_layout, dst_extents)
+    _check_same_rows(src, dst)
+    pairs = np.stack([np.asarray(s, dtype=np.int64) for s in (src_slots, dst_slots)], axis=-1)
+    if src.opaque:
+        pairs = _whole_blocks(pairs, src.block_size or 1)
+    pairs = pairs[(pairs >= 0).all(axis=-1)]
+    source, before = Memory.snapshot(src_tensors), Memory.snapshot(dst_tensors)
+    after = before.copy()
+    for layer in range(src.layers):
+        for kv in range(src.kv):
+            rows = source.read(src.row_addresses(kv, layer, pairs[:, 0]))
+            after.write(dst.row_addresses(kv, layer, pairs[:, 1]), rows)
+    return Expected(src, dst, pairs, source, before, after)
+
+
+def _check_same_rows(src: Rows, dst: Rows) -> None:
+    for name in ("layers", "kv", "heads", "widths", "opaque"):
+        ours, theirs = getattr(src, name), getattr(dst, name)
+        if ours != theirs:
+            raise ValueError(f"The source has {name} {ours}, the destination {theirs}.")
+    if src.opaque and src.block_size != dst.block_size:
+        raise ValueError("Opaque pages can only be copied between equal block sizes.")
+
+
+def _whole_blocks(pairs: np.ndarray, size: int) -> np.ndarray:
+    """One pair for each block; ValueError where a block is not copied whole and in order."""
+    if len(pairs) % size:
+        raise ValueError(f"{len(pairs)} positions are not whole blocks of {size}.")
+    blocks = pairs.reshape(-1, size, 2)
+    within = np.arange(size, dtype=np.int64)[:, None]
+    in_order = (blocks == blocks[:, :1] + within) & (blocks[:, :1] % size == 0)
+    if not (in_order.all(axis=1) | (blocks < 0).all(axis=1)).all():
+        raise ValueError("Opaque pages can only be copied as whole blocks in order.")
+    return blocks[:, 0]
+
+
+def compare(expected: Expected, dst_tensors: Any, src_tensors: Any = None) -> str | None:
+    """None where every byte is right, else a sentence on the first wrong one.
+
+    All bytes of the destination's storages are compared: rows, padding and canaries. Give
+    ``src_tensors`` to see as well that the source was not written.
+    """
+    actual = Memory.snapshot(dst_tensors)
+    if [(r.base, r.end) for r in actual.regions] != [(r.base, r.end) for r in expected.regions]:
+        return "The destination's storages are not those that the expectation was made for."
+    wrong, first = 0, -1
+    for region, found in zip(expected.regions, actual.regions, strict=True):
+        offsets = np.nonzero(region.content != found.content)[0]
+        if offsets.size and not wrong:
+            first = region.base + int(offsets[0])
+        wrong += int(offsets.size)
+    if wrong:
+        return _explain(expected, actual, first, wrong)
+    return None if src_tensors is None else _compare_source(expected, src_tensors)
+
+
+def _compare_source(expected: Expected, src_tensors: Any) -> str | None:
+    """The source, apart from storages shared with the destination, is as it was."""
+    now = Memory.snapshot(src_tensors)
+    targets = [(region.base, region.end) for region in expected.regions]
+    for number, (was, found) in enumerate(zip(expected.source.regions, now.regions, strict=True)):
+        offsets = np.nonzero(was.content != found.content)[0]
+        shared = any(was.base < end and base < was.end for base, end in targets)
+        if offsets.size and not shared:
+            place = place_of(expected.src, was.base + int(offsets[0]))
+            name = place.text(expected.src) if place else f"storage {number}, outside its rows"
+            return f"The copy wrote {offsets.size} bytes of its source, first of {name}."
+    return None
+
+
+def _explain(expected: Expected, actual: Memory, address: int, wrong: int) -> str:
+    here = np.array([address], dtype=np.int64)
+    number, offset = actual.find(address) or (0, 0)
+    place = place_of(expected.dst, address)
+    name = place.text(expected.dst) if place else "padding or canary"
+    origin = came_from(
+        address, actual, expected.dst, expected.before, expected.src, expected.source
+    )
+    should = "what was there before: the copy must not write it"
+    if place is not None and place.slot in expected.slots[:, 1]:
+        pair = np.nonzero(expected.slots[:, 1] == place.slot)[0][-1]
+        slot = int(expected.slots[pair, 0])
+        like = type(place)(place.layer, place.kv, slot, place.head, place.byte)
+        should = f"source {like.text(expected.src)}"
+    return (
+        f"Destination {name} (storage {number}, offset {offset}) holds "
+        f"0x{int(actual.read(here)[0]):02x}, which is {origin or 'of unknown origin'}; expected "
+        f"0x{int(expected.after.read(here)[0]):02x}, {should}. "
+        f"In all {wrong} bytes are wrong."
+    )
+
+
+def check_copy(
+    src_tensors: Any,
+    src_layout: str,
+    src_extents: Extents | None,
+    dst_tensors: Any,
+    dst_layout: str,
+    dst_extents: Extents | None,
+    src_slots: Any,
+    dst_slots: Any,
+    copy: Callable[[], object],
+) -> None:
+    """Run ``copy`` (which must have finished when it returns) and judge every byte.
+
+    AssertionError with the sentence of ``compare`` where a byte of either side is wrong.
+    """
+    expected = expected_copy(
+        src_tensors, src_layout, src_extents, dst_tensors, dst_layout, dst_extents,
+        src_slots, dst_slots,
+    )  # fmt: skip
+    copy()
+    verdict = compare(expected, dst_tensors, src_tensors)
+    if verdict is not None:
+        raise AssertionError(verdict)

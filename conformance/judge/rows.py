@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where each byte of a row lies, from the definition of the layout language alone.
+
+A position in a group is a mixed-radix number, outermost factor first. Left groups pick a tensor
+out of nested containers; right groups give an index into its dimensions. Nothing is collapsed,
+merged or vectorised beyond numpy broadcasting: this file is meant to be checked by reading it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from portakv_conformance.judge.grammar import Axes, Factor, Group, read_layout
+
+Extents = Mapping[str, Any]
+# The extent keywords of a view, and the axis that each of them declares.
+_DECLARES = {"layers": "layer", "kv": "kv", "block_size": "token", "heads": "head", "dim": "dim"}
+
+
+def leaves(tensors: Any) -> Iterator[torch.Tensor]:
+    """Every tensor of nested lists, tuples and dicts, in their order."""
+    if isinstance(tensors, torch.Tensor):
+        yield tensors
+        return
+    for item in tensors.values() if isinstance(tensors, Mapping) else tensors:
+        yield from leaves(item)
+
+
+class Rows:
+    """Tensors read through a layout: the address of every byte of every row.
+
+    Attributes: ``layers``, ``kv``, ``heads``; ``widths``, the bytes of ``dim`` (of ``page`` when
+    ``opaque``) for each kv; ``block_size`` (None when not paged); ``slots``, the tokens that can
+    be addressed; ``opaque``; ``axes``, the layout as read.
+    """
+
+    def __init__(self, tensors: Any, layout: str, extents: Extents | None = None) -> None:
+        self.axes: Axes = read_layout(layout)
+        self._nest(tensors)
+        # Extents by axis; `dim` (or `page`) has one for each kv, the others hold it at place 0.
+        self._extent: dict[str, list[int | None]] = {}
+        self._declare({k: v for k, v in (extents or {}).items() if v is not None})
+        self._measure()
+        content = "page" if self.axes.written("page") else "dim"
+        self.opaque: bool = content == "page"
+        self.layers: int = self._whole("layer")
+        self.kv: int = self._whole("kv")
+        self.heads: int = self._whole("head")
+        self._elements = [self._whole(content, k) for k in range(self.kv)]
+        self._itemsize = [self._tensor_of(k).element_size() for k in range(self.kv)]
+        self.widths: tuple[int, ...] = tuple(
+            e * i for e, i in zip(self._elements, self._itemsize, strict=True)
+        )
+        paged = self.axes.written("block")
+        self.block_size: int | None = self._whole("token") if paged else None
+        self.slots: int = self._whole("token") * (self._whole("block") if paged else 1)
+
+    # -- reading the containers ---------------------------------------------------------------
+
+    def _nest(self, tensors: Any) -> None:
+        """Unfold the containers into arrays indexed by one position for each left group."""
+        level: list[Any] = [tensors]
+        shape: list[int] = []
+        for _ in self.axes.left:
+            rows = [list(c.values() if isinstance(c, Mapping) else c) for c in level]
+            if len({len(row) for row in rows}) != 1:
+                raise ValueError("The containers of one level hold different numbers of things.")
+            shape.append(len(rows[0]))
+            level = [item for row in rows for item in row]
+        if not level:
+            raise ValueError("The containers hold no tensor.")
+        for leaf in level:
+            if not isinstance(leaf, torch.Tensor):
+                raise ValueError(f"Expected a tensor inside the containers, found {type(leaf)}.")
+            if leaf.dim() != level[0].dim():
+                raise ValueError("The tensors of one view have different ranks.")
+        self.tensors: list[torch.Tensor] = level
+        numbers = np.arange(len(level), dtype=np.int64)
+        self._levels = shape
+        self._number = numbers.reshape(shape)
+        self._base = np.array([t.data_ptr() for t in level], dtype=np.int64).reshape(shape)
+        self._rank = level[0].dim()
+        rank = [self._rank]
+        sizes = [list(t.shape) for t in level]
+        strides = [[s * t.element_size() for s in t.stride()] for t in level]
+        self._sizes = np.array(sizes, dtype=np.int64).reshape(shape + rank)
+        self._strides = np.array(strides, dtype=np.int64).reshape(shape + rank)
+
+    def _tensor_of(self, kv: int) -> torch.Tensor:
+        """The first tensor that holds rows of this kv."""
+        return self.tensors[int(self._number[self._container({"kv": kv}, kv)])]
+
+    # -- extents ------------------------------------------------------------------------------
+
+    def _whole(self, axis: str, kv: int = 0) -> int:
+        known = self._extent[axis][kv]
+        if known is None:
+            raise ValueError(f"The extent of {axis!r} in {self.axes.text!r} is not known.")
+        return known
+
+    def _declare(self, extents: dict[str, Any]) -> None:
+        unknown = set(extents) - set(_DECLARES)
+        if unknown:
+            raise ValueError(f"Unknown extents {sorted(unknown)}.")
+        written = self.axes.written
+        parts = int(extents.get("kv", 2 if written("kv") else 1))
+        self._extent["kv"] = [parts]
+        for keyword, axis in _DECLARES.items():
+            if axis in ("kv", "dim"):
+                continue
+            missing = 1 if axis in ("layer", "head") and not written(axis) else None
+            declared = extents.get(keyword)
+            if missing and declared not in (None, 1):
+                raise ValueError(f"{keyword}={declared} is declared, but {axis!r} is not written.")
+            self._extent[axis] = [missing or (None if declared is None else int(declared))]
+        if not written("block") and not written("page"):
+            self._extent["token"] = [None]  # a chunk has no block_size; its tokens are counted
+        elif not written("token") and not written("page"):
+            self._extent["token"] = [1]
+        self._extent["block"] = [None]
+        self._extent["page"] = [None] * parts
+        dim = extents.get("dim")
+        each = [dim] * parts if dim is None or isinstance(dim, int) else list(map(int, dim))
+        if len(each) != parts:
+            raise ValueError(f"dim={dim} names {len(each)} widths for {parts} kv.")
+        self._extent["dim"] = list(each)
+
+    def _measure(self) -> None:
+        """Find every extent that is not declared, then check every group against the tensors."""
+        every = range(self._whole("kv"))
+        found = [(g, n, every) for g, n in zip(self.axes.left, self._levels, strict=True)]
+        for group, length, kvs in found:
+            self._solve(group, length, kvs)
+        for kv in every:
+            kvs = range(kv, kv + 1) if self.axes.on_left("kv") else every
+            for group, length in self._dimensions(self._tensor_of(kv)):
+                self._solve(group, length, kvs)
+                found.append((group, length, kvs))
+        for group, length, kvs in found:
+            for kv in kvs:
+                if self._size(group, kv) != length:
+                    text = " ".join(map(str, group)) or "1"
+                    raise ValueError(f"({text}) is {self._size(group, kv)}, found {length}.")
+
+    def _dimensions(self, tensor: torch.Tensor) -> list[tuple[Group, int]]:
+        """Each right group and the length of its dimension, or dimensions."""
+        shape, wanted = list(tensor.shape), len(self.axes.right)
+        if len(shape) < wanted or (len(shape) > wanted and not self.axes.open_end):
+            raise ValueError(f"{self.axes.text!r} has {wanted} dimensions, found {shape}.")
+        if self.axes.open_end:
+            shape = [*shape[: wanted - 1], math.prod(shape[wanted - 1 :])]
+        return list(zip(self.axes.right, shape, strict=True))
+
+    def _solve(self, group: Group, length: int, kvs: range) -> None:
+        """Find the extent of the one axis in a group that is not known yet, if there is one."""
+        unknown = [f for f in group if f.part != "%" and self._known(f, kvs[0]) is None]
+        if {f.axis for f in unknown} == {"block", "token"}:
+            # A flat pool whose block size nobody declared: any block size gives the same bytes.
+            self._extent["token"] = [1]
+            unknown = [f for f in unknown if f.axis == "block"]
+        if len(unknown) > 1:
+            raise ValueError(f"{[str(f) for f in unknown]} share a dimension: declare all but one.")
+        for factor in unknown:
+            # The length of a group is linear in each axis, so one evaluation at 1 solves it.
+            self._set(factor, 1, kvs)
+            self._set(factor, length // max(self._size(group, kvs[0]), 1), kvs)
+
+    def _known(self, factor: Factor, kv: int) -> int | None:
+        each = self._extent[factor.axis]
+        return each[kv] if factor.axis in ("dim", "page") else each[0]
+
+    def _set(self, factor: Factor, parts: int, kvs: range) -> None:
+        for kv in kvs if factor.axis in ("dim", "page") else [0]:
+            self._extent[factor.axis][kv] = parts * (factor.n if factor.part else 1)
+
+    # -- positions ----------------------------------------------------------------------------
+
+    def _size(self, group: Group, kv: int) -> int:
+        """How long a group is. Parts of unequal width lie one behind the other."""
+        if not group:
+            return 1
+        first, rest = group[0], group[1:]
+        if first == Factor("kv"):
+            return sum(self._size(rest, k) for k in range(self._whole("kv")))
+        if first.part == "%":
+            return first.n * self._size(rest, kv)
+        whole = self._whole(first.axis, kv if first.axis in ("dim", "page") else 0)
+        if first.part and whole % first.n:
+            raise ValueError(f"{first.axis!r} is {whole} long, which {first} does not divide.")
+        return whole // max(first.n, 1) * self._size(rest, kv)
+
+    def _position(self, group: Group, at: Mapping[str, Any], kv: int) -> Any:
+        """The place in a group of the coordinates ``at`` (numpy arrays that broadcast)."""
+        if not group:
+            return 0
+        first, rest = group[0], group[1:]
+        inner = self._position(rest, at, kv)
+        if first == Factor("kv"):
+            return sum(self._size(rest, k) for k in range(kv)) + inner
+        digit = at.get(first.axis, 0)
+        if first.part:
+            digit = digit // first.n if first.part == "/" else digit % first.n
+        return digit * self._size(rest, kv) + inner
+
+    def _container(self, at: Mapping[str, Any], kv: int) -> tuple[Any, ...]:
+        return tuple(self._position(group, at, kv) for group in self.axes.left)
+
+    # -- addresses ----------------------------------------------------------------------------
+
+    def row_addresses(self, kv: int, layer: int, slots: Any) -> np.ndarray:
+        """Absolute addresses of the rows, int64 ``[len(slots), heads, widths[kv]]``.
+
+        ``slots`` are slots (not negative). A row of an opaque page is the whole block that the
+        slot lies in. IndexError for a row that the view does not have.
+        """
+        slots = np.asarray(slots, dtype=np.int64).reshape(-1, 1, 1)
+        if slots.size and not (0 <= slots.min() and slots.max() < self.slots):
+            raise IndexError(f"A slot lies outside the {self.slots} slots of {self.axes.text!r}.")
+        if not (0 <= kv < self.kv and 0 <= layer < self.layers):
+            raise IndexError(f"There is no layer {layer}, kv {kv} in {self.axes.text!r}.")
+        size = self.block_size
+        at: dict[str, Any] = {"kv": kv, "layer": layer}
+        at["block"], at["token"] = (0, slots) if size is None else (slots // size, slots % size)
+        at["head"] = np.arange(self.heads, dtype=np.int64).reshape(1, -1, 1)
+        at["dim"] = at["page"] = np.arange(self._elements[kv], dtype=np.int64).reshape(1, 1, -1)
+        where = self._container(at, kv)
+        address = self._base[where]
+        last = len(self.axes.right) - 1
+        for dimension, group in enumerate(self.axes.right):
+            position = self._position(group, at, kv)
+            if dimension == last and self.axes.open_end:
+                address = address + self._unravel(position, where, dimension)
+            else:
+                index: tuple[Any, ...] = (*where, dimension)
+                address = address + position * self._strides[index]
+        shape = (slots.shape[0], self.heads, self._elements[kv])
+        elements = np.broadcast_to(address, shape)[..., None]
+        item = np.arange(self._itemsize[kv], dtype=np.int64)
+        return np.asarray(elements + item).reshape((shape[0], shape[1], self.widths[kv]))
+
+    def _unravel(self, position: Any, where: tuple[Any, ...], first: int) -> Any:
+        """Byte offset of a position in the trailing dimensions from ``first`` on."""
+        offset: Any = 0
+        for dimension in reversed(range(first, self._rank)):
+            index: tuple[Any, ...] = (*where, dimension)
+            size = np.maximum(self._sizes[index], 1)
+            offset = offset + position % size * self._strides[index]
+            position = position // size
+        return offset
+
+
+def locate(tensors: Any, layout: str, extents: Extents | None = None) -> Rows:
+    """Read tensors through a layout string (not a preset name) and declared extents.
+
+    ``extents`` has the keywords of a view: ``layers``, ``kv``, ``block_size``, ``heads``, ``dim``
+    (elements: one number, or one for each kv). ValueError where layout, extents and tensors
+    contradict each other.
+    """
+    return Rows(tensors, layout, extents)

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is judged: one backend on one device, as a user gets it and as the library calls it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from portakv import BackendUnavailable, CopyPlan, Index, KVView, Transfer, Unsupported, copy_rows
+from portakv.backends.base import Backend, Capabilities, Decision, Launch, Pending
+from portakv.registry.registry import REGISTRY, choose, found, register_backend
+
+#: Devices that are simulated, and so have to be loaded before torch knows them.
+SIMULATED = "simdev"
+_WRITTEN = re.compile(r"\w+(:\d+)?")  # a device
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One backend on one device.
+
+    Attributes:
+        name: under which it is registered; what ``copy_rows(backend=...)`` is given.
+        target: ``module:Class``.
+        backend, device, can: the backend, where it works, and what it claims.
+        trace: the registry's answers.
+        emulated: the device is simulated.
+        flaw: why no claim of the backend can be judged, a sentence: it does not say what it
+            claims. Then ``can`` claims nothing, or is what it says instead.
+    """
+
+    name: str
+    target: str
+    backend: Backend
+    device: torch.device
+    can: Capabilities
+    trace: tuple[Decision, ...]
+    emulated: bool = False
+    flaw: str = ""
+
+    @property
+    def on_host(self) -> bool:
+        """True where it works on the CPU, and so without streams."""
+        return self.device.type == "cpu"
+
+    def copy(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Any = None,
+        dst_index: Any = None,
+        *,
+        count: int | None = None,
+        stream: torch.Stream | None = None,
+    ) -> Transfer:
+        """The copy as a user gets it: ``copy_rows`` with this backend forced."""
+        return copy_rows(
+            src, dst, src_index, dst_index, count=count, backend=self.name, stream=stream
+        )
+
+    def prepare(self, plan: CopyPlan) -> Launch:
+        """The launch, by the backend's own ``check`` and ``prepare``.
+
+        Raises:
+            Unsupported: either of them refuses the plan.
+        """
+        decision = self.backend.check(plan)
+        if not decision.accepted:
+            raise Unsupported(f"This plan through {self.name!r}", decision.reason)
+        return self.backend.prepare(plan)
+
+    def launch(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        *,
+        stream: torch.Stream | None = None,
+        status: torch.Tensor | None = None,
+        unit: int | None = None,
+    ) -> Pending | None:
+        """Prepare and launch directly, with nothing of the library in between.
+
+        ``count`` is a multiple of the plan's unit. Ids are brought only where the backend claims
+        to read them, in a dtype that it claims to read.
+        """
+        plan = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step, unit)
+        mine, theirs = self.place(src_index), self.place(dst_index)
+        return self.prepare(plan)(src, dst, mine, theirs, count, stream, status)
+
+    def place(self, index: Index) -> Index:
+        """An index with its ids where the backend claims to read them."""
+        return index.placed(self.can.home_of_ids(self.device), self.can.index_dtypes)
+
+
+def subject(name: str, device: str | torch.device = "cpu", *, emulated: bool = False) -> Subject:
+    """The backend of a registered name, or of a class written ``pkg.mod:Class``.
+
+    Args:
+        name: what to judge.
+        device: where. ``simdev`` loads the simulated device, ``simdev:mlu`` under that name, as
+            does ``mlu`` with ``emulated``. Then a stand-in takes the place of the vendor's package.
+
+    Raises:
+        ValueError: a name or a device that is malformed.
+        BackendUnavailable: the backend cannot run there, with the probe's reason.
+    """
+    place, simulated = _device(device, emulated)
+    if ":" in name:
+        name = _register(name, place)
+    place = _indexed(place)
+    # Judging wrong bytes is the suite's work: a self-check that failed must not end it early.
+    decision = REGISTRY.admit(name, place)
+    backend = REGISTRY.ask(name, place, check=False)[0]
+    if backend is None:
+        choose(place, name)  # raises, with what the others said
+        raise BackendUnavailable(f"{name!r} was asked for, but {decision.reason}.")
+    can, flaw = _claims(backend)
+    trace = (decision,) if flaw else (*choose(place, name).trace,)
+    return Subject(name, _target(type(backend)), backend, place, can, trace, simulated, flaw)
+
+
+def _claims(backend: Backend) -> tuple[Capabilities, str]:
+    """What a backend claims, and a sentence where it does not say."""
+    nothing = Capabilities(places=frozenset())
+    expected = "expected a portakv.backends.base.Capabilities. Without it no case can be judged."
+    try:
+        can = backend.capabilities()
+    except Exception as error:  # a vendor's code may fail in any way
+        return nothing, f"capabilities() raised {type(error).__name__}: {error}; {expected}"
+    if not isinstance(can, Capabilities):
+        return can, f"capabilities() returned {can!r}; {expected}"
+    return can, ""
+
+
+def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, bool]:
+    simulated = emulated or str(device).partition(":")[0] == SIMULATED
+    asked, device = str(device), _carried(str(device))
+    if simulated:
+        from portakv_conformance.vendor import standins
+
+        name = device.partition(":")[0]
+        if not standins.enter(name):
+            _simulate(asked, name)
+    elif not _WRITTEN.fullmatch(device):
+        raise ValueError(f"Device {asked!r} was asked for; expected one such as cpu or npu:1.")
+    else:
+        _find(device)
+    try:
+        return torch.device(device), simulated
+    except RuntimeError as error:
+        why = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"Device {asked!r} was asked for, but not found: {why}.") from error
+
+
+def _find(device: str) -> None:
+    """Have torch know a device, whose vendor's package is imported where torch does not.
+
+    Raises:
+        BackendUnavailable: torch cannot use it here; with what every candidate says.
+    """
+    from portakv_conformance.vendor.standins import STANDINS
+
+    try:
+        found(device)
+    except BackendUnavailable as error:
+        if device.partition(":")[0] not in STANDINS:
+            raise
+        raise BackendUnavailable(
+            f"{error}\nThe simulated device carries that name with --emulated."
+        ) from error
+
+
+def _simulate(asked: str, name: str) -> None:
+    """Load the simulated device under a name, with the stand-in for its vendor's package."""
+    from portakv_conformance import simdev  # builds a C++ extension: only when asked
+    from portakv_conformance.vendor import standins
+
+    why = simdev.available()
+    if why is not None:
+        raise BackendUnavailable(f"Device {asked!r} was asked for. {why}")
+    try:
+        simdev.load(name)
+    except simdev.SimulatedDeviceError as error:
+        raise BackendUnavailable(f"Device {asked!r} was asked for. {error}") from error
+    standins.install(name)
+
+
+def _carried(device: str) -> str:
+    """The name that torch gets to see: of ``simdev:mlu:1`` ``mlu:1``. ``simdev:1`` stays."""
+    kind, _, rest = device.partition(":")
+    named = kind == SIMULATED and rest and not rest.partition(":")[0].isdigit()
+    return rest if named else device
+
+
+def _register(target: str, device: torch.device) -> str:
+    """Register ``pkg.mod:Class``; return the name."""
+    module, _, attribute = target.partition(":")
+    if not (all(word.isidentifier() for word in module.split(".")) and attribute.isidentifier()):
+        raise ValueError(
+            f"{target!r} was asked for; expected a backend's name, or a class as pkg.mod:Class."
+        )
+    try:
+        made = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # somebody else's module may fail in any way
+        why = f"{type(error).__name__}: {error}"
+        raise BackendUnavailable(f"{target!r} was asked for, but it does not load: {why}") from None
+    if not (isinstance(made, type) and issubclass(made, Backend)) or inspect.isabstract(made):
+        raise BackendUnavailable(
+            f"{target!r} was asked for, but it is {made!r}; expected a class of "
+            f"portakv.backends.base.Backend that implements probe, capabilities and prepare."
+        )
+    name = made.name or attribute
+    if name in REGISTRY.names():
+        known = REGISTRY.ask(name, _indexed(device), check=False)[0]
+        if type(known) is made:
+            return name
+        name = target  # that name is another's
+    if name not in REGISTRY.names():
+        register_backend(name, made)
+    return name
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """The device with its index; BackendUnavailable where torch cannot use it here."""
+    place = found(device)
+    if place.type == "cpu":
+        return place
+    why = ""
+    try:
+        count = torch.get_device_module(place).device_count()
+        if (place.index or 0) >= count:
+            why = f"torch finds {count} of its kind"
+    except (RuntimeError, AssertionError, AttributeError) as error:
+        why = str(error).splitlines()[0].rstrip(".")
+    if why:
+        raise BackendUnavailable(
+            f"Device {str(device)!r} was asked for, but torch cannot use it here ({why})."
+        )
+    return place
+
+
+def _target(cls: type[Backend]) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"

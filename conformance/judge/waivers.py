@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Waivers: cases that are known to fail, each with a reason and an expiry.
+
+A waiver file is TOML::
+
+    [[waiver]]
+    id = "cases/test_claims.py::test_guards[int32]"
+    reason = "Ids past the end fault on firmware before 8.1 (ticket 4711)."
+    expires = "2027.02"
+
+``expires`` is the first version of the suite in which the waiver holds no longer. Waivers are
+strict: one that expired, that names no case, a CORE case, or a case that passes, fails the run.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from portakv_conformance.run.record import CaseRecord
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_VERSION = re.compile(r"\d+(\.\d+)*")
+_TABLE = "waiver"
+
+
+class WaiverError(ValueError):
+    """A waiver file that cannot be understood; the text says where and what is expected."""
+
+
+@dataclass(frozen=True)
+class Waiver:
+    """One case that may fail.
+
+    Attributes:
+        id: the case, as the report names it.
+        reason: why it fails, a sentence.
+        expires: the first suite version in which it must pass.
+    """
+
+    id: str
+    reason: str
+    expires: str
+
+    def plain(self) -> dict[str, str]:
+        """As `RunRecord` holds it."""
+        return asdict(self)
+
+
+def read_waivers(path: Path) -> tuple[Waiver, ...]:
+    """The waivers of a file, in its order.
+
+    Raises:
+        WaiverError: no such file, no TOML, an unknown key, a key that is missing or empty, a
+            version that is none, or two waivers of one case.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise WaiverError(f"The waiver file {path} cannot be read: {error}.") from error
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise WaiverError(f"The waiver file {path} is no TOML: {error}.") from error
+    unknown = sorted(set(values) - {_TABLE})
+    if unknown:
+        raise WaiverError(
+            f"The waiver file {path} has the unknown key {unknown[0]!r}; it holds [[{_TABLE}]] "
+            f"tables and nothing else."
+        )
+    entries = values.get(_TABLE, [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise WaiverError(f"In {path} {_TABLE!r} is not a list; write [[{_TABLE}]] with two pairs.")
+    found = tuple(_waiver(entry, f"{path}, waiver {at}") for at, entry in enumerate(entries, 1))
+    ids = [waiver.id for waiver in found]
+    for id in ids:
+        if ids.count(id) > 1:
+            raise WaiverError(f"{path} waives {id!r} {ids.count(id)} times; keep one of them.")
+    return found
+
+
+def _waiver(entry: dict[str, Any], place: str) -> Waiver:
+    known = [field.name for field in fields(Waiver)]
+    for key in entry:
+        if key not in known:
+            raise WaiverError(f"{place} has the unknown key {key!r}; known are {', '.join(known)}.")
+    for key in known:
+        value = entry.get(key)
+        if not isinstance(value, str) or not value.strip():
+            raise WaiverError(
+                f"{place} has no {key!r}; each waiver says {', '.join(known)}, all of them texts "
+                f"that are not empty."
+            )
+    if not _VERSION.fullmatch(entry["expires"]):
+        raise WaiverError(
+            f"{place} expires in {entry['expires']!r}, which is no version of the suite; write "
+            f'one such as "2027.02".'
+        )
+    return Waiver(**entry)
+
+
+def judged(case: CaseRecord, waiver: Waiver | None, suite: str) -> CaseRecord:
+    """A case as its waiver leaves it; the case itself is changed and returned.
+
+    Failed becomes waived, unless the waiver expired or the case is CORE. A waived case that does
+    not fail becomes failed. What is an error of the suite stays one.
+    """
+    if waiver is None:
+        return case
+    if case.status in ("passed", "not-claimed"):
+        ended = "passed" if case.status == "passed" else "is not claimed"
+        case.status = "failed"
+        case.reason = f"It is waived ({waiver.reason}) but {ended}; remove the waiver."
+    elif case.status == "failed":
+        why_not = _why_not(waiver.plain(), case.area, suite)
+        if why_not:
+            case.reason = f"{case.reason} {why_not}".strip()
+        else:
+            case.status = "waived"
+            case.reason = f"{waiver.reason} (What it showed: {case.reason})"
+    return case
+
+
+def problems(
+    waivers: Sequence[dict[str, str]], cases: Iterable[CaseRecord], suite: str, *, whole: bool
+) -> list[str]:
+    """Why waivers fail a run, a sentence each.
+
+    Args:
+        waivers: as `RunRecord` holds them.
+        cases: the cases of the run.
+        suite: the version of the suite that ran.
+        whole: every case of the profile was run: an id that none of them has is unknown.
+    """
+    areas = {case.id: case.area for case in cases}
+    found = []
+    for waiver in waivers:
+        if waiver["id"] not in areas and whole:
+            found.append(f"A waiver names {waiver['id']!r}, but no case of this run has that id.")
+        why_not = _why_not(waiver, areas.get(waiver["id"], ""), suite)
+        if why_not:
+            found.append(f"The waiver of {waiver['id']!r} does not hold: {why_not}")
+    return found
+
+
+def _why_not(waiver: dict[str, str], area: str, suite: str) -> str:
+    """Why a waiver does not hold, as a sentence; empty where it does."""
+    if area == "core":
+        return "CORE cannot be waived."
+    if _numbers(suite) >= _numbers(waiver["expires"]):
+        return f"It expired in suite {waiver['expires']}, and this is suite {suite}."
+    return ""
+
+
+def _numbers(version: str) -> list[int]:
+    """``2026.11`` and ``2026.11.0`` are one version."""
+    numbers = [int(part) for part in _VERSION.match(version).group().split(".")]  # type: ignore[union-attr]
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return numbers

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run prints at its end: the verdict, each failure with a line to repeat it, what is
+missing and what is not claimed."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from pathlib import Path
+
+from portakv.cli.console import print_prose
+from portakv_conformance.evidence.verdict import LEFT_OUT, WRONG, why_no_rung
+from portakv_conformance.judge.waivers import problems
+from portakv_conformance.run.journal import MOST_EXAMPLES
+from portakv_conformance.run.record import ASSUMPTION, STATUSES, CaseRecord, RunRecord
+from portakv_conformance.run.request import Options
+
+_LONGEST = 600  # characters of a reason; the report has all of it
+
+
+def print_summary(record: RunRecord, options: Options) -> None:
+    """Print to standard output."""
+    for case in record.cases:
+        if case.status in WRONG:
+            _print_failure(case, record, options)
+    for case in record.cases:
+        if case.status == "waived":
+            print_prose(f"waived: {case.id}: {_short(case.reason)}")
+    unclaimed = Counter(
+        case.claim or case.area for case in record.cases if case.status == "not-claimed"
+    )
+    if unclaimed:
+        told = ", ".join(f"{claim} ({count})" for claim, count in sorted(unclaimed.items()))
+        print_prose(f"not claimed (cases): {told}")
+    partly = [case.declined for case in record.cases if case.status == "passed" and case.declined]
+    if partly:
+        print_prose(f"declined: {sum(partly)} copies in {len(partly)} cases that passed")
+    for sentence in record.missing:
+        print_prose(f"missing: {sentence}")
+    if ASSUMPTION in record.environment:
+        print_prose(f"It holds {record.environment[ASSUMPTION]}.")
+    if LEFT_OUT in record.environment:
+        print_prose(f"two devices: {record.environment[LEFT_OUT]}")
+    for sentence in problems(record.waivers, record.cases, record.suite, whole=not record.missing):
+        print_prose(f"waivers: {sentence}")
+    if sum(bool(case.example) for case in record.cases) >= MOST_EXAMPLES:
+        print_prose(
+            f"Of the failing examples at most {MOST_EXAMPLES} of drawn cases and {MOST_EXAMPLES} "
+            f"of others are kept; a case that is run alone saves its own."
+        )
+    if record.fuzz:
+        print_prose(f"seed {record.seed}, {record.fuzz} examples in each drawn case")
+        print(f"again: {record.command}")
+    print_prose(verdict_line(record))
+
+
+def verdict_line(record: RunRecord) -> str:
+    """One line: who, where, verdict, rung and totals."""
+    facts = record.environment
+    place = f"{facts['device']} ({facts['device_name']}{', emulated' if facts['emulated'] else ''})"
+    counts = ", ".join(f"{record.totals[s]} {s}" for s in STATUSES[::-1] if record.totals[s])
+    why_not = why_no_rung(record)
+    rung = f", {record.rung}" if record.rung else f" (no rung: {why_not})" if why_not else ""
+    return (
+        f"{record.backend['name']} on {place}: {record.verdict}{rung}. Suite {record.suite}, "
+        f"profile {record.profile}, seed {record.seed}: {counts or 'no case'} in "
+        f"{record.seconds:.1f} s."
+    )
+
+
+def replay_line(case: CaseRecord, record: RunRecord, options: Options) -> str:
+    """The command that replays the shrunken example of a case; empty where there is none."""
+    if not case.example or options.examples is None:
+        return ""
+    words = ["portakv", "conform", "replay", str(options.examples / Path(case.example).name)]
+    words += [options.backend, "--device", options.device]
+    return shlex.join(words + (["--emulated"] if options.emulated else []))
+
+
+def _print_failure(case: CaseRecord, record: RunRecord, options: Options) -> None:
+    print(f"{case.status.upper()} {case.id}")
+    print_prose(f"  {_short(case.reason)}")
+    print(f"  again: {case.replay}")
+    replay = replay_line(case, record, options)
+    if replay:
+        print(f"  its example: {replay}")
+    print()
+
+
+def _short(reason: str) -> str:
+    """The sentence on the first wrong byte, without the structure that it was found in."""
+    told = reason.partition(" The case was ")[0].partition("\n")[0]
+    return told if len(told) <= _LONGEST else told[:_LONGEST] + " ..."

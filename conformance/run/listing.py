@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The case list that the installed suite has for a profile on a kind of device, and what each case
+is about, on a machine that need not have that device.
+
+As a pytest plugin of a worker that only collects it shows the suite another device than the one
+that is there.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from portakv_conformance.judge.device_support import Facility
+from portakv_conformance.judge.subject import SIMULATED
+from portakv_conformance.run.journal import SuiteBroken
+from portakv_conformance.run.supervise import Worker
+
+_OPTION = "--portakv-listed-device"
+_LIMIT = 300.0
+_WORKER = (sys.executable, "-m", "portakv_conformance.run.worker")
+
+
+def cases_of(
+    profile: str, device: str, command: Sequence[str] = _WORKER
+) -> dict[str, dict[str, Any]]:
+    """By id, ``area``, ``profile``, ``claim`` and ``tags`` of each case of the list, and whether
+    it is ``optional``: a real machine with one device is judged without it.
+
+    Args:
+        profile: ``core`` or ``full``.
+        device: as a report names it: ``cuda``, ``simdev:1``; two of that kind are assumed.
+        command: what runs a worker.
+
+    Raises:
+        SuiteBroken: the suite cannot be collected here.
+    """
+    told = ["--collect-only", "-p", __name__, _OPTION, device.partition(":")[0]]
+    told += ["--portakv-backend", "reference", "--portakv-profile", profile]
+    with tempfile.TemporaryDirectory(prefix="portakv-conform-") as folder:
+        worker = Worker(command, Path(folder) / "listing", "reference", "cpu", False, told)
+        try:
+            found = _described(worker)
+        finally:
+            worker.stop()
+        if found is None:
+            raise SuiteBroken(f"The suite cannot be collected here.\n{worker.printed()}")
+    return found
+
+
+def _described(worker: Worker) -> dict[str, dict[str, Any]] | None:
+    while events := worker.events(_LIMIT):
+        for event in events:
+            if event["event"] == "described":
+                cases: dict[str, dict[str, Any]] = event["cases"]
+                pairs = set(event["two devices"])
+                return {id: {**about, "optional": id in pairs} for id, about in cases.items()}
+    return None
+
+
+class Elsewhere(Facility):
+    """The facilities of a kind of device that is not here; good for collecting only."""
+
+    def __init__(self, kind: str) -> None:
+        device: Any = SimpleNamespace(type=kind, index=0)  # torch knows no device that is not here
+        super().__init__(device, emulated=kind == SIMULATED)
+
+    def devices(self) -> int:
+        return 1 if self.device.type == "cpu" else 2
+
+    def spare(self) -> int:
+        return 1 << 62
+
+    def synchronize(self) -> None:
+        """There is nothing to wait for."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that names the kind of device."""
+    parser.addoption(_OPTION, metavar="KIND", help="list the cases of that kind of device")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config) -> None:
+    """Show the suite the device that was asked for, before it looks which cases belong there."""
+    suite: Any = config.pluginmanager.get_plugin("portakv-suite")
+    suite.facility = Elsewhere(config.getoption(_OPTION))

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pytest plugin that is always there: it adds the options and marks of the suite only.
+
+The suite itself (``plugin``) is loaded only where ``--portakv-backend`` names what to judge;
+without it this package collects nothing. Imports neither torch nor PortaKV.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent
+#: Every mark of a case, with what it says; the plugin registers them.
+MARKS = {
+    "area": "area(name): what part of the suite a case belongs to",
+    "profile": "profile(name): the least profile that runs a case; core where none is said",
+    "claim": "claim(field): the field of Capabilities that a case judges",
+    "tags": "tags(layout=, dtype=, operation=): the cell of the report's matrix",
+    "bigmem": "bigmem: takes gigabytes of the judged device's memory",
+    "needs": "needs(what): accelerator, host, two devices, graphs or memory",
+}
+PROFILES = ("core", "full")
+ENVIRONMENT = "PORTAKV_BACKEND"
+
+
+@cache
+def real(path: Path) -> Path:
+    """A path without symbolic links: pytest keeps those that it was pointed to the package by."""
+    return path.resolve()
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} examples were asked for; ask for 1 or more.")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"The seed {text!r} is not a whole number from 0 on.")
+    return int(text)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options; their names all begin with ``--portakv-``."""
+    group = parser.getgroup("portakv", "PortaKV conformance suite")
+    add = group.addoption
+    add(
+        "--portakv-backend",
+        metavar="NAME",
+        help="what to judge: a backend's name, or pkg.mod:Class",
+    )
+    add(
+        "--portakv-device",
+        metavar="D",
+        default="cpu",
+        help="where: cpu, cuda, cuda:1, simdev, simdev:mlu, ...",
+    )
+    add("--portakv-profile", choices=PROFILES, default="core", help="which cases (default: core)")
+    add("--portakv-fuzz", type=_positive, metavar="N", help="draw N examples in each drawn case")
+    add("--portakv-seed", type=_seed, metavar="S", help="of every pattern and drawing (default: 0)")
+    add("--portakv-events", metavar="FILE", help="append what happens as JSON lines")
+    add(
+        "--portakv-only",
+        metavar="FILE",
+        help="run only the cases whose ids stand in FILE, one a line",
+    )
+    add("--portakv-share", metavar="DIR", help="leave out cases that others took by files in DIR")
+    add("--portakv-examples", metavar="DIR", help="save failing examples there, shrunken, as JSON")
+    add(
+        "--portakv-emulated", action="store_true", help="the simulated device carries the name of D"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marks, and load the suite where a backend was named."""
+    for line in MARKS.values():
+        config.addinivalue_line("markers", line)
+    if config.getoption("--portakv-backend") is None:
+        return
+    if os.environ.get(ENVIRONMENT):
+        raise pytest.UsageError(
+            f"{ENVIRONMENT} forces a backend, but the suite judges the one that it was asked for; "
+            f"unset {ENVIRONMENT}."
+        )
+    config.pluginmanager.import_plugin("portakv_conformance.run.plugin")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Without a backend to judge there are no cases."""
+    if config.getoption("--portakv-backend") is None and PACKAGE in real(collection_path).parents:
+        return True
+    return None

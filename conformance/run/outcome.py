@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a case ended, from the reports of its phases: a status, a sentence and the details."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+from portakv_conformance.judge.claims import NOT_CLAIMED
+from portakv_conformance.judge.judging import Judge
+from portakv_conformance.run.record import Status
+
+# What hypothesis writes below a message, by its version.
+_NOTES = ("\nFalsifying ", "\nFailing test case", "\nFailing explicit example")
+# What hypothesis raises where the same calls end in another way when it repeats them.
+_FLAKY = "hypothesis.errors.Flaky"
+_ONCE = (
+    "The same calls end in another way when they are repeated: something is kept of earlier calls, "
+    "or is not waited for."
+)
+_MOST_DETAILS = 20_000  # characters
+
+
+def outcome(
+    item: pytest.Item, reports: Mapping[str, pytest.TestReport], judge: Judge | None, flaw: str
+) -> tuple[Status, str, str]:
+    """Status, a sentence and the details of a case whose phases have all ended.
+
+    Args:
+        item: the case.
+        reports: by phase.
+        judge: of its copies, where it asked for one.
+        flaw: why nothing at all can be judged of the backend; or empty.
+    """
+    if flaw:
+        return "failed", flaw, ""
+    for when in ("setup", "call", "teardown"):
+        report = reports.get(when)
+        if report is None or report.passed:
+            continue
+        if report.skipped:
+            return "error", "The case skipped itself; a case of the suite never does.", ""
+        status: Status = "failed" if when == "call" else "error"
+        told = sentence(_message(report))
+        if _FLAKY in report.longreprtext and judge is not None and judge.fault:
+            told = f"{sentence(judge.fault)} {_ONCE}"
+        return status, told, _details(report)
+    if "call" not in reports:
+        return "error", "The case did not come to its end.", ""
+    if NOT_CLAIMED in item.stash:
+        return "not-claimed", item.stash[NOT_CLAIMED], ""
+    if judge is None or not judge.declined:
+        return "passed", "", ""
+    # What was judged stands for the case only where it is the greater part of it.
+    declined, judged = len(judge.declined), judge.examples
+    if not judged:
+        return "not-claimed", f"The backend declines the plan: {judge.declined[0]}", ""
+    why = f"It declines {declined} of {declined + judged} copies: {judge.declined[0]}"
+    return ("passed" if declined < judged else "not-claimed"), why, ""
+
+
+def sentence(message: str) -> str:
+    """What an exception says, without its type where it is an assertion's, what pytest and
+    hypothesis write below it, and the structure of the case."""
+    told = message.strip().removeprefix("AssertionError: ").partition("\nassert ")[0]
+    for note in _NOTES:
+        told = told.partition(note)[0]
+    return told.partition(" The case was ")[0].strip()
+
+
+def _message(report: pytest.TestReport) -> str:
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return str(getattr(crash, "message", report.longrepr))
+
+
+def _details(report: pytest.TestReport) -> str:
+    parts = [report.longreprtext]
+    parts += [f"--- {name}\n{content}" for name, content in report.sections]
+    return "\n".join(parts)[-_MOST_DETAILS:]

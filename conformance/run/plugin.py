@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The suite under pytest: what is judged, which cases, in which order, and how each one ended.
+
+Loaded by `options` where ``--portakv-backend`` is given. What happens is appended to the file of
+``--portakv-events`` as JSON lines, flushed at once, so that a parent process can tell where a
+crash came.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+import zlib
+from collections.abc import Generator, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+
+from portakv import BackendUnavailable
+from portakv_conformance.draw import saved
+from portakv_conformance.draw.by_hand import HOMES, Workshop
+from portakv_conformance.evidence.verdict import WRONG
+from portakv_conformance.judge.claims import AREAS
+from portakv_conformance.judge.device_support import Facility
+from portakv_conformance.judge.judging import Judge, find_home
+from portakv_conformance.judge.subject import Subject, subject
+from portakv_conformance.run import events
+from portakv_conformance.run.device_alive import Pulse
+from portakv_conformance.run.marks import case_id, is_case, mark_of, tags_of
+from portakv_conformance.run.outcome import outcome
+from portakv_conformance.run.record import CaseRecord
+from portakv_conformance.run.select import chosen
+from portakv_conformance.run.sharing import Share
+
+#: Examples of each drawn case in certification; ``--portakv-fuzz`` replaces them.
+EXAMPLES = {"core": 20, "full": 60}
+UNAVAILABLE = 3  # exit code
+_BIG = 6 << 30  # bytes that the largest cases take on a device
+_NOT_ALONE = "This one copy alone, with nothing before it or beside it, does not show it."
+_JUDGE = pytest.StashKey[Judge]()
+_REPORTS = pytest.StashKey[dict[str, pytest.TestReport]]()
+
+
+class Suite:
+    """One run of the suite on one subject; pytest calls its hooks."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.profile: str = config.getoption("--portakv-profile")
+        self.fuzz: int | None = config.getoption("--portakv-fuzz")
+        self.seed = _seed(config.getoption("--portakv-seed"), self.fuzz)
+        self.subject = _subject(config)
+        self.facility = Facility(self.subject.device, self.subject.emulated)
+        self.events: str | None = config.getoption("--portakv-events")
+        self.only = _only(config.getoption("--portakv-only"))
+        share: str | None = config.getoption("--portakv-share")
+        self.share = None if share is None else Share(Path(share))
+        self.examples: str | None = config.getoption("--portakv-examples")
+        self.pulse = Pulse(self.subject, self.facility)
+        self._lone = 0  # cases left out for want of a second device
+        self._load_settings()
+
+    def _load_settings(self) -> None:
+        """Loaded before any case is imported; no case has a number of examples of its own."""
+        settings.register_profile(
+            "portakv",
+            max_examples=self.fuzz or EXAMPLES[self.profile],
+            database=None,
+            deadline=None,
+            phases=(Phase.explicit, Phase.generate, Phase.shrink),
+            suppress_health_check=list(HealthCheck),
+            print_blob=False,
+            report_multiple_bugs=False,  # one failure, the one whose example is kept
+        )
+        settings.load_profile("portakv")
+
+    # -- which cases, and in which order --------------------------------------------------------
+
+    def pytest_report_header(self) -> list[str]:
+        """What is judged, where, and from which seed."""
+        fuzz = f", {self.fuzz} examples in each drawn case" if self.fuzz else ""
+        return [
+            f"portakv: {self.subject.target} as {self.subject.name!r} on {self.subject.device}"
+            f"{' (emulated)' if self.subject.emulated else ''}",
+            f"portakv: profile {self.profile}, seed {self.seed}{fuzz}",
+        ]
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
+        """Keep the profile's cases that make sense on this device, the most telling first."""
+        mine = [item for item in items if is_case(item)]
+        self._lone = 0
+        dropped = [item for item in mine if not self._belongs(item)]
+        kept = [item for item in mine if item not in set(dropped)]
+        kept.sort(key=lambda item: AREAS.index(mark_of(item, "area")))
+        profile = [case_id(item) for item in kept]
+        if self.only is not None:
+            ids, unknown = chosen(profile, sorted(self.only))
+            if unknown:
+                raise pytest.UsageError(
+                    f"Profile {self.profile!r} on {self.subject.device} has no case "
+                    f"{unknown[0]!r}; `portakv conform --list` prints the ids."
+                )
+            dropped += [item for item in kept if case_id(item) not in ids]
+            kept = [item for item in kept if case_id(item) in ids]
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if not is_case(item)] + kept
+        ids = [case_id(item) for item in kept]
+        self._tell({"event": "list", "ids": ids, "profile": profile, "lone": self._lone})
+
+    def _belongs(self, item: pytest.Item) -> bool:
+        if mark_of(item, "profile") == "full" and self.profile == "core":
+            return False
+        for mark in item.iter_markers("needs"):
+            met, why = self._has(mark.args[0])
+            if not met:
+                if why:
+                    self._tell({"event": "missing", "reason": f"{case_id(item)}: {why}"})
+                return False
+        return True
+
+    def _has(self, need: str) -> tuple[bool, str]:
+        """Whether this device has what a case needs; a sentence where it should have had it."""
+        streams = self.facility.streams
+        if need == "host":
+            return not streams, ""
+        if need == "accelerator":
+            return streams, ""
+        if need == "graphs":
+            return self.facility.graphs, ""
+        if need == "two devices":
+            found = self.facility.devices()
+            missing = f"it needs two devices of type {self.subject.device.type}, found {found}."
+            if found < 2 and self.subject.device.type != "cpu" and not self.subject.emulated:
+                self._lone += 1  # no fault of the machine, but a report says so
+            return found > 1, missing if self.subject.emulated else ""
+        if need == "memory":
+            if self.facility.emulated:  # its memory takes no room before it is touched
+                return streams, ""
+            missing = f"it needs {_BIG >> 30} GiB of free memory on {self.subject.device}."
+            return streams and self.facility.spare() > _BIG, missing if streams else ""
+        raise pytest.UsageError(f"A case needs {need!r}, which the plugin does not know.")
+
+    def seed_of(self, name: str) -> int:
+        """The seed of one case: another for each, all from the run's."""
+        return (self.seed << 32) ^ zlib.crc32(name.encode())
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
+        """Where the cases are shared, run those that nobody else has taken."""
+        if self.share is None or session.testsfailed or session.config.option.collectonly:
+            return None
+        for item in session.items:
+            if is_case(item) and not self.share.take(case_id(item)):
+                continue
+            # Which case comes next is not known yet, so nothing is kept for it.
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+            if session.shouldfail:
+                raise session.Failed(session.shouldfail)
+            if session.shouldstop:
+                raise session.Interrupted(session.shouldstop)
+        return True
+
+    # -- how each one ends ----------------------------------------------------------------------
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Tell of the case before and after it; a wrapper, so that a crash lies in between."""
+        if not is_case(item):
+            return (yield)
+        self._tell({"event": "start", "id": case_id(item)})
+        item.stash[_REPORTS] = {}
+        drawn: Any = getattr(item, "obj", None)
+        if hasattr(drawn, "hypothesis"):  # now, since all parameters of a test share it
+            hypothesis.seed(self.seed_of(case_id(item)))(drawn)
+        began = time.perf_counter()
+        try:
+            return (yield)
+        finally:
+            record = self._record(item, time.perf_counter() - began)
+            lost = self._lost(record)
+            if record.status == "failed" and not lost:  # elsewhere no example can be judged again
+                self._save(record, item.stash.get(_JUDGE, None))
+            self._tell({"event": "end", "case": asdict(record)})
+            if lost:
+                self._leave(lost)
+
+    def _lost(self, record: CaseRecord) -> str:
+        """Why nothing more can be judged in this process; noted with the case that did it."""
+        if record.status == "passed" and record.examples:
+            self.pulse.learn()
+        why = self.pulse.lost() if record.status in WRONG else ""
+        if why:
+            lost = f"Behind it everything on {self.subject.device} fails in this process ({why})."
+            record.reason = f"{record.reason} {events.writable(lost)}"
+        return why
+
+    def _leave(self, why: str) -> None:
+        """End the process, so that another goes on where the device works."""
+        if self.events is None:
+            pytest.exit(f"Nothing more can be judged on {self.subject.device}: {why}", returncode=1)
+        self._tell({"event": "retired", "reason": why})
+        os._exit(1)  # an orderly end might hang on the device
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Of a backend that does not say what it claims no case can be judged."""
+        if is_case(item) and self.subject.flaw:
+            pytest.fail(self.subject.flaw, pytrace=False)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Keep the reports of a case's phases."""
+        report = yield
+        if _REPORTS in item.stash:
+            item.stash[_REPORTS][report.when] = report
+        return report
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self) -> None:
+        """The run came to its end."""
+        self._tell({"event": "finish"})
+
+    def _record(self, item: pytest.Item, seconds: float) -> CaseRecord:
+        judge = item.stash.get(_JUDGE, None)
+        reports = item.stash[_REPORTS]
+        status, reason, details = outcome(item, reports, judge, self.subject.flaw)
+        return CaseRecord(
+            id=case_id(item),
+            area=mark_of(item, "area"),
+            profile=mark_of(item, "profile"),
+            claim=mark_of(item, "claim", ""),
+            status=status,
+            seconds=round(seconds, 4),
+            examples=judge.examples if judge else 0,
+            declined=len(judge.declined) if judge else 0,
+            tags=tags_of(item),
+            reason=events.writable(reason),
+            details=events.writable(details),
+            replay=self._replay(item),
+        )
+
+    def _save(self, record: CaseRecord, judge: Judge | None) -> None:
+        """Write the failing example, as far as it was built from a structure and fails also on its
+        own: what only a stream or an earlier call made wrong passes when it is replayed."""
+        if self.examples is None or judge is None or judge.failing is None:
+            return
+        name = f"example-{zlib.crc32(record.id.encode()):08x}.json"
+        about = {
+            "case": record.id, "backend": self.subject.target, "device": str(self.subject.device),
+            "emulated": self.subject.emulated, "seed": self.seed, "reason": record.reason,
+            "direct": judge.direct, "end": judge.end,
+        }  # fmt: skip
+        file = Path(self.examples) / name
+        try:
+            saved.save(judge.failing, file, about)
+        except ValueError:  # tensors that no arrangement describes
+            return
+        if saved.replay(file, self.subject) is None:
+            file.unlink()
+            record.reason = f"{record.reason} {_NOT_ALONE}"
+        else:
+            record.example = name
+
+    def _replay(self, item: pytest.Item) -> str:
+        name, _, test = case_id(item).partition("::")
+        module = "portakv_conformance." + name.removesuffix(".py").replace("/", ".")
+        options = self.config.option
+        device, fuzz = options.portakv_device, f" --portakv-fuzz {self.fuzz}" if self.fuzz else ""
+        emulated = " --portakv-emulated" if options.portakv_emulated else ""
+        return (
+            f"python -m pytest --pyargs '{module}::{test}' "
+            f"--portakv-backend {options.portakv_backend} --portakv-device {device}{emulated} "
+            f"--portakv-profile {self.profile} --portakv-seed {self.seed}{fuzz}"
+        )
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        if self.events is not None:
+            events.append(self.events, event)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Find what is judged; exit code 3, with the reason, where it is not available."""
+    config.pluginmanager.register(Suite(config), "portakv-suite")
+
+
+def _subject(config: pytest.Config) -> Subject:
+    name, device = config.getoption("--portakv-backend"), config.getoption("--portakv-device")
+    try:
+        return subject(name, device, emulated=config.getoption("--portakv-emulated"))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+    except BackendUnavailable as error:
+        pytest.exit(str(error), returncode=UNAVAILABLE)
+
+
+def _seed(asked: int | None, fuzz: int | None) -> int:
+    if asked is not None:
+        return asked
+    return random.SystemRandom().randrange(1 << 31) if fuzz else 0
+
+
+def _only(file: str | None) -> set[str] | None:
+    if file is None:
+        return None
+    return {line for line in Path(file).read_text(encoding="utf-8").splitlines() if line}
+
+
+# -- what cases ask for --------------------------------------------------------------------------
+
+
+def _suite(request: pytest.FixtureRequest) -> Suite:
+    suite = request.config.pluginmanager.get_plugin("portakv-suite")
+    assert isinstance(suite, Suite)
+    return suite
+
+
+@pytest.fixture(name="subject", scope="session")
+def _the_subject(request: pytest.FixtureRequest) -> Subject:
+    """The backend that is judged."""
+    return _suite(request).subject
+
+
+@pytest.fixture(scope="session")
+def facility(request: pytest.FixtureRequest) -> Facility:
+    """Streams and delays of the device."""
+    return _suite(request).facility
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """The seed of this case."""
+    return _suite(request).seed_of(case_id(request.node))
+
+
+@pytest.fixture
+def judge(request: pytest.FixtureRequest, subject: Subject, facility: Facility, seed: int) -> Judge:
+    """Judges the copies of this case."""
+    made = Judge(subject, facility, seed)
+    request.node.stash[_JUDGE] = made
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _settled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No case leaves work on the device to the next one."""
+    yield
+    suite = request.config.pluginmanager.get_plugin("portakv-suite")
+    if suite is not None:
+        suite.facility.synchronize()
+
+
+@pytest.fixture(scope="session")
+def home_layout(subject: Subject) -> str:
+    """The first of the layouts of the library's self-check that the backend takes."""
+    return find_home(subject, HOMES)
+
+
+@pytest.fixture
+def home(subject: Subject, seed: int, home_layout: str) -> Workshop:
+    """Makes sides on the judged device, caches in a layout that the backend takes."""
+    return Workshop(str(subject.device), seed, home_layout)
+
+
+@pytest.fixture
+def workshop(subject: Subject, seed: int) -> Workshop:
+    """Makes sides on the judged device."""
+    return Workshop(str(subject.device), seed)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a run shows itself on standard error while it goes on: a bar, or plain lines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from portakv_conformance.evidence.verdict import WRONG
+from portakv_conformance.run.record import CaseRecord
+
+_EVERY = 5.0  # seconds between two plain lines where nothing is wrong
+
+
+class Progress(Protocol):
+    """Who is told what happens in a run."""
+
+    def listed(self, count: int) -> None:
+        """The run has so many cases."""
+
+    def started(self, id: str) -> None:
+        """A case begins."""
+
+    def ended(self, case: CaseRecord) -> None:
+        """A case has ended."""
+
+    def say(self, sentence: str) -> None:
+        """Something happened to the run itself."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def listed(self, count: int) -> None: ...
+
+    def started(self, id: str) -> None: ...
+
+    def ended(self, case: CaseRecord) -> None: ...
+
+    def say(self, sentence: str) -> None: ...
+
+
+SILENT: Progress = Silent()
+
+
+class Lines:
+    """Plain lines: each failure at once, and where the run is every few seconds."""
+
+    def __init__(self) -> None:
+        self._count = self._done = 0
+        self._told = time.monotonic()
+
+    def listed(self, count: int) -> None:
+        self._count = count
+        self.say("1 case" if count == 1 else f"{count} cases")
+
+    def started(self, id: str) -> None:
+        if time.monotonic() - self._told > _EVERY:
+            self.say(f"{self._done}/{self._count} {id}")
+
+    def ended(self, case: CaseRecord) -> None:
+        self._done += 1
+        if case.status in WRONG:
+            self.say(f"{self._done}/{self._count} {case.status}: {case.id}")
+
+    def say(self, sentence: str) -> None:
+        self._told = time.monotonic()
+        print(sentence, file=sys.stderr, flush=True)
+
+
+class Bar:
+    """A bar of rich with the running case; failures scroll by above it."""
+
+    def __init__(self, progress: Any) -> None:
+        self._progress = progress
+        self._task = progress.add_task("", total=None, case="loading the backend")
+
+    def listed(self, count: int) -> None:
+        self._progress.update(self._task, total=count)
+
+    def started(self, id: str) -> None:
+        self._progress.update(self._task, case=id.removeprefix("cases/"))
+
+    def ended(self, case: CaseRecord) -> None:
+        self._progress.advance(self._task)
+        if case.status in WRONG:
+            self.say(f"{case.status}: {case.id}")
+
+    def say(self, sentence: str) -> None:
+        self._progress.console.print(
+            sentence, markup=False, emoji=False, highlight=False, soft_wrap=True
+        )
+
+
+@contextmanager
+def shown() -> Iterator[Progress]:
+    """A bar where standard error is a terminal and rich is installed, else plain lines."""
+    if not sys.stderr.isatty():
+        yield Lines()
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as RichProgress
+        from rich.table import Column
+    except ImportError:
+        yield Lines()
+        return
+    running = TextColumn(
+        "{task.fields[case]}", markup=False, table_column=Column(no_wrap=True, ratio=1)
+    )
+    columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), running)
+    console = Console(stderr=True)
+    with RichProgress(*columns, console=console, transient=True, expand=True) as progress:
+        yield Bar(progress)

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run of the suite leaves behind: one record for each case, and one for the run.
+
+Plain values only: written as JSON lines while the run goes on, and as one document at its end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, TypeVar
+
+from portakv_conformance import SUITE_VERSION
+
+Status = Literal["passed", "failed", "waived", "not-claimed", "error"]
+
+#: Every status, worst first.
+STATUSES: tuple[Status, ...] = ("error", "failed", "waived", "not-claimed", "passed")
+#: The identity of the report's form; a reader refuses another.
+SCHEMA = "portakv-conformance/1"
+#: The key of ``environment`` that says what an emulation takes for true without the vendor's word:
+#: a clause behind "it holds".
+ASSUMPTION = "assumption"
+#: Its keys that say what carried plans out, where a backend has more than one way, and the sha256
+#: of the library that was built for it, by the name of its file.
+CARRIER, LIBRARY = "carried out by", "library"
+
+
+@dataclass
+class CaseRecord:
+    """One case and how it ended.
+
+    Attributes:
+        id: pytest's id relative to the package, such as ``cases/test_core.py::test_widths[2]``.
+        area: ``core``, ``corners``, ``drawn``, ``metamorphic``, ``stateful``, ``safety``,
+            ``ordering``, ``capture``, ``claims``.
+        profile: the least profile that runs it, ``core`` or ``full``.
+        claim: the field of `Capabilities` that it judges; empty for what every backend must do.
+        status: how it ended; ``error`` is a fault of the suite or its surroundings.
+        seconds: time it took.
+        examples: copies that were judged in it.
+        declined: copies in it that the backend declined, and that were not judged for it.
+        tags: ``layout``, ``dtype``, ``operation`` where the case is about one.
+        reason: a sentence: the first wrong byte, why it is waived, what is not claimed; where it
+            passed, why some of its copies were declined.
+        details: traceback and captured output; empty where it passed.
+        replay: the command that runs this case again, alone.
+        example: file name of the shrunken failing example, beside the report; or empty.
+    """
+
+    id: str
+    area: str
+    profile: str
+    claim: str = ""
+    status: Status = "passed"
+    seconds: float = 0.0
+    examples: int = 0
+    declined: int = 0
+    tags: dict[str, str] = field(default_factory=dict)
+    reason: str = ""
+    details: str = ""
+    replay: str = ""
+    example: str = ""
+
+    def line(self) -> str:
+        """This record as one line of JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> CaseRecord:
+        """A record of parsed JSON; ValueError where a field is missing, unknown or of another
+        type."""
+        if not isinstance(values, dict):
+            raise ValueError(f"A case record is {json.dumps(values)[:60]}, expected an object.")
+        known = {entry.name for entry in fields(cls)}
+        if set(values) != known:
+            odd = sorted(set(values) ^ known)
+            raise ValueError(f"A case record has fields {odd} missing or unknown.")
+        if values["status"] not in STATUSES:
+            raise ValueError(f"Case {values['id']!r} has status {values['status']!r}.")
+        return _of_kind(cls(**values))
+
+
+@dataclass
+class RunRecord:
+    """A whole run: the document ``conformance.json``.
+
+    Attributes:
+        schema, suite, spec: what the document and the suite are.
+        backend: ``name``, ``target`` (module:Class), ``version``, ``source_sha256``.
+        environment: ``torch``, ``python``, ``os``, ``device`` (as asked), ``device_name``,
+            ``driver``, ``emulated`` (bool), and versions of the vendor's packages.
+        capabilities: every field of `Capabilities`, as plain values.
+        trace: the registry's answers, a sentence each.
+        profile, seed, fuzz: what was asked (``fuzz`` 0: none).
+        case_list_sha256: of the sorted ids that the profile consists of.
+        cases: one record for each id of the case list.
+        totals: how many cases have each status.
+        rung: ``R3``, ``R6`` or empty; verdict: ``conformant``, ``failed`` or ``incomplete``.
+        missing: sentences: what could not be run here.
+        started: ISO 8601, UTC; seconds: of the whole run.
+        command: what repeats it.
+    """
+
+    schema: str
+    suite: str
+    spec: str
+    backend: dict[str, str]
+    environment: dict[str, Any]
+    capabilities: dict[str, Any]
+    trace: list[str]
+    profile: str
+    seed: int
+    fuzz: int
+    case_list_sha256: str
+    cases: list[CaseRecord]
+    totals: dict[str, int]
+    rung: str
+    verdict: str
+    missing: list[str]
+    started: str
+    seconds: float
+    command: str
+    waivers: list[dict[str, str]] = field(default_factory=list)
+
+    def document(self) -> str:
+        """The JSON document, readable, with a final newline."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, text: str) -> RunRecord:
+        """A document parsed.
+
+        Raises:
+            ValueError: it is none of this schema, or of a suite whose reports had other fields; a
+                sentence that says which.
+        """
+        values = json.loads(text)
+        if not isinstance(values, dict) or values.get("schema") != SCHEMA:
+            raise ValueError(f"This is no report of schema {SCHEMA!r}.")
+        known = {entry.name for entry in fields(cls)}
+        if set(values) != known:
+            odd = sorted(set(values) ^ known)
+            raise ValueError(
+                f"The report is of suite {values.get('suite')!r} (installed is {SUITE_VERSION!r}) "
+                f"and has fields {odd} missing or unknown."
+            )
+        if isinstance(values["cases"], list):
+            values["cases"] = [CaseRecord.read(case) for case in values["cases"]]
+        return _of_kind(cls(**values))
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "str": str, "int": int, "float": (int, float), "list": list, "dict": dict,
+}  # fmt: skip
+
+
+_Record = TypeVar("_Record", "CaseRecord", "RunRecord")
+
+
+def _of_kind(record: _Record) -> _Record:
+    """The record; ValueError with a sentence for each value of another type than the field's."""
+    odd = [*_odd_kinds(record)]
+    if odd:
+        raise ValueError(" ".join(odd))
+    return record
+
+
+def _odd_kinds(record: CaseRecord | RunRecord) -> Iterator[str]:
+    place = f"case {record.id!r}" if isinstance(record, CaseRecord) else "the report"
+    for entry in fields(record):
+        kind = _KINDS.get(str(entry.type).partition("[")[0], str)
+        value = getattr(record, entry.name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            yield f"In {place} {entry.name!r} is {json.dumps(value)[:60]}, not {entry.type}."

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run of the suite was asked for, and the command that asks for it again."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from portakv_conformance.judge.waivers import Waiver
+
+#: Seconds that one case may take; more where ``--fuzz`` draws many examples in it.
+CASE_LIMIT = 120.0
+_EXAMPLES_A_SECOND = 5
+# What changes which kernel runs, and so belongs to the command that repeats a run.
+_TOLD_BY_ENVIRONMENT = ("TRITON_INTERPRET",)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run.
+
+    Attributes:
+        backend: a registered name or ``pkg.mod:Class``.
+        device: where.
+        profile: ``core`` or ``full``.
+        seed: of every pattern and drawing.
+        fuzz: examples drawn in each drawn case; 0: the profile's own numbers.
+        waivers: cases that may fail; waiver_file: where they stand.
+        limit: seconds that one case may take; None: `CASE_LIMIT`, more under ``fuzz``.
+        exit_first: stop at the first failure.
+        only: ids to run; empty: all of the profile.
+        emulated: the simulated device carries the name of ``device``.
+        examples: an existing folder for failing examples that were shrunken.
+        jobs: workers at a time.
+    """
+
+    backend: str
+    device: str = "cpu"
+    profile: str = "core"
+    seed: int = 0
+    fuzz: int = 0
+    waivers: tuple[Waiver, ...] = ()
+    waiver_file: str = ""
+    limit: float | None = None
+    exit_first: bool = False
+    only: tuple[str, ...] = ()
+    emulated: bool = False
+    examples: Path | None = None
+    jobs: int = 1
+
+    @property
+    def seconds(self) -> float:
+        """The limit of one case, in seconds."""
+        return self.limit or CASE_LIMIT + self.fuzz / _EXAMPLES_A_SECOND
+
+    def command(self, *only: str) -> str:
+        """The command that repeats this run, or only some of its cases."""
+        words = ["portakv", "conform", self.backend, "--device", self.device]
+        words += ["--profile", self.profile, "--seed", str(self.seed)]
+        words += ["--fuzz", str(self.fuzz)] if self.fuzz else []
+        words += ["--emulated"] if self.emulated else []
+        words += ["--waivers", self.waiver_file] if self.waivers and not only else []
+        words += ["--limit", f"{self.limit:g}"] if self.limit else []
+        words += ["--jobs", str(self.jobs)] if self.jobs > 1 and not only else []
+        chosen = only or self.only
+        words += ["--only", *chosen] if chosen else []
+        told = {name: os.environ[name] for name in _TOLD_BY_ENVIRONMENT if name in os.environ}
+        return " ".join([*(f"{k}={v}" for k, v in told.items()), shlex.join(words)])
+
+    def suite_options(self) -> list[str]:
+        """The same as options of the pytest plugin, but for ``only``."""
+        told = [
+            "--portakv-backend", self.backend, "--portakv-device", self.device,
+            "--portakv-profile", self.profile, "--portakv-seed", str(self.seed),
+        ]  # fmt: skip
+        told += ["--portakv-fuzz", str(self.fuzz)] if self.fuzz else []
+        told += ["--portakv-emulated"] if self.emulated else []
+        if self.examples is not None:
+            told += ["--portakv-examples", str(self.examples.resolve())]
+        return told

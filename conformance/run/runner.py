@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the suite on one backend: one long-lived worker or several, replaced when lost, and a record.
+
+A worker is lost when it crashes, and when a case takes longer than its limit. The case at fault
+has failed then, with the stacks; another worker goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from portakv_conformance import SPEC_VERSION, SUITE_VERSION
+from portakv_conformance.evidence.verdict import LEFT_OUT, case_list_sha256, in_list_order, judge
+from portakv_conformance.run.journal import BadRequest, Journal, SubjectUnavailable, SuiteBroken
+from portakv_conformance.run.progress import SILENT, Progress
+from portakv_conformance.run.record import SCHEMA, RunRecord
+from portakv_conformance.run.request import Options
+from portakv_conformance.run.select import counted
+from portakv_conformance.run.workers import Crew
+
+__all__ = ["BadRequest", "Options", "SubjectUnavailable", "SuiteBroken", "run"]
+
+_WORKER = (sys.executable, "-m", "portakv_conformance.run.worker")
+
+
+def run(
+    options: Options, progress: Progress = SILENT, *, command: Sequence[str] = _WORKER
+) -> RunRecord:
+    """Run the suite and judge what came of it.
+
+    Args:
+        options: what to run.
+        progress: who is told as it goes on.
+        command: what runs a worker, to which the file of its orders is added.
+
+    Raises:
+        SubjectUnavailable: the backend cannot run there, with the probe's reason.
+        BadRequest: a malformed name, or an id that no case has.
+        SuiteBroken: the suite could not be collected.
+    """
+    started, began = datetime.now(timezone.utc), time.monotonic()
+    journal = Journal(options, progress)
+    with tempfile.TemporaryDirectory(prefix="portakv-conform-") as folder:
+        Crew(journal, options, progress, Path(folder), command).work()
+    _note_what_was_left_out(journal, options)
+    return _record(journal, options, started, time.monotonic() - began)
+
+
+def _note_what_was_left_out(journal: Journal, options: Options) -> None:
+    if options.only:
+        journal.miss(f"Only {counted(len(journal.ids))} asked for (--only), not the profile.")
+    if journal.stopped and journal.left():
+        left = counted(len(journal.left()))
+        journal.miss(f"{left} behind the first failure and did not run (-x).")
+
+
+def _record(journal: Journal, options: Options, started: datetime, seconds: float) -> RunRecord:
+    subject = journal.subject
+    record = RunRecord(
+        schema=SCHEMA,
+        suite=SUITE_VERSION,
+        spec=SPEC_VERSION,
+        backend=subject["backend"],
+        environment=dict(subject["environment"]),
+        capabilities=subject["capabilities"],
+        trace=subject["trace"],
+        profile=options.profile,
+        seed=options.seed,
+        fuzz=options.fuzz,
+        case_list_sha256=case_list_sha256(journal.ids),
+        cases=in_list_order(journal.cases, journal.ids),
+        totals={},
+        rung="",
+        verdict="",
+        missing=journal.missing,
+        started=started.isoformat(timespec="seconds"),
+        seconds=round(seconds, 2),
+        command=options.command(),
+        waivers=[waiver.plain() for waiver in options.waivers],
+    )
+    if journal.lone:
+        record.environment[LEFT_OUT] = (
+            f"{counted(journal.lone)} left out, since one device was found"
+        )
+    judge(record)
+    return record

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block transfers: transfers that know what they move, layer by layer, and how far they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from portakv.blocks.pump import Pump, Slice
+from portakv.engines.across import across
+from portakv.engines.terms import Terms
+from portakv.registry.prepared import route
+from portakv.registry.registry import Choice
+from portakv.runtime.clocks import Clock
+from portakv.runtime.transfer import Completion, Transfer
+from portakv.view.form import Form
+from portakv.view.index import Index
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What became of a block transfer so far.
+
+    Attributes:
+        nbytes: bytes that have landed.
+        blocks: blocks that have landed in all layers, in blocks of the source, or of the
+            destination where the source is a chunk.
+        blocks_asked: blocks to move. Ids on the host that are skipped do not count; ids on a
+            device are not looked at.
+        engine: the backend, or the engine across the link, that carries it out; of several pieces,
+            the first.
+        why: why that one, as a phrase.
+        seconds: what it took; None before the end, and inside graph capture.
+        clock: what told the time: ``host clock`` from the call to the moment when the end was
+            noticed, or, where it was asked for, ``device events`` on its stream.
+        slices: how many pieces it was issued in so far.
+        cancelled: it was cancelled, so that some blocks are not moved.
+    """
+
+    nbytes: int
+    blocks: int
+    blocks_asked: int
+    engine: str
+    why: str
+    seconds: float | None
+    clock: str
+    slices: int
+    cancelled: bool
+
+    @property
+    def gbps(self) -> float | None:
+        """10^9 bytes in a second; None where no time is known."""
+        return self.nbytes / self.seconds / 1e9 if self.seconds else None
+
+
+class Asked(NamedTuple):
+    """What a block transfer was asked to move: enough to tell of it, and none of the memory."""
+
+    src: Form
+    dst: Form
+    src_index: Index
+    dst_index: Index
+    tokens: int
+    choice: Choice
+    terms: Terms
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block."""
+        return self.src_index.plan_step or self.dst_index.plan_step or 1
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of a token in all layers; of an opaque page, its share."""
+        return self.src.token_bytes / (self.src.block_size if self.src.opaque else 1)
+
+    def moving(self) -> int:
+        """The tokens of which no id on the host says that they are skipped."""
+        skipped = None
+        for index in (self.src_index, self.dst_index):
+            if index.ids is None or not index.on_host:
+                continue
+            if self.tokens and int(index.host_ids().min()) < 0:
+                mine = index.slots(self.tokens) < 0
+                skipped = mine if skipped is None else skipped | mine
+        return self.tokens if skipped is None else self.tokens - int(np.count_nonzero(skipped))
+
+    def engine(self) -> tuple[str, str]:
+        """The backend, or the engine across the link, that carries it out, and why that one."""
+        choice = self.choice
+        if (self.src.place, self.dst.place) not in choice.can.places:
+            choice = across(choice, self.terms)
+        steps = (self.src_index.plan_step, self.dst_index.plan_step)
+        way = route(self.src, self.dst, *steps, None, choice)
+        pick = getattr(way.launch, "pick", None)
+        if pick is None or not self.tokens:
+            return way.choice.name, way.choice.trace[-1].reason
+        # An engine that chooses engines: it looks at indices, and at no memory.
+        picked = pick(None, None, self.src_index, self.dst_index, self.tokens)
+        return picked.engine, picked.why
+
+
+class BlockTransfer(Transfer):
+    """What `copy_blocks` returns.
+
+    Attributes:
+        layers: with ``by_layer`` a `Transfer` for each layer, which ends when that layer's bytes
+            have landed; else empty. The transfer itself covers all of them.
+    """
+
+    __slots__ = ("_asked", "_clock", "_first", "_pump", "_slices", "layers")
+
+    def __init__(
+        self,
+        completions: Sequence[Completion],
+        kept: Any,
+        captured: bool,
+        asked: Asked,
+        clock: Clock,
+        layers: Sequence[Transfer] = (),
+        first: Asked | None = None,
+        pump: Pump | None = None,
+        slices: Sequence[Slice] = (),
+    ) -> None:
+        super().__init__(completions, kept, captured)
+        self._asked, self._first, self._clock = asked, first or asked, clock
+        self._pump, self._slices, self.layers = pump, slices, tuple(layers)
+
+    @classmethod
+    def of(
+        cls,
+        transfer: Transfer,
+        asked: Asked,
+        clock: Clock,
+        layers: Sequence[Transfer] = (),
+        first: Asked | None = None,
+    ) -> BlockTransfer:
+        """A transfer that was issued already."""
+        clock.issued(transfer.ordered)
+        if not transfer.completions:
+            clock.landed()
+        ends = transfer.completions, transfer._kept, transfer._captured
+        return cls(*ends, asked, clock, layers, first)
+
+    def cancel(self) -> bool:
+        """Move no more than what is on its way already; never blocks.
+
+        Returns:
+            True where some blocks will not be moved: the transfer then ends early, with
+            `TransferCancelled`. False where all have been issued or moved, which is so from the
+            beginning without ``cancellable`` or ``max_gbps``.
+        """
+        return self._pump is not None and self._pump.cancel()
+
+    @property
+    def cancelled(self) -> bool:
+        """True where some blocks will not be moved because of `cancel`."""
+        return self._pump is not None and self._pump.cancelled
+
+    @property
+    def statistics(self) -> Statistics:
+        """What became of it so far; never blocks or raises."""
+        asked, clock = self._asked, self._clock
+        ended = self._pump is None or self._pump.ended  # asked first: what follows is then all
+        moving = asked.moving()
+        nbytes, blocks = self._progress(moving)
+        engine, why = self._first.engine()
+        return Statistics(
+            nbytes,
+            blocks,
+            moving // asked.block,
+            engine,
+            why,
+            clock.seconds() if ended else None,
+            clock.name,
+            self._pump.issued if self._pump is not None else max(1, len(self.layers)),
+            self.cancelled,
+        )
+
+    def _progress(self, moving: int) -> tuple[int, int]:
+        """Bytes that have landed, and blocks that have in all layers."""
+        asked = self._asked
+        if self._pump is not None:
+            landed = self._slices[: self._pump.landed]
+            layer = self._slices[-1].layer if self._slices else None
+            whole = sum(piece.tokens for piece in landed if piece.layer == layer)
+            return sum(piece.nbytes for piece in landed), whole // asked.block
+        if self._captured:
+            return 0, 0
+        ended = all(completion.ended() for completion in self.completions)
+        if ended:
+            self._clock.landed()
+            return round(moving * asked.token_bytes), moving // asked.block
+        done = sum(all(c.ended() for c in layer.completions) for layer in self.layers)
+        each = moving * asked.token_bytes / max(1, len(self.layers))
+        return round(done * each), 0
+
+    def _finish(self) -> None:
+        self._clock.landed()
+        super()._finish()

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a serving engine calls: `AdaptiveConnector` over registered caches."""

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration: measures what the engines cost on a device, within a time that is given.
+
+Each point copies so many runs of one size between blocks in random order, on the device and on the
+host alike, with room between them, so that no two runs are neighbours and none fold. Every engine
+copies the same blocks, and an engine whose bytes are wrong is left out. What a call keeps the host
+is measured beside what the device takes, and is no part of it where it can be hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from portakv.engines.assumed import D2H, DIRECTIONS, Assumed
+from portakv.engines.choose import Host, HostLaunch
+from portakv.engines.costs import Costs, Point, Table, identity
+from portakv.engines.engine import finish
+from portakv.engines.picking import ORDER
+from portakv.engines.terms import Terms
+from portakv.engines.timing import SEEN, Timer, timer_for
+from portakv.errors import PortaKVError
+from portakv.host import pinned
+from portakv.plan.plan import CopyPlan
+from portakv.plan.runs import Int64
+from portakv.runtime.transfer import Pending
+from portakv.view.form import Form
+from portakv.view.index import Index
+from portakv.view.view import KVView
+
+#: Seconds that measuring takes at most.
+SECONDS = 20.0
+GAP = 256  # bytes between two blocks
+OFTEN = 3
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is measured.
+
+    Attributes:
+        run_bytes: bytes of a run; multiples of 16.
+        payloads: bytes of a copy; each makes a point for every run that fits into it.
+        most_runs: the most runs of a point; beyond, cost rises by as much for each run.
+        repeats: how often each point is timed, after one call that is not.
+        short: bytes of a copy up to which its point is timed `OFTEN` times as often: short copies
+            take one of two times on an H200 (1 MB: 26.7 and 34.9 us), and five of them in a row
+            would often tell the rarer one.
+        pageable: the largest payload between the device and pageable memory.
+    """
+
+    # Closer where copy engines turn from so many copies in a second to so many bytes.
+    run_bytes: tuple[int, ...] = (
+        256, 1 << 10, 4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10, 256 << 10, 2 << 20,
+    )  # fmt: skip
+    payloads: tuple[int, ...] = (64 << 10, 1 << 20, 8 << 20, 64 << 20, 256 << 20)
+    most_runs: int = 1 << 16
+    repeats: int = 5
+    short: int = 1 << 20
+    pageable: int = 64 << 20
+
+    def times(self, nbytes: int) -> int:
+        """How often a point of so many bytes is timed."""
+        return self.repeats * (OFTEN if nbytes <= self.short else 1)
+
+    def runs(self, run_bytes: int, most: int) -> list[int]:
+        """The numbers of runs of one size, rising, in payloads of at most ``most`` bytes."""
+        fitting = [payload // run_bytes for payload in self.payloads if payload <= most]
+        return sorted({min(max(1, n), self.most_runs) for n in fitting} or {1})
+
+    def largest(self, most: int) -> int:
+        """Bytes of the blocks, with their gaps, of the largest point."""
+        return max(self.runs(size, most)[-1] * (size + GAP) for size in self.run_bytes)
+
+
+GRID = Grid()
+
+
+def calibrate(
+    device: torch.device,
+    seconds: float = SECONDS,
+    grid: Grid | None = None,
+    timer: Timer | None = None,
+    host: Host | None = None,
+    clock: Callable[[], float] = perf_counter,
+) -> Table:
+    """Measure the engines of a device.
+
+    Args:
+        device: an accelerator, idle.
+        seconds: time to take at most; points that are left then are not measured.
+        grid: what to measure; by default `GRID`.
+        timer: how; by default `timer_for` the device.
+        host: whose engines; by default all that serve the device.
+        clock: seconds that pass.
+
+    Raises:
+        PortaKVError: no engine could be measured, with the reasons.
+    """
+    began = clock()
+    grid = grid or GRID
+    timer = timer or timer_for(device)
+    work = _Work(device, grid, timer, host or Host(device, terms=_IDLE))
+    whole = True
+    for direction, size, runs, engine in work.points():
+        expected = work.expected(engine, direction, size, runs) * (grid.times(size * runs) + 2)
+        if clock() - began + expected > seconds:
+            whole = False
+            continue
+        work.measure(engine, direction, size, runs)
+    if not work.found:
+        lines = "\n".join(f"  {name}: {why}" for name, why in work.left_out.items())
+        said = lines or f"  {seconds:g} s are too few for the first point"
+        raise PortaKVError(f"No engine could be measured on {device}:\n{said}")
+    points = {
+        key: {size: sorted(column, key=lambda p: p.runs) for size, column in sorted(sizes.items())}
+        for key, sizes in work.found.items()
+    }
+    emulated = bool(getattr(torch.get_device_module(device), "EMULATED", False))
+    return Table(
+        identity(device), points, work.left_out, emulated, clock() - began, whole,
+        f"measured by this process on {device}{', which is emulated' if emulated else ''}",
+        timer.name,
+    )  # fmt: skip
+
+
+_IDLE = Terms(overlap="idle")
+_ASSUMED = Assumed("it is being measured")
+
+
+class _Work:
+    """What is measured with, and what was found so far."""
+
+    def __init__(self, device: torch.device, grid: Grid, timer: Timer, host: Host) -> None:
+        self.device, self._grid, self._timer, self._host = device, grid, timer, host
+        self.left_out: dict[str, str] = dict(host.out)
+        self.found: dict[tuple[str, str], dict[int, list[Point]]] = {}
+        self._launches: dict[tuple[str, Form, Form], HostLaunch] = {}
+        self._pools: dict[str, torch.Tensor] = {}
+
+    def points(self) -> Iterator[tuple[str, int, int, str]]:
+        """Every point; the ends of the grid first, so that a part of them spans it."""
+        for size in _spread(self._grid.run_bytes):
+            for pageable in (False, True):
+                most = self._most(pageable)
+                for runs in _spread(self._grid.runs(size, most)):
+                    for direction in DIRECTIONS:
+                        for engine in self._engines(pageable):
+                            yield direction, size, runs, engine
+
+    def _most(self, pageable: bool) -> int:
+        return self._grid.pageable if pageable else max(self._grid.payloads)
+
+    def _engines(self, pageable: bool) -> list[str]:
+        return [
+            name for name in ORDER
+            if name in self._host.engines and name not in self.left_out
+            and self.pageable(name) == pageable
+        ]  # fmt: skip
+
+    def pageable(self, engine: str) -> bool:
+        places = self._host.engines[engine].capabilities().places
+        return any("pageable" in pair for pair in places)
+
+    def expected(self, engine: str, direction: str, size: int, runs: int) -> float:
+        """Seconds that a copy and a delay before it should take, by what was found so far or is
+        assumed."""
+        point = engine, direction, size, runs
+        columns = self.found.get((engine, direction))
+        costs: Costs = _ASSUMED
+        if columns:
+            known = {s: sorted(c, key=lambda p: p.runs) for s, c in columns.items()}
+            costs = Table({}, {(engine, direction): known})
+        host = costs.host_seconds(*point) or 0.0
+        return (costs.seconds(*point) or 0.0) + host + min(host, SEEN)
+
+    def measure(self, engine: str, direction: str, size: int, runs: int) -> None:
+        """Measure one point; an engine that fails, or whose bytes are wrong, is left out."""
+        if engine in self.left_out:
+            return
+        try:
+            copy = _Copy(self, engine, direction, size, runs)
+            if size not in self.found.get((engine, direction), {}):
+                copy.prove()
+            # Who copies pageable memory waits for the device, and would wait for a delay as well.
+            kept = copy.host_seconds()
+            hide = 0.0 if self.pageable(engine) else kept
+            repeats = self._grid.times(size * runs)
+            times = [self._timer.time(copy.call, hide) for _ in range(repeats)]
+        except Exception as error:  # one engine that fails must not end the others
+            with suppress(Exception):
+                torch.accelerator.synchronize(self.device)
+            self.left_out[engine] = f"{type(error).__name__} at {runs} runs of {size} B: {error}"
+            for key in [key for key in self.found if key[0] == engine]:
+                del self.found[key]
+            return
+        seconds, host = (median(column) for column in zip(*times, strict=True))
+        column = self.found.setdefault((engine, direction), {}).setdefault(size, [])
+        column.append(Point(runs, seconds, host))
+
+    def launch(self, direction: str, src: KVView, dst: KVView) -> HostLaunch:
+        """The launch between two forms; made once."""
+        key = direction, src.form, dst.form
+        found = self._launches.get(key)
+        if found is None:
+            found = self._launches[key] = self._host.prepare(CopyPlan(src.form, dst.form, 1, 1))
+        return found
+
+    def blocks(self, place: str, size: int, runs: int) -> torch.Tensor:
+        """``[runs, 1, size]`` bytes with gaps, out of one piece of memory for each place."""
+        pool = self._pools.get(place)
+        if pool is None:
+            nbytes = self._grid.largest(self._most(place == "pageable"))
+            pool = self._pools[place] = _memory(place, nbytes, self.device)
+        pitch = size + GAP
+        return pool[: runs * pitch].view(runs, 1, pitch)[:, :, :size]
+
+
+class _Copy:
+    """One engine's copy of so many blocks of one size."""
+
+    def __init__(self, work: _Work, engine: str, direction: str, size: int, runs: int) -> None:
+        host = work.blocks("pageable" if work.pageable(engine) else "pinned", size, runs)
+        device = work.blocks("device", size, runs)
+        self._engine, self._device, self._runs = engine, work.device, runs
+        self._src, self._dst = (device, host) if direction == D2H else (host, device)
+        self._orders = [_shuffled(runs, seed) for seed in (1, 2)]
+        self._indices = [Index(order) for order in self._orders]
+        self._views = [KVView(x, "block token dim", block_size=1) for x in (self._src, self._dst)]
+        self._launch = work.launch(direction, *self._views)
+
+    def call(self) -> Pending | None:
+        """Copy every block, under lists that are wherever engines read them: new ones are sent by
+        some and not by others, in a few microseconds that are not the copy's."""
+        (src, dst), (mine, theirs) = self._views, self._indices
+        return self._launch.carry(self._engine, src, dst, mine, theirs, self._runs, None)
+
+    def host_seconds(self) -> float:
+        """Seconds that a call keeps the host, once one was made before it."""
+        for _ in range(2):
+            torch.accelerator.synchronize(self._device)
+            began = perf_counter()
+            pending = self.call()
+            taken = perf_counter() - began
+            finish(pending)
+        return taken
+
+    def prove(self) -> None:
+        """Raise `PortaKVError` unless a copy brings every block where it belongs."""
+        for blocks, first in ((self._src, 1), (self._dst, 128)):
+            number = torch.arange(self._runs, device=blocks.device) % 127 + first
+            blocks[:, 0, :] = number.to(torch.uint8)[:, None]
+        finish(self.call())
+        torch.accelerator.synchronize(self._device)
+        sides = zip((self._src, self._dst), self._orders, strict=True)
+        wanted, found = (blocks.cpu()[torch.from_numpy(order)] for blocks, order in sides)
+        if not torch.equal(wanted, found):
+            raise PortaKVError("its bytes were wrong")
+
+
+def _memory(place: str, nbytes: int, device: torch.device) -> torch.Tensor:
+    if place == "pinned":
+        return pinned.allocate(nbytes, fallback=False).tensor
+    return torch.zeros(nbytes, dtype=torch.uint8, device=device if place == "device" else "cpu")
+
+
+def _shuffled(runs: int, seed: int) -> Int64:
+    return np.random.default_rng(seed).permutation(runs).astype(np.int64)
+
+
+def _spread(values: Sequence[int]) -> list[int]:
+    """The ends first, then the middle of each gap."""
+    order: list[int] = []
+    spans = [(0, len(values) - 1)]
+    for at in (0, len(values) - 1):
+        if values[at] not in order:
+            order.append(values[at])
+    while spans:
+        low, high = spans.pop(0)
+        if high - low < 2:
+            continue
+        middle = (low + high) // 2
+        order.append(values[middle])
+        spans += [(low, middle), (middle, high)]
+    return order
+
+
+Rows = Mapping[tuple[str, int, int], Mapping[str, Point]]
+
+
+def by_point(table: Table) -> Rows:
+    """The measurements of a table by direction, bytes of a run and runs, then by engine."""
+    found: dict[tuple[str, int, int], dict[str, Point]] = {}
+    for engine in ORDER:
+        for direction in DIRECTIONS:
+            for size, column in table.points.get((engine, direction), {}).items():
+                for point in column:
+                    found.setdefault((direction, size, point.runs), {})[engine] = point
+    return dict(sorted(found.items()))

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of measured costs: look-up, and its file in the user's cache folder.
+
+There is one file for each kind of device, driver and torch. What is missing, corrupt or of another
+device is no error: the costs are then assumed, and say why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from portakv.engines.assumed import DIRECTIONS, Assumed
+from portakv.engines.link import by_torch
+from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime import kernel_cache as _kernel_cache
+from portakv.runtime.devices import device_name
+
+#: Of the file, and of how engines behave: a table of another format is measured anew.
+FORMAT = 2
+
+#: Where Linux tells the version of NVIDIA's module, and of AMD's.
+_MODULES = Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version")
+
+Columns = Mapping[int, Sequence["Point"]]  # by bytes of a run, with rising numbers of runs
+
+
+class Costs(Protocol):
+    """What engines cost."""
+
+    @property
+    def origin(self) -> str:
+        """Where the figures come from."""
+
+    @property
+    def measured(self) -> bool:
+        """Whether they were measured on this device."""
+
+    def seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> float | None:
+        """Seconds that the device takes; None where nothing is known of an engine."""
+
+    def host_seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> float | None:
+        """Seconds that a call keeps the host; None where nothing is known of an engine."""
+
+
+class TableError(ValueError):
+    """Why a file is no table, as the end of a sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One measurement: so many runs, the seconds until they had landed, without what the host does
+    first where that can be hidden, and the seconds that the call kept the host."""
+
+    runs: int
+    seconds: float
+    host_seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Measured costs of one kind of device.
+
+    Attributes:
+        device: what it was measured on; see `identity`.
+        points: measurements by engine and direction.
+        left_out: engines that were not measured, and why.
+        emulated: measured on an emulated device, whose times mean nothing.
+        took: seconds of measuring.
+        whole: every point was measured within the time that was allowed.
+        origin: where it comes from.
+        timer: what its times are.
+    """
+
+    device: Mapping[str, str]
+    points: Mapping[tuple[str, str], Columns]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    emulated: bool = False
+    took: float = 0.0
+    whole: bool = True
+    origin: str = "measured by this process"
+    timer: str = ""
+    measured = True
+
+    def __post_init__(self) -> None:
+        for name, of in (("_seconds", _of_device), ("_host_seconds", _of_host)):
+            known = {key: _Surface(columns, of) for key, columns in self.points.items() if columns}
+            object.__setattr__(self, name, known)
+
+    def seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> float | None:
+        """Seconds that the device takes; None where an engine was not measured."""
+        surfaces: dict[tuple[str, str], _Surface] = self._seconds  # type: ignore[attr-defined]
+        surface = surfaces.get((engine, direction))
+        return None if surface is None else surface.seconds(run_bytes, runs)
+
+    def host_seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> float | None:
+        """Seconds that a call keeps the host; None where an engine was not measured."""
+        surfaces: dict[tuple[str, str], _Surface] = self._host_seconds  # type: ignore[attr-defined]
+        surface = surfaces.get((engine, direction))
+        return None if surface is None else surface.seconds(run_bytes, runs)
+
+
+def _of_device(point: Point) -> float:
+    return point.seconds
+
+
+def _of_host(point: Point) -> float:
+    return point.host_seconds
+
+
+class _Surface:
+    """Seconds of one engine in one direction over bytes of a run and number of runs.
+
+    Between measurements seconds are linear: in the number of runs of one size, and for equal bytes
+    in how many runs they lie in. That is exact for what each run and each byte has its price.
+    """
+
+    def __init__(self, columns: Columns, of: Callable[[Point], float]) -> None:
+        self._sizes = sorted(columns)
+        self._columns = [
+            ([p.runs for p in columns[size]], [of(p) for p in columns[size]])
+            for size in self._sizes
+        ]
+
+    def seconds(self, run_bytes: int, runs: int) -> float:
+        sizes = self._sizes
+        nbytes = max(1, run_bytes) * max(1, runs)
+        if run_bytes <= sizes[0]:
+            # Narrower runs cost what the narrowest do, each.
+            return _along(*self._columns[0], max(1, runs))
+        if run_bytes >= sizes[-1]:
+            return _along(*self._columns[-1], nbytes / sizes[-1])
+        at = bisect_left(sizes, run_bytes)
+        narrow, wide = sizes[at - 1], sizes[at]
+        share = (1 / narrow - 1 / run_bytes) / (1 / narrow - 1 / wide)
+        first = _along(*self._columns[at - 1], nbytes / narrow)
+        return first + share * (_along(*self._columns[at], nbytes / wide) - first)
+
+
+def _along(runs: Sequence[int], seconds: Sequence[float], wanted: float) -> float:
+    """Seconds at a number of runs; straight on past the last one, level before the first one."""
+    if wanted <= runs[0]:
+        return seconds[0]
+    if len(runs) == 1:
+        return seconds[0] * wanted / runs[0]
+    at = min(bisect_left(runs, wanted), len(runs) - 1)
+    # Two measurements that are close to each other may fall; nothing gets cheaper by more runs.
+    slope = max(0.0, seconds[at] - seconds[at - 1]) / (runs[at] - runs[at - 1])
+    if wanted > runs[-1]:
+        slope = max(slope, 0.5 * seconds[-1] / runs[-1])
+        return seconds[-1] + slope * (wanted - runs[-1])
+    return seconds[at - 1] + slope * (wanted - runs[at - 1])
+
+
+def identity(device: torch.device) -> dict[str, str]:
+    """What a table is true for: the device's model, its driver and runtime, and torch."""
+    runtime = torch.version.cuda or torch.version.hip or ""
+    return {
+        "type": device.type,
+        "model": device_name(device),
+        "driver": _driver() if device.type == "cuda" else "",
+        "runtime": runtime if device.type == "cuda" else "",
+        "torch": torch.__version__,
+    }
+
+
+def _driver() -> str:
+    """The kernel module's version, else the CUDA version that the driver supports; or nothing."""
+    module = _MODULES[torch.version.hip is not None]
+    with suppress(OSError, UnicodeDecodeError):
+        found = re.search(r"(?:^|\s)(\d+\.\d[\d.]*)", module.read_text())
+        if found:
+            return found[1]
+    with suppress(ImportError):
+        return str(_cuda_driver.driver_version())
+    return ""
+
+
+def path_for(device: Mapping[str, str]) -> Path:
+    """The file of a device; its folder need not exist."""
+    words = json.dumps([FORMAT, dict(sorted(device.items()))])
+    digest = hashlib.sha256(words.encode()).hexdigest()[:16]
+    return _kernel_cache.directory() / f"host-table-{digest}.json"
+
+
+def store(table: Table) -> Path:
+    """Write a table to its file, at once or not at all, and use it from now on.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = path_for(table.device)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(as_json(table), file, indent=1)
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    forget()
+    return path
+
+
+def read(path: Path) -> Table:
+    """The table in a file.
+
+    Raises:
+        TableError: it cannot be read, or holds no table of this format.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise TableError(f"it cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise TableError("it is no JSON") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else None
+        raise TableError(f"its format is {found!r}, and this release reads {FORMAT}")
+    try:
+        return _parsed(content, path)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise TableError(f"its contents are damaged ({type(error).__name__}: {error})") from error
+
+
+def as_json(table: Table) -> dict[str, Any]:
+    """A table as its file has it."""
+    engines: dict[str, dict[str, list[list[float]]]] = {}
+    for (engine, direction), columns in table.points.items():
+        engines.setdefault(engine, {})[direction] = [
+            [size, p.runs, p.seconds, p.host_seconds] for size in columns for p in columns[size]
+        ]
+    return {
+        "format": FORMAT,
+        "device": dict(table.device),
+        "emulated": table.emulated,
+        "took_seconds": round(table.took, 3),
+        "whole": table.whole,
+        "timer": table.timer,
+        "left_out": dict(table.left_out),
+        "columns": ["run_bytes", "runs", "seconds", "host_seconds"],
+        "engines": engines,
+    }
+
+
+def _parsed(content: Mapping[str, Any], path: Path) -> Table:
+    points: dict[tuple[str, str], dict[int, list[Point]]] = {}
+    for engine, by_direction in content["engines"].items():
+        for direction, rows in by_direction.items():
+            if direction not in DIRECTIONS:
+                raise ValueError(f"direction {direction!r}")
+            columns = points.setdefault((engine, direction), {})
+            for size, runs, seconds, host_seconds in rows:
+                point = Point(_count(runs), _positive(seconds), _time(host_seconds))
+                columns.setdefault(_count(size), []).append(point)
+            for column in columns.values():
+                column.sort(key=lambda p: p.runs)
+                if len({p.runs for p in column}) < len(column):
+                    raise ValueError("a point occurs twice")
+    device = {str(k): str(v) for k, v in content["device"].items()}
+    emulated = bool(content["emulated"])
+    origin = f"measured on {device.get('model') or device.get('type', '?')}"
+    return Table(
+        device,
+        points,
+        {str(k): str(v) for k, v in content["left_out"].items()},
+        emulated,
+        _time(content["took_seconds"]),
+        bool(content["whole"]),
+        f"{origin}{', which is emulated' if emulated else ''} ({path})",
+        str(content["timer"]),
+    )
+
+
+def _count(number: Any) -> int:
+    if type(number) is not int or number < 1:
+        raise ValueError(f"{number!r} is no number of runs or bytes")
+    return number
+
+
+def _time(number: Any) -> float:
+    if type(number) not in (int, float) or not math.isfinite(number) or number < 0:
+        raise ValueError(f"{number!r} is no time")
+    return float(number)
+
+
+def _positive(number: Any) -> float:
+    if not _time(number):
+        raise ValueError(f"{number!r} is no time that a copy can take")
+    return float(number)
+
+
+_known: dict[torch.device, Costs] = {}
+_lock = threading.Lock()
+
+
+def costs_of(device: torch.device) -> Costs:
+    """The costs of a device: its table, read once in a process, or what is assumed."""
+    found = _known.get(device)
+    if found is None:
+        with _lock:
+            found = _known.get(device)
+            if found is None:
+                found = _known[device] = _find(device)
+    return found
+
+
+def forget() -> None:
+    """Read tables anew when they are next asked for."""
+    with _lock:
+        _known.clear()
+
+
+def _find(device: torch.device) -> Costs:
+    mine = identity(device)
+    path = path_for(mine)
+    if not path.exists():
+        why = (
+            f"there is no table for this device in {path.parent}; `portakv calibrate` measures one"
+        )
+        return Assumed(why, by_torch(device))
+    try:
+        table = read(path)
+    except TableError as error:
+        why = f"{path} was ignored, since {error}; `portakv calibrate` measures anew"
+        return Assumed(why, by_torch(device))
+    if table.device != mine:
+        why = (
+            f"{path} was ignored, since it was measured on {dict(table.device)}, and this is "
+            f"{mine}; `portakv calibrate` measures anew"
+        )
+        return Assumed(why, by_torch(device))
+    return table

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`descriptors`: the plan's runs, merged and folded, handed to the copy engines as they are.
+
+Nothing runs on the device and nothing is staged; the host pays for each piece.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
+import torch
+
+from portakv.backends.base import Capabilities, Decision, Launch
+from portakv.engines.engine import PINNED, Engine, direction_of
+from portakv.engines.link import Pieces, crossing
+from portakv.engines.pieces import pieces_of
+from portakv.host import _registrations
+from portakv.plan.plan import CopyPlan
+from portakv.runtime import _flight
+from portakv.view.index import Index
+
+if TYPE_CHECKING:
+    from portakv.view.view import KVView
+
+#: Bytes of a plan's run. With less the host spends longer on describing a run than anything else
+#: would take to move it: at 1 us a run, 16 bytes are 0.016 GB/s.
+LEAST_RUN = 16
+
+#: Pieces that one launch remembers, of all the index lists that it met; 48 bytes each.
+MOST_KEPT = 1 << 18
+
+
+class Descriptors(Engine):
+    """A copy for every piece: batched where the driver can, of rows at a pitch where they are."""
+
+    name = "descriptors"
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(places=PINNED, index_on="any")
+
+    def check(self, plan: CopyPlan) -> Decision:
+        decision = super().check(plan)
+        run = min(nest.run for nest in plan.nests)
+        if decision.accepted and run < LEAST_RUN:
+            why = f"it copies runs of {LEAST_RUN} B or more, and the plan has some of {run} B"
+            return Decision(self.name, False, why)
+        return decision
+
+    def prepare(self, plan: CopyPlan) -> Launch:
+        return _DescriptorsLaunch(plan, self.device)
+
+
+class _DescriptorsLaunch:
+    def __init__(self, plan: CopyPlan, device: torch.device) -> None:
+        self._plan, self._device = plan, device
+        self._downward = direction_of(plan) == "d2h"
+        self._crossing = crossing(device)
+        self._known = _Known()
+
+    def __call__(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+    ) -> None:
+        if not count:
+            return
+        key = (
+            src.origins, dst.origins, src.slots, dst.slots, count, _registrations.seams(),
+            _place(src_index), _place(dst_index),
+        )  # fmt: skip
+        pieces = self._known.get(key)
+        if pieces is None:
+            # On the host every id is looked at before anything is moved.
+            indices = src_index.to_host(), dst_index.to_host()
+            below = self._crossing.fold_below
+            pieces = pieces_of(self._plan, src, dst, *indices, count, below)
+            if not (src_index.fleeting or dst_index.fleeting):
+                self._known.put(key, pieces, (src_index.lineage, dst_index.lineage))
+        host = dst if self._downward else src
+        try:
+            self._crossing.copy(pieces, src, dst, stream)
+        finally:
+            # No allocator knows of these copies, so the host's memory is held until they ended.
+            _flight.completion(self._device, stream, *host.owners)
+
+
+class _Known:
+    """Pieces of the lists that were met last; any thread may ask."""
+
+    def __init__(self) -> None:
+        # A lineage is held, so that its identity is not given to another one.
+        self._pieces: OrderedDict[Hashable, tuple[Pieces, object]] = OrderedDict()
+        self._number = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> Pieces | None:
+        found = self._pieces.get(key)
+        return None if found is None else found[0]
+
+    def put(self, key: Hashable, pieces: Pieces, lineages: object) -> None:
+        with self._lock:
+            if pieces.number > MOST_KEPT or key in self._pieces:
+                return
+            self._pieces[key] = pieces, lineages
+            self._number += pieces.number + 1
+            while self._number > MOST_KEPT:
+                _, (oldest, _) = self._pieces.popitem(last=False)
+                self._number -= oldest.number + 1
+
+
+def _place(index: Index) -> tuple[int, int]:
+    """Which slots an index names: which list, and from which position on."""
+    return (0 if index.ids is None else id(index.lineage)), index.offset

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`direct`: a kernel that reads or writes pinned host memory by itself, with few thread blocks.
+
+It needs no staging and no copy engine, and one launch carries a copy of any layout out. What it
+takes is a share of the device's time for as long as the link needs: it is for an idle device, for
+small payloads, and for a limited rate.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from portakv.backends.base import Capabilities, Decision, Launch
+from portakv.engines._direct_kernel import BLOCKS, NAME, DirectKernel
+from portakv.engines.engine import PINNED, Engine
+from portakv.engines.terms import Terms
+from portakv.errors import Unsupported
+from portakv.host.small import to_device
+from portakv.plan.plan import CopyPlan
+from portakv.registry.registry import Choice
+from portakv.runtime import _flight, capture, events
+from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime._launching import Arguments, captured, forked
+
+if TYPE_CHECKING:
+    from portakv.view.index import Index
+    from portakv.view.view import KVView
+
+_WIDEST = 16  # bytes of a vector that fills the link
+_REACHED, _TABLE = "direct: reached by", "direct: table on"  # kept in a view, with the device
+
+
+class Direct(Engine):
+    """The kernel of ``native/host/direct.cuh`` on NVIDIA devices."""
+
+    name = "direct"
+
+    def __init__(
+        self, device: torch.device, half: Choice | None = None, terms: Terms | None = None
+    ) -> None:
+        super().__init__(device, half, terms)
+        self._functions: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def probe(cls, device: torch.device) -> Decision:
+        if device.type == "cpu":
+            return super().probe(device)
+        why = _cuda_driver.why_not(device) or _too_old(device)
+        if why is not None:
+            return Decision(cls.name, False, why)
+        return Decision(cls.name, True, "its kernel reaches pinned memory over the link")
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(places=PINNED, skips_negative=True, guards=True, capturable=True)
+
+    def check(self, plan: CopyPlan) -> Decision:
+        """As every backend; of vectors that are narrow the reason says that they cost bandwidth."""
+        decision = super().check(plan)
+        if not decision.accepted or plan.vector == _WIDEST:
+            return decision
+        why = f"takes the plan, in vectors of {plan.vector} B: only {_WIDEST} B fill the link"
+        return Decision(self.name, True, why)
+
+    def prepare(self, plan: CopyPlan) -> Launch:
+        kernels = [DirectKernel(nest, plan) for nest in plan.nests]
+        sources = [kernel.source for kernel in kernels]
+        if capture.capturing(self.device) and not self._functions.keys() >= set(sources):
+            raise captured()
+        functions = [self._function(source) for source in sources]
+        return _DirectLaunch(plan, kernels, functions, self.device, self.terms)
+
+    def _function(self, source: str) -> Any:
+        """The loaded kernel of a text; compiled, or read from the cache on disk, at most once."""
+        with self._lock:
+            found = self._functions.get(source)
+            if found is None:
+                loaded = _cuda_driver.load(source, [NAME], self.device)
+                found = self._functions[source] = loaded[NAME]
+            return found
+
+
+def _too_old(device: torch.device) -> str | None:
+    try:
+        _cuda_driver.compiler_target(device)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+class _Arguments(Arguments):
+    def __init__(self, fixed: list[bytes], device: torch.device) -> None:
+        _cuda_driver.adopt(device)  # a new thread has no context yet
+        super().__init__(fixed)
+
+
+class _DirectLaunch:
+    def __init__(
+        self,
+        plan: CopyPlan,
+        kernels: list[DirectKernel],
+        functions: list[Any],
+        device: torch.device,
+        terms: Terms,
+    ) -> None:
+        self._unit, self._stores = plan.unit, plan.src.place == "device"
+        self._kernels, self._functions, self._device = kernels, functions, device
+        self._most = terms.max_thread_blocks or BLOCKS
+        self._wants_table = any(kernel.wants_table for kernel in kernels)
+        self._arguments = _Arguments([kernel.fixed for kernel in kernels], device)
+        self._launch = _cuda_driver.Launcher(device, kernels[0].cut.threads)
+        self._process = os.getpid()
+
+    def __call__(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+    ) -> None:
+        if os.getpid() != self._process:
+            raise forked("CUDA")
+        host = dst if self._stores else src
+        check_reach(host, self._device)
+        table = table_on(host, self._device, stream) if self._wants_table else 0
+        word = 0 if status is None else status.data_ptr()
+        try:
+            self._enqueue(src, dst, src_index, dst_index, count, stream, word, table)
+        finally:
+            # No allocator knows of these kernels, so the host's memory is held until they ended. A
+            # graph's memory is its owner's.
+            if not capture.capturing(self._device):
+                _flight.completion(self._device, stream, *host.owners)
+
+    def _enqueue(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        word: int,
+        table: int,
+    ) -> None:
+        units = count // self._unit
+        arguments = self._arguments
+        for at, kernel in enumerate(self._kernels):
+            buffer = arguments.buffers[at]
+            kernel.pack(buffer, src, dst, src_index, dst_index, word, 0)
+            if kernel.wants_table:
+                kernel.pack_table(buffer, table)
+            for start, span in kernel.spans(units):
+                kernel.pack_span(buffer, start, span)
+                blocks = kernel.blocks(span, self._most)
+                self._launch(self._functions[at], blocks, arguments.addresses[at], stream)
+
+
+def check_reach(view: KVView, device: torch.device) -> None:
+    """Raise `Unsupported` where a device does not reach a view of pinned memory by its addresses,
+    as with memory that was registered but not mapped; a kernel would end in a fault.
+
+    One address of a view is asked for, once.
+    """
+    if (_REACHED, device) in view.kept or not view.origins:
+        return
+    address = view.origins[0]
+    if device_address(address, device) != address:
+        raise Unsupported(
+            f"A direct copy of pinned memory at {address:#x}",
+            f"{device} does not reach it by that address; pin it with mapped=True, or use backend "
+            f"'staged'",
+        )
+    view.kept[_REACHED, device] = True
+
+
+def device_address(address: int, device: torch.device) -> int:
+    """Where kernels on a device find host memory; 0: nowhere."""
+    driver = _cuda_driver.bindings()
+    asked = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_POINTER
+    with torch.cuda.device(device):
+        _cuda_driver.adopt(device)
+        error, found = driver.cuPointerGetAttribute(asked, address)
+    return 0 if int(error) else int(found)
+
+
+class _Table(NamedTuple):
+    """A view's addresses on a device, and when they are there."""
+
+    addresses: torch.Tensor
+    there: torch.Event
+
+
+def table_on(view: KVView, device: torch.device, stream: torch.Stream | None) -> int:
+    """The address of a host view's table on a device, in time for a launch on ``stream``.
+
+    It is made once: a view's own table lies beside its memory, where each thread would have to
+    fetch it over the link.
+
+    Raises:
+        Unsupported: inside graph capture, where it would be made at each replay.
+    """
+    held = capture.capturing(device)
+    kept: _Table | None = view.kept.get((_TABLE, device))
+    if kept is None:
+        if held:
+            raise captured()
+        addresses = to_device(view.addresses, device, stream=stream)
+        made = _Table(addresses, events.pool(device).recorded(stream))
+        kept = view.kept.setdefault((_TABLE, device), made)
+    if not held:  # inside, nothing may wait for what was enqueued outside
+        used = stream or torch.accelerator.current_stream(device.index)
+        used.wait_event(kept.there)
+        kept.addresses.record_stream(used)
+    return kept.addresses.data_ptr()

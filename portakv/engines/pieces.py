@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folding: runs at constant pitches on both sides become rows of one 2-D copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from portakv.host import _registrations
+from portakv.host._pitched import MAX_PITCH
+from portakv.plan.plan import CopyPlan
+from portakv.plan.runs import Int64, Runs, factors, summed
+from portakv.view.index import Index
+from portakv.view.view import KVView
+
+#: Fewer rows stay copies of their own: a 2-D copy is a call by itself, and as dear for the host as
+#: this many entries of a batched one (H200: 3.3 us, and 0.42 us for an entry).
+LEAST_HEIGHT = 8
+
+#: The same where rows are wide, which cross faster as entries of a batch: as many rows are taken
+#: together all the same, since the host would be busy for longer than the link. 64 rows of 32 KiB
+#: took the host 4 us and reached 0.78 (D2H) and 0.92 (H2D) of a memcpy on an H200; as entries they
+#: took it 28 us and up, and reached 0.98 where it kept up, 0.5 - 0.9 where it did not.
+TALL = 32
+
+#: No row is as wide.
+ALL = 1 << 62
+
+#: From so many runs on they are folded before they are multiplied out, in a tenth of the time; what
+#: meets only at the ends of planes is then not merged. A default, not a measurement.
+LARGE = 4096
+
+_Mask = npt.NDArray[np.bool_]
+
+
+class Pieces(NamedTuple):
+    """2-D copies: int64 arrays of one length, addresses and bytes; height 1 is a plain copy.
+
+    No byte of the destinations occurs twice, so that their order does not matter.
+    """
+
+    dst: Int64
+    src: Int64
+    width: Int64
+    height: Int64
+    dst_pitch: Int64
+    src_pitch: Int64
+
+    @property
+    def number(self) -> int:
+        """How many pieces."""
+        return self.dst.size
+
+    @property
+    def nbytes(self) -> int:
+        """All bytes that they move."""
+        return int(self.width @ self.height)
+
+
+def portions(pieces: Pieces, most: int) -> Iterator[Pieces]:
+    """The pieces in their order, in groups of about ``most`` bytes; none is cut in two."""
+    if pieces.number < 2 or pieces.nbytes <= most:
+        yield pieces
+        return
+    nth = (np.cumsum(pieces.width * pieces.height) - 1) // most
+    ends = (np.flatnonzero(np.diff(nth)) + 1).tolist()
+    for first, past in pairwise([0, *ends, pieces.number]):
+        yield Pieces(*(column[first:past] for column in pieces))
+
+
+def pieces_of(
+    plan: CopyPlan,
+    src: KVView,
+    dst: KVView,
+    src_index: Index,
+    dst_index: Index,
+    count: int,
+    below: int = ALL,
+) -> Pieces:
+    """What `fold` makes of a plan's runs; raises as `CopyPlan.runs` does."""
+    plan.runs(src, dst, src_index, dst_index, 0)  # only to be refused what it refuses
+    several = factors(plan.nests, plan.unit, src, dst, src_index, dst_index, count)
+    if sum(planes.src.size * lines.src.size for planes, lines in several) >= LARGE:
+        seams = _seams([src, dst])
+        if all(_between(seams, *each) for each in several):
+            found = [_fold_factors(seams, below, *each) for each in several]
+            if len(found) == 1:
+                return found[0]
+            return Pieces(*(np.concatenate(column) for column in zip(*found, strict=True)))
+    return fold(summed(several), src, dst, below)
+
+
+def _between(seams: Int64, planes: Runs, lines: Runs) -> bool:
+    """Whether no plane's lines lie on both sides of a seam."""
+    if not seams.size or not lines.nbytes.size:
+        return True
+    for side in (0, 1):
+        first = planes[side] + lines[side].min()
+        past = planes[side] + (lines[side] + lines.nbytes).max()
+        if (np.searchsorted(seams, first, "right") != np.searchsorted(seams, past, "left")).any():
+            return False
+    return True
+
+
+def _fold_factors(seams: Int64, below: int, planes: Runs, lines: Runs) -> Pieces:
+    """The planes folded or the lines, whichever gives less, and every line in every plane."""
+    if not lines.nbytes.size:
+        return _plain(lines)
+    by_line = _least(lines, np.zeros((0, lines.nbytes.size), dtype=np.int64), below)
+    areas = [np.searchsorted(seams, planes[at] + lines[at].min(), "right") for at in (0, 1)]
+    by_plane = _least(planes, np.stack(areas), ALL if lines.nbytes.max() < below else 0)
+    if by_plane.number * lines.nbytes.size < by_line.number * planes.nbytes.size:
+        return _times(by_plane, _plain(lines))
+    return _times(_plain(planes), by_line)
+
+
+def _times(planes: Pieces, lines: Pieces) -> Pieces:
+    """Every line in every plane; either the lines have one row each, or the planes."""
+    high = planes.height[:, None] > 1
+    columns = [planes.dst[:, None] + lines.dst, planes.src[:, None] + lines.src]
+    columns += [lines.width, planes.height[:, None] * lines.height]
+    for own, inner in zip(planes[4:], lines[4:], strict=True):
+        columns.append(np.where(high, own[:, None], inner) if high.any() else inner)
+    shape = planes.number, lines.number
+    return Pieces(*(np.broadcast_to(column, shape).reshape(-1) for column in columns))
+
+
+def _plain(runs: Runs) -> Pieces:
+    src, dst, width = runs
+    return Pieces(dst, src, width, np.ones_like(width), width, width)
+
+
+def fold(
+    runs: Runs, src: KVView | None = None, dst: KVView | None = None, below: int = ALL
+) -> Pieces:
+    """Runs as few pieces. Exactly their bytes, each once; the order of pieces is any.
+
+    Args:
+        runs: in the order of the source, as `CopyPlan.runs` gives them, with neighbours merged.
+        src, dst: the views that they lie in: no piece then reaches from one allocation of theirs
+            into another, nor over a seam between two registrations, which drivers refuse.
+        below: bytes; of wider runs only many together become rows. See `Crossing.fold_below`.
+    """
+    return _least(*_apart(runs, [view for view in (src, dst) if view is not None]), below)
+
+
+def _least(runs: Runs, areas: Int64, below: int = ALL) -> Pieces:
+    """Runs, each in an area, folded in the order that gives the least pieces."""
+    best = _in_order(runs, areas, below)
+    for lag in _lags(runs):
+        if lag >= best.number:  # it gives as many pieces at least
+            break
+        order = _by_lag(runs.nbytes.size, lag)
+        there = _in_order(Runs(*(column[order] for column in runs)), areas[:, order], below)
+        if there.number < best.number:
+            best = there
+    return best
+
+
+def _in_order(runs: Runs, areas: Int64, below: int) -> Pieces:
+    """Fold rows that follow each other in this order."""
+    src, dst, width = runs
+    ahead, behind = np.diff(src), np.diff(dst)
+    joins = (width[1:] == width[:-1]) & (np.minimum(ahead, behind) >= width[:-1])
+    joins &= np.maximum(ahead, behind) <= MAX_PITCH
+    for area in areas:
+        joins &= area[1:] == area[:-1]
+    same = (ahead[1:] == ahead[:-1]) & (behind[1:] == behind[:-1]) & joins[1:] & joins[:-1]
+    # A streak is steps alike; of two that share a row the first one has it.
+    first = np.flatnonzero(_led(~same))[: joins.size]
+    length = np.diff(first, append=joins.size)
+    least = np.where(width[first] < below, LEAST_HEIGHT, TALL)
+    long = joins[first] & (length >= least - 1)
+    if not long.any():
+        return _plain(runs)
+    streak = np.repeat(np.where(long, np.arange(first.size), -1), length)
+    before, after = np.append(-1, streak), np.append(streak, -1)
+    of_row = np.where(before >= 0, before, after)
+    begins = np.flatnonzero((of_row < 0) | _led(of_row[1:] != of_row[:-1]))
+    height, widths = np.diff(begins, append=width.size), width[begins]
+    step = np.minimum(begins, joins.size - 1)
+    pitches = [np.where(height > 1, column[step], widths) for column in (behind, ahead)]
+    return Pieces(dst[begins], src[begins], widths, height, *pitches)
+
+
+def _led(rest: _Mask) -> _Mask:
+    return np.concatenate(([True], rest))
+
+
+def _lags(runs: Runs) -> list[int]:
+    """After how many runs the steps between them repeat: so many blocks, for each of many layers.
+
+    Found by looking where the step at a few places occurs next, and after that.
+    """
+    ahead, below, width = np.diff(runs.src), np.diff(runs.dst), runs.nbytes[:-1]
+    steps = width.size
+    found = set[int]()
+    for at in {0, steps // 3, steps // 2} if steps >= LEAST_HEIGHT else ():
+        alike = (ahead[at:] == ahead[at]) & (below[at:] == below[at]) & (width[at:] == width[at])
+        found.update(int(gap) for gap in np.flatnonzero(alike)[1:3])
+    return sorted(lag for lag in found if 1 < lag <= steps // (LEAST_HEIGHT - 1))
+
+
+def _by_lag(count: int, lag: int) -> Int64:
+    """The order in which each run is followed by the one ``lag`` behind it."""
+    rounds = -(-count // lag)
+    order = np.arange(rounds * lag, dtype=np.int64).reshape(rounds, lag).T.reshape(-1)
+    return np.asarray(order[order < count])
+
+
+def _apart(runs: Runs, views: list[KVView]) -> tuple[Runs, Int64]:
+    """Runs cut where allocations meet, and for each the area that it begins in, on either side."""
+    seams = _seams(views)
+    if not seams.size:
+        return runs, np.zeros((0, runs.nbytes.size), dtype=np.int64)
+    for side in (0, 1):
+        runs = _cut(runs, side, seams)
+    return runs, np.stack([np.searchsorted(seams, runs[side], "right") for side in (0, 1)])
+
+
+def _seams(views: list[KVView]) -> Int64:
+    """Addresses, in order, that no copy may reach across."""
+    found = set(_registrations.seams())
+    for view in views:
+        if len(view.origins) > 1:
+            for owner in view.owners:
+                storage = owner.untyped_storage()
+                found |= {storage.data_ptr(), storage.data_ptr() + storage.nbytes()}
+    return np.array(sorted(found), dtype=np.int64)
+
+
+def _cut(runs: Runs, side: int, seams: Int64) -> Runs:
+    """Runs that reach across no seam on one side."""
+    starts, nbytes = runs[side], runs.nbytes
+    inside = np.searchsorted(seams, starts, "right")
+    cuts = np.searchsorted(seams, starts + nbytes, "left") - inside
+    if not (cuts > 0).any():
+        return runs
+    parts = np.maximum(cuts, 0) + 1
+    of_run = np.repeat(np.arange(starts.size), parts)
+    number = np.arange(of_run.size) - np.repeat(np.cumsum(parts) - parts, parts)
+    bounds = np.append(seams, np.iinfo(np.int64).max)
+    begin = np.where(number > 0, bounds[inside[of_run] + number - 1], starts[of_run])
+    end = np.minimum(bounds[inside[of_run] + number], (starts + nbytes)[of_run])
+    moved = begin - starts[of_run]
+    return Runs(runs.src[of_run] + moved, runs.dst[of_run] + moved, end - begin)

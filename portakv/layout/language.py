@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layout language: a string of axis names becomes groups of factors.
+
+    layout := [group* "|"] group*
+    group  := factor | "(" factor+ ")" | "1"
+    factor := axis | axis "/" N | axis "%" N
+
+Left of ``|`` stand the containers (list, tuple, dict in its order), outermost first; right of it
+the tensor's dimensions in their logical order. This module knows strings only: no tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NoReturn
+
+from portakv.errors import LayoutError
+
+AXES = ("layer", "kv", "block", "token", "head", "dim", "page")
+
+_TOKEN = re.compile(r"\s*(?:(?P<factor>[A-Za-z_]\w*(?:[/%]\d*)?)|(?P<mark>[|()])|(?P<one>1(?!\w)))")
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """An axis (``part == ""``), its quotient by ``n`` (``"/"``) or its remainder (``"%"``)."""
+
+    axis: str
+    part: str = ""
+    n: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.axis}{self.part}{self.n}" if self.part else self.axis
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One container level or tensor dimension: its factors, outermost first; none for ``1``.
+
+    ``merged`` is True where they stand in parentheses, be it only one.
+    """
+
+    factors: tuple[Factor, ...]
+    merged: bool = False
+
+    def __str__(self) -> str:
+        names = " ".join(map(str, self.factors))
+        return f"({names})" if self.merged else names or "1"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A parsed layout. ``containers`` and ``dims`` are in the order of the string."""
+
+    text: str
+    containers: tuple[Group, ...]
+    dims: tuple[Group, ...]
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """The names of the axes that are written."""
+        return frozenset(f.axis for g in self.containers + self.dims for f in g.factors)
+
+    @property
+    def paged(self) -> bool:
+        """True where rows are addressed by slot, that is, where ``block`` is written."""
+        return "block" in self.axes
+
+    @property
+    def opaque(self) -> bool:
+        """True where only whole pages can be moved."""
+        return "page" in self.axes
+
+    @property
+    def open_end(self) -> bool:
+        """True where the last group may cover several trailing dimensions: it is ``page`` or
+        stands in parentheses."""
+        last = self.dims[-1]
+        return last.merged or last.factors == (Factor("page"),)
+
+    def shares(self, axis: str) -> bool:
+        """True where ``axis`` shares a dimension with another axis, so that neither is implied."""
+        for group in self.containers + self.dims:
+            names = {f.axis for f in group.factors}
+            if axis in names and len(names) > 1:
+                return True
+        return False
+
+
+def parse(text: str) -> Layout:
+    """Parse a layout string.
+
+    Raises:
+        LayoutError: unknown axis, an axis twice, a factor without its partner, or axes that
+            cannot go together; the message shows the string with the place marked.
+    """
+    if not isinstance(text, str):
+        raise LayoutError(f"A layout is a string of axis names, but {text!r} was given.")
+    return _parse(text)
+
+
+@lru_cache(maxsize=512)
+def _parse(text: str) -> Layout:
+    found = _Groups(text).read()
+    _check_factors(text, found.places)
+    _check_together(text, found.places)
+    containers = found.groups[: found.bar or 0]
+    return Layout(text, tuple(containers), tuple(found.groups[len(containers) :]))
+
+
+def fail(text: str, at: int, why: str) -> NoReturn:
+    """Raise a `LayoutError` that shows ``text`` with a caret under position ``at``."""
+    shown = re.sub(r"\s", " ", text)  # a line break or a tab would move the caret
+    raise LayoutError(f"{why}\n    {shown}\n    {' ' * at}^")
+
+
+class _Groups:
+    """The groups of a layout string, read from left to right.
+
+    Attributes:
+        groups: all groups, containers first.
+        bar: how many of them stand left of ``|``; None without ``|``.
+        places: each factor and where it stands in the string.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.groups: list[Group] = []
+        self.bar: int | None = None
+        self.places: list[tuple[Factor, int]] = []
+        self._inside: list[Factor] | None = None  # factors since an open parenthesis
+        self._opened = 0
+
+    def read(self) -> _Groups:
+        at = 0
+        while self.text[at:].strip():
+            match = _TOKEN.match(self.text, at)
+            if match is None:
+                at += len(self.text[at:]) - len(self.text[at:].lstrip())
+                fail(self.text, at, f"{self.text[at]!r} is not part of the layout language.")
+            start, at = match.start(match.lastgroup or 0), match.end()
+            if match["factor"]:
+                self._add(_factor(self.text, match["factor"], start), start)
+            elif match["one"]:
+                self._add_one(start)
+            else:
+                self._add_mark(match["mark"], start)
+        if self._inside is not None:
+            fail(self.text, self._opened, "This parenthesis is never closed.")
+        if len(self.groups) == (self.bar or 0):
+            why = "The tensor has no dimension; name at least one axis."
+            fail(self.text, len(self.text.rstrip()), why)
+        return self
+
+    def _add(self, factor: Factor, at: int) -> None:
+        self.places.append((factor, at))
+        if self._inside is None:
+            self.groups.append(Group((factor,)))
+        else:
+            self._inside.append(factor)
+
+    def _add_one(self, at: int) -> None:
+        if self._inside is not None:
+            fail(self.text, at, "`1` is a dimension of its own and cannot stand in parentheses.")
+        self.groups.append(Group(()))
+
+    def _add_mark(self, mark: str, at: int) -> None:
+        if mark == "|":
+            if self.bar is not None or self._inside is not None:
+                fail(self.text, at, "`|` stands at most once, and outside of parentheses.")
+            self.bar = len(self.groups)
+        elif mark == "(":
+            if self._inside is not None:
+                fail(self.text, at, "Parentheses do not nest.")
+            self._inside, self._opened = [], at
+        else:
+            if not self._inside:
+                fail(self.text, at, "This parenthesis closes nothing; write axes in between.")
+            self.groups.append(Group(tuple(self._inside), merged=True))
+            self._inside = None
+
+
+def _factor(text: str, word: str, at: int) -> Factor:
+    axis, part, number = re.fullmatch(r"(\w+?)([/%]?)(\d*)", word).groups()  # type: ignore[union-attr]
+    if not part:
+        axis, number = word, ""
+    if axis not in AXES:
+        fail(text, at, f"Unknown axis {axis!r}; the axes are {', '.join(AXES)}.")
+    if part and (not number or int(number) < 1):
+        fail(text, at, f"{word!r} needs a positive number behind `{part}`.")
+    return Factor(axis, part, int(number or 0))
+
+
+def _check_factors(text: str, places: list[tuple[Factor, int]]) -> None:
+    """Each axis occurs once: whole, or as one quotient and one remainder by the same number."""
+    seen: dict[str, list[tuple[Factor, int]]] = {}
+    for factor, at in places:
+        earlier = seen.setdefault(factor.axis, [])
+        for other, _ in earlier:
+            if not (other.part and factor.part) or other.part == factor.part:
+                fail(text, at, f"Axis {factor.axis!r} occurs twice ({other} and {factor}).")
+            if other.n != factor.n:
+                why = f"{other} and {factor} do not belong together; use one number for both."
+                fail(text, at, why)
+        earlier.append((factor, at))
+    for (factor, at), *others in seen.values():
+        if factor.part and not others:
+            partner = Factor(factor.axis, "%" if factor.part == "/" else "/", factor.n)
+            fail(text, at, f"{factor} needs its partner {partner} somewhere in the layout.")
+
+
+def _check_together(text: str, places: list[tuple[Factor, int]]) -> None:
+    where = {factor.axis: at for factor, at in reversed(places)}
+    if "page" in where:
+        for axis in ("token", "head", "dim"):
+            if axis in where:
+                why = f"`page` is a block's opaque content and cannot go together with {axis!r}."
+                fail(text, where[axis], why)
+        if "block" not in where:
+            fail(text, where["page"], "`page` is a block's content; the layout must name `block`.")
+        factor, at = next((f, at) for f, at in places if f.axis == "page")
+        if factor.part:
+            fail(text, at, "`page` is opaque and cannot be split.")
+    else:
+        for axis in ("token", "dim"):
+            if axis not in where:
+                fail(text, len(text.rstrip()), f"The layout must name {axis!r} (or `page`).")
+    for factor, at in places:
+        if factor.axis == "kv" and factor.part:
+            fail(text, at, "`kv` cannot be split into quotient and remainder.")

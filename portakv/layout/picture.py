@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small picture of a layout: how one row is found, then each level from outer to inner."""
+
+from __future__ import annotations
+
+from portakv.layout.language import Factor, Group, Layout, parse
+
+# What one step along an axis is, for a reader who has never seen a KV cache.
+_MEANING = {
+    "layer": "one step for each layer",
+    "kv": "key, then value",
+    "block": "a block (page) of block_size tokens",
+    "token": "a token",
+    "head": "a KV head",
+    "dim": "an element of the row",
+    "page": "the block's bytes, moved whole",
+}
+# How many steps an axis has, as it is written inside an index expression.
+_EXTENT = {
+    "layer": "layers",
+    "kv": "kvs",
+    "block": "blocks",
+    "token": "block_size",
+    "head": "heads",
+    "dim": "dims",
+}
+
+
+def draw(layout_text: str) -> str:
+    """Draw a layout as text.
+
+    The first line reads like the Python that finds one element; below it stands one line for each
+    container and dimension, outermost first, each inside the one above.
+
+    Args:
+        layout_text: a layout string (not the name of a preset).
+
+    Returns:
+        A few lines without a trailing newline.
+
+    Raises:
+        LayoutError: the string is not a layout.
+    """
+    layout = parse(layout_text)
+    rows = _levels(layout)
+    left = [("   " * (depth - 1) + "└─ " if depth else "") + r[0] for depth, r in enumerate(rows)]
+    wide = max(map(len, left))
+    middle = max(len(r[1]) for r in rows)
+    lines = [
+        f"{name:<{wide}}   {place:<{middle}}   {meaning}".rstrip()
+        for name, (_, place, meaning) in zip(left, rows, strict=True)
+    ]
+    return "\n".join([_expression(layout), "", *lines])
+
+
+def _levels(layout: Layout) -> list[tuple[str, str, str]]:
+    """(axes, what holds them, what one step is) of each container and dimension."""
+    rows = []
+    for at, group in enumerate(layout.containers):
+        inner = "lists" if at + 1 < len(layout.containers) else "tensors"
+        rows.append((str(group), f"list of {inner}", _meaning(group, layout)))
+    last = len(layout.dims) - 1
+    for at, group in enumerate(layout.dims):
+        place = f"dim {at}"
+        if at == last and layout.open_end:
+            place += " .."  # such a group may cover several trailing dimensions
+        rows.append((str(group), place, _meaning(group, layout)))
+    return rows
+
+
+def _meaning(group: Group, layout: Layout) -> str:
+    if not group.factors:
+        return "always extent 1"
+    if len(group.factors) == 1:
+        return _one(group.factors[0], layout)
+    return _run(group.factors)
+
+
+def _run(factors: tuple[Factor, ...]) -> str:
+    """A merged group as it lies in memory: ``kv 0 [dim 0 1 ..] kv 1 [dim 0 1 ..] ..``."""
+    outer, inner = factors[0], factors[1:]
+    if not inner:
+        return f"{outer} 0 1 .."
+    again = "[..]" if len(inner) > 1 else f"[{_run(inner)}]"
+    return f"{outer} 0 [{_run(inner)}] {outer} 1 {again} .."
+
+
+def _one(factor: Factor, layout: Layout) -> str:
+    if factor.part == "/":
+        return f"which {factor.n} {factor.axis}s"
+    if factor.part == "%":
+        return f"which of those {factor.n} {factor.axis}s"
+    if factor.axis == "token":
+        return "a token of the block" if layout.paged else "a token: its position in the chunk"
+    return _MEANING[factor.axis]
+
+
+def _expression(layout: Layout) -> str:
+    """Like Python: ``kv_caches[layer][kv, block, token, head, dim]``."""
+    start = "kv_caches" if layout.paged else "chunk"
+    steps = "".join(f"[{_index(group)}]" for group in layout.containers)
+    dims = [_index(group) for group in layout.dims]
+    if layout.opaque:
+        dims[-1] = "..."
+    return f"{start}{steps}[{', '.join(dims)}]"
+
+
+def _index(group: Group) -> str:
+    """The index along one level: ``0`` for ``1``, ``block * block_size + token`` for a merge."""
+    text = "0"
+    for at, factor in enumerate(group.factors):
+        if at == 0:
+            text = _term(factor)
+            continue
+        outer = f"({text})" if " + " in text else text
+        text = f"{outer} * {_size(factor)} + {_term(factor)}"
+    return text
+
+
+def _term(factor: Factor) -> str:
+    mark = {"": "", "/": f" // {factor.n}", "%": f" % {factor.n}"}[factor.part]
+    return factor.axis + mark
+
+
+def _size(factor: Factor) -> str:
+    if factor.part == "%":
+        return str(factor.n)
+    extent = _EXTENT[factor.axis]
+    return f"({extent} // {factor.n})" if factor.part else extent

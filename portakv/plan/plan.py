@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans: what one copy between two forms needs, worked out before any address or index is known.
+
+A plan is one nest of loops, or one for each kv where they differ: units x strided loops x one
+contiguous run. Its cost does not depend on how many tokens or blocks will be moved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from math import gcd, prod
+from typing import TYPE_CHECKING
+
+from portakv.errors import LayoutError, SlotError, Unsupported
+from portakv.plan.loops import Loop, merge, refine, split_run, widest_vector
+from portakv.plan.nests import Nest, Side
+from portakv.plan.runs import Runs, expand
+from portakv.view.form import Form, Part, Step, Steps, merge_steps
+
+if TYPE_CHECKING:
+    from portakv.view.index import Index
+    from portakv.view.view import KVView
+
+__all__ = ["CopyPlan", "Nest", "Side"]
+
+
+class CopyPlan:
+    """The plan of a copy from one form to another.
+
+    Args:
+        src, dst: forms; a `KVView` has one.
+        src_step, dst_step: tokens for each entry of that side's index: 1 for a slot mapping,
+            ``block_size`` for a block table, 0 for a side without ids (consecutive slots).
+        unit: tokens moved for each index read; by default the most that both sides allow.
+
+    Attributes:
+        unit: tokens moved for each index read; counts are multiples of it.
+        nests: one `Nest`, or one for each kv.
+        vector: the least vector of the nests, in bytes.
+
+    Raises:
+        LayoutError: extents or widths that differ between the forms.
+        Unsupported: opaque pages by token, or factors without a common refinement.
+    """
+
+    def __init__(
+        self, src: Form, dst: Form, src_step: int = 0, dst_step: int = 0, unit: int | None = None
+    ) -> None:
+        if not (isinstance(src, Form) and isinstance(dst, Form)):
+            raise LayoutError(
+                f"A plan was asked between a {type(src).__name__} and a {type(dst).__name__}; "
+                f"expected two forms, such as view.form."
+            )
+        if src_step < 0 or dst_step < 0:
+            raise SlotError(
+                f"A plan with steps {src_step} and {dst_step} was asked; expected tokens for each "
+                f"id, or 0 for a side without ids."
+            )
+        _check_extents(src, dst)
+        self.src, self.dst = src, dst
+        self.src_step, self.dst_step = src_step, dst_step
+        largest = _largest_unit(src, dst, src_step, dst_step)
+        if unit is not None and (unit < 1 or largest % unit):
+            raise Unsupported(
+                f"A plan with unit {unit}", f"the steps and block sizes allow divisors of {largest}"
+            )
+        units = [unit] if unit else _divisors(largest or 1)
+        self.unit, self.nests = _fit(src, dst, (src_step, dst_step), units)
+
+    @property
+    def vector(self) -> int:
+        """The least vector of the nests, in bytes."""
+        return min(nest.vector for nest in self.nests)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token moves (an opaque page: its share)."""
+        return sum(nest.unit_bytes for nest in self.nests) // self.unit
+
+    @cached_property
+    def tabled(self) -> bool:
+        """True where a side needs its address table."""
+        loops = any(loop.tabled for nest in self.nests for loop in nest.loops)
+        sides = [side for nest in self.nests for side in (nest.src, nest.dst)]
+        return loops or any(step.table for side in sides for step in side.units)
+
+    def aligned(self, side: str) -> bool:
+        """True where positions of a side must start at multiples of ``unit``.
+
+        A side without ids whose tokens lie at one stride behind one address may start anywhere.
+        """
+        form, step = (self.src, self.src_step) if side == "src" else (self.dst, self.dst_step)
+        chains = [_chain(form, part) for part in form.parts]
+        return step > 0 or any(len(chain) > 1 or chain[0].table for chain in chains)
+
+    def runs(
+        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int
+    ) -> Runs:
+        """Expand the plan on the host: arrays of source address, destination address and bytes,
+        neighbours merged; negative ids are left out.
+
+        Raises:
+            LayoutError: a view whose form the plan was not made for.
+            SlotError: an id past the end of its view, a range past the list, or a range or an
+                index that does not consist of whole units.
+        """
+        self._check_side("src", src_index, src)
+        self._check_side("dst", dst_index, dst)
+        return expand(self.nests, self.unit, src, dst, src_index, dst_index, count)
+
+    def _check_side(self, side: str, index: Index, view: KVView) -> None:
+        name, form = ("source", self.src) if side == "src" else ("destination", self.dst)
+        if view.form != form:
+            raise LayoutError(
+                f"The {name}, {view.layout.text!r}, has another form than the plan was made for; "
+                f"make a plan for the forms of these two views."
+            )
+        if (self.aligned(side) or index.ids is not None) and index.offset % self.unit:
+            raise SlotError(
+                f"The {name} index begins at token {index.offset}, no multiple of the plan's unit "
+                f"{self.unit}; give head and tail to a plan with unit=1."
+            )
+        if index.plan_step % self.unit:
+            raise SlotError(
+                f"The {name} index has step {index.step}, no multiple of the plan's unit "
+                f"{self.unit}; make the plan for the steps of these two indices."
+            )
+
+    def __str__(self) -> str:
+        plural = "token" if self.unit == 1 else "tokens"
+        lines = [
+            f"unit {self.unit} {plural}, vector {self.vector} B, {self.token_bytes} B a token",
+            f"s: {_numbers(self.src_step)}, d: {_numbers(self.dst_step)}",
+        ]
+        for nest in self.nests:
+            src, dst = _origin("s", nest.src), _origin("d", nest.dst)
+            lines.append(f"for s, d in units: src = {src}; dst = {dst}")
+            for depth, loop in enumerate(nest.loops, 1):
+                lines.append("  " * depth + str(loop))
+            depth = len(nest.loops) + 1
+            lines.append("  " * depth + f"copy {nest.run} B in vectors of {nest.vector} B")
+        return "\n".join(lines)
+
+
+def _numbers(step: int) -> str:
+    """Where the numbers of units come from."""
+    if not step:
+        return "consecutive units"
+    return f"units by ids of {step} {'token' if step == 1 else 'tokens'}"
+
+
+def _origin(number: str, side: Side) -> str:
+    walks = []
+    below = 1
+    for at in reversed(side.units):
+        place = number if below == 1 else f"{number} // {below}"
+        if at.extent:
+            place = f"{place} % {at.extent}"
+        walks.append(f"table[{place} * {at.table}]" if at.table else f"{place} * {at.stride} B")
+        below *= at.extent or 1
+    base = f"table[{side.table}]" + (f" + {side.offset} B" if side.offset else "")
+    return " + ".join([base, *reversed(walks)])
+
+
+def _check_extents(src: Form, dst: Form) -> None:
+    for what, mine, theirs in (
+        ("kv", src.kv, dst.kv),
+        ("layer", src.layers, dst.layers),
+        ("head", src.heads, dst.heads),
+    ):
+        if mine != theirs:
+            raise LayoutError(
+                f"The source has {what!r} extent {mine} and the destination {theirs}; a copy "
+                f"needs equal extents: declare them alike, or slice one view."
+            )
+    if src.opaque != dst.opaque:
+        raise Unsupported(
+            "A copy between opaque pages and rows",
+            "what a page holds is unknown, so it moves only whole and to another page view; use a "
+            "layout that names the token's place in the page",
+        )
+    if src.widths != dst.widths:
+        raise LayoutError(
+            f"The source's rows are {src.widths} bytes wide for each kv and head, the "
+            f"destination's {dst.widths}; widths are compared in bytes and must be equal."
+        )
+    if src.opaque and src.block_size != dst.block_size:
+        raise LayoutError(
+            f"The source's pages hold {src.block_size} tokens and the destination's "
+            f"{dst.block_size}; opaque pages move only between equal block sizes."
+        )
+
+
+def _chain(form: Form, part: Part) -> Steps:
+    """The steps of a slot number: blocks, then the token in its block."""
+    if not form.opaque:
+        return merge_steps((*part.block, *part.token))
+    # Tokens of an opaque page have no place of their own.
+    return (*part.block, Step(form.block_size, 0, 0)) if form.block_size > 1 else part.block
+
+
+def _largest_unit(src: Form, dst: Form, src_step: int, dst_step: int) -> int:
+    """The most tokens that can be moved at once; 0 where any number can."""
+    largest = gcd(src_step, dst_step)
+    for form in (src, dst):
+        for part in form.parts:
+            chain = _chain(form, part)
+            if len(chain) > 1:
+                largest = gcd(largest, prod(step.extent for step in chain[1:]))
+    return largest
+
+
+def _divisors(number: int) -> list[int]:
+    """Divisors, largest first."""
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)}, reverse=True)
+
+
+def _fit(
+    src: Form, dst: Form, steps: tuple[int, int], units: list[int]
+) -> tuple[int, tuple[Nest, ...]]:
+    """The first of ``units`` for which every part has a nest."""
+    if src.opaque:
+        units = [unit for unit in units if unit % src.block_size == 0]
+        if not units:
+            raise Unsupported(
+                f"Moving opaque pages of {src.block_size} tokens by smaller pieces",
+                "a page moves only whole; use copy_blocks, or an index with step=block_size",
+            )
+    refused: Unsupported | None = None
+    for unit in units:
+        try:
+            nests = [_nest(src, dst, steps, k, unit) for k in range(src.kv)]
+        except Unsupported as error:
+            refused = error
+            continue
+        return unit, _join(nests)
+    assert refused is not None
+    raise refused
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A nest before its loops are merged."""
+
+    src: Side
+    dst: Side
+    loops: tuple[Loop, ...]
+    alignment: int
+
+
+def _nest(src: Form, dst: Form, steps: tuple[int, int], k: int, unit: int) -> _Open:
+    mine, theirs = src.parts[k], dst.parts[k]
+    src_units, src_tokens = _split(_chain(src, mine), unit)
+    dst_units, dst_tokens = _split(_chain(dst, theirs), unit)
+    loops = []
+    for axis in ("layer", "head", "dim"):
+        loops += refine(axis, mine.axis(axis), theirs.axis(axis))
+    if not src.opaque:
+        loops += refine("token", src_tokens, dst_tokens)
+    return _Open(
+        Side(mine.table, mine.offset, src_units),
+        Side(theirs.table, theirs.offset, dst_units),
+        tuple(loops),
+        gcd(
+            src.alignment,
+            dst.alignment,
+            *_starts(src, mine, steps[0]),
+            *_starts(dst, theirs, steps[1]),
+        ),
+    )
+
+
+def _starts(form: Form, part: Part, step: int) -> list[int]:
+    """Bytes between the places where a side may begin, if it may begin between two units."""
+    chain = _chain(form, part)
+    return [] if step or len(chain) > 1 or chain[0].table else [chain[0].stride]
+
+
+def _split(chain: Steps, unit: int) -> tuple[Steps, Steps]:
+    """Steps of the number of a unit, and steps of the tokens inside one."""
+    outer: list[Step] = []
+    inner: list[Step] = []
+    for step in reversed(chain):
+        if unit == 1:
+            outer.append(step)
+        elif step.extent and unit % step.extent == 0:
+            inner.append(step)
+            unit //= step.extent
+        elif step.extent % unit == 0:
+            inner.append(replace(step, extent=unit))
+            rest = step.extent // unit
+            outer.append(Step(rest, step.table * unit, step.stride * unit))
+            unit = 1
+        else:
+            raise Unsupported(
+                f"Moving {unit} tokens at once through blocks of {step.extent}",
+                "they have no common factor; use a smaller unit",
+            )
+    return tuple(reversed(outer)), tuple(reversed(inner))
+
+
+def _join(nests: list[_Open]) -> tuple[Nest, ...]:
+    """One nest with a kv loop where all kv differ by equal distances, else one for each kv."""
+    first = nests[0]
+    alike = all(
+        (n.loops, n.src.units, n.dst.units) == (first.loops, first.src.units, first.dst.units)
+        for n in nests
+    )
+    origins = [(n.src.table, n.src.offset, n.dst.table, n.dst.offset) for n in nests]
+    steps = {tuple(b - a for a, b in zip(x, y, strict=True)) for x, y in pairwise(origins)}
+    if not alike or len(steps) > 1:
+        return tuple(_close(nest) for nest in nests)
+    for step in steps:
+        first = replace(first, loops=(*first.loops, Loop("kv", len(nests), *step)))
+    return (_close(first),)
+
+
+def _close(nest: _Open) -> Nest:
+    loops, run = split_run(merge(nest.loops))
+    numbers = [nest.alignment, run, nest.src.offset, nest.dst.offset]
+    for loop in loops:
+        numbers += (loop.src_stride, loop.dst_stride)
+    for step in nest.src.units + nest.dst.units:
+        numbers.append(step.stride)
+    return Nest(nest.src, nest.dst, loops, run, widest_vector(numbers))

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs: a plan expanded on the host into contiguous pieces, for copy engines, files, networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from portakv.errors import SlotError
+from portakv.plan.loops import Loop
+from portakv.plan.nests import Nest, Side
+
+if TYPE_CHECKING:
+    from portakv.view.index import Index
+    from portakv.view.view import KVView
+
+Int64 = npt.NDArray[np.int64]
+
+
+class Runs(NamedTuple):
+    """Contiguous pieces: three int64 arrays of equal length, addresses and bytes."""
+
+    src: Int64
+    dst: Int64
+    nbytes: Int64
+
+
+class Factors(NamedTuple):
+    """The runs of a nest as a sum: each of ``lines`` in each of ``planes``, in order of the source.
+
+    Addresses of the two are added. ``nbytes`` of a line is its own, neighbours merged; of planes it
+    is the longest line's.
+    """
+
+    planes: Runs
+    lines: Runs
+
+
+def expand(
+    nests: Sequence[Nest],
+    unit: int,
+    src: KVView,
+    dst: KVView,
+    src_index: Index,
+    dst_index: Index,
+    count: int,
+) -> Runs:
+    """Every run of ``count`` tokens, neighbours merged, in the order of the source.
+
+    Raises:
+        SlotError: an id past the end of its view, a range past the list, or one that does not
+            consist of whole units.
+    """
+    return summed(factors(nests, unit, src, dst, src_index, dst_index, count))
+
+
+def factors(
+    nests: Sequence[Nest],
+    unit: int,
+    src: KVView,
+    dst: KVView,
+    src_index: Index,
+    dst_index: Index,
+    count: int,
+) -> list[Factors]:
+    """For each nest the runs of ``count`` tokens, not yet multiplied out; raises as `expand`."""
+    if count < 0 or count % unit:
+        raise SlotError(
+            f"Runs of {count} tokens were asked for, which are no multiple of the plan's unit "
+            f"{unit}; give head and tail to a plan with unit=1."
+        )
+    for index, view, side in ((src_index, src, "source"), (dst_index, dst, "destination")):
+        index.check_length(count, view.slots, side)
+        if index.ids is not None:
+            index.judge(count, view.slots, False, side)
+    src_slots = src_index.slots(count, unit)
+    dst_slots = dst_index.slots(count, unit)
+    moved = (src_slots >= 0) & (dst_slots >= 0)
+    if not moved.all():
+        src_slots, dst_slots = src_slots[moved], dst_slots[moved]
+    return [_factors(nest, unit, (src, dst), (src_slots, dst_slots)) for nest in nests]
+
+
+def summed(several: Sequence[Factors]) -> Runs:
+    """The runs of several nests, multiplied out, neighbours merged, in the order of the source."""
+    columns = [_sum(*one) for one in several]
+    if len(columns) == 1:
+        return _merge(*columns[0])
+    return _merge(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+
+
+def _sum(planes: Runs, lines: Runs) -> Runs:
+    """Every line in every plane; in order where one of the two lies inside the other's gaps."""
+    outer, inner = planes, lines
+    if lines.src.size > 1 and np.ptp(planes.src) < np.diff(lines.src).min():
+        outer, inner = lines, planes
+    src, dst = (_outer(a, b) for a, b in zip(outer[:2], inner[:2], strict=True))
+    nbytes = np.broadcast_to(lines.nbytes, (planes.src.size, lines.src.size))
+    return Runs(src, dst, (nbytes if outer is planes else nbytes.T).reshape(-1))
+
+
+def _factors(
+    nest: Nest, unit: int, views: tuple[KVView, KVView], slots: tuple[Int64, Int64]
+) -> Factors:
+    inner, outer, by_line = _split(nest)
+    planes, lines = [], []
+    zero = np.zeros(1, dtype=np.int64)
+    for at, (side, view, own) in enumerate(zip((nest.src, nest.dst), views, slots, strict=True)):
+        entries, offsets = _walk(*_place(side, own, unit), inner, at)
+        tables, starts = _walk(zero + side.table, zero, outer, at)
+        if by_line[at]:
+            offsets = view.addresses[entries] + offsets
+        else:
+            starts = view.addresses[tables] + starts
+        planes.append(starts)
+        lines.append(offsets)
+    merged = _merge(lines[0], lines[1], np.full(lines[0].shape, nest.run, dtype=np.int64))
+    order = np.argsort(planes[0], kind="stable")
+    widest = np.full(order.shape, merged.nbytes.max(initial=0), dtype=np.int64)
+    return Factors(Runs(planes[0][order], planes[1][order], widest), merged)
+
+
+def _split(nest: Nest) -> tuple[list[Loop], list[Loop], tuple[bool, bool]]:
+    """Loops inside the lines, loops over planes, and for each side whether the address is looked
+    up for each line: for lines and planes both it cannot be, where the two are to be added."""
+    inner: list[Loop] = []
+    outer = list(nest.loops)
+    src, dst = (any(step.table for step in side.units) for side in (nest.src, nest.dst))
+    while taken := [x for x in outer if (src and x.src_table) or (dst and x.dst_table)]:
+        inner += taken
+        outer = [x for x in outer if x not in taken]
+        src = src or any(x.src_table for x in taken)
+        dst = dst or any(x.dst_table for x in taken)
+    return inner, outer, (src, dst)
+
+
+def _walk(entries: Int64, offsets: Int64, loops: Sequence[Loop], side: int) -> tuple[Int64, Int64]:
+    """Table entries and byte offsets, for each step of the loops."""
+    for loop in loops:
+        at = np.arange(loop.extent, dtype=np.int64)
+        entries = _outer(entries, at * (loop.src_table, loop.dst_table)[side])
+        offsets = _outer(offsets, at * (loop.src_stride, loop.dst_stride)[side])
+    return entries, offsets
+
+
+def _outer(base: Int64, steps: Int64) -> Int64:
+    return np.asarray((base[:, None] + steps[None, :]).reshape(-1))
+
+
+def _place(side: Side, slots: Int64, unit: int) -> tuple[Int64, Int64]:
+    """Table entry and byte offset of each unit that begins at a slot."""
+    number, rest = slots // unit, slots % unit
+    entry = np.full(slots.shape, side.table, dtype=np.int64)
+    offset = np.full(slots.shape, side.offset, dtype=np.int64)
+    for i, step in enumerate(reversed(side.units)):
+        at = number % step.extent if step.extent else number
+        number = number // step.extent if step.extent else number
+        entry += at * step.table
+        offset += at * step.stride
+        if i == 0:
+            # Only where tokens lie at one stride may a unit begin between multiples.
+            offset += rest * (step.stride // unit)
+    return entry, offset
+
+
+def _merge(src: Int64, dst: Int64, nbytes: Int64) -> Runs:
+    if not (src[1:] > src[:-1]).all():
+        order = np.lexsort((dst, src))
+        src, dst, nbytes = src[order], dst[order], nbytes[order]
+    joins = (src[:-1] + nbytes[:-1] == src[1:]) & (dst[:-1] + nbytes[:-1] == dst[1:])
+    if not joins.any():
+        return Runs(src, dst, nbytes)
+    first = np.flatnonzero(np.concatenate(([True], ~joins)))
+    return Runs(src[first], dst[first], np.add.reduceat(nbytes, first))

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend carries a copy out, with every candidate's answer on record."""

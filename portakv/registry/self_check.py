@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The power-on self-check: a known pattern copied on the device, every byte compared.
+
+It speaks to a backend as the library does, through ``check``, ``prepare`` and a launch.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from portakv.backends.base import Backend, Decision
+from portakv.errors import Unsupported
+from portakv.plan.plan import CopyPlan
+from portakv.view.index import Index
+from portakv.view.view import KVView
+
+_LAYERS, _BLOCKS, _BLOCK_SIZE, _HEADS, _DIM = 2, 4, 16, 2, 32
+_SLOTS = [37, 2, 63, 16, 15, 0, 48, 21]
+
+#: How the reason begins where no pattern could be tried: right or wrong, nobody knows.
+UNCHECKABLE = "it could not be self-checked, since it takes no test pattern"
+
+#: (layout, physical order of kv, block, token, head, dim) tried in turn: a backend may take one.
+_PATTERNS = (
+    ("layer | kv block token head dim", (0, 1, 2, 3, 4)),
+    ("layer | kv block head token dim", (0, 1, 3, 2, 4)),
+    ("layer kv | block token head dim", (0, 1, 2, 3, 4)),
+    ("layer kv | block head token dim", (0, 1, 3, 2, 4)),
+)
+
+
+def self_check(backend: Backend) -> Decision:
+    """Gather and scatter the pattern; rejected at the first wrong byte, or where it raises."""
+    refused = ""
+    for layout, order in _PATTERNS:
+        try:
+            why = _try_pattern(backend, layout, order)
+        except Unsupported as error:
+            refused = str(error)
+            continue
+        except Exception as error:
+            return Decision(
+                backend.name, False, f"its self-check raised {type(error).__name__}: {error}"
+            )
+        if why is None:
+            return Decision(backend.name, True, "self-check passed, every byte right")
+        return Decision(backend.name, False, f"its self-check failed: {why}")
+    return Decision(backend.name, False, f"{UNCHECKABLE} ({refused}); it is used only when forced")
+
+
+def _try_pattern(backend: Backend, layout: str, order: tuple[int, ...]) -> str | None:
+    device = backend.device
+    size = (_LAYERS, 2, _BLOCKS, _BLOCK_SIZE, _HEADS, _DIM)
+    # Distinct bytes of every value, NaN patterns included, at odd distances.
+    count = _LAYERS * 2 * _BLOCKS * _BLOCK_SIZE * _HEADS * _DIM
+    known = (torch.arange(count, dtype=torch.int64) * 2654435761 % 65521).to(torch.int16)
+    known = known.view(size)
+    rows = known.view(_LAYERS, 2, _BLOCKS * _BLOCK_SIZE, _HEADS, _DIM)
+    expected = rows[:, :, _SLOTS].transpose(0, 1).contiguous()
+    pool = [layer.permute(order).contiguous().to(device) for layer in known]
+    chunk = torch.full(expected.shape, -1, dtype=torch.int16)
+    chunk = _placed(chunk, backend)
+    cache = _paged(pool, layout)
+    dense = KVView(chunk, "kv layer token head dim")
+    _copy(backend, cache, dense, 1, 0)
+    if not torch.equal(chunk.cpu(), expected):
+        return f"{_wrong(chunk.cpu(), expected)} gathering {layout!r}"
+    target = [torch.full_like(layer, -1) for layer in pool]
+    _copy(backend, dense, _paged(target, layout), 0, 1)
+    wanted = torch.full_like(rows, -1)
+    wanted[:, :, _SLOTS] = rows[:, :, _SLOTS]
+    inverse = [order.index(i) for i in range(5)]
+    landed = torch.stack([layer.cpu().permute(inverse) for layer in target]).reshape(rows.shape)
+    if not torch.equal(landed, wanted):
+        return f"{_wrong(landed, wanted)} scattering {layout!r}"
+    return None
+
+
+def _placed(chunk: torch.Tensor, backend: Backend) -> torch.Tensor:
+    """The chunk where the backend reaches it: on its device, or on the host for an engine."""
+    places = backend.capabilities().places
+    if ("device", "device") in places:
+        return chunk.to(backend.device)
+    return chunk.pin_memory() if ("device", "pinned") in places else chunk
+
+
+def _paged(pool: list[torch.Tensor], layout: str) -> KVView:
+    if layout.startswith("layer kv |"):
+        return KVView([tuple(layer) for layer in pool], layout)
+    return KVView(pool, layout)
+
+
+def _copy(backend: Backend, src: KVView, dst: KVView, src_step: int, dst_step: int) -> None:
+    plan = CopyPlan(src.form, dst.form, src_step, dst_step)
+    decision = backend.check(plan)
+    if not decision.accepted:
+        raise Unsupported(f"The self-check through {backend.name}", decision.reason)
+    launch = backend.prepare(plan)
+    can = backend.capabilities()
+    ids = Index(_SLOTS).placed(can.home_of_ids(backend.device), can.index_dtypes)
+    src_index, dst_index = (ids, Index()) if src_step else (Index(), ids)
+    pending = launch(src, dst, src_index, dst_index, len(_SLOTS), None, None)
+    if pending is not None:
+        pending.wait()
+    if backend.device.type != "cpu":
+        torch.accelerator.synchronize(backend.device)
+
+
+def _wrong(found: torch.Tensor, expected: torch.Tensor) -> str:
+    wrong = (found != expected).nonzero()
+    return f"{len(wrong)} of {expected.numel()} elements wrong, first at {wrong[0].tolist()},"

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiling for NVIDIA at run time: NVRTC through ``cuda.bindings``, without a GPU or a driver."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from portakv.runtime import kernel_cache as _kernel_cache
+
+FLAGS = ("-std=c++17", "-default-device")
+NEEDED = "pip install 'portakv[cuda]'"
+
+
+def missing() -> str | None:
+    """What keeps NVRTC 13 from being used, as a sentence; None where it can be."""
+    try:
+        found = version("cuda-bindings")
+    except PackageNotFoundError:
+        return f"cuda-bindings is not installed; {NEEDED}"
+    if found.split(".")[0] != "13":
+        return f"cuda-bindings {found} was found, but 13.x is needed; {NEEDED}"
+    try:
+        from cuda.bindings import nvrtc
+
+        status, major, minor = nvrtc.nvrtcVersion()
+    except Exception as error:  # a missing library raises whatever the loader raises
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"NVRTC cannot be loaded ({why}); {NEEDED}"
+    if int(status):
+        return f"NVRTC does not tell its version ({status}); {NEEDED}"
+    if major != 13:
+        return f"NVRTC {major}.{minor} was found, but 13.x is needed; {NEEDED}"
+    return None
+
+
+def nvrtc_version() -> str:
+    """The version of NVRTC, which decides what it makes of a text."""
+    from cuda.bindings import nvrtc
+
+    _, major, minor = nvrtc.nvrtcVersion()
+    try:
+        return f"{major}.{minor} ({version('nvidia-cuda-nvrtc')})"
+    except PackageNotFoundError:  # it came with a CUDA toolkit
+        return f"{major}.{minor}"
+
+
+def architectures() -> list[int]:
+    """The architectures that NVRTC makes machine code for: 80 is compute capability 8.0."""
+    from cuda.bindings import nvrtc
+
+    _, count = nvrtc.nvrtcGetNumSupportedArchs()
+    _, found = nvrtc.nvrtcGetSupportedArchs()
+    return sorted(int(arch) for arch in found[:count])
+
+
+def target_for(capability: int) -> str:
+    """What to compile for: machine code (``sm_90``), or PTX (``compute_90``) of the nearest older
+    architecture where NVRTC does not know the device's.
+
+    Raises:
+        RuntimeError: the device is older than everything that NVRTC knows.
+    """
+    known = architectures()
+    if capability in known:
+        return f"sm_{capability}"
+    older = [arch for arch in known if arch < capability]
+    if not older:
+        raise RuntimeError(
+            f"Compute capability {capability / 10} was asked of NVRTC {nvrtc_version()}, which "
+            f"compiles for {known[0] / 10} and later; use a newer device or another backend."
+        )
+    return f"compute_{older[-1]}"
+
+
+def compile_kernel(source: str, capability: int) -> bytes:
+    """The binary of a text for a compute capability, kept on disk: see `target_for`.
+
+    Raises:
+        RuntimeError: the text does not compile, with NVRTC's log; or as `target_for` does.
+    """
+    target = target_for(capability)
+    return _kernel_cache.cached(_key(source, target), lambda: _compile(source, target))
+
+
+def compiled_before(source: str, capability: int) -> bool:
+    """True where the cache on disk holds the binary of a text for a compute capability."""
+    return _kernel_cache.holds(_key(source, target_for(capability)))
+
+
+def _key(source: str, target: str) -> tuple[str, ...]:
+    return source, " ".join(FLAGS), target, nvrtc_version()
+
+
+def _compile(source: str, target: str) -> bytes:
+    from cuda.bindings import nvrtc
+
+    error, program = nvrtc.nvrtcCreateProgram(source.encode(), b"portakv_rows.cu", 0, [], [])
+    _check(error, "Creating a program")
+    try:
+        options = [*FLAGS, f"--gpu-architecture={target}"]
+        (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+        if int(error):
+            raise RuntimeError(f"NVRTC refused the kernel for {target}:\n{_log(program)}")
+        if target.startswith("sm_"):
+            return _read(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+        return _read(program, nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _log(program: Any) -> str:
+    from cuda.bindings import nvrtc
+
+    log = _read(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
+    return log.decode(errors="replace").strip("\0 \n")
+
+
+def _read(program: Any, ask_size: Any, read: Any) -> bytes:
+    """What NVRTC holds of a program; text ends in a zero byte, as the driver wants it."""
+    error, size = ask_size(program)
+    _check(error, "Asking for the size of a result")
+    result: bytes = b" " * size  # NVRTC writes into it
+    (error,) = read(program, result)
+    _check(error, "Reading a result")
+    return result
+
+
+def _check(error: Any, what: str) -> None:
+    if int(error):
+        raise RuntimeError(f"{what} of NVRTC failed: {error}")

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Readings: a layout with its declared extents turns tensors into facts.
+
+Addresses come from ``data_ptr()`` and strides, never from contiguity, the number of tensors or
+``shape[i] == 2``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from portakv.errors import DeviceMismatch, LayoutError
+from portakv.layout import presets
+from portakv.layout.extents import Sized, Values, declare, factor_extent, finish, positive, solve
+from portakv.layout.language import Factor, Layout, parse
+from portakv.view.containers import Grid, tabulate, to_grid
+from portakv.view.form import Form, build_parts, same_form
+
+_STRIDED = torch.strided
+_KNOWN_SHAPES = 256  # forms of single tensors that one reading remembers
+
+
+class Facts(NamedTuple):
+    """What a reading finds out about tensors; `KVView` documents each."""
+
+    form: Form
+    origins: tuple[int, ...]
+    owners: tuple[torch.Tensor, ...]
+    slots: int
+    device: torch.device
+    requires_grad: bool
+    spans: list[tuple[int, int]]
+
+
+#: `Facts` without names, whose making every call would pay for.
+Found = tuple[
+    Form, tuple[int, ...], tuple[torch.Tensor, ...], int, torch.device, bool, list[tuple[int, int]]
+]
+
+
+class _Known(NamedTuple):
+    """What tensors of one shape, strides, dtype, place and alignment share."""
+
+    form: Form
+    slots: int
+    device: torch.device
+    reach: int  # bytes from the first to past the last
+
+
+class Reading:
+    """A layout and its declared extents.
+
+    A tensor of known shape, strides, dtype and place reuses its form by one look-up.
+    """
+
+    __slots__ = ("_known", "declared", "extents", "layout")
+
+    def __init__(self, layout: Layout, extents: Mapping[str, Any]) -> None:
+        self.layout = layout
+        self.extents = dict(extents)
+        self.declared = declare(layout, extents)
+        self._known: dict[tuple[Any, ...], _Known] = {}
+
+    def read(self, tensors: Any) -> Found:
+        """Find form and addresses, in the order of `Facts`.
+
+        Raises:
+            LayoutError: tensors that contradict the layout or the extents.
+            DeviceMismatch: tensors on different devices.
+        """
+        if self.layout.containers or not isinstance(tensors, torch.Tensor):
+            return self._read_all(tensors)
+        if tensors.layout is not _STRIDED or tensors.is_conj() or tensors.is_neg():
+            return self._read_all(tensors)  # it has no bytes of its own, and is refused there
+        address = tensors.data_ptr()
+        if not address:
+            return self._read_all(tensors)  # no memory, or none of it used
+        # The storage offset tells whether the storage's base is as aligned as the address.
+        key = (
+            tensors.shape, tensors.stride(), tensors.dtype, tensors.device, address & 15,
+            tensors.storage_offset() & 15, tensors.is_cpu and tensors.is_pinned(),
+        )  # fmt: skip
+        known = self._known.get(key)
+        if known is None:
+            return self._remember(key, self._read_all(tensors))
+        form, slots, device, reach = known
+        spans = [(address, address + reach)] if reach else []
+        return form, (address,), (tensors,), slots, device, tensors.requires_grad, spans
+
+    def _remember(self, key: tuple[Any, ...], facts: Facts) -> Facts:
+        if len(self._known) >= _KNOWN_SHAPES:
+            self._known.clear()
+        reach = facts.spans[0][1] - facts.spans[0][0] if facts.spans else 0
+        self._known[key] = _Known(facts.form, facts.slots, facts.device, reach)
+        return facts
+
+    def _read_all(self, tensors: Any) -> Facts:
+        layout = self.layout
+        grid = to_grid(layout, tensors)
+        flat: list[torch.Tensor] = list(grid.reshape(-1))
+        device = _one_device(flat)
+        values = [dict(known) for known in self.declared]
+        outer = [(g, [n] * len(values)) for g, n in zip(layout.containers, grid.shape, strict=True)]
+        stuck = solve(layout, values, outer)
+        if stuck:
+            finish(layout, values, stuck)
+        picks = _pick_per_kv(layout, grid, values)
+        shapes = [_dim_shapes(layout, tensor) for tensor in picks]
+        sized: list[Sized] = [(g, [s[i][0] for s in shapes]) for i, g in enumerate(layout.dims)]
+        finish(layout, values, solve(layout, values, sized))
+        table = tabulate(_container_factors(layout, values), grid, len(values))
+        strides = [[stride for _, stride in shape] for shape in shapes]
+        itemsizes = [tensor.element_size() for tensor in picks]
+        parts = build_parts(layout, values, strides, itemsizes, table.steps)
+        slots = values[0]["token"] * values[0].get("block", 1)
+        grad = any(tensor.requires_grad for tensor in flat)
+        form = same_form(_form(layout, values, parts, picks, flat))
+        spans = _spans(flat)
+        origins = tuple(table.addresses.tolist())
+        return Facts(form, origins, table.owners, slots, device, grad, spans)
+
+
+@lru_cache(maxsize=256)
+def _reading(layout: str, declared: tuple[tuple[str, Any], ...]) -> Reading:
+    text, always = presets.resolve(layout)
+    extents = dict(always)
+    for name, value in declared:
+        if name in extents and extents[name] != value:
+            raise LayoutError(
+                f"{name}={value} was declared, but preset {layout!r} is true only for "
+                f"{name}={extents[name]}; declare that, or write the layout string."
+            )
+        extents[name] = value
+    return Reading(parse(text), extents)
+
+
+def read_as(layout: str, /, **extents: Any) -> Reading:
+    """The reading of a layout (string or preset) with declared extents; None means undeclared."""
+    if not isinstance(layout, str):
+        raise LayoutError(f"A layout is a string of axis names, but {layout!r} was given.")
+    declared = tuple(
+        (name, _integers(name, value))
+        for name, value in sorted(extents.items())
+        if value is not None
+    )
+    return _reading(layout, declared)
+
+
+def _integers(name: str, value: Any) -> int | tuple[int, ...]:
+    """A declared extent as plain integers: equal numbers of other types must not pass for them."""
+    if name == "dim" and isinstance(value, (list, tuple)):
+        return tuple(positive(name, one) for one in value)
+    return positive(name, value)
+
+
+def _container_factors(layout: Layout, values: Values) -> list[tuple[Factor, int]]:
+    """Each container factor and its extent, outermost first."""
+    factors = [f for group in layout.containers for f in group.factors]
+    return [(f, factor_extent(f, values[0]) or 1) for f in factors]
+
+
+def _one_device(tensors: Sequence[torch.Tensor]) -> torch.device:
+    device = tensors[0].device
+    for tensor in tensors:
+        if tensor.device != device:
+            raise DeviceMismatch(
+                f"The tensors of one view lie on {device} and {tensor.device}; one view lives on "
+                f"one device. Make a view (and a connector) for each device."
+            )
+        if tensor.is_conj() or tensor.is_neg():
+            raise LayoutError(
+                "A lazily conjugated or negated tensor was found, whose bytes are not its values; "
+                "hand over tensor.resolve_conj().resolve_neg()."
+            )
+        if tensor.layout != torch.strided:
+            raise LayoutError(f"A view reads strided tensors, but a {tensor.layout} one was found.")
+        if device.type != "meta" and tensor.numel() and not tensor.data_ptr():
+            raise LayoutError(
+                f"A {type(tensor).__name__} of shape {tuple(tensor.shape)} without memory was "
+                f"found; hand over allocated tensors."
+            )
+    if device.type == "meta":
+        raise LayoutError("Tensors on device meta have no memory; hand over allocated tensors.")
+    return device
+
+
+def _pick_per_kv(layout: Layout, grid: Grid, values: Values) -> list[torch.Tensor]:
+    """One tensor for each kv, after checking that it speaks for all of its kv."""
+    factors = _container_factors(layout, values)
+    kv_at = next((i for i, (factor, _) in enumerate(factors) if factor.axis == "kv"), None)
+    cube = grid.reshape([extent for _, extent in factors])
+    rows = cube.reshape(1, -1) if kv_at is None else np.moveaxis(cube, kv_at, 0)
+    rows = rows.reshape(len(rows), -1)
+    for row in rows:
+        first = row[0]
+        for tensor in row[1:]:
+            if (tensor.shape, tensor.stride(), tensor.dtype) != (
+                first.shape, first.stride(), first.dtype,
+            ):  # fmt: skip
+                raise LayoutError(
+                    f"Tensors of one view share shape, strides and dtype, but {_facts(first)} and "
+                    f"{_facts(tensor)} were found; tensors that differ are another group, with a "
+                    f"view of its own."
+                )
+    picks = [row[0] for row in rows]
+    return picks if len(picks) == len(values) else picks * len(values)
+
+
+def _facts(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} strides {tensor.stride()} {tensor.dtype}"
+
+
+def _dim_shapes(layout: Layout, tensor: torch.Tensor) -> list[tuple[int, int]]:
+    """Size and stride (elements) of each dimension group; the last may cover several."""
+    shape, strides, groups = list(tensor.shape), list(tensor.stride()), layout.dims
+    extra = len(shape) - len(groups)
+    last = groups[-1]
+    if extra < 0 or (extra and not layout.open_end):
+        raise LayoutError(
+            f"{layout.text!r} has {len(groups)} dimension(s) right of its containers, but a tensor "
+            f"of shape {tuple(shape)} was found; write an axis (or `1`) for each dimension."
+        )
+    while extra:
+        size, stride = shape.pop(), strides.pop()
+        if shape[-1] != 1 and size != 1 and strides[-1] != size * stride:
+            raise LayoutError(
+                f"{last} of {layout.text!r} covers several dimensions of a tensor of shape "
+                f"{tuple(tensor.shape)} and strides {tensor.stride()}, which are not contiguous "
+                f"together; write an axis for each dimension."
+            )
+        stride = strides[-1] if size == 1 else stride
+        shape[-1], strides[-1] = shape[-1] * size, stride
+        extra -= 1
+    return list(zip(shape, strides, strict=True))
+
+
+def _form(
+    layout: Layout,
+    values: Values,
+    parts: tuple[Any, ...],
+    picks: Sequence[torch.Tensor],
+    tensors: Sequence[torch.Tensor],
+) -> Form:
+    known = values[0]
+    axis = "page" if layout.opaque else "dim"
+    bits = 0
+    for tensor in tensors:
+        # Torch addresses memory from its storage's base, so the base has to be aligned as well.
+        bits |= tensor.data_ptr() | tensor.untyped_storage().data_ptr()
+    return Form(
+        parts=parts,
+        layers=known["layer"],
+        heads=known["head"],
+        widths=tuple(v[axis] * t.element_size() for v, t in zip(values, picks, strict=True)),
+        block_size=known["token"] if layout.paged else 0,
+        opaque=layout.opaque,
+        alignment=min(16, bits & -bits) if bits else 16,
+        place=_place(tensors),
+    )
+
+
+def _spans(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    """Sorted, disjoint ranges of bytes from the first to past the last of the tensors."""
+    found = set()
+    for tensor in tensors:
+        if tensor.numel():
+            last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+            first = tensor.data_ptr()
+            found.add((first, first + (last + 1) * tensor.element_size()))
+    merged: list[tuple[int, int]] = []
+    for first, past in sorted(found):
+        if merged and first < merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(past, merged[-1][1]))
+        else:
+            merged.append((first, past))
+    return merged
+
+
+def _place(tensors: Sequence[torch.Tensor]) -> str:
+    if tensors[0].device.type != "cpu":
+        return "device"
+    return "pinned" if all(tensor.is_pinned() for tensor in tensors) else "pageable"

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors that fit a layout, made from its extents: for `explain`, the demo and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from portakv.errors import LayoutError
+from portakv.layout.extents import factor_extent
+from portakv.layout.language import Group, Layout, parse
+from portakv.layout.presets import memory_order, resolve
+
+if TYPE_CHECKING:
+    from portakv.view.view import KVView
+
+
+def example_tensors(
+    layout: str,
+    *,
+    layers: int = 1,
+    kv: int | None = None,
+    heads: int | None = None,
+    dim: int | Sequence[int] | None = None,
+    blocks: int = 1,
+    tokens: int = 1,
+    dtype: torch.dtype = torch.float16,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """Uninitialised tensors of a layout, in the containers that it names: contiguous, but where a
+    preset says that its tensors lie in another memory order.
+
+    Args:
+        layout: a layout string or preset.
+        layers, blocks: extents.
+        heads: extent; by default what the preset says, else 1.
+        kv: extent; by default what the preset or the number of widths says, else 2 where the
+            layout names it.
+        dim: elements: one number, or one for each kv (of a page: its elements); by default what
+            the preset says, else 1.
+        tokens: tokens of a block, or of the chunk where there is no `block`.
+
+    Raises:
+        LayoutError: the layout cannot be parsed, a factor does not divide its extent, or the
+            number of widths is not the number of kv.
+    """
+    text, always = resolve(layout)
+    parsed = parse(text)
+    dim = always.get("dim", 1) if dim is None else dim
+    counted = _number(always.get("heads")) or 1 if heads is None else heads
+    kv = _number(always.get("kv")) or _kv(parsed, dim) if kv is None else kv
+    widths = _widths(layout, kv, dim)
+    shared = {"layer": layers, "kv": kv, "head": counted, "block": blocks, "token": tokens}
+    values = [{**shared, "dim": width, "page": width} for width in widths]
+    memory = parse(memory_order(layout))
+    made = _level(memory, memory.containers, values, 0, dtype, torch.device(device))
+    return made if memory == parsed else _ordered(made, memory, parsed)
+
+
+def _ordered(made: Any, memory: Layout, layout: Layout) -> Any:
+    """Tensors of a memory order, read in the order of a layout; its containers are views."""
+    if not isinstance(made, torch.Tensor):
+        return [_ordered(one, memory, layout) for one in made]
+    taken = len(memory.containers)
+    wanted = [*layout.containers[taken:], *layout.dims]
+    viewed = made.permute([memory.dims.index(group) for group in wanted])
+    return _unbound(viewed, len(layout.containers) - taken)
+
+
+def _unbound(tensor: torch.Tensor, levels: int) -> Any:
+    """The leading dimensions of a tensor as lists of views."""
+    if not levels:
+        return tensor
+    return [_unbound(one, levels - 1) for one in tensor.unbind(0)]
+
+
+def _number(always: object) -> int | None:
+    return always if isinstance(always, int) else None
+
+
+def _kv(layout: Layout, dim: int | Sequence[int]) -> int:
+    if isinstance(dim, Sequence):
+        return len(dim)
+    return 2 if "kv" in layout.axes else 1
+
+
+def _widths(layout: str, kv: int, dim: int | Sequence[int]) -> list[int]:
+    widths = list(dim) if isinstance(dim, Sequence) else [dim] * kv
+    if len(widths) != kv:
+        raise LayoutError(
+            f"dim={dim} holds {len(widths)} widths, but kv={kv} was asked of {layout!r}; give one "
+            f"number, or one for each kv."
+        )
+    return widths
+
+
+def example_chunk(cache: KVView, layout: str, tokens: int) -> Any:
+    """A contiguous memory object for ``tokens`` tokens of a cache, in the cache's dtype."""
+    dtype = cache.owners[0].dtype
+    paged = parse(resolve(layout)[0]).paged
+    size = cache.block_size or tokens
+    return example_tensors(
+        layout,
+        layers=cache.layers,
+        kv=cache.kv,
+        heads=cache.heads,
+        dim=[width // dtype.itemsize for width in cache.widths],
+        blocks=-(-tokens // size),
+        tokens=size if paged else tokens,
+        dtype=dtype,
+        device=cache.device,
+    )
+
+
+def _level(
+    layout: Layout,
+    containers: Sequence[Group],
+    values: Sequence[Mapping[str, int]],
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    if not containers:
+        shape = [_size(group, values, k) for group in layout.dims]
+        return torch.empty(shape, dtype=dtype, device=device)
+    group, rest = containers[0], containers[1:]
+    extents = [factor_extent(factor, values[0]) or 1 for factor in group.factors]
+    kv_at = next((i for i, factor in enumerate(group.factors) if factor.axis == "kv"), None)
+    items = []
+    for position in range(prod(extents)):
+        at = k
+        if kv_at is not None:
+            at = position // prod(extents[kv_at + 1 :]) % extents[kv_at]
+        items.append(_level(layout, rest, values, at, dtype, device))
+    return items
+
+
+def _size(group: Group, values: Sequence[Mapping[str, int]], k: int) -> int:
+    """The size of a dimension; kv parts of unequal width lie one behind the other."""
+    sizes = [1] * len(values)
+    for factor in reversed(group.factors):
+        if factor.axis == "kv":
+            sizes = [sum(sizes)] * len(values)
+        else:
+            extents = [factor_extent(factor, known) or 1 for known in values]
+            sizes = [n * extent for n, extent in zip(sizes, extents, strict=True)]
+    return sizes[k]

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The form of a view: where its rows lie relative to its addresses, in bytes.
+
+A `Form` is everything about a view except addresses and counts (of blocks, or of a chunk's
+tokens). It is hashable and holds integers and strings only, so it can be sent to another process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+from portakv.layout.extents import factor_extent
+from portakv.layout.language import Factor, Group, Layout
+
+#: Where memory can be: on the device, pinned or pageable on the host, or in another process.
+PLACES = ("device", "pinned", "pageable", "remote")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One factor of an axis: ``extent`` steps through the address table and through memory.
+
+    ``extent`` 0 means unbounded (blocks, or the tokens of a chunk). ``table`` counts entries of
+    the address table, ``stride`` counts bytes; 64-bit on every backend.
+    """
+
+    extent: int
+    table: int
+    stride: int
+
+
+Steps = tuple[Step, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The rows of one ``kv``: its origin and, for each axis, its steps, outermost first.
+
+    ``dim`` covers bytes; for opaque pages it covers the page.
+    """
+
+    table: int
+    offset: int
+    layer: Steps = ()
+    block: Steps = ()
+    token: Steps = ()
+    head: Steps = ()
+    dim: Steps = ()
+
+    def axis(self, name: str) -> Steps:
+        """The steps of one axis by its name."""
+        return getattr(self, name)  # type: ignore[no-any-return]
+
+
+PART_AXES = ("layer", "block", "token", "head", "dim")
+
+
+@dataclass(frozen=True, slots=True, eq=True)
+class Form:
+    """Strides, widths, alignment and place of a view.
+
+    Attributes:
+        parts: one for each ``kv``.
+        layers, heads: extents.
+        widths: bytes of ``dim`` (or of the page) for each kv.
+        block_size: tokens of a block; 0 where the view is not paged.
+        opaque: only whole pages can be moved.
+        alignment: the largest power of two up to 16 that divides all addresses.
+        place: one of ``device``, ``pinned``, ``pageable``, ``remote``.
+        unwritable: why rows of this form cannot be a destination; empty where they can.
+    """
+
+    parts: tuple[Part, ...]
+    layers: int
+    heads: int
+    widths: tuple[int, ...]
+    block_size: int
+    opaque: bool
+    alignment: int
+    place: str
+    unwritable: str = field(default="", init=False, compare=False, repr=False)
+    _hash: int = field(default=0, init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Forms key the cache of launches on the hot path: hash the nested tuples only once.
+        key = (self.parts, self.layers, self.heads, self.widths, self.block_size, self.alignment)
+        object.__setattr__(self, "_hash", hash((key, self.opaque, self.place)))
+        object.__setattr__(self, "unwritable", _why_unwritable(self.parts))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # The hash of a string differs between processes, so a form is made anew on arrival.
+        names = ("parts", "layers", "heads", "widths", "block_size", "opaque", "alignment", "place")
+        return type(self), tuple(getattr(self, name) for name in names)
+
+    @property
+    def kv(self) -> int:
+        """The number of parts."""
+        return len(self.parts)
+
+    @property
+    def paged(self) -> bool:
+        """True where rows are addressed by slot."""
+        return self.block_size > 0
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in all layers, heads and kv (opaque pages: of one page)."""
+        return self.layers * self.heads * sum(self.widths)
+
+
+#: Why planes that coincide cannot be written, whether strides or addresses make them so.
+ALIASED = "two of its planes lie at one address, so that one would overwrite the other"
+
+
+@lru_cache(maxsize=4096)
+def same_form(form: Form) -> Form:
+    """The first form that was equal to this one: look-ups then compare them by identity."""
+    return form
+
+
+def build_parts(
+    layout: Layout,
+    values: Sequence[Mapping[str, int]],
+    strides: Sequence[Sequence[int]],
+    itemsizes: Sequence[int],
+    container_steps: Mapping[Factor, tuple[int, Sequence[int]]],
+) -> tuple[Part, ...]:
+    """Make the parts of a form.
+
+    Args:
+        layout: the parsed layout.
+        values: for each kv, the extent of each axis, complete.
+        strides: for each kv, the stride in elements of each dimension group.
+        itemsizes: for each kv, the bytes of one element.
+        container_steps: for each container factor, the entries of the table that one step
+            advances, and for each kv the bytes.
+    """
+    parts = []
+    for k, known in enumerate(values):
+        steps: dict[Factor, Step] = {}
+        table = offset = 0
+        for group in layout.containers:
+            for factor in group.factors:
+                entries, distances = container_steps[factor]
+                if factor.axis == "kv":
+                    table, offset = k * entries, k * distances[k]
+                else:
+                    extent = factor_extent(factor, known) or 0
+                    steps[factor] = Step(extent, entries, distances[k])
+        for group, stride in zip(layout.dims, strides[k], strict=True):
+            offset += _group_steps(group, stride * itemsizes[k], values, k, steps)
+        parts.append(_part(layout, steps, table, offset, itemsizes[k]))
+    return tuple(parts)
+
+
+def _group_steps(
+    group: Group,
+    stride: int,
+    values: Sequence[Mapping[str, int]],
+    k: int,
+    steps: dict[Factor, Step],
+) -> int:
+    """Fill ``steps`` for one dimension group; return the byte offset of part ``k`` in it."""
+    offset = 0
+    inner = [1] * len(values)  # for each kv, what the factors to the right span
+    for factor in reversed(group.factors):
+        if factor.axis == "kv":
+            offset = sum(inner[:k]) * stride
+            inner = [sum(inner)] * len(values)
+            continue
+        steps[factor] = Step(factor_extent(factor, values[k]) or 0, 0, inner[k] * stride)
+        extents = [factor_extent(factor, known) or 0 for known in values]
+        inner = [span * extent for span, extent in zip(inner, extents, strict=True)]
+    return offset
+
+
+def _part(
+    layout: Layout, steps: Mapping[Factor, Step], table: int, offset: int, itemsize: int
+) -> Part:
+    axes: dict[str, Steps] = {}
+    for factor, step in sorted(steps.items(), key=lambda item: item[0].part == "%"):
+        name = "dim" if factor.axis == "page" else factor.axis
+        axes[name] = (*axes.get(name, ()), step)
+    axes["dim"] = (*axes.get("dim", ()), Step(itemsize, 0, 1))
+    unbounded = "block" if layout.paged else "token"
+    for name, chain in axes.items():
+        if name == unbounded:
+            chain = (replace(chain[0], extent=0), *chain[1:])
+        axes[name] = merge_steps(chain)
+    return Part(table, offset, **axes)
+
+
+def merge_steps(steps: Sequence[Step]) -> Steps:
+    """Join neighbours that together are one step, and drop steps of extent 1."""
+    merged: list[Step] = []
+    for step in steps:
+        if step.extent == 1:
+            continue
+        outer = merged[-1] if merged else None
+        if (
+            outer is not None
+            and outer.table == step.extent * step.table
+            and outer.stride == step.extent * step.stride
+        ):
+            merged[-1] = Step(outer.extent * step.extent, step.table, step.stride)
+        else:
+            merged.append(step)
+    return tuple(merged)
+
+
+def _why_unwritable(parts: Sequence[Part]) -> str:
+    """A step that does not move, or planes that coincide, would write many rows to one place."""
+    for part in parts:
+        for name in PART_AXES:
+            for step in part.axis(name):
+                if step.stride == 0 and step.table == 0 and step.extent != 1:
+                    return f"its {name!r} axis has stride 0, so that several rows share one place"
+    origins = [origin for part in parts for origin in _plane_origins(part)]
+    if len(set(origins)) < len(origins):
+        return ALIASED
+    return ""
+
+
+def _plane_origins(part: Part) -> list[tuple[int, int]]:
+    """Table entry and byte offset of each layer's plane."""
+    origins = [(part.table, part.offset)]
+    for step in part.layer:
+        moves = [(i * step.table, i * step.stride) for i in range(step.extent)]
+        origins = [(table + t, offset + o) for table, offset in origins for t, o in moves]
+    return origins
+
+
+def locate(table: int, offset: int, steps: Sequence[Step], position: int) -> tuple[int, int]:
+    """Table entry and byte offset of ``position`` on one axis."""
+    for step in reversed(steps):
+        position, at = divmod(position, step.extent) if step.extent else (0, position)
+        table, offset = table + at * step.table, offset + at * step.stride
+    return table, offset

@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Index lists: for one side of a copy, which slot each position uses.
+
+Position ``p``, with ``q = p + offset``, is slot ``ids[q // step] * step + q % step``; without ids
+it is slot ``q``. ``step=1`` is a slot mapping, ``step=block_size`` a block table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import index as whole_number
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from portakv.errors import SlotError, Unsupported
+
+_DTYPES = (torch.int64, torch.int32)
+_WILD = 2**62  # past the end of any view, and far from where 64 bits wrap
+_INT32 = 2**31 - 1
+
+
+class Index:
+    """An index list. Its contents must not change once it was made: copies on both sides are kept.
+
+    Args:
+        ids: int32 or int64, one dimension, on host or device, contiguous or not (a tensor, a numpy
+            array or a list of int); negative ids are padding and skip their positions. None:
+            consecutive slots.
+        step: tokens for each id.
+        offset: tokens of the first id that are passed over.
+
+    Attributes:
+        length: positions that the ids cover; None without ids.
+        on_host: True where ids can be validated before launch.
+        plan_step: what a plan is made for: ``step``, or 0 without ids.
+        fleeting: a caller's ids for one call, which nobody will use again.
+        kept: what copies settled about it, kept as long as the index.
+
+    Raises:
+        SlotError: another dtype (float and bool included), rank, or a bad step or offset.
+    """
+
+    __slots__ = (
+        "_device_ids", "_dtypes", "_home", "_host_ids", "_judged", "_placed", "fleeting", "ids",
+        "kept", "length", "offset", "on_host", "plan_step", "step",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        ids: torch.Tensor | npt.NDArray[Any] | Sequence[int] | None = None,
+        step: int = 1,
+        offset: int = 0,
+    ) -> None:
+        if type(step) is not int or type(offset) is not int:
+            step, offset = _whole(step), _whole(offset)
+        if step < 1 or offset < 0:
+            raise SlotError(
+                f"Index(step={step}, offset={offset}) was asked for; both are integers, step at "
+                f"least 1 and offset at least 0."
+            )
+        self._set(None if ids is None else _as_ids(ids), step, offset)
+        self._host_ids: npt.NDArray[np.int64] | None = None
+        self._device_ids: torch.Tensor | None = None
+        self._judged: dict[tuple[int, int, int, bool | None], bool] = {}
+        self._placed: Index | None = None
+
+    def _set(self, ids: torch.Tensor | None, step: int, offset: int) -> None:
+        # Plain attributes: every call reads them, and asking a tensor each time is dear.
+        self.ids, self.step, self.offset = ids, step, offset
+        self.length = None if ids is None else ids.numel() * step - offset
+        self.on_host = ids is None or ids.is_cpu
+        self.plan_step = 0 if ids is None else step
+        self._home: torch.device | None = None
+        self._dtypes: frozenset[torch.dtype] | None = None
+        self.fleeting = False
+        self.kept: dict[Any, Any] = {}
+
+    @classmethod
+    def of(cls, index: Any, step: int = 1) -> Index:
+        """An index as it is; a tensor, array or list as ids of ``step`` tokens, which nobody will
+        use again; None as consecutive."""
+        if isinstance(index, Index):
+            return index
+        made = cls(index, step)
+        made.fleeting = made.ids is not None
+        return made
+
+    @classmethod
+    def joined(cls, ranges: Sequence[tuple[Index, int]]) -> Index:
+        """The first ``count`` positions of several indices, one behind the other, as slots."""
+        pieces = []
+        for index, count in ranges:
+            if index.ids is not None and index.step == 1:
+                pieces.append(index.ids[index.offset : index.offset + count])
+            else:
+                pieces.append(torch.from_numpy(index.slots(count)))
+        homes = {piece.device for piece in pieces if piece.device.type != "cpu"}
+        home = homes.pop() if homes else torch.device("cpu")
+        return cls(torch.cat([piece.to(home, torch.int64) for piece in pieces]))
+
+    def shifted(self, tokens: int) -> Index:
+        """This index from position ``tokens`` on; shares ids and copies."""
+        if not tokens:
+            return self
+        moved = Index.__new__(Index)
+        moved._set(self.ids, self.step, self.offset + tokens)
+        moved._host_ids, moved._device_ids = self._host_ids, self._device_ids
+        moved._judged, moved._placed, moved.fleeting = self._judged, None, self.fleeting
+        return moved
+
+    def part(self, first: int, count: int) -> Index:
+        """Of this index ``count`` positions from ``first`` on, without the other ids; shares the
+        copies that there are."""
+        q = self.offset + first
+        if self.ids is None:
+            return Index(offset=q)
+        held = slice(q // self.step, -(-(q + count) // self.step))
+        piece = Index.__new__(Index)
+        piece._set(self.ids[held], self.step, q % self.step)
+        piece._host_ids = None if self._host_ids is None else self._host_ids[held]
+        piece._device_ids = None if self._device_ids is None else self._device_ids[held]
+        piece._judged = {}
+        piece._placed = None if self._placed is None else self._placed.part(first, count)
+        piece.fleeting = self.fleeting
+        return piece
+
+    @property
+    def names(self) -> tuple[int, int]:
+        """Which slots: equal for indices of one lineage, as long as somebody holds that."""
+        return (0 if self.ids is None else id(self._judged)), self.offset
+
+    @property
+    def lineage(self) -> object:
+        """What this index and its shifted ones share, and no other: one lineage, one list of ids,
+        whose contents never change."""
+        return self._judged
+
+    def placed(self, home: torch.device, dtypes: frozenset[torch.dtype]) -> Index:
+        """This index with its ids contiguous on ``home`` and in one of ``dtypes``."""
+        known = self.lying(home, dtypes)
+        if known is not None:
+            return known
+        assert self.ids is not None
+        wanted = torch.int64 if torch.int64 in dtypes else torch.int32
+        dtype = self.ids.dtype if self.ids.dtype in dtypes else wanted
+        narrows = dtype == torch.int32 and self.ids.dtype == torch.int64
+        ids = self._narrow() if narrows else self.ids.to(dtype)
+        placed = Index(ids.to(home).contiguous(), self.step, self.offset)
+        if self.on_host:
+            # A copy made from device ids is ordered on one stream only, so it is not kept.
+            self._placed = placed
+        return placed
+
+    def keep(self, ids: torch.Tensor) -> None:
+        """Keep a copy of the ids elsewhere, contiguous, as what `placed` finds."""
+        self._placed = placed = Index.__new__(Index)
+        placed._set(ids, self.step, self.offset)
+        placed._host_ids = placed._device_ids = placed._placed = None
+        placed._judged = {}
+
+    def lying(self, home: torch.device, dtypes: frozenset[torch.dtype]) -> Index | None:
+        """As `placed`, where nothing has to be copied for it; else None."""
+        if self.ids is None or (self._home is home and self._dtypes is dtypes):
+            return self
+        if self._lies(home, dtypes):
+            self._home, self._dtypes = home, dtypes  # the same launch asks again and again
+            return self
+        return None if self._placed is None else self._placed.lying(home, dtypes)
+
+    def _narrow(self) -> torch.Tensor:
+        """The ids as int32, for a backend that reads nothing else; what does not fit stays bad."""
+        assert self.ids is not None
+        if self.on_host and self.ids.numel() and int(self.host_ids().max()) > _INT32:
+            raise Unsupported(
+                f"An index with id {int(self.host_ids().max())}",
+                "the backend reads int32 ids only; use another backend",
+            )
+        return self.ids.clamp(-1, _INT32).to(torch.int32)
+
+    def _lies(self, home: torch.device, dtypes: frozenset[torch.dtype]) -> bool:
+        assert self.ids is not None
+        ids = self.ids
+        return ids.device == home and ids.dtype in dtypes and ids.is_contiguous()
+
+    def to_host(self) -> Index:
+        """This index with its ids on the host; waits for the device if they are there."""
+        if self.on_host:
+            return self
+        return Index(torch.from_numpy(self.host_ids()), self.step, self.offset)
+
+    def host_ids(self) -> npt.NDArray[np.int64]:
+        """The ids as a contiguous int64 array on the host; waits for a device that has them."""
+        if self._host_ids is None:
+            assert self.ids is not None
+            ids = self.ids if self.on_host else self.ids.cpu()
+            self._host_ids = np.ascontiguousarray(ids.numpy(), dtype=np.int64)
+        return self._host_ids
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """The ids, contiguous, on ``device``; copied at most once for the last device asked."""
+        assert self.ids is not None
+        kept = self._device_ids
+        if kept is None or kept.device != device:
+            kept = self._device_ids = self.ids.to(device).contiguous()
+        return kept
+
+    def units(self, count: int, unit: int, device: torch.device) -> torch.Tensor:
+        """For each of ``count // unit`` units its number (slot // unit), int64 ``[units]``.
+
+        Negative where the id is negative. Without ids the first position may be any slot; units
+        are then counted from it.
+        """
+        if self.ids is None:
+            first = self.offset // unit
+            return torch.arange(first, first + count // unit, device=device)
+        ids = self.on(device)
+        first, per_id = self.offset // unit, self.step // unit
+        if per_id == 1:
+            return ids[first : first + count // unit].long()
+        at = torch.arange(first, first + count // unit, device=device)
+        # Clamped before it is multiplied, so that a wild id stays wild.
+        wide = ids.long().clamp(-1, _WILD // self.step)
+        return wide[at // per_id] * per_id + at % per_id
+
+    def slots(self, count: int, every: int = 1) -> npt.NDArray[np.int64]:
+        """The slot of each of ``count`` positions, or of ``every`` so many-th one, on the host;
+        negative where skipped."""
+        at = np.arange(self.offset, self.offset + count, every, dtype=np.int64)
+        if self.ids is None:
+            return at
+        ids = np.clip(self.host_ids()[at // self.step], -1, _WILD // self.step)
+        return np.where(ids < 0, -1, ids * self.step + at % self.step)
+
+    def check_length(self, count: int, slots: int, side: str) -> None:
+        """Raise `SlotError` where ``count`` positions run past the list, or past a view of
+        ``slots`` slots that is read without ids."""
+        if self.ids is not None:
+            if self.offset + count > self.ids.numel() * self.step:
+                raise SlotError(
+                    f"{count} positions from {self.offset} on were asked of the {side} index, "
+                    f"which covers {self.ids.numel()} ids x {self.step} tokens; pass a longer list "
+                    f"or a smaller range."
+                )
+        elif self.offset + count > slots:
+            raise SlotError(
+                f"{count} tokens from {self.offset} on were asked of the {side}, which holds "
+                f"{slots} tokens; pass a larger buffer or a smaller range."
+            )
+
+    def judge(self, count: int, slots: int, distinct: bool, side: str) -> bool:
+        """Validate host ids for ``count`` positions in a view of ``slots`` slots; remembered.
+
+        Returns:
+            True where an id is negative, so that positions are to be skipped; False also without
+            ids and for ids on a device.
+
+        Raises:
+            SlotError: a slot past the end, or with ``distinct`` one that occurs twice.
+        """
+        if self.ids is None or not self.on_host:
+            return False
+        key = (self.offset, count, slots, distinct)
+        known = self._judged.get(key)
+        if known is not None:
+            return known
+        last = self.offset + count
+        used = self.host_ids()[self.offset // self.step : -(-last // self.step)]
+        skips = False
+        if used.size:
+            # Read as unsigned a negative id is huge, so one pass shows whether all are in range.
+            if (int(np.maximum.reduce(used.view(np.uint64))) + 1) * self.step > slots:
+                skips = bool(used.min() < 0)
+                self._check_bounds(count, slots, side)
+            if distinct and used.size > 1 and _repeats(used[used >= 0] if skips else used):
+                self._check_distinct(count, side)
+        self._judged[key] = skips
+        return skips
+
+    def judged(self, first: int, count: int, slots: int, distinct: bool) -> torch.Tensor | None:
+        """The copy elsewhere of host ids, where `judge` found them good from ``first`` on."""
+        if self._placed is None or (first, count, slots, distinct) not in self._judged:
+            return None
+        return self._placed.ids
+
+    def trust(self, count: int, slots: int) -> None:
+        """Remember that ids on a device were found clean: neither negative nor past the end."""
+        self._judged[self.offset, count, slots, None] = False
+
+    def trusted(self, count: int, slots: int) -> bool:
+        """True where ids on a device were found clean."""
+        return (self.offset, count, slots, None) in self._judged
+
+    def _check_bounds(self, count: int, slots: int, side: str) -> None:
+        expanded = self.slots(count)
+        past = np.nonzero(expanded >= slots)[0]
+        if past.size:
+            at = int(past[0])
+            raise SlotError(
+                f"Position {at} of the {side} index is slot {int(expanded[at])}{self._block(at)}, "
+                f"but the view has {slots} slots (0 to {slots - 1}); nothing was moved. Correct "
+                f"the index."
+            )
+
+    def _block(self, at: int) -> str:
+        """The id behind a position, where it names more than one slot."""
+        if self.step == 1 or self.ids is None:
+            return ""
+        return f" (of id {int(self.ids[(at + self.offset) // self.step])}, {self.step} slots each)"
+
+    def _check_distinct(self, count: int, side: str) -> None:
+        expanded = self.slots(count)
+        values, times = np.unique(expanded[expanded >= 0], return_counts=True)
+        if (times > 1).any():
+            slot = int(values[times > 1][0])
+            raise SlotError(
+                f"Slot {slot} occurs {int(times[times > 1][0])} times in the {side} index; a "
+                f"destination slot may be written once. Nothing was moved."
+            )
+
+    def __repr__(self) -> str:
+        ids = "None" if self.ids is None else f"<{self.ids.numel()} ids on {self.ids.device}>"
+        return f"Index({ids}, step={self.step}, offset={self.offset})"
+
+
+def _whole(number: Any) -> int:
+    try:
+        return whole_number(number)
+    except TypeError:
+        raise SlotError(
+            f"Index(..., {number!r}) was asked for; step and offset are integers, step at least 1 "
+            f"and offset at least 0."
+        ) from None
+
+
+def _as_ids(ids: Any) -> torch.Tensor:
+    if isinstance(ids, (list, tuple, range)):
+        ids = _listed(ids)
+    if isinstance(ids, np.ndarray):
+        ids = _from_array(ids)
+    if not isinstance(ids, torch.Tensor):
+        raise SlotError(
+            f"An index is a tensor, an array or a list of integers, but a {type(ids).__name__} "
+            f"was given."
+        )
+    if ids.dtype not in _DTYPES:
+        raise SlotError(
+            f"An index of dtype {ids.dtype} was given; expected torch.int32 or torch.int64. "
+            f"Convert it with .to(torch.int64) if it really holds slot numbers."
+        )
+    if ids.dim() != 1:
+        raise SlotError(
+            f"An index of shape {tuple(ids.shape)} was given; expected one dimension. Flatten it."
+        )
+    if ids.is_meta:
+        raise SlotError(
+            "An index on device meta was given, which holds no ids; expected ids on the host or a "
+            "device."
+        )
+    return ids
+
+
+def _listed(ids: Sequence[Any]) -> npt.NDArray[np.int64]:
+    bad = next((x for x in ids if isinstance(x, bool) or not isinstance(x, (int, np.integer))), ids)
+    if bad is not ids:
+        raise SlotError(f"An index holds integers, but {bad!r} was found; pass slot numbers.")
+    try:
+        return np.array(ids, dtype=np.int64)
+    except OverflowError:
+        raise SlotError(
+            "An index with a number of more than 64 bits was given; expected slot numbers."
+        ) from None
+
+
+def _from_array(ids: npt.NDArray[Any]) -> torch.Tensor:
+    if ids.dtype.kind != "i" or ids.dtype.itemsize not in (4, 8):
+        raise SlotError(
+            f"An index of dtype {ids.dtype} was given; expected int32 or int64. Convert it with "
+            f".astype('int64') if it really holds slot numbers."
+        )
+    # Torch takes neither negative strides, nor foreign byte orders, nor read-only memory.
+    native = np.ascontiguousarray(ids, dtype=ids.dtype.newbyteorder("="))
+    return torch.from_numpy(native if native.flags.writeable else native.copy())
+
+
+def _repeats(used: npt.NDArray[np.int64]) -> bool:
+    """Whether an id occurs twice; none is negative."""
+    if used.size <= 512:
+        return len(set(used.tolist())) < used.size
+    ordered = np.sort(used)
+    return bool((ordered[1:] == ordered[:-1]).any())

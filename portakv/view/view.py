@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Views: tensors read through a layout are a form and addresses.
+
+Addresses come from ``data_ptr()`` and strides, never from contiguity, the number of tensors or
+``shape[i] == 2``. A contradiction between tensors, layout and declared extents is a `LayoutError`
+when the view is made.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from portakv.errors import LayoutError
+from portakv.layout.language import Layout
+from portakv.view.bound import Facts, Found, Reading, read_as
+from portakv.view.form import ALIASED, locate
+from portakv.view.slicing import slice_facts
+
+
+class KVView:
+    """Tensors read through a layout.
+
+    Args:
+        tensors: a tensor, or the containers that the layout names (list, tuple, dict).
+        layout: a layout string, or the name of a preset.
+        layers, kv, block_size, heads: declared extents. ``block_size`` is tokens of a block.
+        dim: declared width in elements: one number, or one for each kv.
+
+    Attributes:
+        form: strides, widths, alignment and place.
+        origins: the addresses as integers (one where all is strided).
+        owners: for each entry, the tensor whose storage it lies in.
+        slots: tokens that can be addressed (blocks * block_size, or a chunk's tokens).
+        device: where the tensors are.
+        spans: sorted, disjoint ranges [first byte, past the last byte) that the tensors cover.
+        kept: what backends derive from this view for a plan, kept as long as the view.
+
+    Raises:
+        LayoutError: a contradiction, naming the axis, the expected and the found extent.
+        DeviceMismatch: tensors on different devices.
+    """
+
+    __slots__ = (
+        "_table", "_unwritable", "device", "form", "kept", "layout", "origins", "owners",
+        "requires_grad", "slots", "spans", "tensors",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        tensors: Any,
+        layout: str,
+        *,
+        layers: int | None = None,
+        kv: int | None = None,
+        block_size: int | None = None,
+        heads: int | None = None,
+        dim: int | Sequence[int] | None = None,
+    ) -> None:
+        width = tuple(dim) if isinstance(dim, (list, tuple)) else dim
+        reading = read_as(
+            layout, layers=layers, kv=kv, block_size=block_size, heads=heads, dim=width
+        )
+        self._set(reading.layout, tensors, reading.read(tensors))
+        self._hold()
+
+    @classmethod
+    def through(cls, reading: Reading, tensors: Any, *, lasting: bool = False) -> KVView:
+        """A view through a reading that was made before; raises as the constructor does.
+
+        ``lasting``: it outlives the call that it is made for.
+        """
+        view = cls.__new__(cls)
+        view._set(reading.layout, tensors, reading.read(tensors))
+        if lasting:
+            view._hold()
+        return view
+
+    def _set(self, layout: Layout, tensors: Any, facts: Found) -> None:
+        self.layout, self.tensors = layout, tensors
+        (
+            self.form, self.origins, self.owners, self.slots, self.device, self.requires_grad,
+            self.spans,
+        ) = facts  # fmt: skip
+        self._table: torch.Tensor | None = None
+        self._unwritable: str | None = None
+        self.kept: dict[Any, Any] = {}
+
+    def _hold(self) -> None:
+        # Aliases keep the memory that was read, also where a caller gives a tensor another one.
+        self.owners = tuple(owner.detach() for owner in self.owners)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return self.form.layers
+
+    @property
+    def kv(self) -> int:
+        """Number of kv: 2 for keys and values, 1 for MLA."""
+        return self.form.kv
+
+    @property
+    def heads(self) -> int:
+        """Number of kv heads."""
+        return self.form.heads
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """For each kv the bytes of ``dim`` (of the page, for opaque pages)."""
+        return self.form.widths
+
+    @property
+    def block_size(self) -> int | None:
+        """Tokens of a block; None where the view is not paged."""
+        return self.form.block_size or None
+
+    @property
+    def opaque(self) -> bool:
+        """True where only whole pages can be moved."""
+        return self.form.opaque
+
+    @property
+    def addresses(self) -> npt.NDArray[np.int64]:
+        """The table of addresses as an int64 array on the host."""
+        return np.array(self.origins, dtype=np.int64)
+
+    @property
+    def table(self) -> torch.Tensor:
+        """The table of addresses on the view's device, int64; made once."""
+        if self._table is None:
+            self._table = torch.from_numpy(self.addresses).to(self.device)
+        return self._table
+
+    def record_table(self, stream: torch.Stream) -> None:
+        """Tell the allocator that a stream uses the table of addresses, where there is one."""
+        if self._table is not None and self._table.device == stream.device:
+            self._table.record_stream(stream)
+
+    def overlaps(self, other: KVView) -> bool:
+        """True where the two views' tensors share memory."""
+        if self.device != other.device:
+            return False
+        few, many = self.spans, other.spans
+        if len(few) > len(many):
+            few, many = many, few
+        for first, past in few:
+            at = bisect_left(many, (past,))
+            if at and many[at - 1][1] > first:
+                return True
+        return False
+
+    def check_writable(self) -> None:
+        """Raise `LayoutError` where this view cannot be a destination."""
+        why = self._unwritable
+        if why is None:
+            why = self._unwritable = self._why_unwritable()
+        if why:
+            raise LayoutError(f"The destination, {self.layout.text!r}, cannot be written: {why}.")
+
+    def _why_unwritable(self) -> str:
+        if self.requires_grad:
+            return "it requires grad; pass tensor.detach()"
+        if self.form.unwritable or len(self.origins) == 1:
+            return self.form.unwritable
+        planes = [
+            self.origins[entry] + offset
+            for part in self.form.parts
+            for layer in range(self.layers)
+            for entry, offset in [locate(part.table, part.offset, part.layer, layer)]
+        ]
+        if len(set(planes)) < len(planes) or len(set(self.origins)) < len(self.origins):
+            return ALIASED
+        return ""
+
+    def strided(
+        self,
+        entry: int,
+        offset: int,
+        dtype: torch.dtype,
+        size: Sequence[int],
+        stride: Sequence[int],
+    ) -> torch.Tensor:
+        """A tensor over the storage of table entry ``entry``, ``offset`` bytes behind its address.
+
+        ``size`` and ``stride`` count elements of ``dtype``. Copies nothing.
+        """
+        storage = self.owners[entry].untyped_storage()
+        start = self.origins[entry] + offset - storage.data_ptr()
+        reach = sum((n - 1) * s for n, s in zip(size, stride, strict=True)) + 1 if all(size) else 0
+        if start < 0 or start + reach * dtype.itemsize > storage.nbytes():
+            raise self.replaced()
+        empty = torch.empty(0, dtype=dtype, device=self.device)
+        return empty.set_(storage, start // dtype.itemsize, size, stride)
+
+    def check_memory(self) -> None:
+        """Raise `LayoutError` where the memory behind a tensor was freed or replaced in place."""
+        for owner, origin in zip(self.owners, self.origins, strict=True):
+            storage = owner.untyped_storage()
+            start = storage.data_ptr()
+            if not start <= origin < start + (storage.nbytes() or 1):
+                raise self.replaced()
+
+    def replaced(self) -> LayoutError:
+        """The error where the memory behind a tensor is another than that which was read."""
+        return LayoutError(
+            f"The memory behind a tensor of {self.layout.text!r} was replaced after it was read; "
+            f"make the view anew, or register the kv_caches again."
+        )
+
+    def plane(self, layer: int, kv: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One plane as a strided tensor ``[blocks, block_size, heads, dim]`` (a chunk: ``[tokens,
+        heads, dim]``) in ``dtype``, by default the tensors' own.
+
+        Raises:
+            LayoutError: an axis of the plane is split, the view holds opaque pages, or its rows do
+                not begin and end at whole numbers of ``dtype``.
+        """
+        if not (0 <= layer < self.layers and 0 <= kv < self.kv):
+            raise LayoutError(
+                f"The plane of layer {layer} and kv {kv} was asked of a view of {self.layers} "
+                f"layers and {self.kv} kv; both count from 0."
+            )
+        if self.opaque:
+            raise LayoutError(
+                f"{self.layout.text!r} holds opaque pages, which have no rows to show."
+            )
+        part = self.form.parts[kv]
+        entry, offset = locate(part.table, part.offset, part.layer, layer)
+        element = dtype or self.owners[entry].dtype
+        chain = [(self.slots // (self.form.block_size or 1), part.block)] if part.block else []
+        chain += [(self.form.block_size or self.slots, part.token), (self.heads, part.head)]
+        chain += [(self.widths[kv], part.dim)]
+        size, stride = [], []
+        for extent, steps in chain:
+            if len(steps) > 1 or any(s.table for s in steps):
+                raise LayoutError(
+                    f"{self.layout.text!r} splits an axis of a plane, so no strided tensor can "
+                    f"show it; read the view by its form instead."
+                )
+            size.append(extent)
+            stride.append(steps[0].stride if steps else 0)
+        width = element.itemsize
+        places = [self.origins[entry] + offset, size[-1], *stride[:-1]]
+        if any(place % width for place in places) or stride[-1] not in (0, 1):
+            raise LayoutError(f"A plane of {self.layout.text!r} cannot be read as {element}.")
+        counts = [*size[:-1], size[-1] // width]
+        return self.strided(entry, offset, element, counts, [*(s // width for s in stride[:-1]), 1])
+
+    def slice(
+        self,
+        *,
+        layers: slice | int | None = None,
+        heads: slice | int | None = None,
+        kv: slice | int | None = None,
+    ) -> KVView:
+        """Some layers, heads or kv of this view, as a view; copies nothing.
+
+        An integer keeps its axis with extent 1. Slices of one layer all have one form.
+
+        Raises:
+            LayoutError: an empty or stepped range, or one that cuts through a factor.
+        """
+        facts = slice_facts(self._facts(), layers=layers, heads=heads, kv=kv)
+        view = KVView.__new__(KVView)
+        view._set(self.layout, self.tensors, facts)
+        return view
+
+    def _facts(self) -> Facts:
+        return Facts(
+            self.form, self.origins, self.owners, self.slots, self.device, self.requires_grad,
+            self.spans,
+        )  # fmt: skip

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops behind stand-ins do what the vendor documents, and refuse what it forbids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from portakv_conformance.vendor import ascend_ops
+from portakv_conformance.vendor.ascend_ops import Refused
+
+BLOCKS, SIZE, HEADS, DIM = 3, 4, 2, 16
+SLOTS = BLOCKS * SIZE
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """Distinct patterns of bits."""
+    count = torch.Size(shape).numel() * dtype.itemsize
+    return (torch.arange(count) * 37 % 251).to(torch.uint8).view(dtype).view(shape)
+
+
+def scatter(**changed: Any) -> None:
+    """A call of the scatter that is right but for what is changed."""
+    given = {
+        "key": numbers(3, HEADS, DIM),
+        "value": numbers(3, HEADS, DIM),
+        "key_cache": numbers(BLOCKS, SIZE, HEADS, DIM),
+        "value_cache": numbers(BLOCKS, SIZE, HEADS, DIM),
+        "slot_mapping": torch.tensor([7, 0, 11]),
+        "cache_mode": "Norm",
+    }
+    ascend_ops.scatter_pa_kv_cache(**{**given, **changed})
+
+
+def gather(**changed: Any) -> None:
+    """As `scatter`, of the gather."""
+    given = {
+        "key_cache": numbers(BLOCKS, SIZE, HEADS, DIM),
+        "value_cache": numbers(BLOCKS, SIZE, HEADS, DIM),
+        "block_tables": torch.tensor([[2, 0]], dtype=torch.int32),
+        "seq_lens": torch.tensor([6], dtype=torch.int32),
+        "key": numbers(6, HEADS, DIM),
+        "value": numbers(6, HEADS, DIM),
+    }
+    ascend_ops.gather_pa_kv_cache(**{**given, **changed})
+
+
+def test_scatter_writes_each_row_to_its_slot() -> None:
+    key, value = numbers(3, HEADS, DIM), numbers(3, HEADS, 8)
+    caches = [torch.zeros(BLOCKS, SIZE, HEADS, d, dtype=torch.float16) for d in (DIM, 8)]
+    scatter(key=key, value=value, key_cache=caches[0], value_cache=caches[1])
+    for rows, cache in zip((key, value), caches, strict=True):
+        pool = cache.view(SLOTS, HEADS, -1).view(torch.int16)
+        assert pool[[7, 0, 11]].equal(rows.view(torch.int16))
+        assert not pool[[1, 2, 3, 4, 5, 6, 8, 9, 10]].any()
+
+
+def test_gather_reads_block_after_block() -> None:
+    cache = numbers(BLOCKS, SIZE, HEADS, DIM)
+    key, value = torch.zeros(6, HEADS, DIM).half(), torch.zeros(6, HEADS, DIM).half()
+    gather(key_cache=cache, key=key, value=value)
+    assert key.view(torch.int16).equal(
+        cache.view(SLOTS, HEADS, DIM).view(torch.int16)[[8, 9, 10, 11, 0, 1]]
+    )
+
+
+SLOT = torch.tensor
+WIDE = torch.zeros(3, HEADS, 2 * DIM, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"cache_mode": "PA_NZ"}, "is for NZ"),
+        ({"slot_mapping": SLOT([7, -1, 11])}, "holds -1, of 0 to 11"),
+        ({"slot_mapping": SLOT([7, 12, 11])}, "holds 12, of 0 to 11"),
+        ({"slot_mapping": SLOT([7, 1])}, "one slot for each token"),
+        ({"slot_mapping": SLOT([7, 0, 11, 3, 4, 5])[::2]}, "is not contiguous"),
+        ({"slot_mapping": SLOT([7, 0, 11], dtype=torch.int16)}, "not int32 or int64"),
+        ({"key": WIDE[..., ::2]}, "is not contiguous"),
+        ({"key": WIDE}, "other heads or dims"),
+        ({"key": numbers(3, HEADS, DIM, dtype=torch.bfloat16)}, "dtypes"),
+        ({"key": numbers(3, HEADS * DIM)}, r"\[tokens, heads, dim\]"),
+        ({"value": numbers(2, HEADS, DIM)}, "differ in tokens or heads"),
+        ({"value_cache": numbers(BLOCKS + 1, SIZE, HEADS, DIM)}, "differ in blocks"),
+        ({"key_cache": numbers(SLOTS, HEADS, DIM)}, r"\[blocks, block_size, heads, dim\]"),
+        ({"compress_lens": SLOT([1])}, "compression"),
+    ],
+)
+def test_scatter_refuses(changed: dict[str, Any], why: str) -> None:
+    with pytest.raises(Refused, match=why):
+        scatter(**changed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.uint8, torch.float64])
+def test_scatter_refuses_dtypes_that_a2_and_a3_lack(dtype: torch.dtype) -> None:
+    rows, cache = (
+        numbers(3, HEADS, DIM, dtype=dtype),
+        numbers(BLOCKS, SIZE, HEADS, DIM, dtype=dtype),
+    )
+    with pytest.raises(Refused, match=str(dtype)):
+        scatter(key=rows, value=rows, key_cache=cache, value_cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"block_tables": SLOT([[2, 0]])}, "A2 and A3 read int32"),
+        ({"block_tables": SLOT([[2, 3]], dtype=torch.int32)}, "holds 3, of 0 to 2"),
+        ({"block_tables": SLOT([[2, -1]], dtype=torch.int32)}, "holds -1"),
+        ({"block_tables": SLOT([[2]], dtype=torch.int32)}, "shorter than the sequence"),
+        ({"seq_lens": SLOT([5], dtype=torch.int32)}, "says 5, key has 6"),
+        ({"seq_lens": SLOT([6])}, "A2 and A3 read int32"),
+        ({"seq_offset": SLOT([4], dtype=torch.int32)}, "offsets"),
+        ({"key": numbers(0, HEADS, DIM), "value": numbers(0, HEADS, DIM)}, "is empty"),
+        (
+            {
+                "key_cache": numbers(BLOCKS, SIZE, 1, 75 * 1024),
+                "key": numbers(6, 1, 75 * 1024),
+                "value": numbers(6, 1, DIM),
+                "value_cache": numbers(BLOCKS, SIZE, 1, DIM),
+            },
+            "over 148 KiB",
+        ),
+    ],
+)
+def test_gather_refuses(changed: dict[str, Any], why: str) -> None:
+    with pytest.raises(Refused, match=why):
+        gather(**changed)
+
+
+def test_scatter_nd_update_writes_rows_and_refuses() -> None:
+    matrix, rows = torch.zeros(5, 3, dtype=torch.int64), torch.arange(6).view(2, 3)
+    where = torch.tensor([[4], [1]])
+    assert ascend_ops.scatter_nd_update_(matrix, where, rows) is matrix
+    assert matrix[[4, 1]].equal(rows)
+    for bad, why in [
+        ((matrix, where - 2, rows), "holds -1"),
+        ((matrix, where + 1, rows), "holds 5, of 0 to 4"),
+        ((matrix, where[:, 0], rows), "indices"),
+        ((matrix, where, rows[:, :2]), "another shape"),
+        ((matrix, where, rows.int()), "updates are"),
+        ((matrix.int(), where, rows.int()), "not among its dtypes"),
+    ]:
+        with pytest.raises(Refused, match=why):
+            ascend_ops.scatter_nd_update_(*bad)
+
+
+def test_index_ops_refuse_what_cann_has_no_dtype_for() -> None:
+    wide, index = torch.zeros(4, 2, dtype=torch.complex128), torch.tensor([1])
+    with pytest.raises(Refused, match="complex128"):
+        ascend_ops.index_select(wide, 0, index)
+    with pytest.raises(Refused, match="complex128"):
+        ascend_ops.index_copy_(wide, 0, index, wide[:1])
+    rows = torch.zeros(4, 2, dtype=torch.int16)
+    with pytest.raises(Refused, match="holds 4"):
+        ascend_ops.index_select(rows, 0, index + 3)
+    with pytest.raises(Refused, match="resized"):
+        ascend_ops.index_select_out(rows, 0, index, out=rows[:2])

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What NVRTC makes of the CUDA kernel for devices that are not here, and why `cuda` is rejected."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.cuda_cases import COPIES
+
+from portakv import Unsupported
+from portakv.backends import cuda
+from portakv.backends._rows_kernel import MAX_ENTRIES, NAMES, RowsKernel
+from portakv.backends.cuda import Cuda
+from portakv.runtime import nvrtc as _nvrtc
+
+DEVICE = torch.device("cuda", 0)
+ARCHITECTURES = (80, 90, 100)
+needs_nvrtc = pytest.mark.skipif(_nvrtc.missing() is not None, reason=str(_nvrtc.missing()))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache on disk that holds nothing."""
+    monkeypatch.setenv("PORTAKV_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def kernels() -> dict[str, RowsKernel]:
+    """The table's kernels by their texts."""
+    found: dict[str, RowsKernel] = {}
+    for make in COPIES.values():
+        plan = make().plan()
+        for nest in plan.nests:
+            kernel = RowsKernel(nest, plan)
+            found.setdefault(kernel.source, kernel)
+    return found
+
+
+KERNELS = kernels()
+
+
+# The table
+
+
+def test_the_table_has_every_shape_of_kernel() -> None:
+    shapes = list(KERNELS.values())
+    assert {kernel.vector for kernel in shapes} == {16, 8, 4, 2, 1}
+    assert {len(kernel.inner) for kernel in shapes} >= {0, 1, 2, 3}
+    assert {len(kernel.outer) for kernel in shapes} == {0, 1, 2}
+    assert {(kernel.src.ids, kernel.dst.ids) for kernel in shapes} == {
+        (a, b) for a in (False, True) for b in (False, True)
+    }
+    for sides in ([kernel.src for kernel in shapes], [kernel.dst for kernel in shapes]):
+        assert {side.kind for side in sides} == {"NONE", "PLANES", "UNITS"}
+        assert {len(side.side.units) for side in sides} == {1, 2, 3}
+        assert max(side.per_id for side in sides) > 1
+    assert {kernel.unit for kernel in shapes} == {1, 4}
+
+
+def test_arguments_stay_below_the_classic_limit() -> None:
+    """4,096 bytes: more takes a device of 7.0 and CUDA 12.1 (CUDA C++ programming guide)."""
+    without_tables = min(len(kernel.fixed) for kernel in KERNELS.values())
+    assert without_tables + 2 * 8 * (MAX_ENTRIES - 1) <= 4096
+    assert not any(k.src.entries > MAX_ENTRIES for k in KERNELS.values())
+
+
+# Machine code
+
+
+def _tool() -> str | None:
+    """``nvdisasm``, from Triton's wheel or a CUDA toolkit."""
+    spec = importlib.util.find_spec("triton")
+    places = [Path(str(spec.origin)).parent / "backends/nvidia/bin"] if spec else []
+    places += [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep)]
+    return next((str(p / "nvdisasm") for p in places if (p / "nvdisasm").exists()), None)
+
+
+def _disassembled(binary: bytes, stem: Path) -> str:
+    stem.write_bytes(binary)
+    tool = _tool()
+    assert tool is not None
+    return subprocess.run([tool, stem], capture_output=True, text=True, check=True).stdout
+
+
+# What loads and stores one vector, in machine code and in PTX.
+_SASS = {16: ".E.128", 8: ".E.64", 4: ".E", 2: ".E.U16", 1: ".E.U8"}
+_PTX = {16: ".v4.u32", 8: ".u64", 4: ".u32", 2: ".u16", 1: ".u8"}
+
+
+def _judge_sass(code: str, vector: int) -> None:
+    """As many loads and stores of the vector as a thread moves."""
+    for each, name in NAMES.items():
+        _, found, rest = code.partition(f".section\t.text.{name},")
+        assert found, f"{name} was not found"
+        _judge_entry(rest.partition(".section\t")[0], vector, each)
+
+
+def _judge_entry(code: str, vector: int, each: int) -> None:
+    """Beside the vectors only ids, addresses and the status."""
+    found = re.findall(r"\b(LDG?|STG?|LDL|STL)((?:\.[A-Z0-9]+)*) ", code)
+    assert not {op for op, _ in found} & {"LD", "ST", "LDL", "STL"}, "generic or local memory"
+    loads = [kind for op, kind in found if op == "LDG"]
+    stores = [kind for op, kind in found if op == "STG" and ".STRONG" not in kind]
+    assert stores == [_SASS[vector]] * each, stores
+    assert loads.count(_SASS[vector]) >= each, loads
+    assert set(loads) <= {_SASS[vector], _SASS[8], _SASS[4]}, loads
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_compiles_to_machine_code(architecture: int) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        binaries = list(pool.map(lambda s: _nvrtc.compile_kernel(s, architecture), KERNELS))
+    assert all(binary.startswith(b"\x7fELF") for binary in binaries)
+    assert all(_nvrtc.compiled_before(source, architecture) for source in KERNELS)
+    assert len(set(binaries)) == len(KERNELS)
+
+
+@needs_nvrtc
+@pytest.mark.skipif(_tool() is None, reason="nvdisasm is not installed: pip install triton")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_machine_code_has_the_vector_width(architecture: int, tmp_path: Path) -> None:
+    """One kernel for each width and each pair of tables: to disassemble takes longer than to
+    compile."""
+    chosen = {(k.vector, k.src.kind, k.dst.kind): source for source, k in KERNELS.items()}
+    assert {vector for vector, _, _ in chosen} == set(_SASS)
+    for number, ((vector, _, _), source) in enumerate(chosen.items()):
+        binary = _nvrtc.compile_kernel(source, architecture)
+        code = _disassembled(binary, tmp_path / f"{number}.cubin")
+        assert f".target\tsm_{architecture}" in code
+        _judge_sass(code, vector)
+
+
+@needs_nvrtc
+def test_ptx_has_the_vector_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every kernel; made where NVRTC does not know a device, for the nearest older one."""
+    monkeypatch.setattr(_nvrtc, "architectures", lambda: [75, 80])
+    for source, kernel in KERNELS.items():
+        binary = _nvrtc.compile_kernel(source, 90)
+        assert binary.endswith(b"\0"), "the driver wants text that ends"
+        text = binary.decode()
+        assert ".target sm_80" in text
+        assert [f".entry {name}(" in text for name in NAMES.values()] == [True, True]
+        vector = _PTX[kernel.vector]
+        loads = set(re.findall(r"\bld\.(?!param)\S+", text))
+        assert loads <= {f"ld.global{kind}" for kind in (vector, ".u64", ".s32")}
+        assert f"ld.global{vector}" in loads
+        stores = re.findall(r"\bst\.(?!volatile)\S+", text)
+        assert stores == [f"st.global{vector}"] * sum(NAMES)
+
+
+@needs_nvrtc
+def test_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(ARCHITECTURES) <= set(_nvrtc.architectures())
+    monkeypatch.setattr(_nvrtc, "architectures", lambda: [75, 80, 90])
+    assert [_nvrtc.target_for(n) for n in (75, 86, 90, 130)] == [
+        "sm_75", "compute_80", "sm_90", "compute_90",
+    ]  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"Compute capability 7\.0 .* compiles for 7\.5 and"):
+        _nvrtc.target_for(70)
+
+
+@needs_nvrtc
+def test_an_error_carries_the_compilers_log() -> None:
+    source = next(iter(KERNELS)).replace("Argument copy)", "Argument nothing)")
+    with pytest.raises(RuntimeError) as caught:
+        _nvrtc.compile_kernel(source, 90)
+    assert "NVRTC refused the kernel for sm_90:\n" in str(caught.value)
+    assert 'identifier "copy" is undefined' in str(caught.value)
+    assert "\0" not in str(caught.value)
+
+
+@needs_nvrtc
+def test_compiling_needs_no_cuda_core() -> None:
+    """In a process of its own, where it cannot be imported."""
+    program = (
+        "import sys; sys.modules['cuda.core'] = None\n"
+        "from portakv.backends import _nvrtc\n"
+        "assert _nvrtc.missing() is None, _nvrtc.missing()\n"
+        "print(len(_nvrtc.compile_kernel(sys.stdin.read(), 90)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], input=next(iter(KERNELS)), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 1000
+
+
+# Why `cuda` is rejected
+
+
+class _Nvrtc:
+    """An NVRTC of some version."""
+
+    def __init__(self, major: int, status: int = 0) -> None:
+        self.answer = (status, major, 2)
+
+    def nvrtcVersion(self) -> tuple[int, int, int]:
+        return self.answer
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A machine on which nothing is missing: tests take one thing away."""
+    has = SimpleNamespace(bindings="13.1.0", nvrtc=_Nvrtc(13), driver=(0, 13000), device=(9, 0))
+
+    def version(package: str) -> str:
+        if package != "cuda-bindings" or has.bindings is None:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return str(has.bindings)
+
+    bindings = ModuleType("cuda.bindings")
+
+    def find(name: str) -> Any:
+        if name == "driver":
+            return SimpleNamespace(cuDriverGetVersion=lambda: has.driver)
+        if name == "nvrtc" and has.nvrtc is not None:
+            return has.nvrtc
+        raise AttributeError(name)
+
+    bindings.__getattr__ = find  # type: ignore[method-assign]
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    for name in ("cuda.bindings.nvrtc", "cuda.bindings.driver"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(_nvrtc, "version", version)
+    monkeypatch.setattr(_nvrtc, "architectures", lambda: [75, 80, 90])
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: has.device)
+    return has
+
+
+def test_nothing_is_missing(machine: SimpleNamespace) -> None:
+    decision = Cuda.probe(DEVICE)
+    assert (decision.accepted, decision.name) == (True, "cuda")
+    assert "NVRTC 13.2" in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("what", "value", "reason"),
+    [
+        ("bindings", None, "cuda-bindings is not installed; pip install 'portakv[cuda]'"),
+        ("bindings", "12.9.1", "cuda-bindings 12.9.1 was found, but 13.x is needed; pip install"),
+        ("nvrtc", None, "NVRTC cannot be loaded (cannot import name 'nvrtc'"),
+        ("nvrtc", _Nvrtc(12), "NVRTC 12.2 was found, but 13.x is needed; pip install"),
+        ("nvrtc", _Nvrtc(13, 7), "NVRTC does not tell its version (7)"),
+        ("driver", (0, 12080), "the driver supports CUDA 12.8, but 13.0 is needed; update the"),
+        ("driver", (3, None), "the driver does not tell its version (3)"),
+        ("device", (7, 0), "Compute capability 7.0 was asked of NVRTC 13.2, which compiles for"),
+    ],
+)
+def test_what_is_missing_is_the_reason(
+    machine: SimpleNamespace, what: str, value: Any, reason: str
+) -> None:
+    setattr(machine, what, value)
+    decision = Cuda.probe(DEVICE)
+    assert not decision.accepted
+    assert decision.reason.startswith(reason)
+
+
+def test_a_library_that_does_not_load_is_the_reason(machine: SimpleNamespace) -> None:
+    def fail() -> None:
+        raise RuntimeError("libnvrtc.so.13 was not found\nsearched in:\n  nowhere")
+
+    machine.nvrtc = SimpleNamespace(nvrtcVersion=fail)
+    reason = Cuda.probe(DEVICE).reason
+    assert reason.startswith("NVRTC cannot be loaded (libnvrtc.so.13 was not found); pip install")
+
+
+def test_other_devices_and_other_builds_of_torch(
+    machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Cuda.probe(torch.device("cpu")).reason == "it runs on cuda devices, not on cpu"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert Cuda.probe(DEVICE).reason == "this torch is built for ROCm, not for CUDA"
+
+
+def test_nothing_is_loaded_during_capture(
+    machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module that is loaded while a stream is captured would break the capture."""
+    loaded: list[bytes] = []
+    monkeypatch.setattr(cuda, "_capturing", lambda: True)
+    monkeypatch.setattr(cuda, "_load", lambda binary, device: loaded.append(binary))
+    backend = Cuda(DEVICE)
+    backend._functions["another kernel"] = {1: object()}
+    with pytest.raises(Unsupported, match="make the same call once before the capture"):
+        backend.prepare(COPIES["gather"]().plan())
+    assert not loaded
+
+
+def test_each_thread_has_arguments_and_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", made.append, raising=False)
+    arguments, theirs = cuda._Arguments([b"ab", b"c"], torch.device("cuda", 3)), []
+    other = threading.Thread(target=lambda: theirs.extend([arguments.buffers, arguments.addresses]))
+    other.start()
+    other.join()
+    assert made == [3, 3]
+    mine = arguments.buffers
+    assert theirs[0] == mine == [bytearray(b"ab"), bytearray(b"c")]
+    assert theirs[0][0] is not mine[0]
+    for buffer, address in zip(mine, arguments.addresses, strict=True):
+        buffer[0] = 7
+        there = ctypes.c_size_t.from_address(address).value
+        assert ctypes.string_at(there, 1) == b"\7"

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hip` on the host's side: what it says of devices, what it tells the driver, what errors say."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.cuda_cases import COPIES, Copy, by, chunk, pool
+from support.guarded_memory import refused, same
+from support.hip_cases import (
+    CPU,
+    CUDA,
+    emulated,
+    failing,
+    last_launch,
+    launches,
+    needs_compiler,
+    rocm,
+)
+
+from portakv import Unsupported
+from portakv.backends import hip
+from portakv.backends._rows_kernel import RowsKernel
+from portakv.backends.hip import Hip
+from portakv.runtime import _hiprtc, _launching
+from portakv.runtime._hip_card import Card
+from portakv_conformance.vendor.hip_emulated import HipEmulated, HostCard
+from portakv_conformance.vendor.hip_fake import fake_driver, library
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache on disk that holds nothing."""
+    monkeypatch.setenv("PORTAKV_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def reason(device: torch.device = CUDA) -> str:
+    decision = Hip.probe(device)
+    assert not decision.accepted
+    return decision.reason
+
+
+# What it says of devices
+
+
+def test_other_devices_and_builds_of_torch_load_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise AssertionError("the driver was asked for")
+
+    monkeypatch.setattr(Hip, "open_driver", staticmethod(fails))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert reason().startswith("this torch is not built for ROCm; for a device of AMD install ")
+    assert reason().endswith("for a DCU the torch of Hygon's DTK")
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    assert reason(CPU) == "it runs on cuda devices, not on cpu"
+    assert reason(torch.device("meta")) == "it runs on cuda devices, not on meta"
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "architecture", "told"),
+    [
+        ("AMD Instinct MI250X", "gfx90a:sramecc+:xnack-", "gfx90a (AMD Instinct MI250X)"),
+        ("", "gfx906", "gfx906 (unnamed)"),
+        ("Z100", "gfx906", "gfx906 (Z100, a Hygon DCU)"),
+        ("", "gfx926", "gfx926 (unnamed, a Hygon DCU)"),
+        ("K100_AI", "gfx928", "gfx928 (K100_AI, a Hygon DCU)"),
+        ("BW1000", "gfx936:xnack-", "gfx936 (BW1000, a Hygon DCU)"),
+        ("a later one", "gfx938", "gfx938 (a later one, a Hygon DCU)"),
+    ],
+)
+def test_a_device_is_named(
+    name: str, architecture: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rocm(monkeypatch, name, architecture)
+    decision = Hip.probe(CUDA)
+    assert decision.accepted
+    assert decision.reason.startswith("hipRTC 0.0 of HIP 0.0.")
+    assert decision.reason.endswith(f" compiles its kernel for {told}")
+
+
+@needs_compiler
+def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    rocm(monkeypatch)
+    with failing("hipGetDeviceCount", 100):
+        assert reason() == (
+            "HIP finds no device: hipGetDeviceCount returned hipErrorNoDevice (100), no "
+            "ROCm-capable device is detected; check that /dev/kfd can be opened and that "
+            "HIP_VISIBLE_DEVICES leaves a device"
+        )
+    assert reason(torch.device("cuda", 3)) == "HIP finds 1 devices, so that there is no cuda:3"
+
+
+@needs_compiler
+def test_versions_and_architectures_that_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    rocm(monkeypatch, architecture="")
+    assert "torch tells no architecture of cuda:0 ('' was found, and gfx906" in reason()
+    with failing("hiprtcVersion", 3):
+        assert "version of hipRTC failed: HIPRTC_ERROR_INVALID_INPUT (3)" in reason()
+    with failing("hipRuntimeGetVersion", 1):
+        assert "hipRuntimeGetVersion failed: hipErrorInvalidValue (1)" in reason()
+
+
+def test_a_release_is_read_from_its_number() -> None:
+    assert _hiprtc.hip_release(50221153) == "5.2.21153"
+    assert _hiprtc.hip_release(60325422) == "6.3.25422"
+
+
+# Errors on the way
+
+
+def broken(source: str) -> str:
+    return source.replace("Argument copy)", "Argument nothing)")
+
+
+@needs_compiler
+def test_a_compile_error_carries_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = RowsKernel.source.fget  # type: ignore[attr-defined]
+    monkeypatch.setattr(RowsKernel, "source", property(lambda self: broken(usual(self))))
+    with pytest.raises(RuntimeError) as caught:
+        emulated().prepare(COPIES["gather"]().plan())
+    assert str(caught.value).startswith("hipRTC refused the kernel for gfx906:\nportakv_rows.hip:")
+    assert "was not declared in this scope" in str(caught.value)
+    assert "\0" not in str(caught.value)
+
+
+@needs_compiler
+def test_an_error_without_a_log_is_named() -> None:
+    with failing("hiprtcCompileProgram", 5), pytest.raises(RuntimeError) as caught:
+        emulated().prepare(COPIES["gather"]().plan())
+    assert str(caught.value).endswith("for gfx906:\nHIPRTC_ERROR_INVALID_OPTION (5)")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("function", "error", "told"),
+    [
+        ("hiprtcCreateProgram", 3, "Creating a program of hipRTC failed: HIPRTC_ERROR_INVALID_I"),
+        ("hiprtcGetCodeSize", 4, "Asking for the size of a result of hipRTC failed: HIPRTC_ERRO"),
+        ("hiprtcGetCode", 4, "Reading a result of hipRTC failed: HIPRTC_ERROR_INVALID_PROGRAM"),
+        ("hipModuleLoadData", 200, "Loading the kernel failed: hipErrorInvalidImage (200); the c"),
+        ("hipModuleGetFunction", 500, "Finding the kernel failed: hipErrorNotFound (500); the co"),
+        ("hipModuleLaunchKernel", 719, "The launch failed: hipErrorLaunchFailure (719); the copy"),
+        ("hipHostGetDevicePointer", 1, "Finding the status word failed: hipErrorInvalidValue (1)"),
+    ],
+)
+def test_an_error_of_the_driver_is_told(function: str, error: int, told: str) -> None:
+    copied, status = COPIES["one plane"](), torch.zeros(1, dtype=torch.int64)
+    before = copied.dst.tensors.clone()
+    with failing(function, error), pytest.raises(RuntimeError) as caught:
+        launch(emulated(), copied, status)
+    assert str(caught.value).startswith(told)
+    assert same(copied.dst.tensors, before)
+    launch(emulated(), copied, status)
+    assert not same(copied.dst.tensors, before)
+
+
+def launch(backend: Hip, copied: Copy, status: torch.Tensor | None = None, **more: Any) -> None:
+    src, dst = copied.src, copied.dst
+    backend.prepare(copied.plan())(
+        src.view(), dst.view(), src.index(), dst.index(), copied.count, more.get("stream"), status
+    )
+
+
+def test_the_text_has_nothing_of_nvidia_or_of_warps() -> None:
+    """What stands under NVIDIA's own conditions is theirs."""
+    plan = COPIES["gather"]().plan()
+    text = RowsKernel(plan.nests[0], plan).source
+    kept, inside = [], False
+    for line in text.splitlines():
+        if line.startswith("#if"):
+            inside = "__CUDA_ARCH__" in line or "__CUDACC_RTC__" in line
+        elif line.startswith(("#else", "#endif")):
+            inside = False
+        elif not inside and not line.lstrip().startswith("//"):
+            kept.append(line)
+    code = "\n".join(kept)
+    for word in ("asm", "__isGlobal", "__shfl", "__syncwarp", "warpSize", "ballot", "0xffffffff",
+                 "__ldg", "& 31", "grid_constant__"):  # fmt: skip
+        assert word not in code, word
+
+
+# What it tells the driver
+
+
+@needs_compiler
+def test_a_launch_is_cut_into_blocks_of_whole_waves() -> None:
+    copied = Copy(by(pool(), [11, 0, 3, 5] * 100), chunk(400), 400)
+    before = launches()
+    launch(emulated(), copied)
+    assert launches() == before + 1
+    # A row of 32 B in 6 planes, in vectors of 16 B.
+    assert last_launch() == ([-(-400 * 2 // 256), 6, 1], [256, 1, 1], None)
+
+
+@needs_compiler
+def test_a_copy_of_nothing_launches_nothing() -> None:
+    copied, before = Copy(by(pool(), [1]), chunk(1), 0), launches()
+    launch(emulated(), copied)
+    assert launches() == before
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["gather", "memory objects, gathered", "two nests", "NZ"])
+def test_the_kernel_takes_as_many_bytes_as_are_packed(name: str) -> None:
+    plan, backend = COPIES[name]().plan(), emulated()
+    backend.prepare(plan)
+    for kernel in (RowsKernel(nest, plan) for nest in plan.nests):
+        loaded = backend._loaded[kernel.source]
+        assert library().hip_fake_argument_bytes(loaded.function) == len(kernel.fixed)
+
+
+@needs_compiler
+def test_a_text_is_compiled_once_and_kept_on_disk() -> None:
+    first, second, plan = emulated(), emulated(), COPIES["gather"]().plan()
+    source = RowsKernel(plan.nests[0], plan).source
+    assert not _hiprtc.compiled_before(fake_driver(), source, "gfx906")
+    first.prepare(plan)
+    assert _hiprtc.compiled_before(fake_driver(), source, "gfx906")
+    assert not _hiprtc.compiled_before(fake_driver(), source, "gfx90a")
+    with failing("hiprtcCompileProgram", 6):
+        first.prepare(plan)
+        second.prepare(plan)
+
+
+@needs_compiler
+def test_what_the_fake_refuses() -> None:
+    """A launch that a device would refuse must not pass here."""
+    backend, plan = emulated(), COPIES["gather"]().plan()
+    backend.prepare(plan)
+    (loaded,) = backend._loaded.values()
+    refused_by = fake_driver().runtime.hipModuleLaunchKernel
+    argument = ctypes.create_string_buffer(4096)
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+    for grid, block in (((0, 1), 256), ((1, 1), 2048), ((1, 65536), 256), ((1 << 24, 1), 256)):
+        assert refused_by(loaded.function, *grid, 1, block, 1, 1, 0, 0, pointers, None) == 1
+    assert refused_by(loaded.function, 1, 1, 1, 256, 1, 1, 0, 0, None, None) == 1
+
+
+# Devices, streams, captures, processes
+
+
+class OtherCard(HostCard):
+    """A device that is not the current one, with streams, perhaps captured."""
+
+    entered = 0
+    captured = False
+
+    def is_current(self) -> bool:
+        return False
+
+    def current(self) -> Any:
+        OtherCard.entered += 1
+        return nullcontext()
+
+    def stream(self, stream: Any) -> int:
+        return 0x5EED if stream is None else _launching.raw_stream(stream)
+
+    def capturing(self) -> bool:
+        return self.captured
+
+
+class HipOnOther(HipEmulated):
+    @staticmethod
+    def find_card(device: torch.device) -> Card:
+        return OtherCard(device)
+
+
+@needs_compiler
+def test_a_launch_makes_its_device_current_and_takes_the_stream() -> None:
+    backend, copied = HipOnOther(CPU), COPIES["gather"]()
+    launch(backend, copied)
+    assert (OtherCard.entered, last_launch().stream) == (2, 0x5EED)  # loading, launching
+    given: Any = SimpleNamespace(cuda_stream=0xCAFE)
+    launch(backend, copied, stream=given)
+    assert (OtherCard.entered, last_launch().stream) == (3, 0xCAFE)
+
+
+@needs_compiler
+def test_nothing_is_loaded_during_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, copied = HipOnOther(CPU), COPIES["gather"]()
+    monkeypatch.setattr(OtherCard, "captured", True)
+    watched = copied.dst.tensors
+    with (
+        failing("hiprtcCompileProgram", 6),
+        refused(Unsupported, "same call once before the capture", watch=watched),
+    ):
+        launch(backend, copied)
+    monkeypatch.setattr(OtherCard, "captured", False)
+    backend.prepare(copied.plan())
+    monkeypatch.setattr(OtherCard, "captured", True)
+    launch(backend, copied)  # what was loaded before can be captured
+
+
+@needs_compiler
+def test_a_forked_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = COPIES["gather"]()
+    src, dst = copied.src, copied.dst
+    prepared = emulated().prepare(copied.plan())
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with refused(Unsupported, "HIP does not survive fork", watch=dst.tensors):
+        prepared(src.view(), dst.view(), src.index(), dst.index(), copied.count, None, None)
+
+
+def test_a_card_asks_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the name cuda, by the functions that a torch for ROCm has."""
+    rocm(monkeypatch, "MI210", "gfx90a")
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
+    monkeypatch.setattr(
+        torch._C, "_cuda_getCurrentRawStream", lambda index: 7 + index, raising=False
+    )
+    assert [Card(torch.device("cuda", n)).is_current() for n in (0, 1)] == [False, True]
+    assert Card(torch.device("cuda", 1)).stream(None) == 8
+
+
+# Claims
+
+
+def test_claims() -> None:
+    can = Hip.capabilities(object.__new__(Hip))
+    assert can.places == {("device", "device")}
+    assert can.skips_negative
+    assert can.guards
+    assert can.capturable
+    assert hip._THREADS % 64 == 0
+
+
+@needs_compiler
+def test_the_emulation_says_so() -> None:
+    decision = HipEmulated.probe(CPU)
+    assert decision.accepted
+    assert "emulated on the CPU" in decision.reason
+    assert HipEmulated.emulated
+    assert "not on cuda" in HipEmulated.probe(CUDA).reason

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What AMD's compilers make of `hip`'s kernels for devices that are not here: built, never run."""
+
+from __future__ import annotations
+
+import ctypes.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from portakv.backends import _rows_kernel
+from portakv_conformance.evidence import evidence
+from portakv_conformance.vendor import hip_code
+from portakv_conformance.vendor.hip_code import Code, kernels, read_code
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT, DTK = (ROOT / "native/cuda" / name for name in ("check_hip.sh", "check_dtk.sh"))
+TARGETS = {"gfx906": 0x2F, "gfx908": 0x30, "gfx90a": 0x3F}  # as ELF names them: EF_AMDGPU_MACH
+needs_hipcc = pytest.mark.skipif(
+    shutil.which("hipcc") is None, reason="hipcc is not installed: apt-get install hipcc"
+)
+needs_runtime = pytest.mark.skipif(
+    ctypes.util.find_library("amdhip64") is None,
+    reason="AMD's libamdhip64 is not installed: apt-get install libamdhip64-dev",
+)
+
+
+# AMD's own hipRTC, through the code that `hip` calls it by
+
+# In a process of its own: the library brings an LLVM along.
+PROGRAM = """
+import json, sys, torch
+from pathlib import Path
+from types import SimpleNamespace
+from portakv_conformance.vendor.hip_code import kernels
+from portakv.backends import _hip_driver, _hiprtc
+from portakv.backends.hip import Hip
+
+torch.version.hip = "5.2.21153"
+driver, found = _hip_driver.driver(), {}
+found["probe"] = Hip.probe(torch.device("cuda", 0)).reason
+found["version"] = _hiprtc.hiprtc_version(driver)
+for name, kernel in kernels():
+    if name in sys.argv[3:]:
+        for target in sys.argv[2].split(","):
+            code = _hiprtc.compile_kernel(driver, kernel.source, target)
+            path = Path(sys.argv[1], f"{target}.{len(found)}")
+            path.write_bytes(code)
+            found[f"{name} for {target}"] = str(path)
+try:
+    broken = kernel.source.replace("Argument copy)", "Argument nothing)")
+    _hiprtc.compile_kernel(driver, broken, "gfx906")
+except RuntimeError as error:
+    found["log"] = str(error)
+print(json.dumps(found))
+"""
+CHOSEN = ["gather rows of 4096 B", "scatter rows of 3 B", "one allocation to memory objects"]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("code")
+    environment = {**os.environ, "PORTAKV_CACHE_DIR": str(folder / "cache")}
+    command = [sys.executable, "-c", PROGRAM, str(folder), ",".join(TARGETS), *CHOSEN]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+@needs_runtime
+def test_amds_runtime_says_that_there_is_no_device(compiled: dict[str, str]) -> None:
+    if "finds no device" not in compiled["probe"]:
+        pytest.skip(f"there is a HIP device here: {compiled['probe']}")
+    assert "hipGetDeviceCount returned hipErrorNoDevice (100)" in compiled["probe"]
+
+
+@needs_runtime
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", CHOSEN)
+def test_amds_hiprtc_compiles_the_kernel(name: str, target: str, compiled: dict[str, str]) -> None:
+    code = Path(compiled[f"{name} for {target}"]).read_bytes()
+    machine = int.from_bytes(code[18:20], "little")
+    assert (code[:4], machine) == (b"\x7fELF", 224)  # EM_AMDGPU
+    assert code[48] == TARGETS[target]
+    assert b"portakv_rows\0" in code
+
+
+@needs_runtime
+def test_a_compile_error_carries_the_log_of_hiprtc(compiled: dict[str, str]) -> None:
+    assert compiled["log"].startswith("hipRTC refused the kernel for gfx906:\n")
+    assert "use of undeclared identifier 'copy'" in compiled["log"]
+
+
+# hipcc, and the machine code
+
+
+def run(script: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    around = {**os.environ, "PYTHON": sys.executable, **environment}
+    command = ["bash", str(script), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=around)
+
+
+@needs_hipcc
+@pytest.mark.slow
+def test_the_script_builds_every_kernel_for_three_targets(tmp_path: Path) -> None:
+    report = tmp_path / "code.json"
+    ran = run(SCRIPT, "--report", str(report))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    names = [name for name, _ in kernels()]
+    assert f"{3 * len(names)} kernels built by hipcc (HIP version: " in ran.stdout
+    assert ran.stdout.rstrip().endswith("0 wrong; compiled, not run")
+    told: dict[str, Any] = json.loads(report.read_text())
+    assert (told["targets"], told["right"]) == ([*TARGETS], True)
+    assert [code["kernel"] for code in told["kernels"][::3]] == names
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """One kernel for less time; where LLVM's tools are, as the module is told."""
+    chosen = next(kernels())
+    monkeypatch.setattr(hip_code, "kernels", lambda: iter([chosen]))
+    words = []
+    for tool in ("llvm-objdump", "llvm-readelf"):
+        words += [f"--{tool}", shutil.which(tool) or shutil.which(f"{tool}-15") or tool]
+    return words
+
+
+@needs_hipcc
+def test_the_machine_code_is_wide(few: list[str], tmp_path: Path) -> None:
+    report = tmp_path / "code.json"
+    assert hip_code.main([*few, "gfx906", "--report", str(report)]) == 0
+    told: dict[str, Any] = json.loads(report.read_text())
+    wide = told["kernels"][0]["accesses"]["portakv_rows"]
+    assert wide["global_load_dwordx4"] >= 1
+    assert wide["global_store_dwordx4"] == 1
+    assert {code["wave"] for code in told["kernels"]} == {64}
+    said = evidence.read(report)
+    assert (said.rung, said.backend, said.device) == ("R4", "hip", "AMD gfx906")
+
+
+# What rows.cuh says to AMD's compiler alone, and would say otherwise.
+SPACE = ("__attribute__((address_space(1)))", "")
+WIDE = ("typedef unsigned int Wide __attribute__((vector_size(16)));",
+        "struct alignas(16) Wide { unsigned int part[4]; };")  # fmt: skip
+
+
+@needs_hipcc
+@pytest.mark.parametrize(
+    ("words", "why"), [([SPACE], "portakv_rows has flat_load_dwordx4"), ([SPACE, WIDE], "B of LDS")]
+)
+def test_without_the_words_for_amd_the_check_fails(
+    words: list[tuple[str, str]],
+    why: str,
+    few: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """They are needed, and the check sees where they are not said."""
+    text = _rows_kernel.kernel_text()
+    for said, otherwise in words:
+        assert text.count(said) == 1
+        text = text.replace(said, otherwise)
+    monkeypatch.setattr(_rows_kernel, "kernel_text", lambda: text)
+    assert hip_code.main([*few, "gfx906"]) == 1
+    assert why in capsys.readouterr().out
+
+
+@needs_hipcc
+def test_a_target_that_the_compiler_does_not_know(
+    few: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hip_code.main([*few, "gfx936"]) == 1
+    told = capsys.readouterr().out
+    assert "hipcc refused it:" in told
+    assert "WRONG" in told
+
+
+def test_without_hipcc_it_says_what_to_install() -> None:
+    ran = run(SCRIPT, HIPCC="no-such-hipcc")
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "no-such-hipcc was not found; install it (Debian: apt-get install hipcc" in ran.stderr
+
+
+def test_without_the_dtk_it_says_what_it_is() -> None:
+    ran = run(DTK, ROCM_PATH="/nowhere", DTKROOT="/nowhere")
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "/nowhere/bin/hipcc was not found" in ran.stderr
+    assert "Nobody of PortaKV has run this" in ran.stderr
+
+
+@needs_hipcc
+@pytest.mark.slow
+def test_with_a_dtk_it_says_who_built(tmp_path: Path) -> None:
+    """In its place hipcc and LLVM's tools of the system, for a target that both know."""
+    (tmp_path / "bin").mkdir()
+    for tool in ("hipcc", "llvm-objdump", "llvm-readelf"):
+        found = shutil.which(tool) or shutil.which(f"{tool}-15")
+        (tmp_path / "bin" / tool).write_text(f'#!/bin/sh\nexec {found} "$@"\n')
+        (tmp_path / "bin" / tool).chmod(0o755)
+    ran = run(DTK, "gfx906", DTKROOT=str(tmp_path), OUT=str(tmp_path / "out"))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "nothing was run, only built" in ran.stdout
+    said = evidence.read(tmp_path / "out" / "hip-dtk.json")
+    assert (said.rung, said.backend, said.device) == ("R5", "hip", "Hygon gfx906")
+    assert said.command == "bash native/cuda/check_dtk.sh gfx906"
+
+
+# Reading machine code
+
+RIGHT = """
+0000000000001700 <portakv_rows>:
+\tglobal_load_dwordx2 v[3:4], v[3:4], off
+\tglobal_load_dwordx4 v[7:10], v[0:1], off
+\tglobal_store_dwordx4 v[0:1], v[2:5], off
+
+0000000000001900 <portakv_rows_2>:
+\tglobal_load_dwordx4 v[7:10], v[0:1], off
+\tglobal_load_dwordx4 v[7:10], v[0:1], off
+\tglobal_store_dwordx4 v[0:1], v[2:5], off
+\tglobal_store_dwordx4 v[0:1], v[2:5], off
+"""
+NOTES = ".group_segment_fixed_size: 0\n.private_segment_fixed_size: 0\n.wavefront_size: 64\n"
+
+
+def read(disassembly: str = RIGHT, notes: str = NOTES) -> list[str]:
+    return read_code(Code("a kernel", "gfx906", 16), disassembly, notes).wrong
+
+
+def test_code_that_is_right() -> None:
+    assert read() == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ("global_store_dwordx4", "flat_store_dwordx4", "0 stores of 16 B, not 1"),
+        ("global_load_dwordx4", "global_load_dwordx2", "0 loads and 1 stores of 16 B"),
+        ("global_load_dwordx2", "ds_read_b128", "portakv_rows has ds_read_b128"),
+        ("global_load_dwordx2", "scratch_load_dword", "portakv_rows has scratch_load_dword"),
+        ("<portakv_rows_2>", "<another>", "portakv_rows_2 is not in the code"),
+    ],
+)
+def test_code_that_is_wrong(old: str, new: str, why: str) -> None:
+    assert any(why in told for told in read(RIGHT.replace(old, new)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ("group_segment_fixed_size: 0", "group_segment_fixed_size: 16384", "16384 B of LDS"),
+        ("private_segment_fixed_size: 0", "private_segment_fixed_size: 32", "32 B of scratch"),
+        ("wavefront_size: 64", "wavefront_size: 32", "a wave has 32 lanes, not 64"),
+    ],
+)
+def test_notes_that_are_wrong(old: str, new: str, why: str) -> None:
+    assert any(why in told for told in read(notes=NOTES.replace(old, new)))
+
+
+def test_the_kernels_have_every_vector_and_table() -> None:
+    found = [kernel for _, kernel in kernels()]
+    assert {kernel.vector for kernel in found} == {16, 8, 4, 2, 1}
+    for sides in ([k.src for k in found], [k.dst for k in found]):
+        assert {side.kind for side in sides} >= {"NONE", "PLANES"}
+        assert {side.ids for side in sides} == {False, True}
+    assert "UNITS" in {kernel.dst.kind for kernel in found}
+    assert {kernel.unit for kernel in found} == {1, 4}

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peers of the benchmark: called as their own connectors call them, checked, or refused clearly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.benchmarks_cases import CPU, FULL, field, tiny
+
+import portakv_benchmarks.cli as bench
+from portakv_benchmarks.device import peers, suite
+from portakv_benchmarks.device.workload import Workload
+from portakv_benchmarks.shared import ratios as derive
+
+
+class FakeOps:
+    """Stands in for LMCache's compiled module: finds tensors by address, copies with torch."""
+
+    class TransferDirection(IntEnum):
+        H2D = 0
+        D2H = 1
+
+    EngineKVFormat = SimpleNamespace(**{name: name for name in peers._FORMATS.values()})
+    PageBufferShapeDesc = SimpleNamespace
+
+    def __init__(self) -> None:
+        self.work: Workload | None = None
+        self.calls: list[Mapping[str, Any]] = []
+
+    def multi_layer_kv_transfer(
+        self, chunk: torch.Tensor, pointers: torch.Tensor, slots: torch.Tensor,
+        device: torch.device, pool: int, direction: int, form: str, **sizes: int,
+    ) -> None:  # fmt: skip
+        assert self.work is not None
+        shape = self.work.shape
+        assert (pool, form) == (shape.slots, "NL_X_TWO_NB_BS_NH_HS")
+        assert sizes == {"block_size": shape.block_size, "head_size": shape.dim}
+        self._copy(chunk, pointers, slots, bool(direction))
+
+    def multi_layer_block_kv_transfer(
+        self, pointers: torch.Tensor, chunks: list[int], blocks: torch.Tensor,
+        device: torch.device, direction: int, described: Any, tokens: int, form: str, skip: int,
+    ) -> None:  # fmt: skip
+        assert self.work is not None
+        shape = self.work.shape
+        assert (described.nl, described.nb, described.bs) == (3, shape.blocks, shape.block_size)
+        assert (described.nh, described.hs, described.element_size) == (32, 128, 2)
+        assert (tokens, skip) == (shape.tokens, 0)
+        known = {chunk.data_ptr(): chunk for chunk in (*self.work.stored, *self.work.loaded)}
+        slots = (blocks[:, None] * shape.block_size + torch.arange(shape.block_size)).flatten()
+        self._copy(known[chunks[0]], pointers, slots, bool(direction))
+
+    def _copy(
+        self, chunk: torch.Tensor, pointers: torch.Tensor, slots: torch.Tensor, store: bool
+    ) -> None:
+        assert self.work is not None
+        known = {layer.data_ptr(): layer for layer in (*self.work.source, *self.work.target)}
+        for layer, pointer in enumerate(pointers.tolist()):
+            rows = known[pointer].flatten(1, 2).flatten(2).view(torch.int16)
+            if store:
+                chunk[:, layer] = rows[:, slots].view(chunk.dtype)
+            else:
+                rows[:, slots] = chunk[:, layer].view(torch.int16)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOps:
+    ops = FakeOps()
+    monkeypatch.setattr(peers, "_load", lambda package, module: (ops, "0.5.3"))
+
+    class Seen(Workload):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            ops.work = self
+
+    monkeypatch.setattr(suite, "Workload", Seen)
+    return ops
+
+
+def test_a_peer_is_called_and_its_bytes_are_checked(fake: FakeOps) -> None:
+    peer = peers.load_peer("lmcache")
+    rows, refused = suite.run_task(suite.Task(tiny(), "apart"), FULL, field(peers=(peer,)))
+    assert refused == []
+    theirs = [row for row in rows if row.get("peer")]
+    assert {(row["backend"], row["op"], row["index"]) for row in theirs} == {
+        (f"lmcache {kernel}", op, index)
+        for op in ("gather", "scatter")
+        for kernel, indices in (
+            ("slot kernel", ("random", "contiguous", "blocks")),
+            ("block kernel", ("contiguous", "blocks")),
+        )
+        for index in indices
+    }
+    assert all(row["verified"] for row in theirs)
+
+
+def test_a_peer_that_is_wrong_is_told_and_is_not_compared_with(
+    fake: FakeOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeOps, "_copy", lambda self, chunk, pointers, slots, store: None)
+    peer = peers.load_peer("lmcache")
+    rows, _ = suite.run_task(suite.Task(tiny(), "apart"), FULL, field(peers=(peer,)))
+    derive.relate(rows)
+    assert not any("to_peer" in row for row in rows)
+    told = derive.peer_failures(rows)
+    assert len(told) == 10
+    assert told[0] == (
+        "seed, layers apart, lmcache slot kernel gather random: some bytes were wrong"
+    )
+
+
+def test_a_peer_says_which_caches_it_has_no_format_for(fake: FakeOps) -> None:
+    peer = peers.load_peer("lmcache")
+    shape = tiny("encoder-cache", tokens=576)
+    _, refused = suite.run_task(suite.Task(shape, "together"), FULL, field(peers=(peer,)))
+    assert len(refused) == 1
+    assert "LMCache has no format" in refused[0]
+
+
+def test_a_kernel_that_reads_outside_of_the_cache_is_not_called(fake: FakeOps) -> None:
+    peer = peers.load_peer("lmcache")
+    work = Workload(tiny("llama3-8b-cross-layer"), "together", CPU)
+    with pytest.raises(peers.PeerMissing, match="reads outside"):
+        list(peer.variants(work, "random"))
+    assert {way.labels["call"] for way in peer.variants(work, "blocks")} == {"block kernel"}
+
+
+def test_a_missing_peer_is_a_clear_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
+    monkeypatch.setattr(peers, "find_spec", lambda package: None)
+    words = ["--preset", "quick", "--device", "cpu", "--backend", "reference"]
+    assert bench.main([*words, "--peer", "lmcache"]) == 2
+    assert "pip install --no-deps lmcache==0.5.3" in capsys.readouterr().err
+    assert bench.main([*words, "--peer", "nobody"]) == 2
+    assert "known are lmcache" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "why"), [(None, "no compiled c_ops"), (b"not a library", "does not load")]
+)
+def test_a_peer_that_does_not_load_is_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: bytes | None, why: str
+) -> None:
+    if file is not None:
+        (tmp_path / f"c_ops{EXTENSION_SUFFIXES[0]}").write_bytes(file)
+    found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(peers, "find_spec", lambda package: found)
+    monkeypatch.setattr(peers, "version", lambda package: "9.9")
+    with pytest.raises(peers.PeerMissing, match=rf"lmcache 9\.9.*{why}"):
+        peers.load_peer("lmcache")

@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: the command itself and every verb but `explain`, plain and as JSON, with rich
+and without, and its errors."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from support.command_line import Absent, Shy, choose_tables, registered, run, run_json, settle
+
+import portakv
+from portakv.backends.base import Launch
+from portakv.backends.reference import Reference
+from portakv.cli import main
+from portakv.layout.picture import draw
+from portakv.layout.presets import PRESETS
+from portakv.registry.registry import REGISTRY
+from portakv.runtime.devices import devices_present
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 columns without colours, on a machine where nothing is forced."""
+    settle(monkeypatch)
+
+
+@pytest.fixture(params=["rich", "plain"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With rich, then as if it were not installed."""
+    choose_tables(request.param, monkeypatch)
+
+
+# the command itself
+
+
+def test_no_words_print_the_help() -> None:
+    code, out, _ = run()
+    assert code == 0
+    for verb in ("demo", "backends", "explain", "layouts", "bench"):
+        assert f"\n    {verb} " in out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"portakv {portakv.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["nonsense"],
+        ["layouts", "epd", "opaque"],
+        ["backends", "cpu"],
+        ["backends", "--device"],
+        ["explain", "epd"],
+        *(
+            ["explain", "epd", "epd", *option]
+            for option in (
+                ["--dim", "0"],
+                ["--dim", "1,x"],
+                ["--block-size", "1,2,3"],
+                ["--layers", "1.5"],
+                ["--src-step", "-1"],
+                ["--index", "rows"],
+                ["--dtype", "float17"],
+                ["--dtype", "manual_seed"],
+            )
+        ),
+    ],
+)
+def test_what_is_not_understood_ends_with_2(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    captured = capsys.readouterr()
+    assert (ended.value.code, captured.out) == (2, "")
+    assert "error: " in captured.err
+
+
+def fresh(words: list[str], **environment: str) -> subprocess.Popen[str]:
+    code = f"import sys; from portakv.cli import main; sys.exit(main({words!r}))"
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def test_the_help_imports_no_extra_and_no_demo() -> None:
+    code = (
+        "import sys; from portakv.cli import main; main([]);"
+        "found = {'rich', 'transformers', 'matplotlib', 'portakv.cli.demo', 'portakv_benchmarks'};"
+        "sys.exit(str(found & set(sys.modules)) if found & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_reader_that_has_gone_is_no_traceback() -> None:
+    with fresh(["layouts", "--json"]) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=300) == 1
+
+
+def test_a_terminal_without_unicode_gets_its_picture() -> None:
+    with fresh(["layouts", "vllm-nhd"], PYTHONIOENCODING="ascii") as process:
+        out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    assert "kv_caches[layer][kv, block, token, head, dim]" in out
+
+
+# portakv backends
+
+
+@pytest.mark.usefixtures("either")
+def test_backends() -> None:
+    code, out, err = run("backends")
+    assert (code, err) == (0, "")
+    assert f"portakv {portakv.__version__}, torch {torch.__version__}, Python " in out
+    assert "PORTAKV_BACKEND is not set" in out
+    row = next(line for line in out.splitlines() if line.startswith("reference"))
+    assert row.split()[1] == "chosen"
+    assert "every byte right" in " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_backends_as_json() -> None:
+    found = run_json("backends")
+    assert list(found) == ["portakv", "torch", "python", "forced", "devices"]
+    assert (found["torch"], found["forced"]) == (torch.__version__, None)
+    assert [d["device"] for d in found["devices"]] == [str(d) for d in devices_present()]
+    cpu = found["devices"][0]
+    assert list(cpu) == ["device", "name", "count", "chosen", "candidates"]
+    assert (cpu["device"], cpu["count"], cpu["chosen"]) == ("cpu", 1, "reference")
+    assert [c["name"] for c in cpu["candidates"]] == REGISTRY.names()
+    assert list(cpu["candidates"][-1]) == ["name", "accepted", "chosen", "reason", "verified"]
+
+
+@pytest.mark.usefixtures("either")
+def test_backends_tell_why_not_the_others() -> None:
+    with registered(absent=Absent, broken="no_such_package_anywhere:Class", shy=Shy):
+        _, out, _ = run("backends")
+        answers = {
+            line.split()[0]: line.split()[1] for line in out.splitlines() if len(line.split()) > 1
+        }
+        assert answers["absent"] == answers["broken"] == "rejected"
+        assert (answers["shy"], answers["reference"]) == ("chosen", "accepted")
+        text = " ".join(out.split())
+        assert "its driver [v2] is not installed" in text  # and no brackets are taken for markup
+        assert "No module named 'no_such_package_anywhere'" in text
+
+
+def test_a_backend_whose_self_check_fails_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(Reference):
+        name = "wrong"
+
+        def prepare(self, plan: portakv.CopyPlan) -> Launch:
+            return lambda *_: None  # moves nothing
+
+    with registered(wrong=Wrong):
+        cpu = run_json("backends")["devices"][0]
+        assert cpu["chosen"] == "reference"
+        wrong = next(c for c in cpu["candidates"] if c["name"] == "wrong")
+        assert not wrong["accepted"]
+        assert "its self-check failed" in wrong["reason"]
+
+
+def test_backends_under_a_forced_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORTAKV_BACKEND", "reference")
+    code, out, err = run("backends")
+    assert (code, err) == (0, "")
+    assert "PORTAKV_BACKEND=reference is set" in out
+    assert run_json("backends")["forced"] == "reference"
+
+
+@pytest.mark.usefixtures("either")
+def test_backends_under_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORTAKV_BACKEND", "nonsense")
+    code, out, err = run("backends")
+    assert code == 1
+    assert err == "portakv: no backend is chosen for any device of this machine.\n"
+    assert f"no such backend; known are {', '.join(REGISTRY.names())}" in " ".join(out.split())
+    assert " chosen " not in out.replace("is chosen.", "")
+    code, out, _ = run("backends", "--json")
+    cpu = json.loads(out)["devices"][0]
+    assert (code, cpu["chosen"]) == (1, None)
+    answers = [(c["name"], c["accepted"]) for c in cpu["candidates"]]
+    assert answers[0] == ("nonsense", False)
+    assert ("reference", True) in answers
+    assert [name for name, _ in answers[1:]] == REGISTRY.names()
+
+
+def test_a_name_that_was_asked_in_vain_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORTAKV_BACKEND", "shy")
+    assert run("backends")[0] == 1
+    with registered(shy=Shy):
+        assert run_json("backends")["devices"][0]["chosen"] == "shy"
+
+
+# portakv layouts
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.usefixtures("either")
+def test_layouts_show_every_name_whole(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, err = run("layouts")
+    lines = out.splitlines()
+    assert (code, err) == (0, "")
+    assert max(map(len, lines)) <= columns
+    assert "\x1b" not in out
+    assert "…" not in out
+    firsts = [line.split()[0] for line in lines if line and not line.startswith(" ")]
+    assert [name for name in firsts if name in PRESETS] == list(PRESETS)
+    if columns == 120:  # wide enough for one line each
+        for preset in PRESETS.values():
+            row = next(line for line in lines if line.split()[:1] == [preset.name])
+            assert row.split() == [
+                preset.name, *preset.layout.split(), *preset.engine.split(),
+                *preset.releases.split(),
+            ]  # fmt: skip
+    assert f"{len(PRESETS)} layouts." in out
+
+
+def test_layouts_as_json() -> None:
+    found = run_json("layouts")
+    assert list(found) == ["layouts"]
+    assert [row["name"] for row in found["layouts"]] == list(PRESETS)
+    for row in found["layouts"]:
+        assert list(row) == ["name", "layout", "engine", "releases", "extents", "memory", "note"]
+    split = next(row for row in found["layouts"] if row["name"] == "vllm-dsa-split")
+    assert split["extents"] == {"kv": 2, "dim": [128, 4]}
+
+
+@pytest.mark.usefixtures("either")
+def test_one_layout() -> None:
+    code, out, err = run("layouts", "vllm-dsv4-split")
+    preset = PRESETS["vllm-dsv4-split"]
+    assert (code, err) == (0, "")
+    text = " ".join(out.split())
+    for part in (preset.layout, preset.engine, preset.note, "kv=2, dim=(576, 8)"):
+        assert part in text
+    assert "vllm-dsa-split" in text  # which shares its string
+    assert out.endswith(f"\n{draw(preset.layout)}\n")
+
+
+def test_one_layout_as_json() -> None:
+    found = run_json("layouts", "chunk-2ltd")
+    assert found["picture"] == draw(PRESETS["chunk-2ltd"].layout)
+    assert found["same_layout"] == ["chunk-2ltd-mla"]
+    assert (found["name"], found["engine"]) == ("chunk-2ltd", PRESETS["chunk-2ltd"].engine)
+
+
+@pytest.mark.usefixtures("either")
+def test_a_string_gets_its_picture() -> None:
+    text = "layer token kv (head dim)"
+    assert run("layouts", text)[1].endswith(f"\n{draw(text)}\n")
+    found = run_json("layouts", text)
+    assert (found["name"], found["layout"], found["same_layout"]) == (None, text, [])
+
+
+def test_an_unknown_layout_lists_near_names() -> None:
+    code, out, err = run("layouts", "sglang-mhaa")
+    assert (code, out) == (1, "")
+    assert "sglang-mha" in err
+
+
+# portakv demo and portakv bench
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], {"device": None, "json": False}),
+        (["--json", "--device", "cpu"], {"device": "cpu", "json": True}),
+    ],
+)
+def test_demo_runs_the_demo(
+    words: list[str], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setitem(
+        sys.modules, "portakv.cli.demo", fake("portakv.cli.demo", run_demo=noted(calls, 3))
+    )
+    assert run("demo", *words)[0] == 3
+    assert calls == [expected]
+
+
+def test_demo_of_a_device_that_is_not_there() -> None:
+    code, out, err = run("demo", "--device", "nonsense")
+    assert (code, out) == (1, "")
+    assert "this machine has cpu" in err
+
+
+def test_demo_under_an_unknown_forced_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORTAKV_BACKEND", "nonsense")
+    code, _, err = run("demo")
+    assert code == 1
+    assert "nonsense: rejected, no such backend" in err
+    assert "reference: accepted" in err
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (4, 4)])
+def test_bench_hands_its_words_on(
+    returned: int | None, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def bench(argv: list[str]) -> int | None:
+        calls.append(argv)
+        return returned
+
+    monkeypatch.setitem(sys.modules, "portakv_benchmarks", fake("portakv_benchmarks"))
+    monkeypatch.setitem(
+        sys.modules, "portakv_benchmarks.cli", fake("portakv_benchmarks.cli", main=bench)
+    )
+    assert run("bench", "--json", "--help", "seed")[0] == code
+    assert calls == [["--json", "--help", "seed"]]
+
+
+def test_bench_without_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "portakv_benchmarks.cli", None)
+    monkeypatch.setitem(sys.modules, "portakv_benchmarks", None)
+    code, out, err = run("bench", "--json")
+    assert (code, out) == (1, "")
+    assert "runs the package portakv_benchmarks, but this installation has no" in err
+
+
+def test_bench_without_what_the_benchmarks_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> ModuleType:
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    code, _, err = run("bench")
+    assert code == 1
+    assert "needs the package 'matplotlib'" in err
+    assert "portakv[bench]" in err
+
+
+def fake(name: str, **members: Any) -> ModuleType:
+    module = ModuleType(name)
+    for member, value in members.items():
+        setattr(module, member, value)
+    return module
+
+
+def noted(calls: list[dict[str, Any]], code: int) -> Callable[..., int]:
+    def run_demo(**words: Any) -> int:
+        calls.append(words)
+        return code
+
+    return run_demo

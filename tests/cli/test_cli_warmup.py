@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`portakv warmup`: what it compiles is what copies need, and what it says."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.command_line import run, run_json, settle
+from support.guarded_memory import check_sentence
+from support.hip_cases import needs_compiler
+
+from portakv import CopyPlan, KVView
+from portakv.backends._rows_kernel import RowsKernel
+from portakv.cli import main
+from portakv.runtime import _hiprtc
+from portakv.runtime import hip as _hip_driver
+from portakv.runtime import nvrtc as _nvrtc
+from portakv_conformance.vendor.hip_fake import fake_driver
+
+needs_nvrtc = pytest.mark.skipif(_nvrtc.missing() is not None, reason=str(_nvrtc.missing()))
+NHD, CHUNK = "layer | kv block token head dim", "kv layer token (head dim)"
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """80 columns, and a cache that holds nothing."""
+    settle(monkeypatch)
+    folder = tmp_path / "kernels"
+    monkeypatch.setenv("PORTAKV_CACHE_DIR", str(folder))
+    return folder
+
+
+def refuses(*words: str) -> str:
+    """What it says on standard error when it cannot."""
+    ran = run("warmup", *words)
+    assert ran.code == 1
+    assert ran.out == ""
+    message = ran.err.removeprefix("portakv: ").rstrip("\n")
+    check_sentence(message)
+    return message
+
+
+@needs_nvrtc
+def test_kernels_are_compiled_once(cache: Path) -> None:
+    words = ("warmup", "--arch", "90", "sm_80", "9.0", "--shape", "deepseek-mla", "encoder-cache")
+    first = run_json(*words)
+    assert first["directory"] == str(cache)
+    counts = [(w["name"], w["target"], w["compiled"], w["kept"]) for w in first["warmed"]]
+    assert counts == [
+        ("deepseek-mla", "sm_90", 8, 0),  # both ways, slots and blocks, apart and together
+        ("deepseek-mla", "sm_80", 8, 0),
+        ("encoder-cache", "sm_90", 4, 0),  # one tensor
+        ("encoder-cache", "sm_80", 4, 0),
+    ]
+    assert len(list(cache.iterdir())) == 24
+    again = run_json(*words)
+    assert [(w["compiled"], w["kept"]) for w in again["warmed"]] == [(0, 8), (0, 8), (0, 4), (0, 4)]
+    assert len(list(cache.iterdir())) == 24
+
+
+@needs_nvrtc
+def test_the_table(cache: Path) -> None:
+    ran = run("warmup", "--arch", "130", "--layout", NHD, CHUNK, "--heads", "4", "--layers", "2")
+    assert (ran.code, ran.err) == (0, "")
+    newest = _nvrtc.architectures()[-1]
+    assert f"compute_{newest}" in ran.out, "PTX where NVRTC does not know the architecture"
+    assert "8 kernels compiled by NVRTC 13." in ran.out
+    assert f"0 were there before: {cache}" in " ".join(ran.out.split())
+
+
+def _sources(cache: Any, chunk: Any, step: int, heads: int) -> list[str]:
+    mine = KVView(cache, NHD).form
+    theirs = KVView(chunk, CHUNK, heads=heads).form
+    plans = [CopyPlan(mine, theirs, step, 0), CopyPlan(theirs, mine, 0, step)]
+    return [RowsKernel(nest, plan).source for plan in plans for nest in plan.nests]
+
+
+def _needed(device: str) -> list[str]:
+    """Kernels of caches and chunks of any size, of one model."""
+    found = []
+    for blocks, tokens in ((3, 7), (40, 256)):
+        chunk = torch.empty(2, 3, tokens, 2 * 64, dtype=torch.bfloat16, device=device)
+        whole = torch.empty(3, 2, blocks, 16, 2, 64, dtype=torch.bfloat16, device=device)
+        for caches in (list(whole), [layer.clone() for layer in whole]):
+            for step in (1, 16):
+                found += _sources(caches, chunk, step, 2)
+    return found
+
+
+def _warm(architecture: int) -> None:
+    extents = ("--layers", "3", "--heads", "2", "--dim", "64", "--dtype", "bfloat16")
+    run_json("warmup", "--arch", str(architecture), "--layout", NHD, CHUNK, *extents)
+
+
+@needs_nvrtc
+def test_what_copies_need_is_there() -> None:
+    assert not any(_nvrtc.compiled_before(source, 90) for source in _needed("cpu"))
+    _warm(90)
+    assert all(_nvrtc.compiled_before(source, 90) for source in _needed("cpu"))
+
+
+@pytest.mark.gpu
+@needs_nvrtc
+def test_what_copies_on_a_device_need_is_there() -> None:
+    major, minor = torch.cuda.get_device_capability()
+    _warm(10 * major + minor)
+    assert all(_nvrtc.compiled_before(source, 10 * major + minor) for source in _needed("cuda"))
+
+
+@needs_nvrtc
+def test_the_default_is_every_shape_for_this_machines_devices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from portakv_benchmarks.device.shapes import load
+
+    monkeypatch.setattr(_nvrtc, "_compile", lambda source, target: f"{source} {target}".encode())
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", [(9, 0), (8, 0), (9, 0)].__getitem__)
+    warmed = run_json("warmup")["warmed"]
+    assert [w["target"] for w in warmed] == ["sm_90", "sm_80"] * len(load())
+    assert [w["name"] for w in warmed[::2]] == list(load())
+    assert all(w["compiled"] + w["kept"] for w in warmed)
+
+
+# Errors
+
+
+@needs_nvrtc
+def test_without_a_device_architectures_have_to_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "finds no CUDA device here; name architectures" in refuses()
+
+
+@needs_compiler
+def test_amds_architectures(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hipRTC, which is the fake one; a name that says more is another one."""
+    monkeypatch.setattr(_hip_driver, "driver", fake_driver)
+    words = ("--layout", NHD, CHUNK, "--heads", "2", "--layers", "3", "--dim", "64")
+    first = run_json("warmup", "--arch", "gfx906", "gfx906", "gfx90a:xnack-", *words)
+    targets = [(w["target"], w["compiled"], w["kept"]) for w in first["warmed"]]
+    assert targets == [("gfx906", 8, 0), ("gfx90a:xnack-", 8, 0)]
+    assert first["compilers"] == [f"hipRTC {_hiprtc.hiprtc_version(fake_driver())}"]
+    for source in _needed("cpu"):
+        assert _hiprtc.compiled_before(fake_driver(), source, "gfx906")
+        assert not _hiprtc.compiled_before(fake_driver(), source, "gfx90a")
+    again = run_json("warmup", "--arch", "gfx906", *words)
+    assert [(w["compiled"], w["kept"]) for w in again["warmed"]] == [(0, 8)]
+
+
+@needs_compiler
+def test_under_rocm_the_default_is_this_machines_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = [SimpleNamespace(gcnArchName=name) for name in ("gfx936", "gfx90a:xnack-", "gfx936")]
+    monkeypatch.setattr(_hip_driver, "driver", fake_driver)
+    monkeypatch.setattr(_hiprtc, "_compile", lambda *_: b"code")
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", named.__getitem__)
+    warmed = run_json("warmup", "--layout", NHD, CHUNK, "--layers", "2")["warmed"]
+    assert [w["target"] for w in warmed] == ["gfx936", "gfx90a:xnack-"]
+
+
+def test_without_hiprtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise _hip_driver.DriverMissing("hipRTC cannot be loaded (no such file); install ROCm")
+
+    monkeypatch.setattr(_hip_driver, "driver", missing)
+    assert "hip backend cannot be compiled: hipRTC cannot be loaded (no such file); install" in (
+        refuses("--arch", "gfx906")
+    )
+
+
+@needs_nvrtc
+def test_an_architecture_that_is_too_old() -> None:
+    assert "Compute capability 5.0" in refuses("--arch", "50", "--shape", "seed")
+
+
+@needs_nvrtc
+def test_an_unknown_shape() -> None:
+    message = refuses("--arch", "90", "--shape", "seed", "sed")
+    assert message.startswith("Shape 'sed' was asked for")
+    assert "seed-fp8" in message
+
+
+@needs_nvrtc
+def test_without_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "portakv_benchmarks.device.shapes", None)
+    assert "--layout" in refuses("--arch", "90")
+    assert run("warmup", "--arch", "90", "--layout", NHD, CHUNK, "--layers", "2").code == 0
+
+
+@needs_nvrtc
+def test_a_cache_that_cannot_be_used(cache: Path) -> None:
+    cache.write_bytes(b"")
+    message = refuses("--arch", "90", "--shape", "seed")
+    assert str(cache) in message
+    assert "PORTAKV_CACHE_DIR" in message
+
+
+def test_without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_nvrtc, "missing", lambda: "cuda-bindings is not installed")
+    assert "cannot be compiled: cuda-bindings is not installed." in refuses("--arch", "90")
+
+
+@needs_nvrtc
+def test_layouts_that_do_not_fit() -> None:
+    assert "axis" in refuses("--arch", "90", "--layout", "layer | bock dim", CHUNK).lower()
+
+
+@needs_nvrtc
+def test_what_the_compiler_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(source: str, target: str) -> bytes:
+        raise RuntimeError(f"NVRTC refused the kernel for {target}:\na line that it did not like")
+
+    monkeypatch.setattr(_nvrtc, "_compile", fail)
+    assert "sm_90:\na line" in refuses("--arch", "90", "--shape", "seed")
+
+
+@pytest.mark.parametrize(
+    "words", [["--arch", "x"], ["--arch", "900000"], ["--arch", "gfx"], ["--layout", NHD]]
+)
+def test_words_that_are_not_understood(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["warmup", *words])
+    assert ended.value.code == 2

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables: what stays whole, what is folded, and that nothing is ever cropped."""
+
+from __future__ import annotations
+
+import pytest
+from support.command_line import choose_tables, settle
+
+from portakv.cli.console import (
+    PIPED_WIDTH,
+    Column,
+    fit_widths,
+    output_width,
+    print_prose,
+    print_table,
+)
+
+COLUMNS = [Column("name", whole=True), Column("what it says"), Column("bytes", right=True)]
+ROWS = [
+    ["a-name-that-is-twenty-six", "words that [bold]can[/bold] give way, :smile: " * 3, "1"],
+    ["b", "anincrediblylongwordthatfitsnowhereatallinanarrowtable", "1024"],
+    ["c", "", "16"],
+]
+
+
+@pytest.fixture(autouse=True, params=["rich", "plain"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 columns without colours; with rich, then as if it were not installed."""
+    settle(monkeypatch)
+    choose_tables(request.param, monkeypatch)
+
+
+def letters(text: str) -> list[str]:
+    return sorted(c for c in text if not c.isspace() and c not in "-─━")
+
+
+@pytest.mark.parametrize("width", [20, 34, 48, 80, 120, 300])
+def test_nothing_is_cropped(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    print_table(COLUMNS, ROWS, title="T")
+    out = capsys.readouterr().out
+    asked = "T" + "".join(column.title for column in COLUMNS) + "".join(map("".join, ROWS))
+    assert letters(out) == letters(asked)
+    assert max(map(len, out.splitlines())) <= width
+    assert all(line == line.rstrip() for line in out.splitlines())
+    if width >= 48:
+        assert "\na-name-that-is-twenty-six " in out
+
+
+def test_numbers_stand_on_the_right(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(COLUMNS, ROWS)
+    lines = capsys.readouterr().out.splitlines()
+    ends = {len(x) for x in lines if x.split()[-1:] in (["1"], ["1024"], ["16"])}
+    assert ends == {80}
+
+
+def test_widths_are_natural_where_there_is_room() -> None:
+    assert fit_widths(COLUMNS[:2], [["ab", "c d e"]], 80) == [4, 12]
+
+
+def test_prose_gives_way_before_names() -> None:
+    rows = [["n" * 20, "some words of prose " * 3, "1"]]
+    name, prose, number = fit_widths(COLUMNS, rows, 50)
+    assert (name, number) == (20, 5)
+    assert name + prose + number + 2 * 2 == 50
+
+
+def test_a_pipe_has_a_width_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS")
+    monkeypatch.setattr("sys.__stdout__", None)
+    assert output_width() == PIPED_WIDTH
+
+
+def test_prose_is_folded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    print_prose("one two three four five six seven")
+    assert capsys.readouterr().out == "one two three four\nfive six seven\n"

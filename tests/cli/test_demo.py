@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The example with a model, and the demo: each thing that they claim to prove, made to fail."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.command_line import choose_tables, registered, run, run_json, settle
+from support.small_backends import small_backend
+
+from portakv import AdaptiveConnector, KVView, Transfer
+from portakv.cli.demo import model, scenario, timing
+from portakv.cli.demo.model import ModelPart, run_model
+from portakv.cli.demo.scenario import Founding, Scenario, fitted, free_memory
+from portakv.runtime.devices import usual_device
+from portakv_examples import offload_transformers
+
+SMALL = Scenario(layers=3, tokens=24, heads=2, dim=8, block_size=8, blocks=5)
+PAYLOAD = 3 * 2 * 24 * 2 * 8 * 2
+POOL = 3 * 2 * 40 * 2 * 8 * 2
+DEVICE = usual_device()
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing forced, 80 columns, three rounds of a scenario of a few kilobytes."""
+    settle(monkeypatch)
+    monkeypatch.setattr("portakv.cli.demo.FOUNDING", SMALL)
+    monkeypatch.setattr(timing, "ROUNDS", 3)
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first part is left out."""
+    part = ModelPart("left out by a test", good=True)
+    monkeypatch.setattr("portakv.cli.demo.run_model", lambda device, tell: part)
+
+
+def silent(line: str) -> None:
+    """Listen to no story."""
+
+
+# the example
+
+
+@pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
+@pytest.mark.parametrize("host", ["pageable", "pinned"])
+def test_the_example_is_bit_identical_and_its_control_is_not(host: str) -> None:
+    story: list[str] = []
+    outcome = offload_transformers.main(DEVICE, story.append, host)
+    assert outcome.identical
+    assert outcome.control_differs
+    assert (outcome.tokens, outcome.chunks) == (235, 4)
+    assert any("bit-identical" in line for line in story)
+
+
+@pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
+def test_the_example_by_its_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert offload_transformers.run([str(DEVICE), "--host", "pinned"]) == 0
+    found = "pinned" if DEVICE.type == "cuda" else "pageable"
+    assert f"tokens in {found} memory" in capsys.readouterr().out
+
+
+def test_the_example_sees_chunks_that_do_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AdaptiveConnector, "to_gpu", lambda *_, **__: Transfer())
+    outcome = offload_transformers.main(DEVICE, silent)
+    assert not outcome.identical
+
+
+def test_every_bit_that_came_back_is_the_one_that_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits may round a low bit away; the caches themselves cannot."""
+    caches: list[list[torch.Tensor]] = []
+    decode = offload_transformers.decode
+
+    def noted(model: Any, cache: Any, first: torch.Tensor) -> torch.Tensor:
+        caches.append([x.view(torch.int32) for y in cache.layers for x in (y.keys, y.values)])
+        logits: torch.Tensor = decode(model, cache, first)
+        return logits
+
+    monkeypatch.setattr(offload_transformers, "decode", noted)
+    offload_transformers.main(DEVICE, silent)
+    stayed, came_back, noise = caches
+    assert [tuple(x.shape) for x in stayed] == [(1, 4, 235, 32)] * 8
+    assert all(torch.equal(x, y) for x, y in zip(stayed, came_back, strict=True))
+    assert not any(torch.equal(x, y) for x, y in zip(stayed, noise, strict=True))
+
+
+def test_the_example_sees_one_wrong_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sign of one number of one value row is enough."""
+    load = offload_transformers.load
+
+    def load_spoilt(connector: Any, chunks: list[torch.Tensor], slots: torch.Tensor) -> None:
+        chunks[1][1, 0, 5, 3].neg_()
+        load(connector, chunks, slots)
+
+    monkeypatch.setattr(offload_transformers, "load", load_spoilt)
+    assert not offload_transformers.main(DEVICE, silent).identical
+
+
+def test_the_example_sees_pages_that_were_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    normal = torch.Tensor.normal_
+
+    def spare_pages(self: torch.Tensor, *words: Any, **named: Any) -> torch.Tensor:
+        return self if self.dim() == 5 else normal(self, *words, **named)
+
+    monkeypatch.setattr(torch.Tensor, "normal_", spare_pages)
+    assert not offload_transformers.main(DEVICE, silent).control_differs
+
+
+# the first part
+
+
+def test_the_model_part_tells_the_story_and_keeps_it() -> None:
+    told: list[str] = []
+    part = run_model(DEVICE, told.append)
+    assert part.good
+    assert not part.skipped
+    assert part.story == told
+    assert part.as_json()["identical"] is True
+
+
+def test_without_transformers_the_model_part_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, model.EXAMPLE)
+    ran = run("demo", "--device", "cpu")
+    assert ran.code == 0
+    assert "pip install 'portakv[demo]'" in ran.out
+    assert "all right through" in ran.out
+
+
+def test_a_missing_example_is_not_blamed_on_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "EXAMPLE", "portakv_examples.no_such_example")
+    with pytest.raises(ModuleNotFoundError, match="no_such_example"):
+        run_model(DEVICE, silent)
+
+
+def test_logits_that_changed_make_the_demo_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AdaptiveConnector, "from_gpu", lambda *_, **__: Transfer())
+    ran = run("demo", "--device", "cpu")
+    assert ran.code == 1
+    assert "logits    NOT bit-identical" in ran.out
+
+
+# the second part: its check of bytes
+
+
+def founding() -> Founding:
+    """The small scenario, poisoned."""
+    made = Founding(torch.device("cpu"), SMALL)
+    made.poison()
+    return made
+
+
+def test_random_slots_lie_in_a_larger_pool_and_blocks_are_shuffled() -> None:
+    made = Founding(torch.device("cpu"), scenario.FOUNDING)
+    assert made.pool[0].shape == made.target[0].shape == (2, 32, 16, 32, 128)
+    assert made.chunk.shape == (2, 32, 128, 4096)
+    for ids in (made.slots, made.blocks):
+        assert len(ids) == len(set(ids.tolist()))
+        assert sorted(ids.tolist()) != ids.tolist()
+    assert made.slots_of_blocks[16:18].tolist() == [int(made.blocks[1]) * 16 + i for i in (0, 1)]
+
+
+def test_the_check_of_a_chunk_counts_wrong_bytes() -> None:
+    made = founding()
+    assert made.wrong_in_chunk(made.slots) > PAYLOAD // 2
+    for layer in range(3):
+        for at, slot in enumerate(made.slots.tolist()):
+            rows = made.pool[layer][:, slot // 8, slot % 8]
+            made.chunk[:, layer, at] = rows.reshape(2, 16)
+    assert made.wrong_in_chunk(made.slots) == 0
+    made.chunk.view(torch.uint8)[1, 2, 3, 4] ^= 1
+    assert made.wrong_in_chunk(made.slots) == 1
+
+
+def test_the_check_of_pages_counts_wrong_bytes_also_outside_the_slots() -> None:
+    made = founding()
+    assert made.wrong_in_target(made.slots) > PAYLOAD // 2
+    for layer in range(3):
+        for at, slot in enumerate(made.slots.tolist()):
+            rows = made.stored[:, layer, at].reshape(2, 2, 8)
+            made.target[layer][:, slot // 8, slot % 8] = rows
+    assert made.wrong_in_target(made.slots) == 0
+    left = next(slot for slot in range(40) if slot not in made.slots.tolist())
+    made.target[1].view(torch.uint8)[1, left // 8, left % 8, 1, 0] ^= 1
+    assert made.wrong_in_target(made.slots) == 1
+
+
+# the second part: its backends
+
+
+def rows_of(found: Any, backend: str) -> list[dict[str, Any]]:
+    return [row for row in found["moves"] if row["backend"] == backend]
+
+
+@pytest.mark.usefixtures("no_model")
+def test_every_backend_is_checked_and_timed() -> None:
+    with registered(twin=small_backend("twin")):
+        found = run_json("demo", "--device", "cpu")
+    assert found["ok"] is True
+    assert found["chosen"] == "twin"
+    assert [row["backend"] for row in found["moves"][:5]] == ["torch", *["twin"] * 4]
+    for name in ("twin", "reference"):
+        rows = rows_of(found, name)
+        assert [row["call"] for row in rows] == ["from_gpu", "to_gpu", "copy_blocks", "copy_blocks"]
+        assert [row["checked"] for row in rows] == [PAYLOAD, POOL, PAYLOAD, POOL]
+        assert all(row["wrong"] == 0 and row["seconds"] > 0 and row["ratio"] > 0 for row in rows)
+
+
+def flip(view: KVView) -> None:
+    """Flip one bit behind a copy, but not of the self-check's."""
+    if view.slots in (24, 40):
+        view.owners[-1].view(torch.uint8).flatten()[-1] ^= 1
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_backend_that_gets_a_byte_wrong_fails_the_demo() -> None:
+    with registered(liar=small_backend("liar", spoil=flip)):
+        ran = run("demo", "--device", "cpu")
+    assert ran.code == 1
+    assert ran.out.count("1 wrong") == 4
+    assert "all right through reference\n          WRONG or missing through liar" in ran.out
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_backend_that_raises_hides_no_other() -> None:
+    def raises(view: KVView) -> None:
+        if view.slots in (24, 40):
+            raise ValueError("out of ideas")
+
+    with registered(broken=small_backend("broken", spoil=raises)):
+        ran = run("demo", "--device", "cpu")
+    assert ran.code == 1
+    assert "broken, from_gpu, 24 slots -> chunk, failed: ValueError: out of ideas" in ran.out
+    assert "all right through reference" in ran.out
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_backend_may_refuse_a_copy_but_not_when_it_is_forced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    picky = small_backend("picky", rejects=lambda plan: plan.src_step == 8)
+    with registered(picky=picky):
+        found = run_json("demo", "--device", "cpu")
+        monkeypatch.setenv("PORTAKV_BACKEND", "picky")
+        forced = run("demo", "--device", "cpu")
+    refused = [row["refused"] is not None for row in rows_of(found, "picky")]
+    assert refused == [False, False, True, False]
+    assert found["ok"] is True
+    assert forced.code == 1
+    assert "check dislikes this plan" in forced.err
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_rejected_backend_is_not_run_and_its_reason_is_printed() -> None:
+    def spoil(view: KVView) -> None:
+        view.owners[0].view(torch.uint8).zero_()
+
+    with registered(sick=small_backend("sick", spoil=spoil)):
+        ran = run("demo", "--device", "cpu")
+    assert ran.code == 0
+    assert "sick       from_gpu" not in ran.out
+    assert "self-check failed" in " ".join(ran.out.split())
+
+
+# what is forced
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_forced_backend_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORTAKV_BACKEND", "reference")
+    with registered(twin=small_backend("twin")):
+        found = run_json("demo", "--device", "cpu")
+        told = run("demo", "--device", "cpu").out
+    assert found["forced"] == found["chosen"] == "reference"
+    assert {row["backend"] for row in found["moves"]} == {"torch", "reference"}
+    assert "PORTAKV_BACKEND=reference is set: that backend runs alone." in told
+    assert "PORTAKV_BACKEND forces it" in told
+
+
+def test_an_unknown_forced_backend_ends_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def worked(*_: Any) -> None:
+        raise AssertionError("the demo began to work")
+
+    monkeypatch.setenv("PORTAKV_BACKEND", "nonsense")
+    monkeypatch.setattr("portakv.cli.demo.run_model", worked)
+    monkeypatch.setattr("portakv.cli.demo.measured", worked)
+    ran = run("demo")
+    assert (ran.code, ran.out) == (1, "")
+    assert "nonsense: rejected, no such backend" in ran.err
+    assert "reference: accepted" in ran.err
+
+
+# what is printed
+
+
+@pytest.mark.parametrize("kind", ["rich", "plain"])
+@pytest.mark.parametrize("forced", ["", "reference"])
+def test_the_whole_demo_fits_80_columns(
+    kind: str, forced: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose_tables(kind, monkeypatch)
+    monkeypatch.setenv("PORTAKV_BACKEND", forced)
+    monkeypatch.setattr("portakv.cli.demo.FOUNDING", replace(scenario.FOUNDING, layers=1))
+    ran = run("demo", "--device", "cpu")
+    assert ran.code == 0
+    assert max(map(len, ran.out.splitlines())) <= 80
+    for said in ("bit-identical to", "vs copy_", "128 slots -> chunk", "all right", "is chosen"):
+        assert said in ran.out
+
+
+def test_json_is_one_object_with_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    from portakv.cli.demo import run_demo
+
+    assert run_demo(device="cpu", json=True) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["model"]["identical"] is True
+    assert found["model"]["control_differs"] is True
+    assert found["scenario"]["payload_bytes"] == PAYLOAD
+    assert found["candidates"][-1]["name"] == "reference"
+    assert found["ok"] is True
+
+
+# memory and time
+
+
+def test_the_founding_scenario_is_the_one_that_is_named() -> None:
+    s = scenario.FOUNDING
+    assert (s.layers, s.tokens, s.heads, s.dim, s.block_size) == (32, 128, 32, 128, 16)
+    assert s.payload == 64 << 20
+    assert s.pool > s.payload
+
+
+@pytest.mark.parametrize(("free", "layers"), [(None, 32), (8 << 30, 32), (1 << 30, 16), (0, 1)])
+def test_the_scenario_is_fitted_to_free_memory(free: int | None, layers: int) -> None:
+    found = fitted(scenario.FOUNDING, free)
+    assert found.layers == layers
+    assert found.full_layers == (32 if layers < 32 else 0)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_scenario_that_was_scaled_down_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("portakv.cli.demo.free_memory", lambda device: SMALL.needed)
+    told = " ".join(run("demo", "--device", "cpu").out.split())
+    assert "24 tokens of 1 layers" in told
+    assert "Scaled down: 3 layers would take more than half of the free memory of cpu." in told
+
+
+def test_free_memory_knows_the_limit_of_a_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("2000\n")
+    assert scenario._group_free(tmp_path) == 3000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert scenario._group_free(tmp_path) is None
+    monkeypatch.setattr(scenario, "_machine_free", lambda: 7000)
+    monkeypatch.setattr(scenario, "_group_free", lambda: 3000)
+    assert free_memory(torch.device("cpu")) == 3000
+
+
+def test_ratios_are_medians_of_rounds_after_one_that_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rounds of (copy_, work): the machine is busy in the second, the first is left out."""
+    times = iter([9.0, 900.0, 1.0, 2.0, 10.0, 20.0, 1.0, 4.0])
+    monkeypatch.setattr(timing, "seconds", lambda device, work: next(times))
+    plain, ((own, ratio),) = timing.interleaved(torch.device("cpu"), int, [int])
+    assert (plain, own, ratio) == (1.0, 4.0, 0.5)

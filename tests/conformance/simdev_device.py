@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The simulated device itself: torch on it, its memory, its streams and its faults."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.simdev_cases import DEVICE, NAME, OTHER, current, on
+
+from portakv_conformance import simdev
+
+REPEATS = 100
+
+
+@pytest.fixture(autouse=True)
+def _no_faults_left() -> Any:
+    yield
+    torch.accelerator.synchronize(DEVICE)
+    torch.accelerator.synchronize(OTHER)
+    assert not simdev.take_faults()
+
+
+# What torch sees
+
+
+def test_it_says_what_it_is() -> None:
+    module = torch.get_device_module(NAME)
+    assert simdev.EMULATED
+    assert module.EMULATED
+    assert "emulated" in module.get_device_name(OTHER)
+    assert str(OTHER) in module.get_device_name(OTHER)
+    assert simdev.loaded() == NAME
+    assert simdev.available() is None
+    assert str(torch.accelerator.current_accelerator()) == NAME
+    assert torch.accelerator.device_count() == module.device_count() == 2
+
+
+def test_one_name_in_a_process() -> None:
+    simdev.load(NAME)
+    other = next(name for name in simdev.NAMES if name != NAME)
+    with pytest.raises(simdev.SimulatedDeviceError, match=f"{NAME!r} in this process.*{other!r}"):
+        simdev.load(other)
+    with pytest.raises(ValueError, match="'cuda'"):
+        simdev.load("cuda")
+
+
+@pytest.mark.parametrize("device", [DEVICE, OTHER])
+def test_operators_agree_with_the_cpu(device: torch.device) -> None:
+    there = torch.arange(24, dtype=torch.float32).view(4, 6)
+    rows = torch.tensor([2, 0])
+
+    def results(x: torch.Tensor, ids: torch.Tensor) -> list[torch.Tensor]:
+        written, put, scattered = x.clone(), x.clone(), x.clone()
+        written.index_copy_(0, ids, x[:2] + 100)
+        put[:, 1:4][ids] = 7.0
+        put[x > 20] = -1
+        scattered.scatter_(1, ids[:, None], 3.0)
+        out = torch.empty(0, device=x.device)
+        torch.index_select(x, 0, ids, out=out)
+        return [
+            written, put, scattered, out, x.index_select(1, ids), x[ids], x[:, ids], x[x > 3],
+            x.nonzero(), torch.gather(x, 1, ids[None]), x.t().contiguous(), x[1:3, 2:].clone(),
+            torch.cat([x, x + 1]), torch.stack([x, x * 2]).sum(0), x.view(torch.int32) + 1,
+            x.unfold(1, 2, 2).clone(), x.to(torch.bfloat16), x.to(torch.int32).clamp(2, 5),
+            x.unique(), torch.arange(5, device=x.device), torch.full((3,), 2, device=x.device),
+            x.view(torch.complex64).clone(), x.sort(dim=1, descending=True).indices,
+            torch.where(x > 3, x, 0), x.expand(2, 4, 6).reshape(-1), x.permute(1, 0)[ids],
+        ]  # fmt: skip
+
+    for found, wanted in zip(
+        results(there.to(device), rows.to(device)), results(there, rows), strict=True
+    ):
+        assert found.device == device
+        assert found.stride() == wanted.stride()
+        assert torch.equal(found.cpu(), wanted)
+    assert there.to(device).sum().item() == 276
+    assert torch.equal(there.to(device), there.to(device))
+
+
+def test_what_portakv_needs_does_not_wait_for_the_device() -> None:
+    """Operators that waited would hide a missing wait of the caller; so would those that wait for
+    more than they read, such as a blocking copy of ids behind a producer."""
+    x = torch.zeros(8, 4, dtype=torch.int64, device=DEVICE)
+    ids, out = torch.tensor([1, 2], device=DEVICE), torch.empty(2, 4, dtype=x.dtype, device=DEVICE)
+    before = simdev.synchronised()
+    torch.accelerator.synchronize()
+    x.fill_(1)
+    marker = torch.Event(DEVICE)
+    marker.record()
+    torch.index_select(x, 0, ids, out=out)
+    x.index_copy_(0, ids, out)
+    x[ids] = out
+    x.copy_(x.clone().fill_(3))
+    torch.cat([x, x])
+    ids.to(torch.int32).clamp(0, 5)
+    torch.zeros(3, device=DEVICE)
+    assert torch.tensor([3, 4], device=DEVICE).cpu().tolist() == [3, 4]
+    assert not marker.query()
+    assert simdev.synchronised() == before
+
+
+def test_errors_of_shapes_and_places_are_raised_by_the_call() -> None:
+    x = torch.zeros(4, 2, device=DEVICE)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        x + torch.zeros(3, device=DEVICE)
+    with pytest.raises(RuntimeError, match="same device"):
+        x + torch.zeros(4, 2)
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.index_select(x, 0, torch.tensor([1]))
+    with pytest.raises(RuntimeError, match="same device"):
+        x + torch.zeros(4, 2, device=OTHER)
+
+
+def test_current_device_and_stream_belong_to_a_thread() -> None:
+    seen: list[Any] = []
+
+    def look() -> None:
+        seen.append((torch.accelerator.current_device_index(), current(OTHER).stream_id))
+
+    side = torch.Stream(OTHER)
+    with on(side):
+        assert torch.accelerator.current_device_index() == 1
+        assert current(OTHER) == side
+        assert torch.empty(1, device=NAME).device == OTHER
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+    assert seen == [(0, 0)]
+    assert torch.accelerator.current_device_index() == 0
+    assert torch.get_device_module(NAME).default_stream(OTHER) == current(OTHER)
+
+
+# Streams and events
+
+
+def test_work_is_late_until_it_is_needed() -> None:
+    stream, event = torch.Stream(DEVICE), torch.Event(DEVICE)
+    pinned = torch.zeros(4, dtype=torch.int64).pin_memory()
+    with on(stream):
+        pinned.copy_(torch.arange(4, device=DEVICE), non_blocking=True)
+    event.record(stream)
+    assert not event.query()
+    assert pinned.tolist() == [0, 0, 0, 0]
+    event.synchronize()
+    assert event.query()
+    assert pinned.tolist() == [0, 1, 2, 3]
+
+
+def test_who_asks_often_sees_it_end() -> None:
+    event = torch.Event(DEVICE)
+    simdev.delay(current(), 5)
+    event.record()
+    deadline = time.monotonic() + 30
+    while not event.query():
+        assert time.monotonic() < deadline
+
+
+def test_events_measure_time() -> None:
+    first, last = (torch.Event(DEVICE, enable_timing=True) for _ in range(2))
+    first.record()
+    simdev.delay(current(), 20)
+    last.record()
+    last.synchronize()
+    assert 15 < first.elapsed_time(last) < 10_000
+
+
+@pytest.mark.parametrize("device", [DEVICE, OTHER])
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("hazard", ["read of what is written", "write of what is read"])
+def test_a_missing_wait_is_wrong_every_time(
+    device: torch.device, waits: bool, early: bool, hazard: str
+) -> None:
+    """The second stream comes too early, or the first one too late; also where it is needed last,
+    and where the host asks for the streams in the order that would be right by luck."""
+    wrong = 0
+    for repeat in range(REPEATS):
+        first, second = torch.Stream(device), torch.Stream(device)
+        cell, taken = (torch.zeros(64, device=device) for _ in range(2))
+        torch.accelerator.synchronize(device)
+        with on(first):
+            if hazard.startswith("read"):
+                cell.fill_(repeat + 1)
+            else:
+                taken.copy_(cell)
+        if waits:
+            second.wait_stream(first)
+        with on(second):
+            if hazard.startswith("read"):
+                taken.copy_(cell)
+            else:
+                cell.fill_(repeat + 1)
+        for stream in (first, second) if early else (second, first):
+            stream.synchronize()
+        wanted = repeat + 1 if hazard.startswith("read") else 0
+        wrong += int((taken.cpu() != wanted).any())
+    assert wrong == (0 if waits else REPEATS)
+
+
+def test_a_copy_between_devices_waits_for_both() -> None:
+    source, target = torch.zeros(64, device=DEVICE), torch.zeros(64, device=OTHER)
+    simdev.delay(current(), 5)
+    source.fill_(3)
+    target.fill_(4)
+    target.copy_(source)
+    source.fill_(5)
+    assert target.add(1).cpu().unique().tolist() == [4]
+
+
+def test_pageable_memory_is_read_at_once_and_pinned_memory_later() -> None:
+    for pinned, wanted in ((False, 1), (True, 2)):
+        source = torch.ones(8, pin_memory=pinned)
+        assert source.is_pinned() == pinned
+        there = source.to(DEVICE, non_blocking=True)
+        source.fill_(2)
+        assert there.cpu().unique().tolist() == [wanted]
+
+
+# Memory
+
+
+def test_freed_memory_is_soon_somebody_elses() -> None:
+    side = torch.Stream(DEVICE)
+    for recorded in (True, False):
+        source = torch.arange(1000, device=DEVICE)
+        side.wait_stream(current())
+        with on(side):
+            copy = source.clone()
+        if recorded:
+            source.record_stream(side)
+        del source
+        if recorded:
+            with on(side):
+                assert torch.equal(copy.cpu(), torch.arange(1000))
+            continue
+        with on(side), pytest.raises(RuntimeError, match=r"8000 bytes that were freed.*record_str"):
+            copy.cpu()
+        with on(side):
+            assert copy.cpu().unique().tolist() == [
+                int.from_bytes(b"\xdb" * 8, "little", signed=True)
+            ]
+
+
+def test_a_write_to_freed_memory_hits_its_next_owner() -> None:
+    side = torch.Stream(DEVICE)
+    freed = torch.zeros(1000, device=DEVICE)
+    address = freed.data_ptr()
+    torch.accelerator.synchronize()
+    with on(side):
+        freed.fill_(7)
+    del freed
+    current().synchronize()
+    owner = torch.zeros(1000, device=DEVICE)
+    assert owner.data_ptr() == address
+    current().synchronize()
+    with pytest.raises(RuntimeError, match=r"fill_ on stream .* freed"):
+        side.synchronize()
+    assert owner.cpu().unique().tolist() == [7]
+
+
+def test_memory_of_recorded_streams_is_used_again_only_behind_them() -> None:
+    side = torch.Stream(DEVICE)
+    source = torch.zeros(50_000, device=DEVICE)
+    address = source.data_ptr()
+    current().synchronize()
+    with on(side):
+        used = source + 1
+    source.record_stream(side)
+    del source
+    other = torch.zeros(50_000, device=DEVICE)
+    assert other.data_ptr() != address
+    torch.accelerator.synchronize()
+    assert used.cpu().unique().tolist() == [1]
+    assert torch.zeros(50_000, device=DEVICE).data_ptr() == address
+
+
+def test_large_memory_is_unmapped_when_it_is_freed() -> None:
+    side = torch.Stream(DEVICE)
+    large = torch.zeros(100 << 20, dtype=torch.uint8, device=DEVICE)
+    torch.accelerator.synchronize()
+    with on(side):
+        part = large[:10].clone()
+    del large
+    with pytest.raises(RuntimeError, match=r"freed"):
+        side.synchronize()
+    del part
+
+
+def test_storages_can_be_resized() -> None:
+    x = torch.arange(8, device=DEVICE)
+    x.untyped_storage().resize_(128)
+    assert torch.equal(x.cpu(), torch.arange(8))
+    x.untyped_storage().resize_(0)
+    assert x.untyped_storage().nbytes() == 0
+
+
+# Faults
+
+
+def test_a_failing_job_is_told_to_whoever_waits() -> None:
+    x = torch.zeros(4, device=DEVICE)
+    x.index_select(0, torch.tensor([9], device=DEVICE))
+    with pytest.raises(RuntimeError, match=f"index_select on stream 0 of {NAME}:0 failed: .*range"):
+        torch.accelerator.synchronize()
+    torch.accelerator.synchronize()
+    assert x.cpu().tolist() == [0, 0, 0, 0]
+
+
+def runs(*numbers: int) -> torch.Tensor:
+    return torch.tensor(numbers)
+
+
+def test_copy_runs_moves_bytes_on_a_stream() -> None:
+    x = torch.arange(16, dtype=torch.uint8).to(DEVICE)
+    pinned = torch.zeros(8, dtype=torch.uint8).pin_memory()
+    side, at = torch.Stream(DEVICE), x.data_ptr()
+    side.wait_stream(current())
+    simdev.copy_runs(runs(at, at + 9), runs(at + 12, at), runs(4, 2), side)
+    simdev.copy_runs(runs(at), runs(pinned.data_ptr()), runs(8), side)
+    assert pinned.sum() == 0
+    side.synchronize()
+    assert pinned.tolist() == [9, 10, 2, 3, 4, 5, 6, 7]
+    assert x.cpu().tolist() == [9, 10, *range(2, 12), 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("bad", ["past", "host", "other", "negative"])
+def test_copy_runs_refuses_what_it_does_not_reach(bad: str) -> None:
+    x, y = torch.zeros(16, dtype=torch.uint8, device=DEVICE), torch.zeros(16, device=OTHER)
+    host = np.zeros(16, dtype=np.uint8)
+    source = {"host": host.ctypes.data, "other": y.data_ptr()}.get(bad, x.data_ptr())
+    size = {"past": 17, "negative": -1}.get(bad, 8)
+    with pytest.raises(RuntimeError, match="copy_runs was given"):
+        simdev.copy_runs(runs(source), runs(x.data_ptr()), runs(size))
+    with pytest.raises(ValueError, match="int64"):
+        simdev.copy_runs(runs(1).int(), runs(1), runs(1))
+    with pytest.raises(ValueError, match="2 destinations"):
+        simdev.copy_runs(runs(1), runs(1, 2), runs(1))
+
+
+def test_early_runs_each_job_before_its_launch_returns() -> None:
+    event = torch.Event(DEVICE)
+    with simdev.early():
+        torch.zeros(4, device=DEVICE)
+        event.record()
+        assert event.query()

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A backend that claims little and keeps to it is conformant; what it withholds is told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import support.conform_honest_backends as backends
+import torch
+
+from portakv.registry import registry
+from portakv_conformance.cases import test_claims
+from portakv_conformance.draw.by_hand import HOMES, Workshop
+from portakv_conformance.evidence.verify import check_report
+from portakv_conformance.judge.device_support import Facility
+from portakv_conformance.judge.judging import Judge, across, find_home
+from portakv_conformance.judge.subject import Subject, subject
+from portakv_conformance.run.record import CaseRecord, RunRecord
+
+_CLAIMS = (
+    "NoTables", "Loops0", "Loops1", "Loops2", "Align4", "Align16", "Int32Only", "Int64Only",
+    "NoSkip", "NoGuards", "NoThreads", "OnlyPageable", "Least",
+)  # fmt: skip
+_LAYOUTS = (
+    "OnlyNHD", "OnlyHND", "OnlyTuples", "OnlyTuplesByPrepare", "NoMigration", "PartOfScatters",
+)  # fmt: skip
+_TELLING = (
+    "cases/test_claims.py", "cases/test_stateful.py", "cases/test_connector.py::test_batches",
+    "cases/test_core.py::test_rows_move", "cases/test_parts.py::test_migration_within_one_cache",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry of its own, so that no backend stays behind."""
+    made = registry.Registry()
+    monkeypatch.setattr(registry, "REGISTRY", made)
+    monkeypatch.setattr("portakv_conformance.judge.subject.REGISTRY", made)
+
+
+def one(name: str) -> Subject:
+    return subject(f"support.conform_honest_backends:{name}")
+
+
+def judge_of(name: str) -> Judge:
+    return Judge(one(name), Facility(torch.device("cpu")), 7)
+
+
+def conform(name: str, folder: Path, *options: str) -> RunRecord:
+    """The report of a run of the suite on one of the backends."""
+    here = Path(__file__).resolve().parent
+    words = [sys.executable, "-m", "portakv", "conform", f"support.conform_honest_backends:{name}"]
+    done = subprocess.run(
+        [*words, "--device", "cpu", "--report", str(folder), *options],
+        env={**os.environ, "PYTHONPATH": str(here), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode in (0, 1), done.stderr
+    return RunRecord.read((folder / "conformance.json").read_text(encoding="utf-8"))
+
+
+def wrong(record: RunRecord) -> dict[str, str]:
+    return {case.id: case.reason for case in record.cases if case.status in ("failed", "error")}
+
+
+@pytest.mark.parametrize("name", ["Least", "OnlyTuplesByPrepare"])
+def test_a_narrow_claim_is_no_failure(name: str, tmp_path: Path) -> None:
+    record = conform(name, tmp_path, "--only", *_TELLING)
+    assert wrong(record) == {}
+    migrations = [case for case in record.cases if case.id.endswith("_within_one_cache[home]")]
+    assert [case.status for case in migrations] == ["passed"]
+    must = [case for case in record.cases if case.area in ("core", "stateful")]
+    assert {case.status for case in must} == {"passed"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*_CLAIMS, *_LAYOUTS])
+def test_an_honest_backend_is_conformant(name: str, tmp_path: Path) -> None:
+    record = conform(name, tmp_path)
+    assert wrong(record) == {}
+    assert record.verdict == "conformant"
+    assert check_report(record.document()) == []
+
+
+@pytest.mark.parametrize("direction", ["gather", "scatter"])
+@pytest.mark.parametrize("name", ["RefusesFourLoops", "ClaimsFourLoops"])
+def test_loops_that_are_claimed_may_not_be_declined(name: str, direction: str) -> None:
+    judge, home = judge_of(name), Workshop()
+    with pytest.raises(AssertionError, match="claims by 'max_loops' that it takes 4 strided"):
+        test_claims.test_max_loops(judge.subject, judge, home, 4, direction)
+    test_claims.test_max_loops(judge.subject, judge, home, 3, direction)
+    assert judge.examples == 1
+
+
+@pytest.mark.parametrize("direction", ["gather", "scatter"])
+@pytest.mark.parametrize("name", _CLAIMS)
+def test_each_claim_is_tested_within_the_others(name: str, direction: str) -> None:
+    found = one(name)
+    home = Workshop(paged=find_home(found, HOMES))
+    for vector in (1, 2, 4, 8, 16):
+        test_claims.test_alignment(found, judge_of(name), home, vector, direction)
+    for loops in range(5):
+        judge = judge_of(name)
+        test_claims.test_max_loops(found, judge, home, loops, direction)
+        assert judge.examples == (
+            loops <= (9 if found.can.max_loops is None else found.can.max_loops)
+        )
+    judge = judge_of(name)
+    test_claims.test_tables(found, judge, home, direction)
+    assert judge.examples == (6 if found.can.tables else 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("ListOfPlaces", "places is a list"), ("TrueAlignment", "alignment is True")]
+)
+def test_claims_of_another_type_make_no_sense(name: str, why: str) -> None:
+    with pytest.raises(AssertionError, match=why):
+        test_claims.test_claims_make_sense(one(name))
+
+
+def test_a_half_that_was_declined_is_not_passed(tmp_path: Path) -> None:
+    record = conform("PartOfScatters", tmp_path, "--only", "cases/test_corners.py::test_row_width")
+    told = {case.id: case for case in record.cases}
+    assert {case.status for case in told.values()} == {"passed", "not-claimed"}
+    for case in told.values():
+        assert (case.status == "not-claimed") == (case.declined >= case.examples)
+        assert bool(case.reason) == bool(case.declined)
+    narrow = next(case for case in told.values() if case.status == "not-claimed")
+    assert (narrow.declined, narrow.examples) == (1, 1)
+    assert narrow.reason == "It declines 1 of 2 copies: no scatter of such rows"
+
+
+def test_declined_copies_are_part_of_a_record() -> None:
+    record = CaseRecord("cases/test_core.py::test_x", "core", "core", declined=3)
+    assert '"declined": 3' in record.line()
+
+
+@pytest.mark.parametrize(
+    ("name", "home"),
+    [
+        ("OnlyNHD", HOMES[0]),
+        ("OnlyHND", HOMES[1]),
+        ("OnlyTuples", HOMES[2]),
+        ("OnlyTuplesByPrepare", HOMES[2]),
+        ("NoTables", HOMES[4]),
+        ("Loops2", HOMES[0]),
+        ("Loops1", HOMES[5]),
+        ("Least", HOMES[5]),
+    ],
+)
+def test_a_home_is_found_within_what_is_claimed(name: str, home: str) -> None:
+    assert find_home(one(name), HOMES) == home
+
+
+def test_another_layout_is_used_where_it_is_taken() -> None:
+    assert across(one("OnlyNHD"), HOMES[0], HOMES[1]) == HOMES[0]
+    assert across(one("OnlyNHD"), HOMES[0], HOMES[2]) == HOMES[2]
+    assert across(one("NoMigration"), HOMES[0], HOMES[1]) == HOMES[0]
+
+
+def test_a_backend_that_remembers_is_told_by_what_it_did(tmp_path: Path) -> None:
+    """Hypothesis repeats the calls, which then end in another way."""
+    words = [sys.executable, "-m", "portakv", "conform"]
+    words += ["portakv_conformance.mutants.state:StalePointerTable", "--device", "cpu"]
+    words += ["--only", "cases/test_stateful.py", "--report", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    record = RunRecord.read((tmp_path / "conformance.json").read_text(encoding="utf-8"))
+    (reason,) = wrong(record).values()
+    assert "does not hold its bytes. The same calls end in another way when they are" in reason
+    assert record.cases[0].example, "the copy that shows it alone was not kept"
+
+
+def test_every_backend_of_the_controls_is_tried() -> None:
+    named = {
+        name
+        for name, found in vars(backends).items()
+        if isinstance(found, type) and found.__module__ == backends.__name__ and name[0] != "_"
+    }
+    liars = {"RefusesFourLoops", "ClaimsFourLoops", "ListOfPlaces", "TrueAlignment"}
+    assert named == {*_CLAIMS, *_LAYOUTS} | liars

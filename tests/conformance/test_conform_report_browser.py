@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""report.html in a real browser: wide and narrow, light and dark, filtered, copied, printed."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import conform_reports
+from support.headless_chromium import ABSENT, Browser, chromium
+
+from portakv_conformance.report import write
+
+pytestmark = pytest.mark.skipif(chromium() is None, reason=ABSENT)
+
+WIDE, PHONE = (1280, 900), (360, 800)
+SIZES = (WIDE, PHONE)
+# Contrast of each visible text with what lies under it (WCAG 2.2, 1.4.3): 4.5, and 3 where large.
+PALE = """(() => {
+  const read = (text) => text.match(/[\\d.]+/g).map(Number);
+  const over = ([r, g, b, a = 1], under) => [r, g, b].map((v, i) => v * a + under[i] * (1 - a));
+  const light = (rgb) => {
+    const [r, g, b] = rgb.map((v) => v / 255)
+      .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const known = new Map();
+  const ground = (node) => {
+    if (!node) return [255, 255, 255];
+    if (!known.has(node)) {
+      const own = read(getComputedStyle(node).backgroundColor);
+      known.set(node, over(own, ground(node.parentElement)));
+    }
+    return known.get(node);
+  };
+  const pale = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const node = walker.currentNode.parentElement;
+    if (!walker.currentNode.data.trim() || !node.checkVisibility() || node.closest("script, style"))
+      continue;
+    const style = getComputedStyle(node), under = ground(node);
+    const [a, b] = [light(over(read(style.color), under)), light(under)].sort((x, y) => y - x);
+    const size = parseFloat(style.fontSize), bold = parseInt(style.fontWeight) >= 700;
+    const needed = size >= 24 || (bold && size >= 18.66) ? 3 : 4.5;
+    const ratio = (a + 0.05) / (b + 0.05);
+    if (ratio < needed) pale.push(`${ratio.toFixed(2)}: ${walker.currentNode.data.slice(0, 40)}`);
+  }
+  return pale;
+})()"""
+SEEN = "[...document.querySelectorAll('details.case')].filter((c) => !c.hidden).length"
+OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """report.html of each synthetic run."""
+    folder = tmp_path_factory.mktemp("reports")
+    for name, run in conform_reports.RUNS.items():
+        write(run(), folder / name)
+    return {name: folder / name / "report.html" for name in conform_reports.RUNS}
+
+
+@pytest.mark.parametrize(("name", "size", "scheme"), [
+    (name, size, scheme)
+    for name in conform_reports.RUNS for size in SIZES for scheme in ("light", "dark")
+    # The failing run shows every part of a page; of the others two of the four ways are enough.
+    if name == "failing" or (size is WIDE) == (scheme == "light")
+], ids=lambda value: value[0] if isinstance(value, tuple) else value)  # fmt: skip
+def test_the_page_fits_is_legible_and_asks_for_nothing(
+    browser: Browser, pages: dict[str, Path], name: str, size: tuple[int, int], scheme: str
+) -> None:
+    browser.open(pages[name], *size, scheme)
+    # A failing check is looked into on the picture: pytest keeps it in its temporary folder.
+    picture = pages[name].with_name(f"{size[0]}-{scheme}.png")
+    browser.shoot(picture)
+    width, height = struct.unpack(">II", picture.read_bytes()[16:24])
+    assert width == size[0]
+    assert height > 2 * size[1]
+    assert browser.ask(OVERFLOW) == 0
+    browser.ask("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    assert browser.ask(OVERFLOW) == 0
+    assert browser.ask(PALE) == []
+    assert browser.ask("matchMedia('(prefers-color-scheme: dark)').matches") is (scheme == "dark")
+    ground = browser.ask("getComputedStyle(document.body).backgroundColor")
+    assert ground == {"light": "rgb(246, 247, 249)", "dark": "rgb(14, 19, 25)"}[scheme]
+    assert browser.ask("typeof window.hacked") == "undefined"
+    assert browser.complaints() == []
+    loaded = [url for url in browser.requests() if not url.startswith("data:")]
+    assert loaded == [pages[name].resolve().as_uri()]
+
+
+def test_the_matrix_scrolls_in_its_own_box_on_a_phone(
+    browser: Browser, pages: dict[str, Path]
+) -> None:
+    browser.open(pages["passing"], 360, 800, "light")
+    box = "document.querySelector('.scroll')"
+    assert browser.ask(f"{box}.scrollWidth > {box}.clientWidth")
+    browser.ask(f"{box}.scrollLeft = 200")
+    left = "document.querySelector('.matrix tbody th').getBoundingClientRect().left"
+    assert browser.ask(f"Math.abs({left} - {box}.getBoundingClientRect().left)") < 3
+
+
+def test_cases_are_filtered_by_status_area_and_words(
+    browser: Browser, pages: dict[str, Path]
+) -> None:
+    record = conform_reports.failing()
+    browser.open(pages["failing"], 1280, 900, "light")
+    assert browser.ask(SEEN) == len(record.cases)
+    click = "document.querySelector('#filter [data-status=\"{}\"]').click()"
+    for status, number in record.totals.items():
+        browser.ask(click.format(status))
+        assert browser.ask(SEEN) == number
+        said = browser.ask("document.getElementById('shown').textContent")
+        assert said == f"{number} of {len(record.cases)} shown"
+    browser.ask(click.format(""))
+    choose = """{{
+        const field = document.getElementById('{}');
+        field.value = '{}';
+        field.dispatchEvent(new Event('input', {{bubbles: true}}));
+    }}"""
+    browser.ask(choose.format("area", "safety"))
+    assert browser.ask(SEEN) == sum(case.area == "safety" for case in record.cases)
+    browser.ask(choose.format("search", "CANARIES odd"))
+    assert browser.ask(SEEN) == 1
+    browser.ask(choose.format("search", "no such case"))
+    assert browser.ask(SEEN) == 0
+    assert browser.ask("document.getElementById('nothing').checkVisibility()")
+
+
+def test_a_cell_of_the_matrix_leads_to_its_cases(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["failing"], 1280, 900, "light")
+    browser.ask("document.querySelector('a.cell.failed').click()")
+    assert browser.ask(SEEN) == 1
+    assert browser.ask("location.hash") == "#cases"
+    open_ = "document.querySelector('details.case:not([hidden])')"
+    assert browser.ask(f"{open_}.dataset.status") == "failed"
+    assert browser.ask(f"{open_}.checkVisibility()")
+    browser.ask("document.getElementById('cell').click()")
+    assert browser.ask(SEEN) == len(conform_reports.failing().cases)
+
+
+@pytest.mark.parametrize("clipboard", ["open", "closed"])
+def test_a_command_is_copied_as_it_stands(
+    browser: Browser, pages: dict[str, Path], clipboard: str
+) -> None:
+    """With the clipboard's own interface, and the old way where a page has none."""
+    browser.open(pages["failing"], 1280, 900, "light")
+    browser.ask(
+        """window.copied = null;
+        Object.defineProperty(navigator, "clipboard", {value: {writeText: async (text) => {
+          if (%s) throw new Error("closed");
+          window.copied = text;
+        }}});
+        document.addEventListener("copy", () => {
+          window.copied = document.activeElement.value;
+        });"""
+        % ("true" if clipboard == "closed" else "false")
+    )
+    browser.ask("document.querySelector('#failures button.copy').click()")
+    browser.ask("new Promise((done) => setTimeout(done, 50))")
+    failed = [case for case in conform_reports.failing().cases if case.status == "failed"]
+    assert browser.ask("window.copied") == failed[0].replay
+    assert browser.ask("document.querySelector('#failures button.copy').textContent") == "Copied"
+
+
+def test_paper_shows_the_details_of_failures(
+    browser: Browser, pages: dict[str, Path], tmp_path: Path
+) -> None:
+    browser.open(pages["failing"], 1280, 900, "dark")
+    browser.paper(tmp_path / "report.pdf")
+    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
+    browser.ask("dispatchEvent(new Event('beforeprint'))")
+    assert browser.ask("document.querySelectorAll('#failures details:not([open])').length") == 0
+    browser.ask("dispatchEvent(new Event('afterprint'))")
+    assert browser.ask("document.querySelectorAll('#failures details[open]').length") == 0
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    assert browser.ask("document.querySelector('nav').checkVisibility()") is False
+    assert browser.ask("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert browser.complaints() == []

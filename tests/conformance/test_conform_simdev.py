@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The simulated device, each time in a process of its own: torch takes one such device for good."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from portakv_conformance.simdev import build
+
+HERE = Path(__file__).parent
+why_not = build.missing()
+pytestmark = pytest.mark.skipif(why_not is not None, reason=why_not or "")
+
+
+def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with the tests' modules, in an environment with some variables more."""
+    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, **variables}
+    return subprocess.run(
+        [sys.executable, *command],
+        env=environment, cwd=HERE, capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [
+        ("simdev", ["simdev_device.py", "simdev_copies.py"]),
+        ("npu", ["simdev_device.py", "simdev_copies.py", "-k", "name or chooses or waits_for"]),
+        ("mlu", ["simdev_device.py", "simdev_copies.py", "-k", "name or chooses or the_host"]),
+    ],
+)
+def test_on_the_simulated_device(name: str, chosen: list[str]) -> None:
+    done = run("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *chosen,
+               SIMDEV_NAME=name)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert re.search(r"^\d\d+ passed", done.stdout, re.MULTILINE), done.stdout
+    assert "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/g++", "false"])
+def test_no_compiler_is_a_clear_error(compiler: str, tmp_path: Path) -> None:
+    code = "from portakv_conformance import simdev; print(simdev.available()); simdev.load()"
+    done = run("-c", code, CXX=compiler, PORTAKV_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 1
+    assert "SimulatedDeviceError: " in done.stderr
+    if compiler == "false":
+        assert done.stdout == "None\n"
+        assert re.search(r"false failed to compile the simulated device.*C\+\+20", done.stderr)
+    else:
+        assert re.match(r"The simulated device .* no C\+\+ compiler .*CXX=", done.stdout)
+        assert "set CXX" in done.stderr
+
+
+def test_another_package_in_its_place_is_a_clear_error() -> None:
+    code = (
+        "import torch; torch.utils.rename_privateuse1_backend('acme_card')\n"
+        "from portakv_conformance import simdev; print(simdev.available()); simdev.load()"
+    )
+    done = run("-c", code)
+    assert done.returncode == 1
+    assert done.stdout.startswith("Another package has made 'acme_card'")
+    assert "SimulatedDeviceError: Another package" in done.stderr
+
+
+def test_processes_that_start_together_build_it_once(tmp_path: Path) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        '[ "$1" = --version ] && exit\n'
+        f"echo built >>{tmp_path}/log; sleep 1\n"
+        'while [ "$1" != -o ]; do shift; done; echo library >"$2"\n'
+    )
+    compiler.chmod(0o755)
+    code = (
+        "from portakv_conformance.simdev import build\n"
+        "build.ctypes.CDLL = lambda path: print(open(path).read())\n"
+        "build.load_library()"
+    )
+    environment = {**os.environ, "CXX": str(compiler), "PORTAKV_CACHE_DIR": str(tmp_path / "kept")}
+    command = [sys.executable, "-c", code]
+    several = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    assert [process.communicate(timeout=120)[0] for process in several] == ["library\n\n"] * 3
+    assert (tmp_path / "log").read_text() == "built\n"
+
+
+def test_the_host_cannot_touch_device_memory() -> None:
+    code = (
+        "import ctypes, torch; from support.simdev_cases import DEVICE\n"
+        "x = torch.zeros(4, device=DEVICE); torch.accelerator.synchronize()\n"
+        "ctypes.string_at(x.data_ptr(), 4)"
+    )
+    done = run("-c", code)
+    assert done.returncode < 0
+    assert "the host touched memory of the simulated device outside of a job" in done.stderr
+
+
+def test_a_fault_that_nobody_waited_for_is_told_at_the_end() -> None:
+    code = (
+        "import torch; from support.simdev_cases import DEVICE\n"
+        "x = torch.zeros(4, device=DEVICE); y = x[torch.tensor([9], device=DEVICE)]\n"
+        "e = torch.Event(DEVICE); e.record()\n"
+        "while not e.query(): pass"
+    )
+    done = run("-c", code)
+    assert done.returncode == 0
+    assert "aten::index on stream 0 of simdev:0 failed" in done.stderr
+
+
+def test_a_forked_process_is_refused() -> None:
+    code = (
+        "import os, torch; from support.simdev_cases import DEVICE\n"
+        "x = torch.zeros(4, device=DEVICE)\n"
+        "if os.fork():\n"
+        "    os._exit(os.waitstatus_to_exitcode(os.wait()[1]))\n"
+        "try:\n"
+        "    x + 1\n"
+        "except RuntimeError as error:\n"
+        "    print(error, flush=True); os._exit(7)"
+    )
+    done = run("-c", code)
+    assert done.returncode == 7, done.stderr
+    assert "'spawn'" in done.stdout
+
+
+NO_WAIT = """
+from portakv import ordering
+
+def order(stream, device, src, dst, placed):
+    tables = [view.table for view in (src, dst) if len(view.origins) > 1]
+    ids = [index.ids for pair in placed for index in pair if index.ids is not None]
+    for tensor in (*src.owners, *dst.owners, *ids, *tables):
+        if tensor.device == device:
+            tensor.record_stream(stream)
+
+ordering._order = order
+"""
+
+
+@pytest.mark.slow
+def test_the_suite_fails_every_time_without_the_connectors_wait(tmp_path: Path) -> None:
+    (tmp_path / "no_wait.py").write_text(NO_WAIT)
+    suite = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--pyargs",
+             "portakv_conformance", "--portakv-backend", "reference", "--portakv-device", "simdev",
+             "-k", "test_a_copy_waits_for_its_producer and side"]  # fmt: skip
+    whole = run(*suite)
+    assert whole.returncode == 0, whole.stdout
+    for seed in range(100):
+        done = run(
+            *suite, "-p", "no_wait", "--portakv-seed", str(seed),
+            PYTHONPATH=os.pathsep.join([str(tmp_path), str(HERE.parent)]),
+        )  # fmt: skip
+        assert done.returncode == 1, done.stdout
+        assert "1 failed" in done.stdout

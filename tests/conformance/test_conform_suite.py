@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The suite tells right backends from wrong ones, says what is wrong, and keeps what failed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from portakv import BackendUnavailable, CopyPlan, Index, KVView, Unsupported
+from portakv.backends.base import Decision
+from portakv.registry import registry
+from portakv_conformance.draw import saved
+from portakv_conformance.draw.arrangement import Case
+from portakv_conformance.draw.by_hand import HOMES, Shape, Workshop, lifted
+from portakv_conformance.draw.strategies import all_cases
+from portakv_conformance.judge.claims import check_refused, claimed
+from portakv_conformance.judge.device_support import Facility
+from portakv_conformance.judge.judging import Judge, find_home, index_of, largest_unit, view_of
+from portakv_conformance.judge.oracle import compare
+from portakv_conformance.judge.pattern import poison_bytes
+from portakv_conformance.judge.subject import Subject, subject
+
+SHAPE = Shape()
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry of its own, so that no backend stays behind."""
+    made = registry.Registry()
+    monkeypatch.setattr(registry, "REGISTRY", made)
+    monkeypatch.setattr("portakv_conformance.judge.subject.REGISTRY", made)
+
+
+def judge_of(name: str) -> Judge:
+    found = subject(f"support.conform_suite_backends:{name}")
+    return Judge(found, Facility(found.device), 7)
+
+
+def gather(seed: int = 7, **how: Any) -> Case:
+    shop = Workshop(seed=seed)
+    return shop.gather(SHAPE, shop.shuffled(SHAPE.slots, 9), **how)
+
+
+# -- who is judged ------------------------------------------------------------------------------
+
+
+def test_a_class_is_registered_under_its_own_name() -> None:
+    found = subject("support.conform_suite_backends:Right", "cpu")
+    assert (found.name, found.target) == ("suite-right", "support.conform_suite_backends:Right")
+    assert found.backend is subject("suite-right").backend
+    assert subject("support.conform_suite_backends:Right").backend is found.backend
+    assert found.trace[-1].accepted
+
+
+def test_a_name_that_is_another_s_is_not_taken() -> None:
+    found = subject("support.conform_suite_backends:Namesake")
+    assert found.name == "support.conform_suite_backends:Namesake"
+    assert type(found.backend).__name__ == "Namesake"
+    assert subject("reference").target == "portakv.backends.reference:Reference"
+
+
+def test_a_wrong_backend_is_judged_whatever_its_self_check_says() -> None:
+    judge = judge_of("OffByOne")
+    with pytest.raises(AssertionError, match="which is source layer 0 key slot"):
+        judge.copy(gather())
+    assert judge.failing is not None
+    assert judge.examples == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("nonsense", "no such backend"),
+        ("support.conform_suite_backends:Absent", "its driver is from another century"),
+        ("support.conform_suite_backends:Nothing", "does not load: AttributeError"),
+        ("no_such_package:Backend", "does not load: ModuleNotFoundError"),
+        ("support.conform_suite_backends:Unfinished", "implements probe, capabilities and prepare"),
+        ("json:dumps", "expected a class of"),
+    ],
+)
+def test_what_is_not_there_is_told_with_the_reason(name: str, why: str) -> None:
+    with pytest.raises(BackendUnavailable) as caught:
+        subject(name)
+    assert why in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [("a b:C", "cpu"), (":", "cpu"), ("reference", "z/pu"), ("reference", "cpu:x")],
+)
+def test_what_is_malformed_is_a_value_error(name: str, device: str) -> None:
+    with pytest.raises(ValueError, match=r"was asked"):
+        subject(name, device)
+
+
+def test_a_device_that_nobody_brings_is_not_available() -> None:
+    with pytest.raises(BackendUnavailable, match=r"'zpu' was asked.*torch_zpu is not installed"):
+        subject("reference", "zpu")
+
+
+# -- how copies are judged ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Right", "Waiting", "Talking"])
+@pytest.mark.parametrize("end", ["synchronize", "done", "wait"])
+def test_right_backends_pass(name: str, end: str) -> None:
+    judge = judge_of(name)
+    assert judge.copy(gather(), end=end)
+    assert judge.launch(gather())
+    assert judge.examples == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("OffByOne", "expected 0x"),
+        ("Raising", "raised KeyError"),
+        ("Late", "it was not written"),
+        ("Impatient", "it was not written"),
+    ],
+)
+def test_wrong_backends_fail_with_a_sentence(name: str, why: str) -> None:
+    judge = judge_of(name)
+    with pytest.raises(AssertionError) as caught:
+        judge.copy(gather())
+    assert why in str(caught.value)
+
+
+def test_a_launch_that_refuses_has_no_reason_that_counts() -> None:
+    judge = judge_of("WholeChunks")
+    assert judge.copy(gather())
+    shop = Workshop(seed=7)
+    case = Case(shop.cache(SHAPE, [4, 2]), shop.chunk(SHAPE, 5, source=False), 2)
+    with pytest.raises(AssertionError, match="check and prepare take this plan"):
+        judge.copy(case)
+    assert judge.declined == []
+
+
+def test_a_refusal_that_check_foretells_may_be() -> None:
+    judge, case = judge_of("Modest"), gather(dtype=torch.uint8, shift=1)
+    views = view_of(case.src), view_of(case.dst)
+    refusal = Unsupported("This plan", "of a launch")
+    judge.may_decline(refusal, *views, index_of(case.src), index_of(case.dst))
+    assert judge.declined == ["it needs 16 B alignment and the plan allows 1 B"]
+    judge = judge_of("Right")
+    with pytest.raises(AssertionError, match="of a launch"):
+        judge.may_decline(refusal, *views, index_of(case.src), index_of(case.dst))
+
+
+def test_what_the_simulated_device_fills_memory_with_is_told() -> None:
+    judge, case = judge_of("Right"), gather()
+    expected = case.expected()
+    case.dst.guards[0].payload().fill_(0xDB)
+    plain = judge.compare(expected, case.dst.tensors)
+    assert plain is not None
+    assert "holds 0xdb, which is of unknown origin" in plain
+    judge.subject = replace(judge.subject, emulated=True)
+    assert judge.compare(expected, case.dst.tensors) == (
+        f"{plain} 0xdb is what the simulated device fills memory with that was never written, or "
+        f"was freed: the copy came before its producer, or after the end of memory that it still "
+        f"needed."
+    )
+    case.dst.guards[0].payload().fill_(0xDA)
+    other = judge.compare(expected, case.dst.tensors)
+    assert other is not None
+    assert "simulated" not in other
+
+
+def test_a_backend_that_declines_is_no_failure_and_no_example() -> None:
+    judge = judge_of("Modest")
+    assert not judge.copy(gather(dtype=torch.uint8, shift=1))
+    assert judge.declined == ["it needs 16 B alignment and the plan allows 1 B"]
+    assert judge.examples == 0
+    check_refused(judge, gather(dtype=torch.uint8, shift=1))
+
+
+def test_what_is_not_claimed_and_carried_out_fails() -> None:
+    with pytest.raises(AssertionError, match="must raise Unsupported; the copy returned"):
+        check_refused(judge_of("Lax"), gather(dtype=torch.uint8, shift=1))
+
+
+def test_what_is_claimed_and_refused_fails() -> None:
+    judge = judge_of("Refusing")
+    case = Workshop(seed=7).gather(Shape(layers=5), [3, 1], place="scattered")
+    with pytest.raises(AssertionError, match=r"claims by 'tables'.*not written yet"):
+        claimed(judge, case, "tables", "takes tables")
+
+
+def test_what_is_claimed_and_wrong_fails() -> None:
+    judge = judge_of("Boasting")
+    case = Workshop(seed=1).gather(SHAPE, [3, -1, 2])
+    with pytest.raises(AssertionError):
+        claimed(judge, case, "skips_negative", "skips negative ids")
+
+
+def test_a_home_is_a_layout_that_the_backend_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_home(subject("reference"), HOMES) == HOMES[0]
+    modest = subject("support.conform_suite_backends:Modest")
+    assert find_home(modest, HOMES) == HOMES[4]  # it takes no tables
+    everything = Decision("none", False, "it takes none")
+    monkeypatch.setattr(modest.backend, "check", lambda plan: everything)
+    assert find_home(modest, HOMES) == HOMES[0]  # CORE then says why
+
+
+# -- failing examples as files ------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(all_cases())
+def test_a_saved_case_is_the_same_case(case: Case) -> None:
+    again, about = saved.load(saved.dump(case, {"seed": 3}))
+    assert repr(again) == repr(case)
+    assert about == {"seed": 3}
+    assert (again.src.tensors is again.dst.tensors) == (case.src.tensors is case.dst.tensors)
+    assert (again.expected().slots == case.expected().slots).all()
+    for side, other in ((again.src, case.src), (again.dst, case.dst)):
+        for one, two in zip(side.guards, other.guards, strict=True):
+            assert torch.equal(one.whole, two.whole)
+
+
+def test_a_failing_example_is_judged_again_on_whom_one_likes(tmp_path: Path) -> None:
+    judge = judge_of("OffByOne")
+    with pytest.raises(AssertionError):
+        judge.copy(gather())
+    assert judge.failing is not None
+    file = tmp_path / "deep" / "example.json"
+    saved.save(judge.failing, file, {"device": "cpu"})
+    told = saved.replay(file, judge.subject)
+    assert told is not None
+    assert "which is source layer 0 key slot" in told
+    assert saved.replay(file, subject("reference")) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"schema": "portakv-example/9"}', '{"schema": 1}']
+)
+def test_a_file_that_is_no_example(text: str) -> None:
+    with pytest.raises(ValueError, match="no saved example"):
+        saved.load(text)
+
+
+def test_an_example_without_its_ids_is_refused() -> None:
+    document = json.loads(saved.dump(gather()))
+    del document["src"]["ids"]["values"]
+    with pytest.raises(ValueError, match="no saved example"):
+        saved.load(json.dumps(document))
+
+
+def test_a_case_made_by_hand_cannot_be_saved() -> None:
+    case = gather()
+    case.src.arrangement = None
+    with pytest.raises(ValueError, match="not built from an arrangement"):
+        saved.dump(case)
+
+
+def test_shapes_lie_as_they_say() -> None:
+    side = Workshop().cache(SHAPE, [0], memory="kv block head token dim", source=False)
+    first = side.tensors[0]
+    assert first.stride() == (6 * 2 * 4 * 16, 2 * 4 * 16, 16, 4 * 16, 1)
+    assert first.storage_offset() * 2 == side.guards[0].start
+    poison = poison_bytes(0, 1000, 8, side.guards[0].start)
+    assert side.guards[0].payload()[:8].tolist() == poison.tolist()
+
+
+def test_a_lifted_side_is_the_same_side_elsewhere() -> None:
+    side = Workshop().cache(SHAPE, [0], dtype=torch.uint8)
+    moved = lifted(side, 3)
+    for one, two in zip(moved.tensors, side.tensors, strict=True):
+        assert one.untyped_storage().data_ptr() % 16 == 3
+        assert one.storage_offset() == two.storage_offset()
+        assert one.stride() == two.stride()
+        assert torch.equal(one, two)
+    for guard, old in zip(moved.guards, side.guards, strict=True):
+        assert guard.broken() is None
+        guard.payload().fill_(0)
+        assert not torch.equal(guard.whole, old.whole)
+    assert not moved.tensors[0].any()
+
+
+def test_a_pool_of_all_layers_is_one_storage() -> None:
+    side = Workshop().cache(SHAPE, [0], memory="block layer kv token head dim", pads={1: 8})
+    assert len(side.guards) == 1
+    first, second = side.tensors
+    assert second.data_ptr() - first.data_ptr() == 2 * 4 * 2 * 16 * 2
+    case = Workshop().gather(SHAPE, [1, 2], memory="block layer kv token head dim")
+    assert compare(case.expected(), case.dst.tensors) is not None  # nothing was copied yet
+
+
+def test_the_subject_of_the_judge_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = judge_of("Right")
+    asked: list[str | None] = []
+    real = registry.REGISTRY.choose
+
+    def spy(device: torch.device, name: str | None) -> Any:
+        asked.append(name)
+        return real(device, name)
+
+    monkeypatch.setattr(registry.REGISTRY, "choose", spy)
+    judge.copy(gather())
+    assert asked == ["suite-right"]
+    assert isinstance(judge.subject, Subject)
+
+
+def test_a_block_that_is_split_is_launched_in_a_unit_that_fits_its_parts() -> None:
+    """3 tokens divide a block of 6, but no part of it: ``token%2`` holds 2."""
+    split = KVView(torch.empty(2, 2, 3, 8), "token%2 block token/2 dim", block_size=6)
+    flat = KVView(torch.empty(4, 8), "token dim")
+    ids = Index([0], step=6)
+    assert largest_unit(split, flat, ids, Index(), 3) == 1
+    assert largest_unit(split, flat, ids, Index(), 6) == CopyPlan(split.form, flat.form, 6, 0).unit
+
+
+def test_what_fails_only_beside_other_work_is_not_kept_as_an_example(tmp_path: Path) -> None:
+    """A saved example that passes when it is replayed would only mislead."""
+    told = ["--only", "test_ordering", "--device", "simdev", "--profile", "core", "-x"]
+    mutant = "portakv_conformance.mutants.ordering:NoWaitOnProducer"
+    result = subprocess.run(
+        [sys.executable, "-m", "portakv", "conform", mutant, *told, "--report", str(tmp_path)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1, result.stderr
+    assert "FAILED cases/test_ordering.py" in result.stdout
+    assert "conform replay" not in result.stdout
+    assert not list(tmp_path.glob("example-*.json"))

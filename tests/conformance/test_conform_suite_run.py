@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The suite under pytest, as a vendor or the runner starts it: options, events, statuses, codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import portakv_conformance
+from portakv.registry import registry
+from portakv_conformance.draw import saved
+from portakv_conformance.judge.subject import subject
+from portakv_conformance.run.record import CaseRecord
+
+_TESTS = Path(__file__).resolve().parent
+
+
+def run(*options: str, where: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the suite's package under pytest in a folder of its own."""
+    given = {**os.environ, "PYTHONPATH": str(_TESTS), "OMP_NUM_THREADS": "1", **environment}
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs"]
+    words += ["portakv_conformance", *options]
+    return subprocess.run(words, cwd=where, env=given, capture_output=True, text=True, timeout=300)
+
+
+def events(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def records(file: Path) -> dict[str, CaseRecord]:
+    found = [CaseRecord.read(event["case"]) for event in events(file) if event["event"] == "end"]
+    return {record.id: record for record in found}
+
+
+_FEW = (
+    "cases/test_core.py::test_one_row[gather-0]",
+    "cases/test_presets.py::test_preset[gather-vllm-mla-fp8-uint8]",
+    "cases/test_claims.py::test_bad_ids_are_guarded[1-gather]",
+    "cases/test_drawn.py::test_pages[0]",
+)
+
+
+def only(folder: Path, *ids: str) -> str:
+    file = folder / "only.txt"
+    file.write_text("\n".join(ids) + "\n", encoding="utf-8")
+    return str(file)
+
+
+def test_events_tell_of_each_case(tmp_path: Path) -> None:
+    told = tmp_path / "events.jsonl"
+    done = run(
+        "--portakv-backend=conform_suite_backends:Talking", f"--portakv-events={told}",
+        f"--portakv-only={only(tmp_path, *_FEW)}", "-s", where=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    kinds = [event["event"] for event in events(told)]
+    assert kinds == ["list", *["start", "end"] * len(_FEW), "finish"]  # whatever it prints
+    listed = events(told)[0]["ids"]
+    assert sorted(listed) == sorted(_FEW)
+    assert listed[0].startswith("cases/test_core.py"), "CORE comes first"
+    assert listed[-1] == "cases/test_drawn.py::test_pages[0]"
+    found = records(told)
+    assert [found[name].status for name in _FEW] == ["passed", "passed", "not-claimed", "passed"]
+    core, preset, guards, drawn = (found[name] for name in _FEW)
+    assert (core.area, core.profile, core.examples) == ("core", "core", 1)
+    tags = {"layout": "vllm-mla-fp8", "dtype": "uint8", "operation": "gather"}
+    assert preset.tags == tags
+    assert guards.claim == "guards"
+    assert "guards is not claimed" in guards.reason
+    assert drawn.examples >= 15
+    assert "portakv_conformance.cases.test_core::test_one_row[gather-0]" in core.replay
+
+
+def test_a_failure_is_told_shrunken_saved_and_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A backend that is registered is also chosen by itself: not by the tests behind this one.
+    made = registry.Registry()
+    monkeypatch.setattr(registry, "REGISTRY", made)
+    monkeypatch.setattr("portakv_conformance.judge.subject.REGISTRY", made)
+    told, kept = tmp_path / "events.jsonl", tmp_path / "examples"
+    name = "cases/test_drawn.py::test_copies_between_two_sides[0]"
+    done = run(
+        "--portakv-backend=conform_suite_backends:OffByOne", f"--portakv-events={told}",
+        f"--portakv-examples={kept}", f"--portakv-only={only(tmp_path, name)}", where=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    record = records(told)[name]
+    assert record.status == "failed"
+    assert "holds 0x" in record.reason
+    assert "The case was" not in record.reason
+    assert "Case(src=Side(" in record.details
+    case, about = saved.load((kept / record.example).read_text(encoding="utf-8"))
+    assert about["case"] == name
+    assert case.src.ids is not None
+    # The fault shows with three ids and up; little more than that is left of what was drawn.
+    assert case.src.ids.numel() in (3, 4)
+    assert case.src.layers * case.src.heads <= 2
+    told_again = saved.replay(
+        kept / record.example, subject("support.conform_suite_backends:OffByOne", "cpu")
+    )
+    assert told_again is not None
+    assert record.reason in told_again
+
+
+@pytest.mark.slow
+def test_the_same_seed_draws_the_same(tmp_path: Path) -> None:
+    ids = only(tmp_path, "cases/test_drawn.py::test_copies_between_two_sides[0]")
+    drawn = []
+    for number, seed in enumerate((5, 5, 6)):
+        plans = tmp_path / str(number)
+        done = run(
+            "--portakv-backend=conform_suite_backends:Noting", f"--portakv-only={ids}",
+            f"--portakv-seed={seed}", "-v", where=tmp_path, SUITE_PLANS=str(plans),
+        )  # fmt: skip
+        assert done.returncode == 0
+        assert f"seed {seed}" in done.stdout
+        drawn.append(plans.read_text(encoding="utf-8"))
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != drawn[2]
+
+
+def test_a_connector_whose_backend_refuses_parts_of_chunks_fails(tmp_path: Path) -> None:
+    told = tmp_path / "events.jsonl"
+    names = [
+        f"cases/test_connector.py::test_a_range_of_the_slot_mapping[{move}-3-11]"
+        for move in ("from_gpu", "to_gpu")
+    ]
+    done = run(
+        "--portakv-backend=conform_suite_backends:WholeChunks", f"--portakv-events={told}",
+        f"--portakv-only={only(tmp_path, *names)}", where=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    for record in records(told).values():
+        assert record.status == "failed"
+        assert "it moves whole ones" in record.reason
+
+
+def test_fuzzing_draws_as_many_as_asked(tmp_path: Path) -> None:
+    told, name = tmp_path / "events.jsonl", "cases/test_drawn.py::test_pages[0]"
+    done = run(
+        "--portakv-backend=reference", "--portakv-fuzz=77", f"--portakv-events={told}",
+        f"--portakv-only={only(tmp_path, name)}", "-v", where=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0
+    record = records(told)[name]
+    assert 60 <= record.examples <= 77
+    seed = record.replay.partition("--portakv-seed ")[2].split()[0]
+    assert f"seed {seed}, 77 examples" in done.stdout
+    assert "--portakv-fuzz 77" in record.replay
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "code", "why"),
+    [
+        (("--portakv-backend=nonsense",), {}, 3, "no such backend"),
+        (("--portakv-backend=reference", "--portakv-device=npu"), {}, 3, "torch_npu"),
+        (("--portakv-backend=reference", "--portakv-device=mps:9"), {}, 3, "'mps:9' was asked"),
+        (("--portakv-backend=reference", "--portakv-device=zzz"), {}, 3, "torch_zzz is not"),
+        (("--portakv-backend=reference", "--portakv-device=z z"), {}, 4, "'z z' was asked for"),
+        (("--portakv-backend=a b:C",), {}, 4, "pkg.mod:Class"),
+        (("--portakv-backend=reference",), {"PORTAKV_BACKEND": "cuda"}, 4, "unset"),
+        (("--portakv-backend=reference", "--portakv-seed=x"), {}, 4, "whole number"),
+        (("--portakv-backend=reference", "--portakv-fuzz=0"), {}, 4, "1 or more"),
+        ((), {}, 5, "no tests"),
+    ],
+)
+def test_exit_codes(
+    tmp_path: Path, options: tuple[str, ...], environment: dict[str, str], code: int, why: str
+) -> None:
+    done = run(*options, where=tmp_path, **environment)
+    assert done.returncode == code
+    assert why in done.stdout + done.stderr
+
+
+def test_ids_that_are_not_in_the_profile(tmp_path: Path) -> None:
+    unknown = only(tmp_path, "cases/test_core.py::test_nothing")
+    done = run("--portakv-backend=reference", f"--portakv-only={unknown}", where=tmp_path)
+    assert done.returncode == 4
+    assert "test_nothing" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_case_list_is_the_same_for_every_backend_and_seed(tmp_path: Path) -> None:
+    lists = []
+    for backend, seed in (("reference", 0), ("support.conform_suite_backends:Modest", 9)):
+        told = tmp_path / f"{seed}.jsonl"
+        run(
+            f"--portakv-backend={backend}", f"--portakv-seed={seed}", f"--portakv-events={told}",
+            "--portakv-profile=full", "--collect-only", where=tmp_path,
+        )  # fmt: skip
+        lists.append(events(told)[0]["ids"])
+    assert lists[0] == lists[1]
+    assert len(lists[0]) == len(set(lists[0])) > 1500
+
+
+def test_the_package_may_lie_behind_a_symbolic_link(tmp_path: Path) -> None:
+    """As under /usr/lib64, /var/run or a linked home; pytest keeps the path that it was given."""
+    folder = tmp_path / "portakv_conformance"
+    folder.symlink_to(Path(portakv_conformance.__file__).parent)
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only"]
+    words += ["-k", "test_parts", "--pyargs", "portakv_conformance"]  # found in this folder first
+    judged = [*words, "--portakv-backend", "reference"]
+    listed = subprocess.run(judged, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert listed.returncode == 0, listed.stdout + listed.stderr
+    assert "test_parts.py::test_slices" in listed.stdout
+    nothing = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "no tests" in nothing.stdout, nothing.stdout

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worked vendor package: short, installed as anybody's, found by the registry, and right."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from portakv_conformance.simdev import build
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "vendor_backend"
+why_not = build.missing()
+simulated = pytest.mark.skipif(why_not is not None, reason=why_not or "")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which pip installed the package, without anything from the network."""
+    source = tmp_path_factory.mktemp("source") / "vendor_backend"
+    shutil.copytree(EXAMPLE, source)  # building leaves files in the tree
+    target = tmp_path_factory.mktemp("installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation",
+         "--target", str(target), str(source)],
+        capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return target
+
+
+def run(installed: Path, *command: str) -> str:
+    """What Python prints with the package installed."""
+    path = os.pathsep.join([str(installed), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"},
+        capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def test_the_backend_is_short_enough_to_read() -> None:
+    lines = (EXAMPLE / "acme.py").read_text().splitlines()
+    assert len(lines) < 60
+
+
+def test_the_guide_shows_the_backend_as_it_is() -> None:
+    guide = (ROOT / "docs" / "vendors.md").read_text()
+    code = (EXAMPLE / "acme.py").read_text()
+    body = code[code.index("class Acme") :]
+    assert body in guide
+    assert 'acme = "acme:Acme"' in guide
+
+
+def test_the_registry_lists_it_and_says_why_not_on_a_cpu(installed: Path) -> None:
+    code = "from portakv.registry.registry import trace; print(*trace('cpu'), sep='\\n')"
+    listed = run(installed, "-c", code)
+    assert "acme: rejected, it serves Acme cards (simdev), not cpu" in listed
+
+
+@simulated
+def test_it_copies_by_the_drivers_call(installed: Path) -> None:
+    code = (
+        "import torch; from support.simdev_cases import DEVICE, IDS, make_caches, make_chunk\n"
+        "from support.device_cases import check_caches, check_chunk, gathered, scattered, host_bytes\n"
+        "from portakv import AdaptiveConnector\n"
+        "c = AdaptiveConnector(DEVICE)\n"
+        "assert 'acme' in c.explain(), c.explain()\n"
+        "caches, chunk, side = make_caches(), make_chunk(6), torch.Stream(DEVICE)\n"
+        "slots = [*IDS, -1]; wanted = gathered(caches, chunk, slots)\n"
+        "c.from_gpu(chunk, caches, slots, stream=side).synchronize(); check_chunk(chunk, wanted)\n"
+        "for pinned in (True, False):\n"
+        "    host = make_chunk(6, 'cpu'); host = host.pin_memory() if pinned else host\n"
+        "    wanted = gathered(caches, host, IDS)\n"
+        "    c.from_gpu(host, caches, IDS, stream=side).synchronize()\n"
+        "    assert torch.equal(host_bytes(host), wanted)\n"
+        "back = scattered(caches, chunk, slots)\n"
+        "c.to_gpu(chunk, caches, torch.tensor(slots, device=DEVICE), stream=side).synchronize()\n"
+        "check_caches(caches, back)\n"
+        "print(c._choice.name)"
+    )
+    assert run(installed, "-c", code) == "acme\n"
+
+
+@simulated
+@pytest.mark.slow
+def test_the_suite_certifies_it_on_the_simulated_device(installed: Path, tmp_path: Path) -> None:
+    report = str(tmp_path / "out")
+    told = run(installed, "-m", "portakv", "conform", "acme", "--device", "simdev",
+               "--report", report)  # fmt: skip
+    assert "conformant, R3" in told
+    verified = run(installed, "-m", "portakv", "conform", "verify", f"{report}/conformance.json")
+    assert "stands: acme on" in verified
+    assert (tmp_path / "out" / "report.html").stat().st_size > 10_000

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A report that was edited is refused, sealed anew or not."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support.conform_fake_worker as fake
+from support.conform_fake_worker import CLAIM, CORE
+
+from portakv_conformance.cli import main
+from portakv_conformance.evidence import verify
+from portakv_conformance.evidence.evidence import of_report
+from portakv_conformance.evidence.verdict import LEFT_OUT, SEAL, case_list_sha256, digest_of, judge
+from portakv_conformance.evidence.verify import check_report
+from portakv_conformance.judge.waivers import Waiver
+from portakv_conformance.report.markdown import markdown
+from portakv_conformance.report.words import left_out
+from portakv_conformance.run.record import CaseRecord, RunRecord
+from portakv_conformance.run.runner import Options, run
+
+BEHAVIOURS = {CORE + "a": "pass", CORE + "b": "pass", CLAIM + "c": "not-claimed"}
+
+
+def listing(profile: str, device: str) -> dict[str, dict[str, Any]]:
+    return {id: fake.about(id) for id in BEHAVIOURS}
+
+
+@pytest.fixture(scope="module")
+def made() -> RunRecord:
+    return run(Options("fake", profile="full"), command=fake.command(BEHAVIOURS))
+
+
+@pytest.fixture
+def record(made: RunRecord) -> RunRecord:
+    return copy.deepcopy(made)
+
+
+def refusals(record: RunRecord) -> str:
+    return "\n".join(check_report(record.document(), listing))
+
+
+def test_a_report_stands(record: RunRecord) -> None:
+    assert record.rung == "R6"
+    assert refusals(record) == ""
+
+
+def test_one_that_failed_stands_too() -> None:
+    behaviours = {CORE + "a": "fail", CORE + "b": "crash", CLAIM + "c": "not-claimed"}
+    record = run(Options("fake"), command=fake.command(behaviours))
+    assert (record.verdict, refusals(record)) == ("failed", "")
+
+
+def test_one_with_waivers_stands() -> None:
+    waivers = (Waiver(CLAIM + "c", "Ticket.", "2999.01"),)
+    behaviours = BEHAVIOURS | {CLAIM + "c": "fail"}
+    record = run(Options("fake", waivers=waivers), command=fake.command(behaviours))
+    assert (record.verdict, refusals(record)) == ("conformant", "")
+
+
+def test_partial_ones_stand() -> None:
+    for options in (Options("fake", only=(CORE + "b",)), Options("fake", exit_first=True)):
+        record = run(options, command=fake.command(BEHAVIOURS | {CORE + "a": "fail"}))
+        assert record.verdict != "conformant"
+        assert refusals(record) == ""
+
+
+def set_to(name: str, value: object) -> Callable[[RunRecord], None]:
+    return lambda record: setattr(record, name, value)
+
+
+def case_to(name: str, value: object, at: int = 0) -> Callable[[RunRecord], None]:
+    return lambda record: setattr(record.cases[at], name, value)
+
+
+def fact_to(name: str, value: object) -> Callable[[RunRecord], None]:
+    return lambda record: record.environment.__setitem__(name, value)
+
+
+EDITS = [
+    set_to("verdict", "failed"),
+    set_to("rung", "R3"),
+    set_to("totals", {"error": 0, "failed": 0, "waived": 0, "not-claimed": 0, "passed": 3}),
+    set_to("seed", 7),
+    set_to("profile", "core"),
+    set_to("trace", []),
+    set_to("started", "2020-01-01T00:00:00+00:00"),
+    set_to("missing", ["A thing."]),
+    case_to("status", "failed"),
+    case_to("reason", "Nothing."),
+    case_to("examples", 1000),
+    fact_to("driver", "999"),
+    fact_to("emulated", True),
+    lambda record: record.cases.pop(),
+    lambda record: record.backend.__setitem__("source_sha256", "1" * 64),
+]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_any_edit_breaks_the_seal(record: RunRecord, edit: Callable[[RunRecord], None]) -> None:
+    edit(record)
+    assert "changed after the run" in refusals(record)
+
+
+def test_a_report_without_a_seal_is_refused(record: RunRecord) -> None:
+    del record.environment[SEAL]
+    assert "no seal" in refusals(record)
+
+
+# What follows is edited and sealed again, as somebody would who has read the source.
+
+
+def add_case(record: RunRecord, id: str) -> None:
+    record.cases.append(CaseRecord(id, "core", "core"))
+
+
+def waive(record: RunRecord, at: int) -> None:
+    record.cases[at].status, record.cases[at].reason = "waived", "Ticket."
+    record.waivers = [Waiver(record.cases[at].id, "Ticket.", "2999.01").plain()]
+
+
+def asked(record: RunRecord, old: str, new: str) -> None:
+    assert old in record.command
+    record.command = record.command.replace(old, new, 1)
+
+
+def each(record: RunRecord, name: str, value: object) -> None:
+    for case in record.cases:
+        setattr(case, name, value)
+
+
+def interpreted(record: RunRecord) -> None:
+    record.backend |= {"name": "triton", "target": "portakv.backends.triton:Triton"}
+    asked(record, "portakv conform fake", "TRITON_INTERPRET=1 portakv conform triton")
+
+
+def unclaimed(record: RunRecord, claim: str) -> None:
+    record.cases[2].claim = claim
+
+
+RESEALED: list[tuple[Callable[[RunRecord], object], str]] = [
+    (set_to("verdict", "failed"), "'conformant' follows from its cases"),
+    (set_to("totals", {"passed": 3}), "its cases count"),
+    (set_to("rung", ""), "'R6' is what it proves"),
+    (fact_to("emulated", True), "R6 needs the real one"),
+    (fact_to("emulated", "no"), "true or false"),
+    (fact_to("device", "simdev:1"), "always emulated"),
+    (lambda record: record.environment.pop("torch"), "does not say torch"),
+    (set_to("profile", "core"), "R6 needs the full profile"),
+    (set_to("profile", "most"), "is none"),
+    (set_to("seed", 7), "seed 0"),
+    (set_to("seed", 7), "does not say --seed 7"),
+    (set_to("fuzz", 9), "no fuzzing"),
+    (set_to("fuzz", 9), "does not say --fuzz 9"),
+    (set_to("missing", ["A thing."]), "'incomplete' follows"),
+    (set_to("suite", "1999.01"), "verify it with the release"),
+    (set_to("case_list_sha256", "0" * 64), "not that of its cases"),
+    (lambda record: record.cases.pop(), "1 cases of the installed suite are not in it"),
+    (lambda record: add_case(record, "cases/test_x.py::test_x"), "not in the installed suite's"),
+    (lambda record: add_case(record, CORE + "a"), "is there 2 times"),
+    (case_to("status", "failed"), "failed without a reason"),
+    (case_to("status", "failed"), "'failed' follows from its cases"),
+    (case_to("status", "not-claimed"), "CORE can be neither waived nor unclaimed"),
+    (lambda record: waive(record, 0), "CORE can be neither waived nor unclaimed"),
+    (lambda record: waive(record, 0), "CORE cannot be waived"),
+    (lambda record: waive(record, 2), "every case passed or not claimed"),
+    (case_to("status", "waived", 2), "does not fit the report's waivers"),
+    (case_to("area", "drawn", 2), "but the suite says"),
+    (case_to("claim", "threads", 2), "the backend claims 'threads'"),
+    (case_to("seconds", 1e6), "one after another"),
+    (case_to("seconds", -1.0), "took -1.0 s"),
+    (set_to("started", "yesterday"), "no time with a zone"),
+    (set_to("started", "2026-01-01T00:00:00"), "no time with a zone"),
+    (set_to("started", "2999-01-01T00:00:00+00:00"), "yet to come"),
+    (lambda record: record.backend.pop("source_sha256"), "hash of the backend's source"),
+    (lambda record: record.backend.pop("target"), "the target of the backend"),
+    (set_to("totals", []), "'totals' is []"),
+    (set_to("seconds", "1"), "'seconds' is"),
+    (set_to("rung", None), "'rung' is null"),
+    (set_to("waivers", [{"id": "x"}]), "has not the keys"),
+    (set_to("waivers", [{"id": "x", "reason": "y", "expires": "soon"}]), "no version"),
+    (case_to("examples", True), "'examples' is true"),
+    (lambda record: each(record, "examples", 0), "judged no copy"),
+    (case_to("declined", 99), "passed, with half or more of its copies declined"),
+    (case_to("declined", -1), "took"),
+    (lambda record: each(record, "seconds", 0.0), "no time at all"),
+    (case_to("seconds", float("nan")), "took nan s"),
+    (set_to("seconds", float("inf")), "The run took inf s"),
+    (set_to("capabilities", {}), "not the fields of a backend's claims: alignment, "),
+    (set_to("trace", []), "what the registry answered"),
+    (lambda record: asked(record, "fake", "other"), "does not judge 'fake' (fakes:Fake)"),
+    (lambda record: asked(record, "portakv", "echo"), "does not judge"),
+    (lambda record: asked(record, "fake", "other:Class"), "does not judge"),
+    (lambda record: asked(record, "--seed 0", "--seed 0 --only x"), "has --only, which"),
+    (lambda record: asked(record, "--seed 0", "--seed 0 --waivers f"), "has --waivers, which"),
+    (lambda record: asked(record, "--seed 0", "--seed 0 --fuzz 9"), "has --fuzz, which"),
+    (lambda record: asked(record, "--seed 0", "--seed 0 --emulated"), "has --emulated, which"),
+    (fact_to("TRITON_INTERPRET", "1"), "An interpreter ran its kernels"),
+    (lambda record: interpreted(record), "An interpreter ran its kernels"),
+    (lambda record: unclaimed(record, "max_loops"), "the backend claims 'max_loops'"),
+    (lambda record: unclaimed(record, "alignment"), "the backend claims 'alignment'"),
+]
+
+
+@pytest.mark.parametrize(("edit", "told"), RESEALED, ids=[told for _, told in RESEALED])
+def test_a_contradiction_is_found_behind_a_new_seal(
+    record: RunRecord, edit: Callable[[RunRecord], object], told: str
+) -> None:
+    edit(record)
+    record.environment[SEAL] = digest_of(record)
+    found = refusals(record)
+    assert told in found
+    assert "changed after the run" not in found
+
+
+def test_a_list_that_was_cut_and_hashed_again_is_refused(record: RunRecord) -> None:
+    del record.cases[1]
+    record.case_list_sha256 = case_list_sha256(case.id for case in record.cases)
+    judge(record)
+    assert "1 cases of the installed suite are not in it" in refusals(record)
+
+
+@pytest.mark.parametrize("word", ["fakes:Fake", "elsewhere:Fake"])
+def test_a_command_may_name_the_class(record: RunRecord, word: str) -> None:
+    asked(record, "conform fake", f"conform {word}")
+    judge(record)
+    assert refusals(record) == ""
+
+
+def test_cases_on_two_devices_are_left_out_in_words_only(record: RunRecord) -> None:
+    """They stand between a real machine and nothing, but the report has to say so."""
+
+    def pairs(profile: str, device: str) -> dict[str, dict[str, Any]]:
+        alone = {id: {**about, "optional": False} for id, about in listing("", "").items()}
+        return {**alone, "cases/test_devices.py::test_two": {**fake.about("x"), "optional": True}}
+
+    assert check_report(record.document(), pairs) == [
+        "It does not say that 1 cases on two devices were left out."
+    ]
+    record.environment[LEFT_OUT] = "1 case was left out, since one device was found"
+    judge(record)
+    assert (record.rung, check_report(record.document(), pairs)) == ("R6", [])
+    assert left_out(record) == ["Two devices: 1 case was left out, since one device was found."]
+    assert "1 case was left out" in markdown(record)
+    assert of_report(record).told == "3 cases, on one device"
+
+
+def test_a_run_says_what_it_was_judged_without() -> None:
+    record = run(Options("fake"), command=fake.command(BEHAVIOURS | {"lone": "9"}))
+    assert record.environment[LEFT_OUT] == "9 cases were left out, since one device was found"
+    assert record.verdict == "conformant"
+
+
+def test_what_was_missing_explains_a_shorter_list(record: RunRecord) -> None:
+    gone = record.cases.pop(1)
+    record.missing = [f"{gone.id}: it needs two devices of type x, found 1."]
+    record.case_list_sha256 = case_list_sha256(case.id for case in record.cases)
+    judge(record)
+    assert (record.verdict, record.rung, refusals(record)) == ("incomplete", "", "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", "{}", '{"schema": "portakv-conformance/1"}', "null", '"portakv-conformance/1"'],
+)
+def test_what_is_no_report_is_refused(text: str) -> None:
+    assert len(check_report(text, listing)) == 1
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_fields_too_many_and_too_few_are_refused(record: RunRecord, inside: bool) -> None:
+    for name in ("seed", "status", "note"):
+        values = json.loads(record.document())
+        place = values["cases"][0] if inside else values
+        if name in place:
+            del place[name]
+        else:
+            place[name] = "all right"
+        assert "missing or unknown" in check_report(json.dumps(values), listing)[0]
+
+
+@pytest.mark.parametrize("cases", ["x", 3, None, [3], ["x"], [[]]])
+def test_cases_of_another_form_are_refused(record: RunRecord, cases: Any) -> None:
+    values = json.loads(record.document())
+    values["cases"] = cases
+    assert check_report(json.dumps(values), listing) != []
+
+
+def test_the_command(
+    record: RunRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(verify.check_report, "__defaults__", (listing,))
+    file = tmp_path / "conformance.json"
+    file.write_text(record.document(), encoding="utf-8")
+    assert main(["verify", str(file)]) == 0
+    assert "fake on CPU, suite 2026.11, profile full: conformant, R6." in capsys.readouterr().out
+    file.write_text(record.document().replace('"passed": 2', '"passed": 3'), encoding="utf-8")
+    assert main(["verify", str(file)]) == 1
+    assert "2 contradictions" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "nothing.json")]) == 2

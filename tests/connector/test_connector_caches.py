@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a connector holds and for how long, and where, when and from which threads it is called."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.connector_cases import (
+    BLOCKS,
+    DIM,
+    HEADS,
+    LAYERS,
+    SIZE,
+    SLOTS,
+    make_caches,
+    make_chunk,
+    rows,
+    scattered,
+)
+from support.guarded_memory import filled, refused, same, untouched
+
+from portakv import AdaptiveConnector, LayoutError, PortaKVError
+
+
+@pytest.fixture
+def connector() -> AdaptiveConnector:
+    return AdaptiveConnector("cpu")
+
+
+def test_registered_caches_need_not_be_passed(connector: AdaptiveConnector) -> None:
+    caches, chunk = make_caches(), make_chunk(3)
+    with refused(LayoutError, "registered", "register_kv_caches", watch=chunk):
+        connector.from_gpu(chunk, None, [4, 5, 6])
+    connector.register_kv_caches(caches)
+    connector.from_gpu(chunk, None, [4, 5, 6])
+    assert same(chunk, rows(caches, [4, 5, 6]))
+    others = make_caches()
+    connector.from_gpu(chunk, others, [4, 5, 6])
+    assert same(chunk, rows(others, [4, 5, 6]))
+    connector.unregister_kv_caches()
+    connector.unregister_kv_caches()
+    with refused(LayoutError, "registered", watch=[chunk, *caches, *others]):
+        connector.from_gpu(chunk, None, [4, 5, 6])
+
+
+@pytest.mark.parametrize("change", ["address", "shape", "strides", "dtype", "order", "one"])
+def test_reallocated_caches_are_noticed(connector: AdaptiveConnector, change: str) -> None:
+    caches = make_caches()
+    connector.register_kv_caches(caches)
+    old = list(caches)
+    slots, dtype = [1, 6, 15], torch.float16
+    if change == "address":
+        caches = make_caches()
+    elif change == "shape":
+        caches = make_caches(blocks=4)
+    elif change == "strides":
+        caches = [filled((2, BLOCKS, HEADS, SIZE, DIM)).transpose(2, 3) for _ in range(LAYERS)]
+    elif change == "dtype":
+        dtype = torch.bfloat16
+        caches = [cache.view(dtype) for cache in caches]
+    elif change == "order":
+        caches = caches[::-1]
+    else:
+        caches[1] = make_caches()[0]  # in the very list that was registered
+    chunk = make_chunk(3, dtype)
+    gone = [cache for cache in old if all(cache is not kept for kept in caches)]
+    wanted = scattered(caches, chunk, slots)
+    with untouched([] if change in ("dtype", "order") else gone):
+        connector.to_gpu(chunk, caches, slots)
+    assert all(map(same, caches, wanted))
+    with untouched(caches):
+        connector.from_gpu(chunk, caches, slots)
+    assert same(chunk, rows(caches, slots))
+
+
+@pytest.mark.parametrize("how", ["data", "set", "resize"])
+def test_a_stale_pointer_is_never_written_through(connector: AdaptiveConnector, how: str) -> None:
+    """A registered tensor gets other memory behind the connector's back, and is not passed."""
+    caches, chunk = make_caches(), make_chunk(3)
+    connector.register_kv_caches(caches)
+    fresh = make_caches()
+    for cache, new in zip(caches, fresh, strict=True):
+        if how == "data":
+            cache.data = new
+        elif how == "set":
+            cache.set_(new)  # type: ignore[call-overload]
+        else:
+            new.untyped_storage().resize_(0)
+            cache.untyped_storage().resize_(0)
+    spared = [] if how == "resize" else fresh
+    where = [cache.data_ptr() for cache in spared]
+    before = [cache.clone() for cache in spared]
+    wanted = scattered(fresh, chunk, [1, 6, 15]) if spared else []
+    try:
+        connector.to_gpu(chunk, None, [1, 6, 15]).synchronize()
+    except PortaKVError:
+        pass  # a refusal is as good as writing to memory that is still held
+    else:
+        assert how != "resize", "rows were written to memory that is gone"
+    # Either the new memory got the rows or it got nothing; it was not moved or grown.
+    assert [cache.data_ptr() for cache in spared] == where
+    for cache, was, want in zip(spared, before, wanted, strict=True):
+        assert same(cache, was) or same(cache, want)
+
+
+def test_caches_are_kept_while_registered_and_let_go_after(connector: AdaptiveConnector) -> None:
+    caches, chunk = make_caches(), make_chunk(3)
+    wanted = rows(caches, [1, 6, 15])
+    alive = [weakref.ref(cache.untyped_storage()) for cache in caches]
+    tensors = [weakref.ref(cache) for cache in caches]
+    connector.register_kv_caches(caches)
+    del caches
+    gc.collect()
+    connector.from_gpu(chunk, None, [1, 6, 15]).synchronize()
+    assert same(chunk, wanted)
+    assert all(ref() is not None for ref in tensors)
+    connector.unregister_kv_caches()
+    gc.collect()
+    assert not any(ref() is not None for ref in tensors + alive)
+
+
+def test_caches_passed_last_replace_those_before(connector: AdaptiveConnector) -> None:
+    first, chunk = make_caches(), make_chunk(3)
+    refs = [weakref.ref(cache) for cache in first]
+    connector.from_gpu(chunk, first, [1, 6, 15])
+    connector.from_gpu(chunk, make_caches(), [1, 6, 15])
+    del first
+    gc.collect()
+    assert not any(ref() is not None for ref in refs)
+
+
+def test_memory_objects_are_not_held(connector: AdaptiveConnector) -> None:
+    caches, chunk = make_caches(), make_chunk(3)
+    ref = weakref.ref(chunk)
+    connector.from_gpu(chunk, caches, [1, 6, 15]).synchronize()
+    connector.batched_from_gpu([chunk], None, [1, 6, 15], [0], [3]).synchronize()
+    del chunk
+    gc.collect()
+    assert ref() is None
+
+
+# Where and when it is called
+
+
+def test_inside_and_outside_of_inference_mode(connector: AdaptiveConnector) -> None:
+    caches, chunk = make_caches(), make_chunk(3)
+    connector.register_kv_caches(caches)
+    for inside in (True, False, True):
+        with torch.inference_mode(inside):
+            wanted = scattered(caches, chunk, [1, 6, 15])
+            connector.to_gpu(chunk, None, [1, 6, 15]).synchronize()
+            assert all(map(same, caches, wanted))
+            connector.from_gpu(chunk, None, [3, 2, 9]).synchronize()
+            assert same(chunk, rows(caches, [3, 2, 9]))
+
+
+def test_another_default_device_and_dtype() -> None:
+    caches, chunks = make_caches(), [make_chunk(2), make_chunk(2)]
+    with torch.device("meta"):
+        connector = AdaptiveConnector("cpu")
+        connector.from_gpu(chunks[0], caches, [4, -1]).synchronize()
+        connector.batched_from_gpu(chunks, caches, [4, 5, 6], [0, 1], [1, 3]).synchronize()
+    assert same(chunks[0][:, :, :1].contiguous(), rows(caches, [4]))
+    assert same(chunks[1], rows(caches, [5, 6]))
+
+
+def run_threads(work: Any, names: list[Any]) -> None:
+    """Run ``work`` for each name at once, switching often; the first exception counts."""
+    faults: list[BaseException] = []
+
+    def guarded(name: Any) -> None:
+        try:
+            work(name)
+        except BaseException as fault:
+            faults.append(fault)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=guarded, args=(name,)) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    if faults:
+        raise faults[0]
+
+
+def test_threads_share_registered_caches(connector: AdaptiveConnector) -> None:
+    caches = make_caches()
+    connector.register_kv_caches(caches)
+
+    def work(first: int) -> None:
+        slots = [(first + 5 * i) % SLOTS for i in range(4)]
+        for _ in range(60):
+            chunk = make_chunk(4)
+            connector.from_gpu(chunk, None, slots).synchronize()
+            assert same(chunk, rows(caches, slots))
+
+    run_threads(work, [0, 1, 2, 3])
+
+
+def test_threads_that_pass_their_own_caches(connector: AdaptiveConnector) -> None:
+    def work(blocks: int) -> None:
+        caches, slots = make_caches(blocks), [1, 6, 15]
+        wanted = rows(caches, slots)
+        for _ in range(150):
+            chunk = make_chunk(3)
+            connector.from_gpu(chunk, caches, slots).synchronize()
+            assert same(chunk, wanted), "rows of another thread's caches were stored"
+
+    run_threads(work, [5, 6, 7])
+
+
+class Interrupting(dict[str, torch.Tensor]):
+    """Caches during whose ``at``-th reading something else happens."""
+
+    def __init__(self, caches: list[torch.Tensor], at: int, happens: Callable[[], None]) -> None:
+        super().__init__({str(i): cache for i, cache in enumerate(caches)})
+        self.left, self.happens = at, happens
+
+    def values(self) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            self.happens()
+        return super().values()
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_caches_of_two_threads_are_not_mixed_up(connector: AdaptiveConnector, at: int) -> None:
+    mine, others, slots = make_caches(), make_caches(7), [1, 6, 15]
+    chunk, other_chunk = make_chunk(3), make_chunk(3)
+    other = threading.Thread(target=lambda: connector.from_gpu(other_chunk, others, slots))
+
+    def interrupt() -> None:
+        other.start()
+        other.join(timeout=0.5)  # it may have to wait for this thread
+
+    passed = Interrupting(mine, at, interrupt)
+    for _ in range(3):
+        chunk = make_chunk(3)
+        connector.from_gpu(chunk, passed, slots).synchronize()
+        assert same(chunk, rows(mine, slots)), "rows of another thread's caches were stored"
+    other.join()
+    assert same(other_chunk, rows(others, slots))

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Index lists that broke released KV movers: each test names the fault it met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.core_cases import Mover, by_backend, by_runs, noise
+
+from portakv import Index, KVView, LayoutError, SlotError, copy_blocks, copy_rows
+
+
+@pytest.fixture(params=[by_backend, by_runs], ids=["backend", "runs"])
+def carry(request: pytest.FixtureRequest) -> Mover:
+    found: Mover = request.param
+    return found
+
+
+class Rig:
+    """A paged cache of 5 blocks x 4 tokens and a chunk, each between canaries."""
+
+    def __init__(self, tokens: int) -> None:
+        self.memory, self.chunk_memory = noise(7, 4, 8), noise(tokens + 8, 8, seed=1)
+        self.cache, self.chunk = self.memory[1:6], self.chunk_memory[4:-4]
+        self.before, self.chunk_before = self.memory.clone(), self.chunk_memory.clone()
+        self.paged = KVView(self.cache, "block token dim")
+        self.dense = KVView(self.chunk, "token dim")
+
+    def gather(self, carry: Mover, index: Any) -> None:
+        carry(self.paged, self.dense, index, None)
+
+    def scatter(self, carry: Mover, index: Any) -> None:
+        carry(self.dense, self.paged, None, index)
+
+    def expect(self, slots: list[int], *, scattered: bool) -> None:
+        """The rows of ``slots`` moved, in their order; every other byte is as it was."""
+        cache, chunk = self.before[1:6].view(20, 8), self.chunk_before[4:-4]
+        at = [i for i, slot in enumerate(slots) if slot >= 0]
+        if scattered:
+            cache[[slots[i] for i in at]] = chunk[at]
+        else:
+            chunk[at] = cache[[slots[i] for i in at]]
+        assert torch.equal(self.memory, self.before)
+        assert torch.equal(self.chunk_memory, self.chunk_before)
+
+
+LISTS: dict[str, Callable[[list[int]], Any]] = {
+    "int64": lambda ids: torch.tensor(ids, dtype=torch.int64),
+    "int32": lambda ids: torch.tensor(ids, dtype=torch.int32),
+    "not contiguous": lambda ids: (
+        torch.tensor([*ids, *ids], dtype=torch.int64).reshape(2, -1).T.contiguous()[:, 0]
+    ),
+    "array": lambda ids: np.array(ids, dtype=np.int64),
+    "list": lambda ids: ids,
+}
+
+
+@pytest.mark.parametrize("make", LISTS.values(), ids=LISTS.keys())
+@pytest.mark.parametrize("scattered", [False, True], ids=["gather", "scatter"])
+@pytest.mark.parametrize(
+    "slots",
+    [
+        [],
+        [13],
+        [19, 0],
+        [3, 9, 4, 18, 1, 0, 12],
+        list(range(20)),
+        [4, 5, 6, 7, 12, 13],  # a block and a half
+        [3, -1, 9],
+        [-1, -1, -1],
+        [-7, 2, -(2**31), 19],
+    ],
+    ids=str,
+)
+def test_lists_of_any_length_make_and_order(
+    carry: Mover, make: Callable[[list[int]], Any], scattered: bool, slots: list[int]
+) -> None:
+    """Empty, one element, no multiple of the block; int32; not contiguous. A negative slot was
+    skipped by one backend and read as the last row by another: here it is skipped by all."""
+    rig = Rig(len(slots))
+    (rig.scatter if scattered else rig.gather)(carry, make(slots))
+    rig.expect(slots, scattered=scattered)
+
+
+@pytest.mark.parametrize("scattered", [False, True], ids=["gather", "scatter"])
+@pytest.mark.parametrize("slot", [20, 21, 2**31, 2**40, 2**62])
+def test_a_slot_past_the_end_moves_nothing(carry: Mover, scattered: bool, slot: int) -> None:
+    """A wild write, or a device assert that poisons the context, where nobody looked."""
+    rig = Rig(3)
+    with pytest.raises(SlotError, match=f"slot {slot}, but the view has 20 slots"):
+        (rig.scatter if scattered else rig.gather)(carry, torch.tensor([1, slot, 2]))
+    rig.expect([-1, -1, -1], scattered=scattered)
+
+
+@pytest.mark.parametrize("scattered", [False, True], ids=["gather", "scatter"])
+def test_a_block_past_the_end_moves_nothing(carry: Mover, scattered: bool) -> None:
+    rig = Rig(8)
+    told = r"slot 20 \(of id 5, 4 slots each\), but the view has 20 slots"
+    with pytest.raises(SlotError, match=told):
+        (rig.scatter if scattered else rig.gather)(carry, Index([0, 5], step=4))
+    rig.expect([-1] * 8, scattered=scattered)
+
+
+def test_duplicates_in_a_scatter_are_refused_and_in_a_gather_are_served(carry: Mover) -> None:
+    rig = Rig(4)
+    with pytest.raises(SlotError, match="Slot 7 occurs 2 times in the destination index"):
+        copy_rows(rig.dense, rig.paged, None, [7, 3, 7, 1])
+    rig.expect([-1] * 4, scattered=True)
+    rig.gather(carry, [7, 3, 7, 1])
+    rig.expect([7, 3, 7, 1], scattered=False)
+
+
+@pytest.mark.parametrize("scattered", [False, True], ids=["gather", "scatter"])
+def test_a_list_longer_than_the_chunk_moves_nothing(scattered: bool) -> None:
+    rig = Rig(3)
+    with pytest.raises(SlotError, match="holds 3 tokens"):
+        (rig.scatter if scattered else rig.gather)(by_backend, [1, 2, 3, 4])
+    rig.expect([-1] * 3, scattered=scattered)
+
+
+@pytest.mark.parametrize("scattered", [False, True], ids=["gather", "scatter"])
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 7, 8, 9, 12])
+@pytest.mark.parametrize("offset", [0, 1, 4, 6])
+def test_a_partial_chunk_is_moved_like_a_whole_one(
+    scattered: bool, count: int, offset: int
+) -> None:
+    """A partial last chunk was taken by the fallback and refused by the kernel: here head and
+    tail of the blocks move by token."""
+    rig = Rig(12)
+    table = Index([3, 0, 4, 1, 2], step=4, offset=offset)
+    slots = table.slots(count).tolist() + [-1] * (12 - count)
+    if scattered:
+        copy_rows(rig.dense, rig.paged, None, table, count=count).synchronize()
+    else:
+        copy_rows(rig.paged, rig.dense, table, None, count=count).synchronize()
+    rig.expect(slots, scattered=scattered)
+
+
+@pytest.mark.parametrize("scattered", [False, True], ids=["gather", "scatter"])
+def test_a_negative_block_skips_its_tokens(carry: Mover, scattered: bool) -> None:
+    rig = Rig(12)
+    (rig.scatter if scattered else rig.gather)(carry, Index([4, -1, 0], step=4))
+    rig.expect([16, 17, 18, 19, *[-1] * 4, 0, 1, 2, 3], scattered=scattered)
+
+
+@pytest.mark.parametrize("sides", [(4, 4), (4, 8), (8, 4), (4, 6), (6, 4)])
+def test_block_sizes_may_differ_where_the_tokens_are_as_many(sides: tuple[int, int]) -> None:
+    cache, other = noise(24 // sides[0], sides[0], 8), noise(24 // sides[1], sides[1], 8, seed=1)
+    src, dst = KVView(cache, "block token dim"), KVView(other, "block token dim")
+    mine, theirs = (torch.arange(24 // side).flip(0) for side in sides)
+    copy_blocks(src, dst, mine, theirs).synchronize()
+    slots = [Index(ids, step=n).slots(24) for ids, n in ((mine, sides[0]), (theirs, sides[1]))]
+    assert torch.equal(other.view(24, 8)[slots[1]], cache.view(24, 8)[slots[0]])
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [([0, 1], [0]), ([0], [0, 1, 2]), ([], [1])])
+def test_lists_of_unequal_length_move_nothing(mine: list[int], theirs: list[int]) -> None:
+    rig, other = Rig(1), noise(5, 4, 8, seed=2)
+    with pytest.raises(SlotError, match="The source covers"):
+        copy_blocks(KVView(other, "block token dim"), rig.paged, mine, theirs)
+    rig.expect([-1], scattered=True)
+
+
+def test_float_and_bool_slots_are_refused() -> None:
+    rig = Rig(2)
+    for bad in (torch.tensor([1.0, 2.0]), torch.tensor([True, False]), [1.0, 2.0]):
+        with pytest.raises(SlotError):
+            copy_rows(rig.dense, rig.paged, None, bad)
+    rig.expect([-1, -1], scattered=True)
+
+
+def test_block_ids_for_a_view_without_blocks_are_refused() -> None:
+    rig = Rig(8)
+    with pytest.raises(LayoutError, match="has no `block` axis"):
+        copy_blocks(rig.dense, rig.paged, [0, 1], [0, 1])
+    rig.expect([-1] * 8, scattered=True)
+
+
+def test_source_and_destination_in_one_cache_must_be_disjoint(carry: Mover) -> None:
+    rig = Rig(1)
+    with pytest.raises(SlotError, match="Slot 5 is both source and destination"):
+        copy_rows(rig.paged, rig.paged, [1, 5, 2], [5, 9, 10])
+    rig.expect([-1], scattered=True)
+    carry(rig.paged, rig.paged, Index([1, 3], step=4), Index([0, 2], step=4))
+    blocks = rig.before[1:6]
+    blocks[[0, 2]] = blocks[[1, 3]]
+    assert torch.equal(rig.memory, rig.before)

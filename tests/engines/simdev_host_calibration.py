@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration on the simulated device: real engines and bytes, and times that mean nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.command_line import run, run_json, settle
+from support.simdev_cases import DEVICE, NAME, OTHER
+
+from portakv import CopyPlan, PortaKVError
+from portakv.backends.base import Capabilities, Decision, Pending
+from portakv.engines import calibration
+from portakv.engines import choose as chosen
+from portakv.engines import costs as table
+from portakv.engines.assumed import DIRECTIONS
+from portakv.engines.calibration import GAP, Grid, by_point, calibrate
+from portakv.engines.choose import Host, HostLaunch
+from portakv.engines.descriptors import Descriptors
+from portakv.engines.engine import PINNED, Engine
+from portakv.engines.staged import Staged
+from portakv.engines.timing import EventTimer, Timed
+from portakv.registry.builtin import BUILT_IN
+from portakv.runtime import kernel_cache as _kernel_cache
+from portakv_conformance import simdev
+
+SMALL = Grid((256, 4096), (4096, 32768), most_runs=64, repeats=1, short=0, pageable=8192)
+HERE = __name__
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache directory of one's own, a small grid, and no faults left behind."""
+    settle(monkeypatch)
+    monkeypatch.setenv(_kernel_cache.ENVIRONMENT, str(tmp_path / "cache"))
+    monkeypatch.setattr(calibration, "GRID", SMALL)
+    monkeypatch.setattr(table, "_known", {})
+    yield tmp_path / "cache"
+    for device in (DEVICE, OTHER):
+        torch.accelerator.synchronize(device)
+    assert not simdev.take_faults()
+
+
+def replaced(monkeypatch: pytest.MonkeyPatch, **targets: str) -> None:
+    """Other classes for engines."""
+    found = {name: f"{HERE}:{target}" for name, target in targets.items()}
+    monkeypatch.setattr(chosen, "BUILT_IN", BUILT_IN | found)
+
+
+class Wrong(Descriptors):
+    """Moves nothing."""
+
+    def prepare(self, plan: CopyPlan) -> Any:
+        return lambda *_: None
+
+
+class Failing(Descriptors):
+    """Fails with many runs."""
+
+    def prepare(self, plan: CopyPlan) -> Any:
+        launch = super().prepare(plan)
+
+        def launched(*arguments: Any) -> Any:
+            if arguments[4] > 16:
+                raise RuntimeError("the driver said no")
+            return launch(*arguments)
+
+        return launched
+
+
+class Broken(Engine):
+    """Fails at once."""
+
+    name = "broken"
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(places=PINNED, index_on="any")
+
+    def prepare(self, plan: CopyPlan) -> Any:
+        raise RuntimeError("nothing works today")
+
+
+class Absent(Broken):
+    @classmethod
+    def probe(cls, device: torch.device) -> Decision:
+        return Decision(cls.name, False, "it is not here")
+
+
+class Late(Broken):
+    """Works behind the caller's back, and ends when it is waited for."""
+
+    waited = 0
+
+    def prepare(self, plan: CopyPlan) -> Any:
+        launch = Staged(self.device).prepare(plan)
+
+        class End:
+            def done(self) -> bool:
+                return False
+
+            def wait(self) -> None:
+                Late.waited += 1
+                torch.accelerator.synchronize(DEVICE)
+
+        def launched(*arguments: Any) -> Pending:
+            launch(*arguments)
+            return End()
+
+        return launched
+
+
+def runs_of(points: Any) -> list[tuple[int, int]]:
+    return [(size, point.runs) for size, column in points.items() for point in column]
+
+
+def test_every_engine_that_serves_the_device_is_measured() -> None:
+    found = calibrate(DEVICE, 60)
+    engines = {engine for engine, _ in found.points}
+    assert engines == {"staged", "descriptors", "ring"}
+    assert found.left_out == {"direct": f"the CUDA driver does not serve {NAME} devices"}
+    assert found.emulated
+    assert found.whole
+    assert "which is emulated" in found.origin
+    assert 0 < found.took < 60
+    for direction in DIRECTIONS:
+        for engine in ("staged", "descriptors"):
+            points = found.points[engine, direction]
+            assert runs_of(points) == [(256, 16), (256, 64), (4096, 1), (4096, 8)]
+        assert runs_of(found.points["ring", direction]) == [(256, 16), (4096, 1)]
+    for columns in found.points.values():
+        for column in columns.values():
+            assert all(point.seconds > 0 and 0 < point.host_seconds < 60 for point in column)
+    rows = by_point(found)
+    assert list(rows)[:2] == [("d2h", 256, 16), ("d2h", 256, 64)]
+    assert list(rows["h2d", 4096, 1]) == ["staged", "descriptors", "ring"]
+
+
+class Pretending:
+    """Tells times that it was given."""
+
+    name = "pretended"
+
+    def __init__(self, times: list[float]) -> None:
+        self.times, self.at = times, 0
+        self.hidden: list[float] = []
+
+    def time(self, call: Callable[[], Pending | None], host_seconds: float = 0.0) -> Timed:
+        call()
+        self.at += 1
+        self.hidden.append(host_seconds)
+        return Timed(self.times[self.at % len(self.times)], 1e-6)
+
+
+def test_the_median_of_what_the_timer_tells_is_kept() -> None:
+    grid = Grid((4096,), (4096,), repeats=3, short=0, pageable=4096)
+    timer = Pretending([3.0, 1.0, 2.0])
+    found = calibrate(DEVICE, 60, grid, timer)
+    assert {p.seconds for columns in found.points.values() for p in columns[4096]} == {2.0}
+    assert found.timer == "pretended"
+    # What `ring` does first cannot be hidden, as it waits for the device in between.
+    engines = [engine for engine, way in found.points if way == "d2h"]
+    assert engines == ["staged", "descriptors", "ring"]
+    both = 2 * grid.repeats
+    assert len(timer.hidden) == 3 * both
+    assert all(0 < hidden < 1 for hidden in timer.hidden[: 2 * both])
+    assert timer.hidden[2 * both :] == [0.0] * both
+
+
+def test_short_copies_are_timed_more_often() -> None:
+    timer = Pretending([1.0])
+    grid = Grid((4096,), (4096, 8192), repeats=2, short=4096, pageable=4096)
+    calibrate(DEVICE, 3600, grid, timer)
+    assert (grid.times(4096), grid.times(4097)) == (2 * calibration.OFTEN, 2)
+    # Three engines, both directions; `ring` has the shorter one alone.
+    assert timer.at == 2 * (3 * grid.times(4096) + 2 * grid.times(8192))
+
+
+def test_lists_are_sent_once_and_not_while_a_copy_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two lists of a point, by each of three engines and in both directions."""
+    carry, met = HostLaunch.carry, set[tuple[Any, ...]]()
+
+    def noted(self: HostLaunch, *arguments: Any) -> Any:
+        met.add(arguments[3:5])
+        return carry(self, *arguments)
+
+    monkeypatch.setattr(HostLaunch, "carry", noted)
+    calibrate(
+        DEVICE, 60, Grid((4096,), (4096,), repeats=3, short=0, pageable=4096), Pretending([1e-5])
+    )
+    assert len(met) == 3 * 2
+    assert not any(index.fleeting for pair in met for index in pair)
+
+
+class Clock:
+    """Passes so many seconds each time that somebody looks."""
+
+    def __init__(self, step: float) -> None:
+        self.step, self.now = step, 0.0
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+def test_it_ends_when_its_time_is_over() -> None:
+    timer = Pretending([1e-5])
+    found = calibrate(DEVICE, 10, SMALL, timer, clock=Clock(1.0))
+    assert not found.whole
+    assert timer.at == 9  # the first look at the clock is the beginning
+    # The ends of the grid first, by every engine, so that a part of it spans all.
+    for engine in ("staged", "descriptors"):
+        for direction in DIRECTIONS:
+            assert runs_of(found.points[engine, direction]) == [(256, 16), (256, 64)]
+    assert runs_of(found.points["ring", "d2h"]) == [(256, 16)]
+    assert len(found.points) == 5
+
+
+def test_a_point_that_would_take_too_long_is_left_out_and_smaller_ones_are_not() -> None:
+    """What took a second for 16 runs takes longer for 64."""
+    found = calibrate(DEVICE, 60, Grid((256,), (4096, 16384), repeats=9, short=0, pageable=4096),
+                      Pretending([5.0]), clock=Clock(0.001))  # fmt: skip
+    assert not found.whole
+    assert runs_of(found.points["staged", "d2h"]) == [(256, 16)]
+
+
+def test_too_little_time_for_anything_is_an_error() -> None:
+    with pytest.raises(PortaKVError, match=r"1 s are too few for the first point|direct: "):
+        calibrate(DEVICE, 1, SMALL, clock=Clock(2.0))
+
+
+def test_an_engine_whose_bytes_are_wrong_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced(monkeypatch, descriptors="Wrong")
+    found = calibrate(DEVICE, 60)
+    assert "its bytes were wrong" in found.left_out["descriptors"]
+    assert {engine for engine, _ in found.points} == {"staged", "ring"}
+
+
+def test_an_engine_that_fails_is_left_out_with_all_its_points(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replaced(monkeypatch, descriptors="Failing")
+    found = calibrate(DEVICE, 60)
+    assert found.left_out["descriptors"] == ("RuntimeError at 64 runs of 256 B: the driver said no")
+    assert {engine for engine, _ in found.points} == {"staged", "ring"}
+
+
+def test_no_engine_left_is_an_error_with_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced(monkeypatch, staged="Absent", descriptors="Broken", ring="Absent")
+    with pytest.raises(PortaKVError, match=r"(?s)No engine could be measured.*nothing works today"):
+        calibrate(DEVICE, 60)
+
+
+def test_pending_work_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced(monkeypatch, staged="Late", descriptors="Absent", ring="Absent")
+    grid = Grid((4096,), (4096,), repeats=2, short=0, pageable=4096)
+    Late.waited = 0
+    calibrate(DEVICE, 60, grid)
+    assert Late.waited == 2 * (1 + 2 + 2)  # each direction: proved, called, timed
+
+
+def test_the_grid_leaves_room_between_blocks() -> None:
+    work = calibration._Work(DEVICE, SMALL, EventTimer(DEVICE), Host(DEVICE))
+    blocks = work.blocks("pinned", 4096, 8)
+    assert blocks.is_pinned()
+    assert (tuple(blocks.shape), blocks.stride(0)) == ((8, 1, 4096), 4096 + GAP)
+    assert work.blocks("device", 256, 64).device == DEVICE
+
+
+# the commands
+
+
+def test_calibrate_and_then_explain(folder: Path) -> None:
+    code, out, err = run("calibrate", "--device", str(DEVICE))
+    assert (code, err) == (0, "")
+    (path,) = folder.iterdir()
+    flat = " ".join(out.split())
+    assert "The device is emulated: these times say nothing about any hardware." in flat
+    assert f"kept in {path}".replace(" ", "") in out.replace("\n", "").replace(" ", "")
+    assert "direct was not measured: the CUDA driver does not serve" in flat
+    assert out.count("h2d") == 4
+    explained = run_json("explain", "--host", "--blocks", "20", "--device", str(DEVICE))
+    assert explained["measured"]
+    assert "which is emulated" in explained["origin"]
+    assert explained["note"] == f"On {DEVICE}."
+    told = {one["engine"]: one for one in explained["engines"]}
+    assert told["direct"]["refused"] == f"the CUDA driver does not serve {NAME} devices"
+    assert told["staged"]["measured"]
+
+
+def test_calibrate_as_json(folder: Path) -> None:
+    found = run_json("calibrate", "--device", NAME, "--seconds", "30")
+    path = Path(found.pop("file"))
+    assert path.parent == folder
+    assert found == json.loads(path.read_text())
+    assert found["emulated"]
+    assert sorted(found["engines"]) == ["descriptors", "ring", "staged"]
+
+
+def test_calibrate_tells_what_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = run("calibrate", "--device", str(DEVICE), "--seconds", "1e-4")
+    assert (code, out) == (1, "")
+    replaced(monkeypatch, staged="Absent", descriptors="Broken", ring="Absent")
+    code, out, err = run("calibrate", "--device", str(DEVICE))
+    assert (code, out) == (1, "")
+    assert "nothing works today" in err
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.write_text("a file")
+    monkeypatch.setattr(calibration, "calibrate", None)
+    code, out, err = run("calibrate", "--device", str(DEVICE))
+    assert (code, out) == (1, "")
+    assert "Set PORTAKV_CACHE_DIR to a folder" in err

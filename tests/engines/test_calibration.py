@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration without a device: the grid, the order of its points, and `portakv calibrate` where
+there is nothing to measure. Measuring itself is tested in simdev_host_calibration.py, its timers in
+simdev_host_timing.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.command_line import choose_tables, run, settle
+
+from portakv.cli import calibrate as verb
+from portakv.cli import main, units
+from portakv.engines import calibration
+from portakv.engines.assumed import COSTS, Assumed
+from portakv.engines.calibration import GRID, Grid, _spread, by_point
+from portakv.engines.costs import Point, Table
+from portakv.engines.timing import SEEN
+
+no_accelerator = pytest.mark.skipif(
+    torch.accelerator.is_available(), reason="this machine has an accelerator"
+)
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settle(monkeypatch)
+    monkeypatch.setenv("PORTAKV_CACHE_DIR", str(tmp_path))
+
+
+def test_the_grid_of_a_size() -> None:
+    grid = Grid((256, 4096), (1000, 4096, 65536), most_runs=100)
+    assert grid.runs(256, 65536) == [3, 16, 100]  # 256 would be too many
+    assert grid.runs(4096, 65536) == [1, 16]  # too large for the least payload
+    assert grid.runs(4096, 4096) == [1]
+    assert grid.runs(1 << 20, 4096) == [1]
+    assert grid.largest(65536) == max(16 * (4096 + 256), 100 * (256 + 256))
+
+
+def test_the_usual_grid_spans_what_transfers_are() -> None:
+    assert GRID.run_bytes[0] == 256
+    assert GRID.run_bytes[-1] == 2 << 20
+    assert all(size % 16 == 0 for size in GRID.run_bytes)
+    assert max(GRID.payloads) == 256 << 20
+    for size in GRID.run_bytes:
+        counts = GRID.runs(size, max(GRID.payloads))
+        assert max(counts) <= GRID.most_runs
+        assert len(counts) >= 3
+        assert counts[-1] * size >= 16 << 20
+
+
+def test_the_usual_grid_takes_less_than_its_time_by_what_is_assumed() -> None:
+    """With a factor of 1.8 for what is not assumed, as kernels that compile."""
+    points = (
+        (engine, direction, size, runs)
+        for engine, direction in COSTS
+        for size in GRID.run_bytes
+        for runs in GRID.runs(size, GRID.pageable if engine == "ring" else max(GRID.payloads))
+    )
+    assumed, seconds = Assumed("a test"), 0.0
+    for point in points:
+        host = assumed.host_seconds(*point) or 0
+        delay = min(host, SEEN)
+        one = (assumed.seconds(*point) or 0) + host + delay
+        seconds += (GRID.times(point[2] * point[3]) + 2) * one
+    assert 1.8 * seconds < calibration.SECONDS
+
+
+@pytest.mark.parametrize("count", range(1, 12))
+def test_the_ends_come_first_and_nothing_twice(count: int) -> None:
+    values = list(range(0, 10 * count, 10))
+    found = _spread(values)
+    assert sorted(found) == values
+    assert found[:2] == [values[0], values[-1]][: len(found)]
+    if count >= 5:
+        assert found[2] == values[(count - 1) // 2]
+
+
+def test_a_table_by_points() -> None:
+    one, two = Point(1, 1.0, 0.1), Point(8, 2.0, 0.2)
+    found = by_point(
+        Table({}, {("direct", "h2d"): {256: [one, two]}, ("staged", "d2h"): {4096: [two]},
+                   ("staged", "h2d"): {256: [two]}})
+    )  # fmt: skip
+    assert found == {
+        ("d2h", 4096, 8): {"staged": two},
+        ("h2d", 256, 1): {"direct": one},
+        ("h2d", 256, 8): {"staged": two, "direct": two},
+    }
+    assert list(found) == [("d2h", 4096, 8), ("h2d", 256, 1), ("h2d", 256, 8)]
+
+
+# the command
+
+
+@no_accelerator
+@pytest.mark.parametrize("option", [(), ("--json",)])
+def test_without_an_accelerator_there_is_nothing_to_measure(
+    option: tuple[str, ...], tmp_path: Path
+) -> None:
+    code, out, err = run("calibrate", *option)
+    assert (code, out) == (1, "")
+    assert "this machine has no accelerator" in err
+    assert err.startswith("portakv: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("device", "why"),
+    [
+        ("cpu", "the CPU is the host"),
+        ("nonsense", "torch cannot use it here"),
+        ("meta", "does not take it"),
+    ],
+)
+def test_a_device_that_cannot_be_measured(device: str, why: str) -> None:
+    code, out, err = run("calibrate", "--device", device)
+    assert (code, out) == (1, "")
+    assert err.startswith("portakv: ")
+    assert why in err
+
+
+@pytest.mark.parametrize("seconds", ["0", "-3", "soon", "inf", "nan"])
+def test_seconds_that_are_none(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["calibrate", f"--seconds={seconds}"])
+    assert ended.value.code == 2
+    assert "expected seconds above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["rich", "plain"])
+def test_the_table_that_is_printed(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choose_tables(kind, monkeypatch)
+    monkeypatch.setenv("COLUMNS", "160")
+    fast, slow = Point(64, 64 * 4096 / 50e9, 0.1), Point(64, 64 * 4096 / 20e9, 0.2)
+    measured = Table(
+        {"model": "Some Card"},
+        {("staged", "d2h"): {4096: [fast]}, ("direct", "d2h"): {4096: [slow]},
+         ("ring", "d2h"): {4096: [Point(64, 1e-9, 0.0)]}},
+        {"descriptors": "it was not there"}, took=3.21, whole=False, timer="a good clock",
+    )  # fmt: skip
+    device = torch.device("cpu")
+    verb._print(measured, by_point(measured), Path("/somewhere/table.json"), device)
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if "d2h" in line]
+    # Pageable memory is no rival of pinned memory.
+    assert line.split()[:8] == ["d2h", "4096", "64", "256", "KiB", "50.00", "20.00", "262144.00"]
+    assert line.split()[8:] == ["staged", "5.24", "us"]
+    assert "Some Card, cpu" in out
+    assert "descriptors was not measured: it was not there" in out
+    assert "The time did not suffice" in out
+    assert "Times are of a good clock." in out
+    assert "Measured in 3.2 s and kept in /somewhere/table.json" in out
+    assert "emulated" not in out
+
+
+# bytes and times
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("1", 1), ("32768", 32768), ("32K", 32768), ("32k", 32768), ("32KiB", 32768), ("17B", 17),
+     ("64M", 64 << 20), ("64 MiB", 64 << 20), ("64mb", 64 << 20), ("2G", 2 << 30)],
+)  # fmt: skip
+def test_bytes_that_are_read(text: str, nbytes: int) -> None:
+    assert units.read_bytes(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "0", "K", "-3", "1.5M", "32T", "ten", "0K", "1 0"])
+def test_bytes_that_are_not(text: str) -> None:
+    with pytest.raises(Exception, match="expected bytes above 0"):
+        units.read_bytes(text)
+
+
+def test_bytes_and_times_that_are_written() -> None:
+    written = [units.in_bytes(n) for n in (1, 1023, 1024, 1536, 5 << 20, 3 << 40)]
+    assert written == ["1 B", "1023 B", "1 KiB", "1.5 KiB", "5 MiB", "3072 GiB"]
+    times = [units.in_time(s) for s in (1e-7, 8.52e-5, 4.712e-3, 1.2, 75.0)]
+    assert times == ["0.1 us", "85.2 us", "4.71 ms", "1.2 s", "75 s"]

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine `direct` without a GPU: what it says of devices and plans, and asks of a driver."""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.cuda_cases import COPIES, Copy, by, chunk, objects, pool
+from support.direct_on_cpu import CPU, DirectOnCpu, Driver, installed, why_not
+from support.guarded_memory import refused, same
+
+from portakv import CopyPlan, Index, TransferError, Unsupported
+from portakv.backends.base import Decision, Launch
+from portakv.engines import direct
+from portakv.engines._direct_kernel import BLOCKS, CUT, Cut, DirectKernel
+from portakv.engines.direct import Direct
+from portakv.engines.terms import Terms
+from portakv.runtime import capture, events
+from portakv.runtime import cuda as _cuda_driver
+
+CUDA = torch.device("cuda", 0)
+needs_compiler = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+
+
+def between(copied: Copy, src: str, dst: str) -> CopyPlan:
+    """The plan of a copy with its sides in these places."""
+    forms = (copied.src.view().form, copied.dst.view().form)
+    steps = (copied.src.index().plan_step, copied.dst.index().plan_step)
+    return CopyPlan(replace(forms[0], place=src), replace(forms[1], place=dst), *steps)
+
+
+# What it says
+
+
+def test_devices_that_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Direct.probe(CPU).reason == "it copies between a device and the host"
+    other = Direct.probe(torch.device("xpu", 0))
+    assert (other.accepted, other.name) == (False, "direct")
+    assert other.reason == "the CUDA driver does not serve xpu devices"
+    monkeypatch.setattr(_cuda_driver, "why_not", lambda device: "update the driver")
+    assert Direct.probe(CUDA).reason == "update the driver"
+
+
+def test_a_device_that_the_compiler_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_old(device: torch.device) -> str:
+        raise RuntimeError("Compute capability 6.0 was asked")
+
+    monkeypatch.setattr(_cuda_driver, "why_not", lambda device: None)
+    monkeypatch.setattr(_cuda_driver, "compiler_target", too_old)
+    assert Direct.probe(CUDA) == Decision("direct", False, "Compute capability 6.0 was asked")
+    monkeypatch.setattr(_cuda_driver, "compiler_target", lambda device: "sm_90")
+    assert Direct.probe(CUDA).accepted
+
+
+def test_plans_by_their_places() -> None:
+    engine = Direct(CUDA)
+    for src, dst in (("device", "pinned"), ("pinned", "device")):
+        assert engine.check(between(COPIES["gather"](), src, dst)).accepted
+    for src, dst in (("device", "device"), ("pageable", "device"), ("device", "pageable")):
+        decision = engine.check(between(COPIES["gather"](), src, dst))
+        assert decision.reason == f"it does not copy from {src} to {dst} memory"
+
+
+def test_narrow_vectors_are_told() -> None:
+    engine = Direct(CUDA)
+    wide = engine.check(between(COPIES["gather"](), "device", "pinned"))
+    narrow = engine.check(between(COPIES["rows at an odd address"](), "device", "pinned"))
+    assert wide == Decision("direct", True, "takes the plan")
+    assert narrow.accepted
+    assert narrow.reason == "takes the plan, in vectors of 1 B: only 16 B fill the link"
+
+
+def test_what_it_claims() -> None:
+    can = Direct(CUDA).capabilities()
+    assert can.places == {("device", "pinned"), ("pinned", "device")}
+    assert (can.skips_negative, can.guards, can.capturable, can.threads) == (True,) * 4
+    assert (can.index_on, can.alignment, can.max_loops, can.tables) == ("device", 1, None, True)
+
+
+# What it asks of the driver
+
+
+@pytest.fixture
+def driver() -> Iterator[Driver]:
+    with installed(CUT) as found:
+        yield found
+
+
+def large() -> Copy:
+    """12,288 vectors: six blocks of 1024 threads with 2 each."""
+    slots = list(range(256, 0, -1))
+    cache = pool(blocks=65, layers=2, dim=48)
+    return Copy(by(cache, slots), chunk(256, layers=2, dim=48), 256)
+
+
+def launch(copied: Copy, terms: Terms | None = None) -> None:
+    prepared = DirectOnCpu(CPU, terms=terms).prepare(copied.plan())
+    _run(prepared, copied)
+
+
+def _run(prepared: Launch, copied: Copy) -> None:
+    src, dst = copied.src, copied.dst
+    prepared(src.view(), dst.view(), src.index(), dst.index(), copied.count, None, None)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("terms", "most"), [(None, BLOCKS), (1, 1), (2, 2), (3, 3), (20, 20)])
+def test_no_more_thread_blocks_than_the_terms_allow(
+    terms: int | None, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with installed(Cut(threads=64, each=2, strip=64)) as driver:
+        copied = large()
+        copied.check(lambda: launch(copied, Terms(max_thread_blocks=terms)))
+    assert [(blocks, threads) for blocks, threads, _ in driver.launches] == [(most, 64)]
+
+
+@needs_compiler
+def test_no_more_thread_blocks_than_have_something_to_do(driver: Driver) -> None:
+    copied = large()
+    copied.check(lambda: launch(copied))
+    small = COPIES["gather"]()
+    small.check(lambda: launch(small))
+    assert [(blocks, threads) for blocks, threads, _ in driver.launches] == [(6, 1024), (1, 1024)]
+    assert driver.streams == [7, 7], "the stream's handle, as the driver knows it"
+
+
+@needs_compiler
+def test_a_launch_that_the_driver_refuses(driver: Driver) -> None:
+    driver.error = 700
+    copied = COPIES["gather"]()
+    with refused(TransferError, "700", "nothing was moved", watch=copied.dst.tensors):
+        launch(copied)
+
+
+@needs_compiler
+def test_a_forked_process(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = COPIES["gather"]()
+    prepared = DirectOnCpu(CPU).prepare(copied.plan())
+    monkeypatch.setattr(direct.os, "getpid", lambda: -1)  # type: ignore[attr-defined]
+    with refused(Unsupported, "forked", "spawn", watch=copied.dst.tensors):
+        _run(prepared, copied)
+    assert driver.launches == []
+
+
+@needs_compiler
+def test_threads_do_not_share_arguments(driver: Driver) -> None:
+    """One launch, many threads, each with memory of its own."""
+    copies = [COPIES["gather"]() for _ in range(4)]
+    prepared = DirectOnCpu(CPU).prepare(copies[0].plan())
+    together, wrong = threading.Barrier(4), []
+
+    def work(copied: Copy) -> None:
+        views = (copied.src.view(), copied.dst.view())
+        ids, wanted = copied.src.index(), copied.dst.tensors.clone()
+        for layer, cache in enumerate(copied.src.tensors):
+            for position, slot in enumerate(copied.src.ids or []):
+                if slot >= 0:
+                    wanted[:, layer, position] = cache[:, slot // 4, slot % 4].flatten(1)
+        together.wait()
+        for _ in range(50):
+            copied.dst.tensors.zero_()
+            kept = wanted.clone()
+            kept[:, :, 2] = 0  # its id is negative
+            prepared(*views, ids, Index(), copied.count, None, None)
+            if not same(copied.dst.tensors, kept):
+                wrong.append(copied)
+
+    threads = [threading.Thread(target=work, args=(copied,)) for copied in copies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# Graph capture
+
+
+@needs_compiler
+def test_nothing_is_loaded_during_capture(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, copied = DirectOnCpu(CPU), COPIES["gather"]()
+    with monkeypatch.context() as capturing:
+        capturing.setattr(capture, "capturing", lambda device: True)
+        with refused(Unsupported, "make the same call once before the capture"):
+            engine.prepare(copied.plan())
+    copied.check(lambda: _run(engine.prepare(copied.plan()), copied))
+    with monkeypatch.context() as capturing:
+        capturing.setattr(capture, "capturing", lambda device: True)
+        copied.check(lambda: _run(engine.prepare(copied.plan()), copied))
+
+
+# Tables of the host on the device
+
+
+class _Stream:
+    def __init__(self) -> None:
+        self.waited: list[object] = []
+
+    def wait_event(self, event: object) -> None:
+        self.waited.append(event)
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What `table_on` asks of a device: a stream, events, and copies to it."""
+    told = SimpleNamespace(current=_Stream(), sent=[], recorded=[], used=[], capturing=False)
+
+    def send(values: Any, device: torch.device, stream: object) -> Any:
+        told.sent.append((values.tolist(), stream))
+        there = 4096 + 1000 * len(told.sent)
+        return SimpleNamespace(data_ptr=lambda: there, record_stream=told.used.append)
+
+    def recorded(stream: object) -> str:
+        told.recorded.append(stream)
+        return f"event {len(told.recorded)}"
+
+    monkeypatch.setattr(direct, "to_device", send)
+    monkeypatch.setattr(capture, "capturing", lambda device: told.capturing)
+    monkeypatch.setattr(events, "pool", lambda device: SimpleNamespace(recorded=recorded))
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda index: told.current)
+    return told
+
+
+def test_a_table_is_sent_once_and_waited_for_by_every_stream(table: SimpleNamespace) -> None:
+    view, side = objects().view(), _Stream()
+    first = direct.table_on(view, CUDA, None)
+    assert first == 5096
+    assert table.sent == [(list(view.origins), None)]
+    assert direct.table_on(view, CUDA, side) == first  # type: ignore[arg-type]
+    assert (len(table.sent), table.recorded) == (1, [None])
+    assert table.current.waited == side.waited == ["event 1"]
+    assert table.used == [table.current, side], "the allocator is told who reads it"
+    other = direct.table_on(view, torch.device("cuda", 1), side)  # type: ignore[arg-type]
+    assert (other, table.recorded) == (6096, [None, side])
+
+
+def test_a_table_inside_a_capture(table: SimpleNamespace) -> None:
+    """It has to be there before; then nothing waits for what was enqueued outside."""
+    view = objects().view()
+    table.capturing = True
+    with refused(Unsupported, "make the same call once before the capture"):
+        direct.table_on(view, CUDA, None)
+    assert table.sent == []
+    table.capturing = False
+    there = direct.table_on(view, CUDA, None)
+    table.capturing, table.current.waited, table.used[:] = True, [], []
+    assert direct.table_on(view, CUDA, None) == there
+    assert (table.current.waited, table.used) == ([], [])
+
+
+# Memory that a device does not reach
+
+
+@needs_compiler
+@pytest.mark.parametrize("found", [0, 64])
+def test_memory_that_is_pinned_but_not_mapped(
+    driver: Driver, found: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct, "device_address", lambda address, device: found)
+    copied = COPIES["gather"]()
+    with refused(Unsupported, "mapped=True", "staged", watch=copied.dst.tensors):
+        launch(copied)
+    assert driver.launches == []
+
+
+@needs_compiler
+def test_a_view_is_asked_once(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def ask(address: int, device: torch.device) -> int:
+        asked.append(address)
+        return address
+
+    monkeypatch.setattr(direct, "device_address", ask)
+    copied = COPIES["gather"]()
+    prepared = DirectOnCpu(CPU).prepare(copied.plan())
+    views = copied.src.view(), copied.dst.view()
+    for _ in range(3):
+        prepared(*views, copied.src.index(), copied.dst.index(), copied.count, None, None)
+    assert asked == [views[1].origins[0]]
+
+
+def test_where_a_device_finds_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {4096: 8192}
+    bindings = SimpleNamespace(
+        CUpointer_attribute=SimpleNamespace(CU_POINTER_ATTRIBUTE_DEVICE_POINTER=3),
+        cuPointerGetAttribute=lambda what, at: (0, known[at]) if at in known else (1, None),
+    )
+    monkeypatch.setattr(_cuda_driver, "bindings", lambda: bindings)
+    monkeypatch.setattr(_cuda_driver, "adopt", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: _nothing())
+    assert [direct.device_address(at, CUDA) for at in (4096, 5000)] == [8192, 0]
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
+
+
+# The argument
+
+
+def test_arguments_begin_as_the_rows_kernels_do() -> None:
+    """The words of a request: base, table, ids, wide, first, limit."""
+    copied = Copy(by(pool(), [3, 1]), objects(), 2)
+    plan = between(copied, "device", "pinned")
+    kernel = DirectKernel(plan.nests[0], plan)
+    buffer = bytearray(kernel.fixed)
+    ids, dst = copied.src.index(), copied.dst.view()
+    kernel.pack(buffer, copied.src.view(), dst, ids, copied.dst.index(), 99, 0)
+    assert kernel.wants_table
+    kernel.pack_table(buffer, 1 << 40)
+    words = struct.unpack_from("<12q", buffer)
+    assert words[7] == (1 << 40) + 8 * kernel.dst.side.table
+    assert (words[2], words[3], words[5]) == (ids.ids.data_ptr(), 1, 12)  # type: ignore[union-attr]
+
+
+# What is held
+
+
+@needs_compiler
+@pytest.mark.parametrize("stores", [True, False])
+def test_the_host_s_memory_is_held_until_the_copy_ended(
+    stores: bool, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DirectOnCpu, "stores", stores)
+    copied = COPIES["gather"]()
+    copied.check(lambda: launch(copied))
+    host = copied.dst if stores else copied.src
+    assert [[x.data_ptr() for x in held] for held in driver.held] == [
+        [x.data_ptr() for x in host.view().owners]
+    ]
+    driver.error = 700  # what was launched before may be under way
+    with refused(TransferError, "700", watch=copied.dst.tensors):
+        launch(copied)
+    assert len(driver.held) == 2
+
+
+@needs_compiler
+def test_a_graph_s_memory_is_its_owner_s(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = COPIES["gather"]()
+    prepared = DirectOnCpu(CPU).prepare(copied.plan())
+    monkeypatch.setattr(capture, "capturing", lambda device: True)
+    _run(prepared, copied)
+    assert driver.held == []

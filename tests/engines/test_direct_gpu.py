@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine `direct` on a CUDA device: real pinned memory, both ways, streams and graphs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from support.cuda_cases import COPIES, Copy, by, chunk, objects, pool
+from support.device_cases import DEVICE, LONG
+from support.guarded_memory import refused, tensors_in
+
+from portakv import Index, KVView, Unsupported
+from portakv.backends.base import Capabilities
+from portakv.engines import _direct_kernel
+from portakv.engines.direct import Direct
+from portakv.engines.terms import Terms
+from portakv.host.pinned import allocate
+from portakv.plan.plan import CopyPlan
+from portakv.runtime import cuda as _cuda_driver
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def engine() -> Direct:
+    decision = Direct.probe(DEVICE)
+    if not decision.accepted:
+        pytest.skip(decision.reason)
+    return Direct(DEVICE)
+
+
+class Twin:
+    """One side of a copy elsewhere: the same storages, whole, on the device or in pinned memory."""
+
+    def __init__(self, end: Any, place: str) -> None:
+        self._end, self._place = end, place
+        self._storages: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.tensors = self._moved(end.tensors)
+
+    def _moved(self, level: Any) -> Any:
+        if not isinstance(level, torch.Tensor):
+            return type(level)(self._moved(item) for item in level)
+        whole = torch.empty(0, dtype=torch.uint8).set_(level.untyped_storage())
+        key = whole.data_ptr()
+        if key not in self._storages:
+            twin = whole.to(DEVICE) if self._place == "device" else whole.pin_memory()
+            self._storages[key] = (whole, twin)
+        storage = self._storages[key][1].untyped_storage()
+        twin = torch.empty(0, dtype=level.dtype, device=storage.device)
+        return twin.set_(storage, level.storage_offset(), level.shape, level.stride())
+
+    def view(self) -> KVView:
+        return KVView(self.tensors, self._end.layout, **self._end.extents)
+
+    def bring_back(self) -> None:
+        """Every byte, canaries and padding included."""
+        for whole, twin in self._storages.values():
+            whole.copy_(twin)
+
+
+def placed(index: Index) -> Index:
+    return index.placed(DEVICE, Capabilities(frozenset()).index_dtypes)
+
+
+def judged(copied: Copy, engine: Direct, downward: bool) -> int:
+    """Launch on the device and judge every byte; returns the status word."""
+    status = torch.zeros(1, dtype=torch.int64).pin_memory()
+
+    def run() -> None:
+        src = Twin(copied.src, "device" if downward else "pinned")
+        dst = Twin(copied.dst, "pinned" if downward else "device")
+        views, indices = (src.view(), dst.view()), (copied.src.index(), copied.dst.index())
+        assert {view.form.place for view in views} == {"device", "pinned"}
+        plan = CopyPlan(views[0].form, views[1].form, *(x.plan_step for x in indices))
+        mine, theirs = (placed(x) for x in indices)
+        launch = engine.prepare(plan)
+        torch.cuda.synchronize()
+        launch(*views, mine, theirs, copied.count, None, status)
+        torch.cuda.synchronize()
+        src.bring_back()
+        dst.bring_back()
+
+    copied.check(run)
+    return int(status)
+
+
+# What no plan of one unit carries: the library cuts it into pieces.
+WHOLE = {
+    name
+    for name, make in COPIES.items()
+    if not (make().count % make().plan().unit
+            or make().src.offset % make().plan().unit or make().dst.offset % make().plan().unit)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
+@pytest.mark.parametrize("name", sorted(WHOLE))
+def test_every_byte_lands(engine: Direct, name: str, downward: bool) -> None:
+    assert judged(COPIES[name](), engine, downward) == 0
+
+
+@pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
+def test_large_copies_in_many_turns(engine: Direct, downward: bool) -> None:
+    """15 MB in rows of 256 B; one block takes 225 turns."""
+    slots = torch.randperm(256 * 4).tolist()[:960]
+    for terms in (None, Terms(max_thread_blocks=1), Terms(max_thread_blocks=40)):
+        chosen = engine if terms is None else Direct(DEVICE, terms=terms)
+        paged, dense = pool(layers=30, blocks=256, dim=64), chunk(960, layers=30, dim=64)
+        assert judged(Copy(by(paged, slots), dense, 960), chosen, downward) == 0
+        assert judged(Copy(dense, by(paged, slots), 960), chosen, downward) == 0
+
+
+@pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
+@pytest.mark.parametrize("bad", [12, 2**31 - 1, 2**32 + 1, 2**63 - 1])
+def test_bad_ids_move_nothing_and_are_told(engine: Direct, bad: int, downward: bool) -> None:
+    slots = [3, 1, -1, 7, bad, 11, 5, -(2**31)]
+    assert judged(Copy(by(pool(), slots), chunk(8), 8), engine, downward) == 5
+    assert judged(Copy(chunk(8), by(pool(), slots), 8), engine, downward) == 5
+
+
+@pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
+def test_a_copy_of_several_launches(
+    engine: Direct, downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_direct_kernel, "MAX_VECTORS", 50)
+    slots = [*range(11, -1, -1), *range(11)]
+    slots[17] = 12
+    assert judged(Copy(by(pool(), slots), chunk(23), 23), engine, downward) == 18
+
+
+@pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
+def test_in_a_new_thread(engine: Direct, downward: bool) -> None:
+    """A thread of its own has no context yet."""
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            assert judged(COPIES["gather"](), engine, downward) == 0
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failed, failed
+
+
+# Order
+
+
+class Moved:
+    """A copy of memory objects, both ways, with everything at hand."""
+
+    def __init__(self, engine: Direct, downward: bool, listed: bool) -> None:
+        ids = [1, 0, 2]
+        cache = torch.randint(-30000, 30000, (3, 2, 3, 4, 16), dtype=torch.int16)
+        self.cache = cache.to(DEVICE)
+        host = objects() if listed else chunk(12)
+        self.host = [x.clone().zero_().pin_memory() for x in tensors_in(host.tensors)]
+        tensors = self.host if listed else self.host[0]
+        paged = KVView(self.cache, "layer kv block token (head dim)", heads=2)
+        dense = KVView(tensors, host.layout, **host.extents)
+        order = torch.tensor(ids, device=DEVICE)
+        step = Index(order, step=4)
+        self.views = (paged, dense) if downward else (dense, paged)
+        self.indices = (step, Index()) if downward else (Index(), step)
+        steps = [x.plan_step for x in self.indices]
+        plan = CopyPlan(self.views[0].form, self.views[1].form, *steps)
+        self.downward, self._launch = downward, engine.prepare(plan)
+
+    def launch(self, stream: Any = None) -> None:
+        self._launch(*self.views, *self.indices, 12, stream, None)
+
+    def rows(self) -> torch.Tensor:
+        """What the host should hold: ``[kv, layer, token, head dim]``."""
+        held = self.cache.cpu()[:, :, [1, 0, 2]].transpose(0, 1)
+        return held.reshape(2, 3, 12, 16)
+
+    def landed(self) -> torch.Tensor:
+        parts = [x.view(torch.int16).view(2, 3, -1, 16) for x in self.host]
+        return torch.cat(parts, dim=2)
+
+
+@pytest.fixture(params=[False, True], ids=["chunk", "objects"])
+def listed(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture
+def side() -> Iterator[Any]:
+    stream = torch.cuda.Stream(DEVICE)
+    yield stream
+    stream.synchronize()
+
+
+@pytest.mark.parametrize("on_side", [False, True])
+def test_a_store_comes_behind_what_its_stream_holds(
+    engine: Direct, listed: bool, on_side: bool, side: Any
+) -> None:
+    moved = Moved(engine, True, listed)
+    fresh = moved.cache.flip(0)
+    torch.cuda.synchronize()
+    stream = side if on_side else None
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(LONG)
+        moved.cache.copy_(fresh)
+        assert not torch.cuda.current_stream().query(), "the producer was to be slow"
+    moved.launch(stream)
+    torch.cuda.synchronize()
+    assert torch.equal(moved.landed(), moved.rows())
+
+
+@pytest.mark.parametrize("on_side", [False, True])
+def test_the_host_does_not_wait(engine: Direct, listed: bool, on_side: bool, side: Any) -> None:
+    """Nor at the first launch, which sends the table of addresses."""
+    warm, moved = Moved(engine, True, listed), Moved(engine, True, listed)
+    warm.launch()
+    torch.cuda.synchronize()
+    stream = side if on_side else None
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(LONG)
+        moved.launch(stream)
+        assert not torch.cuda.current_stream().query(), "the launch blocked the host"
+    torch.cuda.synchronize()
+    assert torch.equal(moved.landed(), moved.rows())
+
+
+def test_a_table_made_on_a_slow_stream_is_waited_for_on_another(engine: Direct, side: Any) -> None:
+    moved = Moved(engine, True, True)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(LONG)
+    moved.launch()  # makes the table, behind the sleep
+    moved.launch(side)
+    side.synchronize()
+    assert torch.equal(moved.landed(), moved.rows())
+
+
+# Graphs
+
+
+@pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
+def test_a_captured_copy_moves_what_is_there_at_each_replay(
+    engine: Direct, listed: bool, downward: bool
+) -> None:
+    moved = Moved(engine, downward, listed)
+    moved.launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        moved.launch()
+    for seed in range(3):
+        fresh = torch.randint(-30000, 30000, moved.cache.shape, dtype=torch.int16) + seed
+        if downward:
+            moved.cache.copy_(fresh)
+        else:
+            held = fresh.reshape(2, 3, 12, 16)
+            size = 12 // len(moved.host)
+            for nth, part in enumerate(moved.host):
+                whole = part.view(torch.int16).view(2, 3, -1, 16)
+                whole.copy_(held[:, :, nth * size : (nth + 1) * size])
+        torch.cuda.synchronize()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(moved.landed(), moved.rows())
+
+
+def test_a_table_is_not_made_inside_a_capture(engine: Direct) -> None:
+    warm, moved = Moved(engine, True, True), Moved(engine, True, True)
+    warm.launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), refused(Unsupported, "before the capture"):
+        moved.launch()
+
+
+# Memory
+
+
+def test_memory_that_is_pinned_by_the_library(engine: Direct) -> None:
+    """Registered rather than allocated by the runtime; in a view that begins inside of it."""
+    with allocate(1 << 20) as memory:
+        whole = memory.view(torch.int16)
+        cache = torch.randint(-30000, 30000, (64, 16), dtype=torch.int16, device=DEVICE)
+        rows = whole[4096 : 4096 + cache.numel()].view(64, 16)
+        src, dst = KVView(cache, "token dim"), KVView(rows, "token dim")
+        assert dst.form.place == "pinned"
+        engine.prepare(CopyPlan(src.form, dst.form))(src, dst, Index(), Index(), 64, None, None)
+        torch.cuda.synchronize()
+        assert torch.equal(rows, cache.cpu())
+        del whole, rows, dst
+
+
+def test_an_address_that_no_kernel_reaches() -> None:
+    from portakv.engines.direct import device_address
+
+    pageable, pinned = torch.zeros(4096), torch.zeros(4096).pin_memory()
+    assert device_address(pinned.data_ptr() + 64, DEVICE) == pinned.data_ptr() + 64
+    reached = device_address(pageable.data_ptr(), DEVICE)
+    assert reached in (0, pageable.data_ptr()), "a device that reaches all memory may say so"
+    torch.cuda.synchronize()
+
+
+def test_the_kernel_starts_with_as_many_threads_as_it_is_cut_for(engine: Direct) -> None:
+    """Registers of all instances of the table allow a block, without local memory."""
+    driver = _cuda_driver.bindings()
+    attribute = driver.CUfunction_attribute
+    for name in sorted(WHOLE)[:12]:
+        copied = COPIES[name]()
+        src, dst = Twin(copied.src, "device").view(), Twin(copied.dst, "pinned").view()
+        steps = (copied.src.index().plan_step, copied.dst.index().plan_step)
+        engine.prepare(CopyPlan(src.form, dst.form, *steps))
+    for function in engine._functions.values():
+        threads = driver.cuFuncGetAttribute(
+            attribute.CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK, function
+        )
+        local = driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function)
+        assert int(threads[1]) >= _direct_kernel.CUT.threads
+        assert int(local[1]) < 128, "what a thread has under way lies in registers"

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the text of `direct` does, run on the host: every byte against the oracle, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from support.command_line import registered
+from support.cuda_cases import COPIES, NHD, Copy, End, by, chunk, objects, pool
+from support.direct_on_cpu import CPU, SMALL, DirectOnCpu, Driver, compiled, installed, why_not
+from support.guarded_memory import filled, refused
+
+from portakv import CopyPlan, Unsupported, copy_rows
+from portakv.engines import _direct_kernel
+from portakv.engines._direct_kernel import MAX_VECTORS, Cut, DirectKernel
+from portakv.engines.terms import Terms
+from portakv_conformance.draw.arrangement import Case
+from portakv_conformance.draw.strategies import all_cases
+from portakv_conformance.judge.judging import index_of, view_of
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+
+
+class Loads(DirectOnCpu):
+    """From the host to the device."""
+
+    name, stores = "direct-on-cpu-loads", False
+
+
+class Stores(DirectOnCpu):
+    """From the device to the host."""
+
+    name = "direct-on-cpu-stores"
+
+
+@pytest.fixture(scope="module", autouse=True, params=[Loads, Stores])
+def engine(request: pytest.FixtureRequest) -> Iterator[type[DirectOnCpu]]:
+    with (
+        pytest.MonkeyPatch.context() as patched,
+        installed(),
+        registered(**{request.param.name: request.param}),
+    ):
+        patched.delenv("PORTAKV_BACKEND", raising=False)
+        yield request.param
+
+
+@pytest.fixture
+def driver(engine: type[DirectOnCpu]) -> Iterator[Driver]:
+    """Another driver, that has seen nothing."""
+    with installed() as found:
+        yield found
+
+
+def copy(copied: Copy, engine: type[DirectOnCpu]) -> None:
+    """Copy as the library would."""
+    src, dst = copied.src, copied.dst
+    copy_rows(
+        src.view(), dst.view(), src.index(), dst.index(), count=copied.count, backend=engine.name
+    ).synchronize()
+
+
+def judged(
+    copied: Copy, engine: type[DirectOnCpu], told: bool = True, terms: Terms | None = None
+) -> int:
+    """Launch behind the library's checks and judge every byte; returns the status word."""
+    src, dst = copied.src, copied.dst
+    status = torch.zeros(1, dtype=torch.int64)
+    launch = engine(CPU, terms=terms).prepare(copied.plan())
+    copied.check(
+        lambda: launch(
+            src.view(), dst.view(), src.index(), dst.index(), copied.count, None,
+            status if told else None,
+        )
+    )  # fmt: skip
+    return int(status)
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_every_byte_lands(name: str, engine: type[DirectOnCpu]) -> None:
+    copied = COPIES[name]()
+    copied.check(lambda: copy(copied, engine))
+
+
+@given(all_cases())
+def test_drawn_copies(engine: type[DirectOnCpu], case: Case) -> None:
+    src, dst = view_of(case.src), view_of(case.dst)
+    mine, theirs = index_of(case.src), index_of(case.dst)
+    case.check(
+        lambda: copy_rows(
+            src, dst, mine, theirs, count=case.count, backend=engine.name
+        ).synchronize()
+    )
+
+
+CUTS = [SMALL, Cut(), Cut(threads=64, each=4, strip=32), Cut(threads=2, each=1, strip=1)]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("most", [1, 2, 7])
+def test_every_cut(cut: Cut, most: int, engine: type[DirectOnCpu]) -> None:
+    """Turns, strips and blocks in all proportions to the copy."""
+    with installed(cut) as driver:
+        for name in ("gather", "memory objects, blocks", "NZ", "rows at an odd address"):
+            assert judged(COPIES[name](), engine, terms=Terms(max_thread_blocks=most)) == 0
+        assert {threads for _, threads, _ in driver.launches} == {cut.threads}
+        assert max(blocks for blocks, _, _ in driver.launches) <= most
+
+
+def tall(tokens: int) -> Copy:
+    """Planes of 2 vectors a token: numbers that no power of two divides."""
+    slots = [(7 * n + 3) % 12 for n in range(tokens)]
+    cache = End([filled((2, 3, 4, 2, 8)) for _ in range(3)], NHD, ids=slots)
+    return Copy(cache, chunk(tokens), tokens)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 7, 11, 12])
+def test_planes_of_any_length(tokens: int, engine: type[DirectOnCpu]) -> None:
+    """What is divided by the length of a plane, which only the launch knows."""
+    assert judged(tall(tokens), engine) == 0
+
+
+def test_nothing_to_copy(engine: type[DirectOnCpu], driver: Driver) -> None:
+    copied = replace(tall(3), count=0)
+    assert judged(copied, engine) == 0
+    assert driver.launches == []
+
+
+# Bad ids
+
+WILD = [(torch.int32, 2**31 - 1), *((torch.int64, n) for n in (12, 2**31, 2**32 + 1, 2**63 - 1))]
+
+
+@pytest.mark.parametrize(("dtype", "bad"), WILD, ids=lambda x: str(x))
+@pytest.mark.parametrize("at", [0, 6])
+def test_a_bad_id_moves_nothing_and_is_told(
+    dtype: torch.dtype, bad: int, at: int, engine: type[DirectOnCpu]
+) -> None:
+    slots = [3, 1, -1, 7, 0, 11, 5, -(2**31)]
+    slots[at] = bad
+    for told in (True, False):
+        gathers = Copy(by(pool(), slots, dtype=dtype), chunk(8), 8)
+        scatters = Copy(chunk(8), by(pool(), slots, dtype=dtype), 8)
+        found = [judged(gathers, engine, told), judged(scatters, engine, told)]
+        assert found == [at + 1 if told else 0] * 2
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "told"),
+    [
+        ([1, 2**61, 0], [2, 1, 0], 5),  # a block of the source
+        ([2, -1, 1], [0, 1, 2**63 - 1], 9),  # one of the destination
+        ([3, 0, 1], [-1, 0, 1], 1),  # it is told although the other side skips it
+    ],
+)
+def test_bad_blocks_on_either_side(
+    mine: list[int], theirs: list[int], told: int, engine: type[DirectOnCpu]
+) -> None:
+    copied = Copy(by(pool(), mine, 4), by(pool(), theirs, 4), 12)
+    assert copied.plan().unit == 4
+    assert judged(copied, engine) == told
+
+
+def test_an_id_of_which_a_part_is_past_the_end(engine: type[DirectOnCpu]) -> None:
+    """Five blocks of 4 are two and a half of 8: the units past the end are told, others move."""
+    copied = Copy(by(pool(blocks=5), [4, 0, 1, 3], 4), by(pool(blocks=5), [2, 0], 8), 16)
+    assert judged(copied, engine) == 5
+
+
+# Several launches
+
+
+@pytest.mark.parametrize(("most", "launches"), [(13, 23), (50, 6), (2000, 1)])
+def test_a_copy_of_several_launches(
+    most: int,
+    launches: int,
+    engine: type[DirectOnCpu],
+    driver: Driver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Positions are named by their place in the whole. A token is 12 vectors in 6 planes."""
+    monkeypatch.setattr(_direct_kernel, "MAX_VECTORS", most)
+    slots = [*range(11, -1, -1), *range(11)]
+    slots[17] = 12
+    copied = Copy(by(pool(), slots), chunk(23), 23)
+    assert judged(copied, engine) == 18
+    assert len(driver.launches) == launches
+
+
+def test_a_unit_of_more_vectors_than_are_counted(
+    engine: type[DirectOnCpu], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_direct_kernel, "MAX_VECTORS", 12)
+    with refused(Unsupported, "12 vectors", "'staged'"):
+        engine(CPU).prepare(tall(3).plan())
+
+
+def test_the_most_vectors_leave_room_for_a_turn() -> None:
+    """The last turn may begin just below the most and end one turn of all threads past it, which
+    is no longer than the copy itself; and `Divisor` is exact below 2^30."""
+    assert MAX_VECTORS <= 2**30
+    numbers = [0, 1, 2, 3, 2**29, 2**30 - 2, 2**30 - 1]
+    for divisor in [*range(1, 200), 641, 2**16 + 1, 2**29 - 1, 2**29, 2**29 + 1, 2**30 - 1]:
+        shift = 30 + (divisor - 1).bit_length()
+        factor = -(-(2**shift) // divisor)
+        assert factor < 2**32
+        for near in numbers + [divisor * (2**30 // divisor - 1) + n for n in (-1, 0, 1)]:
+            assert near * factor >> shift == near // divisor
+
+
+# Arguments
+
+
+def test_the_argument_is_as_the_kernel_takes_it(engine: type[DirectOnCpu]) -> None:
+    for make in COPIES.values():
+        plan = make().plan()
+        for nest in plan.nests:
+            kernel = DirectKernel(nest, plan)
+            library = compiled(kernel.source)
+            assert library.argument_bytes() == len(kernel.fixed)
+            assert library.src_table_at() == _direct_kernel._SRC_TABLE_AT
+            assert library.dst_table_at() == _direct_kernel._DST_TABLE_AT
+
+
+def test_tables_of_the_host_lie_on_the_device(engine: type[DirectOnCpu]) -> None:
+    """Its own table is cleared here: whoever reads it faults or moves wrong bytes."""
+    copied = Copy(by(pool(), [11, 0, 5], 1), objects(), 3)
+    if engine is Loads:
+        copied = Copy(by(objects(), [11, 0, 5], 1), pool(), 3)
+    kernel = DirectKernel(copied.plan().nests[0], _as(copied.plan(), engine))
+    assert kernel.wants_table
+    assert judged(copied, engine) == 0
+
+
+def _as(plan: CopyPlan, engine: type[DirectOnCpu]) -> CopyPlan:
+    if engine.stores:
+        plan.src = replace(plan.src, place="device")
+    return plan
+
+
+def test_neighbours_on_the_hosts_side_are_walked_together(engine: type[DirectOnCpu]) -> None:
+    """Heads before tokens on one side, behind them on the other, in blocks."""
+    hnd = End([filled((2, 3, 2, 4, 8)) for _ in range(3)], "layer | kv block head token dim")
+    nhd = pool()
+    for src, dst in ((hnd, nhd), (nhd, hnd)):
+        copied = Copy(by(src, [2, 0], 4), by(dst, [1, 2], 4), 8)
+        plan = _as(copied.plan(), engine)
+        kernel = DirectKernel(plan.nests[0], plan)
+        host = dst if engine.stores else src
+        # Walked innermost: 2 heads of a token where the host has tokens first, else 4 tokens.
+        assert kernel.inner == ([4, 2] if host is nhd else [2, 4])
+        assert judged(copied, engine) == 0
+
+
+# The copies above can fail
+
+BUGS = {
+    "every other strip": ("nth * Strip;", "nth / 2 * 2 * Strip;", "gather"),
+    "the last vector is left out": ("at < all ? here % row", "at + 1 < all ? here % row", "blocks"),
+    "past the end is moved too": ("|| in[nth] == row) continue;", ") continue;", "pool to pool"),
+    "strips overlap": ("thread / Strip * (Strip * Each)", "thread / Strip * Strip", "gather"),
+    "one turn": ("start += turn", "start += all", "gather"),
+    "a divisor rounded down": ("divisor - 1) / divisor", "0) / divisor", "gather"),
+    "ids are always int64": ("request.wide ?", "true ?", "gather int32"),
+    "a bad id is told at the wrong place": ("(i64)unit[nth] * copy.unit + 1", "1", "past the end"),
+    "parts of an id are forgotten": (
+        "known.first = (request.first + unit) % Shape::per_id;", "known.first = 0;",
+        "several units of an id",
+    ),
+    "one plane": ("planes.divide(there)", "0", "gather"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_seeded_bug_is_caught(
+    bug: str, engine: type[DirectOnCpu], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, wrong, name = BUGS[bug]
+    text = _direct_kernel.direct_text()
+    assert right in text, "the kernel's text has changed: seed the bug anew"
+    monkeypatch.setattr(_direct_kernel, "direct_text", lambda: text.replace(right, wrong, 1))
+    past = Copy(by(pool(), [3, 1, 12, 11]), chunk(4), 4)
+    copied = past if name == "past the end" else COPIES[name]()
+    told = 3 if copied is past else 0
+    with pytest.raises(AssertionError):
+        assert judged(copied, engine) == told

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`staged` and `ring` on the simulated device, in a process of its own."""
+
+from __future__ import annotations
+
+from support.simdev_process import needs_simdev, run
+
+
+@needs_simdev
+def test_on_the_simulated_device() -> None:
+    run("simdev_engines.py", "simdev_staging.py", "simdev_mirrors.py", "simdev_detached.py")

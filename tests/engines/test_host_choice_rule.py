@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rule by which an engine is picked: what each costs, and what the terms allow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.host_choice_cases import ASSUMED, refusals
+
+from portakv import Unsupported
+from portakv.engines._ring_slots import TURNS
+from portakv.engines.assumed import CALL, COSTS, DIRECTIONS, HOST_COSTS, Assumed
+from portakv.engines.costs import Point, Table
+from portakv.engines.link_cuda import FOLD_BELOW
+from portakv.engines.pageable import SIZES
+from portakv.engines.picking import EQUAL, ORDER, ROW, SMALL, Pick, pick
+from portakv.engines.pieces import LEAST_HEIGHT, TALL
+from portakv.engines.shapes import Shape
+from portakv.engines.terms import Terms
+
+MIB = 1 << 20
+OUT = {"ring": "it does not copy pinned memory"}
+
+
+def chosen(
+    payload: int, runs: int, host_runs: int, direction: str = "d2h", costs: object = ASSUMED,
+    out: dict[str, str] | None = None, **terms: object,
+) -> Pick:  # fmt: skip
+    """The pick for scattered runs on the device and so many in host memory."""
+    apart, dense = Shape(payload, runs, runs), Shape(payload, host_runs, host_runs)
+    shapes = {"staged": dense, "descriptors": apart, "direct": apart, "ring": dense}
+    out = OUT if out is None else out
+    return pick(shapes, direction, out, Terms(**terms), costs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_what_is_assumed_picks_what_the_measurements_behind_it_say(direction: str) -> None:
+    """Gathering pays where it makes runs longer; where it does not, the copy engine goes by
+    itself; a kernel only moves little, or what may be slow."""
+    assert chosen(64 * MIB, 2048, 1, direction).engine == "staged"  # scattered to a dense chunk
+    assert chosen(64 * MIB, 262144, 1, direction).engine == "staged"  # rows of 256 bytes
+    assert chosen(64 * MIB, 32, 32, direction).engine == "descriptors"  # 2 MiB each, both sides
+    assert chosen(64 * MIB, 2048, 2048, direction).engine == "descriptors"
+    assert chosen(2 * MIB, 4096, 1, direction).engine == "direct"
+    assert chosen(SMALL[direction] + 1, 4096, 1, direction).engine == "staged"
+    # As much as the terms let a kernel move, of rows that nothing gathers into long ones.
+    assert chosen(SMALL[direction], 4096, 4096, direction).engine == "direct"
+    assert chosen(SMALL[direction] + 1, 4096, 4096, direction).engine != "direct"
+    assert chosen(16 * MIB, 65536, 65536, direction, overlap="idle").engine == "direct"
+    pageable = dict.fromkeys(ORDER[:3], "it does not copy pageable memory")
+    assert chosen(64 * MIB, 64, 64, direction, out=pageable).engine == "ring"
+
+
+def test_assumed_costs_are_those_of_the_measurements() -> None:
+    """Batched copies of 4 KiB reach 0.61 of memcpy, of 32 KiB 0.98 - 1.0; a gather before a memcpy
+    0.97 of it at 33 MB and 0.99 at 134; a kernel 0.92 - 0.95."""
+
+    def share(engine: str, direction: str, size: int, runs: int) -> float:
+        return size * runs / (ASSUMED.seconds(engine, direction, size, runs) or 0) / 55.3e9
+
+    for direction in DIRECTIONS:
+        assert share("descriptors", direction, 4 << 10, 10000) == pytest.approx(0.61, abs=0.02)
+        assert share("descriptors", direction, 32 << 10, 10000) > 0.98
+        assert share("staged", direction, 33 << 20, 1) == pytest.approx(0.97, abs=0.01)
+        assert share("staged", direction, 128 << 20, 1) == pytest.approx(0.99, abs=0.01)
+        assert 0.92 < share("direct", direction, 256, 1 << 19) < 0.95
+    # A run of a staged copy or of descriptors costs the host 0.45 us, a slice 30 us.
+    host = {e: ASSUMED.host_seconds(e, "d2h", 32 << 10, 2048) or 0 for e in ORDER}
+    assert host["staged"] == pytest.approx(45e-6 + 2 * 30e-6 + 2048 * 0.45e-6)
+    assert host["descriptors"] == pytest.approx(40e-6 + 2048 * 0.45e-6)
+    assert host["direct"] == 65e-6
+    assert host["ring"] == ASSUMED.seconds("ring", "d2h", 32 << 10, 2048)
+    assert {engine for engine, _ in COSTS} == set(ORDER)
+    assert {direction for _, direction in COSTS} == set(DIRECTIONS)
+    assert ASSUMED.seconds("nonsense", "d2h", 1, 1) is None
+    assert ASSUMED.host_seconds("nonsense", "d2h", 1, 1) is None
+
+
+def test_where_torch_copies_the_runs_each_is_a_call() -> None:
+    called = Assumed("a test", by_torch=True)
+    for engine in ("staged", "descriptors"):
+        for seconds in (called.seconds, called.host_seconds):
+            many, one = (seconds(engine, "h2d", 256, runs) or 0 for runs in (1001, 1))
+            assert many - one == pytest.approx(1000 * CALL)
+    for engine in ("direct", "ring"):
+        asked = engine, "h2d", 256, 1000
+        assert called.seconds(*asked) == ASSUMED.seconds(*asked)
+        assert called.host_seconds(*asked) == ASSUMED.host_seconds(*asked)
+
+
+def test_a_computing_device_keeps_the_kernel_out() -> None:
+    asked = (16 * MIB, 65536, 65536)
+    found = chosen(*asked)
+    assert found.engine != "direct"
+    assert "overlap='compute'" in refusals(found)["direct"]
+    assert "direct would take less, but the terms keep it out" in found.why
+    # What it would have taken is told all the same.
+    seconds = {one.engine: one.seconds for one in found.alternatives}
+    assert (seconds["direct"] or 9) < (seconds[found.engine] or 0)
+    for terms in ({"overlap": "idle"}, {"max_gbps": 30.0}, {"max_thread_blocks": 2}):
+        let_in = chosen(*asked, **terms)
+        assert let_in.engine == "direct"
+        assert refusals(let_in)["direct"] == ""
+
+
+def test_a_rate_makes_engines_equal_and_the_host_decides() -> None:
+    found = chosen(64 * MIB, 64, 1, max_gbps=10.0)
+    assert found.engine == "direct"
+    assert chosen(64 * MIB, 1, 1, max_gbps=10.0).engine == "descriptors"
+    seconds = {one.seconds for one in found.alternatives if one.engine != "ring"}
+    assert seconds == {64 * MIB / 10e9}
+    assert "at most 10 GB/s" in found.why
+
+
+def test_terms_never_leave_a_copy_without_an_engine() -> None:
+    out = {"staged": "no", "descriptors": "no", "ring": "no"}
+    found = chosen(64 * MIB, 64, 64, out=out)
+    assert found.engine == "direct"
+    assert "no other engine takes the copy" in found.why
+
+
+def test_no_engine_at_all_is_an_error_with_each_reason() -> None:
+    out = {name: f"{name} is broken" for name in ORDER}
+    with pytest.raises(Unsupported, match=r"(?s)no engine takes it.*staged is broken.*ring is"):
+        chosen(MIB, 1, 1, out=out)
+
+
+def table(host: dict[str, float] | None = None, **seconds: float) -> Table:
+    """What engines take for 4 MiB in 1024 runs, a hundredth of it for one; and of the host."""
+    kept = host or {}
+    points = {
+        (engine, "d2h"): {
+            4096: [Point(n, s * part, kept.get(engine, 1.0)) for n, part in ((1, 0.01), (1024, 1))]
+        }
+        for engine, s in seconds.items()
+    }
+    return Table({}, points)
+
+
+def test_what_was_measured_decides() -> None:
+    asked = (4 * MIB, 1024, 1024)
+    for fast in ("staged", "descriptors"):
+        slow = "staged" if fast == "descriptors" else "descriptors"
+        found = chosen(*asked, costs=table(**dict[str, Any]({fast: 1e-5, slow: 2e-5})))
+        assert found.engine == fast
+        assert "as measured" in found.why
+    # An engine that the table does not know may only be assumed to be better.
+    found = chosen(*asked, costs=table(staged=1.0), overlap="idle")
+    assert found.engine == "staged"
+    known = {one.engine: one.measured for one in found.alternatives}
+    assert known == {"staged": True, "descriptors": False, "direct": False, "ring": False}
+    # Nothing that was measured may go: what is assumed is better than nothing.
+    found = chosen(*asked, costs=table(direct=1e-9))
+    assert found.engine in ("staged", "descriptors")
+    assert "as assumed" in found.why
+
+
+def test_of_those_about_as_quick_the_one_that_keeps_the_host_least() -> None:
+    asked, idle = (4 * MIB, 1024, 1024), dict[str, Any](overlap="idle")
+    host = {"staged": 3e-4, "descriptors": 2e-4, "direct": 1e-4}
+    near, far = 1 + 0.9 * EQUAL, 1 + 1.1 * EQUAL
+    known = table(host, staged=1.0, descriptors=near, direct=far)
+    found = chosen(*asked, costs=known, **idle)
+    assert found.engine == "descriptors"
+    assert "within 2 % of the least time" in found.why
+    assert "keeps the host least, as measured" in found.why
+    assert {one.engine: one.host_seconds for one in found.alternatives}["direct"] == 1e-4
+    # What is not as quick is not asked what it costs the host.
+    found = chosen(*asked, costs=table(host, staged=1.0, descriptors=far, direct=far), **idle)
+    assert found.engine == "staged"
+    assert found.why.startswith("the least time of those")
+    # Nor is what the terms keep out, however quick.
+    quick = table(host, staged=1.0, descriptors=near, direct=0.5)
+    assert chosen(*asked, costs=quick).engine == "descriptors"
+    # Where the host is kept as long, the gentlest.
+    equal = table(dict.fromkeys(ORDER, 1e-4), staged=near, descriptors=1.0, direct=1.0)
+    assert chosen(*asked, costs=equal, **idle).engine == "staged"
+    # An engine that nobody measured is no rival, though the host would hardly notice it.
+    assert chosen(*asked, costs=table(host, staged=1.0), **idle).engine == "staged"
+
+
+def test_many_wide_runs_are_gathered_and_few_are_not() -> None:
+    """The device takes as long for either; the host pays for each run that it asks for."""
+    for direction in DIRECTIONS:
+        many, few = 4096, 16
+        found = chosen(128 * MIB, many, 64, direction)
+        seconds = {one.engine: one.seconds or 0 for one in found.alternatives}
+        assert seconds["descriptors"] < seconds["staged"] < seconds["descriptors"] * (1 + EQUAL)
+        assert found.engine == "staged"
+        assert chosen(128 * MIB, few, few, direction).engine == "descriptors"
+
+
+ROWS_OF_2_KIB = Shape(2048 * 6400, 6400, 100)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_pieces_are_looked_up_and_each_row_costs_the_device(direction: str) -> None:
+    found = pick(dict.fromkeys(ORDER, ROWS_OF_2_KIB), direction, OUT, Terms(), ASSUMED)
+    for one in found.alternatives:
+        asked = one.engine, direction, 64 * 2048, 100
+        assert (one.runs, one.run_bytes) == (100, 64 * 2048)
+        assert one.seconds == (ASSUMED.seconds(*asked) or 0) + 6400 * ROW[direction]
+        assert one.host_seconds == ASSUMED.host_seconds(*asked)
+    # Rows that cross by themselves are pieces of 2 KiB, and nothing is added.
+    apart = Shape(2048 * 6400, 6400, 6400)
+    for one in pick(dict.fromkeys(ORDER, apart), direction, OUT, Terms(), ASSUMED).alternatives:
+        assert (one.runs, one.run_bytes) == (6400, 2048)
+        assert one.seconds == ASSUMED.seconds(one.engine, direction, 2048, 6400)
+
+
+def test_rows_cost_about_what_was_measured() -> None:
+    """On an H200, of a memcpy: 64 rows of 4 KiB 0.60 up and 0.45 down, of 512 B 0.16 up."""
+
+    def share(direction: str, width: int) -> float:
+        shape = Shape(64000 * width, 64000, 1000)
+        found = pick({"descriptors": shape}, direction, OUT, Terms(), ASSUMED)
+        return (found.alternatives[0].gbps(shape.nbytes) or 0) / 55.3
+
+    assert share("h2d", 4 << 10) == pytest.approx(0.60, abs=0.05)
+    assert share("d2h", 4 << 10) == pytest.approx(0.45, abs=0.05)
+    assert share("h2d", 512) == pytest.approx(0.16, abs=0.03)
+
+
+def test_rows_count_beside_a_table_and_may_turn_the_pick() -> None:
+    """What was measured was measured without rows; they come before the caller's rate."""
+    known, idle = table(staged=1.1e-3, descriptors=1e-3), Terms("idle")
+    of_1024 = Shape(4 * MIB, 1024, 1024), Shape(4 * MIB, 8 * 1024, 1024)
+
+    def seconds(shape: Shape, terms: Terms = idle) -> tuple[str, float]:
+        shapes = {"staged": of_1024[0], "descriptors": shape}
+        found = pick(shapes, "d2h", OUT, terms, known)
+        return found.engine, found.alternatives[1].seconds or 0
+
+    assert seconds(of_1024[0]) == ("descriptors", 1e-3)
+    assert seconds(of_1024[1]) == ("staged", 1e-3 + 8 * 1024 * ROW["d2h"])
+    slow = Terms("idle", max_gbps=1.0)
+    assert seconds(of_1024[1], slow)[1] == 4 * MIB / 1e9
+
+
+def test_the_guide_tells_what_is_assumed() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "host.md").read_text()
+    for engine in ORDER:
+        down, up = (COSTS[engine, direction] for direction in DIRECTIONS)
+        assert (down.fixed, down.per_run) == (up.fixed, up.per_run)
+        each = f"{down.per_run * 1e6:.2g} us" if down.per_run else ""
+        kept = HOST_COSTS.get(engine)
+        told = ["as long as the copy", "", ""] if kept is None else [
+            f"{seconds * 1e6:.3g} us" if seconds else "" for seconds in kept
+        ]  # fmt: skip
+        cells = [f"`{engine}`", f"{down.fixed * 1e6:.0f} us", each,
+                 f"{down.rate / 1e9:.1f} / {up.rate / 1e9:.1f}", *told]  # fmt: skip
+        assert f"| {' | '.join(cells)} |".replace("  ", " ") in page
+    assert f"{CALL * 1e6:.0f} us" in page
+    flat = " ".join(page.split())
+    assert f"those within {EQUAL * 100:.0f} % of the least seconds" in flat
+    assert (
+        f"of {LEAST_HEIGHT} or more that are narrower than {FOLD_BELOW >> 10} KiB, of {TALL} or "
+        f"more that are not"
+    ) in flat
+    assert f"wide ones where {TALL} or more lie together" in flat
+    to_host, to_device = (f"{ROW[direction] * 1e9:.0f} ns" for direction in DIRECTIONS)
+    assert f"device {to_host} beside that to the host, and {to_device} to the device" in flat
+    assert f"three pinned slots of at most {SIZES.largest >> 20} MiB each" in flat
+    assert TURNS == 3
+    assert f"{SMALL['d2h'] >> 20} MiB from the device and {SMALL['h2d'] >> 20} MiB to it" in page

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shapes: the runs of a copy, counted without expanding it, against `CopyPlan.runs` and `fold`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import gcd
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from support.core_cases import HANDS, SLOTS, Hand, noise
+
+from portakv import CopyPlan, Index, KVView
+from portakv.engines import shapes
+from portakv.engines.pieces import ALL, LEAST_HEIGHT, TALL, fold
+from portakv.engines.shapes import RunCounter, Shape
+from portakv.plan.runs import Runs
+from portakv.view.form import Form
+from portakv_conformance.draw.arrangement import Case, Side
+from portakv_conformance.draw.strategies import cases
+
+_TIMES = settings().max_examples
+
+
+def _view(side: Side) -> KVView:
+    return KVView(side.tensors, side.layout, **side.extents)
+
+
+def counted(plan: CopyPlan, mine: Index, theirs: Index, count: int, below: int = ALL) -> Shape:
+    counter = RunCounter(plan, fold_below=below)
+    return counter.shape(counter.groups(mine, theirs, count), count)
+
+
+def test_drawn_plans() -> None:
+    """Never counted too low, and nearly always right: a bound alone might be of no use."""
+    seen: list[bool] = []
+
+    @settings(max_examples=2 * _TIMES)
+    @given(cases(ragged=False))
+    def check(case: Case) -> None:
+        src, dst = _view(case.src), _view(case.dst)
+        mine, theirs = (Index(s.ids, step=s.step, offset=s.offset) for s in (case.src, case.dst))
+        steps = mine.plan_step, theirs.plan_step
+        unit = CopyPlan(src.form, dst.form, *steps).unit
+        unit = gcd(unit, case.count, mine.offset, theirs.offset)
+        plan = CopyPlan(src.form, dst.form, *steps, unit)
+        skipped = (mine.slots(case.count) < 0) | (theirs.slots(case.count) < 0)
+        assume(case.count and not skipped.any())  # what is skipped, who launches has removed
+        found = counted(plan, mine, theirs, case.count)
+        runs = plan.runs(src, dst, mine, theirs, case.count)
+        assert found.nbytes == int(runs.nbytes.sum())
+        # Parts of a plan that happen to meet are merged by nobody but `runs`.
+        assert found.runs >= runs.src.size
+        assert 1 <= found.pieces <= found.runs
+        seen.append(found.runs == runs.src.size)
+
+    check()
+    assert len(seen) > _TIMES / 2
+    assert sum(seen) > 0.9 * len(seen)
+
+
+@pytest.mark.parametrize("dst", HANDS, ids=lambda hand: hand.layout)
+@pytest.mark.parametrize("src", HANDS, ids=lambda hand: hand.layout)
+def test_any_two_layouts(src: Hand, dst: Hand) -> None:
+    """Block tables on the paged sides, in an order with neighbours in it, and everything."""
+    first, second = src.view(src.make(1)), dst.view(dst.make(2))
+    for ordered in (True, False):
+        indices = []
+        for hand in (src, dst):
+            blocks = np.arange(SLOTS // hand.block) if hand.block else None
+            blocks = blocks if ordered or blocks is None else np.roll(blocks, 1)
+            indices.append(Index(blocks, step=hand.block or 1))
+        mine, theirs = indices
+        plan = CopyPlan(first.form, second.form, mine.plan_step, theirs.plan_step)
+        runs = plan.runs(first, second, mine, theirs, SLOTS)
+        found = counted(plan, mine, theirs, SLOTS)
+        assert found.nbytes == int(runs.nbytes.sum())
+        real = runs.src.size
+        # The parts of a kv may lie one behind the other, and several allocations too.
+        assert real <= found.runs <= 2 * real
+
+
+L, N, B, H, D = 16, 48, 16, 2, 32
+
+
+def paged() -> KVView:
+    return KVView(torch.empty((L, 2, N, B, H, D)), "layer kv block token head dim")
+
+
+def by_block() -> KVView:
+    return KVView(torch.empty((N, L, 2, B, H, D)), "block layer kv token head dim")
+
+
+def listed() -> KVView:
+    planes = [torch.empty((2, N, B, H, D)) for _ in range(L)]
+    return KVView(planes, "layer | kv block token head dim")
+
+
+def hnd() -> KVView:
+    return KVView(torch.empty((L, 2, N, H, B, D)), "layer kv block head token dim")
+
+
+def chunk() -> KVView:
+    return KVView(torch.empty((2, L, N * B, H * D)), "kv layer token (head dim)", heads=H)
+
+
+VIEWS = (paged, by_block, listed, hnd, chunk)
+
+
+def folded(runs: Runs, src: KVView, dst: KVView, below: int) -> int:
+    """Pieces that runs fold into, in the order of the source or of the destination."""
+    order = np.argsort(runs.dst)
+    turned = Runs(runs.dst[order], runs.src[order], runs.nbytes[order])
+    return min(fold(runs, src, dst, below).number, fold(turned, dst, src, below).number)
+
+
+@pytest.mark.parametrize("below", [1, 1 << 10, 64 << 10, ALL])
+@pytest.mark.parametrize("order", ["random", "rising", "neighbours"])
+@pytest.mark.parametrize("target", VIEWS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("source", VIEWS, ids=lambda make: make.__name__)
+def test_what_engines_meet(
+    source: Callable[[], KVView], target: Callable[[], KVView], order: str, below: int
+) -> None:
+    """The layouts of the field: exactly as many runs, and about as many pieces as there will be
+    where wider runs than so many bytes are folded only if they are many."""
+    random = np.random.default_rng(5)
+    src, dst = source(), target()
+    indices = []
+    for view in (src, dst):
+        ids = random.permutation(N)[:20]
+        ids = np.sort(ids) if order == "rising" else np.arange(3, 23) if order[0] == "n" else ids
+        indices.append(Index(ids, step=B) if view.block_size else Index())
+    mine, theirs = indices
+    plan = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
+    runs = plan.runs(src, dst, mine, theirs, 20 * B)
+    found = counted(plan, mine, theirs, 20 * B, below)
+    # Planes of separate allocations may happen to touch each other.
+    assert 0.9 * found.runs <= runs.src.size <= found.runs
+    assert 0.5 <= found.pieces / folded(runs, src, dst, below) <= 2
+
+
+def test_the_host_side_alone() -> None:
+    """Between rows in the order of the index and host memory, whatever the device's side is."""
+    device, host = hnd(), by_block()
+    plan = CopyPlan(device.form, host.form, B, B)
+    plan.src, plan.dst = _at(device, "device"), _at(host, "pinned")
+    counter = RunCounter.of_host(plan)
+    block = L * 2 * B * H * D * 4
+    for ids, runs in (([7, 3, 5], 3), ([3, 4, 5], 1), ([5, 4, 3], 3), ([1, 2, 9, 10, 11, 0], 3)):
+        index = Index(ids, step=B)
+        found = counter.shape(counter.groups(index, index, len(ids) * B), len(ids) * B)
+        assert (found.nbytes, found.runs, found.pieces) == (len(ids) * block, runs, runs)
+    # The whole plan moves head by head.
+    assert counted(plan, Index([7], B), Index([3], B), B).runs == L * 2 * H * B
+
+
+def test_whole_blocks_are_one_run_however_they_are_named() -> None:
+    """By slots on the device, host blocks that are taken whole lie in one piece all the same."""
+    device, host = paged(), by_block()
+    slots = Index(np.random.default_rng(2).permutation(N * B)[: 4 * B])
+    plan = CopyPlan(device.form, host.form, slots.plan_step, B)
+    plan.src, plan.dst = _at(device, "device"), _at(host, "pinned")
+    assert plan.unit == 1
+    counter = RunCounter.of_host(plan)
+
+    def runs(theirs: Index, count: int) -> int:
+        return counter.shape(counter.groups(theirs, theirs, count), count).runs
+
+    assert runs(Index([7, 3, 5, 1], B), 4 * B) == 4
+    # Parts of blocks are runs of each plane.
+    planes = 2 * L
+    assert runs(Index([7, 3, 5, 1], B), 4 * B - 1) == 4 * planes
+    assert runs(Index([7, 3, 5, 1], B, offset=1), 2 * B) == 3 * planes
+
+
+def test_a_host_side_without_ids() -> None:
+    device, host = paged(), chunk()
+    plan = CopyPlan(host.form, device.form, 0, B)
+    plan.src, plan.dst = _at(host, "pinned"), _at(device, "device")
+    counter = RunCounter.of_host(plan)
+    every = Index()
+    assert counter.groups(every, every, 20 * B) == 1
+    found = counter.shape(1, 20 * B)
+    assert (found.runs, found.pieces) == (2 * L, 1)  # rows at one pitch
+    assert counter.shape(1, N * B).runs == 1  # all of it
+
+
+def _at(view: KVView, place: str) -> Form:
+    return replace(view.form, place=place)
+
+
+def test_padding_between_blocks_keeps_neighbours_apart() -> None:
+    room = torch.empty(10, 5, 8)
+    view = KVView(room[:, :4], "block token dim")
+    dense = KVView(torch.empty(40, 8), "token dim")
+    plan = CopyPlan(view.form, dense.form, 4, 0)
+    blocks = Index(list(range(1, 9)), 4)
+    found = counted(plan, blocks, Index(), 32)
+    assert (found.runs, found.pieces) == (8, 1)
+    assert fold(plan.runs(view, dense, blocks, Index(), 32)).number == 1
+    assert counted(plan, blocks, Index(), 32, below=4 * 32).pieces == 8  # too few for wide ones
+    # The same slots by a slot mapping: no neighbours across the padding either.
+    by_slot = CopyPlan(view.form, dense.form, 1, 0)
+    assert counted(by_slot, Index(list(range(4, 36))), Index(), 32).runs == 8
+
+
+@pytest.mark.parametrize("by_loop", [False, True], ids=["units", "a loop"])
+@pytest.mark.parametrize("height", [LEAST_HEIGHT - 1, LEAST_HEIGHT, TALL - 1, TALL, 2 * TALL])
+def test_few_wide_rows_stay_apart_and_many_fold(height: int, by_loop: bool) -> None:
+    """As many as `fold` folds of the same runs: narrow ones from 8 rows on, wide ones from 32."""
+    count = 4 if by_loop else height
+    shape = (4, height, 8) if by_loop else (height, 8)
+    layout = "token head dim" if by_loop else "token dim"
+    # Apart on both sides, by gaps that differ: nothing merges, and rows lie at one pitch.
+    first, second = (torch.empty(*shape[:-1], 8 + gap)[..., :8] for gap in (1, 2))
+    src, dst = KVView(first, layout), KVView(second, layout)
+    plan = CopyPlan(src.form, dst.form, 0, 0)
+    runs = plan.runs(src, dst, Index(), Index(), count)
+    for below, least in ((33, LEAST_HEIGHT), (32, TALL)):
+        found = counted(plan, Index(), Index(), count, below)
+        assert found.runs == runs.src.size
+        if not by_loop:
+            assert found.pieces == fold(runs, src, dst, below).number
+            assert found.pieces == (1 if height >= least else height)
+        elif height >= least:
+            assert found.pieces == 4
+        else:
+            assert found.pieces == found.runs
+    never = counted(plan, Index(), Index(), count, 0)
+    assert (never.runs, never.pieces) == (runs.src.size,) * 2
+
+
+def test_a_list_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    src, dst = paged(), by_block()
+    counter = RunCounter(CopyPlan(src.form, dst.form, B, B))
+    mine, theirs = Index([1, 2, 3], B), Index([4, 5, 6], B)
+    assert counter.groups(mine, theirs, 3 * B) == 1
+    monkeypatch.setattr(shapes, "_groups", lambda *_, **__: 99)
+    assert counter.groups(mine, theirs, 3 * B) == 1
+    assert counter.groups(mine, theirs, 2 * B) == 99  # other positions
+    assert counter.groups(mine.shifted(B), theirs.shifted(B), 2 * B) == 99
+    assert counter.groups(Index([1, 2, 3], B), theirs, 3 * B) == 99  # another list
+
+
+def test_counts_that_are_kept_do_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "_KEPT", 8)
+    src, dst = paged(), by_block()
+    counter = RunCounter(CopyPlan(src.form, dst.form, B, B))
+    for first in range(40):
+        assert counter.groups(Index([first, 3], B), Index([9, 1], B), 2 * B) == 2
+    assert len(counter._known) <= 8
+
+
+def test_ids_on_a_device_are_not_waited_for() -> None:
+    """They are taken as scattered, until the host has them for another reason."""
+    src, dst = paged(), by_block()
+    counter = RunCounter(CopyPlan(src.form, dst.form, B, B))
+    mine, theirs = Index([1, 2, 3], B), Index([4, 5, 6], B)
+    mine.on_host = False  # as an index whose ids are on a device
+    assert counter.groups(mine, theirs, 3 * B) == 3
+    assert mine._host_ids is None
+    mine._host_ids = np.array([1, 2, 3])
+    assert counter.groups(mine, theirs, 3 * B) == 1
+
+
+def test_long_lists_are_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    src = KVView(noise(64, 8), "token dim")
+    dst = KVView(noise(64, 8, seed=1), "token dim")
+    plan = CopyPlan(src.form, dst.form, 1, 1)
+    order = np.random.default_rng(3).permutation(64)
+    same = Index(order), Index(order)
+    assert counted(plan, *same, 64).runs == 1
+    monkeypatch.setattr(shapes, "_SORTED", 8)
+    assert counted(plan, *same, 64).runs > 30
+    falling = Index(np.arange(64)[::-1]), Index(np.arange(64)[::-1])
+    assert counted(plan, *falling, 64).runs == 1

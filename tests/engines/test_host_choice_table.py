@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stored table of costs: look-up between measurements, and files that are wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from portakv.engines import costs as table
+from portakv.engines.assumed import Assumed
+from portakv.engines.costs import (
+    FORMAT,
+    Point,
+    Table,
+    TableError,
+    as_json,
+    costs_of,
+    identity,
+    path_for,
+    read,
+    store,
+)
+from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime import kernel_cache as _kernel_cache
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache directory that is not there yet, and a process that has read no table."""
+    found = tmp_path / "a" / "cache"
+    monkeypatch.setenv(_kernel_cache.ENVIRONMENT, str(found))
+    monkeypatch.setattr(table, "_known", {})
+    return found
+
+
+def affine(size: int, runs: int) -> float:
+    """What a copy engine costs: a fixed time, a time for each run, a time for each byte."""
+    return 2e-5 + 8e-7 * runs + size * runs / 55e9
+
+
+def kept(runs: int) -> float:
+    """What a call keeps the host: no byte has a price."""
+    return 4e-5 + 4.5e-7 * runs
+
+
+SIZES = (256, 4096, 65536, 1 << 20)
+
+
+def made(**device: str) -> Table:
+    columns = {
+        size: [Point(n, affine(size, n), kept(n)) for n in (1, 16, 256, 4096)] for size in SIZES
+    }
+    return Table(
+        {**identity(CPU), **device}, {("staged", "d2h"): columns, ("direct", "d2h"): columns},
+        {"ring": "it was slow"}, took=1.5, timer="a good clock",
+    )  # fmt: skip
+
+
+# look-up
+
+
+@pytest.mark.parametrize("size", [256, 512, 1152, 4096, 32768, 65536, 500_000, 1 << 20])
+@pytest.mark.parametrize("runs", [1, 3, 16, 100, 1000, 4096, 20_000])
+def test_between_measurements_what_is_affine_is_exact(size: int, runs: int) -> None:
+    found = made().seconds("staged", "d2h", size, runs)
+    wanted = affine(size, runs)
+    # Before its first point a column is level, and behind its last it goes straight on.
+    few = size * runs < max(SIZES)
+    assert found == pytest.approx(wanted, rel=0.5 if few else 1e-6)
+    assert found is not None
+    assert few or found >= wanted * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("size", [256, 1152, 32768, 1 << 20])
+@pytest.mark.parametrize("runs", [16, 100, 1000, 4096])
+def test_what_the_host_pays_is_known_beside_it(size: int, runs: int) -> None:
+    found = made().host_seconds("staged", "d2h", size, runs)
+    few = size * runs < max(SIZES)
+    assert found == pytest.approx(kept(runs), rel=0.5 if few else 1e-6)
+    assert made().host_seconds("staged", "h2d", size, runs) is None
+
+
+def test_outside_the_sizes_that_were_measured() -> None:
+    known = made()
+    # Narrower runs cost each what the narrowest do; longer ones are as good as several.
+    assert known.seconds("staged", "d2h", 16, 256) == pytest.approx(affine(256, 256))
+    whole = 64 << 20
+    assert known.seconds("staged", "d2h", whole, 1) == pytest.approx(affine(1 << 20, 64))
+    assert known.seconds("staged", "d2h", 1 << 20, 0) == affine(1 << 20, 1)
+    assert known.seconds("staged", "d2h", 0, 1) == affine(256, 1)
+
+
+def test_seconds_do_not_fall_with_the_number_of_runs() -> None:
+    """Nor by measurements that do, or that are alone."""
+    noisy = [Point(1, 5e-5, 0), Point(16, 4e-5, 0), Point(256, 9e-5, 0), Point(1024, 8e-5, 0)]
+    single = [Point(64, 1e-4, 0)]
+    known = Table({}, {("a", "d2h"): {4096: noisy}, ("b", "d2h"): {4096: single}})
+    for engine in "ab":
+        found = [known.seconds(engine, "d2h", 4096, 2**n) or 0 for n in range(24)]
+        if engine == "b":
+            assert found == sorted(found)
+        # Far behind the last point it costs more: bytes are never free.
+        assert found[23] > 50 * found[10]
+        assert all(found)
+
+
+def test_what_was_not_measured_is_not_known() -> None:
+    assert made().seconds("descriptors", "d2h", 4096, 1) is None
+    assert made().seconds("staged", "h2d", 4096, 1) is None
+    assert Table({}, {("a", "d2h"): {}}).seconds("a", "d2h", 1, 1) is None
+
+
+# the file
+
+
+def test_a_table_comes_back_as_it_was(folder: Path) -> None:
+    before = made()
+    path = store(before)
+    assert path.parent == folder
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    after = read(path)
+    assert as_json(after) == as_json(before)
+    for size in (300, 4096):
+        assert after.seconds("staged", "d2h", size, 77) == before.seconds("staged", "d2h", size, 77)
+        assert after.host_seconds("staged", "d2h", size, 77) == before.host_seconds(
+            "staged", "d2h", size, 77
+        )
+    assert after.left_out == {"ring": "it was slow"}
+    assert after.timer == "a good clock"
+    assert str(path) in after.origin
+    assert [entry.name for entry in folder.iterdir()] == [path.name]  # nothing half-written
+
+
+def test_it_is_used_from_then_on() -> None:
+    before = costs_of(CPU)
+    assert not before.measured
+    assert "`portakv calibrate` measures one" in before.origin
+    assert costs_of(CPU) is before
+    store(made())
+    after = costs_of(CPU)
+    assert after.measured
+    assert after.origin.startswith("measured on")
+    assert after.seconds("staged", "d2h", 4096, 1) == pytest.approx(affine(4096, 1))
+    assert costs_of(CPU) is after
+
+
+def test_a_file_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    store(made())
+    first = costs_of(CPU)
+    monkeypatch.setattr(table, "read", None)
+    assert costs_of(CPU) is first
+
+
+def test_tables_of_other_devices_drivers_and_releases_lie_beside_it(folder: Path) -> None:
+    mine = identity(CPU)
+    assert mine["torch"] == torch.__version__
+    paths = {path_for(mine | {name: "another"}) for name in mine}
+    paths.add(path_for(mine))
+    assert len(paths) == len(mine) + 1
+    store(made(model="another model"))
+    assert not costs_of(CPU).measured
+
+
+def spoil(content: Any, **changes: Any) -> str:
+    return json.dumps({**content, **changes})
+
+
+Rows = list[list[Any]]
+
+
+def rows_of(content: Any, rows: Rows) -> str:
+    return spoil(content, engines={"staged": {"d2h": rows}})
+
+
+DAMAGED: dict[str, tuple[Callable[[Any], str], str]] = {
+    "empty": (lambda c: "", "no JSON"),
+    "cut off": (lambda c: json.dumps(c)[:-40], "no JSON"),
+    "not text": (lambda c: "\udcff\udcfe", "no JSON"),
+    "deep": (lambda c: "[" * 100_000, "no JSON"),
+    "a list": (lambda c: "[1, 2]", "its format is None"),
+    "an older format": (lambda c: spoil(c, format=0), "its format is 0"),
+    "a newer format": (lambda c: spoil(c, format=FORMAT + 1), f"its format is {FORMAT + 1}"),
+    "without engines": (lambda c: json.dumps({"format": FORMAT}), "damaged (KeyError"),
+    "engines that are none": (lambda c: spoil(c, engines=[3]), "damaged (AttributeError"),
+    "a direction": (lambda c: spoil(c, engines={"staged": {"up": []}}), "direction 'up'"),
+    "a short row": (lambda c: rows_of(c, [[4096, 1, 1.0]]), "damaged (ValueError"),
+    "no bytes": (lambda c: rows_of(c, [[0, 1, 1.0, 1.0]]), "0 is no number"),
+    "half a run": (lambda c: rows_of(c, [[4096, 0.5, 1.0, 1.0]]), "0.5 is no number"),
+    "a negative time": (lambda c: rows_of(c, [[4096, 1, -1.0, 1.0]]), "-1.0 is no time"),
+    "no time at all": (lambda c: rows_of(c, [[4096, 1, 0, 1.0]]), "is no time"),
+    "no number": (lambda c: rows_of(c, [[4096, 1, float("nan"), 1.0]]), "nan is no time"),
+    "infinity": (lambda c: rows_of(c, [[4096, 1, float("inf"), 1.0]]), "inf is no time"),
+    "a word": (lambda c: rows_of(c, [[4096, 1, "fast", 1.0]]), "'fast' is no time"),
+    "a truth": (lambda c: rows_of(c, [[4096, True, 1.0, 1.0]]), "True is no number"),
+    "a point twice": (lambda c: rows_of(c, [[4096, 1, 1.0, 1.0]] * 2), "occurs twice"),
+    "a device that is none": (lambda c: spoil(c, device=7), "damaged (AttributeError"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_file_that_is_damaged_is_ignored_and_says_so(kind: str) -> None:
+    path = store(made())
+    damage, why = DAMAGED[kind]
+    path.write_bytes(damage(json.loads(path.read_text())).encode(errors="surrogateescape"))
+    table.forget()
+    with pytest.raises(TableError) as refused:
+        read(path)
+    assert why in str(refused.value)
+    found = costs_of(CPU)
+    assert isinstance(found, Assumed)
+    assert f"{path} was ignored, since" in found.origin
+    assert why in found.origin
+    assert found.seconds("staged", "d2h", 4096, 1)
+    # Measuring again mends it.
+    store(made())
+    assert costs_of(CPU).measured
+
+
+def test_a_file_of_another_device_under_this_ones_name_is_ignored() -> None:
+    path = store(made())
+    content = json.loads(path.read_text())
+    path.write_text(spoil(content, device={**content["device"], "model": "another model"}))
+    table.forget()
+    found = costs_of(CPU)
+    assert not found.measured
+    assert "was measured on" in found.origin
+    assert "another model" in found.origin
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="root reads everything")
+def test_a_file_that_cannot_be_read_is_ignored() -> None:
+    path = store(made())
+    path.chmod(0)
+    table.forget()
+    assert "cannot be read" in costs_of(CPU).origin
+
+
+def test_a_folder_in_its_place_is_ignored() -> None:
+    path = path_for(identity(CPU))
+    path.mkdir(parents=True)
+    assert "cannot be read" in costs_of(CPU).origin
+    with pytest.raises(OSError, match="directory"):
+        store(made())
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_who_reads_while_others_write_sees_a_whole_table(folder: Path) -> None:
+    path = store(made())
+
+    def write() -> None:
+        for _ in range(100):
+            store(made())
+
+    writers = [threading.Thread(target=write) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    reads = 0
+    while any(writer.is_alive() for writer in writers) or not reads:
+        assert read(path).points
+        reads += 1
+    assert [entry.name for entry in folder.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("told", "driver"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27\n", "580.65.06"),
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release",
+            "570.86.15",
+        ),
+        ("6.12.12\n", "6.12.12"),
+        ("nothing that one knows", "13000"),
+        (None, "13000"),
+    ],
+)
+def test_the_driver_of_a_table(
+    told: str | None, driver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "version"
+    if told is not None:
+        file.write_text(told)
+    monkeypatch.setattr(table, "_MODULES", (file, file))
+    monkeypatch.setattr(_cuda_driver, "driver_version", lambda: 13000)
+    assert table._driver() == driver
+
+
+def test_a_driver_that_nobody_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> int:
+        raise ImportError("no cuda.bindings")
+
+    monkeypatch.setattr(table, "_MODULES", (tmp_path, tmp_path))
+    monkeypatch.setattr(_cuda_driver, "driver_version", absent)
+    assert table._driver() == ""

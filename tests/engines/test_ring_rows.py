@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host's own half of a copy through pinned memory, against `reference`; and what crosses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.engine_cases import (
+    BLOCK,
+    BLOCKS,
+    CHUNKS,
+    POOLS,
+    index_of,
+    leaves,
+    mapped,
+    scattered,
+    tensors_of,
+    view_of,
+)
+
+from portakv import Index, KVView, LayoutError, copy_rows
+from portakv.backends import host_rows
+from portakv.backends.host_rows import HostRows
+from portakv.engines.dense import mirror_of
+from portakv.engines.pageable import extent
+from portakv.plan.plan import CopyPlan
+
+#: Layout, ids of the rows (list, step), offset, count, unit.
+CASES: list[tuple[str, Any, int, int, int]] = [
+    *((layout, None, offset, 37, 1) for layout in CHUNKS for offset in (0, 5)),
+    *((layout, None, offset, 40, 1) for layout in POOLS for offset in (0, 3, 16)),
+    *((layout, None, 8, 40, BLOCK) for layout in POOLS),
+    *((layout, scattered(64, BLOCK), 0, 64, BLOCK) for layout in POOLS),
+    *((layout, scattered(64, BLOCK), offset, 43, 1) for layout in POOLS for offset in (0, 3)),
+    *((layout, scattered(41, 1), 2, 39, 1) for layout in (*POOLS, *CHUNKS)),
+    *((layout, (range(3, 12), BLOCK), 0, 70, 1) for layout in POOLS),
+    *((layout, (range(11, 2, -1), BLOCK), 0, 72, BLOCK) for layout in POOLS),
+    *((layout, (range(0, 80, 2), 1), 0, 40, 1) for layout in (*POOLS, *CHUNKS)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+@pytest.mark.parametrize("outward", [True, False], ids=["to rows", "from rows"])
+def test_every_byte(case: tuple[str, Any, int, int, int], outward: bool) -> None:
+    layout, ids, offset, count, unit = case
+    here = tensors_of(layout, BLOCK * BLOCKS, 1)
+    rows = view_of(here, layout)
+    index = index_of(ids, offset) if ids is None else Index(list(ids[0]), ids[1], offset)
+    mirror = mirror_of(rows.form)
+    block = mirror.block_size
+    behind = Index(offset=offset % block)
+    held = -(-(count + behind.offset) // block) * block
+    noise = torch.Generator().manual_seed(3)
+    dense = torch.randint(0, 256, (mirror.nbytes(held),), dtype=torch.uint8, generator=noise)
+    slot, twin = mirror.view(dense, held), dense.clone()
+    expected = mapped(here, torch.Tensor.clone)
+    sides = (slot, rows), (behind, index)
+    judged = (mirror.view(twin, held), view_of(expected, layout)), (behind, index)
+    if not outward:
+        sides, judged = tuple(x[::-1] for x in sides), tuple(x[::-1] for x in judged)  # type: ignore[assignment]
+    copy_rows(*judged[0], *judged[1], count=count)
+    (src, dst), (src_index, dst_index) = sides
+    steps = src_index.plan_step, dst_index.plan_step
+    HostRows(src.form, dst.form, *steps, unit).copy(src, dst, src_index, dst_index, count)
+    assert torch.equal(dense, twin)
+    for found, wanted in zip(leaves(here), leaves(expected), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def chunks(widths: tuple[int, int], tokens: int = 24) -> tuple[torch.Tensor, KVView]:
+    """Rows of unequal widths for the two kv, two layers."""
+    memory = torch.arange(2 * tokens * sum(widths), dtype=torch.int32).view(torch.uint8)
+    memory = memory[: 2 * tokens * sum(widths)].clone()
+    shape = (2, tokens, sum(widths))
+    return memory, KVView(memory.view(shape), "layer token (kv head dim)", kv=2, heads=1,
+                          dim=widths)  # fmt: skip
+
+
+@pytest.mark.parametrize("widths", [(16, 48), (3, 5), (20, 4), (6, 2)])
+@pytest.mark.parametrize("index", [Index(offset=3), Index([20, 3, 4, 5, 11, 0, 9])])
+def test_rows_of_unequal_widths_and_of_any_alignment(widths: tuple[int, int], index: Index) -> None:
+    memory, rows = chunks(widths)
+    twin = memory.clone()
+    judged = KVView(twin.view(2, 24, -1), rows.layout.text, kv=2, heads=1, dim=widths)
+    mirror = mirror_of(rows.form)
+    dense = torch.arange(mirror.nbytes(8)).to(torch.uint8).flip(0).contiguous()
+    slot = mirror.view(dense, 8)
+    half = HostRows(slot.form, rows.form, 0, index.plan_step, 1)
+    half.copy(slot, rows, Index(), index, 7)
+    copy_rows(slot, judged, Index(), index, count=7)
+    assert torch.equal(memory, twin)
+
+
+def test_memory_that_was_replaced_is_refused() -> None:
+    memory, rows = chunks((16, 16))
+    mirror = mirror_of(rows.form)
+    slot = mirror.view(torch.zeros(mirror.nbytes(8), dtype=torch.uint8), 8)
+    half = HostRows(slot.form, rows.form, 0, 0, 1)
+    half.copy(slot, rows, Index(), Index(), 8)
+    memory.untyped_storage().resize_(0)
+    with pytest.raises(LayoutError, match="replaced"):
+        half.copy(slot, rows, Index(), Index(), 8)
+
+
+def test_in_inference_mode_and_after_it() -> None:
+    memory, rows = chunks((16, 16))
+    mirror = mirror_of(rows.form)
+    slot = mirror.view(torch.zeros(mirror.nbytes(24), dtype=torch.uint8), 24)
+    half = HostRows(slot.form, rows.form, 0, 0, 1)
+    with torch.inference_mode():
+        half.copy(slot, rows, Index(), Index(), 8)
+    half.copy(slot, rows, Index(), Index(), 24)
+    assert not memory.any()
+
+
+@pytest.fixture(params=[1, 4])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """How many torch may use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], bool]]:
+    """The copies that are made: the shape of what is written, axes of one element left out, and
+    whether ids pick its rows or those that are read."""
+    seen: list[tuple[tuple[int, ...], bool]] = []
+    plain = host_rows._copy
+
+    def noted(source: Any, srows: Any, target: Any, drows: Any) -> None:
+        seen.append(
+            (tuple(n for n in target.shape if n != 1), srows is not None or drows is not None)
+        )
+        plain(source, srows, target, drows)
+
+    monkeypatch.setattr(host_rows, "_copy", noted)
+    return seen
+
+
+def test_consecutive_ids_are_one_plain_copy(made: list[Any]) -> None:
+    rows = view_of(tensors_of(POOLS[2], 0, 1), POOLS[2])
+    mirror = mirror_of(rows.form)
+    slot = mirror.view(torch.zeros(mirror.nbytes(64), dtype=torch.uint8), 64)
+    half = HostRows(slot.form, rows.form, 0, BLOCK, BLOCK)
+    half.copy(slot, rows, Index(), Index(list(range(4, 12)), step=BLOCK), 64)
+    assert [indexed for _, indexed in made] == [False]
+    assert prod(made[0][0]) == mirror.nbytes(64)  # by bytes, which torch spreads furthest
+
+
+@pytest.mark.usefixtures("threads")
+def test_dense_rows_are_one_plain_copy(made: list[Any]) -> None:
+    """Rows of 4 KiB, which lie together in each of 8 planes."""
+    tokens, width = 256, 4096
+    memory = torch.arange(8 * 2 * tokens * width // 8).view(torch.uint8)
+    rows = KVView(memory.view(2, 4, 2 * tokens, width), "kv layer token (head dim)", heads=1)
+    mirror = mirror_of(rows.form)
+    dense = torch.zeros(mirror.nbytes(tokens), dtype=torch.uint8)
+    slot = mirror.view(dense, tokens)
+    half = HostRows(rows.form, slot.form, 0, 0, 1)
+    half.copy(rows, slot, Index(offset=7), Index(), tokens)
+    assert len(made) == 1
+    assert torch.equal(dense, memory.view(8, -1, width)[:, 7 : 7 + tokens].reshape(-1))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("run", [16, 48, 4096, 512 << 10])
+@pytest.mark.parametrize("outward", [True, False], ids=["to rows", "from rows"])
+def test_scattered_rows_are_one_indexed_copy(
+    outward: bool, run: int, inference: bool, made: list[Any]
+) -> None:
+    """Of any width, in the widest elements that there are."""
+    count = max(4, (4 << 20) // run)
+    memory = torch.randint(0, 256, (2 * count, run), dtype=torch.uint8)
+    order = torch.randperm(2 * count)[:count]
+    rows = KVView(memory[None], "layer token (kv head dim)", kv=1, heads=1)
+    mirror = mirror_of(rows.form)
+    dense = torch.randint(0, 256, (mirror.nbytes(count),), dtype=torch.uint8)
+    slot, index, wanted = mirror.view(dense, count), Index(order), memory.clone()
+    if outward:
+        wanted[order] = dense.view(count, run)
+    with torch.inference_mode(inference):
+        if outward:
+            HostRows(slot.form, rows.form, 0, 1, 1).copy(slot, rows, Index(), index, count)
+        else:
+            HostRows(rows.form, slot.form, 1, 0, 1).copy(rows, slot, index, Index(), count)
+    assert torch.equal(memory, wanted)
+    assert torch.equal(dense.view(count, run), memory[order])
+    ((shape, indexed),) = made
+    assert indexed
+    assert prod(shape[1:]) == run // 16
+
+
+def moved(rows: KVView, target: KVView, mine: Index, theirs: Index, count: int) -> None:
+    """Copy positions between two views on the host."""
+    half = HostRows(rows.form, target.form, mine.plan_step, theirs.plan_step, 1)
+    half.copy(rows, target, mine, theirs, count)
+
+
+def tokens_of(number: int, width: int = 100) -> tuple[torch.Tensor, KVView]:
+    """Random dense rows of so many bytes."""
+    memory = torch.randint(0, 256, (number, width), dtype=torch.uint8)
+    return memory, KVView(memory, "token dim")
+
+
+@pytest.mark.parametrize("ids", [[7], [7, 2, 4], [2, 3, 4], [2, 4, 6], [6, 4, 2]])
+def test_blocks_at_one_pitch_are_a_plain_copy_and_others_an_indexed_one(
+    ids: list[int], made: list[Any]
+) -> None:
+    source = torch.randint(0, 256, (10, 5, 8), dtype=torch.uint8)  # room behind each block
+    rows = KVView(source[:, :4], "block token dim")
+    target, theirs = tokens_of(50, 8)
+    wanted = target.clone()
+    wanted[: 4 * len(ids)] = source[ids, :4].reshape(-1, 8)
+    half = HostRows(rows.form, theirs.form, 4, 0, 4)
+    half.copy(rows, theirs, Index(ids, 4), Index(), 4 * len(ids))
+    assert torch.equal(target, wanted)
+    assert [indexed for _, indexed in made] == [ids in ([7, 2, 4], [6, 4, 2])]
+
+
+def test_rows_in_another_order(made: list[Any]) -> None:
+    """A block is dense on both sides, but its heads lie the other way round on one."""
+    source, target = (torch.randint(0, 256, (6, 4, 2, 8), dtype=torch.uint8) for _ in range(2))
+    rows = KVView(source, "block token head dim")
+    turned = KVView(target.view(6, 2, 4, 8), "block head token dim")
+    half = HostRows(rows.form, turned.form, 4, 4, 4)
+    half.copy(rows, turned, Index([3, 4], 4), Index([0, 1], 4), 8)
+    assert made
+    assert torch.equal(target.view(6, 2, 4, 8)[:2], source[3:5].transpose(1, 2))
+
+
+def test_planes_that_are_memory_of_their_own_are_copies_of_their_own(made: list[Any]) -> None:
+    source = [torch.randint(0, 256, (2, 6, 4, 1, 16), dtype=torch.uint8) for _ in range(3)]
+    rows = KVView(source, "layer | kv block token head dim")
+    mirror = mirror_of(rows.form)
+    dense = torch.zeros(mirror.nbytes(12), dtype=torch.uint8)
+    half = HostRows(rows.form, mirror.view(dense, 12).form, 4, 0, 4)
+    half.copy(rows, mirror.view(dense, 12), Index([5, 0, 3], 4), Index(), 12)
+    assert len(made) == 3
+    wanted = torch.stack([plane[:, [5, 0, 3]] for plane in source])
+    assert torch.equal(dense, wanted.reshape(-1))
+
+
+@pytest.mark.parametrize("order", [None, [0, 3, 1, 2, 7, 5]], ids=["plain", "indexed"])
+def test_nothing_is_touched_where_one_part_of_the_rows_is_refused(
+    order: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two parts of unequal widths; what is left of the memory holds the first one alone."""
+    memory, rows = chunks((16, 48), tokens=8)
+    mirror = mirror_of(rows.form)
+    dense = torch.full((mirror.nbytes(6),), 0xA5, dtype=torch.uint8)
+    slot = mirror.view(dense, 6)
+    index = Index() if order is None else Index(order)
+    half = HostRows(slot.form, rows.form, 0, index.plan_step, 1)
+    memory.untyped_storage().resize_(memory.numel() - 150)
+    before = torch.tensor(memory.untyped_storage().tolist(), dtype=torch.uint8)
+    monkeypatch.setattr(KVView, "check_memory", lambda self: None)
+    with pytest.raises(LayoutError, match="replaced"):
+        half.copy(slot, rows, Index(), index, 6)
+    assert torch.equal(torch.tensor(memory.untyped_storage().tolist(), dtype=torch.uint8), before)
+
+
+#: Rows in one piece, and with gaps between them.
+STEADY = pytest.mark.parametrize("gap", [0, 4], ids=["dense", "gaps"])
+
+
+def within(arena: np.ndarray[Any, Any], gap: int) -> KVView:
+    """20 rows in the middle third of an arena of 60."""
+    return KVView(torch.from_numpy(arena[20:40])[:, : 20 - gap], "token dim")
+
+
+@STEADY
+@pytest.mark.parametrize("outward", [True, False], ids=["to rows", "from rows"])
+@pytest.mark.parametrize("ends", [(0, 20), (40, 60), (0, 30), (20, 39)])
+def test_memory_that_is_elsewhere_or_too_short_is_refused(
+    ends: tuple[int, int], outward: bool, gap: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the rows, behind them, or not up to the last one: nothing is touched."""
+    arena = np.random.default_rng(2).integers(0, 256, (60, 20), dtype=np.uint8)
+    rows = within(arena, gap)
+    _, others = tokens_of(20, 20 - gap)
+    sides = (others, rows) if outward else (rows, others)
+    moved(*sides, Index(), Index(), 20)
+    rows.owners[0].set_(torch.from_numpy(arena[slice(*ends)]).untyped_storage())
+    before = arena.copy()
+    # It may also happen between that and the copy, as by another thread.
+    monkeypatch.setattr(KVView, "check_memory", lambda self: None)
+    with pytest.raises(LayoutError, match="replaced"):
+        moved(*sides, Index(), Index(), 20)
+    assert np.array_equal(arena, before)
+
+
+@STEADY
+def test_memory_that_grew_around_the_rows_is_the_same_rows(gap: int) -> None:
+    arena = np.random.default_rng(2).integers(0, 256, (60, 20), dtype=np.uint8)
+    rows = within(arena, gap)
+    target, others = tokens_of(20, 20 - gap)
+    rows.owners[0].set_(torch.from_numpy(arena).untyped_storage())
+    moved(rows, others, Index(), Index(), 20)
+    assert np.array_equal(target.numpy(), arena[20:40, : 20 - gap])
+
+
+@STEADY
+def test_a_storage_that_shrank_is_refused(gap: int) -> None:
+    memory = torch.zeros(20, 20, dtype=torch.uint8)
+    rows = KVView(memory[:, : 20 - gap], "token dim")
+    _, others = tokens_of(20, 20 - gap)
+    memory.untyped_storage().resize_(390)
+    with pytest.raises(LayoutError, match="replaced"):
+        moved(others, rows, Index(), Index(), 20)
+
+
+def test_storages_can_still_be_resized() -> None:
+    memory, rows = chunks((16, 16))
+    mirror = mirror_of(rows.form)
+    slot = mirror.view(torch.zeros(mirror.nbytes(8), dtype=torch.uint8), 8)
+    half = HostRows(slot.form, rows.form, 0, 0, 1)
+    half.copy(slot, rows, Index(), Index(), 8)
+    memory.untyped_storage().resize_(128)
+    with pytest.raises(LayoutError, match="replaced"):
+        half.copy(slot, rows, Index(), Index(), 8)
+
+
+@pytest.mark.parametrize("layout", [*CHUNKS, *POOLS, "layer token (kv head dim)"])
+@pytest.mark.parametrize(("first", "count"), [(0, 1), (0, 16), (3, 5), (3, 12), (0, 24)])
+def test_an_extent_covers_its_positions(layout: str, first: int, count: int) -> None:
+    rows = chunks((16, 48))[1] if "(kv" in layout else view_of(tensors_of(layout, 24, 1), layout)
+    mirror, held = mirror_of(rows.form), 24
+    buffer = torch.zeros(mirror.nbytes(held), dtype=torch.uint8)
+    dense = mirror.view(buffer, held)
+    first %= mirror.block_size  # rows begin as far into a block as they do on the host
+    plan = CopyPlan(dense.form, dense.form, 0, 0, 1)
+    runs = plan.runs(dense, dense, Index(offset=first), Index(offset=first), count)
+    needed = np.zeros(buffer.numel(), dtype=bool)
+    for at, nbytes in zip(runs.src - dense.origins[0], runs.nbytes, strict=True):
+        needed[at : at + nbytes] = True
+    found = extent(dense.form, held, first, count)
+    crossing = np.zeros(buffer.numel(), dtype=bool)
+    for row in range(found.height):
+        at = found.start + row * found.pitch
+        assert at >= 0
+        assert at + found.width <= buffer.numel()
+        crossing[at : at + found.width] = True
+    assert not (needed & ~crossing).any()
+    if "(kv" not in layout:
+        units = -(-(first + count) // mirror.block_size) - first // mirror.block_size
+        assert crossing.sum() == mirror.nbytes(units * mirror.block_size)

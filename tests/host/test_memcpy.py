@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain copies without a device: what is copied, what is refused, and rows at a pitch."""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.guarded_memory import filled, refused, same, untouched
+
+from portakv import DeviceMismatch, LayoutError, TransferError, Unsupported
+from portakv.host import memcpy
+from portakv.host._copy_checks import check_disjoint, twice
+from portakv.host._pitched import MAX_PITCH, Pitched, loops_of, pitched
+from portakv.host.memcpy import copy_, copy_d2d, copy_d2h, copy_h2d, direction_of, is_available
+from portakv.runtime import _flight
+from portakv.runtime import cuda as _cuda_driver
+
+BYTES = torch.uint8
+
+
+# What is copied
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.bool, BYTES])
+def test_a_host_copy(dtype: torch.dtype) -> None:
+    src, dst = filled((3, 5, 4), dtype), filled((3, 5, 4), dtype)
+    copied = copy_(dst, src)
+    assert same(dst, src)
+    assert (copied.direction, copied.way, copied.waited) == ("h2h", "torch", True)
+    assert (copied.nbytes, copied.why) == (60 * dtype.itemsize, "both tensors are on the host")
+    assert copied.done()
+    copied.wait()
+    copied.synchronize()
+
+
+def test_a_strided_destination_is_really_written() -> None:
+    """A copy through `.contiguous()` would report success and write nothing."""
+    memory = filled((6, 8), torch.int32)
+    before, src = memory.clone(), filled((4, 3), torch.int32)
+    copy_(memory.t()[2:6, ::2], src)
+    assert torch.equal(memory[::2, 2:6], src.t())
+    assert torch.equal(memory[1::2], before[1::2])
+    assert torch.equal(memory[:, :2], before[:, :2])
+
+
+def test_an_expanded_source_and_one_of_a_leaf_that_learns() -> None:
+    dst = torch.zeros(3, 4, requires_grad=True)
+    copy_(dst, torch.arange(4.0).expand(3, 4))
+    assert dst.tolist() == [[0, 1, 2, 3]] * 3
+
+
+def test_nothing_to_copy() -> None:
+    copied = copy_(torch.zeros(3, 0), torch.zeros(3, 0), non_blocking=True)
+    assert (copied.way, copied.nbytes, copied.waited, copied.done()) == ("nothing", 0, True, True)
+    with refused(LayoutError, "[0, 3]", "[3, 0]"):
+        copy_(torch.zeros(3, 0), torch.zeros(0, 3))
+
+
+# What is refused
+
+
+def test_tensors_that_differ() -> None:
+    dst = filled((4, 4), torch.int32)
+    with refused(LayoutError, "torch.float32", "torch.int32", "neither converts", watch=dst):
+        copy_(dst, torch.zeros(4, 4))
+    with refused(LayoutError, "int16", "int32", watch=dst):
+        copy_(dst, torch.zeros(4, 8, dtype=torch.int16))
+    for shape in ((4,), (4, 1), (1, 4, 4), (2, 8), ()):
+        with refused(LayoutError, str(list(shape)), "[4, 4]", watch=dst):
+            copy_(dst, torch.zeros(shape, dtype=torch.int32))
+    with refused(LayoutError, "ndarray", "source", watch=dst):
+        copy_(dst, np.zeros((4, 4), np.int32))  # type: ignore[arg-type]
+    with refused(LayoutError, "sparse", "source", watch=dst):
+        copy_(dst, torch.zeros(4, 4, dtype=torch.int32).to_sparse())
+    with refused(DeviceMismatch, "meta", "cpu", watch=dst):
+        copy_(dst, torch.zeros(4, 4, dtype=torch.int32, device="meta"))
+
+
+def test_a_direction_that_was_not_asked() -> None:
+    src, dst = torch.zeros(2), torch.ones(2)
+    for call, wanted in ((copy_h2d, "h2d"), (copy_d2h, "d2h"), (copy_d2d, "d2d or peer")):
+        with refused(DeviceMismatch, wanted, "cpu", "copy_", watch=dst):
+            call(dst, src)
+
+
+def test_two_kinds_of_device() -> None:
+    with refused(DeviceMismatch, "xla:0", "cuda:1"):
+        direction_of(_on("cuda:1"), _on("xla:0"))
+    pairs = {("cpu", "cuda:0"): "h2d", ("cuda:1", "cpu"): "d2h", ("cuda:0", "cuda:0"): "d2d",
+             ("cuda:0", "cuda:1"): "peer", ("cpu", "cpu"): "h2h"}  # fmt: skip
+    assert {(src, dst): direction_of(_on(dst), _on(src)) for src, dst in pairs} == pairs
+
+
+def _on(device: str) -> Any:
+    return SimpleNamespace(device=torch.device(device))
+
+
+def test_a_stream_of_no_device_that_takes_part() -> None:
+    src, dst = torch.zeros(2), torch.ones(2)
+    stream: Any = SimpleNamespace(device=torch.device("cuda:1"))
+    with refused(DeviceMismatch, "cuda:1", "cpu", watch=dst):
+        copy_(dst, src, stream=stream)
+
+
+@pytest.mark.parametrize("shift", range(-9, 10))
+def test_any_common_byte_is_refused(shift: int) -> None:
+    memory = filled((64,), BYTES)
+    src = memory[20:28].view(2, 4)
+    dst = memory[20 + shift : 28 + shift].view(2, 4)
+    if abs(shift) < 8:
+        with refused(LayoutError, "share bytes", "through a buffer", watch=memory):
+            copy_(dst, src)
+    else:
+        wanted = src.clone()
+        copy_(dst, src)
+        assert torch.equal(dst, wanted)
+
+
+def test_interleaved_tensors_are_disjoint() -> None:
+    memory = filled((8, 6), torch.int16)
+    wanted = memory[:, ::2].clone()
+    copy_(memory[:, 1::2], memory[:, ::2])
+    assert torch.equal(memory[:, 1::2], wanted)
+    with refused(LayoutError, "share bytes", watch=memory):
+        copy_(memory[:, 1::2], memory[:, 1:4])
+    # Through another storage over the same memory, too.
+    again = torch.from_numpy(memory.view(torch.uint8).numpy()).view(torch.int16)
+    assert again.untyped_storage()._cdata != memory.untyped_storage()._cdata
+    with refused(LayoutError, "share bytes", watch=memory):
+        copy_(again[:, 1:4], memory[:, 1::2])
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "overlaps"),
+    [
+        ((3, 4), (0, 1), True),
+        ((3, 4), (1, 1), True),
+        ((3, 4), (3, 1), True),
+        ((3, 4), (4, 1), False),
+        ((1, 4), (0, 1), False),
+        ((3, 2), (2, 3), False),  # 0 2 4 and 3 5 7: woven, yet apart
+        ((4, 2), (2, 4), True),
+        ((2, 2, 2), (6, 3, 2), False),  # 0 2 3 5 6 8 9 11
+        ((2, 3, 2), (6, 3, 2), True),
+        ((), (), False),
+    ],
+)
+def test_elements_at_one_address(
+    shape: tuple[int, ...], strides: tuple[int, ...], overlaps: bool
+) -> None:
+    memory = filled((64,), torch.int32)
+    dst = memory.as_strided(shape, strides)
+    assert twice(dst) is overlaps
+    if overlaps:
+        with refused(LayoutError, "at one address", str(list(strides)), watch=memory):
+            copy_(dst, filled(shape, torch.int32))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 9)), max_size=3),
+    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 9)), max_size=3),
+    st.integers(0, 40),
+)
+def test_overlap_is_exact(
+    one: list[tuple[int, int]], other: list[tuple[int, int]], shift: int
+) -> None:
+    """Against every address, written out."""
+    memory = torch.zeros(128, dtype=torch.int16)
+    dst = _strided(memory, one, 0)
+    src = _strided(memory, other, shift)
+    places = torch.arange(128)
+    written = _strided(places, one, 0).reshape(-1).tolist()
+    read = _strided(places, other, shift).reshape(-1).tolist()
+    assert twice(dst) is (len(set(written)) < len(written))
+    bad = len(set(written)) < len(written) or bool(set(written) & set(read))
+    try:
+        check_disjoint(dst, src)
+    except LayoutError:
+        assert bad
+    else:
+        assert not bad
+
+
+def _strided(memory: torch.Tensor, dims: list[tuple[int, int]], offset: int) -> torch.Tensor:
+    return memory.as_strided([n for n, _ in dims], [stride for _, stride in dims], offset)
+
+
+# Rows at a pitch
+
+
+@pytest.mark.parametrize(
+    ("dst", "src", "rows"),
+    [
+        (lambda m: m[:4, :8], lambda m: m[4:, 8:], Pitched(32, 4, 128, 128)),
+        (lambda m: m[:4, :8], lambda m: m.view(-1)[:32].view(4, 8), Pitched(32, 4, 32, 128)),
+        (lambda m: m.view(-1)[:32].view(4, 8), lambda m: m[:4, :8], Pitched(32, 4, 128, 32)),
+        (lambda m: m.t()[:8, :4], lambda m: m.t()[8:16, 4:], Pitched(32, 4, 128, 128)),
+        (lambda m: m, lambda m: m, Pitched(1024, 1, 1024, 1024)),
+        (lambda m: m.t(), lambda m: m.t(), Pitched(1024, 1, 1024, 1024)),
+        (lambda m: m.view(2, 4, 32)[:, :2, :16], lambda m: m[:4, :16].reshape(2, 2, 16).clone(),
+         "2 loops"),
+        (lambda m: m[:, ::2], lambda m: m[:, 1::2], Pitched(4, 128, 8, 8)),
+        (lambda m: m[:4, :8], lambda m: m[0, :8].expand(4, 8), "lie 0 and 128"),
+        (lambda m: m[:8, :8], lambda m: m[:8, :8].t(), "2 loops"),
+    ],
+)  # fmt: skip
+def test_rows_at_a_pitch(dst: Any, src: Any, rows: Pitched | str) -> None:
+    memory, other = filled((8, 32), torch.int32), filled((8, 32), torch.int32)
+    found = pitched(dst(memory), src(other))
+    if isinstance(rows, str):
+        assert isinstance(found, str)
+        assert rows in found
+    else:
+        assert found == rows
+
+
+def test_a_pitch_that_cuda_does_not_take() -> None:
+    wide = torch.empty(0, dtype=BYTES).set_(
+        torch.empty(3 * MAX_PITCH, dtype=BYTES).untyped_storage(), 0, (2, 256), (MAX_PITCH + 1, 1)
+    )
+    found = pitched(wide, torch.empty(2, 256, dtype=BYTES))
+    assert isinstance(found, str)
+    assert str(MAX_PITCH) in found
+
+
+@given(st.data())
+def test_rows_are_the_copy(data: Any) -> None:
+    """Whatever the strides: where rows are found, moving them is what copy_ does."""
+    extents = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    tensors = []
+    for _ in range(2):
+        padded = [n + data.draw(st.integers(0, 2)) for n in extents]
+        order = data.draw(st.permutations(range(len(extents))))
+        memory = filled([padded[at] for at in order], torch.int16)
+        back = [order.index(at) for at in range(len(order))]
+        whole = memory.permute(back)
+        tensors.append(whole[tuple(slice(0, n) for n in extents)])
+    dst, src = tensors
+    rows = pitched(dst, src)
+    run, loops = loops_of(dst, src)
+    assert run * int(np.prod([loop.extent for loop in loops])) == 2 * src.numel()
+    if isinstance(rows, str):
+        assert len(loops) > 1
+        return
+    _move(dst.data_ptr(), src.data_ptr(), rows)
+    assert torch.equal(dst, src)
+
+
+def _move(dst: int, src: int, rows: tuple[int, int, int, int]) -> None:
+    width, height, src_pitch, dst_pitch = rows
+    for row in range(height):
+        ctypes.memmove(dst + row * dst_pitch, src + row * src_pitch, width)
+
+
+# What is asked of the CUDA driver
+
+
+class Driver:
+    """The driver's 2-D copy on host memory, asked by the real structure of the extra ``cuda``."""
+
+    def __init__(self, error: int = 0) -> None:
+        self._real = pytest.importorskip("cuda.bindings.driver")
+        self.error, self.streams = error, list[int]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def cuMemcpy2DAsync(self, asked: Any, stream: Any) -> tuple[Any]:
+        self.streams.append(int(stream))
+        if not self.error:
+            kinds = self._real.CUmemorytype
+            to_device = asked.dstMemoryType == kinds.CU_MEMORYTYPE_DEVICE
+            assert asked.srcMemoryType == (
+                kinds.CU_MEMORYTYPE_HOST if to_device else kinds.CU_MEMORYTYPE_DEVICE
+            )
+            src = asked.srcHost if to_device else int(asked.srcDevice)
+            dst = int(asked.dstDevice) if to_device else asked.dstHost
+            _move(dst, src, (asked.WidthInBytes, asked.Height, asked.srcPitch, asked.dstPitch))
+        return (self._real.CUresult(self.error),)
+
+
+@pytest.fixture
+def no_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's module for a device that is the host."""
+    monkeypatch.setattr(_cuda_driver, "adopt", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: _flight.inside(None))
+    monkeypatch.setattr(_cuda_driver, "raw", lambda stream, index: 7 if stream is None else 0)
+
+
+@pytest.mark.usefixtures("no_context")
+@pytest.mark.parametrize("to_device", [True, False])
+def test_the_structure_says_what_is_meant(to_device: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    monkeypatch.setattr(_cuda_driver, "bindings", lambda: driver)
+    memory, other = filled((6, 64), torch.int32), filled((6, 80), torch.int32)
+    dst, src = memory[1:5, :20], other[:4, 60:]
+    rows = pitched(dst, src)
+    assert isinstance(rows, Pitched)
+    before, wanted = memory.clone(), src.clone()
+    default: Any = object()  # stream 0 is a stream, not the lack of one
+    for stream in (None, default):
+        _cuda_driver.copy_pitched(
+            dst.data_ptr(), src.data_ptr(), to_device, rows, torch.device("cuda", 0), stream
+        )
+    assert torch.equal(dst, wanted)
+    assert torch.equal(memory[:, 20:], before[:, 20:])
+    assert driver.streams == [7, 0]
+
+
+@pytest.mark.usefixtures("no_context")
+def test_what_the_driver_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(error=1)
+    monkeypatch.setattr(_cuda_driver, "bindings", lambda: driver)
+    with refused(TransferError, "4 rows of 80 bytes", "CUDA_ERROR_INVALID_VALUE"):
+        _cuda_driver.copy_pitched(1, 2, True, Pitched(80, 4, 80, 80), torch.device("cuda", 0), None)
+
+
+def test_without_cuda_it_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    assert not is_available()
+    assert not is_available("cpu")
+    why = _cuda_driver.why_not(torch.device("cuda", 0))
+    assert why == "torch finds no usable CUDA device here"
+
+
+# Inside graph capture
+
+
+def test_what_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    src, dst = filled((4, 8), torch.int32), filled((4, 8), torch.int32)
+    check = memcpy._check_capture
+    with refused(Unsupported, "non_blocking=True"):
+        check(dst, src, "d2d", "why", False)
+    check(dst, src, "d2d", "why", True)
+    with refused(Unsupported, "pageable", "pin the memory"):
+        check(dst, src, "d2h", "why", True)
+    monkeypatch.setattr(memcpy, "is_pinned", lambda tensor: True)
+    check(dst, src, "h2d", "why", True)
+    check(dst.t(), src.t(), "h2d", "one run all the same", True)
+    with refused(Unsupported, "strides [1, 8]", "two loops"):
+        check(dst, src.view(8, 4).t(), "d2h", "fine", True)
+        check(dst.t(), src.view(8, 4), "d2h", "two loops", True)
+    with untouched(dst):
+        check(dst.t(), src.view(8, 4), "d2h", Pitched(1, 1, 1, 1), True)

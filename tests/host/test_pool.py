@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pool of pinned blocks, in one process."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from support.pinned_runtime import absent, claimed, installed
+
+from portakv.host import pinned
+from portakv.host.pinned import HostMemoryError, PinnedMemory
+from portakv.host.pool import Block, PinnedPool, PoolExhausted
+
+pytestmark = pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
+SIZE = 1000
+
+
+@pytest.fixture(params=["runtime", "none"], autouse=True)
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test holds with a runtime and without any device; and leaves nothing claimed."""
+    if request.param == "runtime":
+        installed(monkeypatch)
+    else:
+        absent(monkeypatch)
+    before = claimed()
+    yield
+    if claimed() != before:
+        gc.collect()  # a caught exception holds the frames that it passed
+    assert claimed() == before
+
+
+class Work:
+    """Something in flight."""
+
+    def __init__(self) -> None:
+        self.over = False
+
+    def done(self) -> bool:
+        return self.over
+
+
+def test_blocks_lie_apart_and_have_their_size() -> None:
+    with PinnedPool(SIZE, 5, alignment=256) as pool:
+        blocks = pool.acquire_many(5)
+        for number, block in enumerate(blocks):
+            assert block.nbytes == block.tensor.numel() == SIZE
+            assert block.address % 256 == 0
+            block.tensor.fill_(number)
+        assert len({block.address for block in blocks}) == 5
+        for number, block in enumerate(blocks):
+            assert bool((block.tensor == number).all())
+        for block in blocks:
+            block.release()
+
+
+def test_memory_is_exactly_what_the_blocks_need() -> None:
+    with PinnedPool(SIZE, 3, alignment=64) as pool:
+        assert [memory.nbytes for _, memory in pool._segments] == [2 * 1024 + SIZE]
+
+
+def test_counts() -> None:
+    with PinnedPool(SIZE, 3) as pool:
+        assert (pool.free, pool.blocks, pool.high_water) == (3, 3, 0)
+        first, second = pool.acquire(), pool.acquire()
+        first.release()
+        with pool.acquire() as third:
+            assert third.held
+            assert (pool.free, pool.high_water) == (1, 2)
+        second.release()
+        assert (pool.free, pool.high_water) == (3, 2)
+
+
+def test_exhausted_is_an_error_at_once_that_names_who_has_it() -> None:
+    with PinnedPool(SIZE, 2) as pool:
+        held = [pool.acquire("prefill"), pool.acquire("decode")]
+        with pytest.raises(PoolExhausted, match=r"0 of 2 were free; (?s:.*)prefill in thread Main"):
+            pool.acquire()
+        with pytest.raises(HostMemoryError, match="may have 2"):
+            pool.acquire_many(3)
+        for block in held:
+            block.release()
+
+
+def test_waiting_ends_with_the_time_or_a_release() -> None:
+    with PinnedPool(SIZE, 1) as pool:
+        block = pool.acquire()
+        began = time.monotonic()
+        with pytest.raises(PoolExhausted, match=r"within 0.05 s"):
+            pool.acquire(wait=True, timeout=0.05)
+        assert time.monotonic() - began >= 0.05
+        later = threading.Timer(0.05, block.release)
+        later.start()
+        with pool.acquire(wait=True, timeout=30) as second:
+            assert second.index == 0
+        later.join()
+
+
+def test_all_or_none() -> None:
+    with PinnedPool(SIZE, 3) as pool:
+        one = pool.acquire()
+        with pytest.raises(PoolExhausted):
+            pool.acquire_many(3)
+        assert pool.free == 2
+        one.release()
+        for block in pool.acquire_many(3):
+            block.release()
+
+
+def test_it_grows_up_to_its_limit() -> None:
+    with PinnedPool(SIZE, 2, limit=5, grow=2) as pool:
+        blocks = pool.acquire_many(2)
+        assert pool.blocks == 2
+        blocks += [pool.acquire()]
+        assert pool.blocks == 4
+        blocks += pool.acquire_many(2)
+        assert pool.blocks == 5
+        with pytest.raises(PoolExhausted):
+            pool.acquire()
+        for number, block in enumerate(blocks):
+            block.tensor.fill_(number)
+        assert [int(block.tensor[-1]) for block in blocks] == [0, 1, 2, 3, 4]
+        for block in blocks:
+            block.release()
+
+
+class Scarce:
+    """In the place of `pinned.allocate`: no memory for more than ``room`` blocks at a time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+        self.room, self.asked, self._allocate = room, [0], pinned.allocate
+        monkeypatch.setattr(pinned, "allocate", self)
+
+    def __call__(self, nbytes: int, **options: Any) -> PinnedMemory:
+        memory = self._allocate(nbytes, **options)  # as pages that are mapped, and then not there
+        self.asked.append(nbytes // 1024 + 1)
+        if self.asked[-1] > self.room:
+            raise HostMemoryError("of the test")
+        return memory
+
+
+def test_it_grows_by_what_is_missing_where_there_is_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with PinnedPool(SIZE, 2, limit=64, grow=32) as pool:
+        scarce = Scarce(monkeypatch, 3)
+        blocks = pool.acquire_many(5)
+        assert (pool.blocks, scarce.asked) == (5, [0, 32, 3])
+        for block in blocks:
+            block.release()
+
+
+def test_no_memory_to_grow_is_exhaustion_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    with PinnedPool(SIZE, 2, limit=64, grow=32) as pool:
+        blocks, kept = pool.acquire_many(2), claimed()
+        scarce = Scarce(monkeypatch, 0)
+        with pytest.raises(PoolExhausted, match="it has 2 and there was no memory") as refused:
+            pool.acquire()
+        assert str(refused.value.__cause__) == "of the test"
+        assert claimed() == kept, "the error holds the memory that was taken"
+        with pytest.raises(PoolExhausted, match=r"within 0\.15 s") as refused:
+            pool.acquire(wait=True, timeout=0.15)
+        assert isinstance(refused.value.__cause__, HostMemoryError)
+        assert 4 <= len(scarce.asked) <= 9, "it asks again, and not without pause"
+        for block in blocks:
+            block.release()
+
+
+@pytest.mark.parametrize("how", ["a release", "memory"])
+def test_who_may_wait_waits_for_either(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with PinnedPool(SIZE, 1, limit=64, grow=32) as pool:
+        block = pool.acquire()
+        scarce = Scarce(monkeypatch, 0)
+
+        def relieve() -> None:
+            if how == "memory":
+                scarce.room = 1
+            else:
+                block.release()
+
+        timer = threading.Timer(0.05, relieve)
+        timer.start()
+        began = time.monotonic()
+        with pool.acquire(wait=True, timeout=10) as second:
+            assert time.monotonic() - began < 8, "nobody asked for memory until the time was over"
+            assert second.index == (how == "memory")
+        timer.join()
+        if block.held:
+            block.release()
+
+
+@pytest.mark.parametrize("count", [-1, "x", 1.5, None])
+def test_no_number_of_blocks(count: Any) -> None:
+    with PinnedPool(SIZE, 1) as pool:
+        assert pool.acquire_many(0) == []
+        with pytest.raises(HostMemoryError, match="blocks were asked of a pool; expected a whole"):
+            pool.acquire_many(count)
+
+
+def test_a_block_in_flight_is_not_handed_out() -> None:
+    with PinnedPool(SIZE, 1) as pool:
+        work = Work()
+        pool.acquire().release(after=work)
+        assert pool.free == 0
+        with pytest.raises(PoolExhausted):
+            pool.acquire()
+        timer = threading.Timer(0.05, lambda: setattr(work, "over", True))
+        timer.start()
+        block = pool.acquire(wait=True, timeout=30)
+        assert work.over
+        with pytest.raises(HostMemoryError, match="does not say when"):
+            block.release(after=3)
+        block.release()
+        timer.join()
+
+
+def test_work_that_failed_has_ended() -> None:
+    class Failed(Work):
+        def done(self) -> bool:
+            raise RuntimeError("of the test")
+
+    with PinnedPool(SIZE, 1) as pool:
+        pool.acquire().release(after=Failed())
+        pool.acquire().release()
+
+
+def test_released_twice_or_elsewhere() -> None:
+    with PinnedPool(SIZE, 2) as pool, PinnedPool(SIZE, 2) as other:
+        block = pool.acquire()
+        with pytest.raises(HostMemoryError, match="another pool"):
+            other.release(block)
+        block.release()
+        again = pool.acquire_many(2)  # the same block is somebody else's now
+        with pytest.raises(HostMemoryError, match="released twice"):
+            block.release()
+        with pytest.raises(HostMemoryError, match="after it had been released"):
+            _ = block.tensor
+        assert pool.free == 0
+        for one in again:
+            one.release()
+
+
+def test_leaks_say_who_where_and_what_was_dropped() -> None:
+    with PinnedPool(SIZE, 3, stacks=True) as pool:
+        kept = pool.acquire("kept")
+        pool.acquire("lost")
+        first, second = pool.leaks()
+        assert (first.owner, first.dropped) == ("kept", False)
+        assert (second.owner, second.dropped) == ("lost", True)
+        assert "test_leaks_say_who" in first.stack
+        assert "dropped without release" in str(second)
+        kept.release()
+        with pytest.warns(ResourceWarning, match="lost in thread MainThread"):
+            pool.close()
+        pool.close()
+
+
+def test_a_closed_pool() -> None:
+    pool = PinnedPool(SIZE, 1)
+    block = pool.acquire()
+    tensor = block.tensor
+    with pytest.warns(ResourceWarning):
+        pool.close()
+    with pytest.raises(HostMemoryError, match="closed"):
+        pool.acquire()
+    tensor.fill_(1)  # what is out holds its memory
+    assert int(tensor.sum()) == SIZE
+    block.release()
+
+
+def test_waiting_ends_when_the_pool_is_closed() -> None:
+    pool = PinnedPool(SIZE, 1)
+    block = pool.acquire()
+    found: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            pool.acquire(wait=True)
+        except HostMemoryError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pool.close()
+    thread.join(30)
+    assert [type(error) for error in found] == [HostMemoryError]
+    del block
+
+
+def test_many_threads_never_share_a_block() -> None:
+    faults: list[str] = []
+    with PinnedPool(64, 4) as pool:
+
+        def work(number: int) -> None:
+            for turn in range(150):
+                with pool.acquire(wait=True, timeout=60) as block:
+                    block.tensor.fill_(number)
+                    if turn % 10 == 0:
+                        time.sleep(0)
+                    if not bool((block.tensor == number).all()):
+                        faults.append(f"{number} found another's bytes")
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert faults == []
+        assert pool.free == 4
+        assert pool.high_water <= 4
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [(0, 1, {}), (1, 0, {}), (1.5, 1, {}), (1, 2, {"limit": 1}), (1, 1, {"alignment": 3}),
+     (1, 1, {"grow": -1})],
+)  # fmt: skip
+def test_numbers_that_make_no_pool(numbers: tuple[Any, Any, dict[str, Any]]) -> None:
+    with pytest.raises(HostMemoryError, match="was asked"):
+        PinnedPool(numbers[0], numbers[1], **numbers[2])
+
+
+def test_a_forked_child_is_told_to_make_its_own() -> None:
+    with PinnedPool(SIZE, 2) as pool:
+        block = pool.acquire()
+        block.tensor.fill_(3)
+        child = os.fork()
+        if child == 0:
+            os._exit(forked(pool, block))
+        assert os.waitpid(child, 0)[1] == 0
+        block.release()
+
+
+def forked(pool: PinnedPool, block: Block) -> int:
+    try:
+        for call in (pool.acquire, block.release):
+            with pytest.raises(HostMemoryError, match="forked from it"):
+                call()
+        pool.close()
+        with PinnedPool(SIZE, 1) as own, own.acquire() as mine:
+            mine.tensor.fill_(4)
+            return int(bool((block.tensor != 3).any()))
+    except BaseException:
+        return 2
+
+
+def test_a_block_of_a_tensor_s_dtype() -> None:
+    with PinnedPool(64, 1) as pool, pool.acquire() as block:
+        assert block.tensor.view(torch.bfloat16).shape == (32,)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"limit": 1}, "up to 1; .*2 or more"),
+        ({"limit": "many"}, "up to 'many'; .*2 or more"),
+        ({"limit": 4, "grow": 0}, "grow by 0 .*1 or more"),
+        ({"limit": 4, "grow": 1.5}, "grow by 1.5 .*1 or more"),
+    ],
+)
+def test_limits_and_steps_that_make_no_pool(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(HostMemoryError, match=match):
+        PinnedPool(SIZE, 2, **options)
+
+
+@pytest.mark.parametrize("timeout", ["1", float("nan"), object()])
+def test_a_timeout_that_is_no_time(timeout: Any) -> None:
+    with PinnedPool(SIZE, 1) as pool:
+        with pytest.raises(HostMemoryError, match="expected seconds"):
+            pool.acquire(timeout=timeout)
+        assert pool.free == 1
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e300])
+def test_a_timeout_that_never_comes(timeout: float) -> None:
+    with PinnedPool(SIZE, 1) as pool:
+        block = pool.acquire()
+        threading.Timer(0.05, block.release).start()
+        pool.acquire(wait=True, timeout=timeout).release()

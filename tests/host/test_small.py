@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small copies without a device: what is accepted, what is refused, and the way that is chosen."""
+
+from __future__ import annotations
+
+import array
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.guarded_memory import filled, refused
+
+from portakv import BackendUnavailable, DeviceMismatch, LayoutError, PortaKVError, Unsupported
+from portakv.host import _small_inline, _small_ways, small
+from portakv.host.small import SmallCopy, choose, to_device
+from portakv.runtime import capture
+from portakv.runtime import cuda as _cuda_driver
+
+META = torch.device("meta")
+
+
+# What is accepted
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "wanted"),
+    [
+        ([3, -1, 2**40], None, torch.tensor([3, -1, 2**40])),
+        ((1, 2), torch.int8, torch.tensor([1, 2], dtype=torch.int8)),
+        (range(5), torch.int32, torch.arange(5, dtype=torch.int32)),
+        ([], None, torch.empty(0, dtype=torch.int64)),
+        (b"\x00\xff7", None, torch.tensor([0, 255, 55], dtype=torch.uint8)),
+        (bytearray(b"ab"), torch.int64, torch.tensor([97, 98])),
+        (memoryview(b"abcd")[::2], None, torch.tensor([97, 99], dtype=torch.uint8)),
+        (array.array("h", [5, -6]), torch.int16, torch.tensor([5, -6], dtype=torch.int16)),
+        ([True, False], torch.bool, torch.tensor([True, False])),
+        ([True, False], None, torch.tensor([1, 0])),
+        (np.array([[1, 2], [3, 4]], np.int16), None, torch.tensor([[1, 2], [3, 4]]).short()),
+        (np.array([1, 2, 3, 4], np.int64)[::2], torch.int32, torch.tensor([1, 3]).int()),
+        (np.array([1, 2**31], ">u4"), None, torch.tensor([1, 2**31], dtype=torch.uint32)),
+        (np.array([2**64 - 1], np.uint64), None, torch.tensor([2**64 - 1], dtype=torch.uint64)),
+        (np.array(7), torch.int32, torch.tensor(7, dtype=torch.int32)),
+        ([np.int64(4), torch.tensor(5)], None, torch.tensor([4, 5])),
+        (torch.arange(6).view(2, 3).t(), torch.uint8, torch.arange(6).view(2, 3).t().byte()),
+        (torch.tensor([True]), torch.int16, torch.tensor([1], dtype=torch.int16)),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_values(values: Any, dtype: torch.dtype | None, wanted: torch.Tensor) -> None:
+    found = to_device(values, "cpu", dtype)
+    assert found.dtype == wanted.dtype
+    assert found.shape == wanted.shape
+    assert found.tolist() == wanted.tolist()
+
+
+def test_a_target_keeps_its_shape_and_tells_the_dtype() -> None:
+    out = filled((2, 3), torch.int16)
+    assert to_device(range(6), out=out) is out
+    assert out.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "names"),
+    [
+        ([1, 256], torch.uint8, ("256", "position 1", "0 to 255")),
+        ([1, -1], torch.uint64, ("-1", "position 1")),
+        ([2**63], None, (str(2**63), "int64")),
+        ([1.5], torch.int32, ("float", "position 0")),
+        (["a"], None, ("str",)),
+        ([None], torch.bool, ("NoneType", "position 0")),
+        ([2], torch.bool, ("2", "0 to 1")),
+        (np.array([300]), torch.int8, ("300", "-128 to 127")),
+        (np.array([2**64 - 1], np.uint64), torch.int64, (str(2**64 - 1),)),
+        (np.array([1.0]), torch.int32, ("float64", "view('uint8')")),
+        (np.array([1.0]), None, ("float64",)),
+        (torch.tensor([1.0]), None, ("float32", "view(torch.uint8)")),
+        ("text", None, ("str",)),
+        (iter([1]), None, ("list_iterator", "list")),
+        (7, None, ("int",)),
+        ([1], torch.float16, ("float16",)),
+        ([[1], [2]], torch.int32, ("list", "position 0")),
+    ],
+    ids=str,
+)
+def test_wrong_values(values: Any, dtype: torch.dtype | None, names: tuple[str, ...]) -> None:
+    with refused(LayoutError, *names):
+        to_device(values, "cpu", dtype)
+    if dtype is not None and dtype.is_floating_point:
+        return
+    out = filled((1,) if not hasattr(values, "__len__") else (len(values),), dtype or torch.int64)
+    with pytest.raises(PortaKVError):
+        to_device(values, dtype=dtype, out=out)
+
+
+def test_a_wrong_value_leaves_the_target() -> None:
+    out = filled((3,), torch.uint8)
+    with refused(LayoutError, "256", watch=out):
+        to_device([1, 2, 256], out=out)
+
+
+def test_a_wrong_target() -> None:
+    with refused(LayoutError, "3 values", "2"):
+        to_device([1, 2, 3], out=torch.zeros(2, dtype=torch.int64))
+    with refused(LayoutError, "int32", "int64"):
+        to_device([1], dtype=torch.int32, out=torch.zeros(1, dtype=torch.int64))
+    with refused(LayoutError, "contiguous", "strides"):
+        to_device([1, 2], out=torch.zeros(4, dtype=torch.int64)[::2])
+    with refused(DeviceMismatch, "cpu", "meta"):
+        to_device([1], "cpu", out=torch.zeros(1, dtype=torch.int64, device=META))
+    with refused(DeviceMismatch, "neither a device nor an out tensor"):
+        to_device([1])
+    with refused(DeviceMismatch, "meta", "copy_"):
+        to_device(torch.zeros(1, device=META), "cpu")
+    with refused(LayoutError, "-1 values"):
+        SmallCopy(-1, torch.int32, "cpu")
+    with refused(LayoutError, "bfloat16"):
+        SmallCopy(1, torch.bfloat16, "cpu")
+
+
+# On the CPU
+
+
+def test_a_sender_to_the_cpu() -> None:
+    sender = SmallCopy(4, torch.int32, "cpu")
+    assert (sender.way, sender.why) == ("host", "the target is on the CPU")
+    assert sender.send([1, 2, 3, 4]) is sender.out
+    assert sender.send(b"ab").tolist() == [97, 98]
+    assert sender.out.tolist() == [97, 98, 3, 4]
+    with refused(Unsupported, "send the values again"):
+        sender.refill([1])
+
+
+# The way
+
+SHARED = "it reads pageable memory by the host's page tables"
+WITHOUT = "cuda-bindings is not installed"
+ALONG = "the driver takes up to 65536 bytes along with the command"
+HELD = "a launch's parameters hold up to 32736 bytes"
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A CUDA device that everything can be asked of, but nothing be sent to."""
+    monkeypatch.setattr(_small_inline, "why_not", lambda device: None)
+    monkeypatch.setattr(_cuda_driver, "why_not", lambda device: None)
+    monkeypatch.setattr(_cuda_driver, "driver_version", lambda: 13000)
+    monkeypatch.setattr(_cuda_driver, "capability", lambda device: 90)
+    monkeypatch.setattr(_cuda_driver, "compiler_target", lambda device: "sm_90")
+    caches = (small._most_by_value, small._unknown_to_compiler, small._first)
+    for one in caches:
+        one.cache_clear()
+    yield torch.device("cuda", 0)
+    for one in caches:
+        one.cache_clear()
+
+
+@pytest.fixture(params=["inline", "value"])
+def first(
+    card: torch.device, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> str:
+    """The best way of the fewest bytes: another where the device shares the host's page tables."""
+    if request.param == "value":
+        monkeypatch.setattr(_small_inline, "why_not", lambda device: SHARED)
+    return str(request.param)
+
+
+@pytest.mark.parametrize(
+    ("extra", "nbytes", "wanted", "allowed"),
+    [
+        (True, 0, ("inline", ALONG), "inline value mapped copy"),
+        (True, 1, ("inline", ALONG), "inline value mapped copy"),
+        (True, 32736, ("inline", ALONG), "inline value mapped copy"),
+        (True, 32737, ("inline", ALONG), "inline mapped copy"),
+        (True, 65536, ("inline", ALONG), "inline mapped copy"),
+        (True, 65537, ("mapped", f"{ALONG} and {HELD}"), "mapped copy"),
+        (False, 0, ("inline", ALONG), "inline copy"),
+        (False, 1, ("inline", ALONG), "inline copy"),
+        (False, 65536, ("inline", ALONG), "inline copy"),
+        (False, 65537, ("copy", f"{ALONG} and {WITHOUT}"), "copy"),
+    ],
+)
+def test_the_best_way_and_those_that_may_be_named(
+    card: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    extra: bool,
+    nbytes: int,
+    wanted: tuple[str, str],
+    allowed: str,
+) -> None:
+    monkeypatch.setattr(_cuda_driver, "why_not", lambda device: None if extra else WITHOUT)
+    assert choose(nbytes, card) == wanted
+    for way in small.WAYS:
+        if way in allowed.split():
+            assert choose(nbytes, card, way) == (way, "it was asked for")
+            continue
+        why = "no CPU"
+        if way == "inline":
+            why = "65536"
+        elif way != "host":
+            why = HELD if extra else WITHOUT
+        with refused(BackendUnavailable, f"{nbytes} bytes", why, f"ask for '{wanted[0]}'"):
+            choose(nbytes, card, way)
+
+
+def test_a_device_that_reads_the_host_s_pages(
+    card: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_small_inline, "why_not", lambda device: SHARED)
+    assert choose(0, card) == choose(32736, card) == ("value", SHARED)
+    assert choose(32737, card) == ("mapped", f"{SHARED} and {HELD}")
+    with refused(BackendUnavailable, "'inline'", "page tables", "ask for 'value'"):
+        choose(1, card, "inline")
+    with refused(BackendUnavailable, "32736", "ask for 'mapped'"):
+        choose(32737, card, "value")
+
+
+def test_what_to_device_takes_without_a_choice(card: torch.device, first: str) -> None:
+    way, most = small._first(card)
+    assert (way, most) == (first, 65536 if first == "inline" else 32736)
+    assert choose(most, card).way == first
+    assert choose(most + 1, card).way == "mapped"
+    assert small._first(torch.device("cpu"))[0] == "host"
+
+
+def test_the_cpu_takes_no_way_but_its_own() -> None:
+    assert choose(64, "cpu") == ("host", "the target is on the CPU")
+    for way in ("inline", "value", "mapped", "copy"):
+        with refused(BackendUnavailable, "on the CPU", "ask for 'host'"):
+            choose(1, "cpu", way)
+
+
+def test_a_way_that_nobody_knows(card: torch.device) -> None:
+    with refused(BackendUnavailable, "'pigeon'", "inline, value, mapped, copy, host"):
+        choose(1, card, "pigeon")
+
+
+def test_the_classic_limit(card: torch.device, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda_driver, "driver_version", lambda: 12000)
+    assert choose(4080, card).way == first
+    assert choose(4081, card).way == ("inline" if first == "inline" else "mapped")
+    assert choose(4080, card, "value").way == "value"
+    with refused(BackendUnavailable, "4081 bytes", "hold up to 4080 bytes"):
+        choose(4081, card, "value")
+
+
+def test_the_fallback_is_recorded(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_small_inline, "why_not", lambda device: SHARED)
+    monkeypatch.setattr(_cuda_driver, "why_not", lambda device: WITHOUT)
+    assert choose(64, card) == ("copy", f"{SHARED} and {WITHOUT}")
+    with refused(BackendUnavailable, WITHOUT, "'copy'"):
+        choose(64, card, "value")
+    monkeypatch.setattr(_cuda_driver, "why_not", lambda device: None)
+
+    def too_old(device: torch.device) -> str:
+        raise RuntimeError("Compute capability 6.0 was asked of NVRTC 13.")
+
+    monkeypatch.setattr(_cuda_driver, "compiler_target", too_old)
+    assert choose(64, card).way == "copy"
+    assert "6.0" in choose(64, card).why
+
+
+def test_nothing_is_asked_of_the_compiler_for_what_goes_inline(
+    card: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cuda_driver, "why_not", lambda device: pytest.fail("it was asked"))
+    assert choose(65536, card).way == choose(8, card, "inline").way == "inline"
+
+
+def test_no_kernel_is_loaded_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "capturing", lambda device: True)
+    with refused(Unsupported, "inside graph capture", "before the capture"):
+        _small_ways.kernels(torch.device("cuda", 7))
+    with refused(Unsupported, "inside graph capture", "before the capture"):
+        _small_ways.Ring(torch.device("cuda", 7), torch.int64, 1, _small_ways.cross_by_copy)
+    with refused(Unsupported, "way='value'", "way='mapped'"):
+        to_device([1], "cpu")
+    with refused(Unsupported, "way='value'", "way='mapped'"):
+        SmallCopy(1, torch.int32, "cpu").send([1])

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Extents: solved from shapes and declarations, nothing guessed, contradictions named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from portakv import KVView, LayoutError
+from portakv.layout.extents import declare
+from portakv.layout.language import parse
+
+
+def zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.float16)
+
+
+def facts(view: KVView) -> tuple[Any, ...]:
+    return view.layers, view.kv, view.heads, view.widths, view.block_size, view.slots
+
+
+# layout, shape, extents, expected (layers, kv, heads, bytes of dim for each kv, block size, slots)
+SOLVED: list[tuple[str, tuple[int, ...], dict[str, Any], tuple[Any, ...]]] = [
+    ("token dim", (5, 8), {}, (1, 1, 1, (16,), None, 5)),
+    ("layer kv block token head dim", (3, 2, 5, 4, 2, 8), {}, (3, 2, 2, (16, 16), 4, 20)),
+    ("kv token (head dim)", (2, 5, 24), {"heads": 3}, (1, 2, 3, (16, 16), None, 5)),
+    ("kv token (head dim)", (2, 5, 24), {"dim": 8}, (1, 2, 3, (16, 16), None, 5)),
+    ("kv token (head dim)", (2, 5, 24), {"dim": 8, "heads": 3}, (1, 2, 3, (16, 16), None, 5)),
+    ("kv token (dim)", (3, 5, 24), {"kv": 3}, (1, 3, 1, (48,) * 3, None, 5)),
+    ("(block token) dim", (20, 8), {"block_size": 4}, (1, 1, 1, (16,), 4, 20)),
+    ("block (token head) dim", (5, 8, 6), {"block_size": 4}, (1, 1, 2, (12,), 4, 20)),
+    ("block (token head) dim", (5, 8, 6), {"heads": 2}, (1, 1, 2, (12,), 4, 20)),
+    ("block head token (kv dim)", (5, 2, 4, 16), {}, (1, 2, 2, (16, 16), 4, 20)),
+    ("block head token (kv dim)", (5, 2, 4, 12), {"dim": (8, 4)}, (1, 2, 2, (16, 8), 4, 20)),
+    ("block (kv token dim)", (5, 40), {"dim": (8, 2)}, (1, 2, 1, (16, 4), 4, 20)),
+    ("block (kv token dim)", (5, 40), {"block_size": 4}, (1, 2, 1, (10, 10), 4, 20)),
+    ("token (kv layer dim)", (5, 36), {"dim": (8, 4), "layers": 3}, (3, 2, 1, (16, 8), None, 5)),
+    ("block dim/4 token dim%4", (5, 2, 4, 4), {}, (1, 1, 1, (16,), 4, 20)),
+    ("block/2 token block%2 dim", (3, 4, 2, 8), {}, (1, 1, 1, (16,), 4, 24)),
+    ("token (dim/4 dim%4)", (5, 8), {}, (1, 1, 1, (16,), None, 5)),
+    ("token/4 head token%4 dim", (3, 2, 4, 8), {}, (1, 1, 2, (16,), None, 12)),
+    ("token 1 dim", (5, 1, 8), {}, (1, 1, 1, (16,), None, 5)),
+    ("block page", (5, 24), {"block_size": 4}, (1, 1, 1, (48,), 4, 20)),
+    ("block page", (5, 4, 6), {"block_size": 4, "dim": 24}, (1, 1, 1, (48,), 4, 20)),
+    ("block token dim", (0, 4, 8), {}, (1, 1, 1, (16,), 4, 0)),
+    ("kv token dim", (2, 0, 8), {}, (1, 2, 1, (16, 16), None, 0)),
+    ("(layer token) dim", (0, 8), {"layers": 3}, (3, 1, 1, (16,), None, 0)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "shape", "extents", "expected"), SOLVED)
+def test_what_is_not_declared_is_solved(
+    layout: str, shape: tuple[int, ...], extents: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    assert facts(KVView(zeros(*shape), layout, **extents)) == expected
+
+
+# layout, shape, extents, part of the message: axis, expected and found extent
+CONTRADICTIONS: list[tuple[str, tuple[int, ...], dict[str, Any], str]] = [
+    ("layer token dim", (3, 5, 8), {"layers": 4}, "Axis 'layer' .* have extent 4, but 3 was found"),
+    ("block token dim", (5, 4, 8), {"block_size": 8}, "Axis 'token' .* extent 8, but 4 was found"),
+    ("token head dim", (5, 4, 8), {"heads": 2}, "Axis 'head' .* extent 2, but 4 was found"),
+    ("token dim", (5, 8), {"dim": 16}, "Axis 'dim' .* extent 16, but 8 was found"),
+    ("kv token dim", (3, 5, 8), {}, "Axis 'kv' .* extent 2, but 3 was found"),
+    ("token kv dim", (5, 2, 8), {"kv": 3}, "Axis 'kv' .* extent 3, but 2 was found"),
+    ("kv block token dim", (4, 2, 4, 8), {}, "Axis 'kv' .* extent 2, but 4 was found"),
+    ("token (head dim)", (5, 24), {"heads": 5},
+     r"\(head dim\) \(head=5, dim=\?\) .* extent 5, but 24 was found"),
+    ("token (head dim)", (5, 24), {"heads": 3, "dim": 4},
+     r"\(head dim\) \(head=3, dim=4\) .* extent 12, but 24 was found"),
+    ("block token (kv dim)", (5, 4, 15), {}, r"\(kv dim\) .* extent 2, but 15 was found"),
+    ("block token (kv dim)", (5, 4, 16), {"dim": (8, 4)}, "extent 12, but 16 was found"),
+    ("token 1 dim", (5, 2, 8), {}, "The dimension `1` .* extent 1, but 2 was found"),
+    ("token dim/4 dim%4", (5, 2, 3), {}, "Axis 'dim' .* extent 4, but 3 was found"),
+    ("token dim/4 dim%4", (5, 2, 4), {"dim": 16}, "Axis 'dim' .* extent 4, but 2 was found"),
+    ("token dim/4 dim%4", (5, 2, 4), {"dim": 10}, "extent 10, which dim/4 cannot divide"),
+    ("block page", (5, 24), {"block_size": 4, "dim": 32}, "'page' .* extent 32, but 24 was found"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "shape", "extents", "why"), CONTRADICTIONS)
+def test_a_contradiction_names_axis_expected_and_found(
+    layout: str, shape: tuple[int, ...], extents: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(LayoutError, match=why):
+        KVView(zeros(*shape), layout, **extents)
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "why"),
+    [
+        ("(block token) dim", (20, 8), "block and token share.*: declare block_size"),
+        ("token (head dim)", (5, 24), "head and dim share.*: declare heads or dim"),
+        ("(kv layer) token dim", (6, 5, 8), None),
+        ("(layer head) token dim", (6, 5, 8), "layer and head share.*: declare layers or heads"),
+        # What grows cannot be declared, so the message must not ask for it.
+        ("(token head) dim", (12, 8), "token and head share.*: declare heads"),
+        ("(block head) token dim", (12, 4, 8), "block and head share.*: declare heads"),
+        ("(block token head) dim", (24, 8), "share.*: declare block_size or heads"),
+    ],
+)
+def test_axes_that_share_a_dimension_must_be_declared(
+    layout: str, shape: tuple[int, ...], why: str | None
+) -> None:
+    if why is None:  # kv is 2 unless declared, so one is left
+        assert KVView(zeros(*shape), layout).layers == 3
+        return
+    with pytest.raises(LayoutError, match=why + r"\.$"):
+        KVView(zeros(*shape), layout)
+
+
+@pytest.mark.parametrize(
+    ("layout", "extents", "why"),
+    [
+        ("token dim", {"layers": 2}, "does not name 'layer', whose extent is then 1"),
+        ("token dim", {"heads": 2}, "does not name 'head'"),
+        ("token dim", {"kv": 2}, "does not name 'kv'"),
+        ("token dim", {"block_size": 4}, "no `block` axis"),
+        ("block page", {}, "declare block_size"),
+        ("layer token dim", {"layers": 0}, "layers=0 .* positive integer"),
+        ("token head dim", {"heads": -1}, "heads=-1 .* positive integer"),
+        ("token dim", {"dim": True}, "dim=True .* positive integer"),
+        ("token head dim", {"heads": 2.5}, "heads=2.5 .* positive integer"),
+        ("block token dim", {"block_size": "4"}, "block_size='4' .* positive integer"),
+        ("kv token dim", {"dim": (8, 8, 8)}, "3 widths, but kv has extent 2"),
+        ("token dim", {"batch": 3}, "Unknown extents batch"),
+    ],
+)
+def test_a_declaration_that_cannot_be_true_is_refused(
+    layout: str, extents: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(LayoutError, match=why):
+        declare(parse(layout), extents)
+
+
+def test_declarations_of_one_are_true_of_axes_that_are_not_written() -> None:
+    view = KVView(zeros(5, 8), "token dim", layers=1, kv=1, heads=1, dim=8)
+    assert facts(view) == (1, 1, 1, (16,), None, 5)
+
+
+def test_numbers_of_other_integer_types_are_integers() -> None:
+    view = KVView(zeros(5, 24), "token (head dim)", heads=np.int64(3))
+    assert view.heads == 3
+
+
+@pytest.mark.parametrize("order", ["kv token dim", "token (dim kv)", "token (kv head) dim"])
+def test_widths_may_differ_only_where_the_parts_can_lie_one_behind_the_other(order: str) -> None:
+    with pytest.raises(LayoutError, match="unequal widths"):
+        declare(parse(order), {"dim": (8, 4), "heads": 2 if "head" in order else None})
+
+
+@pytest.mark.parametrize("order", ["kv | token dim", "token (kv dim)", "block (kv token dim)"])
+def test_widths_may_differ_in_containers_and_right_of_kv(order: str) -> None:
+    assert [known["dim"] for known in declare(parse(order), {"dim": (8, 4)})] == [8, 4]
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "axis"),
+    [
+        ("layer kv token dim", (0, 2, 5, 8), "layer"),
+        ("token head dim", (5, 0, 8), "head"),
+        ("token dim", (5, 0), "dim"),
+        ("block token dim", (5, 0, 8), "token"),
+        ("block dim/4 token dim%4", (5, 0, 4, 4), "dim"),
+    ],
+)
+def test_only_blocks_and_the_tokens_of_a_chunk_may_be_none(
+    layout: str, shape: tuple[int, ...], axis: str
+) -> None:
+    """A loop of extent 0 must never be taken for one of extent 1, nor a block of no tokens for a
+    view without blocks."""
+    with pytest.raises(LayoutError, match=f"Axis '{axis}' .* has extent 0"):
+        KVView(zeros(*shape), layout)
+
+
+def test_an_empty_page_is_refused() -> None:
+    with pytest.raises(LayoutError, match=r"'page' .* has extent 0"):
+        KVView(zeros(5, 0), "block page", block_size=4)
+
+
+def test_keys_and_values_of_different_block_counts_are_refused() -> None:
+    with pytest.raises(LayoutError, match=r"'block' has extents \[5, 6\] for the 2 kv"):
+        KVView((zeros(5, 4, 8), zeros(6, 4, 8)), "kv | block token dim")
+
+
+def test_tensors_of_one_kv_must_have_one_shape_and_other_kv_may_differ_in_width() -> None:
+    pairs = [(zeros(5, 4, 8), zeros(5, 4, 2)) for _ in range(3)]
+    assert facts(KVView(pairs, "layer kv | block token dim")) == (3, 2, 1, (16, 4), 4, 20)
+    pairs[1] = (zeros(5, 4, 8), zeros(5, 4, 4))
+    with pytest.raises(LayoutError, match="share shape, strides and dtype"):
+        KVView(pairs, "layer kv | block token dim")
+
+
+def test_a_batch_of_2_is_not_taken_for_kv() -> None:
+    """`shape[0] == 2` decides nothing: each layout is taken literally."""
+    cache = zeros(2, 2, 4, 1, 8)
+    first = KVView(cache, "kv block token head dim")
+    second = KVView(cache, "block kv token head dim")
+    assert first.form.parts[1].offset == 2 * 4 * 8 * 2
+    assert second.form.parts[1].offset == 4 * 8 * 2

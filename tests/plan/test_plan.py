@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans: units, loops, runs and vector widths, worked out from two forms alone."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from support.core_cases import HANDS, Hand, lazy
+
+from portakv import PRESETS, CopyPlan, KVView, LayoutError, Unsupported
+from portakv.layout.language import parse
+from portakv.plan.loops import VECTOR_WIDTHS, Loop, merge, refine, split_run, widest_vector
+from portakv.view.example import example_tensors
+from portakv.view.form import Form, Step
+
+
+def form(layout: str, *shape: int, dtype: torch.dtype = torch.float16, **extents: Any) -> Form:
+    return KVView(torch.zeros(shape, dtype=dtype), layout, **extents).form
+
+
+def paged(block: int) -> Form:
+    """Blocks with a gap behind each, so that tokens do not lie at one stride."""
+    padded = torch.zeros(3, block * 8 + 8, dtype=torch.float16)
+    return KVView(padded[:, :-8].view(3, block, 8), "block token dim").form
+
+
+FLAT = form("token dim", 48, 8)
+POOL = form("(block token) dim", 48, 8, block_size=4)
+
+
+class TestUnits:
+    @pytest.mark.parametrize(
+        ("src", "dst", "steps", "unit"),
+        [
+            (paged(16), paged(16), (16, 16), 16),
+            (paged(16), paged(16), (1, 1), 1),
+            (paged(16), paged(16), (16, 1), 1),
+            (paged(16), paged(16), (0, 0), 16),
+            (paged(16), paged(16), (0, 4), 4),
+            (paged(16), paged(24), (16, 24), 8),
+            (paged(16), paged(6), (0, 0), 2),
+            (paged(16), paged(15), (16, 15), 1),
+            (paged(16), FLAT, (16, 0), 16),
+            (paged(16), FLAT, (64, 0), 16),  # a manager block of four kernel blocks
+            (paged(16), FLAT, (8, 0), 8),  # half a block for each id
+            (paged(16), FLAT, (0, 0), 16),
+            (POOL, FLAT, (4, 0), 4),
+            (POOL, FLAT, (64, 0), 64),  # a flat pool allows any
+            (POOL, paged(16), (4, 16), 4),
+            (POOL, POOL, (12, 8), 4),
+            (FLAT, FLAT, (0, 0), 1),
+        ],
+    )
+    def test_the_most_that_steps_and_block_sizes_allow(
+        self, src: Form, dst: Form, steps: tuple[int, int], unit: int
+    ) -> None:
+        assert CopyPlan(src, dst, *steps).unit == unit
+
+    def test_a_smaller_unit_can_be_asked_for(self) -> None:
+        units = [CopyPlan(paged(16), paged(16), 16, 16, unit=u).unit for u in (1, 2, 4, 8, 16)]
+        assert units == [1, 2, 4, 8, 16]
+
+    @pytest.mark.parametrize("unit", [0, -1, 3, 32])
+    def test_another_unit_is_unsupported(self, unit: int) -> None:
+        with pytest.raises(Unsupported, match="unit") as caught:
+            CopyPlan(paged(16), paged(16), 16, 16, unit=unit)
+        assert "divisors of 16" in caught.value.why
+
+    def test_two_flat_sides_without_ids_allow_any_unit(self) -> None:
+        plan = CopyPlan(FLAT, POOL, unit=48)
+        assert (plan.unit, plan.nests[0].loops, plan.nests[0].run) == (48, (), 48 * 16)
+
+    def test_blocks_in_factors_that_do_not_divide_each_other_take_a_smaller_unit(self) -> None:
+        """Tokens split 2 x 3 against 3 x 2: only single tokens have a place on both sides."""
+        src = form("block token/3 head token%3 dim", 5, 2, 2, 3, 8)
+        dst = form("block token/2 head token%2 dim", 5, 3, 2, 2, 8)
+        assert CopyPlan(src, dst, 6, 6).unit == 1
+
+    @pytest.mark.parametrize(
+        ("src", "step", "aligned"),
+        [(FLAT, 0, False), (FLAT, 4, True), (POOL, 0, False), (POOL, 1, True), (paged(4), 0, True)],
+    )
+    def test_sides_with_ids_or_with_blocks_apart_are_aligned(
+        self, src: Form, step: int, aligned: bool
+    ) -> None:
+        plan = CopyPlan(src, FLAT, step, 0)
+        assert (plan.aligned("src"), plan.aligned("dst")) == (aligned, False)
+
+    def test_tokens_in_a_list_are_aligned(self) -> None:
+        tabled = KVView([torch.zeros(8, dtype=torch.float16) for _ in range(3)], "token | dim").form
+        assert CopyPlan(tabled, FLAT).aligned("src")
+
+
+class TestLoops:
+    def test_contiguous_on_both_sides_is_one_run(self) -> None:
+        src = form("block layer kv token head dim", 3, 2, 2, 4, 2, 8)
+        plan = CopyPlan(src, src, 4, 4)
+        assert [(nest.loops, nest.run) for nest in plan.nests] == [((), 2 * 2 * 4 * 2 * 16)]
+
+    def test_a_chunk_from_flash_attention(self) -> None:
+        """One loop over layers and kv for each unit; head and dim are the run."""
+        cache = KVView(
+            [torch.zeros(2, 3, 4, 2, 8) for _ in range(3)], "layer | kv block token head dim"
+        )
+        chunk = form("kv layer token (head dim)", 2, 3, 12, 16, dtype=torch.float32, heads=2)
+        nest = CopyPlan(cache.form, chunk, 1, 0).nests[0]
+        assert [(x.name, x.extent) for x in nest.loops] == [("layer", 3), ("kv", 2)]
+        assert [(x.src_table, x.src_stride, x.dst_stride) for x in nest.loops] == [
+            (1, 0, 12 * 64), (0, 12 * 64, 36 * 64),
+        ]  # fmt: skip
+        assert nest.run == 64
+
+    def test_kv_of_unequal_widths_have_a_nest_each(self) -> None:
+        src = form("block (kv token dim)", 3, 4 * 132, dtype=torch.uint8, dim=(128, 4))
+        dst = form("token (kv dim)", 12, 132, dtype=torch.uint8, dim=(128, 4))
+        plan = CopyPlan(src, dst, 1, 0)
+        assert [(nest.run, nest.src.offset, nest.dst.offset) for nest in plan.nests] == [
+            (128, 0, 0), (4, 512, 128),
+        ]  # fmt: skip
+
+    def test_kv_at_unequal_distances_are_found_through_the_table(self) -> None:
+        memory = torch.zeros(100, 8)
+        view = KVView([memory[0:5], memory[10:15], memory[50:55]], "kv | token dim", kv=3)
+        dst = form("kv token dim", 3, 5, 8, dtype=torch.float32, kv=3)
+        assert CopyPlan(view.form, dst).nests[0].loops == (Loop("kv", 3, 1, 0, 0, 160),)
+        assert CopyPlan(dst, dst).nests[0].loops == (Loop("kv", 3, 0, 160, 0, 160),)
+
+    def test_parts_at_unequal_distances_have_a_nest_each(self) -> None:
+        one = form("kv token dim", 3, 5, 8, kv=3)
+        parts = (*one.parts[:2], replace(one.parts[2], offset=1000))
+        plan = CopyPlan(replace(one, parts=parts), one)
+        assert [nest.src.offset for nest in plan.nests] == [0, 80, 1000]
+
+    def test_axes_are_refined_to_common_factors(self) -> None:
+        src = form("token head dim/32 dim%32", 5, 2, 4, 32, dtype=torch.int8)
+        dst = form("dim/64 token head dim%64", 2, 5, 2, 64, dtype=torch.int8)
+        nest = CopyPlan(src, dst).nests[0]
+        assert [(x.name, x.extent) for x in nest.loops] == [("dim", 2), ("head", 2)]
+        assert (nest.run, nest.unit_bytes) == (64, 2 * 128)
+
+    def test_no_byte_is_in_two_loops_or_in_none(self) -> None:
+        for src, dst in product(HANDS, HANDS):
+            first, second = (hand.view(hand.make(0)).form for hand in (src, dst))
+            for steps in ((1, 1), (src.block, dst.block)):
+                plan = CopyPlan(first, second, *steps)
+                assert plan.token_bytes == first.token_bytes == 2 * 2 * 2 * 8
+
+    def test_presets_need_at_most_five_strided_loops(self) -> None:
+        """The bound that kernels rely on, for every pair of layouts that has a plan."""
+        forms = [_example(layout) for layout in sorted({p.layout for p in PRESETS.values()})]
+        made = 0
+        for src, dst in product(forms, forms):
+            try:
+                plans = [
+                    CopyPlan(src, dst, 1, 1),
+                    CopyPlan(src, dst, src.block_size, dst.block_size),
+                ]
+            except (LayoutError, Unsupported):
+                continue
+            made += 1
+            assert max(len(nest.loops) for plan in plans for nest in plan.nests) <= 5
+        assert made > 500
+
+    def test_print_shows_the_loops_that_a_person_would_write(self) -> None:
+        cache = form("kv block token head dim", 2, 3, 4, 2, 8)
+        chunk = form("kv token (head dim)", 2, 12, 16, heads=2)
+        assert str(CopyPlan(cache, chunk, 1, 0)) == (
+            "unit 1 token, vector 16 B, 64 B a token\n"
+            "s: units by ids of 1 token, d: consecutive units\n"
+            "for s, d in units: src = table[0] + s * 32 B; dst = table[0] + d * 32 B\n"
+            "  for kv in range(2): src += 384 B; dst += 384 B\n"
+            "    copy 32 B in vectors of 16 B"
+        )
+
+    def test_print_shows_tables_units_and_split_numbers(self) -> None:
+        layers = [torch.zeros(3, 2, 4, 8) for _ in range(2)]
+        cache = KVView(layers, "layer | block head token dim").form
+        chunk = form("layer token (head dim)", 2, 12, 16, dtype=torch.float32, heads=2)
+        assert str(CopyPlan(cache, chunk, 1, 0)).splitlines()[2:4] == [
+            "for s, d in units: src = table[0] + s // 4 * 256 B + s % 4 * 32 B; "
+            "dst = table[0] + d * 64 B",
+            "  for layer in range(2): src += table[1]; dst += 768 B",
+        ]
+        whole = str(CopyPlan(cache, chunk, 4, 0))
+        assert "unit 4 tokens" in whole
+        assert "for token in range(4): src += 32 B; dst += 64 B" in whole
+
+
+def _example(layout: str) -> Form:
+    extents: dict[str, Any] = {"layers": 3, "heads": 2}
+    axes = parse(layout).axes
+    extents = {k: v for k, v in extents.items() if k[:-1] in axes}
+    tensors = example_tensors(layout, **extents, dim=64, blocks=3, tokens=4)
+    block_size = 4 if "block" in axes else None
+    return KVView(tensors, layout, **extents, dim=64, block_size=block_size).form
+
+
+class TestVectorWidths:
+    """The widest access that base, strides, offsets and run allow, each of them alone."""
+
+    @pytest.mark.parametrize(
+        ("bytes_of_row", "vector"),
+        [(256, 16), (144, 16), (136, 8), (132, 4), (100, 4), (130, 2), (131, 1), (1, 1), (24, 8)],
+    )
+    def test_by_the_bytes_of_a_row(self, bytes_of_row: int, vector: int) -> None:
+        rows = form("token dim", 5, bytes_of_row, dtype=torch.uint8)
+        assert CopyPlan(rows, rows, 1, 1).vector == vector
+
+    @pytest.mark.parametrize("offset", [0, 1, 2, 4, 8, 16, 3, 12])
+    @pytest.mark.parametrize("side", ["src", "dst"])
+    def test_by_the_base_address(self, offset: int, side: str) -> None:
+        memory = torch.zeros(1024, dtype=torch.uint8)
+        assert memory.data_ptr() % 16 == 0
+        moved = KVView(memory[offset : offset + 320].view(5, 64), "token dim").form
+        plain = form("token dim", 5, 64, dtype=torch.uint8)
+        pair = (moved, plain) if side == "src" else (plain, moved)
+        assert CopyPlan(*pair, 1, 1).vector == (16 if offset % 16 == 0 else offset & -offset)
+
+    @pytest.mark.parametrize("stride", [64, 65, 66, 68, 72, 80])
+    @pytest.mark.parametrize("side", ["src", "dst"])
+    def test_by_the_stride_of_tokens(self, stride: int, side: str) -> None:
+        wide = torch.zeros(5, stride, dtype=torch.uint8)
+        padded = KVView(wide[:, :64], "token dim").form
+        plain = form("token dim", 5, 64, dtype=torch.uint8)
+        pair = (padded, plain) if side == "src" else (plain, padded)
+        assert CopyPlan(*pair, 1, 1).vector == min(16, stride & -stride)
+
+    @pytest.mark.parametrize("extra", [0, 1, 2, 4, 8])
+    def test_by_the_stride_of_blocks_layers_and_kv(self, extra: int) -> None:
+        """Later rows less aligned than the first: each axis has to be looked at."""
+        plain = form("layer kv block token dim", 2, 2, 3, 4, 64, dtype=torch.uint8)
+        dense = [2 * 3 * 256, 3 * 256, 256, 64, 1]
+        for axis in range(3):
+            strides = [s + extra if i == axis else s for i, s in enumerate(dense)]
+            memory = torch.zeros(8192, dtype=torch.uint8).as_strided((2, 2, 3, 4, 64), strides)
+            view = KVView(memory, "layer kv block token dim").form
+            assert CopyPlan(view, plain, 1, 1).vector == (extra or 16)
+
+    @pytest.mark.parametrize(
+        ("head_bytes", "vector"), [(64, 16), (66, 2), (100, 4), (33, 1), (8, 8)]
+    )
+    def test_by_the_bytes_of_a_head_where_heads_are_apart(
+        self, head_bytes: int, vector: int
+    ) -> None:
+        """HND: a row of 16 heads is divisible by 16 however wide a head is."""
+        hnd = form("block head token dim", 3, 16, 4, head_bytes, dtype=torch.uint8)
+        chunk = form("token (head dim)", 12, 16 * head_bytes, dtype=torch.uint8, heads=16)
+        assert CopyPlan(hnd, chunk, 1, 0).vector == vector
+        nhd = form("block token head dim", 3, 4, 16, head_bytes, dtype=torch.uint8)
+        assert CopyPlan(nhd, chunk, 1, 0).vector == 16
+
+    def test_by_the_offset_of_a_part(self) -> None:
+        """The second part is 16 bytes wide, every 32 bytes, yet begins behind 8."""
+        three = form("token (kv dim)", 5, 32, dtype=torch.uint8, kv=3, dim=(8, 16, 8))
+        assert [nest.vector for nest in CopyPlan(three, three, 1, 1).nests] == [8, 8, 8]
+        rows = form("token (kv dim)", 5, 16, dtype=torch.uint8, dim=(6, 10))
+        assert [nest.vector for nest in CopyPlan(rows, rows, 1, 1).nests] == [2, 2]
+
+    @pytest.mark.parametrize(
+        ("numbers", "width"),
+        [
+            ([], 16),
+            ([0], 16),
+            ([48], 16),
+            ([48, 8], 8),
+            ([7], 1),
+            ([-16, 32], 16),
+            ([-4], 4),
+            ([1 << 40], 16),
+        ],
+    )
+    def test_widest_vector(self, numbers: list[int], width: int) -> None:
+        assert widest_vector(numbers) == width
+        assert width in VECTOR_WIDTHS
+
+
+class TestLoopPieces:
+    def test_refine_splits_at_common_factors(self) -> None:
+        loops = refine("head", (Step(2, 0, 100), Step(6, 0, 1)), (Step(4, 3, 0), Step(3, 0, 5)))
+        assert loops == [
+            Loop("head", 2, 0, 100, 6, 0), Loop("head", 2, 0, 3, 3, 0), Loop("head", 3, 0, 1, 0, 5),
+        ]  # fmt: skip
+
+    def test_refine_without_a_common_factor(self) -> None:
+        with pytest.raises(Unsupported, match="no common refinement"):
+            refine("dim", (Step(3, 0, 8), Step(2, 0, 1)), (Step(2, 0, 9), Step(3, 0, 1)))
+
+    def test_merge_joins_what_is_contiguous_on_both_sides_only(self) -> None:
+        both = [Loop("a", 2, 0, 12, 0, 12), Loop("b", 3, 0, 4, 0, 4), Loop("c", 4, 0, 1, 0, 1)]
+        assert merge(both) == [Loop("a b c", 24, 0, 1, 0, 1)]
+        one = [Loop("a", 2, 0, 12, 0, 24), Loop("b", 3, 0, 4, 0, 4)]
+        assert merge(one) == one
+
+    def test_merge_does_not_depend_on_the_order(self) -> None:
+        loops = [Loop("c", 4, 0, 1, 0, 1), Loop("a", 2, 0, 12, 0, 12), Loop("b", 3, 0, 4, 0, 4)]
+        assert merge(loops) == [Loop("a b c", 24, 0, 1, 0, 1)]
+
+    def test_merge_joins_steps_through_a_table(self) -> None:
+        assert merge([Loop("kv", 2, 3, 0, 0, 30), Loop("layer", 3, 1, 0, 0, 10)]) == [
+            Loop("kv layer", 6, 1, 0, 0, 10)
+        ]
+
+    def test_merge_leaves_a_source_that_stands_still(self) -> None:
+        """Heads read from one place and written to many are not one longer run."""
+        loops = [Loop("head", 4, 0, 0, 0, 16), Loop("dim", 16, 0, 1, 0, 1)]
+        assert split_run(merge(loops)) == ((loops[0],), 16)
+
+    def test_a_run_is_one_byte_where_nothing_is_contiguous(self) -> None:
+        assert split_run([Loop("dim", 4, 0, 2, 0, 1)]) == ((Loop("dim", 4, 0, 2, 0, 1),), 1)
+
+
+class TestCost:
+    def test_does_not_depend_on_blocks_or_tokens(self) -> None:
+        """The interpreter makes exactly the same calls for 3 blocks and for 300,000."""
+        assert len({_calls(blocks) for blocks in (3, 3000, 300_000)}) == 1
+
+    def test_paged_forms_are_equal_whatever_the_number_of_blocks(self) -> None:
+        assert _cache(3) == _cache(300_000)
+
+
+def _cache(blocks: int) -> Form:
+    memory = lazy(blocks * 2 * 16 * 64).view(blocks, 2, 16, 64)
+    return KVView(memory, "block kv token dim").form
+
+
+def _calls(blocks: int) -> int:
+    cache = _cache(blocks)
+    chunk = KVView(lazy(blocks * 2 * 16 * 64).view(2, blocks * 16, 64), "kv token dim").form
+    seen = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal seen
+        # Only the library's own calls: a collection may run callbacks of others at any time.
+        seen += event == "call" and "portakv" in frame.f_code.co_filename
+
+    sys.setprofile(count)
+    try:
+        CopyPlan(cache, chunk, 16, 0)
+    finally:
+        sys.setprofile(None)
+    return seen
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("src", "dst", "why"),
+        [
+            (form("kv token dim", 2, 5, 8), form("token dim", 5, 8), "'kv' extent 2 .* 1"),
+            (
+                form("layer token dim", 2, 5, 8),
+                form("layer token dim", 3, 5, 8),
+                "'layer' extent 2",
+            ),
+            (form("token head dim", 5, 2, 8), form("token dim", 5, 16), "'head' extent 2"),
+            (form("token dim", 5, 8), form("token dim", 5, 4), r"\(16,\) bytes wide .* \(8,\)"),
+            (form("token dim", 5, 8), form("token dim", 5, 8, dtype=torch.uint8), "bytes"),
+        ],
+    )
+    def test_extents_and_widths_that_differ(self, src: Form, dst: Form, why: str) -> None:
+        with pytest.raises(LayoutError, match=why):
+            CopyPlan(src, dst)
+
+    def test_widths_are_compared_in_bytes_whatever_the_dtypes(self) -> None:
+        wide = form("token dim", 5, 32, dtype=torch.uint8)
+        plan = CopyPlan(form("token dim", 5, 8, dtype=torch.float32), wide)
+        assert plan.token_bytes == 32
+
+    def test_factors_without_a_common_refinement(self) -> None:
+        src = form("token dim/2 head dim%2", 5, 3, 2, 2)
+        dst = form("token dim/3 head dim%3", 5, 2, 2, 3)
+        with pytest.raises(Unsupported, match="no common refinement"):
+            CopyPlan(src, dst)
+
+    def test_opaque_pages(self) -> None:
+        page = form("block page", 5, 64, block_size=4)
+        assert CopyPlan(page, page, 4, 4).unit == 4
+        assert CopyPlan(page, page).unit == 4
+        assert CopyPlan(page, page, 4, 8).nests[0].run == 128
+        with pytest.raises(Unsupported, match="opaque pages of 4 tokens by smaller pieces"):
+            CopyPlan(page, page, 1, 1)
+        with pytest.raises(Unsupported, match="smaller pieces"):
+            CopyPlan(page, page, 4, 4, unit=2)
+        with pytest.raises(Unsupported, match="between opaque pages and rows"):
+            CopyPlan(page, form("block token dim", 5, 4, 16), 4, 4)
+        with pytest.raises(LayoutError, match="hold 4 tokens and the destination's 8"):
+            CopyPlan(page, form("block page", 5, 64, block_size=8), 4, 8)
+        with pytest.raises(LayoutError, match="bytes"):
+            CopyPlan(page, form("block page", 5, 32, block_size=4), 4, 4)
+
+
+@pytest.mark.parametrize("hand", HANDS, ids=lambda hand: hand.layout)
+def test_a_plan_is_made_from_forms_alone(hand: Hand) -> None:
+    """Two views of one form, at other addresses and of other noise, share every number."""
+    plans = [CopyPlan(v.form, v.form, 1, 1) for v in (hand.view(hand.make(i)) for i in range(2))]
+    assert plans[0].nests == plans[1].nests

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors in a private format of the vendor's, on the simulated device that is named npu.
+
+Run by ``test_private_formats`` in a process of its own. The stand-in knows no such format, so that
+storages are named here whose tensors are to be taken for FRACTAL_NZ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from portakv_conformance import simdev
+from portakv_conformance.vendor import standins
+
+simdev.load("npu")
+standins.install("npu")
+
+from portakv import AdaptiveConnector, KVView, Unsupported, copy_rows  # noqa: E402
+from portakv.backends import ascend  # noqa: E402
+from portakv.backends.base import Decision  # noqa: E402
+from portakv.registry.registry import REGISTRY, choose  # noqa: E402
+
+DEVICE = torch.device("npu", 0)
+LAYERS, BLOCKS, SIZE, HEADS, DIM = 2, 4, 8, 2, 16
+CACHE, CHUNK = "layer | kv block token head dim", "kv layer token (head dim)"
+IDS = [9, 2, 31]
+BACKENDS = ["ascend", "reference"]
+for backend in BACKENDS:
+    choose(DEVICE, backend)  # with its self-check, whose tensors must not count
+
+
+class Formats:
+    """Says of tensors in which format they are; ``asked`` counts."""
+
+    def __init__(self) -> None:
+        self.private: set[int] = set()
+        self.asked = 0
+
+    def __call__(self, tensor: torch.Tensor) -> str:
+        self.asked += 1
+        private = tensor.untyped_storage().data_ptr() in self.private
+        return "it is FRACTAL_NZ; cast it" if private else ""
+
+
+@pytest.fixture
+def formats(monkeypatch: pytest.MonkeyPatch) -> Iterator[Formats]:
+    """Formats, in place of the vendor's op; no launch of another test is kept."""
+    from portakv.registry import prepared as routes
+
+    made = Formats()
+    monkeypatch.setattr(ascend, "_private_format", made)
+    monkeypatch.setattr(REGISTRY, "_tells", {})
+    routes._routes.clear()
+    yield made
+    routes._routes.clear()
+
+
+def caches() -> list[torch.Tensor]:
+    shape = (2, BLOCKS, SIZE, HEADS, DIM)
+    return [torch.randn(shape, dtype=torch.float16).to(DEVICE) for _ in range(LAYERS)]
+
+
+def chunk() -> torch.Tensor:
+    return torch.zeros(2, LAYERS, len(IDS), HEADS * DIM, dtype=torch.float16).to(DEVICE)
+
+
+def refused() -> Any:
+    return pytest.raises(Unsupported, match=r"FRACTAL_NZ; cast it; nothing was moved")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gathers", [True, False])
+def test_no_backend_moves_one(backend: str, gathers: bool, formats: Formats) -> None:
+    pool, rows = caches(), chunk()
+    formats.private = {pool[1].untyped_storage().data_ptr()}
+    before = [tensor.cpu() for tensor in (*pool, rows)]
+    cache, dense = KVView(pool, CACHE), KVView(rows, CHUNK, heads=HEADS)
+    sides: Any = (cache, dense, IDS, None) if gathers else (dense, cache, None, IDS)
+    with refused():
+        copy_rows(*sides, backend=backend)
+    torch.accelerator.synchronize()
+    for tensor, old in zip((*pool, rows), before, strict=True):
+        assert tensor.cpu().equal(old)
+
+
+def test_nor_the_next_that_takes_a_plan(formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
+    def declines(self: Any, plan: Any) -> Decision:
+        return Decision("ascend", False, "not this one")
+
+    monkeypatch.setattr(ascend.Ascend, "check", declines)
+    pool, rows = caches(), chunk()
+    connector = AdaptiveConnector(DEVICE, kv_layout=CACHE, chunk_layout=CHUNK)
+    connector.register_kv_caches(pool)
+    connector.from_gpu(rows, slot_mapping=IDS).synchronize()
+    assert "reference" in connector.explain()
+    want = torch.stack([x.cpu().flatten(1, 2)[:, IDS].flatten(2) for x in pool], 1)
+    assert rows.cpu().equal(want)
+    fresh = chunk()
+    formats.private = {fresh.untyped_storage().data_ptr()}  # a memory object in such a format
+    with refused():
+        connector.from_gpu(fresh, slot_mapping=IDS)
+    assert not fresh.cpu().any()
+
+
+def test_registered_caches_are_looked_at_once(formats: Formats) -> None:
+    connector = AdaptiveConnector(DEVICE, kv_layout=CACHE, chunk_layout=CHUNK)
+    connector.register_kv_caches(caches())
+    rows = chunk()
+    connector.from_gpu(rows, slot_mapping=IDS).synchronize()
+    seen = formats.asked
+    for _ in range(5):
+        connector.to_gpu(rows, slot_mapping=IDS).synchronize()
+    assert formats.asked - seen <= 5, "the chunk of each call, and no cache"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_host_memory_is_not_asked_about(backend: str, formats: Formats) -> None:
+    pool = caches()
+    cache = KVView(pool, CACHE)
+    host = KVView(chunk().cpu(), CHUNK, heads=HEADS)
+    copy_rows(cache, host, IDS, backend=backend).synchronize()
+    copy_rows(host, cache, None, IDS, backend=backend).synchronize()
+    formats.private = {x.untyped_storage().data_ptr() for x in pool}
+    with refused():
+        copy_rows(host, KVView(pool, CACHE), None, IDS, backend=backend).synchronize()
+
+
+def test_only_devices_that_extend_torch_are_asked_about() -> None:
+    assert REGISTRY.tells(torch.device("cpu")) == ()
+    assert REGISTRY.tells(torch.device("cuda", 0)) == ()
+    assert len(REGISTRY.tells(DEVICE)) == 1
+
+
+def test_a_backend_that_does_not_load_hides_nothing(formats: Formats) -> None:
+    from portakv import register_backend
+
+    register_backend("broken", "no_such_package:Backend")
+    try:
+        assert REGISTRY.tells(DEVICE) == (formats,)
+    finally:
+        REGISTRY.unregister("broken")
+
+
+def test_the_vendor_s_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ascend, "_STRIDED", (0, 30))
+    (tell,) = REGISTRY.tells(DEVICE)
+    assert "a tensor in NPU format 2 (29 is FRACTAL_NZ)" in tell(chunk())
+    monkeypatch.undo()
+    assert tell(chunk()) == ""

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The library keeps to every claim of a backend in what it hands over."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.guarded_memory import check_sentence, filled, same
+from support.registry_cases import DIM, HEADS, KV_LAYOUT, LAYERS, SIZE, caches, fresh, store
+from support.small_backends import small_backend
+
+from portakv import Index, KVView, PortaKVError, copy_rows, register_backend
+
+__all__ = ["caches", "fresh"]  # fixtures
+
+
+@pytest.mark.parametrize("claimed", [torch.int32, torch.int64])
+@pytest.mark.parametrize("passed", [torch.int32, torch.int64])
+@pytest.mark.parametrize("home", ["host", "device"])
+def test_ids_come_in_the_claimed_dtype_and_place(
+    caches: list[torch.Tensor], claimed: torch.dtype, passed: torch.dtype, home: str
+) -> None:
+    backend = small_backend("choosy", index_on=home, index_dtypes=frozenset({claimed}))
+    register_backend("choosy", backend)
+    scattered = torch.tensor([3, 0, 1, 0, 2, 0], dtype=passed)[::2]
+    chunk, wanted = store(caches, scattered, "choosy")
+    assert same(chunk, wanted)
+    given = [ids for launch in backend.given for ids in launch.ids()]
+    assert {ids.dtype for ids in given} == {claimed}
+    assert all(ids.is_contiguous() and ids.device.type == "cpu" for ids in given)
+
+
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("step", [1, SIZE])
+def test_negative_ids_reach_only_those_that_skip_them(
+    caches: list[torch.Tensor], skips: bool, step: int
+) -> None:
+    backend = small_backend("skipper", by_runs=True, skips_negative=skips, guards=skips)
+    register_backend("skipper", backend)
+    chunk, wanted = store(caches, Index([3, -1, 1, -7, -1, 2], step=step), "skipper")
+    assert same(chunk, wanted)
+    given = backend.given[-1]
+    assert bool((given.ids()[0] < 0).any()) is skips
+    assert given.count == (6 if skips else 3) * step
+
+
+@pytest.mark.parametrize("count", [22, 20, 3])
+def test_head_and_tail_are_told_apart_by_who_carries_them_out(
+    caches: list[torch.Tensor], count: int
+) -> None:
+    """A backend that skips negative ids and reads int32 takes the body, another the tail."""
+    backend = small_backend(
+        "bodies", by_runs=True, skips_negative=True, guards=True,
+        index_dtypes=frozenset({torch.int32}),
+        rejects=lambda plan: plan.unit == 1 and plan.src_step > 1,
+    )  # fmt: skip
+    register_backend("bodies", backend)
+    chunk = filled((2, LAYERS, count, HEADS * DIM), poison=True)
+    wanted = chunk.clone()
+    table = Index([3, -1, 1, 0, 5, -1], step=SIZE, offset=1)
+    for layer, cache in enumerate(caches):
+        for position, slot in enumerate(table.slots(count).tolist()):
+            if slot >= 0:
+                wanted[:, layer, position] = cache.view(2, -1, HEADS * DIM)[:, slot]
+    copy_rows(
+        KVView(caches, KV_LAYOUT),
+        KVView(chunk, "kv layer token (head dim)", heads=HEADS),
+        table,
+        count=count,
+    ).synchronize()
+    assert same(chunk, wanted)
+    assert all(ids.dtype == torch.int32 for launch in backend.given for ids in launch.ids())
+
+
+def test_a_slot_that_int32_cannot_hold_is_not_narrowed() -> None:
+    wide = filled((1, 1, 4)).expand(2**31 + 8, 1, 4)  # one row, seen as 2**31 + 8 slots
+    chunk = filled((2, 1, 4), poison=True)
+    backend = small_backend("narrow", index_dtypes=frozenset({torch.int32}))
+    register_backend("narrow", backend)
+    src, dst = KVView(wide, "(block token) head dim", block_size=8), KVView(chunk, "token head dim")
+    try:
+        copy_rows(src, dst, [2**31 + 1, 3]).synchronize()
+    except PortaKVError as error:
+        check_sentence(str(error), "int32")
+    else:
+        assert same(chunk, wide[:2].contiguous())
+    assert not any(bool((ids < 0).any()) for launch in backend.given for ids in launch.ids())

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registry chooses with its reasons on record, and the library keeps to every claim."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.guarded_memory import check_sentence, filled, refused, same
+from support.registry_cases import BLOCKS, DIM, HEADS, LAYERS, SIZE, caches, fresh, store
+from support.small_backends import small_backend
+
+from portakv import (
+    AdaptiveConnector,
+    BackendUnavailable,
+    CopyPlan,
+    KVView,
+    PortaKVError,
+    Unsupported,
+    register_backend,
+)
+from portakv.registry import registry
+
+__all__ = ["caches", "fresh"]  # fixtures
+
+
+def reasons(device: str = "cpu") -> dict[str, tuple[bool, str]]:
+    return {d.name: (d.accepted, d.reason) for d in registry.trace(device)}
+
+
+# Choosing
+
+
+def test_the_trace_keeps_every_answer() -> None:
+    register_backend("shy", small_backend("shy", spoil=poison_one))
+    choice = registry.choose("cpu")
+    asked = [(d.name, d.accepted) for d in choice.trace if d.name in ("shy", "reference")]
+    assert asked == [("shy", False), ("reference", True)]
+    assert not choice.forced
+    assert reasons()["reference"][0]
+    assert "every byte right" in reasons()["reference"][1]
+
+
+def test_environment_beats_argument_beats_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one", "two", "three"):
+        register_backend(name, small_backend(name))
+    assert registry.choose("cpu").name == "one"
+    assert registry.choose("cpu", "two").name == "two"
+    monkeypatch.setenv("PORTAKV_BACKEND", "three")
+    assert registry.choose("cpu", "two").name == "three"
+    assert registry.choose("cpu").name == "three"
+    assert registry.choose("cpu").forced
+    monkeypatch.setenv("PORTAKV_BACKEND", "")
+    assert registry.choose("cpu", "two").name == "two"
+    monkeypatch.delenv("PORTAKV_BACKEND")
+    assert registry.choose("cpu").name == "one"
+
+
+def test_unknown_forced_backend_lists_the_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    register_backend("one", small_backend("one"))
+    with refused(BackendUnavailable, "'none'", "one: accepted", "reference: accepted", "let the"):
+        registry.choose("cpu", "none")
+    monkeypatch.setenv("PORTAKV_BACKEND", "none")
+    with refused(BackendUnavailable, "'none'", "no such backend", "PORTAKV_BACKEND"):
+        registry.choose("cpu", "one")
+
+
+def test_a_name_asked_for_in_vain_can_be_registered_later() -> None:
+    with pytest.raises(BackendUnavailable):
+        registry.choose("cpu", "late")
+    register_backend("late", small_backend("late"))
+    assert registry.choose("cpu", "late").name == "late"
+
+
+@pytest.mark.parametrize("name", ["reference", "mine"])
+def test_silent_replacement_is_refused(name: str) -> None:
+    register_backend("mine", small_backend("mine"))
+    with refused(BackendUnavailable, repr(name), "registered already", "another name"):
+        register_backend(name, small_backend(name))
+    assert registry.choose("cpu", name).name == name
+
+
+def test_candidates_behind_the_winner_are_not_touched() -> None:
+    first, second = small_backend("first"), small_backend("second")
+    register_backend("first", first)
+    register_backend("second", second)
+    assert registry.choose("cpu").name == "first"
+    assert first.asked[0] == "probe"
+    assert not second.asked
+
+
+def test_the_self_check_runs_once_and_never_in_a_transfer(caches: list[torch.Tensor]) -> None:
+    backend = small_backend("once")
+    register_backend("once", backend)
+    connector = AdaptiveConnector("cpu")
+    launches = len(backend.given)
+    assert launches >= 2  # gather and scatter
+    AdaptiveConnector("cpu")
+    assert len(backend.given) == launches
+    chunk = filled((2, LAYERS, 2, HEADS * DIM), poison=True)
+    connector.from_gpu(chunk, caches, [1, 2]).synchronize()
+    assert len(backend.given) == launches + 1
+
+
+def test_nothing_is_imported_until_asked(tmp_path: Path) -> None:
+    # In a process of its own: here other tests imported backends long ago.
+    (tmp_path / "vendor_stub.py").write_text("raise SystemError('imported too early')\n")
+    add_entry_point(tmp_path, "stub", "vendor_stub:Backend")
+    program = (
+        "import sys, portakv\n"
+        "portakv.register_backend('mine', 'vendor_stub:Backend')\n"
+        "assert 'vendor_stub' not in sys.modules\n"
+        "assert 'portakv.backends.reference' not in sys.modules\n"
+        "assert portakv.registry.registry.choose('cpu', 'reference').name == 'reference'\n"
+        "assert 'vendor_stub' not in sys.modules\n"
+        "print([str(d) for d in portakv.registry.registry.choose('cpu').trace])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    ran = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "imported too early" in ran.stdout
+
+
+# Entry points
+
+
+def add_entry_point(folder: Path, name: str, target: str) -> None:
+    info = folder / f"{name}_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-package\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[portakv.backends]\n{name} = {target}\n")
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import no_such_vendor_sdk", "no_such_vendor_sdk"),
+        ("raise OSError('libvendor.so is missing')", "libvendor.so is missing"),
+        ("def broken(:", "SyntaxError"),
+        ("Backend = 7", "not a portakv Backend"),
+        ("other = 7", "Backend"),
+    ],
+)
+def test_a_broken_entry_point_is_reported_and_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, reason: str
+) -> None:
+    module = f"broken_vendor_{abs(hash(source))}"
+    (tmp_path / f"{module}.py").write_text(source + "\n")
+    add_entry_point(tmp_path, "broken", f"{module}:Backend")
+    add_entry_point(tmp_path, "sound", "small_backends_entry:Sound")
+    (tmp_path / "small_backends_entry.py").write_text(
+        "from support.small_backends import small_backend\nSound = small_backend('sound')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    choice = registry.choose("cpu")
+    assert choice.name == "sound" or [d.name for d in choice.trace] == ["sound"]
+    accepted, why = reasons()["broken"]
+    assert not accepted
+    assert reason in why
+    with refused(BackendUnavailable, "'broken'", reason, "sound: accepted"):
+        registry.choose("cpu", "broken")
+
+
+def test_an_entry_point_cannot_replace_a_built_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_entry_point(tmp_path, "reference", "support.small_backends:Small")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert type(registry.choose("cpu", "reference").backend).__name__ == "Reference"
+    answers = [str(d) for d in registry.trace("cpu") if d.name == "reference"]
+    assert any("rejected" in answer and "replace" in answer for answer in answers)
+
+
+# Self-check
+
+
+def poison_one(view: KVView) -> None:
+    view.plane(0, 0, torch.uint8).view(-1)[:1].bitwise_xor_(1)
+
+
+def poison_unaddressed(view: KVView) -> None:
+    if view.block_size:  # slot 1 is never addressed by the pattern
+        view.plane(view.layers - 1, view.kv - 1, torch.uint8)[0, 1, 0, :1].bitwise_xor_(1)
+
+
+def explode(view: KVView) -> None:
+    raise ZeroDivisionError("a vendor's fault")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (poison_one, "1 of"),
+        (poison_unaddressed, "1 of"),
+        (explode, "ZeroDivisionError: a vendor's fault"),
+    ],
+)
+def test_a_wrong_byte_in_the_self_check_rejects(
+    caches: list[torch.Tensor], spoil: Any, reason: str
+) -> None:
+    register_backend("wrong", small_backend("wrong", spoil=spoil))
+    chunk, wanted = store(caches, [3, 1, 2])
+    assert same(chunk, wanted)
+    accepted, why = reasons()["wrong"]
+    assert not accepted
+    assert "self-check" in why
+    assert reason in why
+    with refused(BackendUnavailable, "'wrong' was forced", "self-check", reason, watch=caches):
+        AdaptiveConnector("cpu", backend="wrong")
+
+
+def test_capabilities_that_raise_reject(caches: list[torch.Tensor]) -> None:
+    class Moody(small_backend("moody")):  # type: ignore[misc]
+        def capabilities(self) -> Any:
+            raise RuntimeError("the driver is too old")
+
+    register_backend("moody", Moody)
+    chunk, wanted = store(caches, [3, 1, 2])
+    assert same(chunk, wanted)
+    assert "the driver is too old" in reasons()["moody"][1]
+    with refused(BackendUnavailable, "the driver is too old"):
+        registry.choose("cpu", "moody")
+
+
+# Plans that a backend does not take
+
+
+def no_layers(plan: CopyPlan) -> bool:
+    """True for plans of more than the self-check's two layers."""
+    return plan.src.layers > 2
+
+
+@pytest.mark.parametrize("how", ["rejects", "refuses"])
+def test_a_plan_not_taken_falls_back_and_says_so(caches: list[torch.Tensor], how: str) -> None:
+    backend = small_backend("picky", **{how: no_layers})  # type: ignore[arg-type]
+    register_backend("picky", backend)
+    connector = AdaptiveConnector("cpu")
+    launches = len(backend.given)
+    chunk, wanted = store(caches, [3, 1, 2])
+    assert same(chunk, wanted)
+    assert len(backend.given) == launches
+    connector.register_kv_caches(caches)
+    said = connector.explain()
+    assert "picky: rejected" in said
+    assert "dislikes" in said
+    assert "reference" in said
+    with refused(Unsupported, "'picky' was forced", "dislikes", watch=[*caches, chunk]):
+        store(caches, [3, 1, 2], "picky")
+
+
+def test_a_compiler_that_fails_is_no_bare_error(caches: list[torch.Tensor]) -> None:
+    def fails(plan: CopyPlan) -> bool:
+        if no_layers(plan):
+            raise RuntimeError("nvrtc: error: invalid value for --gpu-architecture")
+        return False
+
+    register_backend("compiles", small_backend("compiles", refuses=fails))
+    with pytest.raises(PortaKVError) as caught:
+        store(caches, [3, 1, 2], "compiles")
+    check_sentence(str(caught.value), "compiles", "--gpu-architecture")
+    chunk, wanted = store(caches, [3, 1, 2])
+    assert same(chunk, wanted)
+
+
+@pytest.mark.parametrize(
+    ("claims", "reason"),
+    [
+        ({"alignment": 16}, "alignment"),
+        ({"max_loops": 0}, "strided loops"),
+        ({"tables": False}, "pointer tables"),
+        ({"places": frozenset({("device", "device")})}, "pageable"),
+    ],
+)
+def test_a_claim_that_a_plan_exceeds(claims: dict[str, Any], reason: str) -> None:
+    # Widths of 6 bytes allow vectors of 2; three separate layers need a table.
+    caches = [filled((2, BLOCKS, SIZE, HEADS, 3)) for _ in range(LAYERS)]
+    chunk = filled((2, LAYERS, 3, HEADS * 3), poison=True)
+    backend = small_backend("limited", **claims)
+    register_backend("limited", backend)
+    AdaptiveConnector("cpu").from_gpu(chunk, caches, [5, 0, 9]).synchronize()
+    rows = torch.stack([c.view(2, -1, HEADS * 3)[:, [5, 0, 9]] for c in caches], dim=1)
+    assert same(chunk, rows)
+    assert all(given.plan.src.layers == 2 for given in backend.given)  # the self-check's only
+    chunk.fill_(0)
+    with refused(Unsupported, "'limited' was forced", reason, watch=[*caches, chunk]):
+        AdaptiveConnector("cpu", backend="limited").from_gpu(chunk, caches, [5, 0, 9])
+
+
+@pytest.mark.parametrize("alignment", [8, 16])
+def test_a_claim_that_a_plan_meets(caches: list[torch.Tensor], alignment: int) -> None:
+    backend = small_backend("aligned", alignment=alignment)
+    register_backend("aligned", backend)
+    chunk, wanted = store(caches, [3, 1, 2], "aligned")
+    assert same(chunk, wanted)
+    assert backend.given[-1].plan.vector >= alignment

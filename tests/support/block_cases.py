@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paged caches in several layouts, the rows that they hold by plain torch, and the ways of
+`copy_blocks`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from portakv import KVView
+from portakv.host import pinned
+from support.guarded_memory import filled
+
+LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 8, 4, 2, 16
+BIG = 1 << 20  # bytes of a block of the large caches
+PATIENCE = 30.0  # seconds that no test should ever take
+#: Every way in which blocks are issued.
+WAYS: dict[str, dict[str, Any]] = {
+    "at once": {},
+    "by layer": {"by_layer": True},
+    "timed": {"timed": True},
+    "detached": {"detached": True},
+    "detached by layer": {"detached": True, "by_layer": True},
+    "in slices": {"cancellable": True},
+    "in slices by layer": {"cancellable": True, "by_layer": True},
+    "at a rate": {"max_gbps": 1.0},
+}
+SLICED = [
+    name for name, options in WAYS.items() if set(options) - {"by_layer", "detached", "timed"}
+]
+
+
+@dataclass
+class Cache:
+    """Tensors, a view of them, and their rows ``[layers, kv, slots, row]`` by plain torch."""
+
+    tensors: Any
+    view: KVView
+    size: int
+
+    def rows(self) -> torch.Tensor:
+        """A copy on the host, its elements int16."""
+        if isinstance(self.tensors, list):
+            stacked = torch.stack([x.cpu().view(torch.int16) for x in self.tensors])
+        else:
+            stacked = self.tensors.cpu().view(torch.int16).permute(1, 2, 0, 3, 4, 5)
+        return stacked.reshape(LAYERS, 2, -1, HEADS * DIM).clone()
+
+    def slots(self, blocks: Sequence[int]) -> list[int]:
+        """The slots of some blocks."""
+        return [block * self.size + token for block in blocks for token in range(self.size)]
+
+
+def layered(
+    device: torch.device | str = "cpu", pin: bool = False, blocks: int = BLOCKS, size: int = SIZE
+) -> Cache:
+    """A list over layers of ``(2, blocks, size, HEADS, DIM)``, each an allocation of its own."""
+    shape = (2, blocks, size, HEADS, DIM)
+    tensors = [_placed(filled(shape, device=device), pin) for _ in range(LAYERS)]
+    return Cache(tensors, KVView(tensors, "layer | kv block token head dim"), size)
+
+
+def block_first(
+    device: torch.device | str = "cpu", pin: bool = False, blocks: int = BLOCKS, size: int = SIZE
+) -> Cache:
+    """One tensor ``(blocks, LAYERS, 2, size, HEADS, DIM)``."""
+    tensor = _placed(filled((blocks, LAYERS, 2, size, HEADS, DIM), device=device), pin)
+    return Cache(tensor, KVView(tensor, "block layer kv token head dim"), size)
+
+
+def _placed(tensor: torch.Tensor, pin: bool) -> torch.Tensor:
+    return tensor.pin_memory() if pin else tensor
+
+
+def wanted(
+    src: Cache, dst: Cache, src_blocks: Sequence[int], dst_blocks: Sequence[int]
+) -> torch.Tensor:
+    """The destination's rows once blocks were copied; a negative id skips its positions."""
+    found, rows = dst.rows(), src.rows()
+    mine, theirs = src.slots(src_blocks), dst.slots(dst_blocks)
+    for a, b in zip(mine, theirs, strict=True):
+        if a >= 0 and b >= 0:
+            found[:, :, b] = rows[:, :, a]
+    return found
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for something that another thread does."""
+    end = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def large(blocks: int, layers: int, device: torch.device | str) -> tuple[torch.Tensor, KVView]:
+    """``layers * blocks`` blocks of `BIG` bytes; on the host pinned, outside torch's allocator."""
+    shape = (layers, blocks, 1, BIG // 4)
+    if device == "cpu":
+        tensor = pinned.empty(shape, torch.int32).zero_()
+    else:
+        tensor = torch.zeros(shape, dtype=torch.int32, device=device)
+    return tensor, KVView(tensor, "layer block token dim")
+
+
+def numbered(tensor: torch.Tensor) -> torch.Tensor:
+    """Number the blocks, one number for each block of each layer."""
+    count = tensor.shape[0] * tensor.shape[1]
+    numbers = torch.arange(1, count + 1, dtype=torch.int32, device=tensor.device)
+    return tensor.copy_(numbers.view(*tensor.shape[:2], 1, 1))
+
+
+def holds(tensor: torch.Tensor, numbers: torch.Tensor) -> bool:
+    """True where each block holds its number throughout."""
+    return bool((tensor == numbers.to(tensor.device).view(*tensor.shape[:2], 1, 1)).all())

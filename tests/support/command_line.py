@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands run in process, and small backends that answer in each possible way."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from portakv import CopyPlan
+from portakv.backends.base import Backend, Capabilities, Decision, Launch
+from portakv.backends.reference import Reference
+from portakv.cli import main
+from portakv.errors import Unsupported
+from portakv.registry.registry import REGISTRY, register_backend
+
+#: vLLM flash attention to the default chunk.
+FOUNDING = ("layer | kv block token head dim", "kv layer token (head dim)")
+
+
+class Ran(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run(*words: str) -> Ran:
+    """Run `portakv` with these words. What is not understood raises SystemExit."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main(words)
+    return Ran(code, out.getvalue(), err.getvalue())
+
+
+def run_json(*words: str) -> Any:
+    """What a command with --json writes, which is JSON alone."""
+    ran = run(*words, "--json")
+    assert (ran.code, ran.err) == (0, "")
+    return json.loads(ran.out)
+
+
+def settle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 columns without colours, and nothing forced."""
+    for name in ("PORTAKV_BACKEND", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def choose_tables(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables through ``rich``, or ``plain`` as if it were not installed."""
+    if kind == "rich":
+        pytest.importorskip("rich")
+        return
+    hidden = {name for name in sys.modules if name.partition(".")[0] == "rich"}
+    for name in hidden | {"rich", "rich.box", "rich.console", "rich.table", "rich.text"}:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+@contextmanager
+def registered(**backends: type[Backend] | str) -> Iterator[None]:
+    """Register backends by name for a while."""
+    names: list[str] = []
+    try:
+        for name, target in backends.items():
+            register_backend(name, target)
+            names.append(name)
+        yield
+    finally:
+        for name in names:
+            REGISTRY.unregister(name)
+
+
+class Shy(Reference):
+    """Accepts a device, but only plans that 16-byte accesses suit."""
+
+    name = "shy"
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(places=super().capabilities().places, alignment=16)
+
+
+class Absent(Reference):
+    """Rejects every device."""
+
+    name = "absent"
+
+    @classmethod
+    def probe(cls, device: torch.device) -> Decision:
+        return Decision(cls.name, False, "its driver [v2] is not installed")
+
+
+class Late(Reference):
+    """Takes a plan when asked, and refuses it when it comes to preparing."""
+
+    name = "late"
+
+    def prepare(self, plan: CopyPlan) -> Launch:
+        if plan.nests[0].run != 2 * 32 * 2:  # the self-check's
+            raise Unsupported("This plan", "its module does not load")
+        return super().prepare(plan)

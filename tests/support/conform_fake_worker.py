@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker without torch, pytest and cases: it writes the events of the behaviours that it is
+given, and crashes, hangs and prints as it is told.
+
+As a script: ``conform_fake_worker.py BEHAVIOURS ORDERS``. As a module: what tests start it with.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from portakv_conformance.run.sharing import Share
+from portakv_conformance.run.worker import STACKS_PLEASE, Orders
+
+CORE, CLAIM = "cases/test_core.py::test_", "cases/test_claims.py::test_"
+SUBJECT = {
+    "event": "subject",
+    "backend": {
+        "name": "fake", "target": "fakes:Fake", "version": "1", "source_sha256": "0" * 64,
+    },
+    "environment": {
+        "torch": "2.13", "python": "3.11", "os": "Linux", "device": "cpu", "device_name": "CPU",
+        "driver": "", "emulated": False,
+    },
+    "capabilities": {
+        "places": [["pageable", "pageable"]], "index_on": "host", "index_dtypes": ["int64"],
+        "skips_negative": False, "guards": False, "alignment": 1, "max_loops": None,
+        "tables": True, "capturable": False, "threads": True,
+    },
+    "trace": ["fake: accepted, always"],
+}  # fmt: skip
+
+
+def command(behaviours: Mapping[str, str]) -> tuple[str, ...]:
+    """What `runner.run` starts: cases by id, each with what it does, in this order.
+
+    Before and behind them happen ``load``, ``start``, ``collect`` and ``finish``; what has ``2 ``
+    before its name is what the second worker does. The first one takes the case ``take``, and
+    never begins it.
+    """
+    return (sys.executable, __file__, json.dumps(dict(behaviours)))
+
+
+def gone(process: int) -> bool:
+    """Whether a process ends within a few seconds; what nobody has asked after yet has ended."""
+    for _ in range(200):
+        try:
+            told = Path(f"/proc/{process}/stat").read_text()
+        except OSError:
+            return True
+        if told.rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def main(argv: Sequence[str]) -> None:
+    behaviours: dict[str, str] = json.loads(argv[0])
+    orders = Orders.read(Path(argv[1]))
+    number = Path(orders.events).parent.name
+    of_second = {key: behaviours.pop(key) for key in list(behaviours) if key.startswith("2 ")}
+    if number == "2":
+        behaviours |= {key.removeprefix("2 "): what for key, what in of_second.items()}
+    faulthandler.enable(file=open(orders.stacks, "a"))  # noqa: SIM115
+    faulthandler.register(STACKS_PLEASE, file=open(orders.stacks, "a"))  # noqa: SIM115
+    if "load" in behaviours:
+        act(behaviours.pop("load"), orders, "")
+    tell(orders, {"event": "loading"})
+    alone = behaviours.pop("start", "")
+    if alone:
+        act(alone, orders, "")
+        return
+    tell(orders, SUBJECT)
+    act(behaviours.pop("collect", "pass"), orders, "")
+    finish, taken = behaviours.pop("finish", "pass"), behaviours.pop("take", "")
+    lone = int(behaviours.pop("lone", 0))
+    ids = [id for id in behaviours if id in chosen(orders, behaviours)]
+    listed = {"event": "list", "ids": ids, "profile": list(behaviours), "lone": lone}
+    tell(orders, listed)
+    tell(orders, {"event": "described", "cases": {id: about(id) for id in ids}})
+    share = shared(orders)
+    if number == "1" and taken:
+        share.take(taken)  # and never begins it
+    for id in ids:
+        if not share.take(id):
+            continue
+        tell(orders, {"event": "start", "id": id})
+        act(behaviours[id], orders, id)
+    tell(orders, {"event": "finish"})
+    act(finish, orders, "")
+
+
+def shared(orders: Orders) -> Share:
+    return Share(Path(orders.pytest[orders.pytest.index("--portakv-share") + 1]))
+
+
+def chosen(orders: Orders, behaviours: Mapping[str, str]) -> Sequence[str]:
+    if "--portakv-only" not in orders.pytest:
+        return list(behaviours)
+    file = orders.pytest[orders.pytest.index("--portakv-only") + 1]
+    return Path(file).read_text().splitlines()
+
+
+def about(id: str) -> dict[str, Any]:
+    area = id.partition("test_")[2].partition(".py")[0]
+    claim = "guards" if area == "claims" else ""
+    return {"area": area, "profile": "core", "claim": claim, "tags": {}}
+
+
+def tell(orders: Orders, event: Mapping[str, Any]) -> None:
+    with open(orders.events, "a", encoding="utf-8") as events:
+        events.write(json.dumps(event) + "\n")
+
+
+def end(orders: Orders, id: str, status: str, reason: str = "") -> None:
+    record = {
+        "id": id, **about(id), "status": status, "seconds": 0.001, "examples": 1, "declined": 0,
+        "reason": reason, "details": "", "replay": "", "example": "",
+    }  # fmt: skip
+    tell(orders, {"event": "end", "case": record})
+
+
+def act(what: str, orders: Orders, id: str) -> None:
+    """One behaviour."""
+    if what == "fail":
+        end(orders, id, "failed", "Byte 3 is 7, expected 9.")
+    elif what in ("error", "not-claimed"):
+        end(orders, id, what, "It is so.")
+    elif what == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    elif what == "abort":
+        os.abort()
+    elif what == "exit":
+        os._exit(7)
+    elif what == "usage":
+        print("ERROR: 1 ids are not in profile 'core'", flush=True)
+        os._exit(4)
+    elif what == "unavailable":
+        tell(orders, {"event": "unavailable", "reason": "no such backend; known are x"})
+    elif what == "hang":
+        spin_for_ever()
+    elif what == "crash later":
+        end(orders, id, "passed")
+        os.kill(os.getpid(), signal.SIGSEGV)
+    elif what == "leave":  # the session ends without this case
+        tell(orders, {"event": "finish"})
+        sys.exit(0)
+    elif what == "retire":  # the device works no more in this process
+        end(orders, id, "failed", "It faulted.")
+        tell(orders, {"event": "retired", "reason": "an illegal access"})
+        os._exit(1)
+    elif what == "half a line":
+        with open(orders.events, "a", encoding="utf-8") as events:
+            events.write('{"event": "en')
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif what == "slow":
+        time.sleep(0.2)
+        end(orders, id, "passed", f"by {os.getpid()}")
+    elif what == "child":
+        child = os.fork()
+        if child == 0:
+            time.sleep(600)
+        end(orders, id, "failed", f"child {child}")
+    else:
+        print('{"event": "end", "case": "what a backend prints"}\n' * 100)
+        print("and to standard error", file=sys.stderr)
+        if id:
+            end(orders, id, "passed")
+
+
+def spin_for_ever() -> None:
+    while True:
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Right backends that claim less than others, and two that claim what they refuse: the controls of
+the claims. Each copies as the base of all mutants does, which passes the suite."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+
+from portakv import CopyPlan, Unsupported
+from portakv.backends.base import Capabilities, Decision, Launch
+from portakv.view.form import Form
+from portakv_conformance.mutants.base import HostRows
+
+
+class _Narrow(HostRows):
+    """It claims less, and its own check compares plans with what it claims."""
+
+    less: ClassVar[dict[str, Any]] = {}
+
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities(), **self.less)
+
+
+class NoTables(_Narrow):
+    less: ClassVar = {"tables": False}
+
+
+class Loops0(_Narrow):
+    less: ClassVar = {"max_loops": 0}
+
+
+class Loops1(_Narrow):
+    less: ClassVar = {"max_loops": 1}
+
+
+class Loops2(_Narrow):
+    less: ClassVar = {"max_loops": 2}
+
+
+class Align4(_Narrow):
+    less: ClassVar = {"alignment": 4}
+
+
+class Align16(_Narrow):
+    less: ClassVar = {"alignment": 16}
+
+
+class Int32Only(_Narrow):
+    less: ClassVar = {"index_dtypes": frozenset({torch.int32})}
+
+
+class Int64Only(_Narrow):
+    less: ClassVar = {"index_dtypes": frozenset({torch.int64})}
+
+
+class NoSkip(_Narrow):
+    less: ClassVar = {"skips_negative": False}
+
+
+class NoGuards(_Narrow):
+    less: ClassVar = {"guards": False}
+
+
+class NoThreads(_Narrow):
+    less: ClassVar = {"threads": False}
+
+
+class OnlyPageable(_Narrow):
+    less: ClassVar = {"places": frozenset({("pageable", "pageable")})}
+
+
+class Least(_Narrow):
+    """Everything that can be left out, at once."""
+
+    less: ClassVar = {
+        "tables": False, "max_loops": 0, "alignment": 16, "skips_negative": False, "guards": False,
+        "threads": False, "index_dtypes": frozenset({torch.int64}),
+        "places": frozenset({("pageable", "pageable")}),
+    }  # fmt: skip
+
+
+class _Declining(HostRows):
+    """It declines some layouts by its check."""
+
+    def why(self, plan: CopyPlan) -> str:
+        """Why it declines a plan; or empty."""
+        return ""
+
+    def check(self, plan: CopyPlan) -> Decision:
+        why = self.why(plan)
+        return Decision(self.name, False, why) if why else super().check(plan)
+
+
+def _heads_first(form: Form) -> bool:
+    return any(
+        len(part.token) == len(part.head) == 1 and part.head[0].stride > part.token[0].stride > 0
+        for part in form.parts
+    )
+
+
+class OnlyNHD(_Declining):
+    def why(self, plan: CopyPlan) -> str:
+        heads = _heads_first(plan.src) or _heads_first(plan.dst)
+        return "caches with heads before tokens are not supported" if heads else ""
+
+
+class OnlyHND(_Declining):
+    def why(self, plan: CopyPlan) -> str:
+        caches = [form for form in (plan.src, plan.dst) if form.paged and form.heads > 1]
+        return "" if all(map(_heads_first, caches)) else "only caches as HND are supported"
+
+
+class OnlyTuples(_Declining):
+    def why(self, plan: CopyPlan) -> str:
+        for form in (plan.src, plan.dst):
+            one = form.kv == 2 and form.parts[0].table == form.parts[1].table
+            if form.paged and one and form.layers > 1:
+                return "only caches as tuples of keys and values are supported"
+        return ""
+
+
+class OnlyTuplesByPrepare(OnlyTuples):
+    """It says so in `prepare` only."""
+
+    def check(self, plan: CopyPlan) -> Decision:
+        return HostRows.check(self, plan)
+
+    def prepare(self, plan: CopyPlan) -> Launch:
+        if self.why(plan):
+            raise Unsupported("This layout", self.why(plan))
+        return super().prepare(plan)
+
+
+class NoMigration(_Declining):
+    def why(self, plan: CopyPlan) -> str:
+        return "cache to cache is not supported" if plan.src.paged and plan.dst.paged else ""
+
+
+class PartOfScatters(_Declining):
+    """It declines scatters of narrow rows, and gathers them."""
+
+    def why(self, plan: CopyPlan) -> str:
+        small = plan.dst.layers < 2 and plan.dst.heads < 2
+        odd = any(width % 16 for width in plan.dst.widths)
+        scatter = plan.dst.paged and not plan.src.paged
+        return "no scatter of such rows" if scatter and small and odd else ""
+
+
+class RefusesFourLoops(_Declining):
+    """It claims any number of loops, and declines every plan of more than three."""
+
+    def why(self, plan: CopyPlan) -> str:
+        deep = max(len(nest.loops) for nest in plan.nests) > 3
+        return "too many loops for it" if deep else ""
+
+
+class ClaimsFourLoops(RefusesFourLoops):
+    """It names the number that it claims."""
+
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities(), max_loops=4)
+
+
+class ListOfPlaces(HostRows):
+    """Its places are a list."""
+
+    def capabilities(self) -> Capabilities:
+        can = super().capabilities()
+        return replace(can, places=list(can.places))  # type: ignore[arg-type]
+
+
+class TrueAlignment(_Narrow):
+    less: ClassVar = {"alignment": True}

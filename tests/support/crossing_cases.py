@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs and pieces for tests of crossings: drawn, expanded byte by byte, and carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from hypothesis import strategies as st
+
+from portakv.engines.pieces import Pieces
+from portakv.plan.runs import Runs
+
+
+def runs_of(src: Sequence[int], dst: Sequence[int], nbytes: int | Sequence[int]) -> Runs:
+    """Runs out of plain numbers, in the order of the source."""
+    sizes = [nbytes] * len(src) if isinstance(nbytes, int) else nbytes
+    columns = [np.array(each, dtype=np.int64) for each in (src, dst, sizes)]
+    order = np.lexsort((columns[1], columns[0]))
+    return Runs(*(column[order] for column in columns))
+
+
+def bytes_of_runs(runs: Runs) -> list[tuple[int, int]]:
+    """For each byte where it goes and where it comes from, in order."""
+    rows = zip(*(column.tolist() for column in runs), strict=True)
+    return sorted((to + at, start + at) for start, to, size in rows for at in range(size))
+
+
+def bytes_of_pieces(pieces: Pieces) -> list[tuple[int, int]]:
+    """The same of pieces, however they are folded."""
+    return sorted(
+        (to + row * to_pitch + at, start + row * from_pitch + at)
+        for to, start, width, height, to_pitch, from_pitch in zip(
+            *(column.tolist() for column in pieces), strict=True
+        )
+        for row in range(height)
+        for at in range(width)
+    )
+
+
+@st.composite
+def drawn_runs(draw: st.DrawFn) -> Runs:
+    """Runs of a loop nest with regular and irregular loops, some left out, at disjoint places."""
+    extents = draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
+    src, dst = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
+    room = [draw(st.integers(1, 24)), draw(st.integers(1, 24))]
+    for extent in extents:
+        moved = []
+        for side, base in enumerate((src, dst)):
+            steps = _places(draw, extent, room[side])
+            room[side] = int(steps.max()) + room[side]
+            moved.append((base[:, None] + steps).reshape(-1))
+        src, dst = moved
+    kept = draw(st.lists(st.booleans(), min_size=src.size, max_size=src.size))
+    mask = np.array(kept) | draw(st.booleans())
+    width = draw(st.integers(1, 3))
+    uneven = draw(st.booleans())
+    sizes = [draw(st.integers(1, width)) if uneven else width for _ in range(int(mask.sum()))]
+    return runs_of((3 * src[mask]).tolist(), (3 * dst[mask]).tolist(), sizes)
+
+
+def _places(draw: st.DrawFn, extent: int, apart: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """So many distinct multiples of ``apart``, in any order or at one distance."""
+    if draw(st.booleans()):
+        return np.arange(extent, dtype=np.int64) * apart * draw(st.integers(1, 3))
+    order = draw(st.permutations(range(2 * extent)))
+    return np.array(order[:extent], dtype=np.int64) * apart

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernel's text compiled by g++ and run on host tensors, through its real arguments.
+
+`CudaOnCpu` is a backend like any other, so that the library brings everything to it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from portakv import CopyPlan, Index, KVView
+from portakv.backends._rows_kernel import NAMES, RowsKernel
+from portakv.backends.base import Backend, Capabilities, Decision, Launch
+from portakv_conformance.vendor.hip_fake import SHIM
+
+THREADS = 128
+#: Further flags for g++, from the environment: a process under a sanitizer sets them.
+FLAGS = "PORTAKV_TEST_GXX_FLAGS"
+# Where a member lies is asked of a class with a base, which g++ warns of and supports; and it does
+# not see that an address is used only where both numbers were found.
+_STRICT = (
+    "-Wall", "-Wextra", "-Werror", "-Wno-invalid-offsetof", "-Wno-maybe-uninitialized",
+)  # fmt: skip
+_HOST = frozenset((a, b) for a in ("pageable", "pinned") for b in ("pageable", "pinned"))
+_HEAD = "".join(
+    f'#include "{file}"\n' for file in (SHIM, Path(__file__).with_name("cuda_on_cpu.h"))
+)
+# Behind the text: the grid, what the compiler makes of the argument, and where it prefetched.
+_ENTRIES = f"""
+extern "C" void run_kernel(
+    const void* argument, unsigned each, unsigned blocks, unsigned planes, unsigned threads) {{
+    touches = 0;
+    run_grid<Argument>(each == 2 ? {NAMES[2]} : {NAMES[1]}, argument, blocks, planes, threads);
+}}
+extern "C" unsigned argument_bytes() {{ return sizeof(Argument); }}
+extern "C" unsigned dst_table_at() {{ return offsetof(Argument, dst_table); }}
+extern "C" unsigned prefetched(const void** into) {{
+    for (unsigned n = 0; n < touches; ++n) into[n] = touched[n];
+    return touches;
+}}
+"""
+
+
+def why_not() -> str | None:
+    """Why the kernel cannot be compiled here, or None."""
+    return None if shutil.which("g++") else "g++ is not installed: the kernel cannot be compiled"
+
+
+@cache
+def _folder() -> Any:
+    return tempfile.TemporaryDirectory(prefix="cuda-on-cpu-")
+
+
+@cache
+def compiled(source: str) -> ctypes.CDLL:
+    """The loaded kernel; each text is compiled once in a process."""
+    stem = Path(_folder().name) / f"kernel{len(list(Path(_folder().name).glob('*.so')))}"
+    return ctypes.CDLL(str(build(source, stem)))
+
+
+def build(source: str, stem: Path) -> Path:
+    """Compile a kernel's text to a library with the entries above."""
+    text = source.replace("(void)address;", "touch(address);")
+    assert text.count("touch(address);") == 1, "where the kernel prefetches was not found"
+    stem.with_suffix(".cpp").write_text(_HEAD + text + _ENTRIES)
+    library = stem.with_suffix(".so")
+    flags = [*_STRICT, *os.environ.get(FLAGS, "").split()]
+    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", *flags]
+    files = [str(stem.with_suffix(".cpp")), "-o", str(library)]
+    environment = {**os.environ, "LD_PRELOAD": ""}  # a sanitizer's runtime is not for g++ itself
+    done = subprocess.run([*command, *files], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return library
+
+
+class CudaOnCpu(Backend):
+    """The CUDA kernel on the host."""
+
+    name = "cuda-on-cpu"
+
+    @classmethod
+    def probe(cls, device: torch.device) -> Decision:
+        why = why_not()
+        if device.type != "cpu":
+            why = f"it runs on the host, not on {device}"
+        return Decision(cls.name, why is None, why or "g++ compiles the kernel")
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(places=_HOST, skips_negative=True, guards=True)
+
+    def prepare(self, plan: CopyPlan) -> Launch:
+        return _LaunchOnCpu(plan)
+
+
+class _LaunchOnCpu:
+    def __init__(self, plan: CopyPlan) -> None:
+        self._unit = plan.unit
+        self._kernels = [RowsKernel(nest, plan) for nest in plan.nests]
+        self._libraries = [compiled(kernel.source) for kernel in self._kernels]
+
+    def __call__(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+    ) -> None:
+        word = 0 if status is None else status.data_ptr()
+        units = count // self._unit
+        for kernel, library in zip(self._kernels, self._libraries, strict=True):
+            buffer = bytearray(kernel.fixed)
+            assert len(buffer) == library.argument_bytes()
+            assert kernel._dst_table_at == library.dst_table_at()
+            each, ahead = kernel.tuned(units)
+            kernel.pack(buffer, src, dst, src_index, dst_index, word, ahead)
+            for start, span in kernel.spans(units):
+                kernel.pack_span(buffer, start, span)
+                argument = (ctypes.c_char * len(buffer)).from_buffer(buffer)
+                blocks = -(-span * kernel.row // (THREADS * each))
+                library.run_kernel(argument, each, blocks, kernel.planes, THREADS)
+                _check_prefetches(library, src)
+
+
+def _check_prefetches(library: ctypes.CDLL, src: KVView) -> None:
+    """A prefetch of a wrong address does no harm on a device, and no good."""
+    into = (ctypes.c_void_p * (1 << 12))()
+    for address in into[: library.prefetched(into)]:
+        inside = any(first <= (address or 0) < past for first, past in src.spans)
+        assert inside, "prefetched elsewhere"

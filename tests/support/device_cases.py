@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Caches and chunks on a device, and what they must hold, worked out in bytes on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from support.guarded_memory import filled, storages
+
+LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 6, 4, 2, 16
+SLOTS = BLOCKS * SIZE
+DEVICE = torch.device("cuda", 0)
+LONG = 400_000_000  # clock cycles, a fifth of a second
+
+
+def make_caches(
+    dtype: torch.dtype = torch.float16, device: torch.device = DEVICE
+) -> list[torch.Tensor]:
+    """A list over layers of ``(2, BLOCKS, SIZE, HEADS, DIM)``."""
+    return [filled((2, BLOCKS, SIZE, HEADS, DIM), dtype, device=device) for _ in range(LAYERS)]
+
+
+def make_chunk(
+    tokens: int, dtype: torch.dtype = torch.float16, device: torch.device | str = DEVICE
+) -> torch.Tensor:
+    """A chunk ``[2, LAYERS, tokens, HEADS * DIM]``."""
+    return filled((2, LAYERS, tokens, HEADS * DIM), dtype, device=device)
+
+
+def host_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the host with bytes as elements: ``[..., n]`` becomes ``[..., n * itemsize]``."""
+    return tensor.detach().cpu().contiguous().view(torch.uint8).clone()
+
+
+def gathered(
+    caches: Sequence[torch.Tensor], chunk: torch.Tensor, slots: Sequence[int]
+) -> torch.Tensor:
+    """The chunk's bytes once ``slots`` were stored: slots that are none leave it as it is."""
+    found = host_bytes(chunk)
+    for layer, cache in enumerate(caches):
+        rows = host_bytes(cache).reshape(2, SLOTS, -1)
+        for position, slot in enumerate(slots):
+            if 0 <= slot < SLOTS:
+                found[:, layer, position] = rows[:, slot]
+    return found
+
+
+def scattered(
+    caches: Sequence[torch.Tensor], chunk: torch.Tensor, slots: Sequence[int]
+) -> list[torch.Tensor]:
+    """The caches' bytes once a chunk was loaded to ``slots``."""
+    rows, found = host_bytes(chunk), []
+    for layer, cache in enumerate(caches):
+        whole = host_bytes(cache)
+        flat = whole.view(2, SLOTS, -1)
+        for position, slot in enumerate(slots):
+            if 0 <= slot < SLOTS:
+                flat[:, slot] = rows[:, layer, position]
+        found.append(whole)
+    return found
+
+
+def check_chunk(chunk: torch.Tensor, wanted: torch.Tensor) -> None:
+    """A chunk holds the wanted bytes and its canaries are whole."""
+    assert torch.equal(host_bytes(chunk), wanted)
+    check_canaries(chunk)
+
+
+def check_caches(caches: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> None:
+    """Caches hold the wanted bytes and their canaries are whole."""
+    for cache, want in zip(caches, wanted, strict=True):
+        assert torch.equal(host_bytes(cache), want)
+        check_canaries(cache)
+
+
+def check_canaries(tensor: torch.Tensor) -> None:
+    """The bytes around a tensor made by `filled` are as they were made."""
+    whole = next(iter(storages(tensor).values()))
+    start = tensor.storage_offset() * tensor.itemsize
+    pristine = filled((tensor.numel(),), tensor.dtype)
+    around = next(iter(storages(pristine).values()))
+    behind = start + tensor.numel() * tensor.itemsize
+    assert torch.equal(whole[:start], around[:start])
+    assert torch.equal(whole[behind:], around[behind:])

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine `direct` on the host: its kernel compiled by g++, its launches through a fake driver.
+
+Inside `installed` the engine does everything as on a device, up to the driver's call; one side of
+a copy counts as the device's.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from portakv import CopyPlan, KVView
+from portakv.backends.base import Capabilities, Decision, Launch
+from portakv.engines import _direct_kernel, direct
+from portakv.engines._direct_kernel import NAME, Cut
+from portakv.engines.direct import Direct
+from portakv.runtime import _flight
+from portakv.runtime import cuda as _cuda_driver
+from support import cuda_on_cpu
+from support.cuda_on_cpu import why_not
+
+__all__ = ["CPU", "SMALL", "DirectOnCpu", "Driver", "installed", "why_not"]
+CPU = torch.device("cpu")
+#: So little in a turn that the smallest copy takes several, by two warps of four lanes.
+SMALL = Cut(threads=8, each=3, strip=4)
+_ENTRIES = f"""
+extern "C" void run_direct(const void* argument, unsigned blocks, unsigned threads) {{
+    run_grid<Argument>({NAME}, argument, blocks, 1, threads);
+}}
+extern "C" unsigned argument_bytes() {{ return sizeof(Argument); }}
+extern "C" unsigned src_table_at() {{ return offsetof(Argument, from.table); }}
+extern "C" unsigned dst_table_at() {{ return offsetof(Argument, to.table); }}
+"""
+
+
+@cache
+def _folder() -> TemporaryDirectory[str]:
+    return TemporaryDirectory(prefix="direct-on-cpu-")
+
+
+@cache
+def compiled(source: str) -> ctypes.CDLL:
+    """The loaded kernel; each text is compiled once in a process."""
+    stem = Path(_folder().name) / f"kernel{len(list(Path(_folder().name).glob('*.so')))}"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cuda_on_cpu, "_ENTRIES", _ENTRIES)
+        return ctypes.CDLL(str(cuda_on_cpu.build(source, stem)))
+
+
+@dataclass
+class Driver:
+    """What the engine asked of the driver: for each launch its blocks, threads and argument; and
+    the host memory that it had held."""
+
+    held: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    launches: list[tuple[int, int, bytes]] = field(default_factory=list)
+    streams: list[int] = field(default_factory=list)
+    error: int = 0
+
+    def load(self, source: str, names: Iterable[str], device: torch.device) -> dict[str, Any]:
+        library = compiled(source)
+        return dict.fromkeys(names, library)
+
+    def hold(self, device: torch.device, stream: torch.Stream | None, *host: torch.Tensor) -> None:
+        self.held.append(host)
+
+    def launch(self, library: Any, x: int, y: int, z: int, *rest: Any) -> tuple[int]:
+        threads, of_y, of_z, shared, stream, address, extra = rest
+        assert (y, z, of_y, of_z, shared, extra) == (1, 1, 1, 1, 0, 0)
+        assert x >= 1, "a launch of no blocks is an error of the driver's"
+        argument = ctypes.cast(address, ctypes.POINTER(ctypes.c_void_p))[0]
+        content = ctypes.string_at(argument, library.argument_bytes())
+        self.launches.append((x, threads, content))
+        self.streams.append(stream)
+        if not self.error:
+            library.run_direct(ctypes.c_void_p(argument), x, threads)
+        return (self.error,)
+
+
+class DirectOnCpu(Direct):
+    """`Direct` for the CPU; ``stores``: the source counts as the device's, else the destination."""
+
+    name = "direct-on-cpu"
+    stores = True
+
+    @classmethod
+    def probe(cls, device: torch.device) -> Decision:
+        return Decision(cls.name, why_not() is None, why_not() or "g++ compiles the kernel")
+
+    def capabilities(self) -> Capabilities:
+        places = frozenset((a, b) for a in ("pageable", "pinned") for b in ("pageable", "pinned"))
+        return replace(super().capabilities(), places=places)
+
+    def prepare(self, plan: CopyPlan) -> Launch:
+        placed = copy.copy(plan)
+        if self.stores:
+            placed.src = replace(plan.src, place="device")
+        else:
+            placed.dst = replace(plan.dst, place="device")
+        return super().prepare(placed)
+
+
+def _table_elsewhere(view: KVView, device: torch.device, stream: torch.Stream | None) -> int:
+    """A copy that is kept by the view, as on a device: its own table is not what is read."""
+    made = view.kept.setdefault("copied", torch.tensor(view.origins))
+    view.table.fill_(0)
+    return int(made.data_ptr())
+
+
+@contextmanager
+def installed(cut: Cut = SMALL) -> Iterator[Driver]:
+    """Inside, `DirectOnCpu` launches on the host."""
+    driver = Driver()
+    bindings = SimpleNamespace(cuLaunchKernel=driver.launch, CUstream=lambda raw: raw)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_cuda_driver, "bindings", lambda: bindings)
+        patched.setattr(_cuda_driver, "load", driver.load)
+        patched.setattr(_cuda_driver, "adopt", lambda device: None)
+        patched.setattr(_cuda_driver, "raw", lambda stream, index: 7)
+        patched.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+        patched.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+        patched.setattr(direct, "device_address", lambda address, device: address)
+        patched.setattr(direct, "table_on", _table_elsewhere)
+        patched.setattr(_flight, "completion", driver.hold)
+        patched.setattr(_direct_kernel, "CUT", cut)
+        yield driver

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies between a device and the host through one engine, judged against `reference` on the host.
+
+The same cases run on the simulated device and on a CUDA device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from portakv import Index, KVView, copy_rows
+from portakv.backends.base import Backend
+from portakv.plan.plan import CopyPlan
+from portakv.view.example import example_tensors
+
+BLOCK, BLOCKS, DIM = 8, 24, 16
+#: Layouts of the device's side, and of the host's.
+PAGED = (
+    "layer | kv block token head dim",
+    "layer kv | block head token dim",
+    "block layer kv token head dim",
+    "kv layer | (block token) head dim",
+)
+CHUNKS = ("kv layer token (head dim)", "layer token kv head dim", "kv layer head token dim")
+POOLS = (*PAGED, "block | kv layer token (head dim)")
+EXTENTS: dict[str, Any] = {"layers": 3, "kv": 2, "heads": 2, "dim": DIM}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One copy: the device's layout and index, the host's, and how many tokens."""
+
+    device: str
+    host: str
+    ids: tuple[Any, int] | None  # of the device: list, step
+    host_ids: tuple[Any, int] | None
+    count: int
+    offset: int = 0  # of the host's index
+
+
+def scattered(count: int, step: int, seed: int = 7) -> tuple[list[int], int]:
+    """Distinct ids in no order, of so many tokens each."""
+    generator = torch.Generator().manual_seed(seed)
+    units = BLOCKS * BLOCK // step
+    return torch.randperm(units, generator=generator)[: -(-count // step)].tolist(), step
+
+
+def cases() -> list[Case]:
+    """Every pair of layouts by tokens and by blocks, with heads and tails."""
+    found = []
+    for layout in PAGED:
+        found += [Case(layout, host, scattered(37, 1), None, 37) for host in CHUNKS]
+        found += [Case(layout, host, scattered(64, BLOCK), None, 61) for host in CHUNKS]
+    for layout in PAGED[:2]:
+        for host in POOLS:
+            blocks = scattered(96, BLOCK), scattered(96, BLOCK, seed=8)
+            found.append(Case(layout, host, *blocks, 96))
+            found.append(Case(layout, host, scattered(41, 1), scattered(41, 1, seed=9), 41))
+            found.append(Case(layout, host, scattered(72, BLOCK), (range(3, 12), BLOCK), 70))
+            found.append(Case(layout, host, scattered(40, 1), None, 40, offset=21))
+    return found
+
+
+def tensors_of(layout: str, tokens: int, seed: int) -> Any:
+    """Random bytes on the host in a layout's containers."""
+    paged = " block" in f" {layout}" or "(block" in layout
+    made = example_tensors(
+        layout, **EXTENTS, blocks=BLOCKS, tokens=BLOCK if paged else tokens, dtype=torch.int16
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in leaves(made):
+        tensor.copy_(torch.randint(-32768, 32767, tensor.shape, generator=generator).short())
+    return made
+
+
+def leaves(tensors: Any) -> list[torch.Tensor]:
+    """The tensors in containers."""
+    if isinstance(tensors, torch.Tensor):
+        return [tensors]
+    return [leaf for each in tensors for leaf in leaves(each)]
+
+
+def mapped(tensors: Any, make: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The containers with another tensor for each."""
+    if isinstance(tensors, torch.Tensor):
+        return make(tensors)
+    return [mapped(each, make) for each in tensors]
+
+
+def view_of(tensors: Any, layout: str) -> KVView:
+    """A view with every extent declared."""
+    size = {"block_size": BLOCK} if "block" in layout else {}
+    return KVView(tensors, layout, **EXTENTS, **size)
+
+
+def index_of(ids: tuple[Any, int] | None, offset: int = 0) -> Index:
+    return Index(offset=offset) if ids is None else Index(list(ids[0]), step=ids[1])
+
+
+def judge(
+    case: Case,
+    engine: Backend,
+    downward: bool,
+    on_host: Callable[[torch.Tensor], torch.Tensor],
+    stream: torch.Stream | None = None,
+) -> None:
+    """Copy through an engine; every byte of the destination must be as `reference` has it."""
+    device = engine.device
+    there, here = tensors_of(case.device, 0, 1), tensors_of(case.host, case.count + case.offset, 2)
+    on_device = mapped(there, lambda x: x.to(device))
+    pinned = mapped(here, on_host)
+    views = view_of(on_device, case.device), view_of(pinned, case.host)
+    plain = view_of(there, case.device), view_of(here, case.host)
+    indices = index_of(case.ids), index_of(case.host_ids, case.offset)
+    if not downward:
+        views, plain, indices = views[::-1], plain[::-1], indices[::-1]
+    copy_rows(*plain, *indices, count=case.count)
+    launch_pieces(engine, views, indices, case.count, stream)
+    torch.accelerator.synchronize(device)
+    found, expected = (pinned, here) if downward else (on_device, there)
+    for tensor, wanted in zip(leaves(found), leaves(expected), strict=True):
+        assert torch.equal(tensor.cpu(), wanted), case
+
+
+def launch_pieces(
+    engine: Backend,
+    views: tuple[KVView, KVView],
+    indices: tuple[Index, Index],
+    count: int,
+    stream: torch.Stream | None,
+) -> None:
+    """Launch whole units, and then the rest by tokens, as the library does."""
+    src, dst = views
+    src_index, dst_index = indices
+    start = 0
+    for unit in (None, 1):
+        plan = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step, unit)
+        aligned = not any(i.offset % plan.unit for i in indices)
+        tokens = (count - start) // plan.unit * plan.unit if aligned else 0
+        if tokens:
+            mine, theirs = src_index.shifted(start), dst_index.shifted(start)
+            assert engine.check(plan).accepted, engine.check(plan)
+            engine.prepare(plan)(src, dst, mine, theirs, tokens, stream, None)
+            start += tokens
+    assert start == count

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines that move nothing but say who was asked, and plans across a link that is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from time import sleep
+from typing import Any
+
+import pytest
+import torch
+
+from portakv import CopyPlan, Index, KVView
+from portakv.backends.base import Capabilities, Decision, Launch
+from portakv.engines import choose as chosen
+from portakv.engines.assumed import Assumed
+from portakv.engines.engine import PAGEABLE, PINNED, Engine
+from portakv.engines.picking import Pick
+from portakv.errors import Unsupported
+from portakv.plan.plan import CopyPlan as Plan
+
+ASSUMED = Assumed("of a test")
+CPU = torch.device("cpu")
+HERE = __name__
+BLOCKS, SIZE = 64, 16
+ROWS = 8 * SIZE * 4  # of 256 bytes, in each block
+
+
+class Fake(Engine):
+    """An engine that writes down what is asked of it."""
+
+    places = PINNED
+    prepared: list[str] = []  # noqa: RUF012 # of all engines, in order
+    launched: list[tuple[str, Any]] = []  # noqa: RUF012
+
+    @classmethod
+    def probe(cls, device: torch.device) -> Decision:
+        return Decision(cls.name, True, "it says so")
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(places=self.places, index_on="any")
+
+    def prepare(self, plan: Plan) -> Launch:
+        Fake.prepared.append(self.name)
+
+        return _Noted(self.name)
+
+
+class _Noted:
+    """A launch that writes down its arguments."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(
+        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int,
+        stream: torch.Stream | None, status: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        arguments = src, dst, src_index, dst_index, count, stream, status
+        Fake.launched.append((self._name, arguments))
+
+
+class Staged(Fake):
+    name = "staged"
+
+
+class Descriptors(Fake):
+    name = "descriptors"
+
+
+class Direct(Fake):
+    """Reads int32 ids on the device, as a kernel might."""
+
+    name = "direct"
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            places=PINNED, index_dtypes=frozenset({torch.int32}), guards=True, skips_negative=True
+        )
+
+    def prepare(self, plan: Plan) -> Launch:
+        sleep(0.01)  # as who compiles: other threads come meanwhile
+        return super().prepare(plan)
+
+
+class Ring(Fake):
+    name = "ring"
+    places = PAGEABLE
+
+
+class Refusing(Fake):
+    """Takes no plan."""
+
+    name = "refusing"
+
+    def check(self, plan: Plan) -> Decision:
+        return Decision(self.name, False, "its rows are too narrow")
+
+
+class Late(Fake):
+    """Takes any plan, and fails when it is prepared."""
+
+    name = "late"
+
+    def prepare(self, plan: Plan) -> Launch:
+        Fake.prepared.append("late")
+        raise Unsupported("This copy", "its kernel does not compile")
+
+
+class Breaking(Fake):
+    name = "breaking"
+
+    def prepare(self, plan: Plan) -> Launch:
+        raise RuntimeError("the compiler crashed")
+
+
+class Absent(Fake):
+    name = "absent"
+
+    @classmethod
+    def probe(cls, device: torch.device) -> Decision:
+        return Decision(cls.name, False, "its driver is not installed")
+
+
+USUAL = {
+    "staged": f"{HERE}:Staged",
+    "descriptors": f"{HERE}:Descriptors",
+    "direct": f"{HERE}:Direct",
+    "ring": f"{HERE}:Ring",
+}
+
+
+@contextmanager
+def engines(monkeypatch: pytest.MonkeyPatch, **targets: str) -> Iterator[None]:
+    """Inside, fakes stand for the engines; ``direct="Late"`` is another one for it."""
+    found = USUAL | {
+        name: target if ":" in target else f"{HERE}:{target}" for name, target in targets.items()
+    }
+    Fake.prepared.clear()
+    Fake.launched.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(chosen, "BUILT_IN", found)
+        yield
+
+
+def view(place: str) -> KVView:
+    """Blocks of 16 tokens, 8 planes of 16 KiB, each block in one piece."""
+    found = KVView(torch.empty(BLOCKS, 4, 2, SIZE, 4, 64), "block layer kv token head dim")
+    found.form = replace(found.form, place=place)
+    return found
+
+
+def planes(place: str) -> KVView:
+    """The same rows head by head, 256 bytes each, and each layer in an allocation of its own."""
+    layers = [torch.empty(2, BLOCKS, 4, SIZE, 64) for _ in range(4)]
+    found = KVView(layers, "layer | kv block head token dim")
+    found.form = replace(found.form, place=place)
+    return found
+
+
+def plan_of(src: KVView, dst: KVView, src_step: int = SIZE, dst_step: int = SIZE) -> CopyPlan:
+    return CopyPlan(src.form, dst.form, src_step, dst_step)
+
+
+def apart(count: int, first: int = 0) -> Index:
+    """Blocks without neighbours."""
+    return Index([first + 2 * n for n in range(count)], SIZE)
+
+
+def refusals(picked: Pick) -> dict[str, str]:
+    return {one.engine: one.refused for one in picked.alternatives}

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forms: equal where readings are equal, the same in another process, aligned as the addresses."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from support.core_cases import HANDS, Hand, noise
+
+from portakv import KVView
+
+
+def test_equal_readings_have_equal_forms_and_hashes() -> None:
+    one, other = (KVView(noise(n, 4, 8), "block token dim").form for n in (3, 5))
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one != KVView(noise(3, 4, 8), "token head dim").form
+
+
+@pytest.mark.parametrize("hand", HANDS, ids=lambda hand: hand.layout)
+def test_a_copied_form_is_the_same_form(hand: Hand) -> None:
+    form = hand.view(hand.make(0)).form
+    for again in (copy.copy(form), copy.deepcopy(form), pickle.loads(pickle.dumps(form))):
+        assert again == form
+        assert hash(again) == hash(form)
+        assert again.unwritable == form.unwritable
+
+
+def test_a_form_sent_to_another_process_is_found_there() -> None:
+    """The hash of a string differs between processes: it must not travel along."""
+    forms = [hand.view(hand.make(0)).form for hand in HANDS]
+    program = (
+        "import pickle, sys; sys.path[:0] = sys.argv[1:]\n"
+        "from support.core_cases import HANDS\n"
+        "mine = {hand.view(hand.make(0)).form: n for n, hand in enumerate(HANDS)}\n"
+        "sent = pickle.load(sys.stdin.buffer)\n"
+        "print([mine.get(form) for form in sent], hash('device'))\n"
+    )
+    found, seeds = [], ("1", "2")
+    for seed in seeds:
+        done = subprocess.run(
+            [sys.executable, "-c", program, os.path.dirname(__file__)],
+            input=pickle.dumps(forms),
+            capture_output=True,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        )
+        found.append(done.stdout.decode().rsplit(" ", 1))
+    assert found[0][1] != found[1][1]  # the hashes of strings did differ
+    # Layouts with one form are one key; every form must lead to a layout of the same form.
+    for numbers, _ in found:
+        leads = [int(n) for n in numbers.strip("[]").split(",")]
+        assert [forms[n] for n in leads] == forms
+
+
+@pytest.mark.parametrize(
+    ("base", "alignment"),
+    [(0, 16), (16, 16), (8, 8), (4, 4), (2, 2), (1, 1), (3, 1), (24, 8)],
+)
+def test_alignment_is_that_of_the_addresses(base: int, alignment: int) -> None:
+    memory = noise(256, dtype=torch.uint8)
+    assert memory.data_ptr() % 16 == 0
+    view = KVView(memory[base : base + 64].view(4, 16), "token dim")
+    assert view.form.alignment == alignment
+
+
+def test_alignment_is_the_least_of_all_tensors() -> None:
+    memory = noise(256, dtype=torch.uint8)
+    layers = [memory[at : at + 32].view(4, 8) for at in (0, 32, 64 + 4)]
+    assert KVView(layers, "layer | token dim").form.alignment == 4
+
+
+def test_a_storage_that_begins_off_the_alignment_counts_as_well() -> None:
+    """Torch addresses elements from the storage's base."""
+    numbers = np.zeros(256, dtype=np.uint8)
+    start = -numbers.ctypes.data % 16
+    odd = torch.from_numpy(numbers[start + 1 :])
+    view = KVView(odd[15 : 15 + 64].view(4, 16), "token dim")
+    assert view.addresses[0] % 16 == 0
+    assert view.form.alignment == 1
+
+
+def test_place_is_pageable_on_the_host() -> None:
+    assert KVView(noise(5, 8), "token dim").form.place == "pageable"
+
+
+def test_token_bytes() -> None:
+    assert KVView(noise(3, 2, 5, 4, 8), "layer kv token head dim").form.token_bytes == 384
+
+
+def test_forms_hold_no_address_and_no_count_of_blocks() -> None:
+    small, large = (KVView(noise(n, 4, 8), "block token dim").form for n in (1, 50))
+    assert small == large

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slices by layers, heads and kv: the same memory, and one form for every single layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from ctypes import string_at
+from itertools import permutations, product
+from math import prod
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.core_cases import HANDS, HEADS, KV, LAYERS, SLOTS, Hand, address, move, noise
+
+from portakv import CopyPlan, Index, KVView, LayoutError, copy_rows
+
+Range = slice | int | None
+
+
+def picked(asked: Range, extent: int) -> range:
+    if asked is None:
+        return range(extent)
+    return range(extent)[asked] if isinstance(asked, slice) else range(asked, asked + 1)
+
+
+def check(part: KVView, whole: KVView, layers: Range, heads: Range, kv: Range) -> None:
+    """Each row of a slice lies where the whole view has it, and its alignment is true."""
+    kept = picked(layers, whole.layers), picked(heads, whole.heads), picked(kv, whole.kv)
+    assert (part.layers, part.heads, part.kv, part.slots) == (*map(len, kept), whole.slots)
+    assert part.widths == tuple(whole.widths[k] for k in kept[2])
+    for (i, layer), (j, head), (k, plane) in product(*map(enumerate, kept)):
+        for slot in range(whole.slots):
+            assert address(part, k, i, slot, j) == address(whole, plane, layer, slot, head)
+    assert not any(at % part.form.alignment for at in part.addresses.tolist())
+
+
+@pytest.mark.parametrize("hand", HANDS, ids=lambda hand: hand.layout)
+@pytest.mark.parametrize("axis", ["layers", "heads", "kv"])
+@pytest.mark.parametrize("asked", [0, 1, slice(1, None), slice(0, 1), slice(None), slice(-1, None)])
+def test_a_slice_leads_to_the_same_rows(hand: Hand, axis: str, asked: Range) -> None:
+    whole = hand.view(hand.make(0))
+    ranges: dict[str, Any] = {"layers": None, "heads": None, "kv": None, axis: asked}
+    check(whole.slice(**ranges), whole, **ranges)
+
+
+@pytest.mark.parametrize("hand", HANDS, ids=lambda hand: hand.layout)
+def test_slices_of_slices_and_of_several_axes(hand: Hand) -> None:
+    whole = hand.view(hand.make(0))
+    both = whole.slice(layers=1, heads=slice(1, 2), kv=0)
+    check(both, whole, 1, slice(1, 2), 0)
+    check(whole.slice(kv=0).slice(layers=1).slice(heads=1), whole, 1, slice(1, 2), 0)
+
+
+@pytest.mark.parametrize("hand", HANDS, ids=lambda hand: hand.layout)
+def test_copying_slice_by_slice_is_copying_the_whole(hand: Hand) -> None:
+    source, target = hand.make(1), hand.make(2)
+    src, dst = hand.view(source), hand.view(target)
+    ids = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(0))
+    for layer, head, kv in product(range(LAYERS), range(HEADS), range(KV)):
+        cut = {"layers": layer, "heads": head, "kv": kv}
+        copy_rows(src.slice(**cut), dst.slice(**cut), ids, ids.flip(0)).synchronize()
+    expected = torch.empty_like(hand.rows(source))
+    expected[:, :, ids.flip(0)] = hand.rows(source)[:, :, ids]
+    assert torch.equal(hand.rows(target), expected)
+
+
+def test_a_slice_writes_into_the_tensors_of_the_view() -> None:
+    cache = [noise(2, 3, 4, 2, 8, seed=i) for i in range(3)]
+    chunk = noise(5, 8, seed=9)
+    before = [tensor.clone() for tensor in cache]
+    whole = KVView(cache, "layer | kv block token head dim")
+    dst = whole.slice(layers=2, heads=1, kv=1)
+    copy_rows(KVView(chunk, "token dim"), dst, None, torch.tensor([0, 11, 3, 6, 5])).synchronize()
+    before[2][1].view(12, 2, 8)[[0, 11, 3, 6, 5], 1] = chunk
+    assert all(torch.equal(a, b) for a, b in zip(cache, before, strict=True))
+
+
+def _separate() -> KVView:
+    return KVView([noise(2, 3, 4, 8, seed=i) for i in range(4)], "layer | kv block token dim")
+
+
+def _one_allocation() -> KVView:
+    return KVView(list(noise(4, 2, 3, 4, 8)), "layer | kv block token dim")
+
+
+def _rows_of_132_bytes() -> KVView:
+    """Layers begin 132 bytes apart: the first is aligned to 16, the others to 4."""
+    return KVView(noise(5, 4, 66, dtype=torch.bfloat16), "token layer dim")
+
+
+def _unequal_separate() -> KVView:
+    pairs = [(noise(3, 4, 16), noise(3, 4, 2)) for _ in range(4)]
+    return KVView(pairs, "layer kv | block token dim")
+
+
+def _unequal_one_allocation() -> KVView:
+    """All keys, then all values: from layer to layer they come nearer to each other."""
+    memory = noise(4 * 12 * 18)
+    keys, values = memory[: 4 * 12 * 16].view(4, 3, 4, 16), memory[4 * 12 * 16 :].view(4, 3, 4, 2)
+    return KVView(list(zip(keys, values, strict=True)), "layer kv | block token dim")
+
+
+def _unequal_kv_first() -> KVView:
+    view = _unequal_one_allocation()
+    pairs = list(zip(*view.tensors, strict=True))
+    return KVView(pairs, "kv layer | block token dim")
+
+
+def _unequal_in_one_dimension() -> KVView:
+    return KVView(noise(5, 4 * 18), "token (kv layer dim)", dim=(16, 2), layers=4)
+
+
+def _memory_objects() -> KVView:
+    objects = [noise(2, 4, 5, 3, seed=i) for i in range(3)]
+    return KVView(objects, "block | kv layer token dim")
+
+
+def _unequal_memory_objects() -> KVView:
+    objects = [noise(5, 4 * 18, seed=i) for i in range(3)]
+    return KVView(objects, "block | token (kv layer dim)", dim=(16, 2), layers=4)
+
+
+def _equal_widths_drifting_apart() -> KVView:
+    memory = noise(100, 8)
+    pairs = [(memory[10 * i : 10 * i + 5], memory[40 + 12 * i : 45 + 12 * i]) for i in range(4)]
+    return KVView(pairs, "layer kv | token dim")
+
+
+def _irregular() -> KVView:
+    memory = noise(100, 8)
+    return KVView([memory[i : i + 5] for i in (3, 70, 20, 41)], "layer | token dim")
+
+
+def _packed_in_a_block() -> KVView:
+    """vLLM's BLNHC: a block holds all layers; each layer is a strided tensor over it."""
+    memory = noise(3, 4, 5, 2, 16)
+    return KVView(
+        [memory[:, i].transpose(1, 2) for i in range(4)], "layer | block head token (kv dim)"
+    )
+
+
+VIEWS = [
+    _separate, _one_allocation, _rows_of_132_bytes, _unequal_separate, _unequal_one_allocation,
+    _unequal_kv_first, _unequal_in_one_dimension, _memory_objects, _unequal_memory_objects,
+    _equal_widths_drifting_apart, _irregular, _packed_in_a_block,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", VIEWS, ids=lambda make: make.__name__.strip("_"))
+def test_slices_of_one_layer_have_one_form(make: Callable[[], KVView]) -> None:
+    whole = make()
+    for cut in ({}, {"heads": slice(0, 1)}, {"kv": 0}, {"kv": slice(-1, None)}):
+        slices = [whole.slice(layers=i, **cut) for i in range(4)]
+        assert len({part.form for part in slices}) == 1
+        for i, part in enumerate(slices):
+            check(part, whole, i, cut.get("heads"), cut.get("kv"))
+    pairs = {whole.slice(layers=slice(i, i + 2)).form for i in range(3)}
+    assert len(pairs) == 1 or make is _irregular
+
+
+@pytest.mark.parametrize("make", VIEWS, ids=lambda make: make.__name__.strip("_"))
+def test_slices_of_one_layer_are_copied_by_one_plan(make: Callable[[], KVView]) -> None:
+    """Every row of every layer arrives, through a plan made for the first layer."""
+    whole = make()
+    flat = torch.zeros(whole.slots, whole.widths[0], dtype=torch.uint8)
+    first, dst = whole.slice(layers=0, kv=0, heads=0), KVView(flat, "token dim")
+    plan = CopyPlan(first.form, dst.form, unit=1)
+    for layer in range(4):
+        part = whole.slice(layers=layer, kv=0, heads=0)
+        move(plan.runs(part, dst, Index(), Index(), whole.slots))
+        for slot in range(whole.slots):
+            row = string_at(address(whole, 0, layer, slot), whole.widths[0])
+            assert bytes(flat[slot].tolist()) == row
+
+
+def test_a_slice_of_everything_is_the_view_itself() -> None:
+    whole = _rows_of_132_bytes()
+    assert whole.slice(layers=slice(0, 4), heads=slice(None), kv=0).form == whole.form
+    assert whole.slice().form == whole.form
+
+
+def test_a_slice_keeps_only_the_addresses_it_needs() -> None:
+    view = _separate()
+    part = view.slice(layers=slice(1, 3))
+    assert part.addresses.tolist() == view.addresses.tolist()[1:3]
+    assert [t.data_ptr() for t in part.owners] == [t.data_ptr() for t in view.tensors[1:3]]
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"layers": 4},
+        {"layers": -1},
+        {"layers": slice(2, 2)},
+        {"layers": slice(0, 4, 2)},
+        {"layers": slice(None, None, -1)},
+        {"heads": 1},
+        {"kv": 2},
+        {"kv": slice(2, None)},
+    ],
+)
+def test_ranges_that_are_empty_stepped_or_outside(cut: dict[str, Any]) -> None:
+    name = next(iter(cut))
+    with pytest.raises(LayoutError, match=f"{name}=.* asks for .* a range of at least one"):
+        _separate().slice(**cut)
+
+
+class TestSplitHeads:
+    """Heads in two factors: a range may be cut out of one of them, not through both."""
+
+    def setup_method(self) -> None:
+        self.view = KVView(noise(3, 5, 2, 8), "head/2 token head%2 dim")
+
+    @pytest.mark.parametrize("heads", [0, 3, 5, slice(2, 4), slice(0, 4), slice(2, 6), slice(0, 6)])
+    def test_ranges_of_whole_factors(self, heads: Range) -> None:
+        check(self.view.slice(heads=heads), self.view, None, heads, None)
+
+    @pytest.mark.parametrize("heads", [slice(1, 3), slice(0, 3), slice(1, 5), slice(3, 6)])
+    def test_ranges_that_cut_through(self, heads: slice) -> None:
+        with pytest.raises(LayoutError, match="cuts through a factor of the 'head' axis"):
+            self.view.slice(heads=heads)
+
+
+@st.composite
+def listed_views(draw: st.DrawFn) -> KVView:
+    """Tensors in up to three container levels, alone or inside one allocation in any order."""
+    axes = draw(st.permutations(["layer", "kv", "block", "token", "head"]))
+    levels = draw(st.integers(0, 3))
+    extents = {axis: draw(st.integers(1, 3)) for axis in axes}
+    outer, inner = axes[:levels], axes[levels:]
+    widths = [
+        draw(st.sampled_from([2, 4, 8])) if "kv" in outer else 8 for _ in range(extents["kv"])
+    ]
+    places = list(product(*(range(extents[axis]) for axis in outer)))
+
+    def shape(place: tuple[int, ...]) -> list[int]:
+        kv = place[outer.index("kv")] if "kv" in outer else 0
+        return [*(extents[axis] for axis in inner), widths[kv]]
+
+    made: dict[tuple[int, ...], torch.Tensor] = {}
+    if draw(st.booleans()):
+        made = {place: torch.zeros(shape(place), dtype=torch.uint8) for place in places}
+    else:
+        gap, at = draw(st.sampled_from([0, 1, 8])), draw(st.sampled_from([0, 1, 8]))
+        memory = torch.zeros(at + sum(prod(shape(p)) + gap for p in places), dtype=torch.uint8)
+        by_kv = (lambda p: p[outer.index("kv")]) if "kv" in outer else (lambda p: 0)
+        order = draw(st.sampled_from([places, sorted(places, key=by_kv), places[::-1]]))
+        for place in order:
+            size = prod(shape(place))
+            made[place] = memory[at : at + size].view(shape(place))
+            at += size + gap
+    tensors = _nested(made, (), [extents[axis] for axis in outer])
+    text = " ".join([*outer, "|", *inner, "dim"] if outer else [*inner, "dim"])
+    return KVView(tensors, text, kv=extents["kv"])
+
+
+def _nested(made: dict[tuple[int, ...], torch.Tensor], at: tuple[int, ...], left: list[int]) -> Any:
+    if not left:
+        return made[at]
+    return [_nested(made, (*at, i), left[1:]) for i in range(left[0])]
+
+
+@given(listed_views(), st.data())
+def test_any_slice_of_any_containers(whole: KVView, data: st.DataObject) -> None:
+    def cut(extent: int) -> slice:
+        first = data.draw(st.integers(0, extent - 1))
+        return slice(first, data.draw(st.integers(first + 1, extent)))
+
+    layers, heads, kv = cut(whole.layers), cut(whole.heads), cut(whole.kv)
+    check(whole.slice(layers=layers, heads=heads, kv=kv), whole, layers, heads, kv)
+    one = {"heads": heads, "kv": kv}
+    assert len({whole.slice(layers=i, **one).form for i in range(whole.layers)}) == 1
+
+
+def test_every_order_of_containers_gives_one_form_for_each_layer() -> None:
+    for order in permutations(["layer", "kv", "head"]):
+        extents = {"layer": 3, "kv": 2, "head": 2}
+        made = {
+            place: noise(5, 8, seed=i)
+            for i, place in enumerate(np.ndindex(*(extents[axis] for axis in order)))
+        }
+        tensors = _nested(made, (), [extents[axis] for axis in order])
+        view = KVView(tensors, f"{' '.join(order)} | token dim")
+        assert len({view.slice(layers=i).form for i in range(3)}) == 1
