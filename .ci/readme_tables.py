@@ -4,8 +4,8 @@ they are stale.
 
 The table of layouts comes from `portakv.layout.presets`, those of backends from
 `conformance/ladder.toml`, whose rows the files in `conformance/results` bear out. A rung whose
-backend has changed since stays in the table as expired: writing the tables anew says so, reaching it again and `.ci/keep_result.py`
-mend it.
+backend has changed since stays in the table as expired: writing the tables anew says so, reaching
+it again and `.ci/keep_result.py` mend it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options, Hypothesis profiles and marker rules that hold for every test.
+"""Options, Hypothesis profiles, marker rules and the `device` fixture of every test.
 
 Property tests take their number of examples from the loaded profile, never from a number of
 their own, so that `--fuzz` reaches them; one that wants more writes
@@ -18,7 +18,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-OPT_IN = ("wheel", "bigmem", "slow", "sanitize")
+from portakv_conformance import simdev
+
+OPT_IN = ("wheel", "bigmem", "slow", "sanitize", "full")
+pytest_plugins = ["support.own_process"]
 
 
 def positive(text: str) -> int:
@@ -39,6 +42,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Load the profile before any test module is imported, so that decorators can read it."""
+    if name := os.environ.get("SIMDEV_NAME"):
+        simdev.load(name)  # a child of own_process: its modules may look at the device
     if os.environ.get("PORTAKV_BACKEND"):
         raise pytest.UsageError(
             "PORTAKV_BACKEND forces a backend, which is not what tests judge; unset it."
@@ -62,6 +67,29 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("fuzz")
 
 
+#: What a test with the fixture `device` runs on; each parameter carries the marker of its device.
+DEVICES = [
+    pytest.param("cpu"),
+    pytest.param("simdev", marks=pytest.mark.simdev),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The host, the simulated device, and a CUDA device if there is one."""
+    if request.param == "cpu":
+        return torch.device("cpu")
+    return torch.device({"simdev": "privateuseone"}.get(request.param, request.param), 0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Load the simulated device before the first test that needs it."""
+    if item.get_closest_marker("simdev"):
+        simdev.load(os.environ.get("SIMDEV_NAME", "simdev"))
+
+
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """SIGINT raises KeyboardInterrupt, also in a shell's background job, which ignores it."""
@@ -71,7 +99,11 @@ def interruptible() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave opt-in tests out unless `-m` names their marker; skip `gpu` tests without a GPU."""
+    """Leave opt-in tests out unless `-m` names their marker; skip tests of devices that are absent.
+
+    Tests of the simulated device come last: once loaded it stays torch's accelerator in a process,
+    and each worker runs its tests in this order.
+    """
     asked = config.getoption("-m")
     left_out = {mark for mark in OPT_IN if not re.search(rf"\b{mark}\b", asked)}
     kept: list[pytest.Item] = []
@@ -82,8 +114,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
-    if not torch.cuda.is_available():
-        reason = "torch.cuda.is_available() is False: this test needs a CUDA device"
-        for item in items:
-            if item.get_closest_marker("gpu"):
+    items.sort(key=lambda item: item.get_closest_marker("simdev") is not None)
+    no_gpu = "torch.cuda.is_available() is False: this test needs a CUDA device"
+    absent = {
+        "gpu": None if torch.cuda.is_available() else no_gpu,
+        "simdev": simdev.available(),
+        "own_process": simdev.available(),
+    }
+    for item in items:
+        for mark, reason in absent.items():
+            if reason and item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))

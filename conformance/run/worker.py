@@ -3,7 +3,8 @@
 
 Started by the runner as ``python -m portakv_conformance.run.worker ORDERS``. All that the
 runner learns comes through two files: events, and the stacks that faulthandler leaves when the
-process crashes or is asked for them by a signal. What a backend prints goes elsewhere and disturbs neither.
+process crashes or is asked for them by a signal. What a backend prints goes elsewhere and disturbs
+neither.
 """
 
 from __future__ import annotations

@@ -38,14 +38,6 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def test_on_the_simulated_device(library: str) -> None:
-    words = ["-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "ascendc_device.py"]
-    done = run(sys.executable, *words, PORTAKV_ASCENDC=library)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert re.search(r"^\d\d passed", done.stdout, re.MULTILINE), done.stdout
-    assert "skipped" not in done.stdout
-
-
 def test_the_command_of_docs_hardware_judges_the_kernel(library: str, tmp_path: Path) -> None:
     """Here on the simulated device; the report says by what copies went."""
     words = ["-m", "portakv", "conform", "ascend", "--device", "simdev:npu", "--profile", "core"]

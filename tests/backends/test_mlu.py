@@ -143,14 +143,6 @@ def run(*command: str, folder: Path = HERE, **variables: str) -> subprocess.Comp
     )  # fmt: skip
 
 
-@simulated
-def test_on_the_simulated_device() -> None:
-    done = run("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "mlu_device.py")
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert re.search(r"^\d\d+ passed", done.stdout, re.MULTILINE), done.stdout
-    assert "skipped" not in done.stdout
-
-
 @pytest.mark.parametrize(
     ("asked", "seen"),
     [("simdev:mlu", "mlu"), ("simdev:npu:1", "npu:1"), ("simdev", "simdev"),

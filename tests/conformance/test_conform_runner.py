@@ -7,48 +7,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 
 import pytest
 import support.conform_fake_worker as fake
 from support.conform_fake_worker import CLAIM, CORE
+from support.conform_runs import Heard, ran, statuses
 
 from portakv_conformance.evidence.verdict import case_list_sha256
 from portakv_conformance.run import watch
 from portakv_conformance.run import workers as crew
-from portakv_conformance.run.record import CaseRecord, RunRecord
-from portakv_conformance.run.runner import BadRequest, Options, SubjectUnavailable, SuiteBroken, run
-
-
-class Heard:
-    """A `Progress` that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.ids: list[str] = []
-        self.statuses: list[str] = []
-        self.sentences: list[str] = []
-
-    def listed(self, count: int) -> None:
-        self.count = count
-
-    def started(self, id: str) -> None:
-        self.ids.append(id)
-
-    def ended(self, case: CaseRecord) -> None:
-        self.statuses.append(case.status)
-
-    def say(self, sentence: str) -> None:
-        self.sentences.append(sentence)
-
-
-def ran(behaviours: Mapping[str, str], heard: Heard | None = None, **options: object) -> RunRecord:
-    wanted = Options("fake", **options)  # type: ignore[arg-type]
-    return run(wanted, heard or Heard(), command=fake.command(behaviours))
-
-
-def statuses(record: RunRecord) -> dict[str, str]:
-    return {case.id: case.status for case in record.cases}
+from portakv_conformance.run.runner import BadRequest, Options, SubjectUnavailable, SuiteBroken
 
 
 def test_a_run_in_which_all_is_well() -> None:

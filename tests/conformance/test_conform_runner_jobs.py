@@ -6,17 +6,15 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import support.conform_fake_worker as fake
-from conformance.test_conform_runner import Heard, ran, statuses
 from support.conform_fake_worker import CLAIM, CORE
+from support.conform_runs import Heard, ran, statuses, timeless
 
 from portakv_conformance.cli import make_parser
-from portakv_conformance.evidence.verdict import SEAL, judge
+from portakv_conformance.evidence.verdict import judge
 from portakv_conformance.evidence.verify import check_report
 from portakv_conformance.run import workers as crew
 from portakv_conformance.run.record import RunRecord
@@ -35,17 +33,6 @@ def children() -> list[int]:
         if words[0] != "Z" and int(words[1]) == os.getpid():
             found.append(int(folder.name))
     return found
-
-
-def timeless(record: RunRecord) -> dict[str, Any]:
-    """All of a record but its times, its command and the seal over them."""
-    values = asdict(record)
-    for name in ("started", "seconds", "command"):
-        del values[name]
-    del values["environment"][SEAL]
-    for case in values["cases"]:
-        del case["seconds"]
-    return values
 
 
 def test_a_case_is_taken_once(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conformance.test_conform_runner_jobs import timeless
+from support.conform_runs import timeless
 
 from portakv_conformance.cli import main
 from portakv_conformance.evidence.verdict import SEAL, digest_of, judge

@@ -15,13 +15,14 @@ from portakv_conformance.simdev import build
 
 HERE = Path(__file__).parent
 why_not = build.missing()
+MODULES = [str(HERE / "test_simdev_device.py"), str(HERE.parent / "copy" / "test_copies_simdev.py")]
 pytestmark = pytest.mark.skipif(why_not is not None, reason=why_not or "")
 
 
 def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run Python with the tests' modules, in an environment with some variables more."""
     path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, **variables}
+    environment = {**os.environ, "SIMDEV_NAME": "simdev", "PYTHONPATH": path, **variables}
     return subprocess.run(
         [sys.executable, *command],
         env=environment, cwd=HERE, capture_output=True, text=True, check=False, timeout=600,
@@ -31,14 +32,13 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("name", "chosen"),
     [
-        ("simdev", ["simdev_device.py", "simdev_copies.py"]),
-        ("npu", ["simdev_device.py", "simdev_copies.py", "-k", "name or chooses or waits_for"]),
-        ("mlu", ["simdev_device.py", "simdev_copies.py", "-k", "name or chooses or the_host"]),
+        ("npu", [*MODULES, "-k", "name or chooses or waits_for"]),
+        ("mlu", [*MODULES, "-k", "name or chooses or the_host"]),
     ],
 )
-def test_on_the_simulated_device(name: str, chosen: list[str]) -> None:
-    done = run("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *chosen,
-               SIMDEV_NAME=name)  # fmt: skip
+def test_the_device_under_another_name(name: str, chosen: list[str]) -> None:
+    words = ("-m", "pytest", "-q", "-n0", "--no-header", "-p", "no:cacheprovider")
+    done = run(*words, *chosen, SIMDEV_NAME=name)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert re.search(r"^\d\d+ passed", done.stdout, re.MULTILINE), done.stdout
     assert "skipped" not in done.stdout

@@ -69,7 +69,8 @@ def test_the_registry_lists_it_and_says_why_not_on_a_cpu(installed: Path) -> Non
 def test_it_copies_by_the_drivers_call(installed: Path) -> None:
     code = (
         "import torch; from support.simdev_cases import DEVICE, IDS, make_caches, make_chunk\n"
-        "from support.device_cases import check_caches, check_chunk, gathered, scattered, host_bytes\n"
+        "from support.device_cases import check_caches, check_chunk, gathered, scattered\n"
+        "from support.device_cases import host_bytes\n"
         "from portakv import AdaptiveConnector\n"
         "c = AdaptiveConnector(DEVICE)\n"
         "assert 'acme' in c.explain(), c.explain()\n"

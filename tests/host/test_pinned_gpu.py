@@ -321,7 +321,7 @@ def test_17_gib_faster_than_torch_and_to_the_byte() -> None:
 def test_memory_that_is_pinned_before_the_device_was_used() -> None:
     """Torch takes no memory for pinned until it has begun with a device."""
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("pinned_first.py")],
+        [sys.executable, Path(__file__).parents[1] / "support" / "pinned_first.py"],
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.stdout.split() == ["True", "True", "pinned"], done.stdout + done.stderr

@@ -80,7 +80,7 @@ def test_a_target_keeps_its_shape_and_tells_the_dtype() -> None:
         (np.array([1.0]), None, ("float64",)),
         (torch.tensor([1.0]), None, ("float32", "view(torch.uint8)")),
         ("text", None, ("str",)),
-        (iter([1]), None, ("list_iterator", "list")),
+        pytest.param(iter([1]), None, ("list_iterator", "list"), id="an iterator"),
         (7, None, ("int",)),
         ([1], torch.float16, ("float16",)),
         ([[1], [2]], torch.int32, ("list", "position 0")),

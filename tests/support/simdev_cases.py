@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulated device for the modules that run in a process of their own."""
+"""The simulated device in tests: its two devices, and caches on them.
+
+Tests marked ``simdev`` find it loaded. It is ``simdev`` unless the environment variable
+``SIMDEV_NAME`` says otherwise, in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,13 @@ from portakv_conformance import simdev
 from support.device_cases import host_bytes
 from support.guarded_memory import filled
 
-#: The name that the device carries in this process.
+#: The name that the device carries in this process once it is loaded.
 NAME = os.environ.get("SIMDEV_NAME", "simdev")
-simdev.load(NAME)
-
-DEVICE = torch.device(NAME, 0)
-OTHER = torch.device(NAME, 1)
+# torch's own name for the kind of device, which holds before and after it has another one.
+DEVICE = torch.device("privateuseone", 0)
+OTHER = torch.device("privateuseone", 1)
+if "SIMDEV_NAME" in os.environ:
+    simdev.load(NAME)
 LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 6, 4, 2, 16
 SLOTS = BLOCKS * SIZE
 IDS = [9, 2, 17, 6, 0]

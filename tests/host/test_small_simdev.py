@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from host.simdev_host_copies import REPEATS, _no_faults_left, device_tensor
 from support.guarded_memory import refused
+from support.host_copy_cases import REPEATS, _no_faults_left, device_tensor
 from support.simdev_cases import DEVICE, OTHER, current, on
 
 from portakv import BackendUnavailable, DeviceMismatch, LayoutError, Unsupported
@@ -19,6 +19,8 @@ from portakv.host import _small_ways
 from portakv.host.small import SmallCopy, choose, to_device
 from portakv.runtime import _flight, capture
 from portakv_conformance import simdev
+
+pytestmark = pytest.mark.simdev
 
 __all__ = ["_no_faults_left"]
 

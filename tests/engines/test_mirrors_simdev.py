@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from engines.simdev_staging import FIRST, TOKENS, moved, sides
 from support.engine_cases import leaves
 from support.simdev_cases import DEVICE
+from support.staging_cases import FIRST, TOKENS, moved, sides
 
 from portakv import CopyPlan, Index, Unsupported
 from portakv.backends.base import Decision
@@ -18,6 +18,8 @@ from portakv.engines.dense import mirror_of
 from portakv.engines.staged import Staged
 from portakv.registry.registry import Choice
 from portakv_conformance import simdev
+
+pytestmark = pytest.mark.simdev
 
 
 class OnlyByLayer(Reference):

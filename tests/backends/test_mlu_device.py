@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mlu backend on the simulated device of that name, through the stand-in for torch_mlu_ops.
-
-Run by test_mlu in a process of its own.
-"""
+"""The mlu backend on the simulated device of that name, through the stand-in for torch_mlu_ops."""
 
 from __future__ import annotations
 
@@ -13,18 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from support.own_process import in_child, own_process
 
+from portakv import AdaptiveConnector, CopyPlan, Index, KVView, SlotError, copy_rows
+from portakv.backends.mlu import Mlu
 from portakv_conformance import simdev
 from portakv_conformance.vendor import mlu_standin, standins
 
-simdev.load("mlu")
-standins.install("mlu")
+pytestmark = own_process("mlu", "mlu")
+if in_child():
+    standins.install("mlu")
 
-from portakv import AdaptiveConnector, CopyPlan, Index, KVView, SlotError, copy_rows  # noqa: E402
-from portakv.backends.mlu import Mlu  # noqa: E402
 
-DEVICE = torch.device("mlu", 0)
-OTHER = torch.device("mlu", 1)
+DEVICE = torch.device("privateuseone", 0)
+OTHER = torch.device("privateuseone", 1)
 LAYERS, BLOCKS, HEADS, SIZE, DIM = 3, 5, 2, 16, 16
 SLOTS = BLOCKS * SIZE
 IDS = [37, 2, 79, 16, 15, 0, 48, 21, 64]

@@ -7,19 +7,28 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.engine_cases import index_of, leaves, mapped, tensors_of, view_of
+from support.engine_cases import index_of, leaves, view_of
 from support.simdev_cases import DEVICE
+from support.staging_cases import (
+    CHUNK,
+    FIRST,
+    TOKENS,
+    broken_at,
+    full,
+    moved,
+    sides,
+    small_slices,
+)
 
 from portakv import CopyPlan, Index, KVView
 from portakv.backends.base import Backend
-from portakv.engines import slices as schedule
 from portakv.engines import staging
 from portakv.engines._crossing_torch import TorchCrossing
 from portakv.engines.descriptors import Descriptors
@@ -29,8 +38,8 @@ from portakv.engines.staging import Staging
 from portakv.host import _registrations
 from portakv_conformance import simdev
 
-PAGED, CHUNK = "layer | kv block token head dim", "kv layer token (head dim)"
-TOKENS, FIRST = 40, 100
+pytestmark = pytest.mark.simdev
+
 DOWNWARD = pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
 
 
@@ -41,19 +50,6 @@ def _no_faults_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     torch.accelerator.synchronize(DEVICE)
     assert not simdev.take_faults()
-
-
-def sides(tokens: int = TOKENS) -> tuple[KVView, KVView]:
-    """Rows of the device, and of pinned memory."""
-    there = mapped(tensors_of(PAGED, 0, 1), lambda tensor: tensor.to(DEVICE))
-    return view_of(there, PAGED), view_of(tensors_of(CHUNK, tokens, 2).pin_memory(), CHUNK)
-
-
-def moved(rows: KVView, tokens: int = TOKENS) -> torch.Tensor:
-    """The device's rows that the transfers of this file read or write, as a chunk."""
-    last = FIRST + tokens
-    flat = [layer.cpu().flatten(1, 2)[:, FIRST:last].flatten(2) for layer in leaves(rows.tensors)]
-    return torch.stack(flat, 1)
 
 
 class Transfers:
@@ -78,28 +74,6 @@ class Transfers:
 
     def _turned(self, mine: Any, theirs: Any) -> Any:
         return (mine, theirs) if self._downward else (theirs, mine)
-
-
-def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, size in (("LARGEST", 2048), ("SMALLEST", 512), ("WHOLE", 0)):
-        monkeypatch.setattr(schedule, name, size)
-
-
-def broken_at(nth: int, copy: Callable[..., None]) -> Callable[..., None]:
-    """A copy across the link whose ``nth`` call fails."""
-    calls = list[None]()
-
-    def failing(*arguments: Any) -> None:
-        calls.append(None)
-        if len(calls) == nth:
-            raise RuntimeError("the link is down")
-        copy(*arguments)
-
-    return failing
-
-
-def full(*_sizes: Any, **_how: Any) -> torch.Tensor:
-    raise torch.OutOfMemoryError("the device is full")
 
 
 @pytest.mark.parametrize("larger", [(8, 2), (1, 3)], ids=["slices", "more mirrors"])

@@ -29,6 +29,8 @@ from portakv.registry.builtin import BUILT_IN
 from portakv.runtime import kernel_cache as _kernel_cache
 from portakv_conformance import simdev
 
+pytestmark = pytest.mark.simdev
+
 SMALL = Grid((256, 4096), (4096, 32768), most_runs=64, repeats=1, short=0, pageable=8192)
 HERE = __name__
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors in a private format of the vendor's, on the simulated device that is named npu.
 
-Run by ``test_private_formats`` in a process of its own. The stand-in knows no such format, so that
+The stand-in knows no such format, so that
 storages are named here whose tensors are to be taken for FRACTAL_NZ.
 """
 
@@ -12,25 +12,27 @@ from typing import Any
 
 import pytest
 import torch
+from support.own_process import in_child, own_process
 
-from portakv_conformance import simdev
+from portakv import AdaptiveConnector, KVView, Unsupported, copy_rows
+from portakv.backends import ascend
+from portakv.backends.base import Decision
+from portakv.registry.registry import REGISTRY, choose
 from portakv_conformance.vendor import standins
 
-simdev.load("npu")
-standins.install("npu")
+pytestmark = own_process("npu", "formats")
+if in_child():
+    standins.install("npu")
 
-from portakv import AdaptiveConnector, KVView, Unsupported, copy_rows  # noqa: E402
-from portakv.backends import ascend  # noqa: E402
-from portakv.backends.base import Decision  # noqa: E402
-from portakv.registry.registry import REGISTRY, choose  # noqa: E402
 
-DEVICE = torch.device("npu", 0)
+DEVICE = torch.device("privateuseone", 0)
 LAYERS, BLOCKS, SIZE, HEADS, DIM = 2, 4, 8, 2, 16
 CACHE, CHUNK = "layer | kv block token head dim", "kv layer token (head dim)"
 IDS = [9, 2, 31]
 BACKENDS = ["ascend", "reference"]
-for backend in BACKENDS:
-    choose(DEVICE, backend)  # with its self-check, whose tensors must not count
+if in_child():
+    for backend in BACKENDS:
+        choose(DEVICE, backend)  # with its self-check, whose tensors must not count
 
 
 class Formats:

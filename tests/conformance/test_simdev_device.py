@@ -14,6 +14,8 @@ from support.simdev_cases import DEVICE, NAME, OTHER, current, on
 
 from portakv_conformance import simdev
 
+pytestmark = pytest.mark.simdev
+
 REPEATS = 100
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from engines.simdev_staging import broken_at, full, small_slices
 from support.block_cases import BLOCKS, SIZE, Cache, block_first, layered, wanted
 from support.simdev_cases import DEVICE, current, on
+from support.staging_cases import broken_at, full, small_slices
 
 from portakv import Index, Unsupported, copy_blocks
 from portakv.engines import staging
@@ -23,6 +23,8 @@ from portakv.engines.staging import Staging
 from portakv.runtime import clocks
 from portakv.runtime.events import Pool
 from portakv_conformance import simdev
+
+pytestmark = pytest.mark.simdev
 
 DOWNWARD = pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
 IDS, MANY = list(range(BLOCKS)), 12

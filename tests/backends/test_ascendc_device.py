@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ascend` with the AscendC kernel on the simulated device named npu: the real loader, arguments
 and launches, over the emulation that ``PORTAKV_ASCENDC`` names.
-
-Run by test_ascendc_npu in a process of its own.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from backends.ascend_npu import (
+from support.ascend_cases import (
     BLOCKS,
     DEVICE,
     HEADS,
@@ -31,12 +30,28 @@ from backends.ascend_npu import (
     plain,
     there,
 )
+from support.own_process import own_process
 
 from portakv import CopyPlan, Index, KVView, SlotError, TransferError, copy_rows
 from portakv.backends import _ascend_kernel as _ascendc
 from portakv.backends import _ascendc_arguments, ascend
-from portakv.registry.registry import trace
+from portakv.registry.registry import choose, trace
 from portakv_conformance import simdev
+from portakv_conformance.vendor import standins
+
+pytestmark = own_process("npu", "ascendc")
+SCRIPT = Path(__file__).resolve().parents[2] / "native" / "ascend" / "emulation" / "run.sh"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _library(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The emulated kernel, built and named to `ascend` before it is chosen."""
+    path = tmp_path_factory.mktemp("kernel") / "libportakv_ascend.so"
+    subprocess.run(["bash", str(SCRIPT), "library", str(path)], check=True, capture_output=True)
+    os.environ[_ascendc.VARIABLE] = str(path)
+    standins.install("npu")  # which looks where the kernel is
+    choose(DEVICE, "ascend")  # with its self-check, whose calls must not count
+
 
 NAMES = [
     "tuples", "unequal", "three", "odd bytes", "two bytes", "holes", "merged", "offset",

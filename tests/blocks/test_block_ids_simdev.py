@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from blocks.simdev_blocks import DST, ORDERED, SRC, _no_faults_left, pair, settled, way
 from support.block_cases import SIZE, WAYS, block_first, layered, wanted
+from support.block_moves import DST, ORDERED, SRC, _no_faults_left, pair, settled, way
 from support.simdev_cases import DEVICE, current
 
 from portakv import Index, copy_blocks
@@ -17,6 +17,8 @@ from portakv.host import small
 from portakv.registry import ids
 from portakv.runtime import clocks
 from portakv_conformance import simdev
+
+pytestmark = pytest.mark.simdev
 
 __all__ = ["_no_faults_left", "way"]
 

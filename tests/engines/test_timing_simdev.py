@@ -14,6 +14,8 @@ from portakv.engines import timing
 from portakv.engines.timing import SEEN, TRIES, DelayTimer, EventTimer, timer_for
 from portakv_conformance import simdev
 
+pytestmark = pytest.mark.simdev
+
 
 def test_the_timer_sees_the_work_of_the_stream() -> None:
     timer = EventTimer(DEVICE)

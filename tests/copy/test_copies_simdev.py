@@ -38,6 +38,8 @@ from portakv import (
 from portakv.copy import enqueue as ordering
 from portakv_conformance import simdev
 
+pytestmark = pytest.mark.simdev
+
 REPEATS = 100
 KV_LAYOUT = "layer | kv block token head dim"
 CHUNK_LAYOUT = "kv layer token (head dim)"

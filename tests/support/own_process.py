@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests that need a process of their own: collected here, run in a child, reported under their ids.
+
+torch gives one name to a device that is not its own, for good: the simulated device is ``simdev``
+in this process, so tests of it as ``npu`` or ``mlu`` run in another. A module says so with
+``pytestmark = own_process("npu")``; one child runs all tests of a group when the first is due.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+_GROUP = "PORTAKV_TESTS_GROUP"  # names the group that a child runs
+_REPORTS = "PORTAKV_TESTS_REPORTS"  # the file where a child writes what became of its tests
+_SECONDS = 900
+
+_results = pytest.StashKey[dict[str, dict[str, list[Any]]]]()
+
+
+def own_process(device: str, group: str = "") -> list[pytest.MarkDecorator]:
+    """Marks for tests of the simulated device under another name.
+
+    Args:
+        device: the name that the device carries there.
+        group: tests of one group share a child; the device's name by default.
+    """
+    group = group or device
+    return [pytest.mark.own_process(device, group), pytest.mark.xdist_group(group)]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_results] = {}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    """Report what the child said of a test, in place of running it here."""
+    marked = item.get_closest_marker("own_process")
+    if marked is None or os.environ.get(_GROUP):
+        return None
+    device, group = marked.args
+    known = item.config.stash[_results]
+    if group not in known:
+        known[group] = _run(item.session, device, group)
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in known[group].get(item.nodeid) or [_lost(item, known[group])]:
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """In a child: leave the report for the parent."""
+    if path := os.environ.get(_REPORTS):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(_data(report)) + "\n")
+
+
+def in_child() -> bool:
+    """True in a process that runs a group for another one."""
+    return _GROUP in os.environ
+
+
+def _data(report: pytest.TestReport) -> dict[str, Any]:
+    data: dict[str, Any] = report._to_json()
+    return data
+
+
+def _run(session: pytest.Session, device: str, group: str) -> dict[str, list[Any]]:
+    """Run a group's tests of this session in a child: reports by test, and its output under ""."""
+    chosen = [
+        item.nodeid
+        for item in session.items
+        if (mark := item.get_closest_marker("own_process")) and mark.args[1] == group
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        reports, ids = Path(folder, "reports"), Path(folder, "ids")
+        reports.touch()
+        ids.write_text("\n".join(chosen), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
+        command.append(f"@{ids}")
+        environment = {**os.environ, "SIMDEV_NAME": device, _GROUP: group, _REPORTS: str(reports)}
+        environment.pop("PYTEST_XDIST_WORKER", None)
+        done = subprocess.run(
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
+            timeout=_SECONDS,
+        )  # fmt: skip
+        told: dict[str, list[Any]] = {"": [done.stdout[-6000:] + done.stderr[-2000:]]}
+        for line in reports.read_text(encoding="utf-8").splitlines():
+            report = pytest.TestReport._from_json(json.loads(line))
+            told.setdefault(report.nodeid, []).append(report)
+    return told
+
+
+def _lost(item: pytest.Item, told: dict[str, list[Any]]) -> pytest.TestReport:
+    """A failure for a test of which the child said nothing: it crashed, or did not collect it."""
+    words = f"Its process ended without a word on {item.nodeid}. What it printed:\n{told[''][0]}"
+    return pytest.TestReport(
+        item.nodeid, item.location, dict.fromkeys(item.keywords, 1), "failed", words, "call"
+    )
