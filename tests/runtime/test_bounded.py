@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mappings that forget their oldest entries."""
+
+import gc
+import sys
+import threading
+import timeit
+
+import pytest
+
+from portakv.runtime.bounded import Bounded, caches
+
+
+def test_the_entry_that_was_inserted_first_goes_first() -> None:
+    kept: Bounded[int, str] = Bounded("numbers", 2)
+    assert kept.setdefault(1, "one") == "one"
+    assert kept.get_or_make(2, lambda: "two") == "two"
+    assert kept.get(1) == "one"  # which does not make it younger
+    kept[3] = "three"
+    assert (kept.get(1), kept.get(2), kept.get(3)) == (None, "two", "three")
+    assert kept.values() == ["two", "three"]
+    assert len(kept) == 2
+
+
+def test_an_entry_is_made_once() -> None:
+    kept: Bounded[int, list[int]] = Bounded("lists", 4)
+    first = kept.get_or_make(7, list)
+    assert kept.get_or_make(7, list) is first
+    assert kept.setdefault(7, []) is first
+    assert 7 in kept
+
+
+def test_what_cannot_be_made_is_not_remembered() -> None:
+    kept: Bounded[int, int] = Bounded("quotients", 4)
+    with pytest.raises(ZeroDivisionError):
+        kept.get_or_make(0, lambda: 1 // 0)
+    assert len(kept) == 0
+    assert kept.get_or_make(0, lambda: 5) == 5
+
+
+def test_an_entry_is_written_again_and_keeps_its_age() -> None:
+    kept: Bounded[int, int] = Bounded("counts", 2)
+    kept[1], kept[2] = 10, 20
+    kept[1] = 11
+    kept[3] = 30
+    assert (1 in kept, kept.get(2), kept.get(3)) == (False, 20, 30)
+
+
+def test_entries_are_forgotten() -> None:
+    kept: Bounded[str, int] = Bounded("letters", 4)
+    kept["a"], kept["b"] = 1, 2
+    assert (kept.pop("a"), kept.pop("a"), kept.pop("a", 0)) == (1, None, 0)
+    kept.clear()
+    assert (len(kept), kept.get("b")) == (0, None)
+
+
+def test_a_value_may_be_none() -> None:
+    kept: Bounded[int, None] = Bounded("nothings", 4)
+    made = []
+    for _ in range(2):
+        kept.get_or_make(1, lambda: made.append(1))
+    assert made == [1]
+
+
+def test_existing_mappings_are_listed_by_name() -> None:
+    later: Bounded[int, int] = Bounded("zebras of a test", 3)
+    sooner: Bounded[int, int] = Bounded("ants of a test", 5)
+    sooner[1] = 1
+    listed = [(c.name, len(c), c.limit) for c in caches() if c.name.endswith("of a test")]
+    assert listed == [("ants of a test", 1, 5), ("zebras of a test", 0, 3)]
+    del later, sooner
+    gc.collect()
+    assert not [c for c in caches() if c.name.endswith("of a test")]
+
+
+def test_threads_fill_one_at_once() -> None:
+    kept: Bounded[int, int] = Bounded("squares", 8)
+    errors: list[BaseException] = []
+
+    def fill(start: int) -> None:
+        try:
+            for i in range(2000):
+                key = (start + i) % 50
+                assert kept.get_or_make(key, lambda key=key: key * key) == key * key
+        except BaseException as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=fill, args=(7 * i,)) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+    assert len(kept) <= 8
+
+
+def test_a_hit_is_as_cheap_as_one_of_a_dictionary() -> None:
+    kept: Bounded[int, int] = Bounded("hits", 8)
+    plain = {1: 1}
+    kept[1] = 1
+
+    def seconds(get: object) -> float:
+        return min(timeit.repeat("get(1)", globals={"get": get}, number=20_000, repeat=9))
+
+    assert seconds(kept.get) < 3 * seconds(plain.get)
