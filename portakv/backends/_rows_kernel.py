@@ -291,5 +291,5 @@ class _SideArguments:
 
 def split_loops(loops: tuple[Loop, ...]) -> tuple[list[Loop], list[Loop]]:
     """Loops over planes, which blocks walk along y, and loops inside a unit of a plane."""
-    outer = [x for x in loops if x.tabled or set(x.name.split()) <= {"layer", "kv"}]
+    outer = [x for x in loops if x.tabled or x.over_planes]
     return outer, [x for x in loops if x not in outer]

@@ -37,7 +37,7 @@ class RowCopy:
     def __init__(self, nest: Nest, unit: int) -> None:
         width = min(nest.vector, 8)
         # A call for each plane: rows of one plane follow each other in a chunk.
-        outer = [x for x in nest.loops if x.tabled or set(x.name.split()) <= {"layer", "kv"}]
+        outer = [x for x in nest.loops if x.tabled or x.over_planes]
         inner = [x for x in nest.loops if x not in outer]
         strides = [s for x in inner for s in (x.src_stride, x.dst_stride)]
         strides += [x.stride for side in (nest.src, nest.dst) for x in side.units if not x.table]
@@ -143,7 +143,7 @@ class _RowSide:
         self.side, self.unit, self.row, self.moves = side, unit, row, moves
         self.dtype, self.columns = ELEMENTS[width], row // width
         self.walk = [(extent, stride // row) for extent, stride in walk]
-        self.tabled = any(step.table for step in side.units)
+        self.tabled = side.tabled
         self.flat = len(side.units) == 1 and not self.tabled
         self.reach = sum((extent - 1) * stride for extent, stride in self.walk)
         # Whether the rows of a unit follow each other, and the next unit behind them.
@@ -166,22 +166,8 @@ class _RowSide:
         # Without ids the host knows the numbers: finding their entries then needs no device.
         home = torch.device("cpu") if index.ids is None and self.tabled else device
         number = index.units(units * self.unit, self.unit, home)
-        row, entry = self._split(number)
+        entry, row = self.side.locate(number, self.row)
         return _Rows(self._walked(row.to(device)), entry)
-
-    def _split(self, number: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """For numbers of units, the row where each begins and its entry of the table."""
-        if self.flat:
-            return number * (self.side.units[0].stride // self.row), None
-        row = entry = torch.zeros_like(number)
-        for step in reversed(self.side.units):
-            at = number % step.extent if step.extent else number
-            number = number // step.extent if step.extent else number
-            if step.table:
-                entry = entry + at * step.table
-            else:
-                row = row + at * (step.stride // self.row)
-        return row, entry if self.tabled else None
 
     def _walked(self, row: torch.Tensor) -> torch.Tensor:
         """All rows of units that begin at ``row``, ``[units, rows of a unit]``."""

@@ -209,7 +209,7 @@ class _SideRows:
         loops = [loop for loop in nest.loops if not loop.tabled]
         strides = [x.src_stride if side is nest.src else x.dst_stride for x in loops]
         self.size, self.stride = [*(loop.extent for loop in loops), nest.run], [*strides, 1]
-        self._tabled = any(step.table for step in side.units)
+        self._tabled = side.tabled
         self._pitch = side.units[-1].stride or width
         self._grain = gcd(*(step.stride for step in side.units if not step.table)) or width
 
@@ -220,13 +220,7 @@ class _SideRows:
             start = first * self._pitch + rest * (self._pitch // self._unit)
             return _Places(start, self._pitch, self._grain, None, None)
         number = index.units(units * self._unit, self._unit, _HERE).numpy()
-        offsets, entries = np.zeros_like(number), None
-        for step in reversed(self._side.units):
-            at = number % step.extent if step.extent else number
-            number = number // step.extent if step.extent else number
-            offsets += at * step.stride
-            if step.table:
-                entries = at * step.table if entries is None else entries + at * step.table
+        entries, offsets = self._side.locate(number)
         return _Places(0, self._pitch, self._grain, offsets, entries)
 
     def laid(self, stretch: _Stretch, width: int) -> _Laid:

@@ -83,8 +83,8 @@ class _NestCopy:
         width = nest.vector if device.type in WIDE_DEVICES else min(nest.vector, 8)
         self.dtype = torch.complex128 if width == 16 else ELEMENTS[width]
         # A CPU is faster with a call for each plane than with strides over all of them.
-        apart = {"layer", "kv"} if device.type == "cpu" else set()
-        outer = [x for x in nest.loops if x.tabled or set(x.name.split()) <= apart]
+        apart = device.type == "cpu"
+        outer = [x for x in nest.loops if x.tabled or (apart and x.over_planes)]
         inner = [x for x in nest.loops if x not in outer]
         size = [x.extent for x in inner] + [nest.run // width]
         steps = list(product(*(range(x.extent) for x in outer)))
@@ -177,7 +177,7 @@ class _SideRows:
         self.size, self.moves = size, moves
         self.grain = gcd(*(step.stride for step in side.units if not step.table)) or width
         self.stride = stride
-        self.tabled = any(step.table for step in side.units)
+        self.tabled = side.tabled
         self.flat = len(side.units) == 1 and not self.tabled
         self.plain = self.flat and self.grain == side.units[0].stride
 
@@ -192,16 +192,8 @@ class _SideRows:
         number = index.units(units * self.unit, self.unit, home)
         if self.plain:
             return _Rows(number, None)
-        row = torch.zeros_like(number)
-        entry = torch.zeros_like(number)
-        for step in reversed(self.side.units):
-            at = number % step.extent if step.extent else number
-            number = number // step.extent if step.extent else number
-            if step.table:
-                entry += at * step.table
-            else:
-                row += at * (step.stride // self.grain)
-        return _Rows(row.to(device), entry if self.tabled else None)
+        entry, row = self.side.locate(number, self.grain)
+        return _Rows(row.to(device), entry)
 
     def tensors(self, view: KVView, entry: int, rows: _Rows, units: int) -> list[torch.Tensor]:
         """For each move, the strided tensor ``[rows, loops..., run]`` that begins at ``entry``."""

@@ -11,7 +11,8 @@ import torch
 from portakv.blocks.handle import Asked
 from portakv.copy.copy import carry
 from portakv.engines.terms import Terms
-from portakv.plan.overlap import check_disjoint
+from portakv.plan.move import Move
+from portakv.plan.plan import check_disjoint
 from portakv.registry.registry import Choice
 from portakv.runtime.capture import capturing
 from portakv.runtime.clocks import Clock
@@ -67,9 +68,7 @@ class Order(NamedTuple):
     def check_apart(self) -> None:
         """Raise `SlotError` where a row is both source and destination, as far as the host knows
         the ids."""
-        if self.src.overlaps(self.dst):
-            unit = self.src.form.block_size if self.src.opaque else 1
-            check_disjoint(self.src, self.dst, self.src_index, self.dst_index, self.tokens, unit)
+        check_disjoint(Move(self.src, self.dst, self.src_index, self.dst_index, self.tokens))
 
     def follow_current(self) -> None:
         """Make its stream wait for the current one."""

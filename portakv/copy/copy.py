@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from math import gcd
 from operator import index as whole_number
 from typing import Any
 
@@ -13,8 +12,9 @@ from portakv.copy.clean import clean
 from portakv.copy.enqueue import Piece, launch, refuse_capture
 from portakv.engines.across import across
 from portakv.engines.terms import Terms
-from portakv.errors import DeviceMismatch, LayoutError, PortaKVError, SlotError, Unsupported
-from portakv.plan.overlap import check_disjoint
+from portakv.errors import DeviceMismatch, LayoutError, PortaKVError, SlotError
+from portakv.plan.move import Move
+from portakv.plan.plan import check_disjoint
 from portakv.registry.prepared import Route, route
 from portakv.registry.registry import Choice, choose
 from portakv.runtime.transfer import Completion, Transfer
@@ -126,9 +126,8 @@ def carry(
             listed.kept[key] = pieces, other.lineage  # held, so that its identity stays its own
     if not pieces:
         return Transfer((Completion(error=error),))
-    if not disjoint and src.overlaps(dst):
-        whole = src.form.block_size if src.opaque else 1
-        check_disjoint(src, dst, src_index, dst_index, count, whole)
+    if not disjoint:
+        check_disjoint(Move(src, dst, src_index, dst_index, count))
     return launch(pieces, src, dst, src_index, dst_index, stream, error)
 
 
@@ -195,32 +194,14 @@ def _pieces(
     choice: Choice,
 ) -> list[Piece]:
     """(route, first position, tokens): the body in the largest units, head and tail by token."""
-    unit = way.plan.unit
-    numbers = (count, src.slots, dst.slots, src_index.offset, dst_index.offset)
-    if unit == 1 or not any(number % unit for number in numbers):
-        return [(way, 0, count)]
-    steps = (src.form, dst.form, src_index.plan_step, dst_index.plan_step)
-    sides = ((src_index, "src"), (dst_index, "dst"))
-    starts = [index.offset for index, side in sides if way.plan.aligned(side)]
-    # A flat pool may end inside a unit; then no unit may be moved that is partly past the end.
-    ends = [view.slots for view, x in ((src, src_index), (dst, dst_index)) if x.ids is not None]
-    common = gcd(unit, *ends, *(start - starts[0] for start in starts))
-    head = -starts[0] % common if starts else 0
-    body = max(0, count - head) // common * common
-    if src.opaque and (common < unit or head or body < count):
-        raise Unsupported(
-            f"Moving {count} tokens of opaque pages of {src.block_size} from {starts} on",
-            "a page moves only whole; ask for whole blocks",
-        )
-    if common < unit:
-        way = route(*steps, common, choice)
-    if body == count:
-        return [(way, 0, count)]
-    single = route(*steps, 1, choice)
-    if body == 0:
-        return [(single, 0, count)]
-    spans = [(single, 0, head), (way, head, body), (single, head + body, count - head - body)]
-    return [piece for piece in spans if piece[2]]
+    by_unit = {way.plan.unit: way}
+    pieces = []
+    for first, tokens, unit in way.plan.split(Move(src, dst, src_index, dst_index, count)):
+        if unit not in by_unit:
+            steps = (src_index.plan_step, dst_index.plan_step)
+            by_unit[unit] = route(src.form, dst.form, *steps, unit, choice)
+        pieces.append((by_unit[unit], first, tokens))
+    return pieces
 
 
 def _count(count: object) -> int:

@@ -17,8 +17,7 @@ import numpy as np
 
 from portakv.engines.pieces import ALL, LEAST_HEIGHT, TALL
 from portakv.host._pitched import MAX_PITCH
-from portakv.plan.loops import Loop
-from portakv.plan.nests import Nest
+from portakv.plan.loops import Loop, Nest
 from portakv.plan.plan import CopyPlan
 from portakv.plan.runs import Int64
 from portakv.view.form import Steps

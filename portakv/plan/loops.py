@@ -1,22 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loops over two sides at once: common refinement of axes, merging, vector width."""
+"""Loop nests over two sides at once: common refinement of axes, merging, vector width."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
 
 from portakv.errors import Unsupported
 from portakv.view.form import Step, Steps
 
 VECTOR_WIDTHS = (16, 8, 4, 2, 1)  # bytes
+_PLANES = frozenset({"layer", "kv"})
+Numbers = TypeVar("Numbers", torch.Tensor, npt.NDArray[np.int64])
 
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """``extent`` steps that both sides take together, through tables and through memory."""
+    """``extent`` steps that both sides take together, through tables and through memory.
 
-    name: str
+    ``axes`` are the axes that were merged into the loop, outermost first.
+    """
+
+    axes: tuple[str, ...]
     extent: int
     src_table: int
     src_stride: int
@@ -24,9 +35,19 @@ class Loop:
     dst_stride: int
 
     @property
+    def name(self) -> str:
+        """The axes as text."""
+        return " ".join(self.axes)
+
+    @property
     def tabled(self) -> bool:
-        """True where a side looks its address up for each step."""
+        """True if a side looks its address up for each step."""
         return bool(self.src_table or self.dst_table)
+
+    @property
+    def over_planes(self) -> bool:
+        """True if each step goes to another plane, and so never inside a token's row."""
+        return _PLANES.issuperset(self.axes)
 
     def __str__(self) -> str:
         src = _walk(self.src_table, self.src_stride)
@@ -34,12 +55,66 @@ class Loop:
         return f"for {self.name} in range({self.extent}): src += {src}; dst += {dst}"
 
 
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Where the units of one side lie.
+
+    Attributes:
+        table, offset: origin: entry of the address table, and bytes behind its address.
+        units: the steps that the number of a unit walks through, outermost (unbounded) first:
+            ``n % extent`` from the innermost on, as in positional notation.
+    """
+
+    table: int
+    offset: int
+    units: Steps
+
+    @property
+    def tabled(self) -> bool:
+        """True if a unit's number decides which entry of the table it lies behind."""
+        return any(step.table for step in self.units)
+
+    def locate(self, numbers: Numbers, grain: int = 1) -> tuple[Numbers | None, Numbers]:
+        """Where units lie, by their numbers (an int64 array, or a tensor on any device).
+
+        Returns:
+            The entries of the address table behind ``table`` (None: all lie behind one address),
+            and the distances behind ``offset`` in multiples of ``grain`` bytes, which divides the
+            strides of the units.
+        """
+        entries, places = None, numbers * 0
+        for step in reversed(self.units):
+            digit = numbers % step.extent if step.extent else numbers
+            numbers = numbers // step.extent if step.extent else numbers
+            if step.table:
+                entries = digit * step.table + (0 if entries is None else entries)
+            if step.stride:
+                places = places + digit * (step.stride // grain)
+        return entries, places
+
+
+@dataclass(frozen=True, slots=True)
+class Nest:
+    """One loop nest. ``vector`` is the widest access in bytes that everything in it allows."""
+
+    src: Side
+    dst: Side
+    loops: tuple[Loop, ...]
+    run: int
+    vector: int
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes that one unit moves in this nest."""
+        return prod(loop.extent for loop in self.loops) * self.run
+
+
 def _walk(table: int, stride: int) -> str:
     moves = [f"table[{table}]"] * bool(table) + [f"{stride} B"] * bool(stride or not table)
     return " + ".join(moves)
 
 
-def refine(name: str, src: Steps, dst: Steps) -> list[Loop]:
+def refine(axis: str, src: Steps, dst: Steps) -> list[Loop]:
     """Split one axis into the coarsest factors common to both sides, outermost first.
 
     Raises:
@@ -53,11 +128,11 @@ def refine(name: str, src: Steps, dst: Steps) -> list[Loop]:
         inner, outer = sorted((s.extent, d.extent))
         if outer % inner:
             raise Unsupported(
-                f"Copying axis {name!r} between factors {[x.extent for x in src]} and "
+                f"Copying axis {axis!r} between factors {[x.extent for x in src]} and "
                 f"{[x.extent for x in dst]}",
                 "they have no common refinement; go through a view whose factors divide both",
             )
-        loops.append(Loop(name, inner, s.table, s.stride, d.table, d.stride))
+        loops.append(Loop((axis,), inner, s.table, s.stride, d.table, d.stride))
         for side, step in ((left, s), (right, d)):
             if step.extent > inner:
                 rest = step.extent // inner
@@ -77,10 +152,10 @@ def merge(loops: Iterable[Loop]) -> list[Loop]:
             merged.append(inner)
             continue
         left.remove(outer)
-        name = f"{outer.name} {inner.name}" if outer.name != inner.name else inner.name
+        axes = inner.axes if outer.axes == inner.axes else outer.axes + inner.axes
         extent = outer.extent * inner.extent
         steps = (inner.src_table, inner.src_stride, inner.dst_table, inner.dst_stride)
-        left.insert(0, Loop(name, extent, *steps))
+        left.insert(0, Loop(axes, extent, *steps))
     return merged[::-1]
 
 
@@ -95,7 +170,7 @@ def _continues(outer: Loop, inner: Loop) -> bool:
 
 
 def split_run(loops: Sequence[Loop]) -> tuple[tuple[Loop, ...], int]:
-    """Take the contiguous run out of merged loops; 1 byte where there is none."""
+    """Take the contiguous run out of merged loops; 1 byte if there is none."""
     rest, run = [], 1
     for loop in loops:
         if (loop.src_stride, loop.dst_stride) == (1, 1) and not loop.tabled:

@@ -11,19 +11,29 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from math import gcd, prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from portakv.errors import LayoutError, SlotError, Unsupported
-from portakv.plan.loops import Loop, merge, refine, split_run, widest_vector
-from portakv.plan.nests import Nest, Side
+from portakv.plan.loops import Loop, Nest, Side, merge, refine, split_run, widest_vector
 from portakv.plan.runs import Runs, expand
 from portakv.view.form import Form, Part, Step, Steps, merge_steps
 
 if TYPE_CHECKING:
+    from portakv.plan.move import Move
     from portakv.view.index import Index
     from portakv.view.view import KVView
 
-__all__ = ["CopyPlan", "Nest", "Side"]
+__all__ = ["CopyPlan", "Nest", "Section", "Side", "check_disjoint"]
+
+
+class Section(NamedTuple):
+    """Positions of a copy that are moved in units of one size."""
+
+    first: int
+    tokens: int
+    unit: int
 
 
 class CopyPlan:
@@ -95,6 +105,38 @@ class CopyPlan:
         chains = [_chain(form, part) for part in form.parts]
         return step > 0 or any(len(chain) > 1 or chain[0].table for chain in chains)
 
+    def split(self, move: Move) -> list[Section]:
+        """The sections of a copy that this plan was made for: its body in the largest units that
+        the counts and offsets allow, its head and tail by token.
+
+        Raises:
+            Unsupported: opaque pages that would have to be cut.
+        """
+        unit, count = self.unit, move.count
+        src, dst, mine, theirs, _ = move
+        numbers = (count, src.slots, dst.slots, mine.offset, theirs.offset)
+        if unit == 1 or not any(number % unit for number in numbers):
+            return [Section(0, count, unit)]
+        starts = [x.offset for x, side in ((mine, "src"), (theirs, "dst")) if self.aligned(side)]
+        # A flat pool may end inside a unit; then no unit may be moved that is partly past the end.
+        ends = [view.slots for view, x in ((src, mine), (dst, theirs)) if x.ids is not None]
+        common = gcd(unit, *ends, *(start - starts[0] for start in starts))
+        head = -starts[0] % common if starts else 0
+        body = max(0, count - head) // common * common
+        if self.src.opaque and (common < unit or head or body < count):
+            raise Unsupported(
+                f"Moving {count} tokens of opaque pages of {self.src.block_size} from {starts} on",
+                "a page moves only whole; ask for whole blocks",
+            )
+        if body == 0:
+            return [Section(0, count, 1)]
+        sections = [
+            Section(0, head, 1),
+            Section(head, body, common),
+            Section(head + body, count - head - body, 1),
+        ]
+        return [section for section in sections if section.tokens]
+
     def runs(
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int
     ) -> Runs:
@@ -142,6 +184,35 @@ class CopyPlan:
             depth = len(nest.loops) + 1
             lines.append("  " * depth + f"copy {nest.run} B in vectors of {nest.vector} B")
         return "\n".join(lines)
+
+
+def check_disjoint(move: Move) -> None:
+    """Raise `SlotError` if a copy between views that share memory reads a byte that it writes.
+
+    Ids on a device are not read back: contents of rows that overlap are then unspecified.
+    """
+    src, dst, mine, theirs, count = move
+    if not src.overlaps(dst) or not (mine.on_host and theirs.on_host):
+        return
+    if src.form == dst.form and src.origins == dst.origins:
+        read, written = mine.slots(count), theirs.slots(count)
+        both = np.intersect1d(read[read >= 0], written[written >= 0])
+        if both.size:
+            raise SlotError(
+                f"Slot {int(both[0])} is both source and destination of a copy inside one cache; "
+                f"exchange rows through a buffer."
+            )
+        return
+    unit = src.form.block_size if src.opaque else 1
+    runs = CopyPlan(src.form, dst.form, *move.steps, unit).runs(*move)
+    order = np.argsort(runs.dst)
+    first, past = runs.dst[order], (runs.dst + runs.nbytes)[order]
+    at = np.searchsorted(first, runs.src + runs.nbytes) - 1
+    if ((at >= 0) & (past[np.maximum(at, 0)] > runs.src)).any():
+        raise SlotError(
+            "A row is both source and destination of a copy inside one allocation; exchange rows "
+            "through a buffer."
+        )
 
 
 def _numbers(step: int) -> str:
@@ -314,7 +385,7 @@ def _join(nests: list[_Open]) -> tuple[Nest, ...]:
     if not alike or len(steps) > 1:
         return tuple(_close(nest) for nest in nests)
     for step in steps:
-        first = replace(first, loops=(*first.loops, Loop("kv", len(nests), *step)))
+        first = replace(first, loops=(*first.loops, Loop(("kv",), len(nests), *step)))
     return (_close(first),)
 
 

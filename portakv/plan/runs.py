@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from portakv.errors import SlotError
-from portakv.plan.loops import Loop
-from portakv.plan.nests import Nest, Side
+from portakv.plan.loops import Loop, Nest, Side
 
 if TYPE_CHECKING:
     from portakv.view.index import Index
@@ -152,18 +151,10 @@ def _outer(base: Int64, steps: Int64) -> Int64:
 
 def _place(side: Side, slots: Int64, unit: int) -> tuple[Int64, Int64]:
     """Table entry and byte offset of each unit that begins at a slot."""
-    number, rest = slots // unit, slots % unit
-    entry = np.full(slots.shape, side.table, dtype=np.int64)
-    offset = np.full(slots.shape, side.offset, dtype=np.int64)
-    for i, step in enumerate(reversed(side.units)):
-        at = number % step.extent if step.extent else number
-        number = number // step.extent if step.extent else number
-        entry += at * step.table
-        offset += at * step.stride
-        if i == 0:
-            # Only where tokens lie at one stride may a unit begin between multiples.
-            offset += rest * (step.stride // unit)
-    return entry, offset
+    entries, offsets = side.locate(slots // unit)
+    # Only if tokens lie at one stride may a unit begin between multiples.
+    offsets = offsets + slots % unit * (side.units[-1].stride // unit) + side.offset
+    return (slots * 0 if entries is None else entries) + side.table, offsets
 
 
 def _merge(src: Int64, dst: Int64, nbytes: Int64) -> Runs:

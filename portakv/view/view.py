@@ -271,6 +271,18 @@ class KVView:
         view._set(self.layout, self.tensors, facts)
         return view
 
+    def planes(self, layers: tuple[int, int] | None, kv: tuple[int, int] | None) -> KVView:
+        """The rows of some layers and kv, each range [first, past the last), None for all: a slice
+        that is made once and kept with the view."""
+        if layers is None and kv is None:
+            return self
+        key = "planes", layers, kv
+        found: KVView | None = self.kept.get(key)
+        if found is None:
+            ends = [None if x is None else slice(*x) for x in (layers, kv)]
+            found = self.kept[key] = self.slice(layers=ends[0], kv=ends[1])
+        return found
+
     def _facts(self) -> Facts:
         return Facts(
             self.form, self.origins, self.owners, self.slots, self.device, self.requires_grad,

@@ -23,6 +23,10 @@ def form(layout: str, *shape: int, dtype: torch.dtype = torch.float16, **extents
     return KVView(torch.zeros(shape, dtype=dtype), layout, **extents).form
 
 
+def loop(axes: str, *numbers: int) -> Loop:
+    return Loop(tuple(axes.split()), *numbers)
+
+
 def paged(block: int) -> Form:
     """Blocks with a gap behind each, so that tokens do not lie at one stride."""
     padded = torch.zeros(3, block * 8 + 8, dtype=torch.float16)
@@ -127,8 +131,8 @@ class TestLoops:
         memory = torch.zeros(100, 8)
         view = KVView([memory[0:5], memory[10:15], memory[50:55]], "kv | token dim", kv=3)
         dst = form("kv token dim", 3, 5, 8, dtype=torch.float32, kv=3)
-        assert CopyPlan(view.form, dst).nests[0].loops == (Loop("kv", 3, 1, 0, 0, 160),)
-        assert CopyPlan(dst, dst).nests[0].loops == (Loop("kv", 3, 0, 160, 0, 160),)
+        assert CopyPlan(view.form, dst).nests[0].loops == (loop("kv", 3, 1, 0, 0, 160),)
+        assert CopyPlan(dst, dst).nests[0].loops == (loop("kv", 3, 0, 160, 0, 160),)
 
     def test_parts_at_unequal_distances_have_a_nest_each(self) -> None:
         one = form("kv token dim", 3, 5, 8, kv=3)
@@ -283,7 +287,7 @@ class TestLoopPieces:
     def test_refine_splits_at_common_factors(self) -> None:
         loops = refine("head", (Step(2, 0, 100), Step(6, 0, 1)), (Step(4, 3, 0), Step(3, 0, 5)))
         assert loops == [
-            Loop("head", 2, 0, 100, 6, 0), Loop("head", 2, 0, 3, 3, 0), Loop("head", 3, 0, 1, 0, 5),
+            loop("head", 2, 0, 100, 6, 0), loop("head", 2, 0, 3, 3, 0), loop("head", 3, 0, 1, 0, 5),
         ]  # fmt: skip
 
     def test_refine_without_a_common_factor(self) -> None:
@@ -291,27 +295,39 @@ class TestLoopPieces:
             refine("dim", (Step(3, 0, 8), Step(2, 0, 1)), (Step(2, 0, 9), Step(3, 0, 1)))
 
     def test_merge_joins_what_is_contiguous_on_both_sides_only(self) -> None:
-        both = [Loop("a", 2, 0, 12, 0, 12), Loop("b", 3, 0, 4, 0, 4), Loop("c", 4, 0, 1, 0, 1)]
-        assert merge(both) == [Loop("a b c", 24, 0, 1, 0, 1)]
-        one = [Loop("a", 2, 0, 12, 0, 24), Loop("b", 3, 0, 4, 0, 4)]
+        both = [
+            loop("a", 2, 0, 12, 0, 12),
+            loop("b", 3, 0, 4, 0, 4),
+            loop("c", 4, 0, 1, 0, 1),
+        ]
+        assert merge(both) == [loop("a b c", 24, 0, 1, 0, 1)]
+        one = [loop("a", 2, 0, 12, 0, 24), loop("b", 3, 0, 4, 0, 4)]
         assert merge(one) == one
 
     def test_merge_does_not_depend_on_the_order(self) -> None:
-        loops = [Loop("c", 4, 0, 1, 0, 1), Loop("a", 2, 0, 12, 0, 12), Loop("b", 3, 0, 4, 0, 4)]
-        assert merge(loops) == [Loop("a b c", 24, 0, 1, 0, 1)]
+        loops = [
+            loop("c", 4, 0, 1, 0, 1),
+            loop("a", 2, 0, 12, 0, 12),
+            loop("b", 3, 0, 4, 0, 4),
+        ]
+        assert merge(loops) == [loop("a b c", 24, 0, 1, 0, 1)]
 
     def test_merge_joins_steps_through_a_table(self) -> None:
-        assert merge([Loop("kv", 2, 3, 0, 0, 30), Loop("layer", 3, 1, 0, 0, 10)]) == [
-            Loop("kv layer", 6, 1, 0, 0, 10)
+        assert merge([loop("kv", 2, 3, 0, 0, 30), loop("layer", 3, 1, 0, 0, 10)]) == [
+            loop("kv layer", 6, 1, 0, 0, 10)
         ]
 
     def test_merge_leaves_a_source_that_stands_still(self) -> None:
         """Heads read from one place and written to many are not one longer run."""
-        loops = [Loop("head", 4, 0, 0, 0, 16), Loop("dim", 16, 0, 1, 0, 1)]
+        loops = [loop("head", 4, 0, 0, 0, 16), loop("dim", 16, 0, 1, 0, 1)]
         assert split_run(merge(loops)) == ((loops[0],), 16)
 
     def test_a_run_is_one_byte_where_nothing_is_contiguous(self) -> None:
-        assert split_run([Loop("dim", 4, 0, 2, 0, 1)]) == ((Loop("dim", 4, 0, 2, 0, 1),), 1)
+        assert split_run([loop("dim", 4, 0, 2, 0, 1)]) == ((loop("dim", 4, 0, 2, 0, 1),), 1)
+
+    def test_a_loop_over_planes_is_known_by_its_axes(self) -> None:
+        assert loop("kv layer", 6, 1, 0, 0, 10).over_planes
+        assert not loop("layer head", 6, 0, 10, 0, 10).over_planes
 
 
 class TestCost:

@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_a_form_sent_to_another_process_is_found_there() -> None:
     found, seeds = [], ("1", "2")
     for seed in seeds:
         done = subprocess.run(
-            [sys.executable, "-c", program, os.path.dirname(__file__)],
+            [sys.executable, "-c", program, str(Path(__file__).parents[1])],
             input=pickle.dumps(forms),
             capture_output=True,
             check=True,

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moves: one copy as a value, cut into parts, layers and sections; and where units lie."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from support.core_cases import noise
+
+from portakv import CopyPlan, Index, KVView, SlotError, Unsupported
+from portakv.plan import Move
+from portakv.plan.loops import Side
+from portakv.plan.plan import check_disjoint
+from portakv.view.form import Step
+
+
+def cache(blocks: int = 4, size: int = 8) -> KVView:
+    return KVView(noise(2, blocks, size, 16), "layer block token dim")
+
+
+def padded(blocks: int = 4, size: int = 8) -> KVView:
+    """Blocks with a gap behind each, so that tokens do not lie at one stride."""
+    memory = noise(2, blocks, size * 16 + 16)[:, :, :-16]
+    return KVView(memory.unflatten(2, (size, 16)), "layer block token dim")
+
+
+def chunk(tokens: int) -> KVView:
+    return KVView(noise(2, tokens, 16), "layer token dim")
+
+
+def sections(move: Move) -> list[tuple[int, ...]]:
+    plan = CopyPlan(move.src.form, move.dst.form, *move.steps)
+    return [tuple(section) for section in plan.split(move)]
+
+
+def test_a_part_shares_the_ids_and_begins_where_it_is_told() -> None:
+    whole = Move(cache(), chunk(16), Index([2, 0], step=8), Index(offset=1), 15)
+    part = whole.part(5, 3)
+    assert part.src_index.slots(part.count).tolist() == [21, 22, 23]
+    assert part.dst_index.slots(part.count).tolist() == [6, 7, 8]
+    assert part.src_index.ids is whole.src_index.ids
+    assert whole.part(0, 15) is whole
+    assert whole.part(0, 4)[:4] == whole[:4]
+
+
+def test_layers_and_planes_are_views_that_are_made_once() -> None:
+    whole = Move(cache(), chunk(16), Index([2, 0], step=8), Index(), 16)
+    first, second = whole.layer(0), whole.layer(1)
+    assert first.src.form == second.src.form
+    assert first.src.layers == 1
+    assert whole.layer(1).src is second.src
+    assert whole.layer(1).dst is second.dst
+    assert whole.planes(None, None) is whole
+    assert whole.planes((0, 2), (0, 1)).src.form == whole.src.form
+
+
+@pytest.mark.parametrize(
+    ("ids", "offsets", "count", "expected"),
+    [
+        ([3, 1], (0, 0), 16, [(0, 16, 8)]),
+        ([3, 1], (0, 3), 16, [(0, 16, 8)]),  # a chunk may begin at any token
+        ([3, 1], (3, 0), 13, [(0, 5, 1), (5, 8, 8)]),
+        ([3, 1, 2], (3, 0), 14, [(0, 5, 1), (5, 8, 8), (13, 1, 1)]),
+        ([3, 1], (0, 0), 9, [(0, 8, 8), (8, 1, 1)]),
+        ([3, 1], (3, 0), 4, [(0, 4, 1)]),
+    ],
+)
+def test_a_copy_is_split_into_head_body_and_tail(
+    ids: list[int], offsets: tuple[int, int], count: int, expected: list[tuple[int, ...]]
+) -> None:
+    index = Index(ids, 8, offsets[0])
+    assert sections(Move(cache(), chunk(32), index, Index(offset=offsets[1]), count)) == expected
+
+
+def test_sides_that_never_meet_go_in_smaller_units() -> None:
+    both = Index([3, 1], 8, 2), Index([0, 2], 8, 6)
+    assert sections(Move(padded(), padded(), *both, 10)) == [(0, 2, 1), (2, 8, 4)]
+    odd = Index([3, 1], 8, 2), Index([0, 2], 8, 5)
+    assert sections(Move(padded(), padded(), *odd, 10)) == [(0, 10, 1)]
+
+
+def test_a_pool_that_ends_inside_a_unit_goes_in_smaller_units() -> None:
+    pool = KVView(noise(2, 12, 16), "layer (block token) dim", block_size=1)
+    assert sections(Move(pool, chunk(32), Index([0], step=8), Index(), 8)) == [(0, 8, 4)]
+
+
+def test_opaque_pages_are_not_split() -> None:
+    pages = KVView(noise(4, 64), "block page", block_size=4)
+    ids = Index([2, 0], step=4), Index([1, 3], step=4)
+    assert sections(Move(pages, pages, *ids, 8)) == [(0, 8, 4)]
+    with pytest.raises(Unsupported, match="Moving 7 tokens of opaque pages of 4"):
+        sections(Move(pages, pages, *ids, 7))
+    with pytest.raises(Unsupported, match="a page moves only whole"):
+        sections(Move(pages, pages, *(index.shifted(1) for index in ids), 4))
+
+
+def test_a_slot_that_is_read_and_written_is_refused() -> None:
+    view, other = cache(), cache()
+    flat = KVView(view.tensors.flatten(1, 2), "layer (block token) dim", block_size=4)
+    for same in (view, flat):
+        size = same.block_size or 1
+        table = Index(list(range(16 // size)), step=size)
+        with pytest.raises(SlotError, match="both source and destination"):
+            check_disjoint(Move(view, same, Index([1, 2], step=8), table, 16))
+        check_disjoint(Move(view, same, Index([2, 3], step=8), table, 16))
+    check_disjoint(Move(view, other, Index([1, 2], step=8), Index([1, 2], step=8), 16))
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+def test_units_are_located_by_their_numbers(kind: str) -> None:
+    """Blocks through a table of two entries each, then tokens 96 bytes apart."""
+    side = Side(3, 7, (Step(0, 2, 0), Step(4, 0, 96)))
+    numbers = np.array([0, 5, 11])
+    given = torch.from_numpy(numbers) if kind == "tensor" else numbers
+    entries, places = side.locate(given, 32)
+    assert entries is not None
+    assert entries.tolist() == [0, 2, 4]
+    assert places.tolist() == [0, 3, 9]
+    entries, places = Side(0, 0, (Step(0, 0, 0), Step(4, 0, 8))).locate(given)
+    assert entries is None
+    assert places.tolist() == [0, 8, 24]
