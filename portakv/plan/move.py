@@ -25,7 +25,7 @@ class Move(NamedTuple):
     dst: KVView
     src_index: Index
     dst_index: Index
-    count: int
+    count: int  # type: ignore[assignment]  # tuples have a method of that name
 
     @property
     def steps(self) -> tuple[int, int]:
