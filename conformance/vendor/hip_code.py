@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 
 from portakv import CopyPlan, KVView
-from portakv.backends._rows_kernel import NAMES, RowsKernel
 from portakv.backends.hip import Hip
+from portakv.backends.rows_kernel import NAMES, RowsKernel
 from portakv.runtime._hiprtc import FLAGS
 from portakv_conformance.evidence.source import source_sha256
 

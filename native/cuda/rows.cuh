@@ -8,8 +8,8 @@
 // argument.
 //
 // Raw pointers and integers only: this text builds under NVRTC, nvcc, hipRTC and hipcc. No cache
-// hints: on an H200 every one of them cost bandwidth (benchmarks/NOTES.md). Nothing includes it: the
-// instances that a plan needs are written behind it, and both are compiled as one text.
+// hints: on an H200 every one of them cost bandwidth (benchmarks/NOTES.md). The instances that a plan
+// needs are written behind it (portakv/backends/rows_kernel.py), and both are compiled as one text.
 
 // Arguments stay in constant memory where the compiler has a word for it.
 #if defined(__CUDACC_RTC__) || defined(__NVCC__)

@@ -3,8 +3,10 @@
 // host, which a kernel reaches over the link. The link is busy long before the device is, so that
 // more blocks would only take room from other kernels.
 //
-// Stands behind cuda/rows.cuh in one text, and takes the same argument. It does not lie beside it,
-// since what lies there counts as the source of the backends that are judged by it.
+// Takes the same argument. It does not lie beside that file, since what lies there counts as the
+// source of the backends that are judged by it.
+
+#include "../cuda/rows.cuh"
 
 // A launch of so many threads must be possible, however many vectors each keeps in registers.
 #if defined(__CUDACC__) || defined(__HIPCC__) || defined(__HIPCC_RTC__)

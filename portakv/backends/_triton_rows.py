@@ -7,7 +7,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from portakv.backends._rows_kernel import split_loops
+from portakv.backends.rows_kernel import split_loops
 from portakv.errors import Unsupported
 from portakv.plan.plan import CopyPlan, Nest, Side
 

@@ -10,28 +10,26 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
-from portakv.backends._rows_kernel import NAMES, RowsKernel
 from portakv.backends.base import Backend, Capabilities, Decision, Launch
+from portakv.backends.rows_kernel import RowsKernel, Tuning
+from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
 from portakv.plan.plan import CopyPlan
 from portakv.runtime import _hiprtc
 from portakv.runtime import hip as _hip_driver
 from portakv.runtime._hip_card import Card
-from portakv.runtime._launching import Arguments, captured, forked
+from portakv.runtime._launching import forked
 from portakv.runtime.hip import Driver, DriverMissing
-
-if TYPE_CHECKING:
-    from portakv.view.index import Index
-    from portakv.view.view import KVView
 
 _THREADS = 256  # four waves of 64
 # Vectors of a thread and the distance of prefetches were measured on NVIDIA devices only: here
 # each thread moves one vector, and these architectures have no prefetch into L2.
-_EACH, _AHEAD = 1, 0
+_TUNINGS = (Tuning(0, 1, 0),)
 
 _OTHER_TORCH = (
     "this torch is not built for ROCm; for a device of AMD install torch's build for ROCm, for a "
@@ -46,9 +44,9 @@ class Hip(Backend):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._driver, self._card = self.open_driver(), self.find_card(device)
-        self._loaded: dict[str, _Loaded] = {}
-        self._lock = threading.Lock()
+        card = self.find_card(device)
+        self._driver = HipDriver(self.open_driver(), card)
+        self._kernels = LoadedKernels(self._driver, card.capturing)
 
     @staticmethod
     def open_driver() -> Driver:
@@ -89,23 +87,8 @@ class Hip(Backend):
         )
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        kernels = [RowsKernel(nest, plan) for nest in plan.nests]
-        sources = [kernel.source for kernel in kernels]
-        if not self._loaded.keys() >= set(sources) and self._card.capturing():
-            raise captured()
-        loaded = [self._load(source) for source in sources]
-        return _HipLaunch(plan.unit, kernels, loaded, self._driver, self._card)
-
-    def _load(self, source: str) -> _Loaded:
-        """The loaded kernel of a text; compiled, or read from the cache on disk, at most once."""
-        with self._lock:
-            found = self._loaded.get(source)
-            if found is None:
-                card, driver = self._card, self._driver
-                binary = _hiprtc.compile_kernel(driver, source, card.architecture)
-                with card.current():
-                    found = self._loaded[source] = _load(driver, binary)
-            return found
+        kernels = [RowsKernel(nest, plan, _THREADS, _TUNINGS) for nest in plan.nests]
+        return RowsLaunch(kernels, self._kernels.functions(kernels), self._driver)
 
 
 def _no_device(driver: Driver, device: torch.device) -> str | None:
@@ -122,82 +105,51 @@ def _no_device(driver: Driver, device: torch.device) -> str | None:
     return None
 
 
-class _Loaded(NamedTuple):
-    """A kernel in its module, whose code stays where it is: a runtime need not copy it."""
+class HipDriver:
+    """HIP for the rows kernel on one device; see `rows_launch.RowsDriver`."""
 
-    function: ctypes.c_void_p
-    module: ctypes.c_void_p
-    binary: bytes
+    success = 0
 
-
-def _load(driver: Driver, binary: bytes) -> _Loaded:
-    module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    error = driver.runtime.hipModuleLoadData(ctypes.byref(module), binary)
-    driver.check(error, "Loading the kernel")
-    name = NAMES[_EACH].encode()
-    error = driver.runtime.hipModuleGetFunction(ctypes.byref(function), module, name)
-    driver.check(error, "Finding the kernel")
-    return _Loaded(function, module, binary)
-
-
-class _HipLaunch:
-    def __init__(
-        self,
-        unit: int,
-        kernels: list[RowsKernel],
-        loaded: list[_Loaded],
-        driver: Driver,
-        card: Card,
-    ) -> None:
-        self._unit, self._driver, self._card = unit, driver, card
-        self._parts = list(zip(kernels, loaded, strict=True))
-        self._arguments = Arguments([kernel.fixed for kernel in kernels])
+    def __init__(self, driver: Driver, card: Card) -> None:
+        self._driver, self._card = driver, card
+        self.launch = driver.runtime.hipModuleLaunchKernel
+        # A runtime need not copy a module's code, so that it stays where it is.
+        self._loaded: list[tuple[ctypes.c_void_p, bytes]] = []
         self._process = os.getpid()
 
-    def __call__(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None,
-    ) -> None:
+    def load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
+        """Compile a text, or find it on disk, and load its kernels."""
+        binary = _hiprtc.compile_kernel(self._driver, source, self._card.architecture)
+        module, functions = ctypes.c_void_p(), {}
+        with self._card.current():
+            error = self._driver.runtime.hipModuleLoadData(ctypes.byref(module), binary)
+            self.check(error, "Loading the kernel")
+            for name in names:
+                found = functions[name] = ctypes.c_void_p()
+                error = self._driver.runtime.hipModuleGetFunction(
+                    ctypes.byref(found), module, name.encode()
+                )
+                self.check(error, "Finding the kernel")
+        self._loaded.append((module, binary))
+        return functions
+
+    def handle(self, stream: torch.Stream | None) -> int | None:
+        """A stream's handle; None if another device is current."""
         if os.getpid() != self._process:
             raise forked("HIP")
-        sides = (src, dst, src_index, dst_index)
-        if self._card.is_current():
-            self._run(sides, count, stream, status)
-            return
-        with self._card.current():
-            self._run(sides, count, stream, status)
+        return self._card.stream(stream) if self._card.is_current() else None
 
-    def _run(
-        self,
-        sides: tuple[KVView, KVView, Index, Index],
-        count: int,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None,
-    ) -> None:
-        launch, handle = self._driver.runtime.hipModuleLaunchKernel, self._card.stream(stream)
-        units = count // self._unit
-        word = 0 if status is None else self._address_on_device(status.data_ptr())
-        buffers, addresses = self._arguments.buffers, self._arguments.addresses
-        for (kernel, loaded), buffer, address in zip(self._parts, buffers, addresses, strict=True):
-            kernel.pack(buffer, *sides, word, _AHEAD)
-            for start, span in kernel.spans(units):
-                kernel.pack_span(buffer, start, span)
-                blocks = -(-span * kernel.row // (_THREADS * _EACH))
-                error = launch(
-                    loaded.function, blocks, kernel.planes, 1, _THREADS, 1, 1, 0, handle,
-                    address, None,
-                )  # fmt: skip
-                self._driver.check(error, "The launch")
+    def current(self) -> AbstractContextManager[object]:
+        """Inside, the device is this thread's current one."""
+        return self._card.current()
 
-    def _address_on_device(self, host: int) -> int:
+    def check(self, answer: int, what: str) -> None:
+        """Raise `RuntimeError` for an error."""
+        self._driver.check(answer, what)
+
+    def word(self, address: int) -> int:
         """Where the device finds pinned memory: not where the host does, if it was registered."""
         found: Any = ctypes.c_void_p()
-        error = self._driver.runtime.hipHostGetDevicePointer(ctypes.byref(found), host, 0)
-        self._driver.check(error, "Finding the status word")
+        error = self._driver.runtime.hipHostGetDevicePointer(ctypes.byref(found), address, 0)
+        self.check(error, "Finding the status word")
         return int(found.value or 0)

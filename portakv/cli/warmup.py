@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from portakv.backends._rows_kernel import RowsKernel
+from portakv.backends.rows_kernel import RowsKernel
 from portakv.cli.console import Column, print_json, print_prose, print_table
 from portakv.cli.explain import add_extents, said_extents
 from portakv.cli.sides import Extents, Side, make_sides

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import struct
 from dataclasses import replace
-from functools import cache
-from importlib.resources import files
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-from portakv.backends._rows_kernel import RowsKernel
+from portakv.backends.rows_kernel import RowsKernel
 from portakv.errors import Unsupported
 from portakv.plan.plan import CopyPlan, Nest
 
@@ -40,12 +38,6 @@ class Cut(NamedTuple):
 CUT = Cut()
 
 
-@cache
-def direct_text() -> str:
-    """What stands behind the rows kernel's text, as it travels in the wheel."""
-    return files("portakv_native").joinpath("host").joinpath("direct.cuh").read_text()
-
-
 class DirectKernel(RowsKernel):
     """One nest between a device and pinned memory.
 
@@ -57,6 +49,9 @@ class DirectKernel(RowsKernel):
     Raises:
         Unsupported: as `RowsKernel` does; a unit of more vectors than are counted.
     """
+
+    file = "host/direct.cuh"
+    names: ClassVar[dict[int, str]] = {1: NAME}
 
     def __init__(self, nest: Nest, plan: CopyPlan, cut: Cut | None = None) -> None:
         self._reads_host = plan.src.place != "device"
@@ -75,16 +70,14 @@ class DirectKernel(RowsKernel):
         self._most_units = (MAX_VECTORS - 1) // whole
         self._whole = whole
 
-    @property
-    def source(self) -> str:
-        """The kernel's whole text; nests of one shape have one text."""
-        head, _, _ = super().source.partition('extern "C"')
+    def entry(self, each: int, name: str) -> str:
+        """See `RowsKernel.entry`."""
         cut, of = self.cut, "Inner, Outer, Src, Dst"
         call = (
             f"copy_direct<{self.vector}, {self.run // self.vector}, {cut.strip}, {cut.each}, {of}>"
         )
-        entry = f"void PORTAKV_AT_MOST({cut.threads}) {NAME}(const PORTAKV_CONSTANT Argument copy)"
-        return f'{head}{direct_text()}\nextern "C" __global__ {entry} {{ {call}(copy); }}\n'
+        entry = f"void PORTAKV_AT_MOST({cut.threads}) {name}(const PORTAKV_CONSTANT Argument copy)"
+        return f'extern "C" __global__ {entry} {{ {call}(copy); }}\n'
 
     def blocks(self, units: int, most: int) -> int:
         """Thread blocks of a launch, at most ``most``: no more than have something to do."""

@@ -16,7 +16,7 @@ from portakv.errors import TransferError
 from portakv.runtime import nvrtc as _nvrtc
 from portakv.runtime._launching import forked, raw_stream
 
-_DRIVER = 13000  # CUDA 13: what NVRTC 13's machine code and cuda-bindings 13 need
+DRIVER = 13000  # CUDA 13: what NVRTC 13's machine code and cuda-bindings 13 need
 
 
 def of_others(device: torch.device) -> str | None:
@@ -43,7 +43,7 @@ def why_not(device: torch.device) -> str | None:
     if why is not None:
         return why
     found = driver_version()
-    if found < _DRIVER:
+    if found < DRIVER:
         return (
             f"the driver supports CUDA {found // 1000}.{found % 1000 // 10}, but 13.0 is needed; "
             f"update the driver"

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,9 +23,10 @@ import torch
 from support.cuda_cases import COPIES
 
 from portakv import Unsupported
-from portakv.backends import cuda
-from portakv.backends._rows_kernel import MAX_ENTRIES, NAMES, RowsKernel
+from portakv.backends import rows_launch
 from portakv.backends.cuda import Cuda
+from portakv.backends.rows_kernel import MAX_ENTRIES, NAMES, RowsKernel
+from portakv.backends.rows_launch import LoadedKernels
 from portakv.runtime import nvrtc as _nvrtc
 
 DEVICE = torch.device("cuda", 0)
@@ -189,7 +190,7 @@ def test_compiling_needs_no_cuda_core() -> None:
     """In a process of its own, where it cannot be imported."""
     program = (
         "import sys; sys.modules['cuda.core'] = None\n"
-        "from portakv.backends import _nvrtc\n"
+        "from portakv.runtime import nvrtc as _nvrtc\n"
         "assert _nvrtc.missing() is None, _nvrtc.missing()\n"
         "print(len(_nvrtc.compile_kernel(sys.stdin.read(), 90)))"
     )
@@ -288,29 +289,44 @@ def test_other_devices_and_other_builds_of_torch(
     assert Cuda.probe(DEVICE).reason == "this torch is built for ROCm, not for CUDA"
 
 
-def test_nothing_is_loaded_during_capture(
-    machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class _Driver:
+    """A driver that loads anything, and counts what it is asked for."""
+
+    launch, success = None, (0,)
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+        self.adopted: list[int] = []
+
+    def load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
+        self.loaded.append(source)
+        return dict.fromkeys(names, source)
+
+    def current(self) -> Any:
+        self.adopted.append(threading.get_ident())
+        return nullcontext()
+
+
+def test_nothing_is_loaded_during_capture() -> None:
     """A module that is loaded while a stream is captured would break the capture."""
-    loaded: list[bytes] = []
-    monkeypatch.setattr(cuda, "_capturing", lambda: True)
-    monkeypatch.setattr(cuda, "_load", lambda binary, device: loaded.append(binary))
-    backend = Cuda(DEVICE)
-    backend._functions["another kernel"] = {1: object()}
+    driver, captures = _Driver(), [False]
+    loaded = LoadedKernels(driver, lambda: captures[0])  # type: ignore[arg-type]
+    first, second = (list(kernels().values())[n] for n in (0, 1))
+    loaded.functions([first])
+    captures[0] = True
+    assert loaded.functions([first]) == [{1: first.source, 2: first.source}]
     with pytest.raises(Unsupported, match="make the same call once before the capture"):
-        backend.prepare(COPIES["gather"]().plan())
-    assert not loaded
+        loaded.functions([first, second])
+    assert driver.loaded == [first.source]
 
 
-def test_each_thread_has_arguments_and_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    monkeypatch.setattr(torch._C, "_cuda_setDevice", made.append, raising=False)
-    arguments, theirs = cuda._Arguments([b"ab", b"c"], torch.device("cuda", 3)), []
+def test_each_thread_has_arguments_and_a_context() -> None:
+    driver = _Driver()
+    arguments, theirs = rows_launch._Arguments([b"ab", b"c"], driver), []  # type: ignore[arg-type]
     other = threading.Thread(target=lambda: theirs.extend([arguments.buffers, arguments.addresses]))
     other.start()
     other.join()
-    assert made == [3, 3]
+    assert driver.adopted == [threading.get_ident(), other.ident]
     mine = arguments.buffers
     assert theirs[0] == mine == [bytearray(b"ab"), bytearray(b"c")]
     assert theirs[0][0] is not mine[0]

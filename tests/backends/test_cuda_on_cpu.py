@@ -19,8 +19,8 @@ from support.cuda_on_cpu import FLAGS, CudaOnCpu, why_not
 from support.guarded_memory import filled, refused
 
 from portakv import KVView, Unsupported, copy_rows
-from portakv.backends import _rows_kernel
-from portakv.backends._rows_kernel import RowsKernel
+from portakv.backends import rows_kernel
+from portakv.backends.rows_kernel import RowsKernel
 from portakv_conformance.draw.arrangement import Case
 from portakv_conformance.draw.strategies import all_cases
 from portakv_conformance.judge.judging import index_of, view_of
@@ -34,7 +34,7 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
     """As a backend, with so many vectors a thread, prefetching in the smallest copies."""
     with pytest.MonkeyPatch.context() as patched, registered(**{CudaOnCpu.name: CudaOnCpu}):
         patched.delenv("PORTAKV_BACKEND", raising=False)
-        patched.setattr(_rows_kernel, "TUNING", (_rows_kernel.Tuning(0, request.param, 48),))
+        patched.setattr(rows_kernel, "TUNING", (rows_kernel.Tuning(0, request.param, 48),))
         yield
 
 
@@ -148,7 +148,7 @@ def test_strides_past_four_gib_inside_a_unit_and_between_planes() -> None:
 @pytest.mark.parametrize("most", [8, 100])
 def test_a_copy_of_several_launches(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Positions are named by their place in the whole."""
-    monkeypatch.setattr(_rows_kernel, "_MAX_VECTORS", most)
+    monkeypatch.setattr(rows_kernel, "_MAX_VECTORS", most)
     slots = [*range(11, -1, -1), *range(11)]
     slots[17] = 12
     copied = Copy(by(pool(), slots), chunk(23), 23)
@@ -170,13 +170,13 @@ def test_plans_with_more_than_the_arguments_hold(
 ) -> None:
     plan = COPIES[name]().plan()
     CudaOnCpu(CPU).prepare(plan)
-    monkeypatch.setattr(_rows_kernel, limit, 1)
+    monkeypatch.setattr(rows_kernel, limit, 1)
     with refused(Unsupported, "the kernel takes", "reference"):
         CudaOnCpu(CPU).prepare(plan)
 
 
 def test_a_view_of_more_units_than_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_rows_kernel, "_MAX_NUMBERS", 11)
+    monkeypatch.setattr(rows_kernel, "_MAX_NUMBERS", 11)
     copied = gathered(48)
     with refused(Unsupported, "12 tokens", "reference", watch=copied.dst.tensors):
         copy(copied)
@@ -204,9 +204,9 @@ BUGS = {
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_seeded_bug_is_caught(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right, wrong, name = BUGS[bug]
-    text = _rows_kernel.kernel_text()
+    text = rows_kernel.kernel_text()
     assert right in text, "the kernel's text has changed: seed the bug anew"
-    monkeypatch.setattr(_rows_kernel, "kernel_text", lambda: text.replace(right, wrong, 1))
+    monkeypatch.setattr(rows_kernel, "kernel_text", lambda *_: text.replace(right, wrong, 1))
     past = Copy(by(pool(), [3, 1, 12, 11]), chunk(4), 4)
     copied = past if name == "past the end" else COPIES[name]()
     told = 3 if copied is past else 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,8 +28,8 @@ from support.hip_cases import (
 
 from portakv import Unsupported
 from portakv.backends import hip
-from portakv.backends._rows_kernel import RowsKernel
 from portakv.backends.hip import Hip
+from portakv.backends.rows_kernel import RowsKernel
 from portakv.runtime import _hiprtc, _launching
 from portakv.runtime._hip_card import Card
 from portakv_conformance.vendor.hip_emulated import HipEmulated, HostCard
@@ -213,8 +214,8 @@ def test_the_kernel_takes_as_many_bytes_as_are_packed(name: str) -> None:
     plan, backend = COPIES[name]().plan(), emulated()
     backend.prepare(plan)
     for kernel in (RowsKernel(nest, plan) for nest in plan.nests):
-        loaded = backend._loaded[kernel.source]
-        assert library().hip_fake_argument_bytes(loaded.function) == len(kernel.fixed)
+        (loaded,) = backend._kernels.functions([kernel])
+        assert library().hip_fake_argument_bytes(loaded[1]) == len(kernel.fixed)
 
 
 @needs_compiler
@@ -234,31 +235,32 @@ def test_a_text_is_compiled_once_and_kept_on_disk() -> None:
 def test_what_the_fake_refuses() -> None:
     """A launch that a device would refuse must not pass here."""
     backend, plan = emulated(), COPIES["gather"]().plan()
-    backend.prepare(plan)
-    (loaded,) = backend._loaded.values()
+    (loaded,) = backend._kernels.functions([RowsKernel(plan.nests[0], plan)])
     refused_by = fake_driver().runtime.hipModuleLaunchKernel
     argument = ctypes.create_string_buffer(4096)
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
     for grid, block in (((0, 1), 256), ((1, 1), 2048), ((1, 65536), 256), ((1 << 24, 1), 256)):
-        assert refused_by(loaded.function, *grid, 1, block, 1, 1, 0, 0, pointers, None) == 1
-    assert refused_by(loaded.function, 1, 1, 1, 256, 1, 1, 0, 0, None, None) == 1
+        assert refused_by(loaded[1], *grid, 1, block, 1, 1, 0, 0, pointers, None) == 1
+    assert refused_by(loaded[1], 1, 1, 1, 256, 1, 1, 0, 0, None, None) == 1
 
 
 # Devices, streams, captures, processes
 
 
 class OtherCard(HostCard):
-    """A device that is not the current one, with streams, perhaps captured."""
+    """A device that is current only where it was made so, with streams, perhaps captured."""
 
-    entered = 0
+    entered = inside = 0
     captured = False
 
     def is_current(self) -> bool:
-        return False
+        return OtherCard.inside > 0
 
-    def current(self) -> Any:
-        OtherCard.entered += 1
-        return nullcontext()
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        OtherCard.entered, OtherCard.inside = OtherCard.entered + 1, OtherCard.inside + 1
+        yield
+        OtherCard.inside -= 1
 
     def stream(self, stream: Any) -> int:
         return 0x5EED if stream is None else _launching.raw_stream(stream)
@@ -277,10 +279,11 @@ class HipOnOther(HipEmulated):
 def test_a_launch_makes_its_device_current_and_takes_the_stream() -> None:
     backend, copied = HipOnOther(CPU), COPIES["gather"]()
     launch(backend, copied)
-    assert (OtherCard.entered, last_launch().stream) == (2, 0x5EED)  # loading, launching
+    # Loading, arguments, launching.
+    assert (OtherCard.entered, last_launch().stream) == (3, 0x5EED)
     given: Any = SimpleNamespace(cuda_stream=0xCAFE)
     launch(backend, copied, stream=given)
-    assert (OtherCard.entered, last_launch().stream) == (3, 0xCAFE)
+    assert (OtherCard.entered, last_launch().stream) == (5, 0xCAFE)
 
 
 @needs_compiler

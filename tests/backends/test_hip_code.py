@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from portakv.backends import _rows_kernel
+from portakv.backends import rows_kernel
 from portakv_conformance.evidence import evidence
 from portakv_conformance.vendor import hip_code
 from portakv_conformance.vendor.hip_code import Code, kernels, read_code
@@ -39,7 +39,7 @@ import json, sys, torch
 from pathlib import Path
 from types import SimpleNamespace
 from portakv_conformance.vendor.hip_code import kernels
-from portakv.backends import _hip_driver, _hiprtc
+from portakv.runtime import _hiprtc, hip as _hip_driver
 from portakv.backends.hip import Hip
 
 torch.version.hip = "5.2.21153"
@@ -163,11 +163,11 @@ def test_without_the_words_for_amd_the_check_fails(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """They are needed, and the check sees where they are not said."""
-    text = _rows_kernel.kernel_text()
+    text = rows_kernel.kernel_text()
     for said, otherwise in words:
         assert text.count(said) == 1
         text = text.replace(said, otherwise)
-    monkeypatch.setattr(_rows_kernel, "kernel_text", lambda: text)
+    monkeypatch.setattr(rows_kernel, "kernel_text", lambda *_: text)
     assert hip_code.main([*few, "gfx906"]) == 1
     assert why in capsys.readouterr().out
 

@@ -18,7 +18,7 @@ import torch
 from support.cuda_cases import COPIES, Copy, by, chunk, pool
 
 from portakv import KVView, SlotError, copy_rows
-from portakv.backends import _rows_kernel
+from portakv.backends import rows_kernel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitize]
 
@@ -36,7 +36,7 @@ def _own_memory() -> None:
 def each(request: pytest.FixtureRequest) -> Iterator[int]:
     """Vectors that one thread moves; with a prefetch in the smallest copies."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(_rows_kernel, "TUNING", (_rows_kernel.Tuning(0, request.param, 48),) * 2)
+        patched.setattr(rows_kernel, "TUNING", (rows_kernel.Tuning(0, request.param, 48),) * 2)
         yield request.param
 
 

@@ -15,7 +15,7 @@ from support.guarded_memory import check_sentence
 from support.hip_cases import needs_compiler
 
 from portakv import CopyPlan, KVView
-from portakv.backends._rows_kernel import RowsKernel
+from portakv.backends.rows_kernel import RowsKernel
 from portakv.cli import main
 from portakv.runtime import _hiprtc
 from portakv.runtime import hip as _hip_driver

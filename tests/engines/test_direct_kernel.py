@@ -15,6 +15,7 @@ from support.direct_on_cpu import CPU, SMALL, DirectOnCpu, Driver, compiled, ins
 from support.guarded_memory import filled, refused
 
 from portakv import CopyPlan, Unsupported, copy_rows
+from portakv.backends import rows_kernel
 from portakv.engines import _direct_kernel
 from portakv.engines._direct_kernel import MAX_VECTORS, Cut, DirectKernel
 from portakv.engines.terms import Terms
@@ -279,9 +280,9 @@ def test_a_seeded_bug_is_caught(
     bug: str, engine: type[DirectOnCpu], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right, wrong, name = BUGS[bug]
-    text = _direct_kernel.direct_text()
+    text = rows_kernel.kernel_text("host/direct.cuh")
     assert right in text, "the kernel's text has changed: seed the bug anew"
-    monkeypatch.setattr(_direct_kernel, "direct_text", lambda: text.replace(right, wrong, 1))
+    monkeypatch.setattr(rows_kernel, "kernel_text", lambda *_: wrong.join(text.rsplit(right, 1)))
     past = Copy(by(pool(), [3, 1, 12, 11]), chunk(4), 4)
     copied = past if name == "past the end" else COPIES[name]()
     told = 3 if copied is past else 0

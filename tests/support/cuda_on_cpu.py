@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from portakv import CopyPlan, Index, KVView
-from portakv.backends._rows_kernel import NAMES, RowsKernel
 from portakv.backends.base import Backend, Capabilities, Decision, Launch
+from portakv.backends.rows_kernel import NAMES, RowsKernel
 from portakv_conformance.vendor.hip_fake import SHIM
 
 THREADS = 128

@@ -7,11 +7,13 @@ becomes the argument ``Copy``, packed here as that file declares it.
 
 from __future__ import annotations
 
+import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.resources import files
 from math import prod
+from posixpath import normpath
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from portakv.view.index import Index
     from portakv.view.view import KVView
 
+#: Threads of a block unless a device wants others.
+THREADS = 128
 #: Names of the entries in a kernel's text, by the vectors that one thread moves.
 NAMES = {1: "portakv_rows", 2: "portakv_rows_2"}
 MAX_UNITS, MAX_OUTER, MAX_INNER = 3, 4, 6  # array lengths in `Side`
@@ -58,10 +62,16 @@ TUNING = (
 )
 
 
+_INCLUDE = re.compile(r'^#include "(.+)"\n', re.MULTILINE)
+
+
 @cache
-def kernel_text() -> str:
-    """The text of the kernel family, as it travels in the wheel."""
-    return files("portakv_native.cuda").joinpath("rows.cuh").read_text()
+def kernel_text(name: str = "cuda/rows.cuh") -> str:
+    """A file of ``native``, as it travels in the wheel, with what it includes of ``native`` in its
+    place: compilers at run time have no folder to look in."""
+    folder, _, file = name.rpartition("/")
+    text = files("portakv_native").joinpath(folder).joinpath(file).read_text()
+    return _INCLUDE.sub(lambda found: kernel_text(normpath(f"{folder}/{found[1]}")), text)
 
 
 class RowsKernel:
@@ -70,6 +80,8 @@ class RowsKernel:
     Args:
         nest: the loop nest.
         plan: the plan that it belongs to.
+        threads: of a block.
+        tunings: how launches are cut, by their size; None: `TUNING`.
 
     Attributes:
         row: vectors of one unit in one plane.
@@ -79,7 +91,18 @@ class RowsKernel:
         Unsupported: more loops than the kernel's arguments hold.
     """
 
-    def __init__(self, nest: Nest, plan: CopyPlan) -> None:
+    #: The file of ``native`` that its text begins with, and the names of its entries.
+    file = "cuda/rows.cuh"
+    names: Mapping[int, str] = NAMES
+
+    def __init__(
+        self,
+        nest: Nest,
+        plan: CopyPlan,
+        threads: int = THREADS,
+        tunings: tuple[Tuning, ...] | None = None,
+    ) -> None:
+        self.threads, self._tunings = threads, tunings or TUNING
         self.unit, self.vector = plan.unit, nest.vector
         outer, inner = split_loops(nest.loops)
         self.row = prod(x.extent for x in inner) * (nest.run // nest.vector)
@@ -126,11 +149,12 @@ class RowsKernel:
             f"typedef {self.src.shape()} Src;",
             f"typedef {self.dst.shape()} Dst;",
         ]
-        entries = [self._entry(each, name) for each, name in NAMES.items()]
-        head = [kernel_text(), "using namespace portakv;", *types]
+        entries = [self.entry(each, name) for each, name in self.names.items()]
+        head = [kernel_text(self.file), "using namespace portakv;", *types]
         return "\n".join([*head, "typedef CopyOf<Src, Dst> Argument;", *entries])
 
-    def _entry(self, each: int, name: str) -> str:
+    def entry(self, each: int, name: str) -> str:
+        """The definition of one entry, behind the types of its shape."""
         call = (
             f"copy_rows<{self.vector}, {self.run // self.vector}, {each}, Inner, Outer, Src, Dst>"
         )
@@ -140,15 +164,14 @@ class RowsKernel:
     def tuned(self, units: int) -> tuple[int, int]:
         """(vectors that one thread moves, vectors to prefetch ahead) for so many units."""
         payload = units * self._unit_bytes
-        for tuning in TUNING:
+        for tuning in self._tunings:
             if payload >= tuning.payload:
                 return tuning.each, tuning.ahead // self.vector
         raise AssertionError("the last tuning is for any payload")
 
-    @property
-    def small(self) -> int:
-        """Below so many units a launch is tuned as the smallest are."""
-        return -(-TUNING[-2].payload // self._unit_bytes)
+    def grid(self, units: int, each: int) -> tuple[int, int]:
+        """Blocks along x and y of a launch of so many units."""
+        return -(-units * self.row // (self.threads * each)), self.planes
 
     @property
     def fixed(self) -> bytes:

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading and launching the kernels of `rows_kernel`, on whatever device, through its driver."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from portakv.backends.rows_kernel import RowsKernel
+from portakv.errors import Unsupported
+
+if TYPE_CHECKING:
+    from portakv.view.index import Index
+    from portakv.view.view import KVView
+
+
+class RowsDriver(Protocol):
+    """What a device's driver does for the rows kernel.
+
+    ``launch`` takes (function, blocks along x, y, z, threads along x, y, z, bytes of shared memory,
+    stream's handle, address of the list of arguments, 0) and returns ``success`` or an error.
+    """
+
+    @property
+    def launch(self) -> Callable[..., Any]: ...
+
+    @property
+    def success(self) -> object: ...
+
+    def load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
+        """Compile a text, or find it on disk, and load its kernels, by name."""
+
+    def handle(self, stream: torch.Stream | None) -> Any:
+        """The driver's handle of a stream (None: the device's current one); None if another device
+        is current. Raises `Unsupported` in a forked process."""
+
+    def current(self) -> AbstractContextManager[object]:
+        """Inside, the device is this thread's current one, and the thread has its context."""
+
+    def check(self, answer: Any, what: str) -> None:
+        """Raise for an answer that is not ``success``."""
+
+    def word(self, address: int) -> int:
+        """Where the device finds a word of pinned memory."""
+
+
+class LoadedKernels:
+    """The kernels of one device: each text is compiled, or read from the disk, at most once."""
+
+    def __init__(self, driver: RowsDriver, capturing: Callable[[], bool]) -> None:
+        self._driver, self._capturing = driver, capturing
+        self._loaded: dict[str, dict[str, Any]] = {}
+        self._lock = threading.Lock()
+
+    def functions(self, kernels: Sequence[RowsKernel]) -> list[dict[int, Any]]:
+        """For each kernel its entries, by the vectors that one thread moves.
+
+        Raises:
+            Unsupported: one is not loaded, and a graph is being captured.
+        """
+        found = []
+        for kernel in kernels:
+            loaded = self._load(kernel.source, kernel.names.values())
+            found.append({each: loaded[name] for each, name in kernel.names.items()})
+        return found
+
+    def _load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
+        with self._lock:
+            known = self._loaded.get(source)
+            if known is None:
+                if self._capturing():
+                    raise captured()
+                known = self._loaded[source] = self._driver.load(source, names)
+            return known
+
+
+def captured() -> Unsupported:
+    """For preparing, inside graph capture, what is not there yet."""
+    return Unsupported(
+        "Preparing a copy inside graph capture",
+        "its kernel has to be compiled and loaded first; make the same call once before the "
+        "capture",
+    )
+
+
+class _Arguments(threading.local):
+    """One argument for each kernel and thread, so that several threads can share a launch.
+
+    Attributes:
+        buffers: what `RowsKernel.pack` writes into.
+        addresses: of the lists of arguments (each holds one), as a driver's launch takes them.
+    """
+
+    def __init__(self, fixed: list[bytes], driver: RowsDriver) -> None:
+        with driver.current():  # which gives a new thread a context
+            self.buffers = [bytearray(one) for one in fixed]
+        self._owned = [(ctypes.c_char * len(one)).from_buffer(one) for one in self.buffers]
+        self._lists = [(ctypes.c_void_p * 1)(ctypes.addressof(one)) for one in self._owned]
+        self.addresses = [ctypes.addressof(one) for one in self._lists]
+
+
+class RowsLaunch:
+    """The launch of a plan by its kernels; see `base.Launch`.
+
+    Args:
+        kernels: one for each nest; functions: their entries, as `LoadedKernels` gives them.
+        driver: of the device that they are loaded on.
+    """
+
+    def __init__(
+        self,
+        kernels: Sequence[RowsKernel],
+        functions: Sequence[dict[int, Any]],
+        driver: RowsDriver,
+    ) -> None:
+        self._parts = list(zip(kernels, functions, strict=True))
+        self._unit, self._driver = kernels[0].unit, driver
+        self._handle, self._launch, self._success = driver.handle, driver.launch, driver.success
+        self._arguments = _Arguments([kernel.fixed for kernel in kernels], driver)
+
+    def again(
+        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
+    ) -> RowsAgain | None:
+        """See `base.Repeatable`."""
+        parts, fixed = [], []
+        for kernel, functions in self._parts:
+            packer = kernel.packer(src, dst, src_index, dst_index)
+            if packer is None:
+                return None
+            filled = bytearray(kernel.fixed)
+            kernel.pack(filled, src, dst, src_index, dst_index, 0, 0)
+            fixed.append(bytes(filled))
+            parts.append((packer, functions, kernel))
+        return RowsAgain(parts, fixed, self._driver)
+
+    def __call__(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+    ) -> None:
+        handle = self._handle(stream)
+        if handle is None:
+            with self._driver.current():
+                self(src, dst, src_index, dst_index, count, stream, status)
+            return
+        src.check_memory()
+        dst.check_memory()
+        units, arguments = count // self._unit, self._arguments
+        word = 0 if status is None else self._driver.word(status.data_ptr())
+        for at, (kernel, functions) in enumerate(self._parts):
+            buffer, threads = arguments.buffers[at], kernel.threads
+            each, ahead = kernel.tuned(units)
+            kernel.pack(buffer, src, dst, src_index, dst_index, word, ahead)
+            for start, span in kernel.spans(units):
+                kernel.pack_span(buffer, start, span)
+                blocks, planes = kernel.grid(span, each)
+                answer = self._launch(
+                    functions[each], blocks, planes, 1, threads, 1, 1, 0, handle,
+                    arguments.addresses[at], 0,
+                )  # fmt: skip
+                if answer != self._success:
+                    self._driver.check(answer, "The launch")
+
+
+class RowsAgain:
+    """See `base.Again`. A straight function: its frames are a part of every registered call."""
+
+    def __init__(
+        self, parts: list[tuple[Any, dict[int, Any], RowsKernel]], fixed: list[bytes],
+        driver: RowsDriver,
+    ) -> None:  # fmt: skip
+        self.most = min(kernel.most_units for *_, kernel in parts)
+        self._parts, self._driver = parts, driver
+        self._handle, self._launch, self._word = driver.handle, driver.launch, driver.word
+        self._success = driver.success
+        self._arguments = _Arguments(fixed, driver)
+
+    def __call__(self, dense: int, ids: int, first: int, count: int, status: int) -> None:
+        handle = self._handle(None)
+        if handle is None:
+            with self._driver.current():
+                self(dense, ids, first, count, status)
+            return
+        arguments, word = self._arguments, self._word(status)
+        for (pack, functions, kernel), buffer, address in zip(
+            self._parts, arguments.buffers, arguments.addresses, strict=True
+        ):
+            each, ahead = kernel.tuned(count)
+            pack(buffer, dense, ids, first, count, ahead, word)
+            threads = kernel.threads
+            answer = self._launch(
+                functions[each], -(-count * kernel.row // (threads * each)), kernel.planes, 1,
+                threads, 1, 1, 0, handle, address, 0,
+            )  # fmt: skip
+            if answer != self._success:
+                self._driver.check(answer, "The launch")
