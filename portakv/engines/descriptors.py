@@ -17,7 +17,7 @@ from portakv.backends.base import Capabilities, Decision, Launch
 from portakv.engines.engine import PINNED, Engine, direction_of
 from portakv.engines.link import Pieces, crossing
 from portakv.engines.pieces import pieces_of
-from portakv.host import _registrations
+from portakv.host import pinned
 from portakv.plan.plan import CopyPlan
 from portakv.runtime import _flight
 from portakv.view.index import Index
@@ -73,7 +73,7 @@ class _DescriptorsLaunch:
         if not count:
             return
         key = (
-            src.origins, dst.origins, src.slots, dst.slots, count, _registrations.seams(),
+            src.origins, dst.origins, src.slots, dst.slots, count, pinned.seams(),
             _place(src_index), _place(dst_index),
         )  # fmt: skip
         pieces = self._known.get(key)

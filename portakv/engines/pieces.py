@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from portakv.host import _registrations
-from portakv.host._pitched import MAX_PITCH
+from portakv.host import pinned
+from portakv.host.memcpy import MAX_PITCH
 from portakv.plan.plan import CopyPlan
 from portakv.plan.runs import Int64, Runs, factors, summed
 from portakv.view.index import Index
@@ -224,7 +224,7 @@ def _apart(runs: Runs, views: list[KVView]) -> tuple[Runs, Int64]:
 
 def _seams(views: list[KVView]) -> Int64:
     """Addresses, in order, that no copy may reach across."""
-    found = set(_registrations.seams())
+    found = set(pinned.seams())
     for view in views:
         if len(view.origins) > 1:
             for owner in view.owners:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from portakv.engines.pieces import ALL, LEAST_HEIGHT, TALL
-from portakv.host._pitched import MAX_PITCH
+from portakv.host.memcpy import MAX_PITCH
 from portakv.plan.loops import Loop, Nest
 from portakv.plan.plan import CopyPlan
 from portakv.plan.runs import Int64

@@ -19,7 +19,7 @@ from portakv.engines.link import Crossing, crossing
 from portakv.engines.pieces import Pieces
 from portakv.engines.slices import DETACHED_RING, LONG_RING, RING, Cut, cuts, staged_sizes
 from portakv.engines.staging import Staging, mark, staging, wait
-from portakv.host import _registrations
+from portakv.host import pinned
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import Route
 from portakv.runtime import _flight
@@ -91,7 +91,7 @@ class _StagedLaunch:
     def _legs(self, rows: KVView, host: KVView, theirs: Index, count: int, idle: bool) -> list[Leg]:
         """The slices of a transfer, kept for others of its kind; ``idle``: the link is."""
         outside: tuple[str, ...] = ()
-        seams = _registrations.seams()  # which memory of the host was pinned in parts
+        seams = pinned.seams()  # which memory of the host was pinned in parts
         key: tuple[object, ...] = count, theirs.offset, idle, seams
         if theirs.ids is not None:
             key += id(theirs.lineage), host.origins

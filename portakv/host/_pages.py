@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages of host memory: mapping exactly so many bytes, huge pages, first touch, what is left."""
+"""Pages of host memory: exact mappings, huge pages, NUMA nodes, first touch, what is available.
+
+Nodes are bound by the kernel's own call, so that no libnuma is needed.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ import errno
 import mmap
 import operator
 import os
-from collections.abc import Iterator
+import platform
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
@@ -18,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from portakv.errors import HostMemoryError
+from portakv.errors import HostMemoryError, Unsupported
 
 PAGE = mmap.PAGESIZE
 HUGE_PAGES = ("auto", "transparent", "reserved", "never")
@@ -28,9 +32,21 @@ _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
 _MS_ASYNC = 1
 _SLICE = 64 << 20  # bytes one thread touches at a time; whole huge pages
 
+# Numbers of the system call, from the kernel's tables of each architecture.
+_MBIND = {"x86_64": 237, "aarch64": 235, "riscv64": 235, "loongarch64": 235, "ppc64le": 259,
+          "s390x": 268}  # fmt: skip
+_MPOL_BIND = 2
+_NODES = Path("/sys/devices/system/node")
+_WHY = {
+    errno.EPERM: "the kernel forbids it here; give the container CAP_SYS_NICE, or start the "
+    "process under numactl --membind",
+    errno.ENOSYS: "this kernel was built without NUMA; leave numa=None",
+    errno.EINVAL: "the process may not use that node (cpuset); ask for one that it may",
+}
 
-class Span:
-    """Bytes at an address, in numpy's terms; what is made from it holds it.
+
+class BufferRange:
+    """Bytes at an address, in numpy's terms; arrays and tensors made from it hold it.
 
     Args:
         address: of the first byte.
@@ -197,7 +213,7 @@ def _touch_slice(address: int, nbytes: int) -> None:
 
 def write_each_page(address: int, nbytes: int) -> None:
     """One byte a page, for kernels without MADV_POPULATE_WRITE; numpy holds no GIL meanwhile."""
-    bytes_ = Span(address, nbytes).array()
+    bytes_ = BufferRange(address, nbytes).array()
     # What the page holds is written back, since it may be a shared one.
     bytes_[::PAGE] |= 0
 
@@ -242,3 +258,75 @@ def _libc() -> Any:
     for name in ("madvise", "msync"):
         getattr(library, name).argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return library
+
+
+def nodes() -> list[int]:
+    """The nodes of this machine that have memory; empty where the kernel tells of none."""
+    for name in ("has_memory", "online"):
+        with suppress(OSError, ValueError):
+            return _listed((_NODES / name).read_text())
+    return []
+
+
+def bind(address: int, nbytes: int, wanted: int | Sequence[int]) -> None:
+    """Have pages of the range that are not there yet come from these nodes and no other.
+
+    Raises:
+        Unsupported: no node, or one that is not there, an architecture or kernel that cannot bind,
+            or a container that may not.
+    """
+    try:
+        asked = _numbers(wanted)
+    except TypeError:
+        raise Unsupported(
+            f"Binding {nbytes} bytes of host memory to NUMA node {wanted!r}",
+            "nodes have whole numbers; name one or more, or leave numa=None",
+        ) from None
+    if not asked:
+        raise Unsupported(
+            f"Binding {nbytes} bytes of host memory to an empty list of NUMA nodes",
+            "pages must come from some node; name one or more, or leave numa=None",
+        )
+    what = f"Binding {nbytes} bytes of host memory to NUMA node {', '.join(map(str, asked))}"
+    number = _MBIND.get(platform.machine())
+    if number is None:
+        raise Unsupported(what, f"the system call is not known on {platform.machine()}")
+    known = nodes()
+    if not known:
+        raise Unsupported(what, "this kernel tells of no NUMA nodes; leave numa=None")
+    if not set(asked) <= set(known):
+        raise Unsupported(what, f"this machine has the nodes {known}; ask for some of these")
+    bits = 8 * ctypes.sizeof(ctypes.c_ulong)
+    mask = (ctypes.c_ulong * (max(asked) // bits + 1))()
+    for node in asked:
+        mask[node // bits] |= 1 << node % bits
+    code = _mbind(number, address, nbytes, mask, len(mask) * bits + 1)
+    if code:
+        raise Unsupported(what, _WHY.get(code, f"the kernel refused it ({os.strerror(code)})"))
+
+
+def _numbers(wanted: Any) -> list[int]:
+    """One whole number, or several; raises `TypeError` for anything else."""
+    with suppress(TypeError):
+        return [operator.index(wanted)]
+    return [operator.index(node) for node in wanted]
+
+
+def _mbind(number: int, address: int, nbytes: int, mask: ctypes.Array[ctypes.c_ulong], most: int,
+           ) -> int:  # fmt: skip
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    done = libc.syscall(
+        ctypes.c_long(number), ctypes.c_void_p(address), ctypes.c_ulong(nbytes),
+        ctypes.c_ulong(_MPOL_BIND), mask, ctypes.c_ulong(most), ctypes.c_ulong(0),
+    )  # fmt: skip
+    return 0 if done == 0 else ctypes.get_errno()
+
+
+def _listed(text: str) -> list[int]:
+    """``0-1,4`` as numbers."""
+    found: list[int] = []
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        found.extend(range(int(first), int(last or first) + 1))
+    return found

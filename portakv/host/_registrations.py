@@ -13,13 +13,19 @@ import bisect
 import itertools
 import math
 import os
+import sys
 import threading
+import warnings
 import weakref
-from typing import Any
+from multiprocessing.shared_memory import SharedMemory
+from typing import Any, NamedTuple
 
-from portakv.errors import HostMemoryError
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from portakv.errors import DeviceMismatch, HostMemoryError
 from portakv.host import _runtime
-from portakv.host._pageable import warn_once
 from portakv.host._pages import PAGE, to_pages, whole
 from portakv.host._runtime import CallRefused, Runtime
 
@@ -32,16 +38,16 @@ _live: weakref.WeakSet[Registration] = weakref.WeakSet()
 _seams: list[int] = []  # addresses, sorted
 _postponed: list[tuple[Registration, Any]] = []  # by finalizers during a graph's capture
 _exit_asked = False
+_told: set[str] = set()
 
 
 class Registration:
-    """Memory, registered in one piece or several; or merely claimed, where there is nobody to
-    register it with.
+    """Memory, registered in one piece or several; or merely claimed, if there is no runtime.
 
     Args:
-        runtime: whom to register with; None: nobody.
+        runtime: registers the memory; None: its pages are claimed and stay pageable.
         address: of the first byte, on a page or not.
-        nbytes: how many; nobody else can register the pages that they touch.
+        nbytes: how many; the pages that they touch cannot be registered again.
         flags: the runtime's.
         largest: bytes of one piece, at most.
         unit: pieces of memory that begins on a page are a multiple of it, if one fits at all.
@@ -96,11 +102,6 @@ class Registration:
         piece = self.pieces[at][0]
         return self._runtime.device_address(piece) + address - piece
 
-    @property
-    def ended(self) -> bool:
-        """True once it was undone."""
-        return self._range is None
-
     def undo(self) -> None:
         """Unregister, once no device works any more. Again: nothing."""
         with _lock:
@@ -138,6 +139,90 @@ def settle() -> None:
             return
         registration.undo()
         del owner  # gives its memory back
+
+
+class Buffer(NamedTuple):
+    """The bytes of a buffer from the first to behind the last, and what holds them.
+
+    ``fixed``: they can only be read.
+    """
+
+    address: int
+    nbytes: int
+    fixed: bool
+    owner: Any
+
+
+def buffer_of(memory: Any) -> Buffer:
+    """Which bytes a tensor, an array or another buffer covers.
+
+    Raises:
+        HostMemoryError: freed, empty, pinned already, or no memory at all.
+        DeviceMismatch: a tensor that is not on the host.
+    """
+    if isinstance(memory, torch.Tensor):
+        return _of_tensor(memory)
+    if isinstance(memory, np.ndarray):
+        return _of_array(memory, memory)
+    # Both ask the owner for a buffer, which it cannot close while that is held.
+    buffer = memory.buf if isinstance(memory, SharedMemory) else memory
+    try:
+        if buffer is None:
+            raise ValueError("it is closed")
+        view = memoryview(buffer)
+    except ValueError as error:
+        raise HostMemoryError(
+            f"A {type(memory).__name__} was asked to be registered, and it was freed before "
+            f"({error}); register memory before it is closed."
+        ) from None
+    except TypeError:
+        raise HostMemoryError(
+            f"A {type(memory).__name__} was asked to be registered; expected a tensor, an array, "
+            f"an mmap, shared memory or anything else with a buffer."
+        ) from None
+    return _of_array(np.asarray(view), view)
+
+
+def _of_tensor(tensor: torch.Tensor) -> Buffer:
+    if tensor.device.type != "cpu":
+        raise DeviceMismatch(
+            f"A tensor on {tensor.device} was asked to be registered; expected memory of the host. "
+            f"Copy it there first."
+        )
+    if tensor.layout != torch.strided:
+        raise HostMemoryError(
+            f"A tensor of layout {tensor.layout} was asked to be registered; expected a strided "
+            f"one. Register its parts."
+        )
+    _refuse_empty(tensor.numel())
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    if tensor.untyped_storage().nbytes() < needed:
+        raise HostMemoryError(
+            f"A tensor of {needed} bytes was asked to be registered, and its storage holds "
+            f"{tensor.untyped_storage().nbytes()}: it was freed before. Register it earlier."
+        )
+    if tensor.is_pinned():
+        raise HostMemoryError(
+            f"{needed} bytes at {tensor.data_ptr():#x} were asked to be registered, and they are "
+            f"pinned already, here or by torch; use them as they are."
+        )
+    return Buffer(tensor.data_ptr(), (last + 1) * tensor.element_size(), False, tensor)
+
+
+def _of_array(array: npt.NDArray[Any], owner: Any) -> Buffer:
+    _refuse_empty(array.nbytes)
+    reach = [(size - 1) * step for size, step in zip(array.shape, array.strides, strict=True)]
+    low = sum(step for step in reach if step < 0)
+    high = sum(step for step in reach if step > 0) + array.itemsize
+    return Buffer(array.ctypes.data + low, high - low, not array.flags.writeable, owner)
+
+
+def _refuse_empty(size: int) -> None:
+    if size == 0:
+        raise HostMemoryError(
+            "Memory of 0 bytes was asked to be registered; there is nothing to pin. Leave it out."
+        )
 
 
 def _claim(start: int, end: int) -> None:
@@ -197,3 +282,25 @@ def _at_exit() -> None:
     settle()
     for registration in list(_live):
         registration.undo()
+
+
+def warn_once(why: str) -> None:
+    """Say for the first time in this process that host memory is pageable, and why."""
+    with _lock:
+        if why in _told:
+            return
+        _told.add(why)
+    warnings.warn(
+        f"Host memory was asked to be pinned and stays pageable: {why}. Results are the same; "
+        f"copies are slower, and block the host.",
+        RuntimeWarning,
+        stacklevel=_outside(),
+    )
+
+
+def _outside() -> int:
+    """How far up the stack, from the warning on, the first line is that is not PortaKV's own."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("portakv."):
+        frame, level = frame.f_back, level + 1
+    return level

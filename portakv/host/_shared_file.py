@@ -20,8 +20,8 @@ import numpy as np
 
 from portakv.errors import HostMemoryError, SlotError
 from portakv.host import _pages
-from portakv.host._blocks import stride as stride_of
-from portakv.host._members import RECORD, FileLocks, Members
+from portakv.host._shared_members import RECORD, FileLocks, Members
+from portakv.host.pool import stride as stride_of
 
 FOLDER = Path("/dev/shm")
 _PREFIX = "portakv-"

@@ -18,20 +18,23 @@ be issued here, and inside a device one kernel of its own handles any strides. W
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
-from portakv.errors import BackendUnavailable, DeviceMismatch
-from portakv.host._copy_checks import check_alike, check_disjoint
-from portakv.host._pitched import Pitched, loops_of, pitched
+from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError
 from portakv.runtime import _flight, capture
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime.transfer import Transfer
 
-#: Rows narrower than this go through torch, which packs them first: a copy engine sends each row
-#: as packets of its own, and 256 bytes are what one usually carries. A default, not a measurement.
-LEAST_WIDTH = 256
+#: Narrower rows go by torch, which packs them first. A copy engine takes some 55 ns a row, however
+#: few its bytes (rows of 512 bytes reach 0.16 of the link, benchmarks/NOTES.md 11), so that rows of
+#: 4 bytes would cross at 0.07 GB/s.
+_NARROWEST = 256
+#: The largest pitch that CUDA takes (``CU_DEVICE_ATTRIBUTE_MAX_PITCH``, 2 GiB - 1 everywhere).
+MAX_PITCH = 2**31 - 1
 
 _TORCH_SAME = "torch's copy_ issues the same memcpy"
 _TORCH_INSIDE = "torch's copy_ is one pass for any strides inside a device"
@@ -39,6 +42,15 @@ _TORCH_PEER = (
     "torch's copy_ orders both devices' streams and takes the peer link where there is one"
 )
 _TORCH_HOST = "both tensors are on the host"
+
+
+class Pitched(NamedTuple):
+    """Rows of ``width`` bytes; the pitches are bytes from the start of a row to the next one's."""
+
+    width: int
+    height: int
+    src_pitch: int
+    dst_pitch: int
 
 
 @dataclass(frozen=True)
@@ -249,8 +261,8 @@ def _rows(
         return rows
     if rows.height == 1:
         return _TORCH_SAME
-    if rows.width < LEAST_WIDTH:
-        return f"its rows of {rows.width} bytes are narrower than {LEAST_WIDTH}; torch packs them"
+    if rows.width < _NARROWEST:
+        return f"its rows of {rows.width} bytes are narrower than {_NARROWEST}; torch packs them"
     if not is_pinned(dst if direction == "d2h" else src):
         return "the host memory is pageable; torch packs the rows there"
     if src.is_conj() != dst.is_conj() or src.is_neg() != dst.is_neg():
@@ -307,7 +319,7 @@ def _write(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool) -> None:
     """Torch's copy, of bits: of a bool it would write 0 or 1, whatever the byte holds."""
     if dst.dtype == torch.bool:
         dst, src = dst.view(torch.uint8), src.view(torch.uint8)
-    with torch.no_grad():
+    with torch.inference_mode() if dst.is_inference() else torch.no_grad():
         dst.copy_(src, non_blocking=non_blocking)
 
 
@@ -340,3 +352,133 @@ def _check_capture(
             f"torch would copy it through memory that the graph does not keep ({rows}); use "
             f"contiguous memory, or rows that a 2-D memcpy takes",
         )
+
+
+def check_alike(dst: Any, src: Any) -> None:
+    """Raise `LayoutError` unless both are dense strided tensors of one dtype and shape."""
+    for name, given in (("destination", dst), ("source", src)):
+        if not isinstance(given, torch.Tensor):
+            raise LayoutError(
+                f"A copy was asked whose {name} is a {type(given).__name__}; expected a tensor. "
+                f"Make one of it first, for example by torch.from_numpy."
+            )
+        if given.layout != torch.strided:
+            raise LayoutError(
+                f"A copy was asked whose {name} has the layout {given.layout}; expected "
+                f"torch.strided. Copy the tensors that it is made of."
+            )
+    if dst.dtype != src.dtype:
+        raise LayoutError(
+            f"A copy from {src.dtype} to {dst.dtype} was asked; expected one dtype, since a copy "
+            f"neither converts nor reinterprets. Convert by .to(), or view both as one dtype."
+        )
+    if dst.shape != src.shape:
+        raise LayoutError(
+            f"A copy from shape {list(src.shape)} to {list(dst.shape)} was asked; expected one "
+            f"shape, since nothing is broadcast. Slice, view or expand until they agree."
+        )
+
+
+def check_disjoint(dst: torch.Tensor, src: torch.Tensor) -> None:
+    """Raise `LayoutError` if a byte may be written twice, or both read and written.
+
+    Addresses and strides are compared, not each byte: tensors that interleave pass if some stride
+    of theirs keeps them apart.
+    """
+    if _twice(dst):
+        raise LayoutError(
+            f"A copy was asked into a tensor of shape {list(dst.shape)} and strides "
+            f"{list(dst.stride())}, of which elements may lie at one address; expected each "
+            f"stride to step over all that lies inside it. Copy into the tensor that it was "
+            f"expanded from."
+        )
+    if dst.device == src.device and not _apart(dst, src):
+        raise LayoutError(
+            f"A copy was asked between tensors that share bytes, or whose strides do not show "
+            f"that they share none: {_place(src)} to {_place(dst)}; expected disjoint memory. Copy "
+            f"through a buffer."
+        )
+
+
+def _twice(tensor: torch.Tensor) -> bool:
+    """True unless each stride steps over all that lies inside it."""
+    reach = 1
+    dims = [pair for pair in zip(tensor.stride(), tensor.shape, strict=True) if pair[1] > 1]
+    for stride, extent in sorted(dims):
+        if stride < reach:
+            return True
+        reach += stride * (extent - 1)
+    return False
+
+
+def _apart(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """True if addresses and strides show that two tensors have no byte in common.
+
+    Their ranges do not meet; or all strides from some size on are multiples of a period, in which
+    what the smaller strides reach lies in different parts.
+    """
+    shift = other.data_ptr() - one.data_ptr()
+    if shift >= _reach(one, math.inf) or -shift >= _reach(other, math.inf):
+        return True
+    size = one.element_size()
+    dims = [
+        *zip(one.stride(), one.shape, strict=True),
+        *zip(other.stride(), other.shape, strict=True),
+    ]
+    steps = sorted({size * stride for stride, extent in dims if extent > 1 and stride})
+    for at, step in enumerate(steps):
+        period = math.gcd(*steps[at:])
+        if _reach(one, step) <= shift % period <= period - _reach(other, step):
+            return True
+    return False
+
+
+def _reach(tensor: torch.Tensor, below: float) -> int:
+    """Bytes from the first to behind the last, by the strides of fewer bytes than ``below``."""
+    size = tensor.element_size()
+    dims = zip(tensor.stride(), tensor.shape, strict=True)
+    return size + sum(
+        size * stride * (extent - 1) for stride, extent in dims if size * stride < below
+    )
+
+
+def _place(tensor: torch.Tensor) -> str:
+    return f"address {tensor.data_ptr():#x}, strides {list(tensor.stride())}"
+
+
+def loops_of(dst: torch.Tensor, src: torch.Tensor) -> tuple[int, list[tuple[int, int, int]]]:
+    """The longest run of bytes that is contiguous in both, and the loops round it, innermost first:
+    each its extent and the bytes from one index to the next in the source and the destination.
+
+    The destination has no element twice, and both have the same shape and element size.
+    """
+    run, loops = dst.element_size(), list[tuple[int, int, int]]()
+    strides = zip(dst.shape, src.stride(), dst.stride(), strict=True)
+    dims = [(extent, run * a, run * b) for extent, a, b in strides if extent > 1]
+    for extent, a, b in sorted(dims, key=lambda dim: dim[2]):
+        if not loops and a == b == run:
+            run *= extent
+        elif loops and (a, b) == (loops[-1][0] * loops[-1][1], loops[-1][0] * loops[-1][2]):
+            loops[-1] = (loops[-1][0] * extent, *loops[-1][1:])
+        else:
+            loops.append((extent, a, b))
+    return run, loops
+
+
+def pitched(dst: torch.Tensor, src: torch.Tensor) -> Pitched | str:
+    """The rows of a copy, or why it has none, as a phrase.
+
+    A copy that is one contiguous run on both sides has a single row.
+    """
+    run, loops = loops_of(dst, src)
+    if not loops:
+        return Pitched(run, 1, run, run)
+    if len(loops) > 1:
+        return f"its strides take {len(loops)} loops round a run of {run} bytes, a 2-D memcpy one"
+    ((height, src_pitch, dst_pitch),) = loops
+    if not run <= src_pitch <= MAX_PITCH or dst_pitch > MAX_PITCH:
+        return (
+            f"its rows of {run} bytes lie {src_pitch} and {dst_pitch} bytes apart, and a 2-D "
+            f"memcpy takes {run} to {MAX_PITCH}"
+        )
+    return Pitched(run, height, src_pitch, dst_pitch)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pinned host memory: allocated to the byte, or memory that exists, registered where it is.
+"""Pinned host memory for users and engines: allocated to the byte, or registered where it is.
 
 Memory lives as long as anything made from it: the handle, its tensor, any view or array of these.
 Before it is unregistered the host waits for the devices, so that no copy in flight loses it.
-Where nothing can be pinned the same calls give pageable memory, and say so once.
+If nothing can be pinned the same calls give pageable memory, and warn once.
 """
 
 from __future__ import annotations
@@ -11,21 +11,27 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from portakv.errors import HostMemoryError, Unsupported
-from portakv.host import _numa, _pages, _runtime, _spans
-from portakv.host._pageable import warn_once
-from portakv.host._pages import Span
-from portakv.host._registrations import LARGEST, Registration, piece_bytes
+from portakv.host import _pages, _runtime
+from portakv.host._pages import BufferRange
+from portakv.host._registrations import (
+    LARGEST,
+    Registration,
+    buffer_of,
+    piece_bytes,
+    seams,
+    warn_once,
+)
 from portakv.host._runtime import CallRefused, Runtime
 
 __all__ = ["HostMemoryError", "PinnedMemory", "allocate", "empty", "register", "register_address",
-           "registered", "unregister", "why_not"]  # fmt: skip
+           "registered", "seams", "unregister", "why_not"]  # fmt: skip
 
 HugePages = Literal["auto", "transparent", "reserved", "never"]
 _ONLY_TORCH = "torch registers no memory that exists for this device; take some of `allocate`"
@@ -38,7 +44,7 @@ class PinnedMemory:
     Attributes:
         nbytes: exactly what was asked.
         address: of the first byte, as the host sees it.
-        pinned: False where it is pageable after all.
+        pinned: False if it is pageable after all.
         seams: offsets in bytes at which one registration ends and the next begins. A copy must
             not cross one: it fails or is slow.
         notes: what was done otherwise than asked, a sentence each.
@@ -81,9 +87,7 @@ class PinnedMemory:
     @property
     def pieces(self) -> list[torch.Tensor]:
         """The tensor, cut at the seams."""
-        ends = (*self.seams, self.nbytes)
-        starts = (0, *self.seams)
-        return [self.tensor[a:b] for a, b in zip(starts, ends, strict=True)]
+        return [self.tensor[at : at + nbytes] for at, nbytes in self.parts(0, self.nbytes)]
 
     def parts(self, offset: int, nbytes: int) -> list[tuple[int, int]]:
         """A range as (offset, bytes) that cross no seam, in order.
@@ -105,7 +109,7 @@ class PinnedMemory:
         return typed if shape is None else typed.view(tuple(shape))
 
     def device_address(self, offset: int = 0) -> int:
-        """Where a kernel on the current device finds a byte; on ROCm not where the host does.
+        """The address of a byte for a kernel on the current device; on ROCm not the host's.
 
         Raises:
             Unsupported: it is not registered with a CUDA or HIP runtime, or not mapped.
@@ -124,11 +128,6 @@ class PinnedMemory:
     def closed(self) -> bool:
         """True once `close` was called; tensors made before still hold the memory."""
         return self._base is None
-
-    @property
-    def released(self) -> bool:
-        """True once nothing holds the memory and it was unregistered."""
-        return self._base is None and (self._registration is None or self._registration.ended)
 
     def close(self) -> None:
         """Let go of it: at once, or when the last tensor made from it dies. Again: nothing."""
@@ -165,7 +164,7 @@ def allocate(
         threads: how many touch the pages; None: one a core, at most 16.
         largest: bytes of one registration; more are cut into `PinnedMemory.pieces`.
         unit: cut only at multiples of so many bytes.
-        fallback: pageable memory and one warning where it cannot be pinned; False: an error.
+        fallback: pageable memory and one warning if it cannot be pinned; False: an error.
 
     On devices other than CUDA's and ROCm's the memory comes from torch's own allocator.
 
@@ -173,7 +172,9 @@ def allocate(
         HostMemoryError: no bytes, more than there is room for, or an argument not as above.
         Unsupported: a NUMA node that cannot be bound.
     """
-    nbytes = _judged(nbytes, huge_pages, threads, largest, unit)
+    _pages.refuse(huge_pages, threads)
+    piece_bytes(largest, unit)
+    nbytes = _count(nbytes)
     runtime = _runtime.find()
     if runtime is None and _runtime.through_torch():
         given = _from_torch(nbytes, huge_pages, numa)
@@ -182,11 +183,11 @@ def allocate(
     mapping, notes = _pages.map_private(nbytes, huge_pages)
     address = _pages.address_of(mapping)
     if numa is not None:
-        _numa.bind(address, len(mapping), numa)
+        _pages.bind(address, len(mapping), numa)
     _pages.touch(address, len(mapping), threads)
-    flags = _flags(portable, mapped)
-    registration = _register(runtime, address, len(mapping), flags, largest, unit, fallback)
-    return _held(Span(address, nbytes), registration, mapping, notes, mapped)
+    how = _How(portable, mapped, False, largest, unit, fallback)
+    registration = _register(runtime, address, len(mapping), how)
+    return _held(BufferRange(address, nbytes), registration, mapping, how, notes)
 
 
 def empty(shape: int | Sequence[int], dtype: torch.dtype | None = None, **options: Any,
@@ -195,7 +196,7 @@ def empty(shape: int | Sequence[int], dtype: torch.dtype | None = None, **option
 
     Args:
         shape: with no elements, a plain tensor comes back, as there is nothing to pin.
-        dtype: None: torch's default.
+        dtype: None: float32, whatever torch's default is.
         options: of `allocate`.
 
     Raises:
@@ -205,10 +206,10 @@ def empty(shape: int | Sequence[int], dtype: torch.dtype | None = None, **option
     do = "name the size of each dimension"
     each = shape if isinstance(shape, Iterable) else (shape,)
     sizes = tuple(_pages.whole(size, 0, asked, do) for size in each)
-    kind = dtype or torch.get_default_dtype()
+    kind = dtype or torch.float32
     nbytes = math.prod(sizes) * kind.itemsize
     if nbytes == 0:
-        return torch.empty(sizes, dtype=kind)
+        return torch.empty(sizes, dtype=kind, device="cpu")
     return allocate(nbytes, **options).view(kind, sizes)
 
 
@@ -232,21 +233,21 @@ def register(
         portable, mapped: as in `allocate`.
         read_only: allow memory that cannot be written, for copies to a device alone.
         largest, unit: as in `allocate`.
-        fallback: leave it pageable, with one warning, where nothing can be pinned.
+        fallback: leave it pageable, with one warning, if nothing can be pinned.
 
     Raises:
         HostMemoryError: registered already, freed, read-only without ``read_only``, or empty.
         DeviceMismatch: a tensor that is not on the host.
     """
-    address, nbytes, fixed, held = _spans.span(memory)
-    if fixed and not read_only:
+    found = buffer_of(memory)
+    if found.fixed and not read_only:
         raise HostMemoryError(
-            f"{nbytes} bytes were asked to be registered, and they can only be read; expected "
-            f"memory that can be written. Pass read_only=True to copy from it alone."
+            f"{found.nbytes} bytes were asked to be registered, and they can only be read; "
+            f"expected memory that can be written. Pass read_only=True to copy from it alone."
         )
     return register_address(
-        address, nbytes, held=held, portable=portable, mapped=mapped, read_only=read_only,
-        largest=largest, unit=unit, fallback=fallback,
+        found.address, found.nbytes, held=found.owner, portable=portable, mapped=mapped,
+        read_only=read_only, largest=largest, unit=unit, fallback=fallback,
     )  # fmt: skip
 
 
@@ -254,7 +255,7 @@ def register_address(
     address: int,
     nbytes: int,
     *,
-    held: Any = None,
+    held: object = None,
     portable: bool = True,
     mapped: bool = True,
     read_only: bool = False,
@@ -265,17 +266,20 @@ def register_address(
     """As `register`, of bytes at an address.
 
     Args:
-        held: kept until they are unregistered; who owns the memory.
+        held: the owner of the memory, kept until it is unregistered.
     """
     nbytes = _count(nbytes)
-    if address <= 0 or not _pages.is_mapped(address, nbytes):
+    asked = f"{nbytes} bytes at address {address!r} were asked to be registered"
+    if _pages.whole(address, 0, asked, "pass an address") == 0 or not _pages.is_mapped(
+        address, nbytes
+    ):
         raise HostMemoryError(
             f"{nbytes} bytes at {address:#x} were asked to be registered, and some of them "
             f"belong to no memory of this process; register memory before it is freed."
         )
-    flags = _flags(portable, mapped) | (_runtime.READ_ONLY if read_only else 0)
-    registration = _register(_runtime.find(), address, nbytes, flags, largest, unit, fallback)
-    memory = _held(Span(address, nbytes), registration, held, (), mapped, read_only)
+    how = _How(portable, mapped, read_only, largest, unit, fallback)
+    registration = _register(_runtime.find(), address, nbytes, how)
+    memory = _held(BufferRange(address, nbytes), registration, held, how)
     _open[address] = memory
     return memory
 
@@ -286,7 +290,7 @@ def unregister(memory: Any) -> None:
     Raises:
         HostMemoryError: it is not registered, or not by `register`.
     """
-    at = memory.address if isinstance(memory, PinnedMemory) else _spans.span(memory)[0]
+    at = memory.address if isinstance(memory, PinnedMemory) else buffer_of(memory).address
     found = _open.get(at)
     if found is None or (isinstance(memory, PinnedMemory) and found is not memory):
         raise HostMemoryError(
@@ -297,26 +301,33 @@ def unregister(memory: Any) -> None:
 
 
 def registered() -> list[PinnedMemory]:
-    """What `register` returned and nobody closed yet."""
+    """What `register` returned and was not closed yet."""
     return list(_open.values())
 
 
 def why_not() -> str | None:
-    """Why host memory stays pageable in this process; None where it can be pinned."""
+    """Why host memory stays pageable in this process; None if it can be pinned."""
     return None if _runtime.through_torch() else _runtime.why_not()
 
 
-def _flags(portable: bool, mapped: bool) -> int:
-    return _runtime.PORTABLE * portable | _runtime.MAPPED * mapped
+class _How(NamedTuple):
+    """How memory is registered; see `allocate` and `register`."""
 
+    portable: bool
+    mapped: bool
+    read_only: bool
+    largest: int
+    unit: int
+    fallback: bool
 
-def _judged(
-    nbytes: int, huge_pages: HugePages, threads: int | None, largest: int, unit: int
-) -> int:
-    """How many bytes, once the other arguments are such as can be served."""
-    _pages.refuse(huge_pages, threads)
-    piece_bytes(largest, unit)
-    return _count(nbytes)
+    @property
+    def flags(self) -> int:
+        """The runtime's flags."""
+        return (
+            _runtime.PORTABLE * self.portable
+            | _runtime.MAPPED * self.mapped
+            | _runtime.READ_ONLY * self.read_only
+        )
 
 
 def _count(nbytes: int) -> int:
@@ -325,21 +336,13 @@ def _count(nbytes: int) -> int:
     )
 
 
-def _register(
-    runtime: Runtime | None,
-    address: int,
-    nbytes: int,
-    flags: int,
-    largest: int,
-    unit: int,
-    fallback: bool,
-) -> Registration:
-    """Registered, or merely claimed where that is impossible and allowed."""
+def _register(runtime: Runtime | None, address: int, nbytes: int, how: _How) -> Registration:
+    """Registered, or merely claimed if that is impossible and allowed."""
     if runtime is None:
-        _impossible(_ONLY_TORCH if why_not() is None else str(why_not()), fallback)
-        return Registration(None, address, nbytes, largest=largest, unit=unit)
+        _impossible(_ONLY_TORCH if why_not() is None else str(why_not()), how.fallback)
+        return Registration(None, address, nbytes, largest=how.largest, unit=how.unit)
     try:
-        return Registration(runtime, address, nbytes, flags, largest, unit)
+        return Registration(runtime, address, nbytes, how.flags, how.largest, how.unit)
     except CallRefused as refused:
         if refused.code in (_runtime.ALREADY, _runtime.INVALID):
             raise HostMemoryError(
@@ -347,8 +350,8 @@ def _register(
                 f"{refused}: somebody else registered some of their pages, or they are memory that "
                 f"it cannot pin. Unregister them there, or copy them to memory of `allocate`."
             ) from None
-        _impossible(f"the runtime refused to register it, {refused}", fallback)
-    return Registration(None, address, nbytes, largest=largest, unit=unit)
+        _impossible(f"the runtime refused to register it, {refused}", how.fallback)
+    return Registration(None, address, nbytes, largest=how.largest, unit=how.unit)
 
 
 def _impossible(why: str, fallback: bool) -> None:
@@ -361,7 +364,7 @@ def _impossible(why: str, fallback: bool) -> None:
 
 
 def _from_torch(nbytes: int, huge_pages: HugePages, numa: Any) -> PinnedMemory | None:
-    """Memory of torch's allocator for the accelerator that is there; None where it has none."""
+    """Memory of torch's allocator for the accelerator that is there; None if it has none."""
     if numa is not None:
         raise Unsupported(
             f"Binding {nbytes} bytes of pinned memory to NUMA node {numa}",
@@ -372,22 +375,23 @@ def _from_torch(nbytes: int, huge_pages: HugePages, numa: Any) -> PinnedMemory |
     if huge_pages in ("transparent", "reserved"):
         notes.append("torch's allocator was not told of huge pages")
     try:
-        base = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+        with torch.inference_mode(False):
+            base = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
     except RuntimeError:
         return None
     return PinnedMemory(base, notes=notes)
 
 
 def _held(
-    span: Span,
+    memory: BufferRange,
     registration: Registration,
-    owner: Any,
-    notes: Sequence[str],
-    mapped: bool,
-    read_only: bool = False,
+    owner: object,
+    how: _How,
+    notes: Sequence[str] = (),
 ) -> PinnedMemory:
-    """Tie the registration and the owner to the span, which every tensor made from it holds."""
-    base = _spans.as_tensor(span)
-    end = weakref.finalize(span, registration.forget, owner)
+    """Tie the registration and the owner to the range, which every tensor made from it holds."""
+    with torch.inference_mode(False):  # else nothing could write to it outside of one
+        base = torch.from_numpy(memory.array())
+    end = weakref.finalize(memory, registration.forget, owner)
     end.atexit = False  # `_registrations` unregisters at exit; unmapping then would be too early
-    return PinnedMemory(base, registration, notes, mapped, read_only)
+    return PinnedMemory(base, registration, notes, how.mapped, how.read_only)

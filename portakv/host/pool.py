@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pool of pinned blocks of one size, for any number of threads."""
+"""A pool of pinned blocks of one size, for any number of threads of one process."""
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
 import threading
 import time
@@ -10,19 +12,107 @@ import traceback
 import warnings
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from numbers import Real
+from typing import Any, Protocol
+
+import torch
 
 from portakv.errors import HostMemoryError, PoolExhausted
 from portakv.host import _pages, pinned
-from portakv.host._blocks import Block, Cooling, Leak, ends, stride, told
 from portakv.host._registrations import LARGEST
 from portakv.host.pinned import PinnedMemory
 
 __all__ = ["Block", "Leak", "PinnedPool", "PoolExhausted"]
 
 _ASK_AGAIN = 0.0005  # seconds between two looks at work that only tells when asked
-_GROW_AGAIN = 0.1  # seconds until who waits asks again for memory that could not be had
+_GROW_AGAIN = 0.1  # seconds until a waiting caller asks again for memory that could not be had
+
+
+class Pool(Protocol):
+    """What a block is given back to."""
+
+    def release(self, block: Block, after: Any = None) -> None: ...
+
+
+class Block:
+    """A block that a caller acquired. A context manager that releases it.
+
+    Attributes:
+        pool: the pool that it came from.
+        index: which one of its pool.
+        nbytes: how many it has.
+        generation: counts how often blocks were handed out, by all processes in a shared pool.
+    """
+
+    __slots__ = ("__weakref__", "_tensor", "generation", "index", "nbytes", "pool")
+
+    def __init__(self, pool: Pool, index: int, tensor: torch.Tensor, generation: int) -> None:
+        self.pool, self._tensor = pool, tensor
+        self.index, self.nbytes, self.generation = index, tensor.numel(), generation
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """Its bytes, uint8 ``[nbytes]``. Raises `HostMemoryError` once it was released."""
+        if self._tensor is None:
+            raise HostMemoryError(
+                f"Block {self.index} was asked for its bytes after it had been released, and "
+                f"somebody else may have them; release it once nobody reads or writes it."
+            )
+        return self._tensor
+
+    @property
+    def address(self) -> int:
+        """Of its first byte."""
+        return self.tensor.data_ptr()
+
+    @property
+    def held(self) -> bool:
+        """False once it was released."""
+        return self._tensor is not None
+
+    def release(self, after: Any = None) -> None:
+        """Give it back; see `PinnedPool.release`."""
+        self.pool.release(self, after)
+
+    def drop(self) -> None:
+        """Called by the pool that took it back."""
+        self._tensor = None  # type: ignore[assignment]
+
+    def __enter__(self) -> Block:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.held:
+            self.release()
+
+
+@dataclass(frozen=True)
+class Leak:
+    """A block that is out.
+
+    Attributes:
+        index: which one.
+        owner: the name that was given to `acquire`.
+        thread: the name of the thread that acquired it.
+        seconds: for how long it has been out.
+        dropped: the `Block` was garbage collected, so that it cannot be released any more.
+        stack: where it was acquired, in a pool made with ``stacks=True``.
+    """
+
+    index: int
+    owner: str
+    thread: str
+    seconds: float
+    dropped: bool
+    stack: str
+
+    def __str__(self) -> str:
+        how = ", dropped without release" if self.dropped else ""
+        who = f"{self.owner or 'nobody named'} in thread {self.thread}"
+        where = f"\n{self.stack}" if self.stack else ""
+        return f"block {self.index}: {who}, for {self.seconds:.1f} s{how}{where}"
 
 
 @dataclass
@@ -34,6 +124,23 @@ class _Out:
     stack: str
 
 
+@dataclass(eq=False)
+class _InUse:
+    """A block that was released after work that has not ended; ``after`` is held until then."""
+
+    index: int
+    ask: Callable[[], bool]
+    after: Any
+
+    @property
+    def ended(self) -> bool:
+        """Also if the work failed, which its own handle tells: no byte moves any more."""
+        try:
+            return bool(self.ask())
+        except Exception:
+            return True
+
+
 class PinnedPool:
     """Blocks of one size in pinned memory. A context manager; `close` may be called again.
 
@@ -41,14 +148,15 @@ class PinnedPool:
         block_bytes: of each block, exactly.
         blocks: how many it begins with.
         limit: how many it may have; it grows when none is free. None: ``blocks``.
-        grow: how many it grows by, or by what is missing where there is no memory for more; None:
+        grow: how many it grows by, or by what is missing if there is no memory for more; None:
             as many as it began with.
         alignment: in bytes, of each block: 1, 2, 4 ... up to a page.
         stacks: remember where each block was acquired, for `leaks`; some 50 us each.
-        options: of `pinned.allocate`.
+        options: of `pinned.allocate`, but for ``unit``.
 
     Raises:
-        HostMemoryError: numbers that make no pool; or as `pinned.allocate` does.
+        HostMemoryError: numbers that make no pool, an option that there is not; or as
+            `pinned.allocate` does.
 
     Attributes:
         high_water: most blocks that were out at once.
@@ -70,13 +178,14 @@ class PinnedPool:
         asked = f"A pool of {blocks} blocks was asked to grow by {each!r} up to {most!r}"
         self.limit = _pages.whole(most, blocks, asked, "set a limit of what it begins with or more")
         self._grow = _pages.whole(each, 1, asked, "let it grow by one block or more")
+        _refuse_options(options)
         self._stacks, self._options = stacks, options
         self._changed = threading.Condition(threading.RLock())
         self._segments: list[tuple[int, PinnedMemory]] = []  # number of its first block, memory
         self._size, self._generation, self.high_water = 0, 0, 0
         self._free: deque[int] = deque()
         self._out: dict[int, _Out] = {}
-        self._cooling = Cooling()
+        self._in_use: list[_InUse] = []
         self._process, self._closed = os.getpid(), False
         self._add(blocks)
 
@@ -94,7 +203,7 @@ class PinnedPool:
 
     @property
     def pinned(self) -> bool:
-        """False where some of it is pageable after all."""
+        """False if some of it is pageable after all."""
         return all(memory.pinned for _, memory in self._segments)
 
     def acquire(self, owner: str = "", *, wait: bool = False, timeout: float | None = None,
@@ -102,13 +211,13 @@ class PinnedPool:
         """A block; what it holds is whatever it held.
 
         Args:
-            owner: who has it, for `leaks`.
-            wait: wait for one where none is free; otherwise that is an error at once.
+            owner: what it is for, shown by `leaks`.
+            wait: wait for one if none is free; otherwise that is an error at once.
             timeout: seconds to wait at most; None: without end.
 
         Raises:
             PoolExhausted: none is free, or was in time, and the pool has its limit or no memory to
-                grow, which its cause says then; says who has them.
+                grow, which its cause says then; names the owners of all blocks.
             HostMemoryError: the pool is closed, or this process was forked from its maker.
         """
         return self.acquire_many(1, owner, wait=wait, timeout=timeout)[0]
@@ -123,9 +232,8 @@ class PinnedPool:
         Raises:
             HostMemoryError: a count that is no whole number, or below 0.
         """
-        count = _pages.whole(
-            count, 0, f"{count!r} blocks were asked of a pool", "say how many are needed"
-        )
+        asked = f"{count!r} blocks were asked of a pool"
+        count = _pages.whole(count, 0, asked, "say how many are needed")
         if count > self.limit:
             raise PoolExhausted(
                 f"{count} blocks were asked of a pool that may have {self.limit}; ask for fewer, "
@@ -133,7 +241,7 @@ class PinnedPool:
             )
         self._refuse_fork()
         with self._changed:
-            until = ends(timeout)
+            until = deadline(timeout)
             refused: HostMemoryError | None = None
             grow_at = 0.0
             while (missing := self._missing(count)) > 0:
@@ -145,7 +253,7 @@ class PinnedPool:
                 if not wait or (left is not None and left <= 0):
                     raise self._exhausted(count, timeout if wait else None, refused) from refused
                 pauses = [left] if left is not None else []
-                pauses += [_ASK_AGAIN] * bool(self._cooling) + [grow_at - now] * room
+                pauses += [_ASK_AGAIN] * bool(self._in_use) + [grow_at - now] * room
                 self._changed.wait(min(pauses, default=None))
             return [self._hand_out(owner) for _ in range(count)]
 
@@ -159,23 +267,26 @@ class PinnedPool:
                 errors: here it merely has to have ended.
 
         Raises:
-            HostMemoryError: released before, another pool's, or in a forked process.
+            HostMemoryError: released before, another pool's, no block, or in a forked process.
         """
         self._refuse_fork()
+        check_block(self, block, "this one")
         with self._changed:
             out = self._out.get(block.index)
-            if block._pool is not self:
-                raise HostMemoryError(
-                    f"Block {block.index} of another pool was given back to this one; release it "
-                    f"to the pool that it came from: block.release()."
-                )
             if out is None or out.block() is not block:
                 raise HostMemoryError(
                     f"Block {block.index} was released twice; it may be somebody else's by now. "
                     f"Release each block once."
                 )
             if after is not None:
-                self._cooling.add(block.index, after)
+                ask = getattr(after, "query", None) or getattr(after, "done", None)
+                if ask is None:
+                    raise HostMemoryError(
+                        f"A block was released after a {type(after).__name__}, which does not say "
+                        f"when it ends; pass a transfer, an event, or anything with done() or "
+                        f"query()."
+                    )
+                self._in_use.append(_InUse(block.index, ask, after))
             else:
                 self._free.append(block.index)
             del self._out[block.index]
@@ -208,7 +319,7 @@ class PinnedPool:
             self._free.clear()
             self._changed.notify_all()
         if left:
-            warnings.warn(told("A pool was closed", left), ResourceWarning, stacklevel=2)
+            warnings.warn(_listed("A pool was closed", left), ResourceWarning, stacklevel=2)
 
     def __enter__(self) -> PinnedPool:
         return self
@@ -244,26 +355,25 @@ class PinnedPool:
         return count - len(self._free)
 
     def _grown(self, missing: int) -> HostMemoryError | None:
-        """By `grow` blocks, or else by as many as are missing; or why not even by these."""
+        """Grow by `grow` blocks, or else by as many as are missing; or why not even by these."""
         refused, least = None, self._size + missing
         for size in dict.fromkeys((min(self.limit, self._size + max(self._grow, missing)), least)):
-            refused = self._grown_to(size)
-            if refused is None:
-                break
+            try:
+                self._add(size - self._size)
+            except HostMemoryError as error:
+                # Its frames hold the very memory that there is too little of.
+                traceback.clear_frames(error.__traceback__)
+                refused = error
+            else:
+                return None
         return refused
 
-    def _grown_to(self, size: int) -> HostMemoryError | None:
-        try:
-            self._add(size - self._size)
-        except HostMemoryError as refused:
-            # Its frames hold the very memory that there is too little of.
-            traceback.clear_frames(refused.__traceback__)
-            return refused
-        return None
-
     def _sweep(self) -> None:
-        if self._cooling:
-            self._free.extend(self._cooling.ended())
+        """Make blocks free whose work has ended."""
+        if self._in_use:
+            ended = [one for one in self._in_use if one.ended]
+            self._in_use = [one for one in self._in_use if one not in ended]
+            self._free.extend(one.index for one in ended)
 
     def _hand_out(self, owner: str) -> Block:
         index = self._free.popleft()
@@ -277,7 +387,7 @@ class PinnedPool:
         self._out[index] = _Out(
             weakref.ref(block), owner, threading.current_thread().name, time.monotonic(), stack
         )
-        self.high_water = max(self.high_water, len(self._out) + len(self._cooling))
+        self.high_water = max(self.high_water, len(self._out) + len(self._in_use))
         return block
 
     def _exhausted(
@@ -288,9 +398,73 @@ class PinnedPool:
             how += f", as it has {self._size} and there was no memory for more"
             do = "free some of the machine's memory"
         return PoolExhausted(
-            told(
+            _listed(
                 f"{count} blocks of {self.block_bytes} bytes were asked of a pool, and "
                 f"{len(self._free)} of {self.limit} were free{how}; release some, wait longer, or "
                 f"{do}", self.leaks(),
             )
         )  # fmt: skip
+
+
+def stride(block_bytes: int, blocks: int, alignment: int) -> int:
+    """Bytes from one block to the next.
+
+    Raises:
+        HostMemoryError: numbers that make no pool.
+    """
+    whole = all(isinstance(number, int) and number > 0 for number in (block_bytes, blocks))
+    if not whole or alignment not in [1 << bit for bit in range(13)]:
+        raise HostMemoryError(
+            f"A pool of {blocks!r} blocks of {block_bytes!r} bytes, aligned to {alignment!r}, was "
+            f"asked for; expected one or more of each, and a power of two up to 4096."
+        )
+    return -(-block_bytes // alignment) * alignment
+
+
+def deadline(timeout: float | None) -> float | None:
+    """When a wait of so many seconds ends, by the monotonic clock; None: never.
+
+    Raises:
+        HostMemoryError: no number of seconds.
+    """
+    if timeout is None or timeout == math.inf:
+        return None
+    if not isinstance(timeout, Real) or math.isnan(timeout):
+        raise HostMemoryError(
+            f"A block was asked for with timeout={timeout!r}; expected seconds: pass a number, or "
+            f"None to wait without end."
+        )
+    return time.monotonic() + min(timeout, threading.TIMEOUT_MAX)
+
+
+def check_block(pool: Pool, block: Block, name: str) -> None:
+    """Raise `HostMemoryError` unless the block came from the pool, which the caller calls so."""
+    if not isinstance(block, Block):
+        raise HostMemoryError(
+            f"A {type(block).__name__} was given back to {name}; release a Block that it handed "
+            f"out: block.release()."
+        )
+    if block.pool is not pool:
+        raise HostMemoryError(
+            f"Block {block.index} of another pool was given back to {name}; release it to the "
+            f"pool that it came from: block.release()."
+        )
+
+
+def _refuse_options(options: dict[str, Any]) -> None:
+    known = inspect.signature(pinned.allocate).parameters.keys() - {"nbytes", "unit"}
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise HostMemoryError(
+            f"A pool was asked for with {', '.join(unknown)}, which it does not take; expected its "
+            f"own arguments or {', '.join(sorted(known))}, which pinned.allocate takes."
+        )
+
+
+def _listed(sentence: str, leaks: list[Leak]) -> str:
+    """A sentence, and who has which block; of many, the oldest."""
+    if not leaks:
+        return f"{sentence}."
+    shown = [f"  {leak}" for leak in leaks[:8]]
+    more = [f"  and {len(leaks) - 8} more"] if len(leaks) > 8 else []
+    return "\n".join([f"{sentence}. Out are {len(leaks)} blocks:", *shown, *more])

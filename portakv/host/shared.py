@@ -19,8 +19,8 @@ import torch
 
 from portakv.errors import HostMemoryError, PoolExhausted
 from portakv.host import _runtime, pinned
-from portakv.host._blocks import Block, ends, told
 from portakv.host._shared_file import SharedFile, names, remove
+from portakv.host.pool import Block, check_block, deadline
 
 __all__ = ["PoolExhausted", "SharedPool", "names", "remove"]
 
@@ -103,7 +103,7 @@ class SharedPool:
             PoolExhausted: none is free, or was in time; says who has them.
             HostMemoryError: the pool is closed, or this process was forked from its opener.
         """
-        until = ends(timeout)
+        until = deadline(timeout)
         while True:
             index = self._take(owner)
             if index is not None:
@@ -129,11 +129,7 @@ class SharedPool:
             HostMemoryError: released before, another pool's, or adopted by another process.
         """
         self._refuse()
-        if block._pool is not self:
-            raise HostMemoryError(
-                f"Block {block.index} of another pool was given back to {self.name!r}; release it "
-                f"to the pool that it came from: block.release()."
-            )
+        check_block(self, block, repr(self.name))
         if self._held.get(block.index) is not block:
             raise HostMemoryError(
                 f"Block {block.index} of {self.name!r} was released twice; it may be somebody "
@@ -215,9 +211,10 @@ class SharedPool:
         if left and self._process == os.getpid():
             names = ", ".join(str(block.index) for block in left)
             warnings.warn(
-                told(f"The shared pool {self.name!r} was closed with blocks {names} out", []),
-                ResourceWarning, stacklevel=2,
-            )  # fmt: skip
+                f"The shared pool {self.name!r} was closed with blocks {names} out.",
+                ResourceWarning,
+                stacklevel=2,
+            )
 
     def __enter__(self) -> SharedPool:
         return self

@@ -15,9 +15,9 @@ from support.crossing_cases import bytes_of_pieces, bytes_of_runs, drawn_runs, r
 from portakv import KVView
 from portakv.engines.link import Pieces, fold
 from portakv.engines.pieces import LEAST_HEIGHT
-from portakv.host import _registrations, pinned
+from portakv.host import pinned
 from portakv.host._pages import PAGE
-from portakv.host._pitched import MAX_PITCH
+from portakv.host.memcpy import MAX_PITCH
 from portakv.plan.runs import Runs
 
 LAYERS, BLOCKS = 12, 40
@@ -48,7 +48,7 @@ def test_pieces_are_the_runs(runs: Runs) -> None:
 @given(drawn_runs(), st.lists(st.integers(0, 400), max_size=6, unique=True))
 def test_no_piece_reaches_over_a_seam(runs: Runs, seams: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_registrations, "seams", lambda: tuple(sorted(seams)))
+        patch.setattr(pinned, "seams", lambda: tuple(sorted(seams)))
         pieces = fold(runs)
     judge(runs, pieces)
     for start, pitch in ((pieces.src, pieces.src_pitch), (pieces.dst, pieces.dst_pitch)):
@@ -135,15 +135,15 @@ def test_allocations_are_never_joined() -> None:
 
 @pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
 def test_seams_between_registrations() -> None:
-    before = _registrations.seams()
+    before = pinned.seams()
     with pinned.allocate(4 * PAGE, largest=2 * PAGE) as memory:
         cuts = tuple(memory.address + seam for seam in memory.seams)
-        assert _registrations.seams() == tuple(sorted((*before, *cuts)))
+        assert pinned.seams() == tuple(sorted((*before, *cuts)))
         pieces = fold(runs_of([memory.address], [0], 4 * PAGE))
         # Torch's own pinned memory, on a device that has such, is registered in one.
         assert pieces.number == 1 + len(cuts)
     del memory
-    assert _registrations.seams() == before
+    assert pinned.seams() == before
 
 
 def test_nothing_is_done_run_by_run() -> None:

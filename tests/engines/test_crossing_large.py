@@ -17,8 +17,8 @@ from portakv import CopyPlan, Index, KVView, LayoutError, PortaKVError, SlotErro
 from portakv.engines import pieces as folding
 from portakv.engines.link import Pieces, fold
 from portakv.engines.pieces import TALL, pieces_of
-from portakv.host import _registrations
-from portakv.host._pitched import MAX_PITCH
+from portakv.host import pinned
+from portakv.host.memcpy import MAX_PITCH
 
 CASES = cases()
 LAYER_FIRST, BLOCK_FIRST = "layer | block token dim", "block layer token dim"
@@ -161,7 +161,7 @@ def test_no_piece_reaches_over_a_seam(
         for behind in (0, 40 * 64, 5 * 40 * 64, 9 * 64, 3 * 40 * 64 + 6 * 64 + 24):
             seam = views[side].origins[0] + behind
             with monkeypatch.context() as patch:
-                patch.setattr(_registrations, "seams", lambda seam=seam: (seam,))
+                patch.setattr(pinned, "seams", lambda seam=seam: (seam,))
                 pieces = judge((plan, views[0], views[1], mine, theirs, count))
             start, pitch = ((pieces.src, pieces.src_pitch), (pieces.dst, pieces.dst_pitch))[side]
             past = start + (pieces.height - 1) * pitch + pieces.width

@@ -35,7 +35,7 @@ from portakv.engines.descriptors import Descriptors
 from portakv.engines.pieces import Pieces
 from portakv.engines.staged import Leg, Staged
 from portakv.engines.staging import Staging
-from portakv.host import _registrations
+from portakv.host import pinned
 from portakv_conformance import simdev
 
 pytestmark = pytest.mark.simdev
@@ -219,7 +219,7 @@ def test_memory_that_is_pinned_in_other_parts_is_cut_there(
         start, past = max(crossed, key=lambda ends: ends[1] - ends[0])
         seam = (start + past) // 2
         assert start < seam < past  # it is one that matters
-        monkeypatch.setattr(_registrations, "seams", lambda seam=seam: (seam,))
+        monkeypatch.setattr(pinned, "seams", lambda seam=seam: (seam,))
         crossed.clear()
         transfer()
         assert crossed

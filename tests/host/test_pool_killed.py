@@ -14,8 +14,8 @@ import pytest
 from support.pool_processes import SIZE, Child, holder, unused_name
 
 from portakv.errors import SlotError
-from portakv.host import _members, _shared_file
-from portakv.host._members import FileLocks
+from portakv.host import _shared_file, _shared_members
+from portakv.host._shared_members import FileLocks
 from portakv.host.pinned import HostMemoryError
 from portakv.host.shared import PoolExhausted, SharedPool
 
@@ -91,7 +91,7 @@ def test_a_process_killed_while_it_makes_the_file(name: str) -> None:
 def test_one_that_lives_and_holds_the_tables_is_told_of(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_members, "_PATIENCE", 0.05)
+    monkeypatch.setattr(_shared_members, "_PATIENCE", 0.05)
     with SharedPool(name, SIZE, 1) as pool, SharedPool(name) as other:
         with other._file.locks.exclusive(), pytest.raises(HostMemoryError, match="may be stopped"):
             pool.acquire()
@@ -182,8 +182,8 @@ def test_the_dead_of_another_container_are_buried_later(
     with SharedPool(name, SIZE, 1) as pool:
         child = holder(name, 1, 1)
         child.told()
-        monkeypatch.setattr(_members, "_space", lambda: -1)
-        monkeypatch.setattr(_members, "_GRACE", 0.1)
+        monkeypatch.setattr(_shared_members, "_space", lambda: -1)
+        monkeypatch.setattr(_shared_members, "_GRACE", 0.1)
         assert pool.reclaim() == []
         child.kill()
         assert pool.reclaim() == []  # its device may still write

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support.pool_processes import SIZE, holder, unused_name
 
-from portakv.host import _members, _shared_file, shared
+from portakv.host import _shared_file, _shared_members, shared
 from portakv.host.pinned import HostMemoryError
 from portakv.host.shared import PoolExhausted, SharedPool
 
@@ -174,10 +174,10 @@ def test_one_process_more_than_there_is_room_for(
         pids: Any = pool._file.members._table["pid"]
         dead = np.flatnonzero(pids == 0)
         pids[dead] = 2**40  # no process
-        pool._file.members._table["space"][dead] = _members._space()
+        pool._file.members._table["space"][dead] = _shared_members._space()
         with SharedPool(name):
             assert len(pool._file.members.attached()) == 2
-        monkeypatch.setattr(_members.Members, "join", lambda *_: False)
+        monkeypatch.setattr(_shared_members.Members, "join", lambda *_: False)
         with pytest.raises(HostMemoryError, match="one process more than the 128"):
             SharedPool(name)
 
