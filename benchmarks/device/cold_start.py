@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fresh process of `startup`, run by its path: ``python fresh.py BACKEND DEVICE``.
+"""The fresh process of `startup`, run by its path: ``python cold_start.py BACKEND DEVICE``.
 
 It imports nothing of PortaKV before the clock runs, so it belongs to no package while it runs.
 Prints seconds, and whether the bytes were right, as JSON.

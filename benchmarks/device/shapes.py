@@ -17,7 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-FILE = Path(__file__).with_name("shapes.toml")
+FILE = Path(__file__).resolve().parent.parent / "shapes.toml"
 
 #: What an index list can be: slots drawn at random, one run of slots, block ids drawn at random.
 INDEX_KINDS = ("random", "contiguous", "blocks")

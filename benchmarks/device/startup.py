@@ -3,7 +3,7 @@
 
 Counted are PortaKV's own imports, its self-check, registration and the transfer; *cold* with an
 empty cache of compiled kernels, *warm* with the one that the process before left behind. The
-process itself is ``fresh.py``.
+process itself is ``cold_start.py``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from portakv_benchmarks.shared.harness import quantile
 _LIMIT = 180.0  # seconds for one process
 # Where the compilers below a backend keep what they made: a cold start must not find it.
 _CACHES = ("PORTAKV_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
-_SCRIPT = Path(__file__).with_name("fresh.py")
+_SCRIPT = Path(__file__).with_name("cold_start.py")
 
 
 def measure_startup(backend: str, device: str, rounds: int) -> list[dict[str, Any]]:
