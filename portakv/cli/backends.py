@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -20,7 +21,6 @@ from portakv.cli.candidates import (
     print_candidates,
 )
 from portakv.cli.console import print_json, print_prose
-from portakv.cli.verified import verified
 from portakv.errors import BackendUnavailable
 from portakv.registry.registry import ENVIRONMENT, found
 from portakv.runtime.devices import device_count, device_name, devices_present
@@ -84,7 +84,7 @@ def _print(traces: Traces) -> None:
         count, name = _facts(device)
         parts = [str(device), name, {0: "not here", 1: ""}.get(count, f"{count} devices")]
         print()
-        rungs = verified([c.name for c in candidates], device)
+        rungs = _verified([c.name for c in candidates], device)
         print_candidates(candidates, ", ".join(part for part in parts if part), rungs)
     print()
     print_prose(_RUNGS)
@@ -117,5 +117,33 @@ def _facts(device: torch.device | str) -> tuple[int, str]:
 
 
 def _with_rungs(device: torch.device | str, candidates: list[Candidate]) -> list[dict[str, Any]]:
-    rungs = verified([c.name for c in candidates], device)
+    rungs = _verified([c.name for c in candidates], device)
     return [row | {"verified": rungs.get(row["name"], "")} for row in as_json(candidates)]
+
+
+def _verified(names: Iterable[str], device: torch.device | str) -> dict[str, str]:
+    """For each backend of that name how far it was verified, on ``device`` or elsewhere; a device
+    that is not here is a name.
+
+    ``R6``, ``R3 on mlu, emulated``, ``expired R6 on NVIDIA H200``. Empty without the suite, which a
+    bare installation on Python 3.10 cannot read.
+    """
+    try:
+        from portakv_conformance.evidence import ladder
+    except ImportError:
+        return {}
+    rungs = ladder.read()
+    return {name: ladder.told(name, _listed(device), rungs) for name in names}
+
+
+def _listed(device: torch.device | str) -> str:
+    """A device as the ladder names it."""
+    from portakv_conformance.evidence.ladder import cpu_name
+
+    if isinstance(device, str):
+        return device
+    if device.type == "cpu":
+        return cpu_name(platform.machine())
+    if getattr(torch.get_device_module(device), "EMULATED", False):
+        return f"{device.type}, emulated"
+    return device_name(device)

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from portakv.cli.accelerator import accelerator_asked
 from portakv.cli.console import Column, print_json, print_prose, print_table
-from portakv.cli.units import in_bytes, in_time
+from portakv.cli.delegated import accelerator_asked
+from portakv.cli.sides import in_bytes, in_time
 from portakv.errors import PortaKVError
 from portakv.runtime import kernel_cache as _kernel_cache
 

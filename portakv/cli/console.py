@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands print: tables, through `rich` where it is installed and plainly where not.
+"""What the commands print: tables, through `rich` if it is installed and plainly if not.
 
-Both kinds share one rule for widths: nothing is ever cropped, and a column of names stays whole
-for as long as the other columns can give way.
+Nothing is ever cropped: prose is folded first, names only when nothing else can give way.
 """
 
 from __future__ import annotations
@@ -14,13 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-#: Columns of text where nobody says otherwise: output that is piped has no terminal to fit.
+#: Characters of a line if nothing says otherwise: output that is piped has no terminal to fit.
 PIPED_WIDTH = 160
 
 # A cell that is one of these words is coloured, on terminals that have colours.
 _STYLES = {"chosen": "bold green", "accepted": "green", "rejected": "red"}
 _GAP = 2  # blanks between two columns
-_LEAST = 8  # a column of prose is not made narrower than this
+_LEAST = 8  # a column of prose is made narrower than this only together with all others
+
+Rows = Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Column:
 
     Attributes:
         title: its head.
-        whole: its cells are names, which are wrapped only when nothing else can give way.
+        whole: its cells are names, which are folded last.
         right: its cells are numbers, which stand on the right.
     """
 
@@ -39,11 +40,11 @@ class Column:
 
 
 def output_width() -> int:
-    """Columns of text to fill: ``COLUMNS``, else the terminal's, else `PIPED_WIDTH`."""
+    """Characters of a line: ``COLUMNS``, else the terminal's, else `PIPED_WIDTH`."""
     return shutil.get_terminal_size(fallback=(PIPED_WIDTH, 24)).columns
 
 
-def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str = "") -> None:
+def print_table(columns: Sequence[Column], rows: Rows, title: str = "") -> None:
     """Print a table to standard output.
 
     Args:
@@ -52,8 +53,8 @@ def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], title:
         title: a line above it.
     """
     widths = fit_widths(columns, rows, output_width())
-    if not _print_rich(columns, rows, widths, title):
-        _print_plain(columns, rows, widths, title)
+    lines = _by_rich(columns, rows, widths, title) or _plainly(columns, rows, widths, title)
+    print("\n".join(line.rstrip() for line in lines))
 
 
 def print_prose(text: str) -> None:
@@ -66,85 +67,59 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def fit_widths(columns: Sequence[Column], rows: Sequence[Sequence[str]], limit: int) -> list[int]:
-    """The width of each column such that a table fits ``limit`` where that can be done.
-
-    Prose gives way first, each column in proportion, down to its longest word; then prose breaks
-    words; names come last.
-    """
+def fit_widths(columns: Sequence[Column], rows: Rows, limit: int) -> list[int]:
+    """The width of each column such that a table fits ``limit`` if that can be done: the widest
+    column of prose gives way first, then the widest of all."""
     cells = [[column.title, *(row[i] for row in rows)] for i, column in enumerate(columns)]
-    widths = [max(len(line) for cell in cell_list for line in cell.split("\n") or [""])
-              for cell_list in cells]  # fmt: skip
-    natural = list(widths)
-    words = [max(len(word) for cell in cell_list for word in cell.split() or [""])
-             for cell_list in cells]  # fmt: skip
-    prose = [not column.whole for column in columns]
-    spare = limit - _GAP * (len(columns) - 1)
-    for may_shrink, least in (
-        (prose, words),
-        (prose, [_LEAST] * len(columns)),
-        ([True] * len(columns), [1] * len(columns)),
-    ):
-        while sum(widths) > spare:
-            able = [i for i, may in enumerate(may_shrink) if may and widths[i] > least[i]]
-            if not able:
-                break
-            widths[max(able, key=lambda i: widths[i] / natural[i])] -= 1
+    widths = [max(len(line) for cell in own for line in cell.split("\n")) for own in cells]
+    while sum(widths) + _GAP * (len(widths) - 1) > limit and max(widths) > 1:
+        prose = [i for i, c in enumerate(columns) if not c.whole and widths[i] > _LEAST]
+        widths[max(prose or range(len(widths)), key=widths.__getitem__)] -= 1
     return widths
 
 
-def _print_rich(
-    columns: Sequence[Column], rows: Sequence[Sequence[str]], widths: Sequence[int], title: str
-) -> bool:
-    """Print through rich; False where it is not installed."""
+def _by_rich(
+    columns: Sequence[Column], rows: Rows, widths: Sequence[int], title: str
+) -> list[str] | None:
+    """The lines that rich makes; None if it is not installed."""
     try:
         from rich import box
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
     except ImportError:
-        return False
+        return None
     # No markup: layouts and shapes are full of square brackets.
     console = Console(width=output_width(), markup=False, emoji=False, highlight=False)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.header_style = "bold"
     for column, width in zip(columns, widths, strict=True):
-        table.add_column(
-            column.title,
-            width=width,
-            overflow="fold",
-            justify="right" if column.right else "left",
-            style="cyan" if column.whole else None,
-        )
+        justify, style = ("right" if column.right else "left"), ("cyan" if column.whole else None)
+        table.add_column(column.title, width=width, overflow="fold", justify=justify, style=style)  # type: ignore[arg-type]
     for row in rows:
         table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
     with console.capture() as captured:
         if title:
             console.print(Text(title, style="bold"))
         console.print(table)
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
-    return True
+    return captured.get().splitlines()
 
 
-def _print_plain(
-    columns: Sequence[Column], rows: Sequence[Sequence[str]], widths: Sequence[int], title: str
-) -> None:
-    if title:
-        print(title)
-    heads = [column.title for column in columns]
-    for row in [heads, ["-" * width for width in widths], *rows]:
-        cells = [_fold(cell, width) for cell, width in zip(row, widths, strict=True)]
-        for at in range(max(map(len, cells))):
-            pieces = [cell[at] if at < len(cell) else "" for cell in cells]
-            placed = [
-                f"{piece:>{width}}" if column.right else f"{piece:<{width}}"
-                for piece, width, column in zip(pieces, widths, columns, strict=True)
-            ]
-            print((" " * _GAP).join(placed).rstrip())
+def _plainly(columns: Sequence[Column], rows: Rows, widths: Sequence[int], title: str) -> list[str]:
+    lines = textwrap.wrap(title, output_width())
+    rule = ["-" * width for width in widths]
+    for row in [[column.title for column in columns], rule, *rows]:
+        folded = [
+            [one for line in cell.split("\n") for one in _fold(line, width)]
+            for cell, width in zip(row, widths, strict=True)
+        ]
+        for at in range(max(map(len, folded))):
+            lines.append((" " * _GAP).join(
+                f"{cell[at] if at < len(cell) else '':{'>' if column.right else '<'}{width}}"
+                for cell, width, column in zip(folded, widths, columns, strict=True)
+            ))  # fmt: skip
+    return lines
 
 
-def _fold(cell: str, width: int) -> list[str]:
-    folded: list[str] = []
-    for line in cell.split("\n"):
-        folded += textwrap.wrap(line, width, break_on_hyphens=False) or [""]
-    return folded
+def _fold(line: str, width: int) -> list[str]:
+    return textwrap.wrap(line, width, break_on_hyphens=False) or [""]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from portakv.backends.base import Capabilities
-from portakv.cli import explain_host
+from portakv.cli import explain_link
 from portakv.cli.candidates import as_json, candidates_for_plan, forced_backend, print_candidates
 from portakv.cli.console import Column, print_json, print_prose, print_table
 from portakv.cli.sides import BLOCK_SIZE, TOKENS, Extents, Side, describe_tensors, make_sides
@@ -60,7 +60,7 @@ def add_to(verbs: Any) -> None:
     parser.add_argument("--device", help="a torch device (default: the accelerator, else cpu)")
     parser.add_argument("--backend", metavar="NAME", help=f"force it, unless {ENVIRONMENT} is set")
     parser.add_argument("--json", action="store_true", help="print one JSON value")
-    explain_host.add_options(parser, _positive)
+    explain_link.add_options(parser, _positive)
     parser.set_defaults(run=run, misunderstood=parser.error)
 
 
@@ -147,11 +147,11 @@ def run(asked: argparse.Namespace) -> int:
     Raises:
         LayoutError, Unsupported, BackendUnavailable, DeviceMismatch: what the copy would raise.
     """
-    why = explain_host.misplaced(asked)
+    why = explain_link.misplaced(asked)
     if why:
         asked.misunderstood(why)
     if asked.host:
-        return explain_host.run(asked)
+        return explain_link.run(asked)
     explained = explain(asked)
     if asked.json:
         print_json(_as_json(explained))

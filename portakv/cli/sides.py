@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two sides of a copy that is explained: example views of two layouts with equal extents."""
+"""What `explain` and `warmup` are asked about: example views of two layouts with equal extents, and
+bytes and times as a person reads and writes them."""
 
 from __future__ import annotations
 
+import argparse
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +22,8 @@ from portakv.view.view import KVView
 # What an axis has where nobody says otherwise, and what it has where a side does not write it.
 LAYERS, KV, HEADS, DIM, BLOCK_SIZE, TOKENS = 32, 2, 32, 128, 16, 128
 LATENT_DIM = 576  # of a row that is neither key nor value, as MLA stores it
+
+_BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,3 +163,43 @@ def describe_tensors(tensors: Any) -> str:
         levels.append(f"list of {len(tensors)}")
         tensors = tensors[0]
     return ", each ".join([*levels, str(tuple(tensors.shape))])
+
+
+def in_bytes(number: int) -> str:
+    """``64 KiB``, ``1.5 GiB``."""
+    size, units = float(number), ["B", "KiB", "MiB", "GiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.4g} {units[0]}"
+
+
+def in_time(seconds: float) -> str:
+    """``85.2 us``, ``4.71 ms``, ``1.2 s``."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def read_bytes(text: str) -> int:
+    """A number of bytes above 0, as in ``32768``, ``32K``, ``64MiB``; for argparse."""
+    found = re.fullmatch(r"(\d+)\s*(?:([kmg])(?:i?b)?|b?)", text.strip(), re.IGNORECASE)
+    nbytes = int(found[1]) * _BYTES[(found[2] or "").lower()] if found else 0
+    if nbytes < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} was given, expected bytes above 0, such as 32768, 32K or 64M"
+        )
+    return nbytes
+
+
+def read_rate(text: str) -> float:
+    """10^9 bytes in a second, above 0; for argparse."""
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} was given, expected 10^9 bytes in a second, above 0"
+        )
+    return rate

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from portakv.cli.accelerator import accelerator_asked
 from portakv.cli.console import Column, print_json, print_prose, print_table
-from portakv.cli.units import in_bytes, in_time, read_bytes, read_rate
+from portakv.cli.delegated import accelerator_asked
+from portakv.cli.sides import in_bytes, in_time, read_bytes, read_rate
 from portakv.engines.assumed import DIRECTIONS, Assumed
 from portakv.engines.choose import Host
 from portakv.engines.costs import Costs, TableError, costs_of, read
