@@ -12,7 +12,8 @@ import torch
 from support.command_line import choose_tables, run, settle
 
 from portakv.cli import calibrate as verb
-from portakv.cli import main, units
+from portakv.cli import main
+from portakv.cli import sides as units
 from portakv.engines import calibration
 from portakv.engines.assumed import COSTS, Assumed
 from portakv.engines.calibration import GRID, Grid, _spread, by_point
