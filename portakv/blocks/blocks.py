@@ -74,7 +74,7 @@ def copy_blocks(
         SlotError: the two sides cover different numbers of tokens.
         DeviceMismatch: a stream of another device.
         Unsupported: terms that nobody can keep; in slices or detached, inside graph capture.
-        As `copy_rows` does otherwise. In slices also bad ids on a device, which are read first.
+        PortaKVError: what `copy_rows` raises. Slices also refuse bad ids on a device at once.
     """
     check_views(src, dst)
     mine, theirs = _block_index(src, src_blocks, "src"), _block_index(dst, dst_blocks, "dst")

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+# What .ci/run and .ci/full share: steps that are named and timed, and the README's own commands.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+exec </dev/null
+
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR=off PIP_QUIET=2
+export NO_MKDOCS_2_WARNING=1 # an advertisement, not a warning of this build
+unset PORTAKV_BACKEND # a forced backend is not what we test
+timings=() now= summary=
+
+# The table of steps, on the screen and in build/: the last line is how the tests went.
+report() {
+    local status=$?
+    mkdir -p build
+    {
+        printf '\n%-44s %8s\n' "CI step" "seconds"
+        ((${#timings[@]} == 0)) || printf '%-44s %8d\n' "${timings[@]}"
+        printf '%-44s %8d\n' "all" "$SECONDS"
+        ((status == 0)) || printf 'CI failed in the step "%s", status %d.\n' "$now" "$status"
+        [[ -z $summary ]] || printf '%s\n' "$summary"
+    } | tee "build/$(basename "$0")-times.txt"
+}
+trap report EXIT
+
+# step NAME COMMAND...: run it here, not in a subshell: the README's command activates .venv.
+step() {
+    local began=$SECONDS
+    now=$1
+    shift
+    printf '\n=== %s\n' "$now"
+    "$@" || exit
+    timings+=("$now" $((SECONDS - began)))
+}
+
+readme() {
+    local command
+    command=$(python3 .ci/readme_command.py "$1") || return
+    printf '$ %s\n' "$command"
+    eval "$command"
+}
+
+# tests COMMAND...: run it and keep its last line for the report.
+tests() {
+    local log status=0
+    log=$(mktemp)
+    "$@" 2>&1 | tee "$log" || status=$?
+    summary=$(tail -n 1 "$log")
+    rm -f "$log"
+    return "$status"
+}
