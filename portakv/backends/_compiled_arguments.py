@@ -15,7 +15,7 @@ from portakv.backends._compiled_program import (
     SideShape,
     memory_from,
 )
-from portakv.backends.reference import ELEMENTS
+from portakv.backends.strided import ELEMENTS
 from portakv.plan.plan import CopyPlan, Nest, Side
 
 if TYPE_CHECKING:

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from portakv.backends._strided import RowCopy
+from portakv.backends.strided import Ops, StridedCopy
 from portakv.plan.plan import CopyPlan
 
 if TYPE_CHECKING:
@@ -67,18 +66,15 @@ class GuardedRows:
 
 class _Rows:
     def __init__(self, plan: CopyPlan, element: int) -> None:
-        nests = [replace(nest, vector=min(nest.vector, element)) for nest in plan.nests]
-        self._unit, self._copies = plan.unit, [RowCopy(nest, plan.unit) for nest in nests]
+        ops = Ops(element, by_plane=True, holes=False)
+        self._unit = plan.unit
+        self._copies = [StridedCopy(nest, plan.unit, ops) for nest in plan.nests]
 
     def __call__(
         self, views: tuple[KVView, KVView], indices: tuple[Index, Index], tokens: int
     ) -> None:
         for copy in self._copies if tokens else ():
-            copy(*views, *indices, tokens // self._unit, _put)
-
-
-def _put(matrix: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor) -> None:
-    matrix.index_copy_(0, numbers, rows)
+            copy(*views, *indices, tokens // self._unit)
 
 
 def _report(bad: torch.Tensor, unit: int, status: torch.Tensor | None) -> None:

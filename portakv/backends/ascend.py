@@ -33,8 +33,8 @@ import torch
 
 from portakv.backends._ascend_kernel import KernelRows, find_kernel, told
 from portakv.backends._packed import TOKENS, packed, planes
-from portakv.backends._strided import RowCopy
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, Tells
+from portakv.backends.strided import Ops, StridedCopy
 from portakv.plan.plan import CopyPlan
 from portakv.runtime._vendor_package import Unusable, imported, version_of
 
@@ -177,14 +177,14 @@ class _OpRows:
         pairs = plan.src.kv // 2 if self.op else 0
         self.pairs = [(layer, 2 * i) for i in range(pairs) for layer in range(plan.src.layers)]
         nests = plan.nests if not pairs else plan.nests[2 * pairs :] if plan.src.kv % 2 else ()
-        self.rows = [RowCopy(nest, plan.unit) for nest in nests]
+        self.rows = [StridedCopy(nest, plan.unit, _OPS) for nest in nests]
 
     @torch.no_grad()
     def __call__(self, src: _Side, dst: _Side, count: int, status: torch.Tensor | None) -> None:
         if self.pairs:
             self._paged(src, dst, count)
         for rows in self.rows:
-            rows(src[0], dst[0], src[1], dst[1], count // self.unit, _scatter_rows)
+            rows(src[0], dst[0], src[1], dst[1], count // self.unit)
 
     def _paged(self, src: _Side, dst: _Side, count: int) -> None:
         gathers = self.op == "npu_gather_pa_kv_cache"
@@ -232,6 +232,13 @@ def _scatter_rows(matrix: torch.Tensor, numbers: torch.Tensor, rows: torch.Tenso
         torch.ops.npu.npu_scatter_nd_update_.default(matrix, numbers[:, None], rows)
     else:
         matrix.index_copy_(0, numbers, rows)
+
+
+# CANN's index ops take a tensor with holes through a contiguous copy of all of it (the flow in its
+# header ``aclnn_index_select.h``: Contiguous, GatherV2, ViewCopy). For a cache that costs its own
+# size, and a scatter would put back old bytes over those that another stream has written meanwhile.
+# There is no element of 16 bytes that CANN moves bit by bit.
+_OPS = Ops(by_plane=True, holes=False, put=_scatter_rows)
 
 
 def _private_format(tensor: torch.Tensor) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from portakv.backends.base import Capabilities, Launch
-from portakv.backends.host_rows import HostRows
+from portakv.backends.strided import HostRows
 from portakv.engines._ring_slots import TURNS, Slots, slots
 from portakv.engines.dense import Mirror
 from portakv.engines.engine import PAGEABLE, PINNED, Engine, finish, read_on

@@ -11,7 +11,7 @@ import torch
 from support.device_cases import LONG
 
 from portakv import Index, KVView
-from portakv.backends.host_rows import HostRows
+from portakv.backends.strided import HostRows
 from portakv.engines._ring_slots import TURNS
 from portakv.engines.pageable import Ring
 from portakv.plan.plan import CopyPlan

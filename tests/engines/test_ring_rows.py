@@ -24,8 +24,8 @@ from support.engine_cases import (
 )
 
 from portakv import Index, KVView, LayoutError, copy_rows
-from portakv.backends import host_rows
-from portakv.backends.host_rows import HostRows
+from portakv.backends import strided
+from portakv.backends.strided import HostRows
 from portakv.engines.dense import mirror_of
 from portakv.engines.pageable import extent
 from portakv.plan.plan import CopyPlan
@@ -132,15 +132,26 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], bool]]:
     """The copies that are made: the shape of what is written, axes of one element left out, and
     whether ids pick its rows or those that are read."""
     seen: list[tuple[tuple[int, ...], bool]] = []
-    plain = host_rows._copy
+    ops = strided._HERE
 
-    def noted(source: Any, srows: Any, target: Any, drows: Any) -> None:
-        seen.append(
-            (tuple(n for n in target.shape if n != 1), srows is not None or drows is not None)
-        )
-        plain(source, srows, target, drows)
+    def note(target: torch.Tensor, indexed: bool) -> None:
+        seen.append((tuple(n for n in target.shape if n != 1), indexed))
 
-    monkeypatch.setattr(host_rows, "_copy", noted)
+    def select(source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        if out is not None:
+            note(out, True)
+        return ops.select(source, rows, out)
+
+    def put(target: torch.Tensor, rows: torch.Tensor, source: torch.Tensor) -> None:
+        note(target, True)
+        ops.put(target, rows, source)
+
+    def copy(target: torch.Tensor, source: torch.Tensor) -> None:
+        note(target.view(torch.uint8), False)
+        ops.copy(target, source)
+
+    noted = ops._replace(select=select, put=put, copy=copy)
+    monkeypatch.setattr(strided, "_HERE", noted)
     return seen
 
 

@@ -13,7 +13,7 @@ from support.engine_cases import Case, cases, judge
 from support.simdev_cases import DEVICE, OTHER, on
 
 from portakv import Index, KVView
-from portakv.backends.host_rows import HostRows
+from portakv.backends.strided import HostRows
 from portakv.engines import pageable as ring
 from portakv.engines import slices as schedule
 from portakv.engines._crossing_torch import TorchCrossing
