@@ -124,7 +124,7 @@ def id_arguments(
     index: Index, device: torch.device, unit: int, per_id: int
 ) -> tuple[torch.Tensor, int, int]:
     """Memory that the ids lie in, the first of them, and how many of its units are passed over."""
-    ids = index.on(device)
+    ids = index.ids_on(device)
     low = ids.data_ptr() // ALIGNMENT * ALIGNMENT
     first, rest = divmod(index.offset // unit, per_id)
     return memory_from(low, device, ids.dtype), (ids.data_ptr() - low) // 8 + first, rest

@@ -105,7 +105,7 @@ class SideShape:
         first, rest = divmod(index.offset, unit)
         limit = view.slots // unit
         if self.per_id:
-            ids = index.on(view.device)
+            ids = index.ids_on(view.device)
             past = -(-limit // self.per_id)
             wide = ids.dtype.itemsize == 8
             return SideArguments(

@@ -196,7 +196,7 @@ class _OpRows:
             tokens = torch.full((1,), count, dtype=torch.int32, device=self.device)
             more: dict[str, Any] = {"block_tables": blocks[None], "seq_lens": tokens}
         else:
-            slots = ids.on(self.device)[ids.offset : ids.offset + count]
+            slots = ids.ids_on(self.device)[ids.offset : ids.offset + count]
             more = {"slot_mapping": slots, "cache_mode": "Norm"}
         op = getattr(torch.ops.npu, self.op).default
         pages, rows = planes(cache, self.dtype), planes(chunk, self.dtype)

@@ -92,8 +92,8 @@ def cut(order: Order, by_layer: bool) -> list[Slice]:
 def _cleaned(order: Order) -> Order:
     """Without the positions that are skipped; raises `SlotError` for bad ids."""
     mine, theirs = order.src_index, order.dst_index
-    skips = mine.judge(order.tokens, order.src.slots, False, "source")
-    skips |= theirs.judge(order.tokens, order.dst.slots, True, "destination")
+    skips = mine.check(order.tokens, order.src.slots, "source")
+    skips |= theirs.check(order.tokens, order.dst.slots, "destination", distinct=True)
     count = order.tokens
     if skips:
         unit = gcd(mine.plan_step, theirs.plan_step)
@@ -127,5 +127,5 @@ def _inside(order: Order) -> Iterator[None]:
         for index in (order.src_index, order.dst_index):
             if index.ids is not None:
                 # All at once, kept by the index: a copy for each slice would wait for the last.
-                index.placed(order.device, order.choice.can.index_dtypes)
+                index.ids_on(order.device, order.choice.can.index_dtypes)
         yield

@@ -53,15 +53,15 @@ def check_batch(copies: list[tuple[KVView, KVView, Index, Index, int]]) -> None:
     """Refuse the whole batch before its first launch where one of its copies is bad."""
     for src, dst, src_index, dst_index, count in copies:
         dst.check_writable()
-        src_index.judge(count, src.slots, False, "source")
-        dst_index.judge(count, dst.slots, True, "destination")
+        src_index.check(count, src.slots, "source")
+        dst_index.check(count, dst.slots, "destination", distinct=True)
     if len(copies) < 2:
         return
     # Sets of one batch share the cache; destinations must be distinct across them as well.
     ids = [(dst_index, count) for _, _, _, dst_index, count in copies if dst_index.ids is not None]
     if len(ids) == len(copies) and all(index.on_host for index, _ in ids):
         total = sum(count for _, count in ids)
-        Index.joined(ids).judge(total, copies[0][1].slots, True, "destination")
+        Index.joined(ids).check(total, copies[0][1].slots, "destination", distinct=True)
 
 
 def check_apart(chunks: list[KVView]) -> None:

@@ -39,8 +39,8 @@ def clean(
     keep = (numbers[0] >= 0) & (numbers[1] >= 0) & ~bad[0] & ~bad[1]
     kept = keep.nonzero()[:, 0]
     if kept.numel() == keep.numel():
-        src_index.trust(count, src.slots)
-        dst_index.trust(count, dst.slots)
+        src_index.mark_clean(count, src.slots)
+        dst_index.mark_clean(count, dst.slots)
         return Cleaned(src_index, dst_index, count, None)
     error = _first_bad(src, dst, numbers, bad, unit)
     ids = [Index(number[kept], step=unit) for number in numbers]

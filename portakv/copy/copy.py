@@ -99,17 +99,17 @@ def carry(
     dst.check_writable()
     # Settled once for an index that is kept: it needs nothing but forms and numbers of slots.
     listed, other = (src_index, dst_index) if src_index.ids is not None else (dst_index, src_index)
-    known: tuple[list[Piece], object] | None = None
+    known: list[Piece] | None = None
     key: tuple[object, ...] | None = None
     if listed.ids is not None and not (listed.fleeting or other.fleeting):
         key = (
             src.form, dst.form, src.slots, dst.slots, src.device, dst.device, count, choice, terms,
-            src_index is listed, listed.offset, other.names,
+            src_index is listed, listed.offset, other.ids_token, other.offset,
         )  # fmt: skip
         known = listed.kept.get(key)
     error: PortaKVError | None = None
     if known is not None:
-        pieces = known[0]
+        pieces = known
     else:
         if not src.device == dst.device == choice.backend.device and _must_cross(src, dst, choice):
             choice = across(choice, terms)
@@ -123,7 +123,7 @@ def carry(
         if key is not None and src_index is given[0] and dst_index is given[1]:
             if len(listed.kept) >= _KEPT:
                 listed.kept.clear()
-            listed.kept[key] = pieces, other.lineage  # held, so that its identity stays its own
+            listed.kept[key] = pieces
     if not pieces:
         return Transfer((Completion(error=error),))
     if not disjoint:
@@ -141,13 +141,11 @@ def _settled(
         was found wrong with ids on a device.
     """
     way = route(src.form, dst.form, src_index.plan_step, dst_index.plan_step, None, choice)
-    skips = src_index.judge(count, src.slots, False, "source")
-    skips |= dst_index.judge(count, dst.slots, True, "destination")
+    skips = src_index.check(count, src.slots, "source")
+    skips |= dst_index.check(count, dst.slots, "destination", distinct=True)
     pieces = _pieces(way, src, dst, src_index, dst_index, count, choice)
     error = None
-    trusted = (src_index.on_host or src_index.trusted(count, src.slots)) and (
-        dst_index.on_host or dst_index.trusted(count, dst.slots)
-    )
+    trusted = src_index.is_clean(count, src.slots) and dst_index.is_clean(count, dst.slots)
     if (skips or not trusted) and _need_cleaning(pieces, trusted):
         unit = max(way.plan.unit for way, _, _ in pieces)
         src_index, dst_index, count, error = clean(src, dst, src_index, dst_index, count, unit)

@@ -156,5 +156,5 @@ def _check_capture(pieces: list[Piece], src_index: Index, dst_index: Index) -> N
         if not way.can.capturable:
             refuse_capture(device, f"backend {way.choice.name!r} cannot be captured")
         for index in (src_index, dst_index):
-            if index.lying(way.home_of_ids, way.can.index_dtypes) is None:
+            if not index.has_ids_on(way.home_of_ids, way.can.index_dtypes):
                 refuse_capture(device, "its ids would have to be copied first")

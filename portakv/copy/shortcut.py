@@ -99,7 +99,7 @@ class Lanes:
             return None
         length = index.length or 0
         count = (length if end is None else end) - start
-        return index.judged(start, count, self._cache.slots, not store)
+        return index.checked_copy(start, count, self._cache.slots, not store)
 
     def learn(self, store: bool, chunk: KVView, slot_mapping: Any) -> None:
         """Make a lane of a transfer that just went the long way, where one is possible."""

@@ -74,7 +74,7 @@ class _DescriptorsLaunch:
             return
         key = (
             src.origins, dst.origins, src.slots, dst.slots, count, pinned.seams(),
-            _place(src_index), _place(dst_index),
+            src_index.ids_token, src_index.offset, dst_index.ids_token, dst_index.offset,
         )  # fmt: skip
         pieces = self._known.get(key)
         if pieces is None:
@@ -83,7 +83,7 @@ class _DescriptorsLaunch:
             below = self._crossing.fold_below
             pieces = pieces_of(self._plan, src, dst, *indices, count, below)
             if not (src_index.fleeting or dst_index.fleeting):
-                self._known.put(key, pieces, (src_index.lineage, dst_index.lineage))
+                self._known.put(key, pieces)
         host = dst if self._downward else src
         try:
             self._crossing.copy(pieces, src, dst, stream)
@@ -96,26 +96,19 @@ class _Known:
     """Pieces of the lists that were met last; any thread may ask."""
 
     def __init__(self) -> None:
-        # A lineage is held, so that its identity is not given to another one.
-        self._pieces: OrderedDict[Hashable, tuple[Pieces, object]] = OrderedDict()
+        self._pieces: OrderedDict[Hashable, Pieces] = OrderedDict()
         self._number = 0
         self._lock = threading.Lock()
 
     def get(self, key: Hashable) -> Pieces | None:
-        found = self._pieces.get(key)
-        return None if found is None else found[0]
+        return self._pieces.get(key)
 
-    def put(self, key: Hashable, pieces: Pieces, lineages: object) -> None:
+    def put(self, key: Hashable, pieces: Pieces) -> None:
         with self._lock:
             if pieces.number > MOST_KEPT or key in self._pieces:
                 return
-            self._pieces[key] = pieces, lineages
+            self._pieces[key] = pieces
             self._number += pieces.number + 1
             while self._number > MOST_KEPT:
-                _, (oldest, _) = self._pieces.popitem(last=False)
+                _, oldest = self._pieces.popitem(last=False)
                 self._number -= oldest.number + 1
-
-
-def _place(index: Index) -> tuple[int, int]:
-    """Which slots an index names: which list, and from which position on."""
-    return (0 if index.ids is None else id(index.lineage)), index.offset

@@ -60,7 +60,7 @@ class RunCounter:
     def __init__(self, plan: CopyPlan, mirrored: bool = False, fold_below: int = ALL) -> None:
         self._unit, self._nests, self._mirrored = plan.unit, plan.nests, mirrored
         self._bytes, self._below = plan.token_bytes, fold_below
-        self._known: dict[Any, tuple[int, Any]] = {}
+        self._known: dict[Any, int] = {}
 
     @classmethod
     def of_host(cls, plan: CopyPlan, fold_below: int = ALL) -> RunCounter:
@@ -75,12 +75,11 @@ class RunCounter:
         key = _list_of(src_index), _list_of(dst_index), count
         known = self._known.get(key)
         if known is not None:
-            return known[0]
+            return known
         found = self._count_groups(src_index, dst_index, count // self._unit)
         if len(self._known) >= _KEPT:
             self._known.clear()
-        # The lists are held, so that no other one is given their identity.
-        self._known[key] = found, (src_index.lineage, dst_index.lineage)
+        self._known[key] = found
         return found
 
     def shape(self, groups: int, count: int) -> Shape:
@@ -103,25 +102,18 @@ class RunCounter:
         if all(index.ids is None for _, index in sides):
             firsts = tuple(index.offset // self._unit for _, index in sides)
             return _consecutive(firsts, limits, units)
-        unknown = [index for _, index in sides if index.ids is not None and _ids(index) is None]
+        lists = [index for _, index in sides if index.ids is not None]
+        unknown = [index for index in lists if index.known_ids() is None]
         if unknown:  # asking the device would wait for it: taken as scattered
             return min(units, max(-(-units * self._unit // index.step) for index in unknown))
         numbers = [_numbers(index, units, self._unit) for _, index in sides]
         return _groups(numbers, limits, falling=not self._mirrored)
 
 
-def _ids(index: Index) -> Int64 | None:
-    """The ids as far as the host has them."""
-    if index.ids is not None and index.on_host:
-        return index.host_ids()
-    return index._host_ids
-
-
-def _list_of(index: Index) -> tuple[int, bool, int]:
+def _list_of(index: Index) -> tuple[object, bool, int]:
     """Which slots an index names, and whether the host knows them."""
-    if index.ids is None:
-        return 0, True, index.offset
-    return id(index.lineage), index.on_host or index._host_ids is not None, index.offset
+    known = index.ids is None or index.known_ids() is not None
+    return index.ids_token, known, index.offset
 
 
 def _limit(steps: Steps) -> int:
@@ -132,7 +124,7 @@ def _limit(steps: Steps) -> int:
 def _numbers(index: Index, units: int, unit: int) -> Int64:
     """The number of each unit, as `Index.units` has it."""
     first = index.offset // unit
-    ids = _ids(index)
+    ids = index.known_ids()
     if index.ids is None or ids is None:
         return np.arange(first, first + units, dtype=np.int64)
     per_id = index.step // unit

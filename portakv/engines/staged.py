@@ -94,29 +94,22 @@ class _StagedLaunch:
         seams = pinned.seams()  # which memory of the host was pinned in parts
         key: tuple[object, ...] = count, theirs.offset, idle, seams
         if theirs.ids is not None:
-            key += id(theirs.lineage), host.origins
+            key += theirs.ids_token, host.origins
         elif len(host.origins) > 1 or seams:
             key += (host.origins,)
         else:  # in other memory of the host's form a slice lies as far behind its address
             outside = self.halves.whole.mirror.outside
-        kept: dict[tuple[object, ...], _Kept] = rows.kept.setdefault(self, {})
-        known = kept.get(key)
-        if known is None:
+        kept: dict[tuple[object, ...], list[Leg]] = rows.kept.setdefault(self, {})
+        legs = kept.get(key)
+        if legs is None:
             # Ids scatter the rows of a plane anyway, and several allocations the planes.
             quantum, sizes = self.halves.whole.quantum, staged_sizes(idle)
             slices = cuts(self._host, outside, count, quantum, self.downward, sizes)
             legs = [Leg(self, cut, bool(outside), rows, host, theirs) for cut in slices]
             if len(kept) >= _KEPT:
                 kept.clear()
-            known = kept[key] = _Kept(legs, theirs.lineage)
-        return known.legs
-
-
-class _Kept(NamedTuple):
-    """The slices of a transfer, and the list of ids that they are for, which its key names."""
-
-    legs: list[Leg]
-    lineage: object
+            kept[key] = legs
+        return legs
 
 
 class Leg:

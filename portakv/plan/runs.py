@@ -74,7 +74,7 @@ def factors(
     for index, view, side in ((src_index, src, "source"), (dst_index, dst, "destination")):
         index.check_length(count, view.slots, side)
         if index.ids is not None:
-            index.judge(count, view.slots, False, side)
+            index.check(count, view.slots, side)
     src_slots = src_index.slots(count, unit)
     dst_slots = dst_index.slots(count, unit)
     moved = (src_slots >= 0) & (dst_slots >= 0)

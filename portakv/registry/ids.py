@@ -17,7 +17,7 @@ AT_ONCE = frozenset({"cuda"})
 
 def bring(indices: Sequence[Index], home: torch.device, dtypes: frozenset[torch.dtype]) -> bool:
     """Send those ids to a device that it has not, all at once, behind what the current stream
-    holds; `Index.placed` then finds them there.
+    holds; `Index.ids_on` then finds them there.
 
     Only those of fleeting indices on the host: they are used on no other stream than this one, and
     such as wait for it.
@@ -29,7 +29,7 @@ def bring(indices: Sequence[Index], home: torch.device, dtypes: frozenset[torch.
         return False
     sent = [
         index for index in dict.fromkeys(indices)
-        if index.fleeting and index.on_host and index.lying(home, dtypes) is None
+        if index.fleeting and index.on_host and not index.has_ids_on(home, dtypes)
     ]  # fmt: skip
     if not sent:
         return False
@@ -38,5 +38,5 @@ def bring(indices: Sequence[Index], home: torch.device, dtypes: frozenset[torch.
     listed = [index.host_ids() for index in sent]
     ids = to_device(listed[0] if len(listed) == 1 else np.concatenate(listed), home, torch.int64)
     for index, own in zip(sent, ids.split([each.size for each in listed]), strict=True):
-        index.keep(own)
+        index.add_copy(own)
     return True

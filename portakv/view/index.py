@@ -18,8 +18,30 @@ import torch
 from portakv.errors import SlotError, Unsupported
 
 _DTYPES = (torch.int64, torch.int32)
+_ANY = frozenset(_DTYPES)
+_HOST = torch.device("cpu")
 _WILD = 2**62  # past the end of any view, and far from where 64 bits wrap
 _INT32 = 2**31 - 1
+_MOST = 256  # checks that one list of ids remembers
+
+
+class _Store:
+    """What all indices of one list share: its copies by place, and what was found out about it.
+
+    Attributes:
+        token: stands for the list, and holds none of its memory.
+        array: the ids as a contiguous int64 array on the host, once they were needed there.
+        copies: contiguous copies of the ids in other places or dtypes.
+        checked: for (offset, count, slots, distinct) whether an id of that range is negative.
+    """
+
+    __slots__ = ("array", "checked", "copies", "token")
+
+    def __init__(self) -> None:
+        self.token = object()
+        self.array: npt.NDArray[np.int64] | None = None
+        self.copies: list[torch.Tensor] = []
+        self.checked: dict[tuple[int, int, int, bool | None], bool] = {}
 
 
 class Index:
@@ -34,9 +56,9 @@ class Index:
 
     Attributes:
         length: positions that the ids cover; None without ids.
-        on_host: True where ids can be validated before launch.
+        on_host: True if ids can be validated before launch.
         plan_step: what a plan is made for: ``step``, or 0 without ids.
-        fleeting: a caller's ids for one call, which nobody will use again.
+        fleeting: a caller's ids for one call, which are not used again.
         kept: what copies settled about it, kept as long as the index.
 
     Raises:
@@ -44,8 +66,8 @@ class Index:
     """
 
     __slots__ = (
-        "_device_ids", "_dtypes", "_home", "_host_ids", "_judged", "_placed", "fleeting", "ids",
-        "kept", "length", "offset", "on_host", "plan_step", "step",
+        "_placed", "_served", "_store", "fleeting", "ids", "kept", "length", "offset", "on_host",
+        "plan_step", "step",
     )  # fmt: skip
 
     def __init__(
@@ -61,27 +83,25 @@ class Index:
                 f"Index(step={step}, offset={offset}) was asked for; both are integers, step at "
                 f"least 1 and offset at least 0."
             )
-        self._set(None if ids is None else _as_ids(ids), step, offset)
-        self._host_ids: npt.NDArray[np.int64] | None = None
-        self._device_ids: torch.Tensor | None = None
-        self._judged: dict[tuple[int, int, int, bool | None], bool] = {}
-        self._placed: Index | None = None
+        self._set(None if ids is None else _as_ids(ids), step, offset, _Store(), False)
 
-    def _set(self, ids: torch.Tensor | None, step: int, offset: int) -> None:
+    def _set(
+        self, ids: torch.Tensor | None, step: int, offset: int, store: _Store, fleeting: bool
+    ) -> None:
         # Plain attributes: every call reads them, and asking a tensor each time is dear.
-        self.ids, self.step, self.offset = ids, step, offset
+        self.ids, self.step, self.offset, self._store = ids, step, offset, store
         self.length = None if ids is None else ids.numel() * step - offset
         self.on_host = ids is None or ids.is_cpu
         self.plan_step = 0 if ids is None else step
-        self._home: torch.device | None = None
-        self._dtypes: frozenset[torch.dtype] | None = None
-        self.fleeting = False
+        self.fleeting = fleeting
+        self._served: tuple[torch.device, frozenset[torch.dtype]] | None = None
+        self._placed: Index | None = None  # what `placed` answered to that; None: this one
         self.kept: dict[Any, Any] = {}
 
     @classmethod
     def of(cls, index: Any, step: int = 1) -> Index:
-        """An index as it is; a tensor, array or list as ids of ``step`` tokens, which nobody will
-        use again; None as consecutive."""
+        """An index as it is; a tensor, array or list as ids of ``step`` tokens for one call; None
+        as consecutive."""
         if isinstance(index, Index):
             return index
         made = cls(index, step)
@@ -98,18 +118,18 @@ class Index:
             else:
                 pieces.append(torch.from_numpy(index.slots(count)))
         homes = {piece.device for piece in pieces if piece.device.type != "cpu"}
-        home = homes.pop() if homes else torch.device("cpu")
+        home = homes.pop() if homes else _HOST
         return cls(torch.cat([piece.to(home, torch.int64) for piece in pieces]))
+
+    def _derived(self, ids: torch.Tensor | None, offset: int) -> Index:
+        """An index of the same list."""
+        index = Index.__new__(Index)
+        index._set(ids, self.step, offset, self._store, self.fleeting)
+        return index
 
     def shifted(self, tokens: int) -> Index:
         """This index from position ``tokens`` on; shares ids and copies."""
-        if not tokens:
-            return self
-        moved = Index.__new__(Index)
-        moved._set(self.ids, self.step, self.offset + tokens)
-        moved._host_ids, moved._device_ids = self._host_ids, self._device_ids
-        moved._judged, moved._placed, moved.fleeting = self._judged, None, self.fleeting
-        return moved
+        return self._derived(self.ids, self.offset + tokens) if tokens else self
 
     def part(self, first: int, count: int) -> Index:
         """Of this index ``count`` positions from ``first`` on, without the other ids; shares the
@@ -118,57 +138,85 @@ class Index:
         if self.ids is None:
             return Index(offset=q)
         held = slice(q // self.step, -(-(q + count) // self.step))
+        store = _Store()
+        store.array = None if self._store.array is None else self._store.array[held]
+        store.copies = [copy[held] for copy in self._store.copies]
         piece = Index.__new__(Index)
-        piece._set(self.ids[held], self.step, q % self.step)
-        piece._host_ids = None if self._host_ids is None else self._host_ids[held]
-        piece._device_ids = None if self._device_ids is None else self._device_ids[held]
-        piece._judged = {}
-        piece._placed = None if self._placed is None else self._placed.part(first, count)
-        piece.fleeting = self.fleeting
+        piece._set(self.ids[held], self.step, q % self.step, store, self.fleeting)
         return piece
 
     @property
-    def names(self) -> tuple[int, int]:
-        """Which slots: equal for indices of one lineage, as long as somebody holds that."""
-        return (0 if self.ids is None else id(self._judged)), self.offset
+    def ids_token(self) -> object:
+        """Stands for the list of ids in a key: one object for all indices that share a list, whose
+        contents never change; None without ids."""
+        return None if self.ids is None else self._store.token
 
-    @property
-    def lineage(self) -> object:
-        """What this index and its shifted ones share, and no other: one lineage, one list of ids,
-        whose contents never change."""
-        return self._judged
+    def ids_on(self, home: torch.device, dtypes: frozenset[torch.dtype] = _ANY) -> torch.Tensor:
+        """The ids, contiguous, on ``home`` and in one of ``dtypes``; of host ids copied once.
 
-    def placed(self, home: torch.device, dtypes: frozenset[torch.dtype]) -> Index:
-        """This index with its ids contiguous on ``home`` and in one of ``dtypes``."""
-        known = self.lying(home, dtypes)
-        if known is not None:
-            return known
+        Raises:
+            Unsupported: only int32 is read, and an id is larger.
+        """
         assert self.ids is not None
+        found = self._found(home, dtypes)
+        if found is not None:
+            return found
         wanted = torch.int64 if torch.int64 in dtypes else torch.int32
         dtype = self.ids.dtype if self.ids.dtype in dtypes else wanted
         narrows = dtype == torch.int32 and self.ids.dtype == torch.int64
         ids = self._narrow() if narrows else self.ids.to(dtype)
-        placed = Index(ids.to(home).contiguous(), self.step, self.offset)
+        ids = ids.to(home).contiguous()
         if self.on_host:
             # A copy made from device ids is ordered on one stream only, so it is not kept.
-            self._placed = placed
-        return placed
+            self._store.copies.append(ids)
+        return ids
 
-    def keep(self, ids: torch.Tensor) -> None:
-        """Keep a copy of the ids elsewhere, contiguous, as what `placed` finds."""
-        self._placed = placed = Index.__new__(Index)
-        placed._set(ids, self.step, self.offset)
-        placed._host_ids = placed._device_ids = placed._placed = None
-        placed._judged = {}
+    def has_ids_on(self, home: torch.device, dtypes: frozenset[torch.dtype]) -> bool:
+        """True if `ids_on` copies nothing."""
+        return self.ids is None or self._found(home, dtypes) is not None
 
-    def lying(self, home: torch.device, dtypes: frozenset[torch.dtype]) -> Index | None:
-        """As `placed`, where nothing has to be copied for it; else None."""
-        if self.ids is None or (self._home is home and self._dtypes is dtypes):
+    def add_copy(self, ids: torch.Tensor) -> None:
+        """Keep a contiguous copy of the ids, made elsewhere, for `ids_on` to find."""
+        self._store.copies.append(ids)
+
+    def _found(self, home: torch.device, dtypes: frozenset[torch.dtype]) -> torch.Tensor | None:
+        assert self.ids is not None
+        for ids in (self.ids, *self._store.copies):
+            if ids.device == home and ids.dtype in dtypes and ids.is_contiguous():
+                return ids
+        return None
+
+    def placed(self, home: torch.device, dtypes: frozenset[torch.dtype]) -> Index:
+        """This index with its ids where `ids_on` puts them."""
+        served = self._served
+        if served is not None and served[0] is home and served[1] is dtypes:
+            return self._placed or self  # the same launch asks again and again
+        if self.ids is None:
             return self
-        if self._lies(home, dtypes):
-            self._home, self._dtypes = home, dtypes  # the same launch asks again and again
+        ids = self.ids_on(home, dtypes)
+        placed = None if ids is self.ids else self._derived(ids, self.offset)
+        if placed is None or self.on_host:
+            self._served, self._placed = (home, dtypes), placed
+        return placed or self
+
+    def to_host(self) -> Index:
+        """This index with its ids on the host; waits for the device if they are there."""
+        if self.on_host:
             return self
-        return None if self._placed is None else self._placed.lying(home, dtypes)
+        return self._derived(torch.from_numpy(self.host_ids()), self.offset)
+
+    def host_ids(self) -> npt.NDArray[np.int64]:
+        """The ids as a contiguous int64 array on the host; waits for a device that has them."""
+        store = self._store
+        if store.array is None:
+            assert self.ids is not None
+            ids = self.ids if self.on_host else self.ids.cpu()
+            store.array = np.ascontiguousarray(ids.numpy(), dtype=np.int64)
+        return store.array
+
+    def known_ids(self) -> npt.NDArray[np.int64] | None:
+        """As `host_ids`, if that waits for nothing; else None."""
+        return self.host_ids() if self.ids is not None and self.on_host else self._store.array
 
     def _narrow(self) -> torch.Tensor:
         """The ids as int32, for a backend that reads nothing else; what does not fit stays bad."""
@@ -180,33 +228,6 @@ class Index:
             )
         return self.ids.clamp(-1, _INT32).to(torch.int32)
 
-    def _lies(self, home: torch.device, dtypes: frozenset[torch.dtype]) -> bool:
-        assert self.ids is not None
-        ids = self.ids
-        return ids.device == home and ids.dtype in dtypes and ids.is_contiguous()
-
-    def to_host(self) -> Index:
-        """This index with its ids on the host; waits for the device if they are there."""
-        if self.on_host:
-            return self
-        return Index(torch.from_numpy(self.host_ids()), self.step, self.offset)
-
-    def host_ids(self) -> npt.NDArray[np.int64]:
-        """The ids as a contiguous int64 array on the host; waits for a device that has them."""
-        if self._host_ids is None:
-            assert self.ids is not None
-            ids = self.ids if self.on_host else self.ids.cpu()
-            self._host_ids = np.ascontiguousarray(ids.numpy(), dtype=np.int64)
-        return self._host_ids
-
-    def on(self, device: torch.device) -> torch.Tensor:
-        """The ids, contiguous, on ``device``; copied at most once for the last device asked."""
-        assert self.ids is not None
-        kept = self._device_ids
-        if kept is None or kept.device != device:
-            kept = self._device_ids = self.ids.to(device).contiguous()
-        return kept
-
     def units(self, count: int, unit: int, device: torch.device) -> torch.Tensor:
         """For each of ``count // unit`` units its number (slot // unit), int64 ``[units]``.
 
@@ -215,12 +236,12 @@ class Index:
         """
         if self.ids is None:
             first = self.offset // unit
-            return torch.arange(first, first + count // unit, device=device)
-        ids = self.on(device)
+            return torch.arange(first, first + count // unit, dtype=torch.int64, device=device)
+        ids = self.ids_on(device)
         first, per_id = self.offset // unit, self.step // unit
         if per_id == 1:
             return ids[first : first + count // unit].long()
-        at = torch.arange(first, first + count // unit, device=device)
+        at = torch.arange(first, first + count // unit, dtype=torch.int64, device=device)
         # Clamped before it is multiplied, so that a wild id stays wild.
         wide = ids.long().clamp(-1, _WILD // self.step)
         return wide[at // per_id] * per_id + at % per_id
@@ -235,7 +256,7 @@ class Index:
         return np.where(ids < 0, -1, ids * self.step + at % self.step)
 
     def check_length(self, count: int, slots: int, side: str) -> None:
-        """Raise `SlotError` where ``count`` positions run past the list, or past a view of
+        """Raise `SlotError` if ``count`` positions run past the list, or past a view of
         ``slots`` slots that is read without ids."""
         if self.ids is not None:
             if self.offset + count > self.ids.numel() * self.step:
@@ -250,12 +271,12 @@ class Index:
                 f"{slots} tokens; pass a larger buffer or a smaller range."
             )
 
-    def judge(self, count: int, slots: int, distinct: bool, side: str) -> bool:
+    def check(self, count: int, slots: int, side: str, *, distinct: bool = False) -> bool:
         """Validate host ids for ``count`` positions in a view of ``slots`` slots; remembered.
 
         Returns:
-            True where an id is negative, so that positions are to be skipped; False also without
-            ids and for ids on a device.
+            True if an id is negative, so that positions are to be skipped; False also without ids
+            and for ids on a device.
 
         Raises:
             SlotError: a slot past the end, or with ``distinct`` one that occurs twice.
@@ -263,7 +284,8 @@ class Index:
         if self.ids is None or not self.on_host:
             return False
         key = (self.offset, count, slots, distinct)
-        known = self._judged.get(key)
+        checked = self._store.checked
+        known = checked.get(key)
         if known is not None:
             return known
         last = self.offset + count
@@ -276,22 +298,31 @@ class Index:
                 self._check_bounds(count, slots, side)
             if distinct and used.size > 1 and _repeats(used[used >= 0] if skips else used):
                 self._check_distinct(count, side)
-        self._judged[key] = skips
+        self._remember(key, skips)
         return skips
 
-    def judged(self, first: int, count: int, slots: int, distinct: bool) -> torch.Tensor | None:
-        """The copy elsewhere of host ids, where `judge` found them good from ``first`` on."""
-        if self._placed is None or (first, count, slots, distinct) not in self._judged:
+    def _remember(self, key: tuple[int, int, int, bool | None], skips: bool) -> None:
+        checked = self._store.checked
+        if len(checked) >= _MOST:
+            checked.clear()
+        checked[key] = skips
+
+    def checked_copy(
+        self, first: int, count: int, slots: int, distinct: bool
+    ) -> torch.Tensor | None:
+        """The newest copy elsewhere of host ids, if `check` found them good from ``first`` on."""
+        store = self._store
+        if (first, count, slots, distinct) not in store.checked or not store.copies:
             return None
-        return self._placed.ids
+        return store.copies[-1]
 
-    def trust(self, count: int, slots: int) -> None:
+    def mark_clean(self, count: int, slots: int) -> None:
         """Remember that ids on a device were found clean: neither negative nor past the end."""
-        self._judged[self.offset, count, slots, None] = False
+        self._remember((self.offset, count, slots, None), False)
 
-    def trusted(self, count: int, slots: int) -> bool:
-        """True where ids on a device were found clean."""
-        return (self.offset, count, slots, None) in self._judged
+    def is_clean(self, count: int, slots: int) -> bool:
+        """True if ids need no guard: they are on the host, or were marked clean."""
+        return self.on_host or (self.offset, count, slots, None) in self._store.checked
 
     def _check_bounds(self, count: int, slots: int, side: str) -> None:
         expanded = self.slots(count)
@@ -305,7 +336,7 @@ class Index:
             )
 
     def _block(self, at: int) -> str:
-        """The id behind a position, where it names more than one slot."""
+        """The id behind a position, if it names more than one slot."""
         if self.step == 1 or self.ids is None:
             return ""
         return f" (of id {int(self.ids[(at + self.offset) // self.step])}, {self.step} slots each)"

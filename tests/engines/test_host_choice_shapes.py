@@ -261,8 +261,8 @@ def test_ids_on_a_device_are_not_waited_for() -> None:
     mine, theirs = Index([1, 2, 3], B), Index([4, 5, 6], B)
     mine.on_host = False  # as an index whose ids are on a device
     assert counter.groups(mine, theirs, 3 * B) == 3
-    assert mine._host_ids is None
-    mine._host_ids = np.array([1, 2, 3])
+    assert mine.known_ids() is None
+    mine.host_ids()
     assert counter.groups(mine, theirs, 3 * B) == 1
 
 

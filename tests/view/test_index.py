@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from portakv import Index, SlotError
+from portakv import Index, SlotError, Unsupported
 
 
 @st.composite
@@ -173,10 +173,64 @@ def test_of_takes_an_index_as_it_is_and_a_list_as_a_slot_mapping() -> None:
 def test_an_empty_list_covers_nothing() -> None:
     index = Index([], step=4)
     assert (index.length, index.slots(0).tolist()) == (0, [])
-    assert index.judge(0, 16, True, "source") is False
+    assert index.check(0, 16, "source", distinct=True) is False
 
 
-_LENGTHS = [(8, 0, True), (9, 0, False), (5, 4, False), (4, 4, True)]
+HERE, NARROW = torch.device("cpu"), frozenset({torch.int32})
+
+
+class TestPlaces:
+    def test_ids_are_copied_once_for_all_indices_of_a_list(self) -> None:
+        index = Index(torch.tensor([4, -(2**40), 7]))
+        narrow = index.ids_on(HERE, NARROW)
+        assert narrow.tolist() == [4, -1, 7]
+        assert index.shifted(1).ids_on(HERE, NARROW) is narrow
+        assert index.placed(HERE, NARROW).ids is narrow
+        assert index.placed(HERE, NARROW) is index.placed(HERE, NARROW)
+        assert index.shifted(2).placed(HERE, NARROW).slots(1).tolist() == [7]
+
+    def test_ids_that_lie_right_are_not_copied(self) -> None:
+        index = Index(torch.tensor([4, 1]))
+        assert index.placed(HERE, frozenset({torch.int64})) is index
+        assert index.ids_on(HERE) is index.ids
+        assert index.has_ids_on(HERE, frozenset({torch.int64}))
+        assert not index.has_ids_on(HERE, NARROW)
+        assert Index().placed(HERE, NARROW).ids is None
+
+    def test_a_copy_that_was_made_elsewhere_is_found(self) -> None:
+        index, copy = Index([4, 1]), torch.tensor([4, 1], dtype=torch.int32)
+        index.add_copy(copy)
+        assert index.ids_on(HERE, NARROW) is copy
+        assert index.checked_copy(0, 2, 9, True) is None
+        index.check(2, 9, "destination", distinct=True)
+        assert index.checked_copy(0, 2, 9, True) is copy
+
+    def test_steps_in_memory_are_taken_out(self) -> None:
+        ids = Index(torch.arange(6)[::2]).ids_on(HERE)
+        assert ids.is_contiguous()
+        assert ids.tolist() == [0, 2, 4]
+
+    def test_an_id_that_int32_cannot_hold(self) -> None:
+        with pytest.raises(Unsupported, match=f"id {2**31}"):
+            Index([2**31]).ids_on(HERE, NARROW)
+
+    def test_a_token_stands_for_a_list(self) -> None:
+        index = Index([4, 1, 5])
+        assert index.shifted(1).ids_token is index.ids_token
+        assert index.placed(HERE, NARROW).ids_token is index.ids_token
+        assert index.part(0, 3).ids_token is not index.ids_token
+        assert Index([4, 1, 5]).ids_token is not index.ids_token
+        assert Index(offset=3).ids_token is None
+
+    def test_clean_ids_stay_clean_for_their_range(self) -> None:
+        index = Index([4, 1, 5])
+        assert index.is_clean(3, 8)
+        index.on_host = False  # as if the ids were on a device
+        assert not index.is_clean(3, 8)
+        index.mark_clean(3, 8)
+        assert index.is_clean(3, 8)
+        assert not index.is_clean(2, 8)
+        assert not index.is_clean(3, 4)
 
 
 class TestLengths:
@@ -200,66 +254,66 @@ class TestLengths:
             Index(offset=offset).check_length(count, 16, "destination")
 
 
-class TestJudgement:
+class TestChecks:
     @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
     def test_a_slot_past_the_end_is_named_with_its_position(self, dtype: torch.dtype) -> None:
         index = Index(torch.tensor([3, 15, 16, 99], dtype=dtype))
         with pytest.raises(SlotError, match="Position 2 of the source index is slot 16, but"):
-            index.judge(4, 16, False, "source")
+            index.check(4, 16, "source")
 
     def test_only_the_positions_that_are_used_count(self) -> None:
         index = Index([99, 3, 1, 3, 99], offset=1)
-        assert index.judge(2, 16, True, "source") is False
+        assert index.check(2, 16, "source", distinct=True) is False
         with pytest.raises(SlotError, match="Slot 3 occurs 2 times"):
-            index.judge(3, 16, True, "destination")
+            index.check(3, 16, "destination", distinct=True)
         with pytest.raises(SlotError, match="slot 99"):
-            index.judge(4, 16, False, "source")
+            index.check(4, 16, "source")
 
     def test_a_block_may_reach_past_the_end_where_its_tokens_are_not_used(self) -> None:
         """18 slots in blocks of 4: the last block holds two."""
         index = Index([4], step=4)
-        assert index.judge(2, 18, True, "source") is False
+        assert index.check(2, 18, "source", distinct=True) is False
         with pytest.raises(SlotError, match=r"Position 2 .* slot 18"):
-            index.judge(3, 18, True, "source")
+            index.check(3, 18, "source", distinct=True)
 
     def test_a_manager_block_may_occur_twice_where_other_tokens_of_it_are_used(self) -> None:
         """The tail of a block, then its head: no slot is written twice."""
         index = Index([7, 7], step=4, offset=2)
-        assert index.judge(4, 100, True, "destination") is False
+        assert index.check(4, 100, "destination", distinct=True) is False
         with pytest.raises(SlotError, match="Slot 30 occurs 2 times"):
-            index.judge(6, 100, True, "destination")
+            index.check(6, 100, "destination", distinct=True)
 
     @pytest.mark.parametrize("n", [4, 2000], ids=["few", "many"])
     def test_duplicates_are_an_error_of_destinations_only(self, n: int) -> None:
         ids = torch.arange(n)
         ids[-1] = ids[1]
-        assert Index(ids).judge(n, n, False, "source") is False
+        assert Index(ids).check(n, n, "source") is False
         with pytest.raises(SlotError, match="Slot 1 occurs 2 times in the destination index"):
-            Index(ids).judge(n, n, True, "destination")
+            Index(ids).check(n, n, "destination", distinct=True)
 
     @pytest.mark.parametrize("n", [4, 2000], ids=["few", "many"])
     def test_padding_may_occur_as_often_as_it_likes(self, n: int) -> None:
         ids = torch.arange(n)
         ids[: n // 2] = -1
         ids[0] = torch.iinfo(torch.int64).min
-        assert Index(ids).judge(n, n, True, "destination") is True
+        assert Index(ids).check(n, n, "destination", distinct=True) is True
 
     def test_skips_depend_on_the_positions_that_are_used(self) -> None:
         index = Index([-1, 3, 4])
-        assert index.judge(3, 16, True, "source") is True
-        assert index.shifted(1).judge(2, 16, True, "source") is False
-        assert index.judge(1, 16, True, "source") is True
+        assert index.check(3, 16, "source", distinct=True) is True
+        assert index.shifted(1).check(2, 16, "source", distinct=True) is False
+        assert index.check(1, 16, "source", distinct=True) is True
 
-    def test_a_judgement_holds_for_its_view_only(self) -> None:
+    def test_a_check_holds_for_its_view_only(self) -> None:
         index = Index([3, 9])
-        assert index.judge(2, 10, True, "source") is False
+        assert index.check(2, 10, "source", distinct=True) is False
         with pytest.raises(SlotError, match="slot 9"):
-            index.judge(2, 9, True, "source")
+            index.check(2, 9, "source", distinct=True)
 
     def test_slots_that_do_not_fit_into_32_bits(self) -> None:
         index = Index(torch.tensor([2**31 - 1, 5], dtype=torch.int32), step=16)
         assert index.slots(17).tolist()[0] == (2**31 - 1) * 16
-        assert index.judge(17, 2**36, True, "source") is False
+        assert index.check(17, 2**36, "source", distinct=True) is False
         with pytest.raises(SlotError, match=str((2**31 - 1) * 16)):
-            index.judge(17, 2**31, True, "source")
+            index.check(17, 2**31, "source", distinct=True)
         assert index.units(32, 4, torch.device("cpu"))[0] == (2**31 - 1) * 4
