@@ -2,8 +2,9 @@
 // Small copies from the host to the device by a kernel: no copy engine takes part, so that they
 // never queue behind a large transfer.
 //
-// The bytes travel in the kernel's parameters (`Values`), or the kernel reads them from mapped host
-// memory (`Mapped`). Raw pointers and integers only: builds under NVRTC, nvcc, hipRTC and hipcc.
+// The bytes travel in the kernel's parameters (`Values`, of as many vectors as
+// PORTAKV_SMALL_VECTORS says), or the kernel reads them from mapped host memory (`Mapped`). Raw
+// pointers and integers only: builds under NVRTC, nvcc, hipRTC and hipcc.
 #pragma once
 
 // Parameters are read where they lie; without the word each thread would copy all of them first.
@@ -23,13 +24,14 @@ typedef unsigned long long u64;
 // 16 bytes as one access; the others are plain integers.
 struct alignas(16) Wide { unsigned int part[4]; };
 
-// By value: a launch carries all `Count` vectors, whatever it uses of them.
-template <unsigned Count> struct Values {
+// By value: a launch carries all vectors, whatever it uses of them.
+struct Values {
     char* to;
     unsigned bytes;  // to write
     unsigned width;  // bytes of the widest vector that `to` is aligned to
-    Wide at[Count];
+    Wide at[PORTAKV_SMALL_VECTORS];
 };
+static_assert(sizeof(Values) == 16 + 16 * PORTAKV_SMALL_VECTORS, "as the host packs it");
 
 // From host memory that the device reads by itself; `from` is aligned to 16 bytes.
 struct Mapped {
@@ -37,6 +39,7 @@ struct Mapped {
     const char* from;
     u64 bytes, width;
 };
+static_assert(sizeof(Mapped) == 32, "as the host packs it");
 
 template <class Vector>
 __device__ __forceinline__ void spread(char* to, const char* from, u64 bytes) {
@@ -57,16 +60,15 @@ __device__ __forceinline__ void spread(char* to, const char* from, u64 bytes, u6
     else spread<unsigned char>(to, from, bytes);
 }
 
-template <unsigned Count>
-__device__ __forceinline__ void write_values(const Values<Count>& values) {
-    static_assert(sizeof(Values<Count>) == 16 + 16 * Count, "as the host packs it");
-    spread(values.to, (const char*)values.at, values.bytes, values.width);
-}
-
-__device__ __forceinline__ void write_mapped(const Mapped& mapped) {
-    static_assert(sizeof(Mapped) == 32, "as the host packs it");
-    spread(mapped.to, mapped.from, mapped.bytes, mapped.width);
-}
-
 }  // namespace small
 }  // namespace portakv
+
+extern "C" __global__ void portakv_small_values(
+    PORTAKV_CONSTANT const portakv::small::Values values) {
+    portakv::small::spread(values.to, (const char*)values.at, values.bytes, values.width);
+}
+
+extern "C" __global__ void portakv_small_mapped(
+    PORTAKV_CONSTANT const portakv::small::Mapped mapped) {
+    portakv::small::spread(mapped.to, mapped.from, mapped.bytes, mapped.width);
+}

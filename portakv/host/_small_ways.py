@@ -1,64 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How small values cross: read during the call, or through pinned memory that is read later."""
+"""How the values of a small copy reach a device: in the driver's command, in a launch's parameters,
+or through pinned memory that is read later.
+
+``inline``: CUDA documents that a copy of up to 64 KB from pageable host memory is asynchronous, and
+that the memory was read when the call returns. That such a copy waits for no copy engine is
+measured alone: on an H200, where 65,536 bytes did not wait, and 80,000 did (docs/host.md, "Small
+copies").
+"""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import struct
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
+from importlib.resources import files
 from typing import Any, NamedTuple
 
 import torch
 from numpy import ndarray
 
 from portakv.errors import LayoutError, Unsupported
-from portakv.host import _small_kernel as kernel
-from portakv.host._values import (
-    Room,
+from portakv.host._packed_ints import (
+    Array,
+    PackedInts,
     Values,
+    as_array,
     check_count,
-    count_of,
     numpy_dtype,
-    packed_bytes,
-    settle,
 )
-from portakv.runtime import _flight, capture
+from portakv.runtime import _libcuda
 from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime._flight import inside, refuse_capture
+from portakv.runtime.capture import capturing
 
-#: Sends of one `Ring` that may be under way; the next one makes the host wait for the oldest.
+#: Bytes that the driver takes along with a command.
+INLINE_BYTES = 65536
+_HOST_PAGE_TABLES = 100  # CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES
+
+THREADS = 128
+#: Blocks of one launch: so many vectors are in flight that the link is busy, and no more.
+MOST_BLOCKS = 32
+# Parameters of a launch in bytes: 4 KB everywhere; 32,764 from CUDA 12.1 (driver R530) and compute
+# capability 7.0 on (CUDA C++ Programming Guide, "__grid_constant__" and "Kernel parameters").
+_CLASSIC_PARAMETERS, _LARGE_PARAMETERS = 4096, 32764
+_LARGE_DRIVER, _LARGE_CAPABILITY = 12010, 70
+VALUES_HEAD = struct.Struct("=QII")  # to, bytes, width
+MAPPED = struct.Struct("=QQQQ")  # to, from, bytes, width
+VALUES_NAME, MAPPED_NAME = "portakv_small_values", "portakv_small_mapped"
+_WIDE = 16
+
+#: Sends through pinned memory that may be under way; the next makes the host wait for the oldest.
 MOST_SLOTS = 16
 
-Cross = Callable[[torch.Tensor, "Slot", int, "torch.Stream | None"], None]
 
-
-class Kernels:
-    """The loaded kernels of one device, and how one is launched."""
-
-    def __init__(self, device: torch.device) -> None:
-        limit = kernel.parameter_limit(
-            _cuda_driver.driver_version(), _cuda_driver.capability(device)
-        )
-        self.device = device
-        self.capacities = kernel.capacities(limit)
-        names = [kernel.MAPPED_NAME, *map(kernel.values_name, self.capacities)]
-        self.functions = _cuda_driver.load(kernel.source(limit), names, device)
-        self.launch = _cuda_driver.Launcher(device, kernel.THREADS)
-
-
-@cache
-def kernels(device: torch.device) -> Kernels:
-    """The kernels of a device, compiled and loaded once.
-
-    Raises:
-        Unsupported: inside graph capture, where nothing can be loaded.
-    """
-    if capture.capturing(device):
-        raise _flight.refuse_capture(
-            "The first small copy of a device",
-            "its kernels have to be loaded first; make one before the capture",
-        )
-    return Kernels(device)
+# --- the ways -------------------------------------------------------------------------------------
 
 
 class Way(ABC):
@@ -76,50 +75,21 @@ class Way(ABC):
         """Change what the captured send carries."""
 
 
-class _Parameters:
-    """What a launch by value carries: its head, kept from launch to launch, and its values.
-
-    Args:
-        dtype, most: of the values, and how many.
-        device: of the launches.
-        capacity: bytes of values that the kernel takes.
-    """
-
-    __slots__ = (
-        "_arguments", "_buffer", "_itemsize", "address", "blocks", "count", "room", "to", "whole",
-    )  # fmt: skip
-
-    def __init__(self, dtype: torch.dtype, most: int, device: torch.device, capacity: int) -> None:
-        head = kernel.VALUES_HEAD.size
-        self._arguments = _cuda_driver.Arguments(head + capacity, device)
-        self._buffer, self._itemsize = self._arguments.buffer, dtype.itemsize
-        self.address = self._arguments.address
-        self.room = Room(self._arguments.room[head:][: most * dtype.itemsize], dtype)
-        self.whole = self.room.whole
-        self.to = self.count = self.blocks = 0
-
-    def aim(self, to: int, count: int) -> None:
-        """Make the next launch write ``count`` values to an address."""
-        nbytes, width = count * self._itemsize, kernel.width(to)
-        kernel.VALUES_HEAD.pack_into(self._buffer, 0, to, nbytes, width)
-        self.to, self.count, self.blocks = to, count, kernel.blocks(nbytes, width)
-
-
 class _PerThread(threading.local):
-    """A room for each thread, so that several can send at once."""
+    """Memory for the values of each thread, so that several can send at once."""
 
     def __init__(self, make: Callable[..., Any], *made_of: Any) -> None:
         self.own = make(*made_of)
 
 
-class AtOnce(Way):
-    """The host's values are read while the driver is called, out of a room of each thread's.
+class ReadAtOnce(Way):
+    """The host's values are read while the driver is called, out of memory of each thread's.
 
     Args:
         dtype: of the values.
         most: how many they may be.
-        make: a thread's room, given ``dtype``, ``most`` and ``made_of``; it has a `Room`, ``room``,
-            and that one's ``whole``.
+        make: a thread's memory, given ``dtype``, ``most`` and ``made_of``; it has `PackedInts`,
+            ``packed``, and their ``whole``.
     """
 
     def __init__(
@@ -129,8 +99,8 @@ class AtOnce(Way):
         self._most, self._shape, self._own = most, (most,), numpy_dtype(dtype)
 
     @abstractmethod
-    def cross(self, mine: Any, to: int, count: int, stream: torch.Stream | None) -> None:
-        """Write the first values of this thread's room to an address, on the stream."""
+    def issue(self, mine: Any, to: int, count: int, stream: torch.Stream | None) -> None:
+        """Write the first values of this thread's memory to an address, on the stream."""
 
     def send(
         self, values: Values, out: torch.Tensor, stream: torch.Stream | None, captures: bool
@@ -140,14 +110,14 @@ class AtOnce(Way):
             mine.whole[...] = values  # what `fill` would come to, some calls later
             count = self._most
         else:
-            count = mine.room.fill(values)
+            count = mine.packed.fill(values)
         if count:
-            self.cross(mine, out.data_ptr(), count, stream)
+            self.issue(mine, out.data_ptr(), count, stream)
         return count
 
 
-class ByValue(AtOnce):
-    """In the parameters: the values are gone from the host when the launch returns.
+class Inline(ReadAtOnce):
+    """In the driver's command: the values have left the host's memory when the call returns.
 
     Args:
         device: where the values go.
@@ -156,17 +126,47 @@ class ByValue(AtOnce):
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, most: int) -> None:
-        loaded = kernels(device)
-        capacity = kernel.capacity_for(most * dtype.itemsize)
-        super().__init__(dtype, most, _Parameters, device, capacity)
-        self._function = loaded.functions[kernel.values_name(capacity)]
-        self._launch = loaded.launch
+        super().__init__(dtype, most, _Pages, device)
+        self._device, self._itemsize = device, dtype.itemsize
+        self._caller = _cuda_driver.Caller(device)
+        self._copy = _copy_function()
 
-    def cross(self, mine: Any, to: int, count: int, stream: torch.Stream | None) -> None:
-        """See `AtOnce.cross`."""
-        if to != mine.to or count != mine.count:
-            mine.aim(to, count)
-        self._launch(self._function, mine.blocks, mine.address, stream)
+    def issue(self, mine: _Pages, to: int, count: int, stream: torch.Stream | None) -> None:
+        """See `ReadAtOnce.issue`."""
+        handle = self._caller.handle(stream)
+        if handle is None:
+            with torch.cuda.device(self._device):
+                self.issue(mine, to, count, stream)
+            return
+        error = self._copy(to, mine.address, count * self._itemsize, handle)
+        if error:
+            name = _libcuda.error_name(error, _libcuda.library())
+            raise _cuda_driver.refused(name, f"A copy of {count} values")
+
+    def refill(self, values: Values) -> None:
+        raise Unsupported(
+            "Refilling a small copy that goes inline",
+            "it cannot be captured; make it with way='mapped', or send instead of refill",
+        )
+
+
+class ByValue(ReadAtOnce):
+    """In a launch's parameters: the values have left the host's memory when the launch returns.
+
+    Args and attributes as `Inline`.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, most: int) -> None:
+        loaded = kernels(device)
+        super().__init__(dtype, most, _Parameters, device)
+        self._itemsize = dtype.itemsize
+        self._function, self._launch = loaded.values, loaded.launch
+
+    def issue(self, mine: _Parameters, to: int, count: int, stream: torch.Stream | None) -> None:
+        """See `ReadAtOnce.issue`."""
+        nbytes, vector = count * self._itemsize, widest_vector(to)
+        VALUES_HEAD.pack_into(mine.buffer, 0, to, nbytes, vector)
+        self._launch(self._function, blocks(nbytes, vector), mine.address, stream)
 
     def refill(self, values: Values) -> None:
         raise Unsupported(
@@ -179,36 +179,37 @@ class Slot(NamedTuple):
     """Pinned memory for one send."""
 
     memory: torch.Tensor
-    room: Room
+    packed: PackedInts
     address: int
 
 
 def make_slot(dtype: torch.dtype, most: int) -> Slot:
-    """A slot of its own, for so many values."""
-    memory = torch.empty(
-        max(most * dtype.itemsize, 1), dtype=torch.uint8, device="cpu", pin_memory=True
-    )
-    array: Any = memory.numpy()
-    room = Room(memoryview(array)[: most * dtype.itemsize], dtype)
-    return Slot(memory, room, memory.data_ptr())
+    """Pinned memory for so many values."""
+    nbytes = max(most * dtype.itemsize, 1)
+    memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+    return Slot(memory, PackedInts(memory.numpy(), most, dtype), memory.data_ptr())
 
 
-class Ring(Way):
+#: Enqueues the copy of so many bytes of a slot to a tensor, on a stream.
+Issue = Callable[[torch.Tensor, Slot, int, "torch.Stream | None"], None]
+
+
+class ThroughPinned(Way):
     """Through pinned memory: slots that are used in turn, and one that captured sends read.
 
     Args:
         device: where the values go.
         dtype: of the values.
         most: how many they may be.
-        cross: enqueues the copy from a slot on a stream.
+        issue: enqueues the copy from a slot.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, most: int, cross: Cross) -> None:
-        if capture.capturing(device):
-            raise _flight.refuse_capture(
+    def __init__(self, device: torch.device, dtype: torch.dtype, most: int, issue: Issue) -> None:
+        if capturing(device):
+            raise refuse_capture(
                 "A small copy through pinned memory", "it has to be made before the capture"
             )
-        self._device, self._index, self._cross = device, device.index, cross
+        self._device, self._index, self._issue = device, device.index, issue
         self._alone = torch.accelerator.device_count() == 1
         self._dtype, self._itemsize, self._most = dtype, dtype.itemsize, most
         self._slots: list[tuple[Slot, torch.Event]] = []  # each with the end of its last send
@@ -224,12 +225,12 @@ class Ring(Way):
             if captures:
                 self._captured = count = self._stand(values)
                 if count:
-                    self._cross(out, self._standing, count * self._itemsize, stream)
+                    self._issue(out, self._standing, count * self._itemsize, stream)
                 return count
             slot, ended = self._take()
-            count = slot.room.fill(values)
+            count = slot.packed.fill(values)
             if count:
-                self._cross(out, slot, count * self._itemsize, stream)
+                self._issue(out, slot, count * self._itemsize, stream)
                 if stream is None and not self._alone:
                     # Given no stream it would take one of the device that is current.
                     stream = torch.accelerator.current_stream(self._index)
@@ -248,18 +249,14 @@ class Ring(Way):
 
     def _stand(self, values: Values) -> int:
         """Write what every captured send carries; a graph's size is fixed."""
-        settled = settle(values)
-        count = count_of(settled)
-        if self._captured not in (None, count):
+        array = as_array(values, self._dtype)
+        if self._captured not in (None, array.size):
             raise LayoutError(
-                f"A small copy that was captured with {self._captured} values was given {count}; "
-                f"expected as many, since a graph's sizes are fixed. Pad the values, or capture "
-                f"another SmallCopy."
+                f"A small copy that was captured with {self._captured} values was given "
+                f"{array.size}; expected as many, since a graph's sizes are fixed. Pad the values, "
+                f"or capture another SmallCopy."
             )
-        check_count(count, self._most, self._dtype)
-        packed = packed_bytes(settled, self._dtype)  # a wrong value leaves the slot as it was
-        self._standing.room.memory[: len(packed)] = packed
-        return count
+        return self._standing.packed.fill(array)
 
     def _take(self) -> tuple[Slot, torch.Event]:
         """The slot that is next, once its last send has ended."""
@@ -289,13 +286,11 @@ class OnHost(Way):
     def send(
         self, values: Values, out: torch.Tensor, stream: torch.Stream | None, captures: bool
     ) -> int:
-        settled = settle(values)
-        count = count_of(settled)
-        check_count(count, self._most, self._dtype)
-        packed = packed_bytes(settled, self._dtype)  # a wrong value leaves the target as it was
-        array: Any = out.view(-1).view(torch.uint8).numpy()
-        memoryview(array)[: len(packed)] = packed
-        return count
+        array = as_array(values, self._dtype)
+        check_count(array.size, self._most, self._dtype)
+        target: Array = out.view(-1)[: array.size].numpy()
+        target.reshape(array.shape)[...] = array
+        return array.size
 
     def refill(self, values: Values) -> None:
         raise Unsupported(
@@ -303,23 +298,147 @@ class OnHost(Way):
         )
 
 
-def cross_by_kernel(device: torch.device) -> Cross:
+# --- inline ---------------------------------------------------------------------------------------
+
+
+@cache
+def why_not_inline(device: torch.device) -> str | None:
+    """What keeps values from going inline to a device, as a phrase; None if they can."""
+    why = _cuda_driver.no_cuda(device)
+    if why is not None:
+        return why
+    try:
+        _copy_function()
+        return _read_later(device)
+    except (OSError, AttributeError) as error:
+        return f"the CUDA driver's library cannot be used ({error})"
+
+
+class _Pages:
+    """Pageable memory for the values of one thread.
+
+    The caller's may be pinned, and would be read later than the call returns. So would these pages
+    if a caller registered them with memory of its own: they are whole ones, off the heap.
+    """
+
+    def __init__(self, dtype: torch.dtype, most: int, device: torch.device) -> None:
+        _cuda_driver.adopt(device)  # a new thread has no context yet
+        nbytes = max(most * dtype.itemsize, 1)
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        self.packed = PackedInts(pages, most, dtype)  # which keeps the pages
+        self.whole = self.packed.whole
+
+
+@cache
+def _copy_function() -> Any:
+    word = ctypes.c_uint64  # CUdeviceptr, and the addresses of the host and of a stream
+    arguments = word, word, ctypes.c_size_t, word
+    return _libcuda.function(_libcuda.library(), "cuMemcpyHtoDAsync_v2", *arguments)
+
+
+def _read_later(device: torch.device) -> str | None:
+    """That a device may read pageable memory where it lies, and so perhaps after the call, as a
+    phrase; None: it does not. What such a device does was not looked at."""
+    library, number = _libcuda.library(), ctypes.POINTER(ctypes.c_int)
+    find = _libcuda.function(library, "cuDeviceGet", number, ctypes.c_int)
+    ask = _libcuda.function(library, "cuDeviceGetAttribute", number, ctypes.c_int, ctypes.c_int)
+    _cuda_driver.adopt(device)  # the driver answers once it has been initialised
+    found, reads = ctypes.c_int(), ctypes.c_int()
+    error = find(ctypes.byref(found), device.index) or ask(
+        ctypes.byref(reads), _HOST_PAGE_TABLES, found
+    )
+    if error:
+        name = _libcuda.error_name(error, library)
+        return f"the driver does not tell how {device} reads pageable memory ({name})"
+    if reads.value:
+        return f"{device} reads pageable memory by the host's page tables, perhaps after the call"
+    return None
+
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+class Kernels:
+    """The loaded kernels of one device, and how one is launched."""
+
+    def __init__(self, device: torch.device) -> None:
+        text = source(value_bytes(device))
+        functions = _cuda_driver.load(text, [VALUES_NAME, MAPPED_NAME], device)
+        self.values, self.mapped = functions[VALUES_NAME], functions[MAPPED_NAME]
+        self.launch = _cuda_driver.Launcher(device, THREADS)
+
+
+@cache
+def kernels(device: torch.device) -> Kernels:
+    """The kernels of a device, compiled and loaded once.
+
+    Raises:
+        Unsupported: inside graph capture, where nothing can be loaded.
+    """
+    if capturing(device):
+        raise refuse_capture(
+            "The first small copy of a device",
+            "its kernels have to be loaded first; make one before the capture",
+        )
+    return Kernels(device)
+
+
+@cache
+def value_bytes(device: torch.device) -> int:
+    """Bytes of values that a launch on a device carries in its parameters: whole vectors."""
+    large = (
+        _cuda_driver.driver_version() >= _LARGE_DRIVER
+        and _cuda_driver.capability(device) >= _LARGE_CAPABILITY
+    )
+    limit = _LARGE_PARAMETERS if large else _CLASSIC_PARAMETERS
+    return (limit - VALUES_HEAD.size) // _WIDE * _WIDE
+
+
+def source(nbytes: int) -> str:
+    """The text of both kernels, of which one carries so many bytes by value."""
+    text = files("portakv_native.cuda").joinpath("small.cuh").read_text()
+    return f"#define PORTAKV_SMALL_VECTORS {nbytes // _WIDE}\n{text}"
+
+
+def widest_vector(address: int) -> int:
+    """The widest vector in bytes that an address is aligned to."""
+    return min(_WIDE, address & -address)
+
+
+def blocks(nbytes: int, vector: int) -> int:
+    """Thread blocks of a launch."""
+    return max(1, min(MOST_BLOCKS, -(-nbytes // (vector * THREADS))))
+
+
+class _Parameters:
+    """The parameters of one thread's launches by value: their head, and the values."""
+
+    def __init__(self, dtype: torch.dtype, most: int, device: torch.device) -> None:
+        head = VALUES_HEAD.size
+        self._arguments = _cuda_driver.Arguments(head + value_bytes(device), device)
+        self.buffer, self.address = self._arguments.buffer, self._arguments.address
+        self.packed = PackedInts(self.buffer, most, dtype, head)
+        self.whole = self.packed.whole
+
+
+def issue_by_kernel(device: torch.device) -> Issue:
     """The kernel reads the slot by itself: no copy engine takes part."""
     loaded = kernels(device)
-    function, launch = loaded.functions[kernel.MAPPED_NAME], loaded.launch
-    arguments = _cuda_driver.Arguments(kernel.MAPPED.size, device)
+    function, launch = loaded.mapped, loaded.launch
+    arguments = _cuda_driver.Arguments(MAPPED.size, device)
 
-    def cross(out: torch.Tensor, slot: Slot, nbytes: int, stream: torch.Stream | None) -> None:
+    def issue(out: torch.Tensor, slot: Slot, nbytes: int, stream: torch.Stream | None) -> None:
         to = out.data_ptr()
-        width = kernel.width(to)
-        kernel.MAPPED.pack_into(arguments.buffer, 0, to, slot.address, nbytes, width)
-        launch(function, kernel.blocks(nbytes, width), arguments.address, stream)
+        vector = widest_vector(to)
+        MAPPED.pack_into(arguments.buffer, 0, to, slot.address, nbytes, vector)
+        launch(function, blocks(nbytes, vector), arguments.address, stream)
 
-    return cross
+    return issue
 
 
-def cross_by_copy(out: torch.Tensor, slot: Slot, nbytes: int, stream: torch.Stream | None) -> None:
+def issue_by_copy(out: torch.Tensor, slot: Slot, nbytes: int, stream: torch.Stream | None) -> None:
     """The copy engine reads the slot, behind whatever it has to move before."""
-    target = out.view(-1).view(torch.uint8)[:nbytes]
-    with _flight.inside(stream):
+    with inside(stream), torch.inference_mode(out.is_inference()):
+        target = out.view(-1).view(torch.uint8)[:nbytes]
         target.copy_(slot.memory[:nbytes], non_blocking=True)

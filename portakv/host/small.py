@@ -24,26 +24,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import torch
 
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError
-from portakv.host import _small_inline as inline
-from portakv.host import _small_kernel as kernel
-from portakv.host._small_ways import (
-    ByValue,
-    OnHost,
-    Ring,
-    Way,
-    cross_by_copy,
-    cross_by_kernel,
-    make_slot,
-)
-from portakv.host._values import Values, check_dtype, count_of, dtype_of, settle, shape_of
-from portakv.runtime import _flight, capture
+from portakv.host import _small_ways as ways
+from portakv.host._packed_ints import Array, Values, as_array, numpy_dtype, torch_dtype
+from portakv.host._small_ways import INLINE_BYTES, Issue, Way
+from portakv.runtime import _flight as streams
 from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime._flight import refuse_capture, resolve
+from portakv.runtime.bounded import Bounded
+from portakv.runtime.capture import capture_question, capturing
 
 WAYS = ("inline", "value", "mapped", "copy", "host")  # the best first
 
@@ -74,7 +67,10 @@ def choose(nbytes: int, device: torch.device | str, way: str | None = None) -> C
     Raises:
         BackendUnavailable: a way that is unknown, or that this device or size does not allow.
     """
-    place = _flight.resolve(device)
+    return _choose(nbytes, resolve(device), way)
+
+
+def _choose(nbytes: int, place: torch.device, way: str | None) -> Chosen:
     if way is None:
         return _best(place, nbytes)
     if way not in WAYS:
@@ -120,38 +116,33 @@ def to_device(
         BackendUnavailable: a way that cannot be had, with the reason.
         Unsupported: inside graph capture, anything but ``"value"``.
     """
-    settled = settle(values)
-    place = _place(device, out)
-    dtype = dtype or (dtype_of(settled) if out is None else out.dtype)
-    check_dtype(dtype)
-    if stream is not None:
-        _flight.check_stream(stream, place)
-    count = count_of(settled)
     if out is not None:
-        _check_out(out, count, dtype, place)
-    nbytes = count * dtype.itemsize
-    first, most = _first(place)
-    chosen = first if way is None and nbytes <= most else choose(nbytes, place, way).way
-    captures = _capture_question(place)()
-    if captures and way != "value":
-        raise _flight.refuse_capture(
+        _check_tensor(out)
+        dtype = dtype or out.dtype
+    array = as_array(values, dtype)
+    dtype = dtype or torch_dtype(array)
+    place, first, most, captures = _target(device, out)
+    if stream is not None:
+        streams.check_stream(stream, place)
+    if out is not None:
+        _check_out(out, array.size, dtype, place)
+    chosen = first if way is None and array.nbytes <= most else _choose(array.nbytes, place, way)[0]
+    captured = captures()
+    if captured and way != "value":
+        raise refuse_capture(
             "A small copy by to_device",
             "say way='value' if its contents may be fixed at capture; use SmallCopy with "
             "way='mapped' for contents that are read at each replay",
         )
-    target = torch.empty(shape_of(settled), dtype=dtype, device=place) if out is None else out
+    target = _new(array.shape, dtype, place) if out is None else out
     if stream is not None:
-        _flight.follow_current(stream, *(() if captures else (target,)))
-    if chosen == "inline":
-        carried = inline.MOST // dtype.itemsize
-        _inline(place, dtype, carried).send(settled, target, stream, captures)
-    elif chosen == "value":
-        carried = kernel.capacity_for(nbytes) // dtype.itemsize
-        _by_value(place, dtype, carried).send(settled, target, stream, captures)
-    elif chosen == "host":
-        OnHost(dtype, count).send(settled, target, stream, captures)
-    elif count:
-        _send_once(chosen, settled, target, stream)
+        streams.follow_current(stream, *(() if captured else (target,)))
+    if chosen == "host":
+        ways.OnHost(dtype, array.size).send(array, target, stream, captured)
+    elif chosen in ("inline", "value"):
+        _ready(chosen, place, dtype).send(array, target, stream, captured)
+    elif array.size:
+        _send_once(chosen, array, target, stream)
     return target
 
 
@@ -185,18 +176,19 @@ class SmallCopy:
         out: torch.Tensor | None = None,
         way: str | None = None,
     ) -> None:
-        check_dtype(dtype)
-        if n < 0:
-            raise LayoutError(f"A SmallCopy of {n} values was asked; expected 0 or more values.")
-        place = _place(device, out)
+        numpy_dtype(dtype)
+        if not isinstance(n, int) or n < 0:
+            raise LayoutError(f"A SmallCopy of {n!r} values was asked; expected 0 or more values.")
+        if out is not None:
+            _check_tensor(out)
+        place, _, _, self._captures = _target(device, out)
         if out is not None:
             _check_out(out, n, dtype, place)
-        self.way, self.why = choose(n * dtype.itemsize, place, way)
+        self.way, self.why = _choose(n * dtype.itemsize, place, way)
         self._n, self._device = n, place
         self._uncaptured = _UNCAPTURED.get(way)
-        self._captures = _capture_question(place)
         self._way = _make(self.way, place, dtype, n)
-        self.out = torch.empty(n, dtype=dtype, device=place) if out is None else out
+        self.out = _new((n,), dtype, place) if out is None else out
 
     def send(self, values: Values, *, stream: torch.Stream | None = None) -> torch.Tensor:
         """Write values to the beginning of ``out``; the host does not wait, as a rule.
@@ -215,15 +207,15 @@ class SmallCopy:
         """
         captures = self._captures()
         if captures and self._uncaptured is not None:
-            raise _flight.refuse_capture(
+            raise refuse_capture(
                 f"A send of a SmallCopy {self._uncaptured}",
                 "make it with way='value' for contents that are fixed at capture, or with "
                 "way='mapped' for contents that are read at each replay",
             )
         out = self.out
         if stream is not None:
-            _flight.check_stream(stream, self._device)
-            _flight.follow_current(stream, *(() if captures else (out,)))
+            streams.check_stream(stream, self._device)
+            streams.follow_current(stream, *(() if captures else (out,)))
         count = self._way.send(values, out, stream, captures)
         return out if count == self._n else out.view(-1)[:count]
 
@@ -260,104 +252,132 @@ def _why_not(way: str, device: torch.device, nbytes: int) -> str | None:
         return f"{device} is no CPU"
     if way == "copy":
         return None
-    why = inline.why_not(device) if way == "inline" else _no_kernels(device)
+    why = ways.why_not_inline(device) if way == "inline" else _no_kernels(device)
     if why is None and nbytes > _most(way, device):
         return _HOLDS[way].format(_most(way, device))
     return why
 
 
 def _most(way: str, device: torch.device) -> int:
-    """The most bytes that go a way, where it can be had."""
+    """The most bytes that go a way, if it can be had."""
     if way == "inline":
-        return inline.MOST
-    return _most_by_value(device) if way == "value" else sys.maxsize
-
-
-@cache
-def _first(device: torch.device) -> tuple[str, int]:
-    """The way of the fewest bytes where nothing else was asked for, and the most it carries."""
-    way = _best(device, 0).way
-    return way, _most(way, device)
+        return INLINE_BYTES
+    return ways.value_bytes(device) if way == "value" else sys.maxsize
 
 
 def _no_kernels(device: torch.device) -> str | None:
-    return _cuda_driver.why_not(device) or _unknown_to_compiler(device)
-
-
-@cache
-def _most_by_value(device: torch.device) -> int:
-    limit = kernel.parameter_limit(_cuda_driver.driver_version(), _cuda_driver.capability(device))
-    return kernel.capacities(limit)[-1]
-
-
-@cache
-def _unknown_to_compiler(device: torch.device) -> str | None:
-    try:
-        _cuda_driver.compiler_target(device)
-    except RuntimeError as error:
-        return str(error)
-    return None
+    """What keeps kernels from being had on a device, as a phrase; None: nothing."""
+    why = _cuda_driver.why_not(device)
+    if why is None:
+        try:
+            _cuda_driver.compiler_target(device)
+        except RuntimeError as error:
+            return str(error)
+    return why
 
 
 def _make(way: str, device: torch.device, dtype: torch.dtype, most: int) -> Way:
     if way == "inline":
-        return inline.Inline(device, dtype, most)
+        return ways.Inline(device, dtype, most)
     if way == "value":
-        return ByValue(device, dtype, most)
+        return ways.ByValue(device, dtype, most)
     if way == "host":
-        return OnHost(dtype, most)
-    return Ring(device, dtype, most, cross_by_kernel(device) if way == "mapped" else cross_by_copy)
+        return ways.OnHost(dtype, most)
+    return ways.ThroughPinned(device, dtype, most, _issue(way, device))
 
 
-@cache
+def _issue(way: str, device: torch.device) -> Issue:
+    """What enqueues a copy from pinned memory by ``mapped`` or ``copy``."""
+    if way == "copy":
+        return ways.issue_by_copy
+    return _issues.get_or_make(device, lambda: ways.issue_by_kernel(device))
+
+
+class _Target(NamedTuple):
+    """A device that values go to.
+
+    Attributes:
+        device: with its index.
+        first: the way of the fewest bytes if no other was asked for.
+        most: the most bytes that it carries.
+        captures: tells if the device's current stream is being captured.
+    """
+
+    device: torch.device
+    first: str
+    most: int
+    captures: Callable[[], bool]
+
+
+# What calls keep ready: targets by device or its name, one sender for each way, device and dtype.
+_targets: Bounded[torch.device | str | int, _Target] = Bounded("small copies' targets", 64)
+_senders: Bounded[tuple[str, torch.device, torch.dtype], Way] = Bounded("small copies", 128)
+_issues: Bounded[torch.device, Issue] = Bounded("small copies' kernels", 32)
+
+
+def _target(device: torch.device | str | int | None, out: torch.Tensor | None) -> _Target:
+    if device is None:
+        if out is None:
+            raise DeviceMismatch(
+                "A small copy was asked with neither a device nor an out tensor; expected one of "
+                "them to say where the values go."
+            )
+        device = out.device
+    known = _targets.get(device)
+    if known is None:
+        place = resolve(device)
+        way = _best(place, 0).way
+        known = _targets.setdefault(
+            place, _Target(place, way, _most(way, place), _capture_question(place))
+        )
+        # A name without a number means the current device, which another call may have changed.
+        if place.type == "cpu" or str(device) == str(place):
+            _targets[device] = known
+    return known
+
+
 def _capture_question(device: torch.device) -> Callable[[], bool]:
-    """`capture.capturing` of one device, with less to look up."""
+    """`capturing` of one device, with less to look up."""
     if device.type != "cuda":
-        return lambda: capture.capturing(device)
-    captures = capture.capture_question(device)
+        return lambda: capturing(device)
+    captures = capture_question(device)
     if torch.cuda.device_count() == 1:
         return captures
     index, current = device.index, torch._C._cuda_getDevice
-    return lambda: captures() if current() == index else capture.capturing(device)
+    return lambda: captures() if current() == index else capturing(device)
 
 
-# What `to_device` keeps ready: one for each dtype and device, and kernel of it.
-_inline = cache(inline.Inline)
-_by_value = cache(ByValue)
-_by_kernel = cache(cross_by_kernel)
+def _ready(way: str, device: torch.device, dtype: torch.dtype) -> Way:
+    """The sender of `to_device` for all that goes by one launch or command."""
+    known = _senders.get((way, device, dtype))
+    if known is None:
+        made = _make(way, device, dtype, _most(way, device) // dtype.itemsize)
+        known = _senders.setdefault((way, device, dtype), made)
+    return known
 
 
-def _send_once(
-    way: str, settled: Values, target: torch.Tensor, stream: torch.Stream | None
-) -> None:
+def _send_once(way: str, array: Array, target: torch.Tensor, stream: torch.Stream | None) -> None:
     """Through pinned memory that is let go once it was read."""
-    device = target.device
-    slot = make_slot(target.dtype, target.numel())
-    nbytes = slot.room.fill(settled) * target.element_size()
-    cross = _by_kernel(device) if way == "mapped" else cross_by_copy
-    cross(target, slot, nbytes, stream)
-    _flight.completion(device, stream, slot.memory)
+    slot = ways.make_slot(target.dtype, target.numel())
+    slot.packed.fill(array)
+    _issue(way, target.device)(target, slot, array.nbytes, stream)
+    streams.completion(target.device, stream, slot.memory)
 
 
-@cache
-def _lasting(device: torch.device | str) -> torch.device | None:
-    """`_flight.resolve` of what means the same device whichever is current; None for others."""
-    try:
-        found = torch.device(device)
-    except RuntimeError:  # of a vendor's, perhaps, which has to be imported
-        return None
-    return _flight.resolve(found) if found.type == "cpu" or found.index is not None else None
+def _new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor that can be written to in and outside of inference mode."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return torch.empty(shape, dtype=dtype, device=device)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
-def _place(device: torch.device | str | None, out: torch.Tensor | None) -> torch.device:
-    if device is not None:
-        return _lasting(device) or _flight.resolve(device)
-    if out is None:
-        raise DeviceMismatch(
-            "A small copy was asked with neither a device nor an out tensor; expected one of them "
-            "to say where the values go."
+def _check_tensor(out: torch.Tensor) -> None:
+    if not isinstance(out, torch.Tensor):
+        raise LayoutError(
+            f"A small copy was given a {type(out).__name__} as out; expected a tensor. Pass one, "
+            f"or none."
         )
-    return out.device
 
 
 def _check_out(out: torch.Tensor, count: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from support.guarded_memory import filled, refused
+from support.small_cases import forget
 
 from portakv import BackendUnavailable, DeviceMismatch, LayoutError, PortaKVError, Unsupported
-from portakv.host import _small_inline, _small_ways, small
+from portakv.host import _small_ways, small
 from portakv.host.small import SmallCopy, choose, to_device
-from portakv.runtime import capture
 from portakv.runtime import cuda as _cuda_driver
 
 META = torch.device("meta")
@@ -146,17 +146,17 @@ HELD = "a launch's parameters hold up to 32736 bytes"
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """A CUDA device that everything can be asked of, but nothing be sent to."""
-    monkeypatch.setattr(_small_inline, "why_not", lambda device: None)
+    monkeypatch.setattr(_small_ways, "why_not_inline", lambda device: None)
     monkeypatch.setattr(_cuda_driver, "why_not", lambda device: None)
     monkeypatch.setattr(_cuda_driver, "driver_version", lambda: 13000)
     monkeypatch.setattr(_cuda_driver, "capability", lambda device: 90)
     monkeypatch.setattr(_cuda_driver, "compiler_target", lambda device: "sm_90")
-    caches = (small._most_by_value, small._unknown_to_compiler, small._first)
-    for one in caches:
-        one.cache_clear()
+    monkeypatch.setattr(small, "resolve", torch.device)
+    monkeypatch.setattr(small, "_capture_question", lambda device: bool)
+    forget()
     yield torch.device("cuda", 0)
-    for one in caches:
-        one.cache_clear()
+    monkeypatch.undo()
+    forget()
 
 
 @pytest.fixture(params=["inline", "value"])
@@ -165,7 +165,7 @@ def first(
 ) -> str:
     """The best way of the fewest bytes: another where the device shares the host's page tables."""
     if request.param == "value":
-        monkeypatch.setattr(_small_inline, "why_not", lambda device: SHARED)
+        monkeypatch.setattr(_small_ways, "why_not_inline", lambda device: SHARED)
     return str(request.param)
 
 
@@ -210,7 +210,7 @@ def test_the_best_way_and_those_that_may_be_named(
 def test_a_device_that_reads_the_host_s_pages(
     card: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_small_inline, "why_not", lambda device: SHARED)
+    monkeypatch.setattr(_small_ways, "why_not_inline", lambda device: SHARED)
     assert choose(0, card) == choose(32736, card) == ("value", SHARED)
     assert choose(32737, card) == ("mapped", f"{SHARED} and {HELD}")
     with refused(BackendUnavailable, "'inline'", "page tables", "ask for 'value'"):
@@ -220,11 +220,11 @@ def test_a_device_that_reads_the_host_s_pages(
 
 
 def test_what_to_device_takes_without_a_choice(card: torch.device, first: str) -> None:
-    way, most = small._first(card)
+    _, way, most, _ = small._target(card, None)
     assert (way, most) == (first, 65536 if first == "inline" else 32736)
     assert choose(most, card).way == first
     assert choose(most + 1, card).way == "mapped"
-    assert small._first(torch.device("cpu"))[0] == "host"
+    assert small._target("cpu", None).first == "host"
 
 
 def test_the_cpu_takes_no_way_but_its_own() -> None:
@@ -249,7 +249,7 @@ def test_the_classic_limit(card: torch.device, first: str, monkeypatch: pytest.M
 
 
 def test_the_fallback_is_recorded(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_small_inline, "why_not", lambda device: SHARED)
+    monkeypatch.setattr(_small_ways, "why_not_inline", lambda device: SHARED)
     monkeypatch.setattr(_cuda_driver, "why_not", lambda device: WITHOUT)
     assert choose(64, card) == ("copy", f"{SHARED} and {WITHOUT}")
     with refused(BackendUnavailable, WITHOUT, "'copy'"):
@@ -272,11 +272,14 @@ def test_nothing_is_asked_of_the_compiler_for_what_goes_inline(
 
 
 def test_no_kernel_is_loaded_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "capturing", lambda device: True)
+    monkeypatch.setattr(_small_ways, "capturing", lambda device: True)
+    monkeypatch.setattr(small, "capturing", lambda device: True)
     with refused(Unsupported, "inside graph capture", "before the capture"):
         _small_ways.kernels(torch.device("cuda", 7))
     with refused(Unsupported, "inside graph capture", "before the capture"):
-        _small_ways.Ring(torch.device("cuda", 7), torch.int64, 1, _small_ways.cross_by_copy)
+        _small_ways.ThroughPinned(
+            torch.device("cuda", 7), torch.int64, 1, _small_ways.issue_by_copy
+        )
     with refused(Unsupported, "way='value'", "way='mapped'"):
         to_device([1], "cpu")
     with refused(Unsupported, "way='value'", "way='mapped'"):

@@ -19,13 +19,14 @@ import pytest
 import torch
 from support.fake_libcuda import FakeLibrary, Sent
 from support.guarded_memory import filled, refused
-from support.small_cases import INTEGERS, drawn, mixed_up, sent_by_a_fork
+from support.small_cases import INTEGERS, drawn, forget, mixed_up, sent_by_a_fork
 
 from portakv import LayoutError, TransferError, Unsupported
-from portakv.host import _small_inline, small
-from portakv.host._small_inline import MOST, Inline
+from portakv.host import _small_ways, small
+from portakv.host._small_ways import INLINE_BYTES as MOST
+from portakv.host._small_ways import Inline
 from portakv.host.small import SmallCopy, choose, to_device
-from portakv.runtime import _flight, _libcuda, capture
+from portakv.runtime import _flight, _libcuda
 from portakv.runtime import cuda as _cuda_driver
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 1)
@@ -72,14 +73,10 @@ def cuda(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(_libcuda, "library", lambda: library.library)
     monkeypatch.setattr(_cuda_driver, "adopt", fake.adopt)
-    caches: tuple[Any, ...] = (
-        _small_inline.why_not, _small_inline._copy_function, small._first, small._inline,
-    )  # fmt: skip
-    for one in caches:
-        one.cache_clear()
+    monkeypatch.setattr(small, "resolve", torch.device)
+    forget()
     yield fake
-    for one in caches:
-        one.cache_clear()
+    forget()
 
 
 @pytest.fixture
@@ -291,7 +288,7 @@ def test_a_forked_process_cannot_send(cuda: Cuda) -> None:
 def test_inside_a_capture(to_cpu: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
     sender = SmallCopy(2, torch.int32, out=filled((2,), torch.int32), way="inline")
     opened = SmallCopy(2, torch.int32, CPU)
-    monkeypatch.setattr(capture, "capturing", lambda device: True)
+    monkeypatch.setattr(small, "capturing", lambda device: True)
     names = ("way='value'", "way='mapped'", "inside graph capture")
     followed: list[Any] = []
     monkeypatch.setattr(_flight, "follow_current", lambda *rest: followed.append(rest))
@@ -312,20 +309,20 @@ def test_inside_a_capture(to_cpu: Cuda, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_where_it_can_be_had(cuda: Cuda) -> None:
     """And the first question gave the thread a context; nothing is asked again."""
-    assert _small_inline.why_not(CARD) is None
+    assert _small_ways.why_not_inline(CARD) is None
     assert len(cuda.adopted) == 1
     cuda.library.read_by_page_tables(1)
-    assert _small_inline.why_not(CARD) is None
+    assert _small_ways.why_not_inline(CARD) is None
     assert choose(MOST, CARD) == choose(0, CARD)
     assert choose(MOST, CARD).way == "inline"
     assert len(cuda.adopted) == 1
 
 
 def test_another_kind_of_device(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    why = _small_inline.why_not(torch.device("xpu", 0))
+    why = _small_ways.why_not_inline(torch.device("xpu", 0))
     assert why == "the CUDA driver does not serve xpu devices"
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert _small_inline.why_not(CARD) == "this torch is built for ROCm, not for CUDA"
+    assert _small_ways.why_not_inline(CARD) == "this torch is built for ROCm, not for CUDA"
     assert not cuda.adopted
 
 
@@ -335,23 +332,23 @@ def test_without_the_library_or_the_function(monkeypatch: pytest.MonkeyPatch) ->
         raise OSError("libcuda.so.1: cannot open shared object file")
 
     monkeypatch.setattr(_libcuda, "library", absent)
-    assert "cannot open shared object file" in (_small_inline.why_not(CARD) or "")
-    _small_inline.why_not.cache_clear()
+    assert "cannot open shared object file" in (_small_ways.why_not_inline(CARD) or "")
+    forget()
     monkeypatch.setattr(_libcuda, "library", Without)
-    assert "undefined symbol: cuMemcpyHtoDAsync_v2" in (_small_inline.why_not(CARD) or "")
+    assert "undefined symbol: cuMemcpyHtoDAsync_v2" in (_small_ways.why_not_inline(CARD) or "")
 
 
 def test_a_device_that_reads_the_host_s_pages(cuda: Cuda) -> None:
     cuda.library.read_by_page_tables(1)
-    assert _small_inline.why_not(torch.device("cuda", 0)) is None
-    why = _small_inline.why_not(CARD)
+    assert _small_ways.why_not_inline(torch.device("cuda", 0)) is None
+    why = _small_ways.why_not_inline(CARD)
     assert why is not None
     assert why.startswith("cuda:1 reads pageable memory by the host's page tables")
 
 
 def test_a_driver_that_does_not_tell(cuda: Cuda) -> None:
     cuda.library.read_by_page_tables(untold=True)
-    why = _small_inline.why_not(CARD) or ""
+    why = _small_ways.why_not_inline(CARD) or ""
     assert "does not tell" in why
     assert "CUDA_ERROR_INVALID_VALUE" in why
 

@@ -12,19 +12,19 @@ import pytest
 import torch
 from support.guarded_memory import filled, refused, untouched
 from support.small_cases import INTEGERS, mixed_up
-from support.small_on_cpu import CPU, Launcher, installed, library, why_not
+from support.small_on_cpu import CPU, MOST, Launcher, installed, library, why_not
 
 from portakv import LayoutError, Unsupported
-from portakv.host import _small_kernel as kernel
 from portakv.host import _small_ways
-from portakv.host._small_ways import ByValue, cross_by_kernel
-from portakv.host._values import Room
+from portakv.host._packed_ints import PackedInts
+from portakv.host._small_ways import ByValue, issue_by_kernel
 from portakv.host.small import SmallCopy, to_device
+from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import nvrtc as _nvrtc
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
-MOST = kernel.CAPACITIES[-1]
+LIMITS = (256, 512, 1024, 2048, 4080, 4096, 8192, 16384, MOST)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,7 +61,7 @@ def test_every_count(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
 def test_counts_round_the_parameter_limits(dtype: torch.dtype) -> None:
-    for capacity in kernel.CAPACITIES:
+    for capacity in LIMITS:
         for count in range(capacity // dtype.itemsize - 2, capacity // dtype.itemsize + 3):
             if count * dtype.itemsize > MOST:
                 continue
@@ -87,7 +87,7 @@ def test_a_target_of_any_alignment(offset: int) -> None:
 
 
 def test_the_width_is_what_an_address_allows() -> None:
-    assert [kernel.width(at) for at in (16, 32, 48, 8, 24, 4, 2, 6, 1, 7)] == [
+    assert [_small_ways.widest_vector(at) for at in (16, 32, 48, 8, 24, 4, 2, 6, 1, 7)] == [
         16, 16, 16, 8, 8, 4, 2, 2, 1, 1,
     ]  # fmt: skip
 
@@ -96,36 +96,38 @@ def test_the_width_is_what_an_address_allows() -> None:
 @pytest.mark.parametrize("offset", [0, 1, 4, 8])
 def test_through_mapped_memory(nbytes: int, offset: int) -> None:
     """300,000 bytes are more than one grid holds: threads go round."""
-    assert 300_000 > kernel.MOST_BLOCKS * kernel.THREADS * 16
+    assert 300_000 > _small_ways.MOST_BLOCKS * _small_ways.THREADS * 16
     source = torch.arange(nbytes, dtype=torch.int64).mul(2654435761).to(torch.uint8)
     target = filled((nbytes + 32,), torch.uint8)
     before = target.clone()
     out = target[16 + offset : 16 + offset + nbytes]
-    room = Room(memoryview(source.numpy()), torch.uint8)  # type: ignore[arg-type]
-    slot = _small_ways.Slot(source, room, source.data_ptr())
-    cross_by_kernel(CPU)(out, slot, nbytes, None)
+    packed = PackedInts(source.numpy(), nbytes, torch.uint8)
+    slot = _small_ways.Slot(source, packed, source.data_ptr())
+    issue_by_kernel(CPU)(out, slot, nbytes, None)
     assert torch.equal(out, source)
     assert torch.equal(target[: 16 + offset], before[: 16 + offset])
     assert torch.equal(target[16 + offset + nbytes :], before[16 + offset + nbytes :])
 
 
 def test_the_arguments_are_as_long_as_the_kernel_takes_them() -> None:
-    for capacity in kernel.CAPACITIES:
-        taken = getattr(library(), f"bytes_{kernel.values_name(capacity)}")()
-        assert taken == kernel.VALUES_HEAD.size + capacity
-    assert getattr(library(), f"bytes_{kernel.MAPPED_NAME}")() == kernel.MAPPED.size
+    taken = getattr(library(), f"bytes_{_small_ways.VALUES_NAME}")()
+    assert taken == _small_ways.VALUES_HEAD.size + MOST
+    assert getattr(library(), f"bytes_{_small_ways.MAPPED_NAME}")() == _small_ways.MAPPED.size
 
 
-def test_a_kernel_for_each_parameter_limit() -> None:
-    assert kernel.parameter_limit(12000, 90) == kernel.parameter_limit(13000, 60) == 4096
-    assert kernel.parameter_limit(12010, 70) == kernel.parameter_limit(13000, 90) == 32764
-    assert kernel.capacities(4096)[-1] == 4080
-    assert kernel.capacities(32764)[-1] == MOST == 32736
-    for limit in (4096, 32764):
-        assert limit - 16 < kernel.VALUES_HEAD.size + kernel.capacities(limit)[-1] <= limit
-        for capacity in kernel.CAPACITIES:
-            named = kernel.values_name(capacity) + "(" in kernel.source(limit)
-            assert named == (capacity in kernel.capacities(limit))
+@pytest.mark.parametrize(
+    ("driver", "capability", "limit"),
+    [(12000, 90, 4096), (13000, 60, 4096), (12010, 70, 32764), (13000, 90, 32764)],
+)
+def test_the_kernel_takes_what_the_parameters_hold(
+    driver: int, capability: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cuda_driver, "driver_version", lambda: driver)
+    monkeypatch.setattr(_cuda_driver, "capability", lambda device: capability)
+    most = _small_ways.value_bytes.__wrapped__(CPU)
+    assert most in (4080, MOST)
+    assert limit - 16 < _small_ways.VALUES_HEAD.size + most <= limit
+    assert f"#define PORTAKV_SMALL_VECTORS {most // 16}\n" in _small_ways.source(most)
 
 
 def test_sends_again_and_again() -> None:
@@ -204,8 +206,8 @@ def test_nothing_is_launched_for_nothing_or_for_a_wrong_value() -> None:
 @pytest.mark.skipif(_nvrtc.missing() is not None, reason=_nvrtc.missing() or "")
 def test_nvrtc_reads_parameters_where_they_lie() -> None:
     """Without a GPU: it compiles, and no thread makes a copy of 32 KB for itself."""
-    code = _nvrtc._compile(kernel.source(kernel.LARGE_PARAMETERS), "compute_80").decode()
+    code = _nvrtc._compile(_small_ways.source(MOST), "compute_80").decode()
     assert ".local" not in code
-    assert f"{kernel.values_name(MOST)}_param_0[{MOST + 16}]" in code
-    assert code.count("st.global.v4.u32") == len(kernel.CAPACITIES) + 1
+    assert f"{_small_ways.VALUES_NAME}_param_0[{MOST + 16}]" in code
+    assert code.count("st.global.v4.u32") == 2
     assert ctypes.sizeof(ctypes.c_void_p) == 8

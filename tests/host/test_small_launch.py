@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from support.small_cases import sent_by_a_fork
+from support.small_cases import forget, sent_by_a_fork
 
 from portakv import TransferError
-from portakv.host import _small_kernel as kernel
 from portakv.host import _small_ways, small
 from portakv.host._small_ways import ByValue
 from portakv.runtime import capture
@@ -49,7 +48,9 @@ class Driver:
     def cuLaunchKernel(self, function: str, blocks: int, *rest: Any) -> tuple[int]:
         stream, parameters = rest[-3:-1]
         argument = ctypes.cast(parameters, ctypes.POINTER(ctypes.c_void_p))[0]
-        head = kernel.VALUES_HEAD.unpack(ctypes.string_at(argument or 0, kernel.VALUES_HEAD.size))
+        head = _small_ways.VALUES_HEAD.unpack(
+            ctypes.string_at(argument or 0, _small_ways.VALUES_HEAD.size)
+        )
         self.launches.append(Launch(function, blocks, head, stream))
         return (self.answer,)
 
@@ -78,16 +79,12 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     monkeypatch.setattr(_cuda_driver, "driver_version", lambda: 13000)
     monkeypatch.setattr(_cuda_driver, "capability", lambda device: 90)
     monkeypatch.setattr(_cuda_driver, "load", lambda source, names, device: {n: n for n in names})
-    caches: tuple[Any, ...] = (_small_ways.kernels, small._capture_question)
-    for one in caches:
-        one.cache_clear()
+    forget()
     yield fake
-    for one in caches:
-        one.cache_clear()
+    forget()
 
 
-def test_only_what_changed_is_written_again(driver: Driver) -> None:
-    """The head is kept from send to send; another target, or another count, is seen."""
+def test_each_launch_says_where_to_and_how_much(driver: Driver) -> None:
     way = ByValue(CARD, torch.int64, 64)
     first, other = torch.zeros(64, dtype=torch.int64), torch.zeros(64, dtype=torch.int64)
     sends = [(first, 64), (first, 64), (other, 64), (other, 3), (first, 3), (first, 64)]
@@ -96,7 +93,7 @@ def test_only_what_changed_is_written_again(driver: Driver) -> None:
     assert [one.head[:2] for one in driver.launches] == [
         (out.data_ptr(), 8 * count) for out, count in sends
     ]
-    assert {one.function for one in driver.launches} == {kernel.values_name(512)}
+    assert {one.function for one in driver.launches} == {_small_ways.VALUES_NAME}
     first.set_(torch.zeros(64, dtype=torch.int64).untyped_storage())
     way.send(np.arange(3), first, None, False)
     assert driver.launches[-1].head[0] == first.data_ptr()

@@ -15,9 +15,9 @@ from support.host_copy_cases import REPEATS, _no_faults_left, device_tensor
 from support.simdev_cases import DEVICE, OTHER, current, on
 
 from portakv import BackendUnavailable, DeviceMismatch, LayoutError, Unsupported
-from portakv.host import _small_ways
+from portakv.host import _small_ways, small
 from portakv.host.small import SmallCopy, choose, to_device
-from portakv.runtime import _flight, capture
+from portakv.runtime import _flight
 from portakv_conformance import simdev
 
 pytestmark = pytest.mark.simdev
@@ -122,7 +122,7 @@ def test_one_send_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the choice of a slot and its event no other thread may choose."""
     sender, inside, most = SmallCopy(4, torch.int64, DEVICE), list[int](), list[int]()
     ring: Any = sender._way
-    cross = ring._cross
+    cross = ring._issue
 
     def slowly(*arguments: Any) -> None:
         inside.append(1)
@@ -131,7 +131,7 @@ def test_one_send_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         cross(*arguments)
         inside.pop()
 
-    monkeypatch.setattr(ring, "_cross", slowly)
+    monkeypatch.setattr(ring, "_issue", slowly)
     threads = [threading.Thread(target=sender.send, args=([1],)) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -161,15 +161,15 @@ def test_what_a_capture_carries_changes_with_refill(monkeypatch: pytest.MonkeyPa
     replay: list[Callable[[], None]] = []
 
     def crossing(out: torch.Tensor, slot: Any, nbytes: int, stream: Any) -> None:
-        replay.append(lambda: _small_ways.cross_by_copy(out, slot, nbytes, None))
+        replay.append(lambda: _small_ways.issue_by_copy(out, slot, nbytes, None))
 
     sender = SmallCopy(4, torch.int32, DEVICE, way="copy")
     with refused(Unsupported, "never captured"):
         sender.refill([1, 2, 3])
     ring: Any = sender._way
     with monkeypatch.context() as patched:
-        patched.setattr(capture, "capturing", lambda device: True)
-        patched.setattr(ring, "_cross", crossing)
+        patched.setattr(small, "capturing", lambda device: True)
+        patched.setattr(ring, "_issue", crossing)
         landed = sender.send([1, 2, 3])
     sender.send([9, 9, 9, 9])  # an eager send takes other memory
     (play,) = replay

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from portakv import Unsupported
-from portakv.host import _small_inline
-from portakv.host._small_ways import Way
+from portakv.host import _small_ways, small
+from portakv.host._small_ways import Way, why_not_inline
 from portakv.runtime import cuda as _cuda_driver
 from support.device_cases import DEVICE
 
@@ -24,8 +24,17 @@ INTEGERS = (
 def lacking(way: str) -> str | None:
     """What keeps the first CUDA device from having a way."""
     if way == "inline":
-        return _small_inline.why_not(DEVICE)
+        return why_not_inline(DEVICE)
     return None if way == "copy" else _cuda_driver.why_not(DEVICE)
+
+
+def forget() -> None:
+    """Forget what small copies know of devices and keep ready for them."""
+    for one in (small._targets, small._senders, small._issues):
+        one.clear()
+    for question in (why_not_inline, _small_ways._copy_function, _small_ways.kernels,
+                     _small_ways.value_bytes):  # fmt: skip
+        question.cache_clear()
 
 
 def drawn(count: int, dtype: torch.dtype) -> torch.Tensor:

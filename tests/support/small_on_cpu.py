@@ -20,10 +20,12 @@ from typing import Any
 import pytest
 import torch
 
-from portakv.host import _small_kernel, _small_ways, small
+from portakv.host import _small_ways, small
 from portakv.runtime import cuda as _cuda_driver
+from support.small_cases import forget
 
 CPU = torch.device("cpu")
+MOST = 32736  # bytes that go by value
 _STRICT = ("-Wall", "-Wextra", "-Werror")
 
 
@@ -36,10 +38,8 @@ def why_not() -> str | None:
 def library() -> ctypes.CDLL:
     """The loaded kernels, each behind an entry that runs its grid."""
     head = files("portakv_conformance.vendor").joinpath("kernel_on_cpu.h").read_text()
-    text = _small_kernel.source(_small_kernel.LARGE_PARAMETERS)
-    kinds = {_small_kernel.MAPPED_NAME: "Mapped"} | {
-        _small_kernel.values_name(one): f"Values<{one // 16}>" for one in _small_kernel.CAPACITIES
-    }
+    text = _small_ways.source(MOST)
+    kinds = {_small_ways.MAPPED_NAME: "Mapped", _small_ways.VALUES_NAME: "Values"}
     entries = "".join(
         f'extern "C" void run_{name}(const void* argument, unsigned blocks, unsigned threads) {{\n'
         f"    run_grid<portakv::small::{kind}>({name}, argument, blocks, 1, threads);\n}}\n"
@@ -67,7 +67,7 @@ class Launcher:
         self._threads = threads
 
     def __call__(self, function: Any, blocks: int, address: int, stream: object) -> None:
-        assert 1 <= blocks <= _small_kernel.MOST_BLOCKS
+        assert 1 <= blocks <= _small_ways.MOST_BLOCKS
         Launcher.launches += 1
         argument = ctypes.cast(address, ctypes.POINTER(ctypes.c_void_p))[0]
         function(ctypes.c_void_p(argument), blocks, self._threads)
@@ -89,17 +89,12 @@ def _load(source: str, names: Iterable[str], device: torch.device) -> dict[str, 
 @contextmanager
 def installed() -> Iterator[None]:
     """Inside, small copies to the CPU go by the kernels as on a CUDA device."""
-    most = _small_kernel.CAPACITIES[-1]
 
     def why_not(way: str, device: torch.device, nbytes: int) -> str | None:
         if way == "inline":
             return "it is emulated on the CPU"
-        return f"it is emulated up to {most} bytes" if way == "value" and nbytes > most else None
+        return f"it is emulated up to {MOST} bytes" if way == "value" and nbytes > MOST else None
 
-    caches = (
-        _small_ways.kernels, small._by_value, small._by_kernel, small._first,
-        small._most_by_value,
-    )  # fmt: skip
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(_cuda_driver, "driver_version", lambda: 13000)
         patched.setattr(_cuda_driver, "capability", lambda device: 90)
@@ -107,8 +102,6 @@ def installed() -> Iterator[None]:
         patched.setattr(_cuda_driver, "Launcher", Launcher)
         patched.setattr(_cuda_driver, "Arguments", Arguments)
         patched.setattr(small, "_why_not", why_not)
-        for one in caches:
-            one.cache_clear()
+        forget()
         yield
-    for one in caches:
-        one.cache_clear()
+    forget()
