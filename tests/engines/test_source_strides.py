@@ -79,10 +79,10 @@ def expected_of(source: torch.Tensor, layout: str, index: tuple[Any, int, int]) 
     return dense[:, :, slots].contiguous()
 
 
-@pytest.mark.parametrize("engine, place", ENGINES)
+@pytest.mark.parametrize(("engine", "place"), ENGINES)
 @pytest.mark.parametrize("stride", [0, 1], ids=["stride 0", "one element"])
 @pytest.mark.parametrize(
-    "layout, axis", [(layout, axis) for layout, axes in AXES.items() for axis in axes]
+    ("layout", "axis"), [(layout, axis) for layout, axes in AXES.items() for axis in axes]
 )
 def test_host_to_device(
     accelerator: torch.device, engine: str, place: str, stride: int, layout: str, axis: str
@@ -97,10 +97,10 @@ def test_host_to_device(
         assert not found[:, :, COUNT:].any()
 
 
-@pytest.mark.parametrize("engine, place", ENGINES)
+@pytest.mark.parametrize(("engine", "place"), ENGINES)
 @pytest.mark.parametrize("stride", [0, 1], ids=["stride 0", "one element"])
 @pytest.mark.parametrize(
-    "layout, axis", [(layout, axis) for layout, axes in AXES.items() for axis in axes]
+    ("layout", "axis"), [(layout, axis) for layout, axes in AXES.items() for axis in axes]
 )
 def test_device_to_host(
     accelerator: torch.device, engine: str, place: str, stride: int, layout: str, axis: str
@@ -155,7 +155,7 @@ def test_one_row_for_every_token_of_a_memory_object(
         assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("engine, place", [("staged", "pageable"), ("descriptors", "pageable"),
+@pytest.mark.parametrize(("engine", "place"), [("staged", "pageable"), ("descriptors", "pageable"),
                                            ("ring", "pinned")])  # fmt: skip
 def test_an_engine_that_does_not_serve_the_memory_says_which_one_does(
     accelerator: torch.device, engine: str, place: str
