@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+import portakv
+from portakv.registry.registry import Registry
+
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -26,8 +29,43 @@ def run(page: str, code: list[str], names: dict[str, Any]) -> dict[str, Any]:
     return names
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/host.md"])
+PAGES = [
+    str(page.relative_to(ROOT))
+    for page in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
+    if BLOCK.search(page.read_text())
+]
+
+
+@pytest.fixture
+def acme(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/backends.md registers a backend, which no other test should meet."""
+    registry = Registry()
+    monkeypatch.setattr(portakv, "register_backend", registry.register)
+
+
+@pytest.mark.usefixtures("acme")
+@pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
+    run(page, blocks(page), {})
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a device to take")
+@pytest.mark.usefixtures("acme")
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_runs_with_a_cuda_build_and_no_driver(
+    page: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyPI's torch names ``cuda`` as its accelerator anywhere, unless it is asked to look."""
+
+    def current_accelerator(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
     monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
     run(page, blocks(page), {})
 

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a visitor's own tools see of an installed PortaKV."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.visitor
+
+SCRIPT = """\
+import torch
+from portakv import AdaptiveConnector, Index, KVView, copy_blocks, copy_rows
+
+view = KVView([torch.zeros(2, 4, 16, 2, 8)], "vllm-nhd")
+reveal_type(view)
+reveal_type(copy_rows(view, view, Index([0]), Index([1])))
+reveal_type(copy_blocks)
+reveal_type(AdaptiveConnector.from_gpu)
+reveal_type(AdaptiveConnector.register_kv_caches)
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What mypy says of a script that lies outside the clone."""
+    pytest.importorskip("mypy", reason="it comes with the extra `lint`")
+    folder = tmp_path_factory.mktemp("visitor")
+    (folder / "script.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "script.py"],
+        cwd=folder, capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    return done.stdout + done.stderr
+
+
+def test_static_tools_find_the_package(told: str) -> None:
+    assert 'Revealed type is "portakv.view.view.KVView"' in told
+    assert 'Revealed type is "portakv.runtime.transfer.Transfer"' in told
+    assert "error:" not in told
+
+
+def test_public_ids_caches_and_chunks_have_types(told: str) -> None:
+    """The three signatures name what they take."""
+    revealed = re.findall(r'Revealed type is "(def .*)"', told)
+    assert len(revealed) == 3
+    for signature in revealed:
+        assert not re.search(r": Any\b", signature), signature
+
+
+def test_the_old_places_of_public_names_still_work() -> None:
+    """For one release: readers, vendors and the suite import them from there."""
+    code = (
+        "from portakv.backends.base import Backend, Capabilities, Decision, Launch, Pending\n"
+        "from portakv.host.pinned import empty\nfrom portakv.errors import PortaKVError\n"
+        "from portakv.plan import CopyPlan\nfrom portakv.view import KVView\n"
+        "from portakv.index import Index\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_s_links_hold_outside_the_clone() -> None:
+    """The package index shows the README too, where a relative link leads nowhere."""
+    text = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
