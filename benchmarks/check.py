@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Judge a result file: ``python -m benchmarks.check FILE``.
+"""Judge result files: ``python -m benchmarks.check FILE...``.
 
-Prints each bar of ``bars.toml`` that concerns the file's device, with its figure and *met*,
+Prints each bar of ``bars.toml`` that concerns a file's device, with its figure and *met*,
 *accepted* or *missed*. Exit code 1 where one is missed, 2 where a file cannot be read.
 """
 
@@ -209,18 +209,27 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Judge one file; returns the exit code."""
+    """Judge files; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__)
-    parser.add_argument("file", type=Path, help="a result of `portakv bench`")
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="a result of `portakv bench`"
+    )
     parser.add_argument("--bars", type=Path, default=FILE, help="default: benchmarks/bars.toml")
     asked = parser.parse_args(argv)
+    return max(_check(file, asked.bars, len(asked.files) > 1) for file in asked.files)
+
+
+def _check(file: Path, bars: Path, named: bool) -> int:
+    """Judge one file; its part of the exit code."""
     try:
-        results = json.loads(asked.file.read_text(encoding="utf-8"))
-        verdicts = judge(results, load_bars(asked.bars))
+        results = json.loads(file.read_text(encoding="utf-8"))
+        verdicts = judge(results, load_bars(bars))
     except (OSError, ValueError, KeyError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        print(f"check: {asked.file} cannot be judged: {why}", file=sys.stderr)
+        print(f"check: {file} cannot be judged: {why}", file=sys.stderr)
         return 2
+    if named:
+        print(file)
     print_verdicts(verdicts)
     counts = {word: sum(v.word == word for v in verdicts) for word in ("met", "accepted", "missed")}
     print(", ".join(f"{count} {word}" for word, count in counts.items()))

@@ -13,17 +13,12 @@ backends=("$@")
 read -ra peers <<<"${PEERS:-}"
 
 # The packages under the names that they have once installed.
-names=$(mktemp -d)
-trap 'rm -rf "$names"' EXIT
-for folder in native conformance benchmarks examples; do
-    ln -s "$PWD/$folder" "$names/portakv_$folder"
-done
-export PYTHONPATH=$names:$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 COLUMNS=200
+export PYTHONPATH=$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 COLUMNS=200
 unset PORTAKV_BACKEND
 
 status=0
 if [[ -z ${SKIP_TESTS:-} ]]; then
-    timeout 160 python3 -m pytest -m gpu -q -p no:cacheprovider -p portakv_conformance.run.options 2>&1 |
+    timeout 160 python3 -m pytest -o addopts=--import-mode=importlib -m gpu -q -p no:cacheprovider -p portakv_conformance.run.options 2>&1 |
         tee "$out/pytest-gpu.log" || status=1
 fi
 # Past --seconds it starts nothing new; interrupted, it writes what it has measured so far.

@@ -6,27 +6,23 @@
 # the tests, of calibration and of the benchmark. Each part has a time limit and a process of its own,
 # and what was measured before it stays: the result is written anew behind each. PEERS names peers to
 # measure beside, such as "lmcache"; they come last. SKIP_TESTS=1 leaves the tests out; TESTS are the
-# files to run (default: those of the host side).
+# folders or files to run (default: those of the host side).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p "${1:?where the results go}"
 out=$(realpath "$1")
 read -ra peers <<<"${PEERS:-}"
-tests=(${TESTS:-tests/test_*_gpu.py})
+tests=(${TESTS:-tests/host tests/engines tests/blocks})
 
-# The packages under the names that they have once installed.
-names=$(mktemp -d)
 parts=$(mktemp -d)
-trap 'rm -rf "$names" "$parts"' EXIT
-for folder in native conformance benchmarks examples; do
-    ln -s "$PWD/$folder" "$names/portakv_$folder"
-done
-export PYTHONPATH=$names:$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 COLUMNS=200
+trap 'rm -rf "$parts"' EXIT
+# The packages under the names that they have once installed.
+export PYTHONPATH=$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 COLUMNS=200
 unset PORTAKV_BACKEND
 
 status=0
 if [[ -z ${SKIP_TESTS:-} ]]; then
-    timeout --signal=INT --kill-after=10 70 python3 -m pytest -m gpu -q -p no:cacheprovider \
+    timeout --signal=INT --kill-after=10 70 python3 -m pytest -o addopts=--import-mode=importlib -m gpu -q -p no:cacheprovider \
         -p portakv_conformance.run.options "${tests[@]}" >"$out/pytest-host.log" 2>&1 || status=1
     tail -n 15 "$out/pytest-host.log"
 fi

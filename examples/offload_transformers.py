@@ -60,7 +60,7 @@ def main(
     with torch.no_grad():
         prefilled = model(torch.tensor([list(PROMPT)], device=device))
     cache, first = prefilled.past_key_values, prefilled.logits[:, -1:].argmax(-1)
-    tell(f"prefill  a Llama of {LAYERS} layers read {tokens} bytes of English, a token each")
+    tell(f"prefill  a Llama of {LAYERS} layers, random weights, read {tokens} bytes of English")
 
     # 2. From there into an engine's paged caches, each token in a slot anywhere in the pool.
     kv_caches = empty_pages(device)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The suite: which shapes, arrangements, index lists and backends a preset measures."""
+"""The suite: which shapes, arrangements, index lists and backends a preset measures, and how the
+rows stand to each other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +15,22 @@ from portakv import AdaptiveConnector, Index, KVView, copy_blocks, copy_rows
 from portakv.errors import PortaKVError
 from portakv.registry.builtin import ENGINES
 from portakv.registry.registry import trace
-from portakv_benchmarks.device.peers import LMCache, PeerMissing
-from portakv_benchmarks.device.shapes import Shape
 from portakv_benchmarks.device.workload import Workload
-from portakv_benchmarks.shared.harness import Measured, Variant, measure, merge, usable
+from portakv_benchmarks.shared.harness import (
+    Measured,
+    Variant,
+    figures,
+    measure,
+    merge,
+    short,
+    usable,
+)
 from portakv_benchmarks.shared.machine import free_memory
-from portakv_benchmarks.shared.timers import Timer
+from portakv_benchmarks.shared.peers import LMCache, PeerMissing
+from portakv_benchmarks.shared.shapes import Shape
+from portakv_benchmarks.shared.timers import Call, Timer
+
+Row = dict[str, Any]
 
 #: Backends that compile each plan for seconds: measured with a few shapes and slots only.
 COMPILING = ("compiled",)
@@ -101,7 +113,7 @@ def tasks(preset: Preset, shapes: Sequence[Shape], device: torch.device) -> Iter
             yield Task(shape, arrangement, why)
 
 
-def run_task(task: Task, preset: Preset, field: Field) -> tuple[list[dict[str, Any]], list[str]]:
+def run_task(task: Task, preset: Preset, field: Field) -> tuple[list[Row], list[str]]:
     """Measure one workload in every way; a row for each, that of `copy_` first, and what was
     refused. Repeats have memory of their own."""
     repeats = preset.repeats if task.shape.payload < REPEATED_BELOW else 1
@@ -155,7 +167,7 @@ def _variants(work: Workload, preset: Preset, field: Field, refused: list[str]) 
                 refused.append(f"{backend} {index}: {error}")
         for peer in field.peers:
             try:
-                found += peer.variants(work, index)
+                found += peer_ways(peer, work, index)
             except PeerMissing as error:
                 refused.append(f"{peer.name} {index}: {error}")
     return found
@@ -194,22 +206,49 @@ def connector_ways(
         name, store, load = _by_blocks(work, backend, index)
     else:
         name, store, load = _by_slots(work, backend, index, capturable)
+    yield from both_ways(work, index, backend, store, load, name)
+
+
+def peer_ways(peer: LMCache, work: Workload, index: str) -> Iterator[Variant]:
+    """Gather and scatter by each kernel of a peer that takes such an index list.
+
+    Raises:
+        PeerMissing: it does not carry such a shape out.
+    """
+    slots = work.slots(index)
+    for kernel in peer.kernels(work.shape, index != "random"):
+        name = f"{peer.name} {kernel}"
+        source, target = (
+            peer.move_by(kernel, work.shape, slots, caches) for caches in (work.source, work.target)
+        )
+        for way in both_ways(
+            work, index, name,
+            lambda i, move=source: move(work.stored[i], True),
+            lambda i, move=target: move(work.loaded[i], False), (kernel, kernel),
+        ):  # fmt: skip
+            yield replace(way, labels={**way.labels, "peer": peer.name})
+
+
+def both_ways(
+    work: Workload, index: str, backend: str, store: Call, load: Call, names: tuple[str, str]
+) -> Iterator[Variant]:
+    """A gather and a scatter, with their checks; ``names`` are those of the calls."""
     labels = {"backend": backend, "index": index}
     yield Variant(
-        {**labels, "op": "gather", "call": name[0]},
+        {**labels, "op": "gather", "call": names[0]},
         store,
         work.poison_stored,
         lambda i: work.stored_right(i, index),
     )
     yield Variant(
-        {**labels, "op": "scatter", "call": name[1]},
+        {**labels, "op": "scatter", "call": names[1]},
         load,
         lambda i: work.poison_target(),
         lambda i: work.target_right(i, index),
     )
 
 
-Ways = tuple[tuple[str, str], Callable[[int], object], Callable[[int], object]]
+Ways = tuple[tuple[str, str], Call, Call]
 
 
 def _by_slots(work: Workload, backend: str, index: str, on_device: bool) -> Ways:
@@ -264,7 +303,7 @@ def _chunk_view(shape: Shape, chunk: torch.Tensor) -> KVView:
     return KVView(chunk, shape.chunk, kv=kv, heads=shape.heads if merged else None)
 
 
-def _row(task: Task, timer: Timer, one: Measured) -> dict[str, Any]:
+def _row(task: Task, timer: Timer, one: Measured) -> Row:
     shape = task.shape
     return {
         "kind": "copy",
@@ -279,24 +318,52 @@ def _row(task: Task, timer: Timer, one: Measured) -> dict[str, Any]:
         "tokens": shape.tokens,
         "pool_slots": shape.slots,
         "pool_bytes": shape.layers * shape.kv * shape.slots * shape.row_bytes,
-        "slots_used": _short(shape.slots_used),
-        "p10_us": _short(one.p10),
-        "p50_us": _short(one.p50),
-        "p90_us": _short(one.p90),
-        "gb_per_s": _short(2 * shape.payload / one.p50 / 1e3),
-        "ratio": _short(one.ratio),
-        "ratio_p10": _short(one.ratio_p10),
-        "ratio_p90": _short(one.ratio_p90),
-        "host_us": _short(one.host),
-        "rounds": one.rounds,
-        "repeats": [_short(ratio) for ratio in one.repeats],
+        "slots_used": short(shape.slots_used),
+        **figures(one, 2 * shape.payload),
+        "repeats": [short(ratio) for ratio in one.repeats],
         "timer": timer.name,
-        "host_hidden": one.hidden,
-        "noisy": one.noisy,
-        "verified": one.verified,
     }
 
 
-def _short(value: float) -> float:
-    """Four significant digits."""
-    return float(f"{value:.4g}")
+#: What two copies must share to be compared.
+_SAME = ("shape", "layers", "op", "index")
+_FASTEST = "cuda"
+
+
+def relate(rows: Sequence[Row]) -> None:
+    """Write figures into the rows of copies: ``to_cuda``, a backend's time / that of `cuda`;
+    ``to_peer``, its time / that of the peer's fastest kernel whose bytes were right, and which
+    one that is, ``best_peer``."""
+    groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["kind"] == "copy" and row["backend"] != "copy_":
+            groups[tuple(row[name] for name in _SAME)].append(row)
+    for group in groups.values():
+        own = [row for row in group if not row.get("peer")]
+        peers = [row for row in group if row.get("peer") and row["verified"]]
+        fastest = next((row for row in own if row["backend"] == _FASTEST), None)
+        best = min(peers, key=lambda row: float(row["p50_us"]), default=None)
+        for row in own:
+            if fastest is not None and row is not fastest:
+                row["to_cuda"] = _times(row, fastest)
+            if best is not None:
+                row["to_peer"], row["best_peer"] = _times(row, best), best["backend"]
+    ladder = [row for row in rows if row["kind"] == "ladder"]
+    for row in ladder:
+        same = [r for r in ladder if r["op"] == row["op"] and r["way"] == _FASTEST]
+        if same and row["op"] != "copy_":
+            row["to_cuda"] = _times(row, same[0])
+
+
+def peer_failures(rows: Sequence[Row]) -> list[str]:
+    """What a peer carried out wrongly, a line each."""
+    return [
+        f"{row['shape']}, layers {row['layers']}, {row['backend']} {row['op']} {row['index']}: "
+        f"some bytes were wrong"
+        for row in rows
+        if row.get("peer") and not row["verified"]
+    ]
+
+
+def _times(row: Row, other: Row) -> float:
+    return short(row["p50_us"] / other["p50_us"])

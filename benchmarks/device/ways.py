@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from portakv_benchmarks.device.shapes import Shape
-from portakv_benchmarks.device.suite import Field, ceiling, connector_ways
+from portakv_benchmarks.device.suite import Field, both_ways, ceiling, connector_ways
 from portakv_benchmarks.device.workload import Workload
-from portakv_benchmarks.shared.harness import Measured, Variant, measure, usable
+from portakv_benchmarks.shared.harness import Measured, Variant, measure, short, usable
+from portakv_benchmarks.shared.shapes import Shape
 
 #: The plain ways in the order in which they get faster.
 PLAIN = ("Python loops", "advanced indexing", "vectorised")
@@ -59,9 +59,9 @@ def _row(shape: Shape, one: Measured) -> dict[str, Any]:
         "pool_slots": shape.slots,
         "slots_used": shape.slots_used,
         "payload_bytes": shape.payload,
-        "p50_us": float(f"{one.p50:.4g}"),
-        "ratio": float(f"{one.ratio:.4g}"),
-        "host_us": float(f"{one.host:.4g}"),
+        "p50_us": short(one.p50),
+        "ratio": short(one.ratio),
+        "host_us": short(one.host),
         "rounds": one.rounds,
         "noisy": one.noisy,
         "host_hidden": one.hidden,
@@ -78,19 +78,7 @@ def _plain(work: Workload) -> Iterator[Variant]:
     }
     for name in PLAIN:
         gather, scatter = makers[name](work, slots)
-        labels = {"backend": name, "index": INDEX}
-        yield Variant(
-            {**labels, "op": "gather"},
-            gather,
-            work.poison_stored,
-            lambda i: work.stored_right(i, INDEX),
-        )
-        yield Variant(
-            {**labels, "op": "scatter"},
-            scatter,
-            lambda i: work.poison_target(),
-            lambda i: work.target_right(i, INDEX),
-        )
+        yield from both_ways(work, INDEX, name, gather, scatter, (name, name))
 
 
 def _loops(work: Workload, slots: torch.Tensor) -> tuple[Move, Move]:

@@ -6,21 +6,17 @@ Bytes are judged by plain indexing of the tensors that were built here; nothing 
 
 from __future__ import annotations
 
-import re
 from math import prod
 from typing import Any
 
 import torch
 
-from portakv_benchmarks.device.shapes import Shape
+from portakv_benchmarks.shared.shapes import POISON, Shape, fill, planes, sizes
 
 #: How the layers lie: each in an allocation of its own, or all in one.
 ARRANGEMENTS = ("apart", "together")
 
-_POISON = 0xA5
 _SEED = 20261120
-# An integer for each width: floats are compared as bits, and fp8 cannot be indexed.
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 class Workload:
@@ -65,12 +61,12 @@ class Workload:
 
     def poison_stored(self, i: int) -> None:
         """Overwrite memory object ``i`` of those that are written."""
-        self.stored[i].view(torch.uint8).fill_(_POISON)
+        self.stored[i].view(torch.uint8).fill_(POISON)
 
     def poison_target(self) -> None:
         """Overwrite the caches that are written."""
         for tensor in self.target if isinstance(self.target, list) else [self.target]:
-            tensor.view(torch.uint8).fill_(_POISON)
+            tensor.view(torch.uint8).fill_(POISON)
 
     def stored_right(self, i: int, index: str) -> bool:
         """Whether memory object ``i`` holds the source's rows, every byte."""
@@ -94,7 +90,7 @@ class Workload:
         cache = planes(self.target, self.shape.cache, self.shape)
         same = []
         for c, p in zip(chunk, cache, strict=True):
-            poison = int.from_bytes([_POISON] * p.element_size(), "big", signed=p.dtype.is_signed)
+            poison = int.from_bytes([POISON] * p.element_size(), "big", signed=p.dtype.is_signed)
             same.append((c[0] == p[block, token]).all())
             p[block, token] = poison
             same.append((p == poison).all())
@@ -107,75 +103,26 @@ class Workload:
 
     def _caches(self, salt: int | None) -> Any:
         shape = self.shape
-        sizes = _sizes(shape.cache, shape, shape.blocks, shape.block_size)
+        extents = sizes(shape.cache, shape, shape.blocks, shape.block_size)
         if not shape.layered:
-            return self._tensor(sizes, salt)
+            return self._tensor(extents, salt)
         if self.arrangement == "together":
-            return list(self._tensor((shape.layers, *sizes), salt))
+            return list(self._tensor((shape.layers, *extents), salt))
         salts = [None if salt is None else salt + 1000 * (k + 1) for k in range(shape.layers)]
-        return [self._tensor(sizes, of_layer) for of_layer in salts]
+        return [self._tensor(extents, of_layer) for of_layer in salts]
 
     def _chunk(self, salt: int | None) -> torch.Tensor:
-        return self._tensor(_sizes(self.shape.chunk, self.shape, 1, self.shape.tokens), salt)
+        return self._tensor(sizes(self.shape.chunk, self.shape, 1, self.shape.tokens), salt)
 
-    def _tensor(self, sizes: tuple[int, ...], salt: int | None) -> torch.Tensor:
+    def _tensor(self, extents: tuple[int, ...], salt: int | None) -> torch.Tensor:
         dtype = self.shape.torch_dtype
-        count = prod(sizes) * dtype.itemsize
-        words = -(-count // 8)
+        count = prod(extents) * dtype.itemsize
+        held = torch.empty(-(-count // 8), dtype=torch.int64, device=self.device)
         if salt is None:
-            held = torch.empty(words, dtype=torch.int64, device=self.device)
-            held.view(torch.uint8).fill_(_POISON)
+            held.view(torch.uint8).fill_(POISON)
         else:
-            # A counter times an odd number: every 8 bytes differ, and so do the salts.
-            held = torch.arange(words, dtype=torch.int64, device=self.device)
-            held.mul_(-0x61C8864680B583EB).add_(salt * 0x2545F4914F6CDD1D % (1 << 62))
-        return held.view(torch.uint8)[:count].view(dtype).view(sizes)
-
-
-def planes(tensors: Any, layout: str, shape: Shape) -> list[torch.Tensor]:
-    """Each plane, layers outermost, as integers ``[blocks, tokens, heads, dim]``; a chunk: 1 block.
-
-    Only for layouts without split axes, and with no container but a list over layers.
-    """
-    left, _, right = layout.rpartition("|")
-    found = []
-    for layer in range(shape.layers):
-        tensor, at_layer = (tensors[layer], None) if left.strip() else (tensors, layer)
-        tensor = tensor.view(_BITS[tensor.element_size()])
-        names = re.findall(r"\w+", right)
-        for at, group in enumerate(re.findall(r"\(.+?\)|\w+", right)):
-            if group.startswith("("):
-                sizes = [_axis(name, shape, 1, shape.tokens) for name in group[1:-1].split()]
-                tensor = tensor.unflatten(at, sizes)
-        for kv in range(shape.kv):
-            plane, left_over = tensor, list(names)
-            for name, position in (("layer", at_layer), ("kv", kv)):
-                if name in left_over:
-                    plane = plane.select(left_over.index(name), position or 0)
-                    left_over.remove(name)
-            for at, name in enumerate(("block", "token", "head", "dim")):
-                if name not in left_over:
-                    plane = plane.unsqueeze(at)
-                    left_over.insert(at, name)
-            order = [left_over.index(name) for name in ("block", "token", "head", "dim")]
-            found.append(plane.permute(order))
-    return found
-
-
-def _sizes(layout: str, shape: Shape, blocks: int, tokens: int) -> tuple[int, ...]:
-    """The size of each dimension right of the containers."""
-    groups = re.findall(r"\(.+?\)|\w+", layout.rpartition("|")[2])
-    return tuple(
-        prod(_axis(name, shape, blocks, tokens) for name in group.strip("()").split())
-        for group in groups
-    )
-
-
-def _axis(name: str, shape: Shape, blocks: int, tokens: int) -> int:
-    return {
-        "layer": shape.layers, "kv": shape.kv, "block": blocks, "token": tokens,
-        "head": shape.heads, "dim": shape.dim,
-    }[name]  # fmt: skip
+            fill(held, salt)
+        return held.view(torch.uint8)[:count].view(dtype).view(extents)
 
 
 def _index_lists(shape: Shape) -> dict[str, torch.Tensor]:

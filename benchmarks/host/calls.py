@@ -19,12 +19,13 @@ from typing import Any
 
 from portakv.errors import PortaKVError
 from portakv.plan.plan import CopyPlan
-from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, LAYER_FIRST, Case, Scene, size
+from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, LAYER_FIRST, Case, Scene
 from portakv_benchmarks.host.memory import Sides
-from portakv_benchmarks.host.suite import Bench, short
+from portakv_benchmarks.host.suite import Bench
 from portakv_benchmarks.host.ways import DESCRIPTORS, HOST, STAGED, Way, direct
 from portakv_benchmarks.shared.command import Rows, Step
-from portakv_benchmarks.shared.harness import quantile
+from portakv_benchmarks.shared.harness import quantile, short
+from portakv_benchmarks.shared.shapes import in_words
 
 _BLOCK, _LAYERS = 16, 32
 _WAYS = (direct(), STAGED, HOST, DESCRIPTORS)
@@ -48,7 +49,7 @@ def call_steps(bench: Bench) -> Iterator[Step]:
         whole = row == bench.preset.call_rows[0]
         for order in ORDERS if whole else ORDERS[:1]:
             place = Scene(_BLOCK * row, row // 256, LAYER_FIRST, "blocks", BLOCK_FIRST, order)
-            name = f"host time: rows of {size(row)}, {place.side}"
+            name = f"host time: rows of {in_words(row)}, {place.side}"
             yield name, partial(_measure, bench, Case(place, _LAYERS, tokens), whole)
 
 

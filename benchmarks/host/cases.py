@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from portakv_benchmarks.device.shapes import Shape
+from portakv_benchmarks.shared.shapes import Shape, in_words
 
 #: A directions' name, as everywhere: from the device to the host, and back.
 DIRECTIONS = ("d2h", "h2d")
@@ -58,7 +58,7 @@ class Scene:
     @property
     def name(self) -> str:
         """``2 KB runs, block-first random``."""
-        return f"{size(self.run)} runs, {self.side}"
+        return f"{in_words(self.run)} runs, {self.side}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Case:
     @property
     def name(self) -> str:
         """The scene and the payload."""
-        return f"{self.scene.name}, {size(self.payload)}"
+        return f"{self.scene.name}, {in_words(self.payload)}"
 
     @property
     def on_device(self) -> Shape:
@@ -158,11 +158,3 @@ def cases(scenes: Sequence[Scene], payloads: Sequence[int]) -> list[Case]:
     """Every payload of every scene that there is."""
     found = [case_of(scene, payload) for scene in scenes for payload in payloads]
     return [case for case in found if case is not None]
-
-
-def size(nbytes: int) -> str:
-    """Bytes in words: ``256 B``, ``2 KB``, ``32 MB``, ``1 GB``, by 1024."""
-    for unit, name in ((1 << 30, "GB"), (1 << 20, "MB"), (1 << 10, "KB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:.4g} {name}"
-    return f"{nbytes} B"

@@ -23,11 +23,9 @@ from portakv_benchmarks.host.cases import (
     case_of,
     cases,
     scene,
-    size,
 )
 from portakv_benchmarks.host.memory import Sides
-from portakv_benchmarks.host.suite import KB, MB, Bench, figures, short
-from portakv_benchmarks.host.timers import alone
+from portakv_benchmarks.host.suite import KB, MB, Bench
 from portakv_benchmarks.host.ways import (
     CHOSEN,
     DESCRIPTORS,
@@ -42,7 +40,15 @@ from portakv_benchmarks.host.ways import (
     plain,
 )
 from portakv_benchmarks.shared.command import Rows, Step
-from portakv_benchmarks.shared.harness import Measured, Variant, measure, usable
+from portakv_benchmarks.shared.harness import (
+    Measured,
+    Variant,
+    figures,
+    measure,
+    short,
+    usable,
+)
+from portakv_benchmarks.shared.shapes import in_words
 
 #: What is compared; `chosen_loss` is against the best of the first three that may be chosen.
 ENGINES = (STAGED, DESCRIPTORS, direct())
@@ -60,7 +66,7 @@ def grid_steps(bench: Bench) -> Iterator[Step]:
         mine = cases([one], preset.payloads_of(one))
         yield f"grid: {one.name}", partial(_grid, bench, mine)
     largest = cases([scene(2 * KB), scene(32 * KB, BLOCK_FIRST, "random")], [preset.largest])
-    yield f"grid: {size(preset.largest)}", partial(_grid, bench, largest)
+    yield f"grid: {in_words(preset.largest)}", partial(_grid, bench, largest)
     for one in late:
         mine = cases([one], preset.payloads_of(one))
         yield f"grid: {one.name}", partial(_grid, bench, mine)
@@ -116,7 +122,7 @@ def _measure(bench: Bench, case: Case, ways: Sequence[Way], kind: str) -> Found:
         more: list[dict[str, Any]] = [{}, *(_staging(bench, variant) for variant in good)]
         ceiling, *others = measured(bench, memcpy(sides, direction), good, case.payload)
         for variant, one in zip(good, more[1:], strict=True):
-            one["alone_us"] = short(alone(bench.timer, variant.call))
+            one["alone_us"] = short(bench.timer.alone.get(variant.call, 0.0))
             way = named[variant.labels["backend"]]
             if way.engine == CHOSEN:
                 one |= way.taken(way.move(sides, direction))

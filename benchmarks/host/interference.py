@@ -41,8 +41,9 @@ from portakv_benchmarks.host.loops import (
     matmul,
     timed_event,
 )
+from portakv_benchmarks.host.memory import Sides
 from portakv_benchmarks.host.movers import RUNS, Kept, Mover, Pump, Ways, by_call, by_memcpy, by_way
-from portakv_benchmarks.host.suite import Bench, short
+from portakv_benchmarks.host.suite import Bench
 from portakv_benchmarks.host.ways import (
     CHOSEN,
     DESCRIPTORS,
@@ -54,7 +55,8 @@ from portakv_benchmarks.host.ways import (
     direct,
 )
 from portakv_benchmarks.shared.command import Rows, Step
-from portakv_benchmarks.shared.harness import uncollected
+from portakv_benchmarks.shared.harness import short, uncollected
+from portakv_benchmarks.shared.peers import LMCache
 
 #: Ways that a bar judges are repeated in full, the others this often at most.
 _OTHERS = 2
@@ -259,13 +261,25 @@ def _peers(bench: Bench, direction: str, left_out: list[str]) -> Iterator[Mover]
     for peer, run in product(bench.peers, RUNS):
         sides = kept.at(run)
         try:
-            issue = peer.mover(sides, direction)
+            issue = _by_peer(peer, sides, direction)
         except PortaKVError as error:
             left_out.append(f"beside a loop, {peer.name} {direction}: {error}")
         else:
             mover = by_call(sides, peer.name, peer.name, direction, issue)
             mover.labels["peer"] = peer.name
             yield mover
+
+
+def _by_peer(peer: LMCache, sides: Sides, direction: str) -> Callable[[], object]:
+    """A peer's slot kernel with a chunk in pinned memory, as its connector has it.
+
+    Raises:
+        PeerMissing: its kernel does not take the cache.
+    """
+    kernel, *_ = peer.kernels(sides.case.on_device, by_blocks=False)
+    move = peer.move_by(kernel, sides.case.on_device, sides.slots(), sides.caches)
+    chunk = sides.chunk()
+    return lambda: move(chunk, direction == "d2h")
 
 
 def _row(loop: Loop, meeting: _Meeting, met: Met) -> dict[str, Any]:

@@ -7,7 +7,6 @@ are judged by plain indexing on the device; the host's come there by one plain c
 
 from __future__ import annotations
 
-import re
 from math import prod
 from typing import Any
 
@@ -15,12 +14,10 @@ import torch
 
 from portakv import Index, KVView
 from portakv.host import pinned
-from portakv_benchmarks.device.shapes import Shape
-from portakv_benchmarks.device.workload import planes
 from portakv_benchmarks.host.cases import CHUNK, Case
+from portakv_benchmarks.shared.shapes import POISON, Shape, fill, planes, sizes
 
-_POISON = 0xA5
-_POISON_WORD = int.from_bytes([_POISON] * 8, "big", signed=True)
+_POISON_WORD = int.from_bytes([POISON] * 8, "big", signed=True)
 _SEED = 20261121
 _UNIT = 256  # bytes, of which rows and the distances between them are multiples
 _GAP = 4096  # layers lie at odd distances, as separate allocations do
@@ -109,24 +106,18 @@ class Sides:
             self.device_view.table.size()
 
     @property
-    def shape(self) -> Shape:
-        """The device's side, as peers ask for it."""
-        return self.case.on_device
-
-    @property
     def device(self) -> torch.device:
         """The device."""
         return self.dense.device
 
-    def slots(self, index: str = "") -> torch.Tensor:
+    def slots(self) -> torch.Tensor:
         """The device's slot of each token, int64 on the host."""
         block, token = self._places
-        return block * self.shape.block_size + token
+        return block * self.case.on_device.block_size + token
 
     def chunk(self) -> torch.Tensor:
         """The host's memory as a chunk, of a scene that is dense."""
-        tensor: torch.Tensor = _tensors(self.case.on_host, self._region.host)
-        return tensor
+        return _tensors(self.case.on_host, self._region.host)
 
     def arguments(self, direction: str, ids: Any = None) -> tuple[Any, Any, Any, Any]:
         """What `copy_blocks` takes, for a direction; ``ids`` stand in for both sides' own."""
@@ -142,10 +133,10 @@ class Sides:
 
     def fill(self, direction: str) -> None:
         """Write bytes that name their places to the source of a direction, and of plain copies."""
-        _count(_words(self._region.device), 1)
+        fill(_words(self._region.device), 1)
         if direction == "h2d":
             scratch = self._region.scratch[: self._host_bytes]
-            _count(_words(scratch), 3)
+            fill(_words(scratch), 3)
             self._region.host[: self._host_bytes].copy_(scratch)
         self._synchronise()
 
@@ -258,40 +249,31 @@ def _units(memory: torch.Tensor) -> torch.Tensor:
 
 def _caches(shape: Shape, memory: torch.Tensor) -> tuple[Any, int]:
     """The device's tensors, and how many bytes they are spread over."""
+    extents = sizes(shape.cache, shape, shape.blocks, shape.block_size)
     if not shape.layered:
-        sizes = _sizes(shape)
-        return _tensor(memory, 0, sizes, shape), _bytes(sizes)
-    sizes, at, found = _sizes(shape), 0, []
+        return _tensor(memory, 0, extents, shape), _bytes(extents)
+    at, found = 0, []
     for layer in range(shape.layers):
-        found.append(_tensor(memory, at, sizes, shape))
-        at += _aligned(_bytes(sizes)) + (layer * layer % 7) * _GAP
+        found.append(_tensor(memory, at, extents, shape))
+        at += _aligned(_bytes(extents)) + (layer * layer % 7) * _GAP
     return found, at
 
 
-def _tensors(shape: Shape, memory: torch.Tensor) -> Any:
+def _tensors(shape: Shape, memory: torch.Tensor) -> torch.Tensor:
     return _tensor(memory, 0, _host_sizes(shape), shape)
 
 
 def _host_sizes(shape: Shape) -> tuple[int, ...]:
-    return _sizes(shape, shape.tokens if shape.cache == CHUNK else 0)
+    tokens = shape.tokens if shape.cache == CHUNK else shape.block_size
+    return sizes(shape.cache, shape, shape.blocks, tokens)
 
 
-def _sizes(shape: Shape, tokens: int = 0) -> tuple[int, ...]:
-    """The size of each dimension of a tensor of the layout."""
-    extents = {
-        "layer": shape.layers, "kv": shape.kv, "block": shape.blocks, "head": shape.heads,
-        "token": tokens or shape.block_size, "dim": shape.dim,
-    }  # fmt: skip
-    groups = re.findall(r"\(.+?\)|\w+", shape.cache.rpartition("|")[2])
-    return tuple(prod(extents[name] for name in g.strip("()").split()) for g in groups)
+def _tensor(memory: torch.Tensor, at: int, extents: tuple[int, ...], shape: Shape) -> torch.Tensor:
+    return memory[at : at + _bytes(extents)].view(shape.torch_dtype).view(extents)
 
 
-def _tensor(memory: torch.Tensor, at: int, sizes: tuple[int, ...], shape: Shape) -> torch.Tensor:
-    return memory[at : at + _bytes(sizes)].view(shape.torch_dtype).view(sizes)
-
-
-def _bytes(sizes: tuple[int, ...]) -> int:
-    return 2 * prod(sizes)
+def _bytes(extents: tuple[int, ...]) -> int:
+    return 2 * prod(extents)
 
 
 def _aligned(nbytes: int) -> int:
@@ -300,9 +282,3 @@ def _aligned(nbytes: int) -> int:
 
 def _words(memory: torch.Tensor) -> torch.Tensor:
     return memory.view(torch.int64)
-
-
-def _count(words: torch.Tensor, salt: int) -> None:
-    """Fill with a counter times an odd number: every 8 bytes differ, and so do the salts."""
-    torch.arange(words.numel(), out=words)
-    words.mul_(-0x61C8864680B583EB).add_(salt * 0x2545F4914F6CDD1D % (1 << 62))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One result out of several of `portakv bench --host --only ...`, with plots and verdicts.
 
-``python -m benchmarks.host_merge FILE... --out DIR``; a part that occurs twice counts as it is in
+``python -m benchmarks.host.merge FILE... --out DIR``; a part that occurs twice counts as it is in
 the last file. Exit code 1 where a bar is missed, 2 where the files are not of one machine.
 """
 
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from portakv_benchmarks.check import HOST_SUITE, judge, load_bars, print_verdicts
-from portakv_benchmarks.host.tables import print_host
 from portakv_benchmarks.shared.command import write
+from portakv_benchmarks.shared.tables import print_results
 
 #: What has to be the same for figures to stand beside each other.
 _SAME = ("device", "driver_version", "torch", "portakv", "python")
@@ -56,7 +56,7 @@ def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Merge files; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.host_merge", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host.merge", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     asked = parser.parse_args(argv)
@@ -64,11 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = [json.loads(file.read_text(encoding="utf-8")) for file in asked.files]
         results = merge(found)
     except (OSError, ValueError, KeyError) as error:
-        print(f"host_merge: {error}", file=sys.stderr)
+        print(f"merge: {error}", file=sys.stderr)
         return 2
     for path in write(results, asked.out, f"{results['name']}.json"):
         print(f"wrote {path}", file=sys.stderr)
-    print_host(results)
+    print_results(results)
     verdicts = judge(results, load_bars())
     print_verdicts(verdicts)
     return 1 if any(v.word == "missed" for v in verdicts) else 0

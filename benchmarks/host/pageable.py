@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from portakv.host import pinned
-from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, Case, cases, scene, size
+from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, Case, cases, scene
 from portakv_benchmarks.host.memory import Sides
-from portakv_benchmarks.host.suite import KB, Bench, figures, short
+from portakv_benchmarks.host.suite import KB, Bench
 from portakv_benchmarks.host.ways import HOST, Way, by_engine
 from portakv_benchmarks.shared.command import Rows, Step
-from portakv_benchmarks.shared.harness import Variant, measure, usable
+from portakv_benchmarks.shared.harness import Variant, figures, measure, short, usable
+from portakv_benchmarks.shared.shapes import in_words
 
 RING = "plain ring"
 TORCH = "torch, pageable"
@@ -135,7 +136,9 @@ def _plain_ways(bench: Bench, sides: Sides, direction: str) -> Sequence[Variant]
     moves: dict[str, Any] = {TORCH: lambda i: target.copy_(source)}
     for slots, nbytes in bench.preset.ring_slots:
         ring = PlainRing(bench.device, slots, nbytes)
-        moves[f"{RING}, {slots} x {size(nbytes)}"] = lambda i, ring=ring: ring.copy(target, source)
+        moves[f"{RING}, {slots} x {in_words(nbytes)}"] = lambda i, ring=ring: ring.copy(
+            target, source
+        )
     return [
         Variant(
             {"backend": name, "engine": "memcpy", "op": direction, "plain": True},

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from portakv.host import pinned
-from portakv_benchmarks.host.cases import size
-from portakv_benchmarks.host.suite import Bench, short
+from portakv_benchmarks.host.suite import Bench
 from portakv_benchmarks.shared.command import Rows, Step
+from portakv_benchmarks.shared.harness import short
+from portakv_benchmarks.shared.shapes import in_words
 
 OURS, TORCH = "pinned.allocate", "torch, pin_memory=True"
 _STATUS = Path("/proc/self/status")
@@ -34,7 +35,7 @@ Taken = tuple[Any, int | None]
 def pinning_steps(bench: Bench) -> Iterator[Step]:
     """One step."""
     nbytes = bench.preset.pinned
-    yield f"pinning {size(nbytes)}", partial(_measure, bench, nbytes)
+    yield f"pinning {in_words(nbytes)}", partial(_measure, bench, nbytes)
 
 
 def _measure(bench: Bench, nbytes: int) -> tuple[Rows, list[str]]:
@@ -67,7 +68,7 @@ def _row(name: str, nbytes: int, take: Callable[[int], Taken]) -> dict[str, Any]
     gc.collect()
     freed = perf_counter() - began
     return {
-        "kind": "host_pinning", "shape": size(nbytes), "backend": name, "payload_bytes": nbytes,
+        "kind": "host_pinning", "shape": in_words(nbytes), "backend": name, "payload_bytes": nbytes,
         "seconds": short(seconds), "free_seconds": short(freed),
         "gib_per_s": short(nbytes / seconds / (1 << 30)),
         "taken_bytes": taken, "excess_mb": short(abs(taken - nbytes) / 1e6),

@@ -28,8 +28,9 @@ from portakv.errors import PortaKVError
 from portakv.host import pinned
 from portakv.host.small import SmallCopy, choose, to_device
 from portakv_benchmarks.host.loops import timed_event
-from portakv_benchmarks.host.suite import Bench, short
+from portakv_benchmarks.host.suite import Bench
 from portakv_benchmarks.shared.command import Rows, Step
+from portakv_benchmarks.shared.harness import short
 
 Values = npt.NDArray[np.int64]
 

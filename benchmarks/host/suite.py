@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -13,10 +12,9 @@ from portakv.registry.builtin import ENGINES
 from portakv.registry.registry import trace
 from portakv_benchmarks.host.cases import BLOCK_FIRST, Case, Scene
 from portakv_benchmarks.host.memory import Region, Sides
-from portakv_benchmarks.host.peers import HostPeer
-from portakv_benchmarks.host.timers import LinkTimer, WallTimer, link_timer
 from portakv_benchmarks.host.ways import Way
-from portakv_benchmarks.shared.harness import Measured
+from portakv_benchmarks.shared.peers import LMCache
+from portakv_benchmarks.shared.timers import DeviceTimer, HostTimer
 
 KB, MB, GB = 1 << 10, 1 << 20, 1 << 30
 #: Bytes from which on the grid has fewer host sides.
@@ -86,7 +84,7 @@ class HostPreset:
         return 15 if payload <= 32 * MB else 9 if payload <= 128 * MB else 5
 
 
-PRESETS: Mapping[str, HostPreset] = {
+HOST_PRESETS: Mapping[str, HostPreset] = {
     "full": HostPreset(
         runs=(256, 2 * KB, 8 * KB, 32 * KB, 2 * MB),
         payloads=tuple(n * MB for n in (1, 4, 8, 32, 64, 128, 512)), largest=GB, seconds=1.5,
@@ -119,12 +117,14 @@ class Bench:
     """
 
     def __init__(
-        self, device: torch.device, preset: HostPreset, peers: Sequence[HostPeer] = ()
+        self, device: torch.device, preset: HostPreset, peers: Sequence[LMCache] = ()
     ) -> None:
         self.device, self.preset, self.peers = device, preset, peers
         self.module = torch.get_device_module(device)
-        self.timer: LinkTimer | WallTimer = link_timer(device)
-        self.wall = WallTimer(device)
+        self.wall = HostTimer(device)
+        # Events that tell the time are had on CUDA devices.
+        cuda = device.type == "cuda"
+        self.timer = DeviceTimer(device, link=True) if cuda else self.wall
         self._regions: dict[bool, tuple[int, Region]] = {}
         said = {d.name: d for d in trace(device)}
         #: Why an engine does not serve the device, by its name.
@@ -158,26 +158,3 @@ class Bench:
         """A new stream of the device."""
         made: torch.Stream = self.module.Stream(self.device)
         return made
-
-
-def figures(one: Measured, payload: int) -> dict[str, Any]:
-    """What a row says of times; the payload counts once in its bandwidth."""
-    return {
-        "p10_us": short(one.p10),
-        "p50_us": short(one.p50),
-        "p90_us": short(one.p90),
-        "gb_per_s": short(payload / one.p50 / 1e3),
-        "ratio": short(one.ratio),
-        "ratio_p10": short(one.ratio_p10),
-        "ratio_p90": short(one.ratio_p90),
-        "host_us": short(one.host),
-        "rounds": one.rounds,
-        "host_hidden": one.hidden,
-        "noisy": one.noisy,
-        "verified": one.verified,
-    }
-
-
-def short(value: float) -> float:
-    """Four significant digits."""
-    return float(f"{value:.4g}")

@@ -18,12 +18,13 @@ from time import perf_counter
 
 import torch
 
-from portakv_benchmarks.host.cases import DIRECTIONS, size
+from portakv_benchmarks.host.cases import DIRECTIONS
 from portakv_benchmarks.host.movers import Kept, Mover, Pump, Ways, by_memcpy, by_way, recorded
-from portakv_benchmarks.host.suite import Bench, short
+from portakv_benchmarks.host.suite import Bench
 from portakv_benchmarks.host.ways import DESCRIPTORS, HOST, HOST_DETACHED, direct
 from portakv_benchmarks.shared.command import Rows, Step
-from portakv_benchmarks.shared.harness import uncollected
+from portakv_benchmarks.shared.harness import short, uncollected
+from portakv_benchmarks.shared.shapes import in_words
 
 #: Bytes of the other's copy: what a kernel may carry out, and what surely takes a copy engine.
 OTHERS = (64, 1 << 20)
@@ -62,7 +63,7 @@ def _row(bench: Bench, direction: str, nbytes: int, rows: Rows, mover: Mover) ->
         **mover.labels,
         "payload_bytes": mover.payload,
         "other_bytes": nbytes,
-        "other": f"{size(nbytes)} copy",
+        "other": f"{in_words(nbytes)} copy",
         "alone_us": short(alone * 1e6),
         "wait_us": short(median(waits) * 1e6),
         "worst_us": short(max(waits) * 1e6),

@@ -17,9 +17,10 @@ from portakv.engines.terms import Terms
 from portakv.registry.prepared import route
 from portakv.registry.registry import choose
 from portakv.runtime.transfer import Transfer
-from portakv_benchmarks.host.cases import Case, size
+from portakv_benchmarks.host.cases import Case
 from portakv_benchmarks.host.memory import Sides
 from portakv_benchmarks.shared.harness import Variant
+from portakv_benchmarks.shared.shapes import in_words
 
 MEMCPY = "memcpy"
 CHOSEN = "host"
@@ -47,7 +48,7 @@ class Way:
         if self.engine != DESCRIPTORS.engine:
             return ""
         if case.scene.run < LEAST_RUN:
-            return (f"{self.name}: all runs under {size(LEAST_RUN)}, since each costs the host "
+            return (f"{self.name}: all runs under {in_words(LEAST_RUN)}, since each costs the host "
                     f"longer than the link")  # fmt: skip
         if case.runs > MOST_RUNS:
             return f"{self.name}, {case.name}: {case.runs} runs; measured up to {MOST_RUNS}"

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks' commands share: the device, the steps with their progress, the file."""
+"""What both suites' commands share: options, the device, steps with their progress, the file.
+
+Exit codes: 0 all bytes right, 1 some bytes wrong, 2 the command cannot be carried out.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,11 @@ from portakv.cli.console import print_json
 from portakv.errors import PortaKVError
 from portakv.registry.registry import ENVIRONMENT
 from portakv_benchmarks.check import judge, load_bars, print_verdicts
+from portakv_benchmarks.shared.tables import print_results
 
 RESULT_FORMAT = 2
 
-_WIDTH = 24  # columns of the progress bar
+_WIDTH = 24  # characters of the progress bar
 
 Rows = list[dict[str, Any]]
 #: A step's name, and what measures it: its rows, and a line for each thing that was left out.
@@ -34,8 +38,25 @@ class Refused(Exception):
     """The command cannot be carried out; its text says why."""
 
 
+def add_options(parser: argparse.ArgumentParser, presets: Sequence[str], preset: str) -> None:
+    """The options of both suites; each adds its own."""
+    parser.add_argument("--preset", choices=presets, default=preset, help=f"default: {preset}")
+    parser.add_argument("--device", help="a torch device (default: the accelerator, if any)")
+    parser.add_argument(
+        "--seconds", type=float, help="start nothing new after this time; tell what was left out"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write DIR/<device>.json, and plots of it"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON value")
+    parser.add_argument(
+        "--bars", action="store_true",
+        help="judge the figures by this project's own bars, which were set for its own machines",
+    )  # fmt: skip
+
+
 def refuse_forced() -> None:
-    """Raise `Refused` where the environment forces a backend, so that nothing can be compared."""
+    """Raise `Refused` if the environment forces a backend, so that nothing can be compared."""
     if os.environ.get(ENVIRONMENT):
         raise Refused(
             f"{ENVIRONMENT}={os.environ[ENVIRONMENT]} forces every copy through one backend, so "
@@ -50,10 +71,9 @@ def pick_device(name: str | None) -> torch.device:
         Refused: torch finds no such device here.
     """
     if name is None:
-        found = (
-            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        )
-        device = torch.device("cpu") if found is None else found
+        present = torch.accelerator.is_available()
+        device = (torch.accelerator.current_accelerator() if present else None) or "cpu"
+        device = torch.device(device)
     else:
         try:
             device = torch.device(name)
@@ -119,67 +139,20 @@ def write(results: dict[str, Any], folder: Path, name: str) -> list[Path]:
     return [path, *draw(results, folder, path.stem)]
 
 
-def _release(device: torch.device) -> None:
-    """Give memory back, so that the next workload sees what it can have."""
-    gc.collect()
-    if device.type != "cpu":
-        empty = getattr(torch.get_device_module(device), "empty_cache", None)
-        if empty is not None:
-            empty()
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Tell the steps on standard error: a bar where there is rich and a terminal, else lines."""
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    except ImportError:
-        terminal = False
-    else:
-        terminal = sys.stderr.isatty()
-    if not terminal:
-        step, began = 0, perf_counter()
-
-        def line(text: str) -> None:
-            nonlocal step
-            step += 1
-            elapsed = f"{perf_counter() - began:.0f} s"
-            print(f"[{step}/{total}] {elapsed}: {text}", file=sys.stderr, flush=True)
-
-        yield line
-        return
-    columns = (BarColumn(_WIDTH), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=total)
-        started = False
-
-        def advance(text: str) -> None:
-            nonlocal started
-            progress.update(bar, description=text, advance=int(started))
-            started = True
-
-        yield advance
-
-
 def conclude(
     verb: str,
     asked: argparse.Namespace,
     run: Callable[[argparse.Namespace], dict[str, Any]],
     file_name: Callable[[dict[str, Any]], str],
-    show: Callable[[dict[str, Any]], None],
 ) -> int:
-    """Measure, write where ``asked.out`` says, and show, as one JSON value where that was asked.
+    """Measure, write to ``asked.out``, and print, as one JSON value if that was asked; returns the
+    exit code.
 
     Args:
         verb: the command, as its error names it.
-        asked: with ``out`` and ``json``.
+        asked: with the options of `add_options`.
         run: measures.
         file_name: what the results' file is called.
-        show: prints the results.
-
-    Returns:
-        0 all bytes of ours right, 1 some wrong, 2 the command cannot be carried out.
     """
     try:
         results = run(asked)
@@ -190,8 +163,9 @@ def conclude(
     if asked.json:
         print_json(results)
     else:
-        show(results)
-        print_bars(results)
+        print_results(results)
+        if asked.bars:
+            print_bars(results)
     for path in written:
         print(f"wrote {path}", file=sys.stderr)
     right = all(row["verified"] for row in results["rows"] if not row.get("peer"))
@@ -206,3 +180,45 @@ def print_bars(results: dict[str, Any]) -> None:
         print_verdicts(measured)
     if len(measured) < len(verdicts):
         print(f"{len(verdicts) - len(measured)} bars are about rows that were not measured.")
+
+
+def _release(device: torch.device) -> None:
+    """Give memory back, so that the next workload sees what it can have."""
+    gc.collect()
+    if device.type != "cpu":
+        empty = getattr(torch.get_device_module(device), "empty_cache", None)
+        if empty is not None:
+            empty()
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """Tell the steps on standard error: a bar if there is rich and a terminal, else lines."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    except ImportError:
+        terminal = False
+    else:
+        terminal = sys.stderr.isatty()
+    step, began = 0, perf_counter()
+    if not terminal:
+
+        def line(text: str) -> None:
+            nonlocal step
+            step += 1
+            elapsed = f"{perf_counter() - began:.0f} s"
+            print(f"[{step}/{total}] {elapsed}: {text}", file=sys.stderr, flush=True)
+
+        yield line
+        return
+    columns = (BarColumn(_WIDTH), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("", total=total)
+
+        def advance(text: str) -> None:
+            nonlocal step
+            step += 1
+            progress.update(bar, description=text, completed=step - 1)
+
+        yield advance

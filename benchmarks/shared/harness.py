@@ -75,17 +75,17 @@ def usable(variants: Sequence[Variant]) -> tuple[list[Variant], list[tuple[Varia
             variant.poison(0)
             variant.call(0)
         except (PortaKVError, RuntimeError, TypeError, ValueError) as error:
-            refused.append((variant, _told(error)))
+            refused.append((variant, in_a_line(error)))
         else:
             good.append(variant)
     return good, refused
 
 
-def _told(error: BaseException) -> str:
+def in_a_line(error: BaseException) -> str:
     """An error in a line, with the one that it came up behind, if any."""
     line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     behind = error.__context__
-    return line if behind is None else f"{line} (behind {_told(behind)})"
+    return line if behind is None else f"{line} (behind {in_a_line(behind)})"
 
 
 @contextmanager
@@ -133,6 +133,29 @@ def measure(
         _summary(variant, own, samples[0], known)
         for variant, own, known in zip(everyone, samples, verified, strict=True)
     ]
+
+
+def figures(one: Measured, moved: int) -> dict[str, Any]:
+    """What a row says of times; ``moved`` bytes count in its bandwidth."""
+    return {
+        "p10_us": short(one.p10),
+        "p50_us": short(one.p50),
+        "p90_us": short(one.p90),
+        "gb_per_s": short(moved / one.p50 / 1e3),
+        "ratio": short(one.ratio),
+        "ratio_p10": short(one.ratio_p10),
+        "ratio_p90": short(one.ratio_p90),
+        "host_us": short(one.host),
+        "rounds": one.rounds,
+        "host_hidden": one.hidden,
+        "noisy": one.noisy,
+        "verified": one.verified,
+    }
+
+
+def short(value: float) -> float:
+    """Four significant digits."""
+    return float(f"{value:.4g}")
 
 
 def merge(repeats: Sequence[Sequence[Measured]]) -> list[Measured]:

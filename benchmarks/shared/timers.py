@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Timers: how long one call takes, on a CPU and on an accelerator.
+"""The two timers of the benchmarks: how long one call takes by the host's clock, or by a device's.
 
-On an accelerator the L2 cache is flushed before each call, and a delay kernel stands before the
-first event: it outlasts the host's part of the call, so that the events see device time alone.
+On a device the L2 cache is flushed before each call, and a delay kernel stands before the first
+event: it outlasts the host's part of the call, so that the events see device time alone.
 """
 
 from __future__ import annotations
@@ -10,18 +10,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 
 Call = Callable[[int], object]  # takes the number of the memory object
 
-#: Microseconds of host time from which on no delay is put in front: such calls are thousands of
-#: launches, more than a device queues, so that the host's time shows whatever the delay.
-_NEVER_HIDDEN = 20_000.0
+#: Microseconds of host time from which on no delay is put in front of a call inside a device: such
+#: calls are thousands of launches, more than a device queues, so that the host's time shows anyway.
+NEVER_HIDDEN = 20_000.0
+#: The same for copies to and from the host: with thousands of them in the queue it would fill, and
+#: the host wait for the delay itself.
+LINK_NEVER_HIDDEN = 3000.0
 #: How often a call is timed again, behind a longer delay, when its host part was seen.
 _TRIES = 4
+#: Calls on an idle device that say how long the host takes.
+_SETTLING = 5
+_LINK_SETTLING = 3
+_REST = 0.02  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,30 +53,56 @@ class Timer(Protocol):
         """Time one call with memory object ``i``."""
 
 
-class CpuTimer:
-    """`time.perf_counter` around a call: the host is the device."""
+class HostTimer:
+    """`time.perf_counter` from a call's beginning until its device has ended it.
 
-    name = "perf_counter"
+    Before a call to an accelerator the host rests: threads that torch copied with look for more
+    work for some milliseconds (libgomp: 8 - 10), and would take it from those of the next call.
+
+    Attributes:
+        alone: for each call that was settled the microseconds from its beginning on an idle device
+            until the host sees its end; forgotten with the call, whose memory it would hold.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cpu = device.type == "cpu"
+        self._synchronise = torch.get_device_module(device).synchronize
+        self.name = "perf_counter" + ("" if self._on_cpu else " round call and synchronisation")
+        self.alone: WeakKeyDictionary[Call, float] = WeakKeyDictionary()
 
     def settle(self, call: Call, objects: int) -> None:
-        """Call it with each memory object once."""
-        for i in range(objects):
-            call(i)
+        """Call it a few times."""
+        self.alone[call] = _on_idle(call, objects, self._synchronise, _LINK_SETTLING)[1]
 
     def sample(self, call: Call, i: int, settled: None) -> Sample:
         """Time one call with memory object ``i``."""
+        if not self._on_cpu:
+            self._synchronise()
+            sleep(_REST)
         start = perf_counter()
         call(i)
-        elapsed = (perf_counter() - start) * 1e6
-        return Sample(elapsed, elapsed, True)
+        issued = perf_counter()
+        self._synchronise()
+        return Sample((perf_counter() - start) * 1e6, (issued - start) * 1e6, self._on_cpu)
 
 
 class DeviceTimer:
-    """Device events, behind a flush of the L2 cache and a delay kernel."""
+    """Device events, behind a flush of the L2 cache and a delay kernel.
+
+    Args:
+        device: an accelerator.
+        link: times copies to and from the host, which take the host and the link longer.
+
+    Attributes:
+        alone: as in `HostTimer`.
+    """
 
     name = "device events, L2 flushed, delay kernel in front"
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, link: bool = False) -> None:
+        self._never_hidden = LINK_NEVER_HIDDEN if link else NEVER_HIDDEN
+        self._settling = _LINK_SETTLING if link else _SETTLING
+        self.alone: WeakKeyDictionary[Call, float] = WeakKeyDictionary()
         self._module = torch.get_device_module(device)
         self._sleep = getattr(self._module, "_sleep", None)
         if self._sleep is None:
@@ -80,21 +114,14 @@ class DeviceTimer:
         self._cycles_per_us = self._calibrate() if self._sleep else 0.0
 
     def settle(self, call: Call, objects: int) -> float:
-        """Call it with each memory object; returns the delay in microseconds that hides it, 0.0
-        where nothing can."""
-        for i in range(objects):
-            call(i)
-        hosts = []
-        for n in range(5):
-            self._module.synchronize()
-            start = perf_counter()
-            call(n % objects)
-            hosts.append((perf_counter() - start) * 1e6)
-        self._module.synchronize()
-        return 0.0 if median(hosts) > _NEVER_HIDDEN else 2 * median(hosts) + 50
+        """Call it a few times; returns the delay in microseconds that hides its host time, 0.0 if
+        nothing can."""
+        host, alone = _on_idle(call, objects, self._module.synchronize, self._settling)
+        self.alone[call] = alone
+        return 0.0 if host > self._never_hidden else 2 * host + 50
 
     def sample(self, call: Call, i: int, settled: float) -> Sample:
-        """Time one call with memory object ``i``; again, where the host was late."""
+        """Time one call with memory object ``i``; again, if the host was late."""
         for _ in range(_TRIES):
             taken = self._sample(call, i, settled)
             if taken.hidden or not self._sleep or not settled:
@@ -132,6 +159,18 @@ class DeviceTimer:
         return max(rates)
 
 
-def timer_for(device: torch.device) -> Timer:
-    """The timer of a device."""
-    return CpuTimer() if device.type == "cpu" else DeviceTimer(device)
+def _on_idle(
+    call: Call, objects: int, synchronise: Callable[[], object], times: int
+) -> tuple[float, float]:
+    """Median microseconds of the host's part of a call, and of all of it, on an idle device."""
+    for i in range(objects):
+        call(i)
+    hosts, walls = [], []
+    for n in range(times):
+        synchronise()
+        start = perf_counter()
+        call(n % objects)
+        hosts.append((perf_counter() - start) * 1e6)
+        synchronise()
+        walls.append((perf_counter() - start) * 1e6)
+    return median(hosts), median(walls)

@@ -22,9 +22,10 @@ def add_demo(verbs: Any) -> None:
     """Add `portakv demo` to the verbs."""
     parser = verbs.add_parser(
         "demo",
-        help="move a real model's KV cache out and back, and time every backend",
-        description="Moves a real model's KV cache out of its paged memory and back into other "
-        "slots, with the next tokens unchanged; then times every backend that serves this machine.",
+        help="move a model's KV cache out and back, and time the backends of this machine",
+        description="Moves the KV cache of a small Llama with random weights out of its paged "
+        "memory and back into other slots, with the next tokens unchanged; then checks and times "
+        "the backends that PortaKV chooses from here. Nothing is downloaded.",
     )
     parser.add_argument("--device", help="a torch device (default: the accelerator, else cpu)")
     parser.add_argument("--json", action="store_true", help="print one JSON value")

@@ -130,7 +130,7 @@ def _shapes(names: Sequence[str], else_all: bool) -> list[Pair]:
     if not names and not else_all:
         return []
     try:
-        from portakv_benchmarks.device.shapes import load
+        from portakv_benchmarks.shared.shapes import load
     except ImportError as error:
         raise PortaKVError(
             f"Shapes are read by portakv_benchmarks, which cannot be loaded ({error}); "

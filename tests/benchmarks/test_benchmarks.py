@@ -20,10 +20,10 @@ from support.benchmarks_cases import field
 import portakv_benchmarks.cli as bench
 from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.overhead import measure_overhead
-from portakv_benchmarks.device.shapes import Shape, load
 from portakv_benchmarks.device.workload import Workload, planes
 from portakv_benchmarks.shared.harness import Measured, Variant, measure, quantile
-from portakv_benchmarks.shared.timers import Sample, timer_for
+from portakv_benchmarks.shared.shapes import Shape, load
+from portakv_benchmarks.shared.timers import DeviceTimer, Sample
 
 CPU = torch.device("cpu")
 
@@ -308,7 +308,7 @@ def test_interrupted_it_keeps_what_it_measured(
     def interrupted(*job: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "run_task", interrupted)
+    monkeypatch.setattr(suite, "run_task", interrupted)
     words = ["--preset", "quick", "--device", "cpu", "--shape", "tiny", "--out", str(tmp_path)]
     assert bench.main(words) == 0
     (file,) = tmp_path.glob("*.json")
@@ -349,7 +349,7 @@ def test_unknown_names_are_refused(
 def test_a_tiny_shape_gives_verified_rows_on_a_gpu(tiny: Shape) -> None:
     device = torch.device("cuda", 0)
     for task in suite.tasks(QUICK, [tiny], device):
-        ways = suite.Field(["reference"], (), timer_for(device), device)
+        ways = suite.Field(["reference"], (), DeviceTimer(device), device)
         rows, _ = suite.run_task(task, QUICK, ways)
         assert all(row["verified"] and row["p50_us"] > 0 for row in rows)
         assert all(row["host_hidden"] for row in rows if row["backend"] == "copy_")

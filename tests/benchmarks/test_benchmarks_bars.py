@@ -13,8 +13,8 @@ from support.benchmarks_cases import copied
 
 from portakv.registry.registry import Registry
 from portakv_benchmarks import check, guide
-from portakv_benchmarks.device.shapes import load
-from portakv_benchmarks.shared import ratios as derive
+from portakv_benchmarks.device import suite as derive
+from portakv_benchmarks.shared.shapes import load
 
 # --- bars -------------------------------------------------------------------------------------
 

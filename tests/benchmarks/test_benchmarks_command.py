@@ -17,7 +17,7 @@ from support.benchmarks_cases import FULL, tiny
 
 import portakv_benchmarks.cli as bench
 from portakv_benchmarks.device import suite
-from portakv_benchmarks.device.startup import measure_startup
+from portakv_benchmarks.device.cold_start import measure_startup
 
 # --- starts -----------------------------------------------------------------------------------
 
@@ -48,7 +48,7 @@ def tiny_bench(monkeypatch: pytest.MonkeyPatch) -> list[str]:
               "llama3-8b-64": tiny("llama3-8b-64", tokens=64)}  # fmt: skip
     monkeypatch.setattr(bench, "load", lambda: MappingProxyType(shapes))
     full = dataclasses.replace(FULL, repeats=1, overhead_rounds=10, starts=0)
-    monkeypatch.setattr(bench, "PRESETS", {"full": full})
+    monkeypatch.setattr(suite, "PRESETS", {"full": full})
     return ["--preset", "full", "--device", "cpu", "--backend", "reference"]
 
 
@@ -110,7 +110,7 @@ def test_a_step_that_fails_leaves_the_others(
             raise RuntimeError("out of memory")
         return whole(task, *more)
 
-    monkeypatch.setattr(bench, "run_task", sometimes)
+    monkeypatch.setattr(suite, "run_task", sometimes)
     assert bench.main([*tiny_bench, "--out", str(tmp_path)]) == 0
     written = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert "seed, layers apart: RuntimeError: out of memory" in written["left_out"]

@@ -18,6 +18,7 @@ from support.benchmarks_host_rows import result, row
 import portakv_benchmarks.cli as bench
 from portakv import copy_blocks
 from portakv_benchmarks import guide
+from portakv_benchmarks.cli import PARTS
 from portakv_benchmarks.host import grid as host_grid
 from portakv_benchmarks.host import interference as host_interference
 from portakv_benchmarks.host import memory as host_memory
@@ -35,15 +36,14 @@ from portakv_benchmarks.host.cases import (
     case_of,
     cases,
     scene,
-    size,
 )
-from portakv_benchmarks.host.cli import PARTS
 from portakv_benchmarks.host.memory import Region, Sides
-from portakv_benchmarks.host.suite import GB, KB, MB, PRESETS, RARE, Bench
-from portakv_benchmarks.host.timers import WallTimer, alone
+from portakv_benchmarks.host.suite import GB, HOST_PRESETS, KB, MB, RARE, Bench
 from portakv_benchmarks.host.ways import DESCRIPTORS, HOST, MOST_RUNS, direct
+from portakv_benchmarks.shared.shapes import in_words
+from portakv_benchmarks.shared.timers import HostTimer
 
-FULL = PRESETS["full"]
+FULL = HOST_PRESETS["full"]
 CPU = torch.device("cpu")
 
 
@@ -82,7 +82,7 @@ def test_the_largest_payloads_meet_fewer_host_sides() -> None:
 
 
 def test_what_bars_judge_comes_first_and_pools_by_layer_last() -> None:
-    names = [name for name, _ in host_grid.grid_steps(Bench(CPU, PRESETS["full"]))]
+    names = [name for name, _ in host_grid.grid_steps(Bench(CPU, HOST_PRESETS["full"]))]
     late = ["layer-first" in name for name in names]
     assert late == sorted(late)
     assert sum(late) == 4
@@ -90,7 +90,7 @@ def test_what_bars_judge_comes_first_and_pools_by_layer_last() -> None:
 
 
 def test_sizes_in_words() -> None:
-    assert [size(n) for n in (256, 2 * KB, 32 * MB, GB)] == ["256 B", "2 KB", "32 MB", "1 GB"]
+    assert [in_words(n) for n in (256, 2 * KB, 32 * MB, GB)] == ["256 B", "2 KB", "32 MB", "1 GB"]
 
 
 def test_descriptors_are_not_measured_with_a_descriptor_for_each_row() -> None:
@@ -181,7 +181,7 @@ def test_two_halves_share_no_byte() -> None:
 
 
 def test_a_call_is_timed_on_an_idle_device_and_then_forgotten() -> None:
-    timer, made = WallTimer(CPU), torch.zeros(4)
+    timer, made = HostTimer(CPU), torch.zeros(4)
 
     def call(i: int) -> torch.Tensor:
         return made.add_(i)
@@ -189,7 +189,7 @@ def test_a_call_is_timed_on_an_idle_device_and_then_forgotten() -> None:
     timer.settle(call, 1)
     sample = timer.sample(call, 0, None)
     assert sample.elapsed >= sample.host > 0
-    assert alone(timer, call) > 0
+    assert timer.alone[call] > 0
     held = weakref.ref(call)
     del call
     assert held() is None

@@ -12,11 +12,11 @@ from support.benchmarks_host_rows import result, row
 from portakv_benchmarks import check
 from portakv_benchmarks.host.calls import IDS, ORDERS
 from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, SCENES, cases, scene
-from portakv_benchmarks.host.suite import KB, PRESETS
+from portakv_benchmarks.host.suite import HOST_PRESETS, KB
 from portakv_benchmarks.host.waiting import OTHERS
 from portakv_benchmarks.shared import command
 
-FULL = PRESETS["full"]
+FULL = HOST_PRESETS["full"]
 
 
 def full_result() -> list[dict[str, Any]]:

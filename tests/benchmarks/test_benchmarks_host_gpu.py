@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import portakv_benchmarks.cli as bench
-from portakv_benchmarks.host import cli as host_cli
+from portakv_benchmarks import cli as host_cli
 from portakv_benchmarks.host.loops import attention, matmul
-from portakv_benchmarks.host.suite import KB, MB, PRESETS
+from portakv_benchmarks.host.suite import HOST_PRESETS, KB, MB
 
 pytestmark = pytest.mark.gpu
 
 SMALL = dataclasses.replace(
-    PRESETS["tiny"], runs=(256, 2 * KB, 32 * KB), payloads=(512 * KB, 2 * MB), largest=2 * MB,
+    HOST_PRESETS["tiny"], runs=(256, 2 * KB, 32 * KB), payloads=(512 * KB, 2 * MB), largest=2 * MB,
     direct=2 * MB, duplex=(2 * MB,), pageable=(2 * MB,), ring_slots=((2, 256 * KB),),
     beside=2 * MB, loop_seconds=0.02, matmul=1024, attention=(2, 4, 512), large=64 * MB,
     small=(1, 64, 10_000), pinned=17 * MB,
@@ -27,7 +27,7 @@ SMALL = dataclasses.replace(
 
 def test_every_part_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
-    monkeypatch.setattr(host_cli, "PRESETS", {"full": SMALL})
+    monkeypatch.setattr(host_cli, "HOST_PRESETS", {"full": SMALL})
     words = ["--host", "--device", "cuda", "--preset", "full", "--out", str(tmp_path)]
     assert bench.main(words) == 0
     (file,) = tmp_path.glob("*-host.json")

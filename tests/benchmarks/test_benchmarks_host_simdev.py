@@ -14,20 +14,20 @@ import torch
 from support.simdev_cases import DEVICE, NAME
 
 import portakv_benchmarks.cli as bench
-from portakv_benchmarks.host import cli as host_cli
+from portakv_benchmarks import cli as host_cli
+from portakv_benchmarks.cli import PARTS
 from portakv_benchmarks.host import grid as host_grid
 from portakv_benchmarks.host import interference as host_interference
 from portakv_benchmarks.host import loops as host_loops
 from portakv_benchmarks.host import merge as host_merge
 from portakv_benchmarks.host.cases import DIRECTIONS, case_of, scene
-from portakv_benchmarks.host.cli import PARTS
 from portakv_benchmarks.host.memory import Sides
 from portakv_benchmarks.host.movers import Mover
-from portakv_benchmarks.host.peers import PeerMissing
-from portakv_benchmarks.host.suite import KB, PRESETS, Bench
+from portakv_benchmarks.host.suite import HOST_PRESETS, KB, Bench
 from portakv_benchmarks.host.ways import HOST, STAGED
 from portakv_benchmarks.shared.command import Step
 from portakv_benchmarks.shared.harness import Variant
+from portakv_benchmarks.shared.peers import PeerMissing
 
 pytestmark = pytest.mark.simdev
 
@@ -115,7 +115,7 @@ def test_an_engine_that_fails_is_told_and_the_others_stay(monkeypatch: pytest.Mo
         return whole(self, direction, ids)
 
     monkeypatch.setattr(Sides, "arguments", broken)
-    step = next(iter(host_grid.duplex_steps(Bench(DEVICE, PRESETS["tiny"]))))[1]
+    step = next(iter(host_grid.duplex_steps(Bench(DEVICE, HOST_PRESETS["tiny"]))))[1]
     rows, left_out = step()
     assert [row["backend"] for row in rows] == ["memcpy"]
     assert any("the link is down" in line for line in left_out)
@@ -144,7 +144,7 @@ class Beside:
 def beside(
     monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], None]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    bench_ = Bench(DEVICE, PRESETS["tiny"])
+    bench_ = Bench(DEVICE, HOST_PRESETS["tiny"])
     monkeypatch.setattr(host_interference, "_engines", Beside(bench_, fails))
     return next(iter(host_interference.interference_steps(bench_)))[1]()
 
@@ -159,7 +159,7 @@ def test_a_way_that_fails_beside_a_loop_leaves_the_others(
 
     rows, left_out = beside(monkeypatch, fails)
     assert [row["backend"] for row in rows] == ["memcpy", "host"]
-    assert {row["repeats"] for row in rows} == {PRESETS["tiny"].repeats}
+    assert {row["repeats"] for row in rows} == {HOST_PRESETS["tiny"].repeats}
     place = "beside matmul on the default stream, d2h"
     assert left_out == [f"{place}, bad s: RuntimeError: no such kernel"]
 
@@ -202,7 +202,7 @@ def test_peers_come_last_and_beside_a_memcpy_of_their_own(monkeypatch: pytest.Mo
 
     assert list(PARTS)[-1] == "peers"
     peers: Any = [Peer()]
-    bench_ = Bench(DEVICE, PRESETS["tiny"], peers)
+    bench_ = Bench(DEVICE, HOST_PRESETS["tiny"], peers)
     found = [measure() for _, measure in PARTS["peers"](bench_)]
     assert [row["peer"] for rows, _ in found for row in rows] == ["other"] * 4
     assert all("over_memcpy" in row and row["verified"] for rows, _ in found for row in rows)
@@ -244,13 +244,13 @@ def test_staging_is_what_a_call_takes_itself(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "reset_peak_memory_stats", lambda _: None, raising=False)
     monkeypatch.setattr(module, "max_memory_allocated", lambda _: max(taken), raising=False)
     variant = Variant({}, call, lambda i: None, lambda i: True)
-    told = [host_grid._staging(Bench(DEVICE, PRESETS["tiny"]), variant) for _ in range(2)]
+    told = [host_grid._staging(Bench(DEVICE, HOST_PRESETS["tiny"]), variant) for _ in range(2)]
     assert told == [{"staging_mb": 3.0}] * 2
     assert len({*seen, module.current_stream(DEVICE).stream_id}) == 3
 
 
 def test_what_an_overlap_allows_depends_on_the_payload() -> None:
-    bench_ = Bench(DEVICE, PRESETS["tiny"])
+    bench_ = Bench(DEVICE, HOST_PRESETS["tiny"])
     case = case_of(scene(2 * KB), 64 * KB)
     assert case is not None
     sides = bench_.sides(case)
@@ -290,7 +290,7 @@ def test_a_loop_that_is_held_up_ends_the_way_that_holds_it(monkeypatch: pytest.M
 
 
 def test_a_loop_lasts_as_long_as_was_asked_for() -> None:
-    bench_ = Bench(DEVICE, PRESETS["tiny"])
+    bench_ = Bench(DEVICE, HOST_PRESETS["tiny"])
     loop = host_interference._matmul(bench_)
     assert loop.steps >= 8
     assert host_interference._alone(bench_, loop, bench_.stream()) > 0

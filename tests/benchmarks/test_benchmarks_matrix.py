@@ -10,16 +10,17 @@ from pathlib import Path
 from time import sleep
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 from support.benchmarks_cases import CPU, FULL, field, tiny
 
 from portakv_benchmarks.device import suite
-from portakv_benchmarks.device.shapes import load
 from portakv_benchmarks.device.ways import PLAIN, run_ladder
 from portakv_benchmarks.device.workload import Workload
-from portakv_benchmarks.shared.harness import Measured, Variant, measure, merge, usable
-from portakv_benchmarks.shared.timers import CpuTimer, DeviceTimer
+from portakv_benchmarks.shared.harness import Measured, Variant, measure, merge, short, usable
+from portakv_benchmarks.shared.shapes import load
+from portakv_benchmarks.shared.timers import NEVER_HIDDEN, DeviceTimer, HostTimer
 
 # --- the matrix -------------------------------------------------------------------------------
 
@@ -68,7 +69,7 @@ def test_rows_say_how_large_and_how_full_the_pool_is(name: str) -> None:
         assert refused == []
         assert all(row["verified"] for row in rows)
         assert {row["pool_slots"] for row in rows} == {shape.slots}
-        assert {row["slots_used"] for row in rows} == {suite._short(shape.slots_used)}
+        assert {row["slots_used"] for row in rows} == {short(shape.slots_used)}
         assert {(row["op"], row["index"]) for row in rows[1:]} == {
             (op, index) for op in ("gather", "scatter") for index in shape.index
         }
@@ -152,6 +153,7 @@ def test_a_way_that_takes_too_long_to_hide_is_not_delayed() -> None:
     """Thousands of launches fill the device's queue: a longer delay would only wait longer."""
     timer = DeviceTimer.__new__(DeviceTimer)
     timer._module = SimpleNamespace(synchronize=lambda: None)
+    timer._never_hidden, timer._settling, timer.alone = NEVER_HIDDEN, 3, WeakKeyDictionary()
     assert timer.settle(lambda i: sleep(0.025), 1) == 0.0
     assert timer.settle(lambda i: None, 1) >= 50
 
@@ -173,5 +175,5 @@ def test_measuring_leaves_out_nothing_of_a_variant() -> None:
     turns = iter([True, True, False])
     late = Variant({}, lambda i: None, lambda i: None, lambda i: next(turns))
     calm = Variant({}, lambda i: None, lambda i: None, lambda i: True)
-    rows = measure(calm, [late], CpuTimer(), objects=2, rounds=5, seconds=9)
+    rows = measure(calm, [late], HostTimer(CPU), objects=2, rounds=5, seconds=9)
     assert [row.verified for row in rows] == [True, False]

@@ -15,9 +15,9 @@ import torch
 from support.benchmarks_cases import CPU, FULL, field, tiny
 
 import portakv_benchmarks.cli as bench
-from portakv_benchmarks.device import peers, suite
+from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.workload import Workload
-from portakv_benchmarks.shared import ratios as derive
+from portakv_benchmarks.shared import peers
 
 
 class FakeOps:
@@ -107,9 +107,9 @@ def test_a_peer_that_is_wrong_is_told_and_is_not_compared_with(
     monkeypatch.setattr(FakeOps, "_copy", lambda self, chunk, pointers, slots, store: None)
     peer = peers.load_peer("lmcache")
     rows, _ = suite.run_task(suite.Task(tiny(), "apart"), FULL, field(peers=(peer,)))
-    derive.relate(rows)
+    suite.relate(rows)
     assert not any("to_peer" in row for row in rows)
-    told = derive.peer_failures(rows)
+    told = suite.peer_failures(rows)
     assert len(told) == 10
     assert told[0] == (
         "seed, layers apart, lmcache slot kernel gather random: some bytes were wrong"
@@ -128,8 +128,8 @@ def test_a_kernel_that_reads_outside_of_the_cache_is_not_called(fake: FakeOps) -
     peer = peers.load_peer("lmcache")
     work = Workload(tiny("llama3-8b-cross-layer"), "together", CPU)
     with pytest.raises(peers.PeerMissing, match="reads outside"):
-        list(peer.variants(work, "random"))
-    assert {way.labels["call"] for way in peer.variants(work, "blocks")} == {"block kernel"}
+        list(suite.peer_ways(peer, work, "random"))
+    assert {way.labels["call"] for way in suite.peer_ways(peer, work, "blocks")} == {"block kernel"}
 
 
 def test_a_missing_peer_is_a_clear_error(

@@ -116,7 +116,7 @@ def test_what_copies_on_a_device_need_is_there() -> None:
 def test_the_default_is_every_shape_for_this_machines_devices(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from portakv_benchmarks.device.shapes import load
+    from portakv_benchmarks.shared.shapes import load
 
     monkeypatch.setattr(_nvrtc, "_compile", lambda source, target: f"{source} {target}".encode())
     monkeypatch.setattr(torch.version, "hip", None)
@@ -191,7 +191,7 @@ def test_an_unknown_shape() -> None:
 
 @needs_nvrtc
 def test_without_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "portakv_benchmarks.device.shapes", None)
+    monkeypatch.setitem(sys.modules, "portakv_benchmarks.shared.shapes", None)
     assert "--layout" in refuses("--arch", "90")
     assert run("warmup", "--arch", "90", "--layout", NHD, CHUNK, "--layers", "2").code == 0
 

@@ -15,7 +15,7 @@ from support.command_line import choose_tables, registered, run, run_json, settl
 from support.small_backends import small_backend
 
 from portakv import AdaptiveConnector, KVView, Transfer
-from portakv.cli.demo import model, scenario, timing
+from portakv.cli.demo import model, moves, scenario
 from portakv.cli.demo.model import ModelPart, run_model
 from portakv.cli.demo.scenario import Founding, Scenario, fitted, free_memory
 from portakv.runtime.devices import usual_device
@@ -32,7 +32,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing forced, 80 columns, three rounds of a scenario of a few kilobytes."""
     settle(monkeypatch)
     monkeypatch.setattr("portakv.cli.demo.FOUNDING", SMALL)
-    monkeypatch.setattr(timing, "ROUNDS", 3)
+    monkeypatch.setattr(moves, "ROUNDS", 3)
 
 
 @pytest.fixture
@@ -207,7 +207,11 @@ def test_every_backend_is_checked_and_timed() -> None:
         found = run_json("demo", "--device", "cpu")
     assert found["ok"] is True
     assert found["chosen"] == "twin"
-    assert [row["backend"] for row in found["moves"][:5]] == ["torch", *["twin"] * 4]
+    assert [row["backend"] for row in found["moves"][:7]] == [*["torch"] * 3, *["twin"] * 4]
+    plain = [row["call"] for row in rows_of(found, "torch")]
+    assert plain == ["copy_", "indexing", "indexing"]
+    for row in found["moves"]:  # one figure, whatever the rounds were like
+        assert row["ratio"] == found["moves"][0]["seconds"] / row["seconds"]
     for name in ("twin", "reference"):
         rows = rows_of(found, name)
         assert [row["call"] for row in rows] == ["from_gpu", "to_gpu", "copy_blocks", "copy_blocks"]
@@ -367,11 +371,34 @@ def test_free_memory_knows_the_limit_of_a_container(
     assert free_memory(torch.device("cpu")) == 3000
 
 
-def test_ratios_are_medians_of_rounds_after_one_that_does_not_count(
+def test_times_are_medians_of_rounds_after_one_that_does_not_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rounds of (copy_, work): the machine is busy in the second, the first is left out."""
     times = iter([9.0, 900.0, 1.0, 2.0, 10.0, 20.0, 1.0, 4.0])
-    monkeypatch.setattr(timing, "seconds", lambda device, work: next(times))
-    plain, ((own, ratio),) = timing.interleaved(torch.device("cpu"), int, [int])
-    assert (plain, own, ratio) == (1.0, 4.0, 0.5)
+    monkeypatch.setattr(moves, "seconds", lambda device, work: next(times))
+    assert moves.interleaved(torch.device("cpu"), [int, int]) == [1.0, 4.0]
+
+
+def test_copies_are_timed_with_the_threads_that_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With other work on the cores, four threads wait for each other: one is faster."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(moves, "seconds", lambda device, work: float(torch.get_num_threads()))
+    try:
+        torch.set_num_threads(4)
+        assert moves._fastest_threads([int]) == 1
+        monkeypatch.setattr(moves, "seconds", lambda device, work: 1 / torch.get_num_threads())
+        assert moves._fastest_threads([int]) == 4
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_what_the_demo_says_is_what_it_did() -> None:
+    """The model's weights, the backends by name, and those that it did not run."""
+    told = " ".join(run("demo", "--device", "cpu").out.split())
+    assert "a small Llama with random weights; nothing is downloaded" in told
+    assert "of KV cache through reference 24 tokens" in told
+    assert "every backend" not in told
+    assert ("compiled accepted" in told) == ("so the demo did not run it" in told)

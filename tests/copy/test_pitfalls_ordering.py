@@ -26,7 +26,7 @@ from support.simdev_cases import (
 
 from portakv import AdaptiveConnector, Index, KVView, copy_rows
 from portakv.runtime import transfer
-from portakv_benchmarks.shared.timers import DeviceTimer, timer_for
+from portakv_benchmarks.shared.timers import DeviceTimer
 from portakv_conformance import simdev
 
 pytestmark = pytest.mark.simdev
@@ -148,8 +148,7 @@ def test_a_call_that_only_enqueues_is_timed_to_its_end(monkeypatch: pytest.Monke
     small = SimpleNamespace(L2_cache_size=4096)
     module = torch.get_device_module(NAME)
     monkeypatch.setattr(module, "get_device_properties", lambda device: small, raising=False)
-    timer = timer_for(DEVICE)
-    assert isinstance(timer, DeviceTimer)
+    timer = DeviceTimer(DEVICE)
     taken = timer.sample(lambda i: simdev.delay(current(), 30), 0, 0.0)
     assert taken.elapsed >= 25_000 > taken.host
     assert not taken.hidden  # no delay kernel on this device: it does not claim to hide the host

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from portakv_benchmarks.device import suite
-from portakv_benchmarks.device.shapes import Shape, load
-from portakv_benchmarks.shared.timers import CpuTimer
+from portakv_benchmarks.shared.shapes import Shape, load
+from portakv_benchmarks.shared.timers import HostTimer
 
 CPU = torch.device("cpu")
 FULL = dataclasses.replace(suite.PRESETS["full"], rounds=5, repeats=2)
@@ -26,7 +26,7 @@ def tiny(name: str = "seed", **changes: Any) -> Shape:
 
 def field(*backends: str, peers: tuple[Any, ...] = ()) -> suite.Field:
     """What is measured, without a peer unless one is given."""
-    return suite.Field(backends or ("reference",), peers, CpuTimer(), CPU)
+    return suite.Field(backends or ("reference",), peers, HostTimer(CPU), CPU)
 
 
 def copied(backend: str, time: float, **more: Any) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv demo`: a model's KV cache out and back, then every backend checked and timed.
+"""`portakv demo`: a model's KV cache out and back, then the backends checked and timed.
 
 The demo stands above the whole library: it calls what a user calls, and the bytes that it expects
 come from plain torch indexing alone.
@@ -58,11 +58,11 @@ class _Demo:
         began = time.perf_counter()
         screen.tell_heading(self.device, self.forced)
         model = run_model(self.device, screen.tell_line)
-        scenario = self._scenario()
-        screen.tell_scenario(scenario, self.device, self.forced is not None)
-        rows = self._rows(scenario)
-        screen.tell_rows(rows)
-        screen.tell_choice(candidates_for(self.device), self.device, self.forced)
+        scenario, serving = self._scenario(), self._serving()
+        screen.tell_scenario(scenario, self.device, serving)
+        rows, threads = self._rows(scenario, serving)
+        screen.tell_rows(rows, threads)
+        screen.tell_choice(candidates_for(self.device), self.device, self.forced, serving)
         screen.tell_verdict(model, rows, time.perf_counter() - began)
         return _exit_code(model, rows)
 
@@ -70,7 +70,7 @@ class _Demo:
         """Run and print one object."""
         model = run_model(self.device, lambda line: None)
         scenario = self._scenario()
-        rows = self._rows(scenario)
+        rows, threads = self._rows(scenario, self._serving())
         code = _exit_code(model, rows)
         print_json(
             {
@@ -81,6 +81,7 @@ class _Demo:
                 "forced": self.forced,
                 "model": model.as_json(),
                 "scenario": scenario.as_json(),
+                "threads": threads,
                 "moves": [row.as_json() for row in rows],
                 "chosen": self.chosen,
                 "candidates": as_json(candidates_for(self.device)),
@@ -92,10 +93,12 @@ class _Demo:
     def _scenario(self) -> Scenario:
         return fitted(FOUNDING, free_memory(self.device))
 
-    def _rows(self, scenario: Scenario) -> list[Row]:
-        """The copies of every backend that serves the device, or of the forced one alone."""
+    def _serving(self) -> list[str]:
+        """The backends that the registry may choose here; the forced one alone if there is one."""
         names = [self.chosen] if self.forced else REGISTRY.automatic(self.device)
-        serving = [n for n in names if REGISTRY.ask(n, self.device, check=True)[0] is not None]
+        return [n for n in names if REGISTRY.ask(n, self.device, check=True)[0] is not None]
+
+    def _rows(self, scenario: Scenario, serving: list[str]) -> tuple[list[Row], int | None]:
         return measured(Founding(self.device, scenario), serving, self.forced is not None)
 
 

@@ -1,21 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's second part, how it is moved: each backend's copies, checked, then timed in rounds."""
+"""The demo's second part, how it is moved: each backend's copies, checked, then timed in rounds in
+which plain torch takes turns with them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from statistics import median
 from typing import Any
+
+import torch
 
 from portakv.blocks.blocks import copy_blocks
 from portakv.cli.demo.scenario import Founding
-from portakv.cli.demo.timing import interleaved
 from portakv.connector.connector import AdaptiveConnector
 from portakv.errors import Unsupported
 from portakv.runtime.transfer import Transfer
 from portakv.view.index import Index
 from portakv.view.view import KVView
+
+ROUNDS = 9
+#: Copies between two events on a device: the host's part of the first then hides no longer.
+REPEATS = 10
+
+Work = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -23,15 +34,15 @@ class Row:
     """One line of the table.
 
     Attributes:
-        backend: its name; "torch" for a plain ``copy_`` of the same bytes.
+        backend: its name; "torch" for what plain torch does with the same bytes.
         call: the call that was made.
         way: what it moved, in words.
         checked: bytes that were compared.
         wrong: bytes that are not what plain torch indexing says.
         refused: why the backend does not take this copy, in its own words; empty otherwise.
         failed: what it raised instead of copying; empty otherwise.
-        seconds: the median time of one copy; None where it was not timed.
-        ratio: the median, over rounds, of the time of ``copy_`` by this one's: 1 is as fast.
+        seconds: the median time of one copy; None if it was not timed.
+        ratio: ``copy_``'s ``seconds`` by its own: 1 is as fast.
     """
 
     backend: str
@@ -51,7 +62,7 @@ class Row:
 
     @property
     def right(self) -> bool:
-        """True where bytes were compared and all were right."""
+        """True if bytes were compared and all were right."""
         return self.good and not self.refused and self.checked > 0
 
     def as_json(self) -> dict[str, Any]:
@@ -61,42 +72,96 @@ class Row:
 
 @dataclass(frozen=True)
 class _Move:
-    """A copy that can be run again and again, and the check of what it left behind."""
+    """A copy that can be run again and again, and the check of what it left behind; None: it is
+    plain torch, and the check itself."""
 
     row: Row
-    run: Callable[[], Transfer]
-    wrong: Callable[[], int]
+    run: Work
+    wrong: Callable[[], int] | None = None
 
 
-def measured(founding: Founding, backends: Sequence[str], forced: bool) -> list[Row]:
+def measured(
+    founding: Founding, backends: Sequence[str], forced: bool
+) -> tuple[list[Row], int | None]:
     """Check every copy of every backend, then time in rounds those that were right.
 
     Args:
+        founding: the tensors.
+        backends: names.
         forced: a copy that the backend does not take is an error, not a row.
 
     Returns:
-        One row for each copy; the first is ``copy_``.
+        One row for each copy, those of plain torch first, `copy_` before all; and how many CPU
+        threads all were timed with, None on an accelerator.
 
     Raises:
-        Unsupported: only where ``forced``.
+        Unsupported: only if ``forced``.
     """
-    moves = [move for name in backends for move in _moves(founding, name)]
+    moves = [*_plain(founding), *(move for name in backends for move in _moves(founding, name))]
     rows = [_checked(founding, move, forced) for move in moves]
-    timed = [i for i, row in enumerate(rows) if row.right]
-    plain, times = interleaved(
-        founding.device,
-        partial(founding.chunk.copy_, founding.stored),
-        [moves[i].run for i in timed],
-    )
-    for i, (seconds, ratio) in zip(timed, times, strict=True):
-        rows[i] = replace(rows[i], seconds=seconds, ratio=ratio)
-    return [Row("torch", "copy_", "chunk -> chunk", seconds=plain, ratio=1.0), *rows]
+    timed = [i for i, row in enumerate(rows) if row.right or row.backend == "torch"]
+    works = [moves[i].run for i in timed]
+    threads = _fastest_threads(works) if founding.device.type == "cpu" else None
+    with _threads(threads):
+        times = interleaved(founding.device, works)
+    for i, own in zip(timed, times, strict=True):
+        rows[i] = replace(rows[i], seconds=own, ratio=times[0] / own)
+    return rows, threads
+
+
+def interleaved(device: torch.device, works: Sequence[Work]) -> list[float]:
+    """Each work's median seconds over `ROUNDS` rounds in which all take turns, after one round
+    that does not count."""
+    rounds = [[seconds(device, work) for work in works] for _ in range(ROUNDS + 1)][1:]
+    return [median(times) for times in zip(*rounds, strict=True)]
+
+
+def seconds(device: torch.device, work: Work) -> float:
+    """Seconds that one run takes; on a device, by its own clock and as a mean of `REPEATS`."""
+    if device.type == "cpu":
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+    first, last = (torch.Event(device, enable_timing=True) for _ in range(2))
+    first.record()
+    for _ in range(REPEATS):
+        work()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3 / REPEATS
+
+
+def _fastest_threads(works: Sequence[Work]) -> int:
+    """The number of torch's threads with which these copies take the least time now. With other
+    work on the cores one thread is: copies of a few milliseconds wait for the thread that the
+    system has set aside."""
+    most, taken = torch.get_num_threads(), dict[int, float]()
+    for count in dict.fromkeys((most, max(1, most // 2), 1)):
+        with _threads(count):
+            turns = [[seconds(torch.device("cpu"), work) for work in works] for _ in range(4)][1:]
+        taken[count] = sum(median(times) for times in zip(*turns, strict=True))
+    return min(taken, key=taken.__getitem__)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Inside, torch has so many threads; None: as many as it has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _checked(founding: Founding, move: _Move, forced: bool) -> Row:
+    if move.wrong is None:
+        return move.row
     founding.poison()
     try:
-        move.run().synchronize()
+        transfer = move.run()
+        assert isinstance(transfer, Transfer)
+        transfer.synchronize()
         return replace(move.row, wrong=move.wrong())
     except Unsupported as error:
         if forced:
@@ -104,6 +169,26 @@ def _checked(founding: Founding, move: _Move, forced: bool) -> Row:
         return replace(move.row, refused=str(error))
     except Exception as error:  # one backend's failure must not hide what the others do
         return replace(move.row, failed=f"{type(error).__name__}: {error}")
+
+
+def _plain(f: Founding) -> list[_Move]:
+    """The same bytes by plain torch: one dense copy, and indexing layer by layer, both ways."""
+    source, target = ([x.flatten(1, 2).flatten(2) for x in pool] for pool in (f.pool, f.target))
+
+    def gather() -> None:
+        for layer, cache in enumerate(source):
+            f.chunk[:, layer] = cache[:, f.slots]
+
+    def scatter() -> None:
+        for layer, cache in enumerate(target):
+            cache[:, f.slots] = f.stored[:, layer]
+
+    tokens = f.scenario.tokens
+    return [
+        _Move(Row("torch", "copy_", "chunk -> chunk"), partial(f.chunk.copy_, f.stored)),
+        _Move(Row("torch", "indexing", f"{tokens} slots -> chunk"), gather),
+        _Move(Row("torch", "indexing", f"chunk -> {tokens} slots"), scatter),
+    ]
 
 
 def _moves(f: Founding, backend: str) -> list[_Move]:
@@ -119,7 +204,7 @@ def _moves(f: Founding, backend: str) -> list[_Move]:
     )
     by_block = partial(copy_blocks, backend=backend)
 
-    def move(call: str, way: str, run: Callable[[], Transfer], ids: Any, out: bool) -> _Move:
+    def move(call: str, way: str, run: Work, ids: torch.Tensor, out: bool) -> _Move:
         row = Row(backend, call, way, checked=s.payload if out else s.pool)
         return _Move(row, run, partial(f.wrong_in_chunk if out else f.wrong_in_target, ids))
 

@@ -12,9 +12,8 @@ from portakv import __version__
 from portakv.cli.candidates import Candidate, print_candidates
 from portakv.cli.console import Column, print_table
 from portakv.cli.demo.model import ModelPart
-from portakv.cli.demo.moves import Row
+from portakv.cli.demo.moves import ROUNDS, Row
 from portakv.cli.demo.scenario import Scenario
-from portakv.cli.demo.timing import ROUNDS
 from portakv.registry.registry import ENVIRONMENT
 from portakv.runtime.devices import device_name
 
@@ -39,12 +38,15 @@ def tell_heading(device: torch.device, forced: str | None) -> None:
     """Versions, the device and what the environment forces; then the first part's title."""
     parts = [str(device), device_name(device)]
     if device.type == "cpu":
-        parts.append(f"{torch.get_num_threads()} threads")
+        threads = torch.get_num_threads()
+        parts.append(f"{threads} thread" + "s" * (threads > 1))
     where = ", ".join(part for part in parts if part)
     tell(f"PortaKV {__version__}, torch {torch.__version__}, on {where}")
     if forced:
         tell(f"{ENVIRONMENT}={forced} is set: that backend runs alone.")
     tell("\n1. A model's KV cache leaves its pages and comes back in others\n")
+    tell(_prose("The model is a small Llama with random weights; nothing is downloaded."))
+    tell("")
 
 
 def tell_line(line: str) -> None:
@@ -52,11 +54,10 @@ def tell_line(line: str) -> None:
     tell(f"  {line}")
 
 
-def tell_scenario(scenario: Scenario, device: torch.device, alone: bool) -> None:
+def tell_scenario(scenario: Scenario, device: torch.device, serving: Sequence[str]) -> None:
     """The second part's title, and what is moved."""
     s = scenario
-    backends = "the forced backend" if alone else f"every backend that serves {device}"
-    tell(f"\n2. {_size(s.payload)} of KV cache through {backends}\n")
+    tell(f"\n2. {_size(s.payload)} of KV cache through {', '.join(serving)}\n")
     text = (
         f"{s.tokens} tokens of {s.layers} layers, keys and values, {s.heads} heads of {s.dim} "
         f"fp16 numbers, between paged caches of {s.blocks} blocks of {s.block_size} tokens "
@@ -70,7 +71,7 @@ def tell_scenario(scenario: Scenario, device: torch.device, alone: bool) -> None
     tell(_prose(text))
 
 
-def tell_rows(rows: Sequence[Row]) -> None:
+def tell_rows(rows: Sequence[Row], threads: int | None) -> None:
     """The table, and what it says."""
     tell("")
     print_table(_COLUMNS, [_cells(row) for row in rows])
@@ -81,12 +82,16 @@ def tell_rows(rows: Sequence[Row]) -> None:
             tell(_prose(f"{row.backend}, {row.call}, {row.way}, {why}"))
     tell(_prose(_proven(rows)))
     tell("")
-    tell(
-        _prose(
-            "vs copy_: the speed against torch's copy_ of the same bytes from one dense chunk to "
-            f"another; 1.00x is as fast. Medians of {ROUNDS} rounds in which all took turns."
-        )
+    text = (
+        "vs copy_: the time of torch's copy_ of the same bytes from one dense chunk to another "
+        f"/ this time; 1.00x is as fast. Medians of {ROUNDS} rounds in which all took turns."
     )
+    if threads is not None and threads < torch.get_num_threads():
+        text += (
+            f" All with {threads} of {torch.get_num_threads()} threads, with which they are the "
+            f"fastest now: the cores have other work, too."
+        )
+    tell(_prose(text))
 
 
 def _proven(rows: Sequence[Row]) -> str:
@@ -99,13 +104,18 @@ def _proven(rows: Sequence[Row]) -> str:
     return f"{said} {wrong:,} bytes of other copies are WRONG." if wrong else said
 
 
-def tell_choice(candidates: Sequence[Candidate], device: torch.device, forced: str | None) -> None:
+def tell_choice(
+    candidates: Sequence[Candidate], device: torch.device, forced: str | None, run: Sequence[str]
+) -> None:
     """The third part: what the registry chooses, and every candidate's answer."""
     tell(f"\n3. What the registry chooses for {device}\n")
     print_candidates(candidates, "")
     chosen = next((c.name for c in candidates if c.chosen), "nothing")
     why = f"{ENVIRONMENT} forces it" if forced else "the first that is accepted, in this order"
-    tell("\n" + _prose(f"{chosen} is chosen: {why}."))
+    text = f"{chosen} is chosen: {why}."
+    for name in (c.name for c in candidates if c.accepted and c.name not in run and not forced):
+        text += f" {name} is used only if it is asked for, so the demo did not run it."
+    tell("\n" + _prose(text))
 
 
 def tell_verdict(model: ModelPart, rows: Sequence[Row], seconds: float) -> None:

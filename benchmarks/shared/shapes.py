@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes of real models' caches, read from ``shapes.toml``."""
+"""Shapes of real models' caches, read from ``shapes.toml``; and how bytes of such caches are made
+and found again, by plain arithmetic alone."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +22,10 @@ else:
 
 FILE = Path(__file__).resolve().parent.parent / "shapes.toml"
 
+#: What destinations hold before a copy.
+POISON = 0xA5
+# An integer for each width: floats are compared as bits, and fp8 cannot be indexed.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 #: What an index list can be: slots drawn at random, one run of slots, block ids drawn at random.
 INDEX_KINDS = ("random", "contiguous", "blocks")
 
@@ -146,3 +153,64 @@ def _check(file: str, shape: Shape, found: Mapping[str, Shape]) -> None:
             f"{numbers}; expected whole blocks where the index is `blocks`, and every number at "
             f"least 1."
         )
+
+
+def planes(tensors: Any, layout: str, shape: Shape) -> list[torch.Tensor]:
+    """Each plane, layers outermost, as integers ``[blocks, tokens, heads, dim]``; a chunk: 1 block.
+
+    Only for layouts without split axes, and with no container but a list over layers.
+    """
+    left, _, right = layout.rpartition("|")
+    found = []
+    for layer in range(shape.layers):
+        tensor, at_layer = (tensors[layer], None) if left.strip() else (tensors, layer)
+        tensor = tensor.view(_BITS[tensor.element_size()])
+        names = re.findall(r"\w+", right)
+        for at, group in enumerate(re.findall(r"\(.+?\)|\w+", right)):
+            if group.startswith("("):
+                parts = [_axis(name, shape, 1, shape.tokens) for name in group[1:-1].split()]
+                tensor = tensor.unflatten(at, parts)
+        for kv in range(shape.kv):
+            plane, left_over = tensor, list(names)
+            for name, position in (("layer", at_layer), ("kv", kv)):
+                if name in left_over:
+                    plane = plane.select(left_over.index(name), position or 0)
+                    left_over.remove(name)
+            for at, name in enumerate(("block", "token", "head", "dim")):
+                if name not in left_over:
+                    plane = plane.unsqueeze(at)
+                    left_over.insert(at, name)
+            order = [left_over.index(name) for name in ("block", "token", "head", "dim")]
+            found.append(plane.permute(order))
+    return found
+
+
+def sizes(layout: str, shape: Shape, blocks: int, tokens: int) -> tuple[int, ...]:
+    """The size of each dimension of a tensor that is read through a layout."""
+    groups = re.findall(r"\(.+?\)|\w+", layout.rpartition("|")[2])
+    return tuple(
+        prod(_axis(name, shape, blocks, tokens) for name in group.strip("()").split())
+        for group in groups
+    )
+
+
+def _axis(name: str, shape: Shape, blocks: int, tokens: int) -> int:
+    return {
+        "layer": shape.layers, "kv": shape.kv, "block": blocks, "token": tokens,
+        "head": shape.heads, "dim": shape.dim,
+    }[name]  # fmt: skip
+
+
+def fill(words: torch.Tensor, salt: int) -> torch.Tensor:
+    """Fill int64 words with a counter times an odd number: every 8 bytes differ, and so do the
+    salts. Returns them."""
+    torch.arange(words.numel(), out=words)
+    return words.mul_(-0x61C8864680B583EB).add_(salt * 0x2545F4914F6CDD1D % (1 << 62))
+
+
+def in_words(nbytes: int) -> str:
+    """``256 B``, ``2 KB``, ``32 MB``, ``1 GB``, by 1024."""
+    for unit, name in ((1 << 30, "GB"), (1 << 20, "MB"), (1 << 10, "KB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.4g} {name}"
+    return f"{nbytes} B"

@@ -8,7 +8,7 @@ PortaKV needs it. Its bytes are checked like anybody's, and what it cannot carry
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from portakv.errors import PortaKVError
-from portakv_benchmarks.device.shapes import Shape
-from portakv_benchmarks.device.workload import Workload
-from portakv_benchmarks.shared.harness import Variant
+from portakv_benchmarks.shared.shapes import Shape
+
+#: Takes a chunk, and whether the cache's rows go there (or come from there).
+Move = Callable[[torch.Tensor, bool], object]
 
 #: What `--peer` takes, and the release that figures are quoted for.
 PEERS: Mapping[str, str] = {"lmcache": "0.5.3"}
@@ -61,75 +62,53 @@ class LMCache:
 
     def __init__(self) -> None:
         self._ops, self.release = _load("lmcache", "c_ops")
+        self._ways = (self._ops.TransferDirection.H2D, self._ops.TransferDirection.D2H)
 
-    def variants(self, work: Workload, index: str) -> Iterator[Variant]:
-        """Gather and scatter by each kernel that takes such an index list.
+    def kernels(self, shape: Shape, by_blocks: bool) -> list[str]:
+        """The kernels that carry such a shape out: ``slot kernel``, and with block ids ``block
+        kernel``.
 
         Raises:
             PeerMissing: it has no name for the shape's cache, or no kernel that carries it out.
         """
-        shape = work.shape
         if shape.cache not in _FORMATS or shape.chunk != _CHUNK:
             raise PeerMissing(
                 f"LMCache has no format for a cache {shape.cache!r} with chunks {shape.chunk!r}."
             )
-        if shape.cache in _BLOCKS_ONLY and index == "random":
+        if shape.cache not in _BLOCKS_ONLY:
+            return ["slot kernel", "block kernel"] if by_blocks else ["slot kernel"]
+        if not by_blocks:
             raise PeerMissing(
                 f"LMCache's slot kernel does not carry out a cache {shape.cache!r}: it reads "
                 f"outside of it."
             )
-        if shape.cache not in _BLOCKS_ONLY:
-            yield from self._both_ways(work, index, "slot kernel", self._slot_kernel(work, index))
-        if index != "random":
-            yield from self._both_ways(work, index, "block kernel", self._block_kernel(work, index))
+        return ["block kernel"]
 
-    def _both_ways(
-        self, work: Workload, index: str, kernel: str, move: Callable[[Any, Any, bool], object]
-    ) -> Iterator[Variant]:
-        labels = {"backend": f"{self.name} {kernel}", "index": index, "peer": self.name}
-        source, target = (_pointers(caches) for caches in (work.source, work.target))
-        yield Variant(
-            {**labels, "op": "gather", "call": kernel},
-            lambda i: move(work.stored[i], source, True),
-            work.poison_stored,
-            lambda i: work.stored_right(i, index),
-        )
-        yield Variant(
-            {**labels, "op": "scatter", "call": kernel},
-            lambda i: move(work.loaded[i], target, False),
-            lambda i: work.poison_target(),
-            lambda i: work.target_right(i, index),
-        )
+    def move_by(self, kernel: str, shape: Shape, slots: torch.Tensor, caches: Any) -> Move:
+        """A call of one of its kernels, with everything that can be made beforehand.
 
-    def _slot_kernel(self, work: Workload, index: str) -> Callable[[Any, Any, bool], object]:
-        shape, ops = work.shape, self._ops
-        slots = work.slots(index).to(work.device)
-        form = getattr(ops.EngineKVFormat, _FORMATS[shape.cache])
-        ways = (ops.TransferDirection.H2D, ops.TransferDirection.D2H)
+        Args:
+            slots: of each token, int64 on the host.
+            caches: the layers' tensors, or the one that holds all, on a device.
 
-        def move(chunk: torch.Tensor, pointers: torch.Tensor, store: bool) -> None:
-            ops.multi_layer_kv_transfer(
-                chunk, pointers, slots, work.device, shape.slots, ways[store], form,
+        Returns:
+            ``move(chunk, store)``: from the caches to a chunk, or back.
+        """
+        first = caches[0] if isinstance(caches, list) else caches
+        form, device = getattr(self._ops.EngineKVFormat, _FORMATS[shape.cache]), first.device
+        pointers = _pointers(caches)
+        if kernel == "slot kernel":
+            placed = slots.to(device)
+            return lambda chunk, store: self._ops.multi_layer_kv_transfer(
+                chunk, pointers, placed, device, shape.slots, self._ways[store], form,
                 block_size=shape.block_size, head_size=shape.dim,
             )  # fmt: skip
-
-        return move
-
-    def _block_kernel(self, work: Workload, index: str) -> Callable[[Any, Any, bool], object]:
-        shape, ops = work.shape, self._ops
-        slots = work.slots(index)
-        blocks = (slots[:: shape.block_size] // shape.block_size).to(work.device)
-        form = getattr(ops.EngineKVFormat, _FORMATS[shape.cache])
-        ways = (ops.TransferDirection.H2D, ops.TransferDirection.D2H)
-        described = _describe(ops.PageBufferShapeDesc(), shape)
-
-        def move(chunk: torch.Tensor, pointers: torch.Tensor, store: bool) -> None:
-            ops.multi_layer_block_kv_transfer(
-                pointers, [chunk.data_ptr()], blocks, work.device, ways[store], described,
-                shape.tokens, form, 0,
-            )  # fmt: skip
-
-        return move
+        blocks = (slots[:: shape.block_size] // shape.block_size).to(device)
+        described = _describe(self._ops.PageBufferShapeDesc(), shape)
+        return lambda chunk, store: self._ops.multi_layer_block_kv_transfer(
+            pointers, [chunk.data_ptr()], blocks, device, self._ways[store], described,
+            shape.tokens, form, 0,
+        )  # fmt: skip
 
 
 def load_peer(name: str) -> LMCache:

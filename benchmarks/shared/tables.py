@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `portakv bench` prints of a result: a table for each kind of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from portakv.cli.console import Column, print_table
+from portakv_benchmarks.shared.shapes import in_words
+
+Row = Mapping[str, Any]
+#: A column's title; and the field that it shows, as it is ("op") or as a number on the right
+#: ("ratio:.3f", "blocks:"), "-" in rows without it; or what makes its text, on the right.
+Cell = tuple[str, "str | Callable[[Row], str]"]
+
+_FLAGS = (
+    "flags: noisy = p90 above 1.2 x median; host = the host's part shows in the time. MB and GB of "
+    "cases to the host are 2^20 and 2^30 bytes; their GB/s are 10^9, each byte counted once"
+)
+
+
+def print_results(results: Mapping[str, Any]) -> None:
+    """Print the tables of a result, one for each kind of rows."""
+    machine = results["machine"]
+    print(f"{machine['device']}, torch {machine['torch']}, Python {machine['python']}")
+    for kind, (title, cells) in _TABLES.items():
+        rows = [row for row in results["rows"] if row["kind"] == kind]
+        if kind == "ladder":
+            rows.sort(key=lambda row: (row["op"], -row["p50_us"]))
+        if rows:
+            columns = [Column(name, _is_name(shown), not _is_name(shown)) for name, shown in cells]
+            lines = [[_text(row, shown) for _, shown in cells] for row in rows]
+            print_table(columns, lines, title=title)
+    for line in results["left_out"]:
+        print(f"left out: {line}")
+    print(_FLAGS)
+
+
+def _is_name(shown: str | Callable[[Row], str]) -> bool:
+    return isinstance(shown, str) and ":" not in shown
+
+
+def _text(row: Row, shown: str | Callable[[Row], str]) -> str:
+    if not isinstance(shown, str):
+        return shown(row)
+    name, _, form = shown.partition(":")
+    if name == "verified":
+        return "right" if row[name] else "WRONG"
+    return f"{row[name]:{form}}" if name in row else "-"
+
+
+def _time(row: Row) -> str:
+    hidden = row["host_hidden"] or "perf_counter" in row.get("timer", "")
+    return f"{row['p50_us']:,.5g}" + ("" if hidden else " host")
+
+
+def _spread(row: Row) -> str:
+    return f"{row['p90_us'] / row['p50_us']:.2f}" + (" noisy" if row["noisy"] else "")
+
+
+def _best(row: Row) -> str:
+    return f"{row['best_engine']} {row['best_ratio']:.3f}" if "best_ratio" in row else "-"
+
+
+_BYTES: Cell = ("bytes", "verified")
+_WHAT: tuple[Cell, ...] = (("case", "shape"), ("way", "backend"), ("direction", "op"))
+_LINK: tuple[Cell, ...] = (
+    *_WHAT, ("us", _time), ("GB/s", "gb_per_s:.4g"), ("of memcpy", "ratio:.3f"),
+    ("p90/p50", _spread), ("alone us", "alone_us:.4g"), ("host us", "host_us:.4g"),
+)  # fmt: skip
+_TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
+    "copy": (
+        "copies, in turns with copy_; pool = slots of the cache and the share that is moved",
+        (*((name, name) for name in ("shape", "layers", "backend", "op", "index")),
+         ("MB", lambda row: f"{row['payload_bytes'] / 1e6:.4g}"),
+         ("pool", lambda row: f"{row['pool_slots']} {row['slots_used']:.2%}"), ("us", _time),
+         ("GB/s r+w", "gb_per_s:.4g"), ("of copy_", "ratio:.3f"), ("p90/p50", _spread),
+         ("x cuda", "to_cuda:.3f"), ("x peer", "to_peer:.3f"), ("host us", "host_us:.1f"), _BYTES),
+    ),
+    "ladder": (
+        "ladder: every way of moving the founding scenario",
+        (("way", "way"), ("op", "op"), ("us", _time), ("of copy_", "ratio:.4f"),
+         ("x cuda", "to_cuda:.3f"), ("host us", "host_us:.1f"), _BYTES),
+    ),
+    "overhead": (
+        "host time of a registered call, one token of one layer",
+        (("backend", "backend"), ("ids", "ids"), ("launch us", "launch_us:.2f"),
+         ("call us", "call_us:.2f"), ("added us", "added_us:.2f")),
+    ),
+    "startup": (
+        "fresh process, registration to first finished transfer",
+        (("backend", "backend"), ("cache", "cache"), ("seconds", "seconds:.3f"),
+         ("worst", "worst:.3f"), ("imports", "import_seconds:.3f")),
+    ),
+    "host_copy": (
+        "device and pinned host, in turns with a memcpy of the same bytes; alone = from the call "
+        "to its end on an idle device, nothing hidden",
+        (*_LINK, ("staging MiB", "staging_mb:.3g"), ("loss", "chosen_loss:.3f"),
+         ("chosen", "chosen"), ("best", _best), _BYTES),
+    ),
+    "host_direct": ("direct, by its limit on thread blocks", (*_LINK, _BYTES)),
+    "host_duplex": ("both directions at once", (*_LINK, ("chosen", "chosen"), _BYTES)),
+    "host_pageable": (
+        "device and pageable host, beside plain copies through a pinned ring; by the host's clock",
+        (*_WHAT, ("us", _time), ("GB/s", "gb_per_s:.4g"), ("of best ring", "to_ring:.3f"),
+         ("p90/p50", _spread), _BYTES),
+    ),
+    "host_interference": (
+        "beside a loop of compute: its slow-down, and the link's bandwidth meanwhile",
+        (("loop", "loop"), ("stream", "stream"), *_WHAT, ("blocks", "thread_blocks:"),
+         ("slow-down %", "slowdown_pct:.4g"),
+         ("repeats", lambda row: " ".join(f"{one:.1f}" for one in row["slowdowns_pct"])),
+         ("over memcpy", "over_memcpy:.4g"), ("GB/s", "link_gb_per_s:.4g"),
+         ("of memcpy", "link_ratio:.3f"), ("ran dry", "ran_dry:"), ("chosen", "chosen"), _BYTES),
+    ),
+    "host_waiting": (
+        "a copy of another stream, in the direction of transfers that follow each other, until the "
+        "host sees its end; given up after 50 ms",
+        (("other", "other"), *_WHAT, ("alone us", "alone_us:.4g"), ("us", "wait_us:.4g"),
+         ("worst us", "worst_us:.4g"), ("copies", "samples:"), ("given up", "given_up:"),
+         ("chosen", "chosen"), _BYTES),
+    ),
+    "host_small": (
+        "integers from the host, until it sees that their stream has them; busy = beside a copy of "
+        "1 GB; paced = as busy, but idle; device = by events on that stream",
+        (("integers", "integers:"), ("way", "backend"), ("idle us", "idle_us:.4g"),
+         ("paced us", "paced_us:.4g"), ("busy us", "busy_us:.4g"),
+         ("busy/paced", "busy_to_idle:.2f"), ("idle/pinned", "idle_to_pinned:.2f"),
+         ("paced/pinned", "paced_to_pinned:.2f"), ("host us", "idle_host_us:.4g"),
+         ("device us", "idle_device_us:.4g"), ("busy device us", "busy_device_us:.4g"),
+         ("overtook", "overtook:"), _BYTES),
+    ),
+    "host_pinning": (
+        "pinning, memory touched once before",
+        (("case", "shape"), ("way", "backend"), ("seconds", "seconds:.4g"),
+         ("of torch", "to_torch:.3f"), ("taken", lambda row: in_words(row["taken_bytes"])),
+         ("resident", lambda row: in_words(row["resident_bytes"])),
+         ("to free, s", "free_seconds:.4g"), _BYTES),
+    ),
+    "host_call": (
+        "host time of a block transfer; runs = pieces once neighbours are merged",
+        (*_WHAT, ("ids", "ids"), ("blocks", "blocks:"), ("planes", "planes:"),
+         ("runs", "merged_runs:"), ("host us", "host_us:.4g"), ("p90", "host_us_p90:.4g"),
+         ("idle", "idle_us:.4g"), ("first", "first_us:.4g"), ("us a run", "us_per_run:.3g"),
+         _BYTES),
+    ),
+}  # fmt: skip
