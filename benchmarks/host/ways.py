@@ -11,9 +11,8 @@ import torch
 
 from portakv import Index, copy_blocks
 from portakv.blocks.handle import BlockTransfer
-from portakv.engines.across import across
-from portakv.engines.choose import HostLaunch
-from portakv.engines.terms import Terms
+from portakv.engines.choose import HostLaunch, across
+from portakv.engines.engine import Terms
 from portakv.registry.prepared import route
 from portakv.registry.registry import choose
 from portakv.runtime.transfer import Transfer

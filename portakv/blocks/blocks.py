@@ -12,8 +12,7 @@ from portakv.blocks.block_slices import in_slices
 from portakv.blocks.handle import Asked, BlockTransfer
 from portakv.blocks.request import Order
 from portakv.copy.copy import carry, check_views, common_device, covered
-from portakv.engines.engine import Engine
-from portakv.engines.terms import Terms
+from portakv.engines.engine import Engine, Terms
 from portakv.errors import LayoutError, SlotError, Unsupported
 from portakv.registry.registry import Choice, choose
 from portakv.runtime._flight import beside, check_stream, inside
@@ -145,7 +144,7 @@ def _on_terms(src: KVView, dst: KVView, choice: Choice, terms: Terms) -> Choice:
         Unsupported: no engine carries the copy out, which would keep the limit.
     """
     if isinstance(choice.backend, Engine):
-        return _engine_on(choice, terms)
+        return _engine_on(choice, terms.of_engine)
     reached = (src.form.place, dst.form.place) in choice.can.places
     if terms.max_thread_blocks is not None and (src.device == dst.device or reached):
         raise Unsupported(

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from portakv.blocks.pump import Pump, Slice
-from portakv.engines.across import across
-from portakv.engines.terms import Terms
+from portakv.engines.choose import across
+from portakv.engines.engine import Terms
 from portakv.registry.prepared import route
 from portakv.registry.registry import Choice
 from portakv.runtime.clocks import Clock

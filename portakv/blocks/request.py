@@ -10,7 +10,7 @@ import torch
 
 from portakv.blocks.handle import Asked
 from portakv.copy.copy import carry
-from portakv.engines.terms import Terms
+from portakv.engines.engine import Terms
 from portakv.plan.move import Move
 from portakv.plan.plan import check_disjoint
 from portakv.registry.registry import Choice

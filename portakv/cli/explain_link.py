@@ -12,11 +12,10 @@ from portakv.cli.console import Column, print_json, print_prose, print_table
 from portakv.cli.delegated import accelerator_asked
 from portakv.cli.sides import in_bytes, in_time, read_bytes, read_rate
 from portakv.engines.assumed import DIRECTIONS, Assumed
-from portakv.engines.choose import Host
+from portakv.engines.choose import ORDER, Alternative, Host, Pick, pick
 from portakv.engines.costs import Costs, TableError, costs_of, read
-from portakv.engines.picking import ORDER, Alternative, Pick, pick
-from portakv.engines.shapes import Shape
-from portakv.engines.terms import OVERLAPS, Terms
+from portakv.engines.engine import OVERLAPS, Terms
+from portakv.engines.pieces import Shape
 from portakv.errors import PortaKVError
 
 #: Options that only `--host` reads, by where argparse leaves them.

@@ -10,8 +10,8 @@ import torch
 
 from portakv.copy.clean import clean
 from portakv.copy.enqueue import Piece, launch, refuse_capture
-from portakv.engines.across import across
-from portakv.engines.terms import Terms
+from portakv.engines.choose import across
+from portakv.engines.engine import Terms
 from portakv.errors import DeviceMismatch, LayoutError, PortaKVError, SlotError
 from portakv.plan.move import Move
 from portakv.plan.plan import check_disjoint

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mirrors: dense buffers in which rows lie in the order that they have in another form.
+"""Dense buffers in which rows lie in the order that they have in another form.
 
 A mirror of host memory on the device turns a scattered copy across the link into a copy inside the
 device, and few long runs across the link.
@@ -33,7 +33,7 @@ class _Factor(NamedTuple):
     extent: int  # 0: unbounded
 
 
-class Mirror:
+class DenseRows:
     """Dense buffers for rows of a form.
 
     Args:
@@ -67,9 +67,9 @@ class Mirror:
 
 
 @lru_cache(maxsize=256)
-def mirror_of(form: Form, by_layer: bool = False) -> Mirror:
+def dense_rows(form: Form, by_layer: bool = False) -> DenseRows:
     """The mirror of a form; made once."""
-    return Mirror(form, by_layer)
+    return DenseRows(form, by_layer)
 
 
 def _described(form: Form, by_layer: bool) -> tuple[str, list[int], Mapping[str, Any]]:

@@ -15,8 +15,8 @@ import torch
 
 from portakv.backends.base import Capabilities, Decision, Launch
 from portakv.engines.engine import PINNED, Engine, direction_of
-from portakv.engines.link import Pieces, crossing
-from portakv.engines.pieces import pieces_of
+from portakv.engines.link import link_of
+from portakv.engines.pieces import Pieces, pieces_of
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan
 from portakv.runtime import _flight
@@ -57,7 +57,7 @@ class _DescriptorsLaunch:
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
         self._plan, self._device = plan, device
         self._downward = direction_of(plan) == "d2h"
-        self._crossing = crossing(device)
+        self._crossing = link_of(device)
         self._known = _Known()
 
     def __call__(

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from math import inf
+from numbers import Real
+
 import torch
 
 from portakv.backends.base import Backend, Decision
-from portakv.engines.terms import Terms
+from portakv.errors import Unsupported
 from portakv.plan.plan import CopyPlan
 from portakv.registry.registry import Choice, choose
 from portakv.runtime.transfer import Pending
@@ -15,6 +19,64 @@ from portakv.view.index import Index
 #: Both directions between a device and pinned memory, and between it and pageable memory.
 PINNED = frozenset({("device", "pinned"), ("pinned", "device")})
 PAGEABLE = frozenset({("device", "pageable"), ("pageable", "device")})
+
+
+#: What else the device does meanwhile: it computes, and must not be slowed; or nothing.
+OVERLAPS = ("compute", "idle")
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a transfer may take.
+
+    Attributes:
+        overlap: ``compute``, the device runs a model meanwhile, so that nothing but copy engines
+            and short kernels may be used; or ``idle``, the fastest way whatever it takes.
+        max_thread_blocks: the most thread blocks of a kernel that reads or writes host memory;
+            None: the engine's own limit.
+        max_gbps: the most 10^9 bytes in a second; None: the link's own.
+        detached: no stream that the caller knows waits for the end, so that the next transfer need
+            not wait for this one's.
+
+    Raises:
+        Unsupported: terms that nobody can keep.
+    """
+
+    overlap: str = "compute"
+    max_thread_blocks: int | None = None
+    max_gbps: float | None = None
+    detached: bool = False
+
+    def __post_init__(self) -> None:
+        if self.overlap not in OVERLAPS:
+            raise Unsupported(
+                f"A transfer with overlap={self.overlap!r}",
+                f"expected one of {', '.join(OVERLAPS)}; pass one of these, or leave it out for "
+                f"{OVERLAPS[0]}",
+            )
+        if not isinstance(self.detached, bool):
+            raise Unsupported(
+                f"A transfer with detached={self.detached!r}",
+                "expected True or False; pass one, or leave it out for False",
+            )
+        blocks, rate = self.max_thread_blocks, self.max_gbps
+        if blocks is not None and (not isinstance(blocks, int) or blocks < 1):
+            raise Unsupported(
+                f"A transfer with max_thread_blocks={blocks!r}",
+                "expected a whole number from 1 on; pass one, or None for the engine's own limit",
+            )
+        if rate is not None and not (isinstance(rate, Real) and rate > 0):
+            raise Unsupported(
+                f"A transfer with max_gbps={rate!r}",
+                "expected 10^9 bytes in a second, above 0; pass so many, or None for the link's "
+                "own rate",
+            )
+
+    @property
+    def of_engine(self) -> Terms:
+        """What of the terms an engine differs by. The rate itself is kept by the worker that issues
+        the pieces, so engines and launches are the same at every rate."""
+        return self if self.max_gbps is None else replace(self, max_gbps=inf)
 
 
 class Engine(Backend):

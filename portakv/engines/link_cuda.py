@@ -83,7 +83,7 @@ class Copies:
 
     @property
     def fold_below(self) -> int:
-        """See `Crossing.fold_below`."""
+        """See `Link.fold_below`."""
         return ALL if self._batch is None else FOLD_BELOW
 
     def batched(self, pieces: Pieces) -> _Mask | None:
@@ -150,7 +150,7 @@ class Copies:
         )
 
 
-class CudaCrossing:
+class CudaLink:
     """Puts pieces on the link of an NVIDIA device, in any thread."""
 
     def __init__(self, device: torch.device) -> None:
@@ -165,7 +165,7 @@ class CudaCrossing:
     def copy(
         self, pieces: Pieces, src: KVView, dst: KVView, stream: torch.Stream | None = None
     ) -> None:
-        """See `Crossing.copy`."""
+        """See `Link.copy`."""
         if getattr(self._adopted, "known", None) is None:
             _cuda_driver.adopt(self.device)  # a new thread has no context yet
             self._adopted.known = True

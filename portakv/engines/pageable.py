@@ -10,7 +10,9 @@ blocks.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,14 +20,13 @@ import torch
 
 from portakv.backends.base import Capabilities, Launch
 from portakv.backends.strided import HostRows
-from portakv.engines._ring_slots import TURNS, Slots, slots
-from portakv.engines.dense import Mirror
+from portakv.engines.dense import DenseRows
 from portakv.engines.engine import PAGEABLE, PINNED, Engine, finish, read_on
-from portakv.engines.halves import Halves, in_either_order, sliced
-from portakv.engines.link import by_torch, crossing
+from portakv.engines.link import by_torch, link_of
 from portakv.engines.pieces import Pieces
-from portakv.engines.slices import RING, Sizes, cuts
+from portakv.engines.slices import RING, Sizes, TwoStages, cuts, in_either_order, sliced
 from portakv.engines.staging import Staging, mark, staging, wait
+from portakv.host import pinned
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import Route
 from portakv.runtime import _flight
@@ -35,9 +36,77 @@ if TYPE_CHECKING:
     from portakv.view.form import Form
     from portakv.view.view import KVView
 
+#: Bounce buffers of a device: while the host copies one, others cross. Of 2, 3 and 4 of 4 and 16
+#: MiB, plain copies did best through 3 of 16 on an H200.
+BUFFERS = 3
+_KEPT = 64  # views of slots that are remembered
+
+
+class BounceBuffers:
+    """The slots of one device. One transfer at a time has them, under ``lock``.
+
+    What crosses is remembered with its slot, not with the transfer: a transfer may end before its
+    last slices have crossed, or be interrupted, and the next one waits for the slot it takes.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._memory: list[torch.Tensor] = []
+        self._views: dict[tuple[int, DenseRows, int], KVView] = {}
+        self._crossing: list[torch.Stream | torch.Event | None] = [None] * BUFFERS
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of pinned memory that are held."""
+        return sum(memory.numel() for memory in self._memory)
+
+    def reserve(self, nbytes: int) -> None:
+        """Have slots of at least so many bytes each."""
+        if self._memory and self._memory[0].numel() >= nbytes:
+            return
+        for at in range(BUFFERS):
+            self.wait(at)
+        self._views.clear()
+        self._memory = []
+        self._memory = [pinned.empty(nbytes, torch.uint8) for _ in range(BUFFERS)]
+
+    def view(self, at: int, mirror: DenseRows, held: int) -> KVView:
+        """One of the slots, as rows of ``held`` slots of a mirror."""
+        key = at, mirror, held
+        known = self._views.get(key)
+        if known is None:
+            if len(self._views) >= _KEPT:
+                self._views.clear()
+            known = self._views[key] = mirror.view(self._memory[at], held)
+        return known
+
+    def begin(self, at: int, stream: torch.Stream) -> None:
+        """Something is about to cross on a stream: until `end`, the slot waits for all of it."""
+        self._crossing[at] = stream
+
+    def end(self, at: int, stream: torch.Stream) -> None:
+        """It has been enqueued."""
+        event = torch.Event(stream.device)
+        event.record(stream)
+        self._crossing[at] = event
+
+    def wait(self, at: int) -> None:
+        """Block the host until nothing crosses from or to a slot."""
+        crossing = self._crossing[at]
+        if crossing is not None:
+            crossing.synchronize()
+            self._crossing[at] = None
+
+
+@cache
+def bounce_buffers(device: torch.device) -> BounceBuffers:
+    """The slots of a device."""
+    return BounceBuffers()
+
+
 #: Each slice costs the caller about 0.1 ms, and in the first one only the link is busy, or only the
 #: host. Of 16, 24 and 32 MiB the middle did best (H200, 16 cores); a device takes
-#: `_ring_slots.TURNS` slots for them, 72 MiB of pinned memory, and a block more where one is cut.
+#: `_ring_slots.BUFFERS` slots for them, 72 MiB of pinned memory, and a block more where one is cut.
 SIZES = Sizes(whole=8 << 20, smallest=8 << 20, largest=24 << 20)
 
 
@@ -63,7 +132,7 @@ class _Slice:
 
     rows: KVView
     host: KVView
-    halves: Halves
+    halves: TwoStages
     start: int
     count: int
     theirs: Index
@@ -71,7 +140,7 @@ class _Slice:
     held: int
 
     @property
-    def mirror(self) -> Mirror:
+    def mirror(self) -> DenseRows:
         """How its rows lie while they are dense."""
         return self.halves.mirror
 
@@ -115,9 +184,9 @@ class _RingLaunch:
         self.device, self.downward = engine.device, plan.src.place == "device"
         self._host = plan.dst if self.downward else plan.src
         self.halves = in_either_order(plan, engine.half, engine.device)
-        self.crossing = crossing(engine.device)
-        self._slots = slots(engine.device)
-        self._of_host: dict[tuple[Halves, int], HostRows] = {}
+        self.crossing = link_of(engine.device)
+        self._slots = bounce_buffers(engine.device)
+        self._of_host: dict[tuple[TwoStages, int], HostRows] = {}
 
     def __call__(
         self,
@@ -188,7 +257,7 @@ class _Passage:
         self,
         launch: _RingLaunch,
         room: Staging,
-        ring: Slots,
+        ring: BounceBuffers,
         work: torch.Stream,
         slices: list[_Slice],
     ) -> None:
@@ -231,12 +300,12 @@ class _Passage:
     def _down(self) -> None:
         """To the host, while later slices cross."""
         number = len(self._slices)
-        for nth in range(min(TURNS, number)):
+        for nth in range(min(BUFFERS, number)):
             self._take(nth)
         for nth in range(number):
             self._copy(nth)
-            if nth + TURNS < number:
-                self._take(nth + TURNS)
+            if nth + BUFFERS < number:
+                self._take(nth + BUFFERS)
 
     def _up(self) -> None:
         """From the host, while earlier slices cross."""
@@ -264,7 +333,7 @@ class _Passage:
 
     def _cross(self, nth: int, mirror: KVView) -> None:
         """Between a mirror and a slot, in one copy."""
-        piece, at = self._slices[nth], nth % TURNS
+        piece, at = self._slices[nth], nth % BUFFERS
         slot = self._ring.view(at, piece.mirror, piece.held)
         src, dst = (mirror, slot) if self._launch.downward else (slot, mirror)
         used = extent(mirror.form, piece.held, piece.behind.offset, piece.count)
@@ -275,7 +344,7 @@ class _Passage:
 
     def _copy(self, nth: int) -> None:
         """The host's copy between its rows and a slot, once nothing crosses there."""
-        piece, at = self._slices[nth], nth % TURNS
+        piece, at = self._slices[nth], nth % BUFFERS
         slot = self._ring.view(at, piece.mirror, piece.held)
         half = self._launch.of_host(piece, slot)
         self._ring.wait(at)

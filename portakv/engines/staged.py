@@ -14,10 +14,18 @@ import torch
 
 from portakv.backends.base import Capabilities, Launch
 from portakv.engines.engine import PINNED, Engine, finish, read_on
-from portakv.engines.halves import in_either_order, sliced
-from portakv.engines.link import Crossing, crossing
+from portakv.engines.link import Link, link_of
 from portakv.engines.pieces import Pieces
-from portakv.engines.slices import DETACHED_RING, LONG_RING, RING, Cut, cuts, staged_sizes
+from portakv.engines.slices import (
+    DETACHED_RING,
+    LONG_RING,
+    RING,
+    Cut,
+    cuts,
+    in_either_order,
+    sliced,
+    staged_sizes,
+)
 from portakv.engines.staging import Staging, mark, staging, wait
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan
@@ -51,7 +59,7 @@ class _StagedLaunch:
         self._detached = engine.terms.detached
         self._host = plan.dst if self.downward else plan.src
         self.halves = in_either_order(plan, engine.half, engine.device)
-        self._crossing = crossing(engine.device)
+        self._crossing = link_of(engine.device)
         self.fold_below = self._crossing.fold_below
 
     def __call__(
@@ -192,9 +200,7 @@ class _Passage:
     priority, since a slice that waits for a model's kernels would leave the link idle.
     """
 
-    def __init__(
-        self, downward: bool, room: Staging, work: torch.Stream, crossing: Crossing
-    ) -> None:
+    def __init__(self, downward: bool, room: Staging, work: torch.Stream, crossing: Link) -> None:
         self._downward, self._room, self._crossing, self._work = downward, room, crossing, work
         self._half, self._link = room.half, room.link
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from portakv.engines.dense import Mirror
+from portakv.engines.dense import DenseRows
 from portakv.engines.slices import RING
 from portakv.runtime.streams import own_stream
 
@@ -43,7 +43,7 @@ class Staging:
         self._device = device
         self._each = 0
         self._room: torch.Tensor | None = None
-        self._views: dict[tuple[int, Mirror, int], KVView] = {}
+        self._views: dict[tuple[int, DenseRows, int], KVView] = {}
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +74,7 @@ class Staging:
         first, self._turn = self._turn, (self._turn + slices) % mirrors
         return [(first + nth) % mirrors for nth in range(slices)]
 
-    def mirror(self, at: int, mirror: Mirror, held: int) -> KVView:
+    def mirror(self, at: int, mirror: DenseRows, held: int) -> KVView:
         """One of the mirrors, for rows of ``held`` slots."""
         key = at, mirror, held
         known = self._views.get(key)

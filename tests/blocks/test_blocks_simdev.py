@@ -29,8 +29,7 @@ from support.simdev_cases import DEVICE, OTHER, current, on
 from portakv import DeviceMismatch, SlotError, TransferCancelled, Unsupported, copy_blocks
 from portakv.blocks import block_slices
 from portakv.blocks.pump import WINDOW
-from portakv.engines.engine import Engine
-from portakv.engines.terms import Terms
+from portakv.engines.engine import Engine, Terms
 from portakv.runtime import transfer
 from portakv_conformance import simdev
 

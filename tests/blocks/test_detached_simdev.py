@@ -17,7 +17,7 @@ from support.staging_cases import broken_at, full, small_slices
 
 from portakv import Index, Unsupported, copy_blocks
 from portakv.engines import staging
-from portakv.engines._crossing_torch import TorchCrossing
+from portakv.engines.link import TorchLink
 from portakv.engines.slices import DETACHED_RING
 from portakv.engines.staging import Staging
 from portakv.runtime import clocks
@@ -205,7 +205,7 @@ def test_one_that_failed_leaves_the_next_right(
     caches = pairs(downward, 4)
     rows = expected(caches)
     with monkeypatch.context() as patch:
-        patch.setattr(TorchCrossing, "copy", broken_at(5, TorchCrossing.copy))
+        patch.setattr(TorchLink, "copy", broken_at(5, TorchLink.copy))
         with pytest.raises(RuntimeError, match="the link is down"):
             started(caches)
     for moved in started(caches):

@@ -16,9 +16,8 @@ from portakv.cli import main
 from portakv.cli import sides as units
 from portakv.engines import calibration
 from portakv.engines.assumed import COSTS, Assumed
-from portakv.engines.calibration import GRID, Grid, _spread, by_point
+from portakv.engines.calibration import GRID, SEEN, Grid, _spread, by_point
 from portakv.engines.costs import Point, Table
-from portakv.engines.timing import SEEN
 
 no_accelerator = pytest.mark.skipif(
     torch.accelerator.is_available(), reason="this machine has an accelerator"

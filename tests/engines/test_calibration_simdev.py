@@ -19,12 +19,11 @@ from portakv.engines import calibration
 from portakv.engines import choose as chosen
 from portakv.engines import costs as table
 from portakv.engines.assumed import DIRECTIONS
-from portakv.engines.calibration import GAP, Grid, by_point, calibrate
+from portakv.engines.calibration import GAP, EventTimer, Grid, Timed, by_point, calibrate
 from portakv.engines.choose import Host, HostLaunch
 from portakv.engines.descriptors import Descriptors
 from portakv.engines.engine import PINNED, Engine
 from portakv.engines.staged import Staged
-from portakv.engines.timing import EventTimer, Timed
 from portakv.registry.builtin import BUILT_IN
 from portakv.runtime import kernel_cache as _kernel_cache
 from portakv_conformance import simdev

@@ -25,10 +25,9 @@ from support.guarded_memory import refused
 from portakv import KVView, TransferError
 from portakv.engines import link as crossing
 from portakv.engines import link_cuda as _crossing_cuda
-from portakv.engines._crossing_torch import TorchCrossing
-from portakv.engines.link import Pieces, fold
-from portakv.engines.link_cuda import FOLD_BELOW, LEAST_BATCH, Copies, CudaCrossing
-from portakv.engines.pieces import ALL, portions
+from portakv.engines.link import TorchLink
+from portakv.engines.link_cuda import FOLD_BELOW, LEAST_BATCH, Copies, CudaLink
+from portakv.engines.pieces import ALL, Pieces, portions, to_2d_copies
 from portakv.plan.runs import Runs
 from portakv.runtime import _libcuda
 from portakv.runtime import cuda as _cuda_driver
@@ -76,13 +75,13 @@ class Memory:
 def plain(count: int, width: int = 8) -> Pieces:
     """So many copies at odd distances."""
     at = np.cumsum(np.arange(count) % 3 + 1) * 2 * width
-    return fold(runs_of(at.tolist(), at[::-1].tolist(), width))
+    return to_2d_copies(runs_of(at.tolist(), at[::-1].tolist(), width))
 
 
 def rows(groups: int) -> Pieces:
     """So many pieces of nine rows."""
     src = [g * g * 128 + g * 1000 + row * 64 for g in range(groups) for row in range(9)]
-    return fold(runs_of(src, range(0, 16 * len(src), 16), 16))
+    return to_2d_copies(runs_of(src, range(0, 16 * len(src), 16), 16))
 
 
 def test_the_cases_are_what_they_say() -> None:
@@ -98,7 +97,7 @@ def test_every_byte_lands(folder: Path, batch: int | None, to_device: bool) -> N
 
     @given(drawn_runs())
     def check(runs: Runs) -> None:
-        pieces = fold(runs)
+        pieces = to_2d_copies(runs)
         memory = Memory(max((at + runs.nbytes).max(initial=0) for at in runs[:2]) + 64)
         library.forget()
         copies.copy(memory.at(pieces), to_device, STREAM)
@@ -156,14 +155,14 @@ def test_rows_are_folded_by_who_has_no_batches(library: FakeLibrary) -> None:
         FOLD_BELOW,
     )
     narrow = runs_of(range(0, 20 * FOLD_BELOW, FOLD_BELOW), range(0, 20 * 4096, 4096), 2048)
-    assert fold(wide, below=below).number == (20 if library.batches else 1)
+    assert to_2d_copies(wide, below=below).number == (20 if library.batches else 1)
     many = runs_of(
         range(0, 32 * 2 * FOLD_BELOW, 2 * FOLD_BELOW),
         range(0, 32 * FOLD_BELOW, FOLD_BELOW),
         FOLD_BELOW,
     )
-    assert fold(many, below=below).number == 1
-    assert fold(narrow, below=below).number == 1
+    assert to_2d_copies(many, below=below).number == 1
+    assert to_2d_copies(narrow, below=below).number == 1
 
 
 def test_columns_that_are_not_contiguous(library: FakeLibrary) -> None:
@@ -234,7 +233,7 @@ def views(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> tuple[KVView, KVVi
 def test_the_right_device_in_any_thread(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory, pieces = Memory(), plain(3)
     where = views(memory, monkeypatch)
-    link = CudaCrossing(torch.device("cuda", 1))
+    link = CudaLink(torch.device("cuda", 1))
     seen = []
     real = Copies.copy
 
@@ -264,7 +263,7 @@ def test_the_default_stream_is_not_given_to_a_batch(
 ) -> None:
     memory = Memory()
     where = views(memory, monkeypatch)
-    link = CudaCrossing(torch.device("cuda", 0))
+    link = CudaLink(torch.device("cuda", 0))
     for pieces in (plain(LEAST_BATCH - 1), plain(30), plain(40)):
         cuda.log.clear()
         cuda.library.forget()
@@ -283,7 +282,7 @@ def test_the_default_stream_waits_also_for_what_failed(
     memory = Memory()
     cuda.library.forget(refuse_at=0)
     with pytest.raises(TransferError):
-        CudaCrossing(torch.device("cuda", 0)).copy(
+        CudaLink(torch.device("cuda", 0)).copy(
             memory.at(plain(30)), *views(memory, monkeypatch), fake_stream(0, cuda.log)
         )
     assert cuda.log[-1] == "0 waits for 77"
@@ -298,7 +297,7 @@ def test_others_get_in_between_copies_in_a_row(cuda: Any, monkeypatch: pytest.Mo
         _crossing_cuda, "own_stream", lambda device: fake_stream(next(made), cuda.log)
     )
     where = views(memory, monkeypatch)
-    link = CudaCrossing(torch.device("cuda", 0))
+    link = CudaLink(torch.device("cuda", 0))
     beside = {5: 77, 6: 78}
     for nth in range(1, 10):
         for handle in beside:
@@ -319,7 +318,7 @@ def test_only_the_first_batch_of_a_long_list_is_short(
     memory, pieces = Memory(), plain(60)
     for name, size in (("IN_A_ROW", 480), ("FIRST_DESCRIPTORS", 3), ("GROWTH", 2)):
         monkeypatch.setattr(_crossing_cuda, name, size)
-    link = CudaCrossing(torch.device("cuda", 0))
+    link = CudaLink(torch.device("cuda", 0))
     link.copy(memory.at(pieces), *views(memory, monkeypatch), fake_stream(5, cuda.log))
     memory.judge(pieces)
     if cuda.library.batches:
@@ -329,7 +328,7 @@ def test_only_the_first_batch_of_a_long_list_is_short(
 def test_copies_beyond_the_limit_take_turns_too(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory, pieces = Memory(), plain(1, width=128)
     monkeypatch.setattr(_crossing_cuda, "IN_A_ROW", 100)
-    link = CudaCrossing(torch.device("cuda", 0))
+    link = CudaLink(torch.device("cuda", 0))
     for _ in range(4):
         link.copy(memory.at(pieces), *views(memory, monkeypatch), fake_stream(5, cuda.log))
     assert [call.stream for call in cuda.library.calls] == [5, 77, 5, 77]
@@ -338,7 +337,7 @@ def test_copies_beyond_the_limit_take_turns_too(cuda: Any, monkeypatch: pytest.M
 def test_a_long_list_crosses_in_turns(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory, pieces = Memory(), plain(60)
     monkeypatch.setattr(_crossing_cuda, "IN_A_ROW", 160)
-    link = CudaCrossing(torch.device("cuda", 0))
+    link = CudaLink(torch.device("cuda", 0))
     link.copy(memory.at(pieces), *views(memory, monkeypatch), fake_stream(5, cuda.log))
     memory.judge(pieces)
     row: dict[int, int] = {5: 0, 77: 0}
@@ -352,7 +351,7 @@ def test_a_long_list_crosses_in_turns(cuda: Any, monkeypatch: pytest.MonkeyPatch
 
 @given(drawn_runs(), st.integers(1, 200))
 def test_portions_are_the_pieces_in_their_order(runs: Runs, most: int) -> None:
-    pieces = fold(runs)
+    pieces = to_2d_copies(runs)
     found = list(portions(pieces, most))
     for whole, *parts in zip(pieces, *found, strict=True):
         assert np.concatenate(parts).tolist() == whole.tolist()
@@ -371,4 +370,4 @@ def test_who_is_asked_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "ROCm" in str(ask(cuda))
     monkeypatch.setattr(_libcuda, "library", lambda: ctypes.CDLL("libnone.so.7"))
     assert "libnone.so.7" in str(ask(cuda))
-    assert isinstance(crossing.crossing(torch.device("meta")), TorchCrossing)
+    assert isinstance(crossing.crossing(torch.device("meta")), TorchLink)

@@ -19,8 +19,9 @@ from support.guarded_memory import refused
 from portakv import CopyPlan, Index, KVView, TransferError
 from portakv.engines import link_cuda as _crossing_cuda
 from portakv.engines.descriptors import Descriptors
-from portakv.engines.link import Pieces, crossing, fold
-from portakv.engines.link_cuda import LEAST_BATCH, MOST_DESCRIPTORS, CudaCrossing
+from portakv.engines.link import link_of
+from portakv.engines.link_cuda import LEAST_BATCH, MOST_DESCRIPTORS, CudaLink
+from portakv.engines.pieces import Pieces, to_2d_copies
 from portakv.host import pinned
 from portakv.runtime import _flight
 from portakv.runtime import cuda as _cuda_driver
@@ -54,7 +55,7 @@ class Link:
         placed = pieces._replace(
             dst=pieces.dst + self.dst.data_ptr(), src=pieces.src + self.src.data_ptr()
         )
-        crossing(DEVICE).copy(placed, bytes_view(self.src), bytes_view(self.dst), stream)
+        link_of(DEVICE).copy(placed, bytes_view(self.src), bytes_view(self.dst), stream)
 
     def judge(self, pieces: Pieces) -> None:
         torch.cuda.synchronize()
@@ -74,15 +75,17 @@ def streams() -> list[torch.Stream | None]:
 def scattered(count: int, width: int = 5) -> Pieces:
     """So many plain copies at odd addresses, in no order."""
     order = np.random.default_rng(count).permutation(count)
-    pieces = fold(runs_of((np.arange(count) * 16 + 3).tolist(), (order * 7 + 1).tolist(), width))
+    pieces = to_2d_copies(
+        runs_of((np.arange(count) * 16 + 3).tolist(), (order * 7 + 1).tolist(), width)
+    )
     assert pieces.number >= count // 2
     return pieces
 
 
 def test_the_driver_copies_for_this_device() -> None:
     assert _crossing_cuda.why_not(DEVICE) is None
-    link = crossing(DEVICE)
-    assert isinstance(link, CudaCrossing)
+    link = link_of(DEVICE)
+    assert isinstance(link, CudaLink)
     batches = link._copies.batched(scattered(LEAST_BATCH)) is not None
     assert batches == (_cuda_driver.driver_version() >= 12080)
 
@@ -92,7 +95,7 @@ def test_every_byte_of_any_pieces(to_device: bool) -> None:
     @settings(max_examples=60, deadline=None)
     @given(drawn_runs())
     def check(runs: object) -> None:
-        pieces = fold(runs)  # type: ignore[arg-type]
+        pieces = to_2d_copies(runs)  # type: ignore[arg-type]
         link = Link(to_device)
         link.copy(pieces)
         link.judge(pieces)
@@ -118,7 +121,7 @@ def test_rows_at_odd_addresses_beside_plain_copies(to_device: bool, which: int) 
         count = min(200, ROOM // 4 // (width + 3))
         src = [at * (width + 3) + 1 for at in range(count)]
         dst = [at * (width + 1) + 5 for at in range(count)]
-        rows = fold(runs_of(src, dst, width))
+        rows = to_2d_copies(runs_of(src, dst, width))
         assert rows.height.tolist() == [count]
         plain = scattered(40)
         far = ROOM // 2
@@ -178,7 +181,7 @@ def test_on_a_device_that_is_not_current() -> None:
         placed = pieces._replace(
             dst=pieces.dst + device.data_ptr(), src=pieces.src + host.data_ptr()
         )
-        crossing(other).copy(placed, bytes_view(host), bytes_view(device))
+        link_of(other).copy(placed, bytes_view(host), bytes_view(device))
         torch.cuda.synchronize(other)
         targets, sources = np.array(bytes_of_pieces(pieces)).T
         assert (device.cpu().numpy()[targets] == host.numpy()[sources]).all()

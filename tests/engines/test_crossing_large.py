@@ -15,8 +15,7 @@ from support.guarded_memory import refused
 
 from portakv import CopyPlan, Index, KVView, LayoutError, PortaKVError, SlotError
 from portakv.engines import pieces as folding
-from portakv.engines.link import Pieces, fold
-from portakv.engines.pieces import TALL, pieces_of
+from portakv.engines.pieces import TALL, Pieces, pieces_of, to_2d_copies
 from portakv.host import pinned
 from portakv.host.memcpy import MAX_PITCH
 
@@ -66,7 +65,7 @@ def test_every_byte_of_any_layout(case: Case, downward: bool) -> None:
     plan, src, dst, *_ = copied
     pieces = judge(copied)
     # What the ends of planes share is merged or folded only by who looks at every run.
-    best = fold(plan.runs(*copied[1:]), src, dst)
+    best = to_2d_copies(plan.runs(*copied[1:]), src, dst)
     assert pieces.number <= 2 * best.number + len(plan.nests)
 
 
@@ -228,4 +227,4 @@ def test_rows_that_are_wide_are_copies_of_their_own(
     width = int(whole.nbytes.max())
     many = layers >= TALL
     assert (folded.height > 1).any() == (width < below or many)
-    assert bytes_of_pieces(folded) == bytes_of_pieces(fold(whole))
+    assert bytes_of_pieces(folded) == bytes_of_pieces(to_2d_copies(whole))

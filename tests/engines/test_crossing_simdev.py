@@ -21,9 +21,9 @@ from support.simdev_cases import DEVICE, OTHER, current
 
 from portakv import CopyPlan, Index, KVView, SlotError, TransferError
 from portakv.engines import descriptors
-from portakv.engines._crossing_torch import TorchCrossing
 from portakv.engines.descriptors import LEAST_RUN, Descriptors
-from portakv.engines.link import crossing, fold
+from portakv.engines.link import TorchLink, link_of
+from portakv.engines.pieces import to_2d_copies
 from portakv.plan.runs import Runs
 from portakv.runtime import _flight
 from portakv_conformance import simdev
@@ -67,7 +67,7 @@ def test_every_byte_of_any_pieces(
     @settings(max_examples=40, deadline=None)
     @given(drawn_runs())
     def check(runs: Runs) -> None:
-        pieces = fold(runs)
+        pieces = to_2d_copies(runs)
         room = int(max((at + runs.nbytes).max(initial=0) for at in runs[:2])) + 16
         source, target = noise(room), noise(room, seed=2)
         expected = target.numpy().copy()
@@ -79,9 +79,9 @@ def test_every_byte_of_any_pieces(
         placed = pieces._replace(dst=pieces.dst + dst.data_ptr(), src=pieces.src + src.data_ptr())
         if early:
             with simdev.early():
-                crossing(DEVICE).copy(placed, bytes_view(src), bytes_view(dst))
+                link_of(DEVICE).copy(placed, bytes_view(src), bytes_view(dst))
         else:
-            crossing(DEVICE).copy(placed, bytes_view(src), bytes_view(dst))
+            link_of(DEVICE).copy(placed, bytes_view(src), bytes_view(dst))
         torch.accelerator.synchronize(DEVICE)
         assert (dst.cpu().numpy() == expected).all()
 
@@ -89,8 +89,8 @@ def test_every_byte_of_any_pieces(
 
 
 def test_torch_copies_where_no_driver_does() -> None:
-    assert isinstance(crossing(DEVICE), TorchCrossing)
-    assert crossing(DEVICE) is crossing(DEVICE)
+    assert isinstance(link_of(DEVICE), TorchLink)
+    assert link_of(DEVICE) is link_of(DEVICE)
 
 
 @pytest.mark.parametrize("to_device", [True, False])
@@ -103,12 +103,12 @@ def test_pinned_memory_keeps_no_host_waiting(to_device: bool, side: bool) -> Non
             source.to(DEVICE), pinned(torch.zeros(6400, dtype=torch.uint8)))  # fmt: skip
         torch.accelerator.synchronize(DEVICE)
         rows = runs_of(range(0, 6400, 64), range(16, 6400, 64), 32)
-        pieces = fold(rows._replace(src=rows.src + first.data_ptr(),
+        pieces = to_2d_copies(rows._replace(src=rows.src + first.data_ptr(),
                                     dst=rows.dst + second.data_ptr()))  # fmt: skip
         assert pieces.number == 1
         stream = torch.Stream(DEVICE) if side else None
         simdev.delay(stream or current(), 1)
-        crossing(DEVICE).copy(pieces, bytes_view(first), bytes_view(second), stream)
+        link_of(DEVICE).copy(pieces, bytes_view(first), bytes_view(second), stream)
         assert not (stream or current()).query()
         (stream or current()).synchronize()
         landed = second.cpu().view(-1, 64)[:, 16:48]
@@ -137,7 +137,7 @@ def test_torch_is_never_given_strided_host_memory(
         return real(target, source, non_blocking)
 
     monkeypatch.setattr(torch.Tensor, "copy_", copy_)
-    crossing(DEVICE).copy(fold(placed), bytes_view(src), bytes_view(dst))
+    link_of(DEVICE).copy(to_2d_copies(placed), bytes_view(src), bytes_view(dst))
     torch.accelerator.synchronize(DEVICE)
     assert set(seen) == {(True, on_host is pinned)}
 
@@ -146,7 +146,7 @@ def test_memory_that_is_in_no_view() -> None:
     device, host = noise(64).to(DEVICE), pinned(noise(64))
     runs = runs_of([device.data_ptr()], [host.data_ptr()], 65)
     with refused(TransferError, "65 bytes", "no single allocation", watch=host):
-        crossing(DEVICE).copy(fold(runs), bytes_view(device), bytes_view(host))
+        link_of(DEVICE).copy(to_2d_copies(runs), bytes_view(device), bytes_view(host))
 
 
 @pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
@@ -267,7 +267,7 @@ def test_another_memory_under_the_same_list() -> None:
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(descriptors, "MOST_KEPT", 500)
-    monkeypatch.setattr(TorchCrossing, "copy", lambda *args: None)
+    monkeypatch.setattr(TorchLink, "copy", lambda *args: None)
     scene = Scene()
     kept: list[Index] = []
     for seed in range(30):
@@ -362,7 +362,7 @@ def test_foreign_memory_is_read_where_it_lies() -> None:
     dst = KVView(device[1:4097].view(64, 64), "token dim")
     plan = CopyPlan(src.form, dst.form, 1, 1)
     order = torch.randperm(64)
-    pieces = fold(plan.runs(src, dst, Index(order), Index(list(range(64))), 64), src, dst)
-    crossing(DEVICE).copy(pieces, src, dst)
+    pieces = to_2d_copies(plan.runs(src, dst, Index(order), Index(list(range(64))), 64), src, dst)
+    link_of(DEVICE).copy(pieces, src, dst)
     torch.accelerator.synchronize(DEVICE)
     assert torch.equal(device[1:4097].cpu().view(64, 64), memory[3:].view(64, 64)[order])

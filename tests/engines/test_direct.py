@@ -19,9 +19,8 @@ from support.guarded_memory import refused, same
 from portakv import CopyPlan, Index, TransferError, Unsupported
 from portakv.backends.base import Decision, Launch
 from portakv.engines import direct
-from portakv.engines._direct_kernel import BLOCKS, CUT, Cut, DirectKernel
-from portakv.engines.direct import Direct
-from portakv.engines.terms import Terms
+from portakv.engines.direct import BLOCKS, CUT, Cut, Direct, DirectKernel
+from portakv.engines.engine import Terms
 from portakv.runtime import capture, events
 from portakv.runtime import cuda as _cuda_driver
 

@@ -13,7 +13,7 @@ from support.cuda_cases import COPIES, Copy, by, chunk, pool
 from support.cuda_on_cpu import FLAGS
 from support.direct_on_cpu import why_not
 
-from portakv.engines._direct_kernel import CUT, NAME, DirectKernel
+from portakv.engines.direct import CUT, NAME, DirectKernel
 from portakv.runtime import nvrtc as _nvrtc
 
 needs_compiler = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
@@ -85,7 +85,7 @@ def test_the_kernel_is_clean_under_sanitizers() -> None:
     some = "bad or several or blocks or objects or split or part"
     words = ["-q", "-p", "no:cacheprovider", "-k", f"({some}) and Stores and not seeded"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *words, "test_direct_kernel.py"],
+        [sys.executable, "-m", "pytest", *words, "testdirect.py"],
         cwd=Path(__file__).parent, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

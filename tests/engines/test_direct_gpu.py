@@ -15,9 +15,9 @@ from support.guarded_memory import refused, tensors_in
 
 from portakv import Index, KVView, Unsupported
 from portakv.backends.base import Capabilities
-from portakv.engines import _direct_kernel
+from portakv.engines import direct
 from portakv.engines.direct import Direct
-from portakv.engines.terms import Terms
+from portakv.engines.engine import Terms
 from portakv.host.pinned import allocate
 from portakv.plan.plan import CopyPlan
 from portakv.runtime import cuda as _cuda_driver
@@ -126,7 +126,7 @@ def test_bad_ids_move_nothing_and_are_told(engine: Direct, bad: int, downward: b
 def test_a_copy_of_several_launches(
     engine: Direct, downward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_direct_kernel, "MAX_VECTORS", 50)
+    monkeypatch.setattr(direct, "MAX_VECTORS", 50)
     slots = [*range(11, -1, -1), *range(11)]
     slots[17] = 12
     assert judged(Copy(by(pool(), slots), chunk(23), 23), engine, downward) == 18
@@ -318,5 +318,5 @@ def test_the_kernel_starts_with_as_many_threads_as_it_is_cut_for(engine: Direct)
             attribute.CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK, function
         )
         local = driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function)
-        assert int(threads[1]) >= _direct_kernel.CUT.threads
+        assert int(threads[1]) >= direct.CUT.threads
         assert int(local[1]) < 128, "what a thread has under way lies in registers"

@@ -16,9 +16,9 @@ from support.guarded_memory import filled, refused
 
 from portakv import CopyPlan, Unsupported, copy_rows
 from portakv.backends import rows_kernel
-from portakv.engines import _direct_kernel
-from portakv.engines._direct_kernel import MAX_VECTORS, Cut, DirectKernel
-from portakv.engines.terms import Terms
+from portakv.engines import direct
+from portakv.engines.direct import MAX_VECTORS, Cut, DirectKernel
+from portakv.engines.engine import Terms
 from portakv_conformance.draw.arrangement import Case
 from portakv_conformance.draw.strategies import all_cases
 from portakv_conformance.judge.judging import index_of, view_of
@@ -183,7 +183,7 @@ def test_a_copy_of_several_launches(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Positions are named by their place in the whole. A token is 12 vectors in 6 planes."""
-    monkeypatch.setattr(_direct_kernel, "MAX_VECTORS", most)
+    monkeypatch.setattr(direct, "MAX_VECTORS", most)
     slots = [*range(11, -1, -1), *range(11)]
     slots[17] = 12
     copied = Copy(by(pool(), slots), chunk(23), 23)
@@ -194,7 +194,7 @@ def test_a_copy_of_several_launches(
 def test_a_unit_of_more_vectors_than_are_counted(
     engine: type[DirectOnCpu], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_direct_kernel, "MAX_VECTORS", 12)
+    monkeypatch.setattr(direct, "MAX_VECTORS", 12)
     with refused(Unsupported, "12 vectors", "'staged'"):
         engine(CPU).prepare(tall(3).plan())
 
@@ -222,8 +222,8 @@ def test_the_argument_is_as_the_kernel_takes_it(engine: type[DirectOnCpu]) -> No
             kernel = DirectKernel(nest, plan)
             library = compiled(kernel.source)
             assert library.argument_bytes() == len(kernel.fixed)
-            assert library.src_table_at() == _direct_kernel._SRC_TABLE_AT
-            assert library.dst_table_at() == _direct_kernel._DST_TABLE_AT
+            assert library.src_table_at() == direct._SRC_TABLE_AT
+            assert library.dst_table_at() == direct._DST_TABLE_AT
 
 
 def test_tables_of_the_host_lie_on_the_device(engine: type[DirectOnCpu]) -> None:

@@ -14,8 +14,8 @@ from portakv import CopyPlan, Index, KVView
 from portakv.engines import pageable as ring
 from portakv.engines import slices as schedule
 from portakv.engines import staging
-from portakv.engines.halves import Halves
 from portakv.engines.pageable import Ring
+from portakv.engines.slices import TwoStages
 from portakv.engines.staged import Staged
 from portakv_conformance import simdev
 
@@ -173,18 +173,18 @@ def test_slices_cross_before_the_pieces_of_later_ones_are_made(
     src, dst, _, _, _ = two_sides(40, downward)
     steps = (1, 0) if downward else (0, 1)
     launch: Any = Staged(DEVICE).prepare(CopyPlan(src.form, dst.form, *steps))
-    made, copy, order = Halves.pieces, launch._crossing.copy, list[str]()
+    made, copy, order = TwoStages.pieces, launch._crossing.copy, list[str]()
 
     def pieces(*arguments: Any) -> Any:
         order.append("made")
         return made(*arguments)
 
-    def crossing(*arguments: Any) -> None:
+    def link_of(*arguments: Any) -> None:
         order.append("crossed")
         copy(*arguments)
 
-    monkeypatch.setattr(Halves, "pieces", pieces)
-    monkeypatch.setattr(launch._crossing, "copy", crossing)
+    monkeypatch.setattr(TwoStages, "pieces", pieces)
+    monkeypatch.setattr(launch._crossing, "copy", link_of)
     indices = _ordered(downward)
     for again in (False, True):  # what is kept is not made again
         order.clear()

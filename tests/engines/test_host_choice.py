@@ -28,11 +28,10 @@ from support.host_choice_cases import (
 
 from portakv import Index, KVView, Unsupported
 from portakv.engines import choose as chosen
-from portakv.engines import picking
+from portakv.engines import choose as picking
 from portakv.engines.assumed import Assumed
-from portakv.engines.choose import Host, HostLaunch
-from portakv.engines.picking import Pick
-from portakv.engines.terms import Terms
+from portakv.engines.choose import Host, HostLaunch, Pick
+from portakv.engines.engine import Terms
 
 
 @pytest.fixture(autouse=True)

@@ -14,12 +14,10 @@ from support.guarded_memory import filled
 from portakv import CopyPlan, Index, KVView
 from portakv.engines import costs as table
 from portakv.engines.assumed import DIRECTIONS
-from portakv.engines.calibration import SECONDS, by_point, calibrate
-from portakv.engines.choose import Host
+from portakv.engines.calibration import SECONDS, DelayTimer, by_point, calibrate, timer_for
+from portakv.engines.choose import ORDER, Host
 from portakv.engines.costs import Table, costs_of, store
-from portakv.engines.picking import ORDER
-from portakv.engines.terms import Terms
-from portakv.engines.timing import DelayTimer, timer_for
+from portakv.engines.engine import Terms
 from portakv.host import pinned
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import kernel_cache as _kernel_cache

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes: the runs of a copy, counted without expanding it, against `CopyPlan.runs` and `fold`."""
+"""The runs of a copy, counted without expanding it, against `CopyPlan.runs` and `to_2d_copies`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from hypothesis import assume, given, settings
 from support.core_cases import HANDS, SLOTS, Hand, noise
 
 from portakv import CopyPlan, Index, KVView
-from portakv.engines import shapes
-from portakv.engines.pieces import ALL, LEAST_HEIGHT, TALL, fold
-from portakv.engines.shapes import RunCounter, Shape
+from portakv.engines import pieces as shapes
+from portakv.engines.pieces import ALL, LEAST_HEIGHT, TALL, RunCounter, Shape, to_2d_copies
 from portakv.plan.runs import Runs
 from portakv.view.form import Form
 from portakv_conformance.draw.arrangement import Case, Side
@@ -114,7 +113,9 @@ def folded(runs: Runs, src: KVView, dst: KVView, below: int) -> int:
     """Pieces that runs fold into, in the order of the source or of the destination."""
     order = np.argsort(runs.dst)
     turned = Runs(runs.dst[order], runs.src[order], runs.nbytes[order])
-    return min(fold(runs, src, dst, below).number, fold(turned, dst, src, below).number)
+    return min(
+        to_2d_copies(runs, src, dst, below).number, to_2d_copies(turned, dst, src, below).number
+    )
 
 
 @pytest.mark.parametrize("below", [1, 1 << 10, 64 << 10, ALL])
@@ -200,7 +201,7 @@ def test_padding_between_blocks_keeps_neighbours_apart() -> None:
     blocks = Index(list(range(1, 9)), 4)
     found = counted(plan, blocks, Index(), 32)
     assert (found.runs, found.pieces) == (8, 1)
-    assert fold(plan.runs(view, dense, blocks, Index(), 32)).number == 1
+    assert to_2d_copies(plan.runs(view, dense, blocks, Index(), 32)).number == 1
     assert counted(plan, blocks, Index(), 32, below=4 * 32).pieces == 8  # too few for wide ones
     # The same slots by a slot mapping: no neighbours across the padding either.
     by_slot = CopyPlan(view.form, dense.form, 1, 0)
@@ -210,7 +211,7 @@ def test_padding_between_blocks_keeps_neighbours_apart() -> None:
 @pytest.mark.parametrize("by_loop", [False, True], ids=["units", "a loop"])
 @pytest.mark.parametrize("height", [LEAST_HEIGHT - 1, LEAST_HEIGHT, TALL - 1, TALL, 2 * TALL])
 def test_few_wide_rows_stay_apart_and_many_fold(height: int, by_loop: bool) -> None:
-    """As many as `fold` folds of the same runs: narrow ones from 8 rows on, wide ones from 32."""
+    """As many as `to_2d_copies` makes: of narrow runs from 8 rows on, of wide ones from 32."""
     count = 4 if by_loop else height
     shape = (4, height, 8) if by_loop else (height, 8)
     layout = "token head dim" if by_loop else "token dim"
@@ -223,7 +224,7 @@ def test_few_wide_rows_stay_apart_and_many_fold(height: int, by_loop: bool) -> N
         found = counted(plan, Index(), Index(), count, below)
         assert found.runs == runs.src.size
         if not by_loop:
-            assert found.pieces == fold(runs, src, dst, below).number
+            assert found.pieces == to_2d_copies(runs, src, dst, below).number
             assert found.pieces == (1 if height >= least else height)
         elif height >= least:
             assert found.pieces == 4

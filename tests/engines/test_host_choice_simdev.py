@@ -20,8 +20,7 @@ from portakv.engines import costs as table
 from portakv.engines import staging
 from portakv.engines.assumed import DIRECTIONS
 from portakv.engines.choose import Host, HostLaunch
-from portakv.engines.engine import PINNED, Engine
-from portakv.engines.terms import Terms
+from portakv.engines.engine import PINNED, Engine, Terms
 from portakv.registry.builtin import BUILT_IN
 from portakv.runtime import kernel_cache as _kernel_cache
 from portakv_conformance import simdev

@@ -14,7 +14,7 @@ from support.staging_cases import FIRST, TOKENS, moved, sides
 from portakv import CopyPlan, Index, Unsupported
 from portakv.backends.base import Decision
 from portakv.backends.reference import Reference
-from portakv.engines.dense import mirror_of
+from portakv.engines.dense import dense_rows
 from portakv.engines.staged import Staged
 from portakv.registry.registry import Choice
 from portakv_conformance import simdev
@@ -47,7 +47,7 @@ def test_a_backend_that_refuses_the_hosts_order_gets_the_other(downward: bool) -
         Staged(DEVICE, half).prepare(plan)
     assert OnlyByLayer.refused == 2  # both were tried
 
-    mirror = mirror_of(host.form, True)
+    mirror = dense_rows(host.form, True)
     held = {TOKENS, *(1 << n for n in range(12))}
     room = torch.empty(mirror.nbytes(max(held)), dtype=torch.uint8, device=DEVICE)
     OnlyByLayer.takes = {mirror.view(room, each).form for each in held}

@@ -12,8 +12,7 @@ from support.device_cases import LONG
 
 from portakv import Index, KVView
 from portakv.backends.strided import HostRows
-from portakv.engines._ring_slots import TURNS
-from portakv.engines.pageable import Ring
+from portakv.engines.pageable import BUFFERS, Ring
 from portakv.plan.plan import CopyPlan
 
 pytestmark = [
@@ -129,7 +128,7 @@ def test_threads_with_streams_of_their_own(down: bool) -> None:
 
 
 @pytest.mark.parametrize("down", [True, False], ids=["d2h", "h2d"])
-@pytest.mark.parametrize("after", [0, TURNS])
+@pytest.mark.parametrize("after", [0, BUFFERS])
 def test_an_interrupt_leaves_the_ring_usable(
     down: bool, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

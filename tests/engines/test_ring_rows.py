@@ -26,7 +26,7 @@ from support.engine_cases import (
 from portakv import Index, KVView, LayoutError, copy_rows
 from portakv.backends import strided
 from portakv.backends.strided import HostRows
-from portakv.engines.dense import mirror_of
+from portakv.engines.dense import dense_rows
 from portakv.engines.pageable import extent
 from portakv.plan.plan import CopyPlan
 
@@ -51,7 +51,7 @@ def test_every_byte(case: tuple[str, Any, int, int, int], outward: bool) -> None
     here = tensors_of(layout, BLOCK * BLOCKS, 1)
     rows = view_of(here, layout)
     index = index_of(ids, offset) if ids is None else Index(list(ids[0]), ids[1], offset)
-    mirror = mirror_of(rows.form)
+    mirror = dense_rows(rows.form)
     block = mirror.block_size
     behind = Index(offset=offset % block)
     held = -(-(count + behind.offset) // block) * block
@@ -87,7 +87,7 @@ def test_rows_of_unequal_widths_and_of_any_alignment(widths: tuple[int, int], in
     memory, rows = chunks(widths)
     twin = memory.clone()
     judged = KVView(twin.view(2, 24, -1), rows.layout.text, kv=2, heads=1, dim=widths)
-    mirror = mirror_of(rows.form)
+    mirror = dense_rows(rows.form)
     dense = torch.arange(mirror.nbytes(8)).to(torch.uint8).flip(0).contiguous()
     slot = mirror.view(dense, 8)
     half = HostRows(slot.form, rows.form, 0, index.plan_step, 1)
@@ -98,7 +98,7 @@ def test_rows_of_unequal_widths_and_of_any_alignment(widths: tuple[int, int], in
 
 def test_memory_that_was_replaced_is_refused() -> None:
     memory, rows = chunks((16, 16))
-    mirror = mirror_of(rows.form)
+    mirror = dense_rows(rows.form)
     slot = mirror.view(torch.zeros(mirror.nbytes(8), dtype=torch.uint8), 8)
     half = HostRows(slot.form, rows.form, 0, 0, 1)
     half.copy(slot, rows, Index(), Index(), 8)
@@ -109,7 +109,7 @@ def test_memory_that_was_replaced_is_refused() -> None:
 
 def test_in_inference_mode_and_after_it() -> None:
     memory, rows = chunks((16, 16))
-    mirror = mirror_of(rows.form)
+    mirror = dense_rows(rows.form)
     slot = mirror.view(torch.zeros(mirror.nbytes(24), dtype=torch.uint8), 24)
     half = HostRows(slot.form, rows.form, 0, 0, 1)
     with torch.inference_mode():
@@ -157,7 +157,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], bool]]:
 
 def test_consecutive_ids_are_one_plain_copy(made: list[Any]) -> None:
     rows = view_of(tensors_of(POOLS[2], 0, 1), POOLS[2])
-    mirror = mirror_of(rows.form)
+    mirror = dense_rows(rows.form)
     slot = mirror.view(torch.zeros(mirror.nbytes(64), dtype=torch.uint8), 64)
     half = HostRows(slot.form, rows.form, 0, BLOCK, BLOCK)
     half.copy(slot, rows, Index(), Index(list(range(4, 12)), step=BLOCK), 64)
@@ -171,7 +171,7 @@ def test_dense_rows_are_one_plain_copy(made: list[Any]) -> None:
     tokens, width = 256, 4096
     memory = torch.arange(8 * 2 * tokens * width // 8).view(torch.uint8)
     rows = KVView(memory.view(2, 4, 2 * tokens, width), "kv layer token (head dim)", heads=1)
-    mirror = mirror_of(rows.form)
+    mirror = dense_rows(rows.form)
     dense = torch.zeros(mirror.nbytes(tokens), dtype=torch.uint8)
     slot = mirror.view(dense, tokens)
     half = HostRows(rows.form, slot.form, 0, 0, 1)
@@ -192,7 +192,7 @@ def test_scattered_rows_are_one_indexed_copy(
     memory = torch.randint(0, 256, (2 * count, run), dtype=torch.uint8)
     order = torch.randperm(2 * count)[:count]
     rows = KVView(memory[None], "layer token (kv head dim)", kv=1, heads=1)
-    mirror = mirror_of(rows.form)
+    mirror = dense_rows(rows.form)
     dense = torch.randint(0, 256, (mirror.nbytes(count),), dtype=torch.uint8)
     slot, index, wanted = mirror.view(dense, count), Index(order), memory.clone()
     if outward:
@@ -250,7 +250,7 @@ def test_rows_in_another_order(made: list[Any]) -> None:
 def test_planes_that_are_memory_of_their_own_are_copies_of_their_own(made: list[Any]) -> None:
     source = [torch.randint(0, 256, (2, 6, 4, 1, 16), dtype=torch.uint8) for _ in range(3)]
     rows = KVView(source, "layer | kv block token head dim")
-    mirror = mirror_of(rows.form)
+    mirror = dense_rows(rows.form)
     dense = torch.zeros(mirror.nbytes(12), dtype=torch.uint8)
     half = HostRows(rows.form, mirror.view(dense, 12).form, 4, 0, 4)
     half.copy(rows, mirror.view(dense, 12), Index([5, 0, 3], 4), Index(), 12)
@@ -265,7 +265,7 @@ def test_nothing_is_touched_where_one_part_of_the_rows_is_refused(
 ) -> None:
     """Two parts of unequal widths; what is left of the memory holds the first one alone."""
     memory, rows = chunks((16, 48), tokens=8)
-    mirror = mirror_of(rows.form)
+    mirror = dense_rows(rows.form)
     dense = torch.full((mirror.nbytes(6),), 0xA5, dtype=torch.uint8)
     slot = mirror.view(dense, 6)
     index = Index() if order is None else Index(order)
@@ -330,7 +330,7 @@ def test_a_storage_that_shrank_is_refused(gap: int) -> None:
 
 def test_storages_can_still_be_resized() -> None:
     memory, rows = chunks((16, 16))
-    mirror = mirror_of(rows.form)
+    mirror = dense_rows(rows.form)
     slot = mirror.view(torch.zeros(mirror.nbytes(8), dtype=torch.uint8), 8)
     half = HostRows(slot.form, rows.form, 0, 0, 1)
     half.copy(slot, rows, Index(), Index(), 8)
@@ -343,7 +343,7 @@ def test_storages_can_still_be_resized() -> None:
 @pytest.mark.parametrize(("first", "count"), [(0, 1), (0, 16), (3, 5), (3, 12), (0, 24)])
 def test_an_extent_covers_its_positions(layout: str, first: int, count: int) -> None:
     rows = chunks((16, 48))[1] if "(kv" in layout else view_of(tensors_of(layout, 24, 1), layout)
-    mirror, held = mirror_of(rows.form), 24
+    mirror, held = dense_rows(rows.form), 24
     buffer = torch.zeros(mirror.nbytes(held), dtype=torch.uint8)
     dense = mirror.view(buffer, held)
     first %= mirror.block_size  # rows begin as far into a block as they do on the host

@@ -16,9 +16,8 @@ from portakv import Index, KVView
 from portakv.backends.strided import HostRows
 from portakv.engines import pageable as ring
 from portakv.engines import slices as schedule
-from portakv.engines._crossing_torch import TorchCrossing
-from portakv.engines._ring_slots import TURNS, slots
-from portakv.engines.pageable import Ring
+from portakv.engines.link import TorchLink
+from portakv.engines.pageable import BUFFERS, Ring, bounce_buffers
 from portakv.engines.slices import Sizes
 from portakv.plan.plan import CopyPlan
 from portakv_conformance import simdev
@@ -96,7 +95,7 @@ def test_every_byte(case: Case, down: bool, small: bool, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("down", [True, False], ids=["d2h", "h2d"])
 def test_slices_go_round_the_slots(down: bool) -> None:
     copies = Copies(down)
-    assert len(slices_of(copies)) > 2 * TURNS
+    assert len(slices_of(copies)) > 2 * BUFFERS
     for seed in range(REPEATS):
         wanted = copies.fill(seed)
         copies.run()
@@ -141,7 +140,7 @@ def interrupted(plain: Callable[..., Any], after: int, late: bool) -> Callable[.
 def test_an_interrupt_leaves_the_ring_usable(
     down: bool, late: bool, after: int, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    owner, name = {"rows": (HostRows, "copy"), "link": (TorchCrossing, "copy")}[where]
+    owner, name = {"rows": (HostRows, "copy"), "link": (TorchLink, "copy")}[where]
     plain: Callable[..., Any] = getattr(owner, name)
     for seed in range(4):
         copies = Copies(down)
@@ -195,15 +194,15 @@ def test_threads_on_streams_of_their_own(devices: tuple[torch.device, torch.devi
 
 
 def test_pinned_memory_is_bounded_and_no_more_than_a_payload_needs() -> None:
-    slots.cache_clear()
+    bounce_buffers.cache_clear()
     few = Copies(True, tokens=4)
     few.fill(0)
     few.run()
-    assert slots(DEVICE).nbytes == TURNS * 2 * LAYERS * 4 * WIDTH
+    assert bounce_buffers(DEVICE).nbytes == BUFFERS * 2 * LAYERS * 4 * WIDTH
     many = Copies(True, tokens=4096)
     many.fill(0)
     many.run()
-    assert slots(DEVICE).nbytes == TURNS * SLICE
+    assert bounce_buffers(DEVICE).nbytes == BUFFERS * SLICE
 
 
 @pytest.mark.parametrize("offset", [0, 3])

@@ -30,8 +30,8 @@ from support.staging_cases import (
 from portakv import CopyPlan, Index, KVView
 from portakv.backends.base import Backend
 from portakv.engines import staging
-from portakv.engines._crossing_torch import TorchCrossing
 from portakv.engines.descriptors import Descriptors
+from portakv.engines.link import TorchLink
 from portakv.engines.pieces import Pieces
 from portakv.engines.staged import Leg, Staged
 from portakv.engines.staging import Staging
@@ -203,7 +203,7 @@ def test_memory_that_is_pinned_in_other_parts_is_cut_there(
 ) -> None:
     """At the same address, with the same ids, where pieces are kept: none may reach over a seam."""
     transfer = Transfers(engine(DEVICE), downward, host_ids)
-    crossed, copy = list[tuple[int, int]](), TorchCrossing.copy
+    crossed, copy = list[tuple[int, int]](), TorchLink.copy
 
     def noted(self: Any, pieces: Pieces, *others: Any) -> None:
         start, pitch = (
@@ -213,7 +213,7 @@ def test_memory_that_is_pinned_in_other_parts_is_cut_there(
         crossed.extend(zip(start.tolist(), past.tolist(), strict=True))
         copy(self, pieces, *others)
 
-    monkeypatch.setattr(TorchCrossing, "copy", noted)
+    monkeypatch.setattr(TorchLink, "copy", noted)
     transfer()
     for _ in range(3):
         start, past = max(crossed, key=lambda ends: ends[1] - ends[0])

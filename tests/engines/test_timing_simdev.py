@@ -10,8 +10,8 @@ import pytest
 import torch
 from support.simdev_cases import DEVICE
 
-from portakv.engines import timing
-from portakv.engines.timing import SEEN, TRIES, DelayTimer, EventTimer, timer_for
+from portakv.engines import calibration as timing
+from portakv.engines.calibration import SEEN, TRIES, DelayTimer, EventTimer, timer_for
 from portakv_conformance import simdev
 
 pytestmark = pytest.mark.simdev

@@ -23,9 +23,8 @@ import torch
 
 from portakv import CopyPlan, KVView
 from portakv.backends.base import Capabilities, Decision, Launch
-from portakv.engines import _direct_kernel, direct
-from portakv.engines._direct_kernel import NAME, Cut
-from portakv.engines.direct import Direct
+from portakv.engines import direct
+from portakv.engines.direct import NAME, Cut, Direct
 from portakv.runtime import _flight
 from portakv.runtime import cuda as _cuda_driver
 from support import cuda_on_cpu
@@ -134,5 +133,5 @@ def installed(cut: Cut = SMALL) -> Iterator[Driver]:
         patched.setattr(direct, "device_address", lambda address, device: address)
         patched.setattr(direct, "table_on", _table_elsewhere)
         patched.setattr(_flight, "completion", driver.hold)
-        patched.setattr(_direct_kernel, "CUT", cut)
+        patched.setattr(direct, "CUT", cut)
         yield driver

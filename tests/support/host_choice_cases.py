@@ -16,8 +16,8 @@ from portakv import CopyPlan, Index, KVView
 from portakv.backends.base import Capabilities, Decision, Launch
 from portakv.engines import choose as chosen
 from portakv.engines.assumed import Assumed
+from portakv.engines.choose import Pick
 from portakv.engines.engine import PAGEABLE, PINNED, Engine
-from portakv.engines.picking import Pick
 from portakv.errors import Unsupported
 from portakv.plan.plan import CopyPlan as Plan
 
