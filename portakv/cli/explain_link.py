@@ -11,9 +11,8 @@ from typing import Any
 from portakv.cli.console import Column, print_json, print_prose, print_table
 from portakv.cli.delegated import accelerator_asked
 from portakv.cli.sides import in_bytes, in_time, read_bytes, read_rate
-from portakv.engines.assumed import DIRECTIONS, Assumed
 from portakv.engines.choose import ORDER, Alternative, Host, Pick, pick
-from portakv.engines.costs import Costs, TableError, costs_of, read
+from portakv.engines.costs import DIRECTIONS, Costs, TableError, Unmeasured, costs_of, read
 from portakv.engines.engine import OVERLAPS, Terms
 from portakv.engines.pieces import Shape
 from portakv.errors import PortaKVError
@@ -157,7 +156,7 @@ def _known(asked: argparse.Namespace) -> tuple[Costs, dict[str, str], str]:
             ) from error
     if device is None:
         note = "There is no accelerator here; all engines are taken to serve one."
-        return costs or Assumed("there is no accelerator to measure"), {}, note
+        return costs or Unmeasured("there is no accelerator to measure"), {}, note
     host = Host(device)
     return costs or costs_of(device), dict(host.out), f"On {device}."
 

@@ -19,9 +19,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from portakv.engines.assumed import D2H, DIRECTIONS, Assumed
 from portakv.engines.choose import ORDER, Host, HostLaunch
-from portakv.engines.costs import Costs, Point, Table, identity
+from portakv.engines.costs import D2H, DIRECTIONS, Point, Table, identity
 from portakv.engines.engine import Terms, finish
 from portakv.errors import PortaKVError
 from portakv.host import pinned
@@ -130,7 +129,8 @@ def calibrate(
 
 
 _IDLE = Terms(overlap="idle")
-_ASSUMED = Assumed("it is being measured")
+#: What a point should take of which nothing is known yet: a fixed time, and for each run and byte.
+_FIXED, _PER_RUN, _PER_BYTE = 50e-6, 0.5e-6, 1 / 20e9
 
 
 class _Work:
@@ -168,16 +168,14 @@ class _Work:
         return any("pageable" in pair for pair in places)
 
     def expected(self, engine: str, direction: str, size: int, runs: int) -> float:
-        """Seconds that a copy and a delay before it should take, by what was found so far or is
-        assumed."""
-        point = engine, direction, size, runs
+        """Seconds that a copy and a delay before it should take, by what was found so far."""
         columns = self.found.get((engine, direction))
-        costs: Costs = _ASSUMED
-        if columns:
-            known = {s: sorted(c, key=lambda p: p.runs) for s, c in columns.items()}
-            costs = Table({}, {(engine, direction): known})
-        host = costs.host_seconds(*point) or 0.0
-        return (costs.seconds(*point) or 0.0) + host + min(host, SEEN)
+        if not columns:
+            return _FIXED + runs * (_PER_RUN + size * _PER_BYTE)
+        known = {s: sorted(c, key=lambda p: p.runs) for s, c in columns.items()}
+        costs = Table({}, {(engine, direction): known})
+        host = costs.host_seconds(engine, direction, size, runs) or 0.0
+        return (costs.seconds(engine, direction, size, runs) or 0.0) + host + min(host, SEEN)
 
     def measure(self, engine: str, direction: str, size: int, runs: int) -> None:
         """Measure one point; an engine that fails, or whose bytes are wrong, is left out."""

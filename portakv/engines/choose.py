@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from portakv.backends.base import Backend, Capabilities, Decision, Launch
-from portakv.engines.assumed import Assumed
 from portakv.engines.costs import Costs, costs_of
 from portakv.engines.engine import Engine, Terms, direction_of, read_on
 from portakv.engines.link import by_torch, link_of
@@ -40,9 +39,10 @@ ORDER = ("staged", "descriptors", "direct", "ring")
 #: Measured on an H200: `direct` beats `staged` up to 2 MiB down and 12 MiB up, where it costs a
 #: model no more than a copy engine does.
 SMALL = {"d2h": 2 << 20, "h2d": 12 << 20}
-#: Runs from which on `ring` may move pinned memory, where it can: the host waits for it, as it need
-#: not for the others, but by then these take it as long to issue. A default, not a measurement.
-MANY = 1024
+#: Bytes of runs in the default rule. Of 234 copies that were recorded on an H200 it loses more than
+#: 5 % to the best engine that the terms allow in 4 beside a model and in 17 on an idle device; a
+#: table of the device in 2 and 1 (benchmarks/NOTES.md, section 11).
+WIDE, EVEN, NARROW = 256 << 10, 32 << 10, 64 << 10
 #: Engines whose seconds differ by no more than this part of the least count as equal: the same copy
 #: of 8 MiB and more timed twice on an H200 differs by up to 2 %, and so may each of two figures.
 EQUAL = 0.02
@@ -52,8 +52,9 @@ EQUAL = 0.02
 #: row; down 0.45 with 4 KiB and 0.78 with 32 KiB, which is 92 and 168 ns.
 ROW = {"d2h": 100e-9, "h2d": 50e-9}
 
-_ASSUMED = Assumed("the engine is not in the table")
 _NO_TERMS = Terms()
+_PICKS = 1024  # that one launch remembers
+_UNSTAGED = ("descriptors", "direct")  # they take no memory of the device
 
 
 class Alternative(NamedTuple):
@@ -64,7 +65,7 @@ class Alternative(NamedTuple):
         run_bytes, runs: the copy, as its cost was looked up: in pieces, where rows are folded.
         seconds: what it would take the device; None where that is not known.
         host_seconds: what it would keep the host; None likewise.
-        measured: that was measured on this device, not assumed.
+        measured: that was measured on this device.
         refused: why it may not be picked, as a phrase; empty where it may.
     """
 
@@ -96,6 +97,23 @@ class Pick(NamedTuple):
     alternatives: tuple[Alternative, ...]
 
 
+def default_rule(shapes: Mapping[str, Shape], direction: str, kernel: bool) -> tuple[str, str]:
+    """The engine for a copy on a device that was never measured, and why, as a phrase.
+
+    ``kernel``: the terms allow a kernel to move it, however large it is.
+    """
+    staged, whole = shapes["staged"], shapes["descriptors"]
+    if whole.nbytes <= SMALL[direction]:
+        return "direct", f"for copies of up to {SMALL[direction] >> 20} MiB"
+    if kernel and staged.run_bytes < NARROW:
+        return "direct", f"for host memory in runs of less than {NARROW >> 10} KiB"
+    if whole.run_bytes >= WIDE:
+        return "descriptors", f"for runs of {WIDE >> 10} KiB or more"
+    if whole.run_bytes >= EVEN and whole.runs <= staged.runs:
+        return "descriptors", f"for runs of {EVEN >> 10} KiB or more that gathering would not merge"
+    return "staged", "for runs that are gathered into longer ones"
+
+
 def pick(
     shapes: Mapping[str, Shape],
     direction: str,
@@ -105,8 +123,9 @@ def pick(
 ) -> Pick:
     """The engine for a copy.
 
-    Of those that the terms allow and that take the device at most `EQUAL` longer than the quickest,
-    it is the one that keeps the host least; of equals the first in `ORDER`.
+    Of those that the terms allow and that were measured to take the device at most `EQUAL` longer
+    than the quickest, it is the one that keeps the host least; of equals the first in `ORDER`. If
+    none of them was measured it is what `default_rule` says, or the first in `ORDER`.
 
     Args:
         shapes: what the copy is to each engine that might carry it out.
@@ -128,17 +147,47 @@ def pick(
         lines = "\n".join(f"  {name}: {why}" for name, why in out.items())
         raise Unsupported("A copy between the device and the host", f"no engine takes it:\n{lines}")
     allowed = [one for one in able if not one.refused]
-    equal = _equal(allowed or able)
+    if not allowed:
+        why = f"no other engine takes the copy, although {able[0].refused}"
+        return Pick(able[0].engine, why, tuple(found))
+    measured = [one for one in allowed if one.measured]
+    if len(allowed) == 1:
+        best, why = allowed[0], "the only engine that is left"
+    elif measured:
+        best, why = _quickest(measured, found, out)
+    else:
+        best, why = _by_rule(allowed, shapes, direction, terms)
+    return Pick(best.engine, why, tuple(found))
+
+
+def _by_rule(
+    allowed: list[Alternative], shapes: Mapping[str, Shape], direction: str, terms: Terms
+) -> tuple[Alternative, str]:
+    engine, why = default_rule(shapes, direction, not _kept_out("direct", direction, None, terms))
+    for one in allowed:
+        if one.engine == engine:
+            return one, f"the default rule {why}, as nothing was measured here"
+    return allowed[0], "the gentlest of those that are left, as nothing was measured here"
+
+
+def _quickest(
+    measured: list[Alternative], found: list[Alternative], out: Mapping[str, str]
+) -> tuple[Alternative, str]:
+    """The engine that keeps the host least of the quickest and those about as quick, and why."""
+    least = min(_known(one.seconds) for one in measured)
+    equal = [one for one in measured if _known(one.seconds) <= least * (1 + EQUAL)]
     best = min(equal, key=lambda one: _known(one.host_seconds))  # the first of equals
-    return Pick(best.engine, _why(best, equal, allowed, found, out, terms), tuple(found))
-
-
-def _equal(able: list[Alternative]) -> list[Alternative]:
-    """The quickest engine, and those that are about as quick."""
-    # What was measured on this device beats what was assumed.
-    rivals = [one for one in able if one.measured] or able
-    least = min(_known(one.seconds) for one in rivals)
-    return [one for one in rivals if _known(one.seconds) <= least * (1 + EQUAL)]
+    text = "the least time of those that the terms allow, as measured"
+    if len(equal) > 1:
+        text = (
+            f"within {EQUAL * 100:g} % of the least time of those that the terms allow, and keeps "
+            f"the host least, as measured"
+        )
+    for one in found:
+        refused = one.refused and one.engine not in out
+        if refused and _known(one.seconds) < _known(best.seconds):
+            text += f"; {one.engine} would take less, but the terms keep it out"
+    return best, text
 
 
 def _known(seconds: float | None) -> float:
@@ -155,20 +204,19 @@ def _alternative(
 ) -> Alternative:
     runs, pieces = max(1, shape.runs), max(1, shape.pieces)
     run_bytes = max(1, shape.nbytes // pieces)
-    by = _ASSUMED if costs.seconds(name, direction, run_bytes, pieces) is None else costs
-    seconds = by.seconds(name, direction, run_bytes, pieces)
-    host_seconds = by.host_seconds(name, direction, run_bytes, pieces)
+    seconds = costs.seconds(name, direction, run_bytes, pieces)
+    host_seconds = costs.host_seconds(name, direction, run_bytes, pieces)
+    measured = seconds is not None
     if seconds is not None and pieces < runs:
         seconds += runs * ROW[direction]
-    refused = out.get(name, "") or _kept_out(name, SMALL[direction], shape.nbytes, terms)
-    if name == "ring" and not refused and "staged" not in out and shape.runs < MANY:
-        refused = f"it keeps the host waiting, which pinned memory is worth from {MANY} runs on"
-    return Alternative(name, run_bytes, pieces, seconds, host_seconds, by.measured, refused)
+    refused = out.get(name, "") or _kept_out(name, direction, shape.nbytes, terms)
+    return Alternative(name, run_bytes, pieces, seconds, host_seconds, measured, refused)
 
 
-def _kept_out(name: str, small: int, nbytes: int, terms: Terms) -> str:
-    """Why the terms keep an engine out, as a phrase; empty where they do not."""
-    if name != "direct" or terms.overlap == "idle" or nbytes <= small:
+def _kept_out(name: str, direction: str, nbytes: int | None, terms: Terms) -> str:
+    """Why the terms keep an engine out, as a phrase; empty if they do not. ``nbytes`` None: any."""
+    small = SMALL[direction]
+    if name != "direct" or terms.overlap == "idle" or (nbytes is not None and nbytes <= small):
         return ""
     if terms.max_gbps is not None or terms.max_thread_blocks is not None:
         return ""
@@ -178,40 +226,6 @@ def _kept_out(name: str, small: int, nbytes: int, terms: Terms) -> str:
     )
 
 
-def _why(
-    best: Alternative,
-    equal: list[Alternative],
-    allowed: list[Alternative],
-    found: list[Alternative],
-    out: Mapping[str, str],
-    terms: Terms,
-) -> str:
-    if not allowed:
-        return f"no other engine takes the copy, although {best.refused}"
-    known = "measured" if best.measured else "assumed"
-    if len(equal) > 1:
-        text = (
-            f"within {EQUAL * 100:g} % of the least time of those that the terms allow, and keeps "
-            f"the host least, as {known}"
-        )
-    elif len(allowed) > 1:
-        text = f"the least time of those that the terms allow, as {known}"
-    else:
-        text = "the only engine that is left"
-    quicker = [
-        one for one in found
-        if one.engine not in out and one.refused and one.seconds and best.seconds
-        and one.seconds < best.seconds
-    ]  # fmt: skip
-    for one in quicker:
-        text += f"; {one.engine} would take less, but the terms keep it out"
-    return text
-
-
-_PICKS = 1024  # that one launch remembers
-_UNSTAGED = ("descriptors", "direct")  # they take no memory of the device
-
-
 class Host(Engine):
     """The engine of a device that picks engines.
 
@@ -219,7 +233,7 @@ class Host(Engine):
         device: the device.
         half: what carries out the device's half of a copy; None: what the registry chooses.
         terms: what the caller asks of the transfers.
-        costs: what engines cost; None: what was measured on this device, or is assumed.
+        costs: what engines cost; None: what was measured on this device.
     """
 
     name = "host"

@@ -2,7 +2,7 @@
 """The table of measured costs: look-up, and its file in the user's cache folder.
 
 There is one file for each kind of device, driver and torch. What is missing, corrupt or of another
-device is no error: the costs are then assumed, and say why.
+device is no error: nothing is known then, the default rule picks engines, and the origin says why.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import Any, Protocol
 
 import torch
 
-from portakv.engines.assumed import DIRECTIONS, Assumed
-from portakv.engines.link import by_torch
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import kernel_cache as _kernel_cache
 from portakv.runtime.devices import device_name
+
+D2H, H2D = DIRECTIONS = ("d2h", "h2d")
 
 #: Of the file, and of how engines behave: a table of another format is measured anew.
 FORMAT = 2
@@ -54,6 +54,25 @@ class Costs(Protocol):
 
     def host_seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> float | None:
         """Seconds that a call keeps the host; None where nothing is known of an engine."""
+
+
+class Unmeasured:
+    """A device without a table: nothing is known of any engine.
+
+    Args:
+        why: why there is none, as a sentence.
+    """
+
+    measured = False
+
+    def __init__(self, why: str) -> None:
+        self.origin = f"not measured, so that the default rule picks engines: {why}"
+
+    def seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> None:
+        """None: not known."""
+
+    def host_seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> None:
+        """None: not known."""
 
 
 class TableError(ValueError):
@@ -97,18 +116,18 @@ class Table:
 
     def __post_init__(self) -> None:
         for name, of in (("_seconds", _of_device), ("_host_seconds", _of_host)):
-            known = {key: _Surface(columns, of) for key, columns in self.points.items() if columns}
+            known = {key: CostTable(columns, of) for key, columns in self.points.items() if columns}
             object.__setattr__(self, name, known)
 
     def seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> float | None:
         """Seconds that the device takes; None where an engine was not measured."""
-        surfaces: dict[tuple[str, str], _Surface] = self._seconds  # type: ignore[attr-defined]
+        surfaces: dict[tuple[str, str], CostTable] = self._seconds  # type: ignore[attr-defined]
         surface = surfaces.get((engine, direction))
         return None if surface is None else surface.seconds(run_bytes, runs)
 
     def host_seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> float | None:
         """Seconds that a call keeps the host; None where an engine was not measured."""
-        surfaces: dict[tuple[str, str], _Surface] = self._host_seconds  # type: ignore[attr-defined]
+        surfaces: dict[tuple[str, str], CostTable] = self._host_seconds  # type: ignore[attr-defined]
         surface = surfaces.get((engine, direction))
         return None if surface is None else surface.seconds(run_bytes, runs)
 
@@ -121,7 +140,7 @@ def _of_host(point: Point) -> float:
     return point.host_seconds
 
 
-class _Surface:
+class CostTable:
     """Seconds of one engine in one direction over bytes of a run and number of runs.
 
     Between measurements seconds are linear: in the number of runs of one size, and for equal bytes
@@ -310,7 +329,7 @@ _lock = threading.Lock()
 
 
 def costs_of(device: torch.device) -> Costs:
-    """The costs of a device: its table, read once in a process, or what is assumed."""
+    """The costs of a device: its table, read once in a process, or none."""
     found = _known.get(device)
     if found is None:
         with _lock:
@@ -333,16 +352,16 @@ def _find(device: torch.device) -> Costs:
         why = (
             f"there is no table for this device in {path.parent}; `portakv calibrate` measures one"
         )
-        return Assumed(why, by_torch(device))
+        return Unmeasured(why)
     try:
         table = read(path)
     except TableError as error:
         why = f"{path} was ignored, since {error}; `portakv calibrate` measures anew"
-        return Assumed(why, by_torch(device))
+        return Unmeasured(why)
     if table.device != mine:
         why = (
             f"{path} was ignored, since it was measured on {dict(table.device)}, and this is "
             f"{mine}; `portakv calibrate` measures anew"
         )
-        return Assumed(why, by_torch(device))
+        return Unmeasured(why)
     return table

@@ -21,8 +21,8 @@ import torch
 from portakv.backends.base import Capabilities, Launch
 from portakv.backends.strided import HostRows
 from portakv.engines.dense import DenseRows
-from portakv.engines.engine import PAGEABLE, PINNED, Engine, finish, read_on
-from portakv.engines.link import by_torch, link_of
+from portakv.engines.engine import PAGEABLE, Engine, finish, read_on
+from portakv.engines.link import link_of
 from portakv.engines.pieces import Pieces
 from portakv.engines.slices import RING, Sizes, TwoStages, cuts, in_either_order, sliced
 from portakv.engines.staging import Staging, mark, staging, wait
@@ -116,10 +116,7 @@ class Ring(Engine):
     name = "ring"
 
     def capabilities(self) -> Capabilities:
-        # Where only the device's torch crosses the link, each run of host memory costs a call of
-        # it, and the host is quicker, although pinned memory would not need it.
-        places = PAGEABLE | PINNED if by_torch(self.device) else PAGEABLE
-        return Capabilities(places=places, index_on="any")
+        return Capabilities(places=PAGEABLE, index_on="any")
 
     def prepare(self, plan: CopyPlan) -> Launch:
         return _RingLaunch(plan, self)

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 #: link idle (the first gather, the last scatter), so slices grow from there, each by `GROWTH`. Of
 #: 8, 16 and 32 MiB the largest lose least to the gaps between slices (H200).
 LARGEST, SMALLEST, GROWTH = 32 << 20, 4 << 20, 4
-#: Mirrors that are under way at once: one is filled or emptied while the other crosses. A third one
-#: where transfers follow each other: a persistent matmul lets a gather in only between two of its
-#: kernels, every 1.6 ms, in which the link of an H200 moves 85 MiB. Four where the next transfer
-#: does not wait for the end of the last: one mirror is half drained by then, three are 96 MiB.
-RING, LONG_RING, DETACHED_RING = 2, 3, 4
+#: Buffers that are under way at once: one is filled or emptied while the other crosses. Four if the
+#: next transfer does not wait for the end of the last: one is half drained by then, three are 96
+#: MiB. A persistent matmul lets a gather in only between two of its kernels, every 1.6 ms, in which
+#: the link of an H200 moves 85 MiB.
+RING, DETACHED_RING = 2, 4
 #: Bytes up to which a transfer of `staged` is one slice: a gather of 16 MiB takes 10 us, no more
 #: than what the events and the gap of another slice cost.
 WHOLE = 16 << 20

@@ -18,7 +18,6 @@ from portakv.engines.link import Link, link_of
 from portakv.engines.pieces import Pieces
 from portakv.engines.slices import (
     DETACHED_RING,
-    LONG_RING,
     RING,
     Cut,
     cuts,
@@ -87,7 +86,7 @@ class _StagedLaunch:
                 if self._detached:
                     passage.run_detached(legs, host, mine, current)
                 else:
-                    passage.run(legs, host, mine, RING if idle else LONG_RING)
+                    passage.run(legs, host, mine, RING)
         except BaseException:
             rows.kept.pop(self, None)  # slices that were not settled hold the host's memory
             raise

@@ -40,10 +40,11 @@ def test_the_command_of_the_guide() -> None:
     for text in (
         "31.25 MiB from the device to pinned host memory. Runs: 1000 on the device, 1000 on the",
         "There is no accelerator here; all engines are taken to serve one.",
-        "descriptors carries it out: within 2 % of the least time of those that the terms allow, "
-        "and keeps the host least, as assumed.",
+        "descriptors carries it out: the default rule for runs of 32 KiB or more that gathering "
+        "would not merge, as nothing was measured here.",
         "Terms: overlap='compute': the device is taken to run a model meanwhile.",
-        "Times: assumed, from figures of an H200: there is no accelerator to measure.",
+        "Times: not measured, so that the default rule picks engines: there is no accelerator to "
+        "measure.",
     ):
         assert text in flat
     rows = [line.split()[:2] for line in out.splitlines()]
@@ -66,17 +67,12 @@ def test_as_json() -> None:
     assert found["measured"] is False
     engines = {one["engine"]: one for one in found["engines"]}
     assert list(engines) == ["staged", "descriptors", "direct", "ring"]
-    # 32 KiB at the link's rate, each, and 0.45 us of the host.
-    assert engines["descriptors"]["seconds"] == pytest.approx(6.06e-4, rel=0.02)
-    assert engines["descriptors"]["gbps"] == pytest.approx(54.1, rel=0.02)
-    assert engines["descriptors"]["host_seconds"] == pytest.approx(4.9e-4, rel=0.02)
     assert engines["direct"]["refused"].startswith("with overlap='compute'")
     assert engines["ring"]["refused"] == "it does not copy pinned memory"
     assert engines["staged"] == {
         "engine": "staged", "run_bytes": 32768, "runs": 1000,
-        "seconds": engines["staged"]["seconds"], "measured": False, "refused": "",
-        "host_seconds": engines["staged"]["host_seconds"],
-        "answer": "accepted", "gbps": engines["staged"]["gbps"],
+        "seconds": None, "measured": False, "refused": "", "host_seconds": None,
+        "answer": "accepted", "gbps": None,
     }  # fmt: skip
 
 
@@ -89,10 +85,10 @@ def test_as_json() -> None:
         (["--max-thread-blocks", "2", "--run-bytes", "4K"], "direct"),
         (["--max-gbps", "30"], "direct"),
         (["--max-gbps", "5"], "direct"),
-        (["--max-gbps", "5", "--blocks", "5"], "descriptors"),
+        (["--max-gbps", "5", "--blocks", "5"], "direct"),
         (["--blocks", "4000", "--host-runs", "60"], "staged"),
         (["--run-bytes", "1K"], "direct"),
-        (["--run-bytes", "4K"], "descriptors"),
+        (["--run-bytes", "4K"], "staged"),
         (["--pageable"], "ring"),
         (["--blocks", "10"], "direct"),
         (["--run-bytes", "4M", "--blocks", "64"], "descriptors"),
@@ -115,7 +111,6 @@ def test_terms_are_told() -> None:
     flat = " ".join(out.split())
     assert "overlap='idle': the device is taken to do nothing else; max_gbps=12.5" in flat
     assert "max_thread_blocks=3" in flat
-    assert "at most 12.5 GB/s" in flat
 
 
 def table_file(folder: Path, seconds: float) -> Path:

@@ -18,9 +18,9 @@ from portakv.backends.base import Capabilities, Decision, Pending
 from portakv.engines import calibration
 from portakv.engines import choose as chosen
 from portakv.engines import costs as table
-from portakv.engines.assumed import DIRECTIONS
 from portakv.engines.calibration import GAP, EventTimer, Grid, Timed, by_point, calibrate
 from portakv.engines.choose import Host, HostLaunch
+from portakv.engines.costs import DIRECTIONS
 from portakv.engines.descriptors import Descriptors
 from portakv.engines.engine import PINNED, Engine
 from portakv.engines.staged import Staged

@@ -199,7 +199,7 @@ def test_staging_stays_below_its_limit() -> None:
     """Whatever is moved, two mirrors of one slice each."""
     for case in CASES:
         judge(case, Staged(DEVICE), True, torch.Tensor.pin_memory)
-    most = schedule.LONG_RING * schedule.LARGEST
+    most = schedule.RING * schedule.LARGEST
     assert max(each.nbytes for each in staging._known.values()) <= most
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from support.host_choice_cases import (
-    ASSUMED,
     CPU,
+    H200,
     ROWS,
     SIZE,
     Fake,
@@ -29,8 +29,8 @@ from support.host_choice_cases import (
 from portakv import Index, KVView, Unsupported
 from portakv.engines import choose as chosen
 from portakv.engines import choose as picking
-from portakv.engines.assumed import Assumed
 from portakv.engines.choose import Host, HostLaunch, Pick
+from portakv.engines.costs import Costs
 from portakv.engines.engine import Terms
 
 
@@ -41,7 +41,7 @@ def _fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def host(**terms: object) -> Host:
-    return Host(CPU, terms=Terms(**terms), costs=ASSUMED)  # type: ignore[arg-type]
+    return Host(CPU, terms=Terms(**terms), costs=H200)  # type: ignore[arg-type]
 
 
 def ready(asked: Host, src: KVView, dst: KVView, **steps: int) -> HostLaunch:
@@ -133,15 +133,15 @@ def test_what_folds_counts_for_the_host_as_it_crosses(
     if below is not None:
         monkeypatch.setattr(chosen, "by_torch", lambda device: False)
         crossing = SimpleNamespace(fold_below=below)
-        monkeypatch.setattr(chosen, "crossing", lambda device: crossing)
+        monkeypatch.setattr(chosen, "link_of", lambda device: crossing)
     src, dst = planes("device"), view("pinned")
     found = ready(host(), src, dst).pick(src, dst, apart(30), apart(30), 30 * SIZE)
     (one,) = (each for each in found.alternatives if each.engine == "descriptors")
     asked = "descriptors", "d2h", 256 * 30 * ROWS // pieces, pieces
     assert (one.run_bytes, one.runs) == asked[2:]
     rows = 30 * ROWS * picking.ROW["d2h"] if pieces < 30 * ROWS else 0
-    assert one.seconds == (ASSUMED.seconds(*asked) or 0) + rows
-    assert one.host_seconds == ASSUMED.host_seconds(*asked)
+    assert one.seconds == (H200.seconds(*asked) or 0) + rows
+    assert one.host_seconds == H200.host_seconds(*asked)
 
 
 def test_to_torch_each_row_is_a_call_however_many_lie_together(
@@ -164,7 +164,7 @@ def test_to_torch_each_row_is_a_call_however_many_lie_together(
 
     assert runs() == 4 * 2 * 64
     monkeypatch.setattr(chosen, "by_torch", lambda device: False)
-    monkeypatch.setattr(chosen, "crossing", lambda device: SimpleNamespace(fold_below=1))
+    monkeypatch.setattr(chosen, "link_of", lambda device: SimpleNamespace(fold_below=1))
     assert runs() == 4 * 2
 
 
@@ -314,9 +314,9 @@ def test_a_pick_that_was_under_way_when_its_engine_went_out_does_not_last(
 def test_costs_are_read_before_the_first_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[torch.device] = []
 
-    def look(device: torch.device) -> Assumed:
+    def look(device: torch.device) -> Costs:
         asked.append(device)
-        return ASSUMED
+        return H200
 
     monkeypatch.setattr("portakv.engines.choose.costs_of", look)
     Host(CPU).prepare(plan_of(view("device"), view("pinned")))

@@ -13,10 +13,9 @@ from support.guarded_memory import filled
 
 from portakv import CopyPlan, Index, KVView
 from portakv.engines import costs as table
-from portakv.engines.assumed import DIRECTIONS
 from portakv.engines.calibration import SECONDS, DelayTimer, by_point, calibrate, timer_for
 from portakv.engines.choose import ORDER, Host
-from portakv.engines.costs import Table, costs_of, store
+from portakv.engines.costs import DIRECTIONS, Table, costs_of, store
 from portakv.engines.engine import Terms
 from portakv.host import pinned
 from portakv.runtime import cuda as _cuda_driver

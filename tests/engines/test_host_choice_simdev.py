@@ -18,8 +18,8 @@ from portakv.backends.base import Capabilities
 from portakv.engines import choose as chosen
 from portakv.engines import costs as table
 from portakv.engines import staging
-from portakv.engines.assumed import DIRECTIONS
 from portakv.engines.choose import Host, HostLaunch
+from portakv.engines.costs import DIRECTIONS
 from portakv.engines.engine import PINNED, Engine, Terms
 from portakv.registry.builtin import BUILT_IN
 from portakv.runtime import kernel_cache as _kernel_cache

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from portakv.engines import costs as table
-from portakv.engines.assumed import Assumed
 from portakv.engines.costs import (
     FORMAT,
     Point,
     Table,
     TableError,
+    Unmeasured,
     as_json,
     costs_of,
     identity,
@@ -217,10 +217,11 @@ def test_a_file_that_is_damaged_is_ignored_and_says_so(kind: str) -> None:
         read(path)
     assert why in str(refused.value)
     found = costs_of(CPU)
-    assert isinstance(found, Assumed)
+    assert isinstance(found, Unmeasured)
     assert f"{path} was ignored, since" in found.origin
     assert why in found.origin
-    assert found.seconds("staged", "d2h", 4096, 1)
+    assert found.seconds("staged", "d2h", 4096, 1) is None
+    assert found.host_seconds("staged", "d2h", 4096, 1) is None
     # Measuring again mends it.
     store(made())
     assert costs_of(CPU).measured
