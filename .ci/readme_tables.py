@@ -20,6 +20,8 @@ from portakv_conformance.evidence import evidence, ladder
 from portakv_conformance.report import support
 
 ROOT = Path(__file__).parent.parent
+#: Where a link of the README leads on any page that shows it.
+FILES = "https://github.com/portakv/portakv/blob/main/"
 README = ROOT / "README.md"
 LADDER = ROOT / "conformance" / "ladder.toml"
 
@@ -51,7 +53,7 @@ def layouts() -> str:
 
 def backends() -> str:
     """One row for each backend-device pair, with how far it was verified."""
-    return support.table(borne_out())
+    return support.table(borne_out()).replace("](conformance/", f"]({FILES}conformance/")
 
 
 def hardware() -> str:
