@@ -88,9 +88,9 @@ class SharedFile:
 
     def check(self, index: int) -> None:
         """Raise `SlotError` where there is no such block."""
-        if not 0 <= index < self.blocks:
+        if not isinstance(index, int) or not 0 <= index < self.blocks:
             raise SlotError(
-                f"Block {index} was asked of a shared pool of {self.blocks}; ask for one of "
+                f"Block {index!r} was asked of a shared pool of {self.blocks}; ask for one of "
                 f"0 .. {self.blocks - 1}."
             )
 
@@ -232,7 +232,7 @@ def remove(name: str) -> None:
 
 
 def _path(name: str) -> Path:
-    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", name):
         raise HostMemoryError(
             f"A shared pool was named {name!r}; expected 1 to 200 letters, digits, dots, dashes "
             f"and underscores."

@@ -104,7 +104,13 @@ class Members:
         """Take a free place; False where there is none. Inside `FileLocks.exclusive`."""
         for place in np.flatnonzero(self._table["pid"] == 0).tolist():
             if self._locks.take(1 + place):
-                record = (os.getpid(), _space(), _started(os.getpid()), 0.0, name.encode()[:32])
+                record = (
+                    os.getpid(),
+                    _space(),
+                    _started(os.getpid()),
+                    0.0,
+                    str(name).encode()[:32],
+                )
                 # The number last: until it stands there the place is free.
                 for field, value in reversed(list(zip(RECORD.names or (), record, strict=True))):
                     self._table[field][place] = value

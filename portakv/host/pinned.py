@@ -105,8 +105,9 @@ class PinnedMemory:
 
     def view(self, dtype: torch.dtype, shape: Sequence[int] | None = None) -> torch.Tensor:
         """All of it as another dtype and shape, without a copy."""
-        typed = self.tensor.view(dtype)
-        return typed if shape is None else typed.view(tuple(shape))
+        with torch.inference_mode(False):  # else nothing could write to it outside of that mode
+            typed = self.tensor.view(dtype)
+            return typed if shape is None else typed.view(tuple(shape))
 
     def device_address(self, offset: int = 0) -> int:
         """The address of a byte for a kernel on the current device; on ROCm not the host's.
@@ -390,7 +391,7 @@ def _held(
     notes: Sequence[str] = (),
 ) -> PinnedMemory:
     """Tie the registration and the owner to the range, which every tensor made from it holds."""
-    with torch.inference_mode(False):  # else nothing could write to it outside of one
+    with torch.inference_mode(False):  # as in `PinnedMemory.view`
         base = torch.from_numpy(memory.array())
     end = weakref.finalize(memory, registration.forget, owner)
     end.atexit = False  # `_registrations` unregisters at exit; unmapping then would be too early

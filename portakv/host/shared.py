@@ -243,7 +243,7 @@ class SharedPool:
             if not free.size:
                 return None
             index = int(free[0])
-            file.labels[index] = owner.encode()[:40]
+            file.labels[index] = str(owner).encode()[:40]
             file.assign(index)
             used = self.blocks - free.size + 1
             file.header["high_water"][0] = max(file.header["high_water"][0], used)

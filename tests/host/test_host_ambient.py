@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host memory, plain and small copies under every setting of torch that an engine may have made.
+
+What is made under a setting is used after it too, as an engine does that loads in one mode and
+serves in another.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from support.ambient import STATES, State
+
+from portakv.host import pinned
+from portakv.host.memcpy import copy_
+from portakv.host.pool import PinnedPool
+from portakv.host.small import SmallCopy, choose, to_device
+
+pytestmark = pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+NUMBERS = np.arange(48, dtype=np.int32)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """One warning of pageable memory is expected of a machine without a device."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        with pinned.allocate(1):
+            pass
+        yield
+
+
+def host(*shape: int) -> torch.Tensor:
+    """Distinct int32 on the host, whatever the setting."""
+    return torch.from_numpy(np.arange(int(np.prod(shape)), dtype=np.int32)).view(shape)
+
+
+def same(tensor: torch.Tensor, wanted: np.ndarray) -> bool:
+    """By numpy, as torch's own functions are under the setting as well."""
+    return bool(np.array_equal(tensor.detach().cpu().numpy(), wanted))
+
+
+def test_pinned_memory(device: torch.device, state: State) -> None:
+    with state(device):
+        tensor, nothing = pinned.empty((6, 8)), pinned.empty((0, 4))
+        memory = pinned.allocate(100)
+        existing = np.zeros(5000, np.uint8)
+        held = pinned.register(existing)
+    assert (tensor.dtype, tensor.device.type) == (torch.float32, "cpu")
+    assert (nothing.dtype, nothing.device.type) == (torch.float32, "cpu")
+    for each in (tensor, memory.tensor, held.tensor):
+        each.fill_(1)  # also what was made in inference mode
+        assert bool(each.numpy().all())
+    memory.close()
+    held.close()
+
+
+def test_a_pool(device: torch.device, state: State) -> None:
+    with state(device):
+        pool = PinnedPool(64, 1, limit=2)
+        blocks = pool.acquire_many(2)
+    for number, block in enumerate(blocks):
+        block.tensor.fill_(number + 1)
+    with state(device):
+        assert [block.tensor.numpy().sum() for block in blocks] == [64, 128]
+        for block in blocks:
+            block.release()
+        pool.close()
+
+
+@pytest.mark.parametrize("made", ["before", "under it"])
+def test_plain_copies(device: torch.device, state: State, made: str) -> None:
+    """There and back, whole and by columns, between tensors made in either mode."""
+
+    def places() -> list[torch.Tensor]:
+        return [torch.zeros(6, 8, dtype=torch.int32, device=device),
+                torch.zeros(6, 8, dtype=torch.int32, device="cpu")]  # fmt: skip
+
+    source = host(6, 8)
+    there, back = places()
+    with state(device):
+        if made == "under it":
+            there, back = places()
+        copy_(there, source).synchronize()
+        copy_(back[:, :3], there[:, :3], non_blocking=True).synchronize()
+        copy_(back[:, 3:], there[:, 3:]).synchronize()
+    assert same(back, source.numpy())
+    copy_(there, host(8, 6).t()).synchronize()
+    copy_(back, there).synchronize()
+    assert same(back, host(8, 6).t().numpy())
+
+
+@pytest.mark.parametrize(
+    "values", [NUMBERS, NUMBERS.tolist(), range(48), torch.from_numpy(NUMBERS), bytes(range(48))],
+    ids=lambda values: type(values).__name__,
+)  # fmt: skip
+def test_small_copies(device: torch.device, state: State, values: object) -> None:
+    out = torch.zeros(48, dtype=torch.int32, device=device)
+    with state(device):
+        made = to_device(values, device, torch.int32)  # type: ignore[arg-type]
+        assert to_device(values, out=out) is out  # type: ignore[arg-type]
+        sender = SmallCopy(48, torch.int32, device)
+        landed = sender.send(values)  # type: ignore[arg-type]
+        assert choose(192, device).way == sender.way
+        assert all(same(each, NUMBERS) for each in (made, out, landed))
+    assert {each.device for each in (made, out, landed)} == {torch.zeros(1, device=device).device}
+    made.add_(1)  # also what was made in inference mode
+    assert same(made, NUMBERS + 1)
+    sender.send(NUMBERS[::-1].copy())
+    assert same(sender.out, NUMBERS[::-1])
+
+
+def test_small_copies_to_a_target_made_under_it(device: torch.device, state: State) -> None:
+    with state(device):
+        out = torch.zeros(48, dtype=torch.int32, device=device)
+        sender = SmallCopy(48, torch.int32, out=out)
+    to_device(NUMBERS, out=out)
+    assert same(out, NUMBERS)
+    sender.send(NUMBERS[::-1].copy())
+    assert same(out, NUMBERS[::-1])
