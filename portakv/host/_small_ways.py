@@ -35,6 +35,7 @@ from portakv.host._packed_ints import (
 from portakv.runtime import _libcuda
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime._flight import inside, refuse_capture
+from portakv.runtime.bounded import Bounded
 from portakv.runtime.capture import capturing
 
 #: Bytes that the driver takes along with a command.
@@ -301,9 +302,17 @@ class OnHost(Way):
 # --- inline ---------------------------------------------------------------------------------------
 
 
-@cache
+# What was found out about devices, and loaded for them.
+_inline: Bounded[torch.device, tuple[str | None]] = Bounded("devices that take values inline", 32)
+_kernels: Bounded[torch.device, Kernels] = Bounded("small copies' kernels", 32)
+
+
 def why_not_inline(device: torch.device) -> str | None:
     """What keeps values from going inline to a device, as a phrase; None if they can."""
+    return _inline.get_or_make(device, lambda: (_ask_for_inline(device),))[0]
+
+
+def _ask_for_inline(device: torch.device) -> str | None:
     why = _cuda_driver.no_cuda(device)
     if why is not None:
         return why
@@ -369,22 +378,23 @@ class Kernels:
         self.launch = _cuda_driver.Launcher(device, THREADS)
 
 
-@cache
 def kernels(device: torch.device) -> Kernels:
     """The kernels of a device, compiled and loaded once.
 
     Raises:
         Unsupported: inside graph capture, where nothing can be loaded.
     """
+    known = _kernels.get(device)
+    if known is not None:
+        return known
     if capturing(device):
         raise refuse_capture(
             "The first small copy of a device",
             "its kernels have to be loaded first; make one before the capture",
         )
-    return Kernels(device)
+    return _kernels.setdefault(device, Kernels(device))
 
 
-@cache
 def value_bytes(device: torch.device) -> int:
     """Bytes of values that a launch on a device carries in its parameters: whole vectors."""
     large = (

@@ -35,7 +35,7 @@ __all__ = ["HostMemoryError", "PinnedMemory", "allocate", "empty", "register", "
 
 HugePages = Literal["auto", "transparent", "reserved", "never"]
 _ONLY_TORCH = "torch registers no memory that exists for this device; take some of `allocate`"
-_open: dict[int, PinnedMemory] = {}  # what `register` returned, until it is closed
+_open: list[PinnedMemory] = []  # what `register` returned, until it is closed
 
 
 class PinnedMemory:
@@ -132,8 +132,8 @@ class PinnedMemory:
 
     def close(self) -> None:
         """Let go of it: at once, or when the last tensor made from it dies. Again: nothing."""
-        if _open.get(self.address) is self:
-            del _open[self.address]
+        if self in _open:
+            _open.remove(self)
         self._base = None
 
     def __enter__(self) -> PinnedMemory:
@@ -281,7 +281,7 @@ def register_address(
     how = _How(portable, mapped, read_only, largest, unit, fallback)
     registration = _register(_runtime.find(), address, nbytes, how)
     memory = _held(BufferRange(address, nbytes), registration, held, how)
-    _open[address] = memory
+    _open.append(memory)
     return memory
 
 
@@ -292,7 +292,7 @@ def unregister(memory: Any) -> None:
         HostMemoryError: it is not registered, or not by `register`.
     """
     at = memory.address if isinstance(memory, PinnedMemory) else buffer_of(memory).address
-    found = _open.get(at)
+    found = next((one for one in _open if one.address == at), None)
     if found is None or (isinstance(memory, PinnedMemory) and found is not memory):
         raise HostMemoryError(
             f"Memory at {at:#x} was asked to be unregistered, and register() has none that begins "
@@ -303,7 +303,7 @@ def unregister(memory: Any) -> None:
 
 def registered() -> list[PinnedMemory]:
     """What `register` returned and was not closed yet."""
-    return list(_open.values())
+    return list(_open)
 
 
 def why_not() -> str | None:

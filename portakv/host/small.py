@@ -312,7 +312,7 @@ class _Target(NamedTuple):
 # What calls keep ready: targets by device or its name, one sender for each way, device and dtype.
 _targets: Bounded[torch.device | str | int, _Target] = Bounded("small copies' targets", 64)
 _senders: Bounded[tuple[str, torch.device, torch.dtype], Way] = Bounded("small copies", 128)
-_issues: Bounded[torch.device, Issue] = Bounded("small copies' kernels", 32)
+_issues: Bounded[torch.device, Issue] = Bounded("small copies through pinned memory", 32)
 
 
 def _target(device: torch.device | str | int | None, out: torch.Tensor | None) -> _Target:

@@ -66,6 +66,36 @@ def test_an_expanded_source_and_one_of_a_leaf_that_learns() -> None:
     assert dst.tolist() == [[0, 1, 2, 3]] * 3
 
 
+@pytest.mark.parametrize("non_blocking", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        ((6, 8), (0, 1)), ((6, 8), (1, 0)), ((6, 8), (0, 0)), ((6, 8), (1, 1)), ((6, 8), (3, 1)),
+        ((2, 3, 8), (0, 8, 1)), ((2, 3, 8), (8, 0, 1)), ((6, 512), (0, 1)), ((6, 512), (1, 1)),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("way", ["to it", "from it", "inside"])
+def test_a_source_whose_elements_share_addresses(
+    device: torch.device,
+    way: str,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    non_blocking: bool,
+) -> None:
+    host = torch.device("cpu")
+    ends = {"to it": (device, host), "from it": (host, device), "inside": (device, device)}[way]
+    for pinned in {False, device.type != "cpu"}:
+        memory = filled((1024,), torch.int32).clone()
+        memory = memory.pin_memory() if pinned else memory
+        src = memory.to(ends[1]).as_strided(shape, strides, 3)
+        wide = torch.zeros(*shape[:-1], 2 * shape[-1], dtype=torch.int32, device=ends[0])
+        for dst in (torch.zeros(shape, dtype=torch.int32, device=ends[0]), wide[..., shape[-1] :]):
+            copy_(dst, src, non_blocking).synchronize()
+            assert torch.equal(dst.cpu(), memory.as_strided(shape, strides, 3))
+        assert not wide[..., : shape[-1]].any()
+
+
 def test_nothing_to_copy() -> None:
     copied = copy_(torch.zeros(3, 0), torch.zeros(3, 0), non_blocking=True)
     assert (copied.way, copied.nbytes, copied.waited, copied.done()) == ("nothing", 0, True, True)

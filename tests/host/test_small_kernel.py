@@ -124,7 +124,7 @@ def test_the_kernel_takes_what_the_parameters_hold(
 ) -> None:
     monkeypatch.setattr(_cuda_driver, "driver_version", lambda: driver)
     monkeypatch.setattr(_cuda_driver, "capability", lambda device: capability)
-    most = _small_ways.value_bytes.__wrapped__(CPU)
+    most = _small_ways.value_bytes(CPU)
     assert most in (4080, MOST)
     assert limit - 16 < _small_ways.VALUES_HEAD.size + most <= limit
     assert f"#define PORTAKV_SMALL_VECTORS {most // 16}\n" in _small_ways.source(most)

@@ -30,11 +30,11 @@ def lacking(way: str) -> str | None:
 
 def forget() -> None:
     """Forget what small copies know of devices and keep ready for them."""
-    for one in (small._targets, small._senders, small._issues):
+    for one in (
+        small._targets, small._senders, small._issues, _small_ways._inline, _small_ways._kernels,
+    ):  # fmt: skip
         one.clear()
-    for question in (why_not_inline, _small_ways._copy_function, _small_ways.kernels,
-                     _small_ways.value_bytes):  # fmt: skip
-        question.cache_clear()
+    _small_ways._copy_function.cache_clear()
 
 
 def drawn(count: int, dtype: torch.dtype) -> torch.Tensor:
