@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv import CopyPlan, Index, KVView, TransferError, Unsupported
-from portakv.backends._ascendc_arguments import Arguments, reached
+from portakv.backends._ascend_kernel import Arguments, reached
 from portakv.backends.base import Backend, Capabilities, Decision, Launch
 from portakv.runtime import kernel_cache as _kernel_cache
 
@@ -104,6 +104,8 @@ class _EmulatedLaunch:
         stream: torch.Stream | None,
         status: torch.Tensor | None,
     ) -> None:
+        src.check_memory()
+        dst.check_memory()
         word = 0 if status is None else status.data_ptr()
         mine, theirs = (src, src_index), (dst, dst_index)
         nests = [ctypes.addressof(nest) for nest in self._nests]

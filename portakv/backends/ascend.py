@@ -5,7 +5,7 @@ What serves which plan; the first that takes it:
 
 | a plan that                                         | is carried out by                  |
 |-----------------------------------------------------|------------------------------------|
-| is any, where the kernel was built (`_ascendc`)     | the AscendC kernel                 |
+| is any, where the kernel was built (see below)      | the AscendC kernel                 |
 | scatters by slots into dense pages, two kv at once  | `npu_scatter_pa_kv_cache` (layers) |
 | gathers whole blocks of dense pages, two kv at once | `npu_gather_pa_kv_cache` (layers)  |
 | reads other rows under ids                          | `index_select`, into the chunk     |

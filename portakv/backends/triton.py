@@ -121,6 +121,8 @@ class _InterpretedLaunch:
     ) -> None:
         from portakv.backends._triton_kernel import copy_rows
 
+        src.check_memory()
+        dst.check_memory()
         word = 0 if status is None else status.data_ptr()
         units = count // self._unit
         for nest in self._nests:
@@ -166,6 +168,8 @@ class _TritonLaunch:
     ) -> None:
         if os.getpid() != self._process:
             raise forked("the device's context")
+        src.check_memory()
+        dst.check_memory()
         word = 0 if status is None else status.data_ptr()
         units = count // self._unit
         if stream is None and self._current_device() == self._index:

@@ -47,7 +47,7 @@ class KVView:
     """
 
     __slots__ = (
-        "_table", "_unwritable", "device", "form", "kept", "layout", "origins", "owners",
+        "_memory", "_table", "_unwritable", "device", "form", "kept", "layout", "origins", "owners",
         "requires_grad", "slots", "spans", "tensors",
     )  # fmt: skip
 
@@ -88,12 +88,14 @@ class KVView:
             self.spans,
         ) = facts  # fmt: skip
         self._table: torch.Tensor | None = None
+        self._memory: tuple[tuple[torch.UntypedStorage, int, int], ...] | None = None
         self._unwritable: str | None = None
         self.kept: dict[Any, Any] = {}
 
     def _hold(self) -> None:
         # Aliases keep the memory that was read, also where a caller gives a tensor another one.
         self.owners = tuple(owner.detach() for owner in self.owners)
+        self._memory = ()
 
     @property
     def layers(self) -> int:
@@ -200,11 +202,24 @@ class KVView:
 
     def check_memory(self) -> None:
         """Raise `LayoutError` where the memory behind a tensor was freed or replaced in place."""
-        for owner, origin in zip(self.owners, self.origins, strict=True):
-            storage = owner.untyped_storage()
-            start = storage.data_ptr()
-            if not start <= origin < start + (storage.nbytes() or 1):
+        known = self._memory
+        if not known or any(s.data_ptr() != at or s.nbytes() != n for s, at, n in known):
+            found = self._find_memory()
+            # Tensors that are not held may be given other storages, so that all are asked again.
+            self._memory = None if known is None else found
+
+    def _find_memory(self) -> tuple[tuple[torch.UntypedStorage, int, int], ...]:
+        """Each storage, where it begins and its bytes; raises if they do not hold all spans."""
+        storages = {s._cdata: s for s in (owner.untyped_storage() for owner in self.owners)}
+        found = tuple((s, s.data_ptr(), s.nbytes()) for s in storages.values())
+        for first, past in self.spans:
+            # Storages that touch each other may hold one span together.
+            for start, end in sorted((at, at + n) for _, at, n in found):
+                if start <= first < end:
+                    first = end
+            if first < past:
                 raise self.replaced()
+        return found
 
     def replaced(self) -> LayoutError:
         """The error where the memory behind a tensor is another than that which was read."""

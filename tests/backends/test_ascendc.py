@@ -14,7 +14,7 @@ from support.cuda_cases import COPIES, Copy, by, chunk, gathered, pool
 from support.guarded_memory import filled, refused
 
 from portakv import KVView, TransferError, Unsupported, copy_rows
-from portakv.backends import _ascendc_arguments
+from portakv.backends import _ascend_kernel
 from portakv_conformance.draw.arrangement import Case
 from portakv_conformance.draw.strategies import all_cases
 from portakv_conformance.judge.judging import index_of, view_of
@@ -156,7 +156,7 @@ def test_plans_with_more_than_the_arguments_hold(
 ) -> None:
     plan = COPIES[name]().plan()
     AscendC(CPU).prepare(plan)
-    monkeypatch.setattr(_ascendc_arguments, limit, 0)
+    monkeypatch.setattr(_ascend_kernel, limit, 0)
     with refused(Unsupported, "the AscendC kernel takes", "reference"):
         AscendC(CPU).prepare(plan)
 
@@ -171,7 +171,7 @@ def test_it_says_that_it_is_emulated() -> None:
 def test_the_arguments_are_as_large_as_the_kernel_says() -> None:
     library = ascendc_emulated.library()
     plan = COPIES["gather"]().plan()
-    arguments = _ascendc_arguments.Arguments(plan)
+    arguments = _ascend_kernel.Arguments(plan)
     assert [len(nest) for nest in arguments.nests] == [library.portakv_emulated_nest_bytes()]
     case = COPIES["gather"]()
     sides = (case.src.view(), case.src.index()), (case.dst.view(), case.dst.index())
@@ -182,7 +182,7 @@ def test_the_arguments_are_as_large_as_the_kernel_says() -> None:
 def test_memory_that_was_not_given_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     """A destination said to be shorter than it is: the first byte past its end is told."""
     monkeypatch.setattr(
-        _ascendc_arguments, "_spans",
+        _ascend_kernel, "_spans",
         lambda view, writable: [(first, past - first - 1, 1) for first, past in view.spans],
     )  # fmt: skip
     copied = gathered(64)

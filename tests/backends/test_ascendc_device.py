@@ -33,8 +33,8 @@ from support.ascend_cases import (
 from support.own_process import own_process
 
 from portakv import CopyPlan, Index, KVView, SlotError, TransferError, copy_rows
+from portakv.backends import _ascend_kernel, ascend
 from portakv.backends import _ascend_kernel as _ascendc
-from portakv.backends import _ascendc_arguments, ascend
 from portakv.registry.registry import choose, trace
 from portakv_conformance import simdev
 from portakv_conformance.vendor import standins
@@ -136,7 +136,7 @@ def test_a_status_word_on_the_host_is_refused() -> None:
     """A vector core does not reach it, pinned or not."""
     view, chunk, _ = sides(DEVICE)
     word = torch.zeros(1, dtype=torch.int64).pin_memory()
-    arguments = _ascendc_arguments.Arguments(CopyPlan(chunk.form, view.form, 0, 0))
+    arguments = _ascend_kernel.Arguments(CopyPlan(chunk.form, view.form, 0, 0))
     nests = [torch.frombuffer(bytearray(nest), dtype=torch.int64).to(DEVICE)
              for nest in arguments.nests]  # fmt: skip
     addresses = [nest.data_ptr() for nest in nests]
@@ -151,7 +151,7 @@ def test_a_status_word_on_the_host_is_refused() -> None:
 def test_memory_that_no_side_covers_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     view, chunk, _ = sides(DEVICE)
     monkeypatch.setattr(
-        _ascendc_arguments, "_spans",
+        _ascend_kernel, "_spans",
         lambda view, writable: [(first, past - first - 1, True) for first, past in view.spans],
     )  # fmt: skip
     transfer = copy_rows(chunk, view, dst_index=[9, 2, SLOTS - 1, 5], backend="ascend")
@@ -163,7 +163,7 @@ def test_memory_that_no_side_covers_is_not_touched(monkeypatch: pytest.MonkeyPat
 def test_a_plan_that_the_kernel_does_not_take_goes_by_index_ops(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_ascendc_arguments, "MAX_LOOPS", 0)
+    monkeypatch.setattr(_ascend_kernel, "MAX_LOOPS", 0)
     view, chunk, dense = sides(DEVICE)
     plan = CopyPlan(chunk.form, view.form, 0, 1)
     assert str(ascend.Ascend(DEVICE).check(plan)) == (

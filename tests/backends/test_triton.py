@@ -26,6 +26,7 @@ from portakv.registry import registry
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
 )
+TESTS = str(Path(__file__).resolve().parents[1])
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -37,10 +38,11 @@ def interpreted() -> dict[str, str]:
     """For each case what went wrong under Triton's interpreter, in one process for all."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment.pop("PORTAKV_BACKEND", None)
-    program = Path(__file__).with_name("triton_cases.py")
-    ran = subprocess.run(
-        [sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=600
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [TESTS, environment.get("PYTHONPATH")])
     )
+    command = [sys.executable, "-m", "support.triton_cases"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr
     found: dict[str, str] = json.loads(ran.stdout)
     return found

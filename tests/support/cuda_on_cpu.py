@@ -11,15 +11,18 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from portakv import CopyPlan, Index, KVView
+from portakv import CopyPlan, KVView
 from portakv.backends.base import Backend, Capabilities, Decision, Launch
 from portakv.backends.rows_kernel import NAMES, RowsKernel
+from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
 from portakv_conformance.vendor.hip_fake import SHIM
 
 THREADS = 128
@@ -98,44 +101,59 @@ class CudaOnCpu(Backend):
         return Capabilities(places=_HOST, skips_negative=True, guards=True)
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        return _LaunchOnCpu(plan)
-
-
-class _LaunchOnCpu:
-    def __init__(self, plan: CopyPlan) -> None:
-        self._unit = plan.unit
-        self._kernels = [RowsKernel(nest, plan) for nest in plan.nests]
-        self._libraries = [compiled(kernel.source) for kernel in self._kernels]
-
-    def __call__(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None,
-    ) -> None:
-        word = 0 if status is None else status.data_ptr()
-        units = count // self._unit
-        for kernel, library in zip(self._kernels, self._libraries, strict=True):
-            buffer = bytearray(kernel.fixed)
-            assert len(buffer) == library.argument_bytes()
+        driver = HostDriver()
+        kernels = [RowsKernel(nest, plan) for nest in plan.nests]
+        functions = LoadedKernels(driver, lambda: False).functions(kernels)
+        for kernel, found in zip(kernels, functions, strict=True):
+            library, _ = found[1]
+            assert len(kernel.fixed) == library.argument_bytes()
             assert kernel._dst_table_at == library.dst_table_at()
-            each, ahead = kernel.tuned(units)
-            kernel.pack(buffer, src, dst, src_index, dst_index, word, ahead)
-            for start, span in kernel.spans(units):
-                kernel.pack_span(buffer, start, span)
-                argument = (ctypes.c_char * len(buffer)).from_buffer(buffer)
-                blocks = -(-span * kernel.row // (THREADS * each))
-                library.run_kernel(argument, each, blocks, kernel.planes, THREADS)
-                _check_prefetches(library, src)
+        return _Launch(kernels, functions, driver)
 
 
-def _check_prefetches(library: ctypes.CDLL, src: KVView) -> None:
-    """A prefetch of a wrong address does no harm on a device, and no good."""
-    into = (ctypes.c_void_p * (1 << 12))()
-    for address in into[: library.prefetched(into)]:
-        inside = any(first <= (address or 0) < past for first, past in src.spans)
-        assert inside, "prefetched elsewhere"
+class _Launch(RowsLaunch):
+    """Tells its driver where a prefetch may be: one of a wrong address does no harm on a device,
+    and no good."""
+
+    def __call__(self, src: KVView, *rest: Any) -> None:
+        assert isinstance(self._driver, HostDriver)
+        self._driver.readable = src.spans
+        super().__call__(src, *rest)
+
+
+class HostDriver:
+    """A driver of the host: work is done when a launch returns. See `rows_launch.RowsDriver`."""
+
+    success = 0
+
+    def __init__(self) -> None:
+        self.readable: Sequence[tuple[int, int]] = ()
+
+    def load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
+        numbers = {name: each for each, name in NAMES.items()}
+        return {name: (compiled(source), numbers[name]) for name in names}
+
+    def handle(self, stream: torch.Stream | None) -> int:
+        assert stream is None, "the host has no streams"
+        return 0
+
+    def current(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def launch(
+        self, function: Any, blocks: int, planes: int, _z: int, threads: int, *rest: int
+    ) -> int:
+        library, each = function
+        argument = ctypes.cast(rest[-2], ctypes.POINTER(ctypes.c_void_p))[0]
+        library.run_kernel(ctypes.c_void_p(argument), each, blocks, planes, threads)
+        into = (ctypes.c_void_p * (1 << 12))()
+        for address in into[: library.prefetched(into)]:
+            inside = any(first <= (address or 0) < past for first, past in self.readable)
+            assert inside, "prefetched elsewhere"
+        return 0
+
+    def check(self, answer: int, what: str) -> None:
+        raise AssertionError(what)
+
+    def word(self, address: int) -> int:
+        return address

@@ -23,6 +23,15 @@ from portakv.backends.triton import Triton
 from portakv_conformance.draw.arrangement import Case, Side
 from portakv_conformance.draw.strategies import all_cases
 from support.core_cases import HANDS, Hand, lazy, noise
+from support.each_backend import (
+    CHANGES,
+    REPEATED,
+    SHOWN,
+    STATES,
+    copied,
+    refuses_memory_that_is_elsewhere,
+    within,
+)
 
 GIB = 1 << 30
 EXAMPLES = {"cpu": 150, "cuda": 60}  # on a GPU nearly every example compiles a kernel
@@ -298,6 +307,24 @@ def many_planes_and_heads(device: str) -> None:
     assert torch.equal(rows.cpu(), rows_of(caches)[:, :, [7, 0, 2]])
 
 
+def sources_of_which_several_rows_are_one(device: str) -> None:
+    for make in REPEATED.values():
+        copied(make(), "triton", None if device == "cpu" else lambda tensor: tensor.to(device))
+
+
+def states_of_torch(device: str) -> None:
+    """On the host, whatever it is set to."""
+    for state in STATES if device == "cpu" else ():
+        for make in SHOWN.values():
+            within(state, make(), lambda: Triton(torch.device("cpu")))
+
+
+def memory_that_is_elsewhere(device: str) -> None:
+    for change in CHANGES.values():
+        place = None if device == "cpu" else lambda tensor: tensor.to(device)
+        refuses_memory_that_is_elsewhere("triton", change, place)
+
+
 def copies_split_into_several_launches(device: str) -> None:
     """More vectors than one launch may count, bad ids named by their place in the whole."""
     whole = _triton_rows.MAX_VECTORS
@@ -328,6 +355,7 @@ CASES: dict[str, Callable[[str], None]] = {
         unequal_widths_through_tables, lists_of_memory_objects, units_that_begin_between_units,
         bad_ids_are_reported_and_move_nothing, bad_blocks_on_both_sides, far_offsets,
         many_planes_and_heads, copies_split_into_several_launches,
+        sources_of_which_several_rows_are_one, states_of_torch, memory_that_is_elsewhere,
     )
 }  # fmt: skip
 
