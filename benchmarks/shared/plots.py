@@ -12,13 +12,14 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from portakv_benchmarks.shared.shapes import in_words
 
@@ -96,10 +97,8 @@ def bandwidth(results: Mapping[str, Any]) -> Figure | None:
             ]  # fmt: skip
             style = {"color": COLOURS.get(way), "marker": _MARKS.get(way, "d")}
             _line(axes, same, way, markersize=4, linewidth=1.2, **style)
-        axes.set_xscale("log")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        _sizes_below(axes)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("payload in bytes")
         axes.set_title(f"{op}, random slots, layers apart", fontsize=9)
         axes.grid(alpha=0.25)
         if at == 0:
@@ -179,12 +178,14 @@ def ladder(results: Mapping[str, Any]) -> Figure | None:
             for row in (row for row in times[way] if row["op"] == op):
                 colour = COLOURS.get(way, "#BBBBBB")
                 axes.barh(y + shift, row["p50_us"], height=0.38, color=colour, alpha=shade)
-                note = f" {row['p50_us']:,.4g} us" + ("" if op == "copy_" else f" ({op})")
-                axes.text(row["p50_us"], y + shift, note, va="center", fontsize=7)
+                time = row["p50_us"]
+                note = f" {time:.4g} us" if time < 1e3 else f" {time / 1e3:.4g} ms"
+                note += "" if op == "copy_" else f" ({op})"
+                axes.text(time, y + shift, note, va="center", fontsize=7)
     axes.set_yticks(range(len(order)), order)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.margins(x=0.3)
+    axes.set_xlim(right=30 * max(row["p50_us"] for row in rows))
     axes.set_xlabel("device time in microseconds (logarithmic)")
     title = "Ways of moving the founding scenario, 67 MB"
     axes.set_title(f"{title} · {results['machine']['device']}", fontsize=9)
@@ -198,30 +199,31 @@ def ratio(results: Mapping[str, Any]) -> Figure | None:
     runs = sorted({row["run_bytes"] for row in rows})
     if len({row["payload_bytes"] for row in rows}) < 2:
         return None
+    shown: dict[tuple[str, int], tuple[str, list[Row]]] = {}
+    for direction, run in product(_WORDS, runs):
+        mine = [row for row in rows if row["op"] == direction and row["run_bytes"] == run]
+        side = next(s for s in (*_SIDES, "") if not s or any(r["host_side"] == s for r in mine))
+        own = [r for r in mine if r["host_side"] == side and r["backend"] in _LINK_MARKS]
+        shown[direction, run] = side, own
+    lowest = min([0.9, *(row["ratio"] // 0.1 / 10 for _, own in shown.values() for row in own)])
     figure = Figure(figsize=(2.9 * len(runs), 5.6))
-    for y, direction in enumerate(_WORDS):
-        for x, run in enumerate(runs):
-            axes = figure.add_subplot(2, len(runs), y * len(runs) + x + 1)
-            mine = [row for row in rows if row["op"] == direction and row["run_bytes"] == run]
-            side = next(
-                s for s in (*_SIDES, "") if any(row["host_side"] == s for row in mine) or not s
-            )
-            _ratios(axes, [row for row in mine if row["host_side"] == side])
-            axes.set_title(f"{in_words(run)} runs, {side}", fontsize=8)
-            if y:
-                axes.set_xlabel("payload in bytes")
-            if not x:
-                axes.set_ylabel(f"{_WORDS[direction]}\nof memcpy")
+    for at, ((direction, run), (side, own)) in enumerate(shown.items()):
+        axes = figure.add_subplot(len(_WORDS), len(runs), at + 1)
+        _ratios(axes, own, lowest)
+        axes.set_title(f"{in_words(run)} runs, {side}", fontsize=8)
+        if at % len(runs) == 0:
+            axes.set_ylabel(f"{_WORDS[direction]}, of memcpy")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, ncols=len(labels), loc="lower center", frameon=False,
                   bbox_to_anchor=(0.5, -0.05))  # fmt: skip
     machine = results["machine"]["device"]
-    figure.suptitle(f"Speed against a pinned memcpy of the same bytes · {machine}", fontsize=10)
+    title = f"Speed against a pinned memcpy of the same bytes (from {lowest:g})"
+    figure.suptitle(f"{title} · {machine}", fontsize=10)
     figure.tight_layout()
     return figure
 
 
-def _ratios(axes: Axes, rows: Sequence[Row]) -> None:
+def _ratios(axes: Axes, rows: Sequence[Row], lowest: float) -> None:
     axes.axhline(1.0, color="black", linestyle="--", linewidth=1.2)
     for way, mark in _LINK_MARKS.items():
         points = {row["payload_bytes"]: row["ratio"] for row in rows
@@ -231,9 +233,8 @@ def _ratios(axes: Axes, rows: Sequence[Row]) -> None:
             ordered, [points[x] for x in ordered], label="chosen" if way == "host" else way,
             color=LINK_COLOURS[way], marker=mark, markersize=4, linewidth=1.2,
         )  # fmt: skip
-    axes.set_xscale("log")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(0, 1.05)
+    _sizes_below(axes)
+    axes.set_ylim(lowest, 1.05)
     axes.grid(alpha=0.25)
 
 
@@ -245,10 +246,12 @@ def interference(results: Mapping[str, Any]) -> Figure | None:
         points.setdefault((row["loop"], row["stream"], row["op"]), []).append(row)
     if not points:
         return None
-    most = max(map(len, points.values()))
-    figure = Figure(figsize=(11, (1.2 + 0.2 * most) * -(-len(points) // 2)))
+    lines = -(-len(points) // 2)
+    heights = [max(map(len, list(points.values())[2 * at : 2 * at + 2])) for at in range(lines)]
+    figure = Figure(figsize=(11, sum(1.1 + 0.2 * height for height in heights)))
+    grid = figure.add_gridspec(lines, 2, height_ratios=[1 + height for height in heights])
     for at, ((loop, stream, direction), mine) in enumerate(points.items()):
-        axes = figure.add_subplot(-(-len(points) // 2), 2, at + 1)
+        axes = figure.add_subplot(grid[at // 2, at % 2])
         names = [f"{row['backend']}, {row['shape']}" for row in mine]
         slow = [max(0.0, row["slowdown_pct"]) for row in mine]
         axes.barh(names, slow, color=[LINK_COLOURS.get(row["backend"], "#BBBBBB") for row in mine])
@@ -256,14 +259,28 @@ def interference(results: Mapping[str, Any]) -> Figure | None:
             words = f" {row['slowdown_pct']:.1f} % · {row['link_gb_per_s']:.3g} GB/s"
             axes.text(slow[y], y, words, va="center", fontsize=7)
         axes.invert_yaxis()
-        axes.margins(x=0.45)
+        # The same axis everywhere: even up to 10 %, then logarithmic.
+        axes.set_xscale("symlog", linthresh=10)
+        axes.set_xlim(0, 10_000)
+        axes.set_xticks([0, 5, 10, 100, 1000], ["0", "5", "10", "100", "1000"])
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.tick_params(labelsize=7)
         axes.set_title(f"{loop} on {_STREAMS[stream]}, {_WORDS[direction]}", fontsize=9)
         axes.set_xlabel("slow-down of the loop in %", fontsize=8)
     machine = results["machine"]["device"]
     figure.suptitle(f"What a transfer does to what runs beside it · {machine}", fontsize=10)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.985))
     return figure
+
+
+def _sizes_below(axes: Axes) -> None:
+    """A logarithmic axis of payloads, with sizes in words."""
+    axes.set_xscale("log")
+    words = FuncFormatter(lambda x, _: f"{x / 1e6:g} MB" if x < 1e9 else f"{x / 1e9:g} GB")
+    axes.xaxis.set_major_formatter(words)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel("payload")
 
 
 def _copies(results: Mapping[str, Any]) -> list[Row]:

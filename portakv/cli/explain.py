@@ -17,6 +17,7 @@ from portakv.cli.sides import BLOCK_SIZE, TOKENS, Extents, Side, describe_tensor
 from portakv.plan.plan import CopyPlan, Nest
 from portakv.plan.plan import Side as Units
 from portakv.registry.registry import ENVIRONMENT, Choice, choose, prepare
+from portakv.runtime.bounded import caches
 from portakv.runtime.devices import usable_device, usual_device
 
 _DESCRIPTION = """\
@@ -26,6 +27,7 @@ bytes of a token; then the backend that carries it out and what the others
 answered. The plan is made for example tensors, contiguous or in the memory
 order that a preset names; nothing is moved. With --host it explains instead
 which engine copies between a device and host memory, and takes no layouts.
+With --caches it lists what the library remembers.
 
 What is not said is taken as 32 layers, keys and values, 32 heads, 128 elements
 (576 where a side has no kv), float16. An axis that one side does not write has
@@ -60,6 +62,10 @@ def add_to(verbs: Any) -> None:
     parser.add_argument("--device", help="a torch device (default: the accelerator, else cpu)")
     parser.add_argument("--backend", metavar="NAME", help=f"force it, unless {ENVIRONMENT} is set")
     parser.add_argument("--json", action="store_true", help="print one JSON value")
+    parser.add_argument(
+        "--caches", action="store_true",
+        help="list instead everything in the library that remembers: its name, size and limit",
+    )  # fmt: skip
     explain_link.add_options(parser, _positive)
     parser.set_defaults(run=run, misunderstood=parser.error)
 
@@ -147,6 +153,8 @@ def run(asked: argparse.Namespace) -> int:
     Raises:
         LayoutError, Unsupported, BackendUnavailable, DeviceMismatch: what the copy would raise.
     """
+    if asked.caches:
+        return _caches(asked.json)
     why = explain_link.misplaced(asked)
     if why:
         asked.misunderstood(why)
@@ -170,6 +178,22 @@ def explain(asked: argparse.Namespace) -> Explained:
     choice = choose(src.view.device, asked.backend)
     _, taken = prepare(plan, choice.backend.device, choice)
     return Explained(src, dst, plan, taken, _why(taken))
+
+
+def _caches(json: bool) -> int:
+    """Print every bounded cache of this process, which has made no copy yet."""
+    rows = [(cache.name, len(cache), cache.limit) for cache in caches()]
+    if json:
+        found = [dict(zip(("name", "size", "limit"), row, strict=True)) for row in rows]
+        print_json({"caches": found})
+        return 0
+    columns = [Column("what is kept", whole=True), Column("now", right=True)]
+    columns.append(Column("at most", right=True))
+    print_table(columns, [[str(cell) for cell in row] for row in rows])
+    print()
+    print_prose("Of each the oldest entry goes first. In a process that copies: "
+                "portakv.runtime.bounded.caches().")  # fmt: skip
+    return 0
 
 
 def _why(taken: Choice) -> str:

@@ -291,6 +291,9 @@ def test_bench_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(words) == 0
     shown = capsys.readouterr()
     assert "of copy_" in shown.out
+    assert not {"bars", "verdict", "missed"} & set(shown.out.split())  # they are this project's own
+    assert bench.main([*words, "--bars"]) == 0
+    assert "3 bars are about rows that were not measured." in capsys.readouterr().out
     assert "added us" in shown.out
     assert "tiny, layers apart" in shown.err
 

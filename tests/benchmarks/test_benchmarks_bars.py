@@ -73,6 +73,15 @@ def test_a_broken_file_is_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixtu
     broken.write_text("{")
     assert check.main([str(broken)]) == 2
     assert "cannot be judged" in capsys.readouterr().err
+    assert check.main([str(guide.RESULTS / "h200.json"), str(broken)]) == 2
+
+
+def test_several_files_are_judged_in_one_call(capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(guide.RESULTS / name) for name in ("h200.json", "h200-host.json")]
+    assert check.main(files) == 0
+    shown = capsys.readouterr().out
+    assert all(file in shown for file in files)
+    assert shown.count(", 0 missed") == 2
 
 
 @pytest.mark.parametrize(

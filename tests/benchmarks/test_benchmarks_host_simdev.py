@@ -41,6 +41,7 @@ def _unforced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
 
 
+@pytest.mark.full
 def test_every_part_is_measured_and_every_byte_right(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,6 +81,7 @@ def _plots() -> bool:
     return True
 
 
+@pytest.mark.full
 def test_parts_on_their_own_make_one_result(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,7 +98,7 @@ def test_parts_on_their_own_make_one_result(
 
 def test_wrong_bytes_end_in_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sides, "right", lambda self, direction: False)
-    assert bench.main([*WORDS, "--only", "duplex"]) == 1
+    assert bench.main([*WORDS, "--only", "calls"]) == 1
 
 
 def test_figures_come_from_real_hardware_only(capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,11 +197,12 @@ def test_peers_come_last_and_beside_a_memcpy_of_their_own(monkeypatch: pytest.Mo
     class Peer:
         name = "other"
 
-        def mover(self, sides: Sides, direction: str) -> Any:
-            if sides.case.scene.run == 256:
-                raise PeerMissing("it takes no such rows")
-            return lambda: HOST.move(sides, direction)
+    def by_peer(peer: Peer, sides: Sides, direction: str) -> Any:
+        if sides.case.scene.run == 256:
+            raise PeerMissing("it takes no such rows")
+        return lambda: HOST.move(sides, direction)
 
+    monkeypatch.setattr(host_interference, "_by_peer", by_peer)
     assert list(PARTS)[-1] == "peers"
     peers: Any = [Peer()]
     bench_ = Bench(DEVICE, HOST_PRESETS["tiny"], peers)
@@ -222,11 +225,12 @@ def test_a_part_that_fails_is_told_and_the_others_stay(
 
     parts = {"grid": broken, "direct": lambda _: iter([("a step", fails)])}
     monkeypatch.setattr(host_cli, "PARTS", dict(PARTS) | parts)
-    words = [*WORDS, "--only", "grid,direct,duplex", "--out", str(tmp_path)]
+    words = [*WORDS, "--only", "grid,direct,calls", "--out", str(tmp_path)]
     assert bench.main(words) == 0
     (file,) = tmp_path.glob("*.json")
     written = json.loads(file.read_text())
-    assert {row["part"] for row in written["rows"]} == {"duplex"}
+    assert {row["part"] for row in written["rows"]} == {"calls"}
+    assert all(row["verified"] for row in written["rows"])
     assert "grid: RuntimeError: out of cases" in written["left_out"]
     assert "direct: a step: OSError: out of memory" in written["left_out"]
 

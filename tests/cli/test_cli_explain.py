@@ -18,6 +18,7 @@ from support.command_line import (
 
 from portakv.layout.language import parse
 from portakv.layout.presets import PRESETS
+from portakv.runtime.bounded import Bounded, caches
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +80,17 @@ def test_explain_as_json() -> None:
     assert (kv["axis"], kv["source"], kv["extent"]) == ("kv", {"table": 0, "bytes": 1 << 20}, 2)
     assert plan["text"].splitlines()[0] == "unit 1 token, vector 16 B, 524288 B a token"
     assert (found["device"], found["backend"], found["forced"]) == ("cpu", "reference", False)
+
+
+@pytest.mark.usefixtures("either")
+def test_explain_lists_everything_that_remembers() -> None:
+    kept: Bounded[str, int] = Bounded("things of a test", 7)
+    kept["a"] = 1
+    found = run_json("explain", "--caches")["caches"]
+    assert {"name": "things of a test", "size": 1, "limit": 7} in found
+    assert len(found) == len(caches())
+    row = next(line for line in run("explain", "--caches").out.splitlines() if "of a test" in line)
+    assert row.split()[-2:] == ["1", "7"]
 
 
 @pytest.mark.parametrize(
