@@ -28,7 +28,7 @@ class Side:
     ``ids``, ``step``, ``offset`` are those of an Index; ``widths`` are bytes for each kv;
     ``block_size`` is None for a chunk; ``slots`` counts the tokens that can be addressed.
     ``arrangement`` is what it was built from; two sides with one of the same identity share
-    their tensors.
+    their tensors. ``reinterpret``: the other side is of another number type.
     """
 
     tensors: Any
@@ -45,6 +45,7 @@ class Side:
     slots: int
     opaque: bool = False
     arrangement: Arrangement | None = None
+    reinterpret: bool = False
 
     @property
     def kv(self) -> int:
@@ -75,6 +76,10 @@ class Case:
     dst: Side
     count: int
 
+    def __post_init__(self) -> None:
+        if _dtype(self.src.tensors) != _dtype(self.dst.tensors):
+            self.src.reinterpret = True
+
     def src_slots(self) -> np.ndarray:
         """The source slot of each position, int64 ``[count]``; negative where skipped."""
         return self.src.at(self.count)
@@ -98,6 +103,13 @@ class Case:
         verdict = compare(expected, self.dst.tensors, self.src.tensors)
         if verdict is not None:
             raise AssertionError(f"{verdict} The case was {self!r}.")
+
+
+def _dtype(tensors: Any) -> torch.dtype:
+    """The dtype of the first tensor in containers."""
+    while not isinstance(tensors, torch.Tensor):
+        tensors = next(iter(tensors.values() if isinstance(tensors, dict) else tensors))
+    return tensors.dtype
 
 
 def _sketch(tensors: Any) -> str:

@@ -34,7 +34,7 @@ _EMULATED_POISON = "holds 0xdb, which is of unknown origin"
 
 def view_of(side: Side) -> KVView:
     """The view of one side."""
-    return KVView(side.tensors, side.layout, **side.extents)
+    return KVView(side.tensors, side.layout, reinterpret=side.reinterpret, **side.extents)
 
 
 def index_of(side: Side) -> Index:

@@ -50,6 +50,8 @@ class AdaptiveConnector:
         kv_layout: layout of ``kv_caches``, a string or a preset. Default: vLLM flash attention,
             a list over layers of ``(2, blocks, block_size, heads, head_dim)``.
         chunk_layout: layout of memory objects. Default ``[2, L, T, H*D]``.
+        reinterpret: memory objects may be of another number type than the caches: their bits are
+            moved.
         extents: declared extents of the caches: ``layers, kv, block_size, heads, dim``.
 
     Raises:
@@ -63,11 +65,13 @@ class AdaptiveConnector:
         backend: str | None = None,
         kv_layout: str = KV_LAYOUT,
         chunk_layout: str = CHUNK_LAYOUT,
+        *,
+        reinterpret: bool = False,
         **extents: Any,
     ) -> None:
         self._choice = choose(device, backend)
         self.device = self._choice.backend.device
-        self._kv_reading = read_as(kv_layout, **extents)
+        self._kv_reading = read_as(kv_layout, reinterpret=reinterpret, **extents)
         parse(resolve(chunk_layout)[0])  # a layout that cannot be read is refused now
         self._chunk_layout = chunk_layout
         self._registered: Registration | None = None

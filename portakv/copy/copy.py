@@ -33,6 +33,7 @@ def copy_rows(
     count: int | None = None,
     backend: str | None = None,
     stream: torch.Stream | None = None,
+    reinterpret: bool = False,
 ) -> Transfer:
     """Copy rows between views.
 
@@ -42,6 +43,7 @@ def copy_rows(
         count: tokens to move; by default what the indices cover.
         backend: a backend's name, which then must carry the copy out.
         stream: where to order the work; it first waits for the current stream.
+        reinterpret: rows of one number type may go to rows of another: their bits are moved.
 
     Raises:
         LayoutError: the views cannot hold each other's rows, or the destination cannot be written.
@@ -49,6 +51,7 @@ def copy_rows(
         DeviceMismatch, BackendUnavailable, Unsupported: nobody can carry it out; with the trace.
     """
     check_views(src, dst)
+    src = src.as_bytes() if reinterpret else src
     mine, theirs = Index.of(src_index), Index.of(dst_index)
     tokens = covered(src, dst, mine, theirs) if count is None else _count(count)
     mine.check_length(tokens, src.slots, "source")

@@ -44,6 +44,7 @@ class CopyPlan:
         src_step, dst_step: tokens for each entry of that side's index: 1 for a slot mapping,
             ``block_size`` for a block table, 0 for a side without ids (consecutive slots).
         unit: tokens moved for each index read; by default the most that both sides allow.
+        reinterpret: the forms may be of different number types; bits are moved, not converted.
 
     Attributes:
         unit: tokens moved for each index read; counts are multiples of it.
@@ -51,12 +52,19 @@ class CopyPlan:
         vector: the least vector of the nests, in bytes.
 
     Raises:
-        LayoutError: extents or widths that differ between the forms.
+        LayoutError: extents, widths or number types that differ between the forms.
         Unsupported: opaque pages by token, or factors without a common refinement.
     """
 
     def __init__(
-        self, src: Form, dst: Form, src_step: int = 0, dst_step: int = 0, unit: int | None = None
+        self,
+        src: Form,
+        dst: Form,
+        src_step: int = 0,
+        dst_step: int = 0,
+        unit: int | None = None,
+        *,
+        reinterpret: bool = False,
     ) -> None:
         if not (isinstance(src, Form) and isinstance(dst, Form)):
             raise LayoutError(
@@ -69,6 +77,9 @@ class CopyPlan:
                 f"id, or 0 for a side without ids."
             )
         _check_extents(src, dst)
+        if reinterpret:
+            src = src.untyped()
+        _check_dtypes(src, dst)
         self.src, self.dst = src, dst
         self.src_step, self.dst_step = src_step, dst_step
         largest = _largest_unit(src, dst, src_step, dst_step)
@@ -154,7 +165,7 @@ class CopyPlan:
 
     def _check_side(self, side: str, index: Index, view: KVView) -> None:
         name, form = ("source", self.src) if side == "src" else ("destination", self.dst)
-        if view.form != form:
+        if view.form != form and view.form.untyped() != form:
             raise LayoutError(
                 f"The {name}, {view.layout.text!r}, has another form than the plan was made for; "
                 f"make a plan for the forms of these two views."
@@ -262,6 +273,16 @@ def _check_extents(src: Form, dst: Form) -> None:
             f"The source's pages hold {src.block_size} tokens and the destination's "
             f"{dst.block_size}; opaque pages move only between equal block sizes."
         )
+
+
+def _check_dtypes(src: Form, dst: Form) -> None:
+    for k, (mine, theirs) in enumerate(zip(src.dtypes, dst.dtypes, strict=False)):
+        if mine != theirs and mine and theirs:
+            raise LayoutError(
+                f"The source's rows of kv {k} are {mine} and the destination's {theirs}; a copy "
+                f"moves bits and converts nothing. Make the dtypes equal, or pass reinterpret=True "
+                f"where the bits are meant."
+            )
 
 
 def _chain(form: Form, part: Part) -> Steps:

@@ -22,6 +22,8 @@ from portakv.view.containers import Grid, tabulate, to_grid
 from portakv.view.form import Form, build_parts, same_form
 
 _STRIDED = torch.strided
+#: Tensors of these are bytes, whatever they stand for: fp8 and packed formats are kept so.
+_BYTES = frozenset({torch.uint8, torch.int8})
 _KNOWN_SHAPES = 256  # forms of single tensors that one reading remembers
 
 
@@ -53,15 +55,17 @@ class _Known(NamedTuple):
 
 
 class Reading:
-    """A layout and its declared extents.
+    """A layout and its declared extents; with ``reinterpret`` rows are bytes, whatever the dtype.
 
     A tensor of known shape, strides, dtype and place reuses its form by one look-up.
     """
 
-    __slots__ = ("_known", "declared", "extents", "layout")
+    __slots__ = ("_known", "declared", "extents", "layout", "reinterpret")
 
-    def __init__(self, layout: Layout, extents: Mapping[str, Any]) -> None:
-        self.layout = layout
+    def __init__(
+        self, layout: Layout, extents: Mapping[str, Any], reinterpret: bool = False
+    ) -> None:
+        self.layout, self.reinterpret = layout, reinterpret
         self.extents = dict(extents)
         self.declared = declare(layout, extents)
         self._known: dict[tuple[Any, ...], _Known] = {}
@@ -119,14 +123,15 @@ class Reading:
         parts = build_parts(layout, values, strides, itemsizes, table.steps)
         slots = values[0]["token"] * values[0].get("block", 1)
         grad = any(tensor.requires_grad for tensor in flat)
-        form = same_form(_form(layout, values, parts, picks, flat))
+        form = _form(layout, values, parts, picks, flat)
+        form = same_form(form.untyped() if self.reinterpret else form)
         spans = _spans(flat)
         origins = tuple(table.addresses.tolist())
         return Facts(form, origins, table.owners, slots, device, grad, spans)
 
 
 @lru_cache(maxsize=256)
-def _reading(layout: str, declared: tuple[tuple[str, Any], ...]) -> Reading:
+def _reading(layout: str, declared: tuple[tuple[str, Any], ...], reinterpret: bool) -> Reading:
     text, always = presets.resolve(layout)
     extents = dict(always)
     for name, value in declared:
@@ -136,11 +141,14 @@ def _reading(layout: str, declared: tuple[tuple[str, Any], ...]) -> Reading:
                 f"{name}={extents[name]}; declare that, or write the layout string."
             )
         extents[name] = value
-    return Reading(parse(text), extents)
+    return Reading(parse(text), extents, reinterpret)
 
 
-def read_as(layout: str, /, **extents: Any) -> Reading:
-    """The reading of a layout (string or preset) with declared extents; None means undeclared."""
+def read_as(layout: str, /, *, reinterpret: bool = False, **extents: Any) -> Reading:
+    """The reading of a layout (string or preset) with declared extents; None means undeclared.
+
+    ``reinterpret``: rows are bytes, whatever the dtypes of the tensors.
+    """
     if not isinstance(layout, str):
         raise LayoutError(f"A layout is a string of axis names, but {layout!r} was given.")
     declared = tuple(
@@ -148,7 +156,7 @@ def read_as(layout: str, /, **extents: Any) -> Reading:
         for name, value in sorted(extents.items())
         if value is not None
     )
-    return _reading(layout, declared)
+    return _reading(layout, declared, bool(reinterpret))
 
 
 def _integers(name: str, value: Any) -> int | tuple[int, ...]:
@@ -261,7 +269,14 @@ def _form(
         opaque=layout.opaque,
         alignment=min(16, bits & -bits) if bits else 16,
         place=_place(tensors),
+        dtypes=() if layout.opaque else _dtypes(picks),
     )
+
+
+def _dtypes(picks: Sequence[torch.Tensor]) -> tuple[str, ...]:
+    """As `Form.dtypes` has them."""
+    names = ["" if t.dtype in _BYTES else str(t.dtype).removeprefix("torch.") for t in picks]
+    return tuple(names) if any(names) else ()
 
 
 def _spans(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:

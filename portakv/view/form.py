@@ -8,7 +8,7 @@ tokens). It is hashable and holds integers and strings only, so it can be sent t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 
 from portakv.layout.extents import factor_extent
@@ -69,6 +69,7 @@ class Form:
         opaque: only whole pages can be moved.
         alignment: the largest power of two up to 16 that divides all addresses.
         place: one of ``device``, ``pinned``, ``pageable``, ``remote``.
+        dtypes: for each kv the number type, such as ``float16``, or "" for bytes; () if all are.
         unwritable: why rows of this form cannot be a destination; empty where they can.
     """
 
@@ -80,13 +81,14 @@ class Form:
     opaque: bool
     alignment: int
     place: str
+    dtypes: tuple[str, ...] = ()
     unwritable: str = field(default="", init=False, compare=False, repr=False)
     _hash: int = field(default=0, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # Forms key the cache of launches on the hot path: hash the nested tuples only once.
         key = (self.parts, self.layers, self.heads, self.widths, self.block_size, self.alignment)
-        object.__setattr__(self, "_hash", hash((key, self.opaque, self.place)))
+        object.__setattr__(self, "_hash", hash((key, self.opaque, self.place, self.dtypes)))
         object.__setattr__(self, "unwritable", _why_unwritable(self.parts))
 
     def __hash__(self) -> int:
@@ -94,8 +96,12 @@ class Form:
 
     def __reduce__(self) -> tuple[object, ...]:
         # The hash of a string differs between processes, so a form is made anew on arrival.
-        names = ("parts", "layers", "heads", "widths", "block_size", "opaque", "alignment", "place")
-        return type(self), tuple(getattr(self, name) for name in names)
+        made = [getattr(self, each.name) for each in fields(self) if each.init]
+        return type(self), tuple(made)
+
+    def untyped(self) -> Form:
+        """This form with rows of bytes, which go to and from rows of any number type."""
+        return replace(self, dtypes=()) if self.dtypes else self
 
     @property
     def kv(self) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 
 from portakv.errors import LayoutError
 from portakv.view.bound import Facts
-from portakv.view.form import PART_AXES, Form, Part, Step, Steps, locate, same_form
+from portakv.view.form import PART_AXES, Part, Step, Steps, locate, same_form
 
 Range = slice | int | None
 Entry = TypeVar("Entry")
@@ -40,15 +40,15 @@ def slice_facts(facts: Facts, *, layers: Range, heads: Range, kv: Range) -> Fact
     parts = [_cut(part, "layer", layer_range) for part in parts]
     kept, parts = _keep_entries(parts, len(origins))
     parts, shifts = _fold_origins(parts, len(kept))
-    sliced = Form(
+    dtypes = tuple(form.dtypes[k] for k in kv_range) if form.dtypes else ()
+    sliced = replace(
+        form,
         parts=tuple(parts),
         layers=len(layer_range),
         heads=len(head_range),
         widths=tuple(form.widths[k] for k in kv_range),
-        block_size=form.block_size,
-        opaque=form.opaque,
         alignment=alignment,
-        place=form.place,
+        dtypes=dtypes if any(dtypes) else (),
     )
     origins = tuple(origins[entry] + shifts.get(i, 0) for i, entry in enumerate(kept))
     owners = tuple(owners[i] for i in kept)

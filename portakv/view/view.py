@@ -19,7 +19,7 @@ import torch
 from portakv.errors import LayoutError
 from portakv.layout.language import Layout
 from portakv.view.bound import Facts, Found, Reading, read_as
-from portakv.view.form import ALIASED, locate
+from portakv.view.form import ALIASED, locate, same_form
 from portakv.view.slicing import slice_facts
 
 
@@ -31,6 +31,8 @@ class KVView:
         layout: a layout string, or the name of a preset.
         layers, kv, block_size, heads: declared extents. ``block_size`` is tokens of a block.
         dim: declared width in elements: one number, or one for each kv.
+        reinterpret: the rows are bytes, whatever the dtype: they may be copied to and from rows of
+            any number type. Rows of two different number types are otherwise refused.
 
     Attributes:
         form: strides, widths, alignment and place.
@@ -61,11 +63,13 @@ class KVView:
         block_size: int | None = None,
         heads: int | None = None,
         dim: int | Sequence[int] | None = None,
+        reinterpret: bool = False,
     ) -> None:
         width = tuple(dim) if isinstance(dim, (list, tuple)) else dim
         reading = read_as(
-            layout, layers=layers, kv=kv, block_size=block_size, heads=heads, dim=width
-        )
+            layout, layers=layers, kv=kv, block_size=block_size, heads=heads, dim=width,
+            reinterpret=reinterpret,
+        )  # fmt: skip
         self._set(reading.layout, tensors, reading.read(tensors))
         self._hold()
 
@@ -284,6 +288,18 @@ class KVView:
         facts = slice_facts(self._facts(), layers=layers, heads=heads, kv=kv)
         view = KVView.__new__(KVView)
         view._set(self.layout, self.tensors, facts)
+        return view
+
+    def as_bytes(self) -> KVView:
+        """This view with rows of bytes, whatever the dtypes of its tensors; see ``reinterpret``."""
+        if not self.form.dtypes:
+            return self
+        view: KVView | None = self.kept.get("bytes")
+        if view is None:
+            view = KVView.__new__(KVView)
+            form = same_form(self.form.untyped())
+            view._set(self.layout, self.tensors, self._facts()._replace(form=form))
+            self.kept["bytes"] = view
         return view
 
     def planes(self, layers: tuple[int, int] | None, kv: tuple[int, int] | None) -> KVView:

@@ -97,7 +97,8 @@ def different_kinds() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["dtypes", "widths", "ranks", "strides", "objects"])
-def test_chunks_of_several_kinds(connector: AdaptiveConnector, kind: str) -> None:
+def test_chunks_of_several_kinds(kind: str) -> None:
+    connector = AdaptiveConnector("cpu", reinterpret=kind in ("dtypes", "widths"))
     caches, pair = make_caches(), different_kinds()[kind]
     slots = SLOTS[:8]
     connector.batched_from_gpu(pair, caches, slots, [0, 4], [4, 8])

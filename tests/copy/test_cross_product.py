@@ -42,7 +42,7 @@ def test_every_destination(source: str) -> None:
         src = build(source, held, seed=1, guard=_GUARD)
         dst = build(destination, held, seed=2, guard=_GUARD)
         views = [
-            KVView(case.tensors, name, **case.extents)
+            KVView(case.tensors, name, reinterpret=src.dtype != dst.dtype, **case.extents)
             for case, name in ((src, source), (dst, destination))
         ]
         if held is None:

@@ -22,7 +22,7 @@ _TIMES = settings().max_examples
 
 
 def _view(side: Side) -> KVView:
-    return KVView(side.tensors, side.layout, **side.extents)
+    return KVView(side.tensors, side.layout, reinterpret=side.reinterpret, **side.extents)
 
 
 def _index(side: Side) -> Index:

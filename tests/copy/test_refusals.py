@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.connector_cases import make_caches, make_chunk
-from support.guarded_memory import refused
+from support.connector_cases import HEADS, make_caches, make_chunk
+from support.guarded_memory import refused, same
 from support.small_backends import small_backend
 
 from portakv import (
@@ -64,6 +64,30 @@ def test_tensors_without_memory() -> None:
         fake = torch.zeros(3, 4)
     with refused(LayoutError, "without memory"):
         KVView(fake, "token dim")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int16])
+def test_rows_of_another_number_type_unless_their_bits_are_meant(dtype: torch.dtype) -> None:
+    """1.0 of float16 would be 0.0078 of bfloat16."""
+    caches, chunk = make_caches(), make_chunk(3).view(dtype)
+    before = [cache.clone() for cache in caches]
+    views = KVView(chunk, "chunk-2ltd", heads=HEADS), KVView(caches, "vllm-nhd")
+    with refused(LayoutError, "float16", str(dtype)[6:], "reinterpret=True"):
+        copy_rows(*views, None, [4, 5, 6])
+    with refused(LayoutError, "reinterpret=True"):
+        AdaptiveConnector("cpu").to_gpu(chunk, caches, [4, 5, 6])
+    assert all(same(*pair) for pair in zip(caches, before, strict=True))
+    copy_rows(*views, None, [4, 5, 6], reinterpret=True).synchronize()
+    AdaptiveConnector("cpu", reinterpret=True).to_gpu(chunk, caches, [7, 8, 9]).synchronize()
+    assert same(
+        caches[1][1].flatten(0, 1)[4:10].view(dtype),
+        chunk[1, 1].unflatten(1, (HEADS, -1)).repeat(2, 1, 1),
+    )
+    blocks = [KVView([x.view(d) for x in caches], "vllm-nhd") for d in (torch.float16, dtype)]
+    with refused(LayoutError, "reinterpret=True"):
+        copy_blocks(*blocks, [0], [1])
+    copy_blocks(*blocks, [0], [1], reinterpret=True).synchronize()
+    assert same(caches[0][:, 0], caches[0][:, 1])
 
 
 @pytest.mark.parametrize(("layer", "kv"), [(3000, 0), (-1, 0), (0, 2), (9, 1)])

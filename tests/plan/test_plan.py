@@ -381,10 +381,40 @@ class TestRefusals:
         with pytest.raises(LayoutError, match=why):
             CopyPlan(src, dst)
 
-    def test_widths_are_compared_in_bytes_whatever_the_dtypes(self) -> None:
-        wide = form("token dim", 5, 32, dtype=torch.uint8)
-        plan = CopyPlan(form("token dim", 5, 8, dtype=torch.float32), wide)
-        assert plan.token_bytes == 32
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+    def test_bytes_go_to_and_from_any_number_type(self, dtype: torch.dtype) -> None:
+        wide = form("token dim", 5, 32, dtype=dtype)
+        numbers = form("token dim", 5, 8, dtype=torch.float32)
+        assert CopyPlan(numbers, wide).token_bytes == 32
+        assert CopyPlan(wide, numbers).token_bytes == 32
+
+    @pytest.mark.parametrize(
+        ("src", "dst"),
+        [(torch.float16, torch.bfloat16), (torch.float32, torch.int32), (torch.int16, torch.half)],
+    )
+    def test_two_number_types_unless_their_bits_are_meant(
+        self, src: torch.dtype, dst: torch.dtype
+    ) -> None:
+        one, other = form("token dim", 5, 8, dtype=src), form("token dim", 5, 8, dtype=dst)
+        with pytest.raises(LayoutError, match=r"moves bits and converts nothing.*reinterpret=True"):
+            CopyPlan(one, other)
+        plan = CopyPlan(one, other, reinterpret=True)
+        assert plan.token_bytes == 8 * src.itemsize
+        assert CopyPlan(plan.src, plan.dst).token_bytes == plan.token_bytes
+
+    def test_each_kv_has_its_number_type(self) -> None:
+        def parts(*dtypes: torch.dtype) -> Form:
+            tensors = [[torch.zeros(5, 8 // d.itemsize, dtype=d) for d in dtypes]]
+            return KVView(tensors, "layer kv | token dim", kv=2).form
+
+        mixed, other = parts(torch.float16, torch.uint8), parts(torch.float16, torch.float32)
+        assert CopyPlan(mixed, other).token_bytes == 16
+        with pytest.raises(LayoutError, match="kv 1 are float32 and the destination's bfloat16"):
+            CopyPlan(other, parts(torch.float16, torch.bfloat16))
+
+    def test_opaque_pages_have_no_number_type(self) -> None:
+        pages = [form("block page", 5, 8, dtype=d, block_size=4) for d in (torch.half, torch.int16)]
+        assert CopyPlan(pages[0], pages[1], 4, 4).unit == 4
 
     def test_factors_without_a_common_refinement(self) -> None:
         src = form("token dim/2 head dim%2", 5, 3, 2, 2)

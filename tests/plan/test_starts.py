@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from support.core_cases import noise
 from support.guarded_memory import filled, same
 
@@ -14,7 +15,7 @@ from portakv import CopyPlan, Index, KVView, copy_rows
 @pytest.mark.parametrize("gathers", [True, False], ids=["gather", "scatter"])
 def test_a_flat_side_may_begin_at_any_token(start: int, gathers: bool) -> None:
     """A block of 8 tokens x 24 B allows vectors of 16 B, a start at the next token does not."""
-    cache, rows = noise(4, 8, 12), filled((24, 12))
+    cache, rows = noise(4, 8, 12, dtype=torch.float16), filled((24, 12))
     table, begin = Index([2, 0], step=8), Index(offset=start)
     blocks = KVView(cache, "block token dim", kv=1)
     flat = KVView(rows, "token dim", kv=1)
