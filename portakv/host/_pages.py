@@ -212,7 +212,7 @@ def _touch_slice(address: int, nbytes: int) -> None:
 
 
 def write_each_page(address: int, nbytes: int) -> None:
-    """One byte a page, for kernels without MADV_POPULATE_WRITE; numpy holds no GIL meanwhile."""
+    """One byte a page, for kernels without MADV_POPULATE_WRITE; numpy releases the GIL."""
     bytes_ = BufferRange(address, nbytes).array()
     # What the page holds is written back, since it may be a shared one.
     bytes_[::PAGE] |= 0

@@ -263,7 +263,7 @@ def _unregister(runtime: Runtime, piece: int) -> None:
     try:
         runtime.unregister(piece)
     except CallRefused as refused:
-        # After a reset of the device nothing is registered; finalizers have nobody to raise to.
+        # After a reset of the device nothing is registered; a finalizer cannot raise.
         if refused.code != _runtime.UNKNOWN:
             warn_once(f"unregistering it failed before, {refused}")
 

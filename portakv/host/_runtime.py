@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The few calls of the CUDA or HIP runtime that register host memory.
 
-A call that fails leaves its error in the runtime, where the next kernel launch of anybody finds it
+A call that fails leaves its error in the runtime, where the next kernel launch finds it
 (vLLM #51081), so each failure here is cleared at once. The library is the one that torch has
 loaded: each copy of the runtime, as the one inside ``cuda.bindings``, has an error of its own.
 """
@@ -123,7 +123,7 @@ def through_torch() -> bool:
 
 @cache
 def _loaded() -> Runtime:
-    # Until torch has begun with the device it takes no memory for pinned, whoever pinned it.
+    # Until torch has begun with the device torch takes no memory for pinned, even if it is.
     torch.cuda.init()
     prefix = "cuda" if torch.version.hip is None else "hip"
     path = loaded_library(_STEMS[prefix], (torch.version.cuda or "").split(".")[0])
@@ -167,7 +167,7 @@ def loaded_library(stem: str, version: str, maps: str = "/proc/self/maps") -> st
 def quiesce() -> None:
     """Block the host until no device of this process reads or writes host memory any more.
 
-    A device that has failed does neither: its error is left to whoever uses it next.
+    A device that has failed does neither: its error is left to its next user.
     """
     if torch.cuda.is_initialized() and not torch.cuda._is_in_bad_fork():
         inside: Any = torch._C

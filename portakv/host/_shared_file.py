@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file behind a shared pool: a header, the members, who has which block, then the blocks.
+"""The file behind a shared pool: a header, its members, the owner of each block, then the blocks.
 
 Each change that matters is one aligned store of 8 bytes, so a process that dies between two of them
 leaves tables that mean something. The header's first word is written last.
@@ -40,7 +40,7 @@ class SharedFile:
     Attributes:
         mapping: all of the file.
         header: `HEADER`, one record.
-        owners: int64 ``[blocks]``: the place of who has a block, plus 1; 0: free.
+        owners: int64 ``[blocks]``: the place of its owner among the members, plus 1; 0: free.
         generations: int64 ``[blocks]``, counts how often a block changed hands.
         since: float64 ``[blocks]``, when it was acquired, by the monotonic clock.
         labels: what for.
@@ -71,7 +71,7 @@ class SharedFile:
                         file._begin(name, wanted)
                         file._join(name, label)
                         return file
-                file.locks.close()  # the last member removed it meanwhile
+                file.locks.close()  # the last member removed it in between
             except BaseException:
                 file.locks.close()
                 raise
@@ -132,7 +132,7 @@ class SharedFile:
         return False
 
     def _begin(self, name: str, wanted: tuple[int, int, int] | None) -> None:
-        """Make the file where nobody has finished that, and map it."""
+        """Make the file, unless that was finished before, and map it."""
         fd = self.locks.fd
         found = np.zeros(1, HEADER)
         raw = os.pread(fd, HEADER.itemsize, 0)
@@ -221,7 +221,8 @@ def names() -> list[str]:
 
 
 def remove(name: str) -> None:
-    """Remove a shared pool that was left behind; who is attached keeps its memory until it closes.
+    """Remove a shared pool that was left behind; attached processes keep its memory until
+    they close it.
 
     Raises:
         HostMemoryError: there is none, or it is another user's.

@@ -22,11 +22,11 @@ import numpy.typing as npt
 
 from portakv.errors import HostMemoryError
 
-#: One attached process; ``pid`` 0: nobody. ``noticed``: when its lock was first found free.
+#: One attached process; ``pid`` 0: a free place. ``noticed``: when its lock was first found free.
 RECORD = np.dtype([("pid", "i8"), ("space", "i8"), ("started", "i8"), ("noticed", "f8"),
                    ("name", "S32")])  # fmt: skip
 _GRACE = 1.0  # seconds until a dead process of another container has let go of its devices
-_PATIENCE = 30.0  # seconds to wait for whoever changes the tables; that takes microseconds
+_PATIENCE = 30.0  # seconds to wait for a change of the tables, which takes microseconds
 
 _open: weakref.WeakSet[FileLocks] = weakref.WeakSet()
 _forks_watched = False
@@ -61,7 +61,7 @@ class FileLocks:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Nobody else, in whatever process or thread, changes the tables meanwhile.
+        """Inside, no other process or thread changes the tables.
 
         A process that dies inside leaves the lock to the next. Raises `HostMemoryError` where one
         that lives does not let go of it.
@@ -126,11 +126,11 @@ class Members:
             self.me = -1
 
     def attached(self) -> list[int]:
-        """The places of all who joined and did not leave, dead or alive."""
+        """The places of all processes that joined and did not leave, dead or alive."""
         return [int(place) for place in np.flatnonzero(self._table["pid"])]
 
     def dead(self) -> list[int]:
-        """The places of those that ended without leaving, and whose devices write no more."""
+        """The places of processes that ended without leaving, if their devices write no more."""
         return [place for place in self.attached() if place != self.me and self._gone(place)]
 
     def bury(self, place: int) -> None:

@@ -285,7 +285,7 @@ def is_pinned(tensor: torch.Tensor) -> bool:
 
 
 def _byte_at(address: int) -> torch.Tensor:
-    """One byte of memory that somebody else holds, as a tensor; it is never read."""
+    """One byte of memory that the caller holds, as a tensor; it is never read."""
     return torch.frombuffer(ctypes.c_char.from_address(address), dtype=torch.uint8)
 
 

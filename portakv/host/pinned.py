@@ -227,7 +227,7 @@ def register(
     """Pin memory that exists, where it is, until `unregister`, `PinnedMemory.close` or the end.
 
     It need not begin on a page; but a page is pinned only once, so memory that shares one with
-    registered memory is refused. It is held meanwhile: an mmap or shared memory cannot be closed.
+    registered memory is refused. It is held until then: an mmap or shared memory cannot be closed.
 
     Args:
         memory: a CPU tensor, a numpy array, an mmap, shared memory, anything with a buffer.

@@ -294,7 +294,7 @@ class PinnedPool:
             self._changed.notify_all()
 
     def leaks(self) -> list[Leak]:
-        """Every block that is out and who acquired it, the oldest first."""
+        """Every block that is out and its owner, the oldest first."""
         now = time.monotonic()
         with self._changed:
             out = sorted(self._out.items(), key=lambda item: item[1].since)
@@ -306,7 +306,7 @@ class PinnedPool:
     def close(self) -> None:
         """Let go of the memory; tensors of blocks that are out still hold theirs.
 
-        Warns of blocks that are out (`ResourceWarning`), and names who acquired them.
+        Warns of blocks that are out (`ResourceWarning`), and names their owners.
         """
         with self._changed:
             if self._closed:
@@ -369,7 +369,7 @@ class PinnedPool:
         return refused
 
     def _sweep(self) -> None:
-        """Make blocks free whose work has ended."""
+        """Make blocks free if the work after which they were released has ended."""
         if self._in_use:
             ended = [one for one in self._in_use if one.ended]
             self._in_use = [one for one in self._in_use if one not in ended]
@@ -462,7 +462,7 @@ def _refuse_options(options: dict[str, Any]) -> None:
 
 
 def _listed(sentence: str, leaks: list[Leak]) -> str:
-    """A sentence, and who has which block; of many, the oldest."""
+    """A sentence, and the owner of each block; of many blocks, the oldest."""
     if not leaks:
         return f"{sentence}."
     shown = [f"  {leak}" for leak in leaks[:8]]

@@ -30,8 +30,8 @@ _ASK_AGAIN = 0.002  # seconds between two looks at what other processes released
 class SharedPool:
     """Blocks of one size, shared by name. A context manager; `close` may be called again.
 
-    The first process that names it makes it, the last that closes it removes it, with ``keep``
-    nobody does. Use it in the process that opened it; a forked one opens its own.
+    The first process that names it makes it, the last that closes it removes it, unless it
+    was made with ``keep``. Use it in the process that opened it; a forked one opens its own.
 
     Args:
         name: letters, digits, dots, dashes and underscores.
@@ -80,7 +80,7 @@ class SharedPool:
 
     @property
     def free(self) -> int:
-        """How many blocks nobody has."""
+        """How many blocks are free."""
         self._refuse()
         return int(np.count_nonzero(self._file.owners == 0))
 
@@ -100,7 +100,7 @@ class SharedPool:
             timeout: seconds to wait at most; None: without end.
 
         Raises:
-            PoolExhausted: none is free, or was in time; says who has them.
+            PoolExhausted: none is free, or was in time; names their owners.
             HostMemoryError: the pool is closed, or this process was forked from its opener.
         """
         until = deadline(timeout)
@@ -158,7 +158,7 @@ class SharedPool:
 
         Raises:
             SlotError: no such block.
-            HostMemoryError: nobody has it, or somebody else by now.
+            HostMemoryError: it is free, or was handed out again since.
         """
         self._refuse()
         self._file.check(index)
@@ -177,7 +177,7 @@ class SharedPool:
         return self._hand_out(index)
 
     def bytes_of(self, index: int) -> torch.Tensor:
-        """The bytes of any block, uint8 ``[block_bytes]``, whoever has it.
+        """The bytes of any block, uint8 ``[block_bytes]``, free or not.
 
         Raises `SlotError` where there is no such block.
         """
@@ -187,7 +187,7 @@ class SharedPool:
         return self._memory.tensor[start : start + self.block_bytes]
 
     def reclaim(self) -> list[str]:
-        """Take back the blocks of processes that died; says of whom, and how many."""
+        """Take back the blocks of processes that died; names each, and how many."""
         self._refuse()
         with self._file.locks.exclusive():
             return self._file.reclaim()

@@ -105,8 +105,8 @@ def to_device(
             for bytes, int64 for other sequences.
         out: contiguous, of as many elements, written and returned; None: a new tensor with the
             shape of ``values``.
-        stream: where to order it, behind what the current stream holds by now; whoever reads the
-            result on another stream waits for this one. None: the current stream.
+        stream: where to order it, behind what the current stream holds by now; a reader of the
+            result on another stream has to wait for this one. None: the current stream.
         way: see the module; None: the best. A graph capture takes only ``"value"``, by name, since
             the contents are then fixed; `SmallCopy` captures contents that change.
 
