@@ -1,15 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Addresses that nobody would choose: tensors in an order that is no order, rows seen twice."""
+"""Unusual addresses: tensors in no order, caches that share tensors, rows that are seen twice."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
+from portakv import BackendUnavailable, Unsupported, copy_rows
+from portakv.registry.builtin import ENGINES
 from portakv_conformance.draw.arrangement import Case
-from portakv_conformance.draw.by_hand import CHUNK, Shape, Workshop, dimension
-from portakv_conformance.judge.judging import Judge, view_of
+from portakv_conformance.draw.by_hand import (
+    CHUNK,
+    PAGED,
+    Shape,
+    Workshop,
+    dimension,
+    on_host,
+)
+from portakv_conformance.judge.claims import full
+from portakv_conformance.judge.judging import Judge, index_of, view_of
 
 pytestmark = pytest.mark.area("corners")
 
@@ -59,3 +70,94 @@ def test_a_source_that_is_expanded(judge: Judge, home: Workshop, direction: str,
     else:
         cache = home.cache(SHAPE, slots, source=False)
         judge.copy(Case(home.chunk(SHAPE, 9, expand=dimension(CHUNK, axis)), cache, 9))
+
+
+# -- caches that share tensors -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_caches_that_share_tensors(judge: Judge, workshop: Workshop, direction: str) -> None:
+    """A cache is all of its tensors: another one with the same first tensor, the same last one, or
+    the same ones in another order, is another cache."""
+    source = direction == "gather"
+    slots = workshop.shuffled(SHAPE.slots, 9, 1)
+    one, two = (
+        workshop.cache(SHAPE, slots, layout=PAGED, source=source, storage=number)
+        for number in (0, 100)
+    )
+    first, *_, last = one.tensors
+    kept = [one, two]
+    for number, tensors in enumerate(
+        (
+            one.tensors,
+            [first, *two.tensors[1:]],
+            [*two.tensors[:-1], last],
+            [first, one.tensors[2], one.tensors[1], last],
+            [*two.tensors[:2], *one.tensors[2:]],
+            one.tensors,
+        )
+    ):
+        guards = [guard for side in kept for guard in side.guards]
+        cache = replace(one, tensors=list(tensors), guards=guards, arrangement=None)
+        chunk = workshop.chunk(SHAPE, 9, source=not source, storage=2000 + number)
+        judge.copy(Case(cache, chunk, 9) if source else Case(chunk, cache, 9))
+
+
+# -- rows that are seen twice, on the host -------------------------------------------------------
+
+#: What lies on the host, and its dimension with a stride of 0 or of 1 element.
+_SEEN_TWICE = [
+    *[(CHUNK, axis) for axis in ("kv", "layer", "token")],
+    *[(PAGED, axis) for axis in ("kv", "token", "head")],
+    ("token dim", "token"),  # as `row.expand(tokens, dim)` is
+    ("block token dim", "token"),
+]
+
+
+@pytest.mark.needs("accelerator")
+@pytest.mark.parametrize("every", [0, 1], ids=["stride-0", "stride-1"])
+@pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
+@pytest.mark.parametrize(
+    "engine", ["subject", "automatic", *(pytest.param(engine, marks=full) for engine in ENGINES)]
+)
+def test_host_sources_that_are_expanded(
+    judge: Judge, home: Workshop, engine: str, pinned: bool, every: int
+) -> None:
+    """Host memory whose rows share bytes is copied to the device row by row: by the judged
+    backend, by the library's own choice and by each of its engines that takes it."""
+    host = replace(home, device="cpu")
+    for layout, axis in _SEEN_TWICE:
+        latent = "layer" not in layout
+        shape = Shape(layers=1, heads=1, widths=(64,)) if latent else Shape(widths=(64, 64))
+        slots, how = (
+            home.shuffled(shape.slots, 9, 1),
+            {"layout": layout, "expand": dimension(layout, axis), "every": every},
+        )
+        if "block" in layout:
+            chunk = "token dim" if latent else CHUNK
+            src = host.cache(shape, slots, **how)
+            dst = home.chunk(shape, 9, layout=chunk, source=False)
+        else:
+            cache = "block token dim" if latent else home.paged
+            src = host.chunk(shape, 9, **how)
+            dst = home.cache(shape, slots, layout=cache, source=False)
+        case = Case(on_host(src, pinned), dst, 9)
+        if engine == "subject":
+            judge.copy(case)
+        else:
+            _by_engine(judge, case, None if engine == "automatic" else engine)
+
+
+def _by_engine(judge: Judge, case: Case, engine: str | None) -> None:
+    """Judge a copy by one of the library's engines, which may be for other devices or places."""
+    asked = view_of(case.src), view_of(case.dst), index_of(case.src), index_of(case.dst)
+
+    def carry() -> None:
+        try:
+            judge.finish(copy_rows(*asked, count=case.count, backend=engine))
+        except BackendUnavailable as error:
+            raise Unsupported(f"This copy by {engine!r}", str(error)) from error
+
+    judge.judge(
+        case, carry, lambda: engine and f"The engine {engine!r} takes no copy of this kind."
+    )

@@ -66,6 +66,13 @@ HOLES: dict[str, list[int]] = {
 }
 
 
+@pytest.mark.parametrize("heads", [1, 3, 5, 6, 12, 40])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_head_counts(judge: Judge, home: Workshop, direction: str, heads: int) -> None:
+    """Any number of heads moves, whether or not it is a power of two."""
+    must(judge, home.move(direction, replace(SHAPE, heads=heads), home.shuffled(SHAPE.slots, 9, 1)))
+
+
 @pytest.mark.parametrize("holes", HOLES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_negative_slots_are_skipped(

@@ -67,6 +67,19 @@ def test_heads_that_no_vector_divides(judge: Judge, home: Workshop, heads: int, 
         judge.copy(home.move(direction, shape, slots, memory=heads_first))
 
 
+@pytest.mark.parametrize("heads", [5, 6, 12, 40])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_heads_that_are_no_power_of_two(
+    judge: Judge, home: Workshop, direction: str, heads: int
+) -> None:
+    """Heads that lie apart are each moved, and nothing beside the last of them."""
+    shape = Shape(heads=heads, widths=(32, 32))
+    slots = home.shuffled(shape.slots, 9, 1)
+    judge.copy(home.move(direction, shape, slots, layout=HND))
+    heads_first = reordered(home.paged, "kv block head token dim")
+    judge.copy(home.move(direction, shape, slots, memory=heads_first))
+
+
 @pytest.mark.parametrize(
     ("layout", "widths"),
     [

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from portakv import Index
+from portakv import Index, Unsupported
 from portakv_conformance.cases.test_ordering import Late, launched, prepared
 from portakv_conformance.draw.arrangement import Case
 from portakv_conformance.draw.by_hand import Shape, Workshop
@@ -62,6 +62,72 @@ def test_rows_as_short_as_claimed(
         f"It claims an alignment of {least} B and refuses rows of {times * least} B: "
         f"{judge.declined[-1]}"
     )
+
+
+def _other_slots(ids: torch.Tensor) -> None:
+    """Fill a list with other slots, all of them good."""
+    ids.copy_(torch.where(ids >= 0, (ids + 7) % SHAPE.slots, ids))
+
+
+@pytest.mark.area("ordering")
+@pytest.mark.parametrize("kind", ["int32", "int64", "pinned"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_host_ids_that_change_right_after_the_call(
+    facility: Facility, judge: Judge, home: Workshop, direction: str, kind: str
+) -> None:
+    """A list of ids on the host belongs to the caller again when the call returns, however long
+    the copy takes."""
+    for _ in range(2):  # the second call is by a launch that was prepared
+        ids = torch.tensor(home.shuffled(SHAPE.slots, 9, 1))
+        ids = ids.to(torch.int32) if kind == "int32" else ids
+        if kind == "pinned" and facility.streams:
+            ids = ids.pin_memory()
+        case = home.move(direction, SHAPE, ids)
+        expected = case.expected()
+        asked = view_of(case.src), view_of(case.dst), index_of(case.src), index_of(case.dst)
+        facility.delay(BUSY)
+        try:
+            transfer = judge.subject.copy(*asked, count=case.count)
+        except Unsupported as refusal:
+            judge.may_decline(refusal, *asked)
+            return
+        _other_slots(ids)
+        judge.finish(transfer)
+        verdict = judge.compare(expected, case.dst.tensors, case.src.tensors)
+        assert verdict is None, f"Its ids were read after the call had returned. {verdict}"
+        judge.examples += 1
+
+
+@pytest.mark.claim("index_on")
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_launch_has_read_its_host_ids(
+    request: pytest.FixtureRequest, subject: Subject, facility: Facility, judge: Judge,
+    home: Workshop, direction: str,
+) -> None:  # fmt: skip
+    """A launch that reads ids on the host has read them when it returns; what it returns, if
+    anything, is the end of the copy."""
+    if subject.can.index_on != "host":
+        not_claimed(request, "index_on", "it reads ids on the device.")
+    dtype = next(iter(subject.can.index_dtypes))
+    ids = torch.tensor(home.shuffled(SHAPE.slots, 9), dtype=dtype)
+    ids = ids.to(subject.can.home_of_ids(subject.device))
+    case = home.move(direction, SHAPE, ids)
+    expected = case.expected()
+    launch = subject.prepare(plan_of(case))
+    views = view_of(case.src), view_of(case.dst)
+    indices = [subject.place(index_of(side)) for side in (case.src, case.dst)]
+    _ = [view.table for view in views]
+    facility.synchronize()
+    facility.delay(BUSY)
+    pending = launch(*views, *indices, case.count, None, None)
+    if subject.can.index_on == "host":
+        _other_slots(ids)
+    if pending is not None:
+        pending.wait()
+    facility.synchronize()
+    verdict = judge.compare(expected, case.dst.tensors, case.src.tensors)
+    assert verdict is None, f"Its ids were read after the launch had returned. {verdict}"
+    judge.examples += 1
 
 
 @pytest.mark.claim("threads")

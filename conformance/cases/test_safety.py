@@ -207,6 +207,52 @@ def _check_word(told: int, case: Case, step: int) -> None:
     )
 
 
+#: Lists with more than one bad id, or with padding before it: whatever is worked out of several
+#: positions, such as their sum, is the position of a good one.
+_SEVERAL = {
+    "two": [_END, 1, 2, _END, 3, 4],
+    "two-later": [5, _END, 2, 3, _END, 4, 0],
+    "behind-padding": [-1, 2, -1, _END, 3, 4],
+    "many": [1, _END, 0, 2, _END, 3, 4, 5, _END, _END + 3],
+}
+
+
+@pytest.mark.claim("guards")
+@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("ids", _SEVERAL)
+def test_the_word_names_a_bad_position(
+    request: pytest.FixtureRequest, subject: Subject, judge: Judge, home: Workshop,
+    ids: str, offset: int, step: int,
+) -> None:  # fmt: skip
+    """Of several bad ids the status word tells the position + 1 of one, whichever it is, counted
+    from where the copy begins in its list, padding included."""
+    if not subject.can.guards:
+        not_claimed(request, "guards", "bad ids are found before the launch.")
+        return
+    end = SHAPE.slots // step
+    listed = [0] * offset + [n - _END + end if n >= _END else n for n in _SEVERAL[ids]]
+    for direction in DIRECTIONS:
+        given = torch.tensor(listed).to(subject.can.home_of_ids(subject.device))
+        case = home.move(direction, SHAPE, given, step=step, offset=offset * step)
+        good = torch.tensor([n if n < end else -1 for n in listed])
+        sides = [replace(s, ids=None if s.ids is None else good) for s in (case.src, case.dst)]
+        expected = Case(sides[0], sides[1], case.count).expected()
+        status = torch.zeros(1, dtype=torch.int64)
+        status = status.pin_memory() if judge.facility.streams else status
+        judge.launch_only(case, status=status)
+        verdict = judge.compare(expected, case.dst.tensors, case.src.tensors)
+        assert verdict is None, f"{verdict} The case was {case!r}."
+        told = int(status[0])
+        wanted = {p + 1 for p in range(case.count) if listed[offset + p // step] >= end}
+        assert told in wanted, (
+            f"The status word holds {told} for ids {listed} of {step} tokens from position "
+            f"{offset * step} on, of which those from {end} on are bad; expected the position + 1 "
+            f"of a bad one."
+        )
+        judge.examples += 1
+
+
 # -- rows that meet -------------------------------------------------------------------------------
 
 

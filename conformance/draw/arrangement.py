@@ -129,7 +129,8 @@ class Arrangement:
     as the last number the containers, when ``place`` is ``"strided"``. ``place``: ``"separate"``
     storages, ``"strided"`` in one storage at equal distances, ``"scattered"`` in one storage at
     irregular ones, with holes of multiples of ``grain``. ``pad`` adds elements to the stride of one
-    physical place, ``gap`` is the stride of the innermost, ``expand`` gives one dimension stride 0.
+    physical place, ``gap`` is the stride of the innermost. ``expand`` gives one dimension the
+    stride ``every``: 0, or 1 for rows that lie one element apart and so share the others.
     """
 
     layout: str
@@ -142,6 +143,7 @@ class Arrangement:
     gap: int = 1
     grain: int = 1
     expand: int | None = None
+    every: int = 0
     split_end: bool = False
     offset: int = 0
     seed: int = 0
@@ -254,7 +256,7 @@ def _place(
     strides, span = _strides(to, all_sizes)
     between = strides.pop() if to.place == "strided" else span
     if to.expand is not None:
-        strides[to.expand] = 0
+        strides[to.expand] = to.every
     size, stride = _trailing(to, right, sizes, strides, kv)
     item = torch.empty(0, dtype=to.dtype).element_size()
     starts = [to.offset + number * between for number in range(count)]

@@ -141,3 +141,33 @@ class RepeatsMovedOnce(HostRows):
         entries, steps = super().walk(loop, name)
         repeats = not (loop.src_stride or loop.src_table)
         return (entries[:1], steps[:1]) if repeats else (entries, steps)
+
+
+class RepeatsOneByteApart(HostRows):
+    """Rows of a source that all lie at one address, by a stride of 0, are read a byte apart."""
+
+    def place(self, side: Side, numbers: Int64) -> tuple[Int64, Int64]:
+        units = [
+            step if step.stride or step.table else replace(step, stride=1) for step in side.units
+        ]
+        return super().place(replace(side, units=tuple(units)), numbers)
+
+
+class HeadsRoundedDown(HostRows):
+    """Heads are halved until one is left, so of 6 or 12 heads only 4 or 8 are walked."""
+
+    def walk(self, loop: Loop, name: str) -> tuple[Int64, Int64]:
+        entries, steps = super().walk(loop, name)
+        if "head" not in loop.name:
+            return entries, steps
+        walked = 1 << (loop.extent.bit_length() - 1)
+        return entries[:walked], steps[:walked]
+
+
+class HeadsRoundedUp(HostRows):
+    """Heads are walked up to the next power of two, and no mask leaves out those past the last."""
+
+    def walk(self, loop: Loop, name: str) -> tuple[Int64, Int64]:
+        if "head" in loop.name:
+            loop = replace(loop, extent=1 << (loop.extent - 1).bit_length())
+        return super().walk(loop, name)

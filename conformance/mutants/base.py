@@ -123,7 +123,7 @@ class HostRows(Backend):
         dst = self.numbers(call.dst_index, units, plan.unit)
         bad = (src >= call.src.slots // plan.unit) | (dst >= call.dst.slots // plan.unit)
         if bad.any():
-            self.report(int(np.nonzero(bad)[0][0]), plan.unit, call)
+            self.report(np.nonzero(bad)[0], plan.unit, call)
         moved = self.moved(src, dst) & ~bad
         return src[moved], dst[moved]
 
@@ -131,10 +131,10 @@ class HostRows(Backend):
         """Which units are not padding."""
         return (src >= 0) & (dst >= 0)
 
-    def report(self, at: int, unit: int, call: Call) -> None:
-        """Name the first bad unit in the status word."""
+    def report(self, bad: Int64, unit: int, call: Call) -> None:
+        """Name the first of the bad units in the status word."""
         if call.status is not None:
-            call.status[0] = at * unit + 1
+            call.status[0] = int(bad[0]) * unit + 1
 
     def numbers(self, index: Index, units: int, unit: int) -> Int64:
         """The number of each unit on one side; negative where it is padding."""

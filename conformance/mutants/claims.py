@@ -59,15 +59,15 @@ class GuardOffByOne(HostRows):
 class StatusIgnored(HostRows):
     """A bad slot moves nothing, and nobody is told: the status word stays 0."""
 
-    def report(self, at: int, unit: int, call: Call) -> None:
+    def report(self, bad: Int64, unit: int, call: Call) -> None:
         return
 
 
 class StatusFromZero(HostRows):
     """The status word holds the position, not position + 1: a bad first id looks like none."""
 
-    def report(self, at: int, unit: int, call: Call) -> None:
-        super().report(at, unit, call)
+    def report(self, bad: Int64, unit: int, call: Call) -> None:
+        super().report(bad, unit, call)
         if call.status is not None:
             call.status.sub_(1)
 
@@ -75,8 +75,44 @@ class StatusFromZero(HostRows):
 class StatusInUnits(HostRows):
     """The status word counts units, and so names another position than the bad one."""
 
-    def report(self, at: int, unit: int, call: Call) -> None:
-        super().report(at, 1, call)
+    def report(self, bad: Int64, unit: int, call: Call) -> None:
+        super().report(bad, 1, call)
+
+
+class StatusOfTheWholeList(HostRows):
+    """The status word counts from the first id of the list, wherever the copy begins in it."""
+
+    def report(self, bad: Int64, unit: int, call: Call) -> None:
+        super().report(bad, unit, call)
+        if call.status is not None:
+            call.status.add_(call.src_index.offset + call.dst_index.offset)
+
+
+class StatusWithoutPadding(HostRows):
+    """The status word counts the positions that are moved, and so leaves out padding before it."""
+
+    def report(self, bad: Int64, unit: int, call: Call) -> None:
+        sides = (call.src_index, call.dst_index)
+        before = [self.numbers(index, int(bad[0]), unit) for index in sides]
+        kept = int(np.sum((before[0] >= 0) & (before[1] >= 0)))
+        super().report(np.array([kept]), unit, call)
+
+
+class StatusOfAllAtOnce(HostRows):
+    """Each bad position is put into the status word by an atomic or, so that several mix."""
+
+    def report(self, bad: Int64, unit: int, call: Call) -> None:
+        if call.status is not None:
+            call.status[0] = int(np.bitwise_or.reduce(bad * unit + 1))
+
+
+class StatusCountsTheBad(HostRows):
+    """The status word tells how many ids were bad where there are several, not where one stands."""
+
+    def report(self, bad: Int64, unit: int, call: Call) -> None:
+        super().report(bad, unit, call)
+        if call.status is not None and len(bad) > 1:
+            call.status[0] = len(bad)
 
 
 class BadSlotStopsTheRest(HostRows):
@@ -87,9 +123,9 @@ class BadSlotStopsTheRest(HostRows):
         src, dst = super().pairs(plan, call)
         return (src[:0], dst[:0]) if self._bad else (src, dst)
 
-    def report(self, at: int, unit: int, call: Call) -> None:
+    def report(self, bad: Int64, unit: int, call: Call) -> None:
         self._bad = True
-        super().report(at, unit, call)
+        super().report(bad, unit, call)
 
 
 class ClaimsTables(HostRows):
@@ -185,6 +221,16 @@ class RefusesOddWidths(HostRows):
         if any(width % 2 for width in plan.src.widths):
             raise Unsupported("Moving odd rows", "rows have to be whole words of 2 bytes")
         return super().prepare(plan)
+
+
+class RefusesOddHeads(HostRows):
+    """Refuses head counts that are no power of two, though it claims nothing that says so."""
+
+    def check(self, plan: CopyPlan) -> Decision:
+        heads = plan.src.heads
+        if heads & (heads - 1):
+            return Decision(self.name, False, f"{heads} heads are no power of two")
+        return super().check(plan)
 
 
 class DividesByRows(HostRows):

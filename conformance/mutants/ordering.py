@@ -14,6 +14,7 @@ from portakv.backends.base import Capabilities, Pending
 from portakv.plan.plan import CopyPlan
 from portakv_conformance.mutants.base import Call, Runs
 from portakv_conformance.mutants.device_rows import DeviceRows
+from portakv_conformance.mutants.state import Work
 
 _LATE = 0.02  # seconds
 
@@ -100,6 +101,20 @@ class EnqueuedLater(DeviceRows):
             self.enqueue(runs, call, stream)
 
         threading.Thread(target=job, daemon=True).start()
+
+
+class HostIdsReadByAThread(DeviceRows):
+    """A thread reads the ids and enqueues the copy; its handle tells the end rightly."""
+
+    def carry(self, plan: CopyPlan, call: Call) -> Pending | None:
+        stream = self.stream(call)
+
+        def job() -> None:
+            time.sleep(_LATE)
+            super(HostIdsReadByAThread, self).carry(plan, replace(call, stream=stream))
+            stream.synchronize()
+
+        return Work(job)
 
 
 class WaitsInTheLaunch(DeviceRows):

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from portakv.backends.base import Pending
-from portakv.plan.plan import CopyPlan
+from portakv.plan.plan import CopyPlan, Side
 from portakv_conformance.mutants.base import Call, HostRows, Runs
-from portakv_conformance.mutants.cells import store
+from portakv_conformance.mutants.cells import Int64, store
 
 if TYPE_CHECKING:
-    from portakv import Index
+    from portakv import Index, KVView
 
 _LATE = 0.02  # seconds that work in the background takes
 
@@ -54,6 +54,43 @@ class StaleDestination(_Remembering):
         return replace(call, dst=first.dst) if call.dst.slots == first.dst.slots else call
 
 
+class _TableKept(HostRows):
+    """A base that keeps the table of a cache under a part of what it holds."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._tables: dict[object, Int64] = {}
+
+    def table(self, view: KVView) -> Int64:
+        found = super().table(view)
+        return self._tables.setdefault((view.form, len(found), self.key(found)), found)
+
+    def key(self, table: Int64) -> int:
+        """What a table is known by."""
+        raise NotImplementedError
+
+
+class TableOfTheFirstTensor(_TableKept):
+    """The table of a cache is kept under its first tensor's address."""
+
+    def key(self, table: Int64) -> int:
+        return int(table[0])
+
+
+class TableOfTheLastTensor(_TableKept):
+    """The table of a cache is kept under its last tensor's address."""
+
+    def key(self, table: Int64) -> int:
+        return int(table[-1])
+
+
+class TableOfTheSameTensors(_TableKept):
+    """The table of a cache is kept under the sum of its addresses, whatever their order."""
+
+    def key(self, table: Int64) -> int:
+        return int(table.sum())
+
+
 class IndicesOfTheFirstCall(_Remembering):
     """A second call with as many ids as the first uses the ids of the first."""
 
@@ -76,6 +113,23 @@ class CountOfTheFirstCall(_Remembering):
         return replace(call, count=min(call.count, first.count))
 
 
+class DevicesByDefault(HostRows):
+    """What it makes lies on torch's default device, which need not be the one that it works on."""
+
+    def ids(self, ids: torch.Tensor) -> Int64:
+        return super().ids(ids[torch.arange(ids.numel())])
+
+
+class OffsetsInTheDefaultDtype(HostRows):
+    """Offsets pass through torch's default dtype, which is exact enough while that is float32."""
+
+    def place(self, side: Side, numbers: Int64) -> tuple[Int64, Int64]:
+        entry, byte = super().place(side, numbers)
+        if byte.size and abs(byte).max() < 1 << 24:
+            byte = torch.tensor([float(n) for n in byte], device="cpu").long().numpy()
+        return entry, byte
+
+
 class OnlyTheFirstCall(_Remembering):
     """A launch that is called with the same arguments again is taken for done."""
 
@@ -84,7 +138,7 @@ class OnlyTheFirstCall(_Remembering):
         return replace(call, count=0) if same else call
 
 
-class _Work:
+class Work:
     """A job in the background."""
 
     def __init__(self, job: Callable[[], object]) -> None:
@@ -106,9 +160,9 @@ class _InBackground(HostRows):
             time.sleep(_LATE)
             HostRows.carry(self, plan, call)
 
-        return self.handle(_Work(job))
+        return self.handle(Work(job))
 
-    def handle(self, work: _Work) -> Pending | None:
+    def handle(self, work: Work) -> Pending | None:
         """What the launch returns."""
         return work
 
@@ -116,14 +170,14 @@ class _InBackground(HostRows):
 class ReturnsBeforeFinishing(_InBackground):
     """Rows are moved in the background and None is returned, as if they were there."""
 
-    def handle(self, work: _Work) -> None:
+    def handle(self, work: Work) -> None:
         return None
 
 
 class DoneTooEarly(_InBackground):
     """A handle that waits rightly and says from the start that it is done."""
 
-    def handle(self, work: _Work) -> Pending:
+    def handle(self, work: Work) -> Pending:
         work.done = lambda: True  # type: ignore[method-assign]
         return work
 
@@ -131,9 +185,13 @@ class DoneTooEarly(_InBackground):
 class WaitsForNothing(_InBackground):
     """A handle that knows rightly whether it is done, and does not wait for it."""
 
-    def handle(self, work: _Work) -> Pending:
+    def handle(self, work: Work) -> Pending:
         work.wait = lambda: None  # type: ignore[method-assign]
         return work
+
+
+class ReadsHostIdsLater(_InBackground):
+    """Ids on the host are read in the background, when the caller may have filled its list anew."""
 
 
 class TempFreedEarly(HostRows):
@@ -149,7 +207,7 @@ class TempFreedEarly(HostRows):
             for runs, values in zip(found, self._staging, strict=False):
                 _store(runs, values, call)
 
-        return _Work(job)
+        return Work(job)
 
 
 def _store(runs: Runs, values: Any, call: Call) -> None:

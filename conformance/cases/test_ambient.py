@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of torch that an engine makes before it calls a library: none of them changes a copy."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import pytest
+import torch
+
+from portakv.registry.self_check import UNCHECKABLE, self_check
+from portakv_conformance.draw.by_hand import Shape, Workshop
+from portakv_conformance.judge.judging import Judge, index_of, view_of
+from portakv_conformance.judge.subject import Subject
+
+pytestmark = pytest.mark.area("safety")
+
+DIRECTIONS = ("gather", "scatter")
+
+
+@contextmanager
+def _restored(get: Callable[[], object], set: Callable[..., object], to: object) -> Iterator[None]:
+    """Inside, a global setting of torch has another value."""
+    before = get()
+    set(to)
+    try:
+        yield
+    finally:
+        set(before)
+
+
+@contextmanager
+def _warnings_raise() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def _autocast(device: torch.device) -> AbstractContextManager[object]:
+    known = device.type in ("cpu", "cuda")
+    return torch.autocast(device.type if known else "cpu", dtype=torch.bfloat16)
+
+
+#: Each state, entered on the judged device.
+_STATES: dict[str, Callable[[torch.device], AbstractContextManager[object]]] = {
+    "default-device": lambda device: torch.device(device),
+    "default-device-cpu": lambda device: torch.device("cpu"),
+    "default-device-meta": lambda device: torch.device("meta"),
+    "default-dtype": lambda device: _restored(
+        torch.get_default_dtype, torch.set_default_dtype, torch.bfloat16
+    ),
+    "inference-mode": lambda device: torch.inference_mode(),
+    "no-grad": lambda device: torch.no_grad(),
+    "autocast": _autocast,
+    "deterministic": lambda device: _restored(
+        torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True
+    ),
+    "one-thread": lambda device: _restored(torch.get_num_threads, torch.set_num_threads, 1),
+    "warnings-raise": lambda device: _warnings_raise(),
+}
+
+
+@pytest.mark.parametrize("state", _STATES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_copy_under_a_setting(
+    subject: Subject, judge: Judge, home: Workshop, direction: str, state: str
+) -> None:
+    """Views, plans, launches and copies that are made under a setting are those of any other time,
+    and what is prepared under it serves without it."""
+    shape = Shape(layers=3, heads=3, widths=(48, 48), blocks=90 + list(_STATES).index(state))
+    slots = home.shuffled(shape.slots, 19, 2)
+
+    def judged() -> None:
+        case = home.move(direction, shape, slots)
+        src, dst, asked = view_of(case.src), view_of(case.dst), (case.src, case.dst)
+
+        def carry() -> None:
+            with _STATES[state](subject.device):
+                views = [view_of(side) for side in asked]
+                indices = [index_of(side) for side in asked]
+                judge.finish(subject.copy(*views, *indices, count=case.count))
+
+        def why_declined() -> str | None:
+            return judge.why_declined(src, dst, *(index_of(side) for side in asked))
+
+        judge.judge(case, carry, why_declined)
+
+    judged()
+    judge.copy(home.move(direction, shape, slots))
+    judged()
+
+
+@pytest.mark.parametrize("state", _STATES)
+def test_the_self_check_under_a_setting(subject: Subject, judge: Judge, state: str) -> None:
+    """The library's self-check, which precedes a backend's first use, does not mind a setting."""
+    with _STATES[state](subject.device):
+        found = self_check(subject.backend)
+    assert found.accepted or found.reason.startswith(UNCHECKABLE), f"{found.reason}."
