@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from portakv.errors import PortaKVError
@@ -107,7 +108,10 @@ def _conform(words: list[str]) -> int:
     finally:
         if asked.report is None:
             _remove_if_empty(options.examples)
-    print_summary(record, options)
+    if asked.json:
+        print(record.document(), end="")
+    else:
+        print_summary(record, options)
     for path in _write(record, asked.report):
         print(f"wrote {path}", file=sys.stderr)
     return exit_code(record, options)
@@ -177,6 +181,8 @@ def _examples_folder(report: Path | None) -> Path:
     """Where failing examples go: beside the report, or to a place of their own."""
     if report is None:
         return Path(tempfile.mkdtemp(prefix="portakv-examples-"))
+    if find_spec("jinja2") is None:  # said before the run, not behind it
+        raise BadRequest("--report needs jinja2; `pip install 'portakv[conformance]'` brings it.")
     try:
         report.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -221,6 +227,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--limit", type=_seconds, metavar="SECONDS", help="that one case may take (default: 120)")
     add("--jobs", type=_count, default=1, metavar="N", help="cases at a time (default: 1)")
     add("-x", dest="exit_first", action="store_true", help="stop at the first failure")
+    add("--json", action="store_true", help="print the report itself, one JSON value")
     add("--only", nargs="+", default=[], metavar="ID", help="only these: ids or their beginnings")
     add("--emulated", action="store_true", help="the simulated device carries the name of D")
     return parser

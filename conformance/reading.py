@@ -106,7 +106,7 @@ def replay_example(words: list[str]) -> int:
         device = asked.device or said.get("device", "cpu")
         emulated = asked.emulated or (asked.device is None and said.get("emulated") is True)
         if "" not in sys.path and os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())  # a class in this folder, as a run finds it
+            sys.path.append(os.getcwd())  # a class in this folder, as a run finds it
         # The device is made known to torch by this; tensors of the example may lie there.
         judged = subject(name, device, emulated=emulated)
         wrong = judged.flaw or replay(asked.file, judged)

@@ -38,8 +38,8 @@ from portakv_conformance.evidence.scrub import without_places
 from portakv_conformance.evidence.source import SourceError, source_sha256
 from portakv_conformance.evidence.verdict import LEFT_OUT
 from portakv_conformance.report import results, support
-from portakv_conformance.report.words import plural
-from portakv_conformance.run.record import ASSUMPTION, SCHEMA, RunRecord
+from portakv_conformance.report.words import STATUS_WORDS, counts
+from portakv_conformance.run.record import ASSUMPTION, SCHEMA, STATUSES, RunRecord
 
 #: The rung that each kind of job bears out; no job but the suite's own ends at R6.
 JOBS = {
@@ -59,7 +59,7 @@ class Evidence:
 
     Attributes:
         rung: that it bears out; empty where it bears out none.
-        told: the outcome for a reader: ``1,740 cases``, ``cross-compiled, not executed``.
+        told: the outcome for a reader: ``1,508 passed, 213 not claimed``.
         backend: by name; target: ``module:Class``; source_sha256: of its source then.
         device: for a reader, empty where the file does not say; emulated: no real one.
         command, date, versions: what repeats it, the day, what it holds for.
@@ -117,7 +117,7 @@ def of_report(record: RunRecord) -> Evidence:
     lone = LEFT_OUT in record.environment
     return Evidence(
         rung=record.rung,
-        told=plural(len(record.cases), "case") + (", on one device" if lone else ""),
+        told=outcome(record) + (", on one device" if lone else ""),
         backend=record.backend["name"],
         target=record.backend["target"],
         source_sha256=record.backend["source_sha256"],
@@ -135,6 +135,13 @@ def of_report(record: RunRecord) -> Evidence:
         emulation=_emulation(record),
         assumption=str(record.environment.get(ASSUMPTION, "")),
     )
+
+
+def outcome(record: RunRecord) -> str:
+    """How many cases passed, and how many were about what the backend does not claim."""
+    counted = counts(record)
+    shown = [status for status in STATUSES[::-1] if counted[status] or status == "passed"]
+    return ", ".join(f"{counted[status]:,} {STATUS_WORDS[status]}" for status in shown)
 
 
 def _emulation(record: RunRecord) -> dict[str, str]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 
 from portakv.registry.registry import ENVIRONMENT
@@ -24,6 +25,7 @@ from portakv_conformance.mutants.trial import (
     try_control,
     try_mutant,
 )
+from portakv_conformance.run.workers import INTERRUPTED
 
 _JOBS = 2
 
@@ -40,7 +42,7 @@ def score(
 
     ``tell`` is given each trial as it ends.
     """
-    with ThreadPoolExecutor(jobs) as pool:
+    with _ending_with_the_caller(jobs) as pool:
         asked = {
             pool.submit(attempt, mutant, seed): (number, seed)
             for seed in seeds
@@ -49,6 +51,20 @@ def score(
         for future in as_completed(asked):
             tell(future.result())
     return [future.result() for future, _ in sorted(asked.items(), key=lambda item: item[1])]
+
+
+@contextmanager
+def _ending_with_the_caller(jobs: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads for runs of the suite; where the caller is interrupted, no run begins or goes on."""
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        yield pool
+    except BaseException:
+        INTERRUPTED.set()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        INTERRUPTED.clear()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,7 +124,7 @@ def _controls(mutants: Sequence[Mutant]) -> dict[str, str | None]:
     """For each base that is needed, None where the suite passes it, else why not."""
     devices = {mutant.device for mutant in mutants}
     needed = [control for control in CONTROLS if control.device in devices]
-    with ThreadPoolExecutor(_JOBS) as pool:
+    with _ending_with_the_caller(_JOBS) as pool:
         found = dict(zip(needed, pool.map(try_control, needed), strict=True))
     return {control.name: why for control, why in found.items()}
 

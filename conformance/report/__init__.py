@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from portakv_conformance.report.badge import badge
-from portakv_conformance.report.html import page
 from portakv_conformance.report.junit import junit
 from portakv_conformance.report.markdown import markdown
 from portakv_conformance.run.record import RunRecord
@@ -24,6 +22,8 @@ def write(record: RunRecord, folder: Path) -> list[Path]:
     Raises:
         OSError: the folder cannot be made or written.
     """
+    from portakv_conformance.report.page import badge, page  # needs jinja2
+
     folder.mkdir(parents=True, exist_ok=True)
     forms = {
         "conformance.json": record.document(),

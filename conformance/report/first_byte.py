@@ -39,6 +39,14 @@ class FirstByte:
     before: str = ""
     after: str = ""
 
+    def rows(self) -> tuple[tuple[str, str, str], ...]:
+        """Where it lies, what it is and what it should be: a name, a value and its meaning."""
+        return (
+            ("where", self.place, f"storage {self.storage}, offset {self.offset:,}"),
+            ("holds", self.found, self.origin),
+            ("expected", self.expected, self.should),
+        )
+
     def headline(self) -> str:
         """The fault in a few words: whose bytes the row holds."""
         row = _WITHIN_A_ROW.sub("", self.place)

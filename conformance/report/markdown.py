@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 
 from portakv_conformance.report.first_byte import first_byte
-from portakv_conformance.report.markup import printable
 from portakv_conformance.report.words import (
     STATUS_WORDS,
     broken,
@@ -18,6 +17,7 @@ from portakv_conformance.report.words import (
     left_out,
     moment,
     plural,
+    printable,
     rung,
     sentence,
     verdict,

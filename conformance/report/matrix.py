@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from portakv_conformance.report.words import plural
 from portakv_conformance.run.record import STATUSES, CaseRecord, Status
 
 ANY = "any"  # where a case has a layout but is about no dtype or operation in particular
@@ -47,6 +48,18 @@ class Matrix:
     layouts: list[str] = field(default_factory=list)
     columns: dict[str, list[str]] = field(default_factory=dict)
     cells: dict[tuple[str, str, str], Cell] = field(default_factory=dict)
+
+    def lead(self) -> str:
+        """What the matrix shows, a sentence."""
+        pairs = sum(len(dtypes) for dtypes in self.columns.values())
+        return (
+            f"{plural(len(self.layouts), 'layout')}, {plural(pairs, 'pair')} of operation and "
+            f"dtype. Each mark is the worst of its cases; an empty place was not judged."
+        )
+
+    def seen(self) -> list[Status]:
+        """The statuses that occur in it."""
+        return sorted({cell.status for cell in self.cells.values()})
 
 
 def dtype_of(case: CaseRecord) -> str:

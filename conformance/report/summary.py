@@ -11,18 +11,18 @@ from pathlib import Path
 from portakv.cli.console import print_prose
 from portakv_conformance.evidence.verdict import LEFT_OUT, WRONG, why_no_rung
 from portakv_conformance.judge.waivers import problems
+from portakv_conformance.report.words import plural
 from portakv_conformance.run.journal import MOST_EXAMPLES
 from portakv_conformance.run.record import ASSUMPTION, STATUSES, CaseRecord, RunRecord
 from portakv_conformance.run.request import Options
 
 _LONGEST = 600  # characters of a reason; the report has all of it
+_MOST_GROUPS = 8  # tests whose failures are shown
 
 
 def print_summary(record: RunRecord, options: Options) -> None:
     """Print to standard output."""
-    for case in record.cases:
-        if case.status in WRONG:
-            _print_failure(case, record, options)
+    _print_failures(record, options)
     for case in record.cases:
         if case.status == "waived":
             print_prose(f"waived: {case.id}: {_short(case.reason)}")
@@ -77,6 +77,29 @@ def replay_line(case: CaseRecord, record: RunRecord, options: Options) -> str:
     return shlex.join(words + (["--emulated"] if options.emulated else []))
 
 
+def _print_failures(record: RunRecord, options: Options) -> None:
+    """The failures of each test as one group, the simplest first; of many groups the first."""
+    groups: dict[str, list[CaseRecord]] = {}
+    for case in record.cases:  # CORE comes first in the list of cases
+        if case.status in WRONG:
+            groups.setdefault(case.id.partition("[")[0], []).append(case)
+    for cases in list(groups.values())[:_MOST_GROUPS]:
+        _print_failure(min(cases, key=_size), record, options)
+        if len(cases) > 1:
+            print_prose(f"  and {plural(len(cases) - 1, 'more case')} of this test")
+        print()
+    rest = list(groups.values())[_MOST_GROUPS:]
+    if rest:
+        more = f"{plural(sum(map(len, rest)), 'case')} of {plural(len(rest), 'other test')}"
+        print_prose(f"{more} failed too; --report lists all of them.")
+        print()
+
+
+def _size(case: CaseRecord) -> tuple[bool, int]:
+    """How much has to be understood of a failing case: errors of the surroundings come last."""
+    return case.status != "failed", len(case.reason) + len(case.id)
+
+
 def _print_failure(case: CaseRecord, record: RunRecord, options: Options) -> None:
     print(f"{case.status.upper()} {case.id}")
     print_prose(f"  {_short(case.reason)}")
@@ -84,7 +107,6 @@ def _print_failure(case: CaseRecord, record: RunRecord, options: Options) -> Non
     replay = replay_line(case, record, options)
     if replay:
         print(f"  its example: {replay}")
-    print()
 
 
 def _short(reason: str) -> str:

@@ -68,7 +68,7 @@ def verified(rung: Rung, ladder: Ladder, digest: Digest = digest) -> str:
 
 
 def reached(rung: Rung, ladder: Ladder, digest: Digest = digest) -> str:
-    """A rung without its link, with the device that it is about: ``R3: 1,820 cases (mlu,
+    """A rung without its link, with the device that it is about: ``R3: 1,820 passed (mlu,
     emulated)``."""
     since = why_expired(rung, ladder, digest)
     parts = [f"{rung.rung}: {text(rung.told)} ({text(rung.device)})", since]

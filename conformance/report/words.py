@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from datetime import datetime, timezone
 from typing import Any
@@ -46,6 +47,16 @@ EMULATED = (
     "The device, or what runs code on it, was simulated in software. The run says that the "
     "semantics are right, not that any hardware works, and nothing about speed."
 )
+
+
+# Characters that no HTML or XML document may hold, and lone surrogates, which UTF-8 has no bytes
+# for. A vendor's traceback brings some along.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def printable(text: str) -> str:
+    """The text with characters that a document must not hold written as ``\\x1b``."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
 def counts(record: RunRecord) -> Counter[Status]:

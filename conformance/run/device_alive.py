@@ -14,9 +14,9 @@ from portakv_conformance.judge.subject import Subject
 _TRIES = 2  # an error of the failed case may be delivered by the next call, and only by that one
 
 
-class Pulse:
-    """Felt where a case failed on an accelerator: torch's own work, and a small copy through the
-    backend, as far as that has worked before.
+class DeviceAlive:
+    """Asked after a case that failed on an accelerator: torch's own work there, and a small copy
+    through the backend if that has worked before.
 
     Args:
         subject, facility: what is judged, and where.

@@ -11,9 +11,8 @@ from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.judge.waivers import judged
 from portakv_conformance.run.progress import Progress
 from portakv_conformance.run.record import CaseRecord, Status
-from portakv_conformance.run.request import Options
-from portakv_conformance.run.select import chosen
-from portakv_conformance.run.sharing import Share
+from portakv_conformance.run.request import Options, chosen
+from portakv_conformance.run.worker import Share
 
 
 class SubjectUnavailable(Exception):

@@ -8,7 +8,6 @@ that is there.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,15 +19,14 @@ import pytest
 from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.subject import SIMULATED
 from portakv_conformance.run.journal import SuiteBroken
-from portakv_conformance.run.supervise import Worker
+from portakv_conformance.run.workers import WorkerProcess, worker_command
 
 _OPTION = "--portakv-listed-device"
 _LIMIT = 300.0
-_WORKER = (sys.executable, "-m", "portakv_conformance.run.worker")
 
 
 def cases_of(
-    profile: str, device: str, command: Sequence[str] = _WORKER
+    profile: str, device: str, command: Sequence[str] | None = None
 ) -> dict[str, dict[str, Any]]:
     """By id, ``area``, ``profile``, ``claim`` and ``tags`` of each case of the list, and whether
     it is ``optional``: a real machine with one device is judged without it.
@@ -44,7 +42,9 @@ def cases_of(
     told = ["--collect-only", "-p", __name__, _OPTION, device.partition(":")[0]]
     told += ["--portakv-backend", "reference", "--portakv-profile", profile]
     with tempfile.TemporaryDirectory(prefix="portakv-conform-") as folder:
-        worker = Worker(command, Path(folder) / "listing", "reference", "cpu", False, told)
+        worker = WorkerProcess(
+            command or worker_command(), Path(folder) / "listing", "reference", "cpu", False, told
+        )
         try:
             found = _described(worker)
         finally:
@@ -54,7 +54,7 @@ def cases_of(
     return found
 
 
-def _described(worker: Worker) -> dict[str, dict[str, Any]] | None:
+def _described(worker: WorkerProcess) -> dict[str, dict[str, Any]] | None:
     while events := worker.events(_LIMIT):
         for event in events:
             if event["event"] == "described":

@@ -29,13 +29,12 @@ from portakv_conformance.judge.claims import AREAS
 from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.judging import Judge, find_home
 from portakv_conformance.judge.subject import Subject, subject
-from portakv_conformance.run import events
-from portakv_conformance.run.device_alive import Pulse
-from portakv_conformance.run.marks import case_id, is_case, mark_of, tags_of
+from portakv_conformance.run.device_alive import DeviceAlive
+from portakv_conformance.run.options import case_id, is_case, mark_of, tags_of
 from portakv_conformance.run.outcome import outcome
 from portakv_conformance.run.record import CaseRecord
-from portakv_conformance.run.select import chosen
-from portakv_conformance.run.sharing import Share
+from portakv_conformance.run.request import chosen
+from portakv_conformance.run.worker import Share, append, writable
 
 #: Examples of each drawn case in certification; ``--portakv-fuzz`` replaces them.
 EXAMPLES = {"core": 20, "full": 60}
@@ -61,7 +60,7 @@ class Suite:
         share: str | None = config.getoption("--portakv-share")
         self.share = None if share is None else Share(Path(share))
         self.examples: str | None = config.getoption("--portakv-examples")
-        self.pulse = Pulse(self.subject, self.facility)
+        self.alive = DeviceAlive(self.subject, self.facility)
         self._lone = 0  # cases left out for want of a second device
         self._load_settings()
 
@@ -195,11 +194,11 @@ class Suite:
     def _lost(self, record: CaseRecord) -> str:
         """Why nothing more can be judged in this process; noted with the case that did it."""
         if record.status == "passed" and record.examples:
-            self.pulse.learn()
-        why = self.pulse.lost() if record.status in WRONG else ""
+            self.alive.learn()
+        why = self.alive.lost() if record.status in WRONG else ""
         if why:
             lost = f"Behind it everything on {self.subject.device} fails in this process ({why})."
-            record.reason = f"{record.reason} {events.writable(lost)}"
+            record.reason = f"{record.reason} {writable(lost)}"
         return why
 
     def _leave(self, why: str) -> None:
@@ -244,8 +243,8 @@ class Suite:
             examples=judge.examples if judge else 0,
             declined=len(judge.declined) if judge else 0,
             tags=tags_of(item),
-            reason=events.writable(reason),
-            details=events.writable(details),
+            reason=writable(reason),
+            details=writable(details),
             replay=self._replay(item),
         )
 
@@ -285,7 +284,7 @@ class Suite:
 
     def _tell(self, event: dict[str, Any]) -> None:
         if self.events is not None:
-            events.append(self.events, event)
+            append(self.events, event)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -13,6 +13,23 @@ from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.run.record import CaseRecord
 
 _EVERY = 5.0  # seconds between two plain lines where nothing is wrong
+_MOST_WRONG = 20  # failures that are shown while a run goes on; the summary groups all of them
+
+
+class _Wrong:
+    """How many failures were shown."""
+
+    def __init__(self) -> None:
+        self._shown = 0
+
+    def line(self, case: CaseRecord) -> str:
+        """What to show of a case that ended; empty where it is right, or one of many."""
+        self._shown += case.status in WRONG
+        if case.status not in WRONG or self._shown > _MOST_WRONG + 1:
+            return ""
+        if self._shown > _MOST_WRONG:
+            return "More failures are shown at the end."
+        return f"{case.status}: {case.id}"
 
 
 class Progress(Protocol):
@@ -52,6 +69,7 @@ class Lines:
     def __init__(self) -> None:
         self._count = self._done = 0
         self._told = time.monotonic()
+        self._wrong = _Wrong()
 
     def listed(self, count: int) -> None:
         self._count = count
@@ -63,8 +81,9 @@ class Lines:
 
     def ended(self, case: CaseRecord) -> None:
         self._done += 1
-        if case.status in WRONG:
-            self.say(f"{self._done}/{self._count} {case.status}: {case.id}")
+        line = self._wrong.line(case)
+        if line:
+            self.say(f"{self._done}/{self._count} {line}")
 
     def say(self, sentence: str) -> None:
         self._told = time.monotonic()
@@ -77,6 +96,7 @@ class Bar:
     def __init__(self, progress: Any) -> None:
         self._progress = progress
         self._task = progress.add_task("", total=None, case="loading the backend")
+        self._wrong = _Wrong()
 
     def listed(self, count: int) -> None:
         self._progress.update(self._task, total=count)
@@ -86,8 +106,9 @@ class Bar:
 
     def ended(self, case: CaseRecord) -> None:
         self._progress.advance(self._task)
-        if case.status in WRONG:
-            self.say(f"{case.status}: {case.id}")
+        line = self._wrong.line(case)
+        if line:
+            self.say(line)
 
     def say(self, sentence: str) -> None:
         self._progress.console.print(

@@ -7,7 +7,6 @@ has failed then, with the stacks; another worker goes on with the rest.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,23 +18,20 @@ from portakv_conformance.evidence.verdict import LEFT_OUT, case_list_sha256, in_
 from portakv_conformance.run.journal import BadRequest, Journal, SubjectUnavailable, SuiteBroken
 from portakv_conformance.run.progress import SILENT, Progress
 from portakv_conformance.run.record import SCHEMA, RunRecord
-from portakv_conformance.run.request import Options
-from portakv_conformance.run.select import counted
-from portakv_conformance.run.workers import Crew
+from portakv_conformance.run.request import Options, counted
+from portakv_conformance.run.workers import Workers, worker_command
 
 __all__ = ["BadRequest", "Options", "SubjectUnavailable", "SuiteBroken", "run"]
 
-_WORKER = (sys.executable, "-m", "portakv_conformance.run.worker")
-
 
 def run(
-    options: Options, progress: Progress = SILENT, *, command: Sequence[str] = _WORKER
+    options: Options, progress: Progress = SILENT, *, command: Sequence[str] | None = None
 ) -> RunRecord:
     """Run the suite and judge what came of it.
 
     Args:
         options: what to run.
-        progress: who is told as it goes on.
+        progress: told as it goes on.
         command: what runs a worker, to which the file of its orders is added.
 
     Raises:
@@ -46,7 +42,7 @@ def run(
     started, began = datetime.now(timezone.utc), time.monotonic()
     journal = Journal(options, progress)
     with tempfile.TemporaryDirectory(prefix="portakv-conform-") as folder:
-        Crew(journal, options, progress, Path(folder), command).work()
+        Workers(journal, options, progress, Path(folder), command or worker_command()).work()
     _note_what_was_left_out(journal, options)
     return _record(journal, options, started, time.monotonic() - began)
 

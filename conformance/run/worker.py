@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process that a backend is judged in: it introduces what is judged, then runs pytest.
 
-Started by the runner as ``python -m portakv_conformance.run.worker ORDERS``. All that the
-runner learns comes through two files: events, and the stacks that faulthandler leaves when the
-process crashes or is asked for them by a signal. What a backend prints goes elsewhere and disturbs
-neither.
+All that the runner learns comes through two files: events, and the stacks that faulthandler leaves
+when the process crashes or is asked for them by a signal. What a backend prints disturbs neither.
 """
 
 from __future__ import annotations
 
 import ctypes
 import faulthandler
+import hashlib
 import json
 import os
 import signal
@@ -19,8 +18,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from portakv_conformance.run.events import append
 
 if TYPE_CHECKING:
     import pytest
@@ -65,6 +62,59 @@ class Orders:
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
+def writable(text: str) -> str:
+    """The text with lone surrogates, which UTF-8 has no bytes for, written as ``\\udcff``."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def append(file: str, event: dict[str, Any]) -> None:
+    """Append an event to a file, flushed at once: a crashing process takes no buffered line along.
+
+    Every report can hold what was told, whatever bytes a vendor's driver puts into its messages.
+    """
+    line = json.dumps(_writable(event)) + "\n"
+    with open(file, "a", encoding="ascii") as events:
+        events.write(line)
+
+
+def _writable(value: Any) -> Any:
+    if isinstance(value, str):
+        return writable(value)
+    if isinstance(value, dict):
+        return {writable(str(key)): _writable(kept) for key, kept in value.items()}
+    return [_writable(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+class Share:
+    """The cases that were taken, an empty file each: a worker that dies leaves no lock behind.
+
+    Args:
+        folder: an existing folder that all workers look at.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def take(self, id: str) -> bool:
+        """Take a case; False where another has it."""
+        try:
+            self._file(id).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def taken(self, id: str) -> bool:
+        """Whether a worker has a case."""
+        return self._file(id).exists()
+
+    def give_back(self, id: str) -> None:
+        """The worker that had a case will not run it."""
+        self._file(id).unlink(missing_ok=True)
+
+    def _file(self, id: str) -> Path:
+        return self._folder / hashlib.sha256(id.encode()).hexdigest()[:32]
+
+
 def main(argv: Sequence[str]) -> int:
     """Carry out the orders in the file that is named; returns pytest's exit code."""
     orders = Orders.read(Path(argv[0]))
@@ -100,7 +150,7 @@ class Descriptions:
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Write the event ``described``: by id, the fields of `CaseRecord` that are marks."""
-        from portakv_conformance.run.marks import case_id, mark_of, tags_of
+        from portakv_conformance.run.options import case_id, mark_of, tags_of
 
         told = {
             case_id(item): {
@@ -157,7 +207,3 @@ def _end_with(runner: int) -> None:
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
         if os.getppid() != runner:
             raise SystemExit("The runner has gone.")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

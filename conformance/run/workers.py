@@ -1,19 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The workers of a run: as many at a time as were asked for, others for those that are lost."""
+"""The workers of a run: processes that share one case list, replaced when they are lost.
+
+A worker is lost when it crashes, and when it is silent for too long. The case that it ran has
+failed then, with the stacks, and another worker goes on with the rest.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import signal
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from portakv_conformance.run.journal import Journal
+from portakv_conformance.run.journal import (
+    BadRequest,
+    Journal,
+    Page,
+    SubjectUnavailable,
+    SuiteBroken,
+)
 from portakv_conformance.run.progress import Progress
+from portakv_conformance.run.record import Status
 from portakv_conformance.run.request import Options
-from portakv_conformance.run.sharing import Share
-from portakv_conformance.run.supervise import Worker
-from portakv_conformance.run.watch import Watch
+from portakv_conformance.run.worker import STACKS_PLEASE, Orders, Share
+
+#: Set to end every run of this process: each then raises KeyboardInterrupt where it stands.
+INTERRUPTED = threading.Event()
 
 # A backend that crashes or hangs everywhere is not worth hours: so many losses in a row, without a
 # case between them that came to its end, or so many seconds lost in all.
@@ -23,15 +42,263 @@ _PROGRESS = 2  # cases that have to end between two losses, so that they are not
 _POLL = 0.02  # seconds between two looks at the workers
 # Threads of each of several workers at once: two, so that kernels with threads still run so.
 _LEAST_THREADS = 2
+# Seconds before the first case: torch and the backend load, the simulated device may be built.
+_STARTING = 600.0
+_ENDING = 60.0  # seconds that a worker may take to end after its last case
+_STACKS_WAIT = 3.0  # seconds that a process may take to write its stacks
+_TAIL = 6000  # characters of what a worker printed that a report keeps
+_PYTEST_USAGE = 4  # pytest's exit code where an option, such as an id, makes no sense
+#: What pytest must not take from the surroundings: options and plugins that are not the suite's.
+_LEFT_OUT = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")
+# A worker finds modules where this process finds them. What lies in the current folder comes last,
+# so that it can be judged and yet hides nothing that is installed.
+_START = (
+    "import json, os, sys; sys.path[:] = [*json.loads(sys.argv.pop(1)), os.getcwd()]; "
+    "from portakv_conformance.run.worker import main; sys.exit(main(sys.argv[1:]))"
+)
 
 
-class Crew:
-    """Workers that share one case list.
+def worker_command() -> tuple[str, ...]:
+    """What runs a worker, to which the file of its orders is added."""
+    return (sys.executable, "-I", "-c", _START, json.dumps(sys.path))
+
+
+class WorkerProcess:
+    """A worker's process: its events, its stacks, what it printed.
+
+    Args:
+        command: what runs it, to which the file of its orders is added.
+        folder: a folder of its own for its files, which is made.
+        backend, device, emulated, options: its orders; see `worker.Orders`.
+        surroundings: environment variables to set for it.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        folder: Path,
+        backend: str,
+        device: str,
+        emulated: bool,
+        options: Sequence[str],
+        surroundings: Mapping[str, str] | None = None,
+    ) -> None:
+        folder.mkdir(parents=True)
+        self._events, self._stacks, empty = (
+            folder / name for name in ("events.jsonl", "stacks.txt", "pytest.ini")
+        )
+        self._printed, orders = folder / "printed.txt", folder / "orders.json"
+        for file in (self._events, self._stacks, empty):
+            file.touch()
+        self._read = 0
+        Orders(
+            backend, device, emulated, str(self._events), str(self._stacks),
+            [*options, "--portakv-events", str(self._events)], str(empty), os.getpid(),
+        ).write(orders)  # fmt: skip
+        environment = {k: v for k, v in os.environ.items() if k not in _LEFT_OUT}
+        environment |= surroundings or {}
+        environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+        # Else hypothesis leaves a folder in the user's current one.
+        environment["HYPOTHESIS_STORAGE_DIRECTORY"] = str(folder / "hypothesis")
+        with self._printed.open("wb") as printed:
+            self._process = subprocess.Popen(
+                [*command, str(orders)],
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is ours to handle, and its children end with it
+            )
+
+    def events(self, seconds: float = 0.0) -> list[dict[str, Any]]:
+        """The next events; empty if none came within ``seconds`` or the process has ended."""
+        until = time.monotonic() + seconds
+        while True:
+            ended = self.code is not None  # asked first: what it wrote last must not be missed
+            with self._events.open("rb") as file:
+                file.seek(self._read)
+                text = file.read()
+            whole = text[: text.rfind(b"\n") + 1]  # a process that dies may leave half a line
+            self._read += len(whole)
+            if whole or ended or time.monotonic() >= until:
+                return [json.loads(line) for line in whole.splitlines() if line.strip()]
+            time.sleep(_POLL)
+
+    @property
+    def code(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        return self._process.poll()
+
+    @property
+    def how(self) -> str:
+        """How it ended, as the end of a sentence."""
+        code = self.code
+        if code is None:
+            return "is still running"
+        if code >= 0:
+            return f"ended with exit code {code}"
+        name = signal.Signals(-code).name
+        hint = " (perhaps by the system, for want of memory)" if name == "SIGKILL" else ""
+        return f"was killed by {name}{hint}"
+
+    def stacks(self) -> str:
+        """The stacks of all of its threads, as it runs; or what it wrote when it crashed."""
+        before = self._stacks.stat().st_size
+        if self.code is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(STACKS_PLEASE)
+            until = time.monotonic() + _STACKS_WAIT
+            while self.code is None and time.monotonic() < until:
+                if self._stacks.stat().st_size > before:
+                    time.sleep(10 * _POLL)  # until the rest of it is written
+                    break
+                time.sleep(_POLL)
+        text = self._stacks.read_text(encoding="utf-8", errors="replace")
+        return text.partition("\nExtension modules:")[0][-_TAIL:].strip()
+
+    def printed(self) -> str:
+        """The end of what it wrote to standard output and error."""
+        return self._printed.read_bytes()[-_TAIL:].decode(errors="replace").strip()
+
+    def stop(self) -> None:
+        """Kill it and the processes that it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+class Supervised:
+    """A worker of a run, and what it has told until it ends, crashes, or is silent for too long.
+
+    Args:
+        process: the running worker.
+        journal: what is known of the whole run.
+        share: which cases were taken.
+        limit: seconds that one case may take.
+    """
+
+    def __init__(
+        self, process: WorkerProcess, journal: Journal, share: Share, limit: float
+    ) -> None:
+        self.page = Page()
+        self.stop = process.stop
+        self._process, self._journal, self._share = process, journal, share
+        self._limit = limit
+        self._began = self._heard = time.monotonic()
+        self._ready = 0.0  # seconds until it had its case list
+
+    def look(self, *, alone: bool = True) -> str | None:
+        """Take what the worker has told since: None while it goes on, else how it was lost, a
+        sentence, or an empty one if it ended well.
+
+        Args:
+            alone: no other worker is there to run what this one does not.
+
+        Raises:
+            SubjectUnavailable, BadRequest, SuiteBroken: nothing can be judged.
+        """
+        ended = self._process.code is not None  # asked before reading, as above
+        events = self._process.events()
+        for event in events:
+            self._journal.take(event, self.page)
+            if self._journal.stopped:
+                return ""
+        if events:
+            self._heard = time.monotonic()
+            self._ready = self._ready or (self._heard - self._began if self.page.listed else 0.0)
+            return None
+        if ended:
+            return self._ended(alone)
+        if time.monotonic() - self._heard > self._allowed():
+            return self._too_long(alone)
+        return None
+
+    def wasted(self) -> float:
+        """Seconds that its loss costs: its start, and how long it was silent at its end."""
+        return self._ready + time.monotonic() - self._heard
+
+    def _allowed(self) -> float:
+        """Seconds that may pass before the next event."""
+        if not self.page.listed:
+            return _STARTING
+        return _ENDING if self.page.finished else self._limit
+
+    def _over(self) -> bool:
+        """It came to the end of its session, and no case waits that it was given."""
+        if not self.page.finished or self.page.running:
+            return False
+        return bool(self._journal.ids) and not self._journal.waiting(self._share)
+
+    def _ended(self, alone: bool) -> str:
+        """It has ended by itself: well, or with a case."""
+        how = self._process.how
+        if self._over():
+            if how.startswith("was killed"):
+                self._journal.miss(
+                    f"The worker {how} after the last case; memory may have been corrupted before."
+                )
+            return ""
+        what = f"The worker process {how}"
+        if self.page.refusal:
+            what = f"A worker could not load the backend, which others could ({self.page.refusal}),"
+        return self._lost(what, self._process.stacks(), alone)
+
+    def _too_long(self, alone: bool) -> str:
+        """It is silent: take its stacks, and end it."""
+        if self._over():
+            self._journal.miss(f"The worker did not end within {_ENDING:g} s of its last case.")
+            return ""
+        stacks = self._process.stacks()
+        self.stop()
+        limit = self._allowed()
+        what = f"It took longer than its limit of {limit:g} s; the worker process was killed"
+        return self._lost(what, stacks, alone)
+
+    def _lost(self, what: str, stacks: str, alone: bool) -> str:
+        """Name the case that it was lost with; returns a sentence for the user."""
+        if self.page.retired:
+            return f"The device failed behind {self.page.latest} ({self.page.retired})."
+        details = "\n\n".join(part for part in (stacks, self._process.printed()) if part)
+        if not self._journal.ids:
+            raise self._nothing_begun(what, details)
+        if not (self.page.listed or alone):
+            return f"{what} before it was ready; the others go on."
+        id, status, when = self._at_fault()
+        if not id:
+            return f"{what} {when}."
+        went_on = "; another worker went on with the rest" if self._journal.left_but(id) else ""
+        self._journal.lose(id, status, f"{what} {when}{went_on}.", details)
+        return f"{what} {when}: {id}"
+
+    def _nothing_begun(self, what: str, details: str) -> Exception:
+        """Why a worker was lost before the case list was known."""
+        if not self._journal.loading:
+            return SuiteBroken(f"{what} before it loaded anything.\n{details}")
+        if not self._journal.subject:
+            return SubjectUnavailable(f"{what} while the backend was loaded and probed.\n{details}")
+        if self._process.code == _PYTEST_USAGE:
+            return BadRequest(self._process.printed().rpartition("ERROR: ")[2])
+        return SuiteBroken(f"{what} before the cases were collected.\n{details}")
+
+    def _at_fault(self) -> tuple[str, Status, str]:
+        """The case that it was lost with, how that ended, and when it was, as a clause."""
+        if self.page.running:
+            return self.page.running, "failed", "while this case ran"
+        if self.page.latest:
+            return self.page.latest, "failed", "right after this case"
+        # None is to blame; one is named, so that a worker that never begins is no endless loop.
+        next_one = next((id for id in self._journal.left() if self._share.take(id)), "")
+        began = "before this case began" if self.page.listed else "before it was ready"
+        return next_one, "error", began
+
+
+class Workers:
+    """As many workers at a time as were asked for, over one case list.
 
     Args:
         journal: what is known of the run.
         options: what was asked for.
-        progress: who is told of workers that were lost.
+        progress: told of workers that were lost.
         folder: an empty folder for the files of all workers.
         command: what runs a worker, to which the file of its orders is added.
     """
@@ -48,99 +315,98 @@ class Crew:
         self._folder, self._command = folder, command
         (folder / "taken").mkdir()
         self._share = Share(folder / "taken")
-        self._watches: list[Watch] = []
+        self._running: list[Supervised] = []
         self._jobs = options.jobs
         self._started = self._losses = self._ran = 0
         self._seconds = 0.0  # that losses have cost: workers that began, cases that hung
 
     def work(self) -> None:
-        """Run every case of the list, or up to the first failure where that is enough.
+        """Run every case of the list, or up to the first failure if that is enough.
 
         Raises:
             SubjectUnavailable, BadRequest, SuiteBroken: nothing can be judged.
+            KeyboardInterrupt: `INTERRUPTED` was set.
         """
         try:
             while not self._journal.stopped and self._go_on():
+                if INTERRUPTED.is_set():
+                    raise KeyboardInterrupt
                 if not self._look():
                     time.sleep(_POLL)
         finally:
-            for watch in self._watches:
-                watch.stop()
+            for worker in self._running:
+                worker.stop()
 
     def _go_on(self) -> bool:
-        """Start the workers that are wanting; False where there is nothing left to do."""
+        """Start the workers that are wanting; False if there is nothing left to do."""
         why = self._hopeless()
         if why:
-            self._give_up(why)
+            self._progress.say(f"The other cases are not run: {why}.")
+            for id in self._journal.left():
+                self._journal.lose(id, "error", f"It was not run: {why}.", "")
             return False
-        if not self._watches:
+        if not self._running:
             for id in self._journal.left():  # taken by a worker that was lost before it began
                 self._share.give_back(id)
-        while len(self._watches) < self._jobs and self._wanting():
-            self._watches.append(self._start())
-        return bool(self._watches)
+        while len(self._running) < self._jobs and self._wanting():
+            self._running.append(self._start())
+        return bool(self._running)
 
     def _wanting(self) -> bool:
         """Whether another worker would find a case to run. The first one lists them, alone."""
         if not self._journal.ids:
-            return not self._watches
-        starting = sum(not watch.page.listed for watch in self._watches)
+            return not self._running
+        starting = sum(not worker.page.listed for worker in self._running)
         return len(self._journal.waiting(self._share)) > starting
 
-    def _start(self) -> Watch:
+    def _start(self) -> Supervised:
         self._started += 1
-        folder = self._folder / str(self._started)
-        told = [*self._options.suite_options(), "--portakv-share", str(self._folder / "taken")]
-        if self._options.only:
+        asked, folder = self._options, self._folder / str(self._started)
+        told = [*asked.suite_options(), "--portakv-share", str(self._folder / "taken")]
+        if asked.only:
             only = folder.with_suffix(".only")
-            only.write_text("".join(f"{id}\n" for id in self._options.only), encoding="utf-8")
+            only.write_text("".join(f"{id}\n" for id in asked.only), encoding="utf-8")
             told += ["--portakv-only", str(only)]
-        asked = self._options
-        worker = Worker(
+        process = WorkerProcess(
             self._command, folder, asked.backend, asked.device, asked.emulated, told,
             surroundings(asked.jobs),
         )  # fmt: skip
-        return Watch(worker, self._journal, self._share, asked)
+        return Supervised(process, self._journal, self._share, asked.seconds)
 
     def _look(self) -> bool:
-        """Look at every worker once; False where none of them is done."""
+        """Look at every worker once; False if none of them is done."""
         done = False
-        for watch in list(self._watches):
-            lost = watch.look(alone=len(self._watches) == 1)
+        for worker in list(self._running):
+            lost = worker.look(alone=len(self._running) == 1)
             if self._journal.stopped:
                 return True
             if lost is not None:
                 done = True
-                self._remove(watch, lost)
+                self._remove(worker, lost)
         return done
 
-    def _remove(self, watch: Watch, lost: str) -> None:
-        watch.stop()
-        self._watches.remove(watch)
+    def _remove(self, worker: Supervised, lost: str) -> None:
+        worker.stop()
+        self._running.remove(worker)
         if not lost:
             return
         self._progress.say(lost)
-        if self._watches and not watch.page.listed:
+        if self._running and not worker.page.listed:
             self._jobs -= 1  # there is no room for so many, on the device or in memory
         else:
             # A worker that ended with the first case that it took has got the run no further.
             between = self._journal.ran - self._ran
             self._losses = self._losses + 1 if between < _PROGRESS else 1
             self._ran = self._journal.ran
-            self._seconds += watch.wasted()
+            self._seconds += worker.wasted()
 
     def _hopeless(self) -> str:
-        """Why it makes no sense to go on, as a clause; empty where it does."""
+        """Why it makes no sense to go on, as a clause; empty if it does."""
         if self._losses >= _MOST_LOSSES:
             return f"the worker had been lost {_MOST_LOSSES} times in a row"
         if self._losses and self._seconds > _MOST_SECONDS:
             return f"lost workers had cost more than {_MOST_SECONDS / 60:g} minutes"
         return ""
-
-    def _give_up(self, why: str) -> None:
-        self._progress.say(f"The other cases are not run: {why}.")
-        for id in self._journal.left():
-            self._journal.lose(id, "error", f"It was not run: {why}.", "")
 
 
 def surroundings(jobs: int) -> dict[str, str]:

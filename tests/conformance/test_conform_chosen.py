@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from portakv_conformance.run.select import chosen, counted
+from portakv_conformance.run.request import chosen, counted
 
 IDS = [
     "cases/test_core.py::test_one_row[gather-1]",

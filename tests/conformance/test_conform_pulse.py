@@ -11,8 +11,8 @@ import torch
 
 from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.subject import Subject, subject
-from portakv_conformance.run import events
-from portakv_conformance.run.device_alive import Pulse
+from portakv_conformance.run.device_alive import DeviceAlive
+from portakv_conformance.run.worker import append
 
 
 class Card(Facility):
@@ -33,17 +33,17 @@ def card() -> Card:
 
 
 def test_a_device_that_works_is_not_lost(card: Card) -> None:
-    assert Pulse(subject("reference"), card).lost() == ""
+    assert DeviceAlive(subject("reference"), card).lost() == ""
 
 
 def test_a_fault_that_is_delivered_once_is_the_case_s(card: Card) -> None:
     card.faults = 1
-    assert Pulse(subject("reference"), card).lost() == ""
+    assert DeviceAlive(subject("reference"), card).lost() == ""
 
 
 def test_a_fault_that_stays(card: Card) -> None:
     card.faults = 1000
-    assert Pulse(subject("reference"), card).lost() == (
+    assert DeviceAlive(subject("reference"), card).lost() == (
         "RuntimeError: an illegal memory access was encountered"
     )
 
@@ -59,33 +59,31 @@ def test_a_backend_that_raises_for_good_after_it_has_worked(
     card: Card, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one whose driver's context is lost, though torch's is not."""
-    pulse = Pulse(subject("reference"), card)
-    pulse.learn()
+    alive = DeviceAlive(subject("reference"), card)
+    alive.learn()
     _refuses_for_good(subject("reference"), monkeypatch)
-    assert pulse.lost() == "RuntimeError: no more"
+    assert alive.lost() == "RuntimeError: no more"
 
 
 def test_a_backend_that_has_never_worked_is_judged_on(
     card: Card, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else each of its failures would cost a process."""
-    pulse = Pulse(subject("reference"), card)
+    alive = DeviceAlive(subject("reference"), card)
     _refuses_for_good(subject("reference"), monkeypatch)
-    pulse.learn()
-    assert pulse.lost() == ""
+    alive.learn()
+    assert alive.lost() == ""
 
 
 def test_on_the_host_nothing_is_felt() -> None:
-    pulse = Pulse(subject("reference"), Facility(torch.device("cpu")))
-    pulse.learn()
-    assert pulse.lost() == ""
+    alive = DeviceAlive(subject("reference"), Facility(torch.device("cpu")))
+    alive.learn()
+    assert alive.lost() == ""
 
 
 def test_an_event_holds_any_text(tmp_path: Path) -> None:
     file = tmp_path / "events.jsonl"
-    events.append(
-        str(file), {"reason": "driver said \udcff", "cases": [{"a\ud800": ("x", 1, None)}]}
-    )
+    append(str(file), {"reason": "driver said \udcff", "cases": [{"a\ud800": ("x", 1, None)}]})
     told = json.loads(file.read_text(encoding="utf-8"))
     assert told == {"reason": "driver said \\udcff", "cases": [{"a\\ud800": ["x", 1, None]}]}
     json.dumps(told, ensure_ascii=False).encode("utf-8")

@@ -14,10 +14,10 @@ from support import conform_reports
 
 from portakv_conformance.judge.oracle import check_copy
 from portakv_conformance.report import write
-from portakv_conformance.report.badge import badge, message, width
 from portakv_conformance.report.first_byte import first_byte
 from portakv_conformance.report.junit import junit
 from portakv_conformance.report.markdown import code, fenced, markdown, text
+from portakv_conformance.report.page import badge, message, width
 from portakv_conformance.report.words import duration, moment, plain
 from portakv_conformance.run.record import RunRecord
 

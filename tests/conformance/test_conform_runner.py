@@ -14,8 +14,7 @@ from support.conform_fake_worker import CLAIM, CORE
 from support.conform_runs import Heard, ran, statuses
 
 from portakv_conformance.evidence.verdict import case_list_sha256
-from portakv_conformance.run import watch
-from portakv_conformance.run import workers as crew
+from portakv_conformance.run import workers
 from portakv_conformance.run.runner import BadRequest, Options, SubjectUnavailable, SuiteBroken
 
 
@@ -104,14 +103,14 @@ def test_a_crash_behind_the_last_case_is_no_certificate() -> None:
 
 
 def test_a_worker_that_never_ends_is_no_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "_ENDING", 0.2)
+    monkeypatch.setattr(workers, "_ENDING", 0.2)
     record = ran({CORE + "a": "pass", "finish": "hang"})
     assert record.verdict == "incomplete"
     assert "did not end" in record.missing[0]
 
 
 def test_a_backend_that_always_crashes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew, "_MOST_LOSSES", 3)
+    monkeypatch.setattr(workers, "_MOST_LOSSES", 3)
     record = ran({f"{CORE}{n}": "crash" for n in range(6)})
     assert list(statuses(record).values()) == ["failed"] * 3 + ["error"] * 3
     assert record.cases[-1].reason == "It was not run: the worker had been lost 3 times in a row."
@@ -121,14 +120,14 @@ def test_a_backend_that_always_crashes_is_given_up(monkeypatch: pytest.MonkeyPat
 def test_losses_that_are_not_in_a_row_cost_their_cases_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(crew, "_MOST_LOSSES", 2)
+    monkeypatch.setattr(workers, "_MOST_LOSSES", 2)
     behaviours = {f"{CORE}{n}": "crash" if n % 3 == 0 else "pass" for n in range(12)}
     record = ran(behaviours)
     assert list(statuses(record).values()) == ["failed", "passed", "passed"] * 4
 
 
 def test_losses_that_cost_too_much_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew, "_MOST_SECONDS", 0.5)
+    monkeypatch.setattr(workers, "_MOST_SECONDS", 0.5)
     behaviours = {f"{CORE}{n}": "pass" if n % 3 else "hang" for n in range(9)}
     record = ran(behaviours, limit=0.3)
     assert record.totals["failed"] <= 2
@@ -219,30 +218,24 @@ def test_the_command_tells_how_the_kernel_is_run(monkeypatch: pytest.MonkeyPatch
 def test_a_worker_ends_when_its_runner_is_killed() -> None:
     """A device must not stay occupied by the worker of a runner that is gone."""
     code = (
-        "import sys, conform_fake_worker as fake\n"
+        "import sys, support.conform_fake_worker as fake\n"
         "from portakv_conformance.run.runner import Options, run\n"
-        "from test_conform_runner import Telling\n"
+        "from support.conform_runs import Telling\n"
         "run(Options('fake'), Telling(), command=(sys.executable, '-c', "
-        "'import os, sys, time; from pathlib import Path; from portakv_conformance import worker; "
+        "'import os, sys, time; from pathlib import Path; "
+        "from portakv_conformance.run import worker; "
         "orders = worker.Orders.read(Path(sys.argv[1])); worker._end_with(orders.runner); "
         "import support.conform_fake_worker as fake; fake.tell(orders, fake.SUBJECT); "
         'fake.tell(orders, dict(event="list", ids=["a"])); '
         'fake.tell(orders, dict(event="start", id=str(os.getpid()))); time.sleep(600)\'))\n'
     )
-    here = os.path.dirname(__file__)
+    here = os.path.dirname(os.path.dirname(__file__))
     parent = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=here,
-        env={**os.environ, "PYTHONPATH": here},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([here, *filter(None, sys.path)])},
     )  # fmt: skip
     assert parent.stdout is not None
     worker = int(parent.stdout.readline())
     parent.kill()
     parent.wait()
     assert fake.gone(worker)
-
-
-class Telling(Heard):
-    """Prints the id of the case that begins: the process of the worker above."""
-
-    def started(self, id: str) -> None:
-        print(id, flush=True)

@@ -16,9 +16,9 @@ from support.conform_runs import Heard, ran, statuses, timeless
 from portakv_conformance.cli import make_parser
 from portakv_conformance.evidence.verdict import judge
 from portakv_conformance.evidence.verify import check_report
-from portakv_conformance.run import workers as crew
+from portakv_conformance.run import workers as pool
 from portakv_conformance.run.record import RunRecord
-from portakv_conformance.run.sharing import Share
+from portakv_conformance.run.worker import Share
 from portakv_conformance.run.workers import surroundings
 
 
@@ -94,7 +94,7 @@ def test_every_worker_may_be_lost() -> None:
 
 
 def test_the_losses_of_all_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew, "_MOST_LOSSES", 3)
+    monkeypatch.setattr(pool, "_MOST_LOSSES", 3)
     record = ran({f"{CORE}{n}": "crash" for n in range(8)}, jobs=2)
     counted = Counter(statuses(record).values())
     assert (counted["failed"], counted["error"]) == (3, 5)

@@ -17,8 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from portakv_conformance.run.sharing import Share
-from portakv_conformance.run.worker import STACKS_PLEASE, Orders
+from portakv_conformance.run.worker import STACKS_PLEASE, Orders, Share
 
 CORE, CLAIM = "cases/test_core.py::test_", "cases/test_claims.py::test_"
 SUBJECT = {

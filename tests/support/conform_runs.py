@@ -35,6 +35,13 @@ class Heard:
         self.sentences.append(sentence)
 
 
+class Telling(Heard):
+    """Prints the id of each case that begins."""
+
+    def started(self, id: str) -> None:
+        print(id, flush=True)
+
+
 def ran(behaviours: Mapping[str, str], heard: Heard | None = None, **options: object) -> RunRecord:
     wanted = Options("fake", **options)  # type: ignore[arg-type]
     return run(wanted, heard or Heard(), command=fake.command(behaviours))
