@@ -3,5 +3,5 @@
 
 from __future__ import annotations
 
-SUITE_VERSION = "2026.11"
+SUITE_VERSION = "2026.12"
 SPEC_VERSION = "1"

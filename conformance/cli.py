@@ -23,11 +23,11 @@ from portakv.registry.registry import ENVIRONMENT
 from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.judge.waivers import WaiverError, problems, read_waivers
 from portakv_conformance.reading import compare, replay_example, verify
+from portakv_conformance.record import RunRecord
 from portakv_conformance.report.summary import print_summary
 from portakv_conformance.run.journal import BadRequest, SubjectUnavailable, SuiteBroken
 from portakv_conformance.run.listing import cases_of
 from portakv_conformance.run.progress import shown
-from portakv_conformance.run.record import RunRecord
 from portakv_conformance.run.request import Options
 from portakv_conformance.run.runner import run
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from portakv.errors import PortaKVError
 from portakv_conformance.evidence.verify import check_report
+from portakv_conformance.record import RunRecord
 from portakv_conformance.report.diff import compare_runs, differences
 from portakv_conformance.run.journal import BadRequest, SubjectUnavailable
-from portakv_conformance.run.record import RunRecord
 
 
 def compare(words: list[str]) -> int:

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterator
 
 from portakv_conformance.evidence.environment import INTERPRET
-from portakv_conformance.run.record import RunRecord
+from portakv_conformance.record import RunRecord
 
 _YES = ("1", "true", "on", "yes")
 

@@ -22,7 +22,7 @@ import torch
 from portakv_conformance.evidence.driver import driver_version
 from portakv_conformance.evidence.source import SourceError, source_sha256
 from portakv_conformance.judge.subject import Subject
-from portakv_conformance.run.record import ASSUMPTION, CARRIER, LIBRARY
+from portakv_conformance.record import ASSUMPTION, CARRIER, LIBRARY
 from portakv_conformance.vendor import standins
 
 #: Environment variable under which Triton interprets its kernels on the host.

@@ -37,9 +37,9 @@ from portakv_conformance.evidence.record_rules import kernels_in, lacking, signa
 from portakv_conformance.evidence.scrub import without_places
 from portakv_conformance.evidence.source import SourceError, source_sha256
 from portakv_conformance.evidence.verdict import LEFT_OUT
+from portakv_conformance.record import ASSUMPTION, SCHEMA, STATUSES, RunRecord
 from portakv_conformance.report import results, support
 from portakv_conformance.report.words import STATUS_WORDS, counts
-from portakv_conformance.run.record import ASSUMPTION, SCHEMA, STATUSES, RunRecord
 
 #: The rung that each kind of job bears out; no job but the suite's own ends at R6.
 JOBS = {

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 from portakv_conformance.judge.waivers import problems
-from portakv_conformance.run.record import STATUSES, CaseRecord, RunRecord
+from portakv_conformance.record import STATUSES, CaseRecord, RunRecord
 
 #: The key of ``environment`` that seals a report: a sha256 over everything else in it.
 SEAL = "sealed_sha256"

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from portakv_conformance.run.record import CaseRecord
+from portakv_conformance.record import CaseRecord
 
 if sys.version_info >= (3, 11):
     import tomllib

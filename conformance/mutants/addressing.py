@@ -143,12 +143,12 @@ class RepeatsMovedOnce(HostRows):
         return (entries[:1], steps[:1]) if repeats else (entries, steps)
 
 
-class RepeatsOneByteApart(HostRows):
-    """Rows of a source that all lie at one address, by a stride of 0, are read a byte apart."""
+class RepeatsAVectorApart(HostRows):
+    """Rows of a source that all lie at one address, by a stride of 0, are read a vector apart."""
 
     def place(self, side: Side, numbers: Int64) -> tuple[Int64, Int64]:
         units = [
-            step if step.stride or step.table else replace(step, stride=1) for step in side.units
+            step if step.stride or step.table else replace(step, stride=16) for step in side.units
         ]
         return super().place(replace(side, units=tuple(units)), numbers)
 

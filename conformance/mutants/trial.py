@@ -13,7 +13,7 @@ import torch
 from portakv.registry.self_check import UNCHECKABLE, self_check
 from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.mutants import Mutant
-from portakv_conformance.run.record import CaseRecord, RunRecord
+from portakv_conformance.record import CaseRecord, RunRecord
 from portakv_conformance.run.runner import BadRequest, Options, SubjectUnavailable, SuiteBroken, run
 
 #: Seconds that one case may take of a mutant, and a mutant in all.

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from portakv_conformance.record import RunRecord
 from portakv_conformance.report.junit import junit
 from portakv_conformance.report.markdown import markdown
-from portakv_conformance.run.record import RunRecord
 
 
 def write(record: RunRecord, folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from portakv_conformance.evidence.verdict import WRONG, why_no_rung
-from portakv_conformance.run.record import CaseRecord, RunRecord
+from portakv_conformance.record import CaseRecord, RunRecord
 
 #: Kinds that make a comparison fail.
 BAD_KINDS = ("REGRESSION", "MISSING")

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
+from portakv_conformance.record import CaseRecord, RunRecord
 from portakv_conformance.report.words import broken, device, plain, printable
-from portakv_conformance.run.record import CaseRecord, RunRecord
 
 _SKIPPED = ("waived", "not-claimed")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 
+from portakv_conformance.record import STATUSES, CaseRecord, RunRecord
 from portakv_conformance.report.first_byte import first_byte
 from portakv_conformance.report.words import (
     STATUS_WORDS,
@@ -22,7 +23,6 @@ from portakv_conformance.report.words import (
     sentence,
     verdict,
 )
-from portakv_conformance.run.record import STATUSES, CaseRecord, RunRecord
 
 _SIGNS = {"conformant": "✅", "failed": "❌", "incomplete": "⚠️"}
 _SHOWN = 20  # failures; a comment has a limit

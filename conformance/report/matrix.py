@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from portakv_conformance.record import STATUSES, CaseRecord, Status
 from portakv_conformance.report.words import plural
-from portakv_conformance.run.record import STATUSES, CaseRecord, Status
 
 ANY = "any"  # where a case has a layout but is about no dtype or operation in particular
 # Narrow columns need short names; others stand as they are.

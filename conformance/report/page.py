@@ -18,11 +18,11 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup, escape
 
 from portakv_conformance.evidence.verdict import SEAL, why_no_rung
+from portakv_conformance.record import STATUSES, CaseRecord, RunRecord, Status
 from portakv_conformance.report import words
 from portakv_conformance.report.first_byte import first_byte
 from portakv_conformance.report.matrix import SHORT, dtype_of, matrix
 from portakv_conformance.report.words import printable
-from portakv_conformance.run.record import STATUSES, CaseRecord, RunRecord, Status
 
 LABEL = "PortaKV conformance"
 _COLOURS = {"conformant": "#137a4a", "failed": "#b3261e", "incomplete": "#8a5a00"}

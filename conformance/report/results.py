@@ -15,8 +15,8 @@ from pathlib import Path
 
 from portakv_conformance.evidence.verdict import SEAL, digest_of, judge
 from portakv_conformance.evidence.verify import check_report
+from portakv_conformance.record import RunRecord
 from portakv_conformance.report.words import built
-from portakv_conformance.run.record import RunRecord
 
 Check = Callable[[str], list[str]]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from portakv.cli.console import print_prose
 from portakv_conformance.evidence.verdict import LEFT_OUT, WRONG, why_no_rung
 from portakv_conformance.judge.waivers import problems
+from portakv_conformance.record import ASSUMPTION, STATUSES, CaseRecord, RunRecord
 from portakv_conformance.report.words import plural
 from portakv_conformance.run.journal import MOST_EXAMPLES
-from portakv_conformance.run.record import ASSUMPTION, STATUSES, CaseRecord, RunRecord
 from portakv_conformance.run.request import Options
 
 _LONGEST = 600  # characters of a reason; the report has all of it

@@ -16,10 +16,10 @@ from portakv_conformance.evidence.ladder import (
     digest,
     why_expired,
 )
+from portakv_conformance.record import RunRecord
 from portakv_conformance.report.markdown import text
 from portakv_conformance.report.results import device_kind
 from portakv_conformance.report.words import built, emulated
-from portakv_conformance.run.record import RunRecord
 
 # Packages of the environment whose versions a result stands or falls with, beyond torch's own.
 _PACKAGES = {

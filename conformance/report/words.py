@@ -10,7 +10,7 @@ from typing import Any
 
 from portakv_conformance.evidence.verdict import LEFT_OUT
 from portakv_conformance.judge.waivers import problems
-from portakv_conformance.run.record import ASSUMPTION, CARRIER, LIBRARY, STATUSES, RunRecord, Status
+from portakv_conformance.record import ASSUMPTION, CARRIER, LIBRARY, STATUSES, RunRecord, Status
 
 #: For each area of cases, what it judges.
 AREAS = {

@@ -9,8 +9,8 @@ from typing import Any
 from portakv_conformance import SUITE_VERSION
 from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.judge.waivers import judged
+from portakv_conformance.record import CaseRecord, Status
 from portakv_conformance.run.progress import Progress
-from portakv_conformance.run.record import CaseRecord, Status
 from portakv_conformance.run.request import Options, chosen
 from portakv_conformance.run.worker import Share
 

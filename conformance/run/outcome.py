@@ -9,7 +9,7 @@ import pytest
 
 from portakv_conformance.judge.claims import NOT_CLAIMED
 from portakv_conformance.judge.judging import Judge
-from portakv_conformance.run.record import Status
+from portakv_conformance.record import Status
 
 # What hypothesis writes below a message, by its version.
 _NOTES = ("\nFalsifying ", "\nFailing test case", "\nFailing explicit example")

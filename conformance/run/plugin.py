@@ -29,10 +29,10 @@ from portakv_conformance.judge.claims import AREAS
 from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.judging import Judge, find_home
 from portakv_conformance.judge.subject import Subject, subject
+from portakv_conformance.record import CaseRecord
 from portakv_conformance.run.device_alive import DeviceAlive
 from portakv_conformance.run.options import case_id, is_case, mark_of, tags_of
 from portakv_conformance.run.outcome import outcome
-from portakv_conformance.run.record import CaseRecord
 from portakv_conformance.run.request import chosen
 from portakv_conformance.run.worker import Share, append, writable
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from portakv_conformance.evidence.verdict import WRONG
-from portakv_conformance.run.record import CaseRecord
+from portakv_conformance.record import CaseRecord
 
 _EVERY = 5.0  # seconds between two plain lines where nothing is wrong
 _MOST_WRONG = 20  # failures that are shown while a run goes on; the summary groups all of them

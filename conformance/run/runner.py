@@ -15,9 +15,9 @@ from pathlib import Path
 
 from portakv_conformance import SPEC_VERSION, SUITE_VERSION
 from portakv_conformance.evidence.verdict import LEFT_OUT, case_list_sha256, in_list_order, judge
+from portakv_conformance.record import SCHEMA, RunRecord
 from portakv_conformance.run.journal import BadRequest, Journal, SubjectUnavailable, SuiteBroken
 from portakv_conformance.run.progress import SILENT, Progress
-from portakv_conformance.run.record import SCHEMA, RunRecord
 from portakv_conformance.run.request import Options, counted
 from portakv_conformance.run.workers import Workers, worker_command
 

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from portakv_conformance.record import Status
 from portakv_conformance.run.journal import (
     BadRequest,
     Journal,
@@ -27,7 +28,6 @@ from portakv_conformance.run.journal import (
     SuiteBroken,
 )
 from portakv_conformance.run.progress import Progress
-from portakv_conformance.run.record import Status
 from portakv_conformance.run.request import Options
 from portakv_conformance.run.worker import STACKS_PLEASE, Orders, Share
 

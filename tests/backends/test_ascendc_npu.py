@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from portakv_conformance.record import RunRecord
 from portakv_conformance.report import support
-from portakv_conformance.run.record import RunRecord
 from portakv_conformance.simdev import build
 
 HERE = Path(__file__).parent

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -20,10 +21,11 @@ from support.conform_fake_worker import CLAIM, CORE
 from portakv.cli import main as portakv
 from portakv_conformance import cli
 from portakv_conformance.cli import main
+from portakv_conformance.record import CaseRecord, RunRecord
 from portakv_conformance.run.progress import Lines, Progress
-from portakv_conformance.run.record import CaseRecord, RunRecord
 from portakv_conformance.run.request import Options
 from portakv_conformance.run.runner import run
+from portakv_conformance.run.workers import worker_command
 
 Behave = Callable[[Mapping[str, str]], None]
 
@@ -330,3 +332,46 @@ def test_a_file_that_is_no_example_ends_with_2(
         (tmp_path / "bad.json").write_text(text)
         assert main(["replay", str(tmp_path / "bad.json"), "reference"]) == 2
     assert "no saved example" in capsys.readouterr().err
+
+
+def test_the_report_itself_is_printed(behave: Behave, capsys: pytest.CaptureFixture[str]) -> None:
+    behave({CORE + "a": "pass", CORE + "b": "fail"})
+    assert main(["fake", "--device", "cpu", "--json"]) == 1
+    record = RunRecord.read(capsys.readouterr().out)
+    assert [case.status for case in record.cases] == ["passed", "failed"]
+
+
+def test_one_bug_is_told_once(behave: Behave, capsys: pytest.CaptureFixture[str]) -> None:
+    """Failures of one test are a group, and a run shows a few of many while it goes on."""
+    behave({f"{CORE}a[{n:02}]": "fail" for n in range(30)})
+    assert main(["fake", "--device", "cpu"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out.count("FAILED") == 1
+    assert "FAILED cases/test_core.py::test_a[00]" in shown.out
+    assert "and 29 more cases of this test" in shown.out
+    assert shown.err.count("failed: cases") == 20
+    assert "More failures are shown at the end." in shown.err
+
+
+def test_of_many_tests_that_fail_the_first_are_told(
+    behave: Behave, capsys: pytest.CaptureFixture[str]
+) -> None:
+    behave({f"{CORE}{n:02}": "fail" for n in range(11)})
+    assert main(["fake", "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("FAILED") == 8
+    assert "3 cases of 3 other tests failed too; --report lists all of them." in out
+
+
+def test_what_lies_in_the_current_folder_hides_nothing(tmp_path: Path) -> None:
+    """A worker loads what `portakv backends` loads, wherever the user is."""
+    hidden = tmp_path / "portakv_conformance" / "run"
+    hidden.mkdir(parents=True)
+    for folder in (hidden, hidden.parent):
+        (folder / "__init__.py").touch()
+    (hidden / "worker.py").write_text("main = lambda words: print('the folder\\'s')")
+    done = subprocess.run(
+        [*worker_command(), "none.json"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "none.json" in done.stderr
+    assert "the folder's" not in done.stdout

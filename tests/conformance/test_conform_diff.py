@@ -12,8 +12,8 @@ import support.conform_fake_worker as fake
 from support.conform_fake_worker import CORE
 
 from portakv_conformance.cli import main
+from portakv_conformance.record import RunRecord
 from portakv_conformance.report.diff import compare_runs, differences
-from portakv_conformance.run.record import RunRecord
 from portakv_conformance.run.runner import Options, run
 
 STATUSES = ("passed", "not-claimed", "waived", "failed", "error")

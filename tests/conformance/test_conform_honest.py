@@ -19,7 +19,7 @@ from portakv_conformance.evidence.verify import check_report
 from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.judging import Judge, across, find_home
 from portakv_conformance.judge.subject import Subject, subject
-from portakv_conformance.run.record import CaseRecord, RunRecord
+from portakv_conformance.record import CaseRecord, RunRecord
 
 _CLAIMS = (
     "NoTables", "Loops0", "Loops1", "Loops2", "Align4", "Align16", "Int32Only", "Int64Only",

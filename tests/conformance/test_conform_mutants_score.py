@@ -13,8 +13,9 @@ import pytest
 from portakv_conformance.mutants import MUTANTS, Mutant, score
 from portakv_conformance.mutants.table import document
 from portakv_conformance.mutants.trial import OutOfTime, Trial, try_control, try_mutant
-from portakv_conformance.run.record import SCHEMA, CaseRecord, RunRecord
+from portakv_conformance.record import SCHEMA, CaseRecord, RunRecord
 from portakv_conformance.run.runner import Options, SubjectUnavailable
+from portakv_conformance.run.workers import INTERRUPTED
 
 FIRST, SECOND = MUTANTS[:2]
 Ends = list[tuple[str, str]]
@@ -190,3 +191,21 @@ def test_the_score_refuses_a_forced_backend(
     with pytest.raises(SystemExit, match="2"):
         score.main(["--only", FIRST.name])
     assert "PORTAKV_BACKEND forces another backend" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_every_run() -> None:
+    """Ctrl-C ends the score: trials that wait do not begin, and those that run are told."""
+    began = []
+
+    def attempt(mutant: Mutant, seed: int) -> Trial:
+        began.append(mutant)
+        assert len(began) == 1 or INTERRUPTED.wait(20)
+        return Trial(mutant, seed, "cases/x", "why", 0.0)
+
+    def tell(trial: Trial) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(MUTANTS[:9], [0], jobs=2, attempt=attempt, tell=tell)
+    assert len(began) <= 3
+    assert not INTERRUPTED.is_set()

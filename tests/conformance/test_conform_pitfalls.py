@@ -58,19 +58,10 @@ def where(test: str) -> tuple[Path, str]:
 
 @pytest.mark.parametrize("test", NAMED)
 def test_a_named_test_exists(test: str) -> None:
-    assert test.startswith(("cases/test_", "tests/test_", "tests/simdev_"))
+    assert test.startswith(("cases/test_", "tests/"))
     path, function = where(test)
     assert path.is_file(), f"{test} is named in {SOURCE.name}, but there is no {path}."
     assert function in functions(path), f"{test} is named in {SOURCE.name} and does not exist."
-
-
-def test_modules_for_the_simulated_device_are_run_by_a_test() -> None:
-    """Pytest does not collect them: a test runs each in a process of its own."""
-    named = {test.partition("::")[0].removeprefix("tests/") for test in NAMED}
-    runners = [path.read_text() for path in (ROOT / "tests").glob("test_*.py")
-               if path.name != Path(__file__).name]  # fmt: skip
-    for module in sorted(name for name in named if name.startswith("simdev_")):
-        assert any(f'"{module}"' in text for text in runners), f"No test runs {module}."
 
 
 def test_each_pitfall_has_tests_or_says_what_is_not_built() -> None:

@@ -13,13 +13,13 @@ import torch
 from support import conform_reports
 
 from portakv_conformance.judge.oracle import check_copy
+from portakv_conformance.record import RunRecord
 from portakv_conformance.report import write
 from portakv_conformance.report.first_byte import first_byte
 from portakv_conformance.report.junit import junit
 from portakv_conformance.report.markdown import code, fenced, markdown, text
 from portakv_conformance.report.page import badge, message, width
 from portakv_conformance.report.words import duration, moment, plain
-from portakv_conformance.run.record import RunRecord
 
 FILES = ["conformance.json", "report.html", "report.md", "junit.xml", "badge.svg"]
 
@@ -131,11 +131,11 @@ def test_the_badge_is_one_line_of_svg(record: RunRecord) -> None:
 
 
 def test_the_badge_says_the_verdict() -> None:
-    assert message(conform_reports.passing()) == "R6 full 2026.11"
-    assert message(conform_reports.emulated()) == "R3 emulated full 2026.11"
+    assert message(conform_reports.passing()) == "R6 full 2026.12"
+    assert message(conform_reports.emulated()) == "R3 emulated full 2026.12"
     assert message(conform_reports.failing()) == "failed 12 of 314"
-    assert message(conform_reports.incomplete()) == "incomplete 2026.11"
-    assert message(replace(conform_reports.passing(), rung="")) == "full 2026.11"
+    assert message(conform_reports.incomplete()) == "incomplete 2026.12"
+    assert message(replace(conform_reports.passing(), rung="")) == "full 2026.12"
 
 
 def test_the_oracle_s_own_sentence_is_taken_apart() -> None:

@@ -13,10 +13,10 @@ from html.parser import HTMLParser
 import pytest
 from support import conform_reports
 
+from portakv_conformance.record import RunRecord
 from portakv_conformance.report.matrix import ANY, matrix
 from portakv_conformance.report.page import breakable, page, prose
 from portakv_conformance.report.words import printable
-from portakv_conformance.run.record import RunRecord
 
 _VOID = {"meta", "link", "input", "wbr", "br", "img"}
 

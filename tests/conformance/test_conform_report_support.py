@@ -16,10 +16,10 @@ from portakv_conformance.evidence.evidence import of_report, rung_of
 from portakv_conformance.evidence.ladder import Ladder, Rung
 from portakv_conformance.evidence.verdict import SEAL, digest_of, judge
 from portakv_conformance.evidence.verify import check_report
+from portakv_conformance.record import SCHEMA, RunRecord
 from portakv_conformance.report.results import file_name, keep, read, trimmed
 from portakv_conformance.report.support import device, table, versions
 from portakv_conformance.run.listing import cases_of
-from portakv_conformance.run.record import SCHEMA, RunRecord
 
 RESULTS = Path(__file__).resolve().parents[2] / "conformance" / "results"
 REPORTS = [
@@ -60,7 +60,7 @@ def kept(record: RunRecord, folder: Path) -> Path:
 def test_a_result_is_the_whole_report_with_a_line_for_each_case(tmp_path: Path) -> None:
     record = conform_reports.failing()
     file = kept(record, tmp_path)
-    assert file.name == "acme-acme-xpu-900-2026.11.json"
+    assert file.name == "acme-acme-xpu-900-2026.12.json"
     assert RunRecord.read(file.read_text()) == record
     assert len(file.read_text().splitlines()) < len(record.cases) + 40
     assert read(file) == record
@@ -80,12 +80,12 @@ def test_details_of_passed_cases_are_left_out_and_the_seal_still_fits(tmp_path: 
 
 
 def test_emulated_and_cpu_results_are_named_by_the_kind_of_device() -> None:
-    assert file_name(conform_reports.emulated()) == "acme-simdev-2026.11.json"
+    assert file_name(conform_reports.emulated()) == "acme-simdev-2026.12.json"
     run = ours()
     run.environment |= {"device": "cpu", "device_name": "Some CPU (R) @ 2 GHz"}
-    assert file_name(run) == "cuda-cpu-2026.11.json"
+    assert file_name(run) == "cuda-cpu-2026.12.json"
     run.backend["name"] = "../../etc/Passwd"
-    assert file_name(run) == "etc-passwd-cpu-2026.11.json"
+    assert file_name(run) == "etc-passwd-cpu-2026.12.json"
 
 
 def test_an_edited_report_is_no_result(tmp_path: Path) -> None:
@@ -142,11 +142,11 @@ def test_the_machine_of_a_cpu_result_is_its_kind_of_processor() -> None:
 @pytest.mark.parametrize(
     ("asked", "shown", "file"),
     [
-        ("simdev", "simdev, emulated", "cuda-simdev-2026.11.json"),
-        ("simdev:1", "simdev, emulated", "cuda-simdev-2026.11.json"),
-        ("simdev:mlu", "mlu, emulated", "cuda-simdev-mlu-2026.11.json"),
-        ("simdev:mlu:1", "mlu, emulated", "cuda-simdev-mlu-2026.11.json"),
-        ("mlu", "mlu, emulated", "cuda-mlu-2026.11.json"),
+        ("simdev", "simdev, emulated", "cuda-simdev-2026.12.json"),
+        ("simdev:1", "simdev, emulated", "cuda-simdev-2026.12.json"),
+        ("simdev:mlu", "mlu, emulated", "cuda-simdev-mlu-2026.12.json"),
+        ("simdev:mlu:1", "mlu, emulated", "cuda-simdev-mlu-2026.12.json"),
+        ("mlu", "mlu, emulated", "cuda-mlu-2026.12.json"),
     ],
 )
 def test_a_simulated_device_goes_by_the_name_that_it_carries(
@@ -179,7 +179,7 @@ def test_a_line_of_the_table_says_rung_versions_and_date() -> None:
 def test_a_line_of_the_table_says_what_has_changed() -> None:
     shown = table(Ladder((rung(suite="2026.05", note="by us"),)), other)
     link = "[R6: 314 cases](conformance/results/a.json)"
-    assert f"| expired: {link}, source changed since, suite 2026.05, now 2026.11, by us |" in shown
+    assert f"| expired: {link}, source changed since, suite 2026.05, now 2026.12, by us |" in shown
 
 
 def test_a_pair_is_one_line_its_highest_rung_first() -> None:
@@ -205,3 +205,10 @@ def test_the_table_holds_whatever_a_device_is_called() -> None:
     last = table(Ladder((made,)), same).splitlines()[-1]
     assert "| a\\|b \\<c\\> d | [R6: 314 cases]" in last
     assert last.endswith("| v\\|1 | 2026-11-20 |")
+
+
+def test_cases_that_were_not_claimed_are_not_counted_as_passed() -> None:
+    run = conform_reports.passing()
+    unclaimed = run.totals["not-claimed"]
+    assert unclaimed
+    assert of_report(run).told == f"{run.totals['passed']} passed, {unclaimed} not claimed"

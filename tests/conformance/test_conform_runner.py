@@ -239,3 +239,12 @@ def test_a_worker_ends_when_its_runner_is_killed() -> None:
     parent.kill()
     parent.wait()
     assert fake.gone(worker)
+
+
+def test_a_run_of_another_thread_can_be_interrupted() -> None:
+    workers.INTERRUPTED.set()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ran({CORE + "a": "hang"})
+    finally:
+        workers.INTERRUPTED.clear()

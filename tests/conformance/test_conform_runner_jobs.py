@@ -16,8 +16,8 @@ from support.conform_runs import Heard, ran, statuses, timeless
 from portakv_conformance.cli import make_parser
 from portakv_conformance.evidence.verdict import judge
 from portakv_conformance.evidence.verify import check_report
+from portakv_conformance.record import RunRecord
 from portakv_conformance.run import workers as pool
-from portakv_conformance.run.record import RunRecord
 from portakv_conformance.run.worker import Share
 from portakv_conformance.run.workers import surroundings
 

@@ -14,8 +14,8 @@ from support.conform_runs import timeless
 from portakv_conformance.cli import main
 from portakv_conformance.evidence.verdict import SEAL, digest_of, judge
 from portakv_conformance.evidence.verify import check_report
+from portakv_conformance.record import RunRecord
 from portakv_conformance.run.listing import cases_of
-from portakv_conformance.run.record import RunRecord
 from portakv_conformance.run.runner import Options, SubjectUnavailable, run
 
 HERE = Path(__file__).resolve().parent

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from portakv_conformance.record import CaseRecord
 from portakv_conformance.run.journal import MOST_EXAMPLES, Journal, Page
 from portakv_conformance.run.progress import SILENT
-from portakv_conformance.run.record import CaseRecord
 from portakv_conformance.run.request import Options
 from portakv_conformance.simdev import build
 

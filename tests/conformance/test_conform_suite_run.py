@@ -16,7 +16,7 @@ import portakv_conformance
 from portakv.registry import registry
 from portakv_conformance.draw import saved
 from portakv_conformance.judge.subject import subject
-from portakv_conformance.run.record import CaseRecord
+from portakv_conformance.record import CaseRecord
 
 _TESTS = Path(__file__).resolve().parent
 

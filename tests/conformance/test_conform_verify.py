@@ -19,9 +19,9 @@ from portakv_conformance.evidence.evidence import of_report
 from portakv_conformance.evidence.verdict import LEFT_OUT, SEAL, case_list_sha256, digest_of, judge
 from portakv_conformance.evidence.verify import check_report
 from portakv_conformance.judge.waivers import Waiver
+from portakv_conformance.record import CaseRecord, RunRecord
 from portakv_conformance.report.markdown import markdown
 from portakv_conformance.report.words import left_out
-from portakv_conformance.run.record import CaseRecord, RunRecord
 from portakv_conformance.run.runner import Options, run
 
 BEHAVIOURS = {CORE + "a": "pass", CORE + "b": "pass", CLAIM + "c": "not-claimed"}
@@ -299,7 +299,7 @@ def test_the_command(
     file = tmp_path / "conformance.json"
     file.write_text(record.document(), encoding="utf-8")
     assert main(["verify", str(file)]) == 0
-    assert "fake on CPU, suite 2026.11, profile full: conformant, R6." in capsys.readouterr().out
+    assert "fake on CPU, suite 2026.12, profile full: conformant, R6." in capsys.readouterr().out
     file.write_text(record.document().replace('"passed": 2', '"passed": 3'), encoding="utf-8")
     assert main(["verify", str(file)]) == 1
     assert "2 contradictions" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from support.conform_fake_worker import CLAIM, CORE
 from portakv_conformance import SUITE_VERSION, cli
 from portakv_conformance.evidence.verdict import why_no_rung
 from portakv_conformance.judge.waivers import Waiver, WaiverError, judged, problems, read_waivers
-from portakv_conformance.run.record import CaseRecord, RunRecord
+from portakv_conformance.record import CaseRecord, RunRecord
 from portakv_conformance.run.runner import Options, run
 
 LATER, NOW = "2999.01", SUITE_VERSION

@@ -80,7 +80,7 @@ def rung(**values: Any) -> Rung:
     made = Rung(
         backend="cuda", target="portakv.backends.cuda:Cuda", device="NVIDIA H200", rung="R6",
         emulated=False, evidence=f"{RESULTS}a.json", told="314 cases", command="portakv conform",
-        date="2026-11-20", versions="torch 2.13.0", source_sha256="a" * 64, suite="2026.11",
+        date="2026-11-20", versions="torch 2.13.0", source_sha256="a" * 64, suite="2026.12",
     )  # fmt: skip
     return replace(made, **values)
 
@@ -146,7 +146,7 @@ def test_a_rung_ends_with_the_source_the_suite_or_a_package_of_the_vendor() -> N
     held = rung(vendor={"torch-npu": "1" * 64})
     assert why_expired(held, kept, same) == ""
     assert why_expired(held, kept, other) == why_expired(held, kept, gone) == "source changed since"
-    assert why_expired(replace(held, suite="2026.05"), kept, same) == "suite 2026.05, now 2026.11"
+    assert why_expired(replace(held, suite="2026.05"), kept, same) == "suite 2026.05, now 2026.12"
     assert why_expired(held, Ladder(()), same) == "torch-npu changed since"
     newer = kept.with_rung(rung(device="other", vendor={"torch-npu": "2" * 64}))
     assert why_expired(held, newer, same) == "torch-npu changed since"

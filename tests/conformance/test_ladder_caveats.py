@@ -18,12 +18,12 @@ from portakv_conformance.evidence.evidence import Job, of_report, read, recorded
 from portakv_conformance.evidence.ladder import Ladder, told
 from portakv_conformance.evidence.verdict import judge
 from portakv_conformance.evidence.verify import check_report
+from portakv_conformance.record import RunRecord
 from portakv_conformance.report.markdown import markdown
 from portakv_conformance.report.page import page
 from portakv_conformance.report.results import keep
 from portakv_conformance.report.summary import print_summary
 from portakv_conformance.report.support import reached, verified
-from portakv_conformance.run.record import RunRecord
 from portakv_conformance.run.request import Options
 from portakv_conformance.vendor.standins import SIMULATION, STANDINS, emulating
 

@@ -32,8 +32,8 @@ from portakv_conformance.evidence.source import source_files, source_sha256
 from portakv_conformance.evidence.verdict import judge, unnamed, why_no_rung
 from portakv_conformance.evidence.verify import check_report
 from portakv_conformance.judge.subject import Subject, subject
+from portakv_conformance.record import RunRecord
 from portakv_conformance.report.words import plain
-from portakv_conformance.run.record import RunRecord
 from portakv_conformance.vendor.standins import EMULATION, SIMULATION, STANDINS, emulating
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from portakv_conformance import SPEC_VERSION, SUITE_VERSION
 from portakv_conformance.evidence.verdict import case_list_sha256, judge
-from portakv_conformance.run.record import SCHEMA, CaseRecord, RunRecord
+from portakv_conformance.record import SCHEMA, CaseRecord, RunRecord
 
 LAYOUTS = (
     "vllm-nhd", "vllm-hnd", "vllm-flashinfer-nhd", "vllm-0.26-hnd", "vllm-mla-fp8", "vllm-dsv4",

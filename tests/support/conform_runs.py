@@ -9,7 +9,7 @@ from typing import Any
 
 import support.conform_fake_worker as fake
 from portakv_conformance.evidence.verdict import SEAL
-from portakv_conformance.run.record import CaseRecord, RunRecord
+from portakv_conformance.record import CaseRecord, RunRecord
 from portakv_conformance.run.runner import Options, run
 
 
