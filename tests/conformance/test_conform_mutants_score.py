@@ -206,6 +206,6 @@ def test_an_interrupt_ends_every_run() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        score(MUTANTS[:9], [0], jobs=2, attempt=attempt, tell=tell)
+        score.score(MUTANTS[:9], [0], jobs=2, attempt=attempt, tell=tell)
     assert len(began) <= 3
     assert not INTERRUPTED.is_set()

@@ -247,7 +247,7 @@ def test_cases_on_two_devices_are_left_out_in_words_only(record: RunRecord) -> N
     assert (record.rung, check_report(record.document(), pairs)) == ("R6", [])
     assert left_out(record) == ["Two devices: 1 case was left out, since one device was found."]
     assert "1 case was left out" in markdown(record)
-    assert of_report(record).told == "3 cases, on one device"
+    assert of_report(record).told == "2 passed, 1 not claimed, on one device"
 
 
 def test_a_run_says_what_it_was_judged_without() -> None:
