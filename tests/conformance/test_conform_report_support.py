@@ -171,8 +171,8 @@ def rung(**values: Any) -> Rung:
 
 def test_a_line_of_the_table_says_rung_versions_and_date() -> None:
     assert table(Ladder((rung(),)), same).splitlines()[2:] == [
-        "| `cuda` | NVIDIA H200 | [R6: 312 passed, 2 not claimed](conformance/results/a.json) | torch 2.13.0, "
-        "nvidia-cuda-nvrtc 13.0.88, driver 580.159, Python 3.11.7 | 2026-11-20 |"
+        "| `cuda` | NVIDIA H200 | [R6: 312 passed, 2 not claimed](conformance/results/a.json) | "
+        "torch 2.13.0, nvidia-cuda-nvrtc 13.0.88, driver 580.159, Python 3.11.7 | 2026-11-20 |"
     ]
 
 
