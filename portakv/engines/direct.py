@@ -11,8 +11,10 @@ from __future__ import annotations
 import os
 import struct
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -71,7 +73,7 @@ class DirectKernel(RowsKernel):
     """
 
     file = "host/direct.cuh"
-    names: ClassVar[dict[int, str]] = {1: NAME}
+    names: Mapping[int, str] = MappingProxyType({1: NAME})
 
     def __init__(self, nest: Nest, plan: CopyPlan, cut: Cut | None = None) -> None:
         self._reads_host = plan.src.place != "device"
@@ -115,7 +117,7 @@ class DirectKernel(RowsKernel):
 
 
 _WIDEST = 16  # bytes of a vector that fills the link
-_REACHED, _TABLE = "direct: reached by", "direct: table on"  # kept in a view, with the device
+_REACHED, _TABLE_ON = "direct: reached by", "direct: table on"  # kept in a view, with the device
 
 
 class Direct(Engine):
@@ -292,13 +294,13 @@ def table_on(view: KVView, device: torch.device, stream: torch.Stream | None) ->
         Unsupported: inside graph capture, where it would be made at each replay.
     """
     held = capture.capturing(device)
-    kept: _Table | None = view.kept.get((_TABLE, device))
+    kept: _Table | None = view.kept.get((_TABLE_ON, device))
     if kept is None:
         if held:
             raise captured()
         addresses = to_device(view.addresses, device, stream=stream)
         made = _Table(addresses, events.pool(device).recorded(stream))
-        kept = view.kept.setdefault((_TABLE, device), made)
+        kept = view.kept.setdefault((_TABLE_ON, device), made)
     if not held:  # inside, nothing may wait for what was enqueued outside
         used = stream or torch.accelerator.current_stream(device.index)
         used.wait_event(kept.there)

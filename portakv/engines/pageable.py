@@ -11,7 +11,6 @@ blocks.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,14 +20,14 @@ import torch
 from portakv.backends.base import Capabilities, Launch
 from portakv.backends.strided import HostRows
 from portakv.engines.dense import DenseRows
-from portakv.engines.engine import PAGEABLE, Engine, finish, read_on
+from portakv.engines.engine import PAGEABLE, Engine
 from portakv.engines.link import link_of
 from portakv.engines.pieces import Pieces
-from portakv.engines.slices import RING, Sizes, TwoStages, cuts, in_either_order, sliced
-from portakv.engines.staging import Staging, mark, staging, wait
+from portakv.engines.slices import RING, Cut, Sizes, TwoStages, cuts, in_either_order, sliced
+from portakv.engines.staged import Passage, Slice
+from portakv.engines.staging import Staging, staging
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan
-from portakv.registry.prepared import Route
 from portakv.runtime import _flight
 from portakv.view.index import Index
 
@@ -106,7 +105,7 @@ def bounce_buffers(device: torch.device) -> BounceBuffers:
 
 #: Each slice costs the caller about 0.1 ms, and in the first one only the link is busy, or only the
 #: host. Of 16, 24 and 32 MiB the middle did best (H200, 16 cores); a device takes
-#: `_ring_slots.BUFFERS` slots for them, 72 MiB of pinned memory, and a block more where one is cut.
+#: `BUFFERS` bounce buffers for them, 72 MiB of pinned memory, and a block more where one is cut.
 SIZES = Sizes(whole=8 << 20, smallest=8 << 20, largest=24 << 20)
 
 
@@ -122,24 +121,23 @@ class Ring(Engine):
         return _RingLaunch(plan, self)
 
 
-@dataclass(frozen=True, slots=True)
-class _Slice:
-    """A slice: its planes on both sides, from which position on and how many, where the host's rows
-    are named and where they lie in a mirror that holds ``held`` positions."""
+class _Slice(Slice):
+    """A slice with its rows on the host.
 
-    rows: KVView
-    host: KVView
-    halves: TwoStages
-    start: int
-    count: int
-    theirs: Index
-    behind: Index
-    held: int
+    Args:
+        launch: the prepared copy.
+        cut: which planes and positions.
+        rows, host: views of all planes.
+        theirs: the index of the host's rows, with ids on the host.
+    """
 
-    @property
-    def mirror(self) -> DenseRows:
-        """How its rows lie while they are dense."""
-        return self.halves.mirror
+    def __init__(
+        self, launch: _RingLaunch, cut: Cut, rows: KVView, host: KVView, theirs: Index
+    ) -> None:
+        mine, self.host = sliced(rows, cut), sliced(host, cut)
+        # Not exactly so many positions: transfers of any length share few plans.
+        stages = launch.halves.of(mine, self.host, cut)
+        super().__init__(stages, mine, cut, theirs, False, SIZES.largest)
 
 
 class Extent(NamedTuple):
@@ -182,7 +180,7 @@ class _RingLaunch:
         self._host = plan.dst if self.downward else plan.src
         self.halves = in_either_order(plan, engine.half, engine.device)
         self.crossing = link_of(engine.device)
-        self._slots = bounce_buffers(engine.device)
+        self.buffers = bounce_buffers(engine.device)
         self._of_host: dict[tuple[TwoStages, int], HostRows] = {}
 
     def __call__(
@@ -202,32 +200,22 @@ class _RingLaunch:
         work = stream or torch.accelerator.current_stream(self.device.index)
         room = staging(self.device, work)
         slices = self.slices(rows, host, theirs.to_host(), count)
-        with self._slots.lock, room.lock, _flight.inside(stream):
-            largest = max(piece.mirror.nbytes(piece.held) for piece in slices)
-            room.reserve(largest, RING)
-            self._slots.reserve(largest)
-            _Passage(self, room, self._slots, work, slices).run(mine)
+        with self.buffers.lock, room.lock, _flight.inside(stream):
+            _Hops(self, room, work, slices).run(mine)
 
     def slices(self, rows: KVView, host: KVView, theirs: Index, count: int) -> list[_Slice]:
-        """The slices of a transfer, in their order. Where planes lie outside the positions these
-        are cut, so that the host copies few long pieces."""
-        whole, found = self.halves.whole, list[_Slice]()
-        outside = whole.mirror.outside
-        for cut in cuts(self._host, outside, count, whole.quantum, self.downward, SIZES):
-            mine, part = sliced(rows, cut), sliced(host, cut)
-            halves, there = self.halves.of(mine, part, cut), theirs.shifted(cut.start)
-            # Not exactly so many: transfers of any length share few plans.
-            held = halves.held(cut.count, there.offset, False, SIZES.largest)
-            behind = halves.behind(there)
-            found.append(_Slice(mine, part, halves, cut.start, cut.count, there, behind, held))
-        return found
+        """The slices of a transfer, in their order. If planes lie outside the positions these are
+        cut, so that the host copies few long pieces."""
+        whole = self.halves.whole
+        found = cuts(self._host, whole.mirror.outside, count, whole.quantum, self.downward, SIZES)
+        return [_Slice(self, cut, rows, host, theirs) for cut in found]
 
     def of_host(self, piece: _Slice, slot: KVView) -> HostRows:
-        """The host's own half, for slots that hold so many."""
-        key = piece.halves, piece.held
+        """The copy between the host's rows and a bounce buffer that holds so many."""
+        key = piece.stages, piece.held
         known = self._of_host.get(key)
         if known is None:
-            plan = piece.halves.plan
+            plan = piece.stages.plan
             if self.downward:
                 known = HostRows(slot.form, plan.dst, 0, plan.dst_step, plan.unit)
             else:
@@ -236,116 +224,52 @@ class _RingLaunch:
         return known
 
 
-class _Move(NamedTuple):
-    """The device's half of a slice: through which mirror, by what, and its rows there."""
-
-    mirror: KVView
-    way: Route
-    mine: Index
-
-
-class _Passage:
-    """One transfer under way.
-
-    The caller's stream stands before and behind it, as it does with `staged`.
-    """
+class _Hops:
+    """One transfer under way: its passage through the device's buffers, and the second hop."""
 
     def __init__(
-        self,
-        launch: _RingLaunch,
-        room: Staging,
-        ring: BounceBuffers,
-        work: torch.Stream,
-        slices: list[_Slice],
+        self, launch: _RingLaunch, room: Staging, work: torch.Stream, slices: list[_Slice]
     ) -> None:
-        self._launch, self._room, self._ring, self._work = launch, room, ring, work
-        self._slices = slices
-        # A single slice has nothing to overlap with.
-        single = len(slices) == 1
-        self._half, self._link = (work, work) if single else (room.half, room.link)
-        self._beside = not single
-        self._free: list[torch.Event | None] = [None] * RING
-        self._moves: list[_Move] = []
+        self._launch, self._slices, self._buffers = launch, slices, launch.buffers
+        self._work = work
+        self._passage = Passage(launch.downward, room, work, slices, self._cross)
 
     def run(self, mine: Index) -> None:
         """Move every slice."""
-        # First: ids that it brings are ordered on the caller's stream, which the others wait for.
-        self._moves = self._settled(mine)
-        others = [stream for stream in (self._half, self._link) if stream is not self._work]
-        for stream in others:
-            stream.wait_stream(self._work)
-        try:
-            (self._down if self._launch.downward else self._up)()
-        finally:
-            # What was enqueued, also before an interrupt, is part of the caller's stream.
-            for stream in others:
-                self._work.wait_stream(stream)
-            for piece in self._slices:
-                piece.rows.record_table(self._work)  # made in a launch, for one stream's kernel
+        passage, number = self._passage, len(self._slices)
+        passage.alone()
+        passage.reserve(self._work, RING)
+        self._buffers.reserve(max(piece.nbytes for piece in self._slices))
+        passage.settle(mine, self._work, [nth % RING for nth in range(number)])
+        with passage.behind(self._work):
+            if self._launch.downward:  # slices cross while the host copies those before them
+                for nth in range(min(BUFFERS, number)):
+                    passage.move(nth)
+            for nth in range(number):
+                self._copy(nth)
+                if not self._launch.downward:
+                    passage.move(nth)
+                elif nth + BUFFERS < number:
+                    passage.move(nth + BUFFERS)
 
-    def _settled(self, mine: Index) -> list[_Move]:
-        """The device's half of every slice; on the current stream."""
-        moves, index, by = list[_Move](), mine, None
-        for nth, piece in enumerate(self._slices):
-            mirror = self._room.mirror(nth % RING, piece.mirror, piece.held)
-            way, _ = piece.halves.ways(mirror, piece.held)
-            if way is not by:
-                index, by = read_on(self._work, way.place(mine)), way
-            moves.append(_Move(mirror, way, index.shifted(piece.start)))
-        return moves
-
-    def _down(self) -> None:
-        """To the host, while later slices cross."""
-        number = len(self._slices)
-        for nth in range(min(BUFFERS, number)):
-            self._take(nth)
-        for nth in range(number):
-            self._copy(nth)
-            if nth + BUFFERS < number:
-                self._take(nth + BUFFERS)
-
-    def _up(self) -> None:
-        """From the host, while earlier slices cross."""
-        for nth in range(len(self._slices)):
-            self._copy(nth)
-            self._bring(nth)
-
-    def _take(self, nth: int) -> None:
-        """From the device's rows to a slot."""
-        piece, at, (mirror, way, index) = self._slices[nth], nth % RING, self._moves[nth]
-        wait(self._half, self._free[at])
-        finish(way.launch(piece.rows, mirror, index, piece.behind, piece.count, self._half, None))
-        wait(self._link, mark(self._half, self._beside))
-        self._cross(nth, mirror)
-        self._free[at] = mark(self._link, self._beside)
-
-    def _bring(self, nth: int) -> None:
-        """From a slot to the device's rows."""
-        piece, at, (mirror, way, index) = self._slices[nth], nth % RING, self._moves[nth]
-        wait(self._link, self._free[at])
-        self._cross(nth, mirror)
-        wait(self._half, mark(self._link, self._beside))
-        finish(way.launch(mirror, piece.rows, piece.behind, index, piece.count, self._half, None))
-        self._free[at] = mark(self._half, self._beside)
-
-    def _cross(self, nth: int, mirror: KVView) -> None:
-        """Between a mirror and a slot, in one copy."""
-        piece, at = self._slices[nth], nth % BUFFERS
-        slot = self._ring.view(at, piece.mirror, piece.held)
+    def _cross(self, piece: _Slice, mirror: KVView, nth: int) -> None:
+        """Between the device's buffer and a bounce buffer, in one copy."""
+        at, link = nth % BUFFERS, self._passage.link
+        slot = self._buffers.view(at, piece.mirror, piece.held)
         src, dst = (mirror, slot) if self._launch.downward else (slot, mirror)
         used = extent(mirror.form, piece.held, piece.behind.offset, piece.count)
-        self._ring.wait(at)
-        self._ring.begin(at, self._link)
-        self._launch.crossing.copy(_pieces(src, dst, used), src, dst, self._link)
-        self._ring.end(at, self._link)
+        self._buffers.wait(at)
+        self._buffers.begin(at, link)
+        self._launch.crossing.copy(_pieces(src, dst, used), src, dst, link)
+        self._buffers.end(at, link)
 
     def _copy(self, nth: int) -> None:
-        """The host's copy between its rows and a slot, once nothing crosses there."""
+        """The host's copy between its rows and a bounce buffer, once nothing crosses there."""
         piece, at = self._slices[nth], nth % BUFFERS
-        slot = self._ring.view(at, piece.mirror, piece.held)
-        half = self._launch.of_host(piece, slot)
-        self._ring.wait(at)
+        slot = self._buffers.view(at, piece.mirror, piece.held)
+        hop = self._launch.of_host(piece, slot)
+        self._buffers.wait(at)
         if self._launch.downward:
-            half.copy(slot, piece.host, piece.behind, piece.theirs, piece.count)
+            hop.copy(slot, piece.host, piece.behind, piece.theirs, piece.count)
         else:
-            half.copy(piece.host, slot, piece.theirs, piece.behind, piece.count)
+            hop.copy(piece.host, slot, piece.theirs, piece.behind, piece.count)

@@ -8,18 +8,21 @@ while a slice crosses, the next one is gathered, or the last one scattered.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import torch
 
 from portakv.backends.base import Capabilities, Launch
 from portakv.engines.engine import PINNED, Engine, finish, read_on
-from portakv.engines.link import Link, link_of
+from portakv.engines.link import link_of
 from portakv.engines.pieces import Pieces
 from portakv.engines.slices import (
     DETACHED_RING,
     RING,
     Cut,
+    TwoStages,
     cuts,
     in_either_order,
     sliced,
@@ -80,13 +83,28 @@ class _StagedLaunch:
         room = staging(self.device, work, self._detached)
         idle = room.link.query()
         legs = self._legs(rows, host, theirs.to_host(), count, idle)
+
+        def cross(leg: Leg, mirror: KVView, _: int) -> None:
+            src, dst = (mirror, host) if self.downward else (host, mirror)
+            self._crossing.copy(leg.pieces(mirror, host), src, dst, passage.link)
+
+        passage = Passage(self.downward, room, work, legs, cross)
         try:
             with room.lock:
-                passage = _Passage(self.downward, room, work, self._crossing)
                 if self._detached:
-                    passage.run_detached(legs, host, mine, current)
+                    # Behind the current stream alone, and not behind the transfer before: buffers
+                    # are free one by one. Ids that are brought for one call are ordered on the
+                    # current stream, whatever reads them.
+                    passage.reserve(room.half, DETACHED_RING)
+                    turns = room.turns(len(legs), DETACHED_RING)
+                    passage.settle(mine, current, turns, room.free)
                 else:
-                    passage.run(legs, host, mine, RING)
+                    passage.alone()
+                    passage.reserve(work, RING)
+                    passage.settle(mine, work, [nth % RING for nth in range(len(legs))])
+                with passage.behind(current if self._detached else work):
+                    for nth in range(len(legs)):
+                        passage.move(nth)
         except BaseException:
             rows.kept.pop(self, None)  # slices that were not settled hold the host's memory
             raise
@@ -119,16 +137,55 @@ class _StagedLaunch:
         return legs
 
 
-class Leg:
-    """A slice of a transfer, with everything settled that does not change with the host's memory.
+class Slice:
+    """A slice of a transfer: its planes, where they lie in a dense buffer on the device, and the
+    device's stage of it.
+
+    Args:
+        stages: both stages of the slice's planes.
+        rows: the device's planes.
+        cut: which planes and positions.
+        theirs: the index of all of the host's rows, with ids on the host.
+        exactly: nothing may lie between the planes of a buffer.
+        largest: bytes of a buffer; None: those of `staged`.
+
+    Attributes:
+        mirror: how its rows lie while they are dense.
+        held: positions that a buffer holds.
+        behind: where its rows begin there.
+        theirs: the index of its own rows on the host.
+    """
+
+    def __init__(
+        self,
+        stages: TwoStages,
+        rows: KVView,
+        cut: Cut,
+        theirs: Index,
+        exactly: bool,
+        largest: int | None = None,
+    ) -> None:
+        self.stages, self.rows, self.start, self.count = stages, rows, cut.start, cut.count
+        self.theirs = theirs.shifted(cut.start)
+        self.mirror, self.behind = stages.mirror, stages.behind(self.theirs)
+        self.held = stages.held(cut.count, self.theirs.offset, exactly, largest)
+        self.nbytes = self.mirror.nbytes(self.held)
+        self._way: Route | None = None
+
+    def way(self, mirror: KVView) -> Route:
+        """The device's stage, for buffers of this slice's."""
+        if self._way is None:
+            self._way = self.stages.ways(mirror, self.held)[0]
+        return self._way
+
+
+class Leg(Slice):
+    """A slice with everything settled that does not change with the host's memory.
 
     Args:
         launch: the prepared copy.
-        cut: which planes and positions.
-        exactly: nothing may lie between the planes of a mirror.
-        rows: the device's.
-        host: the host's.
-        theirs: the index of the host's rows, with ids on the host.
+        cut, exactly, theirs: as `Slice` has them.
+        rows, host: views of all planes.
     """
 
     def __init__(
@@ -140,149 +197,140 @@ class Leg:
         host: KVView,
         theirs: Index,
     ) -> None:
-        self.rows, part = sliced(rows, cut), sliced(host, cut)
-        self.start, self.count = cut.start, cut.count
-        self.halves = launch.halves.of(self.rows, part, cut)
-        self.mirror, self.held = (
-            self.halves.mirror,
-            self.halves.held(cut.count, theirs.offset + cut.start, exactly),
-        )
-        self.nbytes = self.mirror.nbytes(self.held)
-        self.behind = self.halves.behind(theirs.shifted(cut.start))
-        self._theirs = theirs.shifted(cut.start)
+        mine, part = sliced(rows, cut), sliced(host, cut)
+        super().__init__(launch.halves.of(mine, part, cut), mine, cut, theirs, exactly)
         self._fold_below = launch.fold_below
         self._part: KVView | None = part
         self._origin = host.origins[0]
-        self._settled: tuple[int, Pieces] | None = None  # for a mirror at that address
-        self._way: Route | None = None
-
-    def way(self, mirror: KVView) -> Route:
-        """The device's half, for mirrors of this leg's."""
-        if self._way is None:
-            self._way = self.halves.ways(mirror, self.held)[0]
-        return self._way
+        self._settled: tuple[int, Pieces] | None = None  # for a buffer at that address
 
     def pieces(self, mirror: KVView, host: KVView) -> Pieces:
-        """What has to cross between a mirror and the host's rows, where these lie; settled when it
+        """What has to cross between a buffer and the host's rows, where these lie; settled when it
         is first asked for, so that the slices before this one are under way by then."""
         part, settled = self._part, self._settled
         if settled is None:
             assert part is not None
-            link = self.halves.ways(mirror, self.held)[1]
-            made = self.halves.pieces(
-                link, part, mirror, self._theirs, self.count, self._fold_below
-            )
+            link = self.stages.ways(mirror, self.held)[1]
+            made = self.stages.pieces(link, part, mirror, self.theirs, self.count, self._fold_below)
             settled = self._settled = mirror.origins[0], made  # at once: other threads may look
             self._part = None  # a leg that is kept must not hold the memory that it was made for
         origin, known = settled
         there, here = mirror.origins[0] - origin, host.origins[0] - self._origin
-        dst, src = (here, there) if self.halves.downward else (there, here)
+        dst, src = (here, there) if self.stages.downward else (there, here)
         if not dst and not src:
             return known
         return known._replace(dst=known.dst + dst, src=known.src + src)
 
 
 class _Move(NamedTuple):
-    """A slice, the mirror that it goes through and its number, and the device's half of it."""
+    """A slice's buffer and its number, the device's stage, and its rows on the device."""
 
-    leg: Leg
     mirror: KVView
     at: int
     way: Route
     mine: Index
 
 
-class _Passage:
-    """One transfer under way: on which streams, and through which mirrors.
+_Some = TypeVar("_Some", bound=Slice)
 
-    The caller's stream stands before and behind it. In between the device's half has a stream with
+
+class Passage(Generic[_Some]):
+    """One transfer under way: on which streams, and through which buffers of the device.
+
+    The caller's stream stands before and behind it. In between the device's stage has a stream with
     priority, since a slice that waits for a model's kernels would leave the link idle.
+
+    Args:
+        downward: from the device to the host.
+        room: the buffers, whose lock the caller holds.
+        work: the stream that the transfer is ordered on.
+        slices: in their order.
+        cross: enqueues what has to cross for a slice, with its buffer and its number, on ``link``.
     """
 
-    def __init__(self, downward: bool, room: Staging, work: torch.Stream, crossing: Link) -> None:
-        self._downward, self._room, self._crossing, self._work = downward, room, crossing, work
-        self._half, self._link = room.half, room.link
-
-    def run(self, legs: list[Leg], host: KVView, mine: Index, mirrors: int) -> None:
-        """Move every slice, through so many mirrors, between what the stream held before and what
-        it gets next."""
-        work = self._work
-        if len(legs) == 1:  # it has nothing to overlap with
-            self._half = self._link = work
-        with _flight.inside(work):
-            self._reserve(legs, mirrors)
-            moves = self._moves(legs, mine, [nth % mirrors for nth in range(len(legs))])
-        for stream in self._others():
-            stream.wait_stream(work)
-        self._run(moves, host, mirrors, [None] * mirrors)
-
-    def run_detached(
-        self, legs: list[Leg], host: KVView, mine: Index, current: torch.Stream
+    def __init__(
+        self,
+        downward: bool,
+        room: Staging,
+        work: torch.Stream,
+        slices: Sequence[_Some],
+        cross: Callable[[_Some, KVView, int], None],
     ) -> None:
-        """The same behind the current stream alone, and not behind the transfer before: its mirrors
-        are free one by one."""
-        room, mirrors = self._room, DETACHED_RING
-        with _flight.inside(self._half):
-            self._reserve(legs, mirrors)
-        # Ids that are brought for one call are ordered on the current stream, whoever reads them.
-        with _flight.inside(current):
-            moves = self._moves(legs, mine, room.turns(len(legs), mirrors))
-        for stream in self._others():
-            stream.wait_stream(current)
-        self._run(moves, host, 0, room.free)
+        self._downward, self._room, self._work = downward, room, work
+        self._slices, self._cross = slices, cross
+        self._half, self.link = room.half, room.link
+        self._moves: list[_Move] = []
+        self._free: list[torch.Event | None] = []
+        self._last = 0  # so many last slices leave no mark that their buffers are free
 
-    def _others(self) -> list[torch.Stream]:
-        """The streams beside the one that transfers are ordered on."""
-        return [stream for stream in (self._half, self._link) if stream is not self._work]
+    def alone(self) -> None:
+        """Stay on the caller's stream if there is one slice, which has nothing to overlap with."""
+        if len(self._slices) == 1:
+            self._half = self.link = self._work
 
-    def _reserve(self, legs: list[Leg], mirrors: int) -> None:
-        """Have room for the slices in so many mirrors; on the current stream."""
-        self._room.reserve(max(leg.nbytes for leg in legs), mirrors)
+    def reserve(self, stream: torch.Stream, buffers: int) -> None:
+        """Have room for the slices in so many buffers; on a stream."""
+        with _flight.inside(stream):
+            self._room.reserve(max(each.nbytes for each in self._slices), buffers)
 
-    def _moves(self, legs: list[Leg], mine: Index, turns: list[int]) -> list[_Move]:
-        """Every slice with all that it takes; on the current stream."""
-        moves, index, by = list[_Move](), mine, None
-        for leg, at in zip(legs, turns, strict=True):
-            mirror = self._room.mirror(at, leg.mirror, leg.held)
-            way = leg.way(mirror)
-            if way is not by:
-                index, by = read_on(self._work, way.place(mine)), way
-            moves.append(_Move(leg, mirror, at, way, index.shifted(leg.start)))
-        return moves
-
-    def _run(
-        self, moves: list[_Move], host: KVView, last: int, free: list[torch.Event | None]
+    def settle(
+        self,
+        mine: Index,
+        stream: torch.Stream,
+        turns: Sequence[int],
+        free: list[torch.Event | None] | None = None,
     ) -> None:
-        """Issue the slices; of so many ``last`` ones nobody asks when their mirrors are free."""
+        """Settle which buffer each slice goes through, and bring the ids of the device's rows.
+
+        Args:
+            mine: the index of the device's rows.
+            stream: the stream on which ids are brought.
+            turns: for each slice the number of its buffer.
+            free: for each buffer an event behind its last use; None: all are free behind ``work``,
+                and nothing asks for them afterwards.
+        """
+        self._last, index, by = (max(turns) + 1 if free is None else 0), mine, None
+        self._free = [None] * self._last if free is None else free
+        with _flight.inside(stream):
+            for each, at in zip(self._slices, turns, strict=True):
+                mirror = self._room.mirror(at, each.mirror, each.held)
+                way = each.way(mirror)
+                if way is not by:
+                    index, by = read_on(self._work, way.place(mine)), way
+                self._moves.append(_Move(mirror, at, way, index.shifted(each.start)))
+
+    @contextmanager
+    def behind(self, stream: torch.Stream) -> Iterator[None]:
+        """Inside, slices are moved behind what a stream holds; ``work`` then waits for them."""
+        others = [each for each in (self._half, self.link) if each is not self._work]
+        for each in others:
+            each.wait_stream(stream)
         try:
-            for nth, move in enumerate(moves, 1):
-                again = nth + last <= len(moves)
-                free[move.at] = self._move(move, host, free[move.at], again)
+            yield
         finally:
             # What was enqueued, also before an interrupt, is part of the caller's stream.
-            for stream in self._others():
-                self._work.wait_stream(stream)
-            for move in moves:
-                move.leg.rows.record_table(self._work)  # made in a launch, for one stream's kernel
+            for each in others:
+                self._work.wait_stream(each)
+            for piece, move in zip(self._slices, self._moves, strict=True):
+                piece.rows.record_table(self._work)  # made in a launch, for one stream's kernel
                 move.mirror.record_table(self._work)
 
-    def _move(
-        self, move: _Move, host: KVView, free: torch.Event | None, again: bool
-    ) -> torch.Event | None:
-        """Move a slice through a mirror, which is free after an event; the next such where the
-        mirror is used again."""
-        leg, mirror, _, way, mine = move
-        half, link = self._half, self._link
-        beside = half is not link
-        pieces = leg.pieces(mirror, host)
+    def move(self, nth: int) -> None:
+        """Issue both stages of a slice, in order, behind its buffer's last use."""
+        each, (mirror, at, way, mine) = self._slices[nth], self._moves[nth]
+        half, link = self._half, self.link
+        beside, free = half is not link, self._free[at]
         if self._downward:
             wait(half, free)
-            finish(way.launch(leg.rows, mirror, mine, leg.behind, leg.count, half, None))
+            finish(way.launch(each.rows, mirror, mine, each.behind, each.count, half, None))
             wait(link, mark(half, beside))
-            self._crossing.copy(pieces, mirror, host, link)
-            return mark(link, beside) if again else None
-        wait(link, free)
-        self._crossing.copy(pieces, host, mirror, link)
-        wait(half, mark(link, beside))
-        finish(way.launch(mirror, leg.rows, leg.behind, mine, leg.count, half, None))
-        return mark(half, beside) if again else None
+            self._cross(each, mirror, nth)
+            last = link
+        else:
+            wait(link, free)
+            self._cross(each, mirror, nth)
+            wait(half, mark(link, beside))
+            finish(way.launch(mirror, each.rows, each.behind, mine, each.count, half, None))
+            last = half
+        again = nth + 1 + self._last <= len(self._slices)
+        self._free[at] = mark(last, beside) if again else None
