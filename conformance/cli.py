@@ -18,8 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from portakv.errors import PortaKVError
-from portakv.registry.builtin import MADE_FOR
-from portakv.registry.registry import ENVIRONMENT
+from portakv.registry.registry import ENVIRONMENT, MADE_FOR
 from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.judge.waivers import WaiverError, problems, read_waivers
 from portakv_conformance.reading import compare, replay_example, verify

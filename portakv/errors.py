@@ -25,7 +25,13 @@ class DeviceMismatch(PortaKVError, ValueError):
 
 
 class BackendUnavailable(PortaKVError, RuntimeError):
-    """A backend that was asked for by name is unknown or cannot run here; carries the trace."""
+    """A backend that was asked for by name is unknown or cannot run here, or none serves a device.
+
+    Attributes:
+        trace: what each candidate said (`Decision`), as far as candidates were asked.
+    """
+
+    trace: tuple[object, ...] = ()
 
 
 class Unsupported(PortaKVError, NotImplementedError):

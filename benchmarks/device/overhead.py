@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from portakv import AdaptiveConnector, Index, KVView
-from portakv.registry.prepared import route
+from portakv.registry.prepared import prepared
 from portakv.registry.registry import choose
 from portakv_benchmarks.shared.harness import quantile, uncollected
 
@@ -49,7 +49,7 @@ class _Tiny:
         self.chunk_views = [KVView(chunk, CHUNK, heads=_HEADS) for chunk in self.chunks]
         self.fresh = self.chunks[0]
         forms = self.view.form, self.chunk_views[0].form
-        self.way = route(*forms, 1, 0, None, choose(device, backend))
+        self.way = prepared(*forms, 1, 0, None, choose(device, backend))
 
     def renew(self, i: int) -> None:
         """Make ``fresh`` a new tensor over the memory of chunk ``i``."""

@@ -13,8 +13,7 @@ import torch
 
 from portakv import AdaptiveConnector, Index, KVView, copy_blocks, copy_rows
 from portakv.errors import PortaKVError
-from portakv.registry.builtin import ENGINES
-from portakv.registry.registry import trace
+from portakv.registry.registry import ENGINES, trace
 from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.shared.harness import (
     Measured,

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from portakv.registry.builtin import ENGINES
-from portakv.registry.registry import trace
+from portakv.registry.registry import ENGINES, trace
 from portakv_benchmarks.host.cases import BLOCK_FIRST, Case, Scene
 from portakv_benchmarks.host.memory import Region, Sides
 from portakv_benchmarks.host.ways import Way

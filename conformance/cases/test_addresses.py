@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from portakv import BackendUnavailable, Unsupported, copy_rows
-from portakv.registry.builtin import ENGINES
+from portakv.registry.registry import ENGINES
 from portakv_conformance.draw.arrangement import Case
 from portakv_conformance.draw.by_hand import (
     CHUNK,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from portakv.registry.self_check import UNCHECKABLE, self_check
+from portakv.registry.self_check import SelfCheck, self_check
 from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.mutants import Mutant
 from portakv_conformance.record import CaseRecord, RunRecord
@@ -130,7 +130,7 @@ def fails_self_check(mutant: Mutant) -> bool:
         simdev.load(mutant.device)
     device = torch.device("cpu") if mutant.device == "cpu" else torch.device(mutant.device, 0)
     found = self_check(getattr(importlib.import_module(module), name)(device))
-    return not (found.accepted or found.reason.startswith(UNCHECKABLE))
+    return found.state is SelfCheck.FAILED
 
 
 def _line(error: Exception) -> str:

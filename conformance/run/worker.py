@@ -133,9 +133,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     import pytest
 
-    from portakv_conformance.run.options import PACKAGE
-
-    folder = str(PACKAGE)
+    folder = str(Path(__file__).resolve().parent)
     where = ["-c", orders.configuration, "--rootdir", folder, "--confcutdir", folder]
     words = [*where, *_PLUGINS, *_QUIET, *orders.pytest, folder]
     return int(pytest.main(words, plugins=[Descriptions(orders)]))

@@ -13,9 +13,10 @@ import torch
 from portakv.blocks.handle import BlockTransfer
 from portakv.blocks.pump import WINDOW, Landing, Pace, Pump, Slice
 from portakv.blocks.request import Order
-from portakv.copy.clean import clean
+from portakv.copy.copy import drop_bad_ids
 from portakv.errors import Unsupported
-from portakv.registry.ids import bring
+from portakv.plan.move import Move
+from portakv.registry.prepared import bring
 from portakv.runtime.capture import capturing, ignore_captures_elsewhere
 from portakv.runtime.clocks import Clock
 from portakv.runtime.streams import own_stream
@@ -35,7 +36,7 @@ def in_slices(order: Order, by_layer: bool) -> BlockTransfer:
 
     Raises:
         SlotError: also for bad ids on a device, which are read first.
-        Unsupported: inside graph capture. As `copy.carry` does otherwise.
+        Unsupported: inside graph capture. As `copy.copy_move` does otherwise.
     """
     if capturing(order.device):
         raise Unsupported(
@@ -97,7 +98,8 @@ def _cleaned(order: Order) -> Order:
     count = order.tokens
     if skips:
         unit = gcd(mine.plan_step, theirs.plan_step)
-        mine, theirs, count, _ = clean(order.src, order.dst, mine, theirs, count, unit)
+        move, _ = drop_bad_ids(Move(order.src, order.dst, mine, theirs, count), unit)
+        _, _, mine, theirs, count = move
     return order._replace(src_index=mine, dst_index=theirs, tokens=count)
 
 

@@ -11,9 +11,10 @@ import torch
 from portakv.blocks.block_slices import in_slices
 from portakv.blocks.handle import Asked, BlockTransfer
 from portakv.blocks.request import Order
-from portakv.copy.copy import carry, check_views, common_device, covered
+from portakv.copy.copy import check_views, common_device, copy_move, covered
 from portakv.engines.engine import Engine, Terms
 from portakv.errors import LayoutError, SlotError, Unsupported
+from portakv.plan.move import Move
 from portakv.registry.registry import Choice, choose
 from portakv.runtime._flight import beside, check_stream, inside
 from portakv.runtime.capture import capturing
@@ -94,7 +95,7 @@ def copy_blocks(
     if src.device == dst.device and not (by_layer or sliced or detached or timed):
         # As dear as `copy_rows`: by way of an order it takes the host a fifth longer.
         clock = Clock(None)
-        transfer = carry(src, dst, mine, theirs, tokens, choice, stream)
+        transfer = copy_move(Move(src, dst, mine, theirs, tokens), choice, stream)
         asked = Asked(src.form, dst.form, mine, theirs, tokens, choice, terms)
         return BlockTransfer.of(transfer, asked, clock)
     order = Order(src, dst, mine, theirs, tokens, choice, stream, terms, timed)

@@ -12,7 +12,7 @@ import numpy as np
 from portakv.blocks.pump import Pump, Slice
 from portakv.engines.choose import across
 from portakv.engines.engine import Terms
-from portakv.registry.prepared import route
+from portakv.registry.prepared import prepared
 from portakv.registry.registry import Choice
 from portakv.runtime.clocks import Clock
 from portakv.runtime.transfer import Completion, Transfer
@@ -94,7 +94,7 @@ class Asked(NamedTuple):
         if (self.src.place, self.dst.place) not in choice.can.places:
             choice = across(choice, self.terms)
         steps = (self.src_index.plan_step, self.dst_index.plan_step)
-        way = route(self.src, self.dst, *steps, None, choice)
+        way = prepared(self.src, self.dst, *steps, None, choice)
         pick = getattr(way.launch, "pick", None)
         if pick is None or not self.tokens:
             return way.choice.name, way.choice.trace[-1].reason

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from portakv.blocks.handle import Asked
-from portakv.copy.copy import carry
+from portakv.copy.copy import copy_move
 from portakv.engines.engine import Terms
 from portakv.plan.move import Move
 from portakv.plan.plan import check_disjoint
@@ -49,10 +49,8 @@ class Order(NamedTuple):
 
     def carried(self, disjoint: bool = False) -> Transfer:
         """Issue all of it; ``disjoint``: its rows are known to be."""
-        return carry(
-            self.src, self.dst, self.src_index, self.dst_index, self.tokens, self.choice,
-            self.stream, disjoint=disjoint, terms=self.terms,
-        )  # fmt: skip
+        move = Move(self.src, self.dst, self.src_index, self.dst_index, self.tokens)
+        return copy_move(move, self.choice, self.stream, disjoint=disjoint, terms=self.terms)
 
     def layer(self, layer: int) -> Order:
         """One layer of it; raises as the whole does where the sides have not equally many."""

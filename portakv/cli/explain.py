@@ -16,7 +16,8 @@ from portakv.cli.console import Column, print_json, print_prose, print_table
 from portakv.cli.sides import BLOCK_SIZE, TOKENS, Extents, Side, describe_tensors, make_sides
 from portakv.plan.plan import CopyPlan, Nest
 from portakv.plan.plan import Side as Units
-from portakv.registry.registry import ENVIRONMENT, Choice, choose, prepare
+from portakv.registry.prepared import prepare
+from portakv.registry.registry import ENVIRONMENT, Choice, choose
 from portakv.runtime.bounded import caches
 from portakv.runtime.devices import usable_device, usual_device
 

@@ -1,2 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a serving engine calls: `AdaptiveConnector` over registered caches."""
+
+from portakv.connector.connector import CHUNK_LAYOUT, KV_LAYOUT, AdaptiveConnector
+
+__all__ = ["CHUNK_LAYOUT", "KV_LAYOUT", "AdaptiveConnector"]

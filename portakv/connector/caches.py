@@ -1,20 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registered caches: read once, and what is known of them for every transfer after that."""
+"""What a connector reads: its caches once, memory objects beside them; the checks of one call."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from operator import index as whole_number
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from portakv.connector.chunks import ChunkReader
-from portakv.connector.roots import Roots
-from portakv.copy.shortcut import Lanes
-from portakv.errors import DeviceMismatch, LayoutError
+from portakv.connector.in_graph import Allocations
+from portakv.copy.arguments import Ids, MemoryObject, Tensors
+from portakv.copy.shortcut import Shortcuts
+from portakv.errors import DeviceMismatch, LayoutError, SlotError
+from portakv.layout.language import parse
+from portakv.layout.presets import resolve
+from portakv.plan.move import Move
 from portakv.registry.registry import Choice
-from portakv.view.bound import Reading
+from portakv.view.bound import Reading, read_as
+from portakv.view.index import Index
 from portakv.view.view import KVView
+
+#: A chunk from its first token on.
+WHOLE = Index()
+
+Job = tuple[KVView, Index, int]  # a chunk, the cache's index, tokens
+
+
+class Batch(NamedTuple):
+    """Memory objects and, for each, the range of the slot mapping that belongs to it."""
+
+    memory_objs: list[MemoryObject]
+    slot_mapping: Ids | None
+    starts: list[int]
+    ends: list[int | None]
+
+    def check(self) -> None:
+        """Refuse a batch whose memory objects have not one start and one end each."""
+        if not len(self.memory_objs) == len(self.starts) == len(self.ends):
+            raise SlotError(
+                f"{len(self.memory_objs)} memory objects came with {len(self.starts)} starts and "
+                f"{len(self.ends)} ends; pass one start and one end for each."
+            )
 
 
 class Registration(NamedTuple):
@@ -22,21 +52,21 @@ class Registration(NamedTuple):
 
     Attributes:
         view: what was read of them.
-        roots: what a compiler is shown of them.
+        allocations: what a compiler is shown of them.
         facts: what tells others apart; see `facts_of`.
         chunks: the reader of memory objects beside them.
-        lanes: what was learnt of transfers to and from them.
+        shortcuts: transfers to and from them that were made before.
     """
 
     view: KVView
-    roots: Roots
+    allocations: Allocations
     facts: Any
     chunks: ChunkReader
-    lanes: Lanes
+    shortcuts: Shortcuts
 
     @classmethod
     def read(
-        cls, kv_caches: Any, reading: Reading, chunk_layout: str, choice: Choice, owner: Any
+        cls, kv_caches: Tensors, reading: Reading, chunk_layout: str, choice: Choice, owner: Any
     ) -> Registration:
         """Read caches for a connector's ``choice``; ``owner`` is a weak reference to it.
 
@@ -52,16 +82,245 @@ class Registration(NamedTuple):
             )
         if choice.can.tables:
             view.table  # noqa: B018 - made now, so that no transfer has to
-        chunks, lanes = ChunkReader(view, chunk_layout), Lanes(view, choice, owner)
-        return cls(view, Roots(kv_caches), facts_of(kv_caches), chunks, lanes)
+        allocations = Allocations(kv_caches)
+        shortcuts = Shortcuts(view, allocations.leaves[0], choice, owner)
+        chunks = ChunkReader(view, chunk_layout)
+        return cls(view, allocations, facts_of(kv_caches), chunks, shortcuts)
 
     def check_memory(self) -> None:
-        """Raise `LayoutError` where the memory of a cache was freed or replaced in place."""
-        if not self.roots.stand():
+        """Raise `LayoutError` if the memory of a cache was freed, resized or replaced."""
+        if not self.allocations.unchanged():
             raise self.view.replaced()
 
+    def move(self, store: bool, job: Job) -> Move:
+        """The copy between the caches and one chunk."""
+        chunk, index, count = job
+        if store:
+            return Move(self.view, chunk, index, WHOLE, count)
+        return Move(chunk, self.view, WHOLE, index, count)
 
-def _check_caches(kv_caches: Any, reading: Reading) -> None:
+    def job(self, memory_obj: MemoryObject, slots: Ids | None, start: int, end: int | None) -> Job:
+        """One memory object and its range of the slot mapping, read and checked.
+
+        Raises:
+            LayoutError: it does not hold rows of these caches, or lies in them.
+            SlotError: the slot mapping has no such range, or the memory object is too small.
+        """
+        index, count = slot_range(slots, start, end)
+        chunk = self.chunks.read(memory_obj)
+        if chunk.slots < count:
+            raise SlotError(
+                f"{count} tokens were asked, but the memory_obj holds {chunk.slots}; pass a larger "
+                f"one or a smaller range."
+            )
+        if chunk.overlaps(self.view):
+            raise LayoutError(
+                "The memory_obj lies in the memory of the kv_caches; pass a buffer of its own."
+            )
+        return chunk, index, count
+
+    def batch_moves(self, store: bool, batch: Batch) -> list[Move]:
+        """The copies of a batch, one for each set of chunks of equal shape and strides; all of
+        them are checked, so that nothing is moved if one is bad."""
+        ranges = zip(batch.memory_objs, batch.starts, batch.ends, strict=True)
+        jobs = [self.job(one, batch.slot_mapping, start, end) for one, start, end in ranges]
+        if store:
+            _check_apart([chunk for chunk, _, count in jobs if count])
+        moves = []
+        for chunk, chunk_index, index, count in self.chunks.sets(jobs):
+            if store:
+                moves.append(Move(self.view, chunk, index, chunk_index, count))
+            else:
+                moves.append(Move(chunk, self.view, chunk_index, index, count))
+        _check_batch(moves)
+        return moves
+
+
+class ChunkReader:
+    """Reads memory objects in one chunk layout, with every extent that the cache view knows."""
+
+    def __init__(self, cache: KVView, layout: str) -> None:
+        self._cache = cache
+        self._layout = layout
+        self._readings: dict[int, Reading] = {}
+        self._batch_readings: dict[int, Reading] = {}
+
+    def read(self, memory_obj: MemoryObject) -> KVView:
+        """The view of one memory object: a tensor, or anything with ``.tensor``.
+
+        Raises:
+            LayoutError: it does not hold rows of these caches.
+        """
+        tensor: Any = memory_obj
+        probe: Any = memory_obj
+        if not isinstance(memory_obj, torch.Tensor):
+            tensor = _tensor_of(memory_obj)
+            probe = tensor if isinstance(tensor, torch.Tensor) else _first_tensor(tensor)
+        itemsize = probe.itemsize
+        reading = self._readings.get(itemsize)
+        if reading is None:
+            extents = _known_extents(self._cache, resolve(self._layout)[0], itemsize)
+            reading = self._readings[itemsize] = read_as(self._layout, **extents)
+        try:
+            return KVView.through(reading, tensor)
+        except LayoutError as error:
+            raise LayoutError(
+                f"The memory_obj does not hold chunks of these caches. {error} (Its dtype is "
+                f"{probe.dtype}, the caches' {self._cache.owners[0].dtype}; widths are compared "
+                f"in bytes.)"
+            ) from error
+
+    def sets(self, jobs: Sequence[Job]) -> list[tuple[KVView, Index, Index, int]]:
+        """Chunks of equal form as one paged view: (view, its index, cache index, tokens)."""
+        groups: dict[Any, list[Job]] = defaultdict(list)
+        for job in jobs:
+            if job[2]:
+                # Equal in bytes is not enough: one view has tensors of one shape and dtype.
+                chunk, first = job[0], job[0].owners[0]
+                kind = (chunk.device, first.dtype, first.shape, first.stride())
+                groups[chunk.form, chunk.slots, kind].append(job)
+        found = []
+        for members in groups.values():
+            layout = members[0][0].layout
+            if len(members) == 1 or layout.containers or layout.paged:
+                found += [(chunk, WHOLE, index, count) for chunk, index, count in members]
+                continue
+            reading = self._batch_reading(members[0][0])
+            view = KVView.through(reading, [chunk.tensors for chunk, _, _ in members])
+            found.append((view, *_joined(members)))
+        return found
+
+    def _batch_reading(self, chunk: KVView) -> Reading:
+        """A list of such chunks as one paged view, each a block."""
+        itemsize = chunk.owners[0].dtype.itemsize
+        reading = self._batch_readings.get(itemsize)
+        if reading is None:
+            text = f"block | {chunk.layout.text}"
+            extents = _known_extents(self._cache, text, itemsize)
+            extents.pop("block_size", None)
+            reading = self._batch_readings[itemsize] = read_as(text, **extents)
+        return reading
+
+
+def _known_extents(cache: KVView, layout: str, itemsize: int) -> dict[str, Any]:
+    parsed = parse(layout)
+    extents: dict[str, Any] = {}
+    for name, axis, value in (
+        ("layers", "layer", cache.layers),
+        ("kv", "kv", cache.kv),
+        ("heads", "head", cache.heads),
+    ):
+        if axis in parsed.axes or value != 1:
+            extents[name] = value
+    if any(width % itemsize for width in cache.widths):
+        raise LayoutError(
+            f"The memory_obj's elements have {itemsize} bytes, which do not divide the caches' "
+            f"rows of {cache.widths} bytes for each kv and head; use a dtype of their width."
+        )
+    extents["dim"] = [width // itemsize for width in cache.widths]
+    if parsed.opaque or (parsed.paged and parsed.shares("token")):
+        extents["block_size"] = cache.block_size
+    return extents
+
+
+def _joined(members: list[tuple[KVView, Index, int]]) -> tuple[Index, Index, int]:
+    """(index of the chunks' view, index of the cache, tokens) for several jobs as one."""
+    slots = members[0][0].slots
+    total = sum(count for _, _, count in members)
+    ids = [index for _, index, _ in members]
+    shared = ids[0]
+    follow, at = True, shared.offset
+    for _, index, count in members:
+        follow &= index.ids is shared.ids and index.step == shared.step and index.offset == at
+        at += count
+    if not follow:
+        shared = Index.joined([(index, count) for _, index, count in members])
+    if all(count == slots for _, _, count in members[:-1]):
+        return Index(), shared, total
+    rows = [
+        torch.arange(i * slots, i * slots + count, device="cpu")
+        for i, (_, _, count) in enumerate(members)
+    ]
+    return Index(torch.cat(rows)), shared, total
+
+
+def _tensor_of(memory_obj: MemoryObject) -> Any:
+    tensor = getattr(memory_obj, "tensor", memory_obj)
+    if not isinstance(tensor, (torch.Tensor, list, tuple, Mapping)):
+        raise LayoutError(
+            f"memory_obj is a {type(memory_obj).__name__}; expected a tensor, the containers that "
+            f"chunk_layout names, or an object with one of these as `.tensor`."
+        )
+    return tensor
+
+
+def _first_tensor(level: Any) -> torch.Tensor:
+    while not isinstance(level, torch.Tensor):
+        if not isinstance(level, (list, tuple, Mapping)):
+            raise LayoutError(
+                f"The memory_obj holds a {type(level).__name__}; expected tensors in the "
+                f"containers that chunk_layout names."
+            )
+        items = list(level.values()) if isinstance(level, Mapping) else list(level)
+        if not items:
+            raise LayoutError("The memory_obj is an empty container; pass its tensors.")
+        level = items[0]
+    return level
+
+
+def slot_range(slot_mapping: Ids | None, start: int, end: int | None) -> tuple[Index, int]:
+    """``slot_mapping[start:end]`` as an index, and its tokens; `SlotError` if it has no such."""
+    if slot_mapping is None:
+        raise SlotError("No slot_mapping was passed; pass the slots of the tokens to move.")
+    index = Index.of(slot_mapping)
+    length = index.length or 0
+    if type(start) is not int or (end is not None and type(end) is not int):
+        start, end = _whole("start", start), None if end is None else _whole("end", end)
+    stop = length if end is None else end
+    if not 0 <= start <= stop <= length:
+        raise SlotError(
+            f"slot_mapping[{start}:{stop}] was asked of {length} slots; expected 0 <= start <= end "
+            f"<= {length}."
+        )
+    return (index.shifted(start) if start else index), stop - start
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return whole_number(value)
+    except TypeError:
+        raise SlotError(
+            f"{name}={value!r} was asked; expected an integer, a position in the slot_mapping."
+        ) from None
+
+
+def _check_batch(moves: list[Move]) -> None:
+    """Refuse the whole batch before its first launch if one of its copies is bad."""
+    for src, dst, src_index, dst_index, count in moves:
+        dst.check_writable()
+        src_index.check(count, src.slots, "source")
+        dst_index.check(count, dst.slots, "destination", distinct=True)
+    if len(moves) < 2:
+        return
+    # Sets of one batch share the cache; destinations must be distinct across them as well.
+    ids = [(move.dst_index, move.count) for move in moves if move.dst_index.ids is not None]
+    if len(ids) == len(moves) and all(index.on_host for index, _ in ids):
+        total = sum(count for _, count in ids)
+        Index.joined(ids).check(total, moves[0].dst.slots, "destination", distinct=True)
+
+
+def _check_apart(chunks: list[KVView]) -> None:
+    """Refuse memory objects of one batch that overlap and are written."""
+    spans = sorted(span for chunk in chunks for span in chunk.spans)
+    for (_, past), (first, _) in pairwise(spans):
+        if first < past:
+            raise LayoutError(
+                "Two memory objects of one batch lie in the same memory, so that one would "
+                "overwrite the other; pass buffers that do not overlap."
+            )
+
+
+def _check_caches(kv_caches: Tensors, reading: Reading) -> None:
     """Name the slip of a slot mapping that was passed in the place of the caches."""
     layout = reading.layout
     if (
@@ -73,7 +332,7 @@ def _check_caches(kv_caches: Any, reading: Reading) -> None:
         raise LayoutError(
             f"A {kv_caches.dtype} tensor of one dimension was passed as kv_caches, the second "
             f"argument; expected caches of {layout.text!r}. If it is the slot mapping, pass "
-            f"slot_mapping=..., and no caches where they are registered."
+            f"slot_mapping=..., and no caches if they are registered."
         )
 
 
@@ -84,7 +343,9 @@ def facts_of(kv_caches: Any) -> Any:
     if isinstance(kv_caches, Mapping):
         kv_caches = kv_caches.values()
     elif not isinstance(kv_caches, (list, tuple)):
+        advice = "; wrap it in torch.from_numpy" if isinstance(kv_caches, np.ndarray) else ""
         raise LayoutError(
-            f"kv_caches is a {type(kv_caches).__name__}; expected a tensor, list, tuple or dict."
+            f"kv_caches is a {type(kv_caches).__name__}; expected a tensor, list, tuple or "
+            f"dict{advice}."
         )
     return [facts_of(item) for item in kv_caches]

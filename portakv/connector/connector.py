@@ -1,34 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """`AdaptiveConnector`: what an engine calls to store chunks from its paged cache and load them.
 
-It decides which views, which direction and which stream; the copy itself is `copy.carry`.
+It decides which views, which direction and which stream; the copy itself is `copy.copy_move`.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch.compiler import is_compiling
 
-from portakv.connector import in_graph as opaque
-from portakv.connector.caches import Registration, facts_of
-from portakv.connector.chunks import WHOLE
-from portakv.connector.request import (
-    check_apart,
-    check_batch,
-    check_chunk,
-    check_paired,
-    slot_range,
-)
-from portakv.connector.roots import flatten, nested
-from portakv.copy.copy import carry
+from portakv.connector import in_graph
+from portakv.connector.caches import Batch, Registration, facts_of
+from portakv.copy.arguments import Ids, MemoryObject, Tensors
+from portakv.copy.copy import copy_move
 from portakv.errors import LayoutError, SlotError
 from portakv.layout.language import parse
 from portakv.layout.presets import resolve
-from portakv.registry.prepared import route
+from portakv.registry.prepared import prepared
 from portakv.registry.registry import choose
 from portakv.runtime.capture import capturing
 from portakv.runtime.transfer import Completion, Transfer, failed
@@ -39,6 +32,8 @@ from portakv.view.example import example_chunk
 
 KV_LAYOUT = "layer | kv block token head dim"
 CHUNK_LAYOUT = "kv layer token (head dim)"
+#: Captured transfers whose status words are read; a graph beyond these tells of no bad slot.
+CAPTURED = 1024
 
 
 class AdaptiveConnector:
@@ -71,16 +66,25 @@ class AdaptiveConnector:
     ) -> None:
         self._choice = choose(device, backend)
         self.device = self._choice.backend.device
-        self._kv_reading = read_as(kv_layout, reinterpret=reinterpret, **extents)
+        self._reading = read_as(kv_layout, reinterpret=reinterpret, **extents)
         parse(resolve(chunk_layout)[0])  # a layout that cannot be read is refused now
-        self._chunk_layout = chunk_layout
+        self._layouts = kv_layout, chunk_layout
         self._registered: Registration | None = None
-        self._captured: list[Completion] = []
+        self._captured: deque[Completion] = deque(maxlen=CAPTURED)
         self._owner = weakref.ref(self)
-        self._handle = opaque.enlist(self)
+        self._enlisted = in_graph.Enlisted(self._run_op)
         self._passing: Registration | None = None
 
-    def register_kv_caches(self, kv_caches: Any) -> None:
+    def __repr__(self) -> str:
+        kv_layout, chunk_layout = self._layouts
+        registered = self._registered
+        held = "nothing registered" if registered is None else f"{registered.view.slots} slots"
+        return (
+            f"AdaptiveConnector({str(self.device)!r}, backend={self._choice.name!r}, "
+            f"kv_layout={kv_layout!r}, chunk_layout={chunk_layout!r}, {held})"
+        )
+
+    def register_kv_caches(self, kv_caches: Tensors) -> None:
         """Read the caches once and hold them until `unregister_kv_caches` or another registration.
 
         An engine that reallocates its caches registers again.
@@ -88,7 +92,7 @@ class AdaptiveConnector:
         Raises:
             LayoutError: caches that contradict the layout. DeviceMismatch: on another device.
         """
-        self._register(kv_caches)
+        self._registered = self._read(kv_caches)
 
     def unregister_kv_caches(self) -> None:
         """Let go of the caches."""
@@ -96,9 +100,9 @@ class AdaptiveConnector:
 
     def from_gpu(
         self,
-        memory_obj: Any,
-        kv_caches: Any = None,
-        slot_mapping: Any = None,
+        memory_obj: MemoryObject,
+        kv_caches: Tensors | None = None,
+        slot_mapping: Ids | None = None,
         start: int = 0,
         end: int | None = None,
         *,
@@ -117,14 +121,16 @@ class AdaptiveConnector:
             LayoutError, SlotError, DeviceMismatch, Unsupported: before anything was written.
         """
         if is_compiling():
-            return self._traced(True, [memory_obj], kv_caches, slot_mapping, [start], [end], stream)
-        return self._move(True, memory_obj, kv_caches, slot_mapping, start, end, stream)
+            batch = Batch([memory_obj], slot_mapping, [start], [end])
+            return self._traced(True, kv_caches, batch, stream)
+        caches = self._caches(kv_caches)
+        return self._move(True, caches, memory_obj, slot_mapping, start, end, stream)
 
     def to_gpu(
         self,
-        memory_obj: Any,
-        kv_caches: Any = None,
-        slot_mapping: Any = None,
+        memory_obj: MemoryObject,
+        kv_caches: Tensors | None = None,
+        slot_mapping: Ids | None = None,
         start: int = 0,
         end: int | None = None,
         *,
@@ -135,42 +141,42 @@ class AdaptiveConnector:
         Arguments and errors are those of `from_gpu`.
         """
         if is_compiling():
-            return self._traced(
-                False, [memory_obj], kv_caches, slot_mapping, [start], [end], stream
-            )
-        return self._move(False, memory_obj, kv_caches, slot_mapping, start, end, stream)
+            batch = Batch([memory_obj], slot_mapping, [start], [end])
+            return self._traced(False, kv_caches, batch, stream)
+        caches = self._caches(kv_caches)
+        return self._move(False, caches, memory_obj, slot_mapping, start, end, stream)
 
     def batched_from_gpu(
         self,
-        memory_objs: Sequence[Any],
-        kv_caches: Any = None,
-        slot_mapping: Any = None,
+        memory_objs: Sequence[MemoryObject],
+        kv_caches: Tensors | None = None,
+        slot_mapping: Ids | None = None,
         starts: Sequence[int] = (),
-        ends: Sequence[int] = (),
+        ends: Sequence[int | None] = (),
         *,
         stream: torch.Stream | None = None,
     ) -> Transfer:
         """`from_gpu` of several chunks; one launch for each set of equal shape and strides."""
-        args = (memory_objs, kv_caches, slot_mapping, starts, ends, stream)
-        return self._traced(True, *args) if is_compiling() else self._move_batch(True, *args)
+        batch = Batch(list(memory_objs), slot_mapping, list(starts), list(ends))
+        return self._batched(True, kv_caches, batch, stream)
 
     def batched_to_gpu(
         self,
-        memory_objs: Sequence[Any],
-        kv_caches: Any = None,
-        slot_mapping: Any = None,
+        memory_objs: Sequence[MemoryObject],
+        kv_caches: Tensors | None = None,
+        slot_mapping: Ids | None = None,
         starts: Sequence[int] = (),
-        ends: Sequence[int] = (),
+        ends: Sequence[int | None] = (),
         *,
         stream: torch.Stream | None = None,
     ) -> Transfer:
         """`to_gpu` of several chunks; one launch for each set of equal shape and strides."""
-        args = (memory_objs, kv_caches, slot_mapping, starts, ends, stream)
-        return self._traced(False, *args) if is_compiling() else self._move_batch(False, *args)
+        batch = Batch(list(memory_objs), slot_mapping, list(starts), list(ends))
+        return self._batched(False, kv_caches, batch, stream)
 
     def explain(self, tokens: int = 256) -> str:
-        """The trace of candidates and, where caches are registered, the plan of storing a
-        contiguous chunk of ``tokens`` tokens."""
+        """The trace of candidates and, if caches are registered, the plan of storing a contiguous
+        chunk of ``tokens`` tokens."""
         if type(tokens) is not int or tokens < 1:
             raise SlotError(f"explain(tokens={tokens!r}) was asked; expected a positive integer.")
         lines = [f"{self.device}: backend {self._choice.name!r} was chosen"]
@@ -179,162 +185,124 @@ class AdaptiveConnector:
         if registered is None:
             return "\n".join([*lines, "no kv_caches are registered, so there is no plan yet"])
         cache = registered.view
-        chunk = registered.chunks.read(example_chunk(cache, self._chunk_layout, tokens))
-        way = route(cache.form, chunk.form, 1, 0, None, self._choice)
-        lines.append(f"from_gpu of {tokens} tokens, carried out by {way.choice.name!r}:")
-        if way.choice.name != self._choice.name:
-            lines += [f"  {decision}" for decision in way.choice.trace]
+        chunk = registered.chunks.read(example_chunk(cache, self._layouts[1], tokens))
+        ready = prepared(cache.form, chunk.form, 1, 0, None, self._choice)
+        lines.append(f"from_gpu of {tokens} tokens, carried out by {ready.choice.name!r}:")
+        if ready.choice.name != self._choice.name:
+            lines += [f"  {decision}" for decision in ready.choice.trace]
         on_device = self.device.type != "cpu"
-        if on_device and not (way.can.guards and way.can.skips_negative):
+        if on_device and not (ready.can.guards and ready.can.skips_negative):
             lines.append(
                 "  device ids are checked before launch, with one synchronisation; host ids are "
                 "not delayed"
             )
-        return "\n".join([*lines, str(way.plan)])
+        return "\n".join([*lines, str(ready.plan)])
+
+    def _caches(self, kv_caches: Tensors | None) -> Registration:
+        """What is registered; caches that differ from it register again. Raises the error of an
+        earlier transfer that the caller was not told of."""
+        if failed or any_set():
+            self._report()
+        registered = self._registered
+        if kv_caches is not None and (
+            registered is None or facts_of(kv_caches) != registered.facts
+        ):
+            # Assigned at once: another thread sees the old caches or the new ones, never a mixture;
+            # and what it registers meanwhile is not this call's.
+            registered = self._registered = self._read(kv_caches)
+        if registered is None:
+            raise _no_caches()
+        return registered
 
     def _move(
         self,
         store: bool,
-        memory_obj: Any,
-        kv_caches: Any,
-        slot_mapping: Any,
-        start: int,
-        end: int | None,
-        stream: torch.Stream | None,
-    ) -> Transfer:
-        if failed or any_set():
-            self._report()
-        caches = self._caches(kv_caches)
-        return self._carry(store, caches, memory_obj, slot_mapping, start, end, stream)
-
-    def _carry(
-        self,
-        store: bool,
         caches: Registration,
-        memory_obj: Any,
-        slot_mapping: Any,
+        memory_obj: MemoryObject,
+        slot_mapping: Ids | None,
         start: int,
         end: int | None,
         stream: torch.Stream | None,
     ) -> Transfer:
-        cache, chunks = caches.view, caches.chunks
         if stream is None:
-            transfer = caches.lanes.transfer(store, memory_obj, slot_mapping, start, end)
+            transfer = caches.shortcuts.transfer(store, memory_obj, slot_mapping, start, end)
             if transfer is not None:
                 return transfer
         caches.check_memory()
-        index, count = slot_range(slot_mapping, start, end)
-        chunk = chunks.read(memory_obj)
-        check_chunk(cache, chunk, count)
-        sides = (cache, chunk, index, WHOLE) if store else (chunk, cache, WHOLE, index)
-        transfer = self._keep(carry(*sides, count, self._choice, stream, disjoint=True))
-        caches.lanes.learn(store, chunk, slot_mapping)
+        job = caches.job(memory_obj, slot_mapping, start, end)
+        move = caches.move(store, job)
+        transfer = self._keep(copy_move(move, self._choice, stream, disjoint=True))
+        caches.shortcuts.remember(store, job[0], slot_mapping)
         return transfer
 
-    def _move_batch(
-        self,
-        store: bool,
-        memory_objs: Sequence[Any],
-        kv_caches: Any,
-        slot_mapping: Any,
-        starts: Sequence[int],
-        ends: Sequence[int],
-        stream: torch.Stream | None,
+    def _batched(
+        self, store: bool, kv_caches: Tensors | None, batch: Batch, stream: torch.Stream | None
     ) -> Transfer:
-        if failed or any_set():
-            self._report()
-        memory_objs, starts, ends = list(memory_objs), list(starts), list(ends)
-        check_paired(memory_objs, starts, ends)
-        caches = self._caches(kv_caches)
-        return self._carry_batch(store, caches, memory_objs, slot_mapping, starts, ends, stream)
+        if is_compiling():
+            return self._traced(store, kv_caches, batch, stream)
+        return self._eager_batch(store, kv_caches, batch, stream)
 
-    def _carry_batch(
-        self,
-        store: bool,
-        caches: Registration,
-        memory_objs: list[Any],
-        slot_mapping: Any,
-        starts: Sequence[int],
-        ends: Sequence[int],
-        stream: torch.Stream | None,
+    def _eager_batch(
+        self, store: bool, kv_caches: Tensors | None, batch: Batch, stream: torch.Stream | None
     ) -> Transfer:
-        cache, chunks = caches.view, caches.chunks
+        batch.check()
+        return self._move_batch(store, self._caches(kv_caches), batch, stream)
+
+    def _move_batch(
+        self, store: bool, caches: Registration, batch: Batch, stream: torch.Stream | None
+    ) -> Transfer:
         caches.check_memory()
-        jobs = []
-        for memory_obj, start, end in zip(memory_objs, starts, ends, strict=True):
-            index, count = slot_range(slot_mapping, start, end)
-            chunk = chunks.read(memory_obj)
-            check_chunk(cache, chunk, count)
-            jobs.append((chunk, index, count))
-        if store:
-            check_apart([chunk for chunk, _, count in jobs if count])
-        copies = []
-        for chunk, chunk_index, index, count in chunks.sets(jobs):
-            sides = ((cache, index), (chunk, chunk_index))
-            (src, src_index), (dst, dst_index) = sides if store else sides[::-1]
-            copies.append((src, dst, src_index, dst_index, count))
-        check_batch(copies)
+        moves = caches.batch_moves(store, batch)
         return self._keep(
-            Transfer.join([carry(*copy, self._choice, stream, disjoint=True) for copy in copies])
+            Transfer.join([copy_move(move, self._choice, stream, disjoint=True) for move in moves])
         )
 
     def _traced(
-        self,
-        store: bool,
-        memory_objs: Sequence[Any],
-        kv_caches: Any,
-        slot_mapping: Any,
-        starts: Sequence[Any],
-        ends: Sequence[Any],
-        stream: torch.Stream | None,
+        self, store: bool, kv_caches: Tensors | None, batch: Batch, stream: torch.Stream | None
     ) -> Transfer:
         """Inside torch.compile: the opaque op takes the place of the call."""
+        memory_objs, slot_mapping, starts, ends = batch
         if stream is not None or not isinstance(slot_mapping, torch.Tensor):
-            args = (store, memory_objs, kv_caches, slot_mapping, starts, ends, stream)
-            return cast(Transfer, opaque.eagerly(self._move_batch, *args))
+            args = (store, kv_caches, batch, stream)
+            return cast(Transfer, in_graph.eagerly(self._eager_batch, *args))
         if not memory_objs:
             return Transfer()
-        check_paired(memory_objs, starts, ends)
-        caches, levels = self._shown(kv_caches)
-        opaque.transfer(
-            store, self._handle, memory_objs, caches, levels, slot_mapping, starts, ends
-        )
+        batch.check()
+        shown = self._shown(kv_caches)
+        number = self._enlisted.number
+        in_graph.transfer(store, number, *shown, memory_objs, slot_mapping, starts, ends)
         return Transfer()
 
-    def _shown(self, kv_caches: Any) -> tuple[Sequence[torch.Tensor], Sequence[int]]:
+    def _shown(self, kv_caches: Tensors | None) -> tuple[Sequence[torch.Tensor], Sequence[int]]:
         """The caches as a compiler is shown them, and the lengths of their containers: none for
         those that are registered."""
         registered = self._registered
         if kv_caches is None:
             if registered is None:
                 raise _no_caches()
-            return registered.roots.tensors, []
-        leaves, levels = flatten(kv_caches)
-        if registered is not None and len(leaves) == len(registered.roots.leaves):
-            pairs = zip(leaves, registered.roots.leaves, strict=True)
-            if all(mine is theirs for mine, theirs in pairs):
-                return registered.roots.tensors, []
+            return registered.allocations.tensors, []
+        leaves, levels = in_graph.flatten(kv_caches)
+        if registered is not None and registered.allocations.holds(leaves):
+            return registered.allocations.tensors, []
         return leaves, levels
 
-    def carry_op(
+    def _run_op(
         self,
         store: bool,
-        memory_objs: list[Any],
         caches: Sequence[torch.Tensor],
         cache_levels: Sequence[int],
-        slot_mapping: torch.Tensor,
-        starts: Sequence[int],
-        ends: Sequence[int],
+        *given: Any,
     ) -> None:
-        """What the op of `opaque` does when a compiled function runs; not for callers."""
+        """Carry out the op of `in_graph`, when a compiled function runs; ``given``: a `Batch`."""
+        batch = Batch(*given)
         if failed or any_set():
             self._report()
         read = self._handed_over(caches, cache_levels)
-        if len(memory_objs) == 1:
-            sides = (store, read, memory_objs[0], slot_mapping, starts[0], ends[0], None)
-            transfer = self._carry(*sides)
+        if len(batch.memory_objs) == 1:
+            one, start, end = batch.memory_objs[0], batch.starts[0], batch.ends[0]
+            transfer = self._move(store, read, one, batch.slot_mapping, start, end, None)
         else:
-            transfer = self._carry_batch(store, read, memory_objs, slot_mapping, starts, ends, None)
+            transfer = self._move_batch(store, read, batch, None)
         if any(completion.pending for completion in transfer.completions):
             transfer.wait()  # what follows in the graph knows of no handle
 
@@ -345,34 +313,18 @@ class AdaptiveConnector:
         if not levels:
             if registered is None:
                 raise _no_caches()
-            if registered.roots.are(caches):
+            if registered.allocations.are(caches):
                 return registered
-            return self._read(registered.roots.nested_in(caches))  # a compiler's copies: not kept
-        kv_caches = nested(caches, levels)
+            return self._read(registered.allocations.nested_in(caches))  # copies: not kept
+        kv_caches = in_graph.nested(caches, levels)
         facts = facts_of(kv_caches)
         if self._passing is None or self._passing.facts != facts:
             self._passing = self._read(kv_caches)
         return self._passing
 
-    def _caches(self, kv_caches: Any) -> Registration:
-        """What is registered; caches that differ from it register again."""
-        registered = self._registered
-        if kv_caches is not None and (
-            registered is None or facts_of(kv_caches) != registered.facts
-        ):
-            registered = self._register(kv_caches)
-        if registered is None:
-            raise _no_caches()
-        return registered
-
-    def _register(self, kv_caches: Any) -> Registration:
-        # Assigned at once: another thread sees the old caches or the new ones, never a mixture.
-        caches = self._registered = self._read(kv_caches)
-        return caches  # not what is registered by now: another thread may have been there
-
-    def _read(self, kv_caches: Any) -> Registration:
+    def _read(self, kv_caches: Tensors) -> Registration:
         return Registration.read(
-            kv_caches, self._kv_reading, self._chunk_layout, self._choice, self._owner
+            kv_caches, self._reading, self._layouts[1], self._choice, self._owner
         )
 
     def _keep(self, transfer: Transfer) -> Transfer:
@@ -385,10 +337,10 @@ class AdaptiveConnector:
         return transfer
 
     def _report(self) -> None:
-        """Raise the error of an earlier transfer that nobody asked for."""
+        """Raise the error of an earlier transfer that the caller was not told of."""
         if capturing(self.device):
             return
-        for completion in self._captured:
+        for completion in tuple(self._captured):
             error = completion.take_error()
             if error is not None:
                 raise error

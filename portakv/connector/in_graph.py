@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transfers inside `torch.compile`: one opaque op for each direction, whatever the backend.
+"""Transfers inside `torch.compile`: one opaque op for each direction, for every backend.
 
 A compiler sees the op's schema alone: which tensors it reads and which it writes, so that it
 orders the op among the model's own reads and writes of the caches. At run time the op is the
@@ -9,15 +9,15 @@ connector's eager call. Eager calls never come here, and do not pay for the disp
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from operator import is_
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakMethod, WeakValueDictionary
 
 import torch
 
-from portakv.connector.roots import flatten, nested
-from portakv.errors import TransferError
+from portakv.errors import LayoutError, TransferError
 
 NAMESPACE = "portakv"
 # Nested containers travel as flat lists, with the length of each level, outermost first.
@@ -30,24 +30,133 @@ _SCHEMAS = {
     "to_gpu": _ARGUMENTS.format(chunks="Tensor[]", caches="Tensor(a!)[]"),
 }
 
-_connectors: WeakValueDictionary[int, Any] = WeakValueDictionary()
-_handles = itertools.count(1)
+
+class Allocations:
+    """The caches as a compiler is shown them: one tensor for each allocation.
+
+    Shown the layers of one allocation apart, it takes them for tensors that share memory, and works
+    on copies of them. Shown what they are views of, it works in place.
+
+    Attributes:
+        leaves: the tensors, flat.
+        tensors: the allocations; a tensor that stands alone is itself.
+        levels: the length of each level of the containers.
+    """
+
+    def __init__(self, nest: Any) -> None:
+        self.leaves, self.levels = flatten(nest)
+        groups: dict[int, list[torch.Tensor]] = {}
+        for leaf in self.leaves:
+            groups.setdefault(leaf.untyped_storage().data_ptr(), []).append(leaf)
+        self._leaf_addresses = [leaf.data_ptr() for leaf in self.leaves]
+        numbers = {storage: number for number, storage in enumerate(groups)}
+        self.tensors = [_allocation(group) for group in groups.values()]
+        self._addresses = [one.data_ptr() for one in self.tensors]
+        self._places = []
+        for leaf in self.leaves:
+            number = numbers[leaf.untyped_storage().data_ptr()]
+            self._places.append((number, leaf.data_ptr() - self._addresses[number]))
+
+    def unchanged(self) -> bool:
+        """Whether each tensor is where it was: not freed, resized, or given other memory."""
+        return [*map(torch.Tensor.data_ptr, self.leaves)] == self._leaf_addresses
+
+    def are(self, given: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the allocations themselves, not a compiler's copies."""
+        return self._addresses == [one.data_ptr() for one in given]
+
+    def holds(self, leaves: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the tensors, the same objects in the same order."""
+        return len(leaves) == len(self.leaves) and all(map(is_, leaves, self.leaves))
+
+    def nested_in(self, given: Sequence[torch.Tensor]) -> Any:
+        """The nested tensors as they lie in copies of the allocations."""
+        for own, copy in zip(self.tensors, given, strict=True):
+            if (copy.shape, copy.stride()) != (own.shape, own.stride()):
+                raise LayoutError(
+                    f"A compiler handed over a copy of shape {tuple(copy.shape)} and strides "
+                    f"{copy.stride()} of caches of {tuple(own.shape)} and {own.stride()}; keep "
+                    f"the caches out of what it may lay out anew."
+                )
+        leaves = []
+        for leaf, (number, behind) in zip(self.leaves, self._places, strict=True):
+            storage = given[number].untyped_storage()
+            start = given[number].data_ptr() - storage.data_ptr() + behind
+            empty = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
+            at = start // leaf.element_size()
+            leaves.append(empty.set_(storage, at, leaf.size(), leaf.stride()))
+        return nested(leaves, self.levels)
 
 
-def enlist(connector: Any) -> int:
-    """The number by which a compiled function names this connector; defines the ops."""
-    _define()
-    handle = next(_handles)
-    _connectors[handle] = connector
-    return handle
+def _allocation(group: list[torch.Tensor]) -> torch.Tensor:
+    """The tensor that tensors of one storage lie in."""
+    first = group[0]
+    if len(group) == 1:
+        return first
+    base = first._base
+    if base is not None and all(leaf._base is base for leaf in group):
+        return base
+    storage = first.untyped_storage()
+    whole = torch.empty(0, dtype=first.dtype, device=first.device)
+    return whole.set_(storage, 0, (storage.nbytes() // first.element_size(),), (1,))
+
+
+def flatten(nest: Any) -> tuple[list[torch.Tensor], list[int]]:
+    """The tensors of nested containers, and the length of each level."""
+    level, levels = [nest], []
+    while not isinstance(level[0], torch.Tensor):
+        rows = []
+        for one in level:
+            if not isinstance(one, (list, tuple, Mapping)):
+                raise LayoutError(
+                    f"A {type(one).__name__} was found where tensors, lists, tuples or dicts were "
+                    f"expected."
+                )
+            rows.append(list(one.values()) if isinstance(one, Mapping) else list(one))
+        if not rows[0] or any(len(row) != len(rows[0]) for row in rows):
+            raise LayoutError(
+                f"Containers of {[len(row) for row in rows]} things were found in one level; all "
+                f"hold the same number, and at least one."
+            )
+        levels.append(len(rows[0]))
+        level = [item for row in rows for item in row]
+    return level, levels
+
+
+def nested(tensors: Sequence[torch.Tensor], levels: Sequence[int]) -> Any:
+    """Lists in lists, as they were before `flatten`."""
+    level: list[Any] = list(tensors)
+    for length in reversed(levels):
+        level = [level[i : i + length] for i in range(0, len(level), length)]
+    return level[0]
+
+
+class Enlisted:
+    """A connector as compiled functions name it, as long as the connector has this.
+
+    Args:
+        run: carries the op out, a method of the connector: (store, caches, levels, memory objects,
+            slots, starts, ends).
+    """
+
+    __slots__ = ("__weakref__", "number", "run")
+
+    def __init__(self, run: Callable[..., None]) -> None:
+        _define()
+        self.number, self.run = next(_numbers), WeakMethod(run)
+        _enlisted[self.number] = self
+
+
+_enlisted: WeakValueDictionary[int, Enlisted] = WeakValueDictionary()
+_numbers = itertools.count(1)
 
 
 def transfer(
     store: bool,
-    handle: int,
-    memory_objs: Sequence[Any],
+    number: int,
     caches: Sequence[torch.Tensor],
     cache_levels: Sequence[int],
+    memory_objs: Sequence[Any],
     slot_mapping: torch.Tensor,
     starts: Sequence[Any],
     ends: Sequence[Any],
@@ -56,20 +165,20 @@ def transfer(
 
     Args:
         store: which op.
-        handle: the connector's number.
-        memory_objs, slot_mapping, starts, ends: as in a connector's batch.
-        caches: the roots of the registered caches (no levels), or other caches, flat.
+        number: the connector's.
+        caches: the allocations of the registered caches (no levels), or other caches, flat.
         cache_levels: the lengths of their containers.
+        memory_objs, slot_mapping, starts, ends: as in a connector's batch.
 
     Raises:
-        LayoutError: what does not fit together already shows.
+        LayoutError: containers that do not fit together.
     """
     chunks, chunk_levels = flatten([getattr(one, "tensor", one) for one in memory_objs])
     length = slot_mapping.shape[0]
     ends = [length if end is None else end for end in ends]
     op = torch.ops.portakv.from_gpu if store else torch.ops.portakv.to_gpu
     given = (list(caches), list(cache_levels), slot_mapping, list(starts), ends)
-    op(handle, chunks, chunk_levels, *given)
+    op(number, chunks, chunk_levels, *given)
 
 
 def eagerly(call: Any, *arguments: Any) -> Any:
@@ -107,15 +216,15 @@ def _define() -> torch.library.Library:
     for name, arguments in _SCHEMAS.items():
         # A view is read by its strides, so the compiler must not choose others.
         library.define(name + arguments, tags=(torch.Tag.needs_fixed_stride_order,))
-        library.impl(name, _carry(name == "from_gpu"), "CompositeExplicitAutograd")
+        library.impl(name, _op(name == "from_gpu"), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", _fake, lib=library)
     return library
 
 
-def _carry(store: bool) -> Any:
+def _op(store: bool) -> Any:
     """What the op does when it runs."""
 
-    def carry(
+    def move(
         connector: int,
         memory_objs: Sequence[torch.Tensor],
         chunk_levels: Sequence[int],
@@ -125,23 +234,17 @@ def _carry(store: bool) -> Any:
         starts: Sequence[int],
         ends: Sequence[int],
     ) -> None:
-        found = _connectors.get(connector)
-        if found is None:
+        found = _enlisted.get(connector)
+        run = None if found is None else found.run()
+        if run is None:
             raise TransferError(
                 "A compiled function asked for a transfer of a connector that is gone; keep the "
                 "connector as long as functions that were compiled with it."
             )
-        found.carry_op(
-            store,
-            nested(memory_objs, chunk_levels),
-            kv_caches,
-            cache_levels,
-            slot_mapping,
-            starts,
-            ends,
-        )
+        chunks = nested(memory_objs, chunk_levels)
+        run(store, kv_caches, cache_levels, chunks, slot_mapping, starts, ends)
 
-    return carry
+    return move
 
 
 def _fake(*arguments: object) -> None:

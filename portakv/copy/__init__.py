@@ -1,2 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one primitive: ids checked, the copy cut into pieces, enqueued, remembered."""
+"""The one primitive: rows from one view to another, ordered on a stream."""
+
+from portakv.copy.copy import copy_move, copy_rows
+
+__all__ = ["copy_move", "copy_rows"]

@@ -3,141 +3,111 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from portakv.errors import PortaKVError, Unsupported
-from portakv.registry.ids import bring
-from portakv.registry.prepared import Route
+from portakv.plan.move import Move
+from portakv.registry.prepared import Prepared
 from portakv.runtime import events, words
 from portakv.runtime.capture import capturing
-from portakv.runtime.transfer import Completion, Transfer
+from portakv.runtime.transfer import Completion, Pending, Transfer
 from portakv.runtime.watch import watch
-from portakv.view.index import Index
-from portakv.view.view import KVView
 
-Piece = tuple[Route, int, int]  # a route, its first position, its tokens
+
+class Piece(NamedTuple):
+    """What carries out ``tokens`` positions of a copy from position ``first`` on."""
+
+    ready: Prepared
+    first: int
+    tokens: int
 
 
 def launch(
-    pieces: list[Piece],
-    src: KVView,
-    dst: KVView,
-    src_index: Index,
-    dst_index: Index,
-    stream: torch.Stream | None,
-    error: PortaKVError | None,
+    pieces: Sequence[Piece], move: Move, stream: torch.Stream | None, error: PortaKVError | None
 ) -> Transfer:
     """Launch every piece, ordered behind the current stream (or, after it, on ``stream``)."""
-    if src.form.place != "device" and dst.form.place != "device":
-        return _launch_on_host(pieces, src, dst, src_index, dst_index, error)
-    device = pieces[0][0].choice.backend.device
+    if move.src.form.place != "device" and move.dst.form.place != "device":
+        return _launch_on_host(pieces, move, error)
+    device = pieces[0].ready.choice.backend.device
     if capturing(device):
-        return _launch_captured(pieces, src, dst, src_index, dst_index, stream)
-    placed = [_placed(way, src_index, dst_index) for way, _, _ in pieces]
+        return _launch_captured(pieces, move, stream, device)
+    placed = [ready.place_both(move) for ready, _, _ in pieces]
     if stream is not None:
-        _order(stream, device, src, dst, placed)
-    pendings: list[Any] = []
+        _order(stream, device, placed)
+    pendings: list[Pending] = []
     status: list[tuple[words.Word, int]] = []
-    for (way, start, tokens), (mine, theirs) in zip(pieces, placed, strict=True):
-        word = _word(way, start, status)
-        pending = way.launch(
-            src, dst, mine.shifted(start), theirs.shifted(start), tokens, stream, word
-        )
+    for (ready, first, tokens), whole in zip(pieces, placed, strict=True):
+        word = _word(ready, first, status)
+        pending = ready.launch(*whole.part(first, tokens), stream, word)
         if pending is not None:
             pendings.append(pending)
     pool = events.pool(device)
     event = pool.recorded(stream)
-    kept = (src, dst, placed)
+    kept = (move.src, move.dst, placed)
     completion = Completion(event, pendings, status, error, kept if pendings else None, pool)
     if pendings or status:
         watch(completion)
     return Transfer((completion,), kept)
 
 
-def _placed(way: Route, src_index: Index, dst_index: Index) -> tuple[Index, Index]:
-    """Both indices with their ids where the backend reads them."""
-    if src_index.fleeting and dst_index.fleeting and way.can.index_on != "any":
-        bring((src_index, dst_index), way.home_of_ids, way.can.index_dtypes)
-    return way.place(src_index), way.place(dst_index)
-
-
-def _word(way: Route, start: int, status: list[tuple[words.Word, int]]) -> torch.Tensor | None:
+def _word(ready: Prepared, first: int, status: list[tuple[words.Word, int]]) -> torch.Tensor | None:
     """A status word for a launch that guards; noted with the position that it counts from."""
-    if not way.can.guards:
+    if not ready.can.guards:
         return None
     word = words.acquire()
-    status.append((word, start))
+    status.append((word, first))
     return word.tensor
 
 
-def _order(
-    stream: torch.Stream,
-    device: torch.device,
-    src: KVView,
-    dst: KVView,
-    placed: list[tuple[Index, Index]],
-) -> None:
+def _order(stream: torch.Stream, device: torch.device, placed: Sequence[Move]) -> None:
     """Make ``stream`` wait for the current one, and tell the allocator who uses the memory."""
+    src, dst = placed[0].src, placed[0].dst
     # Tables are made on the current stream, so they have to be there before the other waits.
     tables = [view.table for view in (src, dst) if len(view.origins) > 1]
     stream.wait_stream(torch.accelerator.current_stream(device.index))
-    ids = [index.ids for pair in placed for index in pair if index.ids is not None]
+    indices = [index for move in placed for index in (move.src_index, move.dst_index)]
+    ids = [index.ids for index in indices if index.ids is not None]
     for tensor in (*src.owners, *dst.owners, *ids, *tables):
         if tensor.device == device:
             tensor.record_stream(stream)
 
 
-def _launch_on_host(
-    pieces: list[Piece],
-    src: KVView,
-    dst: KVView,
-    src_index: Index,
-    dst_index: Index,
-    error: PortaKVError | None,
-) -> Transfer:
+def _launch_on_host(pieces: Sequence[Piece], move: Move, error: PortaKVError | None) -> Transfer:
     pendings = []
-    for way, start, tokens in pieces:
-        mine, theirs = way.place(src_index), way.place(dst_index)
-        if start:
-            mine, theirs = mine.shifted(start), theirs.shifted(start)
-        pending = way.launch(src, dst, mine, theirs, tokens, None, None)
+    for ready, first, tokens in pieces:
+        pending = ready.launch(*ready.place_both(move).part(first, tokens), None, None)
         if pending is not None:
             pendings.append(pending)
     if not pendings and error is None:
         return Transfer()
-    completion = Completion(None, pendings, (), error, (src, dst, src_index, dst_index))
+    completion = Completion(None, pendings, (), error, move)
     if pendings:
         watch(completion)
     return Transfer((completion,))
 
 
 def _launch_captured(
-    pieces: list[Piece],
-    src: KVView,
-    dst: KVView,
-    src_index: Index,
-    dst_index: Index,
-    stream: torch.Stream | None,
+    pieces: Sequence[Piece], move: Move, stream: torch.Stream | None, device: torch.device
 ) -> Transfer:
     """Capture every piece; with ``stream`` the capture forks there, and `Transfer.wait` joins."""
-    _check_capture(pieces, src_index, dst_index)
-    device = pieces[0][0].choice.backend.device
+    _check_capture(pieces, move)
     if stream is not None:
         stream.wait_stream(torch.accelerator.current_stream(device.index))
     # The graph may write these words at every replay, so they are never given back.
     status: list[tuple[words.Word, int]] = []
-    for way, start, tokens in pieces:
+    for ready, first, tokens in pieces:
         # The ids lie where they are read, or a copy of theirs that was made before does.
-        mine, theirs = way.place(src_index).shifted(start), way.place(dst_index).shifted(start)
-        way.launch(src, dst, mine, theirs, tokens, stream, _word(way, start, status))
+        word = _word(ready, first, status)
+        ready.launch(*ready.place_both(move).part(first, tokens), stream, word)
     event = None
     if stream is not None:
         event = torch.Event(device)
         event.record(stream)
     completion = Completion(event, words=status, standing=True)
-    return Transfer((completion,), (src, dst, src_index, dst_index), captured=True)
+    return Transfer((completion,), move, captured=True)
 
 
 def refuse_capture(device: torch.device, why: str) -> None:
@@ -150,11 +120,11 @@ def refuse_capture(device: torch.device, why: str) -> None:
         )
 
 
-def _check_capture(pieces: list[Piece], src_index: Index, dst_index: Index) -> None:
-    for way, _, _ in pieces:
-        device = way.choice.backend.device
-        if not way.can.capturable:
-            refuse_capture(device, f"backend {way.choice.name!r} cannot be captured")
-        for index in (src_index, dst_index):
-            if not index.has_ids_on(way.home_of_ids, way.can.index_dtypes):
+def _check_capture(pieces: Sequence[Piece], move: Move) -> None:
+    for ready, _, _ in pieces:
+        device = ready.choice.backend.device
+        if not ready.can.capturable:
+            refuse_capture(device, f"backend {ready.choice.name!r} cannot be captured")
+        for index in (move.src_index, move.dst_index):
+            if not index.has_ids_on(ready.home_of_ids, ready.can.index_dtypes):
                 refuse_capture(device, "its ids would have to be copied first")

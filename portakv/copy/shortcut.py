@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lanes: transfers of registered caches that were made before, but for addresses and counts.
+"""Shortcuts: transfers of registered caches that were made before, but for addresses and counts.
 
-The long way (`copy.carry`) answers every question about a transfer: which plan, which backend,
-where its ids must be. The next transfer with a chunk and ids of the same kind has the same
-answers, so it only checks what an address or a count can change and launches. Whatever does not
-fit goes the long way again, which also finds the words for an error.
+`copy.copy_move` answers every question about a transfer: which plan, which backend, where its ids
+must be. The next transfer with a chunk and ids of the same kind has the same answers, so it only
+checks what an address or a count can change and launches. What does not fit goes through
+`copy_move` again, which also finds the words for an error.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from portakv.backends.base import Again
-from portakv.registry.prepared import route
+from portakv.registry.prepared import prepared
 from portakv.registry.registry import Choice
 from portakv.runtime import events, words
+from portakv.runtime.bounded import Bounded
 from portakv.runtime.capture import capture_question, capturing
 from portakv.runtime.transfer import Completion, Transfer
 from portakv.runtime.watch import watch
@@ -25,33 +26,33 @@ from portakv.view.index import Index
 from portakv.view.view import KVView
 
 _current_device = torch.accelerator.current_device_index
-_MOST = 256  # lanes; a chunk length that comes once must not stay for ever
+_MOST = 256  # a chunk length that comes once must not stay for ever
 
 
-class Lanes:
-    """The lanes of one registration.
+class Shortcuts:
+    """The shortcuts of one registration.
 
     Args:
         cache: the registered caches.
+        first: the first of their tensors, as the caller has it.
         choice: the backend that the connector chose.
-        owner: a weak reference to the connector, for errors that nobody asks for.
+        owner: a weak reference to the connector, for errors that the caller was not told of.
     """
 
-    def __init__(self, cache: KVView, choice: Choice, owner: Any) -> None:
+    def __init__(self, cache: KVView, first: torch.Tensor, choice: Choice, owner: Any) -> None:
         self._cache, self._choice, self._owner = cache, choice, owner
         device = choice.backend.device
         self._events, self._index = events.pool(device), device.index
         self._capturing = capture_question(device)
-        # One allocation stands for all of them; the long way looks at each.
-        self._memory = cache.owners[0].untyped_storage()
-        self._begins = self._memory.data_ptr()
-        self._known: dict[Any, _Lane] = {}
+        # One tensor stands for all of them; `Registration.check_memory` looks at each.
+        self._first, self._begins = first, first.data_ptr()
+        self._known: Bounded[Any, _Shortcut] = Bounded("shortcuts", _MOST)
         self._repeatable = device.type != "cpu"  # until a launch shows that it is not
 
     def transfer(
         self, store: bool, memory_obj: Any, slot_mapping: Any, start: Any, end: Any
     ) -> Transfer | None:
-        """The transfer through a lane, on the current stream; None: it has to go the long way."""
+        """The transfer by a shortcut, on the current stream; None: `copy_move` has to make it."""
         ids = slot_mapping
         if type(ids) is not torch.Tensor:
             ids = self._ids_of(ids, store, start, end)
@@ -66,10 +67,10 @@ class Lanes:
             address = chunk.data_ptr()
             # The last bits of the address are its alignment, on which a plan's vectors rest.
             key = (store, chunk.shape, chunk.stride(), chunk.dtype, address & 15, ids.dtype)
-            lane = self._known.get(key)
+            shortcut = self._known.get(key)
         except RuntimeError:  # a tensor that has no strides
             return None
-        if lane is None or not lane.fits(chunk, ids):
+        if shortcut is None or not shortcut.fits(chunk, ids):
             return None
         length = ids.numel()
         if end is None:
@@ -77,13 +78,15 @@ class Lanes:
         if type(start) is not int or type(end) is not int or not 0 <= start < end <= length:
             return None
         count = end - start
-        if count > lane.slots or lane.overlaps(address) or self._memory.data_ptr() != self._begins:
+        if count > shortcut.slots or shortcut.overlaps(address):
+            return None
+        if self._first.data_ptr() != self._begins:
             return None
         # The question of a capture and the event are about the current device.
         if _current_device() != self._index or self._capturing():
             return None
         word, event = words.acquire(), self._events.acquire()
-        lane.again(address, ids.data_ptr(), start, count, word.address)
+        shortcut.again(address, ids.data_ptr(), start, count, word.address)
         event.record()
         completion = Completion(event, (), ((word, 0),), None, None, self._events)
         watch(completion, self._owner)
@@ -101,8 +104,8 @@ class Lanes:
         count = (length if end is None else end) - start
         return index.checked_copy(start, count, self._cache.slots, not store)
 
-    def learn(self, store: bool, chunk: KVView, slot_mapping: Any) -> None:
-        """Make a lane of a transfer that just went the long way, where one is possible."""
+    def remember(self, store: bool, chunk: KVView, slot_mapping: Any) -> None:
+        """Make a shortcut of a transfer that `copy_move` just made, if one is possible."""
         if not self._repeatable:
             return
         tensor = chunk.tensors
@@ -118,23 +121,22 @@ class Lanes:
         if key in self._known or len(chunk.spans) != 1 or capturing(chunk.device):
             return
         forms = (self._cache.form, chunk.form) if store else (chunk.form, self._cache.form)
-        way = route(*forms, int(store), int(not store), None, self._choice)
-        again = getattr(way.launch, "again", None)
-        if again is None or not (way.can.guards and way.can.skips_negative):
+        ready = prepared(*forms, int(store), int(not store), None, self._choice)
+        again = getattr(ready.launch, "again", None)
+        if again is None or not (ready.can.guards and ready.can.skips_negative):
             self._repeatable = False
             return
-        if way.place(index) is index and index.length:
+        placed = index.placed(ready.home_of_ids, ready.can.index_dtypes)
+        if placed is index and index.length:
             sides = (self._cache, chunk, index, Index()) if store else (
                 chunk, self._cache, Index(), index
             )  # fmt: skip
             repeat = again(*sides)
             if repeat is not None:
-                if len(self._known) >= _MOST:
-                    self._known.clear()
-                self._known[key] = _Lane(self._cache, chunk, repeat)
+                self._known[key] = _Shortcut(self._cache, chunk, repeat)
 
 
-class _Lane:
+class _Shortcut:
     """One kind of transfer: a chunk of one form, ids of one dtype, one direction."""
 
     __slots__ = ("_firsts", "_index", "_pasts", "_reach", "again", "slots")
@@ -148,7 +150,7 @@ class _Lane:
         self._pasts = [span[1] for span in cache.spans]
 
     def fits(self, chunk: torch.Tensor, ids: torch.Tensor) -> bool:
-        """Whether tensors of the lane's shapes and dtypes are what it was made for."""
+        """Whether tensors of its shapes and dtypes are what it was made for."""
         index = self._index
         return (
             chunk.get_device() == index
@@ -160,7 +162,7 @@ class _Lane:
         )
 
     def overlaps(self, address: int) -> bool:
-        """True where a chunk at this address would share memory with the caches."""
+        """True if a chunk at this address would share memory with the caches."""
         past = address + self._reach
         at = bisect_right(self._firsts, past - 1)
         return at > 0 and self._pasts[at - 1] > address

@@ -22,9 +22,8 @@ from portakv.engines.link import by_torch, link_of
 from portakv.engines.pieces import RunCounter, Shape
 from portakv.errors import BackendUnavailable, Unsupported
 from portakv.plan.plan import CopyPlan
-from portakv.registry.builtin import BUILT_IN
-from portakv.registry.ids import bring
-from portakv.registry.registry import REGISTRY, Choice
+from portakv.registry.prepared import bring
+from portakv.registry.registry import BUILT_IN, REGISTRY, Choice
 from portakv.runtime._flight import inside
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.transfer import Pending

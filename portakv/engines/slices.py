@@ -19,7 +19,7 @@ from portakv.engines.dense import DenseRows, dense_rows
 from portakv.engines.pieces import Pieces, pieces_of
 from portakv.errors import Unsupported
 from portakv.plan.plan import CopyPlan
-from portakv.registry.prepared import Route, route
+from portakv.registry.prepared import Prepared, prepared
 from portakv.view.index import Index
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ class TwoStages:
         self.downward = plan.src.place == "device"
         self.quantum = lcm(plan.unit, mirror.block_size)
         self._half = half
-        self._ways: dict[int, tuple[Route, CopyPlan]] = {}
+        self._ways: dict[int, tuple[Prepared, CopyPlan]] = {}
 
     def prepare(self, device: torch.device) -> None:
         """Prepare the device's half; raises `Unsupported` where nobody takes it."""
@@ -198,16 +198,16 @@ class TwoStages:
         held = capacity(count, self.quantum, self.plan.token_bytes, largest)
         return held + (block if first % block else 0)
 
-    def ways(self, mirror: KVView, held: int) -> tuple[Route, CopyPlan]:
+    def ways(self, mirror: KVView, held: int) -> tuple[Prepared, CopyPlan]:
         """The route between the device's rows and a mirror, and the plan of its other side."""
         known = self._ways.get(held)
         if known is None:
             plan, unit = self.plan, self.plan.unit
             if self.downward:
-                way = route(plan.src, mirror.form, plan.src_step, 0, unit, self._half)
+                way = prepared(plan.src, mirror.form, plan.src_step, 0, unit, self._half)
                 link = CopyPlan(mirror.form, plan.dst, 0, plan.dst_step, unit)
             else:
-                way = route(mirror.form, plan.dst, 0, plan.dst_step, unit, self._half)
+                way = prepared(mirror.form, plan.dst, 0, plan.dst_step, unit, self._half)
                 link = CopyPlan(plan.src, mirror.form, plan.src_step, 0, unit)
             known = self._ways[held] = way, link
         return known

@@ -31,7 +31,7 @@ from portakv.engines.slices import (
 from portakv.engines.staging import Staging, mark, staging, wait
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan
-from portakv.registry.prepared import Route
+from portakv.registry.prepared import Prepared
 from portakv.runtime import _flight
 from portakv.view.index import Index
 
@@ -170,9 +170,9 @@ class Slice:
         self.mirror, self.behind = stages.mirror, stages.behind(self.theirs)
         self.held = stages.held(cut.count, self.theirs.offset, exactly, largest)
         self.nbytes = self.mirror.nbytes(self.held)
-        self._way: Route | None = None
+        self._way: Prepared | None = None
 
-    def way(self, mirror: KVView) -> Route:
+    def way(self, mirror: KVView) -> Prepared:
         """The device's stage, for buffers of this slice's."""
         if self._way is None:
             self._way = self.stages.ways(mirror, self.held)[0]
@@ -227,7 +227,7 @@ class _Move(NamedTuple):
 
     mirror: KVView
     at: int
-    way: Route
+    way: Prepared
     mine: Index
 
 

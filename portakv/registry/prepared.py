@@ -1,29 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routes: the one bounded cache of plans with their launches.
+"""Prepared copies: a plan with the launch that carries it out, remembered by its two forms.
 
-New memory objects, reallocated caches and other layers of known form hit it.
+New memory objects, reallocated caches and other layers of known form find theirs.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from portakv.backends.base import Capabilities, Launch
+from portakv.backends.base import Backend, Capabilities, Decision, Launch, Tells
+from portakv.errors import Unsupported
+from portakv.plan.move import Move
 from portakv.plan.plan import CopyPlan
-from portakv.registry.ids import bring
-from portakv.registry.registry import Choice, prepare
+from portakv.registry import registry
+from portakv.registry.registry import Choice
+from portakv.runtime.bounded import Bounded
 from portakv.view.form import Form
 from portakv.view.index import Index
 
+if TYPE_CHECKING:
+    from portakv.runtime.transfer import Pending
+    from portakv.view.view import KVView
+
 CAPACITY = 1024  # launches
+#: Types of devices to which ids go by a small copy that the host does not wait for. To others torch
+#: copies them, and the host waits for everything that the stream holds.
+AT_ONCE = frozenset({"cuda"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Route:
+class Prepared:
     """A plan, the launch that carries it out, and what its backend can do."""
 
     plan: CopyPlan
@@ -33,38 +45,178 @@ class Route:
     home_of_ids: torch.device
 
     def place(self, index: Index) -> Index:
-        """An index with its ids where, and in a dtype that, the backend reads."""
+        """An index with its ids on the device, and in a dtype, that the backend reads."""
         if index.ids is None or self.can.index_on == "any":
             return index
         if index.fleeting:
             bring((index,), self.home_of_ids, self.can.index_dtypes)
         return index.placed(self.home_of_ids, self.can.index_dtypes)
 
+    def place_both(self, move: Move) -> Move:
+        """A copy with the ids of both sides where `place` puts them."""
+        src, dst, mine, theirs, count = move
+        if mine.fleeting and theirs.fleeting and self.can.index_on != "any":
+            bring((mine, theirs), self.home_of_ids, self.can.index_dtypes)
+        return Move(src, dst, self.place(mine), self.place(theirs), count)
 
-Key = tuple[Form, Form, int, int, int | None, Choice]
-_routes: OrderedDict[Key, Route] = OrderedDict()
-_lock = threading.Lock()
+
+_Key = tuple[Form, Form, int, int, int | None, Choice]
+_prepared: Bounded[_Key, Prepared] = Bounded("prepared copies", CAPACITY)
 
 
-def route(
+def prepared(
     src: Form, dst: Form, src_step: int, dst_step: int, unit: int | None, choice: Choice
-) -> Route:
-    """The route between two forms; made on the first call, looked up after that.
+) -> Prepared:
+    """The prepared copy between two forms; made on the first call, looked up after that.
 
     Raises:
-        LayoutError, Unsupported: as `CopyPlan` and `registry.prepare` do.
+        LayoutError, Unsupported: as `CopyPlan` and `prepare` do.
     """
     key = (src, dst, src_step, dst_step, unit, choice)
-    found = _routes.get(key)
+    found = _prepared.get(key)
     if found is not None:
         return found
     plan = CopyPlan(src, dst, src_step, dst_step, unit)
     launch, taken = prepare(plan, choice.backend.device, choice)
-    found = Route(plan, launch, taken, taken.can, taken.can.home_of_ids(taken.backend.device))
-    with _lock:
-        # Another thread may have been here first: one launch for all, with its one lock.
-        found = _routes.setdefault(key, found)
-        # Oldest first: a use does not move a route, which would cost every call a lock.
-        while len(_routes) > CAPACITY:
-            _routes.popitem(last=False)
-    return found
+    found = Prepared(plan, launch, taken, taken.can, taken.can.home_of_ids(taken.backend.device))
+    # Another thread may have been here first: one launch for all, with its one lock.
+    return _prepared.setdefault(key, found)
+
+
+def prepare(plan: CopyPlan, device: torch.device, choice: Choice) -> tuple[Launch, Choice]:
+    """Prepare a launch through the chosen backend, or, unless forced, the next that takes it.
+
+    Raises:
+        Unsupported: no backend takes the plan (or the forced one does not), with the trace.
+    """
+    refused: list[Decision] = []
+    names = [choice.name]
+    if not choice.forced:
+        order = registry.REGISTRY.automatic(device)
+        names += order[order.index(choice.name) + 1 :] if choice.name in order else order
+    for name in names:
+        backend, decision = registry.REGISTRY.ask(name, device, check=True)
+        if name == choice.name:
+            backend = choice.backend
+        if backend is not None:
+            launch, decision = _prepare(backend, plan)
+            if launch is not None:
+                won = Decision(name, True, decision.reason)
+                if refused:
+                    registry.REGISTRY.log_fallback(device, choice.name, refused[0].reason, name)
+                can = backend.capabilities()
+                if not can.threads:
+                    launch = OneAtATime(launch)
+                tells = registry.REGISTRY.tells(device)
+                if tells:
+                    launch = RefusePrivateFormats(launch, tells)
+                return launch, Choice(backend, (*refused, won), choice.forced, can)
+        refused.append(Decision(name, False, decision.reason))
+    lines = "\n".join(f"  {d}" for d in refused)
+    forced = f"backend {choice.name!r} was forced and" if choice.forced else "no backend"
+    raise Unsupported("This copy", f"{forced} does not take its plan:\n{lines}\n{plan}")
+
+
+def _prepare(backend: Backend, plan: CopyPlan) -> tuple[Launch | None, Decision]:
+    """The launch of one backend, or None and the reason."""
+    try:
+        decision = backend.check(plan)
+        return (backend.prepare(plan) if decision.accepted else None), decision
+    except Unsupported as error:
+        why = str(error)
+    except Exception as error:  # a compiler that fails must not take the other backends down
+        why = f"it failed to prepare: {type(error).__name__}: {error}"
+    return None, Decision(backend.name, False, why)
+
+
+def bring(indices: Sequence[Index], home: torch.device, dtypes: frozenset[torch.dtype]) -> bool:
+    """Send ids on the host to a device in one small copy, ordered on its current stream;
+    `Index.ids_on` then finds them there.
+
+    Only those of fleeting indices: they are used on no other stream than this one, and on streams
+    that wait for it.
+
+    Returns:
+        True where some were sent.
+    """
+    if home.type not in AT_ONCE or torch.int64 not in dtypes:
+        return False
+    sent = [
+        index for index in dict.fromkeys(indices)
+        if index.fleeting and index.on_host and not index.has_ids_on(home, dtypes)
+    ]  # fmt: skip
+    if not sent:
+        return False
+    from portakv.host.small import to_device  # not before it is needed
+
+    listed = [index.host_ids() for index in sent]
+    ids = to_device(listed[0] if len(listed) == 1 else np.concatenate(listed), home, torch.int64)
+    for index, own in zip(sent, ids.split([each.size for each in listed]), strict=True):
+        index.add_copy(own)
+    return True
+
+
+_PLAIN = "bytes lie where strides say"
+
+
+class OneAtATime:
+    """A launch of a backend that does not claim ``threads``.
+
+    Like `RefusePrivateFormats` it hides `Repeatable.again`: every transfer comes through it.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
+        self._lock = threading.Lock()
+
+    def __call__(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+    ) -> Pending | None:
+        with self._lock:
+            return self._launch(src, dst, src_index, dst_index, count, stream, status)
+
+
+class RefusePrivateFormats:
+    """A launch on a device whose tensors may be laid out otherwise than their strides say.
+
+    Each view is looked at once, before anything is moved, and remembers that it was right.
+    """
+
+    def __init__(self, launch: Launch, tells: Sequence[Tells]) -> None:
+        self._launch = launch
+        self._tells = tells
+
+    def __call__(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+    ) -> Pending | None:
+        if _PLAIN not in src.kept:
+            self._look(src)
+        if _PLAIN not in dst.kept:
+            self._look(dst)
+        return self._launch(src, dst, src_index, dst_index, count, stream, status)
+
+    def _look(self, view: KVView) -> None:
+        """Raise `Unsupported` where a tensor of the view is not plain."""
+        owners = view.owners if view.form.place == "device" else ()
+        for owner in owners:
+            for tell in self._tells:
+                why = tell(owner)
+                if why:
+                    raise Unsupported(
+                        f"A copy of tensors of {view.layout.text!r}", f"{why}; nothing was moved"
+                    )
+        view.kept[_PLAIN] = True

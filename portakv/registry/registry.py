@@ -9,27 +9,55 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 
-from portakv.backends.base import Backend, Capabilities, Decision, Launch, Tells
-from portakv.errors import BackendUnavailable, Unsupported
-from portakv.plan.plan import CopyPlan
-from portakv.registry.builtin import BUILT_IN, ENGINES, LAST, ONLY_ASKED
-from portakv.registry.launches import OneAtATime, PlainOnly
-from portakv.registry.self_check import UNCHECKABLE, self_check
+from portakv.backends.base import Backend, Capabilities, Decision, Tells
+from portakv.errors import BackendUnavailable
+from portakv.registry.self_check import SelfCheck, self_check
 from portakv.runtime.devices import DeviceAbsent, indexed
 
+#: The backends that PortaKV brings, in the order in which they are asked. Nowhere else does the
+#: library know a vendor's name.
+BUILT_IN = {
+    "cuda": "portakv.backends.cuda:Cuda",
+    "hip": "portakv.backends.hip:Hip",
+    "ascend": "portakv.backends.ascend:Ascend",
+    "mlu": "portakv.backends.mlu:Mlu",
+    "triton": "portakv.backends.triton:Triton",
+    "host": "portakv.engines.choose:Host",
+    "staged": "portakv.engines.staged:Staged",
+    "descriptors": "portakv.engines.descriptors:Descriptors",
+    "direct": "portakv.engines.direct:Direct",
+    "ring": "portakv.engines.pageable:Ring",
+    "compiled": "portakv.backends.compiled:Compiled",
+    "reference": "portakv.backends.reference:Reference",
+}
+#: Engines: between a device and the host only, for the backend that serves the device. The first
+#: one chooses among the others.
+ENGINES = ("host", "staged", "descriptors", "direct", "ring")
+#: What comes last on every device: they run everywhere, and never faster than a native one.
+LAST = ("compiled", "reference")
+#: By device type, what is used only when asked for: on a CPU it gains less than compiling costs.
+ONLY_ASKED = {"cpu": ("compiled",)}
+#: The one type of device that a candidate is made for; the others run on several.
+MADE_FOR = {"cuda": "cuda", "hip": "cuda", "ascend": "npu", "mlu": "mlu"}
 #: Environment variable that beats the ``backend=`` argument, which beats the automatic choice.
 ENVIRONMENT = "PORTAKV_BACKEND"
 ENTRY_POINTS = "portakv.backends"
+
+_USABLE = (SelfCheck.NOT_YET, SelfCheck.PASSED, SelfCheck.WAIVED)
+_TARGET = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,17 +75,40 @@ class Choice:
         return self.backend.name
 
 
+class _Answer(NamedTuple):
+    """What one candidate said of one device; ``backend`` is None if its probe rejected it."""
+
+    name: str
+    backend: Backend | None
+    reason: str
+    check: SelfCheck = SelfCheck.NOT_YET
+
+    @property
+    def decision(self) -> Decision:
+        accepted = self.backend is not None and self.check in _USABLE
+        unchecked = self.backend is not None and self.check is SelfCheck.NOT_YET
+        return Decision(
+            self.name,
+            accepted,
+            f"(not self-checked yet) {self.reason}" if unchecked else self.reason,
+        )
+
+    def checked(self, state: SelfCheck, reason: str) -> _Answer:
+        return self._replace(check=state, reason=f"{self.reason}; {reason}")
+
+
 class Registry:
     """Names of backends, what each said of each device, and those that were made."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._loaders: dict[str, Callable[[], object]] = {}
-        self._known: dict[tuple[str, torch.device], tuple[Backend | None, Decision]] = {}
+        self._answers: dict[tuple[str, torch.device], _Answer] = {}
         self._choices: dict[tuple[torch.device, str | None], Choice] = {}
-        self._unchecked: dict[tuple[str, torch.device], Backend] = {}
         self._tells: dict[torch.device, tuple[Tells, ...]] = {}
-        self._broken: dict[str, str] = {}
+        self._installed: set[str] = set()
+        self._refused_entries: list[Decision] = []
+        self._logged: set[tuple[torch.device, str, str]] = set()
         self._scanned = False
         for name, target in BUILT_IN.items():
             self._loaders[name] = _importer(target)
@@ -76,9 +127,17 @@ class Registry:
                     f"A backend named {name!r} is registered already; silent replacement is "
                     f"refused. Choose another name."
                 )
-            self._loaders[name] = _importer(target) if isinstance(target, str) else lambda: target
-            self._choices.clear()
-            self._forget(name)  # somebody may have asked for it in vain
+            if isinstance(target, str):
+                if not _TARGET.fullmatch(target):
+                    raise BackendUnavailable(
+                        f"Backend {name!r} was to be registered as {target!r}; expected "
+                        f"'package.module:Class', or the class."
+                    )
+                self._loaders[name] = _importer(target)
+            else:
+                _check_class(target, name)
+                self._loaders[name] = lambda: target
+            self._forget(name)  # it may have been asked for in vain
 
     def unregister(self, name: str) -> None:
         """Forget a backend that was registered; unknown and built-in names are errors."""
@@ -88,13 +147,13 @@ class Registry:
                     f"Backend {name!r} cannot be removed: only registered ones can."
                 )
             del self._loaders[name]
-            self._choices.clear()
+            self._installed.discard(name)
             self._forget(name)
 
     def _forget(self, name: str) -> None:
+        self._choices.clear()
         self._tells.clear()
-        self._known = {key: kept for key, kept in self._known.items() if key[0] != name}
-        self._unchecked = {key: kept for key, kept in self._unchecked.items() if key[0] != name}
+        self._answers = {key: said for key, said in self._answers.items() if key[0] != name}
 
     def names(self) -> list[str]:
         """Every candidate, in the order in which they are asked."""
@@ -104,38 +163,43 @@ class Registry:
             return [*first, *(name for name in LAST if name in self._loaders)]
 
     def automatic(self, device: torch.device) -> list[str]:
-        """The candidates that nobody has to ask for, in their order."""
-        asked = (*ONLY_ASKED.get(device.type, ()), *ENGINES)
-        return [name for name in self.names() if name not in asked]
+        """The candidates that are used without being asked for, in their order.
+
+        A package that brings a backend does not become the default of the CPU by being installed:
+        there backends of entry points are used only when they are named.
+        """
+        asked = {*ONLY_ASKED.get(device.type, ()), *ENGINES}
+        names = self.names()
+        return [
+            name for name in names
+            if name not in asked and not (device.type == "cpu" and name in self._installed)
+        ]  # fmt: skip
 
     def ask(
         self, name: str, device: torch.device, *, check: bool
     ) -> tuple[Backend | None, Decision]:
         """One candidate's answer for ``device``; with ``check`` it is also self-checked, once."""
+        answer = self._answer(name, device, check)
+        decision = answer.decision
+        return (answer.backend if decision.accepted else None), decision
+
+    def _answer(self, name: str, device: torch.device, check: bool) -> _Answer:
         with self._lock:
-            known = self._known.get((name, device))
-            if known is None:
-                known = self._known[name, device] = self._probe(name, device)
-            backend, decision = known
-            if backend is not None and check and decision.reason.startswith(_UNCHECKED):
-                checked = self_check(backend)
-                reason = f"{decision.reason[len(_UNCHECKED) :]}; {checked.reason}"
-                decision = Decision(name, checked.accepted, reason)
-                if checked.reason.startswith(UNCHECKABLE):
-                    self._unchecked[name, device] = backend
-                known = (backend if checked.accepted else None, decision)
-                self._known[name, device] = known
-            return known
+            answer = self._answers.get((name, device)) or self._probe(name, device)
+            if check and answer.backend is not None and answer.check is SelfCheck.NOT_YET:
+                answer = answer.checked(*self_check(answer.backend))
+            if name in self._loaders:
+                self._answers[name, device] = answer
+            return answer
 
     def admit(self, name: str, device: torch.device) -> Decision:
-        """Take a backend without its self-check, for who judges it himself; its probe counts."""
+        """Take a backend without its self-check, for a caller that judges it; its probe counts."""
         with self._lock:
-            backend, decision = self.ask(name, device, check=False)
-            if backend is not None and decision.reason.startswith(_UNCHECKED):
-                reason = f"{decision.reason[len(_UNCHECKED) :]}; not self-checked, as was asked"
-                decision = Decision(name, True, reason)
-                self._known[name, device] = (backend, decision)
-            return decision
+            answer = self._answer(name, device, False)
+            if answer.backend is not None and answer.check is SelfCheck.NOT_YET:
+                answer = answer.checked(SelfCheck.WAIVED, "not self-checked, as was asked")
+                self._answers[name, device] = answer
+            return answer.decision
 
     def choose(self, device: torch.device, asked: str | None) -> Choice:
         """The backend for a device; see `choose`."""
@@ -144,26 +208,20 @@ class Registry:
             known = self._choices.get((device, forced))
             if known is None:
                 known = self._choices[device, forced] = self._choose(device, forced)
+                _log.info("%s: backend %s, %s", device, known.name, known.trace[-1].reason)
             return known
-
-    def choose_plainly(self, device: torch.device, name: str) -> Choice:
-        """A named backend whatever the environment says: for work that is not the user's copy."""
-        with self._lock:
-            return self._choices.get((device, name)) or self._choices.setdefault(
-                (device, name), self._choose(device, name)
-            )
 
     def _choose(self, device: torch.device, forced: str | None) -> Choice:
         trace: list[Decision] = []
-        candidates = self.automatic(device) if forced is None else [forced]
-        for name in candidates:
-            backend, decision = self.ask(name, device, check=True)
-            if backend is None and forced is not None:
-                backend = self._unchecked.get((name, device))
-            trace.append(decision)
-            if backend is not None:
-                return Choice(backend, tuple(trace), forced is not None, backend.capabilities())
-        raise self._unavailable(device, forced, trace)
+        for name in self.automatic(device) if forced is None else [forced]:
+            answer = self._answer(name, device, True)
+            trace.append(answer.decision)
+            # A backend that takes no test pattern is used only when it is named.
+            usable = trace[-1].accepted or (forced and answer.check is SelfCheck.UNCHECKABLE)
+            if usable and answer.backend is not None:
+                can = answer.backend.capabilities()
+                return Choice(answer.backend, tuple(trace), forced is not None, can)
+        raise _unavailable(device, forced, trace, self.trace(device))
 
     def trace(self, device: torch.device) -> tuple[Decision, ...]:
         """What every candidate says of ``device``, without choosing; see `trace`."""
@@ -175,8 +233,7 @@ class Registry:
                 reason = f"{decision.reason}; on {device.type} it is used only when asked for"
                 decision = Decision(name, decision.accepted, reason)
             decisions.append(decision)
-        decisions += [Decision(name, False, why) for name, why in self._broken.items()]
-        return tuple(decisions)
+        return (*decisions, *self._refused_entries)
 
     def trace_absent(self, absent: DeviceAbsent) -> tuple[Decision, ...]:
         """What every candidate lacks for a device that torch cannot use; none accepts."""
@@ -185,8 +242,7 @@ class Registry:
             said = [self._asked(name, device)[1] for name in self.names()]
         needs = "it needs the device"
         decisions = [Decision(d.name, False, needs) if d.accepted else d for d in said]
-        decisions += [Decision(name, False, why) for name, why in self._broken.items()]
-        return tuple(decisions)
+        return (*decisions, *self._refused_entries)
 
     def tells(self, device: torch.device) -> tuple[Tells, ...]:
         """What tells, of tensors on a device, those that no backend may move by their strides."""
@@ -203,14 +259,18 @@ class Registry:
                 self._tells[device] = tuple(tell for tell in told if tell is not None)
             return self._tells[device]
 
+    def log_fallback(self, device: torch.device, chosen: str, why: str, taken: str) -> None:
+        """Log, once for each pair, that another backend than the chosen one takes a plan."""
+        if (device, chosen, taken) not in self._logged:
+            self._logged.add((device, chosen, taken))
+            _log.info("%s: backend %s in place of %s, which rejects a plan: %s",
+                      device, taken, chosen, why)  # fmt: skip
+
     def _class(self, name: str) -> type[Backend]:
-        cls = self._loaders[name]()
-        if not (isinstance(cls, type) and issubclass(cls, Backend)):
-            raise TypeError(f"{cls!r} is not a portakv Backend class")
-        return cls
+        return _check_class(self._loaders[name](), name)
 
     def _asked(self, name: str, device: torch.device) -> tuple[type[Backend] | None, Decision]:
-        """What a candidate's probe says, and its class where it accepts."""
+        """What a candidate's probe says, and its class if it accepts."""
         self._scan()
         if name not in self._loaders:
             return None, self.unknown(name)
@@ -222,21 +282,21 @@ class Registry:
         accepted = decision.accepted
         return (cls if accepted else None), Decision(name, accepted, decision.reason)
 
-    def _probe(self, name: str, device: torch.device) -> tuple[Backend | None, Decision]:
+    def _probe(self, name: str, device: torch.device) -> _Answer:
         cls, decision = self._asked(name, device)
         if cls is None:
-            return None, decision
+            return _Answer(name, None, decision.reason)
         try:
             backend = cls(device)
         except (Exception, SystemExit) as error:
-            return None, _failed(name, error)
+            return _Answer(name, None, _failed(name, error).reason)
         if backend.name != name:
             backend.name = name
-        return backend, Decision(name, True, _UNCHECKED + decision.reason)
+        return _Answer(name, backend, decision.reason)
 
     def unknown(self, name: str) -> Decision:
         """The answer for a name that no candidate has."""
-        near = difflib.get_close_matches(name, self.names(), n=1)
+        near = difflib.get_close_matches(str(name), self.names(), n=1)
         meant = f"; did you mean {near[0]}?" if near else ";"
         reason = f"no such backend{meant} known are {', '.join(self.names())}"
         return Decision(name, False, reason)
@@ -247,29 +307,49 @@ class Registry:
         self._scanned = True
         for entry in entry_points(group=ENTRY_POINTS):
             if entry.name in self._loaders:
-                self._broken[entry.name] = (
+                why = (
                     f"the entry point {entry.value!r} would replace a backend of that name; refused"
                 )
+                self._refused_entries.append(Decision(entry.name, False, why))
             else:
                 self._loaders[entry.name] = entry.load
-
-    def _unavailable(
-        self, device: torch.device, forced: str | None, trace: list[Decision]
-    ) -> BackendUnavailable:
-        forced_to = f"Backend {forced!r} was forced, but it cannot"
-        asked = "No backend can" if forced is None else forced_to
-        rest = [d for d in self.trace(device) if d.name not in {t.name for t in trace}]
-        lines = "\n".join(f"  {d}" for d in [*trace, *rest])
-        if os.environ.get(ENVIRONMENT):
-            todo = f"Unset {ENVIRONMENT} to let the registry choose, or mend the reason."
-        elif forced is not None:
-            todo = "Name no backend to let the registry choose, or mend the reason."
-        else:
-            todo = "Mend one of the reasons."
-        return BackendUnavailable(f"{asked} serve {device}. The candidates said:\n{lines}\n{todo}")
+                self._installed.add(entry.name)
 
 
-_UNCHECKED = "(not self-checked yet) "
+def _unavailable(
+    device: torch.device,
+    forced: str | None,
+    tried: Sequence[Decision],
+    all_said: Sequence[Decision],
+) -> BackendUnavailable:
+    """The error if no backend serves a device: the reason first, other answers on request."""
+    if os.environ.get(ENVIRONMENT):
+        todo = f"Unset {ENVIRONMENT} to let the registry choose, or mend the reason."
+    elif forced is not None:
+        todo = "Name no backend to let the registry choose, or mend the reason."
+    else:
+        todo = "Mend one of the reasons."
+    if forced is not None:
+        asked = f"Backend {forced!r} was forced, but it cannot serve {device}: {tried[-1].reason}."
+    else:
+        close = [d for d in tried if MADE_FOR.get(d.name, device.type) == device.type]
+        asked = "\n".join([f"No backend can serve {device}:", *(f"  {d}" for d in close)])
+    error = BackendUnavailable(
+        f"{asked}\n{todo} What every candidate says: portakv backends --device {device}"
+    )
+    rest = [d for d in all_said if d.name not in {t.name for t in tried}]
+    error.trace = (*tried, *rest)
+    return error
+
+
+def _check_class(found: object, name: str) -> type[Backend]:
+    """The class of a backend; raises `BackendUnavailable` for anything else."""
+    if not (isinstance(found, type) and issubclass(found, Backend)):
+        raise BackendUnavailable(
+            f"Backend {name!r} is {found!r}, which is not a portakv Backend class; expected a "
+            f"subclass of portakv.backends.base.Backend."
+        )
+    return found
 
 
 def _failed(name: str, error: BaseException) -> Decision:
@@ -290,8 +370,10 @@ REGISTRY = Registry()
 def register_backend(name: str, target: str | type[Backend]) -> None:
     """Register a backend: ``"pkg.mod:Class"`` (imported when asked) or the class.
 
+    It is asked behind PortaKV's native backends and before `compiled` and `reference`.
+
     Raises:
-        BackendUnavailable: the name is taken.
+        BackendUnavailable: the name is taken, or the target is no backend.
     """
     REGISTRY.register(name, target)
 
@@ -315,21 +397,22 @@ def trace(device: torch.device | str) -> tuple[Decision, ...]:
 
 
 def found(device: torch.device | str) -> torch.device:
-    """The device with its index; a vendor's package is imported where torch does not know it.
+    """The device with its index; a vendor's package is imported if torch does not know it.
 
     Raises:
-        BackendUnavailable: torch cannot use it here; with what each candidate says of it.
+        BackendUnavailable: torch cannot use it here; ``trace`` is what each candidate says of it.
     """
     place = _sought(device)
     if isinstance(place, torch.device):
         return place
     absent, said = place
-    lines = "\n".join(f"  {d}" for d in said)
-    why = absent.told(d.reason for d in said)
-    raise BackendUnavailable(
-        f"Device {str(device)!r} was asked for, but {why}. The candidates said:\n{lines}\n"
-        f"Mend one of the reasons, or pass a device that torch lists, such as 'cpu'."
-    ) from absent
+    error = BackendUnavailable(
+        f"Device {str(device)!r} was asked for, but {absent.told(d.reason for d in said)}.\n"
+        f"Mend the reason, or pass a device that torch lists, such as 'cpu'. What every candidate "
+        f"says: portakv backends --device {device}"
+    )
+    error.trace = said
+    raise error from absent
 
 
 def _sought(
@@ -344,47 +427,3 @@ def _sought(
             torch.device(device)  # what a candidate imports may have brought it
             return indexed(device)
         return absent, said
-
-
-def prepare(plan: CopyPlan, device: torch.device, choice: Choice) -> tuple[Launch, Choice]:
-    """Prepare a launch through the chosen backend, or, unless forced, the next that takes it.
-
-    Raises:
-        Unsupported: nobody takes the plan (or the forced backend does not), with the trace.
-    """
-    refused: list[Decision] = []
-    names = [choice.name]
-    if not choice.forced:
-        order = REGISTRY.automatic(device)
-        names += order[order.index(choice.name) + 1 :] if choice.name in order else order
-    for name in names:
-        backend, decision = REGISTRY.ask(name, device, check=True)
-        if name == choice.name:
-            backend = choice.backend
-        if backend is not None:
-            launch, decision = _prepare(backend, plan)
-            if launch is not None:
-                won = Decision(name, True, decision.reason)
-                can = backend.capabilities()
-                if not can.threads:
-                    launch = OneAtATime(launch)
-                tells = REGISTRY.tells(device)
-                if tells:
-                    launch = PlainOnly(launch, tells)
-                return launch, Choice(backend, (*refused, won), choice.forced, can)
-        refused.append(Decision(name, False, decision.reason))
-    lines = "\n".join(f"  {d}" for d in refused)
-    forced = f"backend {choice.name!r} was forced and" if choice.forced else "no backend"
-    raise Unsupported("This copy", f"{forced} does not take its plan:\n{lines}\n{plan}")
-
-
-def _prepare(backend: Backend, plan: CopyPlan) -> tuple[Launch | None, Decision]:
-    """The launch of one backend, or None and the reason."""
-    try:
-        decision = backend.check(plan)
-        return (backend.prepare(plan) if decision.accepted else None), decision
-    except Unsupported as error:
-        why = str(error)
-    except Exception as error:  # a compiler that fails must not take the other backends down
-        why = f"it failed to prepare: {type(error).__name__}: {error}"
-    return None, Decision(backend.name, False, why)

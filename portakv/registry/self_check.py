@@ -6,9 +6,12 @@ It speaks to a backend as the library does, through ``check``, ``prepare`` and a
 
 from __future__ import annotations
 
+from enum import Enum, auto
+from typing import NamedTuple
+
 import torch
 
-from portakv.backends.base import Backend, Decision
+from portakv.backends.base import Backend
 from portakv.errors import Unsupported
 from portakv.plan.plan import CopyPlan
 from portakv.view.index import Index
@@ -17,8 +20,27 @@ from portakv.view.view import KVView
 _LAYERS, _BLOCKS, _BLOCK_SIZE, _HEADS, _DIM = 2, 4, 16, 2, 32
 _SLOTS = [37, 2, 63, 16, 15, 0, 48, 21]
 
-#: How the reason begins where no pattern could be tried: right or wrong, nobody knows.
-UNCHECKABLE = "it could not be self-checked, since it takes no test pattern"
+
+class SelfCheck(Enum):
+    """How far a backend was self-checked on a device.
+
+    ``UNCHECKABLE``: it takes no test pattern, so that whether its bytes are right is unknown.
+    ``WAIVED``: it is used without, since the caller judges its bytes.
+    """
+
+    NOT_YET = auto()
+    PASSED = auto()
+    FAILED = auto()
+    UNCHECKABLE = auto()
+    WAIVED = auto()
+
+
+class Checked(NamedTuple):
+    """What a self-check found, and why, as a phrase."""
+
+    state: SelfCheck
+    reason: str
+
 
 #: (layout, physical order of kv, block, token, head, dim) tried in turn: a backend may take one.
 _PATTERNS = (
@@ -29,8 +51,8 @@ _PATTERNS = (
 )
 
 
-def self_check(backend: Backend) -> Decision:
-    """Gather and scatter the pattern; rejected at the first wrong byte, or where it raises."""
+def self_check(backend: Backend) -> Checked:
+    """Gather and scatter the pattern; it fails at the first wrong byte, and if it raises."""
     refused = ""
     for layout, order in _PATTERNS:
         try:
@@ -39,13 +61,16 @@ def self_check(backend: Backend) -> Decision:
             refused = str(error)
             continue
         except Exception as error:
-            return Decision(
-                backend.name, False, f"its self-check raised {type(error).__name__}: {error}"
-            )
+            why = f"its self-check raised {type(error).__name__}: {error}"
+            return Checked(SelfCheck.FAILED, why)
         if why is None:
-            return Decision(backend.name, True, "self-check passed, every byte right")
-        return Decision(backend.name, False, f"its self-check failed: {why}")
-    return Decision(backend.name, False, f"{UNCHECKABLE} ({refused}); it is used only when forced")
+            return Checked(SelfCheck.PASSED, "self-check passed, every byte right")
+        return Checked(SelfCheck.FAILED, f"its self-check failed: {why}")
+    return Checked(
+        SelfCheck.UNCHECKABLE,
+        f"it could not be self-checked, since it takes no test pattern ({refused}); it is used "
+        f"only when forced",
+    )
 
 
 def _try_pattern(backend: Backend, layout: str, order: tuple[int, ...]) -> str | None:
@@ -53,12 +78,13 @@ def _try_pattern(backend: Backend, layout: str, order: tuple[int, ...]) -> str |
     size = (_LAYERS, 2, _BLOCKS, _BLOCK_SIZE, _HEADS, _DIM)
     # Distinct bytes of every value, NaN patterns included, at odd distances.
     count = _LAYERS * 2 * _BLOCKS * _BLOCK_SIZE * _HEADS * _DIM
-    known = (torch.arange(count, dtype=torch.int64) * 2654435761 % 65521).to(torch.int16)
+    numbers = torch.arange(count, dtype=torch.int64, device="cpu")
+    known = (numbers * 2654435761 % 65521).to(torch.int16)
     known = known.view(size)
     rows = known.view(_LAYERS, 2, _BLOCKS * _BLOCK_SIZE, _HEADS, _DIM)
     expected = rows[:, :, _SLOTS].transpose(0, 1).contiguous()
     pool = [layer.permute(order).contiguous().to(device) for layer in known]
-    chunk = torch.full(expected.shape, -1, dtype=torch.int16)
+    chunk = torch.full(expected.shape, -1, dtype=torch.int16, device="cpu")
     chunk = _placed(chunk, backend)
     cache = _paged(pool, layout)
     dense = KVView(chunk, "kv layer token head dim")
@@ -77,7 +103,7 @@ def _try_pattern(backend: Backend, layout: str, order: tuple[int, ...]) -> str |
 
 
 def _placed(chunk: torch.Tensor, backend: Backend) -> torch.Tensor:
-    """The chunk where the backend reaches it: on its device, or on the host for an engine."""
+    """The chunk in memory that the backend reaches: on its device, or on the host for an engine."""
     places = backend.capabilities().places
     if ("device", "device") in places:
         return chunk.to(backend.device)

@@ -14,7 +14,7 @@ from support.simdev_cases import DEVICE, current
 
 from portakv import Index, copy_blocks
 from portakv.host import small
-from portakv.registry import ids
+from portakv.registry import prepared
 from portakv.runtime import clocks
 from portakv_conformance import simdev
 
@@ -29,7 +29,7 @@ def test_ids_of_one_call_cross_together_and_keep_no_host_waiting(
     store: bool, side: bool, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on devices that are sent ids by a kernel."""
-    monkeypatch.setattr(ids, "AT_ONCE", frozenset({DEVICE.type}))
+    monkeypatch.setattr(prepared, "AT_ONCE", frozenset({DEVICE.type}))
     sent: list[int] = []
     real = small.to_device
 
@@ -57,13 +57,13 @@ def test_ids_of_one_call_cross_together_and_keep_no_host_waiting(
 
 def test_an_index_that_is_kept_is_not_sent_behind_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be used on another stream next, which does not wait for this one."""
-    monkeypatch.setattr(ids, "AT_ONCE", frozenset({DEVICE.type}))
+    monkeypatch.setattr(prepared, "AT_ONCE", frozenset({DEVICE.type}))
     monkeypatch.setattr(small, "to_device", lambda *rest: pytest.fail("it was sent"))
     src, dst = layered(DEVICE), block_first(DEVICE)
     settled()
     expected = wanted(src, dst, SRC, DST)
     mine, theirs = Index(SRC, step=SIZE), Index(DST, step=SIZE)
-    assert not ids.bring((mine, theirs), DEVICE, frozenset({torch.int64}))
+    assert not prepared.bring((mine, theirs), DEVICE, frozenset({torch.int64}))
     for stream in (None, torch.Stream(DEVICE)):
         copy_blocks(src.view, dst.view, mine, theirs, stream=stream).synchronize()
         assert torch.equal(dst.rows(), expected)

@@ -252,7 +252,7 @@ def test_destinations_that_require_grad(scene: Scene) -> None:
 
 
 def test_forced_unknown_backend(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    with refused(BackendUnavailable, "'nonsense'", "no such backend", "reference: accepted"):
+    with refused(BackendUnavailable, "'nonsense'", "no such backend", "portakv backends --device"):
         AdaptiveConnector("cpu", backend="nonsense")
     with refused(BackendUnavailable, "'nonsense'", "no such backend", watch=scene.memory):
         copy_rows(scene.cache_view(), scene.chunk_view(), [0], backend="nonsense")

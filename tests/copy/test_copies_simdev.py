@@ -35,7 +35,7 @@ from portakv import (
     copy_blocks,
     copy_rows,
 )
-from portakv.copy import enqueue as ordering
+from portakv.copy import enqueue
 from portakv_conformance import simdev
 
 pytestmark = pytest.mark.simdev
@@ -109,12 +109,12 @@ def test_a_load_waits_for_its_producer(
     check_caches(caches, back)
 
 
-def _order_without_its_wait(
-    stream: torch.Stream, device: torch.device, src: KVView, dst: KVView, placed: Any
-) -> None:
-    """`ordering._order` with the line that waits taken out: only the allocator is told."""
+def _order_without_its_wait(stream: torch.Stream, device: torch.device, placed: Any) -> None:
+    """`enqueue._order` with the line that waits taken out: only the allocator is told."""
+    src, dst = placed[0].src, placed[0].dst
     tables = [view.table for view in (src, dst) if len(view.origins) > 1]
-    ids = [index.ids for pair in placed for index in pair if index.ids is not None]
+    indices = [index for move in placed for index in (move.src_index, move.dst_index)]
+    ids = [index.ids for index in indices if index.ids is not None]
     for tensor in (*src.owners, *dst.owners, *ids, *tables):
         if tensor.device == device:
             tensor.record_stream(stream)
@@ -131,9 +131,9 @@ def test_without_the_connectors_wait_every_copy_is_wrong(
     waits: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With the wait of `ordering._order` all of `REPEATS` copies are right, without it none is."""
+    """With the wait of `enqueue._order` all of `REPEATS` copies are right, without it none is."""
     if not waits:
-        monkeypatch.setattr(ordering, "_order", _order_without_its_wait)
+        monkeypatch.setattr(enqueue, "_order", _order_without_its_wait)
     caches, chunk = make_caches(device), make_chunk(len(IDS), device)
     connector.register_kv_caches(caches)
     slots = torch.tensor(IDS, device="cpu" if ids == "host" else device)

@@ -24,7 +24,7 @@ from portakv.engines.costs import DIRECTIONS
 from portakv.engines.descriptors import Descriptors
 from portakv.engines.engine import PINNED, Engine
 from portakv.engines.staged import Staged
-from portakv.registry.builtin import BUILT_IN
+from portakv.registry.registry import BUILT_IN
 from portakv.runtime import kernel_cache as _kernel_cache
 from portakv_conformance import simdev
 

@@ -21,7 +21,7 @@ from portakv.engines import staging
 from portakv.engines.choose import Host, HostLaunch
 from portakv.engines.costs import DIRECTIONS
 from portakv.engines.engine import PINNED, Engine, Terms
-from portakv.registry.builtin import BUILT_IN
+from portakv.registry.registry import BUILT_IN
 from portakv.runtime import kernel_cache as _kernel_cache
 from portakv_conformance import simdev
 

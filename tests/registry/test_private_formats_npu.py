@@ -51,14 +51,14 @@ class Formats:
 @pytest.fixture
 def formats(monkeypatch: pytest.MonkeyPatch) -> Iterator[Formats]:
     """Formats, in place of the vendor's op; no launch of another test is kept."""
-    from portakv.registry import prepared as routes
+    from portakv.registry import prepared
 
     made = Formats()
     monkeypatch.setattr(ascend, "_private_format", made)
     monkeypatch.setattr(REGISTRY, "_tells", {})
-    routes._routes.clear()
+    prepared._prepared.clear()
     yield made
-    routes._routes.clear()
+    prepared._prepared.clear()
 
 
 def caches() -> list[torch.Tensor]:

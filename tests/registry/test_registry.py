@@ -63,8 +63,13 @@ def test_environment_beats_argument_beats_choice(monkeypatch: pytest.MonkeyPatch
 
 def test_unknown_forced_backend_lists_the_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     register_backend("one", small_backend("one"))
-    with refused(BackendUnavailable, "'none'", "one: accepted", "reference: accepted", "let the"):
+    with refused(BackendUnavailable, "'none'", "known are", "one, compiled", "let the") as caught:
         registry.choose("cpu", "none")
+    said = [str(decision) for decision in caught.value.trace]
+    assert [line.partition(",")[0] for line in said if line.startswith(("none", "one", "ref"))] == [
+        "none: rejected", "one: accepted", "reference: accepted"
+    ]  # fmt: skip
+    assert "portakv backends --device cpu" in str(caught.value)
     monkeypatch.setenv("PORTAKV_BACKEND", "none")
     with refused(BackendUnavailable, "'none'", "no such backend", "PORTAKV_BACKEND"):
         registry.choose("cpu", "one")
@@ -159,13 +164,53 @@ def test_a_broken_entry_point_is_reported_and_others_go_on(
         "from support.small_backends import small_backend\nSound = small_backend('sound')\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    choice = registry.choose("cpu")
-    assert choice.name == "sound" or [d.name for d in choice.trace] == ["sound"]
+    # Installed packages do not become the CPU's default, sound or broken.
+    assert registry.choose("cpu").name == "reference"
+    assert registry.choose("cpu", "sound").name == "sound"
+    accepted, why = reasons()["sound"]
+    assert accepted
+    assert "on cpu it is used only when asked for" in why
     accepted, why = reasons()["broken"]
     assert not accepted
     assert reason in why
-    with refused(BackendUnavailable, "'broken'", reason, "sound: accepted"):
+    with refused(BackendUnavailable, "'broken'", reason) as caught:
         registry.choose("cpu", "broken")
+    assert any(str(d).startswith("sound: accepted") for d in caught.value.trace)
+
+
+def test_third_parties_come_before_what_runs_everywhere_on_other_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_entry_point(tmp_path, "vendor", "support.small_backends:Small")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    register_backend("mine", small_backend("mine"))
+    for device, expected in (("npu_like", ["vendor", "mine"]), ("cpu", ["mine"])):
+        order = registry.REGISTRY.automatic(type("Device", (), {"type": device})())  # type: ignore[arg-type]
+        assert [name for name in order if name in ("vendor", "mine")] == expected
+        assert order.index("mine") < order.index("reference")
+        assert order.index("triton") < order.index("mine")
+
+
+@pytest.mark.parametrize("target", [7, object, "no_colon", "a b:C", ":C", "pkg.mod:", None])
+def test_what_is_no_backend_is_refused_at_once(target: Any) -> None:
+    with refused(BackendUnavailable, "'odd'", "class"):
+        register_backend("odd", target)
+    assert "odd" not in registry.REGISTRY.names()
+
+
+def test_what_was_chosen_is_logged_once(
+    caplog: pytest.LogCaptureFixture, caches: list[torch.Tensor]
+) -> None:
+    caplog.set_level("INFO", logger="portakv")
+    register_backend("picky", small_backend("picky", rejects=no_layers))
+    for _ in range(3):
+        store(caches, [3, 1, 2])
+        store(caches, [3, 1])
+    said = [record.getMessage() for record in caplog.records]
+    assert [line for line in said if "backend picky" in line] == [
+        "cpu: backend picky, it is a test; self-check passed, every byte right"
+    ]
+    assert len([line for line in said if "backend reference in place of picky" in line]) == 1
 
 
 def test_an_entry_point_cannot_replace_a_built_in(

@@ -15,7 +15,7 @@ from support.device_cases import DEVICE, LONG
 from portakv import copy_blocks
 from portakv.blocks import block_slices
 from portakv.host.small import SmallCopy
-from portakv.registry.ids import bring
+from portakv.registry.prepared import bring
 from portakv.runtime.streams import own_stream
 
 pytestmark = pytest.mark.gpu

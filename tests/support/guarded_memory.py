@@ -75,11 +75,11 @@ def untouched(*levels: Any) -> Iterator[None]:
 
 
 @contextmanager
-def refused(error: type[PortaKVError], *names: str, watch: Any = ()) -> Iterator[None]:
+def refused(error: type[PortaKVError], *names: str, watch: Any = ()) -> Iterator[Any]:
     """Inside, exactly ``error`` is raised as a sentence that has all ``names``, and nothing is
-    written to the storages of ``watch``."""
+    written to the storages of ``watch``; gives what pytest.raises does."""
     with untouched(watch), pytest.raises(PortaKVError) as caught:
-        yield
+        yield caught
     message = str(caught.value)
     assert type(caught.value) is error, f"{type(caught.value).__name__}: {message}"
     check_sentence(message, *names)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transfers that are made again and again: the second takes a lane, and is as right, and refuses
-as much, as the first."""
+"""Transfers that are made again and again: the second takes a shortcut, and is as right, and
+refuses as much, as the first."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from support.device_cases import (
 from support.guarded_memory import untouched
 
 from portakv import AdaptiveConnector, Index, LayoutError, SlotError, TransferError
-from portakv.copy.shortcut import Lanes
+from portakv.copy.shortcut import Shortcuts
 
 pytestmark = pytest.mark.gpu
 
@@ -38,16 +38,16 @@ def connector(request: pytest.FixtureRequest) -> AdaptiveConnector:
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For each transfer on the current stream whether it took a lane."""
+    """For each transfer on the current stream whether it took a shortcut."""
     seen: list[bool] = []
-    find = Lanes.transfer
+    find = Shortcuts.transfer
 
-    def transfer(self: Lanes, *arguments: Any) -> Any:
+    def transfer(self: Shortcuts, *arguments: Any) -> Any:
         found = find(self, *arguments)
         seen.append(found is not None)
         return found
 
-    monkeypatch.setattr(Lanes, "transfer", transfer)
+    monkeypatch.setattr(Shortcuts, "transfer", transfer)
     return seen
 
 

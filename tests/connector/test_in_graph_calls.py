@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.command_line import registered
-from support.opaque_cases import (  # noqa: F401
+from support.in_graph_cases import (  # noqa: F401
     ALLOCATIONS,
     BLOCKS,
     COMPILERS,
@@ -222,7 +222,7 @@ def test_bad_slots_raise_from_the_compiled_function(compiler: str) -> None:
 
 def test_a_connector_that_is_gone() -> None:
     connector, caches = AdaptiveConnector("cpu"), make_caches("cpu")
-    handle = connector._handle
+    handle = connector._enlisted.number
     del connector
     gc.collect()
     arguments = ([make_chunk(4, "cpu")], [1], caches, [LAYERS], torch.arange(4), [0], [4])
@@ -235,7 +235,7 @@ def test_caches_that_are_not_registered_do_not_replace_those_that_are() -> None:
     connector.register_kv_caches(caches)
     chunk, slots = make_chunk(4, "cpu"), torch.arange(4)
     arguments = ([chunk], [1], others, [LAYERS], slots, [0], [4])
-    torch.ops.portakv.from_gpu(connector._handle, *arguments)
+    torch.ops.portakv.from_gpu(connector._enlisted.number, *arguments)
     assert torch.equal(chunk, rows_of(others, slots))
     connector.from_gpu(chunk, None, slots)
     assert torch.equal(chunk, rows_of(caches, slots))
@@ -248,7 +248,7 @@ def test_torch_finds_the_schema_true(store: bool) -> None:
     torch.library.opcheck(
         op.default,
         (
-            connector._handle,
+            connector._enlisted.number,
             [make_chunk(4, "cpu")],
             [1],
             caches,
@@ -262,7 +262,7 @@ def test_torch_finds_the_schema_true(store: bool) -> None:
 
 def test_eager_calls_do_not_go_through_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     connector, caches = AdaptiveConnector("cpu"), make_caches("cpu")
-    monkeypatch.setattr(connector, "carry_op", None)
+    monkeypatch.setattr(connector, "_run_op", None)
     connector.from_gpu(make_chunk(4, "cpu"), caches, torch.arange(4)).synchronize()
 
 

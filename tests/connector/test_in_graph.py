@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.opaque_cases import (  # noqa: F401
+from support.in_graph_cases import (  # noqa: F401
     ALLOCATIONS,
     BLOCKS,
     COMPILERS,
