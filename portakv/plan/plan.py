@@ -71,10 +71,11 @@ class CopyPlan:
                 f"A plan was asked between a {type(src).__name__} and a {type(dst).__name__}; "
                 f"expected two forms, such as view.form."
             )
-        if src_step < 0 or dst_step < 0:
+        whole = all(isinstance(x, int) for x in (src_step, dst_step, 1 if unit is None else unit))
+        if not whole or src_step < 0 or dst_step < 0:
             raise SlotError(
-                f"A plan with steps {src_step} and {dst_step} was asked; expected tokens for each "
-                f"id, or 0 for a side without ids."
+                f"A plan with steps {src_step!r} and {dst_step!r} was asked (unit={unit!r}); "
+                f"expected integers: tokens for each id, or 0 for a side without ids."
             )
         _check_extents(src, dst)
         if reinterpret:

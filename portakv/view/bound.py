@@ -79,9 +79,14 @@ class Reading:
         """
         if self.layout.containers or not isinstance(tensors, torch.Tensor):
             return self._read_all(tensors)
-        if tensors.layout is not _STRIDED or tensors.is_conj() or tensors.is_neg():
+        if (
+            tensors.layout is not _STRIDED
+            or tensors.is_nested
+            or tensors.is_conj()
+            or tensors.is_neg()
+        ):
             return self._read_all(tensors)  # it has no bytes of its own, and is refused there
-        address = tensors.data_ptr()
+        address = _address(tensors)
         if not address:
             return self._read_all(tensors)  # no memory, or none of it used
         # The storage offset tells whether the storage's base is as aligned as the address.
@@ -185,9 +190,10 @@ def _one_device(tensors: Sequence[torch.Tensor]) -> torch.device:
                 "A lazily conjugated or negated tensor was found, whose bytes are not its values; "
                 "hand over tensor.resolve_conj().resolve_neg()."
             )
-        if tensor.layout != torch.strided:
-            raise LayoutError(f"A view reads strided tensors, but a {tensor.layout} one was found.")
-        if device.type != "meta" and tensor.numel() and not tensor.data_ptr():
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else tensor.layout
+            raise LayoutError(f"A view reads strided tensors, but a {kind} one was found.")
+        if device.type != "meta" and tensor.numel() and not _address(tensor):
             raise LayoutError(
                 f"A {type(tensor).__name__} of shape {tuple(tensor.shape)} without memory was "
                 f"found; hand over allocated tensors."
@@ -195,6 +201,26 @@ def _one_device(tensors: Sequence[torch.Tensor]) -> torch.device:
     if device.type == "meta":
         raise LayoutError("Tensors on device meta have no memory; hand over allocated tensors.")
     return device
+
+
+def _address(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        raise LayoutError(
+            f"A {type(tensor).__name__} of shape {tuple(tensor.shape)} without memory of its own "
+            f"was found, as inside torch.vmap or torch.func.grad; hand over tensors outside of "
+            f"function transforms."
+        ) from None
+
+
+def as_dtype(dtype: object) -> torch.dtype:
+    """A dtype as it is; raises `LayoutError` for anything else, such as its name."""
+    if not isinstance(dtype, torch.dtype):
+        raise LayoutError(
+            f"dtype={dtype!r} was asked; expected a torch.dtype, such as torch.float16."
+        )
+    return dtype
 
 
 def _pick_per_kv(layout: Layout, grid: Grid, values: Values) -> list[torch.Tensor]:

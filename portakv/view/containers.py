@@ -49,6 +49,7 @@ def _items(layout: Layout, level: Any) -> list[Any]:
         return list(level.values())
     if isinstance(level, (list, tuple)):
         return list(level)
+    _refuse_array(level)
     raise LayoutError(
         f"{layout.text!r} names {len(layout.containers)} container level(s) left of `|`, but a "
         f"{type(level).__name__} was found where a list, tuple or dict was expected; write its "
@@ -56,9 +57,18 @@ def _items(layout: Layout, level: Any) -> list[Any]:
     )
 
 
+def _refuse_array(level: Any) -> None:
+    if isinstance(level, np.ndarray):
+        raise LayoutError(
+            f"A numpy array of shape {level.shape} was found where tensors are read; hand over "
+            f"torch.from_numpy(array), which shares its memory."
+        )
+
+
 def _fill(layout: Layout, grid: Grid, level: Any, at: tuple[int, ...]) -> None:
     if len(at) == grid.ndim:
         if not isinstance(level, torch.Tensor):
+            _refuse_array(level)
             raise LayoutError(
                 f"{layout.text!r} expects tensors inside {grid.ndim} container level(s), but a "
                 f"{type(level).__name__} was found; add a container axis left of `|`."

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from portakv.errors import LayoutError
-from portakv.layout.extents import factor_extent
+from portakv.layout.extents import factor_extent, positive
 from portakv.layout.language import Group, Layout, parse
 from portakv.layout.presets import memory_order, resolve
+from portakv.view.bound import as_dtype
 
 if TYPE_CHECKING:
     from portakv.view.view import KVView
@@ -49,6 +50,9 @@ def example_tensors(
     """
     text, always = resolve(layout)
     parsed = parse(text)
+    for name, extent in {"layers": layers, "blocks": blocks, "tokens": tokens}.items():
+        if extent != 0:
+            positive(name, extent)
     dim = always.get("dim", 1) if dim is None else dim
     counted = _number(always.get("heads")) or 1 if heads is None else heads
     kv = _number(always.get("kv")) or _kv(parsed, dim) if kv is None else kv
@@ -56,7 +60,7 @@ def example_tensors(
     shared = {"layer": layers, "kv": kv, "head": counted, "block": blocks, "token": tokens}
     values = [{**shared, "dim": width, "page": width} for width in widths]
     memory = parse(memory_order(layout))
-    made = _level(memory, memory.containers, values, 0, dtype, torch.device(device))
+    made = _level(memory, memory.containers, values, 0, as_dtype(dtype), torch.device(device))
     return made if memory == parsed else _ordered(made, memory, parsed)
 
 

@@ -99,6 +99,22 @@ class Form:
         made = [getattr(self, each.name) for each in fields(self) if each.init]
         return type(self), tuple(made)
 
+    @property
+    def unshown(self) -> str:
+        """Why `KVView.plane` shows no plane as one strided tensor, as a clause; empty if it can."""
+        if self.opaque:
+            return "opaque pages have no rows"
+        for part in self.parts:
+            for name in ("block", "token", "head", "dim"):
+                steps = part.axis(name)
+                if any(step.table for step in steps):
+                    return f"its {name!r} axis goes through tensors of their own"
+                if name == "dim" and steps and (len(steps) > 1 or steps[0].stride != 1):
+                    return "its 'dim' axis is no single run of bytes"
+                if len(steps) > 1:
+                    return f"its {name!r} axis is split into {len(steps)} factors"
+        return ""
+
     def untyped(self) -> Form:
         """This form with rows of bytes, which go to and from rows of any number type."""
         return replace(self, dtypes=()) if self.dtypes else self

@@ -381,6 +381,9 @@ def _as_ids(ids: Any) -> torch.Tensor:
             f"An index of dtype {ids.dtype} was given; expected torch.int32 or torch.int64. "
             f"Convert it with .to(torch.int64) if it really holds slot numbers."
         )
+    if ids.is_nested or ids.layout is not torch.strided:
+        kind = "nested" if ids.is_nested else str(ids.layout).removeprefix("torch.")
+        raise SlotError(f"An index is a dense tensor, but a {kind} one was given; pass its slots.")
     if ids.dim() != 1:
         raise SlotError(
             f"An index of shape {tuple(ids.shape)} was given; expected one dimension. Flatten it."
@@ -390,6 +393,13 @@ def _as_ids(ids: Any) -> torch.Tensor:
             "An index on device meta was given, which holds no ids; expected ids on the host or a "
             "device."
         )
+    try:
+        ids.data_ptr()
+    except RuntimeError:
+        raise SlotError(
+            "An index without memory of its own was given, as inside torch.vmap; call the copy "
+            "outside of function transforms."
+        ) from None
     return ids
 
 
@@ -413,7 +423,9 @@ def _from_array(ids: npt.NDArray[Any]) -> torch.Tensor:
         )
     # Torch takes neither negative strides, nor foreign byte orders, nor read-only memory.
     native = np.ascontiguousarray(ids, dtype=ids.dtype.newbyteorder("="))
-    return torch.from_numpy(native if native.flags.writeable else native.copy())
+    # To numpy an array of one number is contiguous whatever its stride.
+    plain = native.flags.writeable and min(native.strides, default=0) >= 0
+    return torch.from_numpy(native if plain else native.copy())
 
 
 def _repeats(used: npt.NDArray[np.int64]) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ import torch
 
 from portakv.errors import LayoutError
 from portakv.layout.language import Layout
-from portakv.view.bound import Facts, Found, Reading, read_as
+from portakv.view.bound import Facts, Found, Reading, as_dtype, read_as
 from portakv.view.form import ALIASED, locate, same_form
 from portakv.view.slicing import slice_facts
 
@@ -64,11 +64,12 @@ class KVView:
         heads: int | None = None,
         dim: int | Sequence[int] | None = None,
         reinterpret: bool = False,
+        **unknown: NoReturn,
     ) -> None:
         width = tuple(dim) if isinstance(dim, (list, tuple)) else dim
         reading = read_as(
             layout, layers=layers, kv=kv, block_size=block_size, heads=heads, dim=width,
-            reinterpret=reinterpret,
+            reinterpret=reinterpret, **unknown,
         )  # fmt: skip
         self._set(reading.layout, tensors, reading.read(tensors))
         self._hold()
@@ -237,31 +238,27 @@ class KVView:
         heads, dim]``) in ``dtype``, by default the tensors' own.
 
         Raises:
-            LayoutError: an axis of the plane is split, the view holds opaque pages, or its rows do
-                not begin and end at whole numbers of ``dtype``.
+            LayoutError: no strided tensor can show it (`Form.unshown` says why), or its rows do not
+                begin and end at whole numbers of ``dtype``.
         """
         if not (0 <= layer < self.layers and 0 <= kv < self.kv):
             raise LayoutError(
                 f"The plane of layer {layer} and kv {kv} was asked of a view of {self.layers} "
                 f"layers and {self.kv} kv; both count from 0."
             )
-        if self.opaque:
+        if self.form.unshown:
             raise LayoutError(
-                f"{self.layout.text!r} holds opaque pages, which have no rows to show."
+                f"No strided tensor can show a plane of {self.layout.text!r}: {self.form.unshown}; "
+                f"read the view by its form, or move what plan.runs lists."
             )
         part = self.form.parts[kv]
         entry, offset = locate(part.table, part.offset, part.layer, layer)
-        element = dtype or self.owners[entry].dtype
+        element = self.owners[entry].dtype if dtype is None else as_dtype(dtype)
         chain = [(self.slots // (self.form.block_size or 1), part.block)] if part.block else []
         chain += [(self.form.block_size or self.slots, part.token), (self.heads, part.head)]
         chain += [(self.widths[kv], part.dim)]
         size, stride = [], []
         for extent, steps in chain:
-            if len(steps) > 1 or any(s.table for s in steps):
-                raise LayoutError(
-                    f"{self.layout.text!r} splits an axis of a plane, so no strided tensor can "
-                    f"show it; read the view by its form instead."
-                )
             size.append(extent)
             stride.append(steps[0].stride if steps else 0)
         width = element.itemsize
@@ -313,6 +310,20 @@ class KVView:
             ends = [None if x is None else slice(*x) for x in (layers, kv)]
             found = self.kept[key] = self.slice(layers=ends[0], kv=ends[1])
         return found
+
+    def __repr__(self) -> str:
+        form = self.form
+        tokens = (
+            f"{self.slots // form.block_size} blocks of {form.block_size}"
+            if form.paged
+            else (f"{self.slots}")
+        )
+        kinds = ", ".join(dict.fromkeys(str(x.dtype).removeprefix("torch.") for x in self.owners))
+        place = self.device if form.place == "device" else f"{self.device} ({form.place})"
+        return (
+            f"KVView({self.layout.text!r}: {form.layers} layers, {form.kv} kv, {form.heads} heads, "
+            f"{tokens} tokens, widths {form.widths} B, {kinds} on {place})"
+        )
 
     def _facts(self) -> Facts:
         return Facts(

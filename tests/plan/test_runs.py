@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.core_cases import HANDS, SLOTS, Hand, move, noise
+from support.core_cases import HANDS, SLOTS, Hand, Mover, by_backend, by_runs, move, noise
 
 from portakv import CopyPlan, Index, KVView, LayoutError, SlotError
 from portakv.plan.runs import Runs
@@ -49,6 +49,33 @@ def test_runs_of_whole_blocks_and_of_everything(src: Hand, dst: Hand) -> None:
     plan = CopyPlan(first.form, second.form, indices[0].plan_step, indices[1].plan_step)
     move(plan.runs(first, second, indices[0], indices[1], SLOTS))
     assert torch.equal(dst.rows(target), expected)
+
+
+@pytest.mark.parametrize("carry", [by_runs, by_backend])
+@pytest.mark.parametrize("extent", [1, 3])
+@pytest.mark.parametrize("axis", range(6), ids=["layer", "kv", "block", "token", "head", "dim"])
+def test_sources_whose_rows_share_addresses(axis: int, extent: int, carry: Mover) -> None:
+    """An axis of stride 0, or of one element under an odd stride, read by ids and without."""
+    shape = [2, 2, 3, 4, 2, 8]
+    shape[axis] = 1 if extent == 1 else shape[axis]
+    once = noise(*(1 if n == axis else size for n, size in enumerate(shape)))
+    steps = [0 if n == axis else step for n, step in enumerate(once.stride())]
+    steps[axis] = 0 if extent > 1 else 5
+    shared = once.as_strided(shape, steps)
+    tokens = shape[2] * shape[3]
+    cache = KVView(shared, "layer kv block token head dim")
+    rows = shared.flatten(2, 3)
+    for ids in (None, [tokens - 1, 0, 2 % tokens, 0]):
+        count = tokens if ids is None else len(ids)
+        chunk = noise(2, count, *rows.shape[:1], *rows.shape[3:], seed=1)[: shape[1]]
+        carry(
+            cache,
+            KVView(chunk, "kv token layer head dim"),
+            ids,
+            Index(list(range(count))) if ids else None,
+        )
+        wanted = rows if ids is None else rows[:, :, ids]
+        assert torch.equal(chunk, wanted.permute(1, 2, 0, 3, 4))
 
 
 def test_a_whole_contiguous_cache_is_one_run() -> None:

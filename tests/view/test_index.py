@@ -102,6 +102,21 @@ def test_lists_of_any_make(ids: Any) -> None:
     assert index.units(3, 1, torch.device("cpu")).tolist() == [4, -1, 7]
 
 
+def test_one_id_of_a_reversed_array() -> None:
+    """To numpy such an array is contiguous, and to torch its stride is negative."""
+    assert Index(np.arange(6)[::-1][2:3]).slots(1).tolist() == [3]
+
+
+def test_tensors_that_hold_no_ids() -> None:
+    ids = torch.arange(3)
+    with pytest.raises(SlotError, match="dense tensor, but a sparse_coo one"):
+        Index(ids.to_sparse())
+    with pytest.raises(SlotError, match="dense tensor, but a nested one"):
+        Index(torch.nested.nested_tensor([ids, ids]))
+    with pytest.raises(SlotError, match=r"without memory of its own .* torch.vmap"):
+        torch.vmap(lambda one: Index(one) and one)(torch.arange(6).view(2, 3))
+
+
 def test_a_range_is_a_list() -> None:
     assert Index(range(3, 6)).slots(3).tolist() == [3, 4, 5]
 

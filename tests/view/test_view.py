@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 import torch
 from support.core_cases import HANDS, HEADS, KV, LAYERS, SLOTS, Hand, address, noise
 
-from portakv import DeviceMismatch, KVView, LayoutError, copy_rows
+from portakv import CopyPlan, DeviceMismatch, Index, KVView, LayoutError, copy_rows
+from portakv.view.example import example_tensors
 from portakv.view.form import Step
 
 
@@ -263,21 +265,115 @@ class TestWritable:
         hand.view(hand.make(0)).check_writable()
 
 
+ODD = {
+    "nested": lambda: torch.nested.nested_tensor([torch.zeros(4, 8), torch.zeros(2, 8)]),
+    "sparse": lambda: torch.zeros(3, 4, 8).to_sparse(),
+    "numpy": lambda: np.zeros((3, 4, 8), dtype=np.float16),
+}
+
+
+class TestOddInput:
+    @pytest.mark.parametrize("listed", [False, True], ids=["alone", "listed"])
+    @pytest.mark.parametrize("kind", ODD)
+    def test_tensors_without_rows(self, kind: str, listed: bool) -> None:
+        tensors: Any = [ODD[kind]()] if listed else ODD[kind]()
+        advice = "torch.from_numpy" if kind == "numpy" else f"strided tensors, but a .*{kind}"
+        with pytest.raises(LayoutError, match=advice):
+            KVView(tensors, "layer | block token dim" if listed else "block token dim")
+        if kind == "numpy":
+            with pytest.raises(LayoutError, match=advice):
+                KVView(ODD[kind](), "layer | token dim")
+
+    @pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad])
+    def test_tensors_inside_function_transforms(self, transform: Any) -> None:
+        def read(cache: torch.Tensor) -> torch.Tensor:
+            KVView(cache, "token dim")
+            return cache.sum()
+
+        with pytest.raises(LayoutError, match=r"without memory of its own .* torch.vmap"):
+            transform(read)(torch.zeros(3, 4, 8) if transform is torch.vmap else torch.zeros(4, 8))
+
+    def test_an_extent_that_does_not_exist(self) -> None:
+        with pytest.raises(LayoutError, match="Unknown extents head; declare"):
+            KVView(noise(5, 8), "token dim", head=2)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("dtype", ["float16", np.float16, 2])
+    def test_a_dtype_by_another_name(self, dtype: Any) -> None:
+        with pytest.raises(LayoutError, match=r"expected a torch.dtype, such as torch.float16"):
+            KVView(noise(5, 8), "token dim").plane(0, 0, dtype)
+        with pytest.raises(LayoutError, match=r"expected a torch.dtype"):
+            example_tensors("token dim", dtype=dtype)
+
+    def test_its_repr_says_what_it_holds(self) -> None:
+        cache = KVView([torch.zeros(2, 3, 4, 2, 8, device="cpu")] * 2, "vllm-nhd")
+        assert repr(cache) == (
+            "KVView('layer | kv block token head dim': 2 layers, 2 kv, 2 heads, 3 blocks of 4 "
+            "tokens, widths (32, 32) B, float32 on cpu (pageable))"
+        )
+        assert "1 heads, 5 tokens, widths (16,) B, int16" in repr(KVView(noise(5, 8), "token dim"))
+
+
+@pytest.mark.parametrize("state", ["device", "with device", "dtype", "inference"])
+def test_whatever_torch_was_set_to(state: str) -> None:
+    """Engines set defaults while they load; a view, its table, a plan and ids know none of it."""
+    hand, number = HANDS[0], torch.device("cpu")
+    tensors, ids = hand.make(0), torch.tensor([5, -1, 2], dtype=torch.int64)
+    with ExitStack() as entered:
+        if state == "device":
+            torch.set_default_device("meta")
+            entered.callback(torch.set_default_device, None)
+        elif state == "with device":
+            entered.enter_context(torch.device("meta"))
+        elif state == "dtype":
+            entered.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.bfloat16)
+        else:
+            entered.enter_context(torch.inference_mode())
+        view, index = hand.view(tensors), Index([1, 0, 2], step=4)
+        assert view.table.device == number
+        assert view.table.tolist() == view.addresses.tolist()
+        assert index.units(12, 2, number).tolist() == [2, 3, 0, 1, 4, 5]
+        assert Index([5, -1, 2]).ids_on(number).tolist() == ids.tolist()
+        assert Index(offset=4).units(4, 2, number).tolist() == [2, 3]
+        assert Index.joined([(index, 2), (Index(ids), 3)]).slots(5).tolist() == [4, 5, 5, -1, 2]
+        assert view.plane(1, 1, torch.int64).device == number
+        runs = CopyPlan(view.form, view.form, 4, 4).runs(view, view, index, index, 12)
+        assert runs.nbytes.dtype == np.int64
+        made = example_tensors("layer | token dim", layers=2, tokens=3, dim=4)
+        assert (made[0].device, made[0].dtype) == (number, torch.float16)
+
+
 class TestPlanes:
     @pytest.mark.parametrize("hand", HANDS, ids=lambda hand: hand.layout)
     def test_a_plane_is_the_memory_itself(self, hand: Hand) -> None:
         tensors = hand.make(0)
         view, rows = hand.view(tensors), hand.rows(tensors)
         if "dim%2" in hand.layout or hand.layout.startswith(("token |", "block |")):
-            with pytest.raises(LayoutError, match="splits an axis"):
+            with pytest.raises(LayoutError, match="No strided tensor can show"):
                 view.plane(0, 0)
+            assert view.form.unshown
             return
+        assert not view.form.unshown
         for layer, kv in np.ndindex(LAYERS, KV):
             plane = view.plane(layer, kv)
             assert plane.dtype == torch.int16
             shape = (SLOTS // hand.block, hand.block) if hand.block else (SLOTS,)
             assert plane.shape == (*shape, HEADS, 4)
             assert torch.equal(plane.reshape(SLOTS, HEADS, 4), rows[kv, layer])
+
+    @pytest.mark.parametrize(
+        ("view", "why"),
+        [
+            (lambda: KVView(noise(3, 64), "block page", block_size=4), "opaque pages have no rows"),
+            (lambda: KVView(noise(5, 8).t(), "token dim"), "no single run of bytes"),
+            (lambda: KVView(noise(1, 1).expand(5, 8), "token dim"), "no single run of bytes"),
+            (lambda: KVView(noise(2, 5, 3, 8), "token%2 token/2 head dim"), "split"),
+            (lambda: KVView([noise(1, 8), noise(1, 8)], "token | 1 dim"), "'token' axis goes thr"),
+        ],
+    )
+    def test_why_there_is_no_plane(self, view: Callable[[], KVView], why: str) -> None:
+        with pytest.raises(LayoutError, match=why):
+            view().plane(0, 0)
 
     def test_writing_a_plane_writes_the_tensor(self) -> None:
         memory = noise(2, 3, 2, 4, 8).transpose(2, 3)
