@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from portakv.backends.base import Backend, Capabilities, Decision, Launch
-from portakv.plan.plan import CopyPlan
-from portakv.view.index import Index
-from portakv.view.view import KVView
+from portakv import CopyPlan, Index, KVView
+from portakv.backends import Backend, Capabilities, Decision, Launch
 
 
 class Acme(Backend):

@@ -12,7 +12,15 @@ import threading
 import pytest
 import torch
 from hypothesis import given, settings
-from support.compiled_cases import compiled, compiling, copy, launch, on_each_device
+from support.compiled_cases import (
+    DEVICES,
+    compiled,
+    compiling,
+    copy,
+    launch,
+    needs_compiler,
+    on_each_device,
+)
 from support.core_cases import HANDS, lazy, noise
 from support.guarded_memory import filled, same
 from support.triton_cases import chunk, dense, index, kept, on, paged, pool, rows_of, view, word
@@ -27,13 +35,21 @@ PAIRS = [
     (0, 13, "src"), (13, 0, "dst"), (3, 14, "src"), (15, 7, "dst"), (17, 2, "both"),
     (5, 9, "both"), (11, 12, "both"), (16, 17, "neither"),
 ]  # fmt: skip
+# Each is a program or more of several seconds: all but a few are for .ci/full on a CPU.
+WIDER = [pytest.param(pair, marks=pytest.mark.full) for pair in PAIRS[3:]]
+WIDTHS = [pytest.param(*x, marks=pytest.mark.full) for x in ((40, 8), (12, 4), (6, 2))]
+DRAWN = [pytest.param("cpu", marks=[needs_compiler, pytest.mark.full]), DEVICES[1]]
+
+
+def _named(pair: tuple[int, int, str]) -> str:
+    return f"{pair[0]}-{pair[1]}-{pair[2]}"
 
 
 # The same bytes as by hand and by the oracle
 
 
 @on_each_device
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0]}-{pair[1]}-{pair[2]}")
+@pytest.mark.parametrize("pair", PAIRS[:3] + WIDER, ids=_named)
 def test_layouts_at_several_lengths(device: str, pair: tuple[int, int, str]) -> None:
     mine, theirs = HANDS[pair[0]], HANDS[pair[1]]
     source = on(device, mine.make(1))
@@ -57,7 +73,7 @@ def test_layouts_at_several_lengths(device: str, pair: tuple[int, int, str]) -> 
         assert torch.equal(theirs.rows(on("cpu", target)), wanted), f"{count} tokens"
 
 
-@on_each_device
+@pytest.mark.parametrize("device", DRAWN)
 def test_drawn_copies(device: str) -> None:
     profile = settings.default
     assert profile is not None
@@ -73,7 +89,7 @@ def test_drawn_copies(device: str) -> None:
 
 
 @on_each_device
-@pytest.mark.parametrize(("width", "vector"), [(48, 16), (40, 8), (12, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize(("width", "vector"), [(48, 16), *WIDTHS, (3, 1)])
 def test_every_vector_width_from_odd_addresses(device: str, width: int, vector: int) -> None:
     """Rows no wider aligned than the vector: neither whole nor cloned to be aligned."""
     for shift in (0, vector, 3 * vector):

@@ -257,7 +257,7 @@ def test_on_a_gpu_it_stands_between_triton_and_the_reference() -> None:
 def test_a_probe_imports_no_compiler() -> None:
     program = (
         "import sys, torch\n"
-        "from portakv import registry\n"
+        "from portakv.registry import registry\n"
         "registry.trace('cpu')\n"
         "assert not {'torch._inductor', 'torch._dynamo'} & set(sys.modules)\n"
     )

@@ -31,6 +31,8 @@ from portakv.runtime import nvrtc as _nvrtc
 
 DEVICE = torch.device("cuda", 0)
 ARCHITECTURES = (80, 90, 100)
+# One of them in every run.
+WIDER = [pytest.param(n, marks=[pytest.mark.full] * (n != 90)) for n in ARCHITECTURES]
 needs_nvrtc = pytest.mark.skipif(_nvrtc.missing() is not None, reason=str(_nvrtc.missing()))
 
 
@@ -122,7 +124,7 @@ def _judge_entry(code: str, vector: int, each: int) -> None:
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", WIDER)
 def test_every_kernel_compiles_to_machine_code(architecture: int) -> None:
     with ThreadPoolExecutor(2) as pool:
         binaries = list(pool.map(lambda s: _nvrtc.compile_kernel(s, architecture), KERNELS))
@@ -133,7 +135,7 @@ def test_every_kernel_compiles_to_machine_code(architecture: int) -> None:
 
 @needs_nvrtc
 @pytest.mark.skipif(_tool() is None, reason="nvdisasm is not installed: pip install triton")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", WIDER)
 def test_machine_code_has_the_vector_width(architecture: int, tmp_path: Path) -> None:
     """One kernel for each width and each pair of tables: to disassemble takes longer than to
     compile."""

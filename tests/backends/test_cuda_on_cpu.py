@@ -224,6 +224,7 @@ def _sanitizer() -> str | None:
     return library if os.path.isabs(library) else None
 
 
+@pytest.mark.full
 def test_the_kernel_is_clean_under_sanitizers() -> None:
     """Reads and writes outside of ids, tables and arguments; misaligned or overflowing ones."""
     library = _sanitizer()
@@ -238,7 +239,15 @@ def test_the_kernel_is_clean_under_sanitizers() -> None:
         "ASAN_OPTIONS": "detect_leaks=0",
     }
     some = "bad or several or blocks or objects or planes or split"
-    words = ["-q", "-p", "no:cacheprovider", "-k", f"({some}) and not seeded", Path(__file__).name]
+    words = [
+        "-q",
+        "-n0",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        f"({some}) and not seeded",
+        Path(__file__).name,
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *words],
         cwd=Path(__file__).parent, env=environment, capture_output=True, text=True,

@@ -17,7 +17,7 @@ import pytest
 from support.hip_cases import needs_compiler
 
 PROGRAM = """
-import json
+import dataclasses, json
 from types import SimpleNamespace
 import torch
 torch.version.hip, torch.version.cuda = "6.3.42134", None
@@ -26,14 +26,15 @@ torch.cuda.device_count = lambda: 1
 torch.cuda.get_device_properties = lambda _: SimpleNamespace(name="BW1000", gcnArchName="gfx936")
 from portakv import AdaptiveConnector, BackendUnavailable
 from portakv.registry import registry
-from portakv.backends import _hip_driver
 from portakv.registry.self_check import self_check
+from portakv.runtime import hip as _hip_driver
 from portakv_conformance.vendor.hip_emulated import HipEmulated
 from portakv_conformance.vendor.hip_fake import compiler, fake_driver
 
 
 def on_the_host(backend):
-    return self_check(HipEmulated(torch.device("cpu")))
+    checked = self_check(HipEmulated(torch.device("cpu")))
+    return dataclasses.replace(checked, name=backend.name)
 
 
 def answers():

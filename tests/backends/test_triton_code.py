@@ -63,7 +63,15 @@ def _accesses(text: str, width: int, verb: str) -> int:
 @needs_triton
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
-    ("width", "vector"), [(4096, 16), (656, 16), (40, 8), (12, 4), (6, 2), (3, 1)]
+    ("width", "vector"),
+    [
+        (4096, 16),
+        pytest.param(656, 16, marks=pytest.mark.full),
+        (40, 8),
+        pytest.param(12, 4, marks=pytest.mark.full),
+        pytest.param(6, 2, marks=pytest.mark.full),
+        (3, 1),
+    ],
 )
 @pytest.mark.parametrize("steps", [(1, 0), (0, 1), (1, 1)], ids=["gather", "scatter", "both"])
 def test_the_generated_code_has_the_vector_width(

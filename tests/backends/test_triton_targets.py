@@ -65,7 +65,9 @@ def compiled(kernel: NestKernel, target: str, told: pytest.CaptureFixture[str]) 
 
 
 @needs_triton
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target", [pytest.param(x, marks=[pytest.mark.full] * (x != "gfx90a")) for x in TARGETS]
+)
 @pytest.mark.parametrize(("width", "vector"), [(4096, 16), (40, 8), (12, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("steps", [(1, 0), (0, 1)], ids=["gather", "scatter"])
 def test_the_code_for_amd_is_wide(
