@@ -234,11 +234,7 @@ def _scatter_rows(matrix: torch.Tensor, numbers: torch.Tensor, rows: torch.Tenso
         matrix.index_copy_(0, numbers, rows)
 
 
-# CANN's index ops take a tensor with holes through a contiguous copy of all of it (the flow in its
-# header ``aclnn_index_select.h``: Contiguous, GatherV2, ViewCopy). For a cache that costs its own
-# size, and a scatter would put back old bytes over those that another stream has written meanwhile.
-# There is no element of 16 bytes that CANN moves bit by bit.
-_OPS = Ops(by_plane=True, holes=False, put=_scatter_rows)
+_OPS = Ops(by_plane=True, holes=False, put=_scatter_rows)  # see `Ops.holes`
 
 
 def _private_format(tensor: torch.Tensor) -> str:

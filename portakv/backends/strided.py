@@ -50,7 +50,10 @@ class Ops(NamedTuple):
         widest: bytes of the widest element that it copies bit by bit.
         by_plane: a call for each plane; else strides lead over all planes of one address.
         holes: it indexes tensors with holes, so that a row is a whole unit; else rows are pieces
-            that all strides are multiples of, and the tensors have no holes.
+            that all strides are multiples of, and the tensors have no holes. CANN's ops take one
+            with holes through a contiguous copy of all of it (the flow in its header
+            ``aclnn_index_select.h``): for a cache that costs its own size, and a scatter would put
+            back old bytes over those that another stream has written meanwhile.
         select: picks rows: (source, rows, out or None).
         put: writes rows: (target, rows, source).
         copy: copies all rows: (target, source).
@@ -200,15 +203,11 @@ class _Rows:
         self._width, self._size = width, [n for n, _ in inner]
         self._stride = [s for _, s in inner]
         self._reach = sum((n - 1) * s for n, s in self._walk)
-        self._each = prod(n for n, _ in self._walk)
         # Whether the rows of a unit follow each other, and the next unit behind them.
-        self._dense, follows = not row, 1
+        packed, self._each = True, 1
         for extent, stride in reversed(self._walk):
-            self._dense, follows = stride == follows, follows * extent
-            if not self._dense:
-                break
-        else:
-            self._dense = not row or self._pitch == follows * row
+            packed, self._each = packed and stride == self._each, self._each * extent
+        self._dense = not row or (packed and self._pitch == self._each * row)
 
     def of(self, index: Index, units: int, device: torch.device) -> _Found:
         """Where the units lie that an index names."""
@@ -238,23 +237,18 @@ class _Rows:
 
     def _consecutive(self, view: KVView, entry: int, found: _Found, picked: _Picked) -> _Tensors:
         """Units that follow each other; those at positions, where they are picked by them."""
-        if picked.at is None and self._dense:
+        at, step = picked.at, self._pitch // self._grain
+        if self._dense and at is None:
             start = found.start + picked.first * self._pitch
             pitch = self._grain if self._walk else self._pitch
             return self._over(view, entry, start, pitch, picked.number * self._each, None)
-        at = picked.at
         if at is None:
             at = torch.arange(picked.first, picked.first + picked.number, device=view.device)
         at = at.to(view.device)
-        if not self._walk and not self._dense:  # a row of several pieces has a walk
-            at = at * (self._pitch // self._grain)
-            rows = (found.units - 1) * (self._pitch // self._grain) + 1
-            return self._over(view, entry, found.start, self._grain, rows, at)
-        if not self._walk:
+        if self._dense and not self._walk:
             return self._over(view, entry, found.start, self._pitch, found.units, at)
-        at = self._walked(at * (self._pitch // self._grain))
-        rows = (found.units - 1) * (self._pitch // self._grain) + self._reach + 1
-        return self._over(view, entry, found.start, self._grain, rows, at)
+        rows = (found.units - 1) * step + self._reach + 1
+        return self._over(view, entry, found.start, self._grain, rows, self._walked(at * step))
 
     def _walked(self, row: torch.Tensor) -> torch.Tensor:
         """All rows of units that begin at ``row``, one behind the other."""
@@ -278,7 +272,10 @@ class _Rows:
 
     def _kept(self, view: KVView, entry: int) -> Callable[[tuple[int, int]], torch.Tensor]:
         """The tensors over all rows behind an entry; kept with the view."""
-        last = self._last_row(view.slots)
+        bounded = self._side.units[1:]
+        blocks = view.slots // self._unit // prod(step.extent for step in bounded)
+        steps = [(blocks, self._side.units[0]), *((step.extent, step) for step in bounded)]
+        last = sum((n - 1) * (x.stride // self._grain) for n, x in steps) + self._reach
         make = self._over(view, entry, 0, self._grain, max(last + 1, 0), None).moved
 
         def known(move: tuple[int, int]) -> torch.Tensor:
@@ -289,13 +286,6 @@ class _Rows:
             return tensor
 
         return known
-
-    def _last_row(self, slots: int) -> int:
-        bounded = self._side.units[1:]
-        blocks = slots // self._unit // prod(step.extent for step in bounded)
-        steps = [(step.extent, step) for step in bounded] + [(blocks, self._side.units[0])]
-        rows = sum((n - 1) * (x.stride // self._grain) for n, x in steps)
-        return rows + self._reach
 
 
 def _step(numbers: torch.Tensor) -> int:
