@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from portakv import Index, LayoutError, Unsupported, copy_rows
 from portakv_conformance.draw.arrangement import Case, Side
 from portakv_conformance.draw.by_hand import Shape, Workshop
+from portakv_conformance.draw.saved import blaming
 from portakv_conformance.draw.strategies import cases
-from portakv_conformance.judge.culprit import blaming
 from portakv_conformance.judge.judging import Judge, changed, index_of, view_of
 from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.rows import locate

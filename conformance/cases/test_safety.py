@@ -308,6 +308,18 @@ def test_destinations_that_cannot_be_written(judge: Judge, home: Workshop) -> No
     refused(judge, Case(home.chunk(shape, 2), doubled, 2), LayoutError)
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_two_number_types_are_refused(judge: Judge, home: Workshop, direction: str) -> None:
+    """Rows of one number type do not go to rows of another, unless the caller means their bits:
+    without that it is a LayoutError, and nothing moves."""
+    source = direction == "gather"
+    cache = home.cache(SHAPE, [2, 0, 5], dtype=torch.float16, source=source)
+    chunk = home.chunk(SHAPE, 3, dtype=torch.bfloat16, source=not source)
+    case = Case(cache, chunk, 3) if source else Case(chunk, cache, 3)
+    case.src.reinterpret = False
+    refused(judge, case, LayoutError)
+
+
 #: What is misaligned, and the axis of a cache or of a chunk whose stride does it.
 _STRIDES = {
     "row": "token", "head": "head", "block": "block", "plane": "kv", "chunk-row": "token",

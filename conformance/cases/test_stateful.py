@@ -22,7 +22,7 @@ from portakv import AdaptiveConnector, Transfer, Unsupported, copy_blocks
 from portakv_conformance.cases.test_metamorphic import rows_at
 from portakv_conformance.draw.arrangement import Case, Side
 from portakv_conformance.draw.by_hand import HOMES, Shape, Workshop
-from portakv_conformance.judge.culprit import blaming
+from portakv_conformance.draw.saved import blaming
 from portakv_conformance.judge.judging import Judge, index_of, view_of
 
 pytestmark = pytest.mark.area("stateful")

@@ -7,6 +7,8 @@ It holds arrangements, ids and seeds, never bytes, and needs no hypothesis to be
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -184,3 +186,29 @@ def _dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{name!r} is no dtype of torch")
     return dtype
+
+
+@contextmanager
+def blaming(judge: Judge, *suspects: Case) -> Iterator[None]:
+    """Where what is inside fails, keep the first of ``suspects`` that fails on its own as the
+    judge's failing case; none where each passes on its own."""
+    try:
+        yield
+    except Exception as fault:
+        judge.fault = judge.fault or str(fault)
+        judge.direct = False
+        judge.failing = next((case for case in suspects if _fails_alone(judge, case)), None)
+        raise
+
+
+def _fails_alone(judge: Judge, case: Case) -> bool:
+    """Whether a case fails with fresh tensors and nothing before it."""
+    try:
+        fresh, _ = load(dump(case))
+    except ValueError:  # tensors that no arrangement describes
+        return False
+    try:
+        Judge(judge.subject, judge.facility, judge.seed).copy(fresh)
+    except AssertionError:
+        return True
+    return False

@@ -34,7 +34,6 @@ from typing import Any
 from portakv_conformance.evidence.environment import INTERPRET, assumed, hashed
 from portakv_conformance.evidence.ladder import EMULATED, RESULTS, Ladder, Rung, broken_rules
 from portakv_conformance.evidence.record_rules import kernels_in, lacking, signatures_of
-from portakv_conformance.evidence.scrub import without_places
 from portakv_conformance.evidence.source import SourceError, source_sha256
 from portakv_conformance.evidence.verdict import LEFT_OUT
 from portakv_conformance.record import ASSUMPTION, SCHEMA, STATUSES, RunRecord
@@ -51,6 +50,12 @@ JOBS = {
 }
 _WANTED = {"what": str, "name": str, "backend": str, "source_sha256": str, "command": str,
            "date": str, "right": bool}  # fmt: skip
+
+# Lines of pytest's head that say where it ran, and nothing else.
+_HEAD = re.compile(r"(?:rootdir|cachedir|configfile): ")
+# An absolute path, its last part apart: behind no word, so that neither an address of the web nor a
+# relative path is one, or behind an option of a compiler.
+_PATH = re.compile(r"(?:(?<=-[ILB])|(?<![\w./~]))/(?:[\w.+@-]+/)+([\w.+@-]*)")
 
 
 @dataclass(frozen=True)
@@ -292,6 +297,13 @@ def recorded(job: Job, command: Sequence[str]) -> dict[str, Any]:
         wrong.append(f"The command ended with {done.returncode}, or did not say what it has to.")
     print("".join(f"{why}\n" for why in wrong), end="", file=sys.stderr)
     return record | {"right": not wrong}
+
+
+def without_places(printed: str) -> str:
+    """The text with the last part in place of each absolute path, and without pytest's lines that
+    hold nothing but one."""
+    kept = (line for line in printed.splitlines(keepends=True) if not _HEAD.match(line))
+    return _PATH.sub(r"\1", "".join(kept))
 
 
 def name_of(target: str) -> str:

@@ -8,6 +8,7 @@ by any of them; that the run can be repeated by one command is what a stranger's
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -17,8 +18,7 @@ from typing import Any
 
 from portakv.backends.base import Capabilities
 from portakv_conformance import SPEC_VERSION, SUITE_VERSION
-from portakv_conformance.evidence.command import contradictions, jobs_of
-from portakv_conformance.evidence.environment import assumed
+from portakv_conformance.evidence.environment import INTERPRET, assumed
 from portakv_conformance.evidence.source import SHA256
 from portakv_conformance.evidence.verdict import (
     LEFT_OUT,
@@ -44,6 +44,7 @@ _FACTS = ("torch", "python", "os", "device", "device_name", "driver", "emulated"
 # All that can be claimed of a field that is not yes or no.
 _WHOLE = {"max_loops": None, "alignment": 1, "index_dtypes": ["int32", "int64"]}
 _IDLE = 0.1  # of the cases that passed: a few judge what is said, and copy nothing
+_YES = ("1", "true", "on", "yes")
 _CLOCKS = timedelta(days=1)  # by which another machine's clock may be ahead
 
 
@@ -160,7 +161,7 @@ def _work(record: RunRecord) -> Iterator[str]:
     spent = sum(case.seconds for case in record.cases)
     if passed and not spent > 0:
         yield f"Its {len(record.cases)} cases took no time at all."
-    jobs = jobs_of(record)
+    jobs = _jobs_of(record)
     if spent > jobs * record.seconds * 1.05 + 1:
         once = f"{jobs} at a time" if jobs > 1 else "one after another"
         yield f"Its cases took {spent:.1f} s, {once}, but the run {record.seconds:.1f} s."
@@ -197,7 +198,7 @@ def _facts(record: RunRecord) -> Iterator[str]:
             yield f"It was started at {record.started}, which is yet to come."
     except (ValueError, TypeError):
         yield f"It was started at {record.started!r}, which is no time with a zone."
-    yield from contradictions(record)
+    yield from _command(record)
 
 
 def _emulation(record: RunRecord, device: str) -> Iterator[str]:
@@ -263,3 +264,66 @@ def _case_list(record: RunRecord, listing: Listing) -> Iterator[str]:
         known = known and {name: known[name] for name in claimed}
         if known is not None and claimed != known:
             yield f"Case {case.id!r} is described as {claimed}, but the suite says {known}."
+
+
+# -- the command: to repeat it has to give the run that the report tells of -----------------
+
+
+def _words_of(record: RunRecord) -> list[str]:
+    """The command in words; none where a quote in it is not closed."""
+    try:
+        return shlex.split(record.command)
+    except ValueError:
+        return []
+
+
+def _jobs_of(record: RunRecord) -> int:
+    """How many cases ran at a time, as the command says."""
+    words = _words_of(record)
+    told = words[words.index("--jobs") + 1 :][:1] if "--jobs" in words else []
+    return int(told[0]) if told and told[0].isdecimal() else 1
+
+
+def _command(record: RunRecord) -> Iterator[str]:
+    """What the command asks for and the report does not tell, or the other way, a sentence each."""
+    words = _words_of(record)
+    device = str(record.environment.get("device", ""))
+    expected = [["--device", device], ["--profile", record.profile], ["--seed", str(record.seed)]]
+    expected += [["--fuzz", str(record.fuzz)]] if record.fuzz else []
+    pairs = [words[at : at + 2] for at in range(len(words))]
+    for pair in expected:
+        if pair not in pairs:
+            yield f"Its command does not say {' '.join(pair)}: {record.command}"
+    told = {
+        "--only": record.verdict != "conformant",
+        "--fuzz": record.fuzz != 0,
+        "--waivers": bool(record.waivers),
+        "--emulated": record.environment.get("emulated") is not False,
+    }
+    for word, shown in told.items():
+        if word in words and not shown:
+            yield f"Its command has {word}, which does not fit the rest of it: {record.command}"
+    yield from _backend(record, words)
+    yield from _interpreter(record, words)
+
+
+def _backend(record: RunRecord, words: list[str]) -> Iterator[str]:
+    """It begins with ``portakv conform`` and the backend, by its name or as ``pkg.mod:Class``."""
+    start = [word for word in words if "=" not in word or word.startswith("-")][:3]
+    asked = start[2] if start[:2] == ["portakv", "conform"] and len(start) == 3 else ""
+    name, target = (str(record.backend.get(key, "")) for key in ("name", "target"))
+    # A package may offer its class in another module than the one that defines it.
+    offered = ":" in asked and asked.rpartition(":")[2] == target.rpartition(":")[2]
+    if asked not in (name, target) and not offered:
+        yield f"Its command does not judge {name!r} ({target}): {record.command}"
+
+
+def _interpreter(record: RunRecord, words: list[str]) -> Iterator[str]:
+    """Kernels that an interpreter ran are emulated."""
+    asked = [word.partition("=")[2] for word in words if word.startswith(f"{INTERPRET}=")]
+    inside = str(record.environment.get(INTERPRET, "")).lower() in _YES
+    ours = str(record.backend.get("target", "")).startswith("portakv.backends.triton:")
+    on_host = str(record.environment.get("device", "")) == "cpu"
+    meant = ours and on_host and any(value.lower() in _YES for value in asked)
+    if (inside or meant) and record.environment.get("emulated") is not True:
+        yield f"An interpreter ran its kernels ({INTERPRET}), but it says that nothing is emulated."

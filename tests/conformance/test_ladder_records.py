@@ -12,9 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from portakv_conformance.evidence.evidence import Job, name_of, read, recorded, rung_of
+from portakv_conformance.evidence.evidence import (
+    Job,
+    name_of,
+    read,
+    recorded,
+    rung_of,
+    without_places,
+)
 from portakv_conformance.evidence.ladder import RESULTS, Ladder, Rung, broken_rules
-from portakv_conformance.evidence.scrub import without_places
 from portakv_conformance.evidence.source import SourceError
 from portakv_conformance.vendor.standins import SIMULATION
 
