@@ -62,18 +62,14 @@ def test_sources_whose_rows_share_addresses(axis: int, extent: int, carry: Mover
     steps = [0 if n == axis else step for n, step in enumerate(once.stride())]
     steps[axis] = 0 if extent > 1 else 5
     shared = once.as_strided(shape, steps)
-    tokens = shape[2] * shape[3]
-    cache = KVView(shared, "layer kv block token head dim")
+    tokens, kv = shape[2] * shape[3], shape[1]
+    cache = KVView(shared, "layer kv block token head dim", kv=kv)
     rows = shared.flatten(2, 3)
     for ids in (None, [tokens - 1, 0, 2 % tokens, 0]):
         count = tokens if ids is None else len(ids)
-        chunk = noise(2, count, *rows.shape[:1], *rows.shape[3:], seed=1)[: shape[1]]
-        carry(
-            cache,
-            KVView(chunk, "kv token layer head dim"),
-            ids,
-            Index(list(range(count))) if ids else None,
-        )
+        chunk = noise(kv, count, shape[0], *shape[4:], seed=1)
+        theirs = None if ids is None else list(range(count))
+        carry(cache, KVView(chunk, "kv token layer head dim", kv=kv), ids, theirs)
         wanted = rows if ids is None else rows[:, :, ids]
         assert torch.equal(chunk, wanted.permute(1, 2, 0, 3, 4))
 
