@@ -156,7 +156,16 @@ class Backend(ABC):
         """What this backend claims on its device."""
 
     def check(self, plan: CopyPlan) -> Decision:
-        """Whether it takes this plan; pure. The default compares plan and capabilities."""
+        """Whether it takes this plan; pure. The default compares plan and capabilities.
+
+        A backend that reads rows by `KVView.plane` refuses forms that have no plane to show::
+
+            decision = super().check(plan)
+            why = plan.src.unshown or plan.dst.unshown
+            if decision.accepted and why:
+                return Decision(self.name, False, f"{why}, and its op takes whole planes")
+            return decision
+        """
         why = refusal(self.capabilities(), plan)
         return Decision(self.name, why is None, why or "takes the plan")
 

@@ -169,6 +169,12 @@ class RowsKernel:
                 return tuning.each, tuning.ahead // self.vector
         raise AssertionError("the last tuning is for any payload")
 
+    @property
+    def small(self) -> int:
+        """Below so many units a thread moves one vector and nothing is fetched ahead."""
+        others = [x.payload for x in self._tunings if (x.each, x.ahead) != (1, 0)]
+        return -(-min(others, default=0) // self._unit_bytes)
+
     def grid(self, units: int, each: int) -> tuple[int, int]:
         """Blocks along x and y of a launch of so many units."""
         return -(-units * self.row // (self.threads * each)), self.planes

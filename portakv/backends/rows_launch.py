@@ -180,10 +180,13 @@ class RowsAgain:
         driver: RowsDriver,
     ) -> None:  # fmt: skip
         self.most = min(kernel.most_units for *_, kernel in parts)
-        self._parts, self._driver = parts, driver
+        self._parts = [
+            (pack, functions, k.row, k.planes, k.threads, k.small, k.tuned)
+            for pack, functions, k in parts
+        ]
+        self._driver, self._arguments = driver, _Arguments(fixed, driver)
         self._handle, self._launch, self._word = driver.handle, driver.launch, driver.word
         self._success = driver.success
-        self._arguments = _Arguments(fixed, driver)
 
     def __call__(self, dense: int, ids: int, first: int, count: int, status: int) -> None:
         handle = self._handle(None)
@@ -192,14 +195,14 @@ class RowsAgain:
                 self(dense, ids, first, count, status)
             return
         arguments, word = self._arguments, self._word(status)
-        for (pack, functions, kernel), buffer, address in zip(
+        for part, buffer, address in zip(
             self._parts, arguments.buffers, arguments.addresses, strict=True
         ):
-            each, ahead = kernel.tuned(count)
+            pack, functions, row, planes, threads, small, tuned = part
+            each, ahead = (1, 0) if count < small else tuned(count)
             pack(buffer, dense, ids, first, count, ahead, word)
-            threads = kernel.threads
             answer = self._launch(
-                functions[each], -(-count * kernel.row // (threads * each)), kernel.planes, 1,
+                functions[each], -(-count * row // (threads * each)), planes, 1,
                 threads, 1, 1, 0, handle, address, 0,
             )  # fmt: skip
             if answer != self._success:
