@@ -40,14 +40,7 @@ from portakv_benchmarks.host.ways import (
     plain,
 )
 from portakv_benchmarks.shared.command import Rows, Step
-from portakv_benchmarks.shared.harness import (
-    Measured,
-    Variant,
-    figures,
-    measure,
-    short,
-    usable,
-)
+from portakv_benchmarks.shared.harness import Measured, Variant, figures, measure, short, usable
 from portakv_benchmarks.shared.shapes import in_words
 
 #: What is compared; `chosen_loss` is against the best of the first three that may be chosen.

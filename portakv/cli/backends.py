@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from portakv.cli.candidates import (
     print_candidates,
 )
 from portakv.cli.console import print_json, print_prose
-from portakv.errors import BackendUnavailable
+from portakv.errors import BackendUnavailable, DeviceMismatch
+from portakv.registry.builtin import MADE_FOR
 from portakv.registry.registry import ENVIRONMENT, found
 from portakv.runtime.devices import device_count, device_name, devices_present
 
@@ -67,10 +69,24 @@ def run(asked: argparse.Namespace) -> int:
 
 
 def _device(text: str) -> torch.device | str:
-    """The device; where torch cannot use it here, its name."""
+    """The device; its name, if torch cannot use it here.
+
+    Raises:
+        DeviceMismatch: no torch and no backend has devices of that name.
+    """
     with suppress(BackendUnavailable):
         return found(text)
-    return text
+    kind, _, index = text.partition(":")
+    known = sorted({"cpu", *MADE_FOR.values()})
+    with suppress(RuntimeError):
+        known.append(torch.device(kind).type)
+    if kind in known and (index.isdecimal() or text == kind):
+        return text
+    near = ["cuda"] if kind.lower() == "gpu" else get_close_matches(text.lower(), known, 1)
+    raise DeviceMismatch(
+        f"Device {text!r} was asked about, but neither torch nor a backend knows that name; "
+        + (f"did you mean {near[0]!r}?" if near else f"name one of {', '.join(known)}, or cuda:1.")
+    )
 
 
 def _print(traces: Traces) -> None:

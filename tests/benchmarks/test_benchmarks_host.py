@@ -338,11 +338,7 @@ def test_plots_of_a_result(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "why"),
-    [
-        (["--device", "cpu"], "accelerator"),
-        (["--device", "nonsense"], "nonsense"),
-    ],
+    ("words", "why"), [(["--device", "cpu"], "accelerator"), (["--device", "nonsense"], "nonsense")]
 )
 def test_what_cannot_be_measured_is_refused(
     words: list[str], why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -182,6 +182,29 @@ def test_a_backend_whose_self_check_fails_is_not_chosen(monkeypatch: pytest.Monk
         assert "its self-check failed" in wrong["reason"]
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("nonsense", "name one of cpu, cuda, mlu, npu, or cuda:1."),
+        ("gpu", "did you mean 'cuda'?"),
+        ("CPU", "did you mean 'cpu'?"),
+        ("cuda:x", "did you mean 'cuda'?"),
+    ],
+)
+def test_backends_of_a_device_that_nobody_knows(name: str, why: str) -> None:
+    code, out, err = run("backends", "--device", name)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"portakv: Device {name!r} was asked about, but neither torch nor a ")
+    assert err.endswith(f"{why}\n")
+
+
+def test_backends_of_a_device_that_is_not_here() -> None:
+    code, out, err = run("backends", "--device", "mlu:1")
+    assert (code, err) == (1, "portakv: no backend is chosen for mlu:1.\n")
+    assert "mlu:1, not here" in out
+    assert "torch_mlu" in out
+
+
 def test_backends_under_a_forced_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PORTAKV_BACKEND", "reference")
     code, out, err = run("backends")
