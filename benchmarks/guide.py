@@ -308,11 +308,11 @@ def _waiting(rows: Sequence[Row]) -> list[str]:
     ]  # fmt: skip
     heads = ["copy", "direction", "beside", "moved", "alone, us", "median, us", "longest, us"]
     told = (
-        "A pinned copy of somebody else, on another stream and in the direction of transfers that "
+        "A pinned copy of another owner, on another stream and in the direction of transfers that "
         "follow each other, until the host sees its end. Copy engines stay with one stream for as "
-        "long as it has more for them; who waited for 50 ms was given up."
+        "long as it has more for them; a copy that waited for 50 ms was given up."
     )
-    return _titled("What a copy of somebody else waits for", told, heads, table)
+    return _titled("What a copy of another stream waits for", told, heads, table)
 
 
 def _at_least(row: Row, name: str) -> str:

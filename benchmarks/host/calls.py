@@ -2,7 +2,7 @@
 """What a block transfer costs the host: 1,000 blocks x 64 planes, by each engine.
 
 Everything that can be made beforehand is: views, plans, kernels. The ids are an `Index` that the
-caller keeps, or tensors on the host that nobody has seen before, as an offload has them. The host's
+caller keeps, or tensors on the host that are new to the library, as an offload has them. The host's
 blocks follow each other, or lie at random: then the driver is asked for a copy of each.
 
 Calls follow each other in rounds, without waiting for an end in between, as those of a serving

@@ -42,7 +42,16 @@ from portakv_benchmarks.host.loops import (
     timed_event,
 )
 from portakv_benchmarks.host.memory import Sides
-from portakv_benchmarks.host.movers import RUNS, Kept, Mover, Pump, Ways, by_call, by_memcpy, by_way
+from portakv_benchmarks.host.movers import (
+    RUNS,
+    Kept,
+    Mover,
+    Queue,
+    Ways,
+    by_call,
+    by_memcpy,
+    by_way,
+)
 from portakv_benchmarks.host.suite import Bench
 from portakv_benchmarks.host.ways import (
     CHOSEN,
@@ -72,7 +81,7 @@ class Met:
     """What a mover's meetings with the loop gave.
 
     Attributes:
-        mover: who met it.
+        mover: what met it.
         times: milliseconds of the loop beside it.
         alone: milliseconds of the loop alone, for each of them.
         links: 10^9 bytes in a second meanwhile.
@@ -107,7 +116,7 @@ Movers = Callable[[Bench, str, list[str]], Iterable[Mover]]
 
 @dataclass(frozen=True)
 class _Meeting:
-    """Who meets which loop, where and how often."""
+    """The movers that meet a loop, on which stream and how often."""
 
     bench: Bench
     loop: str
@@ -178,12 +187,12 @@ def _repeat(
 def _beside(bench: Bench, loop: Loop, streams: Any, met: Met, mover: Mover) -> None:
     """Let a mover meet the loop."""
     mover.poison()
-    pump = Pump(bench.module, mover, streams[1])
-    taken, link = _meet(bench, loop, pump, streams[0])
+    queue = Queue(bench.module, mover, streams[1])
+    taken, link = _meet(bench, loop, queue, streams[0])
     mover.verified &= mover.right()
     met.times.append(taken)
     met.links.append(link)
-    met.dry += pump.dry
+    met.dry += queue.dry
 
 
 def _alone(bench: Bench, loop: Loop, work: torch.Stream) -> float:
@@ -194,7 +203,7 @@ def _alone(bench: Bench, loop: Loop, work: torch.Stream) -> float:
     return float(events[0].elapsed_time(events[1]))
 
 
-def _meet(bench: Bench, loop: Loop, pump: Pump, work: torch.Stream) -> tuple[float, float]:
+def _meet(bench: Bench, loop: Loop, queue: Queue, work: torch.Stream) -> tuple[float, float]:
     """Milliseconds of the loop beside transfers, and 10^9 bytes in a second of the link.
 
     Raises:
@@ -203,17 +212,17 @@ def _meet(bench: Bench, loop: Loop, pump: Pump, work: torch.Stream) -> tuple[flo
     first, last = events = _ready(bench, work)
     began = perf_counter()
     with uncollected():
-        pump.fill()
+        queue.fill()
         _start(bench, loop, work, events)
         while not last.query() and perf_counter() - began < _HELD_UP:
-            pump.go_on()
-        held_up, within = not last.query(), len(pump.stamps)
+            queue.go_on()
+        held_up, within = not last.query(), len(queue.stamps)
         bench.module.synchronize()
     if held_up:
         raise RuntimeError(f"the loop was held up: it had not ended after {_HELD_UP:g} s")
-    pump.land()
+    queue.land()
     ended = max(1, within)
-    link = ended * pump.mover.payload / (pump.stamps[ended - 1] - began) / 1e9
+    link = ended * queue.mover.payload / (queue.stamps[ended - 1] - began) / 1e9
     return float(first.elapsed_time(last)), link
 
 

@@ -127,7 +127,7 @@ class Sides:
         return self.host_view, self.device_view, theirs, mine
 
     def fresh_ids(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The same ids as tensors that nobody has seen before."""
+        """The same ids as tensors that are new to the library."""
         theirs = None if self._host_ids is None else self._host_ids.clone()
         return self._device_ids.clone(), theirs
 

@@ -40,7 +40,7 @@ class Mover:
         poison, right: as in `harness.Variant`.
         payload: bytes of one transfer.
         way: the engine and its terms; None of a peer, and of memcpy.
-        verified: every byte was right whenever somebody looked.
+        verified: every byte was right whenever it was checked.
     """
 
     labels: dict[str, Any]
@@ -64,7 +64,7 @@ class Mover:
 
 
 @dataclass
-class Pump:
+class Queue:
     """Keeps transfers of a mover following each other on a stream.
 
     Attributes:

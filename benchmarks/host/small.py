@@ -148,8 +148,8 @@ def _row(
 class _Sends:
     """What every send of every way came to, idle, paced and busy, and whether it arrived.
 
-    The ways take turns, each with many sends: whoever came first would meet a colder driver, and
-    whoever alternates with the others a processor whose caches hold theirs.
+    The ways take turns, each with many sends: the first of all would meet a colder driver, and a
+    way that alternates with others a processor whose caches hold theirs.
     """
 
     def __init__(self, bench: Bench, ways: Mapping[str, Route], count: int, large: _Large) -> None:

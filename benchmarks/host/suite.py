@@ -35,7 +35,7 @@ class HostPreset:
         ring_slots: for plain copies through a pinned ring, slots and bytes of one.
         beside: the payload of one transfer beside a model.
         loop_seconds, repeats: how long a loop runs alone, and how often each way meets it.
-        waiting: seconds of transfers that follow each other, beside copies of somebody else.
+        waiting: seconds of transfers that follow each other, beside copies of another stream.
         matmul: the side of its square matrices.
         attention: batch, heads and tokens of the decode loop.
         small: counts of integers.

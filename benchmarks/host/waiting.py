@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a copy of somebody else waits for while transfers follow each other.
+"""What a copy of another stream waits for while transfers follow each other.
 
 An engine sends its step's inputs and fetches its tokens over the same link, with copies of its own.
 One of those is issued on another stream, in the direction of the transfers, a few of which are in
 the queue at any time; what it takes until the host sees its end is told. A copy engine may stay
-with the transfers for as long as there are more of them: who has waited so long is given up, and
-counts as that long.
+with the transfers for as long as there are more of them: a copy that has waited so long is given
+up, and counts as that long.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from time import perf_counter
 import torch
 
 from portakv_benchmarks.host.cases import DIRECTIONS
-from portakv_benchmarks.host.movers import Kept, Mover, Pump, Ways, by_memcpy, by_way, recorded
+from portakv_benchmarks.host.movers import (
+    Kept,
+    Mover,
+    Queue,
+    Ways,
+    by_memcpy,
+    by_way,
+    recorded,
+)
 from portakv_benchmarks.host.suite import Bench
 from portakv_benchmarks.host.ways import DESCRIPTORS, HOST, HOST_DETACHED, direct
 from portakv_benchmarks.shared.command import Rows, Step
@@ -76,7 +84,7 @@ def _row(bench: Bench, direction: str, nbytes: int, rows: Rows, mover: Mover) ->
 def _other(
     bench: Bench, direction: str, nbytes: int
 ) -> tuple[Callable[[], object], Callable[[], bool]]:
-    """A pinned copy of somebody else on the current stream, and whether its bytes landed."""
+    """A pinned copy on the current stream, and whether its bytes landed."""
     here = torch.zeros(nbytes, dtype=torch.uint8).pin_memory()
     there = torch.zeros(nbytes, dtype=torch.uint8, device=bench.device)
     src, dst = (there, here) if direction == "d2h" else (here, there)
@@ -86,7 +94,7 @@ def _other(
 
 def _waits(bench: Bench, mover: Mover, copy: Callable[[], object]) -> list[float]:
     """Seconds of each copy of the other, from its call to its end."""
-    pump = Pump(bench.module, mover, bench.stream())
+    queue = Queue(bench.module, mover, bench.stream())
     stream, ends = bench.stream(), bench.preset.waiting
     waits: list[float] = []
     bench.module.synchronize()
@@ -94,11 +102,11 @@ def _waits(bench: Bench, mover: Mover, copy: Callable[[], object]) -> list[float
         due = (now := perf_counter()) + _BEFORE
         over = now + ends
         while not waits or now < over:
-            pump.go_on()
+            queue.go_on()
             now = perf_counter()
             if now < due:
                 continue
-            waits.append(_seen(bench, pump, stream, copy))
+            waits.append(_seen(bench, queue, stream, copy))
             if waits[-1] >= _GIVEN_UP:
                 bench.module.synchronize()
             now = perf_counter()
@@ -108,7 +116,7 @@ def _waits(bench: Bench, mover: Mover, copy: Callable[[], object]) -> list[float
 
 
 def _seen(
-    bench: Bench, pump: Pump | None, stream: torch.Stream, copy: Callable[[], object]
+    bench: Bench, queue: Queue | None, stream: torch.Stream, copy: Callable[[], object]
 ) -> float:
     """Seconds of a copy until its end was seen, or until it was given up."""
     began = perf_counter()
@@ -116,8 +124,8 @@ def _seen(
         copy()
     end = recorded(bench.module, stream)
     while not end.query() and perf_counter() - began < _GIVEN_UP:
-        if pump is not None:
-            pump.go_on()
+        if queue is not None:
+            queue.go_on()
     return perf_counter() - began
 
 

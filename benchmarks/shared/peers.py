@@ -2,7 +2,7 @@
 """Peers: other projects' released copies, called as their own integrations call them.
 
 A peer is installed for the benchmark only (`pip install --no-deps lmcache==0.5.3`); nothing of
-PortaKV needs it. Its bytes are checked like anybody's, and what it cannot carry out is listed.
+PortaKV needs it. Its bytes are checked like ours, and what it cannot carry out is listed.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def run(asked: argparse.Namespace) -> int:
         PortaKVError: no accelerator, or nothing could be measured or kept.
         DeviceMismatch: torch cannot use the device.
     """
-    # What measures is imported by nobody else.
+    # No other command needs what measures.
     from portakv.engines import calibration
     from portakv.engines import costs as table
 

@@ -78,12 +78,12 @@ def candidates_for_plan(plan: CopyPlan, taken: Choice) -> list[Candidate]:
 
 
 def _passed_over(candidate: Candidate, plan: CopyPlan, taken: Choice) -> Candidate:
-    """A candidate that nobody asked about the plan, because another takes it."""
+    """A candidate that was not asked about the plan, because another takes it."""
     backend, decision = REGISTRY.ask(candidate.name, taken.backend.device, check=False)
     if backend is not None:
         try:
             decision = backend.check(plan)
-        except Exception as error:  # somebody else's backend: explaining must go on
+        except Exception as error:  # a third party's backend: explaining must go on
             why = f"its check failed: {type(error).__name__}: {error}"
             decision = Decision(candidate.name, False, why)
     if not decision.accepted:

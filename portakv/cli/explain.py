@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv explain`: the plan of a copy between two layouts, who carries it out, and why."""
+"""`portakv explain`: the plan of a copy between two layouts, its backend, and why that one."""
 
 from __future__ import annotations
 

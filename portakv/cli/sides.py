@@ -19,7 +19,7 @@ from portakv.view.bound import read_as
 from portakv.view.example import example_tensors
 from portakv.view.view import KVView
 
-# What an axis has where nobody says otherwise, and what it has where a side does not write it.
+# What an axis has if the user does not say, and if a side does not write it.
 LAYERS, KV, HEADS, DIM, BLOCK_SIZE, TOKENS = 32, 2, 32, 128, 16, 128
 LATENT_DIM = 576  # of a row that is neither key nor value, as MLA stores it
 

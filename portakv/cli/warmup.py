@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv warmup`: compile the kernels of `cuda` and `hip` before anybody waits for them."""
+"""`portakv warmup`: compile the kernels of `cuda` and `hip` before a transfer needs them."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def fitted(scenario: Scenario, free: int | None) -> Scenario:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had on ``device``; None where nobody tells."""
+    """Bytes that can still be had on ``device``; None if the system does not tell."""
     if device.type != "cpu":
         ask = getattr(torch.get_device_module(device), "mem_get_info", None)
         return int(ask(device)[0]) if ask else None
