@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from portakv_benchmarks.shared.harness import (
     usable,
 )
 from portakv_benchmarks.shared.machine import free_memory
-from portakv_benchmarks.shared.peers import LMCache, PeerMissing
+from portakv_benchmarks.shared.peers import LMCache, Move, PeerMissing
 from portakv_benchmarks.shared.shapes import Shape
 from portakv_benchmarks.shared.timers import Call, Timer
 
@@ -220,12 +221,14 @@ def peer_ways(peer: LMCache, work: Workload, index: str) -> Iterator[Variant]:
         source, target = (
             peer.move_by(kernel, work.shape, slots, caches) for caches in (work.source, work.target)
         )
-        for way in both_ways(
-            work, index, name,
-            lambda i, move=source: move(work.stored[i], True),
-            lambda i, move=target: move(work.loaded[i], False), (kernel, kernel),
-        ):  # fmt: skip
+        store = partial(_by_peer, source, work.stored, True)
+        load = partial(_by_peer, target, work.loaded, False)
+        for way in both_ways(work, index, name, store, load, (kernel, kernel)):
             yield replace(way, labels={**way.labels, "peer": peer.name})
+
+
+def _by_peer(move: Move, chunks: Sequence[torch.Tensor], store: bool, i: int) -> object:
+    return move(chunks[i], store)
 
 
 def both_ways(
