@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.command_line import Absent, Shy, choose_tables, registered, run, run_json, settle
+from support.command_line import Absent, Shy, registered, run, run_json
 
 import portakv
 from portakv.backends.base import Launch
@@ -25,19 +25,6 @@ from portakv.layout.picture import draw
 from portakv.layout.presets import PRESETS
 from portakv.registry.registry import REGISTRY
 from portakv.runtime.devices import devices_present
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """80 columns without colours, on a machine where nothing is forced."""
-    settle(monkeypatch)
-
-
-@pytest.fixture(params=["rich", "plain"])
-def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With rich, then as if it were not installed."""
-    choose_tables(request.param, monkeypatch)
-
 
 # the command itself
 

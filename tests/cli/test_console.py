@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import pytest
-from support.command_line import choose_tables, settle
 
 from portakv.cli.console import (
     PIPED_WIDTH,
@@ -23,11 +22,7 @@ ROWS = [
 ]
 
 
-@pytest.fixture(autouse=True, params=["rich", "plain"])
-def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """80 columns without colours; with rich, then as if it were not installed."""
-    settle(monkeypatch)
-    choose_tables(request.param, monkeypatch)
+pytestmark = pytest.mark.usefixtures("either")
 
 
 def letters(text: str) -> list[str]:

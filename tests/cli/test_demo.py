@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.command_line import choose_tables, registered, run, run_json, settle
+from support.command_line import choose_tables, registered, run, run_json
 from support.small_backends import small_backend
 
 from portakv import AdaptiveConnector, KVView, Transfer
@@ -29,8 +29,7 @@ DEVICE = usual_device()
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing forced, 80 columns, three rounds of a scenario of a few kilobytes."""
-    settle(monkeypatch)
+    """Three rounds of a scenario of a few kilobytes."""
     monkeypatch.setattr("portakv.cli.demo.FOUNDING", SMALL)
     monkeypatch.setattr(moves, "ROUNDS", 3)
 

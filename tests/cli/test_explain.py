@@ -9,28 +9,14 @@ from support.command_line import (
     Absent,
     Late,
     Shy,
-    choose_tables,
     registered,
     run,
     run_json,
-    settle,
 )
 
 from portakv.layout.language import parse
 from portakv.layout.presets import PRESETS
 from portakv.runtime.bounded import Bounded, caches
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """80 columns without colours, on a machine where nothing is forced."""
-    settle(monkeypatch)
-
-
-@pytest.fixture(params=["rich", "plain"])
-def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With rich, then as if it were not installed."""
-    choose_tables(request.param, monkeypatch)
 
 
 @pytest.mark.usefixtures("either")

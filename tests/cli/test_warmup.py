@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.command_line import run, run_json, settle
+from support.command_line import run, run_json
 from support.guarded_memory import check_sentence
 from support.hip_cases import needs_compiler
 
@@ -28,8 +28,7 @@ NHD, CHUNK = "layer | kv block token head dim", "kv layer token (head dim)"
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """80 columns, and a cache that holds nothing."""
-    settle(monkeypatch)
+    """A cache that holds nothing."""
     folder = tmp_path / "kernels"
     monkeypatch.setenv("PORTAKV_CACHE_DIR", str(folder))
     return folder

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.command_line import FOUNDING, choose_tables, run, run_json, settle
+from support.command_line import FOUNDING, run, run_json
 
 from portakv.cli import main
 from portakv.engines.costs import Point, Table, as_json
@@ -20,16 +20,9 @@ ASKED = ("explain", "--host", "--blocks", "1000", "--run-bytes", "32768", "--dir
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """80 columns without colours, and no table."""
-    settle(monkeypatch)
+def no_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cache of tables that holds nothing."""
     monkeypatch.setenv("PORTAKV_CACHE_DIR", str(tmp_path / "cache"))
-
-
-@pytest.fixture(params=["rich", "plain"])
-def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With rich, then as if it were not installed."""
-    choose_tables(request.param, monkeypatch)
 
 
 @pytest.mark.usefixtures("either")
