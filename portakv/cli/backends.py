@@ -23,8 +23,7 @@ from portakv.cli.candidates import (
 )
 from portakv.cli.console import print_json, print_prose
 from portakv.errors import BackendUnavailable, DeviceMismatch
-from portakv.registry.builtin import MADE_FOR
-from portakv.registry.registry import ENVIRONMENT, found
+from portakv.registry import ENVIRONMENT, MADE_FOR, found
 from portakv.runtime.devices import device_count, device_name, devices_present
 
 _RUNGS = (
