@@ -27,7 +27,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-FILE = Path(__file__).with_name("ladder.toml")
+FILE = Path(__file__).parents[1] / "ladder.toml"
 RUNGS = tuple(f"R{number}" for number in range(7))
 RESULTS = "conformance/results/"
 _HEAD = """\

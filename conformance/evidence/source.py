@@ -3,9 +3,10 @@
 
 Of a third party's backend every file of its package counts. Of a backend of PortaKV, or of one of
 ``portakv_conformance.vendor``, its own file counts, with what that imports of either (never the
-interface in ``base``) and of ``portakv_native``, and the files that those name and that lie beside
-them: a new comment elsewhere in the library must not make every result stale. What emulates a
-device is hashed by the same rules, so that a rung ends with its emulation too.
+interface in ``base``), of the drivers and compilers in ``portakv.runtime`` and of
+``portakv_native``, and the files that those name and that lie beside them: a new comment elsewhere
+in the library must not make every result stale. What emulates a device is hashed by the same rules,
+so that a rung ends with its emulation too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ SHA256 = "[0-9a-f]{64}"
 _OURS = "portakv.backends"
 _VENDOR = "portakv_conformance.vendor"
 _NATIVE = "portakv_native"
+# Drivers and compilers: what else lies in `portakv.runtime` serves every backend alike.
+_RUNTIME = "portakv.runtime"
+_DRIVERS = (
+    "cuda", "hip", "nvrtc", "kernel_cache", "_hiprtc", "_hip_card", "_launching", "_vendor_package",
+)  # fmt: skip
 _COUNTED = (f"{_OURS}.", f"{_VENDOR}.", f"{_NATIVE}.")
 _SUFFIXES = frozenset((".py", ".pyi", ".c", ".cc", ".cpp", ".h", ".hpp", ".cu", ".cuh", ".toml"))
 
@@ -89,7 +95,8 @@ def _named_in(path: Path, module: str) -> set[str]:
             named |= {alias.name for alias in node.names}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             named |= {node.value} if node.value.replace(".", "").isidentifier() else set()
-    return {name for name in named if name.startswith(_COUNTED)}
+    drivers = {f"{_RUNTIME}.{driver}" for driver in _DRIVERS}
+    return {name for name in named if name.startswith(_COUNTED) or name in drivers}
 
 
 def _beside(path: Path) -> list[Path]:

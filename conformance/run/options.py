@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 #: Every mark of a case, with what it says; the plugin registers them.
 MARKS = {
     "area": "area(name): what part of the suite a case belongs to",

@@ -133,7 +133,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     import pytest
 
-    folder = str(Path(__file__).resolve().parent)
+    from portakv_conformance.run.options import PACKAGE
+
+    folder = str(PACKAGE)
     where = ["-c", orders.configuration, "--rootdir", folder, "--confcutdir", folder]
     words = [*where, *_PLUGINS, *_QUIET, *orders.pytest, folder]
     return int(pytest.main(words, plugins=[Descriptions(orders)]))
