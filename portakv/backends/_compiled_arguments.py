@@ -109,14 +109,14 @@ class _SideArguments:
 
     def _kept(self, view: KVView) -> tuple[torch.Tensor, torch.Tensor | None, int]:
         """A view's memory, its table of addresses, and the address that the memory begins at."""
-        known: tuple[torch.Tensor, torch.Tensor | None, int] | None = view.kept.get(self)
+        known: tuple[torch.Tensor, torch.Tensor | None, int] | None = view.derived.get(self)
         if known is None:
             low = min((*view.origins, *self.reached)) // ALIGNMENT * ALIGNMENT
             shape, device, table = self.shape, view.device, None
             memory = memory_from(low, device, shape.dtype, shape.run, shape.ratio)
             if self.mine.tabled:
                 table = memory_from(view.table.data_ptr(), device, torch.int64)
-            known = view.kept[self] = (memory, table, low)
+            known = view.derived[self] = (memory, table, low)
         return known
 
 

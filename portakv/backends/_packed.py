@@ -58,10 +58,10 @@ def apart(form: Form) -> int | None:
 def planes(view: KVView, dtype: torch.dtype) -> list[list[torch.Tensor]]:
     """For each layer the planes of each kv, as `KVView.plane` gives them; kept with the view."""
     key = (planes, dtype)
-    if key not in view.kept:
+    if key not in view.derived:
         with torch.inference_mode(False):  # one made in it could not be written outside of it
-            view.kept[key] = [
+            view.derived[key] = [
                 [view.plane(layer, kv, dtype) for kv in range(view.kv)]
                 for layer in range(view.layers)
             ]
-    return view.kept[key]  # type: ignore[no-any-return]
+    return view.derived[key]  # type: ignore[no-any-return]

@@ -154,11 +154,11 @@ def _pointers(call: _Call) -> torch.Tensor:
     """The address of each layer's cache, int64 on the device; kept for each stream, since no other
     is ordered behind the copy that brings them there."""
     key = (_pointers, torch.accelerator.current_stream(call.cache.device).stream_id)
-    if key not in call.cache.kept:
+    if key not in call.cache.derived:
         found = [layer[0].data_ptr() for layer in planes(call.cache, call.dtype)]
         with torch.inference_mode(False):
-            call.cache.kept[key] = torch.tensor(found).to(call.cache.device)
-    return call.cache.kept[key]  # type: ignore[no-any-return]
+            call.cache.derived[key] = torch.tensor(found).to(call.cache.device)
+    return call.cache.derived[key]  # type: ignore[no-any-return]
 
 
 class _Planes:

@@ -281,11 +281,11 @@ class _SideArguments:
 
     def table(self, view: KVView) -> bytes:
         """The entries that travel in the arguments."""
-        kept: bytes | None = view.kept.get(self)
+        kept: bytes | None = view.derived.get(self)
         if kept is None:
             first = self.side.table
             entries = view.origins[first : first + self.entries]
-            kept = view.kept[self] = struct.pack(f"<{self.entries}q", *entries)
+            kept = view.derived[self] = struct.pack(f"<{self.entries}q", *entries)
         return kept
 
     def request(self, view: KVView, index: Index) -> tuple[int, int, int, int, int, int]:

@@ -280,9 +280,9 @@ class _Rows:
 
         def known(move: tuple[int, int]) -> torch.Tensor:
             key = (self, entry, move)
-            tensor: torch.Tensor | None = view.kept.get(key)
+            tensor: torch.Tensor | None = view.derived.get(key)
             if tensor is None:
-                tensor = view.kept[key] = make(move)
+                tensor = view.derived[key] = make(move)
             return tensor
 
         return known

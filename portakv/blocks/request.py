@@ -94,8 +94,8 @@ class Order(NamedTuple):
 
 def layers_of(view: KVView) -> tuple[KVView, ...]:
     """A view for each layer, made once; they all have one form."""
-    found: tuple[KVView, ...] | None = view.kept.get(_LAYERS)
+    found: tuple[KVView, ...] | None = view.derived.get(_LAYERS)
     if found is None:
         found = tuple(view.slice(layers=i) for i in range(view.layers))
-        view.kept[_LAYERS] = found
+        view.derived[_LAYERS] = found
     return found

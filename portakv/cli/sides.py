@@ -15,7 +15,7 @@ import torch
 from portakv.errors import LayoutError, PortaKVError
 from portakv.layout.language import Layout, parse
 from portakv.layout.presets import resolve
-from portakv.view.bound import read_as
+from portakv.view.bound import bind_layout
 from portakv.view.example import example_tensors
 from portakv.view.view import KVView
 
@@ -134,7 +134,7 @@ def _view(
     device: torch.device,
 ) -> KVView:
     block_size = size if layout.paged else None
-    reading = read_as(text, **declared, block_size=block_size)
+    bound = bind_layout(text, **declared, block_size=block_size)
     blocks = said.blocks or max(2, -(-said.tokens // size))
     try:
         tensors = example_tensors(
@@ -153,7 +153,7 @@ def _view(
             f"Example tensors of {layout.text!r} could not be made on {device} ({why}); ask for "
             f"fewer --blocks, --tokens or --layers."
         ) from error
-    return KVView.through(reading, tensors)
+    return KVView.through(bound, tensors)
 
 
 def describe_tensors(tensors: Any) -> str:

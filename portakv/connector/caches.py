@@ -20,7 +20,7 @@ from portakv.layout.language import parse
 from portakv.layout.presets import resolve
 from portakv.plan.move import Move
 from portakv.registry.registry import Choice
-from portakv.view.bound import Reading, read_as
+from portakv.view.bound import BoundLayout, bind_layout
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
@@ -66,15 +66,15 @@ class Registration(NamedTuple):
 
     @classmethod
     def read(
-        cls, kv_caches: Tensors, reading: Reading, chunk_layout: str, choice: Choice, owner: Any
+        cls, kv_caches: Tensors, bound: BoundLayout, chunk_layout: str, choice: Choice, owner: Any
     ) -> Registration:
         """Read caches for a connector's ``choice``; ``owner`` is a weak reference to it.
 
         Raises:
             LayoutError: caches that contradict the layout. DeviceMismatch: on another device.
         """
-        _check_caches(kv_caches, reading)
-        view = KVView.through(reading, kv_caches, lasting=True)
+        _check_caches(kv_caches, bound)
+        view = KVView.through(bound, kv_caches, lasting=True)
         if view.device != choice.backend.device:
             raise DeviceMismatch(
                 f"The kv_caches are on {view.device}, but this connector serves "
@@ -142,8 +142,8 @@ class ChunkReader:
     def __init__(self, cache: KVView, layout: str) -> None:
         self._cache = cache
         self._layout = layout
-        self._readings: dict[int, Reading] = {}
-        self._batch_readings: dict[int, Reading] = {}
+        self._bound: dict[int, BoundLayout] = {}
+        self._batch_layouts: dict[int, BoundLayout] = {}
 
     def read(self, memory_obj: MemoryObject) -> KVView:
         """The view of one memory object: a tensor, or anything with ``.tensor``.
@@ -157,12 +157,12 @@ class ChunkReader:
             tensor = _tensor_of(memory_obj)
             probe = tensor if isinstance(tensor, torch.Tensor) else _first_tensor(tensor)
         itemsize = probe.itemsize
-        reading = self._readings.get(itemsize)
-        if reading is None:
+        bound = self._bound.get(itemsize)
+        if bound is None:
             extents = _known_extents(self._cache, resolve(self._layout)[0], itemsize)
-            reading = self._readings[itemsize] = read_as(self._layout, **extents)
+            bound = self._bound[itemsize] = bind_layout(self._layout, **extents)
         try:
-            return KVView.through(reading, tensor)
+            return KVView.through(bound, tensor)
         except LayoutError as error:
             raise LayoutError(
                 f"The memory_obj does not hold chunks of these caches. {error} (Its dtype is "
@@ -185,21 +185,21 @@ class ChunkReader:
             if len(members) == 1 or layout.containers or layout.paged:
                 found += [(chunk, WHOLE, index, count) for chunk, index, count in members]
                 continue
-            reading = self._batch_reading(members[0][0])
-            view = KVView.through(reading, [chunk.tensors for chunk, _, _ in members])
+            bound = self._batch_layout(members[0][0])
+            view = KVView.through(bound, [chunk.tensors for chunk, _, _ in members])
             found.append((view, *_joined(members)))
         return found
 
-    def _batch_reading(self, chunk: KVView) -> Reading:
+    def _batch_layout(self, chunk: KVView) -> BoundLayout:
         """A list of such chunks as one paged view, each a block."""
         itemsize = chunk.owners[0].dtype.itemsize
-        reading = self._batch_readings.get(itemsize)
-        if reading is None:
+        bound = self._batch_layouts.get(itemsize)
+        if bound is None:
             text = f"block | {chunk.layout.text}"
             extents = _known_extents(self._cache, text, itemsize)
             extents.pop("block_size", None)
-            reading = self._batch_readings[itemsize] = read_as(text, **extents)
-        return reading
+            bound = self._batch_layouts[itemsize] = bind_layout(text, **extents)
+        return bound
 
 
 def _known_extents(cache: KVView, layout: str, itemsize: int) -> dict[str, Any]:
@@ -320,9 +320,9 @@ def _check_apart(chunks: list[KVView]) -> None:
             )
 
 
-def _check_caches(kv_caches: Tensors, reading: Reading) -> None:
+def _check_caches(kv_caches: Tensors, bound: BoundLayout) -> None:
     """Name the slip of a slot mapping that was passed in the place of the caches."""
-    layout = reading.layout
+    layout = bound.layout
     if (
         isinstance(kv_caches, torch.Tensor)
         and kv_caches.dim() == 1

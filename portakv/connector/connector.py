@@ -27,7 +27,7 @@ from portakv.runtime.capture import capturing
 from portakv.runtime.transfer import Completion, Transfer, failed
 from portakv.runtime.watch import fail, unasked_error
 from portakv.runtime.words import any_set
-from portakv.view.bound import read_as
+from portakv.view.bound import bind_layout
 from portakv.view.example import example_chunk
 
 KV_LAYOUT = "layer | kv block token head dim"
@@ -66,7 +66,7 @@ class AdaptiveConnector:
     ) -> None:
         self._choice = choose(device, backend)
         self.device = self._choice.backend.device
-        self._reading = read_as(kv_layout, reinterpret=reinterpret, **extents)
+        self._bound = bind_layout(kv_layout, reinterpret=reinterpret, **extents)
         parse(resolve(chunk_layout)[0])  # a layout that cannot be read is refused now
         self._layouts = kv_layout, chunk_layout
         self._registered: Registration | None = None
@@ -324,7 +324,7 @@ class AdaptiveConnector:
 
     def _read(self, kv_caches: Tensors) -> Registration:
         return Registration.read(
-            kv_caches, self._reading, self._layouts[1], self._choice, self._owner
+            kv_caches, self._bound, self._layouts[1], self._choice, self._owner
         )
 
     def _keep(self, transfer: Transfer) -> Transfer:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv.errors import PortaKVError
-from portakv.view.bound import read_as
+from portakv.view.bound import bind_layout
 from portakv.view.form import Form, Part
 from portakv.view.view import KVView
 
@@ -50,7 +50,7 @@ class DenseRows:
         self.form = form
         self.block_size = form.block_size or 1
         layout, self._shape, extents = _described(form, by_layer)
-        self._reading = read_as(layout, **extents)
+        self._bound = bind_layout(layout, **extents)
         names = [name for name, n in zip(layout.split(), self._shape, strict=False) if n != 1]
         self.outside = tuple(takewhile(lambda name: name in ("kv", "layer"), names))
 
@@ -63,7 +63,7 @@ class DenseRows:
         """The first bytes of a uint8 buffer as rows of ``slots`` slots."""
         capacity = slots // self.block_size
         shape = [extent or capacity for extent in self._shape]
-        return KVView.through(self._reading, buffer[: self.nbytes(slots)].view(shape), lasting=True)
+        return KVView.through(self._bound, buffer[: self.nbytes(slots)].view(shape), lasting=True)
 
 
 @lru_cache(maxsize=256)

@@ -255,7 +255,7 @@ def check_reach(view: KVView, device: torch.device) -> None:
 
     One address of a view is asked for, once.
     """
-    if (_REACHED, device) in view.kept or not view.origins:
+    if (_REACHED, device) in view.derived or not view.origins:
         return
     address = view.origins[0]
     if device_address(address, device) != address:
@@ -264,7 +264,7 @@ def check_reach(view: KVView, device: torch.device) -> None:
             f"{device} does not reach it by that address; pin it with mapped=True, or use backend "
             f"'staged'",
         )
-    view.kept[_REACHED, device] = True
+    view.derived[_REACHED, device] = True
 
 
 def device_address(address: int, device: torch.device) -> int:
@@ -294,13 +294,13 @@ def table_on(view: KVView, device: torch.device, stream: torch.Stream | None) ->
         Unsupported: inside graph capture, where it would be made at each replay.
     """
     held = capture.capturing(device)
-    kept: _Table | None = view.kept.get((_TABLE_ON, device))
+    kept: _Table | None = view.derived.get((_TABLE_ON, device))
     if kept is None:
         if held:
             raise captured()
         addresses = to_device(view.addresses, device, stream=stream)
         made = _Table(addresses, events.pool(device).recorded(stream))
-        kept = view.kept.setdefault((_TABLE_ON, device), made)
+        kept = view.derived.setdefault((_TABLE_ON, device), made)
     if not held:  # inside, nothing may wait for what was enqueued outside
         used = stream or torch.accelerator.current_stream(device.index)
         used.wait_event(kept.there)

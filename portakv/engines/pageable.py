@@ -23,7 +23,7 @@ from portakv.engines.dense import DenseRows
 from portakv.engines.engine import PAGEABLE, Engine
 from portakv.engines.link import link_of
 from portakv.engines.pieces import Pieces
-from portakv.engines.slices import RING, Cut, Sizes, TwoStages, cuts, in_either_order, sliced
+from portakv.engines.slices import RING, Cut, Sizes, TwoStages, cuts, in_either_order
 from portakv.engines.staged import Passage, Slice
 from portakv.engines.staging import Staging, staging
 from portakv.host import pinned
@@ -134,7 +134,7 @@ class _Slice(Slice):
     def __init__(
         self, launch: _RingLaunch, cut: Cut, rows: KVView, host: KVView, theirs: Index
     ) -> None:
-        mine, self.host = sliced(rows, cut), sliced(host, cut)
+        mine, self.host = rows.planes(cut.layers, cut.kv), host.planes(cut.layers, cut.kv)
         # Not exactly so many positions: transfers of any length share few plans.
         stages = launch.halves.of(mine, self.host, cut)
         super().__init__(stages, mine, cut, theirs, False, SIZES.largest)

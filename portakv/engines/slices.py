@@ -258,18 +258,6 @@ class StagesByCut:
         return TwoStages(plan, dense_rows(host, self._by_layer), self._half)
 
 
-def sliced(view: KVView, cut: Cut) -> KVView:
-    """The planes of a slice, as a view that is made once."""
-    if cut.layers is None and cut.kv is None:
-        return view
-    key = "planes", cut.layers, cut.kv
-    known: KVView | None = view.kept.get(key)
-    if known is None:
-        layers, kv = (None if ends is None else slice(*ends) for ends in (cut.layers, cut.kv))
-        known = view.kept[key] = view.slice(layers=layers, kv=kv)
-    return known
-
-
 def in_either_order(plan: CopyPlan, half: Choice, device: torch.device) -> StagesByCut:
     """The halves of a plan, prepared: their mirrors lie as the host's rows do, else layer by layer.
 

@@ -25,7 +25,6 @@ from portakv.engines.slices import (
     TwoStages,
     cuts,
     in_either_order,
-    sliced,
     staged_sizes,
 )
 from portakv.engines.staging import Staging, mark, staging, wait
@@ -106,7 +105,7 @@ class _StagedLaunch:
                     for nth in range(len(legs)):
                         passage.move(nth)
         except BaseException:
-            rows.kept.pop(self, None)  # slices that were not settled hold the host's memory
+            rows.derived.pop(self, None)  # slices that were not settled hold the host's memory
             raise
         finally:
             # No allocator knows of the link's copies: the host's memory is held until they ended,
@@ -124,7 +123,7 @@ class _StagedLaunch:
             key += (host.origins,)
         else:  # in other memory of the host's form a slice lies as far behind its address
             outside = self.halves.whole.mirror.outside
-        kept: dict[tuple[object, ...], list[Leg]] = rows.kept.setdefault(self, {})
+        kept: dict[tuple[object, ...], list[Leg]] = rows.derived.setdefault(self, {})
         legs = kept.get(key)
         if legs is None:
             # Ids scatter the rows of a plane anyway, and several allocations the planes.
@@ -197,7 +196,7 @@ class Leg(Slice):
         host: KVView,
         theirs: Index,
     ) -> None:
-        mine, part = sliced(rows, cut), sliced(host, cut)
+        mine, part = rows.planes(cut.layers, cut.kv), host.planes(cut.layers, cut.kv)
         super().__init__(launch.halves.of(mine, part, cut), mine, cut, theirs, exactly)
         self._fold_below = launch.fold_below
         self._part: KVView | None = part

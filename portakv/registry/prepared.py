@@ -203,9 +203,9 @@ class RefusePrivateFormats:
         stream: torch.Stream | None,
         status: torch.Tensor | None,
     ) -> Pending | None:
-        if _PLAIN not in src.kept:
+        if _PLAIN not in src.derived:
             self._look(src)
-        if _PLAIN not in dst.kept:
+        if _PLAIN not in dst.derived:
             self._look(dst)
         return self._launch(src, dst, src_index, dst_index, count, stream, status)
 
@@ -219,4 +219,4 @@ class RefusePrivateFormats:
                     raise Unsupported(
                         f"A copy of tensors of {view.layout.text!r}", f"{why}; nothing was moved"
                     )
-        view.kept[_PLAIN] = True
+        view.derived[_PLAIN] = True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readings: a layout with its declared extents turns tensors into facts.
+"""`BoundLayout`: a layout with its declared extents reads the tensors of a `KVView`.
 
 Addresses come from ``data_ptr()`` and strides, never from contiguity, the number of tensors or
 ``shape[i] == 2``.
@@ -24,11 +24,11 @@ from portakv.view.form import Form, build_parts, same_form
 _STRIDED = torch.strided
 #: Tensors of these are bytes, whatever they stand for: fp8 and packed formats are kept so.
 _BYTES = frozenset({torch.uint8, torch.int8})
-_KNOWN_SHAPES = 256  # forms of single tensors that one reading remembers
+_KNOWN_SHAPES = 256  # forms of single tensors that one layout remembers
 
 
 class Facts(NamedTuple):
-    """What a reading finds out about tensors; `KVView` documents each."""
+    """What a bound layout finds out about tensors; `KVView` documents each."""
 
     form: Form
     origins: tuple[int, ...]
@@ -54,7 +54,7 @@ class _Known(NamedTuple):
     reach: int  # bytes from the first to past the last
 
 
-class Reading:
+class BoundLayout:
     """A layout and its declared extents; with ``reinterpret`` rows are bytes, whatever the dtype.
 
     A tensor of known shape, strides, dtype and place reuses its form by one look-up.
@@ -136,7 +136,7 @@ class Reading:
 
 
 @lru_cache(maxsize=256)
-def _reading(layout: str, declared: tuple[tuple[str, Any], ...], reinterpret: bool) -> Reading:
+def _bound(layout: str, declared: tuple[tuple[str, Any], ...], reinterpret: bool) -> BoundLayout:
     text, always = presets.resolve(layout)
     extents = dict(always)
     for name, value in declared:
@@ -146,11 +146,11 @@ def _reading(layout: str, declared: tuple[tuple[str, Any], ...], reinterpret: bo
                 f"{name}={extents[name]}; declare that, or write the layout string."
             )
         extents[name] = value
-    return Reading(parse(text), extents, reinterpret)
+    return BoundLayout(parse(text), extents, reinterpret)
 
 
-def read_as(layout: str, /, *, reinterpret: bool = False, **extents: Any) -> Reading:
-    """The reading of a layout (string or preset) with declared extents; None means undeclared.
+def bind_layout(layout: str, /, *, reinterpret: bool = False, **extents: Any) -> BoundLayout:
+    """A layout (string or preset) bound to declared extents; None means undeclared.
 
     ``reinterpret``: rows are bytes, whatever the dtypes of the tensors.
     """
@@ -161,7 +161,7 @@ def read_as(layout: str, /, *, reinterpret: bool = False, **extents: Any) -> Rea
         for name, value in sorted(extents.items())
         if value is not None
     )
-    return _reading(layout, declared, bool(reinterpret))
+    return _bound(layout, declared, bool(reinterpret))
 
 
 def _integers(name: str, value: Any) -> int | tuple[int, ...]:

@@ -18,7 +18,7 @@ import torch
 
 from portakv.errors import LayoutError
 from portakv.layout.language import Layout
-from portakv.view.bound import Facts, Found, Reading, as_dtype, read_as
+from portakv.view.bound import BoundLayout, Facts, Found, as_dtype, bind_layout
 from portakv.view.form import ALIASED, locate, same_form
 from portakv.view.slicing import slice_facts
 
@@ -41,7 +41,7 @@ class KVView:
         slots: tokens that can be addressed (blocks * block_size, or a chunk's tokens).
         device: where the tensors are.
         spans: sorted, disjoint ranges [first byte, past the last byte) that the tensors cover.
-        kept: what backends derive from this view for a plan, kept as long as the view.
+        derived: what slices, launches and engines made of this view; lives as long as the view.
 
     Raises:
         LayoutError: a contradiction, naming the axis, the expected and the found extent.
@@ -49,8 +49,19 @@ class KVView:
     """
 
     __slots__ = (
-        "_memory", "_table", "_unwritable", "device", "form", "kept", "layout", "origins", "owners",
-        "requires_grad", "slots", "spans", "tensors",
+        "_memory",
+        "_table",
+        "_unwritable",
+        "derived",
+        "device",
+        "form",
+        "layout",
+        "origins",
+        "owners",
+        "requires_grad",
+        "slots",
+        "spans",
+        "tensors",
     )  # fmt: skip
 
     def __init__(
@@ -67,21 +78,21 @@ class KVView:
         **unknown: NoReturn,
     ) -> None:
         width = tuple(dim) if isinstance(dim, (list, tuple)) else dim
-        reading = read_as(
+        bound = bind_layout(
             layout, layers=layers, kv=kv, block_size=block_size, heads=heads, dim=width,
             reinterpret=reinterpret, **unknown,
         )  # fmt: skip
-        self._set(reading.layout, tensors, reading.read(tensors))
+        self._set(bound.layout, tensors, bound.read(tensors))
         self._hold()
 
     @classmethod
-    def through(cls, reading: Reading, tensors: Any, *, lasting: bool = False) -> KVView:
-        """A view through a reading that was made before; raises as the constructor does.
+    def through(cls, bound: BoundLayout, tensors: Any, *, lasting: bool = False) -> KVView:
+        """A view through a layout that was bound before; raises as the constructor does.
 
         ``lasting``: it outlives the call that it is made for.
         """
         view = cls.__new__(cls)
-        view._set(reading.layout, tensors, reading.read(tensors))
+        view._set(bound.layout, tensors, bound.read(tensors))
         if lasting:
             view._hold()
         return view
@@ -95,7 +106,7 @@ class KVView:
         self._table: torch.Tensor | None = None
         self._memory: tuple[tuple[torch.UntypedStorage, int, int], ...] | None = None
         self._unwritable: str | None = None
-        self.kept: dict[Any, Any] = {}
+        self.derived: dict[Any, Any] = {}
 
     def _hold(self) -> None:
         # Aliases keep the memory that was read, also where a caller gives a tensor another one.
@@ -291,12 +302,12 @@ class KVView:
         """This view with rows of bytes, whatever the dtypes of its tensors; see ``reinterpret``."""
         if not self.form.dtypes:
             return self
-        view: KVView | None = self.kept.get("bytes")
+        view: KVView | None = self.derived.get("bytes")
         if view is None:
             view = KVView.__new__(KVView)
             form = same_form(self.form.untyped())
             view._set(self.layout, self.tensors, self._facts()._replace(form=form))
-            self.kept["bytes"] = view
+            self.derived["bytes"] = view
         return view
 
     def planes(self, layers: tuple[int, int] | None, kv: tuple[int, int] | None) -> KVView:
@@ -305,10 +316,10 @@ class KVView:
         if layers is None and kv is None:
             return self
         key = "planes", layers, kv
-        found: KVView | None = self.kept.get(key)
+        found: KVView | None = self.derived.get(key)
         if found is None:
             ends = [None if x is None else slice(*x) for x in (layers, kv)]
-            found = self.kept[key] = self.slice(layers=ends[0], kv=ends[1])
+            found = self.derived[key] = self.slice(layers=ends[0], kv=ends[1])
         return found
 
     def __repr__(self) -> str:

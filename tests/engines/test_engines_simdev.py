@@ -158,7 +158,7 @@ def test_kept_slices_do_not_hold_the_memory_that_they_were_made_for() -> None:
     src, dst, rows, _, _ = two_sides(40, True)
     launch = Staged(DEVICE).prepare(CopyPlan(src.form, dst.form, 1, 0))
     launch(src, dst, index_of((list(range(40)), 1)), index_of(None), 40, None, None)
-    legs = [leg for kept in rows.kept[launch].values() for leg in kept]
+    legs = [leg for kept in rows.derived[launch].values() for leg in kept]
     assert legs
     assert all(leg._part is None and leg.rows.device == DEVICE for leg in legs)
 

@@ -138,7 +138,7 @@ def test_threads_that_settle_one_slice_at_once_agree(
     host = transfer.host
 
     def fresh() -> Leg:
-        transfer.rows.kept.clear()
+        transfer.rows.derived.clear()
         legs = transfer.launch._legs(transfer.rows, host, transfer.theirs, TOKENS, True)
         assert len(legs) == 1
         return legs[0]  # type: ignore[no-any-return]

@@ -113,7 +113,7 @@ class DirectOnCpu(Direct):
 
 def _table_elsewhere(view: KVView, device: torch.device, stream: torch.Stream | None) -> int:
     """A copy that is kept by the view, as on a device: its own table is not what is read."""
-    made = view.kept.setdefault("copied", torch.tensor(view.origins))
+    made = view.derived.setdefault("copied", torch.tensor(view.origins))
     view.table.fill_(0)
     return int(made.data_ptr())
 
