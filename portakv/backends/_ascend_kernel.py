@@ -17,7 +17,6 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from portakv.backends._guarding import GuardedRows
 from portakv.errors import TransferError, Unsupported
 from portakv.plan.plan import CopyPlan, Nest, Side
 from portakv.runtime._vendor_package import Unusable
+from portakv.runtime.bounded import Bounded
 
 if TYPE_CHECKING:
     from portakv.plan.loops import Loop
@@ -153,7 +153,7 @@ def open_kernel(path: str, emulated: bool) -> Kernel:
     """
     if not Path(path).is_file():
         raise Unusable(f"there is no such file ({_BUILD})")
-    kernel = _loaded(path)
+    kernel = KERNELS.get_or_make(path, lambda: _load(path))
     if kernel.emulated and not emulated:
         raise Unusable(
             f"{kernel.name} emulates the kernel on a CPU, and this NPU is real; {_BUILD}"
@@ -166,9 +166,12 @@ def open_kernel(path: str, emulated: bool) -> Kernel:
     return kernel
 
 
-@cache
-def _loaded(path: str) -> Kernel:
-    """A library, loaded once in a process; who asks judges whether it is emulated.
+#: Libraries by their paths, each loaded once in a process.
+KERNELS: Bounded[str, Kernel] = Bounded("AscendC libraries", 8)
+
+
+def _load(path: str) -> Kernel:
+    """A library, whether it is emulated or not.
 
     Raises:
         Unusable: a clause.

@@ -37,6 +37,7 @@ from portakv.backends.base import Backend, Capabilities, Decision, Launch
 from portakv.backends.reference import on_stream
 from portakv.errors import Unsupported
 from portakv.plan.plan import CopyPlan
+from portakv.runtime.bounded import Bounded
 
 if TYPE_CHECKING:
     from portakv.view.index import Index
@@ -60,8 +61,10 @@ class Compiled(Backend):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._lock = threading.RLock()
-        self._programs: dict[CopyShape | tuple[bool, bool], Program] = {}
-        self._lost: dict[int, torch.Tensor] = {}
+        self._programs: Bounded[CopyShape | tuple[bool, bool], Program] = Bounded(
+            "compiled programs", 512
+        )
+        self._lost: Bounded[int, torch.Tensor] = Bounded("memory nobody reads", 512)
         self._sides = _Sides(device)
 
     @classmethod
@@ -158,7 +161,7 @@ class _Sides:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._known: dict[int, torch.cuda.Stream] = {}
+        self._known: Bounded[int, torch.cuda.Stream] = Bounded("streams of reports", 64)
 
     def beside(self, stream: torch.cuda.Stream) -> torch.cuda.Stream:
         known = self._known.get(stream.cuda_stream)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Mapping
-from functools import cache
 from importlib.resources import files
 from math import prod
 from posixpath import normpath
@@ -21,6 +20,7 @@ import torch
 from portakv.errors import Unsupported
 from portakv.plan.loops import Loop
 from portakv.plan.plan import CopyPlan, Nest, Side
+from portakv.runtime.bounded import Bounded
 
 if TYPE_CHECKING:
     from portakv.view.index import Index
@@ -65,10 +65,16 @@ TUNING = (
 _INCLUDE = re.compile(r'^#include "(.+)"\n', re.MULTILINE)
 
 
-@cache
+_texts: Bounded[str, str] = Bounded("kernel texts", 8)
+
+
 def kernel_text(name: str = "cuda/rows.cuh") -> str:
     """A file of ``native``, as it travels in the wheel, with what it includes of ``native`` in its
     place: compilers at run time have no folder to look in."""
+    return _texts.get_or_make(name, lambda: _read(name))
+
+
+def _read(name: str) -> str:
     folder, _, file = name.rpartition("/")
     text = files("portakv_native").joinpath(folder).joinpath(file).read_text()
     return _INCLUDE.sub(lambda found: kernel_text(normpath(f"{folder}/{found[1]}")), text)

@@ -13,6 +13,7 @@ import torch
 
 from portakv.backends.rows_kernel import RowsKernel
 from portakv.errors import Unsupported
+from portakv.runtime.bounded import Bounded
 
 if TYPE_CHECKING:
     from portakv.view.index import Index
@@ -54,7 +55,7 @@ class LoadedKernels:
 
     def __init__(self, driver: RowsDriver, capturing: Callable[[], bool]) -> None:
         self._driver, self._capturing = driver, capturing
-        self._loaded: dict[str, dict[str, Any]] = {}
+        self._loaded: Bounded[str, dict[str, Any]] = Bounded("loaded kernels", 1024)
         self._lock = threading.Lock()
 
     def functions(self, kernels: Sequence[RowsKernel]) -> list[dict[int, Any]]:

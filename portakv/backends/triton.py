@@ -18,6 +18,7 @@ from portakv.backends._triton_rows import NestKernel
 from portakv.backends.base import Backend, Capabilities, Decision, Launch
 from portakv.plan.plan import CopyPlan
 from portakv.runtime._launching import captured, forked
+from portakv.runtime.bounded import Bounded
 
 if TYPE_CHECKING:
     from portakv.view.index import Index
@@ -34,7 +35,7 @@ class Triton(Backend):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._compiled: Bounded[tuple[Any, ...], Any] = Bounded("Triton kernels", 1024)
         self._lock = threading.Lock()
 
     @classmethod

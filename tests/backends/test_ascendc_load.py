@@ -98,7 +98,7 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.delenv(_ascendc.VARIABLE, raising=False)
     monkeypatch.setattr(_ascendc, "files", lambda package: tmp_path / "native")
     yield
-    _ascendc._loaded.cache_clear()
+    _ascendc.KERNELS.clear()
 
 
 def sound(emulated: int = 0, **changed: str) -> str:
