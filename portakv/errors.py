@@ -53,6 +53,10 @@ class TransferError(PortaKVError, RuntimeError):
     """A transfer that was launched did not end well, or its completion cannot be asked here."""
 
 
+class TransferTimeout(TransferError, TimeoutError):
+    """A transfer has not ended within the time that was allowed; it goes on."""
+
+
 class TransferCancelled(TransferError):
     """A transfer was cancelled, so that some of its blocks were not moved."""
 

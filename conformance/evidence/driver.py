@@ -60,8 +60,7 @@ def _module() -> str:
 
 
 def _hip() -> str:
-    from portakv.runtime._hiprtc import hip_release
-    from portakv.runtime.hip import DriverMissing, driver
+    from portakv.runtime.hip import DriverMissing, driver, hip_release
 
     try:
         return f"HIP {hip_release(driver().number('hipRuntimeGetVersion'))}"

@@ -23,9 +23,7 @@ _VENDOR = "portakv_conformance.vendor"
 _NATIVE = "portakv_native"
 # Drivers and compilers: what else lies in `portakv.runtime` serves every backend alike.
 _RUNTIME = "portakv.runtime"
-_DRIVERS = (
-    "cuda", "hip", "nvrtc", "kernel_cache", "_hiprtc", "_hip_card", "_launching", "_vendor_package",
-)  # fmt: skip
+_DRIVERS = ("cuda", "devices", "hip", "kernel_cache", "nvrtc")  # fmt: skip
 _COUNTED = (f"{_OURS}.", f"{_VENDOR}.", f"{_NATIVE}.")
 _SUFFIXES = frozenset((".py", ".pyi", ".c", ".cc", ".cpp", ".h", ".hpp", ".cu", ".cuh", ".toml"))
 

@@ -26,7 +26,7 @@ import torch
 from portakv import CopyPlan, KVView
 from portakv.backends.hip import Hip
 from portakv.backends.rows_kernel import NAMES, RowsKernel
-from portakv.runtime._hiprtc import FLAGS
+from portakv.runtime.hip import FLAGS
 from portakv_conformance.evidence.source import source_sha256
 
 TARGETS = ("gfx906", "gfx908", "gfx90a")

@@ -15,8 +15,7 @@ import torch
 
 from portakv.backends.base import Capabilities, Decision
 from portakv.backends.hip import Hip
-from portakv.runtime._hip_card import Card
-from portakv.runtime.hip import Driver
+from portakv.runtime.hip import Card, Driver
 from portakv_conformance.vendor.hip_fake import fake_driver
 
 EMULATED = True
@@ -39,9 +38,6 @@ class HostCard(Card):
     def stream(self, stream: torch.Stream | None) -> int:
         assert stream is None, "the host has no streams"
         return 0
-
-    def capturing(self) -> bool:
-        return False
 
 
 class HipEmulated(Hip):

@@ -26,8 +26,8 @@ import torch
 from portakv.backends._guarding import GuardedRows
 from portakv.errors import TransferError, Unsupported
 from portakv.plan.plan import CopyPlan, Nest, Side
-from portakv.runtime._vendor_package import Unusable
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import Unusable
 
 if TYPE_CHECKING:
     from portakv.plan.loops import Loop

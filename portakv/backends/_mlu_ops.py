@@ -14,11 +14,12 @@ So a signature is read before its op is used, and numbers are taken from the pac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from portakv.runtime._vendor_package import Unusable, imported, parameters, version_of, written
+from portakv.runtime.devices import VENDOR_PACKAGES, Unusable, imported, version_of
 
 PACKAGE = "torch_mlu_ops"
 #: The parameters of `reshape_paged_cache` in older releases, and in those that gather too.
@@ -58,7 +59,7 @@ def load_ops() -> Ops:
     Raises:
         Unusable: there is no package, it does not load, or `reshape_paged_cache` is another.
     """
-    package = imported(PACKAGE, f"torch_mlu and {PACKAGE} of Cambricon Neuware")
+    package = imported(PACKAGE, VENDOR_PACKAGES["mlu"][1])
     name = f"{PACKAGE} {version_of(package)}"
     reshape = getattr(package, "reshape_paged_cache", None)
     found = parameters(reshape) if callable(reshape) else ()
@@ -93,3 +94,16 @@ def _transfer(package: Any) -> tuple[Callable[..., Any] | None, str]:
 
 def _members(package: Any, enumeration: str) -> dict[str, Any]:
     return dict(getattr(getattr(package, enumeration, None), "__members__", {}))
+
+
+def parameters(found: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a function's parameters; empty if it does not tell them."""
+    try:
+        return tuple(inspect.signature(found).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
+def written(name: str, names: Sequence[str]) -> str:
+    """A signature for a reader: ``name(a, b)``."""
+    return f"{name}({', '.join(names) or '...'})"

@@ -36,7 +36,7 @@ from portakv.backends._packed import TOKENS, packed, planes
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, Tells
 from portakv.backends.strided import Ops, StridedCopy
 from portakv.plan.plan import CopyPlan
-from portakv.runtime._vendor_package import Unusable, imported, version_of
+from portakv.runtime.devices import VENDOR_PACKAGES, Unusable, imported, version_of
 
 if TYPE_CHECKING:
     from portakv.view.form import Form
@@ -119,24 +119,24 @@ def _vendor() -> Any:
         Unusable: it is not there, is broken, is of another release, or has other ops.
     """
     release = ".".join(torch.__version__.split(".")[:2])
-    install = f"torch_npu=={release}.* beside CANN, and source CANN's set_env.sh"
+    install = VENDOR_PACKAGES["npu"][1]
     vendor = imported("torch_npu", install)
     version = version_of(vendor)
     if not f"{version}.".startswith(f"{release}."):
         raise Unusable(
-            f"torch_npu {version} was found, which is not for torch {torch.__version__}; "
-            f"install {install}"
+            f"torch_npu {version} was found, which is not for torch {torch.__version__}", install
         )
     for name, given in CALLS.items():
         op = getattr(getattr(torch.ops.npu, name, None), "default", None)
         if op is None:
-            raise Unusable(f"torch_npu {version} has no op {name}; install {install}")
+            raise Unusable(f"torch_npu {version} has no op {name}", install)
         arguments = op._schema.arguments
         demanded = {each.name for each in arguments if not each.has_default_value()}
         if not demanded <= given <= {each.name for each in arguments}:
             raise Unusable(
                 f"an op of torch_npu {version} is {op._schema}, which cannot be called with "
-                f"{', '.join(sorted(given))}; install {install}"
+                f"{', '.join(sorted(given))}",
+                install,
             )
     return vendor
 

@@ -34,10 +34,10 @@ from portakv.backends._compiled_program import (
     report,
 )
 from portakv.backends.base import Backend, Capabilities, Decision, Launch
-from portakv.backends.reference import on_stream
 from portakv.errors import Unsupported
 from portakv.plan.plan import CopyPlan
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import capturing, inside
 
 if TYPE_CHECKING:
     from portakv.view.index import Index
@@ -84,7 +84,7 @@ class Compiled(Backend):
         )
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        if self.device.type != "cpu" and torch.cuda.is_current_stream_capturing():
+        if capturing(self.device):
             raise Unsupported(
                 "Preparing a copy inside graph capture",
                 "it has to be compiled first; make the same call once before the capture",
@@ -199,7 +199,7 @@ class _CompiledLaunch:
             return  # inductor divides by the length
         src.check_memory()
         dst.check_memory()
-        with on_stream(stream), torch.no_grad():
+        with inside(stream), torch.no_grad():
             aside: AbstractContextManager[None] = nullcontext()
             if self.report is not None and status is not None:
                 sides = ((src, src_index), (dst, dst_index))
@@ -216,7 +216,7 @@ class _CompiledLaunch:
         15 % of the time of a 33 MB copy. In a capture before it, where a fork would gain nothing
         that graphs do not gain anyway."""
         device = self.lost.device
-        if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
+        if device.type == "cpu" or capturing(device):
             report(arguments)
             yield
             return

@@ -3,10 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 
 from portakv.backends.base import Backend, Capabilities, Decision, Launch
@@ -15,7 +11,7 @@ from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
 from portakv.plan.plan import CopyPlan
 from portakv.runtime import cuda as _cuda
 from portakv.runtime import nvrtc as _nvrtc
-from portakv.runtime.capture import capturing
+from portakv.runtime.devices import capturing
 
 
 class Cuda(Backend):
@@ -25,7 +21,7 @@ class Cuda(Backend):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._driver = CudaDriver(device)
+        self._driver = _cuda.CudaDriver(device)
         self._kernels = LoadedKernels(self._driver, lambda: capturing(device))
 
     @classmethod
@@ -50,47 +46,6 @@ class Cuda(Backend):
     def prepare(self, plan: CopyPlan) -> Launch:
         kernels = [RowsKernel(nest, plan) for nest in plan.nests]
         return RowsLaunch(kernels, self._kernels.functions(kernels), self._driver)
-
-
-class CudaDriver:
-    """The CUDA driver for the rows kernel on one device; see `rows_launch.RowsDriver`."""
-
-    success = (0,)
-
-    def __init__(self, device: torch.device) -> None:
-        driver = _cuda.bindings()
-        self.device, self.launch = device, driver.cuLaunchKernel
-        self._raw, self._wrap = _cuda.Caller(device).handle, driver.CUstream
-        self._last: tuple[int | None, Any] = (None, None)
-
-    def load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
-        """Compile a text, or find it on disk, and make its kernels resident."""
-        return _cuda.load(source, names, self.device)
-
-    def handle(self, stream: torch.Stream | None) -> Any:
-        """A stream's handle; None if another device is current."""
-        raw = self._raw(stream)
-        if raw is None:
-            return None
-        last = self._last
-        if last[0] != raw:
-            last = self._last = (raw, self._wrap(raw))
-        return last[1]
-
-    @contextmanager
-    def current(self) -> Iterator[None]:
-        """Inside, the device is current, and this thread has its context."""
-        with torch.cuda.device(self.device):
-            _cuda.adopt(self.device)
-            yield
-
-    def check(self, answer: Any, what: str) -> None:
-        """Raise `TransferError` for an answer that is not success."""
-        _cuda.check(answer[0], what)
-
-    def word(self, address: int) -> int:
-        """Pinned memory has one address for all."""
-        return address
 
 
 def _driver_too_old() -> str | None:

@@ -31,7 +31,7 @@ from portakv.backends._mlu_ops import Ops, load_ops
 from portakv.backends._packed import HND, HND_IN_BLOCKS, TOKENS, apart, packed, planes, steps
 from portakv.backends.base import Backend, Capabilities, Decision, Launch
 from portakv.plan.plan import CopyPlan
-from portakv.runtime._vendor_package import Unusable
+from portakv.runtime.devices import Unusable
 
 if TYPE_CHECKING:
     from portakv.view.form import Form

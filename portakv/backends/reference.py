@@ -9,15 +9,15 @@ address table, its elements as wide as the plan's vector; the copy is then ``ind
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from portakv.backends.base import Backend, Capabilities, Decision, Launch
 from portakv.backends.strided import Ops, StridedCopy
 from portakv.plan.plan import CopyPlan
+from portakv.runtime.devices import inside
 
 if TYPE_CHECKING:
     from portakv.view.index import Index
@@ -62,13 +62,6 @@ class _IndexingLaunch:
         stream: torch.Stream | None,
         status: torch.Tensor | None,
     ) -> None:
-        with on_stream(stream):
+        with inside(stream):
             for copy in self._copies:
                 copy(src, dst, src_index, dst_index, count // self._unit)
-
-
-def on_stream(stream: torch.Stream | None) -> Any:
-    """A context in which torch orders its work on ``stream``."""
-    if stream is None:
-        return nullcontext()
-    return torch.get_device_module(stream.device).stream(stream)

@@ -17,8 +17,8 @@ import torch
 from portakv.backends._triton_rows import NestKernel
 from portakv.backends.base import Backend, Capabilities, Decision, Launch
 from portakv.plan.plan import CopyPlan
-from portakv.runtime._launching import captured, forked
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import capturing, refuse_capture, refuse_fork, this_process
 
 if TYPE_CHECKING:
     from portakv.view.index import Index
@@ -146,7 +146,7 @@ class _TritonLaunch:
             (nest, k.run, k.function, k.packed_metadata, (None,) * (len(nest.constants) + 1))
             for nest, k in zip(nests, kernels, strict=True)
         ]
-        self._process = os.getpid()
+        self._process = this_process()
 
     def again(
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
@@ -167,8 +167,8 @@ class _TritonLaunch:
         stream: torch.Stream | None,
         status: torch.Tensor | None,
     ) -> None:
-        if os.getpid() != self._process:
-            raise forked("the device's context")
+        if self._process.forked:
+            raise refuse_fork("the device's context")
         src.check_memory()
         dst.check_memory()
         word = 0 if status is None else status.data_ptr()
@@ -200,7 +200,7 @@ class _TritonAgain:
         self._current_device = driver.get_current_device
         self._current_stream = driver.get_current_stream
         self._device, self._index = device, device.index
-        self._process = os.getpid()
+        self._process = this_process()
         src, dst, src_index, dst_index = sides
         self._store = src_index.ids is not None
         self._parts = []
@@ -215,8 +215,8 @@ class _TritonAgain:
         self.most = min(nest.most_units for nest, *_ in parts)
 
     def __call__(self, dense: int, ids: int, first: int, count: int, status: int) -> None:
-        if os.getpid() != self._process:
-            raise forked("the device's context")
+        if self._process.forked:
+            raise refuse_fork("the device's context")
         if self._current_device() != self._index:
             with torch.get_device_module(self._device).device(self._device):
                 self(dense, ids, first, count, status)
@@ -234,9 +234,8 @@ class _TritonAgain:
 
 
 def _refuse_capture(device: torch.device) -> None:
-    capturing = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
-    if capturing is not None and capturing():
-        raise captured()
+    if capturing(device):
+        raise refuse_capture()
 
 
 def _driver() -> Any:

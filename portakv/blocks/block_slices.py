@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block transfers in slices: a pump issues them, so that they can be cancelled or keep a rate."""
+"""Block transfers in slices: a worker issues them, so that they can be cancelled or keep a rate."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,21 +11,21 @@ from math import gcd
 
 import torch
 
-from portakv.blocks.handle import BlockTransfer
-from portakv.blocks.pump import WINDOW, Landing, Pace, Pump, Slice
+from portakv.blocks.handle import BlockTransfer, Slice
 from portakv.blocks.request import Order
 from portakv.copy.copy import drop_bad_ids
 from portakv.errors import Unsupported
 from portakv.plan.move import Move
 from portakv.registry.prepared import bring
-from portakv.runtime.capture import capturing, ignore_captures_elsewhere
-from portakv.runtime.clocks import Clock
+from portakv.runtime.cuda import ignore_captures_elsewhere
+from portakv.runtime.devices import capturing
 from portakv.runtime.streams import own_stream
 from portakv.runtime.transfer import Transfer
+from portakv.runtime.worker import WINDOW, Landing, RateLimit, Worker
 
 #: The most bytes of a slice, unless one block has more; three times as much where the host copies
 #: too. What is under way when a transfer is cancelled still lands, three slices of it
-#: (`pump.WINDOW`): 1 ms on a link of 50 GB/s.
+#: (`worker.WINDOW`): 1 ms on a link of 50 GB/s.
 SLICE = 16 << 20
 #: Seconds that a slice takes at the rate that was asked for. It crosses as fast as the link, and
 #: the pause behind it makes the rate.
@@ -51,24 +52,24 @@ def in_slices(order: Order, by_layer: bool) -> BlockTransfer:
     order.check_apart()
     if not order.tokens:
         layers = [Transfer() for _ in range(order.src.layers if by_layer else 0)]
-        return BlockTransfer.of(Transfer(), asked, Clock(None), layers)
+        return BlockTransfer.of(Transfer(), asked, time.perf_counter(), layers)
     # Indices of its own: copies of ids that the thread makes are on no other stream.
     order = order.part(0, order.tokens)
     if order.device.type != "cpu":
         order = order._replace(stream=order.stream or own_stream(order.device))
         order.follow_current()
-    clock, rate = order.clock(), order.terms.max_gbps
+    began, rate = time.perf_counter(), order.terms.max_gbps
     slices = cut(order, by_layer)
     inside = partial(_inside, order)
-    pump = Pump(slices, _issuer(order), inside, clock, None if rate is None else Pace(rate))
+    worker = Worker(slices, _issuer(order), inside, None if rate is None else RateLimit(rate))
     layers = []
     if by_layer:
         last = {piece.layer: nth for nth, piece in enumerate(slices, 1)}
-        layers = [Transfer((Landing(pump, nth),)) for nth in last.values()]
-    whole = Landing(pump, len(slices), (order.src, order.dst))
+        layers = [Transfer((Landing(worker, nth),)) for nth in last.values()]
+    whole = Landing(worker, len(slices), (order.src, order.dst))
     first = _rows(order, slices[0]).asked()
-    transfer = BlockTransfer((whole,), None, False, asked, clock, layers, first, pump, slices)
-    pump.start()
+    transfer = BlockTransfer((whole,), None, False, asked, began, layers, first, worker, slices)
+    worker.start()
     return transfer
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import cache
 from typing import Any
 
@@ -16,9 +17,8 @@ from portakv.engines.engine import Engine, Terms
 from portakv.errors import LayoutError, SlotError, Unsupported
 from portakv.plan.move import Move
 from portakv.registry.registry import Choice, choose
-from portakv.runtime._flight import beside, check_stream, inside
-from portakv.runtime.capture import capturing
-from portakv.runtime.clocks import Clock
+from portakv.runtime.devices import capturing, inside
+from portakv.runtime.streams import beside, check_stream
 from portakv.runtime.transfer import Transfer
 from portakv.view.index import Index
 from portakv.view.view import KVView
@@ -40,7 +40,6 @@ def copy_blocks(
     max_gbps: float | None = None,
     cancellable: bool = False,
     detached: bool = False,
-    timed: bool = False,
     reinterpret: bool = False,
 ) -> BlockTransfer:
     """Copy whole blocks by their ids; block sizes may differ, the numbers of tokens may not.
@@ -67,8 +66,6 @@ def copy_blocks(
         max_gbps: the most 10^9 bytes in a second.
         cancellable: `BlockTransfer.cancel` stops it between two slices.
         detached: no stream waits for its end, not even ``stream``; the handle alone tells it.
-        timed: `Statistics.seconds` are told by events of the device, not by the host's clock.
-            Beside a model such events cost the link of an H200 up to 9 %.
         reinterpret: rows of one number type may go to rows of another: their bits are moved.
 
     Raises:
@@ -92,20 +89,20 @@ def copy_blocks(
         # No stream orders slices anyway.
         terms = Terms(overlap, max_thread_blocks, max_gbps, False if sliced else detached)
         choice = _on_terms(src, dst, choice, terms)
-    if src.device == dst.device and not (by_layer or sliced or detached or timed):
+    if src.device == dst.device and not (by_layer or sliced or detached):
         # As dear as `copy_rows`: by way of an order it takes the host a fifth longer.
-        clock = Clock(None)
+        began = time.perf_counter()
         transfer = copy_move(Move(src, dst, mine, theirs, tokens), choice, stream)
         asked = Asked(src.form, dst.form, mine, theirs, tokens, choice, terms)
-        return BlockTransfer.of(transfer, asked, clock)
-    order = Order(src, dst, mine, theirs, tokens, choice, stream, terms, timed)
+        return BlockTransfer.of(transfer, asked, began)
+    order = Order(src, dst, mine, theirs, tokens, choice, stream, terms)
     if sliced:
         return in_slices(order, by_layer)
     if detached and device.type != "cpu":
         return _detached(order, by_layer)
     order.follow_current()
-    clock = order.clock()
-    return _by_layer(order, clock) if by_layer else _at_once(order, clock)
+    began = time.perf_counter()
+    return _by_layer(order, began) if by_layer else _at_once(order, began)
 
 
 def _detached(order: Order, by_layer: bool) -> BlockTransfer:
@@ -125,20 +122,20 @@ def _detached(order: Order, by_layer: bool) -> BlockTransfer:
     with inside(order.stream):
         before = torch.accelerator.current_stream(order.device.index)
         stream = beside(before, order.src.form.place, order.dst.form.place)
-        clock, order = order.clock(stream), order._replace(stream=stream)
-        return _by_layer(order, clock) if by_layer else _at_once(order, clock)
+        began, order = time.perf_counter(), order._replace(stream=stream)
+        return _by_layer(order, began) if by_layer else _at_once(order, began)
 
 
-def _at_once(order: Order, clock: Clock) -> BlockTransfer:
-    return BlockTransfer.of(order.carried(), order.asked(), clock)
+def _at_once(order: Order, began: float) -> BlockTransfer:
+    return BlockTransfer.of(order.carried(), order.asked(), began)
 
 
-def _by_layer(order: Order, clock: Clock) -> BlockTransfer:
+def _by_layer(order: Order, began: float) -> BlockTransfer:
     order.dst.check_writable()
     order.check_apart()
     layers = [order.layer(i).carried(disjoint=True) for i in range(order.src.layers)]
     first = order.layer(0).asked()
-    return BlockTransfer.of(Transfer.join(layers), order.asked(), clock, layers, first)
+    return BlockTransfer.of(Transfer.join(layers), order.asked(), began, layers, first)
 
 
 def _on_terms(src: KVView, dst: KVView, choice: Choice, terms: Terms) -> Choice:

@@ -3,19 +3,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from portakv.blocks.pump import Pump, Slice
 from portakv.engines.choose import across
 from portakv.engines.engine import Terms
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import Choice
-from portakv.runtime.clocks import Clock
 from portakv.runtime.transfer import Completion, Transfer
+from portakv.runtime.worker import Worker
 from portakv.view.form import Form
 from portakv.view.index import Index
 
@@ -33,9 +33,8 @@ class Statistics:
         engine: the backend, or the engine across the link, that carries it out; of several pieces,
             the first.
         why: why that one, as a phrase.
-        seconds: what it took; None before the end, and inside graph capture.
-        clock: what told the time: ``host clock`` from the call to the moment when the end was
-            noticed, or, where it was asked for, ``device events`` on its stream.
+        seconds: what it took by the host's clock, from the call to the moment when the end was
+            noticed; None before the end, and inside graph capture.
         slices: how many pieces it was issued in so far.
         cancelled: it was cancelled, so that some blocks are not moved.
     """
@@ -46,7 +45,6 @@ class Statistics:
     engine: str
     why: str
     seconds: float | None
-    clock: str
     slices: int
     cancelled: bool
 
@@ -54,6 +52,15 @@ class Statistics:
     def gbps(self) -> float | None:
         """10^9 bytes in a second; None where no time is known."""
         return self.nbytes / self.seconds / 1e9 if self.seconds else None
+
+
+class Slice(NamedTuple):
+    """Positions ``first`` to ``first + tokens`` of one layer (None: of all), and their bytes."""
+
+    layer: int | None
+    first: int
+    tokens: int
+    nbytes: int
 
 
 class Asked(NamedTuple):
@@ -111,7 +118,7 @@ class BlockTransfer(Transfer):
             have landed; else empty. The transfer itself covers all of them.
     """
 
-    __slots__ = ("_asked", "_clock", "_first", "_pump", "_slices", "layers")
+    __slots__ = ("_asked", "_began", "_ended", "_first", "_slices", "_worker", "layers")
 
     def __init__(
         self,
@@ -119,31 +126,30 @@ class BlockTransfer(Transfer):
         kept: Any,
         captured: bool,
         asked: Asked,
-        clock: Clock,
+        began: float,
         layers: Sequence[Transfer] = (),
         first: Asked | None = None,
-        pump: Pump | None = None,
+        worker: Worker[Slice] | None = None,
         slices: Sequence[Slice] = (),
     ) -> None:
         super().__init__(completions, kept, captured)
-        self._asked, self._first, self._clock = asked, first or asked, clock
-        self._pump, self._slices, self.layers = pump, slices, tuple(layers)
+        self._asked, self._first = asked, first or asked
+        self._worker, self._slices, self.layers = worker, slices, tuple(layers)
+        self._began = began  # by `time.perf_counter`, as the end
+        self._ended: float | None = None if completions else time.perf_counter()
 
     @classmethod
     def of(
         cls,
         transfer: Transfer,
         asked: Asked,
-        clock: Clock,
+        began: float,
         layers: Sequence[Transfer] = (),
         first: Asked | None = None,
     ) -> BlockTransfer:
         """A transfer that was issued already."""
-        clock.issued(transfer.ordered)
-        if not transfer.completions:
-            clock.landed()
         ends = transfer.completions, transfer._kept, transfer._captured
-        return cls(*ends, asked, clock, layers, first)
+        return cls(*ends, asked, began, layers, first)
 
     def cancel(self) -> bool:
         """Move no more than what is on its way already; never blocks.
@@ -153,18 +159,18 @@ class BlockTransfer(Transfer):
             `TransferCancelled`. False where all have been issued or moved, which is so from the
             beginning without ``cancellable`` or ``max_gbps``.
         """
-        return self._pump is not None and self._pump.cancel()
+        return self._worker is not None and self._worker.cancel()
 
     @property
     def cancelled(self) -> bool:
         """True where some blocks will not be moved because of `cancel`."""
-        return self._pump is not None and self._pump.cancelled
+        return self._worker is not None and self._worker.cancelled
 
     @property
     def statistics(self) -> Statistics:
         """What became of it so far; never blocks or raises."""
-        asked, clock = self._asked, self._clock
-        ended = self._pump is None or self._pump.ended  # asked first: what follows is then all
+        asked = self._asked
+        ended = self._worker is None or self._worker.ended  # asked first: what follows is then all
         moving = asked.moving()
         nbytes, blocks = self._progress(moving)
         engine, why = self._first.engine()
@@ -174,17 +180,16 @@ class BlockTransfer(Transfer):
             moving // asked.block,
             engine,
             why,
-            clock.seconds() if ended else None,
-            clock.name,
-            self._pump.issued if self._pump is not None else max(1, len(self.layers)),
+            self._seconds() if ended else None,
+            self._worker.issued if self._worker is not None else max(1, len(self.layers)),
             self.cancelled,
         )
 
     def _progress(self, moving: int) -> tuple[int, int]:
         """Bytes that have landed, and blocks that have in all layers."""
         asked = self._asked
-        if self._pump is not None:
-            landed = self._slices[: self._pump.landed]
+        if self._worker is not None:
+            landed = self._slices[: self._worker.landed]
             layer = self._slices[-1].layer if self._slices else None
             whole = sum(piece.tokens for piece in landed if piece.layer == layer)
             return sum(piece.nbytes for piece in landed), whole // asked.block
@@ -192,12 +197,21 @@ class BlockTransfer(Transfer):
             return 0, 0
         ended = all(completion.ended() for completion in self.completions)
         if ended:
-            self._clock.landed()
+            self._note_end()
             return round(moving * asked.token_bytes), moving // asked.block
         done = sum(all(c.ended() for c in layer.completions) for layer in self.layers)
         each = moving * asked.token_bytes / max(1, len(self.layers))
         return round(done * each), 0
 
     def _finish(self) -> None:
-        self._clock.landed()
+        self._note_end()
         super()._finish()
+
+    def _note_end(self) -> None:
+        """The end was seen now; the first time counts."""
+        if self._ended is None:
+            self._ended = time.perf_counter()
+
+    def _seconds(self) -> float | None:
+        ended = self._ended if self._worker is None else self._worker.ended_at
+        return None if ended is None else ended - self._began

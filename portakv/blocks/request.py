@@ -14,8 +14,6 @@ from portakv.engines.engine import Terms
 from portakv.plan.move import Move
 from portakv.plan.plan import check_disjoint
 from portakv.registry.registry import Choice
-from portakv.runtime.capture import capturing
-from portakv.runtime.clocks import Clock
 from portakv.runtime.transfer import Transfer
 from portakv.view.index import Index
 from portakv.view.view import KVView
@@ -34,7 +32,6 @@ class Order(NamedTuple):
     choice: Choice
     stream: torch.Stream | None
     terms: Terms
-    timed: bool
 
     @property
     def device(self) -> torch.device:
@@ -76,13 +73,6 @@ class Order(NamedTuple):
                 if len(view.origins) > 1 and view.device == self.device:
                     _ = view.table
             self.stream.wait_stream(torch.accelerator.current_stream(self.device.index))
-
-    def clock(self, last: torch.Stream | None = None) -> Clock:
-        """A clock of its work: of the device, behind what its stream holds by now, if asked for;
-        ``last``: the stream on which it ends, where that is another."""
-        if not self.timed or self.device.type == "cpu" or capturing(self.device):
-            return Clock(None)
-        return Clock(self.device, self.stream, last)
 
     def asked(self) -> Asked:
         """What a handle says of it, without its views."""

@@ -19,7 +19,6 @@ from portakv.cli.explain import add_extents, said_extents
 from portakv.cli.sides import Extents, Side, make_sides
 from portakv.errors import PortaKVError
 from portakv.plan.plan import CopyPlan
-from portakv.runtime import _hiprtc
 from portakv.runtime import hip as _hip_driver
 from portakv.runtime import kernel_cache as _kernel_cache
 from portakv.runtime import nvrtc as _nvrtc
@@ -281,13 +280,13 @@ def _nvidia(capability: int) -> Target:
 def _amd(name: str) -> Target:
     try:
         driver = _hip_driver.driver()
-        compiler = f"hipRTC {_hiprtc.hiprtc_version(driver)}"
+        compiler = f"hipRTC {_hip_driver.hiprtc_version(driver)}"
     except (_hip_driver.DriverMissing, RuntimeError) as error:
         why = str(error).rstrip(".")
         raise PortaKVError(f"The kernels of the hip backend cannot be compiled: {why}.") from error
     return Target(
         name,
         compiler,
-        partial(_hiprtc.compiled_before, driver, architecture=name),
-        partial(_hiprtc.compile_kernel, driver, architecture=name),
+        partial(_hip_driver.compiled_before, driver, architecture=name),
+        partial(_hip_driver.compile_kernel, driver, architecture=name),
     )

@@ -23,10 +23,15 @@ from portakv.layout.language import parse
 from portakv.layout.presets import resolve
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import choose
-from portakv.runtime.capture import capturing
-from portakv.runtime.transfer import Completion, Transfer, failed
-from portakv.runtime.watch import fail, unasked_error
-from portakv.runtime.words import any_set
+from portakv.runtime.devices import capturing
+from portakv.runtime.transfer import (
+    Completion,
+    Transfer,
+    any_word_set,
+    fail,
+    failed,
+    unreported_error,
+)
 from portakv.view.bound import bind_layout
 from portakv.view.example import example_chunk
 
@@ -201,7 +206,7 @@ class AdaptiveConnector:
     def _caches(self, kv_caches: Tensors | None) -> Registration:
         """What is registered; caches that differ from it register again. Raises the error of an
         earlier transfer that the caller was not told of."""
-        if failed or any_set():
+        if failed or any_word_set():
             self._report()
         registered = self._registered
         if kv_caches is not None and (
@@ -295,7 +300,7 @@ class AdaptiveConnector:
     ) -> None:
         """Carry out the op of `in_graph`, when a compiled function runs; ``given``: a `Batch`."""
         batch = Batch(*given)
-        if failed or any_set():
+        if failed or any_word_set():
             self._report()
         read = self._handed_over(caches, cache_levels)
         if len(batch.memory_objs) == 1:
@@ -332,7 +337,7 @@ class AdaptiveConnector:
             completion.owner = self._owner
             if completion.standing:
                 self._captured.append(completion)
-            elif completion.untold:
+            elif completion.unreported:
                 fail(completion, self._owner)
         return transfer
 
@@ -344,7 +349,7 @@ class AdaptiveConnector:
             error = completion.take_error()
             if error is not None:
                 raise error
-        error = unasked_error(self._owner)
+        error = unreported_error(self._owner)
         if error is not None:
             raise error
 

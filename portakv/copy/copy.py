@@ -17,7 +17,7 @@ from portakv.plan.move import Move
 from portakv.plan.plan import check_disjoint
 from portakv.registry.prepared import Prepared, prepared
 from portakv.registry.registry import Choice, choose
-from portakv.runtime._flight import check_stream
+from portakv.runtime.streams import check_stream
 from portakv.runtime.transfer import Completion, Transfer, bad_slot
 from portakv.view.index import Index
 from portakv.view.view import KVView

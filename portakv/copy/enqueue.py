@@ -11,10 +11,9 @@ import torch
 from portakv.errors import PortaKVError, Unsupported
 from portakv.plan.move import Move
 from portakv.registry.prepared import Prepared
-from portakv.runtime import events, words
-from portakv.runtime.capture import capturing
-from portakv.runtime.transfer import Completion, Pending, Transfer
-from portakv.runtime.watch import watch
+from portakv.runtime import events
+from portakv.runtime.devices import capturing
+from portakv.runtime.transfer import Completion, Pending, StatusWord, Transfer, acquire_word, hold
 
 
 class Piece(NamedTuple):
@@ -38,7 +37,7 @@ def launch(
     if stream is not None:
         _order(stream, device, placed)
     pendings: list[Pending] = []
-    status: list[tuple[words.Word, int]] = []
+    status: list[tuple[StatusWord, int]] = []
     for (ready, first, tokens), whole in zip(pieces, placed, strict=True):
         word = _word(ready, first, status)
         pending = ready.launch(*whole.part(first, tokens), stream, word)
@@ -49,15 +48,15 @@ def launch(
     kept = (move.src, move.dst, placed)
     completion = Completion(event, pendings, status, error, kept if pendings else None, pool)
     if pendings or status:
-        watch(completion)
+        hold(completion)
     return Transfer((completion,), kept)
 
 
-def _word(ready: Prepared, first: int, status: list[tuple[words.Word, int]]) -> torch.Tensor | None:
+def _word(ready: Prepared, first: int, status: list[tuple[StatusWord, int]]) -> torch.Tensor | None:
     """A status word for a launch that guards; noted with the position that it counts from."""
     if not ready.can.guards:
         return None
-    word = words.acquire()
+    word = acquire_word()
     status.append((word, first))
     return word.tensor
 
@@ -85,7 +84,7 @@ def _launch_on_host(pieces: Sequence[Piece], move: Move, error: PortaKVError | N
         return Transfer()
     completion = Completion(None, pendings, (), error, move)
     if pendings:
-        watch(completion)
+        hold(completion)
     return Transfer((completion,))
 
 
@@ -97,7 +96,7 @@ def _launch_captured(
     if stream is not None:
         stream.wait_stream(torch.accelerator.current_stream(device.index))
     # The graph may write these words at every replay, so they are never given back.
-    status: list[tuple[words.Word, int]] = []
+    status: list[tuple[StatusWord, int]] = []
     for ready, first, tokens in pieces:
         # The ids lie where they are read, or a copy of theirs that was made before does.
         word = _word(ready, first, status)

@@ -17,11 +17,10 @@ import torch
 from portakv.backends.base import Again
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import Choice
-from portakv.runtime import events, words
+from portakv.runtime import events
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.capture import capture_question, capturing
-from portakv.runtime.transfer import Completion, Transfer
-from portakv.runtime.watch import watch
+from portakv.runtime.devices import capture_question, capturing
+from portakv.runtime.transfer import Completion, Transfer, acquire_word, hold
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
@@ -85,11 +84,11 @@ class Shortcuts:
         # The question of a capture and the event are about the current device.
         if _current_device() != self._index or self._capturing():
             return None
-        word, event = words.acquire(), self._events.acquire()
+        word, event = acquire_word(), self._events.acquire()
         shortcut.again(address, ids.data_ptr(), start, count, word.address)
         event.record()
         completion = Completion(event, (), ((word, 0),), None, None, self._events)
-        watch(completion, self._owner)
+        hold(completion, self._owner)
         return Transfer((completion,), (chunk, ids, self._cache))
 
     def _ids_of(self, index: Any, store: bool, start: Any, end: Any) -> torch.Tensor | None:

@@ -26,7 +26,7 @@ from portakv.errors import PortaKVError
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan
 from portakv.plan.runs import Int64
-from portakv.runtime._flight import inside
+from portakv.runtime.devices import inside
 from portakv.runtime.transfer import Pending
 from portakv.view.form import Form
 from portakv.view.index import Index

@@ -24,8 +24,8 @@ from portakv.errors import BackendUnavailable, Unsupported
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import bring
 from portakv.registry.registry import BUILT_IN, REGISTRY, Choice
-from portakv.runtime._flight import inside
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import inside
 from portakv.runtime.transfer import Pending
 from portakv.view.index import Index
 

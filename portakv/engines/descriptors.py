@@ -19,7 +19,7 @@ from portakv.engines.link import link_of
 from portakv.engines.pieces import Pieces, pieces_of
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan
-from portakv.runtime import _flight
+from portakv.runtime import streams
 from portakv.view.index import Index
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class _DescriptorsLaunch:
             self._crossing.copy(pieces, src, dst, stream)
         finally:
             # No allocator knows of these copies, so the host's memory is held until they ended.
-            _flight.completion(self._device, stream, *host.owners)
+            streams.completion(self._device, stream, *host.owners)
 
 
 class _Known:

@@ -8,11 +8,11 @@ small payloads, and for a limited rate.
 
 from __future__ import annotations
 
-import os
 import struct
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,9 +25,9 @@ from portakv.errors import Unsupported
 from portakv.host.small import to_device
 from portakv.plan.plan import CopyPlan, Nest
 from portakv.registry.registry import Choice
-from portakv.runtime import _flight, capture, events
 from portakv.runtime import cuda as _cuda_driver
-from portakv.runtime._launching import Arguments, captured, forked
+from portakv.runtime import events, streams
+from portakv.runtime.devices import capturing, inside, refuse_capture, refuse_fork, this_process
 
 if TYPE_CHECKING:
     from portakv.view.index import Index
@@ -155,8 +155,8 @@ class Direct(Engine):
     def prepare(self, plan: CopyPlan) -> Launch:
         kernels = [DirectKernel(nest, plan) for nest in plan.nests]
         sources = [kernel.source for kernel in kernels]
-        if capture.capturing(self.device) and not self._functions.keys() >= set(sources):
-            raise captured()
+        if capturing(self.device) and not self._functions.keys() >= set(sources):
+            raise refuse_capture()
         functions = [self._function(source) for source in sources]
         return _DirectLaunch(plan, kernels, functions, self.device, self.terms)
 
@@ -178,12 +178,6 @@ def _too_old(device: torch.device) -> str | None:
     return None
 
 
-class _Arguments(Arguments):
-    def __init__(self, fixed: list[bytes], device: torch.device) -> None:
-        _cuda_driver.adopt(device)  # a new thread has no context yet
-        super().__init__(fixed)
-
-
 class _DirectLaunch:
     def __init__(
         self,
@@ -197,9 +191,10 @@ class _DirectLaunch:
         self._kernels, self._functions, self._device = kernels, functions, device
         self._most = terms.max_thread_blocks or BLOCKS
         self._wants_table = any(kernel.wants_table for kernel in kernels)
-        self._arguments = _Arguments([kernel.fixed for kernel in kernels], device)
+        fixed = [kernel.fixed for kernel in kernels]
+        self._arguments = _cuda_driver.ArgumentLists(fixed, partial(inside, device))
         self._launch = _cuda_driver.Launcher(device, kernels[0].cut.threads)
-        self._process = os.getpid()
+        self._process = this_process()
 
     def __call__(
         self,
@@ -211,8 +206,8 @@ class _DirectLaunch:
         stream: torch.Stream | None,
         status: torch.Tensor | None,
     ) -> None:
-        if os.getpid() != self._process:
-            raise forked("CUDA")
+        if self._process.forked:
+            raise refuse_fork("CUDA")
         host = dst if self._stores else src
         check_reach(host, self._device)
         table = table_on(host, self._device, stream) if self._wants_table else 0
@@ -222,8 +217,8 @@ class _DirectLaunch:
         finally:
             # No allocator knows of these kernels, so the host's memory is held until they ended. A
             # graph's memory is its owner's.
-            if not capture.capturing(self._device):
-                _flight.completion(self._device, stream, *host.owners)
+            if not capturing(self._device):
+                streams.completion(self._device, stream, *host.owners)
 
     def _enqueue(
         self,
@@ -293,11 +288,11 @@ def table_on(view: KVView, device: torch.device, stream: torch.Stream | None) ->
     Raises:
         Unsupported: inside graph capture, where it would be made at each replay.
     """
-    held = capture.capturing(device)
+    held = capturing(device)
     kept: _Table | None = view.derived.get((_TABLE_ON, device))
     if kept is None:
         if held:
-            raise captured()
+            raise refuse_capture()
         addresses = to_device(view.addresses, device, stream=stream)
         made = _Table(addresses, events.pool(device).recorded(stream))
         kept = view.derived.setdefault((_TABLE_ON, device), made)

@@ -12,7 +12,7 @@ import torch
 from portakv.engines import link_cuda as _crossing_cuda
 from portakv.engines.pieces import ALL, Pieces
 from portakv.errors import TransferError
-from portakv.runtime import _flight
+from portakv.runtime.devices import inside
 from portakv.view.view import KVView
 
 
@@ -65,7 +65,7 @@ class TorchLink:
         late = "pageable" not in (src.form.place, dst.form.place)
         mine, theirs = _Storages(src), _Storages(dst)
         to_device = dst.form.place == "device"
-        with _flight.inside(stream), torch.no_grad():
+        with inside(stream), torch.no_grad():
             for at, start, width, height, dst_pitch, src_pitch in zip(
                 *(column.tolist() for column in pieces), strict=True
             ):

@@ -9,7 +9,6 @@ Declarations are those of ``cuda.h`` (CUDA driver API, "Memory Management").
 from __future__ import annotations
 
 import ctypes
-import struct
 import threading
 from functools import cache
 from typing import Any
@@ -20,8 +19,8 @@ import torch
 
 from portakv.engines.pieces import ALL, Pieces, portions
 from portakv.errors import TransferError
-from portakv.runtime import _libcuda
 from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import own_stream
 from portakv.view.view import KVView
 
@@ -50,11 +49,8 @@ IN_A_ROW = 88 << 20
 #: cost the host less; 8 KiB 0.89 and 0.76, 32 KiB 0.98 - 1.0 and 0.5 - 0.92, by their height.
 FOLD_BELOW = 8 << 10
 
-_HOST, _DEVICE = 1, 2  # CUmemorytype
 _NULL_STREAMS = (0, 1)  # the legacy default stream, by both of its handles
 
-# CUDA_MEMCPY2D; of each side x, y, kind, host address, device address, array, pitch; then the rows.
-_rows_of = struct.Struct("@QQQQQQQ QQQQQQQ QQ").pack
 # CUmemcpyAttributes: accesses in the order of the stream; two places, which only memory that can
 # migrate has; and "prefer to overlap with compute".
 _ATTRIBUTES = np.array([1, 0, 0, 0, 0, 1], dtype=np.int32)
@@ -67,16 +63,16 @@ class Copies:
     def __init__(self, library: Any) -> None:
         word, size = ctypes.c_uint64, ctypes.c_size_t
         self._library = library
-        self._plain = _libcuda.function(library, "cuMemcpyAsync", word, word, size, word)
-        self._rows = _libcuda.function(library, "cuMemcpy2DAsync_v2", ctypes.c_char_p, word)
+        self._plain = _cuda_driver.function(library, "cuMemcpyAsync", word, word, size, word)
+        self._rows = _cuda_driver.Copy2D(library)
         many = (word, word, word, size, word, word, size)
         # CUDA 13 dropped an argument (where it failed) that 12.8 had.
         self._batch: Any = None
         self._fails: tuple[int, ...] = ()
         if hasattr(library, "cuMemcpyBatchAsync_v2"):
-            self._batch = _libcuda.function(library, "cuMemcpyBatchAsync_v2", *many, word)
+            self._batch = _cuda_driver.function(library, "cuMemcpyBatchAsync_v2", *many, word)
         elif hasattr(library, "cuMemcpyBatchAsync"):
-            self._batch = _libcuda.function(library, "cuMemcpyBatchAsync", *many, word, word)
+            self._batch = _cuda_driver.function(library, "cuMemcpyBatchAsync", *many, word, word)
             self._failed = np.zeros(1, dtype=np.uint64)
             self._fails = (_at(self._failed),)
         self._attributes, self._from_first = _at(_ATTRIBUTES), _at(_FROM_FIRST)
@@ -128,21 +124,13 @@ class Copies:
         for dst, src, width, height, dst_pitch, src_pitch in zip(*columns, strict=True):
             if height == 1:
                 error = self._plain(dst, src, width, stream)
-            elif to_device:
-                error = self._rows(_rows_of(
-                    0, 0, _HOST, src, 0, 0, src_pitch, 0, 0, _DEVICE, 0, dst, 0, dst_pitch,
-                    width, height,
-                ), stream)  # fmt: skip
             else:
-                error = self._rows(_rows_of(
-                    0, 0, _DEVICE, 0, src, 0, src_pitch, 0, 0, _HOST, dst, 0, 0, dst_pitch,
-                    width, height,
-                ), stream)  # fmt: skip
+                error = self._rows(dst, src, to_device, width, height, dst_pitch, src_pitch, stream)
             if error:
                 raise self._refused(error, f"A copy of {height} x {width} bytes")
 
     def _refused(self, error: int, what: str) -> TransferError:
-        called = _libcuda.error_name(error, self._library)
+        called = _cuda_driver.error_name(error, self._library)
         return TransferError(
             f"{what} between device and host was asked of the CUDA driver, which answered "
             f"{called}; success was expected, and only what was asked before may have been moved. "
@@ -155,11 +143,11 @@ class CudaLink:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._copies = Copies(_libcuda.library())
+        self._copies = Copies(_cuda_driver.library())
         self._adopted = threading.local()
         # By the handle of a stream: another one beside it, and the bytes since it was last used.
-        self._beside: dict[int, torch.Stream] = {}
-        self._in_a_row: dict[int, int] = {}
+        self._beside: Bounded[int, torch.Stream] = Bounded("streams beside others of a link", 64)
+        self._in_a_row: Bounded[int, int] = Bounded("bytes in a row on streams of a link", 256)
         self.fold_below = self._copies.fold_below
 
     def copy(
@@ -184,7 +172,7 @@ class CudaLink:
 
     def _enough(self, handle: int, nbytes: int) -> bool:
         """Whether so many more would be too much in a row on a stream, and others have a turn."""
-        crossed = self._in_a_row.get(handle, 0)
+        crossed = self._in_a_row.get(handle) or 0
         enough = crossed > 0 and crossed + nbytes > IN_A_ROW
         self._in_a_row[handle] = 0 if enough else crossed + nbytes
         return enough
@@ -199,9 +187,8 @@ class CudaLink:
     ) -> None:
         """On another stream, between two events: in turn with this one, or in place of the legacy
         default stream, which batches refuse."""
-        if handle not in self._beside:
-            self._beside.setdefault(handle, own_stream(self.device))  # of several threads
-        beside, asked = self._beside[handle], stream or torch.cuda.current_stream(self.device)
+        beside = self._beside.get_or_make(handle, lambda: own_stream(self.device))
+        asked = stream or torch.cuda.current_stream(self.device)
         beside.wait_stream(asked)
         try:
             self._copies.copy(pieces, to_device, _cuda_driver.raw(beside, self.device.index), begun)
@@ -215,7 +202,7 @@ def why_not(device: torch.device) -> str | None:
     if (why := _cuda_driver.of_others(device)) is not None:
         return why
     try:
-        Copies(_libcuda.library())
+        Copies(_cuda_driver.library())
     except (OSError, AttributeError) as error:
         return f"the CUDA driver's library cannot be used ({error})"
     return None

@@ -28,7 +28,7 @@ from portakv.engines.staged import Passage, Slice
 from portakv.engines.staging import Staging, staging
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan
-from portakv.runtime import _flight
+from portakv.runtime.devices import inside
 from portakv.view.index import Index
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ class _RingLaunch:
         work = stream or torch.accelerator.current_stream(self.device.index)
         room = staging(self.device, work)
         slices = self.slices(rows, host, theirs.to_host(), count)
-        with self.buffers.lock, room.lock, _flight.inside(stream):
+        with self.buffers.lock, room.lock, inside(stream):
             _Hops(self, room, work, slices).run(mine)
 
     def slices(self, rows: KVView, host: KVView, theirs: Index, count: int) -> list[_Slice]:

@@ -31,7 +31,8 @@ from portakv.engines.staging import Staging, mark, staging, wait
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import Prepared
-from portakv.runtime import _flight
+from portakv.runtime import streams
+from portakv.runtime.devices import inside
 from portakv.view.index import Index
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class _StagedLaunch:
         finally:
             # No allocator knows of the link's copies: the host's memory is held until they ended,
             # also those that were under way when something failed.
-            _flight.completion(self.device, work, *host.owners)
+            streams.completion(self.device, work, *host.owners)
 
     def _legs(self, rows: KVView, host: KVView, theirs: Index, count: int, idle: bool) -> list[Leg]:
         """The slices of a transfer, kept for others of its kind; ``idle``: the link is."""
@@ -269,7 +270,7 @@ class Passage(Generic[_Some]):
 
     def reserve(self, stream: torch.Stream, buffers: int) -> None:
         """Have room for the slices in so many buffers; on a stream."""
-        with _flight.inside(stream):
+        with inside(stream):
             self._room.reserve(max(each.nbytes for each in self._slices), buffers)
 
     def settle(
@@ -290,7 +291,7 @@ class Passage(Generic[_Some]):
         """
         self._last, index, by = (max(turns) + 1 if free is None else 0), mine, None
         self._free = [None] * self._last if free is None else free
-        with _flight.inside(stream):
+        with inside(stream):
             for each, at in zip(self._slices, turns, strict=True):
                 mirror = self._room.mirror(at, each.mirror, each.held)
                 way = each.way(mirror)

@@ -32,11 +32,9 @@ from portakv.host._packed_ints import (
     check_count,
     numpy_dtype,
 )
-from portakv.runtime import _libcuda
 from portakv.runtime import cuda as _cuda_driver
-from portakv.runtime._flight import inside, refuse_capture
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.capture import capturing
+from portakv.runtime.devices import capturing, inside, refuse_capture
 
 #: Bytes that the driver takes along with a command.
 INLINE_BYTES = 65536
@@ -141,7 +139,7 @@ class Inline(ReadAtOnce):
             return
         error = self._copy(to, mine.address, count * self._itemsize, handle)
         if error:
-            name = _libcuda.error_name(error, _libcuda.library())
+            name = _cuda_driver.error_name(error, _cuda_driver.library())
             raise _cuda_driver.refused(name, f"A copy of {count} values")
 
     def refill(self, values: Values) -> None:
@@ -343,22 +341,22 @@ class _Pages:
 def _copy_function() -> Any:
     word = ctypes.c_uint64  # CUdeviceptr, and the addresses of the host and of a stream
     arguments = word, word, ctypes.c_size_t, word
-    return _libcuda.function(_libcuda.library(), "cuMemcpyHtoDAsync_v2", *arguments)
+    return _cuda_driver.function(_cuda_driver.library(), "cuMemcpyHtoDAsync_v2", *arguments)
 
 
 def _read_later(device: torch.device) -> str | None:
     """That a device may read pageable memory where it lies, and so perhaps after the call, as a
     phrase; None: it does not. What such a device does was not looked at."""
-    library, number = _libcuda.library(), ctypes.POINTER(ctypes.c_int)
-    find = _libcuda.function(library, "cuDeviceGet", number, ctypes.c_int)
-    ask = _libcuda.function(library, "cuDeviceGetAttribute", number, ctypes.c_int, ctypes.c_int)
+    library, number = _cuda_driver.library(), ctypes.POINTER(ctypes.c_int)
+    find = _cuda_driver.function(library, "cuDeviceGet", number, ctypes.c_int)
+    ask = _cuda_driver.function(library, "cuDeviceGetAttribute", number, ctypes.c_int, ctypes.c_int)
     _cuda_driver.adopt(device)  # the driver answers once it has been initialised
     found, reads = ctypes.c_int(), ctypes.c_int()
     error = find(ctypes.byref(found), device.index) or ask(
         ctypes.byref(reads), _HOST_PAGE_TABLES, found
     )
     if error:
-        name = _libcuda.error_name(error, library)
+        name = _cuda_driver.error_name(error, library)
         return f"the driver does not tell how {device} reads pageable memory ({name})"
     if reads.value:
         return f"{device} reads pageable memory by the host's page tables, perhaps after the call"

@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError
-from portakv.runtime import _flight, capture
 from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime import streams
+from portakv.runtime.devices import capturing, inside, refuse_capture, resolve
 from portakv.runtime.transfer import Transfer
 
 #: Narrower rows go by torch, which packs them first. A copy engine takes some 55 ns a row, however
@@ -98,7 +99,7 @@ def is_available(device: torch.device | str | None = None) -> bool:
             return False
         device = torch.accelerator.current_accelerator()
     try:
-        return device is not None and _cuda_driver.why_not(_flight.resolve(device)) is None
+        return device is not None and _cuda_driver.why_not(resolve(device)) is None
     except BackendUnavailable:  # there is no such device
         return False
 
@@ -133,7 +134,7 @@ def copy_(
     check_alike(dst, src)
     direction = direction_of(dst, src)
     devices = [each.device for each in (src, dst) if each.device.type != "cpu"]
-    _flight.check_stream(stream, *(devices or [torch.device("cpu")]))
+    streams.check_stream(stream, *(devices or [torch.device("cpu")]))
     nbytes = dst.numel() * dst.element_size()
     if not nbytes:
         return Copied(direction, "nothing", "there are no bytes", 0, True, Transfer())
@@ -223,11 +224,11 @@ def _launch(
     """Copy what has bytes and was checked, ordered on a stream of ``device``."""
     nbytes = dst.numel() * dst.element_size()
     rows = _rows(dst, src, direction, device)
-    captures = capture.capturing(device)
+    captures = capturing(device)
     if captures:
         _check_capture(dst, src, direction, rows, non_blocking)
     # A graph's memory is kept by the caller, and no allocator hears of its replays.
-    _flight.follow_current(stream, *(() if captures else (dst, src)))
+    streams.follow_current(stream, *(() if captures else (dst, src)))
     if isinstance(rows, Pitched):
         way, why, late = "memcpy2d", "rows at a pitch cross as they lie", True
         places = dst.data_ptr(), src.data_ptr(), direction == "h2d"
@@ -236,10 +237,10 @@ def _launch(
         way, why = "torch", rows
         late = _copy_by_torch(dst, src, direction, non_blocking, stream)
     if captures:
-        transfer = _flight.captured(device, stream, dst, src)
+        transfer = streams.captured(device, stream, dst, src)
         return Copied(direction, way, why, nbytes, False, transfer)
     host = [each for each in (dst, src) if each.device.type == "cpu"]
-    end = _flight.completion(device, stream, *host)
+    end = streams.completion(device, stream, *host)
     if non_blocking and late:
         return Copied(direction, way, why, nbytes, False, Transfer((end,), (dst, src)))
     end.synchronize()
@@ -306,11 +307,11 @@ def _copy_by_torch(
             late = False
             if is_pinned(src):
                 # The host packs it now; earlier work of the stream may still be writing it.
-                _flight.drain(dst.device, stream)
+                streams.drain(dst.device, stream)
         elif dst.device.type != "cuda":
             # CUDA has read pageable memory when its call returns; of others that is not known.
             late = late and is_pinned(src)
-    with _flight.inside(stream):
+    with inside(stream):
         _write(dst, src, late)
     return late
 
@@ -336,18 +337,18 @@ def _check_capture(
     non_blocking: bool,
 ) -> None:
     if not non_blocking:
-        raise _flight.refuse_capture(
+        raise refuse_capture(
             "A blocking copy", "the host cannot wait for it; pass non_blocking=True"
         )
     if direction not in ("h2d", "d2h") or isinstance(rows, Pitched):
         return
     host = dst if direction == "d2h" else src
     if not is_pinned(host):
-        raise _flight.refuse_capture(
+        raise refuse_capture(
             "A copy of pageable host memory", "a graph reads it at replay; pin the memory first"
         )
     if not lies_ready(host, dst, src):
-        raise _flight.refuse_capture(
+        raise refuse_capture(
             f"A copy of host memory with strides {list(host.stride())}",
             f"torch would copy it through memory that the graph does not keep ({rows}); use "
             f"contiguous memory, or rows that a 2-D memcpy takes",

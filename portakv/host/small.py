@@ -32,11 +32,10 @@ from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError
 from portakv.host import _small_ways as ways
 from portakv.host._packed_ints import Array, Values, as_array, numpy_dtype, torch_dtype
 from portakv.host._small_ways import INLINE_BYTES, Issue, Way
-from portakv.runtime import _flight as streams
 from portakv.runtime import cuda as _cuda_driver
-from portakv.runtime._flight import refuse_capture, resolve
+from portakv.runtime import streams
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.capture import capture_question, capturing
+from portakv.runtime.devices import capture_question, capturing, refuse_capture, resolve
 
 WAYS = ("inline", "value", "mapped", "copy", "host")  # the best first
 

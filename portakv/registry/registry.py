@@ -24,7 +24,7 @@ import torch
 from portakv.backends.base import Backend, Capabilities, Decision, Tells
 from portakv.errors import BackendUnavailable
 from portakv.registry.self_check import SelfCheck, self_check
-from portakv.runtime.devices import DeviceAbsent, indexed
+from portakv.runtime.devices import DeviceAbsent, devices_present, indexed
 
 #: The backends that PortaKV brings, in the order in which they are asked. Nowhere else does the
 #: library know a vendor's name.
@@ -406,10 +406,13 @@ def found(device: torch.device | str) -> torch.device:
     if isinstance(place, torch.device):
         return place
     absent, said = place
+    asked, mark, todo, more = str(device), "" if absent.meant else ".", "Pass", ""
+    if absent.known:
+        todo = "Mend that, or pass"
+        more = f" What every candidate says: portakv backends --device {asked}"
     error = BackendUnavailable(
-        f"Device {str(device)!r} was asked for, but {absent.told(d.reason for d in said)}.\n"
-        f"Mend the reason, or pass a device that torch lists, such as 'cpu'. What every candidate "
-        f"says: portakv backends --device {device}"
+        f"Device {asked!r} was asked for, but {absent}{mark} {todo} a device of this machine: "
+        f"{', '.join(map(str, devices_present()))}.{more}"
     )
     error.trace = said
     raise error from absent

@@ -1,22 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the host side asks of CUDA's driver by itself: to launch, and to copy rows at a pitch."""
+"""CUDA's driver, by ctypes and by ``cuda.bindings`` (which the extra ``cuda`` brings): what keeps
+either from being used; kernels, streams and 2-D copies."""
 
 from __future__ import annotations
 
 import ctypes
-import os
+import struct
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 
 from portakv.errors import TransferError
-from portakv.runtime import nvrtc as _nvrtc
-from portakv.runtime._launching import forked, raw_stream
+from portakv.runtime import nvrtc
+from portakv.runtime.devices import inside, refuse_fork, this_process
 
+LIBRARY = "libcuda.so.1"
 DRIVER = 13000  # CUDA 13: what NVRTC 13's machine code and cuda-bindings 13 need
+
+# --- what serves a device -------------------------------------------------------------------------
 
 
 def of_others(device: torch.device) -> str | None:
@@ -29,7 +34,7 @@ def of_others(device: torch.device) -> str | None:
 
 
 def no_cuda(device: torch.device) -> str | None:
-    """What keeps the driver from serving a device at all, as a phrase; None where it does."""
+    """What keeps the driver from serving a device at all, as a phrase; None if it does."""
     if (why := of_others(device)) is not None:
         return why
     return None if torch.cuda.is_available() else "torch finds no usable CUDA device here"
@@ -38,30 +43,26 @@ def no_cuda(device: torch.device) -> str | None:
 @cache
 def why_not(device: torch.device) -> str | None:
     """What keeps the driver from being asked for a device by the extra ``cuda``, as a phrase; None
-    where it can be."""
-    why = no_cuda(device) or _nvrtc.missing()
-    if why is not None:
-        return why
+    if it can be."""
+    why = no_cuda(device) or nvrtc.missing()
+    return why if why is not None else too_old()
+
+
+def too_old() -> str | None:
+    """That the driver is older than the extra ``cuda`` needs, as a phrase; None if it is not."""
     found = driver_version()
-    if found < DRIVER:
-        return (
-            f"the driver supports CUDA {found // 1000}.{found % 1000 // 10}, but 13.0 is needed; "
-            f"update the driver"
-        )
-    return None
+    if found >= DRIVER:
+        return None
+    return (
+        f"the driver supports CUDA {found // 1000}.{found % 1000 // 10}, but 13.0 is needed; "
+        f"update the driver"
+    )
 
 
 def driver_version() -> int:
-    """CUDA's version that the driver supports (13000 is 13.0); 0 where it does not tell."""
+    """CUDA's version that the driver supports (13000 is 13.0); 0 if it does not tell."""
     error, found = bindings().cuDriverGetVersion()
     return 0 if int(error) else int(found)
-
-
-def bindings() -> Any:
-    """The driver's functions, out of the extra ``cuda``."""
-    from cuda.bindings import driver
-
-    return driver
 
 
 def capability(device: torch.device) -> int:
@@ -71,8 +72,129 @@ def capability(device: torch.device) -> int:
 
 
 def compiler_target(device: torch.device) -> str:
-    """What is compiled for a device; raises `RuntimeError` where it is too old for NVRTC."""
-    return _nvrtc.target_for(capability(device))
+    """What is compiled for a device; raises `RuntimeError` if it is too old for NVRTC."""
+    return nvrtc.target_for(capability(device))
+
+
+# --- the two ways to its functions ----------------------------------------------------------------
+
+
+def bindings() -> Any:
+    """The driver's functions, out of the extra ``cuda``."""
+    from cuda.bindings import driver
+
+    return driver
+
+
+@cache
+def library() -> Any:
+    """The driver's library, loaded; raises `OSError` if there is none."""
+    return ctypes.CDLL(LIBRARY)
+
+
+def function(library: Any, name: str, *arguments: Any) -> Any:
+    """A function that returns an error's number; raises `AttributeError` if it is not there."""
+    found = library[name]  # an object of its own: no other module's declarations
+    found.argtypes, found.restype = arguments, ctypes.c_int
+    return found
+
+
+def error_name(error: int, library: Any) -> str:
+    """What the driver calls an error."""
+    called = ctypes.c_char_p()
+    try:
+        name = function(library, "cuGetErrorName", ctypes.c_int, ctypes.POINTER(ctypes.c_char_p))
+    except AttributeError:
+        return f"error {error}"
+    if name(error, ctypes.byref(called)) or not called.value:
+        return f"error {error}"
+    return called.value.decode()
+
+
+def check(error: Any, what: str) -> None:
+    """Raise `TransferError` if the driver returned anything but success."""
+    if int(error):
+        raise refused(getattr(error, "name", str(error)), what)
+
+
+def refused(name: str, what: str) -> TransferError:
+    """The error for what the driver answered with an error of that name."""
+    return TransferError(
+        f"{what} was asked of the CUDA driver, which answered {name}; success was expected, "
+        f"and nothing was moved. Check that the memory still exists, and earlier errors."
+    )
+
+
+# --- threads and streams --------------------------------------------------------------------------
+
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: it does not wait for the legacy default stream
+
+
+def adopt(device: torch.device) -> None:
+    """Give this thread a context, which the driver's calls take for granted."""
+    with inside(device):
+        pass
+
+
+def ignore_captures_elsewhere(device: torch.device) -> None:
+    """Let this thread work while another one captures a graph; for as long as the thread lives.
+
+    CUDA forbids other threads much, `torch.cuda.Event.query` for one, and ends the capture if one
+    of them does it. Of other devices no such way is known here.
+    """
+    if of_others(device) is not None:
+        return
+    try:
+        exchange = library().cuThreadExchangeStreamCaptureMode
+    except (OSError, AttributeError):
+        return
+    exchange(ctypes.byref(ctypes.c_int(1)))  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+
+
+def raw_stream(stream: torch.Stream) -> int:
+    """The driver's handle of a torch stream, on devices that torch calls ``cuda``."""
+    own = getattr(stream, "cuda_stream", None)
+    if own is not None:
+        return int(own)
+    same = torch.cuda.Stream(
+        stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type
+    )
+    return int(same.cuda_stream)
+
+
+def raw(stream: torch.Stream | None, index: int) -> int:
+    """The driver's handle of a stream; None: the current one of the device of that index."""
+    if stream is None:
+        return int(torch._C._cuda_getCurrentRawStream(index))
+    return raw_stream(stream)
+
+
+@cache
+def stream_maker() -> Any:
+    """The driver's function that makes a stream; None if it cannot be had."""
+    arguments = ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint, ctypes.c_int
+    try:
+        return function(library(), "cuStreamCreateWithPriority", *arguments)
+    except (OSError, AttributeError):
+        return None
+
+
+def make_stream(device: torch.device, priority: int) -> int:
+    """The handle of a new stream by `stream_maker`; raises `TransferError` if it is refused."""
+    handle = ctypes.c_void_p()
+    adopt(device)
+    with torch.cuda.device(device):
+        error = stream_maker()(ctypes.byref(handle), _NON_BLOCKING, priority)
+    if error:
+        name = error_name(error, library())
+        raise TransferError(
+            f"A stream of {device} was asked of the CUDA driver, which answered {name}; one was "
+            f"expected. Check earlier errors, and the memory that the device has left."
+        )
+    return handle.value or 0
+
+
+# --- kernels --------------------------------------------------------------------------------------
 
 
 def load(source: str, names: Iterable[str], device: torch.device) -> dict[str, Any]:
@@ -83,14 +205,14 @@ def load(source: str, names: Iterable[str], device: torch.device) -> dict[str, A
         TransferError: the driver refuses it.
     """
     driver = bindings()
-    binary = _nvrtc.compile_kernel(source, capability(device))
+    binary = nvrtc.compile_kernel(source, capability(device))
     adopt(device)
     with torch.cuda.device(device):
-        error, library = driver.cuLibraryLoadData(binary, [], [], 0, [], [], 0)
+        error, loaded = driver.cuLibraryLoadData(binary, [], [], 0, [], [], 0)
         check(error, "Loading the kernel")
         functions = {}
         for name in names:
-            error, kernel = driver.cuLibraryGetKernel(library, name.encode())
+            error, kernel = driver.cuLibraryGetKernel(loaded, name.encode())
             check(error, "Finding the kernel")
             # Modules load lazily; a first launch inside a capture must not have to.
             error, functions[name] = driver.cuKernelGetFunction(kernel)
@@ -98,18 +220,12 @@ def load(source: str, names: Iterable[str], device: torch.device) -> dict[str, A
     return functions
 
 
-def adopt(device: torch.device) -> None:
-    """Give this thread a context, which the driver's calls take for granted."""
-    with torch.cuda.device(device):
-        torch.cuda.current_stream(device)
-        torch._C._cuda_setDevice(device.index)
-
-
 class Arguments(threading.local):
     """A kernel's one parameter, once for each thread, so that several can launch at once.
 
     Attributes:
-        buffer: the parameter's bytes.
+        buffer: the parameter's bytes; room: the same, as a memoryview.
+        address: of the list of parameters, as a launch takes it.
     """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
@@ -121,17 +237,23 @@ class Arguments(threading.local):
         self.address = ctypes.addressof(self._pointer)
 
 
-# Another object in a forked process; to ask for the process at each launch is a system call.
-_process = object()
+class ArgumentLists(threading.local):
+    """One buffer for each kernel and thread, so that several threads can share a launch, on any
+    kind of device; ``current`` gives a new thread a context, see `CudaDriver.current`.
 
+    Attributes:
+        buffers: the kernels' parameters, each of which begins as ``fixed`` says.
+        addresses: of the lists of parameters (each holds one), as a launch takes them.
+    """
 
-@cache
-def _watch_forks() -> None:
-    def forget() -> None:
-        global _process
-        _process = object()
-
-    os.register_at_fork(after_in_child=forget)
+    def __init__(
+        self, fixed: Iterable[bytes], current: Callable[[], AbstractContextManager[object]]
+    ) -> None:
+        with current():
+            self.buffers = [bytearray(one) for one in fixed]
+        self._owned = [(ctypes.c_char * len(one)).from_buffer(one) for one in self.buffers]
+        self._lists = [(ctypes.c_void_p * 1)(ctypes.addressof(one)) for one in self._owned]
+        self.addresses = [ctypes.addressof(one) for one in self._lists]
 
 
 class Caller:
@@ -145,45 +267,126 @@ class Caller:
         self._raw: Callable[[int], int] = torch._C._cuda_getCurrentRawStream
         self._current = torch._C._cuda_getDevice
         self._alone = torch.cuda.device_count() == 1  # so this device is always the current one
-        _watch_forks()
-        self._process = _process
+        self._process = this_process()
 
     def handle(self, stream: torch.Stream | None) -> int | None:
         """The driver's handle of ``stream``, or of the current stream of this device; None: another
         device is current, and this one has to be made it first."""
-        if _process is not self._process:
-            raise forked("CUDA")
+        if self._process.forked:
+            raise refuse_fork("CUDA")
         index = self._index
         if not self._alone and self._current() != index:
             return None
         return self._raw(index) if stream is None else raw_stream(stream)
 
 
+class CudaDriver(Caller):
+    """What launching kernels on one device takes; `hip.HipDriver` has the same functions.
+
+    Attributes:
+        launch: takes a function, the blocks along x, y and z, the threads along x, y and z, the
+            bytes of shared memory, a stream's handle, the address of the list of parameters, and 0;
+            returns ``success`` or an error.
+    """
+
+    success: Any = (0,)
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        driver = bindings()
+        self.device = device
+        self.launch: Callable[..., Any] = driver.cuLaunchKernel
+        self._wrap = driver.CUstream
+        self._last: tuple[int | None, Any] = (None, None)  # a stream, as a number and wrapped
+
+    def load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
+        """See `load`."""
+        return load(source, names, self.device)
+
+    def handle(self, stream: torch.Stream | None) -> Any:
+        """The handle of a stream (None: the device's current one) as `launch` takes it; None if
+        another device is current. Raises as `Caller` does."""
+        if self._process.forked:
+            raise refuse_fork("CUDA")
+        index = self._index
+        if not self._alone and self._current() != index:
+            return None
+        raw = self._raw(index) if stream is None else raw_stream(stream)
+        last = self._last
+        if last[0] != raw:
+            last = self._last = (raw, self._wrap(raw))
+        return last[1]
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Inside, the device is this thread's current one, and the thread has a context."""
+        with torch.cuda.device(self.device):
+            adopt(self.device)
+            yield
+
+    def check(self, answer: Any, what: str) -> None:
+        """Raise `TransferError` for an answer that is not ``success``."""
+        check(answer[0], what)
+
+    def word(self, address: int) -> int:
+        """Where the device finds pinned memory: where the host does."""
+        return address
+
+
 class Launcher:
     """Launches kernels with one parameter on a device, in any thread; raises as `Caller` does."""
 
     def __init__(self, device: torch.device, threads: int) -> None:
-        self._device, self._threads, self._caller = device, threads, Caller(device)
-        self._launch, self._make_stream = bindings().cuLaunchKernel, bindings().CUstream
-        self._streams: dict[int, Any] = {}
+        self._driver, self._threads = CudaDriver(device), threads
+        self._handle, self._launch = self._driver.handle, self._driver.launch
+        self._success = self._driver.success
 
     def __call__(
         self, function: Any, blocks: int, address: int, stream: torch.Stream | None
     ) -> None:
         """Launch on ``stream``; None: the current stream of this device."""
-        handle = self._caller.handle(stream)
+        handle = self._handle(stream)
         if handle is None:
-            with torch.cuda.device(self._device):
+            with torch.cuda.device(self._driver.device):
                 self(function, blocks, address, stream)
             return
-        known = self._streams.get(handle)
-        if known is None:
-            known = self._streams[handle] = self._make_stream(handle)
-        (error,) = self._launch(
-            function, blocks, 1, 1, self._threads, 1, 1, 0, known, address, 0
+        answer = self._launch(
+            function, blocks, 1, 1, self._threads, 1, 1, 0, handle, address, 0
         )  # fmt: skip
-        if error:
-            check(error, "A launch")
+        if answer != self._success:
+            self._driver.check(answer, "A launch")
+
+
+# --- 2-D copies -----------------------------------------------------------------------------------
+
+_AT_HOST, _ON_DEVICE = 1, 2  # CUmemorytype
+# CUDA_MEMCPY2D; of each side x, y, kind, host address, device address, array, pitch; then the rows.
+_pack_rows = struct.Struct("@QQQQQQQ QQQQQQQ QQ").pack
+
+
+class Copy2D:
+    """The driver's 2-D copy between pinned host memory and a device."""
+
+    def __init__(self, library: Any) -> None:
+        self._copy = function(library, "cuMemcpy2DAsync_v2", ctypes.c_char_p, ctypes.c_uint64)
+
+    def __call__(
+        self, dst: int, src: int, to_device: bool, width: int, height: int, dst_pitch: int,
+        src_pitch: int, handle: int,
+    ) -> int:  # fmt: skip
+        """Copy ``height`` rows of ``width`` bytes, a pitch apart on each side, ordered on a stream;
+        returns 0 or an error's number."""
+        if to_device:
+            rows = _pack_rows(
+                0, 0, _AT_HOST, src, 0, 0, src_pitch, 0, 0, _ON_DEVICE, 0, dst, 0, dst_pitch,
+                width, height,
+            )  # fmt: skip
+        else:
+            rows = _pack_rows(
+                0, 0, _ON_DEVICE, 0, src, 0, src_pitch, 0, 0, _AT_HOST, dst, 0, 0, dst_pitch,
+                width, height,
+            )  # fmt: skip
+        return int(self._copy(rows, handle))
 
 
 def copy_pitched(
@@ -204,42 +407,12 @@ def copy_pitched(
     Raises:
         TransferError: the driver refuses the copy; nothing was moved.
     """
-    driver = bindings()
     width, height, src_pitch, dst_pitch = rows
-    host = driver.CUmemorytype.CU_MEMORYTYPE_HOST
-    there = driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
-    asked = driver.CUDA_MEMCPY2D()
-    asked.WidthInBytes, asked.Height = width, height
-    asked.srcPitch, asked.dstPitch = src_pitch, dst_pitch
-    if to_device:
-        asked.srcMemoryType, asked.srcHost = host, src
-        asked.dstMemoryType, asked.dstDevice = there, driver.CUdeviceptr(dst)
-    else:
-        asked.srcMemoryType, asked.srcDevice = there, driver.CUdeviceptr(src)
-        asked.dstMemoryType, asked.dstHost = host, dst
     adopt(device)
     with torch.cuda.device(device):
-        handle = driver.CUstream(raw(stream, device.index))
-        (error,) = driver.cuMemcpy2DAsync(asked, handle)
-    check(error, f"A copy of {height} rows of {width} bytes")
-
-
-def raw(stream: torch.Stream | None, index: int) -> int:
-    """The driver's handle of a stream; None: the current one of the device of that index."""
-    if stream is None:
-        return int(torch._C._cuda_getCurrentRawStream(index))
-    return raw_stream(stream)
-
-
-def check(error: Any, what: str) -> None:
-    """Raise `TransferError` where the driver returned anything but success."""
-    if int(error):
-        raise refused(getattr(error, "name", str(error)), what)
-
-
-def refused(name: str, what: str) -> TransferError:
-    """The error for what the driver answered with an error of that name."""
-    return TransferError(
-        f"{what} was asked of the CUDA driver, which answered {name}; success was expected, "
-        f"and nothing was moved. Check that the memory still exists, and earlier errors."
-    )
+        error = Copy2D(library())(
+            dst, src, to_device, width, height, dst_pitch, src_pitch, raw(stream, device.index)
+        )
+    if error:
+        name = error_name(error, library())
+        raise refused(name, f"A copy of {height} rows of {width} bytes")

@@ -1,24 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The devices of this machine: known by name, with the index that torch means, or why not."""
+"""The devices of this machine: by name or why not, the current one, what is being captured there,
+and the process that they belong to."""
 
 from __future__ import annotations
 
+import difflib
+import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 
-from portakv.errors import DeviceMismatch
-from portakv.runtime._vendor_package import Unusable, imported
+from portakv.errors import BackendUnavailable, DeviceMismatch, Unsupported
 
-# What to install where no backend says it better.
-_SOMEHOW = "the package of that name by the vendor of the device"
+_HOST = torch.device("cpu")
+
+# --- names ----------------------------------------------------------------------------------------
+
+#: Of each type that torch learns of by a vendor's package: the package, and what to install.
+VENDOR_PACKAGES = {
+    "npu": (
+        "torch_npu",
+        f"torch_npu=={'.'.join(torch.__version__.split('.')[:2])}.* beside CANN, and source CANN's "
+        f"set_env.sh",
+    ),
+    "mlu": ("torch_mlu", "torch_mlu and torch_mlu_ops of Cambricon Neuware"),
+}
+#: Types that torch knows by itself and that have memory for a cache.
+_OF_TORCH = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
+#: What devices are called elsewhere, and the type that torch has for them; "": the one of here.
+_ALIASES = {
+    "gpu": "", "nvidia": "cuda", "amd": "cuda", "rocm": "cuda", "hip": "cuda", "dcu": "cuda",
+    "hygon": "cuda", "ascend": "npu", "huawei": "npu", "cambricon": "mlu", "intel": "xpu",
+    "metal": "mps", "host": "cpu",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A device whose type torch does not know: a name, where a `torch.device` cannot be made."""
+    """A device whose type torch does not know: a name, if no `torch.device` can be made of it."""
 
     type: str
     index: int | None = None
@@ -27,63 +53,119 @@ class Named:
         return self.type if self.index is None else f"{self.type}:{self.index}"
 
 
+class Unusable(Exception):
+    """Why a vendor's package cannot be used, and what to install, as a sentence without its stop.
+
+    Attributes:
+        why: the reason alone; install: what to install, in words; or empty.
+    """
+
+    def __init__(self, why: str, install: str = "") -> None:
+        super().__init__(f"{why}; install {install}" if install else why)
+        self.why, self.install = why, install
+
+
 class DeviceAbsent(Exception):
     """Why torch cannot use a device here, as the end of a sentence.
 
     Attributes:
-        device: as far as it can be named, for who is asked about it all the same.
-        package: of the vendor's, that could not be imported; or empty.
-        install: what is to be installed, as far as that is known without a backend; or empty.
+        device: as far as it can be named.
+        install: what is to be installed, in words; or empty.
+        meant: the device that was probably meant; or empty.
+        known: whether the type is one of torch's or of a vendor's that the library knows.
     """
 
     def __init__(
-        self, device: torch.device | Named, why: str, package: str = "", install: str = ""
+        self, device: torch.device | Named, why: str, install: str = "", meant: str = ""
     ) -> None:
-        super().__init__(why)
-        self.device, self.package, self.install = device, package, install
+        todo = f"; install {install}" if install else f"; did you mean {meant!r}?" if meant else ""
+        super().__init__(f"{why}{todo}")
+        self.device, self.install, self.meant = device, install, meant
+        self.known = isinstance(device, torch.device) or device.type in VENDOR_PACKAGES
 
-    def told(self, reasons: Iterable[str]) -> str:
-        """Why, with what to install: in the words of the backend that is made for the device, which
-        knows the release, where one of the backends' ``reasons`` is about that package."""
-        todo = self.install
-        for reason in reasons:
-            _, install, words = reason.partition("; install ")
-            if install and self.package and self.package in reason:
-                todo = f"install {words}"
-        return "; ".join(part for part in (str(self), todo) if part)
+
+def imported(package: str, install: str) -> Any:
+    """The module ``package``; ``install`` is what a user has to install for it, in words.
+
+    Raises:
+        Unusable: it is not installed, or its import failed in whatever way.
+    """
+    try:
+        return import_module(package)
+    except ModuleNotFoundError as error:
+        what = package if error.name == package else f"{error.name}, which {package} needs,"
+        raise Unusable(f"{what} is not installed", install) from error
+    except Exception as error:  # such as OSError if a library of the vendor's is missing
+        why = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
+        fitting = f", in the release for torch {torch.__version__} and for this machine's driver"
+        raise Unusable(
+            f"{package} is installed, but its import failed ({why})",
+            f"{install}{fitting}" if install else "",
+        ) from error
+
+
+def version_of(module: Any) -> str:
+    """The version that a module says it has."""
+    return str(getattr(module, "__version__", "of unknown version"))
 
 
 def known(device: torch.device | str) -> torch.device:
     """The device of that name.
 
     A type that is not torch's own comes with a package of its vendor's, which extends torch and is
-    called ``torch_`` and the type. It is imported now, if torch has not loaded it by itself.
+    called ``torch_`` and the type. It is imported now, if it is here and torch has not loaded it.
 
     Raises:
-        DeviceAbsent: torch does not know the type; also where the package fails, in its own words.
+        DeviceAbsent: torch does not know the type, or the package fails, in its own words.
     """
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
         kind, _, index = str(device).partition(":")
         named = Named(kind, int(index) if index.isdecimal() else None)
-        package = f"torch_{kind}"
         if not isinstance(device, str) or str(named) != device or not kind.isidentifier():
-            raise DeviceAbsent(
-                named, f"it is no device of torch's ({_first_line(error)})"
-            ) from error
-    why, install = f"torch knows no {kind} devices, and {package}", ""
+            why = f"it is no device of torch's ({_first_line(error)})"
+            raise DeviceAbsent(named, why) from error
+    package, install = VENDOR_PACKAGES.get(kind, (f"torch_{kind}", ""))
+    why = f"torch knows no {kind} devices"
+    if not install and not _is_installed(package):
+        raise DeviceAbsent(named, why, meant=_meant(named))
     try:
-        imported(package, _SOMEHOW)
+        imported(package, install)
         return torch.device(device)
     except Unusable as error:
-        told, _, rest = str(error).partition(f"; install {_SOMEHOW}")
-        why, install = f"torch knows no {kind} devices, and {told}", f"install {_SOMEHOW}{rest}"
+        why, install = f"{why}, and {error.why}", error.install
     except RuntimeError:
-        why = f"{why} was imported, but does not bring them"
+        why, install = f"{why}, and {package} was imported, but does not bring them", ""
     except SystemExit as error:  # a broken package must not take others down
-        why = f"{why} ends the process when it is imported (SystemExit: {error})"
-    raise DeviceAbsent(named, why, package, install)
+        why = f"{why}, and {package} ends the process when it is imported (SystemExit: {error})"
+    raise DeviceAbsent(named, why, install)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _meant(named: Named) -> str:
+    """The device that was probably meant by a name that torch does not know; or empty."""
+    kind = named.type.lower()
+    types = (*_OF_TORCH, *VENDOR_PACKAGES)
+    found = _ALIASES.get(kind, kind if kind in types else None)
+    if found is None:
+        near = difflib.get_close_matches(kind, types, n=1, cutoff=0.6)
+        found = near[0] if near else None
+    if found is None:
+        return ""
+    index = "" if named.index is None else f":{named.index}"
+    return f"{found or _accelerator_type()}{index}"
+
+
+def _accelerator_type() -> str:
+    kind = torch.accelerator.current_accelerator()
+    return "cuda" if kind is None else kind.type
 
 
 def indexed(device: torch.device | str) -> torch.device:
@@ -94,7 +176,7 @@ def indexed(device: torch.device | str) -> torch.device:
     """
     place = known(device)
     if place.type == "cpu":
-        return torch.device("cpu")
+        return _HOST
     if place.index is not None:
         return place
     try:
@@ -109,9 +191,24 @@ def indexed(device: torch.device | str) -> torch.device:
     return place
 
 
+def resolve(device: torch.device | str | int) -> torch.device:
+    """A device with an index, unless it is the CPU.
+
+    Raises:
+        BackendUnavailable: this machine has no such device.
+    """
+    try:
+        return indexed(torch.device(device) if isinstance(device, int) else device)
+    except (DeviceAbsent, RuntimeError) as error:
+        raise BackendUnavailable(
+            f"Host memory was to be used with the device {device}, and {str(error).rstrip('.')}. "
+            f"Name a device of this machine, or leave it out."
+        ) from None
+
+
 def devices_present() -> list[torch.device]:
     """One device of each type that this machine has: the CPU, then the accelerator, if any."""
-    found = [torch.device("cpu")]
+    found = [_HOST]
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator()
         if kind is not None:
@@ -120,7 +217,7 @@ def devices_present() -> list[torch.device]:
 
 
 def usual_device() -> torch.device:
-    """The accelerator where there is one, else the CPU."""
+    """The accelerator if there is one, else the CPU."""
     return devices_present()[-1]
 
 
@@ -132,13 +229,16 @@ def usable_device(text: str) -> torch.device:
     """
     try:
         device = known(text)
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.uint8, device=device)
     except Exception as error:  # torch says it in a different type for each device
         why = _first_line(error)
         present = ", ".join(map(str, devices_present()))
+        more = f". What each backend lacks: portakv backends --device {text}"
+        if isinstance(error, DeviceAbsent) and not error.known:
+            more = "."
         raise DeviceMismatch(
             f"Device {text!r} was asked, but torch cannot use it here ({why}); this machine has "
-            f"{present}. What each backend lacks: portakv backends --device {text}"
+            f"{present}{more}"
         ) from error
     return device
 
@@ -149,7 +249,7 @@ def device_count(device: torch.device) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """The model's name where torch tells it, else the machine's architecture or nothing."""
+    """The model's name if torch tells it, else the machine's architecture or nothing."""
     if device.type == "cpu":
         return platform.machine()
     ask = getattr(torch.get_device_module(device), "get_device_name", None)
@@ -158,3 +258,105 @@ def device_name(device: torch.device) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+# --- the current device and stream ----------------------------------------------------------------
+
+
+def inside(where: torch.device | torch.Stream | None) -> AbstractContextManager[object]:
+    """Inside, a device, or a stream and its device, are this thread's current ones; None and the
+    CPU change nothing. On a CUDA device the thread has a context then, also after it."""
+    if where is None:
+        return nullcontext()
+    if isinstance(where, torch.device):
+        if where.type == "cpu":
+            return nullcontext()
+        if where.type == "cuda":
+            return _inside_cuda(where)
+        return torch.get_device_module(where).device(where)  # type: ignore[no-any-return]
+    return torch.get_device_module(where.device).stream(where)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _inside_cuda(device: torch.device) -> Iterator[None]:
+    with torch.cuda.device(device):
+        torch.cuda.current_stream(device)  # torch has begun with the device
+        torch._C._cuda_setDevice(device.index)  # gives a new thread a context, for the driver
+        yield
+
+
+# --- graph capture --------------------------------------------------------------------------------
+
+
+def capturing(device: torch.device) -> bool:
+    """True while the current stream of ``device`` is captured into a graph."""
+    if device == _HOST or torch.accelerator.current_device_index() == device.index:
+        return capture_question(device)()
+    with torch.get_device_module(device).device(device):
+        return capture_question(device)()
+
+
+@cache
+def capture_question(device: torch.device) -> Callable[[], bool]:
+    """What answers `capturing` for a device while it is the current one."""
+    if device.type == "cuda":
+        # What torch.cuda's function of that name calls, at a third of its cost.
+        return torch._C._cuda_isCurrentStreamCapturing
+    module = None if device == _HOST else torch.get_device_module(device)
+    return getattr(module, "is_current_stream_capturing", None) or _never
+
+
+def _never() -> bool:
+    return False
+
+
+def refuse_capture(
+    what: str = "Preparing a copy",
+    why: str = "its kernel has to be compiled and loaded first; make the same call once before the "
+    "capture",
+) -> Unsupported:
+    """The error for what cannot be captured; as it is, for preparing what is not there yet."""
+    return Unsupported(f"{what} inside graph capture", why)
+
+
+# --- the process ----------------------------------------------------------------------------------
+
+
+class Process:
+    """The process in which something was made.
+
+    Attributes:
+        forked: True in a child that was forked from it. To look is cheaper than to ask the system
+            for the process at each launch.
+    """
+
+    __slots__ = ("forked",)
+
+    def __init__(self) -> None:
+        self.forked = False
+
+
+_process = Process()
+
+
+def this_process() -> Process:
+    """The process that runs now. What does not survive fork keeps it, and looks at ``forked``."""
+    _watch_forks()
+    return _process
+
+
+@cache
+def _watch_forks() -> None:
+    def forget() -> None:
+        global _process
+        _process.forked = True
+        _process = Process()
+
+    os.register_at_fork(after_in_child=forget)
+
+
+def refuse_fork(driver: str) -> Unsupported:
+    """The error for a launch in a process that was forked from the one that prepared it."""
+    return Unsupported(
+        "Launching in a forked process", f"{driver} does not survive fork; start it by spawn"
+    )

@@ -34,7 +34,7 @@ class Pool:
         return event
 
     def release(self, event: torch.Event) -> None:
-        """Give an event back that has ended and that nobody waits for any more."""
+        """Give an event back that has ended and for which no stream or host waits any more."""
         if len(self._free) < _KEPT:
             self._free.append(event)
 

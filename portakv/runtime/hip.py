@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HIP runtime and hipRTC by ctypes: which libraries, which of their functions, their errors.
+"""HIP, for devices of AMD and Hygon: its runtime and hipRTC by ctypes, compiling for a device,
+launching on one.
 
 Only functions whose arguments are alike in every HIP since 4.2: structures such as the device's
 properties differ between AMD's runtime and Hygon's (hashcat/hashcat pull request 4758), so what
@@ -9,13 +10,17 @@ they tell is asked of torch, which was built for the one that is there.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from portakv.runtime import kernel_cache
+from portakv.runtime.cuda import raw_stream
+from portakv.runtime.devices import inside, refuse_fork, this_process
 
 # AMD's runtime, and that of Hygon's DTK (the same pull request).
 _RUNTIMES = ("amdhip64", "galaxyhip")
@@ -70,14 +75,14 @@ class Driver(NamedTuple):
     def error(self, error: int) -> str:
         """An error of the runtime: its name, its number and what more is said of it."""
         name = self.runtime.hipGetErrorName(error).decode()
-        told = self.runtime.hipGetErrorString(error).decode()
-        return f"{name} ({error})" + (f", {told}" if told != name else "")
+        text = self.runtime.hipGetErrorString(error).decode()
+        return f"{name} ({error})" + (f", {text}" if text != name else "")
 
     def number(self, function: str) -> int:
-        """What a function that tells one number tells; RuntimeError where it fails."""
-        told = ctypes.c_int()
-        self.check(getattr(self.runtime, function)(ctypes.byref(told)), function)
-        return told.value
+        """The number that a function gives; RuntimeError if it fails."""
+        found = ctypes.c_int()
+        self.check(getattr(self.runtime, function)(ctypes.byref(found)), function)
+        return found.value
 
 
 @cache
@@ -140,3 +145,196 @@ def _places(stem: str, beside: Path | None = None) -> Iterator[str]:
         if folder is not None and folder.is_absolute():
             yield from map(str, sorted(folder.glob(f"{name}*")))
     yield from (f"{name}{major}" for major in _MAJORS)
+
+
+# --- compiling ------------------------------------------------------------------------------------
+
+FLAGS = ("-std=c++17", "-O3")
+
+
+def hiprtc_version(driver: Driver) -> str:
+    """The versions of hipRTC and of its runtime, which decide what it makes of a text.
+
+    Raises:
+        RuntimeError: one of them is not told.
+    """
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    error = driver.compiler.hiprtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    _check_compiler(driver, error, "Asking for its version")
+    runtime = driver.number("hipRuntimeGetVersion")  # hipRTC 5.2 calls itself 9.0
+    return f"{major.value}.{minor.value} of HIP {hip_release(runtime)}"
+
+
+def hip_release(number: int) -> str:
+    """A version of HIP as a number, written as its releases are (``HIP_VERSION`` of its
+    headers)."""
+    return f"{number // 10_000_000}.{number // 100_000 % 100}.{number % 100_000}"
+
+
+def compile_kernel(driver: Driver, source: str, architecture: str) -> bytes:
+    """The code object of a text for an architecture such as ``gfx90a:xnack-``, kept on disk.
+
+    Raises:
+        RuntimeError: the text does not compile, with hipRTC's log.
+    """
+    key = _cache_key(driver, source, architecture)
+    return kernel_cache.cached(key, lambda: _compile(driver, source, architecture))
+
+
+def compiled_before(driver: Driver, source: str, architecture: str) -> bool:
+    """True if the cache on disk holds the code object of a text for an architecture."""
+    return kernel_cache.holds(_cache_key(driver, source, architecture))
+
+
+def _cache_key(driver: Driver, source: str, architecture: str) -> tuple[str, ...]:
+    return source, " ".join(FLAGS), architecture, f"hipRTC {hiprtc_version(driver)}"
+
+
+def _compile(driver: Driver, source: str, architecture: str) -> bytes:
+    rtc, program = driver.compiler, ctypes.c_void_p()
+    name = b"portakv_rows.hip"
+    error = rtc.hiprtcCreateProgram(ctypes.byref(program), source.encode(), name, 0, None, None)
+    _check_compiler(driver, error, "Creating a program")
+    try:
+        options = [flag.encode() for flag in (*FLAGS, f"--offload-arch={architecture}")]
+        listed = (ctypes.c_char_p * len(options))(*options)
+        error = rtc.hiprtcCompileProgram(program, len(options), listed)
+        if error:
+            log = _read(driver, program, rtc.hiprtcGetProgramLogSize, rtc.hiprtcGetProgramLog)
+            text = log.decode(errors="replace").strip("\0 \n") or _compiler_error(driver, error)
+            raise RuntimeError(f"hipRTC refused the kernel for {architecture}:\n{text}")
+        return _read(driver, program, rtc.hiprtcGetCodeSize, rtc.hiprtcGetCode)
+    finally:
+        rtc.hiprtcDestroyProgram(ctypes.byref(program))
+
+
+def _read(
+    driver: Driver, program: Any, ask_size: Callable[..., int], read: Callable[..., int]
+) -> bytes:
+    """What hipRTC holds of a program."""
+    size = ctypes.c_size_t()
+    _check_compiler(
+        driver, ask_size(program, ctypes.byref(size)), "Asking for the size of a result"
+    )
+    result = ctypes.create_string_buffer(size.value or 1)
+    if size.value:
+        _check_compiler(driver, read(program, result), "Reading a result")
+    return result.raw[: size.value]
+
+
+def _check_compiler(driver: Driver, error: int, what: str) -> None:
+    if error:
+        raise RuntimeError(f"{what} of hipRTC failed: {_compiler_error(driver, error)}")
+
+
+def _compiler_error(driver: Driver, error: int) -> str:
+    return f"{driver.compiler.hiprtcGetErrorString(error).decode()} ({error})"
+
+
+# --- devices --------------------------------------------------------------------------------------
+
+# Architectures that only Hygon makes; its Z100 is a gfx906, as some of AMD's devices are.
+_HYGON = frozenset({"gfx926", "gfx928", "gfx936", "gfx938"})
+_HYGON_NAMES = ("hygon", "dcu", "z100", "k100", "k500", "bw1000", "bw500")
+
+
+class Card:
+    """One device. Torch is asked for its facts when it is made.
+
+    Attributes:
+        device: as torch names it.
+        architecture: what hipRTC compiles for, such as ``gfx90a:sramecc+:xnack-``.
+        name: the model's name.
+
+    Raises:
+        RuntimeError: torch does not tell the architecture.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.name, self.architecture = self._facts()
+        if not self.architecture.startswith("gfx"):
+            raise RuntimeError(
+                f"torch tells no architecture of {device} ({self.architecture!r} was found, and "
+                f"gfx906 or the like expected); use a newer torch for ROCm"
+            )
+
+    def _facts(self) -> tuple[str, str]:
+        facts = torch.cuda.get_device_properties(self.device)
+        return str(facts.name), str(getattr(facts, "gcnArchName", ""))
+
+    @property
+    def hygon(self) -> bool:
+        """Whether it is a DCU of Hygon."""
+        named = any(word in self.name.lower() for word in _HYGON_NAMES)
+        return named or self.architecture.partition(":")[0] in _HYGON
+
+    def __str__(self) -> str:
+        maker = ", a Hygon DCU" if self.hygon else ""
+        return f"{self.architecture.partition(':')[0]} ({self.name or 'unnamed'}{maker})"
+
+    def is_current(self) -> bool:
+        """Whether it is this thread's current device."""
+        return bool(torch._C._cuda_getDevice() == self.device.index)
+
+    def current(self) -> AbstractContextManager[object]:
+        """Inside, it is this thread's current device."""
+        return inside(self.device)
+
+    def stream(self, stream: torch.Stream | None) -> int:
+        """The driver's handle of a stream; None: of its current one."""
+        if stream is None:
+            return int(torch._C._cuda_getCurrentRawStream(self.device.index))
+        return raw_stream(stream)
+
+
+class HipDriver:
+    """What launching kernels on one device takes; see `cuda.CudaDriver`, which has the same
+    functions."""
+
+    success: Any = 0
+
+    def __init__(self, driver: Driver, card: Card) -> None:
+        self._driver, self._card = driver, card
+        self.launch: Callable[..., Any] = driver.runtime.hipModuleLaunchKernel
+        # A runtime need not copy a module's code, so that it stays where it is.
+        self._loaded: list[tuple[ctypes.c_void_p, bytes]] = []
+        self._process = this_process()
+
+    def load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
+        """Compile a text, or find it on disk, and load its kernels; raises `RuntimeError`."""
+        binary = compile_kernel(self._driver, source, self._card.architecture)
+        module, functions = ctypes.c_void_p(), {}
+        with self._card.current():
+            error = self._driver.runtime.hipModuleLoadData(ctypes.byref(module), binary)
+            self.check(error, "Loading the kernel")
+            for name in names:
+                found = functions[name] = ctypes.c_void_p()
+                error = self._driver.runtime.hipModuleGetFunction(
+                    ctypes.byref(found), module, name.encode()
+                )
+                self.check(error, "Finding the kernel")
+        self._loaded.append((module, binary))
+        return functions
+
+    def handle(self, stream: torch.Stream | None) -> Any:
+        """The handle of a stream (None: the device's current one); None if another device is
+        current. Raises `Unsupported` in a forked process."""
+        if self._process.forked:
+            raise refuse_fork("HIP")
+        return self._card.stream(stream) if self._card.is_current() else None
+
+    def current(self) -> AbstractContextManager[object]:
+        """Inside, the device is this thread's current one."""
+        return self._card.current()
+
+    def check(self, answer: Any, what: str) -> None:
+        """Raise `RuntimeError` for an answer that is not ``success``."""
+        self._driver.check(answer, what)
+
+    def word(self, address: int) -> int:
+        """Where the device finds pinned memory: not where the host does, if it was registered."""
+        found: Any = ctypes.c_void_p()
+        error = self._driver.runtime.hipHostGetDevicePointer(ctypes.byref(found), address, 0)
+        self.check(error, "Finding the status word")
+        return int(found.value or 0)

@@ -1,34 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams that are nobody else's.
+"""Streams for the library's own use, order between streams, and host memory held by copies on them.
 
 Torch hands out 32 streams of a priority in turns: one that it gives to the library may be a
 caller's as well, whose copies then stand behind every transfer, or serve the library twice, so that
 both directions of the link wait for each other. On an NVIDIA device the library makes its own by
-the driver, and uses one again when whoever had it is gone.
+the driver, and uses one again when its last owner is gone.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections import defaultdict
-from functools import cache
 from typing import Any
 
 import torch
 
-from portakv.errors import TransferError
-from portakv.runtime import _libcuda
-from portakv.runtime import cuda as _cuda_driver
+from portakv.errors import DeviceMismatch
+from portakv.runtime import cuda, events
+from portakv.runtime.bounded import Bounded
+from portakv.runtime.transfer import Completion, Transfer, hold_memory
 
-_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: it does not wait for the legacy default stream
-
-# Handles that nobody has. The one that was given back last comes first, since staging is kept for
+# Handles without an owner. The one that was given back last comes first, since staging is kept for
 # it. No lock: what gives one back may run wherever memory is collected.
 _free: defaultdict[tuple[torch.device, int], list[int]] = defaultdict(list)
 
 
 def own_stream(device: torch.device, priority: int = 0) -> Any:
-    """A stream of the device's own kind, which nobody else has for as long as this object lives.
+    """A stream of the device's own kind, which has no other owner for as long as this object lives.
 
     On devices that the CUDA driver does not serve, or whose driver's library cannot be used, it is
     one of torch's.
@@ -40,8 +37,7 @@ def own_stream(device: torch.device, priority: int = 0) -> Any:
     Raises:
         TransferError: the driver makes no more.
     """
-    create = _create_function() if _cuda_driver.no_cuda(device) is None else None
-    if create is None:
+    if cuda.no_cuda(device) is not None or cuda.stream_maker() is None:
         make = getattr(torch.get_device_module(device), "Stream", torch.Stream)
         return make(device, priority=priority) if priority else make(device)
     free = _free[device, priority]
@@ -49,7 +45,7 @@ def own_stream(device: torch.device, priority: int = 0) -> Any:
         handle = free.pop()
     except IndexError:
         handle = 0
-    return _wrapped(handle or _new(create, device, priority), device, free)
+    return _wrapped(handle or cuda.make_stream(device, priority), device, free)
 
 
 class _Own(torch.cuda.ExternalStream):
@@ -70,25 +66,63 @@ def _wrapped(handle: int, device: torch.device, free: list[int]) -> Any:
     return stream
 
 
-@cache
-def _create_function() -> Any:
-    """The driver's function; None where it cannot be had."""
-    arguments = ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint, ctypes.c_int
-    try:
-        return _libcuda.function(_libcuda.library(), "cuStreamCreateWithPriority", *arguments)
-    except (OSError, AttributeError):
-        return None
+# By a caller's stream and two places. One that goes out serves others, behind what it has left to
+# do; that orders more than need be and nothing less.
+_beside: Bounded[tuple[torch.device, int, str, str], torch.Stream] = Bounded(
+    "streams beside callers' streams", 64
+)
 
 
-def _new(create: Any, device: torch.device, priority: int) -> int:
-    handle = ctypes.c_void_p()
-    _cuda_driver.adopt(device)
-    with torch.cuda.device(device):
-        error = create(ctypes.byref(handle), _NON_BLOCKING, priority)
-    if error:
-        name = _libcuda.error_name(error, _libcuda.library())
-        raise TransferError(
-            f"A stream of {device} was asked of the CUDA driver, which answered {name}; one was "
-            f"expected. Check earlier errors, and the memory that the device has left."
-        )
-    return handle.value or 0
+def beside(stream: torch.Stream, src: str, dst: str) -> torch.Stream:
+    """The stream of transfers between two places that begin behind ``stream``, which does not wait
+    for them: neither those of another stream are held up nor those the other way round."""
+    key = stream.device, stream.stream_id, src, dst
+    return _beside.get_or_make(key, lambda: own_stream(stream.device))
+
+
+def check_stream(stream: torch.Stream | None, *devices: torch.device) -> None:
+    """Raise `DeviceMismatch` unless ``stream`` is None or belongs to one of the devices."""
+    if stream is None or stream.device in devices:
+        return
+    served = " and ".join(dict.fromkeys(map(str, devices)))
+    raise DeviceMismatch(
+        f"A copy on {served} was asked with a stream of {stream.device}; expected a stream of a "
+        f"device that takes part. Pass one, or none for the current stream."
+    )
+
+
+def follow_current(stream: torch.Stream | None, *tensors: torch.Tensor) -> None:
+    """Make ``stream`` wait for the current one of its device, and tell the allocator that it uses
+    the tensors that lie there."""
+    if stream is None:
+        return
+    stream.wait_stream(torch.accelerator.current_stream(stream.device.index))
+    for tensor in tensors:
+        if tensor.device == stream.device:
+            tensor.record_stream(stream)
+
+
+def drain(device: torch.device, stream: torch.Stream | None) -> None:
+    """Block the host until everything on ``stream`` has ended; None: the device's current one."""
+    (stream or torch.accelerator.current_stream(device.index)).synchronize()
+
+
+def completion(
+    device: torch.device, stream: torch.Stream | None, *host: torch.Tensor
+) -> Completion:
+    """The end of everything on ``stream`` so far; holds host memory until then, also if the handle
+    is dropped."""
+    pool = events.pool(device)
+    ended = Completion(pool.recorded(stream), kept=host or None, pool=pool)
+    if host:
+        hold_memory(ended)
+    return ended
+
+
+def captured(device: torch.device, stream: torch.Stream | None, *tensors: torch.Tensor) -> Transfer:
+    """The handle of a copy that was captured; with ``stream``, `Transfer.wait` joins the fork."""
+    event = None
+    if stream is not None:
+        event = torch.Event(device)
+        event.record(stream)
+    return Transfer((Completion(event, standing=True),), tensors, captured=True)

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transfers: the handle that a caller waits on."""
+"""Transfers: the handle that a caller waits on, the completions and status words behind it, and
+what is in flight although no caller may hold it."""
 
 from __future__ import annotations
 
 import threading
+import time
+from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from portakv.errors import PortaKVError, SlotError, TransferError
+from portakv.errors import PortaKVError, SlotError, TransferError, TransferTimeout
 from portakv.runtime.events import Pool
-from portakv.runtime.words import Word
 
-#: Completions that learnt of an error; `watch` tells their owners what nobody asked for.
-failed: list[Completion] = []
 _settling = threading.Lock()  # of the words and events of every completion
 
 
@@ -28,8 +31,64 @@ class Pending(Protocol):
         """Block the host until the bytes have landed."""
 
 
+class StatusWord:
+    """One pinned int64 for a transfer in flight: 0, or the position + 1 of a bad id. A launch
+    writes it only on error; the host reads it without synchronising."""
+
+    __slots__ = ("_values", "address", "tensor")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.address = tensor, tensor.data_ptr()
+        values: Any = tensor.numpy()
+        self._values = memoryview(values)  # a third of the cost of asking the array
+
+    def read(self) -> int:
+        """What stands in the word now."""
+        return int(self._values[0])
+
+    def clear(self) -> None:
+        """Put 0 back."""
+        self._values[0] = 0
+
+    def release(self) -> None:
+        """Give the word back; only after everything that may write it has ended."""
+        if self._values[0]:
+            self._values[0] = 0
+        _free_words.append(self)
+
+
+_BATCH = 64  # words allocated at once
+_CLEAR = bytes(8 * _BATCH)
+_free_words: deque[StatusWord] = deque()
+# Never freed: a launch may still write a word whose transfer was dropped.
+_batches: list[torch.Tensor] = []
+_batch_values: list[npt.NDArray[np.int64]] = []  # the same memory
+
+
+def acquire_word() -> StatusWord:
+    """A status word that holds 0."""
+    try:
+        return _free_words.pop()
+    except IndexError:
+        with torch.inference_mode(False):  # a launch may write it by torch, in any mode
+            batch = torch.zeros(_BATCH, dtype=torch.int64, device="cpu").pin_memory()
+            words = [StatusWord(batch[i : i + 1]) for i in range(_BATCH)]
+        _batches.append(batch)
+        _batch_values.append(batch.numpy())
+        _free_words.extend(words[1:])
+        return words[0]
+
+
+def any_word_set() -> bool:
+    """True if any status word in use does not hold 0; reads them all at once."""
+    for batch in _batch_values:  # noqa: SIM110 - every transfer asks; a generator is twice as dear
+        if batch.tobytes() != _CLEAR:
+            return True
+    return False
+
+
 class Completion:
-    """How one launch, or several in a row, end. Holds memory only where no stream orders it.
+    """How one launch, or several in a row, end. Holds memory only if no stream orders the work.
 
     Args:
         event: recorded behind the last launch; given back to its ``pool`` once it has ended.
@@ -40,7 +99,8 @@ class Completion:
         standing: it was captured, and happens again with every replay.
 
     Attributes:
-        owner: a weak reference to who is told of an error that nobody asked for; or None.
+        owner: a weak reference to the object that reports an error for which no caller asked (a
+            connector); or None.
     """
 
     __slots__ = (
@@ -59,14 +119,14 @@ class Completion:
         self,
         event: torch.Event | None = None,
         pendings: Sequence[Pending] = (),
-        words: Sequence[tuple[Word, int]] = (),
+        words: Sequence[tuple[StatusWord, int]] = (),
         error: PortaKVError | None = None,
         kept: Any = None,
         pool: Pool | None = None,
         standing: bool = False,
     ) -> None:
-        self._events = [] if event is None else [event]
-        self._words = list(words)
+        self._events: Sequence[torch.Event] = [] if event is None else [event]
+        self._words: Sequence[tuple[StatusWord, int]] = list(words)
         self._pendings = pendings
         self._pool = pool
         self._error = error
@@ -76,18 +136,23 @@ class Completion:
         self._reported = False
 
     @property
-    def untold(self) -> bool:
-        """True where an error is known and nobody was told of it."""
+    def unreported(self) -> bool:
+        """True if an error is known and was not reported yet."""
         return self._error is not None and not self._reported
 
     @property
     def pending(self) -> bool:
-        """True where no stream orders the work."""
+        """True if no stream orders the work."""
         return bool(self._pendings)
 
     @property
+    def settled(self) -> bool:
+        """True once the end was seen; asks no device."""
+        return self._events is _SETTLED
+
+    @property
     def error(self) -> PortaKVError | None:
-        """The error, told or not."""
+        """The error, reported or not."""
         return self._error
 
     def ended(self) -> bool:
@@ -118,7 +183,7 @@ class Completion:
         self._settle()
 
     def take_error(self) -> PortaKVError | None:
-        """An error that nobody was told of yet, once; never blocks."""
+        """An error that was not reported yet, once; never blocks."""
         if self._reported:
             return None
         with _settling:
@@ -145,13 +210,16 @@ class Completion:
             for word, start in self._words:
                 self._read(word, start)
                 word.release()
-            self._events, self._words = [], []
+            self._events, self._words = _SETTLED, ()
 
-    def _read(self, word: Word, start: int) -> None:
+    def _read(self, word: StatusWord, start: int) -> None:
         position = word.read()
         if position and self._error is None:
             self._error = bad_slot(start + position - 1)
             failed.append(self)
+
+
+_SETTLED: tuple[torch.Event, ...] = ()  # the events of a completion whose end was seen
 
 
 class Transfer:
@@ -184,7 +252,7 @@ class Transfer:
 
     @property
     def ordered(self) -> bool:
-        """True where a stream orders all of the work; False also where it ended with the call."""
+        """True if a stream orders all of the work; False also if it ended with the call."""
         return bool(self.completions) and not any(x.pending for x in self.completions)
 
     def done(self) -> bool:
@@ -206,12 +274,49 @@ class Transfer:
         for completion in self.completions:
             completion.wait(stream)
 
-    def synchronize(self) -> None:
-        """Block the host until all bytes have landed; raises as `done` does."""
+    def synchronize(self, timeout: float | None = None) -> None:
+        """Block the host until all bytes have landed.
+
+        Args:
+            timeout: the most seconds to wait; None: for as long as it takes.
+
+        Raises:
+            TransferTimeout: it has not ended after ``timeout`` seconds, and goes on.
+            As `done` does otherwise.
+        """
         self._refuse_captured("synchronize()")
+        if timeout is not None:
+            self._await_end(timeout)
         for completion in self.completions:
             completion.synchronize()
         self._finish()
+
+    def __repr__(self) -> str:
+        """What is known of it without asking a device, which inside graph capture must not be."""
+        if self._captured:
+            state = "captured into a graph"
+        elif (error := next((c.error for c in self.completions if c.error), None)) is not None:
+            state = f"failed with {type(error).__name__}"
+        elif all(completion.settled for completion in self.completions):
+            state = "ended"
+        else:
+            state = "not seen to have ended"
+        number = len(self.completions)
+        launches = "1 launch" if number == 1 else f"{number} launches"
+        return f"<{type(self).__name__} of {launches}, {state}>"
+
+    def _await_end(self, seconds: float) -> None:
+        """Ask for the end until it is seen, less and less often: torch waits without a limit."""
+        limit, pause = time.monotonic() + seconds, 20e-6
+        while not all(completion.ended() for completion in self.completions):
+            left = limit - time.monotonic()
+            if left <= 0:
+                raise TransferTimeout(
+                    f"The end of a transfer was waited for, and after {seconds:g} s it has not "
+                    f"ended; it goes on. Wait again, or ask done()."
+                )
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, 1e-3)
 
     def _finish(self) -> None:
         self._kept = None
@@ -235,3 +340,84 @@ def bad_slot(position: int, slot: int | None = None, slots: int | None = None) -
         f"Position {position} of a device index{found} is past the end of its view; that position "
         f"was not moved, all others were. Correct the index and repeat the call."
     )
+
+
+# What is in flight. Work that no stream orders, and status words, must outlive a handle that the
+# caller dropped.
+_in_flight: deque[Completion] = deque()
+_UNCHECKED = 16  # looked through only if there are more, so that a call seldom pays for it
+#: Completions with an error, until it is reported.
+failed: list[Completion] = []
+
+
+def hold(completion: Completion, owner: Any = None) -> None:
+    """Hold a completion until it has ended.
+
+    Args:
+        completion: of a launch.
+        owner: a weak reference to the object that reports an error for which no caller asked.
+    """
+    if completion.owner is None:
+        completion.owner = owner
+    _in_flight.append(completion)
+    # Two for each new one, so that a long queue becomes shorter again.
+    for _ in range(2):
+        if len(_in_flight) <= _UNCHECKED or not _retire(_in_flight):
+            return
+
+
+def _retire(flying: deque[Completion]) -> bool:
+    """Let the oldest completion go; False if it has not ended."""
+    try:
+        oldest = flying.popleft()  # taken at once: no other thread looks at it meanwhile
+    except IndexError:
+        return False
+    if not oldest.ended():
+        flying.appendleft(oldest)
+        return False
+    return True
+
+
+def fail(completion: Completion, owner: Any) -> None:
+    """Hold a completion whose error is known already, until its owner reports it."""
+    completion.owner = owner
+    failed.append(completion)
+
+
+def unreported_error(owner: Any) -> PortaKVError | None:
+    """An error of this owner's transfers that was not reported yet, once; never blocks."""
+    for completion in tuple(_in_flight):
+        if completion.owner is owner or completion.owner is None:
+            completion.ended()  # takes an error out of its word, if no caller holds the transfer
+        if completion.owner is owner:
+            error = completion.take_error()  # also of work that goes on
+            if error is not None:
+                return error
+    for completion in tuple(failed):
+        if completion.owner is owner:
+            error = completion.take_error()
+            if error is not None:
+                return error
+        # Reported by now, or its owner is gone.
+        if not completion.unreported or completion.owner is None or completion.owner() is None:
+            with suppress(ValueError):  # another thread was faster
+                failed.remove(completion)
+    return None
+
+
+# Host memory is held by what is in flight, since no allocator orders it on a stream.
+_holding_memory: deque[Completion] = deque()
+
+
+def hold_memory(completion: Completion) -> None:
+    """Hold a completion, and so the host memory that it keeps, until it has ended; lets go of the
+    oldest ones that have."""
+    _holding_memory.append(completion)
+    copies_holding_memory()
+
+
+def copies_holding_memory() -> int:
+    """How many copies in flight hold host memory, after letting go of the oldest that ended."""
+    while _retire(_holding_memory):
+        pass
+    return len(_holding_memory)

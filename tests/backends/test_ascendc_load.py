@@ -19,7 +19,7 @@ import pytest
 from portakv import TransferError
 from portakv.backends import _ascend_kernel as _ascendc
 from portakv.backends._ascend_kernel import find_kernel, open_kernel
-from portakv.runtime._vendor_package import Unusable
+from portakv.runtime.devices import Unusable
 
 ASCEND = Path(__file__).resolve().parents[2] / "native" / "ascend"
 pytestmark = pytest.mark.skipif(

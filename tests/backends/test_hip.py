@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +29,10 @@ from portakv import Unsupported
 from portakv.backends import hip
 from portakv.backends.hip import Hip
 from portakv.backends.rows_kernel import RowsKernel
-from portakv.runtime import _hiprtc, _launching
-from portakv.runtime._hip_card import Card
+from portakv.runtime import hip as _hip_driver
+from portakv.runtime.cuda import raw_stream
+from portakv.runtime.devices import this_process
+from portakv.runtime.hip import Card
 from portakv_conformance.vendor.hip_emulated import HipEmulated, HostCard
 from portakv_conformance.vendor.hip_fake import fake_driver, library
 
@@ -110,8 +111,8 @@ def test_versions_and_architectures_that_are_not_told(monkeypatch: pytest.Monkey
 
 
 def test_a_release_is_read_from_its_number() -> None:
-    assert _hiprtc.hip_release(50221153) == "5.2.21153"
-    assert _hiprtc.hip_release(60325422) == "6.3.25422"
+    assert _hip_driver.hip_release(50221153) == "5.2.21153"
+    assert _hip_driver.hip_release(60325422) == "6.3.25422"
 
 
 # Errors on the way
@@ -222,10 +223,10 @@ def test_the_kernel_takes_as_many_bytes_as_are_packed(name: str) -> None:
 def test_a_text_is_compiled_once_and_kept_on_disk() -> None:
     first, second, plan = emulated(), emulated(), COPIES["gather"]().plan()
     source = RowsKernel(plan.nests[0], plan).source
-    assert not _hiprtc.compiled_before(fake_driver(), source, "gfx906")
+    assert not _hip_driver.compiled_before(fake_driver(), source, "gfx906")
     first.prepare(plan)
-    assert _hiprtc.compiled_before(fake_driver(), source, "gfx906")
-    assert not _hiprtc.compiled_before(fake_driver(), source, "gfx90a")
+    assert _hip_driver.compiled_before(fake_driver(), source, "gfx906")
+    assert not _hip_driver.compiled_before(fake_driver(), source, "gfx90a")
     with failing("hiprtcCompileProgram", 6):
         first.prepare(plan)
         second.prepare(plan)
@@ -248,10 +249,9 @@ def test_what_the_fake_refuses() -> None:
 
 
 class OtherCard(HostCard):
-    """A device that is current only where it was made so, with streams, perhaps captured."""
+    """A device that is current only where it was made so, with streams."""
 
     entered = inside = 0
-    captured = False
 
     def is_current(self) -> bool:
         return OtherCard.inside > 0
@@ -263,10 +263,7 @@ class OtherCard(HostCard):
         OtherCard.inside -= 1
 
     def stream(self, stream: Any) -> int:
-        return 0x5EED if stream is None else _launching.raw_stream(stream)
-
-    def capturing(self) -> bool:
-        return self.captured
+        return 0x5EED if stream is None else raw_stream(stream)
 
 
 class HipOnOther(HipEmulated):
@@ -289,16 +286,16 @@ def test_a_launch_makes_its_device_current_and_takes_the_stream() -> None:
 @needs_compiler
 def test_nothing_is_loaded_during_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     backend, copied = HipOnOther(CPU), COPIES["gather"]()
-    monkeypatch.setattr(OtherCard, "captured", True)
+    monkeypatch.setattr(hip, "capturing", lambda device: True)
     watched = copied.dst.tensors
     with (
         failing("hiprtcCompileProgram", 6),
         refused(Unsupported, "same call once before the capture", watch=watched),
     ):
         launch(backend, copied)
-    monkeypatch.setattr(OtherCard, "captured", False)
+    monkeypatch.undo()
     backend.prepare(copied.plan())
-    monkeypatch.setattr(OtherCard, "captured", True)
+    monkeypatch.setattr(hip, "capturing", lambda device: True)
     launch(backend, copied)  # what was loaded before can be captured
 
 
@@ -307,7 +304,7 @@ def test_a_forked_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     copied = COPIES["gather"]()
     src, dst = copied.src, copied.dst
     prepared = emulated().prepare(copied.plan())
-    monkeypatch.setattr(os, "getpid", lambda: -1)
+    monkeypatch.setattr(this_process(), "forked", True)
     with refused(Unsupported, "HIP does not survive fork", watch=dst.tensors):
         prepared(src.view(), dst.view(), src.index(), dst.index(), copied.count, None, None)
 

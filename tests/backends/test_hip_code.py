@@ -39,23 +39,23 @@ import json, sys, torch
 from pathlib import Path
 from types import SimpleNamespace
 from portakv_conformance.vendor.hip_code import kernels
-from portakv.runtime import _hiprtc, hip as _hip_driver
+from portakv.runtime import hip as _hip_driver
 from portakv.backends.hip import Hip
 
 torch.version.hip = "5.2.21153"
 driver, found = _hip_driver.driver(), {}
 found["probe"] = Hip.probe(torch.device("cuda", 0)).reason
-found["version"] = _hiprtc.hiprtc_version(driver)
+found["version"] = _hip_driver.hiprtc_version(driver)
 for name, kernel in kernels():
     if name in sys.argv[3:]:
         for target in sys.argv[2].split(","):
-            code = _hiprtc.compile_kernel(driver, kernel.source, target)
+            code = _hip_driver.compile_kernel(driver, kernel.source, target)
             path = Path(sys.argv[1], f"{target}.{len(found)}")
             path.write_bytes(code)
             found[f"{name} for {target}"] = str(path)
 try:
     broken = kernel.source.replace("Argument copy)", "Argument nothing)")
-    _hiprtc.compile_kernel(driver, broken, "gfx906")
+    _hip_driver.compile_kernel(driver, broken, "gfx906")
 except RuntimeError as error:
     found["log"] = str(error)
 print(json.dumps(found))

@@ -22,6 +22,7 @@ from portakv import BackendUnavailable, Index, SlotError, Unsupported, copy_rows
 from portakv.backends import triton as triton_backend
 from portakv.backends.triton import Triton, compile_kernel
 from portakv.registry import registry
+from portakv.runtime.devices import this_process
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
@@ -283,7 +284,7 @@ def test_a_forked_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     caches, rows, slots = _gather()
     src, dst, ids = paged(caches), dense(rows), Index(slots)
     _, launch = prepared(src, dst, ids, Index())
-    monkeypatch.setattr(os, "getpid", lambda: -1)
+    monkeypatch.setattr(this_process(), "forked", True)
     with refused(Unsupported, "forked", watch=[*caches, rows]):
         launch(src, dst, ids, Index(), 8, None, None)
 

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from support.block_cases import SIZE, WAYS, block_first, layered, wanted
-from support.block_moves import DST, ORDERED, SRC, _no_faults_left, pair, settled, way
+from support.block_moves import DST, ORDERED, SRC, _no_faults_left, settled, way
 from support.simdev_cases import DEVICE, current
 
 from portakv import Index, copy_blocks
 from portakv.host import small
 from portakv.registry import prepared
-from portakv.runtime import clocks
 from portakv_conformance import simdev
 
 pytestmark = pytest.mark.simdev
@@ -67,27 +66,3 @@ def test_an_index_that_is_kept_is_not_sent_behind_a_stream(monkeypatch: pytest.M
     for stream in (None, torch.Stream(DEVICE)):
         copy_blocks(src.view, dst.view, mine, theirs, stream=stream).synchronize()
         assert torch.equal(dst.rows(), expected)
-
-
-def test_clocks_use_their_events_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[torch.Event] = []
-    real = torch.Event
-
-    def noted(*arguments: Any, **named: Any) -> torch.Event:
-        made.append(real(*arguments, **named))
-        return made[-1]
-
-    src, dst = pair(True)
-    mine, theirs = Index(SRC, step=SIZE), Index(DST, step=SIZE)
-    for _ in range(3):
-        copy_blocks(src.view, dst.view, mine, theirs).synchronize()
-    monkeypatch.setattr(torch, "Event", noted)
-    times = []
-    for _ in range(10):
-        clock = clocks.Clock(DEVICE)
-        simdev.delay(current(), 2)
-        clock.issued(True)
-        clock.landed()
-        times.append(clock.seconds())
-    assert made == []
-    assert all(0.001 < seconds < 10 for seconds in times if seconds is not None), times

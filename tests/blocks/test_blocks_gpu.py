@@ -25,7 +25,7 @@ from support.guarded_memory import refused
 
 from portakv import DeviceMismatch, SlotError, copy_blocks
 from portakv.blocks import block_slices
-from portakv.blocks.pump import WINDOW
+from portakv.runtime.worker import WINDOW
 
 pytestmark = pytest.mark.gpu
 
@@ -80,7 +80,7 @@ def test_inside_a_device(way: str) -> None:
     moved = copy_blocks(src.view, dst.view, SRC, DST, **WAYS[way])
     moved.synchronize()
     assert torch.equal(dst.rows(), expected)
-    assert moved.statistics.clock == ("device events" if way == "timed" else "host clock")
+    assert moved.statistics.seconds is not None
 
 
 @pytest.mark.usefixtures("small_slices")

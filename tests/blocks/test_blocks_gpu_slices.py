@@ -191,7 +191,7 @@ def test_in_a_graph() -> None:
 
 
 def test_a_capture_beside_a_transfer_in_slices() -> None:
-    """CUDA lets a thread break the capture of another one; a pump does not."""
+    """CUDA lets a thread break the capture of another one; a worker does not."""
     src, from_device = large(256, 1, DEVICE)
     there, to_host = large(256, 1, "cpu")
     numbers = numbered(src)[:, :, 0, 0].cpu()
@@ -238,18 +238,13 @@ def test_terms_that_let_kernels_cross_the_link(options: dict[str, Any]) -> None:
         assert moved.statistics.why
 
 
-def test_the_time_is_the_devices_where_it_is_asked_for() -> None:
+def test_the_time_ends_when_the_end_is_noticed() -> None:
     src, from_device = large(512, 1, DEVICE)
     _, to_host = large(512, 1, "cpu")
     numbered(src)
     ids = list(range(512))
-    copy_blocks(from_device, to_host, ids, ids).synchronize()
-    for timed in (True, False):
-        moved = copy_blocks(from_device, to_host, ids, ids, timed=timed)
-        time.sleep(0.2)  # nobody looks meanwhile
-        moved.synchronize()
-        found = moved.statistics
-        assert found.clock == ("device events" if timed else "host clock")
-        assert found.seconds is not None
-        assert found.seconds > 512 * BIG / 200e9
-        assert (found.seconds < 0.2) is timed
+    moved = copy_blocks(from_device, to_host, ids, ids)
+    time.sleep(0.2)  # nothing looks at it meanwhile
+    moved.synchronize()
+    assert moved.statistics.seconds is not None
+    assert moved.statistics.seconds >= 0.2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block transfers at a rate: when slices may start, and what a slow one still answers."""
+"""Block transfers at a rate, and what a slow one still answers."""
 
 from __future__ import annotations
 
@@ -10,48 +10,6 @@ import torch
 from support.block_cases import until
 
 from portakv import KVView, TransferCancelled, copy_blocks
-from portakv.blocks.pump import Pace
-
-
-class Watch:
-    """A clock that a test sets."""
-
-    def __init__(self) -> None:
-        self.time = 100.0
-
-    def __call__(self) -> float:
-        return self.time
-
-
-def test_the_pace_of_slices() -> None:
-    watch = Watch()
-    pace = Pace(2.0, watch)  # 2 bytes in a nanosecond
-    assert pace.left(pace.start_of(2_000_000)) == 0.0
-    start = pace.start_of(2_000_000)
-    assert pace.left(start) == pytest.approx(1e-3)
-    watch.time += 1.5e-3  # it overslept
-    assert pace.left(start) == 0.0
-    assert pace.left(pace.start_of(4_000_000)) == pytest.approx(0.5e-3)
-    watch.time += 0.5e-3
-    assert pace.left(pace.start_of(2_000_000)) == pytest.approx(2e-3)
-
-
-def test_who_was_late_may_not_make_up_for_all_of_it() -> None:
-    watch = Watch()
-    pace = Pace(1.0, watch)
-    pace.start_of(1_000_000)
-    watch.time += 1.0  # the link was busy for long
-    pauses = [pace.left(pace.start_of(1_000_000)) for _ in range(3)]
-    assert pauses == [0.0, 0.0, pytest.approx(1e-3)]
-
-
-def test_over_many_slices_the_rate_is_kept_whatever_sleeps_too_long() -> None:
-    watch, total = Watch(), 0
-    pace = Pace(1.0, watch)
-    for nth in range(1000):
-        watch.time += pace.left(pace.start_of(100_000)) + (nth % 7) * 1e-5
-        total += 100_000
-    assert total / (watch.time - 100.0) / 1e9 == pytest.approx(1.0, rel=0.05)
 
 
 def test_a_transfer_keeps_its_rate() -> None:

@@ -20,8 +20,6 @@ from portakv.engines import staging
 from portakv.engines.link import TorchLink
 from portakv.engines.slices import DETACHED_RING
 from portakv.engines.staging import Staging
-from portakv.runtime import clocks
-from portakv.runtime.events import Pool
 from portakv_conformance import simdev
 
 pytestmark = pytest.mark.simdev
@@ -250,31 +248,6 @@ def test_a_quick_stream_does_not_wait_for_a_slow_one() -> None:
     assert not first.done()
     first.synchronize()
     assert landed([slow, quick], rows)
-
-
-@DOWNWARD
-@pytest.mark.parametrize("side", [False, True])
-def test_its_time_begins_with_the_stream_that_it_is_behind(
-    downward: bool, side: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not behind the end of the transfer before, where it would seem to take no time."""
-    recorded, asked = Pool.recorded, list[Any]()
-
-    def noted(self: Pool, stream: torch.Stream | None) -> torch.Event:
-        if self is clocks._timers(DEVICE):
-            asked.append(stream or current())
-        return recorded(self, stream)
-
-    monkeypatch.setattr(Pool, "recorded", noted)
-    stream = torch.Stream(DEVICE) if side else None
-    for moved in started(pairs(downward, 3), timed=True, stream=stream):
-        moved.synchronize()
-        assert moved.statistics.clock == "device events"
-        assert moved.statistics.seconds is not None
-    firsts, lasts = {one.stream_id for one in asked[::2]}, {one.stream_id for one in asked[1::2]}
-    assert firsts == {(stream or current()).stream_id}
-    assert len(lasts) == 1
-    assert not firsts & lasts
 
 
 @pytest.mark.parametrize("wrong", ["no", 1, [1]], ids=str)

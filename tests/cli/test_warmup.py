@@ -17,7 +17,6 @@ from support.hip_cases import needs_compiler
 from portakv import CopyPlan, KVView
 from portakv.backends.rows_kernel import RowsKernel
 from portakv.cli import main
-from portakv.runtime import _hiprtc
 from portakv.runtime import hip as _hip_driver
 from portakv.runtime import nvrtc as _nvrtc
 from portakv_conformance.vendor.hip_fake import fake_driver
@@ -145,10 +144,10 @@ def test_amds_architectures(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     first = run_json("warmup", "--arch", "gfx906", "gfx906", "gfx90a:xnack-", *words)
     targets = [(w["target"], w["compiled"], w["kept"]) for w in first["warmed"]]
     assert targets == [("gfx906", 8, 0), ("gfx90a:xnack-", 8, 0)]
-    assert first["compilers"] == [f"hipRTC {_hiprtc.hiprtc_version(fake_driver())}"]
+    assert first["compilers"] == [f"hipRTC {_hip_driver.hiprtc_version(fake_driver())}"]
     for source in _needed("cpu"):
-        assert _hiprtc.compiled_before(fake_driver(), source, "gfx906")
-        assert not _hiprtc.compiled_before(fake_driver(), source, "gfx90a")
+        assert _hip_driver.compiled_before(fake_driver(), source, "gfx906")
+        assert not _hip_driver.compiled_before(fake_driver(), source, "gfx90a")
     again = run_json("warmup", "--arch", "gfx906", *words)
     assert [(w["compiled"], w["kept"]) for w in again["warmed"]] == [(0, 8)]
 
@@ -157,7 +156,7 @@ def test_amds_architectures(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_under_rocm_the_default_is_this_machines_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     named = [SimpleNamespace(gcnArchName=name) for name in ("gfx936", "gfx90a:xnack-", "gfx936")]
     monkeypatch.setattr(_hip_driver, "driver", fake_driver)
-    monkeypatch.setattr(_hiprtc, "_compile", lambda *_: b"code")
+    monkeypatch.setattr(_hip_driver, "_compile", lambda *_: b"code")
     monkeypatch.setattr(torch.version, "hip", "6.3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)

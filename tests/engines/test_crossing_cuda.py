@@ -29,7 +29,6 @@ from portakv.engines.link import TorchLink
 from portakv.engines.link_cuda import FOLD_BELOW, LEAST_BATCH, Copies, CudaLink
 from portakv.engines.pieces import ALL, Pieces, portions, to_2d_copies
 from portakv.plan.runs import Runs
-from portakv.runtime import _libcuda
 from portakv.runtime import cuda as _cuda_driver
 
 STREAM = 0x7F55_0000_1230  # a handle of more than 32 bits
@@ -211,7 +210,7 @@ def cuda(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> Any:
     def adopt(device: torch.device) -> None:
         state.adopted.append((threading.get_ident(), device.index))
 
-    monkeypatch.setattr(_libcuda, "library", lambda: library.library)
+    monkeypatch.setattr(_cuda_driver, "library", lambda: library.library)
     monkeypatch.setattr(_cuda_driver, "adopt", adopt)
     monkeypatch.setattr(_cuda_driver, "raw", lambda stream, index: stream.cuda_stream)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: state.device, raising=False)
@@ -368,6 +367,6 @@ def test_who_is_asked_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(torch.version, "hip", "7.0")
         assert "ROCm" in str(ask(cuda))
-    monkeypatch.setattr(_libcuda, "library", lambda: ctypes.CDLL("libnone.so.7"))
+    monkeypatch.setattr(_cuda_driver, "library", lambda: ctypes.CDLL("libnone.so.7"))
     assert "libnone.so.7" in str(ask(cuda))
     assert isinstance(crossing.crossing(torch.device("meta")), TorchLink)

@@ -23,8 +23,8 @@ from portakv.engines.link import link_of
 from portakv.engines.link_cuda import LEAST_BATCH, MOST_DESCRIPTORS, CudaLink
 from portakv.engines.pieces import Pieces, to_2d_copies
 from portakv.host import pinned
-from portakv.runtime import _flight
 from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime.transfer import copies_holding_memory
 
 pytestmark = pytest.mark.gpu
 CASES = cases()
@@ -226,7 +226,7 @@ def test_scattered_blocks_of_separate_layers(downward: bool) -> None:
 
 def test_foreign_host_memory_is_held_while_a_copy_flies() -> None:
     torch.cuda.synchronize()
-    assert _flight.held() == 0
+    assert copies_holding_memory() == 0
     memory = pinned.allocate(1 << 20)
     host = memory.tensor
     host.copy_(noise(host.numel()))
@@ -237,13 +237,13 @@ def test_foreign_host_memory_is_held_while_a_copy_flies() -> None:
     launch = Descriptors(DEVICE).prepare(plan)
     torch.cuda._sleep(LONG)
     launch(src, dst, Index(), Index(), 4096, None, None)
-    assert _flight.held() == 1
+    assert copies_holding_memory() == 1
     memory.close()
     del host, src, dst
     gc.collect()
     assert not memory.released
     torch.cuda.synchronize()
     assert torch.equal(device.cpu(), wanted)
-    assert _flight.held() == 0
+    assert copies_holding_memory() == 0
     gc.collect()
     assert memory.released

@@ -25,7 +25,7 @@ from portakv.engines.descriptors import LEAST_RUN, Descriptors
 from portakv.engines.link import TorchLink, link_of
 from portakv.engines.pieces import to_2d_copies
 from portakv.plan.runs import Runs
-from portakv.runtime import _flight
+from portakv.runtime.transfer import copies_holding_memory
 from portakv_conformance import simdev
 
 pytestmark = pytest.mark.simdev
@@ -284,13 +284,13 @@ def test_host_memory_outlives_the_copy() -> None:
     """Memory that torch's allocator knows nothing of, forgotten while the copy flies."""
     for _ in range(REPEATS):
         torch.accelerator.synchronize(DEVICE)
-        assert _flight.held() == 0
+        assert copies_holding_memory() == 0
         scene = Scene(downward=False)
         wanted, index = scene.chunk.clone(), Index(list(range(32)))
         simdev.delay(current(), 1)
         scene.go(index)
         forgotten = weakref.ref(scene.chunk.untyped_storage())
-        cache, held = scene.cache, _flight.held()
+        cache, held = scene.cache, copies_holding_memory()
         assert held == 1
         del scene
         gc.collect()
@@ -298,7 +298,7 @@ def test_host_memory_outlives_the_copy() -> None:
         torch.accelerator.synchronize(DEVICE)
         layers = torch.stack([layer.cpu() for layer in cache])
         assert torch.equal(layers.transpose(0, 1).flatten(2, 3)[:, :, :32].flatten(3), wanted)
-        assert _flight.held() == 0
+        assert copies_holding_memory() == 0
         del rubbish, forgotten
 
 

@@ -21,8 +21,9 @@ from portakv.backends.base import Decision, Launch
 from portakv.engines import direct
 from portakv.engines.direct import BLOCKS, CUT, Cut, Direct, DirectKernel
 from portakv.engines.engine import Terms
-from portakv.runtime import capture, events
 from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime import events
+from portakv.runtime.devices import this_process
 
 CUDA = torch.device("cuda", 0)
 needs_compiler = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
@@ -142,7 +143,7 @@ def test_a_launch_that_the_driver_refuses(driver: Driver) -> None:
 def test_a_forked_process(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     copied = COPIES["gather"]()
     prepared = DirectOnCpu(CPU).prepare(copied.plan())
-    monkeypatch.setattr(direct.os, "getpid", lambda: -1)  # type: ignore[attr-defined]
+    monkeypatch.setattr(this_process(), "forked", True)
     with refused(Unsupported, "forked", "spawn", watch=copied.dst.tensors):
         _run(prepared, copied)
     assert driver.launches == []
@@ -186,12 +187,12 @@ def test_threads_do_not_share_arguments(driver: Driver) -> None:
 def test_nothing_is_loaded_during_capture(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, copied = DirectOnCpu(CPU), COPIES["gather"]()
     with monkeypatch.context() as capturing:
-        capturing.setattr(capture, "capturing", lambda device: True)
+        capturing.setattr(direct, "capturing", lambda device: True)
         with refused(Unsupported, "make the same call once before the capture"):
             engine.prepare(copied.plan())
     copied.check(lambda: _run(engine.prepare(copied.plan()), copied))
     with monkeypatch.context() as capturing:
-        capturing.setattr(capture, "capturing", lambda device: True)
+        capturing.setattr(direct, "capturing", lambda device: True)
         copied.check(lambda: _run(engine.prepare(copied.plan()), copied))
 
 
@@ -221,7 +222,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return f"event {len(told.recorded)}"
 
     monkeypatch.setattr(direct, "to_device", send)
-    monkeypatch.setattr(capture, "capturing", lambda device: told.capturing)
+    monkeypatch.setattr(direct, "capturing", lambda device: told.capturing)
     monkeypatch.setattr(events, "pool", lambda device: SimpleNamespace(recorded=recorded))
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda index: told.current)
     return told
@@ -346,6 +347,6 @@ def test_the_host_s_memory_is_held_until_the_copy_ended(
 def test_a_graph_s_memory_is_its_owner_s(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     copied = COPIES["gather"]()
     prepared = DirectOnCpu(CPU).prepare(copied.plan())
-    monkeypatch.setattr(capture, "capturing", lambda device: True)
+    monkeypatch.setattr(direct, "capturing", lambda device: True)
     _run(prepared, copied)
     assert driver.held == []

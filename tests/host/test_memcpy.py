@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.fake_libcuda import FakeLibrary
 from support.guarded_memory import filled, refused, same, untouched
 
 from portakv import DeviceMismatch, LayoutError, TransferError, Unsupported
@@ -29,8 +30,8 @@ from portakv.host.memcpy import (
     loops_of,
     pitched,
 )
-from portakv.runtime import _flight
 from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime.devices import inside
 
 BYTES = torch.uint8
 
@@ -332,43 +333,26 @@ def _move(dst: int, src: int, rows: tuple[int, int, int, int]) -> None:
 # What is asked of the CUDA driver
 
 
-class Driver:
-    """The driver's 2-D copy on host memory, asked by the real structure of the extra ``cuda``."""
-
-    def __init__(self, error: int = 0) -> None:
-        self._real = pytest.importorskip("cuda.bindings.driver")
-        self.error, self.streams = error, list[int]()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
-
-    def cuMemcpy2DAsync(self, asked: Any, stream: Any) -> tuple[Any]:
-        self.streams.append(int(stream))
-        if not self.error:
-            kinds = self._real.CUmemorytype
-            to_device = asked.dstMemoryType == kinds.CU_MEMORYTYPE_DEVICE
-            assert asked.srcMemoryType == (
-                kinds.CU_MEMORYTYPE_HOST if to_device else kinds.CU_MEMORYTYPE_DEVICE
-            )
-            src = asked.srcHost if to_device else int(asked.srcDevice)
-            dst = int(asked.dstDevice) if to_device else asked.dstHost
-            _move(dst, src, (asked.WidthInBytes, asked.Height, asked.srcPitch, asked.dstPitch))
-        return (self._real.CUresult(self.error),)
-
-
 @pytest.fixture
 def no_context(monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver's module for a device that is the host."""
     monkeypatch.setattr(_cuda_driver, "adopt", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: _flight.inside(None))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: inside(None))
     monkeypatch.setattr(_cuda_driver, "raw", lambda stream, index: 7 if stream is None else 0)
 
 
-@pytest.mark.usefixtures("no_context")
+@pytest.fixture
+def driver(
+    no_context: None, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> FakeLibrary:
+    """The driver's library, whose device is the host."""
+    found = FakeLibrary(tmp_path_factory.getbasetemp(), None)
+    monkeypatch.setattr(_cuda_driver, "library", lambda: found.library)
+    return found
+
+
 @pytest.mark.parametrize("to_device", [True, False])
-def test_the_structure_says_what_is_meant(to_device: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = Driver()
-    monkeypatch.setattr(_cuda_driver, "bindings", lambda: driver)
+def test_the_structure_says_what_is_meant(to_device: bool, driver: FakeLibrary) -> None:
     memory, other = filled((6, 64), torch.int32), filled((6, 80), torch.int32)
     dst, src = memory[1:5, :20], other[:4, 60:]
     rows = pitched(dst, src)
@@ -381,13 +365,13 @@ def test_the_structure_says_what_is_meant(to_device: bool, monkeypatch: pytest.M
         )
     assert torch.equal(dst, wanted)
     assert torch.equal(memory[:, 20:], before[:, 20:])
-    assert driver.streams == [7, 0]
+    assert [(call.kind, call.copies, call.stream) for call in driver.calls] == [
+        ("r", 4, 7), ("r", 4, 0),
+    ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("no_context")
-def test_what_the_driver_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = Driver(error=1)
-    monkeypatch.setattr(_cuda_driver, "bindings", lambda: driver)
+def test_what_the_driver_refuses(driver: FakeLibrary) -> None:
+    driver.forget(refuse_at=0)
     with refused(TransferError, "4 rows of 80 bytes", "CUDA_ERROR_INVALID_VALUE"):
         _cuda_driver.copy_pitched(1, 2, True, Pitched(80, 4, 80, 80), torch.device("cuda", 0), None)
 

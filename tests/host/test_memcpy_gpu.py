@@ -14,8 +14,8 @@ from support.host_copy_places import places, rest_of
 
 from portakv import LayoutError, Unsupported
 from portakv.host.memcpy import copy_, copy_d2d, copy_d2h, copy_h2d, is_available, is_pinned
-from portakv.runtime import _flight
 from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime.transfer import copies_holding_memory
 
 pytestmark = pytest.mark.gpu
 ROWS, WIDTH = 24, 512  # of int32
@@ -120,7 +120,7 @@ def test_pinned_memory_freed_while_a_copy_flies(side: Any) -> None:
     torch.cuda.synchronize()
     assert same(dst, wanted)
     assert len(rubbish) == 4
-    assert _flight.held() == 0
+    assert copies_holding_memory() == 0
 
 
 def test_the_default_stream_is_a_stream() -> None:

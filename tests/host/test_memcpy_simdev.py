@@ -19,8 +19,8 @@ from support.simdev_cases import DEVICE, OTHER, current, on
 from portakv import DeviceMismatch, LayoutError
 from portakv.host import memcpy
 from portakv.host.memcpy import Copied, copy_, copy_d2d, copy_d2h, copy_h2d, is_available
-from portakv.runtime import _flight
 from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime.transfer import copies_holding_memory
 from portakv_conformance import simdev
 
 pytestmark = pytest.mark.simdev
@@ -178,12 +178,12 @@ def test_memory_is_let_go_once_a_copy_has_ended() -> None:
     src, dst = pinned(64), device_tensor(64)
     for _ in range(5):
         copy_h2d(dst, src, non_blocking=True)  # whose handle nobody keeps
-    assert _flight.held() == 5
+    assert copies_holding_memory() == 5
     forgotten = weakref.ref(src)
     del src
     assert forgotten() is not None
     torch.accelerator.synchronize(DEVICE)
-    assert _flight.held() == 0
+    assert copies_holding_memory() == 0
     assert forgotten() is None
 
 

@@ -17,7 +17,7 @@ from support.small_cases import INTEGERS, drawn, lacking, same_bits
 
 from portakv import BackendUnavailable, Unsupported
 from portakv.host.small import SmallCopy, choose, to_device
-from portakv.runtime import _flight
+from portakv.runtime.transfer import copies_holding_memory
 
 pytestmark = pytest.mark.gpu
 
@@ -119,7 +119,7 @@ def test_order_behind_a_slow_stream(way: str, ready: bool, side: Any) -> None:
             landed = out.clone()
             assert not (slow and side.query())
         side.synchronize()
-        assert _flight.held() == 0
+        assert copies_holding_memory() == 0
         assert landed.tolist() == list(range(64))
 
 
@@ -157,7 +157,7 @@ def test_to_device_keeps_values_until_they_were_read(side: Any) -> None:
         side.synchronize()
         assert all(same_bits(one, wanted + nth) for nth, one in enumerate(landed))
         assert len(rubbish) == 8
-        assert _flight.held() == 0
+        assert copies_holding_memory() == 0
         del landed, rubbish
 
 

@@ -26,8 +26,8 @@ from portakv.host import _small_ways, small
 from portakv.host._small_ways import INLINE_BYTES as MOST
 from portakv.host._small_ways import Inline
 from portakv.host.small import SmallCopy, choose, to_device
-from portakv.runtime import _flight, _libcuda
 from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime import streams
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 1)
 STREAM = 0x7F55_0000_1230  # a handle of more than 32 bits
@@ -71,7 +71,7 @@ def cuda(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "device", fake.device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(_libcuda, "library", lambda: library.library)
+    monkeypatch.setattr(_cuda_driver, "library", lambda: library.library)
     monkeypatch.setattr(_cuda_driver, "adopt", fake.adopt)
     monkeypatch.setattr(small, "resolve", torch.device)
     forget()
@@ -271,10 +271,10 @@ def test_a_driver_that_refuses(cuda: Cuda) -> None:
 
 @pytest.mark.usefixtures("cuda")
 def test_errors_have_a_name_where_the_driver_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _libcuda.error_name(1, _libcuda.library()) == "CUDA_ERROR_INVALID_VALUE"
+    assert _cuda_driver.error_name(1, _cuda_driver.library()) == "CUDA_ERROR_INVALID_VALUE"
 
-    monkeypatch.setattr(_libcuda, "library", Without)
-    assert _libcuda.error_name(700, _libcuda.library()) == "error 700"
+    monkeypatch.setattr(_cuda_driver, "library", Without)
+    assert _cuda_driver.error_name(700, _cuda_driver.library()) == "error 700"
 
 
 def test_a_forked_process_cannot_send(cuda: Cuda) -> None:
@@ -291,7 +291,7 @@ def test_inside_a_capture(to_cpu: Cuda, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(small, "capturing", lambda device: True)
     names = ("way='value'", "way='mapped'", "inside graph capture")
     followed: list[Any] = []
-    monkeypatch.setattr(_flight, "follow_current", lambda *rest: followed.append(rest))
+    monkeypatch.setattr(streams, "follow_current", lambda *rest: followed.append(rest))
     stream: Any = SimpleNamespace(device=CPU)
     with refused(Unsupported, "by way='inline'", *names, watch=sender.out):
         sender.send([1, 2], stream=stream)
@@ -331,10 +331,10 @@ def test_without_the_library_or_the_function(monkeypatch: pytest.MonkeyPatch) ->
     def absent() -> None:
         raise OSError("libcuda.so.1: cannot open shared object file")
 
-    monkeypatch.setattr(_libcuda, "library", absent)
+    monkeypatch.setattr(_cuda_driver, "library", absent)
     assert "cannot open shared object file" in (_small_ways.why_not_inline(CARD) or "")
     forget()
-    monkeypatch.setattr(_libcuda, "library", Without)
+    monkeypatch.setattr(_cuda_driver, "library", Without)
     assert "undefined symbol: cuMemcpyHtoDAsync_v2" in (_small_ways.why_not_inline(CARD) or "")
 
 

@@ -16,8 +16,8 @@ from support.small_cases import forget, sent_by_a_fork
 from portakv import TransferError
 from portakv.host import _small_ways, small
 from portakv.host._small_ways import ByValue
-from portakv.runtime import capture
 from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime.devices import capture_question
 
 CARD = torch.device("cuda", 1)
 
@@ -117,7 +117,7 @@ def test_a_capture_is_asked_of_its_device(driver: Driver, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         torch._C, "_cuda_isCurrentStreamCapturing", lambda: captured[driver.current]
     )
-    capture.capture_question.cache_clear()
+    capture_question.cache_clear()
     monkeypatch.setattr(
         torch, "get_device_module", lambda device: type("Module", (), {"device": driver.device})
     )
@@ -128,7 +128,7 @@ def test_a_capture_is_asked_of_its_device(driver: Driver, monkeypatch: pytest.Mo
     captured.update({0: True, 1: False})
     assert not asks()
     assert driver.current == 0
-    capture.capture_question.cache_clear()
+    capture_question.cache_clear()
 
 
 def test_a_driver_that_refuses(driver: Driver) -> None:

@@ -17,7 +17,7 @@ from support.simdev_cases import DEVICE, OTHER, current, on
 from portakv import BackendUnavailable, DeviceMismatch, LayoutError, Unsupported
 from portakv.host import _small_ways, small
 from portakv.host.small import SmallCopy, choose, to_device
-from portakv.runtime import _flight
+from portakv.runtime.transfer import copies_holding_memory
 from portakv_conformance import simdev
 
 pytestmark = pytest.mark.simdev
@@ -95,11 +95,11 @@ def test_a_small_copy_comes_in_its_turn(ready: bool) -> None:
 
 def test_a_small_copy_holds_its_values() -> None:
     torch.accelerator.synchronize(DEVICE)
-    assert _flight.held() == 0
+    assert copies_holding_memory() == 0
     to_device([1, 2], DEVICE)
-    assert _flight.held() == 1
+    assert copies_holding_memory() == 1
     torch.accelerator.synchronize(DEVICE)
-    assert _flight.held() == 0
+    assert copies_holding_memory() == 0
 
 
 @pytest.mark.parametrize("on_side", [False, True])

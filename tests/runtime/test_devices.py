@@ -11,16 +11,29 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from portakv import BackendUnavailable
+from portakv import BackendUnavailable, DeviceMismatch
 from portakv.cli import main
 from portakv.registry.registry import BUILT_IN, MADE_FOR, REGISTRY, found, trace
-from portakv.runtime.devices import DeviceAbsent, Named, indexed, known
+from portakv.runtime.devices import (
+    DeviceAbsent,
+    Named,
+    capturing,
+    devices_present,
+    indexed,
+    inside,
+    known,
+    refuse_capture,
+    this_process,
+    usable_device,
+)
+from portakv.runtime.streams import own_stream
 from portakv_conformance.cli import main as conform
 from portakv_conformance.simdev import build
 
@@ -53,7 +66,7 @@ def run(code: str, packages: dict[str, str], folder: Path, *words: str) -> Any:
 CONNECT = """
 import json, sys
 import portakv
-from portakv.registry import trace
+from portakv.registry.registry import trace
 early = [name for name in sys.modules if name.startswith("torch_")]
 try:
     portakv.AdaptiveConnector(sys.argv[1])
@@ -75,31 +88,53 @@ def test_without_the_package_every_candidate_says_what_it_lacks(kind: str, tmp_p
     assert said.startswith(
         f"Device {kind!r} was asked for, but torch knows no {package} devices, and torch_{package}"
     )
-    # What to install leads, in the words of the backend that knows the release, and is not said
-    # again by those that serve any device.
-    first = said.splitlines()[0]
-    assert first.endswith(f" is not installed; {INSTALL[package]}.")
-    # What every candidate says is told on request.
-    assert said.endswith(f"portakv backends --device {kind}\n")
-    assert "the package of that name" not in said + "".join(traced)
+    # What to install leads; what the candidates lack is said when it is asked for.
+    (first,) = said.splitlines()
+    assert f" is not installed; {INSTALL[package]}. Mend that, or pass a device " in first
+    assert first.endswith(
+        f"this machine: cpu. What each backend lacks: portakv backends --device {kind}"
+    )
     assert "reference: rejected, it needs the device" in traced
     assert f"cuda: rejected, it runs on cuda devices, not on {package}" in traced
     backend = "ascend" if package == "npu" else "mlu"
-    own = next(line for line in traced if line.startswith(f"{backend}: rejected, torch_{package}"))
+    (own,) = [line for line in traced if line.startswith(f"{backend}: rejected, torch_{package}")]
     assert own.endswith(f"is not installed; {INSTALL[package]}")
     assert [line.partition(":")[0] for line in traced] == [*BUILT_IN]
     assert not any("accepted" in line for line in traced)
 
 
-def test_where_no_backend_knows_what_to_install_it_is_said_once() -> None:
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("CPU", "cpu"), ("Cuda:1", "cuda:1"), ("nvidia", "cuda"), ("rocm:2", "cuda:2"),
+        ("ascend", "npu"), ("cuda0", "cuda"), ("npuu", "npu"), ("gpu", ""), ("GPU:1", ":1"),
+    ],
+)  # fmt: skip
+def test_a_name_that_torch_does_not_know_suggests_the_device_that_was_meant(
+    asked: str, meant: str
+) -> None:
+    """And names no package: the project knows of none."""
+    if asked.lower().startswith("gpu"):
+        here = torch.accelerator.current_accelerator()
+        meant = ("cuda" if here is None else here.type) + meant
     with pytest.raises(BackendUnavailable) as refused:
-        found("zpu")
-    lines = str(refused.value).splitlines()
-    assert lines[0].startswith(
-        "Device 'zpu' was asked for, but torch knows no zpu devices, and torch_zpu is not "
-        "installed; install the package of that name by the vendor of the device. "
+        found(asked)
+    kind, present = asked.partition(":")[0], ", ".join(map(str, devices_present()))
+    assert str(refused.value) == (
+        f"Device {asked!r} was asked for, but torch knows no {kind} devices; did you mean "
+        f"{meant!r}? Pass a device of this machine: {present}."
     )
-    assert not any("torch_zpu" in line for line in lines[1:])
+    with pytest.raises(DeviceMismatch, match=re.escape(f"did you mean {meant!r}?")) as command:
+        usable_device(asked)
+    assert "torch_" not in str(command.value) + str(refused.value)
+
+
+def test_a_name_like_no_other_names_no_package_either() -> None:
+    with pytest.raises(BackendUnavailable) as refused:
+        found("nonsense")
+    assert str(refused.value).startswith(
+        "Device 'nonsense' was asked for, but torch knows no nonsense devices. Pass a device of "
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,7 +183,7 @@ __version__ = "1.11.0"
 def test_a_package_that_works_is_imported_and_the_candidates_go_on(tmp_path: Path) -> None:
     """It renames privateuse1, and has no kernels."""
     _, said, traced, _ = run(CONNECT, {"torch_npu": NAMES_ITSELF}, tmp_path, "npu")
-    assert said.startswith("No backend can serve npu:0:\n")
+    assert said.startswith("No backend can serve npu:0. The candidates said:\n")
     assert f"torch_npu 1.11.0 was found, which is not for torch {torch.__version__}" in said
     assert "reference: rejected, plain torch indexing runs on any torch device; its self" in said
     assert any(line.startswith("reference: rejected") for line in traced)
@@ -260,6 +295,13 @@ def test_backends_of_a_device_that_is_not_here(
     assert [c["name"] for c in told["candidates"]] == REGISTRY.names()
 
 
+def test_backends_of_what_is_no_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["backends", "--device", "nonsense"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "torch knows no nonsense devices" in captured.err
+
+
 def test_backends_of_one_device(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["backends", "--device", "cpu", "--json"]) == 0
     (told,) = json.loads(capsys.readouterr().out)["devices"]
@@ -279,5 +321,61 @@ def test_a_backend_is_judged_on_its_own_kind_of_device(
 def test_other_commands_say_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "epd", "epd", "--device", "zpu"]) == 1
     told = capsys.readouterr().err
-    assert "torch knows no zpu devices, and torch_zpu is not installed" in told
-    assert told.endswith("portakv backends --device zpu\n")
+    assert "torch knows no zpu devices; did you mean 'xpu'?" in told
+
+
+# The current device, captures, processes
+
+
+def test_inside_a_stream_it_is_the_current_one(device: torch.device) -> None:
+    if device.type == "cpu":
+        assert isinstance(inside(device), nullcontext)
+        assert isinstance(inside(None), nullcontext)
+        return
+    stream, before = own_stream(device), torch.accelerator.current_stream(device.index)
+    with inside(stream):
+        assert torch.accelerator.current_stream(device.index).stream_id == stream.stream_id
+        with inside(None):
+            assert torch.accelerator.current_stream(device.index).stream_id == stream.stream_id
+    assert torch.accelerator.current_stream(device.index) == before
+    with inside(device):
+        assert torch.accelerator.current_device_index() == device.index
+
+
+@pytest.mark.simdev
+def test_inside_another_device_and_back() -> None:
+    other = torch.device("privateuseone", 1)
+    with inside(other):
+        assert torch.accelerator.current_device_index() == 1
+        assert not capturing(torch.device("privateuseone", 0))
+    assert torch.accelerator.current_device_index() == 0
+
+
+def test_nothing_is_captured_outside_a_graph(device: torch.device) -> None:
+    assert not capturing(device)
+
+
+def test_what_cannot_be_captured_is_told_with_what_to_do() -> None:
+    assert str(refuse_capture()) == (
+        "Preparing a copy inside graph capture: its kernel has to be compiled and loaded first; "
+        "make the same call once before the capture."
+    )
+    assert str(refuse_capture("A wait", "it blocks")) == "A wait inside graph capture: it blocks."
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_is_another_one() -> None:
+    mine = this_process()
+    assert this_process() is mine
+    assert not mine.forked
+    child = os.fork()
+    if not child:
+        grandchild = os.fork()
+        theirs = this_process()
+        code = 0 if mine.forked and theirs is not mine and not theirs.forked else 1
+        if grandchild:
+            code |= os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1])
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert not mine.forked
+    assert this_process() is mine

@@ -22,16 +22,13 @@ PATIENCE = 30.0  # seconds that no test should ever take
 WAYS: dict[str, dict[str, Any]] = {
     "at once": {},
     "by layer": {"by_layer": True},
-    "timed": {"timed": True},
     "detached": {"detached": True},
     "detached by layer": {"detached": True, "by_layer": True},
     "in slices": {"cancellable": True},
     "in slices by layer": {"cancellable": True, "by_layer": True},
     "at a rate": {"max_gbps": 1.0},
 }
-SLICED = [
-    name for name, options in WAYS.items() if set(options) - {"by_layer", "detached", "timed"}
-]
+SLICED = [name for name, options in WAYS.items() if set(options) - {"by_layer", "detached"}]
 
 
 @dataclass

@@ -19,7 +19,7 @@ from support.simdev_cases import DEVICE, OTHER
 
 SRC, DST = [5, 0, 7, 2, 3], [1, 6, 0, 4, 2]
 
-ORDERED = ["at once", "by layer", "timed"]
+ORDERED = ["at once", "by layer"]
 
 
 @pytest.fixture(autouse=True)

@@ -25,8 +25,8 @@ from portakv import CopyPlan, KVView
 from portakv.backends.base import Capabilities, Decision, Launch
 from portakv.engines import direct
 from portakv.engines.direct import NAME, Cut, Direct
-from portakv.runtime import _flight
 from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime import streams
 from support import cuda_on_cpu
 from support.cuda_on_cpu import why_not
 
@@ -132,6 +132,6 @@ def installed(cut: Cut = SMALL) -> Iterator[Driver]:
         patched.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
         patched.setattr(direct, "device_address", lambda address, device: address)
         patched.setattr(direct, "table_on", _table_elsewhere)
-        patched.setattr(_flight, "completion", driver.hold)
+        patched.setattr(streams, "completion", driver.hold)
         patched.setattr(direct, "CUT", cut)
         yield driver

@@ -1,27 +1,119 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The library's streams on a CUDA device are nobody else's."""
+"""Streams of the library's own: each has one owner. With a stand-in for the CUDA driver, and on a
+device."""
 
 from __future__ import annotations
 
 import gc
 import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.block_cases import PATIENCE, large, numbered
 from support.device_cases import DEVICE, LONG
+from support.fake_libcuda import FakeLibrary
+from support.guarded_memory import refused
 
-from portakv import copy_blocks
+from portakv import TransferError, copy_blocks
 from portakv.blocks import block_slices
 from portakv.host.small import SmallCopy
 from portakv.registry.prepared import bring
+from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime import streams as _streams
 from portakv.runtime.streams import own_stream
 
-pytestmark = pytest.mark.gpu
+CARD = torch.device("cuda", 0)
+
+
+class Stream:
+    """Torch's, as far as it can be had without a device."""
+
+    def __init__(self, handle: int, device: torch.device) -> None:
+        self.handle, self.device = handle, device
+
+    __del__ = _streams._Own.__del__
+
+
+@pytest.fixture
+def driver(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    folder: Path = tmp_path_factory.getbasetemp()
+    library = FakeLibrary(folder, None).library
+    monkeypatch.setattr(_cuda_driver, "library", lambda: library)
+    monkeypatch.setattr(_cuda_driver, "no_cuda", lambda device: None)
+    monkeypatch.setattr(_cuda_driver, "adopt", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(_streams, "_Own", Stream)
+    monkeypatch.setattr(_streams, "_free", defaultdict(list))
+    _cuda_driver.stream_maker.cache_clear()
+    yield
+    _cuda_driver.stream_maker.cache_clear()
+
+
+@pytest.mark.usefixtures("driver")
+def test_those_that_live_are_apart_and_one_that_ends_comes_back() -> None:
+    streams: list[Any] = [own_stream(CARD) for _ in range(100)]
+    assert len({stream.handle for stream in streams}) == 100
+    last, first = streams[50].handle, streams[7].handle
+    del streams[50], streams[7]
+    assert [own_stream(CARD).handle for _ in range(3)] == [first] * 3  # each is forgotten at once
+    again = [own_stream(CARD) for _ in range(2)]
+    assert [stream.handle for stream in again] == [first, last]
+    assert own_stream(CARD).handle not in {stream.handle for stream in (*streams, *again)}
+
+
+@pytest.mark.usefixtures("driver")
+def test_each_device_and_priority_has_its_own() -> None:
+    other = torch.device("cuda", 1)
+    handle = own_stream(CARD).handle
+    assert own_stream(other).handle != handle
+    assert own_stream(CARD, -1).handle != handle
+    assert own_stream(CARD).handle == handle
+
+
+@pytest.mark.usefixtures("driver")
+def test_what_the_driver_refuses_is_told() -> None:
+    with refused(TransferError, "A stream of cuda:0", "CUDA_ERROR_INVALID_VALUE"):
+        own_stream(CARD, -6)
+
+
+def test_elsewhere_they_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    class Module:
+        @staticmethod
+        def Stream(device: torch.device, **options: int) -> str:
+            asked.append((device, options))
+            return "torch's"
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
+    npu = torch.device("meta", 0)
+    assert (own_stream(npu), own_stream(npu, -1)) == ("torch's", "torch's")
+    assert asked == [(npu, {}), (npu, {"priority": -1})]
+
+
+@pytest.mark.usefixtures("driver")
+def test_without_the_drivers_library_they_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> Any:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    _cuda_driver.stream_maker.cache_clear()
+    monkeypatch.setattr(_cuda_driver, "library", absent)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "torch's")
+    assert own_stream(CARD) == "torch's"
+
+
+# On a device
 
 
 @pytest.mark.parametrize("priority", [0, -1])
+@pytest.mark.gpu
 def test_torch_gives_them_to_nobody(priority: int) -> None:
     own = [own_stream(DEVICE, priority) for _ in range(50)]
     handles = {stream.cuda_stream for stream in own}
@@ -31,6 +123,7 @@ def test_torch_gives_them_to_nobody(priority: int) -> None:
     assert not handles & {*theirs, 0}
 
 
+@pytest.mark.gpu
 def test_one_that_is_forgotten_serves_again() -> None:
     kept, gone = own_stream(DEVICE), own_stream(DEVICE)
     handle = gone.cuda_stream
@@ -41,6 +134,7 @@ def test_one_that_is_forgotten_serves_again() -> None:
     assert len({stream.cuda_stream for stream in (kept, *later)}) == 61
 
 
+@pytest.mark.gpu
 def test_transfers_in_slices_share_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those under way have each their own; once they have ended these serve the next ones."""
     full, src = large(16, 1, DEVICE)
@@ -75,6 +169,7 @@ def test_transfers_in_slices_share_no_stream(monkeypatch: pytest.MonkeyPatch) ->
     assert rounds[0] == rounds[1] == rounds[2]
 
 
+@pytest.mark.gpu
 def test_they_have_their_priority_and_wait_for_no_default_stream() -> None:
     for priority in (0, -1):
         stream = own_stream(DEVICE, priority)
@@ -90,6 +185,7 @@ def test_they_have_their_priority_and_wait_for_no_default_stream() -> None:
     torch.cuda.synchronize()
 
 
+@pytest.mark.gpu
 def test_the_allocator_knows_them() -> None:
     """Memory of the current stream that one of them still reads is given to nobody."""
     stream, size = own_stream(DEVICE), 1 << 20
@@ -109,6 +205,7 @@ def test_the_allocator_knows_them() -> None:
 
 
 @pytest.mark.parametrize("mode", ["global", "thread_local"])
+@pytest.mark.gpu
 def test_while_another_thread_captures(mode: str) -> None:
     """A stream that is made, and values that go inline, end no capture of another thread's."""
     gc.collect()

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transfers and completions: what is in flight, its errors, waiting with a limit, events and status
+words under any settings of torch."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from support.connector_cases import make_caches, make_chunk, rows
+from support.guarded_memory import refused, same
+from support.small_backends import small_backend
+
+from portakv import AdaptiveConnector, Transfer, register_backend
+from portakv.errors import SlotError, TransferError, TransferTimeout
+from portakv.registry import registry
+from portakv.runtime import transfer
+from portakv.runtime.events import Pool
+from portakv.runtime.streams import own_stream
+from portakv.runtime.transfer import Completion, StatusWord, acquire_word, any_word_set
+
+
+class _Work:
+    """Work that ends when it is told to."""
+
+    def __init__(self) -> None:
+        self.ended = False
+
+    def done(self) -> bool:
+        return self.ended
+
+    def wait(self) -> None:
+        self.ended = True
+
+
+class _Owner:
+    pass
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "_in_flight", type(transfer._in_flight)())
+    monkeypatch.setattr(transfer, "failed", [])
+    monkeypatch.setattr(transfer, "_UNCHECKED", 4)
+
+
+@pytest.fixture
+def host_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words without a device, in memory that is not pinned."""
+    batch = torch.zeros(64, dtype=torch.int64)
+    made = [StatusWord(batch[i : i + 1]) for i in range(64)]
+    monkeypatch.setattr(transfer, "_free_words", type(transfer._free_words)(made))
+    monkeypatch.setattr(transfer, "_batch_values", [batch.numpy()])
+
+
+def _troubled() -> bool:
+    """What a connector asks in each call."""
+    return bool(transfer.failed) or any_word_set()
+
+
+def begun(owner: Any = None) -> tuple[_Work, StatusWord, Completion]:
+    work, word = _Work(), acquire_word()
+    completion = Completion(pendings=[work], words=[(word, 10)])
+    transfer.hold(completion, owner)
+    return work, word, completion
+
+
+def bad(word: StatusWord, position: int) -> None:
+    word._values[0] = position + 1
+
+
+@pytest.mark.usefixtures("apart", "host_words")
+def test_words_come_back_once_their_work_has_ended() -> None:
+    works = [begun()[0] for _ in range(12)]
+    assert len(transfer._free_words) == 64 - 12
+    for work in works:
+        work.ended = True
+    for _ in range(4):
+        begun()
+    assert len(transfer._in_flight) == 8  # two went for each that came
+    for _ in range(4):
+        begun()
+    assert len(transfer._in_flight) == 8  # the oldest has not ended
+
+
+@pytest.mark.usefixtures("apart", "host_words")
+def test_an_error_is_told_to_its_owner_once_and_to_nobody_else() -> None:
+    mine, theirs = weakref.ref(one := _Owner()), weakref.ref(two := _Owner())
+    begun(mine)
+    work, word, _ = begun(theirs)
+    assert not _troubled()
+    bad(word, 3)
+    assert _troubled()
+    assert transfer.unreported_error(mine) is None
+    error = transfer.unreported_error(theirs)
+    assert isinstance(error, SlotError)
+    assert "Position 13 " in str(error)
+    assert transfer.unreported_error(theirs) is None
+    work.ended = True
+    assert transfer.unreported_error(theirs) is None  # it has ended, so that its word is put back
+    assert not _troubled()
+    assert one is not two
+
+
+@pytest.mark.usefixtures("apart", "host_words")
+def test_an_error_outlives_the_queue() -> None:
+    owner = weakref.ref(one := _Owner())
+    work, word, _ = begun(owner)
+    bad(word, 0)
+    work.ended = True
+    for _ in range(9):
+        begun()[0].ended = True
+    assert not any_word_set()
+    assert _troubled()
+    assert "Position 10 " in str(transfer.unreported_error(owner))
+    assert transfer.unreported_error(owner) is None
+    assert not _troubled()
+    assert one
+
+
+@pytest.mark.usefixtures("apart", "host_words")
+def test_an_error_that_was_told_by_its_handle_is_not_told_again() -> None:
+    owner = weakref.ref(one := _Owner())
+    work, word, completion = begun(owner)
+    bad(word, 0)
+    work.ended = True
+    completion.synchronize()
+    assert completion.take_error() is not None
+    assert transfer.unreported_error(owner) is None
+    assert one
+
+
+@pytest.mark.usefixtures("apart", "host_words")
+def test_errors_of_an_owner_that_is_gone_are_dropped() -> None:
+    owner = weakref.ref(one := _Owner())
+    transfer.fail(Completion(error=SlotError("an error")), owner)
+    del one
+    gc.collect()
+    assert _troubled()
+    assert transfer.unreported_error(None) is None
+    assert not _troubled()
+
+
+# Work that no stream orders: a transfer waits for it, and what it touches stays.
+
+
+class Later:
+    """Work that ends when the test says so."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self.waited = 0
+
+    def done(self) -> bool:
+        return self.ended
+
+    def wait(self) -> None:
+        self.waited += 1
+        self.ended = True
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Later:
+    """A backend ``later`` whose launches return this, alone in a registry of its own."""
+    monkeypatch.setattr(registry, "REGISTRY", registry.Registry())
+    monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
+    pending = Later()
+    backend = small_backend("later", pending=pending)
+    register_backend("later", backend)
+    registry.choose("cpu", "later")  # its self-check waits as well
+    backend.given.clear()  # it keeps views, which these tests are about
+    backend.given = Forgetful()
+    pending.ended, pending.waited = False, 0
+    return pending
+
+
+class Forgetful(list):  # type: ignore[type-arg]
+    def append(self, given: object) -> None:
+        """Keep nothing."""
+
+
+def start() -> tuple[Transfer, torch.Tensor, list[Callable[[], object]]]:
+    """A transfer, the chunk's expected content, and weak references to what it reads."""
+    caches, chunk = make_caches(), make_chunk(3)
+    wanted = rows(caches, [4, 1, 9])
+    slots = torch.tensor([4, 1, 9])
+    refs: list[Callable[[], object]] = [weakref.ref(x) for x in (*caches, slots, chunk)]
+    connector = AdaptiveConnector("cpu", backend="later")
+    transfer = connector.from_gpu(chunk, caches, slots)
+    assert same(chunk, wanted)
+    return transfer, wanted, refs
+
+
+@pytest.mark.parametrize("how", ["synchronize", "wait", "done"])
+def test_a_transfer_ends_when_its_work_does(later: Later, how: str) -> None:
+    transfer, _, _ = start()
+    assert not transfer.done()
+    if how == "done":
+        later.ended = True
+    else:
+        getattr(transfer, how)()
+        assert later.waited == 1
+    assert transfer.done()
+
+
+def test_a_transfer_holds_views_and_ids_until_the_end(later: Later) -> None:
+    transfer, _, refs = start()
+    gc.collect()
+    assert all(ref() is not None for ref in refs)
+    transfer.synchronize()
+    gc.collect()
+    assert not any(ref() is not None for ref in refs)
+
+
+def test_memory_outlives_a_transfer_that_nobody_kept(later: Later) -> None:
+    refs = start()[2]
+    gc.collect()
+    assert all(ref() is not None for ref in refs), "memory was freed below a copy in flight"
+
+
+def test_a_batch_waits_for_all_of_its_work(later: Later) -> None:
+    caches, chunks = make_caches(), [make_chunk(3), make_chunk(2)]
+    connector = AdaptiveConnector("cpu", backend="later")
+    transfer = connector.batched_from_gpu(chunks, caches, [4, 1, 9, 2, 3], [0, 3], [3, 5])
+    assert not transfer.done()
+    transfer.synchronize()
+    assert later.waited == 2
+    assert transfer.done()
+
+
+# Waiting with a limit, and what is shown of a transfer
+
+
+def test_waiting_with_a_limit(later: Later) -> None:
+    transfer, wanted, _ = start()
+    with refused(TransferTimeout, "after 0.01 s it has not ended; it goes on. Wait again"):
+        transfer.synchronize(timeout=0.01)
+    with pytest.raises(TimeoutError):
+        transfer.synchronize(timeout=0)
+    with pytest.raises(TransferError):
+        transfer.synchronize(timeout=0)
+    later.ended = True
+    transfer.synchronize(timeout=0)
+    assert later.waited <= 1  # it is never left to wait without a limit
+    assert transfer.done()
+    assert wanted.numel()
+
+
+def test_waiting_with_a_limit_ends_with_the_work(later: Later) -> None:
+    transfer, _, _ = start()
+    ending = threading.Timer(0.05, lambda: setattr(later, "ended", True))
+    ending.start()
+    began = time.monotonic()
+    transfer.synchronize(timeout=60)
+    assert time.monotonic() - began < 30
+    ending.join()
+
+
+@pytest.mark.usefixtures("apart", "host_words")
+def test_waiting_with_a_limit_raises_what_the_work_met() -> None:
+    work, word, completion = begun()
+    waiting = Transfer([completion])
+    bad(word, 3)
+    work.ended = True
+    with pytest.raises(SlotError, match="Position 13 "):
+        waiting.synchronize(timeout=1.0)
+
+
+def test_a_transfer_shows_what_is_known_of_it(later: Later) -> None:
+    transfer, _, _ = start()
+    assert repr(transfer) == "<Transfer of 1 launch, not seen to have ended>"
+    later.ended = True
+    assert "not seen" in repr(transfer)  # which asks nothing: a graph may be being captured
+    transfer.synchronize()
+    assert repr(transfer) == "<Transfer of 1 launch, ended>"
+    assert repr(Transfer()) == "<Transfer of 0 launches, ended>"
+    failed = Transfer([Completion(error=SlotError("no")), Completion()])
+    assert repr(failed) == "<Transfer of 2 launches, failed with SlotError>"
+    captured = Transfer([Completion(standing=True)], captured=True)
+    assert repr(captured) == "<Transfer of 1 launch, captured into a graph>"
+
+
+# What torch is set to
+
+
+@contextmanager
+def default_device() -> Iterator[None]:
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextmanager
+def default_dtype() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+SETTINGS: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "set_default_device": default_device,
+    "with torch.device": lambda: torch.device("meta"),
+    "set_default_dtype": default_dtype,
+    "inference_mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_words_and_events_are_made_under_any_settings(
+    setting: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device.type == "cpu":
+        pytest.skip("the host has neither")
+    for name in ("_free_words", "_batches", "_batch_values"):
+        monkeypatch.setattr(transfer, name, type(getattr(transfer, name))())
+    with SETTINGS[setting]():
+        word = acquire_word()
+        pool = Pool(device)
+        stream = own_stream(device)
+        completion = Completion(pool.recorded(stream), words=[(word, 0)], pool=pool)
+        completion.synchronize()
+        assert completion.settled
+    assert (word.tensor.dtype, word.tensor.device) == (torch.int64, torch.device("cpu"))
+    assert word.tensor.is_pinned()
+    word.tensor += 2  # a launch may write it by torch, whatever the mode in which it was made
+    assert any_word_set()
+    assert word.read() == 2
+    word.clear()
+
+
+def test_events_are_used_again(device: torch.device) -> None:
+    if device.type == "cpu":
+        pytest.skip("the host has none")
+    pool = Pool(device)
+    first = pool.recorded(None)
+    first.synchronize()
+    pool.release(first)
+    assert pool.recorded(own_stream(device)) is first
+    assert pool.acquire() is not first
