@@ -18,12 +18,13 @@ from portakv_conformance.draw import saved
 from portakv_conformance.judge.subject import subject
 from portakv_conformance.record import CaseRecord
 
-_TESTS = Path(__file__).resolve().parent
+_TESTS = Path(__file__).resolve().parents[1]
 
 
 def run(*options: str, where: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the suite's package under pytest in a folder of its own."""
-    given = {**os.environ, "PYTHONPATH": str(_TESTS), "OMP_NUM_THREADS": "1", **environment}
+    path = os.pathsep.join([str(_TESTS), *filter(None, sys.path)])
+    given = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs"]
     words += ["portakv_conformance", *options]
     return subprocess.run(words, cwd=where, env=given, capture_output=True, text=True, timeout=300)
@@ -55,7 +56,7 @@ def only(folder: Path, *ids: str) -> str:
 def test_events_tell_of_each_case(tmp_path: Path) -> None:
     told = tmp_path / "events.jsonl"
     done = run(
-        "--portakv-backend=conform_suite_backends:Talking", f"--portakv-events={told}",
+        "--portakv-backend=support.conform_suite_backends:Talking", f"--portakv-events={told}",
         f"--portakv-only={only(tmp_path, *_FEW)}", "-s", where=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -87,7 +88,7 @@ def test_a_failure_is_told_shrunken_saved_and_replayed(
     told, kept = tmp_path / "events.jsonl", tmp_path / "examples"
     name = "cases/test_drawn.py::test_copies_between_two_sides[0]"
     done = run(
-        "--portakv-backend=conform_suite_backends:OffByOne", f"--portakv-events={told}",
+        "--portakv-backend=support.conform_suite_backends:OffByOne", f"--portakv-events={told}",
         f"--portakv-examples={kept}", f"--portakv-only={only(tmp_path, name)}", where=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1
@@ -116,7 +117,7 @@ def test_the_same_seed_draws_the_same(tmp_path: Path) -> None:
     for number, seed in enumerate((5, 5, 6)):
         plans = tmp_path / str(number)
         done = run(
-            "--portakv-backend=conform_suite_backends:Noting", f"--portakv-only={ids}",
+            "--portakv-backend=support.conform_suite_backends:Noting", f"--portakv-only={ids}",
             f"--portakv-seed={seed}", "-v", where=tmp_path, SUITE_PLANS=str(plans),
         )  # fmt: skip
         assert done.returncode == 0
@@ -133,7 +134,7 @@ def test_a_connector_whose_backend_refuses_parts_of_chunks_fails(tmp_path: Path)
         for move in ("from_gpu", "to_gpu")
     ]
     done = run(
-        "--portakv-backend=conform_suite_backends:WholeChunks", f"--portakv-events={told}",
+        "--portakv-backend=support.conform_suite_backends:WholeChunks", f"--portakv-events={told}",
         f"--portakv-only={only(tmp_path, *names)}", where=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1
