@@ -7,13 +7,16 @@ form and with it one plan.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
+from math import prod
 from operator import index
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from portakv.errors import LayoutError
 from portakv.view.bound import Facts
@@ -38,8 +41,9 @@ def slice_facts(facts: Facts, *, layers: Range, heads: Range, kv: Range) -> Fact
         origins, owners = _repeat(origins, len(parts)), _repeat(owners, len(parts))
         parts = _with_own_entries(parts)
     parts = [_cut(part, "layer", layer_range) for part in parts]
-    kept, parts = _keep_entries(parts, len(origins))
-    parts, shifts = _fold_origins(parts, len(kept))
+    count = facts.slots // (form.block_size or 1)  # blocks, or a chunk's tokens
+    kept, parts = _keep_entries(parts, len(origins), count)
+    parts, shifts = _fold_origins(parts, count)
     dtypes = tuple(form.dtypes[k] for k in kv_range) if form.dtypes else ()
     sliced = replace(
         form,
@@ -51,8 +55,26 @@ def slice_facts(facts: Facts, *, layers: Range, heads: Range, kv: Range) -> Fact
         dtypes=dtypes if any(dtypes) else (),
     )
     origins = tuple(origins[entry] + shifts.get(i, 0) for i, entry in enumerate(kept))
-    owners = tuple(owners[i] for i in kept)
-    return facts._replace(form=same_form(sliced), origins=origins, owners=owners)
+    left = tuple(owners[i] for i in kept)
+    spans = _without(facts.spans, owners, left) if len(left) < len(owners) else facts.spans
+    return facts._replace(form=same_form(sliced), origins=origins, owners=left, spans=spans)
+
+
+def _without(
+    spans: list[tuple[int, int]], owners: Sequence[torch.Tensor], left: Sequence[torch.Tensor]
+) -> list[tuple[int, int]]:
+    """The spans but for those in allocations that no tensor ``left`` lies in."""
+    held = {owner.untyped_storage().data_ptr() for owner in left}
+    storages = {storage.data_ptr(): storage for storage in (o.untyped_storage() for o in owners)}
+    gone = [(at, at + storage.nbytes()) for at, storage in storages.items() if at not in held]
+    gone.sort()
+    starts = [start for start, _ in gone]
+    found = []
+    for first, past in spans:
+        at = bisect_right(starts, first) - 1
+        if at < 0 or first >= gone[at][1]:
+            found.append((first, past))
+    return found
 
 
 def _range(name: str, asked: Range, extent: int) -> range:
@@ -107,9 +129,9 @@ def _below(steps: Steps, at: int) -> int:
     return int(np.prod([step.extent for step in steps[at + 1 :]], dtype=np.int64))
 
 
-def _keep_entries(parts: list[Part], entries: int) -> tuple[list[int], list[Part]]:
+def _keep_entries(parts: list[Part], entries: int, count: int) -> tuple[list[int], list[Part]]:
     """Drop table entries that no part reaches, and renumber the steps that walk through them."""
-    reached = sorted({entry for part in parts for entry in _entries(part, entries)})
+    reached = sorted({entry for part in parts for entry in _entries(part, count)})
     if len(reached) == entries:
         return reached, parts
     number = {entry: i for i, entry in enumerate(reached)}
@@ -128,16 +150,18 @@ def _rewalk(part: Part, table: int, change: Callable[[Steps], Steps]) -> Part:
     return Part(table, part.offset, *map(change, axes))
 
 
-def _entries(part: Part, entries: int) -> list[int]:
-    """Table entries of one part; an unbounded step reaches as far as the table does."""
+def _entries(part: Part, count: int) -> list[int]:
+    """Table entries of one part; its unbounded axis has ``count`` positions."""
     walks = []
-    for step in (s for name in PART_AXES for s in part.axis(name) if s.table):
-        extent = step.extent or -(-(entries - part.table) // step.table)
-        walks.append([i * step.table for i in range(extent)])
+    for steps in map(part.axis, PART_AXES):
+        for step in steps:
+            extent = step.extent or count // prod(inner.extent or 1 for inner in steps)
+            if step.table:
+                walks.append([i * step.table for i in range(extent)])
     return [part.table + sum(combination) for combination in product(*walks)]
 
 
-def _fold_origins(parts: list[Part], entries: int) -> tuple[list[Part], dict[int, int]]:
+def _fold_origins(parts: list[Part], count: int) -> tuple[list[Part], dict[int, int]]:
     """Move byte offsets of the parts into the addresses where the parts share no entry."""
     by_entry: dict[int, list[int]] = {}
     for i, part in enumerate(parts):
@@ -148,7 +172,7 @@ def _fold_origins(parts: list[Part], entries: int) -> tuple[list[Part], dict[int
         shift = parts[members[0]].offset
         for i in members:
             folded[i] = replace(parts[i], offset=parts[i].offset - shift)
-        shifts.update(dict.fromkeys(_entries(parts[members[0]], entries), shift))
+        shifts.update(dict.fromkeys(_entries(parts[members[0]], count), shift))
     return folded, shifts
 
 

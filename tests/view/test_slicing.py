@@ -264,6 +264,23 @@ def _nested(made: dict[tuple[int, ...], torch.Tensor], at: tuple[int, ...], left
     return [_nested(made, (*at, i), left[1:]) for i in range(left[0])]
 
 
+def test_a_slice_stands_for_the_memory_that_is_left_of_it() -> None:
+    apart = [noise(5, 8, seed=i) for i in range(3)]
+    whole = KVView(apart, "layer | token dim")
+    part = whole.slice(layers=1)
+    assert part.spans == [(apart[1].data_ptr(), apart[1].data_ptr() + apart[1].nbytes)]
+    part.check_memory()
+    apart[0].untyped_storage().resize_(4)
+    part.check_memory()
+    with pytest.raises(LayoutError, match="was replaced"):
+        whole.check_memory()
+    apart[1].untyped_storage().resize_(4)
+    with pytest.raises(LayoutError, match="was replaced"):
+        part.check_memory()
+    together = KVView(list(noise(3, 5, 8)), "layer | token dim")
+    assert together.slice(layers=1).spans == together.spans
+
+
 @given(listed_views(), st.data())
 def test_any_slice_of_any_containers(whole: KVView, data: st.DataObject) -> None:
     def cut(extent: int) -> slice:
@@ -286,3 +303,22 @@ def test_every_order_of_containers_gives_one_form_for_each_layer() -> None:
         tensors = _nested(made, (), [extents[axis] for axis in order])
         view = KVView(tensors, f"{' '.join(order)} | token dim")
         assert len({view.slice(layers=i).form for i in range(3)}) == 1
+
+
+_EXTENTS = {"block/2": 3, "block%2": 2, "token/2": 3, "token%2": 2, "layer": 3, "kv": 2}
+
+
+@pytest.mark.parametrize("unbounded", ["block", "token"])
+@pytest.mark.parametrize("listed", [2, 3, 4])
+def test_factors_of_blocks_or_tokens_in_any_order(unbounded: str, listed: int) -> None:
+    """The remainder outside the quotient: its steps through the table are the longer ones."""
+    factors = (f"{unbounded}/2", f"{unbounded}%2", "layer", "kv")
+    tokens = ["token"] if unbounded == "block" else []
+    for order in permutations(factors):
+        outer, inner = order[:listed], [*order[listed:], *tokens]
+        shape = [_EXTENTS.get(name, 4) for name in inner]
+        sizes = [_EXTENTS[name] for name in outer]
+        made = {at: noise(*shape, 8) for at in product(*map(range, sizes))}
+        whole = KVView(_nested(made, (), sizes), f"{' '.join(outer)} | {' '.join([*inner, 'dim'])}")
+        for layers, kv in ((slice(1, 3), None), (2, 1), (slice(0, 2), 0), (None, 1)):
+            check(whole.slice(layers=layers, kv=kv), whole, layers, None, kv)
