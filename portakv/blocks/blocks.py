@@ -4,33 +4,28 @@
 from __future__ import annotations
 
 import time
-from functools import cache
-from typing import Any
 
 import torch
 
-from portakv.blocks.block_slices import in_slices
-from portakv.blocks.handle import Asked, BlockTransfer
-from portakv.blocks.request import Order
-from portakv.copy.copy import check_views, common_device, copy_move, covered
-from portakv.engines.engine import Engine, Terms
+from portakv.blocks.handle import BlockTransfer
+from portakv.blocks.request import BlockMove, on_terms
+from portakv.blocks.slices import in_slices
+from portakv.copy.arguments import Ids
+from portakv.copy.copy import check_views, checked, is_strict
+from portakv.engines.engine import Terms
 from portakv.errors import LayoutError, SlotError, Unsupported
-from portakv.plan.move import Move
-from portakv.registry.registry import Choice, choose
+from portakv.plan.plan import check_disjoint
 from portakv.runtime.devices import capturing, inside
-from portakv.runtime.streams import beside, check_stream
+from portakv.runtime.streams import beside
 from portakv.runtime.transfer import Transfer
-from portakv.view.index import Index
-from portakv.view.view import KVView
-
-_NO_TERMS = Terms()
+from portakv.view import Index, KVView
 
 
 def copy_blocks(
     src: KVView,
     dst: KVView,
-    src_blocks: Any,
-    dst_blocks: Any,
+    src_blocks: Ids | None,
+    dst_blocks: Ids | None,
     *,
     backend: str | None = None,
     stream: torch.Stream | None = None,
@@ -41,6 +36,7 @@ def copy_blocks(
     cancellable: bool = False,
     detached: bool = False,
     reinterpret: bool = False,
+    check: str = "usual",
 ) -> BlockTransfer:
     """Copy whole blocks by their ids; block sizes may differ, the numbers of tokens may not.
 
@@ -67,103 +63,65 @@ def copy_blocks(
         cancellable: `BlockTransfer.cancel` stops it between two slices.
         detached: no stream waits for its end, not even ``stream``; the handle alone tells it.
         reinterpret: rows of one number type may go to rows of another: their bits are moved.
+        check: ``usual`` looks at ids on the host; ``strict`` also at ids on a device, which it
+            waits for: ids past the end and destinations that occur twice are refused before
+            anything is moved.
 
     Raises:
         LayoutError: ids for a view that is not paged.
         SlotError: the two sides cover different numbers of tokens.
         DeviceMismatch: a stream of another device.
-        Unsupported: terms that nobody can keep; in slices or detached, inside graph capture.
+        Unsupported: terms that cannot be kept; in slices, detached or strict, inside graph capture.
         PortaKVError: what `copy_rows` raises. Slices also refuse bad ids on a device at once.
     """
+    strict, sliced = is_strict(check), cancellable or max_gbps is not None
+    # No stream orders slices anyway.
+    terms = Terms(overlap, max_thread_blocks, max_gbps, False if sliced else detached)
     check_views(src, dst)
     src = src.as_bytes() if reinterpret else src
     mine, theirs = _block_index(src, src_blocks, "src"), _block_index(dst, dst_blocks, "dst")
-    tokens = covered(src, dst, mine, theirs)
-    mine.check_length(tokens, src.slots, "source")
-    theirs.check_length(tokens, dst.slots, "destination")
-    device = common_device(src, dst)
-    check_stream(stream, device)
-    choice, terms = choose(device, backend), _NO_TERMS
-    sliced = cancellable or max_gbps is not None
-    if overlap != "compute" or max_thread_blocks is not None or max_gbps is not None or detached:
-        # No stream orders slices anyway.
-        terms = Terms(overlap, max_thread_blocks, max_gbps, False if sliced else detached)
-        choice = _on_terms(src, dst, choice, terms)
-    if src.device == dst.device and not (by_layer or sliced or detached):
-        # As dear as `copy_rows`: by way of an order it takes the host a fifth longer.
-        began = time.perf_counter()
-        transfer = copy_move(Move(src, dst, mine, theirs, tokens), choice, stream)
-        asked = Asked(src.form, dst.form, mine, theirs, tokens, choice, terms)
-        return BlockTransfer.of(transfer, asked, began)
-    order = Order(src, dst, mine, theirs, tokens, choice, stream, terms)
+    move, choice = checked(src, dst, mine, theirs, None, backend, stream)
+    asked = BlockMove(move, on_terms(move, choice, terms), stream, terms, strict)
     if sliced:
-        return in_slices(order, by_layer)
-    if detached and device.type != "cpu":
-        return _detached(order, by_layer)
-    order.follow_current()
-    began = time.perf_counter()
-    return _by_layer(order, began) if by_layer else _at_once(order, began)
+        return in_slices(asked, max_gbps, by_layer)
+    if detached and asked.device.type != "cpu":
+        return _detached(asked, by_layer)
+    return _issued(asked, by_layer)
 
 
-def _detached(order: Order, by_layer: bool) -> BlockTransfer:
-    """Begin behind the order's stream, which does not wait for the end.
+def _issued(asked: BlockMove, by_layer: bool) -> BlockTransfer:
+    """Issue all of it, whole or one layer behind the other."""
+    began, extent = time.perf_counter(), asked.extent
+    if not by_layer:
+        whole = asked.issue()
+        return BlockTransfer(whole, extent, began, (whole.carried,))
+    asked.move.dst.check_writable()
+    check_disjoint(asked.move)
+    layers = [asked.layer(i).issue(disjoint=True) for i in range(asked.move.src.layers)]
+    return BlockTransfer(Transfer.join(layers), extent, began, (layers[0].carried,), layers)
+
+
+def _detached(asked: BlockMove, by_layer: bool) -> BlockTransfer:
+    """Begin behind the transfer's stream, which does not wait for the end.
 
     Raises:
         Unsupported: a graph is captured.
     """
-    with inside(order.stream):
-        captured = capturing(order.device)
-    if captured or capturing(order.device):
+    with inside(asked.stream):
+        captured = capturing(asked.device)
+    if captured or capturing(asked.device):
         raise Unsupported(
             "A detached copy inside graph capture",
             "a graph has no work that its stream does not wait for; leave out detached",
         )
-    order.follow_current()
-    with inside(order.stream):
-        before = torch.accelerator.current_stream(order.device.index)
-        stream = beside(before, order.src.form.place, order.dst.form.place)
-        began, order = time.perf_counter(), order._replace(stream=stream)
-        return _by_layer(order, began) if by_layer else _at_once(order, began)
+    asked.follow_current()
+    with inside(asked.stream):
+        before = torch.accelerator.current_stream(asked.device.index)
+        stream = beside(before, asked.move.src.form.place, asked.move.dst.form.place)
+        return _issued(asked._replace(stream=stream), by_layer)
 
 
-def _at_once(order: Order, began: float) -> BlockTransfer:
-    return BlockTransfer.of(order.carried(), order.asked(), began)
-
-
-def _by_layer(order: Order, began: float) -> BlockTransfer:
-    order.dst.check_writable()
-    order.check_apart()
-    layers = [order.layer(i).carried(disjoint=True) for i in range(order.src.layers)]
-    first = order.layer(0).asked()
-    return BlockTransfer.of(Transfer.join(layers), order.asked(), began, layers, first)
-
-
-def _on_terms(src: KVView, dst: KVView, choice: Choice, terms: Terms) -> Choice:
-    """A choice that keeps a caller's terms; the rate is kept by who issues the slices.
-
-    Raises:
-        Unsupported: no engine carries the copy out, which would keep the limit.
-    """
-    if isinstance(choice.backend, Engine):
-        return _engine_on(choice, terms.of_engine)
-    reached = (src.form.place, dst.form.place) in choice.can.places
-    if terms.max_thread_blocks is not None and (src.device == dst.device or reached):
-        raise Unsupported(
-            f"A copy from {src.device} to {dst.device} by {choice.name!r} with "
-            f"max_thread_blocks={terms.max_thread_blocks}",
-            "the limit is kept by engines whose kernels read or write host memory; leave it out",
-        )
-    return choice
-
-
-@cache
-def _engine_on(engine: Choice, terms: Terms) -> Choice:
-    """An engine that was asked for by its name, on a caller's terms."""
-    made = type(engine.backend)(engine.backend.device, None, terms)  # type: ignore[call-arg]
-    return Choice(made, engine.trace, engine.forced, made.capabilities())
-
-
-def _block_index(view: KVView, blocks: Any, side: str) -> Index:
+def _block_index(view: KVView, blocks: Ids | None, side: str) -> Index:
     if blocks is None:
         return Index()
     if view.block_size is None:

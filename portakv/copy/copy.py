@@ -12,7 +12,7 @@ from portakv.copy.arguments import Ids
 from portakv.copy.enqueue import Piece, launch, refuse_capture
 from portakv.engines.choose import across
 from portakv.engines.engine import Terms
-from portakv.errors import DeviceMismatch, LayoutError, PortaKVError, SlotError
+from portakv.errors import DeviceMismatch, LayoutError, PortaKVError, SlotError, Unsupported
 from portakv.plan.move import Move
 from portakv.plan.plan import check_disjoint
 from portakv.registry.prepared import Prepared, prepared
@@ -33,6 +33,7 @@ def copy_rows(
     backend: str | None = None,
     stream: torch.Stream | None = None,
     reinterpret: bool = False,
+    check: str = "usual",
 ) -> Transfer:
     """Copy rows between views.
 
@@ -43,6 +44,9 @@ def copy_rows(
         backend: a backend's name, which then must carry the copy out.
         stream: where to order the work; it first waits for the current stream.
         reinterpret: rows of one number type may go to rows of another: their bits are moved.
+        check: ``usual`` looks at ids on the host; ``strict`` also at ids on a device, which it
+            waits for: ids past the end and destinations that occur twice are refused before
+            anything is moved.
 
     Raises:
         LayoutError: the views cannot hold each other's rows, or the destination cannot be written.
@@ -52,12 +56,37 @@ def copy_rows(
     check_views(src, dst)
     src = src.as_bytes() if reinterpret else src
     mine, theirs = Index.of(src_index), Index.of(dst_index)
-    tokens = covered(src, dst, mine, theirs) if count is None else _count(count)
-    mine.check_length(tokens, src.slots, "source")
-    theirs.check_length(tokens, dst.slots, "destination")
+    move, choice = checked(src, dst, mine, theirs, count, backend, stream)
+    return copy_move(move, choice, stream, strict=is_strict(check))
+
+
+def checked(
+    src: KVView,
+    dst: KVView,
+    src_index: Index,
+    dst_index: Index,
+    count: object,
+    backend: str | None,
+    stream: torch.Stream | None,
+) -> tuple[Move, Choice]:
+    """A caller's copy and what carries it out, with all checked but the contents of ids; ``count``
+    None: what the indices cover. Raises as `copy_rows` does."""
+    tokens = covered(src, dst, src_index, dst_index) if count is None else _count(count)
+    src_index.check_length(tokens, src.slots, "source")
+    dst_index.check_length(tokens, dst.slots, "destination")
     choice = choose(common_device(src, dst), backend)
     check_stream(stream, choice.backend.device)
-    return copy_move(Move(src, dst, mine, theirs, tokens), choice, stream)
+    return Move(src, dst, src_index, dst_index, tokens), choice
+
+
+def is_strict(check: object) -> bool:
+    """What the argument ``check`` asks; raises `Unsupported` if it is neither word."""
+    if check not in ("usual", "strict"):
+        raise Unsupported(
+            f"A copy with check={check!r}",
+            "expected 'usual' or 'strict'; pass one of these, or leave it out",
+        )
+    return check == "strict"
 
 
 def check_views(*views: object) -> None:
@@ -104,6 +133,7 @@ def copy_move(
     *,
     disjoint: bool = False,
     terms: Terms | None = None,
+    strict: bool = False,
 ) -> Transfer:
     """Carry out a copy that its indices and views cover, by the chosen backend, or across the link
     by an engine over it.
@@ -114,6 +144,7 @@ def copy_move(
         stream: where to order the work; it first waits for the current stream.
         disjoint: the views share no memory.
         terms: what a copy across the link may take.
+        strict: ids on a device are looked at before anything is moved, which waits for them.
 
     Raises as `copy_rows` does.
     """
@@ -124,6 +155,8 @@ def copy_move(
     ready = prepared(src.form, dst.form, *move.steps, None, choice)
     if count == 0:
         return Transfer()
+    if strict:
+        _check_device_ids(move)
     skips = src_index.check(count, src.slots, "source")
     skips |= dst_index.check(count, dst.slots, "destination", distinct=True)
     pieces = _pieces(ready, move, choice)
@@ -174,6 +207,20 @@ def _need_cleaning(pieces: list[Piece], trusted: bool) -> bool:
             )
             return True
     return False
+
+
+def _check_device_ids(move: Move) -> None:
+    """Wait for ids on a device and judge them as ids on the host are.
+
+    Raises:
+        SlotError: a slot past the end, or a destination that occurs twice.
+        Unsupported: inside graph capture.
+    """
+    src, dst, mine, theirs, count = move
+    if not (mine.on_host and theirs.on_host):
+        refuse_capture(common_device(src, dst), "its ids have to be checked before they are used")
+        mine.to_host().check(count, src.slots, "source")
+        theirs.to_host().check(count, dst.slots, "destination", distinct=True)
 
 
 def drop_bad_ids(move: Move, unit: int) -> tuple[Move, SlotError | None]:

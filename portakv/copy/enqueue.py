@@ -13,7 +13,15 @@ from portakv.plan.move import Move
 from portakv.registry.prepared import Prepared
 from portakv.runtime import events
 from portakv.runtime.devices import capturing
-from portakv.runtime.transfer import Completion, Pending, StatusWord, Transfer, acquire_word, hold
+from portakv.runtime.transfer import (
+    NOTHING,
+    Completion,
+    Pending,
+    StatusWord,
+    Transfer,
+    acquire_word,
+    hold,
+)
 
 
 class Piece(NamedTuple):
@@ -38,9 +46,11 @@ def launch(
         _order(stream, device, placed)
     pendings: list[Pending] = []
     status: list[tuple[StatusWord, int]] = []
+    carried = None
     for (ready, first, tokens), whole in zip(pieces, placed, strict=True):
         word = _word(ready, first, status)
         pending = ready.launch(*whole.part(first, tokens), stream, word)
+        carried = carried or ready.carried
         if pending is not None:
             pendings.append(pending)
     pool = events.pool(device)
@@ -49,7 +59,7 @@ def launch(
     completion = Completion(event, pendings, status, error, kept if pendings else None, pool)
     if pendings or status:
         hold(completion)
-    return Transfer((completion,), kept)
+    return Transfer((completion,), kept, False, carried or NOTHING)
 
 
 def _word(ready: Prepared, first: int, status: list[tuple[StatusWord, int]]) -> torch.Tensor | None:
@@ -75,17 +85,18 @@ def _order(stream: torch.Stream, device: torch.device, placed: Sequence[Move]) -
 
 
 def _launch_on_host(pieces: Sequence[Piece], move: Move, error: PortaKVError | None) -> Transfer:
-    pendings = []
+    pendings, carried = [], None
     for ready, first, tokens in pieces:
         pending = ready.launch(*ready.place_both(move).part(first, tokens), None, None)
+        carried = carried or ready.carried
         if pending is not None:
             pendings.append(pending)
     if not pendings and error is None:
-        return Transfer()
+        return Transfer((), None, False, carried or NOTHING)
     completion = Completion(None, pendings, (), error, move)
     if pendings:
         hold(completion)
-    return Transfer((completion,))
+    return Transfer((completion,), None, False, carried or NOTHING)
 
 
 def _launch_captured(
@@ -106,7 +117,7 @@ def _launch_captured(
         event = torch.Event(device)
         event.record(stream)
     completion = Completion(event, words=status, standing=True)
-    return Transfer((completion,), move, captured=True)
+    return Transfer((completion,), move, True, pieces[0].ready.carried)
 
 
 def refuse_capture(device: torch.device, why: str) -> None:

@@ -89,7 +89,7 @@ class Shortcuts:
         event.record()
         completion = Completion(event, (), ((word, 0),), None, None, self._events)
         hold(completion, self._owner)
-        return Transfer((completion,), (chunk, ids, self._cache))
+        return Transfer((completion,), (chunk, ids, self._cache), False, shortcut.carried)
 
     def _ids_of(self, index: Any, store: bool, start: Any, end: Any) -> torch.Tensor | None:
         """The copy on the device of host ids that were found good for this range before."""
@@ -132,15 +132,18 @@ class Shortcuts:
             )  # fmt: skip
             repeat = again(*sides)
             if repeat is not None:
-                self._known[key] = _Shortcut(self._cache, chunk, repeat)
+                self._known[key] = _Shortcut(self._cache, chunk, repeat, ready.carried)
 
 
 class _Shortcut:
     """One kind of transfer: a chunk of one form, ids of one dtype, one direction."""
 
-    __slots__ = ("_firsts", "_index", "_pasts", "_reach", "again", "slots")
+    __slots__ = ("_firsts", "_index", "_pasts", "_reach", "again", "carried", "slots")
 
-    def __init__(self, cache: KVView, chunk: KVView, again: Again) -> None:
+    def __init__(
+        self, cache: KVView, chunk: KVView, again: Again, carried: tuple[str, str]
+    ) -> None:
+        self.carried = carried
         self.again, self.slots = again, min(chunk.slots, again.most)
         self._index = chunk.device.index
         ((first, past),) = chunk.spans

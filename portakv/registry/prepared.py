@@ -44,6 +44,13 @@ class Prepared:
     can: Capabilities
     home_of_ids: torch.device
 
+    @property
+    def carried(self) -> tuple[str, str]:
+        """What carried out the launch that this thread made last, and why that one: the backend,
+        or the engine that was picked."""
+        told: tuple[str, str] | None = getattr(self.launch, "carried", None)
+        return told or (self.choice.name, self.choice.trace[-1].reason)
+
     def place(self, index: Index) -> Index:
         """An index with its ids on the device, and in a dtype, that the backend reads."""
         if index.ids is None or self.can.index_on == "any":
@@ -182,6 +189,11 @@ class OneAtATime:
         with self._lock:
             return self._launch(src, dst, src_index, dst_index, count, stream, status)
 
+    @property
+    def carried(self) -> tuple[str, str] | None:
+        """What an engine that picks engines tells of its last launch."""
+        return getattr(self._launch, "carried", None)
+
 
 class RefusePrivateFormats:
     """A launch on a device whose tensors may be laid out otherwise than their strides say.
@@ -208,6 +220,11 @@ class RefusePrivateFormats:
         if _PLAIN not in dst.derived:
             self._look(dst)
         return self._launch(src, dst, src_index, dst_index, count, stream, status)
+
+    @property
+    def carried(self) -> tuple[str, str] | None:
+        """What an engine that picks engines tells of its last launch."""
+        return getattr(self._launch, "carried", None)
 
     def _look(self, view: KVView) -> None:
         """Raise `Unsupported` where a tensor of the view is not plain."""

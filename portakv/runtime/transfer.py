@@ -222,22 +222,32 @@ class Completion:
 _SETTLED: tuple[torch.Event, ...] = ()  # the events of a completion whose end was seen
 
 
+#: What `Transfer.carried` is before anything was issued.
+NOTHING = ("none", "nothing was issued")
+
+
 class Transfer:
     """One or more launches. Holds views and ids until the end.
 
     A transfer of device ids that met a bad one moved everything else; `done` and `synchronize`
     then raise.
+
+    Attributes:
+        completions: how each launch, or several in a row, end.
+        carried: the backend or engine that carried the first launch out, and why that one.
     """
 
-    __slots__ = ("_captured", "_kept", "completions")
+    __slots__ = ("_captured", "_kept", "carried", "completions")
 
     def __init__(
         self,
         completions: Sequence[Completion] = (),
         kept: Any = None,
         captured: bool = False,
+        carried: tuple[str, str] = NOTHING,
     ) -> None:
         self.completions, self._kept, self._captured = completions, kept, captured
+        self.carried = carried
 
     @classmethod
     def join(cls, transfers: Sequence[Transfer]) -> Transfer:
@@ -248,6 +258,7 @@ class Transfer:
             [completion for transfer in transfers for completion in transfer.completions],
             [transfer._kept for transfer in transfers],
             any(transfer._captured for transfer in transfers),
+            transfers[0].carried if transfers else NOTHING,
         )
 
     @property

@@ -296,6 +296,8 @@ class KVView:
         facts = slice_facts(self._facts(), layers=layers, heads=heads, kv=kv)
         view = KVView.__new__(KVView)
         view._set(self.layout, self.tensors, facts)
+        if len(view.owners) < len(self.owners):
+            view.spans = _within(self.spans, view.owners)
         return view
 
     def as_bytes(self) -> KVView:
@@ -341,3 +343,16 @@ class KVView:
             self.form, self.origins, self.owners, self.slots, self.device, self.requires_grad,
             self.spans,
         )  # fmt: skip
+
+
+def _within(
+    spans: Sequence[tuple[int, int]], owners: Sequence[torch.Tensor]
+) -> list[tuple[int, int]]:
+    """The parts of spans that lie in the storages of some of their tensors."""
+    storages = {s.data_ptr(): s.nbytes() for s in (owner.untyped_storage() for owner in owners)}
+    return [
+        (max(first, start), min(past, start + storages[start]))
+        for first, past in spans
+        for start in sorted(storages)
+        if first < start + storages[start] and start < past
+    ]

@@ -32,10 +32,12 @@ from portakv import (
     KVView,
     LayoutError,
     SlotError,
+    Transfer,
+    TransferError,
     Unsupported,
     copy_blocks,
 )
-from portakv.blocks import block_slices
+from portakv.blocks import slices as block_slices
 
 SRC, DST = [5, 0, 7, 2, 3], [1, 6, 0, 4, 2]
 BLOCK_BYTES = LAYERS * 2 * SIZE * HEADS * DIM * 2
@@ -50,6 +52,16 @@ def _small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=WAYS, ids=str)
 def options(request: pytest.FixtureRequest) -> dict[str, Any]:
     return WAYS[request.param]
+
+
+def layers_of(transfer: BlockTransfer, options: dict[str, Any]) -> tuple[Transfer, ...]:
+    """A transfer for each layer; none, and an error that says so, without ``by_layer``."""
+    if "by_layer" in options:
+        assert len(transfer.layers) == LAYERS
+        return transfer.layers
+    with refused(TransferError, "by_layer=True"):
+        _ = transfer.layers
+    return ()
 
 
 # The bytes
@@ -150,8 +162,8 @@ def test_nothing_to_move(options: dict[str, Any]) -> None:
             transfer.synchronize()
         found = transfer.statistics
         assert (found.nbytes, found.blocks, found.blocks_asked) == (0, 0, 0)
-        assert len(transfer.layers) == (LAYERS if "by_layer" in options else 0)
-        assert all(layer.done() for layer in transfer.layers)
+        layers = layers_of(transfer, options)
+        assert all(layer.done() for layer in layers)
         assert not transfer.cancel()
 
 
@@ -205,8 +217,7 @@ def test_statistics_before_the_end_of_a_transfer_that_nobody_asked() -> None:
 
 def test_layers_end_one_by_one(options: dict[str, Any]) -> None:
     transfer = copy_blocks(layered().view, layered().view, SRC, DST, **options)
-    assert len(transfer.layers) == (LAYERS if "by_layer" in options else 0)
-    for layer in transfer.layers:
+    for layer in layers_of(transfer, options):
         layer.wait()
         layer.synchronize()
         assert layer.done()
@@ -238,10 +249,8 @@ def test_layer_views_are_made_once() -> None:
     src, dst = layered(), layered()
     for _ in range(2):
         copy_blocks(src.view, dst.view, SRC, DST, by_layer=True)
-    from portakv.blocks.request import layers_of
-
-    views = layers_of(src.view)
-    assert layers_of(src.view) is views
+    views = [src.view.planes((i, i + 1), None) for i in range(LAYERS)]
+    assert [src.view.planes((i, i + 1), None) for i in range(LAYERS)] == views
     assert len({id(view.form) for view in views}) == 1
 
 

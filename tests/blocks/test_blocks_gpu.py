@@ -24,7 +24,7 @@ from support.device_cases import DEVICE, LONG
 from support.guarded_memory import refused
 
 from portakv import DeviceMismatch, SlotError, copy_blocks
-from portakv.blocks import block_slices
+from portakv.blocks import slices as block_slices
 from portakv.runtime.worker import WINDOW
 
 pytestmark = pytest.mark.gpu

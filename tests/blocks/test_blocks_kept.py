@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Indices that are used again: settled once, for views of the same form and size only."""
+"""Indices that are used again: judged once, for views of the same form and size only."""
 
 from __future__ import annotations
 
@@ -13,23 +13,13 @@ from support.block_cases import BLOCKS, SIZE, block_first, layered, wanted
 from support.guarded_memory import refused, same
 
 from portakv import Index, SlotError, copy_blocks, copy_rows
-from portakv.copy import copy
 
 SRC, DST = [5, 0, 7, 2, 3], [1, 6, 0, 4, 2]
 
 
-@pytest.fixture
-def settled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The tokens of every copy that was settled."""
-    found: list[int] = []
-    real = copy._settled
-
-    def noted(*arguments: Any) -> Any:
-        found.append(arguments[4])
-        return real(*arguments)
-
-    monkeypatch.setattr(copy, "_settled", noted)
-    return found
+def checks(*indices: Index) -> list[int]:
+    """How many ranges of each list of ids were judged."""
+    return [len(index._store.checked) for index in indices]
 
 
 def move(mine: Any, theirs: Any, blocks: int = BLOCKS) -> None:
@@ -39,28 +29,26 @@ def move(mine: Any, theirs: Any, blocks: int = BLOCKS) -> None:
     assert torch.equal(dst.rows(), expected)
 
 
-def test_a_kept_index_is_settled_once(settled: list[int]) -> None:
+def test_a_kept_index_is_judged_once() -> None:
     mine, theirs = Index(SRC, step=SIZE), Index(DST, step=SIZE)
     for _ in range(3):
         move(mine, theirs)  # other memory each time
-    assert settled == [20]
+    assert checks(mine, theirs) == [1, 1]
     move(mine, theirs, blocks=BLOCKS + 1)
-    assert settled == [20, 20]
+    assert checks(mine, theirs) == [1, 2]
     move(mine, Index(DST, step=SIZE))
     move(Index(SRC, step=SIZE), theirs)
-    assert settled == [20] * 4
     move(mine, theirs)
-    assert settled == [20] * 4
+    assert checks(mine, theirs) == [1, 2]
 
 
 @pytest.mark.parametrize("kept", ["src", "dst"])
-def test_beside_a_list_of_one_call(kept: str, settled: list[int]) -> None:
+def test_beside_a_list_of_one_call(kept: str) -> None:
     mine: Any = Index(SRC, step=SIZE) if kept == "src" else SRC
     theirs: Any = Index(DST, step=SIZE) if kept == "dst" else DST
     for _ in range(3):
         move(mine, theirs)
-    assert settled == [20] * 3
-    assert not any(x.kept for x in (mine, theirs) if isinstance(x, Index))
+    assert checks(*(x for x in (mine, theirs) if isinstance(x, Index))) == [1]
 
 
 def test_what_was_settled_holds_for_no_smaller_view() -> None:
@@ -74,7 +62,7 @@ def test_what_was_settled_holds_for_no_smaller_view() -> None:
         copy_blocks(few.view, block_first(blocks=9).view, mine, theirs)
 
 
-def test_ids_of_a_source_that_may_not_be_a_destination(settled: list[int]) -> None:
+def test_ids_of_a_source_that_may_not_be_a_destination() -> None:
     """The same two indices the other way round are judged anew."""
     twice, theirs = Index([5, 5, 7], step=SIZE), Index([1, 6, 0], step=SIZE)
     src, dst = layered(), layered()
@@ -82,7 +70,7 @@ def test_ids_of_a_source_that_may_not_be_a_destination(settled: list[int]) -> No
     for _ in range(2):
         with refused(SlotError, "occurs 2 times", watch=dst.tensors):
             copy_blocks(src.view, dst.view, theirs, twice)
-    assert settled == [12] * 3
+    assert checks(twice) == [1]  # what was refused is refused again
 
 
 def test_ids_that_were_a_source_s_beside_consecutive_rows() -> None:
@@ -104,7 +92,7 @@ def test_inside_one_cache_the_rows_are_compared_each_time() -> None:
             copy_blocks(src.view, src.view, mine, theirs)
 
 
-def test_other_counts_and_offsets(settled: list[int]) -> None:
+def test_other_counts_and_offsets() -> None:
     src, dst = layered(), layered()
     index = Index(SRC, step=SIZE)
     for count in (8, 12, 8):
@@ -115,10 +103,10 @@ def test_other_counts_and_offsets(settled: list[int]) -> None:
         copy_rows(src.view, dst.view, index.shifted(offset), other, count=4).synchronize()
         at = SRC[offset // 4]
         assert same(dst.tensors[0][:, DST[0]], src.tensors[0][:, at])
-    assert len(settled) == 6  # a shifted index is another one, but for 0 tokens
+    assert checks(index, other) == [4, 1]  # (0, 8), (0, 12), (0, 4), (4, 4): each once
 
 
-def test_consecutive_rows_beside_a_kept_index(settled: list[int]) -> None:
+def test_consecutive_rows_beside_a_kept_index() -> None:
     """The end without ids may begin elsewhere each time."""
     src, dst = layered(), block_first()
     index = Index(SRC[:2], step=SIZE)
@@ -127,7 +115,7 @@ def test_consecutive_rows_beside_a_kept_index(settled: list[int]) -> None:
         copy_rows(src.view, dst.view, index, Index(offset=first)).synchronize()
         for at, block in enumerate(SRC[:2]):
             assert same(dst.tensors[first // 4 + at, 1], src.tensors[1][:, block])
-    assert len(settled) == 2
+    assert checks(index) == [1]
 
 
 def test_indices_do_not_hold_each_other_or_any_view() -> None:
@@ -142,6 +130,3 @@ def test_indices_do_not_hold_each_other_or_any_view() -> None:
         assert [ref() is None for ref in gone] == [True] * 3
     finally:
         gc.enable()
-    for _ in range(100):
-        copy_rows(layered().view, layered().view, mine, Index(DST, step=SIZE)).synchronize()
-    assert len(mine.kept) <= copy._KEPT

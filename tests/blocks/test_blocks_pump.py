@@ -28,7 +28,7 @@ from portakv import (
     copy_blocks,
     register_backend,
 )
-from portakv.blocks import block_slices
+from portakv.blocks import slices as block_slices
 from portakv.registry import registry
 from portakv.runtime import worker
 from portakv.runtime.worker import WINDOW

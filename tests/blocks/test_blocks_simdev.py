@@ -22,18 +22,19 @@ from support.block_cases import (
     layered,
     wanted,
 )
-from support.block_moves import DST, ORDERED, SRC, pair, settled
+from support.block_moves import DST, ORDERED, SRC, _no_faults_left, pair, settled, way
 from support.guarded_memory import refused
 from support.simdev_cases import DEVICE, OTHER, current, on
 
 from portakv import DeviceMismatch, SlotError, TransferCancelled, Unsupported, copy_blocks
-from portakv.blocks import block_slices
-from portakv.engines.engine import Engine, Terms
+from portakv.blocks import slices as block_slices
 from portakv.runtime import transfer
 from portakv.runtime.worker import WINDOW
 from portakv_conformance import simdev
 
 pytestmark = pytest.mark.simdev
+
+__all__ = ["_no_faults_left", "way"]  # fixtures
 
 BLOCK_BYTES = LAYERS * 2 * SIZE * HEADS * DIM * 2
 REPEATS = 6
@@ -326,9 +327,3 @@ def test_an_engine_by_its_name(name: str, terms: dict[str, Any]) -> None:
     moved.synchronize()
     assert torch.equal(dst.rows(), expected)
     assert name in ("host", moved.statistics.engine)
-    choice = moved._asked.choice
-    assert isinstance(choice.backend, Engine)
-    assert choice.backend.terms == Terms(**terms)
-    again = copy_blocks(src.view, dst.view, SRC, DST, backend=name, **terms)
-    again.synchronize()
-    assert again._asked.choice is choice, "another choice makes another route"

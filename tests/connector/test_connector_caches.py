@@ -26,7 +26,9 @@ from support.connector_cases import (
 )
 from support.guarded_memory import filled, refused, same, untouched
 
-from portakv import AdaptiveConnector, LayoutError, PortaKVError
+from portakv import AdaptiveConnector, LayoutError, PortaKVError, Transfer
+from portakv.connector.connector import CAPTURED
+from portakv.runtime.transfer import Completion
 
 
 @pytest.fixture
@@ -252,3 +254,38 @@ def test_caches_of_two_threads_are_not_mixed_up(connector: AdaptiveConnector, at
         assert same(chunk, rows(mine, slots)), "rows of another thread's caches were stored"
     other.join()
     assert same(other_chunk, rows(others, slots))
+
+
+@pytest.mark.parametrize("how", ["data", "set_", "resized"])
+def test_caches_that_were_given_other_memory_are_noticed(how: str, device: torch.device) -> None:
+    shape = (2, 4, 4, 2, 8)
+    caches = [torch.zeros(shape, dtype=torch.float16, device=device) for _ in range(3)]
+    chunk = torch.zeros(2, 3, 2, 16, dtype=torch.float16, device=device)
+    connector = AdaptiveConnector(device)
+    connector.register_kv_caches(caches)
+    connector.from_gpu(chunk, None, [1, 2]).synchronize()
+    if how == "data":
+        caches[1].data = torch.ones_like(caches[1])
+    elif how == "set_":
+        caches[1].set_(torch.ones_like(caches[1]))
+    else:
+        storage = caches[1].untyped_storage()
+        storage.resize_(2 * storage.nbytes())
+    for move in (connector.from_gpu, connector.to_gpu):
+        with refused(LayoutError, "replaced", "register", watch=[chunk]):
+            move(chunk, None, [1, 2])
+
+
+def test_captured_transfers_are_not_kept_without_bound() -> None:
+    connector = AdaptiveConnector("cpu")
+    for _ in range(CAPTURED + 10):
+        connector._keep(Transfer((Completion(standing=True),)))
+    assert len(connector._captured) == CAPTURED
+
+
+def test_a_connector_shows_what_it_is() -> None:
+    connector = AdaptiveConnector("cpu")
+    assert "backend='reference'" in repr(connector)
+    assert "nothing registered" in repr(connector)
+    connector.register_kv_caches([torch.zeros(2, 4, 4, 2, 8)])
+    assert "16 slots" in repr(connector)

@@ -20,7 +20,7 @@ from support.fake_libcuda import FakeLibrary
 from support.guarded_memory import refused
 
 from portakv import TransferError, copy_blocks
-from portakv.blocks import block_slices
+from portakv.blocks import slices as block_slices
 from portakv.host.small import SmallCopy
 from portakv.registry.prepared import bring
 from portakv.runtime import cuda as _cuda_driver

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block transfers in slices: a worker issues them, so that they can be cancelled or keep a rate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from math import gcd
+
+from portakv.blocks.handle import BlockTransfer, Slice
+from portakv.blocks.request import BlockMove
+from portakv.copy.copy import drop_bad_ids
+from portakv.errors import Unsupported
+from portakv.plan import Move
+from portakv.plan.plan import check_disjoint
+from portakv.registry.prepared import bring
+from portakv.runtime.cuda import ignore_captures_elsewhere
+from portakv.runtime.devices import capturing, inside
+from portakv.runtime.streams import own_stream
+from portakv.runtime.transfer import Transfer
+from portakv.runtime.worker import WINDOW, Landing, RateLimit, Worker
+
+#: The most bytes of a slice, unless one block has more; three times as much if the host copies
+#: too. What is in flight when a transfer is cancelled still lands, three slices of it
+#: (`worker.WINDOW`): 1 ms on a link of 50 GB/s.
+SLICE = 16 << 20
+#: Seconds that a slice takes at the rate that was asked for. It crosses as fast as the link, and
+#: the pause behind it makes the rate.
+BEAT = 0.002
+
+
+def in_slices(asked: BlockMove, rate: float | None, by_layer: bool) -> BlockTransfer:
+    """Start a transfer in slices, at most ``rate`` 10^9 bytes a second; with ``by_layer`` no slice
+    has rows of two layers.
+
+    Raises:
+        SlotError: also for bad ids on a device, which are read first.
+        Unsupported: inside graph capture. As `copy.copy_move` does otherwise.
+    """
+    if capturing(asked.device):
+        raise Unsupported(
+            "A copy in slices inside graph capture",
+            "the host issues them while the copy runs; leave out cancellable and max_gbps",
+        )
+    asked.move.dst.check_writable()
+    (asked.layer(0) if by_layer else asked).check()  # what cannot be carried out is refused now
+    src, dst, mine, theirs, count = asked.move
+    extent, began = asked.extent, time.perf_counter()
+    move = _cleaned(Move(src, dst, mine.to_host(), theirs.to_host(), count))
+    check_disjoint(move)
+    asked = asked._replace(move=move)
+    if not move.count:
+        layers = [Transfer() for _ in range(src.layers)] if by_layer else None
+        return BlockTransfer(Transfer(), extent, began, (), layers)
+    # Indices of its own: copies of ids that the thread makes are on no other stream.
+    asked = asked.part(0, move.count)
+    if asked.device.type != "cpu":
+        asked = asked._replace(stream=asked.stream or own_stream(asked.device))
+        asked.follow_current()
+    slices, carried = cut(asked, rate, by_layer), list[tuple[str, str]]()
+    limit = None if rate is None else RateLimit(rate)
+    worker = Worker(slices, _issuer(asked, carried), partial(_inside, asked), limit)
+    layers = None
+    if by_layer:
+        last = {piece.layer: nth for nth, piece in enumerate(slices, 1)}
+        layers = [Transfer((Landing(worker, nth),)) for nth in last.values()]
+    whole = Transfer((Landing(worker, len(slices), (src, dst)),))
+    transfer = BlockTransfer(whole, extent, began, carried, layers, worker, slices)
+    worker.start()
+    return transfer
+
+
+def cut(asked: BlockMove, rate: float | None, by_layer: bool) -> list[Slice]:
+    """The slices of a transfer, each of whole blocks."""
+    src, dst, *_, count = asked.move
+    layers: list[int | None] = list(range(src.layers)) if by_layer else [None]
+    token_bytes, most = asked.extent.token_bytes / len(layers), float(SLICE)
+    if {src.form.place, dst.form.place} == {"device", "pageable"}:
+        most *= WINDOW  # each keeps its thread, and has to wake torch's
+    if rate is not None:
+        most = min(most, rate * 1e9 * BEAT)
+    tokens = max(1, int(most / (asked.whole * token_bytes))) * asked.whole
+    return [
+        Slice(layer, first, size, round(size * token_bytes))
+        for layer in layers
+        for first in range(0, count, tokens)
+        for size in [min(tokens, count - first)]
+    ]
+
+
+def _cleaned(move: Move) -> Move:
+    """Without the positions that are skipped; raises `SlotError` for bad ids."""
+    src, dst, mine, theirs, count = move
+    skips = mine.check(count, src.slots, "source")
+    skips |= theirs.check(count, dst.slots, "destination", distinct=True)
+    return drop_bad_ids(move, gcd(*move.steps))[0] if skips else move
+
+
+def _issuer(asked: BlockMove, carried: list[tuple[str, str]]) -> Callable[[Slice], Transfer]:
+    """Issues a slice, and notes what carried the first one out."""
+    asked = asked._replace(stream=None, strict=False)  # its stream is the thread's current one
+
+    def issue(piece: Slice) -> Transfer:
+        rows = asked if piece.layer is None else asked.layer(piece.layer)
+        transfer = rows.part(piece.first, piece.tokens).issue(disjoint=True)
+        if not carried:
+            carried.append(transfer.carried)
+        return transfer
+
+    return issue
+
+
+@contextmanager
+def _inside(asked: BlockMove) -> Iterator[None]:
+    """Inside, its stream and device are the current ones, and its ids are on the device."""
+    if asked.stream is None:
+        yield
+        return
+    ignore_captures_elsewhere(asked.device)
+    indices, dtypes = asked.extent.indices, asked.choice.can.index_dtypes
+    with inside(asked.stream):
+        bring(indices, asked.device, dtypes)
+        for index in indices:
+            if index.ids is not None:
+                # All at once, kept by the index: a copy for each slice would wait for the last.
+                index.ids_on(asked.device, dtypes)
+        yield
