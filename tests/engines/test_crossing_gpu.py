@@ -228,7 +228,8 @@ def test_foreign_host_memory_is_held_while_a_copy_flies() -> None:
     torch.cuda.synchronize()
     assert copies_holding_memory() == 0
     memory = pinned.allocate(1 << 20)
-    host = memory.tensor
+    host, registration = memory.tensor, memory._registration
+    assert registration is not None
     host.copy_(noise(host.numel()))
     wanted = host.clone()
     device = torch.zeros(1 << 20, dtype=torch.uint8, device=DEVICE)
@@ -241,9 +242,9 @@ def test_foreign_host_memory_is_held_while_a_copy_flies() -> None:
     memory.close()
     del host, src, dst
     gc.collect()
-    assert not memory.released
+    assert registration.pinned
     torch.cuda.synchronize()
     assert torch.equal(device.cpu(), wanted)
     assert copies_holding_memory() == 0
     gc.collect()
-    assert memory.released
+    assert not registration.pinned

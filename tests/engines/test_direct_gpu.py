@@ -169,7 +169,7 @@ class Moved:
         self.views = (paged, dense) if downward else (dense, paged)
         self.indices = (step, Index()) if downward else (Index(), step)
         steps = [x.plan_step for x in self.indices]
-        plan = CopyPlan(self.views[0].form, self.views[1].form, *steps)
+        plan = CopyPlan(self.views[0].form, self.views[1].form, *steps, reinterpret=True)
         self.downward, self._launch = downward, engine.prepare(plan)
 
     def launch(self, stream: Any = None) -> None:
