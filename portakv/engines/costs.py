@@ -25,6 +25,7 @@ import torch
 
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import kernel_cache as _kernel_cache
+from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import device_name
 
 D2H, H2D = DIRECTIONS = ("d2h", "h2d")
@@ -324,7 +325,7 @@ def _positive(number: Any) -> float:
     return float(number)
 
 
-_known: dict[torch.device, Costs] = {}
+_known: Bounded[torch.device, Costs] = Bounded("tables of costs", 64)
 _lock = threading.Lock()
 
 

@@ -28,6 +28,7 @@ from portakv.engines.staged import Passage, Slice
 from portakv.engines.staging import Staging, staging
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan
+from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
 from portakv.view.index import Index
 
@@ -181,7 +182,7 @@ class _RingLaunch:
         self.halves = in_either_order(plan, engine.half, engine.device)
         self.crossing = link_of(engine.device)
         self.buffers = bounce_buffers(engine.device)
-        self._of_host: dict[tuple[TwoStages, int], HostRows] = {}
+        self._of_host: Bounded[tuple[TwoStages, int], HostRows] = Bounded("second hops", 64)
 
     def __call__(
         self,

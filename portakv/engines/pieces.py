@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from portakv.host.memcpy import MAX_PITCH
 from portakv.plan.loops import Loop, Nest
 from portakv.plan.plan import CopyPlan
 from portakv.plan.runs import Int64, Runs, factors, summed
+from portakv.runtime.bounded import Bounded
 from portakv.view.form import Steps
 from portakv.view.index import Index
 from portakv.view.view import KVView
@@ -295,7 +296,7 @@ class RunCounter:
     def __init__(self, plan: CopyPlan, mirrored: bool = False, fold_below: int = ALL) -> None:
         self._unit, self._nests, self._mirrored = plan.unit, plan.nests, mirrored
         self._bytes, self._below = plan.token_bytes, fold_below
-        self._known: dict[Any, int] = {}
+        self._known: Bounded[tuple[object, ...], int] = Bounded("counts of runs", _KEPT)
 
     @classmethod
     def of_host(cls, plan: CopyPlan, fold_below: int = ALL) -> RunCounter:
@@ -312,8 +313,6 @@ class RunCounter:
         if known is not None:
             return known
         found = self._count_groups(src_index, dst_index, count // self._unit)
-        if len(self._known) >= _KEPT:
-            self._known.clear()
         self._known[key] = found
         return found
 

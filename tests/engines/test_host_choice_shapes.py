@@ -43,9 +43,9 @@ def test_drawn_plans() -> None:
         src, dst = _view(case.src), _view(case.dst)
         mine, theirs = (Index(s.ids, step=s.step, offset=s.offset) for s in (case.src, case.dst))
         steps = mine.plan_step, theirs.plan_step
-        unit = CopyPlan(src.form, dst.form, *steps).unit
+        unit = CopyPlan(src.form, dst.form, *steps, reinterpret=True).unit
         unit = gcd(unit, case.count, mine.offset, theirs.offset)
-        plan = CopyPlan(src.form, dst.form, *steps, unit)
+        plan = CopyPlan(src.form, dst.form, *steps, unit, reinterpret=True)
         skipped = (mine.slots(case.count) < 0) | (theirs.slots(case.count) < 0)
         assume(case.count and not skipped.any())  # what is skipped, who launches has removed
         found = counted(plan, mine, theirs, case.count)
