@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from portakv.backends.rows_kernel import RowsKernel
-from portakv.errors import Unsupported
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.cuda import ArgumentLists
+from portakv.runtime.devices import refuse_capture
 
 if TYPE_CHECKING:
     from portakv.view.index import Index
@@ -75,34 +75,9 @@ class LoadedKernels:
             known = self._loaded.get(source)
             if known is None:
                 if self._capturing():
-                    raise captured()
+                    raise refuse_capture()
                 known = self._loaded[source] = self._driver.load(source, names)
             return known
-
-
-def captured() -> Unsupported:
-    """For preparing, inside graph capture, what is not there yet."""
-    return Unsupported(
-        "Preparing a copy inside graph capture",
-        "its kernel has to be compiled and loaded first; make the same call once before the "
-        "capture",
-    )
-
-
-class _Arguments(threading.local):
-    """One argument for each kernel and thread, so that several threads can share a launch.
-
-    Attributes:
-        buffers: what `RowsKernel.pack` writes into.
-        addresses: of the lists of arguments (each holds one), as a driver's launch takes them.
-    """
-
-    def __init__(self, fixed: list[bytes], driver: RowsDriver) -> None:
-        with driver.current():  # which gives a new thread a context
-            self.buffers = [bytearray(one) for one in fixed]
-        self._owned = [(ctypes.c_char * len(one)).from_buffer(one) for one in self.buffers]
-        self._lists = [(ctypes.c_void_p * 1)(ctypes.addressof(one)) for one in self._owned]
-        self.addresses = [ctypes.addressof(one) for one in self._lists]
 
 
 class RowsLaunch:
@@ -122,7 +97,7 @@ class RowsLaunch:
         self._parts = list(zip(kernels, functions, strict=True))
         self._unit, self._driver = kernels[0].unit, driver
         self._handle, self._launch, self._success = driver.handle, driver.launch, driver.success
-        self._arguments = _Arguments([kernel.fixed for kernel in kernels], driver)
+        self._arguments = ArgumentLists([kernel.fixed for kernel in kernels], driver.current)
 
     def again(
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
@@ -185,7 +160,7 @@ class RowsAgain:
             (pack, functions, k.row, k.planes, k.threads, k.small, k.tuned)
             for pack, functions, k in parts
         ]
-        self._driver, self._arguments = driver, _Arguments(fixed, driver)
+        self._driver, self._arguments = driver, ArgumentLists(fixed, driver.current)
         self._handle, self._launch, self._word = driver.handle, driver.launch, driver.word
         self._success = driver.success
 

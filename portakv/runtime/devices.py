@@ -8,7 +8,7 @@ import difflib
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -209,9 +209,9 @@ def resolve(device: torch.device | str | int) -> torch.device:
 def devices_present() -> list[torch.device]:
     """One device of each type that this machine has: the CPU, then the accelerator, if any."""
     found = [_HOST]
-    if torch.accelerator.is_available():
+    with suppress(RuntimeError):  # a vendor's package that fails may leave its name behind
         kind = torch.accelerator.current_accelerator()
-        if kind is not None:
+        if kind is not None and torch.accelerator.is_available():
             found.append(torch.device(kind.type, torch.accelerator.current_device_index()))
     return found
 
