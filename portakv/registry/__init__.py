@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend carries a copy out, with every candidate's answer on record."""
 
+from portakv.registry.prepared import prepare
 from portakv.registry.registry import (
     BUILT_IN,
     ENGINES,
@@ -25,6 +26,7 @@ __all__ = [
     "Registry",
     "choose",
     "found",
+    "prepare",
     "register_backend",
     "trace",
 ]
