@@ -49,6 +49,10 @@ class Unsupported(PortaKVError, NotImplementedError):
         self.why = why
 
 
+class InvalidTerms(Unsupported, ValueError):
+    """An argument that says how to copy, and is none of the values that it may have."""
+
+
 class TransferError(PortaKVError, RuntimeError):
     """A transfer that was launched did not end well, or its completion cannot be asked here."""
 

@@ -12,7 +12,7 @@ from portakv.copy.arguments import Ids
 from portakv.copy.enqueue import Piece, launch, refuse_capture
 from portakv.engines.choose import across
 from portakv.engines.engine import Terms
-from portakv.errors import DeviceMismatch, LayoutError, PortaKVError, SlotError, Unsupported
+from portakv.errors import DeviceMismatch, InvalidTerms, LayoutError, PortaKVError, SlotError
 from portakv.plan.move import Move
 from portakv.plan.plan import check_disjoint
 from portakv.registry.prepared import Prepared, prepared
@@ -80,9 +80,9 @@ def checked(
 
 
 def is_strict(check: object) -> bool:
-    """What the argument ``check`` asks; raises `Unsupported` if it is neither word."""
+    """What the argument ``check`` asks; raises `InvalidTerms` if it is neither word."""
     if check not in ("usual", "strict"):
-        raise Unsupported(
+        raise InvalidTerms(
             f"A copy with check={check!r}",
             "expected 'usual' or 'strict'; pass one of these, or leave it out",
         )

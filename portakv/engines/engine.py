@@ -10,7 +10,7 @@ from numbers import Real
 import torch
 
 from portakv.backends.base import Backend, Decision
-from portakv.errors import Unsupported
+from portakv.errors import InvalidTerms
 from portakv.plan.plan import CopyPlan
 from portakv.registry.registry import Choice, choose
 from portakv.runtime.transfer import Pending
@@ -39,7 +39,7 @@ class Terms:
             not wait for this one's.
 
     Raises:
-        Unsupported: terms that nobody can keep.
+        InvalidTerms: a value that a term cannot have.
     """
 
     overlap: str = "compute"
@@ -49,24 +49,24 @@ class Terms:
 
     def __post_init__(self) -> None:
         if self.overlap not in OVERLAPS:
-            raise Unsupported(
+            raise InvalidTerms(
                 f"A transfer with overlap={self.overlap!r}",
                 f"expected one of {', '.join(OVERLAPS)}; pass one of these, or leave it out for "
                 f"{OVERLAPS[0]}",
             )
         if not isinstance(self.detached, bool):
-            raise Unsupported(
+            raise InvalidTerms(
                 f"A transfer with detached={self.detached!r}",
                 "expected True or False; pass one, or leave it out for False",
             )
         blocks, rate = self.max_thread_blocks, self.max_gbps
         if blocks is not None and (not isinstance(blocks, int) or blocks < 1):
-            raise Unsupported(
+            raise InvalidTerms(
                 f"A transfer with max_thread_blocks={blocks!r}",
                 "expected a whole number from 1 on; pass one, or None for the engine's own limit",
             )
         if rate is not None and not (isinstance(rate, Real) and rate > 0):
-            raise Unsupported(
+            raise InvalidTerms(
                 f"A transfer with max_gbps={rate!r}",
                 "expected 10^9 bytes in a second, above 0; pass so many, or None for the link's "
                 "own rate",

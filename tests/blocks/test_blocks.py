@@ -38,6 +38,7 @@ from portakv import (
     copy_blocks,
 )
 from portakv.blocks import slices as block_slices
+from portakv.errors import InvalidTerms
 
 SRC, DST = [5, 0, 7, 2, 3], [1, 6, 0, 4, 2]
 BLOCK_BYTES = LAYERS * 2 * SIZE * HEADS * DIM * 2
@@ -302,8 +303,10 @@ def test_views_that_cannot_hold_each_other(options: dict[str, Any]) -> None:
 )
 def test_terms_that_nobody_can_keep(terms: dict[str, Any], words: str) -> None:
     src, dst = layered(), layered()
-    with refused(Unsupported, words, str(next(iter(terms))), watch=dst.tensors):
+    error = Unsupported if words == "leave it out" else InvalidTerms
+    with refused(error, words, str(next(iter(terms))), watch=dst.tensors) as caught:
         copy_blocks(src.view, dst.view, SRC, DST, **terms)
+    assert isinstance(caught.value, ValueError) == (error is InvalidTerms)
 
 
 def test_terms_that_change_nothing_on_the_host() -> None:

@@ -10,7 +10,8 @@ import torch
 from support.block_cases import BLOCKS, SIZE, layered, wanted
 from support.guarded_memory import refused
 
-from portakv import SlotError, Unsupported, copy_blocks, copy_rows
+from portakv import SlotError, copy_blocks, copy_rows
+from portakv.errors import InvalidTerms
 
 
 def placed(ids: list[int], device: torch.device) -> torch.Tensor:
@@ -45,5 +46,5 @@ def test_what_is_right_is_moved(device: torch.device) -> None:
 
 def test_another_word_is_refused() -> None:
     src, dst = layered(), layered()
-    with refused(Unsupported, "check='loose'", "'usual' or 'strict'", watch=dst.tensors):
+    with refused(InvalidTerms, "check='loose'", "'usual' or 'strict'", watch=dst.tensors):
         copy_rows(src.view, dst.view, [0], [1], check="loose")
