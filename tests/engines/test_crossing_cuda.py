@@ -369,4 +369,4 @@ def test_who_is_asked_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "ROCm" in str(ask(cuda))
     monkeypatch.setattr(_cuda_driver, "library", lambda: ctypes.CDLL("libnone.so.7"))
     assert "libnone.so.7" in str(ask(cuda))
-    assert isinstance(crossing.crossing(torch.device("meta")), TorchLink)
+    assert isinstance(crossing.link_of(torch.device("meta")), TorchLink)
