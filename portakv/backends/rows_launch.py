@@ -129,8 +129,6 @@ class RowsLaunch:
             with self._driver.current():
                 self(src, dst, src_index, dst_index, count, stream, status)
             return
-        src.check_memory()
-        dst.check_memory()
         units, arguments = count // self._unit, self._arguments
         word = 0 if status is None else self._driver.word(status.data_ptr())
         for at, (kernel, functions) in enumerate(self._parts):

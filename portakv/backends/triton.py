@@ -122,8 +122,6 @@ class _InterpretedLaunch:
     ) -> None:
         from portakv.backends._triton_kernel import copy_rows
 
-        src.check_memory()
-        dst.check_memory()
         word = 0 if status is None else status.data_ptr()
         units = count // self._unit
         for nest in self._nests:
@@ -169,8 +167,6 @@ class _TritonLaunch:
     ) -> None:
         if self._process.forked:
             raise refuse_fork("the device's context")
-        src.check_memory()
-        dst.check_memory()
         word = 0 if status is None else status.data_ptr()
         units = count // self._unit
         if stream is None and self._current_device() == self._index:

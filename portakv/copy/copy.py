@@ -150,6 +150,8 @@ def copy_move(
     """
     src, dst, src_index, dst_index, count = move
     dst.check_writable()
+    src.check_memory()
+    dst.check_memory()
     if not src.device == dst.device == choice.backend.device and _must_cross(src, dst, choice):
         choice = across(choice, terms)
     ready = prepared(src.form, dst.form, *move.steps, None, choice)

@@ -219,10 +219,14 @@ class KVView:
     def check_memory(self) -> None:
         """Raise `LayoutError` where the memory behind a tensor was freed or replaced in place."""
         known = self._memory
-        if not known or any(s.data_ptr() != at or s.nbytes() != n for s, at, n in known):
+        for storage, address, nbytes in known or ():
+            if storage.data_ptr() != address or storage.nbytes() != nbytes:
+                known = ()
+                break
+        if not known:
             found = self._find_memory()
             # Tensors that are not held may be given other storages, so that all are asked again.
-            self._memory = None if known is None else found
+            self._memory = None if self._memory is None else found
 
     def _find_memory(self) -> tuple[tuple[torch.UntypedStorage, int, int], ...]:
         """Each storage, where it begins and its bytes; raises if they do not hold all spans."""
