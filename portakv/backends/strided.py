@@ -54,6 +54,8 @@ class Ops(NamedTuple):
             with holes through a contiguous copy of all of it (the flow in its header
             ``aclnn_index_select.h``): for a cache that costs its own size, and a scatter would put
             back old bytes over those that another stream has written meanwhile.
+        evenly: ids on the host are looked at: those that rise evenly make a plain copy, which pays
+            if torch gives plain copies to more threads.
         select: picks rows: (source, rows, out or None).
         put: writes rows: (target, rows, source).
         copy: copies all rows: (target, source).
@@ -62,6 +64,7 @@ class Ops(NamedTuple):
     widest: int = 8
     by_plane: bool = False
     holes: bool = True
+    evenly: bool = False
     select: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor] = (
         _index_select
     )
@@ -112,8 +115,9 @@ class StridedCopy:
         src_loops = [(x.extent, x.src_stride) for x in inner]
         dst_loops = [(x.extent, x.dst_stride) for x in inner]
         row = 0 if ops.holes else _row(nest, [s for _, s in (*src_loops, *dst_loops)])
-        self._src = _Rows(nest.src, unit, nest.run, width, src_loops, row)
-        self._dst = _Rows(nest.dst, unit, nest.run, width, dst_loops, row)
+        shape = unit, nest.run, width, row, ops.evenly
+        self._src = _Rows(nest.src, src_loops, *shape)
+        self._dst = _Rows(nest.dst, dst_loops, *shape)
         self._moves = [(_moved(src_steps, at), _moved(dst_steps, at)) for at in places]
 
     def __call__(
@@ -189,8 +193,10 @@ class _Rows:
     """
 
     def __init__(
-        self, side: Side, unit: int, run: int, width: int, loops: list[tuple[int, int]], row: int
-    ) -> None:
+        self, side: Side, loops: list[tuple[int, int]], unit: int, run: int, width: int, row: int,
+        evenly: bool,
+    ) -> None:  # fmt: skip
+        self._evenly = evenly
         self._side, self._unit, self._dtype = side, unit, ELEMENTS[width]
         self._flat = len(side.units) == 1 and not side.tabled
         self._pitch = side.units[0].stride if self._flat else 0
@@ -228,8 +234,7 @@ class _Rows:
         numbers = found.numbers[picked.first : picked.first + picked.number]
         if picked.at is not None:
             numbers = found.numbers.index_select(0, picked.at.to(found.numbers.device))
-        step = _step(numbers) if not self._walk and numbers.device == _HOST else 0
-        if step:
+        if self._evenly and not self._walk and (step := _step(numbers)):
             pitch, start = step * self._grain, int(numbers[0]) * self._grain
             return self._over(view, entry, start, pitch, picked.number, None)
         view.check_memory()
@@ -332,7 +337,7 @@ def _copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
 
 #: What torch gives to several of its threads. It has threads for the caller: others would be slower
 #: to wake, and would share the cores with those.
-_HERE = Ops(16, False, True, _pick_here, _put_here, _copy_bytes)
+_HERE = Ops(16, False, True, True, _pick_here, _put_here, _copy_bytes)
 
 
 class HostRows:

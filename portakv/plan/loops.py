@@ -82,15 +82,18 @@ class Side:
             and the distances behind ``offset`` in multiples of ``grain`` bytes, which divides the
             strides of the units.
         """
-        entries, places = None, numbers * 0
+        entries = places = None
+        rest = numbers
         for step in reversed(self.units):
-            digit = numbers % step.extent if step.extent else numbers
-            numbers = numbers // step.extent if step.extent else numbers
+            digit = rest % step.extent if step.extent else rest
+            rest = rest // step.extent if step.extent else rest
             if step.table:
                 entries = digit * step.table + (0 if entries is None else entries)
             if step.stride:
-                places = places + digit * (step.stride // grain)
-        return entries, places
+                factor = step.stride // grain
+                place = digit if factor == 1 else digit * factor
+                places = place if places is None else places + place
+        return entries, numbers * 0 if places is None else places
 
 
 @dataclass(frozen=True, slots=True)
