@@ -92,9 +92,18 @@ def _named_in(path: Path, module: str) -> set[str]:
         elif isinstance(node, ast.Import):
             named |= {alias.name for alias in node.names}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            named |= {node.value} if node.value.replace(".", "").isidentifier() else set()
+            named |= _named_by(node.value)
     drivers = {f"{_RUNTIME}.{driver}" for driver in _DRIVERS}
     return {name for name in named if name.startswith(_COUNTED) or name in drivers}
+
+
+def _named_by(text: str) -> set[str]:
+    """The module that a text of a file names: by its name, or by a file of it (``cuda/rows.cuh``)."""
+    folder, _, file = text.rpartition("/")
+    if folder.isidentifier() and Path(file).suffix in _SUFFIXES:
+        native = _file_of(_NATIVE).parent
+        return {f"{_NATIVE}.{folder}"} if (native / folder / file).is_file() else set()
+    return {text} if text.replace(".", "").isidentifier() else set()
 
 
 def _beside(path: Path) -> list[Path]:

@@ -79,9 +79,13 @@ def test_our_own_backends_count_what_they_build_on() -> None:
     assert {"portakv.backends.cuda.py", "portakv.runtime.nvrtc.py"} <= cuda
     assert "portakv_native.cuda/rows.cuh" in cuda
     compiled = set(source_files("portakv.backends.compiled"))
-    assert "portakv.backends.reference.py" in compiled
+    assert "portakv.backends.strided.py" in compiled
+    hip = set(source_files("portakv.backends.hip"))
+    assert {"portakv.runtime.hip.py", "portakv_native.cuda/rows.cuh"} <= hip
+    ascend = set(source_files("portakv.backends.ascend"))
+    assert "portakv_native.ascend/rows.h" in ascend
     reference = set(source_files("portakv.backends.reference"))
-    assert "portakv.backends.reference.py" in reference
+    assert {"portakv.backends.reference.py", "portakv.backends.strided.py"} <= reference
     assert not any(name.startswith("portakv_native") for name in reference | compiled)
     assert not any(name.endswith(".base.py") for name in cuda | compiled | reference)
 

@@ -52,11 +52,12 @@ def judge_of(name: str) -> Judge:
 
 def conform(name: str, folder: Path, *options: str) -> RunRecord:
     """The report of a run of the suite on one of the backends."""
-    here = Path(__file__).resolve().parent
+    tests = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
     words = [sys.executable, "-m", "portakv", "conform", f"support.conform_honest_backends:{name}"]
     done = subprocess.run(
         [*words, "--device", "cpu", "--report", str(folder), *options],
-        env={**os.environ, "PYTHONPATH": str(here), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode in (0, 1), done.stderr

@@ -101,9 +101,13 @@ def test_what_is_malformed_is_a_value_error(name: str, device: str) -> None:
         subject(name, device)
 
 
-def test_a_device_that_nobody_brings_is_not_available() -> None:
-    with pytest.raises(BackendUnavailable, match=r"'zpu' was asked.*torch_zpu is not installed"):
-        subject("reference", "zpu")
+@pytest.mark.parametrize(
+    ("device", "why"),
+    [("zpu", "torch knows no zpu"), ("npu", "torch knows no npu.* torch_npu is not installed")],
+)
+def test_a_device_that_is_not_here_is_not_available(device: str, why: str) -> None:
+    with pytest.raises(BackendUnavailable, match=rf"'{device}' was asked for, but {why}"):
+        subject("reference", device)
 
 
 # -- how copies are judged ----------------------------------------------------------------------

@@ -34,12 +34,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def run(installed: Path, *command: str) -> str:
+def run(installed: Path, *command: str, **variables: str) -> str:
     """What Python prints with the package installed."""
-    path = os.pathsep.join([str(installed), str(ROOT / "tests")])
+    path = os.pathsep.join([str(installed), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, *command],
-        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"},
+        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200", **variables},
         capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
@@ -87,7 +87,7 @@ def test_it_copies_by_the_drivers_call(installed: Path) -> None:
         "check_caches(caches, back)\n"
         "print(c._choice.name)"
     )
-    assert run(installed, "-c", code) == "acme\n"
+    assert run(installed, "-c", code, SIMDEV_NAME="simdev") == "acme\n"
 
 
 @simulated
