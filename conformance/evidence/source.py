@@ -98,7 +98,7 @@ def _named_in(path: Path, module: str) -> set[str]:
 
 
 def _named_by(text: str) -> set[str]:
-    """The module that a text of a file names: by its name, or by a file of it (``cuda/rows.cuh``)."""
+    """The module that a text names: by its name, or by a file of it (``cuda/rows.cuh``)."""
     folder, _, file = text.rpartition("/")
     if folder.isidentifier() and Path(file).suffix in _SUFFIXES:
         native = _file_of(_NATIVE).parent
