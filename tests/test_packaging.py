@@ -42,8 +42,8 @@ def declared() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def folders(declared: dict[str, Any]) -> dict[str, Path]:
     """Import name -> folder of this repository, for each top-level package."""
-    mapped: dict[str, str] = declared["tool"]["setuptools"]["package-dir"]
-    return {name: ROOT / folder for name, folder in mapped.items()}
+    (source,) = declared["tool"]["setuptools"]["package-dir"].values()
+    return {link.name: link.resolve() for link in (ROOT / source).iterdir() if link.is_symlink()}
 
 
 def test_each_package_of_the_tree_is_declared(

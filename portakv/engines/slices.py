@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from portakv.engines.dense import DenseRows, dense_rows
-from portakv.engines.pieces import Pieces, pieces_of
+from portakv.engines.pieces import Pieces, to_2d_copies
 from portakv.errors import Unsupported
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import Prepared, prepared
@@ -223,8 +223,8 @@ class TwoStages:
         """What has to cross between a mirror and the host; ``below`` as in `to_2d_copies`."""
         behind = self.behind(index)
         if self.downward:
-            return pieces_of(link, mirror, host, behind, index, count, below)
-        return pieces_of(link, host, mirror, index, behind, count, below)
+            return to_2d_copies(link.runs(mirror, host, behind, index, count), mirror, host, below)
+        return to_2d_copies(link.runs(host, mirror, index, behind, count), host, mirror, below)
 
 
 class StagesByCut:

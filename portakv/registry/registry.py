@@ -335,7 +335,7 @@ def _unavailable(
         close = [d for d in tried if MADE_FOR.get(d.name, device.type) == device.type]
         asked = "\n".join([f"No backend can serve {device}:", *(f"  {d}" for d in close)])
     error = BackendUnavailable(
-        f"{asked}\n{todo} What every candidate says: portakv backends --device {device}"
+        f"{asked}\n{todo} `portakv backends --device {device}` shows what every candidate says."
     )
     rest = [d for d in all_said if d.name not in {t.name for t in tried}]
     error.trace = (*tried, *rest)
@@ -409,7 +409,7 @@ def found(device: torch.device | str) -> torch.device:
     asked, mark, todo, more = str(device), "" if absent.meant else ".", "Pass", ""
     if absent.known:
         todo = "Mend that, or pass"
-        more = f" What every candidate says: portakv backends --device {asked}"
+        more = f" `portakv backends --device {asked}` shows what every candidate says."
     error = BackendUnavailable(
         f"Device {asked!r} was asked for, but {absent}{mark} {todo} a device of this machine: "
         f"{', '.join(map(str, devices_present()))}.{more}"

@@ -286,7 +286,10 @@ def test_bench_prints_and_writes_one_json_value(
 
 
 @pytest.mark.usefixtures("tiny_only")
-def test_bench_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_prints_a_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # no heading is folded
     words = ["--preset", "quick", "--device", "cpu", "--shape", "tiny", "--backend", "reference"]
     assert bench.main(words) == 0
     shown = capsys.readouterr()

@@ -323,8 +323,8 @@ def test_demo_under_an_unknown_forced_name(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("PORTAKV_BACKEND", "nonsense")
     code, _, err = run("demo")
     assert code == 1
-    assert "nonsense: rejected, no such backend" in err
-    assert "reference: accepted" in err
+    assert "it cannot serve cpu: no such backend; known are cuda, hip," in err
+    assert "portakv backends --device cpu" in err
 
 
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (4, 4)])

@@ -298,8 +298,8 @@ def test_an_unknown_forced_backend_ends_before_any_work(monkeypatch: pytest.Monk
     monkeypatch.setattr("portakv.cli.demo.measured", worked)
     ran = run("demo")
     assert (ran.code, ran.out) == (1, "")
-    assert "nonsense: rejected, no such backend" in ran.err
-    assert "reference: accepted" in ran.err
+    assert "it cannot serve cpu: no such backend; known are cuda, hip," in ran.err
+    assert "portakv backends --device cpu" in ran.err
 
 
 # what is printed

@@ -194,9 +194,9 @@ def test_explain_ends_with_a_sentence(words: list[str], why: str, option: tuple[
     assert why in err
 
 
-def test_an_unknown_forced_name_ends_with_the_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_forced_name_says_where_the_trace_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PORTAKV_BACKEND", "nonsense")
     code, out, err = run("explain", *FOUNDING)
     assert (code, out) == (1, "")
     assert "'nonsense' was forced" in err
-    assert "reference: accepted" in err
+    assert "portakv backends --device cpu" in err

@@ -149,7 +149,9 @@ def test_a_device_without_room_for_staging_copies_all_the_same(
     monkeypatch.setattr(staging.Staging, "reserve", full)
     with pytest.raises(torch.OutOfMemoryError):  # by name, it is told
         launch.carry("staged", src, dst, index, index, BLOCKS * SIZE, None)
-    monkeypatch.setattr(launch, "pick", lambda *asked: SimpleNamespace(engine="staged"))
+    monkeypatch.setattr(
+        launch, "pick", lambda *asked: SimpleNamespace(engine="staged", why="asked")
+    )
     launch(src, dst, index, index, BLOCKS * SIZE, None, None)
     torch.accelerator.synchronize(DEVICE)
     assert torch.equal(rows(layers, blocks), host)

@@ -92,7 +92,7 @@ def test_without_the_package_every_candidate_says_what_it_lacks(kind: str, tmp_p
     (first,) = said.splitlines()
     assert f" is not installed; {INSTALL[package]}. Mend that, or pass a device " in first
     assert first.endswith(
-        f"this machine: cpu. What every candidate says: portakv backends --device {kind}"
+        f"this machine: cpu. `portakv backends --device {kind}` shows what every candidate says."
     )
     assert "reference: rejected, it needs the device" in traced
     assert f"cuda: rejected, it runs on cuda devices, not on {package}" in traced

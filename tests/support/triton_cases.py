@@ -116,7 +116,7 @@ def drawn_copies(device: str) -> None:
 
 
 def view(side: Side) -> KVView:
-    return KVView(side.tensors, side.layout, **side.extents)
+    return KVView(side.tensors, side.layout, reinterpret=side.reinterpret, **side.extents)
 
 
 def index(side: Side) -> Index:
