@@ -14,6 +14,7 @@ import pytest
 from portakv_conformance.simdev import build
 
 HERE = Path(__file__).parent
+PATH = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
 why_not = build.missing()
 MODULES = [str(HERE / "test_simdev_device.py"), str(HERE.parent / "copy" / "test_copies_simdev.py")]
 pytestmark = pytest.mark.skipif(why_not is not None, reason=why_not or "")
@@ -21,8 +22,7 @@ pytestmark = pytest.mark.skipif(why_not is not None, reason=why_not or "")
 
 def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run Python with the tests' modules, in an environment with some variables more."""
-    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "SIMDEV_NAME": "simdev", "PYTHONPATH": path, **variables}
+    environment = {**os.environ, "SIMDEV_NAME": "simdev", "PYTHONPATH": PATH, **variables}
     return subprocess.run(
         [sys.executable, *command],
         env=environment, cwd=HERE, capture_output=True, text=True, check=False, timeout=600,
@@ -133,23 +133,25 @@ def test_a_forked_process_is_refused() -> None:
 
 
 NO_WAIT = """
-from portakv import ordering
+from portakv.copy import enqueue
 
-def order(stream, device, src, dst, placed):
+def order(stream, device, placed):
+    src, dst = placed[0].src, placed[0].dst
     tables = [view.table for view in (src, dst) if len(view.origins) > 1]
-    ids = [index.ids for pair in placed for index in pair if index.ids is not None]
+    indices = [index for move in placed for index in (move.src_index, move.dst_index)]
+    ids = [index.ids for index in indices if index.ids is not None]
     for tensor in (*src.owners, *dst.owners, *ids, *tables):
         if tensor.device == device:
             tensor.record_stream(stream)
 
-ordering._order = order
+enqueue._order = order
 """
 
 
 @pytest.mark.slow
 def test_the_suite_fails_every_time_without_the_connectors_wait(tmp_path: Path) -> None:
     (tmp_path / "no_wait.py").write_text(NO_WAIT)
-    suite = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--pyargs",
+    suite = ["-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", "--pyargs",
              "portakv_conformance", "--portakv-backend", "reference", "--portakv-device", "simdev",
              "-k", "test_a_copy_waits_for_its_producer and side"]  # fmt: skip
     whole = run(*suite)
@@ -157,7 +159,7 @@ def test_the_suite_fails_every_time_without_the_connectors_wait(tmp_path: Path) 
     for seed in range(100):
         done = run(
             *suite, "-p", "no_wait", "--portakv-seed", str(seed),
-            PYTHONPATH=os.pathsep.join([str(tmp_path), str(HERE.parent)]),
+            PYTHONPATH=os.pathsep.join([str(tmp_path), PATH]),
         )  # fmt: skip
         assert done.returncode == 1, done.stdout
         assert "1 failed" in done.stdout
