@@ -95,9 +95,10 @@ def _print_failures(record: RunRecord, options: Options) -> None:
         print()
 
 
-def _size(case: CaseRecord) -> tuple[bool, int]:
-    """How much has to be understood of a failing case: errors of the surroundings come last."""
-    return case.status != "failed", len(case.reason) + len(case.id)
+def _size(case: CaseRecord) -> tuple[bool, bool, int]:
+    """How much has to be understood of a failing case: one with an example to replay comes first,
+    errors of the surroundings come last."""
+    return case.status != "failed", not case.example, len(case.reason) + len(case.id)
 
 
 def _print_failure(case: CaseRecord, record: RunRecord, options: Options) -> None:

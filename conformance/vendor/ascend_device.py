@@ -114,10 +114,15 @@ class _Guard(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name = func.name()
+        name, named = func.name(), kwargs or {}
         if name not in _KNOWN and any(map(_on_npu, pytree.tree_leaves((args, kwargs)))):
-            raise ascend_ops.Refused(f"{name} is not emulated, and torch_npu has no NPU here.")
-        return func(*args, **(kwargs or {}))
+            # In inference mode composed ops arrive whole: what they are composed of is watched.
+            with self:
+                composed = func.decompose(*args, **named)
+            if composed is NotImplemented:
+                raise ascend_ops.Refused(f"{name} is not emulated, and torch_npu has no NPU here.")
+            return composed
+        return func(*args, **named)
 
 
 def _on_npu(value: Any) -> bool:

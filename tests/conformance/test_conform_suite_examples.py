@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from portakv_conformance.record import CaseRecord
+from portakv_conformance.record import CaseRecord, RunRecord
 from portakv_conformance.run.journal import MOST_EXAMPLES, Journal, Page
 from portakv_conformance.run.progress import SILENT
 from portakv_conformance.run.request import Options
@@ -121,7 +122,18 @@ def test_a_backend_that_is_wrong_everywhere_says_so_once(tmp_path: Path) -> None
     ]
     done = conform(*words, "--jobs", "2")
     assert done.returncode == 1, done.stderr
-    kept = len([*tmp_path.glob("example-*.json")])
-    assert MOST_EXAMPLES < kept <= 2 * MOST_EXAMPLES
-    assert done.stdout.count("its example: ") == kept
+    kept = {file.name for file in tmp_path.glob("example-*.json")}
+    assert MOST_EXAMPLES < len(kept) <= 2 * MOST_EXAMPLES
+    record = RunRecord.read((tmp_path / "conformance.json").read_text(encoding="utf-8"))
+    examples = {case.id: Path(case.example).name for case in record.cases if case.example}
+    assert set(examples.values()) == kept
+    assert len(examples) == len(kept)
+    # A test is shown by one case, which has an example if any case of the test has one.
+    shown = re.findall(r"^FAILED (\S+)$", done.stdout, re.MULTILINE)
+    tests = {id.partition("[")[0] for id in examples}
+    told = [id for id in shown if id.partition("[")[0] in tests]
+    assert told
+    assert re.findall(r"its example: .*?(example-\w+\.json)", done.stdout) == [
+        examples[id] for id in told
+    ]
     assert f"Of the failing examples at most {MOST_EXAMPLES} of drawn cases" in done.stdout
