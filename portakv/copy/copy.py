@@ -183,7 +183,9 @@ def _must_cross(src: KVView, dst: KVView, choice: Choice) -> bool:
             f"The source is on {src.device} and the destination on {dst.device}, but the copy runs "
             f"on {home}; views must lie there or on the host. Make a connector for their device."
         )
-    return (src.form.place, dst.form.place) not in choice.can.places
+    # An engine that was asked for by name is never replaced by another: its own check refuses.
+    is_engine = any("device" in pair and pair[0] != pair[1] for pair in choice.can.places)
+    return not is_engine and (src.form.place, dst.form.place) not in choice.can.places
 
 
 def _pieces(ready: Prepared, move: Move, choice: Choice) -> list[Piece]:
