@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -129,10 +130,10 @@ def test_host_sources_that_are_expanded(
     for layout, axis in _SEEN_TWICE:
         latent = "layer" not in layout
         shape = Shape(layers=1, heads=1, widths=(64,)) if latent else Shape(widths=(64, 64))
-        slots, how = (
-            home.shuffled(shape.slots, 9, 1),
-            {"layout": layout, "expand": dimension(layout, axis), "every": every},
-        )
+        slots = home.shuffled(shape.slots, 9, 1)
+        how: dict[str, Any] = {
+            "layout": layout, "expand": dimension(layout, axis), "every": every
+        }  # fmt: skip
         if "block" in layout:
             chunk = "token dim" if latent else CHUNK
             src = host.cache(shape, slots, **how)

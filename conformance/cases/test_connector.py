@@ -70,8 +70,9 @@ def _chunk(case: Case) -> Any:
 @pytest.fixture
 def store(subject: Subject, judge: Judge, home: Workshop) -> Store:
     """A connector for this backend, in a layout that it takes."""
-    layouts = {"kv_layout": home.paged, "chunk_layout": home.dense}
-    connector = AdaptiveConnector(subject.device, backend=subject.name, **layouts)
+    connector = AdaptiveConnector(
+        subject.device, backend=subject.name, kv_layout=home.paged, chunk_layout=home.dense
+    )
     return Store(judge, home, connector)
 
 

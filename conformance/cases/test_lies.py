@@ -115,11 +115,11 @@ def test_a_launch_has_read_its_host_ids(
     expected = case.expected()
     launch = subject.prepare(plan_of(case))
     views = view_of(case.src), view_of(case.dst)
-    indices = [subject.place(index_of(side)) for side in (case.src, case.dst)]
+    mine, theirs = (subject.place(index_of(side)) for side in (case.src, case.dst))
     _ = [view.table for view in views]
     facility.synchronize()
     facility.delay(BUSY)
-    pending = launch(*views, *indices, case.count, None, None)
+    pending = launch(*views, mine, theirs, case.count, None, None)
     if subject.can.index_on == "host":
         _other_slots(ids)
     if pending is not None:
@@ -161,12 +161,12 @@ def test_each_thread_gets_its_own_copy(
 
 def _work(subject: Subject, launch: Any, case: Case, gate: threading.Barrier) -> Any:
     views = view_of(case.src), view_of(case.dst)
-    indices = [subject.place(index_of(side)) for side in (case.src, case.dst)]
+    mine, theirs = (subject.place(index_of(side)) for side in (case.src, case.dst))
     _ = [view.table for view in views]  # made on this thread's stream
 
     def work() -> None:
         gate.wait()
-        pending = launch(*views, *indices, case.count, None, None)
+        pending = launch(*views, mine, theirs, case.count, None, None)
         if pending is not None:
             pending.wait()
 

@@ -51,7 +51,7 @@ class GuardOffByOne(HostRows):
         dst = self.numbers(call.dst_index, self.units(plan, call), plan.unit)
         bad = (src > call.src.slots // plan.unit) | (dst > call.dst.slots // plan.unit)
         if bad.any():
-            self.report(int(np.nonzero(bad)[0][0]), plan.unit, call)
+            self.report(np.nonzero(bad)[0], plan.unit, call)
         moved = self.moved(src, dst) & ~bad
         return src[moved], dst[moved]
 

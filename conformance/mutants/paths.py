@@ -95,7 +95,7 @@ class GuardsSourceOnly(HostRows):
         dst = np.minimum(dst, call.dst.slots // plan.unit - 1)
         bad = src >= call.src.slots // plan.unit
         if bad.any():
-            self.report(int(np.nonzero(bad)[0][0]), plan.unit, call)
+            self.report(np.nonzero(bad)[0], plan.unit, call)
         moved = self.moved(src, dst) & ~bad
         return src[moved], dst[moved]
 
@@ -110,5 +110,5 @@ class PaddingHidesBadIds(HostRows):
         moved = self.moved(src, dst)
         bad = (src >= call.src.slots // plan.unit) | (dst >= call.dst.slots // plan.unit)
         if (bad & moved).any():
-            self.report(int(np.nonzero(bad & moved)[0][0]), plan.unit, call)
+            self.report(np.nonzero(bad & moved)[0], plan.unit, call)
         return src[moved & ~bad], dst[moved & ~bad]

@@ -158,7 +158,7 @@ def _icon(record: RunRecord) -> str:
 
 def _own(name: str) -> Markup:
     """A file of this package as markup; it must not end the element that it stands in."""
-    text = files(__package__ or "").joinpath("templates", name).read_text(encoding="utf-8")
+    text = files(__package__ or "").joinpath("templates").joinpath(name).read_text(encoding="utf-8")
     assert "</" not in text, f"{name} holds '</' and would end its element."
     return Markup(text)
 

@@ -293,7 +293,7 @@ class Transfer:
 
         Raises:
             TransferTimeout: it has not ended after ``timeout`` seconds, and goes on.
-            As `done` does otherwise.
+            SlotError, TransferError: as `done` does.
         """
         self._refuse_captured("synchronize()")
         if timeout is not None:

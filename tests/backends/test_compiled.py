@@ -49,7 +49,7 @@ def _named(pair: tuple[int, int, str]) -> str:
 
 
 @on_each_device
-@pytest.mark.parametrize("pair", PAIRS[:3] + WIDER, ids=_named)
+@pytest.mark.parametrize("pair", [*PAIRS[:3], *WIDER], ids=_named)
 def test_layouts_at_several_lengths(device: str, pair: tuple[int, int, str]) -> None:
     mine, theirs = HANDS[pair[0]], HANDS[pair[1]]
     source = on(device, mine.make(1))

@@ -23,11 +23,11 @@ import torch
 from support.cuda_cases import COPIES
 
 from portakv import Unsupported
-from portakv.backends import rows_launch
 from portakv.backends.cuda import Cuda
 from portakv.backends.rows_kernel import MAX_ENTRIES, NAMES, RowsKernel
 from portakv.backends.rows_launch import LoadedKernels
 from portakv.runtime import nvrtc as _nvrtc
+from portakv.runtime.cuda import ArgumentLists
 
 DEVICE = torch.device("cuda", 0)
 ARCHITECTURES = (80, 90, 100)
@@ -324,7 +324,7 @@ def test_nothing_is_loaded_during_capture() -> None:
 
 def test_each_thread_has_arguments_and_a_context() -> None:
     driver = _Driver()
-    arguments, theirs = rows_launch._Arguments([b"ab", b"c"], driver), []  # type: ignore[arg-type]
+    arguments, theirs = ArgumentLists([b"ab", b"c"], driver.current), list[Any]()
     other = threading.Thread(target=lambda: theirs.extend([arguments.buffers, arguments.addresses]))
     other.start()
     other.join()

@@ -52,14 +52,15 @@ def test_a_repeated_launch_moves_what_the_first_one_does(name: str) -> None:
     paged, ids = (src, mine) if mine.ids is not None else (dst, theirs)
     dense = dst if paged is src else src
     status = torch.zeros(1, dtype=torch.int64)
-    assert ids.ids is not None
-    ids.ids[4] = paged.slots
+    slots = ids.ids
+    assert slots is not None
+    slots[4] = paged.slots
 
     def carry() -> None:
-        repeat(dense.origins[0], ids.ids.data_ptr(), 0, copied.count, status.data_ptr())
+        repeat(dense.origins[0], slots.data_ptr(), 0, copied.count, status.data_ptr())
 
     for end in (copied.src, copied.dst):
         if end.ids is not None:
-            end.ids = ids.ids.tolist()
+            end.ids = slots.tolist()
     copied.check(carry)
     assert int(status) == 5

@@ -69,11 +69,11 @@ def _run(copied: Copy, backend: str) -> None:
     """Copy on the device; the oracle judges what comes back."""
     device = _Device()
     ends = (copied.src, copied.dst)
-    views = [KVView(device.moved(end.tensors), end.layout, **end.extents) for end in ends]
+    src, dst = (KVView(device.moved(end.tensors), end.layout, **end.extents) for end in ends)
 
     def copy() -> None:
-        indices = [end.index() for end in ends]
-        copy_rows(*views, *indices, count=copied.count, backend=backend).synchronize()
+        mine, theirs = (end.index() for end in ends)
+        copy_rows(src, dst, mine, theirs, count=copied.count, backend=backend).synchronize()
         device.bring_back()
 
     copied.check(copy)

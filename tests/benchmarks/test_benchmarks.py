@@ -20,9 +20,9 @@ from support.benchmarks_cases import field
 import portakv_benchmarks.cli as bench
 from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.overhead import measure_overhead
-from portakv_benchmarks.device.workload import Workload, planes
+from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.shared.harness import Measured, Variant, measure, quantile
-from portakv_benchmarks.shared.shapes import Shape, load
+from portakv_benchmarks.shared.shapes import Shape, load, planes
 from portakv_benchmarks.shared.timers import DeviceTimer, Sample
 
 CPU = torch.device("cpu")

@@ -267,7 +267,8 @@ def test_caches_that_were_given_other_memory_are_noticed(how: str, device: torch
     if how == "data":
         caches[1].data = torch.ones_like(caches[1])
     elif how == "set_":
-        caches[1].set_(torch.ones_like(caches[1]))
+        cache: Any = caches[1]
+        cache.set_(torch.ones_like(cache))
     else:
         storage = caches[1].untyped_storage()
         storage.resize_(2 * storage.nbytes())

@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -183,7 +184,8 @@ def test_every_backend_passes_its_self_check(name: str, device: torch.device) ->
 def test_in_a_process_of_its_own(method: str) -> None:
     """On the CPU: a device that was used before a fork is refused, which other tests judge."""
     environment = dict(os.environ)
-    process = multiprocessing.get_context(method).Process(target=_in_a_child)
+    context: Any = multiprocessing.get_context(method)
+    process = context.Process(target=_in_a_child)
     process.start()
     process.join(120)
     assert process.exitcode == 0, environment.get("OMP_NUM_THREADS")

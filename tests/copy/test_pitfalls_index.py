@@ -167,7 +167,8 @@ def test_lists_of_unequal_length_move_nothing(mine: list[int], theirs: list[int]
 
 def test_float_and_bool_slots_are_refused() -> None:
     rig = Rig(2)
-    for bad in (torch.tensor([1.0, 2.0]), torch.tensor([True, False]), [1.0, 2.0]):
+    wrong: list[Any] = [torch.tensor([1.0, 2.0]), torch.tensor([True, False]), [1.0, 2.0]]
+    for bad in wrong:
         with pytest.raises(SlotError):
             copy_rows(rig.dense, rig.paged, None, bad)
     rig.expect([-1, -1], scattered=True)

@@ -83,10 +83,10 @@ def test_rows_of_another_number_type_unless_their_bits_are_meant(dtype: torch.dt
         caches[1][1].flatten(0, 1)[4:10].view(dtype),
         chunk[1, 1].unflatten(1, (HEADS, -1)).repeat(2, 1, 1),
     )
-    blocks = [KVView([x.view(d) for x in caches], "vllm-nhd") for d in (torch.float16, dtype)]
+    half, other = (KVView([x.view(d) for x in caches], "vllm-nhd") for d in (torch.float16, dtype))
     with refused(LayoutError, "reinterpret=True"):
-        copy_blocks(*blocks, [0], [1])
-    copy_blocks(*blocks, [0], [1], reinterpret=True).synchronize()
+        copy_blocks(half, other, [0], [1])
+    copy_blocks(half, other, [0], [1], reinterpret=True).synchronize()
     assert same(caches[0][:, 0], caches[0][:, 1])
 
 
@@ -162,7 +162,7 @@ def test_slices_that_are_none(layers: Any) -> None:
 def test_a_memory_obj_of_numbers() -> None:
     connector = AdaptiveConnector("cpu", chunk_layout="layer | kv token (head dim)")
     with refused(LayoutError, "holds a int"):
-        connector.from_gpu([5, 6], make_caches(), [0])
+        connector.from_gpu([5, 6], make_caches(), [0])  # type: ignore[list-item]
 
 
 def test_steps_of_any_integer_type() -> None:

@@ -44,7 +44,7 @@ def test_thirty_rates_leave_no_thirty_engines() -> None:
         copy_blocks(src, dst, blocks, blocks, max_gbps=10 + nth / 7).synchronize()
     assert engines() == before
     assert len(choose._made) == kinds
-    assert torch.equal(dst.tensors[blocks], src.tensors.cpu()[blocks])  # type: ignore[index,union-attr]
+    assert torch.equal(dst.tensors[blocks], src.tensors.cpu()[blocks])
     assert not simdev.take_faults()
 
 
@@ -98,4 +98,4 @@ def test_what_carried_a_copy_out_is_told_after_another_engine_took_over(
     assert launch.carried.engine == "descriptors"
     assert "no memory left" in launch.carried.why
     torch.accelerator.synchronize(DEVICE)
-    assert torch.equal(dst.tensors[[5, 0, 9]], src.tensors.cpu()[[5, 0, 9]])  # type: ignore[index,union-attr]
+    assert torch.equal(dst.tensors[[5, 0, 9]], src.tensors.cpu()[[5, 0, 9]])

@@ -40,8 +40,8 @@ def test_plain_copies_are_not_available_there() -> None:
     [
         (lambda: PinnedPool(64, 1, timeout="x"), HostMemoryError, ("timeout", "huge_pages")),
         (lambda: PinnedPool(64, 1, unit=3), HostMemoryError, ("unit",)),
-        (lambda: PinnedPool(64, 1, limit="x"), HostMemoryError, ("'x'", "whole number")),
-        (lambda: PinnedPool(64, 1, limit=2.5), HostMemoryError, ("2.5", "whole number")),
+        (lambda: PinnedPool(64, 1, limit="x"), HostMemoryError, ("'x'", "whole number")),  # type: ignore
+        (lambda: PinnedPool(64, 1, limit=2.5), HostMemoryError, ("2.5", "whole number")),  # type: ignore
         (lambda: PinnedPool("x", 1), HostMemoryError, ("'x'", "power of two")),  # type: ignore
         (lambda: PinnedPool(64, 1, alignment=[]), HostMemoryError, ("[]",)),  # type: ignore
         (lambda: PinnedPool(64, 1, numa=1.5), Unsupported, ("1.5", "whole numbers")),

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -87,12 +89,12 @@ def test_a_pool_that_ends_inside_a_unit_goes_in_smaller_units() -> None:
 
 def test_opaque_pages_are_not_split() -> None:
     pages = KVView(noise(4, 64), "block page", block_size=4)
-    ids = Index([2, 0], step=4), Index([1, 3], step=4)
-    assert sections(Move(pages, pages, *ids, 8)) == [(0, 8, 4)]
+    mine, theirs = Index([2, 0], step=4), Index([1, 3], step=4)
+    assert sections(Move(pages, pages, mine, theirs, 8)) == [(0, 8, 4)]
     with pytest.raises(Unsupported, match="Moving 7 tokens of opaque pages of 4"):
-        sections(Move(pages, pages, *ids, 7))
+        sections(Move(pages, pages, mine, theirs, 7))
     with pytest.raises(Unsupported, match="a page moves only whole"):
-        sections(Move(pages, pages, *(index.shifted(1) for index in ids), 4))
+        sections(Move(pages, pages, mine.shifted(1), theirs.shifted(1), 4))
 
 
 def test_a_slot_that_is_read_and_written_is_refused() -> None:
@@ -112,7 +114,7 @@ def test_units_are_located_by_their_numbers(kind: str) -> None:
     """Blocks through a table of two entries each, then tokens 96 bytes apart."""
     side = Side(3, 7, (Step(0, 2, 0), Step(4, 0, 96)))
     numbers = np.array([0, 5, 11])
-    given = torch.from_numpy(numbers) if kind == "tensor" else numbers
+    given: Any = torch.from_numpy(numbers) if kind == "tensor" else numbers
     entries, places = side.locate(given, 32)
     assert entries is not None
     assert entries.tolist() == [0, 2, 4]

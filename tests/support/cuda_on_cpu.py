@@ -115,10 +115,10 @@ class _Launch(RowsLaunch):
     """Tells its driver where a prefetch may be: one of a wrong address does no harm on a device,
     and no good."""
 
-    def __call__(self, src: KVView, *rest: Any) -> None:
+    def __call__(self, src: KVView, *rest: Any, **named: Any) -> None:
         assert isinstance(self._driver, HostDriver)
         self._driver.readable = src.spans
-        super().__call__(src, *rest)
+        super().__call__(src, *rest, **named)
 
 
 class HostDriver:

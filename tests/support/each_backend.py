@@ -7,6 +7,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -81,11 +82,10 @@ def copied(copy: Copy, backend: str, place: Place | None = None) -> None:
         copy.check(lambda: run(copy, backend))
         return
     sides = (copy.src, copy.dst)
-    there = [End(moved(side.tensors, place), side.layout, side.extents, side.ids, side.step,
-                 side.offset, side.dtype) for side in sides]  # fmt: skip
+    src, dst = there = [replace(side, tensors=moved(side.tensors, place)) for side in sides]
 
     def carry() -> None:
-        run(Copy(*there, copy.count), backend)
+        run(Copy(src, dst, copy.count), backend)
         for here, landed in zip(leaves(copy.dst.tensors), leaves(there[1].tensors), strict=True):
             here.copy_(landed)
 

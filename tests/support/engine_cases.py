@@ -93,7 +93,7 @@ def mapped(tensors: Any, make: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 def view_of(tensors: Any, layout: str) -> KVView:
     """A view with every extent declared."""
-    size = {"block_size": BLOCK} if "block" in layout else {}
+    size: dict[str, Any] = {"block_size": BLOCK} if "block" in layout else {}
     return KVView(tensors, layout, **EXTENTS, **size)
 
 

@@ -265,7 +265,7 @@ class TestWritable:
         hand.view(hand.make(0)).check_writable()
 
 
-ODD = {
+ODD: dict[str, Any] = {
     "nested": lambda: torch.nested.nested_tensor([torch.zeros(4, 8), torch.zeros(2, 8)]),
     "sparse": lambda: torch.zeros(3, 4, 8).to_sparse(),
     "numpy": lambda: np.zeros((3, 4, 8), dtype=np.float16),
