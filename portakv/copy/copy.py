@@ -149,6 +149,7 @@ def copy_move(
     Raises as `copy_rows` does.
     """
     src, dst, src_index, dst_index, count = move
+    check_stream(stream, choice.backend.device)
     dst.check_writable()
     src.check_memory()
     dst.check_memory()

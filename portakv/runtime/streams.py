@@ -82,9 +82,16 @@ def beside(stream: torch.Stream, src: str, dst: str) -> torch.Stream:
 
 def check_stream(stream: torch.Stream | None, *devices: torch.device) -> None:
     """Raise `DeviceMismatch` unless ``stream`` is None or belongs to one of the devices."""
-    if stream is None or stream.device in devices:
+    if stream is None:
         return
     served = " and ".join(dict.fromkeys(map(str, devices)))
+    if not isinstance(getattr(stream, "device", None), torch.device):
+        raise DeviceMismatch(
+            f"A copy on {served} was asked with stream={stream!r}; expected a stream of torch. "
+            f"Pass one (torch.cuda.ExternalStream holds a handle), or none for the current one."
+        )
+    if stream.device in devices:
+        return
     raise DeviceMismatch(
         f"A copy on {served} was asked with a stream of {stream.device}; expected a stream of a "
         f"device that takes part. Pass one, or none for the current stream."

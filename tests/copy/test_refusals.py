@@ -18,6 +18,7 @@ from portakv import (
     AdaptiveConnector,
     BackendUnavailable,
     CopyPlan,
+    DeviceMismatch,
     Index,
     KVView,
     LayoutError,
@@ -242,3 +243,15 @@ def test_a_vendor_that_exits_is_reported_like_any_other(tmp_path: Any, monkeypat
 def test_names_that_are_none(name: Any) -> None:
     with refused(BackendUnavailable, "not empty"):
         register_backend(name, "some.where:Class")
+
+
+@pytest.mark.parametrize("stream", [0, 140_000, "default"])
+def test_streams_that_are_none(stream: Any) -> None:
+    caches, chunk = make_caches(), make_chunk(2)
+    views = KVView(caches, "vllm-nhd"), KVView(caches, "vllm-nhd")
+    with refused(DeviceMismatch, f"stream={stream!r}", "a stream of torch"):
+        AdaptiveConnector("cpu").from_gpu(chunk, caches, [0, 1], stream=stream)
+    with refused(DeviceMismatch, f"stream={stream!r}"):
+        copy_rows(*views, [0], [1], stream=stream)
+    with refused(DeviceMismatch, f"stream={stream!r}"):
+        copy_blocks(*views, [0], [1], stream=stream)
