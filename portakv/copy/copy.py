@@ -186,7 +186,10 @@ def _must_cross(src: KVView, dst: KVView, choice: Choice) -> bool:
         )
     # An engine that was asked for by name is never replaced by another: its own check refuses.
     is_engine = any("device" in pair and pair[0] != pair[1] for pair in choice.can.places)
-    return not is_engine and (src.form.place, dst.form.place) not in choice.can.places
+    return (
+        not (choice.forced and is_engine)
+        and (src.form.place, dst.form.place) not in choice.can.places
+    )
 
 
 def _pieces(ready: Prepared, move: Move, choice: Choice) -> list[Piece]:
