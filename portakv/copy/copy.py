@@ -184,12 +184,11 @@ def _must_cross(src: KVView, dst: KVView, choice: Choice) -> bool:
             f"The source is on {src.device} and the destination on {dst.device}, but the copy runs "
             f"on {home}; views must lie there or on the host. Make a connector for their device."
         )
+    if (src.form.place, dst.form.place) in choice.can.places:
+        return False
     # An engine that was asked for by name is never replaced by another: its own check refuses.
-    is_engine = any("device" in pair and pair[0] != pair[1] for pair in choice.can.places)
-    return (
-        not (choice.forced and is_engine)
-        and (src.form.place, dst.form.place) not in choice.can.places
-    )
+    crosses = any("device" in pair and pair[0] != pair[1] for pair in choice.can.places)
+    return not (choice.forced and crosses)
 
 
 def _pieces(ready: Prepared, move: Move, choice: Choice) -> list[Piece]:

@@ -9,84 +9,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
 import torch
+from support.ambient import STATES
 from support.ambient_scene import (
     Scene,
     in_a_child,
 )
 
 from portakv.registry import registry
-
-State = Callable[[torch.device], AbstractContextManager[object]]
-
-
-@contextmanager
-def restored(change: Callable[[], object], restore: Callable[[], object]) -> Iterator[None]:
-    change()
-    try:
-        yield
-    finally:
-        restore()
-
-
-def default_device(name: str) -> State:
-    def state(device: torch.device) -> AbstractContextManager[object]:
-        place = device if name == "own" else torch.device(name)
-        return restored(
-            lambda: torch.set_default_device(place), lambda: torch.set_default_device(None)
-        )
-
-    return state
-
-
-@contextmanager
-def warnings_as_errors(device: torch.device) -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-
-
-@contextmanager
-def another_current_device(device: torch.device) -> Iterator[None]:
-    if device.type == "cpu" or torch.accelerator.device_count() < 2:
-        pytest.skip("there is one device")
-    with torch.get_device_module(device).device(1 - (device.index or 0)):
-        yield
-
-
-def threads(device: torch.device) -> AbstractContextManager[object]:
-    before = torch.get_num_threads()
-    return restored(
-        lambda: torch.set_num_threads(3 if before != 3 else 2),
-        lambda: torch.set_num_threads(before),
-    )
-
-
-STATES: dict[str, State] = {
-    "default device meta": default_device("meta"),
-    "default device own": default_device("own"),
-    "with torch.device meta": lambda device: torch.device("meta"),
-    "default dtype bfloat16": lambda device: restored(
-        lambda: torch.set_default_dtype(torch.bfloat16),
-        lambda: torch.set_default_dtype(torch.float32),
-    ),
-    "inference mode": lambda device: torch.inference_mode(),
-    "no grad": lambda device: torch.no_grad(),
-    "autocast": lambda device: torch.autocast("cpu", dtype=torch.bfloat16),
-    "deterministic algorithms": lambda device: restored(
-        lambda: torch.use_deterministic_algorithms(True),
-        lambda: torch.use_deterministic_algorithms(False),
-    ),
-    "another current device": another_current_device,
-    "number of threads": threads,
-    "warnings as errors": warnings_as_errors,
-}
 
 
 @pytest.fixture

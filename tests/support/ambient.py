@@ -54,5 +54,8 @@ STATES: dict[str, State] = {
     "deterministic algorithms": _set(torch.use_deterministic_algorithms, True, False),
     "another current device": _another_current_device,
     "one thread": _set(torch.set_num_threads, 1, torch.get_num_threads()),
+    "number of threads": _set(
+        torch.set_num_threads, 3 if torch.get_num_threads() != 3 else 2, torch.get_num_threads()
+    ),
     "warnings as errors": _warnings_as_errors,
 }
