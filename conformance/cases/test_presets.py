@@ -107,7 +107,8 @@ def shape_of(name: str, dtype: torch.dtype) -> Shape:
     return shape
 
 
-def _how(name: str, dtype: torch.dtype) -> dict[str, Any]:
+def lies(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """How a preset's tensors lie in memory, as `by_hand.arranged` takes it."""
     how: dict[str, Any] = {"dtype": dtype}
     memory = MEMORY.get(name, "")
     if memory:
@@ -123,7 +124,7 @@ def _how(name: str, dtype: torch.dtype) -> dict[str, Any]:
 
 def _case(shop: Workshop, operation: str, name: str, dtype: torch.dtype) -> Case:
     layout, shape = PRESETS[name].layout, shape_of(name, dtype)
-    axes, how = read_layout(layout), _how(name, dtype)
+    axes, how = read_layout(layout), lies(name, dtype)
     if axes.written("page"):
         return _pages(shop, operation, layout, shape, how)
     if not axes.written("block"):
