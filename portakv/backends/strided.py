@@ -9,13 +9,15 @@ loop over tokens. Ids must be clean: neither negative nor past the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import product
+from itertools import groupby, product
 from math import gcd, prod
+from operator import itemgetter, mul
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from portakv.plan.plan import CopyPlan, Nest, Side
+from portakv.plan.loops import Loop
+from portakv.plan.plan import CopyPlan, Nest
 
 if TYPE_CHECKING:
     from portakv.view.form import Form
@@ -27,6 +29,10 @@ ELEMENTS = {
     16: torch.complex128, 8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8
 }  # fmt: skip
 _HOST = torch.device("cpu")
+#: For each plane the tensor over its rows; then which of them, in which order (None: all).
+_Tensors = list[torch.Tensor]
+_Picked = torch.Tensor | None
+_Planes = tuple[_Tensors, _Picked, _Tensors, _Picked]
 
 
 def _index_select(
@@ -72,30 +78,6 @@ class Ops(NamedTuple):
     copy: Callable[[torch.Tensor, torch.Tensor], object] = _copy
 
 
-class _Call(NamedTuple):
-    """One copy: of what, which rows of it (None: all in their order), and to where."""
-
-    source: torch.Tensor
-    source_rows: torch.Tensor | None
-    target: torch.Tensor
-    target_rows: torch.Tensor | None
-
-    def run(self, ops: Ops, within: bool) -> None:
-        """Copy; ``within``: source and target share memory, which torch refuses to index in."""
-        source, mine, target, theirs = self
-        if theirs is None and mine is not None and not within:
-            ops.select(source, mine, target)
-            return
-        if mine is not None:
-            source = ops.select(source, mine, None)
-        elif within:
-            source = source.clone()
-        if theirs is None:
-            ops.copy(target, source)
-        else:
-            ops.put(target, theirs, source)
-
-
 class StridedCopy:
     """One nest of a plan as torch calls.
 
@@ -106,191 +88,180 @@ class StridedCopy:
     """
 
     def __init__(self, nest: Nest, unit: int, ops: Ops) -> None:
-        self._ops, width = ops, min(nest.vector, ops.widest)
-        outer = [x for x in nest.loops if x.tabled or (ops.by_plane and x.over_planes)]
-        inner = [x for x in nest.loops if x not in outer]
-        places = list(product(*(range(x.extent) for x in outer)))
-        src_steps = [(x.src_table, x.src_stride) for x in outer]
-        dst_steps = [(x.dst_table, x.dst_stride) for x in outer]
-        src_loops = [(x.extent, x.src_stride) for x in inner]
-        dst_loops = [(x.extent, x.dst_stride) for x in inner]
-        row = 0 if ops.holes else _row(nest, [s for _, s in (*src_loops, *dst_loops)])
-        shape = unit, nest.run, width, row, ops.evenly
-        self._src = _Rows(nest.src, src_loops, *shape)
-        self._dst = _Rows(nest.dst, dst_loops, *shape)
-        self._moves = [(_moved(src_steps, at), _moved(dst_steps, at)) for at in places]
+        self._ops = ops
+        self._src = _Rows(nest, "src", unit, ops)
+        self._dst = _Rows(nest, "dst", unit, ops)
 
     def __call__(
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, units: int
     ) -> None:
         """Copy ``units`` units, ordered on the current stream of their device."""
         within = src.overlaps(dst)
-        # A tensor made in inference mode could not be written outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            for call in self.calls(src, dst, src_index, dst_index, units):
-                call.run(self._ops, within)
+        for planes in self.planes(src, dst, src_index, dst_index, units):
+            _run(self._ops, within, *planes)
 
-    def calls(
+    def planes(
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, units: int
-    ) -> Iterator[_Call]:
-        """The copies of ``units`` units; raises as `KVView.strided` does."""
+    ) -> Iterator[_Planes]:
+        """What is copied for ``units`` units; raises as `KVView.strided` does."""
         if not units:
             return
-        mine = self._src.of(src_index, units, src.device)
-        theirs = self._dst.of(dst_index, units, dst.device)
-        for entries, picked in _by_entry(mine, theirs):
-            source, read = self._src.tensors(src, entries[0], mine, picked)
-            target, written = self._dst.tensors(dst, entries[1], theirs, picked)
-            for from_move, to_move in self._moves:
-                yield _Call(source(from_move), read, target(to_move), written)
+        start, number, entries = self._src.find(src_index, units, src.device)
+        to_start, to_number, to_entries = self._dst.find(dst_index, units, dst.device)
+        for (entry, to_entry), at in _by_entry(entries, to_entries, units):
+            yield (
+                *self._src.tensors(src, entry, start, number, at),
+                *self._dst.tensors(dst, to_entry, to_start, to_number, at),
+            )
 
 
-def _row(nest: Nest, strides: Iterable[int]) -> int:
-    """Bytes of the longest piece that all strides of both sides are multiples of."""
-    units = [step.stride for side in (nest.src, nest.dst) for step in side.units]
-    return gcd(nest.run, *strides, *units)
-
-
-def _moved(steps: list[tuple[int, int]], at: tuple[int, ...]) -> tuple[int, int]:
-    """Entries of the table and bytes that a place in loops is away from their beginning."""
-    walked = list(zip(at, steps, strict=True))
-    return sum(i * table for i, (table, _) in walked), sum(i * stride for i, (_, stride) in walked)
-
-
-class _Picked(NamedTuple):
-    """Some of a copy's units: ``number`` from ``first`` on, or (``at``) those at positions."""
-
-    first: int
-    number: int
-    at: torch.Tensor | None = None
-
-
-class _Found(NamedTuple):
-    """Where the units of one side begin, counted in grains behind the address of ``entries`` (None:
-    of the first). Without ``numbers`` they follow each other from byte ``start`` on."""
-
-    units: int
-    start: int
-    numbers: torch.Tensor | None
-    entries: torch.Tensor | None
-
-
-class _Tensors(NamedTuple):
-    """Over the rows of one side: what makes the tensor of a plane, and which rows of it (None:
-    all)."""
-
-    moved: Callable[[tuple[int, int]], torch.Tensor]
-    rows: torch.Tensor | None
+def _run(
+    ops: Ops, within: bool, sources: _Tensors, read: _Picked, targets: _Tensors, written: _Picked
+) -> None:
+    """Copy rows of each plane; ``within``: they share memory, which torch refuses to index in."""
+    for source, target in zip(sources, targets, strict=True):
+        if written is None and read is not None and not within:
+            ops.select(source, read, target)
+            continue
+        if read is not None:
+            source = ops.select(source, read, None)
+        elif within:
+            source = source.clone()
+        if written is None:
+            ops.copy(target, source)
+        else:
+            ops.put(target, written, source)
 
 
 class _Rows:
     """How the units of one side become rows.
 
-    ``row`` 0: a unit is a row ``[loops..., run]``, so that units of split axes (block, then token)
-    have numbers by the common divisor of their strides; the tensor overlaps itself, but only rows
-    that are units are ever touched. Else rows have ``row`` bytes, and a unit takes several, which
-    the loops walk through.
+    With ``Ops.holes`` a unit is a row ``[loops..., run]``, so that units of split axes (block, then
+    token) have numbers by the common divisor of their strides; the tensor overlaps itself, but only
+    rows that are units are ever touched. Else rows are the longest piece that all strides of both
+    sides are multiples of, and a unit takes several, which the loops walk through.
     """
 
-    def __init__(
-        self, side: Side, loops: list[tuple[int, int]], unit: int, run: int, width: int, row: int,
-        evenly: bool,
-    ) -> None:  # fmt: skip
-        self._evenly = evenly
-        self._side, self._unit, self._dtype = side, unit, ELEMENTS[width]
+    def __init__(self, nest: Nest, name: str, unit: int, ops: Ops) -> None:
+        outer = [x for x in nest.loops if x.tabled or (ops.by_plane and x.over_planes)]
+        inner = [x for x in nest.loops if x not in outer]
+        side, width = getattr(nest, name), min(nest.vector, ops.widest)
+        loops = [(x.extent, getattr(x, f"{name}_stride")) for x in inner]
+        self._side, self._unit, self._width, self._dtype = side, unit, width, ELEMENTS[width]
         self._flat = len(side.units) == 1 and not side.tabled
         self._pitch = side.units[0].stride if self._flat else 0
-        if row:
-            walk = [(n, s // row) for n, s in (*loops, (run // row, row)) if n > 1]
-            inner, self._grain, self._walk = [(row // width, 1)], row, walk
-        else:
-            inner, self._walk = [*((n, s // width) for n, s in loops), (run // width, 1)], []
+        if ops.holes:
+            sizes, self._walk = [*((n, s // width) for n, s in loops), (nest.run // width, 1)], []
             self._grain = gcd(*(step.stride for step in side.units)) or width
-        self._width, self._size = width, [n for n, _ in inner]
-        self._stride = [s for _, s in inner]
+        else:
+            row = _row(nest, inner)
+            self._walk = [(n, s // row) for n, s in (*loops, (nest.run // row, row)) if n > 1]
+            sizes, self._grain = [(row // width, 1)], row
+        self._size, self._stride = [n for n, _ in sizes], [s for _, s in sizes]
         self._reach = sum((n - 1) * s for n, s in self._walk)
         # Whether the rows of a unit follow each other, and the next unit behind them.
         packed, self._each = True, 1
         for extent, stride in reversed(self._walk):
             packed, self._each = packed and stride == self._each, self._each * extent
-        self._dense = not row or (packed and self._pitch == self._each * row)
+        self._dense = ops.holes or (packed and self._pitch == self._each * self._grain)
+        self._near = self._grain if self._walk else self._pitch  # from a row to the next
+        self._evenly = ops.evenly and not self._walk
+        places = product(*(range(x.extent) for x in outer))
+        tables = [getattr(x, f"{name}_table") for x in outer]
+        strides = [getattr(x, f"{name}_stride") for x in outer]
+        moves = [(sum(map(mul, at, tables)), sum(map(mul, at, strides))) for at in places]
+        #: For each entry of the table in turn, how far its planes lie behind the address.
+        self._planes = [
+            (table, [move for _, move in group]) for table, group in groupby(moves, itemgetter(0))
+        ]
 
-    def of(self, index: Index, units: int, device: torch.device) -> _Found:
-        """Where the units lie that an index names."""
+    def find(
+        self, index: Index, units: int, device: torch.device
+    ) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
+        """Where the units lie that an index names: the byte that the first one begins at, if they
+        follow each other; else their numbers, in grains, behind the address of their entries (None:
+        of the first)."""
         if index.ids is None and self._flat:
             first, rest = divmod(index.offset, self._unit)
-            start = first * self._pitch + rest * (self._pitch // self._unit)
-            return _Found(units, start, None, None)
+            return first * self._pitch + rest * (self._pitch // self._unit), None, None
         # Without ids the host knows the numbers: finding their entries then needs no device.
         home = _HOST if index.ids is None and self._side.tabled else device
         number = index.units(units * self._unit, self._unit, home)
         entries, numbers = self._side.locate(number, self._grain)
-        return _Found(units, 0, numbers.to(device), entries)
+        return 0, numbers.to(device), entries
 
-    def tensors(self, view: KVView, entry: int, found: _Found, picked: _Picked) -> _Tensors:
-        """The tensor over picked units, all behind one entry of the table."""
-        if found.numbers is None:
-            return self._consecutive(view, entry, found, picked)
-        numbers = found.numbers[picked.first : picked.first + picked.number]
-        if picked.at is not None:
-            numbers = found.numbers.index_select(0, picked.at.to(found.numbers.device))
-        if self._evenly and not self._walk and (step := _step(numbers)):
-            pitch, start = step * self._grain, int(numbers[0]) * self._grain
-            return self._over(view, entry, start, pitch, picked.number, None)
-        view.check_memory()
-        return _Tensors(self._kept(view, entry), self._walked(numbers))
+    def tensors(
+        self, view: KVView, entry: int, start: int, numbers: _Picked, at: slice | torch.Tensor
+    ) -> tuple[_Tensors, _Picked]:
+        """For each plane the tensor over rows behind an entry, and which rows of it the units at
+        some positions are (None: all)."""
+        if numbers is None:
+            return self._consecutive(view, entry, start, at)
+        if not isinstance(at, slice):
+            numbers = numbers[at.to(numbers.device)]
+        elif at.stop - at.start < numbers.numel():
+            numbers = numbers[at]
+        if self._evenly and (step := _step(numbers)):
+            start, pitch = int(numbers[0]) * self._grain, step * self._grain
+            return self._over(view, entry, start, pitch, numbers.numel()), None
+        key = (self, entry)
+        known: _Tensors | None = view.derived.get(key)
+        if known is None:
+            # One made in inference mode could not be written outside of it.
+            with torch.inference_mode(False):
+                rows = self._rows_of(view)
+                known = view.derived[key] = self._over(view, entry, 0, self._grain, rows)
+        return known, self._walked(numbers)
 
-    def _consecutive(self, view: KVView, entry: int, found: _Found, picked: _Picked) -> _Tensors:
-        """Units that follow each other; those at positions, where they are picked by them."""
-        at, step = picked.at, self._pitch // self._grain
-        if self._dense and at is None:
-            start = found.start + picked.first * self._pitch
-            pitch = self._grain if self._walk else self._pitch
-            return self._over(view, entry, start, pitch, picked.number * self._each, None)
-        if at is None:
-            at = torch.arange(picked.first, picked.first + picked.number, device=view.device)
-        at = at.to(view.device)
-        if self._dense and not self._walk:
-            return self._over(view, entry, found.start, self._pitch, found.units, at)
-        rows = (found.units - 1) * step + self._reach + 1
-        return self._over(view, entry, found.start, self._grain, rows, self._walked(at * step))
+    def _consecutive(
+        self, view: KVView, entry: int, start: int, at: slice | torch.Tensor
+    ) -> tuple[_Tensors, _Picked]:
+        """Units that follow each other from byte ``start`` on."""
+        if isinstance(at, slice):
+            if self._dense:
+                start, rows = start + at.start * self._pitch, (at.stop - at.start) * self._each
+                return self._over(view, entry, start, self._near, rows), None
+            at = torch.arange(at.start, at.stop)
+        step = self._pitch // self._near
+        rows, at = int(at[-1]) * step + self._reach + 1, at.to(view.device) * step
+        return self._over(view, entry, start, self._near, rows), self._walked(at)
 
-    def _walked(self, row: torch.Tensor) -> torch.Tensor:
-        """All rows of units that begin at ``row``, one behind the other."""
-        rows = row
+    def _walked(self, rows: torch.Tensor) -> torch.Tensor:
+        """All rows of units that begin at ``rows``, one behind the other."""
         for extent, stride in self._walk:
-            inner = torch.arange(extent, device=row.device) * stride
+            inner = torch.arange(extent, device=rows.device) * stride
             rows = (rows[:, None] + inner).reshape(-1)
         return rows
 
-    def _over(
-        self, view: KVView, entry: int, start: int, pitch: int, rows: int,
-        picked: torch.Tensor | None,
-    ) -> _Tensors:  # fmt: skip
+    def _over(self, view: KVView, entry: int, start: int, pitch: int, rows: int) -> _Tensors:
+        """The tensor over ``rows`` rows from byte ``start`` on, for each plane."""
         size, stride = [rows, *self._size], [pitch // self._width, *self._stride]
-        table, offset = self._side.table + entry, self._side.offset + start
+        entry, start, made = self._side.table + entry, self._side.offset + start, []
+        for table, moves in self._planes:
+            first, *others = moves
+            tensor = view.strided(entry + table, start + first, self._dtype, size, stride)
+            made.append(tensor)
+            if others:  # the last one reaches farthest: what lies between is in the storage too
+                view.strided(entry + table, start + others[-1], self._dtype, size, stride)
+                origin = tensor.storage_offset() - first // self._width
+                made += [
+                    tensor.as_strided(size, stride, origin + move // self._width) for move in others
+                ]
+        return made
 
-        def make(move: tuple[int, int]) -> torch.Tensor:
-            return view.strided(table + move[0], offset + move[1], self._dtype, size, stride)
-
-        return _Tensors(make, picked)
-
-    def _kept(self, view: KVView, entry: int) -> Callable[[tuple[int, int]], torch.Tensor]:
-        """The tensors over all rows behind an entry; kept with the view."""
-        bounded = self._side.units[1:]
+    def _rows_of(self, view: KVView) -> int:
+        """All rows of a view behind one entry."""
+        first, *bounded = self._side.units
         blocks = view.slots // self._unit // prod(step.extent for step in bounded)
-        steps = [(blocks, self._side.units[0]), *((step.extent, step) for step in bounded)]
+        steps = [(blocks, first), *((step.extent, step) for step in bounded)]
         last = sum((n - 1) * (x.stride // self._grain) for n, x in steps) + self._reach
-        make = self._over(view, entry, 0, self._grain, max(last + 1, 0), None).moved
+        return max(last + 1, 0)
 
-        def known(move: tuple[int, int]) -> torch.Tensor:
-            key = (self, entry, move)
-            tensor: torch.Tensor | None = view.derived.get(key)
-            if tensor is None:
-                tensor = view.derived[key] = make(move)
-            return tensor
 
-        return known
+def _row(nest: Nest, inner: Iterable[Loop]) -> int:
+    """Bytes of the longest piece that all strides of both sides are multiples of."""
+    units = [step.stride for side in (nest.src, nest.dst) for step in side.units]
+    return gcd(nest.run, *units, *(s for x in inner for s in (x.src_stride, x.dst_stride)))
 
 
 def _step(numbers: torch.Tensor) -> int:
@@ -301,20 +272,21 @@ def _step(numbers: torch.Tensor) -> int:
     return step if step > 0 and bool((numbers.diff() == step).all()) else 0
 
 
-def _by_entry(mine: _Found, theirs: _Found) -> Iterator[tuple[tuple[int, int], _Picked]]:
-    """Group units by the table entries of both sides."""
-    if mine.entries is None and theirs.entries is None:
-        yield (0, 0), _Picked(0, mine.units)
+def _by_entry(
+    mine: torch.Tensor | None, theirs: torch.Tensor | None, units: int
+) -> Iterator[tuple[tuple[int, int], slice | torch.Tensor]]:
+    """Units by the table entries of both sides, and the positions of each pair of entries."""
+    if mine is None and theirs is None:
+        yield (0, 0), slice(0, units)
         return
     zero = torch.zeros(1, dtype=torch.int64, device=_HOST)
-    columns = [zero if x.entries is None else x.entries.to(_HOST) for x in (mine, theirs)]
+    columns = [zero if x is None else x.to(_HOST) for x in (mine, theirs)]
     pairs = torch.stack(torch.broadcast_tensors(*columns))
     found, group = pairs.unique(dim=1, return_inverse=True)
     for i, (src, dst) in enumerate(found.T.tolist()):
         at = (group == i).nonzero()[:, 0]
-        first, count = int(at[0]), at.numel()
-        together = int(at[-1]) - first + 1 == count
-        yield (src, dst), _Picked(first, count, None if together else at)
+        first, last = int(at[0]), int(at[-1])
+        yield (src, dst), slice(first, last + 1) if last + 1 - first == at.numel() else at
 
 
 # Rows of the host
@@ -368,17 +340,15 @@ class HostRows:
         """
         src.check_memory()
         dst.check_memory()
-        calls, start = list[_Call](), 0
-        # A tensor made in inference mode could not be written outside of it, as in another thread.
-        with torch.inference_mode(False), torch.no_grad():
-            for unit, past in self._parts(src_index, dst_index, count):
-                mine, theirs = src_index.shifted(start), dst_index.shifted(start)
-                for nest in self._nests[unit]:
-                    calls += nest.calls(src, dst, mine, theirs, (past - start) // unit)
-                start = past
-            # All of them are settled, so that nothing was touched if memory is refused.
-            for call in calls:
-                call.run(_HERE, False)
+        calls, start = list[_Planes](), 0
+        for unit, past in self._parts(src_index, dst_index, count):
+            mine, theirs = src_index.shifted(start), dst_index.shifted(start)
+            for nest in self._nests[unit]:
+                calls += nest.planes(src, dst, mine, theirs, (past - start) // unit)
+            start = past
+        # All of them are settled, so that nothing was touched if memory is refused.
+        for call in calls:
+            _run(_HERE, False, *call)
 
     def _parts(self, src_index: Index, dst_index: Index, count: int) -> list[tuple[int, int]]:
         """Head, whole units and tail: the unit of each, and up to which position."""
