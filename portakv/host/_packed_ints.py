@@ -18,14 +18,10 @@ Array = npt.NDArray[Any]
 #: What small copies take: integers, bytes, a numpy array, or a tensor on the host.
 Values = Sequence[int] | bytes | bytearray | memoryview | Array | torch.Tensor
 
-_NUMPY = {
-    dtype: np.dtype(str(dtype).removeprefix("torch."))
-    for dtype in (
-        torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32,
-        torch.int64, torch.uint64,
-    )
-}  # fmt: skip
-_TORCH = {found: dtype for dtype, found in _NUMPY.items()}
+_NAMES = "bool uint8 int8 int16 uint16 int32 uint32 int64 uint64"
+_NUMPY = {getattr(torch, name): np.dtype(name) for name in _NAMES.split()}
+#: What torch calls the dtype of an array that `as_array` returned.
+TORCH_DTYPES: dict[np.dtype[Any], torch.dtype] = {own: dtype for dtype, own in _NUMPY.items()}
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
@@ -37,15 +33,10 @@ def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     if not isinstance(dtype, torch.dtype) or dtype not in _NUMPY:
         raise LayoutError(
             f"A small copy of {dtype} was asked; it carries integers and bytes: "
-            f"{', '.join(map(str, _TORCH))}. For other elements pass a tensor's bytes: "
+            f"{', '.join(map(str, TORCH_DTYPES))}. For other elements pass a tensor's bytes: "
             f"tensor.view(torch.uint8)."
         )
     return _NUMPY[dtype]
-
-
-def torch_dtype(array: Array) -> torch.dtype:
-    """What torch calls the dtype of an array that `as_array` returned."""
-    return _TORCH[array.dtype]
 
 
 def as_array(values: Values, dtype: torch.dtype | None = None) -> Array:
@@ -73,21 +64,22 @@ def as_array(values: Values, dtype: torch.dtype | None = None) -> Array:
             f"bytes, an array, or a tensor on the host. Make a list of it first."
         )
     else:
-        return _of_sequence(values, wanted or _NUMPY[torch.int64])
-    if wanted is None:
-        wanted = array.dtype.newbyteorder("=")
-        if wanted not in _TORCH:
-            raise _not_integers(array)
-    return _cast(array, wanted)
-
-
-def check_count(count: int, most: int, dtype: torch.dtype) -> None:
-    """Raise `LayoutError` for more values than there is room for."""
-    if count > most:
+        wanted = wanted or _NUMPY[torch.int64]
+        array = _of_sequence(values, wanted)
+    wanted = wanted or array.dtype.newbyteorder("=")
+    if array.dtype == wanted and wanted in TORCH_DTYPES:
+        return array
+    if array.dtype.kind not in "iub" or wanted not in TORCH_DTYPES:
         raise LayoutError(
-            f"{count} values of {dtype} were sent by a small copy made for {most}; expected no "
-            f"more. Make one for the most that occur."
+            f"A small copy was asked of an array of {array.dtype}; expected integers or bool. For "
+            f"other elements pass the array's bytes: array.view('uint8')."
         )
+    cast: Array = array.astype(wanted)
+    same = cast == array  # a value that wrapped round differs by 256 or more, also as a float
+    if not same.all():
+        position = int(same.ravel().argmin())
+        raise _wrong_value(array.ravel()[position], position, wanted)
+    return cast
 
 
 class PackedInts:
@@ -104,11 +96,7 @@ class PackedInts:
     """
 
     def __init__(
-        self,
-        memory: bytearray | mmap.mmap | Array,
-        most: int,
-        dtype: torch.dtype,
-        offset: int = 0,
+        self, memory: bytearray | mmap.mmap | Array, most: int, dtype: torch.dtype, offset: int = 0
     ) -> None:
         self._most, self._dtype = most, dtype
         self.whole: Array = np.ndarray((most,), numpy_dtype(dtype), memory, offset)
@@ -116,10 +104,15 @@ class PackedInts:
     def fill(self, values: Values) -> int:
         """Write values to the beginning; returns how many they are.
 
-        Raises as `as_array` and `check_count` do, before anything is written.
+        Raises as `as_array` does, and `LayoutError` for more values than there is room for, before
+        anything is written.
         """
         array = as_array(values, self._dtype)
-        check_count(array.size, self._most, self._dtype)
+        if array.size > self._most:
+            raise LayoutError(
+                f"{array.size} values of {self._dtype} were sent by a small copy made for "
+                f"{self._most}; expected no more. Make one for the most that occur."
+            )
         self.whole[: array.size].reshape(array.shape)[...] = array
         return array.size
 
@@ -143,55 +136,33 @@ def _of_tensor(values: torch.Tensor) -> Array:
 def _of_sequence(values: Sequence[int], wanted: np.dtype[Any]) -> Array:
     try:
         array = np.asarray(values)
+        if array.ndim == 1 and array.dtype.kind in "iub":
+            return array
     except Exception:  # ragged, or elements that numpy cannot read: told one by one below
-        array = np.empty(0)
-    if array.ndim == 1 and array.dtype.kind in "iub":
-        return _cast(array, wanted)
+        pass
     # Also 2**63 among smaller ones, of which numpy would make floats.
     least, most = _bounds(wanted)
     numbers = []
     for position, value in enumerate(values):
         try:
-            number = operator.index(value)
+            numbers.append(operator.index(value))
         except Exception:
             raise _wrong_value(f"a {type(value).__name__}", position, wanted) from None
-        if not least <= number <= most:
-            raise _wrong_value(number, position, wanted)
-        numbers.append(number)
+        if not least <= numbers[-1] <= most:
+            raise _wrong_value(numbers[-1], position, wanted)
     return np.array(numbers, wanted)
-
-
-def _cast(array: Array, wanted: np.dtype[Any]) -> Array:
-    if array.dtype == wanted:
-        return array
-    if array.dtype.kind not in "iub":
-        raise _not_integers(array)
-    cast: Array = array.astype(wanted)
-    same = cast == array  # a value that wrapped round differs by 256 or more, also as a float
-    if not same.all():
-        position = int(same.ravel().argmin())
-        raise _wrong_value(array.ravel()[position], position, wanted)
-    return cast
 
 
 def _bounds(wanted: np.dtype[Any]) -> tuple[int, int]:
     if wanted.kind == "b":
         return 0, 1
-    found = np.iinfo(wanted)
-    return int(found.min), int(found.max)
-
-
-def _not_integers(array: Array) -> LayoutError:
-    return LayoutError(
-        f"A small copy was asked of an array of {array.dtype}; expected integers or bool. For "
-        f"other elements pass the array's bytes: array.view('uint8')."
-    )
+    return int(np.iinfo(wanted).min), int(np.iinfo(wanted).max)
 
 
 def _wrong_value(found: object, position: int, wanted: np.dtype[Any]) -> LayoutError:
     least, most = _bounds(wanted)
     return LayoutError(
-        f"A small copy to {_TORCH[wanted]} was asked of values with {found} at position "
+        f"A small copy to {TORCH_DTYPES[wanted]} was asked of values with {found} at position "
         f"{position}; expected integers from {least} to {most}. Correct the value or take a wider "
         f"dtype."
     )

@@ -24,14 +24,7 @@ import torch
 from numpy import ndarray
 
 from portakv.errors import LayoutError, Unsupported
-from portakv.host._packed_ints import (
-    Array,
-    PackedInts,
-    Values,
-    as_array,
-    check_count,
-    numpy_dtype,
-)
+from portakv.host._packed_ints import PackedInts, Values, as_array, numpy_dtype
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, inside, refuse_capture
@@ -55,23 +48,51 @@ _WIDE = 16
 #: Sends through pinned memory that may be under way; the next makes the host wait for the oldest.
 MOST_SLOTS = 16
 
-
-# --- the ways -------------------------------------------------------------------------------------
+_Stream = torch.Stream | None
 
 
 class Way(ABC):
-    """One way of carrying so many values of a dtype, again and again, from any thread."""
+    """One way of carrying so many values of a dtype, again and again, from any thread.
+
+    Args:
+        device: where the values go.
+        dtype: of the values.
+        most: how many they may be.
+
+    Attributes:
+        no_refill: what cannot be refilled, and why; of ways that carry the same in each replay.
+    """
+
+    no_refill = "", ""
 
     @abstractmethod
-    def send(
-        self, values: Values, out: torch.Tensor, stream: torch.Stream | None, captures: bool
-    ) -> int:
+    def __init__(self, device: torch.device, dtype: torch.dtype, most: int) -> None: ...
+
+    @abstractmethod
+    def send(self, values: Values, out: torch.Tensor, stream: _Stream, captures: bool) -> int:
         """Write the values to the beginning of ``out``, which is contiguous and of the dtype, on
         the stream; returns how many they are."""
 
-    @abstractmethod
     def refill(self, values: Values) -> None:
         """Change what the captured send carries."""
+        what, why = self.no_refill
+        raise Unsupported(f"Refilling a small copy {what}", why)
+
+
+class OnHost(Way):
+    """To the CPU: written at once."""
+
+    no_refill = "to the CPU", "there are no graphs; send the values again"
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, most: int) -> None:
+        self._dtype, self._most = dtype, most
+
+    def send(self, values: Values, out: torch.Tensor, stream: _Stream, captures: bool) -> int:
+        memory = out.view(-1).view(torch.uint8).numpy()
+        return PackedInts(memory, self._most, self._dtype).fill(values)
+
+
+# --- read during the call -------------------------------------------------------------------------
 
 
 class _PerThread(threading.local):
@@ -81,29 +102,26 @@ class _PerThread(threading.local):
         self.own = make(*made_of)
 
 
-class ReadAtOnce(Way):
+class _ReadAtOnce(Way):
     """The host's values are read while the driver is called, out of memory of each thread's.
 
-    Args:
-        dtype: of the values.
-        most: how many they may be.
-        make: a thread's memory, given ``dtype``, ``most`` and ``made_of``; it has `PackedInts`,
-            ``packed``, and their ``whole``.
+    Attributes:
+        memory: makes a thread's memory of a dtype, a number of values and a device; it has
+            `PackedInts`, ``packed``, and their ``whole``.
     """
 
-    def __init__(
-        self, dtype: torch.dtype, most: int, make: Callable[..., Any], *made_of: Any
-    ) -> None:
-        self._mine = _PerThread(make, dtype, most, *made_of)
+    memory: Callable[[torch.dtype, int, torch.device], Any]
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, most: int) -> None:
+        self._mine = _PerThread(type(self).memory, dtype, most, device)
+        self._device, self._itemsize = device, dtype.itemsize
         self._most, self._shape, self._own = most, (most,), numpy_dtype(dtype)
 
     @abstractmethod
-    def issue(self, mine: Any, to: int, count: int, stream: torch.Stream | None) -> None:
-        """Write the first values of this thread's memory to an address, on the stream."""
+    def issue(self, mine: Any, to: int, nbytes: int, stream: _Stream) -> None:
+        """Write the first bytes of this thread's memory to an address, on the stream."""
 
-    def send(
-        self, values: Values, out: torch.Tensor, stream: torch.Stream | None, captures: bool
-    ) -> int:
+    def send(self, values: Values, out: torch.Tensor, stream: _Stream, captures: bool) -> int:
         mine = self._mine.own
         if type(values) is ndarray and values.dtype is self._own and values.shape == self._shape:
             mine.whole[...] = values  # what `fill` would come to, some calls later
@@ -111,67 +129,191 @@ class ReadAtOnce(Way):
         else:
             count = mine.packed.fill(values)
         if count:
-            self.issue(mine, out.data_ptr(), count, stream)
+            self.issue(mine, out.data_ptr(), count * self._itemsize, stream)
         return count
 
 
-class Inline(ReadAtOnce):
-    """In the driver's command: the values have left the host's memory when the call returns.
+class _Pages:
+    """Pageable memory for the values of one thread.
 
-    Args:
-        device: where the values go.
-        dtype: of the values.
-        most: how many they may be.
+    The caller's may be pinned, and would be read later than the call returns. So would these pages
+    if a caller registered them with memory of its own: they are whole ones, off the heap.
     """
 
+    def __init__(self, dtype: torch.dtype, most: int, device: torch.device) -> None:
+        _cuda_driver.adopt(device)  # a new thread has no context yet
+        nbytes = max(most * dtype.itemsize, 1)
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        self.packed = PackedInts(pages, most, dtype)  # which keeps the pages
+        self.whole = self.packed.whole
+
+
+class Inline(_ReadAtOnce):
+    """In the driver's command: the values have left the host's memory when the call returns."""
+
+    memory = _Pages
+    no_refill = (
+        "that goes inline",
+        "it cannot be captured; make it with way='mapped', or send instead of refill",
+    )
+
     def __init__(self, device: torch.device, dtype: torch.dtype, most: int) -> None:
-        super().__init__(dtype, most, _Pages, device)
-        self._device, self._itemsize = device, dtype.itemsize
+        super().__init__(device, dtype, most)
         self._caller = _cuda_driver.Caller(device)
         self._copy = _copy_function()
 
-    def issue(self, mine: _Pages, to: int, count: int, stream: torch.Stream | None) -> None:
-        """See `ReadAtOnce.issue`."""
+    def issue(self, mine: _Pages, to: int, nbytes: int, stream: _Stream) -> None:
         handle = self._caller.handle(stream)
         if handle is None:
             with torch.cuda.device(self._device):
-                self.issue(mine, to, count, stream)
+                self.issue(mine, to, nbytes, stream)
             return
-        error = self._copy(to, mine.address, count * self._itemsize, handle)
+        error = self._copy(to, mine.address, nbytes, handle)
         if error:
             name = _cuda_driver.error_name(error, _cuda_driver.library())
-            raise _cuda_driver.refused(name, f"A copy of {count} values")
-
-    def refill(self, values: Values) -> None:
-        raise Unsupported(
-            "Refilling a small copy that goes inline",
-            "it cannot be captured; make it with way='mapped', or send instead of refill",
-        )
+            raise _cuda_driver.refused(name, f"A copy of {nbytes // self._itemsize} values")
 
 
-class ByValue(ReadAtOnce):
-    """In a launch's parameters: the values have left the host's memory when the launch returns.
+_inline: Bounded[torch.device, tuple[str | None]] = Bounded("devices that take values inline", 32)
 
-    Args and attributes as `Inline`.
-    """
+
+def why_not_inline(device: torch.device) -> str | None:
+    """What keeps values from going inline to a device, as a phrase; None if they can."""
+    return _inline.get_or_make(device, lambda: (_ask_for_inline(device),))[0]
+
+
+@cache
+def _copy_function() -> Any:
+    word = ctypes.c_uint64  # CUdeviceptr, and the addresses of the host and of a stream
+    arguments = word, word, ctypes.c_size_t, word
+    return _cuda_driver.function(_cuda_driver.library(), "cuMemcpyHtoDAsync_v2", *arguments)
+
+
+def _ask_for_inline(device: torch.device) -> str | None:
+    """Also that a device may read pageable memory where it lies, and so perhaps after the call.
+    What such a device does was not looked at."""
+    why = _cuda_driver.no_cuda(device)
+    if why is not None:
+        return why
+    number, function = ctypes.c_int, _cuda_driver.function
+    found, reads = number(), number()
+    try:
+        _copy_function()
+        library = _cuda_driver.library()
+        find = function(library, "cuDeviceGet", ctypes.POINTER(number), number)
+        ask = function(library, "cuDeviceGetAttribute", ctypes.POINTER(number), number, number)
+    except (OSError, AttributeError) as error:
+        return f"the CUDA driver's library cannot be used ({error})"
+    _cuda_driver.adopt(device)  # the driver answers once it has been initialised
+    code = find(ctypes.byref(found), device.index)
+    code = code or ask(ctypes.byref(reads), _HOST_PAGE_TABLES, found)
+    if code:
+        name = _cuda_driver.error_name(code, library)
+        return f"the driver does not tell how {device} reads pageable memory ({name})"
+    if reads.value:
+        return f"{device} reads pageable memory by the host's page tables, perhaps after the call"
+    return None
+
+
+class _Parameters:
+    """The parameters of one thread's launches by value: their head, and the values."""
+
+    def __init__(self, dtype: torch.dtype, most: int, device: torch.device) -> None:
+        head = VALUES_HEAD.size
+        self._arguments = _cuda_driver.Arguments(head + value_bytes(device), device)
+        self.buffer, self.address = self._arguments.buffer, self._arguments.address
+        self.packed = PackedInts(self.buffer, most, dtype, head)
+        self.whole = self.packed.whole
+
+
+class ByValue(_ReadAtOnce):
+    """In a launch's parameters: the values have left the host's memory when the launch returns."""
+
+    memory = _Parameters
+    no_refill = (
+        "by value",
+        "its contents were fixed when it was captured; make it with way='mapped'",
+    )
 
     def __init__(self, device: torch.device, dtype: torch.dtype, most: int) -> None:
         loaded = kernels(device)
-        super().__init__(dtype, most, _Parameters, device)
-        self._itemsize = dtype.itemsize
+        super().__init__(device, dtype, most)
         self._function, self._launch = loaded.values, loaded.launch
 
-    def issue(self, mine: _Parameters, to: int, count: int, stream: torch.Stream | None) -> None:
-        """See `ReadAtOnce.issue`."""
-        nbytes, vector = count * self._itemsize, widest_vector(to)
+    def issue(self, mine: _Parameters, to: int, nbytes: int, stream: _Stream) -> None:
+        vector = widest_vector(to)
         VALUES_HEAD.pack_into(mine.buffer, 0, to, nbytes, vector)
         self._launch(self._function, blocks(nbytes, vector), mine.address, stream)
 
-    def refill(self, values: Values) -> None:
-        raise Unsupported(
-            "Refilling a small copy by value",
-            "its contents were fixed when it was captured; make it with way='mapped'",
+
+# --- kernels --------------------------------------------------------------------------------------
+
+_kernels: Bounded[torch.device, Kernels] = Bounded("small copies' kernels", 32)
+
+
+class Kernels:
+    """The loaded kernels of one device, and how one is launched."""
+
+    def __init__(self, device: torch.device) -> None:
+        text = source(value_bytes(device))
+        functions = _cuda_driver.load(text, [VALUES_NAME, MAPPED_NAME], device)
+        self.values, self._mapped = functions[VALUES_NAME], functions[MAPPED_NAME]
+        self.launch = _cuda_driver.Launcher(device, THREADS)
+        self._arguments = _cuda_driver.Arguments(MAPPED.size, device)
+
+    def issue(self, out: torch.Tensor, slot: Slot, nbytes: int, stream: _Stream) -> None:
+        """The kernel reads the slot by itself: no copy engine takes part."""
+        to = out.data_ptr()
+        vector = widest_vector(to)
+        MAPPED.pack_into(self._arguments.buffer, 0, to, slot.address, nbytes, vector)
+        self.launch(self._mapped, blocks(nbytes, vector), self._arguments.address, stream)
+
+
+def kernels(device: torch.device) -> Kernels:
+    """The kernels of a device, compiled and loaded once.
+
+    Raises:
+        Unsupported: inside graph capture, where nothing can be loaded.
+    """
+    known = _kernels.get(device)
+    if known is not None:
+        return known
+    if capturing(device):
+        raise refuse_capture(
+            "The first small copy of a device",
+            "its kernels have to be loaded first; make one before the capture",
         )
+    return _kernels.setdefault(device, Kernels(device))
+
+
+def value_bytes(device: torch.device) -> int:
+    """Bytes of values that a launch on a device carries in its parameters: whole vectors."""
+    large = (
+        _cuda_driver.driver_version() >= _LARGE_DRIVER
+        and _cuda_driver.capability(device) >= _LARGE_CAPABILITY
+    )
+    limit = _LARGE_PARAMETERS if large else _CLASSIC_PARAMETERS
+    return (limit - VALUES_HEAD.size) // _WIDE * _WIDE
+
+
+def source(nbytes: int) -> str:
+    """The text of both kernels, of which one carries so many bytes by value."""
+    text = files("portakv_native.cuda").joinpath("small.cuh").read_text()
+    return f"#define PORTAKV_SMALL_VECTORS {nbytes // _WIDE}\n{text}"
+
+
+def widest_vector(address: int) -> int:
+    """The widest vector in bytes that an address is aligned to."""
+    return min(_WIDE, address & -address)
+
+
+def blocks(nbytes: int, vector: int) -> int:
+    """Thread blocks of a launch."""
+    return max(1, min(MOST_BLOCKS, -(-nbytes // (vector * THREADS))))
+
+
+# --- through pinned memory ------------------------------------------------------------------------
 
 
 class Slot(NamedTuple):
@@ -190,25 +332,25 @@ def make_slot(dtype: torch.dtype, most: int) -> Slot:
 
 
 #: Enqueues the copy of so many bytes of a slot to a tensor, on a stream.
-Issue = Callable[[torch.Tensor, Slot, int, "torch.Stream | None"], None]
+Issue = Callable[[torch.Tensor, Slot, int, _Stream], None]
 
 
-class ThroughPinned(Way):
-    """Through pinned memory: slots that are used in turn, and one that captured sends read.
+def by_copy(out: torch.Tensor, slot: Slot, nbytes: int, stream: _Stream) -> None:
+    """The copy engine reads the slot, behind whatever it has to move before."""
+    with inside(stream), torch.inference_mode(out.is_inference()):
+        target = out.view(-1).view(torch.uint8)[:nbytes]
+        target.copy_(slot.memory[:nbytes], non_blocking=True)
 
-    Args:
-        device: where the values go.
-        dtype: of the values.
-        most: how many they may be.
-        issue: enqueues the copy from a slot.
-    """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, most: int, issue: Issue) -> None:
+class Copy(Way):
+    """Through pinned memory: slots that are used in turn, and one that captured sends read."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, most: int) -> None:
         if capturing(device):
             raise refuse_capture(
                 "A small copy through pinned memory", "it has to be made before the capture"
             )
-        self._device, self._index, self._issue = device, device.index, issue
+        self._device, self._index, self._issue = device, device.index, self.issues(device)
         self._alone = torch.accelerator.device_count() == 1
         self._dtype, self._itemsize, self._most = dtype, dtype.itemsize, most
         self._slots: list[tuple[Slot, torch.Event]] = []  # each with the end of its last send
@@ -217,9 +359,12 @@ class ThroughPinned(Way):
         self._captured: int | None = None  # values of the captured send
         self._lock = threading.Lock()
 
-    def send(
-        self, values: Values, out: torch.Tensor, stream: torch.Stream | None, captures: bool
-    ) -> int:
+    @staticmethod
+    def issues(device: torch.device) -> Issue:
+        """What enqueues the copy of a slot."""
+        return by_copy
+
+    def send(self, values: Values, out: torch.Tensor, stream: _Stream, captures: bool) -> int:
         with self._lock:
             if captures:
                 self._captured = count = self._stand(values)
@@ -271,182 +416,9 @@ class ThroughPinned(Way):
         return self._slots[self._next]
 
 
-class OnHost(Way):
-    """To the CPU: written at once.
+class Mapped(Copy):
+    """The same, read by a kernel."""
 
-    Args:
-        dtype: of the values.
-        most: how many they may be.
-    """
-
-    def __init__(self, dtype: torch.dtype, most: int) -> None:
-        self._dtype, self._most = dtype, most
-
-    def send(
-        self, values: Values, out: torch.Tensor, stream: torch.Stream | None, captures: bool
-    ) -> int:
-        array = as_array(values, self._dtype)
-        check_count(array.size, self._most, self._dtype)
-        target: Array = out.view(-1)[: array.size].numpy()
-        target.reshape(array.shape)[...] = array
-        return array.size
-
-    def refill(self, values: Values) -> None:
-        raise Unsupported(
-            "Refilling a small copy to the CPU", "there are no graphs; send the values again"
-        )
-
-
-# --- inline ---------------------------------------------------------------------------------------
-
-
-# What was found out about devices, and loaded for them.
-_inline: Bounded[torch.device, tuple[str | None]] = Bounded("devices that take values inline", 32)
-_kernels: Bounded[torch.device, Kernels] = Bounded("small copies' kernels", 32)
-
-
-def why_not_inline(device: torch.device) -> str | None:
-    """What keeps values from going inline to a device, as a phrase; None if they can."""
-    return _inline.get_or_make(device, lambda: (_ask_for_inline(device),))[0]
-
-
-def _ask_for_inline(device: torch.device) -> str | None:
-    why = _cuda_driver.no_cuda(device)
-    if why is not None:
-        return why
-    try:
-        _copy_function()
-        return _read_later(device)
-    except (OSError, AttributeError) as error:
-        return f"the CUDA driver's library cannot be used ({error})"
-
-
-class _Pages:
-    """Pageable memory for the values of one thread.
-
-    The caller's may be pinned, and would be read later than the call returns. So would these pages
-    if a caller registered them with memory of its own: they are whole ones, off the heap.
-    """
-
-    def __init__(self, dtype: torch.dtype, most: int, device: torch.device) -> None:
-        _cuda_driver.adopt(device)  # a new thread has no context yet
-        nbytes = max(most * dtype.itemsize, 1)
-        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
-        self.packed = PackedInts(pages, most, dtype)  # which keeps the pages
-        self.whole = self.packed.whole
-
-
-@cache
-def _copy_function() -> Any:
-    word = ctypes.c_uint64  # CUdeviceptr, and the addresses of the host and of a stream
-    arguments = word, word, ctypes.c_size_t, word
-    return _cuda_driver.function(_cuda_driver.library(), "cuMemcpyHtoDAsync_v2", *arguments)
-
-
-def _read_later(device: torch.device) -> str | None:
-    """That a device may read pageable memory where it lies, and so perhaps after the call, as a
-    phrase; None: it does not. What such a device does was not looked at."""
-    library, number = _cuda_driver.library(), ctypes.POINTER(ctypes.c_int)
-    find = _cuda_driver.function(library, "cuDeviceGet", number, ctypes.c_int)
-    ask = _cuda_driver.function(library, "cuDeviceGetAttribute", number, ctypes.c_int, ctypes.c_int)
-    _cuda_driver.adopt(device)  # the driver answers once it has been initialised
-    found, reads = ctypes.c_int(), ctypes.c_int()
-    error = find(ctypes.byref(found), device.index) or ask(
-        ctypes.byref(reads), _HOST_PAGE_TABLES, found
-    )
-    if error:
-        name = _cuda_driver.error_name(error, library)
-        return f"the driver does not tell how {device} reads pageable memory ({name})"
-    if reads.value:
-        return f"{device} reads pageable memory by the host's page tables, perhaps after the call"
-    return None
-
-
-# --- kernels --------------------------------------------------------------------------------------
-
-
-class Kernels:
-    """The loaded kernels of one device, and how one is launched."""
-
-    def __init__(self, device: torch.device) -> None:
-        text = source(value_bytes(device))
-        functions = _cuda_driver.load(text, [VALUES_NAME, MAPPED_NAME], device)
-        self.values, self.mapped = functions[VALUES_NAME], functions[MAPPED_NAME]
-        self.launch = _cuda_driver.Launcher(device, THREADS)
-
-
-def kernels(device: torch.device) -> Kernels:
-    """The kernels of a device, compiled and loaded once.
-
-    Raises:
-        Unsupported: inside graph capture, where nothing can be loaded.
-    """
-    known = _kernels.get(device)
-    if known is not None:
-        return known
-    if capturing(device):
-        raise refuse_capture(
-            "The first small copy of a device",
-            "its kernels have to be loaded first; make one before the capture",
-        )
-    return _kernels.setdefault(device, Kernels(device))
-
-
-def value_bytes(device: torch.device) -> int:
-    """Bytes of values that a launch on a device carries in its parameters: whole vectors."""
-    large = (
-        _cuda_driver.driver_version() >= _LARGE_DRIVER
-        and _cuda_driver.capability(device) >= _LARGE_CAPABILITY
-    )
-    limit = _LARGE_PARAMETERS if large else _CLASSIC_PARAMETERS
-    return (limit - VALUES_HEAD.size) // _WIDE * _WIDE
-
-
-def source(nbytes: int) -> str:
-    """The text of both kernels, of which one carries so many bytes by value."""
-    text = files("portakv_native.cuda").joinpath("small.cuh").read_text()
-    return f"#define PORTAKV_SMALL_VECTORS {nbytes // _WIDE}\n{text}"
-
-
-def widest_vector(address: int) -> int:
-    """The widest vector in bytes that an address is aligned to."""
-    return min(_WIDE, address & -address)
-
-
-def blocks(nbytes: int, vector: int) -> int:
-    """Thread blocks of a launch."""
-    return max(1, min(MOST_BLOCKS, -(-nbytes // (vector * THREADS))))
-
-
-class _Parameters:
-    """The parameters of one thread's launches by value: their head, and the values."""
-
-    def __init__(self, dtype: torch.dtype, most: int, device: torch.device) -> None:
-        head = VALUES_HEAD.size
-        self._arguments = _cuda_driver.Arguments(head + value_bytes(device), device)
-        self.buffer, self.address = self._arguments.buffer, self._arguments.address
-        self.packed = PackedInts(self.buffer, most, dtype, head)
-        self.whole = self.packed.whole
-
-
-def issue_by_kernel(device: torch.device) -> Issue:
-    """The kernel reads the slot by itself: no copy engine takes part."""
-    loaded = kernels(device)
-    function, launch = loaded.mapped, loaded.launch
-    arguments = _cuda_driver.Arguments(MAPPED.size, device)
-
-    def issue(out: torch.Tensor, slot: Slot, nbytes: int, stream: torch.Stream | None) -> None:
-        to = out.data_ptr()
-        vector = widest_vector(to)
-        MAPPED.pack_into(arguments.buffer, 0, to, slot.address, nbytes, vector)
-        launch(function, blocks(nbytes, vector), arguments.address, stream)
-
-    return issue
-
-
-def issue_by_copy(out: torch.Tensor, slot: Slot, nbytes: int, stream: torch.Stream | None) -> None:
-    """The copy engine reads the slot, behind whatever it has to move before."""
-    with inside(stream), torch.inference_mode(out.is_inference()):
-        target = out.view(-1).view(torch.uint8)[:nbytes]
-        target.copy_(slot.memory[:nbytes], non_blocking=True)
+    @staticmethod
+    def issues(device: torch.device) -> Issue:
+        return kernels(device).issue

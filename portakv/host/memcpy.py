@@ -38,11 +38,10 @@ _NARROWEST = 256
 MAX_PITCH = 2**31 - 1
 
 _TORCH_SAME = "torch's copy_ issues the same memcpy"
-_TORCH_INSIDE = "torch's copy_ is one pass for any strides inside a device"
-_TORCH_PEER = (
-    "torch's copy_ orders both devices' streams and takes the peer link where there is one"
-)
-_TORCH_HOST = "both tensors are on the host"
+_BY_TORCH = {
+    "d2d": "torch's copy_ is one pass for any strides inside a device",
+    "peer": "torch's copy_ orders both devices' streams and takes the peer link where there is one",
+}
 
 
 class Pitched(NamedTuple):
@@ -89,7 +88,7 @@ class Copied:
 
 
 def is_available(device: torch.device | str | None = None) -> bool:
-    """True where the CUDA driver's own copies can be used; everything else works without them.
+    """True if the CUDA driver's own copies can be used; everything else works without them.
 
     Args:
         device: the device asked about; None: the current accelerator.
@@ -131,19 +130,7 @@ def copy_(
         Unsupported: inside graph capture, what cannot be captured.
         TransferError: the driver refuses the copy.
     """
-    check_alike(dst, src)
-    direction = direction_of(dst, src)
-    devices = [each.device for each in (src, dst) if each.device.type != "cpu"]
-    streams.check_stream(stream, *(devices or [torch.device("cpu")]))
-    nbytes = dst.numel() * dst.element_size()
-    if not nbytes:
-        return Copied(direction, "nothing", "there are no bytes", 0, True, Transfer())
-    check_disjoint(dst, src)
-    if not devices:
-        _write(dst, src, False)
-        return Copied(direction, "torch", _TORCH_HOST, nbytes, True, Transfer())
-    device = stream.device if stream is not None else devices[-1]
-    return _launch(dst, src, direction, non_blocking, device, stream)
+    return _copy(dst, src, non_blocking, stream)
 
 
 def copy_h2d(
@@ -153,7 +140,7 @@ def copy_h2d(
     stream: torch.Stream | None = None,
 ) -> Copied:
     """`copy_` from the host to a device; `DeviceMismatch` for any other direction."""
-    return _directed(("h2d",), dst, src, non_blocking, stream)
+    return _copy(dst, src, non_blocking, stream, "h2d")
 
 
 def copy_d2h(
@@ -163,7 +150,7 @@ def copy_d2h(
     stream: torch.Stream | None = None,
 ) -> Copied:
     """`copy_` from a device to the host; `DeviceMismatch` for any other direction."""
-    return _directed(("d2h",), dst, src, non_blocking, stream)
+    return _copy(dst, src, non_blocking, stream, "d2h")
 
 
 def copy_d2d(
@@ -173,7 +160,7 @@ def copy_d2d(
     stream: torch.Stream | None = None,
 ) -> Copied:
     """`copy_` inside a device or between two; `DeviceMismatch` for any other direction."""
-    return _directed(("d2d", "peer"), dst, src, non_blocking, stream)
+    return _copy(dst, src, non_blocking, stream, "d2d", "peer")
 
 
 def direction_of(dst: torch.Tensor, src: torch.Tensor) -> str:
@@ -188,41 +175,33 @@ def direction_of(dst: torch.Tensor, src: torch.Tensor) -> str:
             f"A copy from {src.device} to {dst.device} was asked; expected the host, or one kind "
             f"of device. Copy through a tensor on the host."
         )
-    if kinds == ("cpu", "cpu"):
-        return "h2h"
-    if kinds[0] == "cpu":
-        return "h2d"
-    if kinds[1] == "cpu":
-        return "d2h"
+    if "cpu" in kinds:
+        return "2".join("h" if kind == "cpu" else "d" for kind in kinds)
     return "d2d" if src.device == dst.device else "peer"
 
 
-def _directed(
-    wanted: tuple[str, ...],
-    dst: torch.Tensor,
-    src: torch.Tensor,
-    non_blocking: bool,
-    stream: torch.Stream | None,
-) -> Copied:
-    check_alike(dst, src)
-    if direction_of(dst, src) not in wanted:
+def _copy(
+    dst: torch.Tensor, src: torch.Tensor, non_blocking: bool, stream: torch.Stream | None,
+    *wanted: str,
+) -> Copied:  # fmt: skip
+    """`copy_`, in one of the wanted directions; none: in any."""
+    _check_alike(dst, src)
+    direction = direction_of(dst, src)
+    if wanted and direction not in wanted:
         raise DeviceMismatch(
             f"A copy by copy_{wanted[0]} was asked from {src.device} to {dst.device}; expected "
             f"the direction {' or '.join(wanted)}. Call copy_, which takes any."
         )
-    return copy_(dst, src, non_blocking, stream)
-
-
-def _launch(
-    dst: torch.Tensor,
-    src: torch.Tensor,
-    direction: str,
-    non_blocking: bool,
-    device: torch.device,
-    stream: torch.Stream | None,
-) -> Copied:
-    """Copy what has bytes and was checked, ordered on a stream of ``device``."""
+    devices = [each.device for each in (src, dst) if each.device.type != "cpu"]
+    streams.check_stream(stream, *(devices or [torch.device("cpu")]))
     nbytes = dst.numel() * dst.element_size()
+    if not nbytes:
+        return Copied(direction, "nothing", "there are no bytes", 0, True, Transfer())
+    check_disjoint(dst, src)
+    if not devices:
+        _write(dst, src, False)
+        return Copied(direction, "torch", "both tensors are on the host", nbytes, True, Transfer())
+    device = stream.device if stream is not None else devices[-1]
     rows = _rows(dst, src, direction, device)
     captures = capturing(device)
     if captures:
@@ -230,31 +209,29 @@ def _launch(
     # A graph's memory is kept by the caller, and no allocator hears of its replays.
     streams.follow_current(stream, *(() if captures else (dst, src)))
     if isinstance(rows, Pitched):
-        way, why, late = "memcpy2d", "rows at a pitch cross as they lie", True
+        way, why, late = "memcpy2d", "rows at a pitch cross as they lie", non_blocking
         places = dst.data_ptr(), src.data_ptr(), direction == "h2d"
         _cuda_driver.copy_pitched(*places, rows, device, stream)
     else:
         way, why = "torch", rows
-        late = _copy_by_torch(dst, src, direction, non_blocking, stream)
+        late = _copy_by_torch(dst, src, direction, non_blocking, stream) and non_blocking
     if captures:
-        transfer = streams.captured(device, stream, dst, src)
-        return Copied(direction, way, why, nbytes, False, transfer)
-    host = [each for each in (dst, src) if each.device.type == "cpu"]
-    end = streams.completion(device, stream, *host)
-    if non_blocking and late:
-        return Copied(direction, way, why, nbytes, False, Transfer((end,), (dst, src)))
-    end.synchronize()
-    return Copied(direction, way, why, nbytes, True, Transfer())
+        late, transfer = True, streams.captured(device, stream, dst, src)
+    else:
+        host = [each for each in (dst, src) if each.device.type == "cpu"]
+        end = streams.completion(device, stream, *host)
+        if not late:
+            end.synchronize()
+        transfer = Transfer((end,), (dst, src)) if late else Transfer()
+    return Copied(direction, way, why, nbytes, not late, transfer)
 
 
 def _rows(
     dst: torch.Tensor, src: torch.Tensor, direction: str, device: torch.device
 ) -> Pitched | str:
     """The rows for the driver's 2-D memcpy, or why torch copies, as a phrase."""
-    if direction == "d2d":
-        return _TORCH_INSIDE
-    if direction == "peer":
-        return _TORCH_PEER
+    if direction in _BY_TORCH:
+        return _BY_TORCH[direction]
     if dst.is_contiguous() and src.is_contiguous():
         return _TORCH_SAME
     rows = pitched(dst, src)
@@ -272,38 +249,29 @@ def _rows(
 
 
 def is_pinned(tensor: torch.Tensor) -> bool:
-    """True where the first and the last byte of a host tensor are pinned.
+    """True if the first and the last byte of a host tensor are pinned.
 
     The last one too: a tensor may reach past the memory that was registered. Of a view torch tells
     whether its storage begins in pinned memory, so each byte is asked as a storage of its own.
     """
     if not tensor.numel():
         return tensor.is_pinned()
-    dims = zip(tensor.shape, tensor.stride(), strict=True)
-    last = sum((extent - 1) * stride for extent, stride in dims) * tensor.element_size()
-    ends = (tensor.data_ptr(), tensor.data_ptr() + last + tensor.element_size() - 1)
-    return all(_byte_at(address).is_pinned() for address in ends)
-
-
-def _byte_at(address: int) -> torch.Tensor:
-    """One byte of memory that the caller holds, as a tensor; it is never read."""
-    return torch.frombuffer(ctypes.c_char.from_address(address), dtype=torch.uint8)
+    first = tensor.data_ptr()
+    ends = [ctypes.c_char.from_address(at) for at in (first, first + _reach(tensor) - 1)]
+    return all(torch.frombuffer(end, dtype=torch.uint8).is_pinned() for end in ends)
 
 
 def _copy_by_torch(
-    dst: torch.Tensor,
-    src: torch.Tensor,
-    direction: str,
-    non_blocking: bool,
+    dst: torch.Tensor, src: torch.Tensor, direction: str, non_blocking: bool,
     stream: torch.Stream | None,
-) -> bool:
-    """Let torch copy; returns False where all bytes have landed already."""
-    late = non_blocking or direction in ("d2d", "peer")
+) -> bool:  # fmt: skip
+    """Let torch copy; returns False if all bytes have landed already."""
+    late = non_blocking or direction in _BY_TORCH
     if direction == "d2h":
-        # Torch brings the bytes to pageable memory first where the host lays them out itself.
-        late = late and lies_ready(dst, dst, src) and is_pinned(dst)
+        # Torch brings the bytes to pageable memory first if the host lays them out itself.
+        late = late and _lies_ready(dst, dst, src) and is_pinned(dst)
     elif direction == "h2d":
-        if not lies_ready(src, dst, src):
+        if not _lies_ready(src, dst, src):
             late = False
             if is_pinned(src):
                 # The host packs it now; earlier work of the stream may still be writing it.
@@ -324,30 +292,26 @@ def _write(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool) -> None:
         dst.copy_(src, non_blocking=non_blocking)
 
 
-def lies_ready(host: torch.Tensor, dst: torch.Tensor, src: torch.Tensor) -> bool:
-    """True where torch hands the host's tensor of a copy to memcpy as it lies."""
+def _lies_ready(host: torch.Tensor, dst: torch.Tensor, src: torch.Tensor) -> bool:
+    """True if torch hands the host's tensor of a copy to memcpy as it lies."""
     return host.is_contiguous() or not loops_of(dst, src)[1]
 
 
 def _check_capture(
-    dst: torch.Tensor,
-    src: torch.Tensor,
-    direction: str,
-    rows: Pitched | str,
-    non_blocking: bool,
+    dst: torch.Tensor, src: torch.Tensor, direction: str, rows: Pitched | str, non_blocking: bool
 ) -> None:
     if not non_blocking:
         raise refuse_capture(
             "A blocking copy", "the host cannot wait for it; pass non_blocking=True"
         )
-    if direction not in ("h2d", "d2h") or isinstance(rows, Pitched):
+    if direction in _BY_TORCH or isinstance(rows, Pitched):
         return
     host = dst if direction == "d2h" else src
     if not is_pinned(host):
         raise refuse_capture(
             "A copy of pageable host memory", "a graph reads it at replay; pin the memory first"
         )
-    if not lies_ready(host, dst, src):
+    if not _lies_ready(host, dst, src):
         raise refuse_capture(
             f"A copy of host memory with strides {list(host.stride())}",
             f"torch would copy it through memory that the graph does not keep ({rows}); use "
@@ -355,7 +319,7 @@ def _check_capture(
         )
 
 
-def check_alike(dst: Any, src: Any) -> None:
+def _check_alike(dst: Any, src: Any) -> None:
     """Raise `LayoutError` unless both are dense strided tensors of one dtype and shape."""
     for name, given in (("destination", dst), ("source", src)):
         if not isinstance(given, torch.Tensor):
@@ -419,7 +383,7 @@ def _apart(one: torch.Tensor, other: torch.Tensor) -> bool:
     what the smaller strides reach lies in different parts.
     """
     shift = other.data_ptr() - one.data_ptr()
-    if shift >= _reach(one, math.inf) or -shift >= _reach(other, math.inf):
+    if shift >= _reach(one) or -shift >= _reach(other):
         return True
     size = one.element_size()
     dims = [
@@ -434,7 +398,7 @@ def _apart(one: torch.Tensor, other: torch.Tensor) -> bool:
     return False
 
 
-def _reach(tensor: torch.Tensor, below: float) -> int:
+def _reach(tensor: torch.Tensor, below: float = math.inf) -> int:
     """Bytes from the first to behind the last, by the strides of fewer bytes than ``below``."""
     size = tensor.element_size()
     dims = zip(tensor.stride(), tensor.shape, strict=True)

@@ -30,14 +30,18 @@ import torch
 
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError
 from portakv.host import _small_ways as ways
-from portakv.host._packed_ints import Array, Values, as_array, numpy_dtype, torch_dtype
-from portakv.host._small_ways import INLINE_BYTES, Issue, Way
+from portakv.host._packed_ints import TORCH_DTYPES, Values, as_array, numpy_dtype
+from portakv.host._small_ways import INLINE_BYTES, Way
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import streams
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capture_question, capturing, refuse_capture, resolve
 
-WAYS = ("inline", "value", "mapped", "copy", "host")  # the best first
+#: The best first.
+WAYS: dict[str, type[Way]] = {
+    "inline": ways.Inline, "value": ways.ByValue, "mapped": ways.Mapped, "copy": ways.Copy,
+    "host": ways.OnHost,
+}  # fmt: skip
 
 # What limits a way's bytes.
 _HOLDS = {
@@ -66,13 +70,10 @@ def choose(nbytes: int, device: torch.device | str, way: str | None = None) -> C
     Raises:
         BackendUnavailable: a way that is unknown, or that this device or size does not allow.
     """
-    return _choose(nbytes, resolve(device), way)
-
-
-def _choose(nbytes: int, place: torch.device, way: str | None) -> Chosen:
+    place = resolve(device)
     if way is None:
         return _best(place, nbytes)
-    if way not in WAYS:
+    if way not in [*WAYS]:
         raise BackendUnavailable(
             f"A small copy by {way!r} was asked; expected one of {', '.join(WAYS)}, or None for "
             f"the best."
@@ -115,17 +116,16 @@ def to_device(
         BackendUnavailable: a way that cannot be had, with the reason.
         Unsupported: inside graph capture, anything but ``"value"``.
     """
+    place, first, most, captures = _target(device, out)
     if out is not None:
-        _check_tensor(out)
         dtype = dtype or out.dtype
     array = as_array(values, dtype)
-    dtype = dtype or torch_dtype(array)
-    place, first, most, captures = _target(device, out)
+    dtype = dtype or TORCH_DTYPES[array.dtype]
     if stream is not None:
         streams.check_stream(stream, place)
     if out is not None:
         _check_out(out, array.size, dtype, place)
-    chosen = first if way is None and array.nbytes <= most else _choose(array.nbytes, place, way)[0]
+    chosen = first if way is None and array.nbytes <= most else choose(array.nbytes, place, way)[0]
     captured = captures()
     if captured and way != "value":
         raise refuse_capture(
@@ -137,11 +137,15 @@ def to_device(
     if stream is not None:
         streams.follow_current(stream, *(() if captured else (target,)))
     if chosen == "host":
-        ways.OnHost(dtype, array.size).send(array, target, stream, captured)
+        ways.OnHost(place, dtype, array.size).send(array, target, stream, captured)
     elif chosen in ("inline", "value"):
         _ready(chosen, place, dtype).send(array, target, stream, captured)
     elif array.size:
-        _send_once(chosen, array, target, stream)
+        slot = ways.make_slot(dtype, array.size)
+        slot.packed.fill(array)
+        issue = ways.Mapped.issues(place) if chosen == "mapped" else ways.by_copy
+        issue(target, slot, array.nbytes, stream)
+        streams.completion(place, stream, slot.memory)  # holds the slot until it was read
     return target
 
 
@@ -178,15 +182,13 @@ class SmallCopy:
         numpy_dtype(dtype)
         if not isinstance(n, int) or n < 0:
             raise LayoutError(f"A SmallCopy of {n!r} values was asked; expected 0 or more values.")
-        if out is not None:
-            _check_tensor(out)
         place, _, _, self._captures = _target(device, out)
         if out is not None:
             _check_out(out, n, dtype, place)
-        self.way, self.why = _choose(n * dtype.itemsize, place, way)
+        self.way, self.why = choose(n * dtype.itemsize, place, way)
         self._n, self._device = n, place
         self._uncaptured = _UNCAPTURED.get(way)
-        self._way = _make(self.way, place, dtype, n)
+        self._way = WAYS[self.way](place, dtype, n)
         self.out = _new((n,), dtype, place) if out is None else out
 
     def send(self, values: Values, *, stream: torch.Stream | None = None) -> torch.Tensor:
@@ -251,7 +253,12 @@ def _why_not(way: str, device: torch.device, nbytes: int) -> str | None:
         return f"{device} is no CPU"
     if way == "copy":
         return None
-    why = ways.why_not_inline(device) if way == "inline" else _no_kernels(device)
+    why = ways.why_not_inline(device) if way == "inline" else _cuda_driver.why_not(device)
+    if why is None and way != "inline":
+        try:
+            _cuda_driver.compiler_target(device)
+        except RuntimeError as error:
+            return str(error)
     if why is None and nbytes > _most(way, device):
         return _HOLDS[way].format(_most(way, device))
     return why
@@ -262,34 +269,6 @@ def _most(way: str, device: torch.device) -> int:
     if way == "inline":
         return INLINE_BYTES
     return ways.value_bytes(device) if way == "value" else sys.maxsize
-
-
-def _no_kernels(device: torch.device) -> str | None:
-    """What keeps kernels from being had on a device, as a phrase; None: nothing."""
-    why = _cuda_driver.why_not(device)
-    if why is None:
-        try:
-            _cuda_driver.compiler_target(device)
-        except RuntimeError as error:
-            return str(error)
-    return why
-
-
-def _make(way: str, device: torch.device, dtype: torch.dtype, most: int) -> Way:
-    if way == "inline":
-        return ways.Inline(device, dtype, most)
-    if way == "value":
-        return ways.ByValue(device, dtype, most)
-    if way == "host":
-        return ways.OnHost(dtype, most)
-    return ways.ThroughPinned(device, dtype, most, _issue(way, device))
-
-
-def _issue(way: str, device: torch.device) -> Issue:
-    """What enqueues a copy from pinned memory by ``mapped`` or ``copy``."""
-    if way == "copy":
-        return ways.issue_by_copy
-    return _issues.get_or_make(device, lambda: ways.issue_by_kernel(device))
 
 
 class _Target(NamedTuple):
@@ -311,10 +290,14 @@ class _Target(NamedTuple):
 # What calls keep ready: targets by device or its name, one sender for each way, device and dtype.
 _targets: Bounded[torch.device | str | int, _Target] = Bounded("small copies' targets", 64)
 _senders: Bounded[tuple[str, torch.device, torch.dtype], Way] = Bounded("small copies", 128)
-_issues: Bounded[torch.device, Issue] = Bounded("small copies through pinned memory", 32)
 
 
 def _target(device: torch.device | str | int | None, out: torch.Tensor | None) -> _Target:
+    if out is not None and not isinstance(out, torch.Tensor):
+        raise LayoutError(
+            f"A small copy was given a {type(out).__name__} as out; expected a tensor. Pass one, "
+            f"or none."
+        )
     if device is None:
         if out is None:
             raise DeviceMismatch(
@@ -350,17 +333,9 @@ def _ready(way: str, device: torch.device, dtype: torch.dtype) -> Way:
     """The sender of `to_device` for all that goes by one launch or command."""
     known = _senders.get((way, device, dtype))
     if known is None:
-        made = _make(way, device, dtype, _most(way, device) // dtype.itemsize)
+        made = WAYS[way](device, dtype, _most(way, device) // dtype.itemsize)
         known = _senders.setdefault((way, device, dtype), made)
     return known
-
-
-def _send_once(way: str, array: Array, target: torch.Tensor, stream: torch.Stream | None) -> None:
-    """Through pinned memory that is let go once it was read."""
-    slot = ways.make_slot(target.dtype, target.numel())
-    slot.packed.fill(array)
-    _issue(way, target.device)(target, slot, array.nbytes, stream)
-    streams.completion(target.device, stream, slot.memory)
 
 
 def _new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -369,14 +344,6 @@ def _new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> to
         with torch.inference_mode(False):
             return torch.empty(shape, dtype=dtype, device=device)
     return torch.empty(shape, dtype=dtype, device=device)
-
-
-def _check_tensor(out: torch.Tensor) -> None:
-    if not isinstance(out, torch.Tensor):
-        raise LayoutError(
-            f"A small copy was given a {type(out).__name__} as out; expected a tensor. Pass one, "
-            f"or none."
-        )
 
 
 def _check_out(out: torch.Tensor, count: int, dtype: torch.dtype, device: torch.device) -> None:

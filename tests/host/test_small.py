@@ -282,9 +282,7 @@ def test_no_kernel_is_loaded_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -
     with refused(Unsupported, "inside graph capture", "before the capture"):
         _small_ways.kernels(torch.device("cuda", 7))
     with refused(Unsupported, "inside graph capture", "before the capture"):
-        _small_ways.ThroughPinned(
-            torch.device("cuda", 7), torch.int64, 1, _small_ways.issue_by_copy
-        )
+        _small_ways.Copy(torch.device("cuda", 7), torch.int64, 1)
     with refused(Unsupported, "way='value'", "way='mapped'"):
         to_device([1], "cpu")
     with refused(Unsupported, "way='value'", "way='mapped'"):

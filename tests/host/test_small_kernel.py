@@ -17,7 +17,7 @@ from support.small_on_cpu import CPU, MOST, Launcher, installed, library, why_no
 from portakv import LayoutError, Unsupported
 from portakv.host import _small_ways
 from portakv.host._packed_ints import PackedInts
-from portakv.host._small_ways import ByValue, issue_by_kernel
+from portakv.host._small_ways import ByValue, kernels
 from portakv.host.small import SmallCopy, to_device
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import nvrtc as _nvrtc
@@ -103,7 +103,7 @@ def test_through_mapped_memory(nbytes: int, offset: int) -> None:
     out = target[16 + offset : 16 + offset + nbytes]
     packed = PackedInts(source.numpy(), nbytes, torch.uint8)
     slot = _small_ways.Slot(source, packed, source.data_ptr())
-    issue_by_kernel(CPU)(out, slot, nbytes, None)
+    kernels(CPU).issue(out, slot, nbytes, None)
     assert torch.equal(out, source)
     assert torch.equal(target[: 16 + offset], before[: 16 + offset])
     assert torch.equal(target[16 + offset + nbytes :], before[16 + offset + nbytes :])

@@ -161,7 +161,7 @@ def test_what_a_capture_carries_changes_with_refill(monkeypatch: pytest.MonkeyPa
     replay: list[Callable[[], None]] = []
 
     def crossing(out: torch.Tensor, slot: Any, nbytes: int, stream: Any) -> None:
-        replay.append(lambda: _small_ways.issue_by_copy(out, slot, nbytes, None))
+        replay.append(lambda: _small_ways.by_copy(out, slot, nbytes, None))
 
     sender = SmallCopy(4, torch.int32, DEVICE, way="copy")
     with refused(Unsupported, "never captured"):

@@ -31,7 +31,7 @@ def lacking(way: str) -> str | None:
 def forget() -> None:
     """Forget what small copies know of devices and keep ready for them."""
     for one in (
-        small._targets, small._senders, small._issues, _small_ways._inline, _small_ways._kernels,
+        small._targets, small._senders, _small_ways._inline, _small_ways._kernels,
     ):  # fmt: skip
         one.clear()
     _small_ways._copy_function.cache_clear()
