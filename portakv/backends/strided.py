@@ -164,7 +164,9 @@ class _Rows:
         for extent, stride in reversed(self._walk):
             packed, self._each = packed and stride == self._each, self._each * extent
         self._dense = ops.holes or (packed and self._pitch == self._each * self._grain)
-        self._near = self._grain if self._walk else self._pitch  # from a row to the next
+        # From a row of consecutive units to the next in bytes, and from a unit to the next in rows.
+        self._near = self._pitch if ops.holes else self._grain
+        self._apart = 1 if ops.holes else self._pitch // self._grain
         self._evenly = ops.evenly and not self._walk
         places = product(*(range(x.extent) for x in outer))
         tables = [getattr(x, f"{name}_table") for x in outer]
@@ -222,8 +224,8 @@ class _Rows:
                 start, rows = start + at.start * self._pitch, (at.stop - at.start) * self._each
                 return self._over(view, entry, start, self._near, rows), None
             at = torch.arange(at.start, at.stop)
-        step = self._pitch // self._near
-        rows, at = int(at[-1]) * step + self._reach + 1, at.to(view.device) * step
+        at = at * self._apart
+        rows, at = int(at[-1]) + self._reach + 1, at.to(view.device)
         return self._over(view, entry, start, self._near, rows), self._walked(at)
 
     def _walked(self, rows: torch.Tensor) -> torch.Tensor:
