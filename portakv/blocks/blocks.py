@@ -7,8 +7,7 @@ import time
 
 import torch
 
-from portakv.blocks.handle import BlockTransfer
-from portakv.blocks.request import BlockMove, on_terms
+from portakv.blocks.handle import BlockMove, BlockTransfer
 from portakv.blocks.slices import in_slices
 from portakv.copy.arguments import Ids
 from portakv.copy.copy import check_views, checked, is_strict
@@ -81,7 +80,7 @@ def copy_blocks(
     src = src.as_bytes() if reinterpret else src
     mine, theirs = _block_index(src, src_blocks, "src"), _block_index(dst, dst_blocks, "dst")
     move, choice = checked(src, dst, mine, theirs, None, backend, stream)
-    asked = BlockMove(move, on_terms(move, choice, terms), stream, terms, strict)
+    asked = BlockMove(move, choice, stream, terms, strict)
     if sliced:
         return in_slices(asked, max_gbps, by_layer)
     if detached and asked.device.type != "cpu":

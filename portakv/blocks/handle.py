@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block transfers: transfers that know what they move, layer by layer, and how far they are."""
+"""What `copy_blocks` was asked, whole or in parts, and the handle that tells how far it is."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
+from portakv.copy.copy import copy_move
+from portakv.copy.enqueue import follow_current
+from portakv.engines.engine import Terms
 from portakv.errors import TransferError
+from portakv.plan import Move
+from portakv.registry.registry import Choice
 from portakv.runtime.transfer import NOTHING, Transfer
 from portakv.runtime.worker import Worker
 from portakv.view import Index
@@ -86,6 +92,65 @@ class Extent(NamedTuple):
         return self.tokens if skipped is None else self.tokens - int(np.count_nonzero(skipped))
 
 
+class BlockMove(NamedTuple):
+    """A copy of whole blocks on a caller's terms, checked but for its ids.
+
+    Attributes:
+        move: the copy.
+        choice: the backend that was chosen, or the engine that was asked for by its name.
+        stream: where to order it.
+        terms: what it may take across the link.
+        strict: ids on a device are looked at before anything is moved.
+    """
+
+    move: Move
+    choice: Choice
+    stream: torch.Stream | None
+    terms: Terms
+    strict: bool
+
+    @property
+    def device(self) -> torch.device:
+        """The device that carries it out."""
+        return self.choice.backend.device
+
+    @property
+    def extent(self) -> Extent:
+        """What a handle says of it, without its views."""
+        src, _, mine, theirs, count = self.move
+        share = src.form.block_size if src.opaque else 1
+        block = mine.plan_step or theirs.plan_step or 1
+        return Extent((mine, theirs), count, block, src.form.token_bytes / share)
+
+    def issue(self, disjoint: bool = False) -> Transfer:
+        """Issue all of it; ``disjoint``: its rows are known to be."""
+        return copy_move(
+            self.move, self.choice, self.stream,
+            disjoint=disjoint, terms=self.terms, strict=self.strict,
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """Raise what issuing it raises for its forms; moves nothing."""
+        self._replace(move=self.move._replace(count=0)).issue()
+
+    def layer(self, layer: int) -> BlockMove:
+        """One layer of it; raises as the whole does if the sides have not equally many."""
+        if self.move.src.layers != self.move.dst.layers:
+            self.check()
+        return self._replace(move=self.move.layer(layer))
+
+    def part(self, first: int, tokens: int) -> BlockMove:
+        """Some of its positions, with no ids but theirs."""
+        src, dst, mine, theirs, _ = self.move
+        move = Move(src, dst, mine.part(first, tokens), theirs.part(first, tokens), tokens)
+        return self._replace(move=move)
+
+    def follow_current(self) -> None:
+        """Make its stream wait for the current one."""
+        if self.stream is not None:
+            follow_current(self.stream, self.device, [self.move])
+
+
 class BlockTransfer(Transfer):
     """What `copy_blocks` returns.
 
@@ -95,10 +160,10 @@ class BlockTransfer(Transfer):
         began: when it was asked for, by `time.perf_counter`.
         carried: the engine that carried the first piece out, and why that one; empty before that.
         layers: a transfer for each layer; None without ``by_layer``.
-        worker, slices: what issues it, if that is not done already.
+        worker: what issues it, if that is not done already.
     """
 
-    __slots__ = ("_began", "_carried", "_ended", "_extent", "_layers", "_slices", "_worker")
+    __slots__ = ("_began", "_carried", "_ended", "_extent", "_layers", "_worker")
 
     def __init__(
         self,
@@ -108,12 +173,10 @@ class BlockTransfer(Transfer):
         carried: Sequence[tuple[str, str]],
         layers: Sequence[Transfer] | None = None,
         worker: Worker[Slice] | None = None,
-        slices: Sequence[Slice] = (),
     ) -> None:
         super().__init__(transfer.completions, transfer._kept, transfer._captured)
-        self._extent, self._began, self._carried = extent, began, carried
+        self._extent, self._began, self._carried, self._worker = extent, began, carried, worker
         self._layers = None if layers is None else tuple(layers)
-        self._worker, self._slices = worker, slices
         self._ended: float | None = None if transfer.completions else time.perf_counter()
 
     @property
@@ -154,24 +217,21 @@ class BlockTransfer(Transfer):
         moving = extent.moving()
         nbytes, blocks = self._progress(moving)
         engine, why = self._carried[0] if self._carried else NOTHING
+        if worker is None:
+            pieces, ended_at = max(1, len(self._layers or ())), self._ended
+        else:
+            pieces, ended_at = worker.issued, worker.ended_at
+        seconds = ended_at - self._began if ended and ended_at is not None else None
         return Statistics(
-            nbytes,
-            blocks,
-            moving // extent.block,
-            engine,
-            why,
-            self._seconds() if ended else None,
-            worker.issued if worker is not None else max(1, len(self._layers or ())),
-            self.cancelled,
+            nbytes, blocks, moving // extent.block, engine, why, seconds, pieces, self.cancelled
         )
 
     def _progress(self, moving: int) -> tuple[int, int]:
         """Bytes that have landed, and blocks that have in all layers."""
-        extent = self._extent
-        if self._worker is not None:
-            landed = self._slices[: self._worker.landed]
-            layer = self._slices[-1].layer if self._slices else None
-            whole = sum(piece.tokens for piece in landed if piece.layer == layer)
+        extent, worker = self._extent, self._worker
+        if worker is not None:
+            landed, last = worker.slices[: worker.landed], worker.slices[-1].layer
+            whole = sum(piece.tokens for piece in landed if piece.layer == last)
             return sum(piece.nbytes for piece in landed), whole // extent.block
         if self._captured:
             return 0, 0
@@ -190,7 +250,3 @@ class BlockTransfer(Transfer):
         """The end was seen now; the first time counts."""
         if self._ended is None:
             self._ended = time.perf_counter()
-
-    def _seconds(self) -> float | None:
-        ended = self._ended if self._worker is None else self._worker.ended_at
-        return None if ended is None else ended - self._began

@@ -7,18 +7,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from math import gcd
+from math import gcd, lcm
 
-from portakv.blocks.handle import BlockTransfer, Slice
-from portakv.blocks.request import BlockMove
+from portakv.blocks.handle import BlockMove, BlockTransfer, Slice
 from portakv.copy.copy import drop_bad_ids
 from portakv.errors import Unsupported
 from portakv.plan import Move
 from portakv.plan.plan import check_disjoint
 from portakv.registry.prepared import bring
-from portakv.runtime.cuda import ignore_captures_elsewhere
 from portakv.runtime.devices import capturing, inside
-from portakv.runtime.streams import own_stream
+from portakv.runtime.streams import ignore_captures_elsewhere, own_stream
 from portakv.runtime.transfer import Transfer
 from portakv.runtime.worker import WINDOW, Landing, RateLimit, Worker
 
@@ -67,7 +65,7 @@ def in_slices(asked: BlockMove, rate: float | None, by_layer: bool) -> BlockTran
         last = {piece.layer: nth for nth, piece in enumerate(slices, 1)}
         layers = [Transfer((Landing(worker, nth),)) for nth in last.values()]
     whole = Transfer((Landing(worker, len(slices), (src, dst)),))
-    transfer = BlockTransfer(whole, extent, began, carried, layers, worker, slices)
+    transfer = BlockTransfer(whole, extent, began, carried, layers, worker)
     worker.start()
     return transfer
 
@@ -75,13 +73,16 @@ def in_slices(asked: BlockMove, rate: float | None, by_layer: bool) -> BlockTran
 def cut(asked: BlockMove, rate: float | None, by_layer: bool) -> list[Slice]:
     """The slices of a transfer, each of whole blocks."""
     src, dst, *_, count = asked.move
+    mine, theirs = asked.move.steps
+    # Tokens between two places where both sides may be cut.
+    whole = lcm(mine or 1, theirs or 1, src.form.block_size if src.opaque else 1)
     layers: list[int | None] = list(range(src.layers)) if by_layer else [None]
     token_bytes, most = asked.extent.token_bytes / len(layers), float(SLICE)
     if {src.form.place, dst.form.place} == {"device", "pageable"}:
         most *= WINDOW  # each keeps its thread, and has to wake torch's
     if rate is not None:
         most = min(most, rate * 1e9 * BEAT)
-    tokens = max(1, int(most / (asked.whole * token_bytes))) * asked.whole
+    tokens = max(1, int(most / (whole * token_bytes))) * whole
     return [
         Slice(layer, first, size, round(size * token_bytes))
         for layer in layers

@@ -11,8 +11,15 @@ import torch
 from portakv.copy.arguments import Ids
 from portakv.copy.enqueue import Piece, launch, refuse_capture
 from portakv.engines.choose import across
-from portakv.engines.engine import Terms
-from portakv.errors import DeviceMismatch, InvalidTerms, LayoutError, PortaKVError, SlotError
+from portakv.engines.engine import Engine, Terms
+from portakv.errors import (
+    DeviceMismatch,
+    InvalidTerms,
+    LayoutError,
+    PortaKVError,
+    SlotError,
+    Unsupported,
+)
 from portakv.plan.move import Move
 from portakv.plan.plan import check_disjoint
 from portakv.registry.prepared import Prepared, prepared
@@ -153,8 +160,8 @@ def copy_move(
     dst.check_writable()
     src.check_memory()
     dst.check_memory()
-    if not src.device == dst.device == choice.backend.device and _must_cross(src, dst, choice):
-        choice = across(choice, terms)
+    if terms is not None or not src.device == dst.device == choice.backend.device:
+        choice = _carrier(src, dst, choice, terms)
     ready = prepared(src.form, dst.form, *move.steps, None, choice)
     if count == 0:
         return Transfer()
@@ -175,20 +182,34 @@ def copy_move(
     return launch(pieces, move, stream, error)
 
 
-def _must_cross(src: KVView, dst: KVView, choice: Choice) -> bool:
-    """True if the backend does not reach both places itself; raises if no engine can help."""
-    home = choice.backend.device
-    devices = {src.device, dst.device}
-    if devices - {home, torch.device("cpu")} or (home not in devices):
+def _carrier(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Choice:
+    """What carries a copy out on a caller's terms: the chosen backend if it reaches both places, or
+    an engine; the rate is kept by a worker.
+
+    Raises:
+        DeviceMismatch: a view lies on a device that has no part in the copy.
+        Unsupported: terms that nothing here would keep.
+    """
+    home, devices = choice.backend.device, {src.device, dst.device}
+    if devices - {home, torch.device("cpu")} or home not in devices:
         raise DeviceMismatch(
             f"The source is on {src.device} and the destination on {dst.device}, but the copy runs "
             f"on {home}; views must lie there or on the host. Make a connector for their device."
         )
-    if (src.form.place, dst.form.place) in choice.can.places:
-        return False
-    # An engine that was asked for by name is never replaced by another: its own check refuses.
-    crosses = any("device" in pair and pair[0] != pair[1] for pair in choice.can.places)
-    return not (choice.forced and crosses)
+    if isinstance(choice.backend, Engine):
+        return across(choice, terms)
+    # A backend that was asked for by name and crosses is never replaced: its own check refuses.
+    crosses = choice.forced and any("device" in x and x[0] != x[1] for x in choice.can.places)
+    reached = src.device == dst.device or (src.form.place, dst.form.place) in choice.can.places
+    if not (reached or crosses):
+        return across(choice, terms)
+    if terms is not None and terms.max_thread_blocks is not None:
+        raise Unsupported(
+            f"A copy from {src.device} to {dst.device} by {choice.name!r} with "
+            f"max_thread_blocks={terms.max_thread_blocks}",
+            "the limit is kept by engines whose kernels read or write host memory; leave it out",
+        )
+    return choice
 
 
 def _pieces(ready: Prepared, move: Move, choice: Choice) -> list[Piece]:

@@ -43,7 +43,7 @@ def launch(
         return _launch_captured(pieces, move, stream, device)
     placed = [ready.place_both(move) for ready, _, _ in pieces]
     if stream is not None:
-        _order(stream, device, placed)
+        follow_current(stream, device, placed)
     pendings: list[Pending] = []
     status: list[tuple[StatusWord, int]] = []
     carried = None
@@ -71,13 +71,13 @@ def _word(ready: Prepared, first: int, status: list[tuple[StatusWord, int]]) -> 
     return word.tensor
 
 
-def _order(stream: torch.Stream, device: torch.device, placed: Sequence[Move]) -> None:
+def follow_current(stream: torch.Stream, device: torch.device, moves: Sequence[Move]) -> None:
     """Make ``stream`` wait for the current one, and tell the allocator who uses the memory."""
-    src, dst = placed[0].src, placed[0].dst
+    src, dst = moves[0].src, moves[0].dst
     # Tables are made on the current stream, so they have to be there before the other waits.
     tables = [view.table for view in (src, dst) if len(view.origins) > 1]
     stream.wait_stream(torch.accelerator.current_stream(device.index))
-    indices = [index for move in placed for index in (move.src_index, move.dst_index)]
+    indices = [index for move in moves for index in (move.src_index, move.dst_index)]
     ids = [index.ids for index in indices if index.ids is not None]
     for tensor in (*src.owners, *dst.owners, *ids, *tables):
         if tensor.device == device:

@@ -136,21 +136,6 @@ def adopt(device: torch.device) -> None:
         pass
 
 
-def ignore_captures_elsewhere(device: torch.device) -> None:
-    """Let this thread work while another one captures a graph; for as long as the thread lives.
-
-    CUDA forbids other threads much, `torch.cuda.Event.query` for one, and ends the capture if one
-    of them does it. Of other devices no such way is known here.
-    """
-    if of_others(device) is not None:
-        return
-    try:
-        exchange = library().cuThreadExchangeStreamCaptureMode
-    except (OSError, AttributeError):
-        return
-    exchange(ctypes.byref(ctypes.c_int(1)))  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-
-
 def raw_stream(stream: torch.Stream) -> int:
     """The driver's handle of a torch stream, on devices that torch calls ``cuda``."""
     own = getattr(stream, "cuda_stream", None)

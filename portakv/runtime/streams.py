@@ -9,6 +9,7 @@ the driver, and uses one again when its last owner is gone.
 
 from __future__ import annotations
 
+import ctypes
 from collections import defaultdict
 from typing import Any
 
@@ -78,6 +79,21 @@ def beside(stream: torch.Stream, src: str, dst: str) -> torch.Stream:
     for them: neither those of another stream are held up nor those the other way round."""
     key = stream.device, stream.stream_id, src, dst
     return _beside.get_or_make(key, lambda: own_stream(stream.device))
+
+
+def ignore_captures_elsewhere(device: torch.device) -> None:
+    """Let this thread work while another one captures a graph; for as long as the thread lives.
+
+    CUDA forbids other threads much, `torch.cuda.Event.query` for one, and ends the capture if one
+    of them does it. Of other devices no such way is known here.
+    """
+    if cuda.of_others(device) is not None:
+        return
+    try:
+        exchange = cuda.library().cuThreadExchangeStreamCaptureMode
+    except (OSError, AttributeError):
+        return
+    exchange(ctypes.byref(ctypes.c_int(1)))  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
 
 def check_stream(stream: torch.Stream | None, *devices: torch.device) -> None:

@@ -68,6 +68,7 @@ class Worker(Generic[SliceT]):
         limit: None: as fast as they land.
 
     Attributes:
+        slices: as they were given.
         issued, landed: how many slices were issued so far, and how many landed before any that
             failed.
         ended_at: when the last slice landed, by `time.perf_counter`; None before that.
@@ -80,7 +81,7 @@ class Worker(Generic[SliceT]):
         inside: Callable[[], AbstractContextManager[Any]],
         limit: RateLimit | None = None,
     ) -> None:
-        self._slices, self._limit = slices, limit
+        self.slices, self._limit = slices, limit
         # Both hold the views, and are let go at the end.
         self._issue: Callable[[SliceT], Transfer] | None = issue
         self._inside: Callable[[], AbstractContextManager[Any]] | None = inside
@@ -120,7 +121,7 @@ class Worker(Generic[SliceT]):
         if self._process.forked:
             return False
         with self._change:
-            if self.issued == len(self._slices) or self._error is not None:
+            if self.issued == len(self.slices) or self._error is not None:
                 return False
             self._cancelled = True
             self._change.notify_all()
@@ -131,7 +132,7 @@ class Worker(Generic[SliceT]):
         if self._ended or self._process.forked:
             return True
         # With all of them the thread has let go of the views as well.
-        return self.landed >= slices and slices < len(self._slices)
+        return self.landed >= slices and slices < len(self.slices)
 
     def wait(self, slices: int) -> None:
         """Block the host until `has_landed`."""
@@ -151,7 +152,7 @@ class Worker(Generic[SliceT]):
             )
         if not self._ended:
             return None
-        so_far = f"{self.landed} of {len(self._slices)} slices had landed"
+        so_far = f"{self.landed} of {len(self.slices)} slices had landed"
         if self._error is None:
             return TransferCancelled(
                 f"The transfer was cancelled when {so_far}; the rest was not moved. Its statistics "
@@ -190,7 +191,7 @@ class Worker(Generic[SliceT]):
         """Issue and land everything; returns the first error."""
         error: BaseException | None = None
         try:
-            for piece in self._slices:
+            for piece in self.slices:
                 while len(in_flight) >= WINDOW:
                     self._land(in_flight)
                 self._keep_rate(piece, in_flight)
