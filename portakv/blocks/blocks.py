@@ -92,12 +92,11 @@ def _issued(asked: BlockMove, by_layer: bool) -> BlockTransfer:
     """Issue all of it, whole or one layer behind the other."""
     began, extent = time.perf_counter(), asked.extent
     if not by_layer:
-        whole = asked.issue()
-        return BlockTransfer(whole, extent, began, (whole.carried,))
+        return BlockTransfer(asked.issue(), extent, began)
     asked.move.dst.check_writable()
     check_disjoint(asked.move)
     layers = [asked.layer(i).issue(disjoint=True) for i in range(asked.move.src.layers)]
-    return BlockTransfer(Transfer.join(layers), extent, began, (layers[0].carried,), layers)
+    return BlockTransfer(Transfer.join(layers), extent, began, layers)
 
 
 def _detached(asked: BlockMove, by_layer: bool) -> BlockTransfer:

@@ -17,7 +17,7 @@ from portakv.engines.engine import Terms
 from portakv.errors import TransferError
 from portakv.plan import Move
 from portakv.registry.registry import Choice
-from portakv.runtime.transfer import NOTHING, Transfer
+from portakv.runtime.transfer import Transfer
 from portakv.runtime.worker import Worker
 from portakv.view import Index
 
@@ -82,14 +82,12 @@ class Extent(NamedTuple):
 
     def moving(self) -> int:
         """The tokens of which no id on the host says that they are skipped."""
-        skipped = None
-        for index in self.indices:
-            if index.ids is None or not index.on_host:
-                continue
-            if self.tokens and int(index.host_ids().min()) < 0:
-                mine = index.slots(self.tokens) < 0
-                skipped = mine if skipped is None else skipped | mine
-        return self.tokens if skipped is None else self.tokens - int(np.count_nonzero(skipped))
+        skipped = [
+            index.slots(self.tokens) < 0
+            for index in self.indices
+            if index.ids is not None and index.on_host and (index.host_ids() < 0).any()
+        ]
+        return self.tokens - int(np.count_nonzero(np.logical_or.reduce(skipped)))
 
 
 class BlockMove(NamedTuple):
@@ -139,11 +137,12 @@ class BlockMove(NamedTuple):
             self.check()
         return self._replace(move=self.move.layer(layer))
 
-    def part(self, first: int, tokens: int) -> BlockMove:
-        """Some of its positions, with no ids but theirs."""
-        src, dst, mine, theirs, _ = self.move
-        move = Move(src, dst, mine.part(first, tokens), theirs.part(first, tokens), tokens)
-        return self._replace(move=move)
+    def part(self, piece: Slice) -> BlockMove:
+        """A slice of it, with no ids but those of its positions."""
+        whole = self if piece.layer is None else self.layer(piece.layer)
+        src, dst, *indices, _ = whole.move
+        mine, theirs = (index.part(piece.first, piece.tokens) for index in indices)
+        return self._replace(move=Move(src, dst, mine, theirs, piece.tokens))
 
     def follow_current(self) -> None:
         """Make its stream wait for the current one."""
@@ -158,24 +157,22 @@ class BlockTransfer(Transfer):
         transfer: how all of it ends.
         extent: what it moves.
         began: when it was asked for, by `time.perf_counter`.
-        carried: the engine that carried the first piece out, and why that one; empty before that.
         layers: a transfer for each layer; None without ``by_layer``.
         worker: what issues it, if that is not done already.
     """
 
-    __slots__ = ("_began", "_carried", "_ended", "_extent", "_layers", "_worker")
+    __slots__ = ("_began", "_ended", "_extent", "_layers", "_worker")
 
     def __init__(
         self,
         transfer: Transfer,
         extent: Extent,
         began: float,
-        carried: Sequence[tuple[str, str]],
         layers: Sequence[Transfer] | None = None,
         worker: Worker[Slice] | None = None,
     ) -> None:
-        super().__init__(transfer.completions, transfer._kept, transfer._captured)
-        self._extent, self._began, self._carried, self._worker = extent, began, carried, worker
+        super().__init__(transfer.completions, transfer._kept, transfer._captured, transfer.carried)
+        self._extent, self._began, self._worker = extent, began, worker
         self._layers = None if layers is None else tuple(layers)
         self._ended: float | None = None if transfer.completions else time.perf_counter()
 
@@ -216,14 +213,13 @@ class BlockTransfer(Transfer):
         ended = worker is None or worker.ended  # asked first: what follows is then all
         moving = extent.moving()
         nbytes, blocks = self._progress(moving)
-        engine, why = self._carried[0] if self._carried else NOTHING
         if worker is None:
-            pieces, ended_at = max(1, len(self._layers or ())), self._ended
+            pieces, ended_at, carried = max(1, len(self._layers or ())), self._ended, self.carried
         else:
-            pieces, ended_at = worker.issued, worker.ended_at
+            pieces, ended_at, carried = worker.issued, worker.ended_at, worker.carried
         seconds = ended_at - self._began if ended and ended_at is not None else None
         return Statistics(
-            nbytes, blocks, moving // extent.block, engine, why, seconds, pieces, self.cancelled
+            nbytes, blocks, moving // extent.block, *carried, seconds, pieces, self.cancelled
         )
 
     def _progress(self, moving: int) -> tuple[int, int]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from math import gcd, lcm
@@ -50,22 +50,27 @@ def in_slices(asked: BlockMove, rate: float | None, by_layer: bool) -> BlockTran
     check_disjoint(move)
     asked = asked._replace(move=move)
     if not move.count:
-        layers = [Transfer() for _ in range(src.layers)] if by_layer else None
-        return BlockTransfer(Transfer(), extent, began, (), layers)
+        return BlockTransfer(
+            Transfer(), extent, began, [Transfer()] * src.layers if by_layer else None
+        )
     # Indices of its own: copies of ids that the thread makes are on no other stream.
-    asked = asked.part(0, move.count)
+    asked = asked.part(Slice(None, 0, move.count, 0))
     if asked.device.type != "cpu":
         asked = asked._replace(stream=asked.stream or own_stream(asked.device))
         asked.follow_current()
-    slices, carried = cut(asked, rate, by_layer), list[tuple[str, str]]()
-    limit = None if rate is None else RateLimit(rate)
-    worker = Worker(slices, _issuer(asked, carried), partial(_inside, asked), limit)
+    within = asked._replace(stream=None, strict=False)  # its stream is the thread's current one
+
+    def issue(piece: Slice) -> Transfer:
+        return within.part(piece).issue(disjoint=True)
+
+    slices, limit = cut(asked, rate, by_layer), None if rate is None else RateLimit(rate)
+    worker = Worker(slices, issue, partial(_inside, asked), limit)
     layers = None
     if by_layer:
         last = {piece.layer: nth for nth, piece in enumerate(slices, 1)}
         layers = [Transfer((Landing(worker, nth),)) for nth in last.values()]
     whole = Transfer((Landing(worker, len(slices), (src, dst)),))
-    transfer = BlockTransfer(whole, extent, began, carried, layers, worker)
+    transfer = BlockTransfer(whole, extent, began, layers, worker)
     worker.start()
     return transfer
 
@@ -99,26 +104,9 @@ def _cleaned(move: Move) -> Move:
     return drop_bad_ids(move, gcd(*move.steps))[0] if skips else move
 
 
-def _issuer(asked: BlockMove, carried: list[tuple[str, str]]) -> Callable[[Slice], Transfer]:
-    """Issues a slice, and notes what carried the first one out."""
-    asked = asked._replace(stream=None, strict=False)  # its stream is the thread's current one
-
-    def issue(piece: Slice) -> Transfer:
-        rows = asked if piece.layer is None else asked.layer(piece.layer)
-        transfer = rows.part(piece.first, piece.tokens).issue(disjoint=True)
-        if not carried:
-            carried.append(transfer.carried)
-        return transfer
-
-    return issue
-
-
 @contextmanager
 def _inside(asked: BlockMove) -> Iterator[None]:
     """Inside, its stream and device are the current ones, and its ids are on the device."""
-    if asked.stream is None:
-        yield
-        return
     ignore_captures_elsewhere(asked.device)
     indices, dtypes = asked.extent.indices, asked.choice.can.index_dtypes
     with inside(asked.stream):

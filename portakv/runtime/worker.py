@@ -19,7 +19,7 @@ import torch
 
 from portakv.errors import PortaKVError, TransferCancelled, TransferError
 from portakv.runtime.devices import this_process
-from portakv.runtime.transfer import Completion, Transfer
+from portakv.runtime.transfer import NOTHING, Completion, Transfer
 
 #: Slices in flight: while one crosses, the next waits behind it and a third is being issued.
 WINDOW = 3
@@ -71,6 +71,7 @@ class Worker(Generic[SliceT]):
         slices: as they were given.
         issued, landed: how many slices were issued so far, and how many landed before any that
             failed.
+        carried: what carried the first slice out, as `Transfer.carried`.
         ended_at: when the last slice landed, by `time.perf_counter`; None before that.
     """
 
@@ -91,6 +92,7 @@ class Worker(Generic[SliceT]):
         self._cancelled = self._ended = self._gap = False
         self._error: BaseException | None = None
         self.issued = self.landed = 0
+        self.carried = NOTHING
         self.ended_at: float | None = None
         self._thread = threading.Thread(target=self._run, name="portakv worker", daemon=True)
 
@@ -199,6 +201,8 @@ class Worker(Generic[SliceT]):
                     break
                 assert self._issue is not None
                 in_flight.append(self._issue(piece))
+                if self.carried is NOTHING:
+                    self.carried = in_flight[0].carried
         except BaseException as found:
             error = found
             with self._change:
