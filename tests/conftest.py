@@ -67,20 +67,34 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("fuzz")
 
 
-#: What a test with the fixture `device` runs on; each parameter carries the marker of its device.
-DEVICES = [
-    pytest.param("cpu"),
-    pytest.param("simdev", marks=pytest.mark.simdev),
-    pytest.param("cuda", marks=pytest.mark.gpu),
+_SIMDEV = "privateuseone"  # torch's own name for the simulated device
+#: What a test with the fixture `accelerator` runs on, each with the marker of its device.
+ACCELERATORS = [
+    pytest.param(torch.device(_SIMDEV, 0), id="simdev", marks=pytest.mark.simdev),
+    pytest.param(torch.device("cuda", 0), id="cuda", marks=pytest.mark.gpu),
 ]
 
 
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> torch.device:
+@pytest.fixture(params=[pytest.param(torch.device("cpu"), id="cpu"), *ACCELERATORS])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """The host, the simulated device, and a CUDA device if there is one."""
-    if request.param == "cpu":
-        return torch.device("cpu")
-    return torch.device({"simdev": "privateuseone"}.get(request.param, request.param), 0)
+    yield request.param
+    _check_simdev(request.param)
+
+
+@pytest.fixture(params=ACCELERATORS)
+def accelerator(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The simulated device, and a CUDA device if there is one: what has streams."""
+    yield request.param
+    _check_simdev(request.param)
+
+
+def _check_simdev(used: torch.device) -> None:
+    """Nothing that the test enqueued on the simulated device touched memory that was freed."""
+    if used.type == torch.device(_SIMDEV).type:
+        for index in range(2):
+            torch.accelerator.synchronize(torch.device(_SIMDEV, index))
+        assert not simdev.take_faults()
 
 
 @pytest.hookimpl(tryfirst=True)

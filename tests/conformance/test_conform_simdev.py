@@ -16,7 +16,8 @@ from portakv_conformance.simdev import build
 HERE = Path(__file__).parent
 PATH = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
 why_not = build.missing()
-MODULES = [str(HERE / "test_simdev_device.py"), str(HERE.parent / "copy" / "test_copies_simdev.py")]
+COPY = HERE.parent / "copy"
+MODULES = [HERE / "test_simdev_device.py", COPY / "test_copies.py", COPY / "test_ordering.py"]
 pytestmark = pytest.mark.skipif(why_not is not None, reason=why_not or "")
 
 
@@ -31,14 +32,11 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("name", "chosen"),
-    [
-        ("npu", [*MODULES, "-k", "name or chooses or waits_for"]),
-        ("mlu", [*MODULES, "-k", "name or chooses or the_host"]),
-    ],
+    [("npu", "name or chooses or waits_for"), ("mlu", "name or chooses or the_host")],
 )
-def test_the_device_under_another_name(name: str, chosen: list[str]) -> None:
-    words = ("-m", "pytest", "-q", "-n0", "--no-header", "-p", "no:cacheprovider")
-    done = run(*words, *chosen, SIMDEV_NAME=name)
+def test_the_device_under_another_name(name: str, chosen: str) -> None:
+    words = ("-m", "pytest", "-q", "-n0", "--no-header", "-p", "no:cacheprovider", "-m", "simdev")
+    done = run(*words, *map(str, MODULES), "-k", chosen, SIMDEV_NAME=name)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert re.search(r"^\d\d+ passed", done.stdout, re.MULTILINE), done.stdout
     assert "skipped" not in done.stdout

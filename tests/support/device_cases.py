@@ -4,15 +4,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from portakv_conformance import simdev
 from support.guarded_memory import filled, storages
 
 LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 6, 4, 2, 16
 SLOTS = BLOCKS * SIZE
 DEVICE = torch.device("cuda", 0)
 LONG = 400_000_000  # clock cycles, a fifth of a second
+KV_LAYOUT, CHUNK_LAYOUT = "layer | kv block token head dim", "kv layer token (head dim)"
+
+
+def current(device: torch.device) -> torch.Stream:
+    """The current stream of a device."""
+    stream: torch.Stream = torch.get_device_module(device).current_stream(device)
+    return stream
+
+
+def on(stream: torch.Stream) -> Any:
+    """Inside, a stream is the current one."""
+    return torch.get_device_module(stream.device).stream(stream)
+
+
+def settle(device: torch.device) -> None:
+    """Let everything end that was enqueued on a device."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+
+
+def delay(stream: torch.Stream) -> None:
+    """Keep a stream busy for longer than any small copy takes."""
+    if stream.device.type == "cuda":
+        with on(stream):
+            torch.cuda._sleep(LONG)
+    else:
+        simdev.delay(stream, 5)
 
 
 def make_caches(
