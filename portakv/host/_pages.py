@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import mmap
 import operator
 import os
 import platform
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +27,7 @@ import numpy.typing as npt
 from portakv.errors import HostMemoryError, Unsupported
 
 PAGE = mmap.PAGESIZE
-HUGE_PAGES = ("auto", "transparent", "reserved", "never")
+HugePages = Literal["auto", "transparent", "reserved", "never"]
 HUGE = 2 << 20  # what x86 and most arm64 kernels call huge
 _MAP_HUGETLB = 0x40000
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
@@ -58,12 +60,8 @@ class BufferRange:
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
-        return {
-            "version": 3,
-            "shape": (self.nbytes,),
-            "typestr": "|u1",
-            "data": (self.address, False),
-        }
+        place = {"shape": (self.nbytes,), "data": (self.address, False)}
+        return {"version": 3, "typestr": "|u1", **place}
 
     def array(self) -> npt.NDArray[np.uint8]:
         """The bytes, without a copy."""
@@ -86,15 +84,11 @@ def whole(number: Any, least: int, asked: str, do: str) -> int:
 
 
 def refuse(huge_pages: str, threads: int | None) -> None:
-    """Ways to get pages that there are not.
-
-    Raises:
-        HostMemoryError: such a one.
-    """
-    if huge_pages not in HUGE_PAGES:
+    """Raise `HostMemoryError` for ways to get pages that there are not."""
+    if huge_pages not in get_args(HugePages):
         raise HostMemoryError(
             f"Host memory was asked for with huge_pages={huge_pages!r}; expected one of "
-            f"{', '.join(HUGE_PAGES)}: pass one of these, or leave it out for auto."
+            f"{', '.join(get_args(HugePages))}: pass one of these, or leave it out for auto."
         )
     if threads is not None:
         asked = f"{threads!r} threads were asked to touch pages"
@@ -113,12 +107,7 @@ def to_pages(nbytes: int, page: int = PAGE) -> int:
 
 def map_private(nbytes: int, huge_pages: str) -> tuple[mmap.mmap, list[str]]:
     """A private mapping of exactly so many bytes (the kernel ends it with its page), and what was
-    done about huge pages, a sentence each.
-
-    Args:
-        nbytes: one or more.
-        huge_pages: ``reserved``, ``transparent``, ``auto`` (transparent, without a word) or
-            ``never``.
+    done about huge pages, a sentence each; of ``auto``, none.
 
     Raises:
         HostMemoryError: the kernel has no room for it.
@@ -146,16 +135,11 @@ def map_private(nbytes: int, huge_pages: str) -> tuple[mmap.mmap, list[str]]:
             f"({error.strerror}); ask for less, or raise the limit (ulimit -v, overcommit)."
         ) from None
     if huge_pages != "never":
-        why = advise(address_of(mapping), nbytes)
+        code = _call("madvise", address_of(mapping), nbytes, _MADV_HUGEPAGE)
         if huge_pages != "auto":
-            notes.append(f"transparent huge pages were {'advised' if why is None else why}")
+            found = f"refused ({os.strerror(code)})" if code else "advised"
+            notes.append(f"transparent huge pages were {found}")
     return mapping, notes
-
-
-def advise(address: int, nbytes: int) -> str | None:
-    """Ask for transparent huge pages; None, or how the kernel refused."""
-    code = _call("madvise", address, nbytes, _MADV_HUGEPAGE)
-    return None if code == 0 else f"refused ({os.strerror(code)})"
 
 
 def is_mapped(address: int, nbytes: int) -> bool:
@@ -175,35 +159,26 @@ def touch(address: int, nbytes: int, threads: int | None = None) -> None:
     Raises:
         HostMemoryError: the kernel ran out of pages, or of pages on the node asked for.
     """
-    count = min(threads or default_threads(), -(-nbytes // _SLICE))
-    if count <= 1:
-        for start, length in _slices(address, nbytes):
-            _touch_slice(start, length)
+    end, first = address + nbytes, (address // _SLICE + 1) * _SLICE
+    # Cut at multiples of a slice, so that two threads do not share a huge page.
+    edges = [address, *range(first, end, _SLICE), end]
+    slices = [(start, stop - start) for start, stop in itertools.pairwise(edges)]
+    count = min(threads or min(16, len(os.sched_getaffinity(0))), len(slices))
+    if count == 1:
+        for each in slices:
+            _touch_slice(*each)
         return
     with ThreadPoolExecutor(count, thread_name_prefix="portakv-touch") as pool:
-        done = [pool.submit(_touch_slice, *each) for each in _slices(address, nbytes)]
-        for each in done:
-            each.result()
-
-
-def default_threads() -> int:
-    """How many threads touch pages unless told."""
-    return min(16, len(os.sched_getaffinity(0)))
-
-
-def _slices(address: int, nbytes: int) -> Iterator[tuple[int, int]]:
-    """Cut at multiples of a slice, so that two threads do not share a huge page."""
-    start, end = address, address + nbytes
-    while start < end:
-        stop = min(end, (start // _SLICE + 1) * _SLICE)
-        yield start, stop - start
-        start = stop
+        for done in [pool.submit(_touch_slice, *each) for each in slices]:
+            done.result()
 
 
 def _touch_slice(address: int, nbytes: int) -> None:
     code = _call("madvise", address, nbytes, _MADV_POPULATE_WRITE)
     if code in (errno.EINVAL, errno.ENOSYS, errno.EPERM):
-        write_each_page(address, nbytes)
+        # A kernel without it: what the page holds is written back, since it may be a shared one.
+        # Numpy releases the GIL.
+        BufferRange(address, nbytes).array()[::PAGE] |= 0
     elif code:
         raise HostMemoryError(
             f"{nbytes} bytes of host memory were mapped, and the kernel has no pages for them "
@@ -211,23 +186,10 @@ def _touch_slice(address: int, nbytes: int) -> None:
         )
 
 
-def write_each_page(address: int, nbytes: int) -> None:
-    """One byte a page, for kernels without MADV_POPULATE_WRITE; numpy releases the GIL."""
-    bytes_ = BufferRange(address, nbytes).array()
-    # What the page holds is written back, since it may be a shared one.
-    bytes_[::PAGE] |= 0
-
-
 def available() -> int:
     """Bytes that can be touched before the kernel starts to kill: of the machine, of the cgroup."""
-    return min([_machine(), *_cgroups()])
-
-
-def _machine() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    (kib,) = re.findall(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    return min([int(kib) * 1024, *_cgroups()])
 
 
 def _cgroups() -> Iterator[int]:
@@ -245,19 +207,16 @@ def _cgroups() -> Iterator[int]:
             yield max(0, limit - current + max(0, files))
 
 
-def _call(name: str, address: int, nbytes: int, argument: int) -> int:
-    """A call of the C library on a range; its errno, or 0."""
-    if getattr(_libc(), name)(address, nbytes, argument) == 0:
-        return 0
-    return ctypes.get_errno() or errno.EINVAL
+def _call(name: str, *arguments: Any) -> int:
+    """A call of the C library, its numbers as words; its errno, or 0."""
+    words = [ctypes.c_ulong(one) if isinstance(one, int) else one for one in arguments]
+    failed = getattr(_libc(), name)(*words)
+    return (ctypes.get_errno() or errno.EINVAL) if failed else 0
 
 
 @cache
 def _libc() -> Any:
-    library = ctypes.CDLL(None, use_errno=True)
-    for name in ("madvise", "msync"):
-        getattr(library, name).argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return library
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def nodes() -> list[int]:
@@ -300,7 +259,7 @@ def bind(address: int, nbytes: int, wanted: int | Sequence[int]) -> None:
     mask = (ctypes.c_ulong * (max(asked) // bits + 1))()
     for node in asked:
         mask[node // bits] |= 1 << node % bits
-    code = _mbind(number, address, nbytes, mask, len(mask) * bits + 1)
+    code = _call("syscall", number, address, nbytes, _MPOL_BIND, mask, len(mask) * bits + 1, 0)
     if code:
         raise Unsupported(what, _WHY.get(code, f"the kernel refused it ({os.strerror(code)})"))
 
@@ -310,17 +269,6 @@ def _numbers(wanted: Any) -> list[int]:
     with suppress(TypeError):
         return [operator.index(wanted)]
     return [operator.index(node) for node in wanted]
-
-
-def _mbind(number: int, address: int, nbytes: int, mask: ctypes.Array[ctypes.c_ulong], most: int,
-           ) -> int:  # fmt: skip
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.syscall.restype = ctypes.c_long
-    done = libc.syscall(
-        ctypes.c_long(number), ctypes.c_void_p(address), ctypes.c_ulong(nbytes),
-        ctypes.c_ulong(_MPOL_BIND), mask, ctypes.c_ulong(most), ctypes.c_ulong(0),
-    )  # fmt: skip
-    return 0 if done == 0 else ctypes.get_errno()
 
 
 def _listed(text: str) -> list[int]:

@@ -1,44 +1,210 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which memory of this process is registered, and how that ends: once, and never under a copy.
+"""Which host memory of this process the CUDA or HIP runtime has registered, for `pinned`: each page
+once, and never let go under a copy.
 
 What is registered is exact to the byte, though a page is pinned as a whole and only once. With
 whole pages registered, a neighbour's copy that begins behind ours in our last page, and reaches
 beyond it, would fail: CUDA refuses a copy that begins in registered memory and ends outside.
+
+A call that fails leaves its error in the runtime, where the next kernel launch finds it
+(vLLM #51081), so each failure here is cleared at once. The library is the one that torch has
+loaded: each copy of the runtime, as the one inside ``cuda.bindings``, has an error of its own.
 """
 
 from __future__ import annotations
 
 import atexit
 import bisect
+import ctypes
 import itertools
 import math
 import os
+import re
 import sys
 import threading
 import warnings
 import weakref
+from contextlib import suppress
+from functools import cache
 from multiprocessing.shared_memory import SharedMemory
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from portakv.errors import DeviceMismatch, HostMemoryError
-from portakv.host import _runtime
 from portakv.host._pages import PAGE, to_pages, whole
-from portakv.host._runtime import CallRefused, Runtime
 
 #: One registration over 512 GiB fails (vLLM #51081); whole GiB, so that no huge page is cut.
 LARGEST = 511 << 30
+# cudaHostRegisterPortable and its siblings; HIP has the same numbers.
+PORTABLE, MAPPED, READ_ONLY = 1, 2, 8
+# cudaErrorInvalidValue, cudaErrorHostMemoryAlreadyRegistered and ...NotRegistered; HIP likewise.
+INVALID, ALREADY, UNKNOWN = 1, 712, 713
 
 _lock = threading.RLock()  # a finalizer may run wherever its own thread holds it
 _claimed: list[tuple[int, int]] = []  # page ranges, sorted; no two overlap
 _live: weakref.WeakSet[Registration] = weakref.WeakSet()
 _seams: list[int] = []  # addresses, sorted
 _postponed: list[tuple[Registration, Any]] = []  # by finalizers during a graph's capture
-_exit_asked = False
 _told: set[str] = set()
+
+_Buffer = tuple[int, int, bool, Any]
+
+# --- the runtime ----------------------------------------------------------------------------------
+
+
+class CallRefused(Exception):
+    """The runtime refused a call, in its own words; its error, of that number, has been cleared."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"{text} ({code})")
+        self.code = code
+
+
+class Runtime:
+    """Calls of one loaded runtime library; each raises `CallRefused`.
+
+    Args:
+        library: holds the functions as attributes, under the names of C.
+        prefix: ``cuda`` or ``hip``, how those names begin.
+    """
+
+    def __init__(self, library: Any, prefix: str) -> None:
+        self._register = getattr(library, f"{prefix}HostRegister")
+        self._unregister = getattr(library, f"{prefix}HostUnregister")
+        self._device_pointer = getattr(library, f"{prefix}HostGetDevicePointer")
+        self._last_error = getattr(library, f"{prefix}GetLastError")
+        self._text = getattr(library, f"{prefix}GetErrorString")
+
+    def register(self, address: int, nbytes: int, flags: int) -> None:
+        """Pin memory that exists."""
+        self._check(self._register(address, nbytes, flags))
+
+    def unregister(self, address: int) -> None:
+        """Undo `register` of the memory that begins there."""
+        self._check(self._unregister(address))
+
+    def device_address(self, address: int) -> int:
+        """Where the current device finds mapped memory; HIP may have it elsewhere than the host."""
+        found = ctypes.c_void_p()
+        self._check(self._device_pointer(ctypes.byref(found), address, 0))
+        return found.value or 0
+
+    def _check(self, code: int) -> None:
+        if code:
+            self._last_error()  # reads and forgets it
+            text = self._text(code)
+            raise CallRefused(code, text.decode() if isinstance(text, bytes) else str(text))
+
+
+class _ThroughTorch:
+    """What torch itself offers of the runtime, for builds that have it linked in statically."""
+
+    def __init__(self) -> None:
+        self._cudart: Any = torch.cuda.cudart()
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        return int(self._cudart.cudaHostRegister(address, nbytes, flags).value)
+
+    def cudaHostUnregister(self, address: int) -> int:
+        return int(self._cudart.cudaHostUnregister(address).value)
+
+    def cudaHostGetDevicePointer(self, found: Any, address: int, flags: int) -> int:
+        found._obj.value = address  # one address space on every 64-bit CUDA system
+        return 0
+
+    def cudaGetLastError(self) -> int:
+        # Not offered; but torch asks for it behind each launch, and forgets it.
+        with suppress(RuntimeError):
+            torch.empty(1, device="cuda").fill_(0)
+        return 0
+
+    def cudaGetErrorString(self, code: int) -> str:
+        return f"CUDA error {code}"
+
+
+def find_runtime() -> Runtime | None:
+    """The runtime of CUDA or ROCm devices; None if nothing can be registered: `why_not`."""
+    return None if why_not() is not None else _loaded()
+
+
+def why_not() -> str | None:
+    """What keeps host memory from being registered in this process; None: nothing."""
+    if torch.cuda._is_in_bad_fork():
+        return "CUDA does not survive fork; start this process by spawn"
+    return None if torch.cuda.is_available() else "there is no CUDA or ROCm device"
+
+
+def through_torch() -> bool:
+    """True if there is a device of another kind, for which torch's own allocator pins."""
+    if torch.cuda._is_in_bad_fork() or torch.cuda.is_available():
+        return False
+    return torch.accelerator.is_available()
+
+
+@cache
+def _loaded() -> Runtime:
+    # Until torch has begun with the device torch takes no memory for pinned, even if it is.
+    torch.cuda.init()
+    prefix = "cuda" if torch.version.hip is None else "hip"
+    stem = "libcudart" if prefix == "cuda" else "libamdhip64"
+    path = loaded_library(stem, (torch.version.cuda or "").split(".")[0])
+    if path is None:
+        return Runtime(_ThroughTorch(), "cuda")  # these names on ROCm as well
+    library = ctypes.CDLL(path)
+    # Addresses are wider than C's int.
+    pointer, size, flags = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint
+    getattr(library, f"{prefix}HostRegister").argtypes = (pointer, size, flags)
+    getattr(library, f"{prefix}HostUnregister").argtypes = (pointer,)
+    getattr(library, f"{prefix}HostGetDevicePointer").argtypes = (pointer, pointer, flags)
+    getattr(library, f"{prefix}GetErrorString").restype = ctypes.c_char_p
+    return Runtime(library, prefix)
+
+
+def loaded_library(stem: str, version: str, maps: str = "/proc/self/maps") -> str | None:
+    """The file of a library that this process has loaded, of a major version if there are several.
+
+    Args:
+        stem: how the file's name begins, up to ``.so``.
+        version: the major version that is preferred; may be empty.
+        maps: the kernel's list of mappings.
+    """
+    found: list[str] = []
+    with suppress(OSError), open(maps) as lines:
+        for line in lines:
+            path = line.partition("/")[2].rstrip("\n")
+            name = os.path.basename(path)
+            if re.match(rf"{stem}(-[0-9a-f]+)?\.so", name) and f"/{path}" not in found:
+                found.append(f"/{path}")
+    named = re.compile(rf"\.so\.{version}(\.|$)|-[0-9a-f]+\.so\.{version}(\.|$)")
+    preferred = [path for path in found if version and named.search(path)]
+    return next(iter(preferred + found), None)
+
+
+def quiesce() -> None:
+    """Block the host until no device of this process reads or writes host memory any more.
+
+    A device that has failed does neither: its error is left to its next user.
+    """
+    module: Any = torch.accelerator if through_torch() else torch.cuda
+    if module is torch.cuda and (torch.cuda._is_in_bad_fork() or not torch.cuda.is_initialized()):
+        return
+    inside: Any = torch._C
+    for index in range(module.device_count()):
+        # Waiting must not make a context.
+        if module is torch.accelerator or inside._cuda_hasPrimaryContext(index):
+            with suppress(RuntimeError):
+                module.synchronize(index)
+
+
+def capturing() -> bool:
+    """True while waiting for a device, or unregistering, would break a graph's capture."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+# --- registrations --------------------------------------------------------------------------------
 
 
 class Registration:
@@ -54,7 +220,7 @@ class Registration:
 
     Raises:
         HostMemoryError: some of these pages are registered already, or pieces that cannot be.
-        CallRefused: the runtime refused; nothing is registered or claimed then.
+        CallRefused: the runtime refused, and nothing is registered or claimed.
 
     Attributes:
         pieces: (address, bytes) of each, in order.
@@ -65,17 +231,17 @@ class Registration:
         runtime: Runtime | None,
         address: int,
         nbytes: int,
-        flags: int = 0,
-        largest: int = LARGEST,
-        unit: int = 1,
+        flags: int,
+        largest: int,
+        unit: int,
     ) -> None:
-        start, end = address // PAGE * PAGE, to_pages(address + nbytes)
+        start, end, length = address // PAGE * PAGE, address + nbytes, piece_bytes(largest, unit)
         self._runtime, self._process = runtime, os.getpid()
-        self.pieces = _cut(address, address + nbytes, piece_bytes(largest, unit))
+        edges = [address, *range(start + length, end, length), end]  # between pages
+        self.pieces = [(a, b - a) for a, b in itertools.pairwise(edges)]
         self._registered: list[int] = []
         settle()
-        _claim(start, end)
-        self._range: tuple[int, int] | None = (start, end)
+        self._range: tuple[int, int] | None = _claim(start, to_pages(end))
         try:
             for piece, length in self.pieces:
                 if runtime is not None:
@@ -88,7 +254,7 @@ class Registration:
             _seams.extend(piece for piece, _ in self.pieces[1:])
             _seams.sort()
         _live.add(self)
-        _ask_for_exit()
+        _watch_exit()
 
     @property
     def pinned(self) -> bool:
@@ -108,9 +274,14 @@ class Registration:
             registered, self._registered = self._registered, []
             claimed, self._range = self._range, None
         if registered and self._process == os.getpid() and self._runtime is not None:
-            _runtime.quiesce()
+            quiesce()
             for piece in registered:
-                _unregister(self._runtime, piece)
+                try:
+                    self._runtime.unregister(piece)
+                except CallRefused as refused:
+                    # After a reset of the device nothing is registered; a finalizer cannot raise.
+                    if refused.code != UNKNOWN:
+                        warn_once(f"unregistering it failed before, {refused}")
         if claimed is not None:
             with _lock:
                 _claimed.remove(claimed)
@@ -118,7 +289,7 @@ class Registration:
 
     def forget(self, owner: Any) -> None:
         """`undo`; where a graph's capture forbids that, later. The owner is held until then."""
-        if self._registered and self._process == os.getpid() and _runtime.capturing():
+        if self._registered and self._process == os.getpid() and capturing():
             _postponed.append((self, owner))
         else:
             self.undo()
@@ -132,7 +303,7 @@ def seams() -> tuple[int, ...]:
 
 def settle() -> None:
     """End what had to wait for the end of a capture."""
-    while _postponed and not _runtime.capturing():
+    while _postponed and not capturing():
         try:
             registration, owner = _postponed.pop()
         except IndexError:  # another thread was faster
@@ -141,20 +312,9 @@ def settle() -> None:
         del owner  # gives its memory back
 
 
-class Buffer(NamedTuple):
-    """The bytes of a buffer from the first to behind the last, and what holds them.
-
-    ``fixed``: they can only be read.
-    """
-
-    address: int
-    nbytes: int
-    fixed: bool
-    owner: Any
-
-
-def buffer_of(memory: Any) -> Buffer:
-    """Which bytes a tensor, an array or another buffer covers.
+def buffer_of(memory: Any) -> _Buffer:
+    """Which bytes a tensor, an array or another buffer covers: their address and number from the
+    first to the last, whether they can only be read, and what holds them.
 
     Raises:
         HostMemoryError: freed, empty, pinned already, or no memory at all.
@@ -183,7 +343,7 @@ def buffer_of(memory: Any) -> Buffer:
     return _of_array(np.asarray(view), view)
 
 
-def _of_tensor(tensor: torch.Tensor) -> Buffer:
+def _of_tensor(tensor: torch.Tensor) -> _Buffer:
     if tensor.device.type != "cpu":
         raise DeviceMismatch(
             f"A tensor on {tensor.device} was asked to be registered; expected memory of the host. "
@@ -207,15 +367,15 @@ def _of_tensor(tensor: torch.Tensor) -> Buffer:
             f"{needed} bytes at {tensor.data_ptr():#x} were asked to be registered, and they are "
             f"pinned already, here or by torch; use them as they are."
         )
-    return Buffer(tensor.data_ptr(), (last + 1) * tensor.element_size(), False, tensor)
+    return tensor.data_ptr(), (last + 1) * tensor.element_size(), False, tensor
 
 
-def _of_array(array: npt.NDArray[Any], owner: Any) -> Buffer:
+def _of_array(array: npt.NDArray[Any], owner: Any) -> _Buffer:
     _refuse_empty(array.nbytes)
     reach = [(size - 1) * step for size, step in zip(array.shape, array.strides, strict=True)]
     low = sum(step for step in reach if step < 0)
     high = sum(step for step in reach if step > 0) + array.itemsize
-    return Buffer(array.ctypes.data + low, high - low, not array.flags.writeable, owner)
+    return array.ctypes.data + low, high - low, not array.flags.writeable, owner
 
 
 def _refuse_empty(size: int) -> None:
@@ -225,7 +385,7 @@ def _refuse_empty(size: int) -> None:
         )
 
 
-def _claim(start: int, end: int) -> None:
+def _claim(start: int, end: int) -> tuple[int, int]:
     with _lock:
         at = bisect.bisect_left(_claimed, (start, end))
         for taken in _claimed[max(0, at - 1) : at + 1]:
@@ -237,6 +397,7 @@ def _claim(start: int, end: int) -> None:
                     f"keep memory that shares a page apart."
                 )
         bisect.insort(_claimed, (start, end))
+    return start, end
 
 
 def piece_bytes(largest: int, unit: int) -> int:
@@ -252,29 +413,10 @@ def piece_bytes(largest: int, unit: int) -> int:
     return most // step * step or most // PAGE * PAGE
 
 
-def _cut(start: int, end: int, length: int) -> list[tuple[int, int]]:
-    """The range in pieces; one wherever that is allowed. They meet between pages."""
-    first = start // PAGE * PAGE
-    edges = [start, *range(first + length, end, length), end]
-    return [(a, b - a) for a, b in itertools.pairwise(edges)]
-
-
-def _unregister(runtime: Runtime, piece: int) -> None:
-    try:
-        runtime.unregister(piece)
-    except CallRefused as refused:
-        # After a reset of the device nothing is registered; a finalizer cannot raise.
-        if refused.code != _runtime.UNKNOWN:
-            warn_once(f"unregistering it failed before, {refused}")
-
-
-def _ask_for_exit() -> None:
-    """Registered when first needed: an import has no effects."""
-    global _exit_asked
-    with _lock:
-        if not _exit_asked:
-            _exit_asked = True
-            atexit.register(_at_exit)
+@cache
+def _watch_exit() -> None:
+    """Called when first needed: an import has no effects."""
+    atexit.register(_at_exit)
 
 
 def _at_exit() -> None:

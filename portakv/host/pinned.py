@@ -11,29 +11,20 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from portakv.errors import HostMemoryError, Unsupported
-from portakv.host import _pages, _runtime
-from portakv.host._pages import BufferRange
-from portakv.host._registrations import (
-    LARGEST,
-    Registration,
-    buffer_of,
-    piece_bytes,
-    seams,
-    warn_once,
-)
-from portakv.host._runtime import CallRefused, Runtime
+from portakv.host import _pages, _registrations
+from portakv.host._pages import BufferRange, HugePages
+from portakv.host._registrations import LARGEST, CallRefused, Registration, buffer_of, seams
 
 __all__ = ["HostMemoryError", "PinnedMemory", "allocate", "empty", "register", "register_address",
            "registered", "seams", "unregister", "why_not"]  # fmt: skip
 
-HugePages = Literal["auto", "transparent", "reserved", "never"]
 _ONLY_TORCH = "torch registers no memory that exists for this device; take some of `allocate`"
 _open: list[PinnedMemory] = []  # what `register` returned, until it is closed
 
@@ -174,10 +165,9 @@ def allocate(
         Unsupported: a NUMA node that cannot be bound.
     """
     _pages.refuse(huge_pages, threads)
-    piece_bytes(largest, unit)
+    _registrations.piece_bytes(largest, unit)
     nbytes = _count(nbytes)
-    runtime = _runtime.find()
-    if runtime is None and _runtime.through_torch():
+    if _registrations.through_torch():
         given = _from_torch(nbytes, huge_pages, numa)
         if given is not None:
             return given
@@ -187,8 +177,7 @@ def allocate(
         _pages.bind(address, len(mapping), numa)
     _pages.touch(address, len(mapping), threads)
     how = _How(portable, mapped, False, largest, unit, fallback)
-    registration = _register(runtime, address, len(mapping), how)
-    return _held(BufferRange(address, nbytes), registration, mapping, how, notes)
+    return _pinned(address, nbytes, len(mapping), mapping, how, notes)
 
 
 def empty(shape: int | Sequence[int], dtype: torch.dtype | None = None, **options: Any,
@@ -240,15 +229,15 @@ def register(
         HostMemoryError: registered already, freed, read-only without ``read_only``, or empty.
         DeviceMismatch: a tensor that is not on the host.
     """
-    found = buffer_of(memory)
-    if found.fixed and not read_only:
+    address, nbytes, fixed, owner = buffer_of(memory)
+    if fixed and not read_only:
         raise HostMemoryError(
-            f"{found.nbytes} bytes were asked to be registered, and they can only be read; "
+            f"{nbytes} bytes were asked to be registered, and they can only be read; "
             f"expected memory that can be written. Pass read_only=True to copy from it alone."
         )
     return register_address(
-        found.address, found.nbytes, held=found.owner, portable=portable, mapped=mapped,
-        read_only=read_only, largest=largest, unit=unit, fallback=fallback,
+        address, nbytes, held=owner, portable=portable, mapped=mapped, read_only=read_only,
+        largest=largest, unit=unit, fallback=fallback,
     )  # fmt: skip
 
 
@@ -279,8 +268,7 @@ def register_address(
             f"belong to no memory of this process; register memory before it is freed."
         )
     how = _How(portable, mapped, read_only, largest, unit, fallback)
-    registration = _register(_runtime.find(), address, nbytes, how)
-    memory = _held(BufferRange(address, nbytes), registration, held, how)
+    memory = _pinned(address, nbytes, nbytes, held, how)
     _open.append(memory)
     return memory
 
@@ -291,7 +279,7 @@ def unregister(memory: Any) -> None:
     Raises:
         HostMemoryError: it is not registered, or not by `register`.
     """
-    at = memory.address if isinstance(memory, PinnedMemory) else buffer_of(memory).address
+    at = memory.address if isinstance(memory, PinnedMemory) else buffer_of(memory)[0]
     found = next((one for one in _open if one.address == at), None)
     if found is None or (isinstance(memory, PinnedMemory) and found is not memory):
         raise HostMemoryError(
@@ -308,7 +296,7 @@ def registered() -> list[PinnedMemory]:
 
 def why_not() -> str | None:
     """Why host memory stays pageable in this process; None if it can be pinned."""
-    return None if _runtime.through_torch() else _runtime.why_not()
+    return None if _registrations.through_torch() else _registrations.why_not()
 
 
 class _How(NamedTuple):
@@ -321,15 +309,6 @@ class _How(NamedTuple):
     unit: int
     fallback: bool
 
-    @property
-    def flags(self) -> int:
-        """The runtime's flags."""
-        return (
-            _runtime.PORTABLE * self.portable
-            | _runtime.MAPPED * self.mapped
-            | _runtime.READ_ONLY * self.read_only
-        )
-
 
 def _count(nbytes: int) -> int:
     return _pages.whole(
@@ -337,31 +316,44 @@ def _count(nbytes: int) -> int:
     )
 
 
-def _register(runtime: Runtime | None, address: int, nbytes: int, how: _How) -> Registration:
-    """Registered, or merely claimed if that is impossible and allowed."""
-    if runtime is None:
-        _impossible(_ONLY_TORCH if why_not() is None else str(why_not()), how.fallback)
-        return Registration(None, address, nbytes, largest=how.largest, unit=how.unit)
-    try:
-        return Registration(runtime, address, nbytes, how.flags, how.largest, how.unit)
-    except CallRefused as refused:
-        if refused.code in (_runtime.ALREADY, _runtime.INVALID):
-            raise HostMemoryError(
-                f"{nbytes} bytes at {address:#x} were asked to be registered, and the runtime says "
-                f"{refused}: somebody else registered some of their pages, or they are memory that "
-                f"it cannot pin. Unregister them there, or copy them to memory of `allocate`."
-            ) from None
-        _impossible(f"the runtime refused to register it, {refused}", how.fallback)
-    return Registration(None, address, nbytes, largest=how.largest, unit=how.unit)
-
-
-def _impossible(why: str, fallback: bool) -> None:
-    if not fallback:
-        raise HostMemoryError(
-            f"Pinned host memory was asked for, and {why}. Pass fallback=True to go on with "
-            f"pageable memory."
+def _pinned(
+    address: int, nbytes: int, length: int, owner: object, how: _How, notes: Sequence[str] = ()
+) -> PinnedMemory:
+    """Memory at an address, registered to a length or, if that is impossible and allowed,
+    merely claimed. Every tensor made from it holds the registration and the owner."""
+    runtime = _registrations.find_runtime()
+    registration, why = None, why_not() or _ONLY_TORCH
+    if runtime is not None:
+        flags = (
+            _registrations.PORTABLE * how.portable
+            | _registrations.MAPPED * how.mapped
+            | _registrations.READ_ONLY * how.read_only
         )
-    warn_once(why)
+        try:
+            registration = Registration(runtime, address, length, flags, how.largest, how.unit)
+        except CallRefused as refused:
+            if refused.code in (_registrations.ALREADY, _registrations.INVALID):
+                raise HostMemoryError(
+                    f"{length} bytes at {address:#x} were asked to be registered, and the runtime "
+                    f"says {refused}: somebody else registered some of their pages, or they are "
+                    f"memory that it cannot pin. Unregister them there, or copy them to memory of "
+                    f"`allocate`."
+                ) from None
+            why = f"the runtime refused to register it, {refused}"
+    if registration is None:
+        if not how.fallback:
+            raise HostMemoryError(
+                f"Pinned host memory was asked for, and {why}. Pass fallback=True to go on with "
+                f"pageable memory."
+            )
+        _registrations.warn_once(why)
+        registration = Registration(None, address, length, 0, how.largest, how.unit)
+    memory = BufferRange(address, nbytes)
+    with torch.inference_mode(False):  # as in `PinnedMemory.view`
+        base = torch.from_numpy(memory.array())
+    end = weakref.finalize(memory, registration.forget, owner)
+    end.atexit = False  # `_registrations` unregisters at exit; unmapping then would be too early
+    return PinnedMemory(base, registration, notes, how.mapped, how.read_only)
 
 
 def _from_torch(nbytes: int, huge_pages: HugePages, numa: Any) -> PinnedMemory | None:
@@ -381,18 +373,3 @@ def _from_torch(nbytes: int, huge_pages: HugePages, numa: Any) -> PinnedMemory |
     except RuntimeError:
         return None
     return PinnedMemory(base, notes=notes)
-
-
-def _held(
-    memory: BufferRange,
-    registration: Registration,
-    owner: object,
-    how: _How,
-    notes: Sequence[str] = (),
-) -> PinnedMemory:
-    """Tie the registration and the owner to the range, which every tensor made from it holds."""
-    with torch.inference_mode(False):  # as in `PinnedMemory.view`
-        base = torch.from_numpy(memory.array())
-    end = weakref.finalize(memory, registration.forget, owner)
-    end.atexit = False  # `_registrations` unregisters at exit; unmapping then would be too early
-    return PinnedMemory(base, registration, notes, how.mapped, how.read_only)

@@ -19,7 +19,7 @@ import torch
 from support.pinned_runtime import absent, claimed, installed
 
 from portakv.errors import DeviceMismatch, PortaKVError, Unsupported
-from portakv.host import _pages, _registrations, _runtime, pinned
+from portakv.host import _pages, _registrations, pinned
 from portakv.host.pinned import HostMemoryError
 
 PAGE = mmap.PAGESIZE
@@ -318,7 +318,7 @@ def test_no_node_at_all() -> None:
     ("code", "why"), [(1, "CAP_SYS_NICE"), (38, "without NUMA"), (5, "refused")]
 )
 def test_why_a_node_cannot_be_bound(code: int, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pages, "_mbind", lambda *_: code)
+    monkeypatch.setattr(_pages, "_call", lambda name, *_: code if name == "syscall" else 0)
     monkeypatch.setattr(_pages, "nodes", lambda: [0])
     with pytest.raises(Unsupported, match=why):
         pinned.allocate(PAGE, numa=0)
@@ -334,7 +334,7 @@ def test_lists_of_nodes() -> None:
 def test_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_registrations, "_told", set())
     absent(monkeypatch)
-    monkeypatch.setattr(_runtime, "why_not", lambda: "of the test")
+    monkeypatch.setattr(_registrations, "why_not", lambda: "of the test")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(3):

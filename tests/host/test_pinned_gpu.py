@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from portakv.host import _pages, _runtime, pinned
+from portakv.host import _pages, _registrations, pinned
 from portakv.host.pinned import HostMemoryError
 from portakv.host.pool import PinnedPool
 from portakv.host.shared import SharedPool
@@ -38,7 +38,7 @@ def pattern(nbytes: int) -> torch.Tensor:
 
 def last_error() -> int:
     """What the runtime that torch uses remembers; reading it clears it."""
-    return int(_runtime._loaded()._last_error())
+    return int(_registrations._loaded()._last_error())
 
 
 def resident() -> int:
@@ -90,8 +90,8 @@ def test_every_kind_of_page(huge_pages: Any) -> None:
 def test_the_library_is_the_one_whose_errors_torch_sees() -> None:
     with pinned.allocate(ODD, fallback=False) as memory:
         code = torch.cuda.cudart().cudaHostRegister(memory.address, 4096, 0)
-        assert int(code.value) == _runtime.ALREADY
-        assert last_error() == _runtime.ALREADY
+        assert int(code.value) == _registrations.ALREADY
+        assert last_error() == _registrations.ALREADY
         assert last_error() == 0
 
 
@@ -159,8 +159,8 @@ def test_freed_and_read_only_leave_no_error() -> None:
         pinned.register(fixed, read_only=True, fallback=False).close()
     assert last_error() == 0
     # Behind the library's own checks, the runtime's refusal is cleared as well.
-    with pytest.raises(_runtime.CallRefused):
-        _runtime._loaded().register(address, ODD, 0)
+    with pytest.raises(_registrations.CallRefused):
+        _registrations._loaded().register(address, ODD, 0)
     assert last_error() == 0
 
 

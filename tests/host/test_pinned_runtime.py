@@ -16,7 +16,7 @@ import torch
 from support.pinned_runtime import FakeLibrary, installed
 
 from portakv.errors import Unsupported
-from portakv.host import _pages, _registrations, _runtime, pinned
+from portakv.host import _pages, _registrations, pinned
 from portakv.host.pinned import HostMemoryError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
@@ -59,11 +59,11 @@ def test_nothing_is_unregistered_during_a_capture(
 ) -> None:
     tensor = pinned.empty(PAGE, torch.uint8)
     address = tensor.data_ptr()
-    monkeypatch.setattr(_runtime, "capturing", lambda: True)
+    monkeypatch.setattr(_registrations, "capturing", lambda: True)
     del tensor
     assert cuda.registered
     assert _pages.is_mapped(address, PAGE)
-    monkeypatch.setattr(_runtime, "capturing", lambda: False)
+    monkeypatch.setattr(_registrations, "capturing", lambda: False)
     _registrations.settle()
     assert not cuda.registered
     assert not _pages.is_mapped(address, PAGE)
@@ -240,6 +240,6 @@ def test_the_library_that_torch_loaded(tmp_path: Path) -> None:
              "/e/libcudart-1a2b.so.11.0"]  # fmt: skip
     maps.write_text("".join(line.format(path) for path in paths) + "7f00-7f01 rw-p 0 00:00 0\n")
     for version, found in (("13", paths[1]), ("12", paths[0]), ("11", paths[3]), ("", paths[0])):
-        assert _runtime.loaded_library("libcudart", version, str(maps)) == found
-    assert _runtime.loaded_library("libamdhip64", "6", str(maps)) is None
-    assert _runtime.loaded_library("libcudart", "13", str(tmp_path / "none")) is None
+        assert _registrations.loaded_library("libcudart", version, str(maps)) == found
+    assert _registrations.loaded_library("libamdhip64", "6", str(maps)) is None
+    assert _registrations.loaded_library("libcudart", "13", str(tmp_path / "none")) is None

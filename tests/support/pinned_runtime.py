@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from portakv.host import _registrations, _runtime
-from portakv.host._runtime import Runtime
+from portakv.host import _registrations
+from portakv.host._registrations import Runtime
 
 
 class FakeLibrary:
@@ -68,17 +68,18 @@ def installed(patch: pytest.MonkeyPatch) -> FakeLibrary:
     """A stand-in in the place of the runtime."""
     library = FakeLibrary()
     runtime = Runtime(library, "cuda")
-    patch.setattr(_runtime, "find", lambda: runtime)
-    patch.setattr(_runtime, "why_not", lambda: None)
-    patch.setattr(_runtime, "quiesce", lambda: library.log.append("quiesce"))
+    patch.setattr(_registrations, "find_runtime", lambda: runtime)
+    patch.setattr(_registrations, "why_not", lambda: None)
+    patch.setattr(_registrations, "through_torch", lambda: False)
+    patch.setattr(_registrations, "quiesce", lambda: library.log.append("quiesce"))
     return library
 
 
 def absent(patch: pytest.MonkeyPatch) -> None:
     """No device at all, whatever this machine has."""
-    patch.setattr(_runtime, "find", lambda: None)
-    patch.setattr(_runtime, "through_torch", lambda: False)
-    patch.setattr(_runtime, "why_not", lambda: "the test has taken every device away")
+    patch.setattr(_registrations, "find_runtime", lambda: None)
+    patch.setattr(_registrations, "through_torch", lambda: False)
+    patch.setattr(_registrations, "why_not", lambda: "the test has taken every device away")
 
 
 def claimed() -> int:
