@@ -86,7 +86,7 @@ def _range(name: str, asked: Range, extent: int) -> range:
         else:
             at = index(asked)
             found = range(at, at + 1) if 0 <= at < extent else range(0)
-    except TypeError:
+    except (TypeError, ValueError):
         raise LayoutError(
             f"{name}={asked!r} was asked; expected an integer or a slice of integers."
         ) from None

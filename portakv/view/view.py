@@ -289,14 +289,20 @@ class KVView:
         layers: slice | int | None = None,
         heads: slice | int | None = None,
         kv: slice | int | None = None,
+        **unknown: NoReturn,
     ) -> KVView:
         """Some layers, heads or kv of this view, as a view; copies nothing.
 
         An integer keeps its axis with extent 1. Slices of one layer all have one form.
 
         Raises:
-            LayoutError: an empty or stepped range, or one that cuts through a factor.
+            LayoutError: an empty or stepped range, one that cuts through a factor, or another axis.
         """
+        for name, asked in unknown.items():
+            raise LayoutError(
+                f"A slice by {name}={asked!r} was asked; expected layers, heads or kv; pass an "
+                f"Index of the blocks or tokens to the copy."
+            )
         facts = slice_facts(self._facts(), layers=layers, heads=heads, kv=kv)
         view = KVView.__new__(KVView)
         view._set(self.layout, self.tensors, facts)

@@ -28,11 +28,10 @@ def _index(side: Side, step: int, seed: int) -> torch.Tensor:
     return ids
 
 
-def _views(names: tuple[str, str], case: Case) -> list[KVView]:
-    return [
-        KVView(side.tensors, name, reinterpret=case.src.reinterpret, **side.extents)
-        for side, name in zip((case.src, case.dst), names, strict=True)
-    ]
+def _views(names: tuple[str, str], case: Case) -> tuple[KVView, KVView]:
+    src, dst, bits = case.src, case.dst, case.src.reinterpret
+    mine = KVView(src.tensors, names[0], reinterpret=bits, **src.extents)
+    return mine, KVView(dst.tensors, names[1], reinterpret=bits, **dst.extents)
 
 
 @pytest.mark.parametrize("source", LAYOUTS)

@@ -19,7 +19,7 @@ from portakv import KVView
 
 
 def test_equal_readings_have_equal_forms_and_hashes() -> None:
-    one, other = (KVView(noise(n, 4, 8), "block token dim").form for n in (3, 5))
+    one, other = (KVView(noise(n, 4, 8), "block token dim").form for n in (1, 50))
     assert one == other
     assert hash(one) == hash(other)
     assert one != KVView(noise(3, 4, 8), "token head dim").form
@@ -44,21 +44,18 @@ def test_a_form_sent_to_another_process_is_found_there() -> None:
         "sent = pickle.load(sys.stdin.buffer)\n"
         "print([mine.get(form) for form in sent], hash('device'))\n"
     )
-    found, seeds = [], ("1", "2")
-    for seed in seeds:
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(Path(__file__).parents[1])],
-            input=pickle.dumps(forms),
-            capture_output=True,
-            check=True,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-        )
-        found.append(done.stdout.decode().rsplit(" ", 1))
-    assert found[0][1] != found[1][1]  # the hashes of strings did differ
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(Path(__file__).parents[1])],
+        input=pickle.dumps(forms),
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": seed},
+    )
+    numbers, hashed = done.stdout.decode().rsplit(" ", 1)
+    assert int(hashed) != hash("device")  # the hashes of strings did differ
     # Layouts with one form are one key; every form must lead to a layout of the same form.
-    for numbers, _ in found:
-        leads = [int(n) for n in numbers.strip("[]").split(",")]
-        assert [forms[n] for n in leads] == forms
+    assert [forms[int(n)] for n in numbers.strip("[]").split(",")] == forms
 
 
 @pytest.mark.parametrize(
@@ -86,16 +83,3 @@ def test_a_storage_that_begins_off_the_alignment_counts_as_well() -> None:
     view = KVView(odd[15 : 15 + 64].view(4, 16), "token dim")
     assert view.addresses[0] % 16 == 0
     assert view.form.alignment == 1
-
-
-def test_place_is_pageable_on_the_host() -> None:
-    assert KVView(noise(5, 8), "token dim").form.place == "pageable"
-
-
-def test_token_bytes() -> None:
-    assert KVView(noise(3, 2, 5, 4, 8), "layer kv token head dim").form.token_bytes == 384
-
-
-def test_forms_hold_no_address_and_no_count_of_blocks() -> None:
-    small, large = (KVView(noise(n, 4, 8), "block token dim").form for n in (1, 50))
-    assert small == large

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,12 @@ def test_joined_indices_follow_each_other(cases: list[tuple[Index, int, list[int
     assert np.where(found < 0, -1, found).tolist() == expected
 
 
+def read_only() -> np.ndarray:
+    ids = np.array([4, -1, 7])
+    ids.flags.writeable = False
+    return ids
+
+
 @pytest.mark.parametrize(
     "ids",
     [
@@ -81,17 +88,16 @@ def test_joined_indices_follow_each_other(cases: list[tuple[Index, int, list[int
         torch.tensor([4, -1, 7], dtype=torch.int32),
         torch.tensor([[4, 0], [-1, 0], [7, 0]])[:, 0],
         torch.tensor([4, 9, -1, 9, 7], dtype=torch.int32)[::2],
-        np.array([4, -1, 7]),
         np.array([4, -1, 7], dtype=np.int32),
         np.array([7, -1, 4])[::-1],
         np.array([4, -1, 7], dtype=">i8"),
-        [4, -1, 7],
+        read_only(),
         (4, -1, 7),
         list(np.array([4, -1, 7])),
     ],
     ids=[
-        "int64", "int32", "column", "stepped", "array", "array of int32", "reversed array",
-        "array of another byte order", "list", "tuple", "list of numpy integers",
+        "int64", "int32", "column", "stepped", "array of int32", "reversed array",
+        "array of another byte order", "read-only array", "tuple", "list of numpy integers",
     ],
 )  # fmt: skip
 def test_lists_of_any_make(ids: Any) -> None:
@@ -102,29 +108,10 @@ def test_lists_of_any_make(ids: Any) -> None:
     assert index.units(3, 1, torch.device("cpu")).tolist() == [4, -1, 7]
 
 
-def test_one_id_of_a_reversed_array() -> None:
+def test_ranges_and_one_id_of_a_reversed_array() -> None:
     """To numpy such an array is contiguous, and to torch its stride is negative."""
     assert Index(np.arange(6)[::-1][2:3]).slots(1).tolist() == [3]
-
-
-def test_tensors_that_hold_no_ids() -> None:
-    ids = torch.arange(3)
-    with pytest.raises(SlotError, match="dense tensor, but a sparse_coo one"):
-        Index(ids.to_sparse())
-    with pytest.raises(SlotError, match="dense tensor, but a nested one"):
-        Index(torch.nested.nested_tensor([ids, ids]))
-    with pytest.raises(SlotError, match=r"without memory of its own .* torch.vmap"):
-        torch.vmap(lambda one: Index(one) and one)(torch.arange(6).view(2, 3))
-
-
-def test_a_range_is_a_list() -> None:
     assert Index(range(3, 6)).slots(3).tolist() == [3, 4, 5]
-
-
-def test_an_array_that_cannot_be_written_is_copied() -> None:
-    ids = np.array([1, 2])
-    ids.flags.writeable = False
-    assert Index(ids).slots(2).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -146,6 +133,8 @@ def test_an_array_that_cannot_be_written_is_copied() -> None:
         ([2**70], "slot"),
         ("12", "a str was given"),
         ({1, 2}, "a set was given"),
+        (torch.arange(3).to_sparse(), "dense tensor, but a sparse_coo one"),
+        (torch.nested.nested_tensor([torch.arange(3)] * 2), "dense tensor, but a nested one"),
     ],
 )
 def test_lists_that_are_no_slots(ids: Any, why: str) -> None:
@@ -153,16 +142,13 @@ def test_lists_that_are_no_slots(ids: Any, why: str) -> None:
         Index(ids)
 
 
+def test_ids_inside_function_transforms() -> None:
+    with pytest.raises(SlotError, match=r"without memory of its own .* torch.vmap"):
+        torch.vmap(lambda one: Index(one) and one)(torch.arange(6).view(2, 3))
+
+
 @pytest.mark.parametrize(
-    ("step", "offset"),
-    [
-        (0, 0),
-        (-1, 0),
-        (1, -1),
-        (1.5, 0),
-        (2, 0.5),
-        ("4", 0),
-    ],
+    ("step", "offset"), [(0, 0), (-1, 0), (1, -1), (1.5, 0), (2, 0.5), ("4", 0)]
 )
 def test_a_bad_step_or_offset(step: Any, offset: Any) -> None:
     with pytest.raises(SlotError, match="at least 1"):
@@ -170,25 +156,14 @@ def test_a_bad_step_or_offset(step: Any, offset: Any) -> None:
 
 
 def test_what_an_index_knows_about_itself() -> None:
-    table = Index(torch.tensor([5, 2, 9]), step=4, offset=3)
+    table, nothing = Index(torch.tensor([5, 2, 9]), step=4, offset=3), Index(offset=3)
     assert (table.length, table.plan_step, table.on_host) == (9, 4, True)
-    nothing = Index(offset=3)
     assert (nothing.length, nothing.plan_step, nothing.on_host) == (None, 0, True)
     assert repr(table) == "Index(<3 ids on cpu>, step=4, offset=3)"
     assert repr(nothing) == "Index(None, step=1, offset=3)"
-
-
-def test_of_takes_an_index_as_it_is_and_a_list_as_a_slot_mapping() -> None:
-    table = Index([1], step=4)
     assert Index.of(table) is table
     assert Index.of([3, 1]).slots(2).tolist() == [3, 1]
     assert Index.of(None).slots(3).tolist() == [0, 1, 2]
-
-
-def test_an_empty_list_covers_nothing() -> None:
-    index = Index([], step=4)
-    assert (index.length, index.slots(0).tolist()) == (0, [])
-    assert index.check(0, 16, "source", distinct=True) is False
 
 
 HERE, NARROW = torch.device("cpu"), frozenset({torch.int32})
@@ -248,87 +223,70 @@ class TestPlaces:
         assert not index.is_clean(3, 4)
 
 
-class TestLengths:
-    @pytest.mark.parametrize(
-        ("count", "offset", "fits"), [(8, 0, True), (9, 0, False), (5, 4, False)]
-    )
-    def test_a_list_covers_ids_times_step(self, count: int, offset: int, fits: bool) -> None:
-        index = Index([0, 1], 4, offset)
-        if fits:
-            index.check_length(count, 100, "source")
-            return
-        with pytest.raises(SlotError, match=rf"{count} positions from {offset} .* 2 ids"):
-            index.check_length(count, 100, "source")
-
-    @pytest.mark.parametrize(("count", "offset", "fits"), [(16, 0, True), (16, 1, False)])
-    def test_without_ids_the_view_decides(self, count: int, offset: int, fits: bool) -> None:
-        if fits:
-            Index(offset=offset).check_length(count, 16, "destination")
-            return
-        with pytest.raises(SlotError, match="of the destination, which holds 16 tokens"):
-            Index(offset=offset).check_length(count, 16, "destination")
+@pytest.mark.parametrize(
+    ("ids", "step", "offset", "count", "why"),
+    [
+        ([0, 1], 4, 0, 8, ""),
+        ([0, 1], 4, 0, 9, "9 positions from 0 on were asked of the source index, .* 2 ids"),
+        ([0, 1], 4, 4, 5, "5 positions from 4 .* 2 ids"),
+        (None, 1, 0, 16, ""),
+        (None, 1, 1, 16, "of the source, which holds 16 tokens"),
+    ],
+)
+def test_a_list_covers_ids_times_step_and_without_ids_the_view_decides(
+    ids: Any, step: int, offset: int, count: int, why: str
+) -> None:
+    with pytest.raises(SlotError, match=why) if why else nullcontext():
+        Index(ids, step, offset).check_length(count, 16, "source")
 
 
-class TestChecks:
-    @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-    def test_a_slot_past_the_end_is_named_with_its_position(self, dtype: torch.dtype) -> None:
-        index = Index(torch.tensor([3, 15, 16, 99], dtype=dtype))
-        with pytest.raises(SlotError, match="Position 2 of the source index is slot 16, but"):
-            index.check(4, 16, "source")
+@given(indices(), st.integers(0, 120), st.integers(0, 3), st.booleans())
+def test_a_check_finds_what_the_definition_says(
+    case: tuple[Index, int, list[int]], room: int, passed: int, distinct: bool
+) -> None:
+    """Only positions that are used count, and what was found holds for its view and range only."""
+    whole, count, slots = case
+    top, fewer = max(slots, default=0), max(0, count - passed)
+    ranges = [(view, 0, count) for view in (room, room, top, top + 1, 300)]
+    for view, first, length in (*ranges, (300, 0, fewer), (300, count - fewer, fewer)):
+        index, used = whole.shifted(first), slots[first : first + length]
+        used = [] if whole.ids is None else used
+        kept = [slot for slot in used if slot >= 0]
+        past = next((at for at, slot in enumerate(used) if slot >= view), None)
+        twice = {slot for slot in kept if kept.count(slot) > 1} if distinct else set()
+        if past is None and not twice:
+            skips = index.check(length, view, "source", distinct=distinct)
+            assert skips is (len(kept) < len(used))
+            continue
+        with pytest.raises(SlotError) as caught:
+            index.check(length, view, "source", distinct=distinct)
+        if past is None:
+            told = f"Slot {min(twice)} occurs {kept.count(min(twice))} times in the source index; "
+        else:
+            told = f"Position {past} of the source index is slot {used[past]}"
+            if index.step > 1:
+                told += f" (of id {used[past] // index.step}, {index.step} slots each), but"
+        assert str(caught.value).startswith(told)
 
-    def test_only_the_positions_that_are_used_count(self) -> None:
-        index = Index([99, 3, 1, 3, 99], offset=1)
-        assert index.check(2, 16, "source", distinct=True) is False
-        with pytest.raises(SlotError, match="Slot 3 occurs 2 times"):
-            index.check(3, 16, "destination", distinct=True)
-        with pytest.raises(SlotError, match="slot 99"):
-            index.check(4, 16, "source")
 
-    def test_a_block_may_reach_past_the_end_where_its_tokens_are_not_used(self) -> None:
-        """18 slots in blocks of 4: the last block holds two."""
-        index = Index([4], step=4)
-        assert index.check(2, 18, "source", distinct=True) is False
-        with pytest.raises(SlotError, match=r"Position 2 .* slot 18"):
-            index.check(3, 18, "source", distinct=True)
+@pytest.mark.parametrize("n", [4, 2000], ids=["few", "many"])
+def test_duplicates_are_an_error_of_destinations_only_and_of_no_padding(n: int) -> None:
+    ids = torch.arange(n)
+    ids[-1] = ids[1]
+    assert Index(ids).check(n, n, "source") is False
+    with pytest.raises(SlotError, match="Slot 1 occurs 2 times in the destination index"):
+        Index(ids).check(n, n, "destination", distinct=True)
+    with pytest.raises(SlotError, match="Slot 1 occurs 2 times"):
+        Index([-1, 1, -1, 1]).check(4, n, "destination", distinct=True)
+    ids[: n // 2] = -1
+    ids[0] = torch.iinfo(torch.int64).min
+    assert Index(ids).check(n, n, "destination", distinct=True) is True
 
-    def test_a_manager_block_may_occur_twice_where_other_tokens_of_it_are_used(self) -> None:
-        """The tail of a block, then its head: no slot is written twice."""
-        index = Index([7, 7], step=4, offset=2)
-        assert index.check(4, 100, "destination", distinct=True) is False
-        with pytest.raises(SlotError, match="Slot 30 occurs 2 times"):
-            index.check(6, 100, "destination", distinct=True)
 
-    @pytest.mark.parametrize("n", [4, 2000], ids=["few", "many"])
-    def test_duplicates_are_an_error_of_destinations_only(self, n: int) -> None:
-        ids = torch.arange(n)
-        ids[-1] = ids[1]
-        assert Index(ids).check(n, n, "source") is False
-        with pytest.raises(SlotError, match="Slot 1 occurs 2 times in the destination index"):
-            Index(ids).check(n, n, "destination", distinct=True)
-
-    @pytest.mark.parametrize("n", [4, 2000], ids=["few", "many"])
-    def test_padding_may_occur_as_often_as_it_likes(self, n: int) -> None:
-        ids = torch.arange(n)
-        ids[: n // 2] = -1
-        ids[0] = torch.iinfo(torch.int64).min
-        assert Index(ids).check(n, n, "destination", distinct=True) is True
-
-    def test_skips_depend_on_the_positions_that_are_used(self) -> None:
-        index = Index([-1, 3, 4])
-        assert index.check(3, 16, "source", distinct=True) is True
-        assert index.shifted(1).check(2, 16, "source", distinct=True) is False
-        assert index.check(1, 16, "source", distinct=True) is True
-
-    def test_a_check_holds_for_its_view_only(self) -> None:
-        index = Index([3, 9])
-        assert index.check(2, 10, "source", distinct=True) is False
-        with pytest.raises(SlotError, match="slot 9"):
-            index.check(2, 9, "source", distinct=True)
-
-    def test_slots_that_do_not_fit_into_32_bits(self) -> None:
-        index = Index(torch.tensor([2**31 - 1, 5], dtype=torch.int32), step=16)
-        assert index.slots(17).tolist()[0] == (2**31 - 1) * 16
-        assert index.check(17, 2**36, "source", distinct=True) is False
-        with pytest.raises(SlotError, match=str((2**31 - 1) * 16)):
-            index.check(17, 2**31, "source", distinct=True)
-        assert index.units(32, 4, torch.device("cpu"))[0] == (2**31 - 1) * 4
+def test_slots_that_do_not_fit_into_32_bits() -> None:
+    index = Index(torch.tensor([2**31 - 1, 5], dtype=torch.int32), step=16)
+    assert index.slots(17).tolist()[0] == (2**31 - 1) * 16
+    assert index.check(17, 2**36, "source", distinct=True) is False
+    with pytest.raises(SlotError, match=str((2**31 - 1) * 16)):
+        index.check(17, 2**31, "source", distinct=True)
+    assert index.units(32, 4, torch.device("cpu"))[0] == (2**31 - 1) * 4

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.ambient import STATES
 from support.core_cases import HANDS, HEADS, KV, LAYERS, SLOTS, Hand, address, noise
 
 from portakv import CopyPlan, DeviceMismatch, Index, KVView, LayoutError, copy_rows
@@ -23,6 +23,7 @@ def test_form_and_table_lead_to_every_row(hand: Hand) -> None:
     view, rows = hand.view(tensors), hand.rows(tensors)
     assert (view.layers, view.kv, view.heads, view.slots) == (LAYERS, KV, HEADS, SLOTS)
     assert view.block_size == (hand.block or None)
+    view.check_writable()
     for layer, kv, slot, head in np.ndindex(LAYERS, KV, SLOTS, HEADS):
         at = address(view, kv, layer, slot, head)
         assert _read(view, at) == rows[kv, layer, slot, head, 0].item()
@@ -38,309 +39,222 @@ def _read(view: KVView, at: int) -> int:
     raise AssertionError(f"{at} lies in no tensor of the view")
 
 
-class TestStrides:
-    def test_logical_nhd_over_hnd_memory(self) -> None:
-        memory = noise(2, 3, 2, 4, 8)
-        view = KVView(memory.transpose(2, 3), "kv block token head dim")
-        part = view.form.parts[1]
-        assert part.token == (Step(4, 0, 16),)
-        assert part.head == (Step(2, 0, 64),)
-        assert part.block == (Step(0, 0, 128),)
-        assert part.offset == 3 * 128
-
-    def test_a_storage_offset_moves_the_address_only(self) -> None:
-        memory = noise(8 + 40)
-        view = KVView(memory[8:].view(5, 8), "token dim")
-        assert view.addresses.tolist() == [memory.data_ptr() + 16]
-        assert view.form == KVView(noise(5, 8), "token dim").form
-
-    def test_padded_pages(self) -> None:
-        view = KVView(noise(3, 100)[:, :32].view(3, 4, 8), "block token dim")
-        assert view.form.parts[0].block == (Step(0, 0, 200),)
-
-    def test_rows_whose_elements_are_apart(self) -> None:
-        view = KVView(noise(5, 16)[:, ::2], "token dim")
-        assert view.widths == (16,)
-        assert view.form.parts[0].dim == (Step(8, 0, 4), Step(2, 0, 1))
-
-    def test_a_flat_pool_has_one_step_for_blocks_and_tokens(self) -> None:
-        parts = KVView(noise(12, 8), "(block token) dim", block_size=4).form.parts
-        assert (parts[0].block, parts[0].token) == ((Step(0, 0, 64),), (Step(4, 0, 16),))
-
-    def test_unequal_widths_lie_one_behind_the_other(self) -> None:
-        view = KVView(noise(3, 33 * 4), "block (kv token dim)", dim=(32, 1))
-        assert [part.offset for part in view.form.parts] == [0, 4 * 64]
-        assert [part.token for part in view.form.parts] == [(Step(4, 0, 64),), (Step(4, 0, 2),)]
-        assert view.widths == (64, 2)
-        three = KVView(noise(5, 14), "token (kv dim)", kv=3, dim=(8, 4, 2))
-        assert [part.offset for part in three.form.parts] == [0, 16, 24]
-
-
-class TestOpenEnd:
-    def test_page_may_cover_several_dimensions(self) -> None:
-        view = KVView(noise(5, 4, 3, 8), "block page", block_size=4)
-        assert view.form == KVView(noise(5, 96), "block page", block_size=4).form
-
-    def test_a_group_in_parentheses_may_cover_several_dimensions(self) -> None:
-        chunk = noise(2, 5, 3, 8)
-        view = KVView(chunk, "kv token (head dim)", heads=3)
-        assert view.form == KVView(chunk.view(2, 5, 24), "kv token (head dim)", heads=3).form
-
-    def test_so_may_a_group_of_one_axis(self) -> None:
-        view = KVView(noise(5, 3, 8), "token (dim)")
-        assert view.form == KVView(noise(5, 24), "token dim").form
-
-    @pytest.mark.parametrize(
-        ("layout", "tensor"),
-        [
-            ("token dim", noise(5, 3, 8)),
-            ("(block token) dim", noise(20, 3, 8)),
-            ("(token head) dim", noise(15, 3, 8)),
-        ],
-    )
-    def test_no_other_group_may(self, layout: str, tensor: torch.Tensor) -> None:
-        with pytest.raises(LayoutError, match=r"2 dimension\(s\) .* a tensor of shape"):
-            KVView(tensor, layout, heads=3 if "head" in layout else None)
-
-    @pytest.mark.parametrize(
-        "tensor",
-        [noise(5, 3, 16)[:, :, :8], noise(5, 8, 3).transpose(1, 2), noise(5, 6, 8)[:, ::2]],
-        ids=["cut", "turned", "stepped"],
-    )
-    def test_they_must_be_contiguous_together(self, tensor: torch.Tensor) -> None:
-        with pytest.raises(LayoutError, match="not contiguous together"):
-            KVView(tensor, "token (head dim)", heads=3)
-
-    @pytest.mark.parametrize("tensor", [noise(5, 1, 24), noise(5, 24, 1), noise(5, 1, 24, 1, 1)])
-    def test_dimensions_of_one_are_contiguous_with_anything(self, tensor: torch.Tensor) -> None:
-        strange = tensor.as_strided(tensor.shape, [s if n > 1 else 7 for n, s in _steps(tensor)])
-        view = KVView(strange, "token (head dim)", heads=3)
-        assert view.form == KVView(noise(5, 24), "token (head dim)", heads=3).form
-
-    def test_too_few_dimensions(self) -> None:
-        with pytest.raises(LayoutError, match=r"3 dimension\(s\)"):
-            KVView(noise(5, 24), "kv token (head dim)", heads=3)
-
-
-def _steps(tensor: torch.Tensor) -> list[tuple[int, int]]:
-    return list(zip(tensor.shape, tensor.stride(), strict=True))
-
-
-class TestContainers:
-    def test_separate_tensors_are_a_table(self) -> None:
-        layers = [noise(5, 8, seed=i) for i in range(3)]
-        view = KVView(layers, "layer | token dim")
-        assert view.addresses.tolist() == [t.data_ptr() for t in layers]
-        assert view.form.parts[0].layer == (Step(3, 1, 0),)
-
-    def test_tensors_of_one_allocation_at_equal_distances_are_a_stride(self) -> None:
-        memory = noise(3, 2, 5, 8)
-        view = KVView([list(layer) for layer in memory], "layer kv | token dim")
-        assert view.addresses.tolist() == [memory.data_ptr()]
-        assert view.form == KVView(memory, "layer kv token dim").form
-
-    @pytest.mark.parametrize("order", [(0, 1, 3), (2, 1, 0), (1, 0, 2)])
-    def test_at_other_distances_they_stay_a_table(self, order: tuple[int, ...]) -> None:
-        memory = noise(4, 5, 8)
-        view = KVView([memory[i] for i in order], "layer | token dim")
-        assert view.addresses.tolist() == [memory[i].data_ptr() for i in order]
-
-    def test_separate_allocations_at_equal_distances_by_chance_stay_a_table(self) -> None:
-        memory = noise(3, 5, 8).numpy()
-        apart = [torch.from_numpy(memory[i]) for i in range(3)]  # each a storage of its own
-        assert len(KVView(apart, "layer | token dim").addresses) == 3
-
-    def test_a_list_of_memory_objects_has_one_form_wherever_they_lie(self) -> None:
-        memory = noise(4, 5, 8)
-        together = KVView([memory[0], memory[1]], "block | token dim")
-        apart = KVView([noise(5, 8), noise(5, 8), noise(5, 8)], "block | token dim")
-        assert together.form == apart.form
-        assert (together.slots, apart.slots) == (10, 15)
-
-    def test_dicts_are_read_in_their_order(self) -> None:
-        layers = {f"model.layers.{i}": noise(5, 8, seed=i) for i in (2, 0, 1)}
-        view = KVView(layers, "layer | token dim")
-        assert view.addresses.tolist() == [t.data_ptr() for t in layers.values()]
-
-    @pytest.mark.parametrize(
-        ("tensors", "layout", "why"),
-        [
-            ([], "layer | token dim", "is empty"),
-            ([[], []], "layer kv | token dim", "is empty"),
-            (noise(2, 5, 8), "layer | token dim", "a Tensor was found where a list"),
-            ([noise(5, 8)], "token dim", "a list was found"),
-            ([[noise(5, 8)]], "layer | token dim", "a list was found"),
-            ([[noise(5, 8)] * 2, [noise(5, 8)]], "layer kv | token dim", "unequal lengths 2 and 1"),
-            ([noise(5, 8), None], "layer | token dim", "a NoneType was found"),
-            ([noise(5, 8)] * 3, "kv | token dim", "'kv' .* extent 2, but 3"),
-            ([noise(5, 8), noise(8, 5).t()], "layer | token dim", "share shape, strides and dtype"),
-            ([noise(5, 8), noise(5, 8, dtype=torch.float16)], "layer | token dim", "share shape"),
-        ],
-    )
-    def test_containers_that_do_not_fit(self, tensors: Any, layout: str, why: str) -> None:
-        with pytest.raises(LayoutError, match=why):
-            KVView(tensors, layout)
-
-    def test_tensors_of_several_devices(self) -> None:
-        with pytest.raises(DeviceMismatch, match="lie on cpu and meta"):
-            KVView([noise(5, 8), noise(5, 8).to("meta")], "layer | token dim")
-
-
 @pytest.mark.parametrize(
-    ("make", "why"),
+    ("tensors", "layout", "extents", "part", "expected"),
     [
-        (lambda: noise(5, 8).to("meta"), "have no memory"),
-        (lambda: torch.eye(8).to_sparse(), "strided"),
-        (lambda: [torch.eye(8).to_sparse()], "strided"),
+        (noise(2, 3, 2, 4, 8).transpose(2, 3), "kv block token head dim", {}, 1,
+         {"token": (Step(4, 0, 16),), "head": (Step(2, 0, 64),), "block": (Step(0, 0, 128),),
+          "offset": 3 * 128}),
+        (noise(3, 100)[:, :32].view(3, 4, 8), "block token dim", {}, 0,
+         {"block": (Step(0, 0, 200),)}),
+        (noise(5, 16)[:, ::2], "token dim", {}, 0, {"dim": (Step(8, 0, 4), Step(2, 0, 1))}),
+        (noise(12, 8), "(block token) dim", {"block_size": 4}, 0,
+         {"block": (Step(0, 0, 64),), "token": (Step(4, 0, 16),)}),
+        (noise(3, 33 * 4), "block (kv token dim)", {"dim": (32, 1)}, 1,
+         {"offset": 4 * 64, "token": (Step(4, 0, 2),)}),
+        (noise(5, 14), "token (kv dim)", {"kv": 3, "dim": (8, 4, 2)}, 2, {"offset": 24}),
+        ([noise(5, 8) for _ in range(3)], "layer | token dim", {}, 0, {"layer": (Step(3, 1, 0),)}),
     ],
-    ids=["meta", "sparse", "sparse in a list"],
-)
-def test_tensors_without_rows_in_memory(make: Callable[[], Any], why: str) -> None:
-    tensors = make()
-    with pytest.raises(LayoutError, match=why):
-        KVView(tensors, "layer | token dim" if isinstance(tensors, list) else "token dim")
+    ids=["NHD over HND", "padded pages", "elements apart", "flat pool", "unequal widths",
+         "three widths", "separate tensors"],
+)  # fmt: skip
+def test_steps(
+    tensors: Any, layout: str, extents: dict[str, Any], part: int, expected: dict[str, Any]
+) -> None:
+    found = KVView(tensors, layout, **extents).form.parts[part]
+    assert {name: getattr(found, name) for name in expected} == expected
+
+
+def _strange(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor whose dimensions of extent 1 have an odd stride."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.as_strided(tensor.shape, [s if n > 1 else 7 for n, s in steps])
+
+
+MEMORY = noise(3, 2, 5, 8)
 
 
 @pytest.mark.parametrize(
-    "extents",
-    [{"dim": 8.0}, {"dim": {8}}, {"heads": [1]}, {"kv": "1"}],
+    ("tensors", "layout", "other", "plain", "extents"),
+    [
+        (noise(8 + 40)[8:].view(5, 8), "token dim", noise(5, 8), "token dim", {}),
+        (noise(5, 4, 3, 8), "block page", noise(5, 96), "block page", {"block_size": 4}),
+        (noise(2, 5, 3, 8), "kv token (head dim)", noise(2, 5, 24), "kv token (head dim)",
+         {"heads": 3}),
+        (noise(5, 3, 8), "token (dim)", noise(5, 24), "token dim", {}),
+        *((_strange(noise(*shape)), "token (head dim)", noise(5, 24), "token (head dim)",
+           {"heads": 3}) for shape in ((5, 1, 24), (5, 24, 1), (5, 1, 24, 1, 1))),
+        ([list(layer) for layer in MEMORY], "layer kv | token dim", MEMORY, "layer kv token dim",
+         {}),
+        # A list of memory objects has one form wherever they lie.
+        ([MEMORY[0, 0], MEMORY[0, 1]], "block | token dim", [noise(5, 8) for _ in range(3)],
+         "block | token dim", {}),
+    ],
+)  # fmt: skip
+def test_readings_of_one_form(
+    tensors: Any, layout: str, other: Any, plain: str, extents: dict[str, Any]
+) -> None:
+    assert KVView(tensors, layout, **extents).form == KVView(other, plain, **extents).form
+
+
+def _apart() -> list[torch.Tensor]:
+    """Separate allocations at equal distances by chance: each a storage of its own."""
+    memory = noise(3, 5, 8).numpy()
+    return [torch.from_numpy(memory[i]) for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        [noise(5, 8, seed=i) for i in range(3)],
+        {f"model.layers.{i}": noise(5, 8, seed=i) for i in (2, 0, 1)},
+        *([noise(4, 5, 8)[i] for i in order] for order in ((0, 1, 3), (2, 1, 0), (1, 0, 2))),
+        _apart(),
+    ],
+    ids=["list", "dict", "unequal distances", "descending", "no order", "by chance"],
 )
-def test_extents_that_are_no_integers_are_refused_at_any_time(extents: dict[str, Any]) -> None:
-    """Also after an equal number was accepted."""
+def test_tensors_that_stay_a_table(tensors: Any) -> None:
+    listed = list(tensors.values()) if isinstance(tensors, dict) else tensors
+    view = KVView(tensors, "layer | token dim")
+    assert view.addresses.tolist() == [t.data_ptr() for t in listed]
+
+
+def test_tensors_of_one_allocation_are_a_stride() -> None:
+    view = KVView([list(layer) for layer in MEMORY], "layer kv | token dim")
+    assert view.addresses.tolist() == [MEMORY.data_ptr()]
+    assert KVView(MEMORY.flatten(0, 1)[1], "token dim").addresses[0] == MEMORY.data_ptr() + 80
+
+
+TOGETHER = "not contiguous together"
+NESTED: Any = torch.nested.nested_tensor([torch.zeros(4, 8), torch.zeros(2, 8)])
+REFUSED: list[tuple[Any, str, dict[str, Any], str]] = [
+    (noise(5, 3, 8), "token dim", {}, r"2 dimension\(s\) .* a tensor of shape"),
+    (noise(20, 3, 8), "(block token) dim", {}, r"2 dimension\(s\) .* a tensor of shape"),
+    (noise(15, 3, 8), "(token head) dim", {"heads": 3}, r"2 dimension\(s\) .* a tensor of shape"),
+    (noise(5, 24), "kv token (head dim)", {"heads": 3}, r"3 dimension\(s\)"),
+    (noise(5, 3, 16)[:, :, :8], "token (head dim)", {"heads": 3}, TOGETHER),
+    (noise(5, 8, 3).transpose(1, 2), "token (head dim)", {"heads": 3}, TOGETHER),
+    (noise(5, 6, 8)[:, ::2], "token (head dim)", {"heads": 3}, TOGETHER),
+    ([], "layer | token dim", {}, "is empty"),
+    ([[], []], "layer kv | token dim", {}, "is empty"),
+    (noise(2, 5, 8), "layer | token dim", {}, "a Tensor was found where a list"),
+    ([noise(5, 8)], "token dim", {}, "a list was found"),
+    ([[noise(5, 8)]], "layer | token dim", {}, "a list was found"),
+    ([[noise(5, 8)] * 2, [noise(5, 8)]], "layer kv | token dim", {}, "unequal lengths 2 and 1"),
+    ([noise(5, 8), None], "layer | token dim", {}, "a NoneType was found"),
+    ([noise(5, 8)] * 3, "kv | token dim", {}, "'kv' .* extent 2, but 3"),
+    ([noise(5, 8), noise(8, 5).t()], "layer | token dim", {}, "share shape, strides and dtype"),
+    ([noise(5, 8), noise(5, 8, dtype=torch.half)], "layer | token dim", {}, "share shape"),
+    (noise(5, 8).to("meta"), "token dim", {}, "have no memory"),
+    (torch.eye(8).to_sparse(), "token dim", {}, "strided tensors, but a .*sparse"),
+    ([torch.eye(8).to_sparse()], "layer | token dim", {}, "strided tensors, but a .*sparse"),
+    (NESTED, "block token dim", {}, "strided tensors, but a .*nested"),
+    ([NESTED], "layer | block token dim", {}, "strided tensors, but a .*nested"),
+    (np.zeros((3, 4, 8)), "block token dim", {}, "torch.from_numpy"),
+    ([np.zeros((3, 4, 8))], "layer | block token dim", {}, "torch.from_numpy"),
+    (np.zeros((3, 4, 8)), "layer | token dim", {}, "torch.from_numpy"),
+    # Also after an equal number was accepted.
+    (noise(5, 8), "token dim", {"dim": 8.0}, "positive integer"),
+    (noise(5, 8), "token dim", {"dim": {8}}, "positive integer"),
+    (noise(5, 8), "token dim", {"heads": [1]}, "positive integer"),
+    (noise(5, 8), "token dim", {"kv": "1"}, "positive integer"),
+    (noise(5, 8), "token dim", {"head": 2}, "Unknown extents head; declare"),
+]
+
+
+@pytest.mark.parametrize(("tensors", "layout", "extents", "why"), REFUSED)
+def test_what_is_refused(tensors: Any, layout: str, extents: dict[str, Any], why: str) -> None:
     KVView(noise(5, 8), "token dim", dim=8, heads=1, kv=1)
-    with pytest.raises(LayoutError, match="positive integer"):
-        KVView(noise(5, 8), "token dim", **extents)
+    with pytest.raises(LayoutError, match=why):
+        KVView(tensors, layout, **extents)
 
 
-class TestWritable:
-    @pytest.mark.parametrize(
-        ("tensors", "layout"),
-        [
-            (noise(5, 1, 8).expand(5, 3, 8), "token head dim"),
-            (noise(1, 8).expand(5, 8), "token dim"),
-            (noise(5, 1).expand(5, 8), "token dim"),
-            (noise(1, 4, 8).expand(3, 4, 8), "block token dim"),
-            (noise(1, 5, 8).expand(2, 5, 8), "kv token dim"),
-            ([noise(5, 8)] * 2, "kv | token dim"),
-            ([noise(5, 8)] * 3, "layer | token dim"),
-        ],
-        ids=["heads", "tokens", "dim", "blocks", "kv", "one tensor twice", "one tensor thrice"],
+def test_tensors_of_several_devices() -> None:
+    with pytest.raises(DeviceMismatch, match="lie on cpu and meta"):
+        KVView([noise(5, 8), noise(5, 8).to("meta")], "layer | token dim")
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad])
+def test_tensors_inside_function_transforms(transform: Any) -> None:
+    def read(cache: torch.Tensor) -> torch.Tensor:
+        KVView(cache, "token dim")
+        return cache.sum()
+
+    with pytest.raises(LayoutError, match=r"without memory of its own .* torch.vmap"):
+        transform(read)(torch.zeros(3, 4, 8) if transform is torch.vmap else torch.zeros(4, 8))
+
+
+@pytest.mark.parametrize("dtype", ["float16", np.float16, 2])
+def test_a_dtype_by_another_name(dtype: Any) -> None:
+    with pytest.raises(LayoutError, match=r"expected a torch.dtype, such as torch.float16"):
+        KVView(noise(5, 8), "token dim").plane(0, 0, dtype)
+    with pytest.raises(LayoutError, match=r"expected a torch.dtype"):
+        example_tensors("token dim", dtype=dtype)
+
+
+def test_its_repr_says_what_it_holds() -> None:
+    cache = KVView([torch.zeros(2, 3, 4, 2, 8, device="cpu")] * 2, "vllm-nhd")
+    assert repr(cache) == (
+        "KVView('layer | kv block token head dim': 2 layers, 2 kv, 2 heads, 3 blocks of 4 "
+        "tokens, widths (32, 32) B, float32 on cpu (pageable))"
     )
-    def test_rows_that_share_a_place(self, tensors: Any, layout: str) -> None:
-        view = KVView(tensors, layout)
-        with pytest.raises(LayoutError, match=r"cannot be written: .* (stride 0|one address)"):
-            view.check_writable()
-
-    def test_one_tensor_among_others_twice(self) -> None:
-        a, b = noise(5, 8), noise(5, 8)
-        view = KVView([a, b, a], "layer | token dim")
-        with pytest.raises(LayoutError, match="planes lie at one address"):
-            view.check_writable()
-
-    def test_a_value_that_is_the_next_layers_key(self) -> None:
-        a, b, c = noise(3, 5, 8)
-        view = KVView([(a, b), (b, c)], "layer kv | token dim")
-        with pytest.raises(LayoutError, match="planes lie at one address"):
-            view.check_writable()
-
-    def test_the_same_behind_several_addresses(self) -> None:
-        (a, b, c), d = noise(3, 5, 8), noise(2, 5, 8)
-        view = KVView([(a, b), (b, c), (d[0], d[1])], "layer kv | token dim")
-        with pytest.raises(LayoutError, match="planes lie at one address"):
-            view.check_writable()
-
-    def test_a_tensor_that_requires_grad(self) -> None:
-        view = KVView(torch.zeros(5, 8, requires_grad=True), "token dim")
-        with pytest.raises(LayoutError, match=r"requires grad; pass tensor.detach\(\)"):
-            view.check_writable()
-
-    def test_such_views_can_be_sources(self) -> None:
-        one = noise(1, 8)
-        dst = KVView(noise(5, 8, seed=1), "token dim")
-        copy_rows(KVView(one.expand(5, 8), "token dim"), dst).synchronize()
-        assert torch.equal(dst.tensors, one.expand(5, 8))
-
-    @pytest.mark.parametrize("hand", HANDS, ids=lambda hand: hand.layout)
-    def test_ordinary_views_are_writable(self, hand: Hand) -> None:
-        hand.view(hand.make(0)).check_writable()
+    assert "1 heads, 5 tokens, widths (16,) B, int16" in repr(KVView(noise(5, 8), "token dim"))
 
 
-ODD: dict[str, Any] = {
-    "nested": lambda: torch.nested.nested_tensor([torch.zeros(4, 8), torch.zeros(2, 8)]),
-    "sparse": lambda: torch.zeros(3, 4, 8).to_sparse(),
-    "numpy": lambda: np.zeros((3, 4, 8), dtype=np.float16),
-}
+A, B, C = noise(3, 5, 8)
+D, E = noise(2, 5, 8)
+SHARED = "(stride 0|one address)"
 
 
-class TestOddInput:
-    @pytest.mark.parametrize("listed", [False, True], ids=["alone", "listed"])
-    @pytest.mark.parametrize("kind", ODD)
-    def test_tensors_without_rows(self, kind: str, listed: bool) -> None:
-        tensors: Any = [ODD[kind]()] if listed else ODD[kind]()
-        advice = "torch.from_numpy" if kind == "numpy" else f"strided tensors, but a .*{kind}"
-        with pytest.raises(LayoutError, match=advice):
-            KVView(tensors, "layer | block token dim" if listed else "block token dim")
-        if kind == "numpy":
-            with pytest.raises(LayoutError, match=advice):
-                KVView(ODD[kind](), "layer | token dim")
-
-    @pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad])
-    def test_tensors_inside_function_transforms(self, transform: Any) -> None:
-        def read(cache: torch.Tensor) -> torch.Tensor:
-            KVView(cache, "token dim")
-            return cache.sum()
-
-        with pytest.raises(LayoutError, match=r"without memory of its own .* torch.vmap"):
-            transform(read)(torch.zeros(3, 4, 8) if transform is torch.vmap else torch.zeros(4, 8))
-
-    def test_an_extent_that_does_not_exist(self) -> None:
-        with pytest.raises(LayoutError, match="Unknown extents head; declare"):
-            KVView(noise(5, 8), "token dim", head=2)  # type: ignore[arg-type]
-
-    @pytest.mark.parametrize("dtype", ["float16", np.float16, 2])
-    def test_a_dtype_by_another_name(self, dtype: Any) -> None:
-        with pytest.raises(LayoutError, match=r"expected a torch.dtype, such as torch.float16"):
-            KVView(noise(5, 8), "token dim").plane(0, 0, dtype)
-        with pytest.raises(LayoutError, match=r"expected a torch.dtype"):
-            example_tensors("token dim", dtype=dtype)
-
-    def test_its_repr_says_what_it_holds(self) -> None:
-        cache = KVView([torch.zeros(2, 3, 4, 2, 8, device="cpu")] * 2, "vllm-nhd")
-        assert repr(cache) == (
-            "KVView('layer | kv block token head dim': 2 layers, 2 kv, 2 heads, 3 blocks of 4 "
-            "tokens, widths (32, 32) B, float32 on cpu (pageable))"
-        )
-        assert "1 heads, 5 tokens, widths (16,) B, int16" in repr(KVView(noise(5, 8), "token dim"))
+@pytest.mark.parametrize(
+    ("tensors", "layout", "why"),
+    [
+        (noise(5, 1, 8).expand(5, 3, 8), "token head dim", SHARED),
+        (noise(1, 8).expand(5, 8), "token dim", SHARED),
+        (noise(5, 1).expand(5, 8), "token dim", SHARED),
+        (noise(1, 4, 8).expand(3, 4, 8), "block token dim", SHARED),
+        (noise(1, 5, 8).expand(2, 5, 8), "kv token dim", SHARED),
+        ([A] * 2, "kv | token dim", SHARED),
+        ([A] * 3, "layer | token dim", SHARED),
+        ([A, D, A], "layer | token dim", "planes lie at one address"),
+        ([(A, B), (B, C)], "layer kv | token dim", "planes lie at one address"),
+        ([(A, B), (B, C), (D, E)], "layer kv | token dim", "planes lie at one address"),
+        (torch.zeros(5, 8, requires_grad=True), "token dim", r"grad; pass tensor.detach\(\)"),
+    ],
+    ids=["heads", "tokens", "dim", "blocks", "kv", "one tensor twice", "one tensor thrice",
+         "one among others twice", "a value that is the next layer's key",
+         "the same behind several addresses", "requires grad"],
+)  # fmt: skip
+def test_what_cannot_be_written(tensors: Any, layout: str, why: str) -> None:
+    with pytest.raises(LayoutError, match=f"cannot be written: .*{why}"):
+        KVView(tensors, layout).check_writable()
 
 
-@pytest.mark.parametrize("state", ["device", "with device", "dtype", "inference"])
+def test_rows_that_share_a_place_can_be_sources() -> None:
+    one = noise(1, 8)
+    dst = KVView(noise(5, 8, seed=1), "token dim")
+    copy_rows(KVView(one.expand(5, 8), "token dim"), dst).synchronize()
+    assert torch.equal(dst.tensors, one.expand(5, 8))
+
+
+@pytest.mark.parametrize("state", STATES)
 def test_whatever_torch_was_set_to(state: str) -> None:
     """Engines set defaults while they load; a view, its table, a plan and ids know none of it."""
-    hand, number = HANDS[0], torch.device("cpu")
+    hand, cpu = HANDS[0], torch.device("cpu")
     tensors, ids = hand.make(0), torch.tensor([5, -1, 2], dtype=torch.int64)
-    with ExitStack() as entered:
-        if state == "device":
-            torch.set_default_device("meta")
-            entered.callback(torch.set_default_device, None)
-        elif state == "with device":
-            entered.enter_context(torch.device("meta"))
-        elif state == "dtype":
-            entered.callback(torch.set_default_dtype, torch.get_default_dtype())
-            torch.set_default_dtype(torch.bfloat16)
-        else:
-            entered.enter_context(torch.inference_mode())
+    with STATES[state](cpu):
         view, index = hand.view(tensors), Index([1, 0, 2], step=4)
-        assert view.table.device == number
+        assert view.table.device == cpu
         assert view.table.tolist() == view.addresses.tolist()
-        assert index.units(12, 2, number).tolist() == [2, 3, 0, 1, 4, 5]
-        assert Index([5, -1, 2]).ids_on(number).tolist() == ids.tolist()
-        assert Index(offset=4).units(4, 2, number).tolist() == [2, 3]
+        assert index.units(12, 2, cpu).tolist() == [2, 3, 0, 1, 4, 5]
+        assert Index([5, -1, 2]).ids_on(cpu).tolist() == ids.tolist()
+        assert Index(offset=4).units(4, 2, cpu).tolist() == [2, 3]
         assert Index.joined([(index, 2), (Index(ids), 3)]).slots(5).tolist() == [4, 5, 5, -1, 2]
-        assert view.plane(1, 1, torch.int64).device == number
+        assert view.plane(1, 1, torch.int64).device == cpu
         runs = CopyPlan(view.form, view.form, 4, 4).runs(view, view, index, index, 12)
         assert runs.nbytes.dtype == np.int64
         made = example_tensors("layer | token dim", layers=2, tokens=3, dim=4)
-        assert (made[0].device, made[0].dtype) == (number, torch.float16)
+        assert (made[0].device, made[0].dtype) == (cpu, torch.float16)
 
 
 class TestPlanes:
@@ -360,57 +274,42 @@ class TestPlanes:
             shape = (SLOTS // hand.block, hand.block) if hand.block else (SLOTS,)
             assert plane.shape == (*shape, HEADS, 4)
             assert torch.equal(plane.reshape(SLOTS, HEADS, 4), rows[kv, layer])
+        before = rows[1, 1].clone()
+        view.plane(1, 1).add_(1)  # a plane is the memory itself
+        assert torch.equal(hand.rows(tensors)[1, 1], before + 1)
 
     @pytest.mark.parametrize(
-        ("view", "why"),
+        ("make", "dtype", "why"),
         [
-            (lambda: KVView(noise(3, 64), "block page", block_size=4), "opaque pages have no rows"),
-            (lambda: KVView(noise(5, 8).t(), "token dim"), "no single run of bytes"),
-            (lambda: KVView(noise(1, 1).expand(5, 8), "token dim"), "no single run of bytes"),
-            (lambda: KVView(noise(2, 5, 3, 8), "token%2 token/2 head dim"), "split"),
-            (lambda: KVView([noise(1, 8), noise(1, 8)], "token | 1 dim"), "'token' axis goes thr"),
+            (lambda: KVView(noise(3, 64), "block page", block_size=4), None, "pages have no rows"),
+            (lambda: KVView(noise(5, 8).t(), "token dim"), None, "no single run of bytes"),
+            (lambda: KVView(noise(1, 1).expand(5, 8), "token dim"), None, "no single run of bytes"),
+            (lambda: KVView(noise(2, 5, 3, 8), "token%2 token/2 head dim"), None, "split"),
+            (lambda: KVView([noise(1, 8)] * 2, "token | 1 dim"), None, "'token' axis goes thr"),
+            (lambda: KVView(noise(5, 3), "token dim"), torch.int64, "cannot be read as torch.int"),
+            (lambda: KVView(noise(5, 9)[:, :8], "token dim"), torch.int64, "cannot be read as"),
+            (lambda: KVView(noise(41)[1:].view(5, 8), "token dim"), torch.int64, "cannot be read"),
         ],
+        ids=["pages", "turned", "one element", "split", "listed", "width", "stride", "origin"],
     )
-    def test_why_there_is_no_plane(self, view: Callable[[], KVView], why: str) -> None:
+    def test_why_there_is_no_plane(
+        self, make: Callable[[], KVView], dtype: torch.dtype | None, why: str
+    ) -> None:
         with pytest.raises(LayoutError, match=why):
-            view().plane(0, 0)
-
-    def test_writing_a_plane_writes_the_tensor(self) -> None:
-        memory = noise(2, 3, 2, 4, 8).transpose(2, 3)
-        plane = KVView(memory, "kv block token head dim").plane(0, 1)
-        plane[2, 3, 1] = 7
-        assert (memory[1, 2, 3, 1] == 7).all()
+            make().plane(0, 0, dtype)
 
     def test_in_another_dtype(self) -> None:
         memory = noise(5, 8)
-        assert torch.equal(
-            KVView(memory, "token dim").plane(0, 0, torch.int64)[:, 0], memory.view(torch.int64)
-        )
-
-    @pytest.mark.parametrize(
-        "memory",
-        [
-            noise(5, 3),
-            noise(5, 9)[:, :8],
-            noise(41)[1:].view(5, 8),
-        ],
-        ids=["width", "stride", "origin"],
-    )
-    def test_a_dtype_that_does_not_divide_the_places_of_rows(self, memory: torch.Tensor) -> None:
-        with pytest.raises(LayoutError, match=r"cannot be read as torch.int64"):
-            KVView(memory, "token dim").plane(0, 0, torch.int64)
-
-    def test_opaque_pages_have_no_tokens_to_show(self) -> None:
-        with pytest.raises(LayoutError):
-            KVView(noise(5, 32), "block page", block_size=4).plane(0, 0)
+        plane = KVView(memory, "token dim").plane(0, 0, torch.int64)
+        assert torch.equal(plane[:, 0], memory.view(torch.int64))
 
 
 class TestOverlaps:
     def test_views_of_one_memory_overlap_where_their_ranges_do(self) -> None:
         memory = noise(10, 8)
-        views = [KVView(memory[a:b], "token dim") for a, b in ((0, 5), (5, 10), (4, 6))]
-        found = [[a.overlaps(b) for b in views] for a in views]
-        assert found == [[True, False, True], [False, True, True], [True, True, True]]
+        views = [KVView(memory[a:b], "token dim") for a, b in ((0, 5), (5, 10), (4, 6), (0, 0))]
+        found = [[a.overlaps(b) for b in views[:3]] for a in views]
+        assert found == [[True, False, True], [False, True, True], [True] * 3, [False] * 3]
 
     def test_a_long_range_with_a_short_one_inside(self) -> None:
         """The short one is the last that begins before the other view, yet ends before it."""
@@ -420,7 +319,3 @@ class TestOverlaps:
         inside = KVView(memory[50:52], "token dim")
         assert both.overlaps(inside)
         assert inside.overlaps(both)
-
-    def test_empty_views_overlap_nothing(self) -> None:
-        memory = noise(10, 8)
-        assert not KVView(memory[:0], "token dim").overlaps(KVView(memory, "token dim"))
