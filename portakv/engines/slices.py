@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schedules: how a copy across the link is cut into slices that overlap.
+"""Slices: how a copy across the link is cut for engines, so that its two stages overlap.
 
 A slice should be one run of host memory: a copy engine moves those at the link's full speed, and
 rows at a pitch a little slower (D2H, 16 MiB in 64 rows: 0.94 of a plain memcpy on an H200 beside a
@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from portakv.engines.dense import DenseRows, dense_rows
 from portakv.engines.pieces import Pieces, to_2d_copies
+from portakv.engines.staging import DenseRows, dense_rows
 from portakv.errors import Unsupported
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import Prepared, prepared
+from portakv.runtime.bounded import Bounded
 from portakv.view.index import Index
 
 if TYPE_CHECKING:
@@ -31,11 +32,6 @@ if TYPE_CHECKING:
 #: link idle (the first gather, the last scatter), so slices grow from there, each by `GROWTH`. Of
 #: 8, 16 and 32 MiB the largest lose least to the gaps between slices (H200).
 LARGEST, SMALLEST, GROWTH = 32 << 20, 4 << 20, 4
-#: Buffers that are under way at once: one is filled or emptied while the other crosses. Four if the
-#: next transfer does not wait for the end of the last: one is half drained by then, three are 96
-#: MiB. A persistent matmul lets a gather in only between two of its kernels, every 1.6 ms, in which
-#: the link of an H200 moves 85 MiB.
-RING, DETACHED_RING = 2, 4
 #: Bytes up to which a transfer of `staged` is one slice: a gather of 16 MiB takes 10 us, no more
 #: than what the events and the gap of another slice cost.
 WHOLE = 16 << 20
@@ -97,7 +93,8 @@ def cuts(
             if "layer" in outside and atom <= largest:
                 found.append(Cut((at, at + n), kv, 0, count))
             else:
-                found += _positions((at, at + n), kv, count, quantum, n * atom, target, largest)
+                cut = Cut((at, at + n), kv, 0, count)
+                found += _positions(cut, quantum, n * atom, target, largest)
             at += n
             target = min(target * GROWTH, largest)
     if not outside:
@@ -123,35 +120,15 @@ def _page(form: Form) -> int:
     return form.block_size if form.opaque else 1
 
 
-def _positions(
-    layers: tuple[int, int],
-    kv: tuple[int, int] | None,
-    count: int,
-    quantum: int,
-    nbytes: int,
-    target: int,
-    largest: int,
-) -> list[Cut]:
-    """Cut the positions of some layers, of ``nbytes`` in all, into slices that grow."""
+def _positions(cut: Cut, quantum: int, nbytes: int, target: int, largest: int) -> list[Cut]:
+    """Cut the positions of some planes, of ``nbytes`` in all, into slices that grow."""
     found, start = [], 0
-    while start < count:
-        taken = min(multiple(target, quantum, nbytes / count), count - start)
-        found.append(Cut(layers, kv, start, taken))
+    while start < cut.count:
+        taken = min(multiple(target, quantum, nbytes / cut.count), cut.count - start)
+        found.append(replace(cut, start=start, count=taken))
         start += taken
         target = min(target * GROWTH, largest)
     return found
-
-
-def capacity(count: int, quantum: int, token_bytes: float, largest: int | None = None) -> int:
-    """Positions of a mirror that holds any slice of at most ``count`` positions, and if that is
-    less no more than ``largest`` bytes (None: `LARGEST`).
-
-    One of few numbers, so that transfers of any length share forms and with them plans.
-    """
-    held, most = quantum, multiple(LARGEST if largest is None else largest, quantum, token_bytes)
-    while held < count:
-        held *= 2
-    return max(min(held, most), -(-count // quantum) * quantum)
 
 
 def multiple(nbytes: int, quantum: int, token_bytes: float) -> int:
@@ -160,89 +137,105 @@ def multiple(nbytes: int, quantum: int, token_bytes: float) -> int:
 
 
 _FRONT = Index()
+_KEPT = 64  # lengths of which a view of rows remembers the slices
 
 
 class TwoStages:
-    """Both halves of a plan.
+    """Both stages of a plan: between the device's rows and dense ones, and across the link.
 
     Args:
         plan: between a device and the host.
-        mirror: how its mirrors lie.
-        half: what carries out the device's half.
+        dense: how rows lie while they are dense.
+        half: what carries out the stage on the device.
 
     Attributes:
         downward: from the device to the host.
         quantum: slices along the positions are multiples of it, but for the last.
     """
 
-    def __init__(self, plan: CopyPlan, mirror: DenseRows, half: Choice) -> None:
-        self.plan, self.mirror = plan, mirror
+    def __init__(self, plan: CopyPlan, dense: DenseRows, half: Choice) -> None:
+        self.plan, self.dense = plan, dense
         self.downward = plan.src.place == "device"
-        self.quantum = lcm(plan.unit, mirror.block_size)
+        self.quantum = lcm(plan.unit, dense.block_size)
         self._half = half
-        self._ways: dict[int, tuple[Prepared, CopyPlan]] = {}
+        self._made: Bounded[int, tuple[Prepared, CopyPlan]] = Bounded("stages of slices", 64)
 
     def prepare(self, device: torch.device) -> None:
-        """Prepare the device's half; raises `Unsupported` where nobody takes it."""
+        """Prepare the stage on the device; raises `Unsupported` if no backend takes it."""
         held = self.held(1, 0, False)
-        buffer = torch.empty(self.mirror.nbytes(held), dtype=torch.uint8, device=device)
-        self.ways(self.mirror.view(buffer, held), held)
+        buffer = torch.empty(self.dense.nbytes(held), dtype=torch.uint8, device=device)
+        self.of(self.dense.view(buffer, held), held)
 
     def held(self, count: int, first: int, exactly: bool, largest: int | None = None) -> int:
-        """Slots of a mirror for ``count`` positions of which the ``first`` may stand inside a
-        block; exactly so many where nothing is to lie between its planes. No more than ``largest``
-        bytes (by default those of `staged`), but for one block, or one more where one is cut."""
-        block = self.mirror.block_size
+        """Slots of a buffer for ``count`` positions of which the ``first`` may stand inside a
+        block; exactly so many if nothing is to lie between its planes. Else one of few numbers, so
+        that transfers of any length share forms and with them plans: no more than ``largest`` bytes
+        (None: `LARGEST`), but for one block, or one more where one is cut."""
+        block, quantum = self.dense.block_size, self.quantum
         if exactly and block == 1:
             return count
-        held = capacity(count, self.quantum, self.plan.token_bytes, largest)
+        held = quantum
+        most = multiple(LARGEST if largest is None else largest, quantum, self.plan.token_bytes)
+        while held < count:
+            held *= 2
+        held = max(min(held, most), -(-count // quantum) * quantum)
         return held + (block if first % block else 0)
 
-    def ways(self, mirror: KVView, held: int) -> tuple[Prepared, CopyPlan]:
-        """The route between the device's rows and a mirror, and the plan of its other side."""
-        known = self._ways.get(held)
+    def of(self, dense: KVView, held: int) -> tuple[Prepared, CopyPlan]:
+        """The stage on the device, prepared for buffers of so many slots, and the other's plan."""
+        known = self._made.get(held)
         if known is None:
-            plan, unit = self.plan, self.plan.unit
+            plan, unit, form = self.plan, self.plan.unit, dense.form
             if self.downward:
-                way = prepared(plan.src, mirror.form, plan.src_step, 0, unit, self._half)
-                link = CopyPlan(mirror.form, plan.dst, 0, plan.dst_step, unit)
+                stage = prepared(plan.src, form, plan.src_step, 0, unit, self._half)
+                link = CopyPlan(form, plan.dst, 0, plan.dst_step, unit)
             else:
-                way = prepared(mirror.form, plan.dst, 0, plan.dst_step, unit, self._half)
-                link = CopyPlan(plan.src, mirror.form, plan.src_step, 0, unit)
-            known = self._ways[held] = way, link
+                stage = prepared(form, plan.dst, 0, plan.dst_step, unit, self._half)
+                link = CopyPlan(plan.src, form, plan.src_step, 0, unit)
+            known = self._made[held] = stage, link
         return known
 
     def behind(self, index: Index) -> Index:
-        """Where rows lie in a mirror: as far into a block as they do on the host."""
-        block = self.mirror.block_size
+        """Where rows lie in a buffer: as far into a block as they do on the host."""
+        block = self.dense.block_size
         return _FRONT if block == 1 else Index(offset=index.offset % block)
 
     def pieces(
-        self, link: CopyPlan, host: KVView, mirror: KVView, index: Index, count: int, below: int
+        self, link: CopyPlan, host: KVView, dense: KVView, index: Index, count: int, below: int
     ) -> Pieces:
-        """What has to cross between a mirror and the host; ``below`` as in `to_2d_copies`."""
+        """What has to cross between a buffer and the host; ``below`` as in `to_2d_copies`."""
         behind = self.behind(index)
         if self.downward:
-            return to_2d_copies(link.runs(mirror, host, behind, index, count), mirror, host, below)
-        return to_2d_copies(link.runs(host, mirror, index, behind, count), host, mirror, below)
+            return to_2d_copies(link.runs(dense, host, behind, index, count), dense, host, below)
+        return to_2d_copies(link.runs(host, dense, index, behind, count), host, dense, below)
 
 
 class StagesByCut:
-    """The halves of a plan, ``whole`` and for the planes of its slices.
+    """The stages of a plan, ``whole`` and for the planes of its slices; prepared.
 
     Args:
         plan: between a device and the host.
-        by_layer: mirrors lie layer by layer instead of as the host's rows do.
-        half: what carries out the device's half.
+        half: what carries out the stage on the device.
+        device: that of the plan.
+
+    Raises:
+        Unsupported: no backend takes dense rows as the host has them, nor layer by layer; why not
+            the second.
     """
 
-    def __init__(self, plan: CopyPlan, by_layer: bool, half: Choice) -> None:
-        self._plan, self._by_layer, self._half = plan, by_layer, half
-        self.whole = self._of(plan)
-        self._known: dict[tuple[object, ...], TwoStages] = {}
+    def __init__(self, plan: CopyPlan, half: Choice, device: torch.device) -> None:
+        self._plan, self._half, self._by_layer = plan, half, False
+        self._known: dict[tuple[Form, Form], TwoStages] = {}
+        try:
+            self.whole = self._of(plan)
+            self.whole.prepare(device)
+        except Unsupported:
+            self._by_layer = True
+            self.whole = self._of(plan)
+            self.whole.prepare(device)
 
     def of(self, rows: KVView, host: KVView, cut: Cut) -> TwoStages:
-        """The halves for a slice, of views that show only its planes."""
+        """The stages of a slice, of views that show only its planes."""
         if cut.layers is None and cut.kv is None:
             return self.whole
         key = rows.form, host.form
@@ -258,16 +251,74 @@ class StagesByCut:
         return TwoStages(plan, dense_rows(host, self._by_layer), self._half)
 
 
-def in_either_order(plan: CopyPlan, half: Choice, device: torch.device) -> StagesByCut:
-    """The halves of a plan, prepared: their mirrors lie as the host's rows do, else layer by layer.
+class Slice:
+    """A slice of a transfer, with everything settled that does not change with the host's memory:
+    its planes, where they lie in a dense buffer on the device, and the device's stage of it.
 
-    Raises:
-        Unsupported: nobody takes either; why not the second.
+    Args:
+        stages: of the whole plan.
+        cut: which planes and positions.
+        rows, host: views of all planes.
+        theirs: the index of all of the host's rows, with ids on the host.
+        exactly: nothing may lie between the planes of a buffer.
+        largest: bytes of a buffer; None: those of `staged`.
+
+    Attributes:
+        rows: the device's planes.
+        dense: how its rows lie while they are dense.
+        held: positions that a buffer holds.
+        behind: where its rows begin there.
+        theirs: the index of its own rows on the host.
     """
-    try:
-        halves = StagesByCut(plan, False, half)
-        halves.whole.prepare(device)
-    except Unsupported:
-        halves = StagesByCut(plan, True, half)
-        halves.whole.prepare(device)
-    return halves
+
+    def __init__(
+        self,
+        stages: StagesByCut,
+        cut: Cut,
+        rows: KVView,
+        host: KVView,
+        theirs: Index,
+        exactly: bool,
+        largest: int | None = None,
+    ) -> None:
+        self.rows, part = rows.planes(cut.layers, cut.kv), host.planes(cut.layers, cut.kv)
+        self.cut, self.start, self.count = cut, cut.start, cut.count
+        self.stages = stages.of(self.rows, part, cut)
+        self.theirs = theirs.shifted(cut.start)
+        self.dense, self.behind = self.stages.dense, self.stages.behind(self.theirs)
+        self.held = self.stages.held(cut.count, self.theirs.offset, exactly, largest)
+        self.nbytes = self.dense.nbytes(self.held)
+        self._prepared: Prepared | None = None
+        # For a buffer and host memory at these addresses.
+        self._settled: tuple[int, int, Pieces] | None = None
+
+    def prepared(self, dense: KVView) -> Prepared:
+        """The device's stage, for buffers of this slice's."""
+        if self._prepared is None:
+            self._prepared = self.stages.of(dense, self.held)[0]
+        return self._prepared
+
+    def pieces(self, dense: KVView, host: KVView, fold_below: int) -> Pieces:
+        """What has to cross between a buffer and the host's rows, where these lie; settled when it
+        is first asked for, so that the slices before this one are under way by then."""
+        settled = self._settled
+        if settled is None:
+            part = host.planes(self.cut.layers, self.cut.kv)
+            link = self.stages.of(dense, self.held)[1]
+            made = self.stages.pieces(link, part, dense, self.theirs, self.cut.count, fold_below)
+            # At once: other threads may look.
+            settled = self._settled = dense.origins[0], host.origins[0], made
+        there, here = dense.origins[0] - settled[0], host.origins[0] - settled[1]
+        known = settled[2]
+        dst, src = (here, there) if self.stages.downward else (there, here)
+        if not dst and not src:
+            return known
+        return known._replace(dst=known.dst + dst, src=known.src + src)
+
+
+def kept_slices(launch: object, rows: KVView) -> Bounded[tuple[object, ...], list[Slice]]:
+    """The slices that a view of rows keeps for a launch."""
+    kept: Bounded[tuple[object, ...], list[Slice]] | None = rows.derived.get(launch)
+    if kept is None:
+        kept = rows.derived.setdefault(launch, Bounded("slices of transfers", _KEPT))
+    return kept

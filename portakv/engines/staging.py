@@ -1,35 +1,187 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Staging: memory on the device that transfers of one stream pass through, and the streams beside
-it on which their slices do."""
+"""Memory that transfers pass through: dense rows on the device, and pinned bounce buffers.
+
+Dense rows lie in the order that they have in host memory. So a copy that is scattered across the
+link becomes a copy inside the device, and few long runs across the link.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from functools import cache, lru_cache
+from itertools import pairwise, takewhile
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 
-from portakv.engines.dense import DenseRows
-from portakv.engines.slices import RING
+from portakv.errors import PortaKVError
+from portakv.host import pinned
+from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import own_stream
+from portakv.view.bound import bind_layout
+from portakv.view.form import Form, Part
+from portakv.view.view import KVView
 
-if TYPE_CHECKING:
-    from portakv.view.view import KVView
+#: Buffers that are under way at once: one is filled or emptied while the other crosses. Four if the
+#: next transfer does not wait for the end of the last: one is half drained by then, three are 96
+#: MiB. A persistent matmul lets a gather in only between two of its kernels, every 1.6 ms, in which
+#: the link of an H200 moves 85 MiB.
+RING, DETACHED_RING = 2, 4
+#: Bounce buffers of a device: while the host copies one, others cross. Of 2, 3 and 4 of 4 and 16
+#: MiB, plain copies did best through 3 of 16 on an H200.
+BUFFERS = 3
 
-_APART = 256  # bytes: mirrors begin at multiples, so that vectors are as wide as they can be
-_STREAMS = 8  # whose staging is kept; of the one that was used longest ago it is given back
+_APART = 256  # bytes: buffers begin at multiples, so that vectors are as wide as they can be
+_STREAMS = 8  # whose staging is kept
+_VIEWS = 64  # of buffers, kept for each staging
+_UNBOUNDED = 0
+_OUTERMOST = 1 << 62  # where an axis of extent 1 stands: no step of it is ever made
+
+
+class _Factor(NamedTuple):
+    """A factor of an axis in memory: where one step leads, its name, and its extent."""
+
+    table: int
+    stride: int
+    name: str
+    extent: int  # 0: unbounded
+
+
+class DenseRows:
+    """How rows of a form lie while they are dense.
+
+    Args:
+        form: whose order the rows keep.
+        by_layer: they lie layer by layer instead, in the order that every backend knows.
+
+    Attributes:
+        block_size: tokens of a block; 1 where the form is not paged.
+        outside: which of ``kv`` and ``layer`` lie outside the tokens, outermost first; an axis of
+            extent 1 does not.
+    """
+
+    def __init__(self, form: Form, by_layer: bool = False) -> None:
+        self.form = form
+        self.block_size = form.block_size or 1
+        layout, self._shape, extents = _described(form, by_layer)
+        self._bound = bind_layout(layout, **extents)
+        names = [name for name, n in zip(layout.split(), self._shape, strict=False) if n != 1]
+        self.outside = tuple(takewhile(lambda name: name in ("kv", "layer"), names))
+
+    def nbytes(self, slots: int) -> int:
+        """Bytes of a buffer for so many slots, a multiple of `block_size`."""
+        per = self.block_size if self.form.opaque else 1
+        return slots * self.form.token_bytes // per
+
+    def view(self, buffer: torch.Tensor, slots: int) -> KVView:
+        """The first bytes of a uint8 buffer as rows of ``slots`` slots."""
+        capacity = slots // self.block_size
+        shape = [extent or capacity for extent in self._shape]
+        return KVView.through(self._bound, buffer[: self.nbytes(slots)].view(shape), lasting=True)
+
+
+@lru_cache(maxsize=256)
+def dense_rows(form: Form, by_layer: bool = False) -> DenseRows:
+    """The dense rows of a form; made once."""
+    return DenseRows(form, by_layer)
+
+
+def _described(form: Form, by_layer: bool) -> tuple[str, list[int], Mapping[str, Any]]:
+    """Layout, shape (0: unbounded) and declared extents of dense rows."""
+    extents = _extents(form)
+    if not by_layer and (found := _in_order(form)) is not None:
+        layout, shape = found
+        try:
+            probe = torch.empty(
+                [extent or 1 for extent in shape], dtype=torch.uint8, device=torch.device("cpu")
+            )
+            KVView(probe, layout, **extents)
+            return layout, shape, extents
+        except PortaKVError:
+            pass  # an order that the language cannot say
+    # Layer by layer: an order that every form has.
+    each = form.heads * sum(form.widths)
+    if form.opaque:
+        return "layer block (kv page)", [form.layers, _UNBOUNDED, each], extents
+    if form.paged:
+        shape = [form.layers, _UNBOUNDED, form.block_size, each]
+        return "layer block token (kv head dim)", shape, extents
+    return "layer token (kv head dim)", [form.layers, _UNBOUNDED, each], extents
+
+
+def _in_order(form: Form) -> tuple[str, list[int]] | None:
+    """Layout and shape of the form's own order in memory, outermost first; None: no layout has
+    it."""
+    factors = sorted(_factors(form), key=lambda f: (f.table, f.stride), reverse=True)
+    names = [factor.name for factor in factors]
+    shape = [factor.extent for factor in factors]
+    if len(set(form.widths)) > 1:
+        # Unequal parts lie one behind the other, each with all that lies inside it.
+        at = names.index("kv")
+        if _UNBOUNDED in shape[at + 1 :]:
+            return None  # the language knows no parts whose lengths depend on a buffer's
+        each = prod(shape[at + 1 : -1])
+        shape = [*shape[:at], each * sum(form.widths)]
+        names = [*names[:at], f"({' '.join(names[at:])})"]
+    return " ".join(names), shape
+
+
+def _extents(form: Form) -> Mapping[str, Any]:
+    known: dict[str, Any] = {"layers": form.layers, "kv": form.kv, "dim": tuple(form.widths)}
+    if form.block_size:
+        known["block_size"] = form.block_size
+    if not form.opaque:
+        known["heads"] = form.heads
+    return known
+
+
+def _factors(form: Form) -> list[_Factor]:
+    """Every factor of a form's axes, by its first part."""
+    part = form.parts[0]
+    found = [_kv(form.parts)]
+    inner = "page" if form.opaque else "dim"
+    for axis, name in (("layer", "layer"), ("block", "block"), ("token", "token"),
+                       ("head", "head"), ("dim", inner)):  # fmt: skip
+        if form.opaque and axis in ("token", "head"):
+            continue
+        if axis == "block" and not form.paged:
+            continue
+        found += _split(part, axis, name)
+    return found
+
+
+def _kv(parts: Sequence[Part]) -> _Factor:
+    steps = {(b.table - a.table, b.offset - a.offset) for a, b in pairwise(parts)}
+    table, stride = steps.pop() if len(steps) == 1 else (0, _OUTERMOST)
+    return _Factor(table, stride, "kv", len(parts))
+
+
+def _split(part: Part, axis: str, name: str) -> list[_Factor]:
+    steps = part.axis(axis)
+    if not steps:
+        return [_Factor(0, 1 if axis == "dim" else _OUTERMOST, name, 1)]
+    if len(steps) == 1:
+        (step,) = steps
+        return [_Factor(step.table, step.stride, name, step.extent)]
+    below = prod(step.extent for step in steps[1:])
+    outer, *rest = steps
+    found = [_Factor(outer.table, outer.stride, f"{name}/{below}", outer.extent)]
+    if len(rest) == 1:
+        return [*found, _Factor(rest[0].table, rest[0].stride, f"{name}%{below}", below)]
+    return [*found, *(_Factor(s.table, s.stride, f"{name}%?", s.extent) for s in rest)]
 
 
 class Staging:
-    """The mirrors of one stream. One transfer at a time issues its work, under ``lock``; on the
-    device the stream orders them, or where they are detached the mirrors do, one by one.
+    """The device's buffers of one stream. One transfer at a time issues its work, under ``lock``;
+    on the device the stream orders them, or if they are detached the buffers do, one by one.
 
     Attributes:
-        half: the stream of the device's half.
+        half: the stream of the device's stage.
         link: the stream on which slices cross.
         detached: transfers do not wait for the ends of those before them.
-        free: for each mirror, an event behind its last use by these; None where it has had none.
+        free: for each buffer, an event behind its last use by these; None if it has had none.
     """
 
     def __init__(self, device: torch.device, detached: bool = False) -> None:
@@ -37,81 +189,129 @@ class Staging:
         self.lock = threading.Lock()
         self.half: torch.Stream = own_stream(device, priority=-1)
         self.link: torch.Stream = own_stream(device)
-        self._mirrors = RING
         self.free: list[torch.Event | None] = [None] * RING
         self._turn = 0
         self._device = device
         self._each = 0
         self._room: torch.Tensor | None = None
-        self._views: dict[tuple[int, DenseRows, int], KVView] = {}
+        self._views: Bounded[tuple[int, DenseRows, int], KVView] = Bounded(
+            "views of staging buffers", _VIEWS
+        )
 
     @property
     def nbytes(self) -> int:
         """Bytes of the device that are held."""
         return 0 if self._room is None else self._room.numel()
 
-    def reserve(self, nbytes: int, mirrors: int) -> None:
-        """Have room for so many mirrors, of so many bytes each; on the current stream.
+    def reserve(self, nbytes: int, buffers: int) -> None:
+        """Have room for so many buffers, of so many bytes each; on the current stream.
 
         Smaller memory is given back: to what the allocator serves later on this stream, which by
-        then waits for every use. Where transfers are detached this stream is ``half``.
+        then waits for every use. If transfers are detached this stream is ``half``.
         """
         each = max(self._each, -(-nbytes // _APART) * _APART)
-        if each > self._each or mirrors > self._mirrors:
-            mirrors = max(self._mirrors, mirrors)
+        if each > self._each or buffers > len(self.free):
+            buffers = max(len(self.free), buffers)
             self._views.clear()
             self._room, self._each = None, 0  # nothing is held if there is no more
-            self.free = [None] * mirrors
-            self._room = torch.empty(mirrors * each, dtype=torch.uint8, device=self._device)
-            self._mirrors, self._each = mirrors, each
+            self.free = [None] * buffers
+            self._room = torch.empty(buffers * each, dtype=torch.uint8, device=self._device)
+            self._each = each
             if self.detached:
                 # The link waits for no stream that the allocator knows this memory by.
                 self._room.record_stream(self.link)
                 self.link.wait_stream(self.half)
 
-    def turns(self, slices: int, mirrors: int) -> list[int]:
-        """Which mirror each of so many slices takes, the one behind the last slice's first."""
-        first, self._turn = self._turn, (self._turn + slices) % mirrors
-        return [(first + nth) % mirrors for nth in range(slices)]
+    def turns(self, slices: int, buffers: int) -> list[int]:
+        """Which buffer each of so many slices takes, the one behind the last slice's first."""
+        first, self._turn = self._turn, (self._turn + slices) % buffers
+        return [(first + nth) % buffers for nth in range(slices)]
 
-    def mirror(self, at: int, mirror: DenseRows, held: int) -> KVView:
-        """One of the mirrors, for rows of ``held`` slots."""
-        key = at, mirror, held
+    def view(self, at: int, dense: DenseRows, held: int) -> KVView:
+        """One of the buffers, as dense rows of ``held`` slots."""
+        key = at, dense, held
         known = self._views.get(key)
         if known is None:
             assert self._room is not None
             room = self._room[at * self._each : (at + 1) * self._each]
-            known = self._views[key] = mirror.view(room, held)
+            known = self._views[key] = dense.view(room, held)
         return known
 
 
-_known: OrderedDict[tuple[torch.device, int, bool], Staging] = OrderedDict()
+_known: Bounded[tuple[torch.device, int, bool], Staging] = Bounded("staging of streams", _STREAMS)
 _lock = threading.Lock()
 
 
 def staging(device: torch.device, work: torch.Stream, detached: bool = False) -> Staging:
-    """The staging of a stream; ``detached``: of transfers on it whose next does not wait for it."""
+    """The staging of a stream; ``detached``: of transfers on it whose next does not wait for it. Of
+    the stream that was used longest ago it is given back."""
     key = device, work.stream_id, detached
     with _lock:
-        found = _known.get(key)
-        if found is None:
-            found = _known[key] = Staging(device, detached)
-            while len(_known) > _STREAMS:
-                _known.popitem(last=False)
-        _known.move_to_end(key)
+        found = _known.pop(key) or Staging(device, detached)
+        _known[key] = found
     return found
 
 
-def mark(stream: torch.Stream, beside: bool) -> torch.Event | None:
-    """An event behind what is on a stream; None where nothing runs beside it."""
-    if not beside:
-        return None
+class BounceBuffers:
+    """The pinned buffers of one device. One transfer at a time has them, under ``lock``.
+
+    What crosses is remembered with its buffer, not with the transfer: a transfer may end before its
+    last slices have crossed, or be interrupted, and the next one waits for the buffer it takes.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._memory: list[torch.Tensor] = []
+        self._views: Bounded[tuple[int, DenseRows, int], KVView] = Bounded(
+            "views of bounce buffers", _VIEWS
+        )
+        self._crossing: list[torch.Stream | torch.Event | None] = [None] * BUFFERS
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of pinned memory that are held."""
+        return sum(memory.numel() for memory in self._memory)
+
+    def reserve(self, nbytes: int) -> None:
+        """Have buffers of at least so many bytes each."""
+        if self._memory and self._memory[0].numel() >= nbytes:
+            return
+        for at in range(BUFFERS):
+            self.wait(at)
+        self._views.clear()
+        self._memory = []
+        self._memory = [pinned.empty(nbytes, torch.uint8) for _ in range(BUFFERS)]
+
+    def view(self, at: int, dense: DenseRows, held: int) -> KVView:
+        """One of the buffers, as dense rows of ``held`` slots."""
+        return self._views.get_or_make(
+            (at, dense, held), lambda: dense.view(self._memory[at], held)
+        )
+
+    def begin(self, at: int, stream: torch.Stream) -> None:
+        """Something is about to cross on a stream: until `end`, the buffer waits for all of it."""
+        self._crossing[at] = stream
+
+    def end(self, at: int, stream: torch.Stream) -> None:
+        """It has been enqueued."""
+        self._crossing[at] = mark(stream)
+
+    def wait(self, at: int) -> None:
+        """Block the host until nothing crosses from or to a buffer."""
+        crossing = self._crossing[at]
+        if crossing is not None:
+            crossing.synchronize()
+            self._crossing[at] = None
+
+
+@cache
+def bounce_buffers(device: torch.device) -> BounceBuffers:
+    """The bounce buffers of a device."""
+    return BounceBuffers()
+
+
+def mark(stream: torch.Stream) -> torch.Event:
+    """An event behind what is on a stream."""
     event = torch.Event(stream.device)
     event.record(stream)
     return event
-
-
-def wait(stream: torch.Stream, event: torch.Event | None) -> None:
-    """Make a stream wait for an event, if there is one."""
-    if event is not None:
-        stream.wait_event(event)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,8 +17,8 @@ from support.staging_cases import broken_at, full, small_slices
 from portakv import Index, Unsupported, copy_blocks
 from portakv.engines import staging
 from portakv.engines.link import TorchLink
-from portakv.engines.slices import DETACHED_RING
-from portakv.engines.staging import Staging
+from portakv.engines.staging import DETACHED_RING, Staging
+from portakv.runtime.bounded import Bounded
 from portakv_conformance import simdev
 
 pytestmark = pytest.mark.simdev
@@ -32,7 +31,7 @@ DETACHED: dict[str, Any] = {"backend": "staged", "detached": True}
 @pytest.fixture(autouse=True)
 def _staging_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     small_slices(monkeypatch)
-    monkeypatch.setattr(staging, "_known", OrderedDict())
+    monkeypatch.setattr(staging, "_known", Bounded("staging", 8))
     yield
     torch.accelerator.synchronize(DEVICE)
     assert not simdev.take_faults()

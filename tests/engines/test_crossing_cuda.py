@@ -23,10 +23,9 @@ from support.fake_libcuda import Call, FakeLibrary
 from support.guarded_memory import refused
 
 from portakv import KVView, TransferError
+from portakv.engines import link as _crossing_cuda
 from portakv.engines import link as crossing
-from portakv.engines import link_cuda as _crossing_cuda
-from portakv.engines.link import TorchLink
-from portakv.engines.link_cuda import FOLD_BELOW, LEAST_BATCH, Copies, CudaLink
+from portakv.engines.link import FOLD_BELOW, LEAST_BATCH, Copies, CudaLink, TorchLink
 from portakv.engines.pieces import ALL, Pieces, portions, to_2d_copies
 from portakv.plan.runs import Runs
 from portakv.runtime import cuda as _cuda_driver

@@ -17,10 +17,9 @@ from support.engine_cases import Case, cases, judge
 from support.guarded_memory import refused
 
 from portakv import CopyPlan, Index, KVView, TransferError
-from portakv.engines import link_cuda as _crossing_cuda
+from portakv.engines import link as _crossing_cuda
 from portakv.engines.descriptors import Descriptors
-from portakv.engines.link import link_of
-from portakv.engines.link_cuda import LEAST_BATCH, MOST_DESCRIPTORS, CudaLink
+from portakv.engines.link import LEAST_BATCH, MOST_DESCRIPTORS, CudaLink, link_of
 from portakv.engines.pieces import Pieces, to_2d_copies
 from portakv.host import pinned
 from portakv.runtime import cuda as _cuda_driver

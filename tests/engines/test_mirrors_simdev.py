@@ -14,8 +14,8 @@ from support.staging_cases import FIRST, TOKENS, moved, sides
 from portakv import CopyPlan, Index, Unsupported
 from portakv.backends.base import Decision
 from portakv.backends.reference import Reference
-from portakv.engines.dense import dense_rows
 from portakv.engines.staged import Staged
+from portakv.engines.staging import dense_rows
 from portakv.registry.registry import Choice
 from portakv_conformance import simdev
 

@@ -12,7 +12,8 @@ from support.device_cases import LONG
 
 from portakv import Index, KVView
 from portakv.backends.strided import HostRows
-from portakv.engines.pageable import BUFFERS, Ring
+from portakv.engines.pageable import Ring
+from portakv.engines.staging import BUFFERS
 from portakv.plan.plan import CopyPlan
 
 pytestmark = [

@@ -26,8 +26,8 @@ from support.engine_cases import (
 from portakv import Index, KVView, LayoutError, copy_rows
 from portakv.backends import strided
 from portakv.backends.strided import HostRows
-from portakv.engines.dense import dense_rows
 from portakv.engines.pageable import extent
+from portakv.engines.staging import dense_rows
 from portakv.plan.plan import CopyPlan
 
 #: Layout, ids of the rows (list, step), offset, count, unit.

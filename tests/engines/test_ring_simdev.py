@@ -17,8 +17,9 @@ from portakv.backends.strided import HostRows
 from portakv.engines import pageable as ring
 from portakv.engines import slices as schedule
 from portakv.engines.link import TorchLink
-from portakv.engines.pageable import BUFFERS, Ring, bounce_buffers
+from portakv.engines.pageable import Ring
 from portakv.engines.slices import Sizes
+from portakv.engines.staging import BUFFERS, bounce_buffers
 from portakv.plan.plan import CopyPlan
 from portakv_conformance import simdev
 
@@ -226,8 +227,8 @@ def test_a_slice_is_no_larger_than_asked_or_by_one_block(
     theirs = Index(list(range(blocks))[::-1], block, offset)
     launch: Any = Ring(DEVICE).prepare(CopyPlan(device.form, host.form, 0, block))
     for piece in launch.slices(device, host, theirs, 640 - offset):
-        once = piece.mirror.nbytes(piece.mirror.block_size)
-        assert piece.mirror.nbytes(piece.held) <= max(3072, once) + (once if offset else 0)
+        once = piece.dense.nbytes(piece.dense.block_size)
+        assert piece.dense.nbytes(piece.held) <= max(3072, once) + (once if offset else 0)
 
 
 @pytest.mark.parametrize("down", [True, False], ids=["d2h", "h2d"])
@@ -278,16 +279,19 @@ def test_slices_cover_every_position_of_every_plane_once(tokens: int, down: bool
     copies = Copies(down, tokens=tokens)
     slices = slices_of(copies)
     device, host = copies.views if down else copies.views[::-1]
-    for whole, mine in ((device, [x.rows for x in slices]), (host, [x.host for x in slices])):
+    for whole, mine in (
+        (device, [x.rows for x in slices]),
+        (host, [host.planes(x.cut.layers, x.cut.kv) for x in slices]),
+    ):
         met = sorted(
             (origin, at)
             for piece, view in zip(slices, mine, strict=True)
             for origin in planes_of(view)
-            for at in range(piece.start, piece.start + piece.count)
+            for at in range(piece.cut.start, piece.cut.start + piece.cut.count)
         )
         assert met == [(origin, at) for origin in sorted(planes_of(whole)) for at in range(tokens)]
-    assert all(piece.count <= piece.held for piece in slices)
-    assert all(piece.mirror.nbytes(piece.held) <= SLICE for piece in slices)
+    assert all(piece.cut.count <= piece.held for piece in slices)
+    assert all(piece.dense.nbytes(piece.held) <= SLICE for piece in slices)
 
 
 def planes_of(view: KVView) -> list[int]:
@@ -301,7 +305,7 @@ def planes_of(view: KVView) -> list[int]:
 def test_small_slices_stand_where_only_one_side_is_busy(down: bool) -> None:
     """At the beginning the link to the host, at the end the one to the device."""
     slices = slices_of(Copies(down, tokens=1000))
-    sizes = [piece.mirror.nbytes(piece.count) for piece in (slices if down else slices[::-1])]
+    sizes = [piece.dense.nbytes(piece.cut.count) for piece in (slices if down else slices[::-1])]
     assert sizes[0] == SLICE // 4
     assert max(sizes) == sizes[1] == SLICE
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -32,10 +31,12 @@ from portakv.backends.base import Backend
 from portakv.engines import staging
 from portakv.engines.descriptors import Descriptors
 from portakv.engines.link import TorchLink
-from portakv.engines.pieces import Pieces
-from portakv.engines.staged import Leg, Staged
+from portakv.engines.pieces import ALL, Pieces
+from portakv.engines.slices import Slice
+from portakv.engines.staged import Staged
 from portakv.engines.staging import Staging
 from portakv.host import pinned
+from portakv.runtime.bounded import Bounded
 from portakv_conformance import simdev
 
 pytestmark = pytest.mark.simdev
@@ -46,7 +47,7 @@ DOWNWARD = pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"]
 @pytest.fixture(autouse=True)
 def _no_faults_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Staging of each test's own, too: what an earlier one reserved might be enough."""
-    monkeypatch.setattr(staging, "_known", OrderedDict())
+    monkeypatch.setattr(staging, "_known", Bounded("staging", staging._STREAMS))
     yield
     torch.accelerator.synchronize(DEVICE)
     assert not simdev.take_faults()
@@ -81,9 +82,9 @@ def test_staging_is_empty_and_usable_after_it_found_no_memory(
     larger: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else what was enough before is taken to be there still."""
-    halves = Transfers(Staged(DEVICE), True).launch.halves.whole
+    halves = Transfers(Staged(DEVICE), True).launch.stages.whole
     held = halves.held(8, 0, True)
-    nbytes = halves.mirror.nbytes(held)
+    nbytes = halves.dense.nbytes(held)
     for later in ((1, 2), larger):
         room = Staging(DEVICE)
         room.reserve(nbytes, 2)
@@ -94,7 +95,7 @@ def test_staging_is_empty_and_usable_after_it_found_no_memory(
         assert not room.nbytes
         room.reserve(nbytes * later[0], later[1])
         assert room.nbytes >= nbytes * later[0] * later[1]
-        mirrors = [room.mirror(at, halves.mirror, held) for at in range(later[1])]
+        mirrors = [room.view(at, halves.dense, held) for at in range(later[1])]
         starts = [mirror.origins[0] for mirror in mirrors]
         assert all(b - a >= nbytes for a, b in pairwise(starts))
 
@@ -137,32 +138,32 @@ def test_threads_that_settle_one_slice_at_once_agree(
     transfer = Transfers(Staged(DEVICE), downward)
     host = transfer.host
 
-    def fresh() -> Leg:
+    def fresh() -> Slice:
         transfer.rows.derived.clear()
-        legs = transfer.launch._legs(transfer.rows, host, transfer.theirs, TOKENS, True)
+        legs = transfer.launch.slices(transfer.rows, host, transfer.theirs, TOKENS, True)
         assert len(legs) == 1
         return legs[0]  # type: ignore[no-any-return]
 
     leg = fresh()
     rooms = [torch.empty(leg.nbytes, dtype=torch.uint8, device=DEVICE) for _ in range(3)]
-    mirrors = [leg.mirror.view(room, leg.held) for room in rooms]
-    expected = [fresh().pieces(mirror, host) for mirror in mirrors]
+    mirrors = [leg.dense.view(room, leg.held) for room in rooms]
+    expected = [fresh().pieces(mirror, host, ALL) for mirror in mirrors]
     turns = list[int]()
 
-    def interrupted(leg: Leg, name: str, value: Any) -> None:
+    def interrupted(leg: Slice, name: str, value: Any) -> None:
         turns.append(turns[-1] - 1)
         if turns[-1] == 0:
-            assert_alike(leg.pieces(mirrors[1], host), expected[1])
+            assert_alike(leg.pieces(mirrors[1], host, ALL), expected[1])
         object.__setattr__(leg, name, value)
 
     for turn in range(1, 9):  # before the first attribute that is set, the second, ...
         leg = fresh()
         with monkeypatch.context() as patch:
             turns[:] = [turn]
-            patch.setattr(Leg, "__setattr__", interrupted, raising=False)
-            assert_alike(leg.pieces(mirrors[0], host), expected[0])
+            patch.setattr(Slice, "__setattr__", interrupted, raising=False)
+            assert_alike(leg.pieces(mirrors[0], host, ALL), expected[0])
         for mirror, wanted in zip(mirrors, expected, strict=True):
-            assert_alike(leg.pieces(mirror, host), wanted)
+            assert_alike(leg.pieces(mirror, host, ALL), wanted)
         if turns[-1] > 0:
             break
         assert len(turns) > 1
@@ -183,9 +184,9 @@ def test_a_transfer_that_failed_leaves_no_memory_of_the_host_held(
     transfer = Transfers(Staged(DEVICE), downward)
     chunk = torch.zeros(2, 3, TOKENS, 32, dtype=torch.int16).pin_memory()
     host, gone = view_of(chunk, CHUNK), weakref.ref(chunk)
-    failing = broken_at(2, transfer.launch._crossing.copy)
+    failing = broken_at(2, transfer.launch.link.copy)
     with monkeypatch.context() as patch:
-        patch.setattr(transfer.launch._crossing, "copy", failing)
+        patch.setattr(transfer.launch.link, "copy", failing)
         with pytest.raises(RuntimeError, match="the link is down") as caught:
             transfer(host)
     torch.accelerator.synchronize(DEVICE)
