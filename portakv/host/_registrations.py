@@ -238,7 +238,7 @@ class Registration:
         start, end, length = address // PAGE * PAGE, address + nbytes, piece_bytes(largest, unit)
         self._runtime, self._process = runtime, os.getpid()
         edges = [address, *range(start + length, end, length), end]  # between pages
-        self.pieces = [(a, b - a) for a, b in itertools.pairwise(edges)]
+        self.pieces: list[tuple[int, int]] = [(a, b - a) for a, b in itertools.pairwise(edges)]
         self._registered: list[int] = []
         settle()
         self._range: tuple[int, int] | None = _claim(start, to_pages(end))

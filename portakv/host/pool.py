@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -115,30 +115,12 @@ class Leak:
         return f"block {self.index}: {who}, for {self.seconds:.1f} s{how}{where}"
 
 
-@dataclass
-class _Out:
+class _Out(NamedTuple):
     block: weakref.ref[Block]
     owner: str
     thread: str
     since: float
     stack: str
-
-
-@dataclass(eq=False)
-class _InUse:
-    """A block that was released after work that has not ended; ``after`` is held until then."""
-
-    index: int
-    ask: Callable[[], bool]
-    after: Any
-
-    @property
-    def ended(self) -> bool:
-        """Also if the work failed, which its own handle tells: no byte moves any more."""
-        try:
-            return bool(self.ask())
-        except Exception:
-            return True
 
 
 class PinnedPool:
@@ -178,14 +160,20 @@ class PinnedPool:
         asked = f"A pool of {blocks} blocks was asked to grow by {each!r} up to {most!r}"
         self.limit = _pages.whole(most, blocks, asked, "set a limit of what it begins with or more")
         self._grow = _pages.whole(each, 1, asked, "let it grow by one block or more")
-        _refuse_options(options)
+        known = inspect.signature(pinned.allocate).parameters.keys() - {"nbytes", "unit"}
+        if unknown := sorted(options.keys() - known):
+            raise HostMemoryError(
+                f"A pool was asked for with {', '.join(unknown)}, which it does not take; expected "
+                f"its own arguments or {', '.join(sorted(known))}, which pinned.allocate takes."
+            )
         self._stacks, self._options = stacks, options
         self._changed = threading.Condition(threading.RLock())
         self._segments: list[tuple[int, PinnedMemory]] = []  # number of its first block, memory
         self._size, self._generation, self.high_water = 0, 0, 0
         self._free: deque[int] = deque()
         self._out: dict[int, _Out] = {}
-        self._in_use: list[_InUse] = []
+        # Blocks that were released after work that has not ended, and what tells when it has.
+        self._in_use: list[tuple[int, Callable[[], bool]]] = []
         self._process, self._closed = os.getpid(), False
         self._add(blocks)
 
@@ -244,7 +232,15 @@ class PinnedPool:
             until = deadline(timeout)
             refused: HostMemoryError | None = None
             grow_at = 0.0
-            while (missing := self._missing(count)) > 0:
+            while True:
+                if self._closed:
+                    raise HostMemoryError(
+                        "A block was asked of a pool that is closed; make another one."
+                    )
+                self._sweep()
+                missing = count - len(self._free)
+                if missing <= 0:
+                    return [self._hand_out(owner) for _ in range(count)]
                 now, room = time.monotonic(), self.limit - self._size >= missing
                 if room and now >= grow_at:
                     refused, grow_at = self._grown(missing), time.monotonic() + _GROW_AGAIN
@@ -255,7 +251,6 @@ class PinnedPool:
                 pauses = [left] if left is not None else []
                 pauses += [_ASK_AGAIN] * bool(self._in_use) + [grow_at - now] * room
                 self._changed.wait(min(pauses, default=None))
-            return [self._hand_out(owner) for _ in range(count)]
 
     def release(self, block: Block, after: Any = None) -> None:
         """Give a block back.
@@ -286,7 +281,7 @@ class PinnedPool:
                         f"when it ends; pass a transfer, an event, or anything with done() or "
                         f"query()."
                     )
-                self._in_use.append(_InUse(block.index, ask, after))
+                self._in_use.append((block.index, ask))
             else:
                 self._free.append(block.index)
             del self._out[block.index]
@@ -347,33 +342,25 @@ class PinnedPool:
             self._size += count
             blocks -= count
 
-    def _missing(self, count: int) -> int:
-        """How many are not free of so many."""
-        if self._closed:
-            raise HostMemoryError("A block was asked of a pool that is closed; make another one.")
-        self._sweep()
-        return count - len(self._free)
-
     def _grown(self, missing: int) -> HostMemoryError | None:
         """Grow by `grow` blocks, or else by as many as are missing; or why not even by these."""
-        refused, least = None, self._size + missing
-        for size in dict.fromkeys((min(self.limit, self._size + max(self._grow, missing)), least)):
+        refused = None
+        most = min(max(self._grow, missing), self.limit - self._size)
+        for count in dict.fromkeys((most, missing)):
             try:
-                self._add(size - self._size)
+                self._add(count)
+                return None
             except HostMemoryError as error:
                 # Its frames hold the very memory that there is too little of.
                 traceback.clear_frames(error.__traceback__)
                 refused = error
-            else:
-                return None
         return refused
 
     def _sweep(self) -> None:
         """Make blocks free if the work after which they were released has ended."""
-        if self._in_use:
-            ended = [one for one in self._in_use if one.ended]
-            self._in_use = [one for one in self._in_use if one not in ended]
-            self._free.extend(one.index for one in ended)
+        for one in [one for one in self._in_use if _ended(one[1])]:
+            self._in_use.remove(one)
+            self._free.append(one[0])
 
     def _hand_out(self, owner: str) -> Block:
         index = self._free.popleft()
@@ -397,13 +384,18 @@ class PinnedPool:
         if refused is not None:
             how += f", as it has {self._size} and there was no memory for more"
             do = "free some of the machine's memory"
-        return PoolExhausted(
-            _listed(
-                f"{count} blocks of {self.block_bytes} bytes were asked of a pool, and "
-                f"{len(self._free)} of {self.limit} were free{how}; release some, wait longer, or "
-                f"{do}", self.leaks(),
-            )
-        )  # fmt: skip
+        asked = f"{count} blocks of {self.block_bytes} bytes were asked of a pool"
+        free = f"{len(self._free)} of {self.limit} were free{how}"
+        todo = f"release some, wait longer, or {do}"
+        return PoolExhausted(_listed(f"{asked}, and {free}; {todo}", self.leaks()))
+
+
+def _ended(ask: Callable[[], bool]) -> bool:
+    """Also if the work failed, which its own handle tells: no byte moves any more."""
+    try:
+        return bool(ask())
+    except Exception:
+        return True
 
 
 def stride(block_bytes: int, blocks: int, alignment: int) -> int:
@@ -438,7 +430,7 @@ def deadline(timeout: float | None) -> float | None:
 
 
 def check_block(pool: Pool, block: Block, name: str) -> None:
-    """Raise `HostMemoryError` unless the block came from the pool, which the caller calls so."""
+    """Raise `HostMemoryError`, which calls the pool so, unless the block came from it."""
     if not isinstance(block, Block):
         raise HostMemoryError(
             f"A {type(block).__name__} was given back to {name}; release a Block that it handed "
@@ -448,16 +440,6 @@ def check_block(pool: Pool, block: Block, name: str) -> None:
         raise HostMemoryError(
             f"Block {block.index} of another pool was given back to {name}; release it to the "
             f"pool that it came from: block.release()."
-        )
-
-
-def _refuse_options(options: dict[str, Any]) -> None:
-    known = inspect.signature(pinned.allocate).parameters.keys() - {"nbytes", "unit"}
-    unknown = sorted(options.keys() - known)
-    if unknown:
-        raise HostMemoryError(
-            f"A pool was asked for with {', '.join(unknown)}, which it does not take; expected its "
-            f"own arguments or {', '.join(sorted(known))}, which pinned.allocate takes."
         )
 
 
