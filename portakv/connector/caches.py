@@ -7,27 +7,29 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from operator import index as whole_number
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
 from portakv.connector.in_graph import Allocations
 from portakv.copy.arguments import Ids, MemoryObject, Tensors
+from portakv.copy.copy import check_device_ids
 from portakv.copy.shortcut import Shortcuts
 from portakv.errors import DeviceMismatch, LayoutError, SlotError
 from portakv.layout.language import parse
 from portakv.layout.presets import resolve
 from portakv.plan.move import Move
 from portakv.registry.registry import Choice
+from portakv.view import Index, KVView
 from portakv.view.bound import BoundLayout, bind_layout
-from portakv.view.index import Index
-from portakv.view.view import KVView
 
 #: A chunk from its first token on.
 WHOLE = Index()
 
-Job = tuple[KVView, Index, int]  # a chunk, the cache's index, tokens
+Job = tuple[KVView, Index, Index, int]  # a chunk, its index, the cache's index, tokens
+#: Address, shape, strides and dtype of a tensor, nested as tensors are.
+Facts: TypeAlias = "tuple[int, torch.Size, tuple[int, ...], torch.dtype] | list[Facts]"
 
 
 class Batch(NamedTuple):
@@ -60,7 +62,7 @@ class Registration(NamedTuple):
 
     view: KVView
     allocations: Allocations
-    facts: Any
+    facts: Facts
     chunks: ChunkReader
     shortcuts: Shortcuts
 
@@ -93,11 +95,11 @@ class Registration(NamedTuple):
             raise self.view.replaced()
 
     def move(self, store: bool, job: Job) -> Move:
-        """The copy between the caches and one chunk."""
-        chunk, index, count = job
+        """The copy between the caches and a chunk."""
+        chunk, own, index, count = job
         if store:
-            return Move(self.view, chunk, index, WHOLE, count)
-        return Move(chunk, self.view, WHOLE, index, count)
+            return Move(self.view, chunk, index, own, count)
+        return Move(chunk, self.view, own, index, count)
 
     def job(self, memory_obj: MemoryObject, slots: Ids | None, start: int, end: int | None) -> Job:
         """One memory object and its range of the slot mapping, read and checked.
@@ -117,22 +119,18 @@ class Registration(NamedTuple):
             raise LayoutError(
                 "The memory_obj lies in the memory of the kv_caches; pass a buffer of its own."
             )
-        return chunk, index, count
+        return chunk, WHOLE, index, count
 
-    def batch_moves(self, store: bool, batch: Batch) -> list[Move]:
+    def batch_moves(self, store: bool, batch: Batch, strict: bool) -> list[Move]:
         """The copies of a batch, one for each set of chunks of equal shape and strides; all of
         them are checked, so that nothing is moved if one is bad."""
         ranges = zip(batch.memory_objs, batch.starts, batch.ends, strict=True)
         jobs = [self.job(one, batch.slot_mapping, start, end) for one, start, end in ranges]
+        jobs = [job for job in jobs if job[3]]
         if store:
-            _check_apart([chunk for chunk, _, count in jobs if count])
-        moves = []
-        for chunk, chunk_index, index, count in self.chunks.sets(jobs):
-            if store:
-                moves.append(Move(self.view, chunk, index, chunk_index, count))
-            else:
-                moves.append(Move(chunk, self.view, chunk_index, index, count))
-        _check_batch(moves)
+            _check_apart([job[0] for job in jobs])
+        moves = [self.move(store, job) for job in self.chunks.sets(jobs)]
+        _check_batch(moves, strict)
         return moves
 
 
@@ -140,10 +138,8 @@ class ChunkReader:
     """Reads memory objects in one chunk layout, with every extent that the cache view knows."""
 
     def __init__(self, cache: KVView, layout: str) -> None:
-        self._cache = cache
-        self._layout = layout
-        self._bound: dict[int, BoundLayout] = {}
-        self._batch_layouts: dict[int, BoundLayout] = {}
+        self._cache, self._layout = cache, layout
+        self._bound: dict[tuple[str, int], BoundLayout] = {}
 
     def read(self, memory_obj: MemoryObject) -> KVView:
         """The view of one memory object: a tensor, or anything with ``.tensor``.
@@ -154,13 +150,9 @@ class ChunkReader:
         tensor: Any = memory_obj
         probe: Any = memory_obj
         if not isinstance(memory_obj, torch.Tensor):
-            tensor = _tensor_of(memory_obj)
-            probe = tensor if isinstance(tensor, torch.Tensor) else _first_tensor(tensor)
-        itemsize = probe.itemsize
-        bound = self._bound.get(itemsize)
-        if bound is None:
-            extents = _known_extents(self._cache, resolve(self._layout)[0], itemsize)
-            bound = self._bound[itemsize] = bind_layout(self._layout, **extents)
+            tensor = getattr(memory_obj, "tensor", memory_obj)
+            probe = _first_tensor(tensor)
+        bound = self._bind(self._layout, probe.itemsize)
         try:
             return KVView.through(bound, tensor)
         except LayoutError as error:
@@ -170,35 +162,32 @@ class ChunkReader:
                 f"in bytes.)"
             ) from error
 
-    def sets(self, jobs: Sequence[Job]) -> list[tuple[KVView, Index, Index, int]]:
-        """Chunks of equal form as one paged view: (view, its index, cache index, tokens)."""
+    def sets(self, jobs: Sequence[Job]) -> list[Job]:
+        """Chunks of equal form as one paged view, each of them a block."""
         groups: dict[Any, list[Job]] = defaultdict(list)
         for job in jobs:
-            if job[2]:
-                # Equal in bytes is not enough: one view has tensors of one shape and dtype.
-                chunk, first = job[0], job[0].owners[0]
-                kind = (chunk.device, first.dtype, first.shape, first.stride())
-                groups[chunk.form, chunk.slots, kind].append(job)
+            # Equal in bytes is not enough: one view has tensors of one shape and dtype.
+            chunk, first = job[0], job[0].owners[0]
+            kind = (chunk.device, first.dtype, first.shape, first.stride())
+            groups[chunk.form, chunk.slots, kind].append(job)
         found = []
         for members in groups.values():
-            layout = members[0][0].layout
-            if len(members) == 1 or layout.containers or layout.paged:
-                found += [(chunk, WHOLE, index, count) for chunk, index, count in members]
+            chunk = members[0][0]
+            if len(members) == 1 or chunk.layout.containers or chunk.layout.paged:
+                found += members
                 continue
-            bound = self._batch_layout(members[0][0])
-            view = KVView.through(bound, [chunk.tensors for chunk, _, _ in members])
+            bound = self._bind(f"block | {chunk.layout.text}", chunk.owners[0].itemsize)
+            view = KVView.through(bound, [job[0].tensors for job in members])
             found.append((view, *_joined(members)))
         return found
 
-    def _batch_layout(self, chunk: KVView) -> BoundLayout:
-        """A list of such chunks as one paged view, each a block."""
-        itemsize = chunk.owners[0].dtype.itemsize
-        bound = self._batch_layouts.get(itemsize)
+    def _bind(self, layout: str, itemsize: int) -> BoundLayout:
+        bound = self._bound.get((layout, itemsize))
         if bound is None:
-            text = f"block | {chunk.layout.text}"
-            extents = _known_extents(self._cache, text, itemsize)
-            extents.pop("block_size", None)
-            bound = self._batch_layouts[itemsize] = bind_layout(text, **extents)
+            extents = _known_extents(self._cache, resolve(layout)[0], itemsize)
+            if layout != self._layout:
+                extents.pop("block_size", None)  # a block of a batch is a chunk
+            bound = self._bound[layout, itemsize] = bind_layout(layout, **extents)
         return bound
 
 
@@ -223,43 +212,31 @@ def _known_extents(cache: KVView, layout: str, itemsize: int) -> dict[str, Any]:
     return extents
 
 
-def _joined(members: list[tuple[KVView, Index, int]]) -> tuple[Index, Index, int]:
+def _joined(members: list[Job]) -> tuple[Index, Index, int]:
     """(index of the chunks' view, index of the cache, tokens) for several jobs as one."""
-    slots = members[0][0].slots
-    total = sum(count for _, _, count in members)
-    ids = [index for _, index, _ in members]
-    shared = ids[0]
+    slots, shared = members[0][0].slots, members[0][2]
+    total = sum(count for *_, count in members)
     follow, at = True, shared.offset
-    for _, index, count in members:
+    for _, _, index, count in members:
         follow &= index.ids is shared.ids and index.step == shared.step and index.offset == at
         at += count
     if not follow:
-        shared = Index.joined([(index, count) for _, index, count in members])
-    if all(count == slots for _, _, count in members[:-1]):
+        shared = Index.joined([(index, count) for _, _, index, count in members])
+    if all(count == slots for *_, count in members[:-1]):
         return Index(), shared, total
     rows = [
         torch.arange(i * slots, i * slots + count, device="cpu")
-        for i, (_, _, count) in enumerate(members)
+        for i, (*_, count) in enumerate(members)
     ]
     return Index(torch.cat(rows)), shared, total
-
-
-def _tensor_of(memory_obj: MemoryObject) -> Any:
-    tensor = getattr(memory_obj, "tensor", memory_obj)
-    if not isinstance(tensor, (torch.Tensor, list, tuple, Mapping)):
-        raise LayoutError(
-            f"memory_obj is a {type(memory_obj).__name__}; expected a tensor, the containers that "
-            f"chunk_layout names, or an object with one of these as `.tensor`."
-        )
-    return tensor
 
 
 def _first_tensor(level: Any) -> torch.Tensor:
     while not isinstance(level, torch.Tensor):
         if not isinstance(level, (list, tuple, Mapping)):
             raise LayoutError(
-                f"The memory_obj holds a {type(level).__name__}; expected tensors in the "
-                f"containers that chunk_layout names."
+                f"The memory_obj holds a {type(level).__name__}; expected a tensor, the containers "
+                f"that chunk_layout names, or an object with one of these as `.tensor`."
             )
         items = list(level.values()) if isinstance(level, Mapping) else list(level)
         if not items:
@@ -294,16 +271,20 @@ def _whole(name: str, value: Any) -> int:
         ) from None
 
 
-def _check_batch(moves: list[Move]) -> None:
+def _check_batch(moves: list[Move], strict: bool) -> None:
     """Refuse the whole batch before its first launch if one of its copies is bad."""
-    for src, dst, src_index, dst_index, count in moves:
-        dst.check_writable()
-        src_index.check(count, src.slots, "source")
-        dst_index.check(count, dst.slots, "destination", distinct=True)
+    for move in moves:
+        move.dst.check_writable()
+        if strict:
+            check_device_ids(move)
+        move.src_index.check(move.count, move.src.slots, "source")
+        move.dst_index.check(move.count, move.dst.slots, "destination", distinct=True)
     if len(moves) < 2:
         return
     # Sets of one batch share the cache; destinations must be distinct across them as well.
     ids = [(move.dst_index, move.count) for move in moves if move.dst_index.ids is not None]
+    if strict:
+        ids = [(index.to_host(), count) for index, count in ids]
     if len(ids) == len(moves) and all(index.on_host for index, _ in ids):
         total = sum(count for _, count in ids)
         Index.joined(ids).check(total, moves[0].dst.slots, "destination", distinct=True)
@@ -336,7 +317,7 @@ def _check_caches(kv_caches: Tensors, bound: BoundLayout) -> None:
         )
 
 
-def facts_of(kv_caches: Any) -> Any:
+def facts_of(kv_caches: Any) -> Facts:
     """Address, shape, strides and dtype of each tensor, nested as they are."""
     if isinstance(kv_caches, torch.Tensor):
         return kv_caches.data_ptr(), kv_caches.shape, kv_caches.stride(), kv_caches.dtype

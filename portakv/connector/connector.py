@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 from portakv.connector import in_graph
 from portakv.connector.caches import Batch, Registration, facts_of
 from portakv.copy.arguments import Ids, MemoryObject, Tensors
-from portakv.copy.copy import copy_move
+from portakv.copy.copy import copy_move, is_strict
 from portakv.errors import LayoutError, SlotError
 from portakv.layout.language import parse
 from portakv.layout.presets import resolve
@@ -52,11 +52,15 @@ class AdaptiveConnector:
         chunk_layout: layout of memory objects. Default ``[2, L, T, H*D]``.
         reinterpret: memory objects may be of another number type than the caches: their bits are
             moved.
+        check: ``usual`` looks at slots on the host; ``strict`` also at slots on a device, which
+            each call then waits for: those past the end, and destinations that occur twice, are
+            refused before anything is moved.
         extents: declared extents of the caches: ``layers, kv, block_size, heads, dim``.
 
     Raises:
         LayoutError: a layout that cannot be parsed, or extents that it does not have.
         BackendUnavailable: no backend, or not the forced one, serves the device.
+        InvalidTerms: another ``check``.
     """
 
     def __init__(
@@ -67,8 +71,10 @@ class AdaptiveConnector:
         chunk_layout: str = CHUNK_LAYOUT,
         *,
         reinterpret: bool = False,
+        check: str = "usual",
         **extents: Any,
     ) -> None:
+        self._strict = is_strict(check)
         self._choice = choose(device, backend)
         self.device = self._choice.backend.device
         self._bound = bind_layout(kv_layout, reinterpret=reinterpret, **extents)
@@ -125,11 +131,7 @@ class AdaptiveConnector:
         Raises:
             LayoutError, SlotError, DeviceMismatch, Unsupported: before anything was written.
         """
-        if is_compiling():
-            batch = Batch([memory_obj], slot_mapping, [start], [end])
-            return self._traced(True, kv_caches, batch, stream)
-        caches = self._caches(kv_caches)
-        return self._move(True, caches, memory_obj, slot_mapping, start, end, stream)
+        return self._move(True, memory_obj, kv_caches, slot_mapping, start, end, stream)
 
     def to_gpu(
         self,
@@ -145,11 +147,7 @@ class AdaptiveConnector:
 
         Arguments and errors are those of `from_gpu`.
         """
-        if is_compiling():
-            batch = Batch([memory_obj], slot_mapping, [start], [end])
-            return self._traced(False, kv_caches, batch, stream)
-        caches = self._caches(kv_caches)
-        return self._move(False, caches, memory_obj, slot_mapping, start, end, stream)
+        return self._move(False, memory_obj, kv_caches, slot_mapping, start, end, stream)
 
     def batched_from_gpu(
         self,
@@ -163,7 +161,7 @@ class AdaptiveConnector:
     ) -> Transfer:
         """`from_gpu` of several chunks; one launch for each set of equal shape and strides."""
         batch = Batch(list(memory_objs), slot_mapping, list(starts), list(ends))
-        return self._batched(True, kv_caches, batch, stream)
+        return self._move_batch(True, kv_caches, batch, stream)
 
     def batched_to_gpu(
         self,
@@ -177,7 +175,7 @@ class AdaptiveConnector:
     ) -> Transfer:
         """`to_gpu` of several chunks; one launch for each set of equal shape and strides."""
         batch = Batch(list(memory_objs), slot_mapping, list(starts), list(ends))
-        return self._batched(False, kv_caches, batch, stream)
+        return self._move_batch(False, kv_caches, batch, stream)
 
     def explain(self, tokens: int = 256) -> str:
         """The trace of candidates and, if caches are registered, the plan of storing a contiguous
@@ -203,90 +201,99 @@ class AdaptiveConnector:
             )
         return "\n".join([*lines, str(ready.plan)])
 
-    def _caches(self, kv_caches: Tensors | None) -> Registration:
+    def _caches(self, kv_caches: Tensors | Registration | None) -> Registration:
         """What is registered; caches that differ from it register again. Raises the error of an
         earlier transfer that the caller was not told of."""
         if failed or any_word_set():
             self._report()
+        if kv_caches is None:
+            return self._held()
+        if isinstance(kv_caches, Registration):
+            return kv_caches
         registered = self._registered
-        if kv_caches is not None and (
-            registered is None or facts_of(kv_caches) != registered.facts
-        ):
+        if registered is None or facts_of(kv_caches) != registered.facts:
             # Assigned at once: another thread sees the old caches or the new ones, never a mixture;
             # and what it registers meanwhile is not this call's.
             registered = self._registered = self._read(kv_caches)
+        return registered
+
+    def _held(self) -> Registration:
+        registered = self._registered
         if registered is None:
-            raise _no_caches()
+            raise LayoutError(
+                "No kv_caches were passed and none are registered; pass them, or call "
+                "register_kv_caches first."
+            )
         return registered
 
     def _move(
         self,
         store: bool,
-        caches: Registration,
         memory_obj: MemoryObject,
+        kv_caches: Tensors | Registration | None,
         slot_mapping: Ids | None,
         start: int,
         end: int | None,
         stream: torch.Stream | None,
     ) -> Transfer:
+        if is_compiling():
+            batch = Batch([memory_obj], slot_mapping, [start], [end])
+            return self._traced(store, kv_caches, batch, stream)
+        caches = self._caches(kv_caches)
         if stream is None:
             transfer = caches.shortcuts.transfer(store, memory_obj, slot_mapping, start, end)
             if transfer is not None:
                 return transfer
         caches.check_memory()
         job = caches.job(memory_obj, slot_mapping, start, end)
-        move = caches.move(store, job)
-        transfer = self._keep(copy_move(move, self._choice, stream, disjoint=True))
-        caches.shortcuts.remember(store, job[0], slot_mapping)
-        return transfer
-
-    def _batched(
-        self, store: bool, kv_caches: Tensors | None, batch: Batch, stream: torch.Stream | None
-    ) -> Transfer:
-        if is_compiling():
-            return self._traced(store, kv_caches, batch, stream)
-        return self._eager_batch(store, kv_caches, batch, stream)
-
-    def _eager_batch(
-        self, store: bool, kv_caches: Tensors | None, batch: Batch, stream: torch.Stream | None
-    ) -> Transfer:
-        batch.check()
-        return self._move_batch(store, self._caches(kv_caches), batch, stream)
+        move, strict = caches.move(store, job), self._strict
+        transfer = copy_move(move, self._choice, stream, disjoint=True, strict=strict)
+        if not strict:  # a shortcut looks at no ids
+            caches.shortcuts.remember(store, job[0], slot_mapping)
+        return self._keep(transfer)
 
     def _move_batch(
-        self, store: bool, caches: Registration, batch: Batch, stream: torch.Stream | None
+        self,
+        store: bool,
+        kv_caches: Tensors | Registration | None,
+        batch: Batch,
+        stream: torch.Stream | None,
     ) -> Transfer:
+        batch.check()
+        if is_compiling():
+            return self._traced(store, kv_caches, batch, stream)
+        caches = self._caches(kv_caches)
         caches.check_memory()
-        moves = caches.batch_moves(store, batch)
-        return self._keep(
-            Transfer.join([copy_move(move, self._choice, stream, disjoint=True) for move in moves])
-        )
+        transfers = [
+            copy_move(move, self._choice, stream, disjoint=True, strict=self._strict)
+            for move in caches.batch_moves(store, batch, self._strict)
+        ]
+        return self._keep(Transfer.join(transfers))
 
     def _traced(
-        self, store: bool, kv_caches: Tensors | None, batch: Batch, stream: torch.Stream | None
+        self,
+        store: bool,
+        kv_caches: Tensors | Registration | None,
+        batch: Batch,
+        stream: torch.Stream | None,
     ) -> Transfer:
         """Inside torch.compile: the opaque op takes the place of the call."""
         memory_objs, slot_mapping, starts, ends = batch
         if stream is not None or not isinstance(slot_mapping, torch.Tensor):
             args = (store, kv_caches, batch, stream)
-            return cast(Transfer, in_graph.eagerly(self._eager_batch, *args))
-        if not memory_objs:
-            return Transfer()
-        batch.check()
-        shown = self._shown(kv_caches)
-        number = self._enlisted.number
-        in_graph.transfer(store, number, *shown, memory_objs, slot_mapping, starts, ends)
+            return cast(Transfer, in_graph.eagerly(self._move_batch, *args))
+        if memory_objs:
+            shown, number = self._shown(kv_caches), self._enlisted.number
+            in_graph.transfer(store, number, *shown, memory_objs, slot_mapping, starts, ends)
         return Transfer()
 
-    def _shown(self, kv_caches: Tensors | None) -> tuple[Sequence[torch.Tensor], Sequence[int]]:
+    def _shown(self, kv_caches: Any) -> tuple[Sequence[torch.Tensor], Sequence[int]]:
         """The caches as a compiler is shown them, and the lengths of their containers: none for
         those that are registered."""
-        registered = self._registered
         if kv_caches is None:
-            if registered is None:
-                raise _no_caches()
-            return registered.allocations.tensors, []
+            return self._held().allocations.tensors, []
         leaves, levels = in_graph.flatten(kv_caches)
+        registered = self._registered
         if registered is not None and registered.allocations.holds(leaves):
             return registered.allocations.tensors, []
         return leaves, levels
@@ -299,13 +306,10 @@ class AdaptiveConnector:
         *given: Any,
     ) -> None:
         """Carry out the op of `in_graph`, when a compiled function runs; ``given``: a `Batch`."""
-        batch = Batch(*given)
-        if failed or any_word_set():
-            self._report()
-        read = self._handed_over(caches, cache_levels)
+        batch, read = Batch(*given), self._handed_over(caches, cache_levels)
         if len(batch.memory_objs) == 1:
             one, start, end = batch.memory_objs[0], batch.starts[0], batch.ends[0]
-            transfer = self._move(store, read, one, batch.slot_mapping, start, end, None)
+            transfer = self._move(store, one, read, batch.slot_mapping, start, end, None)
         else:
             transfer = self._move_batch(store, read, batch, None)
         if any(completion.pending for completion in transfer.completions):
@@ -314,10 +318,8 @@ class AdaptiveConnector:
     def _handed_over(self, caches: Sequence[torch.Tensor], levels: Sequence[int]) -> Registration:
         """What a compiled function hands over: registered caches, or others, which do not take
         their place: they may be a compiler's copies."""
-        registered = self._registered
         if not levels:
-            if registered is None:
-                raise _no_caches()
+            registered = self._held()
             if registered.allocations.are(caches):
                 return registered
             return self._read(registered.allocations.nested_in(caches))  # copies: not kept
@@ -352,10 +354,3 @@ class AdaptiveConnector:
         error = unreported_error(self._owner)
         if error is not None:
             raise error
-
-
-def _no_caches() -> LayoutError:
-    return LayoutError(
-        "No kv_caches were passed and none are registered; pass them, or call register_kv_caches "
-        "first."
-    )

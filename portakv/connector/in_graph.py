@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from operator import is_
 from typing import Any
 from weakref import WeakMethod, WeakValueDictionary
@@ -216,35 +216,29 @@ def _define() -> torch.library.Library:
     for name, arguments in _SCHEMAS.items():
         # A view is read by its strides, so the compiler must not choose others.
         library.define(name + arguments, tags=(torch.Tag.needs_fixed_stride_order,))
-        library.impl(name, _op(name == "from_gpu"), "CompositeExplicitAutograd")
+        library.impl(name, partial(_run, name == "from_gpu"), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", _fake, lib=library)
     return library
 
 
-def _op(store: bool) -> Any:
-    """What the op does when it runs."""
-
-    def move(
-        connector: int,
-        memory_objs: Sequence[torch.Tensor],
-        chunk_levels: Sequence[int],
-        kv_caches: Sequence[torch.Tensor],
-        cache_levels: Sequence[int],
-        slot_mapping: torch.Tensor,
-        starts: Sequence[int],
-        ends: Sequence[int],
-    ) -> None:
-        found = _enlisted.get(connector)
-        run = None if found is None else found.run()
-        if run is None:
-            raise TransferError(
-                "A compiled function asked for a transfer of a connector that is gone; keep the "
-                "connector as long as functions that were compiled with it."
-            )
-        chunks = nested(memory_objs, chunk_levels)
-        run(store, kv_caches, cache_levels, chunks, slot_mapping, starts, ends)
-
-    return move
+def _run(
+    store: bool,
+    connector: int,
+    memory_objs: Sequence[torch.Tensor],
+    chunk_levels: Sequence[int],
+    kv_caches: Sequence[torch.Tensor],
+    cache_levels: Sequence[int],
+    *ranges: Any,
+) -> None:
+    """What an op does when it runs; ``ranges``: slots, starts and ends."""
+    found = _enlisted.get(connector)
+    run = None if found is None else found.run()
+    if run is None:
+        raise TransferError(
+            "A compiled function asked for a transfer of a connector that is gone; keep the "
+            "connector as long as functions that were compiled with it."
+        )
+    run(store, kv_caches, cache_levels, nested(memory_objs, chunk_levels), *ranges)
 
 
 def _fake(*arguments: object) -> None:

@@ -166,7 +166,7 @@ def copy_move(
     if count == 0:
         return Transfer()
     if strict:
-        _check_device_ids(move)
+        check_device_ids(move)
     skips = src_index.check(count, src.slots, "source")
     skips |= dst_index.check(count, dst.slots, "destination", distinct=True)
     pieces = _pieces(ready, move, choice)
@@ -237,7 +237,7 @@ def _need_cleaning(pieces: list[Piece], trusted: bool) -> bool:
     return False
 
 
-def _check_device_ids(move: Move) -> None:
+def check_device_ids(move: Move) -> None:
     """Wait for ids on a device and judge them as ids on the host are.
 
     Raises:

@@ -384,6 +384,11 @@ def choose(device: torch.device | str, backend: str | None = None) -> Choice:
     Raises:
         BackendUnavailable: with the trace; a forced backend never falls back.
     """
+    if not isinstance(backend, str | None):
+        raise BackendUnavailable(
+            f"backend={backend!r} was asked for; expected the name of a backend. Name none to let "
+            f"the registry choose."
+        )
     return REGISTRY.choose(found(device), backend)
 
 
