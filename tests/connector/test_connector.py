@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`AdaptiveConnector`: what may be passed, and in which layouts."""
+"""`AdaptiveConnector`: what may be passed, in which layouts, alone and in batches."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from support.connector_cases import (
     HEADS,
     LAYERS,
     SIZE,
-    SLOTS,
     make_caches,
     make_chunk,
     rows,
     scattered,
 )
 from support.guarded_memory import filled, refused, same, untouched
+from support.small_backends import small_backend
 
-from portakv import AdaptiveConnector, Index, LayoutError, Transfer
+from portakv import AdaptiveConnector, Index, LayoutError, SlotError, Transfer
+from portakv.registry import registry
+
+SLOTS = [9, 2, 17, 6]
+MANY = [9, 2, 17, 6, 0, 3, 11, 23, 14, 5, 20, 8]
 
 
 @pytest.fixture
@@ -32,16 +36,15 @@ def connector() -> AdaptiveConnector:
 
 
 def test_defaults_are_flash_attention_and_2ltd(connector: AdaptiveConnector) -> None:
-    caches, chunk, slots = make_caches(), make_chunk(5), [7, 0, 23, 4, 11]
+    caches, chunk = make_caches(), make_chunk(5)
     with untouched(caches):
-        stored = connector.from_gpu(chunk, caches, slots)
+        stored = connector.from_gpu(chunk, caches, [7, 0, 23, 4, 11])
     assert isinstance(stored, Transfer)
-    assert same(chunk, rows(caches, slots))
-    targets = make_caches()
-    wanted = scattered(targets, chunk, [1, 2, 20, 9, 5])
+    assert same(chunk, rows(caches, [7, 0, 23, 4, 11]))
+    wanted = scattered(caches, chunk, [1, 2, 20, 9, 5])
     with untouched(chunk):
-        loaded = connector.to_gpu(chunk, targets, [1, 2, 20, 9, 5])
-    assert all(map(same, targets, wanted))
+        loaded = connector.to_gpu(chunk, caches, [1, 2, 20, 9, 5])
+    assert all(map(same, caches, wanted))
     for transfer in (stored, loaded):
         assert transfer.done()
         transfer.wait()
@@ -49,39 +52,26 @@ def test_defaults_are_flash_attention_and_2ltd(connector: AdaptiveConnector) -> 
         transfer.synchronize()
 
 
-@pytest.mark.parametrize("form", ["list", "array", "int32", "int64", "strided", "frozen", "index"])
-def test_slots_in_every_form(connector: AdaptiveConnector, form: str) -> None:
-    caches, chunk, slots = make_caches(), make_chunk(4), [9, 2, 17, 6]
-    frozen = np.array(slots)
-    frozen.flags.writeable = False
-    passed: Any = {
-        "list": slots,
-        "array": np.array(slots, dtype=np.int32),
-        "int32": torch.tensor(slots, dtype=torch.int32),
-        "int64": torch.tensor(slots),
-        "strided": torch.tensor([[slot, 0] for slot in slots])[:, 0],
-        "frozen": frozen,
-        "index": Index(slots),
-    }[form]
+def frozen(array: Any) -> Any:
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    "passed",
+    [
+        SLOTS, list(np.array(SLOTS)), np.array(SLOTS, dtype=np.int32), frozen(np.array(SLOTS)),
+        np.array(SLOTS[::-1])[::-1], np.repeat(SLOTS, 2)[::2], Index(SLOTS),
+    ],
+    ids=["list", "numpy integers", "int32", "frozen", "reversed", "strided", "index"],
+)  # fmt: skip
+def test_slots_in_every_form(connector: AdaptiveConnector, passed: Any) -> None:
+    caches, chunk = make_caches(), make_chunk(4)
     connector.from_gpu(chunk, caches, passed)
-    assert same(chunk, rows(caches, slots))
-    wanted = scattered(caches, chunk, list(slots))
+    assert same(chunk, rows(caches, SLOTS))
+    wanted = scattered(caches, chunk, [*SLOTS])
     connector.to_gpu(chunk, caches, passed)
     assert all(map(same, caches, wanted))
-
-
-@pytest.mark.parametrize("step", [-1, 2])
-def test_slots_as_a_strided_array(connector: AdaptiveConnector, step: int) -> None:
-    caches, slots = make_caches(), np.array([9, 2, 17, 6])[::step]
-    chunk = make_chunk(len(slots))
-    connector.from_gpu(chunk, caches, slots)
-    assert same(chunk, rows(caches, slots.tolist()))
-
-
-def test_slots_as_a_list_of_numpy_integers(connector: AdaptiveConnector) -> None:
-    caches, chunk = make_caches(), make_chunk(3)
-    connector.from_gpu(chunk, caches, list(np.array([9, 2, 17])))
-    assert same(chunk, rows(caches, [9, 2, 17]))
 
 
 def test_slots_that_change_after_the_call(connector: AdaptiveConnector) -> None:
@@ -96,9 +86,8 @@ def test_start_and_end(connector: AdaptiveConnector) -> None:
     caches, slots = make_caches(), [9, 2, 17, 6, 0, 3]
     for start, end in ((0, None), (0, 6), (2, 5), (5, None), (3, 3)):
         chunk = make_chunk(6)
-        count = len(slots[start:end])
         wanted = chunk.clone()
-        wanted[:, :, :count] = rows(caches, slots[start:end])
+        wanted[:, :, : len(slots[start:end])] = rows(caches, slots[start:end])
         connector.from_gpu(chunk, caches, slots, start, end)
         assert same(chunk, wanted)
         expected = scattered(caches, chunk, slots[start:end])
@@ -120,21 +109,26 @@ def test_negative_slots_leave_rows_alone(connector: AdaptiveConnector) -> None:
         assert connector.to_gpu(chunk, caches, [-1, -1, -1]).done()
 
 
-@pytest.mark.parametrize("wrapped", [True, False])
-def test_memory_objects(connector: AdaptiveConnector, wrapped: bool) -> None:
-    caches, chunk = make_caches(), make_chunk(3)
-    memory_obj = SimpleNamespace(tensor=chunk, metadata="kept") if wrapped else chunk
-    connector.from_gpu(memory_obj, caches, [4, 5, 6])
-    assert same(chunk, rows(caches, [4, 5, 6]))
-
-
 def test_caches_in_every_container(connector: AdaptiveConnector) -> None:
     caches = make_caches()
     named = {f"model.layers.{i}.attn": cache for i, cache in enumerate(caches)}
     for passed in (caches, tuple(caches), named):
         chunk = make_chunk(3)
-        connector.from_gpu(chunk, passed, [4, 5, 6])
+        connector.from_gpu(SimpleNamespace(tensor=chunk, metadata="kept"), passed, [4, 5, 6])
         assert same(chunk, rows(caches, [4, 5, 6]))
+
+
+@pytest.mark.parametrize(
+    ("memory_obj", "found"),
+    [(None, "NoneType"), (SimpleNamespace(tensor=None), "NoneType"), ([3], "int"), ([], "empty")],
+    ids=str,
+)
+def test_what_is_no_memory_object(
+    connector: AdaptiveConnector, memory_obj: Any, found: str
+) -> None:
+    caches = make_caches()
+    with refused(LayoutError, "memory_obj", found, watch=caches):
+        connector.to_gpu(memory_obj, caches, SLOTS)
 
 
 # Layouts
@@ -144,12 +138,10 @@ def test_mla_gets_its_chunk_of_one_kv() -> None:
     caches = [filled((BLOCKS, SIZE, 72)) for _ in range(LAYERS)]
     chunk = filled((1, LAYERS, 4, 72), poison=True)
     connector = AdaptiveConnector("cpu", kv_layout="layer | block token dim")
-    slots = [9, 2, 17, 6]
-    connector.from_gpu(chunk, caches, slots)
-    flat = torch.stack([cache.view(SLOTS, 72)[slots] for cache in caches])
-    assert same(chunk[0], flat)
+    connector.from_gpu(chunk, caches, SLOTS)
+    assert same(chunk[0], torch.stack([cache.view(-1, 72)[SLOTS] for cache in caches]))
     with refused(LayoutError, "memory_obj", "'kv'", "1", "2", watch=caches):
-        connector.from_gpu(filled((2, LAYERS, 4, 72)), caches, slots)
+        connector.from_gpu(filled((2, LAYERS, 4, 72)), caches, SLOTS)
 
 
 def test_unequal_widths() -> None:
@@ -162,17 +154,15 @@ def test_unequal_widths() -> None:
         kv_layout="layer kv | block token head dim",
         chunk_layout="layer token head (kv dim)",
     )
-    slots = [9, 2, 17, 6]
-    connector.from_gpu(chunk, pairs, slots)
-    for layer, pair in enumerate(pairs):
-        flat = [part.view(SLOTS, HEADS, -1)[slots] for part in pair]
-        assert same(chunk[layer], torch.cat(flat, dim=-1))
+    connector.from_gpu(chunk, pairs, SLOTS)
     targets = [tuple(torch.zeros_like(part) for part in pair) for pair in pairs]
-    connector.to_gpu(chunk, targets, slots)
-    for pair, target in zip(pairs, targets, strict=True):
-        for part, landed in zip(pair, target, strict=True):
-            assert same(landed.view(SLOTS, HEADS, -1)[slots], part.view(SLOTS, HEADS, -1)[slots])
-            assert int((landed != 0).any(-1).any(-1).sum()) <= len(slots)
+    connector.to_gpu(chunk, targets, SLOTS)
+    for layer, (pair, target) in enumerate(zip(pairs, targets, strict=True)):
+        flat = [part.view(-1, HEADS, part.shape[-1])[SLOTS] for part in pair]
+        assert same(chunk[layer], torch.cat(flat, dim=-1))
+        for want, landed in zip(flat, target, strict=True):
+            assert same(landed.view(-1, HEADS, landed.shape[-1])[SLOTS], want)
+            assert int((landed != 0).any(-1).any(-1).sum()) <= len(SLOTS)
 
 
 def test_block_first_chunks() -> None:
@@ -184,6 +174,11 @@ def test_block_first_chunks() -> None:
     dense = chunk.permute(2, 1, 0, 3, 4, 5).reshape(2, LAYERS, 8, HEADS * DIM)
     assert same(dense[:, :, :7].contiguous(), rows(caches, slots))
     assert same(chunk[1, :, :, 3], before[1, :, :, 3])
+    chunks = [filled((1, LAYERS, 2, SIZE, HEADS, DIM), poison=True) for _ in range(3)]
+    connector.batched_from_gpu(chunks, caches, MANY, [0, 4, 8], [4, 8, 12])
+    for i, one in enumerate(chunks):
+        plain = one[0].permute(1, 0, 2, 3, 4).reshape(2, LAYERS, SIZE, HEADS * DIM)
+        assert same(plain.contiguous(), rows(caches, MANY[4 * i : 4 * i + 4]))
 
 
 @pytest.mark.parametrize("block_first", [True, False])
@@ -194,28 +189,131 @@ def test_hnd_is_read_from_strides(block_first: bool) -> None:
     order = "block kv" if block_first else "kv block"
     connector = AdaptiveConnector("cpu", kv_layout=f"layer | {order} token head dim")
     kv_first = [cache.transpose(0, 1) if block_first else cache for cache in caches]
-    slots, chunk = [9, 2, 17, 6], make_chunk(4)
-    connector.from_gpu(chunk, caches, slots)
-    assert same(chunk, rows(kv_first, slots))
+    chunk = make_chunk(4)
+    connector.from_gpu(chunk, caches, SLOTS)
+    assert same(chunk, rows(kv_first, SLOTS))
     wanted = scattered(kv_first, chunk, [1, 5, 23, 8])
     connector.to_gpu(chunk, caches, [1, 5, 23, 8])
     assert all(same(cache, want) for cache, want in zip(kv_first, wanted, strict=True))
 
 
-@pytest.mark.parametrize("kv_layout", ["layer kv | block token head dim", "layer | block page"])
-def test_layers_that_lie_backwards_in_one_allocation(kv_layout: str) -> None:
-    opaque = kv_layout.endswith("page")
+def test_layers_that_lie_backwards_in_one_allocation() -> None:
     pool = filled((LAYERS, 2, BLOCKS, SIZE, HEADS, DIM))
-    if opaque:
-        caches: Any = [pool[layer, 0].view(BLOCKS, -1) for layer in reversed(range(LAYERS))]
-        connector = AdaptiveConnector(
-            "cpu", kv_layout=kv_layout, chunk_layout="layer block page", block_size=SIZE
-        )
-        chunk = filled((LAYERS, 2, SIZE * HEADS * DIM), poison=True)
-        connector.from_gpu(chunk, caches, Index([4, 1], step=SIZE))
-        assert same(chunk, torch.stack([cache[[4, 1]] for cache in caches]))
-        return
-    caches = [(pool[layer, 1], pool[layer, 0]) for layer in reversed(range(LAYERS))]
-    chunk = make_chunk(3)
-    AdaptiveConnector("cpu", kv_layout=kv_layout).from_gpu(chunk, caches, [9, 2, 17])
-    assert same(chunk, rows([torch.stack(pair) for pair in caches], [9, 2, 17]))
+    pairs = [(pool[layer, 1], pool[layer, 0]) for layer in reversed(range(LAYERS))]
+    chunk = make_chunk(4)
+    connector = AdaptiveConnector("cpu", kv_layout="layer kv | block token head dim")
+    connector.from_gpu(chunk, pairs, SLOTS)
+    assert same(chunk, rows([torch.stack(pair) for pair in pairs], SLOTS))
+    pages = [pool[layer, 0].view(BLOCKS, -1) for layer in reversed(range(LAYERS))]
+    connector = AdaptiveConnector(
+        "cpu", kv_layout="layer | block page", chunk_layout="layer block page", block_size=SIZE
+    )
+    opaque = filled((LAYERS, 2, SIZE * HEADS * DIM), poison=True)
+    connector.from_gpu(opaque, pages, Index([4, 1], step=SIZE))
+    assert same(opaque, torch.stack([cache[[4, 1]] for cache in pages]))
+
+
+# Batches. Name: tokens of each chunk, starts, ends
+
+BATCHES: dict[str, tuple[list[int], list[int], list[int]]] = {
+    "equal": ([4, 4, 4], [0, 4, 8], [4, 8, 12]),
+    "one": ([4], [3], [7]),
+    "partial last": ([4, 4, 4], [0, 4, 8], [4, 8, 10]),
+    "partial first": ([4, 4], [0, 2], [2, 6]),
+    "all partial": ([4, 4, 4], [0, 2, 5], [2, 5, 6]),
+    "unequal": ([4, 2, 4, 3], [0, 4, 6, 10], [4, 6, 10, 12]),
+    "apart": ([4, 4], [7, 1], [11, 5]),
+    "a gap": ([3, 3, 3], [0, 4, 8], [3, 7, 11]),
+    "some empty": ([4, 4, 4], [0, 4, 4], [4, 4, 8]),
+    "nothing to move": ([4, 4], [3, 5], [3, 5]),
+    "none": ([], [], []),
+}
+
+
+@pytest.mark.parametrize("skipped", [[], [1, 4, 5, 6, 7, 10]], ids=["all", "some skipped"])
+@pytest.mark.parametrize("name", BATCHES)
+def test_batches(connector: AdaptiveConnector, name: str, skipped: list[int]) -> None:
+    sizes, starts, ends = BATCHES[name]
+    caches, chunks = make_caches(), [make_chunk(size) for size in sizes]
+    slots = [-1 if at in skipped else slot for at, slot in enumerate(MANY)]
+    ids = torch.tensor(slots, dtype=torch.int32 if skipped else torch.int64)
+    wanted = [chunk.clone() for chunk in chunks]
+    jobs = list(zip(wanted, starts, ends, strict=True))
+    for want, start, end in jobs:
+        held = [at for at in range(start, end) if slots[at] >= 0]
+        want[:, :, [at - start for at in held]] = rows(caches, [slots[at] for at in held])
+    with untouched(caches):
+        stored = connector.batched_from_gpu(chunks, caches, ids, starts, ends)
+    assert stored.done()
+    assert all(map(same, chunks, wanted))
+    targets = make_caches()
+    expected = [cache.clone() for cache in targets]
+    for chunk, start, end in jobs:
+        held = [at for at in range(start, end) if slots[at] >= 0]
+        tokens = chunk[:, :, [at - start for at in held]]
+        expected = scattered(expected, tokens, [slots[at] for at in held])
+    with untouched(chunks):
+        connector.batched_to_gpu(chunks, targets, ids, starts, ends).synchronize()
+    assert all(map(same, targets, expected))
+
+
+def different_kinds() -> dict[str, Any]:
+    """Pairs of chunks that hold equal rows but are not alike as tensors."""
+    wide = filled((2, LAYERS, 4, 2, HEADS * DIM), poison=True)
+    return {
+        "dtypes": [make_chunk(4), make_chunk(4, torch.bfloat16)],
+        "widths": [make_chunk(4), filled((2, LAYERS, 4, HEADS * DIM // 2), torch.float32)],
+        "ranks": [make_chunk(4), filled((2, LAYERS, 4, HEADS, DIM), poison=True)],
+        "strides": [make_chunk(4), wide[:, :, :, 1]],
+        "objects": [SimpleNamespace(tensor=make_chunk(4)), make_chunk(4)],
+    }
+
+
+@pytest.mark.parametrize("kind", ["dtypes", "widths", "ranks", "strides", "objects"])
+def test_chunks_of_several_kinds(kind: str) -> None:
+    connector = AdaptiveConnector("cpu", reinterpret=kind in ("dtypes", "widths"))
+    caches, pair = make_caches(), different_kinds()[kind]
+    connector.batched_from_gpu(pair, caches, MANY, [0, 4], [4, 8])
+    for chunk, part in zip(pair, (MANY[:4], MANY[4:8]), strict=True):
+        tensor = getattr(chunk, "tensor", chunk).contiguous()
+        plain = tensor.view(2, LAYERS, 4, -1).view(torch.float16)
+        assert same(plain, rows(caches, part))
+
+
+def test_one_launch_for_chunks_of_equal_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "REGISTRY", registry.Registry())
+    monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
+    backend = small_backend("counts")
+    registry.register_backend("counts", backend)
+    connector = AdaptiveConnector("cpu", backend="counts")
+    checks = len(backend.given)
+    caches, chunks = make_caches(), [make_chunk(n) for n in (4, 2, 4, 2, 4)]
+    connector.batched_from_gpu(chunks, caches, MANY, [0, 4, 6, 10, 11], [4, 6, 10, 11, 12])
+    assert len(backend.given) - checks == 2
+
+
+def test_overlapping_ranges_are_stored_but_not_loaded(connector: AdaptiveConnector) -> None:
+    caches, chunks = make_caches(), [make_chunk(4), make_chunk(4)]
+    connector.batched_from_gpu(chunks, caches, MANY, [0, 2], [4, 6])
+    assert same(chunks[1], rows(caches, MANY[2:6]))
+    with refused(SlotError, "2 times", "once", watch=[*caches, *chunks]):
+        connector.batched_to_gpu(chunks, caches, MANY, [0, 2], [4, 6])
+
+
+@pytest.mark.parametrize("tokens", [(4, 4), (4, 3)], ids=["one set", "two sets"])
+def test_strict_looks_at_slots_on_a_device(device: torch.device, tokens: tuple[int, int]) -> None:
+    connector = AdaptiveConnector(device, check="strict")
+    caches, chunks = make_caches(device=device), [make_chunk(n, device=device) for n in tokens]
+    slots = torch.tensor([9, 2, 17, 9, 17, 3, 11], device=device)
+    with refused(SlotError, "occurs 2 times", "destination", watch=[*caches, *chunks]):
+        connector.to_gpu(chunks[0], caches, slots, 0, 4)
+    with refused(SlotError, "2 times", watch=[*caches, *chunks]):
+        connector.batched_to_gpu(chunks, caches, slots, [1, 4], [3, 7])
+    with refused(SlotError, "24 slots", watch=[*caches, *chunks]):
+        connector.from_gpu(chunks[0], caches, slots + 10, 0, 3)
+    for first in (0, 4):  # again: what was made before is looked at as well
+        chunk = make_chunk(3, device=device)
+        connector.from_gpu(chunk, caches, slots, first, first + 3).synchronize()
+        assert same(chunk.cpu(), rows(caches, slots[first : first + 3].tolist()).cpu())
+    with refused(SlotError, "occurs 2 times", watch=caches):
+        connector.to_gpu(chunks[0], None, slots, 0, 4)
