@@ -4,17 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.guarded_memory import filled, refused, same
-from support.scene import BLOCKS, DIM, HEADS, LAYERS, SIZE, SLOTS, Scene
+from support.guarded_memory import filled, refused, same, untouched
 
 from portakv import (
     AdaptiveConnector,
     BackendUnavailable,
+    CopyPlan,
     DeviceMismatch,
     Index,
     KVView,
@@ -25,6 +26,36 @@ from portakv import (
     copy_rows,
 )
 
+LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 5, 4, 2, 8
+SLOTS = BLOCKS * SIZE
+KV_LAYOUT, PAIRS = "layer | kv block token head dim", "layer kv | block token head dim"
+CHUNK_LAYOUT = "kv layer token (head dim)"
+I64 = torch.iinfo(torch.int64)
+
+
+def dense(tokens: int, *, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return filled((2, LAYERS, tokens, HEADS * DIM), dtype, poison=True)
+
+
+class Scene:
+    """Caches, a chunk and a connector on which calls may go wrong."""
+
+    def __init__(self) -> None:
+        self.caches = [filled((2, BLOCKS, SIZE, HEADS, DIM)) for _ in range(LAYERS)]
+        self.chunk = dense(8)
+        self.wide = filled((2, LAYERS, 8, HEADS, 2 * DIM))
+        self.single = filled((1, 1, 1, HEADS, DIM))
+        self.pages = [filled((6, 64), torch.uint8) for _ in range(4)]
+        self.memory = [*self.caches, self.chunk, self.wide, self.single, *self.pages]
+        self.connector = AdaptiveConnector("cpu")
+        self.cache = KVView(self.caches, KV_LAYOUT)
+        self.rows = KVView(self.chunk, CHUNK_LAYOUT, heads=HEADS)
+
+    def opaque(self, first: int, block_size: int = 4) -> KVView:
+        """Opaque pages of two layers."""
+        pages = self.pages[first : first + 2]
+        return KVView(pages, "layer | block page", block_size=block_size)
+
 
 @pytest.fixture
 def scene() -> Scene:
@@ -32,164 +63,127 @@ def scene() -> Scene:
 
 
 @pytest.fixture(params=["from_gpu", "to_gpu"])
-def call(request: pytest.FixtureRequest, scene: Scene) -> Callable[..., Any]:
-    return getattr(scene.connector, request.param)  # type: ignore[no-any-return]
+def move(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
-# Shapes
+# What a connector refuses
 
 
-def test_wrong_rank_of_caches(scene: Scene, call: Callable[..., Any]) -> None:
-    flat = [cache.view(2, BLOCKS, SIZE, HEADS * DIM) for cache in scene.caches]
-    with refused(LayoutError, "5 dimension", "(2, 5, 4, 16)", "axis", watch=scene.memory):
-        call(scene.chunk, flat, [0, 1])
+def _extent(axis: str, expected: int, found: int, **declared: int) -> tuple[Any, ...]:
+    words = (repr(axis), f"extent {expected}", f"{found} was found")
+    return (f"{axis} declared", {"options": declared}, LayoutError, *words)
 
 
-def test_wrong_rank_of_chunk(scene: Scene, call: Callable[..., Any]) -> None:
-    with refused(LayoutError, "4 dimension", "memory_obj", "(2, 24, 16)", watch=scene.memory):
-        call(scene.chunk.view(2, LAYERS * 8, HEADS * DIM), scene.caches, [0, 1])
+def _chunk(what: str, value: Any, *words: str) -> tuple[Any, ...]:
+    return (f"a chunk {what}", {"memory_obj": value}, LayoutError, "memory_obj", *words)
 
 
-@pytest.mark.parametrize(
-    ("declared", "axis", "expected", "found"),
-    [
-        ({"heads": 4}, "head", 4, HEADS),
-        ({"dim": 16}, "dim", 16, DIM),
-        ({"block_size": 16}, "token", 16, SIZE),
-        ({"layers": 2}, "layer", 2, LAYERS),
-        ({"kv": 3}, "kv", 3, 2),
-    ],
-)
-def test_wrong_extent(
-    scene: Scene, declared: dict[str, Any], axis: str, expected: int, found: int
-) -> None:
-    connector = AdaptiveConnector("cpu", **declared)
-    names = (repr(axis), f"extent {expected}", f"{found} was found")
-    with refused(LayoutError, *names, watch=scene.memory):
-        connector.from_gpu(scene.chunk, scene.caches, [0, 1])
+def _caches(what: str, value: Any, *words: str) -> tuple[Any, ...]:
+    return (f"caches {what}", {"kv_caches": value}, LayoutError, *words)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 8, 16), (1, LAYERS, 8, 16), (2, LAYERS, 8, 24)])
-def test_chunk_of_other_extents(
-    scene: Scene, call: Callable[..., Any], shape: tuple[int, ...]
-) -> None:
-    chunk = filled(shape, poison=True)
-    with refused(LayoutError, "memory_obj", "expected", "found", watch=[*scene.memory, chunk]):
-        call(chunk, scene.caches, [0, 1])
+def _slots(what: str, value: Any, *words: str) -> tuple[Any, ...]:
+    return (f"slots: {what}", {"slot_mapping": value}, SlotError, *words)
 
 
-def test_block_first_caches_declared_kv_first() -> None:
-    caches = [filled((5, 2, SIZE, HEADS, DIM)) for _ in range(LAYERS)]
-    chunk = filled((2, LAYERS, 2, HEADS * DIM), poison=True)
-    with refused(LayoutError, "'kv'", "extent 2", "5 was found", watch=[*caches, chunk]):
-        AdaptiveConnector("cpu").from_gpu(chunk, caches, [0, 1])
+def _range(start: Any, end: Any, *words: str) -> tuple[Any, ...]:
+    given = {"slot_mapping": [0, 1, 2, 3], "start": start, "end": end}
+    return (f"[{start!r}:{end!r}]", given, SlotError, *words)
 
 
-def test_two_blocks_are_taken_literally() -> None:
-    cache = filled((2, 2, SIZE, HEADS, DIM))
-    slots = [1, 6]
-    found = {}
-    for layout in ("layer | kv block token head dim", "layer | block kv token head dim"):
-        chunk = filled((2, 1, 2, HEADS * DIM), poison=True)
-        AdaptiveConnector("cpu", kv_layout=layout).from_gpu(chunk, [cache], slots)
-        found[layout] = chunk
-        kv_first = cache if "kv block" in layout else cache.transpose(0, 1)
-        rows = torch.stack([kv_first[:, slot // SIZE, slot % SIZE] for slot in slots], dim=1)
-        assert same(chunk, rows.reshape(2, 1, 2, HEADS * DIM))
-    first, second = found.values()
-    assert not same(first, second)
+#: What is special about a call, in place of right arguments; functions are called with the scene.
+CALLS: list[tuple[Any, ...]] = [
+    _extent("head", 4, HEADS, heads=4),
+    _extent("dim", 16, DIM, dim=16),
+    _extent("token", 16, SIZE, block_size=16),
+    _extent("layer", 2, LAYERS, layers=2),
+    _extent("kv", 3, 2, kv=3),
+    _caches("of another rank", lambda s: [x.flatten(3) for x in s.caches],
+            "5 dimension", "(2, 5, 4, 16)", "axis"),
+    _caches("with blocks first, declared kv first",
+            lambda s: [x.transpose(0, 1) for x in s.caches], "'kv'", "extent 2", "5 was found"),
+    _caches("in an empty list", [], "empty", "at least one"),
+    _caches("in an empty tuple", (), "empty", "at least one"),
+    _caches("in an empty dict", {}, "empty", "at least one"),
+    _caches("that are a number", 7, "expect"),
+    _caches("that are a word", "caches", "expect"),
+    _caches("of None", [None], "expect"),
+    _caches("nested", [[torch.zeros(1)]], "expect"),
+    _caches("on meta", lambda s: [x.to("meta") for x in s.caches], "meta", "memory", "allocated"),
+    ("caches on several devices",
+     {"kv_caches": lambda s: [*s.caches[:-1], s.caches[-1].to("meta")]},
+     DeviceMismatch, "cpu", "meta", "one device"),
+    ("caches whose keys and values have other blocks",
+     {"options": {"kv_layout": PAIRS}, "kv_caches": lambda s: [
+         (filled((5, SIZE, HEADS, DIM)), filled((6, SIZE, HEADS, DIM))) for _ in range(LAYERS)]},
+     LayoutError, "'block'", "5", "6", "expected"),
+    _chunk("of another rank", lambda s: s.chunk.flatten(1, 2), "4 dimension", "(2, 24, 16)"),
+    *(_chunk(f"of shape {shape}", filled(shape, poison=True), "expected", "found")
+      for shape in [(2, 2, 8, 16), (1, LAYERS, 8, 16), (2, LAYERS, 8, 24)]),
+    *(_chunk(f"of type {type(value)}", value, "expected a tensor")
+      for value in [None, 7, np.zeros(3), object()]),
+    *(_chunk(f"of {dtype}", dense(8, dtype=dtype), str(dtype), "torch.float16", "expected")
+      for dtype in [torch.float32, torch.uint8, torch.float64]),
+    _chunk("inside the cache", lambda s: s.caches[1].view(-1)[: 2 * LAYERS * 32].view(
+        2, LAYERS, 2, 16), "kv_caches", "own"),
+    _chunk("on meta", lambda s: s.chunk.to("meta"), "meta", "memory", "allocated"),
+    ("a chunk of numbers", {"options": {"chunk_layout": "layer | kv token (head dim)"},
+     "memory_obj": [5, 6]}, LayoutError, "holds a int"),
+    ("a chunk whose elements do not divide a row",
+     {"kv_caches": [filled((2, BLOCKS, SIZE, 1, 3), torch.uint8)],
+      "memory_obj": filled((2, 1, 8, 3), torch.int16)}, LayoutError, "memory_obj", "2 bytes", "3"),
+    _slots("more than the chunk holds", list(range(9)), "9 tokens", "holds 8", "larger"),
+    _slots("none", None, "slot_mapping", "pass"),
+    *(_slots(f"{type(bad).__name__} {n}", bad, "was") for n, bad in enumerate([
+        [0.0, 1.0], torch.tensor([0.0, 1.0]), np.array([0.0, 1.0]), torch.tensor([]), [0, None],
+        [True, False], torch.tensor([True, False]), np.array([True, False]),
+        torch.tensor([0, 1], dtype=torch.uint8), torch.tensor([0, 1], dtype=torch.int16),
+        np.array(["0", "1"]), np.array([0, None]), [2**70], [-(2**70)], "01", 3,
+        torch.zeros(2, 2, dtype=torch.int64), torch.tensor(3),
+        torch.zeros(2, dtype=torch.int64, device="meta"),
+    ])),
+    *(_slots(f"{slot} of {dtype}", torch.tensor([0, 1, slot, 3], dtype=dtype),
+             "Position 2", f"slot {slot}", f"{SLOTS} slots", "0 to 19")
+      for slot in (SLOTS, SLOTS + 1, 2**31 - 1) for dtype in (torch.int32, torch.int64)),
+    *(_range(start, end, f"[{start}:{4 if end is None else end}]", "4 slots", "start <= end")
+      for start, end in [(3, 2), (0, 5), (-1, 2), (5, None), (0, -1)]),
+    *(_range(start, end, "integer")
+      for start, end in [(0.5, 2), (0, 1.5), ("0", 2), (0, "2"), (None, 2)]),
+    ("a range of a kept index", {"slot_mapping": Index([0, 1, 2, 3]), "start": 0.5},
+     SlotError, "integer"),
+    *((f"stream {stream!r}", {"stream": stream}, DeviceMismatch, f"stream={stream!r}",
+       "a stream of torch") for stream in (0, 140_000, "default")),
+]  # fmt: skip
 
 
-def test_keys_and_values_of_different_block_counts(scene: Scene) -> None:
-    pairs = [(filled((5, SIZE, HEADS, DIM)), filled((6, SIZE, HEADS, DIM))) for _ in range(LAYERS)]
-    connector = AdaptiveConnector("cpu", kv_layout="layer kv | block token head dim")
-    with refused(LayoutError, "'block'", "5", "6", "expected", watch=[scene.memory, pairs]):
-        connector.from_gpu(scene.chunk, pairs, [0, 1])
-
-
-@pytest.mark.parametrize("axis", ["layer", "kv", "head", "dim"])
-def test_nothing_to_move_along_an_axis(axis: str) -> None:
-    names = ["layer", "kv", "block", "token", "head", "dim"]
-    shape = [2, 2, 3, SIZE, HEADS, DIM]
-    shape[names.index(axis)] = 0
-    with refused(LayoutError, repr(axis), "0"):
-        KVView(torch.zeros(shape), " ".join(names))
-
-
-def test_no_layers_in_a_list(scene: Scene, call: Callable[..., Any]) -> None:
-    empties: list[Any] = [[], (), {}]
-    for empty in empties:
-        with refused(LayoutError, "empty", "at least one", watch=scene.memory):
-            call(scene.chunk, empty, [0, 1])
-
-
-@pytest.mark.parametrize("level", [7, "caches", [None], [[torch.zeros(1)]]])
-def test_caches_that_are_no_tensors(scene: Scene, call: Callable[..., Any], level: Any) -> None:
-    with refused(LayoutError, "expect", watch=scene.memory):
-        call(scene.chunk, level, [0, 1])
-
-
-@pytest.mark.parametrize("memory_obj", [None, 7, np.zeros(3), object()])
-def test_chunk_that_is_no_tensor(
-    scene: Scene, call: Callable[..., Any], memory_obj: object
-) -> None:
-    with refused(LayoutError, "memory_obj", "expected a tensor", watch=scene.memory):
-        call(memory_obj, scene.caches, [0, 1])
-
-
-def test_sparse_caches() -> None:
-    dense = torch.eye(4).view(1, 4, 1, 4)
-    for tensors, layout in (
-        (dense.to_sparse(), "block token head dim"),
-        ([dense.to_sparse()], "layer | block token head dim"),
+@pytest.mark.parametrize("case", CALLS, ids=[case[0] for case in CALLS])
+def test_what_a_connector_refuses(scene: Scene, move: str, case: tuple[Any, ...]) -> None:
+    _, special, error, *words = case
+    given = {"memory_obj": scene.chunk, "kv_caches": scene.caches, "slot_mapping": [0, 1]}
+    for name, value in special.items():
+        given[name] = value(scene) if isinstance(value, FunctionType) else value
+    connector = AdaptiveConnector("cpu", **given.pop("options", {}))  # type: ignore[arg-type]
+    chunk = given["memory_obj"]
+    with refused(
+        error, *words, watch=[*scene.memory, *([chunk] * isinstance(chunk, torch.Tensor))]
     ):
-        with refused(LayoutError, "strided", "sparse"):
-            KVView(tensors, layout)
+        getattr(connector, move)(**given)
 
 
-# Chunks
-
-
-def test_chunk_too_short(scene: Scene, call: Callable[..., Any]) -> None:
-    with refused(SlotError, "9 tokens", "holds 8", "larger", watch=scene.memory):
-        call(scene.chunk, scene.caches, list(range(9)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.float64])
-def test_chunk_of_another_dtype_width(
-    scene: Scene, call: Callable[..., Any], dtype: torch.dtype
-) -> None:
-    chunk = filled((2, LAYERS, 8, HEADS * DIM), dtype, poison=True)
-    names = ("memory_obj", str(dtype), "torch.float16", "expected")
-    with refused(LayoutError, *names, watch=[*scene.memory, chunk]):
-        call(chunk, scene.caches, [0, 1])
-
-
-def test_chunk_whose_elements_do_not_divide_a_row() -> None:
-    caches = [filled((2, BLOCKS, SIZE, 1, 3), torch.uint8)]
-    chunk = filled((2, 1, 8, 3), torch.int16, poison=True)
-    with refused(LayoutError, "memory_obj", "2 bytes", "3", watch=[*caches, chunk]):
-        AdaptiveConnector("cpu").from_gpu(chunk, caches, [0, 1])
-
-
-def test_chunk_inside_the_cache(scene: Scene, call: Callable[..., Any]) -> None:
-    rows = 2 * LAYERS * 2 * HEADS * DIM
-    inside = scene.caches[1].view(-1)[:rows].view(2, LAYERS, 2, HEADS * DIM)
-    with refused(LayoutError, "memory_obj", "kv_caches", "own", watch=scene.memory):
-        call(inside, scene.caches, [8, 9])
-
-
-def test_chunk_inside_the_cache_behind_a_nested_plane(scene: Scene) -> None:
+def test_chunk_inside_the_cache_behind_a_nested_plane() -> None:
     # Keys span the whole allocation; values lie between the keys' first and second block.
     pool = filled((4096,), torch.uint8)
     keys = pool.as_strided((4, 1, 16), (1000, 16, 1))
     values = pool.as_strided((4, 1, 8), (8, 8, 1), pool.storage_offset() + 100)
-    chunk = pool[2000:2048].view(2, 24)
-    connector = AdaptiveConnector(
-        "cpu", kv_layout="layer kv | block token dim", chunk_layout="token (kv dim)"
-    )
+    layouts: dict[str, Any] = {
+        "kv_layout": "layer kv | block token dim",
+        "chunk_layout": "token (kv dim)",
+    }
     with refused(LayoutError, "memory_obj", "kv_caches", watch=pool):
-        connector.to_gpu(chunk, [(keys, values)], [0, 1])
+        AdaptiveConnector("cpu", **layouts).to_gpu(
+            pool[2000:2048].view(2, 24), [(keys, values)], [0, 1]
+        )
 
 
 def test_chunk_inside_caches_whose_list_was_emptied(scene: Scene) -> None:
@@ -201,40 +195,40 @@ def test_chunk_inside_caches_whose_list_was_emptied(scene: Scene) -> None:
         scene.connector.to_gpu(inside, None, [8, 9])
 
 
-def test_rows_both_source_and_destination(scene: Scene) -> None:
-    view = scene.cache_view()
-    with refused(SlotError, "Slot 3", "source and destination", watch=scene.memory):
-        copy_rows(view, view, [3, 4], [9, 3])
-    first, second = view.slice(layers=slice(0, 2)), view.slice(layers=slice(1, 3))
-    with refused(SlotError, "source and destination", watch=scene.memory):
-        copy_rows(first, second, [3, 4], [4, 9])
+def test_caches_nested_otherwise_are_other_caches() -> None:
+    pairs = [(torch.zeros(6, 4, 2, 8), torch.zeros(6, 4, 2, 8)) for _ in range(2)]
+    connector = AdaptiveConnector("cpu", kv_layout=PAIRS)
+    connector.register_kv_caches(pairs)
+    with refused(LayoutError, "container"):
+        connector.from_gpu(torch.zeros(2, 2, 1, 16), [t for pair in pairs for t in pair], [0])
 
 
-@pytest.mark.parametrize(("src", "dst"), [([3, 4], None), (None, [3, 4]), ([3, 4], [9, 2])])
-def test_disjoint_rows_of_one_cache_are_moved(scene: Scene, src: Any, dst: Any) -> None:
-    before = [cache.clone().view(2, SLOTS, HEADS, DIM) for cache in scene.caches]
-    view = scene.cache_view()
-    copy_rows(view, view, src, dst, count=2).synchronize()
-    for was, cache in zip(before, scene.caches, strict=True):
-        wanted = was.clone()
-        wanted[:, dst or [0, 1]] = was[:, src or [0, 1]]
-        assert same(cache.view(2, SLOTS, HEADS, DIM), wanted)
+def test_two_blocks_are_taken_literally() -> None:
+    cache, slots, found = filled((2, 2, SIZE, HEADS, DIM)), [1, 6], []
+    for layout in (KV_LAYOUT, "layer | block kv token head dim"):
+        chunk = filled((2, 1, 2, HEADS * DIM), poison=True)
+        AdaptiveConnector("cpu", kv_layout=layout).from_gpu(chunk, [cache], slots)
+        kv_first = cache if layout == KV_LAYOUT else cache.transpose(0, 1)
+        rows = torch.stack([kv_first[:, slot // SIZE, slot % SIZE] for slot in slots], dim=1)
+        assert same(chunk, rows.reshape(2, 1, 2, HEADS * DIM))
+        found.append(chunk)
+    assert not same(*found)
 
 
-# Devices, gradients, backends
-
-
-def test_caches_on_different_devices(scene: Scene, call: Callable[..., Any]) -> None:
-    mixed = [*scene.caches[:-1], scene.caches[-1].to("meta")]
-    with refused(DeviceMismatch, "cpu", "meta", "one device", watch=scene.memory):
-        call(scene.chunk, mixed, [0, 1])
-
-
-def test_meta_tensors(scene: Scene, call: Callable[..., Any]) -> None:
-    with refused(LayoutError, "meta", "memory", "allocated", watch=scene.memory):
-        call(scene.chunk, [cache.to("meta") for cache in scene.caches], [0, 1])
-    with refused(LayoutError, "meta", "memory", "allocated", watch=scene.memory):
-        call(scene.chunk.to("meta"), scene.caches, [0, 1])
+@pytest.mark.parametrize(
+    ("device", "options", "error", "words"),
+    [
+        *((name, {}, BackendUnavailable, [str(name)]) for name in ("meta", "nonsense", None, 1.5)),
+        ("cpu", {"backend": "nonsense"}, BackendUnavailable,
+         ["'nonsense'", "no such backend", "portakv backends --device"]),
+        ("cpu", {"chunk_layout": "layer | foo"}, LayoutError, ["Unknown axis 'foo'"]),
+    ],
+)  # fmt: skip
+def test_connectors_that_cannot_be_made(
+    device: Any, options: dict[str, Any], error: Any, words: list[str]
+) -> None:
+    with refused(error, *words):
+        AdaptiveConnector(device, **options)
 
 
 def test_destinations_that_require_grad(scene: Scene) -> None:
@@ -251,67 +245,222 @@ def test_destinations_that_require_grad(scene: Scene) -> None:
     assert not scene.chunk.requires_grad
 
 
-def test_forced_unknown_backend(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    with refused(BackendUnavailable, "'nonsense'", "no such backend", "portakv backends --device"):
-        AdaptiveConnector("cpu", backend="nonsense")
-    with refused(BackendUnavailable, "'nonsense'", "no such backend", watch=scene.memory):
-        copy_rows(scene.cache_view(), scene.chunk_view(), [0], backend="nonsense")
-    monkeypatch.setenv("PORTAKV_BACKEND", "nonsense")
-    with refused(BackendUnavailable, "'nonsense'", "PORTAKV_BACKEND", watch=scene.memory):
-        copy_rows(scene.cache_view(), scene.chunk_view(), [0], backend="reference")
+# What views and copies of rows and blocks refuse
 
 
-@pytest.mark.parametrize("device", ["meta", "nonsense", None, 1.5])
-def test_devices_that_nobody_serves(device: Any) -> None:
-    with refused(BackendUnavailable, str(device)):
-        AdaptiveConnector(device)
+def sparse() -> torch.Tensor:
+    return torch.eye(4).view(1, 4, 1, 4).to_sparse()
 
 
-# Views that cannot hold each other's rows
+def fake() -> torch.Tensor:
+    with pytest.importorskip("torch._subclasses.fake_tensor").FakeTensorMode():
+        return torch.zeros(3, 4)
 
 
-def test_views_of_other_extents(scene: Scene) -> None:
-    cache = scene.cache_view()
-    for part, word in (({"layers": 0}, "'layer'"), ({"heads": 0}, "'head'"), ({"kv": 0}, "'kv'")):
-        with refused(LayoutError, word, "source", "destination", watch=scene.memory):
-            copy_rows(cache.slice(**part), scene.chunk_view(), [0, 1])
-    wide = KVView(filled((2, LAYERS, 8, HEADS, 2 * DIM)), "kv layer token head dim")
-    with refused(LayoutError, "16", "32", "bytes", watch=[*scene.memory, wide.tensors]):
-        copy_rows(cache, wide, [0, 1])
+def view_without(axis: str) -> KVView:
+    extents = {"layer": 2, "kv": 2, "block": 3, "token": SIZE, "head": HEADS, "dim": DIM, axis: 0}
+    return KVView(torch.zeros(*extents.values()), " ".join(extents))
 
 
-def test_opaque_pages_by_token(scene: Scene) -> None:
-    pages = [filled((6, 64), torch.uint8) for _ in range(2)]
-    targets = [filled((6, 64), torch.uint8, poison=True) for _ in range(2)]
-    src, dst = (KVView(x, "layer | block page", block_size=4) for x in (pages, targets))
-    rows = KVView(filled((2, 8, 16), torch.uint8), "layer token dim")
-    memory = [*pages, *targets, rows.tensors]
-    with refused(Unsupported, "opaque", "whole", watch=memory):
-        copy_rows(src, dst, [0, 1, 2], [4, 5, 6])
-    with refused(Unsupported, "opaque", "whole", watch=memory):
-        copy_rows(src, dst, Index([0, 1], step=4), Index([2, 3], step=4), count=6)
-    with refused(Unsupported, "opaque", "rows", watch=memory):
-        copy_rows(src, rows, Index([0, 1], step=4))
-    other = KVView(targets, "layer | block page", block_size=8)
-    with refused(LayoutError, "hold 4 tokens", "8", "equal", watch=memory):
-        copy_blocks(src, other, [0, 1], [0])
+#: Without their types, for calls that are wrong.
+rows: Any = copy_rows
+blocks: Any = copy_blocks
+#: Calls on a scene, the errors that they raise and words of their sentences.
+COPIES: list[tuple[Callable[[Any], Any], Any, tuple[str, ...]]] = [
+    (lambda s: KVView(sparse(), "block token head dim"), LayoutError, ("strided", "sparse")),
+    (lambda s: KVView([sparse()], "layer | block token head dim"), LayoutError, ("sparse",)),
+    (lambda s: KVView(torch.zeros(3, 4, dtype=torch.complex64).conj(), "token dim"), LayoutError,
+     ("conjugated", "resolve_conj")),
+    (lambda s: KVView(fake(), "token dim"), LayoutError, ("without memory",)),
+    (lambda s: view_without("layer"), LayoutError, ("'layer'", "0")),
+    (lambda s: view_without("kv"), LayoutError, ("'kv'", "0")),
+    (lambda s: view_without("head"), LayoutError, ("'head'", "0")),
+    (lambda s: view_without("dim"), LayoutError, ("'dim'", "0")),
+    (lambda s: s.cache.plane(3000, 0), LayoutError, ("plane", "count from 0")),
+    (lambda s: s.cache.plane(-1, 0), LayoutError, ("plane", "count from 0")),
+    (lambda s: s.cache.plane(0, 2), LayoutError, ("plane", "count from 0")),
+    (lambda s: s.cache.slice(layers=[0, 1]), LayoutError, ("layers=", "expected an integer")),
+    (lambda s: s.cache.slice(layers=1.0), LayoutError, ("layers=", "expected an integer")),
+    (lambda s: s.cache.slice(layers="0"), LayoutError, ("layers=", "expected an integer")),
+    (lambda s: rows(None, s.cache), LayoutError, ("asked", "expected")),
+    (lambda s: blocks(s.cache, None, [0], [0]), LayoutError, ("asked", "expected")),
+    (lambda s: CopyPlan(s.cache, s.cache), LayoutError, ("asked", "expected")),
+    (lambda s: CopyPlan(s.rows.form, s.rows.form, -1, 0), SlotError, ("steps -1",)),
+    (lambda s: rows(s.cache, s.rows, [0], backend="nonsense"), BackendUnavailable,
+     ("'nonsense'", "no such backend")),
+    (lambda s: rows(s.cache, s.rows, [0], stream="default"), DeviceMismatch, ("='default'",)),
+    (lambda s: blocks(s.cache, s.cache, [0], [1], stream=7), DeviceMismatch, ("stream=7",)),
+    # Views that cannot hold each other's rows.
+    (lambda s: rows(s.cache.slice(layers=0), s.rows, [0]), LayoutError,
+     ("'layer'", "source", "destination")),
+    (lambda s: rows(s.cache.slice(heads=0), s.rows, [0]), LayoutError, ("'head'", "source")),
+    (lambda s: rows(s.cache.slice(kv=0), s.rows, [0]), LayoutError, ("'kv'", "destination")),
+    (lambda s: rows(s.cache, KVView(s.wide, "kv layer token head dim"), [0]), LayoutError,
+     ("16", "32", "bytes")),
+    (lambda s: rows(s.opaque(0), s.opaque(2), [0], [4]), Unsupported, ("opaque", "whole")),
+    (lambda s: rows(s.opaque(0), s.opaque(2), Index([0], 4), Index([2], 4), count=2),
+     Unsupported, ("opaque", "whole")),
+    (lambda s: rows(s.opaque(0), KVView(s.wide[0, :2, :, 0], "layer token dim"), Index([0], 4)),
+     Unsupported, ("opaque", "rows")),
+    (lambda s: blocks(s.opaque(0), s.opaque(2, 8), [0, 1], [0]), LayoutError,
+     ("hold 4 tokens", "8", "equal")),
+    (lambda s: blocks(s.cache, s.rows, [0], [0]), LayoutError,
+     ("dst_blocks", "`block`", "None")),
+    (lambda s: blocks(s.cache, s.rows, Index([0], 2), None), SlotError,
+     ("src_blocks", "step 2", "step=4")),
+    (lambda s: rows(s.cache.slice(layers=0), KVView(
+        s.single.expand(2, 1, 8, HEADS, DIM), "kv layer token head dim"), [0, 1]), LayoutError,
+     ("destination", "one")),
+    (lambda s: s.connector.to_gpu(s.chunk, [s.caches[i] for i in (0, 1, 0)], [0, 1]), LayoutError,
+     ("destination", "address")),
+    # Counts, ids and steps.
+    (lambda s: blocks(s.cache, s.cache, [0], [1, 2]), SlotError, ("covers 4", "stination 8")),
+    (lambda s: rows(s.cache, s.rows, [0, 1, 2], count=-1), SlotError, ("count", "was asked")),
+    (lambda s: rows(s.cache, s.rows, [0, 1, 2], count=2.0), SlotError, ("count", "was asked")),
+    (lambda s: rows(s.cache, s.rows, [0, 1, 2], count="2"), SlotError, ("count", "was asked")),
+    (lambda s: rows(s.cache, s.rows, [0, 1, 2], count=4), SlotError,
+     ("4 positions", "source index", "3 ids")),
+    (lambda s: rows(s.cache, s.rows, list(range(9))), SlotError,
+     ("9 tokens", "destination", "holds 8")),
+    (lambda s: rows(s.cache, s.rows), SlotError, ("covers 20", "destination 8")),
+    (lambda s: rows(s.cache, s.cache, [0, 1, 2], [3, 4]), SlotError,
+     ("covers 3", "destination 2")),
+    (lambda s: rows(s.cache, s.rows, Index([0], step=0)), SlotError, ("step", "offset")),
+    (lambda s: rows(s.cache, s.rows, Index([0], offset=-1)), SlotError, ("step", "offset")),
+    (lambda s: rows(s.cache, s.cache, [3, 4], [9, 3]), SlotError,
+     ("Slot 3", "source and destination")),
+    (lambda s: s.connector.to_gpu(s.chunk, s.caches, [7, 3, 7]), SlotError,
+     ("Slot 7", "2 times", "once")),
+    (lambda s: blocks(s.rows, s.cache, None, [2, 2]), SlotError, ("2 times", "once")),
+]  # fmt: skip
 
 
-def test_blocks_of_a_view_without_blocks(scene: Scene) -> None:
-    with refused(LayoutError, "dst_blocks", "`block`", "None", watch=scene.memory):
-        copy_blocks(scene.cache_view(), scene.chunk_view(), [0], [0])
-    with refused(SlotError, "src_blocks", "step 2", "step=4", watch=scene.memory):
-        copy_blocks(scene.cache_view(), scene.chunk_view(), Index([0], step=2), None)
-    with refused(SlotError, "covers 4", "destination 8", watch=scene.memory):
-        copy_blocks(scene.cache_view(), scene.cache_view(), [0], [1, 2])
+@pytest.mark.parametrize(
+    ("call", "error", "words"), COPIES, ids=[" ".join(words) for _, _, words in COPIES]
+)
+def test_what_views_and_copies_refuse(
+    scene: Scene, call: Callable[[Scene], Any], error: Any, words: tuple[str, ...]
+) -> None:
+    with refused(error, *words, watch=scene.memory):
+        call(scene)
 
 
-def test_destinations_that_share_a_place(scene: Scene) -> None:
-    shared = filled((1, 1, 1, HEADS, DIM))
-    wide = shared.expand(2, 1, 8, HEADS, DIM)
-    cache = scene.cache_view().slice(layers=0)
-    with refused(LayoutError, "destination", "one", watch=[*scene.memory, shared]):
-        copy_rows(cache, KVView(wide, "kv layer token head dim"), [0, 1])
-    twice = [scene.caches[0], scene.caches[1], scene.caches[0]]
-    with refused(LayoutError, "destination", "address", watch=scene.memory):
-        AdaptiveConnector("cpu").to_gpu(scene.chunk, twice, [0, 1])
+@pytest.mark.parametrize("block", [BLOCKS, 2**61, 2**62, I64.max])
+@pytest.mark.parametrize("count", [10, 12])
+def test_blocks_past_the_end_whose_slots_do_not_fit_64_bits(
+    scene: Scene, block: int, count: int
+) -> None:
+    # 2**62 * 4 is 0 in 64 bits: a wild block must not come back as block 0.
+    chunk, ids = dense(12), Index([0, block, 1], step=SIZE)
+    view = KVView(chunk, CHUNK_LAYOUT, heads=HEADS)
+    with refused(SlotError, "Position 4", "slots", watch=[*scene.memory, chunk]):
+        copy_rows(scene.cache, view, ids, count=count)
+    with refused(SlotError, "Position 4", "slots", watch=[*scene.memory, chunk]):
+        copy_rows(view, scene.cache, None, ids, count=count)
+
+
+@pytest.mark.parametrize("padding", [-1, -7, I64.min, -(2**62), -(2**31)])
+@pytest.mark.parametrize("count", [10, 12])
+def test_any_negative_block_is_padding(scene: Scene, padding: int, count: int) -> None:
+    # -2**63 * 4 is 0 in 64 bits: padding must not come back as block 0.
+    before = [cache.clone() for cache in scene.caches]
+    chunk, ids = dense(12), Index([2, padding, 1], step=SIZE)
+    copy_rows(KVView(chunk, CHUNK_LAYOUT, heads=HEADS), scene.cache, None, ids, count=count)
+    rows = chunk.view(2, LAYERS, 12, HEADS, DIM)
+    for layer, (wanted, cache) in enumerate(zip(before, scene.caches, strict=True)):
+        wanted[:, 2] = rows[:, layer, :4]
+        wanted[:, 1, : count - 8] = rows[:, layer, 8:count]
+        assert same(cache, wanted)
+
+
+def test_duplicate_sources_and_repeated_padding_are_fine(scene: Scene) -> None:
+    with untouched(scene.caches):
+        scene.connector.from_gpu(scene.chunk, scene.caches, [7, 3, 7, -1, -1]).synchronize()
+    scene.connector.to_gpu(scene.chunk, scene.caches, [7, 3, -1, -1]).synchronize()
+    assert same(scene.caches[0][0, 0, 3].reshape(-1), scene.chunk[0, 0, 1])
+
+
+def test_an_empty_list_is_a_no_op(scene: Scene, move: str) -> None:
+    call, empties = getattr(scene.connector, move), [torch.empty(0, dtype=torch.int32), []]
+    with untouched(scene.memory):
+        for slots in (*empties, torch.empty(0, dtype=torch.int64), np.empty(0, dtype=np.int64)):
+            transfer = call(scene.chunk, scene.caches, slots)
+            assert transfer.done()
+            transfer.wait()
+            transfer.synchronize()
+        assert call(scene.chunk, scene.caches, [0, 1], 1, 1).done()
+        assert copy_rows(scene.cache, scene.rows, [], []).done()
+        assert copy_blocks(scene.cache, scene.rows, [], None).done()
+
+
+def test_steps_of_any_integer_type() -> None:
+    step: Any = np.int64(4)
+    offset: Any = torch.tensor(1)
+    assert Index([1], step=step, offset=offset).slots(2).tolist() == [5, 6]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int16])
+def test_rows_of_another_number_type_unless_their_bits_are_meant(
+    scene: Scene, dtype: torch.dtype
+) -> None:
+    """1.0 of float16 would be 0.0078 of bfloat16."""
+    caches, chunk = scene.caches, scene.chunk.view(dtype)
+    views = KVView(chunk, CHUNK_LAYOUT, heads=HEADS), scene.cache
+    with refused(LayoutError, "float16", str(dtype)[6:], "reinterpret=True", watch=caches):
+        copy_rows(*views, None, [*range(4, 12)])
+    with refused(LayoutError, "reinterpret=True", watch=caches):
+        scene.connector.to_gpu(chunk, caches, [4, 5, 6])
+    copy_rows(*views, None, [*range(4, 12)], reinterpret=True).synchronize()
+    AdaptiveConnector("cpu", reinterpret=True).to_gpu(chunk, caches, [1, 2, 3]).synchronize()
+    rows, found = chunk[1, 1].unflatten(1, (HEADS, -1)), caches[1][1].flatten(0, 1).view(dtype)
+    assert same(found[4:12], rows)
+    assert same(found[1:4], rows[:3])
+    other = KVView([x.view(dtype) for x in caches], KV_LAYOUT)
+    with refused(LayoutError, "reinterpret=True", watch=caches):
+        copy_blocks(scene.cache, other, [0], [1])
+    copy_blocks(scene.cache, other, [0], [1], reinterpret=True).synchronize()
+    assert same(caches[0][:, 0], caches[0][:, 1])
+
+
+# Batches
+
+
+def test_batches_of_unequal_lengths(scene: Scene) -> None:
+    with refused(SlotError, "1 memory objects", "2 starts", "1 ends", watch=scene.memory):
+        scene.connector.batched_to_gpu([scene.chunk], scene.caches, [0, 1], [0, 1], [2])
+
+
+@pytest.mark.parametrize(
+    ("store", "fault"),
+    [
+        *((True, fault) for fault in ("slot", "range", "meta", "grad", "twice", "overlap")),
+        *((False, fault) for fault in ("slot", "range", "meta", "duplicate", "other shape")),
+    ],
+)
+def test_a_bad_chunk_refuses_the_whole_batch(scene: Scene, store: bool, fault: str) -> None:
+    # The first chunk is a set of its own: it must not be moved before the others were judged.
+    chunks, slots, starts, ends = [dense(n) for n in (3, 4, 4)], [*range(11)], [0, 3, 7], [3, 7, 11]
+    error: Any = LayoutError
+    if fault in ("slot", "duplicate", "other shape"):
+        slots[9] = {"slot": SLOTS, "duplicate": slots[4], "other shape": slots[1]}[fault]
+        error = SlotError
+    elif fault == "range":
+        ends[2], error = 12, SlotError
+    elif fault == "grad":
+        chunks[2].requires_grad_()
+    elif fault == "twice":
+        chunks[2] = chunks[1]
+    elif fault == "overlap":
+        chunks[1:] = [scene.chunk[:, :, 4:], scene.chunk[:, :, 1:5]]
+    else:
+        chunks[2] = chunks[2].to("meta")
+    move = scene.connector.batched_from_gpu if store else scene.connector.batched_to_gpu
+    with refused(error, watch=[*scene.memory, *chunks]):
+        move(chunks, scene.caches, slots, starts, ends)
+
+
+def test_a_batch_may_come_from_generators(scene: Scene) -> None:
+    chunks, connector = [dense(2), dense(2)], scene.connector
+    move: Any = connector.batched_from_gpu
+    move(iter(chunks), scene.caches, [1, 2, 3, 4], iter([0, 2]), iter([2, 4])).synchronize()
+    assert same(chunks[1][0, 0, 0], scene.caches[0][0, 0, 3].flatten())
