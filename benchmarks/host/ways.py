@@ -13,6 +13,7 @@ from portakv import Index, copy_blocks
 from portakv.blocks.handle import BlockTransfer
 from portakv.engines.choose import HostLaunch, across
 from portakv.engines.engine import Terms
+from portakv.plan.move import Move
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import choose
 from portakv.runtime.transfer import Transfer
@@ -69,7 +70,7 @@ class Way:
         steps = mine.plan_step, theirs.plan_step
         choice = across(choose(sides.device), Terms(**self.terms))
         launch = cast(HostLaunch, prepared(src.form, dst.form, *steps, None, choice).launch)
-        picked = launch.pick(src, dst, mine, theirs, sides.case.tokens)
+        picked = launch.pick(Move(src, dst, mine, theirs, sides.case.tokens))
         return {one.engine for one in picked.alternatives if not one.refused}
 
     def move(

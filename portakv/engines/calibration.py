@@ -24,6 +24,7 @@ from portakv.engines.costs import D2H, DIRECTIONS, Point, Table, identity
 from portakv.engines.engine import Terms, finish
 from portakv.errors import PortaKVError
 from portakv.host import pinned
+from portakv.plan.move import Move
 from portakv.plan.plan import CopyPlan
 from portakv.plan.runs import Int64
 from portakv.runtime.devices import inside
@@ -228,15 +229,15 @@ class _Copy:
         self._engine, self._device, self._runs = engine, work.device, runs
         self._src, self._dst = (device, host) if direction == D2H else (host, device)
         self._orders = [_shuffled(runs, seed) for seed in (1, 2)]
-        self._indices = [Index(order) for order in self._orders]
-        self._views = [KVView(x, "block token dim", block_size=1) for x in (self._src, self._dst)]
-        self._launch = work.launch(direction, *self._views)
+        src, dst = (KVView(x, "block token dim", block_size=1) for x in (self._src, self._dst))
+        mine, theirs = (Index(order) for order in self._orders)
+        self._move = Move(src, dst, mine, theirs, runs)
+        self._launch = work.launch(direction, src, dst)
 
     def call(self) -> Pending | None:
         """Copy every block, under lists that are wherever engines read them: new ones are sent by
         some and not by others, in a few microseconds that are not the copy's."""
-        (src, dst), (mine, theirs) = self._views, self._indices
-        return self._launch.carry(self._engine, src, dst, mine, theirs, self._runs, None)
+        return self._launch.launch_by(self._engine, self._move, None)
 
     def host_seconds(self) -> float:
         """Seconds that a call keeps the host, once one was made before it."""

@@ -9,9 +9,11 @@ ids of each transfer, and would stay in a graph as it was at capture.
 from __future__ import annotations
 
 import importlib
+import logging
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from math import inf
+from typing import NamedTuple
 
 import torch
 
@@ -21,6 +23,7 @@ from portakv.engines.engine import Engine, Terms, direction_of, read_on
 from portakv.engines.link import by_torch, link_of
 from portakv.engines.pieces import RunCounter, Shape
 from portakv.errors import BackendUnavailable, Unsupported
+from portakv.plan.move import Move
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import bring
 from portakv.registry.registry import BUILT_IN, REGISTRY, Choice
@@ -28,9 +31,9 @@ from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
 from portakv.runtime.transfer import Pending
 from portakv.view.index import Index
+from portakv.view.view import KVView
 
-if TYPE_CHECKING:
-    from portakv.view.view import KVView
+_log = logging.getLogger(__name__)
 
 #: The engines, the gentlest to a running model first: it wins where two cost the same in all.
 ORDER = ("staged", "descriptors", "direct", "ring")
@@ -61,11 +64,11 @@ class Alternative(NamedTuple):
 
     Attributes:
         engine: its name.
-        run_bytes, runs: the copy, as its cost was looked up: in pieces, where rows are folded.
-        seconds: what it would take the device; None where that is not known.
+        run_bytes, runs: the copy, as its cost was looked up: in pieces, if rows are folded.
+        seconds: what it would take the device; None if that is not known.
         host_seconds: what it would keep the host; None likewise.
         measured: that was measured on this device.
-        refused: why it may not be picked, as a phrase; empty where it may.
+        refused: why it may not be picked, as a phrase; empty if it may.
     """
 
     engine: str
@@ -79,13 +82,6 @@ class Alternative(NamedTuple):
     def gbps(self, nbytes: int) -> float | None:
         """10^9 bytes in a second."""
         return nbytes / self.seconds / 1e9 if self.seconds else None
-
-
-class Carried(NamedTuple):
-    """What carried a transfer out: an engine's name, and why that one, as a phrase."""
-
-    engine: str
-    why: str
 
 
 class Pick(NamedTuple):
@@ -136,42 +132,33 @@ def pick(
     Raises:
         Unsupported: no engine is left, with each one's reason.
     """
-    found = [
-        _alternative(name, shapes[name], direction, out, terms, costs)
-        for name in ORDER
-        if name in shapes
-    ]
+    found = []
+    for name in ORDER:
+        if name in shapes:
+            refused = out.get(name) or _kept_out(name, direction, shapes[name].nbytes, terms)
+            found.append(_alternative(name, shapes[name], direction, refused, costs))
     able = [one for one in found if one.engine not in out]
     if not able:
-        lines = "\n".join(f"  {name}: {why}" for name, why in out.items())
-        raise Unsupported("A copy between the device and the host", f"no engine takes it:\n{lines}")
+        raise _none_left(out)
     allowed = [one for one in able if not one.refused]
+    best = (allowed or able)[0]
     if not allowed:
-        why = f"no other engine takes the copy, although {able[0].refused}"
-        return Pick(able[0].engine, why, tuple(found))
-    measured = [one for one in allowed if one.measured]
-    if len(allowed) == 1:
-        best, why = allowed[0], "the only engine that is left"
-    elif measured:
-        best, why = _quickest(measured, found, out)
+        why = f"no other engine takes the copy, although {best.refused}"
+    elif len(allowed) == 1:
+        why = "the only engine that is left"
+    elif any(one.measured for one in allowed):
+        best, why = _quickest([one for one in allowed if one.measured], able)
     else:
-        best, why = _by_rule(allowed, shapes, direction, terms)
+        kernel = not _kept_out("direct", direction, inf, terms)
+        engine, rule = default_rule(shapes, direction, kernel)
+        why = "the gentlest of those that are left, as nothing was measured here"
+        for one in allowed:
+            if one.engine == engine:
+                best, why = one, f"the default rule {rule}, as nothing was measured here"
     return Pick(best.engine, why, tuple(found))
 
 
-def _by_rule(
-    allowed: list[Alternative], shapes: Mapping[str, Shape], direction: str, terms: Terms
-) -> tuple[Alternative, str]:
-    engine, why = default_rule(shapes, direction, not _kept_out("direct", direction, None, terms))
-    for one in allowed:
-        if one.engine == engine:
-            return one, f"the default rule {why}, as nothing was measured here"
-    return allowed[0], "the gentlest of those that are left, as nothing was measured here"
-
-
-def _quickest(
-    measured: list[Alternative], found: list[Alternative], out: Mapping[str, str]
-) -> tuple[Alternative, str]:
+def _quickest(measured: list[Alternative], able: list[Alternative]) -> tuple[Alternative, str]:
     """The engine that keeps the host least of the quickest and those about as quick, and why."""
     least = min(_known(one.seconds) for one in measured)
     equal = [one for one in measured if _known(one.seconds) <= least * (1 + EQUAL)]
@@ -182,24 +169,18 @@ def _quickest(
             f"within {EQUAL * 100:g} % of the least time of those that the terms allow, and keeps "
             f"the host least, as measured"
         )
-    for one in found:
-        refused = one.refused and one.engine not in out
-        if refused and _known(one.seconds) < _known(best.seconds):
+    for one in able:
+        if one.refused and _known(one.seconds) < _known(best.seconds):
             text += f"; {one.engine} would take less, but the terms keep it out"
     return best, text
 
 
 def _known(seconds: float | None) -> float:
-    return float("inf") if seconds is None else seconds
+    return inf if seconds is None else seconds
 
 
 def _alternative(
-    name: str,
-    shape: Shape,
-    direction: str,
-    out: Mapping[str, str],
-    terms: Terms,
-    costs: Costs,
+    name: str, shape: Shape, direction: str, refused: str, costs: Costs
 ) -> Alternative:
     runs, pieces = max(1, shape.runs), max(1, shape.pieces)
     run_bytes = max(1, shape.nbytes // pieces)
@@ -208,21 +189,24 @@ def _alternative(
     measured = seconds is not None
     if seconds is not None and pieces < runs:
         seconds += runs * ROW[direction]
-    refused = out.get(name, "") or _kept_out(name, direction, shape.nbytes, terms)
     return Alternative(name, run_bytes, pieces, seconds, host_seconds, measured, refused)
 
 
-def _kept_out(name: str, direction: str, nbytes: int | None, terms: Terms) -> str:
-    """Why the terms keep an engine out, as a phrase; empty if they do not. ``nbytes`` None: any."""
+def _kept_out(name: str, direction: str, nbytes: float, terms: Terms) -> str:
+    """Why the terms keep an engine out of a copy, as a phrase; empty if they do not."""
     small = SMALL[direction]
-    if name != "direct" or terms.overlap == "idle" or (nbytes is not None and nbytes <= small):
-        return ""
-    if terms.max_gbps is not None or terms.max_thread_blocks is not None:
+    limited = terms.max_gbps is not None or terms.max_thread_blocks is not None
+    if name != "direct" or terms.overlap == "idle" or nbytes <= small or limited:
         return ""
     return (
         f"with overlap='compute' it moves at most {small >> 20} MiB, unless max_gbps or "
         f"max_thread_blocks limit it"
     )
+
+
+def _none_left(out: Mapping[str, str]) -> Unsupported:
+    lines = "\n".join(f"  {name}: {why}" for name, why in out.items())
+    return Unsupported("A copy between the device and the host", f"no engine takes it:\n{lines}")
 
 
 class Host(Engine):
@@ -248,6 +232,7 @@ class Host(Engine):
         self._costs = costs
         self._lock = threading.Lock()
         self._asked: tuple[dict[str, Backend], dict[str, str]] | None = None
+        self._logged: set[str] = set()
 
     @property
     def costs(self) -> Costs:
@@ -283,17 +268,18 @@ class Host(Engine):
         _ = self.costs  # read now, rather than in a transfer
         return launch
 
+    def log(self, engine: str, why: str) -> None:
+        """Log, once for each engine, that it carries copies out."""
+        if engine not in self._logged:
+            self._logged.add(engine)
+            _log.info("%s: engine %s, %s", self.device, engine, why)
+
     def _ask(self) -> tuple[dict[str, Backend], dict[str, str]]:
         with self._lock:
             if self._asked is None:
-                engines: dict[str, Backend] = {}
-                out: dict[str, str] = {}
-                for name in ORDER:
-                    made = self._make(name)
-                    if isinstance(made, str):
-                        out[name] = made
-                    else:
-                        engines[name] = made
+                made = {name: self._make(name) for name in ORDER}
+                out = {name: one for name, one in made.items() if isinstance(one, str)}
+                engines = {name: one for name, one in made.items() if not isinstance(one, str)}
                 self._asked = engines, out
         return self._asked
 
@@ -348,42 +334,37 @@ class HostLaunch:
         Raises:
             Unsupported: none can be, with each one's reason.
         """
-        if any(self._prepared(name) is not None for name in list(self._engines)):
-            return
-        lines = "\n".join(f"  {name}: {why}" for name, why in self.out.items())
-        raise Unsupported("A copy between the device and the host", f"no engine takes it:\n{lines}")
+        if all(self._prepared(name) is None for name in list(self._engines)):
+            raise _none_left(self.out)
 
-    def pick(
-        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int
-    ) -> Pick:
-        """The engine that the transfer of ``count`` positions takes; moves nothing.
+    def pick(self, move: Move) -> Pick:
+        """The engine that a transfer takes; moves nothing.
 
         Raises:
             Unsupported: every engine has turned out not to carry the plan out.
         """
-        theirs = dst_index if self.direction == "d2h" else src_index
-        whole = self._whole.groups(src_index, dst_index, count)
+        _, _, mine, theirs, count = move
+        whole = self._whole.groups(mine, theirs, count)
+        if self.direction == "h2d":
+            theirs = mine
         of_host = self._of_host.groups(theirs, theirs, count)
         out = self.out
         # An engine that turns out to be out ends every pick that was made before.
         key = whole, of_host, count, len(out)
         found = self._picks.get(key)
         if found is None:
-            shapes = self._shapes(whole, of_host, count)
+            dense = self._of_host.shape(of_host, count)
+            shapes = {
+                "staged": dense,
+                "descriptors": self._whole.shape(whole, count),
+                "direct": self._whole.unmerged(count),
+                "ring": dense,
+            }
             found = pick(shapes, self.direction, out, self._terms, self._host.costs)
             self._picks[key] = found
         return found
 
-    def carry(
-        self,
-        engine: str,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-    ) -> Pending | None:
+    def launch_by(self, engine: str, move: Move, stream: torch.Stream | None) -> Pending | None:
         """Carry a transfer out by one engine, whatever would be picked.
 
         Raises:
@@ -393,8 +374,7 @@ class HostLaunch:
         if launch is None:
             why = self.out.get(engine, "there is no such engine")
             raise Unsupported(f"A copy by the engine {engine!r}", why)
-        mine, theirs = self._placed(engine, src_index, dst_index, stream)
-        return launch(src, dst, mine, theirs, count, stream, None)
+        return launch(*self._placed(engine, move, stream), stream, None)
 
     def __call__(
         self,
@@ -408,13 +388,13 @@ class HostLaunch:
     ) -> Pending | None:
         if not count:
             return None
-        picked = self.pick(src, dst, src_index, dst_index, count)
+        move = Move(src, dst, src_index, dst_index, count)
+        picked = self.pick(move)
         while self._prepared(picked.engine) is None:  # refused just now: pick another one
-            picked = self.pick(src, dst, src_index, dst_index, count)
-        asked = src, dst, src_index, dst_index, count, stream
+            picked = self.pick(move)
         engine, why = picked.engine, picked.why
         try:
-            pending = self.carry(engine, *asked)
+            pending = self.launch_by(engine, move, stream)
         except torch.OutOfMemoryError:
             # The device has no room for staging. Others need none, and may move rows once more.
             able = [name for name in _UNSTAGED if name != engine and self._prepared(name)]
@@ -422,27 +402,19 @@ class HostLaunch:
                 raise
             why = f"{engine} was picked ({why}), but the device had no memory left for it"
             engine = able[0]
-            pending = self.carry(engine, *asked)
-        self._last.carried = Carried(engine, why)
+            pending = self.launch_by(engine, move, stream)
+        self._host.log(engine, why)
+        self._last.carried = engine, why
         return pending
 
     @property
-    def carried(self) -> Carried | None:
-        """What carried out the last transfer that this thread launched; None before the first."""
+    def carried(self) -> tuple[str, str] | None:
+        """The engine that carried out the last transfer that this thread launched, and why that
+        one, as a phrase; None before the first."""
         return getattr(self._last, "carried", None)
 
-    def _shapes(self, whole: int, of_host: int, count: int) -> dict[str, Shape]:
-        """What a copy is to each engine."""
-        mirrored = self._of_host.shape(of_host, count)
-        return {
-            "staged": mirrored,
-            "descriptors": self._whole.shape(whole, count),
-            "direct": self._whole.unmerged(count),
-            "ring": mirrored,
-        }
-
     def _prepared(self, name: str) -> Launch | None:
-        """The launch of an engine, prepared now if need be; None where it cannot be."""
+        """The launch of an engine, prepared now if need be; None if it cannot be."""
         launch = self._launches.get(name)
         if launch is not None or name not in self._engines:
             return launch
@@ -460,25 +432,22 @@ class HostLaunch:
         self.out = {**self.out, name: why}
         del self._engines[name]
 
-    def _placed(
-        self, name: str, src_index: Index, dst_index: Index, stream: torch.Stream | None
-    ) -> tuple[Index, Index]:
-        """Both indices with their ids where an engine reads them."""
+    def _placed(self, name: str, move: Move, stream: torch.Stream | None) -> Move:
+        """The copy with the ids of both sides where an engine reads them."""
         can = self._engines[name].capabilities()
         if can.index_on == "any":
-            return src_index, dst_index
+            return move
         home, dtypes = can.home_of_ids(self._host.device), can.index_dtypes
         # Detached, the next layer's engine may read them on a stream that waits for no other.
         apart = stream is not None and self._terms.detached
         with inside(None if apart else stream):
-            bring((src_index, dst_index), home, dtypes)
+            bring((move.src_index, move.dst_index), home, dtypes)
             mine, theirs = (
-                index if index.ids is None else index.placed(home, dtypes)
-                for index in (src_index, dst_index)
+                index if index.ids is None else index.placed(home, dtypes) for index in move[2:4]
             )
         if stream is not None and apart:
             stream.wait_stream(torch.accelerator.current_stream(self._host.device.index))
-        return read_on(stream, mine), read_on(stream, theirs)
+        return move._replace(src_index=read_on(stream, mine), dst_index=read_on(stream, theirs))
 
 
 #: A kind of engine is told by what it runs on and over, and by terms without a rate.
@@ -486,8 +455,8 @@ _made: Bounded[tuple[Choice, Terms], Choice] = Bounded("engines across the link"
 
 
 def across(half: Choice, terms: Terms | None = None) -> Choice:
-    """The engine that chooses engines, over a device's backend and under a caller's terms, or the
-    engine itself that was asked for by its name: one for all rates.
+    """The engine that chooses engines, over a device's backend and under a caller's terms: one for
+    all rates.
 
     Raises:
         BackendUnavailable: its self-check failed on this device.
@@ -497,11 +466,6 @@ def across(half: Choice, terms: Terms | None = None) -> Choice:
     if found is not None:
         return found
     device = half.backend.device
-    if isinstance(half.backend, Engine):
-        if key[1] == _NO_TERMS:
-            return half
-        named = type(half.backend)(device, None, key[1])
-        return _made.setdefault(key, Choice(named, half.trace, half.forced, named.capabilities()))
     backend, decision = REGISTRY.ask(Host.name, device, check=True)
     if backend is None:
         raise BackendUnavailable(

@@ -9,25 +9,24 @@ small payloads, and for a limited rate.
 from __future__ import annotations
 
 import struct
-import threading
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from portakv.backends.base import Capabilities, Decision, Launch
-from portakv.backends.rows_kernel import RowsKernel
-from portakv.engines.engine import PINNED, Engine, Terms
+from portakv.backends.rows_kernel import RowsKernel, Tuning
+from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
+from portakv.engines.engine import PINNED, Engine
 from portakv.errors import Unsupported
 from portakv.host.small import to_device
 from portakv.plan.plan import CopyPlan, Nest
-from portakv.registry.registry import Choice
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import events, streams
-from portakv.runtime.devices import capturing, inside, refuse_capture, refuse_fork, this_process
+from portakv.runtime.devices import capturing, refuse_capture, refuse_fork, this_process
 
 if TYPE_CHECKING:
     from portakv.view.index import Index
@@ -66,6 +65,8 @@ class DirectKernel(RowsKernel):
     Args:
         nest: the loop nest.
         plan: the plan that it belongs to.
+        device: where tables of the host's addresses lie.
+        most: thread blocks of a launch.
         cut: how it is cut among threads; None: `CUT`.
 
     Raises:
@@ -75,22 +76,33 @@ class DirectKernel(RowsKernel):
     file = "host/direct.cuh"
     names: Mapping[int, str] = MappingProxyType({1: NAME})
 
-    def __init__(self, nest: Nest, plan: CopyPlan, cut: Cut | None = None) -> None:
+    def __init__(
+        self,
+        nest: Nest,
+        plan: CopyPlan,
+        device: torch.device | None = None,
+        most: int = BLOCKS,
+        cut: Cut | None = None,
+    ) -> None:
         self._reads_host = plan.src.place != "device"
         if self._reads_host:
             # A plan walks as the destination lies; the link wants neighbours on the host's side.
             loops = sorted(nest.loops, key=lambda x: (not x.tabled, -abs(x.src_stride)))
             nest = replace(nest, loops=tuple(loops))
-        super().__init__(nest, plan)
         self.cut = cut or CUT
-        whole = self.row * self.planes
-        if whole >= MAX_VECTORS:
+        super().__init__(nest, plan, self.cut.threads, (Tuning(0, 1, 0),))
+        self._whole = self.row * self.planes
+        if self._whole >= MAX_VECTORS:
             raise Unsupported(
-                f"A unit of {plan.unit} tokens in {whole} vectors of {self.vector} B",
+                f"A unit of {plan.unit} tokens in {self._whole} vectors of {self.vector} B",
                 f"the kernel counts {MAX_VECTORS}; use backend 'staged'",
             )
-        self._most_units = (MAX_VECTORS - 1) // whole
-        self._whole = whole
+        self._most_units = (MAX_VECTORS - 1) // self._whole
+        self._most, self._table = most, (_TABLE_ON, device)
+        side, at = (self.src, _SRC_TABLE_AT) if self._reads_host else (self.dst, _DST_TABLE_AT)
+        #: The kernel reads the host side's addresses from device memory.
+        self.wants_table = side.kind == "UNITS"
+        self._table_at, self._first = at, 8 * side.side.table
 
     def entry(self, each: int, name: str) -> str:
         """See `RowsKernel.entry`."""
@@ -101,19 +113,25 @@ class DirectKernel(RowsKernel):
         entry = f"void PORTAKV_AT_MOST({cut.threads}) {name}(const PORTAKV_CONSTANT Argument copy)"
         return f'extern "C" __global__ {entry} {{ {call}(copy); }}\n'
 
-    def blocks(self, units: int, most: int) -> int:
-        """Thread blocks of a launch, at most ``most``: no more than have something to do."""
-        return min(most, -(-units * self._whole // (self.cut.threads * self.cut.each)))
+    def grid(self, units: int, each: int) -> tuple[int, int]:
+        """Thread blocks of a launch: no more than have something to do."""
+        return min(self._most, -(-units * self._whole // (self.threads * self.cut.each))), 1
 
-    @property
-    def wants_table(self) -> bool:
-        """True where the kernel reads the host side's addresses from device memory."""
-        return (self.src if self._reads_host else self.dst).kind == "UNITS"
-
-    def pack_table(self, buffer: bytearray, table: int) -> None:
-        """Where the host side's table of addresses lies on the device."""
-        side, at = (self.src, _SRC_TABLE_AT) if self._reads_host else (self.dst, _DST_TABLE_AT)
-        _TABLE.pack_into(buffer, at, table + 8 * side.side.table)
+    def pack(
+        self,
+        buffer: bytearray,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        status: int,
+        ahead: int,
+    ) -> None:
+        """See `RowsKernel.pack`; of the host's addresses those that `table_on` put there."""
+        super().pack(buffer, src, dst, src_index, dst_index, status, ahead)
+        if self.wants_table:
+            table: _Table = (src if self._reads_host else dst).derived[self._table]
+            _TABLE.pack_into(buffer, self._table_at, table.addresses.data_ptr() + self._first)
 
 
 _WIDEST = 16  # bytes of a vector that fills the link
@@ -125,12 +143,13 @@ class Direct(Engine):
 
     name = "direct"
 
-    def __init__(
-        self, device: torch.device, half: Choice | None = None, terms: Terms | None = None
-    ) -> None:
-        super().__init__(device, half, terms)
-        self._functions: dict[str, Any] = {}
-        self._lock = threading.Lock()
+    @cached_property
+    def _driver(self) -> _cuda_driver.CudaDriver:
+        return _cuda_driver.CudaDriver(self.device)
+
+    @cached_property
+    def _kernels(self) -> LoadedKernels:
+        return LoadedKernels(self._driver, lambda: capturing(self.device))
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
@@ -153,21 +172,11 @@ class Direct(Engine):
         return Decision(self.name, True, why)
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        kernels = [DirectKernel(nest, plan) for nest in plan.nests]
-        sources = [kernel.source for kernel in kernels]
-        if capturing(self.device) and not self._functions.keys() >= set(sources):
-            raise refuse_capture()
-        functions = [self._function(source) for source in sources]
-        return _DirectLaunch(plan, kernels, functions, self.device, self.terms)
-
-    def _function(self, source: str) -> Any:
-        """The loaded kernel of a text; compiled, or read from the cache on disk, at most once."""
-        with self._lock:
-            found = self._functions.get(source)
-            if found is None:
-                loaded = _cuda_driver.load(source, [NAME], self.device)
-                found = self._functions[source] = loaded[NAME]
-            return found
+        most = self.terms.max_thread_blocks or BLOCKS
+        kernels = [DirectKernel(nest, plan, self.device, most) for nest in plan.nests]
+        rows = RowsLaunch(kernels, self._kernels.functions(kernels), self._driver)
+        wants_table = any(kernel.wants_table for kernel in kernels)
+        return _DirectLaunch(rows, plan.src.place == "device", wants_table, self.device)
 
 
 def _too_old(device: torch.device) -> str | None:
@@ -179,22 +188,14 @@ def _too_old(device: torch.device) -> str | None:
 
 
 class _DirectLaunch:
+    """A launch of the kernel, with what it needs of the host's memory. It cannot be settled
+    further, as `RowsLaunch` can."""
+
     def __init__(
-        self,
-        plan: CopyPlan,
-        kernels: list[DirectKernel],
-        functions: list[Any],
-        device: torch.device,
-        terms: Terms,
+        self, rows: RowsLaunch, stores: bool, wants_table: bool, device: torch.device
     ) -> None:
-        self._unit, self._stores = plan.unit, plan.src.place == "device"
-        self._kernels, self._functions, self._device = kernels, functions, device
-        self._most = terms.max_thread_blocks or BLOCKS
-        self._wants_table = any(kernel.wants_table for kernel in kernels)
-        fixed = [kernel.fixed for kernel in kernels]
-        self._arguments = _cuda_driver.ArgumentLists(fixed, partial(inside, device))
-        self._launch = _cuda_driver.Launcher(device, kernels[0].cut.threads)
-        self._process = this_process()
+        self._rows, self._stores, self._device = rows, stores, device
+        self._wants_table, self._process = wants_table, this_process()
 
     def __call__(
         self,
@@ -210,38 +211,15 @@ class _DirectLaunch:
             raise refuse_fork("CUDA")
         host = dst if self._stores else src
         check_reach(host, self._device)
-        table = table_on(host, self._device, stream) if self._wants_table else 0
-        word = 0 if status is None else status.data_ptr()
+        if self._wants_table:
+            table_on(host, self._device, stream)
         try:
-            self._enqueue(src, dst, src_index, dst_index, count, stream, word, table)
+            self._rows(src, dst, src_index, dst_index, count, stream, status)
         finally:
             # No allocator knows of these kernels, so the host's memory is held until they ended. A
             # graph's memory is its owner's.
             if not capturing(self._device):
                 streams.completion(self._device, stream, *host.owners)
-
-    def _enqueue(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-        word: int,
-        table: int,
-    ) -> None:
-        units = count // self._unit
-        arguments = self._arguments
-        for at, kernel in enumerate(self._kernels):
-            buffer = arguments.buffers[at]
-            kernel.pack(buffer, src, dst, src_index, dst_index, word, 0)
-            if kernel.wants_table:
-                kernel.pack_table(buffer, table)
-            for start, span in kernel.spans(units):
-                kernel.pack_span(buffer, start, span)
-                blocks = kernel.blocks(span, self._most)
-                self._launch(self._functions[at], blocks, arguments.addresses[at], stream)
 
 
 def check_reach(view: KVView, device: torch.device) -> None:

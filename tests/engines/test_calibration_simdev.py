@@ -183,13 +183,13 @@ def test_short_copies_are_timed_more_often() -> None:
 
 def test_lists_are_sent_once_and_not_while_a_copy_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two lists of a point, by each of three engines and in both directions."""
-    carry, met = HostLaunch.carry, set[tuple[Any, ...]]()
+    launch_by, met = HostLaunch.launch_by, set[tuple[Any, ...]]()
 
     def noted(self: HostLaunch, *arguments: Any) -> Any:
-        met.add(arguments[3:5])
-        return carry(self, *arguments)
+        met.add(arguments[1][2:4])
+        return launch_by(self, *arguments)
 
-    monkeypatch.setattr(HostLaunch, "carry", noted)
+    monkeypatch.setattr(HostLaunch, "launch_by", noted)
     calibrate(
         DEVICE, 60, Grid((4096,), (4096,), repeats=3, short=0, pageable=4096), Pretending([1e-5])
     )

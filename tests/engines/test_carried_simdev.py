@@ -12,8 +12,9 @@ from support.simdev_cases import DEVICE
 
 from portakv import Index, KVView, copy_blocks
 from portakv.engines import choose
-from portakv.engines.choose import Carried, Host, HostLaunch, across
+from portakv.engines.choose import Host, HostLaunch, across
 from portakv.engines.engine import Engine, Terms
+from portakv.plan.move import Move
 from portakv.plan.plan import CopyPlan
 from portakv.registry.registry import choose as chosen
 from portakv_conformance import simdev
@@ -81,21 +82,21 @@ def test_what_carried_a_copy_out_is_told_after_another_engine_took_over(
     assert launch.carried is None
     arguments = src, dst, index, index, 12, None, None
     launch(*arguments)
-    picked = launch.pick(src, dst, index, index, 12)
-    assert launch.carried == Carried(picked.engine, picked.why)
+    picked = launch.pick(Move(src, dst, index, index, 12))
+    assert launch.carried == (picked.engine, picked.why)
 
-    carry = HostLaunch.carry
+    launch_by = HostLaunch.launch_by
 
     def full(self: HostLaunch, engine: str, *asked: Any) -> Any:
         if engine == "staged":
             raise torch.OutOfMemoryError("the device is full")
-        return carry(self, engine, *asked)
+        return launch_by(self, engine, *asked)
 
-    monkeypatch.setattr(HostLaunch, "carry", full)
+    monkeypatch.setattr(HostLaunch, "launch_by", full)
     assert picked.engine == "staged"
     launch(*arguments)
     assert launch.carried is not None
-    assert launch.carried.engine == "descriptors"
-    assert "no memory left" in launch.carried.why
+    assert launch.carried[0] == "descriptors"
+    assert "no memory left" in launch.carried[1]
     torch.accelerator.synchronize(DEVICE)
     assert torch.equal(dst.tensors[[5, 0, 9]], src.tensors.cpu()[[5, 0, 9]])

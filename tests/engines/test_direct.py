@@ -311,12 +311,13 @@ def test_arguments_begin_as_the_rows_kernels_do() -> None:
     """The words of a request: base, table, ids, wide, first, limit."""
     copied = Copy(by(pool(), [3, 1]), objects(), 2)
     plan = between(copied, "device", "pinned")
-    kernel = DirectKernel(plan.nests[0], plan)
+    kernel = DirectKernel(plan.nests[0], plan, CUDA)
+    assert kernel.wants_table
     buffer = bytearray(kernel.fixed)
     ids, dst = copied.src.index(), copied.dst.view()
+    addresses = SimpleNamespace(data_ptr=lambda: 1 << 40)
+    dst.derived[direct._TABLE_ON, CUDA] = SimpleNamespace(addresses=addresses)
     kernel.pack(buffer, copied.src.view(), dst, ids, copied.dst.index(), 99, 0)
-    assert kernel.wants_table
-    kernel.pack_table(buffer, 1 << 40)
     words = struct.unpack_from("<12q", buffer)
     assert words[7] == (1 << 40) + 8 * kernel.dst.side.table
     assert (words[2], words[3], words[5]) == (ids.ids.data_ptr(), 1, 12)  # type: ignore[union-attr]

@@ -32,6 +32,7 @@ from portakv.engines import choose as picking
 from portakv.engines.choose import Host, HostLaunch, Pick
 from portakv.engines.costs import Costs
 from portakv.engines.engine import Terms
+from portakv.plan.move import Move
 
 
 @pytest.fixture(autouse=True)
@@ -103,21 +104,21 @@ def test_the_pick_depends_on_the_ids() -> None:
     """Blocks that lie in one piece on both sides need no gather; planes do."""
     blocks = ready(host(), view("device"), view("pinned"))
     both = view("device"), view("pinned")
-    assert blocks.pick(*both, apart(30), apart(30), 30 * SIZE).engine == "descriptors"
+    assert blocks.pick(Move(*both, apart(30), apart(30), 30 * SIZE)).engine == "descriptors"
     scattered = ready(host(), planes("device"), view("pinned"))
     sides = planes("device"), view("pinned")
     near = Index(range(5, 35), SIZE)
-    found = scattered.pick(*sides, near, near, 30 * SIZE)
+    found = scattered.pick(Move(*sides, near, near, 30 * SIZE))
     looked_up = {one.engine: one.runs for one in found.alternatives}
     # Blocks follow each other on the host; on the device the heads do, and no two rows of both.
     assert looked_up == {"staged": 1, "descriptors": 30 * ROWS, "direct": 30 * ROWS, "ring": 1}
     assert found.engine == "staged"
-    found = scattered.pick(*sides, near, apart(30), 30 * SIZE)
+    found = scattered.pick(Move(*sides, near, apart(30), 30 * SIZE))
     looked_up = {one.engine: one.runs for one in found.alternatives}
     assert looked_up == {"staged": 30, "descriptors": 30 * ROWS, "direct": 30 * ROWS, "ring": 30}
     # The other way the host is the source.
     upward = ready(host(), view("pinned"), planes("device"))
-    found = upward.pick(*sides[::-1], near, apart(30), 30 * SIZE)
+    found = upward.pick(Move(*sides[::-1], near, apart(30), 30 * SIZE))
     assert {one.engine: one.runs for one in found.alternatives}["staged"] == 1
 
 
@@ -135,7 +136,8 @@ def test_what_folds_counts_for_the_host_as_it_crosses(
         crossing = SimpleNamespace(fold_below=below)
         monkeypatch.setattr(chosen, "link_of", lambda device: crossing)
     src, dst = planes("device"), view("pinned")
-    found = ready(host(), src, dst).pick(src, dst, apart(30), apart(30), 30 * SIZE)
+    move = Move(src, dst, apart(30), apart(30), 30 * SIZE)
+    found = ready(host(), src, dst).pick(move)
     (one,) = (each for each in found.alternatives if each.engine == "descriptors")
     asked = "descriptors", "d2h", 256 * 30 * ROWS // pieces, pieces
     assert (one.run_bytes, one.runs) == asked[2:]
@@ -159,7 +161,7 @@ def test_to_torch_each_row_is_a_call_however_many_lie_together(
     def runs() -> int:
         launch = ready(host(), views[0], views[1], src_step=64, dst_step=64)
         blocks = Index([0, 2, 4, 6], 64)
-        found = launch.pick(views[0], views[1], blocks, blocks, 4 * 64)
+        found = launch.pick(Move(views[0], views[1], blocks, blocks, 4 * 64))
         return {one.engine: one.runs for one in found.alternatives}["descriptors"]
 
     assert runs() == 4 * 2 * 64
@@ -173,7 +175,7 @@ def test_pageable_memory_goes_by_the_ring() -> None:
     launch = ready(host(), src, dst)
     launch(src, dst, apart(3), apart(3), 3 * SIZE, None, None)
     assert launched() == ["ring"]
-    why = refusals(launch.pick(src, dst, apart(3), apart(3), 3 * SIZE))
+    why = refusals(launch.pick(Move(src, dst, apart(3), apart(3), 3 * SIZE)))
     assert why["staged"] == "it does not copy from pageable to device memory"
 
 
@@ -214,17 +216,17 @@ def test_an_engine_that_cannot_be_prepared_is_out_with_its_reason(
     src, dst = planes("device"), view("pinned")
     with engines(monkeypatch, direct=fake):
         launch = ready(host(), src, dst)
-        before = launch.pick(src, dst, apart(2), apart(2), 2 * SIZE)
+        before = launch.pick(Move(src, dst, apart(2), apart(2), 2 * SIZE))
         assert before.engine == "direct"  # nobody has tried yet
         launch(src, dst, apart(2), apart(2), 2 * SIZE, None, None)
         assert launched() == ["staged"]
-        after = launch.pick(src, dst, apart(2), apart(2), 2 * SIZE)
+        after = launch.pick(Move(src, dst, apart(2), apart(2), 2 * SIZE))
         assert after.engine == "staged"
         assert why in refusals(after)["direct"]
         launch(src, dst, apart(2), apart(2), 2 * SIZE, None, None)
         assert Fake.prepared.count("late") == (fake == "Late")  # and is not tried again
         with pytest.raises(Unsupported, match=why):
-            launch.carry("direct", src, dst, apart(2), apart(2), 2 * SIZE, None)
+            launch.launch_by("direct", Move(src, dst, apart(2), apart(2), 2 * SIZE), None)
 
 
 def test_the_first_engine_that_can_be_prepared_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,31 +254,31 @@ def test_terms_of_the_host_count() -> None:
     src, dst = planes("device"), view("pinned")
     index = Index(range(0, 64, 2), SIZE)
     compute, idle = (ready(host(overlap=policy), src, dst) for policy in ("compute", "idle"))
-    assert compute.pick(src, dst, index, index, 32 * SIZE).engine == "staged"
-    assert idle.pick(src, dst, index, index, 32 * SIZE).engine == "direct"
+    assert compute.pick(Move(src, dst, index, index, 32 * SIZE)).engine == "staged"
+    assert idle.pick(Move(src, dst, index, index, 32 * SIZE)).engine == "direct"
 
 
 def test_a_forced_engine_carries_out_what_another_would() -> None:
     src, dst = view("device"), view("pinned")
     launch = ready(host(), src, dst)
     for name in ("staged", "descriptors", "direct"):
-        launch.carry(name, src, dst, apart(30), apart(30), 30 * SIZE, None)
+        launch.launch_by(name, Move(src, dst, apart(30), apart(30), 30 * SIZE), None)
     assert launched() == ["staged", "descriptors", "direct"]
     with pytest.raises(Unsupported, match="it does not copy from device to pinned memory"):
-        launch.carry("ring", src, dst, apart(30), apart(30), 30 * SIZE, None)
+        launch.launch_by("ring", Move(src, dst, apart(30), apart(30), 30 * SIZE), None)
     with pytest.raises(Unsupported, match="there is no such engine"):
-        launch.carry("nonsense", src, dst, apart(30), apart(30), 30 * SIZE, None)
+        launch.launch_by("nonsense", Move(src, dst, apart(30), apart(30), 30 * SIZE), None)
 
 
 def test_a_pick_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     src, dst = planes("device"), view("pinned")
     launch = ready(host(), src, dst)
     index = apart(30)
-    first = launch.pick(src, dst, index, index, 30 * SIZE)
+    first = launch.pick(Move(src, dst, index, index, 30 * SIZE))
     monkeypatch.setattr(picking, "_alternative", None)
-    assert launch.pick(src, dst, index, index, 30 * SIZE) is first
+    assert launch.pick(Move(src, dst, index, index, 30 * SIZE)) is first
     # Another list of the same shape has the same answer.
-    assert launch.pick(src, dst, apart(30), apart(30), 30 * SIZE) is first
+    assert launch.pick(Move(src, dst, apart(30), apart(30), 30 * SIZE)) is first
 
 
 def test_picking_with_kept_ids_is_cheap() -> None:
@@ -286,7 +288,7 @@ def test_picking_with_kept_ids_is_cheap() -> None:
     index, best = apart(30), 1.0
     for _ in range(2000):
         began = perf_counter()
-        launch.pick(src, dst, index, index, 30 * SIZE)
+        launch.pick(Move(src, dst, index, index, 30 * SIZE))
         best = min(best, perf_counter() - began)
     assert best < 10e-6
 
@@ -306,7 +308,7 @@ def test_a_pick_that_was_under_way_when_its_engine_went_out_does_not_last(
             return found
 
         monkeypatch.setattr("portakv.engines.choose.pick", slow)
-        assert launch.pick(src, dst, *both, 2 * SIZE).engine == "direct"
+        assert launch.pick(Move(src, dst, *both, 2 * SIZE)).engine == "direct"
         launch(src, dst, *both, 2 * SIZE, None, None)
         assert launched() == ["staged"]
 

@@ -18,6 +18,7 @@ from portakv.engines.choose import ORDER, Host
 from portakv.engines.costs import DIRECTIONS, Table, costs_of, store
 from portakv.engines.engine import Terms
 from portakv.host import pinned
+from portakv.plan.move import Move
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import kernel_cache as _kernel_cache
 
@@ -119,13 +120,13 @@ def test_whatever_carries_it_out_moves_the_right_bytes(
     terms = Terms("idle" if how == "idle" else "compute")
     launch = Host(DEVICE, terms=terms).prepare(CopyPlan(src.form, dst.form, SIZE, SIZE))
     count = number * SIZE
-    picked = launch.pick(src, dst, mine, theirs, count).engine
+    picked = launch.pick(Move(src, dst, mine, theirs, count)).engine
     assert (picked == "ring") == (how == "pageable")
     before = host.clone()
     stream = torch.cuda.Stream(DEVICE) if side else None
     torch.accelerator.synchronize(DEVICE)
     if how in ORDER:
-        launch.carry(how, src, dst, mine, theirs, count, stream)
+        launch.launch_by(how, Move(src, dst, mine, theirs, count), stream)
     else:
         launch(src, dst, mine, theirs, count, stream, None)
     torch.accelerator.synchronize(DEVICE)

@@ -21,6 +21,7 @@ from portakv.engines import staging
 from portakv.engines.choose import Host, HostLaunch
 from portakv.engines.costs import DIRECTIONS
 from portakv.engines.engine import PINNED, Engine, Terms
+from portakv.plan.move import Move
 from portakv.registry.registry import BUILT_IN
 from portakv.runtime import kernel_cache as _kernel_cache
 from portakv_conformance import simdev
@@ -107,7 +108,7 @@ def test_whatever_is_picked_moves_the_right_bytes(
         stream.wait_stream(torch.accelerator.current_stream(DEVICE))
     indices = Index(mine, SIZE), Index(theirs, SIZE)
     count = number * SIZE
-    assert launch.pick(src, dst, *indices, count).engine in (
+    assert launch.pick(Move(src, dst, *indices, count)).engine in (
         ("ring",) if pageable else ("staged", "descriptors")
     )
     launch(src, dst, *indices, count, stream, None)
@@ -127,7 +128,7 @@ def test_engines_agree() -> None:
         src, dst = views(layers, host)
         launch = Host(DEVICE).prepare(CopyPlan(src.form, dst.form, SIZE, SIZE))
         index = Index([3, 1, 4, 15, 9], SIZE)
-        launch.carry(engine, src, dst, index, index, 5 * SIZE, None)
+        launch.launch_by(engine, Move(src, dst, index, index, 5 * SIZE), None)
         torch.accelerator.synchronize(DEVICE)
         found.append(host)
     assert torch.equal(*found)
@@ -148,7 +149,7 @@ def test_a_device_without_room_for_staging_copies_all_the_same(
 
     monkeypatch.setattr(staging.Staging, "reserve", full)
     with pytest.raises(torch.OutOfMemoryError):  # by name, it is told
-        launch.carry("staged", src, dst, index, index, BLOCKS * SIZE, None)
+        launch.launch_by("staged", Move(src, dst, index, index, BLOCKS * SIZE), None)
     monkeypatch.setattr(
         launch, "pick", lambda *asked: SimpleNamespace(engine="staged", why="asked")
     )
@@ -174,7 +175,7 @@ def test_a_kernels_ids_are_on_the_device_and_live_as_long_as_it_reads_them(
     stream = torch.Stream(DEVICE) if side else None
     for first in range(5):
         mine = Index([first, first + 7], SIZE)
-        launch.carry("direct", src, dst, mine, Index([8, 2], SIZE), 2 * SIZE, stream)
+        launch.launch_by("direct", Move(src, dst, mine, Index([8, 2], SIZE), 2 * SIZE), stream)
         del mine
         # Whoever is given the memory of ids that were freed too early writes into it.
         torch.zeros(2, dtype=torch.int32, device=DEVICE)
@@ -190,7 +191,7 @@ def test_ids_that_are_kept_serve_every_stream(monkeypatch: pytest.MonkeyPatch) -
     mine, theirs = Index([5, 6], SIZE), Index([8, 2], SIZE)
     streams = [None, torch.Stream(DEVICE), torch.Stream(DEVICE)]
     for stream in streams:
-        launch.carry("direct", src, dst, mine, theirs, 2 * SIZE, stream)
+        launch.launch_by("direct", Move(src, dst, mine, theirs, 2 * SIZE), stream)
     del mine, theirs
     for _ in range(4):
         torch.zeros(2, dtype=torch.int32, device=DEVICE)
@@ -205,7 +206,7 @@ def test_ids_on_the_device_are_brought_into_their_dtype_in_time(
     ids = torch.tensor([5, 6], device=DEVICE)
     stream = torch.Stream(DEVICE)
     stream.wait_stream(torch.accelerator.current_stream(DEVICE))
-    launch.carry("direct", src, dst, Index(ids, SIZE), Index(ids, SIZE), 2 * SIZE, stream)
+    launch.launch_by("direct", Move(src, dst, Index(ids, SIZE), Index(ids, SIZE), 2 * SIZE), stream)
     stream.synchronize()
     ((_, read),) = ReadsIds.seen
     with on(stream):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import ctypes
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -111,11 +111,11 @@ class DirectOnCpu(Direct):
         return super().prepare(placed)
 
 
-def _table_elsewhere(view: KVView, device: torch.device, stream: torch.Stream | None) -> int:
+def _table_elsewhere(view: KVView, device: torch.device, stream: torch.Stream | None) -> None:
     """A copy that is kept by the view, as on a device: its own table is not what is read."""
-    made = view.derived.setdefault("copied", torch.tensor(view.origins))
+    made = SimpleNamespace(addresses=torch.tensor(view.origins))
+    view.derived.setdefault((direct._TABLE_ON, device), made)
     view.table.fill_(0)
-    return int(made.data_ptr())
 
 
 @contextmanager
@@ -126,8 +126,7 @@ def installed(cut: Cut = SMALL) -> Iterator[Driver]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(_cuda_driver, "bindings", lambda: bindings)
         patched.setattr(_cuda_driver, "load", driver.load)
-        patched.setattr(_cuda_driver, "adopt", lambda device: None)
-        patched.setattr(_cuda_driver, "raw", lambda stream, index: 7)
+        patched.setattr(_cuda_driver.CudaDriver, "current", lambda self: nullcontext())
         patched.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
         patched.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
         patched.setattr(direct, "device_address", lambda address, device: address)
