@@ -19,11 +19,11 @@ from portakv.errors import LayoutError, SlotError, Unsupported
 from portakv.plan.loops import Loop, Nest, Side, merge, refine, split_run, widest_vector
 from portakv.plan.runs import Runs, expand
 from portakv.view.form import Form, Part, Step, Steps, merge_steps
+from portakv.view.index import Index
+from portakv.view.view import KVView
 
 if TYPE_CHECKING:
     from portakv.plan.move import Move
-    from portakv.view.index import Index
-    from portakv.view.view import KVView
 
 __all__ = ["CopyPlan", "Nest", "Section", "Side", "check_disjoint"]
 
@@ -157,8 +157,8 @@ class CopyPlan:
 
         Raises:
             LayoutError: a view whose form the plan was not made for.
-            SlotError: an id past the end of its view, a range past the list, or a range or an
-                index that does not consist of whole units.
+            SlotError: what is no view or index, an id past the end of its view, a range past the
+                list, or a range or an index that does not consist of whole units.
         """
         self._check_side("src", src_index, src)
         self._check_side("dst", dst_index, dst)
@@ -166,6 +166,12 @@ class CopyPlan:
 
     def _check_side(self, side: str, index: Index, view: KVView) -> None:
         name, form = ("source", self.src) if side == "src" else ("destination", self.dst)
+        if not (isinstance(view, KVView) and isinstance(index, Index)):
+            raise SlotError(
+                f"The {name} was asked of plan.runs as a {type(view).__name__} and a "
+                f"{type(index).__name__}; expected a KVView and an Index. Pass Index() for "
+                f"consecutive slots."
+            )
         if view.form != form and view.form.untyped() != form:
             raise LayoutError(
                 f"The {name}, {view.layout.text!r}, has another form than the plan was made for; "

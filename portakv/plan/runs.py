@@ -66,9 +66,9 @@ def factors(
     count: int,
 ) -> list[Factors]:
     """For each nest the runs of ``count`` tokens, not yet multiplied out; raises as `expand`."""
-    if count < 0 or count % unit:
+    if not isinstance(count, (int, np.integer)) or count < 0 or count % unit:
         raise SlotError(
-            f"Runs of {count} tokens were asked for, which are no multiple of the plan's unit "
+            f"Runs of {count!r} tokens were asked for, which are no multiple of the plan's unit "
             f"{unit}; give head and tail to a plan with unit=1."
         )
     for index, view, side in ((src_index, src, "source"), (dst_index, dst, "destination")):

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.core_cases import HANDS, SLOTS, Hand, Mover, by_backend, by_runs, move, noise
+from support.guarded_memory import filled, same
 
-from portakv import CopyPlan, Index, KVView, LayoutError, SlotError
+from portakv import CopyPlan, Index, KVView, PortaKVError, SlotError, copy_rows
 from portakv.plan.runs import Runs
 
 
@@ -81,7 +84,6 @@ def test_a_whole_contiguous_cache_is_one_run() -> None:
     assert [column.tolist() for column in runs] == [
         [src.tensors.data_ptr()], [dst.tensors.data_ptr()], [src.tensors.nbytes],
     ]  # fmt: skip
-    assert all(column.dtype == "int64" for column in runs)
 
 
 def test_neighbouring_blocks_become_one_run_also_where_the_list_is_out_of_order() -> None:
@@ -96,38 +98,27 @@ def test_neighbouring_blocks_become_one_run_also_where_the_list_is_out_of_order(
     assert runs.nbytes.tolist() == [3 * page, page]
 
 
-def test_runs_contiguous_on_one_side_only_are_not_merged() -> None:
-    src = KVView(noise(4, 8), "token dim")
-    dst = KVView(noise(8, 8, seed=1), "token dim")
-    plan = CopyPlan(src.form, dst.form, 0, 1)
-    runs = plan.runs(src, dst, Index(), Index([0, 2, 3, 5]), 4)
-    assert runs.nbytes.tolist() == [16, 32, 16]
-
-
-def test_negative_ids_on_either_side_are_left_out() -> None:
-    src = KVView(noise(6, 8), "token dim")
-    dst = KVView(noise(6, 8, seed=1), "token dim")
-    plan = CopyPlan(src.form, dst.form, 1, 1)
-    runs = plan.runs(src, dst, Index([0, -1, 2, 4]), Index([5, 4, -9, 0]), 4)
-    first, second = src.tensors.data_ptr(), dst.tensors.data_ptr()
-    assert runs.src.tolist() == [first, first + 4 * 16]
-    assert runs.dst.tolist() == [second + 5 * 16, second]
-
-
-@pytest.mark.parametrize("ids", [[], [-1, -2]], ids=["empty list", "padding only"])
-def test_nothing_to_move_is_no_run(ids: list[int]) -> None:
-    src, dst = (KVView(noise(6, 8), "token dim") for _ in range(2))
-    runs = CopyPlan(src.form, dst.form, 1, 1).runs(src, dst, Index(ids), Index(ids), len(ids))
-    assert [column.size for column in runs] == [0, 0, 0]
-
-
-def test_one_source_row_may_go_to_several_places() -> None:
-    src = KVView(noise(4, 8), "token dim")
-    target = noise(6, 8, seed=1)
-    dst = KVView(target, "token dim")
-    plan = CopyPlan(src.form, dst.form, 1, 1)
-    move(plan.runs(src, dst, Index([1, 1, 2, 1]), Index([0, 1, 2, 5]), 4))
-    assert torch.equal(target[[0, 1, 2, 5]], src.tensors[[1, 1, 2, 1]])
+@pytest.mark.parametrize(
+    ("mine", "theirs", "expected"),
+    [
+        (None, [0, 2, 3, 5], [(0, 0, 1), (1, 2, 2), (3, 5, 1)]),
+        ([0, -1, 2, 4], [5, 4, -9, 0], [(0, 5, 1), (4, 0, 1)]),
+        ([], [], []),
+        ([-1, -2], [-1, -2], []),
+        ([1, 1, 2, 1], [0, 1, 2, 5], [(1, 0, 1), (1, 1, 1), (1, 5, 1), (2, 2, 1)]),
+    ],
+    ids=["contiguous on one side", "negative ids", "no ids", "padding only", "one row often"],
+)
+def test_runs_of_single_rows(
+    mine: list[int] | None, theirs: list[int], expected: list[tuple[int, int, int]]
+) -> None:
+    src, dst = (KVView(noise(6, 8, seed=i), "token dim") for i in range(2))
+    first, second = Index(mine), Index(theirs)
+    plan = CopyPlan(src.form, dst.form, *(index.plan_step for index in (first, second)))
+    runs = plan.runs(src, dst, first, second, len(theirs))
+    rows = [(runs.src - src.addresses) // 16, (runs.dst - dst.addresses) // 16, runs.nbytes // 16]
+    assert list(zip(*(column.tolist() for column in rows), strict=True)) == expected
+    assert all(column.dtype == "int64" for column in runs)
 
 
 def test_a_chunk_may_be_read_from_any_token_on_while_blocks_move_whole() -> None:
@@ -154,56 +145,74 @@ def test_tokens_in_a_list_of_tensors_keep_whole_units() -> None:
     assert torch.equal(dst.tensors[[2, 0]].view(8, 8), torch.stack(tokens[2:10]))
 
 
-class TestRefusals:
-    def setup_method(self) -> None:
-        self.src = KVView(noise(4, 4, 8), "block token dim")
-        self.dst = KVView(noise(4, 4, 8, seed=1), "block token dim")
-        self.plan = CopyPlan(self.src.form, self.dst.form, 4, 4)
+def table(*ids: int, offset: int = 0) -> Index:
+    return Index(list(ids), 4, offset)
 
-    def runs(self, mine: Index, theirs: Index, count: int) -> Runs:
-        return self.plan.runs(self.src, self.dst, mine, theirs, count)
 
-    def test_a_count_that_is_no_multiple_of_the_unit(self) -> None:
-        with pytest.raises(SlotError, match=r"6 tokens .* multiple of the plan's unit 4"):
-            self.runs(Index([0, 1], 4), Index([0, 1], 4), 6)
+PAST = r"slot 16 \(of id 4, 4 slots each\), but the view has 16 slots"
+#: Source and destination index, count, part of the message; blocks of 4, a plan of whole blocks.
+REFUSED: list[tuple[Any, Any, Any, str]] = [
+    (table(0, 1), table(0, 1), 6, r"6 tokens .* multiple of the plan's unit 4"),
+    (table(0, 1), table(0, 1), -4, r"-4 tokens .* multiple of the plan's unit 4"),
+    (table(0, 1), table(0, 1), 4.0, r"4.0 tokens were asked .* unit 4"),
+    # Inside a unit it would read on into the block behind.
+    (table(0, 1, offset=1), table(0, 1), 4, "source index begins at token 1"),
+    (table(0, 1), table(0, 1, offset=3), 4, "destination index begins at token 3"),
+    (Index([0, 1, 2, 3]), table(0), 4, "step 1, no multiple of the plan's unit 4"),
+    (table(4), table(0), 4, PAST),
+    (table(0), table(4), 4, PAST),
+    (table(0, 1), table(0, 1, 2), 12, "2 ids x 4 tokens"),
+    (Index(offset=12), table(0, 1), 8, "holds 16 tokens"),
+    (None, table(0), 4, r"source was asked .* a KVView and a NoneType; expected .* Index\(\)"),
+    (table(0), [0], 4, "destination was asked .* a KVView and a list; expected .* an Index"),
+]
 
-    def test_an_offset_inside_a_unit(self) -> None:
-        """It would read on into the block behind."""
-        with pytest.raises(SlotError, match="source index begins at token 1"):
-            self.runs(Index([0, 1], 4, offset=1), Index([0, 1], 4), 4)
-        with pytest.raises(SlotError, match="destination index begins at token 3"):
-            self.runs(Index([0, 1], 4), Index([0, 1], 4, offset=3), 4)
 
-    def test_an_index_of_another_step(self) -> None:
-        with pytest.raises(SlotError, match="step 1, no multiple of the plan's unit 4"):
-            self.runs(Index([0, 1, 2, 3]), Index([0], 4), 4)
+@pytest.mark.parametrize(("mine", "theirs", "count", "why"), REFUSED)
+def test_runs_that_are_refused(mine: Any, theirs: Any, count: Any, why: str) -> None:
+    src, dst = (KVView(noise(4, 4, 8, seed=i), "block token dim") for i in range(2))
+    with pytest.raises(SlotError, match=why):
+        CopyPlan(src.form, dst.form, 4, 4).runs(src, dst, mine, theirs, count)
 
-    def test_ids_with_a_plan_that_was_made_without(self) -> None:
-        flat = [KVView(noise(16, 8, seed=i), "token dim") for i in range(2)]
-        plan = CopyPlan(flat[0].form, flat[1].form, unit=4)
-        with pytest.raises(SlotError, match="begins at token 2"):
-            plan.runs(flat[0], flat[1], Index([0, 2], 4, offset=2), Index(), 4)
 
-    @pytest.mark.parametrize("side", [0, 1], ids=["source", "destination"])
-    def test_a_slot_past_the_end(self, side: int) -> None:
-        indices = [Index([0], 4), Index([0], 4)]
-        indices[side] = Index([4], 4)
-        told = r"slot 16 \(of id 4, 4 slots each\), but the view has 16 slots"
-        with pytest.raises(SlotError, match=told):
-            self.runs(indices[0], indices[1], 4)
+def test_ids_with_a_plan_that_was_made_without() -> None:
+    flat = [KVView(noise(16, 8, seed=i), "token dim") for i in range(2)]
+    plan = CopyPlan(flat[0].form, flat[1].form, unit=4)
+    with pytest.raises(SlotError, match="begins at token 2"):
+        plan.runs(flat[0], flat[1], Index([0, 2], 4, offset=2), Index(), 4)
 
-    def test_a_range_past_the_list(self) -> None:
-        with pytest.raises(SlotError, match="2 ids x 4 tokens"):
-            self.runs(Index([0, 1], 4), Index([0, 1, 2], 4), 12)
 
-    def test_a_range_past_a_view_without_ids(self) -> None:
-        with pytest.raises(SlotError, match="holds 16 tokens"):
-            self.runs(Index(offset=12), Index([0, 1], 4), 8)
+def test_a_view_of_another_form_or_none() -> None:
+    """Its strides are not those that the plan was made for."""
+    view, other = KVView(noise(4, 4, 8), "block token dim"), noise(4, 4, 16)[:, :, :8]
+    plan = CopyPlan(view.form, view.form, 4, 4)
+    for wrong, told in (
+        (KVView(other, "block token dim"), "has another form than the plan was made for"),
+        (other, "was asked of plan.runs as a Tensor and a Index"),
+    ):
+        for at, side in enumerate(("source", "destination")):
+            views: list[Any] = [wrong if n == at else view for n in range(2)]
+            with pytest.raises(PortaKVError, match=f"{side}.* {told}"):
+                plan.runs(*views, table(0), table(0), 4)
 
-    def test_a_view_of_another_form(self) -> None:
-        """Its strides are not those that the plan was made for."""
-        other = KVView(noise(4, 4, 16)[:, :, :8], "block token dim")
-        with pytest.raises(LayoutError, match=r"source.* has another form than the plan"):
-            self.plan.runs(other, self.dst, Index([0], 4), Index([0], 4), 4)
-        with pytest.raises(LayoutError, match=r"destination.* has another form than the plan"):
-            self.plan.runs(self.src, other, Index([0], 4), Index([0], 4), 4)
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("gathers", [True, False], ids=["gather", "scatter"])
+def test_a_flat_side_may_begin_between_two_units(start: int, gathers: bool) -> None:
+    """A block of 8 tokens x 24 B allows vectors of 16 B, a start at the next token does not."""
+    cache, rows = noise(4, 8, 12, dtype=torch.float16), filled((24, 12))
+    table, begin = Index([2, 0], step=8), Index(offset=start)
+    blocks = KVView(cache, "block token dim", kv=1)
+    flat = KVView(rows, "token dim", kv=1)
+    assert CopyPlan(blocks.form, blocks.form, 8, 8).vector == 16
+    if gathers:
+        wanted = rows.clone()
+        wanted[start : start + 16] = cache[[2, 0]].view(rows.dtype).reshape(16, 12)
+        assert CopyPlan(blocks.form, flat.form, 8, 0).vector == 8
+        copy_rows(blocks, flat, table, begin, count=16).synchronize()
+        assert same(rows, wanted)
+    else:
+        expected = cache.clone()
+        expected[[2, 0]] = rows[start : start + 16].view(cache.dtype).reshape(2, 8, 12)
+        copy_rows(flat, blocks, begin, table, count=16).synchronize()
+        assert same(cache, expected)

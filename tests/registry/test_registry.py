@@ -24,6 +24,7 @@ from portakv import (
     Unsupported,
     register_backend,
 )
+from portakv.backends.reference import Reference
 from portakv.registry import registry
 
 __all__ = ["caches", "fresh"]  # fixtures
@@ -272,6 +273,10 @@ def test_capabilities_that_raise_reject(caches: list[torch.Tensor]) -> None:
     assert "the driver is too old" in reasons()["moody"][1]
     with refused(BackendUnavailable, "the driver is too old"):
         registry.choose("cpu", "moody")
+
+
+def test_by_default_a_device_s_tensors_hide_nothing() -> None:
+    assert Reference.hides(torch.device("cpu")) is None
 
 
 # Plans that a backend does not take

@@ -58,7 +58,7 @@ def test_copying_slice_by_slice_is_copying_the_whole(hand: Hand) -> None:
     src, dst = hand.view(source), hand.view(target)
     ids = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(0))
     for layer, head, kv in product(range(LAYERS), range(HEADS), range(KV)):
-        cut = {"layers": layer, "heads": head, "kv": kv}
+        cut: dict[str, Any] = {"layers": layer, "heads": head, "kv": kv}
         copy_rows(src.slice(**cut), dst.slice(**cut), ids, ids.flip(0)).synchronize()
     expected = torch.empty_like(hand.rows(source))
     expected[:, :, ids.flip(0)] = hand.rows(source)[:, :, ids]
@@ -234,7 +234,7 @@ def test_any_slice_of_any_containers(whole: KVView, data: st.DataObject) -> None
 
     layers, heads, kv = cut(whole.layers), cut(whole.heads), cut(whole.kv)
     check(whole.slice(layers=layers, heads=heads, kv=kv), whole, layers, heads, kv)
-    one = {"heads": heads, "kv": kv}
+    one: dict[str, Any] = {"heads": heads, "kv": kv}
     assert len({whole.slice(layers=i, **one).form for i in range(whole.layers)}) == 1
 
 
