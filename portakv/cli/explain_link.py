@@ -12,7 +12,7 @@ from portakv.cli.console import Column, print_json, print_prose, print_table
 from portakv.cli.delegated import accelerator_asked
 from portakv.cli.sides import in_bytes, in_time, read_bytes, read_rate
 from portakv.engines.choose import ORDER, Alternative, Host, Pick, pick
-from portakv.engines.costs import DIRECTIONS, Costs, TableError, Unmeasured, costs_of, read
+from portakv.engines.costs import DIRECTIONS, Table, TableError, costs_of, read, unmeasured
 from portakv.engines.engine import OVERLAPS, Terms
 from portakv.engines.pieces import Shape
 from portakv.errors import PortaKVError
@@ -35,7 +35,7 @@ class Explained:
     host_runs: int
     pageable: bool
     terms: Terms
-    costs: Costs
+    costs: Table
     note: str
     pick: Pick
 
@@ -142,10 +142,10 @@ def explain(asked: argparse.Namespace) -> Explained:
     )  # fmt: skip
 
 
-def _known(asked: argparse.Namespace) -> tuple[Costs, dict[str, str], str]:
+def _known(asked: argparse.Namespace) -> tuple[Table, dict[str, str], str]:
     """Costs, the engines that do not serve the device, and what a reader has to know of both."""
     device = accelerator_asked(asked.device)
-    costs: Costs | None = None
+    costs: Table | None = None
     if asked.table is not None:
         try:
             costs = read(Path(asked.table))
@@ -156,7 +156,7 @@ def _known(asked: argparse.Namespace) -> tuple[Costs, dict[str, str], str]:
             ) from error
     if device is None:
         note = "There is no accelerator here; all engines are taken to serve one."
-        return costs or Unmeasured("there is no accelerator to measure"), {}, note
+        return costs or unmeasured("there is no accelerator to measure"), {}, note
     host = Host(device)
     return costs or costs_of(device), dict(host.out), f"On {device}."
 

@@ -19,16 +19,15 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from portakv.backends.base import Pending
 from portakv.engines.choose import ORDER, Host, HostLaunch
-from portakv.engines.costs import D2H, DIRECTIONS, Point, Table, identity
+from portakv.engines.costs import D2H, DIRECTIONS, CostTable, Point, Table, identity
 from portakv.engines.engine import Terms, finish
 from portakv.errors import PortaKVError
 from portakv.host import pinned
 from portakv.plan.move import Move
 from portakv.plan.plan import CopyPlan
-from portakv.plan.runs import Int64
 from portakv.runtime.devices import inside
-from portakv.runtime.transfer import Pending
 from portakv.view.form import Form
 from portakv.view.index import Index
 from portakv.view.view import KVView
@@ -141,7 +140,7 @@ class _Work:
         self.device, self._grid, self._timer, self._host = device, grid, timer, host
         self.left_out: dict[str, str] = dict(host.out)
         self.found: dict[tuple[str, str], dict[int, list[Point]]] = {}
-        self._launches: dict[tuple[str, Form, Form], HostLaunch] = {}
+        self._launches: dict[tuple[Form, Form], HostLaunch] = {}
         self._pools: dict[str, torch.Tensor] = {}
 
     def points(self) -> Iterator[tuple[str, int, int, str]]:
@@ -151,18 +150,12 @@ class _Work:
                 most = self._most(pageable)
                 for runs in _spread(self._grid.runs(size, most)):
                     for direction in DIRECTIONS:
-                        for engine in self._engines(pageable):
-                            yield direction, size, runs, engine
+                        for engine in ORDER:
+                            if engine in self._host.engines and self.pageable(engine) == pageable:
+                                yield direction, size, runs, engine
 
     def _most(self, pageable: bool) -> int:
         return self._grid.pageable if pageable else max(self._grid.payloads)
-
-    def _engines(self, pageable: bool) -> list[str]:
-        return [
-            name for name in ORDER
-            if name in self._host.engines and name not in self.left_out
-            and self.pageable(name) == pageable
-        ]  # fmt: skip
 
     def pageable(self, engine: str) -> bool:
         places = self._host.engines[engine].capabilities().places
@@ -174,9 +167,8 @@ class _Work:
         if not columns:
             return _FIXED + runs * (_PER_RUN + size * _PER_BYTE)
         known = {s: sorted(c, key=lambda p: p.runs) for s, c in columns.items()}
-        costs = Table({}, {(engine, direction): known})
-        host = costs.host_seconds(engine, direction, size, runs) or 0.0
-        return (costs.seconds(engine, direction, size, runs) or 0.0) + host + min(host, SEEN)
+        host = CostTable(known, "host_seconds").seconds(size, runs)
+        return CostTable(known, "seconds").seconds(size, runs) + host + min(host, SEEN)
 
     def measure(self, engine: str, direction: str, size: int, runs: int) -> None:
         """Measure one point; an engine that fails, or whose bytes are wrong, is left out."""
@@ -202,12 +194,11 @@ class _Work:
         column = self.found.setdefault((engine, direction), {}).setdefault(size, [])
         column.append(Point(runs, seconds, host))
 
-    def launch(self, direction: str, src: KVView, dst: KVView) -> HostLaunch:
+    def launch(self, src: Form, dst: Form) -> HostLaunch:
         """The launch between two forms; made once."""
-        key = direction, src.form, dst.form
-        found = self._launches.get(key)
+        found = self._launches.get((src, dst))
         if found is None:
-            found = self._launches[key] = self._host.prepare(CopyPlan(src.form, dst.form, 1, 1))
+            found = self._launches[src, dst] = self._host.prepare(CopyPlan(src, dst, 1, 1))
         return found
 
     def blocks(self, place: str, size: int, runs: int) -> torch.Tensor:
@@ -215,7 +206,12 @@ class _Work:
         pool = self._pools.get(place)
         if pool is None:
             nbytes = self._grid.largest(self._most(place == "pageable"))
-            pool = self._pools[place] = _memory(place, nbytes, self.device)
+            if place == "pinned":
+                pool = pinned.allocate(nbytes, fallback=False).tensor
+            else:
+                device = self.device if place == "device" else "cpu"
+                pool = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+            self._pools[place] = pool
         pitch = size + GAP
         return pool[: runs * pitch].view(runs, 1, pitch)[:, :, :size]
 
@@ -228,11 +224,11 @@ class _Copy:
         device = work.blocks("device", size, runs)
         self._engine, self._device, self._runs = engine, work.device, runs
         self._src, self._dst = (device, host) if direction == D2H else (host, device)
-        self._orders = [_shuffled(runs, seed) for seed in (1, 2)]
+        self._orders = [np.random.default_rng(seed).permutation(runs) for seed in (1, 2)]
         src, dst = (KVView(x, "block token dim", block_size=1) for x in (self._src, self._dst))
         mine, theirs = (Index(order) for order in self._orders)
         self._move = Move(src, dst, mine, theirs, runs)
-        self._launch = work.launch(direction, src, dst)
+        self._launch = work.launch(src.form, dst.form)
 
     def call(self) -> Pending | None:
         """Copy every block, under lists that are wherever engines read them: new ones are sent by
@@ -262,30 +258,14 @@ class _Copy:
             raise PortaKVError("its bytes were wrong")
 
 
-def _memory(place: str, nbytes: int, device: torch.device) -> torch.Tensor:
-    if place == "pinned":
-        return pinned.allocate(nbytes, fallback=False).tensor
-    return torch.zeros(nbytes, dtype=torch.uint8, device=device if place == "device" else "cpu")
-
-
-def _shuffled(runs: int, seed: int) -> Int64:
-    return np.random.default_rng(seed).permutation(runs).astype(np.int64)
-
-
 def _spread(values: Sequence[int]) -> list[int]:
     """The ends first, then the middle of each gap."""
-    order: list[int] = []
-    spans = [(0, len(values) - 1)]
-    for at in (0, len(values) - 1):
-        if values[at] not in order:
-            order.append(values[at])
-    while spans:
-        low, high = spans.pop(0)
-        if high - low < 2:
-            continue
-        middle = (low + high) // 2
-        order.append(values[middle])
-        spans += [(low, middle), (middle, high)]
+    order, spans = list(dict.fromkeys((values[0], values[-1]))), [(0, len(values) - 1)]
+    for low, high in spans:
+        if high - low >= 2:
+            middle = (low + high) // 2
+            order.append(values[middle])
+            spans += [(low, middle), (middle, high)]
     return order
 
 

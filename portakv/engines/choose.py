@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import torch
 
-from portakv.backends.base import Backend, Capabilities, Decision, Launch
-from portakv.engines.costs import Costs, costs_of
-from portakv.engines.engine import Engine, Terms, direction_of, read_on
+from portakv.backends.base import Backend, Capabilities, Decision, Launch, Pending
+from portakv.engines.costs import Table, costs_of
+from portakv.engines.engine import Engine, EngineLaunch, Terms, read_on
 from portakv.engines.link import by_torch, link_of
 from portakv.engines.pieces import RunCounter, Shape
 from portakv.errors import BackendUnavailable, Unsupported
@@ -29,9 +29,6 @@ from portakv.registry.prepared import bring
 from portakv.registry.registry import BUILT_IN, REGISTRY, Choice
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
-from portakv.runtime.transfer import Pending
-from portakv.view.index import Index
-from portakv.view.view import KVView
 
 _log = logging.getLogger(__name__)
 
@@ -114,7 +111,7 @@ def pick(
     direction: str,
     out: Mapping[str, str],
     terms: Terms,
-    costs: Costs,
+    costs: Table,
 ) -> Pick:
     """The engine for a copy.
 
@@ -180,7 +177,7 @@ def _known(seconds: float | None) -> float:
 
 
 def _alternative(
-    name: str, shape: Shape, direction: str, refused: str, costs: Costs
+    name: str, shape: Shape, direction: str, refused: str, costs: Table
 ) -> Alternative:
     runs, pieces = max(1, shape.runs), max(1, shape.pieces)
     run_bytes = max(1, shape.nbytes // pieces)
@@ -226,7 +223,7 @@ class Host(Engine):
         device: torch.device,
         half: Choice | None = None,
         terms: Terms | None = None,
-        costs: Costs | None = None,
+        costs: Table | None = None,
     ) -> None:
         super().__init__(device, half, terms)
         self._costs = costs
@@ -235,7 +232,7 @@ class Host(Engine):
         self._logged: set[str] = set()
 
     @property
-    def costs(self) -> Costs:
+    def costs(self) -> Table:
         """What engines cost on this device."""
         return self._costs or costs_of(self.device)
 
@@ -296,7 +293,7 @@ class Host(Engine):
         return decision.reason
 
 
-class HostLaunch:
+class HostLaunch(EngineLaunch):
     """A plan's launches, one for each engine that takes it, each prepared when it is first used.
 
     Args:
@@ -309,7 +306,8 @@ class HostLaunch:
     """
 
     def __init__(self, plan: CopyPlan, host: Host) -> None:
-        self.plan, self.direction = plan, direction_of(plan)
+        super().__init__(plan, host.device)
+        self.plan, self.direction = plan, "d2h" if self.downward else "h2d"
         self._host, self._terms = host, host.terms
         self.out = dict(host.out)
         self._engines: dict[str, Backend] = {}
@@ -343,10 +341,8 @@ class HostLaunch:
         Raises:
             Unsupported: every engine has turned out not to carry the plan out.
         """
-        _, _, mine, theirs, count = move
-        whole = self._whole.groups(mine, theirs, count)
-        if self.direction == "h2d":
-            theirs = mine
+        count, theirs = move.count, move.dst_index if self.downward else move.src_index
+        whole = self._whole.groups(move.src_index, move.dst_index, count)
         of_host = self._of_host.groups(theirs, theirs, count)
         out = self.out
         # An engine that turns out to be out ends every pick that was made before.
@@ -376,19 +372,9 @@ class HostLaunch:
             raise Unsupported(f"A copy by the engine {engine!r}", why)
         return launch(*self._placed(engine, move, stream), stream, None)
 
-    def __call__(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None,
+    def enqueue(
+        self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None
     ) -> Pending | None:
-        if not count:
-            return None
-        move = Move(src, dst, src_index, dst_index, count)
         picked = self.pick(move)
         while self._prepared(picked.engine) is None:  # refused just now: pick another one
             picked = self.pick(move)
@@ -437,7 +423,7 @@ class HostLaunch:
         can = self._engines[name].capabilities()
         if can.index_on == "any":
             return move
-        home, dtypes = can.home_of_ids(self._host.device), can.index_dtypes
+        home, dtypes = can.home_of_ids(self.device), can.index_dtypes
         # Detached, the next layer's engine may read them on a stream that waits for no other.
         apart = stream is not None and self._terms.detached
         with inside(None if apart else stream):
@@ -446,7 +432,7 @@ class HostLaunch:
                 index if index.ids is None else index.placed(home, dtypes) for index in move[2:4]
             )
         if stream is not None and apart:
-            stream.wait_stream(torch.accelerator.current_stream(self._host.device.index))
+            stream.wait_stream(torch.accelerator.current_stream(self.device.index))
         return move._replace(src_index=read_on(stream, mine), dst_index=read_on(stream, theirs))
 
 

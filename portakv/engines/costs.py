@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of measured costs: look-up, and its file in the user's cache folder.
+"""The table of measured costs for the choice of engines: look-up, and its file in the cache.
 
 There is one file for each kind of device, driver and torch. What is missing, corrupt or of another
 device is no error: nothing is known then, the default rule picks engines, and the origin says why.
@@ -15,11 +15,12 @@ import re
 import tempfile
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -33,47 +34,12 @@ D2H, H2D = DIRECTIONS = ("d2h", "h2d")
 #: Of the file, and of how engines behave: a table of another format is measured anew.
 FORMAT = 2
 
+_LEAST = 1e-12  # seconds of any copy
+
 #: Where Linux tells the version of NVIDIA's module, and of AMD's.
 _MODULES = Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version")
 
 Columns = Mapping[int, Sequence["Point"]]  # by bytes of a run, with rising numbers of runs
-
-
-class Costs(Protocol):
-    """What engines cost."""
-
-    @property
-    def origin(self) -> str:
-        """Where the figures come from."""
-
-    @property
-    def measured(self) -> bool:
-        """Whether they were measured on this device."""
-
-    def seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> float | None:
-        """Seconds that the device takes; None where nothing is known of an engine."""
-
-    def host_seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> float | None:
-        """Seconds that a call keeps the host; None where nothing is known of an engine."""
-
-
-class Unmeasured:
-    """A device without a table: nothing is known of any engine.
-
-    Args:
-        why: why there is none, as a sentence.
-    """
-
-    measured = False
-
-    def __init__(self, why: str) -> None:
-        self.origin = f"not measured, so that the default rule picks engines: {why}"
-
-    def seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> None:
-        """None: not known."""
-
-    def host_seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> None:
-        """None: not known."""
 
 
 class TableError(ValueError):
@@ -92,7 +58,7 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Measured costs of one kind of device.
+    """What engines cost on one kind of device, as it was measured.
 
     Attributes:
         device: what it was measured on; see `identity`.
@@ -101,7 +67,7 @@ class Table:
         emulated: measured on an emulated device, whose times mean nothing.
         took: seconds of measuring.
         whole: every point was measured within the time that was allowed.
-        origin: where it comes from.
+        origin: where it comes from, as a sentence.
         timer: what its times are.
     """
 
@@ -113,45 +79,45 @@ class Table:
     whole: bool = True
     origin: str = "measured by this process"
     timer: str = ""
-    measured = True
 
-    def __post_init__(self) -> None:
-        for name, of in (("_seconds", _of_device), ("_host_seconds", _of_host)):
-            known = {key: CostTable(columns, of) for key, columns in self.points.items() if columns}
-            object.__setattr__(self, name, known)
+    @property
+    def measured(self) -> bool:
+        """Whether anything was measured."""
+        return bool(self.points)
 
     def seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> float | None:
-        """Seconds that the device takes; None where an engine was not measured."""
-        surfaces: dict[tuple[str, str], CostTable] = self._seconds  # type: ignore[attr-defined]
-        surface = surfaces.get((engine, direction))
-        return None if surface is None else surface.seconds(run_bytes, runs)
+        """Seconds that the device takes; None if an engine was not measured."""
+        found = self._tables["seconds"].get((engine, direction))
+        return None if found is None else found.seconds(run_bytes, runs)
 
     def host_seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> float | None:
-        """Seconds that a call keeps the host; None where an engine was not measured."""
-        surfaces: dict[tuple[str, str], CostTable] = self._host_seconds  # type: ignore[attr-defined]
-        surface = surfaces.get((engine, direction))
-        return None if surface is None else surface.seconds(run_bytes, runs)
+        """Seconds that a call keeps the host; None if an engine was not measured."""
+        found = self._tables["host_seconds"].get((engine, direction))
+        return None if found is None else found.seconds(run_bytes, runs)
 
-
-def _of_device(point: Point) -> float:
-    return point.seconds
-
-
-def _of_host(point: Point) -> float:
-    return point.host_seconds
+    @cached_property
+    def _tables(self) -> dict[str, dict[tuple[str, str], CostTable]]:
+        return {
+            what: {key: CostTable(points, what) for key, points in self.points.items() if points}
+            for what in ("seconds", "host_seconds")
+        }
 
 
 class CostTable:
     """Seconds of one engine in one direction over bytes of a run and number of runs.
 
+    Args:
+        columns: the measurements.
+        what: ``seconds`` or ``host_seconds`` of each.
+
     Between measurements seconds are linear: in the number of runs of one size, and for equal bytes
     in how many runs they lie in. That is exact for what each run and each byte has its price.
     """
 
-    def __init__(self, columns: Columns, of: Callable[[Point], float]) -> None:
+    def __init__(self, columns: Columns, what: str) -> None:
         self._sizes = sorted(columns)
         self._columns = [
-            ([p.runs for p in columns[size]], [of(p) for p in columns[size]])
+            ([p.runs for p in columns[size]], [getattr(p, what) for p in columns[size]])
             for size in self._sizes
         ]
 
@@ -183,6 +149,12 @@ def _along(runs: Sequence[int], seconds: Sequence[float], wanted: float) -> floa
         slope = max(slope, 0.5 * seconds[-1] / runs[-1])
         return seconds[-1] + slope * (wanted - runs[-1])
     return seconds[at - 1] + slope * (wanted - runs[at - 1])
+
+
+def unmeasured(why: str) -> Table:
+    """The table of a device that has none, for a reason: nothing is known of any engine."""
+    origin = f"not measured, so that the default rule picks engines: {why}"
+    return Table({}, {}, whole=False, origin=origin)
 
 
 def identity(device: torch.device) -> dict[str, str]:
@@ -286,7 +258,7 @@ def _parsed(content: Mapping[str, Any], path: Path) -> Table:
                 raise ValueError(f"direction {direction!r}")
             columns = points.setdefault((engine, direction), {})
             for size, runs, seconds, host_seconds in rows:
-                point = Point(_count(runs), _positive(seconds), _time(host_seconds))
+                point = Point(_count(runs), _time(seconds, _LEAST), _time(host_seconds))
                 columns.setdefault(_count(size), []).append(point)
             for column in columns.values():
                 column.sort(key=lambda p: p.runs)
@@ -313,31 +285,20 @@ def _count(number: Any) -> int:
     return number
 
 
-def _time(number: Any) -> float:
-    if type(number) not in (int, float) or not math.isfinite(number) or number < 0:
-        raise ValueError(f"{number!r} is no time")
+def _time(number: Any, least: float = 0.0) -> float:
+    if type(number) not in (int, float) or not math.isfinite(number) or number < least:
+        raise ValueError(f"{number!r} is no time{' that a copy can take' if least else ''}")
     return float(number)
 
 
-def _positive(number: Any) -> float:
-    if not _time(number):
-        raise ValueError(f"{number!r} is no time that a copy can take")
-    return float(number)
-
-
-_known: Bounded[torch.device, Costs] = Bounded("tables of costs", 64)
+_known: Bounded[torch.device, Table] = Bounded("tables of costs", 64)
 _lock = threading.Lock()
 
 
-def costs_of(device: torch.device) -> Costs:
-    """The costs of a device: its table, read once in a process, or none."""
-    found = _known.get(device)
-    if found is None:
-        with _lock:
-            found = _known.get(device)
-            if found is None:
-                found = _known[device] = _find(device)
-    return found
+def costs_of(device: torch.device) -> Table:
+    """The table of a device, read once in a process."""
+    with _lock:
+        return _known.get_or_make(device, lambda: _find(device))
 
 
 def forget() -> None:
@@ -346,23 +307,18 @@ def forget() -> None:
         _known.clear()
 
 
-def _find(device: torch.device) -> Costs:
+def _find(device: torch.device) -> Table:
     mine = identity(device)
     path = path_for(mine)
     if not path.exists():
-        why = (
+        return unmeasured(
             f"there is no table for this device in {path.parent}; `portakv calibrate` measures one"
         )
-        return Unmeasured(why)
     try:
         table = read(path)
+        if table.device == mine:
+            return table
+        why = f"it was measured on {dict(table.device)}, and this is {mine}"
     except TableError as error:
-        why = f"{path} was ignored, since {error}; `portakv calibrate` measures anew"
-        return Unmeasured(why)
-    if table.device != mine:
-        why = (
-            f"{path} was ignored, since it was measured on {dict(table.device)}, and this is "
-            f"{mine}; `portakv calibrate` measures anew"
-        )
-        return Unmeasured(why)
-    return table
+        why = str(error)
+    return unmeasured(f"{path} was ignored, since {why}; `portakv calibrate` measures anew")

@@ -9,21 +9,16 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
 
 import torch
 
 from portakv.backends.base import Capabilities, Decision, Launch
-from portakv.engines.engine import PINNED, Engine, direction_of
+from portakv.engines.engine import PINNED, Engine, EngineLaunch, Move
 from portakv.engines.link import link_of
 from portakv.engines.pieces import Pieces, pieces_of
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan
 from portakv.runtime import streams
-from portakv.view.index import Index
-
-if TYPE_CHECKING:
-    from portakv.view.view import KVView
 
 #: Bytes of a plan's run. With less the host spends longer on describing a run than anything else
 #: would take to move it: at 1 us a run, 16 bytes are 0.016 GB/s.
@@ -53,43 +48,30 @@ class Descriptors(Engine):
         return _DescriptorsLaunch(plan, self.device)
 
 
-class _DescriptorsLaunch:
+class _DescriptorsLaunch(EngineLaunch):
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
-        self._plan, self._device = plan, device
-        self._downward = direction_of(plan) == "d2h"
-        self._crossing = link_of(device)
-        self._known = _Known()
+        super().__init__(plan, device)
+        self._plan, self._link, self._known = plan, link_of(device), _Known()
 
-    def __call__(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None,
-    ) -> None:
-        if not count:
-            return
+    def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
+        src, dst, mine, theirs, count = move
         key = (
             src.origins, dst.origins, src.slots, dst.slots, count, pinned.seams(),
-            src_index.ids_token, src_index.offset, dst_index.ids_token, dst_index.offset,
+            mine.ids_token, mine.offset, theirs.ids_token, theirs.offset,
         )  # fmt: skip
         pieces = self._known.get(key)
         if pieces is None:
             # On the host every id is looked at before anything is moved.
-            indices = src_index.to_host(), dst_index.to_host()
-            below = self._crossing.fold_below
-            pieces = pieces_of(self._plan, src, dst, *indices, count, below)
-            if not (src_index.fleeting or dst_index.fleeting):
+            here = move._replace(src_index=mine.to_host(), dst_index=theirs.to_host())
+            pieces = pieces_of(self._plan, here, self._link.fold_below)
+            if not (mine.fleeting or theirs.fleeting):
                 self._known.put(key, pieces)
-        host = dst if self._downward else src
         try:
-            self._crossing.copy(pieces, src, dst, stream)
+            self._link.copy(pieces, src, dst, stream)
         finally:
             # No allocator knows of these copies, so the host's memory is held until they ended.
-            streams.completion(self._device, stream, *host.owners)
+            host = dst if self.downward else src
+            streams.completion(self.device, stream, *host.owners)
 
 
 class _Known:

@@ -20,7 +20,7 @@ import torch
 from portakv.backends.base import Capabilities, Decision, Launch
 from portakv.backends.rows_kernel import RowsKernel, Tuning
 from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
-from portakv.engines.engine import PINNED, Engine
+from portakv.engines.engine import PINNED, Engine, EngineLaunch, Move
 from portakv.errors import Unsupported
 from portakv.host.small import to_device
 from portakv.plan.plan import CopyPlan, Nest
@@ -176,7 +176,7 @@ class Direct(Engine):
         kernels = [DirectKernel(nest, plan, self.device, most) for nest in plan.nests]
         rows = RowsLaunch(kernels, self._kernels.functions(kernels), self._driver)
         wants_table = any(kernel.wants_table for kernel in kernels)
-        return _DirectLaunch(rows, plan.src.place == "device", wants_table, self.device)
+        return _DirectLaunch(plan, self.device, rows, wants_table)
 
 
 def _too_old(device: torch.device) -> str | None:
@@ -187,39 +187,30 @@ def _too_old(device: torch.device) -> str | None:
     return None
 
 
-class _DirectLaunch:
+class _DirectLaunch(EngineLaunch):
     """A launch of the kernel, with what it needs of the host's memory. It cannot be settled
     further, as `RowsLaunch` can."""
 
     def __init__(
-        self, rows: RowsLaunch, stores: bool, wants_table: bool, device: torch.device
+        self, plan: CopyPlan, device: torch.device, rows: RowsLaunch, wants_table: bool
     ) -> None:
-        self._rows, self._stores, self._device = rows, stores, device
-        self._wants_table, self._process = wants_table, this_process()
+        super().__init__(plan, device)
+        self._rows, self._wants_table, self._process = rows, wants_table, this_process()
 
-    def __call__(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None,
-    ) -> None:
+    def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         if self._process.forked:
             raise refuse_fork("CUDA")
-        host = dst if self._stores else src
-        check_reach(host, self._device)
+        host = move.dst if self.downward else move.src
+        check_reach(host, self.device)
         if self._wants_table:
-            table_on(host, self._device, stream)
+            table_on(host, self.device, stream)
         try:
-            self._rows(src, dst, src_index, dst_index, count, stream, status)
+            self._rows(*move, stream, status)
         finally:
             # No allocator knows of these kernels, so the host's memory is held until they ended. A
             # graph's memory is its owner's.
-            if not capturing(self._device):
-                streams.completion(self._device, stream, *host.owners)
+            if not capturing(self.device):
+                streams.completion(self.device, stream, *host.owners)
 
 
 def check_reach(view: KVView, device: torch.device) -> None:

@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from math import inf
 from numbers import Real
 
 import torch
 
-from portakv.backends.base import Backend, Decision
+from portakv.backends.base import Backend, Decision, Pending
 from portakv.errors import InvalidTerms
+from portakv.plan.move import Move as Move
 from portakv.plan.plan import CopyPlan
 from portakv.registry.registry import Choice, choose
-from portakv.runtime.transfer import Pending
 from portakv.view.index import Index
+from portakv.view.view import KVView
 
 #: Both directions between a device and pinned memory, and between it and pageable memory.
 PINNED = frozenset({("device", "pinned"), ("pinned", "device")})
@@ -109,9 +111,38 @@ class Engine(Backend):
         return self._half
 
 
-def direction_of(plan: CopyPlan) -> str:
-    """``d2h`` or ``h2d``."""
-    return "d2h" if plan.src.place == "device" else "h2d"
+class EngineLaunch(ABC):
+    """A launch across the link; see `base.Launch`.
+
+    Args:
+        plan: between a device and the host.
+        device: the device.
+
+    Attributes:
+        downward: from the device to the host.
+    """
+
+    def __init__(self, plan: CopyPlan, device: torch.device) -> None:
+        self.device, self.downward = device, plan.src.place == "device"
+
+    def __call__(
+        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int,
+        stream: torch.Stream | None, status: torch.Tensor | None,
+    ) -> Pending | None:  # fmt: skip
+        if not count:
+            return None
+        return self.enqueue(Move(src, dst, src_index, dst_index, count), stream, status)
+
+    @abstractmethod
+    def enqueue(
+        self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None
+    ) -> Pending | None:
+        """Launch a copy of at least one token."""
+
+    def ends(self, move: Move) -> tuple[KVView, KVView, Index, Index]:
+        """The rows of the device, those of the host, and the index of each."""
+        src, dst, mine, theirs, _ = move
+        return (src, dst, mine, theirs) if self.downward else (dst, src, theirs, mine)
 
 
 def read_on(stream: torch.Stream | None, index: Index) -> Index:

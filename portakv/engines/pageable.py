@@ -17,7 +17,7 @@ import torch
 
 from portakv.backends.base import Capabilities, Launch
 from portakv.backends.strided import HostRows
-from portakv.engines.engine import PAGEABLE, Engine
+from portakv.engines.engine import PAGEABLE, Engine, Move
 from portakv.engines.pieces import Pieces
 from portakv.engines.slices import Sizes, Slice, TwoStages, cuts, kept_slices
 from portakv.engines.staged import Passage, StagedLaunch
@@ -98,23 +98,11 @@ class _RingLaunch(StagedLaunch):
         self._buffers = bounce_buffers(engine.device)
         self._hops: Bounded[tuple[TwoStages, int], HostRows] = Bounded("second hops", 64)
 
-    def __call__(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None,
-    ) -> None:
-        if not count:
-            return
-        host, rows = (dst, src) if self.downward else (src, dst)
-        theirs, mine = (dst_index, src_index) if self.downward else (src_index, dst_index)
+    def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
+        rows, host, mine, theirs = self.ends(move)
         work = stream or torch.accelerator.current_stream(self.device.index)
         room, buffers = staging(self.device, work), self._buffers
-        slices = self.slices(rows, host, theirs.to_host(), count)
+        slices = self.slices(rows, host, theirs.to_host(), move.count)
         number = len(slices)
 
         def cross(each: Slice, dense: KVView, nth: int) -> None:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from portakv.host import pinned
 from portakv.host.memcpy import MAX_PITCH
 from portakv.plan.loops import Loop, Nest
+from portakv.plan.move import Move
 from portakv.plan.plan import CopyPlan
 from portakv.plan.runs import Int64, Runs, factors, summed
 from portakv.runtime.bounded import Bounded
@@ -81,18 +82,11 @@ def portions(pieces: Pieces, most: int) -> Iterator[Pieces]:
         yield Pieces(*(column[first:past] for column in pieces))
 
 
-def pieces_of(
-    plan: CopyPlan,
-    src: KVView,
-    dst: KVView,
-    src_index: Index,
-    dst_index: Index,
-    count: int,
-    below: int = ALL,
-) -> Pieces:
-    """What `fold` makes of a plan's runs; raises as `CopyPlan.runs` does."""
-    plan.runs(src, dst, src_index, dst_index, 0)  # only to be refused what it refuses
-    several = factors(plan.nests, plan.unit, src, dst, src_index, dst_index, count)
+def pieces_of(plan: CopyPlan, move: Move, below: int = ALL) -> Pieces:
+    """What `to_2d_copies` makes of a plan's runs; raises as `CopyPlan.runs` does."""
+    src, dst = move[:2]
+    plan.runs(*move[:4], 0)  # only to be refused what it refuses
+    several = factors(plan.nests, plan.unit, *move)
     if sum(planes.src.size * lines.src.size for planes, lines in several) >= LARGE:
         seams = _seams([src, dst])
         if all(_between(seams, *each) for each in several):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from portakv.backends.base import Capabilities, Launch
-from portakv.engines.engine import PINNED, Engine, finish, read_on
+from portakv.engines.engine import PINNED, Engine, EngineLaunch, Move, finish, read_on
 from portakv.engines.link import link_of
 from portakv.engines.slices import Slice, StagesByCut, cuts, kept_slices, staged_sizes
 from portakv.engines.staging import DETACHED_RING, RING, Staging, mark, staging
@@ -42,34 +42,22 @@ class Staged(Engine):
         return StagedLaunch(plan, self)
 
 
-class StagedLaunch:
+class StagedLaunch(EngineLaunch):
     """A prepared copy."""
 
     def __init__(self, plan: CopyPlan, engine: Engine) -> None:
-        self.device, self.downward = engine.device, plan.src.place == "device"
+        super().__init__(plan, engine.device)
         self._detached = engine.terms.detached
         self._host = plan.dst if self.downward else plan.src
         self.stages = StagesByCut(plan, engine.half, engine.device)
         self.link = link_of(engine.device)
 
-    def __call__(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None,
-    ) -> None:
-        if not count:
-            return
-        host, rows = (dst, src) if self.downward else (src, dst)
-        theirs, mine = (dst_index, src_index) if self.downward else (src_index, dst_index)
+    def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
+        rows, host, mine, theirs = self.ends(move)
         current = torch.accelerator.current_stream(self.device.index)
         work = stream or current
         room = staging(self.device, work, self._detached)
-        slices = self.slices(rows, host, theirs.to_host(), count, room.link.query())
+        slices = self.slices(rows, host, theirs.to_host(), move.count, room.link.query())
 
         def cross(each: Slice, dense: KVView, _: int) -> None:
             src, dst = (dense, host) if self.downward else (host, dense)

@@ -26,6 +26,7 @@ from portakv.engines.engine import PINNED, Engine
 from portakv.engines.staged import Staged
 from portakv.registry.registry import BUILT_IN
 from portakv.runtime import kernel_cache as _kernel_cache
+from portakv.runtime.bounded import Bounded
 from portakv_conformance import simdev
 
 pytestmark = pytest.mark.simdev
@@ -40,7 +41,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     settle(monkeypatch)
     monkeypatch.setenv(_kernel_cache.ENVIRONMENT, str(tmp_path / "cache"))
     monkeypatch.setattr(calibration, "GRID", SMALL)
-    monkeypatch.setattr(table, "_known", {})
+    monkeypatch.setattr(table, "_known", Bounded("tables", 4))
     yield tmp_path / "cache"
     for device in (DEVICE, OTHER):
         torch.accelerator.synchronize(device)

@@ -18,6 +18,7 @@ from portakv.engines import pieces as folding
 from portakv.engines.pieces import TALL, Pieces, pieces_of, to_2d_copies
 from portakv.host import pinned
 from portakv.host.memcpy import MAX_PITCH
+from portakv.plan.move import Move
 
 CASES = cases()
 LAYER_FIRST, BLOCK_FIRST = "layer | block token dim", "block layer token dim"
@@ -32,7 +33,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def judge(copied: Copied) -> Pieces:
-    pieces = pieces_of(*copied)
+    pieces = pieces_of(copied[0], Move(*copied[1:]))
     assert bytes_of_pieces(pieces) == bytes_of_runs(copied[0].runs(*copied[1:]))
     assert {column.size for column in pieces} == {pieces.number}
     assert {column.dtype for column in pieces} == {np.dtype(np.int64)}
@@ -191,7 +192,7 @@ def test_what_runs_refuse_is_refused(count: int, monkeypatch: pytest.MonkeyPatch
         rest: list[Any] = list(copied(LAYER_FIRST, BLOCK_FIRST, RANDOM, RANDOM))
         change(rest)
         with refused(error, *told, watch=rest[2].tensors):
-            pieces_of(*rest)
+            pieces_of(rest[0], Move(*rest[1:]))
 
     def other(rest: list[Any]) -> None:
         rest[1] = pooled(POOL_BY_LAYER, blocks=40)
@@ -222,7 +223,7 @@ def test_rows_that_are_wide_are_copies_of_their_own(
     plan, src, dst, mine, theirs, count = copied(
         POOL_BY_LAYER, BLOCK_FIRST, RANDOM, RANDOM, layers=layers
     )
-    folded = pieces_of(plan, src, dst, mine, theirs, count, below)
+    folded = pieces_of(plan, Move(src, dst, mine, theirs, count), below)
     whole = plan.runs(src, dst, mine, theirs, count)
     width = int(whole.nbytes.max())
     many = layers >= TALL

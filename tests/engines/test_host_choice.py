@@ -30,7 +30,7 @@ from portakv import Index, KVView, Unsupported
 from portakv.engines import choose as chosen
 from portakv.engines import choose as picking
 from portakv.engines.choose import Host, HostLaunch, Pick
-from portakv.engines.costs import Costs
+from portakv.engines.costs import Table
 from portakv.engines.engine import Terms
 from portakv.plan.move import Move
 
@@ -316,9 +316,9 @@ def test_a_pick_that_was_under_way_when_its_engine_went_out_does_not_last(
 def test_costs_are_read_before_the_first_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[torch.device] = []
 
-    def look(device: torch.device) -> Costs:
+    def look(device: torch.device) -> Table:
         asked.append(device)
-        return H200
+        return H200  # type: ignore[return-value]
 
     monkeypatch.setattr("portakv.engines.choose.costs_of", look)
     Host(CPU).prepare(plan_of(view("device"), view("pinned")))

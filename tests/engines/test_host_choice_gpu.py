@@ -21,6 +21,7 @@ from portakv.host import pinned
 from portakv.plan.move import Move
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import kernel_cache as _kernel_cache
+from portakv.runtime.bounded import Bounded
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
@@ -35,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         pytest.skip(why)
     found = tmp_path / "tables"
     monkeypatch.setattr(table, "path_for", lambda device: found / "table.json")
-    monkeypatch.setattr(table, "_known", {})
+    monkeypatch.setattr(table, "_known", Bounded("tables", 4))
     return found
 
 

@@ -24,6 +24,7 @@ from portakv.engines.engine import PINNED, Engine, Terms
 from portakv.plan.move import Move
 from portakv.registry.registry import BUILT_IN
 from portakv.runtime import kernel_cache as _kernel_cache
+from portakv.runtime.bounded import Bounded
 from portakv_conformance import simdev
 
 pytestmark = pytest.mark.simdev
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.simdev
 def no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A cache directory of one's own, and no faults left behind."""
     monkeypatch.setenv(_kernel_cache.ENVIRONMENT, str(tmp_path / "cache"))
-    monkeypatch.setattr(table, "_known", {})
+    monkeypatch.setattr(table, "_known", Bounded("tables", 4))
     yield
     for device in (DEVICE, OTHER):
         torch.accelerator.synchronize(device)

@@ -20,7 +20,6 @@ from portakv.engines.costs import (
     Point,
     Table,
     TableError,
-    Unmeasured,
     as_json,
     costs_of,
     identity,
@@ -30,6 +29,7 @@ from portakv.engines.costs import (
 )
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import kernel_cache as _kernel_cache
+from portakv.runtime.bounded import Bounded
 
 CPU = torch.device("cpu")
 
@@ -39,7 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache directory that is not there yet, and a process that has read no table."""
     found = tmp_path / "a" / "cache"
     monkeypatch.setenv(_kernel_cache.ENVIRONMENT, str(found))
-    monkeypatch.setattr(table, "_known", {})
+    monkeypatch.setattr(table, "_known", Bounded("tables", 4))
     return found
 
 
@@ -217,7 +217,7 @@ def test_a_file_that_is_damaged_is_ignored_and_says_so(kind: str) -> None:
         read(path)
     assert why in str(refused.value)
     found = costs_of(CPU)
-    assert isinstance(found, Unmeasured)
+    assert not found.measured
     assert f"{path} was ignored, since" in found.origin
     assert why in found.origin
     asked: Any = found

@@ -16,12 +16,12 @@ from portakv import CopyPlan, Index, KVView
 from portakv.backends.base import Capabilities, Decision, Launch
 from portakv.engines import choose as chosen
 from portakv.engines.choose import Pick
-from portakv.engines.costs import Unmeasured
+from portakv.engines.costs import unmeasured
 from portakv.engines.engine import PAGEABLE, PINNED, Engine
 from portakv.errors import Unsupported
 from portakv.plan.plan import CopyPlan as Plan
 
-UNMEASURED = Unmeasured("of a test")
+UNMEASURED = unmeasured("of a test")
 CPU = torch.device("cpu")
 HERE = __name__
 BLOCKS, SIZE = 64, 16
