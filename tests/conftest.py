@@ -44,6 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Load the profile before any test module is imported, so that decorators can read it."""
     if name := os.environ.get("SIMDEV_NAME"):
         simdev.load(name)  # a child of own_process: its modules may look at the device
+    # Inductor would compile for 20 s to learn whether the compiler knows this CPU's vectors.
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
     if os.environ.get("PORTAKV_BACKEND"):
         raise pytest.UsageError(
             "PORTAKV_BACKEND forces a backend, which is not what tests judge; unset it."

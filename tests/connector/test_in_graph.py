@@ -1,44 +1,91 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transfers inside `torch.compile`: one op in the graph, ordered among reads and writes of the
-caches, the same bytes as the eager call."""
+caches, the same bytes as the eager call; and calls at the edges of what a graph holds."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from support.in_graph_cases import (  # noqa: F401
-    ALLOCATIONS,
-    BLOCKS,
-    COMPILERS,
-    DEVICES,
-    DIM,
-    HEADS,
-    LAYERS,
-    SIZE,
-    SLOTS,
-    Counter,
-    fresh,
-    in_one_allocation,
-    make_caches,
-    make_chunk,
-    rows_of,
-)
+from support.command_line import registered
+from support.small_backends import small_backend
+from torch._dynamo.exc import Unsupported
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from portakv import (
     AdaptiveConnector,
+    Index,
+    KVView,
+    LayoutError,
+    SlotError,
+    TransferError,
+    copy_rows,
 )
+
+LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 8, 4, 2, 8
+SLOTS = BLOCKS * SIZE
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    """Nothing compiled before is there."""
+    torch._dynamo.reset()
+
+
+def make_caches(device: str = "cpu") -> list[torch.Tensor]:
+    return [torch.randn(2, BLOCKS, SIZE, HEADS, DIM, device=device) for _ in range(LAYERS)]
+
+
+def in_one_allocation(device: str = "cpu") -> list[torch.Tensor]:
+    """As `make_caches`, all layers views of one tensor."""
+    return list(torch.randn(LAYERS, 2, BLOCKS, SIZE, HEADS, DIM, device=device))
+
+
+ALLOCATIONS = [make_caches, in_one_allocation]
+
+
+def make_chunk(tokens: int = 4, device: str = "cpu") -> torch.Tensor:
+    return torch.randn(2, LAYERS, tokens, HEADS * DIM, device=device)
+
+
+def rows_of(caches: list[torch.Tensor], slots: torch.Tensor) -> torch.Tensor:
+    """What a store of these slots puts into a chunk."""
+    return torch.stack([cache.reshape(2, SLOTS, HEADS * DIM)[:, slots] for cache in caches], dim=1)
+
+
+def scene(
+    device: str = "cpu", backend: str | None = None
+) -> tuple[AdaptiveConnector, list[torch.Tensor], torch.Tensor]:
+    """A connector, its registered caches, and a chunk of four tokens."""
+    connector, caches = AdaptiveConnector(device, backend), make_caches(device)
+    connector.register_kv_caches(caches)
+    return connector, caches, make_chunk(4, device)
+
+
+class Counter(CompileCounterWithBackend):
+    """Counts compilations, and keeps the graphs."""
+
+    def ops(self) -> list[str]:
+        return [
+            str(node.target)
+            for graph in self.graphs
+            for node in graph.graph.nodes
+            if "portakv" in str(node.target)
+        ]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("registered", [True, False])
 def test_a_store_stands_behind_writes_and_before_reads(
     device: str, compiler: str, registered: bool
 ) -> None:
-    connector, caches = AdaptiveConnector(device), make_caches(device)
-    connector.register_kv_caches(caches)
+    connector, caches, _ = scene(device)
 
     def step(row: torch.Tensor, chunk: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         for layer, cache in enumerate(caches):
@@ -61,7 +108,7 @@ def test_a_store_stands_behind_writes_and_before_reads(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("registered", [True, False])
 @pytest.mark.parametrize("make", ALLOCATIONS)
 def test_a_load_stands_behind_the_chunk_and_before_reads_of_the_cache(
@@ -114,14 +161,13 @@ def test_the_compiler_makes_no_copy_of_the_caches(
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_cache_that_the_graph_writes_by_indexing_and_then_loads(device: str) -> None:
     """Inductor then works on a copy of that cache and puts it back; slow, and right."""
-    connector, caches = AdaptiveConnector(device), make_caches(device)
-    connector.register_kv_caches(caches)
+    connector, caches, chunk = scene(device)
 
     def step(row: torch.Tensor, chunk: torch.Tensor, slots: torch.Tensor) -> None:
         caches[0][0, 1] = row
         connector.to_gpu(chunk, None, slots)
 
-    row, chunk = torch.randn(SIZE, HEADS, DIM, device=device), make_chunk(4, device)
+    row = torch.randn(SIZE, HEADS, DIM, device=device)
     slots = torch.tensor([9, SIZE + 1, 17, 6], device=device)
     wanted = [cache.clone() for cache in caches]
     wanted[0][0, 1] = row
@@ -154,3 +200,248 @@ def test_a_batch_is_one_op(device: str, store: bool) -> None:
     assert len(counter.ops()) == 1
     assert all(torch.equal(x, y) for x, y in zip(caches, eager_pool, strict=True))
     assert all(torch.equal(x, y) for x, y in zip(objects, eager_objects, strict=True))
+
+
+# Calls at the edges of what a graph holds
+
+
+def test_an_empty_batch_is_no_op() -> None:
+    connector, counter = scene()[0], Counter("eager")
+
+    def step(x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        connector.batched_from_gpu([], None, slots, [], [])
+        return x + 1
+
+    torch.compile(step, fullgraph=True, backend=counter)(torch.ones(2), torch.arange(3))
+    assert not counter.ops()
+
+
+def test_caches_that_were_never_registered_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    connector, caches, chunk = AdaptiveConnector("cpu"), make_caches(), make_chunk()
+    reading = Mock(wraps=connector._read)
+    monkeypatch.setattr(connector, "_read", reading)
+
+    def step(slots: torch.Tensor) -> None:
+        connector.from_gpu(chunk, caches, slots)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for first in range(5):
+        slots = torch.arange(first, first + 4)
+        compiled(slots)
+        assert torch.equal(chunk, rows_of(caches, slots))
+    assert reading.call_count == 1
+
+
+def test_other_caches_registered_after_the_compilation() -> None:
+    connector, chunk, slots = AdaptiveConnector("cpu"), make_chunk(), torch.arange(4)
+
+    def step(slots: torch.Tensor) -> None:
+        connector.from_gpu(chunk, None, slots)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for caches in (make_caches(), make_caches(), in_one_allocation()):
+        connector.register_kv_caches(caches)
+        compiled(slots)
+        assert torch.equal(chunk, rows_of(caches, slots))
+
+
+class _Later:
+    """Work that lands when somebody waits for it."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work: list[Callable[[], None]] = [work]
+
+    def done(self) -> bool:
+        return not self._work
+
+    def wait(self) -> None:
+        while self._work:
+            self._work.pop()()
+
+
+def test_work_that_no_stream_orders_has_landed_before_the_graph_goes_on() -> None:
+    late = small_backend("late")
+    prepare = late.prepare
+
+    def prepare_late(self: Any, plan: Any) -> Any:
+        launch = prepare(self, plan)
+        return lambda *arguments: _Later(lambda: launch(*arguments))
+
+    late.prepare = prepare_late  # type: ignore[method-assign]
+    with registered(late=late):
+        connector, caches, _ = scene("cpu", "late")
+
+        def step(chunk: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+            connector.from_gpu(chunk, None, slots)
+            return chunk * 2
+
+        chunk, slots = torch.zeros_like(make_chunk()), torch.arange(4)
+        found = torch.compile(step, fullgraph=True, backend="aot_eager")(chunk, slots)
+        assert torch.equal(found, 2 * rows_of(caches, slots))
+
+
+@pytest.mark.gpu
+def test_a_bad_device_id_is_told_by_the_next_compiled_call() -> None:
+    connector, caches, chunk = scene("cuda")
+
+    def step(slots: torch.Tensor) -> None:
+        connector.from_gpu(chunk, None, slots)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled(torch.tensor([0, SLOTS, 2, 3], device="cuda"))
+    torch.cuda.synchronize()
+    with pytest.raises(SlotError, match="Position 1 "):
+        compiled(torch.arange(4, device="cuda"))
+    compiled(torch.arange(4, device="cuda"))
+    torch.cuda.synchronize()
+    assert torch.equal(chunk, rows_of(caches, torch.arange(4, device="cuda")))
+
+
+class _MemoryObj:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def test_nested_caches_and_memory_objects_with_a_tensor() -> None:
+    connector = AdaptiveConnector("cpu", kv_layout="layer kv | block token head dim")
+    caches = {f"model.{n}": tuple(torch.randn(2, BLOCKS, SIZE, HEADS, DIM)) for n in range(LAYERS)}
+    chunk, slots = make_chunk(), torch.tensor([9, 2, 17, 6])
+
+    def step(memory_obj: _MemoryObj, slots: torch.Tensor) -> None:
+        connector.from_gpu(memory_obj, caches, slots)
+
+    torch.compile(step, fullgraph=True, backend="aot_eager")(_MemoryObj(chunk), slots)
+    together = [torch.stack(pair) for pair in caches.values()]
+    assert torch.equal(chunk, rows_of(together, slots))
+
+
+def _call(connector: AdaptiveConnector, **others: Any) -> Callable[[], Any]:
+    chunk = make_chunk()
+    arguments = {"slot_mapping": torch.arange(4), **others}
+    return lambda: connector.from_gpu(chunk, **arguments)
+
+
+@pytest.mark.parametrize(
+    "others", [{"slot_mapping": [1, 2, 3, 4]}, {"slot_mapping": Index([1, 2, 3, 4])}]
+)
+def test_what_no_graph_can_hold_breaks_it_and_is_made_eagerly(others: dict[str, Any]) -> None:
+    connector = scene()[0]
+    with pytest.raises(Unsupported, match="PortaKV's op"):
+        torch.compile(_call(connector, **others), fullgraph=True, backend="eager")()
+    torch._dynamo.reset()
+    torch.compile(_call(connector, **others), backend="eager")().synchronize()
+
+
+def test_copy_rows_is_kept_out_of_graphs_by_its_caller() -> None:
+    """`copy_rows` is no op; torch's own word for that serves."""
+    caches, chunk = make_caches(), make_chunk()
+    cache = KVView(caches, "layer | kv block token head dim")
+    dense = KVView(chunk, "kv layer token (head dim)", heads=HEADS)
+    outside, index = torch.compiler.disable(copy_rows), Index([9, 2, 17, 6])
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        outside(cache, dense, index)
+        return y * chunk.sum()
+
+    found = torch.compile(step, backend="eager")(torch.ones(3))
+    assert torch.equal(chunk, rows_of(caches, torch.tensor([9, 2, 17, 6])))
+    assert torch.equal(found, 2 * torch.ones(3) * chunk.sum())
+
+
+def test_nothing_registered_nothing_passed() -> None:
+    connector = AdaptiveConnector("cpu")
+    with pytest.raises((LayoutError, RuntimeError), match=r"No kv_caches|LayoutError|Observed"):
+        torch.compile(_call(connector), backend="eager")()
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_bad_slots_raise_from_the_compiled_function(compiler: str) -> None:
+    connector, caches, chunk = scene()
+    before = chunk.clone()
+
+    def step(slots: torch.Tensor) -> None:
+        connector.from_gpu(chunk, None, slots)
+
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    with pytest.raises(SlotError, match=f"slot {SLOTS}"):
+        compiled(torch.tensor([0, 1, SLOTS, 2]))
+    assert torch.equal(chunk, before)
+    compiled(torch.arange(4))
+    assert torch.equal(chunk, rows_of(caches, torch.arange(4)))
+
+
+def test_a_connector_that_is_gone() -> None:
+    connector, caches = AdaptiveConnector("cpu"), make_caches()
+    handle = connector._enlisted.number
+    del connector
+    gc.collect()
+    arguments = ([make_chunk()], [1], caches, [LAYERS], torch.arange(4), [0], [4])
+    with pytest.raises(TransferError, match="keep the connector"):
+        torch.ops.portakv.from_gpu(handle, *arguments)
+
+
+def test_caches_that_are_not_registered_do_not_replace_those_that_are() -> None:
+    (connector, caches, chunk), others, slots = scene(), make_caches(), torch.arange(4)
+    arguments = ([chunk], [1], others, [LAYERS], slots, [0], [4])
+    torch.ops.portakv.from_gpu(connector._enlisted.number, *arguments)
+    assert torch.equal(chunk, rows_of(others, slots))
+    connector.from_gpu(chunk, None, slots)
+    assert torch.equal(chunk, rows_of(caches, slots))
+
+
+@pytest.mark.parametrize("store", [True, False])
+def test_torch_finds_the_schema_true(store: bool) -> None:
+    connector, caches = AdaptiveConnector("cpu"), make_caches()
+    op = torch.ops.portakv.from_gpu if store else torch.ops.portakv.to_gpu
+    torch.library.opcheck(
+        op.default,
+        (
+            connector._enlisted.number,
+            [make_chunk()],
+            [1],
+            caches,
+            [LAYERS],
+            torch.arange(4),
+            [0],
+            [4],
+        ),
+    )
+
+
+def test_eager_calls_do_not_go_through_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    connector, caches = AdaptiveConnector("cpu"), make_caches()
+    monkeypatch.setattr(connector, "_run_op", None)
+    connector.from_gpu(make_chunk(), caches, torch.arange(4)).synchronize()
+
+
+@pytest.mark.gpu
+def test_another_stream_is_refused_in_a_graph() -> None:
+    (connector, _, chunk), side = scene("cuda"), torch.cuda.Stream()
+    slots = torch.arange(4, device="cuda")
+    with pytest.raises(Unsupported, match="PortaKV's op"):
+        torch.compile(
+            lambda: connector.from_gpu(chunk, None, slots, stream=side),
+            fullgraph=True, backend="eager",
+        )()  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton", "compiled"])
+def test_inside_the_compiler_s_own_graphs(backend: str) -> None:
+    connector, caches, chunk = scene("cuda", backend)
+    connector.from_gpu(chunk, None, torch.arange(4, device="cuda")).synchronize()
+
+    def step(row: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        caches[0][0, 1] = row
+        connector.from_gpu(chunk, None, slots)
+        return chunk + 1
+
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    for _ in range(5):
+        row = torch.randn(SIZE, HEADS, DIM, device="cuda")
+        slots = torch.randperm(SLOTS, device="cuda")[:4]
+        found = compiled(row, slots).clone()
+        assert torch.equal(caches[0][0, 1], row)
+        assert torch.equal(chunk, rows_of(caches, slots))
+        assert torch.equal(found, chunk + 1)
