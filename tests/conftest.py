@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, settings
 
 from portakv_conformance import simdev
 
-OPT_IN = ("wheel", "visitor", "bigmem", "slow", "sanitize", "full")
+OPT_IN = ("wheel", "visitor", "bigmem", "slow", "full")
 pytest_plugins = ["support.own_process"]
 
 

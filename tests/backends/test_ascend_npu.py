@@ -31,7 +31,6 @@ from support.ascend_cases import (
     plain,
     there,
 )
-from support.each_backend import CHANGES, REPEATED, copied, refuses_memory_that_is_elsewhere
 from support.own_process import in_child, own_process
 
 from portakv import (
@@ -251,13 +250,3 @@ def test_the_stand_in_leaves_another_package_alone(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "torch_npu", vendor)
     standins.install("npu")
     assert sys.modules["torch_npu"] is vendor
-
-
-@pytest.mark.parametrize("name", REPEATED)
-def test_sources_of_which_several_rows_are_one(name: str) -> None:
-    copied(REPEATED[name](), "ascend", lambda tensor: tensor.to(DEVICE))
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_memory_that_is_elsewhere_is_refused(change: str) -> None:
-    refuses_memory_that_is_elsewhere("ascend", CHANGES[change], lambda tensor: tensor.to(DEVICE))

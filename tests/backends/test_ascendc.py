@@ -1,153 +1,196 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The AscendC kernel, functionally emulated on a CPU: every byte against the oracle."""
+"""The emulation of AscendC: its checks bite, its bugs are caught, its texts are honest; and what
+the kernel refuses on it. Every byte that the kernel moves: test_every_backend.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from support.command_line import registered
-from support.core_cases import GIB, lazy, noise
-from support.cuda_cases import COPIES, Copy, by, chunk, gathered, pool
-from support.guarded_memory import filled, refused
+from support.cuda_cases import COPIES, gathered
+from support.each_backend import Carrier
+from support.guarded_memory import refused
 
-from portakv import KVView, TransferError, Unsupported, copy_rows
+from portakv import TransferError, Unsupported
 from portakv.backends import _ascend_kernel
-from portakv_conformance.draw.arrangement import Case
-from portakv_conformance.draw.strategies import all_cases
-from portakv_conformance.judge.judging import index_of, view_of
+from portakv_conformance.evidence.evidence import read
+from portakv_conformance.evidence.source import source_sha256
 from portakv_conformance.vendor import ascendc_emulated
 from portakv_conformance.vendor.ascendc_emulated import SETTINGS, AscendC, Setting
 
 CPU = torch.device("cpu")
-_PROBED = AscendC.probe(CPU)
-pytestmark = pytest.mark.skipif(not _PROBED.accepted, reason=_PROBED.reason)
+ASCEND = Path(__file__).resolve().parents[2] / "native" / "ascend"
+EMULATION = ASCEND / "emulation"
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be compiled"
+)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def backend() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patched, registered(**{AscendC.name: AscendC}):
-        patched.delenv("PORTAKV_BACKEND", raising=False)
-        yield
-
-
-def copy(copied: Copy) -> None:
-    """Copy as the library would."""
-    src, dst = copied.src, copied.dst
-    copy_rows(
-        src.view(), dst.view(), src.index(), dst.index(), count=copied.count, backend=AscendC.name
-    ).synchronize()
-
-
-def launch(copied: Copy, told: bool = True) -> int:
-    """Launch behind the library's checks; returns the status word."""
-    src, dst = copied.src, copied.dst
-    status = torch.zeros(1, dtype=torch.int64)
-    AscendC(CPU).prepare(copied.plan())(
-        src.view(), dst.view(), src.index(), dst.index(), copied.count, None,
-        status if told else None,
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(EMULATION / "run.sh"), *words], capture_output=True, text=True,
+        env={**os.environ, "PYTHON": sys.executable, **environment},
     )  # fmt: skip
-    return int(status)
 
 
-def judged(copied: Copy, told: bool = True) -> int:
-    """Launch and judge every byte; returns the status word."""
-    found: list[int] = []
-    copied.check(lambda: found.append(launch(copied, told)))
-    return found[0]
+def test_the_kernel_matrix_and_the_misuse_of_the_api() -> None:
+    done = run("matrix", "misuse")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"functionally emulated on a CPU: [1-9]\d+ passed, 0 failed", done.stdout)
+    assert re.search(r"misuse of the API: 1\d\d runs .* 0 not as expected", done.stdout)
+    assert "not run on an Ascend device" in done.stdout
+    assert done.stdout.splitlines()[-1] == "all right"
+
+
+def test_a_check_that_does_not_bite_fails_the_script(tmp_path: Path) -> None:
+    """Without the end of a UB buffer three kernels go unnoticed."""
+    broken = tmp_path / "ascend"
+    shutil.copytree(ASCEND, broken)
+    machine = broken / "emulation" / "machine.h"
+    text = machine.read_text()
+    check = "if (offset > one.bytes || bytes > one.bytes - offset)"
+    assert check in text
+    machine.write_text(text.replace(check, "if (false)"))
+    done = subprocess.run(
+        ["bash", str(broken / "emulation" / "run.sh"), "misuse"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "NOT CAUGHT: a copy past the end of a UB buffer" in done.stdout
+    assert "all right" not in done.stdout
+
+
+@pytest.mark.slow
+def test_everything_that_the_script_runs() -> None:
+    done = run()
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "all right"
+
+
+FAULTS = [
+    (header, found.start())
+    for header in ("machine.h", "kernel_operator.h", "copies.h")
+    for found in re.finditer(r"(?<![\w:])fault\((?=\s*\")", (EMULATION / header).read_text())
+]
+
+
+def test_every_check_of_the_emulation_is_found() -> None:
+    assert len(FAULTS) >= 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("header", "site"), FAULTS)
+def test_each_check_of_the_emulation_bites(header: str, site: int, tmp_path: Path) -> None:
+    """Without any one of its faults, the kernels that misuse the API are no longer all caught."""
+    folder = tmp_path / "emulation"
+    shutil.copytree(EMULATION, folder)
+    text = (folder / header).read_text()
+    (folder / header).write_text(text[:site] + "ignored(" + text[site + len("fault(") :])
+    command = ["g++", "-std=c++17", "-O0", "-w", "-Dignored(...)=((void)0)", f"-I{folder}"]
+    files = [str(folder / "misuse.cpp"), "-o", str(folder / "misuse")]
+    built = subprocess.run([*command, *files], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    # It may also crash or hang, as hardware might: that is no pass either.
+    done = subprocess.run(["timeout", "20", str(folder / "misuse")], capture_output=True)
+    assert done.returncode != 0, text[site : site + 80]
+
+
+def test_the_script_refuses_words_that_it_does_not_know() -> None:
+    done = run("everything")
+    assert done.returncode == 2
+    assert "everything" in done.stdout
+
+
+@pytest.mark.parametrize("word", ["suite", "npu"])
+def test_without_the_package_the_script_says_what_to_install(word: str, tmp_path: Path) -> None:
+    bare = tmp_path / "python"  # one that sees no installed package
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    bare.chmod(0o755)
+    for python in (bare, tmp_path / "none"):
+        done = run(word, PYTHON=str(python))
+        assert done.returncode == 1
+        said = done.stdout.partition("===")[2].splitlines()[1]
+        assert said == (
+            f"The suite needs PortaKV with its extra 'conformance', and {python} has not got both; "
+            f"run pip install '.[conformance]' in the repository, or name another Python by PYTHON."
+        )
+        assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_sanitized_run_leaves_a_record_for_the_ladder(tmp_path: Path) -> None:
+    record = tmp_path / "ascendc-sanitized.json"
+    done = run("sanitized", RECORD=str(record))
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    said = read(record)
+    assert (said.rung, said.emulated) == ("R3", True)
+    assert said.target == "portakv_conformance.vendor.ascendc_emulated:AscendC"
+    assert said.source_sha256 == source_sha256(said.target)
+    assert said.device.endswith(", emulated, under ASan and UBSan")
+    assert said.backend == "ascendc-emulated"
+    assert said.told.startswith("semantics emulated, profile core, seed 0: ")
+    assert said.told.endswith(" passed")
+    assert said.command == "bash native/ascend/emulation/run.sh sanitized"
+
+
+def test_a_record_of_anything_else_is_refused(tmp_path: Path) -> None:
+    done = run("matrix", RECORD=str(tmp_path / "record.json"))
+    assert done.returncode == 2
+    assert "RECORD is for 'run.sh sanitized'" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_cann_the_script_for_cann_says_what_is_missing(tmp_path: Path) -> None:
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "OUT": str(tmp_path)}
+    script = ["bash", str(ASCEND / "run_in_cann.sh")]
+    for words, status, told in ((["cpu"], 3, "ASCEND_HOME_PATH"), (["gpu"], 2, "'gpu'")):
+        done = subprocess.run([*script, *words], capture_output=True, text=True, env=environment)
+        assert done.returncode == status
+        assert told in done.stdout
+
+
+# Texts
+
+BUILT = (".pyc", ".so")
+TEXTS = sorted(path for path in ASCEND.rglob("*") if path.is_file() and path.suffix not in BUILT)
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ASCEND)))
+def test_texts_are_honest(path: Path) -> None:
+    text = path.read_text()
+    assert "SPDX-License-Identifier: Apache-2.0" in "\n".join(text.splitlines()[:2])
+    assert not re.search(r"(tested|verified|validated|runs) on (an )?(Ascend|NPU|910)", text, re.I)
+    assert len(text.splitlines()) < 400
+
+
+def test_the_kernel_has_no_launch_syntax_and_nothing_of_the_emulation() -> None:
+    kernel = (ASCEND / "rows.h").read_text() + (ASCEND / "copy.h").read_text()
+    assert "<<<" not in kernel
+    assert "PORTAKV_EMULATION" not in kernel
+    assert "ASCENDC_CPU_DEBUG" not in kernel
+    holders = [path.name for path in TEXTS if "<<<" in path.read_text()]
+    assert holders == ["launch.cpp"]
+
+
+# The kernel on it
+
+#: A table, several nests, loops beside the rows, a tail that is cut, and rows of odd widths.
+CUT = ("memory objects, scattered", "two nests", "NZ blocks", "several units of an id",
+       "gather of 656 B rows", "scatter to 3 B rows")  # fmt: skip
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-@pytest.mark.parametrize("name", COPIES)
+@pytest.mark.parametrize("name", CUT)
 def test_every_byte_lands(name: str, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the cores, their buffers, and when copies take place."""
     monkeypatch.setattr(ascendc_emulated, "SETTINGS", (setting,))
-    copied = COPIES[name]()
-    copied.check(lambda: copy(copied))
-
-
-@given(all_cases())
-def test_drawn_copies(case: Case) -> None:
-    src, dst = view_of(case.src), view_of(case.dst)
-    mine, theirs = index_of(case.src), index_of(case.dst)
-    case.check(
-        lambda: copy_rows(
-            src, dst, mine, theirs, count=case.count, backend=AscendC.name
-        ).synchronize()
-    )
-
-
-# Bad ids
-
-WILD = [(torch.int32, 2**31 - 1), *((torch.int64, n) for n in (12, 2**31, 2**32 + 1, 2**63 - 1))]
-
-
-@pytest.mark.parametrize(("dtype", "bad"), WILD, ids=lambda x: str(x))
-@pytest.mark.parametrize("at", [0, 6])
-def test_a_bad_id_moves_nothing_and_is_told(dtype: torch.dtype, bad: int, at: int) -> None:
-    slots = [3, 1, -1, 7, 0, 11, 5, -(2**31)]
-    slots[at] = bad
-    for told in (True, False):
-        gathers = Copy(by(pool(), slots, dtype=dtype), chunk(8), 8)
-        scatters = Copy(chunk(8), by(pool(), slots, dtype=dtype), 8)
-        assert [judged(gathers, told), judged(scatters, told)] == [at + 1 if told else 0] * 2
-
-
-@pytest.mark.parametrize(
-    ("mine", "theirs", "told"),
-    [
-        ([1, 2**61, 0], [2, 1, 0], 5),  # a block of the source
-        ([2, -1, 1], [0, 1, 2**63 - 1], 9),  # one of the destination
-        ([3, 0, 1], [-1, 0, 1], 1),  # it is told although the other side skips it
-    ],
-)
-def test_bad_blocks_on_either_side(mine: list[int], theirs: list[int], told: int) -> None:
-    copied = Copy(by(pool(), mine, 4), by(pool(), theirs, 4), 12)
-    assert copied.plan().unit == 4
-    assert judged(copied) == told
-
-
-def test_an_id_of_which_a_part_is_past_the_end() -> None:
-    """Five blocks of 4 are two and a half of 8: the units past the end are told, others move."""
-    copied = Copy(by(pool(blocks=5), [4, 0, 1, 3], 4), by(pool(blocks=5), [2, 0], 8), 16)
-    assert copied.plan().unit == 4
-    assert judged(copied) == 5
-
-
-def test_of_several_bad_ids_one_is_told() -> None:
-    slots = [12, 1, 13, 2, 99, 0, 5, 3]
-    assert judged(Copy(by(pool(), slots), chunk(8), 8)) in (1, 3, 5)
-
-
-# Far
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-def test_offsets_past_two_and_four_gib(dtype: torch.dtype) -> None:
-    cache = lazy(5 * GIB).as_strided((5, 4, 32), (GIB, 64, 1))
-    cache.copy_(noise(5, 4, 32, dtype=torch.uint8))
-    slots = torch.tensor([19, 0, 9, 16, 13], dtype=dtype)
-    wanted, rows = cache.flatten(0, 1)[slots.long()], filled((5, 32), torch.uint8)
-    paged, dense = KVView(cache, "block token dim"), KVView(rows, "token dim")
-    copy_rows(paged, dense, slots, backend=AscendC.name).synchronize()
-    assert torch.equal(rows, wanted)
-    cache.zero_()
-    copy_rows(dense, paged, None, slots, backend=AscendC.name).synchronize()
-    assert torch.equal(cache.flatten(0, 1)[slots.long()], wanted)
-
-
-def test_rows_farther_apart_than_a_transfer_can_say() -> None:
-    """A gap of 4 GiB and more cannot be named by a transfer: the loop stays a loop."""
-    far = lazy(5 * GIB).as_strided((2, 4, 32), (4 * GIB + 64, 64, 1))
-    far.copy_(noise(2, 4, 32, dtype=torch.uint8))
-    for source, axes in ((far, "head token dim"), (far.transpose(0, 1), "token head dim")):
-        landed = filled(source.shape, torch.uint8)
-        copy_rows(KVView(source, axes), KVView(landed, axes), backend=AscendC.name).synchronize()
-        assert torch.equal(landed, source)
-
-
-# What it refuses, and what the emulation tells
+    Carrier(AscendC, CPU).tells(COPIES[name](), None)
 
 
 @pytest.mark.parametrize(("limit", "name"), [("MAX_LOOPS", "NZ blocks"), ("MAX_UNITS", "gather")])
@@ -164,7 +207,7 @@ def test_plans_with_more_than_the_arguments_hold(
 def test_it_says_that_it_is_emulated() -> None:
     assert ascendc_emulated.EMULATED
     assert AscendC.emulated
-    assert "EMULATED" in _PROBED.reason
+    assert "EMULATED" in AscendC.probe(CPU).reason
     assert not AscendC.probe(torch.device("meta")).accepted
 
 
@@ -187,7 +230,7 @@ def test_memory_that_was_not_given_is_not_touched(monkeypatch: pytest.MonkeyPatc
     )  # fmt: skip
     copied = gathered(64)
     with refused(TransferError, "emulated AscendC kernel", "lies in no allocation"):
-        launch(copied)
+        Carrier(AscendC, CPU).launches(copied)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +246,7 @@ def test_launches_that_cannot_be_right(
     monkeypatch.setattr(ascendc_emulated, "SETTINGS", (setting,))
     copied = gathered(64)
     with refused(TransferError, told, watch=copied.dst.tensors):
-        launch(copied)
+        Carrier(AscendC, CPU).launches(copied)
 
 
 def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,108 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`compiled` makes the right copies: on the host, and with ``-m gpu`` on a CUDA device.
-
-Each shape of a plan is compiled, about a second each on the host, so there are few shapes and many
-copies of each.
-"""
+"""How `compiled` compiles: once for all lengths, in prepare, without copying a cache, and never
+eagerly instead. The bytes that it moves: test_every_backend.py."""
 
 from __future__ import annotations
 
-import threading
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from support.compiled_cases import (
-    DEVICES,
-    compiled,
-    compiling,
-    copy,
-    launch,
-    needs_compiler,
-    on_each_device,
-)
-from support.core_cases import HANDS, lazy, noise
+from support.core_cases import noise
 from support.guarded_memory import filled, same
-from support.triton_cases import chunk, dense, index, kept, on, paged, pool, rows_of, view, word
+from support.paged_cases import chunk, dense, paged, pool, rows_of
 
-from portakv import CopyPlan, Index, KVView, Unsupported, copy_blocks, copy_rows
-from portakv_conformance.draw.arrangement import Case
-from portakv_conformance.draw.strategies import all_cases
+from portakv import BackendUnavailable, CopyPlan, Index, KVView, copy_rows
+from portakv.backends import compiled as module
+from portakv.backends._compiled_program import Program
+from portakv.backends.compiled import Compiled
+from portakv.registry import registry
 
-LENGTHS = (1, 2, 3, 7, 12)
-# (source, destination) among the layouts by hand, and which side has ids.
-PAIRS = [
-    (0, 13, "src"), (13, 0, "dst"), (3, 14, "src"), (15, 7, "dst"), (17, 2, "both"),
-    (5, 9, "both"), (11, 12, "both"), (16, 17, "neither"),
-]  # fmt: skip
-# Each is a program or more of several seconds: all but a few are for .ci/full on a CPU.
-WIDER = [pytest.param(pair, marks=pytest.mark.full) for pair in PAIRS[3:]]
-WIDTHS = [pytest.param(*x, marks=pytest.mark.full) for x in ((40, 8), (12, 4), (6, 2))]
-DRAWN = [pytest.param("cpu", marks=[needs_compiler, pytest.mark.full]), DEVICES[1]]
-
-
-def _named(pair: tuple[int, int, str]) -> str:
-    return f"{pair[0]}-{pair[1]}-{pair[2]}"
+CPU = torch.device("cpu")
+_missing = Compiled.probe(CPU)
+needs_compiler = pytest.mark.skipif(not _missing.accepted, reason=_missing.reason)
+on_each_device = pytest.mark.parametrize(
+    "device",
+    [pytest.param("cpu", marks=needs_compiler), pytest.param("cuda", marks=pytest.mark.gpu)],
+)
 
 
-# The same bytes as by hand and by the oracle
+def compiled(device: str) -> Compiled:
+    """The registry's backend: its programs are shared by all tests."""
+    backend = registry.choose(_home(device), "compiled").backend
+    assert isinstance(backend, Compiled)
+    return backend
 
 
-@on_each_device
-@pytest.mark.parametrize("pair", [*PAIRS[:3], *WIDER], ids=_named)
-def test_layouts_at_several_lengths(device: str, pair: tuple[int, int, str]) -> None:
-    mine, theirs = HANDS[pair[0]], HANDS[pair[1]]
-    source = on(device, mine.make(1))
-    rows = mine.rows(on("cpu", source))
-    for count in LENGTHS:
-        target = on(device, theirs.make(2))
-        wanted = theirs.rows(on("cpu", target)).clone()
-        taken = [7, -1, 0, 11, 4, 5, 2, 3, -9, 1, 10, 8][:count]
-        put = [1, 3, -5, 8, 0, 2, 11, 4, 5, 6, 7, -1][:count]
-        from_slots = taken if pair[2] in ("src", "both") else list(range(count))
-        to_slots = put if pair[2] in ("dst", "both") else list(range(count))
-        for a, b in zip(from_slots, to_slots, strict=True):
-            if a >= 0 and b >= 0:
-                wanted[:, :, b] = rows[:, :, a]
-        copy(
-            mine.view(source), theirs.view(target),
-            torch.tensor(taken) if pair[2] in ("src", "both") else None,
-            torch.tensor(put, dtype=torch.int32) if pair[2] in ("dst", "both") else None,
-            count=count,
-        )  # fmt: skip
-        assert torch.equal(theirs.rows(on("cpu", target)), wanted), f"{count} tokens"
+def copy(src: KVView, dst: KVView, mine: Any = None, theirs: Any = None, **more: Any) -> None:
+    copy_rows(src, dst, mine, theirs, backend="compiled", **more).synchronize()
 
 
-@pytest.mark.parametrize("device", DRAWN)
-def test_drawn_copies(device: str) -> None:
-    profile = settings.default
-    assert profile is not None
-
-    @settings(max_examples=max(6, profile.max_examples // 16))
-    @given(all_cases(device=device))
-    def check(case: Case) -> None:
-        src, dst = view(case.src), view(case.dst)
-        mine, theirs = index(case.src), index(case.dst)
-        case.check(lambda: copy(src, dst, mine, theirs, count=case.count))
-
-    check()
+def _plan(device: str, *, layers: int = 3) -> CopyPlan:
+    src, dst = paged(pool(device, layers=layers)), dense(chunk(device, 4, layers=layers))
+    return CopyPlan(src.form, dst.form, 1, 0)
 
 
-@on_each_device
-@pytest.mark.parametrize(("width", "vector"), [(48, 16), *WIDTHS, (3, 1)])
-def test_every_vector_width_from_odd_addresses(device: str, width: int, vector: int) -> None:
-    """Rows no wider aligned than the vector: neither whole nor cloned to be aligned."""
-    for shift in (0, vector, 3 * vector):
-        whole = [filled((shift + 5 * 4 * width,), torch.uint8, device=device) for _ in range(2)]
-        caches = [t[shift:].view(5, 4, width) for t in whole]
-        rows = filled((2, 7, width), torch.uint8, poison=True, device=device)
-        src, dst = KVView(caches, "layer | block token dim"), KVView(rows, "layer token dim")
-        if shift == vector:
-            assert CopyPlan(src.form, dst.form, 1, 0).vector == vector
-        slots = [19, 3, 0, 7, 12, 1, 4]
-        copy(src, dst, slots)
-        wanted = torch.stack([c.cpu().flatten(0, 1)[slots] for c in caches])
-        assert torch.equal(rows.cpu(), wanted), f"{shift} B"
+def _home(device: str) -> torch.device:
+    return torch.device(device, 0) if device == "cuda" else torch.device(device)
+
+
+# One program serves all
 
 
 @on_each_device
@@ -124,73 +76,26 @@ def test_every_dtype_through_one_program(device: str) -> None:
 
 
 @on_each_device
-def test_a_list_of_memory_objects_on_either_side(device: str) -> None:
-    """Tables that the number of a unit walks through."""
-    caches = pool(device)
-    objects = [noise(2, 3, 4, 16, seed=50 + n).to(device) for n in range(3)]
-    listed = KVView(objects, "block | kv layer token (head dim)", heads=2)
-    slots = [23, 2, 5, 0, 9, 14, -1, 4, 3, 21, 8, 1]
-    wanted = torch.cat([o.cpu() for o in objects], dim=2)
-    moved = [n for n, slot in enumerate(slots) if slot >= 0]
-    wanted[:, :, moved] = rows_of(caches)[:, :, [slots[n] for n in moved]]
-    copy(paged(caches), listed, slots)
-    assert torch.equal(torch.cat([o.cpu() for o in objects], dim=2), wanted)
-    target = pool(device)
-    expected = rows_of(target)
-    expected[:, :, 8:20] = wanted
-    copy(listed, paged(target), None, Index([2, 3, 4], step=4))
-    assert torch.equal(rows_of(target), expected)
-
-
-@on_each_device
-def test_rows_migrate_within_one_cache(device: str) -> None:
-    caches = pool(device)
-    wanted = rows_of(caches)
-    wanted[:, :, 4:12] = wanted[:, :, [20, 21, 22, 23, 0, 1, 2, 3]]
-    copy_blocks(paged(caches), paged(caches), [5, 0], [1, 2], backend="compiled").synchronize()
-    assert torch.equal(rows_of(caches), wanted)
-
-
-@on_each_device
-def test_offsets_past_four_gigabytes(device: str) -> None:
-    size = 5 << 30
-    far = lazy(size) if device == "cpu" else torch.zeros(size, dtype=torch.uint8, device=device)
-    cache = far.as_strided((5, 4, 32), (1 << 30, 64, 1))
-    cache.copy_(noise(5, 4, 32, dtype=torch.uint8))
-    wanted, slots = kept(cache).flatten(0, 1), [19, 0, 9, 16, 13]
-    rows = torch.zeros(5, 32, dtype=torch.uint8, device=device)
-    copy(KVView(cache, "block token dim"), KVView(rows, "token dim"), slots)
-    assert torch.equal(rows.cpu(), wanted[slots])
-    rows = rows.flip(0).contiguous()
-    copy(KVView(rows, "token dim"), KVView(cache, "block token dim"), None, slots)
-    wanted[slots] = rows.cpu()
-    assert torch.equal(cache.cpu().flatten(0, 1), wanted)
-
-
-# One program serves all lengths
-
-
-@on_each_device
 def test_another_length_stride_pool_or_place_compiles_nothing(device: str) -> None:
-    """20 lengths; chunks whose strides, and pools whose sizes and places, differ each time."""
+    """Strides of chunks, and sizes and places of pools, differ each time."""
     first = pool(device)
     copy(paged(first), dense(chunk(device, 3)), [1, 2, 3])
     copy(dense(chunk(device, 3)), paged(first), None, [1, 2, 3])
-    with compiling(device, 0):
-        for n, tokens in enumerate([1, 2, 3, 4, 5, 8, 13, 21, 34, 55, 89, 144, 6, 7, 9, 10, 11, 12,
-                                    14, 233]):  # fmt: skip
-            caches = pool(device, blocks=60 + n)
-            # Of a longer one: neither the tokens nor the distances between planes are the same.
-            rows = chunk(device, tokens + n % 3)[:, :, :tokens]
-            slots = torch.randperm(240, generator=torch.Generator().manual_seed(n))[:tokens]
-            ids = slots.to(device)
-            copy(paged(caches), dense(rows), ids)
-            assert torch.equal(rows.cpu(), rows_of(caches)[:, :, slots]), tokens
-            rows.copy_(chunk(device, tokens))
-            wanted = rows_of(caches)
-            wanted[:, :, slots] = rows.cpu()
-            copy(dense(rows), paged(caches), None, ids)
-            assert torch.equal(rows_of(caches), wanted), tokens
+    made = compiled(device).compilations
+    for n, tokens in enumerate((1, 2, 3, 4, 5, 8, 13, 21, 34, 55, 89, 144, 12, 233)):
+        caches = pool(device, blocks=60 + n)
+        # Of a longer one: neither the tokens nor the distances between planes are the same.
+        rows = chunk(device, tokens + n % 3)[:, :, :tokens]
+        slots = torch.randperm(240, generator=torch.Generator().manual_seed(n))[:tokens]
+        ids = slots.to(device)
+        copy(paged(caches), dense(rows), ids)
+        assert torch.equal(rows.cpu(), rows_of(caches)[:, :, slots]), tokens
+        rows.copy_(chunk(device, tokens))
+        wanted = rows_of(caches)
+        wanted[:, :, slots] = rows.cpu()
+        copy(dense(rows), paged(caches), None, ids)
+        assert torch.equal(rows_of(caches), wanted), tokens
+    assert compiled(device).compilations == made
 
 
 @on_each_device
@@ -205,124 +110,234 @@ def test_one_allocation_and_many_are_one_kernel_each(device: str) -> None:
         assert torch.equal(rows.cpu(), rows_of(caches)[:, :, [5, 23, 0, 11]])
 
 
-# Ids are guarded inside the kernel
-
-
 @on_each_device
-@pytest.mark.parametrize("told", [True, False])
-@pytest.mark.parametrize("gathers", [True, False], ids=["gather", "scatter"])
-def test_bad_ids_are_reported_and_move_nothing(device: str, gathers: bool, told: bool) -> None:
-    for bad in (24, 2**31, 2**32 + 1, 2**62, 2**63 - 1):
-        for at in (0, 6):
-            slots = [3, 1, -1, 7, 0, 23, 5, -(2**63)]
-            slots[at] = bad
-            caches, rows = pool(device), chunk(device, len(slots))
-            wanted_pool, wanted_rows = rows_of(caches), kept(rows)
-            for n, slot in enumerate(slots):
-                if 0 <= slot < 24 and gathers:
-                    wanted_rows[:, :, n] = wanted_pool[:, :, slot]
-                elif 0 <= slot < 24:
-                    wanted_pool[:, :, slot] = wanted_rows[:, :, n]
-            ids, status = Index(torch.tensor(slots, device=device)), word(device)
-            ways = [(paged(caches), ids), (dense(rows), Index())]
-            (src, mine), (dst, theirs) = ways if gathers else ways[::-1]
-            launch(src, dst, mine, theirs, status if told else None)
-            assert int(status) == (at + 1 if told else 0)
-            assert torch.equal(rows.cpu(), wanted_rows)
-            assert torch.equal(rows_of(caches), wanted_pool)
+@pytest.mark.parametrize("scatters", [False, True], ids=["gather", "scatter"])
+def test_the_code_is_one_kernel_without_a_buffer(device: str, scatters: bool) -> None:
+    """No copy of a cache, and no rows kept between: what is loaded is stored.
 
+    A copy of a cache would also have to take as much memory as a process can address.
+    """
+    from torch._inductor.utils import run_and_get_code
 
-@on_each_device
-def test_bad_blocks_of_several_units(device: str) -> None:
-    """A product that overflows, and a block of which half is past the end."""
-    # 20 slots in blocks of 8: block 2 is slots 16 to 23.
-    for src_blocks, dst_blocks, moved, bad in (
-        ([1, 2**61, 0], [2, 1], {4: 16, 0: 8}, (4,)),
-        ([3, 5, -(2**63), 0], [2, 0], {12: 16, 0: 4}, (4,)),
-        ([2, 3, 4, 5], [2**62, -(2**63)], {}, (0, 4)),  # either may be written last
-    ):
-        caches, target = pool(device), pool(device, blocks=5)
-        wanted = rows_of(target)
-        for source, destination in moved.items():
-            rows = rows_of(caches)[:, :, source : source + 4]
-            wanted[:, :, destination : destination + 4] = rows
-        mine = Index(torch.tensor(src_blocks, device=device), step=4)
-        theirs = Index(torch.tensor(dst_blocks, device=device), step=8)
-        status = word(device)
-        launch(paged(caches), paged(target), mine, theirs, status)
-        assert int(status) - 1 in bad
-        assert torch.equal(rows_of(target), wanted)
-
-
-@on_each_device
-def test_a_status_that_was_set_stays(device: str) -> None:
-    """Launches of one transfer share the word."""
-    caches, rows, status = pool(device), chunk(device, 2), word(device)
-    for slots in ([1, 24], [1, 2]):
-        ids = Index(torch.tensor(slots, device=device))
-        launch(paged(caches), dense(rows), ids, Index(), status)
-    assert int(status) == 2
-
-
-@on_each_device
-def test_a_view_without_slots(device: str) -> None:
-    caches = [torch.empty(2, 0, 4, 2, 8, dtype=torch.int16, device=device) for _ in range(3)]
-    rows, status = chunk(device, 3), word(device)
-    wanted = kept(rows)
-    ids = Index(torch.tensor([-1, 0, -1], device=device))
-    launch(paged(caches), dense(rows), ids, Index(), status)
-    assert int(status) == 2
-    assert torch.equal(rows.cpu(), wanted)
-
-
-# Threads and graphs
-
-
-@on_each_device
-def test_one_launch_from_several_threads(device: str) -> None:
-    caches, ids = pool(device), Index(torch.tensor([3, 0, 23, 5], device=device))
-    plan = CopyPlan(paged(caches).form, dense(chunk(device, 4)).form, 1, 0)
-    shared, wrong = compiled(device).prepare(plan), []
-    wanted = rows_of(caches)[:, :, [3, 0, 23, 5]]
-
-    def work() -> None:
-        for _ in range(50):
-            rows = torch.zeros(2, 3, 4, 16, dtype=torch.int16, device=device)
-            shared(paged(caches), dense(rows), ids, Index(), 4, None, None)
-            if not torch.equal(rows.cpu(), wanted):
-                wrong.append(rows)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    src, dst = paged(pool(device)), dense(chunk(device, 4))
+    views = (dst, src) if scatters else (src, dst)
+    plan = CopyPlan(views[0].form, views[1].form, int(not scatters), int(scatters))
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, codes = run_and_get_code(Compiled(_home(device)).prepare, plan)
+    assert len(codes) == 2  # the copy and the report
+    # Units are the outermost loop: otherwise each vector would be divided by a variable.
+    outermost = re.search(r"for\(.*?;(.*?);", codes[0])
+    assert outermost is None or "ks" in outermost[1]
+    assert not re.search(r"(?://|%) ks", codes[0])
+    for code in codes:
+        body = re.sub("#.*", "", code[code.index("def call(") :])
+        made = re.findall(r"async_compile\.(?:cpp_pybinding|triton)\(", code)
+        assert len(made) == 1, "one kernel"
+        assert not re.search(r"empty_strided\w*\(|\.clone\(|extern_kernels\.|aten\.", body), body
 
 
 @pytest.mark.gpu
-def test_a_captured_launch_reads_its_ids_anew() -> None:
-    caches, rows = pool("cuda"), chunk("cuda", 4)
-    slots, src, dst = torch.tensor([3, 0, 23, 5], device="cuda"), paged(caches), dense(rows)
-    copy(src, dst, Index(slots))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        copy_rows(src, dst, Index(slots), backend="compiled")
-    for now in ([1, 2, 3, 4], [9, -1, 8, 24]):
-        slots.copy_(torch.tensor(now))
-        before = kept(rows)
-        graph.replay()
-        torch.cuda.synchronize()
-        for n, slot in enumerate(now):
-            good = 0 <= slot < 24
-            expected = rows_of(caches)[:, :, slot] if good else before[:, :, n]
-            assert torch.equal(rows.cpu()[:, :, n], expected)
+def test_a_scatter_takes_no_memory() -> None:
+    caches = [torch.zeros(2, 4096, 16, 8, 128, dtype=torch.float16, device="cuda") for _ in "ab"]
+    rows = torch.zeros(2, 2, 64, 1024, dtype=torch.float16, device="cuda")
+    slots, dst = torch.arange(64, device="cuda"), paged(caches)
+    src = KVView(rows, "kv layer token (head dim)", heads=8)
+    copy(src, dst, None, Index(slots))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    copy(src, dst, None, Index(slots))
+    assert torch.cuda.max_memory_allocated() - before < 1 << 20
 
 
-@pytest.mark.gpu
-def test_a_plan_first_met_during_capture_is_refused() -> None:
-    caches, rows = pool("cuda", layers=7), chunk("cuda", 4, layers=7)
-    plan = CopyPlan(paged(caches).form, dense(rows).form, 1, 0)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), pytest.raises(Unsupported, match="before the capture"):
-        compiled("cuda").prepare(plan)
+@on_each_device
+def test_what_torch_guards_for_does_not_compile_again(device: str) -> None:
+    """Each of these would be a recompilation of a function called through torch.compile."""
+    backend, caches = Compiled(_home(device)), pool(device)
+    with torch.inference_mode():
+        launch = backend.prepare(_plan(device))
+    ids = Index(torch.tensor([3, 0, 23, 5], device=device))
+
+    def check() -> None:
+        rows = torch.zeros(2, 3, 4, 16, dtype=torch.int16, device=device)
+        launch(paged(caches), dense(rows), ids, Index(), 4, None, None)
+        assert torch.equal(rows.cpu(), rows_of(caches)[:, :, [3, 0, 23, 5]])
+
+    made = backend.compilations
+    threads, promised = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    try:
+        check()
+        with torch.inference_mode():
+            check()
+        with torch.enable_grad(), torch.autocast(device, torch.bfloat16):
+            check()
+        torch.use_deterministic_algorithms(True)
+        torch.set_num_threads(1)
+        torch._dynamo.reset()
+        check()
+    finally:
+        torch.use_deterministic_algorithms(promised)
+        torch.set_num_threads(threads)
+    assert backend.compilations == made == 2
+
+
+@needs_compiler
+def test_a_promise_of_one_order_is_kept_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under it inductor would write rows by a slow way of its own, over all memory."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        Compiled(CPU).prepare(_plan("cpu"))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@needs_compiler
+def test_torchs_limit_of_recompilations_is_not_met() -> None:
+    """Each program has its own count, so that no number of plans ends in an eager run."""
+    backend = Compiled(CPU)
+    limits = ("recompile_limit", "cache_size_limit")  # its name, and its name in older releases
+    limit = next(name for name in limits if hasattr(torch._dynamo.config, name))
+    with torch._dynamo.config.patch({limit: 1}):
+        for layers in (1, 2, 3):
+            backend.prepare(_plan("cpu", layers=layers))
+    assert backend.compilations == 4  # three copies, one report
+
+
+@needs_compiler
+def test_a_second_compilation_is_an_error() -> None:
+    program = Program(_add, {}, [torch.zeros(8, dtype=torch.int64), 0])
+    with pytest.raises(RuntimeError, match="compiled again"):
+        program._compile(torch.fx.GraphModule({}, torch.fx.Graph()), [])
+
+
+def _add(*arguments: Any) -> None:
+    arguments[0].add_(arguments[1])
+
+
+def _take_for_a_constant(*arguments: Any) -> None:
+    arguments[0].add_(sum([1] * arguments[1]))
+
+
+@needs_compiler
+def test_integers_stay_variable() -> None:
+    target = torch.zeros(8, dtype=torch.int64)
+    program = Program(_add, {}, [torch.zeros(8, dtype=torch.int64), 0])
+    for number in (0, 1, 5, -7, 2**40):
+        target.zero_()
+        program([target, number])
+        assert target.tolist() == [number] * 8
+    assert program.compilations == 1
+
+
+@needs_compiler
+def test_an_integer_that_became_a_constant_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="for a constant"):
+        Program(_take_for_a_constant, {}, [torch.zeros(8, dtype=torch.int64), 0])
+
+
+@needs_compiler
+def test_an_eager_run_is_refused_before_it_touches_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its arguments are marks, not addresses."""
+    monkeypatch.setattr(registry, "REGISTRY", registry.Registry())
+    caches, rows = pool("cpu"), chunk("cpu", 2)
+    wanted = rows.clone()
+    torch.compiler.set_stance("force_eager")
+    try:
+        with pytest.raises(BackendUnavailable, match="ran it as plain Python"):
+            copy_rows(paged(caches), dense(rows), [1, 2], backend="compiled")
+    finally:
+        torch.compiler.set_stance("default")
+    assert torch.equal(rows, wanted)
+
+
+# What it says of devices
+
+
+def _reason(device: torch.device) -> str:
+    decision = Compiled.probe(device)
+    assert not decision.accepted
+    return decision.reason
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "'no-such-compiler' is not there" in _reason(CPU)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    assert "install g++" in _reason(CPU)
+
+
+def test_without_pythons_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert "python3-dev" in _reason(CPU)
+    (tmp_path / "Python.h").touch()
+    assert Compiled.probe(CPU).accepted
+
+
+@pytest.mark.parametrize("switch", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
+def test_switched_off(monkeypatch: pytest.MonkeyPatch, switch: str) -> None:
+    monkeypatch.setenv(switch, "1")
+    assert f"switched off by {switch}" in _reason(CPU)
+
+
+def test_on_a_gpu_without_triton_or_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    assert "triton" in _reason(cuda)
+    monkeypatch.setattr(module, "find_spec", lambda name: name)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "install gcc" in _reason(cuda)
+
+
+def test_on_another_device() -> None:
+    assert "not on xpu" in _reason(torch.device("xpu", 0))
+
+
+def test_a_torch_without_tensors_of_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._C, "_construct_storage_from_data_pointer")
+    assert "tensor of an address" in _reason(CPU)
+
+
+@needs_compiler
+def test_a_compiler_that_fails_is_the_self_checks_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registry, "REGISTRY", registry.Registry())
+
+    def fails(*given: Any, **more: Any) -> Any:
+        raise RuntimeError("the compiler broke")
+
+    monkeypatch.setattr(torch._inductor, "compile", fails)
+    with pytest.raises(BackendUnavailable, match="the compiler broke"):
+        registry.choose(CPU, "compiled")
+    assert registry.choose(CPU).name == "reference"
+
+
+def test_on_a_host_it_is_only_used_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "REGISTRY", registry.Registry())
+    assert "compiled" not in registry.REGISTRY.automatic(CPU)
+    said = {decision.name: decision for decision in registry.trace(CPU)}
+    assert "on cpu it is used only when asked for" in said["compiled"].reason
+
+
+def test_on_a_gpu_it_stands_between_triton_and_the_reference() -> None:
+    order = registry.REGISTRY.automatic(torch.device("cuda", 0))
+    assert order[order.index("triton") :][-2:] == ["compiled", "reference"]
+
+
+def test_a_probe_imports_no_compiler() -> None:
+    program = (
+        "import sys, torch\n"
+        "from portakv.registry import registry\n"
+        "registry.trace('cpu')\n"
+        "assert not {'torch._inductor', 'torch._dynamo'} & set(sys.modules)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PORTAKV_BACKEND"}
+    ran = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr

@@ -1,84 +1,406 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds of every backend alike, through those that run in this process on a CPU.
+"""What holds of every backend alike: one table of copies, judged byte by byte, wherever it runs.
 
-`triton` under its interpreter, and `ascend` and `mlu` on the simulated device, are judged by the
-same functions in test_triton.py, test_ascend_npu.py and test_mlu_device.py.
+Here the kernels of `cuda`, `hip` and `ascend` run on the host, `triton` under its interpreter, and
+`ascend` and `mlu` over stand-ins on the simulated device; a GPU has the real ones. Under a checker
+of device memory, without whose cache the allocator gives each tensor memory of its own::
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \\
+        python -m pytest -m sanitize tests/backends/test_every_backend.py
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from support import paged_cases
 from support.command_line import registered
+from support.core_cases import GIB, lazy, noise
+from support.cuda_cases import COPIES, Copy, by, chunk, pool
 from support.cuda_on_cpu import CudaOnCpu
 from support.each_backend import (
     CHANGES,
     REPEATED,
     SHOWN,
     STATES,
-    copied,
+    Carrier,
     refuses_memory_that_is_elsewhere,
-    within,
 )
+from support.guarded_memory import filled, refused
+from support.own_process import in_child, own_process
 
+from portakv import CopyPlan, Index, KVView, SlotError, Unsupported, copy_rows
+from portakv.backends import _triton_rows, rows_kernel
+from portakv.backends.ascend import Ascend
 from portakv.backends.base import Backend
 from portakv.backends.compiled import Compiled
+from portakv.backends.cuda import Cuda
+from portakv.backends.mlu import Mlu
 from portakv.backends.reference import Reference
+from portakv.backends.triton import Triton
+from portakv.runtime.devices import this_process
+from portakv_conformance.draw.arrangement import Case
+from portakv_conformance.draw.strategies import all_cases
+from portakv_conformance.judge.judging import index_of, view_of
+from portakv_conformance.vendor import standins
 from portakv_conformance.vendor.ascendc_emulated import AscendC
 from portakv_conformance.vendor.hip_emulated import HipEmulated
 
-CPU = torch.device("cpu")
-CLASSES: dict[str, type[Backend]] = {
-    "reference": Reference,
-    "compiled": Compiled,
-    "cuda-on-cpu": CudaOnCpu,
-    "hip-emulated": HipEmulated,
-    "ascendc": AscendC,
+if in_child():
+    standins.install(os.environ["SIMDEV_NAME"])
+
+INTERPRETED = own_process("", "triton interpreted", TRITON_INTERPRET="1")
+GPU = [pytest.mark.gpu, pytest.mark.sanitize]
+#: Backends that skip and guard: class, the device's type, vectors of a thread, marks.
+KERNELS: dict[str, tuple[type[Backend], str, int, Any]] = {
+    "cuda-on-cpu": (CudaOnCpu, "cpu", 1, ()),
+    "cuda-on-cpu, two vectors": (CudaOnCpu, "cpu", 2, ()),
+    "hip-emulated": (HipEmulated, "cpu", 1, ()),
+    "ascendc": (AscendC, "cpu", 0, ()),
+    "compiled": (Compiled, "cpu", 0, ()),
+    "triton interpreted": (Triton, "cpu", 0, INTERPRETED),
+    "cuda": (Cuda, "cuda", 1, GPU),
+    "cuda, two vectors": (Cuda, "cuda", 2, GPU),
+    "triton": (Triton, "cuda", 0, GPU),
+    "compiled on a GPU": (Compiled, "cuda", 0, GPU),
 }
+OTHERS: dict[str, tuple[type[Backend], str, int, Any]] = {
+    "reference": (Reference, "cpu", 0, ()),
+    "reference on a GPU": (Reference, "cuda", 0, GPU),
+    "ascend": (Ascend, "privateuseone", 0, own_process("npu", "ascend")),
+    "mlu": (Mlu, "privateuseone", 0, own_process("mlu", "mlu")),
+}
+ALL = {**KERNELS, **OTHERS}
+TABLE = {**COPIES, **REPEATED}
+#: What `compiled` copies on the host outside of ``.ci/full``, and what `triton` does not.
+FEW = ("gather", "scatter", "blocks", "memory objects, scattered", "one block for all")
+SLOW = ("more planes than the arguments hold",)
 
 
-@pytest.fixture(scope="module", params=CLASSES)
-def backend(request: pytest.FixtureRequest) -> Iterator[type[Backend]]:
-    """A backend's class, registered under its name if it is not one of the library's own."""
-    found = CLASSES[request.param]
-    decision = found.probe(CPU)
+@pytest.fixture(scope="module")
+def carrier(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Carrier]:
+    """A backend, registered if it is not one of the library's own; it prefetches in the smallest
+    copies, and a cache on disk of its own holds its kernels."""
+    backend, kind, vectors, _ = ALL[request.param]
+    device = torch.device(kind) if kind == "cpu" else torch.device(kind, 0)
+    decision = backend.probe(device)
     if not decision.accepted:
         pytest.skip(decision.reason)
-    known: AbstractContextManager[Any] = nullcontext()
-    if request.param not in ("reference", "compiled"):
-        known = registered(**{found.name: found})
-    with known:
-        yield found
+    own: AbstractContextManager[Any] = nullcontext()
+    if backend in (CudaOnCpu, HipEmulated, AscendC):
+        own = registered(**{backend.name: backend})
+    with pytest.MonkeyPatch.context() as patched, own:
+        patched.delenv("PORTAKV_BACKEND", raising=False)
+        patched.setenv("PORTAKV_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        if vectors and backend is not HipEmulated:
+            patched.setattr(rows_kernel, "TUNING", (rows_kernel.Tuning(0, vectors, 48),))
+        yield Carrier(backend, device)
 
 
-def some_of_compiled(backend: type[Backend], few: bool, request: pytest.FixtureRequest) -> None:
-    """`compiled` compiles a program for each shape: all but a few copies are for ``.ci/full``."""
-    if backend is Compiled and not few and "full" not in request.config.option.markexpr:
-        pytest.skip("each shape is a program of several seconds: run by -m full")
+def by_each(carriers: Any, *, wide: str = "") -> pytest.MarkDecorator:
+    """Run a test by each of some backends; by that named ``wide`` in ``.ci/full`` only."""
+    return pytest.mark.parametrize(
+        "carrier",
+        [
+            pytest.param(name, marks=[*ALL[name][3], *[pytest.mark.full] * (name == wide)])
+            for name in carriers
+        ],
+        indirect=True,
+    )
 
 
-@pytest.mark.parametrize("name", REPEATED)
-def test_sources_of_which_several_rows_are_one(
-    name: str, backend: type[Backend], request: pytest.FixtureRequest
+def fewer(carrier: Carrier, few: bool, request: pytest.FixtureRequest) -> None:
+    """On the host `compiled` takes seconds for each shape, and the interpreter for each plane: all
+    but a few are for ``.ci/full``."""
+    slow = carrier.backend in (Compiled, Triton) and carrier.device.type == "cpu"
+    if slow and not few and "full" not in request.config.option.markexpr:
+        pytest.skip("it takes long on a host: run by -m full")
+
+
+@pytest.fixture
+def copied(request: pytest.FixtureRequest, carrier: Carrier) -> Copy:
+    """A copy of the table, made anew."""
+    name = request.param
+    fewer(carrier, name in FEW if carrier.backend is Compiled else name not in SLOW, request)
+    return TABLE[name]()
+
+
+@by_each(ALL)
+@pytest.mark.parametrize("copied", TABLE, indirect=True)
+def test_every_byte_lands(copied: Copy, carrier: Carrier) -> None:
+    carrier.copies(copied)
+
+
+@by_each(
+    [name for name in KERNELS if name not in ("hip-emulated", "cuda", "cuda, two vectors")],
+    wide="compiled",
+)
+def test_drawn_copies(carrier: Carrier) -> None:
+    profile = settings.default
+    assert profile is not None
+    share = 16 if carrier.backend in (Compiled, Triton) else 1
+
+    @settings(max_examples=max(6, profile.max_examples // share))
+    @given(all_cases(device=carrier.device.type))
+    def check(case: Case) -> None:
+        src, dst = view_of(case.src), view_of(case.dst)
+        mine, theirs = index_of(case.src), index_of(case.dst)
+        case.check(
+            lambda: copy_rows(
+                src, dst, mine, theirs, count=case.count, backend=carrier.name
+            ).synchronize()
+        )
+
+    check()
+
+
+# Bad ids
+
+WILD = [(torch.int32, 2**31 - 1), *((torch.int64, n) for n in (12, 2**31, 2**32 + 1, 2**63 - 1))]
+
+
+@by_each(KERNELS)
+@pytest.mark.parametrize(("dtype", "bad"), WILD, ids=str)
+def test_a_bad_id_moves_nothing_and_is_told(dtype: torch.dtype, bad: int, carrier: Carrier) -> None:
+    for at in (0, 6):
+        slots = [3, 1, -1, 7, 0, 11, 5, -(2**31)]
+        slots[at] = bad
+        paged, dense = by(pool(), slots, dtype=dtype), chunk(8)
+        for copy in (Copy(paged, dense, 8), Copy(dense, paged, 8)):
+            status = carrier.word()
+            carrier.tells(copy, status)
+            assert int(status) == at + 1
+    carrier.tells(copy, None)
+
+
+@by_each(KERNELS)
+@pytest.mark.parametrize(
+    ("mine", "theirs", "step", "told"),
+    [
+        ([1, 2**61, 0], [2, 1, 0], 4, (5,)),  # a block of the source
+        ([2, -1, 1], [0, 1, 2**63 - 1], 4, (9,)),  # one of the destination
+        ([3, 0, 1], [-1, 0, 1], 4, (1,)),  # it is told although the other side skips it
+        ([2, -(2**63), 5, 1], [2, 0], 8, (5, 9)),  # of five blocks of 4 half a block of 8 is there
+    ],
+    ids=["source", "destination", "skipped", "half a block"],
+)
+def test_bad_blocks_on_either_side(
+    mine: list[int], theirs: list[int], step: int, told: tuple[int, ...], carrier: Carrier
 ) -> None:
-    some_of_compiled(backend, name in ("one token for all", "one block for all"), request)
-    copied(REPEATED[name](), backend.name)
+    blocks = 3 if step == 4 else 5
+    ends = by(pool(blocks=blocks), mine, 4), by(pool(blocks=blocks), theirs, step)
+    copy, status = Copy(*ends, 4 * len(mine)), carrier.word()
+    assert copy.plan().unit == 4
+    carrier.tells(copy, status)
+    assert int(status) in told
 
 
+@by_each(KERNELS)
+def test_launches_of_one_transfer_share_the_word(carrier: Carrier) -> None:
+    """Of several bad ids one is told, and it stays."""
+    status = carrier.word()
+    for slots in ([12, 1, 13, 2, 99, 0, 5, 3], [1, 2, -1, 3, 4, 5, 6, 7]):
+        carrier.tells(Copy(by(pool(), slots), chunk(8), 8), status)
+        assert int(status) in (1, 3, 5)
+
+
+@by_each(KERNELS)
+def test_a_view_without_slots(carrier: Carrier) -> None:
+    status = carrier.word()
+    carrier.tells(Copy(by(pool(blocks=0), [-1, 0, -1]), chunk(3), 3), status)
+    assert int(status) == 2
+
+
+# Far and large
+
+
+def far_away(device: torch.device) -> torch.Tensor:
+    """``[5, 4, 32]`` bytes at strides of 1 GiB and 64 B."""
+    size = 5 * GIB
+    whole = lazy(size) if device.type == "cpu" else torch.zeros(size, dtype=torch.uint8).to(device)
+    return whole.as_strided((5, 4, 32), (GIB, 64, 1)).copy_(noise(5, 4, 32, dtype=torch.uint8))
+
+
+@by_each(KERNELS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_offsets_past_two_and_four_gib(dtype: torch.dtype, carrier: Carrier) -> None:
+    cache = far_away(carrier.device)
+    slots = torch.tensor([19, 0, 9, 16, 13], dtype=dtype, device=carrier.device)
+    wanted = cache.flatten(0, 1)[slots.long()]
+    rows = filled((5, 32), torch.uint8, device=carrier.device)
+    paged, dense = KVView(cache, "block token dim"), KVView(rows, "token dim")
+    copy_rows(paged, dense, slots, backend=carrier.name).synchronize()
+    assert torch.equal(rows, wanted)
+    cache.zero_()
+    copy_rows(dense, paged, None, slots, backend=carrier.name).synchronize()
+    assert torch.equal(cache.flatten(0, 1)[slots.long()], wanted)
+
+
+@by_each(KERNELS, wide="compiled")
+def test_strides_past_four_gib_inside_a_unit_and_between_planes(carrier: Carrier) -> None:
+    """A gap of 4 GiB and more cannot be named by a transfer of AscendC: the loop stays a loop."""
+    far = far_away(carrier.device)
+    farther = far[::4]
+    for source, axes in (
+        (far, "layer token dim"),
+        (far.transpose(0, 1), "token head dim"),
+        (farther, "head token dim"),
+        (farther.transpose(0, 1), "token head dim"),
+    ):
+        landed = filled(source.shape, torch.uint8, device=carrier.device)
+        copy_rows(KVView(source, axes), KVView(landed, axes), backend=carrier.name).synchronize()
+        assert torch.equal(landed, source)
+
+
+@by_each([name for name in KERNELS if name not in ("ascendc", "compiled", "compiled on a GPU")])
+def test_a_copy_of_several_launches(carrier: Carrier, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More vectors than one launch may count; positions are named by their place in the whole."""
+    for module, limit in ((rows_kernel, "_MAX_VECTORS"), (_triton_rows, "MAX_VECTORS")):
+        monkeypatch.setattr(module, limit, 8)
+    slots = [*range(11, -1, -1), *range(11)]
+    slots[17] = 12
+    status = carrier.word()
+    carrier.tells(Copy(by(pool(), slots), chunk(23), 23), status)
+    assert int(status) == 18
+
+
+@by_each(["hip-emulated", "compiled", "cuda", "triton", "compiled on a GPU"])
+def test_threads_share_a_launch(carrier: Carrier) -> None:
+    """Each has arguments of its own: a launch copies them when it is called, not before."""
+    made = [Copy(by(pool(), [n, 11 - n, 5, 0]), chunk(4), 4) for n in range(4)]
+    wrong: list[BaseException] = []
+
+    def work(copy: Copy) -> None:
+        try:
+            for _ in range(20):
+                carrier.copies(copy)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(copy,)) for copy in made]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# What it may not mind, and what it refuses
+
+
+@by_each([name for name in ALL if ALL[name][1] == "cpu"])
 @pytest.mark.parametrize("name", SHOWN)
 @pytest.mark.parametrize("state", STATES)
 def test_no_state_of_torch_s_changes_a_copy(
-    state: str, name: str, backend: type[Backend], request: pytest.FixtureRequest
+    state: str, name: str, carrier: Carrier, request: pytest.FixtureRequest
 ) -> None:
     few = name == "gather" and state in ("default device meta", "inference mode")
-    some_of_compiled(backend, few, request)
-    within(state, SHOWN[name](), lambda: backend(CPU))
+    fewer(carrier, few, request)
+    copy = SHOWN[name]()
+    copy.check(lambda: carrier.launches(copy, state=state))
 
 
+@by_each(ALL)
 @pytest.mark.parametrize("change", CHANGES)
-def test_memory_that_is_elsewhere_is_refused(change: str, backend: type[Backend]) -> None:
-    refuses_memory_that_is_elsewhere(backend.name, CHANGES[change])
+def test_memory_that_is_elsewhere_is_refused(change: str, carrier: Carrier) -> None:
+    refuses_memory_that_is_elsewhere(carrier, CHANGES[change])
+
+
+# On a GPU
+
+ON_A_GPU = ["cuda", "triton", "compiled on a GPU"]
+
+
+def gather(layers: int = 3) -> tuple[list[torch.Tensor], torch.Tensor, Any]:
+    """A pool, a chunk of eight tokens, and their views with ids on the device."""
+    caches = paged_cases.pool("cuda", layers=layers)
+    rows = paged_cases.chunk("cuda", 8, layers=layers)
+    ids = torch.arange(8, device="cuda")
+    return caches, rows, (paged_cases.paged(caches), paged_cases.dense(rows), Index(ids), Index())
+
+
+@by_each(ON_A_GPU)
+def test_a_captured_launch_reads_the_ids_of_each_replay(carrier: Carrier) -> None:
+    caches, rows, (src, dst, ids, none) = gather()
+    launch = carrier.backend(carrier.device).prepare(CopyPlan(src.form, dst.form, 1, 0))
+    status = carrier.word()
+    launch(src, dst, ids, none, 8, None, status)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch(src, dst, ids, none, 8, None, status)
+    for seed in range(3):
+        drawn = torch.randperm(24, generator=torch.Generator().manual_seed(seed))[:8]
+        drawn[seed] = -1
+        ids.ids.copy_(drawn)
+        rows.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        wanted = paged_cases.rows_of(caches)[:, :, drawn]
+        wanted[:, :, seed] = 0
+        assert torch.equal(rows.cpu(), wanted)
+    ids.ids.fill_(99)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert 1 <= int(status) <= 8
+
+
+@by_each(ON_A_GPU)
+def test_a_first_use_inside_a_capture_is_refused(carrier: Carrier) -> None:
+    _, _, (src, dst, *_) = gather(layers=7)
+    backend, plan = carrier.backend(carrier.device), CopyPlan(src.form, dst.form, 1, 0)
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        graph.capture_begin()
+        try:
+            with pytest.raises(Unsupported, match="before the capture"):
+                backend.prepare(plan)
+        finally:
+            graph.capture_end()
+    backend.prepare(plan)
+
+
+@by_each(ON_A_GPU)
+def test_bad_device_ids_leave_the_context_usable(carrier: Carrier) -> None:
+    caches, rows, (src, dst, ids, _) = gather()
+    ids.ids[3] = 24
+    with pytest.raises(SlotError, match="Position 3"):
+        copy_rows(src, dst, ids.ids, backend=carrier.name).synchronize()
+    ids.ids[3] = 23
+    copy_rows(src, dst, ids.ids, backend=carrier.name).synchronize()
+    assert torch.equal(rows.cpu(), paged_cases.rows_of(caches)[:, :, ids.ids.cpu()])
+
+
+@by_each(ON_A_GPU)
+def test_a_stream_is_honoured(carrier: Carrier) -> None:
+    """Also one that is not a torch.cuda.Stream."""
+    caches, rows, (src, dst, ids, none) = gather()
+    launch = carrier.backend(carrier.device).prepare(CopyPlan(src.form, dst.form, 1, 0))
+    streams: list[Any] = [torch.cuda.Stream(), torch.Stream(device="cuda")]
+    for stream in streams:
+        rows.zero_()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(200_000_000)
+            caches[0].add_(1)
+        launch(src, dst, ids, none, 8, stream, None)
+        stream.synchronize()
+        assert torch.equal(rows.cpu(), paged_cases.rows_of(caches)[:, :, :8])
+
+
+@by_each(["cuda", "triton"])
+def test_a_forked_process_is_refused(carrier: Carrier, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches, rows, (src, dst, ids, none) = gather()
+    launch = carrier.backend(carrier.device).prepare(CopyPlan(src.form, dst.form, 1, 0))
+    monkeypatch.setattr(this_process(), "forked", True)
+    with refused(Unsupported, "forked", watch=[*caches, rows]):
+        launch(src, dst, ids, none, 8, None, None)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.each_backend import CHANGES, REPEATED, copied, refuses_memory_that_is_elsewhere
 from support.own_process import in_child, own_process
 
 from portakv import AdaptiveConnector, CopyPlan, Index, KVView, SlotError, copy_rows
@@ -346,13 +345,3 @@ def test_the_transfer_takes_chunks_on_the_host_and_skips_a_prefix() -> None:
     wanted = torch.zeros_like(found)
     wanted[:, 9] = chunk[:, 0, 2]
     assert torch.equal(found, wanted)
-
-
-@pytest.mark.parametrize("name", REPEATED)
-def test_sources_of_which_several_rows_are_one(name: str) -> None:
-    copied(REPEATED[name](), "mlu", lambda tensor: tensor.to(DEVICE))
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_memory_that_is_elsewhere_is_refused(change: str) -> None:
-    refuses_memory_that_is_elsewhere("mlu", CHANGES[change], lambda tensor: tensor.to(DEVICE))

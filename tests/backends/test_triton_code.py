@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.triton_cases import chunk, dense, paged, pool
+from support.paged_cases import chunk, dense, paged, pool
 
 from portakv import CopyPlan, KVView
 from portakv.backends._triton_rows import NestKernel

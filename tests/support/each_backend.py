@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds of every backend alike: sources with stride 0, torch's ambient state, memory that is
-replaced. Each runs on the CPU, or where `moved` brings the tensors."""
+"""A backend that copies are carried out by, wherever it runs, and what no backend may mind: sources
+with stride 0, torch's ambient state, memory that is replaced."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -30,8 +30,6 @@ from support.cuda_cases import (
     unequal,
 )
 from support.guarded_memory import filled
-
-Place = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _chunk(tensor: torch.Tensor, **more: Any) -> End:
@@ -76,42 +74,91 @@ REPEATED: dict[str, Callable[[], Copy]] = {
 }
 
 
-def copied(copy: Copy, backend: str, place: Place | None = None) -> None:
-    """Copy through a backend, the tensors brought to ``place``, every byte judged."""
-    if place is None:
-        copy.check(lambda: run(copy, backend))
-        return
-    sides = (copy.src, copy.dst)
-    src, dst = there = [replace(side, tensors=moved(side.tensors, place)) for side in sides]
+class Elsewhere:
+    """Tensors on a device as they lie on the host: the same strides, the same shared storages."""
 
-    def carry() -> None:
-        run(Copy(src, dst, copy.count), backend)
-        for here, landed in zip(leaves(copy.dst.tensors), leaves(there[1].tensors), strict=True):
-            here.copy_(landed)
+    def __init__(self, device: torch.device | str) -> None:
+        self._device, self._storages = device, dict[int, tuple[torch.Tensor, torch.Tensor]]()
 
-    copy.check(carry)
+    def moved(self, tree: Any) -> Any:
+        """The same containers on the device."""
+        if not isinstance(tree, torch.Tensor):
+            return [self.moved(each) for each in tree]
+        storage = tree.untyped_storage()
+        if storage.data_ptr() not in self._storages:
+            here = torch.empty(0, dtype=torch.uint8).set_(storage)
+            self._storages[storage.data_ptr()] = here, here.to(self._device)
+        there = self._storages[storage.data_ptr()][1].untyped_storage()
+        moved = torch.empty(0, dtype=tree.dtype, device=self._device)
+        return moved.set_(there, tree.storage_offset(), tree.size(), tree.stride())
 
-
-def run(copy: Copy, backend: str) -> None:
-    copy_rows(
-        copy.src.view(), copy.dst.view(), copy.src.index(), copy.dst.index(), count=copy.count,
-        backend=backend,
-    ).synchronize()  # fmt: skip
-
-
-def moved(tree: Any, place: Place) -> Any:
-    """The same containers with tensors elsewhere, their strides and offsets as they were."""
-    if not isinstance(tree, torch.Tensor):
-        return [moved(each, place) for each in tree]
-    elements = tree.untyped_storage().nbytes() // tree.itemsize
-    whole = place(tree.as_strided((elements,), (1,), 0))
-    return whole.as_strided(tree.shape, tree.stride(), tree.storage_offset())
+    def bring_back(self) -> None:
+        """What the device's storages hold, padding included, into those of the host."""
+        for here, there in self._storages.values():
+            here.copy_(there)
 
 
-def leaves(tree: Any) -> list[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    return [leaf for each in tree for leaf in leaves(each)]
+class Carrier(NamedTuple):
+    """A backend as tests meet it: on the host, or on a device to which tensors are brought."""
+
+    backend: type[Backend]
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        return self.backend.name
+
+    def copies(self, copy: Copy) -> None:
+        """Copy as the library would; every byte is judged."""
+
+        def carry(src: End, dst: End) -> None:
+            copy_rows(
+                src.view(), dst.view(), src.index(), dst.index(), count=copy.count,
+                backend=self.name,
+            ).synchronize()  # fmt: skip
+
+        self._judged(copy, carry)
+
+    def tells(self, copy: Copy, status: torch.Tensor | None) -> None:
+        """Launch behind the library's checks, with a status word; every byte is judged."""
+        self._judged(copy, lambda src, dst: self.launches(Copy(src, dst, copy.count), status))
+
+    def launches(
+        self, copy: Copy, status: torch.Tensor | None = None, state: str | None = None
+    ) -> None:
+        """Make a backend, prepare a plan, launch it, and wait for the end, in a state of torch."""
+        src, dst, plan = copy.src.view(), copy.dst.view(), copy.plan()
+        indices = copy.src.index(), copy.dst.index()
+        with nullcontext() if state is None else STATES[state]():
+            backend = self.backend(self.device)
+            can = backend.capabilities()
+            home = can.home_of_ids(self.device)
+            mine, theirs = (
+                x if x.ids is None else x.placed(home, can.index_dtypes) for x in indices
+            )
+            pending = backend.prepare(plan)(src, dst, mine, theirs, copy.count, None, status)
+            if pending is not None:
+                pending.wait()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def word(self) -> torch.Tensor:
+        """A status word that the backend can write."""
+        word = torch.zeros(1, dtype=torch.int64)
+        return word if self.device.type == "cpu" else word.pin_memory()
+
+    def _judged(self, copy: Copy, carry: Callable[[End, End], None]) -> None:
+        if self.device.type == "cpu":
+            copy.check(lambda: carry(copy.src, copy.dst))
+            return
+        there = Elsewhere(self.device)
+        src, dst = (replace(x, tensors=there.moved(x.tensors)) for x in (copy.src, copy.dst))
+
+        def run() -> None:
+            carry(src, dst)
+            there.bring_back()
+
+        copy.check(run)
 
 
 # Torch's ambient state
@@ -184,42 +231,22 @@ SHOWN: dict[str, Callable[[], Copy]] = {
 }
 
 
-def within(state: str, copy: Copy, make: Callable[[], Backend]) -> None:
-    """Make a backend, prepare a copy and launch it inside a state of torch; every byte judged."""
-    src, dst, plan = copy.src.view(), copy.dst.view(), copy.plan()
-    indices = copy.src.index(), copy.dst.index()
-
-    def carry() -> None:
-        with STATES[state]():
-            backend = make()
-            can = backend.capabilities()
-            home = can.home_of_ids(backend.device)
-            mine, theirs = (
-                x if x.ids is None else x.placed(home, can.index_dtypes) for x in indices
-            )
-            pending = backend.prepare(plan)(src, dst, mine, theirs, copy.count, None, None)
-            if pending is not None:
-                pending.wait()
-
-    copy.check(carry)
-
-
 def refuses_memory_that_is_elsewhere(
-    backend: str, change: Callable[[torch.Tensor], object], place: Place | None = None
+    carrier: Carrier, change: Callable[[torch.Tensor], object]
 ) -> None:
     """Views of caches, of which one then changes: refused, and nothing is moved."""
     for gathers in (True, False):
         caches, rows = pool().tensors, chunk(7).tensors
-        if place is not None:
-            caches, rows = moved(caches, place), moved(rows, place)
+        if carrier.device.type != "cpu":
+            caches, rows = Elsewhere(carrier.device).moved([caches, rows])
         cache, dense = KVView(caches, NHD), KVView(rows, CHUNK, heads=2)
         ids = Index([11, 0, 6, 5, 3, 9, 1])
         sides = (cache, dense, ids, Index()) if gathers else (dense, cache, Index(), ids)
-        copy_rows(*sides, count=7, backend=backend).synchronize()
+        copy_rows(*sides, count=7, backend=carrier.name).synchronize()
         change(caches[1])
         kept = [leaf.cpu().clone() for leaf in (rows, caches[0], caches[2])]
         with pytest.raises(LayoutError, match="was replaced after it was read"):
-            copy_rows(*sides, count=7, backend=backend).synchronize()
+            copy_rows(*sides, count=7, backend=carrier.name).synchronize()
         for before, leaf in zip(kept, (rows, caches[0], caches[2]), strict=True):
             assert np.array_equal(before.view(torch.uint8), leaf.cpu().view(torch.uint8))
 

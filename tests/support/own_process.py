@@ -26,15 +26,17 @@ _SECONDS = 900
 _results = pytest.StashKey[dict[str, dict[str, list[Any]]]]()
 
 
-def own_process(device: str, group: str = "") -> list[pytest.MarkDecorator]:
-    """Marks for tests of the simulated device under another name.
+def own_process(device: str, group: str = "", **environment: str) -> list[pytest.MarkDecorator]:
+    """Marks for tests that run in a child.
 
     Args:
-        device: the name that the device carries there.
+        device: the name that the simulated device carries there; empty: there is none.
         group: tests of one group share a child; the device's name by default.
+        environment: variables that the child begins with.
     """
     group = group or device
-    return [pytest.mark.own_process(device, group), pytest.mark.xdist_group(group)]
+    marked = pytest.mark.own_process(device, group, **environment)
+    return [marked, pytest.mark.xdist_group(group)]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,7 +52,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     device, group = marked.args
     known = item.config.stash[_results]
     if group not in known:
-        known[group] = _run(item.session, device, group)
+        known[group] = _run(item.session, device, group, dict(marked.kwargs))
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in known[group].get(item.nodeid) or [_lost(item, known[group])]:
         item.ihook.pytest_runtest_logreport(report=report)
@@ -75,7 +77,9 @@ def _data(report: pytest.TestReport) -> dict[str, Any]:
     return data
 
 
-def _run(session: pytest.Session, device: str, group: str) -> dict[str, list[Any]]:
+def _run(
+    session: pytest.Session, device: str, group: str, more: dict[str, str]
+) -> dict[str, list[Any]]:
     """Run a group's tests of this session in a child: reports by test, and its output under ""."""
     chosen = [
         item.nodeid
@@ -88,7 +92,8 @@ def _run(session: pytest.Session, device: str, group: str) -> dict[str, list[Any
         ids.write_text("\n".join(chosen), encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
         command.append(f"@{ids}")
-        environment = {**os.environ, "SIMDEV_NAME": device, _GROUP: group, _REPORTS: str(reports)}
+        own = {"SIMDEV_NAME": device, _GROUP: group, _REPORTS: str(reports)}
+        environment = {**os.environ, **own, **more}
         environment.pop("PYTEST_XDIST_WORKER", None)
         done = subprocess.run(
             command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False,

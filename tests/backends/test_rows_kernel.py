@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The row kernel's text and its arguments, on the host: what it refuses, a launch that is repeated,
+bugs that the table of copies catches, sanitizers; and what the sources in ``native`` include."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.command_line import registered
+from support.cuda_cases import COPIES, Copy, by, chunk, gathered, pool
+from support.cuda_on_cpu import FLAGS, CudaOnCpu, HostDriver, why_not
+from support.each_backend import Carrier
+from support.guarded_memory import refused
+
+from portakv import Unsupported
+from portakv.backends import rows_kernel
+from portakv.backends.base import Backend
+from portakv.backends.rows_kernel import RowsKernel, kernel_text
+from portakv.backends.rows_launch import RowsLaunch
+from portakv_conformance.vendor.hip_emulated import HipEmulated
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+CPU = torch.device("cpu")
+NATIVE = Path(__file__).resolve().parents[2] / "native"
+SOURCES = sorted(x for x in NATIVE.rglob("*") if x.suffix in (".h", ".cuh", ".cpp", ".cu"))
+#: Of CANN: its runtime, its CPU twin, and what a host asks of a platform.
+VENDORS = ("acl/acl.h", "tikicpulib.h", "tiling/platform/platform_ascendc.h")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prefetching(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Also in the smallest copies; a cache on disk of its own holds the kernels."""
+    with pytest.MonkeyPatch.context() as patched, registered(**{CudaOnCpu.name: CudaOnCpu}):
+        patched.delenv("PORTAKV_BACKEND", raising=False)
+        patched.setenv("PORTAKV_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patched.setattr(rows_kernel, "TUNING", (rows_kernel.Tuning(0, 1, 48),))
+        yield
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda x: str(x.relative_to(NATIVE)))
+def test_a_source_needs_nothing_but_native_and_the_vendor(source: Path) -> None:
+    for name in re.findall(r'^#include "(.+)"', source.read_text(encoding="utf-8"), re.MULTILINE):
+        # The emulation stands in for the vendor's headers: it is on the compiler's path.
+        folders = source.parent, NATIVE / "ascend", NATIVE / "ascend" / "emulation"
+        places = [(folder / name).resolve() for folder in folders]
+        inside = [x for x in places if x.exists() and x.is_relative_to(NATIVE)]
+        assert inside or name in VENDORS, name
+
+
+def test_a_text_has_what_it_includes_in_its_place_once() -> None:
+    rows, direct = kernel_text(), kernel_text("host/direct.cuh")
+    assert direct.count(rows) == 1
+    assert "#include" not in direct
+    assert direct.index("void copy_rows(") < direct.index("void copy_direct(")
+
+
+@pytest.mark.parametrize("name", ["gather", "scatter", "gather int32"])
+def test_a_repeated_launch_moves_what_the_first_one_does(name: str) -> None:
+    """With other addresses, ids and counts, and a bad id told by its position."""
+    copied = COPIES[name]()
+    src, dst, mine, theirs = (
+        copied.src.view(), copied.dst.view(), copied.src.index(), copied.dst.index()
+    )  # fmt: skip
+    launch = CudaOnCpu(CPU).prepare(copied.plan())
+    assert isinstance(launch, RowsLaunch)
+    assert isinstance(launch._driver, HostDriver)
+    launch._driver.readable = src.spans
+    repeat = launch.again(src, dst, mine, theirs)
+    assert repeat is not None
+    paged, ids = (src, mine) if mine.ids is not None else (dst, theirs)
+    dense = dst if paged is src else src
+    status = torch.zeros(1, dtype=torch.int64)
+    slots = ids.ids
+    assert slots is not None
+    slots[4] = paged.slots
+    for end in (copied.src, copied.dst):
+        if end.ids is not None:
+            end.ids = slots.tolist()
+    given = (slots.data_ptr(), 0, copied.count, status.data_ptr())
+    copied.check(lambda: repeat(dense.origins[0], *given))
+    assert int(status) == 5
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    ("limit", "name"), [("MAX_OUTER", "gather"), ("MAX_INNER", "NZ blocks"),
+                        ("MAX_UNITS", "split tokens"), ("MAX_PLANES", "blocks")]
+)  # fmt: skip
+def test_plans_with_more_than_the_arguments_hold(
+    limit: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = COPIES[name]().plan()
+    CudaOnCpu(CPU).prepare(plan)
+    monkeypatch.setattr(rows_kernel, limit, 1)
+    with refused(Unsupported, "the kernel takes", "reference"):
+        CudaOnCpu(CPU).prepare(plan)
+
+
+def test_a_view_of_more_units_than_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_kernel, "_MAX_NUMBERS", 11)
+    carrier, copied = Carrier(CudaOnCpu, CPU), gathered(48)
+    with refused(Unsupported, "12 tokens", "reference", watch=copied.dst.tensors):
+        carrier.copies(copied)
+    carrier.copies(Copy(by(pool(), [2, 1], 4), chunk(8), 8))  # 3 units of 4
+
+
+@pytest.mark.parametrize("most", [8, 100])
+def test_a_launch_takes_so_many_vectors(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_kernel, "_MAX_VECTORS", most)
+    plan = COPIES["gather"]().plan()
+    assert len(RowsKernel(plan.nests[0], plan).spans(23)) == {8: 8, 100: 1}[most]
+
+
+# The table of copies can fail
+
+# What a bug replaces, by what, and a copy that shows it without leaving the memory around its rows.
+BUGS = {
+    "ids are always int64": ("request.wide ?", "true ?", "gather int32"),
+    "the first position is forgotten": ("request.first + unit;", "unit;", "slots to an id"),
+    "a slot past the end is moved": ("if (found >= request.limit)", "if (false)", "past the end"),
+    "a bad id is told at the wrong place": ("(i64)unit * copy.unit + 1", "unit", "past the end"),
+    "one table for both sides": ("copy.dst_table, to", "copy.src_table, to", "pool to pool"),
+    "units run backwards": ("+ at % Shape::per_id", "+ 1 - at % 2", "several units of an id"),
+    "inner loops run across": ("(at / below) * stride", "(at % First) * stride", "NZ blocks"),
+    "the last vector is left out": ("if (at >= all)", "if (at + 1 >= all)", "blocks"),
+    "every other plane": ("plane = blockIdx.y;", "plane = blockIdx.y / 2 * 2;", "scatter"),
+    "a prefetch of another place": ("+ (i64)(in % Run) * Bytes);", "+ (1 << 20));", "gather"),
+}  # fmt: skip
+#: The same in the words for AMD's compiler.
+BUGS_OF_HIP = {
+    "16 bytes are read as 4": ("__attribute__((vector_size(16)))", "", "gather"),
+    "stores go elsewhere": ("V*)targets[nth] =", "V*)(targets[nth] + 16) =", "one plane"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("backend", "bug"),
+    [*((CudaOnCpu, bug) for bug in BUGS), *((HipEmulated, bug) for bug in BUGS_OF_HIP)],
+    ids=lambda x: x if isinstance(x, str) else x.name,
+)
+def test_a_seeded_bug_is_caught(
+    backend: type[Backend], bug: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, wrong, name = {**BUGS, **BUGS_OF_HIP}[bug]
+    text = rows_kernel.kernel_text()
+    assert right in text, "the kernel's text has changed: seed the bug anew"
+    monkeypatch.setattr(rows_kernel, "kernel_text", lambda *_: text.replace(right, wrong, 1))
+    past = Copy(by(pool(), [3, 1, 12, 11]), chunk(4), 4)
+    copied = past if name == "past the end" else COPIES[name]()
+    status = torch.zeros(1, dtype=torch.int64)
+
+    def judge() -> None:
+        Carrier(backend, CPU).tells(copied, status)
+        assert int(status) == (3 if copied is past else 0)
+
+    with pytest.raises(AssertionError):
+        judge()
+
+
+# Under sanitizers
+
+
+def _sanitizer() -> str | None:
+    """The library that a process has to begin with, or None if g++ has none."""
+    asked = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True)
+    library = asked.stdout.strip()
+    return library if os.path.isabs(library) else None
+
+
+@pytest.mark.full
+def test_the_kernel_is_clean_under_sanitizers() -> None:
+    """Reads and writes outside of ids, tables and arguments; misaligned or overflowing ones."""
+    library = _sanitizer()
+    if library is None:
+        pytest.skip("g++ has no address sanitizer")
+    environment = {
+        **os.environ,
+        FLAGS: "-fsanitize=address,undefined -fno-sanitize-recover=all",
+        "LD_PRELOAD": library,
+        "ASAN_OPTIONS": "detect_leaks=0",
+    }
+    some = "bad or several or blocks or objects or planes or split"
+    words = ["-q", "-n0", "-p", "no:cacheprovider", "test_every_backend.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words, "-k", f"({some}) and cuda-on-cpu"],
+        cwd=Path(__file__).parent, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "passed" in done.stdout
