@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block transfers on the host: every way moves the same bytes, tells of itself, and refuses what
-it cannot do."""
+"""Block transfers on the host, within a device and between the two: every way moves the same
+bytes, tells of itself, and refuses what it cannot do."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ import numpy as np
 import pytest
 import torch
 from support.block_cases import (
+    BLOCK_BYTES,
     BLOCKS,
     DIM,
+    DST,
     HEADS,
     LAYERS,
     SIZE,
     SLICED,
+    SRC,
     WAYS,
+    Cache,
     block_first,
     layered,
+    pair,
     wanted,
 )
+from support.device_cases import current, settle
 from support.guarded_memory import filled, refused, same, untouched
 
 from portakv import (
@@ -32,7 +38,6 @@ from portakv import (
     KVView,
     LayoutError,
     SlotError,
-    Transfer,
     TransferError,
     Unsupported,
     copy_blocks,
@@ -40,94 +45,117 @@ from portakv import (
 from portakv.blocks import slices as block_slices
 from portakv.errors import InvalidTerms
 
-SRC, DST = [5, 0, 7, 2, 3], [1, 6, 0, 4, 2]
-BLOCK_BYTES = LAYERS * 2 * SIZE * HEADS * DIM * 2
+pytestmark = pytest.mark.usefixtures("small_slices")
 
 
-@pytest.fixture(autouse=True)
-def _small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two blocks to a slice."""
-    monkeypatch.setattr(block_slices, "SLICE", 2 * BLOCK_BYTES)
-
-
-@pytest.fixture(params=WAYS, ids=str)
-def options(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return WAYS[request.param]
-
-
-def layers_of(transfer: BlockTransfer, options: dict[str, Any]) -> tuple[Transfer, ...]:
-    """A transfer for each layer; none, and an error that says so, without ``by_layer``."""
-    if "by_layer" in options:
-        assert len(transfer.layers) == LAYERS
-        return transfer.layers
-    with refused(TransferError, "by_layer=True"):
-        _ = transfer.layers
-    return ()
+def stream_on(device: torch.device, side: bool) -> torch.Stream | None:
+    return torch.Stream(device) if side and device.type != "cpu" else None
 
 
 # The bytes
 
 
-def test_blocks_of_other_layouts(options: dict[str, Any]) -> None:
-    for src, dst in ((layered(), block_first()), (block_first(), layered())):
-        expected = wanted(src, dst, SRC, DST)
-        with untouched(src.tensors):
-            transfer = copy_blocks(src.view, dst.view, SRC, DST, **options)
-            transfer.synchronize()
-        assert isinstance(transfer, BlockTransfer)
-        assert transfer.done()
+@pytest.mark.parametrize("side", [False, True])
+@pytest.mark.parametrize("pin", [False, True], ids=["pageable", "pinned"])
+@pytest.mark.parametrize("store", [False, True])
+def test_every_byte_lands(
+    device: torch.device, store: bool, pin: bool, side: bool, options: dict[str, Any]
+) -> None:
+    src, dst = pair(device, store, pin)
+    expected, stream = wanted(src, dst, SRC, DST), stream_on(device, side)
+    before = None if stream is None else current(device)
+    with untouched(src.tensors):
+        moved = copy_blocks(src.view, dst.view, SRC, DST, stream=stream, **options)
+        assert stream is None or current(device) == before
+        moved.synchronize()
+    assert isinstance(moved, BlockTransfer)
+    assert moved.done()
+    assert torch.equal(dst.rows(), expected)
+    found = moved.statistics
+    assert (found.blocks, found.blocks_asked, found.nbytes) == (5, 5, 5 * BLOCK_BYTES)
+    engines = {"cpu": {"reference"}, "cuda": {found.engine}}
+    on_link = {"staged", "descriptors"} if pin else {"ring"}
+    assert found.engine in engines.get(device.type, on_link)
+    assert found.why
+    assert found.seconds is not None
+    assert found.gbps == pytest.approx(found.nbytes / found.seconds / 1e9)
+    assert not found.cancelled
+
+
+def test_inside_a_device(accelerator: torch.device, options: dict[str, Any]) -> None:
+    src, dst = layered(accelerator), block_first(accelerator)
+    settle(accelerator)
+    expected = wanted(src, dst, SRC, DST)
+    moved = copy_blocks(src.view, dst.view, SRC, DST, **options)
+    moved.synchronize()
+    assert torch.equal(dst.rows(), expected)
+    assert moved.statistics.seconds is not None
+
+
+def test_blocks_of_another_size(device: torch.device, options: dict[str, Any]) -> None:
+    there = layered(device)
+    here = block_first(blocks=BLOCKS // 2, size=2 * SIZE, pin=device.type != "cpu")
+    settle(device)
+    expected = wanted(there, here, [5, 0, 7, 2], [3, 1])
+    copy_blocks(there.view, here.view, [5, 0, 7, 2], [3, 1], **options).synchronize()
+    assert torch.equal(here.rows(), expected)
+    expected = wanted(here, there, [3, 1], [5, 4, 1, 2])
+    copy_blocks(here.view, there.view, [3, 1], [5, 4, 1, 2], **options).synchronize()
+    assert torch.equal(there.rows(), expected)
+
+
+@pytest.mark.parametrize("kind", ["arrays", "on the device"])
+@pytest.mark.parametrize("store", [False, True])
+def test_skipped_blocks(
+    device: torch.device, store: bool, kind: str, options: dict[str, Any]
+) -> None:
+    mine, theirs = [5, -1, 7, 2, 3], [1, 6, 0, -3, 2]
+    src, dst = pair(device, store)
+    expected = wanted(src, dst, mine, theirs)
+    ids: Any = np.array(mine, np.int32), np.array(theirs, np.int64)
+    if kind == "on the device":
+        ids = [torch.from_numpy(one).to(device) for one in ids]
+    moved = copy_blocks(src.view, dst.view, *ids, **options)
+    moved.synchronize()
+    assert torch.equal(dst.rows(), expected)
+    found = moved.statistics
+    if kind == "arrays":
+        assert (found.blocks, found.blocks_asked, found.nbytes) == (3, 3, 3 * BLOCK_BYTES)
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_bad_ids_on_the_device(accelerator: torch.device, store: bool, way: str) -> None:
+    src, dst = pair(accelerator, store)
+    expected = wanted(src, dst, [5, 2], [1, 4])
+    ids = torch.tensor([5, BLOCKS, 2], device=accelerator)
+    if way not in SLICED:
+        moved = copy_blocks(src.view, dst.view, ids, [1, 3, 4], **WAYS[way])
+        with pytest.raises(SlotError):
+            moved.synchronize()
         assert torch.equal(dst.rows(), expected)
+    else:  # they are read before anything is issued
+        with refused(SlotError, "source", f"id {BLOCKS}", watch=dst.tensors):
+            copy_blocks(src.view, dst.view, ids, [1, 3, 4], **WAYS[way])
 
 
-def test_blocks_of_another_size(options: dict[str, Any]) -> None:
-    src, dst = layered(), block_first(blocks=BLOCKS // 2, size=2 * SIZE)
-    expected = wanted(src, dst, [5, 0, 7, 2], [3, 1])
-    copy_blocks(src.view, dst.view, [5, 0, 7, 2], [3, 1], **options).synchronize()
-    assert torch.equal(dst.rows(), expected)
-    back = layered()
-    expected = wanted(dst, back, [3, 1], [5, 0, 7, 2])
-    copy_blocks(dst.view, back.view, [3, 1], [5, 0, 7, 2], **options).synchronize()
-    assert torch.equal(back.rows(), expected)
-
-
-@pytest.mark.parametrize("dtype", [np.int32, np.int64])
-def test_skipped_blocks(options: dict[str, Any], dtype: Any) -> None:
-    src, dst = layered(), block_first()
-    mine, theirs = np.array([5, -1, 7, 2, 3], dtype), np.array([1, 6, 0, -3, 2], dtype)
-    expected = wanted(src, dst, list(mine), list(theirs))
-    transfer = copy_blocks(src.view, dst.view, mine, theirs, **options)
-    transfer.synchronize()
-    assert torch.equal(dst.rows(), expected)
-    found = transfer.statistics
-    assert (found.blocks, found.blocks_asked, found.nbytes) == (3, 3, 3 * BLOCK_BYTES)
-
-
-def test_a_chunk_on_one_side(options: dict[str, Any]) -> None:
-    cache, ids = layered(), [6, 1, 4]
-    tokens = len(ids) * SIZE
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_chunk_on_one_side(device: torch.device, options: dict[str, Any], offset: int) -> None:
+    """With an offset the index begins inside a block."""
+    cache, ids = layered(device), [6, 1, 4]
+    tokens = len(ids) * SIZE - offset
     chunk = filled((2, LAYERS, tokens, HEADS * DIM), poison=True)
     view = KVView(chunk, "kv layer token (head dim)", heads=HEADS)
-    stored = copy_blocks(cache.view, view, ids, None, **options)
+    stored = copy_blocks(cache.view, view, Index(ids, SIZE, offset), None, **options)
     stored.synchronize()
-    rows = cache.rows()[:, :, cache.slots(ids)]
+    rows = cache.rows()[:, :, cache.slots(ids)[offset:]]
     assert same(chunk.view(torch.int16), rows.permute(1, 0, 2, 3).contiguous())
-    assert stored.statistics.blocks == 3
-    other = layered()
-    expected = other.rows()
-    expected[:, :, other.slots([0, 5, 2])] = rows
-    loaded = copy_blocks(view, other.view, None, [0, 5, 2], **options)
+    expected = cache.rows()
+    expected[:, :, cache.slots([0, 5, 2])[offset:]] = rows
+    loaded = copy_blocks(view, cache.view, None, Index([0, 5, 2], SIZE, offset), **options)
     loaded.synchronize()
-    assert torch.equal(other.rows(), expected)
-    assert loaded.statistics.blocks == 3
-
-
-def test_an_index_that_begins_inside_a_block(options: dict[str, Any]) -> None:
-    cache = layered()
-    chunk = filled((2, LAYERS, 3 * SIZE - 1, HEADS * DIM), poison=True)
-    view = KVView(chunk, "kv layer token (head dim)", heads=HEADS)
-    copy_blocks(cache.view, view, Index([6, 1, 4], SIZE, 1), None, **options).synchronize()
-    rows = cache.rows()[:, :, cache.slots([6, 1, 4])[1:]]
-    assert same(chunk.view(torch.int16), rows.permute(1, 0, 2, 3).contiguous())
+    assert torch.equal(cache.rows(), expected)
+    if not offset:
+        assert (stored.statistics.blocks, loaded.statistics.blocks) == (3, 3)
 
 
 def test_opaque_pages(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,48 +191,29 @@ def test_nothing_to_move(options: dict[str, Any]) -> None:
             transfer.synchronize()
         found = transfer.statistics
         assert (found.nbytes, found.blocks, found.blocks_asked) == (0, 0, 0)
-        layers = layers_of(transfer, options)
-        assert all(layer.done() for layer in layers)
         assert not transfer.cancel()
-
-
-def test_caches_of_inference_mode(options: dict[str, Any]) -> None:
-    with torch.inference_mode():
-        src, dst = layered(), block_first()
-        expected = wanted(src, dst, SRC, DST)
-        transfer = copy_blocks(src.view, dst.view, SRC, DST, **options)
-    transfer.synchronize()
-    assert torch.equal(dst.rows(), expected)
-
-
-def test_an_index_is_used_again(options: dict[str, Any]) -> None:
-    mine, theirs = Index(SRC, SIZE), Index(torch.tensor(DST), SIZE)
-    for _ in range(2):
-        src, dst = layered(), block_first()
-        expected = wanted(src, dst, SRC, DST)
-        copy_blocks(src.view, dst.view, mine, theirs, **options).synchronize()
-        assert torch.equal(dst.rows(), expected)
 
 
 # What it tells of itself
 
 
-def test_statistics(options: dict[str, Any]) -> None:
-    src, dst = layered(), block_first()
-    transfer = copy_blocks(src.view, dst.view, SRC, DST, **options)
+def test_layers_and_slices(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_slices, "SLICE", 2 * BLOCK_BYTES)
+    transfer = copy_blocks(layered().view, layered().view, SRC, DST, **options)
     assert transfer.statistics.blocks_asked == 5
-    transfer.synchronize()
-    found = transfer.statistics
-    assert (found.nbytes, found.blocks, found.blocks_asked) == (5 * BLOCK_BYTES, 5, 5)
-    assert (found.engine, found.why) == ("reference", "takes the plan")
-    assert found.seconds is not None
-    assert found.gbps == pytest.approx(found.nbytes / found.seconds / 1e9)
-    assert not found.cancelled
-    slices = 3 if set(options) - {"by_layer", "detached"} else 1
-    if "by_layer" in options:
-        # A layer of all five blocks is smaller than a slice.
+    if "by_layer" in options:  # a layer of all five blocks is smaller than a slice
         slices = LAYERS
-    assert found.slices == slices
+        assert len(transfer.layers) == LAYERS
+        for layer in transfer.layers:
+            layer.wait()
+            layer.synchronize()
+            assert layer.done()
+    else:
+        slices = 3 if set(options) - {"detached"} else 1
+        with refused(TransferError, "by_layer=True"):
+            _ = transfer.layers
+    transfer.synchronize()
+    assert transfer.statistics.slices == slices
 
 
 def test_statistics_before_the_end_of_a_transfer_that_nobody_asked() -> None:
@@ -216,22 +225,13 @@ def test_statistics_before_the_end_of_a_transfer_that_nobody_asked() -> None:
     assert found.blocks == 5
 
 
-def test_layers_end_one_by_one(options: dict[str, Any]) -> None:
-    transfer = copy_blocks(layered().view, layered().view, SRC, DST, **options)
-    for layer in layers_of(transfer, options):
-        layer.wait()
-        layer.synchronize()
-        assert layer.done()
+@pytest.mark.parametrize("way", ["at once", "by layer"])
+def test_a_transfer_that_was_issued_at_once_cannot_be_cancelled(way: str) -> None:
+    transfer = copy_blocks(layered().view, layered().view, SRC, DST, **WAYS[way])
+    assert not transfer.cancel()
+    assert not transfer.cancelled
     transfer.synchronize()
-
-
-def test_a_transfer_that_was_issued_at_once_cannot_be_cancelled() -> None:
-    for options in (WAYS["at once"], WAYS["by layer"]):
-        transfer = copy_blocks(layered().view, layered().view, SRC, DST, **options)
-        assert not transfer.cancel()
-        assert not transfer.cancelled
-        transfer.synchronize()
-        assert not transfer.cancel()
+    assert not transfer.cancel()
 
 
 def test_memory_is_held_until_the_end_and_no_longer(options: dict[str, Any]) -> None:
@@ -242,51 +242,90 @@ def test_memory_is_held_until_the_end_and_no_longer(options: dict[str, Any]) -> 
     transfer.synchronize()
     gc.collect()
     assert not any(ref() is not None for ref in refs)
-    assert transfer.statistics.blocks == 5
-    assert transfer.statistics.engine == "reference"
+    assert (transfer.statistics.blocks, transfer.statistics.engine) == (5, "reference")
 
 
-def test_layer_views_are_made_once() -> None:
-    src, dst = layered(), layered()
-    for _ in range(2):
-        copy_blocks(src.view, dst.view, SRC, DST, by_layer=True)
-    views = [src.view.planes((i, i + 1), None) for i in range(LAYERS)]
-    assert [src.view.planes((i, i + 1), None) for i in range(LAYERS)] == views
-    assert len({id(view.form) for view in views}) == 1
+@pytest.mark.parametrize("name", ["staged", "descriptors", "direct", "host"])
+@pytest.mark.parametrize("terms", [{}, {"max_thread_blocks": 2}, {"max_gbps": 1.0}], ids=str)
+def test_an_engine_by_its_name(accelerator: torch.device, name: str, terms: dict[str, Any]) -> None:
+    if name == "direct" and accelerator.type != "cuda":
+        pytest.skip("no kernel of this device reads host memory")
+    for store in (False, True):
+        src, dst = pair(accelerator, store)
+        expected = wanted(src, dst, SRC, DST)
+        moved = copy_blocks(src.view, dst.view, SRC, DST, backend=name, **terms)
+        moved.synchronize()
+        assert torch.equal(dst.rows(), expected)
+        assert name in ("host", moved.statistics.engine)
+
+
+@pytest.mark.parametrize("terms", [{"overlap": "idle"}, {"max_thread_blocks": 2}], ids=str)
+def test_terms_that_let_kernels_cross_the_link(device: torch.device, terms: dict[str, Any]) -> None:
+    if device.type == "cpu" and "max_thread_blocks" in terms:
+        pytest.skip("there is no kernel to limit")
+    src, dst = pair(device, store=True)
+    expected = wanted(src, dst, SRC, DST)
+    moved = copy_blocks(src.view, dst.view, SRC, DST, **terms)
+    moved.synchronize()
+    assert torch.equal(dst.rows(), expected)
+    assert moved.statistics.why
 
 
 # Bad input
 
 
-def test_ids_that_nobody_may_use(options: dict[str, Any]) -> None:
-    src, dst = layered(), block_first()
-    memory = [src.tensors, dst.tensors]
-    with refused(SlotError, "source", f"{BLOCKS * SIZE} slots", watch=memory):
-        copy_blocks(src.view, dst.view, [0, BLOCKS], [1, 2], **options)
-    with refused(SlotError, "destination", f"id {BLOCKS + 3}", watch=memory):
-        copy_blocks(src.view, dst.view, [0, 1, 2], [1, 2, BLOCKS + 3], **options)
+def twice(cache: Cache) -> KVView:
+    return KVView([cache.tensors[0]] * LAYERS, "layer | kv block token head dim")
+
+
+def wide() -> KVView:
+    tensors = [filled((2, BLOCKS, SIZE, HEADS, 2 * DIM))] * LAYERS
+    return KVView(tensors, "layer | kv block token head dim")
+
+
+#: Views and ids, made of a source and a destination, in place of right ones; and the refusal.
+REFUSED: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
+    "a source past the end": (
+        {"src_blocks": [0, BLOCKS], "dst_blocks": [1, 2]}, SlotError,
+        ("source", f"{BLOCKS * SIZE} slots")),
+    "a destination past the end": (
+        {"src_blocks": [0, 1, 2], "dst_blocks": [1, 2, BLOCKS + 3]}, SlotError,
+        ("destination", f"id {BLOCKS + 3}")),
     # The two of them would be in different slices.
-    with refused(SlotError, "occurs 2 times", "destination", watch=memory):
-        copy_blocks(src.view, dst.view, [0, 1, 2, 3, 4], [1, 2, 3, 4, 1], **options)
-    with refused(SlotError, f"covers {2 * SIZE}", f"destination {SIZE}", watch=memory):
-        copy_blocks(src.view, dst.view, [0, 1], [1], **options)
-    with refused(SlotError, "float", watch=memory):
-        copy_blocks(src.view, dst.view, torch.tensor([0.0]), [1], **options)
+    "a destination twice": (
+        {"dst_blocks": [1, 2, 3, 4, 1]}, SlotError, ("occurs 2 times", "destination")),
+    "fewer destinations": (
+        {"src_blocks": [0, 1], "dst_blocks": [1]}, SlotError,
+        (f"covers {2 * SIZE}", f"destination {SIZE}")),
+    "ids of floats": ({"src_blocks": torch.tensor([0.0])}, SlotError, ("float",)),
+    "rows of another width": ({"src": lambda src, dst: wide()}, LayoutError, ("bytes",)),
+    "layers that share a place": (
+        {"src": lambda src, dst: dst.view, "dst": lambda src, dst: twice(src)}, LayoutError,
+        ("share one place", "written")),
+    "no view": ({"src": lambda src, dst: src.tensors}, LayoutError, ("two views",)),
+    "one layer of three": (
+        {"src": lambda src, dst: src.view.slice(layers=0)}, LayoutError, ("'layer' extent 1",)),
+    "a stream of another device": (
+        {"stream": type("Elsewhere", (), {"device": torch.device("cuda", 1)})()}, DeviceMismatch,
+        ("cpu", "cuda:1", "stream")),
+    "opaque pages as rows": (
+        {"src": KVView(filled((2, 6, 64), torch.uint8), "layer block page", block_size=4),
+         "dst": KVView(filled((2, 8, 4, 16), torch.uint8), "layer block token dim"),
+         "src_blocks": [0], "dst_blocks": [1]}, Unsupported, ("opaque",)),
+}  # fmt: skip
 
 
-def test_views_that_cannot_hold_each_other(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_every_way_refuses(name: str, options: dict[str, Any]) -> None:
     src, dst = layered(), block_first()
-    wide = filled((2, BLOCKS, SIZE, HEADS, 2 * DIM))
-    view = KVView([wide] * LAYERS, "layer | kv block token head dim")
-    with refused(LayoutError, "bytes", watch=[src.tensors, wide]):
-        copy_blocks(view, src.view, [0], [1], **options)
-    with refused(LayoutError, "share one place", "written", watch=[src.tensors, wide]):
-        twice = KVView([src.tensors[0]] * LAYERS, "layer | kv block token head dim")
-        copy_blocks(dst.view, twice, [0], [1], **options)
-    with refused(LayoutError, "two views"):
-        copy_blocks(src.tensors, dst.view, [0], [1], **options)
-    with refused(LayoutError, "'layer' extent 1", watch=[src.tensors, dst.tensors]):
-        copy_blocks(src.view.slice(layers=0), dst.view, [0], [1], **options)
+    special, error, words = REFUSED[name]
+    given: dict[str, Any] = {
+        "src": src.view, "dst": dst.view, "src_blocks": SRC, "dst_blocks": DST, **options
+    }  # fmt: skip
+    for key, value in special.items():
+        given[key] = value(src, dst) if callable(value) else value
+    with refused(error, *words, watch=[src.tensors, dst.tensors]):
+        copy_blocks(**given)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +338,10 @@ def test_views_that_cannot_hold_each_other(options: dict[str, Any]) -> None:
         ({"max_thread_blocks": 0}, "whole number from 1 on; pass one, or None"),
         ({"max_thread_blocks": 2.5}, "whole number"),
         ({"max_thread_blocks": 4}, "leave it out"),
+        ({"detached": "no"}, "expected True or False"),
+        ({"detached": 1}, "expected True or False"),
     ],
+    ids=str,
 )
 def test_terms_that_nobody_can_keep(terms: dict[str, Any], words: str) -> None:
     src, dst = layered(), layered()
@@ -309,25 +351,20 @@ def test_terms_that_nobody_can_keep(terms: dict[str, Any], words: str) -> None:
     assert isinstance(caught.value, ValueError) == (error is InvalidTerms)
 
 
-def test_terms_that_change_nothing_on_the_host() -> None:
-    src, dst = layered(), layered()
-    expected = wanted(src, dst, SRC, DST)
-    copy_blocks(src.view, dst.view, SRC, DST, overlap="idle").synchronize()
-    assert torch.equal(dst.rows(), expected)
+def test_limits_where_no_kernel_reads_host_memory(accelerator: torch.device) -> None:
+    src, dst = layered(accelerator), layered(accelerator)
+    with refused(Unsupported, "max_thread_blocks=4", "host memory", watch=dst.tensors):
+        copy_blocks(src.view, dst.view, SRC, DST, max_thread_blocks=4)
 
 
-def test_a_stream_of_another_device(options: dict[str, Any]) -> None:
-    class Elsewhere:
-        device = torch.device("cuda", 1)
-
-    src, dst = layered(), layered()
-    with refused(DeviceMismatch, "cpu", "cuda:1", "stream", watch=dst.tensors):
-        copy_blocks(src.view, dst.view, SRC, DST, stream=Elsewhere(), **options)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("way", SLICED)
-def test_a_backend_that_takes_no_such_plan_is_told_at_the_call(way: str) -> None:
-    pages = KVView(filled((2, 6, 64), torch.uint8), "layer block page", block_size=4)
-    rows = KVView(filled((2, 8, 4, 16), torch.uint8), "layer block token dim")
-    with refused(Unsupported, "opaque"):
-        copy_blocks(pages, rows, [0], [1], **WAYS[way])
+def test_streams_and_caches_of_other_devices(accelerator: torch.device, way: str) -> None:
+    src, dst = pair(accelerator, store=True)
+    here, name = layered(), str(accelerator)
+    with refused(DeviceMismatch, "cpu", name, "stream", watch=here.tensors):
+        copy_blocks(here.view, here.view, [0], [1], stream=torch.Stream(accelerator), **WAYS[way])
+    if torch.get_device_module(accelerator).device_count() > 1:
+        other = torch.device(accelerator.type, 1)
+        with refused(DeviceMismatch, name, str(other), "stream", watch=dst.tensors):
+            copy_blocks(src.view, dst.view, SRC, DST, stream=torch.Stream(other), **WAYS[way])
+        with refused(DeviceMismatch, name, str(other), watch=dst.tensors):
+            copy_blocks(src.view, layered(other).view, SRC, DST, **WAYS[way])

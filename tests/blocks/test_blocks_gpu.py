@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block transfers on a CUDA device: bytes, order, layers, streams."""
+"""Block transfers on a CUDA device that take a while: layers, slices, graphs, two devices, and a
+model beside them."""
 
 from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from support.block_cases import (
     BIG,
-    DIM,
-    HEADS,
-    LAYERS,
-    SIZE,
+    DST,
+    SLICED,
+    SRC,
     WAYS,
-    Cache,
     block_first,
     holds,
     large,
@@ -21,199 +25,330 @@ from support.block_cases import (
     wanted,
 )
 from support.device_cases import DEVICE, LONG
-from support.guarded_memory import refused
 
-from portakv import DeviceMismatch, SlotError, copy_blocks
-from portakv.blocks import slices as block_slices
-from portakv.runtime.worker import WINDOW
+from portakv import KVView, TransferCancelled, TransferError, Unsupported, copy_blocks
+from portakv.host import pinned
 
 pytestmark = pytest.mark.gpu
 
-SRC, DST = [5, 0, 7, 2, 3], [1, 6, 0, 4, 2]
-BLOCK_BYTES = LAYERS * 2 * SIZE * HEADS * DIM * 2
+STORE = pytest.mark.parametrize("store", [True, False], ids=["d2h", "h2d"])
 
 
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+class Pools:
+    """Numbered blocks of `BIG` bytes on one side, and room for them on the other."""
 
+    def __init__(self, store: bool, blocks: int, layers: int = 1) -> None:
+        places = (DEVICE, "cpu") if store else ("cpu", DEVICE)
+        (self.full, self.src), (self.empty, self.dst) = (large(blocks, layers, p) for p in places)
+        self.numbers = numbered(self.full)[:, :, 0, 0].cpu()
+        self.ids = list(range(blocks))
+        torch.cuda.synchronize()
 
-@pytest.fixture
-def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A slice of pageable memory has two blocks, one of pinned memory one.
-    monkeypatch.setattr(block_slices, "SLICE", -(-2 * BLOCK_BYTES // WINDOW))
+    def start(self, ids: Any = None, back: Any = None, **options: Any) -> Any:
+        """A transfer of blocks, by default of all to the same places."""
+        ids = self.ids if ids is None else ids
+        return copy_blocks(self.src, self.dst, ids, ids if back is None else back, **options)
 
-
-def pair(store: bool, pin: bool = True) -> tuple[Cache, Cache]:
-    """A source and a destination, in different layouts, one of them on the host."""
-    there, here = layered(DEVICE), block_first(pin=pin)
-    torch.cuda.synchronize()
-    return (there, here) if store else (here, there)
-
-
-@pytest.mark.parametrize("side", [False, True])
-@pytest.mark.parametrize("pin", [False, True], ids=["pageable", "pinned"])
-@pytest.mark.parametrize("store", [False, True])
-@pytest.mark.usefixtures("small_slices")
-def test_every_byte_lands(store: bool, pin: bool, side: bool, way: str) -> None:
-    src, dst = pair(store, pin)
-    expected = wanted(src, dst, SRC, DST)
-    stream = torch.cuda.Stream(DEVICE) if side else None
-    before = torch.cuda.current_stream()
-    moved = copy_blocks(src.view, dst.view, SRC, DST, stream=stream, **WAYS[way])
-    assert torch.cuda.current_stream() == before
-    moved.synchronize()
-    assert moved.done()
-    assert torch.equal(dst.rows(), expected)
-    found = moved.statistics
-    assert (found.blocks, found.blocks_asked, found.nbytes) == (5, 5, 5 * BLOCK_BYTES)
-    assert found.engine
-    assert found.why
-    assert found.seconds is not None
-    assert 0 < found.seconds < 60
-
-
-@pytest.mark.usefixtures("small_slices")
-def test_inside_a_device(way: str) -> None:
-    src, dst = layered(DEVICE), block_first(DEVICE)
-    expected = wanted(src, dst, SRC, DST)
-    moved = copy_blocks(src.view, dst.view, SRC, DST, **WAYS[way])
-    moved.synchronize()
-    assert torch.equal(dst.rows(), expected)
-    assert moved.statistics.seconds is not None
-
-
-@pytest.mark.usefixtures("small_slices")
-@pytest.mark.parametrize("store", [False, True])
-def test_ids_on_the_device(store: bool, way: str) -> None:
-    mine, theirs = [5, -1, 7, 2, 3], [1, 6, 0, -3, 2]
-    src, dst = pair(store)
-    expected = wanted(src, dst, mine, theirs)
-    ids = torch.tensor(mine, device=DEVICE), torch.tensor(theirs, dtype=torch.int32, device=DEVICE)
-    copy_blocks(src.view, dst.view, *ids, **WAYS[way]).synchronize()
-    assert torch.equal(dst.rows(), expected)
-    bad = torch.tensor([5, 100, 2], device=DEVICE)
-    with pytest.raises(SlotError):
-        copy_blocks(src.view, dst.view, bad, [1, 3, 4], **WAYS[way]).synchronize()
-
-
-@pytest.mark.parametrize("store", [False, True])
-@pytest.mark.parametrize("side", [False, True])
-def test_blocks_come_behind_a_slow_producer(store: bool, side: bool, way: str) -> None:
-    (there, here), fresh = pair(True), layered(DEVICE)
-    src, dst = (there, here) if store else (here, there)
-    stream = torch.cuda.Stream(DEVICE) if side else None
-    torch.cuda.synchronize()
-    torch.cuda._sleep(LONG)
-    if store:
-        for layer, made in zip(src.tensors, fresh.tensors, strict=True):
-            layer.copy_(made)
-    else:
-        for layer, made in enumerate(fresh.tensors):
-            src.tensors[:, layer].copy_(made.transpose(0, 1), non_blocking=True)
-    moved = copy_blocks(src.view, dst.view, SRC, DST, stream=stream, **WAYS[way])
-    moved.synchronize()
-    assert torch.equal(dst.rows()[:, :, dst.slots(DST)], fresh.rows()[:, :, fresh.slots(SRC)])
+    def right(self) -> bool:
+        return holds(self.empty, self.numbers)
 
 
 # Layers
 
 
 def test_a_kernel_that_waits_for_one_layer_sees_its_bytes() -> None:
-    layers, blocks = 8, 64
-    src, from_host = large(blocks, layers, "cpu")
-    dst, to_device = large(blocks, layers, DEVICE)
-    numbers = numbered(src)[:, :, 0, 0].to(DEVICE)
-    ids = list(range(blocks))
-    copy_blocks(from_host, to_device, ids, ids, by_layer=True).synchronize()  # compiles
+    pools = Pools(False, 64, layers=8)
+    numbers, found = pools.numbers.to(DEVICE), torch.zeros(8, dtype=torch.bool, device=DEVICE)
+    pools.start(by_layer=True).synchronize()  # compiles
     for _ in range(3):
-        dst.zero_()
+        pools.empty.zero_()
         stream, reader = torch.cuda.Stream(DEVICE), torch.cuda.Stream(DEVICE)
-        found = torch.zeros(layers, dtype=torch.bool, device=DEVICE)
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             torch.cuda._sleep(LONG)
-        moved = copy_blocks(from_host, to_device, ids, ids, by_layer=True, stream=stream)
+        moved = pools.start(by_layer=True, stream=stream)
         assert not moved.done(), "the call waited for its stream"
         for i, layer in enumerate(moved.layers):
             with torch.cuda.stream(reader):
                 layer.wait(reader)
-                found[i] = (dst[i, :, 0, :] == numbers[i][:, None]).all()
+                found[i] = (pools.empty[i, :, 0, :] == numbers[i][:, None]).all()
         reader.synchronize()
         assert bool(found.all())
         moved.synchronize()
 
 
 def test_layers_to_the_host_end_one_by_one() -> None:
-    layers, blocks = 8, 64
-    src, from_device = large(blocks, layers, DEVICE)
-    dst, to_host = large(blocks, layers, "cpu")
-    numbers = numbered(src)[:, :, 0, 0].cpu()
-    torch.cuda.synchronize()
-    ids = list(range(blocks))
-    moved = copy_blocks(from_device, to_host, ids, ids[::-1], by_layer=True)
+    pools = Pools(True, 64, layers=8)
+    moved = pools.start(back=pools.ids[::-1], by_layer=True)
     for i, layer in enumerate(moved.layers):
         layer.synchronize()
-        assert holds(dst[i : i + 1], numbers[i : i + 1].flip(1))
+        assert holds(pools.empty[i : i + 1], pools.numbers[i : i + 1].flip(1))
     assert moved.done()
-    assert moved.statistics.nbytes == layers * blocks * BIG
+    assert moved.statistics.nbytes == 8 * 64 * BIG
 
 
 def test_layers_through_a_thread() -> None:
-    layers, blocks = 4, 64
-    src, from_host = large(blocks, layers, "cpu")
-    dst, to_device = large(blocks, layers, DEVICE)
-    numbers = numbered(src)[:, :, 0, 0]
-    ids = list(range(blocks))
-    moved = copy_blocks(from_host, to_device, ids, ids, by_layer=True, max_gbps=2.0)
+    pools = Pools(False, 64, layers=4)
+    moved = pools.start(by_layer=True, max_gbps=2.0)
     moved.layers[0].synchronize()
     assert not moved.layers[2].done()
-    assert holds(dst[:1], numbers[:1])
+    assert holds(pools.empty[:1], pools.numbers[:1])
     moved.synchronize()
-    assert holds(dst, numbers)
+    assert pools.right()
 
 
-# Streams
-
-
-def test_both_directions_at_once(way: str) -> None:
-    blocks = 256
-    out, from_device = large(blocks, 1, DEVICE)
-    there, to_host = large(blocks, 1, "cpu")
-    back, from_host = large(blocks, 1, "cpu")
-    here, to_device = large(blocks, 1, DEVICE)
-    numbers = numbered(out)[:, :, 0, 0].cpu()
-    numbered(back)
-    torch.cuda.synchronize()
-    ids = torch.randperm(blocks)
-    streams = torch.cuda.Stream(DEVICE), torch.cuda.Stream(DEVICE)
-    options = {**WAYS[way]}
+def test_both_directions_at_once(options: dict[str, Any]) -> None:
+    out, back = Pools(True, 256), Pools(False, 256)
+    order = torch.randperm(256)
     if "max_gbps" in options:
-        options["max_gbps"] = 20.0
+        options = {**options, "max_gbps": 20.0}
     moves = [
-        copy_blocks(from_device, to_host, ids, range(blocks), stream=streams[0], **options),
-        copy_blocks(from_host, to_device, range(blocks), ids, stream=streams[1], **options),
+        out.start(order, out.ids, stream=torch.cuda.Stream(DEVICE), **options),
+        back.start(back.ids, order, stream=torch.cuda.Stream(DEVICE), **options),
     ]
     for moved in moves:
         moved.synchronize()
-    assert holds(there, numbers[:, ids])
-    assert holds(here[:, ids], numbers)
+    assert holds(out.empty, out.numbers[:, order])
+    assert holds(back.empty[:, order], back.numbers)
 
 
-@pytest.mark.parametrize("priority", [-1, 0])
-def test_a_stream_of_high_priority(priority: int, way: str) -> None:
-    src, dst = pair(store=True)
+# Slices
+
+
+@STORE
+def test_cancelling(store: bool) -> None:
+    pools, order = Pools(store, 2048), torch.randperm(2048)
+    moved = pools.start(order, cancellable=True)
+    while not moved.statistics.blocks:
+        time.sleep(1e-4)
+    began = time.perf_counter()
+    assert moved.cancel()
+    with pytest.raises(TransferCancelled):
+        moved.synchronize()
+    took = time.perf_counter() - began
+    found = moved.statistics
+    assert 0 < found.blocks < 2048
+    assert found.cancelled
+    assert took < 0.02, f"it went on for {took} s, which is more than the slices under way"
+    pools.numbers[0, order[found.blocks :]] = 0
+    assert pools.right(), "blocks moved that were not counted, or were not moved that were"
+
+
+@STORE
+def test_a_rate_is_kept(store: bool) -> None:
+    blocks, rate = 2560, 5.0  # half a second
+    pools = Pools(store, blocks)
+    began = time.perf_counter()
+    moved = pools.start(max_gbps=rate)
+    moved.synchronize()
+    took = time.perf_counter() - began
+    found = moved.statistics
+    # The rate is a limit: never above it, and not far below where the machine is busy.
+    assert found.gbps is not None
+    for reached in (found.gbps, blocks * BIG / took / 1e9):
+        assert 0.75 * rate < reached < 1.03 * rate
+    assert pools.right()
+
+
+def test_device_work_of_others_goes_on_beside_a_slow_transfer() -> None:
+    moved = Pools(True, 256).start(max_gbps=1.0)
+    began = time.perf_counter()
+    torch.zeros(1 << 20, device=DEVICE).sum().item()
+    assert time.perf_counter() - began < 0.1
+    assert not moved.done()
+    assert moved.cancel()
+    with pytest.raises(TransferCancelled):
+        moved.synchronize()
+
+
+def test_the_time_ends_when_the_end_is_noticed() -> None:
+    moved = Pools(True, 512).start()
+    time.sleep(0.2)  # nothing looks at it meanwhile
+    moved.synchronize()
+    assert moved.statistics.seconds is not None
+    assert moved.statistics.seconds >= 0.2
+
+
+# Lifetimes and graphs
+
+
+@pytest.mark.parametrize("name", ["staged", "descriptors", "direct"])
+@pytest.mark.parametrize("detached", [False, True])
+@STORE
+def test_every_engine_holds_memory_that_everybody_forgets(
+    store: bool, detached: bool, name: str
+) -> None:
+    for _ in range(3):
+        pools = Pools(store, 64)
+        torch.cuda._sleep(LONG)
+        pools.start(backend=name, overlap="idle", detached=detached)
+        kept, numbers = pools.empty, pools.numbers
+        del pools
+        gc.collect()
+        # Where the freed memory was, perhaps.
+        others = [pinned.empty((64 * BIG,), torch.uint8).fill_(255)]
+        others += [torch.full((64 * BIG,), 255, dtype=torch.uint8, device=DEVICE) for _ in "ab"]
+        torch.cuda.synchronize()
+        assert holds(kept, numbers)
+        del others
+
+
+def test_in_a_graph() -> None:
+    src, dst = layered(DEVICE), block_first(DEVICE)
     expected = wanted(src, dst, SRC, DST)
-    for stream in (torch.cuda.Stream(DEVICE, priority), torch.Stream(DEVICE, priority=priority)):
-        copy_blocks(src.view, dst.view, SRC, DST, stream=stream, **WAYS[way]).synchronize()
-    assert torch.equal(dst.rows(), expected)
+    ids = torch.tensor(SRC, device=DEVICE), torch.tensor(DST, device=DEVICE)
+    copy_blocks(src.view, dst.view, *ids).synchronize()  # prepared
+    dst.tensors.zero_()
+    blank = dst.rows()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        moved = copy_blocks(src.view, dst.view, *ids)
+        for name in (*SLICED, "detached"):
+            with pytest.raises(Unsupported, match="capture"):
+                copy_blocks(src.view, dst.view, *ids, **WAYS[name])
+    with pytest.raises(TransferError):
+        moved.synchronize()
+    found = moved.statistics
+    assert (found.nbytes, found.seconds, found.blocks_asked) == (0, None, 5)
+    graph.replay()
+    torch.cuda.synchronize()
+    slots = dst.slots(DST)
+    blank[:, :, slots] = expected[:, :, slots]
+    assert torch.equal(dst.rows(), blank)
 
 
-def test_a_stream_of_another_device() -> None:
-    here = layered()
-    with refused(DeviceMismatch, "cpu", "cuda:0", "stream", watch=here.tensors):
-        copy_blocks(here.view, here.view, [0], [1], stream=torch.cuda.Stream(DEVICE))
-    if torch.cuda.device_count() > 1:
-        src, dst = pair(store=True)
-        with refused(DeviceMismatch, "cuda:0", "cuda:1", watch=dst.tensors):
-            copy_blocks(src.view, dst.view, SRC, DST, stream=torch.cuda.Stream("cuda:1"))
+def test_a_capture_beside_a_transfer_in_slices() -> None:
+    """CUDA lets a thread break the capture of another one; a worker does not."""
+    pools, total, graphs = Pools(True, 256), torch.zeros(1, device=DEVICE), []
+    pools.start(cancellable=True).synchronize()
+    pools.empty.zero_()
+    torch.cuda.synchronize()
+    gc.collect()  # what an earlier test left must not be freed during a capture either
+    moved = pools.start(max_gbps=1.0)
+    while not moved.done():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            total += 1
+            time.sleep(0.01)
+        graphs.append(graph)
+    assert len(graphs) > 2
+    for graph in graphs:
+        graph.replay()
+    assert total.item() == len(graphs)
+    assert pools.right()
+
+
+# Many detached transfers beside a model
+
+BLOCKS, MANY, SIDE = 80, 10, 8192  # MiB of one transfer, three slices; transfers; a matrix
+DETACHED: dict[str, Any] = {"backend": "staged", "detached": True}
+
+
+class Parts(Pools):
+    """Pools between which transfers of disjoint blocks are made."""
+
+    def __init__(self, store: bool) -> None:
+        super().__init__(store, BLOCKS * MANY)
+        order = torch.randperm(BLOCKS * MANY, generator=torch.Generator().manual_seed(5))
+        self.parts = order.split(BLOCKS)
+        expected = torch.empty_like(self.numbers)
+        for ids in self.parts:
+            expected[:, ids.flip(0)] = self.numbers[:, ids]
+        self.numbers = expected
+
+    def started(self, **options: Any) -> Sequence[Any]:
+        return [self.start(ids, ids.flip(0), **{**DETACHED, **options}) for ids in self.parts]
+
+
+@STORE
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_every_byte_lands_beside_a_model(store: bool, by_layer: bool) -> None:
+    a = torch.randn(SIDE, SIDE, dtype=torch.bfloat16, device=DEVICE)
+    out, parts, model = torch.empty_like(a), Parts(store), torch.cuda.Stream(DEVICE)
+    for _ in range(3):
+        with torch.cuda.stream(model):
+            for _ in range(60):
+                torch.mm(a, a, out=out)
+        for moved in reversed(parts.started(by_layer=by_layer)):
+            moved.synchronize()
+            assert moved.done()
+            assert moved.statistics.nbytes == BLOCKS << 20
+        assert parts.right()
+        parts.empty.zero_()
+        torch.cuda.synchronize()
+
+
+def test_both_directions_and_a_pool_that_is_stored_and_loaded_again() -> None:
+    down, up = Parts(True), Parts(False)
+    for moved in [move for both in zip(down.started(), up.started(), strict=True) for move in both]:
+        moved.wait()
+    again, back = large(BLOCKS * MANY, 1, DEVICE)
+    copy_blocks(down.dst, back, down.ids, down.ids, **DETACHED).synchronize()
+    torch.cuda.synchronize()
+    assert down.right()
+    assert up.right()
+    assert torch.equal(again.cpu(), down.empty)
+
+
+@pytest.mark.parametrize("side", [False, True])
+@STORE
+def test_no_stream_waits_for_it_but_one_that_is_told_to(store: bool, side: bool) -> None:
+    parts = Parts(store)
+    stream = torch.cuda.Stream(DEVICE) if side else None
+    parts.started(stream=stream)[-1].synchronize()
+    *_, last = parts.started(stream=stream)
+    for one in {stream or torch.cuda.current_stream(), torch.cuda.current_stream()}:
+        one.synchronize()
+        assert not last.done()
+    reader = torch.cuda.Stream(DEVICE)
+    last.wait(reader)
+    reader.synchronize()
+    assert last.done()
+    torch.cuda.synchronize()
+    assert parts.right()
+
+
+@pytest.mark.parametrize("name", ["host", "descriptors", "direct", "staged"])
+def test_every_engine_takes_many_that_are_detached(name: str) -> None:
+    parts = Parts(True)
+    for moved in parts.started(backend=name, overlap="idle"):
+        moved.synchronize()
+    assert parts.right()
+
+
+# Two devices
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("engine", [None, "staged", "descriptors", "direct"])
+def test_two_devices_store_and_load_at_once(engine: str | None) -> None:
+    """Whichever device is the current one, bytes and order are each device's own."""
+    layers, blocks, moved, devices = 8, 64, 24, (0, 1)
+    pool = pinned.empty((blocks, 2, layers, 16, 256), torch.int16)
+    shape = (layers, 2, blocks, 16, 256)
+    caches = [
+        torch.randint(-999, 999, shape, dtype=torch.int16, device=f"cuda:{d}") for d in devices
+    ]
+    ids = [torch.randperm(blocks)[:moved] for _ in devices]
+    there = [torch.arange(moved) + 32 * d for d in devices]
+    empty = [torch.zeros_like(cache) for cache in caches]
+    here = KVView(pool, "block kv layer token (head dim)", heads=2)
+
+    def view(tensor: torch.Tensor) -> KVView:
+        return KVView(tensor, "layer kv block token (head dim)", heads=2)
+
+    for _ in range(10):
+        stores = [
+            copy_blocks(view(caches[d]), here, ids[d], there[d], backend=engine) for d in devices
+        ]
+    for store in stores:
+        store.synchronize()
+    loads = [copy_blocks(here, view(empty[d]), there[d], ids[d], backend=engine) for d in devices]
+    for load in loads:
+        load.synchronize()
+    for cache, back, mine, theirs in zip(caches, empty, ids, there, strict=True):
+        rows = cache[:, :, mine.to(cache.device)]
+        assert torch.equal(pool[theirs], rows.cpu().permute(2, 1, 0, 3, 4))
+        assert torch.equal(back[:, :, mine.to(cache.device)], rows)
+        assert int(back.count_nonzero()) == int(rows.count_nonzero())

@@ -13,9 +13,12 @@ import torch
 
 from portakv import KVView
 from portakv.host import pinned
+from support.device_cases import settle
 from support.guarded_memory import filled
 
 LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 8, 4, 2, 16
+BLOCK_BYTES = LAYERS * 2 * SIZE * HEADS * DIM * 2
+SRC, DST = [5, 0, 7, 2, 3], [1, 6, 0, 4, 2]
 BIG = 1 << 20  # bytes of a block of the large caches
 PATIENCE = 30.0  # seconds that no test should ever take
 #: Every way in which blocks are issued.
@@ -67,6 +70,14 @@ def block_first(
     """One tensor ``(blocks, LAYERS, 2, size, HEADS, DIM)``."""
     tensor = _placed(filled((blocks, LAYERS, 2, size, HEADS, DIM), device=device), pin)
     return Cache(tensor, KVView(tensor, "block layer kv token head dim"), size)
+
+
+def pair(device: torch.device, store: bool, pin: bool = True) -> tuple[Cache, Cache]:
+    """A source and a destination in different layouts, one of them on the host; nothing of theirs
+    is under way."""
+    there, here = layered(device), block_first(pin=pin and device.type != "cpu")
+    settle(device)
+    return (there, here) if store else (here, there)
 
 
 def _placed(tensor: torch.Tensor, pin: bool) -> torch.Tensor:

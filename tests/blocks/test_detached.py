@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detached transfers: many under way, and none behind the end of another."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from support import simdev_cases
+from support.block_cases import BLOCKS, SIZE, Cache, block_first, layered, wanted
+from support.device_cases import current, delay, on, settle
+from support.staging_cases import broken_at, full
+from support.staging_cases import small_slices as small_mirrors
+from support.threads import run_threads
+
+from portakv import Index, copy_blocks
+from portakv.engines import staging
+from portakv.engines.link import TorchLink
+from portakv.engines.staging import DETACHED_RING, Staging
+from portakv.runtime.bounded import Bounded
+
+DOWNWARD = pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
+IDS, MANY = list(range(BLOCKS)), 12
+DETACHED: dict[str, Any] = {"backend": "staged", "detached": True}
+
+
+@pytest.fixture(autouse=True)
+def _staging_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_mirrors(monkeypatch)
+    monkeypatch.setattr(staging, "_known", Bounded("staging", 8))
+
+
+class Pairs:
+    """Sources and destinations with nothing under way, and what is to land."""
+
+    def __init__(self, device: torch.device, downward: bool, number: int = MANY) -> None:
+        found = [(layered(device), block_first(pin=True)) for _ in range(number)]
+        settle(device)
+        self.caches = found if downward else [(here, there) for there, here in found]
+        self.rows = [wanted(src, dst, IDS, IDS[::-1]) for src, dst in self.caches]
+
+    def started(self, **options: Any) -> list[Any]:
+        """All of them, none waited for."""
+        asked = {**DETACHED, **options}
+        pairs = self.caches
+        return [copy_blocks(src.view, dst.view, IDS, IDS[::-1], **asked) for src, dst in pairs]
+
+    def landed(self) -> bool:
+        found = [dst.rows() for _, dst in self.caches]
+        return all(map(torch.equal, found, self.rows))
+
+
+def the_room() -> Staging:
+    (room,) = staging._known.values()
+    assert room.detached
+    return room
+
+
+@DOWNWARD
+@pytest.mark.parametrize(
+    "options", [{}, {"by_layer": True}, {"cancellable": True}, {"max_gbps": 1.0}], ids=str
+)
+def test_every_byte_of_many_lands(
+    accelerator: torch.device, downward: bool, options: dict[str, Any]
+) -> None:
+    """In slices no stream orders them anyway."""
+    pairs = Pairs(accelerator, downward)
+    for moved in reversed(pairs.started(**options)):
+        moved.synchronize()
+        assert moved.done()
+        assert moved.statistics.engine == "staged"
+    assert pairs.landed()
+
+
+@pytest.mark.simdev
+@DOWNWARD
+def test_mirrors_that_nobody_waits_for_are_overwritten(downward: bool) -> None:
+    """So the test above can fail."""
+
+    class Forgetful(list[Any]):
+        def __setitem__(self, at: Any, event: Any) -> None:
+            pass
+
+    device = simdev_cases.DEVICE
+    for moved in Pairs(device, downward, 1).started():
+        moved.synchronize()
+    the_room().free = Forgetful([None] * DETACHED_RING)
+    pairs = Pairs(device, downward)
+    for moved in pairs.started():
+        moved.synchronize()
+    assert not pairs.landed()
+
+
+@pytest.mark.simdev
+@pytest.mark.parametrize("detached", [True, False])
+def test_a_gather_waits_for_the_end_of_the_transfer_before_unless_detached(detached: bool) -> None:
+    Pairs(simdev_cases.DEVICE, True, 1).started(detached=detached)[0].synchronize()
+    before, after = Pairs(simdev_cases.DEVICE, True, 2).started(detached=detached)
+    (room,) = staging._known.values()
+    room.half.synchronize()
+    assert before.done() is not detached
+    after.synchronize()
+    assert before.done()
+
+
+@pytest.mark.simdev
+@DOWNWARD
+@pytest.mark.parametrize("side", [False, True])
+def test_no_stream_waits_for_it_but_one_that_is_told_to(downward: bool, side: bool) -> None:
+    device = simdev_cases.DEVICE
+    pairs = Pairs(device, downward, 2)
+    stream = torch.Stream(device) if side else None
+    (moved, _) = pairs.started(stream=stream)
+    for one in (stream or current(device), current(device)):
+        one.synchronize()
+        assert not moved.done()
+    reader = torch.Stream(device)
+    moved.wait(reader)
+    reader.synchronize()
+    assert moved.done()
+    settle(device)
+    assert pairs.landed()
+
+
+def test_a_reader_behind_the_handle_sees_the_bytes(accelerator: torch.device) -> None:
+    for _ in range(5):
+        pairs = Pairs(accelerator, False, 1)
+        (moved,) = pairs.started()
+        reader = torch.Stream(accelerator)
+        with on(reader):
+            moved.wait()
+            found = [cache.clone() for cache in pairs.caches[0][1].tensors]
+        reader.synchronize()
+        for copied, row in zip(found, pairs.rows[0], strict=True):
+            assert torch.equal(copied.cpu().view(torch.int16).reshape(row.shape), row)
+
+
+@DOWNWARD
+def test_it_comes_behind_what_the_stream_held(accelerator: torch.device, downward: bool) -> None:
+    for _ in range(5):
+        ((src, dst),) = Pairs(accelerator, downward, 1).caches
+        fresh = layered(accelerator) if downward else block_first(pin=True)
+        there = fresh.tensors if downward else fresh.tensors.to(accelerator)
+        settle(accelerator)
+        stream = torch.Stream(accelerator)
+        delay(stream)
+        with on(stream):
+            if downward:
+                for layer, made in zip(src.tensors, there, strict=True):
+                    layer.copy_(made)
+            else:
+                src.tensors.copy_(there, non_blocking=True)
+        copy_blocks(src.view, dst.view, IDS, IDS, stream=stream, **DETACHED).synchronize()
+        assert torch.equal(dst.rows()[:, :, dst.slots(IDS)], fresh.rows()[:, :, fresh.slots(IDS)])
+
+
+@DOWNWARD
+def test_larger_transfers_behind_smaller_ones_and_staging_given_back(
+    accelerator: torch.device, downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mirrors grow, and go to others, while transfers through them are under way."""
+    monkeypatch.setattr(staging, "_STREAMS", 1)
+    pairs = Pairs(accelerator, downward)
+    for nth, (src, dst) in enumerate(pairs.caches):
+        few = IDS[: 2 + nth % 7]
+        for ids in (few, IDS):
+            copy_blocks(src.view, dst.view, ids, [IDS[-1] - i for i in ids], **DETACHED)
+        if nth % 3 == 0:  # another stream takes the only staging that is kept
+            other = pairs.caches[nth - 1] if nth else Pairs(accelerator, downward, 1).caches[0]
+            copy_blocks(other[0].view, other[1].view, IDS, IDS[::-1], backend="staged")
+        rubbish = [
+            torch.full((1 << 12,), 7, dtype=torch.int16, device=accelerator) for _ in range(4)
+        ]
+        del rubbish
+    settle(accelerator)
+    assert pairs.landed()
+
+
+@pytest.mark.simdev
+@DOWNWARD
+@pytest.mark.parametrize("fault", ["full", "broken"])
+def test_one_that_failed_leaves_the_next_right(
+    downward: bool, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = Pairs(simdev_cases.DEVICE, downward, 4)
+    told = (torch.OutOfMemoryError, "full") if fault == "full" else (RuntimeError, "link is down")
+    with monkeypatch.context() as patch:
+        if fault == "full":  # no room on the device, and then some
+            patch.setattr(torch, "empty", full)
+        else:
+            patch.setattr(TorchLink, "copy", broken_at(5, TorchLink.copy))
+        with pytest.raises(told[0], match=told[1]):
+            pairs.started()
+    for moved in pairs.started():
+        moved.synchronize()
+    assert pairs.landed()
+
+
+@pytest.mark.parametrize("how", ["detached", "on a stream", "ring on a stream"])
+def test_ids_that_an_index_keeps_and_everybody_forgets(accelerator: torch.device, how: str) -> None:
+    """Their copy on the device was made on another stream than the one that reads it."""
+    for _ in range(3):
+        there = [layered(accelerator) for _ in range(2)]
+        here = block_first(pin="ring" not in how)
+        settle(accelerator)
+        mine, theirs = (Index(torch.tensor(ids), step=SIZE) for ids in (IDS, IDS[::-1]))
+        rows = wanted(there[0], here, IDS, IDS[::-1])
+        again = wanted(there[0], there[1], IDS, IDS)
+        options: dict[str, Any] = {"backend": "ring" if "ring" in how else "staged"}
+        stream = torch.Stream(accelerator)
+        options |= {"detached": True} if how == "detached" else {"stream": stream}
+        copy_blocks(there[0].view, here.view, mine, theirs, **options).synchronize()
+        assert torch.equal(here.rows(), rows)
+        delay(current(accelerator) if how == "detached" else stream)
+        moved = copy_blocks(here.view, there[1].view, theirs, mine, **options)
+        del mine, theirs, moved
+        gc.collect()
+        rubbish = [torch.full((8,), 99, dtype=torch.int64, device=accelerator) for _ in range(20)]
+        settle(accelerator)
+        assert torch.equal(there[1].rows(), again)
+        del rubbish
+
+
+def test_a_quick_stream_does_not_wait_for_a_slow_one(accelerator: torch.device) -> None:
+    streams = torch.Stream(accelerator), torch.Stream(accelerator)
+    for stream in streams:
+        Pairs(accelerator, True, 1).started(stream=stream)[0].synchronize()
+    slow, quick = Pairs(accelerator, True, 1), Pairs(accelerator, True, 1)
+    delay(streams[0])
+    (first,) = slow.started(stream=streams[0])
+    (second,) = quick.started(stream=streams[1])
+    second.synchronize()
+    assert not first.done()
+    first.synchronize()
+    assert slow.landed()
+    assert quick.landed()
+
+
+@DOWNWARD
+def test_memory_and_handles_that_everybody_forgets(
+    accelerator: torch.device, downward: bool
+) -> None:
+    for _ in range(3):
+        pairs = Pairs(accelerator, downward)
+        kept: list[Cache] = [dst for _, dst in pairs.caches]
+        pairs.started()
+        del pairs.caches
+        gc.collect()
+        rubbish: list[Any] = [block_first(pin=True) for _ in range(4)]
+        rubbish += [layered(accelerator) for _ in range(4)]
+        settle(accelerator)
+        assert all(torch.equal(dst.rows(), row) for dst, row in zip(kept, pairs.rows, strict=True))
+        del rubbish
+
+
+def test_threads_and_both_directions(accelerator: torch.device) -> None:
+    pairs = [Pairs(accelerator, nth % 2 == 0, 4) for nth in range(4)]
+    run_threads(lambda each: [moved.synchronize() for moved in each.started()], pairs)
+    assert all(each.landed() for each in pairs)
