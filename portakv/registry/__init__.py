@@ -1,32 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend carries a copy out, with every candidate's answer on record."""
 
-from portakv.registry.prepared import prepare
-from portakv.registry.registry import (
-    BUILT_IN,
-    ENGINES,
-    ENVIRONMENT,
-    MADE_FOR,
-    REGISTRY,
-    Choice,
-    Registry,
-    choose,
-    found,
-    register_backend,
-    trace,
-)
-
-__all__ = [
-    "BUILT_IN",
-    "ENGINES",
-    "ENVIRONMENT",
-    "MADE_FOR",
-    "REGISTRY",
-    "Choice",
-    "Registry",
-    "choose",
-    "found",
-    "prepare",
-    "register_backend",
-    "trace",
-]
+from portakv.registry.prepared import prepare as prepare
+from portakv.registry.registry import ENGINES as ENGINES
+from portakv.registry.registry import ENVIRONMENT as ENVIRONMENT
+from portakv.registry.registry import MADE_FOR as MADE_FOR
+from portakv.registry.registry import REGISTRY as REGISTRY
+from portakv.registry.registry import choose as choose
+from portakv.registry.registry import found as found
+from portakv.registry.registry import register_backend as register_backend
+from portakv.registry.registry import trace as trace

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ class Prepared:
 
     def place(self, index: Index) -> Index:
         """An index with its ids on the device, and in a dtype, that the backend reads."""
-        if index.ids is None or self.can.index_on == "any":
+        if self.can.index_on == "any":
             return index
         if index.fleeting:
             bring((index,), self.home_of_ids, self.can.index_dtypes)
@@ -103,22 +104,20 @@ def prepare(plan: CopyPlan, device: torch.device, choice: Choice) -> tuple[Launc
         names += order[order.index(choice.name) + 1 :] if choice.name in order else order
     for name in names:
         backend, decision = registry.REGISTRY.ask(name, device, check=True)
-        if name == choice.name:
-            backend = choice.backend
+        backend = choice.backend if name == choice.name else backend
+        launch: Launch | None = None
         if backend is not None:
             launch, decision = _prepare(backend, plan)
-            if launch is not None:
-                won = Decision(name, True, decision.reason)
-                if refused:
-                    registry.REGISTRY.log_fallback(device, choice.name, refused[0].reason, name)
-                can = backend.capabilities()
-                if not can.threads:
-                    launch = OneAtATime(launch)
-                tells = registry.REGISTRY.tells(device)
-                if tells:
-                    launch = RefusePrivateFormats(launch, tells)
-                return launch, Choice(backend, (*refused, won), choice.forced, can)
-        refused.append(Decision(name, False, decision.reason))
+        if backend is None or launch is None:
+            refused.append(Decision(name, False, decision.reason))
+            continue
+        if refused:
+            registry.REGISTRY.log_fallback(device, choice.name, refused[0].reason, name)
+        can, tells = backend.capabilities(), registry.REGISTRY.tells(device)
+        if tells or not can.threads:
+            launch = _Careful(launch, not can.threads, tells)
+        won = Decision(name, True, decision.reason)
+        return launch, Choice(backend, (*refused, won), choice.forced, can)
     lines = "\n".join(f"  {d}" for d in refused)
     forced = f"backend {choice.name!r} was forced and" if choice.forced else "no backend"
     raise Unsupported("This copy", f"{forced} does not take its plan:\n{lines}\n{plan}")
@@ -166,60 +165,24 @@ def bring(indices: Sequence[Index], home: torch.device, dtypes: frozenset[torch.
 _PLAIN = "bytes lie where strides say"
 
 
-class OneAtATime:
-    """A launch of a backend that does not claim ``threads``.
+class _Careful:
+    """A launch of a backend that does not claim ``threads``, or on a device whose tensors may be
+    laid out otherwise than their strides say.
 
-    Like `RefusePrivateFormats` it hides `Repeatable.again`: every transfer comes through it.
+    Each view is looked at once, before anything is moved, and remembers that it was right. The
+    launch's `Repeatable.again` is hidden: every transfer comes through here.
     """
 
-    def __init__(self, launch: Launch) -> None:
-        self._launch = launch
-        self._lock = threading.Lock()
+    def __init__(self, launch: Launch, one_at_a_time: bool, tells: Sequence[Tells]) -> None:
+        self._launch, self._tells = launch, tells
+        self._lock = threading.Lock() if one_at_a_time else nullcontext()
 
-    def __call__(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None,
-    ) -> Pending | None:
+    def __call__(self, src: KVView, dst: KVView, *rest: Any, **named: Any) -> Pending | None:
+        for view in (src, dst) if self._tells else ():
+            if _PLAIN not in view.derived:
+                self._look(view)
         with self._lock:
-            return self._launch(src, dst, src_index, dst_index, count, stream, status)
-
-    @property
-    def carried(self) -> tuple[str, str] | None:
-        """What an engine that picks engines tells of its last launch."""
-        return getattr(self._launch, "carried", None)
-
-
-class RefusePrivateFormats:
-    """A launch on a device whose tensors may be laid out otherwise than their strides say.
-
-    Each view is looked at once, before anything is moved, and remembers that it was right.
-    """
-
-    def __init__(self, launch: Launch, tells: Sequence[Tells]) -> None:
-        self._launch = launch
-        self._tells = tells
-
-    def __call__(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None,
-    ) -> Pending | None:
-        if _PLAIN not in src.derived:
-            self._look(src)
-        if _PLAIN not in dst.derived:
-            self._look(dst)
-        return self._launch(src, dst, src_index, dst_index, count, stream, status)
+            return self._launch(src, dst, *rest, **named)
 
     @property
     def carried(self) -> tuple[str, str] | None:
@@ -227,13 +190,11 @@ class RefusePrivateFormats:
         return getattr(self._launch, "carried", None)
 
     def _look(self, view: KVView) -> None:
-        """Raise `Unsupported` where a tensor of the view is not plain."""
+        """Raise `Unsupported` if a tensor of the view is not plain."""
         owners = view.owners if view.form.place == "device" else ()
-        for owner in owners:
-            for tell in self._tells:
-                why = tell(owner)
-                if why:
-                    raise Unsupported(
-                        f"A copy of tensors of {view.layout.text!r}", f"{why}; nothing was moved"
-                    )
+        for why in (tell(owner) for owner in owners for tell in self._tells):
+            if why:
+                raise Unsupported(
+                    f"A copy of tensors of {view.layout.text!r}", f"{why}; nothing was moved"
+                )
         view.derived[_PLAIN] = True

@@ -8,12 +8,12 @@ parties register through the entry-point group ``portakv.backends`` or `register
 from __future__ import annotations
 
 import difflib
-import importlib
 import logging
 import os
+import pkgutil
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -85,13 +85,10 @@ class _Answer(NamedTuple):
 
     @property
     def decision(self) -> Decision:
-        accepted = self.backend is not None and self.check in _USABLE
-        unchecked = self.backend is not None and self.check is SelfCheck.NOT_YET
-        return Decision(
-            self.name,
-            accepted,
-            f"(not self-checked yet) {self.reason}" if unchecked else self.reason,
-        )
+        if self.backend is None:
+            return Decision(self.name, False, self.reason)
+        unchecked = "(not self-checked yet) " * (self.check is SelfCheck.NOT_YET)
+        return Decision(self.name, self.check in _USABLE, unchecked + self.reason)
 
     def checked(self, state: SelfCheck, reason: str) -> _Answer:
         return self._replace(check=state, reason=f"{self.reason}; {reason}")
@@ -102,7 +99,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._loaders: dict[str, Callable[[], object]] = {}
+        self._targets: dict[str, str | type[Backend]] = dict(BUILT_IN)
         self._answers: dict[tuple[str, torch.device], _Answer] = {}
         self._choices: dict[tuple[torch.device, str | None], Choice] = {}
         self._tells: dict[torch.device, tuple[Tells, ...]] = {}
@@ -110,8 +107,6 @@ class Registry:
         self._refused_entries: list[Decision] = []
         self._logged: set[tuple[torch.device, str, str]] = set()
         self._scanned = False
-        for name, target in BUILT_IN.items():
-            self._loaders[name] = _importer(target)
 
     def register(self, name: str, target: str | type[Backend]) -> None:
         """Register a backend under a name; see `register_backend`."""
@@ -122,31 +117,29 @@ class Registry:
                     f"A backend was to be registered as {name!r}; its name is a word that is not "
                     f"empty."
                 )
-            if name in self._loaders:
+            if name in self._targets:
                 raise BackendUnavailable(
                     f"A backend named {name!r} is registered already; silent replacement is "
                     f"refused. Choose another name."
                 )
-            if isinstance(target, str):
-                if not _TARGET.fullmatch(target):
-                    raise BackendUnavailable(
-                        f"Backend {name!r} was to be registered as {target!r}; expected "
-                        f"'package.module:Class', or the class."
-                    )
-                self._loaders[name] = _importer(target)
-            else:
+            if not isinstance(target, str):
                 _check_class(target, name)
-                self._loaders[name] = lambda: target
+            elif not _TARGET.fullmatch(target):
+                raise BackendUnavailable(
+                    f"Backend {name!r} was to be registered as {target!r}; expected "
+                    f"'package.module:Class', or the class."
+                )
+            self._targets[name] = target
             self._forget(name)  # it may have been asked for in vain
 
     def unregister(self, name: str) -> None:
         """Forget a backend that was registered; unknown and built-in names are errors."""
         with self._lock:
-            if name in BUILT_IN or name not in self._loaders:
+            if name in BUILT_IN or name not in self._targets:
                 raise BackendUnavailable(
                     f"Backend {name!r} cannot be removed: only registered ones can."
                 )
-            del self._loaders[name]
+            del self._targets[name]
             self._installed.discard(name)
             self._forget(name)
 
@@ -159,8 +152,7 @@ class Registry:
         """Every candidate, in the order in which they are asked."""
         with self._lock:
             self._scan()
-            first = [name for name in self._loaders if name not in LAST]
-            return [*first, *(name for name in LAST if name in self._loaders)]
+            return sorted(self._targets, key=lambda name: name in LAST and 1 + LAST.index(name))
 
     def automatic(self, device: torch.device) -> list[str]:
         """The candidates that are used without being asked for, in their order.
@@ -168,12 +160,10 @@ class Registry:
         A package that brings a backend does not become the default of the CPU by being installed:
         there backends of entry points are used only when they are named.
         """
-        asked = {*ONLY_ASKED.get(device.type, ()), *ENGINES}
-        names = self.names()
-        return [
-            name for name in names
-            if name not in asked and not (device.type == "cpu" and name in self._installed)
-        ]  # fmt: skip
+        names, asked = self.names(), {*ONLY_ASKED.get(device.type, ()), *ENGINES}
+        if device.type == "cpu":
+            asked |= self._installed
+        return [name for name in names if name not in asked]
 
     def ask(
         self, name: str, device: torch.device, *, check: bool
@@ -188,7 +178,7 @@ class Registry:
             answer = self._answers.get((name, device)) or self._probe(name, device)
             if check and answer.backend is not None and answer.check is SelfCheck.NOT_YET:
                 answer = answer.checked(*self_check(answer.backend))
-            if name in self._loaders:
+            if name in self._targets:
                 self._answers[name, device] = answer
             return answer
 
@@ -225,24 +215,20 @@ class Registry:
 
     def trace(self, device: torch.device) -> tuple[Decision, ...]:
         """What every candidate says of ``device``, without choosing; see `trace`."""
-        decisions = []
         automatic = self.automatic(device)
-        for name in self.names():
-            decision = self.ask(name, device, check=False)[1]
-            if decision.accepted and name not in automatic:
-                reason = f"{decision.reason}; on {device.type} it is used only when asked for"
-                decision = Decision(name, decision.accepted, reason)
-            decisions.append(decision)
+        decisions = [self._answer(name, device, False).decision for name in self.names()]
+        for at, (name, said) in enumerate((d.name, d) for d in decisions):
+            if said.accepted and name not in automatic:
+                reason = f"{said.reason}; on {device.type} it is used only when asked for"
+                decisions[at] = Decision(name, True, reason)
         return (*decisions, *self._refused_entries)
 
     def trace_absent(self, absent: DeviceAbsent) -> tuple[Decision, ...]:
         """What every candidate lacks for a device that torch cannot use; none accepts."""
         with self._lock:
             device = cast(torch.device, absent.device)  # or a name, of which a probe reads the type
-            said = [self._asked(name, device)[1] for name in self.names()]
-        needs = "it needs the device"
-        decisions = [Decision(d.name, False, needs) if d.accepted else d for d in said]
-        return (*decisions, *self._refused_entries)
+            said = [self._probe(name, device, make=False).decision for name in self.names()]
+        return (*said, *self._refused_entries)
 
     def tells(self, device: torch.device) -> tuple[Tells, ...]:
         """What tells, of tensors on a device, those that no backend may move by their strides."""
@@ -267,31 +253,25 @@ class Registry:
                       device, taken, chosen, why)  # fmt: skip
 
     def _class(self, name: str) -> type[Backend]:
-        return _check_class(self._loaders[name](), name)
+        target = self._targets[name]
+        found = pkgutil.resolve_name(target) if isinstance(target, str) else target
+        return _check_class(found, name)
 
-    def _asked(self, name: str, device: torch.device) -> tuple[type[Backend] | None, Decision]:
-        """What a candidate's probe says, and its class if it accepts."""
+    def _probe(self, name: str, device: torch.device, *, make: bool = True) -> _Answer:
+        """What a candidate says; with ``make`` its backend is made if it accepts."""
         self._scan()
-        if name not in self._loaders:
-            return None, self.unknown(name)
+        if name not in self._targets:
+            return _Answer(name, None, self.unknown(name).reason)
         try:
             cls = self._class(name)
             decision = cls.probe(device)
-        except (Exception, SystemExit) as error:  # a broken package must not take others down
-            return None, _failed(name, error)
-        accepted = decision.accepted
-        return (cls if accepted else None), Decision(name, accepted, decision.reason)
-
-    def _probe(self, name: str, device: torch.device) -> _Answer:
-        cls, decision = self._asked(name, device)
-        if cls is None:
-            return _Answer(name, None, decision.reason)
-        try:
+            if not decision.accepted or not make:
+                why = "it needs the device" if decision.accepted else decision.reason
+                return _Answer(name, None, why)
             backend = cls(device)
-        except (Exception, SystemExit) as error:
-            return _Answer(name, None, _failed(name, error).reason)
-        if backend.name != name:
-            backend.name = name
+        except (Exception, SystemExit) as error:  # a broken package must not take others down
+            return _Answer(name, None, f"it failed to load: {type(error).__name__}: {error}")
+        backend.name = name
         return _Answer(name, backend, decision.reason)
 
     def unknown(self, name: str) -> Decision:
@@ -306,13 +286,11 @@ class Registry:
             return
         self._scanned = True
         for entry in entry_points(group=ENTRY_POINTS):
-            if entry.name in self._loaders:
-                why = (
-                    f"the entry point {entry.value!r} would replace a backend of that name; refused"
-                )
-                self._refused_entries.append(Decision(entry.name, False, why))
+            if entry.name in self._targets:
+                why = f"the entry point {entry.value!r} would replace a backend of that name"
+                self._refused_entries.append(Decision(entry.name, False, f"{why}; refused"))
             else:
-                self._loaders[entry.name] = entry.load
+                self._targets[entry.name] = f"{entry.module}:{entry.attr}"
                 self._installed.add(entry.name)
 
 
@@ -350,18 +328,6 @@ def _check_class(found: object, name: str) -> type[Backend]:
             f"subclass of portakv.backends.base.Backend."
         )
     return found
-
-
-def _failed(name: str, error: BaseException) -> Decision:
-    return Decision(name, False, f"it failed to load: {type(error).__name__}: {error}")
-
-
-def _importer(target: str) -> Callable[[], object]:
-    def load() -> object:
-        module, _, name = target.partition(":")
-        return getattr(importlib.import_module(module), name)
-
-    return load
 
 
 REGISTRY = Registry()

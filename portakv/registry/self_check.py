@@ -6,6 +6,7 @@ It speaks to a backend as the library does, through ``check``, ``prepare`` and a
 
 from __future__ import annotations
 
+import math
 from enum import Enum, auto
 from typing import NamedTuple
 
@@ -74,35 +75,29 @@ def self_check(backend: Backend) -> Checked:
 
 
 def _try_pattern(backend: Backend, layout: str, order: tuple[int, ...]) -> str | None:
-    device = backend.device
+    """What was wrong, or None; a copy there and back again."""
     size = (_LAYERS, 2, _BLOCKS, _BLOCK_SIZE, _HEADS, _DIM)
     # Distinct bytes of every value, NaN patterns included, at odd distances.
-    count = _LAYERS * 2 * _BLOCKS * _BLOCK_SIZE * _HEADS * _DIM
-    numbers = torch.arange(count, dtype=torch.int64, device="cpu")
-    known = (numbers * 2654435761 % 65521).to(torch.int16)
-    known = known.view(size)
-    rows = known.view(_LAYERS, 2, _BLOCKS * _BLOCK_SIZE, _HEADS, _DIM)
-    expected = rows[:, :, _SLOTS].transpose(0, 1).contiguous()
-    pool = [layer.permute(order).contiguous().to(device) for layer in known]
-    chunk = torch.full(expected.shape, -1, dtype=torch.int16, device="cpu")
-    chunk = _placed(chunk, backend)
-    cache = _paged(pool, layout)
+    numbers = torch.arange(math.prod(size), dtype=torch.int64, device="cpu")
+    known = (numbers * 2654435761 % 65521).to(torch.int16).view(size)
+    rows = known.flatten(2, 3)
+    pool = [layer.permute(order).contiguous().to(backend.device) for layer in known]
+    expected = rows[:, :, _SLOTS].transpose(0, 1)
+    chunk = _within_reach(torch.full_like(expected.contiguous(), -1), backend)
     dense = KVView(chunk, "kv layer token head dim")
-    _copy(backend, cache, dense, 1, 0)
+    _copy(backend, _paged(pool, layout), dense, 1, 0)
     if not torch.equal(chunk.cpu(), expected):
         return f"{_wrong(chunk.cpu(), expected)} gathering {layout!r}"
     target = [torch.full_like(layer, -1) for layer in pool]
     _copy(backend, dense, _paged(target, layout), 0, 1)
     wanted = torch.full_like(rows, -1)
     wanted[:, :, _SLOTS] = rows[:, :, _SLOTS]
-    inverse = [order.index(i) for i in range(5)]
-    landed = torch.stack([layer.cpu().permute(inverse) for layer in target]).reshape(rows.shape)
-    if not torch.equal(landed, wanted):
-        return f"{_wrong(landed, wanted)} scattering {layout!r}"
-    return None
+    turned = [layer.cpu().permute([order.index(i) for i in range(5)]) for layer in target]
+    landed = torch.stack(turned).flatten(2, 3)
+    return None if landed.equal(wanted) else f"{_wrong(landed, wanted)} scattering {layout!r}"
 
 
-def _placed(chunk: torch.Tensor, backend: Backend) -> torch.Tensor:
+def _within_reach(chunk: torch.Tensor, backend: Backend) -> torch.Tensor:
     """The chunk in memory that the backend reaches: on its device, or on the host for an engine."""
     places = backend.capabilities().places
     if ("device", "device") in places:
@@ -111,9 +106,7 @@ def _placed(chunk: torch.Tensor, backend: Backend) -> torch.Tensor:
 
 
 def _paged(pool: list[torch.Tensor], layout: str) -> KVView:
-    if layout.startswith("layer kv |"):
-        return KVView([tuple(layer) for layer in pool], layout)
-    return KVView(pool, layout)
+    return KVView([tuple(x) for x in pool] if layout.startswith("layer kv |") else pool, layout)
 
 
 def _copy(backend: Backend, src: KVView, dst: KVView, src_step: int, dst_step: int) -> None:
@@ -121,11 +114,10 @@ def _copy(backend: Backend, src: KVView, dst: KVView, src_step: int, dst_step: i
     decision = backend.check(plan)
     if not decision.accepted:
         raise Unsupported(f"The self-check through {backend.name}", decision.reason)
-    launch = backend.prepare(plan)
-    can = backend.capabilities()
+    launch, can = backend.prepare(plan), backend.capabilities()
     ids = Index(_SLOTS).placed(can.home_of_ids(backend.device), can.index_dtypes)
-    src_index, dst_index = (ids, Index()) if src_step else (Index(), ids)
-    pending = launch(src, dst, src_index, dst_index, len(_SLOTS), None, None)
+    indices = (ids, Index()) if src_step else (Index(), ids)
+    pending = launch(src, dst, *indices, len(_SLOTS), None, None)
     if pending is not None:
         pending.wait()
     if backend.device.type != "cpu":

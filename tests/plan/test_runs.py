@@ -193,7 +193,7 @@ def test_a_view_of_another_form_or_none() -> None:
         for at, side in enumerate(("source", "destination")):
             views: list[Any] = [wrong if n == at else view for n in range(2)]
             with pytest.raises(PortaKVError, match=f"{side}.* {told}"):
-                plan.runs(*views, table(0), table(0), 4)
+                plan.runs(views[0], views[1], table(0), table(0), 4)
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 5])
