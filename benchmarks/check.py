@@ -42,20 +42,13 @@ CONDITIONS: Mapping[str, Callable[[Any, Any], bool]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Accepted:
-    """A bar that resisted: what was reached, why no more, and what was tried."""
-
-    figure: float
-    reason: str
-    tries: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Bar:
     """What some figure of some rows has to reach.
 
     ``where`` picks rows: each of its fields is a value, or a table of conditions, of
     `CONDITIONS`, that the row's field fulfils. Rows without the figure are not picked.
+    ``accepted`` is of a bar that resisted: the ``figure`` that was reached, the ``reason`` why no
+    more, and the ``tries``.
     """
 
     name: str
@@ -64,23 +57,34 @@ class Bar:
     at_least: float | None = None
     at_most: float | None = None
     device: str | None = None
-    accepted: Accepted | None = None
+    accepted: Mapping[str, Any] | None = None
     open: str = ""
 
     @property
     def of_host(self) -> bool:
-        """True where it is about results of `portakv bench --host`."""
+        """True if it is about results of `portakv bench --host`."""
         return str(self.where.get("kind", "")).startswith(f"{HOST_SUITE}_")
 
-    def __str__(self) -> str:
-        return f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
+    @property
+    def limit(self) -> float:
+        """What is asked."""
+        limit = self.at_least if self.at_most is None else self.at_most
+        assert limit is not None
+        return limit
 
-    def reached(self, found: float) -> bool:
-        """True where the figure is as good as the bar asks."""
-        if self.at_least is not None:
-            return found >= self.at_least
-        assert self.at_most is not None
-        return found <= self.at_most
+    def __str__(self) -> str:
+        return f"{'<=' if self.at_least is None else '>='} {self.limit:g}"
+
+    def reached(self, found: float, limit: float) -> bool:
+        """True if a figure is as good as the limit."""
+        return found <= limit if self.at_least is None else found >= limit
+
+    def as_accepted(self, found: float) -> bool:
+        """True if the figure is no worse than the one that was accepted."""
+        if self.accepted is None:
+            return False
+        noise = TOLERANCE if self.at_least is None else -TOLERANCE
+        return self.reached(found, self.accepted["figure"] * (1 + noise))
 
     def picks(self, row: Mapping[str, Any]) -> bool:
         """True for rows that the bar is about."""
@@ -90,17 +94,8 @@ class Bar:
 
     def worst(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """The row that decides."""
-        pick = min if self.at_least is not None else max
+        pick = max if self.at_least is None else min
         return pick(rows, key=lambda row: float(row[self.figure]))
-
-    def as_accepted(self, found: float) -> bool:
-        """True where the figure is no worse than the one that was accepted."""
-        if self.accepted is None:
-            return False
-        known = self.accepted.figure
-        if self.at_least is not None:
-            return found >= known * (1 - TOLERANCE)
-        return found <= known * (1 + TOLERANCE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +119,8 @@ def load_bars(path: Path = FILE) -> list[Bar]:
     Raises:
         ValueError: a bar without exactly one limit, or accepted without three tries and a reason.
     """
-    bars = []
-    for entry in tomllib.loads(path.read_text(encoding="utf-8"))["bar"]:
-        accepted = entry.pop("accepted", None)
-        if accepted is not None:
-            accepted = Accepted(**{**accepted, "tries": tuple(accepted["tries"])})
-        bar = Bar(**entry, accepted=accepted)
+    bars = [Bar(**entry) for entry in tomllib.loads(path.read_text(encoding="utf-8"))["bar"]]
+    for bar in bars:
         for asked in bar.where.values():
             unknown = set(asked) - set(CONDITIONS) if isinstance(asked, Mapping) else set()
             if unknown:
@@ -137,13 +128,15 @@ def load_bars(path: Path = FILE) -> list[Bar]:
                     f"Bar {bar.name!r} asks for {sorted(unknown)}; known are {list(CONDITIONS)}."
                 )
         if (bar.at_least is None) == (bar.at_most is None):
-            raise ValueError(f"Bar {bar.name!r} has {entry}; expected at_least or at_most.")
-        if accepted is not None and (len(accepted.tries) < _TRIES or not accepted.reason.strip()):
+            raise ValueError(f"{bar!r} has no limit or two; expected at_least or at_most.")
+        if bar.accepted is None:
+            continue
+        tries, reason = bar.accepted["tries"], bar.accepted["reason"]
+        if len(tries) < _TRIES or not reason.strip():
             raise ValueError(
-                f"Bar {bar.name!r} is accepted with {len(accepted.tries)} tries and the reason "
-                f"{accepted.reason!r}; expected at least {_TRIES} different tries and a reason."
+                f"Bar {bar.name!r} is accepted with {len(tries)} tries and the reason {reason!r}; "
+                f"expected at least {_TRIES} different tries and a reason."
             )
-        bars.append(bar)
     return bars
 
 
@@ -163,17 +156,19 @@ def _judge(bar: Bar, rows: Sequence[Mapping[str, Any]]) -> Verdict:
     if not picked:
         return Verdict(bar, None, "missed", bar.open or "no such row was measured")
     deciding = bar.worst(picked)
-    worst, about = float(deciding[bar.figure]), (_named(deciding), len(picked))
-    if not all(row["verified"] for row in picked):
-        return Verdict(bar, worst, "missed", "some bytes were wrong", *about)
+    worst = float(deciding[bar.figure])
     noisy = "the row is flagged as noisy" if deciding.get("noisy") else ""
-    if bar.reached(worst):
-        return Verdict(bar, worst, "met", noisy, *about)
-    if bar.as_accepted(worst):
-        assert bar.accepted is not None
-        return Verdict(bar, worst, "accepted", bar.accepted.reason, *about)
-    worse = "worse than the figure that was accepted" if bar.accepted else bar.open or noisy
-    return Verdict(bar, worst, "missed", worse, *about)
+    if not all(row["verified"] for row in picked):
+        word, reason = "missed", "some bytes were wrong"
+    elif bar.reached(worst, bar.limit):
+        word, reason = "met", noisy
+    elif bar.accepted is None:
+        word, reason = "missed", bar.open or noisy
+    elif bar.as_accepted(worst):
+        word, reason = "accepted", bar.accepted["reason"]
+    else:
+        word, reason = "missed", "worse than the figure that was accepted"
+    return Verdict(bar, worst, word, reason, _named(deciding), len(picked))
 
 
 def _fulfils(found: Any, asked: Any) -> bool:
@@ -197,15 +192,11 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
         Column("verdict", whole=True), Column("rows", right=True), Column("worst"),
         Column("remark"),
     ]  # fmt: skip
-    print_table(
-        columns,
-        [
-            [v.bar.name, "-" if v.figure is None else f"{v.figure:.4g}", str(v.bar), v.word,
-             str(v.rows), v.row, v.reason]
-            for v in verdicts
-        ],
-        title="bars",
-    )  # fmt: skip
+    rows = []
+    for v in verdicts:
+        figure = "-" if v.figure is None else f"{v.figure:.4g}"
+        rows.append([v.bar.name, figure, str(v.bar), v.word, str(v.rows), v.row, v.reason])
+    print_table(columns, rows, title="bars")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

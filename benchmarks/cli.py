@@ -8,15 +8,23 @@ Exit codes: 0 all bytes right, 1 some bytes wrong, 2 the command cannot be carri
 from __future__ import annotations
 
 import argparse
+import gc
+import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 
+from portakv.cli.console import print_json
 from portakv.engines.costs import costs_of
-from portakv_benchmarks.check import HOST_SUITE
+from portakv.errors import PortaKVError
+from portakv.registry.registry import ENVIRONMENT
+from portakv_benchmarks.check import HOST_SUITE, judge, load_bars, print_verdicts
 from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.cold_start import measure_startup
 from portakv_benchmarks.device.overhead import measure_overhead
@@ -29,13 +37,14 @@ from portakv_benchmarks.host.pinning import pinning_steps
 from portakv_benchmarks.host.small import small_steps
 from portakv_benchmarks.host.suite import HOST_PRESETS, Bench
 from portakv_benchmarks.host.waiting import waiting_steps
-from portakv_benchmarks.shared import command
-from portakv_benchmarks.shared.command import Refused, Rows, Step
+from portakv_benchmarks.shared.harness import Found, Row, Rows, Step, in_a_line
 from portakv_benchmarks.shared.machine import describe, short_name
 from portakv_benchmarks.shared.peers import PEERS, load_peer
 from portakv_benchmarks.shared.shapes import Shape, load
+from portakv_benchmarks.shared.tables import print_results
 from portakv_benchmarks.shared.timers import DeviceTimer, HostTimer
 
+RESULT_FORMAT = 2
 LADDER = "seed"  # the founding scenario
 #: What ``--host`` measures, in this order: the grid first, since most bars are about it, and peers
 #: last, since the kernel of another that fails may leave no device for what follows.
@@ -54,46 +63,139 @@ PARTS: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmarks; returns the exit code.
+    """Measure, write to ``--out``, and print; returns the exit code.
 
     Args:
         argv: the words behind `portakv bench`; by default the process's own.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if "--host" in words:
-        words.remove("--host")
-        asked = _host_parser().parse_args(words)
-        return command.conclude("bench --host", asked, run_host, lambda r: f"{r['name']}.json")
-    asked = _device_parser().parse_args(words)
-    return command.conclude("bench", asked, run_device, partial(_file_name, asked))
+    parser = _parser("--host" in words)
+    asked = parser.parse_args(words)
+    try:
+        if os.environ.get(ENVIRONMENT):
+            raise PortaKVError(
+                f"{ENVIRONMENT}={os.environ[ENVIRONMENT]} forces every copy through one backend, "
+                f"so that nothing can be compared. Unset it, and name backends with --backend."
+            )
+        device = pick_device(asked.device)
+        results = (run_host if asked.host else run_device)(asked, device)
+    except PortaKVError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    # Stable from run to run; with backends by name, these are part of it.
+    named = () if asked.host else asked.backend or ()
+    stem = results["name"] if asked.host else "-".join([short_name(device), *named])
+    written = write(results, asked.out, stem) if asked.out else []
+    if asked.json:
+        print_json(results)
+    else:
+        print_results(results)
+        if asked.bars:
+            print_bars(results)
+    for path in written:
+        print(f"wrote {path}", file=sys.stderr)
+    return 0 if all(row["verified"] for row in results["rows"] if not row.get("peer")) else 1
 
 
-def run_device(asked: argparse.Namespace) -> dict[str, Any]:
+def _parser(host: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="portakv bench --host" if host else "portakv bench",
+        description="Measures copies between a device and host memory by every engine, in turns "
+        "with a plain memcpy of the same bytes, and checks every byte in the same run."
+        if host
+        else "Measures backends on real models' shapes, in turns with copy_ of the same bytes, and "
+        "checks every byte in the same run.",
+    )
+    parser.add_argument(
+        "--host", action="store_true",
+        help="measure copies between the device and the host instead; see `bench --host --help`",
+    )  # fmt: skip
+    presets, preset = (HOST_PRESETS, "full") if host else (suite.PRESETS, "core")
+    parser.add_argument(
+        "--preset", choices=sorted(presets), default=preset, help=f"default: {preset}"
+    )
+    parser.add_argument("--device", help="a torch device (default: the accelerator, if any)")
+    parser.add_argument(
+        "--seconds", type=float, help="start nothing new after this time; tell what was left out"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write DIR/<device>.json, and plots of it"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON value")
+    parser.add_argument(
+        "--bars", action="store_true",
+        help="judge the figures by this project's own bars, which were set for its own machines",
+    )  # fmt: skip
+    peers = f"may be repeated: {', '.join(PEERS)}"
+    if host:
+        parts = f"some parts alone, separated by commas: {', '.join(PARTS)}"
+        parser.add_argument("--only", metavar="PARTS", help=parts)
+        peers = f"a released peer, for the part `peers`; {peers}"
+    else:
+        several: dict[str, Any] = {"action": "append", "metavar": "NAME"}
+        parser.add_argument("--backend", help="may be repeated (default: all accepted)", **several)
+        parser.add_argument("--shape", help="may be repeated (default: the preset's)", **several)
+        peers = f"a released peer to measure beside; {peers}"
+    parser.add_argument("--peer", action="append", metavar="NAME", help=peers)
+    return parser
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of a name, made the current one; None: the accelerator, else the CPU.
+
+    Raises:
+        PortaKVError: torch finds no such device here.
+    """
+    if name is None:
+        present = torch.accelerator.is_available()
+        device = (torch.accelerator.current_accelerator() if present else None) or "cpu"
+        device = torch.device(device)
+    else:
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise PortaKVError(f"--device {name} was asked for: {error}") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    module = torch.get_device_module(device)
+    if not module.is_available():
+        raise PortaKVError(f"--device {name} was asked for, but torch finds no such device here.")
+    index = module.current_device() if device.index is None else device.index
+    module.set_device(index)
+    return torch.device(device.type, index)
+
+
+def run_device(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Measure copies inside a device; returns what is written as JSON.
 
     Raises:
-        Refused: `PORTAKV_BACKEND` is set, or the device or a name is unknown.
-        PeerMissing: a peer cannot be called here.
+        PortaKVError: a name is unknown, or a peer cannot be called here.
     """
-    command.refuse_forced()
-    device = command.pick_device(asked.device)
     preset = suite.PRESETS[asked.preset]
-    shapes = _shapes(asked.shape or preset.shapes)
-    backends = _backends(asked.backend, device, preset)
+    known, accepted = load(), suite.accepted_backends(device)
+    for name in asked.shape or ():
+        if name not in known:
+            raise PortaKVError(f"Shape {name!r} was asked for; known are {', '.join(known)}.")
+    for name in asked.backend or ():
+        if name not in accepted:
+            raise PortaKVError(
+                f"Backend {name!r} was asked for; on {device} the registry accepts "
+                f"{', '.join(accepted)} (`portakv backends` says why not the others)."
+            )
+    shapes = [known[name] for name in asked.shape or preset.shapes or known]
+    usual = [name for name in accepted if preset.compiling or name not in suite.COMPILING]
     peers = [load_peer(name) for name in asked.peer or ()]
     timer = HostTimer(device) if device.type == "cpu" else DeviceTimer(device)
-    field = suite.Field(backends, peers, timer, device)
+    field = suite.Field(asked.backend or usual, peers, timer, device)
     machine = describe(device)
-    rows, left_out = command.carry_out(
-        list(_device_steps(preset, shapes, field)), device, asked.seconds
-    )
+    rows, left_out = carry_out([*_device_steps(preset, shapes, field)], device, asked.seconds)
     suite.relate(rows)
     return {
-        "format": command.RESULT_FORMAT,
+        "format": RESULT_FORMAT,
         "machine": machine,
         "asked": {
             "preset": asked.preset,
-            "backends": backends,
+            "backends": field.backends,
             "peers": {peer.name: peer.release for peer in peers},
             "timer": timer.name,
         },
@@ -108,7 +210,6 @@ def _device_steps(
     """Everything to measure, by name; what compiles for seconds comes last."""
     device = field.device
     fast = [name for name in field.backends if name not in suite.COMPILING]
-    slow = [name for name in field.backends if name in suite.COMPILING]
 
     def overhead(backend: str) -> Step:
         rounds = preset.overhead_rounds
@@ -122,164 +223,147 @@ def _device_steps(
         name = f"{task.shape.name}, layers {task.arrangement}"
         if task.left_out:
             return name, lambda: ([], [f"{name}: {task.left_out}"])
-        return name, lambda: suite.run_task(task, preset, field)
+        return name, partial(suite.run_task, task, preset, field)
 
     yield from (overhead(backend) for backend in fast)
     if preset.starts:  # the first is what the registry would choose
         yield from (start(name, preset.starts if name == fast[0] else 1) for name in fast)
     yield from (workload(task) for task in suite.tasks(preset, shapes, device))
-    if preset.ladder and any(shape.name == LADDER for shape in shapes):
-        shape = next(shape for shape in shapes if shape.name == LADDER)
-        yield f"ladder of {LADDER}", lambda: run_ladder(shape, field, preset.rounds)
-    yield from (overhead(backend) for backend in slow)
+    for shape in shapes:
+        if preset.ladder and shape.name == LADDER:
+            yield f"ladder of {LADDER}", partial(run_ladder, shape, field, preset.rounds)
+    yield from (overhead(backend) for backend in field.backends if backend not in fast)
 
 
-def run_host(asked: argparse.Namespace) -> dict[str, Any]:
+def run_host(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Measure copies between a device and the host; returns what is written as JSON.
 
     Raises:
-        Refused: a forced backend, or a device that is no accelerator or only emulated.
-        PeerMissing: a peer cannot be called here.
+        PortaKVError: a device that is no accelerator or only emulated, an unknown part, or a peer
+            that cannot be called here.
     """
-    command.refuse_forced()
-    device = command.pick_device(asked.device)
-    _check_link(device, asked.preset)
-    parts = _parts(asked.only)
-    bench = Bench(
-        device, HOST_PRESETS[asked.preset], [load_peer(name) for name in asked.peer or ()]
-    )
-    machine = describe(device)
-    steps = [_of_part(part, step) for part in parts for step in _host_steps(part, bench)]
-    rows, left_out = command.carry_out(steps, device, asked.seconds)
-    left_out = list(dict.fromkeys(left_out))  # some steps leave out the same for the same reason
+    if device.type == "cpu":
+        raise PortaKVError(
+            "copies between a device and the host were to be measured, but torch finds no "
+            "accelerator here. Run it on a machine that has one."
+        )
+    if getattr(torch.get_device_module(device), "EMULATED", False) and asked.preset != "tiny":
+        raise PortaKVError(
+            f"{device} is emulated, and figures come from real hardware only; --preset tiny tries "
+            f"the benchmark itself."
+        )
+    words = [*PARTS] if asked.only is None else [word.strip() for word in asked.only.split(",")]
+    for word in words:
+        if word not in PARTS:
+            raise PortaKVError(f"Part {word!r} was asked for; known are {', '.join(PARTS)}.")
+    parts = [part for part in PARTS if part in words]
+    peers = [load_peer(name) for name in asked.peer or ()]
+    bench, machine = Bench(device, HOST_PRESETS[asked.preset], peers), describe(device)
+    steps = [step for part in parts for step in _host_steps(part, bench)]
+    rows, left_out = carry_out(steps, device, asked.seconds)
     bench.forget()
-    name = f"{short_name(device)}-host"
+    absent = [f"{engine}: {why}" for engine, why in bench.absent.items()]
+    name = f"{short_name(device)}-{HOST_SUITE}"
     return {
-        "format": command.RESULT_FORMAT,
+        "format": RESULT_FORMAT,
         "suite": HOST_SUITE,
         "name": name if len(parts) == len(PARTS) else "-".join([name, *parts]),
         "machine": machine,
         "asked": {
             "preset": asked.preset,
             "parts": parts,
-            "peers": {peer.name: peer.release for peer in bench.peers},
+            "peers": {peer.name: peer.release for peer in peers},
             "timer": bench.timer.name,
             "calibrated": costs_of(device).measured,
         },
-        "left_out": [f"{engine}: {why}" for engine, why in bench.absent.items()] + left_out,
+        # Some steps leave out the same for the same reason.
+        "left_out": absent + list(dict.fromkeys(left_out)),
         "rows": rows,
     }
 
 
 def _host_steps(part: str, bench: Bench) -> list[Step]:
-    """The steps of a part; of one that cannot tell them a step that says why, so that the others
-    are measured."""
-    try:
-        return list(PARTS[part](bench))
-    except Exception as error:
-        why = f"{part}: {type(error).__name__}: {error}"
-        return [(part, lambda: ([], [why]))]
+    """The steps of a part, whose rows name it; of one that cannot tell them a step that says why,
+    so that the others are measured."""
 
-
-def _of_part(part: str, step: Step) -> Step:
-    """A step that says which part it belongs to, and whose rows do."""
-    name, measure = step
-
-    def labelled() -> tuple[Rows, list[str]]:
+    def labelled(measure: Callable[[], Found]) -> Found:
         rows, left_out = measure()
         return [{**row, "part": part} for row in rows], left_out
 
-    return f"{part}: {name}", labelled
+    try:
+        steps = list(PARTS[part](bench))
+    except Exception as error:
+        why = f"{part}: {in_a_line(error)}"
+        return [(part, lambda: ([], [why]))]
+    return [(f"{part}: {name}", partial(labelled, measure)) for name, measure in steps]
 
 
-def _check_link(device: torch.device, preset: str) -> None:
-    if device.type == "cpu":
-        raise Refused(
-            "copies between a device and the host were to be measured, but torch finds no "
-            "accelerator here. Run it on a machine that has one."
-        )
-    emulated = getattr(torch.get_device_module(device), "EMULATED", False)
-    if emulated and preset != "tiny":
-        raise Refused(
-            f"{device} is emulated, and figures come from real hardware only; --preset tiny tries "
-            f"the benchmark itself."
-        )
+def carry_out(steps: Sequence[Step], device: torch.device, seconds: float | None) -> Found:
+    """Rows and what was left out. What is over time or interrupted is left out, and told.
+
+    Args:
+        steps: in their order.
+        device: whose memory is given back between them.
+        seconds: after these nothing new is begun.
+    """
+    rows: Rows = []
+    left_out: list[str] = []
+    began = perf_counter()
+    with torch.no_grad():
+        for done, (name, step) in enumerate(steps):
+            elapsed = perf_counter() - began
+            if seconds is not None and elapsed > seconds:
+                left_out += [f"{late}: no time was left" for late, _ in steps[done:]]
+                break
+            told = f"[{done + 1}/{len(steps)}] {elapsed:.0f} s: {name}"
+            print(told, file=sys.stderr, flush=True)
+            try:
+                found, refused = step()
+            except KeyboardInterrupt:
+                left_out.append(f"interrupted: the last {len(steps) - done} steps")
+                break
+            except Exception as error:  # what was measured before must not be lost
+                found, refused = [], [f"{name}: {in_a_line(error)}"]
+            rows += found
+            left_out += refused
+            try:
+                _release(device)
+            except RuntimeError as error:
+                why = in_a_line(error)
+                left_out.append(f"{name} left the device unusable ({why}); the rest was not run")
+                break
+    return rows, left_out
 
 
-def _parts(only: str | None) -> list[str]:
-    asked = list(PARTS) if only is None else [word.strip() for word in only.split(",")]
-    unknown = [word for word in asked if word not in PARTS]
-    if unknown:
-        raise Refused(f"Part {unknown[0]!r} was asked for; known are {', '.join(PARTS)}.")
-    return [part for part in PARTS if part in asked]
+def _release(device: torch.device) -> None:
+    """Give memory back, so that the next workload sees what it can have."""
+    gc.collect()
+    empty = getattr(torch.get_device_module(device), "empty_cache", None)
+    if empty is not None:
+        empty()
 
 
-def _shapes(names: Sequence[str] | None) -> list[Shape]:
-    known = load()
-    for name in names or ():
-        if name not in known:
-            raise Refused(f"Shape {name!r} was asked for; known are {', '.join(known)}.")
-    return [known[name] for name in names or known]
+def write(results: Row, folder: Path, stem: str) -> list[Path]:
+    """Write a result and its plots; the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stem}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    try:
+        from portakv_benchmarks.shared.plots import draw
+    except ImportError as error:
+        print(f"no plots: {error}; pip install 'portakv[bench]'", file=sys.stderr)
+        return [path]
+    return [path, *draw(results, folder, stem)]
 
 
-def _backends(names: Sequence[str] | None, device: torch.device, preset: suite.Preset) -> list[str]:
-    accepted = suite.accepted_backends(device)
-    for name in names or ():
-        if name not in accepted:
-            raise Refused(
-                f"Backend {name!r} was asked for; on {device} the registry accepts "
-                f"{', '.join(accepted)} (`portakv backends` says why not the others)."
-            )
-    return list(names or (n for n in accepted if preset.compiling or n not in suite.COMPILING))
-
-
-def _file_name(asked: argparse.Namespace, results: dict[str, Any]) -> str:
-    """Stable from run to run; with backends by name, these are part of it."""
-    device = command.pick_device(asked.device)
-    return "-".join([short_name(device), *(asked.backend or [])]) + ".json"
-
-
-def _device_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="portakv bench",
-        description="Measures backends on real models' shapes, in turns with copy_ of the same "
-        "bytes, and checks every byte in the same run.",
-    )
-    parser.add_argument(
-        "--host",
-        action="store_true",
-        help="measure copies between the device and the host instead; see `bench --host --help`",
-    )
-    command.add_options(parser, sorted(suite.PRESETS), "core")
-    parser.add_argument(
-        "--backend", action="append", metavar="NAME", help="may be repeated (default: all accepted)"
-    )
-    parser.add_argument(
-        "--shape", action="append", metavar="NAME", help="may be repeated (default: the preset's)"
-    )
-    _add_peer(parser, "a released peer to measure beside")
-    return parser
-
-
-def _host_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="portakv bench --host",
-        description="Measures copies between a device and host memory by every engine, in turns "
-        "with a plain memcpy of the same bytes, and checks every byte in the same run.",
-    )
-    command.add_options(parser, sorted(HOST_PRESETS), "full")
-    parser.add_argument(
-        "--only", metavar="PARTS", help=f"some parts alone, separated by commas: {', '.join(PARTS)}"
-    )
-    _add_peer(parser, "a released peer, for the part `peers`")
-    return parser
-
-
-def _add_peer(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument(
-        "--peer", action="append", metavar="NAME",
-        help=f"{what}; may be repeated: {', '.join(PEERS)}",
-    )  # fmt: skip
+def print_bars(results: Row) -> None:
+    """The verdicts on what was measured; of the others how many there are."""
+    verdicts = judge(results, load_bars())
+    measured = [verdict for verdict in verdicts if verdict.rows]
+    if measured:
+        print_verdicts(measured)
+    if len(measured) < len(verdicts):
+        print(f"{len(verdicts) - len(measured)} bars are about rows that were not measured.")
 
 
 if __name__ == "__main__":

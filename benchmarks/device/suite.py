@@ -4,10 +4,8 @@ rows stand to each other."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,20 +15,22 @@ from portakv.errors import PortaKVError
 from portakv.registry.registry import ENGINES, trace
 from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.shared.harness import (
+    Found,
     Measured,
+    Row,
+    Rows,
     Variant,
-    figures,
+    grouped,
     measure,
     merge,
+    quickest,
     short,
     usable,
 )
 from portakv_benchmarks.shared.machine import free_memory
-from portakv_benchmarks.shared.peers import LMCache, Move, PeerMissing
+from portakv_benchmarks.shared.peers import LMCache, PeerMissing
 from portakv_benchmarks.shared.shapes import Shape
 from portakv_benchmarks.shared.timers import Call, Timer
-
-Row = dict[str, Any]
 
 #: Backends that compile each plan for seconds: measured with a few shapes and slots only.
 COMPILING = ("compiled",)
@@ -113,28 +113,27 @@ def tasks(preset: Preset, shapes: Sequence[Shape], device: torch.device) -> Iter
             yield Task(shape, arrangement, why)
 
 
-def run_task(task: Task, preset: Preset, field: Field) -> tuple[list[Row], list[str]]:
+def run_task(task: Task, preset: Preset, field: Field) -> Found:
     """Measure one workload in every way; a row for each, that of `copy_` first, and what was
     refused. Repeats have memory of their own."""
-    repeats = preset.repeats if task.shape.payload < REPEATED_BELOW else 1
-    refused: list[str] = []
+    shape, place = task.shape, f"{task.shape.name}, layers {task.arrangement}"
+    repeats = preset.repeats if shape.payload < REPEATED_BELOW else 1
+    left_out: list[str] = []
     runs: list[list[Measured]] = []
     for repeat in range(repeats):
-        work = Workload(task.shape, task.arrangement, field.device, task.shape.objects)
-        told: list[str] = []
-        found = _variants(work, preset, field, told)
-        good, bad = usable(found)
-        told += [f"{_named(variant)}: {why}" for variant, why in bad]
+        work = Workload(shape, task.arrangement, field.device, shape.objects)
+        found, missing = _variants(work, preset, field)
+        good, refused = usable(found, place)
         if repeat == 0:
-            refused = [f"{task.shape.name}, layers {task.arrangement}, {line}" for line in told]
+            left_out = [f"{place}, {line}" for line in missing] + refused
         runs.append(
             measure(
-                ceiling(work), good, field.timer, objects=task.shape.objects,
-                rounds=preset.rounds, seconds=preset.seconds,
+                ceiling(work), good, field.timer, objects=shape.objects, rounds=preset.rounds,
+                seconds=preset.seconds,
             )
         )  # fmt: skip
-        del work, found, good, bad
-    return [_row(task, field.timer, one) for one in merge(runs)], refused
+        del work, found, good
+    return [_row(task, field.timer, one) for one in merge(runs)], left_out
 
 
 def ceiling(work: Workload) -> Variant:
@@ -147,13 +146,10 @@ def ceiling(work: Workload) -> Variant:
     )
 
 
-def _named(variant: Variant) -> str:
-    return " ".join(str(variant.labels[name]) for name in ("backend", "op", "index"))
-
-
-def _variants(work: Workload, preset: Preset, field: Field, refused: list[str]) -> list[Variant]:
-    """Every way of moving a workload; ``refused`` is told of those that cannot be made."""
+def _variants(work: Workload, preset: Preset, field: Field) -> tuple[list[Variant], list[str]]:
+    """Every way of moving a workload, and a line on each that cannot be made."""
     found: list[Variant] = []
+    missing = []
     for index in (index for index in work.shape.index if index in preset.index):
         for backend in field.backends:
             if backend in COMPILING and (index != "random" or not work.shape.compiled):
@@ -164,13 +160,13 @@ def _variants(work: Workload, preset: Preset, field: Field, refused: list[str]) 
                     ways = connector_ways(work, backend, index, capturable=True)
                     found += [replayed(way) for way in ways]
             except PortaKVError as error:
-                refused.append(f"{backend} {index}: {error}")
+                missing.append(f"{backend} {index}: {error}")
         for peer in field.peers:
             try:
                 found += peer_ways(peer, work, index)
             except PeerMissing as error:
-                refused.append(f"{peer.name} {index}: {error}")
-    return found
+                missing.append(f"{peer.name} {index}: {error}")
+    return found, missing
 
 
 def replayed(variant: Variant) -> Variant:
@@ -202,11 +198,43 @@ def connector_ways(
     Args:
         capturable: with slots that lie on the device, as a capture into a graph needs them.
     """
+    ids = work.ids(index)
     if index == "blocks":
-        name, store, load = _by_blocks(work, backend, index)
-    else:
-        name, store, load = _by_slots(work, backend, index, capturable)
-    yield from both_ways(work, index, backend, store, load, name)
+        yield from _by_blocks(work, backend, ids)
+        return
+    kept = Index(ids.to(work.device) if capturable else ids)
+    source, target = (_connector(work, backend, caches) for caches in (work.source, work.target))
+    yield from both_ways(
+        work, index, backend, ("from_gpu", "to_gpu"),
+        lambda i: source.from_gpu(work.stored[i], slot_mapping=kept),
+        lambda i: target.to_gpu(work.loaded[i], slot_mapping=kept),
+    )  # fmt: skip
+
+
+def _by_blocks(work: Workload, backend: str, ids: torch.Tensor) -> Iterator[Variant]:
+    """Through `copy_blocks`; on an accelerator with an `Index` that the caller keeps, since ids
+    that are copied to the device in each call would make the host wait in the middle of it."""
+    shape, kept, copy = work.shape, ids, copy_blocks
+    if work.device.type != "cpu":
+        kept, copy = Index(ids, step=shape.block_size), copy_rows  # type: ignore[assignment]
+    source, target = (KVView(caches, shape.cache) for caches in (work.source, work.target))
+    kv = shape.kv if "kv" in shape.chunk else None
+    heads = shape.heads if "(head dim)" in shape.chunk else None
+
+    def chunk(tensor: torch.Tensor) -> KVView:
+        return KVView(tensor, shape.chunk, kv=kv, heads=heads)
+
+    yield from both_ways(
+        work, "blocks", backend, (copy.__name__, copy.__name__),
+        lambda i: copy(source, chunk(work.stored[i]), kept, None, backend=backend),
+        lambda i: copy(chunk(work.loaded[i]), target, None, kept, backend=backend),
+    )  # fmt: skip
+
+
+def _connector(work: Workload, backend: str, caches: Any) -> AdaptiveConnector:
+    made = AdaptiveConnector(work.device, backend, work.shape.cache, work.shape.chunk)
+    made.register_kv_caches(caches)
+    return made
 
 
 def peer_ways(peer: LMCache, work: Workload, index: str) -> Iterator[Variant]:
@@ -217,92 +245,38 @@ def peer_ways(peer: LMCache, work: Workload, index: str) -> Iterator[Variant]:
     """
     slots = work.slots(index)
     for kernel in peer.kernels(work.shape, index != "random"):
+        store, load = (
+            _peer_call(peer.move_by(kernel, work.shape, slots, caches), chunks, out)
+            for caches, chunks, out in (
+                (work.source, work.stored, True), (work.target, work.loaded, False),
+            )
+        )  # fmt: skip
         name = f"{peer.name} {kernel}"
-        source, target = (
-            peer.move_by(kernel, work.shape, slots, caches) for caches in (work.source, work.target)
-        )
-        store = partial(_by_peer, source, work.stored, True)
-        load = partial(_by_peer, target, work.loaded, False)
-        for way in both_ways(work, index, name, store, load, (kernel, kernel)):
+        for way in both_ways(work, index, name, (kernel, kernel), store, load):
             yield replace(way, labels={**way.labels, "peer": peer.name})
 
 
-def _by_peer(move: Move, chunks: Sequence[torch.Tensor], store: bool, i: int) -> object:
-    return move(chunks[i], store)
+def _peer_call(move: Callable[..., object], chunks: Sequence[torch.Tensor], out: bool) -> Call:
+    return lambda i: move(chunks[i], out)
 
 
 def both_ways(
-    work: Workload, index: str, backend: str, store: Call, load: Call, names: tuple[str, str]
+    work: Workload, index: str, backend: str, calls: tuple[str, str], store: Call, load: Call
 ) -> Iterator[Variant]:
-    """A gather and a scatter, with their checks; ``names`` are those of the calls."""
+    """A gather and a scatter, with their checks; ``calls`` are their names."""
     labels = {"backend": backend, "index": index}
     yield Variant(
-        {**labels, "op": "gather", "call": names[0]},
+        {**labels, "op": "gather", "call": calls[0]},
         store,
         work.poison_stored,
         lambda i: work.stored_right(i, index),
     )
     yield Variant(
-        {**labels, "op": "scatter", "call": names[1]},
+        {**labels, "op": "scatter", "call": calls[1]},
         load,
         lambda i: work.poison_target(),
         lambda i: work.target_right(i, index),
     )
-
-
-Ways = tuple[tuple[str, str], Call, Call]
-
-
-def _by_slots(work: Workload, backend: str, index: str, on_device: bool) -> Ways:
-    """Through registered connectors, with an `Index` that the caller keeps."""
-    ids = work.ids(index)
-    kept = Index(ids.to(work.device) if on_device else ids)
-    source, target = (_connector(work, backend, caches) for caches in (work.source, work.target))
-    return (
-        ("from_gpu", "to_gpu"),
-        lambda i: source.from_gpu(work.stored[i], slot_mapping=kept),
-        lambda i: target.to_gpu(work.loaded[i], slot_mapping=kept),
-    )
-
-
-def _by_blocks(work: Workload, backend: str, index: str) -> Ways:
-    """Through `copy_blocks`; on an accelerator with an `Index` that the caller keeps, since ids
-    that are copied to the device in each call would make the host wait in the middle of it."""
-    shape, ids = work.shape, work.ids(index)
-    source, target = (_cache_view(shape, caches) for caches in (work.source, work.target))
-    if work.device.type == "cpu":
-        return (
-            ("copy_blocks", "copy_blocks"),
-            lambda i: copy_blocks(source, _chunk_view(shape, work.stored[i]), ids, None,
-                                  backend=backend),
-            lambda i: copy_blocks(_chunk_view(shape, work.loaded[i]), target, None, ids,
-                                  backend=backend),
-        )  # fmt: skip
-    kept = Index(ids, step=shape.block_size)
-    return (
-        ("copy_rows", "copy_rows"),
-        lambda i: copy_rows(source, _chunk_view(shape, work.stored[i]), kept, backend=backend),
-        lambda i: copy_rows(
-            _chunk_view(shape, work.loaded[i]), target, None, kept, backend=backend
-        ),
-    )
-
-
-def _connector(work: Workload, backend: str, caches: Any) -> AdaptiveConnector:
-    shape = work.shape
-    made = AdaptiveConnector(work.device, backend, shape.cache, shape.chunk)
-    made.register_kv_caches(caches)
-    return made
-
-
-def _cache_view(shape: Shape, caches: Any) -> KVView:
-    return KVView(caches, shape.cache)
-
-
-def _chunk_view(shape: Shape, chunk: torch.Tensor) -> KVView:
-    merged = "(head dim)" in shape.chunk
-    kv = shape.kv if "kv" in shape.chunk else None
-    return KVView(chunk, shape.chunk, kv=kv, heads=shape.heads if merged else None)
 
 
 def _row(task: Task, timer: Timer, one: Measured) -> Row:
@@ -321,43 +295,37 @@ def _row(task: Task, timer: Timer, one: Measured) -> Row:
         "pool_slots": shape.slots,
         "pool_bytes": shape.layers * shape.kv * shape.slots * shape.row_bytes,
         "slots_used": short(shape.slots_used),
-        **figures(one, 2 * shape.payload),
+        **one.row(2 * shape.payload),
         "repeats": [short(ratio) for ratio in one.repeats],
         "timer": timer.name,
     }
 
 
-#: What two copies must share to be compared.
-_SAME = ("shape", "layers", "op", "index")
 _FASTEST = "cuda"
 
 
-def relate(rows: Sequence[Row]) -> None:
+def relate(rows: Rows) -> None:
     """Write figures into the rows of copies: ``to_cuda``, a backend's time / that of `cuda`;
     ``to_peer``, its time / that of the peer's fastest kernel whose bytes were right, and which
     one that is, ``best_peer``."""
-    groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
-    for row in rows:
-        if row["kind"] == "copy" and row["backend"] != "copy_":
-            groups[tuple(row[name] for name in _SAME)].append(row)
-    for group in groups.values():
+    copies = [row for row in rows if row["kind"] == "copy" and row["backend"] != "copy_"]
+    for group in grouped(copies, "shape", "layers", "op", "index"):
         own = [row for row in group if not row.get("peer")]
-        peers = [row for row in group if row.get("peer") and row["verified"]]
         fastest = next((row for row in own if row["backend"] == _FASTEST), None)
-        best = min(peers, key=lambda row: float(row["p50_us"]), default=None)
+        best = quickest(row for row in group if row.get("peer"))
         for row in own:
             if fastest is not None and row is not fastest:
                 row["to_cuda"] = _times(row, fastest)
             if best is not None:
                 row["to_peer"], row["best_peer"] = _times(row, best), best["backend"]
-    ladder = [row for row in rows if row["kind"] == "ladder"]
-    for row in ladder:
-        same = [r for r in ladder if r["op"] == row["op"] and r["way"] == _FASTEST]
-        if same and row["op"] != "copy_":
-            row["to_cuda"] = _times(row, same[0])
+    ladder = [row for row in rows if row["kind"] == "ladder" and row["op"] != "copy_"]
+    for group in grouped(ladder, "op"):
+        for fastest in (row for row in group if row["way"] == _FASTEST):
+            for row in group:
+                row["to_cuda"] = _times(row, fastest)
 
 
-def peer_failures(rows: Sequence[Row]) -> list[str]:
+def peer_failures(rows: Rows) -> list[str]:
     """What a peer carried out wrongly, a line each."""
     return [
         f"{row['shape']}, layers {row['layers']}, {row['backend']} {row['op']} {row['index']}: "

@@ -7,15 +7,16 @@ and memory objects, in the same run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from portakv_benchmarks.device.suite import Field, both_ways, ceiling, connector_ways
 from portakv_benchmarks.device.workload import Workload
-from portakv_benchmarks.shared.harness import Measured, Variant, measure, short, usable
+from portakv_benchmarks.shared.harness import Found, Measured, Row, measure, usable
 from portakv_benchmarks.shared.shapes import Shape
+from portakv_benchmarks.shared.timers import Call
 
 #: The plain ways in the order in which they get faster.
 PLAIN = ("Python loops", "advanced indexing", "vectorised")
@@ -23,34 +24,38 @@ INDEX = "random"
 # A call of this way takes a fifth of a second, which a few rounds know well enough.
 _SLOW_ROUNDS = 5
 
-Move = Callable[[int], object]
 
-
-def run_ladder(shape: Shape, field: Field, rounds: int) -> tuple[list[dict[str, Any]], list[str]]:
+def run_ladder(shape: Shape, field: Field, rounds: int) -> Found:
     """A row for each way and direction, and the ways that were refused.
 
     The shape's cache is a list over layers of ``(2, blocks, block_size, heads, dim)``, each an
     allocation of its own, and the chunk ``[2, L, T, H*D]``.
     """
     work = Workload(shape, "apart", field.device, shape.objects)
-    plain = list(_plain(work))
-    slow = [way for way in plain if way.labels["backend"] == "Python loops"]
-    fast = [way for way in plain if way not in slow]
-    refused = []
+    slots = work.slots(INDEX).to(work.device)
+    slow, *plain = (
+        [*both_ways(work, INDEX, name, (name, name), *make(work, slots))]
+        for name, make in zip(PLAIN, (_loops, _indexing, _vectorised), strict=True)
+    )
+    fast = [way for ways in plain for way in ways]
+    refused: list[str] = []
     for backend in field.backends:
-        good, bad = usable(list(connector_ways(work, backend, INDEX)))
+        good, bad = usable(list(connector_ways(work, backend, INDEX)), "ladder")
         fast += good
-        refused += [f"ladder, {backend}: {why}" for _, why in bad]
-    same = {"objects": shape.objects, "seconds": 20.0}
-    rows = []
+        refused += bad
+    measured: list[Measured] = []
     for ways, turns in ((slow, _SLOW_ROUNDS), (fast, rounds)):
-        measured = measure(ceiling(work), ways, field.timer, rounds=turns, **same)  # type: ignore[arg-type]
+        found = measure(
+            ceiling(work), ways, field.timer, objects=shape.objects, rounds=turns, seconds=20.0
+        )
         # One row of `copy_` is enough: the one beside the fast ways.
-        rows += [_row(shape, one) for one in (measured[1:] if ways is slow else measured)]
-    return rows, refused
+        measured += found[1:] if ways is slow else found
+    return [_row(shape, one) for one in measured], refused
 
 
-def _row(shape: Shape, one: Measured) -> dict[str, Any]:
+def _row(shape: Shape, one: Measured) -> Row:
+    told = one.row(2 * shape.payload)
+    names = ("p50_us", "ratio", "host_us", "rounds", "noisy", "host_hidden", "verified")
     return {
         "kind": "ladder",
         "shape": shape.name,
@@ -59,29 +64,11 @@ def _row(shape: Shape, one: Measured) -> dict[str, Any]:
         "pool_slots": shape.slots,
         "slots_used": shape.slots_used,
         "payload_bytes": shape.payload,
-        "p50_us": short(one.p50),
-        "ratio": short(one.ratio),
-        "host_us": short(one.host),
-        "rounds": one.rounds,
-        "noisy": one.noisy,
-        "host_hidden": one.hidden,
-        "verified": one.verified,
+        **{name: told[name] for name in names},
     }
 
 
-def _plain(work: Workload) -> Iterator[Variant]:
-    slots = work.slots(INDEX).to(work.device)
-    makers: dict[str, Callable[..., tuple[Move, Move]]] = {
-        "Python loops": _loops,
-        "advanced indexing": _indexing,
-        "vectorised": _vectorised,
-    }
-    for name in PLAIN:
-        gather, scatter = makers[name](work, slots)
-        yield from both_ways(work, INDEX, name, gather, scatter, (name, name))
-
-
-def _loops(work: Workload, slots: torch.Tensor) -> tuple[Move, Move]:
+def _loops(work: Workload, slots: torch.Tensor) -> tuple[Call, Call]:
     """A copy for each layer, K or V, and token."""
     shape, size = work.shape, work.shape.block_size
     places = [(slot // size, slot % size) for slot in slots.tolist()]
@@ -103,7 +90,7 @@ def _loops(work: Workload, slots: torch.Tensor) -> tuple[Move, Move]:
     return gather, scatter
 
 
-def _indexing(work: Workload, slots: torch.Tensor) -> tuple[Move, Move]:
+def _indexing(work: Workload, slots: torch.Tensor) -> tuple[Call, Call]:
     """Blocks and places as two indices, for each layer and K or V."""
     shape = work.shape
     heads = (shape.tokens, shape.heads, shape.dim)
@@ -123,7 +110,7 @@ def _indexing(work: Workload, slots: torch.Tensor) -> tuple[Move, Move]:
     return gather, scatter
 
 
-def _vectorised(work: Workload, slots: torch.Tensor) -> tuple[Move, Move]:
+def _vectorised(work: Workload, slots: torch.Tensor) -> tuple[Call, Call]:
     """One indexed copy for each layer, K and V together, over the flattened slots."""
     source, target = ([cache.flatten(1, 2).flatten(2) for cache in caches]
                       for caches in (work.source, work.target))  # fmt: skip

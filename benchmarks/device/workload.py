@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from portakv_benchmarks.shared.shapes import POISON, Shape, fill, planes, sizes
+from portakv_benchmarks.shared.shapes import POISON, Shape, fill, planes, poison_of, sizes
 
 #: How the layers lie: each in an allocation of its own, or all in one.
 ARRANGEMENTS = ("apart", "together")
@@ -90,10 +90,9 @@ class Workload:
         cache = planes(self.target, self.shape.cache, self.shape)
         same = []
         for c, p in zip(chunk, cache, strict=True):
-            poison = int.from_bytes([POISON] * p.element_size(), "big", signed=p.dtype.is_signed)
             same.append((c[0] == p[block, token]).all())
-            p[block, token] = poison
-            same.append((p == poison).all())
+            p[block, token] = poison_of(p.dtype)
+            same.append((p == poison_of(p.dtype)).all())
         return bool(torch.stack(same).all())
 
     def _places(self, index: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,16 +15,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from time import perf_counter
-from typing import Any
 
-from portakv.errors import PortaKVError
 from portakv.plan.plan import CopyPlan
 from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, LAYER_FIRST, Case, Scene
 from portakv_benchmarks.host.memory import Sides
 from portakv_benchmarks.host.suite import Bench
 from portakv_benchmarks.host.ways import DESCRIPTORS, HOST, STAGED, Way, direct
-from portakv_benchmarks.shared.command import Rows, Step
-from portakv_benchmarks.shared.harness import quantile, short
+from portakv_benchmarks.shared.harness import (
+    FAILURES,
+    Found,
+    Row,
+    Rows,
+    Step,
+    in_a_line,
+    quantile,
+    short,
+)
 from portakv_benchmarks.shared.shapes import in_words
 
 _BLOCK, _LAYERS = 16, 32
@@ -53,7 +59,7 @@ def call_steps(bench: Bench) -> Iterator[Step]:
             yield name, partial(_measure, bench, Case(place, _LAYERS, tokens), whole)
 
 
-def _measure(bench: Bench, case: Case, whole: bool) -> tuple[Rows, list[str]]:
+def _measure(bench: Bench, case: Case, whole: bool) -> Found:
     rows: Rows = []
     left_out: list[str] = []
     sides = bench.sides(case)
@@ -65,9 +71,9 @@ def _measure(bench: Bench, case: Case, whole: bool) -> tuple[Rows, list[str]]:
             for ids in IDS if whole else IDS[:1]:
                 try:
                     rows.append(_row(bench, sides, direction, way, ids, merged, calls))
-                except (PortaKVError, RuntimeError, TypeError, ValueError) as error:
-                    told = str(error).partition("\n")[0]
-                    left_out.append(f"host time: {way.name} {direction}, {ids}: {told}")
+                except FAILURES as error:
+                    place = f"host time: {way.name} {direction}, {ids}"
+                    left_out.append(f"{place}: {in_a_line(error)}")
     return rows, left_out
 
 
@@ -80,7 +86,7 @@ def merged_runs(sides: Sides, direction: str) -> int:
 
 def _row(
     bench: Bench, sides: Sides, direction: str, way: Way, ids: str, merged: int, calls: int
-) -> dict[str, Any]:
+) -> Row:
     def call(behind_others: bool = False) -> float:
         fresh = None if ids == IDS[0] else sides.fresh_ids()
         if not behind_others:

@@ -6,7 +6,6 @@ Three parts: the grid itself; the direct engine by its thread blocks; both direc
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -35,34 +34,41 @@ from portakv_benchmarks.host.ways import (
     STAGED,
     Way,
     by_engine,
+    by_memcpy,
     direct,
-    memcpy,
-    plain,
 )
-from portakv_benchmarks.shared.command import Rows, Step
-from portakv_benchmarks.shared.harness import Measured, Variant, figures, measure, short, usable
+from portakv_benchmarks.shared.harness import (
+    Found,
+    Measured,
+    Row,
+    Rows,
+    Step,
+    Variant,
+    grouped,
+    measure,
+    quickest,
+    short,
+    usable,
+)
 from portakv_benchmarks.shared.shapes import in_words
 
 #: What is compared; `chosen_loss` is against the best of the first three that may be chosen.
 ENGINES = (STAGED, DESCRIPTORS, direct())
 GRID_WAYS = (*ENGINES, HOST, HOST_IDLE)
 
-Found = tuple[Rows, list[str]]
-
 
 def grid_steps(bench: Bench) -> Iterator[Step]:
     """A step for each scene, and the largest payload."""
     preset = bench.preset
-    scenes = [one for one in SCENES if one.run in preset.runs]
-    late = [one for one in scenes if one.host == POOL_BY_LAYER]
-    for one in (one for one in scenes if one not in late):
-        mine = cases([one], preset.payloads_of(one))
-        yield f"grid: {one.name}", partial(_grid, bench, mine)
     largest = cases([scene(2 * KB), scene(32 * KB, BLOCK_FIRST, "random")], [preset.largest])
-    yield f"grid: {in_words(preset.largest)}", partial(_grid, bench, largest)
-    for one in late:
-        mine = cases([one], preset.payloads_of(one))
-        yield f"grid: {one.name}", partial(_grid, bench, mine)
+    steps = {
+        one.name: (one.host == POOL_BY_LAYER, cases([one], preset.payloads_of(one)))
+        for one in SCENES
+        if one.run in preset.runs
+    }
+    steps[in_words(preset.largest)] = (False, largest)
+    for name, (_, mine) in sorted(steps.items(), key=lambda step: step[1][0]):  # what is late, last
+        yield f"grid: {name}", partial(_grid, bench, mine)
 
 
 def direct_steps(bench: Bench) -> Iterator[Step]:
@@ -103,30 +109,31 @@ def _direct(bench: Bench, case: Case) -> Found:
 def _measure(bench: Bench, case: Case, ways: Sequence[Way], kind: str) -> Found:
     """A case in both directions by each way."""
     ways = bench.serving(ways)
-    told = {way: way.left_out(case) for way in ways}
-    left_out = [why for why in told.values() if why]
-    named = {way.name: way for way in ways if not told[way]}
+    left_out = [why for way in ways if (why := way.left_out(case))]
+    named = {way.name: way for way in ways if not way.left_out(case)}
     sides = bench.sides(case)
     rows: Rows = []
     for direction in DIRECTIONS:
         sides.fill(direction)
-        good, refused = usable([by_engine(way, sides, direction) for way in named.values()])
-        left_out += [f"{case.name}, {v.labels['backend']} {direction}: {why}" for v, why in refused]
-        more: list[dict[str, Any]] = [{}, *(_staging(bench, variant) for variant in good)]
-        ceiling, *others = measured(bench, memcpy(sides, direction), good, case.payload)
-        for variant, one in zip(good, more[1:], strict=True):
-            one["alone_us"] = short(bench.timer.alone.get(variant.call, 0.0))
+        good, refused = usable(
+            [by_engine(way, sides, direction) for way in named.values()], case.name
+        )
+        left_out += refused
+        more: Rows = [{}, *(_staging(bench, variant) for variant in good)]
+        found = measured(bench, by_memcpy(sides, direction), good, case.payload)
+        for variant, told in zip(good, more[1:], strict=True):
+            told["alone_us"] = short(bench.timer.alone.get(variant.call, 0.0))
             way = named[variant.labels["backend"]]
             if way.engine == CHOSEN:
-                one |= way.taken(way.move(sides, direction))
-                one["allowed"] = sorted(way.allowed(sides, direction))
+                told |= way.taken(way.move(sides, direction))
+                told["allowed"] = sorted(way.allowed(sides, direction))
         bench.module.synchronize()
-        for measure_of, fields in zip((ceiling, *others), more, strict=True):
-            rows.append({**_row(kind, case, measure_of, bench), **fields})
+        for one, told in zip(found, more, strict=True):
+            rows.append({**_row(kind, case, one, bench), **told})
     return rows, left_out
 
 
-def _row(kind: str, case: Case, one: Measured, bench: Bench) -> dict[str, Any]:
+def _row(kind: str, case: Case, one: Measured, bench: Bench) -> Row:
     return {
         "kind": kind,
         "shape": case.name,
@@ -138,12 +145,12 @@ def _row(kind: str, case: Case, one: Measured, bench: Bench) -> dict[str, Any]:
         "payload_bytes": case.payload,
         "layer_count": case.layers,
         "tokens": case.tokens,
-        **figures(one, case.payload),
+        **one.row(case.payload),
         "timer": bench.timer.name,
     }
 
 
-def _staging(bench: Bench, variant: Variant) -> dict[str, Any]:
+def _staging(bench: Bench, variant: Variant) -> Row:
     """``staging_mb``, the most memory of the device that a call takes, in 2^20 bytes. Empty where
     torch does not say.
 
@@ -166,24 +173,18 @@ def _staging(bench: Bench, variant: Variant) -> dict[str, Any]:
 
 def compare(rows: Rows) -> None:
     """Write into the rows of chosen engines how they stand to the best engine of that point:
-    ``chosen_loss``, their time / its time - 1, where the best is of those that their terms allow;
+    ``chosen_loss``, their time / its time - 1, if the best is of those that their terms allow;
     ``best_engine`` and ``best_ratio``, of all."""
-    points: dict[tuple[Any, ...], Rows] = defaultdict(list)
-    for row in rows:
-        points[row["shape"], row["op"]].append(row)
     named = [way.name for way in ENGINES]
-    for point in points.values():
-        known = [row for row in point if row["backend"] in named and row["verified"]]
-        for row in (row for row in point if row["engine"] == CHOSEN and known):
-            allowed = [one for one in known if one["engine"] in row["allowed"]]
-            if allowed:
-                row["chosen_loss"] = short(row["p50_us"] / _quickest(allowed)["p50_us"] - 1)
-            best = _quickest(known)
-            row["best_engine"], row["best_ratio"] = best["backend"], best["ratio"]
-
-
-def _quickest(rows: Rows) -> dict[str, Any]:
-    return min(rows, key=lambda row: float(row["p50_us"]))
+    for point in grouped(rows, "shape", "op"):
+        known = [row for row in point if row["backend"] in named]
+        best = quickest(known)
+        for row in (row for row in point if row["engine"] == CHOSEN):
+            if best is not None:
+                row["best_engine"], row["best_ratio"] = best["backend"], best["ratio"]
+            allowed = quickest(one for one in known if one["engine"] in row["allowed"])
+            if allowed is not None:
+                row["chosen_loss"] = short(row["p50_us"] / allowed["p50_us"] - 1)
 
 
 def measured(
@@ -198,66 +199,61 @@ def measured(
 
 def _both_ways(bench: Bench, case: Case) -> Found:
     """Device to host and host to device at once, each with memory of its own."""
-    first, second = bench.region(2 * case.payload).halves()
-    down, up = Sides(case, first), Sides(case, second)
-    down.fill("d2h")
-    up.fill("h2d")
-    streams = bench.stream(), bench.stream()
+    ends = [
+        (Sides(case, region), direction, bench.stream())
+        for region, direction in zip(
+            bench.region(2 * case.payload).halves(), DIRECTIONS, strict=True
+        )
+    ]
+    for sides, direction, _ in ends:
+        sides.fill(direction)
     ways = bench.serving((STAGED, direct(), HOST, HOST_IDLE))
-    good, refused = usable([_opposed(way, down, up, streams) for way in ways])
-    left_out = [f"both ways: {case.name}, {v.labels['backend']}: {why}" for v, why in refused]
-    ceiling = _opposed_memcpy(bench, down, up, streams)
+    good, left_out = usable([_opposed(way, ends) for way in ways], f"both ways: {case.name}")
     rows = [
         _row("host_duplex", case, one, bench)
-        for one in measured(bench, ceiling, good, 2 * case.payload)
+        for one in measured(bench, _opposed_memcpy(bench, ends), good, 2 * case.payload)
     ]
     for row in rows:  # what went both ways together
         row["gb_per_s"] = short(2 * row["gb_per_s"])
-        way = next((way for way in ways if way.name == row["backend"]), None)
-        if way is not None and way.engine == CHOSEN:
-            told = [way.taken(way.move(*one)) for one in ((down, "d2h"), (up, "h2d"))]
-            chosen = ", ".join(dict.fromkeys(one["chosen"] for one in told))
-            row.update(told[0], chosen=chosen)
+        for way in (way for way in ways if way.name == row["backend"] and way.engine == CHOSEN):
+            told = [way.taken(way.move(sides, direction)) for sides, direction, _ in ends]
+            row |= {**told[0], "chosen": ", ".join(dict.fromkeys(one["chosen"] for one in told))}
     bench.module.synchronize()
     return rows, left_out
 
 
-Streams = tuple[torch.Stream, torch.Stream]
+Ends = list[tuple[Sides, str, torch.Stream]]
 
 
-def _opposed(way: Way, down: Sides, up: Sides, streams: Streams) -> Variant:
+def _opposed(way: Way, ends: Ends) -> Variant:
     def call(i: int) -> None:
-        there = way.move(down, "d2h", streams[0])
-        back = way.move(up, "h2d", streams[1])
-        there.wait()
-        back.wait()
+        for transfer in [way.move(*end) for end in ends]:
+            transfer.wait()
 
-    return _duplex_variant(way.name, way.engine, call, down, up, plainly=False)
+    variants = [by_engine(way, sides, direction) for sides, direction, _ in ends]
+    return _together(variants, call)
 
 
-def _opposed_memcpy(bench: Bench, down: Sides, up: Sides, streams: Streams) -> Variant:
+def _opposed_memcpy(bench: Bench, ends: Ends) -> Variant:
+    variants = [by_memcpy(sides, direction) for sides, direction, _ in ends]
+
     def call(i: int) -> None:
         current = bench.module.current_stream(bench.device)
-        for stream, sides, direction in zip(streams, (down, up), DIRECTIONS, strict=True):
+        for variant, (_, _, stream) in zip(variants, ends, strict=True):
             stream.wait_stream(current)
             with bench.module.stream(stream):
-                plain(sides, direction)
-        for stream in streams:
+                variant.call(i)
+        for _, _, stream in ends:
             current.wait_stream(stream)
 
-    return _duplex_variant(MEMCPY, MEMCPY, call, down, up, plainly=True)
+    return _together(variants, call)
 
 
-def _duplex_variant(
-    name: str, engine: str, call: Any, down: Sides, up: Sides, *, plainly: bool
-) -> Variant:
-    both = ((down, "d2h"), (up, "h2d"))
-
-    def poison(i: int) -> None:
-        for sides, direction in both:
-            (sides.poison_plain if plainly else sides.poison)(direction)
-
-    def right(i: int) -> bool:
-        return all((s.plain_right if plainly else s.right)(direction) for s, direction in both)
-
-    return Variant({"backend": name, "engine": engine, "op": "both"}, call, poison, right)
+def _together(variants: Sequence[Variant], call: Any) -> Variant:
+    """Both directions as one variant."""
+    return Variant(
+        {**variants[0].labels, "op": "both"},
+        call,
+        lambda i: [variant.poison(i) for variant in variants],
+        lambda i: all(variant.right(i) for variant in variants),
+    )

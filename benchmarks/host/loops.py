@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from portakv_benchmarks.host.suite import HostPreset
+
 #: Where a loop runs, and in words. On an H200 what the link reaches behind gathers depends on it.
 DEFAULT, OWN = "default", "own"
 STREAMS = {DEFAULT: "the default stream", OWN: "a stream of its own"}
@@ -23,16 +25,12 @@ class Loop:
     queue and hold up the host, which has transfers to issue meanwhile.
 
     Args:
-        name: what it computes.
         step: one step, on the current stream.
         device: where.
         seconds: how long it takes alone, at least.
     """
 
-    def __init__(
-        self, name: str, step: Callable[[], object], device: torch.device, seconds: float
-    ) -> None:
-        self.name = name
+    def __init__(self, step: Callable[[], object], device: torch.device, seconds: float) -> None:
         # A captured graph holds addresses, not tensors: freed, the step's memory would be given to
         # others, such as ids of what is moved beside the loop, and be overwritten by each replay.
         self._step = step
@@ -68,21 +66,25 @@ def timed_event(module: Any) -> Any:
     return module.Event(enable_timing=True)
 
 
-def matmul(device: torch.device, side: int, seconds: float) -> Loop:
+def matmul(device: torch.device, preset: HostPreset) -> Loop:
     """Products of square bf16 matrices."""
+    side = preset.matmul
     a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
     out = torch.empty_like(a)
-    return Loop("matmul", lambda: torch.mm(a, b, out=out), device, seconds)
+    return Loop(lambda: torch.mm(a, b, out=out), device, preset.loop_seconds)
 
 
-def attention(device: torch.device, sizes: tuple[int, int, int], seconds: float) -> Loop:
+def attention(device: torch.device, preset: HostPreset) -> Loop:
     """Attention of one new token over long keys and values, fp16, which is bound by memory."""
-    batch, heads, tokens = sizes
+    batch, heads, tokens = preset.attention
     shape = (batch, heads, tokens, _DIM)
     k, v = (torch.randn(shape, dtype=torch.float16, device=device) for _ in range(2))
     q = torch.randn(batch, heads, 1, _DIM, dtype=torch.float16, device=device)
     attend = torch.nn.functional.scaled_dot_product_attention
-    return Loop("attention", lambda: attend(q, k, v), device, seconds)
+    return Loop(lambda: attend(q, k, v), device, preset.loop_seconds)
+
+
+LOOPS = {"matmul": matmul, "attention": attention}
 
 
 def _captured(step: Callable[[], object], device: torch.device) -> Callable[[], None]:

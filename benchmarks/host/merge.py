@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from portakv_benchmarks.check import HOST_SUITE, judge, load_bars, print_verdicts
-from portakv_benchmarks.shared.command import write
+from portakv_benchmarks.cli import write
 from portakv_benchmarks.shared.tables import print_results
 
 #: What has to be the same for figures to stand beside each other.
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, KeyError) as error:
         print(f"merge: {error}", file=sys.stderr)
         return 2
-    for path in write(results, asked.out, f"{results['name']}.json"):
+    for path in write(results, asked.out, results["name"]):
         print(f"wrote {path}", file=sys.stderr)
     print_results(results)
     verdicts = judge(results, load_bars())

@@ -8,10 +8,8 @@ pageable memory. Its best configuration, and torch's own copy of pageable memory
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -19,9 +17,17 @@ from portakv.host import pinned
 from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, Case, cases, scene
 from portakv_benchmarks.host.memory import Sides
 from portakv_benchmarks.host.suite import KB, Bench
-from portakv_benchmarks.host.ways import HOST, Way, by_engine
-from portakv_benchmarks.shared.command import Rows, Step
-from portakv_benchmarks.shared.harness import Variant, figures, measure, short, usable
+from portakv_benchmarks.host.ways import HOST, Way, by_engine, by_memcpy
+from portakv_benchmarks.shared.harness import (
+    Found,
+    Rows,
+    Step,
+    grouped,
+    measure,
+    quickest,
+    short,
+    usable,
+)
 from portakv_benchmarks.shared.shapes import in_words
 
 RING = "plain ring"
@@ -85,20 +91,27 @@ def pageable_steps(bench: Bench) -> Iterator[Step]:
         yield f"pageable: {case.name}", partial(_measure, bench, case)
 
 
-def _measure(bench: Bench, case: Case) -> tuple[Rows, list[str]]:
-    region = bench.region(max(bench.preset.pageable), pageable=True)
-    sides = Sides(case, region)
+def _measure(bench: Bench, case: Case) -> Found:
+    sides = Sides(case, bench.region(max(bench.preset.pageable), pageable=True))
+    copies: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {TORCH: torch.Tensor.copy_}
+    for slots, nbytes in bench.preset.ring_slots:
+        copies[f"{RING}, {slots} x {in_words(nbytes)}"] = PlainRing(
+            bench.device, slots, nbytes
+        ).copy
     rows: Rows = []
     left_out: list[str] = []
     for direction in DIRECTIONS:
         sides.fill(direction)
-        torchs, *rings = _plain_ways(bench, sides, direction)
+        torchs, *rings = (
+            by_memcpy(sides, direction, name, copy, plain=True) for name, copy in copies.items()
+        )
         ways = bench.serving((Way("ring", "ring"), HOST))
-        good, refused = usable([by_engine(way, sides, direction) for way in ways])
-        left_out += [f"pageable: {case.name}, {v.labels['backend']} {direction}: {why}"
-                     for v, why in refused]  # fmt: skip
-        told = {v.labels["backend"]: HOST.taken(HOST.move(sides, direction))
-                for v in good if v.labels["backend"] == HOST.name}  # fmt: skip
+        good, refused = usable(
+            [by_engine(way, sides, direction) for way in ways], f"pageable: {case.name}"
+        )
+        left_out += refused
+        chosen = HOST.name in (variant.labels["backend"] for variant in good)
+        told = {HOST.name: HOST.taken(HOST.move(sides, direction))} if chosen else {}
         bench.module.synchronize()
         for one in measure(
             torchs, [*rings, *good], bench.wall, objects=1,
@@ -108,7 +121,7 @@ def _measure(bench: Bench, case: Case) -> tuple[Rows, list[str]]:
                 "kind": "host_pageable", "shape": case.name, "plain": False, **one.labels,
                 **told.get(one.labels["backend"], {}),
                 "run_bytes": case.scene.run, "payload_bytes": case.payload,
-                **figures(one, case.payload), "timer": bench.wall.name,
+                **one.row(case.payload), "timer": bench.wall.name,
             })  # fmt: skip
     compare(rows)
     return rows, left_out
@@ -117,34 +130,9 @@ def _measure(bench: Bench, case: Case) -> tuple[Rows, list[str]]:
 def compare(rows: Rows) -> None:
     """Write into the rows of engines ``to_ring``, the time of the best plain way / their own, and
     which one that is."""
-    points: dict[tuple[Any, ...], Rows] = defaultdict(list)
-    for row in rows:
-        points[row["shape"], row["op"]].append(row)
-    for point in points.values():
-        plain = [row for row in point if row["plain"] and row["verified"]]
-        best = min(plain, key=lambda row: float(row["p50_us"]), default=None)
+    for point in grouped(rows, "shape", "op"):
+        best = quickest(row for row in point if row["plain"])
         for row in point:
             if best is not None and not row["plain"]:
                 row["to_ring"] = short(best["p50_us"] / row["p50_us"])
                 row["best_ring"] = best["backend"]
-
-
-def _plain_ways(bench: Bench, sides: Sides, direction: str) -> Sequence[Variant]:
-    """Torch's own copy of pageable memory, and rings of several configurations."""
-    down = direction == "d2h"
-    target, source = (sides.flat, sides.dense) if down else (sides.dense, sides.flat)
-    moves: dict[str, Any] = {TORCH: lambda i: target.copy_(source)}
-    for slots, nbytes in bench.preset.ring_slots:
-        ring = PlainRing(bench.device, slots, nbytes)
-        moves[f"{RING}, {slots} x {in_words(nbytes)}"] = lambda i, ring=ring: ring.copy(
-            target, source
-        )
-    return [
-        Variant(
-            {"backend": name, "engine": "memcpy", "op": direction, "plain": True},
-            move,
-            lambda i: sides.poison_plain(direction),
-            lambda i: sides.plain_right(direction),
-        )
-        for name, move in moves.items()
-    ]

@@ -21,8 +21,7 @@ import torch
 
 from portakv.host import pinned
 from portakv_benchmarks.host.suite import Bench
-from portakv_benchmarks.shared.command import Rows, Step
-from portakv_benchmarks.shared.harness import short
+from portakv_benchmarks.shared.harness import Found, Row, Step, short
 from portakv_benchmarks.shared.shapes import in_words
 
 OURS, TORCH = "pinned.allocate", "torch, pin_memory=True"
@@ -38,7 +37,7 @@ def pinning_steps(bench: Bench) -> Iterator[Step]:
     yield f"pinning {in_words(nbytes)}", partial(_measure, bench, nbytes)
 
 
-def _measure(bench: Bench, nbytes: int) -> tuple[Rows, list[str]]:
+def _measure(bench: Bench, nbytes: int) -> Found:
     bench.forget()
     gc.collect()
     _empty_torch()
@@ -51,7 +50,7 @@ def _measure(bench: Bench, nbytes: int) -> tuple[Rows, list[str]]:
     return rows, []
 
 
-def _row(name: str, nbytes: int, take: Callable[[int], Taken]) -> dict[str, Any]:
+def _row(name: str, nbytes: int, take: Callable[[int], Taken]) -> Row:
     before = resident()
     began = perf_counter()
     held, said = take(nbytes)

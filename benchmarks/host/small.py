@@ -18,7 +18,7 @@ from functools import partial
 from itertools import product
 from statistics import median
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +29,7 @@ from portakv.host import pinned
 from portakv.host.small import SmallCopy, choose, to_device
 from portakv_benchmarks.host.loops import timed_event
 from portakv_benchmarks.host.suite import Bench
-from portakv_benchmarks.shared.command import Rows, Step
-from portakv_benchmarks.shared.harness import short
+from portakv_benchmarks.shared.harness import Found, Row, Rows, Step, short
 
 Values = npt.NDArray[np.int64]
 
@@ -49,10 +48,6 @@ _BARRED, _FEWER = 64, 3
 _TURNS = 3  # of idle sends
 
 
-def _nothing(values: Values) -> None:
-    """No preparation."""
-
-
 class Route(NamedTuple):
     """A way for values: what is timed, and what was done with them before.
 
@@ -60,7 +55,7 @@ class Route(NamedTuple):
     """
 
     send: Callable[[Values], torch.Tensor]
-    before: Callable[[Values], None] = _nothing
+    before: Callable[[Values], object] | None = None
 
 
 class Seen(NamedTuple):
@@ -70,6 +65,7 @@ class Seen(NamedTuple):
     host: float
     device: float
     busy: bool
+    right: bool
 
 
 def small_steps(bench: Bench) -> Iterator[Step]:
@@ -78,12 +74,11 @@ def small_steps(bench: Bench) -> Iterator[Step]:
         yield f"small copies: {count}", partial(_measure, bench, count)
 
 
-def _measure(bench: Bench, count: int) -> tuple[Rows, list[str]]:
+def _measure(bench: Bench, count: int) -> Found:
     ways, left_out = _ways(bench.device, count)
     with bench.module.stream(bench.stream()):
-        large = _Large(bench)
-        sends = _Sends(bench, ways, count, large)
-    rows = [_row(bench, name, count, sends.seen[name], sends.right[name]) for name in ways]
+        seen = _sends(bench, ways, count, _Large(bench))
+    rows = [_row(bench, name, count, seen[name]) for name in ways]
     compare(rows)
     for row in rows:
         if row["backend"] == OURS:
@@ -127,10 +122,8 @@ class _Large:
         return not self._ended.query()
 
 
-def _row(
-    bench: Bench, name: str, count: int, seen: dict[str, list[Seen]], right: bool
-) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
+def _row(bench: Bench, name: str, count: int, seen: Mapping[str, list[Seen]]) -> Row:
+    figures: Row = {}
     for state, sends in seen.items():
         figures[f"{state}_us"] = short(median(one.landed for one in sends))
         figures[f"{state}_host_us"] = short(median(one.host for one in sends))
@@ -141,44 +134,43 @@ def _row(
         "integers": count, "payload_bytes": 8 * count, "large_bytes": bench.preset.large,
         **figures, "overtook": sum(one.busy for one in seen["busy"]),
         "samples": len(seen["busy"]), "idle_samples": len(seen["idle"]), "cadence": _CADENCE,
-        "busy_to_idle": short(busy / paced), "verified": right,
+        "busy_to_idle": short(busy / paced),
+        "verified": all(one.right for sends in seen.values() for one in sends),
     }  # fmt: skip
 
 
-class _Sends:
-    """What every send of every way came to, idle, paced and busy, and whether it arrived.
+def _sends(
+    bench: Bench, ways: Mapping[str, Route], count: int, large: _Large
+) -> dict[str, dict[str, list[Seen]]]:
+    """Every send of every way, idle, paced and busy.
 
     The ways take turns, each with many sends: the first of all would meet a colder driver, and a
     way that alternates with others a processor whose caches hold theirs.
     """
+    seen: dict[str, dict[str, list[Seen]]] = {
+        name: {"idle": [], "paced": [], "busy": []} for name in ways
+    }
 
-    def __init__(self, bench: Bench, ways: Mapping[str, Route], count: int, large: _Large) -> None:
-        self._bench, self._ways, self._count = bench, ways, count
-        self.seen: dict[str, dict[str, list[Seen]]] = {
-            name: {"idle": [], "paced": [], "busy": []} for name in ways
-        }
-        self.right = dict.fromkeys(ways, True)
-        samples = bench.preset.small_samples
-        if count != _BARRED:
-            samples = max(1, samples // _FEWER)
-        for way, n in product(ways.values(), range(_WARM_UP)):
-            _send(bench, way, count, n)
+    def send(name: str, state: str, n: int) -> None:
+        beside = None if state == "idle" else large
+        seen[name][state].append(_send(bench, ways[name], count, n, beside, state == "busy"))
         bench.module.synchronize()
-        for _, name, n in product(range(_TURNS), ways, range(samples)):
-            self._send(name, "idle", n)
-        for name in ways:
-            large.pass_by()  # from then on the one that flew beside the last send has passed by
-            for n in range(samples):
-                self._send(name, "paced", n, large)
-                large.pass_by()
-                self._send(name, "busy", n, large)
 
-    def _send(self, name: str, state: str, n: int, large: _Large | None = None) -> None:
-        flies = state == "busy"
-        one, good = _send(self._bench, self._ways[name], self._count, n, large, flies)
-        self.seen[name][state].append(one)
-        self.right[name] &= good
-        self._bench.module.synchronize()
+    samples = bench.preset.small_samples
+    if count != _BARRED:
+        samples = max(1, samples // _FEWER)
+    for way, n in product(ways.values(), range(_WARM_UP)):
+        _send(bench, way, count, n)
+    bench.module.synchronize()
+    for _, name, n in product(range(_TURNS), ways, range(samples)):
+        send(name, "idle", n)
+    for name in ways:
+        large.pass_by()  # from then on the one that flew beside the last send has passed by
+        for n in range(samples):
+            send(name, "paced", n)
+            large.pass_by()
+            send(name, "busy", n)
+    return seen
 
 
 def compare(rows: Rows) -> None:
@@ -194,12 +186,13 @@ def compare(rows: Rows) -> None:
 
 def _send(
     bench: Bench, way: Route, count: int, n: int, large: _Large | None = None, flies: bool = False
-) -> tuple[Seen, bool]:
-    """Send other values than before; what was seen, and whether they arrived."""
+) -> Seen:
+    """Send other values than before."""
     values = np.arange(n + 1, n + 1 + count, dtype=np.int64) * 0x10001
     stream = bench.module.current_stream(bench.device)
     first, last = timed_event(bench.module), timed_event(bench.module)
-    way.before(values)
+    if way.before is not None:
+        way.before(values)
     if large is not None:
         large.start(flies)
     first.record(stream)
@@ -212,7 +205,7 @@ def _send(
     busy = flies and large is not None and large.flying
     device = float(first.elapsed_time(last)) * 1e3
     right = bool((landed.cpu().numpy().reshape(-1) == values).all())
-    return Seen(took * 1e6, host * 1e6, device, busy), right
+    return Seen(took * 1e6, host * 1e6, device, busy, right)
 
 
 def _ways(device: torch.device, count: int) -> tuple[dict[str, Route], list[str]]:

@@ -130,18 +130,17 @@ class Bench:
         self.absent = {n: said[n].reason for n in ENGINES if n in said and not said[n].accepted}
 
     def region(self, payload: int, *, pageable: bool = False) -> Region:
-        """Memory for cases of up to so many bytes; kept, and made anew where it is too small."""
-        known = self._regions.get(pageable)
-        if known is None or known[0] < payload:
-            del known
+        """Memory for cases of up to so many bytes; kept, and made anew if it is too small."""
+        if self._regions.get(pageable, (0,))[0] < payload:
             self._regions.pop(pageable, None)
             made = Region.reserve(self.device, payload, pageable=pageable)
-            known = self._regions[pageable] = (payload, made)
-        return known[1]
+            self._regions[pageable] = (payload, made)
+        return self._regions[pageable][1]
 
     def sides(self, case: Case) -> Sides:
         """A case in the kept memory, with copies of its ids wherever engines read them."""
-        sides = Sides(case, self.region(max(case.payload, *self.preset.payloads)))
+        largest = max(case.payload, self.preset.beside, *self.preset.payloads)
+        sides = Sides(case, self.region(largest))
         sides.settle()
         return sides
 

@@ -19,19 +19,10 @@ from time import perf_counter
 import torch
 
 from portakv_benchmarks.host.cases import DIRECTIONS
-from portakv_benchmarks.host.movers import (
-    Kept,
-    Mover,
-    Queue,
-    Ways,
-    by_memcpy,
-    by_way,
-    recorded,
-)
+from portakv_benchmarks.host.movers import Mover, Queue, Ways, memcpys, recorded, transfers
 from portakv_benchmarks.host.suite import Bench
 from portakv_benchmarks.host.ways import DESCRIPTORS, HOST, HOST_DETACHED, direct
-from portakv_benchmarks.shared.command import Rows, Step
-from portakv_benchmarks.shared.harness import short, uncollected
+from portakv_benchmarks.shared.harness import Found, Rows, Step, short, uncollected
 from portakv_benchmarks.shared.shapes import in_words
 
 #: Bytes of the other's copy: what a kernel may carry out, and what surely takes a copy engine.
@@ -47,16 +38,14 @@ def waiting_steps(bench: Bench) -> Iterator[Step]:
         yield f"copies of others beside transfers, {direction}", partial(_measure, bench, direction)
 
 
-def _measure(bench: Bench, direction: str) -> tuple[Rows, list[str]]:
-    left_out: list[str] = []
-    ways = Ways(bench, f"copies of others, {direction}", left_out)
+def _measure(bench: Bench, direction: str) -> Found:
+    ways = Ways(bench, f"copies of others, {direction}")
     rows: Rows = []
-    kept = Kept(bench)
-    movers = [by_memcpy(kept, direction)]
-    movers += [by_way(kept, way, direction) for way in bench.serving(_WAYS)]
+    movers = [memcpys(bench, direction)]
+    movers += [transfers(bench, way, direction) for way in bench.serving(_WAYS)]
     for mover, nbytes in product(movers, OTHERS):
         ways.tried(mover, partial(_row, bench, direction, nbytes, rows))
-    return rows, left_out
+    return rows, ways.left_out
 
 
 def _row(bench: Bench, direction: str, nbytes: int, rows: Rows, mover: Mover) -> None:
@@ -64,20 +53,22 @@ def _row(bench: Bench, direction: str, nbytes: int, rows: Rows, mover: Mover) ->
     mover.poison()
     copy, right = _other(bench, direction, nbytes)
     waits = _waits(bench, mover, copy)
-    alone = _alone(bench, copy)
+    alone_stream = bench.stream()
+    bench.module.synchronize()
+    alone = [_seen(bench, None, alone_stream, copy) for _ in range(bench.preset.calls)]
+    mover.look()
     rows.append({
         "kind": "host_waiting",
-        "op": direction,
         **mover.labels,
         "payload_bytes": mover.payload,
         "other_bytes": nbytes,
         "other": f"{in_words(nbytes)} copy",
-        "alone_us": short(alone * 1e6),
+        "alone_us": short(median(alone) * 1e6),
         "wait_us": short(median(waits) * 1e6),
         "worst_us": short(max(waits) * 1e6),
         "samples": len(waits),
         "given_up": sum(one >= _GIVEN_UP for one in waits),
-        "verified": mover.right() and right(),
+        "verified": mover.verified and right(),
     })  # fmt: skip
 
 
@@ -127,10 +118,3 @@ def _seen(
         if queue is not None:
             queue.go_on()
     return perf_counter() - began
-
-
-def _alone(bench: Bench, copy: Callable[[], object]) -> float:
-    """Seconds of the same copy when nothing else runs."""
-    stream = bench.stream()
-    bench.module.synchronize()
-    return median(_seen(bench, None, stream, copy) for _ in range(bench.preset.calls))

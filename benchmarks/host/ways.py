@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -56,7 +56,7 @@ class Way:
 
     def taken(self, transfer: Transfer) -> dict[str, str]:
         """What a row says of the choice that a transfer made: ``chosen``, the engine, and
-        ``terms``, which it had to keep. Empty where no engine is chosen."""
+        ``terms``, which it had to keep. Empty if no engine is chosen."""
         if self.engine != CHOSEN:
             return {}
         terms = {"overlap": Terms().overlap, **self.terms}
@@ -96,27 +96,44 @@ def direct(blocks: int | None = None) -> Way:
     return Way(f"direct {blocks}", "direct", {"max_thread_blocks": blocks})
 
 
-def by_engine(way: Way, sides: Sides, direction: str) -> Variant:
-    """A case through an engine, every byte of the destination checked."""
+def by_call(
+    sides: Sides, direction: str, name: str, engine: str, call: Callable[[], object], **labels: Any
+) -> Variant:
+    """Any call that moves a case, every byte of the destination checked."""
     return Variant(
-        {"backend": way.name, "engine": way.engine, "op": direction},
-        lambda i: way.move(sides, direction),
+        {"backend": name, "engine": engine, "op": direction, **labels},
+        lambda i: call(),
         lambda i: sides.poison(direction),
         lambda i: sides.right(direction),
     )
 
 
-def memcpy(sides: Sides, direction: str) -> Variant:
-    """One copy of as many bytes between dense memory and the same host memory."""
+def by_engine(way: Way, sides: Sides, direction: str) -> Variant:
+    """A case through an engine."""
+    return by_call(sides, direction, way.name, way.engine, lambda: way.move(sides, direction))
+
+
+def by_memcpy(
+    sides: Sides,
+    direction: str,
+    name: str = MEMCPY,
+    copy: Callable[[torch.Tensor, torch.Tensor], object] | None = None,
+    **labels: Any,
+) -> Variant:
+    """One copy of as many bytes between dense memory and the same host memory.
+
+    Args:
+        copy: copies to its first argument; by default `plain_copy` does.
+    """
+    target, source = (sides.flat, sides.dense)[:: 1 if direction == "d2h" else -1]
     return Variant(
-        {"backend": MEMCPY, "engine": MEMCPY, "op": direction},
-        lambda i: plain(sides, direction),
-        lambda i: sides.poison_plain(direction),
-        lambda i: sides.plain_right(direction),
+        {"backend": name, "engine": MEMCPY, "op": direction, **labels},
+        lambda i: (copy or plain_copy)(target, source),
+        lambda i: sides.poison(direction, plain=True),
+        lambda i: sides.plain_right(),
     )
 
 
-def plain(sides: Sides, direction: str) -> None:
+def plain_copy(target: torch.Tensor, source: torch.Tensor) -> None:
     """The plain copy, on the current stream."""
-    source, target = (sides.dense, sides.flat) if direction == "d2h" else (sides.flat, sides.dense)
     target.copy_(source, non_blocking=True)

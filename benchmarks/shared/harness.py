@@ -10,15 +10,26 @@ object, and once behind them, the output poisoned each time.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+
 from portakv.errors import PortaKVError
 from portakv_benchmarks.shared.timers import Call, Sample, Timer
 
+Row = dict[str, Any]
+Rows = list[Row]
+#: What was measured: rows, and a line for each thing that was left out.
+Found = tuple[Rows, list[str]]
+#: A step's name, and what measures it.
+Step = tuple[str, Callable[[], Found]]
+
+#: What goes wrong with a way, and is told in place of its figures.
+FAILURES = (PortaKVError, RuntimeError, TypeError, ValueError)
 #: A row whose p90 is above this many times its median is flagged as noisy.
 NOISY = 1.2
 _LEAST_ROUNDS = 5
@@ -37,25 +48,32 @@ class Variant:
 
     labels: Mapping[str, Any]
     call: Call
-    poison: Callable[[int], None]
+    poison: Callable[[int], object]
     right: Callable[[int], bool]
+
+    def check(self, i: int) -> bool:
+        """Call it once, and look at every byte."""
+        self.poison(i)
+        self.call(i)
+        return self.right(i)
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What the rounds gave for one variant; times in microseconds.
+    """What the rounds gave for one variant.
 
-    ``repeats`` are the ratios of the single measurements, where there were several.
+    Attributes:
+        labels: the variant's.
+        figures: ``p10_us``, ``p50_us``, ``p90_us``, ``ratio``, ``ratio_p10``, ``ratio_p90`` and
+            ``host_us``.
+        rounds: how many there were.
+        hidden: the host's part of the call is not in the times.
+        verified: every byte was right.
+        repeats: the ratios of the single measurements, if there were several.
     """
 
     labels: Mapping[str, Any]
-    p10: float
-    p50: float
-    p90: float
-    ratio: float
-    ratio_p10: float
-    ratio_p90: float
-    host: float
+    figures: Mapping[str, float]
     rounds: int
     hidden: bool
     verified: bool
@@ -63,19 +81,31 @@ class Measured:
 
     @property
     def noisy(self) -> bool:
-        """True where the row is flagged: its spread is too wide to be quoted."""
-        return self.p90 > NOISY * self.p50
+        """True if the row is flagged: its spread is too wide to be quoted."""
+        return self.figures["p90_us"] > NOISY * self.figures["p50_us"]
+
+    def row(self, moved: int) -> Row:
+        """What a row says of times; ``moved`` bytes count in its bandwidth."""
+        return {
+            **{name: short(value) for name, value in self.figures.items()},
+            "gb_per_s": short(moved / self.figures["p50_us"] / 1e3),
+            "rounds": self.rounds,
+            "host_hidden": self.hidden,
+            "noisy": self.noisy,
+            "verified": self.verified,
+        }
 
 
-def usable(variants: Sequence[Variant]) -> tuple[list[Variant], list[tuple[Variant, str]]]:
-    """The variants that can be called at all, and the others with what they said."""
+def usable(variants: Sequence[Variant], place: str) -> tuple[list[Variant], list[str]]:
+    """The variants that can be called, and a line on each other, which begins with ``place``."""
     good, refused = [], []
     for variant in variants:
         try:
             variant.poison(0)
             variant.call(0)
-        except (PortaKVError, RuntimeError, TypeError, ValueError) as error:
-            refused.append((variant, in_a_line(error)))
+        except FAILURES as error:
+            names = [variant.labels[n] for n in ("backend", "op", "index") if n in variant.labels]
+            refused.append(f"{place}, {' '.join(names)}: {in_a_line(error)}")
         else:
             good.append(variant)
     return good, refused
@@ -116,7 +146,7 @@ def measure(
         rounds: how many rounds; fewer, but at least 5, where ``seconds`` are over first.
     """
     everyone = [ceiling, *variants]
-    verified = [all(_check(variant, i) for i in range(objects)) for variant in everyone]
+    verified = [all(variant.check(i) for i in range(objects)) for variant in everyone]
     settled = [timer.settle(variant.call, objects) for variant in everyone]
     samples: list[list[Sample]] = [[] for _ in everyone]
     began = perf_counter()
@@ -128,70 +158,11 @@ def measure(
                 v = (n + turn) % len(everyone)
                 i = (n * len(everyone) + turn) % objects  # never that of the call before
                 samples[v].append(timer.sample(everyone[v].call, i, settled[v]))
-    verified = [known and _check(v, 0) for known, v in zip(verified, everyone, strict=True)]
+    verified = [known and v.check(0) for known, v in zip(verified, everyone, strict=True)]
     return [
         _summary(variant, own, samples[0], known)
         for variant, own, known in zip(everyone, samples, verified, strict=True)
     ]
-
-
-def figures(one: Measured, moved: int) -> dict[str, Any]:
-    """What a row says of times; ``moved`` bytes count in its bandwidth."""
-    return {
-        "p10_us": short(one.p10),
-        "p50_us": short(one.p50),
-        "p90_us": short(one.p90),
-        "gb_per_s": short(moved / one.p50 / 1e3),
-        "ratio": short(one.ratio),
-        "ratio_p10": short(one.ratio_p10),
-        "ratio_p90": short(one.ratio_p90),
-        "host_us": short(one.host),
-        "rounds": one.rounds,
-        "host_hidden": one.hidden,
-        "noisy": one.noisy,
-        "verified": one.verified,
-    }
-
-
-def short(value: float) -> float:
-    """Four significant digits."""
-    return float(f"{value:.4g}")
-
-
-def merge(repeats: Sequence[Sequence[Measured]]) -> list[Measured]:
-    """One result for each variant out of several measurements of all: medians of the medians."""
-    merged = []
-    for same in zip(*repeats, strict=True):
-        middle = {
-            name: quantile([getattr(one, name) for one in same], 0.5)
-            for name in ("p10", "p50", "p90", "ratio", "ratio_p10", "ratio_p90", "host")
-        }
-        merged.append(
-            Measured(
-                labels=same[0].labels,
-                rounds=sum(one.rounds for one in same),
-                hidden=all(one.hidden for one in same),
-                verified=all(one.verified for one in same),
-                repeats=tuple(one.ratio for one in same),
-                **middle,
-            )
-        )
-    return merged
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """The q-th quantile, linear between neighbours."""
-    ordered = sorted(values)
-    at = q * (len(ordered) - 1)
-    below = int(at)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (at - below) * (ordered[above] - ordered[below])
-
-
-def _check(variant: Variant, i: int) -> bool:
-    variant.poison(i)
-    variant.call(i)
-    return variant.right(i)
 
 
 def _summary(
@@ -199,16 +170,47 @@ def _summary(
 ) -> Measured:
     times = [sample.elapsed for sample in own]
     ratios = [c.elapsed / s.elapsed for c, s in zip(ceiling, own, strict=True)]
-    return Measured(
-        labels=variant.labels,
-        p10=quantile(times, 0.1),
-        p50=quantile(times, 0.5),
-        p90=quantile(times, 0.9),
-        ratio=quantile(ratios, 0.5),
-        ratio_p10=quantile(ratios, 0.1),
-        ratio_p90=quantile(ratios, 0.9),
-        host=quantile([sample.host for sample in own], 0.5),
-        rounds=len(own),
-        hidden=all(sample.hidden for sample in own),
-        verified=verified,
-    )
+    figures = {f"p{q}_us": quantile(times, q / 100) for q in (10, 50, 90)}
+    figures["ratio"] = quantile(ratios, 0.5)
+    figures |= {f"ratio_p{q}": quantile(ratios, q / 100) for q in (10, 90)}
+    figures["host_us"] = quantile([sample.host for sample in own], 0.5)
+    hidden = all(sample.hidden for sample in own)
+    return Measured(variant.labels, figures, len(own), hidden, verified)
+
+
+def merge(repeats: Sequence[Sequence[Measured]]) -> list[Measured]:
+    """One result for each variant out of several measurements of all: medians of the medians."""
+    return [
+        Measured(
+            same[0].labels,
+            {name: quantile([r.figures[name] for r in same], 0.5) for name in same[0].figures},
+            sum(one.rounds for one in same),
+            all(one.hidden for one in same),
+            all(one.verified for one in same),
+            tuple(one.figures["ratio"] for one in same),
+        )
+        for same in zip(*repeats, strict=True)
+    ]
+
+
+def short(value: float) -> float:
+    """Four significant digits."""
+    return float(f"{value:.4g}")
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """The q-th quantile, linear between neighbours."""
+    return float(np.quantile(values, q))
+
+
+def grouped(rows: Rows, *names: str) -> list[Rows]:
+    """Rows apart by the values of some fields."""
+    groups: dict[tuple[Any, ...], Rows] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return list(groups.values())
+
+
+def quickest(rows: Iterable[Row]) -> Row | None:
+    """The row of the least time whose bytes were right."""
+    return min((r for r in rows if r["verified"]), key=lambda r: float(r["p50_us"]), default=None)

@@ -161,44 +161,36 @@ def planes(tensors: Any, layout: str, shape: Shape) -> list[torch.Tensor]:
     Only for layouts without split axes, and with no container but a list over layers.
     """
     left, _, right = layout.rpartition("|")
+    order = ("layer", "kv", "block", "token", "head", "dim")
     found = []
-    for layer in range(shape.layers):
-        tensor, at_layer = (tensors[layer], None) if left.strip() else (tensors, layer)
-        tensor = tensor.view(_BITS[tensor.element_size()])
-        names = re.findall(r"\w+", right)
-        for at, group in enumerate(re.findall(r"\(.+?\)|\w+", right)):
-            if group.startswith("("):
-                parts = [_axis(name, shape, 1, shape.tokens) for name in group[1:-1].split()]
-                tensor = tensor.unflatten(at, parts)
-        for kv in range(shape.kv):
-            plane, left_over = tensor, list(names)
-            for name, position in (("layer", at_layer), ("kv", kv)):
-                if name in left_over:
-                    plane = plane.select(left_over.index(name), position or 0)
-                    left_over.remove(name)
-            for at, name in enumerate(("block", "token", "head", "dim")):
-                if name not in left_over:
-                    plane = plane.unsqueeze(at)
-                    left_over.insert(at, name)
-            order = [left_over.index(name) for name in ("block", "token", "head", "dim")]
-            found.append(plane.permute(order))
+    for tensor in tensors if left.strip() else [tensors]:
+        whole, names = tensor.view(_BITS[tensor.element_size()]), re.findall(r"\w+", right)
+        for at, group in enumerate(_groups(layout)):
+            if len(group) > 1:
+                whole = whole.unflatten(at, [_axis(name, shape, 1, shape.tokens) for name in group])
+        for name in order:
+            if name not in names:
+                whole, names = whole.unsqueeze(-1), [*names, name]
+        ordered = whole.permute([names.index(name) for name in order])
+        found += [plane for layer in ordered for plane in layer]
     return found
 
 
 def sizes(layout: str, shape: Shape, blocks: int, tokens: int) -> tuple[int, ...]:
     """The size of each dimension of a tensor that is read through a layout."""
-    groups = re.findall(r"\(.+?\)|\w+", layout.rpartition("|")[2])
-    return tuple(
-        prod(_axis(name, shape, blocks, tokens) for name in group.strip("()").split())
-        for group in groups
-    )
+    groups = _groups(layout)
+    return tuple(prod(_axis(name, shape, blocks, tokens) for name in group) for group in groups)
+
+
+def _groups(layout: str) -> list[list[str]]:
+    """The axes of each dimension of a layout's tensors."""
+    groups: list[str] = re.findall(r"\(.+?\)|\w+", layout.rpartition("|")[2])
+    return [group.strip("()").split() for group in groups]
 
 
 def _axis(name: str, shape: Shape, blocks: int, tokens: int) -> int:
-    return {
-        "layer": shape.layers, "kv": shape.kv, "block": blocks, "token": tokens,
-        "head": shape.heads, "dim": shape.dim,
-    }[name]  # fmt: skip
+    extents = {"block": blocks, "token": tokens, "layer": shape.layers, "head": shape.heads}
+    return {**extents, "kv": shape.kv, "dim": shape.dim}[name]
 
 
 def fill(words: torch.Tensor, salt: int) -> torch.Tensor:
@@ -206,6 +198,11 @@ def fill(words: torch.Tensor, salt: int) -> torch.Tensor:
     salts. Returns them."""
     torch.arange(words.numel(), out=words)
     return words.mul_(-0x61C8864680B583EB).add_(salt * 0x2545F4914F6CDD1D % (1 << 62))
+
+
+def poison_of(dtype: torch.dtype) -> int:
+    """The integer of a dtype whose every byte is `POISON`."""
+    return int.from_bytes([POISON] * dtype.itemsize, "big", signed=dtype.is_signed)
 
 
 def in_words(nbytes: int) -> str:

@@ -7,11 +7,11 @@ event: it outlasts the host's part of the call, so that the events see device ti
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter, sleep
-from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -41,72 +41,82 @@ class Sample:
     hidden: bool
 
 
-class Timer(Protocol):
-    """Times single calls."""
-
-    name: str
-
-    def settle(self, call: Call, objects: int) -> Any:
-        """Warm a call up; returns what `sample` wants to know about it."""
-
-    def sample(self, call: Call, i: int, settled: Any) -> Sample:
-        """Time one call with memory object ``i``."""
-
-
-class HostTimer:
-    """`time.perf_counter` from a call's beginning until its device has ended it.
-
-    Before a call to an accelerator the host rests: threads that torch copied with look for more
-    work for some milliseconds (libgomp: 8 - 10), and would take it from those of the next call.
+class Timer(ABC):
+    """Times single calls.
 
     Attributes:
+        name: what results call it.
         alone: for each call that was settled the microseconds from its beginning on an idle device
             until the host sees its end; forgotten with the call, whose memory it would hold.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._on_cpu = device.type == "cpu"
-        self._synchronise = torch.get_device_module(device).synchronize
-        self.name = "perf_counter" + ("" if self._on_cpu else " round call and synchronisation")
+    name: str
+
+    def __init__(self, device: torch.device, settling: int) -> None:
+        self._module = torch.get_device_module(device)
+        self._settling = settling
         self.alone: WeakKeyDictionary[Call, float] = WeakKeyDictionary()
 
-    def settle(self, call: Call, objects: int) -> None:
-        """Call it a few times."""
-        self.alone[call] = _on_idle(call, objects, self._synchronise, _LINK_SETTLING)[1]
+    def settle(self, call: Call, objects: int) -> float:
+        """Call it a few times; returns the median microseconds of its host's part on an idle
+        device, which `sample` takes."""
+        for i in range(objects):
+            call(i)
+        hosts, walls = [], []
+        for n in range(self._settling):
+            self._module.synchronize()
+            start = perf_counter()
+            call(n % objects)
+            hosts.append((perf_counter() - start) * 1e6)
+            self._module.synchronize()
+            walls.append((perf_counter() - start) * 1e6)
+        self.alone[call] = median(walls)
+        return median(hosts)
 
-    def sample(self, call: Call, i: int, settled: None) -> Sample:
+    @abstractmethod
+    def sample(self, call: Call, i: int, settled: float) -> Sample:
+        """Time one call with memory object ``i``."""
+
+
+class HostTimer(Timer):
+    """`time.perf_counter` from a call's beginning until its device has ended it.
+
+    Before a call to an accelerator the host rests: threads that torch copied with look for more
+    work for some milliseconds (libgomp: 8 - 10), and would take it from those of the next call.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device, _LINK_SETTLING)
+        self._on_cpu = device.type == "cpu"
+        self.name = "perf_counter" + ("" if self._on_cpu else " round call and synchronisation")
+
+    def sample(self, call: Call, i: int, settled: float) -> Sample:
         """Time one call with memory object ``i``."""
         if not self._on_cpu:
-            self._synchronise()
+            self._module.synchronize()
             sleep(_REST)
         start = perf_counter()
         call(i)
         issued = perf_counter()
-        self._synchronise()
+        self._module.synchronize()
         return Sample((perf_counter() - start) * 1e6, (issued - start) * 1e6, self._on_cpu)
 
 
-class DeviceTimer:
+class DeviceTimer(Timer):
     """Device events, behind a flush of the L2 cache and a delay kernel.
 
     Args:
         device: an accelerator.
         link: times copies to and from the host, which take the host and the link longer.
-
-    Attributes:
-        alone: as in `HostTimer`.
     """
 
-    name = "device events, L2 flushed, delay kernel in front"
-
     def __init__(self, device: torch.device, link: bool = False) -> None:
+        super().__init__(device, _LINK_SETTLING if link else _SETTLING)
         self._never_hidden = LINK_NEVER_HIDDEN if link else NEVER_HIDDEN
-        self._settling = _LINK_SETTLING if link else _SETTLING
-        self.alone: WeakKeyDictionary[Call, float] = WeakKeyDictionary()
-        self._module = torch.get_device_module(device)
         self._sleep = getattr(self._module, "_sleep", None)
-        if self._sleep is None:
-            self.name = "device events, L2 flushed; no delay kernel on this device"
+        self.name = "device events, L2 flushed" + (
+            ", delay kernel in front" if self._sleep else "; no delay kernel on this device"
+        )
         properties = self._module.get_device_properties(device)
         flushed = 2 * (getattr(properties, "L2_cache_size", 0) or 128 << 20)
         self._flush = torch.empty(flushed // 8, dtype=torch.int64, device=device)
@@ -116,8 +126,7 @@ class DeviceTimer:
     def settle(self, call: Call, objects: int) -> float:
         """Call it a few times; returns the delay in microseconds that hides its host time, 0.0 if
         nothing can."""
-        host, alone = _on_idle(call, objects, self._module.synchronize, self._settling)
-        self.alone[call] = alone
+        host = super().settle(call, objects)
         return 0.0 if host > self._never_hidden else 2 * host + 50
 
     def sample(self, call: Call, i: int, settled: float) -> Sample:
@@ -147,8 +156,7 @@ class DeviceTimer:
     def _calibrate(self) -> float:
         """Clock cycles of the delay kernel in a microsecond."""
         assert self._sleep is not None
-        cycles = 2_000_000
-        rates: list[float] = []
+        cycles, rates = 2_000_000, list[float]()
         first, last = self._events
         for _ in range(5):
             first.record()
@@ -157,20 +165,3 @@ class DeviceTimer:
             self._module.synchronize()
             rates.append(cycles / (first.elapsed_time(last) * 1e3))
         return max(rates)
-
-
-def _on_idle(
-    call: Call, objects: int, synchronise: Callable[[], object], times: int
-) -> tuple[float, float]:
-    """Median microseconds of the host's part of a call, and of all of it, on an idle device."""
-    for i in range(objects):
-        call(i)
-    hosts, walls = [], []
-    for n in range(times):
-        synchronise()
-        start = perf_counter()
-        call(n % objects)
-        hosts.append((perf_counter() - start) * 1e6)
-        synchronise()
-        walls.append((perf_counter() - start) * 1e6)
-    return median(hosts), median(walls)

@@ -1,31 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks: shapes, the harness and its verdicts on bytes, bars, and what is refused.
+"""The benchmark of copies in a device: shapes, the judgement of bytes, the harness, the matrix.
 
 No test here judges a time.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import subprocess
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
+from time import sleep
+from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
-from support.benchmarks_cases import field
+from support.benchmarks_cases import CPU, FULL, copied, field, tiny
 
-import portakv_benchmarks.cli as bench
 from portakv_benchmarks.device import suite
+from portakv_benchmarks.device.cold_start import measure_startup
 from portakv_benchmarks.device.overhead import measure_overhead
+from portakv_benchmarks.device.ways import PLAIN, run_ladder
 from portakv_benchmarks.device.workload import Workload
-from portakv_benchmarks.shared.harness import Measured, Variant, measure, quantile
+from portakv_benchmarks.shared.harness import Measured, Variant, measure, merge, short, usable
 from portakv_benchmarks.shared.shapes import Shape, load, planes
-from portakv_benchmarks.shared.timers import DeviceTimer, Sample
+from portakv_benchmarks.shared.timers import NEVER_HIDDEN, DeviceTimer, HostTimer, Sample, Timer
 
-CPU = torch.device("cpu")
+#: Without the simulated device, on which the host would rest before each call.
+ON_CPU_AND_CUDA = pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+)
 
 
 def shape(**fields: Any) -> Shape:
@@ -43,37 +50,45 @@ TINIES = (
     shape(dtype="float8_e4m3fn"),
     shape(cache="layer | block token dim", kv=1, heads=1, dim=41, dtype="uint8"),
     shape(cache="block token dim", chunk="token dim", layers=1, kv=1, heads=1),
-)
-QUICK = suite.Preset(None, ("random", "contiguous", "blocks"), True, 5, 60.0, 20, compiling=False)
+    *(tiny(name) for name in ("llama3-8b-hnd", "llama3-8b-cross-layer", "llama3-8b-1",
+                              "narrow-160", "seed-full", "deepseek-fp8-656")),
+)  # fmt: skip
+PRESET = dataclasses.replace(FULL, rounds=5, repeats=1, compiling=False)
 
 
-# --- shapes ---------------------------------------------------------------------------------
+# --- shapes -----------------------------------------------------------------------------------
 
 
-def test_every_shape_names_its_model_and_its_source() -> None:
-    for name, known in load().items():
-        assert known.name == name
-        assert known.model.strip()
-        assert len(known.source) > 20
+def test_the_matrix_holds_what_was_asked_for() -> None:
+    shapes = load()
+    assert all(s.model.strip() and len(s.source) > 20 for s in shapes.values())
+    assert {128, 160, 256, 656, 1152, 2048, 8192} <= {s.row_bytes for s in shapes.values()}
+    sweep = {s.tokens for s in shapes.values() if s.row_bytes == 2048 and s.layers == 32}
+    assert {1, 16, 64, 256, 1024, 4096, 8192, 16384, 131072} <= sweep
+    assert {"layer | kv block head token dim", "block layer kv token head dim"} <= {
+        s.cache for s in shapes.values()
+    }
+    full = {s.name for s in shapes.values() if s.slots_used == 1}
+    assert {"seed-full", "llama3-70b-tp8-full", "deepseek-mla-full"} <= full
+    assert any(s.dtype.startswith("float8") for s in shapes.values())
+    long = shapes["llama3-8b-131072"]  # its offsets reach past 4 GiB in cache and chunk
+    assert not long.apart  # a layer alone would not
+    assert long.payload > 2**32
+    assert long.slots * long.kv * long.row_bytes * (long.layers - 1) > 2**32
+    one = shapes["llama3-8b-1"]  # a single token in a large pool
+    assert (one.tokens, one.slots, one.slots_used) == (1, 16384, 1 / 16384)
 
 
-@pytest.mark.parametrize(
-    ("name", "row", "payload"),
-    [
-        ("seed", 8192, 67_108_864),
-        ("seed-fp8", 4096, 33_554_432),
-        ("llama3-8b-chunk", 2048, 33_554_432),
-        ("llama3-8b-long", 2048, 1_073_741_824),
-        ("llama3-70b-tp8", 256, 167_772_160),
-        ("qwen2.5-7b", 1024, 58_720_256),
-        ("deepseek-mla", 1152, 287_834_112),
-        ("deepseek-fp8-656", 656, 163_905_536),
-        ("encoder-cache", 8192, 37_748_736),
-    ],
-)
-def test_rows_and_payloads(name: str, row: int, payload: int) -> None:
-    known = load()[name]
-    assert (known.row_bytes, known.payload) == (row, payload)
+def test_rows_and_payloads() -> None:
+    expected = {
+        "seed": (8192, 67_108_864), "seed-fp8": (4096, 33_554_432),
+        "llama3-8b-chunk": (2048, 33_554_432), "llama3-8b-long": (2048, 1_073_741_824),
+        "llama3-70b-tp8": (256, 167_772_160), "qwen2.5-7b": (1024, 58_720_256),
+        "deepseek-mla": (1152, 287_834_112), "deepseek-fp8-656": (656, 163_905_536),
+        "encoder-cache": (8192, 37_748_736),
+    }  # fmt: skip
+    known = load()
+    assert {name: (known[name].row_bytes, known[name].payload) for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -85,6 +100,8 @@ def test_rows_and_payloads(name: str, row: int, payload: int) -> None:
         ('name = "b"\ntokens = 9', "whole blocks"),
         ('name = "b"\nindex = ["sorted"]', "sorted"),
         ('name = "b"\ncolour = 1', "colour"),
+        ('name = "b"\nlike = "nobody"', "like 'nobody'"),
+        ('name = "b"\nlike = "b"', "like 'b'"),
     ],
 )
 def test_bad_shapes_are_refused(tmp_path: Path, change: str, why: str) -> None:
@@ -116,88 +133,62 @@ def test_planes_against_plain_indexing() -> None:
             assert torch.equal(chunk[2 * layer + kv], rows)
 
 
-@pytest.mark.parametrize("arrangement", ["apart", "together"])
-def test_layers_lie_as_they_were_asked_for(arrangement: str) -> None:
-    caches = Workload(TINY, arrangement, CPU).source
-    storages = {layer.untyped_storage().data_ptr() for layer in caches}
-    assert len(storages) == (3 if arrangement == "apart" else 1)
-
-
-def test_memory_objects_hold_bytes_of_their_own() -> None:
-    work = Workload(TINY, "apart", CPU)
-    held = [*work.loaded, *work.source]
-    assert len({bytes(x.view(torch.uint8).flatten().numpy()) for x in held}) == len(held)
+def test_every_tensor_has_bytes_of_its_own_where_they_were_asked_for() -> None:
+    for arrangement, allocations in (("apart", 3), ("together", 1)):
+        work = Workload(TINY, arrangement, CPU)
+        held = [*work.loaded, *work.source]
+        assert len({bytes(x.view(torch.uint8).flatten().numpy()) for x in held}) == len(held)
+        assert len({x.untyped_storage().data_ptr() for x in work.source}) == allocations
 
 
 @pytest.mark.parametrize("index", ["random", "contiguous", "blocks"])
 def test_one_wrong_byte_is_seen(index: str) -> None:
     work = Workload(TINY, "apart", CPU)
-    (variant_gather, variant_scatter) = suite.connector_ways(work, "reference", index)
-    variant_gather.call(1)
-    assert variant_gather.right(1)
+    gather, scatter = suite.connector_ways(work, "reference", index)
+    gather.call(1)
+    assert gather.right(1)
     work.stored[1].view(torch.uint8)[1, 2, 7, 31] ^= 1
-    assert not variant_gather.right(1)
+    assert not gather.right(1)
 
-    variant_scatter.call(2)
-    assert variant_scatter.right(2)
-    variant_scatter.poison(2)
-    assert not variant_scatter.right(2)  # nothing was written
-    variant_scatter.poison(2)
-    variant_scatter.call(2)
-    untouched = set(range(24)) - set(_slots(work, index))
-    slot = min(untouched)
+    scatter.call(2)
+    assert scatter.right(2)
+    scatter.poison(2)
+    assert not scatter.right(2)  # nothing was written
+    scatter.poison(2)
+    scatter.call(2)
+    slot = min(set(range(24)) - set(work.slots(index).tolist()))
     work.target[0].view(torch.uint8)[1, slot // 4, slot % 4, 1, 3] ^= 1
-    assert not variant_scatter.right(2)  # a stray write
-
-
-def _slots(work: Workload, index: str) -> list[int]:
-    ids = work.ids(index).tolist()
-    return ids if index != "blocks" else [4 * block + i for block in ids for i in range(4)]
+    assert not scatter.right(2)  # a stray write
 
 
 # --- the harness ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tiny", TINIES, ids=lambda s: f"{s.cache} {s.dtype}")
-def test_a_tiny_shape_gives_verified_rows(tiny: Shape) -> None:
-    for task in suite.tasks(QUICK, [tiny], CPU):
-        rows, refused = suite.run_task(task, QUICK, field())
-        assert refused == []
-        assert len(rows) == 1 + 2 * 3  # copy_; gather and scatter by three index lists
-        assert all(row["verified"] for row in rows)
-        assert rows[0]["backend"] == "copy_"
-        assert rows[0]["ratio"] == 1.0
-        assert {row["rounds"] for row in rows} == {5}
-        assert {(row["op"], row["index"]) for row in rows[1:]} == {
-            (op, index) for op in ("gather", "scatter") for index in QUICK.index
-        }
-
-
-class Script:
+class Script(Timer):
     """A timer that makes times up and notes which call was made with which memory object."""
 
     name = "script"
 
-    def __init__(self, times: Callable[[int, int], float]) -> None:
+    def __init__(self, times: Callable[[int, int], float] = lambda number, turn: 1.0) -> None:
         self.times = times
         self.calls: list[tuple[int, int]] = []
 
-    def settle(self, call: Callable[[int], object], objects: int) -> None:
-        pass
+    def settle(self, call: Callable[[int], object], objects: int) -> float:
+        return 0.0
 
-    def sample(self, call: Callable[[int], object], i: int, settled: None) -> Sample:
+    def sample(self, call: Callable[[int], object], i: int, settled: float) -> Sample:
         number = int(call(-1))  # type: ignore[call-overload]
         self.calls.append((number, i))
         turn = sum(n == number for n, _ in self.calls) - 1
         return Sample(self.times(number, turn), 1.0, True)
 
 
-def variant(number: int, right: bool = True) -> Variant:
-    return Variant({"backend": str(number)}, lambda i: number, lambda i: None, lambda i: right)
+def variant(number: int, right: Callable[[int], bool] = lambda i: True) -> Variant:
+    return Variant({"backend": str(number)}, lambda i: number, lambda i: None, right)
 
 
 def test_variants_take_turns_with_other_memory_objects() -> None:
-    script = Script(lambda number, turn: 1.0)
+    script = Script()
     measure(variant(0), [variant(1), variant(2)], script, objects=3, rounds=6, seconds=60)
     rounds = [script.calls[i : i + 3] for i in range(0, 18, 3)]
     assert all({number for number, _ in one} == {0, 1, 2} for one in rounds)
@@ -210,43 +201,141 @@ def test_the_ratio_is_the_median_over_rounds() -> None:
     """A machine that slows down over the rounds slows both: each round is a factor 2."""
     script = Script(lambda number, turn: (1 + number) * 10.0**turn)
     ceiling, other = measure(variant(0), [variant(1)], script, objects=2, rounds=7, seconds=60)
-    assert ceiling.ratio == 1.0
-    assert other.ratio == pytest.approx(0.5)
+    assert ceiling.row(1)["ratio"] == 1.0
+    assert other.row(1)["ratio"] == pytest.approx(0.5)
     assert other.noisy
     steady = Script(lambda number, turn: 1.0 + number)
     rows = measure(variant(0), [variant(1)], steady, objects=2, rounds=7, seconds=60)
     assert not any(row.noisy for row in rows)
 
 
-def test_wrong_bytes_and_visible_host_time_are_told() -> None:
-    script = Script(lambda number, turn: 1.0)
-    rows = measure(variant(0), [variant(1, False)], script, objects=2, rounds=5, seconds=60)
-    assert [row.verified for row in rows] == [True, False]
+def test_wrong_bytes_before_or_behind_the_rounds_are_told() -> None:
+    turns = iter([True, True, False])
+    wrong = [variant(1, lambda i: False), variant(2, lambda i: next(turns))]
+    rows = measure(variant(0), wrong, Script(), objects=2, rounds=5, seconds=60)
+    assert [row.verified for row in rows] == [True, False, False]
     assert all(row.hidden for row in rows)
 
 
 def test_rounds_end_when_the_time_is_over() -> None:
-    script = Script(lambda number, turn: 1.0)
-    rows = measure(variant(0), [], script, objects=2, rounds=1000, seconds=0.0)
-    assert rows[0].rounds == 5
+    assert measure(variant(0), [], Script(), objects=2, rounds=99, seconds=0.0)[0].rounds == 5
 
 
-def test_quantiles() -> None:
-    assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
-    assert quantile([0.0, 10.0], 0.1) == pytest.approx(1.0)
-    assert quantile([7.0], 0.9) == 7.0
+def test_repeats_are_merged_by_their_medians() -> None:
+    def one(ratio: float, verified: bool = True) -> list[Measured]:
+        figures = {"p50_us": 10 / ratio, "p90_us": 12.1 / ratio, "ratio": ratio}
+        return [Measured({}, figures, 5, True, verified)]
+
+    (merged,) = merge([one(0.9), one(0.5), one(0.8)])
+    assert (merged.repeats, merged.rounds, merged.noisy) == ((0.9, 0.5, 0.8), 15, True)
+    assert merged.figures["p50_us"] == pytest.approx(10 / 0.8)
+    assert merged.verified
+    assert not merge([one(0.9), one(0.9, verified=False)])[0].verified
 
 
-def test_a_row_is_noisy_from_a_spread_of_a_fifth() -> None:
-    quiet = Measured({}, 1.0, 1.0, 1.2, 1.0, 1.0, 1.0, 1.0, 5, True, True)
-    assert not quiet.noisy
-    assert Measured({}, 1.0, 1.0, 1.21, 1.0, 1.0, 1.0, 1.0, 5, True, True).noisy
+def failing(error: Exception) -> Variant:
+    def call(i: int) -> None:
+        raise error
+
+    labels = {"backend": "broken", "op": "gather", "index": "random"}
+    return Variant(labels, call, lambda i: None, lambda i: True)
 
 
-def test_overhead_rows() -> None:
-    rows = measure_overhead("reference", CPU, 10)
-    assert [row["ids"] for row in rows] == ["kept Index", "host tensor"]
+def test_a_way_that_raises_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    good, refused = usable([failing(RuntimeError("no\nmore")), right := variant(1)], "s")
+    assert good == [right]
+    assert refused == ["s, broken gather random: RuntimeError: no"]
+    late = RuntimeError("the capture failed")
+    late.__context__ = ValueError("why it did")
+    told = usable([failing(late)], "s")[1][0]
+    assert told.endswith("RuntimeError: the capture failed (behind ValueError: why it did)")
+    with pytest.raises(ZeroDivisionError):  # a mistake in the benchmark is no answer of a way
+        usable([failing(ZeroDivisionError())], "s")
+    broken = [failing(RuntimeError("no"))]
+    monkeypatch.setattr(suite, "connector_ways", lambda work, backend, index: broken)
+    rows, left_out = suite.run_task(suite.Task(tiny(), "apart"), FULL, field())
+    assert [row["backend"] for row in rows] == ["copy_"]
+    assert left_out == ["seed, layers apart, broken gather random: RuntimeError: no"] * 3
+
+
+def test_a_way_that_takes_too_long_to_hide_is_not_delayed() -> None:
+    """Thousands of launches fill the device's queue: a longer delay would only wait longer."""
+    timer = DeviceTimer.__new__(DeviceTimer)
+    timer._module = SimpleNamespace(synchronize=lambda: None)
+    timer._never_hidden, timer._settling, timer.alone = NEVER_HIDDEN, 3, WeakKeyDictionary()
+    assert timer.settle(lambda i: sleep(0.025), 1) == 0.0
+    assert timer.settle(lambda i: None, 1) >= 50
+
+
+def test_a_call_is_timed_on_an_idle_device_and_then_forgotten() -> None:
+    timer, made = HostTimer(CPU), torch.zeros(4)
+
+    def call(i: int) -> torch.Tensor:
+        return made.add_(i)
+
+    sample = timer.sample(call, 0, timer.settle(call, 1))
+    assert sample.elapsed >= sample.host > 0
+    assert timer.alone[call] > 0
+    del call
+    assert not timer.alone
+
+
+# --- the suite --------------------------------------------------------------------------------
+
+
+@ON_CPU_AND_CUDA
+@pytest.mark.parametrize("tiny", TINIES, ids=lambda s: f"{s.name} {s.cache} {s.dtype}")
+def test_a_tiny_shape_gives_verified_rows(tiny: Shape, device: torch.device) -> None:
+    for task in suite.tasks(PRESET, [tiny], device):
+        rows, refused = suite.run_task(task, PRESET, field(device))
+        assert refused == []
+        assert all(row["verified"] and row["p50_us"] > 0 for row in rows)
+        assert (rows[0]["backend"], rows[0]["ratio"], rows[0]["host_hidden"]) == ("copy_", 1, True)
+        assert {row["rounds"] for row in rows} == {5}
+        assert {row["pool_slots"] for row in rows} == {tiny.slots}
+        assert {row["slots_used"] for row in rows} == {short(tiny.slots_used)}
+        assert [(row["op"], row["index"]) for row in rows[1:]] == [
+            (op, index) for index in tiny.index for op in ("gather", "scatter")
+        ]
+
+
+@ON_CPU_AND_CUDA
+def test_overhead_rows(device: torch.device) -> None:
+    rows = measure_overhead("reference", device, 10)
+    on_device = [] if device.type == "cpu" else ["device tensor"]
+    assert [row["ids"] for row in rows] == ["kept Index", "host tensor", *on_device]
     assert all(row["verified"] and row["launch_us"] > 0 for row in rows)
+
+
+def test_small_payloads_are_measured_several_times_in_other_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[Workload] = []
+
+    class Counted(Workload):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(suite, "Workload", Counted)
+    task = suite.Task(tiny(), "apart")
+    rows, _ = suite.run_task(task, FULL, field())
+    assert len(made) == 2
+    assert {len(row["repeats"]) for row in rows} == {2}
+    monkeypatch.setattr(suite, "REPEATED_BELOW", 0)
+    suite.run_task(task, FULL, field())
+    assert len(made) == 3
+
+
+def test_backends_that_compile_serve_the_marked_shapes_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(suite, "COMPILING", ("reference",))
+    marked, other = tiny("seed", compiled=True), tiny("seed", compiled=False)
+    assert [task.shape.compiled for task in suite.tasks(FULL, [marked, other], CPU)][-1]
+    for known, indices in ((marked, {"random"}), (other, set())):
+        rows, _ = suite.run_task(suite.Task(known, "apart"), FULL, field())
+        assert {row["index"] for row in rows[1:]} == indices
 
 
 def test_what_memory_cannot_hold_is_left_out_with_the_reason(
@@ -261,108 +350,40 @@ def test_what_memory_cannot_hold_is_left_out_with_the_reason(
     assert "10.0 GB are free" in next(task.left_out for task in found if task.left_out)
 
 
-# --- the command ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tiny_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
-    monkeypatch.setattr(bench, "load", lambda: MappingProxyType({"tiny": TINY}))
-
-
-@pytest.mark.usefixtures("tiny_only")
-def test_bench_prints_and_writes_one_json_value(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--preset", "quick", "--device", "cpu", "--shape", "tiny", "--json"]
-    assert bench.main([*words, "--out", str(tmp_path)]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    (file,) = tmp_path.glob("*.json")
-    assert file.name.startswith("cpu-")
-    assert json.loads(file.read_text()) == printed
-    assert {"torch", "python", "device", "cpu", "date", "portakv"} <= set(printed["machine"])
-    assert {row["kind"] for row in printed["rows"]} == {"copy", "overhead"}
-    assert all(row["verified"] for row in printed["rows"])
-
-
-@pytest.mark.usefixtures("tiny_only")
-def test_bench_prints_a_table(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")  # no heading is folded
-    words = ["--preset", "quick", "--device", "cpu", "--shape", "tiny", "--backend", "reference"]
-    assert bench.main(words) == 0
-    shown = capsys.readouterr()
-    assert "of copy_" in shown.out
-    assert not {"bars", "verdict", "missed"} & set(shown.out.split())  # they are this project's own
-    assert bench.main([*words, "--bars"]) == 0
-    assert "3 bars are about rows that were not measured." in capsys.readouterr().out
-    assert "added us" in shown.out
-    assert "tiny, layers apart" in shown.err
-
-
-@pytest.mark.usefixtures("tiny_only")
-def test_wrong_bytes_end_in_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Workload, "stored_right", lambda self, i, index: False)
-    assert bench.main(["--preset", "quick", "--device", "cpu", "--shape", "tiny"]) == 1
-
-
-@pytest.mark.usefixtures("tiny_only")
-def test_interrupted_it_keeps_what_it_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*job: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(suite, "run_task", interrupted)
-    words = ["--preset", "quick", "--device", "cpu", "--shape", "tiny", "--out", str(tmp_path)]
-    assert bench.main(words) == 0
-    (file,) = tmp_path.glob("*.json")
-    written = json.loads(file.read_text())
-    assert {row["kind"] for row in written["rows"]} == {"overhead"}
-    assert written["left_out"] == ["interrupted: the last 1 steps"]
-
-
-def test_a_forced_backend_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("PORTAKV_BACKEND", "reference")
-    assert bench.main(["--preset", "quick"]) == 2
-    assert "PORTAKV_BACKEND=reference" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("words", "why"),
-    [
-        (["--shape", "nonsense"], "nonsense"),
-        (["--backend", "nonsense"], "registry accepts"),
-        (["--device", "nonsense"], "nonsense"),
-    ],
-)
-def test_unknown_names_are_refused(
-    words: list[str], why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
-    assert bench.main(["--preset", "quick", "--device", "cpu", *words]) == 2
-    assert why in capsys.readouterr().err
-
-
-# --- on a device ------------------------------------------------------------------------------
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("tiny", TINIES, ids=lambda s: f"{s.cache} {s.dtype}")
-def test_a_tiny_shape_gives_verified_rows_on_a_gpu(tiny: Shape) -> None:
-    device = torch.device("cuda", 0)
-    for task in suite.tasks(QUICK, [tiny], device):
-        ways = suite.Field(["reference"], (), DeviceTimer(device), device)
-        rows, _ = suite.run_task(task, QUICK, ways)
-        assert all(row["verified"] and row["p50_us"] > 0 for row in rows)
-        assert all(row["host_hidden"] for row in rows if row["backend"] == "copy_")
-
-
-@pytest.mark.gpu
-def test_overhead_rows_on_a_gpu() -> None:
-    rows = measure_overhead("reference", torch.device("cuda", 0), 10)
-    assert [row["ids"] for row in rows] == ["kept Index", "host tensor", "device tensor"]
+def test_the_ladder_checks_every_way() -> None:
+    rows, refused = run_ladder(tiny(), field(), 5)
+    assert refused == []
     assert all(row["verified"] for row in rows)
+    assert {(row["way"], row["op"]) for row in rows} == {
+        (way, op) for way in (*PLAIN, "reference") for op in ("gather", "scatter")
+    } | {("copy_", "copy_")}
+
+
+def test_rows_are_related_to_cuda_and_to_the_better_right_peer() -> None:
+    rows = [
+        copied("copy_", 8.0, op="copy_", index="none"),
+        copied("cuda", 10.0), copied("triton", 12.0), copied("reference", 30.0, op="scatter"),
+        copied("p slow", 20.0, peer="p"), copied("p fast", 9.0, peer="p", verified=False),
+        copied("p good", 12.5, peer="p"),
+    ]  # fmt: skip
+    suite.relate(rows)
+    cuda, triton, scatter = rows[1:4]
+    assert (cuda["to_peer"], cuda["best_peer"]) == (0.8, "p good")
+    assert "to_cuda" not in cuda
+    assert triton["to_cuda"] == 1.2
+    assert not {"to_cuda", "to_peer"} & {*scatter, *rows[0]}
+
+
+@pytest.mark.full
+def test_fresh_processes_start_cold_and_warm() -> None:
+    rows = measure_startup("reference", "cpu", 1)
+    assert [row["cache"] for row in rows] == ["cold", "warm"]
+    assert all(row["verified"] for row in rows)
+    assert all(0 < row["import_seconds"] < row["seconds"] for row in rows)
+
+
+def test_a_start_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", "boom")
+    monkeypatch.setattr(subprocess, "run", lambda *words, **settings: failed)
+    with pytest.raises(RuntimeError, match="boom"):
+        measure_startup("reference", "cpu", 1)

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv bench` as a whole: fresh processes, the full preset, plots, what is left out."""
+"""`portakv bench` as a whole: what it prints, writes, draws, leaves out and refuses."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -17,105 +16,141 @@ from support.benchmarks_cases import FULL, tiny
 
 import portakv_benchmarks.cli as bench
 from portakv_benchmarks.device import suite
-from portakv_benchmarks.device.cold_start import measure_startup
+from portakv_benchmarks.device.workload import Workload
 
-# --- starts -----------------------------------------------------------------------------------
-
-
-@pytest.mark.full
-def test_fresh_processes_start_cold_and_warm() -> None:
-    rows = measure_startup("reference", "cpu", 1)
-    assert [row["cache"] for row in rows] == ["cold", "warm"]
-    assert all(row["verified"] for row in rows)
-    assert all(0 < row["import_seconds"] < row["seconds"] for row in rows)
-
-
-def test_a_start_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failed(*words: Any, **settings: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess([], 1, "", "boom")
-
-    monkeypatch.setattr(subprocess, "run", failed)
-    with pytest.raises(RuntimeError, match="boom"):
-        measure_startup("reference", "cpu", 1)
-
-
-# --- the command ------------------------------------------------------------------------------
+Bench = Callable[..., tuple[int, dict[str, Any]]]
 
 
 @pytest.fixture
-def tiny_bench(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
+    """Runs the full preset with small shapes and options; the exit code and the result."""
     shapes = {"seed": tiny(), "llama3-8b-16": tiny("llama3-8b-16", tokens=16),
               "llama3-8b-64": tiny("llama3-8b-64", tokens=64)}  # fmt: skip
+    monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
     monkeypatch.setattr(bench, "load", lambda: MappingProxyType(shapes))
-    full = dataclasses.replace(FULL, repeats=1, overhead_rounds=10, starts=0)
-    monkeypatch.setattr(suite, "PRESETS", {"full": full})
-    return ["--preset", "full", "--device", "cpu", "--backend", "reference"]
+    words = ["--preset", "full", "--device", "cpu", "--backend", "reference"]
+
+    def run(*more: str, drawn: bool = False) -> tuple[int, dict[str, Any]]:
+        full = dataclasses.replace(FULL, repeats=1, overhead_rounds=10, starts=0, ladder=drawn)
+        monkeypatch.setattr(suite, "PRESETS", {"full": full})
+        if not drawn:
+            monkeypatch.delitem(sys.modules, "portakv_benchmarks.shared.plots", raising=False)
+            monkeypatch.setitem(sys.modules, "matplotlib", None)
+        code = bench.main([*words, *more, "--out", str(tmp_path)])
+        (file,) = tmp_path.glob("cpu-*core-reference.json")
+        return code, json.loads(file.read_text())
+
+    return run
 
 
 @pytest.mark.full
 def test_the_full_preset_prints_and_draws_everything(
-    tmp_path: Path, tiny_bench: list[str], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, measured: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib", reason="plots need the extra `bench`")
-    assert bench.main([*tiny_bench, "--out", str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
-    assert "ladder: every way of moving seed" in shown
-    assert "pool = slots of the cache" in shown
-    assert "verdict" not in shown  # this project's bars are for its own machines
-    drawn = {path.name.rpartition("-")[2] for path in tmp_path.glob("*.svg")}
-    assert drawn == {"bandwidth.svg", "heatmap.svg", "host.svg", "ladder.svg"}
-    for path in tmp_path.glob("*.svg"):
-        assert path.read_text().count("<path") > 20
-
-
-@pytest.mark.full
-def test_the_same_result_gives_the_same_plots(tmp_path: Path, tiny_bench: list[str]) -> None:
     pytest.importorskip("matplotlib", reason="plots need the extra `bench`")
     from portakv_benchmarks.shared.plots import draw
 
-    assert bench.main([*tiny_bench, "--shape", "seed", "--out", str(tmp_path)]) == 0
-    (file,) = tmp_path.glob("*.json")
-    results = json.loads(file.read_text())
-    first = {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")}
-    again = {path.name: path.read_bytes() for path in draw(results, tmp_path, file.stem)}
-    assert first == again
+    code, results = measured(drawn=True)
+    assert code == 0
+    shown = capsys.readouterr().out
+    assert "ladder: every way of moving the founding scenario" in shown
+    assert "pool = slots of the cache" in shown
+    assert "verdict" not in shown  # this project's bars are for its own machines
+    drawn = {path.name.rpartition("-")[2]: path for path in tmp_path.glob("*.svg")}
+    assert set(drawn) == {"bandwidth.svg", "heatmap.svg", "host.svg", "ladder.svg"}
+    assert all(path.read_text().count("<path") > 20 for path in drawn.values())
+    first = {path: path.read_bytes() for path in drawn.values()}
+    stem = next(tmp_path.glob("*.json")).stem
+    assert first == {path: path.read_bytes() for path in draw(results, tmp_path, stem)}
 
 
-def test_without_matplotlib_the_result_is_written_all_the_same(
-    tmp_path: Path,
-    tiny_bench: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_it_prints_a_table_or_one_json_value_and_writes_the_same(
+    measured: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "portakv_benchmarks.shared.plots", raising=False)
-    absent: ModuleType | None = None
-    monkeypatch.setitem(sys.modules, "matplotlib", absent)
-    assert bench.main([*tiny_bench, "--shape", "llama3-8b-16", "--out", str(tmp_path)]) == 0
-    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
-    assert "portakv[bench]" in capsys.readouterr().err
+    monkeypatch.setenv("COLUMNS", "200")  # no heading is folded
+    code, written = measured("--shape", "seed", "--json")
+    assert (code, json.loads(capsys.readouterr().out)) == (0, written)
+    assert {"torch", "python", "device", "cpu", "date", "portakv"} <= set(written["machine"])
+    assert {row["kind"] for row in written["rows"]} == {"copy", "overhead"}
+    assert all(row["verified"] for row in written["rows"])
+    assert measured("--shape", "seed")[0] == 0
+    shown = capsys.readouterr()
+    assert "of copy_" in shown.out
+    assert "added us" in shown.out
+    assert not {"bars", "verdict", "missed"} & set(shown.out.split())  # they are this project's own
+    assert "seed, layers apart" in shown.err
+    assert "portakv[bench]" in shown.err  # there is no matplotlib, and the result is written
+    assert measured("--shape", "llama3-8b-16", "--bars")[0] == 0
+    assert "3 bars are about rows that were not measured." in capsys.readouterr().out
 
 
-def test_what_no_time_is_left_for_is_told(tmp_path: Path, tiny_bench: list[str]) -> None:
-    assert bench.main([*tiny_bench, "--seconds", "0", "--out", str(tmp_path)]) == 0
-    written = json.loads(next(tmp_path.glob("*.json")).read_text())
+def test_wrong_bytes_end_in_exit_code_1(measured: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Workload, "stored_right", lambda self, i, index: False)
+    assert measured("--shape", "llama3-8b-16")[0] == 1
+
+
+def test_what_no_time_is_left_for_is_told(measured: Bench) -> None:
+    written = measured("--seconds", "0")[1]
     assert written["rows"] == []
     assert "seed, layers apart: no time was left" in written["left_out"]
 
 
-def test_a_step_that_fails_leaves_the_others(
-    tmp_path: Path, tiny_bench: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("out of memory"), "llama3-8b-16, layers apart: RuntimeError: out of memory"),
+        (KeyboardInterrupt(), "interrupted: the last 1 steps"),
+    ],
+)
+def test_a_step_that_fails_or_is_interrupted_leaves_what_was_measured(
+    measured: Bench, monkeypatch: pytest.MonkeyPatch, error: BaseException, told: str
 ) -> None:
     whole: Callable[..., Any] = suite.run_task
 
     def sometimes(task: suite.Task, *more: Any) -> Any:
-        if task.shape.name == "llama3-8b-64":
-            raise RuntimeError("out of memory")
+        if (task.shape.name, task.arrangement) == ("llama3-8b-16", "apart"):
+            raise error
         return whole(task, *more)
 
     monkeypatch.setattr(suite, "run_task", sometimes)
-    shapes = ["--shape", "llama3-8b-16", "--shape", "llama3-8b-64"]
-    assert bench.main([*tiny_bench, *shapes, "--out", str(tmp_path)]) == 0
-    written = json.loads(next(tmp_path.glob("*.json")).read_text())
-    assert "llama3-8b-64, layers apart: RuntimeError: out of memory" in written["left_out"]
-    assert {r["shape"] for r in written["rows"] if r["kind"] == "copy"} == {"llama3-8b-16"}
+    code, written = measured("--shape", "llama3-8b-64", "--shape", "llama3-8b-16")
+    assert code == 0
+    assert told in written["left_out"]
+    assert any(row.get("shape") == "llama3-8b-64" for row in written["rows"])
+
+
+@pytest.mark.parametrize("words", [["--preset", "quick"], ["--host"]])
+def test_a_forced_backend_is_refused(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PORTAKV_BACKEND", "staged")
+    assert bench.main(words) == 2
+    assert "PORTAKV_BACKEND=staged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--device", "cpu", "--shape", "nonsense"], "'nonsense' was asked for; known are seed,"),
+        (["--device", "cpu", "--backend", "nonsense"], "on cpu the registry accepts "),
+        (["--device", "nonsense"], "nonsense"),
+        (["--host", "--device", "cpu"], "no accelerator here"),
+        (["--host", "--device", "nonsense"], "nonsense"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    words: list[str], why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
+    assert bench.main(words) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"portakv bench{' --host' * ('--host' in words)}: ")
+    assert why in told
+
+
+def test_its_help_names_the_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(["--host", "--help"])
+    shown = capsys.readouterr().out
+    assert all(part in shown for part in bench.PARTS)
+    assert "portakv bench --host" in shown

@@ -1,27 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host benchmarks: cases, the judgement of bytes, figures across rows, bars, refusals.
+"""The host benchmarks: cases, the judgement of bytes, figures across rows, several files, plots.
 
 No test here judges a time.
 """
 
 from __future__ import annotations
 
-import json
-import weakref
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from support.benchmarks_host_rows import result, row
+from support.benchmarks_cases import CPU, host_result, linked
 
-import portakv_benchmarks.cli as bench
 from portakv import copy_blocks
-from portakv_benchmarks import guide
-from portakv_benchmarks.cli import PARTS
 from portakv_benchmarks.host import grid as host_grid
 from portakv_benchmarks.host import interference as host_interference
-from portakv_benchmarks.host import memory as host_memory
 from portakv_benchmarks.host import merge as host_merge
 from portakv_benchmarks.host import pageable as host_pageable
 from portakv_benchmarks.host import pinning as host_pinning
@@ -29,9 +25,7 @@ from portakv_benchmarks.host import small as host_small
 from portakv_benchmarks.host.cases import (
     BLOCK_FIRST,
     DIRECTIONS,
-    LAYER_FIRST,
     SCENES,
-    Case,
     Scene,
     case_of,
     cases,
@@ -39,12 +33,10 @@ from portakv_benchmarks.host.cases import (
 )
 from portakv_benchmarks.host.memory import Region, Sides
 from portakv_benchmarks.host.suite import GB, HOST_PRESETS, KB, MB, RARE, Bench
-from portakv_benchmarks.host.ways import DESCRIPTORS, HOST, MOST_RUNS, direct
-from portakv_benchmarks.shared.shapes import in_words
-from portakv_benchmarks.shared.timers import HostTimer
+from portakv_benchmarks.host.ways import DESCRIPTORS, HOST, MOST_RUNS
+from portakv_benchmarks.shared.shapes import POISON, in_words
 
 FULL = HOST_PRESETS["full"]
-CPU = torch.device("cpu")
 
 
 # --- cases ------------------------------------------------------------------------------------
@@ -56,6 +48,8 @@ def test_the_grid_has_every_length_of_runs_and_every_host_side() -> None:
     for run in set(FULL.runs) - {2 * MB}:
         assert {(one.host, one.order) for one in SCENES if one.run == run} == sides
     assert len({one.name for one in SCENES}) == len(SCENES)
+    large = {(one.host, one.order) for one in SCENES if RARE in FULL.payloads_of(one)}
+    assert large == {("kv layer token (head dim)", "dense"), (BLOCK_FIRST, "random")}
 
 
 def test_cases_move_exactly_what_they_say() -> None:
@@ -76,13 +70,8 @@ def test_a_payload_that_is_no_whole_block_has_no_case() -> None:
     assert small.layers == 16
 
 
-def test_the_largest_payloads_meet_fewer_host_sides() -> None:
-    sides = {(one.host, one.order) for one in SCENES if RARE in FULL.payloads_of(one)}
-    assert sides == {("kv layer token (head dim)", "dense"), (BLOCK_FIRST, "random")}
-
-
 def test_what_bars_judge_comes_first_and_pools_by_layer_last() -> None:
-    names = [name for name, _ in host_grid.grid_steps(Bench(CPU, HOST_PRESETS["full"]))]
+    names = [name for name, _ in host_grid.grid_steps(Bench(CPU, FULL))]
     late = ["layer-first" in name for name in names]
     assert late == sorted(late)
     assert sum(late) == 4
@@ -105,23 +94,26 @@ def test_descriptors_are_not_measured_with_a_descriptor_for_each_row() -> None:
     assert rows is not None
     assert rows.runs > MOST_RUNS
     assert not HOST.left_out(rows)
-    assert direct(4).terms == {"max_thread_blocks": 4}
 
 
 # --- whether bytes are right --------------------------------------------------------------------
 
 
-def moved(one: Scene, direction: str) -> Sides:
-    """A small case that was moved by `reference`, between two regions of the host."""
+def moved(one: Scene, direction: str) -> tuple[Sides, torch.Tensor, torch.Tensor]:
+    """A small case that was moved by `reference` between two regions of the host; the bytes of
+    its destination, and where in them poison is left."""
     case = case_of(one, 64 * KB)
     assert case is not None
-    sides = Sides(case, Region.reserve(CPU, 64 * KB, pageable=True))
+    sides = Sides(case, region := Region.reserve(CPU, 64 * KB, pageable=True))
     sides.fill(direction)
     sides.poison(direction)
     assert not sides.right(direction), "nothing was moved yet"
     sides.poison(direction)
     copy_blocks(*sides.arguments(direction), backend="reference")
-    return sides
+    written = region.host if direction == "d2h" else region.device
+    end = sides.chunk.nbytes if direction == "d2h" else sides.dense.data_ptr() - written.data_ptr()
+    poisoned = (written[:end].view(-1, 8) == POISON).all(1).nonzero().flatten() * 8
+    return sides, written[:end], poisoned
 
 
 SMALL = [one for one in SCENES if case_of(one, 64 * KB) is not None]
@@ -130,35 +122,16 @@ SMALL = [one for one in SCENES if case_of(one, 64 * KB) is not None]
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("one", SMALL, ids=lambda one: str(one.name))
 def test_every_byte_counts(one: Scene, direction: str) -> None:
-    assert moved(one, direction).right(direction)
-    for spoil in (_in_a_row, _beside_the_rows):
-        sides = moved(one, direction)
-        if spoil(sides, direction):
-            assert not sides.right(direction)
-
-
-def _destination(sides: Sides, direction: str) -> torch.Tensor:
-    region = sides._region
-    return region.host if direction == "d2h" else region.device
-
-
-def _in_a_row(sides: Sides, direction: str) -> bool:
-    here, there = sides._rows
-    unit = int((there if direction == "d2h" else here)[-1])
-    _destination(sides, direction)[256 * unit + 255] ^= 1
-    return True
-
-
-def _beside_the_rows(sides: Sides, direction: str) -> bool:
-    """A stray byte, where the destination has room for one."""
-    here, there = sides._rows
-    rows = set((there if direction == "d2h" else here).tolist())
-    end = sides._host_bytes if direction == "d2h" else sides._spread
-    free = set(range(end // 256)) - rows
-    if not free:
-        return False
-    _destination(sides, direction)[256 * max(free)] ^= 1
-    return True
+    assert moved(one, direction)[0].right(direction)
+    sides, written, poisoned = moved(one, direction)
+    rows = torch.ones(written.numel() // 8, dtype=torch.bool)
+    rows[poisoned // 8] = False
+    written[8 * int(rows.nonzero()[-1]) + 7] ^= 1
+    assert not sides.right(direction)
+    sides, written, poisoned = moved(one, direction)
+    if poisoned.numel():  # the destination has room for a stray byte
+        written[int(poisoned[-1])] ^= 1
+        assert not sides.right(direction)
 
 
 def test_the_beginning_of_the_same_host_memory_serves_plain_copies() -> None:
@@ -166,56 +139,17 @@ def test_the_beginning_of_the_same_host_memory_serves_plain_copies() -> None:
     assert case is not None
     sides = Sides(case, Region.reserve(CPU, 64 * KB, pageable=True))
     sides.fill("d2h")
-    sides.poison_plain("d2h")
-    assert not sides.plain_right("d2h")
+    sides.poison("d2h", plain=True)
+    assert not sides.plain_right()
     sides.flat.copy_(sides.dense)
-    assert sides.plain_right("d2h")
-    assert sides.flat.data_ptr() == sides.chunk().data_ptr()
+    assert sides.plain_right()
+    assert sides.flat.data_ptr() == sides.chunk.data_ptr()
 
 
 def test_two_halves_share_no_byte() -> None:
-    whole = Region.reserve(CPU, 128 * KB, pageable=True)
-    first, second = whole.halves()
-    for mine, theirs in ((first.device, second.device), (first.host, second.host)):
+    first, second = Region.reserve(CPU, 128 * KB, pageable=True).halves()
+    for mine, theirs in zip(first, second, strict=True):
         assert mine.data_ptr() + mine.numel() == theirs.data_ptr()
-
-
-def test_a_call_is_timed_on_an_idle_device_and_then_forgotten() -> None:
-    timer, made = HostTimer(CPU), torch.zeros(4)
-
-    def call(i: int) -> torch.Tensor:
-        return made.add_(i)
-
-    timer.settle(call, 1)
-    sample = timer.sample(call, 0, None)
-    assert sample.elapsed >= sample.host > 0
-    assert timer.alone[call] > 0
-    held = weakref.ref(call)
-    del call
-    assert held() is None
-    assert not timer.alone
-
-
-def test_ids_outside_of_their_pool_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = case_of(scene(256, BLOCK_FIRST, "random"), 64 * KB)
-    assert case is not None
-    region = Region.reserve(CPU, 64 * KB, pageable=True)
-    mine, theirs = host_memory._ids(case)
-    assert theirs is not None
-    for spoilt in (mine + case.on_device.blocks, mine - case.on_device.blocks, mine * 0):
-        monkeypatch.setattr(host_memory, "_ids", lambda case, ids=spoilt: (ids, theirs))
-        with pytest.raises(ValueError, match="device's ids"):
-            Sides(case, region)
-    monkeypatch.setattr(host_memory, "_ids", lambda case: (mine, theirs + case.on_host.blocks))
-    with pytest.raises(ValueError, match="host's ids"):
-        Sides(case, region)
-
-
-def test_places_that_were_overwritten_are_told_and_not_indexed_with() -> None:
-    sides = moved(SMALL[0], "d2h")
-    sides._rows[0][3] = 1 << 40  # as a kernel does that writes to freed memory
-    with pytest.raises(RuntimeError, match="overwritten"):
-        sides.right("d2h")
 
 
 # --- figures across rows ------------------------------------------------------------------------
@@ -224,25 +158,21 @@ def test_places_that_were_overwritten_are_told_and_not_indexed_with() -> None:
 def test_the_loss_is_against_the_best_engine_that_the_terms_allow() -> None:
     gentle, every = ["descriptors", "staged"], ["descriptors", "direct", "staged"]
     rows = [
-        row("memcpy", 7.0), row("staged", 10.0), row("descriptors", 5.0, verified=False),
-        row("direct", 8.0, ratio=0.875), row("host", 11.0, allowed=gentle),
-        row("host idle", 10.0, allowed=every), row("staged", 4.0, op="h2d"),
+        linked("memcpy", 7.0), linked("staged", 10.0), linked("descriptors", 5.0, verified=False),
+        linked("direct", 8.0, ratio=0.875), linked("host", 11.0, allowed=gentle),
+        linked("host idle", 10.0, allowed=every), linked("staged", 4.0, op="h2d"),
+        linked("host", 9.0, allowed=["ring"]),  # what the terms allow was not measured
     ]  # fmt: skip
     host_grid.compare(rows)
-    assert [one.get("chosen_loss") for one in rows] == [None, None, None, None, 0.1, 0.25, None]
-    assert {(one["best_engine"], one["best_ratio"]) for one in rows[4:6]} == {("direct", 0.875)}
-
-
-def test_what_the_terms_allow_is_not_measured_here_and_there_is_no_loss() -> None:
-    rows = [row("direct", 8.0, ratio=0.875), row("host", 11.0, allowed=["staged"])]
-    host_grid.compare(rows)
-    assert "chosen_loss" not in rows[1]
-    assert rows[1]["best_engine"] == "direct"
+    losses = [None, None, None, None, 0.1, 0.25, None, None]
+    assert [one.get("chosen_loss") for one in rows] == losses
+    best = [(one.get("best_engine"), one.get("best_ratio")) for one in rows]
+    assert best[4:] == [("direct", 0.875), ("direct", 0.875), (None, None), ("direct", 0.875)]
 
 
 def test_interference_is_beyond_that_of_memcpy_beside_the_same_loop() -> None:
     rows = [
-        row(way, loop=loop, stream=stream, slowdown_pct=slow, link_gb_per_s=link)
+        linked(way, loop=loop, stream=stream, slowdown_pct=slow, link_gb_per_s=link)
         for way, loop, stream, slow, link in (
             ("memcpy", "matmul", "default", 3.0, 50.0),
             ("host", "matmul", "default", 4.5, 45.0),
@@ -257,8 +187,8 @@ def test_interference_is_beyond_that_of_memcpy_beside_the_same_loop() -> None:
 
 def test_pageable_copies_are_against_the_best_plain_ring() -> None:
     rows = [
-        row("torch", 20.0, plain=True), row("ring a", 10.0, plain=True),
-        row("ring b", 8.0, plain=True, verified=False), row("host", 12.5, plain=False),
+        linked("torch", 20.0, plain=True), linked("ring a", 10.0, plain=True),
+        linked("ring b", 8.0, plain=True, verified=False), linked("host", 12.5, plain=False),
     ]  # fmt: skip
     host_pageable.compare(rows)
     assert (rows[3]["to_ring"], rows[3]["best_ring"]) == (0.8, "ring a")
@@ -266,8 +196,8 @@ def test_pageable_copies_are_against_the_best_plain_ring() -> None:
 
 
 def test_small_copies_are_against_a_pinned_one() -> None:
-    rows = [row("SmallCopy", idle_us=5.0, paced_us=30.0),
-            row("pinned copy", idle_us=10.0, paced_us=40.0)]  # fmt: skip
+    rows = [linked("SmallCopy", idle_us=5.0, paced_us=30.0),
+            linked("pinned copy", idle_us=10.0, paced_us=40.0)]  # fmt: skip
     host_small.compare(rows)
     assert [one["idle_to_pinned"] for one in rows] == [0.5, 1.0]
     assert [one["paced_to_pinned"] for one in rows] == [0.75, 1.0]
@@ -279,22 +209,67 @@ def test_what_a_process_has_in_memory() -> None:
     assert held.numel() - 4 * MB < host_pinning.resident() - before < held.numel() + 16 * MB
 
 
-# --- several files, the guide, plots ------------------------------------------------------------
+# --- small copies: idle sends come about as those beside a large copy do --------------------------
+
+
+@pytest.mark.parametrize(("count", "samples", "expected"), [(64, 6, 6), (1000, 31, 10), (1, 2, 1)])
+def test_only_the_copy_in_flight_differs(
+    monkeypatch: pytest.MonkeyPatch, count: int, samples: int, expected: int
+) -> None:
+    noted: list[str] = []
+
+    def send(bench: Any, way: str, count: int, n: int, large: Any, flies: bool) -> Any:
+        noted.append(f"{way} {'idle' if large is None else 'busy' if flies else 'paced'}")
+        return host_small.Seen(9.0 if flies else 6.0 if large else 5.0, 1.0, 2.0, flies, True)
+
+    monkeypatch.setattr(host_small, "_send", send)
+    preset = SimpleNamespace(small_samples=samples, large=1 << 30)
+    module = SimpleNamespace(synchronize=lambda: noted.append("ends"))
+    bench: Any = SimpleNamespace(preset=preset, module=module)
+    large: Any = SimpleNamespace(pass_by=lambda: noted.append("large"))
+    monkeypatch.setattr(host_small, "_WARM_UP", 0)
+    ways: Any = {"one": "one", "other": "other"}
+    seen = host_small._sends(bench, ways, count, large)
+    turn = [f"{way} idle" for way in ways for _ in range(expected)] * host_small._TURNS
+    beside = [
+        [f"{way} paced", "large", f"{way} busy"] * expected for way in ways
+    ]  # a large copy has ended before each
+    assert [one for one in noted if one != "ends"] == [
+        *turn, "large", *beside[0], "large", *beside[1]
+    ]  # fmt: skip
+    assert all(noted[at + 1] == "ends" for at, one in enumerate(noted) if " " in one)
+    row = host_small._row(bench, "one", count, seen["one"])
+    assert (row["samples"], row["overtook"], row["busy_to_idle"]) == (expected, expected, 1.5)
+    assert (row["idle_us"], row["paced_us"], row["busy_us"]) == (5.0, 6.0, 9.0)
+    assert (row["idle_samples"], row["verified"]) == (host_small._TURNS * expected, True)
+
+
+@pytest.mark.parametrize(("flies", "moved"), [(False, host_small._SHORT), (True, 100_000)])
+def test_the_other_copy_is_large_or_short_and_has_ended(flies: bool, moved: int) -> None:
+    answers = iter([False, False, False, True])
+    event = SimpleNamespace(record=lambda stream: None, query=lambda: next(answers))
+    large = object.__new__(host_small._Large)
+    large._module = SimpleNamespace(stream=lambda stream: nullcontext())
+    large._stream, large._ended = None, event  # type: ignore[assignment]
+    large._source = torch.ones(100_000, dtype=torch.uint8)
+    large._target = torch.zeros(100_000, dtype=torch.uint8)
+    large.start(flies)
+    assert int(large._target.sum()) == moved
+    assert len(list(answers)) == (3 if flies else 0)
+
+
+# --- several files, plots -----------------------------------------------------------------------
 
 
 def test_parts_are_merged_and_the_last_of_each_counts(tmp_path: Path) -> None:
     def part(name: str, figure: float) -> dict[str, Any]:
-        found = [row("host", ratio=figure, part=name)]
-        return result(found, name=f"some-gpu-host-{name}", left_out=["same"],
-                      asked={"parts": [name], "peers": {}})  # fmt: skip
+        found = [linked("host", ratio=figure, part=name)]
+        return host_result(found, name=f"some-gpu-host-{name}", left_out=["same"],
+                           asked={"parts": [name], "peers": {}})  # fmt: skip
 
     merged = host_merge.merge([part("grid", 0.1), part("small", 0.2), part("grid", 0.3)])
-    assert [(one["part"], one["ratio"]) for one in merged["rows"]] == [
-        ("small", 0.2),
-        ("grid", 0.3),
-    ]
-    assert merged["name"] == "some-gpu-host"
-    assert merged["left_out"] == ["same"]
+    assert [(r["part"], r["ratio"]) for r in merged["rows"]] == [("small", 0.2), ("grid", 0.3)]
+    assert (merged["name"], merged["left_out"]) == ("some-gpu-host", ["same"])
     late = part("grid", 0.3) | {"left_out": ["grid: 1 GB: no time was left", "grid of four"]}
     assert host_merge.merge([late, part("grid", 0.1)])["left_out"] == ["grid of four", "same"]
     other = part("small", 0.2)
@@ -306,67 +281,17 @@ def test_parts_are_merged_and_the_last_of_each_counts(tmp_path: Path) -> None:
     assert host_merge.main([str(tmp_path / "absent.json"), "--out", str(tmp_path)]) == 2
 
 
-def test_the_guide_has_a_section_of_its_own_for_host_memory(tmp_path: Path) -> None:
-    rows = [row("staged", 10.0, kind="host_copy", payload_bytes=256 * MB, run_bytes=2 * KB),
-            row("host", 10.0, kind="host_copy", payload_bytes=256 * MB, run_bytes=2 * KB,
-                ratio=0.987)]  # fmt: skip
-    (tmp_path / "some-host.json").write_text(json.dumps(result(rows)))
-    text = guide.page(tmp_path.glob("*.json"))
-    assert "## Host memory, Some GPU" in text
-    assert "## Some GPU" not in text
-    assert "| 256 MB | 0.987 | 0.987 |" in text
-    assert "| 2 KB | from 128 MB | `staged` 1 |" in text
-
-
 def test_plots_of_a_result(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="plots need the extra `bench`")
     from portakv_benchmarks.shared.plots import draw
 
-    rows = [row(way, op=op, payload_bytes=n * MB, run_bytes=run, host_side="dense", ratio=0.9)
+    rows = [linked(way, op=op, payload_bytes=n * MB, run_bytes=run, host_side="dense", ratio=0.9)
             for way in ("host", "staged") for op in DIRECTIONS for n in (1, 32)
             for run in (256, 2 * KB)]  # fmt: skip
-    rows += [row(way, kind="host_interference", op=op, loop="matmul", stream="own",
-                 slowdown_pct=3.0, link_gb_per_s=50.0)
+    rows += [linked(way, kind="host_interference", op=op, loop="matmul", stream="own",
+                    slowdown_pct=3.0, link_gb_per_s=50.0)
              for way in ("memcpy", "host") for op in DIRECTIONS]  # fmt: skip
-    drawn = draw(result(rows), tmp_path, "x")
+    drawn = draw(host_result(rows), tmp_path, "x")
     assert [path.name for path in drawn] == ["x-ratio.svg", "x-interference.svg"]
     first = [path.read_bytes() for path in drawn]
-    assert first == [path.read_bytes() for path in draw(result(rows), tmp_path, "x")]
-
-
-# --- the command --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("words", "why"), [(["--device", "cpu"], "accelerator"), (["--device", "nonsense"], "nonsense")]
-)
-def test_what_cannot_be_measured_is_refused(
-    words: list[str], why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
-    assert bench.main(["--host", *words]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("portakv bench --host: ")
-    assert why in told
-
-
-def test_a_forced_backend_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("PORTAKV_BACKEND", "staged")
-    assert bench.main(["--host"]) == 2
-    assert "PORTAKV_BACKEND=staged" in capsys.readouterr().err
-
-
-def test_its_help_names_the_parts(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        bench.main(["--host", "--help"])
-    shown = capsys.readouterr().out
-    assert all(part in shown for part in PARTS)
-    assert "portakv bench --host" in shown
-
-
-def test_calls_of_the_issue_are_1000_blocks_of_64_planes() -> None:
-    place = Scene(16 * 256, 1, LAYER_FIRST, "blocks", BLOCK_FIRST, "random")
-    case = Case(place, 32, 16 * FULL.call_blocks)
-    assert (case.tokens // 16, 2 * case.layers, case.runs) == (1000, 64, 64_000)
+    assert first == [path.read_bytes() for path in draw(host_result(rows), tmp_path, "x")]

@@ -7,14 +7,15 @@ from itertools import product
 from typing import Any
 
 import pytest
-from support.benchmarks_host_rows import result, row
+from support.benchmarks_cases import host_result as result
+from support.benchmarks_cases import linked as row
 
 from portakv_benchmarks import check
+from portakv_benchmarks.cli import print_bars
 from portakv_benchmarks.host.calls import IDS, ORDERS
 from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, SCENES, cases, scene
 from portakv_benchmarks.host.suite import HOST_PRESETS, KB
 from portakv_benchmarks.host.waiting import OTHERS
-from portakv_benchmarks.shared import command
 
 FULL = HOST_PRESETS["full"]
 
@@ -74,7 +75,7 @@ def test_bars_on_what_was_not_measured_are_counted_and_not_missed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     rows = [one for one in full_result() if one["kind"] == "host_pinning"]
-    command.print_bars(result(rows))
+    print_bars(result(rows))
     shown = capsys.readouterr().out
     assert shown.count(" met ") == 2
     assert "missed" not in shown

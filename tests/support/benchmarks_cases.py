@@ -10,10 +10,12 @@ import torch
 
 from portakv_benchmarks.device import suite
 from portakv_benchmarks.shared.shapes import Shape, load
-from portakv_benchmarks.shared.timers import HostTimer
+from portakv_benchmarks.shared.timers import DeviceTimer, HostTimer
 
 CPU = torch.device("cpu")
 FULL = dataclasses.replace(suite.PRESETS["full"], rounds=5, repeats=2)
+MACHINE = {"device_type": "cuda", "device": "Some GPU", "torch": "2.11", "python": "3.12",
+           "date": "2026-11-20", "portakv": "0", "driver_version": "1"}  # fmt: skip
 
 
 def tiny(name: str = "seed", **changes: Any) -> Shape:
@@ -24,9 +26,10 @@ def tiny(name: str = "seed", **changes: Any) -> Shape:
     return dataclasses.replace(shape, **{**small, **changes})
 
 
-def field(*backends: str, peers: tuple[Any, ...] = ()) -> suite.Field:
+def field(device: torch.device = CPU, peers: tuple[Any, ...] = ()) -> suite.Field:
     """What is measured, without a peer unless one is given."""
-    return suite.Field(backends or ("reference",), peers, HostTimer(CPU), CPU)
+    timer = DeviceTimer(device) if device.type == "cuda" else HostTimer(device)
+    return suite.Field(("reference",), peers, timer, device)
 
 
 def copied(backend: str, time: float, **more: Any) -> dict[str, Any]:
@@ -34,3 +37,16 @@ def copied(backend: str, time: float, **more: Any) -> dict[str, Any]:
     row = {"kind": "copy", "shape": "s", "layers": "apart", "op": "gather", "index": "random",
            "backend": backend, "p50_us": time, "verified": True}  # fmt: skip
     return {**row, **more}
+
+
+def linked(backend: str, time: float = 1.0, **more: Any) -> dict[str, Any]:
+    """A row of a result of the host benchmark."""
+    usual = {"kind": "host_copy", "shape": "s", "backend": backend, "engine": backend.split()[0],
+             "op": "d2h", "p50_us": time, "verified": True}  # fmt: skip
+    return {**usual, **more}
+
+
+def host_result(rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """A result of the host benchmark."""
+    return {"suite": "host", "name": "some-gpu-host", "machine": {**MACHINE}, "left_out": [],
+            "asked": {"parts": ["grid"], "peers": {}}, "rows": rows, **more}  # fmt: skip
