@@ -209,7 +209,8 @@ def resolve(device: torch.device | str | int) -> torch.device:
 def devices_present() -> list[torch.device]:
     """One device of each type that this machine has: the CPU, then the accelerator, if any."""
     found = [_HOST]
-    with suppress(RuntimeError):  # a vendor's package that fails may leave its name behind
+    # A vendor's package that fails may leave its name, or half a module, behind.
+    with suppress(RuntimeError, AttributeError):
         kind = torch.accelerator.current_accelerator()
         if kind is not None and torch.accelerator.is_available():
             found.append(torch.device(kind.type, torch.accelerator.current_device_index()))

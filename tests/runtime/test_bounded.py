@@ -42,7 +42,8 @@ def test_an_entry_is_written_again_keeps_its_age_and_is_forgotten() -> None:
     kept[1] = 11
     kept[3] = 30
     assert (1 in kept, kept.get(2), kept.get(3)) == (False, 20, 30)
-    assert (kept.pop(2), kept.pop(2), kept.pop(2, 0)) == (20, None, 0)
+    assert (kept.pop(2), kept.pop(2, 0)) == (20, 0)
+    assert kept.pop(2) is None
     kept.clear()
     assert (len(kept), kept.get(3)) == (0, None)
 
