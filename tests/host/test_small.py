@@ -102,29 +102,26 @@ def test_wrong_values(values: Any, dtype: torch.dtype | None, names: tuple[str, 
         to_device(values, dtype=dtype, out=out)
 
 
-def test_a_wrong_value_leaves_the_target() -> None:
-    out = filled((3,), torch.uint8)
-    with refused(LayoutError, "256", watch=out):
-        to_device([1, 2, 256], out=out)
+@pytest.mark.parametrize(
+    ("call", "error", "names"),
+    [
+        (lambda: to_device([1, 2, 3], out=zeros(2)), LayoutError, "3 values of 2"),
+        (lambda: to_device([1], dtype=torch.int32, out=zeros(1)), LayoutError, "int32 int64"),
+        (lambda: to_device([1, 2], out=zeros(4)[::2]), LayoutError, "contiguous strides"),
+        (lambda: to_device([1], "cpu", out=zeros(1).to(META)), DeviceMismatch, "cpu meta"),
+        (lambda: to_device([1]), DeviceMismatch, "neither a device nor an out tensor"),
+        (lambda: to_device(zeros(1).to(META), "cpu"), DeviceMismatch, "meta copy_"),
+        (lambda: SmallCopy(-1, torch.int32, "cpu"), LayoutError, "-1 values"),
+        (lambda: SmallCopy(1, torch.bfloat16, "cpu"), LayoutError, "bfloat16"),
+    ],
+)
+def test_a_wrong_target(call: Any, error: type[PortaKVError], names: str) -> None:
+    with refused(error, *names.split()):
+        call()
 
 
-def test_a_wrong_target() -> None:
-    with refused(LayoutError, "3 values", "2"):
-        to_device([1, 2, 3], out=torch.zeros(2, dtype=torch.int64))
-    with refused(LayoutError, "int32", "int64"):
-        to_device([1], dtype=torch.int32, out=torch.zeros(1, dtype=torch.int64))
-    with refused(LayoutError, "contiguous", "strides"):
-        to_device([1, 2], out=torch.zeros(4, dtype=torch.int64)[::2])
-    with refused(DeviceMismatch, "cpu", "meta"):
-        to_device([1], "cpu", out=torch.zeros(1, dtype=torch.int64, device=META))
-    with refused(DeviceMismatch, "neither a device nor an out tensor"):
-        to_device([1])
-    with refused(DeviceMismatch, "meta", "copy_"):
-        to_device(torch.zeros(1, device=META), "cpu")
-    with refused(LayoutError, "-1 values"):
-        SmallCopy(-1, torch.int32, "cpu")
-    with refused(LayoutError, "bfloat16"):
-        SmallCopy(1, torch.bfloat16, "cpu")
+def zeros(count: int) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.int64)
 
 
 # On the CPU
@@ -144,8 +141,10 @@ def test_a_sender_to_the_cpu() -> None:
 
 SHARED = "it reads pageable memory by the host's page tables"
 WITHOUT = "cuda-bindings is not installed"
+OLD = "Compute capability 6.0 was asked of NVRTC 13."
 ALONG = "the driver takes up to 65536 bytes along with the command"
 HELD = "a launch's parameters hold up to 32736 bytes"
+CLASSIC = "a launch's parameters hold up to 4080 bytes"
 
 
 @pytest.fixture
@@ -164,72 +163,64 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     forget()
 
 
-@pytest.fixture(params=["inline", "value"])
-def first(
-    card: torch.device, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> str:
-    """The best way of the fewest bytes: another where the device shares the host's page tables."""
-    if request.param == "value":
+def take_away(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the card lack something."""
+
+    def too_old(device: torch.device) -> str:
+        raise RuntimeError(OLD)
+
+    if what == "inline":
         monkeypatch.setattr(_small_ways, "why_not_inline", lambda device: SHARED)
-    return str(request.param)
+    elif what == "extra":
+        monkeypatch.setattr(_cuda_driver, "why_not", lambda device: WITHOUT)
+    elif what == "compiler":
+        monkeypatch.setattr(_cuda_driver, "compiler_target", too_old)
+    elif what == "new driver":
+        monkeypatch.setattr(_cuda_driver, "driver_version", lambda: 12000)
 
 
 @pytest.mark.parametrize(
-    ("extra", "nbytes", "wanted", "allowed"),
+    ("lacks", "nbytes", "wanted", "allowed"),
     [
-        (True, 0, ("inline", ALONG), "inline value mapped copy"),
-        (True, 1, ("inline", ALONG), "inline value mapped copy"),
-        (True, 32736, ("inline", ALONG), "inline value mapped copy"),
-        (True, 32737, ("inline", ALONG), "inline mapped copy"),
-        (True, 65536, ("inline", ALONG), "inline mapped copy"),
-        (True, 65537, ("mapped", f"{ALONG} and {HELD}"), "mapped copy"),
-        (False, 0, ("inline", ALONG), "inline copy"),
-        (False, 1, ("inline", ALONG), "inline copy"),
-        (False, 65536, ("inline", ALONG), "inline copy"),
-        (False, 65537, ("copy", f"{ALONG} and {WITHOUT}"), "copy"),
+        ((), 0, ("inline", ALONG), "inline value mapped copy"),
+        ((), 32736, ("inline", ALONG), "inline value mapped copy"),
+        ((), 32737, ("inline", ALONG), "inline mapped copy"),
+        ((), 65536, ("inline", ALONG), "inline mapped copy"),
+        ((), 65537, ("mapped", f"{ALONG} and {HELD}"), "mapped copy"),
+        (("extra",), 0, ("inline", ALONG), "inline copy"),
+        (("extra",), 65536, ("inline", ALONG), "inline copy"),
+        (("extra",), 65537, ("copy", f"{ALONG} and {WITHOUT}"), "copy"),
+        (("inline",), 0, ("value", SHARED), "value mapped copy"),
+        (("inline",), 32736, ("value", SHARED), "value mapped copy"),
+        (("inline",), 32737, ("mapped", f"{SHARED} and {HELD}"), "mapped copy"),
+        (("inline", "extra"), 64, ("copy", f"{SHARED} and {WITHOUT}"), "copy"),
+        (("inline", "compiler"), 64, ("copy", f"{SHARED} and {OLD}"), "copy"),
+        (("new driver",), 4080, ("inline", ALONG), "inline value mapped copy"),
+        (("new driver",), 4081, ("inline", ALONG), "inline mapped copy"),
+        (("inline", "new driver"), 4081, ("mapped", f"{SHARED} and {CLASSIC}"), "mapped copy"),
     ],
+    ids=str,
 )
 def test_the_best_way_and_those_that_may_be_named(
     card: torch.device,
     monkeypatch: pytest.MonkeyPatch,
-    extra: bool,
+    lacks: tuple[str, ...],
     nbytes: int,
     wanted: tuple[str, str],
     allowed: str,
 ) -> None:
-    monkeypatch.setattr(_cuda_driver, "why_not", lambda device: None if extra else WITHOUT)
+    for what in lacks:
+        take_away(what, monkeypatch)
     assert choose(nbytes, card) == wanted
+    kernel = {"extra": WITHOUT, "compiler": OLD, "new driver": CLASSIC}.get("".join(lacks[-1:]))
+    whys = {"host": "no CPU", "inline": SHARED if "inline" in lacks else "65536"}
     for way in small.WAYS:
         if way in allowed.split():
             assert choose(nbytes, card, way) == (way, "it was asked for")
-            continue
-        why = "no CPU"
-        if way == "inline":
-            why = "65536"
-        elif way != "host":
-            why = HELD if extra else WITHOUT
-        with refused(BackendUnavailable, f"{nbytes} bytes", why, f"ask for '{wanted[0]}'"):
-            choose(nbytes, card, way)
-
-
-def test_a_device_that_reads_the_host_s_pages(
-    card: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_small_ways, "why_not_inline", lambda device: SHARED)
-    assert choose(0, card) == choose(32736, card) == ("value", SHARED)
-    assert choose(32737, card) == ("mapped", f"{SHARED} and {HELD}")
-    with refused(BackendUnavailable, "'inline'", "page tables", "ask for 'value'"):
-        choose(1, card, "inline")
-    with refused(BackendUnavailable, "32736", "ask for 'mapped'"):
-        choose(32737, card, "value")
-
-
-def test_what_to_device_takes_without_a_choice(card: torch.device, first: str) -> None:
-    _, way, most, _ = small._target(card, None)
-    assert (way, most) == (first, 65536 if first == "inline" else 32736)
-    assert choose(most, card).way == first
-    assert choose(most + 1, card).way == "mapped"
-    assert small._target("cpu", None).first == "host"
+        else:
+            why = whys.get(way, kernel or HELD)
+            with refused(BackendUnavailable, f"{nbytes} bytes", why, f"ask for '{wanted[0]}'"):
+                choose(nbytes, card, way)
 
 
 def test_the_cpu_takes_no_way_but_its_own() -> None:
@@ -239,34 +230,10 @@ def test_the_cpu_takes_no_way_but_its_own() -> None:
             choose(1, "cpu", way)
 
 
-def test_a_way_that_nobody_knows(card: torch.device) -> None:
-    with refused(BackendUnavailable, "'pigeon'", "inline, value, mapped, copy, host"):
-        choose(1, card, "pigeon")
-
-
-def test_the_classic_limit(card: torch.device, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cuda_driver, "driver_version", lambda: 12000)
-    assert choose(4080, card).way == first
-    assert choose(4081, card).way == ("inline" if first == "inline" else "mapped")
-    assert choose(4080, card, "value").way == "value"
-    with refused(BackendUnavailable, "4081 bytes", "hold up to 4080 bytes"):
-        choose(4081, card, "value")
-
-
-def test_the_fallback_is_recorded(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_small_ways, "why_not_inline", lambda device: SHARED)
-    monkeypatch.setattr(_cuda_driver, "why_not", lambda device: WITHOUT)
-    assert choose(64, card) == ("copy", f"{SHARED} and {WITHOUT}")
-    with refused(BackendUnavailable, WITHOUT, "'copy'"):
-        choose(64, card, "value")
-    monkeypatch.setattr(_cuda_driver, "why_not", lambda device: None)
-
-    def too_old(device: torch.device) -> str:
-        raise RuntimeError("Compute capability 6.0 was asked of NVRTC 13.")
-
-    monkeypatch.setattr(_cuda_driver, "compiler_target", too_old)
-    assert choose(64, card).way == "copy"
-    assert "6.0" in choose(64, card).why
+@pytest.mark.parametrize("way", ["pigeon", []])
+def test_a_way_that_there_is_not(card: torch.device, way: Any) -> None:
+    with refused(BackendUnavailable, repr(way), "inline, value, mapped, copy, host"):
+        choose(1, card, way)
 
 
 def test_nothing_is_asked_of_the_compiler_for_what_goes_inline(

@@ -1,40 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of small copies send, and whether it arrived."""
+"""What tests of small copies send, whether it arrived, and a CUDA device that is the host.
+
+The device's kernels are compiled by g++, its driver is a stand-in that copies at once and notes
+what it was asked, and out of which memory; it says nothing about a driver.
+"""
 
 from __future__ import annotations
 
-import os
+import ctypes
+import shutil
+import subprocess
+import tempfile
 import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 
-from portakv import Unsupported
 from portakv.host import _small_ways, small
-from portakv.host._small_ways import Way, why_not_inline
 from portakv.runtime import cuda as _cuda_driver
-from support.device_cases import DEVICE
+from portakv.runtime.devices import capture_question
+from support.fake_libcuda import FakeLibrary
 
 INTEGERS = (
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32,
     torch.int64, torch.uint64,
 )  # fmt: skip
-
-
-def lacking(way: str) -> str | None:
-    """What keeps the first CUDA device from having a way."""
-    if way == "inline":
-        return why_not_inline(DEVICE)
-    return None if way == "copy" else _cuda_driver.why_not(DEVICE)
-
-
-def forget() -> None:
-    """Forget what small copies know of devices and keep ready for them."""
-    for one in (
-        small._targets, small._senders, _small_ways._inline, _small_ways._kernels,
-    ):  # fmt: skip
-        one.clear()
-    _small_ways._copy_function.cache_clear()
+VALUE_BYTES = 32736  # that go by value
+STREAM = 0x7F55_0000_1230  # a handle of more than 32 bits
+_STRICT = ("-Wall", "-Wextra", "-Werror")
 
 
 def drawn(count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -48,43 +48,168 @@ def drawn(count: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def same_bits(landed: torch.Tensor, values: torch.Tensor) -> bool:
-    """True where a tensor holds the dtype and the bits of values on the host."""
+    """True if a tensor holds the dtype and the bits of values on the host."""
     return landed.dtype == values.dtype and torch.equal(
         landed.cpu().view(torch.uint8), values.view(torch.uint8)
     )
 
 
-def mixed_up(way: Way, count: int) -> list[int]:
-    """Which of four threads found others' values in a target of its own, which it fills by the
-    same sender many times; the targets lie on the host."""
-    wrong: list[int] = []
+def in_threads(work: Any) -> None:
+    """Run ``work(number)`` in four threads at once; the first error of one is raised here."""
+    errors: list[BaseException] = []
     together = threading.Barrier(4)
 
-    def work(nth: int) -> None:
-        out = torch.zeros(count, dtype=torch.int64)
-        together.wait()
-        for time in range(100):
-            values = np.arange(count) * (nth + 1) + time
-            way.send(values, out, None, False)
-            if not np.array_equal(out.numpy(), values):
-                wrong.append(nth)
+    def run(number: int) -> None:
+        try:
+            together.wait()
+            work(number)
+        except BaseException as error:
+            errors.append(error)
 
-    threads = [threading.Thread(target=work, args=(nth,)) for nth in range(4)]
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return wrong
+    if errors:
+        raise errors[0]
 
 
-def sent_by_a_fork(way: Way, out: torch.Tensor) -> int:
-    """What a forked process ends with that sends: 0 where it is refused for being one."""
-    child = os.fork()
-    if not child:
-        try:
-            way.send([2], out, None, False)
-        except Unsupported as error:
-            os._exit(0 if "forked" in str(error) else 2)
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def forget() -> None:
+    """Forget what small copies know of devices and keep ready for them."""
+    for one in (small._targets, small._senders, _small_ways._inline, _small_ways._kernels):
+        one.clear()
+    _small_ways._copy_function.cache_clear()
+    capture_question.cache_clear()
+
+
+@cache
+def kernels() -> ctypes.CDLL:
+    """The small copies' kernels compiled by g++, each behind an entry that runs its grid."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed: the kernel cannot be compiled")
+    head = files("portakv_conformance.vendor").joinpath("kernel_on_cpu.h").read_text()
+    text = _small_ways.source(VALUE_BYTES)
+    kinds = {_small_ways.MAPPED_NAME: "Mapped", _small_ways.VALUES_NAME: "Values"}
+    entries = "".join(
+        f'extern "C" void run_{name}(const void* argument, unsigned blocks, unsigned threads) {{\n'
+        f"    run_grid<portakv::small::{kind}>({name}, argument, blocks, 1, threads);\n}}\n"
+        f'extern "C" unsigned bytes_{name}() {{ return sizeof(portakv::small::{kind}); }}\n'
+        for name, kind in kinds.items()
+    )
+    with tempfile.TemporaryDirectory(prefix="small-on-cpu-") as folder:
+        path = Path(folder) / "small.cpp"
+        path.write_text((head + text + entries).replace("#pragma once", ""))
+        target = path.with_suffix(".so")
+        command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", *_STRICT]
+        done = subprocess.run(
+            [*command, str(path), "-o", str(target)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return ctypes.CDLL(str(target))
+
+
+class Launch(NamedTuple):
+    """What the driver was asked: the kernel, the head of its parameter, and the stream."""
+
+    function: str
+    head: tuple[int, ...]
+    stream: int
+
+
+class Card:
+    """A CUDA device whose memory is the host's, and its driver.
+
+    Attributes:
+        library: the driver's library; bindings are this object.
+        current: the number of torch's current device; ``entered``: those that were made it.
+        raw: torch's current stream of each device.
+        adopted: threads that were given a context.
+        launches: what was launched; ``answer``: what the driver says to it.
+    """
+
+    def __init__(self, library: FakeLibrary) -> None:
+        self.library = library
+        library.forget()
+        library.read_by_page_tables()
+        self.current, self.entered = 1, list[int]()
+        self.raw: dict[int | None, int] = {None: STREAM, 0: 70, 1: STREAM}
+        self.adopted: list[int] = []
+        self.launches: list[Launch] = []
+        self.answer = 0
+
+    @property
+    def asked(self) -> list[tuple[int, int, int]]:
+        """Where each send went to, its bytes, and its stream."""
+        sent = [(one.dst, one.nbytes, one.stream) for one in self.library.sent]
+        return sent + [(*one.head[:2], one.stream) for one in self.launches]
+
+    def forget(self) -> None:
+        self.library.forget()
+        self.launches.clear()
+
+    def CUstream(self, handle: int) -> int:
+        return handle
+
+    def cuLaunchKernel(self, function: Any, blocks: int, *rest: Any) -> tuple[int]:
+        stream, parameters = rest[-3:-1]
+        argument = ctypes.cast(parameters, ctypes.POINTER(ctypes.c_void_p))[0] or 0
+        head = ctypes.string_at(argument, _small_ways.VALUES_HEAD.size)
+        assert 1 <= blocks <= _small_ways.MOST_BLOCKS
+        if not self.answer:
+            function(ctypes.c_void_p(argument), blocks, rest[2])
+        self.launches.append(
+            Launch(function.__name__, _small_ways.VALUES_HEAD.unpack(head), stream)
+        )
+        return (self.answer,)
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, self.current = self.current, device.index
+        self.entered.append(device.index)
+        yield
+        self.current = before
+
+
+@contextmanager
+def installed(library: FakeLibrary, only: str | None = None) -> Iterator[Card]:
+    """Inside, torch has two such devices; or, with the way of ``only``, small copies to the CPU go
+    that way if they fit, as on a device of which there is one."""
+    card = Card(library)
+
+    def load(source: str, names: Iterable[str], device: torch.device) -> dict[str, Any]:
+        return {name: getattr(kernels(), f"run_{name}") for name in names}
+
+    def why_not(way: str, device: torch.device, nbytes: int) -> str | None:
+        fits = way == "host" or (way == only and nbytes <= small._most(way, device))
+        return None if fits else "it is a test"
+
+    stands: dict[Any, dict[str, Any]] = {
+        torch._C: {
+            "_cuda_getDevice": lambda: card.current,
+            "_cuda_getCurrentRawStream": lambda index: card.raw[index],
+            "_cuda_isCurrentStreamCapturing": lambda: False,
+        },
+        torch.cuda: {
+            "device_count": lambda: 1 if only else 2,
+            "device": card.device,
+            "is_available": lambda: True,
+        },
+        torch.accelerator: {"current_device_index": lambda: card.current},
+        _cuda_driver: {
+            "library": lambda: library.library,
+            "bindings": lambda: card,
+            "adopt": lambda device: card.adopted.append(threading.get_ident()),
+            "driver_version": lambda: 13000,
+            "capability": lambda device: 90,
+            "load": load,
+        },
+        small: {"_why_not": why_not} if only else {"resolve": torch.device},
+    }
+    with pytest.MonkeyPatch.context() as patched:
+        for module, functions in stands.items():
+            for name, function in functions.items():
+                patched.setattr(module, name, function, raising=False)
+        forget()
+        yield card
+    forget()

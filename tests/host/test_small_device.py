@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small copies to a device at work: order, values that change, graphs, and a large copy in flight.
+
+The simulated device has the way ``copy``; a CUDA device is asked for each way by its name.
+"""
+
+from __future__ import annotations
+
+import gc
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.device_cases import DEVICE, current, delay, on, settle
+from support.guarded_memory import refused
+from support.simdev_cases import DEVICE as SIMDEV
+from support.small_cases import drawn, in_threads, same_bits
+
+from portakv import BackendUnavailable, DeviceMismatch, LayoutError, Unsupported
+from portakv.host import _small_ways, small
+from portakv.host.small import SmallCopy, choose, to_device
+from portakv.runtime.transfer import copies_holding_memory
+
+INLINE = 65536  # bytes
+
+
+@pytest.fixture(params=["inline", "value", "mapped", "copy"])
+def way(request: pytest.FixtureRequest, accelerator: torch.device) -> str:
+    """Each way that the device has."""
+    try:
+        return choose(1, accelerator, request.param).way
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def side(accelerator: torch.device) -> Any:
+    return torch.Stream(accelerator)
+
+
+@pytest.fixture(params=["new", "ready"])
+def send(request: pytest.FixtureRequest, way: str) -> Callable[..., torch.Tensor]:
+    """A small copy to a target, by either call."""
+    senders: list[SmallCopy] = []  # a kernel may still read the memory of one
+
+    def ready(values: Any, out: torch.Tensor, **more: Any) -> torch.Tensor:
+        senders.append(SmallCopy(out.numel(), out.dtype, out=out, way=way))
+        return senders[-1].send(values, **more)
+
+    def new(values: Any, out: torch.Tensor, **more: Any) -> torch.Tensor:
+        return to_device(values, out=out, way=way, **more)
+
+    return ready if request.param == "ready" else new
+
+
+@pytest.mark.simdev
+def test_the_simulated_device_has_one_way() -> None:
+    name = torch.zeros(0, device=SIMDEV).device.type
+    assert choose(64, SIMDEV) == ("copy", f"the CUDA driver does not serve {name} devices")
+    assert SmallCopy(3, torch.int32, SIMDEV).why == choose(64, SIMDEV).why
+    with refused(BackendUnavailable, "does not serve", "'copy'"):
+        to_device([1], SIMDEV, way="value")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="its pages may be the device's too")
+def test_the_best_way() -> None:
+    assert [choose(n, DEVICE).way for n in (0, INLINE)] == ["inline", "inline"]
+    assert SmallCopy(64, torch.int64, DEVICE).way == "inline"
+    longer = choose(INLINE + 1, DEVICE)
+    assert longer.way in ("mapped", "copy")
+    assert str(INLINE) in longer.why
+
+
+# Order
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("count", [1, 64, INLINE // 8])
+def test_values_may_change_right_after_the_call(
+    accelerator: torch.device, way: str, send: Callable[..., torch.Tensor], count: int,
+    pinned: bool, side: Any,
+) -> None:  # fmt: skip
+    """It comes behind what the stream holds, and the host does not wait."""
+    if way == "value" and count * 8 > 4080:
+        pytest.skip("not everywhere as many bytes go by value")
+    out = torch.zeros(count, dtype=torch.int64, device=accelerator)
+    for slow in (False, True):  # the first time everything is loaded and allocated
+        values = torch.arange(1, count + 1)
+        values = values.pin_memory() if pinned else values
+        settle(accelerator)
+        with on(side):
+            if slow:
+                delay(side)
+            out.fill_(-1)
+            send(values, out)
+            values.zero_()
+            landed = out.clone()
+            assert not (slow and side.query())
+        side.synchronize()
+        assert copies_holding_memory() == 0
+        assert landed.tolist() == list(range(1, count + 1))
+
+
+def test_a_stream_that_is_passed_comes_in_its_turn(
+    accelerator: torch.device, send: Callable[..., torch.Tensor], side: Any
+) -> None:
+    """Behind what it holds, and behind what still reads the target on the current one."""
+    out = torch.zeros(2, dtype=torch.int32, device=accelerator)
+    send([0, 0], out)
+    for nth in range(20 if accelerator.type != "cuda" else 2):
+        settle(accelerator)
+        with on(side):
+            delay(side)
+            out.fill_(-1)
+        send([nth, nth + 1], out, stream=side)
+        current(accelerator).wait_stream(side)
+        delay(current(accelerator))
+        reader = out.clone()
+        send([0, 0], out, stream=side)
+        side.synchronize()
+        assert out.tolist() == [0, 0]
+        assert reader.tolist() == [nth, nth + 1]
+
+
+def test_a_stream_of_another_device(
+    accelerator: torch.device, send: Callable[..., torch.Tensor]
+) -> None:
+    if torch.get_device_module(accelerator).device_count() < 2:
+        pytest.skip("there is one device of this kind")
+    other = torch.device(accelerator.type, 1)
+    out = torch.zeros(1, dtype=torch.int32, device=accelerator)
+    with refused(DeviceMismatch, f"{accelerator}", f"{other}", watch=out):
+        send([1], out, stream=torch.Stream(other))
+
+
+@pytest.mark.parametrize("on_side", [False, True])
+def test_many_sends_under_way(
+    accelerator: torch.device, way: str, on_side: bool, side: Any
+) -> None:
+    """By ``inline`` all leave the same memory of the host, which holds other values by then."""
+    sender = SmallCopy(16, torch.int32, accelerator, way=way)
+    out = torch.zeros(16, dtype=torch.int32, device=accelerator)
+    for call in (sender.send, lambda values, **more: to_device(values, out=out, way=way, **more)):
+        call([0] * 16)
+        settle(accelerator)
+        where = side if on_side else current(accelerator)
+        delay(where)
+        results = []
+        for nth in range(5 * _small_ways.MOST_SLOTS):
+            landed = call([nth] * 16, stream=side if on_side else None)
+            with on(where):
+                results.append(landed.clone())
+        where.synchronize()
+        assert [one.tolist() for one in results] == [[nth] * 16 for nth in range(len(results))]
+
+
+def test_to_device_keeps_values_until_they_were_read(accelerator: torch.device, side: Any) -> None:
+    wanted = drawn(1 << 16, torch.int64)
+    for slow in (False, True):  # the first time everything is loaded and allocated
+        with on(side):
+            if slow:
+                delay(side)
+            landed = [to_device(wanted + nth, accelerator) for nth in range(4)]
+            assert not slow or (copies_holding_memory() == 4 and not side.query())
+            rubbish = [torch.zeros(1 << 16, dtype=torch.int64, pin_memory=True) for _ in range(8)]
+        side.synchronize()
+        assert all(same_bits(one, wanted + nth) for nth, one in enumerate(landed))
+        assert len(rubbish) == 8
+        assert copies_holding_memory() == 0
+        del landed, rubbish
+
+
+@pytest.mark.simdev
+def test_one_send_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the choice of a slot and its event no other thread may choose."""
+    sender, inside, most = SmallCopy(4, torch.int64, SIMDEV), list[int](), list[int]()
+    ring: Any = sender._way
+    cross = ring._issue
+
+    def slowly(*arguments: Any) -> None:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.01)
+        cross(*arguments)
+        inside.pop()
+
+    monkeypatch.setattr(ring, "_issue", slowly)
+    in_threads(lambda number: sender.send([1]))
+    assert most == [1, 1, 1, 1]
+
+
+# Graphs
+
+
+@pytest.mark.simdev
+def test_what_a_capture_carries_changes_with_refill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay is played by hand: the simulated device has no graphs."""
+    replay: list[Callable[[], None]] = []
+
+    def crossing(out: torch.Tensor, slot: Any, nbytes: int, stream: Any) -> None:
+        replay.append(lambda: _small_ways.by_copy(out, slot, nbytes, None))
+
+    sender = SmallCopy(4, torch.int32, SIMDEV, way="copy")
+    with refused(Unsupported, "never captured"):
+        sender.refill([1, 2, 3])
+    ring: Any = sender._way
+    with monkeypatch.context() as patched:
+        patched.setattr(small, "capturing", lambda device: True)
+        patched.setattr(ring, "_issue", crossing)
+        landed = sender.send([1, 2, 3])
+    sender.send([9, 9, 9, 9])  # an eager send takes other memory
+    (play,) = replay
+    play()
+    assert landed.tolist() == [1, 2, 3]
+    sender.refill(torch.tensor([4, 5, 6]))
+    play()
+    assert landed.tolist() == [4, 5, 6]
+    with refused(LayoutError, "3 values", "given 2"):
+        sender.refill([1, 2])
+    with refused(LayoutError, "position 2"):
+        sender.refill([7, 8, 2**31])
+    play()
+    assert landed.tolist() == [4, 5, 6]
+
+
+def skip_without(way: str) -> None:
+    """Skip the test if the CUDA device does not have a way."""
+    try:
+        choose(8, DEVICE, way)
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.gpu
+def test_a_graph_keeps_what_was_sent_by_value() -> None:
+    skip_without("value")
+    sender = SmallCopy(72, torch.int32, DEVICE, way="value")
+    out = torch.zeros(72, dtype=torch.int32, device=DEVICE)
+    to_device(range(72), out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        first = sender.send(range(72)).clone()
+        second = sender.send(range(100, 172)).clone()
+        to_device(range(72), out=out, way="value")
+    out.zero_()
+    sender.send([0] * 72)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert first.tolist() == out.tolist() == list(range(72))
+    assert second.tolist() == list(range(100, 172))
+    with refused(Unsupported, "way='mapped'"):
+        sender.refill([1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["mapped", "copy"])
+@pytest.mark.parametrize("count", [1, 16, 64, 72, 20_000])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
+def test_a_graph_reads_what_was_refilled(way: str, count: int, dtype: torch.dtype) -> None:
+    skip_without(way)
+    sender = SmallCopy(count, dtype, DEVICE, way=way)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        landed = sender.send(drawn(count, dtype)).clone()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert same_bits(landed, drawn(count, dtype))
+    for nth in range(5):
+        values = drawn(count + nth, dtype)[:count].contiguous()
+        sender.refill(values)
+        sender.send(values.flip(0).contiguous())  # takes other memory
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same_bits(landed, values)
+
+
+@pytest.mark.gpu
+def test_what_is_not_captured() -> None:
+    gc.collect()  # a graph of an earlier test that is freed during this capture would end it
+    out = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    senders = [SmallCopy(4, torch.int32, out=out, way=way) for way in (None, "inline")]
+    side, marker = torch.cuda.Stream(DEVICE), torch.zeros(1, device=DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for stream in (None, side):  # which is not drawn into the capture either
+            for sender in senders:
+                with refused(Unsupported, "way='value'", "way='mapped'"):
+                    sender.send([1, 2, 3, 4], stream=stream)
+            for way in (None, "inline"):
+                with refused(Unsupported, "way='value'", "SmallCopy"):
+                    to_device([1, 2, 3, 4], out=out, way=way, stream=stream)
+        with pytest.raises(Unsupported, match="before the capture"):
+            SmallCopy(4, torch.int32, DEVICE, way="copy")
+        marker.add_(1)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert (marker.item(), out.tolist()) == (1, [0, 0, 0, 0])
+    assert senders[0].send([1, 2, 3, 4]).tolist() == [1, 2, 3, 4]
+
+
+# Others at the same time
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["inline", "value", "mapped", "copy"])
+@pytest.mark.parametrize("direction", ["h2d", "d2h"])
+def test_while_a_large_copy_is_in_flight(way: str, direction: str) -> None:
+    """Only what arrives, not when: benchmarks measure that."""
+    skip_without(way)
+    side = torch.cuda.Stream(DEVICE)
+    host = torch.zeros(1 << 29, dtype=torch.uint8).pin_memory()
+    large = torch.ones(1 << 29, dtype=torch.uint8, device=DEVICE)
+    sender = SmallCopy(64, torch.int64, DEVICE, way=way)
+    sender.send(range(64))
+    settle(DEVICE)
+    with on(side):
+        (large if direction == "h2d" else host).copy_(
+            host if direction == "h2d" else large, non_blocking=True
+        )
+    results = [sender.send(range(nth, nth + 64)).clone() for nth in range(40)]
+    wide = to_device(range(100_000), DEVICE)
+    assert [one.tolist() for one in results] == [[*range(nth, nth + 64)] for nth in range(40)]
+    assert wide.tolist() == [*range(100_000)]
+    side.synchronize()
+    assert int(large.max()) == int(host.max()) == (direction == "d2h")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [64, INLINE // 8])
+def test_it_lands_before_a_large_copy_ends(count: int) -> None:
+    """Which the driver does not promise of ``inline``."""
+    skip_without("inline")
+    host = torch.zeros(1 << 30, dtype=torch.uint8).pin_memory()
+    large = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
+    out = torch.zeros(count, dtype=torch.int64, device=DEVICE)
+    side, other, ended = torch.cuda.Stream(DEVICE), torch.cuda.Stream(DEVICE), torch.cuda.Event()
+    for nth in range(6):
+        values = np.arange(nth, nth + count)
+        torch.cuda.synchronize()
+        if nth:  # the first time everything is loaded
+            with torch.cuda.stream(other):
+                large.copy_(host, non_blocking=True)
+                ended.record()
+            time.sleep(1e-3)  # so that it has surely begun
+        with torch.cuda.stream(side):
+            to_device(values, out=out, way="inline")
+        side.synchronize()
+        overtook = not ended.query()
+        assert overtook or not nth
+        assert out.tolist() == values.tolist()

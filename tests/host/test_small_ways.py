@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small copies by each way that there is: every count, dtype, alignment and size round the limits.
+
+On the host ``inline`` goes through a stand-in for the driver, and ``value`` and ``mapped`` by the
+kernels that g++ compiled; the simulated device has ``copy``; a CUDA device has all of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from support.device_cases import settle
+from support.fake_libcuda import FakeLibrary
+from support.guarded_memory import filled, refused
+from support.small_cases import (
+    INTEGERS,
+    VALUE_BYTES,
+    Card,
+    drawn,
+    in_threads,
+    installed,
+    kernels,
+    same_bits,
+)
+
+from portakv import BackendUnavailable, LayoutError, Unsupported
+from portakv.host import _small_ways
+from portakv.host._packed_ints import PackedInts
+from portakv.host._small_ways import INLINE_BYTES
+from portakv.host.small import SmallCopy, choose, to_device
+from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime import nvrtc
+from portakv_conformance import simdev
+
+MOST = {"inline": INLINE_BYTES, "value": VALUE_BYTES}  # bytes that go a way
+
+
+class Place(NamedTuple):
+    """A device, a way to it, and what stands in for its driver."""
+
+    device: torch.device
+    way: str
+    asked: str | None
+    card: Card | None
+
+    @property
+    def most(self) -> int:
+        return MOST.get(self.way, 1 << 20)
+
+
+def _place(kind: str, way: str, *marks: pytest.MarkDecorator) -> Any:
+    return pytest.param((kind, way), id=f"{kind}-{way}", marks=marks)
+
+
+@pytest.fixture(
+    params=[
+        _place("cpu", "inline"), _place("cpu", "value"),
+        _place("privateuseone", "copy", pytest.mark.simdev),
+        *(_place("cuda", way, pytest.mark.gpu) for way in ("inline", "value", "mapped", "copy")),
+    ],
+)  # fmt: skip
+def place(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Place]:
+    kind, way = request.param
+    if kind == "cpu":
+        library = FakeLibrary(tmp_path_factory.getbasetemp(), None)
+        with installed(library, only=way) as card:
+            yield Place(torch.device("cpu"), way, None, card)
+        return
+    device = torch.device(kind, 0)
+    try:
+        choose(1, device, way)
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+    yield Place(device, way, way, None)
+    settle(device)
+    assert not simdev.take_faults()
+
+
+@pytest.fixture(params=["new", "ready"])
+def send(request: pytest.FixtureRequest, place: Place) -> Callable[..., torch.Tensor]:
+    """A small copy of values to a target, by either call."""
+
+    def ready(values: Any, out: torch.Tensor) -> torch.Tensor:
+        return SmallCopy(out.numel(), out.dtype, out=out, way=place.asked).send(values)
+
+    def new(values: Any, out: torch.Tensor) -> torch.Tensor:
+        return to_device(values, out=out, way=place.asked)
+
+    return ready if request.param == "ready" else new
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_every_count(place: Place, dtype: torch.dtype) -> None:
+    sender = SmallCopy(300, dtype, place.device, way=place.asked)
+    assert sender.way == place.way
+    for count in range(301) if place.device.type != "privateuseone" else (*range(80), 255, 300):
+        values = drawn(count, dtype)
+        assert same_bits(to_device(values, place.device, way=place.asked), values), count
+        assert same_bits(sender.send(values), values), count
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
+def test_counts_round_the_limits(
+    place: Place, dtype: torch.dtype, send: Callable[..., torch.Tensor]
+) -> None:
+    for limit in (240, 1008, 4080, 4096, 8192, VALUE_BYTES, 32764, INLINE_BYTES, 1 << 18):
+        for count in range(limit // dtype.itemsize - 2, limit // dtype.itemsize + 3):
+            nbytes, values = count * dtype.itemsize, drawn(count, dtype)
+            if nbytes > place.most and place.asked is not None:
+                with refused(BackendUnavailable, str(place.most)):
+                    to_device(values, place.device, way=place.asked)
+                continue
+            out = filled((count,), dtype, poison=True, device=place.device)
+            if place.card is not None:
+                place.card.forget()
+            assert send(values, out) is out
+            assert same_bits(out, values), count
+            if place.card is not None:
+                stream = place.card.raw[None]
+                one = [(out.data_ptr(), nbytes, stream)]
+                assert place.card.asked == (one if nbytes <= place.most else [])
+
+
+@pytest.mark.parametrize("offset", [*range(1, 17), 4097])
+def test_a_target_of_any_alignment(place: Place, offset: int) -> None:
+    """Only the elements asked for are written, by the widest vector that is allowed there."""
+    for count in (0, 1, 15, 16, 17, 64, 333, 5000, min(place.most, INLINE_BYTES)):
+        memory = filled((count + 4200,), torch.uint8, device=place.device)
+        before, values = memory.clone(), drawn(count, torch.uint8)
+        to_device(values, out=memory[offset : offset + count], way=place.asked)
+        assert same_bits(memory[offset : offset + count], values)
+        assert torch.equal(memory[:offset], before[:offset])
+        assert torch.equal(memory[offset + count :], before[offset + count :])
+
+
+def test_sends_again_and_again(place: Place) -> None:
+    sender = SmallCopy(300, torch.int32, place.device, way=place.asked)
+    for count in (300, 16, 0, 1, 299, 64, 72):
+        before, values = sender.out.clone(), drawn(count, torch.int32)
+        landed = sender.send(values)
+        assert landed.untyped_storage().data_ptr() == sender.out.data_ptr()
+        assert same_bits(landed, values)
+        assert torch.equal(sender.out[count:], before[count:])
+    with refused(Unsupported, "way='mapped'" if place.way in MOST else "never captured"):
+        sender.refill([1])
+
+
+@pytest.mark.parametrize("most", [6, 9], ids=["all", "fewer"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.arange(6), np.arange(12)[::2], np.arange(6)[::-1], np.arange(6).reshape(2, 3).T,
+        np.arange(6, dtype=">i8"), np.arange(6, dtype=np.int8), np.arange(6, dtype=np.longlong),
+        np.arange(6) > 2, torch.arange(6), torch.arange(6).view(3, 2).t(), torch.arange(12)[::2],
+        torch.arange(6).to(torch.uint16), memoryview(b"abcdef"), b"abcdef", range(6), (1,) * 6,
+    ],
+    ids=lambda values: type(values).__name__,
+)  # fmt: skip
+def test_sends_of_every_kind(place: Place, values: Any, most: int) -> None:
+    sender = SmallCopy(most, torch.int64, place.device, way=place.asked)
+    plain = values.tolist() if hasattr(values, "tolist") else list(values)
+    wanted = [int(one) for one in np.array(plain).reshape(-1)]
+    made = to_device(values, place.device, torch.int64, way=place.asked)
+    assert made.reshape(-1).tolist() == wanted
+    sender.out.fill_(-1)
+    assert sender.send(values).tolist() == wanted
+    assert sender.out.tolist() == wanted + [-1] * (most - 6)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [np.arange(10), torch.arange(10), np.array([2.0]), torch.tensor([2.0]), np.array([-1]),
+     torch.tensor([256]), np.array([[1, -1]]), range(10), [7, 256]],
+    ids=str,
+)  # fmt: skip
+def test_a_wrong_value_leaves_the_target(place: Place, values: Any) -> None:
+    sender = SmallCopy(9, torch.uint8, place.device, way=place.asked)
+    sender.send(np.arange(9, dtype=np.uint8))
+    if place.card is not None:
+        place.card.forget()
+    with refused(LayoutError, watch=sender.out):
+        sender.send(values)
+    with refused(LayoutError, watch=sender.out):
+        to_device(values, out=sender.out, way=place.asked)
+    assert to_device([], place.device, torch.int32, way=place.asked).shape == (0,)
+    assert place.card is None or place.card.asked == []
+
+
+def test_a_target_with_a_shape(place: Place, send: Callable[..., torch.Tensor]) -> None:
+    out = filled((3, 4), torch.int16, device=place.device)
+    assert send(range(12), out) is out
+    assert out.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+def test_threads_do_not_write_over_each_other_s_values(place: Place) -> None:
+    """Nor has one of them ever seen the device."""
+    sender = SmallCopy(64, torch.int64, place.device, way=place.asked)
+
+    def work(number: int) -> None:
+        for time in range(50):
+            values = np.arange(500) * (number + 1) + time
+            found = to_device(values, place.device, way=place.asked).cpu().numpy()
+            assert np.array_equal(found, values)
+            if place.device.type != "cpu":  # where it is written at once, not in one piece
+                assert len(set(sender.send([number] * 64).tolist())) == 1
+
+    in_threads(work)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["inline", "value", "mapped", "copy"])
+def test_a_device_that_is_not_current(way: str) -> None:
+    other = torch.device("cuda", 1)
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    for nth in range(20):
+        landed = to_device(range(nth), other, way=way)
+        assert (landed.device, landed.tolist()) == (other, [*range(nth)])
+    assert SmallCopy(8, torch.int8, other, way=way).send([1, 2]).tolist() == [1, 2]
+    assert torch.cuda.current_device() == 0
+
+
+# The kernels
+
+
+@pytest.fixture
+def card(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Card]:
+    with installed(FakeLibrary(tmp_path_factory.getbasetemp(), None), only="mapped") as found:
+        yield found
+
+
+@pytest.mark.parametrize("nbytes", [1, 31, 4096, 70_001, 300_000])
+@pytest.mark.parametrize("offset", [0, 1, 4, 8])
+@pytest.mark.usefixtures("card")
+def test_through_mapped_memory(nbytes: int, offset: int) -> None:
+    """300,000 bytes are more than one grid holds: threads go round."""
+    assert 300_000 > _small_ways.MOST_BLOCKS * _small_ways.THREADS * 16
+    source = torch.arange(nbytes, dtype=torch.int64).mul(2654435761).to(torch.uint8)
+    target = filled((nbytes + 32,), torch.uint8)
+    before = target.clone()
+    out = target[16 + offset : 16 + offset + nbytes]
+    packed = PackedInts(source.numpy(), nbytes, torch.uint8)
+    slot = _small_ways.Slot(source, packed, source.data_ptr())
+    _small_ways.kernels(torch.device("cpu")).issue(out, slot, nbytes, None)
+    assert torch.equal(out, source)
+    assert torch.equal(target[: 16 + offset], before[: 16 + offset])
+    assert torch.equal(target[16 + offset + nbytes :], before[16 + offset + nbytes :])
+
+
+def test_the_width_is_what_an_address_allows() -> None:
+    assert [_small_ways.widest_vector(at) for at in (16, 32, 48, 8, 24, 4, 2, 6, 1, 7)] == [
+        16, 16, 16, 8, 8, 4, 2, 2, 1, 1,
+    ]  # fmt: skip
+
+
+def test_the_arguments_are_as_long_as_the_kernel_takes_them() -> None:
+    taken = getattr(kernels(), f"bytes_{_small_ways.VALUES_NAME}")()
+    assert taken == _small_ways.VALUES_HEAD.size + VALUE_BYTES
+    assert getattr(kernels(), f"bytes_{_small_ways.MAPPED_NAME}")() == _small_ways.MAPPED.size
+
+
+@pytest.mark.parametrize(
+    ("driver", "capability", "limit"),
+    [(12000, 90, 4096), (13000, 60, 4096), (12010, 70, 32764), (13000, 90, 32764)],
+)
+def test_the_kernel_takes_what_the_parameters_hold(
+    driver: int, capability: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cuda_driver, "driver_version", lambda: driver)
+    monkeypatch.setattr(_cuda_driver, "capability", lambda device: capability)
+    most = _small_ways.value_bytes(torch.device("cuda", 0))
+    assert most in (4080, VALUE_BYTES)
+    assert limit - 16 < _small_ways.VALUES_HEAD.size + most <= limit
+    assert f"#define PORTAKV_SMALL_VECTORS {most // 16}\n" in _small_ways.source(most)
+
+
+@pytest.mark.skipif(nvrtc.missing() is not None, reason=nvrtc.missing() or "")
+def test_nvrtc_reads_parameters_where_they_lie() -> None:
+    """Without a GPU: it compiles, and no thread makes a copy of 32 KB for itself."""
+    code = nvrtc._compile(_small_ways.source(VALUE_BYTES), "compute_80").decode()
+    assert ".local" not in code
+    assert f"{_small_ways.VALUES_NAME}_param_0[{VALUE_BYTES + 16}]" in code
+    assert code.count("st.global.v4.u32") == 2
+    assert ctypes.sizeof(ctypes.c_void_p) == 8
