@@ -22,312 +22,294 @@ def carry(request: pytest.FixtureRequest) -> Mover:
 BYTES = torch.uint8
 
 
-class TestOffsetsBeyond32Bits:
-    """Offsets in 32-bit arithmetic wrap silently: a row lands 4 GiB before its place."""
-
-    @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
-    @pytest.mark.parametrize("width", [131, 132, 4096])
-    def test_a_layer_of_more_than_4_gib(
-        self, carry: Mover, ids_dtype: torch.dtype, width: int
-    ) -> None:
-        """Rows around 2**31 and 2**32 bytes, of odd and even widths."""
-        slots = 5 * GIB // width
-        cache = lazy(slots * width).view(slots, width)
-        edges = [2**31 // width + i for i in (-1, 0, 1)] + [2**32 // width + i for i in (-1, 0, 1)]
-        ids = torch.tensor([*edges, 0, slots - 1], dtype=ids_dtype)
-        rows = noise(len(ids), width, dtype=BYTES)
-        view, chunk = KVView(cache, "token dim"), KVView(rows, "token dim")
-        carry(chunk, view, None, ids)
-        for slot, row in zip(ids.tolist(), rows, strict=True):
-            assert torch.equal(cache[slot], row)
-        assert not cache[2**31 // width + 2].any()
-        assert not cache[2**32 // width + 2].any()
-        back = KVView(torch.zeros_like(rows), "token dim")
-        carry(view, back, ids, None)
-        assert torch.equal(back.tensors, rows)
-
-    def test_blocks_layers_and_kv_that_lie_gibibytes_apart(self, carry: Mover) -> None:
-        strides = (3 * GIB + 64, 7 * GIB + 64, GIB + 192, 64, 1)  # layer kv block token dim
-        memory = lazy(14 * GIB)
-        cache = memory.as_strided((2, 2, 3, 4, 64), strides)
-        rows = noise(2, 2, 12, 64, dtype=BYTES)
-        ids = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-        view = KVView(cache, "layer kv block token dim")
-        carry(KVView(rows, "layer kv token dim"), view, None, ids)
-        for layer, kv, slot in ((0, 0, 0), (1, 0, 5), (0, 1, 11), (1, 1, 8)):
-            start = layer * strides[0] + kv * strides[1] + slot // 4 * strides[2] + slot % 4 * 64
-            at = ids.tolist().index(slot)
-            assert torch.equal(memory[start : start + 64], rows[layer, kv, at])
-
-    def test_131072_tokens_of_32_layers_in_one_call(self) -> None:
-        """16 GiB for each side: the addresses of the last rows, not only of the first."""
-        tokens, row = 131_072, 8 * 128 * 2
-        pool = lazy(2 * 32 * tokens * row).view(torch.bfloat16).view(2, 32, tokens, 8, 128)
-        chunk = lazy(2 * 32 * tokens * row).view(torch.bfloat16).view(2, 32, tokens, 1024)
-        src = KVView(pool, "kv layer (block token) head dim", block_size=16)
-        dst = KVView(chunk, "kv layer token (head dim)", heads=8)
-        plan = CopyPlan(src.form, dst.form, 16, 0)
-        blocks = Index(torch.arange(tokens // 16, dtype=torch.int32).flip(0), step=16)
-        runs = plan.runs(src, dst, blocks, Index(), tokens)
-        assert int(runs.nbytes.sum()) == 2 * 32 * tokens * row
-        assert int(runs.src.max()) == address(src, 1, 31, tokens - 16)
-        assert int(runs.dst.max()) == address(dst, 1, 31, tokens - 16)
-        assert int(runs.dst.max()) - chunk.data_ptr() > 2**34 - 2**20
+# Offsets in 32-bit arithmetic wrap silently: a row lands 4 GiB before its place.
 
 
-class TestOddRows:
-    """A copy unit fixed at 8 bytes truncates rows of 132 or 100 bytes, silently."""
-
-    @pytest.mark.parametrize(
-        ("width", "dtype"),
-        [(132, BYTES), (66, torch.bfloat16), (100, BYTES), (25, torch.float32), (1, BYTES),
-         (7, BYTES), (131, BYTES), (584, BYTES), (656, torch.float8_e4m3fn)],
-    )  # fmt: skip
-    def test_every_byte_of_a_row_and_none_behind_it(
-        self, carry: Mover, width: int, dtype: torch.dtype
-    ) -> None:
-        paged = noise(4, 8, width + 3, dtype=dtype)
-        dense = noise(20, width, dtype=dtype, seed=1)
-        before = paged.view(BYTES).clone()
-        ids = torch.randperm(32, generator=torch.Generator().manual_seed(1))[:20]
-        view = KVView(paged[:, :, :width], "block token dim")
-        carry(KVView(dense, "token dim"), view, None, ids)
-        size = width * dtype.itemsize
-        expected = before.view(32, -1)
-        expected[ids, :size] = dense.view(BYTES)
-        assert torch.equal(paged.view(BYTES).view(32, -1), expected)
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("width", [131, 132, 4096])
+def test_a_layer_of_more_than_4_gib(carry: Mover, ids_dtype: torch.dtype, width: int) -> None:
+    """Rows around 2**31 and 2**32 bytes, of odd and even widths."""
+    slots = 5 * GIB // width
+    cache = lazy(slots * width).view(slots, width)
+    edges = [2**31 // width + i for i in (-1, 0, 1)] + [2**32 // width + i for i in (-1, 0, 1)]
+    ids = torch.tensor([*edges, 0, slots - 1], dtype=ids_dtype)
+    rows = noise(len(ids), width, dtype=BYTES)
+    view, chunk = KVView(cache, "token dim"), KVView(rows, "token dim")
+    carry(chunk, view, None, ids)
+    for slot, row in zip(ids.tolist(), rows, strict=True):
+        assert torch.equal(cache[slot], row)
+    assert not cache[2**31 // width + 2].any()
+    assert not cache[2**32 // width + 2].any()
+    back = KVView(torch.zeros_like(rows), "token dim")
+    carry(view, back, ids, None)
+    assert torch.equal(back.tensors, rows)
 
 
-class TestAlignment:
-    """A vector width chosen from row bytes alone faults, or moves other bytes, where a base, a
-    stride or a storage offset is not aligned to it; or where later rows are less aligned."""
-
-    @pytest.mark.parametrize("offset", [1, 2, 4, 8, 12])
-    @pytest.mark.parametrize("side", ["src", "dst"])
-    def test_a_storage_offset(self, carry: Mover, offset: int, side: str) -> None:
-        memory = noise(offset + 8 * 64 + 16, dtype=BYTES)
-        inside = memory[offset : offset + 8 * 64].view(8, 64)
-        _exchange(carry, inside, memory, noise(8, 64, dtype=BYTES, seed=1), side)
-
-    @pytest.mark.parametrize("base", [1, 2, 4, 8])
-    @pytest.mark.parametrize("side", ["src", "dst"])
-    def test_a_base_address(self, carry: Mover, base: int, side: str) -> None:
-        """The storage itself begins off the alignment: its offset is 0."""
-        whole = noise(16 + 8 * 64, dtype=BYTES)
-        start = -whole.data_ptr() % 16 + base
-        memory = torch.from_numpy(whole.numpy()[start : start + 8 * 64 - 64])
-        assert (memory.storage_offset(), memory.data_ptr() % 16) == (0, base)
-        _exchange(carry, memory.view(7, 64), memory, noise(7, 64, dtype=BYTES, seed=1), side)
-
-    @pytest.mark.parametrize("stride", [65, 66, 68, 72])
-    @pytest.mark.parametrize("side", ["src", "dst"])
-    def test_a_stride(self, carry: Mover, stride: int, side: str) -> None:
-        """The first row is aligned, the later ones are not."""
-        memory = noise(8, stride, dtype=BYTES)
-        _exchange(carry, memory[:, :64], memory, noise(8, 64, dtype=BYTES, seed=1), side)
-
-    @pytest.mark.parametrize("dim", [33, 50, 100])
-    def test_heads_whose_bytes_do_not_divide_by_the_width_of_the_row(
-        self, carry: Mover, dim: int
-    ) -> None:
-        """HND: 16 heads of 33 bytes make a row of 528, yet each head is a piece of its own."""
-        cache, chunk = noise(3, 16, 4, dim, dtype=BYTES), noise(12, 16 * dim, dtype=BYTES, seed=1)
-        ids = torch.arange(12).flip(0)
-        view = KVView(cache, "block head token dim")
-        carry(KVView(chunk, "token (head dim)", heads=16), view, None, ids)
-        assert torch.equal(cache.transpose(1, 2).reshape(12, -1)[ids], chunk)
-
-    @pytest.mark.parametrize("heads", [128, 129, 1030])
-    def test_many_heads(self, carry: Mover, heads: int) -> None:
-        """More than 1,024 threads were asked for a block of 128 heads."""
-        cache, chunk = noise(3, heads, 4, 8), noise(12, heads * 8, seed=1)
-        ids = torch.arange(12).roll(5)
-        carry(
-            KVView(cache, "block head token dim"), KVView(chunk, "token (head dim)", heads=heads),
-            ids, None,
-        )  # fmt: skip
-        assert torch.equal(cache.transpose(1, 2).reshape(12, -1)[ids], chunk)
+def test_blocks_layers_and_kv_that_lie_gibibytes_apart(carry: Mover) -> None:
+    strides = (3 * GIB + 64, 7 * GIB + 64, GIB + 192, 64, 1)  # layer kv block token dim
+    memory = lazy(14 * GIB)
+    cache = memory.as_strided((2, 2, 3, 4, 64), strides)
+    rows = noise(2, 2, 12, 64, dtype=BYTES)
+    ids = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    view = KVView(cache, "layer kv block token dim")
+    carry(KVView(rows, "layer kv token dim"), view, None, ids)
+    for layer, kv, slot in ((0, 0, 0), (1, 0, 5), (0, 1, 11), (1, 1, 8)):
+        start = layer * strides[0] + kv * strides[1] + slot // 4 * strides[2] + slot % 4 * 64
+        at = ids.tolist().index(slot)
+        assert torch.equal(memory[start : start + 64], rows[layer, kv, at])
 
 
-def _exchange(
-    carry: Mover, inside: torch.Tensor, memory: torch.Tensor, other: torch.Tensor, side: str
+def test_131072_tokens_of_32_layers_in_one_call() -> None:
+    """16 GiB for each side: the addresses of the last rows, not only of the first."""
+    tokens, row = 131_072, 8 * 128 * 2
+    pool = lazy(2 * 32 * tokens * row).view(torch.bfloat16).view(2, 32, tokens, 8, 128)
+    chunk = lazy(2 * 32 * tokens * row).view(torch.bfloat16).view(2, 32, tokens, 1024)
+    src = KVView(pool, "kv layer (block token) head dim", block_size=16)
+    dst = KVView(chunk, "kv layer token (head dim)", heads=8)
+    plan = CopyPlan(src.form, dst.form, 16, 0)
+    blocks = Index(torch.arange(tokens // 16, dtype=torch.int32).flip(0), step=16)
+    runs = plan.runs(src, dst, blocks, Index(), tokens)
+    assert int(runs.nbytes.sum()) == 2 * 32 * tokens * row
+    assert int(runs.src.max()) == address(src, 1, 31, tokens - 16)
+    assert int(runs.dst.max()) == address(dst, 1, 31, tokens - 16)
+    assert int(runs.dst.max()) - chunk.data_ptr() > 2**34 - 2**20
+
+
+# A copy unit fixed at 8 bytes truncates rows of 132 or 100 bytes, silently.
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype"),
+    [(132, BYTES), (66, torch.bfloat16), (100, BYTES), (25, torch.float32), (1, BYTES),
+     (7, BYTES), (131, BYTES), (584, BYTES), (656, torch.float8_e4m3fn)],
+)  # fmt: skip
+def test_every_byte_of_a_row_and_none_behind_it(
+    carry: Mover, width: int, dtype: torch.dtype
 ) -> None:
-    """Copy between rows ``inside`` of ``memory`` and other rows; nothing else may change."""
-    ids = torch.arange(len(inside)).flip(0)
-    views = KVView(inside, "token dim"), KVView(other, "token dim")
-    expected, around = inside.clone(), memory.clone()
+    paged = noise(4, 8, width + 3, dtype=dtype)
+    dense = noise(20, width, dtype=dtype, seed=1)
+    before = paged.view(BYTES).clone()
+    ids = torch.randperm(32, generator=torch.Generator().manual_seed(1))[:20]
+    view = KVView(paged[:, :, :width], "block token dim")
+    carry(KVView(dense, "token dim"), view, None, ids)
+    size = width * dtype.itemsize
+    expected = before.view(32, -1)
+    expected[ids, :size] = dense.view(BYTES)
+    assert torch.equal(paged.view(BYTES).view(32, -1), expected)
+
+
+# A vector width chosen from row bytes alone faults, or moves other bytes, where a base, a stride
+# or a storage offset is not aligned to it; or where later rows are less aligned.
+
+
+def off_alignment(kind: str, by: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory, and rows of 64 bytes inside it that are not aligned to 16."""
+    memory = noise(8, by if kind == "stride" else 80, dtype=BYTES)
+    if kind == "stride":  # the first row is aligned, the later ones are not
+        return memory, memory[:, :64]
+    memory = memory.flatten()
+    if kind == "base address":  # the storage itself begins off the alignment: its offset is 0
+        start = -memory.data_ptr() % 16 + by
+        memory = torch.from_numpy(memory.numpy()[start : start + 8 * 64 + 32])
+        assert (memory.storage_offset(), memory.data_ptr() % 16) == (0, by)
+        return memory, memory[: 8 * 64].view(8, 64)
+    return memory, memory[by : by + 8 * 64].view(8, 64)
+
+
+@pytest.mark.parametrize("side", ["src", "dst"])
+@pytest.mark.parametrize(
+    ("kind", "by"),
+    [
+        *(("storage offset", by) for by in (1, 2, 4, 8, 12)),
+        *(("base address", by) for by in (1, 2, 4, 8)),
+        *(("stride", by) for by in (65, 66, 68, 72)),
+    ],
+)
+def test_rows_off_their_alignment(carry: Mover, kind: str, by: int, side: str) -> None:
+    memory, inside = off_alignment(kind, by)
+    other, ids = noise(8, 64, dtype=BYTES, seed=1), torch.arange(8).flip(0)
+    views, rows, around = KVView(inside, "token dim"), inside.clone(), memory.clone()
     if side == "src":
-        carry(*views, ids, None)
-        assert torch.equal(other, expected[ids])
-        assert torch.equal(memory, around)
-        return
-    carry(views[1], views[0], None, ids)
-    assert torch.equal(inside[ids], other)
-    rows = inside.clone()
-    inside.copy_(expected)
+        carry(views, KVView(other, "token dim"), ids, None)
+        assert torch.equal(other, rows[ids])
+    else:
+        carry(KVView(other, "token dim"), views, None, ids)
+        assert torch.equal(inside[ids], other)
+        inside.copy_(rows)
     assert torch.equal(memory, around)
-    assert not torch.equal(rows, expected)
 
 
-class TestNothingIsGuessed:
-    """A layout guessed from `shape[i] == 2`, or from how many tensors there are."""
-
-    @pytest.mark.parametrize("shape", [(2, 2, 4, 1, 8), (2, 2, 2, 2, 2)])
-    def test_two_blocks_of_two_kv(self, carry: Mover, shape: tuple[int, ...]) -> None:
-        """[2, B, ...] and [B, 2, ...] with B == 2: each reading gives bytes of its own."""
-        cache = noise(*shape)
-        _, _, tokens, heads, dim = shape
-        got = []
-        for layout in ("kv block token head dim", "block kv token head dim"):
-            chunk = torch.zeros(2, 2 * tokens, heads, dim, dtype=cache.dtype)
-            carry(KVView(cache, layout), KVView(chunk, "kv token head dim"), None, None)
-            got.append(chunk)
-        assert torch.equal(got[0], cache.flatten(1, 2))
-        assert torch.equal(got[1], cache.transpose(0, 1).flatten(1, 2))
-        assert not torch.equal(*got)
-
-    def test_two_tokens_are_no_kv(self, carry: Mover) -> None:
-        cache = noise(3, 2, 2, 8)
-        chunk = torch.zeros(6, 2, 8, dtype=cache.dtype)
-        carry(KVView(cache, "block token head dim"), KVView(chunk, "token head dim"), None, None)
-        assert torch.equal(chunk, cache.flatten(0, 1))
-
-    def test_two_tensors_are_layers_or_kv_as_declared(self, carry: Mover) -> None:
-        pair = [noise(12, 8, seed=i) for i in range(2)]
-        as_layers, as_kv = KVView(pair, "layer | token dim"), KVView(pair, "kv | token dim")
-        assert (as_layers.layers, as_layers.kv) == (2, 1)
-        assert (as_kv.layers, as_kv.kv) == (1, 2)
-        with pytest.raises(LayoutError, match="'kv' extent"):
-            carry(as_layers, KVView(torch.zeros(2, 12, 8).short(), "kv token dim"), None, None)
-
-    def test_one_layer_is_no_bare_tensor(self) -> None:
-        tensor = noise(2, 3, 4, 8)
-        assert KVView([tensor], "layer | kv block token dim").layers == 1
-        with pytest.raises(LayoutError, match="a Tensor was found where a list"):
-            KVView(tensor, "layer | kv block token dim")
-
-    def test_kv_declared_where_there_are_blocks(self) -> None:
-        with pytest.raises(LayoutError, match=r"'kv' .* extent 2, but 3 was found"):
-            KVView(noise(3, 2, 4, 1, 8), "kv block token head dim")
+@pytest.mark.parametrize(
+    ("heads", "dim"), [(16, 33), (16, 50), (16, 100), (128, 16), (129, 16), (1030, 16)]
+)
+def test_heads_that_are_many_or_odd(carry: Mover, heads: int, dim: int) -> None:
+    """HND: 16 heads of 33 bytes make a row of 528, yet each head is a piece of its own. More than
+    1,024 threads were asked for a block of 128 heads."""
+    cache, chunk = noise(3, heads, 4, dim, dtype=BYTES), noise(12, heads * dim, dtype=BYTES, seed=1)
+    views = KVView(cache, "block head token dim"), KVView(chunk, "token (head dim)", heads=heads)
+    for ids in (torch.arange(12).flip(0), torch.arange(12).roll(5)):
+        carry(views[1], views[0], None, ids)
+        assert torch.equal(cache.transpose(1, 2).reshape(12, -1)[ids], chunk)
+        chunk.copy_(noise(12, heads * dim, dtype=BYTES, seed=2))
+        carry(*views, ids, None)
+        assert torch.equal(cache.transpose(1, 2).reshape(12, -1)[ids], chunk)
 
 
-class TestStridedTensors:
-    def test_logical_nhd_over_hnd_memory(self, carry: Mover) -> None:
-        """Shape (2, B, T, H, D) over memory K B H T D, addressed as if it were linear."""
-        memory = noise(2, 3, 2, 4, 8)
-        before = memory.clone()
-        cache, chunk = memory.transpose(2, 3), noise(2, 5, 16, seed=1)
-        ids = torch.tensor([11, 0, 4, 3, 7])
-        view = KVView(cache, "kv block token head dim")
-        carry(KVView(chunk, "kv token (head dim)", heads=2), view, None, ids)
-        expected = before.transpose(2, 3).reshape(2, 12, 16)
-        expected[:, ids] = chunk
-        assert torch.equal(cache.reshape(2, 12, 16), expected)
-
-    def test_padding_of_pages_is_not_touched(self, carry: Mover) -> None:
-        """The stride of a block is more than its dense size: the rest belongs to somebody."""
-        memory = noise(4, 100)
-        before = memory.clone()
-        pages = memory[:, :64].view(4, 2, 4, 8)
-        chunk = noise(2, 4, 8, seed=1)
-        carry(
-            KVView(chunk, "kv token dim"), KVView(pages, "block kv token dim"), None,
-            Index([2], step=4),
-        )  # fmt: skip
-        before[2, :64] = chunk.flatten()
-        assert torch.equal(memory, before)
-
-    def test_packed_layers_do_not_touch_each_other(self, carry: Mover) -> None:
-        """All layers interleave in a block; a copy of one must leave its neighbours whole."""
-        memory = noise(3, 4, 5, 2, 16)
-        before = memory.clone()
-        layers = [memory[:, i].transpose(1, 2) for i in range(4)]
-        whole = KVView(layers, "layer | block head token (kv dim)")
-        chunk = noise(2, 10, 2, 8, seed=1)
-        carry(
-            KVView(chunk, "kv token head dim"), whole.slice(layers=2), None, Index([2, 0], step=5)
-        )
-        for at, block in enumerate((2, 0)):
-            rows = chunk[:, 5 * at : 5 * at + 5].permute(1, 2, 0, 3).reshape(5, 2, 16)
-            before[block, 2] = rows
-        assert torch.equal(memory, before)
-
-    def test_aliased_layers_are_read_twice_and_never_written_twice(self, carry: Mover) -> None:
-        shared, own = noise(12, 8), noise(12, 8, seed=1)
-        chunk = KVView(torch.zeros(3, 12, 8).short(), "layer token dim")
-        aliased = KVView([shared, own, shared], "layer | token dim")
-        carry(aliased, chunk, None, None)
-        assert torch.equal(chunk.tensors, torch.stack([shared, own, shared]))
-        with pytest.raises(LayoutError, match="one address"):
-            copy_rows(chunk, aliased)
-
-    def test_a_destination_that_is_not_contiguous_is_really_written(self, carry: Mover) -> None:
-        """Copied through `.contiguous()` and thrown away: success reported, nothing written."""
-        memory = noise(8, 2, 3, 12)
-        before = memory.clone()
-        turned = memory.permute(1, 3, 2, 0)[:, ::2]  # (kv, tokens, heads, dim), each apart
-        chunk = noise(2, 6, 3, 8, seed=1)
-        carry(KVView(chunk, "kv token head dim"), KVView(turned, "kv token head dim"), None, None)
-        assert torch.equal(turned, chunk)
-        assert torch.equal(memory[..., 1::2], before[..., 1::2])
-
-    def test_a_slice_of_a_list_is_written_and_not_a_copy_of_it(self, carry: Mover) -> None:
-        """A raw-pointer view fell back to a copy, and what was scattered into it was lost."""
-        layers = [noise(3, 2, 4, 8, seed=i).transpose(1, 2) for i in range(3)]
-        part = KVView(layers, "layer | block token head dim").slice(layers=1, heads=1)
-        rows = noise(2, 8, seed=9)
-        carry(KVView(rows, "token dim"), part, None, torch.tensor([9, 2]))
-        assert torch.equal(layers[1][2, 1, 1], rows[0])
-        assert torch.equal(layers[1][0, 2, 1], rows[1])
-
-    def test_a_destination_of_a_narrower_dtype_is_refused(self, carry: Mover) -> None:
-        """Only numel was compared, so rows of two bytes overran elements of one."""
-        chunk = torch.zeros(12, 8, dtype=BYTES)
-        with pytest.raises(LayoutError, match="widths are compared in bytes"):
-            carry(KVView(noise(12, 8), "token dim"), KVView(chunk, "token dim"), None, None)
-        assert not chunk.any()
+# A layout guessed from `shape[i] == 2`, or from how many tensors there are.
 
 
-class TestBlocksAndPages:
-    def test_manager_blocks_over_kernel_blocks(self, carry: Mover) -> None:
-        """The manager counts blocks of 64 tokens, the tensor kernel blocks of 16."""
-        cache, chunk = noise(12, 16, 8), noise(128, 8, seed=1)
-        view = KVView(cache, "block token dim")
-        carry(KVView(chunk, "token dim"), view, None, Index([2, 0], step=64))
-        assert torch.equal(cache[8:12].flatten(0, 1), chunk[:64])
-        assert torch.equal(cache[0:4].flatten(0, 1), chunk[64:])
+@pytest.mark.parametrize("shape", [(2, 2, 4, 1, 8), (2, 2, 2, 2, 2)])
+def test_two_blocks_of_two_kv(carry: Mover, shape: tuple[int, ...]) -> None:
+    """[2, B, ...] and [B, 2, ...] with B == 2: each reading gives bytes of its own."""
+    cache = noise(*shape)
+    _, _, tokens, heads, dim = shape
+    got = []
+    for layout in ("kv block token head dim", "block kv token head dim"):
+        chunk = torch.zeros(2, 2 * tokens, heads, dim, dtype=cache.dtype)
+        carry(KVView(cache, layout), KVView(chunk, "kv token head dim"), None, None)
+        got.append(chunk)
+    assert torch.equal(got[0], cache.flatten(1, 2))
+    assert torch.equal(got[1], cache.transpose(0, 1).flatten(1, 2))
+    assert not torch.equal(*got)
 
-    def test_a_kernel_block_for_a_part_of_the_managers_block(self, carry: Mover) -> None:
-        cache, chunk = noise(3, 64, 8), noise(32, 8, seed=1)
-        view = KVView(cache, "block token dim")
-        carry(KVView(chunk, "token dim"), view, None, Index([11, 1], step=16))
-        assert torch.equal(cache[2, 48:], chunk[:16])
-        assert torch.equal(cache[0, 16:32], chunk[16:])
 
-    def test_a_dsa_page_is_its_values_and_then_its_scales(self, carry: Mover) -> None:
-        """Nominal (B, T, 132): moved as rows of 132 bytes, values and scales mix."""
-        cache = [noise(3, 64, 132, dtype=BYTES, seed=i) for i in range(2)]
-        pages = torch.stack(cache).view(2, 3, 64 * 132)
-        values, scales = pages[..., : 64 * 128], pages[..., 64 * 128 :]
-        slot = torch.tensor([5, 64 + 63, 130])
-        split = KVView(cache, "vllm-dsa-split", block_size=64)
-        chunk = [torch.zeros(2, 3, n, dtype=BYTES) for n in (128, 4)]
-        carry(split, KVView(chunk, "kv | layer token dim"), slot, None)
-        expected = values.reshape(2, 192, 128)[:, slot], scales.reshape(2, 192, 4)[:, slot]
-        assert torch.equal(chunk[0], expected[0])
-        assert torch.equal(chunk[1], expected[1])
-        as_rows = torch.stack(cache).view(2, 192, 132)[:, slot]
-        assert not torch.equal(as_rows, torch.cat(expected, 2))
+def test_two_tokens_are_no_kv(carry: Mover) -> None:
+    cache, chunk = noise(3, 2, 2, 8), noise(6, 2, 8, seed=1)
+    carry(KVView(cache, "block token head dim"), KVView(chunk, "token head dim"), None, None)
+    assert torch.equal(chunk, cache.flatten(0, 1))
 
-    def test_a_dsa_page_is_not_moved_by_token_where_its_content_is_unknown(
-        self, carry: Mover
-    ) -> None:
-        cache = [noise(3, 64, 132, dtype=BYTES) for _ in range(2)]
-        other = [torch.zeros(3, 64, 132, dtype=BYTES) for _ in range(2)]
-        src, dst = (KVView(tensors, "vllm-dsa", block_size=64) for tensors in (cache, other))
-        with pytest.raises(Unsupported, match="page moves only whole"):
-            carry(src, dst, torch.tensor([1]), torch.tensor([2]))
-        assert not any(tensor.any() for tensor in other)
-        carry(src, dst, Index([2], 64), Index([1], 64))
-        assert torch.equal(other[1][1], cache[1][2])
-        assert not other[1][[0, 2]].any()
+
+def test_two_tensors_are_layers_or_kv_as_declared(carry: Mover) -> None:
+    pair = [noise(12, 8, seed=i) for i in range(2)]
+    as_layers, as_kv = KVView(pair, "layer | token dim"), KVView(pair, "kv | token dim")
+    assert (as_layers.layers, as_layers.kv) == (2, 1)
+    assert (as_kv.layers, as_kv.kv) == (1, 2)
+    with pytest.raises(LayoutError, match="'kv' extent"):
+        carry(as_layers, KVView(torch.zeros(2, 12, 8).short(), "kv token dim"), None, None)
+
+
+def test_one_layer_is_no_bare_tensor() -> None:
+    tensor = noise(2, 3, 4, 8)
+    assert KVView([tensor], "layer | kv block token dim").layers == 1
+    with pytest.raises(LayoutError, match="a Tensor was found where a list"):
+        KVView(tensor, "layer | kv block token dim")
+
+
+def test_kv_declared_where_there_are_blocks() -> None:
+    with pytest.raises(LayoutError, match=r"'kv' .* extent 2, but 3 was found"):
+        KVView(noise(3, 2, 4, 1, 8), "kv block token head dim")
+
+
+def test_logical_nhd_over_hnd_memory(carry: Mover) -> None:
+    """Shape (2, B, T, H, D) over memory K B H T D, addressed as if it were linear."""
+    memory = noise(2, 3, 2, 4, 8)
+    before = memory.clone()
+    cache, chunk = memory.transpose(2, 3), noise(2, 5, 16, seed=1)
+    ids = torch.tensor([11, 0, 4, 3, 7])
+    view = KVView(cache, "kv block token head dim")
+    carry(KVView(chunk, "kv token (head dim)", heads=2), view, None, ids)
+    expected = before.transpose(2, 3).reshape(2, 12, 16)
+    expected[:, ids] = chunk
+    assert torch.equal(cache.reshape(2, 12, 16), expected)
+
+
+def test_padding_of_pages_is_not_touched(carry: Mover) -> None:
+    """The stride of a block is more than its dense size: the rest belongs to somebody."""
+    memory, chunk = noise(4, 100), noise(2, 4, 8, seed=1)
+    before, pages = memory.clone(), KVView(memory[:, :64].view(4, 2, 4, 8), "block kv token dim")
+    carry(KVView(chunk, "kv token dim"), pages, None, Index([2], step=4))
+    before[2, :64] = chunk.flatten()
+    assert torch.equal(memory, before)
+
+
+def test_packed_layers_do_not_touch_each_other(carry: Mover) -> None:
+    """All layers interleave in a block; a copy of one must leave its neighbours whole."""
+    memory = noise(3, 4, 5, 2, 16)
+    before = memory.clone()
+    layers = [memory[:, i].transpose(1, 2) for i in range(4)]
+    whole = KVView(layers, "layer | block head token (kv dim)")
+    chunk = noise(2, 10, 2, 8, seed=1)
+    carry(KVView(chunk, "kv token head dim"), whole.slice(layers=2), None, Index([2, 0], step=5))
+    for at, block in enumerate((2, 0)):
+        rows = chunk[:, 5 * at : 5 * at + 5].permute(1, 2, 0, 3).reshape(5, 2, 16)
+        before[block, 2] = rows
+    assert torch.equal(memory, before)
+
+
+def test_aliased_layers_are_read_twice_and_never_written_twice(carry: Mover) -> None:
+    shared, own = noise(12, 8), noise(12, 8, seed=1)
+    chunk = KVView(torch.zeros(3, 12, 8).short(), "layer token dim")
+    aliased = KVView([shared, own, shared], "layer | token dim")
+    carry(aliased, chunk, None, None)
+    assert torch.equal(chunk.tensors, torch.stack([shared, own, shared]))
+    with pytest.raises(LayoutError, match="one address"):
+        copy_rows(chunk, aliased)
+
+
+def test_a_destination_that_is_not_contiguous_is_really_written(carry: Mover) -> None:
+    """Copied through `.contiguous()` and thrown away: success reported, nothing written."""
+    memory = noise(8, 2, 3, 12)
+    before = memory.clone()
+    turned = memory.permute(1, 3, 2, 0)[:, ::2]  # (kv, tokens, heads, dim), each apart
+    chunk = noise(2, 6, 3, 8, seed=1)
+    carry(KVView(chunk, "kv token head dim"), KVView(turned, "kv token head dim"), None, None)
+    assert torch.equal(turned, chunk)
+    assert torch.equal(memory[..., 1::2], before[..., 1::2])
+
+
+def test_a_slice_of_a_list_is_written_and_not_a_copy_of_it(carry: Mover) -> None:
+    """A raw-pointer view fell back to a copy, and what was scattered into it was lost."""
+    layers = [noise(3, 2, 4, 8, seed=i).transpose(1, 2) for i in range(3)]
+    part = KVView(layers, "layer | block token head dim").slice(layers=1, heads=1)
+    rows = noise(2, 8, seed=9)
+    carry(KVView(rows, "token dim"), part, None, torch.tensor([9, 2]))
+    assert torch.equal(layers[1][2, 1, 1], rows[0])
+    assert torch.equal(layers[1][0, 2, 1], rows[1])
+
+
+def test_a_destination_of_a_narrower_dtype_is_refused(carry: Mover) -> None:
+    """Only numel was compared, so rows of two bytes overran elements of one."""
+    chunk = torch.zeros(12, 8, dtype=BYTES)
+    with pytest.raises(LayoutError, match="widths are compared in bytes"):
+        carry(KVView(noise(12, 8), "token dim"), KVView(chunk, "token dim"), None, None)
+    assert not chunk.any()
+
+
+@pytest.mark.parametrize(("of_tensor", "step", "ids"), [(16, 64, [2, 0]), (64, 16, [11, 1])])
+def test_manager_blocks_over_kernel_blocks(
+    carry: Mover, of_tensor: int, step: int, ids: list[int]
+) -> None:
+    """The manager counts blocks of 64 tokens, the tensor kernel blocks of 16; or the other way."""
+    cache, chunk = noise(192 // of_tensor, of_tensor, 8), noise(2 * step, 8, seed=1)
+    carry(KVView(chunk, "token dim"), KVView(cache, "block token dim"), None, Index(ids, step))
+    for at, block in enumerate(ids):
+        rows = cache.flatten(0, 1)[block * step : (block + 1) * step]
+        assert torch.equal(rows, chunk[at * step : (at + 1) * step])
+
+
+def test_a_dsa_page_is_its_values_and_then_its_scales(carry: Mover) -> None:
+    """Nominal (B, T, 132): moved as rows of 132 bytes, values and scales mix."""
+    cache = [noise(3, 64, 132, dtype=BYTES, seed=i) for i in range(2)]
+    pages = torch.stack(cache).view(2, 3, 64 * 132)
+    values, scales = pages[..., : 64 * 128], pages[..., 64 * 128 :]
+    slot = torch.tensor([5, 64 + 63, 130])
+    split = KVView(cache, "vllm-dsa-split", block_size=64)
+    chunk = [torch.zeros(2, 3, n, dtype=BYTES) for n in (128, 4)]
+    carry(split, KVView(chunk, "kv | layer token dim"), slot, None)
+    expected = values.reshape(2, 192, 128)[:, slot], scales.reshape(2, 192, 4)[:, slot]
+    assert torch.equal(chunk[0], expected[0])
+    assert torch.equal(chunk[1], expected[1])
+    as_rows = torch.stack(cache).view(2, 192, 132)[:, slot]
+    assert not torch.equal(as_rows, torch.cat(expected, 2))
+
+
+def test_a_dsa_page_is_not_moved_by_token_where_its_content_is_unknown(carry: Mover) -> None:
+    cache = [noise(3, 64, 132, dtype=BYTES) for _ in range(2)]
+    other = [torch.zeros(3, 64, 132, dtype=BYTES) for _ in range(2)]
+    src, dst = (KVView(tensors, "vllm-dsa", block_size=64) for tensors in (cache, other))
+    with pytest.raises(Unsupported, match="page moves only whole"):
+        carry(src, dst, torch.tensor([1]), torch.tensor([2]))
+    assert not any(tensor.any() for tensor in other)
+    carry(src, dst, Index([2], 64), Index([1], 64))
+    assert torch.equal(other[1][1], cache[1][2])
+    assert not other[1][[0, 2]].any()
