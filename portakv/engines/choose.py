@@ -441,8 +441,8 @@ _made: Bounded[tuple[Choice, Terms], Choice] = Bounded("engines across the link"
 
 
 def across(half: Choice, terms: Terms | None = None) -> Choice:
-    """The engine that chooses engines, over a device's backend and under a caller's terms: one for
-    all rates.
+    """The engine that chooses engines, over a device's backend and under a caller's terms, or the
+    engine itself that was asked for by its name: one for all rates.
 
     Raises:
         BackendUnavailable: its self-check failed on this device.
@@ -452,6 +452,11 @@ def across(half: Choice, terms: Terms | None = None) -> Choice:
     if found is not None:
         return found
     device = half.backend.device
+    if isinstance(half.backend, Engine):
+        if key[1] == _NO_TERMS:
+            return half
+        named = type(half.backend)(device, None, key[1])
+        return _made.setdefault(key, Choice(named, half.trace, half.forced, named.capabilities()))
     backend, decision = REGISTRY.ask(Host.name, device, check=True)
     if backend is None:
         raise BackendUnavailable(

@@ -11,8 +11,8 @@ import torch
 from support import simdev_cases
 from support.block_cases import BLOCKS, SIZE, Cache, block_first, layered, wanted
 from support.device_cases import current, delay, on, settle
-from support.staging_cases import broken_at, full
-from support.staging_cases import small_slices as small_mirrors
+from support.engine_cases import broken_at, full
+from support.engine_cases import small_slices as small_mirrors
 from support.threads import run_threads
 
 from portakv import Index, copy_blocks

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies between a device and the host through one engine, judged against `reference` on the host.
-
-The same cases run on the simulated device and on a CUDA device.
+"""Copies between a device and the host through one engine, judged against `reference` on the host,
+with slices of any size and links that break.
 """
 
 from __future__ import annotations
@@ -10,10 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 
 from portakv import Index, KVView, copy_rows
 from portakv.backends.base import Backend
+from portakv.engines import pageable, slices
+from portakv.engines.descriptors import Descriptors
+from portakv.engines.pageable import Ring
+from portakv.engines.slices import Sizes
+from portakv.engines.staged import Staged
 from portakv.plan.plan import CopyPlan
 from portakv.view.example import example_tensors
 
@@ -147,3 +152,92 @@ def launch_pieces(
             engine.prepare(plan)(src, dst, mine, theirs, tokens, stream, None)
             start += tokens
     assert start == count
+
+
+DOWNWARD = pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
+#: Each engine that copies by pieces, with the host memory that it takes.
+ON_HOST: dict[type[Backend], Callable[[torch.Tensor], torch.Tensor]] = {
+    Staged: torch.Tensor.pin_memory,
+    Descriptors: torch.Tensor.pin_memory,
+    Ring: torch.Tensor.clone,
+}
+#: Tokens of a transfer of `Transfers`, and its first slot.
+TOKENS, FIRST = 40, 100
+
+
+class Transfers:
+    """Transfers of one kind between a paged cache and a chunk, through one prepared copy, with the
+    same lists of ids each time.
+
+    Args:
+        engine: carries them out.
+        downward: from the device to the host.
+        host_ids: the host's rows have ids, too.
+    """
+
+    def __init__(self, engine: Backend, downward: bool, host_ids: bool = False) -> None:
+        self.engine, self.downward = engine, downward
+        there = mapped(tensors_of(PAGED[0], 0, 1), lambda x: x.to(engine.device))
+        self.rows, self.host = view_of(there, PAGED[0]), self.chunk(2)
+        self.mine = index_of((list(range(FIRST, FIRST + TOKENS)), 1))
+        self.theirs = index_of((list(range(TOKENS)), 1) if host_ids else None)
+        forms = self.turned(self.rows.form, self.host.form)
+        steps = self.turned(self.mine.plan_step, self.theirs.plan_step)
+        self.launch: Any = engine.prepare(CopyPlan(*forms, *steps))
+
+    def chunk(self, seed: int) -> KVView:
+        """Other memory of the host, of random bytes."""
+        made = tensors_of(CHUNKS[0], TOKENS, seed)
+        return view_of(ON_HOST[type(self.engine)](made), CHUNKS[0])
+
+    def go(self, host: KVView, tokens: int, stream: torch.Stream | None = None) -> None:
+        """Launch; nothing is waited for."""
+        indices = self.turned(self.mine, self.theirs)
+        self.launch(*self.turned(self.rows, host), *indices, tokens, stream, None)
+
+    def __call__(self, host: KVView | None = None, tokens: int = TOKENS) -> None:
+        """Move the rows, and compare."""
+        host = host or self.host
+        source = (self.rows if self.downward else host).tensors
+        before = mapped(source, torch.Tensor.clone)
+        self.go(host, tokens)
+        torch.accelerator.synchronize(self.engine.device)
+        for now, then in zip(leaves(source), leaves(before), strict=True):
+            assert torch.equal(now, then)
+        assert torch.equal(self.moved(tokens), leaves(host.tensors)[0][:, :, :tokens])
+
+    def moved(self, tokens: int = TOKENS) -> torch.Tensor:
+        """The device's rows that are read or written, as a chunk."""
+        layers = [layer.cpu().flatten(1, 2) for layer in leaves(self.rows.tensors)]
+        return torch.stack([x[:, FIRST : FIRST + tokens].flatten(2) for x in layers], 1)
+
+    def turned(self, mine: Any, theirs: Any) -> Any:
+        """(Source, destination) of what belongs to the device and to the host."""
+        return (mine, theirs) if self.downward else (theirs, mine)
+
+
+def small_slices(monkeypatch: pytest.MonkeyPatch, largest: int = 2048) -> None:
+    """Slices so small that every copy has many."""
+    for name, size in (("LARGEST", largest), ("SMALLEST", largest // 4), ("WHOLE", 0)):
+        monkeypatch.setattr(slices, name, size)
+    monkeypatch.setattr(pageable, "SIZES", Sizes(0, largest // 4, largest))
+
+
+def broken_at(
+    nth: int, copy: Callable[..., None], error: type[BaseException] = RuntimeError
+) -> Callable[..., None]:
+    """A copy across the link whose ``nth`` call fails."""
+    calls = list[None]()
+
+    def failing(*arguments: Any) -> None:
+        calls.append(None)
+        if len(calls) == nth:
+            raise error("the link is down")
+        copy(*arguments)
+
+    return failing
+
+
+def full(*_sizes: Any, **_how: Any) -> torch.Tensor:
+    """Stands for `torch.empty` on a device without room."""
+    raise torch.OutOfMemoryError("the device is full")

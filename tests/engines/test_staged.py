@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines that copy by pieces: every byte of any layout; slices and staging of `staged`, what is
+kept of them, order on streams, failures, threads, and memory that is pinned in other parts."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.device_cases import delay
+from support.engine_cases import (
+    DOWNWARD,
+    FIRST,
+    ON_HOST,
+    TOKENS,
+    Case,
+    Transfers,
+    broken_at,
+    cases,
+    full,
+    judge,
+    leaves,
+    small_slices,
+)
+from support.simdev_cases import DEVICE
+
+from portakv import CopyPlan, Index, KVView, Unsupported
+from portakv.backends.base import Backend, Decision
+from portakv.backends.reference import Reference
+from portakv.engines import slices as schedule
+from portakv.engines import staging
+from portakv.engines.descriptors import Descriptors
+from portakv.engines.link import TorchLink
+from portakv.engines.pageable import Ring
+from portakv.engines.pieces import ALL, Pieces
+from portakv.engines.slices import Slice, TwoStages
+from portakv.engines.staged import Staged
+from portakv.engines.staging import Staging, dense_rows
+from portakv.host import pinned
+from portakv.registry.registry import Choice
+from portakv.runtime.bounded import Bounded
+
+CASES = cases()
+
+
+@pytest.fixture(autouse=True)
+def _staging_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier test reserved might be enough."""
+    monkeypatch.setattr(staging, "_known", Bounded("staging", staging._STREAMS))
+
+
+@pytest.fixture(params=[None, 512], ids=["default", "small"])
+def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices of the default size, and so small that every copy has many."""
+    if request.param is not None:
+        small_slices(monkeypatch, request.param)
+
+
+@DOWNWARD
+@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+@pytest.mark.parametrize("engine", [Staged, Ring])
+@pytest.mark.usefixtures("slices")
+def test_every_byte(
+    accelerator: torch.device, engine: type[Backend], case: Case, downward: bool
+) -> None:
+    judge(case, engine(accelerator), downward, ON_HOST[engine])
+
+
+@DOWNWARD
+@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+def test_every_byte_by_descriptors(accelerator: torch.device, case: Case, downward: bool) -> None:
+    judge(case, Descriptors(accelerator), downward, torch.Tensor.pin_memory)
+
+
+@DOWNWARD
+@pytest.mark.parametrize("engine", [Staged, Ring, Descriptors])
+@pytest.mark.usefixtures("slices")
+def test_on_another_stream(
+    accelerator: torch.device, engine: type[Backend], downward: bool
+) -> None:
+    stream = torch.Stream(accelerator)
+    for case in CASES[::5]:
+        stream.wait_stream(torch.accelerator.current_stream(accelerator.index))
+        judge(case, engine(accelerator), downward, ON_HOST[engine], stream)
+
+
+@DOWNWARD
+@pytest.mark.usefixtures("slices")
+def test_kept_slices_serve_other_memory(accelerator: torch.device, downward: bool) -> None:
+    """What a view of rows remembers of one chunk is right for every other chunk of its form."""
+    transfer = Transfers(Staged(accelerator), downward)
+    for seed in range(4):
+        transfer(transfer.chunk(10 + seed))
+
+
+@DOWNWARD
+@pytest.mark.usefixtures("slices")
+def test_streams_have_staging_of_their_own(accelerator: torch.device, downward: bool) -> None:
+    """The same prepared copy on two streams at once, over and over: each by its own buffers."""
+    transfer = Transfers(Staged(accelerator), downward)
+    expected = transfer.moved() if downward else leaves(transfer.host.tensors)[0].clone()
+    others = [transfer.host, transfer.chunk(2)]
+    streams = [torch.Stream(accelerator) for _ in others]
+    for _ in range(3):
+        for other, stream in zip(others, streams, strict=True):
+            stream.wait_stream(torch.accelerator.current_stream(accelerator.index))
+            transfer.go(other, TOKENS, stream)
+    torch.accelerator.synchronize(accelerator)
+    for other in others:
+        assert torch.equal(leaves(other.tensors)[0], expected)
+    assert torch.equal(transfer.moved(), expected)
+
+
+@DOWNWARD
+@pytest.mark.usefixtures("slices")
+def test_earlier_work_of_the_stream_comes_first(accelerator: torch.device, downward: bool) -> None:
+    """Rows that are still being written are read after that, or written after that."""
+    transfer = Transfers(Staged(accelerator), downward)
+    transfer()  # nothing is made any more
+    for _ in range(5):
+        delay(torch.accelerator.current_stream(accelerator.index))
+        for layer in leaves(transfer.rows.tensors):
+            layer.fill_(7)
+        transfer.go(transfer.host, TOKENS)
+        torch.accelerator.synchronize(accelerator)
+        (chunk,) = leaves(transfer.host.tensors)
+        assert not downward or bool((chunk == 7).all())
+        assert torch.equal(transfer.moved(), chunk)
+
+
+@DOWNWARD
+@pytest.mark.parametrize("engine", [Staged, Ring])
+@pytest.mark.parametrize(
+    ("layout", "widths"),
+    [
+        ("layer kv | block token head dim", [[16, 8], [16, 8]]),
+        ("kv layer | block token head dim", [[16, 16], [8, 8]]),
+    ],
+)
+def test_parts_of_unequal_widths_outside_the_tokens(
+    accelerator: torch.device, layout: str, widths: Any, engine: type[Backend], downward: bool
+) -> None:
+    """Each a tensor of its own."""
+    made = [[torch.randint(1, 256, (4, 8, 1, w), dtype=torch.uint8) for w in row] for row in widths]
+    rows = [[(x if downward else x.zero_()).to(accelerator) for x in map(torch.clone, row)]
+            for row in made]  # fmt: skip
+    host = [[ON_HOST[engine](torch.zeros_like(x) if downward else x) for x in row] for row in made]
+    sides = [KVView(x, layout, layers=2, kv=2, heads=1, dim=(16, 8)) for x in (rows, host)]
+    src, dst = sides if downward else sides[::-1]
+    launch: Any = engine(accelerator).prepare(CopyPlan(src.form, dst.form, 8, 8))
+    launch(src, dst, Index([0, 2], 8), Index([1, 3], 8), 16, None, None)
+    torch.accelerator.synchronize(accelerator)
+    found = [x.cpu() for row in (host if downward else rows) for x in row]
+    for each, source in zip(found, (x for row in made for x in row), strict=True):
+        assert torch.equal(each[[1, 3]], source[[0, 2]])
+        assert not each[[0, 2]].any()
+
+
+class OnlyByLayer(Reference):
+    """Takes dense rows whose form is one of those that lie layer by layer."""
+
+    takes: set[Any] = set()  # noqa: RUF012
+    refused = 0
+
+    def check(self, plan: CopyPlan) -> Decision:
+        if {plan.src, plan.dst} & self.takes:
+            return super().check(plan)
+        OnlyByLayer.refused += 1
+        return Decision(self.name, False, "it knows rows that lie layer by layer")
+
+
+@DOWNWARD
+def test_a_backend_that_refuses_the_hosts_order_gets_the_other(
+    accelerator: torch.device, downward: bool
+) -> None:
+    backend = OnlyByLayer(accelerator)
+    half = Choice(backend, (Decision(backend.name, True, "chosen"),), True, backend.capabilities())
+    host = Transfers(Staged(accelerator), downward).host
+    OnlyByLayer.takes, OnlyByLayer.refused = set(), 0
+    with pytest.raises(Unsupported):
+        Transfers(Staged(accelerator, half), downward)
+    assert OnlyByLayer.refused == 2  # both were tried
+    dense = dense_rows(host.form, True)
+    held = {TOKENS, *(1 << n for n in range(12))}
+    room = torch.empty(dense.nbytes(max(held)), dtype=torch.uint8, device=accelerator)
+    OnlyByLayer.takes = {dense.view(room, each).form for each in held}
+    transfer = Transfers(Staged(accelerator, half), downward)
+    transfer.mine = Index(torch.arange(FIRST, FIRST + TOKENS))
+    transfer()
+
+
+@DOWNWARD
+@pytest.mark.simdev
+def test_slices_cross_before_the_pieces_of_later_ones_are_made(
+    downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the link is idle until the host has expanded the whole transfer."""
+    small_slices(monkeypatch, 4096)
+    transfer = Transfers(Staged(DEVICE), downward)
+    made, copy, order = TwoStages.pieces, TorchLink.copy, list[str]()
+
+    def pieces(*arguments: Any) -> Any:
+        order.append("made")
+        return made(*arguments)
+
+    def crossed(*arguments: Any) -> None:
+        order.append("crossed")
+        copy(*arguments)
+
+    monkeypatch.setattr(TwoStages, "pieces", pieces)
+    monkeypatch.setattr(TorchLink, "copy", crossed)
+    for again in (False, True):  # what is kept is not made again
+        order.clear()
+        transfer()
+        slices = order.count("crossed")
+        assert slices > 2
+        assert order == (["crossed"] if again else ["made", "crossed"]) * slices
+
+
+@pytest.mark.simdev
+def test_staging_stays_below_its_limit() -> None:
+    """Whatever is moved, two buffers of one slice each."""
+    for case in CASES[::4]:
+        judge(case, Staged(DEVICE), True, torch.Tensor.pin_memory)
+    most = staging.RING * schedule.LARGEST
+    assert max(each.nbytes for each in staging._known.values()) <= most
+
+
+@pytest.mark.simdev
+@pytest.mark.parametrize("larger", [(8, 2), (1, 3)], ids=["slices", "more buffers"])
+def test_staging_is_empty_and_usable_after_it_found_no_memory(
+    larger: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what was enough before is taken to be there still."""
+    stages = Transfers(Staged(DEVICE), True).launch.stages.whole
+    held = stages.held(8, 0, True)
+    nbytes = stages.dense.nbytes(held)
+    for later in ((1, 2), larger):
+        room = Staging(DEVICE)
+        room.reserve(nbytes, 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", full)
+            with pytest.raises(torch.OutOfMemoryError):
+                room.reserve(nbytes * larger[0], larger[1])
+        assert not room.nbytes
+        room.reserve(nbytes * later[0], later[1])
+        assert room.nbytes >= nbytes * later[0] * later[1]
+        starts = [room.view(at, stages.dense, held).origins[0] for at in range(later[1])]
+        assert all(b - a >= nbytes for a, b in pairwise(starts))
+
+
+@DOWNWARD
+def test_transfers_go_on_after_one_that_found_no_memory(
+    accelerator: torch.device, downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transfer = Transfers(Staged(accelerator), downward)
+    transfer(tokens=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            transfer.go(transfer.host, TOKENS)
+    transfer(tokens=8)
+    transfer()
+
+
+@pytest.mark.simdev
+def test_of_too_many_streams_the_one_used_longest_ago_gives_its_staging_back() -> None:
+    streams = [torch.Stream(DEVICE) for _ in range(staging._STREAMS + 1)]
+    assert len({stream.stream_id for stream in streams}) == len(streams)
+    first, second, *_ = rooms = [staging.staging(DEVICE, stream) for stream in streams[:-1]]
+    second.reserve(1 << 12, 2)
+    gone = weakref.ref(second)
+    assert staging.staging(DEVICE, streams[0]) is first  # used again, so not the next to go
+    staging.staging(DEVICE, streams[-1])
+    assert list(staging._known.values())[:-2] == rooms[2:]
+    del second, rooms, _
+    gc.collect()
+    assert gone() is None
+    assert staging.staging(DEVICE, streams[0]) is first
+
+
+@DOWNWARD
+@pytest.mark.simdev
+def test_threads_that_settle_one_slice_at_once_agree(
+    downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever one is interrupted by another, whose staging lies elsewhere, pieces lie in the
+    buffer that they are asked for. The interruptions are calls, so that each of them happens."""
+    transfer = Transfers(Staged(DEVICE), downward)
+    host = transfer.host
+
+    def fresh() -> Slice:
+        transfer.rows.derived.clear()
+        (found,) = transfer.launch.slices(transfer.rows, host, transfer.theirs, TOKENS, True)
+        return found  # type: ignore[no-any-return]
+
+    one = fresh()
+    rooms = [torch.empty(one.nbytes, dtype=torch.uint8, device=DEVICE) for _ in range(3)]
+    buffers = [one.dense.view(room, one.held) for room in rooms]
+    expected = [fresh().pieces(buffer, host, ALL) for buffer in buffers]
+    turns = list[int]()
+
+    def interrupted(one: Slice, name: str, value: Any) -> None:
+        turns.append(turns[-1] - 1)
+        if turns[-1] == 0:
+            assert_alike(one.pieces(buffers[1], host, ALL), expected[1])
+        object.__setattr__(one, name, value)
+
+    for turn in range(1, 9):  # before the first attribute that is set, the second, ...
+        one = fresh()
+        with monkeypatch.context() as patch:
+            turns[:] = [turn]
+            patch.setattr(Slice, "__setattr__", interrupted, raising=False)
+            assert_alike(one.pieces(buffers[0], host, ALL), expected[0])
+        for buffer, wanted in zip(buffers, expected, strict=True):
+            assert_alike(one.pieces(buffer, host, ALL), wanted)
+        if turns[-1] > 0:
+            break
+        assert len(turns) > 1
+    assert turn > 1
+
+
+def assert_alike(found: Pieces, expected: Pieces) -> None:
+    for column, wanted in zip(found, expected, strict=True):
+        assert np.array_equal(column, wanted)
+
+
+@DOWNWARD
+@pytest.mark.simdev
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_transfer_that_ends_early_holds_nothing_and_leaves_streams_in_order(
+    error: type[BaseException], downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slices that are kept do not have the memory that they were made for; what was enqueued is
+    waited for, and the next transfer is right."""
+    small_slices(monkeypatch)
+    transfer = Transfers(Staged(DEVICE), downward)
+    host = transfer.chunk(3)
+    (chunk,) = leaves(host.tensors)
+    gone = weakref.ref(chunk)
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchLink, "copy", broken_at(3, TorchLink.copy, error))
+        with pytest.raises(error, match="the link is down") as caught:
+            transfer(host)
+    transfer()
+    del chunk, host, caught
+    gc.collect()
+    assert gone() is None
+
+
+@DOWNWARD
+@pytest.mark.simdev
+@pytest.mark.parametrize("host_ids", [False, True], ids=["dense", "host ids"])
+@pytest.mark.parametrize("engine", [Staged, Descriptors])
+def test_memory_that_is_pinned_in_other_parts_is_cut_there(
+    engine: type[Backend], host_ids: bool, downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the same address, with the same ids, where pieces are kept: none may reach over a seam."""
+    transfer = Transfers(engine(DEVICE), downward, host_ids)
+    crossed, copy = list[tuple[int, int]](), TorchLink.copy
+
+    def noted(self: Any, pieces: Pieces, *others: Any) -> None:
+        start, pitch = (
+            (pieces.dst, pieces.dst_pitch) if downward else (pieces.src, pieces.src_pitch)
+        )
+        past = start + (pieces.height - 1) * pitch + pieces.width
+        crossed.extend(zip(start.tolist(), past.tolist(), strict=True))
+        copy(self, pieces, *others)
+
+    monkeypatch.setattr(TorchLink, "copy", noted)
+    transfer()
+    for _ in range(3):
+        start, past = max(crossed, key=lambda ends: ends[1] - ends[0])
+        seam = (start + past) // 2
+        assert start < seam < past  # it is one that matters
+        monkeypatch.setattr(pinned, "seams", lambda seam=seam: (seam,))
+        crossed.clear()
+        transfer()
+        assert crossed
+        assert not [ends for ends in crossed if ends[0] < seam < ends[1]]
