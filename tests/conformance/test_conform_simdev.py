@@ -32,7 +32,7 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("name", "chosen"),
-    [("npu", "name or chooses or waits_for"), ("mlu", "name or chooses or the_host")],
+    [("npu", "name or chooses or waits_for"), ("mlu", "name or chooses or freed")],
 )
 def test_the_device_under_another_name(name: str, chosen: str) -> None:
     words = ("-m", "pytest", "-q", "-n0", "--no-header", "-p", "no:cacheprovider", "-m", "simdev")
@@ -130,34 +130,14 @@ def test_a_forked_process_is_refused() -> None:
     assert "'spawn'" in done.stdout
 
 
-NO_WAIT = """
-from portakv.copy import enqueue
-
-def order(stream, device, placed):
-    src, dst = placed[0].src, placed[0].dst
-    tables = [view.table for view in (src, dst) if len(view.origins) > 1]
-    indices = [index for move in placed for index in (move.src_index, move.dst_index)]
-    ids = [index.ids for index in indices if index.ids is not None]
-    for tensor in (*src.owners, *dst.owners, *ids, *tables):
-        if tensor.device == device:
-            tensor.record_stream(stream)
-
-enqueue._order = order
-"""
-
-
 @pytest.mark.slow
-def test_the_suite_fails_every_time_without_the_connectors_wait(tmp_path: Path) -> None:
-    (tmp_path / "no_wait.py").write_text(NO_WAIT)
+def test_the_suite_fails_every_time_without_the_connectors_wait() -> None:
     suite = ["-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", "--pyargs",
              "portakv_conformance", "--portakv-backend", "reference", "--portakv-device", "simdev",
              "-k", "test_a_copy_waits_for_its_producer and side"]  # fmt: skip
     whole = run(*suite)
     assert whole.returncode == 0, whole.stdout
     for seed in range(100):
-        done = run(
-            *suite, "-p", "no_wait", "--portakv-seed", str(seed),
-            PYTHONPATH=os.pathsep.join([str(tmp_path), PATH]),
-        )  # fmt: skip
+        done = run(*suite, "-p", "support.no_wait", "--portakv-seed", str(seed))
         assert done.returncode == 1, done.stdout
         assert "1 failed" in done.stdout

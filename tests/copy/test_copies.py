@@ -200,16 +200,6 @@ def test_an_error_is_raised_by_done_or_by_the_next_call(
     check_caches(caches, back)
 
 
-def test_bad_host_ids_are_refused_before_launch(device: torch.device) -> None:
-    caches, chunk = make_caches(device=device), make_chunk(3, device=device)
-    connector = AdaptiveConnector(device)
-    for slots in ([1, SLOTS, 2], [1, 2, 2**62]):
-        with refused(SlotError, "Position", "slots", watch=[*caches, chunk]):
-            connector.to_gpu(chunk, caches, slots)
-    with refused(SlotError, "Slot 2", "2 times", watch=[*caches, chunk]):
-        connector.to_gpu(chunk, caches, [2, 1, 2])
-
-
 # Rows of one cache, and memory in other places
 
 
@@ -230,18 +220,6 @@ def test_rows_of_one_cache(device: torch.device, src: Any, dst: Any) -> None:
     for mine, theirs in ((view, view), (first, second)):
         with refused(SlotError, "source and destination", watch=caches):
             copy_rows(mine, theirs, [3, 4], [4, 9])
-
-
-def test_layers_that_lie_backwards_in_one_allocation(device: torch.device) -> None:
-    pool = torch.stack(make_caches(device=device))
-    caches, slots = list(pool.unbind())[::-1], [9, 2, 17]
-    chunk, connector = make_chunk(3, device=device), AdaptiveConnector(device)
-    wanted = gathered(caches, chunk, slots)
-    connector.from_gpu(chunk, caches, slots).synchronize()
-    check_chunk(chunk, wanted)
-    back = scattered(caches, chunk, [3, 4, 5])
-    connector.to_gpu(chunk, caches, [3, 4, 5]).synchronize()
-    assert all(torch.equal(host_bytes(x), want) for x, want in zip(caches, back, strict=True))
 
 
 @pytest.mark.simdev

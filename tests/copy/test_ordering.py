@@ -7,13 +7,12 @@ Where waiting is what a test is about, the simulated device shows that without i
 from __future__ import annotations
 
 import gc
-import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from support import simdev_cases
+from support import no_wait, simdev_cases
 from support.device_cases import (
     CHUNK_LAYOUT,
     HEADS,
@@ -31,6 +30,7 @@ from support.device_cases import (
     settle,
 )
 from support.guarded_memory import check_sentence, untouched
+from support.threads import run_threads
 
 from portakv import AdaptiveConnector, Index, KVView, Unsupported, copy_rows
 from portakv.copy import enqueue
@@ -67,52 +67,32 @@ def copy_late(target: Any, fresh: Any) -> None:
         old.copy_(new, non_blocking=True)
 
 
-@pytest.mark.parametrize("place", ["host", "device"])
 @pytest.mark.parametrize("side", [True, False])
-def test_a_store_waits_for_its_producer(
-    connector: AdaptiveConnector, device: torch.device, side: bool, place: str
-) -> None:
-    caches, fresh = make_caches(device=device), make_caches(device=device)
-    chunk, ids = make_chunk(len(IDS), device=device), ids_on(place, device)
-    wanted = gathered(fresh, chunk, IDS)
-    copy_late(caches, fresh)
-    stream = torch.Stream(device) if side else None
-    stored = connector.from_gpu(chunk, caches, ids, stream=stream)
-    stored.wait()
-    landed = chunk.clone()  # on the current stream, behind the transfer
-    for cache in caches:
-        cache.zero_()
-    stored.synchronize()
-    assert torch.equal(host_bytes(landed), wanted)
-    check_chunk(chunk, wanted)
-
-
-@pytest.mark.parametrize("place", ["host", "device"])
-@pytest.mark.parametrize("side", [True, False])
-def test_a_load_waits_for_its_producer(
-    connector: AdaptiveConnector, device: torch.device, side: bool, place: str
-) -> None:
-    caches, ids = make_caches(device=device), ids_on(place, device)
-    chunk, fresh = (make_chunk(len(IDS), device=device) for _ in range(2))
-    back = scattered(caches, fresh, IDS)
-    copy_late([chunk], [fresh])
-    stream = torch.Stream(device) if side else None
-    loaded = connector.to_gpu(chunk, caches, ids, stream=stream)
-    loaded.wait()
-    chunk.zero_()  # must not overtake the load
-    loaded.synchronize()
-    check_caches(caches, back)
-
-
-def _order_without_its_wait(stream: torch.Stream, device: torch.device, placed: Any) -> None:
-    """`enqueue._order` with the line that waits taken out: only the allocator is told."""
-    src, dst = placed[0].src, placed[0].dst
-    tables = [view.table for view in (src, dst) if len(view.origins) > 1]
-    indices = [index for move in placed for index in (move.src_index, move.dst_index)]
-    ids = [index.ids for index in indices if index.ids is not None]
-    for tensor in (*src.owners, *dst.owners, *ids, *tables):
-        if tensor.device == device:
-            tensor.record_stream(stream)
+@pytest.mark.parametrize("ids", ["host", "device"])
+@pytest.mark.parametrize("memory", ["device", "pinned", "pageable"])
+@pytest.mark.parametrize("store", [True, False])
+def test_a_copy_waits_for_its_producer(
+    connector: AdaptiveConnector, device: torch.device, store: bool, memory: str, ids: str,
+    side: bool,
+) -> None:  # fmt: skip
+    """And what comes behind it on the current stream waits for the copy."""
+    caches, chunk = make_caches(device=device), make_chunk(len(IDS), device="cpu")
+    chunk = chunk.pin_memory() if memory == "pinned" else chunk
+    chunk = make_chunk(len(IDS), device=device) if memory == "device" else chunk
+    fresh = make_caches(device=device) if store else [make_chunk(len(IDS), device=device)]
+    wanted = [gathered(fresh, chunk, IDS)] if store else scattered(caches, fresh[0], IDS)
+    sources, targets = (caches, [chunk]) if store else ([chunk], caches)
+    slots, move = ids_on(ids, device), connector.from_gpu if store else connector.to_gpu
+    copy_late(sources, fresh)
+    moved = move(chunk, caches, slots, stream=torch.Stream(device) if side else None)
+    moved.wait()
+    landed = [target.clone() for target in targets if target.device == device]
+    for source in sources:
+        if source.device == device:  # the host would not wait
+            source.zero_()
+    moved.synchronize()
+    for found in (targets, landed or targets):
+        assert all(map(torch.equal, map(host_bytes, found), wanted))
 
 
 @pytest.mark.simdev
@@ -122,9 +102,9 @@ def _order_without_its_wait(stream: torch.Stream, device: torch.device, placed: 
 def test_without_the_connectors_wait_every_copy_is_wrong(
     store: bool, place: str, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the wait of `enqueue._order` all of `REPEATS` copies are right, without it none is."""
+    """With the wait of `enqueue` all of `REPEATS` copies are right, without it none is."""
     if not waits:
-        monkeypatch.setattr(enqueue, "_order", _order_without_its_wait)
+        monkeypatch.setattr(enqueue, "follow_current", no_wait.follow_without_waiting)
     device = simdev_cases.OTHER
     caches, chunk = make_caches(device=device), make_chunk(len(IDS), device=device)
     connector = AdaptiveConnector(device)
@@ -142,15 +122,6 @@ def test_without_the_connectors_wait_every_copy_is_wrong(
         rows = [chunk] if store else [cache.flatten(1, 2)[:, IDS] for cache in caches]
         wrong += any(bool((row.cpu() != repeat + 1).any()) for row in rows)
     assert wrong == (0 if waits else REPEATS)
-
-
-def test_ids_that_are_produced_late(connector: AdaptiveConnector, device: torch.device) -> None:
-    caches, chunk = make_caches(device=device), make_chunk(len(IDS), device=device)
-    wanted, fresh = gathered(caches, chunk, IDS), ids_on("device", device)
-    ids = torch.zeros_like(fresh)
-    copy_late([ids], [fresh])
-    connector.from_gpu(chunk, caches, ids, stream=torch.Stream(device)).synchronize()
-    check_chunk(chunk, wanted)
 
 
 @pytest.mark.parametrize("store", [True, False])
@@ -246,57 +217,7 @@ def test_without_recording_a_freed_source_is_wrong(monkeypatch: pytest.MonkeyPat
     simdev.take_faults()
 
 
-# The host on one side
-
-
-@pytest.mark.parametrize("pinned", [True, False])
-@pytest.mark.parametrize("side", [True, False])
-def test_a_store_to_the_host_waits_for_its_producer(
-    connector: AdaptiveConnector, device: torch.device, side: bool, pinned: bool
-) -> None:
-    caches, fresh = make_caches(device=device), make_caches(device=device)
-    chunk = make_chunk(len(IDS), device="cpu")
-    chunk = chunk.pin_memory() if pinned else chunk
-    wanted = gathered(fresh, chunk, IDS)
-    copy_late(caches, fresh)
-    stream = torch.Stream(device) if side else None
-    connector.from_gpu(chunk, caches, IDS, stream=stream).synchronize()
-    assert torch.equal(host_bytes(chunk), wanted)
-
-
-@pytest.mark.parametrize("pinned", [True, False])
-@pytest.mark.parametrize("side", [True, False])
-def test_a_load_from_the_host(
-    connector: AdaptiveConnector, device: torch.device, side: bool, pinned: bool
-) -> None:
-    caches, fresh = make_caches(device=device), make_chunk(len(IDS), device=device)
-    chunk = make_chunk(len(IDS), device="cpu")
-    back = scattered(caches, fresh if pinned else chunk, IDS)
-    if pinned:  # still being written when the call comes
-        chunk = chunk.pin_memory()
-        copy_late([chunk], [fresh])
-    stream = torch.Stream(device) if side else None
-    connector.to_gpu(chunk, caches, IDS, stream=stream).synchronize()
-    check_caches(caches, back)
-
-
-# Several streams, threads and devices
-
-
-def test_overlapping_copies_on_two_streams(
-    connector: AdaptiveConnector, device: torch.device
-) -> None:
-    caches, chunks = make_caches(device=device), [make_chunk(5, device=device) for _ in range(2)]
-    ranges = [[1, 3, 5, 7, 9], [2, 4, 6, 8, 10]]
-    back = scattered(caches, torch.cat(chunks, dim=2), ranges[0] + ranges[1])
-    transfers = []
-    for chunk, slots in zip(chunks, ranges, strict=True):
-        stream = torch.Stream(device)
-        delay(stream)
-        transfers.append(connector.to_gpu(chunk, caches, slots, stream=stream))
-    for moved in transfers:
-        moved.synchronize()
-    check_caches(caches, back)
+# Threads and devices
 
 
 def test_threads_with_streams_of_their_own(
@@ -304,29 +225,19 @@ def test_threads_with_streams_of_their_own(
 ) -> None:
     caches = make_caches(device=device)
     connector.register_kv_caches(caches)
-    faults: list[BaseException] = []
 
     def work(first: int) -> None:
-        try:
-            slots = [(first + 5 * i) % 24 for i in range(4)]
-            ids = torch.tensor(slots, device=device) if first % 2 else slots
-            with on(torch.Stream(device)):
-                for _ in range(5):
-                    chunk = make_chunk(4, device=device)
-                    wanted = gathered(caches, chunk, slots)
-                    connector.from_gpu(chunk, None, ids).synchronize()
-                    check_chunk(chunk, wanted)
-        except BaseException as fault:
-            faults.append(fault)
+        slots = [(first + 5 * i) % 24 for i in range(4)]
+        ids = torch.tensor(slots, device=device) if first % 2 else slots
+        with on(torch.Stream(device)):
+            for _ in range(5):
+                chunk = make_chunk(4, device=device)
+                wanted = gathered(caches, chunk, slots)
+                connector.from_gpu(chunk, None, ids).synchronize()
+                check_chunk(chunk, wanted)
 
     settle(device)
-    threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if faults:
-        raise faults[0]
+    run_threads(work, range(4))
 
 
 @pytest.fixture
@@ -377,11 +288,13 @@ def test_ids_of_another_device(
 
 
 @pytest.mark.parametrize("side", [True, False])
-def test_ids_that_another_device_produces_late(
-    connector: AdaptiveConnector, device: torch.device, elsewhere: torch.device, side: bool
-) -> None:
+@pytest.mark.parametrize("own", [True, False], ids=["own", "another"])
+def test_ids_that_a_device_produces_late(
+    connector: AdaptiveConnector, device: torch.device, elsewhere: torch.device,
+    own: bool, side: bool,
+) -> None:  # fmt: skip
     caches, chunk = make_caches(device=device), make_chunk(len(IDS), device=device)
-    wanted, fresh = gathered(caches, chunk, IDS), ids_on("device", elsewhere)
+    wanted, fresh = gathered(caches, chunk, IDS), ids_on("device", device if own else elsewhere)
     ids = torch.zeros_like(fresh)
     copy_late([ids], [fresh])
     stream = torch.Stream(device) if side else None
