@@ -18,8 +18,9 @@ from portakv.errors import DeviceMismatch, LayoutError
 from portakv.layout import presets
 from portakv.layout.extents import Sized, Values, declare, factor_extent, finish, positive, solve
 from portakv.layout.language import Factor, Layout, parse
+from portakv.runtime.bounded import Bounded
 from portakv.view.containers import Grid, tabulate, to_grid
-from portakv.view.form import Form, build_parts, same_form
+from portakv.view.form import Form, Part, build_parts, same_form
 
 _STRIDED = torch.strided
 #: Tensors of these are bytes, whatever they stand for: fp8 and packed formats are kept so.
@@ -68,7 +69,7 @@ class BoundLayout:
         self.layout, self.reinterpret = layout, reinterpret
         self.extents = dict(extents)
         self.declared = declare(layout, extents)
-        self._known: dict[tuple[Any, ...], _Known] = {}
+        self._known: Bounded[tuple[Any, ...], _Known] = Bounded("forms of tensors", _KNOWN_SHAPES)
 
     def read(self, tensors: Any) -> Found:
         """Find form and addresses, in the order of `Facts`.
@@ -79,16 +80,11 @@ class BoundLayout:
         """
         if self.layout.containers or not isinstance(tensors, torch.Tensor):
             return self._read_all(tensors)
-        if (
-            tensors.layout is not _STRIDED
-            or tensors.is_nested
-            or tensors.is_conj()
-            or tensors.is_neg()
-        ):
-            return self._read_all(tensors)  # it has no bytes of its own, and is refused there
-        address = _address(tensors)
+        if tensors.layout is not _STRIDED or tensors.is_nested:
+            return self._read_all(tensors)  # which refuses it
+        address = 0 if tensors.is_conj() or tensors.is_neg() else _address(tensors)
         if not address:
-            return self._read_all(tensors)  # no memory, or none of it used
+            return self._read_all(tensors)  # no memory of its own, or none of it used
         # The storage offset tells whether the storage's base is as aligned as the address.
         key = (
             tensors.shape, tensors.stride(), tensors.dtype, tensors.device, address & 15,
@@ -96,17 +92,13 @@ class BoundLayout:
         )  # fmt: skip
         known = self._known.get(key)
         if known is None:
-            return self._remember(key, self._read_all(tensors))
+            facts = self._read_all(tensors)
+            reach = facts.spans[0][1] - facts.spans[0][0] if facts.spans else 0
+            self._known[key] = _Known(facts.form, facts.slots, facts.device, reach)
+            return facts
         form, slots, device, reach = known
         spans = [(address, address + reach)] if reach else []
         return form, (address,), (tensors,), slots, device, tensors.requires_grad, spans
-
-    def _remember(self, key: tuple[Any, ...], facts: Facts) -> Facts:
-        if len(self._known) >= _KNOWN_SHAPES:
-            self._known.clear()
-        reach = facts.spans[0][1] - facts.spans[0][0] if facts.spans else 0
-        self._known[key] = _Known(facts.form, facts.slots, facts.device, reach)
-        return facts
 
     def _read_all(self, tensors: Any) -> Facts:
         layout = self.layout
@@ -122,17 +114,15 @@ class BoundLayout:
         shapes = [_dim_shapes(layout, tensor) for tensor in picks]
         sized: list[Sized] = [(g, [s[i][0] for s in shapes]) for i, g in enumerate(layout.dims)]
         finish(layout, values, solve(layout, values, sized))
-        table = tabulate(_container_factors(layout, values), grid, len(values))
+        origins, owners, walks = tabulate(_container_factors(layout, values), grid, len(values))
         strides = [[stride for _, stride in shape] for shape in shapes]
         itemsizes = [tensor.element_size() for tensor in picks]
-        parts = build_parts(layout, values, strides, itemsizes, table.steps)
+        parts = build_parts(layout, values, strides, itemsizes, walks)
         slots = values[0]["token"] * values[0].get("block", 1)
         grad = any(tensor.requires_grad for tensor in flat)
         form = _form(layout, values, parts, picks, flat)
         form = same_form(form.untyped() if self.reinterpret else form)
-        spans = _spans(flat)
-        origins = tuple(table.addresses.tolist())
-        return Facts(form, origins, table.owners, slots, device, grad, spans)
+        return Facts(form, origins, owners, slots, device, grad, _spans(flat))
 
 
 @lru_cache(maxsize=256)
@@ -276,7 +266,7 @@ def _dim_shapes(layout: Layout, tensor: torch.Tensor) -> list[tuple[int, int]]:
 def _form(
     layout: Layout,
     values: Values,
-    parts: tuple[Any, ...],
+    parts: tuple[Part, ...],
     picks: Sequence[torch.Tensor],
     tensors: Sequence[torch.Tensor],
 ) -> Form:
@@ -286,6 +276,7 @@ def _form(
     for tensor in tensors:
         # Torch addresses memory from its storage's base, so the base has to be aligned as well.
         bits |= tensor.data_ptr() | tensor.untyped_storage().data_ptr()
+    dtypes = tuple("" if t.dtype in _BYTES else str(t.dtype).removeprefix("torch.") for t in picks)
     return Form(
         parts=parts,
         layers=known["layer"],
@@ -295,14 +286,8 @@ def _form(
         opaque=layout.opaque,
         alignment=min(16, bits & -bits) if bits else 16,
         place=_place(tensors),
-        dtypes=() if layout.opaque else _dtypes(picks),
+        dtypes=dtypes if any(dtypes) and not layout.opaque else (),
     )
-
-
-def _dtypes(picks: Sequence[torch.Tensor]) -> tuple[str, ...]:
-    """As `Form.dtypes` has them."""
-    names = ["" if t.dtype in _BYTES else str(t.dtype).removeprefix("torch.") for t in picks]
-    return tuple(names) if any(names) else ()
 
 
 def _spans(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:

@@ -8,8 +8,7 @@ over all layers is one run; what is left stays a table.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +18,6 @@ from portakv.errors import LayoutError
 from portakv.layout.language import Factor, Layout
 
 Grid = npt.NDArray[np.object_]
-Entry = TypeVar("Entry", bound=np.generic)
 
 
 def to_grid(layout: Layout, tensors: Any) -> Grid:
@@ -29,19 +27,33 @@ def to_grid(layout: Layout, tensors: Any) -> Grid:
         LayoutError: a container where a tensor was expected or the reverse, levels of unequal
             length, or an empty level.
     """
-    shape = []
-    level = tensors
-    for _ in layout.containers:
-        items = _items(layout, level)
-        if not items:
+    shape: list[int] = []
+    level = [tensors]
+    for group in layout.containers:
+        rows = [_items(layout, container) for container in level]
+        first = len(rows[0])
+        if not first:
             raise LayoutError(
                 f"A container of {layout.text!r} is empty; hand over at least one tensor."
             )
-        shape.append(len(items))
-        level = items[0]
-    grid = np.empty(shape, dtype=object)
-    _fill(layout, grid, tensors, ())
-    return grid
+        for row in rows:
+            if len(row) != first:
+                raise LayoutError(
+                    f"Containers of {group} in {layout.text!r} have unequal lengths {first} and "
+                    f"{len(row)}; all must be equally long."
+                )
+        shape.append(first)
+        level = [item for row in rows for item in row]
+    grid = np.empty(len(level), dtype=object)
+    for at, tensor in enumerate(level):
+        if not isinstance(tensor, torch.Tensor):
+            _refuse_array(tensor)
+            raise LayoutError(
+                f"{layout.text!r} expects tensors inside {len(shape)} container level(s), but a "
+                f"{type(tensor).__name__} was found; add a container axis left of `|`."
+            )
+        grid[at] = tensor
+    return grid.reshape(shape)
 
 
 def _items(layout: Layout, level: Any) -> list[Any]:
@@ -65,83 +77,47 @@ def _refuse_array(level: Any) -> None:
         )
 
 
-def _fill(layout: Layout, grid: Grid, level: Any, at: tuple[int, ...]) -> None:
-    if len(at) == grid.ndim:
-        if not isinstance(level, torch.Tensor):
-            _refuse_array(level)
-            raise LayoutError(
-                f"{layout.text!r} expects tensors inside {grid.ndim} container level(s), but a "
-                f"{type(level).__name__} was found; add a container axis left of `|`."
-            )
-        grid[at] = level
-        return
-    items = _items(layout, level)
-    if len(items) != grid.shape[len(at)]:
-        group = layout.containers[len(at)]
-        raise LayoutError(
-            f"Containers of {group} in {layout.text!r} have unequal lengths "
-            f"{grid.shape[len(at)]} and {len(items)}; all must be equally long."
-        )
-    for i, item in enumerate(items):
-        _fill(layout, grid, item, (*at, i))
+#: How a container factor walks: entries of the table, and bytes for each kv, of one step.
+Walks = dict[Factor, tuple[int, tuple[int, ...]]]
 
 
-@dataclass(frozen=True, slots=True)
-class AddressTable:
-    """What is left of a grid: entries, and how each container factor walks through them.
-
-    ``steps`` maps a factor to (table entries, bytes for each kv) of one step.
-    ``owners`` holds, for each entry, the tensor whose storage it lies in.
-    """
-
-    addresses: npt.NDArray[np.int64]
-    owners: tuple[torch.Tensor, ...]
-    steps: Mapping[Factor, tuple[int, tuple[int, ...]]]
-
-
-def tabulate(factors: Sequence[tuple[Factor, int]], grid: Grid, kv: int) -> AddressTable:
+def tabulate(
+    factors: Sequence[tuple[Factor, int]], grid: Grid, kv: int
+) -> tuple[tuple[int, ...], tuple[torch.Tensor, ...], Walks]:
     """Collapse a grid into the smallest table.
 
     Args:
         factors: each container factor and its extent, in the order of the string.
         grid: tensors, of any shape with as many entries as the extents multiply to.
         kv: the number of kv.
+
+    Returns:
+        The addresses, for each of them the tensor in whose storage it lies, and how each factor
+        walks through them.
     """
     # Blocks stand outermost: then no step of another axis depends on how many there are.
     rank = {"block": 0, "token": 1}
     order = sorted(range(len(factors)), key=lambda i: rank.get(factors[i][0].axis, 2))
     cube = grid.reshape([extent for _, extent in factors]).transpose(order)
     axes = [factors[i][0] for i in order]
-    where = _map_int(cube, torch.Tensor.data_ptr)
-    homes = _map_int(cube, lambda t: t.untyped_storage().data_ptr())
-    steps: dict[Factor, tuple[int, tuple[int, ...]]] = {}
-    for factor in list(axes):
-        at = axes.index(factor)
+    flat = list(cube.reshape(-1))
+    where = np.array([t.data_ptr() for t in flat], dtype=np.int64).reshape(cube.shape)
+    homes = np.array([t.untyped_storage().data_ptr() for t in flat], dtype=np.int64)
+    homes = homes.reshape(cube.shape)
+    walks: Walks = {}
+    for at, factor in enumerate(axes):
         kv_at = next((i for i, f in enumerate(axes) if f.axis == "kv" and i != at), None)
         distances = _distances(where, homes, at, kv_at, kv)
         # Memory objects come and go: whether they lie at equal distances must not change a form.
-        if factor.axis in ("block", "token") or distances is None:
-            continue
-        steps[factor] = (0, distances)
-        where, homes = _take_first(where, at), _take_first(homes, at)
-        cube = _take_first(cube, at)
-        axes.remove(factor)
+        if factor.axis not in ("block", "token") and distances is not None:
+            walks[factor] = (0, distances)
+            where, homes, cube = (x.take([0], axis=at) for x in (where, homes, cube))
     entries = 1
     for at in reversed(range(len(axes))):
-        steps[axes[at]] = (entries, (0,) * kv)
-        entries *= where.shape[at]
-    return AddressTable(where.reshape(-1), tuple(cube.reshape(-1)), steps)
-
-
-def _take_first(cube: npt.NDArray[Entry], at: int) -> npt.NDArray[Entry]:
-    # A slice and not an index: an array without axes is still an array.
-    first = cube[(slice(None),) * at + (slice(0, 1),)]
-    return first.reshape(cube.shape[:at] + cube.shape[at + 1 :])
-
-
-def _map_int(cube: Grid, read: Any) -> npt.NDArray[np.int64]:
-    flat = [read(tensor) for tensor in cube.reshape(-1)]
-    return np.array(flat, dtype=np.int64).reshape(cube.shape)
+        if axes[at] not in walks:
+            walks[axes[at]] = (entries, (0,) * kv)
+            entries *= where.shape[at]
+    return tuple(where.reshape(-1).tolist()), tuple(cube.reshape(-1)), walks
 
 
 def _distances(

@@ -17,6 +17,8 @@ import torch
 
 from portakv.errors import SlotError, Unsupported
 
+#: What an index is made from, as callers hold it.
+IdList = torch.Tensor | npt.NDArray[np.signedinteger[Any]] | Sequence[int]
 _DTYPES = (torch.int64, torch.int32)
 _ANY = frozenset(_DTYPES)
 _HOST = torch.device("cpu")
@@ -43,6 +45,11 @@ class _Store:
         self.copies: list[torch.Tensor] = []
         self.checked: dict[tuple[int, int, int, bool | None], bool] = {}
 
+    def remember(self, key: tuple[int, int, int, bool | None], skips: bool) -> None:
+        if len(self.checked) >= _MOST:
+            self.checked.clear()
+        self.checked[key] = skips
+
 
 class Index:
     """An index list. Its contents must not change once it was made: copies on both sides are kept.
@@ -59,31 +66,27 @@ class Index:
         on_host: True if ids can be validated before launch.
         plan_step: what a plan is made for: ``step``, or 0 without ids.
         fleeting: a caller's ids for one call, which are not used again.
-        kept: what copies settled about it, kept as long as the index.
 
     Raises:
         SlotError: another dtype (float and bool included), rank, or a bad step or offset.
     """
 
     __slots__ = (
-        "_placed", "_served", "_store", "fleeting", "ids", "kept", "length", "offset", "on_host",
+        "_placed", "_served", "_store", "fleeting", "ids", "length", "offset", "on_host",
         "plan_step", "step",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        ids: torch.Tensor | npt.NDArray[Any] | Sequence[int] | None = None,
-        step: int = 1,
-        offset: int = 0,
-    ) -> None:
-        if type(step) is not int or type(offset) is not int:
-            step, offset = _whole(step), _whole(offset)
-        if step < 1 or offset < 0:
+    def __init__(self, ids: IdList | None = None, step: int = 1, offset: int = 0) -> None:
+        try:
+            whole = whole_number(step), whole_number(offset)
+        except TypeError:
+            whole = 0, 0
+        if whole[0] < 1 or whole[1] < 0:
             raise SlotError(
-                f"Index(step={step}, offset={offset}) was asked for; both are integers, step at "
-                f"least 1 and offset at least 0."
+                f"Index(step={step!r}, offset={offset!r}) was asked for; both are integers, step "
+                f"at least 1 and offset at least 0."
             )
-        self._set(None if ids is None else _as_ids(ids), step, offset, _Store(), False)
+        self._set(None if ids is None else _as_ids(ids), *whole, _Store(), False)
 
     def _set(
         self, ids: torch.Tensor | None, step: int, offset: int, store: _Store, fleeting: bool
@@ -96,7 +99,6 @@ class Index:
         self.fleeting = fleeting
         self._served: tuple[torch.device, frozenset[torch.dtype]] | None = None
         self._placed: Index | None = None  # what `placed` answered to that; None: this one
-        self.kept: dict[Any, Any] = {}
 
     @classmethod
     def of(cls, index: Any, step: int = 1) -> Index:
@@ -121,10 +123,10 @@ class Index:
         home = homes.pop() if homes else _HOST
         return cls(torch.cat([piece.to(home, torch.int64) for piece in pieces]))
 
-    def _derived(self, ids: torch.Tensor | None, offset: int) -> Index:
-        """An index of the same list."""
+    def _derived(self, ids: torch.Tensor | None, offset: int, store: _Store | None = None) -> Index:
+        """An index of the same list, or of a part of it with a store of its own."""
         index = Index.__new__(Index)
-        index._set(ids, self.step, offset, self._store, self.fleeting)
+        index._set(ids, self.step, offset, store or self._store, self.fleeting)
         return index
 
     def shifted(self, tokens: int) -> Index:
@@ -141,9 +143,7 @@ class Index:
         store = _Store()
         store.array = None if self._store.array is None else self._store.array[held]
         store.copies = [copy[held] for copy in self._store.copies]
-        piece = Index.__new__(Index)
-        piece._set(self.ids[held], self.step, q % self.step, store, self.fleeting)
-        return piece
+        return self._derived(self.ids[held], q % self.step, store)
 
     @property
     def ids_token(self) -> object:
@@ -161,11 +161,9 @@ class Index:
         found = self._found(home, dtypes)
         if found is not None:
             return found
-        wanted = torch.int64 if torch.int64 in dtypes else torch.int32
-        dtype = self.ids.dtype if self.ids.dtype in dtypes else wanted
+        dtype = next(d for d in (self.ids.dtype, *_DTYPES) if d in dtypes)
         narrows = dtype == torch.int32 and self.ids.dtype == torch.int64
-        ids = self._narrow() if narrows else self.ids.to(dtype)
-        ids = ids.to(home).contiguous()
+        ids = (self._narrow() if narrows else self.ids.to(dtype)).to(home).contiguous()
         if self.on_host:
             # A copy made from device ids is ordered on one stream only, so it is not kept.
             self._store.copies.append(ids)
@@ -221,9 +219,10 @@ class Index:
     def _narrow(self) -> torch.Tensor:
         """The ids as int32, for a backend that reads nothing else; what does not fit stays bad."""
         assert self.ids is not None
-        if self.on_host and self.ids.numel() and int(self.host_ids().max()) > _INT32:
+        largest = int(self.host_ids().max(initial=0)) if self.on_host else 0
+        if largest > _INT32:
             raise Unsupported(
-                f"An index with id {int(self.host_ids().max())}",
+                f"An index with id {largest}",
                 "the backend reads int32 ids only; use another backend",
             )
         return self.ids.clamp(-1, _INT32).to(torch.int32)
@@ -284,8 +283,7 @@ class Index:
         if self.ids is None or not self.on_host:
             return False
         key = (self.offset, count, slots, distinct)
-        checked = self._store.checked
-        known = checked.get(key)
+        known = self._store.checked.get(key)
         if known is not None:
             return known
         last = self.offset + count
@@ -293,19 +291,13 @@ class Index:
         skips = False
         if used.size:
             # Read as unsigned a negative id is huge, so one pass shows whether all are in range.
-            if (int(np.maximum.reduce(used.view(np.uint64))) + 1) * self.step > slots:
-                skips = bool(used.min() < 0)
-                self._check_bounds(count, slots, side)
-            if distinct and used.size > 1 and _repeats(used[used >= 0] if skips else used):
-                self._check_distinct(count, side)
-        self._remember(key, skips)
+            odd = (int(np.maximum.reduce(used.view(np.uint64))) + 1) * self.step > slots
+            skips = odd and bool(used.min() < 0)
+            twice = distinct and used.size > 1 and _repeats(used[used >= 0] if skips else used)
+            if odd or twice:
+                self._check_slots(count, slots, side, twice)
+        self._store.remember(key, skips)
         return skips
-
-    def _remember(self, key: tuple[int, int, int, bool | None], skips: bool) -> None:
-        checked = self._store.checked
-        if len(checked) >= _MOST:
-            checked.clear()
-        checked[key] = skips
 
     def checked_copy(
         self, first: int, count: int, slots: int, distinct: bool
@@ -318,52 +310,36 @@ class Index:
 
     def mark_clean(self, count: int, slots: int) -> None:
         """Remember that ids on a device were found clean: neither negative nor past the end."""
-        self._remember((self.offset, count, slots, None), False)
+        self._store.remember((self.offset, count, slots, None), False)
 
     def is_clean(self, count: int, slots: int) -> bool:
         """True if ids need no guard: they are on the host, or were marked clean."""
         return self.on_host or (self.offset, count, slots, None) in self._store.checked
 
-    def _check_bounds(self, count: int, slots: int, side: str) -> None:
+    def _check_slots(self, count: int, slots: int, side: str, distinct: bool) -> None:
         expanded = self.slots(count)
-        past = np.nonzero(expanded >= slots)[0]
+        past = np.flatnonzero(expanded >= slots)
         if past.size:
             at = int(past[0])
+            of = ""
+            if self.step > 1:
+                slot_id = int(self.host_ids()[(at + self.offset) // self.step])
+                of = f" (of id {slot_id}, {self.step} slots each)"
             raise SlotError(
-                f"Position {at} of the {side} index is slot {int(expanded[at])}{self._block(at)}, "
-                f"but the view has {slots} slots (0 to {slots - 1}); nothing was moved. Correct "
-                f"the index."
+                f"Position {at} of the {side} index is slot {int(expanded[at])}{of}, but the view "
+                f"has {slots} slots (0 to {slots - 1}); nothing was moved. Correct the index."
             )
-
-    def _block(self, at: int) -> str:
-        """The id behind a position, if it names more than one slot."""
-        if self.step == 1 or self.ids is None:
-            return ""
-        return f" (of id {int(self.ids[(at + self.offset) // self.step])}, {self.step} slots each)"
-
-    def _check_distinct(self, count: int, side: str) -> None:
-        expanded = self.slots(count)
         values, times = np.unique(expanded[expanded >= 0], return_counts=True)
-        if (times > 1).any():
-            slot = int(values[times > 1][0])
+        again = np.flatnonzero(times > 1)
+        if distinct and again.size:
             raise SlotError(
-                f"Slot {slot} occurs {int(times[times > 1][0])} times in the {side} index; a "
-                f"destination slot may be written once. Nothing was moved."
+                f"Slot {int(values[again[0]])} occurs {int(times[again[0]])} times in the {side} "
+                f"index; a destination slot may be written once. Nothing was moved."
             )
 
     def __repr__(self) -> str:
         ids = "None" if self.ids is None else f"<{self.ids.numel()} ids on {self.ids.device}>"
         return f"Index({ids}, step={self.step}, offset={self.offset})"
-
-
-def _whole(number: Any) -> int:
-    try:
-        return whole_number(number)
-    except TypeError:
-        raise SlotError(
-            f"Index(..., {number!r}) was asked for; step and offset are integers, step at least 1 "
-            f"and offset at least 0."
-        ) from None
 
 
 def _as_ids(ids: Any) -> torch.Tensor:

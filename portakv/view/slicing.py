@@ -7,15 +7,13 @@ form and with it one plan.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from math import prod
 from operator import index
-from typing import TypeVar
 
-import numpy as np
 import torch
 
 from portakv.errors import LayoutError
@@ -23,7 +21,6 @@ from portakv.view.bound import Facts
 from portakv.view.form import PART_AXES, Part, Step, Steps, locate, same_form
 
 Range = slice | int | None
-Entry = TypeVar("Entry")
 
 
 def slice_facts(facts: Facts, *, layers: Range, heads: Range, kv: Range) -> Facts:
@@ -37,9 +34,13 @@ def slice_facts(facts: Facts, *, layers: Range, heads: Range, kv: Range) -> Fact
     parts = [_cut(form.parts[k], "head", head_range) for k in kv_range]
     fewer_layers = len(layer_range) < form.layers
     alignment = _alignment(form.alignment, parts, fewer_layers)
-    if fewer_layers and _drift_apart(parts):
-        origins, owners = _repeat(origins, len(parts)), _repeat(owners, len(parts))
-        parts = _with_own_entries(parts)
+    behind_one_address = len({part.table for part in parts}) < len(parts)
+    if fewer_layers and behind_one_address and len({part.layer for part in parts}) > 1:
+        # From layer to layer they lie farther apart: each part gets entries of its own.
+        n = len(parts)
+        origins = tuple(origin for origin in origins for _ in parts)
+        owners = tuple(owner for owner in owners for _ in parts)
+        parts = [_rewalk(x, x.table * n + i, lambda table: table * n) for i, x in enumerate(parts)]
     parts = [_cut(part, "layer", layer_range) for part in parts]
     count = facts.slots // (form.block_size or 1)  # blocks, or a chunk's tokens
     kept, parts = _keep_entries(parts, len(origins), count)
@@ -56,24 +57,22 @@ def slice_facts(facts: Facts, *, layers: Range, heads: Range, kv: Range) -> Fact
     )
     origins = tuple(origins[entry] + shifts.get(i, 0) for i, entry in enumerate(kept))
     left = tuple(owners[i] for i in kept)
-    spans = _without(facts.spans, owners, left) if len(left) < len(owners) else facts.spans
+    spans = _within(facts.spans, left) if len(left) < len(owners) else facts.spans
     return facts._replace(form=same_form(sliced), origins=origins, owners=left, spans=spans)
 
 
-def _without(
-    spans: list[tuple[int, int]], owners: Sequence[torch.Tensor], left: Sequence[torch.Tensor]
+def _within(
+    spans: Sequence[tuple[int, int]], owners: Sequence[torch.Tensor]
 ) -> list[tuple[int, int]]:
-    """The spans but for those in allocations that no tensor ``left`` lies in."""
-    held = {owner.untyped_storage().data_ptr() for owner in left}
-    storages = {storage.data_ptr(): storage for storage in (o.untyped_storage() for o in owners)}
-    gone = [(at, at + storage.nbytes()) for at, storage in storages.items() if at not in held]
-    gone.sort()
-    starts = [start for start, _ in gone]
+    """The parts of sorted, disjoint spans that lie in the storages of some of their tensors."""
+    storages = (owner.untyped_storage() for owner in owners)
+    ends = [past for _, past in spans]
     found = []
-    for first, past in spans:
-        at = bisect_right(starts, first) - 1
-        if at < 0 or first >= gone[at][1]:
-            found.append((first, past))
+    for start, end in sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages}):
+        at = bisect_right(ends, start)
+        while at < len(spans) and spans[at][0] < end:
+            found.append((max(spans[at][0], start), min(spans[at][1], end)))
+            at += 1
     return found
 
 
@@ -101,32 +100,24 @@ def _range(name: str, asked: Range, extent: int) -> range:
 def _cut(part: Part, axis: str, wanted: range) -> Part:
     """Keep ``wanted`` positions of one axis."""
     steps = part.axis(axis)
-    extent = int(np.prod([step.extent for step in steps], dtype=np.int64)) if steps else 1
-    if len(wanted) == extent:
+    size, below = len(wanted), 1
+    if size == prod(step.extent for step in steps):
         return part
     table, offset = locate(part.table, part.offset, steps, wanted.start)
     kept: Steps = ()
-    size = len(wanted)
-    for at in range(len(steps) - 1, -1, -1):
-        step = steps[at]
+    for step in reversed(steps):
         if size <= step.extent:
-            start = wanted.start // _below(steps, at) % step.extent
-            whole = wanted.start % _below(steps, at) == 0 and start + size <= step.extent
-            if not whole:
+            if wanted.start % below or wanted.start // below % step.extent + size > step.extent:
                 break
             kept = (Step(size, step.table, step.stride), *kept) if size > 1 else kept
             return replace(part, table=table, offset=offset, **{axis: kept})
         if size % step.extent:
             break
-        kept, size = (step, *kept), size // step.extent
+        kept, size, below = (step, *kept), size // step.extent, below * step.extent
     raise LayoutError(
         f"{axis} {wanted.start}..{wanted.stop} cuts through a factor of the {axis!r} axis; slice "
         f"at multiples of its factors."
     )
-
-
-def _below(steps: Steps, at: int) -> int:
-    return int(np.prod([step.extent for step in steps[at + 1 :]], dtype=np.int64))
 
 
 def _keep_entries(parts: list[Part], entries: int, count: int) -> tuple[list[int], list[Part]]:
@@ -134,20 +125,21 @@ def _keep_entries(parts: list[Part], entries: int, count: int) -> tuple[list[int
     reached = sorted({entry for part in parts for entry in _entries(part, count)})
     if len(reached) == entries:
         return reached, parts
-    number = {entry: i for i, entry in enumerate(reached)}
 
-    def renumber(steps: Steps) -> Steps:
+    def window(table: int) -> int:
         # A step of n entries now passes as many as are left of any n from the first on.
-        reach = [reached[0] + step.table for step in steps]
-        windows = [sum(entry < end for entry in reached) for end in reach]
-        return tuple(replace(step, table=n) for step, n in zip(steps, windows, strict=True))
+        return bisect_left(reached, reached[0] + table)
 
-    return reached, [_rewalk(part, number[part.table], renumber) for part in parts]
+    return reached, [_rewalk(part, bisect_left(reached, part.table), window) for part in parts]
 
 
-def _rewalk(part: Part, table: int, change: Callable[[Steps], Steps]) -> Part:
-    axes = (part.layer, part.block, part.token, part.head, part.dim)
-    return Part(table, part.offset, *map(change, axes))
+def _rewalk(part: Part, table: int, change: Callable[[int], int]) -> Part:
+    """A part that begins at another table entry, with the entries of each step changed."""
+    axes = {
+        name: tuple(replace(step, table=change(step.table)) for step in part.axis(name))
+        for name in PART_AXES
+    }
+    return Part(table, part.offset, **axes)
 
 
 def _entries(part: Part, count: int) -> list[int]:
@@ -162,38 +154,12 @@ def _entries(part: Part, count: int) -> list[int]:
 
 
 def _fold_origins(parts: list[Part], count: int) -> tuple[list[Part], dict[int, int]]:
-    """Move byte offsets of the parts into the addresses where the parts share no entry."""
-    by_entry: dict[int, list[int]] = {}
-    for i, part in enumerate(parts):
-        by_entry.setdefault(part.table, []).append(i)
+    """Move byte offsets of the parts into the addresses; parts of one entry share the first's."""
+    first = {part.table: part.offset for part in reversed(parts)}
     shifts: dict[int, int] = {}
-    folded = list(parts)
-    for members in by_entry.values():
-        shift = parts[members[0]].offset
-        for i in members:
-            folded[i] = replace(parts[i], offset=parts[i].offset - shift)
-        shifts.update(dict.fromkeys(_entries(parts[members[0]], count), shift))
-    return folded, shifts
-
-
-def _drift_apart(parts: Sequence[Part]) -> bool:
-    """True where parts behind one address lie farther apart from layer to layer."""
-    shared = len({part.table for part in parts}) < len(parts)
-    return shared and len({part.layer for part in parts}) > 1
-
-
-def _with_own_entries(parts: Sequence[Part]) -> list[Part]:
-    """The parts, each with an entry of its own for every entry of the table before."""
-    n = len(parts)
-
-    def widened(steps: Steps) -> Steps:
-        return tuple(replace(step, table=step.table * n) for step in steps)
-
-    return [_rewalk(part, part.table * n + i, widened) for i, part in enumerate(parts)]
-
-
-def _repeat(entries: tuple[Entry, ...], times: int) -> tuple[Entry, ...]:
-    return tuple(entry for entry in entries for _ in range(times))
+    for part in parts:
+        shifts.update(dict.fromkeys(_entries(part, count), first[part.table]))
+    return [replace(part, offset=part.offset - first[part.table]) for part in parts], shifts
 
 
 def _alignment(known: int, parts: Sequence[Part], fewer_layers: bool) -> int:

@@ -49,19 +49,8 @@ class KVView:
     """
 
     __slots__ = (
-        "_memory",
-        "_table",
-        "_unwritable",
-        "derived",
-        "device",
-        "form",
-        "layout",
-        "origins",
-        "owners",
-        "requires_grad",
-        "slots",
-        "spans",
-        "tensors",
+        "_memory", "_table", "_unwritable", "derived", "device", "form", "layout", "origins",
+        "owners", "requires_grad", "slots", "spans", "tensors",
     )  # fmt: skip
 
     def __init__(
@@ -298,17 +287,13 @@ class KVView:
         Raises:
             LayoutError: an empty or stepped range, one that cuts through a factor, or another axis.
         """
-        for name, asked in unknown.items():
+        if unknown:
+            asked = ", ".join(f"{name}={unknown[name]!r}" for name in unknown)
             raise LayoutError(
-                f"A slice by {name}={asked!r} was asked; expected layers, heads or kv; pass an "
-                f"Index of the blocks or tokens to the copy."
+                f"A slice by {asked} was asked; expected layers, heads or kv; pass an Index of "
+                f"the blocks or tokens to the copy."
             )
-        facts = slice_facts(self._facts(), layers=layers, heads=heads, kv=kv)
-        view = KVView.__new__(KVView)
-        view._set(self.layout, self.tensors, facts)
-        if len(view.owners) < len(self.owners):
-            view.spans = _within(self.spans, view.owners)
-        return view
+        return self._with(slice_facts(self._facts(), layers=layers, heads=heads, kv=kv))
 
     def as_bytes(self) -> KVView:
         """This view with rows of bytes, whatever the dtypes of its tensors; see ``reinterpret``."""
@@ -316,10 +301,8 @@ class KVView:
             return self
         view: KVView | None = self.derived.get("bytes")
         if view is None:
-            view = KVView.__new__(KVView)
             form = same_form(self.form.untyped())
-            view._set(self.layout, self.tensors, self._facts()._replace(form=form))
-            self.derived["bytes"] = view
+            view = self.derived["bytes"] = self._with(self._facts()._replace(form=form))
         return view
 
     def planes(self, layers: tuple[int, int] | None, kv: tuple[int, int] | None) -> KVView:
@@ -334,35 +317,23 @@ class KVView:
             found = self.derived[key] = self.slice(layers=ends[0], kv=ends[1])
         return found
 
-    def __repr__(self) -> str:
-        form = self.form
-        tokens = (
-            f"{self.slots // form.block_size} blocks of {form.block_size}"
-            if form.paged
-            else (f"{self.slots}")
-        )
-        kinds = ", ".join(dict.fromkeys(str(x.dtype).removeprefix("torch.") for x in self.owners))
-        place = self.device if form.place == "device" else f"{self.device} ({form.place})"
-        return (
-            f"KVView({self.layout.text!r}: {form.layers} layers, {form.kv} kv, {form.heads} heads, "
-            f"{tokens} tokens, widths {form.widths} B, {kinds} on {place})"
-        )
-
     def _facts(self) -> Facts:
         return Facts(
             self.form, self.origins, self.owners, self.slots, self.device, self.requires_grad,
             self.spans,
         )  # fmt: skip
 
+    def _with(self, facts: Facts) -> KVView:
+        view = KVView.__new__(KVView)
+        view._set(self.layout, self.tensors, facts)
+        return view
 
-def _within(
-    spans: Sequence[tuple[int, int]], owners: Sequence[torch.Tensor]
-) -> list[tuple[int, int]]:
-    """The parts of spans that lie in the storages of some of their tensors."""
-    storages = {s.data_ptr(): s.nbytes() for s in (owner.untyped_storage() for owner in owners)}
-    return [
-        (max(first, start), min(past, start + storages[start]))
-        for first, past in spans
-        for start in sorted(storages)
-        if first < start + storages[start] and start < past
-    ]
+    def __repr__(self) -> str:
+        form, blocks = self.form, self.slots // (self.form.block_size or 1)
+        tokens = f"{blocks} blocks of {form.block_size}" if form.paged else f"{self.slots}"
+        kinds = ", ".join(dict.fromkeys(str(x.dtype).removeprefix("torch.") for x in self.owners))
+        place = self.device if form.place == "device" else f"{self.device} ({form.place})"
+        return (
+            f"KVView({self.layout.text!r}: {form.layers} layers, {form.kv} kv, {form.heads} heads, "
+            f"{tokens} tokens, widths {form.widths} B, {kinds} on {place})"
+        )
