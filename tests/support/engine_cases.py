@@ -220,7 +220,7 @@ def small_slices(monkeypatch: pytest.MonkeyPatch, largest: int = 2048) -> None:
     """Slices so small that every copy has many."""
     for name, size in (("LARGEST", largest), ("SMALLEST", largest // 4), ("WHOLE", 0)):
         monkeypatch.setattr(slices, name, size)
-    monkeypatch.setattr(pageable, "SIZES", Sizes(0, largest // 4, largest))
+    monkeypatch.setattr(pageable, "SIZES", Sizes(largest // 4, largest // 4, largest))
 
 
 def broken_at(
