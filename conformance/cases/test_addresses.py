@@ -14,18 +14,19 @@ from portakv.registry.registry import ENGINES
 from portakv_conformance.draw.arrangement import Case
 from portakv_conformance.draw.by_hand import (
     CHUNK,
+    DIRECTIONS,
     PAGED,
     Shape,
     Workshop,
+    between,
     dimension,
     on_host,
 )
 from portakv_conformance.judge.claims import full
-from portakv_conformance.judge.judging import Judge, index_of, view_of
+from portakv_conformance.judge.judging import Judge, asked_of, view_of
 
 pytestmark = pytest.mark.area("corners")
 
-DIRECTIONS = ("gather", "scatter")
 SHAPE = Shape(layers=4)
 _TRIES = 1000
 
@@ -64,13 +65,10 @@ _EXPANDED = {"gather": ("kv", "token", "head"), "scatter": ("kv", "layer")}
 def test_a_source_that_is_expanded(judge: Judge, home: Workshop, direction: str, axis: str) -> None:
     """A source may show one row in several places, by a stride of 0; each place is a row."""
     slots = home.shuffled(SHAPE.slots, 9, 1)
-    if direction == "gather":
-        expand = dimension(home.paged, axis)
-        chunk = home.chunk(SHAPE, 9, source=False)
-        judge.copy(Case(home.cache(SHAPE, slots, expand=expand), chunk, 9))
-    else:
-        cache = home.cache(SHAPE, slots, source=False)
-        judge.copy(Case(home.chunk(SHAPE, 9, expand=dimension(CHUNK, axis)), cache, 9))
+    how: dict[str, Any] = {"expand": dimension(home.paged, axis)}
+    if direction == "scatter":
+        how = {"chunk": {"expand": dimension(CHUNK, axis)}}
+    judge.copy(home.move(direction, SHAPE, slots, **how))
 
 
 # -- caches that share tensors -------------------------------------------------------------------
@@ -101,7 +99,7 @@ def test_caches_that_share_tensors(judge: Judge, workshop: Workshop, direction: 
         guards = [guard for side in kept for guard in side.guards]
         cache = replace(one, tensors=list(tensors), guards=guards, arrangement=None)
         chunk = workshop.chunk(SHAPE, 9, source=not source, storage=2000 + number)
-        judge.copy(Case(cache, chunk, 9) if source else Case(chunk, cache, 9))
+        judge.copy(between(direction, cache, chunk, 9))
 
 
 # -- rows that are seen twice, on the host -------------------------------------------------------
@@ -151,7 +149,7 @@ def test_host_sources_that_are_expanded(
 
 def _by_engine(judge: Judge, case: Case, engine: str | None) -> None:
     """Judge a copy by one of the library's engines, which may be for other devices or places."""
-    asked = view_of(case.src), view_of(case.dst), index_of(case.src), index_of(case.dst)
+    asked = asked_of(case)
 
     def carry() -> None:
         try:

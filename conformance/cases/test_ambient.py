@@ -11,13 +11,11 @@ import pytest
 import torch
 
 from portakv.registry.self_check import SelfCheck, self_check
-from portakv_conformance.draw.by_hand import Shape, Workshop
-from portakv_conformance.judge.judging import Judge, index_of, view_of
+from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop
+from portakv_conformance.judge.judging import Judge, asked_of
 from portakv_conformance.judge.subject import Subject
 
 pytestmark = pytest.mark.area("safety")
-
-DIRECTIONS = ("gather", "scatter")
 
 
 @contextmanager
@@ -74,18 +72,13 @@ def test_a_copy_under_a_setting(
 
     def judged() -> None:
         case = home.move(direction, shape, slots)
-        src, dst, asked = view_of(case.src), view_of(case.dst), (case.src, case.dst)
+        asked = asked_of(case)
 
         def carry() -> None:
             with _STATES[state](subject.device):
-                views = [view_of(side) for side in asked]
-                indices = [index_of(side) for side in asked]
-                judge.finish(subject.copy(*views, *indices, count=case.count))
+                judge.finish(subject.copy(*asked_of(case), count=case.count))
 
-        def why_declined() -> str | None:
-            return judge.why_declined(src, dst, *(index_of(side) for side in asked))
-
-        judge.judge(case, carry, why_declined)
+        judge.judge(case, carry, lambda: judge.why_declined(*asked))
 
     judged()
     judge.copy(home.move(direction, shape, slots))

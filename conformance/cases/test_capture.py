@@ -6,16 +6,17 @@ other bytes; one that does not is refused inside a capture, in words, before any
 from __future__ import annotations
 
 import gc
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from portakv import CopyPlan, TransferError, Unsupported
-from portakv_conformance.draw.arrangement import Case, Side
-from portakv_conformance.draw.by_hand import Shape, Workshop
-from portakv_conformance.judge.claims import not_claimed
-from portakv_conformance.judge.judging import Judge, changed, index_of, view_of
+from portakv import TransferError, Unsupported
+from portakv_conformance.draw.arrangement import Case
+from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop
+from portakv_conformance.judge.claims import launch_of, not_claimed
+from portakv_conformance.judge.judging import Judge, asked_of, changed
 from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.pattern import pattern_bytes
 from portakv_conformance.judge.subject import Subject
@@ -24,15 +25,9 @@ pytestmark = [
     pytest.mark.area("capture"), pytest.mark.needs("graphs"), pytest.mark.claim("capturable"),
 ]  # fmt: skip
 
-DIRECTIONS = ("gather", "scatter")
 SHAPE = Shape(layers=3, widths=(64, 64))
 #: Like no other case's, so that no kernel for it was launched before.
 FIRST = Shape(layers=3, heads=7, widths=(104, 104), block_size=12)
-
-
-def paged(case: Case) -> Side:
-    """The side of a case that has ids."""
-    return case.src if case.src.ids is not None else case.dst
 
 
 def device_case(
@@ -55,7 +50,7 @@ def captured(call: Any) -> tuple[Any, Any]:
 
 def check_replays(judge: Judge, case: Case, graph: Any, home: Workshop, holes: int) -> None:
     """Replay with new ids and new bytes, and judge each time."""
-    side = paged(case)
+    side = case.src if case.src.ids is not None else case.dst
     assert side.ids is not None
     for turn in range(3):
         shop = Workshop(home.device, home.seed + turn, home.paged)
@@ -67,56 +62,45 @@ def check_replays(judge: Judge, case: Case, graph: Any, home: Workshop, holes: i
         expected = case.expected()
         graph.replay()
         torch.cuda.synchronize()
-        verdict = judge.compare(expected, case.dst.tensors, case.src.tensors)
-        assert verdict is None, f"At replay {turn}: {verdict}"
-        judge.examples += 1
+        judge.check(expected, case, f"At replay {turn}: ")
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_a_launch_is_captured_and_replayed(
-    request: pytest.FixtureRequest, subject: Subject, judge: Judge, home: Workshop, direction: str
+def check_captured_launch(
+    request: pytest.FixtureRequest, judge: Judge, home: Workshop, direction: str, *, first: bool
 ) -> None:
-    """What was captured reads ids and bytes anew at every replay."""
+    """Capture a launch that was never called before, or one that was, and replay it."""
+    subject = judge.subject
     if not subject.can.capturable:
         not_claimed(request, "capturable", "its launches cannot be captured into a graph.")
         return
     holes = 2 if subject.can.skips_negative else 0
-    case = device_case(subject, home, direction, holes)
-    src, dst = view_of(case.src), view_of(case.dst)
-    mine, theirs = (subject.place(index_of(side)) for side in (case.src, case.dst))
-    plan = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
-    launch = subject.prepare(plan)
-    judge.launch(case)  # made its tables, and all that a first launch makes
-
-    def call() -> Any:
-        return launch(src, dst, mine, theirs, case.count, None, None)
-
-    call()
-    graph, pending = captured(call)
-    assert pending is None, "A captured launch returned a Pending: nobody can wait for a replay."
-    check_replays(judge, case, graph, home, holes)
-
-
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_a_first_launch_inside_a_capture(
-    request: pytest.FixtureRequest, subject: Subject, judge: Judge, home: Workshop, direction: str
-) -> None:
-    """What a launch needs is made when it is prepared: its first call may be inside a capture."""
-    if not subject.can.capturable:
-        not_claimed(request, "capturable", "its launches cannot be captured into a graph.")
-        return
-    holes = 2 if subject.can.skips_negative else 0
-    case = device_case(subject, home, direction, holes, FIRST)
-    src, dst = view_of(case.src), view_of(case.dst)
-    mine, theirs = (subject.place(index_of(side)) for side in (case.src, case.dst))
-    _ = [view.table for view in (src, dst)]  # a copy from the host: not inside
+    case = device_case(subject, home, direction, holes, FIRST if first else SHAPE)
+    launch = launch_of(subject, case)
+    if not first:
+        judge.launch(case)  # made its tables, and all that a first launch makes
+        launch(None, None)
     before = Memory.snapshot(case.dst.tensors)
-    launch = subject.prepare(CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step))
-    graph, pending = captured(lambda: launch(src, dst, mine, theirs, case.count, None, None))
+    graph, pending = captured(lambda: launch(None, None))
     assert pending is None, "A captured launch returned a Pending: nobody can wait for a replay."
     wrong = changed(before, case.dst.tensors)
     assert wrong is None, f"A captured launch is carried out at a replay, but {wrong}."
     check_replays(judge, case, graph, home, holes)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_launch_is_captured_and_replayed(
+    request: pytest.FixtureRequest, judge: Judge, home: Workshop, direction: str
+) -> None:
+    """What was captured reads ids and bytes anew at every replay."""
+    check_captured_launch(request, judge, home, direction, first=False)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_first_launch_inside_a_capture(
+    request: pytest.FixtureRequest, judge: Judge, home: Workshop, direction: str
+) -> None:
+    """What a launch needs is made when it is prepared: its first call may be inside a capture."""
+    check_captured_launch(request, judge, home, direction, first=True)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -127,12 +111,7 @@ def test_a_copy_inside_a_capture(
     can = subject.can
     able = can.capturable and can.skips_negative and can.guards and can.index_on == "device"
     case = device_case(subject, home, direction, 2)
-    src, dst = view_of(case.src), view_of(case.dst)
-    mine, theirs = index_of(case.src), index_of(case.dst)
-
-    def call() -> Any:
-        return subject.copy(src, dst, mine, theirs, count=case.count)
-
+    call = partial(subject.copy, *asked_of(case), count=case.count)
     call().synchronize()
     if able:
         graph, transfer = captured(call)
@@ -153,11 +132,7 @@ def test_host_ids_inside_a_capture(
     """Ids on the host would have to be copied first: a backend that reads the device's is
     refused inside a capture, and works behind it."""
     case = home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 9))
-    src, dst = view_of(case.src), view_of(case.dst)
-
-    def call() -> Any:
-        return subject.copy(src, dst, index_of(case.src), index_of(case.dst), count=case.count)
-
+    call = partial(subject.copy, *asked_of(case), count=case.count)
     call().synchronize()
     if subject.can.index_on == "device":
         refused_in_capture(judge, case, call)

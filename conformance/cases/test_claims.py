@@ -5,9 +5,6 @@ where nothing of the library helps; what it does not claim is refused, with ever
 
 from __future__ import annotations
 
-import sys
-import threading
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,18 +12,25 @@ from typing import Any
 import pytest
 import torch
 
-from portakv import KVView, Unsupported
+from portakv import Unsupported
 from portakv.backends.base import refusal
 from portakv.view.form import PLACES
 from portakv_conformance.draw.arrangement import Case, Side
-from portakv_conformance.draw.by_hand import Shape, Workshop, on_host
-from portakv_conformance.judge.claims import check_refused, claimed, not_claimed, plan_of
-from portakv_conformance.judge.judging import Judge, index_of, takes, view_of
+from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop, on_host
+from portakv_conformance.judge.claims import (
+    at_once,
+    check_guarded,
+    check_refused,
+    claimed,
+    launch_of,
+    not_claimed,
+    plan_of,
+)
+from portakv_conformance.judge.judging import Judge, asked_of, takes
 from portakv_conformance.judge.subject import Subject
 
 pytestmark = pytest.mark.area("claims")
 
-DIRECTIONS = ("gather", "scatter")
 SHAPE = Shape()
 _DTYPES = {torch.int32, torch.int64}
 
@@ -113,14 +117,17 @@ def test_ids_are_read_where_claimed(
         ids = torch.tensor(home.shuffled(SHAPE.slots // step, 5), dtype=dtype).to(place)
         case = home.move(direction, SHAPE, ids, step=step)
         claimed(judge, case, "index_on", f"reads ids on the {subject.can.index_on}")
-    slots = home.shuffled(SHAPE.slots, 12)
-    cache = home.cache(SHAPE, torch.tensor(slots[:6], dtype=dtype).to(place))
-    other = replace(cache, ids=torch.tensor(slots[6:], dtype=dtype).to(place))
-    _where_taken(judge, Case(cache, other, 6), "index_on", "reads ids of both sides")
+    _within_one_cache(judge, home, dtype, dtype, "index_on", "reads ids of both sides")
 
 
-def _where_taken(judge: Judge, case: Case, field: str, what: str) -> None:
+def _within_one_cache(
+    judge: Judge, home: Workshop, mine: torch.dtype, theirs: torch.dtype, field: str, what: str
+) -> None:
     """Judge a copy within one cache, which a backend may decline whatever it claims of ids."""
+    place = judge.subject.can.home_of_ids(judge.subject.device)
+    slots = home.shuffled(SHAPE.slots, 12)
+    cache = home.cache(SHAPE, torch.tensor(slots[:6], dtype=mine).to(place))
+    case = Case(cache, replace(cache, ids=torch.tensor(slots[6:], dtype=theirs).to(place)), 6)
     if takes(judge.subject, case):
         claimed(judge, case, field, what)
     else:
@@ -143,11 +150,8 @@ def test_ids_are_read_in_the_claimed_dtypes(
     ids = torch.tensor(home.shuffled(SHAPE.slots, 9), dtype=dtype).to(place)
     claimed(judge, home.move(direction, SHAPE, ids), "index_dtypes", f"reads ids of {dtype}")
     for other in subject.can.index_dtypes:
-        slots = home.shuffled(SHAPE.slots, 12)
-        cache = home.cache(SHAPE, torch.tensor(slots[:6], dtype=dtype).to(place))
-        second = replace(cache, ids=torch.tensor(slots[6:], dtype=other).to(place))
         what = f"reads {dtype} beside {other}"
-        _where_taken(judge, Case(cache, second, 6), "index_dtypes", what)
+        _within_one_cache(judge, home, dtype, other, "index_dtypes", what)
 
 
 @pytest.mark.claim("skips_negative")
@@ -182,44 +186,15 @@ def test_bad_ids_are_guarded(
     if not subject.can.guards:
         not_claimed(request, "guards", "bad ids are found before the launch.")
         return
-    past = SHAPE.slots // step
+    past, place = SHAPE.slots // step, subject.can.home_of_ids(subject.device)
+    lists = [[1, past, 3], [past, 2], [0, 4, past], [1, past, 3, past], [4, 2, 0]]
     for dtype in subject.can.index_dtypes:
-        wild = [2**31 - 1]
+        wild = [past + 1, 2**31 - 1]
         wild += [2**31, 2**32 + 1, 2**40, 2**61, 2**62, 2**63 - 1] if dtype == torch.int64 else []
-        for bad in (past + 1, *wild):
-            _guard(judge, home, direction, [1, bad, 3], step, dtype, past, True)
-        for ids in ([1, past, 3], [past, 2], [0, 4, past], [1, past, 3, past], [4, 2, 0]):
-            _guard(judge, home, direction, ids, step, dtype, past, True)
-        _guard(judge, home, direction, [1, past, 3], step, dtype, past, False)
-
-
-def _guard(
-    judge: Judge, home: Workshop, direction: str, ids: list[int], step: int, dtype: torch.dtype,
-    past: int, with_word: bool,
-) -> None:  # fmt: skip
-    """Launch with bad ids, and judge the bytes and the status word."""
-    can, device = judge.subject.can, judge.subject.device
-    placed = torch.tensor(ids, dtype=dtype).to(can.home_of_ids(device))
-    case = home.move(direction, SHAPE, placed, step=step)
-    # The bytes must be as if the bad ids were padding.
-    good = torch.tensor([n if n < past else -1 for n in ids])
-    sides = [replace(s, ids=None if s.ids is None else good) for s in (case.src, case.dst)]
-    expected = Case(sides[0], sides[1], case.count).expected()
-    status = torch.zeros(1, dtype=torch.int64)
-    if judge.facility.streams:
-        status = status.pin_memory()
-    judge.launch_only(case, status=status if with_word else None)
-    verdict = judge.compare(expected, case.dst.tensors, case.src.tensors)
-    assert verdict is None, f"{verdict} Ids {ids} are past the end from {past} on. {case!r}"
-    bad = {p for p, n in enumerate(ids) if n >= past}
-    told = int(status[0])
-    if with_word:
-        wanted = {p * step + n + 1 for p in bad for n in range(step)} or {0}
-        assert told in wanted, (
-            f"The status word holds {told} for ids {ids} of {step} tokens, of which those from "
-            f"{past} on are bad; expected position + 1 of a bad one, or 0 where none is."
-        )
-    judge.examples += 1
+        for number, ids in enumerate([lists[0], *([1, bad, 3] for bad in wild), *lists]):
+            placed = torch.tensor(ids, dtype=dtype).to(place)
+            case = home.move(direction, SHAPE, placed, step=step)
+            check_guarded(judge, case, word=number > 0)
 
 
 # -- plans ------------------------------------------------------------------------------------
@@ -296,30 +271,18 @@ def test_tables(subject: Subject, judge: Judge, home: Workshop, direction: str) 
             claimed(judge, case, "tables", "takes planes behind a table of addresses")
         else:
             check_refused(judge, case)
-    if subject.can.tables:
-        _same_launch(judge, held)
-
-
-def _same_launch(judge: Judge, cases: list[Case]) -> None:
-    """One prepared launch serves views of one form at any addresses."""
     launches: dict[Any, Any] = {}
-    for case in cases:
-        src, dst = view_of(case.src), view_of(case.dst)
-        key = (src.form, dst.form)
-        if key not in launches:
-            launches[key] = judge.subject.prepare(plan_of(case))
-        judge.judge(case, _bound(judge, launches[key], case, src, dst), lambda: None)
+    for case in held if subject.can.tables else ():
+        # One prepared launch serves views of one form at any addresses.
+        plan = plan_of(case)
+        key = (plan.src, plan.dst)
+        launches[key] = launches.get(key) or subject.prepare(plan)
+        judge.judge(case, _landing(judge, launch_of(subject, case, launches[key])), lambda: None)
 
 
-def _bound(judge: Judge, launch: Any, case: Case, src: KVView, dst: KVView) -> Callable[[], None]:
-    def carry() -> None:
-        mine, theirs = (judge.subject.place(index_of(s)) for s in (case.src, case.dst))
-        pending = launch(src, dst, mine, theirs, case.count, None, None)
-        if pending is not None:
-            pending.wait()
-        judge.facility.synchronize()
-
-    return carry
+def _landing(judge: Judge, launch: Any) -> Any:
+    """A call of a launch, which has landed when it returns."""
+    return lambda: judge.land(launch(None, None))
 
 
 @pytest.mark.claim("threads")
@@ -332,53 +295,18 @@ def test_threads(
     shops = [replace(home, seed=home.seed + n) for n in range(4)]
     cases = [shop.gather(shape, shop.shuffled(shape.slots, 9)) for shop in shops]
     expected = [case.expected() for case in cases]
-    views = [(view_of(case.src), view_of(case.dst)) for case in cases]
-    assert len({(src.form, dst.form) for src, dst in views}) == 1
+    plans = [plan_of(case) for case in cases]
+    assert len({(plan.src, plan.dst) for plan in plans}) == 1
     if subject.can.threads:
-        launch = subject.prepare(plan_of(cases[0]))
-        works = [
-            _bound(judge, launch, case, *pair) for case, pair in zip(cases, views, strict=True)
-        ]
+        launch = subject.prepare(plans[0])
+        works = [_landing(judge, launch_of(subject, case, launch)) for case in cases]
     else:
         not_claimed(request, "threads", "the library lets one thread at a time into a launch.")
-        works = [
-            partial(_by_user, judge, case, *pair) for case, pair in zip(cases, views, strict=True)
-        ]
-    _all_at_once(works, 40 if subject.can.threads else 8)
+        works = [partial(_by_user, judge, asked_of(case)) for case in cases]
+    at_once(works, 40 if subject.can.threads else 8)
     for case, wanted in zip(cases, expected, strict=True):
-        verdict = judge.compare(wanted, case.dst.tensors, case.src.tensors)
-        assert verdict is None, f"Called from four threads: {verdict}"
-    judge.examples += len(cases)
+        judge.check(wanted, case, "Called from four threads: ")
 
 
-def _by_user(judge: Judge, case: Case, src: KVView, dst: KVView) -> None:
-    judge.finish(judge.subject.copy(src, dst, index_of(case.src), index_of(case.dst)))
-
-
-def _all_at_once(works: list[Callable[[], None]], times: int) -> None:
-    """Run each in a thread of its own, again and again; raise what any of them raised."""
-    faults: list[BaseException] = []
-    gate = threading.Barrier(len(works))
-
-    def again(work: Callable[[], None]) -> None:
-        try:
-            gate.wait()
-            for _ in range(times):
-                work()
-        except BaseException as fault:
-            faults.append(fault)
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # so that threads interleave within a launch
-    try:
-        threads = [threading.Thread(target=again, args=(work,)) for work in works]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
-    if faults:
-        raise AssertionError(
-            f"Called from four threads, {type(faults[0]).__name__} was raised: {faults[0]}."
-        ) from faults[0]
+def _by_user(judge: Judge, asked: Any) -> None:
+    judge.finish(judge.subject.copy(*asked))

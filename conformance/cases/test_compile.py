@@ -5,17 +5,16 @@ place among the function's other work, whichever backend carries it out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
 from portakv import AdaptiveConnector
-from portakv_conformance.draw.arrangement import Case, Side
-from portakv_conformance.draw.by_hand import Shape, Workshop
-from portakv_conformance.judge.judging import Judge, index_of, view_of
+from portakv_conformance.draw.by_hand import Shape, Workshop, between
+from portakv_conformance.judge.judging import Judge, asked_of
 from portakv_conformance.judge.subject import Subject
 
 _len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
@@ -63,25 +62,18 @@ def test_a_transfer_inside_a_compiled_function(
         slots = torch.tensor(shop.shuffled(SHAPE.slots, tokens, 1)).to(subject.device)
         chunk = shop.chunk(SHAPE, tokens, source=move == "to_gpu")
         paged = replace(caches, ids=slots, arrangement=None)
-        case = Case(paged, chunk, tokens) if move == "from_gpu" else Case(chunk, paged, tokens)
-        _check(judge, case, chunk, partial(compiled, chunk.tensors, chunk.tensors.clone(), slots))
+        case = between("gather" if move == "from_gpu" else "scatter", paged, chunk, tokens)
+        asked, given = asked_of(case), (chunk.tensors, chunk.tensors.clone(), slots)
+        returned: list[torch.Tensor] = []
 
+        def carry(given: Any = given, returned: list[torch.Tensor] = returned) -> None:
+            returned.append(compiled(*given))
+            judge.facility.synchronize()
 
-def _check(judge: Judge, case: Case, chunk: Side, call: Callable[[], torch.Tensor]) -> None:
-    """Judge a call of the compiled function as the copy that it must be, and what it returns."""
-    returned: list[torch.Tensor] = []
-
-    def carry() -> None:
-        returned.append(call())
-        judge.facility.synchronize()
-
-    asked = (
-        view_of(case.src), view_of(case.dst), index_of(case.src), index_of(case.dst),
-    )  # fmt: skip
-    if judge.judge(case, carry, lambda: judge.why_declined(*asked)):
-        assert torch.equal(_bits(returned[0]), _bits(chunk.tensors)), (
-            "What the compiled function read behind the transfer is not what the transfer left."
-        )
+        if judge.judge(case, carry, lambda asked=asked: judge.why_declined(*asked)):
+            assert torch.equal(_bits(returned[0]), _bits(chunk.tensors)), (
+                "What the compiled function read behind the transfer is not what the transfer left."
+            )
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

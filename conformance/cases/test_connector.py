@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +13,8 @@ import torch
 
 from portakv import AdaptiveConnector
 from portakv_conformance.draw.arrangement import Case, Side
-from portakv_conformance.draw.by_hand import Shape, Workshop
-from portakv_conformance.judge.judging import Judge, changed, index_of, view_of
+from portakv_conformance.draw.by_hand import Shape, Workshop, between
+from portakv_conformance.judge.judging import Judge, asked_of, changed
 from portakv_conformance.judge.subject import Subject
 
 pytestmark = pytest.mark.area("corners")
@@ -43,24 +43,12 @@ class Store:
         count = len(ids)
         chunk = shop.chunk(SHAPE, tokens or max(count, 1), source=move == "to_gpu")
         paged = replace(caches, ids=ids, arrangement=None)
-        return Case(paged, chunk, count) if move == "from_gpu" else Case(chunk, paged, count)
+        return between("gather" if move == "from_gpu" else "scatter", paged, chunk, count)
 
-    def check(self, case: Case, call: Callable[[], Any], asked: Case | None = None) -> bool:
-        """Judge a call of the connector as the copy that it must be; False where it is declined.
-
-        ``asked`` is the copy that the backend is asked for, where it is more than ``case``.
-        """
-        views = [view_of(side) for side in _sides(asked or case)]
-        indices = [index_of(side) for side in _sides(asked or case)]
-        return self.judge.judge(
-            case,
-            lambda: self.judge.finish(call()),
-            lambda: self.judge.why_declined(views[0], views[1], indices[0], indices[1]),
-        )
-
-
-def _sides(case: Case) -> tuple[Side, Side]:
-    return case.src, case.dst
+    def check(self, move: str, case: Case, cache: Any = None, *rest: Any) -> None:
+        """Judge a call of the connector, by default under the ids of a case, as that copy."""
+        call = getattr(self.connector, move)
+        self.judge.call(case, partial(call, _chunk(case), cache, *(rest or (ids_of(case),))))
 
 
 def _chunk(case: Case) -> Any:
@@ -84,11 +72,10 @@ def test_a_range_of_the_slot_mapping(store: Store, move: str, start: int, end: i
     """Rows ``slot_mapping[start:end]`` are tokens 0 to end - start of the chunk, and no others."""
     caches = store.caches(source=move == "from_gpu")
     store.connector.register_kv_caches(caches.tensors)
-    call = getattr(store.connector, move)
     for turn, holes in enumerate((0, 2)):
         slots = torch.tensor(store.home.shuffled(SHAPE.slots, 12, holes))
         case = store.case(move, caches, slots[start:end], tokens=12, seed=turn)
-        store.check(case, partial(call, _chunk(case), None, slots, start, end))
+        store.check(move, case, None, slots, start, end)
 
 
 @pytest.mark.parametrize("move", MOVES)
@@ -99,9 +86,7 @@ def test_caches_that_were_registered_again(store: Store, move: str) -> None:
         slots = torch.tensor(store.home.shuffled(SHAPE.slots, 9, 1))
         store.connector.register_kv_caches(caches.tensors)
         for again in range(2):
-            case = store.case(move, caches, slots.roll(again), seed=seed)
-            call = getattr(store.connector, move)
-            store.check(case, partial(call, _chunk(case), None, ids_of(case)))
+            store.check(move, store.case(move, caches, slots.roll(again), seed=seed))
 
 
 def ids_of(case: Case) -> Any:
@@ -116,8 +101,7 @@ def test_caches_passed_with_the_call(store: Store, move: str) -> None:
     for turn in range(4):
         caches = sets[turn % 2]
         case = store.case(move, caches, store.home.shuffled(SHAPE.slots, 7 + turn), seed=turn)
-        call = getattr(store.connector, move)
-        store.check(case, partial(call, _chunk(case), caches.tensors, ids_of(case)))
+        store.check(move, case, caches.tensors)
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -139,18 +123,17 @@ def test_batches(store: Store, move: str, ragged: bool) -> None:
     def batch() -> Any:
         return call([_chunk(case) for case in cases], None, slots, starts, ends)
 
-    if move == "from_gpu":
-        expected = [case.expected() for case in cases]
-        moved = store.check(cases[0], batch, _joined(caches, cases, slots, lengths))
-        for case, wanted in zip(cases, expected, strict=True):
-            if moved:
-                verdict = store.judge.compare(wanted, case.dst.tensors, case.src.tensors)
-            else:
-                verdict = changed(wanted.before, case.dst.tensors)
-            assert verdict is None, verdict
+    joined = _joined(caches, cases, slots, lengths)
+    if move == "to_gpu":  # all chunks land in one cache: each expectation is made by those before
+        store.judge.call(joined, batch)
         return
-    # All chunks land in one cache: the last expectation is made by the ones before it.
-    store.check(_joined(caches, cases, slots, lengths), batch)
+    expected = [case.expected() for case in cases]
+    moved = store.judge.call(cases[0], batch, asked=asked_of(joined))
+    for case, wanted in zip(cases, expected, strict=True):
+        verdict = changed(wanted.before, case.dst.tensors)
+        if moved:
+            verdict = store.judge.compare(wanted, case.dst.tensors, case.src.tensors)
+        assert verdict is None, verdict
 
 
 def _joined(caches: Side, cases: list[Case], slots: torch.Tensor, lengths: tuple[int, ...]) -> Case:
@@ -168,19 +151,15 @@ def _joined(caches: Side, cases: list[Case], slots: torch.Tensor, lengths: tuple
         arrangement=None,
     )
     paged = replace(caches, ids=slots, arrangement=None)
-    return Case(chunks, paged, len(slots)) if load else Case(paged, chunks, len(slots))
+    return between("scatter" if load else "gather", paged, chunks, len(slots))
 
 
 @pytest.mark.parametrize("move", MOVES)
 def test_objects_that_hold_a_tensor(store: Store, move: str) -> None:
     """A memory object may hold its tensor, and may be longer than what is moved."""
 
-    class MemoryObject:
-        tensor: Any
-
     caches = store.caches(source=move == "from_gpu")
     case = store.case(move, caches, store.home.shuffled(SHAPE.slots, 6), tokens=32)
-    held = MemoryObject()
-    held.tensor = _chunk(case)
+    held = SimpleNamespace(tensor=_chunk(case))
     call = getattr(store.connector, move)
-    store.check(case, lambda: call(held, caches.tensors, ids_of(case)))
+    store.judge.call(case, lambda: call(held, caches.tensors, ids_of(case)))

@@ -9,13 +9,20 @@ import pytest
 import torch
 
 from portakv_conformance.draw.arrangement import Case
-from portakv_conformance.draw.by_hand import Shape, Workshop, on_host, reordered, widened
+from portakv_conformance.draw.by_hand import (
+    DIRECTIONS,
+    Shape,
+    Workshop,
+    between,
+    on_host,
+    reordered,
+    widened,
+)
 from portakv_conformance.judge.claims import full
 from portakv_conformance.judge.judging import Judge
 
 pytestmark = pytest.mark.area("corners")
 
-DIRECTIONS = ("gather", "scatter")
 NHD = "layer | kv block token head dim"
 HND = "layer | kv block head token dim"
 FUSED = "layer | block head token (kv dim)"
@@ -54,17 +61,22 @@ def test_row_width(judge: Judge, home: Workshop, width: int) -> None:
         judge.copy(home.move(direction, shape, slots, dtype=torch.uint8))
 
 
+def heads_first(judge: Judge, home: Workshop, direction: str, heads: int, width: int) -> None:
+    """Judge copies of caches in which each head lies apart, by their layout or in memory alone."""
+    shape = Shape(heads=heads, widths=(width, width))
+    slots = home.shuffled(shape.slots, 9, 1)
+    judge.copy(home.move(direction, shape, slots, layout=HND))
+    memory = reordered(home.paged, "kv block head token dim")
+    judge.copy(home.move(direction, shape, slots, memory=memory))
+
+
 @pytest.mark.parametrize("width", [2, 6, 10, 20, 34, 66, 100, 132])
 @pytest.mark.parametrize("heads", [1, 3, 8])
 def test_heads_that_no_vector_divides(judge: Judge, home: Workshop, heads: int, width: int) -> None:
     """In HND a head's bytes, not the row's, bound the widest access, also where a vector divides
     the row; tokens keep their order."""
-    shape = Shape(heads=heads, widths=(width, width))
-    slots = home.shuffled(shape.slots, 9, 1)
     for direction in DIRECTIONS:
-        judge.copy(home.move(direction, shape, slots, layout=HND))
-        heads_first = reordered(home.paged, "kv block head token dim")
-        judge.copy(home.move(direction, shape, slots, memory=heads_first))
+        heads_first(judge, home, direction, heads, width)
 
 
 @pytest.mark.parametrize("heads", [5, 6, 12, 40])
@@ -73,11 +85,7 @@ def test_heads_that_are_no_power_of_two(
     judge: Judge, home: Workshop, direction: str, heads: int
 ) -> None:
     """Heads that lie apart are each moved, and nothing beside the last of them."""
-    shape = Shape(heads=heads, widths=(32, 32))
-    slots = home.shuffled(shape.slots, 9, 1)
-    judge.copy(home.move(direction, shape, slots, layout=HND))
-    heads_first = reordered(home.paged, "kv block head token dim")
-    judge.copy(home.move(direction, shape, slots, memory=heads_first))
+    heads_first(judge, home, direction, heads, 32)
 
 
 @pytest.mark.parametrize(
@@ -100,11 +108,8 @@ def test_keys_and_values_of_unequal_width(
     """Each kv has a width of its own, in containers, side by side and one behind the other."""
     shape = Shape(heads=2 if "head" in layout else 1, widths=widths)
     slots = workshop.shuffled(shape.slots, 9, 1)
-    both_ways(
-        judge,
-        lambda source: workshop.cache(shape, slots, layout=layout, source=source),
-        lambda source: workshop.chunk(shape, 9, layout=PLAIN, source=source),
-    )
+    for direction in DIRECTIONS:
+        judge.copy(workshop.move(direction, shape, slots, {"layout": PLAIN}, layout=layout))
 
 
 _MANY = [
@@ -249,27 +254,26 @@ def test_strides_and_padding(judge: Judge, home: Workshop, direction: str, how: 
     judge.copy(home.move(direction, shape, blocks, step=4, **wanted))
 
 
-@pytest.mark.parametrize("how", ["rows", "planes", "elements", "permuted", "shift", "split"])
+#: How a chunk lies, as keywords of `arranged`.
+_CHUNKS: dict[str, dict[str, Any]] = {
+    "rows": {"pads": {3: 5}},
+    "planes": {"pads": {2: 9}},
+    "elements": {"gap": 3},
+    "permuted": {"memory": "token layer kv (head dim)"},
+    "shift": {"shift": 5},
+    "split": {"split_end": True, "pads": {3: 2}},
+}
+
+
+@pytest.mark.parametrize("how", _CHUNKS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_chunks_that_are_not_contiguous(
     judge: Judge, home: Workshop, direction: str, how: str
 ) -> None:
     """A chunk need not be contiguous: what is written arrives in it, not in a copy of it."""
-    every: dict[str, dict[str, Any]] = {
-        "rows": {"pads": {3: 5}},
-        "planes": {"pads": {2: 9}},
-        "elements": {"gap": 3},
-        "permuted": {"memory": "token layer kv (head dim)"},
-        "shift": {"shift": 5},
-        "split": {"split_end": True, "pads": {3: 2}},
-    }
-    wanted = every[how]
     shape = Shape(layers=2, heads=2, widths=(16, 16))
     slots = home.shuffled(shape.slots, 9, 1)
-    source = direction == "scatter"
-    chunk = home.chunk(shape, 9, source=source, **wanted)
-    cache = home.cache(shape, slots, source=not source)
-    judge.copy(Case(chunk, cache, 9) if source else Case(cache, chunk, 9))
+    judge.copy(home.move(direction, shape, slots, _CHUNKS[how]))
 
 
 @pytest.mark.parametrize(
@@ -326,19 +330,21 @@ def test_one_source_row_for_many_tokens(judge: Judge, home: Workshop) -> None:
 def test_more_than_a_grid_holds(judge: Judge, home: Workshop, kind: str, direction: str) -> None:
     """One call moves 200,000 tokens, 70,000 blocks, tokens of 70,200 runs or a block of 35,000
     tokens: nothing is clipped."""
+    rng = torch.Generator().manual_seed(home.seed)
     if kind == "tokens":
-        shape = Shape(layers=1, heads=1, widths=(2, 2), block_size=16, blocks=12_600)
-        ids = torch.randperm(shape.slots, generator=_generator(home))[:200_000]
-        judge.copy(home.move(direction, shape, ids))
+        shape = Shape(1, 1, (2, 2), block_size=16, blocks=12_600)
+        judge.copy(
+            home.move(direction, shape, torch.randperm(shape.slots, generator=rng)[:200_000])
+        )
     elif kind == "blocks":
-        shape = Shape(layers=1, heads=1, widths=(4, 4), block_size=2, blocks=70_001)
-        ids = torch.randperm(shape.blocks, generator=_generator(home))
+        shape = Shape(1, 1, (4, 4), block_size=2, blocks=70_001)
+        ids = torch.randperm(shape.blocks, generator=rng)
         judge.copy(home.move(direction, shape, ids, step=2))
     elif kind == "layers":
-        shape = Shape(layers=300, heads=117, widths=(2, 2), block_size=2, blocks=2)
+        shape = Shape(300, 117, (2, 2), block_size=2, blocks=2)
         judge.copy(home.move(direction, shape, [3, 0], layout=HND, place="strided"))
     else:
-        shape = Shape(layers=1, heads=2, widths=(2, 2), block_size=35_000, blocks=2)
+        shape = Shape(1, 2, (2, 2), block_size=35_000, blocks=2)
         judge.copy(home.move(direction, shape, [1], step=35_000, layout=HND))
 
 
@@ -357,24 +363,16 @@ def test_more_runs_than_one_call_of_a_copy_engine_takes(
     cache = home.cache(shape, [2 * slot for slot in slots], source=source)
     host = Workshop("cpu", home.seed)
     chunk = on_host(host.chunk(shape, 5_000, source=not source, pads={3: 4}), pinned)
-    judge.copy(Case(cache, chunk, 5_000) if source else Case(chunk, cache, 5_000))
-
-
-def _generator(home: Workshop) -> torch.Generator:
-    return torch.Generator().manual_seed(home.seed)
+    judge.copy(between(direction, cache, chunk, 5_000))
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["same-dtype", "other-dtype"])
 def test_widths_are_compared_in_bytes(judge: Judge, home: Workshop, same: bool) -> None:
     """Both sides may have different dtypes where rows have equal bytes; bits are not converted."""
-    shape = Shape()
-    dtype = torch.float16 if same else torch.int64
-    slots = home.shuffled(shape.slots, 9, 1)
-    both_ways(
-        judge,
-        lambda source: home.cache(shape, slots, source=source),
-        lambda source: home.chunk(shape, 9, dtype=dtype, source=source),
-    )
+    slots = home.shuffled(Shape().slots, 9, 1)
+    for direction in DIRECTIONS:
+        dtype = torch.float16 if same else torch.int64
+        judge.copy(home.move(direction, Shape(), slots, {"dtype": dtype}))
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -383,12 +381,5 @@ def test_a_row_that_is_larger_than_a_page_of_memory(
 ) -> None:
     """A row of many kilobytes is one run, as in caches of encoders."""
     shape = Shape(layers=1, heads=1, widths=(70_002,), blocks=3)
-    layout = "block token dim"
-    slots = workshop.shuffled(shape.slots, 5, 1)
-    chunk = "token (head dim)"
-    if direction == "gather":
-        target = workshop.chunk(shape, 5, layout=chunk, source=False)
-        judge.copy(Case(workshop.cache(shape, slots, layout=layout), target, 5))
-        return
-    source = workshop.chunk(shape, 5, layout=chunk)
-    judge.copy(Case(source, workshop.cache(shape, slots, layout=layout, source=False), 5))
+    slots, chunk = workshop.shuffled(shape.slots, 5, 1), {"layout": "token (head dim)"}
+    judge.copy(workshop.move(direction, shape, slots, chunk, layout="block token dim"))

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,42 +13,31 @@ import torch
 from portakv import DeviceMismatch, Unsupported
 from portakv_conformance.cases.test_ordering import SHAPE, SLOW, Late
 from portakv_conformance.draw.arrangement import Case
-from portakv_conformance.draw.by_hand import Workshop
+from portakv_conformance.draw.by_hand import DIRECTIONS, Workshop
+from portakv_conformance.judge.claims import at_once
 from portakv_conformance.judge.device_support import Facility
-from portakv_conformance.judge.judging import Judge, index_of, view_of
+from portakv_conformance.judge.judging import Judge, asked_of, index_of
 from portakv_conformance.judge.subject import Subject
 from portakv_conformance.judge.subject import subject as find
 
 pytestmark = [pytest.mark.area("ordering"), pytest.mark.needs("accelerator")]
-
-DIRECTIONS = ("gather", "scatter")
 
 
 def test_threads_with_streams_of_their_own(
     facility: Facility, judge: Judge, home: Workshop
 ) -> None:
     """Threads that copy on streams of their own do not disturb each other."""
-    faults: list[BaseException] = []
     shops = [replace(home, seed=home.seed + n) for n in range(3)]
     lates = [Late(judge, s.gather(SHAPE, s.shuffled(SHAPE.slots, 9, 1))) for s in shops]
 
     def work(late: Late) -> None:
-        try:
-            with facility.on(facility.stream()):
-                for _ in range(5):
-                    facility.delay(1)
-                    late.produce()
-                    late.copy().synchronize()
-        except BaseException as fault:
-            faults.append(fault)
+        with facility.on(facility.stream()):
+            for _ in range(5):
+                facility.delay(1)
+                late.produce()
+                late.copy().synchronize()
 
-    threads = [threading.Thread(target=work, args=(late,)) for late in lates]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if faults:
-        raise AssertionError(f"In a thread {type(faults[0]).__name__}: {faults[0]}") from faults[0]
+    at_once([partial(work, late) for late in lates])
     for late in lates:
         late.check()
 
@@ -115,5 +104,5 @@ def test_views_on_two_devices_are_refused(facility: Facility, judge: Judge, home
     there = replace(home, device=str(facility.second()))
     case = Case(home.cache(SHAPE, [1, 2]), there.chunk(SHAPE, 2, source=False), 2)
     with pytest.raises((DeviceMismatch, Unsupported)):
-        judge.subject.copy(view_of(case.src), view_of(case.dst), index_of(case.src))
+        judge.subject.copy(*asked_of(case)[:3])
     judge.examples += 1

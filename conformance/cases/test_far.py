@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
 import pytest
 import torch
 
-from portakv import Index, KVView, Unsupported
+from portakv import Index, KVView
+from portakv_conformance.draw.by_hand import DIRECTIONS
 from portakv_conformance.judge.claims import full
 from portakv_conformance.judge.judging import Judge
 from portakv_conformance.judge.pattern import pattern_bytes
@@ -24,11 +27,12 @@ from portakv_conformance.judge.subject import Subject
 
 pytestmark = pytest.mark.area("safety")
 
-DIRECTIONS = ("gather", "scatter")
 Bytes = Callable[[int], torch.Tensor]
 _NORESERVE = 0x4000  # Linux; not named by every Python's mmap
 _HEADS, _DIM, _SIZE = 2, 64, 2  # of uint8: a block of 256 B
 _ODD = 131  # bytes of a row that nothing divides
+#: How blocks are named, and what has ids: a cache and a chunk, or two caches.
+MIGRATIONS = ("blocks-gather", "blocks-scatter", "blocks-both", "slots-both")
 
 
 def mapped(nbytes: int) -> torch.Tensor:
@@ -43,90 +47,118 @@ def far_blocks(memory: torch.Tensor, stride: int, blocks: int) -> torch.Tensor:
     return memory.as_strided(sizes, (stride, _HEADS * _DIM, _DIM, 1))
 
 
+@dataclass(frozen=True)
+class Place:
+    """A tensor, its view and its index in a copy, and where in it each piece of the copy lies."""
+
+    tensor: torch.Tensor
+    view: KVView
+    index: Index
+    where: list[Any]
+
+
+def near(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A small tensor of other bytes on the device of a far one."""
+    return torch.full(shape, 0xA5, dtype=torch.uint8).to(like.device)
+
+
 def check(
+    judge: Judge,
+    direction: str,
+    far: Place,
+    other: Place,
+    names: list[str],
+    count: int | None = None,
+) -> None:
+    """Put bytes into the pieces of the source by plain indexing, copy them, and compare the pieces
+    of the destination; ``far`` is the source of a gather."""
+    src, dst = (far, other) if direction == "gather" else (other, far)
+    shape = (len(names), *src.tensor[src.where[0]].shape)
+    wanted = torch.from_numpy(pattern_bytes(judge.seed, 1, prod(shape)).copy()).view(shape)
+    for at, piece in zip(src.where, wanted.to(src.tensor.device), strict=True):
+        src.tensor[at] = piece
+    asked = (src.view, dst.view, src.index, dst.index)
+    copy = partial(judge.subject.copy, *asked, count=count)
+    if judge.carried(lambda: judge.finish(copy()), asked):
+        for at, piece, name in zip(dst.where, wanted, names, strict=True):
+            assert torch.equal(dst.tensor[at].cpu(), piece), (
+                f"{name} was not moved right: an offset or a product of it was cut."
+            )
+        judge.examples += 1
+
+
+def check_rows(
     judge: Judge, direction: str, plane: torch.Tensor, slots: list[int], layout: str, **extents: Any
 ) -> None:
-    """Copy rows of one far plane to a dense chunk or back, and compare them by plain indexing."""
+    """Copy rows of one far plane to a dense chunk or back."""
     size = plane.shape[1] if plane.dim() == 4 else 1
-    shape = (len(slots), *plane.shape[-2:])
-    wanted = fresh(judge, shape).to(plane.device)
-    dense = torch.full(shape, 0xA5, dtype=torch.uint8).to(plane.device)
-    cache = KVView(plane, layout, **extents)
-    chunk = KVView(dense, "token head dim")
+    dense = near(plane, (len(slots), *plane.shape[-2:]))
     where = [(slot // size, slot % size) if plane.dim() == 4 else (slot,) for slot in slots]
-    if direction == "gather":
-        for at, row in zip(where, wanted, strict=True):
-            plane[at] = row
-        carried = carry(judge, cache, chunk, Index(slots), Index())
-        found = dense
-    else:
-        dense.copy_(wanted)
-        carried = carry(judge, chunk, cache, Index(), Index(slots))
-        found = torch.stack([plane[at] for at in where])
-    if not carried:
-        return
-    for slot, row, right in zip(slots, found.cpu(), wanted.cpu(), strict=True):
-        assert torch.equal(row, right), (
-            f"The row of slot {slot}, {slot // size * plane.stride(0)} bytes behind its address, "
-            f"was not moved right: an offset or a product of it was cut."
-        )
-    judge.examples += 1
-
-
-#: How blocks are named, and what has ids: a cache and a chunk, or two caches.
-MIGRATIONS = ("blocks-gather", "blocks-scatter", "blocks-both", "slots-both")
+    names = [
+        f"The row of slot {slot}, {slot // size * plane.stride(0)} bytes behind its address,"
+        for slot in slots
+    ]
+    far = Place(plane, KVView(plane, layout, **extents), Index(slots), where)
+    chunk = Place(dense, KVView(dense, "token head dim"), Index(), list(range(len(slots))))
+    check(judge, direction, far, chunk, names)
 
 
 def check_blocks(judge: Judge, kind: str, src: torch.Tensor, dst: torch.Tensor) -> None:
-    """Copy whole blocks of one far plane, by `MIGRATIONS`, and compare them by plain indexing."""
-    layout, text = "block token head dim", "token head dim"
-    wanted = fresh(judge, (3, _SIZE, _HEADS, _DIM)).to(src.device)
-    there, here = [2, 0, 1], [1, 2, 0]
-    dense = torch.full_like(wanted, 0xA5)
-    views, flat = (KVView(src, layout), KVView(dst, layout)), KVView(dense.flatten(0, 1), text)
+    """Copy whole blocks of one far plane, by `MIGRATIONS`."""
+    there, here, step = [2, 0, 1], [1, 2, 0], 1 if kind == "slots-both" else _SIZE
+
+    def place(plane: torch.Tensor, blocks: list[int]) -> Place:
+        units = range(_SIZE // step)
+        ids = [at * len(units) + n for at in blocks for n in units]
+        return Place(plane, KVView(plane, "block token head dim"), Index(ids, step=step), blocks)
+
+    dense = near(src, (3, _SIZE, _HEADS, _DIM))
+    chunk = Place(dense, KVView(dense.flatten(0, 1), "token head dim"), Index(), [0, 1, 2])
+    far, other = place(src, there), chunk
     if kind == "blocks-scatter":
-        dense.copy_(wanted)
-        carried = carry(judge, flat, views[1], Index(), Index(here, step=_SIZE))
-        found = [dst[at] for at in here]
-    else:
-        for at, block in zip(there, wanted, strict=True):
-            src[at] = block
-        step = 1 if kind == "slots-both" else _SIZE
-        told, target = (
-            Index([at * (_SIZE // step) + n for at in ids for n in range(_SIZE // step)], step=step)
-            for ids in (there, here)
-        )
-        if kind == "blocks-gather":
-            carried, found = carry(judge, views[0], flat, told, Index()), list(dense)
-        else:
-            carried = carry(judge, *views, told, target)
-            found = [dst[at] for at in here]
-    if not carried:
-        return
-    for mine, theirs, block, right in zip(there, here, found, wanted, strict=True):
-        assert torch.equal(block.cpu(), right.cpu()), (
-            f"Block {mine} of the source did not come out right as block {theirs} of the "
-            f"destination; blocks lie {src.stride(0)} bytes apart. An offset or a product of it "
-            f"was cut."
-        )
-    judge.examples += 1
+        far = place(dst, here)
+    elif kind.endswith("both"):
+        other = place(dst, here)
+    names = [
+        f"Block {mine} of the source, which is block {theirs} of the destination where blocks lie "
+        f"{src.stride(0)} bytes apart,"
+        for mine, theirs in zip(there, here, strict=True)
+    ]
+    check(judge, "scatter" if kind == "blocks-scatter" else "gather", far, other, names)
 
 
-def fresh(judge: Judge, shape: tuple[int, ...]) -> torch.Tensor:
-    """Bytes of the pattern on the host."""
-    return torch.from_numpy(pattern_bytes(judge.seed, 1, prod(shape)).copy()).view(shape)
+def check_chunk(judge: Judge, direction: str, chunk: torch.Tensor, first: int, apart: int) -> None:
+    """Copy tokens from ``first`` on of a far chunk ``[kv, tokens, bytes]`` to a small cache or
+    back."""
+    kvs, slots = range(len(chunk)), [3, 0, 5, 2]
+    dense = near(chunk, (len(kvs), 4, _SIZE, _ODD))
+    span = slice(first, first + len(slots))
+    tokens = [(kv, span) for kv in kvs]
+    far = Place(chunk, KVView(chunk, "kv token dim"), Index(offset=first), tokens)
+    rows = [(kv, slots) for kv in kvs]
+    cache = KVView(dense, "kv block token dim")
+    names = [
+        f"Tokens from {first} on of kv {kv}, {kv * apart + first * chunk.stride(1)} bytes behind "
+        f"the address of the chunk,"
+        for kv in kvs
+    ]
+    # Of a gather the cache is the source.
+    way = "scatter" if direction == "gather" else "gather"
+    flat = Place(dense.view(len(kvs), 4 * _SIZE, _ODD), cache, Index(slots), rows)
+    check(judge, way, far, flat, names, len(slots))
 
 
-def carry(
-    judge: Judge, src: KVView, dst: KVView, mine: Index, theirs: Index, count: int | None = None
-) -> bool:
-    """Copy, and wait for it; False where the backend declines the plan."""
-    try:
-        judge.finish(judge.subject.copy(src, dst, mine, theirs, count=count))
-    except Unsupported as error:
-        judge.may_decline(error, src, dst, mine, theirs)
-        return False
-    return True
+def check_layers(judge: Judge, direction: str, memory: torch.Tensor, stride: int) -> None:
+    """Copy rows of three layers that lie ``stride`` bytes apart."""
+    slots, layers = [3, 0, 2], range(3)
+    plane = memory.as_strided((3, 2, _SIZE, _HEADS, _DIM), (stride, 256, 128, _DIM, 1))
+    dense = near(memory, (3, 3, _HEADS, _DIM))
+    rows = [(layer, slot // _SIZE, slot % _SIZE) for layer in layers for slot in slots]
+    far = Place(plane, KVView(plane, "layer block token head dim"), Index(slots), rows)
+    tokens = [(layer, at) for layer in layers for at in range(len(slots))]
+    chunk = Place(dense, KVView(dense, "layer token head dim"), Index(), tokens)
+    names = [f"Layer {at[0]}, {at[0] * stride} bytes behind the address," for at in rows]
+    check(judge, direction, far, chunk, names)
 
 
 @pytest.mark.needs("host")
@@ -135,7 +167,7 @@ def carry(
 def test_blocks_that_lie_far_apart(judge: Judge, direction: str, stride: int) -> None:
     """A block may lie any number of bytes behind the one before it."""
     plane = far_blocks(mapped(2 * stride + 4096), stride, 3)
-    check(judge, direction, plane, [5, 0, 2, 3], "block token head dim")
+    check_rows(judge, direction, plane, [5, 0, 2, 3], "block token head dim")
 
 
 @pytest.mark.needs("host")
@@ -157,35 +189,7 @@ def test_slots_that_are_far_out(judge: Judge, direction: str, rows: tuple[int, i
     slots = (2**33 + 2**20) // row // _SIZE * _SIZE
     plane = mapped(slots * row).view(slots // _SIZE, _SIZE, *rows)
     picked = [slots - 1, 0, 2**31 // row, 2**32 // row + 3, 2**33 // row + 5, 1]
-    check(judge, direction, plane, picked, "block token head dim")
-
-
-def check_chunk(judge: Judge, direction: str, chunk: torch.Tensor, first: int, apart: int) -> None:
-    """Copy tokens from ``first`` on of a far chunk ``[kv, tokens, bytes]`` to a small cache or
-    back, and compare them by plain indexing."""
-    kvs, slots = len(chunk), [3, 0, 5, 2]
-    dense = torch.full((kvs, 4, _SIZE, _ODD), 0xA5, dtype=torch.uint8).to(chunk.device)
-    wanted = fresh(judge, (kvs, len(slots), _ODD)).to(chunk.device)
-    cache, other = KVView(dense, "kv block token dim"), KVView(chunk, "kv token dim")
-    told, at, near = Index(slots), Index(offset=first), dense.view(kvs, 4 * _SIZE, _ODD)
-    span = slice(first, first + len(slots))
-    if direction == "gather":
-        near[:, slots] = wanted
-        carried = carry(judge, cache, other, told, at, len(slots))
-        found = chunk[:, span]
-    else:
-        chunk[:, span] = wanted
-        carried = carry(judge, other, cache, at, told, len(slots))
-        found = near[:, slots]
-    if not carried:
-        return
-    for kv in range(kvs):
-        assert torch.equal(found[kv].cpu(), wanted[kv].cpu()), (
-            f"Tokens from {first} on of kv {kv}, {kv * apart + first * chunk.stride(1)} bytes "
-            f"behind the address of the chunk, were not moved right: an offset or a product of it "
-            f"was cut."
-        )
-    judge.examples += 1
+    check_rows(judge, direction, plane, picked, "block token head dim")
 
 
 @pytest.mark.needs("host")
@@ -198,32 +202,6 @@ def test_a_far_chunk(judge: Judge, direction: str, first: int) -> None:
     apart = max(tokens * _ODD, 2**32) + 3
     chunk = mapped(2 * apart).as_strided((2, tokens, _ODD), (apart, _ODD, 1))
     check_chunk(judge, direction, chunk, first, apart)
-
-
-def check_layers(judge: Judge, direction: str, memory: torch.Tensor, stride: int) -> None:
-    """Copy rows of three layers that lie ``stride`` bytes apart, and compare them by indexing."""
-    slots, layers = [3, 0, 2], 3
-    plane = memory.as_strided((layers, 2, _SIZE, _HEADS, _DIM), (stride, 256, 128, _DIM, 1))
-    chunk = torch.full((layers, 3, _HEADS, _DIM), 0xA5, dtype=torch.uint8).to(memory.device)
-    wanted = fresh(judge, tuple(chunk.shape)).to(memory.device)
-    cache = KVView(plane, "layer block token head dim")
-    dense = KVView(chunk, "layer token head dim")
-    if direction == "gather":
-        for at, slot in enumerate(slots):
-            plane[:, slot // _SIZE, slot % _SIZE] = wanted[:, at]
-        carried = carry(judge, cache, dense, Index(slots), Index())
-        found = chunk
-    else:
-        chunk.copy_(wanted)
-        carried = carry(judge, dense, cache, Index(), Index(slots))
-        found = torch.stack([plane[:, slot // _SIZE, slot % _SIZE] for slot in slots], dim=1)
-    if not carried:
-        return
-    for layer in range(layers):
-        assert torch.equal(found[layer].cpu(), wanted[layer].cpu()), (
-            f"Layer {layer}, {layer * stride} bytes behind the address, was not moved right."
-        )
-    judge.examples += 1
 
 
 @pytest.mark.needs("host")
@@ -258,7 +236,7 @@ def test_far_blocks_on_a_device(judge: Judge, device_memory: Bytes, direction: s
     """On a device too, a block may lie more than 2**32 bytes behind the first."""
     stride = 2**32 + 256
     plane = far_blocks(device_memory(stride + 4096), stride, 2)
-    check(judge, direction, plane, [3, 0, 2], "block token head dim")
+    check_rows(judge, direction, plane, [3, 0, 2], "block token head dim")
 
 
 @on_a_device
@@ -283,7 +261,7 @@ def test_a_flat_pool_on_a_device(
     slots = (2**32 + 2**20) // row // _SIZE * _SIZE
     plane = device_memory(slots * row).view(slots, 1, row)
     picked = [slots - 1, 0, 2**31 // row, 2**31 // row + 1, 2**32 // row + 3, 1]
-    check(judge, direction, plane, picked, "(block token) head dim", block_size=_SIZE)
+    check_rows(judge, direction, plane, picked, "(block token) head dim", block_size=_SIZE)
 
 
 @on_a_device

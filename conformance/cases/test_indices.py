@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from portakv_conformance.draw.arrangement import Case, Side
-from portakv_conformance.draw.by_hand import Shape, Workshop
+from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop
 from portakv_conformance.judge.judging import Judge, across
 from portakv_conformance.judge.subject import Subject
 
 pytestmark = pytest.mark.area("corners")
 
-DIRECTIONS = ("gather", "scatter")
 SHAPE = Shape(blocks=9)
 POOL, HND = "block layer kv token head dim", "layer kv | block head token dim"
 DTYPES = {"int32": torch.int32, "int64": torch.int64}

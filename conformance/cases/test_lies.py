@@ -5,28 +5,23 @@ with their neighbours, a stream that is taken for none. Each was found by a muta
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
 
-from portakv import Index, Unsupported
-from portakv_conformance.cases.test_ordering import Late, launched, prepared
-from portakv_conformance.draw.arrangement import Case
-from portakv_conformance.draw.by_hand import Shape, Workshop
-from portakv_conformance.judge.claims import not_claimed, plan_of
+from portakv import Transfer
+from portakv_conformance.cases.test_ordering import Late
+from portakv_conformance.cases.test_safety import DUPLICATES, check_duplicates
+from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop
+from portakv_conformance.judge.claims import at_once, launch_of, not_claimed, plan_of
 from portakv_conformance.judge.device_support import Facility
-from portakv_conformance.judge.judging import Judge, index_of, view_of
-from portakv_conformance.judge.memory import Memory
-from portakv_conformance.judge.oracle import compare
+from portakv_conformance.judge.judging import Judge, asked_of
 from portakv_conformance.judge.subject import Subject
 
 pytestmark = pytest.mark.area("claims")
 
-DIRECTIONS = ("gather", "scatter")
 SHAPE = Shape(layers=3, widths=(64, 64))
 BUSY = 300  # milliseconds
 _THREADS, _ROUNDS = 4, 12
@@ -83,19 +78,14 @@ def test_host_ids_that_change_right_after_the_call(
         if kind == "pinned" and facility.streams:
             ids = ids.pin_memory()
         case = home.move(direction, SHAPE, ids)
-        expected = case.expected()
-        asked = view_of(case.src), view_of(case.dst), index_of(case.src), index_of(case.dst)
+        expected, asked, started = case.expected(), asked_of(case), list[Transfer]()
         facility.delay(BUSY)
-        try:
-            transfer = judge.subject.copy(*asked, count=case.count)
-        except Unsupported as refusal:
-            judge.may_decline(refusal, *asked)
+        copy = partial(judge.subject.copy, *asked, count=case.count)
+        if not judge.carried(lambda: started.append(copy()), asked):  # noqa: B023 (called at once)
             return
         _other_slots(ids)
-        judge.finish(transfer)
-        verdict = judge.compare(expected, case.dst.tensors, case.src.tensors)
-        assert verdict is None, f"Its ids were read after the call had returned. {verdict}"
-        judge.examples += 1
+        judge.finish(started[0])
+        judge.check(expected, case, "Its ids were read after the call had returned. ")
 
 
 @pytest.mark.claim("index_on")
@@ -113,21 +103,14 @@ def test_a_launch_has_read_its_host_ids(
     ids = ids.to(subject.can.home_of_ids(subject.device))
     case = home.move(direction, SHAPE, ids)
     expected = case.expected()
-    launch = subject.prepare(plan_of(case))
-    views = view_of(case.src), view_of(case.dst)
-    mine, theirs = (subject.place(index_of(side)) for side in (case.src, case.dst))
-    _ = [view.table for view in views]
+    launch = launch_of(subject, case)
     facility.synchronize()
     facility.delay(BUSY)
-    pending = launch(*views, mine, theirs, case.count, None, None)
+    pending = launch(None, None)
     if subject.can.index_on == "host":
         _other_slots(ids)
-    if pending is not None:
-        pending.wait()
-    facility.synchronize()
-    verdict = judge.compare(expected, case.dst.tensors, case.src.tensors)
-    assert verdict is None, f"Its ids were read after the launch had returned. {verdict}"
-    judge.examples += 1
+    judge.land(pending)
+    judge.check(expected, case, "Its ids were read after the launch had returned. ")
 
 
 @pytest.mark.claim("threads")
@@ -139,38 +122,18 @@ def test_each_thread_gets_its_own_copy(
     if not subject.can.threads:
         not_claimed(request, "threads", "the library lets one thread at a time into a launch.")
         return
-    launch: Any = None
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for turn in range(_ROUNDS):
-            shops = [replace(home, seed=home.seed + 10 * turn + n) for n in range(_THREADS)]
-            # Fresh destinations each time: a call that is lost is not made good by the next.
-            cases = [shop.move(direction, SHAPE, shop.shuffled(SHAPE.slots, 9)) for shop in shops]
-            launch = launch or subject.prepare(plan_of(cases[0]))
-            expected = [case.expected() for case in cases]
-            gate = threading.Barrier(_THREADS)
-            works = [_work(subject, launch, case, gate) for case in cases]
-            judge.facility.synchronize()
-            for ended in [pool.submit(work) for work in works]:
-                ended.result()
-            judge.facility.synchronize()
-            for case, wanted in zip(cases, expected, strict=True):
-                verdict = compare(wanted, case.dst.tensors, case.src.tensors)
-                assert verdict is None, f"Called from {_THREADS} threads at once: {verdict}"
-                judge.examples += 1
-
-
-def _work(subject: Subject, launch: Any, case: Case, gate: threading.Barrier) -> Any:
-    views = view_of(case.src), view_of(case.dst)
-    mine, theirs = (subject.place(index_of(side)) for side in (case.src, case.dst))
-    _ = [view.table for view in views]  # made on this thread's stream
-
-    def work() -> None:
-        gate.wait()
-        pending = launch(*views, mine, theirs, case.count, None, None)
-        if pending is not None:
-            pending.wait()
-
-    return work
+    prepared = None
+    for turn in range(_ROUNDS):
+        shops = [replace(home, seed=home.seed + 10 * turn + n) for n in range(_THREADS)]
+        # Fresh destinations each time: a call that is lost is not made good by the next.
+        cases = [shop.move(direction, SHAPE, shop.shuffled(SHAPE.slots, 9)) for shop in shops]
+        prepared = prepared or subject.prepare(plan_of(cases[0]))
+        expected = [case.expected() for case in cases]
+        launches = [launch_of(subject, case, prepared) for case in cases]
+        judge.facility.synchronize()
+        at_once([lambda launch=launch: judge.land(launch(None, None)) for launch in launches])
+        for case, wanted in zip(cases, expected, strict=True):
+            judge.check(wanted, case, f"Called from {_THREADS} threads at once: ")
 
 
 @pytest.mark.area("safety")
@@ -180,26 +143,9 @@ def test_duplicates_that_reach_a_launch(
 ) -> None:
     """Where nobody looked at the ids, a destination that occurs twice corrupts nothing else."""
     shape = replace(SHAPE, block_size=4, blocks=6)
-    ids = [5, 2, 5, 0, 5, 5]
-    case = home.scatter(shape, torch.tensor(ids).to(subject.device), step=step)
-    once = [n for n, slot in enumerate(ids) if slot != 5]
-    positions = torch.tensor([n * step + at for n in once for at in range(step)])
-    src = replace(case.src, ids=positions)
-    dst = replace(case.dst, ids=torch.tensor([ids[n] for n in once]))
-    expected = Case(src, dst, len(once) * step).expected()
-    theirs = subject.place(index_of(case.dst))
-    pending = subject.launch(view_of(case.src), view_of(case.dst), Index(), theirs, case.count)
-    if pending is not None:
-        pending.wait()
-    judge.facility.synchronize()
-    found = Memory.snapshot(case.dst.tensors)
-    for layer in range(expected.dst.layers):
-        for kv in range(expected.dst.kv):  # which of its sources a row holds is not specified
-            rows = expected.dst.row_addresses(kv, layer, list(range(5 * step, 6 * step)))
-            expected.after.write(rows, found.read(rows))
-    verdict = compare(expected, case.dst.tensors, case.src.tensors)
-    assert verdict is None, verdict
-    judge.examples += 1
+    case = home.scatter(shape, torch.tensor(DUPLICATES).to(subject.device), step=step)
+    launch = launch_of(subject, case)
+    check_duplicates(judge, case, lambda: judge.land(launch(None, None)))
 
 
 @pytest.mark.area("ordering")
@@ -211,14 +157,13 @@ def test_the_default_stream_is_a_stream(
     """The default stream, passed while another is current, carries the work out: its number, 0,
     does not say that no stream was given."""
     late = Late(judge, home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 9)))
-    launch = prepared(late)
-    late.indices = tuple(judge.subject.place(index) for index in late.indices)  # type: ignore[assignment]
+    launch = launch_of(judge.subject, late.case)
     late.produce()
     default, side = facility.current(), facility.stream()
     facility.synchronize()
     facility.delay(BUSY, side)
     with facility.on(side):
-        pending = launched(late, launch, default)
+        pending = launch(default, None)
     if pending is not None:
         pending.wait()
     default.synchronize()

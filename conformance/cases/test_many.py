@@ -7,12 +7,10 @@ import pytest
 import torch
 
 from portakv_conformance.draw.arrangement import Case
-from portakv_conformance.draw.by_hand import Shape, Workshop
+from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop
 from portakv_conformance.judge.judging import Judge
 
 pytestmark = pytest.mark.area("corners")
-
-DIRECTIONS = ("gather", "scatter")
 
 
 @pytest.mark.parametrize("units", ["tokens", "blocks"])

@@ -5,6 +5,7 @@ and one backend reading what another has written."""
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from portakv_conformance.draw.arrangement import Case, Side
 from portakv_conformance.draw.by_hand import Shape, Workshop
 from portakv_conformance.draw.saved import blaming
 from portakv_conformance.draw.strategies import cases
-from portakv_conformance.judge.judging import Judge, changed, index_of, view_of
+from portakv_conformance.judge.judging import Judge, asked_of, changed, view_of
 from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.rows import locate
 from portakv_conformance.judge.subject import Subject
@@ -34,20 +35,16 @@ def drawn(subject: Subject, data: st.DataObject, **options: Any) -> Case:
     return data.draw(cases(device=str(subject.device), **options))
 
 
-def carry(judge: Judge, case: Case, *, backend: str = "") -> bool:
+def carry(judge: Judge, case: Case, backend: str = "") -> bool:
     """Copy with the judged backend, or another; False where it declines the plan."""
-    views = (view_of(case.src), view_of(case.dst))
-    indices = (index_of(case.src), index_of(case.dst))
+    asked = asked_of(case)
+    if not backend:
+        copy = partial(judge.subject.copy, *asked, count=case.count)
+        return judge.carried(lambda: judge.finish(copy()), asked)
     try:
-        if backend:
-            judge.finish(copy_rows(*views, *indices, count=case.count, backend=backend))
-        else:
-            judge.finish(judge.subject.copy(*views, *indices, count=case.count))
+        judge.finish(copy_rows(*asked, count=case.count, backend=backend))
     except Unsupported as error:
-        if backend:  # not the one that is judged
-            judge.declined.append(str(error))
-        else:
-            judge.may_decline(error, *views, *indices)
+        judge.declined.append(str(error))
         return False
     return True
 
@@ -84,13 +81,20 @@ def test_scatter_after_gather_is_the_identity(
 ) -> None:
     """What was copied and is copied back leaves every byte of the source as it was."""
     case = drawn(subject, data, expanded=False)
+    there_and_back(judge, case, ("", ""), "After there and back")
+
+
+def there_and_back(judge: Judge, case: Case, backends: tuple[str, str], how: str) -> None:
+    """Copy a case by one backend and back by another (empty: the judged one): the source is as it
+    was."""
     assume(distinct(case.src_slots()) and writable(case.src))
     before = Memory.snapshot(case.src.tensors)
-    back = Case(case.dst, case.src, case.count)
-    with blaming(judge, case, back):
-        if carry(judge, case) and carry(judge, back):
+    both = (case, Case(case.dst, case.src, case.count))
+    mine = [each for each, backend in zip(both, backends, strict=True) if not backend]
+    with blaming(judge, *mine):
+        if all(carry(judge, *pair) for pair in zip(both, backends, strict=True)):
             wrong = changed(before, case.src.tensors)
-            assert wrong is None, f"After there and back, {wrong}. The case was {case!r}."
+            assert wrong is None, f"{how}, {wrong}. The case was {case!r}."
             judge.examples += 1
 
 
@@ -143,16 +147,9 @@ def test_one_backend_reads_what_another_wrote(
     subject: Subject, judge: Judge, data: st.DataObject, reads: str
 ) -> None:
     """Rows that one backend gathers and the other scatters are the rows that were there."""
-    case = drawn(subject, data, expanded=False)
-    assume(distinct(case.src_slots()) and writable(case.src))
     names = ("reference", "") if reads == "reference" else ("", "reference")
-    before = Memory.snapshot(case.src.tensors)
-    back = Case(case.dst, case.src, case.count)
-    with blaming(judge, back if reads == "reference" else case):
-        if carry(judge, case, backend=names[0]) and carry(judge, back, backend=names[1]):
-            wrong = changed(before, case.src.tensors)
-            assert wrong is None, f"With {names} in turn, {wrong}. The case was {case!r}."
-            judge.examples += 1
+    case = drawn(subject, data, expanded=False)
+    there_and_back(judge, case, names, f"With {names} in turn")
 
 
 @_FEWER

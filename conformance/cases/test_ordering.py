@@ -13,15 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from portakv import CopyPlan
 from portakv_conformance.draw.arrangement import Case
-from portakv_conformance.draw.by_hand import Shape, Workshop, on_host
+from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop, on_host
+from portakv_conformance.judge.claims import launch_of, plan_of
 from portakv_conformance.judge.device_support import Facility
-from portakv_conformance.judge.judging import Judge, index_of, view_of
+from portakv_conformance.judge.judging import Judge, asked_of, index_of, view_of
 
 pytestmark = [pytest.mark.area("ordering"), pytest.mark.needs("accelerator")]
 
-DIRECTIONS = ("gather", "scatter")
 SHAPE = Shape(layers=3, widths=(64, 64))
 SLOW = 60  # milliseconds
 STREAMS = ("none", "side", "current")
@@ -67,11 +66,9 @@ class Late:
 
     def check(self, *, source: bool = True) -> None:
         """Judge the bytes; all work has ended."""
-        src = self.case.src.tensors if source else None
-        verdict = self.judge.compare(self.expected, self.case.dst.tensors, src)
-        self.judge.failing = self.case if verdict else self.judge.failing
-        assert verdict is None, verdict
-        self.judge.examples += 1
+        failing, self.judge.failing = self.judge.failing, self.case
+        self.judge.check(self.expected, self.case, source=source)
+        self.judge.failing = failing
 
 
 def made(judge: Judge, home: Workshop, direction: str, ids: str) -> Case:
@@ -95,12 +92,10 @@ def test_a_copy_waits_for_its_producer(
             facility.delay(SLOW)
             late.produce()
             transfer = late.copy()
+        transfer.synchronize()
+        late.check()
     else:
-        facility.delay(SLOW)
-        late.produce()
-        transfer = late.copy(side if where == "side" else None)
-    transfer.synchronize()
-    late.check()
+        check_late(facility, late, where)
 
 
 @pytest.mark.parametrize("where", STREAMS)
@@ -196,20 +191,6 @@ def test_memory_freed_right_after_the_call(
 # -- launches -----------------------------------------------------------------------------------
 
 
-def launched(late: Late, launch: Any, stream: torch.Stream | None) -> Any:
-    """Call a prepared launch; its `Pending`, if any."""
-    mine, theirs = (late.judge.subject.place(index) for index in late.indices)
-    return launch(*late.views, mine, theirs, late.case.count, stream, None)
-
-
-def prepared(late: Late) -> Any:
-    """The launch for a case."""
-    (src, dst), (mine, theirs) = late.views, late.indices
-    return late.judge.subject.prepare(
-        CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
-    )
-
-
 @pytest.mark.parametrize("given", [True, False], ids=["given", "current"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_launch_works_on_its_stream(
@@ -219,19 +200,18 @@ def test_a_launch_works_on_its_stream(
     each call anew."""
     slots = home.shuffled(SHAPE.slots, 9)
     lates = [Late(judge, home.move(direction, SHAPE, slots)) for _ in range(3)]
-    launch = prepared(lates[0])
+    prepared = judge.subject.prepare(plan_of(lates[0].case))
     for late in lates:
         # Ids are brought over now: the copy of a list would wait for the device.
-        late.indices = tuple(judge.subject.place(index) for index in late.indices)  # type: ignore[assignment]
-        _ = [view.table for view in late.views]
+        launch = launch_of(judge.subject, late.case, prepared)
         facility.synchronize()
         stream = facility.stream()
         with facility.on(stream):
             facility.delay(SLOW)
             late.produce()
-            pending = None if given else launched(late, launch, None)
+            pending = None if given else launch(None, None)
         if given:
-            pending = launched(late, launch, stream)
+            pending = launch(stream, None)
         if pending is not None:
             pending.wait()
         stream.synchronize()
@@ -257,10 +237,8 @@ def test_a_launch_returns_while_its_stream_is_busy(
     if ids == "no-ids":
         case = Case(replace(case.src, ids=None), replace(case.dst, ids=None), case.count)
     late = Late(judge, case)
-    launch = prepared(late)
-    late.indices = tuple(judge.subject.place(index) for index in late.indices)  # type: ignore[assignment]
-    _ = [view.table for view in late.views]
-    launched(late, launch, None)  # makes what only a first launch has to wait for
+    launch = launch_of(judge.subject, case)
+    launch(None, None)  # makes what only a first launch has to wait for
     late.produce()
     facility.synchronize()
     # Whether slow work is slow here is asked of another stream: work that was asked for has begun.
@@ -268,7 +246,7 @@ def test_a_launch_returns_while_its_stream_is_busy(
     assert late_at_all or facility.emulated, "The slow job ended as soon as it was ordered."
     stream = facility.stream()
     busy = _busy(facility, stream)
-    pending = launched(late, launch, stream)
+    pending = launch(stream, None)
     waited = late_at_all and busy.query()
     if pending is not None:
         pending.wait()
@@ -310,23 +288,25 @@ def test_a_load_behind_a_store_of_the_same_rows(
     slots = home.shuffled(SHAPE.slots, 9)
     store = home.gather(SHAPE, slots)
     fresh = replace(home, seed=home.seed + 1).scatter(SHAPE, slots)
-    load = Case(fresh.src, replace(store.src), 9)
-    wanted = store.expected()
-    load_wanted = load.expected()
+    both = (store, Case(fresh.src, replace(store.src), 9))
+    expected = [case.expected() for case in both]
     facility.delay(SLOW)
-    transfers = [
-        judge.subject.copy(view_of(c.src), view_of(c.dst), index_of(c.src), index_of(c.dst))
-        for c in (store, load)
-    ]
+    transfers = [judge.subject.copy(*asked_of(case)) for case in both]
     for transfer in transfers:
         transfer.synchronize()
-    for expected, case in ((wanted, store), (load_wanted, load)):
-        verdict = judge.compare(expected, case.dst.tensors)
-        assert verdict is None, verdict
-    judge.examples += 2
+    for case, wanted in zip(both, expected, strict=True):
+        judge.check(wanted, case, source=False)
 
 
 # -- the host on one side -----------------------------------------------------------------------
+
+
+def check_late(facility: Facility, late: Late, where: str) -> None:
+    """Judge a copy behind a slow producer, on the current stream or on another."""
+    facility.delay(SLOW)
+    late.produce()
+    late.copy(facility.stream() if where == "side" else None).synchronize()
+    late.check()
 
 
 @pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
@@ -335,13 +315,8 @@ def test_a_store_to_the_host_waits_for_its_producer(
     facility: Facility, judge: Judge, home: Workshop, where: str, pinned: bool
 ) -> None:
     """A store to the host reads the device behind the work that writes it."""
-    slots = home.shuffled(SHAPE.slots, 9, 1)
-    chunk = on_host(replace(home, device="cpu").chunk(SHAPE, 9, source=False), pinned)
-    late = Late(judge, Case(home.cache(SHAPE, slots), chunk, 9))
-    facility.delay(SLOW)
-    late.produce()
-    late.copy(facility.stream() if where == "side" else None).synchronize()
-    late.check()
+    case = home.gather(SHAPE, home.shuffled(SHAPE.slots, 9, 1), {"device": "cpu"})
+    check_late(facility, Late(judge, replace(case, dst=on_host(case.dst, pinned))), where)
 
 
 @pytest.mark.parametrize("where", ["none", "side"])
@@ -349,12 +324,8 @@ def test_a_load_of_pinned_memory_that_is_being_written(
     facility: Facility, judge: Judge, home: Workshop, where: str
 ) -> None:
     """A load reads pinned memory behind the work that writes it."""
-    slots = home.shuffled(SHAPE.slots, 9, 1)
-    chunk = on_host(replace(home, device="cpu").chunk(SHAPE, 9), True)
-    late = Late(judge, Case(chunk, home.cache(SHAPE, slots, source=False), 9))
+    case = home.scatter(SHAPE, home.shuffled(SHAPE.slots, 9, 1), {"device": "cpu"})
+    late = Late(judge, replace(case, src=on_host(case.src, True)))
     late.final = [final.to(facility.device) for final in late.final]
     facility.synchronize()
-    facility.delay(SLOW)
-    late.produce()
-    late.copy(facility.stream() if where == "side" else None).synchronize()
-    late.check()
+    check_late(facility, late, where)

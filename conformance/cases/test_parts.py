@@ -11,12 +11,11 @@ import torch
 
 from portakv import Index
 from portakv_conformance.draw.arrangement import Case
-from portakv_conformance.draw.by_hand import Shape, Workshop
+from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop, between
 from portakv_conformance.judge.judging import Judge, index_of, view_of
 
 pytestmark = pytest.mark.area("corners")
 
-DIRECTIONS = ("gather", "scatter")
 #: Layouts of one cache beside the home.
 LAYOUTS = {
     "home": "",
@@ -39,45 +38,37 @@ def test_migration_within_one_cache(judge: Judge, home: Workshop, layout: str) -
     judge.copy(Case(cache, replace(cache, ids=torch.tensor(blocks[3:])), 12))
 
 
+#: What is sliced of a view, and what is left of its shape then.
+_SLICES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "one-layer": ({"layers": 2}, {"layers": 1}),
+    "layers": ({"layers": slice(1, 3)}, {"layers": 2}),
+    "one-head": ({"heads": 3}, {"heads": 1}),
+    "heads": ({"heads": slice(1, 3)}, {"heads": 2}),
+    "keys": ({"kv": 0}, {"widths": (32,)}),
+    "values": ({"kv": 1}, {"widths": (32,)}),
+}
+
+
 @pytest.mark.parametrize("layout", ["", LAYOUTS["pool"]], ids=["home", "pool"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("what", ["one-layer", "layers", "one-head", "heads", "keys", "values"])
+@pytest.mark.parametrize("what", _SLICES)
 def test_slices(judge: Judge, home: Workshop, what: str, direction: str, layout: str) -> None:
     """A slice of a view is those layers, heads or kv only, also of a pool that all layers share:
     the others are not touched."""
-    whole = Shape(layers=4, heads=4)
-    every: dict[str, dict[str, Any]] = {
-        "one-layer": {"layers": 2},
-        "layers": {"layers": slice(1, 3)},
-        "one-head": {"heads": 3},
-        "heads": {"heads": slice(1, 3)},
-        "keys": {"kv": 0},
-        "values": {"kv": 1},
-    }
-    part = every[what]
-    layers, heads = what in ("one-layer", "layers"), what in ("one-head", "heads")
-    fewer = {"one-layer": 1, "layers": 2, "one-head": 1, "heads": 2}.get(what, 0)
-    shape = replace(
-        whole,
-        layers=fewer if layers else 4,
-        heads=fewer if heads else 4,
-        widths=whole.widths if layers or heads else (32,),
-    )
-    source = direction == "gather"
+    whole, (part, fewer) = Shape(layers=4, heads=4), _SLICES[what]
+    shape, source = replace(whole, **fewer), direction == "gather"
     slots = home.shuffled(whole.slots, 9, 1)
     side = home.cache(whole, slots, source=source, layout=layout)
     chunk = home.chunk(shape, 9, source=not source)
     told = replace(side, tensors=_sliced(side.tensors, side.layout, part), arrangement=None)
     told.extents = {**side.extents, "layers": shape.layers, "kv": len(shape.widths)}
     told.extents.update(heads=shape.heads, dim=side.extents["dim"][: len(shape.widths)])
-    case = Case(told, chunk, 9) if source else Case(chunk, told, 9)
-    views, ids = (view_of(side).slice(**part), view_of(chunk)), (index_of(side), Index())
-    asked = (*views, *ids) if source else (*views[::-1], *ids[::-1])
-
-    def carry() -> None:
-        judge.finish(judge.subject.copy(*asked, count=9))
-
-    judge.judge(case, carry, lambda: judge.why_declined(*asked))
+    cache, dense = view_of(side).slice(**part), view_of(chunk)
+    asked = (cache, dense, index_of(side), Index())
+    if not source:
+        asked = (dense, cache, Index(), index_of(side))
+    case = between(direction, told, chunk, 9)
+    judge.call(case, lambda: judge.subject.copy(*asked, count=9), asked=asked)
 
 
 #: The keyword that slices each axis.

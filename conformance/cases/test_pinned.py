@@ -8,30 +8,32 @@ views say here that their memory is pinned. To the host it is memory like any ot
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from portakv import CopyPlan, KVView, Unsupported
-from portakv_conformance.draw.arrangement import Case, Side
-from portakv_conformance.draw.by_hand import Shape, Workshop
+from portakv import CopyPlan, Unsupported
+from portakv_conformance.draw.arrangement import Case
+from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop
 from portakv_conformance.judge.claims import not_claimed
-from portakv_conformance.judge.judging import Judge, index_of, view_of
+from portakv_conformance.judge.judging import Asked, Judge, asked_of
 from portakv_conformance.judge.subject import Subject
 
 pytestmark = [
     pytest.mark.area("claims"), pytest.mark.claim("places"), pytest.mark.needs("host"),
 ]  # fmt: skip
 
-DIRECTIONS = ("gather", "scatter")
 SHAPE = Shape()
 PAIRS = [("pinned", "pinned"), ("pinned", "pageable"), ("pageable", "pinned")]
 
 
-def lying(side: Side, place: str) -> KVView:
-    """The view of a side, said to lie in a place of the host."""
-    view = view_of(side)
-    view.form = replace(view.form, place=place)
-    return view
+def made(home: Workshop, direction: str, pair: tuple[str, str]) -> tuple[Case, Asked]:
+    """A case, and what it is asked for with views that are said to lie in a pair of places."""
+    case = home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 9))
+    asked = asked_of(case)
+    for view, place in zip(asked[:2], pair, strict=True):
+        view.form = replace(view.form, place=place)
+    return case, asked
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -42,45 +44,27 @@ def test_pinned_memory_on_the_host(
 ) -> None:  # fmt: skip
     """A backend of the host copies to and from pinned memory where it claims to, and refuses a
     plan of it where it does not."""
-    case = home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 9))
-    src, dst = lying(case.src, pair[0]), lying(case.dst, pair[1])
-    refusal = refused(subject, case, src, dst)
+    case, asked = made(home, direction, pair)
+    refusal = refused(subject, asked)
     way = f"from {pair[0]} to {pair[1]} memory"
     if pair in subject.can.places:
         assert refusal is None, (
             f"It claims by 'places' that it copies {way}, and refuses a plan of that: {refusal}"
         )
-        launch_only(judge, case, src, dst)
+        launched = partial(subject.launch, *asked, case.count)
+        judge.judge(case, lambda: judge.land(launched()), lambda: None)
     else:
         not_claimed(request, "places", f"it does not copy {way}.")
         assert refusal is not None, f"It prepares a plan that it does not claim: {way}."
-    fresh = home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 9))
-    views = lying(fresh.src, pair[0]), lying(fresh.dst, pair[1])
-    asked = (*views, index_of(fresh.src), index_of(fresh.dst))
-    judge.judge(
-        fresh,
-        lambda: judge.finish(subject.copy(*asked, count=fresh.count)),
-        lambda: judge.why_declined(*asked),
-    )
+    fresh, again = made(home, direction, pair)
+    judge.call(fresh, lambda: subject.copy(*again, count=fresh.count), asked=again)
 
 
-def refused(subject: Subject, case: Case, src: KVView, dst: KVView) -> Unsupported | None:
+def refused(subject: Subject, asked: Asked) -> Unsupported | None:
     """Why ``check`` or ``prepare`` refuses the plan between two views, or None."""
-    steps = index_of(case.src).plan_step, index_of(case.dst).plan_step
+    src, dst, mine, theirs = asked
     try:
-        subject.prepare(CopyPlan(src.form, dst.form, *steps))
+        subject.prepare(CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step))
     except Unsupported as refusal:
         return refusal
     return None
-
-
-def launch_only(judge: Judge, case: Case, src: KVView, dst: KVView) -> None:
-    """Judge the launch of a case alone; what is claimed may not be refused."""
-
-    def carry() -> None:
-        given = index_of(case.src), index_of(case.dst)
-        pending = judge.subject.launch(src, dst, *given, case.count)
-        if pending is not None:
-            pending.wait()
-
-    judge.judge(case, carry, lambda: None)

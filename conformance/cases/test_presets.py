@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from portakv.layout.presets import PRESETS
-from portakv_conformance.draw.arrangement import Case, Side
-from portakv_conformance.draw.by_hand import CHUNK, PAGED, Shape, Workshop
+from portakv_conformance.draw.arrangement import Case
+from portakv_conformance.draw.by_hand import CHUNK, PAGED, Shape, Workshop, between
 from portakv_conformance.judge.claims import full
 from portakv_conformance.judge.grammar import read_layout
 from portakv_conformance.judge.judging import Judge
@@ -129,32 +129,17 @@ def _case(shop: Workshop, operation: str, name: str, dtype: torch.dtype) -> Case
         return _pages(shop, operation, layout, shape, how)
     if not axes.written("block"):
         return _chunks(shop, operation, layout, shape, dtype)
-    slots = shop.shuffled(shape.slots, 13, 2)
+    slots, equal = shop.shuffled(shape.slots, 13, 2), len(set(shape.widths)) == 1
     if operation == "migrate":
         return _within(shop, layout, shape, how)
-    if operation == "convert":
+    if operation == "convert":  # to a paged layout that is like none of the presets
         other = replace(shape, block_size=6, blocks=4)
-        target = shop.cache(
-            other, shop.shuffled(other.slots, 13), layout=_other(shape), source=False, dtype=dtype
-        )
+        text = "head | block layer token kv dim" if equal else "block head layer token (kv dim)"
+        ids = shop.shuffled(other.slots, 13)
+        target = shop.cache(other, ids, layout=text, source=False, dtype=dtype)
         return Case(shop.cache(shape, slots, layout=layout, **how), target, 13)
-    if operation == "gather":
-        target = shop.chunk(shape, 13, layout=_dense(shape), source=False, dtype=dtype)
-        return Case(shop.cache(shape, slots, layout=layout, **how), target, 13)
-    source = shop.chunk(shape, 13, layout=_dense(shape), dtype=dtype)
-    return Case(source, shop.cache(shape, slots, layout=layout, source=False, **how), 13)
-
-
-def _dense(shape: Shape) -> str:
-    """A chunk that can hold the widths."""
-    return CHUNK if len(set(shape.widths)) == 1 else "layer token (kv head dim)"
-
-
-def _other(shape: Shape) -> str:
-    """A paged layout that is like none of the presets."""
-    if len(set(shape.widths)) > 1:
-        return "block head layer token (kv dim)"
-    return "head | block layer token kv dim"
+    chunk = {"layout": CHUNK if equal else "layer token (kv head dim)"}
+    return shop.move(operation, shape, slots, chunk, layout=layout, **how)
 
 
 def _within(shop: Workshop, layout: str, shape: Shape, how: dict[str, Any]) -> Case:
@@ -170,15 +155,13 @@ def _pages(shop: Workshop, operation: str, layout: str, shape: Shape, how: dict[
     size, blocks = shape.block_size, shop.shuffled(shape.blocks, 3, 1)
     mine = {"layout": layout, "step": size, **how}
     flat = "block page" if shape.layers == 1 else "block layer page"
-    store: Side
     if operation == "convert":
         store = shop.cache(shape, blocks[::-1], layout=flat, step=size, source=False)
         return Case(shop.cache(shape, shop.shuffled(shape.blocks, 3), **mine), store, 3 * size)
     few = replace(shape, blocks=3)
     store = shop.cache(few, None, layout=flat, source=operation == "scatter")
-    if operation == "gather":
-        return Case(shop.cache(shape, blocks, **mine), store, 3 * size)
-    return Case(store, shop.cache(shape, blocks, source=False, **mine), 3 * size)
+    pages = shop.cache(shape, blocks, source=operation == "gather", **mine)
+    return between(operation, pages, store, 3 * size)
 
 
 def _chunks(shop: Workshop, operation: str, layout: str, shape: Shape, dtype: torch.dtype) -> Case:
@@ -187,9 +170,5 @@ def _chunks(shop: Workshop, operation: str, layout: str, shape: Shape, dtype: to
         source = shop.chunk(shape, 13, layout=layout, dtype=dtype)
         other = "token layer head kv dim"
         return Case(source, shop.chunk(shape, 13, layout=other, source=False, dtype=dtype), 13)
-    slots = shop.shuffled(shape.slots, 13, 2)
-    if operation == "gather":
-        target = shop.chunk(shape, 13, layout=layout, source=False, dtype=dtype)
-        return Case(shop.cache(shape, slots, layout=PAGED, dtype=dtype), target, 13)
-    source = shop.chunk(shape, 13, layout=layout, dtype=dtype)
-    return Case(source, shop.cache(shape, slots, layout=PAGED, source=False, dtype=dtype), 13)
+    slots, chunk = shop.shuffled(shape.slots, 13, 2), {"layout": layout}
+    return shop.move(operation, shape, slots, chunk, layout=PAGED, dtype=dtype)

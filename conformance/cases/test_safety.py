@@ -3,50 +3,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from portakv import LayoutError, PortaKVError, SlotError, Unsupported
+from portakv import LayoutError, SlotError
 from portakv_conformance.draw.arrangement import Case, Side
-from portakv_conformance.draw.by_hand import CHUNK, PAGED, Shape, Workshop, lifted, widened
-from portakv_conformance.judge.claims import not_claimed
-from portakv_conformance.judge.judging import Judge, changed, index_of, view_of
+from portakv_conformance.draw.by_hand import (
+    CHUNK,
+    DIRECTIONS,
+    PAGED,
+    Shape,
+    Workshop,
+    between,
+    lifted,
+    widened,
+)
+from portakv_conformance.judge.claims import (
+    check_guarded,
+    check_refused,
+    not_claimed,
+    without_bad,
+)
+from portakv_conformance.judge.judging import Judge, asked_of
 from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.subject import Subject
 
 pytestmark = pytest.mark.area("safety")
 
-DIRECTIONS = ("gather", "scatter")
 SHAPE = Shape()
-
-
-def refused(judge: Judge, case: Case, error: type[PortaKVError]) -> None:
-    """The copy must raise ``error``, before it has written one byte."""
-    before = Memory.snapshot(case.src.tensors, case.dst.tensors)
-    src, dst = view_of(case.src), view_of(case.dst)
-    try:
-        judge.finish(
-            judge.subject.copy(src, dst, index_of(case.src), index_of(case.dst), count=case.count)
-        )
-    except (error, Unsupported) as found:
-        judge.facility.synchronize()
-        wrong = changed(before, [case.src.tensors, case.dst.tensors])
-        name = type(found).__name__
-        assert wrong is None, f"{name} was raised, but {wrong}. The case was {case!r}."
-        if isinstance(found, Unsupported):
-            judge.may_decline(found, src, dst, index_of(case.src), index_of(case.dst))
-        else:
-            judge.examples += 1
-        return
-    except Exception as other:
-        raise AssertionError(
-            f"Expected {error.__name__}, found {type(other).__name__}: {other} "
-            f"The case was {case!r}."
-        ) from other
-    raise AssertionError(f"Expected {error.__name__}; nothing was raised. The case was {case!r}.")
 
 
 _PAST = (SHAPE.slots, SHAPE.slots + 1, 2**31 - 1)
@@ -58,16 +47,15 @@ _FAR = (2**31, 2**32 + 1, 2**40, 2**62, 2**63 - 1)
 def test_host_slots_past_the_end(judge: Judge, home: Workshop, direction: str, slot: int) -> None:
     """A slot past the end in a list on the host is a SlotError, and nothing is moved."""
     for dtype in (torch.int64, torch.int32) if slot < 2**31 else (torch.int64,):
-        refused(
-            judge, home.move(direction, SHAPE, torch.tensor([2, slot, 7], dtype=dtype)), SlotError
-        )
+        ids = torch.tensor([2, slot, 7], dtype=dtype)
+        check_refused(judge, home.move(direction, SHAPE, ids), SlotError)
 
 
 @pytest.mark.parametrize("block", [SHAPE.blocks, 2**31 - 1, 2**61, 2**62, 2**63 - 1])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_host_blocks_past_the_end(judge: Judge, home: Workshop, direction: str, block: int) -> None:
     """A block past the end is a SlotError, also where its slots do not fit 64 bits."""
-    refused(judge, home.move(direction, SHAPE, [2, block, 0], step=4), SlotError)
+    check_refused(judge, home.move(direction, SHAPE, [2, block, 0], step=4), SlotError)
 
 
 @pytest.mark.needs("accelerator")
@@ -80,31 +68,21 @@ def test_device_slots_past_the_end(
     the device is sound."""
     for dtype in (torch.int64, torch.int32) if slot < 2**31 else (torch.int64,):
         ids = torch.tensor([2, slot, 7, -1, 11], dtype=dtype).to(subject.device)
-        case = home.move(direction, SHAPE, ids)
-        good = home.move(direction, SHAPE, [2, -1, 7, -1, 11])
-        _judge_bad(judge, case, good)
+        _judge_bad(judge, home.move(direction, SHAPE, ids))
         judge.copy(home.move(direction, SHAPE, [3, 1]))
 
 
-def _judge_bad(judge: Judge, case: Case, good: Case) -> None:
+def _judge_bad(judge: Judge, case: Case) -> None:
     """Bytes as if the bad id were padding, and a SlotError at the end."""
-    like = Case(
-        replace(case.src, ids=good.src.ids), replace(case.dst, ids=good.dst.ids), case.count
-    )
-    expected = like.expected()
-    asked = view_of(case.src), view_of(case.dst), index_of(case.src), index_of(case.dst)
+    expected, asked = without_bad(case).expected(), asked_of(case)
     try:
-        judge.subject.copy(*asked).synchronize()
+        if not judge.carried(lambda: judge.subject.copy(*asked).synchronize(), asked):
+            return
     except SlotError:
         judge.facility.synchronize()
-    except Unsupported as refusal:
-        judge.may_decline(refusal, *asked)
+        judge.check(expected, case)
         return
-    else:
-        raise AssertionError(f"A bad slot raised nothing. The case was {case!r}.")
-    verdict = judge.compare(expected, case.dst.tensors, case.src.tensors)
-    assert verdict is None, f"{verdict} The case was {case!r}."
-    judge.examples += 1
+    raise AssertionError(f"A bad slot raised nothing. The case was {case!r}.")
 
 
 # -- ids on both sides ----------------------------------------------------------------------------
@@ -123,7 +101,7 @@ _PAIRS = {
 }
 
 
-def between(home: Workshop, pair: str, step: int, device: Any, dtype: torch.dtype) -> Case:
+def two_lists(home: Workshop, pair: str, step: int, device: Any, dtype: torch.dtype) -> Case:
     """A copy from one cache to another under a list of ids on each side."""
     end = SHAPE.slots // step
     lists = [[n - _END + end if _END <= n < 2 * _END else n for n in ids] for ids in _PAIRS[pair]]
@@ -134,16 +112,6 @@ def between(home: Workshop, pair: str, step: int, device: Any, dtype: torch.dtyp
     return Case(sides[0], sides[1], len(lists[0]) * step)
 
 
-def without_bad(case: Case, step: int) -> Case:
-    """The copy that is left of a case: where an id of either side is bad, both are padding."""
-    mine, theirs = (side.ids.cpu().long() for side in (case.src, case.dst) if side.ids is not None)
-    end = SHAPE.slots // step
-    bad = (mine >= end) | (theirs >= end)
-    ids = [torch.where(bad, -1, each) for each in (mine, theirs)]
-    sides = [replace(side, ids=each) for side, each in zip((case.src, case.dst), ids, strict=True)]
-    return Case(sides[0], sides[1], case.count)
-
-
 @pytest.mark.parametrize("step", [1, 4])
 @pytest.mark.parametrize("pair", _PAIRS)
 def test_host_ids_past_the_end_of_both_sides(
@@ -151,7 +119,7 @@ def test_host_ids_past_the_end_of_both_sides(
 ) -> None:
     """With lists on both sides too, an id past the end of either is a SlotError, also where the
     other side's is padding, and nothing is moved."""
-    refused(judge, between(home, pair, step, "cpu", torch.int64), SlotError)
+    check_refused(judge, two_lists(home, pair, step, "cpu", torch.int64), SlotError)
 
 
 @pytest.mark.needs("accelerator")
@@ -163,8 +131,7 @@ def test_device_ids_past_the_end_of_both_sides(
     """With lists on both sides too, a bad id of either moves nothing, all others move, and the
     transfer raises SlotError."""
     for dtype in (torch.int64, torch.int32):
-        case = between(home, pair, step, subject.device, dtype)
-        _judge_bad(judge, case, without_bad(case, step))
+        _judge_bad(judge, two_lists(home, pair, step, subject.device, dtype))
 
 
 @pytest.mark.claim("guards")
@@ -179,32 +146,8 @@ def test_bad_ids_of_both_sides_are_guarded(
         not_claimed(request, "guards", "bad ids are found before the launch.")
         return
     for dtype in subject.can.index_dtypes:
-        case = between(home, pair, step, subject.can.home_of_ids(subject.device), dtype)
-        expected = without_bad(case, step).expected()
-        status = torch.zeros(1, dtype=torch.int64)
-        status = status.pin_memory() if judge.facility.streams else status
-        try:
-            judge.launch_only(case, status=status)
-        except Unsupported as refusal:
-            asked = view_of(case.src), view_of(case.dst), index_of(case.src), index_of(case.dst)
-            judge.may_decline(refusal, *asked)
-            continue
-        verdict = judge.compare(expected, case.dst.tensors, case.src.tensors)
-        assert verdict is None, f"{verdict} The case was {case!r}."
-        _check_word(int(status[0]), case, step)
-        judge.examples += 1
-
-
-def _check_word(told: int, case: Case, step: int) -> None:
-    """The status word tells the position + 1 of a bad id."""
-    end = SHAPE.slots // step
-    sides = [side.ids.tolist() for side in (case.src, case.dst) if side.ids is not None]
-    bad = [at for ids in sides for at, number in enumerate(ids) if number >= end]
-    wanted = {at * step + n + 1 for at in bad for n in range(step)}
-    assert told in wanted, (
-        f"The status word holds {told} for source ids {sides[0]} and destination ids {sides[1]} of "
-        f"{step} tokens, of which those from {end} on are bad; expected position + 1 of a bad one."
-    )
+        case = two_lists(home, pair, step, subject.can.home_of_ids(subject.device), dtype)
+        judge.carried(partial(check_guarded, judge, case), asked_of(case))
 
 
 #: Lists with more than one bad id, or with padding before it: whatever is worked out of several
@@ -234,23 +177,7 @@ def test_the_word_names_a_bad_position(
     listed = [0] * offset + [n - _END + end if n >= _END else n for n in _SEVERAL[ids]]
     for direction in DIRECTIONS:
         given = torch.tensor(listed).to(subject.can.home_of_ids(subject.device))
-        case = home.move(direction, SHAPE, given, step=step, offset=offset * step)
-        good = torch.tensor([n if n < end else -1 for n in listed])
-        sides = [replace(s, ids=None if s.ids is None else good) for s in (case.src, case.dst)]
-        expected = Case(sides[0], sides[1], case.count).expected()
-        status = torch.zeros(1, dtype=torch.int64)
-        status = status.pin_memory() if judge.facility.streams else status
-        judge.launch_only(case, status=status)
-        verdict = judge.compare(expected, case.dst.tensors, case.src.tensors)
-        assert verdict is None, f"{verdict} The case was {case!r}."
-        told = int(status[0])
-        wanted = {p + 1 for p in range(case.count) if listed[offset + p // step] >= end}
-        assert told in wanted, (
-            f"The status word holds {told} for ids {listed} of {step} tokens from position "
-            f"{offset * step} on, of which those from {end} on are bad; expected the position + 1 "
-            f"of a bad one."
-        )
-        judge.examples += 1
+        check_guarded(judge, home.move(direction, SHAPE, given, step=step, offset=offset * step))
 
 
 # -- rows that meet -------------------------------------------------------------------------------
@@ -258,8 +185,28 @@ def test_the_word_names_a_bad_position(
 
 def test_a_destination_slot_twice(judge: Judge, home: Workshop) -> None:
     """A destination that occurs twice in a list on the host is a SlotError, and nothing moves."""
-    refused(judge, home.scatter(SHAPE, [7, 3, 7]), SlotError)
-    refused(judge, home.scatter(SHAPE, [2, 2], step=4), SlotError)
+    check_refused(judge, home.scatter(SHAPE, [7, 3, 7]), SlotError)
+    check_refused(judge, home.scatter(SHAPE, [2, 2], step=4), SlotError)
+
+
+#: Destinations of which one occurs several times.
+DUPLICATES = [5, 2, 5, 0, 5, 5]
+
+
+def check_duplicates(judge: Judge, case: Case, carry: Callable[[], object]) -> None:
+    """Judge a scatter to `DUPLICATES`: which of its sources a row holds is not specified."""
+    step = case.dst.step
+    once = [n for n, slot in enumerate(DUPLICATES) if slot != 5]
+    positions = torch.tensor([n * step + at for n in once for at in range(step)])
+    dst = replace(case.dst, ids=torch.tensor([DUPLICATES[n] for n in once]))
+    expected = Case(replace(case.src, ids=positions), dst, len(once) * step).expected()
+    carry()
+    found = Memory.snapshot(case.dst.tensors)
+    for layer in range(expected.dst.layers):
+        for kv in range(expected.dst.kv):
+            rows = expected.dst.row_addresses(kv, layer, list(range(5 * step, 6 * step)))
+            expected.after.write(rows, found.read(rows))
+    judge.check(expected, case)
 
 
 @pytest.mark.needs("accelerator")
@@ -268,56 +215,35 @@ def test_duplicates_on_the_device(
     subject: Subject, judge: Judge, home: Workshop, step: int
 ) -> None:
     """Duplicate destinations on the device have no order, and corrupt nothing else."""
-    ids = [5, 2, 5, 0, 5, 5]
-    case = home.scatter(SHAPE, torch.tensor(ids).to(subject.device), step=step)
-    unlike = [n for n, slot in enumerate(ids) if slot != 5]
-    src = replace(case.src, ids=_positions(unlike, step))
-    dst = replace(case.dst, ids=torch.tensor([ids[n] for n in unlike]))
-    expected = Case(src, dst, len(unlike) * step).expected()
-    views = view_of(case.src), view_of(case.dst)
-    judge.finish(judge.subject.copy(*views, None, index_of(case.dst)))
-    found, torn = Memory.snapshot(case.dst.tensors), list(range(5 * step, 6 * step))
-    for layer in range(expected.dst.layers):
-        for kv in range(expected.dst.kv):
-            rows = expected.dst.row_addresses(kv, layer, torn)
-            expected.after.write(rows, found.read(rows))
-    verdict = judge.compare(expected, case.dst.tensors, case.src.tensors)
-    assert verdict is None, verdict
-    judge.examples += 1
-
-
-def _positions(units: list[int], step: int) -> torch.Tensor:
-    return torch.tensor([unit * step + n for unit in units for n in range(step)])
+    case = home.scatter(SHAPE, torch.tensor(DUPLICATES).to(subject.device), step=step)
+    asked = asked_of(case)
+    check_duplicates(judge, case, lambda: judge.finish(judge.subject.copy(*asked)))
 
 
 def test_rows_that_are_source_and_destination(judge: Judge, home: Workshop) -> None:
     """A copy inside one cache whose rows meet is a SlotError, and nothing moves."""
-    cache = home.cache(SHAPE, [1, 2, 3])
-    refused(judge, Case(cache, replace(cache, ids=torch.tensor([3, 4, 5])), 3), SlotError)
-    cache = home.cache(SHAPE, [1, 2], step=4)
-    refused(judge, Case(cache, replace(cache, ids=torch.tensor([0, 1])), 8), SlotError)
+    for ids, others, step in (([1, 2, 3], [3, 4, 5], 1), ([1, 2], [0, 1], 4)):
+        cache = home.cache(SHAPE, ids, step=step)
+        case = Case(cache, replace(cache, ids=torch.tensor(others)), len(ids) * step)
+        check_refused(judge, case, SlotError)
 
 
 def test_destinations_that_cannot_be_written(judge: Judge, home: Workshop) -> None:
     """A destination with a stride of 0, or with two planes at one address, is a LayoutError."""
-    shape = Shape()
-    spread = home.chunk(shape, 8, layout="kv layer token head dim", source=False, expand=2)
-    refused(judge, Case(home.cache(shape, list(range(8))), spread, 8), LayoutError)
-    cache = replace(home, paged=PAGED).cache(shape, [0, 1], source=False)
+    spread = {"layout": "kv layer token head dim", "expand": 2}
+    check_refused(judge, home.gather(SHAPE, list(range(8)), spread), LayoutError)
+    cache = replace(home, paged=PAGED).cache(SHAPE, [0, 1], source=False)
     doubled = replace(cache, tensors=[cache.tensors[0], cache.tensors[0]])
-    refused(judge, Case(home.chunk(shape, 2), doubled, 2), LayoutError)
+    check_refused(judge, Case(home.chunk(SHAPE, 2), doubled, 2), LayoutError)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_two_number_types_are_refused(judge: Judge, home: Workshop, direction: str) -> None:
     """Rows of one number type do not go to rows of another, unless the caller means their bits:
     without that it is a LayoutError, and nothing moves."""
-    source = direction == "gather"
-    cache = home.cache(SHAPE, [2, 0, 5], dtype=torch.float16, source=source)
-    chunk = home.chunk(SHAPE, 3, dtype=torch.bfloat16, source=not source)
-    case = Case(cache, chunk, 3) if source else Case(chunk, cache, 3)
+    case = home.move(direction, SHAPE, [2, 0, 5], {"dtype": torch.bfloat16})
     case.src.reinterpret = False
-    refused(judge, case, LayoutError)
+    check_refused(judge, case, LayoutError)
 
 
 #: What is misaligned, and the axis of a cache or of a chunk whose stride does it.
@@ -353,7 +279,7 @@ def test_misaligned(judge: Judge, home: Workshop, what: str, direction: str, off
         cache = lifted(cache, off)
     elif what == "chunk-base":
         chunk = lifted(chunk, off)
-    judge.copy(Case(cache, chunk, 9) if source else Case(chunk, cache, 9))
+    judge.copy(between(direction, cache, chunk, 9))
 
 
 def _with_another_layer(cache: Side, home: Workshop, shape: Shape, off: int) -> Side:

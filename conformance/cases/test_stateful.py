@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run
 
-from portakv import AdaptiveConnector, Transfer, Unsupported, copy_blocks
+from portakv import AdaptiveConnector, Transfer, copy_blocks
 from portakv_conformance.cases.test_metamorphic import rows_at
 from portakv_conformance.draw.arrangement import Case, Side
 from portakv_conformance.draw.by_hand import HOMES, Shape, Workshop
 from portakv_conformance.draw.saved import blaming
-from portakv_conformance.judge.judging import Judge, index_of, view_of
+from portakv_conformance.judge.judging import Judge, asked_of, view_of
 
 pytestmark = pytest.mark.area("stateful")
 
@@ -69,15 +69,9 @@ class Engine(RuleBasedStateMachine):
     def _carried(self, call: Callable[[], Transfer], src: Side, dst: Side, count: int) -> bool:
         """Carry a copy out; False where the backend declines it, as it may."""
         self.done.append(Case(src, dst, count))
-        try:
-            self.judge.finish(call())
-        except Unsupported as refusal:
-            self.judge.may_decline(
-                refusal, view_of(src), view_of(dst), index_of(src), index_of(dst)
-            )
-            return False
-        self.judge.examples += 1
-        return True
+        carried = self.judge.carried(lambda: self.judge.finish(call()), asked_of(self.done[-1]))
+        self.judge.examples += carried
+        return carried
 
     def _blaming(self) -> AbstractContextManager[None]:
         """Keeps one of the last copies as an example, where what is inside fails."""
@@ -157,8 +151,8 @@ class Engine(RuleBasedStateMachine):
         src = self._paged(blocks, SIZE)
         shape = replace(SHAPE, blocks=len(blocks))
         dst = self.home.cache(shape, order, layout=other, step=SIZE, source=False)
-        views, indices = (view_of(src), view_of(dst)), (index_of(src), index_of(dst))
-        call = partial(self.judge.subject.copy, *views, *indices, count=len(told))
+        asked = asked_of(Case(src, dst, len(told)))
+        call = partial(self.judge.subject.copy, *asked, count=len(told))
         if not self._carried(call, src, dst, len(told)):
             return
         found = tokens_at(dst, _slots(order, 0, len(told)))

@@ -17,6 +17,7 @@ from portakv_conformance.draw.arrangement import Arrangement, Case, Side, side_o
 from portakv_conformance.judge.grammar import Group, read_layout
 from portakv_conformance.judge.pattern import Guarded
 
+DIRECTIONS = ("gather", "scatter")
 PAGED = "layer | kv block token head dim"
 CHUNK = "kv layer token (head dim)"
 #: Layouts of caches; CORE is judged in the first that a backend takes. The last two need no table
@@ -177,25 +178,29 @@ class Workshop:
         how = {"seed": self.seed, "device": self.device, **how}
         return side_of(arranged(layout or self.dense, shape, tokens=tokens, **how), None, 1, offset)
 
-    def gather(self, shape: Shape, ids: Any, **how: Any) -> Case:
-        """Rows of a cache to a chunk; ``how`` is that of the cache."""
-        ids = self.ids(ids)
-        count = len(ids) * how.get("step", 1) - how.get("offset", 0)
-        dtype = how.get("dtype", torch.float16)
-        target = self.chunk(shape, max(count, 1), source=False, dtype=dtype)
-        return Case(self.cache(shape, ids, **how), target, count)
+    def gather(self, shape: Shape, ids: Any, *chunk: Any, **how: Any) -> Case:
+        """Rows of a cache to a chunk; the rest is as for `move`."""
+        return self.move("gather", shape, ids, *chunk, **how)
 
-    def scatter(self, shape: Shape, ids: Any, **how: Any) -> Case:
-        """Tokens of a chunk to rows of a cache; ``how`` is that of the cache."""
-        ids = self.ids(ids)
-        count = len(ids) * how.get("step", 1) - how.get("offset", 0)
-        source = self.chunk(shape, max(count, 1), dtype=how.get("dtype", torch.float16))
-        return Case(source, self.cache(shape, ids, source=False, **how), count)
+    def scatter(self, shape: Shape, ids: Any, *chunk: Any, **how: Any) -> Case:
+        """Tokens of a chunk to rows of a cache; the rest is as for `move`."""
+        return self.move("scatter", shape, ids, *chunk, **how)
 
-    def move(self, direction: str, shape: Shape, ids: Any, **how: Any) -> Case:
-        """`gather` or `scatter` by its name."""
-        made: Case = getattr(self, direction)(shape, ids, **how)
-        return made
+    def move(
+        self,
+        direction: str,
+        shape: Shape,
+        ids: Any,
+        chunk: dict[str, Any] | None = None,
+        **how: Any,
+    ) -> Case:
+        """A case of `DIRECTIONS`; ``how`` is that of the cache, ``chunk`` that of the chunk, which
+        has the cache's dtype if it names none."""
+        ids, source = self.ids(ids), direction == "gather"
+        count = len(ids) * how.get("step", 1) - how.get("offset", 0)
+        dense = {"dtype": how.get("dtype", torch.float16), **(chunk or {})}
+        made = self.chunk(shape, max(count, 1), source=not source, **dense)
+        return between(direction, self.cache(shape, ids, source=source, **how), made, count)
 
     def ids(self, ids: Any) -> torch.Tensor | None:
         """Ids as a tensor: int64 on the host where they are a list."""
@@ -210,6 +215,11 @@ class Workshop:
         for place in rng.sample(range(count), holes):
             numbers[place] = rng.choice((-1, -2, -100))
         return numbers
+
+
+def between(direction: str, cache: Side, chunk: Side, count: int) -> Case:
+    """The copy of a direction between a cache and a chunk."""
+    return Case(cache, chunk, count) if direction == "gather" else Case(chunk, cache, count)
 
 
 def moved(side: Side, guards: list[Guarded]) -> Side:

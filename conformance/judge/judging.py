@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from portakv import CopyPlan, Index, KVView, PortaKVError, Transfer, Unsupported
+from portakv.backends.base import Pending
 from portakv_conformance.draw.arrangement import Case, Side
 from portakv_conformance.draw.by_hand import Shape, Workshop
 from portakv_conformance.judge.device_support import Facility
@@ -32,6 +33,9 @@ _NO_REASON = "The backend's check and prepare take this plan, and the copy raise
 _EMULATED_POISON = "holds 0xdb, which is of unknown origin"
 
 
+Asked = tuple[KVView, KVView, Index, Index]
+
+
 def view_of(side: Side) -> KVView:
     """The view of one side."""
     return KVView(side.tensors, side.layout, reinterpret=side.reinterpret, **side.extents)
@@ -40,6 +44,11 @@ def view_of(side: Side) -> KVView:
 def index_of(side: Side) -> Index:
     """The index of one side."""
     return Index(side.ids, step=side.step, offset=side.offset)
+
+
+def asked_of(case: Case) -> Asked:
+    """What a copy of a case is asked for: views and indices of source and destination."""
+    return view_of(case.src), view_of(case.dst), index_of(case.src), index_of(case.dst)
 
 
 class Judge:
@@ -64,44 +73,46 @@ class Judge:
         self.direct = False
         self.end = ENDS[0]
 
-    def copy(
-        self, case: Case, *, end: str = "synchronize", stream: torch.Stream | None = None
-    ) -> bool:
+    def copy(self, case: Case, *, end: str = "synchronize") -> bool:
         """Judge a case as a user gets it; False where the backend declines it, as it may."""
         self.direct, self.end = False, end
-        src, dst = view_of(case.src), view_of(case.dst)
-        mine, theirs = index_of(case.src), index_of(case.dst)
+        asked = asked_of(case)
+        return self.call(
+            case, lambda: self.subject.copy(*asked, count=case.count), asked=asked, end=end
+        )
 
-        def carry() -> None:
-            done = self.subject.copy(src, dst, mine, theirs, count=case.count, stream=stream)
-            self.finish(done, end)
-
-        return self.judge(case, carry, lambda: self.why_declined(src, dst, mine, theirs))
-
-    def launch(
-        self, case: Case, *, stream: torch.Stream | None = None, status: torch.Tensor | None = None
+    def call(
+        self,
+        case: Case,
+        start: Callable[[], Transfer],
+        *,
+        asked: Asked | None = None,
+        end: str = "synchronize",
     ) -> bool:
+        """Judge a call that starts a transfer as the copy that it must be; False where declined.
+
+        ``asked`` is what the backend is asked for, where that is more than the case.
+        """
+        given = asked or asked_of(case)
+        return self.judge(
+            case, lambda: self.finish(start(), end), lambda: self.why_declined(*given)
+        )
+
+    def launch(self, case: Case) -> bool:
         """Judge a case by ``prepare`` and the launch alone; False where it is declined."""
         self.direct = True
-        src, dst = view_of(case.src), view_of(case.dst)
-        mine, theirs = index_of(case.src), index_of(case.dst)
-        return self.judge(
-            case,
-            lambda: self.launch_only(case, stream=stream, status=status),
-            lambda: self.why_declined(src, dst, mine, theirs),
-        )
+        asked = asked_of(case)
+        return self.judge(case, lambda: self.launch_only(case), lambda: self.why_declined(*asked))
 
-    def launch_only(
-        self, case: Case, *, stream: torch.Stream | None = None, status: torch.Tensor | None = None
-    ) -> None:
+    def launch_only(self, case: Case, status: torch.Tensor | None = None) -> None:
         """Prepare and launch a case in the largest unit that its count, its offsets and its
         blocks allow, and wait for it."""
-        src, dst = view_of(case.src), view_of(case.dst)
-        mine, theirs = index_of(case.src), index_of(case.dst)
-        unit = largest_unit(src, dst, mine, theirs, case.count)
-        pending = self.subject.launch(
-            src, dst, mine, theirs, case.count, stream=stream, status=status, unit=unit
-        )
+        asked = asked_of(case)
+        unit = largest_unit(*asked, case.count)
+        self.land(self.subject.launch(*asked, case.count, status=status, unit=unit))
+
+    def land(self, pending: Pending | None) -> None:
+        """Wait for what a launch has begun."""
         if pending is not None:
             pending.wait()
         self.facility.synchronize()
@@ -126,56 +137,54 @@ class Judge:
     ) -> bool:
         expected = case.expected()
         ids = [side.ids.clone() for side in (case.src, case.dst) if side.ids is not None]
-        refusal = self._carried(case, carry)
-        if refusal is not None:
-            self._may_decline(case, expected, refusal, why_declined())
+        try:
+            carry()
+        except Unsupported as refusal:
+            self.facility.synchronize()
+            wrong = changed(expected.before, case.dst.tensors)
+            told = f"{refusal} The case was {case!r}."
+            assert wrong is None, f"The copy was refused as Unsupported, but {wrong}: {told}"
+            self._note(why_declined(), told)
             return False
-        verdict = self.compare(expected, case.dst.tensors, case.src.tensors)
-        assert verdict is None, f"{verdict} The case was {case!r}."
+        except Exception as error:
+            told = f"The copy raised {type(error).__name__}: {error}"
+            rule = ". A backend raises Unsupported in prepare, or nothing."
+            if isinstance(error, PortaKVError):
+                rule = " It was asked for what is right."
+            raise AssertionError(f"{told}{rule} The case was {case!r}.") from error
+        self.check(expected, case)
         now = [side.ids for side in (case.src, case.dst) if side.ids is not None]
         assert all(torch.equal(a, b) for a, b in zip(ids, now, strict=True)), (
             f"The copy wrote into its ids. The case was {case!r}."
         )
-        self.examples += 1
         return True
 
-    def _carried(self, case: Case, carry: Callable[[], object]) -> Unsupported | None:
-        """Run ``carry``; its refusal, or None where it was carried out."""
-        try:
-            carry()
-        except Unsupported as refusal:
-            return refusal
-        except PortaKVError as error:
-            raise AssertionError(
-                f"The copy raised {type(error).__name__}: {error} It was asked for what is right. "
-                f"The case was {case!r}."
-            ) from error
-        except Exception as error:
-            raise AssertionError(
-                f"The copy raised {type(error).__name__}: {error}. A backend raises Unsupported "
-                f"in prepare, or nothing. The case was {case!r}."
-            ) from error
-        return None
-
-    def _may_decline(
-        self, case: Case, expected: Expected, refusal: Unsupported, why: str | None
-    ) -> None:
-        """A refused copy has written nothing, and there is a reason for it."""
-        self.facility.synchronize()
-        wrong = changed(expected.before, case.dst.tensors)
-        assert wrong is None, (
-            f"The copy was refused as Unsupported, but {wrong}: {refusal} The case was {case!r}."
-        )
-        assert why is not None, f"{_NO_REASON} {refusal} The case was {case!r}."
+    def _note(self, why: str | None, refusal: str) -> None:
+        assert why is not None, f"{_NO_REASON} {refusal}"
         self.declined.append(why)
 
     def may_decline(
         self, refusal: Unsupported, src: KVView, dst: KVView, mine: Index, theirs: Index
     ) -> None:
         """Note why a copy of these views was refused; AssertionError where nothing allows it."""
-        why = self.why_declined(src, dst, mine, theirs)
-        assert why is not None, f"{_NO_REASON} {refusal}"
-        self.declined.append(why)
+        self._note(self.why_declined(src, dst, mine, theirs), str(refusal))
+
+    def carried(self, call: Callable[[], object], asked: Asked) -> bool:
+        """Whether a call was carried out; False where the backend declines it, as it may."""
+        try:
+            call()
+        except Unsupported as refusal:
+            self.may_decline(refusal, *asked)
+            return False
+        return True
+
+    def check(self, expected: Expected, case: Case, told: str = "", *, source: bool = True) -> None:
+        """Count a copy that was carried out; AssertionError, which begins with ``told``, where a
+        byte of the destination is wrong, or of the source if that is looked at."""
+        src = case.src.tensors if source else None
+        verdict = self.compare(expected, case.dst.tensors, src)
+        assert verdict is None, f"{told}{verdict} The case was {case!r}."
+        self.examples += 1
 
     def compare(self, expected: Expected, dst: Any, src: Any = None) -> str | None:
         """As the oracle's `compare`, with what the judged device knows of a wrong byte."""
@@ -242,9 +251,9 @@ def across(subject: Subject, paged: str, other: str) -> str:
 
 def takes(subject: Subject, case: Case) -> bool:
     """Whether the backend's ``check`` and ``prepare`` take every plan of a case."""
-    src, dst = view_of(case.src), view_of(case.dst)
+    asked = asked_of(case)
     try:
-        for plan in plans(src, dst, index_of(case.src), index_of(case.dst)):
+        for plan in plans(*asked):
             subject.prepare(plan)
     except Exception:  # Unsupported; of anything else the cases will tell
         return False
