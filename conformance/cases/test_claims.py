@@ -210,7 +210,12 @@ def test_alignment(
 
     Padding may need more loops than it claims; an offset in the storage never does.
     """
-    for how in ({"shift": vector}, {"pads": {4: vector}}, {"pads": {2: vector}}):
+    shifted: list[dict[str, Any]] = [
+        {"shift": vector},
+        {"pads": {4: vector}},
+        {"pads": {2: vector}},
+    ]
+    for how in shifted:
         case = home.move(
             direction, Shape(widths=(64, 64)), home.shuffled(24, 9), dtype=torch.uint8, **how
         )
@@ -261,7 +266,11 @@ def test_tables(subject: Subject, judge: Judge, home: Workshop, direction: str) 
     shape, held = Shape(layers=5), []
     # Blocks as a list need a table and no loop, where the home has no list.
     layout = home.paged if "|" in home.paged else home.paged.replace("block", "block |", 1)
-    how = {"layout": layout, "place": "scattered", "grain": max(1, subject.can.alignment // 2)}
+    how: dict[str, Any] = {
+        "layout": layout,
+        "place": "scattered",
+        "grain": max(1, subject.can.alignment // 2),
+    }
     for number in range(3):
         shop = replace(home, seed=home.seed + number)
         case = shop.move(direction, shape, shop.shuffled(shape.slots, 9), **how)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -70,7 +71,7 @@ def test_a_transfer_inside_a_compiled_function(
             returned.append(compiled(*given))
             judge.facility.synchronize()
 
-        if judge.judge(case, carry, lambda asked=asked: judge.why_declined(*asked)):
+        if judge.judge(case, carry, partial(judge.why_declined, *asked)):
             assert torch.equal(_bits(returned[0]), _bits(chunk.tensors)), (
                 "What the compiled function read behind the transfer is not what the transfer left."
             )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -131,9 +132,13 @@ def test_each_thread_gets_its_own_copy(
         expected = [case.expected() for case in cases]
         launches = [launch_of(subject, case, prepared) for case in cases]
         judge.facility.synchronize()
-        at_once([lambda launch=launch: judge.land(launch(None, None)) for launch in launches])
+        at_once([partial(_landed, judge, launch) for launch in launches])
         for case, wanted in zip(cases, expected, strict=True):
             judge.check(wanted, case, f"Called from {_THREADS} threads at once: ")
+
+
+def _landed(judge: Judge, launch: Any) -> None:
+    judge.land(launch(None, None))
 
 
 @pytest.mark.area("safety")

@@ -84,10 +84,10 @@ def check_refused(judge: Judge, case: Case, error: type[PortaKVError] = Unsuppor
         wrong = changed(before, [case.src.tensors, case.dst.tensors])
         name = type(found).__name__
         assert wrong is None, f"The copy was refused as {name}, but {wrong}. The case was {case!r}."
-        if isinstance(found, error):
-            judge.examples += error is not Unsupported
-        else:
+        if error is not Unsupported and isinstance(found, Unsupported):
             judge.may_decline(found, *asked)
+        else:
+            judge.examples += error is not Unsupported
         return
     except Exception as other:
         raise AssertionError(

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv conform` and its exit codes, with workers that need no torch."""
+"""`portakv conform`, its exit codes and `portakv conform diff`, with workers that need no torch."""
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,59 +25,72 @@ from portakv.cli import main as portakv
 from portakv_conformance import cli
 from portakv_conformance.cli import main
 from portakv_conformance.record import CaseRecord, RunRecord
+from portakv_conformance.report.diff import compare_runs, differences
 from portakv_conformance.run.progress import Lines, Progress
 from portakv_conformance.run.request import Options
 from portakv_conformance.run.runner import run
 from portakv_conformance.run.workers import worker_command
 
-Behave = Callable[[Mapping[str, str]], None]
+CPU = ["fake", "--device", "cpu"]
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    settle(monkeypatch)
+class Command:
+    """`portakv conform`, whose workers behave as they are told, and what it printed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._patch, self._capsys = monkeypatch, capsys
+        self.out = self.err = ""
+
+    def __call__(self, behaviours: Mapping[str, str], *words: str, call: Any = None) -> int:
+        self._patch.setattr(cli, "run", partial(run, command=fake.command(behaviours)))
+        code = call([*words]) if call else main([*CPU, *words])
+        printed = self._capsys.readouterr()
+        self.out, self.err = printed.out, printed.err
+        return code
 
 
 @pytest.fixture
-def behave(monkeypatch: pytest.MonkeyPatch) -> Behave:
-    """Let runs start workers that behave like this."""
-
-    def start(behaviours: Mapping[str, str]) -> None:
-        monkeypatch.setattr(cli, "run", partial(run, command=fake.command(behaviours)))
-
-    return start
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    settle(monkeypatch)
+    return Command(monkeypatch, capsys)
 
 
-def test_a_conformant_run_ends_with_0(behave: Behave, capsys: pytest.CaptureFixture[str]) -> None:
-    behave({CORE + "a": "pass", CLAIM + "b": "not-claimed"})
-    assert portakv(["conform", "fake", "--device", "cpu", "--profile", "full"]) == 0
-    out = capsys.readouterr().out
-    assert "fake on cpu (CPU): conformant, R6." in out
-    assert "1 passed, 1 not-claimed" in out.replace("\n", " ")
-    assert "not claimed (cases): guards (1)" in out
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
+    """What runs were asked for, each of which is interrupted at once."""
+    settle(monkeypatch)
+    found: list[Options] = []
+
+    def judge(options: Options, progress: Progress) -> RunRecord:
+        found.append(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", judge)
+    return found
 
 
-def test_failures_end_with_1_and_a_line_for_each(
-    behave: Behave, capsys: pytest.CaptureFixture[str]
-) -> None:
-    behave({CORE + "a": "fail", CORE + "b": "pass", CORE + "c": "crash"})
-    assert main(["fake", "--device", "cpu"]) == 1
-    out = capsys.readouterr().out
-    assert f"FAILED {CORE}a\n  Byte 3 is 7, expected 9.\n" in out
-    assert (
-        f"  again: portakv conform fake --device cpu --profile core --seed 0 --only {CORE}a" in out
-    )
-    assert f"FAILED {CORE}c\n  The worker process was killed by SIGSEGV" in out
-    assert f"{CORE}b" not in out
-    assert "fake on cpu (CPU): failed." in out
+def test_a_conformant_run_ends_with_0(command: Command) -> None:
+    words = ["conform", *CPU, "--profile", "full"]
+    behaviours = {CORE + "a": "pass", CLAIM + "b": "not-claimed"}
+    assert command(behaviours, *words, call=portakv) == 0
+    assert "fake on cpu (CPU): conformant, R6." in command.out
+    assert "1 passed, 1 not-claimed" in command.out.replace("\n", " ")
+    assert "not claimed (cases): guards (1)" in command.out
 
 
-def test_an_incomplete_run_is_not_conformant(
-    behave: Behave, capsys: pytest.CaptureFixture[str]
-) -> None:
-    behave({CORE + "a": "pass", "finish": "crash"})
-    assert main(["fake", "--device", "cpu"]) == 1
-    assert "missing: The worker was killed by SIGSEGV" in capsys.readouterr().out
+def test_failures_end_with_1_and_a_line_for_each(command: Command) -> None:
+    assert command({CORE + "a": "fail", CORE + "b": "pass", CORE + "c": "crash"}) == 1
+    assert f"FAILED {CORE}a\n  Byte 3 is 7, expected 9.\n" in command.out
+    again = f"portakv conform fake --device cpu --profile core --seed 0 --only {CORE}a"
+    assert f"  again: {again}" in command.out
+    assert f"FAILED {CORE}c\n  The worker process was killed by SIGSEGV" in command.out
+    assert f"{CORE}b" not in command.out
+    assert "fake on cpu (CPU): failed." in command.out
+
+
+def test_an_incomplete_run_is_not_conformant(command: Command) -> None:
+    assert command({CORE + "a": "pass", "finish": "crash"}) == 1
+    assert "missing: The worker was killed by SIGSEGV" in command.out
 
 
 @pytest.mark.parametrize(
@@ -87,17 +103,14 @@ def test_an_incomplete_run_is_not_conformant(
     ],
 )
 def test_a_report_is_of_the_profile_that_earns_a_rung(
-    words: list[str], profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str],
+    profile: str,
+    tmp_path: Path,
+    asked: list[Options],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[Options] = []
-
-    def judge(options: Options, progress: Progress) -> RunRecord:
-        asked.append(options)
-        raise KeyboardInterrupt
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "run", judge)
-    main(["fake", "--device", "cpu", *words])
+    main([*CPU, *words])
     assert asked[0].profile == profile
     assert f"--profile {profile} " in asked[0].command()
 
@@ -105,53 +118,37 @@ def test_a_report_is_of_the_profile_that_earns_a_rung(
 @pytest.mark.parametrize(
     ("words", "device"),
     [
-        (["ascend"], "npu"),
-        (["mlu", "--emulated"], "mlu"),
-        (["cuda"], "cuda"),
-        (["hip"], "cuda"),
-        (["hip", "--device", "cuda:1"], "cuda:1"),
-        (["ascend", "--device", "simdev:npu"], "simdev:npu"),
-        (["reference"], "xpu"),
-        (["triton"], "xpu"),
-        (["acme_kv.backend:Acme"], "xpu"),
+        ("ascend", "npu"),
+        ("mlu --emulated", "mlu"),
+        ("cuda", "cuda"),
+        ("hip", "cuda"),
+        ("hip --device cuda:1", "cuda:1"),
+        ("ascend --device simdev:npu", "simdev:npu"),
+        ("reference", "xpu"),
+        ("triton", "xpu"),
+        ("acme_kv.backend:Acme", "xpu"),
     ],
 )
 def test_a_backend_is_judged_where_it_is_made_to_run(
-    words: list[str], device: str, monkeypatch: pytest.MonkeyPatch
+    words: str, device: str, asked: list[Options], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[Options] = []
-
-    def judge(options: Options, progress: Progress) -> RunRecord:
-        asked.append(options)
-        raise KeyboardInterrupt
-
     accelerator = torch.device("xpu")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: accelerator)
-    monkeypatch.setattr(cli, "run", judge)
-    main(words)
+    main(words.split())
     assert asked[0].device == device
 
 
-def test_some_cases_alone_are_judged_by_themselves(behave: Behave) -> None:
-    behave({CORE + "a": "pass", CORE + "b": "fail"})
-    assert main(["fake", "--device", "cpu", "--only", CORE + "a"]) == 0
-    assert main(["fake", "--device", "cpu", "--only", CORE + "a", CORE + "b"]) == 1
-    assert main(["fake", "--device", "cpu", "--only", "nothing"]) == 2
+def test_some_cases_alone_are_judged_by_themselves(command: Command) -> None:
+    behaviours = {CORE + "a": "pass", CORE + "b": "fail"}
+    for words, code in (([CORE + "a"], 0), ([CORE + "a", CORE + "b"], 1), (["nothing"], 2)):
+        assert command(behaviours, "--only", *words) == code
 
 
-def test_a_backend_that_is_not_available_ends_with_3(
-    behave: Behave, capsys: pytest.CaptureFixture[str]
-) -> None:
-    behave({"start": "unavailable"})
-    assert main(["nonsense", "--device", "cpu"]) == 3
-    captured = capsys.readouterr()
-    assert (captured.out, "no such backend; known are x" in captured.err) == ("", True)
-
-
-def test_a_suite_that_cannot_be_collected_ends_with_1(behave: Behave) -> None:
-    behave({"collect": "crash"})
-    assert main(["fake", "--device", "cpu"]) == 1
+def test_what_cannot_be_judged(command: Command) -> None:
+    assert command({"start": "unavailable"}) == 3
+    assert (command.out, "no such backend; known are x" in command.err) == ("", True)
+    assert command({"collect": "crash"}) == 1
 
 
 @pytest.mark.parametrize("words", [["reference"], ["--mutants"], ["replay", "x.json"]])
@@ -166,101 +163,73 @@ def test_nothing_runs_under_a_forced_backend(
 @pytest.mark.parametrize(
     "words",
     [
-        [],
-        ["a", "b"],
-        ["fake", "--profile", "most"],
-        ["fake", "--fuzz", "0"],
-        ["fake", "--seed", "-1"],
-        ["fake", "--limit", "0"],
-        ["fake", "--limit", "inf"],
-        ["fake", "--limit", "soon"],
-        ["fake", "--only"],
-        ["diff", "one"],
-        ["verify"],
-        ["replay"],
-        ["--mutants", "fake"],
+        "", "a b", "fake --profile most", "fake --fuzz 0", "fake --seed -1", "fake --limit 0",
+        "fake --limit inf", "fake --limit soon", "fake --only", "fake --jobs 0", "fake --jobs many",
+        "diff one", "verify", "replay", "--mutants fake",
     ],
-)
+)  # fmt: skip
 def test_what_is_not_understood_ends_with_2(
-    words: list[str], capsys: pytest.CaptureFixture[str]
+    words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    settle(monkeypatch)
     with pytest.raises(SystemExit) as ended:
-        main(words)
+        main(words.split())
     assert ended.value.code == 2
     assert "error: " in capsys.readouterr().err
 
 
-def test_a_waiver_file_that_is_not_understood_ends_with_2(
-    behave: Behave, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    behave({CORE + "a": "pass"})
-    file = tmp_path / "waivers.toml"
-    file.write_text('[[waiver]]\nid = "a"\nreason = "b"\nexpires = "3000"\nticket = "4711"\n')
-    assert main(["fake", "--device", "cpu", "--waivers", str(file)]) == 2
-    assert "unknown key 'ticket'" in capsys.readouterr().err
-
-
-def test_waivers_are_told(
-    behave: Behave, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    behave({CORE + "a": "pass", CLAIM + "b": "fail"})
+def test_waivers_are_told(command: Command, tmp_path: Path) -> None:
+    behaviours = {CORE + "a": "pass", CLAIM + "b": "fail"}
     file = tmp_path / "waivers.toml"
     entry = '[[waiver]]\nid = "{}"\nreason = "Ticket."\nexpires = "3000"\n'
+    words = ["--profile", "full", "--waivers", str(file)]
     file.write_text(entry.format(CLAIM + "b"))
-    words = ["fake", "--device", "cpu", "--profile", "full", "--waivers", str(file)]
-    assert main(words) == 0
-    out = capsys.readouterr().out
-    assert f"waived: {CLAIM}b: Ticket. (What it showed: Byte 3 is 7" in out.replace("\n", " ")
-    assert "(no rung: cases are waived)" in out.replace("\n", " ")
+    assert command(behaviours, *words) == 0
+    out = command.out.replace("\n", " ")
+    assert f"waived: {CLAIM}b: Ticket. (What it showed: Byte 3 is 7" in out
+    assert "(no rung: cases are waived)" in out
     file.write_text(entry.format(CLAIM + "b") + entry.format("gone"))
-    assert main(words) == 1
-    assert "waivers: A waiver names 'gone'" in capsys.readouterr().out
+    assert command(behaviours, *words) == 1
+    assert "waivers: A waiver names 'gone'" in command.out
+    file.write_text(entry.format("a") + 'ticket = "4711"\n')
+    assert command(behaviours, *words) == 2
+    assert "unknown key 'ticket'" in command.err
 
 
-def test_fuzzing_tells_its_seed(behave: Behave, capsys: pytest.CaptureFixture[str]) -> None:
-    behave({CORE + "a": "pass"})
-    assert main(["fake", "--device", "cpu", "--fuzz", "50"]) == 0
-    captured = capsys.readouterr()
-    found = re.search(r"^seed (\d+)$", captured.err, re.MULTILINE)
+def test_fuzzing_tells_its_seed(command: Command) -> None:
+    assert command({CORE + "a": "pass"}, "--fuzz", "50") == 0
+    found = re.search(r"^seed (\d+)$", command.err, re.MULTILINE)
     assert found is not None
     again = f"portakv conform fake --device cpu --profile core --seed {found[1]} --fuzz 50"
-    assert f"again: {again}\n" in captured.out
-    assert main(["fake", "--device", "cpu", "--fuzz", "50", "--seed", "9"]) == 0
-    assert "seed 9, 50 examples" in capsys.readouterr().out
+    assert f"again: {again}\n" in command.out
+    assert command({CORE + "a": "pass"}, "--fuzz", "50", "--seed", "9") == 0
+    assert "seed 9, 50 examples" in command.out
 
 
-def test_fuzzing_draws_another_seed_each_time(behave: Behave) -> None:
-    def seeds(words: list[str]) -> int:
-        return cli._options(cli.make_parser().parse_args(["fake", *words])).seed
+def test_fuzzing_draws_another_seed_each_time(asked: list[Options]) -> None:
+    for words in ["--fuzz", "5"], []:
+        for _ in range(8):
+            main([*CPU, *words])
+    seeds = [options.seed for options in asked]
+    assert len(set(seeds[:8])) > 1
+    assert set(seeds[8:]) == {0}
 
-    assert len({seeds(["--fuzz", "5"]) for _ in range(8)}) > 1
-    assert {seeds([]) for _ in range(8)} == {0}
 
-
-def test_a_report_is_written_and_stands_by_itself(behave: Behave, tmp_path: Path) -> None:
-    behave({CORE + "a": "pass"})
+def test_a_report_is_written_and_stands_by_itself(command: Command, tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "out"
-    assert main(["fake", "--device", "cpu", "--report", str(folder)]) == 0
+    assert command({CORE + "a": "pass"}, "--report", str(folder)) == 0
     record = RunRecord.read((folder / "conformance.json").read_text(encoding="utf-8"))
     assert (record.verdict, [case.id for case in record.cases]) == ("conformant", [CORE + "a"])
     assert str(folder) not in record.command
-    assert {file.name for file in folder.iterdir()} == {
-        "conformance.json", "junit.xml", "report.md", "badge.svg", "report.html",
-    }  # fmt: skip
-
-
-def test_a_report_that_has_no_place_ends_with_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     (tmp_path / "file").touch()
-    assert main(["fake", "--device", "cpu", "--report", str(tmp_path / "file" / "out")]) == 2
-    assert "cannot be made" in capsys.readouterr().err
+    assert command({}, "--report", str(tmp_path / "file" / "out")) == 2
+    assert "cannot be made" in command.err
 
 
 def test_an_example_is_told_with_its_replay(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-
     def with_example(*arguments: Any) -> RunRecord:
         record = run(*arguments, command=fake.command({CORE + "a": "fail"}))
         record.cases[0].example = "example-1.json"
@@ -273,33 +242,30 @@ def test_an_example_is_told_with_its_replay(
 
 
 def test_no_folder_is_left_behind(
-    behave: Behave, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    for behaviours, code in (({CORE + "a": "fail"}, 1), ({"start": "unavailable"}, 3)):
-        behave(behaviours)
-        assert main(["fake", "--device", "cpu"]) == code
-        assert list(tmp_path.iterdir()) == []
+    assert command({CORE + "a": "fail"}) == 1
+    assert command({"start": "unavailable"}) == 3
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("tables", ["rich", "plain"])
 def test_a_bar_on_a_terminal(
-    behave: Behave, tables: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: Command, tables: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The ids' brackets are no markup, and a failure is told at once."""
     choose_tables(tables, monkeypatch)
-    for name in ("rich.progress",) if tables == "plain" else ():
-        monkeypatch.setitem(sys.modules, name, None)
+    if tables == "plain":
+        monkeypatch.setitem(sys.modules, "rich.progress", None)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
-    behave({CORE + "a[red]": "pass", CORE + "b[/bold]": "fail"})
-    assert main(["fake", "--device", "cpu"]) == 1
-    err = capsys.readouterr().err
-    assert f"failed: {CORE}b[/bold]" in err
+    assert command({CORE + "a[red]": "pass", CORE + "b[/bold]": "fail"}) == 1
+    assert f"failed: {CORE}b[/bold]" in command.err
 
 
 def test_interrupted_runs_end_their_worker(
-    behave: Behave, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupting(Lines):
         def started(self, id: str) -> None:
@@ -308,59 +274,47 @@ def test_interrupted_runs_end_their_worker(
         def ended(self, case: CaseRecord) -> None: ...
 
     monkeypatch.setattr("portakv_conformance.run.progress.Lines", Interrupting)
-    behave({CORE + "a": "hang"})
-    assert main(["fake", "--device", "cpu"]) == 130
-    assert "interrupted" in capsys.readouterr().err
+    assert command({CORE + "a": "hang"}) == 130
+    assert "interrupted" in command.err
 
 
 @pytest.mark.parametrize("missing", ["pytest", "hypothesis", "portakv_conformance.cli"])
 def test_an_extra_that_is_missing_is_no_failure_of_a_backend(
     missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    settle(monkeypatch)
     monkeypatch.setitem(sys.modules, missing, None)
     assert portakv(["conform", "reference"]) == 2
-    err = capsys.readouterr().err
     expected = missing if missing.startswith("portakv") else "portakv[conformance]"
-    assert expected in err
+    assert expected in capsys.readouterr().err
 
 
-def test_a_file_that_is_no_example_ends_with_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["replay", str(tmp_path / "gone.json")]) == 2
+def test_a_file_that_is_no_example_ends_with_2(command: Command, tmp_path: Path) -> None:
+    assert command({}, "replay", str(tmp_path / "gone.json"), call=main) == 2
     for text in ("", "{}", json.dumps({"schema": "portakv-example/1"})):
         (tmp_path / "bad.json").write_text(text)
-        assert main(["replay", str(tmp_path / "bad.json"), "reference"]) == 2
-    assert "no saved example" in capsys.readouterr().err
+        words = ["replay", str(tmp_path / "bad.json"), "reference"]
+        assert command({}, *words, call=main) == 2
+        assert "no saved example" in command.err
 
 
-def test_the_report_itself_is_printed(behave: Behave, capsys: pytest.CaptureFixture[str]) -> None:
-    behave({CORE + "a": "pass", CORE + "b": "fail"})
-    assert main(["fake", "--device", "cpu", "--json"]) == 1
-    record = RunRecord.read(capsys.readouterr().out)
+def test_the_report_itself_is_printed(command: Command) -> None:
+    assert command({CORE + "a": "pass", CORE + "b": "fail"}, "--json") == 1
+    record = RunRecord.read(command.out)
     assert [case.status for case in record.cases] == ["passed", "failed"]
 
 
-def test_one_bug_is_told_once(behave: Behave, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_bug_is_told_once(command: Command) -> None:
     """Failures of one test are a group, and a run shows a few of many while it goes on."""
-    behave({f"{CORE}a[{n:02}]": "fail" for n in range(30)})
-    assert main(["fake", "--device", "cpu"]) == 1
-    shown = capsys.readouterr()
-    assert shown.out.count("FAILED") == 1
-    assert "FAILED cases/test_core.py::test_a[00]" in shown.out
-    assert "and 29 more cases of this test" in shown.out
-    assert shown.err.count("failed: cases") == 20
-    assert "More failures are shown at the end." in shown.err
-
-
-def test_of_many_tests_that_fail_the_first_are_told(
-    behave: Behave, capsys: pytest.CaptureFixture[str]
-) -> None:
-    behave({f"{CORE}{n:02}": "fail" for n in range(11)})
-    assert main(["fake", "--device", "cpu"]) == 1
-    out = capsys.readouterr().out
-    assert out.count("FAILED") == 8
-    assert "3 cases of 3 other tests failed too; --report lists all of them." in out
+    assert command({f"{CORE}a[{n:02}]": "fail" for n in range(30)}) == 1
+    assert command.out.count("FAILED") == 1
+    assert "FAILED cases/test_core.py::test_a[00]" in command.out
+    assert "and 29 more cases of this test" in command.out
+    assert command.err.count("failed: cases") == 20
+    assert "More failures are shown at the end." in command.err
+    assert command({f"{CORE}{n:02}": "fail" for n in range(11)}) == 1
+    assert command.out.count("FAILED") == 8
+    assert "3 cases of 3 other tests failed too; --report lists all of them." in command.out
 
 
 def test_what_lies_in_the_current_folder_hides_nothing(tmp_path: Path) -> None:
@@ -375,3 +329,101 @@ def test_what_lies_in_the_current_folder_hides_nothing(tmp_path: Path) -> None:
     )
     assert "none.json" in done.stderr
     assert "the folder's" not in done.stdout
+
+
+# -- diff -----------------------------------------------------------------------------------------
+
+#: By what each status is worth.
+WORTH = {"passed": 3, "not-claimed": 2, "waived": 1, "failed": 0, "error": 0}
+
+
+@pytest.fixture(scope="module")
+def record() -> RunRecord:
+    return run(Options("fake"), command=fake.command({f"{CORE}{n}": "pass" for n in range(5)}))
+
+
+def with_statuses(record: RunRecord, *statuses: str) -> RunRecord:
+    changed = copy.deepcopy(record)
+    for case, status in zip(changed.cases, statuses, strict=False):
+        case.status = status  # type: ignore[assignment]
+        case.reason = "" if status == "passed" else "Byte 3 is wrong."
+    return changed
+
+
+@pytest.fixture
+def diff(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs the command on two records: its exit code, and what it printed."""
+
+    def compare(*records: RunRecord) -> tuple[int, str]:
+        for name, each in zip(("old", "new"), records, strict=True):
+            (tmp_path / name).write_text(each.document(), encoding="utf-8")
+        code = main(["diff", str(tmp_path / "old"), str(tmp_path / "new")])
+        return code, capsys.readouterr().out
+
+    return compare
+
+
+def test_each_step_has_its_kind(record: RunRecord) -> None:
+    """Both ways between every two statuses, against what each of them is worth."""
+    for before, after in product(WORTH, WORTH):
+        changes = compare_runs(
+            with_statuses(record, *[before] * 5), with_statuses(record, *[after] * 5)
+        )
+        step = WORTH[after] - WORTH[before]
+        expected = ["FIX" if step > 0 else "REGRESSION"] * 5 if step else []
+        assert [change.kind for change in changes] == expected
+    assert differences(record, record) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kind"),
+    [
+        (("conformant", "R6"), ("incomplete", ""), "REGRESSION"),
+        (("conformant", "R6"), ("conformant", "R3"), "REGRESSION"),
+        (("conformant", "R3"), ("conformant", ""), "REGRESSION"),
+        (("incomplete", ""), ("failed", ""), "REGRESSION"),
+        (("failed", ""), ("conformant", "R3"), "FIX"),
+    ],
+)
+def test_verdict_and_rung_are_compared(
+    record: RunRecord, diff: Any, before: tuple[str, str], after: tuple[str, str], kind: str
+) -> None:
+    """Though no case ended in another way: one was left out, or the device is another."""
+    old, new = (replace(record, verdict=verdict, rung=rung) for verdict, rung in (before, after))
+    code, out = diff(old, new)
+    assert code == (kind == "REGRESSION")
+    for name, was, now in zip(("verdict", "rung"), before, after, strict=True):
+        line = f"{kind:<10} {name}: {was or 'none'} -> {now or 'none'}"
+        assert (line in out) == (was != now)
+
+
+def test_cases_that_came_went_and_changed(record: RunRecord, diff: Any) -> None:
+    failed, less = with_statuses(record, "failed"), replace(record, cases=record.cases[1:])
+    assert diff(record, record) == (0, "0 FIX, 0 REGRESSION, 0 NEW, 0 MISSING\n")
+    assert diff(failed, record)[0] == 0
+    assert "FIX        cases/" in diff(failed, record)[1]
+    assert diff(record, failed)[0] == 1
+    assert "REGRESSION cases/" in diff(record, failed)[1]
+    assert diff(record, less)[0] == 1
+    assert f"MISSING    {CORE}0" in diff(record, less)[1]
+    assert diff(less, record)[0] == 0
+    code, out = diff(less, failed)  # a new case that is wrong
+    assert code == 1
+    assert "NEW        cases/" in out
+    assert "Byte 3 is wrong." in out
+
+
+def test_other_surroundings_are_told(record: RunRecord) -> None:
+    other = replace(record, environment={**record.environment, "device_name": "H200"}, seed=5)
+    told = ["The device differs: CPU and H200.", "The seed differs: 0 and 5."]
+    assert differences(record, other) == told
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "portakv-conformance/1"}', "\xff"])
+def test_what_is_no_report_ends_with_2(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "old").write_bytes(text.encode("latin-1"))
+    assert main(["diff", str(tmp_path / "old"), str(tmp_path / "old")]) == 2
+    assert main(["diff", str(tmp_path / "gone"), str(tmp_path / "gone")]) == 2
+    assert str(tmp_path) in capsys.readouterr().err

@@ -27,58 +27,33 @@ class Card(Facility):
             raise RuntimeError("an illegal memory access was encountered\nand more")
 
 
-@pytest.fixture
-def card() -> Card:
-    return Card(torch.device("cpu"))
+FAULT = "RuntimeError: an illegal memory access was encountered"
 
 
-def test_a_device_that_works_is_not_lost(card: Card) -> None:
-    assert DeviceAlive(subject("reference"), card).lost() == ""
+@pytest.mark.parametrize(("faults", "told"), [(0, ""), (1, ""), (1000, FAULT)])
+def test_a_fault_that_is_delivered_once_is_the_case_s(faults: int, told: str) -> None:
+    card = Card(torch.device("cpu"))
+    card.faults = faults
+    assert DeviceAlive(subject("reference"), card).lost() == told
 
 
-def test_a_fault_that_is_delivered_once_is_the_case_s(card: Card) -> None:
-    card.faults = 1
-    assert DeviceAlive(subject("reference"), card).lost() == ""
+@pytest.mark.parametrize("worked", [True, False])
+def test_a_backend_that_raises_for_good(worked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one whose driver's context is lost, though torch's is not. One that has never worked is
+    judged on: else each of its failures would cost a process."""
 
-
-def test_a_fault_that_stays(card: Card) -> None:
-    card.faults = 1000
-    assert DeviceAlive(subject("reference"), card).lost() == (
-        "RuntimeError: an illegal memory access was encountered"
-    )
-
-
-def _refuses_for_good(found: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     def copy(*given: object, **named: object) -> None:
         raise RuntimeError("no more")
 
+    alive = DeviceAlive(subject("reference"), Card(torch.device("cpu")))
+    on_host = DeviceAlive(subject("reference"), Facility(torch.device("cpu")))
+    if worked:
+        alive.learn()
     monkeypatch.setattr(Subject, "copy", copy)
-
-
-def test_a_backend_that_raises_for_good_after_it_has_worked(
-    card: Card, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As one whose driver's context is lost, though torch's is not."""
-    alive = DeviceAlive(subject("reference"), card)
     alive.learn()
-    _refuses_for_good(subject("reference"), monkeypatch)
-    assert alive.lost() == "RuntimeError: no more"
-
-
-def test_a_backend_that_has_never_worked_is_judged_on(
-    card: Card, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else each of its failures would cost a process."""
-    alive = DeviceAlive(subject("reference"), card)
-    _refuses_for_good(subject("reference"), monkeypatch)
-    alive.learn()
-    assert alive.lost() == ""
-
-
-def test_on_the_host_nothing_is_felt() -> None:
-    alive = DeviceAlive(subject("reference"), Facility(torch.device("cpu")))
-    alive.learn()
-    assert alive.lost() == ""
+    on_host.learn()
+    assert alive.lost() == ("RuntimeError: no more" if worked else "")
+    assert on_host.lost() == ""
 
 
 def test_an_event_holds_any_text(tmp_path: Path) -> None:

@@ -90,14 +90,11 @@ def test_the_page_loads_nothing(name: str) -> None:
     for tag, attributes in reader.elements:
         for name in ("src", "href", "action", "data", "poster", "srcset"):
             address = attributes.get(name)
-            assert address is None or address.startswith(("#", "data:image/svg+xml,")), (
-                tag,
-                address,
-            )
+            own = address is None or address.startswith(("#", "data:image/svg+xml,"))
+            assert own, (tag, address)
         assert not any(name.startswith("on") or name == "style" for name in attributes)
-    assert not re.search(
-        r"@import|url\(|https?:|fetch\(|XMLHttpRequest", "".join(reader.raw.values())
-    )
+    loading = r"@import|url\(|https?:|fetch\(|XMLHttpRequest"
+    assert not re.search(loading, "".join(reader.raw.values()))
     policy = next(a["content"] for _, a in reader.elements if "http-equiv" in a)
     assert policy is not None
     for name, content in reader.raw.items():
@@ -150,10 +147,7 @@ def test_each_failure_is_explained_and_can_be_replayed() -> None:
         if case.status in ("failed", "error"):
             assert case.replay in reader.texts
             assert case.details in reader.texts
-
-
-def test_many_failures_are_folded_behind_the_first() -> None:
-    text = Reader(page(conform_reports.failing(60))).text
+    text = Reader(page(conform_reports.failing(60))).text  # folded behind the first
     assert "60 failures" in text
     assert "35 more failures" in text
 
@@ -176,13 +170,10 @@ def test_waivers_show_reason_and_expiry_and_those_that_do_not_hold_are_named() -
     assert "No case failed" in text
 
 
-def test_what_is_missing_is_said_in_its_own_words() -> None:
+def test_what_is_missing_and_why_there_is_no_rung_are_said() -> None:
     text = read("incomplete").text
     assert "2 parts of the full profile could not be run here" in text
     assert "no C++ compiler was found" in text
-
-
-def test_a_conformant_run_without_a_rung_says_why() -> None:
     record = replace(conform_reports.passing(), profile="core", rung="")
     assert "No rung is reached: R6 needs --profile full." in Reader(page(record)).text
 
@@ -198,9 +189,8 @@ def test_the_matrix_holds_the_worst_of_each_place() -> None:
             place = (case.tags["layout"], case.tags["operation"], case.tags["dtype"])
             assert found.cells[place].status == "failed"
             assert found.cells[place].text() == "1 failed"
-    assert sum(sum(c.statuses.values()) for c in found.cells.values()) == sum(
-        bool(case.tags) for case in record.cases
-    )
+    counted = sum(sum(cell.statuses.values()) for cell in found.cells.values())
+    assert counted == sum(bool(case.tags) for case in record.cases)
 
 
 def test_a_case_of_a_layout_alone_has_a_place_and_a_run_without_layouts_no_matrix() -> None:
@@ -210,8 +200,5 @@ def test_a_case_of_a_layout_alone_has_a_place_and_a_run_without_layouts_no_matri
     assert "any operation" in Reader(page(replace(record, cases=[alone]))).text
     bare = [replace(case, tags={}) for case in record.cases]
     assert 'id="coverage"' not in page(replace(record, cases=bare))
-
-
-def test_a_run_of_no_case_is_still_a_page() -> None:
     empty = replace(conform_reports.incomplete(), cases=[], capabilities={}, trace=[])
     assert "Incomplete" in Reader(page(empty)).text

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runner against workers that crash, hang, print and leave: the run goes on and says so."""
+"""The runner against workers that crash, hang, print and leave, one or several at a time: the run
+goes on and says so."""
 
 from __future__ import annotations
 
@@ -7,18 +8,94 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 import support.conform_fake_worker as fake
 from support.conform_fake_worker import CLAIM, CORE
-from support.conform_runs import Heard, ran, statuses
+from support.conform_runs import Heard, ran, statuses, timeless
 
-from portakv_conformance.evidence.verdict import case_list_sha256
+from portakv_conformance.evidence.verdict import case_list_sha256, judge
+from portakv_conformance.evidence.verify import check_report
+from portakv_conformance.record import RunRecord
 from portakv_conformance.run import workers
+from portakv_conformance.run.request import chosen, counted
 from portakv_conformance.run.runner import BadRequest, Options, SubjectUnavailable, SuiteBroken
+from portakv_conformance.run.worker import Share
+from portakv_conformance.run.workers import surroundings
 
 
-def test_a_run_in_which_all_is_well() -> None:
+def endings(behaviours: dict[str, str], *options: Any, **how: Any) -> list[str]:
+    """How the cases of a run ended, in their order."""
+    return list(statuses(ran(behaviours, *options, **how)).values())
+
+
+def children() -> list[int]:
+    """Processes that this one has started and that have not ended."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if words[0] != "Z" and int(words[1]) == os.getpid():
+            found.append(int(folder.name))
+    return found
+
+
+# -- what is asked for ----------------------------------------------------------------------------
+
+IDS = [
+    "cases/test_core.py::test_one_row[gather-1]",
+    "cases/test_core.py::test_one_row[scatter-1]",
+    "cases/test_core.py::test_one_row_more",
+    "cases/test_corners.py::test_row_width[3]",
+]
+
+
+@pytest.mark.parametrize(
+    ("word", "found"),
+    [
+        (IDS[1], IDS[1:2]),
+        ("test_core.py::test_one_row[scatter-1]", IDS[1:2]),
+        ("cases/test_core.py::test_one_row", IDS[:2]),
+        ("test_core::test_one_row", IDS[:2]),
+        ("test_core.py", IDS[:3]),
+        ("test_corners", IDS[3:]),
+        *((word, []) for word in ("", "core", "test_cor", "test_core::test_one", "test_core[1]")),
+    ],
+)
+def test_a_beginning_names_all_that_begin_so(word: str, found: list[str]) -> None:
+    assert chosen(IDS, [word]) == (found, [] if found else [word])
+
+
+def test_the_order_is_the_list_s_and_nothing_comes_twice() -> None:
+    assert chosen(IDS, [IDS[3], "test_core", IDS[0]]) == (IDS, [])
+    assert (counted(1), counted(1234)) == ("1 case was", "1,234 cases were")
+
+
+def test_a_fuzzed_case_may_take_longer() -> None:
+    assert Options("x").seconds == 120
+    assert Options("x", fuzz=10_000).seconds > 1000
+    assert Options("x", fuzz=10_000, limit=5).seconds == 5
+
+
+def test_the_command_tells_how_the_kernel_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    options = Options("triton", fuzz=7, seed=3, emulated=True, device="npu")
+    assert options.command("cases/test_core.py::test_a[x y]") == (
+        "TRITON_INTERPRET=1 portakv conform triton --device npu --profile core --seed 3 --fuzz 7 "
+        "--emulated --only 'cases/test_core.py::test_a[x y]'"
+    )
+
+
+# -- one worker -----------------------------------------------------------------------------------
+
+
+def test_a_run_in_which_all_is_well(capfd: pytest.CaptureFixture[str]) -> None:
+    """What workers print, lines that look like events among it, disturbs nothing."""
     heard = Heard()
     record = ran({CORE + "a": "pass", CORE + "b": "pass", CLAIM + "c": "not-claimed"}, heard)
     assert (record.verdict, record.rung, record.missing) == ("conformant", "", [])
@@ -31,22 +108,18 @@ def test_a_run_in_which_all_is_well() -> None:
     assert heard.statuses == ["passed", "passed", "not-claimed"]
     assert record.backend == fake.SUBJECT["backend"]
     assert record.command == "portakv conform fake --device cpu --profile core --seed 0"
-
-
-def test_what_is_printed_disturbs_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    """`pass` prints lines that look like events."""
-    assert statuses(ran({CORE + "a": "pass"})) == {CORE + "a": "passed"}
-    captured = capfd.readouterr()
-    assert (captured.out, captured.err) == ("", "")
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
     ("how", "told"),
     [
-        ("crash", "SIGSEGV"),
-        ("abort", "SIGABRT"),
-        ("exit", "exit code 7"),
-        ("half a line", "SIGKILL"),
+        ("crash", "SIGSEGV while this case ran; another worker went on with the rest"),
+        ("abort", "SIGABRT while this case ran"),
+        ("exit", "exit code 7 while this case ran"),
+        ("half a line", "SIGKILL (perhaps by the system, for want of memory) while this case ran"),
+        ("crash later", "SIGSEGV right after this case"),
+        ("leave", "exit code 0 while this case ran"),
     ],
 )
 def test_a_case_that_takes_the_process_with_it_has_failed(how: str, told: str) -> None:
@@ -55,29 +128,18 @@ def test_a_case_that_takes_the_process_with_it_has_failed(how: str, told: str) -
     assert statuses(record) == {CORE + "a": "passed", CORE + "b": "failed", CORE + "c": "passed"}
     lost = record.cases[1]
     assert told in lost.reason
-    assert "while this case ran; another worker went on with the rest" in lost.reason
     assert (record.verdict, record.rung, record.totals["failed"]) == ("failed", "", 1)
     assert len(heard.sentences) == 1
     assert CORE + "b" in heard.sentences[0]
     assert lost.replay.endswith(f" --only {CORE}b")
 
 
-def test_a_crash_leaves_its_stack() -> None:
-    (case,) = ran({CORE + "a": "crash"}).cases
+def test_a_crash_leaves_its_stack_and_what_the_case_is_about() -> None:
+    (case,) = ran({CLAIM + "a": "crash"}).cases
     assert "Fatal Python error: Segmentation fault" in case.details
     assert "in act" in case.details
     assert "another worker" not in case.reason
-
-
-def test_what_a_lost_case_is_about_is_known() -> None:
-    (case,) = ran({CLAIM + "a": "crash"}).cases
     assert (case.area, case.claim, case.profile) == ("claims", "guards", "core")
-
-
-def test_a_crash_right_after_a_case_is_that_cases() -> None:
-    record = ran({CORE + "a": "pass", CORE + "b": "crash later", CORE + "c": "pass"})
-    assert statuses(record) == {CORE + "a": "passed", CORE + "b": "failed", CORE + "c": "passed"}
-    assert "right after this case" in record.cases[1].reason
 
 
 def test_a_case_that_hangs_is_ended_with_its_stacks() -> None:
@@ -85,36 +147,33 @@ def test_a_case_that_hangs_is_ended_with_its_stacks() -> None:
     record = ran({CORE + "a": "hang", CORE + "b": "pass"}, limit=0.3)
     assert time.monotonic() - began < 10
     assert statuses(record) == {CORE + "a": "failed", CORE + "b": "passed"}
-    hung = record.cases[0]
-    assert "longer than its limit of 0.3 s" in hung.reason
-    assert "spin_for_ever" in hung.details
+    assert "longer than its limit of 0.3 s" in record.cases[0].reason
+    assert "spin_for_ever" in record.cases[0].details
 
 
-def test_a_session_that_ends_early_is_not_taken_for_the_end() -> None:
-    record = ran({CORE + "a": "pass", CORE + "b": "leave", CORE + "c": "pass"})
-    assert statuses(record) == {CORE + "a": "passed", CORE + "b": "failed", CORE + "c": "passed"}
-
-
-def test_a_crash_behind_the_last_case_is_no_certificate() -> None:
-    record = ran({CORE + "a": "pass", "finish": "crash"})
+@pytest.mark.parametrize(
+    ("how", "told"), [("crash", "killed by SIGSEGV after the last case"), ("hang", "did not end")]
+)
+def test_a_worker_that_does_not_end_well_is_no_certificate(
+    how: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_ENDING", 0.2)
+    record = ran({CORE + "a": "pass", "finish": how})
     assert statuses(record) == {CORE + "a": "passed"}
     assert (record.verdict, record.rung) == ("incomplete", "")
-    assert "killed by SIGSEGV after the last case" in record.missing[0]
+    assert told in record.missing[0]
 
 
-def test_a_worker_that_never_ends_is_no_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "_ENDING", 0.2)
-    record = ran({CORE + "a": "pass", "finish": "hang"})
-    assert record.verdict == "incomplete"
-    assert "did not end" in record.missing[0]
-
-
-def test_a_backend_that_always_crashes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_backend_that_always_crashes_is_given_up(
+    jobs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(workers, "_MOST_LOSSES", 3)
-    record = ran({f"{CORE}{n}": "crash" for n in range(6)})
-    assert list(statuses(record).values()) == ["failed"] * 3 + ["error"] * 3
+    record = ran({f"{CORE}{n}": "crash" for n in range(6)}, jobs=jobs)
+    assert sorted(statuses(record).values()) == ["error"] * 3 + ["failed"] * 3
     assert record.cases[-1].reason == "It was not run: the worker had been lost 3 times in a row."
     assert record.verdict == "failed"
+    assert children() == []
 
 
 def test_losses_that_are_not_in_a_row_cost_their_cases_only(
@@ -122,8 +181,7 @@ def test_losses_that_are_not_in_a_row_cost_their_cases_only(
 ) -> None:
     monkeypatch.setattr(workers, "_MOST_LOSSES", 2)
     behaviours = {f"{CORE}{n}": "crash" if n % 3 == 0 else "pass" for n in range(12)}
-    record = ran(behaviours)
-    assert list(statuses(record).values()) == ["failed", "passed", "passed"] * 4
+    assert endings(behaviours) == ["failed", "passed", "passed"] * 4
 
 
 def test_losses_that_cost_too_much_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,71 +206,38 @@ def test_children_of_a_worker_end_with_it() -> None:
     assert fake.gone(int(case.reason.split()[-1]))
 
 
-def test_the_first_failure_can_be_the_end() -> None:
-    heard = Heard()
-    record = ran(
-        {CORE + "a": "fail", CORE + "b": "hang", CORE + "c": "pass"}, heard, exit_first=True
-    )
-    assert statuses(record) == {CORE + "a": "failed"}
-    assert record.verdict == "failed"
+@pytest.mark.parametrize("how", ["fail", "crash", "hang"])
+def test_the_first_failure_can_be_the_end(how: str) -> None:
+    behaviours = {CORE + "a": how, CORE + "b": "hang", CORE + "c": "pass"}
+    record = ran(behaviours, exit_first=True, limit=0.3)
+    assert (record.verdict, statuses(record)) == ("failed", {CORE + "a": "failed"})
     assert record.missing == ["2 cases were behind the first failure and did not run (-x)."]
 
 
-@pytest.mark.parametrize("how", ["crash", "hang"])
-def test_a_lost_case_is_a_first_failure_too(how: str) -> None:
-    record = ran({CORE + "a": how, CORE + "b": "pass"}, exit_first=True, limit=0.3)
-    assert statuses(record) == {CORE + "a": "failed"}
-
-
 def test_only_some_cases_are_no_profile() -> None:
-    behaviours = {CORE + "a": "pass", CORE + "b": "fail"}
-    record = ran(behaviours, only=(CORE + "a",))
+    record = ran({CORE + "a": "pass", CORE + "b": "fail"}, only=(CORE + "a",))
     assert statuses(record) == {CORE + "a": "passed"}
     assert record.verdict == "incomplete"
     assert "--only" in record.missing[0]
 
 
-def test_an_id_that_no_case_has_is_a_bad_request() -> None:
-    with pytest.raises(BadRequest, match="'nothing'"):
-        ran({CORE + "a": "pass"}, only=("nothing",))
-    with pytest.raises(BadRequest, match="are not in profile"):  # as pytest's own usage error
-        ran({"collect": "usage"}, only=("nothing",))
-
-
-def test_a_backend_that_is_not_available_is_an_error_with_the_reason() -> None:
-    with pytest.raises(SubjectUnavailable, match="no such backend; known are x"):
-        ran({"start": "unavailable"})
-
-
-def test_a_probe_that_crashes_is_a_backend_that_is_not_available() -> None:
-    with pytest.raises(SubjectUnavailable, match="SIGSEGV while the backend was loaded"):
-        ran({"start": "crash"})
-
-
-def test_a_suite_that_cannot_be_loaded_is_broken() -> None:
-    """The backend is not to blame for an installation without torch."""
-    with pytest.raises(SuiteBroken, match="exit code 7 before it loaded anything"):
-        ran({"load": "exit"})
-
-
-def test_a_suite_that_cannot_be_collected_is_broken() -> None:
-    with pytest.raises(SuiteBroken, match="SIGSEGV before the cases were collected"):
-        ran({"collect": "crash"})
-
-
-def test_a_fuzzed_case_may_take_longer() -> None:
-    assert Options("x").seconds == 120
-    assert Options("x", fuzz=10_000).seconds > 1000
-    assert Options("x", fuzz=10_000, limit=5).seconds == 5
-
-
-def test_the_command_tells_how_the_kernel_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    options = Options("triton", fuzz=7, seed=3, emulated=True, device="npu")
-    assert options.command("cases/test_core.py::test_a[x y]") == (
-        "TRITON_INTERPRET=1 portakv conform triton --device npu --profile core --seed 3 --fuzz 7 "
-        "--emulated --only 'cases/test_core.py::test_a[x y]'"
-    )
+@pytest.mark.parametrize(
+    ("behaviours", "error", "why"),
+    [
+        ({CORE + "a": "pass"}, BadRequest, "'nothing'"),
+        ({"collect": "usage"}, BadRequest, "are not in profile"),  # as pytest's own usage error
+        ({"start": "unavailable"}, SubjectUnavailable, "no such backend; known are x"),
+        ({"start": "crash"}, SubjectUnavailable, "SIGSEGV while the backend was loaded"),
+        # The backend is not to blame for an installation without torch.
+        ({"load": "exit"}, SuiteBroken, "exit code 7 before it loaded anything"),
+        ({"collect": "crash"}, SuiteBroken, "SIGSEGV before the cases were collected"),
+    ],
+)
+def test_nothing_can_be_judged(
+    behaviours: dict[str, str], error: type[Exception], why: str
+) -> None:
+    with pytest.raises(error, match=why):
+        ran(behaviours, only=("nothing",))
 
 
 def test_a_worker_ends_when_its_runner_is_killed() -> None:
@@ -248,3 +273,125 @@ def test_a_run_of_another_thread_can_be_interrupted() -> None:
             ran({CORE + "a": "hang"})
     finally:
         workers.INTERRUPTED.clear()
+
+
+# -- several workers ------------------------------------------------------------------------------
+
+
+def test_a_case_is_taken_once(tmp_path: Path) -> None:
+    mine, theirs = Share(tmp_path), Share(tmp_path)
+    assert not theirs.taken("cases/a.py::test[x/y]")
+    assert mine.take("cases/a.py::test[x/y]")
+    assert theirs.taken("cases/a.py::test[x/y]")
+    assert not theirs.take("cases/a.py::test[x/y]")
+    assert theirs.take("cases/a.py::test[x]")
+    mine.give_back("cases/a.py::test[x/y]")
+    assert theirs.take("cases/a.py::test[x/y]")
+
+
+def test_several_workers_share_the_cases() -> None:
+    behaviours = {f"{CORE}{n}": "slow" for n in range(6)} | {CLAIM + "c": "not-claimed"}
+    heard = Heard()
+    record = ran(behaviours, heard, jobs=3)
+    assert sorted(heard.ids) == sorted(behaviours), "each is run once"
+    assert [case.id for case in record.cases] == list(behaviours), "in the order of the list"
+    assert (record.verdict, record.missing, heard.sentences) == ("conformant", [], [])
+    assert heard.count == len(heard.statuses) == 7
+    assert len(Counter(c.reason for c in record.cases if c.reason.startswith("by "))) == 3
+    assert record.command.endswith("--seed 0 --jobs 3")
+    assert "--jobs" not in record.cases[0].replay
+    assert children() == []
+
+
+def test_the_record_is_that_of_one_worker() -> None:
+    behaviours = {CORE + "a": "pass", CORE + "b": "fail", CLAIM + "c": "not-claimed"}
+    behaviours |= {CORE + "d": "error", CORE + "e": "pass"}
+    assert timeless(ran(behaviours, jobs=2)) == timeless(ran(behaviours))
+    began = time.monotonic()
+    assert endings({CORE + "a": "slow"}, jobs=50) == ["passed"]  # no more workers than cases
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("how", ["crash", "hang", "leave"])
+def test_a_worker_that_is_lost_disturbs_no_other(how: str) -> None:
+    slow = [f"{CORE}{n}" for n in range(5)]
+    heard = Heard()
+    behaviours = {slow[0]: "slow", CORE + "bad": how} | dict.fromkeys(slow[1:], "slow")
+    record = ran(behaviours, heard, jobs=2, limit=1.0)
+    assert statuses(record) == {**dict.fromkeys(behaviours, "passed"), CORE + "bad": "failed"}
+    assert [case.id for case in record.cases] == list(behaviours)
+    assert "while this case ran" in record.cases[1].reason
+    assert len(heard.sentences) == 1
+    assert sorted(heard.ids) == sorted(behaviours), "no case is run again"
+
+
+def test_every_worker_may_be_lost() -> None:
+    behaviours = {f"{CORE}{n}": "crash" if n % 2 else "pass" for n in range(8)}
+    assert endings(behaviours, jobs=3) == ["passed", "failed"] * 4
+
+
+def test_the_first_failure_stops_all() -> None:
+    began = time.monotonic()
+    behaviours = {CORE + "a": "hang", CORE + "b": "hang", CORE + "c": "fail", CORE + "d": "pass"}
+    assert statuses(ran(behaviours, jobs=3, exit_first=True)) == {CORE + "c": "failed"}
+    assert time.monotonic() - began < 30
+    assert children() == []
+
+
+@pytest.mark.parametrize("how", ["unavailable", "exit"])
+def test_a_worker_too_many(how: str) -> None:
+    """There may be no room on the device for as many as were asked for."""
+    heard = Heard()
+    slow = {f"{CORE}{n}": "slow" for n in range(4)}
+    record = ran({**slow, "2 start": how}, heard, jobs=2)
+    assert statuses(record) == dict.fromkeys(slow, "passed")
+    assert record.verdict == "conformant"
+    (told,) = heard.sentences
+    assert "before it was ready; the others go on" in told
+    assert ("no such backend" in told) == (how == "unavailable")
+
+
+def test_a_worker_that_cannot_be_replaced_is_an_error() -> None:
+    """With nobody else there, it is not left out quietly."""
+    cases = {CORE + "a": "crash", CORE + "b": "pass", CORE + "c": "pass"}
+    record = ran({**cases, "2 start": "unavailable"})
+    assert list(statuses(record).values()) == ["failed", "error", "passed"]
+    assert "which others could (no such backend" in record.cases[1].reason
+    assert record.verdict == "failed"
+
+
+def test_a_case_that_was_taken_and_never_begun_is_run() -> None:
+    """A worker may die between the two."""
+    behaviours = {CORE + "a": "pass", "take": CORE + "b", CORE + "b": "pass"}
+    assert endings(behaviours) == ["passed", "passed"]
+
+
+def test_a_report_of_several_workers_stands() -> None:
+    """Its cases take longer, one after another, than the run did."""
+    behaviours = {f"{CORE}{n}": "pass" for n in range(3)}
+    listed = {id: fake.about(id) for id in behaviours}
+
+    def found(record: RunRecord) -> list[str]:
+        record.seconds = 4.0
+        for case in record.cases:
+            case.seconds = 3.0
+        judge(record)
+        return check_report(record.document(), lambda profile, device: listed)
+
+    assert found(ran(behaviours)) == ["Its cases took 9.0 s, one after another, but the run 4.0 s."]
+    record = ran(behaviours, jobs=3)
+    assert found(record) == []
+    record.command = record.command.replace("--jobs 3", "--jobs 'many")
+    assert any("does not say --device" in sentence for sentence in found(record))
+
+
+def test_several_workers_do_not_fight_for_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(16))
+    assert surroundings(1) == {}
+    assert surroundings(4)["OMP_NUM_THREADS"] == "4"
+    assert surroundings(16)["OMP_NUM_THREADS"] == "2"
+    assert surroundings(2)["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "9")
+    assert "OMP_NUM_THREADS" not in surroundings(4), "what the user set stands"

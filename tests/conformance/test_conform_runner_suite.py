@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -96,11 +97,7 @@ def test_a_backend_that_prints(ids: tuple[str, ...], capfd: pytest.CaptureFixtur
     ("name", "told", "noted"),
     [
         ("NoClaims", "capabilities() returned 'all of it'; expected", {"": "all of it"}),
-        (
-            "Secretive",
-            "capabilities() raised OSError: the licence server is asleep; expected",
-            None,
-        ),
+        ("Secretive", "capabilities() raised OSError: the licence server is asleep;", None),
     ],
 )
 def test_a_backend_that_does_not_say_what_it_claims(
@@ -127,7 +124,7 @@ def test_two_workers_find_what_one_finds(listed: dict[str, dict[str, Any]]) -> N
     areas: dict[str, list[str]] = {}
     for id, case in listed.items():
         areas.setdefault(case["area"], []).append(id)
-    some = tuple(id for ids in areas.values() for id in ids[::15])
+    some = tuple(id for ids in areas.values() for id in ids[::40])
     assert set(areas) >= {"core", "corners", "safety", "drawn"}
     alone = run(Options("reference", only=some))
     both = run(Options("reference", only=some, jobs=2))
@@ -135,17 +132,6 @@ def test_two_workers_find_what_one_finds(listed: dict[str, dict[str, Any]]) -> N
     assert timeless(both) == timeless(alone)
     assert "--jobs 2 --only" in both.command
     assert "--jobs" not in alone.command
-
-
-@pytest.mark.slow
-def test_the_command_with_two_jobs(tmp_path: Path) -> None:
-    for jobs in ("1", "2"):
-        words = ["reference", "--device", "cpu", "--jobs", jobs, "--report", str(tmp_path / jobs)]
-        assert main(words) == 0
-    one, two = (tmp_path / jobs / "conformance.json" for jobs in "12")
-    texts = [file.read_text(encoding="utf-8") for file in (one, two)]
-    assert timeless(RunRecord.read(texts[0])) == timeless(RunRecord.read(texts[1]))
-    assert [check_report(text) for text in texts] == [[], []]
 
 
 @pytest.mark.slow
@@ -162,8 +148,8 @@ def test_the_lists_of_other_devices_are_known_here(listed: dict[str, dict[str, A
     assert set(elsewhere) - set(here), "ordering on streams makes sense on accelerators only"
 
 
-def test_a_report_of_some_cases_that_claims_to_be_whole_is_refused(ids: tuple[str, ...]) -> None:
-    record = run(Options("reference", only=ids))
+def test_a_report_of_some_cases_that_claims_to_be_whole_is_refused(passed: RunRecord) -> None:
+    record = copy.deepcopy(passed)
     command = record.command.partition(" --only")[0].replace("core", "full")
     whole = replace(record, missing=[], profile="full", command=command)
     judge(whole)

@@ -6,27 +6,32 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from portakv import BackendUnavailable, CopyPlan, Index, KVView, Unsupported
 from portakv.backends.base import Decision
 from portakv.registry import registry
+from portakv_conformance.cases import test_addresses
 from portakv_conformance.draw import saved
-from portakv_conformance.draw.arrangement import Case
-from portakv_conformance.draw.by_hand import HOMES, Shape, Workshop, lifted
+from portakv_conformance.draw.arrangement import Case, side_of
+from portakv_conformance.draw.by_hand import HOMES, Shape, Workshop, arranged, lifted
 from portakv_conformance.draw.strategies import all_cases
 from portakv_conformance.judge.claims import check_refused, claimed
 from portakv_conformance.judge.device_support import Facility
-from portakv_conformance.judge.judging import Judge, find_home, index_of, largest_unit, view_of
+from portakv_conformance.judge.judging import Judge, asked_of, find_home, largest_unit, view_of
 from portakv_conformance.judge.oracle import compare
 from portakv_conformance.judge.pattern import poison_bytes
-from portakv_conformance.judge.subject import Subject, subject
+from portakv_conformance.judge.subject import subject
+from portakv_conformance.run.outcome import sentence
 
 SHAPE = Shape()
 
@@ -150,13 +155,12 @@ def test_a_launch_that_refuses_has_no_reason_that_counts() -> None:
 
 def test_a_refusal_that_check_foretells_may_be() -> None:
     judge, case = judge_of("Modest"), gather(dtype=torch.uint8, shift=1)
-    views = view_of(case.src), view_of(case.dst)
     refusal = Unsupported("This plan", "of a launch")
-    judge.may_decline(refusal, *views, index_of(case.src), index_of(case.dst))
+    judge.may_decline(refusal, *asked_of(case))
     assert judge.declined == ["it needs 16 B alignment and the plan allows 1 B"]
     judge = judge_of("Right")
     with pytest.raises(AssertionError, match="of a launch"):
-        judge.may_decline(refusal, *views, index_of(case.src), index_of(case.dst))
+        judge.may_decline(refusal, *asked_of(case))
 
 
 def test_what_the_simulated_device_fills_memory_with_is_told() -> None:
@@ -209,9 +213,10 @@ def test_a_home_is_a_layout_that_the_backend_takes(monkeypatch: pytest.MonkeyPat
     assert find_home(subject("reference"), HOMES) == HOMES[0]
     modest = subject("support.conform_suite_backends:Modest")
     assert find_home(modest, HOMES) == HOMES[4]  # it takes no tables
-    everything = Decision("none", False, "it takes none")
-    monkeypatch.setattr(modest.backend, "check", lambda plan: everything)
-    assert find_home(modest, HOMES) == HOMES[0]  # CORE then says why
+    checks: list[Any] = [lambda plan: Decision("none", False, "it takes none"), {}.__getitem__]
+    for check in checks:
+        monkeypatch.setattr(modest.backend, "check", check)
+        assert find_home(modest, HOMES) == HOMES[0]  # CORE then says why
 
 
 # -- failing examples as files ------------------------------------------------------------------
@@ -243,12 +248,13 @@ def test_a_failing_example_is_judged_again_on_whom_one_likes(tmp_path: Path) -> 
     assert saved.replay(file, subject("reference")) is None
 
 
+@pytest.mark.parametrize("read", [saved.load, saved.read_about])
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"schema": "portakv-example/9"}', '{"schema": 1}']
+    "text", ["", "[]", "{}", '{"schema": "portakv-example/9"}', '{"schema": "portakv-example/1"}']
 )
-def test_a_file_that_is_no_example(text: str) -> None:
+def test_a_file_that_is_no_example(text: str, read: Callable[[str], object]) -> None:
     with pytest.raises(ValueError, match="no saved example"):
-        saved.load(text)
+        read(text)
 
 
 def test_an_example_without_its_ids_is_refused() -> None:
@@ -298,21 +304,6 @@ def test_a_pool_of_all_layers_is_one_storage() -> None:
     assert compare(case.expected(), case.dst.tensors) is not None  # nothing was copied yet
 
 
-def test_the_subject_of_the_judge_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = judge_of("Right")
-    asked: list[str | None] = []
-    real = registry.REGISTRY.choose
-
-    def spy(device: torch.device, name: str | None) -> Any:
-        asked.append(name)
-        return real(device, name)
-
-    monkeypatch.setattr(registry.REGISTRY, "choose", spy)
-    judge.copy(gather())
-    assert asked == ["suite-right"]
-    assert isinstance(judge.subject, Subject)
-
-
 def test_a_block_that_is_split_is_launched_in_a_unit_that_fits_its_parts() -> None:
     """3 tokens divide a block of 6, but no part of it: ``token%2`` holds 2."""
     split = KVView(torch.empty(2, 2, 3, 8), "token%2 block token/2 dim", block_size=6)
@@ -334,3 +325,84 @@ def test_what_fails_only_beside_other_work_is_not_kept_as_an_example(tmp_path: P
     assert "FAILED cases/test_ordering.py" in result.stdout
     assert "conform replay" not in result.stdout
     assert not list(tmp_path.glob("example-*.json"))
+
+
+def test_an_example_tells_where_it_was_found_before_it_is_built() -> None:
+    """Its device may not be known to torch yet."""
+    text = saved.dump(gather(), {"device": "simdev:1"}).replace('"cpu"', '"simdev:1"')
+    assert saved.read_about(text) == {"device": "simdev:1"}
+    moved, _ = saved.load(text, "cpu")
+    assert moved.src.guards[0].whole.device == torch.device("cpu")
+
+
+def test_an_example_is_told_how_it_failed() -> None:
+    judge = judge_of("Right")
+    assert judge.launch(gather())
+    assert judge.direct
+    assert judge.copy(gather())
+    assert not judge.direct
+
+
+# -- how a case ended, in one sentence -----------------------------------------------------------
+
+ORACLE = "Destination layer 0 key slot 3 holds 0x07; expected 0x09."
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        ORACLE,
+        f"AssertionError: {ORACLE}",
+        f"AssertionError: {ORACLE} The case was Case(src=Side('layer').",
+        f"AssertionError: {ORACLE}\nFalsifying example: test_any_copy(\n    data=data(...),\n)",
+        f"AssertionError: {ORACLE}\nFailing test case: test_any_copy(\n    data=data(...),\n)",
+        f"AssertionError: {ORACLE} The case was Case().\nFailing test case:\nstate = Engine()",
+        f"AssertionError: {ORACLE}\nFailing explicit example: test_any_copy()",
+        f"AssertionError: {ORACLE}\nFalsifying explicit example: test_any_copy()",
+        f"AssertionError: {ORACLE}\nassert 7 == 9",
+    ],
+)
+def test_the_sentence_is_the_oracle_s(message: str) -> None:
+    assert sentence(message) == ORACLE
+
+
+def test_another_exception_keeps_its_type() -> None:
+    assert sentence("KeyError: 'stream'\nFailing test case: f()") == "KeyError: 'stream'"
+
+
+def test_what_the_installed_hypothesis_writes_is_known() -> None:
+    """Its notes are part of the message that pytest reports."""
+
+    @settings(max_examples=5, database=None)
+    @given(st.integers())
+    def fails(number: int) -> None:
+        raise AssertionError(f"{ORACLE} The case was {number}.")
+
+    with pytest.raises(AssertionError) as caught:
+        fails()
+    notes = getattr(caught.value, "__notes__", [])
+    assert sentence("\n".join([f"AssertionError: {caught.value}", *notes])) == ORACLE
+    assert sentence("\n".join([f"AssertionError: {ORACLE}", *notes])) == ORACLE
+
+
+# -- tensors in no order ------------------------------------------------------------------------
+
+
+def test_keys_and_values_are_scattered_each_in_their_own_way() -> None:
+    """Whatever the allocator does, then, all tensors together are in no order for some seed."""
+    layout = "layer kv | block token head dim"
+    shape = Shape(layers=4)
+    different = 0
+    for seed in range(20):
+        view = view_of(side_of(arranged(layout, shape, place="scattered", seed=seed)))
+        keys, values = view.addresses.reshape(4, 2).T.tolist()
+        different += np.argsort(keys).tolist() != np.argsort(values).tolist()
+    assert different > 10
+
+
+def test_a_search_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_addresses, "_TRIES", 3)
+    monkeypatch.setattr(test_addresses, "_in_no_order", lambda case, direction: False)
+    judge, shop = judge_of("Right"), Workshop()
+    with pytest.raises(pytest.fail.Exception, match="In 3 tries the allocator never"):
+        test_addresses.test_tensors_in_no_order(judge, shop, "gather", HOMES[0])

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ladder: its rules, what bears a rung out, and what ends one."""
+"""The ladder: its rules, what bears a rung out, what ends one, and what stands beside it always."""
 
 from __future__ import annotations
 
-import importlib
+import html
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,18 +14,13 @@ from typing import Any
 
 import pytest
 from support import conform_reports
+from support.conform_reports import refusals
 
+from portakv.cli import main as portakv
 from portakv_conformance.evidence import ladder as ladders
-from portakv_conformance.evidence.evidence import (
-    JOBS,
-    Job,
-    contradictions,
-    main,
-    of_report,
-    read,
-    recorded,
-    rung_of,
-)
+from portakv_conformance.evidence import source
+from portakv_conformance.evidence.environment import assumed, describe_environment
+from portakv_conformance.evidence.evidence import contradictions, of_report, read, rung_of
 from portakv_conformance.evidence.ladder import (
     RESULTS,
     Ladder,
@@ -35,32 +31,22 @@ from portakv_conformance.evidence.ladder import (
     why_expired,
     written,
 )
-from portakv_conformance.evidence.source import SourceError, source_sha256
+from portakv_conformance.evidence.source import SourceError, source_files, source_sha256
 from portakv_conformance.evidence.verdict import judge
+from portakv_conformance.judge.subject import subject
+from portakv_conformance.report.markdown import markdown
+from portakv_conformance.report.page import page
 from portakv_conformance.report.results import keep
-from portakv_conformance.vendor.standins import SIMULATION
+from portakv_conformance.report.summary import print_summary
+from portakv_conformance.report.support import reached, verified
+from portakv_conformance.report.words import plain
+from portakv_conformance.run.request import Options
+from portakv_conformance.vendor.standins import EMULATION, SIMULATION, STANDINS, emulating
 
 ROOT = Path(__file__).resolve().parents[2]
-REFERENCE = "portakv.backends.reference:Reference"
-EMULATION = "portakv_conformance.vendor.ascendc_emulated:AscendC"
-JOB = {
-    "what": "cross-compiled, not executed",
-    "name": "hip",
-    "backend": "portakv.backends.hip:Hip",
-    "source_sha256": "a" * 64,
-    "command": "bash native/cuda/check_hip.sh",
-    "date": "2026-11-20",
-    "right": True,
-    "compiler": "hipcc 5.2",
-    "targets": ["gfx906"],
-    "kernels": [{"kernel": "gather", "target": "gfx906", "wrong": []}],
-}
-# What each kind has to show beyond that, as tests/conformance/test_ladder_contents.py forges it.
-SHOWN: dict[str, dict[str, Any]] = {
-    "R1": {"signatures": [{"op": "a.b", "signature": "(x)", "source": "its page"}]},
-    "R2": {"schemas": [{"op": "a::b", "pinned": "()", "found": "()", "same": True}],
-           "vendor": {"torch_npu-2.13.0-cp311-cp311-any.whl": "1" * 64}, "versions": "2.13.0"},
-}  # fmt: skip
+VENDOR = "portakv_conformance.vendor"
+ASCENDC = f"{VENDOR}.ascendc_emulated:AscendC"
+ASSUMED = "by assumption: the vendor has not confirmed the ops' signatures"
 
 
 def same(target: str) -> str:
@@ -85,6 +71,11 @@ def rung(**values: Any) -> Rung:
     return replace(made, **values)
 
 
+def emulated_rung(**values: Any) -> Rung:
+    made = {"device": "mlu, emulated", "rung": "R3", "emulated": True, "suite": ""}
+    return rung(**{**made, **values})
+
+
 # -- what is committed ----------------------------------------------------------------------------
 
 
@@ -93,10 +84,10 @@ def test_every_rung_is_borne_out_by_its_file() -> None:
     found = ladders.read()
     assert found.rungs
     assert contradictions(found, ROOT) == []
-
-
-def test_the_file_is_as_it_would_be_written() -> None:
-    assert ladders.FILE.read_text(encoding="utf-8") == written(ladders.read())
+    assert ladders.FILE.read_text(encoding="utf-8") == written(found)
+    for rung in found.rungs:
+        if rung.rung in ("R1", "R2", "R3"):
+            assert rung.emulation or "what emulated" in why_expired(rung, found), rung.place
 
 
 def test_the_readme_s_tables_say_what_the_ladder_says() -> None:
@@ -110,10 +101,6 @@ def test_the_readme_s_tables_say_what_the_ladder_says() -> None:
 # -- rules ----------------------------------------------------------------------------------------
 
 
-def test_a_row_that_breaks_no_rule() -> None:
-    assert list(broken_rules(Ladder((rung(),)))) == []
-
-
 @pytest.mark.parametrize(
     ("values", "why"),
     [
@@ -123,8 +110,8 @@ def test_a_row_that_breaks_no_rule() -> None:
         ({"rung": "R7"}, "there is no rung 'R7'"),
         ({"rung": "R3"}, "what ran on the real device is R6 or no rung"),
         ({"rung": "R3", "emulated": True}, "has to say that it is emulated"),
-        ({"rung": "R5", "emulated": True, "target": EMULATION}, "emulates a vendor's backend, and"),
-        ({"rung": "R4", "emulated": True, "target": EMULATION}, "emulates a vendor's backend, and"),
+        ({"rung": "R5", "emulated": True, "target": ASCENDC}, "emulates a vendor's backend, and"),
+        ({"rung": "R4", "emulated": True, "target": ASCENDC}, "emulates a vendor's backend, and"),
         ({"evidence": "docs/notes.md"}, "does not lie in conformance/results/"),
         ({"evidence": f"{RESULTS}../../README.md"}, "does not lie in conformance/results/"),
     ],
@@ -133,7 +120,8 @@ def test_the_rules(values: dict[str, Any], why: str) -> None:
     assert why in "\n".join(broken_rules(Ladder((rung(**values),))))
 
 
-def test_no_rung_is_listed_twice() -> None:
+def test_a_row_that_breaks_no_rule_is_listed_once() -> None:
+    assert list(broken_rules(Ladder((rung(),)))) == []
     again = rung(evidence=f"{RESULTS}b.json")
     assert "listed twice" in "\n".join(broken_rules(Ladder((rung(), again))))
 
@@ -150,10 +138,7 @@ def test_a_rung_ends_with_the_source_the_suite_or_a_package_of_the_vendor() -> N
     assert why_expired(held, Ladder(()), same) == "torch-npu changed since"
     newer = kept.with_rung(rung(device="other", vendor={"torch-npu": "2" * 64}))
     assert why_expired(held, newer, same) == "torch-npu changed since"
-
-
-def test_a_third_party_s_source_is_not_looked_for() -> None:
-    """It may be installed here or not; the table must not depend on that."""
+    # A third party's may be installed here or not; the table must not depend on that.
     assert why_expired(rung(target="acme.backend:Acme"), Ladder(()), gone) == ""
 
 
@@ -174,6 +159,106 @@ def test_a_list_tells_the_rung_here_else_the_highest_that_holds() -> None:
     assert told("cuda", "hip, emulated", Ladder((assumed,)), same) == (
         "R3, by assumption: nobody said so, not by us"
     )
+
+
+@pytest.mark.parametrize(
+    ("start", "file"),
+    [
+        (SIMULATION, "device.cpp"),
+        (SIMULATION, "operators.h"),
+        (SIMULATION, "device_module.py"),
+        (f"{VENDOR}.mlu_standin", f"{VENDOR}.mlu_standin.py"),
+        (f"{VENDOR}.ascend_standin", f"{VENDOR}.ascend_ops.py"),
+        (f"{VENDOR}.ascend_standin", f"{VENDOR}/ascend_schemas.toml"),
+        (f"{VENDOR}.ascend_device", f"{VENDOR}.ascend_ops.py"),
+        (f"{VENDOR}.ascend_device", f"{VENDOR}.cann_stub.py"),
+        (f"{VENDOR}.ascend_device", f"{VENDOR}/cann_stub.c"),
+        (f"{VENDOR}.hip_emulated", f"{VENDOR}.hip_fake.py"),
+        (f"{VENDOR}.hip_emulated", f"{VENDOR}/hip_fake.cpp"),
+        (f"{VENDOR}.hip_emulated", f"{VENDOR}/kernel_on_cpu.h"),
+        (f"{VENDOR}.ascendc_emulated", "portakv_native.ascend/emulation/machine.h"),
+        (f"{VENDOR}.ascendc_emulated", "portakv_native.ascend/rows.h"),
+    ],
+)
+def test_each_file_of_an_emulation_counts(
+    start: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change of it ends every rung that this emulation carried."""
+    files = source_files(start)
+    before = source_sha256(start)
+    changed = tmp_path / "changed"
+    shutil.copyfile(files[file], changed)
+    monkeypatch.setattr(source, "source_files", lambda module: files | {file: changed})
+    assert source_sha256(start) == before
+    changed.write_bytes(changed.read_bytes() + b"\n")
+    assert source_sha256(start) != before
+    held = emulated_rung(emulation={start: before})
+    digest = {held.target: "a" * 64}
+    since = why_expired(held, Ladder(()), lambda t: digest.get(t) or source_sha256(t))
+    assert since == f"{start.rpartition('.')[2]} changed since"
+
+
+@pytest.mark.parametrize("rung", ["R1", "R2", "R3"])
+def test_an_emulated_rung_that_names_no_emulation_is_expired(rung: str) -> None:
+    assert "does not say what emulated" in why_expired(emulated_rung(rung=rung), Ladder(()), same)
+    held = emulated_rung(rung=rung, emulation={SIMULATION: "a" * 64, "triton": "3.6.0"})
+    assert why_expired(held, Ladder(()), same) == ""  # of a third party's nothing is looked for
+    lost = emulated_rung(emulation={f"{VENDOR}.no_such": "a" * 64})
+    assert "no_such changed since" in why_expired(lost, Ladder(()), source_sha256)
+    assert why_expired(emulated_rung(rung="R4", device="gfx906"), Ladder(()), same) == ""
+
+
+def test_a_device_is_emulated_by_what_carries_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(EMULATION, raising=False)
+    assert emulating("simdev") == emulating("acme") == (SIMULATION,)
+    for name, standin in STANDINS.items():
+        assert emulating(name) == (SIMULATION, standin)
+    monkeypatch.setenv(EMULATION, f"{VENDOR}.ascend_device:enter")
+    assert emulating("npu") == (f"{VENDOR}.ascend_device",)
+
+
+def test_a_report_says_what_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(EMULATION, raising=False)
+    real = subject("reference", "cpu")
+    assert "emulation" not in describe_environment(real, "cpu")
+    facts = describe_environment(replace(real, emulated=True), "simdev")
+    assert facts["emulation"] == {SIMULATION: source_sha256(SIMULATION)}
+    assert plain(facts["emulation"]) == f"{SIMULATION} {source_sha256(SIMULATION)}"
+
+
+def test_a_row_has_the_emulation_of_its_report() -> None:
+    run = conform_reports.emulated()
+    assert of_report(run).emulation == {SIMULATION: "5" * 64}
+    run.environment |= {"device": "cpu"}
+    assert of_report(run).emulation == {"portakv_acme": run.backend["source_sha256"]}
+    run.environment |= {"TRITON_INTERPRET": "1", "triton": "3.6.0"}
+    assert of_report(run).emulation == {"triton": "3.6.0"}
+    assert of_report(conform_reports.passing()).emulation == {}
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        (None, "does not say by what"),
+        ({}, "does not say by what"),
+        ([SIMULATION], "does not say by what"),
+        ({"acme": "1" * 64}, f"does not say the hash of {SIMULATION}"),
+        ({SIMULATION: "unknown: x"}, f"does not say the hash of {SIMULATION}, which emulated"),
+    ],
+)
+def test_verify_refuses_an_emulated_report_without_its_emulation(told: Any, why: str) -> None:
+    run = conform_reports.emulated()
+    assert "emulat" not in "".join(refusals(run))
+    run.environment["emulation"] = told
+    assert why in "\n".join(refusals(run))
+
+
+def test_a_stand_in_is_named_beside_the_simulated_device() -> None:
+    run = conform_reports.emulated()
+    run.environment["device"] = "simdev:mlu:1"
+    assert f"does not say the hash of {STANDINS['mlu']}" in "\n".join(refusals(run))
+    run.environment["emulation"][STANDINS["mlu"]] = "6" * 64
+    assert "does not say the hash" not in "\n".join(refusals(run))
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -247,61 +332,6 @@ def test_what_is_not_conformant_is_no_rung() -> None:
             rung_of(of_report(run), "x.json")
 
 
-@pytest.mark.parametrize("what", JOBS)
-def test_a_job_bears_out_the_rung_of_its_kind(root: Path, what: str) -> None:
-    file = root / RESULTS / "hip.json"
-    shown: dict[str, Any] = {"vendor": {"torch-npu": "1" * 64}, **SHOWN.get(JOBS[what], {})}
-    file.write_text(json.dumps(JOB | {"what": what, **shown}))
-    made = rung_of(read(file), f"{RESULTS}hip.json", device="gfx906, emulated")
-    assert (made.backend, made.rung, made.emulated) == ("hip", JOBS[what], True)
-    assert (made.versions, made.vendor) == (shown.get("versions", "hipcc 5.2"), shown["vendor"])
-    assert contradictions(Ladder((made,)), root) == []
-    assert "R6" not in JOBS.values()
-
-
-@pytest.mark.parametrize(
-    ("values", "why"),
-    [
-        ({"right": False}, "bears out no rung: failed: cross-compiled"),
-        ({"right": "yes"}, "right missing or of another type"),
-        ({"what": "run on the hardware"}, "says 'run on the hardware'; expected one of"),
-        ({"command": None}, "command missing or of another type"),
-        ({"name": None}, "name missing or of another type"),
-        ({}, "name it by --device"),
-    ],
-)
-def test_a_job_s_record_that_is_not_whole(root: Path, values: dict[str, Any], why: str) -> None:
-    (root / "job.json").write_text(json.dumps(JOB | values))
-    with pytest.raises(ValueError, match=why):
-        rung_of(read(root / "job.json"), "job.json")
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"schema": "other"}'])
-def test_what_is_no_evidence_at_all(root: Path, text: str) -> None:
-    (root / "job.json").write_text(text)
-    with pytest.raises(ValueError, match=r"job\.json"):
-        read(root / "job.json")
-
-
-def test_a_command_is_recorded_with_what_it_printed(root: Path) -> None:
-    command = [sys.executable, "-c", "print('built'); print('checked')"]
-    job = Job("semantics emulated", REFERENCE, "cpu, emulated", "g++ 12", "", "", [SIMULATION])
-    made = recorded(job, command)
-    assert made["right"]
-    assert made["printed"] == ["built", "checked"]
-    assert made["emulation"] == {SIMULATION: source_sha256(SIMULATION)}
-    assert not recorded(replace(job, says=r"\d+ passed"), command)["right"]
-    file = root / "job.json"
-    words = ["--what", "semantics emulated", "--backend", REFERENCE, "--device", "cpu, emulated",
-             "--report", str(file), "--emulated-by", SIMULATION, "--", sys.executable, "-c",
-             "raise SystemExit(3)"]  # fmt: skip
-    assert main(words) == 1
-    assert read(file).rung == ""
-    assert main([*words[:-1], "print(1)"]) == 0
-    assert rung_of(read(file), "job.json").rung == "R3"
-    assert main([word if word != SIMULATION else "no.such" for word in words[:-1]] + ["1"]) == 1
-
-
 # -- ladder.toml ----------------------------------------------------------------------------------
 
 
@@ -335,32 +365,80 @@ def test_pairs_stand_in_the_readme_s_order() -> None:
     assert [name for name, _ in by_pair(made)] == ["reference", "cuda", "ascend", "mlu", "zeta"]
 
 
-def test_a_result_is_kept_with_its_row(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / ".ci"))
-    keeper: Any = importlib.import_module("keep_result")
-    tables: Any = importlib.import_module("readme_tables")
-    monkeypatch.setattr(tables, "ROOT", root)
-    monkeypatch.setattr(tables, "LADDER", root / "ladder.toml")
-    monkeypatch.setattr(keeper, "RESULTS", root / RESULTS)
-    monkeypatch.setattr(keep, "__defaults__", (lambda text: [],))  # cases that no suite has
-    monkeypatch.setattr(ladders.why_expired, "__defaults__", (same,))
-    (root / "ladder.toml").write_text("")
-    job = root / "job.json"
-    job.write_text(json.dumps(JOB | {"name": "ascendc-emulated", "backend": EMULATION}))
-    with pytest.raises(ValueError, match=r"is not kept: .* emulates a vendor's backend"):
-        keeper.place(job, "AMD gfx906", None)
-    job.write_text(json.dumps(JOB))
-    made = keeper.place(job, "AMD gfx906, gfx908", "not run")
-    assert made.evidence == f"{RESULTS}hip-amd-gfx906-gfx908-r4.json"
+# -- what never stands apart from a result ---------------------------------------------------------
+
+
+def test_what_a_stand_in_takes_for_true_stands_in_every_form(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the report, what is printed of it, and the ladder's row and list."""
+    assert assumed(emulating("mlu")) == ASSUMED
+    assert assumed(emulating("npu")) == assumed(emulating("simdev")) == ""
+    run = conform_reports.emulated()
+    run.environment |= {"device": "simdev:mlu", "assumption": ASSUMED}
+    judge(run)
+    said = f"It holds {ASSUMED}."
+    assert said in html.unescape(page(run))
+    assert said in markdown(run)
+    print_summary(run, Options(backend="mlu", device="simdev:mlu"))
+    assert said in " ".join(capsys.readouterr().out.split())
+    row = rung_of(of_report(run), "a.json")
+    assert row.assumption == ASSUMED
+    assert ASSUMED in reached(row, Ladder((row,)))
+    assert ASSUMED in verified(row, Ladder((row,)))
+    assert told(row.backend, "acme", Ladder((row,))).endswith(f" on mlu, emulated, {ASSUMED}")
+
+
+def test_verify_refuses_a_report_that_does_not_say_what_it_takes_for_true() -> None:
+    run = conform_reports.emulated()
+    run.environment["device"] = "simdev:mlu"
+    run.environment["emulation"][STANDINS["mlu"]] = "6" * 64
+    assert f"does not say what it holds by: {ASSUMED}" in "\n".join(refusals(run))
+    run.environment["assumption"] = ASSUMED
+    assert "holds by" not in "\n".join(refusals(run))
+
+
+def test_the_list_of_backends_says_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert portakv(["backends", "--device", "mlu", "--json"]) == 1
+    (device,) = json.loads(capsys.readouterr().out)["devices"]
+    (mine,) = (row for row in device["candidates"] if row["name"] == "mlu")
+    assert mine["verified"].endswith(f"R3 on mlu, emulated, {ASSUMED}")
+    portakv(["backends", "--device", "mlu"])
+    assert "by assumption:" in capsys.readouterr().out
+
+
+KERNEL = {"carried out by": "the AscendC kernel", "library": {"libportakv_ascend.so": "7" * 64}}
+
+
+def test_what_a_built_library_carried_out_has_a_row_and_a_file_of_its_own(tmp_path: Path) -> None:
+    ops, kernel = conform_reports.passing(), conform_reports.passing()
+    ops.environment |= {"carried out by": "the ops of torch_npu"}
+    kernel.environment |= KERNEL
+    for run in (ops, kernel):
+        judge(run)
+    rows = [rung_of(of_report(run), "a.json") for run in (ops, kernel)]
+    assert [row.device for row in rows] == [
+        "Acme XPU 900",
+        "Acme XPU 900, by the AscendC kernel"
+    ]  # fmt: skip
+    assert [row.rung for row in rows] == ["R6", "R6"]
+    assert len(Ladder(()).with_rung(rows[0]).with_rung(rows[1]).rungs) == 2
+    for run in (ops, kernel):
+        (tmp_path / "conformance.json").write_text(run.document())
+        keep(tmp_path / "conformance.json", tmp_path / "kept", lambda text: [])
+    assert {file.name for file in (tmp_path / "kept").iterdir()} == {
+        f"acme-acme-xpu-900-{ops.suite}.json",
+        f"acme-acme-xpu-900-by-the-ascendc-kernel-{ops.suite}.json",
+    }
+
+
+@pytest.mark.parametrize(
+    ("library", "why"),
+    [({"a.so": "1" * 63}, "hash of a.so, which carried"), ("a.so", "Its library is 'a.so'")],
+)
+def test_verify_refuses_a_library_without_its_hash(library: Any, why: str) -> None:
     run = conform_reports.passing()
-    (root / "conformance.json").write_text(run.document())
-    keeper.place(root / "conformance.json", "", None)
-    job.write_text(json.dumps(JOB | {"date": "2026-11-21"}))
-    again = keeper.place(job, "AMD gfx906, gfx908", None)
-    monkeypatch.setattr(ladders.why_expired, "__defaults__", (other,))
-    with pytest.raises(ValueError, match="is expired: source changed since"):
-        keeper.place(job, "AMD gfx906, gfx908", None)
-    assert (again.date, again.note) == ("2026-11-21", "not run")
-    found = ladders.read(root / "ladder.toml")
-    assert {r.place for r in found.rungs} == {made.place, ("acme", "Acme XPU 900", "R6")}
-    assert contradictions(found, root) == []
+    run.environment |= KERNEL
+    assert "librar" not in "\n".join(refusals(run))
+    run.environment["library"] = library
+    assert why in "\n".join(refusals(run))

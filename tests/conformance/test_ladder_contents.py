@@ -1,179 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What emulates ends a rung when it changes, and no record is believed for its label alone."""
+"""Records of jobs and old reports: none is believed for its label alone, each names its backend and
+what it is about, and none holds a place of the machine that made it."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import re
-import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import conform_reports
+from support.conform_reports import refusals
 
-from portakv_conformance.evidence import source
-from portakv_conformance.evidence.environment import describe_environment
+from portakv_conformance.evidence import ladder as ladders
 from portakv_conformance.evidence.evidence import (
     JOBS,
     Job,
+    contradictions,
     main,
-    of_report,
+    name_of,
     read,
     recorded,
     rung_of,
+    without_places,
 )
-from portakv_conformance.evidence.ladder import Ladder, Rung, why_expired
-from portakv_conformance.evidence.ladder import read as read_ladder
+from portakv_conformance.evidence.ladder import RESULTS, Ladder, Rung, broken_rules
 from portakv_conformance.evidence.record_rules import kernels_in, signatures_of
-from portakv_conformance.evidence.source import source_files, source_sha256
+from portakv_conformance.evidence.source import SourceError, source_sha256
 from portakv_conformance.evidence.verdict import judge, unnamed, why_no_rung
-from portakv_conformance.evidence.verify import check_report
-from portakv_conformance.judge.subject import Subject, subject
-from portakv_conformance.record import RunRecord
-from portakv_conformance.report.words import plain
-from portakv_conformance.vendor.standins import EMULATION, SIMULATION, STANDINS, emulating
+from portakv_conformance.report.results import keep
+from portakv_conformance.vendor.standins import SIMULATION, STANDINS
 
 ROOT = Path(__file__).resolve().parents[2]
-VENDOR = "portakv_conformance.vendor"
 REFERENCE = "portakv.backends.reference:Reference"
+ASCENDC = "portakv_conformance.vendor.ascendc_emulated:AscendC"
+ASSUMED = "by assumption: the vendor has not confirmed the ops' signatures"
 WHEEL = "torch_npu-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl"
 KINDS = {rung: what for what, rung in JOBS.items()}
-
-# -- what emulates --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("start", "file"),
-    [
-        (SIMULATION, "device.cpp"),
-        (SIMULATION, "operators.h"),
-        (SIMULATION, "device_module.py"),
-        (f"{VENDOR}.mlu_standin", f"{VENDOR}.mlu_standin.py"),
-        (f"{VENDOR}.ascend_standin", f"{VENDOR}.ascend_ops.py"),
-        (f"{VENDOR}.ascend_standin", f"{VENDOR}/ascend_schemas.toml"),
-        (f"{VENDOR}.ascend_device", f"{VENDOR}.ascend_ops.py"),
-        (f"{VENDOR}.ascend_device", f"{VENDOR}.cann_stub.py"),
-        (f"{VENDOR}.ascend_device", f"{VENDOR}/cann_stub.c"),
-        (f"{VENDOR}.hip_emulated", f"{VENDOR}.hip_fake.py"),
-        (f"{VENDOR}.hip_emulated", f"{VENDOR}/hip_fake.cpp"),
-        (f"{VENDOR}.hip_emulated", f"{VENDOR}/kernel_on_cpu.h"),
-        (f"{VENDOR}.ascendc_emulated", "portakv_native.ascend/emulation/machine.h"),
-        (f"{VENDOR}.ascendc_emulated", "portakv_native.ascend/rows.h"),
-    ],
-)
-def test_each_file_of_an_emulation_counts(
-    start: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A change of it ends every rung that this emulation carried."""
-    files = source_files(start)
-    before = source_sha256(start)
-    changed = tmp_path / "changed"
-    shutil.copyfile(files[file], changed)
-    monkeypatch.setattr(source, "source_files", lambda module: files | {file: changed})
-    assert source_sha256(start) == before
-    changed.write_bytes(changed.read_bytes() + b"\n")
-    assert source_sha256(start) != before
-    held = emulated_rung(emulation={start: before})
-    since = why_expired(held, Ladder(()), lambda target: "a" * 64 if target == REFERENCE
-                        else source_sha256(target))  # fmt: skip
-    assert since == f"{start.rpartition('.')[2]} changed since"
-
-
-def emulated_rung(**values: Any) -> Rung:
-    made = Rung(
-        backend="reference", target=REFERENCE, device="mlu, emulated", rung="R3", emulated=True,
-        evidence="conformance/results/a.json", told="9 cases", command="portakv conform",
-        date="2026-11-20", versions="torch 2.13.0", source_sha256="a" * 64,
-    )  # fmt: skip
-    return replace(made, **values)
-
-
-def same(target: str) -> str:
-    return "a" * 64
-
-
-@pytest.mark.parametrize("rung", ["R1", "R2", "R3"])
-def test_an_emulated_rung_that_names_no_emulation_is_expired(rung: str) -> None:
-    assert "does not say what emulated" in why_expired(emulated_rung(rung=rung), Ladder(()), same)
-    held = emulated_rung(rung=rung, emulation={SIMULATION: "a" * 64, "triton": "3.6.0"})
-    assert why_expired(held, Ladder(()), same) == ""  # of a third party's nothing is looked for
-    gone = emulated_rung(emulation={f"{VENDOR}.no_such": "a" * 64})
-    assert "no_such changed since" in why_expired(gone, Ladder(()), lambda t: source_sha256(t))
-
-
-def test_what_was_compiled_only_was_emulated_by_nothing() -> None:
-    assert why_expired(emulated_rung(rung="R4", device="gfx906"), Ladder(()), same) == ""
-
-
-def test_a_device_is_emulated_by_what_carries_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(EMULATION, raising=False)
-    assert emulating("simdev") == emulating("acme") == (SIMULATION,)
-    for name, standin in STANDINS.items():
-        assert emulating(name) == (SIMULATION, standin)
-    monkeypatch.setenv(EMULATION, f"{VENDOR}.ascend_device:enter")
-    assert emulating("npu") == (f"{VENDOR}.ascend_device",)
-
-
-def test_a_report_says_what_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(EMULATION, raising=False)
-    real: Subject = subject("reference", "cpu")
-    assert "emulation" not in describe_environment(real, "cpu")
-    facts = describe_environment(replace(real, emulated=True), "simdev")
-    assert facts["emulation"] == {SIMULATION: source_sha256(SIMULATION)}
-    assert plain(facts["emulation"]) == f"{SIMULATION} {source_sha256(SIMULATION)}"
-
-
-def test_a_row_has_the_emulation_of_its_report() -> None:
-    run = conform_reports.emulated()
-    assert of_report(run).emulation == {SIMULATION: "5" * 64}
-    run.environment |= {"device": "cpu"}
-    assert of_report(run).emulation == {"portakv_acme": run.backend["source_sha256"]}
-    run.environment |= {"TRITON_INTERPRET": "1", "triton": "3.6.0"}
-    assert of_report(run).emulation == {"triton": "3.6.0"}
-    assert of_report(conform_reports.passing()).emulation == {}
-
-
-@pytest.mark.parametrize(
-    ("told", "why"),
-    [
-        (None, "does not say by what"),
-        ({}, "does not say by what"),
-        ([SIMULATION], "does not say by what"),
-        ({"acme": "1" * 64}, f"does not say the hash of {SIMULATION}"),
-        ({SIMULATION: "unknown: x"}, f"does not say the hash of {SIMULATION}, which emulated"),
-    ],
-)
-def test_verify_refuses_an_emulated_report_without_its_emulation(told: Any, why: str) -> None:
-    run = conform_reports.emulated()
-    assert "emulat" not in "".join(refusals(run))
-    run.environment["emulation"] = told
-    assert why in "\n".join(refusals(run))
-
-
-def test_a_stand_in_is_named_beside_the_simulated_device() -> None:
-    run = conform_reports.emulated()
-    run.environment["device"] = "simdev:mlu:1"
-    assert f"does not say the hash of {STANDINS['mlu']}" in "\n".join(refusals(run))
-    run.environment["emulation"][STANDINS["mlu"]] = "6" * 64
-    assert "does not say the hash" not in "\n".join(refusals(run))
-
-
-def refusals(run: RunRecord) -> list[str]:
-    judge(run)
-    return check_report(run.document(), lambda profile, device: {})
-
-
-def test_every_committed_rung_of_an_emulation_names_it_or_is_expired() -> None:
-    found = read_ladder()
-    for rung in found.rungs:
-        if rung.rung in ("R1", "R2", "R3"):
-            assert rung.emulation or "what emulated" in why_expired(rung, found), rung.place
-
-
-# -- records of jobs ------------------------------------------------------------------------------
 
 RECORD = {
     "name": "reference",
@@ -245,7 +112,11 @@ def record_in(folder: Path, rung: str, **values: Any) -> Path:
 
 @pytest.mark.parametrize("rung", WHOLE)
 def test_a_record_that_shows_all_is_read(tmp_path: Path, rung: str) -> None:
-    assert rung_of(read(record_in(tmp_path, rung)), "job.json").rung == rung
+    made = rung_of(read(record_in(tmp_path, rung)), "job.json")
+    assert (made.backend, made.rung, made.emulated) == ("reference", rung, True)
+    assert made.versions == WHOLE[rung].get("versions", WHOLE[rung].get("compiler", ""))
+    assert made.vendor == WHOLE[rung].get("vendor", {})
+    assert "R6" not in JOBS.values()
     failed = record_in(tmp_path, rung, right=False, schemas=[], kernels=[])
     assert read(failed).rung == ""
 
@@ -259,17 +130,48 @@ def test_a_forged_record_is_refused(
     assert "job.json" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"right": False}, "bears out no rung: failed: cross-compiled"),
+        ({"right": "yes"}, "right missing or of another type"),
+        ({"what": "run on the hardware"}, "says 'run on the hardware'; expected one of"),
+        ({"command": None}, "command missing or of another type"),
+        ({"name": None}, "name missing or of another type"),
+        ({"device": ""}, "name it by --device"),
+    ],
+)
+def test_a_record_that_is_not_whole(tmp_path: Path, values: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        rung_of(read(record_in(tmp_path, "R4", **values)), "job.json")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"schema": "other"}'])
+def test_what_is_no_evidence_at_all(tmp_path: Path, text: str) -> None:
+    (tmp_path / "job.json").write_text(text)
+    with pytest.raises(ValueError, match=r"job\.json"):
+        read(tmp_path / "job.json")
+
+
+@pytest.fixture
+def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """.ci/keep_result.py with an empty ladder and folder of results."""
+    monkeypatch.syspath_prepend(str(ROOT / ".ci"))
+    found: Any = importlib.import_module("keep_result")
+    tables: Any = importlib.import_module("readme_tables")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "LADDER", tmp_path / "ladder.toml")
+    monkeypatch.setattr(found, "RESULTS", tmp_path / RESULTS)
+    (tmp_path / RESULTS).mkdir(parents=True)
+    (tmp_path / "ladder.toml").write_text("")
+    return found
+
+
 @pytest.mark.parametrize("rung", WHOLE)
 def test_a_record_with_another_hash_than_what_is_here_is_not_kept(
-    tmp_path: Path, rung: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, rung: str, keeper: Any
 ) -> None:
     """Every hash has the right form, and is that of nothing in this repository."""
-    monkeypatch.syspath_prepend(str(ROOT / ".ci"))
-    keeper: Any = importlib.import_module("keep_result")
-    tables: Any = importlib.import_module("readme_tables")
-    monkeypatch.setattr(tables, "LADDER", tmp_path / "ladder.toml")
-    monkeypatch.setattr(keeper, "RESULTS", tmp_path)
-    (tmp_path / "ladder.toml").write_text("")
     with pytest.raises(ValueError, match="is expired: source changed since"):
         keeper.place(record_in(tmp_path, rung), "", None)
     right = source_sha256(REFERENCE)
@@ -283,12 +185,40 @@ def test_a_record_with_another_hash_than_what_is_here_is_not_kept(
 
 
 def test_a_stand_in_s_signatures_and_their_sources() -> None:
-    found = {row["op"]: row for row in signatures_of([SIMULATION, f"{VENDOR}.mlu_standin"])}
+    found = {
+        row["op"]: row
+        for row in signatures_of([SIMULATION, "portakv_conformance.vendor.mlu_standin"])
+    }
     assert set(found) == {f"torch_mlu_ops.{n}" for n in ("reshape_paged_cache",
                                                          "multi_layer_kv_transfer")}  # fmt: skip
     scatter = found["torch_mlu_ops.reshape_paged_cache"]
     assert "direction: 'bool' = False" in scatter["signature"]
     assert "vllm-mlu@8fa99fd" in scatter["source"]
+
+
+def test_a_result_is_kept_with_its_row(
+    tmp_path: Path, keeper: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keep, "__defaults__", (lambda text: [],))  # cases that no suite has
+    monkeypatch.setattr(ladders.why_expired, "__defaults__", (lambda target: "a" * 64,))
+    job = record_in(tmp_path, "R4", name="ascendc-emulated", backend=ASCENDC)
+    with pytest.raises(ValueError, match=r"is not kept: .* emulates a vendor's backend"):
+        keeper.place(job, "", None)
+    record_in(tmp_path, "R4", name="hip", device="AMD gfx906, gfx908")
+    made = keeper.place(job, "AMD gfx906, gfx908", "not run")
+    assert made.evidence == f"{RESULTS}hip-amd-gfx906-gfx908-r4.json"
+    run = conform_reports.passing()
+    (tmp_path / "conformance.json").write_text(run.document())
+    keeper.place(tmp_path / "conformance.json", "", None)
+    record_in(tmp_path, "R4", name="hip", device="AMD gfx906, gfx908", date="2026-11-21")
+    again = keeper.place(job, "AMD gfx906, gfx908", None)
+    monkeypatch.setattr(ladders.why_expired, "__defaults__", (lambda target: "b" * 64,))
+    with pytest.raises(ValueError, match="is expired: source changed since"):
+        keeper.place(job, "AMD gfx906, gfx908", None)
+    assert (again.date, again.note) == ("2026-11-21", "not run")
+    found = ladders.read(tmp_path / "ladder.toml")
+    assert {r.place for r in found.rungs} == {made.place, ("acme", "Acme XPU 900", "R6")}
+    assert contradictions(found, tmp_path) == []
 
 
 PRINTED = "version 24.04\nt.py::test_width[gfx906] PASSED\nt.py::test_width[gfx90a] PASSED"
@@ -324,6 +254,119 @@ def test_the_command_says_what_a_record_lacks(
     assert read(file).rung == ""
     with pytest.raises(SystemExit):  # its own job writes that record
         main(["--what", KINDS["R2"], *words, "--", "true"])
+
+
+def test_a_command_is_recorded_with_what_it_printed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "print('built'); print('checked')"]
+    job = Job("semantics emulated", REFERENCE, "cpu, emulated", "g++ 12", "", "", [SIMULATION])
+    made = recorded(job, command)
+    assert made["right"]
+    assert made["printed"] == ["built", "checked"]
+    assert made["emulation"] == {SIMULATION: source_sha256(SIMULATION)}
+    assert not recorded(replace(job, says=r"\d+ passed"), command)["right"]
+    file = tmp_path / "job.json"
+    words = ["--what", "semantics emulated", "--backend", REFERENCE, "--device", "cpu, emulated",
+             "--report", str(file), "--emulated-by", SIMULATION, "--", sys.executable, "-c",
+             "raise SystemExit(3)"]  # fmt: skip
+    assert main(words) == 1
+    assert read(file).rung == ""
+    assert main([*words[:-1], "print(1)"]) == 0
+    assert rung_of(read(file), "job.json").rung == "R3"
+    assert main([word if word != SIMULATION else "no.such" for word in words[:-1]] + ["1"]) == 1
+
+
+def test_a_record_names_the_backend_as_a_report_does(tmp_path: Path) -> None:
+    """By the class's own name: a module's last word may be another."""
+    job = Job("semantics emulated", ASCENDC, "cpu, emulated", "g++", "", "", [SIMULATION])
+    made = recorded(job, ["true"])
+    (tmp_path / "job.json").write_text(json.dumps(made))
+    assert made["name"] == read(tmp_path / "job.json").backend == "ascendc-emulated"
+    for file in sorted((ROOT / RESULTS).glob("*-r[1-5].json")):
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        assert kept["name"] == name_of(kept["backend"]), file.name
+    for target in ("portakv.backends.hip:Nobody", "portakv.backends.hip:Launch"):
+        with pytest.raises(SourceError, match="says no name"):
+            name_of(target)
+
+
+def test_a_row_says_what_a_job_tells_of_itself(tmp_path: Path) -> None:
+    line = "on cpu: profile full, seed 0: 1721 passed in 9.1 s"
+    command = [sys.executable, "-c", f"print({line!r})"]
+    job = Job("semantics emulated", REFERENCE, "cpu, emulated", "", "passed",
+              r"profile\s+\w+,\s+seed\s+\d+:\s+\d[^.]*?(?=\s+in\s)", [SIMULATION])  # fmt: skip
+    (tmp_path / "job.json").write_text(json.dumps(recorded(job, command)))
+    told_of_it = rung_of(read(tmp_path / "job.json"), "job.json").told
+    assert told_of_it == "semantics emulated, profile full, seed 0: 1721 passed"
+    assert not recorded(replace(job, tells=r"\d+ failed"), command)["right"]
+    forged = json.loads((tmp_path / "job.json").read_text()) | {"told": "profile full: 9999 passed"}
+    (tmp_path / "job.json").write_text(json.dumps(forged))
+    with pytest.raises(ValueError, match="'profile full: 9999 passed' was not printed"):
+        read(tmp_path / "job.json")
+
+
+def test_the_recipe_of_the_page_is_about_the_real_kernel() -> None:
+    """What the vendor's toolchain builds is not credited to an emulation."""
+    text = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    recipe = text.partition('--what "built by the vendor\'s toolchain"')[2].partition("```")[0]
+    target = recipe.partition("--backend ")[2].split()[0]
+    device = recipe.partition('--device "')[2].partition('"')[0]
+    built = Rung(
+        backend="ascend", target=target, device=device, rung="R5", emulated=True,
+        evidence=f"{RESULTS}a.json", told="built", command="bash it.sh", date="2026-11-20",
+        versions="1", source_sha256="a" * 64,
+    )  # fmt: skip
+    assert target == "portakv.backends.ascend:Ascend"
+    assert list(broken_rules(Ladder((built,)))) == []
+
+
+# -- places of the machine ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("printed", "kept"),
+    [
+        ("rootdir: /somewhere/x\ncachedir: .c\nconfigfile: a.toml\n1 passed\n", "1 passed\n"),
+        ("Python 3.11.7 -- /somewhere/bin/python", "Python 3.11.7 -- python"),
+        ("in '/somewhere/else/a.py':3, see", "in 'a.py':3, see"),
+        ("-I/somewhere/include/x -L/somewhere/l", "-Ix -Ll"),
+        ("tests/a.py::t[1] PASSED", "tests/a.py::t[1] PASSED"),
+        (
+            "https://a.b/c/d and/or 3 / 4, ../a/b, ~/a/b",
+            "https://a.b/c/d and/or 3 / 4, ../a/b, ~/a/b",
+        ),
+        ("/a/b/:/c/d", ":d"),
+    ],
+)
+def test_places_are_left_out(printed: str, kept: str) -> None:
+    assert without_places(printed) == kept
+
+
+def test_a_record_holds_no_place_of_the_machine() -> None:
+    job = Job("cross-compiled, not executed", REFERENCE, "x", targets=["80"],
+              says=r"^1 passed", kernels=r"::(?P<kernel>\w+\[(?P<target>\d+)\])",
+              compiler=r"^version \d.*")  # fmt: skip
+    made = recorded(
+        job, ["printf", "1 passed\nrootdir: /somewhere/x\nversion 3 in /somewhere/c/bin\n::t[80]"]
+    )
+    assert made["right"]
+    assert made["printed"] == ["1 passed", "version 3 in bin", "::t[80]"]
+    assert made["compiler"] == "version 3 in bin"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / RESULTS).glob("*")), ids=lambda file: file.name)
+def test_no_result_holds_a_place_of_the_machine(file: Path) -> None:
+    """Nothing in a committed file says where on which machine it was made."""
+    roots = "bin|build|data|home|mnt|opt|private|root|srv|tmp|usr|var|work|workspace|Users"
+    text = file.read_text(encoding="utf-8")
+    assert re.findall(rf"(?<![\w./~])/(?:{roots})\b[^\s\"]*", text) == []
+    assert not re.search(r"\brootdir\b", text)
+
+
+def test_a_record_says_what_its_stand_in_takes_for_true(tmp_path: Path) -> None:
+    job = Job("call shapes against a stand-in", REFERENCE, "mlu, emulated", "1",
+              emulated_by=[SIMULATION, STANDINS["mlu"]])  # fmt: skip
+    (tmp_path / "job.json").write_text(json.dumps(recorded(job, ["true"])))
+    assert rung_of(read(tmp_path / "job.json"), "job.json").assumption == ASSUMED
 
 
 # -- old and foreign reports ----------------------------------------------------------------------
@@ -376,7 +419,7 @@ def test_r6_on_an_accelerator_says_its_driver(driver: Any) -> None:
     assert run.rung == ""
     assert "R6 needs the driver's version" in why_no_rung(run)
     run.rung = "R6"
-    forged = "\n".join(check_report(run.document(), lambda profile, device: {}))
+    forged = "\n".join(refusals(run, seal=False))
     assert "It claims rung 'R6', but '' is what it proves: R6 on an accelerator needs" in forged
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -55,53 +54,42 @@ def test_a_copy_by_hand_is_right_and_leaving_it_out_is_not() -> None:
     assert compare(expected, chunk, cache) is None
 
 
-def spoil_kv(cache: list[torch.Tensor], chunk: torch.Tensor) -> None:
-    chunk.view(torch.int16)[:, 1, 3] = chunk.view(torch.int16)[:, 1, 3].flip(0)
-
-
-def spoil_hole(cache: list[torch.Tensor], chunk: torch.Tensor) -> None:
-    chunk.view(torch.int16)[1, 0, 1] = cache[0].view(torch.int16)[1, 0, 2].reshape(10)
-
-
-def spoil_shift(cache: list[torch.Tensor], chunk: torch.Tensor) -> None:
-    row = chunk.view(torch.uint8)[0, 0, 0]
-    row[:] = row.roll(-1)
-
-
-def spoil_tail(cache: list[torch.Tensor], chunk: torch.Tensor) -> None:
-    whole = torch.empty(0, dtype=torch.uint8).set_(chunk.untyped_storage())
-    whole[-64] = 0
-
-
-def spoil_bit(cache: list[torch.Tensor], chunk: torch.Tensor) -> None:
-    chunk.view(torch.uint8)[0, 1, 3, 13] ^= 0x10
-
-
-def spoil_source(cache: list[torch.Tensor], chunk: torch.Tensor) -> None:
-    cache[1].view(torch.uint8)[1, 2, 3, 1, 4] ^= 1
+def spoil(what: str, cache: list[torch.Tensor], chunk: torch.Tensor) -> None:
+    """Put one fault into a copy that is right."""
+    words, row = chunk.view(torch.int16), chunk.view(torch.uint8)[0, 0, 0]
+    if what == "kv":
+        words[:, 1, 3] = words[:, 1, 3].flip(0)
+    elif what == "hole":
+        words[1, 0, 1] = cache[0].view(torch.int16)[1, 0, 2].reshape(10)
+    elif what == "shift":
+        row[:] = row.roll(-1)
+    elif what == "tail":
+        torch.empty(0, dtype=torch.uint8).set_(chunk.untyped_storage())[-64] = 0
+    elif what == "bit":
+        chunk.view(torch.uint8)[0, 1, 3, 13] ^= 0x10
+    else:
+        cache[1].view(torch.uint8)[1, 2, 3, 1, 4] ^= 1
 
 
 @pytest.mark.parametrize(
-    ("spoil", "names"),
+    ("what", "names"),
     [
-        (spoil_kv, ["layer 1 key slot 3 head 0 byte 0", "source layer 1 value slot 2 head 0 byte 0",
+        ("kv", ["layer 1 key slot 3 head 0 byte 0", "source layer 1 value slot 2 head 0 byte 0",
                     "expected", "source layer 1 key slot 2 head 0 byte 0", "40 bytes"]),
-        (spoil_hole, ["layer 0 value slot 1 head 0 byte 0", "source layer 0 value slot 2 head 0",
+        ("hole", ["layer 0 value slot 1 head 0 byte 0", "source layer 0 value slot 2 head 0",
                       "must not write"]),
-        (spoil_shift, ["layer 0 key slot 0 head 0 byte 0", "source layer 0 key slot 9 head 0 "
+        ("shift", ["layer 0 key slot 0 head 0 byte 0", "source layer 0 key slot 9 head 0 "
                        "byte 1;"]),
-        (spoil_tail, ["padding or canary (storage 0, offset 384)", "must not write", "1 bytes"]),
-        (spoil_bit, ["layer 1 key slot 3 head 1 byte 3", "unknown origin", "slot 2 head 1 byte 3"]),
-        (spoil_source, ["wrote 1 bytes of its source", "layer 1 value slot 11 head 1 byte 4"]),
+        ("tail", ["padding or canary (storage 0, offset 384)", "must not write", "1 bytes"]),
+        ("bit", ["layer 1 key slot 3 head 1 byte 3", "unknown origin", "slot 2 head 1 byte 3"]),
+        ("source", ["wrote 1 bytes of its source", "layer 1 value slot 11 head 1 byte 4"]),
     ],
 )  # fmt: skip
-def test_a_wrong_byte_is_named(
-    spoil: Callable[[list[torch.Tensor], torch.Tensor], None], names: list[str]
-) -> None:
+def test_a_wrong_byte_is_named(what: str, names: list[str]) -> None:
     arguments, cache, chunk = gather()
     expected = expected_copy(*arguments)
     gather_by_hand(cache, chunk)
-    spoil(cache, chunk)
+    spoil(what, cache, chunk)
     verdict = compare(expected, chunk, cache)
     assert verdict is not None
     for name in names:

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from portakv_conformance import SPEC_VERSION, SUITE_VERSION
 from portakv_conformance.evidence.verdict import case_list_sha256, judge
+from portakv_conformance.evidence.verify import check_report
 from portakv_conformance.record import SCHEMA, CaseRecord, RunRecord
 
 LAYOUTS = (
@@ -202,3 +203,10 @@ RUNS = {
     "incomplete": incomplete,
     "hostile": hostile,
 }
+
+
+def refusals(run: RunRecord, *, seal: bool = True) -> list[str]:
+    """What `verify` says of a run, sealed anew, where the suite had no case."""
+    if seal:
+        judge(run)
+    return check_report(run.document(), lambda profile, device: {})
