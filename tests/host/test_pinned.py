@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pinned memory without a GPU: a stand-in for the runtime, and the pageable way."""
+"""Pinned memory without a GPU: what is mapped, touched and registered, until when, and what is
+refused; through a stand-in for the CUDA runtime, and pageable without any device."""
 
 from __future__ import annotations
 
-import gc
 import mmap
+import os
 import platform
 import re
+import subprocess
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
@@ -16,40 +19,42 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.pinned_runtime import absent, claimed, installed
+from support.pinned_runtime import FakeLibrary, absent, either, installed
 
-from portakv.errors import DeviceMismatch, PortaKVError, Unsupported
+from portakv.errors import DeviceMismatch, HostMemoryError, Unsupported
 from portakv.host import _pages, _registrations, pinned
-from portakv.host.pinned import HostMemoryError
 
+pytestmark = pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
 PAGE = mmap.PAGESIZE
 ODD = 3 * 1024 * 1024 + 4096
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
+
+each_way = pytest.mark.usefixtures("either")
+__all__ = ["either"]
 
 
-@pytest.fixture(params=["runtime", "none"], autouse=True)
-def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test holds with a runtime and without any device; and leaves nothing claimed."""
-    if request.param == "runtime":
-        installed(monkeypatch)
-    else:
-        absent(monkeypatch)
-    before = claimed()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        yield
-    if claimed() != before:
-        gc.collect()  # a caught exception holds the frames that it passed
-    assert claimed() == before
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
+    return installed(monkeypatch)
 
 
 def private(nbytes: int = 4 * PAGE) -> mmap.mmap:
     return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
-# --- what comes back ---------------------------------------------------------------------------
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The interpreter, with the tests' helpers."""
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": f"{TESTS}:{os.environ.get('PYTHONPATH', '')}",
+             **environment},
+    )  # fmt: skip
 
 
+# What comes back
+
+
+@each_way
 @pytest.mark.parametrize("nbytes", [1, 100, PAGE, PAGE + 1, ODD])
 def test_so_many_bytes_and_no_more(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
@@ -69,9 +74,13 @@ def test_so_many_bytes_and_no_more(nbytes: int, monkeypatch: pytest.MonkeyPatch)
         assert memory.array.sum() == 7 * nbytes
 
 
-def test_the_kernel_gave_every_page_before_anybody_wrote() -> None:
-    with pinned.allocate(ODD, huge_pages="never", threads=3) as memory:
-        assert resident(memory.address, ODD)
+@each_way
+def test_a_tensor_of_any_shape_and_of_none() -> None:
+    tensor = pinned.empty((3, 5), torch.bfloat16)
+    assert (tensor.shape, tensor.dtype) == ((3, 5), torch.bfloat16)
+    assert tensor.untyped_storage().nbytes() == 30
+    assert pinned.empty(7).shape == (7,)
+    assert pinned.empty((0, 4), torch.int8).shape == (0, 4)
 
 
 def resident(address: int, nbytes: int) -> bool:
@@ -80,6 +89,12 @@ def resident(address: int, nbytes: int) -> bool:
         words.seek(address // PAGE * 8)
         found = np.frombuffer(words.read(8 * -(-nbytes // PAGE)), np.uint64)
     return bool((found >> np.uint64(63)).all())
+
+
+@each_way
+def test_the_kernel_gave_every_page_before_anything_was_written() -> None:
+    with pinned.allocate(ODD, huge_pages="never", threads=3) as memory:
+        assert resident(memory.address, ODD)
 
 
 def test_without_populate_pages_are_written_and_keep_what_they_hold(
@@ -104,58 +119,78 @@ def test_many_slices_are_touched_each_once(monkeypatch: pytest.MonkeyPatch) -> N
                             (12 * PAGE, 4 * PAGE), (16 * PAGE, PAGE)]  # fmt: skip
 
 
-def test_no_pages_left_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cgroup_limits_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 200\nfile 500\nshmem 100\n")
+    monkeypatch.setattr(_pages, "Path", lambda _: tmp_path)
+    assert list(_pages._cgroups()) == [1000 - 700 + 400]
+    (tmp_path / "memory.max").write_text("max\n")
+    assert list(_pages._cgroups()) == []
+
+
+def test_reserved_huge_pages_or_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = mmap.mmap
+
+    def without(fd: int, length: int, flags: int) -> mmap.mmap:
+        if flags & 0x40000:
+            raise OSError(12, "Cannot allocate memory")
+        return plain(fd, length, flags=flags)
+
+    monkeypatch.setattr(mmap, "mmap", without)
+    absent(monkeypatch)
+    with pinned.allocate(ODD, huge_pages="reserved") as memory:
+        assert "no reserved huge pages" in memory.notes[0]
+        assert "transparent huge pages were" in memory.notes[1]
+    with pinned.allocate(ODD) as memory:
+        assert memory.notes == ()
+
+
+# What is refused
+
+
+@each_way
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        *((lambda n=n: pinned.allocate(n), "1 or more") for n in (0, -1, 1.5, "4")),
+        (lambda: pinned.allocate(1 << 50), "available to this process"),
+        (lambda: pinned.allocate(PAGE, unit=0), "multiples of 0 bytes .* 1 or more: pass 1"),
+        (lambda: pinned.allocate(PAGE, unit="x"), "multiples of 'x' bytes"),  # type: ignore
+        (lambda: pinned.allocate(PAGE, largest="x"), "at most 'x' bytes"),  # type: ignore
+        (lambda: pinned.allocate(PAGE, largest=100), "whole pages"),
+        (lambda: pinned.allocate(PAGE, huge_pages="no"), "'no'; expected one of auto, .*pass one"),  # type: ignore
+        (lambda: pinned.allocate(PAGE, threads=-3), "-3 threads .* 1 or more: pass None"),
+        (lambda: pinned.allocate(PAGE, threads=1.5), "1.5 threads"),  # type: ignore
+        *((lambda s=s: pinned.empty(s), "of shape .* expected a whole number, 0 or more")
+          for s in ((-2, -4), (-2, 4), (0, -1), -1, 1.5, "x", (3, "4"), None)),
+        (lambda: pinned.register(torch.zeros(5000), unit=-4096), "1 or more: pass 1"),
+        (lambda: pinned.register(torch.zeros(5000), unit=1.5), "1 or more: pass 1"),  # type: ignore
+        (lambda: pinned.register_address("x", 64), "'x'"),  # type: ignore
+        (lambda: pinned.register_address(-1, 64), "-1"),
+        (lambda: pinned.register(torch.zeros(4).to_sparse()), "strided"),
+        (lambda: pinned.register([1, 2]), "expected a tensor"),
+        (lambda: pinned.register(torch.zeros(0)), "0 bytes"),
+        (lambda: pinned.register(np.zeros((3, 0))), "0 bytes"),
+        (lambda: pinned.register(bytearray()), "0 bytes"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_memory(
+    call: Callable[[], object], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "available" not in words:
+        monkeypatch.setattr(_pages, "map_private", lambda *_: pytest.fail("memory was taken first"))
+    with pytest.raises(HostMemoryError, match=words):
+        call()
+
+
+def test_no_pages_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_pages, "_call", lambda *_: 12)
     with pytest.raises(HostMemoryError, match="no pages for them"):
         pinned.allocate(ODD)
 
 
-def test_a_tensor_of_any_shape_and_of_none() -> None:
-    tensor = pinned.empty((3, 5), torch.bfloat16)
-    assert (tensor.shape, tensor.dtype) == ((3, 5), torch.bfloat16)
-    assert tensor.untyped_storage().nbytes() == 30
-    assert pinned.empty(7).shape == (7,)
-    assert pinned.empty((0, 4), torch.int8).shape == (0, 4)
-
-
-@pytest.mark.parametrize("nbytes", [0, -1, 1.5, "4"])
-def test_no_number_of_bytes(nbytes: Any) -> None:
-    with pytest.raises(HostMemoryError, match="1 or more"):
-        pinned.allocate(nbytes)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"unit": 0}, "multiples of 0 bytes .* 1 or more: pass 1"),
-        ({"unit": -4096}, "multiples of -4096 bytes"),
-        ({"unit": "x"}, "multiples of 'x' bytes"),
-        ({"largest": "x"}, "at most 'x' bytes"),
-        ({"huge_pages": "sometimes"}, "huge_pages='sometimes'; expected one of auto, .*pass one"),
-        ({"threads": -3}, "-3 threads .* 1 or more: pass None"),
-        ({"threads": 1.5}, "1.5 threads"),
-    ],
-)
-def test_what_nobody_can_allocate_by(
-    options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_pages, "map_private", lambda *_: pytest.fail("memory was taken first"))
-    with pytest.raises(HostMemoryError, match=words):
-        pinned.allocate(PAGE, **options)
-
-
-@pytest.mark.parametrize("unit", [0, -4096, 1.5])
-def test_a_unit_of_memory_that_exists(unit: Any) -> None:
-    with pytest.raises(HostMemoryError, match="1 or more: pass 1"):
-        pinned.register(torch.zeros(5000), unit=unit)
-
-
-@pytest.mark.parametrize("shape", [(-2, -4), (-2, 4), (0, -1), -1, 1.5, "x", (3, "4"), None])
-def test_no_shape(shape: Any) -> None:
-    with pytest.raises(HostMemoryError, match=r"of shape .* expected a whole number, 0 or more"):
-        pinned.empty(shape, torch.uint8)
-
-
+@each_way
 def test_parts_lie_inside() -> None:
     with pinned.allocate(PAGE) as memory:
         assert memory.parts(0, PAGE) == [(0, PAGE)]
@@ -168,81 +203,12 @@ def test_parts_lie_inside() -> None:
                 memory.parts(offset, nbytes)
 
 
-def test_more_than_the_machine_has_is_refused_before_the_kernel_kills() -> None:
-    with pytest.raises(HostMemoryError, match="available to this process"):
-        pinned.allocate(1 << 50)
+def test_a_tensor_that_is_not_on_the_host() -> None:
+    with pytest.raises(DeviceMismatch, match="on meta"):
+        pinned.register(torch.zeros(4, device="meta"))
 
 
-def test_a_cgroup_limits_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 200\nfile 500\nshmem 100\n")
-    monkeypatch.setattr(_pages, "Path", lambda _: tmp_path)
-    assert list(_pages._cgroups()) == [1000 - 700 + 400]
-    (tmp_path / "memory.max").write_text("max\n")
-    assert list(_pages._cgroups()) == []
-
-
-# --- lifetime ----------------------------------------------------------------------------------
-
-
-def test_memory_is_unmapped_behind_its_last_tensor() -> None:
-    tensor = pinned.empty(PAGE * 64, torch.uint8)
-    address = tensor.data_ptr()
-    assert _pages.is_mapped(address, PAGE)
-    del tensor
-    assert not _pages.is_mapped(address, PAGE)
-
-
-# --- memory that exists ------------------------------------------------------------------------
-
-
-def test_shared_memory_cannot_be_closed_meanwhile() -> None:
-    shared = SharedMemory(create=True, size=3 * PAGE)
-    try:
-        held = pinned.register(shared)
-        assert held.nbytes >= 3 * PAGE
-        with pytest.raises(BufferError):
-            shared.close()
-        pinned.unregister(held)
-        del held
-    finally:
-        shared.close()
-        shared.unlink()
-
-
-def test_unregister_by_the_memory_itself() -> None:
-    tensor = torch.zeros(50000)
-    held = pinned.register(tensor)
-    pinned.unregister(tensor)
-    with pytest.raises(HostMemoryError, match="asked to be unregistered"):
-        pinned.unregister(tensor)
-    with pytest.raises(HostMemoryError, match="asked to be unregistered"):
-        pinned.unregister(held)
-
-
-def test_registered_already() -> None:
-    tensor = torch.zeros(50000)
-    with pinned.register(tensor):
-        for again in (tensor, tensor[10000:10001], tensor.numpy()):
-            with pytest.raises(HostMemoryError, match="already"):
-                pinned.register(again)
-    with pinned.register(tensor):
-        pass
-    with pinned.allocate(PAGE) as memory, pytest.raises(HostMemoryError, match="already"):
-        pinned.register(memory.tensor)
-
-
-def test_two_arrays_that_share_a_page() -> None:
-    with private() as mapping:
-        address = _pages.address_of(mapping)
-        with pinned.register_address(address, PAGE + 100):
-            with pytest.raises(HostMemoryError, match="shares a page"):
-                pinned.register_address(address + PAGE + 200, 100)
-            with pinned.register_address(address + 2 * PAGE, PAGE):
-                pass
-
-
+@each_way
 def test_freed() -> None:
     gone = private()
     address = _pages.address_of(gone)
@@ -262,35 +228,37 @@ def test_freed() -> None:
             pinned.register_address(start, PAGE)
 
 
-def test_what_is_no_host_memory() -> None:
-    with pytest.raises(DeviceMismatch, match="on meta"):
-        pinned.register(torch.zeros(4, device="meta"))
-    with pytest.raises(HostMemoryError, match="strided"):
-        pinned.register(torch.zeros(4).to_sparse())
-    with pytest.raises(HostMemoryError, match="expected a tensor"):
-        pinned.register([1, 2])
-    for memory in (torch.zeros(0), np.zeros((3, 0)), bytearray()):
-        with pytest.raises(HostMemoryError, match="0 bytes"):
-            pinned.register(memory)
+@each_way
+def test_registered_already() -> None:
+    tensor = torch.zeros(50000)
+    with pinned.register(tensor):
+        for again in (tensor, tensor[10000:10001], tensor.numpy()):
+            with pytest.raises(HostMemoryError, match="already"):
+                pinned.register(again)
+    with pinned.register(tensor):
+        pass
+    with pinned.allocate(PAGE) as memory, pytest.raises(HostMemoryError, match="already"):
+        pinned.register(memory.tensor)
+    with private() as mapping:
+        address = _pages.address_of(mapping)
+        with pinned.register_address(address, PAGE + 100):
+            with pytest.raises(HostMemoryError, match="shares a page"):
+                pinned.register_address(address + PAGE + 200, 100)
+            with pinned.register_address(address + 2 * PAGE, PAGE):
+                pass
 
 
-# --- huge pages, nodes, warnings ---------------------------------------------------------------
+@each_way
+def test_unregister_by_the_memory_itself() -> None:
+    tensor = torch.zeros(50000)
+    held = pinned.register(tensor)
+    pinned.unregister(tensor)
+    for again in (tensor, held):
+        with pytest.raises(HostMemoryError, match="asked to be unregistered"):
+            pinned.unregister(again)
 
 
-def test_reserved_huge_pages_or_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = mmap.mmap
-
-    def without(fd: int, length: int, flags: int) -> mmap.mmap:
-        if flags & 0x40000:
-            raise OSError(12, "Cannot allocate memory")
-        return plain(fd, length, flags=flags)
-
-    monkeypatch.setattr(mmap, "mmap", without)
-    with pinned.allocate(ODD, huge_pages="reserved") as memory:
-        assert "no reserved huge pages" in memory.notes[0]
-        assert "transparent huge pages were" in memory.notes[1]
-    with pinned.allocate(ODD) as memory:
-        assert memory.notes == ()
+# NUMA nodes
 
 
 def test_a_node_that_exists_and_one_that_does_not() -> None:
@@ -299,8 +267,8 @@ def test_a_node_that_exists_and_one_that_does_not() -> None:
         pytest.skip("this kernel tells of no NUMA nodes")
     try:
         memory = pinned.allocate(ODD, numa=known[-1])
-    except Unsupported as refused:
-        pytest.skip(str(refused))
+    except Unsupported as error:
+        pytest.skip(str(error))
     with memory:
         maps = Path("/proc/self/numa_maps").read_text()
         assert re.search(rf"^{memory.address:x} bind:{known[-1]}\b", maps, re.MULTILINE)
@@ -309,9 +277,17 @@ def test_a_node_that_exists_and_one_that_does_not() -> None:
             pinned.allocate(PAGE, numa=wanted)
 
 
-def test_no_node_at_all() -> None:
-    with pytest.raises(Unsupported, match=r"an empty list of NUMA nodes(?s:.*)leave numa=None"):
-        pinned.allocate(PAGE, numa=[])
+@pytest.mark.parametrize(
+    ("node", "words"),
+    [
+        *((node, "nodes have whole numbers") for node in (1.5, "0", [0, "1"], np.array(0.0), int)),
+        *((node, "node 4096") for node in (np.int64(4096), [np.int32(4096)], np.array([4096]))),
+        ([], "an empty list of NUMA nodes"),
+    ],
+)
+def test_a_node_that_is_none(node: Any, words: str) -> None:
+    with pytest.raises(Unsupported, match=words):
+        pinned.allocate(ODD, numa=node)
 
 
 @pytest.mark.parametrize(
@@ -331,6 +307,244 @@ def test_lists_of_nodes() -> None:
     assert _pages._listed("0-2,5\n") == [0, 1, 2, 5]
 
 
+# Until when
+
+
+@each_way
+def test_memory_is_unmapped_behind_its_last_tensor() -> None:
+    tensor = pinned.empty(PAGE * 64, torch.uint8)
+    address = tensor.data_ptr()
+    assert _pages.is_mapped(address, PAGE)
+    del tensor
+    assert not _pages.is_mapped(address, PAGE)
+
+
+@each_way
+def test_shared_memory_cannot_be_closed_meanwhile() -> None:
+    shared = SharedMemory(create=True, size=3 * PAGE)
+    try:
+        held = pinned.register(shared)
+        assert held.nbytes >= 3 * PAGE
+        with pytest.raises(BufferError):
+            shared.close()
+        pinned.unregister(held)
+        del held
+    finally:
+        shared.close()
+        shared.unlink()
+
+
+def test_tensors_and_arrays_hold_what_was_closed(cuda: FakeLibrary) -> None:
+    memory = pinned.allocate(ODD)
+    assert cuda.registered == {memory.address: (ODD, 3)}
+    assert memory.pinned
+    part = memory.tensor[8:16].view(torch.int32)
+    array = memory.array[100:]
+    memory.close()
+    memory.close()
+    assert memory.closed
+    part.fill_(3)
+    array[:] = 4
+    del part
+    assert cuda.registered
+    del array
+    assert not cuda.registered
+    assert cuda.log == ["register", "quiesce", "unregister"]
+    with pytest.raises(HostMemoryError, match="closed"):
+        _ = memory.tensor
+
+
+def test_nothing_is_unregistered_during_a_capture(
+    cuda: FakeLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor = pinned.empty(PAGE, torch.uint8)
+    address = tensor.data_ptr()
+    monkeypatch.setattr(_registrations, "capturing", lambda: True)
+    del tensor
+    assert cuda.registered
+    assert _pages.is_mapped(address, PAGE)
+    monkeypatch.setattr(_registrations, "capturing", lambda: False)
+    _registrations.settle()
+    assert not cuda.registered
+    assert not _pages.is_mapped(address, PAGE)
+
+
+def test_a_forked_child_leaves_the_registration_alone(cuda: FakeLibrary) -> None:
+    memory = pinned.allocate(PAGE)
+    memory.tensor.fill_(9)
+    child = os.fork()
+    if child == 0:
+        right = bool(memory.tensor[5] == 9)
+        memory.close()
+        os._exit(0 if right and "unregister" not in cuda.log else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    memory.close()
+
+
+AT_EXIT = """
+import pytest
+from support.pinned_runtime import installed
+from portakv.host import pinned
+patch = pytest.MonkeyPatch()
+library = installed(patch)
+class Told(list):
+    def append(self, what):
+        print(what, flush=True)
+library.log = Told()
+held = pinned.allocate(4096)
+tensor = held.tensor
+closed = pinned.allocate(4096)
+closed.close()
+mine = pinned.register(bytearray(50000))
+print("end", flush=True)
+"""
+
+
+def test_at_exit_what_is_left_is_unregistered_once() -> None:
+    done = run("-c", AT_EXIT)
+    said = done.stdout.split("end\n")
+    assert said[0].split() == ["register"] * 2 + ["quiesce", "unregister", "register"]
+    assert sorted(said[1].split()) == ["quiesce"] * 2 + ["unregister"] * 2
+    assert done.stderr == ""
+
+
+# What is registered
+
+
+def kinds() -> dict[str, Any]:
+    return {
+        "numpy": np.zeros(50000, np.int16),
+        "torch": torch.zeros(100, 500),
+        "mmap": private(),
+        "bytearray": bytearray(70000),
+        "transposed": torch.zeros(300, 200).t(),
+        "backwards": np.zeros(30000)[::-3],
+        "in the middle": torch.zeros(100000)[333:40333],
+    }
+
+
+@pytest.mark.parametrize("kind", list(kinds()))
+def test_memory_that_exists_where_it_is(kind: str, cuda: FakeLibrary) -> None:
+    memory = kinds()[kind]
+    with pinned.register(memory, mapped=False) as held:
+        ((start, (length, flags)),) = cuda.registered.items()
+        assert flags == 1
+        assert (start, length) == (held.address, held.nbytes)
+        held.tensor.fill_(1)
+        assert pinned.registered() == [held]
+    assert not cuda.registered
+    assert pinned.registered() == []
+    whole = np.ascontiguousarray(np.asarray(memory)).view(np.uint8)
+    assert (whole == 1).all()
+
+
+def test_read_only(cuda: FakeLibrary) -> None:
+    array = np.zeros(50000)
+    array.flags.writeable = False
+    for memory in (array, b"0" * 50000):
+        with pytest.raises(HostMemoryError, match="read_only=True"):
+            pinned.register(memory)
+        with pinned.register(memory, read_only=True) as held:
+            assert not held.array.flags.writeable
+            assert [flags for _, flags in cuda.registered.values()] == [3 + 8]
+
+
+def test_somebody_else_registered_it(cuda: FakeLibrary) -> None:
+    with private() as mapping:
+        cuda.registered[_pages.address_of(mapping)] = PAGE, 0
+        with pytest.raises(HostMemoryError, match="somebody else"):
+            pinned.register(mapping)
+        assert cuda.sticky == 0
+        cuda.registered.clear()
+        with pinned.register(mapping):
+            assert cuda.registered
+
+
+@pytest.mark.parametrize("code", [2, 304, 800, 801])
+def test_a_refusal_leaves_it_pageable_and_no_error_behind(code: int, cuda: FakeLibrary) -> None:
+    cuda.refuse = {0: code, 1: code, 2: code}
+    array = np.arange(50000)
+    with pinned.register(array) as held:
+        assert not held.pinned
+        assert (held.view(torch.int64).numpy() == array).all()
+    with pinned.allocate(ODD) as memory:
+        assert not memory.pinned
+        assert memory.tensor.fill_(1).sum() == ODD
+        with pytest.raises(Unsupported, match="not registered"):
+            memory.device_address()
+    assert cuda.sticky == 0
+    with pytest.raises(HostMemoryError, match="fallback=True"):
+        pinned.allocate(ODD, fallback=False)
+
+
+def test_a_later_piece_that_fails_undoes_the_earlier(cuda: FakeLibrary) -> None:
+    cuda.refuse = {2: 2}
+    with pinned.allocate(4 * PAGE, largest=PAGE) as memory:
+        assert not memory.pinned
+        assert cuda.log.count("register") == cuda.log.count("unregister") == 2
+        assert not cuda.registered
+        assert cuda.sticky == 0
+
+
+def test_a_device_that_was_reset_has_forgotten_the_memory(cuda: FakeLibrary) -> None:
+    memory = pinned.allocate(PAGE)
+    cuda.registered.clear()
+    memory.close()
+    assert cuda.sticky == 0
+
+
+def test_pieces(cuda: FakeLibrary) -> None:
+    with pinned.allocate(10 * PAGE + 5, largest=4 * PAGE) as memory:
+        assert memory.seams == (4 * PAGE, 8 * PAGE)
+        assert [piece.numel() for piece in memory.pieces] == [4 * PAGE, 4 * PAGE, 2 * PAGE + 5]
+        assert memory.pieces[1].data_ptr() == memory.address + 4 * PAGE
+        assert sorted(cuda.registered) == [memory.address + seam for seam in (0, *memory.seams)]
+        assert memory.parts(PAGE, PAGE) == [(PAGE, PAGE)]
+        assert memory.parts(3 * PAGE, 5 * PAGE) == [(3 * PAGE, PAGE), (4 * PAGE, 4 * PAGE)]
+        assert memory.parts(0, 9 * PAGE)[-1] == (8 * PAGE, PAGE)
+        # The address of each piece is asked for by itself.
+        assert memory.device_address(9 * PAGE + 1) == memory.address + 9 * PAGE + 1 + (1 << 40)
+    with pinned.allocate(12 * PAGE, largest=4 * PAGE, unit=3 * PAGE) as memory:
+        assert memory.seams == (3 * PAGE, 6 * PAGE, 9 * PAGE)
+    with (
+        pinned.allocate(PAGE, mapped=False) as memory,
+        pytest.raises(Unsupported, match="mapped=False"),
+    ):
+        memory.device_address()
+
+
+def test_what_is_registered_is_exact_and_its_neighbours_are_left_alone(cuda: FakeLibrary) -> None:
+    mapping = private(8 * PAGE)
+    address = _pages.address_of(mapping) + 100
+    with pinned.register_address(address, 2 * PAGE, held=mapping) as memory:
+        assert cuda.registered == {address: (2 * PAGE, 3)}
+        assert memory.seams == ()
+        with pytest.raises(HostMemoryError, match="a page can be registered once"):
+            pinned.register_address(address + 2 * PAGE + 8, PAGE, held=mapping)
+        pinned.register_address(address + 3 * PAGE, PAGE, held=mapping).close()
+    with pinned.register_address(address, 3 * PAGE, held=mapping, largest=PAGE) as memory:
+        assert memory.seams == tuple(at * PAGE - 100 for at in (1, 2, 3))
+        lengths = [cuda.registered[address + at][0] for at in (0, *memory.seams)]
+        assert lengths == [PAGE - 100, PAGE, PAGE, 100]
+        assert memory.device_address(PAGE) == address + PAGE + (1 << 40)
+    assert not cuda.registered
+
+
+def test_the_library_that_torch_loaded(tmp_path: Path) -> None:
+    maps = tmp_path / "maps"
+    line = "7f00-7f01 r-xp 00000000 00:00 1      {}\n"
+    paths = ["/a/libcudart.so.12", "/b c/libcudart.so.13.0.96", "/d/libcudart_static.so",
+             "/e/libcudart-1a2b.so.11.0"]  # fmt: skip
+    maps.write_text("".join(line.format(path) for path in paths) + "7f00-7f01 rw-p 0 00:00 0\n")
+    for version, found in (("13", paths[1]), ("12", paths[0]), ("11", paths[3]), ("", paths[0])):
+        assert _registrations.loaded_library("libcudart", version, str(maps)) == found
+    assert _registrations.loaded_library("libamdhip64", "6", str(maps)) is None
+    assert _registrations.loaded_library("libcudart", "13", str(tmp_path / "none")) is None
+
+
+# The warning
+
+
 def test_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_registrations, "_told", set())
     absent(monkeypatch)
@@ -346,19 +560,23 @@ def test_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [str(one.message).count("of the test") for one in seen] == [1]
 
 
-def test_every_error_is_one_of_the_tree() -> None:
-    assert issubclass(HostMemoryError, PortaKVError)
+ASKS = """
+import torch
+from portakv.host import _registrations, pinned
+
+def mine():
+    pinned.allocate(4096)
+    pinned.empty((4, 4))
+    pinned.register(torch.zeros(9))
+
+_registrations._told = type("Nothing", (set,), {"add": lambda *_: None})()
+mine()
+"""
 
 
-@pytest.mark.parametrize("node", [1.5, "0", [0, "1"], np.array(0.0), None.__class__])
-def test_a_node_that_is_no_number(node: Any) -> None:
-    with pytest.raises(Unsupported, match="nodes have whole numbers"):
-        pinned.allocate(ODD, numa=node)
-
-
-@pytest.mark.parametrize(
-    "node", [np.int64(4096), [np.int32(4096)], np.array(4096), np.array([4096])]
-)
-def test_a_node_of_numpys(node: Any) -> None:
-    with pytest.raises(Unsupported, match="node 4096"):
-        pinned.allocate(ODD, numa=node)
+def test_it_points_to_the_caller(tmp_path: Path) -> None:
+    script = tmp_path / "asks.py"
+    script.write_text(ASKS)
+    ran = run("-W", "always", str(script), CUDA_VISIBLE_DEVICES="")
+    told = [line for line in ran.stderr.splitlines() if "RuntimeWarning" in line]
+    assert [line.startswith(f"{script}:{at}: ") for line, at in zip(told, (6, 7, 8), strict=True)]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pinned memory on a CUDA device: exact, asynchronous, and no error is left behind."""
+"""Pinned memory of a device: exact, asynchronous, and no error is left behind.
+
+CUDA registers it; for the simulated device torch's own allocator pins."""
 
 from __future__ import annotations
 
@@ -11,29 +13,30 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.device_cases import DEVICE, current, delay, settle
+from support.simdev_cases import DEVICE as SIMDEV
 
+from portakv.errors import HostMemoryError, Unsupported
 from portakv.host import _pages, _registrations, pinned
-from portakv.host.pinned import HostMemoryError
 from portakv.host.pool import PinnedPool
 from portakv.host.shared import SharedPool
 
-pytestmark = pytest.mark.gpu
 ODD = 3 * 1024 * 1024 + 4096
 BIG = 300 * 1024 * 1024 + 4096
-BUSY = 1_000_000_000  # cycles: some half a second
 GIB = 1 << 30
+TESTS = Path(__file__).parents[1]
+gpu = pytest.mark.gpu
 
 
-def pattern(nbytes: int) -> torch.Tensor:
+def pattern(nbytes: int, device: torch.device = DEVICE) -> torch.Tensor:
     """Bytes on the device that repeat with no power of two."""
-    return (torch.arange(nbytes, device="cuda", dtype=torch.int32) % 251).to(torch.uint8)
+    return (torch.arange(nbytes, dtype=torch.int32) % 251).to(torch.uint8).to(device)
 
 
 def last_error() -> int:
@@ -47,14 +50,20 @@ def resident() -> int:
     return int(rss) * 1024
 
 
-def lands_later(here: torch.Tensor) -> None:
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def lands_later(here: torch.Tensor, device: torch.device = DEVICE) -> None:
     """A copy into it returns at once, has not happened then, and is right in the end."""
-    there = pattern(here.numel())
+    there = pattern(here.numel(), device)
     here.fill_(255)
-    torch.cuda.synchronize()
-    torch.cuda._sleep(BUSY)
+    settle(device)
+    delay(current(device))
     here.copy_(there, non_blocking=True)
-    event = torch.cuda.Event()
+    event = torch.Event(device)
     event.record()
     assert not event.query(), "the host waited for the copy"
     assert int(here[0]) == int(here[-1]) == 255
@@ -62,6 +71,79 @@ def lands_later(here: torch.Tensor) -> None:
     assert torch.equal(here, there.cpu())
 
 
+# On every device
+
+
+def test_memory_is_pinned_and_lands_late_but_right(accelerator: torch.device) -> None:
+    with pinned.allocate(ODD, fallback=False) as memory:
+        assert memory.pinned
+        assert memory.tensor.is_pinned()
+        assert memory.nbytes == ODD == memory.tensor.numel()
+        here = memory.tensor
+    lands_later(here, accelerator)  # what was made of it outlives it
+
+
+def test_nothing_is_lost_when_the_tensor_dies_first(accelerator: torch.device) -> None:
+    there = pattern(ODD, accelerator)
+    for _ in range(3):
+        here = pinned.empty(ODD, torch.uint8, fallback=False)
+        assert here.is_pinned()
+        delay(current(accelerator))
+        here.copy_(there, non_blocking=True)
+        del here
+    settle(accelerator)
+    assert accelerator.type != "cuda" or last_error() == 0
+
+
+def test_blocks_come_back_when_their_copies_have_ended(accelerator: torch.device) -> None:
+    there = pattern(ODD, accelerator)
+    with PinnedPool(ODD, 1, fallback=False) as pool:
+        assert pool.pinned
+        block = pool.acquire()
+        delay(current(accelerator))
+        block.tensor.copy_(there, non_blocking=True)
+        event = torch.Event(accelerator)
+        event.record()
+        block.release(after=event)
+        assert pool.free == 0
+        with pool.acquire(wait=True, timeout=60) as again:
+            assert event.query()
+            assert torch.equal(again.tensor, there.cpu())
+
+
+# Through torch's allocator
+
+
+@pytest.mark.simdev
+def test_what_torch_does_not_offer_is_said() -> None:
+    assert pinned.why_not() is None
+    with pytest.raises(Unsupported, match="numactl"):
+        pinned.allocate(ODD, numa=0)
+    with pinned.allocate(ODD, huge_pages="reserved") as memory:
+        assert "torch's allocator" in memory.notes[0]
+        assert "not told of huge pages" in memory.notes[1]
+        with pytest.raises(Unsupported, match="not registered"):
+            memory.device_address()
+    with pytest.raises(HostMemoryError, match="registers no memory that exists"):
+        pinned.register(torch.arange(50000), fallback=False)
+
+
+@pytest.mark.simdev
+@pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
+def test_what_exists_is_pageable_with_the_same_results() -> None:
+    with pinned.register(torch.arange(50000)) as held:
+        assert not held.pinned
+        assert held.view(torch.int64).to(SIMDEV).cpu().sum() == 50000 * 49999 // 2
+    with SharedPool("test-simdev", 4096, 2) as pool, pool.acquire() as block:
+        assert not pool.pinned
+        block.tensor.copy_(torch.full((4096,), 7, dtype=torch.uint8, device=SIMDEV))
+        assert bool((block.tensor == 7).all())
+
+
+# Registered with CUDA
+
+
+@gpu
 @pytest.mark.parametrize("nbytes", [ODD, BIG, 5])
 def test_exactly_so_many_bytes_and_truly_asynchronous(nbytes: int) -> None:
     torch.cuda.synchronize()
@@ -81,12 +163,14 @@ def test_exactly_so_many_bytes_and_truly_asynchronous(nbytes: int) -> None:
             lands_later(memory.tensor)
 
 
+@gpu
 @pytest.mark.parametrize("huge_pages", ["never", "transparent", "reserved"])
 def test_every_kind_of_page(huge_pages: Any) -> None:
     with pinned.allocate(ODD, huge_pages=huge_pages, fallback=False) as memory:
         lands_later(memory.tensor)
 
 
+@gpu
 def test_the_library_is_the_one_whose_errors_torch_sees() -> None:
     with pinned.allocate(ODD, fallback=False) as memory:
         code = torch.cuda.cudart().cudaHostRegister(memory.address, 4096, 0)
@@ -95,6 +179,7 @@ def test_the_library_is_the_one_whose_errors_torch_sees() -> None:
         assert last_error() == 0
 
 
+@gpu
 def test_somebody_else_registered_it_and_no_error_is_left() -> None:
     tensor = torch.zeros(ODD, dtype=torch.uint8)
     cudart: Any = torch.cuda.cudart()
@@ -113,23 +198,19 @@ def test_somebody_else_registered_it_and_no_error_is_left() -> None:
     assert last_error() == 0
 
 
-def test_memory_that_exists() -> None:
-    shared = SharedMemory(create=True, size=ODD)
-    try:
-        kinds: list[Any] = [np.zeros(ODD, np.uint8), torch.zeros(ODD, dtype=torch.uint8)[777:],
-                            mmap.mmap(-1, ODD), shared]  # fmt: skip
-        for memory in kinds:
-            with pinned.register(memory, fallback=False) as held:
-                assert held.pinned
-                lands_later(held.tensor)
-            del held
-        kinds.clear()
-        del memory
-    finally:
-        shared.close()
-        shared.unlink()
+@gpu
+@pytest.mark.parametrize(
+    "memory",
+    [np.zeros(ODD, np.uint8), torch.zeros(ODD, dtype=torch.uint8)[777:], mmap.mmap(-1, ODD)],
+    ids=lambda memory: type(memory).__name__,
+)
+def test_memory_that_exists(memory: Any) -> None:
+    with pinned.register(memory, fallback=False) as held:
+        assert held.pinned
+        lands_later(held.tensor)
 
 
+@gpu
 @pytest.mark.parametrize("behind", [16, 3000])
 def test_neighbours_on_the_heap_are_left_alone(behind: int) -> None:
     """A pageable copy that begins behind registered memory, in its last page, and reaches far."""
@@ -146,6 +227,7 @@ def test_neighbours_on_the_heap_are_left_alone(behind: int) -> None:
     assert last_error() == 0
 
 
+@gpu
 def test_freed_and_read_only_leave_no_error() -> None:
     mapping = mmap.mmap(-1, ODD, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     address = _pages.address_of(mapping)
@@ -164,17 +246,7 @@ def test_freed_and_read_only_leave_no_error() -> None:
     assert last_error() == 0
 
 
-def test_nothing_is_lost_when_the_tensor_dies_first() -> None:
-    there = pattern(BIG)
-    for _ in range(3):
-        here = pinned.empty(BIG, torch.uint8, fallback=False)
-        torch.cuda._sleep(BUSY // 5)
-        here.copy_(there, non_blocking=True)
-        del here
-    torch.cuda.synchronize()
-    assert last_error() == 0
-
-
+@gpu
 def test_a_tensor_that_dies_in_a_capture_does_not_break_it() -> None:
     here = pinned.empty(ODD, torch.uint8, fallback=False)
     counter = torch.zeros(1, device="cuda")
@@ -188,6 +260,7 @@ def test_a_tensor_that_dies_in_a_capture_does_not_break_it() -> None:
     pinned.allocate(4096).close()  # what was postponed ends here
 
 
+@gpu
 def test_pieces_are_registered_each_by_itself() -> None:
     there = pattern(ODD)
     with pinned.allocate(ODD, largest=1 << 20, fallback=False) as memory:
@@ -201,6 +274,7 @@ def test_pieces_are_registered_each_by_itself() -> None:
         assert bool((memory.tensor[:100] == 255).all())
 
 
+@gpu
 def test_memory_of_a_node() -> None:
     nodes = _pages.nodes()
     if not nodes:
@@ -211,22 +285,6 @@ def test_memory_of_a_node() -> None:
         pytest.skip(str(refused))
     with memory:
         lands_later(memory.tensor)
-
-
-def test_blocks_come_back_when_their_copies_have_ended() -> None:
-    there = pattern(ODD)
-    with PinnedPool(ODD, 1, fallback=False) as pool:
-        assert pool.pinned
-        block = pool.acquire()
-        here = block.tensor
-        torch.cuda._sleep(BUSY // 5)
-        here.copy_(there, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        block.release(after=event)
-        with pool.acquire(wait=True, timeout=60) as again:
-            assert event.query()
-            assert torch.equal(again.tensor, there.cpu())
 
 
 OTHER = """
@@ -253,6 +311,7 @@ def other(name: str, what: str) -> subprocess.Popen[str]:
     )
 
 
+@gpu
 def test_processes_share_a_pool_and_survive_a_kill_in_mid_transfer() -> None:
     name = f"test-gpu-{os.getpid()}"
     there = pattern(ODD)
@@ -290,13 +349,13 @@ print("end", flush=True)
 """
 
 
+@gpu
 def test_the_interpreter_ends_quietly_with_a_copy_in_flight() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=300, check=False
-    )
+    done = run("-c", AT_EXIT)
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 
+@gpu
 @pytest.mark.bigmem
 def test_17_gib_faster_than_torch_and_to_the_byte() -> None:
     """The memory is touched once and freed first, so that neither pays for what the machine does
@@ -318,10 +377,18 @@ def test_17_gib_faster_than_torch_and_to_the_byte() -> None:
     assert ours < torchs
 
 
+PINNED_FIRST = """
+import torch
+from portakv import KVView
+from portakv.host import pinned
+rows = pinned.empty((2, 4, 16), torch.int32)
+place = KVView(rows, "layer token dim").form.place
+print(pinned.why_not() is None, rows.is_pinned(), place)
+"""
+
+
+@gpu
 def test_memory_that_is_pinned_before_the_device_was_used() -> None:
     """Torch takes no memory for pinned until it has begun with a device."""
-    done = subprocess.run(
-        [sys.executable, Path(__file__).parents[1] / "support" / "pinned_first.py"],
-        capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
+    done = run("-c", PINNED_FIRST)
     assert done.stdout.split() == ["True", "True", "pinned"], done.stdout + done.stderr
