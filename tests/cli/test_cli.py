@@ -7,11 +7,12 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -43,48 +44,103 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"portakv {portakv.__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["nonsense"],
-        ["layouts", "epd", "opaque"],
-        ["backends", "cpu"],
-        ["backends", "--device"],
-        ["explain", "epd"],
-        *(
-            ["explain", "epd", "epd", *option]
-            for option in (
-                ["--dim", "0"],
-                ["--dim", "1,x"],
-                ["--block-size", "1,2,3"],
-                ["--layers", "1.5"],
-                ["--src-step", "-1"],
-                ["--index", "rows"],
-                ["--dtype", "float17"],
-                ["--dtype", "manual_seed"],
-            )
-        ),
-    ],
-)
-def test_what_is_not_understood_ends_with_2(
-    words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+#: Lines that the parser refuses, and words of why.
+NOT_UNDERSTOOD = {
+    "nonsense": "invalid choice",
+    "layouts epd opaque": "opaque",
+    "backends cpu": "cpu",
+    "backends --device": "expected one argument",
+    "explain": "SRC_LAYOUT, DST_LAYOUT",
+    "explain epd": "SRC_LAYOUT, DST_LAYOUT",
+    "explain epd epd --dim 0": "--dim",
+    "explain epd epd --dim 1,x": "--dim",
+    "explain epd epd --block-size 1,2,3": "--block-size",
+    "explain epd epd --layers 1.5": "--layers",
+    "explain epd epd --src-step -1": "--src-step",
+    "explain epd epd --index rows": "--index",
+    "explain epd epd --dtype float17": "--dtype",
+    "explain epd epd --dtype manual_seed": "--dtype",
+    "explain epd epd --run-bytes 1K": "--run-bytes goes with --host",
+    "explain epd epd --max-gbps 3": "--max-gbps goes with --host",
+    "explain epd epd --pageable": "--pageable goes with --host",
+    "explain epd epd --direction d2h": "--direction goes with --host",
+    "explain --host epd epd": "--host takes no layouts",
+    "explain --host --blocks 3 --payload 1M": "--payload goes without --blocks",
+    "explain --host --run-bytes 0": "expected bytes above 0",
+    "explain --host --max-gbps 0": "above 0",
+    "explain --host --max-gbps nan": "above 0",
+    "explain --host --max-thread-blocks 0": "expected a number above 0",
+    "explain --host --direction up": "invalid choice",
+    "explain --host --overlap both": "invalid choice",
+    "warmup --arch x": "--arch",
+    "warmup --arch 900000": "--arch",
+    "warmup --arch gfx": "--arch",
+    "warmup --layout epd": "--layout",
+}
+
+
+@pytest.mark.parametrize("line", NOT_UNDERSTOOD)
+def test_what_is_not_understood_ends_with_2(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(words)
+        main(line.split())
     captured = capsys.readouterr()
     assert (ended.value.code, captured.out) == (2, "")
     assert "error: " in captured.err
+    assert NOT_UNDERSTOOD[line] in captured.err
+
+
+#: Lines that are understood and cannot be obeyed, and words of the sentence that says why.
+REFUSED = {
+    "backends --device nonsense": "name one of cpu, cuda, mlu, npu, or cuda:1.",
+    "backends --device gpu": "did you mean 'cuda'?",
+    "backends --device CPU": "did you mean 'cpu'?",
+    "backends --device cuda:x": "did you mean 'cuda'?",
+    "layouts sglang-mhaa": "sglang-mha",
+    "demo --device nonsense": "this machine has cpu",
+    "explain 'layer | blok token dim' epd": "Unknown axis 'blok'",
+    "explain vllm-nh epd": "Near names: vllm-nhd",
+    "explain vllm-dsa vllm-nhd": "opaque pages and rows",
+    "explain vllm-dsa vllm-dsa --src-step 1": "a page moves only whole",
+    "explain epd epd --dim 1,2,3": "unequal widths",
+    "explain epd 'token kv (head dim)' --layers 3": "does not name 'layer'",
+    "explain vllm-mla-fp8 epd --dim 128": "true only for dim=656",
+    "explain vllm-ascend-nz epd --dim 33": "cannot divide",
+    "explain epd epd --device nonsense": "torch cannot use it here",
+    "explain epd epd --device meta": "no memory",
+    "explain epd epd --backend nonsense": "no such backend",
+    "explain epd epd --blocks 10000000000000": "could not be made",
+    "explain epd epd --blocks 100000000000000000000": "could not be made",
+    "explain --host --device nonsense": "torch cannot use it here",
+}
+
+
+@pytest.mark.parametrize("option", [[], ["--json"]], ids=["text", "json"])
+@pytest.mark.parametrize("line", REFUSED)
+def test_what_cannot_be_obeyed_ends_with_a_sentence(line: str, option: list[str]) -> None:
+    code, out, err = run(*shlex.split(line), *option)
+    assert (code, out) == (1, "")
+    assert err.startswith("portakv: ")
+    assert REFUSED[line] in err
+
+
+@pytest.mark.parametrize("line", ["demo", "explain epd epd"])
+def test_an_unknown_forced_name_says_where_the_trace_is(
+    line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PORTAKV_BACKEND", "nonsense")
+    code, out, err = run(*line.split())
+    assert (code, out) == (1, "")
+    assert "'nonsense' was forced" in err
+    assert "it cannot serve cpu: no such backend; known are cuda, hip," in err
+    assert "portakv backends --device cpu" in err
 
 
 def fresh(words: list[str], **environment: str) -> subprocess.Popen[str]:
     code = f"import sys; from portakv.cli import main; sys.exit(main({words!r}))"
     return subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, **environment},
-    )
+    )  # fmt: skip
 
 
 def test_the_help_imports_no_extra_and_no_demo() -> None:
@@ -167,22 +223,6 @@ def test_a_backend_whose_self_check_fails_is_not_chosen(monkeypatch: pytest.Monk
         wrong = next(c for c in cpu["candidates"] if c["name"] == "wrong")
         assert not wrong["accepted"]
         assert "its self-check failed" in wrong["reason"]
-
-
-@pytest.mark.parametrize(
-    ("name", "why"),
-    [
-        ("nonsense", "name one of cpu, cuda, mlu, npu, or cuda:1."),
-        ("gpu", "did you mean 'cuda'?"),
-        ("CPU", "did you mean 'cpu'?"),
-        ("cuda:x", "did you mean 'cuda'?"),
-    ],
-)
-def test_backends_of_a_device_that_nobody_knows(name: str, why: str) -> None:
-    code, out, err = run("backends", "--device", name)
-    assert (code, out) == (1, "")
-    assert err.startswith(f"portakv: Device {name!r} was asked about, but neither torch nor a ")
-    assert err.endswith(f"{why}\n")
 
 
 def test_backends_of_a_device_that_is_not_here() -> None:
@@ -286,12 +326,6 @@ def test_a_string_gets_its_picture() -> None:
     assert (found["name"], found["layout"], found["same_layout"]) == (None, text, [])
 
 
-def test_an_unknown_layout_lists_near_names() -> None:
-    code, out, err = run("layouts", "sglang-mhaa")
-    assert (code, out) == (1, "")
-    assert "sglang-mha" in err
-
-
 # portakv demo and portakv bench
 
 
@@ -305,44 +339,22 @@ def test_an_unknown_layout_lists_near_names() -> None:
 def test_demo_runs_the_demo(
     words: list[str], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[dict[str, Any]] = []
-    monkeypatch.setitem(
-        sys.modules, "portakv.cli.demo", fake("portakv.cli.demo", run_demo=noted(calls, 3))
-    )
+    demo = Mock(return_value=3)
+    monkeypatch.setitem(sys.modules, "portakv.cli.demo", fake("portakv.cli.demo", run_demo=demo))
     assert run("demo", *words)[0] == 3
-    assert calls == [expected]
-
-
-def test_demo_of_a_device_that_is_not_there() -> None:
-    code, out, err = run("demo", "--device", "nonsense")
-    assert (code, out) == (1, "")
-    assert "this machine has cpu" in err
-
-
-def test_demo_under_an_unknown_forced_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PORTAKV_BACKEND", "nonsense")
-    code, _, err = run("demo")
-    assert code == 1
-    assert "it cannot serve cpu: no such backend; known are cuda, hip," in err
-    assert "portakv backends --device cpu" in err
+    demo.assert_called_once_with(**expected)
 
 
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (4, 4)])
 def test_bench_hands_its_words_on(
     returned: int | None, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[Any] = []
-
-    def bench(argv: list[str]) -> int | None:
-        calls.append(argv)
-        return returned
-
+    bench = Mock(return_value=returned)
     monkeypatch.setitem(sys.modules, "portakv_benchmarks", fake("portakv_benchmarks"))
-    monkeypatch.setitem(
-        sys.modules, "portakv_benchmarks.cli", fake("portakv_benchmarks.cli", main=bench)
-    )
+    cli = fake("portakv_benchmarks.cli", main=bench)
+    monkeypatch.setitem(sys.modules, "portakv_benchmarks.cli", cli)
     assert run("bench", "--json", "--help", "seed")[0] == code
-    assert calls == [["--json", "--help", "seed"]]
+    bench.assert_called_once_with(["--json", "--help", "seed"])
 
 
 def test_bench_without_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,14 +378,5 @@ def test_bench_without_what_the_benchmarks_need(monkeypatch: pytest.MonkeyPatch)
 
 def fake(name: str, **members: Any) -> ModuleType:
     module = ModuleType(name)
-    for member, value in members.items():
-        setattr(module, member, value)
+    vars(module).update(members)
     return module
-
-
-def noted(calls: list[dict[str, Any]], code: int) -> Callable[..., int]:
-    def run_demo(**words: Any) -> int:
-        calls.append(words)
-        return code
-
-    return run_demo

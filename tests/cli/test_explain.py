@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv explain`: plans, defaults, candidates and errors."""
+"""`portakv explain`: plans, defaults and candidates, and engines by defaults or by a table."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
 from support.command_line import (
     FOUNDING,
     Absent,
@@ -14,6 +19,7 @@ from support.command_line import (
     run_json,
 )
 
+from portakv.engines.costs import Point, Table, as_json
 from portakv.layout.language import parse
 from portakv.layout.presets import PRESETS
 from portakv.runtime.bounded import Bounded, caches
@@ -24,8 +30,7 @@ def test_explain() -> None:
     code, out, err = run("explain", *FOUNDING, "--device", "cpu")
     assert (code, err) == (0, "")
     for text in (
-        FOUNDING[0],
-        FOUNDING[1],
+        *FOUNDING,
         "list of 32, each (2, 8, 16, 32, 128)",
         "(2, 32, 128, 4096)",
         "slot mapping: an id for each token",
@@ -44,18 +49,10 @@ def test_explain_as_json() -> None:
         "candidates",
     ]  # fmt: skip
     assert found["source"] == {
-        "asked": FOUNDING[0],
-        "layout": FOUNDING[0],
-        "tensors": "list of 32, each (2, 8, 16, 32, 128)",
-        "dtype": "float16",
-        "layers": 32,
-        "kv": 2,
-        "heads": 32,
-        "width_bytes": [256, 256],
-        "block_size": 16,
-        "opaque": False,
-        "step": 1,
-    }
+        "asked": FOUNDING[0], "layout": FOUNDING[0], "dtype": "float16",
+        "tensors": "list of 32, each (2, 8, 16, 32, 128)", "layers": 32, "kv": 2, "heads": 32,
+        "width_bytes": [256, 256], "block_size": 16, "opaque": False, "step": 1,
+    }  # fmt: skip
     plan = found["plan"]
     assert (plan["unit"], plan["vector_bytes"], plan["token_bytes"]) == (1, 16, 2 * 32 * 32 * 256)
     (nest,) = plan["nests"]
@@ -115,41 +112,34 @@ def test_explain_takes_every_preset(name: str) -> None:
     assert found["plan"]["token_bytes"] == row // tokens
 
 
+def answers_in(found: Any) -> dict[str, tuple[bool, bool, str]]:
+    return {c["name"]: (c["accepted"], c["chosen"], c["reason"]) for c in found["candidates"]}
+
+
 @pytest.mark.usefixtures("either")
 def test_explain_tells_who_refused_the_plan() -> None:
-    with registered(shy=Shy, absent=Absent):
-        words = (*FOUNDING, "--dim", "2", "--heads", "1", "--device", "cpu")
-        found = run_json("explain", *words)
-        assert found["backend"] == "reference"
-        assert found["why"].endswith("those before it refused it")
-        answers = {
-            c["name"]: (c["accepted"], c["chosen"], c["reason"]) for c in found["candidates"]
-        }
-        assert answers["shy"] == (False, False, "it needs 16 B alignment and the plan allows 4 B")
-        assert answers["absent"] == (False, False, "its driver [v2] is not installed")
-        assert answers["reference"][:2] == (True, True)
-        _, out, _ = run("explain", *words)
-        assert "it needs 16 B alignment and the plan allows 4 B" in " ".join(out.split())
+    words = (*FOUNDING, "--dim", "2", "--heads", "1", "--device", "cpu")
+    with registered(shy=Shy, absent=Absent, late=Late):
+        found, text = run_json("explain", *words), " ".join(run("explain", *words).out.split())
+    assert found["backend"] == "reference"
+    assert found["why"].endswith("those before it refused it")
+    answers, narrow = answers_in(found), "it needs 16 B alignment and the plan allows 4 B"
+    assert answers["shy"] == (False, False, narrow)
+    assert answers["absent"] == (False, False, "its driver [v2] is not installed")
+    assert answers["late"][:2] == (False, False)
+    assert "its module does not load" in answers["late"][2]  # refused by prepare
+    assert answers["reference"][:2] == (True, True)
+    assert narrow in text
 
 
 def test_explain_tells_who_was_not_needed() -> None:
     with registered(shy=Shy, absent=Absent):
         found = run_json("explain", *FOUNDING, "--device", "cpu")
-        assert found["backend"] == "shy"
-        absent = next(c for c in found["candidates"] if c["name"] == "absent")
-        assert (absent["accepted"], absent["reason"]) == (False, "its driver [v2] is not installed")
-        last = next(c for c in found["candidates"] if c["name"] == "reference")
-        assert (last["accepted"], last["chosen"]) == (True, False)
-        assert last["reason"].endswith("takes the plan too, but shy is asked before it")
-
-
-def test_explain_tells_what_preparing_refused() -> None:
-    with registered(late=Late):
-        found = run_json("explain", *FOUNDING, "--device", "cpu")
-        assert found["backend"] == "reference"
-        late = next(c for c in found["candidates"] if c["name"] == "late")
-        assert (late["accepted"], late["chosen"]) == (False, False)
-        assert "its module does not load" in late["reason"]
+    assert found["backend"] == "shy"
+    answers = answers_in(found)
+    assert answers["absent"] == (False, False, "its driver [v2] is not installed")
+    assert answers["reference"][:2] == (True, False)
+    assert answers["reference"][2].endswith("takes the plan too, but shy is asked before it")
 
 
 @pytest.mark.parametrize("how", ["PORTAKV_BACKEND", "--backend"])
@@ -163,40 +153,142 @@ def test_explain_tells_what_was_forced(how: str, monkeypatch: pytest.MonkeyPatch
         assert (found["backend"], found["forced"], found["why"]) == (
             "reference", True, f"forced by {how}",
         )  # fmt: skip
-        shy = next(c for c in found["candidates"] if c["name"] == "shy")
-        assert (shy["accepted"], shy["chosen"]) == (True, False)
-        assert shy["reason"].endswith("takes the plan too, but reference was forced")
+        accepted, chosen, reason = answers_in(found)["shy"]
+        assert (accepted, chosen) == (True, False)
+        assert reason.endswith("takes the plan too, but reference was forced")
 
 
+# portakv explain --host, on a machine without a device
+
+ASKED = ("explain", "--host", "--blocks", "1000", "--run-bytes", "32768", "--direction", "d2h")
+
+
+@pytest.fixture
+def no_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cache of tables that holds nothing, on a machine without an accelerator."""
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    monkeypatch.setenv("PORTAKV_CACHE_DIR", str(tmp_path / "cache"))
+
+
+host = pytest.mark.usefixtures("no_table")
+
+
+@host
+@pytest.mark.usefixtures("either")
+def test_the_command_of_the_guide() -> None:
+    code, out, err = run(*ASKED)
+    assert (code, err) == (0, "")
+    flat = " ".join(out.split())
+    for text in (
+        "31.25 MiB from the device to pinned host memory. Runs: 1000 on the device, 1000 on the",
+        "There is no accelerator here; all engines are taken to serve one.",
+        "descriptors carries it out: the default rule for runs of 32 KiB or more that gathering "
+        "would not merge, as nothing was measured here.",
+        "Terms: overlap='compute': the device is taken to run a model meanwhile.",
+        "Times: not measured, so that the default rule picks engines: there is no accelerator to "
+        "measure.",
+    ):
+        assert text in flat
+    rows = [line.split()[:2] for line in out.splitlines()]
+    for row in ("staged accepted", "descriptors chosen", "direct rejected", "ring rejected"):
+        assert rows.count(row.split()) == 1
+
+
+@host
+def test_host_as_json() -> None:
+    found = run_json(*ASKED)
+    assert list(found) == [
+        "direction", "bytes", "runs", "host_runs", "host_memory", "engine", "why", "terms",
+        "measured", "origin", "note", "engines",
+    ]  # fmt: skip
+    assert (found["direction"], found["bytes"]) == ("d2h", 32_768_000)
+    assert (found["runs"], found["host_runs"], found["host_memory"]) == (1000, 1000, "pinned")
+    assert found["terms"]["overlap"] == "compute"
+    assert found["measured"] is False
+    engines = {one["engine"]: one for one in found["engines"]}
+    assert list(engines) == ["staged", "descriptors", "direct", "ring"]
+    assert engines["direct"]["refused"].startswith("with overlap='compute'")
+    assert engines["ring"]["refused"] == "it does not copy pinned memory"
+    assert engines["staged"] == {
+        "engine": "staged", "run_bytes": 32768, "runs": 1000,
+        "seconds": None, "measured": False, "refused": "", "host_seconds": None,
+        "answer": "accepted", "gbps": None,
+    }  # fmt: skip
+
+
+@host
 @pytest.mark.parametrize(
-    ("words", "why"),
+    ("words", "engine"),
     [
-        (["layer | blok token dim", "epd"], "Unknown axis 'blok'"),
-        (["vllm-nh", "epd"], "Near names: vllm-nhd"),
-        (["vllm-dsa", "vllm-nhd"], "opaque pages and rows"),
-        (["vllm-dsa", "vllm-dsa", "--src-step", "1"], "a page moves only whole"),
-        (["epd", "epd", "--dim", "1,2,3"], "unequal widths"),
-        (["epd", "token kv (head dim)", "--layers", "3"], "does not name 'layer'"),
-        (["vllm-mla-fp8", "epd", "--dim", "128"], "true only for dim=656"),
-        (["vllm-ascend-nz", "epd", "--dim", "33"], "cannot divide"),
-        (["epd", "epd", "--device", "nonsense"], "torch cannot use it here"),
-        (["epd", "epd", "--device", "meta"], "no memory"),
-        (["epd", "epd", "--backend", "nonsense"], "no such backend"),
-        (["epd", "epd", "--blocks", "10000000000000"], "could not be made"),
-        (["epd", "epd", "--blocks", "1" + "0" * 20], "could not be made"),
+        (["--host-runs", "1"], "staged"),
+        (["--host-runs", "1", "--direction", "h2d"], "staged"),
+        (["--overlap", "idle", "--run-bytes", "4K"], "direct"),
+        (["--max-thread-blocks", "2", "--run-bytes", "4K"], "direct"),
+        (["--max-gbps", "30"], "direct"),
+        (["--max-gbps", "5"], "direct"),
+        (["--max-gbps", "5", "--blocks", "5"], "direct"),
+        (["--blocks", "4000", "--host-runs", "60"], "staged"),
+        (["--run-bytes", "1K"], "direct"),
+        (["--run-bytes", "4K"], "staged"),
+        (["--pageable"], "ring"),
+        (["--blocks", "10"], "direct"),
+        (["--run-bytes", "4M", "--blocks", "64"], "descriptors"),
     ],
 )
-@pytest.mark.parametrize("option", [(), ("--json",)])
-def test_explain_ends_with_a_sentence(words: list[str], why: str, option: tuple[str, ...]) -> None:
-    code, out, err = run("explain", *words, *option)
+def test_what_is_asked_decides(words: list[str], engine: str) -> None:
+    assert run_json(*ASKED, *words)["engine"] == engine
+
+
+@host
+def test_what_is_not_said_is_a_run_of_32_kib() -> None:
+    found = run_json("explain", "--host")
+    assert (found["runs"], found["bytes"], found["direction"]) == (1, 32768, "d2h")
+    found = run_json("explain", "--host", "--payload", "100M", "--run-bytes", "1M")
+    assert (found["runs"], found["bytes"]) == (100, 100 << 20)
+    assert run_json("explain", "--host", "--payload", "100")["runs"] == 1
+
+
+@host
+def test_terms_are_told() -> None:
+    _, out, _ = run(*ASKED, "--max-gbps", "12.5", "--overlap", "idle", "--max-thread-blocks", "3")
+    flat = " ".join(out.split())
+    assert "overlap='idle': the device is taken to do nothing else; max_gbps=12.5" in flat
+    assert "max_thread_blocks=3" in flat
+
+
+def table_file(folder: Path, seconds: float) -> Path:
+    table = Table(
+        {"type": "cuda", "model": "Another Card"},
+        {("staged", "d2h"): {32768: [Point(1000, seconds, 0)]},
+         ("descriptors", "d2h"): {32768: [Point(1000, 1.0, 0)]}},
+    )  # fmt: skip
+    path = folder / "table.json"
+    path.write_text(json.dumps(as_json(table)))
+    return path
+
+
+@host
+def test_a_table_of_another_machine(tmp_path: Path) -> None:
+    path = table_file(tmp_path, 0.25)
+    found = run_json(*ASKED, "--table", str(path))
+    assert found["engine"] == "staged"
+    assert found["origin"] == f"measured on Another Card ({path})"
+    engines = {one["engine"]: one for one in found["engines"]}
+    assert (engines["staged"]["seconds"], engines["staged"]["measured"]) == (0.25, True)
+    assert engines["direct"]["measured"] is False
+    assert run_json(*ASKED, "--table", str(table_file(tmp_path, 3.0)))["engine"] == "descriptors"
+
+
+@host
+@pytest.mark.parametrize(
+    ("content", "why"), [("{}", "its format is None"), ("x", "it is no JSON"), (None, "be read (")]
+)
+def test_a_file_that_is_no_table(content: str | None, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    if content is not None:
+        path.write_text(content)
+    code, out, err = run(*ASKED, "--table", str(path))
     assert (code, out) == (1, "")
-    assert err.startswith("portakv: ")
+    assert err.startswith(f"portakv: {path} was to be read as a table, but")
     assert why in err
-
-
-def test_an_unknown_forced_name_says_where_the_trace_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PORTAKV_BACKEND", "nonsense")
-    code, out, err = run("explain", *FOUNDING)
-    assert (code, out) == (1, "")
-    assert "'nonsense' was forced" in err
-    assert "portakv backends --device cpu" in err
