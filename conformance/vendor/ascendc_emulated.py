@@ -28,9 +28,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from portakv import CopyPlan, Index, KVView, TransferError, Unsupported
+from portakv import CopyPlan, TransferError, Unsupported
 from portakv.backends._ascend_kernel import Arguments, reached
-from portakv.backends.base import Backend, Capabilities, Decision, Launch
+from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch
+from portakv.plan.move import Move
 from portakv.runtime import kernel_cache as _kernel_cache
 
 #: What it always says of itself.
@@ -86,7 +87,7 @@ class AscendC(Backend):
         return _EmulatedLaunch(plan)
 
 
-class _EmulatedLaunch:
+class _EmulatedLaunch(MoveLaunch):
     def __init__(self, plan: CopyPlan) -> None:
         self._unit, self._arguments = plan.unit, Arguments(plan)
         self._nests = [
@@ -94,28 +95,16 @@ class _EmulatedLaunch:
         ]
         self._run = library().portakv_emulated_rows
 
-    def __call__(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None,
-    ) -> None:
-        src.check_memory()
-        dst.check_memory()
+    def carry(self, move: Move, status: torch.Tensor | None) -> None:
         word = 0 if status is None else status.data_ptr()
-        mine, theirs = (src, src_index), (dst, dst_index)
         nests = [ctypes.addressof(nest) for nest in self._nests]
         further = [(at, len(nest), False) for at, nest in zip(nests, self._nests, strict=True)]
         # What the kernel may not write is not writable here either.
-        held = reached(mine, theirs, [*further, (word, 8, True)] if word else further)
+        held = reached(move, [*further, (word, 8, True)] if word else further)
         memory = [(first, size, writable, first) for first, size, writable in held]
-        copies = self._arguments.copies(nests, mine, theirs, count, word)
+        copies = self._arguments.copies(nests, move, word)
         for nest, copy in zip(self._nests, copies, strict=True):
-            seed = zlib.crc32(nest.raw, count // self._unit)
+            seed = zlib.crc32(nest.raw, move.count // self._unit)
             run(self._run, copy, memory, SETTINGS[seed % len(SETTINGS)], seed)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -31,10 +31,9 @@ from portakv.runtime.devices import Unusable
 
 if TYPE_CHECKING:
     from portakv.plan.loops import Loop
+    from portakv.plan.move import Move
     from portakv.view.index import Index
     from portakv.view.view import KVView
-
-    _Ends = tuple[KVView, Index]
 
 #: Names the library.
 VARIABLE = "PORTAKV_ASCENDC"
@@ -114,34 +113,25 @@ def find_kernel(emulated: bool) -> tuple[Kernel | None, str]:
     Raises:
         Unusable: `PORTAKV_ASCENDC` names one that cannot be used.
     """
-    named = os.environ.get(VARIABLE)
-    if named:
-        try:
-            kernel = open_kernel(named, emulated)
-        except Unusable as error:
-            raise Unusable(
-                f"{VARIABLE} names {named}, and {error}; without {VARIABLE} the ops of torch_npu "
-                f"carry plans out"
-            ) from error
-        return kernel, _told(kernel)
-    built = Path(str(files(_NATIVE)), *_PLACE)
-    if not built.is_file():
+    named, built = os.environ.get(VARIABLE), Path(str(files(_NATIVE)), *_PLACE)
+    if not named and not built.is_file():
         return None, f"by its ops, since the AscendC kernel was not built ({_BUILD})"
     try:
-        kernel = open_kernel(str(built), emulated)
+        kernel = open_kernel(named or str(built), emulated)
     except Unusable as error:
-        return None, f"by its ops, since of the AscendC kernel {error}"
-    return kernel, _told(kernel)
+        if not named:
+            return None, f"by its ops, since of the AscendC kernel {error}"
+        raise Unusable(
+            f"{VARIABLE} names {named}, and {error}; without {VARIABLE} the ops of torch_npu "
+            f"carry plans out"
+        ) from error
+    return kernel, f"by the AscendC kernel in {kernel.name}{', emulated' if emulated else ''}"
 
 
 def told(plan: CopyPlan) -> str:
     """What carries a plan out where there is a kernel."""
     why = refusal(plan)
     return "the AscendC kernel" if why is None else f"index ops, after a wait, since {why}"
-
-
-def _told(kernel: Kernel) -> str:
-    return f"by the AscendC kernel in {kernel.name}{', emulated' if kernel.emulated else ''}"
 
 
 def open_kernel(path: str, emulated: bool) -> Kernel:
@@ -155,15 +145,15 @@ def open_kernel(path: str, emulated: bool) -> Kernel:
         raise Unusable(f"there is no such file ({_BUILD})")
     kernel = KERNELS.get_or_make(path, lambda: _load(path))
     if kernel.emulated and not emulated:
-        raise Unusable(
-            f"{kernel.name} emulates the kernel on a CPU, and this NPU is real; {_BUILD}"
+        why = f"emulates the kernel on a CPU, and this NPU is real; {_BUILD}"
+    elif emulated and not kernel.emulated:
+        why = (
+            "is for an NPU, and this one is emulated; native/ascend/emulation/run.sh library "
+            "builds one for it"
         )
-    if emulated and not kernel.emulated:
-        raise Unusable(
-            f"{kernel.name} is for an NPU, and this one is emulated; "
-            f"native/ascend/emulation/run.sh library builds one for it"
-        )
-    return kernel
+    else:
+        return kernel
+    raise Unusable(f"{kernel.name} {why}")
 
 
 #: Libraries by their paths, each loaded once in a process.
@@ -226,32 +216,26 @@ class KernelRows:
                 torch.frombuffer(bytearray(nest), dtype=torch.int64).to(device)
                 for nest in self._arguments.nests
             ]
-        self._addresses = [nest.data_ptr() for nest in self._nests]
 
-    @torch.no_grad()
-    def __call__(self, src: _Ends, dst: _Ends, count: int, status: torch.Tensor | None) -> None:
+    def __call__(self, move: Move, status: torch.Tensor | None) -> None:
         if self._rest is not None:
-            self._rest(src, dst, count, status)
+            self._rest(move, status)
             return
-        for view in (src[0], dst[0]):
-            view.check_memory()
         # A vector core cannot write to the host's memory: the word is copied there afterwards.
-        told = status is not None
-        word = torch.zeros(1, dtype=torch.int64, device=self._device) if told else None
-        address = 0 if word is None else word.data_ptr()
-        copies = list(self._arguments.copies(self._addresses, src, dst, count, address))
-        memory = self._reached(src, dst, address) if self._kernel.emulated else ()
+        word = torch.zeros(int(status is not None), dtype=torch.int64, device=self._device)
+        address = word.data_ptr() if status is not None else 0
+        copies = self._arguments.copies([nest.data_ptr() for nest in self._nests], move, address)
+        memory: list[Memory] = []
+        if self._kernel.emulated:
+            words = [(address, 8, True)] if address else []
+            memory = reached(move, [*map(_read_only, self._nests), *words])
         # Asked last: torch_npu queues ops on the host, and empties that queue when it is asked for
         # the handle (NPUStream::stream in its csrc/core/npu/NPUStream.cpp).
         stream = torch.get_device_module(self._device).current_stream(self._device).npu_stream
         for copy in copies:
             self._kernel.launch(copy, memory, stream)
-        if status is not None and word is not None:
+        if status is not None:
             status.copy_(word, non_blocking=True)
-
-    def _reached(self, src: _Ends, dst: _Ends, status: int) -> list[Memory]:
-        further = [(nest.data_ptr(), nest.nbytes, False) for nest in self._nests]
-        return reached(src, dst, [*further, (status, 8, True)] if status else further)
 
 
 # The kernel's arguments
@@ -259,6 +243,9 @@ class KernelRows:
 
 class Arguments:
     """What the kernel is launched with to carry one plan out.
+
+    Attributes:
+        nests: each nest as ``portakv::Nest``.
 
     Raises:
         Unsupported: the plan is more than the kernel takes.
@@ -269,26 +256,19 @@ class Arguments:
         if why is not None:
             raise Unsupported("A copy by the AscendC kernel", f"{why}; use backend 'reference'")
         self.nests = [_nest(nest, plan) for nest in plan.nests]
-        self._unit = plan.unit
-        self._sides = [
-            (_SideRequest(nest.src, plan.unit), _SideRequest(nest.dst, plan.unit))
-            for nest in plan.nests
-        ]
+        self._plan = plan
 
-    def copies(
-        self,
-        nests: Sequence[int],
-        src: _Ends,
-        dst: _Ends,
-        count: int,
-        status: int,
-    ) -> Iterator[bytes]:
+    def copies(self, nests: Sequence[int], move: Move, status: int) -> list[bytes]:
         """A ``portakv::Copy`` for each nest, whose addresses are ``nests``; ``status``: the address
         of the status word, or 0."""
-        for nest, (mine, theirs) in zip(nests, self._sides, strict=True):
-            yield _COPY.pack(
-                nest, *mine.pack(*src), *theirs.pack(*dst), count // self._unit, status
+        unit, (src, dst, mine, theirs, count) = self._plan.unit, move
+        return [
+            _COPY.pack(
+                at, *_request(nest.src, unit, src, mine), *_request(nest.dst, unit, dst, theirs),
+                count // unit, status,
             )
+            for at, nest in zip(nests, self._plan.nests, strict=True)
+        ]  # fmt: skip
 
 
 def refusal(plan: CopyPlan) -> str | None:
@@ -304,11 +284,10 @@ def refusal(plan: CopyPlan) -> str | None:
     return None
 
 
-def reached(src: _Ends, dst: _Ends, further: Sequence[Memory]) -> list[Memory]:
+def reached(move: Move, further: Sequence[Memory]) -> list[Memory]:
     """All memory that a launch may touch, for an emulation; ``further``: nests and status word."""
-    held = [*_spans(src[0], False), *_spans(dst[0], True)]
-    for _, index in (src, dst):
-        held += [] if index.ids is None else [_read_only(index.ids)]
+    held = [*_spans(move.src, False), *_spans(move.dst, True)]
+    held += [_read_only(x.ids) for x in move[2:4] if x.ids is not None]
     return [*held, *further]
 
 
@@ -358,20 +337,16 @@ def _side(side: Side, per_id: int) -> list[int]:
     return numbers + [0] * (3 * (MAX_UNITS - len(side.units)))
 
 
-class _SideRequest:
-    """Packs what a request fixes about one side, as ``portakv::Request``."""
-
-    def __init__(self, side: Side, unit: int) -> None:
-        self._unit = unit
-        self._token = side.units[-1].stride // unit
-
-    def pack(self, view: KVView, index: Index) -> tuple[int, int, int, int, int, int]:
-        """table, base, ids, whether they are int64, first, limit."""
-        tabled = len(view.origins) > 1
-        table, base = (view.table.data_ptr(), 0) if tabled else (0, view.origins[0])
-        first, rest = divmod(index.offset, self._unit)
-        limit = view.slots // self._unit
-        if index.ids is not None:
-            return table, base, index.ids.data_ptr(), index.ids.itemsize == 8, first, limit
-        # Without ids a flat side may start anywhere, also between two units.
-        return table, base + rest * self._token, 0, 0, first, limit
+def _request(
+    side: Side, unit: int, view: KVView, index: Index
+) -> tuple[int, int, int, int, int, int]:
+    """What a request fixes about one side, as ``portakv::Request``: table, base, ids, whether they
+    are int64, first, limit."""
+    tabled = len(view.origins) > 1
+    table, base = (view.table.data_ptr(), 0) if tabled else (0, view.origins[0])
+    first, rest = divmod(index.offset, unit)
+    limit = view.slots // unit
+    if index.ids is not None:
+        return table, base, index.ids.data_ptr(), index.ids.itemsize == 8, first, limit
+    # Without ids a flat side may start anywhere, also between two units.
+    return table, base + rest * (side.units[-1].stride // unit), 0, 0, first, limit

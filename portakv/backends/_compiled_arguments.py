@@ -19,6 +19,7 @@ from portakv.backends.strided import ELEMENTS
 from portakv.plan.plan import CopyPlan, Nest, Side
 
 if TYPE_CHECKING:
+    from portakv.plan.move import Move
     from portakv.view.index import Index
     from portakv.view.view import KVView
 
@@ -54,12 +55,10 @@ class NestArguments:
         )
         self._lost = lost  # held here: arguments only know its address
 
-    def launch(
-        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, units: int
-    ) -> list[Argument]:
+    def launch(self, move: Move, units: int) -> list[Argument]:
         """The arguments of one launch."""
-        mine, _ = self._src.arguments(src, src_index)
-        theirs, low = self._dst.arguments(dst, dst_index)
+        mine, _ = self._src.arguments(move.src, move.src_index)
+        theirs, low = self._dst.arguments(move.dst, move.dst_index)
         given = [units, *mine, *theirs]
         if self.shape.src.per_id or self.shape.dst.per_id:
             given.append((self._lost.data_ptr() - low) // self.shape.grain)

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from portakv.backends.strided import Ops, StridedCopy
+from portakv.plan.move import Move
 from portakv.plan.plan import CopyPlan
+from portakv.view.index import Index
 
 if TYPE_CHECKING:
-    from portakv.view.index import Index
     from portakv.view.view import KVView
-
-_Side = tuple["KVView", "Index"]
 
 
 def guarded_slots(
@@ -41,40 +40,28 @@ class GuardedRows:
     """
 
     def __init__(self, plan: CopyPlan, device: torch.device, element: int) -> None:
-        self._device = device
+        self._device, ops = device, Ops(element, by_plane=True, holes=False)
         # Where ids are bad, what is left goes by token: units may begin anywhere.
         self._unit = plan.src.block_size if plan.src.opaque else 1
         pieces = CopyPlan(plan.src, plan.dst, self._unit, self._unit, self._unit)
-        self._whole, self._pieces = _Rows(plan, element), _Rows(pieces, element)
+        self._whole, self._pieces = (
+            [StridedCopy(nest, x.unit, ops) for nest in x.nests] for x in (plan, pieces)
+        )
 
-    def __call__(self, src: _Side, dst: _Side, count: int, status: torch.Tensor | None) -> None:
-        views, indices = (src[0], dst[0]), (src[1], dst[1])
-        if all(index.ids is None for index in indices):
-            self._whole(views, indices, count)
-            return
-        numbers = [index.units(count, self._unit, self._device) for index in indices]
-        ends = [view.slots // self._unit for view in views]
-        bad = (numbers[0] >= ends[0]) | (numbers[1] >= ends[1])
-        kept = (~bad & (numbers[0] >= 0) & (numbers[1] >= 0)).nonzero()[:, 0]
-        if kept.numel() == bad.numel():
-            self._whole(views, indices, count)
-            return
-        _report(bad, self._unit, status)
-        mine, theirs = (type(src[1])(number[kept], self._unit) for number in numbers)
-        self._pieces(views, (mine, theirs), kept.numel() * self._unit)
-
-
-class _Rows:
-    def __init__(self, plan: CopyPlan, element: int) -> None:
-        ops = Ops(element, by_plane=True, holes=False)
-        self._unit = plan.unit
-        self._copies = [StridedCopy(nest, plan.unit, ops) for nest in plan.nests]
-
-    def __call__(
-        self, views: tuple[KVView, KVView], indices: tuple[Index, Index], tokens: int
-    ) -> None:
-        for copy in self._copies if tokens else ():
-            copy(*views, *indices, tokens // self._unit)
+    def __call__(self, move: Move, status: torch.Tensor | None) -> None:
+        copies, indices = self._whole, move[2:4]
+        if any(index.ids is not None for index in indices):
+            numbers = [index.units(move.count, self._unit, self._device) for index in indices]
+            ends = move.src.slots // self._unit, move.dst.slots // self._unit
+            bad = (numbers[0] >= ends[0]) | (numbers[1] >= ends[1])
+            kept = (~bad & (numbers[0] >= 0) & (numbers[1] >= 0)).nonzero()[:, 0]
+            if kept.numel() < bad.numel():
+                _report(bad, self._unit, status)
+                mine, theirs = (Index(x[kept], self._unit) for x in numbers)
+                left = kept.numel() * self._unit
+                copies, move = self._pieces, Move(move.src, move.dst, mine, theirs, left)
+        for copy in copies:
+            copy(move)
 
 
 def _report(bad: torch.Tensor, unit: int, status: torch.Tensor | None) -> None:

@@ -33,17 +33,14 @@ import torch
 
 from portakv.backends._ascend_kernel import KernelRows, find_kernel, told
 from portakv.backends._packed import TOKENS, packed, planes
-from portakv.backends.base import Backend, Capabilities, Decision, Launch, Tells
+from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch, Tells
 from portakv.backends.strided import Ops, StridedCopy
+from portakv.plan.move import Move
 from portakv.plan.plan import CopyPlan
 from portakv.runtime.devices import VENDOR_PACKAGES, Unusable, imported, version_of
 
 if TYPE_CHECKING:
     from portakv.view.form import Form
-    from portakv.view.index import Index
-    from portakv.view.view import KVView
-
-    _Side = tuple[KVView, Index]
 
 #: The arguments that each op is called with. The strings of all schemas: conformance/vendor.
 CALLS = {
@@ -141,67 +138,54 @@ def _vendor() -> Any:
     return vendor
 
 
-class _Launch:
-    """Rows by the kernel or by the ops, on the stream and the device that they belong to."""
+class _Launch(MoveLaunch):
+    """Rows by the kernel or by the ops. Both are launched on the current device, wherever their
+    tensors are."""
 
     def __init__(self, device: torch.device, rows: KernelRows | _OpRows) -> None:
-        self.device, self.rows = device, rows
+        self.device, self._rows = device, rows
 
-    def __call__(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None,
-    ) -> None:
-        if not count:  # which the ops forbid
-            return
-        module = torch.get_device_module(self.device)
-        # Both are launched on the current device, wherever their tensors are.
-        with module.device(self.device) if stream is None else module.stream(stream):
-            self.rows((src, src_index), (dst, dst_index), count, status)
+    @torch.no_grad()
+    def carry(self, move: Move, status: torch.Tensor | None) -> None:
+        if move.count:  # the ops forbid a copy of nothing
+            self._rows(move, status)
 
 
 class _OpRows:
     """A plan by the paged ops where they serve it, and by rows where not."""
 
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
-        self.unit, self.device = plan.unit, device
-        self.op = _paged_op(plan)
+        self._unit, self._device = plan.unit, device
+        self._op = _paged_op(plan)
         # A half number where rows are even: moved, never computed with.
         even = all(size % 2 == 0 for size in (plan.vector, *plan.src.widths))
-        self.dtype = torch.float16 if even else torch.int8
-        pairs = plan.src.kv // 2 if self.op else 0
-        self.pairs = [(layer, 2 * i) for i in range(pairs) for layer in range(plan.src.layers)]
+        self._dtype = torch.float16 if even else torch.int8
+        pairs = plan.src.kv // 2 if self._op else 0
+        self._pairs = [(layer, 2 * i) for i in range(pairs) for layer in range(plan.src.layers)]
         nests = plan.nests if not pairs else plan.nests[2 * pairs :] if plan.src.kv % 2 else ()
-        self.rows = [StridedCopy(nest, plan.unit, _OPS) for nest in nests]
+        self._rows = [StridedCopy(nest, plan.unit, _OPS) for nest in nests]
 
-    @torch.no_grad()
-    def __call__(self, src: _Side, dst: _Side, count: int, status: torch.Tensor | None) -> None:
-        if self.pairs:
-            self._paged(src, dst, count)
-        for rows in self.rows:
-            rows(src[0], dst[0], src[1], dst[1], count // self.unit)
+    def __call__(self, move: Move, status: torch.Tensor | None) -> None:
+        if self._pairs:
+            self._paged(move)
+        for rows in self._rows:
+            rows(move)
 
-    def _paged(self, src: _Side, dst: _Side, count: int) -> None:
-        gathers = self.op == "npu_gather_pa_kv_cache"
-        (cache, ids), (chunk, dense) = (src, dst) if gathers else (dst, src)
-        for view in (cache, chunk):
-            view.check_memory()
+    def _paged(self, move: Move) -> None:
+        src, dst, mine, theirs, count = move
+        gathers = self._op == "npu_gather_pa_kv_cache"
+        cache, chunk, ids, dense = (src, dst, mine, theirs) if gathers else (dst, src, theirs, mine)
         if gathers:
-            blocks = ids.units(count, self.unit, self.device).to(torch.int32)
-            tokens = torch.full((1,), count, dtype=torch.int32, device=self.device)
+            blocks = ids.units(count, self._unit, self._device).to(torch.int32)
+            tokens = torch.full((1,), count, dtype=torch.int32, device=self._device)
             more: dict[str, Any] = {"block_tables": blocks[None], "seq_lens": tokens}
         else:
-            slots = ids.ids_on(self.device)[ids.offset : ids.offset + count]
+            slots = ids.ids_on(self._device)[ids.offset : ids.offset + count]
             more = {"slot_mapping": slots, "cache_mode": "Norm"}
-        op = getattr(torch.ops.npu, self.op).default
-        pages, rows = planes(cache, self.dtype), planes(chunk, self.dtype)
+        op = getattr(torch.ops.npu, self._op).default
+        pages, rows = planes(cache, self._dtype), planes(chunk, self._dtype)
         moved = slice(dense.offset, dense.offset + count)
-        for layer, k in self.pairs:
+        for layer, k in self._pairs:
             key, value = (row[moved] for row in rows[layer][k : k + 2])
             key_cache, value_cache = pages[layer][k : k + 2]
             op(key=key, value=value, key_cache=key_cache, value_cache=value_cache, **more)

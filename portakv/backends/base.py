@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from portakv.plan.move import Move
+from portakv.runtime.devices import inside
 from portakv.runtime.transfer import Pending as Pending
 
 if TYPE_CHECKING:
@@ -88,6 +90,34 @@ class Launch(Protocol):
         stream: torch.Stream | None,
         status: torch.Tensor | None,
     ) -> Pending | None: ...
+
+
+class MoveLaunch(ABC):
+    """A launch that is given its copy as one value, inside the stream that it is ordered on.
+
+    Attributes:
+        device: made the current one if no stream is given; None: ops find it by their tensors.
+    """
+
+    device: torch.device | None = None
+
+    def __call__(
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+    ) -> None:
+        """See `Launch`."""
+        with inside(self.device if stream is None else stream):
+            self.carry(Move(src, dst, src_index, dst_index, count), status)
+
+    @abstractmethod
+    def carry(self, move: Move, status: torch.Tensor | None) -> None:
+        """Order the copy on the current stream."""
 
 
 class Again(Protocol):

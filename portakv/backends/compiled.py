@@ -13,13 +13,12 @@ import shutil
 import sys
 import sysconfig
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -33,15 +32,12 @@ from portakv.backends._compiled_program import (
     memory_from,
     report,
 )
-from portakv.backends.base import Backend, Capabilities, Decision, Launch
+from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch
 from portakv.errors import Unsupported
+from portakv.plan.move import Move
 from portakv.plan.plan import CopyPlan
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.devices import capturing, inside
-
-if TYPE_CHECKING:
-    from portakv.view.index import Index
-    from portakv.view.view import KVView
+from portakv.runtime.devices import capturing
 
 _HOST = ("pageable", "pinned")
 _PLACES = {
@@ -65,7 +61,8 @@ class Compiled(Backend):
             "compiled programs", 512
         )
         self._lost: Bounded[int, torch.Tensor] = Bounded("memory nobody reads", 512)
-        self._sides = _Sides(device)
+        #: A stream beside each stream.
+        self._sides: Bounded[int, torch.cuda.Stream] = Bounded("streams of reports", 64)
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
@@ -102,18 +99,10 @@ class Compiled(Backend):
 
     def lost(self, nbytes: int) -> torch.Tensor:
         """Memory that nobody reads, for what is not to be moved."""
-        known = self._lost.get(nbytes)
-        if known is None:
-            with torch.inference_mode(False):
-                known = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
-            self._lost[nbytes] = known
-        return known
-
-    def _program(self, key: CopyShape | tuple[bool, bool], make: Callable[[], Program]) -> Program:
-        known = self._programs.get(key)
-        if known is None:
-            known = self._programs[key] = make()
-        return known
+        with torch.inference_mode(False):
+            return self._lost.get_or_make(
+                nbytes, lambda: torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+            )
 
     def _copying(self, shape: CopyShape) -> Program:
         """The program of a shape; all rows of its example are the first bytes of one buffer."""
@@ -133,7 +122,7 @@ class Compiled(Backend):
             example += [0] * any(side.per_id for side in (shape.src, shape.dst))
             return Program(copy, {"SHAPE": shape}, example)
 
-        return self._program(shape, make)
+        return self._programs.get_or_make(shape, make)
 
     def _reporting(self, plan: CopyPlan) -> Program | None:
         """The program that reports bad ids; None for a plan without ids."""
@@ -147,7 +136,7 @@ class Compiled(Backend):
                 example += [self._all_from(zeros), 0, 0, 0, 1]
             return Program(report, {"SIDES": sum(key)}, example)
 
-        return self._program(key, make) if any(key) else None
+        return self._programs.get_or_make(key, make) if any(key) else None
 
     def _zeros(self, count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.int64, device=self.device)
@@ -156,70 +145,46 @@ class Compiled(Backend):
         return memory_from(tensor.data_ptr(), self.device, torch.int64)
 
 
-class _Sides:
-    """A stream beside each stream: shared, they would wait for each other's work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._known: Bounded[int, torch.cuda.Stream] = Bounded("streams of reports", 64)
-
-    def beside(self, stream: torch.cuda.Stream) -> torch.cuda.Stream:
-        known = self._known.get(stream.cuda_stream)
-        if known is None:
-            made = torch.cuda.Stream(self._device)
-            known = self._known.setdefault(stream.cuda_stream, made)
-        return known
-
-
-class _CompiledLaunch:
+class _CompiledLaunch(MoveLaunch):
     def __init__(
         self,
         plan: CopyPlan,
         copies: list[tuple[NestArguments, Program]],
         report: Program | None,
         lost: torch.Tensor,
-        sides: _Sides,
+        sides: Bounded[int, torch.cuda.Stream],
     ) -> None:
-        self.unit, self.copies, self.report, self.lost = plan.unit, copies, report, lost
-        self.sides = sides
-        self.per_id = [step // plan.unit for step in (plan.src_step, plan.dst_step)]
+        self._unit, self._copies, self._report, self._lost = plan.unit, copies, report, lost
+        self._sides = sides
+        self._per_id = [step // plan.unit for step in (plan.src_step, plan.dst_step)]
 
-    def __call__(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None,
-    ) -> None:
-        units = count // self.unit
+    @torch.no_grad()
+    def carry(self, move: Move, status: torch.Tensor | None) -> None:
+        units = move.count // self._unit
         if not units:
             return  # inductor divides by the length
-        with inside(stream), torch.no_grad():
-            aside: AbstractContextManager[None] = nullcontext()
-            if self.report is not None and status is not None:
-                sides = ((src, src_index), (dst, dst_index))
-                aside = self._beside(self.report, self._report(sides, units, status))
-            with aside:
-                # A view without slots has no memory to speak of, and every id is bad.
-                if src.slots and dst.slots:
-                    for nest, program in self.copies:
-                        program(nest.launch(src, dst, src_index, dst_index, units))
+        aside: AbstractContextManager[None] = nullcontext()
+        if self._report is not None and status is not None:
+            aside = self._beside(self._report, self._to_report(move, units, status))
+        with aside:
+            # A view without slots has no memory to speak of, and every id is bad.
+            if move.src.slots and move.dst.slots:
+                for nest, program in self._copies:
+                    program(nest.launch(move, units))
 
     @contextmanager
     def _beside(self, report: Program, arguments: list[Argument]) -> Iterator[None]:
         """Report bad ids while the copy runs, on a stream beside its own: behind it the report took
         15 % of the time of a 33 MB copy. In a capture before it, where a fork would gain nothing
         that graphs do not gain anyway."""
-        device = self.lost.device
+        device = self._lost.device
         if device.type == "cpu" or capturing(device):
             report(arguments)
             yield
             return
         current = torch.cuda.current_stream(device)
-        side = self.sides.beside(current)
+        # Shared, one stream would wait for the work of several others.
+        side = self._sides.get_or_make(current.cuda_stream, lambda: torch.cuda.Stream(device))
         side.wait_stream(current)
         with torch.cuda.stream(side):
             report(arguments)
@@ -228,18 +193,16 @@ class _CompiledLaunch:
         finally:
             current.wait_stream(side)
 
-    def _report(
-        self, sides: tuple[tuple[KVView, Index], ...], units: int, status: torch.Tensor
-    ) -> list[Argument]:
-        device = self.lost.device
-        word, lost = status.data_ptr(), self.lost.data_ptr()
+    def _to_report(self, move: Move, units: int, status: torch.Tensor) -> list[Argument]:
+        device = self._lost.device
+        word, lost = status.data_ptr(), self._lost.data_ptr()
         low = min(word, lost) // ALIGNMENT * ALIGNMENT
         memory = memory_from(low, device, torch.int64)
-        given: list[Argument] = [memory, units, self.unit, (word - low) // 8, (lost - low) // 8]
-        for (view, index), per_id in zip(sides, self.per_id, strict=True):
+        given: list[Argument] = [memory, units, self._unit, (word - low) // 8, (lost - low) // 8]
+        for view, index, per_id in zip(move[:2], move[2:4], self._per_id, strict=True):
             if per_id:
-                ids = id_arguments(index, device, self.unit, per_id)
-                given += [*ids, view.slots // self.unit, per_id]
+                ids = id_arguments(index, device, self._unit, per_id)
+                given += [*ids, view.slots // self._unit, per_id]
         return given
 
 

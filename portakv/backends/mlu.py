@@ -29,13 +29,13 @@ import torch
 from portakv.backends._guarding import GuardedRows, guarded_slots
 from portakv.backends._mlu_ops import Ops, load_ops
 from portakv.backends._packed import HND, HND_IN_BLOCKS, TOKENS, apart, packed, planes, steps
-from portakv.backends.base import Backend, Capabilities, Decision, Launch
+from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch
+from portakv.plan.move import Move
 from portakv.plan.plan import CopyPlan
 from portakv.runtime.devices import Unusable
 
 if TYPE_CHECKING:
     from portakv.view.form import Form
-    from portakv.view.index import Index
     from portakv.view.view import KVView
 
 # What both ops move; anything else goes as int8, which is among them.
@@ -79,9 +79,6 @@ class Mlu(Backend):
 
     def prepare(self, plan: CopyPlan) -> Launch:
         return _MluLaunch(self.device, plan, _ways(plan, self._ops))
-
-
-_Side = tuple["KVView", "Index"]
 
 
 class _Call(NamedTuple):
@@ -197,39 +194,28 @@ def _ways(plan: CopyPlan, ops: Ops) -> list[_Layers | _Planes]:
     return [way for way in ways if way.fits]
 
 
-class _MluLaunch:
+class _MluLaunch(MoveLaunch):
+    # The ops are not known to make their tensors' device current by themselves.
     def __init__(self, device: torch.device, plan: CopyPlan, ways: list[_Layers | _Planes]) -> None:
-        self._device, self._plan, self._ways = device, plan, ways
+        self.device, self._plan, self._ways = device, plan, ways
         self._rest = GuardedRows(plan, device, _ELEMENT)
 
     @torch.no_grad()
-    def __call__(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None,
-    ) -> None:
-        module = torch.get_device_module(self._device)
-        # The ops are not known to make their tensors' device current by themselves.
-        with module.device(self._device) if stream is None else module.stream(stream):
-            mine, theirs = (src, src_index), (dst, dst_index)
-            if not self._carried(mine, theirs, count, status):
-                self._rest(mine, theirs, count, status)
+    def carry(self, move: Move, status: torch.Tensor | None) -> None:
+        if not self._by_an_op(move, status):
+            self._rest(move, status)
 
-    def _carried(self, src: _Side, dst: _Side, count: int, status: torch.Tensor | None) -> bool:
+    def _by_an_op(self, move: Move, status: torch.Tensor | None) -> bool:
         """Whether one of the vendor's ops has carried the copy out."""
-        (cache, index), (dense, rows) = (src, dst) if self._plan.src_step else (dst, src)
+        src, dst, mine, theirs, count = move
+        cache, dense, index, rows = (
+            (src, dst, mine, theirs) if self._plan.src_step else (dst, src, theirs, mine)
+        )
         own = cache.owners[0].dtype
         dtype = own if own in _DTYPES and own.itemsize <= self._plan.vector else torch.int8
         call = _Call(cache, dense, rows.offset, count, dtype)
         way = next((way for way in self._ways if way.takes(call)), None)
         if way is None or not count or cache.slots > _INT32:
             return False
-        cache.check_memory()
-        dense.check_memory()
-        way(call, guarded_slots(cache, index, count, self._device, status))
+        way(call, guarded_slots(cache, index, count, dense.device, status))
         return True

@@ -10,18 +10,13 @@ address table, its elements as wide as the plan's vector; the copy is then ``ind
 from __future__ import annotations
 
 from itertools import product
-from typing import TYPE_CHECKING
 
 import torch
 
-from portakv.backends.base import Backend, Capabilities, Decision, Launch
+from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch
 from portakv.backends.strided import Ops, StridedCopy
+from portakv.plan.move import Move
 from portakv.plan.plan import CopyPlan
-from portakv.runtime.devices import inside
-
-if TYPE_CHECKING:
-    from portakv.view.index import Index
-    from portakv.view.view import KVView
 
 _HOST = ("pageable", "pinned")
 # complex128 is torch's only 16-byte dtype, and not every vendor has it. A CPU is faster with a call
@@ -44,24 +39,13 @@ class Reference(Backend):
         return Capabilities(places=frozenset(places))
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        ops = _OPS.get(self.device.type, Ops())
-        return _IndexingLaunch(plan.unit, [StridedCopy(x, plan.unit, ops) for x in plan.nests])
+        return _IndexingLaunch(plan, _OPS.get(self.device.type, Ops()))
 
 
-class _IndexingLaunch:
-    def __init__(self, unit: int, copies: list[StridedCopy]) -> None:
-        self._unit, self._copies = unit, copies
+class _IndexingLaunch(MoveLaunch):
+    def __init__(self, plan: CopyPlan, ops: Ops) -> None:
+        self._copies = [StridedCopy(nest, plan.unit, ops) for nest in plan.nests]
 
-    def __call__(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None,
-    ) -> None:
-        with inside(stream):
-            for copy in self._copies:
-                copy(src, dst, src_index, dst_index, count // self._unit)
+    def carry(self, move: Move, status: torch.Tensor | None) -> None:
+        for copy in self._copies:
+            copy(move)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from portakv.plan.loops import Loop
+from portakv.plan.move import Move
 from portakv.plan.plan import CopyPlan, Nest
 
 if TYPE_CHECKING:
@@ -88,22 +89,20 @@ class StridedCopy:
     """
 
     def __init__(self, nest: Nest, unit: int, ops: Ops) -> None:
-        self._ops = ops
+        self._unit, self._ops = unit, ops
         self._src = _Rows(nest, "src", unit, ops)
         self._dst = _Rows(nest, "dst", unit, ops)
 
-    def __call__(
-        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, units: int
-    ) -> None:
-        """Copy ``units`` units, ordered on the current stream of their device."""
-        within = src.overlaps(dst)
-        for planes in self.planes(src, dst, src_index, dst_index, units):
+    def __call__(self, move: Move) -> None:
+        """Copy whole units, ordered on the current stream of their device."""
+        within = move.src.overlaps(move.dst)
+        for planes in self.planes(move):
             _run(self._ops, within, *planes)
 
-    def planes(
-        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, units: int
-    ) -> Iterator[_Planes]:
-        """What is copied for ``units`` units; raises as `KVView.strided` does."""
+    def planes(self, move: Move) -> Iterator[_Planes]:
+        """What is copied, of which planes; raises as `KVView.strided` does."""
+        src, dst, src_index, dst_index, count = move
+        units = count // self._unit
         if not units:
             return
         start, number, entries = self._src.find(src_index, units, src.device)
@@ -213,7 +212,7 @@ class _Rows:
             with torch.inference_mode(False):
                 rows = self._rows_of(view)
                 known = view.derived[key] = self._over(view, entry, 0, self._grain, rows)
-        return known, self._walked(numbers)
+        return known, self._walked(numbers) if self._walk else numbers
 
     def _consecutive(
         self, view: KVView, entry: int, start: int, at: slice | torch.Tensor
@@ -256,7 +255,7 @@ class _Rows:
         first, *bounded = self._side.units
         blocks = view.slots // self._unit // prod(step.extent for step in bounded)
         steps = [(blocks, first), *((step.extent, step) for step in bounded)]
-        last = sum((n - 1) * (x.stride // self._grain) for n, x in steps) + self._reach
+        last: int = sum((n - 1) * (x.stride // self._grain) for n, x in steps) + self._reach
         return max(last + 1, 0)
 
 
@@ -343,10 +342,10 @@ class HostRows:
         src.check_memory()
         dst.check_memory()
         calls, start = list[_Planes](), 0
+        move = Move(src, dst, src_index, dst_index, count)
         for unit, past in self._parts(src_index, dst_index, count):
-            mine, theirs = src_index.shifted(start), dst_index.shifted(start)
             for nest in self._nests[unit]:
-                calls += nest.planes(src, dst, mine, theirs, (past - start) // unit)
+                calls += nest.planes(move.part(start, past - start))
             start = past
         # All of them are settled, so that nothing was touched if memory is refused.
         for call in calls:

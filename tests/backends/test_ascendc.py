@@ -20,6 +20,7 @@ from support.guarded_memory import refused
 
 from portakv import TransferError, Unsupported
 from portakv.backends import _ascend_kernel
+from portakv.plan.move import Move
 from portakv_conformance.evidence.evidence import read
 from portakv_conformance.evidence.source import source_sha256
 from portakv_conformance.vendor import ascendc_emulated
@@ -217,8 +218,8 @@ def test_the_arguments_are_as_large_as_the_kernel_says() -> None:
     arguments = _ascend_kernel.Arguments(plan)
     assert [len(nest) for nest in arguments.nests] == [library.portakv_emulated_nest_bytes()]
     case = COPIES["gather"]()
-    sides = (case.src.view(), case.src.index()), (case.dst.view(), case.dst.index())
-    (copied,) = arguments.copies([1], *sides, case.count, 0)
+    sides = case.src.view(), case.dst.view(), case.src.index(), case.dst.index()
+    (copied,) = arguments.copies([1], Move(*sides, case.count), 0)
     assert len(copied) == library.portakv_emulated_copy_bytes()
 
 

@@ -35,6 +35,7 @@ from support.own_process import own_process
 from portakv import CopyPlan, Index, KVView, SlotError, TransferError, copy_rows
 from portakv.backends import _ascend_kernel, ascend
 from portakv.backends import _ascend_kernel as _ascendc
+from portakv.plan.move import Move
 from portakv.registry.registry import choose, trace
 from portakv_conformance import simdev
 from portakv_conformance.vendor import standins
@@ -129,7 +130,7 @@ def test_a_stream_of_another_device_than_the_current_one_is_refused() -> None:
     view, chunk, _ = sides(OTHER)
     rows = kernel_rows(CopyPlan(chunk.form, view.form, 0, 0), OTHER)
     with pytest.raises(TransferError, match=r"returned 107003; the copy was not made"):
-        rows((chunk, Index()), (view, Index()), 4, None)
+        rows(Move(chunk, view, Index(), Index(), 4), None)
 
 
 def test_a_status_word_on_the_host_is_refused() -> None:
@@ -140,7 +141,8 @@ def test_a_status_word_on_the_host_is_refused() -> None:
     nests = [torch.frombuffer(bytearray(nest), dtype=torch.int64).to(DEVICE)
              for nest in arguments.nests]  # fmt: skip
     addresses = [nest.data_ptr() for nest in nests]
-    (copy, *_) = arguments.copies(addresses, (chunk, Index()), (view, Index()), 4, word.data_ptr())
+    move = Move(chunk, view, Index(), Index(), 4)
+    copy = arguments.copies(addresses, move, word.data_ptr())[0]
     kernel, _ = _ascendc.find_kernel(True)
     assert kernel is not None
     stream = torch.get_device_module("npu").current_stream(DEVICE).npu_stream
