@@ -106,10 +106,8 @@ def _parser(host: bool) -> argparse.ArgumentParser:
         else "Measures backends on real models' shapes, in turns with copy_ of the same bytes, and "
         "checks every byte in the same run.",
     )
-    parser.add_argument(
-        "--host", action="store_true",
-        help="measure copies between the device and the host instead; see `bench --host --help`",
-    )  # fmt: skip
+    instead = "measure copies between the device and the host; see `bench --host --help`"
+    parser.add_argument("--host", action="store_true", help=argparse.SUPPRESS if host else instead)
     presets, preset = (HOST_PRESETS, "full") if host else (suite.PRESETS, "core")
     parser.add_argument(
         "--preset", choices=sorted(presets), default=preset, help=f"default: {preset}"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from portakv import AdaptiveConnector, Index, KVView, copy_blocks, copy_rows
+from portakv.cli.demo.scenario import free_memory
 from portakv.errors import PortaKVError
 from portakv.registry.registry import ENGINES, trace
 from portakv_benchmarks.device.workload import Workload
@@ -27,7 +28,6 @@ from portakv_benchmarks.shared.harness import (
     short,
     usable,
 )
-from portakv_benchmarks.shared.machine import free_memory
 from portakv_benchmarks.shared.peers import LMCache, PeerMissing
 from portakv_benchmarks.shared.shapes import Shape
 from portakv_benchmarks.shared.timers import Call, Timer
@@ -106,7 +106,7 @@ def tasks(preset: Preset, shapes: Sequence[Shape], device: torch.device) -> Iter
             arrangements.append("together")
         for arrangement in arrangements:
             needed = shape.payload * (2 * shape.pool + 2 * shape.objects)
-            free = free_memory(device)
+            free = free_memory(device) or 1 << 32
             why = ""
             if needed > _SHARE * free:
                 why = f"needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"

@@ -68,16 +68,6 @@ def cpu_name() -> str:
     return found.group(1).strip() if found else platform.machine()
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on the device."""
-    if device.type == "cpu":
-        text = Path("/proc/meminfo").read_text(encoding="utf-8")
-        found = re.search(r"^MemAvailable:\s*(\d+) kB$", text, re.MULTILINE)
-        return int(found.group(1)) * 1024 if found else 1 << 32
-    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
-    return int(ask(device)[0]) if ask else 1 << 32
-
-
 def _smi(device: torch.device) -> dict[str, str]:
     """Driver, clocks and power limit as nvidia-smi reads them; nothing is changed."""
     tool = shutil.which("nvidia-smi")

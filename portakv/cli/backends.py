@@ -1,38 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv backends`: what every candidate says of this machine's devices, or of a named one."""
+"""`portakv backends`: what every candidate says of this machine's devices, or of a named one; and
+for other commands what each says of a device, or of a plan."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
 import torch
 
 from portakv import __version__
-from portakv.cli.candidates import (
-    Candidate,
-    as_json,
-    candidates_for,
-    forced_backend,
-    print_candidates,
-)
-from portakv.cli.console import print_json, print_prose
+from portakv.backends.base import Decision
+from portakv.cli.console import Column, print_json, print_prose, print_table
 from portakv.errors import BackendUnavailable, DeviceMismatch
-from portakv.registry import ENVIRONMENT, MADE_FOR, found
+from portakv.plan.plan import CopyPlan
+from portakv.registry import ENVIRONMENT, MADE_FOR, REGISTRY, choose, found, trace
+from portakv.registry.registry import Choice
 from portakv.runtime.devices import device_count, device_name, devices_present
 
 _RUNGS = (
     "verified: R6 run on the hardware, R5 built by the vendor's toolchain, R4 cross-compiled, R3 "
     "semantics emulated, R2 accepted by the vendor's schemas, R1 called against a stand-in."
 )
-
-#: Each device with what is said of it; its name, where torch cannot use it here.
-Traces = list[tuple[torch.device | str, list[Candidate]]]
 
 
 def add_to(verbs: Any) -> None:
@@ -53,14 +49,18 @@ def add_to(verbs: Any) -> None:
 
 
 def run(asked: argparse.Namespace) -> int:
-    """Print the traces. 1 where no device is served, as under a forced name that is unknown."""
+    """Print the traces. 1 if no device is served, as under a forced name that is unknown."""
     asks = [_device(asked.device)] if asked.device else devices_present()
-    traces: Traces = [(device, candidates_for(device)) for device in asks]
+    told = [_told(device) for device in asks]
+    forced = forced_backend()
     if asked.json:
-        print_json(_as_json(traces))
+        print_json({
+            "portakv": __version__, "torch": str(torch.__version__),
+            "python": platform.python_version(), "forced": forced, "devices": told,
+        })  # fmt: skip
     else:
-        _print(traces)
-    if any(c.chosen for _, candidates in traces for c in candidates):
+        _print(told, forced)
+    if any(one["chosen"] for one in told):
         return 0
     where = asked.device or "any device of this machine"
     print(f"portakv: no backend is chosen for {where}.", file=sys.stderr)
@@ -88,57 +88,38 @@ def _device(text: str) -> torch.device | str:
     )
 
 
-def _print(traces: Traces) -> None:
-    print(f"portakv {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    forced = forced_backend()
-    if forced is None:
-        print(f"{ENVIRONMENT} is not set: the first accepted candidate is chosen.")
-    else:
-        print(f"{ENVIRONMENT}={forced} is set: no other backend is chosen.")
-    for device, candidates in traces:
-        count, name = _facts(device)
-        parts = [str(device), name, {0: "not here", 1: ""}.get(count, f"{count} devices")]
-        print()
-        rungs = _verified([c.name for c in candidates], device)
-        print_candidates(candidates, ", ".join(part for part in parts if part), rungs)
-    print()
-    print_prose(_RUNGS)
-
-
-def _as_json(traces: Traces) -> dict[str, Any]:
+def _told(device: torch.device | str) -> dict[str, Any]:
+    """What is said of a device, or of the name of one that torch cannot use here."""
+    candidates = candidates_for(device)
+    rungs = _verified([c.name for c in candidates], device)
     return {
-        "portakv": __version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "forced": forced_backend(),
-        "devices": [
-            {
-                "device": str(device),
-                "name": _facts(device)[1],
-                "count": _facts(device)[0],
-                "chosen": next((c.name for c in candidates if c.chosen), None),
-                "candidates": _with_rungs(device, candidates),
-            }
-            for device, candidates in traces
+        "device": str(device),
+        "name": "" if isinstance(device, str) else device_name(device),
+        "count": 0 if isinstance(device, str) else device_count(device),
+        "chosen": next((c.name for c in candidates if c.chosen), None),
+        "candidates": [
+            {**row, "verified": rungs.get(row["name"], "")} for row in as_json(candidates)
         ],
     }
 
 
-def _facts(device: torch.device | str) -> tuple[int, str]:
-    """How many there are, and what they are called."""
-    if isinstance(device, str):
-        return 0, ""
-    return device_count(device), device_name(device)
+def _print(told: Sequence[Mapping[str, Any]], forced: str | None) -> None:
+    print(f"portakv {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    if forced is None:
+        print(f"{ENVIRONMENT} is not set: the first accepted candidate is chosen.")
+    else:
+        print(f"{ENVIRONMENT}={forced} is set: no other backend is chosen.")
+    for one in told:
+        count = {0: "not here", 1: ""}.get(one["count"], f"{one['count']} devices")
+        print()
+        title = ", ".join(part for part in (one["device"], one["name"], count) if part)
+        print_candidates(one["candidates"], title)
+    print()
+    print_prose(_RUNGS)
 
 
-def _with_rungs(device: torch.device | str, candidates: list[Candidate]) -> list[dict[str, Any]]:
-    rungs = _verified([c.name for c in candidates], device)
-    return [row | {"verified": rungs.get(row["name"], "")} for row in as_json(candidates)]
-
-
-def _verified(names: Iterable[str], device: torch.device | str) -> dict[str, str]:
-    """For each backend of that name how far it was verified, on ``device`` or elsewhere; a device
-    that is not here is a name.
+def _verified(names: Sequence[str], device: torch.device | str) -> dict[str, str]:
+    """For each backend of that name how far it was verified, on ``device`` or elsewhere.
 
     ``R6``, ``R3 on mlu, emulated``, ``expired R6 on NVIDIA H200``. Empty without the suite, which a
     bare installation on Python 3.10 cannot read.
@@ -147,18 +128,99 @@ def _verified(names: Iterable[str], device: torch.device | str) -> dict[str, str
         from portakv_conformance.evidence import ladder
     except ImportError:
         return {}
-    rungs = ladder.read()
-    return {name: ladder.told(name, _listed(device), rungs) for name in names}
-
-
-def _listed(device: torch.device | str) -> str:
-    """A device as the ladder names it."""
-    from portakv_conformance.evidence.ladder import cpu_name
-
     if isinstance(device, str):
-        return device
-    if device.type == "cpu":
-        return cpu_name(platform.machine())
-    if getattr(torch.get_device_module(device), "EMULATED", False):
-        return f"{device.type}, emulated"
-    return device_name(device)
+        listed = device
+    elif device.type == "cpu":
+        listed = ladder.cpu_name(platform.machine())
+    elif getattr(torch.get_device_module(device), "EMULATED", False):
+        listed = f"{device.type}, emulated"
+    else:
+        listed = device_name(device)
+    rungs = ladder.read()
+    return {name: ladder.told(name, listed, rungs) for name in names}
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A backend and its answer; at most one is ``chosen``."""
+
+    name: str
+    accepted: bool
+    chosen: bool
+    reason: str
+
+
+def forced_backend() -> str | None:
+    """What the environment forces, or None."""
+    return os.environ.get(ENVIRONMENT) or None
+
+
+def candidates_for(device: torch.device | str) -> list[Candidate]:
+    """Every candidate's answer for a device. The chosen one has passed its self-check.
+
+    Of the name of one that torch cannot use here too: each says what it lacks.
+    """
+    chosen = None
+    with suppress(BackendUnavailable):  # which the answers explain
+        chosen = choose(device).name
+    decisions = [*trace(device)]
+    forced = forced_backend()
+    if forced is not None and forced not in REGISTRY.names():
+        decisions.insert(0, REGISTRY.unknown(forced))
+    # An entry point that was refused shares its name with a backend: accepted tells them apart.
+    return [
+        Candidate(d.name, d.accepted, d.accepted and d.name == chosen, d.reason) for d in decisions
+    ]
+
+
+def candidates_for_plan(plan: CopyPlan, taken: Choice) -> list[Candidate]:
+    """Every candidate's answer for a plan that ``taken`` carries out."""
+    device = taken.backend.device
+    answers = {decision.name: decision for decision in taken.trace}
+    found = []
+    for candidate in candidates_for(device):
+        known = answers.get(candidate.name)
+        if not candidate.accepted:
+            found.append(replace(candidate, chosen=False))
+        elif candidate.name == taken.name:
+            reason = f"{candidate.reason}; {taken.trace[-1].reason}"
+            found.append(replace(candidate, chosen=True, reason=reason))
+        elif known is not None:
+            found.append(Candidate(known.name, False, False, known.reason))
+        else:
+            found.append(_passed_over(candidate, plan, taken))
+    return found
+
+
+def _passed_over(candidate: Candidate, plan: CopyPlan, taken: Choice) -> Candidate:
+    """A candidate that was not asked about the plan, because another takes it."""
+    backend, decision = REGISTRY.ask(candidate.name, taken.backend.device, check=False)
+    if backend is not None:
+        try:
+            decision = backend.check(plan)
+        except Exception as error:  # a third party's backend: explaining must go on
+            why = f"its check failed: {type(error).__name__}: {error}"
+            decision = Decision(candidate.name, False, why)
+    if not decision.accepted:
+        return Candidate(candidate.name, False, False, decision.reason)
+    why = "was forced" if taken.forced else "is asked before it"
+    reason = f"{candidate.reason}; takes the plan too, but {taken.name} {why}"
+    return replace(candidate, chosen=False, reason=reason)
+
+
+def as_json(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """Candidates as JSON: ``name, accepted, chosen, reason``."""
+    return [asdict(candidate) for candidate in candidates]
+
+
+def print_candidates(candidates: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Print a table of candidates as `as_json` has them, with ``verified`` if any says it."""
+    shown = ["reason"]
+    if any(one.get("verified") for one in candidates):
+        shown.insert(0, "verified")
+    columns = [Column("backend", whole=True), Column("answer", whole=True), *map(Column, shown)]
+    rows = []
+    for one in candidates:
+        answer = "chosen" if one["chosen"] else "accepted" if one["accepted"] else "rejected"
+        rows.append([one["name"], answer, *(one[name] for name in shown)])
+    print_table(columns, rows, title)

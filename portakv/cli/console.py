@@ -53,7 +53,10 @@ def print_table(columns: Sequence[Column], rows: Rows, title: str = "") -> None:
         title: a line above it.
     """
     widths = fit_widths(columns, rows, output_width())
-    lines = _by_rich(columns, rows, widths, title) or _plainly(columns, rows, widths, title)
+    try:
+        lines = _by_rich(columns, rows, widths, title)
+    except ImportError:
+        lines = _plainly(columns, rows, widths, title)
     print("\n".join(line.rstrip() for line in lines))
 
 
@@ -78,24 +81,20 @@ def fit_widths(columns: Sequence[Column], rows: Rows, limit: int) -> list[int]:
     return widths
 
 
-def _by_rich(
-    columns: Sequence[Column], rows: Rows, widths: Sequence[int], title: str
-) -> list[str] | None:
-    """The lines that rich makes; None if it is not installed."""
-    try:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError:
-        return None
+def _by_rich(columns: Sequence[Column], rows: Rows, widths: Sequence[int], title: str) -> list[str]:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     # No markup: layouts and shapes are full of square brackets.
     console = Console(width=output_width(), markup=False, emoji=False, highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    table.header_style = "bold"
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0),
+                  header_style="bold")  # fmt: skip
     for column, width in zip(columns, widths, strict=True):
-        justify, style = ("right" if column.right else "left"), ("cyan" if column.whole else None)
-        table.add_column(column.title, width=width, overflow="fold", justify=justify, style=style)  # type: ignore[arg-type]
+        style = "cyan" if column.whole else None
+        justify: Any = "right" if column.right else "left"
+        table.add_column(column.title, style=style, width=width, overflow="fold", justify=justify)
     for row in rows:
         table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
     with console.capture() as captured:
@@ -109,17 +108,15 @@ def _plainly(columns: Sequence[Column], rows: Rows, widths: Sequence[int], title
     lines = textwrap.wrap(title, output_width())
     rule = ["-" * width for width in widths]
     for row in [[column.title for column in columns], rule, *rows]:
-        folded = [
-            [one for line in cell.split("\n") for one in _fold(line, width)]
-            for cell, width in zip(row, widths, strict=True)
-        ]
+        folded = []
+        for cell, width, column in zip(row, widths, columns, strict=True):
+            parts = [
+                textwrap.wrap(x, width, break_on_hyphens=False) or [""] for x in cell.split("\n")
+            ]
+            side = ">" if column.right else "<"
+            folded.append([f"{one:{side}{width}}" for part in parts for one in part])
+        blanks = [" " * width for width in widths]
         for at in range(max(map(len, folded))):
-            lines.append((" " * _GAP).join(
-                f"{cell[at] if at < len(cell) else '':{'>' if column.right else '<'}{width}}"
-                for cell, width, column in zip(folded, widths, columns, strict=True)
-            ))  # fmt: skip
+            cells = zip(folded, blanks, strict=True)
+            lines.append((" " * _GAP).join(cell[at] if at < len(cell) else b for cell, b in cells))
     return lines
-
-
-def _fold(line: str, width: int) -> list[str]:
-    return textwrap.wrap(line, width, break_on_hyphens=False) or [""]

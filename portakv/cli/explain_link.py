@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from portakv.cli.console import Column, print_json, print_prose, print_table
 from portakv.cli.delegated import accelerator_asked
-from portakv.cli.sides import in_bytes, in_time, read_bytes, read_rate
+from portakv.cli.sides import in_bytes, in_time, positive, read_bytes, read_rate
 from portakv.engines.choose import ORDER, Alternative, Host, Pick, pick
 from portakv.engines.costs import DIRECTIONS, Table, TableError, costs_of, read, unmeasured
 from portakv.engines.engine import OVERLAPS, Terms
@@ -25,37 +26,8 @@ _ONLY = (
 _RUN_BYTES = 32 << 10
 
 
-@dataclass(frozen=True)
-class Explained:
-    """A copy between a device and the host, and the engine that it takes."""
-
-    direction: str
-    nbytes: int
-    runs: int
-    host_runs: int
-    pageable: bool
-    terms: Terms
-    costs: Table
-    note: str
-    pick: Pick
-
-    @property
-    def policy(self) -> str:
-        """The terms, as a sentence."""
-        terms = self.terms
-        text = {
-            "compute": "overlap='compute': the device is taken to run a model meanwhile",
-            "idle": "overlap='idle': the device is taken to do nothing else",
-        }[terms.overlap]
-        if terms.max_gbps is not None:
-            text += f"; max_gbps={terms.max_gbps:g}"
-        if terms.max_thread_blocks is not None:
-            text += f"; max_thread_blocks={terms.max_thread_blocks}"
-        return text
-
-
-def add_options(parser: Any, positive: Any) -> None:
-    """Add `--host` and what belongs to it; ``positive`` reads a number above 0."""
+def add_options(parser: Any) -> None:
+    """Add `--host` and what belongs to it."""
     group = parser.add_argument_group(
         "copies between a device and the host",
         "The engine for --blocks runs of --run-bytes, which lie apart on both sides.",
@@ -114,32 +86,59 @@ def run(asked: argparse.Namespace) -> int:
         PortaKVError: a file that is no table; a device that torch cannot use.
         Unsupported: no engine takes the copy.
     """
-    explained = explain(asked)
-    if asked.json:
-        print_json(_as_json(explained))
-    else:
-        _print(explained)
-    return 0
-
-
-def explain(asked: argparse.Namespace) -> Explained:
-    """Pick an engine, as a transfer would."""
     run_bytes = asked.run_bytes or _RUN_BYTES
     runs = asked.blocks or (-(-asked.payload // run_bytes) if asked.payload else 1)
     nbytes = asked.payload or runs * run_bytes
     host_runs = min(asked.host_runs or runs, nbytes)
     terms = Terms(asked.overlap or "compute", asked.max_thread_blocks, asked.max_gbps)
-    direction, pageable = asked.direction or "d2h", bool(asked.pageable)
+    direction, memory = asked.direction or "d2h", "pageable" if asked.pageable else "pinned"
     costs, out, note = _known(asked)
     for name in ORDER:
-        if (name == "ring") != pageable:
-            out.setdefault(name, f"it does not copy {'pageable' if pageable else 'pinned'} memory")
+        if (name == "ring") != (memory == "pageable"):
+            out.setdefault(name, f"it does not copy {memory} memory")
     apart, dense = Shape(nbytes, runs, runs), Shape(nbytes, host_runs, host_runs)
     shapes = {"staged": dense, "descriptors": apart, "direct": apart, "ring": dense}
-    picked = pick(shapes, direction, out, terms, costs)
-    return Explained(
-        direction, nbytes, runs, host_runs, pageable, terms, costs, note, picked
-    )  # fmt: skip
+    picked = pick(shapes, direction, out, terms, costs)  # as a transfer would
+    found = {
+        "direction": direction,
+        "bytes": nbytes,
+        "runs": runs,
+        "host_runs": host_runs,
+        "host_memory": memory,
+        "engine": picked.engine,
+        "why": picked.why,
+        "terms": {**asdict(terms), "text": _in_words(terms)},
+        "measured": costs.measured,
+        "origin": costs.origin,
+        "note": note,
+        "engines": [
+            {**one._asdict(), "answer": _answer(one, picked), "gbps": one.gbps(nbytes)}
+            for one in picked.alternatives
+        ],
+    }
+    if asked.json:
+        print_json(found)
+    else:
+        _print(found)
+    return 0
+
+
+def _answer(one: Alternative, picked: Pick) -> str:
+    if one.engine == picked.engine:
+        return "chosen"
+    return "rejected" if one.refused else "accepted"
+
+
+def _in_words(terms: Terms) -> str:
+    text = {
+        "compute": "overlap='compute': the device is taken to run a model meanwhile",
+        "idle": "overlap='idle': the device is taken to do nothing else",
+    }[terms.overlap]
+    if terms.max_gbps is not None:
+        text += f"; max_gbps={terms.max_gbps:g}"
+    if terms.max_thread_blocks is not None:
+        text += f"; max_thread_blocks={terms.max_thread_blocks}"
+    return text
 
 
 def _known(asked: argparse.Namespace) -> tuple[Table, dict[str, str], str]:
@@ -161,64 +160,31 @@ def _known(asked: argparse.Namespace) -> tuple[Table, dict[str, str], str]:
     return costs or costs_of(device), dict(host.out), f"On {device}."
 
 
-def _print(explained: Explained) -> None:
-    pick, nbytes = explained.pick, explained.nbytes
-    host = f"{'pageable' if explained.pageable else 'pinned'} host memory"
-    ends = "the device", host
-    first, last = ends if explained.direction == "d2h" else ends[::-1]
+def _print(found: Mapping[str, Any]) -> None:
+    ends = ["the device", f"{found['host_memory']} host memory"]
+    first, last = ends if found["direction"] == "d2h" else ends[::-1]
     print_prose(
-        f"{in_bytes(nbytes)} from {first} to {last}. Runs: {explained.runs} on the device, "
-        f"{explained.host_runs} on the host. {explained.note}"
+        f"{in_bytes(found['bytes'])} from {first} to {last}. Runs: {found['runs']} on the device, "
+        f"{found['host_runs']} on the host. {found['note']}"
     )
-    print_prose(f"{pick.engine} carries it out: {pick.why}.")
+    print_prose(f"{found['engine']} carries it out: {found['why']}.")
     print()
-    columns = [
-        Column("engine", whole=True), Column("answer", whole=True),
-        Column("takes", whole=True, right=True), Column("GB/s", whole=True, right=True),
-        Column("host", whole=True, right=True), Column("looked up as", whole=True),
-        Column("why not"),
-    ]  # fmt: skip
-    print_table(columns, [_row(one, pick, nbytes) for one in pick.alternatives])
-    print()
-    print_prose(f"Terms: {explained.policy}.")
-    print_prose(f"Times: {explained.costs.origin}.")
-
-
-def _row(one: Alternative, pick: Pick, nbytes: int) -> list[str]:
-    gbps = one.gbps(nbytes)
-    return [
-        one.engine,
-        _answer(one, pick),
-        in_time(one.seconds) if one.seconds else "not known",
-        f"{gbps:.1f}" if gbps else "",
-        in_time(one.host_seconds) if one.host_seconds else "",
-        f"{one.runs} x {in_bytes(one.run_bytes)}",
-        one.refused,
+    numbers = ("takes", "GB/s", "host")
+    names = ("engine", "answer", *numbers, "looked up as", "why not")
+    columns = [Column(name, whole=name != "why not", right=name in numbers) for name in names]
+    rows = [
+        [
+            one["engine"],
+            one["answer"],
+            in_time(one["seconds"]) if one["seconds"] else "not known",
+            f"{one['gbps']:.1f}" if one["gbps"] else "",
+            in_time(one["host_seconds"]) if one["host_seconds"] else "",
+            f"{one['runs']} x {in_bytes(one['run_bytes'])}",
+            one["refused"],
+        ]
+        for one in found["engines"]
     ]
-
-
-def _answer(one: Alternative, pick: Pick) -> str:
-    if one.engine == pick.engine:
-        return "chosen"
-    return "rejected" if one.refused else "accepted"
-
-
-def _as_json(explained: Explained) -> dict[str, Any]:
-    pick, nbytes = explained.pick, explained.nbytes
-    return {
-        "direction": explained.direction,
-        "bytes": nbytes,
-        "runs": explained.runs,
-        "host_runs": explained.host_runs,
-        "host_memory": "pageable" if explained.pageable else "pinned",
-        "engine": pick.engine,
-        "why": pick.why,
-        "terms": {**asdict(explained.terms), "text": explained.policy},
-        "measured": explained.costs.measured,
-        "origin": explained.costs.origin,
-        "note": explained.note,
-        "engines": [
-            {**one._asdict(), "answer": _answer(one, pick), "gbps": one.gbps(nbytes)}
-            for one in pick.alternatives
-        ],
-    }
+    print_table(columns, rows)
+    print()
+    print_prose(f"Terms: {found['terms']['text']}.")
+    print_prose(f"Times: {found['origin']}.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -41,6 +41,54 @@ class Extents:
     blocks: int | None = None
     tokens: int = TOKENS
     dtype: torch.dtype | None = None
+
+
+def add_extents(group: Any) -> None:
+    """Add the options that say the extents of two sides."""
+
+    def add(name: str, kind: Any, help: str | None = None, default: Any = None) -> None:
+        metavar = "N[,N]" if kind in (_positives, _pair) else "N"
+        group.add_argument(name, type=kind, metavar=metavar, help=help, default=default)
+
+    add("--layers", positive)
+    add("--kv", positive, "2 for keys and values")
+    add("--heads", positive, "KV heads")
+    add("--dim", _positives, "elements: of all kv, or for each kv")
+    size = f"tokens of a block: of both sides, or source, destination (default: {BLOCK_SIZE})"
+    add("--block-size", _pair, size, (BLOCK_SIZE, BLOCK_SIZE))
+    add("--blocks", positive, "blocks of a paged side (default: for --tokens)")
+    add("--tokens", positive, f"default: {TOKENS}", TOKENS)
+    group.add_argument("--dtype", type=_dtype, help="a torch dtype (default: float16)")
+
+
+def said_extents(asked: argparse.Namespace) -> Extents:
+    """What the options of `add_extents` were given."""
+    return Extents(**{field.name: getattr(asked, field.name) for field in fields(Extents)})
+
+
+def positive(text: str) -> int:
+    """A number above 0; for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} was given, expected a number above 0")
+    return int(text)
+
+
+def _positives(text: str) -> tuple[int, ...]:
+    return tuple(positive(word.strip()) for word in text.split(","))
+
+
+def _pair(text: str) -> tuple[int, int]:
+    numbers = _positives(text)
+    if len(numbers) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} was given, expected one number or two")
+    return numbers[0], numbers[-1]
+
+
+def _dtype(text: str) -> torch.dtype:
+    found = getattr(torch, text.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise argparse.ArgumentTypeError(f"{text!r} is no torch dtype; write float16, uint8, ...")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,49 +149,37 @@ def _declared(
     so unless it was said it has extent 1 on the other side too."""
 
     def settle(name: str, axis: str, value: int | None, usual: int) -> int:
-        if value is not None:
-            return value
-        if name in always:
-            return int(always[name])
+        known: int | None = always.get(name) if value is None else value
+        if known is not None:
+            return known
         return usual if all(axis in layout.axes for layout in layouts) else 1
 
-    widths = said.dim if said.dim is not None else always.get("dim")
+    widths = always.get("dim") if said.dim is None else said.dim
     many = len(widths) if isinstance(widths, tuple) and len(widths) > 1 else None
-    kv = settle("kv", "kv", said.kv, many or KV)
     if widths is None:
-        width = DIM if all("kv" in layout.axes for layout in layouts) else LATENT_DIM
-        opaque = any(layout.opaque for layout in layouts)
-        widths = width * said.block_size[0] if opaque else width
-    elif isinstance(widths, tuple) and len(widths) == 1:
+        widths = DIM if all("kv" in layout.axes for layout in layouts) else LATENT_DIM
+        if any(layout.opaque for layout in layouts):
+            widths *= said.block_size[0]
+    elif isinstance(widths, tuple) and not many:
         widths = widths[0]
     return {
         "layers": settle("layers", "layer", said.layers, LAYERS),
-        "kv": kv,
+        "kv": settle("kv", "kv", said.kv, many or KV),
         "heads": settle("heads", "head", said.heads, HEADS),
         "dim": widths,
     }
 
 
 def _view(
-    text: str,
-    layout: Layout,
-    declared: Mapping[str, Any],
-    said: Extents,
-    size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> KVView:
-    block_size = size if layout.paged else None
-    bound = bind_layout(text, **declared, block_size=block_size)
+    text: str, layout: Layout, declared: Mapping[str, Any], said: Extents, size: int,
+    dtype: torch.dtype, device: torch.device,
+) -> KVView:  # fmt: skip
+    bound = bind_layout(text, **declared, block_size=size if layout.paged else None)
     blocks = said.blocks or max(2, -(-said.tokens // size))
+    tokens = size if layout.paged else said.tokens
     try:
         tensors = example_tensors(
-            text,
-            **declared,
-            blocks=blocks,
-            tokens=size if layout.paged else said.tokens,
-            dtype=dtype,
-            device=device,
+            text, **declared, blocks=blocks, tokens=tokens, dtype=dtype, device=device
         )
     except LayoutError:
         raise

@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -15,8 +15,7 @@ import torch
 
 from portakv.backends.rows_kernel import RowsKernel
 from portakv.cli.console import Column, print_json, print_prose, print_table
-from portakv.cli.explain import add_extents, said_extents
-from portakv.cli.sides import Extents, Side, make_sides
+from portakv.cli.sides import Extents, Side, add_extents, make_sides, said_extents
 from portakv.errors import PortaKVError
 from portakv.plan.plan import CopyPlan
 from portakv.runtime import hip as _hip_driver
@@ -52,24 +51,13 @@ class Target(NamedTuple):
     compile: Callable[[str], bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(NamedTuple):
     """A cache and what is exchanged with it."""
 
     name: str
     cache: str
     chunk: str
     extents: Extents
-
-
-@dataclass(frozen=True, slots=True)
-class Warmed:
-    """The kernels of one pair for one target; those that other pairs share count as kept."""
-
-    name: str
-    target: str
-    compiled: int
-    kept: int
 
 
 def add_to(verbs: Any) -> None:
@@ -113,21 +101,34 @@ def run(asked: argparse.Namespace) -> int:
             f"Compiled kernels cannot be kept: {why}. Set {_kernel_cache.ENVIRONMENT} to a folder "
             f"that only you can write to."
         )
-    pairs = [*_shapes(asked.shape, not asked.layout), *_layouts(asked)]
+    pairs = _shapes(asked.shape) if asked.shape or not asked.layout else []
+    said = said_extents(asked)
+    pairs += [Pair(f"{cache} <-> {chunk}", cache, chunk, said) for cache, chunk in asked.layout]
     began = perf_counter()
     warmed = [done for pair in pairs for done in _warm(pair, compiled_for)]
     seconds = perf_counter() - began
     compilers = list(dict.fromkeys(target.compiler for target in compiled_for))
     if asked.json:
-        print_json(_as_json(warmed, compilers, seconds))
-    else:
-        _print(warmed, compilers, seconds)
+        print_json({
+            "directory": str(_kernel_cache.directory()), "compilers": compilers,
+            "seconds": round(seconds, 3), "warmed": warmed,
+        })  # fmt: skip
+        return 0
+    numbers = ("compiled", "kept")
+    columns = [Column("kernels of"), Column("for", whole=True)]
+    columns += [Column(name, right=True) for name in numbers]
+    print_table(columns, [[str(value) for value in one.values()] for one in warmed])
+    compiled, kept = (sum(one[name] for one in warmed) for name in numbers)
+    print()
+    print_prose(
+        f"{compiled} kernels compiled by {' and '.join(compilers)} in {seconds:.1f} s, "
+        f"{kept} were there before: {_kernel_cache.directory()}"
+    )
     return 0
 
 
-def _shapes(names: Sequence[str], else_all: bool) -> list[Pair]:
-    if not names and not else_all:
-        return []
+def _shapes(names: Sequence[str]) -> list[Pair]:
+    """The pairs of some shapes of the benchmarks; without a name, of all."""
     try:
         from portakv_benchmarks.shared.shapes import load
     except ImportError as error:
@@ -136,31 +137,24 @@ def _shapes(names: Sequence[str], else_all: bool) -> list[Pair]:
             f"`pip install 'portakv[bench]'`, or name two layouts with --layout."
         ) from error
     known = load()
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise PortaKVError(
-            f"Shape {unknown[0]!r} was asked for, but the benchmarks have {', '.join(known)}."
-        )
-    return [
-        Pair(
-            shape.name, shape.cache, shape.chunk,
-            Extents(
-                shape.layers, shape.kv, shape.heads, (shape.dim,), (shape.block_size,) * 2,
-                tokens=2 * shape.block_size, dtype=shape.torch_dtype,
-            ),
-        )
-        for shape in (known[name] for name in names or known)
-    ]  # fmt: skip
+    for name in names:
+        if name not in known:
+            raise PortaKVError(
+                f"Shape {name!r} was asked for, but the benchmarks have {', '.join(known)}."
+            )
+    pairs = []
+    for shape in (known[name] for name in names or known):
+        sizes = (shape.block_size, shape.block_size)
+        extents = Extents(
+            shape.layers, shape.kv, shape.heads, (shape.dim,), sizes,
+            tokens=2 * shape.block_size, dtype=shape.torch_dtype,
+        )  # fmt: skip
+        pairs.append(Pair(shape.name, shape.cache, shape.chunk, extents))
+    return pairs
 
 
-def _layouts(asked: argparse.Namespace) -> list[Pair]:
-    return [
-        Pair(f"{cache} <-> {chunk}", cache, chunk, said_extents(asked))
-        for cache, chunk in asked.layout
-    ]
-
-
-def _warm(pair: Pair, compiled_for: Sequence[Target]) -> Iterator[Warmed]:
+def _warm(pair: Pair, compiled_for: Sequence[Target]) -> Iterator[dict[str, Any]]:
+    """What was compiled for each target; kernels that other pairs share count as kept."""
     sources = list(dict.fromkeys(_sources(pair)))
     for target in compiled_for:
         try:
@@ -169,7 +163,8 @@ def _warm(pair: Pair, compiled_for: Sequence[Target]) -> Iterator[Warmed]:
                 target.compile(source)
         except RuntimeError as error:
             raise PortaKVError(str(error)) from error
-        yield Warmed(pair.name, target.name, len(missing), len(sources) - len(missing))
+        kept = len(sources) - len(missing)
+        yield {"name": pair.name, "target": target.name, "compiled": len(missing), "kept": kept}
 
 
 def _sources(pair: Pair) -> Iterator[str]:
@@ -178,21 +173,18 @@ def _sources(pair: Pair) -> Iterator[str]:
         cache, chunk = make_sides(
             (pair.cache, pair.chunk), pair.extents, torch.device("cpu"), (None, None), by_blocks
         )
-        for mine in _arrangements(cache):
-            for theirs in _arrangements(chunk):
-                ends = [(mine, cache.step), (theirs, chunk.step)]
-                for (src, src_step), (dst, dst_step) in (ends, ends[::-1]):
-                    plan = CopyPlan(src.form, dst.form, src_step, dst_step)
-                    yield from (RowsKernel(nest, plan).source for nest in plan.nests)
+        for mine, theirs in product(_arrangements(cache), _arrangements(chunk)):
+            ends = [(mine, cache.step), (theirs, chunk.step)]
+            for (src, src_step), (dst, dst_step) in (ends, ends[::-1]):
+                plan = CopyPlan(src.form, dst.form, src_step, dst_step)
+                yield from (RowsKernel(nest, plan).source for nest in plan.nests)
 
 
 def _arrangements(side: Side) -> list[KVView]:
     """The view, and one whose tensors are slices of one allocation."""
-    view = side.view
-    tensors = view.tensors
-    if not isinstance(tensors, list) or not all(isinstance(t, torch.Tensor) for t in tensors):
-        return [view]
-    if len({t.shape for t in tensors}) > 1:
+    view, tensors = side.view, side.view.tensors
+    alike = isinstance(tensors, list) and all(isinstance(t, torch.Tensor) for t in tensors)
+    if not alike or len({t.shape for t in tensors}) > 1:
         return [view]
     together = list(torch.empty((len(tensors), *tensors[0].shape), dtype=tensors[0].dtype))
     one = KVView(
@@ -200,30 +192,6 @@ def _arrangements(side: Side) -> list[KVView]:
         block_size=view.block_size, dim=[width // tensors[0].itemsize for width in view.widths],
     )  # fmt: skip
     return [view, one]
-
-
-def _print(warmed: Sequence[Warmed], compilers: Sequence[str], seconds: float) -> None:
-    columns = [
-        Column("kernels of"), Column("for", whole=True), Column("compiled", right=True),
-        Column("kept", right=True),
-    ]  # fmt: skip
-    rows = [[one.name, one.target, str(one.compiled), str(one.kept)] for one in warmed]
-    print_table(columns, rows)
-    compiled, kept = sum(one.compiled for one in warmed), sum(one.kept for one in warmed)
-    print()
-    print_prose(
-        f"{compiled} kernels compiled by {' and '.join(compilers)} in {seconds:.1f} s, "
-        f"{kept} were there before: {_kernel_cache.directory()}"
-    )
-
-
-def _as_json(warmed: Sequence[Warmed], compilers: Sequence[str], seconds: float) -> dict[str, Any]:
-    return {
-        "directory": str(_kernel_cache.directory()),
-        "compilers": [*compilers],
-        "seconds": round(seconds, 3),
-        "warmed": [asdict(one) for one in warmed],
-    }
 
 
 def architecture(text: str) -> Architecture:
@@ -269,12 +237,9 @@ def _nvidia(capability: int) -> Target:
         name = _nvrtc.target_for(capability)
     except RuntimeError as error:
         raise PortaKVError(str(error)) from error
-    return Target(
-        name,
-        f"NVRTC {_nvrtc.nvrtc_version()}",
-        partial(_nvrtc.compiled_before, capability=capability),
-        partial(_nvrtc.compile_kernel, capability=capability),
-    )
+    holds = partial(_nvrtc.compiled_before, capability=capability)
+    compile_ = partial(_nvrtc.compile_kernel, capability=capability)
+    return Target(name, f"NVRTC {_nvrtc.nvrtc_version()}", holds, compile_)
 
 
 def _amd(name: str) -> Target:
@@ -284,9 +249,6 @@ def _amd(name: str) -> Target:
     except (_hip_driver.DriverMissing, RuntimeError) as error:
         why = str(error).rstrip(".")
         raise PortaKVError(f"The kernels of the hip backend cannot be compiled: {why}.") from error
-    return Target(
-        name,
-        compiler,
-        partial(_hip_driver.compiled_before, driver, architecture=name),
-        partial(_hip_driver.compile_kernel, driver, architecture=name),
-    )
+    holds = partial(_hip_driver.compiled_before, driver, architecture=name)
+    compile_ = partial(_hip_driver.compile_kernel, driver, architecture=name)
+    return Target(name, compiler, holds, compile_)

@@ -15,8 +15,8 @@ from support.command_line import choose_tables, registered, run, run_json
 from support.small_backends import small_backend
 
 from portakv import AdaptiveConnector, KVView, Transfer
-from portakv.cli.demo import model, moves, scenario
-from portakv.cli.demo.model import ModelPart, run_model
+from portakv.cli import demo
+from portakv.cli.demo import ModelPart, moves, run_model, scenario
 from portakv.cli.demo.scenario import Founding, Scenario, fitted, free_memory
 from portakv.runtime.devices import usual_device
 from portakv_examples import offload_transformers
@@ -128,7 +128,7 @@ def test_without_transformers_the_model_part_names_the_extra(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, model.EXAMPLE)
+    monkeypatch.delitem(sys.modules, demo.EXAMPLE)
     ran = run("demo", "--device", "cpu")
     assert ran.code == 0
     assert "pip install 'portakv[demo]'" in ran.out
@@ -136,7 +136,7 @@ def test_without_transformers_the_model_part_names_the_extra(
 
 
 def test_a_missing_example_is_not_blamed_on_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "EXAMPLE", "portakv_examples.no_such_example")
+    monkeypatch.setattr(demo, "EXAMPLE", "portakv_examples.no_such_example")
     with pytest.raises(ModuleNotFoundError, match="no_such_example"):
         run_model(DEVICE, silent)
 

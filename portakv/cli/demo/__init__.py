@@ -2,105 +2,238 @@
 """`portakv demo`: a model's KV cache out and back, then the backends checked and timed.
 
 The demo stands above the whole library: it calls what a user calls, and the bytes that it expects
-come from plain torch indexing alone.
+come from plain torch indexing alone. It prints three parts in 80 columns, each with what was done
+and what that proves.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
+import textwrap
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from portakv import __version__
-from portakv.cli.candidates import as_json, candidates_for
-from portakv.cli.console import print_json
-from portakv.cli.demo import screen
-from portakv.cli.demo.model import ModelPart, run_model
-from portakv.cli.demo.moves import Row, measured
+from portakv.cli.backends import as_json, candidates_for, print_candidates
+from portakv.cli.console import Column, print_json, print_table
+from portakv.cli.demo.moves import ROUNDS, Row, measured
 from portakv.cli.demo.scenario import FOUNDING, Founding, Scenario, fitted, free_memory
+from portakv.cli.sides import in_bytes, in_time
 from portakv.registry.registry import ENVIRONMENT, REGISTRY, choose
 from portakv.runtime.devices import device_name, usual_device
 
 __all__ = ["run_demo"]
+
+EXAMPLE = "portakv_examples.offload_transformers"
+_EXTRA = "pip install 'portakv[demo]'"
+_WIDTH = 80
 
 
 def run_demo(*, device: str | None = None, json: bool = False) -> int:
     """Run the demo.
 
     Args:
-        device: a torch device; None: the accelerator where there is one, else the CPU.
+        device: a torch device; None: the accelerator if there is one, else the CPU.
         json: print one JSON object and nothing else.
 
     Returns:
-        The exit code: 0 where logits were bit-identical and every byte was right, else 1.
+        The exit code: 0 if logits were bit-identical and every byte was right, else 1.
 
     Raises:
         BackendUnavailable: no backend serves the device, or not the forced one; before any work.
         Unsupported: the backend that ``PORTAKV_BACKEND`` forces does not take one of the copies.
     """
     choice = choose(usual_device() if device is None else device)
-    demo = _Demo(choice.backend.device, os.environ.get(ENVIRONMENT) or None, choice.name)
-    return demo.print_json() if json else demo.print_text()
+    where, forced = choice.backend.device, os.environ.get(ENVIRONMENT) or None
+    began = time.perf_counter()
+    # Printed at once, into a pipe too: the demo takes seconds, and each part is worth seeing.
+    tell: Callable[[str], None] = _hush if json else _tell
+    _tell_heading(tell, where, forced)
+    model = run_model(where, lambda line: tell(f"  {line}"))
+    scenario = fitted(FOUNDING, free_memory(where))
+    # The backends that the registry may choose here; the forced one alone if there is one.
+    names = [choice.name] if forced else REGISTRY.automatic(where)
+    serving = [n for n in names if REGISTRY.ask(n, where, check=True)[0] is not None]
+    _tell_scenario(tell, scenario, where, serving)
+    rows, threads = measured(Founding(where, scenario), serving, forced is not None)
+    good = model.good and all(row.good for row in rows)
+    if json:
+        print_json({
+            "portakv": __version__,
+            "torch": str(torch.__version__),
+            "device": str(where),
+            "device_name": device_name(where),
+            "forced": forced,
+            "model": model.as_json(),
+            "scenario": scenario.as_json(),
+            "threads": threads,
+            "moves": [row.as_json() for row in rows],
+            "chosen": choice.name,
+            "candidates": as_json(candidates_for(where)),
+            "ok": good,
+        })  # fmt: skip
+    else:
+        _tell_rows(rows, threads)
+        _tell_choice(where, forced, serving)
+        _tell_verdict(model, rows, time.perf_counter() - began)
+    return 0 if good else 1
 
 
 @dataclass(frozen=True)
-class _Demo:
-    """A device, what the environment forces, and what the registry chose."""
+class ModelPart:
+    """How the example with a model went.
 
-    device: torch.device
-    forced: str | None
-    chosen: str
+    Attributes:
+        skipped: why it did not run; empty if it did.
+        good: the logits were bit-identical and the control's were not, or it was skipped.
+        found: the example's own outcome, by name.
+        story: the lines that it told.
+    """
 
-    def print_text(self) -> int:
-        """Run and tell each part as it ends."""
-        began = time.perf_counter()
-        screen.tell_heading(self.device, self.forced)
-        model = run_model(self.device, screen.tell_line)
-        scenario, serving = self._scenario(), self._serving()
-        screen.tell_scenario(scenario, self.device, serving)
-        rows, threads = self._rows(scenario, serving)
-        screen.tell_rows(rows, threads)
-        screen.tell_choice(candidates_for(self.device), self.device, self.forced, serving)
-        screen.tell_verdict(model, rows, time.perf_counter() - began)
-        return _exit_code(model, rows)
+    skipped: str
+    good: bool
+    found: dict[str, Any] = field(default_factory=dict)
+    story: list[str] = field(default_factory=list)
 
-    def print_json(self) -> int:
-        """Run and print one object."""
-        model = run_model(self.device, lambda line: None)
-        scenario = self._scenario()
-        rows, threads = self._rows(scenario, self._serving())
-        code = _exit_code(model, rows)
-        print_json(
-            {
-                "portakv": __version__,
-                "torch": str(torch.__version__),
-                "device": str(self.device),
-                "device_name": device_name(self.device),
-                "forced": self.forced,
-                "model": model.as_json(),
-                "scenario": scenario.as_json(),
-                "threads": threads,
-                "moves": [row.as_json() for row in rows],
-                "chosen": self.chosen,
-                "candidates": as_json(candidates_for(self.device)),
-                "ok": code == 0,
-            }
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for ``--json``."""
+        return {"skipped": self.skipped or None, **self.found, "story": self.story}
+
+
+def run_model(device: torch.device, tell: Callable[[str], None]) -> ModelPart:
+    """Run the example on ``device``; its lines go to ``tell`` as they come.
+
+    A `transformers` that is missing or cannot be imported is told, not raised.
+
+    Raises:
+        PortaKVError: as the calls of the example do.
+    """
+    try:
+        example = importlib.import_module(EXAMPLE)
+    except ImportError as error:
+        if (error.name or "").startswith("portakv"):
+            raise
+        why = f"it needs transformers ({error}); {_EXTRA} adds it"
+        tell(f"skipped  {why}")
+        return ModelPart(why, good=True)
+    story: list[str] = []
+
+    def hear(line: str) -> None:
+        story.append(line)
+        tell(line)
+
+    outcome = example.main(device, hear)
+    return ModelPart("", outcome.identical and outcome.control_differs, dict(vars(outcome)), story)
+
+
+def _tell(text: str) -> None:
+    print(text, flush=True)
+
+
+def _hush(text: str) -> None:
+    """With ``--json`` nothing is told."""
+
+
+def _tell_heading(tell: Callable[[str], None], device: torch.device, forced: str | None) -> None:
+    parts = [str(device), device_name(device)]
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        parts.append(f"{threads} thread" + "s" * (threads > 1))
+    where = ", ".join(part for part in parts if part)
+    tell(f"PortaKV {__version__}, torch {torch.__version__}, on {where}")
+    if forced:
+        tell(f"{ENVIRONMENT}={forced} is set: that backend runs alone.")
+    tell("\n1. A model's KV cache leaves its pages and comes back in others\n")
+    tell(_prose("The model is a small Llama with random weights; nothing is downloaded.") + "\n")
+
+
+def _tell_scenario(
+    tell: Callable[[str], None], s: Scenario, device: torch.device, serving: Sequence[str]
+) -> None:
+    tell(f"\n2. {in_bytes(s.payload)} of KV cache through {', '.join(serving)}\n")
+    text = (
+        f"{s.tokens} tokens of {s.layers} layers, keys and values, {s.heads} heads of {s.dim} "
+        f"fp16 numbers, between paged caches of {s.blocks} blocks of {s.block_size} tokens "
+        f"({in_bytes(s.pool)}) and a dense chunk."
+    )
+    if s.full_layers:
+        text += (
+            f" Scaled down: {s.full_layers} layers would take more than half of the free memory "
+            f"of {device}."
         )
-        return code
-
-    def _scenario(self) -> Scenario:
-        return fitted(FOUNDING, free_memory(self.device))
-
-    def _serving(self) -> list[str]:
-        """The backends that the registry may choose here; the forced one alone if there is one."""
-        names = [self.chosen] if self.forced else REGISTRY.automatic(self.device)
-        return [n for n in names if REGISTRY.ask(n, self.device, check=True)[0] is not None]
-
-    def _rows(self, scenario: Scenario, serving: list[str]) -> tuple[list[Row], int | None]:
-        return measured(Founding(self.device, scenario), serving, self.forced is not None)
+    tell(_prose(text) + "\n")
 
 
-def _exit_code(model: ModelPart, rows: list[Row]) -> int:
-    return 0 if model.good and all(row.good for row in rows) else 1
+def _tell_rows(rows: Sequence[Row], threads: int | None) -> None:
+    numbers = ("time", "vs copy_")
+    names = ("backend", "call", "what moves", *numbers, "bytes")
+    print_table([Column(name, whole=True, right=name in numbers) for name in names],
+                [_cells(row) for row in rows])  # fmt: skip
+    _tell("")
+    for row in rows:
+        why = f"refused: {row.refused}" if row.refused else f"failed: {row.failed}"
+        if row.refused or row.failed:
+            _tell(_prose(f"{row.backend}, {row.call}, {row.way}, {why}"))
+    right = in_bytes(sum(row.checked for row in rows if row.right))
+    proven = (
+        f"bytes: {right} were compared with what plain torch indexing gives, the pages that a copy "
+        f"must not touch included, and are right."
+    )
+    wrong = sum(row.wrong for row in rows)
+    _tell(_prose(f"{proven} {wrong:,} bytes of other copies are WRONG." if wrong else proven))
+    text = (
+        "vs copy_: the time of torch's copy_ of the same bytes from one dense chunk to another "
+        f"/ this time; 1.00x is as fast. Medians of {ROUNDS} rounds in which all took turns."
+    )
+    if threads is not None and threads < torch.get_num_threads():
+        text += (
+            f" All with {threads} of {torch.get_num_threads()} threads, with which they are the "
+            f"fastest now: the cores have other work, too."
+        )
+    _tell("\n" + _prose(text))
+
+
+def _cells(row: Row) -> list[str]:
+    time = ratio = ""
+    if row.seconds is not None:
+        time, ratio = in_time(row.seconds), f"{row.ratio:.2f}x"
+    found = "all right" if row.checked else ""
+    if row.refused or row.failed:
+        found = "refused" if row.refused else "failed"
+    elif row.wrong:
+        found = f"{row.wrong:,} wrong"
+    return [row.backend, row.call, row.way, time, ratio, found]
+
+
+def _tell_choice(device: torch.device, forced: str | None, run: Sequence[str]) -> None:
+    """What the registry chooses, and every candidate's answer."""
+    candidates = candidates_for(device)
+    _tell(f"\n3. What the registry chooses for {device}\n")
+    print_candidates(as_json(candidates), "")
+    chosen = next((c.name for c in candidates if c.chosen), "nothing")
+    why = f"{ENVIRONMENT} forces it" if forced else "the first that is accepted, in this order"
+    text = f"{chosen} is chosen: {why}."
+    for name in (c.name for c in candidates if c.accepted and c.name not in run and not forced):
+        text += f" {name} is used only if it is asked for, so the demo did not run it."
+    _tell("\n" + _prose(text))
+
+
+def _tell_verdict(model: ModelPart, rows: Sequence[Row], seconds: float) -> None:
+    failed = dict.fromkeys(row.backend for row in rows if not row.good)
+    proven = dict.fromkeys(row.backend for row in rows if row.right and row.backend not in failed)
+    right, wrong = ", ".join(proven), ", ".join(failed)
+    logits = "bit-identical" if model.good else "NOT bit-identical, or the control did not differ"
+    _tell(f"\nlogits    {'not tried, see above' if model.skipped else logits}")
+    _tell(f"bytes     all right through {right}" if right else "bytes     right through no backend")
+    if wrong:
+        _tell(f"          WRONG or missing through {wrong}")
+    _tell(f"time      {seconds:.0f} s")
+
+
+def _prose(text: str) -> str:
+    return textwrap.fill(text, _WIDTH)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -70,8 +70,7 @@ class Row:
         return {**asdict(self), "refused": self.refused or None, "failed": self.failed or None}
 
 
-@dataclass(frozen=True)
-class _Move:
+class _Move(NamedTuple):
     """A copy that can be run again and again, and the check of what it left behind; None: it is
     plain torch, and the check itself."""
 
@@ -197,24 +196,28 @@ def _moves(f: Founding, backend: str) -> list[_Move]:
     reader, writer = (AdaptiveConnector(f.device, backend) for _ in range(2))
     reader.register_kv_caches(f.pool)
     writer.register_kv_caches(f.target)
-    slots = Index(f.slots)
+    slots, blocks = Index(f.slots), f"{len(f.blocks)} blocks"
     pool, target = (KVView(x, "layer | kv block token head dim") for x in (f.pool, f.target))
     chunk, stored = (
         KVView(x, "kv layer token (head dim)", heads=s.heads) for x in (f.chunk, f.stored)
     )
+
+    def out(call: str, what: str, run: Work, ids: torch.Tensor) -> _Move:
+        row = Row(backend, call, f"{what} -> chunk", s.payload)
+        return _Move(row, run, partial(f.wrong_in_chunk, ids))
+
+    def back(call: str, what: str, run: Work, ids: torch.Tensor) -> _Move:
+        row = Row(backend, call, f"chunk -> {what}", s.pool)
+        return _Move(row, run, partial(f.wrong_in_target, ids))
+
     by_block = partial(copy_blocks, backend=backend)
-
-    def move(call: str, way: str, run: Work, ids: torch.Tensor, out: bool) -> _Move:
-        row = Row(backend, call, way, checked=s.payload if out else s.pool)
-        return _Move(row, run, partial(f.wrong_in_chunk if out else f.wrong_in_target, ids))
-
     return [
-        move("from_gpu", f"{s.tokens} slots -> chunk",
-             partial(reader.from_gpu, f.chunk, slot_mapping=slots), f.slots, True),
-        move("to_gpu", f"chunk -> {s.tokens} slots",
-             partial(writer.to_gpu, f.stored, slot_mapping=slots), f.slots, False),
-        move("copy_blocks", f"{len(f.blocks)} blocks -> chunk",
-             partial(by_block, pool, chunk, f.blocks, None), f.slots_of_blocks, True),
-        move("copy_blocks", f"chunk -> {len(f.blocks)} blocks",
-             partial(by_block, stored, target, None, f.blocks), f.slots_of_blocks, False),
+        out("from_gpu", f"{s.tokens} slots",
+            partial(reader.from_gpu, f.chunk, slot_mapping=slots), f.slots),
+        back("to_gpu", f"{s.tokens} slots",
+             partial(writer.to_gpu, f.stored, slot_mapping=slots), f.slots),
+        out("copy_blocks", blocks, partial(by_block, pool, chunk, f.blocks, None),
+            f.slots_of_blocks),
+        back("copy_blocks", blocks, partial(by_block, stored, target, None, f.blocks),
+             f.slots_of_blocks),
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,9 @@ class Scenario:
 
     def as_json(self) -> dict[str, Any]:
         """Everything, for ``--json``."""
-        found = {**asdict(self), "dtype": "float16", "payload_bytes": self.payload}
-        found["full_layers"] = self.full_layers or self.layers
-        return found
+        full = self.full_layers or self.layers
+        fixed = {"full_layers": full, "dtype": "float16", "payload_bytes": self.payload}
+        return asdict(self) | fixed
 
 
 #: The scenario that PortaKV was begun for.
@@ -80,22 +81,18 @@ def free_memory(device: torch.device) -> int | None:
 
 def _machine_free() -> int | None:
     """What Linux could hand out, page cache included; elsewhere nothing is known."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
-    return found[0] if found else None
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return None
 
 
 def _group_free(root: Path = Path("/sys/fs/cgroup")) -> int | None:
     """What this process's control group may still take: a container's limit is not in meminfo."""
-    try:
-        limit = (root / "memory.max").read_text().strip()
-        used = (root / "memory.current").read_text().strip()
-    except OSError:
-        return None
-    return int(limit) - int(used) if limit.isdecimal() else None
+    with suppress(OSError, ValueError):  # without a limit the file says "max"
+        return int((root / "memory.max").read_text()) - int((root / "memory.current").read_text())
+    return None
 
 
 class Founding:
@@ -135,11 +132,8 @@ class Founding:
 
     def wrong_in_chunk(self, slots: torch.Tensor) -> int:
         """Bytes of ``chunk`` that are not the rows of ``pool`` at ``slots``."""
-        wrong = 0
-        for layer, cache in enumerate(self.pool):
-            expected = cache.flatten(1, 2)[:, slots].flatten(2)
-            wrong += _differing(self.chunk[:, layer], expected)
-        return wrong
+        expected = (cache.flatten(1, 2)[:, slots].flatten(2) for cache in self.pool)
+        return sum(_differing(self.chunk[:, layer], rows) for layer, rows in enumerate(expected))
 
     def wrong_in_target(self, slots: torch.Tensor) -> int:
         """Bytes of ``target`` that are not the rows of ``stored`` at ``slots``, and poison else."""
