@@ -23,9 +23,15 @@ from support.fake_libcuda import Call, FakeLibrary
 from support.guarded_memory import refused
 
 from portakv import KVView, TransferError
-from portakv.engines import link as _crossing_cuda
-from portakv.engines import link as crossing
-from portakv.engines.link import FOLD_BELOW, LEAST_BATCH, Copies, CudaLink, TorchLink
+from portakv.engines import link
+from portakv.engines.link import (
+    FOLD_BELOW,
+    LEAST_BATCH,
+    Copies,
+    CudaLink,
+    TorchLink,
+    link_of,
+)
 from portakv.engines.pieces import ALL, Pieces, portions, to_2d_copies
 from portakv.plan.runs import Runs
 from portakv.runtime import cuda as _cuda_driver
@@ -82,11 +88,6 @@ def rows(groups: int) -> Pieces:
     return to_2d_copies(runs_of(src, range(0, 16 * len(src), 16), 16))
 
 
-def test_the_cases_are_what_they_say() -> None:
-    assert (plain(20).height == 1).all()
-    assert (plain(20).number, rows(5).height.tolist()) == (20, [9] * 5)
-
-
 @pytest.mark.parametrize("to_device", [True, False])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_every_byte_lands(folder: Path, batch: int | None, to_device: bool) -> None:
@@ -133,8 +134,8 @@ def test_rows_and_plain_copies_together(library: FakeLibrary) -> None:
 def test_a_batch_has_so_many_entries_at_most(
     library: FakeLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_crossing_cuda, "MOST_DESCRIPTORS", 16)
-    monkeypatch.setattr(_crossing_cuda, "FIRST_DESCRIPTORS", 3)
+    monkeypatch.setattr(link, "MOST_DESCRIPTORS", 16)
+    monkeypatch.setattr(link, "FIRST_DESCRIPTORS", 3)
     wanted = {3: [3], 4: [3, 1], 16: [3, 12, 1], 31: [3, 12, 16], 50: [3, 12, 16, 16, 3]}
     for count, sizes in wanted.items():
         memory, pieces = Memory(), plain(count)
@@ -144,23 +145,14 @@ def test_a_batch_has_so_many_entries_at_most(
         assert [call.copies for call in library.calls] == sizes
 
 
-def test_rows_are_folded_by_who_has_no_batches(library: FakeLibrary) -> None:
+def test_wide_rows_are_folded_without_batches_and_if_they_are_many(library: FakeLibrary) -> None:
     below = Copies(library.library).fold_below
     assert below == (FOLD_BELOW if library.batches else ALL)
-    wide = runs_of(
-        range(0, 20 * 2 * FOLD_BELOW, 2 * FOLD_BELOW),
-        range(0, 20 * FOLD_BELOW, FOLD_BELOW),
-        FOLD_BELOW,
-    )
-    narrow = runs_of(range(0, 20 * FOLD_BELOW, FOLD_BELOW), range(0, 20 * 4096, 4096), 2048)
-    assert to_2d_copies(wide, below=below).number == (20 if library.batches else 1)
-    many = runs_of(
-        range(0, 32 * 2 * FOLD_BELOW, 2 * FOLD_BELOW),
-        range(0, 32 * FOLD_BELOW, FOLD_BELOW),
-        FOLD_BELOW,
-    )
-    assert to_2d_copies(many, below=below).number == 1
-    assert to_2d_copies(narrow, below=below).number == 1
+    for width, height, folds in ((FOLD_BELOW, 20, not library.batches), (FOLD_BELOW, 32, True),
+                                 (FOLD_BELOW // 4, 20, True)):  # fmt: skip
+        src, dst = (range(0, height * gap * width, gap * width) for gap in (2, 1))
+        made = to_2d_copies(runs_of(src, dst, width), below=below)
+        assert made.number == (1 if folds else height)
 
 
 def test_columns_that_are_not_contiguous(library: FakeLibrary) -> None:
@@ -214,7 +206,7 @@ def cuda(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(_cuda_driver, "raw", lambda stream, index: stream.cuda_stream)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: state.device, raising=False)
     monkeypatch.setattr(torch.cuda, "device", Switched)
-    monkeypatch.setattr(_crossing_cuda, "own_stream", lambda device: fake_stream(77, state.log))
+    monkeypatch.setattr(link, "own_stream", lambda device: fake_stream(77, state.log))
     return state
 
 
@@ -231,7 +223,7 @@ def views(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> tuple[KVView, KVVi
 def test_the_right_device_in_any_thread(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory, pieces = Memory(), plain(3)
     where = views(memory, monkeypatch)
-    link = CudaLink(torch.device("cuda", 1))
+    made = CudaLink(torch.device("cuda", 1))
     seen = []
     real = Copies.copy
 
@@ -241,10 +233,10 @@ def test_the_right_device_in_any_thread(cuda: Any, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Copies, "copy", copy)
     for _ in range(2):
-        link.copy(memory.at(pieces), *where, fake_stream(STREAM, cuda.log))
+        made.copy(memory.at(pieces), *where, fake_stream(STREAM, cuda.log))
         memory.judge(pieces)
     other = threading.Thread(
-        target=lambda: link.copy(memory.at(pieces), *where, fake_stream(STREAM, cuda.log))
+        target=lambda: made.copy(memory.at(pieces), *where, fake_stream(STREAM, cuda.log))
     )
     other.start()
     other.join()
@@ -261,11 +253,11 @@ def test_the_default_stream_is_not_given_to_a_batch(
 ) -> None:
     memory = Memory()
     where = views(memory, monkeypatch)
-    link = CudaLink(torch.device("cuda", 0))
+    made = CudaLink(torch.device("cuda", 0))
     for pieces in (plain(LEAST_BATCH - 1), plain(30), plain(40)):
         cuda.log.clear()
         cuda.library.forget()
-        link.copy(memory.at(pieces), *where, fake_stream(handle, cuda.log))
+        made.copy(memory.at(pieces), *where, fake_stream(handle, cuda.log))
         memory.judge(pieces)
         beside = pieces.number >= LEAST_BATCH and cuda.library.batches
         assert {call.stream for call in cuda.library.calls} == {77 if beside else handle}
@@ -289,19 +281,17 @@ def test_the_default_stream_waits_also_for_what_failed(
 def test_others_get_in_between_copies_in_a_row(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """After so many bytes a copy goes by another stream: each stream has its own, and its count."""
     memory, pieces = Memory(), plain(1, width=128)
-    monkeypatch.setattr(_crossing_cuda, "IN_A_ROW", 300)
-    made = iter((77, 78, 79))
-    monkeypatch.setattr(
-        _crossing_cuda, "own_stream", lambda device: fake_stream(next(made), cuda.log)
-    )
+    monkeypatch.setattr(link, "IN_A_ROW", 300)
+    streams = iter((77, 78, 79))
+    monkeypatch.setattr(link, "own_stream", lambda device: fake_stream(next(streams), cuda.log))
     where = views(memory, monkeypatch)
-    link = CudaLink(torch.device("cuda", 0))
+    made = CudaLink(torch.device("cuda", 0))
     beside = {5: 77, 6: 78}
     for nth in range(1, 10):
         for handle in beside:
             cuda.log.clear()
             cuda.library.forget()
-            link.copy(memory.at(pieces), *where, fake_stream(handle, cuda.log))
+            made.copy(memory.at(pieces), *where, fake_stream(handle, cuda.log))
             memory.judge(pieces)
             other, turn = beside[handle], nth % 3 == 0
             assert [call.stream for call in cuda.library.calls] == [other if turn else handle]
@@ -315,9 +305,9 @@ def test_only_the_first_batch_of_a_long_list_is_short(
     """The link waits for the end of its call alone."""
     memory, pieces = Memory(), plain(60)
     for name, size in (("IN_A_ROW", 480), ("FIRST_DESCRIPTORS", 3), ("GROWTH", 2)):
-        monkeypatch.setattr(_crossing_cuda, name, size)
-    link = CudaLink(torch.device("cuda", 0))
-    link.copy(memory.at(pieces), *views(memory, monkeypatch), fake_stream(5, cuda.log))
+        monkeypatch.setattr(link, name, size)
+    made = CudaLink(torch.device("cuda", 0))
+    made.copy(memory.at(pieces), *views(memory, monkeypatch), fake_stream(5, cuda.log))
     memory.judge(pieces)
     if cuda.library.batches:
         assert [call.copies for call in cuda.library.calls] == [3, 6, 11, 20, 20]
@@ -325,18 +315,18 @@ def test_only_the_first_batch_of_a_long_list_is_short(
 
 def test_copies_beyond_the_limit_take_turns_too(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory, pieces = Memory(), plain(1, width=128)
-    monkeypatch.setattr(_crossing_cuda, "IN_A_ROW", 100)
-    link = CudaLink(torch.device("cuda", 0))
+    monkeypatch.setattr(link, "IN_A_ROW", 100)
+    made = CudaLink(torch.device("cuda", 0))
     for _ in range(4):
-        link.copy(memory.at(pieces), *views(memory, monkeypatch), fake_stream(5, cuda.log))
+        made.copy(memory.at(pieces), *views(memory, monkeypatch), fake_stream(5, cuda.log))
     assert [call.stream for call in cuda.library.calls] == [5, 77, 5, 77]
 
 
 def test_a_long_list_crosses_in_turns(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory, pieces = Memory(), plain(60)
-    monkeypatch.setattr(_crossing_cuda, "IN_A_ROW", 160)
-    link = CudaLink(torch.device("cuda", 0))
-    link.copy(memory.at(pieces), *views(memory, monkeypatch), fake_stream(5, cuda.log))
+    monkeypatch.setattr(link, "IN_A_ROW", 160)
+    made = CudaLink(torch.device("cuda", 0))
+    made.copy(memory.at(pieces), *views(memory, monkeypatch), fake_stream(5, cuda.log))
     memory.judge(pieces)
     row: dict[int, int] = {5: 0, 77: 0}
     streams = [stream for call in cuda.library.calls for stream in [call.stream] * call.copies]
@@ -361,11 +351,11 @@ def test_portions_are_the_pieces_in_their_order(runs: Runs, most: int) -> None:
 
 def test_who_is_asked_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
-    ask = _crossing_cuda.why_not.__wrapped__
+    ask = link.why_not.__wrapped__
     assert ask(torch.device("mps")) == "the CUDA driver does not serve mps devices"
     with monkeypatch.context() as patch:
         patch.setattr(torch.version, "hip", "7.0")
         assert "ROCm" in str(ask(cuda))
     monkeypatch.setattr(_cuda_driver, "library", lambda: ctypes.CDLL("libnone.so.7"))
     assert "libnone.so.7" in str(ask(cuda))
-    assert isinstance(crossing.link_of(torch.device("meta")), TorchLink)
+    assert isinstance(link_of(torch.device("meta")), TorchLink)

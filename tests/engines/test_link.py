@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The link of a device: the bytes of any pieces, in order, and copies of others in between."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from support.block_cases import holds, large, numbered
+from support.crossing_cases import bytes_of_pieces, drawn_runs, runs_of
+from support.device_cases import current, delay, on
+from support.guarded_memory import refused
+from support.simdev_cases import DEVICE
+from support.threads import run_threads
+
+from portakv import CopyPlan, Index, KVView, TransferError, copy_blocks
+from portakv.engines import link
+from portakv.engines.link import (
+    LEAST_BATCH,
+    MOST_DESCRIPTORS,
+    CudaLink,
+    TorchLink,
+    link_of,
+)
+from portakv.engines.pieces import Pieces, to_2d_copies
+from portakv.plan.runs import Runs
+from portakv.runtime import cuda as _cuda_driver
+from portakv_conformance import simdev
+
+CUDA = torch.device("cuda", 0)
+TO_DEVICE = pytest.mark.parametrize("to_device", [True, False], ids=["h2d", "d2h"])
+ROOM = 1 << 18
+
+
+def noise(nbytes: int, seed: int = 1) -> torch.Tensor:
+    random = np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8)
+    return torch.from_numpy(random)
+
+
+def bytes_view(memory: torch.Tensor) -> KVView:
+    return KVView(memory.view(-1, 1), "token dim")
+
+
+def pageable(memory: torch.Tensor) -> torch.Tensor:
+    return memory.clone()
+
+
+class Ends:
+    """A buffer on a device and one on the host, and what a copy must make of them."""
+
+    def __init__(
+        self, device: torch.device, to_device: bool, nbytes: int = ROOM,
+        on_host: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.pin_memory,
+    ) -> None:  # fmt: skip
+        self.device, self._source, self._target = device, noise(nbytes), noise(nbytes, seed=2)
+        there, here = (self._target, self._source)[:: 1 if to_device else -1]
+        places = there.to(device), on_host(here)
+        self.dst, self.src = places if to_device else places[::-1]
+        torch.accelerator.synchronize(device)
+
+    def copy(self, pieces: Pieces, stream: torch.Stream | None = None) -> None:
+        """Copy pieces whose addresses count from 0."""
+        placed = pieces._replace(
+            dst=pieces.dst + self.dst.data_ptr(), src=pieces.src + self.src.data_ptr()
+        )
+        link_of(self.device).copy(placed, bytes_view(self.src), bytes_view(self.dst), stream)
+
+    def judge(self, pieces: Pieces) -> None:
+        torch.accelerator.synchronize(self.device)
+        expected = self._target.numpy().copy()
+        moved = bytes_of_pieces(pieces)
+        if moved:
+            targets, sources = np.array(moved).T
+            expected[targets] = self._source.numpy()[sources]
+        assert (self.dst.cpu().numpy() == expected).all()
+
+
+def streams_of(device: torch.device) -> list[torch.Stream | None]:
+    """The current one, the legacy default stream as such if there is one, and one of our own."""
+    default = torch.cuda.default_stream(device) if device.type == "cuda" else current(device)
+    return [None, default, torch.Stream(device)]
+
+
+def scattered(count: int, width: int = 5) -> Pieces:
+    """So many plain copies at odd addresses, in no order."""
+    order = np.random.default_rng(count).permutation(count)
+    pieces = to_2d_copies(
+        runs_of((np.arange(count) * 16 + 3).tolist(), (order * 7 + 1).tolist(), width)
+    )
+    assert pieces.number >= count // 2
+    return pieces
+
+
+def test_the_driver_copies_if_it_serves_the_device(accelerator: torch.device) -> None:
+    made = link_of(accelerator)
+    assert link_of(accelerator) is made
+    assert isinstance(made, CudaLink if accelerator.type == "cuda" else TorchLink)
+    if isinstance(made, CudaLink):
+        assert link.why_not(accelerator) is None
+        batches = made._copies.batched(scattered(LEAST_BATCH)) is not None
+        assert batches == (_cuda_driver.driver_version() >= 12080)
+
+
+@TO_DEVICE
+@pytest.mark.parametrize("on_host", [torch.Tensor.pin_memory, pageable])
+def test_every_byte_of_any_pieces(
+    accelerator: torch.device, on_host: Callable[[torch.Tensor], torch.Tensor], to_device: bool
+) -> None:
+    if accelerator.type == "cuda" and on_host is pageable:
+        pytest.skip("the driver's copies are given pinned memory")
+
+    @settings(max_examples=40, deadline=None)
+    @given(drawn_runs())
+    def check(runs: Runs) -> None:
+        pieces = to_2d_copies(runs)
+        room = int(max((at + runs.nbytes).max(initial=0) for at in runs[:2])) + 16
+        ends = Ends(accelerator, to_device, room, on_host)
+        ends.copy(pieces)
+        ends.judge(pieces)
+
+    check()
+    if accelerator.type != "cuda":
+        with simdev.early():  # each copy ends as soon as it may
+            check()
+
+
+@TO_DEVICE
+@pytest.mark.parametrize("which", range(3), ids=["current", "default", "own"])
+@pytest.mark.parametrize("count", [0, 1, LEAST_BATCH, 100, 3 * MOST_DESCRIPTORS + 7])
+def test_plain_copies_one_by_one_and_in_batches(
+    accelerator: torch.device, count: int, to_device: bool, which: int
+) -> None:
+    if accelerator.type != "cuda" and count > 100:
+        pytest.skip("each copy is a call of torch")
+    ends, pieces = Ends(accelerator, to_device), scattered(count)
+    ends.copy(pieces, streams_of(accelerator)[which])
+    ends.judge(pieces)
+
+
+@TO_DEVICE
+@pytest.mark.parametrize("which", range(3), ids=["current", "default", "own"])
+def test_rows_at_odd_addresses_beside_plain_copies(
+    accelerator: torch.device, to_device: bool, which: int
+) -> None:
+    for width in (1, 7, 255, 256, 4096):
+        count = min(50, ROOM // 4 // (width + 3))
+        src = [at * (width + 3) + 1 for at in range(count)]
+        rows = to_2d_copies(runs_of(src, [at * (width + 1) + 5 for at in range(count)], width))
+        assert rows.height.tolist() in ([count], [1] * count)
+        both = Pieces(*(np.concatenate(each) for each in zip(rows, scattered(40), strict=True)))
+        both.dst[rows.number :] += ROOM * 3 // 4
+        ends = Ends(accelerator, to_device)
+        ends.copy(both, streams_of(accelerator)[which])
+        ends.judge(both)
+
+
+@TO_DEVICE
+@pytest.mark.parametrize("which", range(3), ids=["current", "default", "own"])
+@pytest.mark.parametrize("count", [1, 100])
+def test_a_copy_is_ordered_on_its_stream(
+    accelerator: torch.device, count: int, which: int, to_device: bool
+) -> None:
+    """Behind a producer that is late, and before a consumer; the host goes on at once."""
+    ends, pieces = Ends(accelerator, to_device), scattered(count)
+    stream = streams_of(accelerator)[which] or current(accelerator)
+    fresh = ends.src.clone()
+    rubbish = torch.zeros_like(ends.src)
+    if not to_device:
+        ends.src.zero_()
+    torch.accelerator.synchronize(accelerator)
+    with on(stream):
+        delay(stream)
+        if not to_device:
+            ends.src.copy_(fresh)
+        ends.copy(pieces, stream)
+        assert not stream.query()
+        if not to_device:
+            ends.src.copy_(rubbish)
+    ends.judge(pieces)
+
+
+@TO_DEVICE
+@pytest.mark.simdev
+@pytest.mark.parametrize("on_host", [torch.Tensor.pin_memory, pageable])
+def test_torch_is_never_given_strided_host_memory(
+    on_host: Callable[[torch.Tensor], torch.Tensor],
+    to_device: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Vendors' torch packs it on the host: at once, whatever the stream still holds, or waiting.
+    And pageable memory must have been read when the call returns."""
+    ends = Ends(DEVICE, to_device, 6400, on_host)
+    pieces = to_2d_copies(runs_of(range(0, 6400, 64), range(16, 6400, 64), 32))
+    assert pieces.number == 1
+    real, seen = torch.Tensor.copy_, []
+
+    def copy_(target: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> torch.Tensor:
+        on_the_host = source if to_device else target
+        assert on_the_host.device.type == "cpu"
+        seen.append((on_the_host.is_contiguous(), non_blocking))
+        return real(target, source, non_blocking)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", copy_)
+        ends.copy(pieces)
+    ends.judge(pieces)
+    assert set(seen) == {(True, on_host is not pageable)}
+
+
+@pytest.mark.simdev
+def test_memory_that_is_in_no_view() -> None:
+    ends = Ends(DEVICE, False, 64)
+    with refused(TransferError, "65 bytes", "no single allocation", watch=ends.dst):
+        ends.copy(to_2d_copies(runs_of([0], [0], 65)))
+
+
+@pytest.mark.simdev
+def test_foreign_memory_is_read_where_it_lies() -> None:
+    """Bytes at odd addresses, over memory that torch did not allocate, as a view of its inside."""
+    room = (ctypes.c_ubyte * 4099)()
+    memory = torch.frombuffer(room, dtype=torch.uint8)
+    memory.copy_(noise(4099))
+    device = torch.zeros(4099, dtype=torch.uint8).to(DEVICE)
+    src = KVView(memory[3:4099].view(64, 64), "token dim")
+    dst = KVView(device[1:4097].view(64, 64), "token dim")
+    plan = CopyPlan(src.form, dst.form, 1, 1)
+    order = torch.randperm(64)
+    pieces = to_2d_copies(plan.runs(src, dst, Index(order), Index(list(range(64))), 64), src, dst)
+    link_of(DEVICE).copy(pieces, src, dst)
+    torch.accelerator.synchronize(DEVICE)
+    assert torch.equal(device[1:4097].cpu().view(64, 64), memory[3:].view(64, 64)[order])
+
+
+def test_from_new_threads(accelerator: torch.device) -> None:
+    several, pieces = [Ends(accelerator, number % 2 == 0) for number in range(4)], scattered(300)
+    run_threads(lambda ends: ends.copy(pieces), several)
+    for ends in several:
+        ends.judge(pieces)
+
+
+@pytest.mark.gpu
+def test_what_the_driver_refuses_leaves_it_usable() -> None:
+    ends, pieces = Ends(CUDA, True), scattered(3)
+    numbers = (0, 0, 64, 2, 32, 32)  # rows over each other
+    wrong = Pieces(*(np.array([number], dtype=np.int64) for number in numbers))
+    with refused(TransferError, "2 x 64 bytes", "CUDA_ERROR_INVALID_VALUE"):
+        ends.copy(wrong)
+    ends.copy(pieces)
+    ends.judge(pieces)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
+@pytest.mark.parametrize("count", [1, 500])
+def test_on_a_device_that_is_not_current(count: int) -> None:
+    ends, pieces = Ends(torch.device("cuda", 1), True), scattered(count)
+    ends.copy(pieces)
+    ends.judge(pieces)
+    assert torch.cuda.current_device() == 0
+
+
+BLOCKS, MANY, TRIES = 80, 12, 5  # MiB of a transfer; transfers: 17 ms of a link of PCIe 5 in all
+
+
+@pytest.mark.gpu
+@TO_DEVICE
+@pytest.mark.parametrize("detached", [True, False], ids=["detached", "ordered"])
+@pytest.mark.parametrize("backwards", [False, True], ids=["a run", "many runs"])
+@pytest.mark.parametrize("engine", ["staged", "descriptors"])
+def test_a_small_copy_need_not_wait_for_the_last_transfer(
+    engine: str, backwards: bool, detached: bool, to_device: bool
+) -> None:
+    places = ("cpu", CUDA) if to_device else (CUDA, "cpu")
+    (full, src), (empty, dst) = (large(BLOCKS * MANY, 1, place) for place in places)
+    numbers = numbered(full)[:, :, 0, 0].cpu()
+    other, small = torch.cuda.Stream(CUDA), 1 << 20  # what is less may travel by no copy engine
+    ends = [torch.zeros(small, dtype=torch.uint8, device=CUDA),
+            torch.zeros(small, dtype=torch.uint8).pin_memory()]  # fmt: skip
+    torch.cuda.synchronize()
+    asked: dict[str, Any] = {"backend": engine, "detached": detached}
+    for _ in range(TRIES):  # a host that is held up begins when all is over
+        ids = torch.arange(BLOCKS * MANY).split(BLOCKS)
+        ids = [part.flip(0) if backwards else part for part in ids]
+        moves = [copy_blocks(src, dst, part, part, **asked) for part in ids]
+        with torch.cuda.stream(other):
+            ends[not to_device].copy_(ends[to_device], non_blocking=True)
+        other.synchronize()
+        before_the_last = not moves[-1].done()
+        for moved in moves:
+            moved.synchronize()
+        assert holds(empty, numbers)
+        if before_the_last:
+            return
+        empty.zero_()
+        torch.cuda.synchronize()
+    pytest.fail("the small copy ended behind every transfer")
+
+
+@pytest.mark.gpu
+def test_a_stream_of_torchs_general_kind_takes_turns_too() -> None:
+    (full, src), (empty, dst) = (large(BLOCKS * 4, 1, place) for place in (CUDA, "cpu"))
+    numbers = numbered(full)[:, :, 0, 0].cpu()
+    stream = torch.Stream(CUDA)
+    for part in torch.arange(BLOCKS * 4).split(BLOCKS):
+        copy_blocks(src, dst, part, part, backend="descriptors", stream=stream)
+    stream.synchronize()  # behind the copies that went beside, too
+    assert holds(empty, numbers)
