@@ -61,7 +61,7 @@ MANY_IMPORTS = {
     "portakv/registry/prepared.py": 11,
 }
 #: Functions that remember by device, of which a process has a few; `Bounded` would be slower there.
-BY_DEVICE = {"link_of", "why_not", "bounce_buffers", "capture_question", "pool"}
+BY_DEVICE = {"link_of", "why_not", "bounce_buffers", "capture_question", "event_pool"}
 #: Mappings of their own with a limit that they keep themselves.
 #: Calls that make a cache without a limit, or a mapping that nothing empties.
 REMEMBER = {"cache", "lru_cache", "dict", "defaultdict", "WeakKeyDictionary", "OrderedDict"}

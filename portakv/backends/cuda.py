@@ -30,7 +30,7 @@ class Cuda(Backend):
             return Decision(cls.name, False, f"it runs on cuda devices, not on {device.type}")
         if torch.version.hip is not None:
             return Decision(cls.name, False, "this torch is built for ROCm, not for CUDA")
-        why = _nvrtc.missing() or _driver_too_old() or _device_too_old(device)
+        why = _nvrtc.missing() or _driver_too_old() or _cuda.device_too_old(device)
         if why is not None:
             return Decision(cls.name, False, why)
         return Decision(cls.name, True, f"NVRTC {_nvrtc.nvrtc_version()} compiles its kernel")
@@ -57,12 +57,4 @@ def _driver_too_old() -> str | None:
             f"the driver supports CUDA {found // 1000}.{found % 1000 // 10}, but 13.0 is needed; "
             f"update the driver"
         )
-    return None
-
-
-def _device_too_old(device: torch.device) -> str | None:
-    try:
-        _cuda.compiler_target(device)
-    except RuntimeError as error:
-        return str(error)
     return None

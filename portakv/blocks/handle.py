@@ -147,7 +147,7 @@ class BlockMove(NamedTuple):
     def follow_current(self) -> None:
         """Make its stream wait for the current one."""
         if self.stream is not None:
-            follow_current(self.stream, self.device, [self.move])
+            follow_current(self.stream, [self.move])
 
 
 class BlockTransfer(Transfer):

@@ -17,10 +17,9 @@ import torch
 from portakv.backends.base import Again
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import Choice
-from portakv.runtime import events
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capture_question, capturing
-from portakv.runtime.transfer import Completion, Transfer, acquire_word, hold
+from portakv.runtime.transfer import Completion, Transfer, acquire_word, event_pool, hold
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
@@ -41,7 +40,7 @@ class Shortcuts:
     def __init__(self, cache: KVView, first: torch.Tensor, choice: Choice, owner: Any) -> None:
         self._cache, self._choice, self._owner = cache, choice, owner
         device = choice.backend.device
-        self._events, self._index = events.pool(device), device.index
+        self._events, self._index = event_pool(device), device.index
         self._capturing = capture_question(device)
         # One tensor stands for all of them; `Registration.check_memory` looks at each.
         self._first, self._begins = first, first.data_ptr()

@@ -25,8 +25,9 @@ from portakv.errors import Unsupported
 from portakv.host.small import to_device
 from portakv.plan.plan import CopyPlan, Nest
 from portakv.runtime import cuda as _cuda_driver
-from portakv.runtime import events, streams
+from portakv.runtime import streams
 from portakv.runtime.devices import capturing, refuse_capture, refuse_fork, this_process
+from portakv.runtime.transfer import event_pool
 
 if TYPE_CHECKING:
     from portakv.view.index import Index
@@ -155,7 +156,7 @@ class Direct(Engine):
     def probe(cls, device: torch.device) -> Decision:
         if device.type == "cpu":
             return super().probe(device)
-        why = _cuda_driver.why_not(device) or _too_old(device)
+        why = _cuda_driver.why_not(device) or _cuda_driver.device_too_old(device)
         if why is not None:
             return Decision(cls.name, False, why)
         return Decision(cls.name, True, "its kernel reaches pinned memory over the link")
@@ -177,14 +178,6 @@ class Direct(Engine):
         rows = RowsLaunch(kernels, self._kernels.functions(kernels), self._driver)
         wants_table = any(kernel.wants_table for kernel in kernels)
         return _DirectLaunch(plan, self.device, rows, wants_table)
-
-
-def _too_old(device: torch.device) -> str | None:
-    try:
-        _cuda_driver.compiler_target(device)
-    except RuntimeError as error:
-        return str(error)
-    return None
 
 
 class _DirectLaunch(EngineLaunch):
@@ -263,7 +256,7 @@ def table_on(view: KVView, device: torch.device, stream: torch.Stream | None) ->
         if held:
             raise refuse_capture()
         addresses = to_device(view.addresses, device, stream=stream)
-        made = _Table(addresses, events.pool(device).recorded(stream))
+        made = _Table(addresses, event_pool(device).recorded(stream))
         kept = view.derived.setdefault((_TABLE_ON, device), made)
     if not held:  # inside, nothing may wait for what was enqueued outside
         used = stream or torch.accelerator.current_stream(device.index)

@@ -216,7 +216,7 @@ def _copy(
         way, why = "torch", rows
         late = _copy_by_torch(dst, src, direction, non_blocking, stream) and non_blocking
     if captures:
-        late, transfer = True, streams.captured(device, stream, dst, src)
+        late, transfer = True, streams.captured(device, stream, (dst, src))
     else:
         host = [each for each in (dst, src) if each.device.type == "cpu"]
         end = streams.completion(device, stream, *host)

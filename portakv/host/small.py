@@ -255,10 +255,7 @@ def _why_not(way: str, device: torch.device, nbytes: int) -> str | None:
         return None
     why = ways.why_not_inline(device) if way == "inline" else _cuda_driver.why_not(device)
     if why is None and way != "inline":
-        try:
-            _cuda_driver.compiler_target(device)
-        except RuntimeError as error:
-            return str(error)
+        why = _cuda_driver.device_too_old(device)
     if why is None and nbytes > _most(way, device):
         return _HOLDS[way].format(_most(way, device))
     return why

@@ -8,7 +8,7 @@ import ctypes
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -71,9 +71,13 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def compiler_target(device: torch.device) -> str:
-    """What is compiled for a device; raises `RuntimeError` if it is too old for NVRTC."""
-    return nvrtc.target_for(capability(device))
+def device_too_old(device: torch.device) -> str | None:
+    """That NVRTC compiles nothing for a device, as a sentence; None if it does."""
+    try:
+        nvrtc.target_for(capability(device))
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 # --- the two ways to its functions ----------------------------------------------------------------
@@ -205,23 +209,6 @@ def load(source: str, names: Iterable[str], device: torch.device) -> dict[str, A
     return functions
 
 
-class Arguments(threading.local):
-    """A kernel's one parameter, once for each thread, so that several can launch at once.
-
-    Attributes:
-        buffer: the parameter's bytes; room: the same, as a memoryview.
-        address: of the list of parameters, as a launch takes it.
-    """
-
-    def __init__(self, nbytes: int, device: torch.device) -> None:
-        adopt(device)  # a new thread has no context yet
-        self.buffer = bytearray(nbytes)
-        self.room = memoryview(self.buffer)
-        self._owned = (ctypes.c_char * nbytes).from_buffer(self.buffer)
-        self._pointer = (ctypes.c_void_p * 1)(ctypes.addressof(self._owned))
-        self.address = ctypes.addressof(self._pointer)
-
-
 class ArgumentLists(threading.local):
     """One buffer for each kernel and thread, so that several threads can share a launch, on any
     kind of device; ``current`` gives a new thread a context, see `CudaDriver.current`.
@@ -241,20 +228,36 @@ class ArgumentLists(threading.local):
         self.addresses = [ctypes.addressof(one) for one in self._lists]
 
 
+class Arguments(ArgumentLists):
+    """A kernel's one parameter of ``nbytes``, on a CUDA device.
+
+    Attributes:
+        buffer: the parameter's bytes; address: of the list of parameters, as a launch takes it.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        adopt(device)  # a new thread has no context yet
+        super().__init__([bytes(nbytes)], nullcontext)
+        self.buffer, self.address = self.buffers[0], self.addresses[0]
+
+
 class Caller:
-    """What every call for one device asks first, in any thread.
+    """What every call for one device asks first, in any thread; ``wrap`` makes of a stream's handle
+    what the call takes.
 
     Raises `Unsupported` in a process that was forked from the one that made it.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, wrap: Callable[[int], Any] = int) -> None:
         self._index = device.index
         self._raw: Callable[[int], int] = torch._C._cuda_getCurrentRawStream
         self._current = torch._C._cuda_getDevice
         self._alone = torch.cuda.device_count() == 1  # so this device is always the current one
         self._process = this_process()
+        self._wrap = wrap
+        self._last: tuple[int | None, Any] = (None, None)  # a stream, as a number and wrapped
 
-    def handle(self, stream: torch.Stream | None) -> int | None:
+    def handle(self, stream: torch.Stream | None) -> Any:
         """The driver's handle of ``stream``, or of the current stream of this device; None: another
         device is current, and this one has to be made it first."""
         if self._process.forked:
@@ -262,7 +265,11 @@ class Caller:
         index = self._index
         if not self._alone and self._current() != index:
             return None
-        return self._raw(index) if stream is None else raw_stream(stream)
+        raw = self._raw(index) if stream is None else raw_stream(stream)
+        last = self._last
+        if last[0] != raw:
+            last = self._last = (raw, self._wrap(raw))
+        return last[1]
 
 
 class CudaDriver(Caller):
@@ -277,30 +284,14 @@ class CudaDriver(Caller):
     success: Any = (0,)
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
         driver = bindings()
+        super().__init__(device, driver.CUstream)
         self.device = device
         self.launch: Callable[..., Any] = driver.cuLaunchKernel
-        self._wrap = driver.CUstream
-        self._last: tuple[int | None, Any] = (None, None)  # a stream, as a number and wrapped
 
     def load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
         """See `load`."""
         return load(source, names, self.device)
-
-    def handle(self, stream: torch.Stream | None) -> Any:
-        """The handle of a stream (None: the device's current one) as `launch` takes it; None if
-        another device is current. Raises as `Caller` does."""
-        if self._process.forked:
-            raise refuse_fork("CUDA")
-        index = self._index
-        if not self._alone and self._current() != index:
-            return None
-        raw = self._raw(index) if stream is None else raw_stream(stream)
-        last = self._last
-        if last[0] != raw:
-            last = self._last = (raw, self._wrap(raw))
-        return last[1]
 
     @contextmanager
     def current(self) -> Iterator[None]:

@@ -11,14 +11,22 @@ from __future__ import annotations
 
 import ctypes
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from portakv.errors import DeviceMismatch
-from portakv.runtime import cuda, events
+from portakv.runtime import cuda
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.transfer import Completion, Transfer, hold_memory
+from portakv.runtime.transfer import (
+    NOTHING,
+    Completion,
+    StatusWord,
+    Transfer,
+    event_pool,
+    hold_memory,
+)
 
 # Handles without an owner. The one that was given back last comes first, since staging is kept for
 # it. No lock: what gives one back may run wherever memory is collected.
@@ -135,17 +143,24 @@ def completion(
 ) -> Completion:
     """The end of everything on ``stream`` so far; holds host memory until then, also if the handle
     is dropped."""
-    pool = events.pool(device)
+    pool = event_pool(device)
     ended = Completion(pool.recorded(stream), kept=host or None, pool=pool)
     if host:
         hold_memory(ended)
     return ended
 
 
-def captured(device: torch.device, stream: torch.Stream | None, *tensors: torch.Tensor) -> Transfer:
+def captured(
+    device: torch.device,
+    stream: torch.Stream | None,
+    kept: object,
+    words: Sequence[tuple[StatusWord, int]] = (),
+    carried: tuple[str, str] | None = None,
+) -> Transfer:
     """The handle of a copy that was captured; with ``stream``, `Transfer.wait` joins the fork."""
     event = None
     if stream is not None:
         event = torch.Event(device)
         event.record(stream)
-    return Transfer((Completion(event, standing=True),), tensors, captured=True)
+    completion = Completion(event, words=words, standing=True)
+    return Transfer((completion,), kept, True, carried or NOTHING)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transfers: the handle that a caller waits on, the completions and status words behind it, and
-what is in flight although no caller may hold it."""
+"""Transfers: the handle that a caller waits on, the completions, events and status words behind it,
+and what is in flight although no caller may hold it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,6 @@ import numpy.typing as npt
 import torch
 
 from portakv.errors import PortaKVError, SlotError, TransferError, TransferTimeout
-from portakv.runtime.events import Pool
 
 _settling = threading.Lock()  # of the words and events of every completion
 
@@ -87,6 +87,44 @@ def any_word_set() -> bool:
     return False
 
 
+_EVENTS = 256  # for each device; more are left to the garbage collector
+
+
+class EventPool:
+    """The free events of one device: making and destroying one costs more than recording it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._free: list[torch.Event] = []
+
+    def acquire(self) -> torch.Event:
+        """An event, ready to be recorded."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return torch.Event(self._device)
+
+    def recorded(self, stream: torch.Stream | None) -> torch.Event:
+        """An event behind everything on ``stream``; None: the current stream of this device."""
+        event = self.acquire()
+        if stream is None and torch.accelerator.current_device_index() != self._device.index:
+            # Given no stream it would take the current device's.
+            stream = torch.accelerator.current_stream(self._device.index)
+        event.record(stream)
+        return event
+
+    def release(self, event: torch.Event) -> None:
+        """Give an event back that has ended and for which no stream or host waits any more."""
+        if len(self._free) < _EVENTS:
+            self._free.append(event)
+
+
+@cache
+def event_pool(device: torch.device) -> EventPool:
+    """The events of a device."""
+    return EventPool(device)
+
+
 class Completion:
     """How one launch, or several in a row, end. Holds memory only if no stream orders the work.
 
@@ -99,17 +137,18 @@ class Completion:
         standing: it was captured, and happens again with every replay.
 
     Attributes:
+        error: what went wrong, reported or not; or None.
         owner: a weak reference to the object that reports an error for which no caller asked (a
             connector); or None.
     """
 
     __slots__ = (
-        "_error",
         "_events",
         "_pendings",
         "_pool",
         "_reported",
         "_words",
+        "error",
         "kept",
         "owner",
         "standing",
@@ -122,14 +161,14 @@ class Completion:
         words: Sequence[tuple[StatusWord, int]] = (),
         error: PortaKVError | None = None,
         kept: Any = None,
-        pool: Pool | None = None,
+        pool: EventPool | None = None,
         standing: bool = False,
     ) -> None:
         self._events: Sequence[torch.Event] = [] if event is None else [event]
         self._words: Sequence[tuple[StatusWord, int]] = list(words)
         self._pendings = pendings
         self._pool = pool
-        self._error = error
+        self.error = error
         self.kept = kept
         self.standing = standing
         self.owner: Any = None
@@ -138,7 +177,7 @@ class Completion:
     @property
     def unreported(self) -> bool:
         """True if an error is known and was not reported yet."""
-        return self._error is not None and not self._reported
+        return self.error is not None and not self._reported
 
     @property
     def pending(self) -> bool:
@@ -149,11 +188,6 @@ class Completion:
     def settled(self) -> bool:
         """True once the end was seen; asks no device."""
         return self._events is _SETTLED
-
-    @property
-    def error(self) -> PortaKVError | None:
-        """The error, reported or not."""
-        return self._error
 
     def ended(self) -> bool:
         """True once all bytes have landed, error or not; never blocks or raises."""
@@ -189,9 +223,9 @@ class Completion:
         with _settling:
             for word, start in self._words:
                 self._read(word, start)
-            error = self._error
+            error = self.error
             if self.standing:
-                self._error = None
+                self.error = None
                 for word, _ in self._words:
                     word.clear()
             else:
@@ -214,8 +248,8 @@ class Completion:
 
     def _read(self, word: StatusWord, start: int) -> None:
         position = word.read()
-        if position and self._error is None:
-            self._error = bad_slot(start + position - 1)
+        if position and self.error is None:
+            self.error = bad_slot(start + position - 1)
             failed.append(self)
 
 

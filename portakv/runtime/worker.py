@@ -264,8 +264,8 @@ class Landing(Completion):
 
     def _settle(self) -> None:
         super()._settle()
-        if self._error is None:
-            self._error = self._worker.failure(self._slices)
+        if self.error is None:
+            self.error = self._worker.failure(self._slices)
 
 
 class _Until:

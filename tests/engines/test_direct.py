@@ -22,7 +22,6 @@ from portakv.engines import direct
 from portakv.engines.direct import BLOCKS, CUT, Cut, Direct, DirectKernel
 from portakv.engines.engine import Terms
 from portakv.runtime import cuda as _cuda_driver
-from portakv.runtime import events
 from portakv.runtime.devices import this_process
 
 CUDA = torch.device("cuda", 0)
@@ -49,13 +48,11 @@ def test_devices_that_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_device_that_the_compiler_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_old(device: torch.device) -> str:
-        raise RuntimeError("Compute capability 6.0 was asked")
-
+    why = "Compute capability 6.0 was asked"
     monkeypatch.setattr(_cuda_driver, "why_not", lambda device: None)
-    monkeypatch.setattr(_cuda_driver, "compiler_target", too_old)
-    assert Direct.probe(CUDA) == Decision("direct", False, "Compute capability 6.0 was asked")
-    monkeypatch.setattr(_cuda_driver, "compiler_target", lambda device: "sm_90")
+    monkeypatch.setattr(_cuda_driver, "device_too_old", lambda device: why)
+    assert Direct.probe(CUDA) == Decision("direct", False, why)
+    monkeypatch.setattr(_cuda_driver, "device_too_old", lambda device: None)
     assert Direct.probe(CUDA).accepted
 
 
@@ -223,7 +220,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     monkeypatch.setattr(direct, "to_device", send)
     monkeypatch.setattr(direct, "capturing", lambda device: told.capturing)
-    monkeypatch.setattr(events, "pool", lambda device: SimpleNamespace(recorded=recorded))
+    monkeypatch.setattr(direct, "event_pool", lambda device: SimpleNamespace(recorded=recorded))
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda index: told.current)
     return told
 

@@ -154,7 +154,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     monkeypatch.setattr(_cuda_driver, "why_not", lambda device: None)
     monkeypatch.setattr(_cuda_driver, "driver_version", lambda: 13000)
     monkeypatch.setattr(_cuda_driver, "capability", lambda device: 90)
-    monkeypatch.setattr(_cuda_driver, "compiler_target", lambda device: "sm_90")
+    monkeypatch.setattr(_cuda_driver, "device_too_old", lambda device: None)
     monkeypatch.setattr(small, "resolve", torch.device)
     monkeypatch.setattr(small, "_capture_question", lambda device: bool)
     forget()
@@ -165,16 +165,12 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 
 def take_away(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the card lack something."""
-
-    def too_old(device: torch.device) -> str:
-        raise RuntimeError(OLD)
-
     if what == "inline":
         monkeypatch.setattr(_small_ways, "why_not_inline", lambda device: SHARED)
     elif what == "extra":
         monkeypatch.setattr(_cuda_driver, "why_not", lambda device: WITHOUT)
     elif what == "compiler":
-        monkeypatch.setattr(_cuda_driver, "compiler_target", too_old)
+        monkeypatch.setattr(_cuda_driver, "device_too_old", lambda device: OLD)
     elif what == "new driver":
         monkeypatch.setattr(_cuda_driver, "driver_version", lambda: 12000)
 

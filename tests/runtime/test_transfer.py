@@ -22,9 +22,8 @@ from portakv import AdaptiveConnector, Transfer, register_backend
 from portakv.errors import SlotError, TransferError, TransferTimeout
 from portakv.registry import registry
 from portakv.runtime import transfer
-from portakv.runtime.events import Pool
 from portakv.runtime.streams import own_stream
-from portakv.runtime.transfer import Completion, StatusWord, acquire_word, any_word_set
+from portakv.runtime.transfer import Completion, EventPool, StatusWord, acquire_word, any_word_set
 
 
 class Later:
@@ -278,7 +277,7 @@ def test_words_and_events_are_made_under_any_settings(
         monkeypatch.setattr(transfer, name, type(getattr(transfer, name))())
     with STATES[state](accelerator):
         word = acquire_word()
-        pool = Pool(accelerator)
+        pool = EventPool(accelerator)
         stream = own_stream(accelerator)
         completion = Completion(pool.recorded(stream), words=[(word, 0)], pool=pool)
         completion.synchronize()
@@ -292,7 +291,7 @@ def test_words_and_events_are_made_under_any_settings(
 
 
 def test_events_are_used_again(accelerator: torch.device) -> None:
-    pool = Pool(accelerator)
+    pool = EventPool(accelerator)
     first = pool.recorded(None)
     first.synchronize()
     pool.release(first)
