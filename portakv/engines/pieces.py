@@ -86,7 +86,7 @@ def pieces_of(plan: CopyPlan, move: Move, below: int = ALL) -> Pieces:
     """What `to_2d_copies` makes of a plan's runs; raises as `CopyPlan.runs` does."""
     src, dst = move[:2]
     plan.runs(*move[:4], 0)  # only to be refused what it refuses
-    several = factors(plan.nests, plan.unit, *move)
+    several = factors(plan.nests, plan.unit, move)
     if sum(planes.src.size * lines.src.size for planes, lines in several) >= LARGE:
         seams = _seams([src, dst])
         if all(_between(seams, *each) for each in several):

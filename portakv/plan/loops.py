@@ -15,7 +15,6 @@ import torch
 from portakv.errors import Unsupported
 from portakv.view.form import Step, Steps
 
-VECTOR_WIDTHS = (16, 8, 4, 2, 1)  # bytes
 _PLANES = frozenset({"layer", "kv"})
 Numbers = TypeVar("Numbers", torch.Tensor, npt.NDArray[np.int64])
 
@@ -163,13 +162,8 @@ def merge(loops: Iterable[Loop]) -> list[Loop]:
 
 
 def _continues(outer: Loop, inner: Loop) -> bool:
-    n = inner.extent
-    return (
-        outer.src_stride == n * inner.src_stride
-        and outer.dst_stride == n * inner.dst_stride
-        and outer.src_table == n * inner.src_table
-        and outer.dst_table == n * inner.dst_table
-    )
+    walks = [(x.src_table, x.src_stride, x.dst_table, x.dst_stride) for x in (outer, inner)]
+    return walks[0] == tuple(inner.extent * step for step in walks[1])
 
 
 def split_run(loops: Sequence[Loop]) -> tuple[tuple[Loop, ...], int]:
@@ -184,8 +178,8 @@ def split_run(loops: Sequence[Loop]) -> tuple[tuple[Loop, ...], int]:
 
 
 def widest_vector(numbers: Iterable[int]) -> int:
-    """The widest vector, in bytes, that divides every number."""
-    bits = 0
+    """The widest vector of up to 16 bytes that divides every number."""
+    bits = 16
     for number in numbers:
         bits |= number
-    return next(width for width in VECTOR_WIDTHS if bits % width == 0)
+    return bits & -bits

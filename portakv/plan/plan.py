@@ -7,23 +7,22 @@ contiguous run. Its cost does not depend on how many tokens or blocks will be mo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from math import gcd, prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from portakv.errors import LayoutError, SlotError, Unsupported
 from portakv.plan.loops import Loop, Nest, Side, merge, refine, split_run, widest_vector
-from portakv.plan.runs import Runs, expand
+from portakv.plan.move import Move
+from portakv.plan.runs import Runs, factors, summed
 from portakv.view.form import Form, Part, Step, Steps, merge_steps
 from portakv.view.index import Index
 from portakv.view.view import KVView
-
-if TYPE_CHECKING:
-    from portakv.plan.move import Move
 
 __all__ = ["CopyPlan", "Nest", "Section", "Side", "check_disjoint"]
 
@@ -88,7 +87,8 @@ class CopyPlan:
             raise Unsupported(
                 f"A plan with unit {unit}", f"the steps and block sizes allow divisors of {largest}"
             )
-        units = [unit] if unit else _divisors(largest or 1)
+        most = largest or 1
+        units = [unit] if unit else (n for n in range(most, 0, -1) if most % n == 0)
         self.unit, self.nests = _fit(src, dst, (src_step, dst_step), units)
 
     @property
@@ -104,9 +104,9 @@ class CopyPlan:
     @cached_property
     def tabled(self) -> bool:
         """True where a side needs its address table."""
-        loops = any(loop.tabled for nest in self.nests for loop in nest.loops)
         sides = [side for nest in self.nests for side in (nest.src, nest.dst)]
-        return loops or any(step.table for side in sides for step in side.units)
+        loops = [loop for nest in self.nests for loop in nest.loops]
+        return any(side.tabled for side in sides) or any(loop.tabled for loop in loops)
 
     def aligned(self, side: str) -> bool:
         """True where positions of a side must start at multiples of ``unit``.
@@ -160,12 +160,11 @@ class CopyPlan:
             SlotError: what is no view or index, an id past the end of its view, a range past the
                 list, or a range or an index that does not consist of whole units.
         """
-        self._check_side("src", src_index, src)
-        self._check_side("dst", dst_index, dst)
-        return expand(self.nests, self.unit, src, dst, src_index, dst_index, count)
+        self._check_side("source", self.src, self.aligned("src"), src, src_index)
+        self._check_side("destination", self.dst, self.aligned("dst"), dst, dst_index)
+        return summed(factors(self.nests, self.unit, Move(src, dst, src_index, dst_index, count)))
 
-    def _check_side(self, side: str, index: Index, view: KVView) -> None:
-        name, form = ("source", self.src) if side == "src" else ("destination", self.dst)
+    def _check_side(self, name: str, form: Form, aligned: bool, view: KVView, index: Index) -> None:
         if not (isinstance(view, KVView) and isinstance(index, Index)):
             raise SlotError(
                 f"The {name} was asked of plan.runs as a {type(view).__name__} and a "
@@ -177,7 +176,7 @@ class CopyPlan:
                 f"The {name}, {view.layout.text!r}, has another form than the plan was made for; "
                 f"make a plan for the forms of these two views."
             )
-        if (self.aligned(side) or index.ids is not None) and index.offset % self.unit:
+        if (aligned or index.ids is not None) and index.offset % self.unit:
             raise SlotError(
                 f"The {name} index begins at token {index.offset}, no multiple of the plan's unit "
                 f"{self.unit}; give head and tail to a plan with unit=1."
@@ -311,46 +310,26 @@ def _largest_unit(src: Form, dst: Form, src_step: int, dst_step: int) -> int:
     return largest
 
 
-def _divisors(number: int) -> list[int]:
-    """Divisors, largest first."""
-    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)}, reverse=True)
-
-
 def _fit(
-    src: Form, dst: Form, steps: tuple[int, int], units: list[int]
+    src: Form, dst: Form, steps: tuple[int, int], units: Iterable[int]
 ) -> tuple[int, tuple[Nest, ...]]:
     """The first of ``units`` for which every part has a nest."""
-    if src.opaque:
-        units = [unit for unit in units if unit % src.block_size == 0]
-        if not units:
-            raise Unsupported(
-                f"Moving opaque pages of {src.block_size} tokens by smaller pieces",
-                "a page moves only whole; use copy_blocks, or an index with step=block_size",
-            )
     refused: Unsupported | None = None
     for unit in units:
+        if src.opaque and unit % src.block_size:
+            continue
         try:
-            nests = [_nest(src, dst, steps, k, unit) for k in range(src.kv)]
+            return unit, _join([_nest(src, dst, steps, k, unit) for k in range(src.kv)])
         except Unsupported as error:
             refused = error
-            continue
-        return unit, _join(nests)
-    assert refused is not None
-    raise refused
+    raise refused or Unsupported(
+        f"Moving opaque pages of {src.block_size} tokens by smaller pieces",
+        "a page moves only whole; use copy_blocks, or an index with step=block_size",
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class _Open:
-    """A nest before its loops are merged."""
-
-    src: Side
-    dst: Side
-    loops: tuple[Loop, ...]
-    alignment: int
-
-
-def _nest(src: Form, dst: Form, steps: tuple[int, int], k: int, unit: int) -> _Open:
+def _nest(src: Form, dst: Form, steps: tuple[int, int], k: int, unit: int) -> Nest:
+    """The nest of one kv before its loops are merged; its vector is what both sides begin at."""
     mine, theirs = src.parts[k], dst.parts[k]
     src_units, src_tokens = _split(_chain(src, mine), unit)
     dst_units, dst_tokens = _split(_chain(dst, theirs), unit)
@@ -359,17 +338,9 @@ def _nest(src: Form, dst: Form, steps: tuple[int, int], k: int, unit: int) -> _O
         loops += refine(axis, mine.axis(axis), theirs.axis(axis))
     if not src.opaque:
         loops += refine("token", src_tokens, dst_tokens)
-    return _Open(
-        Side(mine.table, mine.offset, src_units),
-        Side(theirs.table, theirs.offset, dst_units),
-        tuple(loops),
-        gcd(
-            src.alignment,
-            dst.alignment,
-            *_starts(src, mine, steps[0]),
-            *_starts(dst, theirs, steps[1]),
-        ),
-    )
+    begins = [*_starts(src, mine, steps[0]), *_starts(dst, theirs, steps[1])]
+    sides = Side(mine.table, mine.offset, src_units), Side(theirs.table, theirs.offset, dst_units)
+    return Nest(*sides, tuple(loops), 1, gcd(src.alignment, dst.alignment, *begins))
 
 
 def _starts(form: Form, part: Part, step: int) -> list[int]:
@@ -380,48 +351,43 @@ def _starts(form: Form, part: Part, step: int) -> list[int]:
 
 def _split(chain: Steps, unit: int) -> tuple[Steps, Steps]:
     """Steps of the number of a unit, and steps of the tokens inside one."""
-    outer: list[Step] = []
-    inner: list[Step] = []
+    outer: Steps = ()
+    inner: Steps = ()
     for step in reversed(chain):
         if unit == 1:
-            outer.append(step)
+            outer = (step, *outer)
         elif step.extent and unit % step.extent == 0:
-            inner.append(step)
+            inner = (step, *inner)
             unit //= step.extent
         elif step.extent % unit == 0:
-            inner.append(replace(step, extent=unit))
-            rest = step.extent // unit
-            outer.append(Step(rest, step.table * unit, step.stride * unit))
+            inner = (replace(step, extent=unit), *inner)
+            outer = (Step(step.extent // unit, step.table * unit, step.stride * unit), *outer)
             unit = 1
         else:
             raise Unsupported(
                 f"Moving {unit} tokens at once through blocks of {step.extent}",
                 "they have no common factor; use a smaller unit",
             )
-    return tuple(reversed(outer)), tuple(reversed(inner))
+    return outer, inner
 
 
-def _join(nests: list[_Open]) -> tuple[Nest, ...]:
+def _join(nests: list[Nest]) -> tuple[Nest, ...]:
     """One nest with a kv loop where all kv differ by equal distances, else one for each kv."""
     first = nests[0]
-    alike = all(
-        (n.loops, n.src.units, n.dst.units) == (first.loops, first.src.units, first.dst.units)
-        for n in nests
-    )
+    shapes = {(nest.loops, nest.src.units, nest.dst.units) for nest in nests}
     origins = [(n.src.table, n.src.offset, n.dst.table, n.dst.offset) for n in nests]
     steps = {tuple(b - a for a, b in zip(x, y, strict=True)) for x, y in pairwise(origins)}
-    if not alike or len(steps) > 1:
+    if len(shapes) > 1 or len(steps) > 1:
         return tuple(_close(nest) for nest in nests)
     for step in steps:
         first = replace(first, loops=(*first.loops, Loop(("kv",), len(nests), *step)))
     return (_close(first),)
 
 
-def _close(nest: _Open) -> Nest:
+def _close(nest: Nest) -> Nest:
     loops, run = split_run(merge(nest.loops))
-    numbers = [nest.alignment, run, nest.src.offset, nest.dst.offset]
+    numbers = [nest.vector, run, nest.src.offset, nest.dst.offset]
     for loop in loops:
         numbers += (loop.src_stride, loop.dst_stride)
-    for step in nest.src.units + nest.dst.units:
-        numbers.append(step.stride)
-    return Nest(nest.src, nest.dst, loops, run, widest_vector(numbers))
+    numbers += [step.stride for step in nest.src.units + nest.dst.units]
+    return replace(nest, loops=loops, run=run, vector=widest_vector(numbers))

@@ -13,7 +13,7 @@ from portakv.errors import SlotError
 from portakv.plan.loops import Loop, Nest, Side
 
 if TYPE_CHECKING:
-    from portakv.view.index import Index
+    from portakv.plan.move import Move
     from portakv.view.view import KVView
 
 Int64 = npt.NDArray[np.int64]
@@ -38,34 +38,14 @@ class Factors(NamedTuple):
     lines: Runs
 
 
-def expand(
-    nests: Sequence[Nest],
-    unit: int,
-    src: KVView,
-    dst: KVView,
-    src_index: Index,
-    dst_index: Index,
-    count: int,
-) -> Runs:
-    """Every run of ``count`` tokens, neighbours merged, in the order of the source.
+def factors(nests: Sequence[Nest], unit: int, move: Move) -> list[Factors]:
+    """For each nest the runs of a copy, not yet multiplied out.
 
     Raises:
         SlotError: an id past the end of its view, a range past the list, or one that does not
             consist of whole units.
     """
-    return summed(factors(nests, unit, src, dst, src_index, dst_index, count))
-
-
-def factors(
-    nests: Sequence[Nest],
-    unit: int,
-    src: KVView,
-    dst: KVView,
-    src_index: Index,
-    dst_index: Index,
-    count: int,
-) -> list[Factors]:
-    """For each nest the runs of ``count`` tokens, not yet multiplied out; raises as `expand`."""
+    src, dst, src_index, dst_index, count = move
     if not isinstance(count, (int, np.integer)) or count < 0 or count % unit:
         raise SlotError(
             f"Runs of {count!r} tokens were asked for, which are no multiple of the plan's unit "
@@ -73,14 +53,12 @@ def factors(
         )
     for index, view, side in ((src_index, src, "source"), (dst_index, dst, "destination")):
         index.check_length(count, view.slots, side)
-        if index.ids is not None:
-            index.check(count, view.slots, side)
-    src_slots = src_index.slots(count, unit)
-    dst_slots = dst_index.slots(count, unit)
-    moved = (src_slots >= 0) & (dst_slots >= 0)
+        index.check(count, view.slots, side)
+    slots = src_index.slots(count, unit), dst_index.slots(count, unit)
+    moved = (slots[0] >= 0) & (slots[1] >= 0)
     if not moved.all():
-        src_slots, dst_slots = src_slots[moved], dst_slots[moved]
-    return [_factors(nest, unit, (src, dst), (src_slots, dst_slots)) for nest in nests]
+        slots = slots[0][moved], slots[1][moved]
+    return [_factors(nest, unit, (src, dst), slots) for nest in nests]
 
 
 def summed(several: Sequence[Factors]) -> Runs:

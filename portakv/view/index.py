@@ -8,6 +8,7 @@ it is slot ``q``. ``step=1`` is a slot mapping, ``step=block_size`` a block tabl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from operator import index as whole_number
 from typing import Any
 
@@ -77,16 +78,15 @@ class Index:
     )  # fmt: skip
 
     def __init__(self, ids: IdList | None = None, step: int = 1, offset: int = 0) -> None:
-        try:
-            whole = whole_number(step), whole_number(offset)
-        except TypeError:
-            whole = 0, 0
-        if whole[0] < 1 or whole[1] < 0:
+        if type(step) is not int or type(offset) is not int:
+            with suppress(TypeError):
+                step, offset = whole_number(step), whole_number(offset)
+        if type(step) is not int or type(offset) is not int or step < 1 or offset < 0:
             raise SlotError(
                 f"Index(step={step!r}, offset={offset!r}) was asked for; both are integers, step "
                 f"at least 1 and offset at least 0."
             )
-        self._set(None if ids is None else _as_ids(ids), *whole, _Store(), False)
+        self._set(None if ids is None else _as_ids(ids), step, offset, _Store(), False)
 
     def _set(
         self, ids: torch.Tensor | None, step: int, offset: int, store: _Store, fleeting: bool
