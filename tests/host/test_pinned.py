@@ -504,8 +504,9 @@ def test_pieces(cuda: FakeLibrary) -> None:
         assert memory.parts(0, 9 * PAGE)[-1] == (8 * PAGE, PAGE)
         # The address of each piece is asked for by itself.
         assert memory.device_address(9 * PAGE + 1) == memory.address + 9 * PAGE + 1 + (1 << 40)
-    with pinned.allocate(12 * PAGE, largest=4 * PAGE, unit=3 * PAGE) as memory:
-        assert memory.seams == (3 * PAGE, 6 * PAGE, 9 * PAGE)
+    for unit in (3 * PAGE, 3 * PAGE // 2):
+        with pinned.allocate(12 * PAGE, largest=4 * PAGE, unit=unit) as memory:
+            assert memory.seams == (3 * PAGE, 6 * PAGE, 9 * PAGE)
     with (
         pinned.allocate(PAGE, mapped=False) as memory,
         pytest.raises(Unsupported, match="mapped=False"),

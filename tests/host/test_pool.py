@@ -3,38 +3,26 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 import time
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
-from support.pinned_runtime import absent, claimed, installed
+from support.guarded_memory import refused
+from support.pinned_runtime import claimed, either
 
 from portakv.host import pinned
 from portakv.host.pinned import HostMemoryError, PinnedMemory
 from portakv.host.pool import Block, PinnedPool, PoolExhausted
 
-pytestmark = pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned"),
+    pytest.mark.usefixtures("either"),
+]
+__all__ = ["either"]
 SIZE = 1000
-
-
-@pytest.fixture(params=["runtime", "none"], autouse=True)
-def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test holds with a runtime and without any device; and leaves nothing claimed."""
-    if request.param == "runtime":
-        installed(monkeypatch)
-    else:
-        absent(monkeypatch)
-    before = claimed()
-    yield
-    if claimed() != before:
-        gc.collect()  # a caught exception holds the frames that it passed
-    assert claimed() == before
 
 
 class Work:
@@ -79,9 +67,14 @@ def test_counts() -> None:
 
 
 def test_exhausted_is_an_error_at_once_that_names_who_has_it() -> None:
+    """Several blocks come all or none."""
     with PinnedPool(SIZE, 2) as pool:
-        held = [pool.acquire("prefill"), pool.acquire("decode")]
-        with pytest.raises(PoolExhausted, match=r"0 of 2 were free; (?s:.*)prefill in thread Main"):
+        held = [pool.acquire("prefill")]
+        with pytest.raises(PoolExhausted, match=r"1 of 2 were free; (?s:.*)prefill in thread Main"):
+            pool.acquire_many(2)
+        assert pool.free == 1
+        held.append(pool.acquire("decode"))
+        with pytest.raises(PoolExhausted, match=r"0 of 2 were free; (?s:.*)decode in thread Main"):
             pool.acquire()
         with pytest.raises(HostMemoryError, match="may have 2"):
             pool.acquire_many(3)
@@ -101,17 +94,6 @@ def test_waiting_ends_with_the_time_or_a_release() -> None:
         with pool.acquire(wait=True, timeout=30) as second:
             assert second.index == 0
         later.join()
-
-
-def test_all_or_none() -> None:
-    with PinnedPool(SIZE, 3) as pool:
-        one = pool.acquire()
-        with pytest.raises(PoolExhausted):
-            pool.acquire_many(3)
-        assert pool.free == 2
-        one.release()
-        for block in pool.acquire_many(3):
-            block.release()
 
 
 def test_it_grows_up_to_its_limit() -> None:
@@ -196,14 +178,6 @@ def test_who_may_wait_waits_for_either(how: str, monkeypatch: pytest.MonkeyPatch
             block.release()
 
 
-@pytest.mark.parametrize("count", [-1, "x", 1.5, None])
-def test_no_number_of_blocks(count: Any) -> None:
-    with PinnedPool(SIZE, 1) as pool:
-        assert pool.acquire_many(0) == []
-        with pytest.raises(HostMemoryError, match="blocks were asked of a pool; expected a whole"):
-            pool.acquire_many(count)
-
-
 def test_a_block_in_flight_is_not_handed_out() -> None:
     with PinnedPool(SIZE, 1) as pool:
         work = Work()
@@ -215,8 +189,6 @@ def test_a_block_in_flight_is_not_handed_out() -> None:
         timer.start()
         block = pool.acquire(wait=True, timeout=30)
         assert work.over
-        with pytest.raises(HostMemoryError, match="does not say when"):
-            block.release(after=3)
         block.release()
         timer.join()
 
@@ -319,16 +291,6 @@ def test_many_threads_never_share_a_block() -> None:
         assert pool.high_water <= 4
 
 
-@pytest.mark.parametrize(
-    "numbers",
-    [(0, 1, {}), (1, 0, {}), (1.5, 1, {}), (1, 2, {"limit": 1}), (1, 1, {"alignment": 3}),
-     (1, 1, {"grow": -1})],
-)  # fmt: skip
-def test_numbers_that_make_no_pool(numbers: tuple[Any, Any, dict[str, Any]]) -> None:
-    with pytest.raises(HostMemoryError, match="was asked"):
-        PinnedPool(numbers[0], numbers[1], **numbers[2])
-
-
 def test_a_forked_child_is_told_to_make_its_own() -> None:
     with PinnedPool(SIZE, 2) as pool:
         block = pool.acquire()
@@ -353,36 +315,47 @@ def forked(pool: PinnedPool, block: Block) -> int:
         return 2
 
 
-def test_a_block_of_a_tensor_s_dtype() -> None:
-    with PinnedPool(64, 1) as pool, pool.acquire() as block:
-        assert block.tensor.view(torch.bfloat16).shape == (32,)
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"limit": 1}, "up to 1; .*2 or more"),
-        ({"limit": "many"}, "up to 'many'; .*2 or more"),
-        ({"limit": 4, "grow": 0}, "grow by 0 .*1 or more"),
-        ({"limit": 4, "grow": 1.5}, "grow by 1.5 .*1 or more"),
-    ],
-)
-def test_limits_and_steps_that_make_no_pool(options: dict[str, Any], match: str) -> None:
-    with pytest.raises(HostMemoryError, match=match):
-        PinnedPool(SIZE, 2, **options)
-
-
-@pytest.mark.parametrize("timeout", ["1", float("nan"), object()])
-def test_a_timeout_that_is_no_time(timeout: Any) -> None:
-    with PinnedPool(SIZE, 1) as pool:
-        with pytest.raises(HostMemoryError, match="expected seconds"):
-            pool.acquire(timeout=timeout)
-        assert pool.free == 1
-
-
 @pytest.mark.parametrize("timeout", [float("inf"), 1e300])
 def test_a_timeout_that_never_comes(timeout: float) -> None:
     with PinnedPool(SIZE, 1) as pool:
         block = pool.acquire()
         threading.Timer(0.05, block.release).start()
         pool.acquire(wait=True, timeout=timeout).release()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "options", "names"),
+    [
+        ((0, 1), {}, "power of two"), ((1, 0), {}, "power of two"), ((1.5, 1), {}, "1.5"),
+        (("x", 1), {}, "'x' of two"), ((1, 1), {"alignment": 3}, "to 3,"),
+        ((64, 1), {"alignment": []}, "to [],"), ((1, 1), {"grow": -1}, "by -1"),
+        ((1, 2), {"limit": 1}, "up to 1; 2 or more"), ((1, 2), {"limit": 2.5}, "to 2.5; whole"),
+        ((1, 2), {"limit": "many"}, "up to 'many'; 2 or more"),
+        ((1, 2), {"limit": 4, "grow": 0}, "grow by 0 1 or more"),
+        ((1, 2), {"limit": 4, "grow": 1.5}, "grow by 1.5 1 or more"),
+        ((64, 1), {"timeout": "x"}, "timeout huge_pages"), ((64, 1), {"unit": 3}, "unit"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_makes_no_pool(numbers: Any, options: dict[str, Any], names: str) -> None:
+    with refused(HostMemoryError, *names.split()):
+        PinnedPool(*numbers, **options)
+
+
+def test_arguments_that_mean_nothing() -> None:
+    wrong: Any
+    with PinnedPool(SIZE, 1) as pool:
+        assert pool.acquire_many(0) == []
+        for wrong in (-1, "x", 1.5, None):
+            with pytest.raises(HostMemoryError, match="blocks were asked of a pool; expected a wh"):
+                pool.acquire_many(wrong)
+        for wrong in ("1", float("nan"), object()):
+            with refused(HostMemoryError, "expected seconds"):
+                pool.acquire(timeout=wrong)
+        assert pool.free == 1
+        with pool.acquire() as block:
+            with refused(HostMemoryError, "str", "release a Block"):
+                pool.release("x")  # type: ignore[arg-type]
+            with refused(HostMemoryError, "does not say when"):
+                block.release(after=3)
+            assert block.held

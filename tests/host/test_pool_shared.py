@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.guarded_memory import refused
 from support.pool_processes import SIZE, holder, unused_name
 
+from portakv.errors import SlotError
 from portakv.host import _shared_file, _shared_members, shared
 from portakv.host.pinned import HostMemoryError
 from portakv.host.shared import PoolExhausted, SharedPool
@@ -118,6 +120,11 @@ def test_a_pool_that_nobody_closed_leaves_nothing(name: str) -> None:
     pool = SharedPool(name, SIZE, 2)
     del pool
     assert name not in shared.names()
+    pool = SharedPool(name, SIZE, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pool.close()
+        pool.close()
 
 
 def test_kept_and_removed(name: str) -> None:
@@ -142,11 +149,26 @@ def test_another_size_or_name(name: str) -> None:
             SharedPool(bad, SIZE, 2)
     with pytest.raises(HostMemoryError, match="power of two"):
         SharedPool(name, SIZE, 0)
-
-
-def test_too_large_is_an_error_and_leaves_nothing(name: str) -> None:
+    wrong: Any
+    for wrong in (lambda: SharedPool(3), lambda: shared.remove(3)):  # type: ignore[arg-type]
+        with refused(HostMemoryError, "3", "letters"):
+            wrong()
     with pytest.raises(HostMemoryError, match="has room for"):
-        SharedPool(name, 1 << 40, 100)
+        SharedPool(name, 1 << 40, 100)  # and leaves nothing
+
+
+def test_arguments_that_mean_nothing(name: str) -> None:
+    wrong: Any
+    with SharedPool(name, 64, 1) as pool:
+        with refused(HostMemoryError, "str", "release a Block"):
+            pool.release("x")  # type: ignore[arg-type]
+        for wrong in ("x", 1.5, -1, 1):
+            for call in (pool.bytes_of, pool.adopt):
+                with refused(SlotError, repr(wrong), "0 .. 0"):
+                    call(wrong)
+        with pool.acquire(owner=7) as taken:  # type: ignore[arg-type]
+            assert "for 7" in pool.leaks()[0]
+            assert taken.index == 0
 
 
 def test_somebody_else_s_file(name: str) -> None:
@@ -180,11 +202,3 @@ def test_one_process_more_than_there_is_room_for(
         monkeypatch.setattr(_shared_members.Members, "join", lambda *_: False)
         with pytest.raises(HostMemoryError, match="one process more than the 128"):
             SharedPool(name)
-
-
-def test_close_twice_warns_of_nothing(name: str) -> None:
-    pool = SharedPool(name, SIZE, 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pool.close()
-        pool.close()

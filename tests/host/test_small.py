@@ -113,8 +113,20 @@ def test_wrong_values(values: Any, dtype: torch.dtype | None, names: tuple[str, 
         (lambda: to_device(zeros(1).to(META), "cpu"), DeviceMismatch, "meta copy_"),
         (lambda: SmallCopy(-1, torch.int32, "cpu"), LayoutError, "-1 values"),
         (lambda: SmallCopy(1, torch.bfloat16, "cpu"), LayoutError, "bfloat16"),
+        (lambda: SmallCopy("x", torch.int32, "cpu"), LayoutError, "'x'"),  # type: ignore
+        (lambda: SmallCopy(1.5, torch.int32, "cpu"), LayoutError, "1.5"),  # type: ignore
+        (lambda: SmallCopy(1, "int32", "cpu"), LayoutError, "int32"),  # type: ignore
+        (lambda: SmallCopy(1, [], "cpu"), LayoutError, "[]"),  # type: ignore
+        (lambda: SmallCopy(1, torch.int32, out=[0]), LayoutError, "list"),  # type: ignore
+        (lambda: to_device([1], out=[0]), LayoutError, "list tensor"),  # type: ignore
+        (lambda: to_device(zeros(2).to_sparse(), "cpu"), LayoutError, "sparse strided"),
+        (lambda: to_device([[1], [2, 3]], "cpu"), LayoutError, "list position 0"),  # type: ignore
+        *((lambda name=name: choose(64, name), BackendUnavailable, f"{name} Name a device")
+          for name in ("xpu", "nonsense")),
+        *((lambda name=name: to_device([1], name), BackendUnavailable, f"{name} Name a device")
+          for name in ("xpu", "nonsense")),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_target(call: Any, error: type[PortaKVError], names: str) -> None:
     with refused(error, *names.split()):
         call()
