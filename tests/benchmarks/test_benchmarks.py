@@ -31,7 +31,10 @@ from portakv_benchmarks.shared.timers import NEVER_HIDDEN, DeviceTimer, HostTime
 
 #: Without the simulated device, on which the host would rest before each call.
 ON_CPU_AND_CUDA = pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+    "device",
+    [CPU, pytest.param(torch.device("cuda", 0), marks=pytest.mark.gpu)],
+    ids=str,
+    indirect=True,
 )
 
 

@@ -56,8 +56,8 @@ def written(folder: Path) -> Row:
 @pytest.mark.parametrize(
     "device",
     [
-        pytest.param("simdev", marks=[pytest.mark.simdev, pytest.mark.full]),
-        pytest.param("cuda", marks=pytest.mark.gpu),
+        pytest.param(DEVICE, marks=[pytest.mark.simdev, pytest.mark.full], id="simdev"),
+        pytest.param(torch.device("cuda", 0), marks=pytest.mark.gpu, id="cuda"),
     ],
     indirect=True,
 )
