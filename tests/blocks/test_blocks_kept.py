@@ -9,50 +9,46 @@ from typing import Any
 
 import pytest
 import torch
-from support.block_cases import BLOCKS, SIZE, block_first, layered, wanted
+from support.block_cases import BLOCKS, DST, SIZE, SRC, block_first, layered, wanted
 from support.guarded_memory import refused, same
 
 from portakv import Index, SlotError, copy_blocks, copy_rows
 
-SRC, DST = [5, 0, 7, 2, 3], [1, 6, 0, 4, 2]
+
+def by_block(ids: Any) -> Index:
+    return Index(ids, step=SIZE)
 
 
-def checks(*indices: Index) -> list[int]:
+def checks(*indices: Any) -> list[int]:
     """How many ranges of each list of ids were judged."""
-    return [len(index._store.checked) for index in indices]
+    return [len(index._store.checked) for index in indices if isinstance(index, Index)]
 
 
 def move(mine: Any, theirs: Any, blocks: int = BLOCKS) -> None:
+    """Copy between other memory than before."""
     src, dst = layered(), block_first(blocks=blocks)
     expected = wanted(src, dst, SRC, DST)
     copy_blocks(src.view, dst.view, mine, theirs).synchronize()
     assert torch.equal(dst.rows(), expected)
 
 
-def test_a_kept_index_is_judged_once() -> None:
-    mine, theirs = Index(SRC, step=SIZE), Index(DST, step=SIZE)
-    for _ in range(3):
-        move(mine, theirs)  # other memory each time
-    assert checks(mine, theirs) == [1, 1]
-    move(mine, theirs, blocks=BLOCKS + 1)
-    assert checks(mine, theirs) == [1, 2]
-    move(mine, Index(DST, step=SIZE))
-    move(Index(SRC, step=SIZE), theirs)
-    move(mine, theirs)
-    assert checks(mine, theirs) == [1, 2]
-
-
-@pytest.mark.parametrize("kept", ["src", "dst"])
-def test_beside_a_list_of_one_call(kept: str) -> None:
-    mine: Any = Index(SRC, step=SIZE) if kept == "src" else SRC
-    theirs: Any = Index(DST, step=SIZE) if kept == "dst" else DST
+@pytest.mark.parametrize("kept", ["both", "src", "dst"])
+def test_a_kept_index_is_judged_once(kept: str) -> None:
+    mine: Any = SRC if kept == "dst" else by_block(SRC)
+    theirs: Any = DST if kept == "src" else by_block(DST)
     for _ in range(3):
         move(mine, theirs)
-    assert checks(*(x for x in (mine, theirs) if isinstance(x, Index))) == [1]
+    move(mine, by_block(DST))
+    move(by_block(SRC), theirs)
+    assert set(checks(mine, theirs)) == {1}
+    if kept == "both":
+        move(mine, theirs, blocks=BLOCKS + 1)
+        move(mine, theirs)
+        assert checks(mine, theirs) == [1, 2]
 
 
 def test_what_was_settled_holds_for_no_smaller_view() -> None:
-    mine, theirs = Index(SRC, step=SIZE), Index(DST, step=SIZE)
+    mine, theirs = by_block(SRC), by_block(DST)
     move(mine, theirs)
     src, small = layered(), block_first(blocks=6)
     with refused(SlotError, "slot 24", "24 slots", watch=small.tensors):
@@ -63,28 +59,22 @@ def test_what_was_settled_holds_for_no_smaller_view() -> None:
 
 
 def test_ids_of_a_source_that_may_not_be_a_destination() -> None:
-    """The same two indices the other way round are judged anew."""
-    twice, theirs = Index([5, 5, 7], step=SIZE), Index([1, 6, 0], step=SIZE)
+    """The same indices the other way round, or beside no ids, are judged anew."""
+    twice, theirs = by_block([5, 5, 7]), by_block([1, 6, 0])
     src, dst = layered(), layered()
     copy_blocks(src.view, dst.view, twice, theirs).synchronize()
     for _ in range(2):
         with refused(SlotError, "occurs 2 times", watch=dst.tensors):
             copy_blocks(src.view, dst.view, theirs, twice)
     assert checks(twice) == [1]  # what was refused is refused again
-
-
-def test_ids_that_were_a_source_s_beside_consecutive_rows() -> None:
-    """The same index beside no ids, now as a source and then as a destination."""
-    twice = Index([5, 5, 7], step=SIZE)
-    src, dst = layered(), layered()
-    copy_rows(src.view, dst.view, twice, None).synchronize()
-    copy_rows(src.view, dst.view, twice, Index()).synchronize()
+    for none in (None, Index()):
+        copy_rows(src.view, dst.view, twice, none).synchronize()
     with refused(SlotError, "occurs 2 times", watch=dst.tensors):
         copy_rows(src.view, dst.view, Index(), twice)
 
 
 def test_inside_one_cache_the_rows_are_compared_each_time() -> None:
-    mine, theirs = Index([1, 2], step=SIZE), Index([2, 3], step=SIZE)
+    mine, theirs = by_block([1, 2]), by_block([2, 3])
     src, dst = layered(), layered()
     copy_blocks(src.view, dst.view, mine, theirs).synchronize()
     for _ in range(2):
@@ -93,23 +83,19 @@ def test_inside_one_cache_the_rows_are_compared_each_time() -> None:
 
 
 def test_other_counts_and_offsets() -> None:
-    src, dst = layered(), layered()
-    index = Index(SRC, step=SIZE)
+    src, dst, index, other = layered(), layered(), by_block(SRC), by_block(DST)
     for count in (8, 12, 8):
-        copy_rows(src.view, dst.view, index, Index(DST, step=SIZE), count=count).synchronize()
-    other = Index(DST, step=SIZE)
+        copy_rows(src.view, dst.view, index, by_block(DST), count=count).synchronize()
     for offset in (0, 4, 0, 4):
         dst.tensors[0].zero_()
         copy_rows(src.view, dst.view, index.shifted(offset), other, count=4).synchronize()
-        at = SRC[offset // 4]
-        assert same(dst.tensors[0][:, DST[0]], src.tensors[0][:, at])
+        assert same(dst.tensors[0][:, DST[0]], src.tensors[0][:, SRC[offset // 4]])
     assert checks(index, other) == [4, 1]  # (0, 8), (0, 12), (0, 4), (4, 4): each once
 
 
 def test_consecutive_rows_beside_a_kept_index() -> None:
     """The end without ids may begin elsewhere each time."""
-    src, dst = layered(), block_first()
-    index = Index(SRC[:2], step=SIZE)
+    src, dst, index = layered(), block_first(), by_block(SRC[:2])
     for first in (0, 8, 0, 8):
         dst.tensors.zero_()
         copy_rows(src.view, dst.view, index, Index(offset=first)).synchronize()
@@ -119,7 +105,7 @@ def test_consecutive_rows_beside_a_kept_index() -> None:
 
 
 def test_indices_do_not_hold_each_other_or_any_view() -> None:
-    mine, theirs = Index(SRC, step=SIZE), Index(DST, step=SIZE)
+    mine, theirs = by_block(SRC), by_block(DST)
     src, dst = layered(), layered()
     copy_blocks(src.view, dst.view, mine, theirs).synchronize()
     assert theirs.ids is not None

@@ -50,29 +50,9 @@ def silent(line: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
 @pytest.mark.parametrize("host", ["pageable", "pinned"])
-def test_the_example_is_bit_identical_and_its_control_is_not(host: str) -> None:
-    story: list[str] = []
-    outcome = offload_transformers.main(DEVICE, story.append, host)
-    assert outcome.identical
-    assert outcome.control_differs
-    assert (outcome.tokens, outcome.chunks) == (235, 4)
-    assert any("bit-identical" in line for line in story)
-
-
-@pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
-def test_the_example_by_its_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert offload_transformers.run([str(DEVICE), "--host", "pinned"]) == 0
-    found = "pinned" if DEVICE.type == "cuda" else "pageable"
-    assert f"tokens in {found} memory" in capsys.readouterr().out
-
-
-def test_the_example_sees_chunks_that_do_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(AdaptiveConnector, "to_gpu", lambda *_, **__: Transfer())
-    outcome = offload_transformers.main(DEVICE, silent)
-    assert not outcome.identical
-
-
-def test_every_bit_that_came_back_is_the_one_that_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_is_bit_identical_and_its_control_is_not(
+    host: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Logits may round a low bit away; the caches themselves cannot."""
     caches: list[list[torch.Tensor]] = []
     decode = offload_transformers.decode
@@ -83,33 +63,52 @@ def test_every_bit_that_came_back_is_the_one_that_left(monkeypatch: pytest.Monke
         return logits
 
     monkeypatch.setattr(offload_transformers, "decode", noted)
-    offload_transformers.main(DEVICE, silent)
+    assert offload_transformers.run([str(DEVICE), "--host", host]) == 0
+    told = capsys.readouterr().out
+    assert f"tokens in {host if DEVICE.type == 'cuda' else 'pageable'} memory" in told
+    assert "bit-identical" in told
     stayed, came_back, noise = caches
     assert [tuple(x.shape) for x in stayed] == [(1, 4, 235, 32)] * 8
     assert all(torch.equal(x, y) for x, y in zip(stayed, came_back, strict=True))
     assert not any(torch.equal(x, y) for x, y in zip(stayed, noise, strict=True))
 
 
-def test_the_example_sees_one_wrong_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sign of one number of one value row is enough."""
-    load = offload_transformers.load
+def spoil(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let one thing that the example claims not hold."""
+    load, normal = offload_transformers.load, torch.Tensor.normal_
 
     def load_spoilt(connector: Any, chunks: list[torch.Tensor], slots: torch.Tensor) -> None:
         chunks[1][1, 0, 5, 3].neg_()
         load(connector, chunks, slots)
 
-    monkeypatch.setattr(offload_transformers, "load", load_spoilt)
-    assert not offload_transformers.main(DEVICE, silent).identical
-
-
-def test_the_example_sees_pages_that_were_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    normal = torch.Tensor.normal_
-
     def spare_pages(self: torch.Tensor, *words: Any, **named: Any) -> torch.Tensor:
         return self if self.dim() == 5 else normal(self, *words, **named)
 
-    monkeypatch.setattr(torch.Tensor, "normal_", spare_pages)
-    assert not offload_transformers.main(DEVICE, silent).control_differs
+    if what == "chunks that do not come back":
+        monkeypatch.setattr(AdaptiveConnector, "to_gpu", lambda *_, **__: Transfer())
+    elif what == "the sign of one number":
+        monkeypatch.setattr(offload_transformers, "load", load_spoilt)
+    elif what == "pages that were not lost":
+        monkeypatch.setattr(torch.Tensor, "normal_", spare_pages)
+
+
+@pytest.mark.parametrize(
+    ("what", "identical", "differs"),
+    [
+        ("nothing", True, True),
+        ("chunks that do not come back", False, None),
+        ("the sign of one number", False, True),
+        ("pages that were not lost", None, False),
+    ],
+)
+def test_the_example_sees_what_is_wrong(
+    what: str, identical: bool | None, differs: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(what, monkeypatch)
+    outcome = offload_transformers.main(DEVICE, silent)
+    assert outcome.identical is (outcome.identical if identical is None else identical)
+    assert outcome.control_differs is (outcome.control_differs if differs is None else differs)
+    assert (outcome.tokens, outcome.chunks) == (235, 4)
 
 
 # the first part
@@ -158,37 +157,21 @@ def founding() -> Founding:
     return made
 
 
-def test_random_slots_lie_in_a_larger_pool_and_blocks_are_shuffled() -> None:
-    made = Founding(torch.device("cpu"), scenario.FOUNDING)
-    assert made.pool[0].shape == made.target[0].shape == (2, 32, 16, 32, 128)
-    assert made.chunk.shape == (2, 32, 128, 4096)
-    for ids in (made.slots, made.blocks):
-        assert len(ids) == len(set(ids.tolist()))
-        assert sorted(ids.tolist()) != ids.tolist()
-    assert made.slots_of_blocks[16:18].tolist() == [int(made.blocks[1]) * 16 + i for i in (0, 1)]
-
-
-def test_the_check_of_a_chunk_counts_wrong_bytes() -> None:
+def test_the_check_of_a_chunk_and_of_pages_counts_wrong_bytes() -> None:
     made = founding()
+    slots = made.slots.tolist()
     assert made.wrong_in_chunk(made.slots) > PAYLOAD // 2
-    for layer in range(3):
-        for at, slot in enumerate(made.slots.tolist()):
-            rows = made.pool[layer][:, slot // 8, slot % 8]
-            made.chunk[:, layer, at] = rows.reshape(2, 16)
-    assert made.wrong_in_chunk(made.slots) == 0
-    made.chunk.view(torch.uint8)[1, 2, 3, 4] ^= 1
-    assert made.wrong_in_chunk(made.slots) == 1
-
-
-def test_the_check_of_pages_counts_wrong_bytes_also_outside_the_slots() -> None:
-    made = founding()
     assert made.wrong_in_target(made.slots) > PAYLOAD // 2
     for layer in range(3):
-        for at, slot in enumerate(made.slots.tolist()):
+        for at, slot in enumerate(slots):
+            rows = made.pool[layer][:, slot // 8, slot % 8]
+            made.chunk[:, layer, at] = rows.reshape(2, 16)
             rows = made.stored[:, layer, at].reshape(2, 2, 8)
             made.target[layer][:, slot // 8, slot % 8] = rows
-    assert made.wrong_in_target(made.slots) == 0
-    left = next(slot for slot in range(40) if slot not in made.slots.tolist())
+    assert made.wrong_in_chunk(made.slots) == made.wrong_in_target(made.slots) == 0
+    made.chunk.view(torch.uint8)[1, 2, 3, 4] ^= 1
+    assert made.wrong_in_chunk(made.slots) == 1
+    left = next(slot for slot in range(40) if slot not in slots)  # also outside of the slots
     made.target[1].view(torch.uint8)[1, left // 8, left % 8, 1, 0] ^= 1
     assert made.wrong_in_target(made.slots) == 1
 
@@ -224,26 +207,33 @@ def flip(view: KVView) -> None:
         view.owners[-1].view(torch.uint8).flatten()[-1] ^= 1
 
 
-@pytest.mark.usefixtures("no_model")
-def test_a_backend_that_gets_a_byte_wrong_fails_the_demo() -> None:
-    with registered(liar=small_backend("liar", spoil=flip)):
-        ran = run("demo", "--device", "cpu")
-    assert ran.code == 1
-    assert ran.out.count("1 wrong") == 4
-    assert "all right through reference\n          WRONG or missing through liar" in ran.out
+def fail(view: KVView) -> None:
+    if view.slots in (24, 40):
+        raise ValueError("out of ideas")
+
+
+def wipe(view: KVView) -> None:
+    view.owners[0].view(torch.uint8).zero_()
 
 
 @pytest.mark.usefixtures("no_model")
-def test_a_backend_that_raises_hides_no_other() -> None:
-    def raises(view: KVView) -> None:
-        if view.slots in (24, 40):
-            raise ValueError("out of ideas")
-
-    with registered(broken=small_backend("broken", spoil=raises)):
+@pytest.mark.parametrize(
+    ("wrong", "code", "said"),
+    [
+        (flip, 1, "all right through reference WRONG or missing through odd"),
+        (fail, 1, "odd, from_gpu, 24 slots -> chunk, failed: ValueError: out of ideas"),
+        (wipe, 0, "self-check failed"),
+    ],
+)
+def test_a_backend_that_is_wrong_hides_no_other(wrong: Any, code: int, said: str) -> None:
+    with registered(odd=small_backend("odd", spoil=wrong)):
         ran = run("demo", "--device", "cpu")
-    assert ran.code == 1
-    assert "broken, from_gpu, 24 slots -> chunk, failed: ValueError: out of ideas" in ran.out
-    assert "all right through reference" in ran.out
+    text = " ".join(ran.out.split())
+    assert ran.code == code
+    assert said in text
+    assert "all right through reference" in text
+    assert text.count("1 wrong") == (4 if wrong is flip else 0)
+    assert ("odd rejected" in text) is (wrong is wipe)  # and so not run
 
 
 @pytest.mark.usefixtures("no_model")
@@ -262,18 +252,6 @@ def test_a_backend_may_refuse_a_copy_but_not_when_it_is_forced(
     assert "check dislikes this plan" in forced.err
 
 
-@pytest.mark.usefixtures("no_model")
-def test_a_rejected_backend_is_not_run_and_its_reason_is_printed() -> None:
-    def spoil(view: KVView) -> None:
-        view.owners[0].view(torch.uint8).zero_()
-
-    with registered(sick=small_backend("sick", spoil=spoil)):
-        ran = run("demo", "--device", "cpu")
-    assert ran.code == 0
-    assert "sick       from_gpu" not in ran.out
-    assert "self-check failed" in " ".join(ran.out.split())
-
-
 # what is forced
 
 
@@ -287,19 +265,6 @@ def test_a_forced_backend_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row["backend"] for row in found["moves"]} == {"torch", "reference"}
     assert "PORTAKV_BACKEND=reference is set: that backend runs alone." in told
     assert "PORTAKV_BACKEND forces it" in told
-
-
-def test_an_unknown_forced_backend_ends_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    def worked(*_: Any) -> None:
-        raise AssertionError("the demo began to work")
-
-    monkeypatch.setenv("PORTAKV_BACKEND", "nonsense")
-    monkeypatch.setattr("portakv.cli.demo.run_model", worked)
-    monkeypatch.setattr("portakv.cli.demo.measured", worked)
-    ran = run("demo")
-    assert (ran.code, ran.out) == (1, "")
-    assert "it cannot serve cpu: no such backend; known are cuda, hip," in ran.err
-    assert "portakv backends --device cpu" in ran.err
 
 
 # what is printed
@@ -338,8 +303,13 @@ def test_json_is_one_object_with_everything(capsys: pytest.CaptureFixture[str]) 
 def test_the_founding_scenario_is_the_one_that_is_named() -> None:
     s = scenario.FOUNDING
     assert (s.layers, s.tokens, s.heads, s.dim, s.block_size) == (32, 128, 32, 128, 16)
-    assert s.payload == 64 << 20
-    assert s.pool > s.payload
+    assert s.payload == 64 << 20 < s.pool
+    made = Founding(torch.device("cpu"), replace(s, layers=1))
+    assert made.pool[0].shape == made.target[0].shape == (2, 32, 16, 32, 128)
+    for ids in (made.slots, made.blocks):
+        assert len(ids) == len(set(ids.tolist()))
+        assert sorted(ids.tolist()) != ids.tolist()
+    assert made.slots_of_blocks[16:18].tolist() == [int(made.blocks[1]) * 16 + i for i in (0, 1)]
 
 
 @pytest.mark.parametrize(("free", "layers"), [(None, 32), (8 << 30, 32), (1 << 30, 16), (0, 1)])
