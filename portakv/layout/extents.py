@@ -43,15 +43,12 @@ def declare(layout: Layout, extents: Mapping[str, int | Sequence[int] | None]) -
         raise _unwritten(layout, "kv", kv, "kv")
     values: Values = [{"kv": kv} for _ in range(kv)]
     for axis in ("layer", "head"):
-        name = DECLARED_AS[axis]
-        if axis in layout.axes:
-            if name in given:
-                _fill(values, axis, [positive(name, given.pop(name))] * kv)
-        else:
+        name, written = DECLARED_AS[axis], axis in layout.axes
+        if name in given or not written:
             extent = positive(name, given.pop(name, 1))
-            if extent != 1:
+            if extent != 1 and not written:
                 raise _unwritten(layout, name, extent, axis)
-            _fill(values, axis, [1] * kv)
+            _fill(values, axis, [extent] * kv)
     _declare_tokens(layout, values, given.pop("block_size", None))
     _declare_widths(layout, values, given.pop("dim", None))
     if given:
@@ -95,7 +92,14 @@ def finish(layout: Layout, values: Values, stuck: Sequence[Sized]) -> None:
                     f"Axis {axis!r} of {layout.text!r} has extent 0; a view needs at least 1. Hand "
                     f"over tensors that hold rows."
                 )
-    _same_for_all(layout, values)
+    # Only the width may differ between keys and values.
+    for axis in ("layer", "block", "token", "head"):
+        found = [known.get(axis) for known in values]
+        if len(set(found)) > 1:
+            raise LayoutError(
+                f"In {layout.text!r} axis {axis!r} has extents {found} for the "
+                f"{len(found)} kv; expected one extent for all. Hand over tensors that agree."
+            )
 
 
 def factor_extent(factor: Factor, known: Mapping[str, int]) -> int | None:
@@ -190,28 +194,9 @@ def _declare_widths(layout: Layout, values: Values, dim: object) -> None:
 
 
 def _widths_may_differ(layout: Layout, axis: str) -> bool:
-    if any(f.axis == "kv" for group in layout.containers for f in group.factors):
-        return True
-    for group in layout.dims:
-        names = [f.axis for f in group.factors]
-        if "kv" in names and axis in names[names.index("kv") :]:
-            return True
-    return False
-
-
-def _same_for_all(layout: Layout, values: Values) -> None:
-    """Only the width may differ between keys and values."""
-    for axis in ("layer", "block", "token", "head"):
-        found = [known.get(axis) for known in values]
-        if len(set(found)) > 1:
-            raise LayoutError(
-                f"In {layout.text!r} axis {axis!r} has extents {found} for the "
-                f"{len(found)} kv; expected one extent for all. Hand over tensors that agree."
-            )
-    if len({known.get("dim", known.get("page")) for known in values}) > 1:
-        axis = "page" if layout.opaque else "dim"
-        if not _widths_may_differ(layout, axis):  # pragma: no cover - shapes cannot say this
-            raise LayoutError(f"In {layout.text!r} all kv must have one width.")
+    names = [[f.axis for f in group.factors] for group in layout.dims]
+    listed = any(f.axis == "kv" for group in layout.containers for f in group.factors)
+    return listed or any("kv" in x and axis in x[x.index("kv") :] for x in names)
 
 
 def _unwritten(layout: Layout, name: str, extent: int, axis: str) -> LayoutError:
@@ -224,14 +209,12 @@ def _unwritten(layout: Layout, name: str, extent: int, axis: str) -> LayoutError
 def _contradiction(
     layout: Layout, group: Group, expected: int, size: int, known: Mapping[str, int]
 ) -> LayoutError:
-    names = [f.axis for f in group.factors]
-    if len(names) == 1:
-        what = f"Axis {names[0]!r}"
-    elif names:
+    what = "The dimension `1`"
+    if len(group.factors) == 1:
+        what = f"Axis {group.factors[0].axis!r}"
+    elif group.factors:
         parts = ", ".join(f"{f}={factor_extent(f, known) or '?'}" for f in group.factors)
         what = f"The dimension {group} ({parts})"
-    else:
-        what = "The dimension `1`"
     return LayoutError(
         f"{what} of {layout.text!r} was expected to have extent {expected or 1}, but {size} was "
         f"found; correct the layout, the declared extents or the tensors."

@@ -144,7 +144,10 @@ class _Groups:
             if match["factor"]:
                 self._add(_factor(self.text, match["factor"], start), start)
             elif match["one"]:
-                self._add_one(start)
+                if self._inside is not None:
+                    why = "`1` is a dimension of its own and cannot stand in parentheses."
+                    fail(self.text, start, why)
+                self.groups.append(Group(()))
             else:
                 self._add_mark(match["mark"], start)
         if self._inside is not None:
@@ -160,11 +163,6 @@ class _Groups:
             self.groups.append(Group((factor,)))
         else:
             self._inside.append(factor)
-
-    def _add_one(self, at: int) -> None:
-        if self._inside is not None:
-            fail(self.text, at, "`1` is a dimension of its own and cannot stand in parentheses.")
-        self.groups.append(Group(()))
 
     def _add_mark(self, mark: str, at: int) -> None:
         if mark == "|":

@@ -10,19 +10,9 @@ _MEANING = {
     "layer": "one step for each layer",
     "kv": "key, then value",
     "block": "a block (page) of block_size tokens",
-    "token": "a token",
     "head": "a KV head",
     "dim": "an element of the row",
     "page": "the block's bytes, moved whole",
-}
-# How many steps an axis has, as it is written inside an index expression.
-_EXTENT = {
-    "layer": "layers",
-    "kv": "kvs",
-    "block": "blocks",
-    "token": "block_size",
-    "head": "heads",
-    "dim": "dims",
 }
 
 
@@ -71,9 +61,14 @@ def _levels(layout: Layout) -> list[tuple[str, str, str]]:
 def _meaning(group: Group, layout: Layout) -> str:
     if not group.factors:
         return "always extent 1"
-    if len(group.factors) == 1:
-        return _one(group.factors[0], layout)
-    return _run(group.factors)
+    if len(group.factors) > 1:
+        return _run(group.factors)
+    (factor,) = group.factors
+    if factor.part:
+        return f"which {'of those ' * (factor.part == '%')}{factor.n} {factor.axis}s"
+    if factor.axis == "token":
+        return "a token of the block" if layout.paged else "a token: its position in the chunk"
+    return _MEANING[factor.axis]
 
 
 def _run(factors: tuple[Factor, ...]) -> str:
@@ -83,16 +78,6 @@ def _run(factors: tuple[Factor, ...]) -> str:
         return f"{outer} 0 1 .."
     again = "[..]" if len(inner) > 1 else f"[{_run(inner)}]"
     return f"{outer} 0 [{_run(inner)}] {outer} 1 {again} .."
-
-
-def _one(factor: Factor, layout: Layout) -> str:
-    if factor.part == "/":
-        return f"which {factor.n} {factor.axis}s"
-    if factor.part == "%":
-        return f"which of those {factor.n} {factor.axis}s"
-    if factor.axis == "token":
-        return "a token of the block" if layout.paged else "a token: its position in the chunk"
-    return _MEANING[factor.axis]
 
 
 def _expression(layout: Layout) -> str:
@@ -125,5 +110,5 @@ def _term(factor: Factor) -> str:
 def _size(factor: Factor) -> str:
     if factor.part == "%":
         return str(factor.n)
-    extent = _EXTENT[factor.axis]
+    extent = "block_size" if factor.axis == "token" else f"{factor.axis}s"
     return f"({extent} // {factor.n})" if factor.part else extent
