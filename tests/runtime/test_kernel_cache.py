@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,6 +39,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return found
 
 
+def builds(times: int) -> None:
+    """Asked twice, the binary is built so many times."""
+    build = Build()
+    assert [cached(KEY, build) for _ in range(2)] == [BINARY] * 2
+    assert build.times == times
+
+
 def entry(folder: Path) -> Path:
     """The only entry of the cache."""
     (found,) = folder.iterdir()
@@ -47,10 +53,8 @@ def entry(folder: Path) -> Path:
 
 
 def test_a_kernel_is_built_once_and_kept_privately(folder: Path) -> None:
-    build = Build()
     assert not holds(KEY)
-    assert [cached(KEY, build) for _ in range(3)] == [BINARY] * 3
-    assert build.times == 1
+    builds(1)
     assert holds(KEY)
     assert folder.stat().st_mode & 0o777 == 0o700
     assert entry(folder).stat().st_mode & 0o777 == 0o600
@@ -72,11 +76,8 @@ def test_each_part_of_the_key_counts(part: int) -> None:
     other = (*KEY[:part], KEY[part] + "x", *KEY[part + 1 :])
     assert cached(other, Build(b"another")) == b"another"
     assert cached(KEY, Build(b"never asked for")) == BINARY
-
-
-def test_parts_do_not_run_into_each_other() -> None:
-    cached(("a", "bc"), Build())
-    assert cached(("ab", "c"), Build(b"another")) == b"another"
+    run_together = (KEY[0] + KEY[1], "", *KEY[2:])
+    assert cached(run_together, Build(b"a third")) == b"a third"
 
 
 def test_what_decides_a_binary_is_in_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,51 +107,32 @@ def test_what_decides_a_binary_is_in_its_key(monkeypatch: pytest.MonkeyPatch) ->
 # Damage
 
 
-def _cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def _empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def _flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[700] ^= 1
-    path.write_bytes(content)
-
-
-def _checksum_alone(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:32])
-
-
-def _checksum_of_nothing(path: Path) -> None:
-    path.write_bytes(hashlib.sha256(path.name.encode()).digest())
-
-
-def _another_entry(path: Path) -> None:
-    cached(("another", *KEY), Build(b"another"))
-    (other,) = set(path.parent.iterdir()) - {path}
-    other.replace(path)
-
-
-def _pipe(path: Path) -> None:
-    """To read from it would wait for ever."""
-    path.unlink()
-    os.mkfifo(path)
+def damaged(how: str, name: str, content: bytes) -> bytes:
+    """What an entry of that name holds once it was damaged."""
+    return {
+        "cut": content[:-1],
+        "empty": b"",
+        "flipped": content[:700] + bytes([content[700] ^ 1]) + content[701:],
+        "checksum alone": content[:32],
+        "checksum of nothing": hashlib.sha256(name.encode()).digest(),
+        "another entry": hashlib.sha256(b"another" + BINARY).digest() + BINARY,
+    }[how]
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [_cut, _empty, _flip, _checksum_alone, _checksum_of_nothing, _another_entry, _pipe],
+    "how",
+    ["cut", "empty", "flipped", "checksum alone", "checksum of nothing", "another entry", "pipe"],
 )
-def test_a_corrupt_entry_is_rebuilt(damage: Callable[[Path], None], folder: Path) -> None:
+def test_a_corrupt_entry_is_rebuilt(how: str, folder: Path) -> None:
     cached(KEY, Build())
-    damage(entry(folder))
+    path = entry(folder)
+    if how == "pipe":  # to read from it would wait for ever
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        path.write_bytes(damaged(how, path.name, path.read_bytes()))
     assert not holds(KEY)
-    build = Build()
-    assert [cached(KEY, build) for _ in range(2)] == [BINARY] * 2
-    assert build.times == 1
+    builds(1)
 
 
 def test_a_folder_full_of_junk(folder: Path) -> None:
@@ -168,37 +150,24 @@ def test_a_folder_in_place_of_an_entry_is_no_error(folder: Path) -> None:
     path = entry(folder)
     path.unlink()
     path.mkdir()
-    build = Build()
-    assert [cached(KEY, build) for _ in range(2)] == [BINARY] * 2
-    assert build.times == 2
+    builds(2)
     assert [found.name for found in folder.iterdir()] == [path.name], "no temporary file stays"
 
 
 # Directories that cannot be used
 
 
-def _below_a_file(folder: Path) -> None:
-    folder.parent.write_bytes(b"")
-
-
-def _a_file_itself(folder: Path) -> None:
-    folder.parent.mkdir()
-    folder.write_bytes(b"")
-
-
-def _no_room(folder: Path) -> None:
-    folder.parent.mkdir()
-    folder.symlink_to("/dev/null/nothing")
-
-
-@pytest.mark.parametrize("spoil", [_below_a_file, _a_file_itself, _no_room])
-def test_a_folder_that_cannot_be_made_is_no_error(
-    spoil: Callable[[Path], None], folder: Path
-) -> None:
-    spoil(folder)
-    build = Build()
-    assert [cached(KEY, build) for _ in range(2)] == [BINARY] * 2
-    assert build.times == 2
+@pytest.mark.parametrize("spoilt", ["below a file", "a file itself", "no room"])
+def test_a_folder_that_cannot_be_made_is_no_error(spoilt: str, folder: Path) -> None:
+    if spoilt == "below a file":
+        folder.parent.write_bytes(b"")
+    else:
+        folder.parent.mkdir()
+    if spoilt == "a file itself":
+        folder.write_bytes(b"")
+    elif spoilt == "no room":
+        folder.symlink_to("/dev/null/nothing")
+    builds(2)
     why = refusal()
     assert why is not None
     assert str(folder) in why
@@ -215,9 +184,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(
     folder.mkdir(parents=True, mode=0o700)
     monkeypatch.setattr(tempfile, "mkstemp", refuse)
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    build = Build()
-    assert [cached(KEY, build) for _ in range(2)] == [BINARY] * 2
-    assert build.times == 2
+    builds(2)
     assert refusal() == f"{folder} cannot be written (Read-only file system)"
 
 
@@ -244,28 +211,17 @@ def test_what_the_compiler_raises_passes_through(folder: Path) -> None:
 # Directories that are not trusted
 
 
-def _by_group(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder.chmod(0o770)
-
-
-def _by_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder.chmod(0o1777)
-
-
-def _by_its_owner(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
-
-
-@pytest.mark.parametrize("writable", [_by_group, _by_all, _by_its_owner])
+@pytest.mark.parametrize("writable", ["by its group", "by all", "by its owner"])
 def test_a_folder_that_others_may_write_is_neither_read_nor_written(
-    writable: Callable[[Path, pytest.MonkeyPatch], None],
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    writable: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cached(KEY, Build(b"what somebody else put there"))
     assert refusal() is None
-    writable(folder, monkeypatch)
-    assert cached(KEY, Build()) == BINARY
+    if writable == "by its owner":
+        monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
+    else:
+        folder.chmod(0o770 if writable == "by its group" else 0o1777)
+    builds(2)
     assert cached(("other", *KEY), Build()) == BINARY
     assert len(list(folder.iterdir())) == 1
     assert refusal() == f"{folder} belongs to somebody else, or others may write to it"

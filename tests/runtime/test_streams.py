@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from support.block_cases import PATIENCE, large, numbered
 from support.device_cases import DEVICE, LONG
 from support.fake_libcuda import FakeLibrary
 from support.guarded_memory import refused
+from support.threads import run_threads
 
 from portakv import TransferError, copy_blocks
 from portakv.blocks import slices as block_slices
@@ -84,27 +86,17 @@ def test_what_the_driver_refuses_is_told() -> None:
 
 
 def test_elsewhere_they_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[Any, ...]] = []
-
-    class Module:
-        @staticmethod
-        def Stream(device: torch.device, **options: int) -> str:
-            asked.append((device, options))
-            return "torch's"
-
-    monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
+    made = Mock()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: made)
     npu = torch.device("meta", 0)
-    assert (own_stream(npu), own_stream(npu, -1)) == ("torch's", "torch's")
-    assert asked == [(npu, {}), (npu, {"priority": -1})]
+    assert own_stream(npu) is own_stream(npu, -1) is made.Stream.return_value
+    assert made.Stream.mock_calls == [call(npu), call(npu, priority=-1)]
 
 
 @pytest.mark.usefixtures("driver")
 def test_without_the_drivers_library_they_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent() -> Any:
-        raise OSError("libcuda.so.1: cannot open shared object file")
-
     _cuda_driver.stream_maker.cache_clear()
-    monkeypatch.setattr(_cuda_driver, "library", absent)
+    monkeypatch.setattr(_cuda_driver, "library", Mock(side_effect=OSError("libcuda.so.1")))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: "torch's")
     assert own_stream(CARD) == "torch's"
 
@@ -114,24 +106,18 @@ def test_without_the_drivers_library_they_are_torchs(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("priority", [0, -1])
 @pytest.mark.gpu
-def test_torch_gives_them_to_nobody(priority: int) -> None:
+def test_torch_gives_them_to_nobody_and_one_that_is_forgotten_serves_again(priority: int) -> None:
     own = [own_stream(DEVICE, priority) for _ in range(50)]
-    handles = {stream.cuda_stream for stream in own}
-    assert len(handles) == 50
-    assert all(stream.device == DEVICE for stream in own)
+    handles = [stream.cuda_stream for stream in own]
+    assert len({*handles}) == 50
+    assert all((stream.device, stream.priority) == (DEVICE, priority) for stream in own)
     theirs = {torch.cuda.Stream(DEVICE, priority=priority).cuda_stream for _ in range(100)}
-    assert not handles & {*theirs, 0}
-
-
-@pytest.mark.gpu
-def test_one_that_is_forgotten_serves_again() -> None:
-    kept, gone = own_stream(DEVICE), own_stream(DEVICE)
-    handle = gone.cuda_stream
-    del gone
+    assert not {*handles} & {*theirs, 0}
+    del own[20]
     gc.collect()
-    later = [own_stream(DEVICE) for _ in range(60)]
-    assert later[0].cuda_stream == handle
-    assert len({stream.cuda_stream for stream in (kept, *later)}) == 61
+    later = [own_stream(DEVICE, priority) for _ in range(60)]
+    assert later[0].cuda_stream == handles[20]
+    assert len({stream.cuda_stream for stream in (*own, *later)}) == 109
 
 
 @pytest.mark.gpu
@@ -169,19 +155,18 @@ def test_transfers_in_slices_share_no_stream(monkeypatch: pytest.MonkeyPatch) ->
     assert rounds[0] == rounds[1] == rounds[2]
 
 
+@pytest.mark.parametrize("priority", [0, -1])
 @pytest.mark.gpu
-def test_they_have_their_priority_and_wait_for_no_default_stream() -> None:
-    for priority in (0, -1):
-        stream = own_stream(DEVICE, priority)
-        assert stream.priority == priority
-        with torch.cuda.stream(stream):  # memory for a new stream is got from a device at rest
-            torch.zeros(1, device=DEVICE)
-        torch.cuda.synchronize()
-        torch.cuda._sleep(LONG)
-        with torch.cuda.stream(stream):
-            torch.zeros(1, device=DEVICE)
-        stream.synchronize()
-        assert not torch.cuda.default_stream(DEVICE).query()
+def test_they_wait_for_no_default_stream(priority: int) -> None:
+    stream = own_stream(DEVICE, priority)
+    with torch.cuda.stream(stream):  # memory for a new stream is got from a device at rest
+        torch.zeros(1, device=DEVICE)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(LONG)
+    with torch.cuda.stream(stream):
+        torch.zeros(1, device=DEVICE)
+    stream.synchronize()
+    assert not torch.cuda.default_stream(DEVICE).query()
     torch.cuda.synchronize()
 
 
@@ -214,23 +199,15 @@ def test_while_another_thread_captures(mode: str) -> None:
     sender.send(values)
     side = torch.cuda.Stream(DEVICE)
     torch.cuda.synchronize()
-    failed: list[Exception] = []
-    kept: list[Any] = []
 
-    def work() -> None:
-        try:
-            with torch.cuda.stream(side):
-                kept.extend(own_stream(DEVICE) for _ in range(100))  # more than had been made
-                sender.send([n + 1 for n in values])
-        except Exception as error:
-            failed.append(error)
+    def work(streams: int) -> list[Any]:
+        with torch.cuda.stream(side):
+            sender.send([n + 1 for n in values])
+            return [own_stream(DEVICE) for _ in range(streams)]
 
     with torch.cuda.graph(graph, capture_error_mode=mode):
         marker.add_(1)
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
+        run_threads(work, [100])  # more than had been made
     graph.replay()
     torch.cuda.synchronize()
-    assert not failed
     assert (marker.item(), sender.out.tolist()) == (1, [n + 1 for n in values])
