@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from support.crossing_cases import bytes_of_pieces, drawn_runs, runs_of
 from support.fake_libcuda import Call, FakeLibrary
 from support.guarded_memory import refused
@@ -32,7 +31,7 @@ from portakv.engines.link import (
     TorchLink,
     link_of,
 )
-from portakv.engines.pieces import ALL, Pieces, portions, to_2d_copies
+from portakv.engines.pieces import ALL, Pieces, to_2d_copies
 from portakv.plan.runs import Runs
 from portakv.runtime import cuda as _cuda_driver
 
@@ -335,18 +334,6 @@ def test_a_long_list_crosses_in_turns(cuda: Any, monkeypatch: pytest.MonkeyPatch
         assert row[stream] <= 160
     assert streams.count(5) + streams.count(77) == 60
     assert cuda.log[-1] == "5 waits for 77"
-
-
-@given(drawn_runs(), st.integers(1, 200))
-def test_portions_are_the_pieces_in_their_order(runs: Runs, most: int) -> None:
-    pieces = to_2d_copies(runs)
-    found = list(portions(pieces, most))
-    for whole, *parts in zip(pieces, *found, strict=True):
-        assert np.concatenate(parts).tolist() == whole.tolist()
-    for one in found:
-        assert one.number or not pieces.number
-        # No more than the last of them is beyond, and only by a part of itself.
-        assert one.number < 2 or int((one.width * one.height)[1:-1].sum()) < most
 
 
 def test_who_is_asked_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:

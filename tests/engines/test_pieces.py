@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs as pieces: exactly their bytes, each once, in as few pieces as they allow; of small copies,
+and of large ones, which are folded before they are multiplied out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.crossing_cases import bytes_of_pieces, bytes_of_runs, drawn_runs, runs_of
+from support.engine_cases import DOWNWARD, Case, cases, index_of, tensors_of, view_of
+from support.guarded_memory import refused
+
+from portakv import CopyPlan, Index, KVView, LayoutError, PortaKVError, SlotError
+from portakv.engines import pieces as folding
+from portakv.engines.pieces import LEAST_HEIGHT, TALL, Pieces, pieces_of, portions, to_2d_copies
+from portakv.host import pinned
+from portakv.host._pages import PAGE
+from portakv.host.memcpy import MAX_PITCH
+from portakv.plan.move import Move
+from portakv.plan.runs import Runs
+
+LAYERS, BLOCKS = 12, 40
+
+
+def shapes(pieces: Pieces) -> list[tuple[int, int, int, int]]:
+    """Width, height and pitches of each piece."""
+    columns = pieces.width, pieces.height, pieces.dst_pitch, pieces.src_pitch
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def judge(runs: Runs, pieces: Pieces, seams: Sequence[int] = ()) -> Pieces:
+    """Exactly the bytes of the runs, and no piece over a seam."""
+    assert bytes_of_pieces(pieces) == bytes_of_runs(runs)
+    assert pieces.nbytes == runs.nbytes.sum()
+    assert {column.dtype for column in pieces} == {np.dtype(np.int64)}
+    assert {column.size for column in pieces} == {pieces.number}
+    for start, pitch in ((pieces.src, pieces.src_pitch), (pieces.dst, pieces.dst_pitch)):
+        assert ((pieces.width <= pitch) & ((pitch <= MAX_PITCH) | (pieces.height == 1))).all()
+        past = start + (pieces.height - 1) * pitch + pieces.width
+        for seam in seams:
+            assert not ((start < seam) & (seam < past)).any()
+    return pieces
+
+
+@given(drawn_runs())
+def test_pieces_are_the_runs(runs: Runs) -> None:
+    pieces = to_2d_copies(runs)
+    judge(runs, pieces)
+    assert pieces.number <= runs.nbytes.size
+
+
+@given(drawn_runs(), st.lists(st.integers(0, 400), max_size=6, unique=True))
+def test_no_piece_reaches_over_a_seam(runs: Runs, seams: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pinned, "seams", lambda: tuple(sorted(seams)))
+        judge(runs, to_2d_copies(runs), seams)
+
+
+@given(drawn_runs(), st.integers(1, 200))
+def test_portions_are_the_pieces_in_their_order(runs: Runs, most: int) -> None:
+    pieces = to_2d_copies(runs)
+    found = list(portions(pieces, most))
+    for whole, *parts in zip(pieces, *found, strict=True):
+        assert np.concatenate(parts).tolist() == whole.tolist()
+    for one in found:
+        assert one.number or not pieces.number
+        # No more than the last of them is beyond, and only by a part of itself.
+        assert one.number < 2 or int((one.width * one.height)[1:-1].sum()) < most
+
+
+def test_nothing_and_a_single_run() -> None:
+    assert to_2d_copies(runs_of([], [], 8)).number == 0
+    assert shapes(to_2d_copies(runs_of([64], [0], 8))) == [(8, 1, 8, 8)]
+
+
+@pytest.mark.parametrize("height", [*range(1, 2 * LEAST_HEIGHT), 100])
+def test_rows_at_a_pitch_are_one_piece_but_for_few(height: int) -> None:
+    pieces = to_2d_copies(runs_of(range(0, 64 * height, 64), range(0, 32 * height, 32), 16))
+    few = height < LEAST_HEIGHT
+    assert shapes(pieces) == ([(16, 1, 16, 16)] * height if few else [(16, height, 32, 64)])
+
+
+def test_groups_of_rows_with_jumps_between() -> None:
+    """Folded whichever way makes fewer pieces."""
+    for groups, rows, expected in ((6, 9, (16, 9, 16, 64)), (9, 6, (16, 9, 96, 4096))):
+        starts = [group * 4096 + row * 64 for group in range(groups) for row in range(rows)]
+        runs = runs_of(starts, range(0, 54 * 16, 16), 16)
+        assert shapes(to_2d_copies(runs)) == [expected] * 6
+
+
+@pytest.mark.parametrize("kv", [1, 2])
+def test_scattered_blocks_fold_over_their_planes(kv: int) -> None:
+    """Whatever the order of the blocks, each is a piece over all layers; K and V may lie anyhow."""
+    blocks = np.random.default_rng(3).permutation(200)[:BLOCKS]
+    where = np.arange(LAYERS) * 200 * 64
+    src = np.concatenate([far + where[:, None] + blocks * 64 for far in (0, 9_999_936)[:kv]])
+    dst = np.arange(kv * LAYERS * BLOCKS) * 64
+    pieces = to_2d_copies(runs_of(src.reshape(-1).tolist(), dst.tolist(), 64))
+    assert pieces.number == kv * BLOCKS
+    assert set(shapes(pieces)) == {(64, LAYERS, BLOCKS * 64, 200 * 64)}
+
+
+def test_layers_at_irregular_distances_stay_apart() -> None:
+    rng = np.random.default_rng(4)
+    where = np.cumsum(rng.integers(300, 900, LAYERS)) * 64
+    src = where[:, None] + np.sort(rng.permutation(200)[:BLOCKS]) * 64
+    runs = runs_of(src.reshape(-1).tolist(), (rng.permutation(src.size) * 64).tolist(), 64)
+    assert to_2d_copies(runs).number == runs.nbytes.size
+
+
+@pytest.mark.parametrize(
+    ("src_step", "dst_step"),
+    [(64, -64), (1, 64), (0, 64), (64, MAX_PITCH + 1), (MAX_PITCH + 1, 64)],
+)
+def test_what_no_copy_of_rows_takes(src_step: int, dst_step: int) -> None:
+    """Destinations backwards, sources over each other, pitches beyond the driver's limit."""
+    src, dst = [at * src_step for at in range(8)], [2**40 + at * dst_step for at in range(8)]
+    runs = runs_of(src, dst, 16)
+    assert judge(runs, to_2d_copies(runs)).number == 8
+
+
+def test_allocations_are_never_joined() -> None:
+    """Of two tensors that touch, the rows of each are a piece; one over both is cut."""
+    memory = np.zeros((2, 64, 16), dtype=np.uint8)
+    halves = [torch.frombuffer(half, dtype=torch.uint8).view(64, 16) for half in memory]
+    src = KVView(halves, "layer | token dim")
+    first = halves[0].data_ptr()
+    assert halves[1].untyped_storage().data_ptr() == first + 1024
+    rows = runs_of(range(first, first + 2048, 32), range(0, 1024, 16), 16)
+    assert shapes(to_2d_copies(rows)) == [(16, 64, 16, 32)]
+    assert shapes(to_2d_copies(rows, src)) == [(16, 32, 16, 32)] * 2
+    one = runs_of([first], [0], 2048)
+    assert shapes(to_2d_copies(one, src)) == [(1024, 1, 1024, 1024)] * 2
+    judge(one, to_2d_copies(one, src))
+
+
+@pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
+def test_seams_between_registrations() -> None:
+    before = pinned.seams()
+    with pinned.allocate(4 * PAGE, largest=2 * PAGE) as memory:
+        cuts = tuple(memory.address + seam for seam in memory.seams)
+        assert pinned.seams() == tuple(sorted((*before, *cuts)))
+        pieces = to_2d_copies(runs_of([memory.address], [0], 4 * PAGE))
+        # Torch's own pinned memory, on a device that has such, is registered in one.
+        assert pieces.number == 1 + len(cuts)
+    del memory
+    assert pinned.seams() == before
+
+
+def test_nothing_is_done_run_by_run() -> None:
+    src = np.random.default_rng(5).permutation(20_000)[:8000] * 64
+    runs = runs_of(src.tolist(), range(0, 64 * src.size, 64), 64)
+    calls: list[str] = []
+    sys.setprofile(lambda frame, event, argument: calls.append(event))
+    try:
+        pieces = to_2d_copies(runs)
+    finally:
+        sys.setprofile(None)
+    assert pieces.number == 8000
+    assert 0 < len(calls) < 800
+
+
+# Large copies
+
+CASES = cases()
+LAYER_FIRST, BLOCK_FIRST = "layer | block token dim", "block layer token dim"
+POOL_BY_LAYER = "layer block token dim"
+RANDOM = [7, 31, 2, 19, 11, 28, 5, 36]
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small copies as if they were large."""
+    monkeypatch.setattr(folding, "LARGE", 0)
+
+
+def plan_of(move: Move, unit: int | None = None) -> CopyPlan:
+    return CopyPlan(move.src.form, move.dst.form, *move.steps, unit)
+
+
+def folded(move: Move, seams: Sequence[int] = (), unit: int | None = None) -> Pieces:
+    """The pieces of a copy, judged."""
+    plan = plan_of(move, unit)
+    return judge(plan.runs(*move), pieces_of(plan, move), seams)
+
+
+@DOWNWARD
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_byte_of_any_layout(case: Case, downward: bool) -> None:
+    views = [
+        view_of(tensors_of(case.device, 0, 1), case.device),
+        view_of(tensors_of(case.host, case.count + case.offset, 2), case.host),
+    ][:: 1 if downward else -1]
+    ids = [index_of(case.ids), index_of(case.host_ids, case.offset)][:: 1 if downward else -1]
+    move = Move(views[0], views[1], ids[0], ids[1], case.count)
+    plan = plan_of(move)
+    if any(index.offset % plan.unit for index in ids):
+        plan = plan_of(move, 1)
+    move = move.part(0, case.count // plan.unit * plan.unit)
+    pieces = folded(move, unit=plan.unit)
+    # What the ends of planes share is merged or folded only by who looks at every run.
+    best = to_2d_copies(plan.runs(*move), move.src, move.dst)
+    assert pieces.number <= 2 * best.number + len(plan.nests)
+
+
+@pytest.mark.usefixtures("always")
+def test_a_list_over_blocks() -> None:
+    """Of either side each block has an address of its own."""
+    blocks = [torch.zeros(3, 4, 8, dtype=torch.int16) for _ in range(9)]
+    both = [[torch.zeros(4, 8, dtype=torch.int16) for _ in range(9)] for _ in range(3)]
+    views = (
+        KVView(blocks, "block | layer token dim"),
+        KVView(both, "layer block | token dim"),
+        pooled(POOL_BY_LAYER, blocks=9),
+    )
+    mine, theirs = Index([3, 1, 8, 0], step=4), Index([2, 3, 4, 7], step=4)
+    for src, dst in permutations(views, 2):
+        folded(Move(src, dst, mine, theirs, 16))
+
+
+def pooled(layout: str, blocks: int = 40, layers: int = 3, size: int = 4) -> KVView:
+    extents = {"layer": layers, "block": blocks, "token": size, "dim": 8}
+    shape = [extents[name] for name in layout.replace("| ", "").split()]
+    pool = torch.zeros(shape, dtype=torch.int16)
+    return KVView([each.clone() for each in pool] if "|" in layout else pool, layout)
+
+
+def copied(src: str, dst: str, mine: Sequence[int], theirs: Sequence[int], layers: int = 3) -> Move:
+    views = [pooled(layout, layers=layers) for layout in (src, dst)]
+    ids = Index(list(mine), step=4), Index(list(theirs), step=4)
+    return Move(views[0], views[1], *ids, 4 * len(mine))
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("layers", [3, 12])
+def test_blocks_that_follow_each_other_are_merged_or_folded(layers: int) -> None:
+    ids = range(5, 15)
+    by_layer = folded(copied(LAYER_FIRST, POOL_BY_LAYER, ids, ids, layers))
+    assert (by_layer.number, set(by_layer.height.tolist())) == (layers, {1})
+    across = folded(copied(LAYER_FIRST, BLOCK_FIRST, ids, ids, layers))
+    assert (across.number, set(across.height.tolist())) == (layers, {10})
+
+
+@pytest.mark.usefixtures("always")
+def test_planes_at_one_distance_are_rows() -> None:
+    """Random blocks: the rows of a piece are the layers of a block."""
+    pieces = folded(copied(POOL_BY_LAYER, BLOCK_FIRST, RANDOM, RANDOM[::-1], 12))
+    assert (pieces.number, set(pieces.height.tolist())) == (8, {12})
+    apart = folded(copied(LAYER_FIRST, BLOCK_FIRST, RANDOM, RANDOM[::-1], 12))
+    assert apart.number == 8 * 12
+
+
+@pytest.mark.usefixtures("always")
+def test_skipped_blocks_and_none_at_all() -> None:
+    some = folded(copied(LAYER_FIRST, BLOCK_FIRST, [3, -1, 5, 9], [1, 2, -7, 4]))
+    assert some.nbytes == 2 * 3 * 64
+    for mine, theirs in (([-1, 4], [4, -1]), ([], [])):
+        assert folded(copied(LAYER_FIRST, BLOCK_FIRST, mine, theirs)).number == 0
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("layout", [BLOCK_FIRST, POOL_BY_LAYER, LAYER_FIRST])
+def test_slots_of_which_some_follow_each_other(layout: str) -> None:
+    """Lines of several lengths, in planes that lie between them, and around them."""
+    slots, paged = Index([0, 1, 2, 5, 12, 13, 9, 30, 31]), pooled(layout)
+    chunk = KVView(torch.zeros(3, 9, 8, dtype=torch.int16), "layer token dim")
+    for move in (Move(paged, chunk, slots, Index(), 9), Move(chunk, paged, Index(), slots, 9)):
+        pieces = folded(move)
+        assert (pieces.number, pieces.nbytes) == (3 * 5, 3 * 9 * 16)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("layout", [LAYER_FIRST, POOL_BY_LAYER])
+def test_no_piece_of_a_large_copy_reaches_over_a_seam(
+    layout: str, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seams between layers, and inside of a layer's blocks."""
+    ids = range(4, 20)
+    for src, dst in ((layout, BLOCK_FIRST), (layout, POOL_BY_LAYER), (POOL_BY_LAYER, layout)):
+        move = copied(src, dst, ids, ids, 12)
+        for behind in (0, 40 * 64, 5 * 40 * 64, 9 * 64, 3 * 40 * 64 + 6 * 64 + 24):
+            seam = move[:2][side].origins[0] + behind
+            with monkeypatch.context() as patch:
+                patch.setattr(pinned, "seams", lambda seam=seam: (seam,))
+                folded(move, [seam])
+
+
+def test_only_large_copies_are_folded_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, real = [], folding._fold_factors
+
+    def noted(*arguments: Any) -> Pieces:
+        seen.append(len(arguments[3].nbytes))
+        return real(*arguments)
+
+    monkeypatch.setattr(folding, "_fold_factors", noted)
+    folded(copied(LAYER_FIRST, BLOCK_FIRST, RANDOM, RANDOM))
+    assert seen == []
+    monkeypatch.setattr(folding, "LARGE", 24)
+    folded(copied(LAYER_FIRST, BLOCK_FIRST, RANDOM, RANDOM))
+    assert seen == [8]
+
+
+@pytest.mark.parametrize("large", [0, 10**9])
+def test_what_runs_refuse_is_refused(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folding, "LARGE", large)
+    move = copied(LAYER_FIRST, BLOCK_FIRST, RANDOM, RANDOM)
+    wrong: list[tuple[type[PortaKVError], str, dict[str, Any]]] = [
+        (LayoutError, "another form", {"src": pooled(POOL_BY_LAYER)}),
+        (SlotError, "160 slots", {"src_index": Index([40] * 8, step=4)}),
+        (SlotError, "begins at token 2", {"dst_index": Index(RANDOM, step=4, offset=2)}),
+        (SlotError, "36 positions", {"count": 36}),
+    ]
+    for error, told, change in wrong:
+        with refused(error, told, watch=move.dst.tensors):
+            pieces_of(plan_of(move), move._replace(**change))
+
+
+@pytest.mark.parametrize("large", [0, 10**9])
+@pytest.mark.parametrize("layers", [12, TALL])
+@pytest.mark.parametrize("below", [0, 64, 65, 10**9])
+def test_rows_that_are_wide_are_copies_of_their_own(
+    below: int, large: int, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However rows are folded: all at once, or planes and lines apart."""
+    monkeypatch.setattr(folding, "LARGE", large)
+    move = copied(POOL_BY_LAYER, BLOCK_FIRST, RANDOM, RANDOM, layers)
+    found, whole = pieces_of(plan_of(move), move, below), plan_of(move).runs(*move)
+    width = int(whole.nbytes.max())
+    assert (found.height > 1).any() == (width < below or layers >= TALL)
+    assert bytes_of_pieces(found) == bytes_of_pieces(to_2d_copies(whole))
