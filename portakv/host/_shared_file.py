@@ -29,6 +29,7 @@ _MAGIC = 0x3130564B41545250  # changes with the layout of the file
 _MEMBERS = 128
 HEADER = np.dtype([("magic", "i8"), ("block_bytes", "i8"), ("blocks", "i8"), ("stride", "i8"),
                    ("high_water", "i8")])  # fmt: skip
+_SIZES = ("block_bytes", "blocks", "stride")
 _MEMBERS_AT = 256
 _OWNERS_AT = _MEMBERS_AT + _MEMBERS * RECORD.itemsize
 _BLOCK_RECORD = 8 + 8 + 8 + 40  # owner, generation, since, label
@@ -38,12 +39,10 @@ class SharedFile:
     """One opening of the file, with a place among its members.
 
     Attributes:
-        mapping: all of the file.
-        header: `HEADER`, one record.
-        owners: int64 ``[blocks]``: the place of its owner among the members, plus 1; 0: free.
-        generations: int64 ``[blocks]``, counts how often a block changed hands.
-        since: float64 ``[blocks]``, when it was acquired, by the monotonic clock.
-        labels: what for.
+        mapping: all of the file; header: `HEADER`, one record.
+        owners: of each block, the place of its owner among the members, plus 1; 0: free.
+        generations: how often it changed hands; since: when, by the monotonic clock; labels: what
+            for.
     """
 
     def __init__(self, path: Path, fd: int) -> None:
@@ -56,13 +55,13 @@ class SharedFile:
         """Open or make it, and join. Errors as `SharedPool`."""
         path = _path(name)
         wanted = None
-        if (block_bytes is None) != (blocks is None):
+        if block_bytes is not None and blocks is not None:
+            wanted = (block_bytes, blocks, stride_of(block_bytes, blocks, alignment))
+        elif block_bytes is not blocks:
             raise HostMemoryError(
                 f"The shared pool {name!r} was asked for with {blocks} blocks of {block_bytes} "
                 f"bytes; say both, to make it, or neither, to open it as it is."
             )
-        if block_bytes is not None and blocks is not None:
-            wanted = (block_bytes, blocks, stride_of(block_bytes, blocks, alignment))
         while True:
             file = cls(path, _opened(path, wanted is not None))
             try:
@@ -134,10 +133,8 @@ class SharedFile:
     def _begin(self, name: str, wanted: tuple[int, int, int] | None) -> None:
         """Make the file, unless that was finished before, and map it."""
         fd = self.locks.fd
-        found = np.zeros(1, HEADER)
-        raw = os.pread(fd, HEADER.itemsize, 0)
-        if len(raw) == HEADER.itemsize:
-            found = np.frombuffer(raw, HEADER)
+        raw = os.pread(fd, HEADER.itemsize, 0).ljust(HEADER.itemsize, b"\0")
+        found = np.frombuffer(raw, HEADER)
         fresh = found["magic"][0] == 0
         if fresh:
             if wanted is None:
@@ -149,9 +146,9 @@ class SharedFile:
                 f"The shared pool {name!r} was made by another release of PortaKV; end what uses "
                 f"it and remove {self.path}."
             )
-        here = wanted if fresh and wanted else tuple(
-            int(found[field][0]) for field in ("block_bytes", "blocks", "stride")
-        )  # fmt: skip
+        here = tuple(int(found[field][0]) for field in _SIZES)
+        if wanted is not None and fresh:
+            here = wanted
         if wanted is not None and wanted != here:
             raise HostMemoryError(
                 f"The shared pool {name!r} was asked for with {wanted[1]} blocks of {wanted[0]} "
@@ -199,7 +196,7 @@ class SharedFile:
         self.members = Members(self.locks, table)
         if fresh:
             _pages.touch(self.address // _pages.PAGE * _pages.PAGE, self.nbytes)
-            for field in ("block_bytes", "blocks", "stride"):
+            for field in _SIZES:
                 self.header[field][0] = getattr(self, field)
             self.header["magic"][0] = _MAGIC
 

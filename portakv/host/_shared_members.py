@@ -16,6 +16,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,6 @@ _GRACE = 1.0  # seconds until a dead process of another container has let go of 
 _PATIENCE = 30.0  # seconds to wait for a change of the tables, which takes microseconds
 
 _open: weakref.WeakSet[FileLocks] = weakref.WeakSet()
-_forks_watched = False
 
 
 class FileLocks:
@@ -44,9 +44,7 @@ class FileLocks:
         """Lock a byte, or say at once that another opening of the file has it."""
         try:
             fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _lock(fcntl.F_WRLCK, byte))
-        except BlockingIOError:
-            return False
-        except PermissionError:  # EACCES: the other name of the same answer
+        except (BlockingIOError, PermissionError):  # EAGAIN, EACCES: two names of one answer
             return False
         return True
 
@@ -89,12 +87,7 @@ class FileLocks:
 
 
 class Members:
-    """The attached processes, in a table that all of them see.
-
-    Args:
-        locks: of the file.
-        table: `RECORD`, one for each process that can be attached at once.
-    """
+    """The attached processes, in a table of `RECORD` that all of them see; ``me``: this one's."""
 
     def __init__(self, locks: FileLocks, table: npt.NDArray[np.void]) -> None:
         self._locks, self._table = locks, table
@@ -104,16 +97,11 @@ class Members:
         """Take a free place; False where there is none. Inside `FileLocks.exclusive`."""
         for place in np.flatnonzero(self._table["pid"] == 0).tolist():
             if self._locks.take(1 + place):
-                record = (
-                    os.getpid(),
-                    _space(),
-                    _started(os.getpid()),
-                    0.0,
-                    str(name).encode()[:32],
-                )
-                # The number last: until it stands there the place is free.
-                for field, value in reversed(list(zip(RECORD.names or (), record, strict=True))):
-                    self._table[field][place] = value
+                self._table["name"][place] = str(name).encode()[:32]
+                self._table["noticed"][place] = 0.0
+                self._table["started"][place] = _started(os.getpid()) or 0
+                self._table["space"][place] = _space()
+                self._table["pid"][place] = os.getpid()  # last: until then the place is free
                 self.me = place
                 return True
         return False
@@ -149,7 +137,7 @@ class Members:
         if int(record["space"]) == _space():
             # The kernel closes a dying process's files one after the other: this lock may be free
             # while its device still writes. A process that is a zombie has closed them all.
-            return _over(int(record["pid"]), int(record["started"]))
+            return _started(int(record["pid"])) != int(record["started"])
         if record["noticed"] == 0.0:
             self._table["noticed"][place] = time.monotonic()
         return bool(time.monotonic() - float(self._table["noticed"][place]) > _GRACE)
@@ -170,32 +158,20 @@ def _space() -> int:
         return 0
 
 
-def _stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the state on; empty where there is no such process."""
+def _started(pid: int) -> int | None:
+    """When a process began, which tells it from a later one of its number; None: it is over."""
     with suppress(OSError), open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()
-    return []
+        fields = file.read().rpartition(")")[2].split()  # from the state on
+        return None if fields[0] in "ZX" else int(fields[19])
+    return None
 
 
-def _started(pid: int) -> int:
-    """When a process began, which tells it from a later one of the same number."""
-    fields = _stat(pid)
-    return int(fields[19]) if fields else 0
-
-
-def _over(pid: int, started: int) -> bool:
-    fields = _stat(pid)
-    return not fields or fields[0] in "ZX" or int(fields[19]) != started
-
-
+@cache
 def _watch_forks() -> None:
     """A child must not keep its parent's locks alive."""
-    global _forks_watched
-    if not _forks_watched:
-        _forks_watched = True
-        os.register_at_fork(after_in_child=_close_all)
 
+    def close_all() -> None:
+        for each in list(_open):
+            each.close()
 
-def _close_all() -> None:
-    for each in list(_open):
-        each.close()
+    os.register_at_fork(after_in_child=close_all)

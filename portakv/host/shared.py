@@ -12,6 +12,7 @@ import os
 import time
 import warnings
 import weakref
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -195,12 +196,12 @@ class SharedPool:
     def leaks(self) -> list[str]:
         """Every block that is out: its index, the process, what for and since when."""
         self._refuse()
-        now = time.monotonic()
+        file, now = self._file, time.monotonic()
         return [
-            f"block {index}: {self._file.members.describe(int(self._file.owners[index]) - 1)}, for "
-            f"{self._file.labels[index].decode(errors='replace') or 'nothing named'}, "
-            f"{now - self._file.since[index]:.1f} s"
-            for index in np.flatnonzero(self._file.owners).tolist()
+            f"block {index}: {file.members.describe(int(file.owners[index]) - 1)}, for "
+            f"{file.labels[index].decode(errors='replace') or 'nothing named'}, "
+            f"{now - file.since[index]:.1f} s"
+            for index in np.flatnonzero(file.owners).tolist()
         ]
 
     def close(self) -> None:
@@ -255,11 +256,9 @@ class SharedPool:
         return block
 
     def _owners(self) -> str:
-        places, counts = np.unique(self._file.owners[self._file.owners != 0], return_counts=True)
-        return ", ".join(
-            f"{self._file.members.describe(int(place) - 1)}: {count}"
-            for place, count in zip(places, counts, strict=True)
-        )
+        places = Counter(self._file.owners[self._file.owners != 0].tolist())
+        describe = self._file.members.describe
+        return ", ".join(f"{describe(place - 1)}: {count}" for place, count in places.items())
 
 
 def _leave(
