@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,29 +23,19 @@ def facts(view: KVView) -> tuple[Any, ...]:
     return view.layers, view.kv, view.heads, view.widths, view.block_size, view.slots
 
 
-# layout, shape, extents, expected (layers, kv, heads, bytes of dim for each kv, block size, slots)
+# What `copy/test_properties.py` does not draw. layout, shape, extents, expected (layers, kv, heads,
+# bytes of dim for each kv, block size, slots)
 SOLVED: list[tuple[str, tuple[int, ...], dict[str, Any], tuple[Any, ...]]] = [
-    ("token dim", (5, 8), {}, (1, 1, 1, (16,), None, 5)),
-    ("layer kv block token head dim", (3, 2, 5, 4, 2, 8), {}, (3, 2, 2, (16, 16), 4, 20)),
-    ("kv token (head dim)", (2, 5, 24), {"heads": 3}, (1, 2, 3, (16, 16), None, 5)),
+    ("kv token (head dim)", (2, 5, 24), {"heads": np.int64(3)}, (1, 2, 3, (16, 16), None, 5)),
     ("kv token (head dim)", (2, 5, 24), {"dim": 8}, (1, 2, 3, (16, 16), None, 5)),
-    ("kv token (head dim)", (2, 5, 24), {"dim": 8, "heads": 3}, (1, 2, 3, (16, 16), None, 5)),
     ("kv token (dim)", (3, 5, 24), {"kv": 3}, (1, 3, 1, (48,) * 3, None, 5)),
-    ("(block token) dim", (20, 8), {"block_size": 4}, (1, 1, 1, (16,), 4, 20)),
+    ("(kv layer) token dim", (6, 5, 8), {}, (3, 2, 1, (16, 16), None, 5)),
     ("block (token head) dim", (5, 8, 6), {"block_size": 4}, (1, 1, 2, (12,), 4, 20)),
-    ("block (token head) dim", (5, 8, 6), {"heads": 2}, (1, 1, 2, (12,), 4, 20)),
-    ("block head token (kv dim)", (5, 2, 4, 16), {}, (1, 2, 2, (16, 16), 4, 20)),
-    ("block head token (kv dim)", (5, 2, 4, 12), {"dim": (8, 4)}, (1, 2, 2, (16, 8), 4, 20)),
     ("block (kv token dim)", (5, 40), {"dim": (8, 2)}, (1, 2, 1, (16, 4), 4, 20)),
-    ("block (kv token dim)", (5, 40), {"block_size": 4}, (1, 2, 1, (10, 10), 4, 20)),
     ("token (kv layer dim)", (5, 36), {"dim": (8, 4), "layers": 3}, (3, 2, 1, (16, 8), None, 5)),
-    ("block dim/4 token dim%4", (5, 2, 4, 4), {}, (1, 1, 1, (16,), 4, 20)),
     ("block/2 token block%2 dim", (3, 4, 2, 8), {}, (1, 1, 1, (16,), 4, 24)),
-    ("token (dim/4 dim%4)", (5, 8), {}, (1, 1, 1, (16,), None, 5)),
-    ("token/4 head token%4 dim", (3, 2, 4, 8), {}, (1, 1, 2, (16,), None, 12)),
-    ("token 1 dim", (5, 1, 8), {}, (1, 1, 1, (16,), None, 5)),
-    ("block page", (5, 24), {"block_size": 4}, (1, 1, 1, (48,), 4, 20)),
     ("block page", (5, 4, 6), {"block_size": 4, "dim": 24}, (1, 1, 1, (48,), 4, 20)),
+    ("token dim", (5, 8), {"layers": 1, "kv": 1, "heads": 1, "dim": 8}, (1, 1, 1, (16,), None, 5)),
     ("block token dim", (0, 4, 8), {}, (1, 1, 1, (16,), 4, 0)),
     ("kv token dim", (2, 0, 8), {}, (1, 2, 1, (16, 16), None, 0)),
     ("(layer token) dim", (0, 8), {"layers": 3}, (3, 1, 1, (16,), None, 0)),
@@ -78,6 +69,21 @@ CONTRADICTIONS: list[tuple[str, tuple[int, ...], dict[str, Any], str]] = [
     ("token dim/4 dim%4", (5, 2, 4), {"dim": 16}, "Axis 'dim' .* extent 4, but 2 was found"),
     ("token dim/4 dim%4", (5, 2, 4), {"dim": 10}, "extent 10, which dim/4 cannot divide"),
     ("block page", (5, 24), {"block_size": 4, "dim": 32}, "'page' .* extent 32, but 24 was found"),
+    ("(block token) dim", (20, 8), {}, r"block and token share.*: declare block_size\.$"),
+    ("token (head dim)", (5, 24), {}, r"head and dim share.*: declare heads or dim\.$"),
+    ("(layer head) token dim", (6, 5, 8), {}, r"head share.*: declare layers or heads\.$"),
+    # What grows cannot be declared, so the message must not ask for it.
+    ("(token head) dim", (12, 8), {}, r"token and head share.*: declare heads\.$"),
+    ("(block head) token dim", (12, 4, 8), {}, r"block and head share.*: declare heads\.$"),
+    ("(block token head) dim", (24, 8), {}, r"share.*: declare block_size or heads\.$"),
+    # A loop of extent 0 must never be taken for one of extent 1, nor a block of no tokens for a
+    # view without blocks: only blocks and the tokens of a chunk may be none.
+    ("layer kv token dim", (0, 2, 5, 8), {}, "Axis 'layer' .* has extent 0"),
+    ("token head dim", (5, 0, 8), {}, "Axis 'head' .* has extent 0"),
+    ("token dim", (5, 0), {}, "Axis 'dim' .* has extent 0"),
+    ("block token dim", (5, 0, 8), {}, "Axis 'token' .* has extent 0"),
+    ("block dim/4 token dim%4", (5, 0, 4, 4), {}, "Axis 'dim' .* has extent 0"),
+    ("block page", (5, 0), {"block_size": 4}, "Axis 'page' .* has extent 0"),
 ]  # fmt: skip
 
 
@@ -87,29 +93,6 @@ def test_a_contradiction_names_axis_expected_and_found(
 ) -> None:
     with pytest.raises(LayoutError, match=why):
         KVView(zeros(*shape), layout, **extents)
-
-
-@pytest.mark.parametrize(
-    ("layout", "shape", "why"),
-    [
-        ("(block token) dim", (20, 8), "block and token share.*: declare block_size"),
-        ("token (head dim)", (5, 24), "head and dim share.*: declare heads or dim"),
-        ("(kv layer) token dim", (6, 5, 8), None),
-        ("(layer head) token dim", (6, 5, 8), "layer and head share.*: declare layers or heads"),
-        # What grows cannot be declared, so the message must not ask for it.
-        ("(token head) dim", (12, 8), "token and head share.*: declare heads"),
-        ("(block head) token dim", (12, 4, 8), "block and head share.*: declare heads"),
-        ("(block token head) dim", (24, 8), "share.*: declare block_size or heads"),
-    ],
-)
-def test_axes_that_share_a_dimension_must_be_declared(
-    layout: str, shape: tuple[int, ...], why: str | None
-) -> None:
-    if why is None:  # kv is 2 unless declared, so one is left
-        assert KVView(zeros(*shape), layout).layers == 3
-        return
-    with pytest.raises(LayoutError, match=why + r"\.$"):
-        KVView(zeros(*shape), layout)
 
 
 @pytest.mark.parametrize(
@@ -136,49 +119,22 @@ def test_a_declaration_that_cannot_be_true_is_refused(
         declare(parse(layout), extents)
 
 
-def test_declarations_of_one_are_true_of_axes_that_are_not_written() -> None:
-    view = KVView(zeros(5, 8), "token dim", layers=1, kv=1, heads=1, dim=8)
-    assert facts(view) == (1, 1, 1, (16,), None, 5)
-
-
-def test_numbers_of_other_integer_types_are_integers() -> None:
-    view = KVView(zeros(5, 24), "token (head dim)", heads=np.int64(3))
-    assert view.heads == 3
-
-
-@pytest.mark.parametrize("order", ["kv token dim", "token (dim kv)", "token (kv head) dim"])
-def test_widths_may_differ_only_where_the_parts_can_lie_one_behind_the_other(order: str) -> None:
-    with pytest.raises(LayoutError, match="unequal widths"):
-        declare(parse(order), {"dim": (8, 4), "heads": 2 if "head" in order else None})
-
-
-@pytest.mark.parametrize("order", ["kv | token dim", "token (kv dim)", "block (kv token dim)"])
-def test_widths_may_differ_in_containers_and_right_of_kv(order: str) -> None:
-    assert [known["dim"] for known in declare(parse(order), {"dim": (8, 4)})] == [8, 4]
-
-
 @pytest.mark.parametrize(
-    ("layout", "shape", "axis"),
+    ("order", "may"),
     [
-        ("layer kv token dim", (0, 2, 5, 8), "layer"),
-        ("token head dim", (5, 0, 8), "head"),
-        ("token dim", (5, 0), "dim"),
-        ("block token dim", (5, 0, 8), "token"),
-        ("block dim/4 token dim%4", (5, 0, 4, 4), "dim"),
+        ("kv token dim", False),
+        ("token (dim kv)", False),
+        ("token (kv head) dim", False),
+        ("kv | token dim", True),
+        ("token (kv dim)", True),
+        ("block (kv token dim)", True),
     ],
 )
-def test_only_blocks_and_the_tokens_of_a_chunk_may_be_none(
-    layout: str, shape: tuple[int, ...], axis: str
-) -> None:
-    """A loop of extent 0 must never be taken for one of extent 1, nor a block of no tokens for a
-    view without blocks."""
-    with pytest.raises(LayoutError, match=f"Axis '{axis}' .* has extent 0"):
-        KVView(zeros(*shape), layout)
-
-
-def test_an_empty_page_is_refused() -> None:
-    with pytest.raises(LayoutError, match=r"'page' .* has extent 0"):
-        KVView(zeros(5, 0), "block page", block_size=4)
+def test_widths_may_differ_in_containers_and_right_of_kv(order: str, may: bool) -> None:
+    heads = 2 if "head" in order else None
+    with nullcontext() if may else pytest.raises(LayoutError, match="unequal widths"):
+        known = declare(parse(order), {"dim": (8, 4), "heads": heads})
+        assert [one["dim"] for one in known] == [8, 4]
 
 
 def test_keys_and_values_of_different_block_counts_are_refused() -> None:
