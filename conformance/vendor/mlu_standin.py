@@ -2,7 +2,7 @@
 """A stand-in for ``torch_mlu_ops`` on the simulated device: its signatures, by torch indexing.
 
 It proves call shapes and bytes by assumption: signatures and semantics are those of the sources
-that `portakv.backends._mlu_ops` names, which the vendor has not confirmed. What is documented is
+that `portakv.backends.mlu` names, which the vendor has not confirmed. What is documented is
 enforced; so is what is likely for a kernel that takes addresses (contiguous tensors, the current
 device). The results are exact and asynchronous; nothing is said about speed.
 """

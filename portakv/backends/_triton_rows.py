@@ -7,11 +7,15 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from portakv.backends.rows_kernel import split_loops
+from portakv.backends.rows_kernel import SideArguments, split_loops
 from portakv.errors import Unsupported
-from portakv.plan.plan import CopyPlan, Nest, Side
+from portakv.plan.loops import Loop
+from portakv.plan.plan import CopyPlan, Nest
 
 if TYPE_CHECKING:
+    import torch
+
+    from portakv.plan.move import Move
     from portakv.view.index import Index
     from portakv.view.view import KVView
 
@@ -41,7 +45,7 @@ TILES = {
 }
 
 
-class SideArguments(NamedTuple):
+class Side(NamedTuple):
     """What a request says of one side; in the kernel each is an int64.
 
     Attributes:
@@ -67,54 +71,46 @@ class SideArguments(NamedTuple):
     inner: Any
 
 
-class SideShape:
-    """What a plan fixes about one side of a nest."""
+class SideShape(SideArguments):
+    """What a plan fixes about one side of a nest.
 
-    def __init__(self, side: Side, plan: CopyPlan, step: int, nest: Nest, name: str) -> None:
-        outer, inner = split_loops(nest.loops)
-        self._side, self._unit = side, plan.unit
-        self.per_id = step // plan.unit
-        self._flat = len(side.units) == 1 and not side.units[0].table
-        self.unit_entries = tuple(x.table for x in side.units)
-        self.outer_entries = tuple(getattr(x, f"{name}_table") for x in outer)
-        self.table = 2 if any(self.unit_entries) else 1 if any(self.outer_entries) else 0
-        self.extents = tuple(x.extent for x in side.units[1:])
-        self._strides = (
-            _padded("units", [x.stride for x in side.units]),
-            _padded("outer", [getattr(x, f"{name}_stride") for x in outer]),
-            _padded("inner", [getattr(x, f"{name}_stride") for x in inner]),
+    Attributes:
+        looks_up: where addresses come from: 0, one; 1, a table by plane; 2, by unit.
+        constants: what it has of the kernel's constants.
+    """
+
+    narrow = False
+
+    def __init__(
+        self, nest: Nest, plan: CopyPlan, name: str, outer: list[Loop], inner: list[Loop]
+    ) -> None:
+        super().__init__(nest, plan, name, outer, inner)
+        entries = tuple(x.table for x in self.side.units), tuple(table for table, _ in self.walks)
+        self.looks_up = 2 if any(entries[0]) else int(any(entries[1]))
+        if self.looks_up:
+            self.kind = "UNITS"  # the view's table, also by plane
+        self._steps = (
+            _padded("units", [x.stride for x in self.side.units]),
+            _padded("outer", [stride for _, stride in self.walks]),
+            _padded("inner", self.strides),
         )
+        self.constants: dict[str, Any] = {
+            "PER_ID": self.per_id if self.ids else 0,
+            "UNITS": tuple(x.extent for x in self.side.units[1:]),
+            "TABLE": self.looks_up,
+            "UNIT_ENTRIES": entries[0],
+            "OUTER_ENTRIES": entries[1],
+        }
 
-    @property
-    def offset(self) -> int:
-        """Bytes from an address to the first plane of the nest."""
-        return self._side.offset
-
-    def signature(self) -> SideArguments:
+    def signature(self) -> Side:
         """The types of this side's arguments."""
-        steps = (tuple("i64" for _ in strides) for strides in self._strides)
-        return SideArguments("i64", "i64", "i64", "i64", "i64", "i64", "i64", *steps)
+        return Side(*["i64"] * 7, *(tuple("i64" for _ in steps) for steps in self._steps))
 
-    def arguments(self, view: KVView, index: Index) -> SideArguments:
+    def arguments(self, view: KVView, index: Index) -> Side:
         """The values of this side's arguments."""
-        side, unit = self._side, self._unit
-        if self.table:
-            table, base = view.table.data_ptr() + 8 * side.table, side.offset
-        else:
-            table, base = 0, view.origins[side.table] + side.offset
-        first, rest = divmod(index.offset, unit)
-        limit = view.slots // unit
-        if self.per_id:
-            ids = index.ids_on(view.device)
-            past = -(-limit // self.per_id)
-            wide = ids.dtype.itemsize == 8
-            return SideArguments(
-                base, table, ids.data_ptr(), int(wide), first, limit, past, *self._strides
-            )
-        if rest and self._flat:
-            # Without ids a flat side may start anywhere, also between two units.
-            base += rest * (side.units[0].stride // unit)
-        return SideArguments(base, table, 0, 0, first, limit, 0, *self._strides)
+        base, table, ids, wide, first, limit = self.request(view, index)
+        past = -(-limit // self.per_id) if self.ids else 0
+        return Side(base, table, ids, int(wide), first, limit, past, *self._steps)
 
 
 class NestKernel:
@@ -136,8 +132,8 @@ class NestKernel:
 
     def __init__(self, nest: Nest, plan: CopyPlan) -> None:
         outer, inner = split_loops(nest.loops)
-        self.src = SideShape(nest.src, plan, plan.src_step, nest, "src")
-        self.dst = SideShape(nest.dst, plan, plan.dst_step, nest, "dst")
+        self.src = SideShape(nest, plan, "src", outer, inner)
+        self.dst = SideShape(nest, plan, "dst", outer, inner)
         self.tile = TILES[nest.vector]
         self.planes = prod(x.extent for x in outer)
         run = nest.run // nest.vector
@@ -158,12 +154,7 @@ class NestKernel:
             "INNER": tuple(x.extent for x in inner),
         }
         for name, side in (("SRC", self.src), ("DST", self.dst)):
-            self.constants[f"{name}_PER_ID"] = side.per_id
-            self.constants[f"{name}_UNITS"] = side.extents
-            self.constants[f"{name}_TABLE"] = side.table
-            self.constants[f"{name}_UNIT_ENTRIES"] = side.unit_entries
-            self.constants[f"{name}_OUTER_ENTRIES"] = side.outer_entries
-
+            self.constants |= {f"{name}_{key}": value for key, value in side.constants.items()}
         self.key = (*self.constants.values(), self.tile.warps, str(self.signature()))
 
     @property
@@ -193,15 +184,16 @@ class NestKernel:
         return -(-units * self._row // self.tile.vectors)
 
     def launches(
-        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, units: int, status: int
+        self, move: Move, units: int, status: torch.Tensor | None
     ) -> list[tuple[int, tuple[Any, ...]]]:
         """(programs along x, arguments before the constants) of each launch."""
-        mine, theirs = self.src.arguments(src, src_index), self.dst.arguments(dst, dst_index)
-        unit, most = self._unit, self.most_units
+        mine = self.src.arguments(move.src, move.src_index)
+        theirs = self.dst.arguments(move.dst, move.dst_index)
+        word, unit, most = 0 if status is None else status.data_ptr(), self._unit, self.most_units
         return [
             (
                 self.programs(min(most, units - start)),
-                (mine, theirs, min(most, units - start), start, unit, status),
+                (mine, theirs, min(most, units - start), start, unit, word),
             )
             for start in range(0, units, most)
         ]

@@ -5,24 +5,19 @@ from __future__ import annotations
 
 import torch
 
-from portakv.backends.base import Backend, Capabilities, Decision, Launch
-from portakv.backends.rows_kernel import RowsKernel
-from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
-from portakv.plan.plan import CopyPlan
+from portakv.backends.base import Decision
+from portakv.backends.rows_launch import RowsBackend
 from portakv.runtime import cuda as _cuda
 from portakv.runtime import nvrtc as _nvrtc
-from portakv.runtime.devices import capturing
 
 
-class Cuda(Backend):
+class Cuda(RowsBackend):
     """The CUDA kernel of ``native/cuda`` on NVIDIA devices."""
 
     name = "cuda"
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self._driver = _cuda.CudaDriver(device)
-        self._kernels = LoadedKernels(self._driver, lambda: capturing(device))
+        super().__init__(device, _cuda.CudaDriver(device))
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
@@ -34,18 +29,6 @@ class Cuda(Backend):
         if why is not None:
             return Decision(cls.name, False, why)
         return Decision(cls.name, True, f"NVRTC {_nvrtc.nvrtc_version()} compiles its kernel")
-
-    def capabilities(self) -> Capabilities:
-        return Capabilities(
-            places=frozenset({("device", "device")}),
-            skips_negative=True,
-            guards=True,
-            capturable=True,
-        )
-
-    def prepare(self, plan: CopyPlan) -> Launch:
-        kernels = [RowsKernel(nest, plan) for nest in plan.nests]
-        return RowsLaunch(kernels, self._kernels.functions(kernels), self._driver)
 
 
 def _driver_too_old() -> str | None:

@@ -12,18 +12,11 @@ import ctypes
 
 import torch
 
-from portakv.backends.base import Backend, Capabilities, Decision, Launch
-from portakv.backends.rows_kernel import RowsKernel, Tuning
-from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
-from portakv.plan.plan import CopyPlan
+from portakv.backends.base import Decision
+from portakv.backends.rows_kernel import Tuning
+from portakv.backends.rows_launch import RowsBackend
 from portakv.runtime import hip as _hip_driver
-from portakv.runtime.devices import capturing
 from portakv.runtime.hip import Card, Driver, DriverMissing, HipDriver
-
-_THREADS = 256  # four waves of 64
-# Vectors of a thread and the distance of prefetches were measured on NVIDIA devices only: here
-# each thread moves one vector, and these architectures have no prefetch into L2.
-_TUNINGS = (Tuning(0, 1, 0),)
 
 _OTHER_TORCH = (
     "this torch is not built for ROCm; for a device of AMD install torch's build for ROCm, for a "
@@ -31,16 +24,17 @@ _OTHER_TORCH = (
 )
 
 
-class Hip(Backend):
+class Hip(RowsBackend):
     """The kernel of ``native/cuda`` on devices of AMD and Hygon."""
 
     name = "hip"
+    threads = 256  # four waves of 64
+    # Vectors of a thread and the distance of prefetches were measured on NVIDIA devices only: here
+    # each thread moves one vector, and these architectures have no prefetch into L2.
+    tunings = (Tuning(0, 1, 0),)
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        card = self.find_card(device)
-        self._driver = HipDriver(self.open_driver(), card)
-        self._kernels = LoadedKernels(self._driver, lambda: capturing(device))
+        super().__init__(device, HipDriver(self.open_driver(), self.find_card(device)))
 
     @staticmethod
     def open_driver() -> Driver:
@@ -71,18 +65,6 @@ class Hip(Backend):
         except (DriverMissing, RuntimeError) as error:
             return Decision(cls.name, False, str(error))
         return Decision(cls.name, True, f"hipRTC {version} compiles its kernel for {card}")
-
-    def capabilities(self) -> Capabilities:
-        return Capabilities(
-            places=frozenset({("device", "device")}),
-            skips_negative=True,
-            guards=True,
-            capturable=True,
-        )
-
-    def prepare(self, plan: CopyPlan) -> Launch:
-        kernels = [RowsKernel(nest, plan, _THREADS, _TUNINGS) for nest in plan.nests]
-        return RowsLaunch(kernels, self._kernels.functions(kernels), self._driver)
 
 
 def _no_device(driver: Driver, device: torch.device) -> str | None:

@@ -14,25 +14,34 @@ Which op serves which plan. The first that takes the plan, and the call at hand,
 shows a release that left half of a cache unwritten where a head had 8 bytes. They skip negative
 slots by themselves and nobody waits. For indexing bad ids are taken out, and that waits.
 
-Written against documentation; nothing here has run on an MLU. Where the signatures come from stands
-in `_mlu_ops`.
+Written against documentation; nothing here has run on an MLU. `torch_mlu_ops` has no public source.
+Where its signatures come from:
+
+- `reshape_paged_cache`, the first five parameters: what Cambricon/vllm-mlu@8fa99fd passes
+  (vllm_mlu/_mlu_ops.py), so the vendor's own use.
+- its ``direction``, `multi_layer_kv_transfer`, ``KVFormat`` and ``TransferDirection``: a third
+  party's copy of an installed wheel (miznchimaki/domesticated_torch_mlu_ops@9fbf7df, _ops.py),
+  which the vendor has not confirmed.
+
+So a signature is read before its op is used, and numbers are taken from the package's enumerations.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from portakv.backends._guarding import GuardedRows, guarded_slots
-from portakv.backends._mlu_ops import Ops, load_ops
 from portakv.backends._packed import HND, HND_IN_BLOCKS, TOKENS, apart, packed, planes, steps
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch
 from portakv.plan.move import Move
 from portakv.plan.plan import CopyPlan
-from portakv.runtime.devices import Unusable
+from portakv.runtime.devices import VENDOR_PACKAGES, Unusable, imported, version_of
 
 if TYPE_CHECKING:
     from portakv.view.form import Form
@@ -44,6 +53,14 @@ _HEAD = 32  # bytes
 # Of one element that is indexed: torch_mlu promises nothing about 64-bit integers.
 _ELEMENT = 4
 _INT32 = 2**31 - 1
+#: The parameters of `reshape_paged_cache` in older releases, and in those that gather too.
+SCATTER = ("k", "v", "k_cache", "v_cache", "slot_mapping")
+BOTH_WAYS = (*SCATTER, "direction")
+#: The parameters of `multi_layer_kv_transfer`.
+TRANSFER = (
+    "key_value", "kv_cache_ptrs", "slot_mapping", "paged_memory_device", "page_buffer_size",
+    "direction", "kv_format", "block_size", "head_size", "skip_prefix_n_tokens",
+)  # fmt: skip
 
 
 class Mlu(Backend):
@@ -219,3 +236,79 @@ class _MluLaunch(MoveLaunch):
             return False
         way(call, guarded_slots(cache, index, count, dense.device, status))
         return True
+
+
+# The ops of the installed release
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The package's ops.
+
+    Attributes:
+        reshape: `reshape_paged_cache`; ``gathers``: it has a direction.
+        transfer: `multi_layer_kv_transfer`; None where there is none with known parameters.
+        formats, directions: members of ``KVFormat`` and ``TransferDirection`` by name.
+        emulated: the package says that it is a stand-in.
+        told: all this as a sentence.
+    """
+
+    reshape: Callable[..., Any]
+    gathers: bool
+    transfer: Callable[..., Any] | None
+    formats: dict[str, Any]
+    directions: dict[str, Any]
+    emulated: bool
+    told: str
+
+
+def load_ops() -> Ops:
+    """The ops of the installed package, which is imported.
+
+    Raises:
+        Unusable: there is no package, it does not load, or `reshape_paged_cache` is another.
+    """
+    package = imported("torch_mlu_ops", VENDOR_PACKAGES["mlu"][1])
+    name = f"torch_mlu_ops {version_of(package)}"
+    reshape: Any = getattr(package, "reshape_paged_cache", None)
+    found = parameters(reshape)
+    if found not in (SCATTER, BOTH_WAYS):
+        has = written("reshape_paged_cache", found) if callable(reshape) else "no such op"
+        raise Unusable(
+            f"reshape_paged_cache is wanted of {name}, which has {has}; expected "
+            f"{written('reshape_paged_cache', BOTH_WAYS)}, or the same without direction: install "
+            f"a release that has it"
+        )
+    gathers = found == BOTH_WAYS
+    ways = "to and from the cache" if gathers else "to the cache only, since it has no direction"
+    transfer = getattr(package, "multi_layer_kv_transfer", None)
+    more = "multi_layer_kv_transfer"
+    if not callable(transfer):
+        more = "no multi_layer_kv_transfer"
+    elif parameters(transfer) != TRANSFER:
+        another = written("multi_layer_kv_transfer", parameters(transfer))
+        transfer, more = None, f"a {another} that is not the known one and is not used"
+    emulated = bool(getattr(package, "EMULATED", False))
+    label = " (emulated)" if emulated else ""
+    return Ops(
+        reshape, gathers, transfer, _members(package, "KVFormat"),
+        _members(package, "TransferDirection"), emulated,
+        f"{name}{label} has reshape_paged_cache ({ways}) and {more}",
+    )  # fmt: skip
+
+
+def _members(package: Any, enumeration: str) -> dict[str, Any]:
+    return dict(getattr(getattr(package, enumeration, None), "__members__", {}))
+
+
+def parameters(found: Any) -> tuple[str, ...]:
+    """The names of a function's parameters; empty if it tells none, or is no function."""
+    try:
+        return tuple(inspect.signature(found).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
+def written(name: str, names: Sequence[str]) -> str:
+    """A signature for a reader: ``name(a, b)``."""
+    return f"{name}({', '.join(names) or '...'})"

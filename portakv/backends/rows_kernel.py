@@ -125,26 +125,17 @@ class RowsKernel:
                 f"the kernel takes {MAX_OUTER} loops over planes, {MAX_INNER} inside a unit and "
                 f"{MAX_PLANES} planes; use backend 'reference'",
             )
-        self.src = _SideArguments(nest.src, plan.unit, plan.src_step)
-        self.dst = _SideArguments(nest.dst, plan.unit, plan.dst_step)
-        self.src.find_table([(x.extent, x.src_table) for x in outer])
-        self.dst.find_table([(x.extent, x.dst_table) for x in outer])
+        self.src = SideArguments(nest, plan, "src", outer, inner)
+        self.dst = SideArguments(nest, plan, "dst", outer, inner)
         self._dst_table_at = _TABLES_AT + 8 * max(1, self.src.entries)
         self._unit_bytes = self.row * self.planes * self.vector
-        self._most_units = max(1, (_MAX_VECTORS - 1) // self.row)
+        #: The most units of one launch.
+        self.most_units = max(1, (_MAX_VECTORS - 1) // self.row)
         self.run = nest.run
         self.outer, self.inner = [[x.extent for x in loops] for loops in (outer, inner)]
-        self._fixed = self._pack_fixed(outer, inner)
-
-    def _pack_fixed(self, outer: list[Loop], inner: list[Loop]) -> bytes:
-        src = self.src.pack_fixed(
-            [(x.src_table, x.src_stride) for x in outer], [x.src_stride for x in inner]
-        )
-        dst = self.dst.pack_fixed(
-            [(x.dst_table, x.dst_stride) for x in outer], [x.dst_stride for x in inner]
-        )
         tables = max(1, self.src.entries) + max(1, self.dst.entries)
-        return bytes(_REQUEST.size) + src + dst + bytes(8 * tables)
+        #: The argument with everything in it that does not change.
+        self.fixed = bytes(_REQUEST.size) + self.src.fixed + self.dst.fixed + bytes(8 * tables)
 
     @property
     def source(self) -> str:
@@ -185,11 +176,6 @@ class RowsKernel:
         """Blocks along x and y of a launch of so many units."""
         return -(-units * self.row // (self.threads * each)), self.planes
 
-    @property
-    def fixed(self) -> bytes:
-        """The argument with everything in it that does not change."""
-        return self._fixed
-
     def pack(
         self,
         buffer: bytearray,
@@ -205,12 +191,12 @@ class RowsKernel:
             buffer, 0, *self.src.request(src, src_index), *self.dst.request(dst, dst_index),
             0, 0, self.unit, ahead, status,
         )  # fmt: skip
-        if self.src.entries:
-            table = self.src.table(src)
-            buffer[_TABLES_AT : _TABLES_AT + len(table)] = table
-        if self.dst.entries:
-            table = self.dst.table(dst)
-            buffer[self._dst_table_at : self._dst_table_at + len(table)] = table
+        for side, view, at in (
+            (self.src, src, _TABLES_AT), (self.dst, dst, self._dst_table_at)
+        ):  # fmt: skip
+            if side.entries:
+                table = side.table(view)
+                buffer[at : at + len(table)] = table
 
     def packer(
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
@@ -236,14 +222,9 @@ class RowsKernel:
             units, 0, 1, ahead, status,
         )  # fmt: skip
 
-    @property
-    def most_units(self) -> int:
-        """The most units of one launch."""
-        return self._most_units
-
     def spans(self, units: int) -> list[tuple[int, int]]:
         """(first unit, units) of each launch."""
-        most = self._most_units
+        most = self.most_units
         if 0 < units <= most:
             return [(0, units)]
         return [(start, min(most, units - start)) for start in range(0, units, most)]
@@ -257,33 +238,52 @@ def _extents(numbers: list[int]) -> str:
     return f"Extents<{', '.join(map(str, numbers))}>"
 
 
-class _SideArguments:
-    def __init__(self, side: Side, unit: int, step: int) -> None:
-        self.side, self.unit, self.ids = side, unit, step > 0
-        self.per_id = step // unit if self.ids else 1
-        self.flat = len(side.units) == 1 and not side.units[0].table
-        self.kind, self.entries = "NONE", 0
+class SideArguments:
+    """What a plan fixes about one side of a nest, and a request of it.
 
-    def find_table(self, planes: list[tuple[int, int]]) -> None:
-        """Where the addresses of the planes come from."""
-        entries = 1 + sum((extent - 1) * step for extent, step in planes)
-        if any(x.table for x in self.side.units) or entries > MAX_ENTRIES:
+    Attributes:
+        ids: whether it has ids, each of ``per_id`` units.
+        kind: where addresses come from: ``NONE``, one; ``PLANES``, a table of ``entries`` that
+            travels with the arguments; ``UNITS``, the view's table.
+        walks: for each loop over planes its entries of the table and its bytes.
+        strides: of the loops inside a unit.
+        fixed: all this as the kernel's text declares it.
+        narrow: the kernel counts units in 32 bits.
+    """
+
+    narrow = True
+
+    def __init__(
+        self, nest: Nest, plan: CopyPlan, name: str, outer: list[Loop], inner: list[Loop]
+    ) -> None:
+        self.side: Side = getattr(nest, name)
+        step: int = getattr(plan, f"{name}_step")
+        self.unit, self.ids = plan.unit, step > 0
+        self.per_id = step // plan.unit if self.ids else 1
+        self.walks = [(getattr(x, f"{name}_table"), getattr(x, f"{name}_stride")) for x in outer]
+        self.strides = [getattr(x, f"{name}_stride") for x in inner]
+        tables = zip(outer, self.walks, strict=True)
+        entries = 1 + sum((x.extent - 1) * table for x, (table, _) in tables)
+        self.kind, self.entries = "NONE", 0
+        if self.side.tabled or entries > MAX_ENTRIES:
             self.kind = "UNITS"
         elif entries > 1:
             self.kind, self.entries = "PLANES", entries
 
+    @property
+    def fixed(self) -> bytes:
+        units = [(x.table, x.stride) for x in self.side.units]
+        steps = units + [(0, 0)] * (MAX_UNITS - len(units))
+        steps += self.walks + [(0, 0)] * (MAX_OUTER - len(self.walks))
+        numbers = [number for step in steps for number in step]
+        numbers += self.strides + [0] * (MAX_INNER - len(self.strides))
+        return struct.pack(f"<{len(numbers)}q", *numbers)
+
     def shape(self) -> str:
+        """Its type in the kernel's text."""
         bounded = _extents([x.extent for x in self.side.units[1:]])
         ids = str(self.ids).lower()
         return f"SideShape<{ids}, {self.per_id}, {self.kind}, {self.entries}, {bounded}>"
-
-    def pack_fixed(self, outer: list[tuple[int, int]], inner: list[int]) -> bytes:
-        units = [(x.table, x.stride) for x in self.side.units]
-        steps = units + [(0, 0)] * (MAX_UNITS - len(units))
-        steps += outer + [(0, 0)] * (MAX_OUTER - len(outer))
-        flat = [number for step in steps for number in step]
-        flat += inner + [0] * (MAX_INNER - len(inner))
-        return struct.pack(f"<{len(flat)}q", *flat)
 
     def table(self, view: KVView) -> bytes:
         """The entries that travel in the arguments."""
@@ -296,32 +296,25 @@ class _SideArguments:
 
     def request(self, view: KVView, index: Index) -> tuple[int, int, int, int, int, int]:
         """base, table, ids, whether they are int64, first, limit."""
-        side, unit = self.side, self.unit
-        if self.kind == "UNITS":
-            table, base = view.table.data_ptr() + 8 * side.table, side.offset
-        elif self.kind == "PLANES":
-            table, base = 0, side.offset
-        else:
-            table, base = 0, view.origins[side.table] + side.offset
+        side, unit, kind = self.side, self.unit, self.kind
+        table, base = 0, side.offset
+        if kind == "UNITS":
+            table = view.table.data_ptr() + 8 * side.table
+        elif kind == "NONE":
+            base += view.origins[side.table]
         limit = view.slots // unit
-        if limit > _MAX_NUMBERS:
+        if limit > _MAX_NUMBERS and self.narrow:
             raise Unsupported(
                 f"A view of {view.slots} tokens in units of {unit}",
                 f"the kernel counts {_MAX_NUMBERS} units; use backend 'reference'",
             )
-        if self.ids:
-            ids = index.ids  # contiguous and on the device: the library places them
-            assert ids is not None
-            wide = ids.dtype is torch.int64
-            return base, table, ids.data_ptr(), wide, index.offset // unit, limit
-        if self.flat:
-            # Without ids a flat side may start anywhere, also between two units.
-            if not index.offset:
-                return base, table, 0, 0, 0, limit
+        if not self.ids:
             first, rest = divmod(index.offset, unit)
-            stride = side.units[0].stride
-            return base + first * stride + rest * (stride // unit), table, 0, 0, 0, limit
-        return base, table, 0, 0, index.offset // unit, limit
+            # Without ids a flat side may start anywhere, also between two units.
+            return base + rest * (side.units[-1].stride // unit), table, 0, 0, first, limit
+        ids = index.ids  # contiguous and on the device: the library places them
+        assert ids is not None
+        return base, table, ids.data_ptr(), ids.dtype is torch.int64, index.offset // unit, limit
 
 
 def split_loops(loops: tuple[Loop, ...]) -> tuple[list[Loop], list[Loop]]:

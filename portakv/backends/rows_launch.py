@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from portakv.backends.rows_kernel import RowsKernel
+from portakv.backends.base import Backend, Capabilities, Launch
+from portakv.backends.rows_kernel import THREADS, RowsKernel, Tuning
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.cuda import ArgumentLists
-from portakv.runtime.devices import refuse_capture
+from portakv.runtime.devices import capturing, refuse_capture
 
 if TYPE_CHECKING:
+    from portakv.plan.plan import CopyPlan
     from portakv.view.index import Index
     from portakv.view.view import KVView
 
@@ -78,6 +80,34 @@ class LoadedKernels:
                     raise refuse_capture()
                 known = self._loaded[source] = self._driver.load(source, names)
             return known
+
+
+class RowsBackend(Backend):
+    """A backend of the rows kernel.
+
+    Args:
+        device: that it serves; driver: the device's.
+    """
+
+    #: Threads of a block, and how launches are cut; None: as on NVIDIA's devices.
+    threads = THREADS
+    tunings: tuple[Tuning, ...] | None = None
+
+    def __init__(self, device: torch.device, driver: RowsDriver) -> None:
+        super().__init__(device)
+        self._driver, self._kernels = driver, LoadedKernels(driver, lambda: capturing(device))
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            places=frozenset({("device", "device")}),
+            skips_negative=True,
+            guards=True,
+            capturable=True,
+        )
+
+    def prepare(self, plan: CopyPlan) -> Launch:
+        kernels = [RowsKernel(nest, plan, self.threads, self.tunings) for nest in plan.nests]
+        return RowsLaunch(kernels, self._kernels.functions(kernels), self._driver)
 
 
 class RowsLaunch:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from portakv.backends._triton_rows import NestKernel
-from portakv.backends.base import Backend, Capabilities, Decision, Launch
+from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch
+from portakv.plan.move import Move
 from portakv.plan.plan import CopyPlan
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, refuse_capture, refuse_fork, this_process
@@ -72,7 +73,8 @@ class Triton(Backend):
         with self._lock:
             found = self._compiled.get(nest.key)
             if found is None:
-                _refuse_capture(self.device)
+                if capturing(self.device):
+                    raise refuse_capture()
                 with torch.get_device_module(self.device).device(self.device):
                     found = compile_kernel(nest, _target())
                     found.run  # noqa: B018 - loads it into the current device
@@ -104,31 +106,20 @@ def _constants(nest: NestKernel) -> dict[str, Any]:
 _interpreting = threading.Lock()
 
 
-class _InterpretedLaunch:
+class _InterpretedLaunch(MoveLaunch):
     """Runs the kernel through Triton's interpreter, in this thread."""
 
     def __init__(self, unit: int, nests: list[NestKernel]) -> None:
         self._unit, self._nests = unit, nests
 
-    def __call__(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None,
-    ) -> None:
+    def carry(self, move: Move, status: torch.Tensor | None) -> None:
         from portakv.backends._triton_kernel import copy_rows
 
-        word = 0 if status is None else status.data_ptr()
-        units = count // self._unit
         for nest in self._nests:
-            constants, grid = _constants(nest), nest.planes
-            for programs, arguments in nest.launches(src, dst, src_index, dst_index, units, word):
+            constants = _constants(nest)
+            for programs, arguments in nest.launches(move, move.count // self._unit, status):
                 with _interpreting:
-                    copy_rows[(programs, grid)](*arguments, **constants)
+                    copy_rows[(programs, nest.planes)](*arguments, **constants)
 
 
 class _TritonLaunch:
@@ -151,7 +142,7 @@ class _TritonLaunch:
     ) -> _TritonAgain | None:
         """See `base.Repeatable`."""
         store = src_index.ids is not None
-        if self._unit != 1 or any((x.dst if store else x.src).table for x, *_ in self._parts):
+        if self._unit != 1 or any((x.dst if store else x.src).looks_up for x, *_ in self._parts):
             return None
         return _TritonAgain(self._parts, self._device, (src, dst, src_index, dst_index))
 
@@ -167,21 +158,18 @@ class _TritonLaunch:
     ) -> None:
         if self._process.forked:
             raise refuse_fork("the device's context")
-        word = 0 if status is None else status.data_ptr()
-        units = count // self._unit
+        move = Move(src, dst, src_index, dst_index, count)
         if stream is None and self._current_device() == self._index:
-            self._run(src, dst, src_index, dst_index, units, word)
+            self._run(move, status)
             return
         module = torch.get_device_module(self._device)
         with module.device(self._device), module.stream(stream):
-            self._run(src, dst, src_index, dst_index, units, word)
+            self._run(move, status)
 
-    def _run(
-        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, units: int, word: int
-    ) -> None:
-        stream = self._current_stream(self._index)
+    def _run(self, move: Move, status: torch.Tensor | None) -> None:
+        stream, units = self._current_stream(self._index), move.count // self._unit
         for nest, run, function, metadata, constants in self._parts:
-            for programs, arguments in nest.launches(src, dst, src_index, dst_index, units, word):
+            for programs, arguments in nest.launches(move, units, status):
                 run(
                     programs, nest.planes, 1, stream, function, metadata, None, None, None,
                     *arguments, *constants,
@@ -205,7 +193,7 @@ class _TritonAgain:
             paged, dense = (mine, theirs) if self._store else (theirs, mine)
             # What an address or a count changes stands between what stays.
             begins = paged[:2], paged[3], paged[5:], dense[1:]
-            behind = (nest.dst if self._store else nest.src).offset
+            behind = (nest.dst if self._store else nest.src).side.offset
             rest = (None, None, None), constants
             self._parts.append((nest, run, function, metadata, begins, behind, rest))
         self.most = min(nest.most_units for nest, *_ in parts)
@@ -227,11 +215,6 @@ class _TritonAgain:
                 nest.programs(count), nest.planes, 1, stream, function, metadata, *hooks,
                 mine, theirs, count, 0, 1, status, *constants,
             )  # fmt: skip
-
-
-def _refuse_capture(device: torch.device) -> None:
-    if capturing(device):
-        raise refuse_capture()
 
 
 def _driver() -> Any:

@@ -98,7 +98,7 @@ class DirectKernel(RowsKernel):
                 f"A unit of {plan.unit} tokens in {self._whole} vectors of {self.vector} B",
                 f"the kernel counts {MAX_VECTORS}; use backend 'staged'",
             )
-        self._most_units = (MAX_VECTORS - 1) // self._whole
+        self.most_units = (MAX_VECTORS - 1) // self._whole
         self._most, self._table = most, (_TABLE_ON, device)
         side, at = (self.src, _SRC_TABLE_AT) if self._reads_host else (self.dst, _DST_TABLE_AT)
         #: The kernel reads the host side's addresses from device memory.

@@ -26,7 +26,7 @@ from support.hip_cases import (
 )
 
 from portakv import Unsupported
-from portakv.backends import hip
+from portakv.backends import rows_launch
 from portakv.backends.hip import Hip
 from portakv.backends.rows_kernel import RowsKernel
 from portakv.runtime import hip as _hip_driver
@@ -286,7 +286,7 @@ def test_a_launch_makes_its_device_current_and_takes_the_stream() -> None:
 @needs_compiler
 def test_nothing_is_loaded_during_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     backend, copied = HipOnOther(CPU), COPIES["gather"]()
-    monkeypatch.setattr(hip, "capturing", lambda device: True)
+    monkeypatch.setattr(rows_launch, "capturing", lambda device: True)
     watched = copied.dst.tensors
     with (
         failing("hiprtcCompileProgram", 6),
@@ -295,7 +295,7 @@ def test_nothing_is_loaded_during_capture(monkeypatch: pytest.MonkeyPatch) -> No
         launch(backend, copied)
     monkeypatch.undo()
     backend.prepare(copied.plan())
-    monkeypatch.setattr(hip, "capturing", lambda device: True)
+    monkeypatch.setattr(rows_launch, "capturing", lambda device: True)
     launch(backend, copied)  # what was loaded before can be captured
 
 
@@ -329,7 +329,7 @@ def test_claims() -> None:
     assert can.skips_negative
     assert can.guards
     assert can.capturable
-    assert hip._THREADS % 64 == 0
+    assert Hip.threads % 64 == 0
 
 
 @needs_compiler
