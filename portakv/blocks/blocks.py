@@ -10,7 +10,7 @@ import torch
 from portakv.blocks.handle import BlockMove, BlockTransfer
 from portakv.blocks.slices import in_slices
 from portakv.copy.arguments import Ids
-from portakv.copy.copy import check_views, checked, is_strict
+from portakv.copy.copy import carrier, check_views, checked, is_strict
 from portakv.engines.engine import Terms
 from portakv.errors import LayoutError, SlotError, Unsupported
 from portakv.plan.plan import check_disjoint
@@ -80,7 +80,7 @@ def copy_blocks(
     src = src.as_bytes() if reinterpret else src
     mine, theirs = _block_index(src, src_blocks, "src"), _block_index(dst, dst_blocks, "dst")
     move, choice = checked(src, dst, mine, theirs, None, backend, stream)
-    asked = BlockMove(move, choice, stream, terms, strict)
+    asked = BlockMove(move, carrier(src, dst, choice, terms), stream, strict)
     if sliced:
         return in_slices(asked, max_gbps, by_layer)
     if detached and asked.device.type != "cpu":

@@ -13,7 +13,7 @@ import torch
 
 from portakv.copy.copy import copy_move
 from portakv.copy.enqueue import follow_current
-from portakv.engines.engine import Terms
+from portakv.engines.engine import Engine
 from portakv.errors import TransferError
 from portakv.plan import Move
 from portakv.registry.registry import Choice
@@ -91,26 +91,31 @@ class Extent(NamedTuple):
 
 
 class BlockMove(NamedTuple):
-    """A copy of whole blocks on a caller's terms, checked but for its ids.
+    """A copy of whole blocks, checked but for its ids.
 
     Attributes:
         move: the copy.
-        choice: the backend that was chosen, or the engine that was asked for by its name.
+        choice: the backend that carries it out, or the engine, on the caller's terms.
         stream: where to order it.
-        terms: what it may take across the link.
         strict: ids on a device are looked at before anything is moved.
     """
 
     move: Move
     choice: Choice
     stream: torch.Stream | None
-    terms: Terms
     strict: bool
 
     @property
     def device(self) -> torch.device:
         """The device that carries it out."""
         return self.choice.backend.device
+
+    @property
+    def index_dtypes(self) -> frozenset[torch.dtype]:
+        """The dtypes of ids that are read on the device."""
+        backend = self.choice.backend
+        half = backend.half if isinstance(backend, Engine) else self.choice
+        return half.can.index_dtypes
 
     @property
     def extent(self) -> Extent:
@@ -122,10 +127,8 @@ class BlockMove(NamedTuple):
 
     def issue(self, disjoint: bool = False) -> Transfer:
         """Issue all of it; ``disjoint``: its rows are known to be."""
-        return copy_move(
-            self.move, self.choice, self.stream,
-            disjoint=disjoint, terms=self.terms, strict=self.strict,
-        )  # fmt: skip
+        strict = self.strict
+        return copy_move(self.move, self.choice, self.stream, disjoint=disjoint, strict=strict)
 
     def check(self) -> None:
         """Raise what issuing it raises for its forms; moves nothing."""
@@ -135,7 +138,7 @@ class BlockMove(NamedTuple):
         """One layer of it; raises as the whole does if the sides have not equally many."""
         if self.move.src.layers != self.move.dst.layers:
             self.check()
-        return self._replace(move=self.move.layer(layer))
+        return BlockMove(self.move.layer(layer), *self[1:])
 
     def part(self, piece: Slice) -> BlockMove:
         """A slice of it, with no ids but those of its positions."""

@@ -108,7 +108,7 @@ def _cleaned(move: Move) -> Move:
 def _inside(asked: BlockMove) -> Iterator[None]:
     """Inside, its stream and device are the current ones, and its ids are on the device."""
     ignore_captures_elsewhere(asked.device)
-    indices, dtypes = asked.extent.indices, asked.choice.can.index_dtypes
+    indices, dtypes = asked.extent.indices, asked.index_dtypes
     with inside(asked.stream):
         bring(indices, asked.device, dtypes)
         for index in indices:

@@ -139,7 +139,6 @@ def copy_move(
     stream: torch.Stream | None,
     *,
     disjoint: bool = False,
-    terms: Terms | None = None,
     strict: bool = False,
 ) -> Transfer:
     """Carry out a copy that its indices and views cover, by the chosen backend, or across the link
@@ -147,10 +146,9 @@ def copy_move(
 
     Args:
         move: the copy.
-        choice: the backend of the device that carries it out.
+        choice: the backend of the device that carries it out, or an engine.
         stream: where to order the work; it first waits for the current stream.
         disjoint: the views share no memory.
-        terms: what a copy across the link may take.
         strict: ids on a device are looked at before anything is moved, which waits for them.
 
     Raises as `copy_rows` does.
@@ -160,8 +158,8 @@ def copy_move(
     dst.check_writable()
     src.check_memory()
     dst.check_memory()
-    if terms is not None or not src.device == dst.device == choice.backend.device:
-        choice = _carrier(src, dst, choice, terms)
+    if not src.device == dst.device == choice.backend.device:
+        choice = carrier(src, dst, choice, None)
     ready = prepared(src.form, dst.form, *move.steps, None, choice)
     if count == 0:
         return Transfer()
@@ -182,7 +180,7 @@ def copy_move(
     return launch(pieces, move, stream, error)
 
 
-def _carrier(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Choice:
+def carrier(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Choice:
     """What carries a copy out on a caller's terms: the chosen backend if it reaches both places, or
     an engine; the rate is kept by a worker.
 

@@ -326,6 +326,7 @@ class KVView:
     def _with(self, facts: Facts) -> KVView:
         view = KVView.__new__(KVView)
         view._set(self.layout, self.tensors, facts)
+        view._memory = None if self._memory is None else ()  # its owners are held as well
         return view
 
     def __repr__(self) -> str:
