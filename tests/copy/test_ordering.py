@@ -17,22 +17,19 @@ from support.device_cases import (
     CHUNK_LAYOUT,
     HEADS,
     KV_LAYOUT,
-    check_caches,
-    check_chunk,
+    Rig,
+    check,
     current,
     delay,
-    gathered,
+    holds,
     host_bytes,
-    make_caches,
-    make_chunk,
     on,
-    scattered,
     settle,
 )
 from support.guarded_memory import check_sentence, untouched
 from support.threads import run_threads
 
-from portakv import AdaptiveConnector, Index, KVView, Unsupported, copy_rows
+from portakv import Index, KVView, Unsupported, copy_rows
 from portakv.copy import enqueue
 from portakv.runtime import transfer
 from portakv_benchmarks.shared.timers import DeviceTimer
@@ -40,311 +37,236 @@ from portakv_conformance import simdev
 
 IDS = [9, 2, 17, 6, 0]
 REPEATS = 100
+STORE = pytest.mark.parametrize("store", [True, False], ids=["store", "load"])
+SIDE = pytest.mark.parametrize("side", [True, False], ids=["side stream", "current stream"])
+PLACES = pytest.mark.parametrize("place", ["host", "device"])
 
 
 @pytest.fixture(params=[0, 1], ids=["first", "second"])
-def device(request: pytest.FixtureRequest, accelerator: torch.device) -> torch.device:
-    """Either device of its kind; the first one is the current one."""
+def rig(request: pytest.FixtureRequest, accelerator: torch.device) -> Rig:
+    """On either device of its kind; the first one is the current one."""
     if request.param >= torch.get_device_module(accelerator).device_count():
         pytest.skip("there is one device of this kind")
-    return torch.device(accelerator.type, request.param)
+    return Rig(torch.device(accelerator.type, request.param))
 
 
 @pytest.fixture
-def connector(device: torch.device) -> AdaptiveConnector:
-    return AdaptiveConnector(device)
+def elsewhere(rig: Rig) -> torch.device:
+    """The other device of this kind."""
+    if torch.get_device_module(rig.device).device_count() < 2:
+        pytest.skip("there is one device of this kind")
+    return torch.device(rig.device.type, 1 - (rig.device.index or 0))
 
 
-def ids_on(place: str, device: torch.device) -> torch.Tensor:
-    return torch.tensor(IDS, device="cpu" if place == "host" else device)
-
-
-def copy_late(target: Any, fresh: Any) -> None:
+def copy_late(targets: list[torch.Tensor], fresh: list[torch.Tensor]) -> None:
     """Give tensors other bytes on the current stream, which is busy."""
     settle(fresh[0].device)
     delay(current(fresh[0].device))
-    for old, new in zip(target, fresh, strict=True):
+    for old, new in zip(targets, fresh, strict=True):
         old.copy_(new, non_blocking=True)
 
 
-@pytest.mark.parametrize("side", [True, False])
-@pytest.mark.parametrize("ids", ["host", "device"])
+@SIDE
+@PLACES
 @pytest.mark.parametrize("memory", ["device", "pinned", "pageable"])
-@pytest.mark.parametrize("store", [True, False])
+@STORE
 def test_a_copy_waits_for_its_producer(
-    connector: AdaptiveConnector, device: torch.device, store: bool, memory: str, ids: str,
-    side: bool,
-) -> None:  # fmt: skip
+    rig: Rig, store: bool, memory: str, place: str, side: bool
+) -> None:
     """And what comes behind it on the current stream waits for the copy."""
-    caches, chunk = make_caches(device=device), make_chunk(len(IDS), device="cpu")
-    chunk = chunk.pin_memory() if memory == "pinned" else chunk
-    chunk = make_chunk(len(IDS), device=device) if memory == "device" else chunk
-    fresh = make_caches(device=device) if store else [make_chunk(len(IDS), device=device)]
-    wanted = [gathered(fresh, chunk, IDS)] if store else scattered(caches, fresh[0], IDS)
-    sources, targets = (caches, [chunk]) if store else ([chunk], caches)
-    slots, move = ids_on(ids, device), connector.from_gpu if store else connector.to_gpu
+    chunk, ids = rig.chunk(place=memory), rig.ids(IDS, place)
+    other = Rig(rig.device)
+    fresh = other.caches if store else [rig.chunk()]
+    wanted = other.wanted(True, chunk, IDS) if store else rig.wanted(False, fresh[0], IDS)
+    sources, targets = rig.targets(not store, chunk), rig.targets(store, chunk)
     copy_late(sources, fresh)
-    moved = move(chunk, caches, slots, stream=torch.Stream(device) if side else None)
+    stream = torch.Stream(rig.device) if side else None
+    moved = rig.move(store, chunk, None, ids, stream=stream)
     moved.wait()
-    landed = [target.clone() for target in targets if target.device == device]
+    landed = [target.clone() for target in targets if target.device == rig.device]
     for source in sources:
-        if source.device == device:  # the host would not wait
+        if source.device == rig.device:  # the host would not wait
             source.zero_()
     moved.synchronize()
-    for found in (targets, landed or targets):
-        assert all(map(torch.equal, map(host_bytes, found), wanted))
+    assert holds(landed or targets, wanted)
+    check(targets, wanted)
 
 
 @pytest.mark.simdev
 @pytest.mark.parametrize("waits", [True, False])
-@pytest.mark.parametrize("place", ["host", "device"])
-@pytest.mark.parametrize("store", [True, False])
+@PLACES
+@STORE
 def test_without_the_connectors_wait_every_copy_is_wrong(
     store: bool, place: str, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the wait of `enqueue` all of `REPEATS` copies are right, without it none is."""
     if not waits:
         monkeypatch.setattr(enqueue, "follow_current", no_wait.follow_without_waiting)
-    device = simdev_cases.OTHER
-    caches, chunk = make_caches(device=device), make_chunk(len(IDS), device=device)
-    connector = AdaptiveConnector(device)
-    connector.register_kv_caches(caches)
-    move = connector.from_gpu if store else connector.to_gpu
-    slots, wrong = ids_on(place, device), 0
+    rig = Rig(simdev_cases.OTHER)
+    chunk, ids, wrong = rig.chunk(), rig.ids(IDS, place), 0
     for repeat in range(REPEATS):
-        for tensor in (*caches, chunk):
+        for tensor in (*rig.caches, chunk):
             tensor.zero_()
-        settle(device)
-        for tensor in caches if store else [chunk]:
+        settle(rig.device)
+        for tensor in rig.targets(not store, chunk):
             tensor.fill_(repeat + 1)
-        move(chunk, None, slots, stream=torch.Stream(device)).synchronize()
-        settle(device)
-        rows = [chunk] if store else [cache.flatten(1, 2)[:, IDS] for cache in caches]
+        rig.move(store, chunk, None, ids, stream=torch.Stream(rig.device)).synchronize()
+        settle(rig.device)
+        rows = [chunk] if store else [cache.flatten(1, 2)[:, IDS] for cache in rig.caches]
         wrong += any(bool((row.cpu() != repeat + 1).any()) for row in rows)
     assert wrong == (0 if waits else REPEATS)
 
 
-@pytest.mark.parametrize("store", [True, False])
-def test_a_transfer_on_a_busy_stream_is_not_done(
-    connector: AdaptiveConnector, device: torch.device, store: bool
-) -> None:
-    caches, chunk = make_caches(device=device), make_chunk(len(IDS), device=device)
-    move = connector.from_gpu if store else connector.to_gpu
-    move(chunk, caches, [-1] * len(IDS)).synchronize()  # the launch is prepared
-    target = chunk if store else caches[0]
-    wanted = gathered(caches, chunk, IDS) if store else scattered(caches, chunk, IDS)[0]
-    before, side = host_bytes(target), torch.Stream(device)
-    settle(device)
-    delay(side)
-    moved = move(chunk, caches, IDS, stream=side)
-    early = target.clone()  # a consumer that does not wait
-    assert torch.equal(host_bytes(early), before)
+@STORE
+def test_a_transfer_on_a_busy_stream_is_not_done(rig: Rig, store: bool) -> None:
+    chunk = rig.chunk()
+    rig.move(store, chunk, None, [-1] * len(IDS)).synchronize()  # the launch is prepared
+    targets, wanted = rig.targets(store, chunk), rig.wanted(store, chunk, IDS)
+    before = [host_bytes(target) for target in targets]
+    moved = rig.move(store, chunk, None, IDS, stream=rig.delayed())
+    assert holds([target.clone() for target in targets], before)  # a consumer that does not wait
     assert not moved.done()
     moved.wait()
-    assert torch.equal(host_bytes(target.clone()), wanted)
+    assert holds([target.clone() for target in targets], wanted)
     assert moved.done()
 
 
-# What is freed right after the call
-
-
-def reuse(device: torch.device, *sizes: int) -> list[torch.Tensor]:
-    """Ask the allocator for memory of sizes that were just freed, and fill it with zeros."""
-    return [torch.zeros(n, dtype=torch.uint8, device=device) for n in sizes for _ in range(16)]
-
-
 @pytest.mark.parametrize("keep", [True, False])
-def test_a_source_freed_right_after_the_call(
-    connector: AdaptiveConnector, device: torch.device, keep: bool
-) -> None:
-    caches, chunk = make_caches(device=device), make_chunk(len(IDS), device=device)
-    back = scattered(caches, chunk, IDS)
-    connector.register_kv_caches(caches)
-    nbytes, side = chunk.untyped_storage().nbytes(), torch.Stream(device)
-    settle(device)
-    delay(side)
-    loaded: Any = connector.to_gpu(chunk, None, IDS, stream=side)
-    del chunk
-    if not keep:
-        loaded = None
-    junk = reuse(device, nbytes)
-    settle(device)
-    check_caches(caches, back)
-    del loaded, junk
-
-
-@pytest.mark.parametrize("kind", ["device", "strided", "int32", "host", "negative"])
-@pytest.mark.parametrize("keep", [True, False])
-def test_ids_freed_right_after_the_call(
-    connector: AdaptiveConnector, device: torch.device, kind: str, keep: bool
-) -> None:
-    slots = [*IDS, -1] if kind == "negative" else IDS
-    caches, chunk = make_caches(device=device), make_chunk(len(slots), device=device)
-    wanted = gathered(caches, chunk, slots)
-    connector.register_kv_caches(caches)
-    ids = torch.tensor(slots, device="cpu" if kind == "host" else device)
-    if kind == "strided":
+@pytest.mark.parametrize("freed", ["chunk", "device", "strided", "int32", "host", "negative"])
+def test_what_is_freed_right_after_the_call(rig: Rig, freed: str, keep: bool) -> None:
+    """The source of a load, or ids of each kind of a store."""
+    slots, store = [*IDS, -1] if freed == "negative" else IDS, freed != "chunk"
+    chunk: Any = rig.chunk(len(slots))
+    targets, wanted = rig.targets(store, chunk), rig.wanted(store, chunk, slots)
+    ids = rig.ids(slots, "host" if freed == "host" else "device")
+    if freed == "strided":
         ids = torch.stack([ids, ids], dim=1)[:, 0]
-    if kind == "int32":
+    if freed == "int32":
         ids = ids.int()
-    side = torch.Stream(device)
-    settle(device)
-    delay(side)
-    stored: Any = connector.from_gpu(chunk, None, ids, stream=side)
-    del ids
-    if not keep:
-        stored = None
-    # Zeros are slots as well: a wrong row, never a wild one.
-    junk = reuse(device, 4 * len(slots), 8 * len(slots), 16 * len(slots))
-    settle(device)
-    check_chunk(chunk, wanted)
-    del stored, junk
+    sizes = [4 * len(slots), 8 * len(slots), 16 * len(slots), chunk.untyped_storage().nbytes()]
+    moved: Any = rig.move(store, chunk, None, ids, stream=rig.delayed())
+    del ids, chunk
+    moved = moved if keep else None
+    # The allocator gives that memory to others. Zeros are slots as well: a wrong row, never a wild
+    # one.
+    junk = [torch.zeros(n, dtype=torch.uint8, device=rig.device) for n in sizes for _ in range(16)]
+    settle(rig.device)
+    check(targets, wanted)
+    del moved, junk
 
 
 @pytest.mark.simdev
 def test_without_recording_a_freed_source_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = simdev_cases.DEVICE
-    caches, chunk = make_caches(device=device), make_chunk(len(IDS), device=device)
-    back, connector = scattered(caches, chunk, IDS), AdaptiveConnector(device)
-    connector.register_kv_caches(caches)
+    rig = Rig(simdev_cases.DEVICE)
+    chunk = rig.chunk()
+    wanted = rig.wanted(False, chunk, IDS)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
-    connector.to_gpu(chunk, None, IDS, stream=torch.Stream(device))
+    rig.move(False, chunk, None, IDS, stream=torch.Stream(rig.device))
     del chunk
     with pytest.raises(RuntimeError, match="freed"):
-        settle(device)
-    assert any(not torch.equal(host_bytes(x), y) for x, y in zip(caches, back, strict=True))
-    settle(device)
+        settle(rig.device)
+    assert not holds(rig.caches, wanted)
+    settle(rig.device)
     simdev.take_faults()
 
 
 # Threads and devices
 
 
-def test_threads_with_streams_of_their_own(
-    connector: AdaptiveConnector, device: torch.device
-) -> None:
-    caches = make_caches(device=device)
-    connector.register_kv_caches(caches)
-
+def test_threads_with_streams_of_their_own(rig: Rig) -> None:
     def work(first: int) -> None:
         slots = [(first + 5 * i) % 24 for i in range(4)]
-        ids = torch.tensor(slots, device=device) if first % 2 else slots
-        with on(torch.Stream(device)):
+        ids = rig.ids(slots) if first % 2 else slots
+        with on(torch.Stream(rig.device)):
             for _ in range(5):
-                chunk = make_chunk(4, device=device)
-                wanted = gathered(caches, chunk, slots)
-                connector.from_gpu(chunk, None, ids).synchronize()
-                check_chunk(chunk, wanted)
+                chunk = rig.chunk(4)
+                wanted = rig.wanted(True, chunk, slots)
+                rig.move(True, chunk, None, ids).synchronize()
+                check([chunk], wanted)
 
-    settle(device)
+    settle(rig.device)
     run_threads(work, range(4))
 
 
-@pytest.fixture
-def elsewhere(device: torch.device) -> torch.device:
-    """The other device of this kind."""
-    if torch.get_device_module(device).device_count() < 2:
-        pytest.skip("there is one device of this kind")
-    return torch.device(device.type, 1 - (device.index or 0))
-
-
-@pytest.mark.parametrize("place", ["host", "device"])
-def test_another_current_device(
-    connector: AdaptiveConnector, device: torch.device, elsewhere: torch.device, place: str
-) -> None:
-    caches, ids = make_caches(device=device), ids_on(place, device)
-    module = torch.get_device_module(device)
-    connector.from_gpu(make_chunk(len(IDS), device=device), caches, IDS).synchronize()
+@PLACES
+def test_another_current_device(rig: Rig, elsewhere: torch.device, place: str) -> None:
+    module, ids = torch.get_device_module(rig.device), rig.ids(IDS, place)
+    rig.move(True, rig.chunk(), None, IDS).synchronize()
     with module.device(elsewhere):
         for _ in range(2):
-            chunk = make_chunk(len(IDS), device=device)
-            settle(device)
-            delay(current(device))  # the work must wait on the stream of its own device
-            stored = connector.from_gpu(chunk, caches, ids)
+            chunk = rig.chunk()
+            settle(rig.device)
+            delay(current(rig.device))  # the work must wait on the stream of its own device
+            stored = rig.move(True, chunk, None, ids)
             # `reference`, which the simulated device has, reads device ids and waits for them.
-            assert (place == "device" and device.type != "cuda") or not stored.done()
+            assert (place == "device" and rig.device.type != "cuda") or not stored.done()
             stored.synchronize()
-            check_chunk(chunk, gathered(caches, chunk, IDS))
+            check([chunk], rig.wanted(True, chunk, IDS))
             assert module.current_device() == elsewhere.index
 
 
 @pytest.mark.parametrize("spread", [False, True], ids=["contiguous", "strided"])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@STORE
 def test_ids_of_another_device(
-    connector: AdaptiveConnector, device: torch.device, elsewhere: torch.device,
-    dtype: torch.dtype, spread: bool,
-) -> None:  # fmt: skip
-    caches, chunk = make_caches(device=device), make_chunk(len(IDS), device=device)
-    ids = torch.tensor(IDS, dtype=dtype, device=elsewhere)
+    rig: Rig, elsewhere: torch.device, store: bool, dtype: torch.dtype, spread: bool
+) -> None:
+    chunk, ids = rig.chunk(), torch.tensor(IDS, dtype=dtype, device=elsewhere)
     if spread:
         ids = torch.stack([ids, torch.zeros_like(ids)], dim=1)[:, 0]
-    wanted = gathered(caches, chunk, IDS)
-    connector.from_gpu(chunk, caches, ids).synchronize()
-    check_chunk(chunk, wanted)
-    chunk = make_chunk(len(IDS), device=device)
-    back = scattered(caches, chunk, IDS)
-    connector.to_gpu(chunk, caches, ids).synchronize()
-    check_caches(caches, back)
+    wanted = rig.wanted(store, chunk, IDS)
+    rig.move(store, chunk, None, ids).synchronize()
+    check(rig.targets(store, chunk), wanted)
 
 
-@pytest.mark.parametrize("side", [True, False])
+@SIDE
 @pytest.mark.parametrize("own", [True, False], ids=["own", "another"])
 def test_ids_that_a_device_produces_late(
-    connector: AdaptiveConnector, device: torch.device, elsewhere: torch.device,
-    own: bool, side: bool,
-) -> None:  # fmt: skip
-    caches, chunk = make_caches(device=device), make_chunk(len(IDS), device=device)
-    wanted, fresh = gathered(caches, chunk, IDS), ids_on("device", device if own else elsewhere)
-    ids = torch.zeros_like(fresh)
+    request: pytest.FixtureRequest, rig: Rig, own: bool, side: bool
+) -> None:
+    device = rig.device if own else request.getfixturevalue("elsewhere")
+    chunk, fresh = rig.chunk(), torch.tensor(IDS, device=device)
+    wanted, ids = rig.wanted(True, chunk, IDS), torch.zeros_like(fresh)
     copy_late([ids], [fresh])
-    stream = torch.Stream(device) if side else None
-    connector.from_gpu(chunk, caches, ids, stream=stream).synchronize()
-    check_chunk(chunk, wanted)
+    stream = torch.Stream(rig.device) if side else None
+    rig.move(True, chunk, None, ids, stream=stream).synchronize()
+    check([chunk], wanted)
 
 
 # What a stream, and the end of a transfer, mean
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["given", "current"])
-def test_the_default_stream_passed_to_the_connector(
-    connector: AdaptiveConnector, device: torch.device, given: bool
-) -> None:
+def test_the_default_stream_passed_to_the_connector(rig: Rig, given: bool) -> None:
     """Its number is 0, which does not say that no stream was given: only then does waiting for it
     bring the bytes."""
-    caches, chunk = make_caches(device=device), make_chunk(len(IDS), device=device)
-    wanted = gathered(caches, chunk, IDS)
-    connector.register_kv_caches(caches)
-    connector.from_gpu(make_chunk(len(IDS), device=device), None, IDS).synchronize()
-    default, side = current(device), torch.Stream(device)
+    chunk, default = rig.chunk(), current(rig.device)
+    rig.move(True, chunk, None, [-1] * len(IDS)).synchronize()  # the launch is prepared
+    wanted = rig.wanted(True, chunk, IDS)
     assert default.stream_id == 0
-    settle(device)
-    delay(default if given else side)
-    with on(side):
-        moving = connector.from_gpu(chunk, None, IDS, stream=default if given else None)
+    with on(rig.delayed()):
+        moving = rig.move(True, chunk, None, IDS, stream=default if given else None)
     default.synchronize()
-    assert torch.equal(host_bytes(chunk), wanted) is given  # read behind the default stream alone
+    assert holds([chunk], wanted) is given  # read behind the default stream alone
     moving.synchronize()
-    check_chunk(chunk, wanted)
+    check([chunk], wanted)
 
 
 @pytest.mark.parametrize("waits", [True, False])
 def test_synchronize_waits_for_a_copy_within_the_device(
-    device: torch.device, waits: bool, monkeypatch: pytest.MonkeyPatch
+    rig: Rig, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The host reads the bytes without another wait for the stream that carried them."""
-    src, dst = (make_chunk(12, device=device) for _ in range(2))
+    src, dst = rig.chunk(12), rig.chunk(12)
     rows, wanted = host_bytes(src), host_bytes(dst)
     wanted[:, :, [1, 2, 11]] = rows[:, :, [3, 0, 7]]
     first, second = (KVView(tensor, CHUNK_LAYOUT, heads=HEADS) for tensor in (src, dst))
     copy_rows(first, second, Index([-1]), Index([-1])).synchronize()  # prepared
-    side = torch.Stream(device)
-    settle(device)
-    delay(side)
-    moving = copy_rows(first, second, Index([3, 0, 7]), Index([1, 2, 11]), stream=side)
+    moving = copy_rows(first, second, [3, 0, 7], [1, 2, 11], stream=rig.delayed())
     if not waits:
         monkeypatch.setattr(transfer.Completion, "synchronize", lambda completion: None)
     moving.synchronize()
-    assert torch.equal(host_bytes(dst), wanted) is waits
+    assert holds([dst], [wanted]) is waits
     monkeypatch.undo()
     moving.synchronize()
 
@@ -363,24 +285,24 @@ def test_a_call_that_only_enqueues_is_timed_to_its_end(monkeypatch: pytest.Monke
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["no ids", "host ids", "device ids"])
 def test_capture_is_refused_by_what_cannot_be_captured(kind: str) -> None:
-    caches, chunk, other = make_caches(), make_chunk(6), make_chunk(6)
+    rig, slots = Rig(), [*IDS, -1]
+    chunk, other = rig.chunk(6), rig.chunk(6)
     view, twin = (KVView(tensor, CHUNK_LAYOUT, heads=HEADS) for tensor in (chunk, other))
-    paged, slots = KVView(caches, KV_LAYOUT), [*IDS, -1]
-    ids = torch.tensor(slots, device="cuda") if kind == "device ids" else slots
+    src = twin if kind == "no ids" else KVView(rig.caches, KV_LAYOUT)
+    ids = {"no ids": None, "host ids": slots, "device ids": rig.ids(slots)}[kind]
 
     def copy() -> Any:
-        if kind == "no ids":
-            return copy_rows(twin, view, backend="reference")
-        return copy_rows(paged, view, Index(ids), backend="reference")
+        return copy_rows(src, view, ids, backend="reference")
 
     copy().synchronize()  # prepared, so that nothing but the launch is left
-    with untouched([*caches, other]):
+    with untouched([*rig.caches, other]):
         torch.cuda.synchronize()
         gc.collect()  # a graph that dies during a capture spoils it
         with pytest.raises(Unsupported) as caught, torch.cuda.graph(torch.cuda.CUDAGraph()):
             copy()
         check_sentence(str(caught.value), "graph capture", "capturable")
     # The device is sound, and the same copy works outside of the graph.
+    chunk.zero_()
+    wanted = [host_bytes(other)] if kind == "no ids" else rig.wanted(True, chunk, slots)
     copy().synchronize()
-    if kind != "no ids":
-        check_chunk(chunk, gathered(caches, chunk, slots))
+    check([chunk], wanted)

@@ -13,9 +13,10 @@ from support.device_cases import (
     DEVICE,
     LONG,
     SLOTS,
-    check_caches,
+    Rig,
     check_canaries,
     gathered,
+    holds,
     host_bytes,
     make_caches,
     make_chunk,
@@ -23,7 +24,7 @@ from support.device_cases import (
 )
 from support.guarded_memory import untouched
 
-from portakv import AdaptiveConnector, Index, LayoutError, SlotError, Transfer, TransferError
+from portakv import Index, LayoutError, SlotError, Transfer, TransferError
 from portakv.copy.shortcut import Shortcuts
 
 pytestmark = pytest.mark.gpu
@@ -31,46 +32,34 @@ pytestmark = pytest.mark.gpu
 IDS = [9, 2, 17, 6, 0]
 
 
-def placed(ids: Sequence[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    return torch.tensor(ids, dtype=dtype, device=DEVICE)
+class Again(Rig):
+    """A rig that tells for each of its transfers whether it took a shortcut."""
 
-
-class Rig:
-    """A connector with registered caches, and for each of its transfers whether it took a
-    shortcut."""
-
-    def __init__(self, backend: str) -> None:
-        self.connector, self.caches = AdaptiveConnector(DEVICE, backend), make_caches()
-        self.connector.register_kv_caches(self.caches)
+    def __init__(self, backend: str, device: torch.device = DEVICE) -> None:
+        super().__init__(device, backend)
         self.taken: list[bool] = []
 
     def start(self, ids: Any = None, chunk: torch.Tensor | None = None) -> Transfer:
         """Store, by default the rows of `IDS`."""
-        chunk = make_chunk(5) if chunk is None else chunk
-        return self.connector.from_gpu(chunk, None, placed(IDS) if ids is None else ids)
+        chunk = self.chunk() if chunk is None else chunk
+        return self.connector.from_gpu(chunk, None, self.ids(IDS) if ids is None else ids)
 
-    def store(
-        self, slots: Sequence[int], ids: Any, *within: Any, chunk: torch.Tensor | None = None
-    ) -> None:
-        """Store to a chunk, which then holds the rows of ``slots``."""
-        into = make_chunk(len(slots)) if chunk is None else chunk
-        wanted = gathered(self.caches, into, slots)
-        self.connector.from_gpu(into, None, ids, *within).synchronize()
-        assert torch.equal(host_bytes(into), wanted)
-        if chunk is None:
-            check_canaries(into)
-
-    def load(self, slots: Sequence[int], ids: Any, *within: Any) -> None:
-        """Load a chunk, whose rows are then those of ``slots``."""
-        chunk = make_chunk(len(slots))
-        back = scattered(self.caches, chunk, slots)
-        self.connector.to_gpu(chunk, None, ids, *within).synchronize()
-        check_caches(self.caches, back)
+    def moved(
+        self, store: bool, slots: Sequence[int], ids: Any, *within: Any,
+        chunk: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Store or load a chunk, and look at every row."""
+        own = self.chunk(len(slots)) if chunk is None else chunk
+        wanted = self.wanted(store, own, slots)
+        self.move(store, own, None, ids, *within).synchronize()
+        assert holds(self.targets(store, own), wanted)
+        for tensor in self.targets(store, own) if chunk is None else []:
+            check_canaries(tensor)
 
 
 @pytest.fixture(params=["cuda", "triton"])
-def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Rig:
-    rig, find = Rig(request.param), Shortcuts.transfer
+def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Again:
+    rig, find = Again(request.param), Shortcuts.transfer
 
     def transfer(self: Shortcuts, *arguments: Any) -> Any:
         found = find(self, *arguments)
@@ -82,31 +71,31 @@ def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Rig:
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-def test_stores_and_loads_again_with_everything_new(rig: Rig, dtype: torch.dtype) -> None:
+def test_stores_and_loads_again_with_everything_new(rig: Again, dtype: torch.dtype) -> None:
     for ids in (IDS, [3, 1, -1, 23, 8], [0, 1, 2, 3, 4], [-1, -2, -3, -4, -5]):
-        rig.store(ids, placed(ids, dtype))
-        rig.load(ids, placed(ids, dtype))
+        rig.moved(True, ids, rig.ids(ids).to(dtype))
+        rig.moved(False, ids, rig.ids(ids).to(dtype))
     assert rig.taken == [False, False] + [True] * 6
 
 
-def test_ranges_of_the_slot_mapping_and_shorter_ones(rig: Rig) -> None:
-    ids = placed(range(SLOTS))
+def test_ranges_of_the_slot_mapping_and_shorter_ones(rig: Again) -> None:
+    ids = rig.ids(range(SLOTS))
     for start, end in ((0, 5), (3, 8), (7, 9), (19, SLOTS), (4, None)):
         chunk = make_chunk(5 if end else SLOTS)
-        rig.store(range(start, end or SLOTS), ids, start, end, chunk=chunk)
+        rig.moved(True, range(start, end or SLOTS), ids, start, end, chunk=chunk)
     assert rig.taken == [False, True, True, True, False]
     for start, end in ((-1, 3), (4, 3), (0, SLOTS + 1), (0, 6)):
         with untouched(rig.caches), pytest.raises(SlotError):
             rig.connector.from_gpu(make_chunk(5), None, ids, start, end)
 
 
-def test_the_caches_may_be_named_each_time_or_change(rig: Rig) -> None:
+def test_the_caches_may_be_named_each_time_or_change(rig: Again) -> None:
     rig.connector.unregister_kv_caches()
     first, second = make_caches(), make_caches()
     for caches in (first, first, second, first, first):
         chunk = make_chunk(len(IDS))
         wanted = gathered(caches, chunk, IDS)
-        rig.connector.from_gpu(chunk, caches, placed(IDS)).synchronize()
+        rig.connector.from_gpu(chunk, caches, rig.ids(IDS)).synchronize()
         assert torch.equal(host_bytes(chunk), wanted)
     assert rig.taken == [False, True, False, False, True]
 
@@ -117,28 +106,28 @@ def off_alignment() -> torch.Tensor:
     return torch.empty(like.numel() + 1, dtype=like.dtype, device=DEVICE)[1:].view(like.shape)
 
 
-def test_what_does_not_fit_goes_the_long_way(rig: Rig) -> None:
-    rig.store(IDS, placed(IDS))
-    wide = torch.stack([placed(IDS)] * 2, dim=1)
+def test_what_does_not_fit_goes_the_long_way(rig: Again) -> None:
+    rig.moved(True, IDS, rig.ids(IDS))
+    wide = torch.stack([rig.ids(IDS)] * 2, dim=1)
     for ids in (IDS, torch.tensor(IDS), wide[:, 0]):  # a list, host ids, ids that lie apart
-        rig.store(IDS, ids)
-    rig.store(IDS, placed(IDS), chunk=off_alignment())
+        rig.moved(True, IDS, ids)
+    rig.moved(True, IDS, rig.ids(IDS), chunk=off_alignment())
     assert rig.taken == [False] * 5
 
 
-def test_a_first_chunk_off_its_alignment_does_not_slow_later_ones(rig: Rig) -> None:
+def test_a_first_chunk_off_its_alignment_does_not_slow_later_ones(rig: Again) -> None:
     for chunk in (off_alignment(), make_chunk(5), make_chunk(5)):
-        rig.store(IDS, placed(IDS), chunk=chunk)
+        rig.moved(True, IDS, rig.ids(IDS), chunk=chunk)
     assert rig.taken == [False, False, True]  # a shortcut for each alignment
 
 
-def test_host_ids_in_a_kept_index(rig: Rig) -> None:
+def test_host_ids_in_a_kept_index(rig: Again) -> None:
     slots = [9, 2, -1, 6, 0, 4, 8, 6]
     index = Index(slots)
     for start, end in ((0, 5), (0, 5), (3, 8), (3, 8), (0, 5)):
-        rig.store(slots[start:end], index, start, end)
+        rig.moved(True, slots[start:end], index, start, end)
         if not start:
-            rig.load(slots[start:end], index, start, end)
+            rig.moved(False, slots[start:end], index, start, end)
             continue
         # Slot 6 twice: sources may be repeated, destinations may not, first time or not.
         with untouched(rig.caches), pytest.raises(SlotError, match="Slot 6 occurs 2 times"):
@@ -151,11 +140,11 @@ def test_host_ids_in_a_kept_index(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("store", [True, False])
-def test_behind_a_late_producer_and_before_a_late_consumer(rig: Rig, store: bool) -> None:
+def test_behind_a_late_producer_and_before_a_late_consumer(rig: Again, store: bool) -> None:
     caches, fresh = rig.caches, make_caches()
     move = rig.connector.from_gpu if store else rig.connector.to_gpu
-    move(make_chunk(5), None, placed(IDS)).synchronize()
-    chunk, new, ids = make_chunk(5), make_chunk(5), placed(IDS)
+    move(make_chunk(5), None, rig.ids(IDS)).synchronize()
+    chunk, new, ids = make_chunk(5), make_chunk(5), rig.ids(IDS)
     wanted = [gathered(fresh, chunk, IDS)] if store else scattered(fresh, new, IDS)
     torch.cuda.synchronize()
     torch.cuda._sleep(LONG)  # the producer comes late
@@ -176,15 +165,15 @@ def test_behind_a_late_producer_and_before_a_late_consumer(rig: Rig, store: bool
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_caches_whose_memory_was_freed(rig: Rig, layer: int) -> None:
+def test_caches_whose_memory_was_freed(rig: Again, layer: int) -> None:
     rig.start().synchronize()
     rig.caches[layer].untyped_storage().resize_(0)
     with pytest.raises(LayoutError, match="register the kv_caches again"):
         # The long way looks at every layer, a shortcut at the first.
-        rig.start(placed(IDS) if layer == 0 else torch.tensor(IDS))
+        rig.start(rig.ids(IDS) if layer == 0 else torch.tensor(IDS))
 
 
-def test_refusals_are_those_of_the_long_way(rig: Rig) -> None:
+def test_refusals_are_those_of_the_long_way(rig: Again) -> None:
     whole = torch.cat([cache.flatten() for cache in rig.caches])
     caches = [part.view(rig.caches[0].shape) for part in whole.chunk(len(rig.caches))]
     rig.connector.register_kv_caches(caches)
@@ -195,28 +184,28 @@ def test_refusals_are_those_of_the_long_way(rig: Rig) -> None:
     with untouched(caches), pytest.raises(LayoutError, match="requires grad"):
         rig.start(chunk=make_chunk(5).requires_grad_())
     with untouched(caches), pytest.raises(SlotError, match="one dimension"):
-        rig.start(placed(IDS).view(1, 5))
+        rig.start(rig.ids(IDS).view(1, 5))
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_bad_ids_in_a_shortcut(rig: Rig, asked: bool) -> None:
-    other, bad, chunk = Rig("cuda"), [4, SLOTS, 1, 2, 3], make_chunk(5)
+def test_bad_ids_in_a_shortcut(rig: Again, asked: bool) -> None:
+    other, bad, chunk = Again("cuda"), [4, SLOTS, 1, 2, 3], make_chunk(5)
     rig.start().synchronize()
     wanted = gathered(rig.caches, chunk, bad)
-    transfer = rig.start(placed(bad), chunk)
+    transfer = rig.start(rig.ids(bad), chunk)
     torch.cuda.synchronize()
     assert torch.equal(host_bytes(chunk), wanted)
     other.start().synchronize()  # it is not this one's error
     with pytest.raises(SlotError, match="Position 1 "):
         transfer.synchronize() if asked else rig.start()
-    rig.store(IDS, placed(IDS))
+    rig.moved(True, IDS, rig.ids(IDS))
     assert rig.taken[-1]
 
 
-def test_many_transfers_that_nobody_waits_for(rig: Rig) -> None:
+def test_many_transfers_that_nobody_waits_for(rig: Again) -> None:
     chunks = [make_chunk(5) for _ in range(300)]
     lists = [[(n * 5 + i) % SLOTS for i in range(5)] for n in range(300)]
-    ids = [placed(one) for one in lists]
+    ids = [rig.ids(one) for one in lists]
     torch.cuda._sleep(LONG)
     for chunk, one in zip(chunks, ids, strict=True):
         rig.start(one, chunk)
@@ -227,8 +216,8 @@ def test_many_transfers_that_nobody_waits_for(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("again", [True, False])
-def test_in_a_graph_that_is_replayed(rig: Rig, again: bool) -> None:
-    chunk, ids = make_chunk(5), placed(IDS)
+def test_in_a_graph_that_is_replayed(rig: Again, again: bool) -> None:
+    chunk, ids = make_chunk(5), rig.ids(IDS)
     for _ in range(1 + again):
         rig.start(ids, chunk).synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -237,7 +226,7 @@ def test_in_a_graph_that_is_replayed(rig: Rig, again: bool) -> None:
     with pytest.raises(TransferError, match="no completion of its own"):
         transfer.synchronize()
     for slots in (IDS, [9, 2, SLOTS, 6, 0], [SLOTS + 7, 1, 2, 3, 4], [5, 4, 3, 2, 1]):
-        ids.copy_(placed(slots))
+        ids.copy_(rig.ids(slots))
         wanted = gathered(rig.caches, chunk, slots)
         graph.replay()
         torch.cuda.synchronize()
@@ -251,7 +240,8 @@ def test_in_a_graph_that_is_replayed(rig: Rig, again: bool) -> None:
 
 @pytest.mark.parametrize("backend", ["cuda", "triton", "compiled"])
 def test_a_transfer_does_not_stand_behind_another_streams_work(backend: str) -> None:
-    rig, ids, chunks = Rig(backend), placed(IDS), [make_chunk(5), make_chunk(5)]
+    rig, chunks = Again(backend), [make_chunk(5), make_chunk(5)]
+    ids = rig.ids(IDS)
     busy, free = torch.cuda.Stream(DEVICE), torch.cuda.Stream(DEVICE)
     for stream in (busy, free):
         with torch.cuda.stream(stream):
@@ -270,22 +260,19 @@ def test_a_transfer_does_not_stand_behind_another_streams_work(backend: str) -> 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="it takes two CUDA devices")
 @pytest.mark.parametrize("backend", ["cuda", "triton", "compiled", "reference"])
 def test_a_transfer_of_a_device_that_is_not_current_is_not_done_early(backend: str) -> None:
-    there = torch.device("cuda", 1)
-    connector, caches = AdaptiveConnector(there, backend), make_caches(device=there)
-    connector.register_kv_caches(caches)
-    ids = torch.tensor(IDS, device=there)
+    rig = Again(backend, torch.device("cuda", 1))
     # The first compiles, which takes longer than the sleep; after it shortcuts are taken.
-    connector.from_gpu(make_chunk(5, device=there), None, ids)
+    rig.start()
     for _ in range(2):
-        chunk = make_chunk(5, device=there)
-        wanted = gathered(caches, chunk, IDS)
-        torch.cuda.synchronize(there)
-        with torch.cuda.device(there):
+        chunk, ids = rig.chunk(), rig.ids(IDS)
+        wanted = rig.wanted(True, chunk, IDS)
+        torch.cuda.synchronize(rig.device)
+        with torch.cuda.device(rig.device):
             torch.cuda._sleep(LONG)
         assert torch.cuda.current_device() == 0
-        transfer = connector.from_gpu(chunk, None, ids)
+        transfer = rig.start(ids, chunk)
         if backend != "reference":  # which reads device ids, and so waits for them
             assert not transfer.done()
         transfer.synchronize()
-        assert torch.cuda.current_stream(there).query()
-        assert torch.equal(host_bytes(chunk), wanted)
+        assert torch.cuda.current_stream(rig.device).query()
+        assert holds([chunk], wanted)

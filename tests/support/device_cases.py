@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from portakv import AdaptiveConnector, Transfer
 from portakv_conformance import simdev
 from support.guarded_memory import filled, storages
 
@@ -91,25 +92,64 @@ def scattered(
     return found
 
 
-def check_chunk(chunk: torch.Tensor, wanted: torch.Tensor) -> None:
-    """A chunk holds the wanted bytes and its canaries are whole."""
-    assert torch.equal(host_bytes(chunk), wanted)
-    check_canaries(chunk)
+def holds(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> bool:
+    """True where tensors have the wanted bytes."""
+    return all(torch.equal(host_bytes(x), y) for x, y in zip(found, wanted, strict=True))
 
 
-def check_caches(caches: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> None:
-    """Caches hold the wanted bytes and their canaries are whole."""
-    for cache, want in zip(caches, wanted, strict=True):
-        assert torch.equal(host_bytes(cache), want)
-        check_canaries(cache)
+def check(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> None:
+    """Tensors hold the wanted bytes, and their canaries are whole."""
+    assert holds(found, wanted)
+    for tensor in found:
+        check_canaries(tensor)
 
 
 def check_canaries(tensor: torch.Tensor) -> None:
-    """The bytes around a tensor made by `filled` are as they were made."""
+    """The bytes around a tensor made by `filled`, if it lies among such, are as they were made."""
     whole = next(iter(storages(tensor).values()))
+    if len(whole) == tensor.nbytes:  # a pinned copy of one
+        return
     start = tensor.storage_offset() * tensor.itemsize
     pristine = filled((tensor.numel(),), tensor.dtype)
     around = next(iter(storages(pristine).values()))
     behind = start + tensor.numel() * tensor.itemsize
     assert torch.equal(whole[:start], around[:start])
     assert torch.equal(whole[behind:], around[behind:])
+
+
+class Rig:
+    """Caches on a device that a connector has registered, and chunks and ids for it."""
+
+    def __init__(self, device: torch.device = DEVICE, backend: str | None = None) -> None:
+        self.device, self.caches = device, make_caches(device=device)
+        self.connector = AdaptiveConnector(device, backend)
+        self.connector.register_kv_caches(self.caches)
+
+    def chunk(self, tokens: int = 5, place: str = "device") -> torch.Tensor:
+        """A chunk on the device, or in memory of the host that is ``pinned`` or ``pageable``."""
+        chunk = make_chunk(tokens, device=self.device if place == "device" else "cpu")
+        return chunk.pin_memory() if place == "pinned" else chunk
+
+    def ids(self, slots: Sequence[int], place: str = "device") -> torch.Tensor:
+        """Slots on the device or on the ``host``."""
+        return torch.tensor(slots, device="cpu" if place == "host" else self.device)
+
+    def move(self, store: bool, *given: Any, **options: Any) -> Transfer:
+        """Store to a chunk, or load it."""
+        return (self.connector.from_gpu if store else self.connector.to_gpu)(*given, **options)
+
+    def wanted(self, store: bool, chunk: torch.Tensor, slots: Sequence[int]) -> list[torch.Tensor]:
+        """What the chunk holds then, or the caches, in bytes."""
+        found = gathered if store else scattered
+        bytes_ = found(self.caches, chunk, slots)
+        return [bytes_] if isinstance(bytes_, torch.Tensor) else bytes_
+
+    def targets(self, store: bool, chunk: torch.Tensor) -> list[torch.Tensor]:
+        return [chunk] if store else self.caches
+
+    def delayed(self) -> torch.Stream:
+        """A stream that is busy, with nothing else under way."""
+        stream = torch.Stream(self.device)
+        settle(self.device)
+        delay(stream)
+        return stream
