@@ -25,11 +25,7 @@ TORCH_DTYPES: dict[np.dtype[Any], torch.dtype] = {own: dtype for dtype, own in _
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    """What numpy calls a dtype.
-
-    Raises:
-        LayoutError: anything but an integer dtype or bool.
-    """
+    """What numpy calls a dtype; raises `LayoutError` for anything but an integer dtype or bool."""
     if not isinstance(dtype, torch.dtype) or dtype not in _NUMPY:
         raise LayoutError(
             f"A small copy of {dtype} was asked; it carries integers and bytes: "

@@ -48,12 +48,7 @@ _WHY = {
 
 
 class BufferRange:
-    """Bytes at an address, in numpy's terms; arrays and tensors made from it hold it.
-
-    Args:
-        address: of the first byte.
-        nbytes: how many.
-    """
+    """Bytes at an address, in numpy's terms; arrays and tensors made from it hold it."""
 
     def __init__(self, address: int, nbytes: int) -> None:
         self.address, self.nbytes = address, nbytes
@@ -69,11 +64,8 @@ class BufferRange:
 
 
 def whole(number: Any, least: int, asked: str, do: str) -> int:
-    """A number that must be whole and no less.
-
-    Raises:
-        HostMemoryError: it is not; begins with what was asked and ends with what to do.
-    """
+    """A number that must be whole and no less; raises `HostMemoryError`, which begins with what was
+    asked and ends with what to do."""
     try:
         found = operator.index(number)
     except TypeError:
@@ -107,11 +99,8 @@ def to_pages(nbytes: int, page: int = PAGE) -> int:
 
 def map_private(nbytes: int, huge_pages: str) -> tuple[mmap.mmap, list[str]]:
     """A private mapping of exactly so many bytes (the kernel ends it with its page), and what was
-    done about huge pages, a sentence each; of ``auto``, none.
-
-    Raises:
-        HostMemoryError: the kernel has no room for it.
-    """
+    done about huge pages, a sentence each; of ``auto``, none. Raises `HostMemoryError` if the
+    kernel has no room for it."""
     notes: list[str] = []
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     if huge_pages == "reserved":
@@ -149,12 +138,8 @@ def is_mapped(address: int, nbytes: int) -> bool:
 
 
 def touch(address: int, nbytes: int, threads: int | None = None) -> None:
-    """Have the kernel give every page, from several threads at once. What pages hold stays.
-
-    Args:
-        address: on a page.
-        nbytes: of fresh memory, or of any where the kernel knows MADV_POPULATE_WRITE (5.14).
-        threads: how many; None: one for each core that the process may use, at most 16.
+    """Have the kernel give every page from ``address`` on, from several threads at once: None, one
+    for each core that the process may use, at most 16. What pages hold stays.
 
     Raises:
         HostMemoryError: the kernel ran out of pages, or of pages on the node asked for.

@@ -64,38 +64,38 @@ class CallRefused(Exception):
 
 
 class Runtime:
-    """Calls of one loaded runtime library; each raises `CallRefused`.
-
-    Args:
-        library: holds the functions as attributes, under the names of C.
-        prefix: ``cuda`` or ``hip``, how those names begin.
-    """
+    """Calls of one loaded runtime library, whose functions' names begin with ``cuda`` or ``hip``;
+    each raises `CallRefused`."""
 
     def __init__(self, library: Any, prefix: str) -> None:
-        self._register = getattr(library, f"{prefix}HostRegister")
-        self._unregister = getattr(library, f"{prefix}HostUnregister")
-        self._device_pointer = getattr(library, f"{prefix}HostGetDevicePointer")
-        self._last_error = getattr(library, f"{prefix}GetLastError")
-        self._text = getattr(library, f"{prefix}GetErrorString")
+        self._library, self._prefix = library, prefix
 
     def register(self, address: int, nbytes: int, flags: int) -> None:
         """Pin memory that exists."""
-        self._check(self._register(address, nbytes, flags))
+        self._call("HostRegister", address, nbytes, flags)
 
     def unregister(self, address: int) -> None:
         """Undo `register` of the memory that begins there."""
-        self._check(self._unregister(address))
+        self._call("HostUnregister", address)
 
     def device_address(self, address: int) -> int:
         """Where the current device finds mapped memory; HIP may have it elsewhere than the host."""
         found = ctypes.c_void_p()
-        self._check(self._device_pointer(ctypes.byref(found), address, 0))
+        self._call("HostGetDevicePointer", ctypes.byref(found), address, 0)
         return found.value or 0
 
-    def _check(self, code: int) -> None:
-        if code:
-            self._last_error()  # reads and forgets it
-            text = self._text(code)
+    def last_error(self) -> int:
+        """The error that the next kernel launch would find; it is forgotten."""
+        return int(self.function("GetLastError")())
+
+    def function(self, name: str) -> Any:
+        """A function of the library by the rest of its name."""
+        return getattr(self._library, f"{self._prefix}{name}")
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        if code := self.function(name)(*arguments):
+            self.last_error()
+            text = self.function("GetErrorString")(code)
             raise CallRefused(code, text.decode() if isinstance(text, bytes) else str(text))
 
 
@@ -153,24 +153,19 @@ def _loaded() -> Runtime:
     path = loaded_library(stem, (torch.version.cuda or "").split(".")[0])
     if path is None:
         return Runtime(_ThroughTorch(), "cuda")  # these names on ROCm as well
-    library = ctypes.CDLL(path)
+    runtime = Runtime(ctypes.CDLL(path), prefix)
     # Addresses are wider than C's int.
     pointer, size, flags = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint
-    getattr(library, f"{prefix}HostRegister").argtypes = (pointer, size, flags)
-    getattr(library, f"{prefix}HostUnregister").argtypes = (pointer,)
-    getattr(library, f"{prefix}HostGetDevicePointer").argtypes = (pointer, pointer, flags)
-    getattr(library, f"{prefix}GetErrorString").restype = ctypes.c_char_p
-    return Runtime(library, prefix)
+    runtime.function("HostRegister").argtypes = (pointer, size, flags)
+    runtime.function("HostUnregister").argtypes = (pointer,)
+    runtime.function("HostGetDevicePointer").argtypes = (pointer, pointer, flags)
+    runtime.function("GetErrorString").restype = ctypes.c_char_p
+    return runtime
 
 
 def loaded_library(stem: str, version: str, maps: str = "/proc/self/maps") -> str | None:
-    """The file of a library that this process has loaded, of a major version if there are several.
-
-    Args:
-        stem: how the file's name begins, up to ``.so``.
-        version: the major version that is preferred; may be empty.
-        maps: the kernel's list of mappings.
-    """
+    """The file of a library that this process has loaded, of a major version if there are several
+    and one is named; ``stem``: how its name begins, up to ``.so``."""
     found: list[str] = []
     with suppress(OSError), open(maps) as lines:
         for line in lines:
@@ -208,13 +203,12 @@ def capturing() -> bool:
 
 
 class Registration:
-    """Memory, registered in one piece or several; or merely claimed, if there is no runtime.
+    """Memory, registered in pieces; or merely claimed, so that it stays pageable, if there is no
+    runtime. The pages that it touches cannot be registered again.
 
     Args:
-        runtime: registers the memory; None: its pages are claimed and stay pageable.
-        address: of the first byte, on a page or not.
-        nbytes: how many; the pages that they touch cannot be registered again.
-        flags: the runtime's.
+        runtime, flags: register the memory.
+        address, nbytes: on a page or not.
         largest: bytes of one piece, at most.
         unit: pieces of memory that begins on a page are a multiple of it, if one fits at all.
 
@@ -401,11 +395,8 @@ def _claim(start: int, end: int) -> tuple[int, int]:
 
 
 def piece_bytes(largest: int, unit: int) -> int:
-    """How many bytes one registration has where there are several.
-
-    Raises:
-        HostMemoryError: a ``largest`` under a page, or a ``unit`` under 1.
-    """
+    """How many bytes one registration has if there are several; raises `HostMemoryError` for a
+    ``largest`` under a page, or a ``unit`` under 1."""
     asked = f"Pieces of at most {largest!r} bytes were asked for, and a page has {PAGE}"
     most = whole(largest, PAGE, asked, "ask for whole pages")
     asked = f"Pieces cut at multiples of {unit!r} bytes were asked for"

@@ -52,12 +52,7 @@ _Stream = torch.Stream | None
 
 
 class Way(ABC):
-    """One way of carrying so many values of a dtype, again and again, from any thread.
-
-    Args:
-        device: where the values go.
-        dtype: of the values.
-        most: how many they may be.
+    """One way of carrying at most so many values of a dtype, again and again, from any thread.
 
     Attributes:
         no_refill: what cannot be refilled, and why; of ways that carry the same in each replay.
@@ -271,20 +266,14 @@ class Kernels:
 
 
 def kernels(device: torch.device) -> Kernels:
-    """The kernels of a device, compiled and loaded once.
-
-    Raises:
-        Unsupported: inside graph capture, where nothing can be loaded.
-    """
-    known = _kernels.get(device)
-    if known is not None:
-        return known
-    if capturing(device):
+    """The kernels of a device, compiled and loaded once; raises `Unsupported` inside graph capture,
+    where nothing can be loaded."""
+    if device not in _kernels and capturing(device):
         raise refuse_capture(
             "The first small copy of a device",
             "its kernels have to be loaded first; make one before the capture",
         )
-    return _kernels.setdefault(device, Kernels(device))
+    return _kernels.get_or_make(device, lambda: Kernels(device))
 
 
 def value_bytes(device: torch.device) -> int:

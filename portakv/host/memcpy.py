@@ -27,7 +27,7 @@ import torch
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import streams
-from portakv.runtime.devices import capturing, inside, refuse_capture, resolve
+from portakv.runtime.devices import capturing, inside, refuse_capture, resolve, usual_device
 from portakv.runtime.transfer import Transfer
 
 #: Narrower rows go by torch, which packs them first. A copy engine takes some 55 ns a row, however
@@ -93,14 +93,11 @@ def is_available(device: torch.device | str | None = None) -> bool:
     Args:
         device: the device asked about; None: the current accelerator.
     """
-    if device is None:
-        if not torch.accelerator.is_available():
-            return False
-        device = torch.accelerator.current_accelerator()
     try:
-        return device is not None and _cuda_driver.why_not(resolve(device)) is None
+        place = usual_device() if device is None else resolve(device)
     except BackendUnavailable:  # there is no such device
         return False
+    return _cuda_driver.why_not(place) is None
 
 
 def copy_(
@@ -358,10 +355,11 @@ def check_disjoint(dst: torch.Tensor, src: torch.Tensor) -> None:
             f"expanded from."
         )
     if dst.device == src.device and not _apart(dst, src):
+        ends = (f"address {one.data_ptr():#x}, strides {list(one.stride())}" for one in (src, dst))
         raise LayoutError(
             f"A copy was asked between tensors that share bytes, or whose strides do not show "
-            f"that they share none: {_place(src)} to {_place(dst)}; expected disjoint memory. Copy "
-            f"through a buffer."
+            f"that they share none: {' to '.join(ends)}; expected disjoint memory. Copy through a "
+            f"buffer."
         )
 
 
@@ -386,10 +384,7 @@ def _apart(one: torch.Tensor, other: torch.Tensor) -> bool:
     if shift >= _reach(one) or -shift >= _reach(other):
         return True
     size = one.element_size()
-    dims = [
-        *zip(one.stride(), one.shape, strict=True),
-        *zip(other.stride(), other.shape, strict=True),
-    ]
+    dims = [pair for each in (one, other) for pair in zip(each.stride(), each.shape, strict=True)]
     steps = sorted({size * stride for stride, extent in dims if extent > 1 and stride})
     for at, step in enumerate(steps):
         period = math.gcd(*steps[at:])
@@ -405,10 +400,6 @@ def _reach(tensor: torch.Tensor, below: float = math.inf) -> int:
     return size + sum(
         size * stride * (extent - 1) for stride, extent in dims if size * stride < below
     )
-
-
-def _place(tensor: torch.Tensor) -> str:
-    return f"address {tensor.data_ptr():#x}, strides {list(tensor.stride())}"
 
 
 def loops_of(dst: torch.Tensor, src: torch.Tensor) -> tuple[int, list[tuple[int, int, int]]]:

@@ -399,11 +399,7 @@ def _ended(ask: Callable[[], bool]) -> bool:
 
 
 def stride(block_bytes: int, blocks: int, alignment: int) -> int:
-    """Bytes from one block to the next.
-
-    Raises:
-        HostMemoryError: numbers that make no pool.
-    """
+    """Bytes from one block to the next; raises `HostMemoryError` for numbers that make no pool."""
     whole = all(isinstance(number, int) and number > 0 for number in (block_bytes, blocks))
     if not whole or alignment not in [1 << bit for bit in range(13)]:
         raise HostMemoryError(
@@ -414,11 +410,8 @@ def stride(block_bytes: int, blocks: int, alignment: int) -> int:
 
 
 def deadline(timeout: float | None) -> float | None:
-    """When a wait of so many seconds ends, by the monotonic clock; None: never.
-
-    Raises:
-        HostMemoryError: no number of seconds.
-    """
+    """When a wait of so many seconds ends, by the monotonic clock; None: never. Raises
+    `HostMemoryError` for what is no number."""
     if timeout is None or timeout == math.inf:
         return None
     if not isinstance(timeout, Real) or math.isnan(timeout):

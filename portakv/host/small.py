@@ -269,19 +269,12 @@ def _most(way: str, device: torch.device) -> int:
 
 
 class _Target(NamedTuple):
-    """A device that values go to.
+    """A device that values go to."""
 
-    Attributes:
-        device: with its index.
-        first: the way of the fewest bytes if no other was asked for.
-        most: the most bytes that it carries.
-        captures: tells if the device's current stream is being captured.
-    """
-
-    device: torch.device
-    first: str
-    most: int
-    captures: Callable[[], bool]
+    device: torch.device  # with its index
+    first: str  # the way of the fewest bytes if no other was asked for
+    most: int  # bytes that it carries
+    captures: Callable[[], bool]  # tells if the device's current stream is being captured
 
 
 # What calls keep ready: targets by device or its name, one sender for each way, device and dtype.

@@ -313,42 +313,32 @@ def _move(dst: int, src: int, rows: tuple[int, int, int, int]) -> None:
 # What is asked of the CUDA driver
 
 
-@pytest.fixture
-def driver(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> FakeLibrary:
-    """The driver's library, whose device is the host."""
+@pytest.mark.parametrize("to_device", [True, False])
+def test_the_structure_says_what_is_meant(
+    to_device: bool, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = FakeLibrary(tmp_path_factory.getbasetemp(), None)  # whose device is the host
+    monkeypatch.setattr(_cuda_driver, "library", lambda: driver.library)
     monkeypatch.setattr(_cuda_driver, "adopt", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: inside(None))
     monkeypatch.setattr(_cuda_driver, "raw", lambda stream, index: 7 if stream is None else 0)
-    found = FakeLibrary(tmp_path_factory.getbasetemp(), None)
-    monkeypatch.setattr(_cuda_driver, "library", lambda: found.library)
-    return found
-
-
-@pytest.mark.parametrize("to_device", [True, False])
-def test_the_structure_says_what_is_meant(to_device: bool, driver: FakeLibrary) -> None:
     memory, other = filled((6, 64), torch.int32), filled((6, 80), torch.int32)
     dst, src = memory[1:5, :20], other[:4, 60:]
     rows = pitched(dst, src)
     assert isinstance(rows, Pitched)
     before, wanted = memory.clone(), src.clone()
+    places = dst.data_ptr(), src.data_ptr(), to_device, rows, torch.device("cuda", 0)
     default: Any = object()  # stream 0 is a stream, not the lack of one
     for stream in (None, default):
-        _cuda_driver.copy_pitched(
-            dst.data_ptr(), src.data_ptr(), to_device, rows, torch.device("cuda", 0), stream
-        )
+        _cuda_driver.copy_pitched(*places, stream)
     assert torch.equal(dst, wanted)
     assert torch.equal(memory[:, 20:], before[:, 20:])
     assert [(call.kind, call.copies, call.stream) for call in driver.calls] == [
         ("r", 4, 7), ("r", 4, 0),
     ]  # fmt: skip
-
-
-def test_what_the_driver_refuses(driver: FakeLibrary) -> None:
     driver.forget(refuse_at=0)
-    with refused(TransferError, "4 rows of 80 bytes", "CUDA_ERROR_INVALID_VALUE"):
-        _cuda_driver.copy_pitched(1, 2, True, Pitched(80, 4, 80, 80), torch.device("cuda", 0), None)
+    with refused(TransferError, "4 rows of 80 bytes", "CUDA_ERROR_INVALID_VALUE", watch=dst):
+        _cuda_driver.copy_pitched(*places, None)
 
 
 def test_without_cuda_it_says_so() -> None:

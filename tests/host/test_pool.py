@@ -181,6 +181,7 @@ def test_a_block_in_flight_is_not_handed_out() -> None:
         timer.start()
         block = pool.acquire(wait=True, timeout=30)
         assert work.over
+        assert pool.free == 0
         block.release()
         timer.join()
 
