@@ -122,7 +122,7 @@ def _settle(layout: Layout, values: Values, group: Group, sizes: Sequence[int]) 
     unknown = {f for known in values for f in group.factors if factor_extent(f, known) is None}
     if len(unknown) > 1:
         return False
-    for k, (size, known_part) in enumerate(zip(sizes, _known_parts(group, values), strict=True)):
+    for k, (size, known_part) in enumerate(zip(sizes, known_parts(group, values), strict=True)):
         if not known_part or size % known_part or (not unknown and size != known_part):
             raise _contradiction(layout, group, known_part, size, values[k])
         for factor in unknown:
@@ -130,7 +130,7 @@ def _settle(layout: Layout, values: Values, group: Group, sizes: Sequence[int]) 
     return True
 
 
-def _known_parts(group: Group, values: Values) -> list[int]:
+def known_parts(group: Group, values: Values) -> list[int]:
     """For each kv, the product of what is known; kv parts of a group lie one behind the other."""
     kv_at = next((i for i, f in enumerate(group.factors) if f.axis == "kv"), None)
     if kv_at is None:

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from portakv.errors import DeviceMismatch, LayoutError
@@ -19,13 +20,16 @@ from portakv.layout import presets
 from portakv.layout.extents import Sized, Values, declare, factor_extent, finish, positive, solve
 from portakv.layout.language import Factor, Layout, parse
 from portakv.runtime.bounded import Bounded
-from portakv.view.containers import Grid, tabulate, to_grid
 from portakv.view.form import Form, Part, build_parts, same_form
 
 _STRIDED = torch.strided
 #: Tensors of these are bytes, whatever they stand for: fp8 and packed formats are kept so.
 _BYTES = frozenset({torch.uint8, torch.int8})
 _KNOWN_SHAPES = 256  # forms of single tensors that one layout remembers
+
+Grid = npt.NDArray[np.object_]
+#: How a container factor walks: entries of the table, and bytes for each kv, of one step.
+Walks = dict[Factor, tuple[int, tuple[int, ...]]]
 
 
 class Facts(NamedTuple):
@@ -46,13 +50,9 @@ Found = tuple[
 ]
 
 
-class _Known(NamedTuple):
-    """What tensors of one shape, strides, dtype, place and alignment share."""
-
-    form: Form
-    slots: int
-    device: torch.device
-    reach: int  # bytes from the first to past the last
+#: What tensors of one shape, strides, dtype, place and alignment share: form, slots, device, and
+#: the bytes from the first to past the last.
+_Known = tuple[Form, int, torch.device, int]
 
 
 class BoundLayout:
@@ -61,13 +61,12 @@ class BoundLayout:
     A tensor of known shape, strides, dtype and place reuses its form by one look-up.
     """
 
-    __slots__ = ("_known", "declared", "extents", "layout", "reinterpret")
+    __slots__ = ("_known", "declared", "layout", "reinterpret")
 
     def __init__(
         self, layout: Layout, extents: Mapping[str, Any], reinterpret: bool = False
     ) -> None:
         self.layout, self.reinterpret = layout, reinterpret
-        self.extents = dict(extents)
         self.declared = declare(layout, extents)
         self._known: Bounded[tuple[Any, ...], _Known] = Bounded("forms of tensors", _KNOWN_SHAPES)
 
@@ -94,7 +93,7 @@ class BoundLayout:
         if known is None:
             facts = self._read_all(tensors)
             reach = facts.spans[0][1] - facts.spans[0][0] if facts.spans else 0
-            self._known[key] = _Known(facts.form, facts.slots, facts.device, reach)
+            self._known[key] = facts.form, facts.slots, facts.device, reach
             return facts
         form, slots, device, reach = known
         spans = [(address, address + reach)] if reach else []
@@ -102,7 +101,7 @@ class BoundLayout:
 
     def _read_all(self, tensors: Any) -> Facts:
         layout = self.layout
-        grid = to_grid(layout, tensors)
+        grid = _to_grid(layout, tensors)
         flat: list[torch.Tensor] = list(grid.reshape(-1))
         device = _one_device(flat)
         values = [dict(known) for known in self.declared]
@@ -114,7 +113,7 @@ class BoundLayout:
         shapes = [_dim_shapes(layout, tensor) for tensor in picks]
         sized: list[Sized] = [(g, [s[i][0] for s in shapes]) for i, g in enumerate(layout.dims)]
         finish(layout, values, solve(layout, values, sized))
-        origins, owners, walks = tabulate(_container_factors(layout, values), grid, len(values))
+        origins, owners, walks = _tabulate(_container_factors(layout, values), grid, len(values))
         strides = [[stride for _, stride in shape] for shape in shapes]
         itemsizes = [tensor.element_size() for tensor in picks]
         parts = build_parts(layout, values, strides, itemsizes, walks)
@@ -165,6 +164,111 @@ def _container_factors(layout: Layout, values: Values) -> list[tuple[Factor, int
     """Each container factor and its extent, outermost first."""
     factors = [f for group in layout.containers for f in group.factors]
     return [(f, factor_extent(f, values[0]) or 1) for f in factors]
+
+
+def _to_grid(layout: Layout, tensors: Any) -> Grid:
+    """Lay nested containers out as an array of tensors, one axis for each container level."""
+    shape: list[int] = []
+    level = [tensors]
+    for group in layout.containers:
+        rows = [_items(layout, container) for container in level]
+        first = len(rows[0])
+        if not first:
+            raise LayoutError(
+                f"A container of {layout.text!r} is empty; hand over at least one tensor."
+            )
+        for row in rows:
+            if len(row) != first:
+                raise LayoutError(
+                    f"Containers of {group} in {layout.text!r} have unequal lengths {first} and "
+                    f"{len(row)}; all must be equally long."
+                )
+        shape.append(first)
+        level = [item for row in rows for item in row]
+    grid = np.empty(len(level), dtype=object)
+    for at, tensor in enumerate(level):
+        if not isinstance(tensor, torch.Tensor):
+            _refuse_array(tensor)
+            raise LayoutError(
+                f"{layout.text!r} expects tensors inside {len(shape)} container level(s), but a "
+                f"{type(tensor).__name__} was found; add a container axis left of `|`."
+            )
+        grid[at] = tensor
+    return grid.reshape(shape)
+
+
+def _items(layout: Layout, level: Any) -> list[Any]:
+    if isinstance(level, Mapping):
+        return list(level.values())
+    if isinstance(level, (list, tuple)):
+        return list(level)
+    _refuse_array(level)
+    raise LayoutError(
+        f"{layout.text!r} names {len(layout.containers)} container level(s) left of `|`, but a "
+        f"{type(level).__name__} was found where a list, tuple or dict was expected; write its "
+        f"axis right of `|` if it is a dimension of the tensor."
+    )
+
+
+def _refuse_array(level: Any) -> None:
+    if isinstance(level, np.ndarray):
+        raise LayoutError(
+            f"A numpy array of shape {level.shape} was found where tensors are read; hand over "
+            f"torch.from_numpy(array), which shares its memory."
+        )
+
+
+def _tabulate(
+    factors: Sequence[tuple[Factor, int]], grid: Grid, kv: int
+) -> tuple[tuple[int, ...], tuple[torch.Tensor, ...], Walks]:
+    """Collapse a grid into the smallest table: its addresses, for each of them the tensor in whose
+    storage it lies, and how each container factor walks through them.
+
+    Tensors of one allocation at equal distances become a stride, so that a block that is contiguous
+    over all layers is one run; what is left stays a table.
+    """
+    # Blocks stand outermost: then no step of another axis depends on how many there are.
+    rank = {"block": 0, "token": 1}
+    order = sorted(range(len(factors)), key=lambda i: rank.get(factors[i][0].axis, 2))
+    cube = grid.reshape([extent for _, extent in factors]).transpose(order)
+    axes = [factors[i][0] for i in order]
+    flat = list(cube.reshape(-1))
+    where = np.array([t.data_ptr() for t in flat], dtype=np.int64).reshape(cube.shape)
+    homes = np.array([t.untyped_storage().data_ptr() for t in flat], dtype=np.int64)
+    homes = homes.reshape(cube.shape)
+    walks: Walks = {}
+    for at, factor in enumerate(axes):
+        kv_at = next((i for i, f in enumerate(axes) if f.axis == "kv" and i != at), None)
+        distances = _distances(where, homes, at, kv_at, kv)
+        # Memory objects come and go: whether they lie at equal distances must not change a form.
+        if factor.axis not in ("block", "token") and distances is not None:
+            walks[factor] = (0, distances)
+            where, homes, cube = (x.take([0], axis=at) for x in (where, homes, cube))
+    entries = 1
+    for at in reversed(range(len(axes))):
+        if axes[at] not in walks:
+            walks[axes[at]] = (entries, (0,) * kv)
+            entries *= where.shape[at]
+    return tuple(where.reshape(-1).tolist()), tuple(cube.reshape(-1)), walks
+
+
+def _distances(
+    where: npt.NDArray[np.int64], homes: npt.NDArray[np.int64], at: int, kv_at: int | None, kv: int
+) -> tuple[int, ...] | None:
+    """For each kv the constant distance along axis ``at`` inside one allocation, else None."""
+    if where.shape[at] == 1:
+        return (0,) * kv
+    steps = np.diff(where, axis=at)
+    if np.diff(homes, axis=at).any():
+        return None
+    by_kv = steps.reshape(1, -1) if kv_at is None else np.moveaxis(steps, kv_at, 0)
+    by_kv = by_kv.reshape(by_kv.shape[0], -1)
+    if (by_kv != by_kv[:, :1]).any():
+        return None
+    found = tuple(int(row[0]) for row in by_kv)
+    if min(found) < 0:
+        return None  # torch has no negative strides, so descending tensors stay a table
+    return found if len(found) == kv else found * kv
 
 
 def _one_device(tensors: Sequence[torch.Tensor]) -> torch.device:

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from portakv.errors import LayoutError
-from portakv.layout.extents import factor_extent, positive
-from portakv.layout.language import Group, Layout, parse
+from portakv.layout.extents import Values, factor_extent, known_parts, positive
+from portakv.layout.language import Factor, Group, Layout, parse
 from portakv.layout.presets import memory_order, resolve
 from portakv.view.bound import as_dtype
 
@@ -48,19 +48,30 @@ def example_tensors(
         LayoutError: the layout cannot be parsed, a factor does not divide its extent, or the
             number of widths is not the number of kv.
     """
-    text, always = resolve(layout)
+    text, fixed = resolve(layout)
+    always: dict[str, Any] = {**fixed}
     parsed = parse(text)
     for name, extent in {"layers": layers, "blocks": blocks, "tokens": tokens}.items():
         if extent != 0:
             positive(name, extent)
     dim = always.get("dim", 1) if dim is None else dim
-    counted = _number(always.get("heads")) or 1 if heads is None else heads
-    kv = _number(always.get("kv")) or _kv(parsed, dim) if kv is None else kv
-    widths = _widths(layout, kv, dim)
+    usual = len(dim) if isinstance(dim, Sequence) else 2 if "kv" in parsed.axes else 1
+    kv = always.get("kv", usual) if kv is None else kv
+    widths = list(dim) if isinstance(dim, Sequence) else [dim] * kv
+    if len(widths) != kv:
+        raise LayoutError(
+            f"dim={dim} holds {len(widths)} widths, but kv={kv} was asked of {layout!r}; give one "
+            f"number, or one for each kv."
+        )
+    counted = always.get("heads", 1) if heads is None else heads
     shared = {"layer": layers, "kv": kv, "head": counted, "block": blocks, "token": tokens}
-    values = [{**shared, "dim": width, "page": width} for width in widths]
+    values = [
+        {axis: extent or 1 for axis, extent in {**shared, "dim": width, "page": width}.items()}
+        for width in widths
+    ]
     memory = parse(memory_order(layout))
-    made = _level(memory, memory.containers, values, 0, as_dtype(dtype), torch.device(device))
+    empty = torch.empty(0, dtype=as_dtype(dtype), device=device)
+    made = _level(memory, memory.containers, values, 0, empty)
     return made if memory == parsed else _ordered(made, memory, parsed)
 
 
@@ -79,26 +90,6 @@ def _unbound(tensor: torch.Tensor, levels: int) -> Any:
     if not levels:
         return tensor
     return [_unbound(one, levels - 1) for one in tensor.unbind(0)]
-
-
-def _number(always: object) -> int | None:
-    return always if isinstance(always, int) else None
-
-
-def _kv(layout: Layout, dim: int | Sequence[int]) -> int:
-    if isinstance(dim, Sequence):
-        return len(dim)
-    return 2 if "kv" in layout.axes else 1
-
-
-def _widths(layout: str, kv: int, dim: int | Sequence[int]) -> list[int]:
-    widths = list(dim) if isinstance(dim, Sequence) else [dim] * kv
-    if len(widths) != kv:
-        raise LayoutError(
-            f"dim={dim} holds {len(widths)} widths, but kv={kv} was asked of {layout!r}; give one "
-            f"number, or one for each kv."
-        )
-    return widths
 
 
 def example_chunk(cache: KVView, layout: str, tokens: int) -> Any:
@@ -120,35 +111,20 @@ def example_chunk(cache: KVView, layout: str, tokens: int) -> Any:
 
 
 def _level(
-    layout: Layout,
-    containers: Sequence[Group],
-    values: Sequence[Mapping[str, int]],
-    k: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    layout: Layout, containers: Sequence[Group], values: Values, k: int, empty: torch.Tensor
 ) -> Any:
+    """The tensors of one container level, of which kv ``k`` is known, like ``empty``."""
     if not containers:
-        shape = [_size(group, values, k) for group in layout.dims]
-        return torch.empty(shape, dtype=dtype, device=device)
+        return empty.new_empty([known_parts(group, values)[k] for group in layout.dims])
     group, rest = containers[0], containers[1:]
-    extents = [factor_extent(factor, values[0]) or 1 for factor in group.factors]
     kv_at = next((i for i, factor in enumerate(group.factors) if factor.axis == "kv"), None)
+    inner = 1 if kv_at is None else prod(_extent(f, values) for f in group.factors[kv_at + 1 :])
     items = []
-    for position in range(prod(extents)):
-        at = k
-        if kv_at is not None:
-            at = position // prod(extents[kv_at + 1 :]) % extents[kv_at]
-        items.append(_level(layout, rest, values, at, dtype, device))
+    for position in range(prod(_extent(factor, values) for factor in group.factors)):
+        at = k if kv_at is None else position // inner % len(values)
+        items.append(_level(layout, rest, values, at, empty))
     return items
 
 
-def _size(group: Group, values: Sequence[Mapping[str, int]], k: int) -> int:
-    """The size of a dimension; kv parts of unequal width lie one behind the other."""
-    sizes = [1] * len(values)
-    for factor in reversed(group.factors):
-        if factor.axis == "kv":
-            sizes = [sum(sizes)] * len(values)
-        else:
-            extents = [factor_extent(factor, known) or 1 for known in values]
-            sizes = [n * extent for n, extent in zip(sizes, extents, strict=True)]
-    return sizes[k]
+def _extent(factor: Factor, values: Values) -> int:
+    return factor_extent(factor, values[0]) or 1

@@ -242,13 +242,13 @@ def _why_unwritable(parts: Sequence[Part]) -> str:
             for step in part.axis(name):
                 if step.stride == 0 and step.table == 0 and step.extent != 1:
                     return f"its {name!r} axis has stride 0, so that several rows share one place"
-    origins = [origin for part in parts for origin in _plane_origins(part)]
+    origins = [origin for part in parts for origin in plane_origins(part)]
     if len(set(origins)) < len(origins):
         return ALIASED
     return ""
 
 
-def _plane_origins(part: Part) -> list[tuple[int, int]]:
+def plane_origins(part: Part) -> list[tuple[int, int]]:
     """Table entry and byte offset of each layer's plane."""
     origins = [(part.table, part.offset)]
     for step in part.layer:

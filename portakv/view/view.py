@@ -19,7 +19,7 @@ import torch
 from portakv.errors import LayoutError
 from portakv.layout.language import Layout
 from portakv.view.bound import BoundLayout, Facts, Found, as_dtype, bind_layout
-from portakv.view.form import ALIASED, locate, same_form
+from portakv.view.form import ALIASED, locate, plane_origins, same_form
 from portakv.view.slicing import slice_facts
 
 
@@ -178,8 +178,7 @@ class KVView:
         planes = [
             self.origins[entry] + offset
             for part in self.form.parts
-            for layer in range(self.layers)
-            for entry, offset in [locate(part.table, part.offset, part.layer, layer)]
+            for entry, offset in plane_origins(part)
         ]
         if len(set(planes)) < len(planes) or len(set(self.origins)) < len(self.origins):
             return ALIASED
