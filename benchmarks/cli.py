@@ -37,12 +37,19 @@ from portakv_benchmarks.host.pinning import pinning_steps
 from portakv_benchmarks.host.small import small_steps
 from portakv_benchmarks.host.suite import HOST_PRESETS, Bench
 from portakv_benchmarks.host.waiting import waiting_steps
-from portakv_benchmarks.shared.harness import Found, Row, Rows, Step, in_a_line
+from portakv_benchmarks.shared.harness import (
+    DeviceTimer,
+    Found,
+    HostTimer,
+    Row,
+    Rows,
+    Step,
+    in_a_line,
+)
 from portakv_benchmarks.shared.machine import describe, short_name
 from portakv_benchmarks.shared.peers import PEERS, load_peer
 from portakv_benchmarks.shared.shapes import Shape, load
 from portakv_benchmarks.shared.tables import print_results
-from portakv_benchmarks.shared.timers import DeviceTimer, HostTimer
 
 RESULT_FORMAT = 2
 LADDER = "seed"  # the founding scenario

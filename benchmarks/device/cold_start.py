@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from math import prod
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -35,19 +36,16 @@ def measure_startup(backend: str, device: str, rounds: int) -> list[dict[str, An
         with tempfile.TemporaryDirectory() as folder:
             for times in found.values():  # the second finds what the first left behind
                 times.append(_start(backend, device, Path(folder)))
-    return [
-        {
-            "kind": "startup",
-            "backend": backend,
-            "cache": cache,
-            "seconds": round(median(one["seconds"] for one in times), 4),
-            "worst": round(max(one["seconds"] for one in times), 4),
+    rows = []
+    for cache, times in found.items():
+        seconds = [one["seconds"] for one in times]
+        rows.append({
+            "kind": "startup", "backend": backend, "cache": cache,
+            "seconds": round(median(seconds), 4), "worst": round(max(seconds), 4),
             "import_seconds": round(median(one["imported"] for one in times), 4),
-            "rounds": rounds,
-            "verified": all(one["right"] for one in times),
-        }
-        for cache, times in found.items()
-    ]
+            "rounds": rounds, "verified": all(one["right"] for one in times),
+        })  # fmt: skip
+    return rows
 
 
 def _start(backend: str, device: str, folder: Path) -> dict[str, Any]:
@@ -77,12 +75,8 @@ def _start(backend: str, device: str, folder: Path) -> dict[str, Any]:
 def _first_transfer(backend: str, device: str) -> dict[str, Any]:
     """Time the first transfer of this process, everything of PortaKV included."""
     size, slots = (2, 4, 16, 8, 64), [5, 33, 18]
-    caches = [
-        torch.arange(2 * 4 * 16 * 8 * 64, dtype=torch.int32, device=device)
-        .to(torch.int16)
-        .view(size)
-        for _ in range(4)
-    ]
+    numbers = torch.arange(prod(size), dtype=torch.int32, device=device)
+    caches = [numbers.to(torch.int16).view(size) for _ in range(4)]
     chunk = torch.empty((2, 4, len(slots), 512), dtype=torch.int16, device=device)
     ids = torch.tensor(slots, device=device)
     if not device.startswith("cpu"):

@@ -16,10 +16,12 @@ from portakv.errors import PortaKVError
 from portakv.registry.registry import ENGINES, trace
 from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.shared.harness import (
+    Call,
     Found,
     Measured,
     Row,
     Rows,
+    Timer,
     Variant,
     grouped,
     measure,
@@ -30,7 +32,6 @@ from portakv_benchmarks.shared.harness import (
 )
 from portakv_benchmarks.shared.peers import LMCache, PeerMissing
 from portakv_benchmarks.shared.shapes import Shape
-from portakv_benchmarks.shared.timers import Call, Timer
 
 #: Backends that compile each plan for seconds: measured with a few shapes and slots only.
 COMPILING = ("compiled",)
@@ -282,23 +283,14 @@ def both_ways(
 def _row(task: Task, timer: Timer, one: Measured) -> Row:
     shape = task.shape
     return {
-        "kind": "copy",
-        "shape": shape.name,
-        "layers": task.arrangement,
-        **one.labels,
-        "cache": shape.cache,
-        "chunk": shape.chunk,
-        "dtype": shape.dtype,
-        "row_bytes": shape.row_bytes,
-        "payload_bytes": shape.payload,
-        "tokens": shape.tokens,
+        "kind": "copy", "shape": shape.name, "layers": task.arrangement, **one.labels,
+        "cache": shape.cache, "chunk": shape.chunk, "dtype": shape.dtype,
+        "row_bytes": shape.row_bytes, "payload_bytes": shape.payload, "tokens": shape.tokens,
         "pool_slots": shape.slots,
         "pool_bytes": shape.layers * shape.kv * shape.slots * shape.row_bytes,
-        "slots_used": short(shape.slots_used),
-        **one.row(2 * shape.payload),
-        "repeats": [short(ratio) for ratio in one.repeats],
-        "timer": timer.name,
-    }
+        "slots_used": short(shape.slots_used), **one.row(2 * shape.payload),
+        "repeats": [short(ratio) for ratio in one.repeats], "timer": timer.name,
+    }  # fmt: skip
 
 
 _FASTEST = "cuda"

@@ -14,9 +14,8 @@ import torch
 
 from portakv_benchmarks.device.suite import Field, both_ways, ceiling, connector_ways
 from portakv_benchmarks.device.workload import Workload
-from portakv_benchmarks.shared.harness import Found, Measured, Row, measure, usable
+from portakv_benchmarks.shared.harness import Call, Found, Measured, Row, measure, usable
 from portakv_benchmarks.shared.shapes import Shape
-from portakv_benchmarks.shared.timers import Call
 
 #: The plain ways in the order in which they get faster.
 PLAIN = ("Python loops", "advanced indexing", "vectorised")
@@ -57,15 +56,10 @@ def _row(shape: Shape, one: Measured) -> Row:
     told = one.row(2 * shape.payload)
     names = ("p50_us", "ratio", "host_us", "rounds", "noisy", "host_hidden", "verified")
     return {
-        "kind": "ladder",
-        "shape": shape.name,
-        "way": one.labels["backend"],
-        "op": one.labels["op"],
-        "pool_slots": shape.slots,
-        "slots_used": shape.slots_used,
-        "payload_bytes": shape.payload,
-        **{name: told[name] for name in names},
-    }
+        "kind": "ladder", "shape": shape.name, "way": one.labels["backend"],
+        "op": one.labels["op"], "pool_slots": shape.slots, "slots_used": shape.slots_used,
+        "payload_bytes": shape.payload, **{name: told[name] for name in names},
+    }  # fmt: skip
 
 
 def _loops(work: Workload, slots: torch.Tensor) -> tuple[Call, Call]:

@@ -17,10 +17,8 @@ from functools import partial
 from time import perf_counter
 
 from portakv.plan.plan import CopyPlan
-from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, LAYER_FIRST, Case, Scene
-from portakv_benchmarks.host.memory import Sides
-from portakv_benchmarks.host.suite import Bench
-from portakv_benchmarks.host.ways import DESCRIPTORS, HOST, STAGED, Way, direct
+from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, LAYER_FIRST, Case, Scene, Sides
+from portakv_benchmarks.host.suite import DESCRIPTORS, HOST, STAGED, Bench, Way, direct
 from portakv_benchmarks.shared.harness import (
     FAILURES,
     Found,

@@ -1,12 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases: where the bytes lie on the device and on the host, and how many of them are moved."""
+"""Cases of the host benchmarks: where the bytes lie on the device and on the host, how many of them
+are moved, the memory for them, and whether every byte of a destination is right.
+
+One region on the device and one on the host serve all cases, since pinning takes its time. Bytes
+are judged by plain indexing on the device; the host's come there by one plain copy.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
 
-from portakv_benchmarks.shared.shapes import Shape, in_words
+import torch
+
+from portakv import Index, KVView
+from portakv.host import pinned
+from portakv_benchmarks.shared.shapes import POISON, Shape, fill, in_words, planes, poison_of, sizes
 
 #: A directions' name, as everywhere: from the device to the host, and back.
 DIRECTIONS = ("d2h", "h2d")
@@ -158,3 +169,197 @@ def cases(scenes: Sequence[Scene], payloads: Sequence[int]) -> list[Case]:
     """Every payload of every scene that there is."""
     found = [case_of(scene, payload) for scene in scenes for payload in payloads]
     return [case for case in found if case is not None]
+
+
+_SEED = 20261121
+_GAP = 4096  # layers lie at odd distances, as separate allocations do
+_COPIES = 5  # of the payload on the device: the cache, and what a plain copy reads or writes
+
+
+class Region(NamedTuple):
+    """Bytes on the device and on the host, uint8, one dimension; ``host`` is pinned or pageable.
+
+    ``scratch`` lies on the device, as large as ``host``: what the host's bytes are compared in.
+    """
+
+    device: torch.Tensor
+    host: torch.Tensor
+    scratch: torch.Tensor
+
+    @classmethod
+    def reserve(cls, device: torch.device, payload: int, *, pageable: bool = False) -> Region:
+        """Memory for any case of up to so many bytes, on a device and on the host."""
+        on_host = 2 * payload
+        layers = 64 * 8 * _GAP
+        host = torch.zeros if pageable else pinned.empty
+        return cls(
+            torch.empty(_COPIES * payload + layers, dtype=torch.uint8, device=device),
+            host(on_host, dtype=torch.uint8),
+            torch.empty(on_host, dtype=torch.uint8, device=device),
+        )
+
+    def halves(self) -> tuple[Region, Region]:
+        """Two regions, for two directions at once."""
+        first, second = zip(*(tensor.view(2, -1).unbind() for tensor in self), strict=True)
+        return Region(*first), Region(*second)
+
+
+class Sides:
+    """A case in a region: the views and ids of both sides, for either direction.
+
+    Args:
+        case: what is moved.
+        region: large enough for it.
+
+    Attributes:
+        caches: the device's tensors, as their layout wants them.
+        dense: int64 on the device, as many bytes as are moved: a plain copy's other side.
+        flat: int64 on the host, likewise; the beginning of the same memory that engines use.
+        slots: the device's slot of each token, int64 on the host.
+        chunk: the host's memory as its layout wants it; of a scene that is dense, a chunk.
+    """
+
+    def __init__(self, case: Case, region: Region) -> None:
+        self.case, self._region = case, region
+        device, host = case.on_device, case.on_host
+        self.caches, spread = _caches(device, region.device)
+        self.chunk = _tensor(region.host, 0, _host_sizes(host), host)
+        end = -(-spread // 512) * 512
+        self._cache_words = _words(region.device[:end])
+        self._host_bytes = self.chunk.nbytes
+        self.dense = _words(region.device[end : end + case.payload])
+        self.flat = _words(region.host[: case.payload])
+        self._ids = _ids(case)
+        mine, theirs = self._ids
+        self.slots = (mine[:, None] * device.block_size + torch.arange(device.block_size)).flatten()
+        self.device_view = KVView(self.caches, device.cache)
+        extents: Any = {"kv": host.kv, "heads": host.heads} if host.cache == CHUNK else {}
+        self.host_view = KVView(self.chunk, host.cache, **extents)
+        self.device_index = Index(mine, step=device.block_size)
+        self.host_index = None if theirs is None else Index(theirs, step=host.block_size)
+
+    def settle(self) -> None:
+        """Have what every engine needs on the device, ids and addresses, made once and kept."""
+        for index in (self.device_index, self.host_index):
+            if index is not None:
+                index.placed(self.device, frozenset({torch.int64}))
+        if len(self.device_view.origins) > 1:
+            self.device_view.table.size()
+
+    @property
+    def device(self) -> torch.device:
+        """The device."""
+        return self.dense.device
+
+    def arguments(self, direction: str, ids: Any = None) -> tuple[Any, Any, Any, Any]:
+        """What `copy_blocks` takes, for a direction; ``ids`` stand in for both sides' own."""
+        mine, theirs = (self.device_index, self.host_index) if ids is None else ids
+        if direction == "d2h":
+            return self.device_view, self.host_view, mine, theirs
+        return self.host_view, self.device_view, theirs, mine
+
+    def fresh_ids(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same ids as tensors that are new to the library."""
+        mine, theirs = self._ids
+        return mine.clone(), None if theirs is None else theirs.clone()
+
+    def fill(self, direction: str) -> None:
+        """Write bytes that name their places to the source of a direction, and of plain copies."""
+        fill(_words(self._region.device), 1)
+        if direction == "h2d":
+            scratch = self._region.scratch[: self._host_bytes]
+            fill(_words(scratch), 3)
+            self._region.host[: self._host_bytes].copy_(scratch)
+        self._synchronise()
+
+    def poison(self, direction: str, plain: bool = False) -> None:
+        """Overwrite everything that a copy in a direction may write, or what a plain one writes."""
+        self._synchronise()
+        if direction == "h2d":
+            (self.dense if plain else self._cache_words).fill_(poison_of(torch.int64))
+        else:
+            nbytes = self.case.payload if plain else self._host_bytes
+            self._region.host[:nbytes].copy_(self._region.scratch[:nbytes].fill_(POISON))
+        self._synchronise()
+
+    def plain_right(self) -> bool:
+        """Whether a plain copy's bytes are those of its source."""
+        self._synchronise()
+        scratch = _words(self._region.scratch[: self.case.payload]).copy_(self.flat)
+        return torch.equal(scratch, self.dense)
+
+    def right(self, direction: str) -> bool:
+        """Whether the destination holds the source's rows and poison elsewhere, every byte.
+
+        Overwrites those rows where they are on the device.
+        """
+        self._synchronise()
+        device, host = self.case.on_device, self.case.on_host
+        scratch = self._region.scratch[: self._host_bytes].copy_(
+            self._region.host[: self._host_bytes]
+        )
+        copied = _tensor(scratch, 0, _host_sizes(host), host)
+        # The places come from the host: a copy that went wrong may have overwritten the device's.
+        ends = [
+            (planes(self.caches, device.cache, device), self._places(device, self._ids[0])),
+            (planes(copied, host.cache, host), self._places(host, self._ids[1])),
+        ]
+        words = _words(scratch) if direction == "d2h" else self._cache_words
+        (sources, out_of), (targets, into) = ends if direction == "d2h" else ends[::-1]
+        same = []
+        for source, target in zip(sources, targets, strict=True):
+            same.append((target[into] == source[out_of]).all())
+            target[into] = poison_of(target.dtype)
+        return bool(torch.stack(same).all() & (words == poison_of(torch.int64)).all())
+
+    def _places(self, shape: Shape, ids: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Block and place in the block of each token, on the device; of a chunk, block 0."""
+        if ids is None:
+            places = torch.zeros(shape.tokens, dtype=torch.int64), torch.arange(shape.tokens)
+        else:
+            size = shape.block_size
+            places = ids.repeat_interleave(size), torch.arange(size).repeat(ids.numel())
+        return tuple(place.to(self.device) for place in places)
+
+    def _synchronise(self) -> None:
+        torch.get_device_module(self.device).synchronize()
+
+
+def _ids(case: Case) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Ids of the device's side and of the host's, int64 on the host."""
+    generator = torch.Generator().manual_seed(_SEED)
+    device, host = case.on_device, case.on_host
+    mine = torch.randperm(device.blocks, generator=generator)[: case.tokens // device.block_size]
+    if case.scene.order == "dense":
+        return mine, None
+    wanted = case.tokens // host.block_size
+    if case.scene.order == "consecutive":
+        return mine, torch.arange(1, 1 + wanted)
+    return mine, torch.randperm(host.blocks, generator=generator)[:wanted]
+
+
+def _caches(shape: Shape, memory: torch.Tensor) -> tuple[Any, int]:
+    """The device's tensors, and how many bytes they are spread over."""
+    extents = sizes(shape.cache, shape, shape.blocks, shape.block_size)
+    if not shape.layered:
+        whole = _tensor(memory, 0, extents, shape)
+        return whole, whole.nbytes
+    at, found = 0, []
+    for layer in range(shape.layers):
+        found.append(_tensor(memory, at, extents, shape))
+        at += -(-found[-1].nbytes // 512) * 512 + (layer * layer % 7) * _GAP
+    return found, at
+
+
+def _host_sizes(shape: Shape) -> tuple[int, ...]:
+    tokens = shape.tokens if shape.cache == CHUNK else shape.block_size
+    return sizes(shape.cache, shape, shape.blocks, tokens)
+
+
+def _tensor(memory: torch.Tensor, at: int, extents: tuple[int, ...], shape: Shape) -> torch.Tensor:
+    dtype = shape.torch_dtype
+    return memory[at : at + prod(extents) * dtype.itemsize].view(dtype).view(extents)
+
+
+def _words(memory: torch.Tensor) -> torch.Tensor:
+    return memory.view(torch.int64)

@@ -19,19 +19,21 @@ from portakv_benchmarks.host.cases import (
     POOL_BY_LAYER,
     SCENES,
     Case,
+    Sides,
     case_of,
     cases,
     scene,
 )
-from portakv_benchmarks.host.memory import Sides
-from portakv_benchmarks.host.suite import KB, MB, Bench
-from portakv_benchmarks.host.ways import (
+from portakv_benchmarks.host.suite import (
     CHOSEN,
     DESCRIPTORS,
     HOST,
     HOST_IDLE,
+    KB,
+    MB,
     MEMCPY,
     STAGED,
+    Bench,
     Way,
     by_engine,
     by_memcpy,
@@ -135,19 +137,11 @@ def _measure(bench: Bench, case: Case, ways: Sequence[Way], kind: str) -> Found:
 
 def _row(kind: str, case: Case, one: Measured, bench: Bench) -> Row:
     return {
-        "kind": kind,
-        "shape": case.name,
-        **one.labels,
-        "host_side": case.scene.side,
-        "row_bytes": case.scene.row,
-        "run_bytes": case.scene.run,
-        "runs": case.runs,
-        "payload_bytes": case.payload,
-        "layer_count": case.layers,
-        "tokens": case.tokens,
-        **one.row(case.payload),
-        "timer": bench.timer.name,
-    }
+        "kind": kind, "shape": case.name, **one.labels, "host_side": case.scene.side,
+        "row_bytes": case.scene.row, "run_bytes": case.scene.run, "runs": case.runs,
+        "payload_bytes": case.payload, "layer_count": case.layers, "tokens": case.tokens,
+        **one.row(case.payload), "timer": bench.timer.name,
+    }  # fmt: skip
 
 
 def _staging(bench: Bench, variant: Variant) -> Row:

@@ -30,27 +30,30 @@ from typing import Any
 import torch
 
 from portakv.errors import PortaKVError
-from portakv_benchmarks.host.cases import DIRECTIONS
-from portakv_benchmarks.host.loops import DEFAULT, LOOPS, OWN, STREAMS, timed_event
-from portakv_benchmarks.host.memory import Sides
+from portakv_benchmarks.host.cases import DIRECTIONS, Sides
 from portakv_benchmarks.host.movers import (
+    DEFAULT,
+    LOOPS,
+    OWN,
     RUNS,
+    STREAMS,
     Mover,
     Queue,
     Ways,
     memcpys,
     moved,
     sides_of,
+    timed_event,
     transfers,
 )
-from portakv_benchmarks.host.suite import Bench
-from portakv_benchmarks.host.ways import (
+from portakv_benchmarks.host.suite import (
     CHOSEN,
     DESCRIPTORS,
     HOST,
     HOST_DETACHED,
     MEMCPY,
     STAGED,
+    Bench,
     Way,
     by_call,
     direct,
@@ -213,20 +216,14 @@ class _Meeting:
     def _row(self, met: Met) -> Row:
         slow = [100 * (t / a - 1) for t, a in zip(met.times, met.alone, strict=True)]
         return {
-            "kind": "host_interference",
-            **self._labels,
-            **met.mover.labels,
-            "payload_bytes": met.mover.payload,
-            "steps": self._loop.steps,
-            "loop_ms": short(median(met.times)),
-            "alone_ms": short(median(met.alone)),
+            "kind": "host_interference", **self._labels, **met.mover.labels,
+            "payload_bytes": met.mover.payload, "steps": self._loop.steps,
+            "loop_ms": short(median(met.times)), "alone_ms": short(median(met.alone)),
             "slowdown_pct": round(median(slow), 2),
             "slowdowns_pct": [round(one, 2) for one in slow],
-            "link_gb_per_s": short(median(met.links)),
-            "ran_dry": met.dry,
-            "repeats": len(met.times),
-            "verified": met.mover.verified,
-        }
+            "link_gb_per_s": short(median(met.links)), "ran_dry": met.dry,
+            "repeats": len(met.times), "verified": met.mover.verified,
+        }  # fmt: skip
 
 
 def _engines(bench: Bench, direction: str, left_out: list[str]) -> Iterator[Mover]:

@@ -14,10 +14,8 @@ from functools import partial
 import torch
 
 from portakv.host import pinned
-from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, Case, cases, scene
-from portakv_benchmarks.host.memory import Sides
-from portakv_benchmarks.host.suite import KB, Bench
-from portakv_benchmarks.host.ways import HOST, Way, by_engine, by_memcpy
+from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, Case, Sides, cases, scene
+from portakv_benchmarks.host.suite import HOST, KB, Bench, Way, by_engine, by_memcpy
 from portakv_benchmarks.shared.harness import (
     Found,
     Rows,

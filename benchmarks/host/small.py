@@ -27,7 +27,7 @@ import torch
 from portakv.errors import PortaKVError
 from portakv.host import pinned
 from portakv.host.small import SmallCopy, choose, to_device
-from portakv_benchmarks.host.loops import timed_event
+from portakv_benchmarks.host.movers import timed_event
 from portakv_benchmarks.host.suite import Bench
 from portakv_benchmarks.shared.harness import Found, Row, Rows, Step, short
 

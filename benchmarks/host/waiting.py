@@ -20,8 +20,7 @@ import torch
 
 from portakv_benchmarks.host.cases import DIRECTIONS
 from portakv_benchmarks.host.movers import Mover, Queue, Ways, memcpys, recorded, transfers
-from portakv_benchmarks.host.suite import Bench
-from portakv_benchmarks.host.ways import DESCRIPTORS, HOST, HOST_DETACHED, direct
+from portakv_benchmarks.host.suite import DESCRIPTORS, HOST, HOST_DETACHED, Bench, direct
 from portakv_benchmarks.shared.harness import Found, Rows, Step, short, uncollected
 from portakv_benchmarks.shared.shapes import in_words
 
@@ -58,15 +57,10 @@ def _row(bench: Bench, direction: str, nbytes: int, rows: Rows, mover: Mover) ->
     alone = [_seen(bench, None, alone_stream, copy) for _ in range(bench.preset.calls)]
     mover.look()
     rows.append({
-        "kind": "host_waiting",
-        **mover.labels,
-        "payload_bytes": mover.payload,
-        "other_bytes": nbytes,
-        "other": f"{in_words(nbytes)} copy",
-        "alone_us": short(median(alone) * 1e6),
-        "wait_us": short(median(waits) * 1e6),
-        "worst_us": short(max(waits) * 1e6),
-        "samples": len(waits),
+        "kind": "host_waiting", **mover.labels, "payload_bytes": mover.payload,
+        "other_bytes": nbytes, "other": f"{in_words(nbytes)} copy",
+        "alone_us": short(median(alone) * 1e6), "wait_us": short(median(waits) * 1e6),
+        "worst_us": short(max(waits) * 1e6), "samples": len(waits),
         "given_up": sum(one >= _GIVEN_UP for one in waits),
         "verified": mover.verified and right(),
     })  # fmt: skip

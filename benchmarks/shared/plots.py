@@ -55,75 +55,67 @@ def draw(results: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
         stem: how the files' names begin.
     """
     written = []
-    kinds: dict[str, Callable[[Mapping[str, Any]], Figure | None]] = {
-        "bandwidth": bandwidth,
-        "heatmap": heat_map,
-        "host": host_cost,
-        "ladder": ladder,
-        "ratio": ratio,
-        "interference": interference,
+    kinds: dict[str, tuple[str, Callable[[list[Row], str], Figure | None]]] = {
+        "bandwidth": ("copy", bandwidth),
+        "heatmap": ("copy", heat_map),
+        "host": ("overhead", host_cost),
+        "ladder": ("ladder", ladder),
+        "ratio": ("host_copy", ratio),
+        "interference": ("host_interference", interference),
     }
     with matplotlib.rc_context(_INK):
-        for kind, make in kinds.items():
-            figure = make(results)
-            if figure is None:
-                continue
-            path = folder / f"{stem}-{kind}.svg"
-            # No date and fixed ids: the same result gives the same file.
-            figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
-            written.append(path)
+        for name, (kind, make) in kinds.items():
+            rows = [row for row in results["rows"] if row["kind"] == kind]
+            figure = make(rows, results["machine"]["device"]) if rows else None
+            if figure is not None:
+                path = folder / f"{stem}-{name}.svg"
+                # No date and fixed ids: the same result gives the same file.
+                figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+                written.append(path)
     return written
 
 
-def bandwidth(results: Mapping[str, Any]) -> Figure | None:
+def bandwidth(copies: list[Row], device: str) -> Figure | None:
     """Bandwidth, read and written, against bytes: Llama-3 8B from one token up, random slots."""
-    rows = [
-        row for row in _copies(results)
-        if row["shape"].startswith(_SWEEP) and row["row_bytes"] == 2048
-        and row["cache"] == "layer | kv block token head dim" and row["slots_used"] < 1
-    ]  # fmt: skip
+    rows = _of(copies, row_bytes=2048, cache="layer | kv block token head dim", layers="apart")
+    rows = [row for row in rows if row["shape"].startswith(_SWEEP) and row["slots_used"] < 1]
     if len({row["payload_bytes"] for row in rows}) < 2:
         return None
     figure = Figure(figsize=(9.5, 4.2))
     for at, op in enumerate(("gather", "scatter")):
         axes = figure.add_subplot(1, 2, at + 1)
-        ceiling = [row for row in rows if row["backend"] == "copy_" and row["layers"] == "apart"]
-        _line(axes, ceiling, "copy_ (ceiling)", color="black", linestyle="--", linewidth=1.6)
-        for way in _ways(rows):
-            same = [
-                row for row in rows
-                if row["backend"] == way and row["op"] == op and row["index"] == "random"
-                and row["layers"] == "apart"
-            ]  # fmt: skip
-            style = {"color": COLOURS.get(way), "marker": _MARKS.get(way, "d")}
-            _line(axes, same, way, markersize=4, linewidth=1.2, **style)
+        _line(axes, _of(rows, backend="copy_"), "gb_per_s", label="copy_ (ceiling)",
+              color="black", linestyle="--", linewidth=1.6)  # fmt: skip
+        moved = _of(rows, op=op, index="random")
+        for way in _ways(moved):
+            _line(axes, _of(moved, backend=way), "gb_per_s", label=way, markersize=4,
+                  linewidth=1.2, color=COLOURS.get(way), marker=_MARKS.get(way, "d"))  # fmt: skip
         _sizes_below(axes)
         axes.set_ylim(bottom=0)
         axes.set_title(f"{op}, random slots, layers apart", fontsize=9)
-        axes.grid(alpha=0.25)
         if at == 0:
             axes.set_ylabel("GB/s, read and written")
             axes.legend(fontsize=8, frameon=False)
     title = "Llama-3 8B, 1 to 16,384 tokens, rows of 2 KB"
-    figure.suptitle(f"{title} · {results['machine']['device']}", fontsize=10)
+    figure.suptitle(f"{title} · {device}", fontsize=10)
     return figure
 
 
-def heat_map(results: Mapping[str, Any]) -> Figure | None:
+def heat_map(copies: list[Row], device: str) -> Figure | None:
     """For each workload and way, the time of `copy_` / the time of the way; random slots, or
-    blocks where a shape has no slots."""
-    rows = [row for row in _copies(results) if row["backend"] != "copy_" and row["verified"]]
-    slotted = {row["shape"] for row in rows if row["index"] == "random"}
+    blocks if a shape has no slots."""
+    rows = [row for row in copies if row["backend"] != "copy_" and row["verified"]]
+    slotted = {row["shape"] for row in _of(rows, index="random")}
     rows = [row for row in rows if row["index"] == "random" or row["shape"] not in slotted]
     ways = [way for way in _ways(rows) if way != "lmcache block kernel"]
-    columns = [(way, op) for way in ways for op in ("gather", "scatter")]
-    lines = list(dict.fromkeys(_workload(row) for row in sorted(rows, key=_by_size)))
+    columns = list(product(ways, ("gather", "scatter")))
+    rows.sort(key=lambda row: (row["layers"], row["payload_bytes"], row["shape"]))
+    lines = list(dict.fromkeys(map(_workload, rows)))
     if not columns or not lines:
         return None
     found = {(_workload(row), row["backend"], row["op"]): row["ratio"] for row in rows}
     cells = [[found.get((line, *column), float("nan")) for column in columns] for line in lines]
-    figure = Figure(figsize=(2.6 + 0.55 * len(columns), 0.6 + 0.19 * len(lines)))
-    axes = figure.add_subplot(1, 1, 1)
+    figure, axes = _axes(2.6 + 0.55 * len(columns), 0.6 + 0.19 * len(lines))
     axes.imshow(cells, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1)
     for y, line in enumerate(cells):
         for x, ratio in enumerate(line):
@@ -137,17 +129,13 @@ def heat_map(results: Mapping[str, Any]) -> Figure | None:
                   fontsize=7)  # fmt: skip
         axes.axvline(2 * at - 0.5, color="white", linewidth=2)
     title = "Speed against copy_ of the same bytes (1 = a memory copy)"
-    axes.set_title(f"{title} · {results['machine']['device']}", fontsize=9, pad=26)
+    axes.set_title(f"{title} · {device}", fontsize=9, pad=26)
     return figure
 
 
-def host_cost(results: Mapping[str, Any]) -> Figure | None:
+def host_cost(rows: list[Row], device: str) -> Figure:
     """Host time of a registered call, the launch alone and what the call adds."""
-    rows = [row for row in results["rows"] if row["kind"] == "overhead"]
-    if not rows:
-        return None
-    figure = Figure(figsize=(6.2, 0.9 + 0.32 * len(rows)))
-    axes = figure.add_subplot(1, 1, 1)
+    figure, axes = _axes(6.2, 0.9 + 0.32 * len(rows))
     names = [f"{row['backend']}, {row['ids']}" for row in rows]
     launches = [row["launch_us"] for row in rows]
     added = [max(0.0, row["call_us"] - row["launch_us"]) for row in rows]
@@ -159,93 +147,74 @@ def host_cost(results: Mapping[str, Any]) -> Figure | None:
     axes.set_xlabel("host time of one call in microseconds")
     axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     axes.margins(x=0.12)
-    title = f"Host cost of a registered call · {results['machine']['device']}"
-    axes.set_title(title, fontsize=9, pad=22)
+    axes.set_title(f"Host cost of a registered call · {device}", fontsize=9, pad=22)
     return figure
 
 
-def ladder(results: Mapping[str, Any]) -> Figure | None:
+def ladder(rows: list[Row], device: str) -> Figure:
     """Every way of moving the founding scenario, slowest first, on a logarithmic axis."""
-    rows = [row for row in results["rows"] if row["kind"] == "ladder"]
-    times = {way: [r for r in rows if r["way"] == way] for way in (r["way"] for r in rows)}
-    if not rows:
-        return None
-    order = sorted(times, key=lambda way: -max(row["p50_us"] for row in times[way]))
-    figure = Figure(figsize=(7.2, 0.9 + 0.42 * len(order)))
-    axes = figure.add_subplot(1, 1, 1)
-    for op, shift, shade in (("gather", -0.2, 1.0), ("scatter", 0.2, 0.55), ("copy_", 0.0, 1.0)):
-        for y, way in enumerate(order):
-            for row in (row for row in times[way] if row["op"] == op):
-                colour = COLOURS.get(way, "#BBBBBB")
-                axes.barh(y + shift, row["p50_us"], height=0.38, color=colour, alpha=shade)
-                time = row["p50_us"]
-                note = f" {time:.4g} us" if time < 1e3 else f" {time / 1e3:.4g} ms"
-                note += "" if op == "copy_" else f" ({op})"
-                axes.text(time, y + shift, note, va="center", fontsize=7)
+    slowest: dict[str, float] = {}
+    for row in rows:
+        slowest[row["way"]] = max(row["p50_us"], slowest.get(row["way"], 0.0))
+    order = sorted(slowest, key=lambda way: -slowest[way])
+    figure, axes = _axes(7.2, 0.9 + 0.42 * len(order))
+    places = {"gather": (-0.2, 1.0), "scatter": (0.2, 0.55), "copy_": (0.0, 1.0)}
+    for op, (y, way) in product(places, enumerate(order)):
+        shift, shade = places[op]
+        for row in _of(rows, way=way, op=op):
+            time, colour = row["p50_us"], COLOURS.get(way, "#BBBBBB")
+            axes.barh(y + shift, time, height=0.38, color=colour, alpha=shade)
+            note = f" {time:.4g} us" if time < 1e3 else f" {time / 1e3:.4g} ms"
+            note += "" if op == "copy_" else f" ({op})"
+            axes.text(time, y + shift, note, va="center", fontsize=7)
     axes.set_yticks(range(len(order)), order)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlim(right=30 * max(row["p50_us"] for row in rows))
+    axes.set_xlim(right=30 * max(slowest.values()))
     axes.set_xlabel("device time in microseconds (logarithmic)")
-    title = "Ways of moving the founding scenario, 67 MB"
-    axes.set_title(f"{title} · {results['machine']['device']}", fontsize=9)
+    axes.set_title(f"Ways of moving the founding scenario, 67 MB · {device}", fontsize=9)
     return figure
 
 
-def ratio(results: Mapping[str, Any]) -> Figure | None:
+def ratio(rows: list[Row], device: str) -> Figure | None:
     """Speed against a memcpy of the same bytes over payload: a row for each direction, a column for
     each length of runs."""
-    rows = [row for row in results["rows"] if row["kind"] == "host_copy"]
     runs = sorted({row["run_bytes"] for row in rows})
     if len({row["payload_bytes"] for row in rows}) < 2:
         return None
     shown: dict[tuple[str, int], tuple[str, list[Row]]] = {}
     for direction, run in product(_WORDS, runs):
-        mine = [row for row in rows if row["op"] == direction and row["run_bytes"] == run]
-        side = next(s for s in (*_SIDES, "") if not s or any(r["host_side"] == s for r in mine))
-        own = [r for r in mine if r["host_side"] == side and r["backend"] in _LINK_MARKS]
-        shown[direction, run] = side, own
-    lowest = min([0.9, *(row["ratio"] // 0.1 / 10 for _, own in shown.values() for row in own)])
+        mine = _of(rows, op=direction, run_bytes=run)
+        side = next((s for s in _SIDES if _of(mine, host_side=s)), "")
+        shown[direction, run] = side, _of(mine, host_side=side)
+    drawn = [row for _, own in shown.values() for row in own if row["backend"] in _LINK_MARKS]
+    lowest = min([0.9, *(row["ratio"] // 0.1 / 10 for row in drawn)])
     figure = Figure(figsize=(2.9 * len(runs), 5.6))
     for at, ((direction, run), (side, own)) in enumerate(shown.items()):
         axes = figure.add_subplot(len(_WORDS), len(runs), at + 1)
-        _ratios(axes, own, lowest)
+        axes.axhline(1.0, color="black", linestyle="--", linewidth=1.2)
+        for way, mark in _LINK_MARKS.items():
+            _line(axes, _of(own, backend=way), "ratio", label="chosen" if way == "host" else way,
+                  color=LINK_COLOURS[way], marker=mark, markersize=4, linewidth=1.2)  # fmt: skip
+        _sizes_below(axes)
+        axes.set_ylim(lowest, 1.05)
         axes.set_title(f"{in_words(run)} runs, {side}", fontsize=8)
         if at % len(runs) == 0:
             axes.set_ylabel(f"{_WORDS[direction]}, of memcpy")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, ncols=len(labels), loc="lower center", frameon=False,
                   bbox_to_anchor=(0.5, -0.05))  # fmt: skip
-    machine = results["machine"]["device"]
     title = f"Speed against a pinned memcpy of the same bytes (from {lowest:g})"
-    figure.suptitle(f"{title} · {machine}", fontsize=10)
+    figure.suptitle(f"{title} · {device}", fontsize=10)
     figure.tight_layout()
     return figure
 
 
-def _ratios(axes: Axes, rows: Sequence[Row], lowest: float) -> None:
-    axes.axhline(1.0, color="black", linestyle="--", linewidth=1.2)
-    for way, mark in _LINK_MARKS.items():
-        points = {row["payload_bytes"]: row["ratio"] for row in rows
-                  if row["backend"] == way and row["verified"]}  # fmt: skip
-        ordered = sorted(points)
-        axes.plot(
-            ordered, [points[x] for x in ordered], label="chosen" if way == "host" else way,
-            color=LINK_COLOURS[way], marker=mark, markersize=4, linewidth=1.2,
-        )  # fmt: skip
-    _sizes_below(axes)
-    axes.set_ylim(lowest, 1.05)
-    axes.grid(alpha=0.25)
-
-
-def interference(results: Mapping[str, Any]) -> Figure | None:
+def interference(rows: list[Row], device: str) -> Figure:
     """The slow-down of a loop beside each way, and the link's bandwidth that it reached."""
-    rows = [row for row in results["rows"] if row["kind"] == "host_interference"]
     points: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         points.setdefault((row["loop"], row["stream"], row["op"]), []).append(row)
-    if not points:
-        return None
     lines = -(-len(points) // 2)
     heights = [max(map(len, list(points.values())[2 * at : 2 * at + 2])) for at in range(lines)]
     figure = Figure(figsize=(11, sum(1.1 + 0.2 * height for height in heights)))
@@ -267,33 +236,34 @@ def interference(results: Mapping[str, Any]) -> Figure | None:
         axes.tick_params(labelsize=7)
         axes.set_title(f"{loop} on {_STREAMS[stream]}, {_WORDS[direction]}", fontsize=9)
         axes.set_xlabel("slow-down of the loop in %", fontsize=8)
-    machine = results["machine"]["device"]
-    figure.suptitle(f"What a transfer does to what runs beside it · {machine}", fontsize=10)
+    figure.suptitle(f"What a transfer does to what runs beside it · {device}", fontsize=10)
     figure.tight_layout(rect=(0, 0, 1, 0.985))
     return figure
 
 
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height))
+    return figure, figure.add_subplot(1, 1, 1)
+
+
 def _sizes_below(axes: Axes) -> None:
-    """A logarithmic axis of payloads, with sizes in words."""
+    """A logarithmic axis of payloads, with sizes in words, and a grid."""
     axes.set_xscale("log")
     words = FuncFormatter(lambda x, _: f"{x / 1e6:g} MB" if x < 1e9 else f"{x / 1e9:g} GB")
     axes.xaxis.set_major_formatter(words)
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", labelsize=8)
     axes.set_xlabel("payload")
+    axes.grid(alpha=0.25)
 
 
-def _copies(results: Mapping[str, Any]) -> list[Row]:
-    return [row for row in results["rows"] if row["kind"] == "copy"]
+def _of(rows: Sequence[Row], **fields: Any) -> list[Row]:
+    return [row for row in rows if all(row[name] == value for name, value in fields.items())]
 
 
 def _ways(rows: Sequence[Row]) -> list[str]:
-    found = {row["backend"] for row in rows} - {"copy_"}
-    return [way for way in (*COLOURS, *_others(rows)) if way in found]
-
-
-def _others(rows: Sequence[Row]) -> list[str]:
-    return sorted({str(row["backend"]) for row in rows} - set(COLOURS))
+    found = {str(row["backend"]) for row in rows} - {"copy_"}
+    return [way for way in (*COLOURS, *sorted(found - set(COLOURS))) if way in found]
 
 
 def _workload(row: Row) -> str:
@@ -302,15 +272,9 @@ def _workload(row: Row) -> str:
     return f"{row['shape']}, layers {row['layers']} · {words} · {row['row_bytes']} B"
 
 
-def _by_size(row: Row) -> tuple[Any, ...]:
-    return (row["layers"], row["payload_bytes"], row["shape"])
-
-
-def _line(axes: Axes, rows: Sequence[Row], label: str, **style: Any) -> None:
-    points = {row["payload_bytes"]: row["gb_per_s"] for row in rows if row["verified"]}
-    if points:
-        ordered = sorted(points)
-        axes.plot(ordered, [points[size] for size in ordered], label=label, **style)
+def _line(axes: Axes, rows: Sequence[Row], figure: str, **style: Any) -> None:
+    points = {row["payload_bytes"]: row[figure] for row in rows if row["verified"]}
+    axes.plot(sorted(points), [points[size] for size in sorted(points)], **style)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -319,12 +283,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="a result of `portakv bench`")
     parser.add_argument("--out", type=Path, help="the folder (default: the file's)")
     asked = parser.parse_args(argv)
+    folder = asked.out or asked.file.parent
     try:
         results = json.loads(asked.file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         print(f"plots: {asked.file} cannot be drawn: {error}", file=sys.stderr)
         return 2
-    for path in draw(results, asked.out or asked.file.parent, asked.file.stem):
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in draw(results, folder, asked.file.stem):
         print(f"wrote {path}")
     return 0
 

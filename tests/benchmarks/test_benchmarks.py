@@ -25,9 +25,20 @@ from portakv_benchmarks.device.cold_start import measure_startup
 from portakv_benchmarks.device.overhead import measure_overhead
 from portakv_benchmarks.device.ways import PLAIN, run_ladder
 from portakv_benchmarks.device.workload import Workload
-from portakv_benchmarks.shared.harness import Measured, Variant, measure, merge, short, usable
+from portakv_benchmarks.shared.harness import (
+    NEVER_HIDDEN,
+    DeviceTimer,
+    HostTimer,
+    Measured,
+    Sample,
+    Timer,
+    Variant,
+    measure,
+    merge,
+    short,
+    usable,
+)
 from portakv_benchmarks.shared.shapes import Shape, load, planes
-from portakv_benchmarks.shared.timers import NEVER_HIDDEN, DeviceTimer, HostTimer, Sample, Timer
 
 #: Without the simulated device, on which the host would rest before each call.
 ON_CPU_AND_CUDA = pytest.mark.parametrize(

@@ -6,6 +6,7 @@ No test here judges a time.
 
 from __future__ import annotations
 
+import gc
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,14 +27,24 @@ from portakv_benchmarks.host.cases import (
     BLOCK_FIRST,
     DIRECTIONS,
     SCENES,
+    Region,
     Scene,
+    Sides,
     case_of,
     cases,
     scene,
 )
-from portakv_benchmarks.host.memory import Region, Sides
-from portakv_benchmarks.host.suite import GB, HOST_PRESETS, KB, MB, RARE, Bench
-from portakv_benchmarks.host.ways import DESCRIPTORS, HOST, MOST_RUNS
+from portakv_benchmarks.host.suite import (
+    DESCRIPTORS,
+    GB,
+    HOST,
+    HOST_PRESETS,
+    KB,
+    MB,
+    MOST_RUNS,
+    RARE,
+    Bench,
+)
 from portakv_benchmarks.shared.shapes import POISON, in_words
 
 FULL = HOST_PRESETS["full"]
@@ -204,6 +215,7 @@ def test_small_copies_are_against_a_pinned_one() -> None:
 
 
 def test_what_a_process_has_in_memory() -> None:
+    gc.collect()  # what other tests left must not go meanwhile
     before = host_pinning.resident()
     held = torch.ones(64 * MB, dtype=torch.uint8)
     assert held.numel() - 4 * MB < host_pinning.resident() - before < held.numel() + 16 * MB

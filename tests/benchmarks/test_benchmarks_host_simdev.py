@@ -19,14 +19,11 @@ import portakv_benchmarks.cli as bench
 from portakv_benchmarks.cli import PARTS
 from portakv_benchmarks.host import grid as host_grid
 from portakv_benchmarks.host import interference as host_interference
-from portakv_benchmarks.host import loops as host_loops
 from portakv_benchmarks.host import merge as host_merge
-from portakv_benchmarks.host.cases import DIRECTIONS, case_of, scene
-from portakv_benchmarks.host.loops import LOOPS
-from portakv_benchmarks.host.memory import Sides
-from portakv_benchmarks.host.movers import Mover
-from portakv_benchmarks.host.suite import HOST_PRESETS, KB, MB, Bench
-from portakv_benchmarks.host.ways import HOST, STAGED
+from portakv_benchmarks.host import movers as host_loops
+from portakv_benchmarks.host.cases import DIRECTIONS, Sides, case_of, scene
+from portakv_benchmarks.host.movers import LOOPS, Mover
+from portakv_benchmarks.host.suite import HOST, HOST_PRESETS, KB, MB, STAGED, Bench
 from portakv_benchmarks.shared.harness import Row, Rows, Step, Variant
 from portakv_benchmarks.shared.peers import PeerMissing
 
@@ -123,7 +120,7 @@ def test_parts_on_their_own_make_one_result(
 @pytest.mark.simdev
 def test_wrong_bytes_end_in_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sides, "right", lambda self, direction: False)
-    assert bench.main([*WORDS, "--only", "calls"]) == 1
+    assert bench.main([*WORDS, "--only", "duplex"]) == 1
 
 
 @pytest.mark.simdev
@@ -252,9 +249,9 @@ def test_a_part_that_fails_is_told_and_the_others_stay(
 
     parts = {"grid": broken, "direct": lambda _: iter([("a step", fails)])}
     monkeypatch.setattr(bench, "PARTS", dict(PARTS) | parts)
-    assert bench.main([*WORDS, "--only", "grid,direct,calls", "--out", str(tmp_path)]) == 0
+    assert bench.main([*WORDS, "--only", "grid,direct,duplex", "--out", str(tmp_path)]) == 0
     result = written(tmp_path)
-    assert {(row["part"], row["verified"]) for row in result["rows"]} == {("calls", True)}
+    assert {(row["part"], row["verified"]) for row in result["rows"]} == {("duplex", True)}
     assert "grid: RuntimeError: out of cases" in result["left_out"]
     assert "direct: a step: OSError: out of memory" in result["left_out"]
 

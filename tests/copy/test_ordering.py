@@ -32,7 +32,7 @@ from support.threads import run_threads
 from portakv import Index, KVView, Unsupported, copy_rows
 from portakv.copy import enqueue
 from portakv.runtime import transfer
-from portakv_benchmarks.shared.timers import DeviceTimer
+from portakv_benchmarks.shared.harness import DeviceTimer
 from portakv_conformance import simdev
 
 IDS = [9, 2, 17, 6, 0]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from portakv_benchmarks.device import suite
+from portakv_benchmarks.shared.harness import DeviceTimer, HostTimer
 from portakv_benchmarks.shared.shapes import Shape, load
-from portakv_benchmarks.shared.timers import DeviceTimer, HostTimer
 
 CPU = torch.device("cpu")
 FULL = dataclasses.replace(suite.PRESETS["full"], rounds=5, repeats=2)
