@@ -1,184 +1,419 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration without a device: the grid, the order of its points, and `portakv calibrate` where
-there is nothing to measure. Measuring itself is tested in simdev_host_calibration.py, its timers in
-simdev_host_timing.py."""
+"""Calibration on the simulated device: real engines, bytes and timers, and times that mean nothing;
+and `portakv calibrate`."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import sleep
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from support.command_line import choose_tables, run, settle
-from support.host_choice_cases import FIGURES, H200
+from support.command_line import run, run_json, settle
+from support.simdev_cases import DEVICE, NAME
 
-from portakv.cli import calibrate as verb
-from portakv.cli import main
-from portakv.cli import sides as units
-from portakv.engines import calibration
-from portakv.engines.calibration import GRID, SEEN, Grid, _spread, by_point
-from portakv.engines.costs import DIRECTIONS, Point, Table
-
-no_accelerator = pytest.mark.skipif(
-    torch.accelerator.is_available(), reason="this machine has an accelerator"
+from portakv import CopyPlan, PortaKVError
+from portakv.backends.base import Capabilities, Decision, Pending
+from portakv.engines import calibration, costs
+from portakv.engines import choose as chosen
+from portakv.engines.calibration import (
+    GAP,
+    SEEN,
+    TRIES,
+    DelayTimer,
+    EventTimer,
+    Grid,
+    Timed,
+    by_point,
+    calibrate,
+    timer_for,
 )
+from portakv.engines.choose import Host, HostLaunch
+from portakv.engines.costs import DIRECTIONS
+from portakv.engines.descriptors import Descriptors
+from portakv.engines.engine import PINNED, Engine
+from portakv.engines.staged import Staged
+from portakv.registry.registry import BUILT_IN
+from portakv.runtime import kernel_cache as _kernel_cache
+from portakv.runtime.bounded import Bounded
+from portakv_conformance import simdev
+
+pytestmark = pytest.mark.simdev
+
+SMALL = Grid((256, 4096), (4096, 32768), most_runs=64, repeats=1, short=0, pageable=8192)
+ONE_POINT = Grid((4096,), (4096,), repeats=3, short=0, pageable=4096)
+HERE = __name__
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache directory of one's own, a small grid, and no faults left behind."""
     settle(monkeypatch)
-    monkeypatch.setenv("PORTAKV_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv(_kernel_cache.ENVIRONMENT, str(tmp_path / "cache"))
+    monkeypatch.setattr(costs, "_known", Bounded("tables", 4))
+    monkeypatch.setattr(calibration, "GRID", SMALL)
+    yield tmp_path / "cache"
+    torch.accelerator.synchronize(DEVICE)
+    assert not simdev.take_faults()
 
 
-def test_the_grid_of_a_size() -> None:
-    grid = Grid((256, 4096), (1000, 4096, 65536), most_runs=100)
-    assert grid.runs(256, 65536) == [3, 16, 100]  # 256 would be too many
-    assert grid.runs(4096, 65536) == [1, 16]  # too large for the least payload
-    assert grid.runs(4096, 4096) == [1]
-    assert grid.runs(1 << 20, 4096) == [1]
-    assert grid.largest(65536) == max(16 * (4096 + 256), 100 * (256 + 256))
+def replaced(monkeypatch: pytest.MonkeyPatch, **targets: str) -> None:
+    """Other classes for engines."""
+    found = {name: f"{HERE}:{target}" for name, target in targets.items()}
+    monkeypatch.setattr(chosen, "BUILT_IN", BUILT_IN | found)
 
 
-def test_the_usual_grid_spans_what_transfers_are() -> None:
-    assert GRID.run_bytes[0] == 256
-    assert GRID.run_bytes[-1] == 2 << 20
-    assert all(size % 16 == 0 for size in GRID.run_bytes)
-    assert max(GRID.payloads) == 256 << 20
-    for size in GRID.run_bytes:
-        counts = GRID.runs(size, max(GRID.payloads))
-        assert max(counts) <= GRID.most_runs
-        assert len(counts) >= 3
-        assert counts[-1] * size >= 16 << 20
+class Wrong(Descriptors):
+    """Moves nothing."""
+
+    def prepare(self, plan: CopyPlan) -> Any:
+        return lambda *_: None
 
 
-def test_the_usual_grid_takes_less_than_its_time_by_figures_of_an_h200() -> None:
-    """With a factor of 1.8 for what is not in them, as kernels that compile."""
-    points = (
-        (engine, direction, size, runs)
-        for engine in FIGURES
-        for direction in DIRECTIONS
-        for size in GRID.run_bytes
-        for runs in GRID.runs(size, GRID.pageable if engine == "ring" else max(GRID.payloads))
-    )
-    seconds = 0.0
-    for point in points:
-        host = H200.host_seconds(*point)
-        delay = min(host, SEEN)
-        one = H200.seconds(*point) + host + delay
-        seconds += (GRID.times(point[2] * point[3]) + 2) * one
-    assert 1.8 * seconds < calibration.SECONDS
+class Failing(Descriptors):
+    """Fails with many runs."""
+
+    def prepare(self, plan: CopyPlan) -> Any:
+        launch = super().prepare(plan)
+
+        def launched(*arguments: Any) -> Any:
+            if arguments[4] > 16:
+                raise RuntimeError("the driver said no")
+            return launch(*arguments)
+
+        return launched
 
 
-@pytest.mark.parametrize("count", range(1, 12))
-def test_the_ends_come_first_and_nothing_twice(count: int) -> None:
-    values = list(range(0, 10 * count, 10))
-    found = _spread(values)
-    assert sorted(found) == values
-    assert found[:2] == [values[0], values[-1]][: len(found)]
-    if count >= 5:
-        assert found[2] == values[(count - 1) // 2]
+class Broken(Engine):
+    """Fails at once."""
+
+    name = "broken"
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(places=PINNED, index_on="any")
+
+    def prepare(self, plan: CopyPlan) -> Any:
+        raise RuntimeError("nothing works today")
 
 
-def test_a_table_by_points() -> None:
-    one, two = Point(1, 1.0, 0.1), Point(8, 2.0, 0.2)
-    found = by_point(
-        Table({}, {("direct", "h2d"): {256: [one, two]}, ("staged", "d2h"): {4096: [two]},
-                   ("staged", "h2d"): {256: [two]}})
-    )  # fmt: skip
-    assert found == {
-        ("d2h", 4096, 8): {"staged": two},
-        ("h2d", 256, 1): {"direct": one},
-        ("h2d", 256, 8): {"staged": two, "direct": two},
-    }
-    assert list(found) == [("d2h", 4096, 8), ("h2d", 256, 1), ("h2d", 256, 8)]
+class Absent(Broken):
+    @classmethod
+    def probe(cls, device: torch.device) -> Decision:
+        return Decision(cls.name, False, "it is not here")
 
 
-# the command
+class Late(Broken):
+    """Works behind the caller's back, and ends when it is waited for."""
+
+    waited = 0
+
+    def prepare(self, plan: CopyPlan) -> Any:
+        launch = Staged(self.device).prepare(plan)
+
+        class End:
+            def done(self) -> bool:
+                return False
+
+            def wait(self) -> None:
+                Late.waited += 1
+                torch.accelerator.synchronize(DEVICE)
+
+        def launched(*arguments: Any) -> Pending:
+            launch(*arguments)
+            return End()
+
+        return launched
 
 
-@no_accelerator
-@pytest.mark.parametrize("option", [(), ("--json",)])
-def test_without_an_accelerator_there_is_nothing_to_measure(
-    option: tuple[str, ...], tmp_path: Path
-) -> None:
-    code, out, err = run("calibrate", *option)
-    assert (code, out) == (1, "")
-    assert "this machine has no accelerator" in err
-    assert err.startswith("portakv: ")
-    assert list(tmp_path.iterdir()) == []
+def runs_of(points: Any) -> list[tuple[int, int]]:
+    return [(size, point.runs) for size, column in points.items() for point in column]
+
+
+def test_every_engine_that_serves_the_device_is_measured() -> None:
+    found = calibrate(DEVICE, 60)
+    engines = {engine for engine, _ in found.points}
+    assert engines == {"staged", "descriptors", "ring"}
+    assert found.left_out == {"direct": f"the CUDA driver does not serve {NAME} devices"}
+    assert found.emulated
+    assert found.whole
+    assert "which is emulated" in found.origin
+    assert 0 < found.took < 60
+    for direction in DIRECTIONS:
+        for engine in ("staged", "descriptors"):
+            points = found.points[engine, direction]
+            assert runs_of(points) == [(256, 16), (256, 64), (4096, 1), (4096, 8)]
+        assert runs_of(found.points["ring", direction]) == [(256, 16), (4096, 1)]
+    for columns in found.points.values():
+        for column in columns.values():
+            assert all(point.seconds > 0 and 0 < point.host_seconds < 60 for point in column)
+    rows = by_point(found)
+    assert list(rows)[:2] == [("d2h", 256, 16), ("d2h", 256, 64)]
+    assert list(rows["h2d", 4096, 1]) == ["staged", "descriptors", "ring"]
+
+
+class Pretending:
+    """Tells times that it was given."""
+
+    name = "pretended"
+
+    def __init__(self, times: list[float]) -> None:
+        self.times, self.at = times, 0
+        self.hidden: list[float] = []
+
+    def time(self, call: Callable[[], Pending | None], host_seconds: float = 0.0) -> Timed:
+        call()
+        self.at += 1
+        self.hidden.append(host_seconds)
+        return Timed(self.times[self.at % len(self.times)], 1e-6)
+
+
+def test_the_median_of_what_the_timer_tells_is_kept() -> None:
+    timer = Pretending([3.0, 1.0, 2.0])
+    found = calibrate(DEVICE, 60, ONE_POINT, timer)
+    assert {p.seconds for columns in found.points.values() for p in columns[4096]} == {2.0}
+    assert found.timer == "pretended"
+    # What `ring` does first cannot be hidden, as it waits for the device in between.
+    engines = [engine for engine, way in found.points if way == "d2h"]
+    assert engines == ["staged", "descriptors", "ring"]
+    both = 2 * ONE_POINT.repeats
+    assert len(timer.hidden) == 3 * both
+    assert all(0 < hidden < 1 for hidden in timer.hidden[: 2 * both])
+    assert timer.hidden[2 * both :] == [0.0] * both
+
+
+def test_short_copies_are_timed_more_often() -> None:
+    timer = Pretending([1.0])
+    grid = Grid((4096,), (4096, 8192), repeats=2, short=4096, pageable=4096)
+    calibrate(DEVICE, 3600, grid, timer)
+    assert (grid.times(4096), grid.times(4097)) == (2 * calibration.OFTEN, 2)
+    # Three engines, both directions; `ring` has the shorter one alone.
+    assert timer.at == 2 * (3 * grid.times(4096) + 2 * grid.times(8192))
+
+
+def test_lists_are_sent_once_and_not_while_a_copy_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two lists of a point, by each of three engines and in both directions."""
+    launch_by, met = HostLaunch.launch_by, set[tuple[Any, ...]]()
+
+    def noted(self: HostLaunch, *arguments: Any) -> Any:
+        met.add(arguments[1][2:4])
+        return launch_by(self, *arguments)
+
+    monkeypatch.setattr(HostLaunch, "launch_by", noted)
+    calibrate(DEVICE, 60, ONE_POINT, Pretending([1e-5]))
+    assert len(met) == 3 * 2
+    assert not any(index.fleeting for pair in met for index in pair)
+
+
+class Clock:
+    """Passes so many seconds each time that somebody looks."""
+
+    def __init__(self, step: float) -> None:
+        self.step, self.now = step, 0.0
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+def test_it_ends_when_its_time_is_over() -> None:
+    timer = Pretending([1e-5])
+    found = calibrate(DEVICE, 10, SMALL, timer, clock=Clock(1.0))
+    assert not found.whole
+    assert timer.at == 9  # the first look at the clock is the beginning
+    # The ends of the grid first, by every engine, so that a part of it spans all.
+    for engine in ("staged", "descriptors"):
+        for direction in DIRECTIONS:
+            assert runs_of(found.points[engine, direction]) == [(256, 16), (256, 64)]
+    assert runs_of(found.points["ring", "d2h"]) == [(256, 16)]
+    assert len(found.points) == 5
+
+
+def test_a_point_that_would_take_too_long_is_left_out_and_smaller_ones_are_not() -> None:
+    """What took a second for 16 runs takes longer for 64."""
+    found = calibrate(DEVICE, 60, Grid((256,), (4096, 16384), repeats=9, short=0, pageable=4096),
+                      Pretending([5.0]), clock=Clock(0.001))  # fmt: skip
+    assert not found.whole
+    assert runs_of(found.points["staged", "d2h"]) == [(256, 16)]
+
+
+def test_too_little_time_for_anything_is_an_error() -> None:
+    with pytest.raises(PortaKVError, match=r"1 s are too few for the first point|direct: "):
+        calibrate(DEVICE, 1, SMALL, clock=Clock(2.0))
 
 
 @pytest.mark.parametrize(
-    ("device", "why"),
+    ("fake", "why"),
     [
-        ("cpu", "the CPU is the host"),
-        ("nonsense", "torch cannot use it here"),
-        ("meta", "does not take it"),
+        ("Wrong", "its bytes were wrong"),
+        ("Failing", "RuntimeError at 64 runs of 256 B: the driver said no"),
     ],
 )
-def test_a_device_that_cannot_be_measured(device: str, why: str) -> None:
-    code, out, err = run("calibrate", "--device", device)
-    assert (code, out) == (1, "")
-    assert err.startswith("portakv: ")
-    assert why in err
-
-
-@pytest.mark.parametrize("seconds", ["0", "-3", "soon", "inf", "nan"])
-def test_seconds_that_are_none(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["calibrate", f"--seconds={seconds}"])
-    assert ended.value.code == 2
-    assert "expected seconds above 0" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("kind", ["rich", "plain"])
-def test_the_table_that_is_printed(
-    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_engine_that_is_wrong_or_fails_is_left_out_with_all_its_points(
+    fake: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choose_tables(kind, monkeypatch)
-    monkeypatch.setenv("COLUMNS", "160")
-    fast, slow = Point(64, 64 * 4096 / 50e9, 0.1), Point(64, 64 * 4096 / 20e9, 0.2)
-    measured = Table(
-        {"model": "Some Card"},
-        {("staged", "d2h"): {4096: [fast]}, ("direct", "d2h"): {4096: [slow]},
-         ("ring", "d2h"): {4096: [Point(64, 1e-9, 0.0)]}},
-        {"descriptors": "it was not there"}, took=3.21, whole=False, timer="a good clock",
-    )  # fmt: skip
-    device = torch.device("cpu")
-    verb._print(measured, by_point(measured), Path("/somewhere/table.json"), device)
-    out = capsys.readouterr().out
-    (line,) = [line for line in out.splitlines() if "d2h" in line]
-    # Pageable memory is no rival of pinned memory.
-    assert line.split()[:8] == ["d2h", "4096", "64", "256", "KiB", "50.00", "20.00", "262144.00"]
-    assert line.split()[8:] == ["staged", "5.24", "us"]
-    assert "Some Card, cpu" in out
-    assert "descriptors was not measured: it was not there" in out
-    assert "The time did not suffice" in out
-    assert "Times are of a good clock." in out
-    assert "Measured in 3.2 s and kept in /somewhere/table.json" in out
-    assert "emulated" not in out
+    replaced(monkeypatch, descriptors=fake)
+    found = calibrate(DEVICE, 60)
+    assert why in found.left_out["descriptors"]
+    assert {engine for engine, _ in found.points} == {"staged", "ring"}
 
 
-# bytes and times
+def test_no_engine_left_is_an_error_with_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced(monkeypatch, staged="Absent", descriptors="Broken", ring="Absent")
+    with pytest.raises(PortaKVError, match=r"(?s)No engine could be measured.*nothing works today"):
+        calibrate(DEVICE, 60)
 
 
-@pytest.mark.parametrize(
-    ("text", "nbytes"),
-    [("1", 1), ("32768", 32768), ("32K", 32768), ("32k", 32768), ("32KiB", 32768), ("17B", 17),
-     ("64M", 64 << 20), ("64 MiB", 64 << 20), ("64mb", 64 << 20), ("2G", 2 << 30)],
-)  # fmt: skip
-def test_bytes_that_are_read(text: str, nbytes: int) -> None:
-    assert units.read_bytes(text) == nbytes
+def test_pending_work_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced(monkeypatch, staged="Late", descriptors="Absent", ring="Absent")
+    Late.waited = 0
+    calibrate(DEVICE, 60, ONE_POINT)
+    assert Late.waited == 2 * (1 + 2 + 3)  # each direction: proved, called, timed
 
 
-@pytest.mark.parametrize("text", ["", "0", "K", "-3", "1.5M", "32T", "ten", "0K", "1 0"])
-def test_bytes_that_are_not(text: str) -> None:
-    with pytest.raises(Exception, match="expected bytes above 0"):
-        units.read_bytes(text)
+def test_the_grid_leaves_room_between_blocks() -> None:
+    work = calibration._Work(DEVICE, SMALL, EventTimer(DEVICE), Host(DEVICE))
+    blocks = work.blocks("pinned", 4096, 8)
+    assert blocks.is_pinned()
+    assert (tuple(blocks.shape), blocks.stride(0)) == ((8, 1, 4096), 4096 + GAP)
+    assert work.blocks("device", 256, 64).device == DEVICE
 
 
-def test_bytes_and_times_that_are_written() -> None:
-    written = [units.in_bytes(n) for n in (1, 1023, 1024, 1536, 5 << 20, 3 << 40)]
-    assert written == ["1 B", "1023 B", "1 KiB", "1.5 KiB", "5 MiB", "3072 GiB"]
-    times = [units.in_time(s) for s in (1e-7, 8.52e-5, 4.712e-3, 1.2, 75.0)]
-    assert times == ["0.1 us", "85.2 us", "4.71 ms", "1.2 s", "75 s"]
+# Timers
+
+
+def test_the_timer_sees_the_work_of_the_stream() -> None:
+    timer = EventTimer(DEVICE)
+
+    def work() -> None:
+        simdev.delay(torch.accelerator.current_stream(DEVICE), 30)
+
+    timed = timer.time(work)
+    assert 0.025 < timed.seconds < 10
+    assert timed.host_seconds < 0.025
+
+
+@pytest.fixture
+def delays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A kernel that does nothing, on a device that has none: 1000 cycles are 1 ms. How long the
+    delays were, in ms."""
+    module, asked = torch.get_device_module(DEVICE), list[int]()
+
+    def sleep(cycles: int) -> None:
+        asked.append(cycles // 1000)
+        simdev.delay(torch.accelerator.current_stream(DEVICE), cycles // 1000)
+
+    monkeypatch.setattr(module, "_sleep", sleep, raising=False)
+    cache = SimpleNamespace(L2_cache_size=1 << 16)
+    monkeypatch.setattr(module, "get_device_properties", lambda device: cache, raising=False)
+    monkeypatch.setattr(calibration, "_CYCLES", 20_000)
+    return asked
+
+
+def test_a_delay_hides_what_the_host_does_first(
+    delays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "SEEN", 0.2)
+    timer = timer_for(DEVICE)
+    assert isinstance(timer, DelayTimer)
+    delays.clear()
+
+    def work() -> None:
+        sleep(0.05)
+        simdev.delay(torch.accelerator.current_stream(DEVICE), 20)
+
+    seen = timer.time(work)  # nothing is known of it: nothing is hidden
+    assert not delays
+    assert seen.seconds > 0.065
+    hidden = timer.time(work, 0.1)
+    assert len(delays) == 1
+    assert 0.015 < hidden.seconds < 0.05
+    assert hidden.host_seconds > 0.045
+    timer.time(work, 0.3)  # longer than what is worth hiding
+    assert len(delays) == 1
+    monkeypatch.setattr(calibration, "SEEN", 0.02)
+    timer.time(work, 0.06)  # most of its 0.07 s
+    assert len(delays) == 1
+    timer.time(work, 0.03)  # the device takes longer
+    assert len(delays) == 2
+
+
+def test_a_delay_that_was_too_short_is_made_longer(delays: list[int]) -> None:
+    timer, calls = DelayTimer(DEVICE), list[int]()
+    delays.clear()
+
+    def late() -> None:
+        calls.append(len(calls))
+        sleep(0.03 if len(calls) < 3 else 0.0)
+
+    timer.time(late, 1e-3)
+    assert len(calls) == len(delays) == 3
+    assert delays == sorted(delays)
+    calls.clear()
+
+    def always() -> None:
+        calls.append(len(calls))
+        sleep(0.1)
+
+    timed = timer.time(always, 1e-3)
+    assert len(calls) == TRIES + 1  # the last one without a delay, which it might have waited for
+    assert timed.host_seconds < 0.15
+
+
+def test_a_device_without_a_delay_is_timed_as_it_is() -> None:
+    timer = timer_for(DEVICE)
+    assert type(timer) is EventTimer
+    assert "idle" in timer.name
+    assert f"{SEEN * 1e3:g} ms" in DelayTimer.name
+
+
+# The command
+
+
+def test_calibrate_and_then_explain(folder: Path) -> None:
+    code, out, err = run("calibrate", "--device", str(DEVICE))
+    assert (code, err) == (0, "")
+    (path,) = folder.iterdir()
+    flat = " ".join(out.split())
+    assert "The device is emulated: these times say nothing about any hardware." in flat
+    assert f"kept in {path}".replace(" ", "") in out.replace("\n", "").replace(" ", "")
+    assert "direct was not measured: the CUDA driver does not serve" in flat
+    assert out.count("h2d") == 4
+    explained = run_json("explain", "--host", "--blocks", "20", "--device", str(DEVICE))
+    assert explained["measured"]
+    assert "which is emulated" in explained["origin"]
+    assert explained["note"] == f"On {DEVICE}."
+    told = {one["engine"]: one for one in explained["engines"]}
+    assert told["direct"]["refused"] == f"the CUDA driver does not serve {NAME} devices"
+    assert told["staged"]["measured"]
+
+
+def test_calibrate_as_json(folder: Path) -> None:
+    found = run_json("calibrate", "--device", NAME, "--seconds", "30")
+    path = Path(found.pop("file"))
+    assert path.parent == folder
+    assert found == json.loads(path.read_text())
+    assert found["emulated"]
+    assert sorted(found["engines"]) == ["descriptors", "ring", "staged"]
+
+
+def test_calibrate_tells_what_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = run("calibrate", "--device", str(DEVICE), "--seconds", "1e-4")
+    assert (code, out) == (1, "")
+    replaced(monkeypatch, staged="Absent", descriptors="Broken", ring="Absent")
+    code, out, err = run("calibrate", "--device", str(DEVICE))
+    assert (code, out) == (1, "")
+    assert "nothing works today" in err
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.write_text("a file")
+    monkeypatch.setattr(calibration, "calibrate", None)
+    code, out, err = run("calibrate", "--device", str(DEVICE))
+    assert (code, out) == (1, "")
+    assert "Set PORTAKV_CACHE_DIR to a folder" in err

@@ -165,8 +165,10 @@ def test_to_torch_each_row_is_a_call_however_many_lie_together(
         views.append(made)
 
     def runs() -> int:
-        launch = ready(host(), *views, step=64)
-        return runs_of(launch.pick(moved(*views, Index([0, 2, 4, 6], 64))))["descriptors"]
+        launch = ready(host(), views[0], views[1], 64)
+        return runs_of(launch.pick(moved(views[0], views[1], Index([0, 2, 4, 6], 64))))[
+            "descriptors"
+        ]
 
     assert runs() == 4 * 2 * 64
     monkeypatch.setattr(chosen, "by_torch", lambda device: False)

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The grid of a calibration and the order of its points; `portakv calibrate` if there is nothing to
+measure, and what it prints; a real link that is measured within its time."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from time import perf_counter, sleep
+
+import pytest
+import torch
+from support.command_line import choose_tables, run, settle
+from support.host_choice_cases import FIGURES, H200
+
+from portakv.cli import calibrate as verb
+from portakv.cli import main
+from portakv.cli import sides as units
+from portakv.engines import costs
+from portakv.engines.calibration import (
+    GRID,
+    SECONDS,
+    SEEN,
+    DelayTimer,
+    Grid,
+    _spread,
+    by_point,
+    calibrate,
+    timer_for,
+)
+from portakv.engines.choose import ORDER
+from portakv.engines.costs import DIRECTIONS, Point, Table, costs_of, store
+from portakv.host import pinned
+from portakv.runtime import kernel_cache as _kernel_cache
+from portakv.runtime.bounded import Bounded
+
+CUDA = torch.device("cuda", 0)
+
+no_accelerator = pytest.mark.skipif(
+    torch.accelerator.is_available(), reason="this machine has an accelerator"
+)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache directory of one's own, and no table that was read."""
+    settle(monkeypatch)
+    monkeypatch.setenv(_kernel_cache.ENVIRONMENT, str(tmp_path / "cache"))
+    monkeypatch.setattr(costs, "_known", Bounded("tables", 4))
+    return tmp_path / "cache"
+
+
+def test_the_grid_of_a_size() -> None:
+    grid = Grid((256, 4096), (1000, 4096, 65536), most_runs=100)
+    assert grid.runs(256, 65536) == [3, 16, 100]  # 256 would be too many
+    assert grid.runs(4096, 65536) == [1, 16]  # too large for the least payload
+    assert grid.runs(4096, 4096) == [1]
+    assert grid.runs(1 << 20, 4096) == [1]
+    assert grid.largest(65536) == max(16 * (4096 + 256), 100 * (256 + 256))
+
+
+def test_the_usual_grid_spans_what_transfers_are() -> None:
+    assert GRID.run_bytes[0] == 256
+    assert GRID.run_bytes[-1] == 2 << 20
+    assert all(size % 16 == 0 for size in GRID.run_bytes)
+    assert max(GRID.payloads) == 256 << 20
+    for size in GRID.run_bytes:
+        counts = GRID.runs(size, max(GRID.payloads))
+        assert max(counts) <= GRID.most_runs
+        assert len(counts) >= 3
+        assert counts[-1] * size >= 16 << 20
+
+
+def test_the_usual_grid_takes_less_than_its_time_by_figures_of_an_h200() -> None:
+    """With a factor of 1.8 for what is not in them, as kernels that compile."""
+    points = (
+        (engine, direction, size, runs)
+        for engine in FIGURES
+        for direction in DIRECTIONS
+        for size in GRID.run_bytes
+        for runs in GRID.runs(size, GRID.pageable if engine == "ring" else max(GRID.payloads))
+    )
+    seconds = 0.0
+    for point in points:
+        host = H200.host_seconds(*point)
+        delay = min(host, SEEN)
+        one = H200.seconds(*point) + host + delay
+        seconds += (GRID.times(point[2] * point[3]) + 2) * one
+    assert 1.8 * seconds < SECONDS
+
+
+@pytest.mark.parametrize("count", range(1, 12))
+def test_the_ends_come_first_and_nothing_twice(count: int) -> None:
+    values = list(range(0, 10 * count, 10))
+    found = _spread(values)
+    assert sorted(found) == values
+    assert found[:2] == [values[0], values[-1]][: len(found)]
+    if count >= 5:
+        assert found[2] == values[(count - 1) // 2]
+
+
+def test_a_table_by_points() -> None:
+    one, two = Point(1, 1.0, 0.1), Point(8, 2.0, 0.2)
+    found = by_point(
+        Table({}, {("direct", "h2d"): {256: [one, two]}, ("staged", "d2h"): {4096: [two]},
+                   ("staged", "h2d"): {256: [two]}})
+    )  # fmt: skip
+    assert found == {
+        ("d2h", 4096, 8): {"staged": two},
+        ("h2d", 256, 1): {"direct": one},
+        ("h2d", 256, 8): {"staged": two, "direct": two},
+    }
+    assert list(found) == [("d2h", 4096, 8), ("h2d", 256, 1), ("h2d", 256, 8)]
+
+
+# A real link
+
+
+@cache
+def measured() -> tuple[Table, float]:
+    """A table, and the seconds that it took; kernels stay where they are kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(_kernel_cache.ENVIRONMENT)
+        began = perf_counter()
+        found = calibrate(CUDA)
+        return found, perf_counter() - began
+
+
+@pytest.mark.gpu
+def test_every_engine_is_measured_in_time_and_rates_are_those_of_a_link() -> None:
+    found, took = measured()
+    assert took < SECONDS + 2  # with what is prepared before the clock can be looked at
+    assert not found.left_out
+    assert not found.emulated
+    assert set(found.points) == {(name, way) for name in ORDER for way in DIRECTIONS}
+    assert found.device["model"]
+    assert found.device["driver"]
+    assert found.timer == DelayTimer.name
+    for (_, size, runs), engines in by_point(found).items():
+        for point in engines.values():
+            assert 0 < size * runs / point.seconds < 1e12
+    for way in DIRECTIONS:
+        longest = found.points["staged", way][2 << 20][-1]
+        assert longest.runs * (2 << 20) / longest.seconds > 5e9
+
+
+@pytest.mark.gpu
+def test_what_the_host_does_first_is_hidden() -> None:
+    source, target = torch.zeros(8 << 20, device=CUDA), pinned.empty((8 << 20,), torch.float32)
+    timer = timer_for(CUDA)
+
+    def late() -> None:
+        sleep(1e-3)
+        target.copy_(source, non_blocking=True)  # 32 MiB: 0.6 ms on a fast link
+
+    seen, hidden = timer.time(late), timer.time(late, 1e-3)
+    assert seen.host_seconds > 1e-3
+    assert hidden.host_seconds > 1e-3
+    assert 1e-4 < hidden.seconds < seen.seconds - 0.8e-3
+
+
+@pytest.mark.gpu
+def test_the_table_is_kept_and_decides(folder: Path) -> None:
+    path = store(measured()[0])
+    assert list(folder.iterdir()) == [path]
+    known = costs_of(CUDA)
+    assert known.measured
+    for way in DIRECTIONS:
+        for engine in ORDER:
+            assert known.seconds(engine, way, 32 << 10, 1000)
+
+
+# The command
+
+
+@no_accelerator
+@pytest.mark.parametrize("option", [(), ("--json",)])
+def test_without_an_accelerator_there_is_nothing_to_measure(
+    option: tuple[str, ...], folder: Path
+) -> None:
+    code, out, err = run("calibrate", *option)
+    assert (code, out) == (1, "")
+    assert "this machine has no accelerator" in err
+    assert err.startswith("portakv: ")
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "why"),
+    [
+        ("cpu", "the CPU is the host"),
+        ("nonsense", "torch cannot use it here"),
+        ("meta", "does not take it"),
+    ],
+)
+def test_a_device_that_cannot_be_measured(device: str, why: str) -> None:
+    code, out, err = run("calibrate", "--device", device)
+    assert (code, out) == (1, "")
+    assert err.startswith("portakv: ")
+    assert why in err
+
+
+@pytest.mark.parametrize("seconds", ["0", "-3", "soon", "inf", "nan"])
+def test_seconds_that_are_none(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["calibrate", f"--seconds={seconds}"])
+    assert ended.value.code == 2
+    assert "expected seconds above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["rich", "plain"])
+def test_the_table_that_is_printed(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choose_tables(kind, monkeypatch)
+    monkeypatch.setenv("COLUMNS", "160")
+    fast, slow = Point(64, 64 * 4096 / 50e9, 0.1), Point(64, 64 * 4096 / 20e9, 0.2)
+    measured = Table(
+        {"model": "Some Card"},
+        {("staged", "d2h"): {4096: [fast]}, ("direct", "d2h"): {4096: [slow]},
+         ("ring", "d2h"): {4096: [Point(64, 1e-9, 0.0)]}},
+        {"descriptors": "it was not there"}, took=3.21, whole=False, timer="a good clock",
+    )  # fmt: skip
+    device = torch.device("cpu")
+    verb._print(measured, by_point(measured), Path("/somewhere/table.json"), device)
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if "d2h" in line]
+    # Pageable memory is no rival of pinned memory.
+    assert line.split()[:8] == ["d2h", "4096", "64", "256", "KiB", "50.00", "20.00", "262144.00"]
+    assert line.split()[8:] == ["staged", "5.24", "us"]
+    assert "Some Card, cpu" in out
+    assert "descriptors was not measured: it was not there" in out
+    assert "The time did not suffice" in out
+    assert "Times are of a good clock." in out
+    assert "Measured in 3.2 s and kept in /somewhere/table.json" in out
+    assert "emulated" not in out
+
+
+# Bytes and times
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("1", 1), ("32768", 32768), ("32K", 32768), ("32k", 32768), ("32KiB", 32768), ("17B", 17),
+     ("64M", 64 << 20), ("64 MiB", 64 << 20), ("64mb", 64 << 20), ("2G", 2 << 30),
+     *((text, None) for text in ("", "0", "K", "-3", "1.5M", "32T", "ten", "0K", "1 0"))],
+)  # fmt: skip
+def test_bytes_that_are_read(text: str, nbytes: int | None) -> None:
+    if nbytes is None:
+        with pytest.raises(Exception, match="expected bytes above 0"):
+            units.read_bytes(text)
+    else:
+        assert units.read_bytes(text) == nbytes
+
+
+def test_bytes_and_times_that_are_written() -> None:
+    written = [units.in_bytes(n) for n in (1, 1023, 1024, 1536, 5 << 20, 3 << 40)]
+    assert written == ["1 B", "1023 B", "1 KiB", "1.5 KiB", "5 MiB", "3072 GiB"]
+    times = [units.in_time(s) for s in (1e-7, 8.52e-5, 4.712e-3, 1.2, 75.0)]
+    assert times == ["0.1 us", "85.2 us", "4.71 ms", "1.2 s", "75 s"]
