@@ -51,8 +51,8 @@ class HipEmulated(Hip):
         return fake_driver()
 
     @staticmethod
-    def find_card(device: torch.device) -> Card:
-        return HostCard(device)
+    def find_card(device: torch.device, driver: Driver) -> Card:
+        return HostCard(device, driver)
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:

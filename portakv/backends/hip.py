@@ -16,7 +16,7 @@ from portakv.backends.base import Decision
 from portakv.backends.rows_kernel import Tuning
 from portakv.backends.rows_launch import RowsBackend
 from portakv.runtime import hip as _hip_driver
-from portakv.runtime.hip import Card, Driver, DriverMissing, HipDriver
+from portakv.runtime.hip import Card, Driver, DriverMissing
 
 _OTHER_TORCH = (
     "this torch is not built for ROCm; for a device of AMD install torch's build for ROCm, for a "
@@ -34,7 +34,7 @@ class Hip(RowsBackend):
     tunings = (Tuning(0, 1, 0),)
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__(device, HipDriver(self.open_driver(), self.find_card(device)))
+        super().__init__(device, self.find_card(device, self.open_driver()))
 
     @staticmethod
     def open_driver() -> Driver:
@@ -42,9 +42,9 @@ class Hip(RowsBackend):
         return _hip_driver.driver()
 
     @staticmethod
-    def find_card(device: torch.device) -> Card:
+    def find_card(device: torch.device, driver: Driver) -> Card:
         """The device as it is spoken to."""
-        return Card(device)
+        return Card(device, driver)
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
@@ -61,7 +61,7 @@ class Hip(RowsBackend):
             why = _no_device(driver, device)
             if why is not None:
                 return Decision(cls.name, False, why)
-            version, card = _hip_driver.hiprtc_version(driver), cls.find_card(device)
+            version, card = _hip_driver.hiprtc_version(driver), cls.find_card(device, driver)
         except (DriverMissing, RuntimeError) as error:
             return Decision(cls.name, False, str(error))
         return Decision(cls.name, True, f"hipRTC {version} compiles its kernel for {card}")

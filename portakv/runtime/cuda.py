@@ -273,7 +273,7 @@ class Caller:
 
 
 class CudaDriver(Caller):
-    """What launching kernels on one device takes; `hip.HipDriver` has the same functions.
+    """What launching kernels on one device takes; `hip.Card` has the same functions.
 
     Attributes:
         launch: takes a function, the blocks along x, y and z, the threads along x, y and z, the

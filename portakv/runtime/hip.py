@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv.runtime import kernel_cache
-from portakv.runtime.cuda import raw_stream
+from portakv.runtime.cuda import raw
 from portakv.runtime.devices import inside, refuse_fork, this_process
 
 # AMD's runtime, and that of Hygon's DTK (the same pull request).
@@ -213,9 +213,8 @@ def _read(
 ) -> bytes:
     """What hipRTC holds of a program."""
     size = ctypes.c_size_t()
-    _check_compiler(
-        driver, ask_size(program, ctypes.byref(size)), "Asking for the size of a result"
-    )
+    error = ask_size(program, ctypes.byref(size))
+    _check_compiler(driver, error, "Asking for the size of a result")
     result = ctypes.create_string_buffer(size.value or 1)
     if size.value:
         _check_compiler(driver, read(program, result), "Reading a result")
@@ -239,10 +238,10 @@ _HYGON_NAMES = ("hygon", "dcu", "z100", "k100", "k500", "bw1000", "bw500")
 
 
 class Card:
-    """One device. Torch is asked for its facts when it is made.
+    """One device, and what launching kernels on it takes: `cuda.CudaDriver` has the same functions.
 
     Attributes:
-        device: as torch names it.
+        device: as torch names it, which is asked for its facts now.
         architecture: what hipRTC compiles for, such as ``gfx90a:sramecc+:xnack-``.
         name: the model's name.
 
@@ -250,69 +249,42 @@ class Card:
         RuntimeError: torch does not tell the architecture.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    success: Any = 0
+
+    def __init__(self, device: torch.device, driver: Driver) -> None:
+        self.device, self._driver = device, driver
         self.name, self.architecture = self._facts()
         if not self.architecture.startswith("gfx"):
             raise RuntimeError(
                 f"torch tells no architecture of {device} ({self.architecture!r} was found, and "
                 f"gfx906 or the like expected); use a newer torch for ROCm"
             )
-
-    def _facts(self) -> tuple[str, str]:
-        facts = torch.cuda.get_device_properties(self.device)
-        return str(facts.name), str(getattr(facts, "gcnArchName", ""))
-
-    @property
-    def hygon(self) -> bool:
-        """Whether it is a DCU of Hygon."""
-        named = any(word in self.name.lower() for word in _HYGON_NAMES)
-        return named or self.architecture.partition(":")[0] in _HYGON
-
-    def __str__(self) -> str:
-        maker = ", a Hygon DCU" if self.hygon else ""
-        return f"{self.architecture.partition(':')[0]} ({self.name or 'unnamed'}{maker})"
-
-    def is_current(self) -> bool:
-        """Whether it is this thread's current device."""
-        return bool(torch._C._cuda_getDevice() == self.device.index)
-
-    def current(self) -> AbstractContextManager[object]:
-        """Inside, it is this thread's current device."""
-        return inside(self.device)
-
-    def stream(self, stream: torch.Stream | None) -> int:
-        """The driver's handle of a stream; None: of its current one."""
-        if stream is None:
-            return int(torch._C._cuda_getCurrentRawStream(self.device.index))
-        return raw_stream(stream)
-
-
-class HipDriver:
-    """What launching kernels on one device takes; see `cuda.CudaDriver`, which has the same
-    functions."""
-
-    success: Any = 0
-
-    def __init__(self, driver: Driver, card: Card) -> None:
-        self._driver, self._card = driver, card
         self.launch: Callable[..., Any] = driver.runtime.hipModuleLaunchKernel
         # A runtime need not copy a module's code, so that it stays where it is.
         self._loaded: list[tuple[ctypes.c_void_p, bytes]] = []
         self._process = this_process()
 
+    def _facts(self) -> tuple[str, str]:
+        facts = torch.cuda.get_device_properties(self.device)
+        return str(facts.name), str(getattr(facts, "gcnArchName", ""))
+
+    def __str__(self) -> str:
+        kind = self.architecture.partition(":")[0]
+        hygon = kind in _HYGON or any(word in self.name.lower() for word in _HYGON_NAMES)
+        return f"{kind} ({self.name or 'unnamed'}{', a Hygon DCU' if hygon else ''})"
+
     def load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
         """Compile a text, or find it on disk, and load its kernels; raises `RuntimeError`."""
-        binary = compile_kernel(self._driver, source, self._card.architecture)
+        binary = compile_kernel(self._driver, source, self.architecture)
         module, functions = ctypes.c_void_p(), {}
-        with self._card.current():
-            error = self._driver.runtime.hipModuleLoadData(ctypes.byref(module), binary)
-            self.check(error, "Loading the kernel")
+        runtime = self._driver.runtime
+        with self.current():
+            self.check(
+                runtime.hipModuleLoadData(ctypes.byref(module), binary), "Loading the kernel"
+            )
             for name in names:
                 found = functions[name] = ctypes.c_void_p()
-                error = self._driver.runtime.hipModuleGetFunction(
-                    ctypes.byref(found), module, name.encode()
-                )
+                error = runtime.hipModuleGetFunction(ctypes.byref(found), module, name.encode())
                 self.check(error, "Finding the kernel")
         self._loaded.append((module, binary))
         return functions
@@ -322,11 +294,19 @@ class HipDriver:
         current. Raises `Unsupported` in a forked process."""
         if self._process.forked:
             raise refuse_fork("HIP")
-        return self._card.stream(stream) if self._card.is_current() else None
+        return self.stream(stream) if self.is_current() else None
+
+    def is_current(self) -> bool:
+        """Whether it is this thread's current device."""
+        return bool(torch._C._cuda_getDevice() == self.device.index)
+
+    def stream(self, stream: torch.Stream | None) -> int:
+        """The driver's handle of a stream; None: of its current one."""
+        return raw(stream, self.device.index)
 
     def current(self) -> AbstractContextManager[object]:
-        """Inside, the device is this thread's current one."""
-        return self._card.current()
+        """Inside, it is this thread's current device."""
+        return inside(self.device)
 
     def check(self, answer: Any, what: str) -> None:
         """Raise `RuntimeError` for an answer that is not ``success``."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from portakv.backends.rows_kernel import RowsKernel
 from portakv.runtime import hip as _hip_driver
 from portakv.runtime.cuda import raw_stream
 from portakv.runtime.devices import this_process
-from portakv.runtime.hip import Card
+from portakv.runtime.hip import Card, Driver
 from portakv_conformance.vendor.hip_emulated import HipEmulated, HostCard
 from portakv_conformance.vendor.hip_fake import fake_driver, library
 
@@ -268,8 +269,8 @@ class OtherCard(HostCard):
 
 class HipOnOther(HipEmulated):
     @staticmethod
-    def find_card(device: torch.device) -> Card:
-        return OtherCard(device)
+    def find_card(device: torch.device, driver: Driver) -> Card:
+        return OtherCard(device, driver)
 
 
 @needs_compiler
@@ -316,8 +317,9 @@ def test_a_card_asks_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch._C, "_cuda_getCurrentRawStream", lambda index: 7 + index, raising=False
     )
-    assert [Card(torch.device("cuda", n)).is_current() for n in (0, 1)] == [False, True]
-    assert Card(torch.device("cuda", 1)).stream(None) == 8
+    cards = [Card(torch.device("cuda", n), Mock()) for n in (0, 1)]
+    assert [card.is_current() for card in cards] == [False, True]
+    assert cards[1].stream(None) == 8
 
 
 # Claims
