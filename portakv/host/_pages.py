@@ -132,7 +132,7 @@ def map_private(nbytes: int, huge_pages: str) -> tuple[mmap.mmap, list[str]]:
 
 
 def is_mapped(address: int, nbytes: int) -> bool:
-    """True where every page of the range belongs to the process; reads none of them."""
+    """True if every page of the range belongs to the process; reads none of them."""
     start = address // PAGE * PAGE
     return _call("msync", start, to_pages(address + nbytes) - start, _MS_ASYNC) == 0
 
@@ -205,7 +205,7 @@ def _libc() -> Any:
 
 
 def nodes() -> list[int]:
-    """The nodes of this machine that have memory; empty where the kernel tells of none."""
+    """The nodes of this machine that have memory; empty if the kernel tells of none."""
     for name in ("has_memory", "online"):
         with suppress(OSError, ValueError):
             return _listed((_NODES / name).read_text())

@@ -282,7 +282,7 @@ class Registration:
                 _seams[:] = [at for at in _seams if not claimed[0] < at < claimed[1]]
 
     def forget(self, owner: Any) -> None:
-        """`undo`; where a graph's capture forbids that, later. The owner is held until then."""
+        """`undo`; if a graph's capture forbids that, later. The owner is held until then."""
         if self._registered and self._process == os.getpid() and capturing():
             _postponed.append((self, owner))
         else:

@@ -86,7 +86,7 @@ class SharedFile:
         return self.blocks * self.stride
 
     def check(self, index: int) -> None:
-        """Raise `SlotError` where there is no such block."""
+        """Raise `SlotError` if there is no such block."""
         if not isinstance(index, int) or not 0 <= index < self.blocks:
             raise SlotError(
                 f"Block {index!r} was asked of a shared pool of {self.blocks}; ask for one of "

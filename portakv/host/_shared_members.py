@@ -53,7 +53,7 @@ class FileLocks:
         fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _lock(fcntl.F_UNLCK, byte))
 
     def taken(self, byte: int) -> bool:
-        """True where another opening of the file has the byte locked."""
+        """True if another opening of the file has the byte locked."""
         answer = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, byte))
         return bool(struct.unpack(_LAYOUT, answer)[0] != fcntl.F_UNLCK)
 
@@ -61,7 +61,7 @@ class FileLocks:
     def exclusive(self) -> Iterator[None]:
         """Inside, no other process or thread changes the tables.
 
-        A process that dies inside leaves the lock to the next. Raises `HostMemoryError` where one
+        A process that dies inside leaves the lock to the next. Raises `HostMemoryError` if one
         that lives does not let go of it.
         """
         with self._threads:
@@ -94,7 +94,7 @@ class Members:
         self.me = -1
 
     def join(self, name: str) -> bool:
-        """Take a free place; False where there is none. Inside `FileLocks.exclusive`."""
+        """Take a free place; False if there is none. Inside `FileLocks.exclusive`."""
         for place in np.flatnonzero(self._table["pid"] == 0).tolist():
             if self._locks.take(1 + place):
                 self._table["name"][place] = str(name).encode()[:32]

@@ -59,7 +59,7 @@ class Copied:
 
     Attributes:
         direction: ``h2d``, ``d2h``, ``d2d`` (one device), ``peer`` (two) or ``h2h``.
-        way: ``memcpy2d``, the driver's 2-D memcpy; ``torch``, its ``copy_``; ``nothing``, where
+        way: ``memcpy2d``, the driver's 2-D memcpy; ``torch``, its ``copy_``; ``nothing``, if
             there were no bytes.
         why: why that way, as a phrase; a fallback names what is missing.
         nbytes: bytes moved.

@@ -13,9 +13,10 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, NamedTuple, Protocol
+from operator import itemgetter
+from typing import Any, Protocol
 
 import torch
 
@@ -115,14 +116,6 @@ class Leak:
         return f"block {self.index}: {who}, for {self.seconds:.1f} s{how}{where}"
 
 
-class _Out(NamedTuple):
-    block: weakref.ref[Block]
-    owner: str
-    thread: str
-    since: float
-    stack: str
-
-
 class PinnedPool:
     """Blocks of one size in pinned memory. A context manager; `close` may be called again.
 
@@ -171,7 +164,7 @@ class PinnedPool:
         self._segments: list[tuple[int, PinnedMemory]] = []  # number of its first block, memory
         self._size, self._generation, self.high_water = 0, 0, 0
         self._free: deque[int] = deque()
-        self._out: dict[int, _Out] = {}
+        self._out: dict[int, tuple[weakref.ref[Block], float, Leak]] = {}  # since when, and who
         # Blocks that were released after work that has not ended, and what tells when it has.
         self._in_use: list[tuple[int, Callable[[], bool]]] = []
         self._process, self._closed = os.getpid(), False
@@ -268,7 +261,7 @@ class PinnedPool:
         check_block(self, block, "this one")
         with self._changed:
             out = self._out.get(block.index)
-            if out is None or out.block() is not block:
+            if out is None or out[0]() is not block:
                 raise HostMemoryError(
                     f"Block {block.index} was released twice; it may be somebody else's by now. "
                     f"Release each block once."
@@ -292,10 +285,10 @@ class PinnedPool:
         """Every block that is out and its owner, the oldest first."""
         now = time.monotonic()
         with self._changed:
-            out = sorted(self._out.items(), key=lambda item: item[1].since)
+            out = sorted(self._out.values(), key=itemgetter(1))
         return [
-            Leak(index, one.owner, one.thread, now - one.since, one.block() is None, one.stack)
-            for index, one in out
+            replace(leak, seconds=now - since, dropped=block() is None)
+            for block, since, leak in out
         ]
 
     def close(self) -> None:
@@ -371,9 +364,8 @@ class PinnedPool:
             self, index, memory.tensor[start : start + self.block_bytes], self._generation
         )
         stack = "".join(traceback.format_stack()[:-3]) if self._stacks else ""
-        self._out[index] = _Out(
-            weakref.ref(block), owner, threading.current_thread().name, time.monotonic(), stack
-        )
+        leak = Leak(index, owner, threading.current_thread().name, 0.0, False, stack)
+        self._out[index] = weakref.ref(block), time.monotonic(), leak
         self.high_water = max(self.high_water, len(self._out) + len(self._in_use))
         return block
 

@@ -40,7 +40,7 @@ class SharedPool:
         alignment: in bytes, of each block.
         label: what other processes call this one.
         keep: leave it behind when the last process has closed it; see `remove`.
-        fallback: pageable memory, and one warning, where it cannot be pinned.
+        fallback: pageable memory, and one warning, if it cannot be pinned.
 
     Raises:
         HostMemoryError: it is another size, another user's, too large for the machine's shared
@@ -76,7 +76,7 @@ class SharedPool:
 
     @property
     def pinned(self) -> bool:
-        """False where this process has it pageable after all."""
+        """False if this process has it pageable after all."""
         return self._memory.pinned
 
     @property
@@ -97,7 +97,7 @@ class SharedPool:
 
         Args:
             owner: what it is for, shown by `leaks` to every process; 40 bytes are kept.
-            wait: wait for one where none is free; otherwise that is an error at once.
+            wait: wait for one if none is free; otherwise that is an error at once.
             timeout: seconds to wait at most; None: without end.
 
         Raises:
@@ -180,7 +180,7 @@ class SharedPool:
     def bytes_of(self, index: int) -> torch.Tensor:
         """The bytes of any block, uint8 ``[block_bytes]``, free or not.
 
-        Raises `SlotError` where there is no such block.
+        Raises `SlotError` if there is no such block.
         """
         self._refuse()
         self._file.check(index)

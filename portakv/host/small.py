@@ -13,7 +13,7 @@ and a kernel does not.
 - ``mapped``: they are written to pinned memory that the kernel reads by itself; any size. In a
   graph they are read again at each replay, and `SmallCopy.refill` changes them.
 - ``copy``: pinned memory and torch's non-blocking copy, which does take the copy engine: what is
-  left where the others cannot be had; it captures like ``mapped``.
+  left if the others cannot be had; it captures like ``mapped``.
 - ``host``: the target is the CPU; written at once.
 
 The kernels of ``value`` and ``mapped`` need the extra ``cuda``. `choose` tells which way is taken,

@@ -283,7 +283,7 @@ def test_a_pitch_that_cuda_does_not_take() -> None:
 
 @given(st.data())
 def test_rows_are_the_copy(data: Any) -> None:
-    """Whatever the strides: where rows are found, moving them is what copy_ does."""
+    """Whatever the strides: if rows are found, moving them is what copy_ does."""
     extents = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
     tensors = []
     for _ in range(2):

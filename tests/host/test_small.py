@@ -253,12 +253,7 @@ def test_nothing_is_asked_of_the_compiler_for_what_goes_inline(
 
 def test_no_kernel_is_loaded_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_small_ways, "capturing", lambda device: True)
-    monkeypatch.setattr(small, "capturing", lambda device: True)
     with refused(Unsupported, "inside graph capture", "before the capture"):
         _small_ways.kernels(torch.device("cuda", 7))
     with refused(Unsupported, "inside graph capture", "before the capture"):
         _small_ways.Copy(torch.device("cuda", 7), torch.int64, 1)
-    with refused(Unsupported, "way='value'", "way='mapped'"):
-        to_device([1], "cpu")
-    with refused(Unsupported, "way='value'", "way='mapped'"):
-        SmallCopy(1, torch.int32, "cpu").send([1])

@@ -59,19 +59,6 @@ class Without:
 # Streams, devices, processes, threads
 
 
-def test_each_send_says_where_to_and_how_much(card: Card, way: Way) -> None:
-    first, other = torch.zeros(64, dtype=torch.int64), torch.zeros(64, dtype=torch.int64)
-    sends = [(first, 64), (first, 64), (other, 64), (other, 3), (first, 3), (first, 64)]
-    for out, count in sends:
-        assert way.send(np.arange(count), out, None, False) == count
-        assert out[:count].tolist() == [*range(count)]
-    assert card.asked == [(out.data_ptr(), 8 * count, STREAM) for out, count in sends]
-    assert {one.function for one in card.launches} <= {f"run_{_small_ways.VALUES_NAME}"}
-    first.set_(torch.zeros(64, dtype=torch.int64).untyped_storage())
-    way.send(np.arange(3), first, None, False)
-    assert card.asked[-1][0] == first.data_ptr()
-
-
 def test_the_current_stream_of_its_device_or_the_one_that_is_passed(card: Card, way: Way) -> None:
     out = torch.zeros(4, dtype=torch.int64)
     way.send([1, 2], out, None, False)

@@ -24,7 +24,6 @@ from support.small_cases import (
     drawn,
     in_threads,
     installed,
-    kernels,
     same_bits,
 )
 
@@ -252,18 +251,6 @@ def test_through_mapped_memory(nbytes: int, offset: int) -> None:
     assert torch.equal(out, source)
     assert torch.equal(target[: 16 + offset], before[: 16 + offset])
     assert torch.equal(target[16 + offset + nbytes :], before[16 + offset + nbytes :])
-
-
-def test_the_width_is_what_an_address_allows() -> None:
-    assert [_small_ways.widest_vector(at) for at in (16, 32, 48, 8, 24, 4, 2, 6, 1, 7)] == [
-        16, 16, 16, 8, 8, 4, 2, 2, 1, 1,
-    ]  # fmt: skip
-
-
-def test_the_arguments_are_as_long_as_the_kernel_takes_them() -> None:
-    taken = getattr(kernels(), f"bytes_{_small_ways.VALUES_NAME}")()
-    assert taken == _small_ways.VALUES_HEAD.size + VALUE_BYTES
-    assert getattr(kernels(), f"bytes_{_small_ways.MAPPED_NAME}")() == _small_ways.MAPPED.size
 
 
 @pytest.mark.parametrize(

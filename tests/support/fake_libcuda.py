@@ -86,5 +86,5 @@ class FakeLibrary:
 
     def read_by_page_tables(self, device: int = -1, *, untold: bool = False) -> None:
         """Let the device of that number read pageable memory by the host's page tables; or let
-        nobody know which does."""
+        the driver not tell which does."""
         self.library.fake_page_tables(device, untold)

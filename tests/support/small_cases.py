@@ -139,7 +139,7 @@ class Card:
         self.answer = 0
 
     @property
-    def asked(self) -> list[tuple[int, int, int]]:
+    def asked(self) -> list[tuple[int, ...]]:
         """Where each send went to, its bytes, and its stream."""
         sent = [(one.dst, one.nbytes, one.stream) for one in self.library.sent]
         return sent + [(*one.head[:2], one.stream) for one in self.launches]
