@@ -1,63 +1,133 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ascend backend on the simulated device named npu, through the stand-in for torch_npu."""
+"""`ascend` on the simulated device named npu: by the ops of a stand-in for torch_npu, and by the
+emulated AscendC kernel with the real loader, arguments and launches."""
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from support.ascend_cases import (
-    COPY,
-    DEVICE,
-    GATHER,
-    HEADS,
-    IDS,
-    LAYERS,
-    OTHER,
-    SCATTER,
-    SELECT,
-    SIZE,
-    SLOTS,
-    UPDATE,
-    Recorded,
-    both_ways,
-    cached,
-    chunk_for,
-    leaves,
-    moved,
-    plain,
-    there,
-)
+from support.command_line import registered
+from support.cuda_cases import Copy, End, by
+from support.each_backend import Carrier, Elsewhere
+from support.guarded_memory import filled, refused
 from support.own_process import in_child, own_process
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from portakv import (
-    AdaptiveConnector,
-    CopyPlan,
-    Index,
-    KVView,
-    SlotError,
-    Unsupported,
-    copy_blocks,
-    copy_rows,
-)
-from portakv.backends import ascend
+from portakv import AdaptiveConnector, CopyPlan, Index, KVView, TransferError, Unsupported
+from portakv.backends import _ascend_kernel, ascend
+from portakv.backends._ascend_kernel import Arguments, KernelRows
+from portakv.backends.ascend import Ascend
+from portakv.plan.move import Move
 from portakv.registry.registry import choose, trace
 from portakv_conformance import simdev
 from portakv_conformance.vendor import standins
+from portakv_conformance.vendor.ascendc_npu import AscendKernel
 
 pytestmark = own_process("npu", "ascend")
+DEVICE, OTHER = torch.device("privateuseone", 0), torch.device("privateuseone", 1)
 if in_child():
     standins.install("npu")
-
-
-if in_child():
     choose(DEVICE, "ascend")  # with its self-check, whose calls must not count
 
+LAYERS, BLOCKS, SIZE, HEADS = 2, 4, 8, 2
+PLANES, SLOTS = 2 * LAYERS, BLOCKS * SIZE
+IDS = [9, 2, 31, 17, 6, 0]
+SCATTER, GATHER = "npu_scatter_pa_kv_cache", "npu_gather_pa_kv_cache"
+UPDATE, COPY, SELECT = "npu_scatter_nd_update_", "index_copy_", "index_select"
+BF16, F16, I16, I8 = torch.bfloat16, torch.float16, torch.int16, torch.int8
+PAIRS, ROWS = "layer kv | block token head dim", "layer kv | token head dim"
+MERGED = "layer | kv block token head dim"
+#: Caches: the layout, elements of each kv, the dtype, and the shape of a layer's tensor, if it has
+#: one for all kv, or of each kv's.
+CACHES: dict[str, tuple[str, tuple[int, ...], torch.dtype, tuple[int, ...]]] = {
+    "tuples": (PAIRS, (16, 16), BF16, ()),
+    "unequal": (PAIRS, (64, 32), F16, ()),  # MLA: latent and rope
+    "three": (PAIRS, (64, 32, 16), BF16, ()),  # DSA
+    "two bytes": (PAIRS, (5, 5), I16, ()),
+    "holes": (PAIRS, (16, 16), F16, ()),
+    "merged": (MERGED, (16, 16), F16, (2, BLOCKS, SIZE, HEADS, 16)),
+    "offset": (MERGED, (16, 16), F16, (2, BLOCKS, SIZE, HEADS, 16)),
+    "head-major": ("layer | kv block head token dim", (16, 16), F16, (2, BLOCKS, HEADS, SIZE, 16)),
+    "odd bytes": ("layer | kv block head token dim", (3, 3), I8, (2, BLOCKS, HEADS, SIZE, 3)),
+    "nz": ("layer kv | block head dim/32 token dim%32", (64, 64), I8, (BLOCKS, HEADS, 2, SIZE, 32)),
+}
 
-PLANES = 2 * LAYERS
+
+def cache(name: str) -> End:
+    layout, dims, dtype, shape = CACHES[name]
+    wide = 8 if name == "holes" else 0
+    if name == "offset":  # sliced out of one allocation
+        whole = filled((48 + LAYERS * torch.Size(shape).numel(),), dtype)
+        return End(list(whole[48:].view(LAYERS, *shape)), layout)
+    if layout.startswith("layer |"):
+        return End([filled(shape, dtype) for _ in range(LAYERS)], layout)
+    shapes = [shape or (BLOCKS, SIZE, HEADS, dim + wide) for dim in dims]
+    layers = [[filled(each, dtype) for each in shapes] for _ in range(LAYERS)]
+    if wide:
+        layers = [[tensor[..., :-wide] for tensor in layer] for layer in layers]
+    return End(layers, layout, {"kv": len(dims)})
+
+
+def chunk(name: str, tokens: int, **more: Any) -> End:
+    _, dims, dtype, _ = CACHES[name]
+    layers = [[filled((tokens, HEADS, dim), dtype) for dim in dims] for _ in range(LAYERS)]
+    return End(layers, ROWS, {"kv": len(dims)}, **more)
+
+
+class Recorded(TorchDispatchMode):
+    """Counts the ops that move rows, and holds each call against what the ops forbid."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        name = func._schema.name.partition("::")[2]
+        if name in (SCATTER, GATHER, UPDATE, COPY, SELECT):
+            self.seen[name] += 1
+            moved = [x for x in (*args, *given.values()) if isinstance(x, torch.Tensor)]
+            assert all(x.is_contiguous() for x in moved), f"{name} was given holes"
+            assert given.get("cache_mode", "Norm") == "Norm"
+        return func(*args, **given)
+
+
+OPS, KERNEL = Carrier(Ascend, DEVICE), Carrier(AscendKernel, DEVICE)
+by_both = pytest.mark.parametrize("carrier", [OPS, KERNEL], ids=["ops", "kernel"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernel() -> Iterator[None]:
+    with registered(**{AscendKernel.name: AscendKernel}):
+        choose(DEVICE, AscendKernel.name)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_faults_left() -> Iterator[None]:
+    """As of an op that meets a negative slot, or one past the end."""
+    yield
+    torch.accelerator.synchronize(DEVICE)
+    assert simdev.take_faults() == []
+
+
+def both_ways(carrier: Carrier, name: str, tokens: int, **index: Any) -> list[dict[str, int]]:
+    """Gather and scatter, every byte judged; the ops that were called."""
+    seen = []
+    for scatters in (False, True):
+        paged, dense = by(cache(name), **index), chunk(name, tokens)
+        with Recorded() as recorded:
+            carrier.copies(Copy(dense, paged, tokens) if scatters else Copy(paged, dense, tokens))
+        seen.append(dict(recorded.seen))
+    return seen
 
 
 @pytest.mark.parametrize(
@@ -78,7 +148,7 @@ PLANES = 2 * LAYERS
 def test_which_op_serves_a_slot_mapping(
     name: str, gathers: dict[str, int], scatters: dict[str, int]
 ) -> None:
-    assert both_ways(name, IDS, len(IDS)) == (gathers, scatters)
+    assert both_ways(OPS, name, len(IDS), ids=IDS) == [gathers, scatters]
 
 
 @pytest.mark.parametrize(
@@ -93,100 +163,61 @@ def test_which_op_serves_a_slot_mapping(
     ],
 )
 def test_which_op_serves_a_block_table(name: str, gathers: dict[str, int]) -> None:
-    table = Index([3, 0, 2], step=SIZE)
-    seen, _ = both_ways(name, table, 3 * SIZE)
-    assert seen == gathers
+    assert both_ways(OPS, name, 3 * SIZE, ids=[3, 0, 2], step=SIZE)[0] == gathers
     # Head and tail of a range that cuts through blocks go by slots.
-    seen, _ = both_ways(name, Index([3, 0, 2], step=SIZE, offset=3), 2 * SIZE)
-    assert SELECT in seen
+    assert SELECT in both_ways(OPS, name, 2 * SIZE, ids=[3, 0, 2], step=SIZE, offset=3)[0]
 
 
-def test_explain_names_the_op() -> None:
-    caches, layout, _, rows = cached("tuples")
-    view = KVView(moved(caches, there), layout)
-    chunk = KVView(moved(chunk_for(view, 4, torch.bfloat16, 1), there), rows)
-    backend = ascend.Ascend(DEVICE)
-    assert backend.emulated
-    for plan, op in [
-        (CopyPlan(chunk.form, view.form, 0, 1), SCATTER),
-        (CopyPlan(view.form, chunk.form, SIZE, 0), GATHER),
-        (CopyPlan(view.form, chunk.form, 1, 0), "rows, through index ops"),
-    ]:
-        assert str(backend.check(plan)) == f"ascend: accepted, takes the plan by {op}"
-
-
-@pytest.mark.parametrize("where", ["host", "device"])
-def test_negative_slots_never_reach_an_op(where: str) -> None:
-    caches, layout, _, rows = cached("tuples")
-    view = KVView(moved(caches, there), layout)
-    dense = chunk_for(view, 4, torch.bfloat16, 70)
-    chunk = KVView(moved(dense, there), rows)
-    ids = torch.tensor([9, -1, -(2**31), 5])
-    index = ids if where == "host" else ids.to(DEVICE)
-    with Recorded() as recorded:
-        copy_rows(chunk, view, dst_index=index, backend="ascend").synchronize()
-    assert simdev.take_faults() == []  # where an op met a negative slot
-    assert recorded.seen == {SELECT: PLANES, UPDATE: PLANES}  # what is left of the chunk has holes
-    for mine, old, new in zip(leaves(view.tensors), leaves(caches), leaves(dense), strict=True):
-        wanted = old.clone().view(torch.int16)
-        wanted.view(SLOTS, HEADS, -1)[[9, 5]] = new.view(torch.int16)[[0, 3]]
-        assert mine.cpu().view(torch.int16).equal(wanted)
-
-
-def test_slots_past_the_end_move_nothing_there() -> None:
-    caches, layout, _, rows = cached("unequal")
-    view = KVView(moved(caches, there), layout)
-    chunk = KVView(moved(chunk_for(view, 3, torch.float16, 70), there), rows)
-    with pytest.raises(SlotError, match=rf"slot {SLOTS}, but the view has {SLOTS} slots"):
-        copy_rows(chunk, view, dst_index=[1, SLOTS, 2], backend="ascend")
-    transfer = copy_rows(
-        chunk, view, dst_index=torch.tensor([1, SLOTS, 2]).to(DEVICE), backend="ascend"
-    )
-    with pytest.raises(SlotError, match=f"slot {SLOTS}"):
-        transfer.synchronize()
-    assert simdev.take_faults() == []
-    outside = [n for n in range(SLOTS) if n not in (1, 2)]
-    for mine, old in zip(leaves(view.tensors), leaves(caches), strict=True):
-        mine, old = (x.cpu().view(torch.int16).view(SLOTS, HEADS, -1) for x in (mine, old))
-        assert mine[outside].equal(old[outside])
-
-
-def test_a_tensor_in_a_private_format_is_refused_before_anything_moves(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # The stand-in knows ND alone; the schema job does this with a real FRACTAL_NZ tensor.
-    monkeypatch.setattr(ascend, "_STRIDED", (0, 30))
-    caches, layout, _, rows = cached("tuples")
-    view = KVView(moved(caches, there), layout)
-    chunk = KVView(moved(chunk_for(view, 3, torch.bfloat16, 70), there), rows)
-    with (
-        Recorded() as recorded,
-        pytest.raises(Unsupported, match=r"NPU format 2.*nothing was moved"),
+@pytest.mark.parametrize("name", CACHES)
+def test_any_layout_goes_by_the_kernel(name: str) -> None:
+    for tokens, index in (
+        (len(IDS), {"ids": IDS}),
+        (3 * SIZE, {"ids": [3, 0, 2], "step": SIZE}),
+        (2 * SIZE, {"ids": [3, 0, 2], "step": SIZE, "offset": 3}),
     ):
-        copy_rows(chunk, view, dst_index=[1, 2, 3], backend="ascend")
-    assert not recorded.seen
+        assert both_ways(KERNEL, name, tokens, **index) == [{}, {}]
 
 
-def test_host_memory_is_refused_by_the_plan() -> None:
-    caches, layout, _, rows = cached("tuples")
-    view = KVView(moved(caches, there), layout)
-    dense = KVView(chunk_for(view, 4, torch.bfloat16, 1), rows)
-    decision = ascend.Ascend(DEVICE).check(CopyPlan(view.form, dense.form, 1, 0))
-    assert str(decision) == "ascend: rejected, it does not copy from device to pageable memory"
+# What they say
 
 
-def test_block_migration_within_one_cache() -> None:
-    caches, layout, _, _ = cached("three")
-    view = KVView(moved(caches, there), layout, kv=3)
-    copy_blocks(view, view, [0, 2], [3, 1], backend="ascend").synchronize()
-    for mine, old in zip(leaves(view.tensors), leaves(caches), strict=True):
-        wanted = old.view(torch.int16)[[0, 2, 2, 0]]
-        assert mine.cpu().view(torch.int16).equal(wanted)
+def views(name: str = "tuples", tokens: int = 4) -> tuple[KVView, KVView]:
+    """A cache and a chunk on the device."""
+    there = Elsewhere(DEVICE)
+    ends = cache(name), chunk(name, tokens)
+    return tuple(KVView(there.moved(x.tensors), x.layout, **x.extents) for x in ends)  # type: ignore[return-value]
+
+
+def test_explain_names_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    view, rows = views()
+    host = chunk("tuples", 4).view()
+    backend, kernel = Ascend(DEVICE), AscendKernel(DEVICE)
+    assert backend.emulated
+    scatters = CopyPlan(rows.form, view.form, 0, 1)
+    for plan, told in [
+        (scatters, f"accepted, takes the plan by {SCATTER}"),
+        (CopyPlan(view.form, rows.form, SIZE, 0), f"accepted, takes the plan by {GATHER}"),
+        (CopyPlan(view.form, rows.form, 1, 0),
+         "accepted, takes the plan by rows, through index ops"),
+        (CopyPlan(view.form, host.form, 1, 0),
+         "rejected, it does not copy from device to pageable memory"),
+    ]:  # fmt: skip
+        assert str(backend.check(plan)) == f"ascend: {told}"
+    assert str(kernel.check(scatters)).endswith("takes the plan by the AscendC kernel")
+    monkeypatch.setattr(_ascend_kernel, "MAX_LOOPS", 0)
+    assert str(kernel.check(scatters)) == (
+        "ascend-kernel: accepted, takes the plan by index ops, after a wait, since the AscendC "
+        "kernel takes 0 loops beside the rows and 4 steps of a unit, and the plan has 2 and 1"
+    )
+    # Which guards as well as the kernel does.
+    status = KERNEL.word()
+    KERNEL.tells(Copy(chunk("tuples", 4), by(cache("tuples"), [9, -1, SLOTS, 5]), 4), status)
+    assert int(status) == 3
 
 
 def test_the_connector_chooses_it_and_imports_no_other_vendor_s_package() -> None:
     class Asked:
-        """An installed torch_mlu; whoever imports it is found out."""
+        """An installed torch_mlu; an import of it is found out."""
 
         def find_spec(self, name: str, path: object = None, target: object = None) -> None:
             assert name.partition(".")[0] not in ("torch_mlu", "torch_mlu_ops"), name
@@ -205,41 +236,85 @@ def test_the_connector_chooses_it_and_imports_no_other_vendor_s_package() -> Non
     said = f"ascend: accepted, torch_npu {torch.__version__}, emulated; copies go by its ops, since"
     assert said in told
     assert "self-check passed" in told
-    assert any(str(d).startswith("reference: accepted") for d in trace("npu"))
+    decisions = [str(decision) for decision in trace("npu")]
+    assert any(x.startswith("reference: accepted") for x in decisions)
+    assert any("copies go by the AscendC kernel, emulated on a CPU" in x for x in decisions)
+    assert not Ascend(DEVICE).capabilities().guards
+    assert AscendKernel(DEVICE).capabilities().guards
 
 
+# Bad ids
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["host", "device"])
+def test_negative_slots_never_reach_an_op(there: bool) -> None:
+    copy = Copy(chunk("tuples", 4), by(cache("tuples"), [9, -1, -(2**31), 5]), 4)
+    with Recorded() as recorded:
+        OPS.copies(copy, there=there)
+    assert recorded.seen == {SELECT: PLANES, UPDATE: PLANES}  # what is left of the chunk has holes
+
+
+@by_both
+def test_slots_past_the_end_move_nothing_there(carrier: Carrier) -> None:
+    copy = Copy(chunk("unequal", 4), by(cache("unequal"), [1, -(2**40), SLOTS, 2]), 4)
+    carrier.copies(copy, bad="Position 2 of a device index", there=True)
+
+
+def test_the_kernel_tells_of_bad_ids_without_a_wait() -> None:
+    paged, dense = views()
+    ids = Index(torch.tensor([9, -(2**40), SLOTS, 5]).to(DEVICE))
+    status = torch.zeros(1, dtype=torch.int64).pin_memory()
+    launch = AscendKernel(DEVICE).prepare(CopyPlan(dense.form, paged.form, 0, 1))
+    waited = simdev.synchronised()
+    launch(dense, paged, Index(), ids, 4, None, status)
+    assert simdev.synchronised() == waited
+    torch.accelerator.synchronize(DEVICE)
+    assert int(status) == 3
+
+
+def test_a_tensor_in_a_private_format_is_refused_before_anything_moves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The stand-in knows ND alone; the schema job does this with a real FRACTAL_NZ tensor.
+    monkeypatch.setattr(ascend, "_STRIDED", (0, 30))
+    copy = Copy(chunk("tuples", 3), by(cache("tuples"), [1, 2, 3]), 3)
+    with Recorded() as recorded, refused(Unsupported, "NPU format 2", "nothing was moved"):
+        OPS.copies(copy)
+    assert not recorded.seen
+
+
+# Devices
+
+
+@by_both
 @pytest.mark.parametrize("given", [False, True], ids=["no stream", "a stream"])
-@pytest.mark.parametrize("ids", [IDS, Index([3, 0, 2], step=SIZE)], ids=["slots", "blocks"])
-def test_copies_on_another_device_than_the_current_one(ids: Any, given: bool) -> None:
+@pytest.mark.parametrize("step", [1, SIZE], ids=["slots", "blocks"])
+def test_copies_on_another_device_than_the_current_one(
+    step: int, given: bool, carrier: Carrier
+) -> None:
     """torch_npu launches an op on the current device, wherever its tensors are."""
-    caches, layout, extents, rows = cached("three")
-    tokens = 3 * SIZE if isinstance(ids, Index) else len(ids)
-    host = KVView(moved(caches, torch.clone), layout, **extents)
-    far = KVView(moved(caches, lambda x: x.to(OTHER)), layout, **extents)
-    dense = chunk_for(host, tokens, torch.bfloat16, 70)
-    chunk = KVView(moved(dense, torch.clone), rows, kv=3)
-    far_chunk = KVView(moved(dense, lambda x: x.to(OTHER)), rows, kv=3)
-    assert torch.accelerator.current_device_index() == 0
+    other = Carrier(carrier.backend, OTHER)
+    index: dict[str, Any] = {"ids": [3, 0, 2], "step": step}
     stream = torch.Stream(device=OTHER) if given else None
-    for scatter in (True, False):
-        at: dict[str, Any] = {"dst_index" if scatter else "src_index": ids, "count": tokens}
-        copy_rows(*((chunk, host) if scatter else (host, chunk)), **at, backend="reference")
-        sides = (far_chunk, far) if scatter else (far, far_chunk)
-        copy_rows(*sides, **at, backend="ascend", stream=stream).synchronize()
     assert torch.accelerator.current_device_index() == 0
-    for mine, theirs in ((host, far), (chunk, far_chunk)):
-        pairs = zip(leaves(mine.tensors), leaves(theirs.tensors), strict=True)
-        assert all(plain(a).equal(plain(b.cpu())) for a, b in pairs)
+    for scatters in (True, False):
+        paged, dense = by(cache("three"), **index), chunk("three", 3 * step)
+        copy = Copy(dense, paged, 3 * step) if scatters else Copy(paged, dense, 3 * step)
+        other.copies(copy, stream=stream)
+    assert torch.accelerator.current_device_index() == 0
 
 
-def test_an_op_on_another_device_than_the_current_one_is_refused() -> None:
+def test_block_migration_within_one_cache() -> None:
+    held = cache("three")
+    for carrier in (OPS, KERNEL):
+        carrier.copies(Copy(by(held, [0, 2], SIZE), by(held, [3, 1], SIZE), 2 * SIZE))
+
+
+def test_what_torch_npu_would_refuse() -> None:
     matrix, rows = torch.zeros(4, 2).to(OTHER), torch.ones(1, 2).to(OTHER)
     where = torch.tensor([[1]]).to(OTHER)
     with pytest.raises(RuntimeError, match="tensor on npu:1; the current device is npu:0"):
         torch.ops.npu.npu_scatter_nd_update_(matrix, where, rows)
-
-
-def test_the_dispatcher_refuses_what_the_vendor_s_would() -> None:
     rows = torch.zeros(2, 1, 32).to(DEVICE)
     with pytest.raises(RuntimeError, match="Unknown keyword argument 'slots'"):
         torch.ops.npu.npu_scatter_pa_kv_cache(rows, rows, rows, rows, rows, slots=rows)
@@ -250,3 +325,70 @@ def test_the_stand_in_leaves_another_package_alone(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "torch_npu", vendor)
     standins.install("npu")
     assert sys.modules["torch_npu"] is vendor
+
+
+# Launches of the kernel
+
+
+def test_a_stream_of_another_device_than_the_current_one_is_refused() -> None:
+    kernel, _ = AscendKernel.find_kernel(True)
+    assert kernel is not None
+    there = Elsewhere(OTHER)
+    paged, dense = (
+        KVView(there.moved(x.tensors), x.layout, **x.extents)
+        for x in (cache("tuples"), chunk("tuples", 4))
+    )
+    rows = KernelRows(kernel, CopyPlan(dense.form, paged.form, 0, 0), OTHER)
+    with pytest.raises(TransferError, match=r"returned 107003; the copy was not made"):
+        rows(Move(dense, paged, Index(), Index(), 4), None)
+
+
+def test_a_status_word_on_the_host_is_refused() -> None:
+    """A vector core does not reach it, pinned or not."""
+    kernel, _ = AscendKernel.find_kernel(True)
+    assert kernel is not None
+    paged, dense = views()
+    word = torch.zeros(1, dtype=torch.int64).pin_memory()
+    arguments = Arguments(CopyPlan(dense.form, paged.form, 0, 0))
+    nests = [torch.frombuffer(bytearray(nest), dtype=torch.int64).to(DEVICE)
+             for nest in arguments.nests]  # fmt: skip
+    move = Move(dense, paged, Index(), Index(), 4)
+    copy = arguments.copies([nest.data_ptr() for nest in nests], move, word.data_ptr())[0]
+    stream = torch.get_device_module("npu").current_stream(DEVICE).npu_stream
+    with pytest.raises(TransferError, match=r"returned 507053; the copy was not made"):
+        kernel.launch(copy, [(word.data_ptr(), 8, True)], stream)
+
+
+def test_memory_that_no_side_covers_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        _ascend_kernel, "_spans",
+        lambda view, writable: [(first, past - first - 1, True) for first, past in view.spans],
+    )  # fmt: skip
+    with pytest.raises(Exception, match=r"emulated AscendC kernel failed.*lies in no alloc"):
+        KERNEL.copies(Copy(chunk("tuples", 4), by(cache("tuples"), [9, 2, SLOTS - 1, 5]), 4))
+    simdev.take_faults()
+
+
+def test_an_empty_copy_launches_nothing() -> None:
+    for carrier in (OPS, KERNEL):
+        with Recorded() as recorded:
+            carrier.copies(Copy(chunk("tuples", 4), by(cache("tuples"), []), 0))
+        assert not recorded.seen
+
+
+def test_a_prepared_launch_serves_any_request_of_its_plan() -> None:
+    """The nests are uploaded once; every address and count is the request's."""
+    pools, there = [cache("tuples"), cache("tuples")], Elsewhere(DEVICE)
+    first, second = (KVView(there.moved(x.tensors), x.layout, **x.extents) for x in pools)
+    launch = AscendKernel(DEVICE).prepare(CopyPlan(first.form, second.form, SIZE, SIZE))
+    for (mine, theirs), (src, dst) in (
+        ((first, second), pools), ((second, first), pools[::-1])
+    ):  # fmt: skip
+        ids = [Index(torch.tensor([at]).to(DEVICE), SIZE) for at in (1, 3)]
+
+        def carry(src: KVView = mine, dst: KVView = theirs, ids: list[Index] = ids) -> None:
+            launch(src, dst, *ids, SIZE, None, None)
+            torch.accelerator.synchronize(DEVICE)
+            there.bring_back()
+
+        Copy(by(src, [1], SIZE), by(dst, [3], SIZE), SIZE).check(carry)

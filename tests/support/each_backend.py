@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from portakv import Index, KVView, LayoutError, copy_rows
+from portakv import Index, KVView, LayoutError, SlotError, copy_rows
 from portakv.backends.base import Backend
 from support.cuda_cases import (
     CHUNK,
@@ -108,14 +108,28 @@ class Carrier(NamedTuple):
     def name(self) -> str:
         return self.backend.name
 
-    def copies(self, copy: Copy) -> None:
-        """Copy as the library would; every byte is judged."""
+    def copies(
+        self, copy: Copy, *, stream: torch.Stream | None = None, bad: str = "", there: bool = False
+    ) -> None:
+        """Copy as the library would; every byte is judged.
+
+        Args:
+            bad: what the error says of a bad id.
+            there: ids are on the device, too.
+        """
+
+        def index(end: End) -> Index:
+            made = end.index()
+            if made.ids is None or not there:
+                return made
+            return Index(made.ids.to(self.device), end.step, end.offset)
 
         def carry(src: End, dst: End) -> None:
-            copy_rows(
-                src.view(), dst.view(), src.index(), dst.index(), count=copy.count,
-                backend=self.name,
-            ).synchronize()  # fmt: skip
+            with pytest.raises(SlotError, match=bad) if bad else nullcontext():
+                copy_rows(
+                    src.view(), dst.view(), index(src), index(dst), count=copy.count,
+                    backend=self.name, stream=stream,
+                ).synchronize()  # fmt: skip
 
         self._judged(copy, carry)
 
