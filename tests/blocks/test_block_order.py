@@ -19,7 +19,9 @@ from support.block_cases import (
     SLICED,
     SRC,
     WAYS,
+    Pair,
     block_first,
+    inside,
     layered,
     pair,
     until,
@@ -37,16 +39,19 @@ from portakv.runtime.worker import WINDOW
 from portakv_conformance import simdev
 
 pytestmark = pytest.mark.usefixtures("small_slices")
+STORE = pytest.mark.parametrize("store", [True, False], ids=["store", "load"])
+SIDE = pytest.mark.parametrize("side", [True, False], ids=["side stream", "current stream"])
+PIN = pytest.mark.parametrize("pin", [False, True], ids=["pageable", "pinned"])
 
 
-@pytest.mark.parametrize("side", [False, True])
-@pytest.mark.parametrize("store", [False, True])
+@SIDE
+@STORE
 def test_blocks_come_behind_their_producer(
     accelerator: torch.device, store: bool, side: bool, options: dict[str, Any]
 ) -> None:
     for _ in range(2):
-        src, dst = pair(accelerator, store)
-        fresh = layered(accelerator)
+        blocks, fresh = pair(accelerator, store), layered(accelerator)
+        src, dst = blocks.src, blocks.dst
         settle(accelerator)
         delay(current(accelerator))
         for at, made in enumerate(fresh.tensors):
@@ -55,8 +60,7 @@ def test_blocks_come_behind_their_producer(
             else:
                 src.tensors[:, at].copy_(made.transpose(0, 1), non_blocking=True)
         stream = torch.Stream(accelerator) if side else None
-        moved = copy_blocks(src.view, dst.view, SRC, DST, stream=stream, **options)
-        moved.synchronize()
+        blocks.start(stream=stream, **options).synchronize()
         assert torch.equal(dst.rows()[:, :, dst.slots(DST)], fresh.rows()[:, :, fresh.slots(SRC)])
 
 
@@ -67,29 +71,26 @@ def test_a_stream_waits_for_one_layer(
     """And without its wait it sees other bytes."""
     if not waits:
         monkeypatch.setattr(transfer.Completion, "wait", lambda self, stream: None)
-    warm = pair(accelerator, store=False)
-    copy_blocks(warm[0].view, warm[1].view, SRC, DST, by_layer=True).synchronize()
+    pair(accelerator, store=False).start(by_layer=True).synchronize()  # prepared
     for _ in range(3):
-        src, dst = pair(accelerator, store=False)
-        expected, stream, found = wanted(src, dst, SRC, DST), torch.Stream(accelerator), []
+        blocks, stream, found = pair(accelerator, store=False), torch.Stream(accelerator), []
         delay(stream)
-        moved = copy_blocks(src.view, dst.view, SRC, DST, by_layer=True, stream=stream)
+        moved = blocks.start(by_layer=True, stream=stream)
         assert not moved.done()
-        for layer, cache in zip(moved.layers, dst.tensors, strict=True):
+        for layer, cache in zip(moved.layers, blocks.dst.tensors, strict=True):
             reader = torch.Stream(accelerator)
             with on(reader):
                 layer.wait()
                 found.append(cache.clone())
             current(accelerator).wait_stream(reader)
         rows = [x.cpu().view(torch.int16).reshape(2, -1, HEADS * DIM) for x in found]
-        assert all(map(torch.equal, rows, expected)) is waits
+        assert all(map(torch.equal, rows, blocks.expected)) is waits
         moved.synchronize()
 
 
 def test_a_layer_ends_before_the_whole(accelerator: torch.device) -> None:
-    src, dst = pair(accelerator, store=True)
     stream = torch.Stream(accelerator)
-    moved = copy_blocks(src.view, dst.view, SRC, DST, by_layer=True, stream=stream)
+    moved = pair(accelerator, store=True).start(by_layer=True, stream=stream)
     moved.layers[0].synchronize()
     assert moved.layers[0].done()
     moved.layers[2].synchronize()
@@ -99,108 +100,93 @@ def test_a_layer_ends_before_the_whole(accelerator: torch.device) -> None:
 
 def test_both_directions_at_once(accelerator: torch.device, options: dict[str, Any]) -> None:
     for _ in range(3):
-        pairs = pair(accelerator, store=True), pair(accelerator, store=False)
-        expected = [wanted(*each, SRC, DST) for each in pairs]
-        moves = [
-            copy_blocks(a.view, b.view, SRC, DST, stream=torch.Stream(accelerator), **options)
-            for a, b in pairs
-        ]
+        both = [pair(accelerator, store) for store in (True, False)]
+        moves = [each.start(stream=torch.Stream(accelerator), **options) for each in both]
         for moved in reversed(moves):
             moved.synchronize()
-        assert all(torch.equal(b.rows(), row) for (_, b), row in zip(pairs, expected, strict=True))
+        assert all(each.landed() for each in both)
 
 
 def test_both_directions_on_one_cache(accelerator: torch.device) -> None:
     """Blocks leave and others come while a thread waits for each."""
     cache, there, here = layered(accelerator), block_first(pin=True), block_first(pin=True)
     settle(accelerator)
-    stored = wanted(cache, there, [0, 1, 2], [4, 5, 6])
-    loaded = wanted(here, cache, [7, 3, 1], [5, 6, 7])
-    streams = torch.Stream(accelerator), torch.Stream(accelerator)
-    moves = [
-        copy_blocks(cache.view, there.view, [0, 1, 2], [4, 5, 6], stream=streams[0]),
-        copy_blocks(here.view, cache.view, [7, 3, 1], [5, 6, 7], stream=streams[1]),
-    ]
+    both = Pair(cache, there, [0, 1, 2], [4, 5, 6]), Pair(here, cache, [7, 3, 1], [5, 6, 7])
+    moves = [each.start(stream=torch.Stream(accelerator)) for each in both]
     run_threads(lambda move: move.synchronize(), moves)
-    assert torch.equal(there.rows(), stored)
-    assert torch.equal(cache.rows(), loaded)
+    assert all(each.landed() for each in both)
 
 
 def test_two_devices(accelerator: torch.device, options: dict[str, Any]) -> None:
     if torch.get_device_module(accelerator).device_count() < 2:
         pytest.skip("there is one device of this kind")
-    pairs = [pair(torch.device(accelerator.type, i), store=True) for i in range(2)]
-    expected = [wanted(*each, SRC, DST) for each in pairs]
-    moves = [copy_blocks(a.view, b.view, SRC, DST, **options) for a, b in pairs]
-    for moved, (_, dst), rows in zip(moves, pairs, expected, strict=True):
+    both = [pair(torch.device(accelerator.type, index), store=True) for index in range(2)]
+    for moved in [each.start(**options) for each in both]:
         moved.synchronize()
-        assert torch.equal(dst.rows(), rows)
+    assert all(each.landed() for each in both)
 
 
 @pytest.mark.parametrize("priority", [-1, 0])
 def test_a_stream_of_high_priority(
     accelerator: torch.device, priority: int, options: dict[str, Any]
 ) -> None:
-    src, dst = pair(accelerator, store=True)
-    expected = wanted(src, dst, SRC, DST)
-    stream = torch.Stream(accelerator, priority=priority)
-    copy_blocks(src.view, dst.view, SRC, DST, stream=stream, **options).synchronize()
-    assert torch.equal(dst.rows(), expected)
+    blocks = pair(accelerator, store=True)
+    blocks.start(stream=torch.Stream(accelerator, priority=priority), **options).synchronize()
+    assert blocks.landed()
 
 
 # What stops it, and what must not
 
 
-@pytest.mark.parametrize("store", [False, True])
+@STORE
 def test_cancelling(
     accelerator: torch.device, store: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(block_slices, "SLICE", 1)
-    src, dst = pair(accelerator, store)
-    before, after = dst.rows(), wanted(src, dst, SRC, DST)
-    moved = copy_blocks(src.view, dst.view, SRC, DST, max_gbps=BLOCK_BYTES / 5e8)
+    blocks = pair(accelerator, store)
+    rows = blocks.dst.rows()
+    moved = blocks.start(max_gbps=BLOCK_BYTES / 5e8)
     until(lambda: moved.statistics.blocks >= 2)
     assert moved.cancel()
     with pytest.raises(TransferCancelled):
         moved.synchronize()
-    blocks = moved.statistics.blocks
-    slots = dst.slots(DST[:blocks])
-    before[:, :, slots] = after[:, :, slots]
-    assert 2 <= blocks < 5
-    assert torch.equal(dst.rows(), before)
+    landed = moved.statistics.blocks
+    assert 2 <= landed < 5
+    slots = blocks.dst.slots(DST[:landed])
+    rows[:, :, slots] = blocks.expected[:, :, slots]
+    assert torch.equal(blocks.dst.rows(), rows)
 
 
 @pytest.mark.simdev
-@pytest.mark.parametrize("store", [False, True])
-@pytest.mark.parametrize("pin", [False, True], ids=["pageable", "pinned"])
+@STORE
+@PIN
 def test_as_much_is_under_way_in_one_slice_that_blocks_as_in_three(
     store: bool, pin: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(block_slices, "SLICE", BLOCK_BYTES)
-    src, dst = pair(simdev_cases.DEVICE, store, pin)
-    moved = copy_blocks(src.view, dst.view, SRC, DST, cancellable=True)
+    moved = pair(simdev_cases.DEVICE, store, pin).start(cancellable=True)
     moved.synchronize()
     assert WINDOW == 3
     assert moved.statistics.slices == (5 if pin else 2)  # of five blocks
 
 
-@pytest.mark.parametrize("store", [False, True])
-@pytest.mark.parametrize("pin", [False, True], ids=["pageable", "pinned"])
+@STORE
+@PIN
 def test_memory_that_everybody_forgets(
     accelerator: torch.device, store: bool, pin: bool, way: str
 ) -> None:
     """The views, the tensors and the handle go while bytes fly; a second copy shows what came."""
-    src, dst = pair(accelerator, store, pin)
-    through, back = dst, layered(accelerator) if store else block_first(pin=True)
-    rows = wanted(src, back, SRC, SRC)
+    first = pair(accelerator, store, pin)
+    back = layered(accelerator) if store else block_first(pin=True)
+    rows = wanted(first.src, back, SRC, SRC)
     settle(accelerator)
     stream = torch.Stream(accelerator)
     delay(stream)
-    moved = copy_blocks(src.view, dst.view, SRC, DST, stream=stream, **WAYS[way])
+    moved = first.start(stream=stream, **WAYS[way])
     if way not in ("at once", "by layer"):
         moved.wait()
-    second = copy_blocks(through.view, back.view, DST, SRC, stream=stream)
-    del moved, src, dst, through
+    second = copy_blocks(first.dst.view, back.view, DST, SRC, stream=stream)
+    del moved, first
     gc.collect()
     rubbish = [torch.zeros(1 << 12, dtype=torch.int16, pin_memory=pin) for _ in range(20)]
     rubbish += [torch.zeros(1 << 12, dtype=torch.int16, device=accelerator) for _ in range(20)]
@@ -210,12 +196,11 @@ def test_memory_that_everybody_forgets(
 
 
 def test_a_forgotten_transfer_in_slices_goes_on(accelerator: torch.device) -> None:
-    src, dst = pair(accelerator, store=True)
-    expected = wanted(src, dst, SRC, DST)
-    copy_blocks(src.view, dst.view, SRC, DST, cancellable=True)
-    del src
+    blocks = pair(accelerator, store=True)
+    blocks.start(cancellable=True)
+    del blocks.src
     gc.collect()
-    until(lambda: torch.equal(dst.rows(), expected))
+    until(blocks.landed)
 
 
 # Ids that cross the link: those of one call at once, and without the host waiting for it
@@ -237,39 +222,31 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.simdev
-@pytest.mark.parametrize("side", [False, True])
-@pytest.mark.parametrize("store", [False, True])
+@SIDE
 def test_ids_of_one_call_cross_together_and_keep_no_host_waiting(
-    store: bool, side: bool, way: str, sent: list[int]
+    side: bool, way: str, sent: list[int]
 ) -> None:
     device = simdev_cases.DEVICE
     for _ in range(2):
-        src, dst = layered(device), block_first(device)
-        (src, dst) = (src, dst) if store else (dst, src)
-        settle(device)
-        expected = wanted(src, dst, SRC, DST)
-        stream = torch.Stream(device) if side else None
+        blocks, stream = inside(device), torch.Stream(device) if side else None
         sent.clear()
         simdev.delay(current(device), 50)
-        moved = copy_blocks(src.view, dst.view, SRC, torch.tensor(DST), stream=stream, **WAYS[way])
+        moved = blocks.start(theirs=torch.tensor(DST), stream=stream, **WAYS[way])
         if way not in SLICED and "detached" not in way:
             assert sent == [10]
             assert not moved.done(), "the host waited for the stream"
         moved.synchronize()
-        assert torch.equal(dst.rows(), expected)
+        assert blocks.landed()
         assert sum(sent) == 10
 
 
 @pytest.mark.simdev
 def test_an_index_that_is_kept_is_not_sent_behind_a_stream(sent: list[int]) -> None:
     """It may be used on another stream next, which does not wait for this one."""
-    device = simdev_cases.DEVICE
-    src, dst = layered(device), block_first(device)
-    settle(device)
-    expected = wanted(src, dst, SRC, DST)
+    blocks = inside(simdev_cases.DEVICE)
     mine, theirs = Index(SRC, step=SIZE), Index(DST, step=SIZE)
-    assert not prepared.bring((mine, theirs), device, frozenset({torch.int64}))
-    for stream in (None, torch.Stream(device)):
-        copy_blocks(src.view, dst.view, mine, theirs, stream=stream).synchronize()
-        assert torch.equal(dst.rows(), expected)
+    assert not prepared.bring((mine, theirs), simdev_cases.DEVICE, frozenset({torch.int64}))
+    for stream in (None, torch.Stream(simdev_cases.DEVICE)):
+        blocks.start(mine, theirs, stream=stream).synchronize()
+        assert blocks.landed()
     assert not sent

@@ -23,10 +23,11 @@ from support.block_cases import (
     SRC,
     WAYS,
     Cache,
+    Pair,
     block_first,
+    inside,
     layered,
     pair,
-    wanted,
 )
 from support.device_cases import current, settle
 from support.guarded_memory import filled, refused, same, untouched
@@ -48,29 +49,28 @@ from portakv.errors import InvalidTerms
 pytestmark = pytest.mark.usefixtures("small_slices")
 
 
-def stream_on(device: torch.device, side: bool) -> torch.Stream | None:
-    return torch.Stream(device) if side and device.type != "cpu" else None
+STORE = pytest.mark.parametrize("store", [True, False], ids=["store", "load"])
 
 
 # The bytes
 
 
-@pytest.mark.parametrize("side", [False, True])
+@pytest.mark.parametrize("side", [False, True], ids=["current stream", "side stream"])
 @pytest.mark.parametrize("pin", [False, True], ids=["pageable", "pinned"])
-@pytest.mark.parametrize("store", [False, True])
+@STORE
 def test_every_byte_lands(
     device: torch.device, store: bool, pin: bool, side: bool, options: dict[str, Any]
 ) -> None:
-    src, dst = pair(device, store, pin)
-    expected, stream = wanted(src, dst, SRC, DST), stream_on(device, side)
-    before = None if stream is None else current(device)
-    with untouched(src.tensors):
-        moved = copy_blocks(src.view, dst.view, SRC, DST, stream=stream, **options)
-        assert stream is None or current(device) == before
+    blocks, host = pair(device, store, pin), device.type == "cpu"
+    before = None if host else current(device)
+    stream = torch.Stream(device) if side and not host else None
+    with untouched(blocks.src.tensors):
+        moved = blocks.start(stream=stream, **options)
+        assert host or current(device) == before
         moved.synchronize()
     assert isinstance(moved, BlockTransfer)
     assert moved.done()
-    assert torch.equal(dst.rows(), expected)
+    assert blocks.landed()
     found = moved.statistics
     assert (found.blocks, found.blocks_asked, found.nbytes) == (5, 5, 5 * BLOCK_BYTES)
     engines = {"cpu": {"reference"}, "cuda": {found.engine}}
@@ -83,12 +83,10 @@ def test_every_byte_lands(
 
 
 def test_inside_a_device(accelerator: torch.device, options: dict[str, Any]) -> None:
-    src, dst = layered(accelerator), block_first(accelerator)
-    settle(accelerator)
-    expected = wanted(src, dst, SRC, DST)
-    moved = copy_blocks(src.view, dst.view, SRC, DST, **options)
+    blocks = inside(accelerator)
+    moved = blocks.start(**options)
     moved.synchronize()
-    assert torch.equal(dst.rows(), expected)
+    assert blocks.landed()
     assert moved.statistics.seconds is not None
 
 
@@ -96,46 +94,41 @@ def test_blocks_of_another_size(device: torch.device, options: dict[str, Any]) -
     there = layered(device)
     here = block_first(blocks=BLOCKS // 2, size=2 * SIZE, pin=device.type != "cpu")
     settle(device)
-    expected = wanted(there, here, [5, 0, 7, 2], [3, 1])
-    copy_blocks(there.view, here.view, [5, 0, 7, 2], [3, 1], **options).synchronize()
-    assert torch.equal(here.rows(), expected)
-    expected = wanted(here, there, [3, 1], [5, 4, 1, 2])
-    copy_blocks(here.view, there.view, [3, 1], [5, 4, 1, 2], **options).synchronize()
-    assert torch.equal(there.rows(), expected)
+    for ends, ids in (((there, here), ([5, 0, 7, 2], [3, 1])), ((here, there), ([3], [5, 4]))):
+        blocks = Pair(*ends, *ids)
+        blocks.start(**options).synchronize()
+        assert blocks.landed()
 
 
 @pytest.mark.parametrize("kind", ["arrays", "on the device"])
-@pytest.mark.parametrize("store", [False, True])
+@STORE
 def test_skipped_blocks(
     device: torch.device, store: bool, kind: str, options: dict[str, Any]
 ) -> None:
-    mine, theirs = [5, -1, 7, 2, 3], [1, 6, 0, -3, 2]
-    src, dst = pair(device, store)
-    expected = wanted(src, dst, mine, theirs)
-    ids: Any = np.array(mine, np.int32), np.array(theirs, np.int64)
+    blocks = pair(device, store, True, [5, -1, 7, 2, 3], [1, 6, 0, -3, 2])
+    ids: Any = [np.array(one, dtype) for one, dtype in zip(blocks.ids, "il", strict=True)]
     if kind == "on the device":
         ids = [torch.from_numpy(one).to(device) for one in ids]
-    moved = copy_blocks(src.view, dst.view, *ids, **options)
+    moved = blocks.start(*ids, **options)
     moved.synchronize()
-    assert torch.equal(dst.rows(), expected)
+    assert blocks.landed()
     found = moved.statistics
     if kind == "arrays":
         assert (found.blocks, found.blocks_asked, found.nbytes) == (3, 3, 3 * BLOCK_BYTES)
 
 
-@pytest.mark.parametrize("store", [False, True])
+@STORE
 def test_bad_ids_on_the_device(accelerator: torch.device, store: bool, way: str) -> None:
-    src, dst = pair(accelerator, store)
-    expected = wanted(src, dst, [5, 2], [1, 4])
+    blocks = pair(accelerator, store, True, [5, 2], [1, 4])
     ids = torch.tensor([5, BLOCKS, 2], device=accelerator)
     if way not in SLICED:
-        moved = copy_blocks(src.view, dst.view, ids, [1, 3, 4], **WAYS[way])
+        moved = blocks.start(ids, [1, 3, 4], **WAYS[way])
         with pytest.raises(SlotError):
             moved.synchronize()
-        assert torch.equal(dst.rows(), expected)
+        assert blocks.landed()
     else:  # they are read before anything is issued
-        with refused(SlotError, "source", f"id {BLOCKS}", watch=dst.tensors):
-            copy_blocks(src.view, dst.view, ids, [1, 3, 4], **WAYS[way])
+        with refused(SlotError, "source", f"id {BLOCKS}", watch=blocks.dst.tensors):
+            blocks.start(ids, [1, 3, 4], **WAYS[way])
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -174,11 +167,11 @@ def test_opaque_pages(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
 
 def test_within_one_cache(options: dict[str, Any]) -> None:
     cache = layered()
-    expected = wanted(cache, cache, [5, 0, 7], [1, 6, 2])
-    copy_blocks(cache.view, cache.view, [5, 0, 7], [1, 6, 2], **options).synchronize()
-    assert torch.equal(cache.rows(), expected)
+    blocks = Pair(cache, cache, [5, 0, 7], [1, 6, 2])
+    blocks.start(**options).synchronize()
+    assert blocks.landed()
     with refused(SlotError, "both source and destination", watch=cache.tensors):
-        copy_blocks(cache.view, cache.view, [5, 0, 7], [1, 5, 2], **options)
+        blocks.start(theirs=[1, 5, 2], **options)
 
 
 def test_nothing_to_move(options: dict[str, Any]) -> None:
@@ -199,7 +192,7 @@ def test_nothing_to_move(options: dict[str, Any]) -> None:
 
 def test_layers_and_slices(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_slices, "SLICE", 2 * BLOCK_BYTES)
-    transfer = copy_blocks(layered().view, layered().view, SRC, DST, **options)
+    transfer = Pair(layered(), layered()).start(**options)
     assert transfer.statistics.blocks_asked == 5
     if "by_layer" in options:  # a layer of all five blocks is smaller than a slice
         slices = LAYERS
@@ -217,7 +210,7 @@ def test_layers_and_slices(options: dict[str, Any], monkeypatch: pytest.MonkeyPa
 
 
 def test_statistics_before_the_end_of_a_transfer_that_nobody_asked() -> None:
-    transfer = copy_blocks(layered().view, layered().view, SRC, DST, cancellable=True)
+    transfer = Pair(layered(), layered()).start(cancellable=True)
     found = transfer.statistics
     while found.seconds is None:
         assert found.gbps is None
@@ -227,7 +220,7 @@ def test_statistics_before_the_end_of_a_transfer_that_nobody_asked() -> None:
 
 @pytest.mark.parametrize("way", ["at once", "by layer"])
 def test_a_transfer_that_was_issued_at_once_cannot_be_cancelled(way: str) -> None:
-    transfer = copy_blocks(layered().view, layered().view, SRC, DST, **WAYS[way])
+    transfer = Pair(layered(), layered()).start(**WAYS[way])
     assert not transfer.cancel()
     assert not transfer.cancelled
     transfer.synchronize()
@@ -245,29 +238,29 @@ def test_memory_is_held_until_the_end_and_no_longer(options: dict[str, Any]) -> 
     assert (transfer.statistics.blocks, transfer.statistics.engine) == (5, "reference")
 
 
+@STORE
 @pytest.mark.parametrize("name", ["staged", "descriptors", "direct", "host"])
 @pytest.mark.parametrize("terms", [{}, {"max_thread_blocks": 2}, {"max_gbps": 1.0}], ids=str)
-def test_an_engine_by_its_name(accelerator: torch.device, name: str, terms: dict[str, Any]) -> None:
+def test_an_engine_by_its_name(
+    accelerator: torch.device, name: str, terms: dict[str, Any], store: bool
+) -> None:
     if name == "direct" and accelerator.type != "cuda":
         pytest.skip("no kernel of this device reads host memory")
-    for store in (False, True):
-        src, dst = pair(accelerator, store)
-        expected = wanted(src, dst, SRC, DST)
-        moved = copy_blocks(src.view, dst.view, SRC, DST, backend=name, **terms)
-        moved.synchronize()
-        assert torch.equal(dst.rows(), expected)
-        assert name in ("host", moved.statistics.engine)
+    blocks = pair(accelerator, store)
+    moved = blocks.start(backend=name, **terms)
+    moved.synchronize()
+    assert blocks.landed()
+    assert name in ("host", moved.statistics.engine)
 
 
 @pytest.mark.parametrize("terms", [{"overlap": "idle"}, {"max_thread_blocks": 2}], ids=str)
 def test_terms_that_let_kernels_cross_the_link(device: torch.device, terms: dict[str, Any]) -> None:
     if device.type == "cpu" and "max_thread_blocks" in terms:
         pytest.skip("there is no kernel to limit")
-    src, dst = pair(device, store=True)
-    expected = wanted(src, dst, SRC, DST)
-    moved = copy_blocks(src.view, dst.view, SRC, DST, **terms)
+    blocks = pair(device, store=True)
+    moved = blocks.start(**terms)
     moved.synchronize()
-    assert torch.equal(dst.rows(), expected)
+    assert blocks.landed()
     assert moved.statistics.why
 
 
@@ -352,19 +345,18 @@ def test_terms_that_nobody_can_keep(terms: dict[str, Any], words: str) -> None:
 
 
 def test_limits_where_no_kernel_reads_host_memory(accelerator: torch.device) -> None:
-    src, dst = layered(accelerator), layered(accelerator)
-    with refused(Unsupported, "max_thread_blocks=4", "host memory", watch=dst.tensors):
-        copy_blocks(src.view, dst.view, SRC, DST, max_thread_blocks=4)
+    blocks = inside(accelerator)
+    with refused(Unsupported, "max_thread_blocks=4", "host memory", watch=blocks.dst.tensors):
+        blocks.start(max_thread_blocks=4)
 
 
 def test_streams_and_caches_of_other_devices(accelerator: torch.device, way: str) -> None:
-    src, dst = pair(accelerator, store=True)
     here, name = layered(), str(accelerator)
     with refused(DeviceMismatch, "cpu", name, "stream", watch=here.tensors):
-        copy_blocks(here.view, here.view, [0], [1], stream=torch.Stream(accelerator), **WAYS[way])
+        Pair(here, here).start(stream=torch.Stream(accelerator), **WAYS[way])
     if torch.get_device_module(accelerator).device_count() > 1:
-        other = torch.device(accelerator.type, 1)
-        with refused(DeviceMismatch, name, str(other), "stream", watch=dst.tensors):
-            copy_blocks(src.view, dst.view, SRC, DST, stream=torch.Stream(other), **WAYS[way])
-        with refused(DeviceMismatch, name, str(other), watch=dst.tensors):
-            copy_blocks(src.view, layered(other).view, SRC, DST, **WAYS[way])
+        other, blocks = torch.device(accelerator.type, 1), pair(accelerator, store=True)
+        with refused(DeviceMismatch, name, str(other), "stream", watch=blocks.dst.tensors):
+            blocks.start(stream=torch.Stream(other), **WAYS[way])
+        with refused(DeviceMismatch, name, str(other), watch=blocks.dst.tensors):
+            Pair(blocks.src, layered(other)).start(**WAYS[way])

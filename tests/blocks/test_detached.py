@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support import simdev_cases
-from support.block_cases import BLOCKS, SIZE, Cache, block_first, layered, wanted
+from support.block_cases import BLOCKS, SIZE, block_first, layered, pair, wanted
 from support.device_cases import current, delay, on, settle
 from support.engine_cases import broken_at, full
 from support.engine_cases import small_slices as small_mirrors
@@ -36,20 +36,15 @@ class Pairs:
     """Sources and destinations with nothing under way, and what is to land."""
 
     def __init__(self, device: torch.device, downward: bool, number: int = MANY) -> None:
-        found = [(layered(device), block_first(pin=True)) for _ in range(number)]
+        self.each = [pair(device, downward, True, IDS, IDS[::-1]) for _ in range(number)]
         settle(device)
-        self.caches = found if downward else [(here, there) for there, here in found]
-        self.rows = [wanted(src, dst, IDS, IDS[::-1]) for src, dst in self.caches]
 
     def started(self, **options: Any) -> list[Any]:
         """All of them, none waited for."""
-        asked = {**DETACHED, **options}
-        pairs = self.caches
-        return [copy_blocks(src.view, dst.view, IDS, IDS[::-1], **asked) for src, dst in pairs]
+        return [blocks.start(**{**DETACHED, **options}) for blocks in self.each]
 
     def landed(self) -> bool:
-        found = [dst.rows() for _, dst in self.caches]
-        return all(map(torch.equal, found, self.rows))
+        return all(blocks.landed() for blocks in self.each)
 
 
 def the_room() -> Staging:
@@ -126,21 +121,21 @@ def test_no_stream_waits_for_it_but_one_that_is_told_to(downward: bool, side: bo
 
 def test_a_reader_behind_the_handle_sees_the_bytes(accelerator: torch.device) -> None:
     for _ in range(5):
-        pairs = Pairs(accelerator, False, 1)
+        pairs, reader = Pairs(accelerator, False, 1), torch.Stream(accelerator)
         (moved,) = pairs.started()
-        reader = torch.Stream(accelerator)
         with on(reader):
             moved.wait()
-            found = [cache.clone() for cache in pairs.caches[0][1].tensors]
+            found = [cache.clone() for cache in pairs.each[0].dst.tensors]
         reader.synchronize()
-        for copied, row in zip(found, pairs.rows[0], strict=True):
+        for copied, row in zip(found, pairs.each[0].expected, strict=True):
             assert torch.equal(copied.cpu().view(torch.int16).reshape(row.shape), row)
 
 
 @DOWNWARD
 def test_it_comes_behind_what_the_stream_held(accelerator: torch.device, downward: bool) -> None:
     for _ in range(5):
-        ((src, dst),) = Pairs(accelerator, downward, 1).caches
+        blocks = pair(accelerator, downward, True, IDS, IDS)
+        src, dst = blocks.src, blocks.dst
         fresh = layered(accelerator) if downward else block_first(pin=True)
         there = fresh.tensors if downward else fresh.tensors.to(accelerator)
         settle(accelerator)
@@ -152,7 +147,7 @@ def test_it_comes_behind_what_the_stream_held(accelerator: torch.device, downwar
                     layer.copy_(made)
             else:
                 src.tensors.copy_(there, non_blocking=True)
-        copy_blocks(src.view, dst.view, IDS, IDS, stream=stream, **DETACHED).synchronize()
+        blocks.start(stream=stream, **DETACHED).synchronize()
         assert torch.equal(dst.rows()[:, :, dst.slots(IDS)], fresh.rows()[:, :, fresh.slots(IDS)])
 
 
@@ -163,13 +158,12 @@ def test_larger_transfers_behind_smaller_ones_and_staging_given_back(
     """Mirrors grow, and go to others, while transfers through them are under way."""
     monkeypatch.setattr(staging, "_STREAMS", 1)
     pairs = Pairs(accelerator, downward)
-    for nth, (src, dst) in enumerate(pairs.caches):
+    for nth, blocks in enumerate(pairs.each):
         few = IDS[: 2 + nth % 7]
-        for ids in (few, IDS):
-            copy_blocks(src.view, dst.view, ids, [IDS[-1] - i for i in ids], **DETACHED)
+        blocks.start(few, [IDS[-1] - i for i in few], **DETACHED)
+        blocks.start(**DETACHED)
         if nth % 3 == 0:  # another stream takes the only staging that is kept
-            other = pairs.caches[nth - 1] if nth else Pairs(accelerator, downward, 1).caches[0]
-            copy_blocks(other[0].view, other[1].view, IDS, IDS[::-1], backend="staged")
+            pairs.each[nth - 1].start(backend="staged")
         rubbish = [
             torch.full((1 << 12,), 7, dtype=torch.int16, device=accelerator) for _ in range(4)
         ]
@@ -244,14 +238,14 @@ def test_memory_and_handles_that_everybody_forgets(
 ) -> None:
     for _ in range(3):
         pairs = Pairs(accelerator, downward)
-        kept: list[Cache] = [dst for _, dst in pairs.caches]
         pairs.started()
-        del pairs.caches
+        for blocks in pairs.each:
+            del blocks.src
         gc.collect()
         rubbish: list[Any] = [block_first(pin=True) for _ in range(4)]
         rubbish += [layered(accelerator) for _ in range(4)]
         settle(accelerator)
-        assert all(torch.equal(dst.rows(), row) for dst, row in zip(kept, pairs.rows, strict=True))
+        assert pairs.landed()
         del rubbish
 
 

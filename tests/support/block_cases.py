@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from portakv import KVView
+from portakv import BlockTransfer, KVView, copy_blocks
 from portakv.host import pinned
 from support.device_cases import settle
 from support.guarded_memory import filled
@@ -72,12 +72,38 @@ def block_first(
     return Cache(tensor, KVView(tensor, "block layer kv token head dim"), size)
 
 
-def pair(device: torch.device, store: bool, pin: bool = True) -> tuple[Cache, Cache]:
-    """A source and a destination in different layouts, one of them on the host; nothing of theirs
-    is under way."""
+class Pair:
+    """Two caches, blocks to copy from the first to the second, and what the second holds then."""
+
+    def __init__(
+        self, src: Cache, dst: Cache, mine: Sequence[int] = SRC, theirs: Sequence[int] = DST
+    ) -> None:
+        self.src, self.dst, self.ids = src, dst, (mine, theirs)
+        self.expected = wanted(src, dst, mine, theirs)
+
+    def start(self, mine: Any = None, theirs: Any = None, **options: Any) -> BlockTransfer:
+        """The transfer; its ids may be passed in another form."""
+        mine = self.ids[0] if mine is None else mine
+        theirs = self.ids[1] if theirs is None else theirs
+        return copy_blocks(self.src.view, self.dst.view, mine, theirs, **options)
+
+    def landed(self) -> bool:
+        """True where the destination holds what it should."""
+        return torch.equal(self.dst.rows(), self.expected)
+
+
+def pair(device: torch.device, store: bool, pin: bool = True, *ids: Sequence[int]) -> Pair:
+    """Caches of a device and of the host in different layouts, with nothing under way."""
     there, here = layered(device), block_first(pin=pin and device.type != "cpu")
     settle(device)
-    return (there, here) if store else (here, there)
+    return Pair(there, here, *ids) if store else Pair(here, there, *ids)
+
+
+def inside(device: torch.device) -> Pair:
+    """Caches of a device in different layouts, with nothing under way."""
+    there, here = layered(device), block_first(device)
+    settle(device)
+    return Pair(there, here)
 
 
 def _placed(tensor: torch.Tensor, pin: bool) -> torch.Tensor:
