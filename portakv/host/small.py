@@ -30,8 +30,14 @@ import torch
 
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError
 from portakv.host import _small_ways as ways
-from portakv.host._packed_ints import TORCH_DTYPES, Values, as_array, numpy_dtype
-from portakv.host._small_ways import INLINE_BYTES, Way
+from portakv.host._small_ways import (
+    INLINE_BYTES,
+    TORCH_DTYPES,
+    Values,
+    Way,
+    as_array,
+    numpy_dtype,
+)
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import streams
 from portakv.runtime.bounded import Bounded

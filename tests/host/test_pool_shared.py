@@ -17,7 +17,7 @@ from support.guarded_memory import refused
 from support.pool_processes import SIZE, Child, holder, unused_name
 
 from portakv.errors import SlotError
-from portakv.host import _shared_file, _shared_members, shared
+from portakv.host import _shared_file, shared
 from portakv.host.pinned import HostMemoryError
 from portakv.host.shared import PoolExhausted, SharedPool
 
@@ -199,10 +199,10 @@ def test_one_process_more_than_there_is_room_for(
         pids: Any = pool._file.members._table["pid"]
         dead = np.flatnonzero(pids == 0)
         pids[dead] = 2**40  # no process
-        pool._file.members._table["space"][dead] = _shared_members._space()
+        pool._file.members._table["space"][dead] = _shared_file._space()
         with SharedPool(name):
             assert len(pool._file.members.attached()) == 2
-        monkeypatch.setattr(_shared_members.Members, "join", lambda *_: False)
+        monkeypatch.setattr(_shared_file.Members, "join", lambda *_: False)
         with pytest.raises(HostMemoryError, match="one process more than the 128"):
             SharedPool(name)
 
@@ -270,7 +270,7 @@ def test_a_process_killed_while_it_makes_the_file(name: str) -> None:
 def test_one_that_lives_and_holds_the_tables_is_told_of(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_shared_members, "_PATIENCE", 0.05)
+    monkeypatch.setattr(_shared_file, "_PATIENCE", 0.05)
     with SharedPool(name, SIZE, 1) as pool, SharedPool(name) as other:
         with other._file.locks.exclusive(), pytest.raises(HostMemoryError, match="may be stopped"):
             pool.acquire()
@@ -360,8 +360,8 @@ def test_the_dead_of_another_container_are_buried_later(
     with SharedPool(name, SIZE, 1) as pool:
         child = holder(name, 1, 1)
         child.told()
-        monkeypatch.setattr(_shared_members, "_space", lambda: -1)
-        monkeypatch.setattr(_shared_members, "_GRACE", 0.1)
+        monkeypatch.setattr(_shared_file, "_space", lambda: -1)
+        monkeypatch.setattr(_shared_file, "_GRACE", 0.1)
         assert pool.reclaim() == []
         child.kill()
         assert pool.reclaim() == []  # its device may still write

@@ -29,8 +29,7 @@ from support.small_cases import (
 
 from portakv import BackendUnavailable, LayoutError, Unsupported
 from portakv.host import _small_ways
-from portakv.host._packed_ints import PackedInts
-from portakv.host._small_ways import INLINE_BYTES
+from portakv.host._small_ways import INLINE_BYTES, PackedInts
 from portakv.host.small import SmallCopy, choose, to_device
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import nvrtc
