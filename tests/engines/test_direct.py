@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import struct
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,8 +14,9 @@ import torch
 from support.cuda_cases import COPIES, Copy, by, chunk, objects, pool
 from support.direct_on_cpu import CPU, DirectOnCpu, Driver, installed, why_not
 from support.guarded_memory import refused, same
+from support.threads import run_threads
 
-from portakv import CopyPlan, Index, TransferError, Unsupported
+from portakv import CopyPlan, TransferError, Unsupported
 from portakv.backends.base import Decision, Launch
 from portakv.engines import direct
 from portakv.engines.direct import BLOCKS, CUT, Cut, Direct, DirectKernel
@@ -41,37 +41,27 @@ def between(copied: Copy, src: str, dst: str) -> CopyPlan:
 def test_devices_that_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Direct.probe(CPU).reason == "it copies between a device and the host"
     other = Direct.probe(torch.device("xpu", 0))
-    assert (other.accepted, other.name) == (False, "direct")
-    assert other.reason == "the CUDA driver does not serve xpu devices"
+    assert other == Decision("direct", False, "the CUDA driver does not serve xpu devices")
     monkeypatch.setattr(_cuda_driver, "why_not", lambda device: "update the driver")
     assert Direct.probe(CUDA).reason == "update the driver"
-
-
-def test_a_device_that_the_compiler_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    why = "Compute capability 6.0 was asked"
     monkeypatch.setattr(_cuda_driver, "why_not", lambda device: None)
-    monkeypatch.setattr(_cuda_driver, "device_too_old", lambda device: why)
-    assert Direct.probe(CUDA) == Decision("direct", False, why)
+    monkeypatch.setattr(_cuda_driver, "device_too_old", lambda device: "capability 6.0")
+    assert Direct.probe(CUDA) == Decision("direct", False, "capability 6.0")
     monkeypatch.setattr(_cuda_driver, "device_too_old", lambda device: None)
     assert Direct.probe(CUDA).accepted
 
 
-def test_plans_by_their_places() -> None:
+def test_plans_by_their_places_and_narrow_vectors_are_told() -> None:
     engine = Direct(CUDA)
     for src, dst in (("device", "pinned"), ("pinned", "device")):
-        assert engine.check(between(COPIES["gather"](), src, dst)).accepted
+        wide = engine.check(between(COPIES["gather"](), src, dst))
+        assert wide == Decision("direct", True, "takes the plan")
+        narrow = engine.check(between(COPIES["rows at an odd address"](), src, dst))
+        told = "takes the plan, in vectors of 1 B: only 16 B fill the link"
+        assert narrow == Decision("direct", True, told)
     for src, dst in (("device", "device"), ("pageable", "device"), ("device", "pageable")):
         decision = engine.check(between(COPIES["gather"](), src, dst))
         assert decision.reason == f"it does not copy from {src} to {dst} memory"
-
-
-def test_narrow_vectors_are_told() -> None:
-    engine = Direct(CUDA)
-    wide = engine.check(between(COPIES["gather"](), "device", "pinned"))
-    narrow = engine.check(between(COPIES["rows at an odd address"](), "device", "pinned"))
-    assert wide == Decision("direct", True, "takes the plan")
-    assert narrow.accepted
-    assert narrow.reason == "takes the plan, in vectors of 1 B: only 16 B fill the link"
 
 
 def test_what_it_claims() -> None:
@@ -151,30 +141,23 @@ def test_threads_do_not_share_arguments(driver: Driver) -> None:
     """One launch, many threads, each with memory of its own."""
     copies = [COPIES["gather"]() for _ in range(4)]
     prepared = DirectOnCpu(CPU).prepare(copies[0].plan())
-    together, wrong = threading.Barrier(4), []
 
     def work(copied: Copy) -> None:
-        views = (copied.src.view(), copied.dst.view())
-        ids, wanted = copied.src.index(), copied.dst.tensors.clone()
+        _run(prepared, copied)
+        wanted = copied.dst.tensors.clone()
         for layer, cache in enumerate(copied.src.tensors):
             for position, slot in enumerate(copied.src.ids or []):
-                if slot >= 0:
-                    wanted[:, layer, position] = cache[:, slot // 4, slot % 4].flatten(1)
-        together.wait()
+                if slot >= 0:  # else it is as it was
+                    rows = cache[:, slot // 4, slot % 4].flatten(1)
+                    assert same(wanted[:, layer, position], rows)
         for _ in range(50):
             copied.dst.tensors.zero_()
+            _run(prepared, copied)
             kept = wanted.clone()
             kept[:, :, 2] = 0  # its id is negative
-            prepared(*views, ids, Index(), copied.count, None, None)
-            if not same(copied.dst.tensors, kept):
-                wrong.append(copied)
+            assert same(copied.dst.tensors, kept)
 
-    threads = [threading.Thread(target=work, args=(copied,)) for copied in copies]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    run_threads(work, copies)
 
 
 # Graph capture

@@ -85,7 +85,7 @@ def test_the_kernel_is_clean_under_sanitizers() -> None:
     some = "bad or several or blocks or objects or split or part"
     words = ["-q", "-p", "no:cacheprovider", "-k", f"({some}) and Stores and not seeded"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *words, "testdirect.py"],
+        [sys.executable, "-m", "pytest", *words, "test_direct_kernel.py"],
         cwd=Path(__file__).parent, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
