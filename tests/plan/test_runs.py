@@ -11,46 +11,31 @@ from support.core_cases import HANDS, SLOTS, Hand, Mover, by_backend, by_runs, m
 from support.guarded_memory import filled, same
 
 from portakv import CopyPlan, Index, KVView, PortaKVError, SlotError, copy_rows
-from portakv.plan.runs import Runs
 
 
-def plan_for(src: KVView, dst: KVView, mine: Index, theirs: Index, unit: int | None = None) -> Runs:
-    return CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step, unit).runs(
-        src, dst, mine, theirs, SLOTS if mine.length is None else mine.length
-    )
+def indices(hand: Hand, by: str, ids: list[int]) -> Index:
+    """Slots, or a block table in any order for what is paged, else consecutive slots."""
+    if by == "slots":
+        return Index(ids)
+    blocks = torch.arange(SLOTS // hand.block).flip(0).roll(1) if hand.block else None
+    return Index(blocks, step=hand.block or 1)
 
 
+@pytest.mark.parametrize("by", ["slots", "blocks"])
 @pytest.mark.parametrize("src", HANDS, ids=lambda hand: hand.layout)
 @pytest.mark.parametrize("dst", HANDS, ids=lambda hand: hand.layout)
-def test_runs_between_any_two_layouts_are_what_plain_indexing_does(src: Hand, dst: Hand) -> None:
+def test_runs_between_any_two_layouts(src: Hand, dst: Hand, by: str) -> None:
     source, target = src.make(1), dst.make(2)
-    mine = torch.tensor([11, 0, -1, 6, 5, 7, 3])
-    theirs = torch.tensor([2, 3, 8, -5, 0, 11, 7], dtype=torch.int32)
-    expected = dst.rows(target).clone()
-    moved = (mine >= 0) & (theirs >= 0)
-    expected[:, :, theirs[moved].long()] = src.rows(source)[:, :, mine[moved]]
-    move(plan_for(src.view(source), dst.view(target), Index(mine), Index(theirs)))
-    assert torch.equal(dst.rows(target), expected)
-
-
-@pytest.mark.parametrize("src", HANDS, ids=lambda hand: hand.layout)
-@pytest.mark.parametrize("dst", HANDS, ids=lambda hand: hand.layout)
-def test_runs_of_whole_blocks_and_of_everything(src: Hand, dst: Hand) -> None:
-    """Block tables on the paged sides (in any order), consecutive slots on the others."""
-    source, target = src.make(3), dst.make(4)
-    order = {n: torch.arange(n).flip(0).roll(1) for n in (2, 3, 6, 12)}
-    indices: list[Index] = []
-    slots: list[torch.Tensor] = []
-    for hand in (src, dst):
-        blocks = order[SLOTS // hand.block] if hand.block else None
-        index = Index(blocks, step=hand.block or 1)
-        indices.append(index)
-        slots.append(torch.from_numpy(index.slots(SLOTS)))
-    expected = dst.rows(target).clone()
-    expected[:, :, slots[1]] = src.rows(source)[:, :, slots[0]]
     first, second = src.view(source), dst.view(target)
-    plan = CopyPlan(first.form, second.form, indices[0].plan_step, indices[1].plan_step)
-    move(plan.runs(first, second, indices[0], indices[1], SLOTS))
+    mine = indices(src, by, [11, 0, -1, 6, 5, 7, 3])
+    theirs = indices(dst, by, [2, 3, 8, -5, 0, 11, 7])
+    count = 7 if by == "slots" else SLOTS
+    read, written = (torch.from_numpy(index.slots(count)) for index in (mine, theirs))
+    moved = (read >= 0) & (written >= 0)
+    expected = dst.rows(target)
+    expected[:, :, written[moved]] = src.rows(source)[:, :, read[moved]]
+    plan = CopyPlan(first.form, second.form, mine.plan_step, theirs.plan_step)
+    move(plan.runs(first, second, mine, theirs, count))
     assert torch.equal(dst.rows(target), expected)
 
 
