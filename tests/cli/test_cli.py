@@ -17,10 +17,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 from support.command_line import Absent, Shy, registered, run, run_json
+from support.small_backends import small_backend
 
 import portakv
-from portakv.backends.base import Launch
-from portakv.backends.reference import Reference
 from portakv.cli import main
 from portakv.layout.picture import draw
 from portakv.layout.presets import PRESETS
@@ -145,9 +144,9 @@ def fresh(words: list[str], **environment: str) -> subprocess.Popen[str]:
 
 def test_the_help_imports_no_extra_and_no_demo() -> None:
     code = (
-        "import sys; from portakv.cli import main; main([]);"
-        "found = {'rich', 'transformers', 'matplotlib', 'portakv.cli.demo', 'portakv_benchmarks'};"
-        "sys.exit(str(found & set(sys.modules)) if found & set(sys.modules) else 0)"
+        "import sys; from portakv.cli import main; main([]); sys.exit(' '.join({'rich', "
+        "'transformers', 'matplotlib', 'portakv.cli.demo', 'portakv_benchmarks'} & set(sys.modules)"
+        ") or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
@@ -196,33 +195,22 @@ def test_backends_as_json() -> None:
     assert list(cpu["candidates"][-1]) == ["name", "accepted", "chosen", "reason", "verified"]
 
 
+def wipe(view: portakv.KVView) -> None:
+    view.owners[0].view(torch.uint8).zero_()
+
+
 @pytest.mark.usefixtures("either")
 def test_backends_tell_why_not_the_others() -> None:
-    with registered(absent=Absent, broken="no_such_package_anywhere:Class", shy=Shy):
-        _, out, _ = run("backends")
-        answers = {
-            line.split()[0]: line.split()[1] for line in out.splitlines() if len(line.split()) > 1
-        }
-        assert answers["absent"] == answers["broken"] == "rejected"
-        assert (answers["shy"], answers["reference"]) == ("chosen", "accepted")
-        text = " ".join(out.split())
-        assert "its driver [v2] is not installed" in text  # and no brackets are taken for markup
-        assert "No module named 'no_such_package_anywhere'" in text
-
-
-def test_a_backend_whose_self_check_fails_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wrong(Reference):
-        name = "wrong"
-
-        def prepare(self, plan: portakv.CopyPlan) -> Launch:
-            return lambda *_: None  # moves nothing
-
-    with registered(wrong=Wrong):
-        cpu = run_json("backends")["devices"][0]
-        assert cpu["chosen"] == "reference"
-        wrong = next(c for c in cpu["candidates"] if c["name"] == "wrong")
-        assert not wrong["accepted"]
-        assert "its self-check failed" in wrong["reason"]
+    missing, wrong = "no_such_package_anywhere:Class", small_backend("wrong", spoil=wipe)
+    with registered(absent=Absent, broken=missing, wrong=wrong, shy=Shy):
+        out = run("backends").out
+    found = dict(line.split()[:2] for line in out.splitlines() if len(line.split()) > 1)
+    names = ["absent", "broken", "wrong", "shy", "reference"]
+    assert [found[name] for name in names] == [*["rejected"] * 3, "chosen", "accepted"]
+    text = " ".join(out.split())
+    assert "its driver [v2] is not installed" in text  # and no brackets are taken for markup
+    assert "No module named 'no_such_package_anywhere'" in text
+    assert "its self-check failed" in text
 
 
 def test_backends_of_a_device_that_is_not_here() -> None:
@@ -257,13 +245,6 @@ def test_backends_under_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None
     assert [name for name, _ in answers[1:]] == REGISTRY.names()
 
 
-def test_a_name_that_was_asked_in_vain_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PORTAKV_BACKEND", "shy")
-    assert run("backends")[0] == 1
-    with registered(shy=Shy):
-        assert run_json("backends")["devices"][0]["chosen"] == "shy"
-
-
 # portakv layouts
 
 
@@ -290,12 +271,11 @@ def test_layouts_show_every_name_whole(columns: int, monkeypatch: pytest.MonkeyP
 
 
 def test_layouts_as_json() -> None:
-    found = run_json("layouts")
-    assert list(found) == ["layouts"]
-    assert [row["name"] for row in found["layouts"]] == list(PRESETS)
-    for row in found["layouts"]:
-        assert list(row) == ["name", "layout", "engine", "releases", "extents", "memory", "note"]
-    split = next(row for row in found["layouts"] if row["name"] == "vllm-dsa-split")
+    rows = run_json("layouts")["layouts"]
+    assert [row["name"] for row in rows] == list(PRESETS)
+    fields = ["name", "layout", "engine", "releases", "extents", "memory", "note"]
+    assert all(list(row) == fields for row in rows)
+    split = next(row for row in rows if row["name"] == "vllm-dsa-split")
     assert split["extents"] == {"kv": 2, "dim": [128, 4]}
 
 
@@ -311,19 +291,15 @@ def test_one_layout() -> None:
     assert out.endswith(f"\n{draw(preset.layout)}\n")
 
 
-def test_one_layout_as_json() -> None:
-    found = run_json("layouts", "chunk-2ltd")
-    assert found["picture"] == draw(PRESETS["chunk-2ltd"].layout)
-    assert found["same_layout"] == ["chunk-2ltd-mla"]
-    assert (found["name"], found["engine"]) == ("chunk-2ltd", PRESETS["chunk-2ltd"].engine)
-
-
 @pytest.mark.usefixtures("either")
 def test_a_string_gets_its_picture() -> None:
-    text = "layer token kv (head dim)"
+    text, preset = "layer token kv (head dim)", PRESETS["chunk-2ltd"]
     assert run("layouts", text)[1].endswith(f"\n{draw(text)}\n")
     found = run_json("layouts", text)
     assert (found["name"], found["layout"], found["same_layout"]) == (None, text, [])
+    found = run_json("layouts", preset.name)
+    assert (found["picture"], found["same_layout"]) == (draw(preset.layout), ["chunk-2ltd-mla"])
+    assert (found["name"], found["engine"]) == (preset.name, preset.engine)
 
 
 # portakv demo and portakv bench

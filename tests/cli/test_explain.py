@@ -127,7 +127,7 @@ def test_explain_tells_who_refused_the_plan() -> None:
     assert answers["shy"] == (False, False, narrow)
     assert answers["absent"] == (False, False, "its driver [v2] is not installed")
     assert answers["late"][:2] == (False, False)
-    assert "its module does not load" in answers["late"][2]  # refused by prepare
+    assert "prepare dislikes it" in answers["late"][2]  # refused by prepare
     assert answers["reference"][:2] == (True, True)
     assert narrow in text
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of torch that an engine may have changed before it calls the library."""
+"""The settings of torch that an engine may have changed before it calls the library, and every kind
+of call judged on caches that were made before."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from portakv import AdaptiveConnector, Index, KVView, copy_blocks, copy_rows
 
 State = Callable[[torch.device], AbstractContextManager[object]]
 
@@ -59,3 +62,79 @@ STATES: dict[str, State] = {
     ),
     "warnings as errors": _warnings_as_errors,
 }
+
+LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 6, 4, 2, 8
+
+SLOTS = BLOCKS * SIZE
+
+LAYOUT = "layer | kv block token head dim"
+
+
+def values(*shape: int, place: torch.device | str, first: int = 0) -> torch.Tensor:
+    """Distinct int16, in memory on ``place``."""
+    count = int(torch.Size(shape).numel())
+    numbers = torch.arange(first, first + count, dtype=torch.int64, device="cpu")
+    return (numbers % 32749).to(torch.int16).view(shape).to(place)
+
+
+def rows(caches: list[torch.Tensor]) -> torch.Tensor:
+    """``[layer, kv, slot, head * dim]`` on the host."""
+    return torch.stack([cache.cpu().view(2, SLOTS, HEADS * DIM) for cache in caches])
+
+
+class Scene:
+    """Caches, a chunk and ids on a device and on the host, made before the state begins."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        shape = (2, BLOCKS, SIZE, HEADS, DIM)
+        self.caches = [values(*shape, place=device, first=997 * i) for i in range(LAYERS)]
+        self.empty = [torch.zeros(shape, dtype=torch.int16, device=device) for _ in range(LAYERS)]
+        host = [torch.zeros(shape, dtype=torch.int16, device="cpu") for _ in range(LAYERS)]
+        self.host = [one.pin_memory() for one in host] if device.type != "cpu" else host
+        self.slots = torch.tensor([9, 2, 17, 6, 0, 23], dtype=torch.int64, device="cpu")
+        self.on_device = self.slots.to(device)
+        chunk = (2, LAYERS, len(self.slots), HEADS * DIM)
+        self.chunk = torch.zeros(chunk, dtype=torch.int16, device=device)
+        self.wanted = rows(self.caches)
+        # numpy compares: torch's own functions are under the state as well.
+        self.gathered = self.wanted[:, :, self.slots].transpose(0, 1).numpy()
+
+    def check(self) -> None:
+        """Move everything, by everything that moves, and compare each byte."""
+        connector = AdaptiveConnector(self.device)
+        connector.register_kv_caches(self.caches)
+        for slots in (self.slots, self.on_device, Index(self.slots), self.slots.tolist()):
+            self.chunk.zero_()
+            connector.from_gpu(self.chunk, None, slots).synchronize()
+            assert (self.chunk.cpu().numpy() == self.gathered).all()
+        halves = [self.chunk[:, :, :3].contiguous().zero_() for _ in range(2)]
+        connector.batched_from_gpu(halves, None, self.on_device, [0, 3], [3, 6]).synchronize()
+        for half, first in zip(halves, (0, 3), strict=True):
+            assert (half.cpu().numpy() == self.gathered[:, :, first : first + 3]).all()
+        other = AdaptiveConnector(self.device)
+        other.to_gpu(self.chunk, self.empty, self.on_device).synchronize()
+        src, dst = KVView(self.caches, LAYOUT), KVView(self.empty, LAYOUT)
+        copy_rows(src, dst, self.slots, self.on_device).synchronize()
+        for slot in self.slots.tolist():
+            landed = [one.cpu().numpy().reshape(2, SLOTS, -1)[:, slot] for one in self.empty]
+            assert (self.wanted[:, :, slot].numpy() == landed).all()
+        copy_blocks(src, dst, [0, 5, 3], [5, 1, 0]).synchronize()
+        copy_blocks(src, dst, [2, 1, 4], [2, 3, 4], by_layer=True).synchronize()
+        self.check_blocks(self.empty, {5: 0, 1: 5, 0: 3, 2: 2, 3: 1, 4: 4})
+        host = KVView(self.host, LAYOUT)
+        copy_blocks(src, host, [0, 1], [4, 5]).synchronize()
+        copy_blocks(src, host, [2, 3], [1, 0], cancellable=True).synchronize()
+        self.check_blocks(self.host, {4: 0, 5: 1, 1: 2, 0: 3})
+        copy_blocks(host, dst, [4, 5], [0, 1]).synchronize()
+        self.check_blocks(self.empty, {0: 0, 1: 1, 5: 0})
+
+    def check_blocks(self, found: list[torch.Tensor], wanted: dict[int, int]) -> None:
+        for mine, theirs in zip(found, self.caches, strict=True):
+            for to, origin in wanted.items():
+                assert (mine.cpu().numpy()[:, to] == theirs.cpu().numpy()[:, origin]).all()
+
+
+def in_a_child() -> None:
+    torch.set_num_threads(1)  # a forked pool of threads never answers
+    Scene(torch.device("cpu")).check()

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from portakv import CopyPlan
-from portakv.backends.base import Backend, Capabilities, Decision, Launch
+from portakv.backends.base import Backend, Decision
 from portakv.backends.reference import Reference
 from portakv.cli import main
-from portakv.errors import Unsupported
 from portakv.registry.registry import REGISTRY, register_backend
+from support.small_backends import small_backend
 
 #: vLLM flash attention to the default chunk.
 FOUNDING = ("layer | kv block token head dim", "kv layer token (head dim)")
@@ -78,15 +77,6 @@ def registered(**backends: type[Backend] | str) -> Iterator[None]:
             REGISTRY.unregister(name)
 
 
-class Shy(Reference):
-    """Accepts a device, but only plans that 16-byte accesses suit."""
-
-    name = "shy"
-
-    def capabilities(self) -> Capabilities:
-        return Capabilities(places=super().capabilities().places, alignment=16)
-
-
 class Absent(Reference):
     """Rejects every device."""
 
@@ -97,12 +87,7 @@ class Absent(Reference):
         return Decision(cls.name, False, "its driver [v2] is not installed")
 
 
-class Late(Reference):
-    """Takes a plan when asked, and refuses it when it comes to preparing."""
-
-    name = "late"
-
-    def prepare(self, plan: CopyPlan) -> Launch:
-        if plan.nests[0].run != 2 * 32 * 2:  # the self-check's
-            raise Unsupported("This plan", "its module does not load")
-        return super().prepare(plan)
+#: Accepts a device, but only plans that 16-byte accesses suit.
+Shy = small_backend("shy", alignment=16)
+#: Takes any plan when asked, and when it comes to preparing only the self-check's.
+Late = small_backend("late", refuses=lambda plan: plan.nests[0].run != 2 * 32 * 2)
