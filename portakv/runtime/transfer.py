@@ -60,9 +60,8 @@ class StatusWord:
 _BATCH = 64  # words allocated at once
 _CLEAR = bytes(8 * _BATCH)
 _free_words: deque[StatusWord] = deque()
-# Never freed: a launch may still write a word whose transfer was dropped.
-_batches: list[torch.Tensor] = []
-_batch_values: list[npt.NDArray[np.int64]] = []  # the same memory
+# Pinned memory, never freed: a launch may still write a word whose transfer was dropped.
+_batches: list[npt.NDArray[np.int64]] = []
 
 
 def acquire_word() -> StatusWord:
@@ -73,15 +72,14 @@ def acquire_word() -> StatusWord:
         with torch.inference_mode(False):  # a launch may write it by torch, in any mode
             batch = torch.zeros(_BATCH, dtype=torch.int64, device="cpu").pin_memory()
             words = [StatusWord(batch[i : i + 1]) for i in range(_BATCH)]
-        _batches.append(batch)
-        _batch_values.append(batch.numpy())
+        _batches.append(batch.numpy())
         _free_words.extend(words[1:])
         return words[0]
 
 
 def any_word_set() -> bool:
     """True if any status word in use does not hold 0; reads them all at once."""
-    for batch in _batch_values:  # noqa: SIM110 - every transfer asks; a generator is twice as dear
+    for batch in _batches:  # noqa: SIM110 - every transfer asks; a generator is twice as dear
         if batch.tobytes() != _CLEAR:
             return True
     return False

@@ -13,6 +13,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -72,6 +74,8 @@ class Worker(Generic[SliceT]):
         issued, landed: how many slices were issued so far, and how many landed before any that
             failed.
         carried: what carried the first slice out, as `Transfer.carried`.
+        cancelled: some slices are not moved because `cancel` was called.
+        ended: no slice is in flight and none will be.
         ended_at: when the last slice landed, by `time.perf_counter`; None before that.
     """
 
@@ -89,7 +93,7 @@ class Worker(Generic[SliceT]):
         # In a child of the process the thread does not exist, and its lock may be held for ever.
         self._process = this_process()
         self._change = threading.Condition()
-        self._cancelled = self._ended = self._gap = False
+        self.cancelled = self.ended = self._gap = False
         self._error: BaseException | None = None
         self.issued = self.landed = 0
         self.carried = NOTHING
@@ -108,16 +112,6 @@ class Worker(Generic[SliceT]):
             _running.discard(self)
             raise
 
-    @property
-    def cancelled(self) -> bool:
-        """True if some slices are not moved because `cancel` was called."""
-        return self._cancelled
-
-    @property
-    def ended(self) -> bool:
-        """True once no slice is in flight and none will be."""
-        return self._ended
-
     def cancel(self) -> bool:
         """Issue no further slice; False if none was left, or an error stopped it before."""
         if self._process.forked:
@@ -125,13 +119,13 @@ class Worker(Generic[SliceT]):
         with self._change:
             if self.issued == len(self.slices) or self._error is not None:
                 return False
-            self._cancelled = True
+            self.cancelled = True
             self._change.notify_all()
             return True
 
     def has_landed(self, slices: int) -> bool:
         """True once the first ``slices`` landed, or never will; never blocks."""
-        if self._ended or self._process.forked:
+        if self.ended or self._process.forked:
             return True
         # With all of them the thread has let go of the views as well.
         return self.landed >= slices and slices < len(self.slices)
@@ -152,7 +146,7 @@ class Worker(Generic[SliceT]):
                 "A transfer was asked for its end in a process that was forked while it ran; it "
                 "goes on in the parent. Ask there."
             )
-        if not self._ended:
+        if not self.ended:
             return None
         so_far = f"{self.landed} of {len(self.slices)} slices had landed"
         if self._error is None:
@@ -174,45 +168,40 @@ class Worker(Generic[SliceT]):
 
     def _run(self) -> None:
         in_flight: deque[Transfer] = deque()
-        error: BaseException | None = None
         try:
             assert self._inside is not None
             with self._inside():
-                error = self._issue_all(in_flight)
-        except BaseException as found:  # of the context: there is no caller above this thread
-            error = error or found
+                try:
+                    self._issue_all(in_flight)
+                except BaseException as error:
+                    self._fail(error)
+                while in_flight:
+                    self._land(in_flight)
+        except BaseException as error:  # of the context: there is no caller above this thread
+            self._fail(error)
         self._issue = self._inside = None
-        in_flight.clear()
         self.ended_at = time.perf_counter()
         with self._change:
-            self._error, self._ended = error, True
+            self.ended = True
             self._change.notify_all()
         _running.discard(self)
 
-    def _issue_all(self, in_flight: deque[Transfer]) -> BaseException | None:
-        """Issue and land everything; returns the first error."""
-        error: BaseException | None = None
-        try:
-            for piece in self.slices:
-                while len(in_flight) >= WINDOW:
-                    self._land(in_flight)
-                self._keep_rate(piece, in_flight)
-                if not self._claim():
-                    break
-                assert self._issue is not None
-                in_flight.append(self._issue(piece))
-                if self.carried is NOTHING:
-                    self.carried = in_flight[0].carried
-        except BaseException as found:
-            error = found
-            with self._change:
-                self._error = found
-        while in_flight:
-            try:
+    def _issue_all(self, in_flight: deque[Transfer]) -> None:
+        for piece in self.slices:
+            while len(in_flight) >= WINDOW:
                 self._land(in_flight)
-            except BaseException as found:
-                error = error or found
-        return error
+            self._keep_rate(piece, in_flight)
+            if not self._claim():
+                return
+            assert self._issue is not None
+            in_flight.append(self._issue(piece))
+            if self.carried is NOTHING:
+                self.carried = in_flight[0].carried
+
+    def _fail(self, error: BaseException) -> None:
+        """Note the error, if it is the first; no slice is issued after it."""
+        with self._change:
+            self._error = self._error or error
 
     def _keep_rate(self, piece: Slice, in_flight: deque[Transfer]) -> None:
         """Wait until a slice may start, or none must."""
@@ -224,12 +213,12 @@ class Worker(Generic[SliceT]):
             while in_flight:  # a caller that waits for a layer learns of it before the pause
                 self._land(in_flight)
             with self._change:
-                self._change.wait_for(lambda: self._cancelled, limit.left(start))
+                self._change.wait_for(lambda: self.cancelled, limit.left(start))
 
     def _claim(self) -> bool:
         """Take the next slice; False if it must not start."""
         with self._change:
-            if self._cancelled:
+            if self.cancelled or self._error is not None:
                 return False
             self.issued += 1
             return True
@@ -238,9 +227,9 @@ class Worker(Generic[SliceT]):
         """Wait for the oldest slice."""
         try:
             in_flight.popleft().synchronize()
-        except BaseException:
+        except BaseException as error:
             self._gap = True
-            raise
+            self._fail(error)
         with self._change:
             self.landed += not self._gap
             self._change.notify_all()
@@ -252,7 +241,10 @@ class Landing(Completion):
     __slots__ = ("_slices", "_worker")
 
     def __init__(self, worker: Worker[Any], slices: int, kept: Any = None) -> None:
-        super().__init__(None, (_Until(worker, slices),), kept=kept)
+        end: Any = SimpleNamespace(
+            done=partial(worker.has_landed, slices), wait=partial(worker.wait, slices)
+        )
+        super().__init__(None, (end,), kept=kept)
         self._worker, self._slices = worker, slices
 
     def wait(self, stream: torch.Stream | None) -> None:
@@ -266,19 +258,6 @@ class Landing(Completion):
         super()._settle()
         if self.error is None:
             self.error = self._worker.failure(self._slices)
-
-
-class _Until:
-    """A `Pending` that ends when the first slices of a worker have landed."""
-
-    def __init__(self, worker: Worker[Any], slices: int) -> None:
-        self._worker, self._slices = worker, slices
-
-    def done(self) -> bool:
-        return self._worker.has_landed(self._slices)
-
-    def wait(self) -> None:
-        self._worker.wait(self._slices)
 
 
 _running: set[Worker[Any]] = set()

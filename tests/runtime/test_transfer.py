@@ -58,7 +58,7 @@ def host_words(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = torch.zeros(64, dtype=torch.int64)
     made = [StatusWord(batch[i : i + 1]) for i in range(64)]
     monkeypatch.setattr(transfer, "_free_words", type(transfer._free_words)(made))
-    monkeypatch.setattr(transfer, "_batch_values", [batch.numpy()])
+    monkeypatch.setattr(transfer, "_batches", [batch.numpy()])
 
 
 def _troubled() -> bool:
@@ -273,7 +273,7 @@ def test_a_transfer_shows_what_is_known_of_it(later: Later) -> None:
 def test_words_and_events_are_made_under_any_settings(
     state: str, accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("_free_words", "_batches", "_batch_values"):
+    for name in ("_free_words", "_batches"):
         monkeypatch.setattr(transfer, name, type(getattr(transfer, name))())
     with STATES[state](accelerator):
         word = acquire_word()
