@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -347,9 +346,8 @@ def test_without_cuda_it_says_so() -> None:
     assert not any(map(is_available, (None, "cpu", "xpu", "nonsense")))
     why = _cuda_driver.why_not(torch.device("cuda", 0))
     assert why == "torch finds no usable CUDA device here"
-    why = _cuda_driver.why_not(torch.device("privateuseone", 0))
-    assert why is not None
-    assert re.fullmatch("the CUDA driver does not serve .* devices", why)
+    why = _cuda_driver.why_not(torch.device("xpu", 0))
+    assert why == "the CUDA driver does not serve xpu devices"
 
 
 # Inside graph capture
