@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: the verbs of `portakv`, one file for each.
+"""The command line: the verbs of `portakv`, most with a file of their own; `bench` and `conform`
+are handed to the packages that do them, which are imported only then.
 
 Exit codes: 0 all went well, 1 it did not (one sentence on standard error says why), 2 the command
 was not understood; `portakv conform` has more. With ``--json`` a verb writes one JSON value to
@@ -9,14 +10,16 @@ standard output, nothing else.
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import os
 import sys
 from collections.abc import Sequence
 
 from portakv import __version__
-from portakv.cli import backends, calibrate, delegated, explain, layouts, warmup
+from portakv.cli import backends, calibrate, explain, layouts, warmup
 from portakv.errors import PortaKVError
+from portakv.runtime.devices import usable_device
 
 _EPILOG = """\
 examples:
@@ -26,6 +29,12 @@ examples:
 
 PORTAKV_BACKEND=name forces a backend: it serves, or the command ends with an
 error that says what every candidate answered."""
+
+#: Verbs of other packages: the package, the extra that brings what it needs, and what it needs.
+_DELEGATED = {
+    "bench": ("portakv_benchmarks", "bench", ()),
+    "conform": ("portakv_conformance", "conformance", ("pytest", "hypothesis")),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,10 +68,8 @@ def _run(words: list[str]) -> int:
     if not words:
         parser.print_help()
         return 0
-    if words[0] == "bench":  # its words are not argparse's to judge here
-        return delegated.bench(words[1:])
-    if words[0] == "conform":
-        return delegated.conform(words[1:])
+    if words[0] in _DELEGATED:  # its words are not argparse's to judge here
+        return _delegate(words[0], words[1:])
     asked = parser.parse_args(words)
     code: int = asked.run(asked)
     return code
@@ -78,12 +85,56 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"portakv {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    delegated.add_demo(verbs)
-    backends.add_to(verbs)
-    explain.add_to(verbs)
-    layouts.add_to(verbs)
-    warmup.add_to(verbs)
-    calibrate.add_to(verbs)
-    delegated.add_conform(verbs)
-    delegated.add_bench(verbs)
+    demo = verbs.add_parser(
+        "demo",
+        help="move a model's KV cache out and back, and time the backends of this machine",
+        description="Moves the KV cache of a small Llama with random weights out of its paged "
+        "memory and back into other slots, with the next tokens unchanged; then checks and times "
+        "the backends that PortaKV chooses from here. Nothing is downloaded.",
+    )
+    demo.add_argument("--device", help="a torch device (default: the accelerator, else cpu)")
+    demo.add_argument("--json", action="store_true", help="print one JSON value")
+    demo.set_defaults(run=_demo)
+    for verb in (backends, explain, layouts, warmup, calibrate):
+        verb.add_to(verbs)
+    judged = "judge a backend by the conformance suite; see `portakv conform --help`"
+    verbs.add_parser("conform", help=judged, add_help=False)
+    measured = "measure backends on real models' shapes; see `portakv bench --help`"
+    verbs.add_parser("bench", help=measured, add_help=False)
     return parser
+
+
+def _demo(asked: argparse.Namespace) -> int:
+    # Its model part imports much more than any other verb needs.
+    from portakv.cli.demo import run_demo
+
+    device = None if asked.device is None else str(usable_device(asked.device))
+    return run_demo(device=device, json=asked.json)
+
+
+def _delegate(verb: str, words: list[str]) -> int:
+    """Hand the words behind a verb to its package; returns its exit code.
+
+    Where that, or a package that it needs, is not installed, 1; of `conform` 2, since 1 would say
+    that a backend failed.
+    """
+    package, extra, needed = _DELEGATED[verb]
+    try:
+        for name in needed:
+            importlib.import_module(name)
+        command = importlib.import_module(f"{package}.cli")
+    except ModuleNotFoundError as error:
+        missing = error.name or str(error)
+        if missing.partition(".")[0] == package:
+            why = (
+                f"`portakv {verb}` runs the package {package}, but this installation has no "
+                f"{missing}; install PortaKV again from a release or a clone that has it."
+            )
+        else:
+            why = (
+                f"`portakv {verb}` needs the package {missing!r}, which is not installed; "
+                f"`pip install 'portakv[{extra}]'` brings what it needs."
+            )
+        print(f"portakv: {why}", file=sys.stderr)
+        return 2 if verb == "conform" else 1
+    return int(command.main(words) or 0)

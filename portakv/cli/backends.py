@@ -10,7 +10,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -175,37 +175,32 @@ def candidates_for(device: torch.device | str) -> list[Candidate]:
 
 def candidates_for_plan(plan: CopyPlan, taken: Choice) -> list[Candidate]:
     """Every candidate's answer for a plan that ``taken`` carries out."""
-    device = taken.backend.device
     answers = {decision.name: decision for decision in taken.trace}
     found = []
-    for candidate in candidates_for(device):
-        known = answers.get(candidate.name)
-        if not candidate.accepted:
-            found.append(replace(candidate, chosen=False))
-        elif candidate.name == taken.name:
-            reason = f"{candidate.reason}; {taken.trace[-1].reason}"
-            found.append(replace(candidate, chosen=True, reason=reason))
-        elif known is not None:
-            found.append(Candidate(known.name, False, False, known.reason))
-        else:
-            found.append(_passed_over(candidate, plan, taken))
+    for candidate in candidates_for(taken.backend.device):
+        accepted, reason = candidate.accepted, candidate.reason
+        chosen = accepted and candidate.name == taken.name
+        if chosen:
+            reason += f"; {taken.trace[-1].reason}"
+        elif accepted:  # one that was not asked about the plan is asked now
+            known = answers.get(candidate.name) or _passed_over(candidate.name, plan, taken)
+            accepted = known.accepted
+            why = "was forced" if taken.forced else "is asked before it"
+            told = f"{reason}; takes the plan too, but {taken.name} {why}"
+            reason = told if accepted else known.reason
+        found.append(Candidate(candidate.name, accepted, chosen, reason))
     return found
 
 
-def _passed_over(candidate: Candidate, plan: CopyPlan, taken: Choice) -> Candidate:
-    """A candidate that was not asked about the plan, because another takes it."""
-    backend, decision = REGISTRY.ask(candidate.name, taken.backend.device, check=False)
-    if backend is not None:
-        try:
-            decision = backend.check(plan)
-        except Exception as error:  # a third party's backend: explaining must go on
-            why = f"its check failed: {type(error).__name__}: {error}"
-            decision = Decision(candidate.name, False, why)
-    if not decision.accepted:
-        return Candidate(candidate.name, False, False, decision.reason)
-    why = "was forced" if taken.forced else "is asked before it"
-    reason = f"{candidate.reason}; takes the plan too, but {taken.name} {why}"
-    return replace(candidate, chosen=False, reason=reason)
+def _passed_over(name: str, plan: CopyPlan, taken: Choice) -> Decision:
+    """What a candidate says of the plan that another takes."""
+    backend, decision = REGISTRY.ask(name, taken.backend.device, check=False)
+    if backend is None:
+        return decision
+    try:
+        return backend.check(plan)
+    except Exception as error:  # a third party's backend: explaining must go on
+        return Decision(name, False, f"its check failed: {type(error).__name__}: {error}")
 
 
 def as_json(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from portakv.cli.console import Column, print_json, print_prose, print_table
-from portakv.cli.delegated import accelerator_asked
-from portakv.cli.sides import in_bytes, in_time
+from portakv.cli.sides import accelerator_asked, in_bytes, in_time, read_above_zero
 from portakv.errors import PortaKVError
 from portakv.runtime import kernel_cache as _kernel_cache
 
@@ -33,22 +33,13 @@ def add_to(verbs: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", help="a torch device (default: the accelerator)")
+    above_zero = partial(read_above_zero, what="seconds above 0")
     parser.add_argument(
-        "--seconds", type=_seconds, metavar="S", default=20.0,
+        "--seconds", type=above_zero, metavar="S", default=20.0,
         help="time to measure at most; what is left then is interpolated (default: 20)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON value")
     parser.set_defaults(run=run)
-
-
-def _seconds(text: str) -> float:
-    try:
-        found = float(text)
-    except ValueError:
-        found = 0.0
-    if not 0 < found < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} was given, expected seconds above 0")
-    return found
 
 
 def run(asked: argparse.Namespace) -> int:
@@ -93,18 +84,18 @@ def run(asked: argparse.Namespace) -> int:
 def _print(table: Any, rows: Mapping[Any, Mapping[str, Any]], path: Path, dev: Any) -> None:
     names = list(dict.fromkeys(engine for engine, _ in table.points))
     columns = [Column("direction", whole=True)]
-    columns += [Column(title, right=True) for title in ("bytes of a run", "runs", "payload")]
-    columns += [Column(f"{name}, GB/s", right=True) for name in names]
+    numbers = ["bytes of a run", "runs", "payload", *(f"{name}, GB/s" for name in names)]
+    columns += [Column(title, right=True) for title in numbers]
     columns += [Column("fastest", whole=True), Column("takes", right=True)]
     lines = []
     for (direction, size, runs), found in rows.items():
         pinned = {name: point for name, point in found.items() if name != "ring"} or found
         best = min(pinned, key=lambda name: pinned[name].seconds)
-        rates = [_rate(found.get(name), size * runs) for name in names]
-        lines.append([
-            direction, str(size), str(runs), in_bytes(size * runs), *rates, best,
-            in_time(found[best].seconds),
-        ])  # fmt: skip
+        payload = size * runs
+        rates = [f"{payload / found[name].seconds / 1e9:.2f}" if name in found else ""
+                 for name in names]  # fmt: skip
+        sizes = [str(size), str(runs), in_bytes(payload)]
+        lines.append([direction, *sizes, *rates, best, in_time(found[best].seconds)])
     print_table(columns, lines, f"{table.device.get('model') or dev}, {dev}")
     print()
     if table.emulated:
@@ -116,7 +107,3 @@ def _print(table: Any, rows: Mapping[Any, Mapping[str, Any]], path: Path, dev: A
     if table.timer:
         print_prose(f"Times are of {table.timer}.")
     print_prose(f"Measured in {table.took:.1f} s and kept in {path}")
-
-
-def _rate(point: Any, nbytes: int) -> str:
-    return f"{nbytes / point.seconds / 1e9:.2f}" if point is not None else ""

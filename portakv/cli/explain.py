@@ -100,22 +100,15 @@ def run(asked: argparse.Namespace) -> int:
     choice = choose(src.view.device, asked.backend)
     _, taken = prepare(plan, choice.backend.device, choice)  # as a copy would
     found = {
-        "source": _side_json(src),
-        "destination": _side_json(dst),
+        "source": _side_json(src), "destination": _side_json(dst),
         "plan": {
-            "unit": plan.unit,
-            "vector_bytes": plan.vector,
-            "token_bytes": plan.token_bytes,
-            "nests": [_nest_json(nest) for nest in plan.nests],
-            "text": str(plan),
+            "unit": plan.unit, "vector_bytes": plan.vector, "token_bytes": plan.token_bytes,
+            "nests": [_nest_json(nest) for nest in plan.nests], "text": str(plan),
         },
-        "device": str(taken.backend.device),
-        "forced": taken.forced,
-        "backend": taken.name,
-        "why": _why(taken),
-        "notes": _notes(taken, ids=bool(src.step or dst.step)),
+        "device": str(taken.backend.device), "forced": taken.forced, "backend": taken.name,
+        "why": _why(taken), "notes": _notes(taken, ids=bool(src.step or dst.step)),
         "candidates": as_json(candidates_for_plan(plan, taken)),
-    }
+    }  # fmt: skip
     if asked.json:
         print_json(found)
     else:
@@ -198,36 +191,26 @@ def _notes(taken: Choice, ids: bool) -> list[str]:
 def _side_json(side: Side) -> dict[str, Any]:
     view = side.view
     return {
-        "asked": side.asked,
-        "layout": side.layout.text,
-        "tensors": describe_tensors(view.tensors),
-        "dtype": str(view.owners[0].dtype).removeprefix("torch."),
-        "layers": view.layers,
-        "kv": view.kv,
-        "heads": view.heads,
-        "width_bytes": list(view.widths),
-        "block_size": view.block_size,
-        "opaque": view.opaque,
-        "step": side.step,
-    }
+        "asked": side.asked, "layout": side.layout.text, "tensors": describe_tensors(view.tensors),
+        "dtype": str(view.owners[0].dtype).removeprefix("torch."), "layers": view.layers,
+        "kv": view.kv, "heads": view.heads, "width_bytes": list(view.widths),
+        "block_size": view.block_size, "opaque": view.opaque, "step": side.step,
+    }  # fmt: skip
 
 
 def _nest_json(nest: Nest) -> dict[str, Any]:
+    loops = [
+        {
+            "axis": loop.name, "extent": loop.extent,
+            "source": {"table": loop.src_table, "bytes": loop.src_stride},
+            "destination": {"table": loop.dst_table, "bytes": loop.dst_stride},
+        }
+        for loop in nest.loops
+    ]  # fmt: skip
     return {
-        "source": _units_json(nest.src),
-        "destination": _units_json(nest.dst),
-        "loops": [
-            {
-                "axis": loop.name,
-                "extent": loop.extent,
-                "source": {"table": loop.src_table, "bytes": loop.src_stride},
-                "destination": {"table": loop.dst_table, "bytes": loop.dst_stride},
-            }
-            for loop in nest.loops
-        ],
-        "run_bytes": nest.run,
-        "vector_bytes": nest.vector,
-    }
+        "source": _units_json(nest.src), "destination": _units_json(nest.dst), "loops": loops,
+        "run_bytes": nest.run, "vector_bytes": nest.vector,
+    }  # fmt: skip
 
 
 def _units_json(side: Units) -> dict[str, Any]:

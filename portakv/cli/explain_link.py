@@ -6,12 +6,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from portakv.cli.console import Column, print_json, print_prose, print_table
-from portakv.cli.delegated import accelerator_asked
-from portakv.cli.sides import in_bytes, in_time, positive, read_bytes, read_rate
+from portakv.cli.sides import (
+    accelerator_asked,
+    in_bytes,
+    in_time,
+    positive,
+    read_above_zero,
+    read_bytes,
+)
 from portakv.engines.choose import ORDER, Alternative, Host, Pick, pick
 from portakv.engines.costs import DIRECTIONS, Table, TableError, costs_of, read, unmeasured
 from portakv.engines.engine import OVERLAPS, Terms
@@ -52,7 +59,10 @@ def add_options(parser: Any) -> None:
     )
     group.add_argument("--overlap", choices=OVERLAPS, help="what else the device does (compute)")
     group.add_argument(
-        "--max-gbps", type=read_rate, metavar="R", help="the most 10^9 bytes in a second"
+        "--max-gbps",
+        type=partial(read_above_zero, what="10^9 bytes in a second, above 0"),
+        metavar="R",
+        help="the most 10^9 bytes in a second",
     )
     group.add_argument(
         "--max-thread-blocks", type=positive, metavar="N",
@@ -100,22 +110,15 @@ def run(asked: argparse.Namespace) -> int:
     shapes = {"staged": dense, "descriptors": apart, "direct": apart, "ring": dense}
     picked = pick(shapes, direction, out, terms, costs)  # as a transfer would
     found = {
-        "direction": direction,
-        "bytes": nbytes,
-        "runs": runs,
-        "host_runs": host_runs,
-        "host_memory": memory,
-        "engine": picked.engine,
-        "why": picked.why,
-        "terms": {**asdict(terms), "text": _in_words(terms)},
-        "measured": costs.measured,
-        "origin": costs.origin,
-        "note": note,
+        "direction": direction, "bytes": nbytes, "runs": runs, "host_runs": host_runs,
+        "host_memory": memory, "engine": picked.engine, "why": picked.why,
+        "terms": {**asdict(terms), "text": _in_words(terms)}, "measured": costs.measured,
+        "origin": costs.origin, "note": note,
         "engines": [
             {**one._asdict(), "answer": _answer(one, picked), "gbps": one.gbps(nbytes)}
             for one in picked.alternatives
         ],
-    }
+    }  # fmt: skip
     if asked.json:
         print_json(found)
     else:

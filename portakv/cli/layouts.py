@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from typing import Any
 
 from portakv.cli.console import Column, print_json, print_prose, print_table
@@ -46,47 +45,29 @@ def run(asked: argparse.Namespace) -> int:
 def _run_one(name: str, json: bool) -> int:
     text, _ = resolve(name)
     preset = PRESETS.get(name.strip()) or Preset("", text, "")
-    facts = _facts(preset)
-    facts["picture"] = draw(text)
-    facts["same_layout"] = [
-        p.name for p in PRESETS.values() if p.layout == text and p.name != preset.name
-    ]
+    same = [p.name for p in PRESETS.values() if p.layout == text and p.name != preset.name]
+    facts = {**_facts(preset), "picture": draw(text), "same_layout": same}
     if json:
         print_json(facts)
         return 0
-    rows = [[key, value] for key, value in _described(preset, facts["same_layout"]) if value]
+    written = ", ".join(f"{name}={value}" for name, value in preset.extents.items())
+    described = {
+        "string": preset.layout if preset.name else "", "engine": preset.engine,
+        "releases": preset.releases, "memory": preset.memory, "extents": written,
+        "note": preset.note, "same string": ", ".join(same),
+    }  # fmt: skip
     head = ("name", preset.name) if preset.name else ("string", text)
+    rows = [[key, value] for key, value in described.items() if value]
     print_table([Column(head[0], whole=True), Column(head[1])], rows)
     print(f"\n{facts['picture']}")
     return 0
-
-
-def _described(preset: Preset, same_layout: list[str]) -> list[tuple[str, str]]:
-    return [
-        ("string", preset.layout if preset.name else ""),
-        ("engine", preset.engine),
-        ("releases", preset.releases),
-        ("memory", preset.memory),
-        ("extents", _written(preset.extents)),
-        ("note", preset.note),
-        ("same string", ", ".join(same_layout)),
-    ]
-
-
-def _written(extents: Mapping[str, Any]) -> str:
-    """Extents as a caller writes them: ``kv=2, dim=(128, 4)``."""
-    return ", ".join(f"{name}={value}" for name, value in extents.items())
 
 
 def _facts(preset: Preset) -> dict[str, Any]:
     """A preset as JSON."""
     extents = {k: list(v) if isinstance(v, tuple) else v for k, v in preset.extents.items()}
     return {
-        "name": preset.name or None,
-        "layout": preset.layout,
-        "engine": preset.engine,
-        "releases": preset.releases,
-        "extents": extents,
-        "memory": preset.memory or None,
+        "name": preset.name or None, "layout": preset.layout, "engine": preset.engine,
+        "releases": preset.releases, "extents": extents, "memory": preset.memory or None,
         "note": preset.note,
-    }
+    }  # fmt: skip

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from portakv.errors import LayoutError, PortaKVError
+from portakv.errors import DeviceMismatch, LayoutError, PortaKVError
 from portakv.layout.language import Layout, parse
 from portakv.layout.presets import resolve
+from portakv.runtime.devices import usable_device, usual_device
 from portakv.view.bound import bind_layout
 from portakv.view.example import example_tensors
 from portakv.view.view import KVView
@@ -192,6 +193,26 @@ def _view(
     return KVView.through(bound, tensors)
 
 
+def accelerator_asked(name: str | None) -> torch.device | None:
+    """The accelerator of that name, with its index; by default this machine's. None: the CPU.
+
+    Raises:
+        DeviceMismatch: torch cannot use it, or it has no memory to copy from.
+    """
+    device = usual_device() if name is None else usable_device(name)
+    if device.type == "cpu":
+        return None
+    if device.index is not None:
+        return device
+    present = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if present is None or present.type != device.type:
+        raise DeviceMismatch(
+            f"Device {name!r} was asked about copies between it and the host, but torch does not "
+            f"take it for an accelerator here; name one that torch.accelerator lists."
+        )
+    return torch.device(device.type, torch.accelerator.current_device_index())
+
+
 def describe_tensors(tensors: Any) -> str:
     """``list of 32, each (2, 8, 16, 32, 128)``; where the shapes differ, the first one's."""
     levels = []
@@ -228,14 +249,12 @@ def read_bytes(text: str) -> int:
     return nbytes
 
 
-def read_rate(text: str) -> float:
-    """10^9 bytes in a second, above 0; for argparse."""
+def read_above_zero(text: str, what: str) -> float:
+    """A number above 0; for argparse, whose error says what was expected."""
     try:
-        rate = float(text)
+        found = float(text)
     except ValueError:
-        rate = 0.0
-    if not 0 < rate < float("inf"):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} was given, expected 10^9 bytes in a second, above 0"
-        )
-    return rate
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} was given, expected {what}")
+    return found

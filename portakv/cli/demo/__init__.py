@@ -64,18 +64,11 @@ def run_demo(*, device: str | None = None, json: bool = False) -> int:
     good = model.good and all(row.good for row in rows)
     if json:
         print_json({
-            "portakv": __version__,
-            "torch": str(torch.__version__),
-            "device": str(where),
-            "device_name": device_name(where),
-            "forced": forced,
-            "model": model.as_json(),
-            "scenario": scenario.as_json(),
-            "threads": threads,
-            "moves": [row.as_json() for row in rows],
-            "chosen": choice.name,
-            "candidates": as_json(candidates_for(where)),
-            "ok": good,
+            "portakv": __version__, "torch": str(torch.__version__), "device": str(where),
+            "device_name": device_name(where), "forced": forced, "model": model.as_json(),
+            "scenario": scenario.as_json(), "threads": threads,
+            "moves": [row.as_json() for row in rows], "chosen": choice.name,
+            "candidates": as_json(candidates_for(where)), "ok": good,
         })  # fmt: skip
     else:
         _tell_rows(rows, threads)

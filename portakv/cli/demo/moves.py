@@ -84,17 +84,12 @@ def measured(
 ) -> tuple[list[Row], int | None]:
     """Check every copy of every backend, then time in rounds those that were right.
 
-    Args:
-        founding: the tensors.
-        backends: names.
-        forced: a copy that the backend does not take is an error, not a row.
-
     Returns:
         One row for each copy, those of plain torch first, `copy_` before all; and how many CPU
         threads all were timed with, None on an accelerator.
 
     Raises:
-        Unsupported: only if ``forced``.
+        Unsupported: a copy that the backend does not take, if it is ``forced``; else it is a row.
     """
     moves = [*_plain(founding), *(move for name in backends for move in _moves(founding, name))]
     rows = [_checked(founding, move, forced) for move in moves]
@@ -108,11 +103,11 @@ def measured(
     return rows, threads
 
 
-def interleaved(device: torch.device, works: Sequence[Work]) -> list[float]:
-    """Each work's median seconds over `ROUNDS` rounds in which all take turns, after one round
-    that does not count."""
-    rounds = [[seconds(device, work) for work in works] for _ in range(ROUNDS + 1)][1:]
-    return [median(times) for times in zip(*rounds, strict=True)]
+def interleaved(device: torch.device, works: Sequence[Work], rounds: int = 0) -> list[float]:
+    """Each work's median seconds over `ROUNDS` rounds, or so many, in which all take turns, after
+    one round that does not count."""
+    taken = [[seconds(device, work) for work in works] for _ in range((rounds or ROUNDS) + 1)]
+    return [median(times) for times in zip(*taken[1:], strict=True)]
 
 
 def seconds(device: torch.device, work: Work) -> float:
@@ -137,8 +132,7 @@ def _fastest_threads(works: Sequence[Work]) -> int:
     most, taken = torch.get_num_threads(), dict[int, float]()
     for count in dict.fromkeys((most, max(1, most // 2), 1)):
         with _threads(count):
-            turns = [[seconds(torch.device("cpu"), work) for work in works] for _ in range(4)][1:]
-        taken[count] = sum(median(times) for times in zip(*turns, strict=True))
+            taken[count] = sum(interleaved(torch.device("cpu"), works, 3))
     return min(taken, key=taken.__getitem__)
 
 
@@ -196,28 +190,25 @@ def _moves(f: Founding, backend: str) -> list[_Move]:
     reader, writer = (AdaptiveConnector(f.device, backend) for _ in range(2))
     reader.register_kv_caches(f.pool)
     writer.register_kv_caches(f.target)
-    slots, blocks = Index(f.slots), f"{len(f.blocks)} blocks"
     pool, target = (KVView(x, "layer | kv block token head dim") for x in (f.pool, f.target))
     chunk, stored = (
         KVView(x, "kv layer token (head dim)", heads=s.heads) for x in (f.chunk, f.stored)
     )
 
-    def out(call: str, what: str, run: Work, ids: torch.Tensor) -> _Move:
-        row = Row(backend, call, f"{what} -> chunk", s.payload)
-        return _Move(row, run, partial(f.wrong_in_chunk, ids))
+    def move(call: str, what: str, out: bool, ids: torch.Tensor, run: Work) -> _Move:
+        way, checked = (f"{what} -> chunk", s.payload) if out else (f"chunk -> {what}", s.pool)
+        wrong = f.wrong_in_chunk if out else f.wrong_in_target
+        return _Move(Row(backend, call, way, checked), run, partial(wrong, ids))
 
-    def back(call: str, what: str, run: Work, ids: torch.Tensor) -> _Move:
-        row = Row(backend, call, f"chunk -> {what}", s.pool)
-        return _Move(row, run, partial(f.wrong_in_target, ids))
-
-    by_block = partial(copy_blocks, backend=backend)
+    slots, blocks = f"{s.tokens} slots", f"{len(f.blocks)} blocks"
+    index, by_block = Index(f.slots), partial(copy_blocks, backend=backend)
     return [
-        out("from_gpu", f"{s.tokens} slots",
-            partial(reader.from_gpu, f.chunk, slot_mapping=slots), f.slots),
-        back("to_gpu", f"{s.tokens} slots",
-             partial(writer.to_gpu, f.stored, slot_mapping=slots), f.slots),
-        out("copy_blocks", blocks, partial(by_block, pool, chunk, f.blocks, None),
-            f.slots_of_blocks),
-        back("copy_blocks", blocks, partial(by_block, stored, target, None, f.blocks),
-             f.slots_of_blocks),
+        move("from_gpu", slots, True, f.slots,
+             partial(reader.from_gpu, f.chunk, slot_mapping=index)),
+        move("to_gpu", slots, False, f.slots,
+             partial(writer.to_gpu, f.stored, slot_mapping=index)),
+        move("copy_blocks", blocks, True, f.slots_of_blocks,
+             partial(by_block, pool, chunk, f.blocks, None)),
+        move("copy_blocks", blocks, False, f.slots_of_blocks,
+             partial(by_block, stored, target, None, f.blocks)),
     ]  # fmt: skip
