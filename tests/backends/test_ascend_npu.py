@@ -384,10 +384,11 @@ def test_a_prepared_launch_serves_any_request_of_its_plan() -> None:
     for (mine, theirs), (src, dst) in (
         ((first, second), pools), ((second, first), pools[::-1])
     ):  # fmt: skip
-        ids = [Index(torch.tensor([at]).to(DEVICE), SIZE) for at in (1, 3)]
+        read, written = (Index(torch.tensor([at]).to(DEVICE), SIZE) for at in (1, 3))
+        move = Move(mine, theirs, read, written, SIZE)
 
-        def carry(src: KVView = mine, dst: KVView = theirs, ids: list[Index] = ids) -> None:
-            launch(src, dst, *ids, SIZE, None, None)
+        def carry(move: Move = move) -> None:
+            launch(*move, None, None)
             torch.accelerator.synchronize(DEVICE)
             there.bring_back()
 

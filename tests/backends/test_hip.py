@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hip` on the host's side: what it says of devices, what it tells the driver, what errors say."""
+"""`hip` on the host's side, EMULATED: what it says of devices, which libraries it loads, what it
+tells the driver, what errors say."""
 
 from __future__ import annotations
 
 import ctypes
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +40,10 @@ from portakv.runtime.cuda import raw_stream
 from portakv.runtime.devices import this_process
 from portakv.runtime.hip import Card, Driver
 from portakv_conformance.vendor.hip_emulated import HipEmulated, HostCard
-from portakv_conformance.vendor.hip_fake import fake_driver, library
+from portakv_conformance.vendor.hip_fake import built, fake_driver, library
+
+
+pytestmark = needs_compiler
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +74,6 @@ def test_other_devices_and_builds_of_torch_load_nothing(monkeypatch: pytest.Monk
     assert reason(torch.device("meta")) == "it runs on cuda devices, not on meta"
 
 
-@needs_compiler
 @pytest.mark.parametrize(
     ("name", "architecture", "told"),
     [
@@ -89,7 +96,6 @@ def test_a_device_is_named(
     assert decision.reason.endswith(f" compiles its kernel for {told}")
 
 
-@needs_compiler
 def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     rocm(monkeypatch)
     with failing("hipGetDeviceCount", 100):
@@ -101,7 +107,6 @@ def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason(torch.device("cuda", 3)) == "HIP finds 1 devices, so that there is no cuda:3"
 
 
-@needs_compiler
 def test_versions_and_architectures_that_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     rocm(monkeypatch, architecture="")
     assert "torch tells no architecture of cuda:0 ('' was found, and gfx906" in reason()
@@ -116,6 +121,155 @@ def test_a_release_is_read_from_its_number() -> None:
     assert _hip_driver.hip_release(60325422) == "6.3.25422"
 
 
+# Which libraries it loads, and which backend is chosen
+
+
+@pytest.fixture
+def libraries(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """Where libraries are looked for; nowhere."""
+    places: dict[str, list[str]] = {}
+    monkeypatch.setattr(_hip_driver, "_places", lambda stem, _=None: iter(places.get(stem, [])))
+    monkeypatch.setattr(_hip_driver, "driver", _hip_driver.driver.__wrapped__)
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    return places
+
+
+def test_no_library(libraries: dict[str, list[str]]) -> None:
+    libraries["amdhip64"] = ["/nowhere/libamdhip64.so.6"]
+    why = reason()
+    assert why.startswith("the HIP runtime cannot be loaded (/nowhere/libamdhip64.so.6: ")
+    assert why.endswith("install ROCm for an AMD device, or load the environment of the DTK for a "
+                        "Hygon DCU")  # fmt: skip
+
+
+def test_a_library_that_is_not_hip(libraries: dict[str, list[str]]) -> None:
+    libraries["amdhip64"] = libraries["hiprtc"] = ["libc.so.6"]
+    assert reason() == (
+        "libc.so.6 has no function hipGetDeviceCount; it is not a HIP that is known here"
+    )
+
+
+def test_a_runtime_without_hiprtc(libraries: dict[str, list[str]]) -> None:
+    libraries["amdhip64"] = ["libc.so.6"]
+    assert reason().startswith("hipRTC cannot be loaded (")
+
+
+def test_the_runtime_of_the_dtk_with_hiprtc_in_it(
+    libraries: dict[str, list[str]], tmp_path: Path
+) -> None:
+    """As `libgalaxyhip.so`, behind one that does not load; the compiler is in the runtime."""
+    place = tmp_path / "libgalaxyhip.so.5"
+    place.write_bytes(built())
+    libraries["amdhip64"], libraries["galaxyhip"] = ["/nowhere/libamdhip64.so"], [str(place)]
+    found = _hip_driver.driver()
+    assert found.runtime is found.compiler
+    assert found.error(100).startswith("hipErrorNoDevice (100)")
+
+
+def test_a_loaded_library_is_preferred_then_one_beside(tmp_path: Path) -> None:
+    """The C library stands for it: whatever torch loaded comes before every other copy."""
+    places = list(_hip_driver._places("c"))
+    assert Path(places[0]).name.startswith("libc.so")
+    assert Path(places[0]).is_absolute()
+    assert places[-4:] == ["libc.so", "libc.so.7", "libc.so.6", "libc.so.5"]
+    (tmp_path / "libportakv_none.so.7").touch()
+    beside = list(_hip_driver._places("portakv_none", tmp_path))
+    assert beside[0] == str(tmp_path / "libportakv_none.so.7")
+
+
+def test_importing_and_asking_it_load_no_library() -> None:
+    """Where torch is not built for ROCm; in a process of its own."""
+    program = (
+        "import torch\n"
+        "from portakv.backends.hip import Hip\n"
+        "assert not Hip.probe(torch.device('cuda', 0)).accepted\n"
+        "loaded = open('/proc/self/maps').read()\n"
+        "assert not any(word in loaded for word in ('amdhip', 'hiprtc', 'galaxyhip'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+PROGRAM = """
+import json
+from types import SimpleNamespace
+import torch
+torch.version.hip, torch.version.cuda = "6.3.42134", None
+torch.cuda.current_device = lambda: 0
+torch.cuda.device_count = lambda: 1
+torch.cuda.get_device_properties = lambda _: SimpleNamespace(name="BW1000", gcnArchName="gfx936")
+from portakv import AdaptiveConnector, BackendUnavailable
+from portakv.registry import registry
+from portakv.registry.self_check import self_check
+from portakv.runtime import hip as _hip_driver
+from portakv_conformance.vendor.hip_emulated import HipEmulated
+from portakv_conformance.vendor.hip_fake import compiler, fake_driver
+
+
+def on_the_host(backend):
+    return self_check(HipEmulated(torch.device("cpu")))
+
+
+def answers():
+    registry.REGISTRY = registry.Registry()  # which has asked nobody yet
+    found = {}
+    try:
+        AdaptiveConnector("cuda")
+        found["chosen"] = registry.choose("cuda").name
+    except BackendUnavailable as error:
+        found["error"] = str(error)
+    try:
+        AdaptiveConnector("cuda", backend="cuda")
+    except BackendUnavailable as error:
+        found["forced"] = "\\n".join([str(error), *map(str, error.trace)])
+    decisions = registry.trace(torch.device("cuda", 0))
+    return found | {"trace": {d.name: [d.accepted, d.reason] for d in decisions}}
+
+
+registry.self_check = on_the_host
+_hip_driver._places = lambda stem, beside=None: iter(())
+found = {"without": answers()}
+if compiler() is not None:
+    _hip_driver.driver = fake_driver
+    found["with"] = answers()
+print(json.dumps(found))
+"""
+
+
+def test_which_backend_a_torch_for_rocm_gets(tmp_path: Path) -> None:
+    """In a process of its own. No tensor can lie on such a device here: the self-check copies
+    through the same driver on the host."""
+    environment = {**os.environ, "PORTAKV_CACHE_DIR": str(tmp_path)}
+    for name in ("PORTAKV_BACKEND", "TRITON_INTERPRET"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    both: dict[str, Any] = json.loads(done.stdout)
+    accepted, why = both["without"]["trace"]["hip"]
+    assert not accepted
+    assert why.startswith("the HIP runtime cannot be loaded (")
+    assert "install ROCm for an AMD device, or load the environment of the DTK" in why
+    if "with" not in both:
+        pytest.skip("the fake HIP driver is compiled, and there is no g++")
+    found = both["with"]
+    assert found["chosen"] == "hip"
+    accepted, why = found["trace"]["hip"]
+    assert accepted
+    assert why.endswith(
+        "compiles its kernel for gfx936 (BW1000, a Hygon DCU); self-check passed, every byte right"
+    )
+    of_rocm = "this torch is built for ROCm, not for CUDA"
+    assert found["trace"]["cuda"] == [False, of_rocm]
+    assert of_rocm in found["forced"]
+    assert "hip: accepted" in found["forced"]
+    for name, (_, why) in found["trace"].items():
+        assert why, name
+        assert "Traceback" not in why
+        assert "it failed to load" not in why, f"{name}: {why}"
+
+
 # Errors on the way
 
 
@@ -123,7 +277,6 @@ def broken(source: str) -> str:
     return source.replace("Argument copy)", "Argument nothing)")
 
 
-@needs_compiler
 def test_a_compile_error_carries_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = RowsKernel.source.fget  # type: ignore[attr-defined]
     monkeypatch.setattr(RowsKernel, "source", property(lambda self: broken(usual(self))))
@@ -134,14 +287,12 @@ def test_a_compile_error_carries_the_log(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "\0" not in str(caught.value)
 
 
-@needs_compiler
 def test_an_error_without_a_log_is_named() -> None:
     with failing("hiprtcCompileProgram", 5), pytest.raises(RuntimeError) as caught:
         emulated().prepare(COPIES["gather"]().plan())
     assert str(caught.value).endswith("for gfx906:\nHIPRTC_ERROR_INVALID_OPTION (5)")
 
 
-@needs_compiler
 @pytest.mark.parametrize(
     ("function", "error", "told"),
     [
@@ -193,7 +344,6 @@ def test_the_text_has_nothing_of_nvidia_or_of_warps() -> None:
 # What it tells the driver
 
 
-@needs_compiler
 def test_a_launch_is_cut_into_blocks_of_whole_waves() -> None:
     copied = Copy(by(pool(), [11, 0, 3, 5] * 100), chunk(400), 400)
     before = launches()
@@ -203,14 +353,12 @@ def test_a_launch_is_cut_into_blocks_of_whole_waves() -> None:
     assert last_launch() == ([-(-400 * 2 // 256), 6, 1], [256, 1, 1], None)
 
 
-@needs_compiler
 def test_a_copy_of_nothing_launches_nothing() -> None:
     copied, before = Copy(by(pool(), [1]), chunk(1), 0), launches()
     launch(emulated(), copied)
     assert launches() == before
 
 
-@needs_compiler
 @pytest.mark.parametrize("name", ["gather", "memory objects, gathered", "two nests", "NZ"])
 def test_the_kernel_takes_as_many_bytes_as_are_packed(name: str) -> None:
     plan, backend = COPIES[name]().plan(), emulated()
@@ -220,7 +368,6 @@ def test_the_kernel_takes_as_many_bytes_as_are_packed(name: str) -> None:
         assert library().hip_fake_argument_bytes(loaded[1]) == len(kernel.fixed)
 
 
-@needs_compiler
 def test_a_text_is_compiled_once_and_kept_on_disk() -> None:
     first, second, plan = emulated(), emulated(), COPIES["gather"]().plan()
     source = RowsKernel(plan.nests[0], plan).source
@@ -233,7 +380,6 @@ def test_a_text_is_compiled_once_and_kept_on_disk() -> None:
         second.prepare(plan)
 
 
-@needs_compiler
 def test_what_the_fake_refuses() -> None:
     """A launch that a device would refuse must not pass here."""
     backend, plan = emulated(), COPIES["gather"]().plan()
@@ -273,7 +419,6 @@ class HipOnOther(HipEmulated):
         return OtherCard(device, driver)
 
 
-@needs_compiler
 def test_a_launch_makes_its_device_current_and_takes_the_stream() -> None:
     backend, copied = HipOnOther(CPU), COPIES["gather"]()
     launch(backend, copied)
@@ -284,7 +429,6 @@ def test_a_launch_makes_its_device_current_and_takes_the_stream() -> None:
     assert (OtherCard.entered, last_launch().stream) == (5, 0xCAFE)
 
 
-@needs_compiler
 def test_nothing_is_loaded_during_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     backend, copied = HipOnOther(CPU), COPIES["gather"]()
     monkeypatch.setattr(rows_launch, "capturing", lambda device: True)
@@ -300,7 +444,6 @@ def test_nothing_is_loaded_during_capture(monkeypatch: pytest.MonkeyPatch) -> No
     launch(backend, copied)  # what was loaded before can be captured
 
 
-@needs_compiler
 def test_a_forked_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     copied = COPIES["gather"]()
     src, dst = copied.src, copied.dst
@@ -322,22 +465,10 @@ def test_a_card_asks_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cards[1].stream(None) == 8
 
 
-# Claims
-
-
-def test_claims() -> None:
-    can = Hip.capabilities(object.__new__(Hip))
-    assert can.places == {("device", "device")}
-    assert can.skips_negative
-    assert can.guards
-    assert can.capturable
-    assert Hip.threads % 64 == 0
-
-
-@needs_compiler
 def test_the_emulation_says_so() -> None:
     decision = HipEmulated.probe(CPU)
     assert decision.accepted
     assert "emulated on the CPU" in decision.reason
     assert HipEmulated.emulated
     assert "not on cuda" in HipEmulated.probe(CUDA).reason
+    assert Hip.threads % 64 == 0

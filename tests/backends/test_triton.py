@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import builtins
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -12,10 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.guarded_memory import refused
 from support.paged_cases import chunk, dense, paged, pool, rows_of
 
-from portakv import BackendUnavailable, CopyPlan, Index
+from portakv import CopyPlan, Index
 from portakv.backends import triton as triton_backend
 from portakv.backends.triton import Triton, compile_kernel
 from portakv.registry import registry
@@ -60,16 +60,6 @@ def test_the_host_is_refused_without_importing_triton() -> None:
     assert ran.returncode == 0, ran.stderr
 
 
-def test_forced_on_the_host_it_says_how_to_ask_for_the_interpreter(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(registry, "REGISTRY", registry.Registry())
-    caches, rows = pool("cpu"), chunk("cpu", 2)
-    with refused(BackendUnavailable, "'triton'", "TRITON_INTERPRET=1", watch=[*caches, rows]):
-        registry.choose("cpu", "triton")
-
-
 def _failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """Let every import of triton fail."""
     usual = builtins.__import__
@@ -105,29 +95,6 @@ def test_triton_missing_or_broken(
     assert reason in _reason(CPU)
 
 
-class _Driver:
-    """Stands for Triton's driver: serves devices of one type, or cannot be made."""
-
-    def __init__(self, serves: str) -> None:
-        self.serves = serves
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device(self.serves)
-
-
-@needs_triton
-def test_a_driver_that_fails_or_serves_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-
-    def broken() -> Any:
-        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
-
-    monkeypatch.setattr(triton_backend, "_driver", broken)
-    assert "Failed to find C compiler" in _reason(CUDA)
-    monkeypatch.setattr(triton_backend, "_driver", lambda: _Driver("xpu"))
-    assert "serves xpu devices, not cuda" in _reason(CUDA)
-
-
 @needs_triton
 def test_a_gpu_under_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -161,3 +128,80 @@ def test_another_length_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
             launch(src, dst, ids, Index(), tokens, None, None)
             assert torch.equal(rows.cpu(), rows_of(caches)[:, :, slots.cpu()])
     assert len(compiled) == 1
+
+
+# Other vendors' drivers
+
+# Torch takes one name for a device of somebody else's in a process, so that each name has its own.
+# The drivers stand for those of vendors' Tritons: triton-ascend's has both methods of `Driver`, and
+# Cambricon's, as FlagTree has it, tells only its target.
+PROGRAM = """
+import json, sys, torch
+from portakv.backends import triton as backend
+
+name = sys.argv[1]
+torch.utils.rename_privateuse1_backend(name)
+found = {}
+
+
+def ask(case):
+    decision = backend.Triton.probe(torch.device(name, 0))
+    found[case] = [decision.accepted, decision.reason]
+
+
+class Target:
+    serves = name
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(self.serves, "Ascend910B1" if name == "npu" else 5, 0)
+
+
+class Driver(Target):
+    def get_active_torch_device(self):
+        if self.serves is None:
+            raise RuntimeError("libascendcl.so: cannot open shared object file\\nmore")
+        return torch.device(self.serves, 0)
+
+
+from triton.runtime import driver
+
+if not torch.cuda.is_available():
+    ask("upstream's")
+for case, serves in (("active", name), ("another", "cuda"), ("broken", None)):
+    Target.serves = serves
+    driver.set_active(Driver())
+    ask(case)
+for case, serves in (("only a target", name), ("another's target", "maca")):
+    Target.serves = serves
+    driver.set_active(Target())
+    ask(case)
+print(json.dumps(found))
+"""
+
+
+@needs_triton
+@pytest.mark.parametrize(("name", "target"), [("npu", "npu Ascend910B1"), ("mlu", "mlu 5")])
+def test_what_it_says_under_a_vendor_s_driver(name: str, target: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, name], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    for case in ("active", "only a target"):
+        accepted, reason = found[case]
+        assert accepted, reason
+        assert reason.endswith(f"compiles its kernel for {target}")
+    serves = f"Triton's active driver serves {{}} devices, not {name}"
+    assert found["another"] == [False, serves.format("cuda")]
+    assert found["another's target"] == [False, serves.format("maca")]
+    fails = "Triton has no driver for this machine: RuntimeError: "
+    why = f"{fails}libascendcl.so: cannot open shared object file"
+    assert found["broken"] == [False, why]
+    if not torch.cuda.is_available():  # upstream's Triton alone
+        accepted, reason = found["upstream's"]
+        assert not accepted
+        assert reason.startswith(f"{fails}0 active driver")
