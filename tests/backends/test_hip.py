@@ -42,7 +42,6 @@ from portakv.runtime.hip import Card, Driver
 from portakv_conformance.vendor.hip_emulated import HipEmulated, HostCard
 from portakv_conformance.vendor.hip_fake import built, fake_driver, library
 
-
 pytestmark = needs_compiler
 
 
