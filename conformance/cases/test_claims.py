@@ -59,7 +59,6 @@ def test_claims_make_sense(subject: Subject) -> None:
 
 
 def _in(place: str, side: Side) -> Side:
-    """The side with its tensors in a place, their bytes as they are."""
     return side if place == "device" else on_host(side, place == "pinned")
 
 
@@ -93,7 +92,6 @@ def test_places(
 
 
 def _prepare_refuses(judge: Judge, case: Case) -> None:
-    """``check`` or ``prepare`` refuses the plan of a case."""
     plan = plan_of(case)
     try:
         judge.subject.prepare(plan)
@@ -290,7 +288,6 @@ def test_tables(subject: Subject, judge: Judge, home: Workshop, direction: str) 
 
 
 def _landing(judge: Judge, launch: Any) -> Any:
-    """A call of a launch, which has landed when it returns."""
     return lambda: judge.land(launch(None, None))
 
 

@@ -61,7 +61,6 @@ def test_rows_as_short_as_claimed(
 
 
 def _other_slots(ids: torch.Tensor) -> None:
-    """Fill a list with other slots, all of them good."""
     ids.copy_(torch.where(ids >= 0, (ids + 7) % SHAPE.slots, ids))
 
 

@@ -173,7 +173,6 @@ def test_a_chain_of_layouts(subject: Subject, judge: Judge, data: st.DataObject)
 
 
 def _restore(side: Side, memory: Memory) -> None:
-    """Put the bytes of a snapshot back."""
     by_base = {region.base: region.content for region in memory.regions}
     for guard in side.guards:
         content = by_base[guard.whole.data_ptr()]

@@ -219,7 +219,6 @@ def test_a_launch_works_on_its_stream(
 
 
 def _busy(facility: Facility, stream: torch.Stream) -> torch.Event:
-    """An event behind slow work on a stream."""
     end = torch.Event(facility.device)
     facility.delay(2 * SLOW, stream)
     end.record(stream)

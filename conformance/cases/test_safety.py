@@ -23,12 +23,7 @@ from portakv_conformance.draw.by_hand import (
     lifted,
     widened,
 )
-from portakv_conformance.judge.claims import (
-    check_guarded,
-    check_refused,
-    not_claimed,
-    without_bad,
-)
+from portakv_conformance.judge.claims import check_guarded, check_refused, not_claimed, without_bad
 from portakv_conformance.judge.judging import Judge, asked_of
 from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.subject import Subject

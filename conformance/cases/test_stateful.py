@@ -54,7 +54,6 @@ class Engine(RuleBasedStateMachine):
         self.done: list[Case] = []  # every copy so far
 
     def _chunk(self, tokens: int, source: bool) -> Side:
-        """A chunk with bytes of its own."""
         self.number += 1
         shop = replace(self.home, seed=self.judge.seed + self.number)
         return shop.chunk(SHAPE, tokens, source=source)
@@ -63,11 +62,9 @@ class Engine(RuleBasedStateMachine):
         return _slots(self.blocks[sequence], first, past)
 
     def _paged(self, ids: list[int], step: int = 1) -> Side:
-        """The cache under an index."""
         return replace(self.cache, ids=torch.tensor(ids), step=step)
 
     def _carried(self, call: Callable[[], Transfer], src: Side, dst: Side, count: int) -> bool:
-        """Carry a copy out; False where the backend declines it, as it may."""
         self.done.append(Case(src, dst, count))
         carried = self.judge.carried(lambda: self.judge.finish(call()), asked_of(self.done[-1]))
         self.judge.examples += carried
@@ -177,7 +174,6 @@ class Engine(RuleBasedStateMachine):
 
 
 def _slots(blocks: list[int], first: int, past: int) -> list[int]:
-    """The slots of tokens in blocks."""
     return [blocks[t // SIZE] * SIZE + t % SIZE for t in range(first, past)]
 
 

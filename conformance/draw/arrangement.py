@@ -106,7 +106,6 @@ class Case:
 
 
 def _dtype(tensors: Any) -> torch.dtype:
-    """The dtype of the first tensor in containers."""
     while not isinstance(tensors, torch.Tensor):
         tensors = next(iter(tensors.values() if isinstance(tensors, dict) else tensors))
     return tensors.dtype
@@ -302,7 +301,6 @@ def _trailing(
 
 
 def _contain(flat: list[Any], levels: list[int], kinds: tuple[type, ...]) -> Any:
-    """Wrap a flat list into the containers of each level."""
     for size, kind in zip(reversed(levels), reversed(kinds), strict=True):
         groups = [flat[n : n + size] for n in range(0, len(flat), size)]
         flat = [

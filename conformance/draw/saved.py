@@ -202,7 +202,6 @@ def blaming(judge: Judge, *suspects: Case) -> Iterator[None]:
 
 
 def _fails_alone(judge: Judge, case: Case) -> bool:
-    """Whether a case fails with fresh tensors and nothing before it."""
     try:
         fresh, _ = load(dump(case))
     except ValueError:  # tensors that no arrangement describes

@@ -90,7 +90,6 @@ def assumed(modules: Iterable[str]) -> str:
 
 
 def _carrier(subject: Subject) -> dict[str, Any]:
-    """What carried plans out, and the library that was built for it."""
     path = subject.backend.library
     found: dict[str, Any] = {CARRIER: subject.backend.carrier}
     if path:
@@ -208,7 +207,6 @@ def package_sha256(name: str) -> str:
 
 
 def _distributions(target: str) -> list[str]:
-    """The distributions that a class's top-level package comes from."""
     top = target.partition(":")[0].partition(".")[0]
     if top.startswith("portakv"):
         return ["portakv"]

@@ -203,7 +203,6 @@ def told(backend: str, device: str, ladder: Ladder, digest: Digest = digest) -> 
 
 
 def _best(rungs: Iterable[Rung], ladder: Ladder, digest: Digest) -> Rung | None:
-    """The highest rung that holds, else the highest that expired."""
     ranked = [(not why_expired(rung, ladder, digest), rung.rung, rung) for rung in rungs]
     return max(ranked, key=lambda entry: entry[:2])[2] if ranked else None
 

@@ -119,7 +119,6 @@ def _rule(record: RunRecord) -> str:
 
 
 def _cases(record: RunRecord) -> Iterator[str]:
-    """Cases that contradict themselves or the rest of the report."""
     for id, count in Counter(case.id for case in record.cases).items():
         if count > 1:
             yield f"Case {id!r} is there {count} times."
@@ -151,7 +150,6 @@ def _claims_all(record: RunRecord, claim: str) -> bool:
 
 
 def _work(record: RunRecord) -> Iterator[str]:
-    """Whether as much was done as is told, in the time that is told."""
     if not isfinite(record.seconds):
         yield f"The run took {record.seconds} s."
     passed = [case for case in record.cases if case.status == "passed"]
@@ -168,7 +166,6 @@ def _work(record: RunRecord) -> Iterator[str]:
 
 
 def _facts(record: RunRecord) -> Iterator[str]:
-    """What was run, and where."""
     absent = [name for name in _FACTS if name not in record.environment]
     if absent:
         yield f"Its environment does not say {', '.join(absent)}."
@@ -223,7 +220,6 @@ def _emulation(record: RunRecord, device: str) -> Iterator[str]:
 
 
 def _built(record: RunRecord) -> Iterator[str]:
-    """The library that was built to carry plans out."""
     library = record.environment.get(LIBRARY, {})
     if not isinstance(library, dict):
         yield f"Its library is {library!r}, expected its sha256 by the name of its file."
@@ -319,7 +315,6 @@ def _backend(record: RunRecord, words: list[str]) -> Iterator[str]:
 
 
 def _interpreter(record: RunRecord, words: list[str]) -> Iterator[str]:
-    """Kernels that an interpreter ran are emulated."""
     asked = [word.partition("=")[2] for word in words if word.startswith(f"{INTERPRET}=")]
     inside = str(record.environment.get(INTERPRET, "")).lower() in _YES
     ours = str(record.backend.get("target", "")).startswith("portakv.backends.triton:")

@@ -128,7 +128,6 @@ def subject(name: str, device: str | torch.device = "cpu", *, emulated: bool = F
 
 
 def _claims(backend: Backend) -> tuple[Capabilities, str]:
-    """What a backend claims, and a sentence where it does not say."""
     nothing = Capabilities(places=frozenset())
     expected = "expected a portakv.backends.base.Capabilities. Without it no case can be judged."
     try:
@@ -179,7 +178,6 @@ def _find(device: str) -> None:
 
 
 def _simulate(asked: str, name: str) -> None:
-    """Load the simulated device under a name, with the stand-in for its vendor's package."""
     from portakv_conformance import simdev  # builds a C++ extension: only when asked
     from portakv_conformance.vendor import standins
 
@@ -201,7 +199,6 @@ def _carried(device: str) -> str:
 
 
 def _register(target: str, device: torch.device) -> str:
-    """Register ``pkg.mod:Class``; return the name."""
     module, _, attribute = target.partition(":")
     if not (all(word.isidentifier() for word in module.split(".")) and attribute.isidentifier()):
         raise ValueError(

@@ -152,7 +152,6 @@ def problems(
 
 
 def _why_not(waiver: dict[str, str], area: str, suite: str) -> str:
-    """Why a waiver does not hold, as a sentence; empty where it does."""
     if area == "core":
         return "CORE cannot be waived."
     if _numbers(suite) >= _numbers(waiver["expires"]):

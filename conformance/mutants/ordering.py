@@ -54,8 +54,6 @@ class CurrentDeviceOnly(DeviceRows):
 
 
 class _OnItsOwnStream(DeviceRows):
-    """A base that works on a stream of its own."""
-
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._own = torch.Stream(device)

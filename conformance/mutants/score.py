@@ -121,7 +121,6 @@ def _chosen(names: Sequence[str] | None) -> tuple[Mutant, ...]:
 
 
 def _controls(mutants: Sequence[Mutant]) -> dict[str, str | None]:
-    """For each base that is needed, None where the suite passes it, else why not."""
     devices = {mutant.device for mutant in mutants}
     needed = [control for control in CONTROLS if control.device in devices]
     with _ending_with_the_caller(_JOBS) as pool:

@@ -23,8 +23,6 @@ _LATE = 0.02  # seconds that work in the background takes
 
 
 class _Remembering(HostRows):
-    """A base that keeps the first call of each launch."""
-
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._first: dict[CopyPlan, Call] = {}
@@ -153,8 +151,6 @@ class Work:
 
 
 class _InBackground(HostRows):
-    """A base that moves rows in the background."""
-
     def carry(self, plan: CopyPlan, call: Call) -> Pending | None:
         def job() -> None:
             time.sleep(_LATE)
@@ -211,7 +207,6 @@ class TempFreedEarly(HostRows):
 
 
 def _store(runs: Runs, values: Any, call: Call) -> None:
-    """Whatever fits of what lies in the buffer by now."""
     if values.dtype.itemsize == runs.vector and values.shape[1] * runs.vector == runs.nbytes:
         n = min(len(values), len(runs.dst))
         store(call.dst, runs.dst[:n], values[:n])

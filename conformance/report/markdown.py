@@ -126,7 +126,6 @@ def _list(title: str, lines: list[str]) -> str:
 
 
 def _where(record: RunRecord) -> str:
-    """Environment and what repeats the run."""
     kept = ("device", "driver", "os", "python", "torch")
     rows = [
         ("backend", f"{record.backend.get('name', '')} {record.backend.get('version', '')}"),

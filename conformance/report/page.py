@@ -246,7 +246,6 @@ def _identity(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def _areas(record: RunRecord) -> dict[str, list[CaseRecord]]:
-    """The cases of each area, in the order of the suite."""
     there = {case.area for case in record.cases}
     names = [area for area in words.AREAS if area in there]
     names += sorted(there - set(names))

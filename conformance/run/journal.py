@@ -136,7 +136,6 @@ class Journal:
             raise SubjectUnavailable(reason)
 
     def _take_list(self, ids: list[str], profile: list[str]) -> None:
-        """Of all ids of the profile those that the workers were given."""
         if self.ids:
             return
         only = self._options.only
@@ -167,7 +166,6 @@ class Journal:
         self.settle(case)
 
     def _keep_example(self, case: CaseRecord) -> None:
-        """Of the examples that workers save the first few stay."""
         if not case.example or self._options.examples is None:
             return
         drawn = case.area in _DRAWN

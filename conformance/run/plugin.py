@@ -325,7 +325,6 @@ def _suite(request: pytest.FixtureRequest) -> Suite:
 
 @pytest.fixture(name="subject", scope="session")
 def _the_subject(request: pytest.FixtureRequest) -> Subject:
-    """The backend that is judged."""
     return _suite(request).subject
 
 

@@ -17,8 +17,6 @@ _MOST_WRONG = 20  # failures that are shown while a run goes on; the summary gro
 
 
 class _Wrong:
-    """How many failures were shown."""
-
     def __init__(self) -> None:
         self._shown = 0
 

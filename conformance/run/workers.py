@@ -218,7 +218,6 @@ class Supervised:
         return self._ready + time.monotonic() - self._heard
 
     def _allowed(self) -> float:
-        """Seconds that may pass before the next event."""
         if not self.page.listed:
             return _STARTING
         return _ENDING if self.page.finished else self._limit
@@ -230,7 +229,6 @@ class Supervised:
         return bool(self._journal.ids) and not self._journal.waiting(self._share)
 
     def _ended(self, alone: bool) -> str:
-        """It has ended by itself: well, or with a case."""
         how = self._process.how
         if self._over():
             if how.startswith("was killed"):
@@ -244,7 +242,6 @@ class Supervised:
         return self._lost(what, self._process.stacks(), alone)
 
     def _too_long(self, alone: bool) -> str:
-        """It is silent: take its stacks, and end it."""
         if self._over():
             self._journal.miss(f"The worker did not end within {_ENDING:g} s of its last case.")
             return ""
@@ -271,7 +268,6 @@ class Supervised:
         return f"{what} {when}: {id}"
 
     def _nothing_begun(self, what: str, details: str) -> Exception:
-        """Why a worker was lost before the case list was known."""
         if not self._journal.loading:
             return SuiteBroken(f"{what} before it loaded anything.\n{details}")
         if not self._journal.subject:
@@ -374,7 +370,6 @@ class Workers:
         return Supervised(process, self._journal, self._share, asked.seconds)
 
     def _look(self) -> bool:
-        """Look at every worker once; False if none of them is done."""
         done = False
         for worker in list(self._running):
             lost = worker.look(alone=len(self._running) == 1)

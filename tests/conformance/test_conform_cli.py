@@ -364,7 +364,6 @@ def diff(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tu
 
 
 def test_each_step_has_its_kind(record: RunRecord) -> None:
-    """Both ways between every two statuses, against what each of them is worth."""
     for before, after in product(WORTH, WORTH):
         changes = compare_runs(
             with_statuses(record, *[before] * 5), with_statuses(record, *[after] * 5)

@@ -116,7 +116,6 @@ def test_where_it_was_judged(judged: Subject) -> None:
 
 
 def test_who_emulates(judged: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A simulated device, an interpreter of kernels, or a backend that says so."""
     assert is_emulated(replace(judged, emulated=True))
     triton = replace(judged, target="portakv.backends.triton:Triton")
     assert not is_emulated(triton)

@@ -62,7 +62,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """report.html of each synthetic run."""
     folder = tmp_path_factory.mktemp("reports")
     for name, run in conform_reports.RUNS.items():
         write(run(), folder / name)

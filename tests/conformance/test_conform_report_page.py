@@ -54,7 +54,6 @@ class Reader(HTMLParser):
 
 @cache
 def read(name: str) -> Reader:
-    """The page of one of the synthetic runs."""
     return Reader(page(conform_reports.RUNS[name]()))
 
 

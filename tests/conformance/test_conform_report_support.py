@@ -100,7 +100,6 @@ def test_an_edited_report_is_no_result(tmp_path: Path) -> None:
 
 
 def test_what_verify_refuses_is_no_result(tmp_path: Path) -> None:
-    """As a report of the simulated device that says R6 and was sealed anew."""
     run = conform_reports.emulated()
     run.rung = "R6"
     run.environment[SEAL] = digest_of(run)
@@ -153,7 +152,6 @@ def test_a_result_says_what_it_holds_for() -> None:
 
 
 def rung(**values: Any) -> Rung:
-    """The row of `ours`, with other values."""
     made = rung_of(of_report(ours()), "conformance/results/a.json")
     return replace(made, **values)
 

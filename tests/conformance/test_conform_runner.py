@@ -28,7 +28,6 @@ from portakv_conformance.run.workers import surroundings
 
 
 def endings(behaviours: dict[str, str], *options: Any, **how: Any) -> list[str]:
-    """How the cases of a run ended, in their order."""
     return list(statuses(ran(behaviours, *options, **how)).values())
 
 
@@ -340,7 +339,6 @@ def test_the_first_failure_stops_all() -> None:
 
 @pytest.mark.parametrize("how", ["unavailable", "exit"])
 def test_a_worker_too_many(how: str) -> None:
-    """There may be no room on the device for as many as were asked for."""
     heard = Heard()
     slow = {f"{CORE}{n}": "slow" for n in range(4)}
     record = ran({**slow, "2 start": how}, heard, jobs=2)

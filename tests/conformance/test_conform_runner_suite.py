@@ -44,7 +44,6 @@ def ids(listed: dict[str, dict[str, Any]]) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def passed(ids: tuple[str, ...]) -> RunRecord:
-    """A run of the reference on those."""
     return run(Options("reference", only=ids))
 
 
@@ -120,7 +119,6 @@ def test_a_backend_whose_claims_are_nonsense(ids: tuple[str, ...]) -> None:
 
 
 def test_two_workers_find_what_one_finds(listed: dict[str, dict[str, Any]]) -> None:
-    """Some cases of every area, in two processes and in one."""
     areas: dict[str, list[str]] = {}
     for id, case in listed.items():
         areas.setdefault(case["area"], []).append(id)

@@ -62,7 +62,6 @@ def gone(target: str) -> str:
 
 
 def rung(**values: Any) -> Rung:
-    """A row that breaks no rule, with other values."""
     made = Rung(
         backend="cuda", target="portakv.backends.cuda:Cuda", device="NVIDIA H200", rung="R6",
         emulated=False, evidence=f"{RESULTS}a.json", told="314 cases", command="portakv conform",
@@ -271,7 +270,6 @@ def root(tmp_path: Path) -> Path:
 
 
 def report_in(root: Path, **values: Any) -> Rung:
-    """A report among the results, and its row."""
     run = conform_reports.passing()
     run.environment |= values
     judge(run)

@@ -305,7 +305,6 @@ def test_a_row_says_what_a_job_tells_of_itself(tmp_path: Path) -> None:
 
 
 def test_the_recipe_of_the_page_is_about_the_real_kernel() -> None:
-    """What the vendor's toolchain builds is not credited to an emulation."""
     text = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
     recipe = text.partition('--what "built by the vendor\'s toolchain"')[2].partition("```")[0]
     target = recipe.partition("--backend ")[2].split()[0]

@@ -55,7 +55,6 @@ def test_a_copy_by_hand_is_right_and_leaving_it_out_is_not() -> None:
 
 
 def spoil(what: str, cache: list[torch.Tensor], chunk: torch.Tensor) -> None:
-    """Put one fault into a copy that is right."""
     words, row = chunk.view(torch.int16), chunk.view(torch.uint8)[0, 0, 0]
     if what == "kv":
         words[:, 1, 3] = words[:, 1, 3].flip(0)

@@ -153,21 +153,14 @@ def test_work_is_late_until_it_is_needed() -> None:
     assert pinned.tolist() == [0, 1, 2, 3]
 
 
-def test_who_asks_often_sees_it_end() -> None:
-    event = torch.Event(DEVICE)
-    simdev.delay(current(), 5)
-    event.record()
-    deadline = time.monotonic() + 30
-    while not event.query():
-        assert time.monotonic() < deadline
-
-
-def test_events_measure_time() -> None:
+def test_events_measure_time_and_who_asks_often_sees_them_end() -> None:
     first, last = (torch.Event(DEVICE, enable_timing=True) for _ in range(2))
     first.record()
     simdev.delay(current(), 20)
     last.record()
-    last.synchronize()
+    deadline = time.monotonic() + 30
+    while not last.query():
+        assert time.monotonic() < deadline
     assert 15 < first.elapsed_time(last) < 10_000
 
 
@@ -180,26 +173,20 @@ def test_a_missing_wait_is_wrong_every_time(
 ) -> None:
     """The second stream comes too early, or the first one too late; also where it is needed last,
     and where the host asks for the streams in the order that would be right by luck."""
-    wrong = 0
+    wrong, writes_late = 0, hazard.startswith("write")
     for repeat in range(REPEATS):
         first, second = torch.Stream(device), torch.Stream(device)
         cell, taken = (torch.zeros(64, device=device) for _ in range(2))
         torch.accelerator.synchronize(device)
         with on(first):
-            if hazard.startswith("read"):
-                cell.fill_(repeat + 1)
-            else:
-                taken.copy_(cell)
+            taken.copy_(cell) if writes_late else cell.fill_(repeat + 1)
         if waits:
             second.wait_stream(first)
         with on(second):
-            if hazard.startswith("read"):
-                taken.copy_(cell)
-            else:
-                cell.fill_(repeat + 1)
+            cell.fill_(repeat + 1) if writes_late else taken.copy_(cell)
         for stream in (first, second) if early else (second, first):
             stream.synchronize()
-        wanted = repeat + 1 if hazard.startswith("read") else 0
+        wanted = 0 if writes_late else repeat + 1
         wrong += int((taken.cpu() != wanted).any())
     assert wrong == (0 if waits else REPEATS)
 
@@ -281,7 +268,7 @@ def test_memory_of_recorded_streams_is_used_again_only_behind_them() -> None:
     assert torch.zeros(50_000, device=DEVICE).data_ptr() == address
 
 
-def test_large_memory_is_unmapped_when_it_is_freed() -> None:
+def test_large_memory_is_unmapped_when_it_is_freed_and_storages_can_be_resized() -> None:
     side = torch.Stream(DEVICE)
     large = torch.zeros(100 << 20, dtype=torch.uint8, device=DEVICE)
     torch.accelerator.synchronize()
@@ -291,9 +278,6 @@ def test_large_memory_is_unmapped_when_it_is_freed() -> None:
     with pytest.raises(RuntimeError, match=r"freed"):
         side.synchronize()
     del part
-
-
-def test_storages_can_be_resized() -> None:
     x = torch.arange(8, device=DEVICE)
     x.untyped_storage().resize_(128)
     assert torch.equal(x.cpu(), torch.arange(8))

@@ -26,7 +26,6 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def rows(text: str) -> list[str]:
-    """The lines of the table, without its head."""
     start, end = text.index("<!-- table: hardware -->"), text.index("<!-- end -->")
     return [line for line in text[start:end].splitlines() if line.startswith("|")][2:]
 
@@ -37,7 +36,6 @@ def row_of(backend: str, shown: list[str]) -> str:
 
 
 def test_the_page_has_every_rung_of_every_vendor_s_backend(tables: Any) -> None:
-    """Each backend of a vendor's has its row, with each of its rungs and what ended it."""
     found, shown = ladders.read(), rows(PAGE.read_text(encoding="utf-8"))
     for rung in found.rungs:
         if rung.backend in VENDORS:

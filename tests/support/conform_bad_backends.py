@@ -16,50 +16,57 @@ from portakv.backends.base import Capabilities, Decision
 from portakv.backends.reference import Reference
 
 
-class Raising(Reference):
+class Bad(Reference):
+    """`reference` with a launch of its own, named after its class."""
+
+    name = "bad"
+
+    def __init_subclass__(cls, **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+        cls.name = cls.__name__.lower()
+
+    def prepare(self, plan: CopyPlan) -> Any:
+        return self.launch
+
+    @staticmethod
+    def launch(*arguments: Any) -> None:
+        """What a subclass does wrong."""
+
+
+class Raising(Bad):
     """Its launch raises."""
 
-    name = "raising"
-
-    def prepare(self, plan: CopyPlan) -> Any:
-        def launch(*arguments: Any) -> None:
-            raise RuntimeError("the firmware is on fire")
-
-        return launch
+    @staticmethod
+    def launch(*arguments: Any) -> None:
+        raise RuntimeError("the firmware is on fire")
 
 
-class Hanging(Reference):
+class Hanging(Bad):
     """Its launch never returns."""
 
-    name = "hanging"
-
-    def prepare(self, plan: CopyPlan) -> Any:
-        def launch_for_ever(*arguments: Any) -> None:
-            while True:
-                time.sleep(0.05)
-
-        return launch_for_ever
+    @staticmethod
+    def launch(*arguments: Any) -> None:
+        launch_for_ever()
 
 
-class Crashing(Reference):
+def launch_for_ever() -> None:
+    while True:
+        time.sleep(0.05)
+
+
+class Crashing(Bad):
     """Its launch takes the process with it."""
 
-    name = "crashing"
-
-    def prepare(self, plan: CopyPlan) -> Any:
-        def launch(*arguments: Any) -> None:
-            os.kill(os.getpid(), signal.SIGSEGV)
-
-        return launch
+    @staticmethod
+    def launch(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGSEGV)
 
 
-class Chatty(Reference):
+class Chatty(Bad):
     """Right, but it prints to both outputs, also past Python."""
 
-    name = "chatty"
-
     def prepare(self, plan: CopyPlan) -> Any:
-        inner = super().prepare(plan)
+        inner = Reference.prepare(self, plan)
 
         def launch(*arguments: Any) -> Any:
             print('{"event": "finish"}')
@@ -71,10 +78,8 @@ class Chatty(Reference):
         return launch
 
 
-class Nonsense(Reference):
+class Nonsense(Bad):
     """Claims what no claim can be."""
-
-    name = "nonsensical"
 
     def capabilities(self) -> Capabilities:
         return Capabilities(
@@ -85,28 +90,22 @@ class Nonsense(Reference):
         )
 
 
-class NoClaims(Reference):
+class NoClaims(Bad):
     """Claims by a word."""
-
-    name = "wordy"
 
     def capabilities(self) -> Capabilities:
         return "all of it"  # type: ignore[return-value]
 
 
-class Secretive(Reference):
+class Secretive(Bad):
     """It does not say what it claims."""
-
-    name = "secretive"
 
     def capabilities(self) -> Capabilities:
         raise OSError("the licence server is asleep")
 
 
-class Deadly(Reference):
+class Deadly(Bad):
     """Its probe takes the process with it."""
-
-    name = "deadly"
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:

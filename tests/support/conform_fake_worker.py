@@ -81,11 +81,12 @@ def main(argv: Sequence[str]) -> None:
     act(behaviours.pop("collect", "pass"), orders, "")
     finish, taken = behaviours.pop("finish", "pass"), behaviours.pop("take", "")
     lone = int(behaviours.pop("lone", 0))
-    ids = [id for id in behaviours if id in chosen(orders, behaviours)]
-    listed = {"event": "list", "ids": ids, "profile": list(behaviours), "lone": lone}
-    tell(orders, listed)
+    only = option(orders, "--portakv-only")
+    ids = Path(only).read_text().splitlines() if only else list(behaviours)
+    ids = [id for id in behaviours if id in ids]
+    tell(orders, {"event": "list", "ids": ids, "profile": list(behaviours), "lone": lone})
     tell(orders, {"event": "described", "cases": {id: about(id) for id in ids}})
-    share = shared(orders)
+    share = Share(Path(option(orders, "--portakv-share")))
     if number == "1" and taken:
         share.take(taken)  # and never begins it
     for id in ids:
@@ -97,15 +98,9 @@ def main(argv: Sequence[str]) -> None:
     act(finish, orders, "")
 
 
-def shared(orders: Orders) -> Share:
-    return Share(Path(orders.pytest[orders.pytest.index("--portakv-share") + 1]))
-
-
-def chosen(orders: Orders, behaviours: Mapping[str, str]) -> Sequence[str]:
-    if "--portakv-only" not in orders.pytest:
-        return list(behaviours)
-    file = orders.pytest[orders.pytest.index("--portakv-only") + 1]
-    return Path(file).read_text().splitlines()
+def option(orders: Orders, name: str) -> str:
+    words = orders.pytest
+    return words[words.index(name) + 1] if name in words else ""
 
 
 def about(id: str) -> dict[str, Any]:
@@ -128,12 +123,13 @@ def end(orders: Orders, id: str, status: str, reason: str = "") -> None:
 
 
 def act(what: str, orders: Orders, id: str) -> None:
-    """One behaviour."""
     if what == "fail":
         end(orders, id, "failed", "Byte 3 is 7, expected 9.")
     elif what in ("error", "not-claimed"):
         end(orders, id, what, "It is so.")
-    elif what == "crash":
+    elif what in ("crash", "crash later"):
+        if what == "crash later":
+            end(orders, id, "passed")
         os.kill(os.getpid(), signal.SIGSEGV)
     elif what == "abort":
         os.abort()
@@ -146,9 +142,6 @@ def act(what: str, orders: Orders, id: str) -> None:
         tell(orders, {"event": "unavailable", "reason": "no such backend; known are x"})
     elif what == "hang":
         spin_for_ever()
-    elif what == "crash later":
-        end(orders, id, "passed")
-        os.kill(os.getpid(), signal.SIGSEGV)
     elif what == "leave":  # the session ends without this case
         tell(orders, {"event": "finish"})
         sys.exit(0)

@@ -24,52 +24,23 @@ class _Narrow(HostRows):
         return replace(super().capabilities(), **self.less)
 
 
-class NoTables(_Narrow):
-    less: ClassVar = {"tables": False}
+def _narrow(name: str, **less: Any) -> type[_Narrow]:
+    return type(name, (_Narrow,), {"less": less, "__module__": __name__})
 
 
-class Loops0(_Narrow):
-    less: ClassVar = {"max_loops": 0}
-
-
-class Loops1(_Narrow):
-    less: ClassVar = {"max_loops": 1}
-
-
-class Loops2(_Narrow):
-    less: ClassVar = {"max_loops": 2}
-
-
-class Align4(_Narrow):
-    less: ClassVar = {"alignment": 4}
-
-
-class Align16(_Narrow):
-    less: ClassVar = {"alignment": 16}
-
-
-class Int32Only(_Narrow):
-    less: ClassVar = {"index_dtypes": frozenset({torch.int32})}
-
-
-class Int64Only(_Narrow):
-    less: ClassVar = {"index_dtypes": frozenset({torch.int64})}
-
-
-class NoSkip(_Narrow):
-    less: ClassVar = {"skips_negative": False}
-
-
-class NoGuards(_Narrow):
-    less: ClassVar = {"guards": False}
-
-
-class NoThreads(_Narrow):
-    less: ClassVar = {"threads": False}
-
-
-class OnlyPageable(_Narrow):
-    less: ClassVar = {"places": frozenset({("pageable", "pageable")})}
+NoTables = _narrow("NoTables", tables=False)
+Loops0 = _narrow("Loops0", max_loops=0)
+Loops1 = _narrow("Loops1", max_loops=1)
+Loops2 = _narrow("Loops2", max_loops=2)
+Align4 = _narrow("Align4", alignment=4)
+Align16 = _narrow("Align16", alignment=16)
+Int32Only = _narrow("Int32Only", index_dtypes=frozenset({torch.int32}))
+Int64Only = _narrow("Int64Only", index_dtypes=frozenset({torch.int64}))
+NoSkip = _narrow("NoSkip", skips_negative=False)
+NoGuards = _narrow("NoGuards", guards=False)
+NoThreads = _narrow("NoThreads", threads=False)
+OnlyPageable = _narrow("OnlyPageable", places=frozenset({("pageable", "pageable")}))
+TrueAlignment = _narrow("TrueAlignment", alignment=True)
 
 
 class Least(_Narrow):
@@ -86,7 +57,6 @@ class _Declining(HostRows):
     """It declines some layouts by its check."""
 
     def why(self, plan: CopyPlan) -> str:
-        """Why it declines a plan; or empty."""
         return ""
 
     def check(self, plan: CopyPlan) -> Decision:
@@ -123,8 +93,6 @@ class OnlyTuples(_Declining):
 
 
 class OnlyTuplesByPrepare(OnlyTuples):
-    """It says so in `prepare` only."""
-
     def check(self, plan: CopyPlan) -> Decision:
         return HostRows.check(self, plan)
 
@@ -158,19 +126,11 @@ class RefusesFourLoops(_Declining):
 
 
 class ClaimsFourLoops(RefusesFourLoops):
-    """It names the number that it claims."""
-
     def capabilities(self) -> Capabilities:
         return replace(super().capabilities(), max_loops=4)
 
 
 class ListOfPlaces(HostRows):
-    """Its places are a list."""
-
     def capabilities(self) -> Capabilities:
         can = super().capabilities()
         return replace(can, places=list(can.places))  # type: ignore[arg-type]
-
-
-class TrueAlignment(_Narrow):
-    less: ClassVar = {"alignment": True}

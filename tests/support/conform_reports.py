@@ -51,7 +51,6 @@ def _case(id: str, area: str, draw: random.Random, **values: object) -> CaseReco
 
 
 def _copies(draw: random.Random) -> list[CaseRecord]:
-    """One case for most combinations of layout, dtype and operation."""
     made = []
     for number, layout in enumerate(LAYOUTS):
         for dtype in DTYPES:
@@ -206,7 +205,6 @@ RUNS = {
 
 
 def refusals(run: RunRecord, *, seal: bool = True) -> list[str]:
-    """What `verify` says of a run, sealed anew, where the suite had no case."""
     if seal:
         judge(run)
     return check_report(run.document(), lambda profile, device: {})

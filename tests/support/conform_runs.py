@@ -36,8 +36,6 @@ class Heard:
 
 
 class Telling(Heard):
-    """Prints the id of each case that begins."""
-
     def started(self, id: str) -> None:
         print(id, flush=True)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from threading import Thread
@@ -12,52 +13,47 @@ from typing import Any
 
 import torch
 
-from portakv import CopyPlan, Index, KVView, Unsupported
+from portakv import CopyPlan, Index, Unsupported
 from portakv.backends.base import Backend, Capabilities, Decision
 from portakv.backends.reference import Reference
 
 
 class Right(Reference):
-    """Nothing is wrong with it; it does what `reference` does."""
+    """Nothing is wrong with it; it does what `reference` does. Subclasses are named after their
+    class."""
 
     name = "suite-right"
+
+    def __init_subclass__(cls, **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+        if "name" not in cls.__dict__:
+            cls.name = "suite" + re.sub(r"(?=[A-Z])", "-", cls.__name__).lower()
 
     def prepare(self, plan: CopyPlan) -> Any:
         real = super().prepare(plan)
 
-        def launch(
-            src: KVView, dst: KVView, mine: Index, theirs: Index, count: int,
-            stream: torch.Stream | None, status: torch.Tensor | None,
-        ) -> Any:  # fmt: skip
-            return self.carry(real, src, dst, mine, theirs, count)
+        def launch(*asked: Any) -> Any:
+            return self.carry(real, *asked[:5])
 
         return launch
 
-    def carry(
-        self, real: Any, src: KVView, dst: KVView, mine: Index, theirs: Index, count: int
-    ) -> Any:
-        """The launch, as a subclass has it."""
-        return real(src, dst, mine, theirs, count, None, None)
+    def carry(self, real: Any, *asked: Any) -> Any:
+        """The launch, as a subclass has it: views, indices and count."""
+        return real(*asked, None, None)
 
 
 class OffByOne(Right):
     """It reads the slot behind the one that was asked for, where a long list asks."""
 
-    name = "suite-off-by-one"
-
-    def carry(
-        self, real: Any, src: KVView, dst: KVView, mine: Index, theirs: Index, count: int
-    ) -> Any:
+    def carry(self, real: Any, *asked: Any) -> Any:
+        src, dst, mine, *rest = asked
         if mine.ids is not None and mine.ids.numel() > 2:
-            units = src.slots // mine.step
-            mine = Index((mine.ids + 1) % units, mine.step, mine.offset)
-        return real(src, dst, mine, theirs, count, None, None)
+            mine = Index((mine.ids + 1) % (src.slots // mine.step), mine.step, mine.offset)
+        return super().carry(real, src, dst, mine, *rest)
 
 
 class Talking(Right):
     """It prints, which is nobody's business."""
-
-    name = "suite-talking"
 
     def carry(self, real: Any, *rest: Any) -> Any:
         print('{"event": "finish"}')
@@ -67,19 +63,13 @@ class Talking(Right):
 class Raising(Right):
     """It raises what is no error of PortaKV, after it has written a part."""
 
-    name = "suite-raising"
-
-    def carry(
-        self, real: Any, src: KVView, dst: KVView, mine: Index, theirs: Index, count: int
-    ) -> Any:
-        real(src, dst, mine, theirs, count, None, None)
+    def carry(self, real: Any, *asked: Any) -> Any:
+        super().carry(real, *asked)
         raise KeyError("stream")
 
 
 class Late(Right):
     """It returns before it has begun, and says that nobody has to wait."""
-
-    name = "suite-late"
 
     def carry(self, real: Any, *rest: Any) -> Any:
         Thread(target=_later, args=(super().carry, real, *rest)).start()
@@ -88,7 +78,6 @@ class Late(Right):
 class Waiting(Right):
     """It returns before it has begun, with a `Pending` that tells the truth, or not."""
 
-    name = "suite-waiting"
     honest = True
 
     def carry(self, real: Any, *rest: Any) -> Any:
@@ -100,7 +89,6 @@ class Waiting(Right):
 class Impatient(Waiting):
     """Its `Pending` is done before the work is."""
 
-    name = "suite-impatient"
     honest = False
 
 
@@ -124,16 +112,12 @@ class _Pending:
 class Boasting(Right):
     """It claims to skip negative ids and to guard, and does neither."""
 
-    name = "suite-boasting"
-
     def capabilities(self) -> Capabilities:
         return replace(super().capabilities(), skips_negative=True, guards=True)
 
 
 class Modest(Right):
     """It claims little: aligned rows in one allocation, in two loops."""
-
-    name = "suite-modest"
 
     def capabilities(self) -> Capabilities:
         return replace(super().capabilities(), alignment=16, max_loops=2, tables=False)
@@ -142,16 +126,12 @@ class Modest(Right):
 class Lax(Modest):
     """It carries out what it does not claim."""
 
-    name = "suite-lax"
-
     def check(self, plan: CopyPlan) -> Decision:
         return Decision(self.name, True, "takes everything")
 
 
 class Refusing(Right):
     """It claims pointer tables, and refuses them in `prepare`."""
-
-    name = "suite-refusing"
 
     def prepare(self, plan: CopyPlan) -> Any:
         if plan.tabled:
@@ -162,21 +142,16 @@ class Refusing(Right):
 class WholeChunks(Right):
     """Its launch refuses what does not fill a chunk, of which check and prepare say nothing."""
 
-    name = "suite-whole-chunks"
-
-    def carry(
-        self, real: Any, src: KVView, dst: KVView, mine: Index, theirs: Index, count: int
-    ) -> Any:
+    def carry(self, real: Any, *asked: Any) -> Any:
+        src, dst, mine, theirs, count = asked
         for view, index in ((src, mine), (dst, theirs)):
             if index.ids is None and count < view.slots:
                 raise Unsupported("A part of a chunk", "it moves whole ones")
-        return super().carry(real, src, dst, mine, theirs, count)
+        return super().carry(real, *asked)
 
 
 class Noting(Right):
     """It notes the plans that it is asked for, in the file that the environment names."""
-
-    name = "suite-noting"
 
     def prepare(self, plan: CopyPlan) -> Any:
         with open(os.environ["SUITE_PLANS"], "a", encoding="utf-8") as file:
@@ -186,8 +161,6 @@ class Noting(Right):
 
 class Absent(Right):
     """It is not for this machine."""
-
-    name = "suite-absent"
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:

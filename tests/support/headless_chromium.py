@@ -22,11 +22,11 @@ ABSENT = (
     "Headless Chromium was not found, so report.html was not opened; "
     "install it with `apt-get install --no-install-recommends chromium`."
 )
+_COMPLAINTS = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
 _PATIENCE = 30.0  # seconds for one answer
 
 
 def chromium() -> str | None:
-    """The browser's program, or None."""
     return next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
@@ -50,9 +50,7 @@ class Browser:
         )  # fmt: skip
         os.close(to_read)
         os.close(to_write)
-        self._rest = b""
-        self._number = 0
-        self._session = ""
+        self._rest, self._number, self._session = b"", 0, ""
         self.events: list[dict[str, Any]] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
@@ -129,10 +127,7 @@ class Browser:
         """Errors and warnings of the page since it was opened."""
         self.ask("0")  # what was said before this answer has arrived with it
         return [
-            json.dumps(event["params"])
-            for event in self.events
-            if event["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")
-            or (event["method"] == "Runtime.consoleAPICalled")
+            json.dumps(event["params"]) for event in self.events if event["method"] in _COMPLAINTS
         ]
 
     def requests(self) -> list[str]:
@@ -144,13 +139,11 @@ class Browser:
             if event["method"] == "Network.requestWillBeSent"
         ]
 
-    def shoot(self, picture: Path, whole: bool = True) -> None:
-        """A PNG of the whole page, or of the window."""
-        asked: dict[str, Any] = {"optimizeForSpeed": True}
-        if whole:
-            size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-            clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-            asked |= {"captureBeyondViewport": True, "clip": clip}
+    def shoot(self, picture: Path) -> None:
+        """A PNG of the whole page."""
+        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
+        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+        asked = {"optimizeForSpeed": True, "captureBeyondViewport": True, "clip": clip}
         shot = self.call("Page.captureScreenshot", **asked)["data"]
         picture.write_bytes(base64.b64decode(shot))
 
