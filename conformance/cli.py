@@ -26,6 +26,7 @@ from portakv_conformance.record import RunRecord
 from portakv_conformance.report.summary import print_summary
 from portakv_conformance.run.journal import BadRequest, SubjectUnavailable, SuiteBroken
 from portakv_conformance.run.listing import cases_of
+from portakv_conformance.run.options import whole_number
 from portakv_conformance.run.progress import shown
 from portakv_conformance.run.request import Options
 from portakv_conformance.run.runner import run
@@ -98,21 +99,25 @@ def _conform(words: list[str]) -> int:
     if "--list" in words:
         return _list([word for word in words if word != "--list"])
     asked = make_parser().parse_args(words)
-    options = replace(_options(asked), examples=_examples_folder(asked.report))
+    folder = _examples_folder(asked.report)
+    options = replace(_options(asked), examples=folder)
     try:
         with shown() as progress:
             if options.fuzz:
                 progress.say(f"seed {options.seed}")
             record = run(options, progress)
     finally:
-        if asked.report is None:
-            _remove_if_empty(options.examples)
+        if asked.report is None and not any(folder.iterdir()):
+            folder.rmdir()
     if asked.json:
         print(record.document(), end="")
     else:
         print_summary(record, options)
-    for path in _write(record, asked.report):
-        print(f"wrote {path}", file=sys.stderr)
+    if asked.report is not None:
+        from portakv_conformance.report import write
+
+        for path in write(record, asked.report):
+            print(f"wrote {path}", file=sys.stderr)
     return exit_code(record, options)
 
 
@@ -189,19 +194,6 @@ def _examples_folder(report: Path | None) -> Path:
     return report
 
 
-def _remove_if_empty(folder: Path | None) -> None:
-    if folder is not None and not any(folder.iterdir()):
-        folder.rmdir()
-
-
-def _write(record: RunRecord, report: Path | None) -> list[Path]:
-    if report is None:
-        return []
-    from portakv_conformance.report import write
-
-    return write(record, report)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The parser of a run."""
     parser = argparse.ArgumentParser(
@@ -219,12 +211,13 @@ def make_parser() -> argparse.ArgumentParser:
         "as npu for ascend; where it is for several, the accelerator or cpu)",
     )
     _add_profile(parser, None, "full with --report, which a rung needs; else core")
-    add("--fuzz", type=_count, metavar="N", help="draw N fresh examples in each drawn case")
-    add("--seed", type=_seed, metavar="S", help="of all that is drawn (default: 0; --fuzz: any)")
+    count, seed = whole_number(1), whole_number(0)
+    add("--fuzz", type=count, metavar="N", help="draw N fresh examples in each drawn case")
+    add("--seed", type=seed, metavar="S", help="of all that is drawn (default: 0; --fuzz: any)")
     add("--waivers", type=Path, metavar="FILE", help="TOML: cases that may fail, until when, why")
     add("--report", type=Path, metavar="DIR", help="write conformance.json, report.html and more")
     add("--limit", type=_seconds, metavar="SECONDS", help="that one case may take (default: 120)")
-    add("--jobs", type=_count, default=1, metavar="N", help="cases at a time (default: 1)")
+    add("--jobs", type=count, default=1, metavar="N", help="cases at a time (default: 1)")
     add("-x", dest="exit_first", action="store_true", help="stop at the first failure")
     add("--json", action="store_true", help="print the report itself, one JSON value")
     add("--only", nargs="+", default=[], metavar="ID", help="only these: ids or their beginnings")
@@ -239,18 +232,6 @@ def _add_profile(parser: argparse.ArgumentParser, default: str | None, told: str
         default=default,
         help=f"which cases (default: {told})",
     )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} was given, expected a whole number from 1 on")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} was given, expected a whole number from 0 on")
-    return int(text)
 
 
 def _seconds(text: str) -> float:

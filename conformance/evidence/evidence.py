@@ -24,8 +24,8 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
 from importlib import import_module
 from pathlib import Path
@@ -58,39 +58,9 @@ _HEAD = re.compile(r"(?:rootdir|cachedir|configfile): ")
 _PATH = re.compile(r"(?:(?<=-[ILB])|(?<![\w./~]))/(?:[\w.+@-]+/)+([\w.+@-]*)")
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """What one result file says.
-
-    Attributes:
-        rung: that it bears out; empty where it bears out none.
-        told: the outcome for a reader: ``1,508 passed, 213 not claimed``.
-        backend: by name; target: ``module:Class``; source_sha256: of its source then.
-        device: for a reader, empty where the file does not say; emulated: no real one.
-        command, date, versions: what repeats it, the day, what it holds for.
-        suite: the version of the suite; empty for other jobs.
-        vendor: sha256 of the vendor's packages, by name.
-        emulation, assumption: what emulated the device, as in `ladder.Rung`.
-    """
-
-    rung: str
-    told: str
-    backend: str
-    target: str
-    source_sha256: str
-    device: str
-    emulated: bool
-    command: str
-    date: str
-    versions: str
-    suite: str = ""
-    vendor: Mapping[str, str] = field(default_factory=dict)
-    emulation: Mapping[str, str] = field(default_factory=dict)
-    assumption: str = ""
-
-
-def read(file: Path) -> Evidence:
-    """What a file says.
+def read(file: Path) -> Rung:
+    """What a file says, as a row that names no file yet; its rung is empty where it bears out none,
+    its device where the file does not say one.
 
     Raises:
         ValueError: it is neither a report that nobody edited nor a record of a job that holds
@@ -110,7 +80,7 @@ def read(file: Path) -> Evidence:
     return _of_job(file, values)
 
 
-def of_report(record: RunRecord) -> Evidence:
+def of_report(record: RunRecord) -> Rung:
     """What a report of the suite says.
 
     Raises:
@@ -120,7 +90,8 @@ def of_report(record: RunRecord) -> Evidence:
         if not isinstance(record.backend.get(name), str):
             raise ValueError(f"it does not say the backend's {name}.")
     lone = LEFT_OUT in record.environment
-    return Evidence(
+    return Rung(
+        evidence="",
         rung=record.rung,
         told=outcome(record) + (", on one device" if lone else ""),
         backend=record.backend["name"],
@@ -161,7 +132,7 @@ def _emulation(record: RunRecord) -> dict[str, str]:
     return {record.backend["target"].partition(":")[0]: record.backend["source_sha256"]}
 
 
-def _of_job(file: Path, values: Any) -> Evidence:
+def _of_job(file: Path, values: Any) -> Rung:
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds no JSON object.")
     odd = [name for name, kind in _WANTED.items() if type(values.get(name)) is not kind]
@@ -175,7 +146,8 @@ def _of_job(file: Path, values: Any) -> Evidence:
     if values["what"] not in JOBS:
         raise ValueError(f"{file} says {values['what']!r}; expected one of {', '.join(JOBS)}.")
     told = ", ".join(str(part) for part in (values["what"], values.get("told")) if part)
-    return Evidence(
+    return Rung(
+        evidence="",
         rung=JOBS[values["what"]] if values["right"] else "",
         told=told if values["right"] else f"failed: {told}",
         backend=values["name"],
@@ -192,18 +164,17 @@ def _of_job(file: Path, values: Any) -> Evidence:
     )
 
 
-def rung_of(evidence: Evidence, file: str, *, device: str = "", note: str = "") -> Rung:
+def rung_of(said: Rung, file: str, *, device: str = "", note: str = "") -> Rung:
     """The row of a result file; ``device`` where the file does not say one.
 
     Raises:
         ValueError: it bears out no rung, or nobody says on which device.
     """
-    if not evidence.rung:
-        raise ValueError(f"{file} bears out no rung: {evidence.told}.")
-    if not (evidence.device or device):
+    if not said.rung:
+        raise ValueError(f"{file} bears out no rung: {said.told}.")
+    if not (said.device or device):
         raise ValueError(f"{file} does not say which device it is about; name it by --device.")
-    same = {f.name: getattr(evidence, f.name) for f in fields(Evidence)}
-    return Rung(**{**same, "device": evidence.device or device, "evidence": file, "note": note})
+    return replace(said, device=said.device or device, evidence=file, note=note)
 
 
 def contradictions(ladder: Ladder, root: Path) -> list[str]:

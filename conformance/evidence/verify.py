@@ -100,11 +100,9 @@ def _sums(record: RunRecord) -> Iterator[str]:
         yield f"Its verdict is {record.verdict!r}, but {verdict!r} follows from its cases."
     if record.rung != rung:
         yield f"It claims rung {record.rung!r}, but {rung!r} is what it proves: {_rule(record)}."
-    for why in waiver_problems(
-        record.waivers, record.cases, record.suite, whole=not record.missing
-    ):
-        if record.verdict == "conformant":
-            yield why
+    if record.verdict == "conformant":
+        whole = not record.missing
+        yield from waiver_problems(record.waivers, record.cases, record.suite, whole=whole)
 
 
 def _rule(record: RunRecord) -> str:
@@ -214,19 +212,21 @@ def _emulation(record: RunRecord, device: str) -> Iterator[str]:
         assumed_here = assumed((STANDINS[carried],)) if carried in STANDINS else ""
         if assumed_here and not record.environment.get(ASSUMPTION):
             yield f"It does not say what it holds by: {assumed_here}."
-    for module, sha256 in told.items():
-        if not re.fullmatch(SHA256, str(sha256)):
-            yield f"It does not say the hash of {module}, which emulated."
+    yield from _unhashed(told, "emulated")
 
 
 def _built(record: RunRecord) -> Iterator[str]:
     library = record.environment.get(LIBRARY, {})
-    if not isinstance(library, dict):
+    if isinstance(library, dict):
+        yield from _unhashed(library, "carried plans out")
+    else:
         yield f"Its library is {library!r}, expected its sha256 by the name of its file."
-        return
-    for name, sha256 in library.items():
+
+
+def _unhashed(told: dict[str, Any], what: str) -> Iterator[str]:
+    for name, sha256 in told.items():
         if not re.fullmatch(SHA256, str(sha256)):
-            yield f"It does not say the hash of {name}, which carried plans out."
+            yield f"It does not say the hash of {name}, which {what}."
 
 
 def _case_list(record: RunRecord, listing: Listing) -> Iterator[str]:
@@ -248,10 +248,8 @@ def _case_list(record: RunRecord, listing: Listing) -> Iterator[str]:
     absent = sorted(gone - lone)
     unexplained = [id for id in absent if f"{id}:" not in told]
     if unexplained and record.verdict == "conformant":
-        yield (
-            f"{len(unexplained)} cases of the installed suite are not in it, the first of them "
-            f"{unexplained[0]!r}."
-        )
+        count = f"{len(unexplained)} cases of the installed suite are not in it"
+        yield f"{count}, the first of them {unexplained[0]!r}."
     if not record.missing and record.case_list_sha256 != case_list_sha256(ids):
         yield "Its case-list hash is not that of its cases."
     for case in record.cases:

@@ -142,39 +142,28 @@ def _claims(backend: Backend) -> tuple[Capabilities, str]:
 def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, bool]:
     simulated = emulated or str(device).partition(":")[0] == SIMULATED
     asked, device = str(device), _carried(str(device))
-    if simulated:
-        from portakv_conformance.vendor import standins
+    from portakv_conformance.vendor import standins
 
+    if simulated:
         name = device.partition(":")[0]
         if not standins.enter(name):
             _simulate(asked, name)
     elif not _WRITTEN.fullmatch(device):
         raise ValueError(f"Device {asked!r} was asked for; expected one such as cpu or npu:1.")
     else:
-        _find(device)
+        try:  # a vendor's package is imported where torch does not know the device
+            found(device)
+        except BackendUnavailable as error:
+            if device.partition(":")[0] not in standins.STANDINS:
+                raise
+            raise BackendUnavailable(
+                f"{error}\nThe simulated device carries that name with --emulated."
+            ) from error
     try:
         return torch.device(device), simulated
     except RuntimeError as error:
         why = str(error).splitlines()[0].rstrip(".")
         raise ValueError(f"Device {asked!r} was asked for, but not found: {why}.") from error
-
-
-def _find(device: str) -> None:
-    """Have torch know a device, whose vendor's package is imported where torch does not.
-
-    Raises:
-        BackendUnavailable: torch cannot use it here; with what every candidate says.
-    """
-    from portakv_conformance.vendor.standins import STANDINS
-
-    try:
-        found(device)
-    except BackendUnavailable as error:
-        if device.partition(":")[0] not in STANDINS:
-            raise
-        raise BackendUnavailable(
-            f"{error}\nThe simulated device carries that name with --emulated."
-        ) from error
 
 
 def _simulate(asked: str, name: str) -> None:

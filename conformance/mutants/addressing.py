@@ -5,17 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from portakv import Index, KVView
 from portakv.plan.loops import Loop
 from portakv.plan.plan import CopyPlan, Nest, Side
 from portakv_conformance.mutants.base import Call, HostRows
 from portakv_conformance.mutants.cells import Int64
-
-if TYPE_CHECKING:
-    from portakv import Index, KVView
 
 
 class OffByOneSlot(HostRows):

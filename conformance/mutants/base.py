@@ -25,6 +25,8 @@ from portakv_conformance.mutants.cells import Int64, load, store
 if TYPE_CHECKING:
     from portakv import Index, KVView
 
+Mask = npt.NDArray[np.bool_]
+Pair = tuple[Int64, Int64]
 _HOST = ("pageable", "pinned")
 _WILD = 2**62  # far past the end of any view; an id is clipped to it before it is multiplied
 
@@ -121,13 +123,17 @@ class HostRows(Backend):
         units = self.units(plan, call)
         src = self.numbers(call.src_index, units, plan.unit)
         dst = self.numbers(call.dst_index, units, plan.unit)
-        bad = (src >= call.src.slots // plan.unit) | (dst >= call.dst.slots // plan.unit)
+        bad = self.bad(src, dst, call.src.slots // plan.unit, call.dst.slots // plan.unit, call)
         if bad.any():
             self.report(np.nonzero(bad)[0], plan.unit, call)
         moved = self.moved(src, dst) & ~bad
         return src[moved], dst[moved]
 
-    def moved(self, src: Int64, dst: Int64) -> npt.NDArray[np.bool_]:
+    def bad(self, src: Int64, dst: Int64, src_end: int, dst_end: int, call: Call) -> Mask:
+        """Which units lie past the end of either side."""
+        return (src >= src_end) | (dst >= dst_end)
+
+    def moved(self, src: Int64, dst: Int64) -> Mask:
         """Which units are not padding."""
         return (src >= 0) & (dst >= 0)
 
@@ -156,23 +162,18 @@ class HostRows(Backend):
 
     def expand(self, nest: Nest, plan: CopyPlan, call: Call, src: Int64, dst: Int64) -> Runs:
         """Units and loops as the addresses of runs."""
-        rests = [
-            0 if index.ids is not None else index.offset % plan.unit
-            for index in (call.src_index, call.dst_index)
-        ]
-        sides = [
-            self.address(call.src, *self.offsets(nest, nest.src, "src", src, rests[0], plan.unit)),
-            self.address(call.dst, *self.offsets(nest, nest.dst, "dst", dst, rests[1], plan.unit)),
-        ]
-        return Runs(sides[0], sides[1], nest.run, self.vector(nest, plan, call))
+        mine = self.offsets(nest, "src", src, call.src_index, plan.unit)
+        theirs = self.offsets(nest, "dst", dst, call.dst_index, plan.unit)
+        here, there = self.address(call.src, *mine), self.address(call.dst, *theirs)
+        return Runs(here, there, nest.run, self.vector(nest, plan, call))
 
-    def offsets(
-        self, nest: Nest, side: Side, name: str, numbers: Int64, rest: int, unit: int
-    ) -> tuple[Int64, Int64]:
+    def offsets(self, nest: Nest, name: str, numbers: Int64, index: Index, unit: int) -> Pair:
         """Table entry, and bytes behind its address, of every run of one side."""
+        side: Side = getattr(nest, name)
         entry, byte = self.place(side, numbers)
-        # Only where tokens lie at one stride may a unit begin between two multiples.
-        byte = byte + rest * (side.units[-1].stride // unit)
+        if index.ids is None:
+            # Only where tokens lie at one stride may a unit begin between two multiples.
+            byte = byte + index.offset % unit * (side.units[-1].stride // unit)
         for loop in nest.loops:
             entries, steps = self.walk(loop, name)
             entry = np.add.outer(entry, entries).reshape(-1)

@@ -6,26 +6,21 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from portakv import Unsupported
+from portakv import KVView, Unsupported
 from portakv.backends.base import Capabilities, Decision, Launch
 from portakv.plan.plan import CopyPlan, Nest
-from portakv_conformance.mutants.base import Call, HostRows, Runs
+from portakv_conformance.mutants.base import Call, HostRows, Mask, Runs
 from portakv_conformance.mutants.cells import Int64
-
-if TYPE_CHECKING:
-    from portakv import KVView
 
 
 class ClaimsSkipping(HostRows):
     """Claims to skip negative ids and takes them for slot 0."""
 
-    def moved(self, src: Int64, dst: Int64) -> npt.NDArray[np.bool_]:
+    def moved(self, src: Int64, dst: Int64) -> Mask:
         for side in (src, dst):
             side[side < 0] = 0
         return super().moved(src, dst)
@@ -34,26 +29,17 @@ class ClaimsSkipping(HostRows):
 class ClaimsGuards(HostRows):
     """Claims to guard against slots past the end and clamps them to the last one instead."""
 
-    def pairs(self, plan: CopyPlan, call: Call) -> tuple[Int64, Int64]:
-        src = self.numbers(call.src_index, self.units(plan, call), plan.unit)
-        dst = self.numbers(call.dst_index, self.units(plan, call), plan.unit)
-        moved = self.moved(src, dst)
-        src = np.minimum(src, call.src.slots // plan.unit - 1)
-        dst = np.minimum(dst, call.dst.slots // plan.unit - 1)
-        return src[moved], dst[moved]
+    def bad(self, src: Int64, dst: Int64, src_end: int, dst_end: int, call: Call) -> Mask:
+        np.minimum(src, src_end - 1, out=src)
+        np.minimum(dst, dst_end - 1, out=dst)
+        return super().bad(src, dst, src_end, dst_end, call)
 
 
 class GuardOffByOne(HostRows):
     """The guard takes the slot right behind the last one for a good one."""
 
-    def pairs(self, plan: CopyPlan, call: Call) -> tuple[Int64, Int64]:
-        src = self.numbers(call.src_index, self.units(plan, call), plan.unit)
-        dst = self.numbers(call.dst_index, self.units(plan, call), plan.unit)
-        bad = (src > call.src.slots // plan.unit) | (dst > call.dst.slots // plan.unit)
-        if bad.any():
-            self.report(np.nonzero(bad)[0], plan.unit, call)
-        moved = self.moved(src, dst) & ~bad
-        return src[moved], dst[moved]
+    def bad(self, src: Int64, dst: Int64, src_end: int, dst_end: int, call: Call) -> Mask:
+        return super().bad(src, dst, src_end + 1, dst_end + 1, call)
 
 
 class StatusIgnored(HostRows):

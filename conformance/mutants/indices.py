@@ -3,18 +3,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from portakv import Index
 from portakv.plan.plan import CopyPlan
-from portakv_conformance.mutants.base import Call, HostRows
+from portakv_conformance.mutants.base import Call, HostRows, Mask
 from portakv_conformance.mutants.cells import Int64
-
-if TYPE_CHECKING:
-    from portakv import Index
 
 
 class NegativeIsLastRow(HostRows):
@@ -24,7 +19,7 @@ class NegativeIsLastRow(HostRows):
         self._units = call.src.slots // plan.unit
         return super().pairs(plan, call)
 
-    def moved(self, src: Int64, dst: Int64) -> npt.NDArray[np.bool_]:
+    def moved(self, src: Int64, dst: Int64) -> Mask:
         src[src < 0] += self._units
         return super().moved(src, dst)
 
@@ -32,7 +27,7 @@ class NegativeIsLastRow(HostRows):
 class NegativeSkippedInSourceOnly(HostRows):
     """Padding is looked for in the source's ids; a negative destination is taken for slot 0."""
 
-    def moved(self, src: Int64, dst: Int64) -> npt.NDArray[np.bool_]:
+    def moved(self, src: Int64, dst: Int64) -> Mask:
         dst[dst < 0] = 0
         return src >= 0
 
@@ -40,14 +35,14 @@ class NegativeSkippedInSourceOnly(HostRows):
 class NegativeEndsTheList(HostRows):
     """A negative slot is taken for the end of the list: what follows it is not moved."""
 
-    def moved(self, src: Int64, dst: Int64) -> npt.NDArray[np.bool_]:
+    def moved(self, src: Int64, dst: Int64) -> Mask:
         return np.logical_and.accumulate(super().moved(src, dst))
 
 
 class OnlyMinusOneIsPadding(HostRows):
     """Only -1 counts as padding; other negative slots are moved to and from slot 0."""
 
-    def moved(self, src: Int64, dst: Int64) -> npt.NDArray[np.bool_]:
+    def moved(self, src: Int64, dst: Int64) -> Mask:
         for side in (src, dst):
             side[side < -1] = 0
         return super().moved(src, dst)

@@ -3,19 +3,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from portakv import Index, KVView
 from portakv.plan.loops import Loop
-from portakv.plan.plan import CopyPlan, Nest, Side
+from portakv.plan.plan import CopyPlan, Nest
 from portakv_conformance.mutants.addressing import ThirtyTwoBitOffset
-from portakv_conformance.mutants.base import Call, HostRows, Runs
+from portakv_conformance.mutants.base import Call, HostRows, Mask, Pair, Runs
 from portakv_conformance.mutants.cells import Int64
 from portakv_conformance.mutants.device_rows import DeviceRows
-
-if TYPE_CHECKING:
-    from portakv import KVView
 
 
 def _of_both(call: Call) -> bool:
@@ -40,10 +36,8 @@ class TableOf256(HostRows):
 class BlocksInThirtyTwoBits(HostRows):
     """Byte offsets have 64 bits where tokens move one by one, and 32 where whole blocks do."""
 
-    def offsets(
-        self, nest: Nest, side: Side, name: str, numbers: Int64, rest: int, unit: int
-    ) -> tuple[Int64, Int64]:
-        entry, byte = super().offsets(nest, side, name, numbers, rest, unit)
+    def offsets(self, nest: Nest, name: str, numbers: Int64, index: Index, unit: int) -> Pair:
+        entry, byte = super().offsets(nest, name, numbers, index, unit)
         return entry, byte if unit == 1 else byte.astype(np.int32).astype(np.int64)
 
 
@@ -86,29 +80,14 @@ class MigrationsClipped(HostRows):
 class GuardsSourceOnly(HostRows):
     """With ids on both sides only the source's are guarded: a bad destination is the last slot."""
 
-    def pairs(self, plan: CopyPlan, call: Call) -> tuple[Int64, Int64]:
-        if not _of_both(call):
-            return super().pairs(plan, call)
-        units = self.units(plan, call)
-        src = self.numbers(call.src_index, units, plan.unit)
-        dst = self.numbers(call.dst_index, units, plan.unit)
-        dst = np.minimum(dst, call.dst.slots // plan.unit - 1)
-        bad = src >= call.src.slots // plan.unit
-        if bad.any():
-            self.report(np.nonzero(bad)[0], plan.unit, call)
-        moved = self.moved(src, dst) & ~bad
-        return src[moved], dst[moved]
+    def bad(self, src: Int64, dst: Int64, src_end: int, dst_end: int, call: Call) -> Mask:
+        if _of_both(call):
+            np.minimum(dst, dst_end - 1, out=dst)
+        return super().bad(src, dst, src_end, dst_end, call)
 
 
 class PaddingHidesBadIds(HostRows):
     """A bad id that faces padding on the other side is skipped with it, and not reported."""
 
-    def pairs(self, plan: CopyPlan, call: Call) -> tuple[Int64, Int64]:
-        units = self.units(plan, call)
-        src = self.numbers(call.src_index, units, plan.unit)
-        dst = self.numbers(call.dst_index, units, plan.unit)
-        moved = self.moved(src, dst)
-        bad = (src >= call.src.slots // plan.unit) | (dst >= call.dst.slots // plan.unit)
-        if (bad & moved).any():
-            self.report(np.nonzero(bad & moved)[0], plan.unit, call)
-        return src[moved & ~bad], dst[moved & ~bad]
+    def bad(self, src: Int64, dst: Int64, src_end: int, dst_end: int, call: Call) -> Mask:
+        return super().bad(src, dst, src_end, dst_end, call) & self.moved(src, dst)

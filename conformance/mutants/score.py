@@ -25,6 +25,7 @@ from portakv_conformance.mutants.trial import (
     try_control,
     try_mutant,
 )
+from portakv_conformance.run.options import whole_number
 from portakv_conformance.run.workers import INTERRUPTED
 
 _JOBS = 2
@@ -95,20 +96,15 @@ def _parser() -> argparse.ArgumentParser:
         description="Runs the suite on backends with seeded bugs, and counts those that it misses.",
     )
     add = parser.add_argument
-    add("--runs", type=_count, default=1, metavar="N", help="with N different seeds (default: 1)")
+    count = whole_number(1)
+    add("--runs", type=count, default=1, metavar="N", help="with N different seeds (default: 1)")
     add("--seed", type=int, default=0, metavar="S", help="the first of them (default: 0)")
-    add("--jobs", type=_count, default=_JOBS, metavar="N", help="at a time (default: 2)")
+    add("--jobs", type=count, default=_JOBS, metavar="N", help="at a time (default: 2)")
     add("--only", nargs="+", metavar="NAME", help="these mutants")
     add("--limit", type=float, default=WALL_LIMIT, metavar="SECONDS", help="for one mutant")
     add("--no-control", action="store_true", help="do not run the un-mutated bases")
     add("--write", type=Path, metavar="FILE", help="write the table as Markdown")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} was asked for; expected a number from 1 on.")
-    return int(text)
 
 
 def _chosen(names: Sequence[str] | None) -> tuple[Mutant, ...]:

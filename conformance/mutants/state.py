@@ -7,17 +7,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from portakv import Index, KVView
 from portakv.backends.base import Pending
 from portakv.plan.plan import CopyPlan, Side
 from portakv_conformance.mutants.base import Call, HostRows, Runs
 from portakv_conformance.mutants.cells import Int64, store
-
-if TYPE_CHECKING:
-    from portakv import Index, KVView
 
 _LATE = 0.02  # seconds that work in the background takes
 

@@ -47,20 +47,12 @@ def document(trials: Sequence[Trial], self_checked: Collection[str]) -> str:
     """
     groups = by_mutant(trials)
     parts = [_HEAD, _sum(groups)]
-    for module, mutants in groupby(groups, key=lambda group: _module(group[0])):
-        found = importlib.import_module(module)
-        parts.append(f"\n## {_title(found.__doc__)}\n")
+    for module, mutants in groupby(groups, key=lambda g: g[0].mutant.target.partition(":")[0]):
+        title = (importlib.import_module(module).__doc__ or "").partition("\n")[0]
+        parts.append(f"\n## {title.rstrip('.')}\n")
         parts.append("| mutant | bug | profile | caught by | s |\n|---|---|---|---|---:|")
         parts += [_row(group, self_checked) for group in mutants]
     return "\n".join(parts) + "\n"
-
-
-def _module(trial: Trial) -> str:
-    return trial.mutant.target.partition(":")[0]
-
-
-def _title(docstring: str | None) -> str:
-    return (docstring or "").partition("\n")[0].rstrip(".")
 
 
 def _sum(groups: Sequence[Sequence[Trial]]) -> str:

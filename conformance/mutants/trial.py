@@ -14,6 +14,7 @@ from portakv.registry.self_check import SelfCheck, self_check
 from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.mutants import Mutant
 from portakv_conformance.record import CaseRecord, RunRecord
+from portakv_conformance.run.progress import Progress
 from portakv_conformance.run.runner import BadRequest, Options, SubjectUnavailable, SuiteBroken, run
 
 #: Seconds that one case may take of a mutant, and a mutant in all.
@@ -64,21 +65,15 @@ class OutOfTime(Exception):
     """A mutant was not caught within its limit."""
 
 
-class _Clock:
-    """A progress that shows nothing and ends a run when its time is over."""
+class _Clock(Progress):
+    """Ends a run when its time is over."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._until = seconds, time.monotonic() + seconds
 
-    def listed(self, count: int) -> None: ...
-
     def started(self, id: str) -> None:
         if time.monotonic() > self._until:
             raise OutOfTime(f"it was not caught within {self._seconds:g} s")
-
-    def ended(self, case: CaseRecord) -> None: ...
-
-    def say(self, sentence: str) -> None: ...
 
 
 def try_mutant(
@@ -92,19 +87,21 @@ def try_mutant(
     asked = Options(
         mutant.target, mutant.device, mutant.profile, seed, limit=CASE_LIMIT, exit_first=True
     )
+    caught, why, judged = "", "every case passed", True
     try:
-        record = runner(asked, _Clock(wall))
-    except OutOfTime as error:
-        return Trial(mutant, seed, "", _line(error), time.monotonic() - began)
-    except (BadRequest, SubjectUnavailable, SuiteBroken) as error:
-        return Trial(mutant, seed, "", _line(error), time.monotonic() - began, judged=False)
-    wrong = [case for case in record.cases if case.status in WRONG]
-    caught = [case for case in wrong if case.status == "failed"]
-    seconds = time.monotonic() - began
-    if caught:
-        return Trial(mutant, seed, caught[0].id, caught[0].reason, seconds)
-    why = f"{wrong[0].id} is in error: {wrong[0].reason}" if wrong else "every case passed"
-    return Trial(mutant, seed, "", why, seconds)
+        wrong = _wrong(runner(asked, _Clock(wall)))
+        failed = next((case for case in wrong if case.status == "failed"), None)
+        if failed is not None:
+            caught, why = failed.id, failed.reason
+        elif wrong:
+            why = f"{wrong[0].id} is in error: {wrong[0].reason}"
+    except (OutOfTime, BadRequest, SubjectUnavailable, SuiteBroken) as error:
+        why, judged = _line(error), isinstance(error, OutOfTime)
+    return Trial(mutant, seed, caught, why, time.monotonic() - began, judged)
+
+
+def _wrong(record: RunRecord) -> list[CaseRecord]:
+    return [case for case in record.cases if case.status in WRONG]
 
 
 def try_control(control: Mutant, seed: int = 0, *, runner: Runner = run) -> str | None:
@@ -113,8 +110,7 @@ def try_control(control: Mutant, seed: int = 0, *, runner: Runner = run) -> str 
         record = runner(Options(control.target, control.device, "full", seed))
     except (BadRequest, SubjectUnavailable, SuiteBroken) as error:
         return _line(error)
-    wrong = [case for case in record.cases if case.status in WRONG]
-    if wrong:
+    if wrong := _wrong(record):
         return f"{len(wrong)} cases fail, the first is {wrong[0].id}: {wrong[0].reason}"
     return None if record.verdict == "conformant" else "; ".join(record.missing)
 

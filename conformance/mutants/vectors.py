@@ -42,9 +42,7 @@ class VectorWithoutBase(HostRows):
     """The vector is chosen from row and strides; that the tensors begin unaligned is not seen."""
 
     def vector(self, nest: Nest, plan: CopyPlan, call: Call) -> int:
-        steps = [step.stride for step in nest.src.units + nest.dst.units]
-        loops = [x for loop in nest.loops for x in (loop.src_stride, loop.dst_stride)]
-        return widest_vector([nest.run, nest.src.offset, nest.dst.offset, *steps, *loops])
+        return widest_vector([nest.run, nest.src.offset, nest.dst.offset, *_strides(nest)])
 
 
 class VectorWithoutStrides(HostRows):
@@ -59,10 +57,12 @@ class VectorWithoutStart(HostRows):
     """The vector does not heed where the values begin behind the keys in one row."""
 
     def vector(self, nest: Nest, plan: CopyPlan, call: Call) -> int:
-        bases = [plan.src.alignment, plan.dst.alignment]
-        steps = [step.stride for step in nest.src.units + nest.dst.units]
-        loops = [x for loop in nest.loops for x in (loop.src_stride, loop.dst_stride)]
-        return widest_vector([nest.run, *bases, *steps, *loops])
+        return widest_vector([nest.run, plan.src.alignment, plan.dst.alignment, *_strides(nest)])
+
+
+def _strides(nest: Nest) -> list[int]:
+    loops = [x for loop in nest.loops for x in (loop.src_stride, loop.dst_stride)]
+    return [step.stride for step in nest.src.units + nest.dst.units] + loops
 
 
 class TailOverrun(HostRows):

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from portakv.cli.console import print_prose
 from portakv_conformance.evidence.verdict import LEFT_OUT, WRONG, why_no_rung
-from portakv_conformance.judge.waivers import problems
 from portakv_conformance.record import ASSUMPTION, STATUSES, CaseRecord, RunRecord
-from portakv_conformance.report.words import plural
+from portakv_conformance.report.words import broken, plural
 from portakv_conformance.run.journal import MOST_EXAMPLES
 from portakv_conformance.run.request import Options
 
@@ -41,7 +40,7 @@ def print_summary(record: RunRecord, options: Options) -> None:
         print_prose(f"It holds {record.environment[ASSUMPTION]}.")
     if LEFT_OUT in record.environment:
         print_prose(f"two devices: {record.environment[LEFT_OUT]}")
-    for sentence in problems(record.waivers, record.cases, record.suite, whole=not record.missing):
+    for sentence in broken(record):
         print_prose(f"waivers: {sentence}")
     if sum(bool(case.example) for case in record.cases) >= MOST_EXAMPLES:
         print_prose(
@@ -68,15 +67,6 @@ def verdict_line(record: RunRecord) -> str:
     )
 
 
-def replay_line(case: CaseRecord, record: RunRecord, options: Options) -> str:
-    """The command that replays the shrunken example of a case; empty where there is none."""
-    if not case.example or options.examples is None:
-        return ""
-    words = ["portakv", "conform", "replay", str(options.examples / Path(case.example).name)]
-    words += [options.backend, "--device", options.device]
-    return shlex.join(words + (["--emulated"] if options.emulated else []))
-
-
 def _print_failures(record: RunRecord, options: Options) -> None:
     """The failures of each test as one group, the simplest first; of many groups the first."""
     groups: dict[str, list[CaseRecord]] = {}
@@ -84,7 +74,7 @@ def _print_failures(record: RunRecord, options: Options) -> None:
         if case.status in WRONG:
             groups.setdefault(case.id.partition("[")[0], []).append(case)
     for cases in list(groups.values())[:_MOST_GROUPS]:
-        _print_failure(min(cases, key=_size), record, options)
+        _print_failure(min(cases, key=_size), options)
         if len(cases) > 1:
             print_prose(f"  and {plural(len(cases) - 1, 'more case')} of this test")
         print()
@@ -101,13 +91,14 @@ def _size(case: CaseRecord) -> tuple[bool, bool, int]:
     return case.status != "failed", not case.example, len(case.reason) + len(case.id)
 
 
-def _print_failure(case: CaseRecord, record: RunRecord, options: Options) -> None:
+def _print_failure(case: CaseRecord, options: Options) -> None:
     print(f"{case.status.upper()} {case.id}")
     print_prose(f"  {_short(case.reason)}")
     print(f"  again: {case.replay}")
-    replay = replay_line(case, record, options)
-    if replay:
-        print(f"  its example: {replay}")
+    if case.example and options.examples is not None:
+        words = ["portakv", "conform", "replay", str(options.examples / Path(case.example).name)]
+        words += [options.backend, "--device", options.device]
+        print(f"  its example: {shlex.join(words + ['--emulated'] * options.emulated)}")
 
 
 def _short(reason: str) -> str:

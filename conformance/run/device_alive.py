@@ -8,7 +8,7 @@ import torch
 
 from portakv_conformance.draw.by_hand import HOMES, Shape, Workshop
 from portakv_conformance.judge.device_support import Facility
-from portakv_conformance.judge.judging import find_home, index_of, view_of
+from portakv_conformance.judge.judging import asked_of, find_home
 from portakv_conformance.judge.subject import Subject
 
 _TRIES = 2  # an error of the failed case may be delivered by the next call, and only by that one
@@ -39,7 +39,7 @@ class DeviceAlive:
         for _ in range(_TRIES):
             told = self._fault(copies=self._copies is True)
             if not told:
-                return ""
+                break
         return told
 
     def _fault(self, *, copies: bool) -> str:
@@ -55,8 +55,4 @@ class DeviceAlive:
     def _copy(self) -> None:
         home = find_home(self._subject, HOMES)
         case = Workshop(str(self._subject.device), 0, home).gather(Shape(), [1])
-        done = self._subject.copy(
-            view_of(case.src), view_of(case.dst), index_of(case.src), index_of(case.dst),
-            count=case.count,
-        )  # fmt: skip
-        done.synchronize()
+        self._subject.copy(*asked_of(case), count=case.count).synchronize()

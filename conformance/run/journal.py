@@ -84,10 +84,6 @@ class Journal:
         """Ids that have not ended, in their order."""
         return [id for id in self.ids if id not in self.cases]
 
-    def left_but(self, id: str) -> bool:
-        """Whether another case than ``id`` has not ended."""
-        return any(other != id for other in self.left())
-
     def waiting(self, share: Share) -> list[str]:
         """Ids that nobody has taken yet."""
         return [id for id in self.left() if not share.taken(id)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -34,47 +35,34 @@ def real(path: Path) -> Path:
     return path.resolve()
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} examples were asked for; ask for 1 or more.")
-    return int(text)
+def whole_number(least: int) -> Callable[[str], int]:
+    """What reads an argument that is a whole number from ``least`` on."""
 
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} was given, expected a whole number from {least} on"
+            )
+        return int(text)
 
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"The seed {text!r} is not a whole number from 0 on.")
-    return int(text)
+    return read
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options; their names all begin with ``--portakv-``."""
     group = parser.getgroup("portakv", "PortaKV conformance suite")
     add = group.addoption
-    add(
-        "--portakv-backend",
-        metavar="NAME",
-        help="what to judge: a backend's name, or pkg.mod:Class",
-    )
-    add(
-        "--portakv-device",
-        metavar="D",
-        default="cpu",
-        help="where: cpu, cuda, cuda:1, simdev, simdev:mlu, ...",
-    )
+    number = whole_number
+    add("--portakv-backend", metavar="NAME", help="what to judge: a name, or pkg.mod:Class")
+    add("--portakv-device", metavar="D", default="cpu", help="where: cpu, cuda:1, simdev:mlu, ...")
     add("--portakv-profile", choices=PROFILES, default="core", help="which cases (default: core)")
-    add("--portakv-fuzz", type=_positive, metavar="N", help="draw N examples in each drawn case")
-    add("--portakv-seed", type=_seed, metavar="S", help="of every pattern and drawing (default: 0)")
+    add("--portakv-fuzz", type=number(1), metavar="N", help="draw N examples in each drawn case")
+    add("--portakv-seed", type=number(0), metavar="S", help="of all that is drawn (default: 0)")
     add("--portakv-events", metavar="FILE", help="append what happens as JSON lines")
-    add(
-        "--portakv-only",
-        metavar="FILE",
-        help="run only the cases whose ids stand in FILE, one a line",
-    )
+    add("--portakv-only", metavar="FILE", help="run only the cases whose ids stand in FILE")
     add("--portakv-share", metavar="DIR", help="leave out cases that others took by files in DIR")
     add("--portakv-examples", metavar="DIR", help="save failing examples there, shrunken, as JSON")
-    add(
-        "--portakv-emulated", action="store_true", help="the simulated device carries the name of D"
-    )
+    add("--portakv-emulated", action="store_true", help="the simulated device carries D's name")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -56,8 +56,8 @@ class Suite:
         self.subject = _subject(config)
         self.facility = Facility(self.subject.device, self.subject.emulated)
         self.events: str | None = config.getoption("--portakv-events")
-        self.only = _only(config.getoption("--portakv-only"))
-        share: str | None = config.getoption("--portakv-share")
+        only, share = config.getoption("--portakv-only"), config.getoption("--portakv-share")
+        self.only = None if only is None else Path(only).read_text(encoding="utf-8").split("\n")
         self.share = None if share is None else Share(Path(share))
         self.examples: str | None = config.getoption("--portakv-examples")
         self.alive = DeviceAlive(self.subject, self.facility)
@@ -101,7 +101,7 @@ class Suite:
         kept.sort(key=lambda item: AREAS.index(mark_of(item, "area")))
         profile = [case_id(item) for item in kept]
         if self.only is not None:
-            ids, unknown = chosen(profile, sorted(self.only))
+            ids, unknown = chosen(profile, sorted(set(filter(None, self.only))))
             if unknown:
                 raise pytest.UsageError(
                     f"Profile {self.profile!r} on {self.subject.device} has no case "
@@ -128,12 +128,9 @@ class Suite:
     def _has(self, need: str) -> tuple[bool, str]:
         """Whether this device has what a case needs; a sentence where it should have had it."""
         streams = self.facility.streams
-        if need == "host":
-            return not streams, ""
-        if need == "accelerator":
-            return streams, ""
-        if need == "graphs":
-            return self.facility.graphs, ""
+        plain = {"host": not streams, "accelerator": streams, "graphs": self.facility.graphs}
+        if need in plain:
+            return plain[need], ""
         if need == "two devices":
             found = self.facility.devices()
             missing = f"it needs two devices of type {self.subject.device.type}, found {found}."
@@ -274,13 +271,11 @@ class Suite:
         name, _, test = case_id(item).partition("::")
         module = "portakv_conformance." + name.removesuffix(".py").replace("/", ".")
         options = self.config.option
-        device, fuzz = options.portakv_device, f" --portakv-fuzz {self.fuzz}" if self.fuzz else ""
-        emulated = " --portakv-emulated" if options.portakv_emulated else ""
-        return (
-            f"python -m pytest --pyargs '{module}::{test}' "
-            f"--portakv-backend {options.portakv_backend} --portakv-device {device}{emulated} "
-            f"--portakv-profile {self.profile} --portakv-seed {self.seed}{fuzz}"
-        )
+        told = f"--portakv-backend {options.portakv_backend} --portakv-device"
+        told += f" {options.portakv_device}{' --portakv-emulated' * options.portakv_emulated}"
+        told += f" --portakv-profile {self.profile} --portakv-seed {self.seed}"
+        told += f" --portakv-fuzz {self.fuzz}" if self.fuzz else ""
+        return f"python -m pytest --pyargs '{module}::{test}' {told}"
 
     def _tell(self, event: dict[str, Any]) -> None:
         if self.events is not None:
@@ -306,12 +301,6 @@ def _seed(asked: int | None, fuzz: int | None) -> int:
     if asked is not None:
         return asked
     return random.SystemRandom().randrange(1 << 31) if fuzz else 0
-
-
-def _only(file: str | None) -> set[str] | None:
-    if file is None:
-        return None
-    return {line for line in Path(file).read_text(encoding="utf-8").splitlines() if line}
 
 
 # -- what cases ask for --------------------------------------------------------------------------
@@ -352,9 +341,7 @@ def judge(request: pytest.FixtureRequest, subject: Subject, facility: Facility, 
 def _settled(request: pytest.FixtureRequest) -> Iterator[None]:
     """No case leaves work on the device to the next one."""
     yield
-    suite = request.config.pluginmanager.get_plugin("portakv-suite")
-    if suite is not None:
-        suite.facility.synchronize()
+    _suite(request).facility.synchronize()
 
 
 @pytest.fixture(scope="session")

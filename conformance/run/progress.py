@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.record import CaseRecord
@@ -16,22 +16,8 @@ _EVERY = 5.0  # seconds between two plain lines where nothing is wrong
 _MOST_WRONG = 20  # failures that are shown while a run goes on; the summary groups all of them
 
 
-class _Wrong:
-    def __init__(self) -> None:
-        self._shown = 0
-
-    def line(self, case: CaseRecord) -> str:
-        """What to show of a case that ended; empty where it is right, or one of many."""
-        self._shown += case.status in WRONG
-        if case.status not in WRONG or self._shown > _MOST_WRONG + 1:
-            return ""
-        if self._shown > _MOST_WRONG:
-            return "More failures are shown at the end."
-        return f"{case.status}: {case.id}"
-
-
-class Progress(Protocol):
-    """Who is told what happens in a run."""
+class Progress:
+    """What is told what happens in a run; by itself it shows nothing."""
 
     def listed(self, count: int) -> None:
         """The run has so many cases."""
@@ -46,28 +32,32 @@ class Progress(Protocol):
         """Something happened to the run itself."""
 
 
-class Silent:
-    """Shows nothing."""
-
-    def listed(self, count: int) -> None: ...
-
-    def started(self, id: str) -> None: ...
-
-    def ended(self, case: CaseRecord) -> None: ...
-
-    def say(self, sentence: str) -> None: ...
+SILENT = Progress()
 
 
-SILENT: Progress = Silent()
+class Showing(Progress):
+    """Shows failures at once, but only a few of many."""
+
+    def __init__(self) -> None:
+        self._wrong = 0
+
+    def wrong(self, case: CaseRecord) -> str:
+        """What to show of a case that ended; empty where it is right, or one of many."""
+        self._wrong += case.status in WRONG
+        if case.status not in WRONG or self._wrong > _MOST_WRONG + 1:
+            return ""
+        if self._wrong > _MOST_WRONG:
+            return "More failures are shown at the end."
+        return f"{case.status}: {case.id}"
 
 
-class Lines:
+class Lines(Showing):
     """Plain lines: each failure at once, and where the run is every few seconds."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._count = self._done = 0
         self._told = time.monotonic()
-        self._wrong = _Wrong()
 
     def listed(self, count: int) -> None:
         self._count = count
@@ -79,8 +69,7 @@ class Lines:
 
     def ended(self, case: CaseRecord) -> None:
         self._done += 1
-        line = self._wrong.line(case)
-        if line:
+        if line := self.wrong(case):
             self.say(f"{self._done}/{self._count} {line}")
 
     def say(self, sentence: str) -> None:
@@ -88,13 +77,13 @@ class Lines:
         print(sentence, file=sys.stderr, flush=True)
 
 
-class Bar:
+class Bar(Showing):
     """A bar of rich with the running case; failures scroll by above it."""
 
     def __init__(self, progress: Any) -> None:
+        super().__init__()
         self._progress = progress
         self._task = progress.add_task("", total=None, case="loading the backend")
-        self._wrong = _Wrong()
 
     def listed(self, count: int) -> None:
         self._progress.update(self._task, total=count)
@@ -104,8 +93,7 @@ class Bar:
 
     def ended(self, case: CaseRecord) -> None:
         self._progress.advance(self._task)
-        line = self._wrong.line(case)
-        if line:
+        if line := self.wrong(case):
             self.say(line)
 
     def say(self, sentence: str) -> None:
@@ -117,10 +105,9 @@ class Bar:
 @contextmanager
 def shown() -> Iterator[Progress]:
     """A bar where standard error is a terminal and rich is installed, else plain lines."""
-    if not sys.stderr.isatty():
-        yield Lines()
-        return
     try:
+        if not sys.stderr.isatty():
+            raise ImportError
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as RichProgress

@@ -198,18 +198,16 @@ class Supervised:
             SubjectUnavailable, BadRequest, SuiteBroken: nothing can be judged.
         """
         ended = self._process.code is not None  # asked before reading, as above
-        events = self._process.events()
-        for event in events:
+        for event in (events := self._process.events()):
             self._journal.take(event, self.page)
             if self._journal.stopped:
                 return ""
         if events:
             self._heard = time.monotonic()
             self._ready = self._ready or (self._heard - self._began if self.page.listed else 0.0)
-            return None
-        if ended:
+        elif ended:
             return self._ended(alone)
-        if time.monotonic() - self._heard > self._allowed():
+        elif time.monotonic() - self._heard > self._allowed():
             return self._too_long(alone)
         return None
 
@@ -224,9 +222,8 @@ class Supervised:
 
     def _over(self) -> bool:
         """It came to the end of its session, and no case waits that it was given."""
-        if not self.page.finished or self.page.running:
-            return False
-        return bool(self._journal.ids) and not self._journal.waiting(self._share)
+        ended = self.page.finished and not self.page.running and bool(self._journal.ids)
+        return ended and not self._journal.waiting(self._share)
 
     def _ended(self, alone: bool) -> str:
         how = self._process.how
@@ -245,9 +242,8 @@ class Supervised:
         if self._over():
             self._journal.miss(f"The worker did not end within {_ENDING:g} s of its last case.")
             return ""
-        stacks = self._process.stacks()
+        stacks, limit = self._process.stacks(), self._allowed()
         self.stop()
-        limit = self._allowed()
         what = f"It took longer than its limit of {limit:g} s; the worker process was killed"
         return self._lost(what, stacks, alone)
 
@@ -263,7 +259,8 @@ class Supervised:
         id, status, when = self._at_fault()
         if not id:
             return f"{what} {when}."
-        went_on = "; another worker went on with the rest" if self._journal.left_but(id) else ""
+        others = set(self._journal.left()) - {id}
+        went_on = "; another worker went on with the rest" if others else ""
         self._journal.lose(id, status, f"{what} {when}{went_on}.", details)
         return f"{what} {when}: {id}"
 
