@@ -7,7 +7,6 @@ Plain values only: written as JSON lines while the run goes on, and as one docum
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
@@ -161,16 +160,13 @@ _Record = TypeVar("_Record", "CaseRecord", "RunRecord")
 
 def _of_kind(record: _Record) -> _Record:
     """The record; ValueError with a sentence for each value of another type than the field's."""
-    odd = [*_odd_kinds(record)]
-    if odd:
-        raise ValueError(" ".join(odd))
-    return record
-
-
-def _odd_kinds(record: CaseRecord | RunRecord) -> Iterator[str]:
     place = f"case {record.id!r}" if isinstance(record, CaseRecord) else "the report"
+    odd = []
     for entry in fields(record):
         kind = _KINDS.get(str(entry.type).partition("[")[0], str)
         value = getattr(record, entry.name)
         if not isinstance(value, kind) or isinstance(value, bool):
-            yield f"In {place} {entry.name!r} is {json.dumps(value)[:60]}, not {entry.type}."
+            odd.append(f"In {place} {entry.name!r} is {json.dumps(value)[:60]}, not {entry.type}.")
+    if odd:
+        raise ValueError(" ".join(odd))
+    return record

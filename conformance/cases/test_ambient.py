@@ -36,11 +36,6 @@ def _warnings_raise() -> Iterator[None]:
         yield
 
 
-def _autocast(device: torch.device) -> AbstractContextManager[object]:
-    known = device.type in ("cpu", "cuda")
-    return torch.autocast(device.type if known else "cpu", dtype=torch.bfloat16)
-
-
 #: Each state, entered on the judged device.
 _STATES: dict[str, Callable[[torch.device], AbstractContextManager[object]]] = {
     "default-device": lambda device: torch.device(device),
@@ -51,7 +46,9 @@ _STATES: dict[str, Callable[[torch.device], AbstractContextManager[object]]] = {
     ),
     "inference-mode": lambda device: torch.inference_mode(),
     "no-grad": lambda device: torch.no_grad(),
-    "autocast": _autocast,
+    "autocast": lambda device: torch.autocast(
+        device.type if device.type in ("cpu", "cuda") else "cpu", dtype=torch.bfloat16
+    ),
     "deterministic": lambda device: _restored(
         torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True
     ),

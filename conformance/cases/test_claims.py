@@ -87,15 +87,11 @@ def test_places(
         claimed(judge, case, "places", f"copies from {pair[0]} to {pair[1]} memory")
         return
     not_claimed(request, "places", f"it does not copy from {pair[0]} to {pair[1]} memory.")
-    _prepare_refuses(judge, case)
-    judge.copy(case)  # the library stages it, or the backend is refused
-
-
-def _prepare_refuses(judge: Judge, case: Case) -> None:
     plan = plan_of(case)
     try:
-        judge.subject.prepare(plan)
+        subject.prepare(plan)
     except Unsupported:
+        judge.copy(case)  # the library stages it, or the backend is refused
         return
     raise AssertionError(f"It prepares a plan that it does not claim:\n{plan}")
 
@@ -237,7 +233,12 @@ def test_max_loops(
 ) -> None:
     """It takes nests of as many strided loops as it claims, and refuses deeper ones."""
     layers, kv, heads, step = _LOOPS[loops]
-    case = _nested(home, direction, Shape(layers=layers, heads=heads, widths=(32,) * kv), step)
+    shape = Shape(layers=layers, heads=heads, widths=(32,) * kv)
+    # No two loops can be merged: every place is padded, by multiples of the widest vector.
+    places = len(home.paged.rpartition("|")[2].split())
+    pads = {place: 8 * place for place in range(1, places)}
+    ids = home.shuffled(shape.slots // step, 3)
+    case = home.move(direction, shape, ids, step=step, pads=pads)
     plan = plan_of(case)
     assert max(len(nest.loops) for nest in plan.nests) == loops, str(plan)
     most = subject.can.max_loops
@@ -245,16 +246,6 @@ def test_max_loops(
         claimed(judge, case, "max_loops", f"takes {loops} strided loops")
     else:
         check_refused(judge, case)
-
-
-def _nested(shop: Workshop, direction: str, shape: Shape, step: int) -> Case:
-    """A copy in which no two loops can be merged: every place of the cache is padded, by multiples
-    of the widest vector."""
-    places = len(shop.paged.rpartition("|")[2].split())
-    ids = shop.shuffled(shape.slots // step, 3)
-    return shop.move(
-        direction, shape, ids, step=step, pads={place: 8 * place for place in range(1, places)}
-    )
 
 
 @pytest.mark.claim("tables")

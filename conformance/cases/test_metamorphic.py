@@ -133,7 +133,9 @@ def same_as(judge: Judge, case: Case, others: list[Case], how: str) -> None:
         if not carry(judge, case):
             return
         once = Memory.snapshot(case.dst.tensors)
-        _restore(case.dst, before)
+        by_base = {region.base: region.content for region in before.regions}
+        for guard in case.dst.guards:
+            guard.whole.copy_(torch.from_numpy(by_base[guard.whole.data_ptr()]))
         if all(carry(judge, other) for other in others):
             wrong = changed(once, case.dst.tensors)
             assert wrong is None, f"{how}, {wrong}. The case was {case!r}."
@@ -170,13 +172,6 @@ def test_a_chain_of_layouts(subject: Subject, judge: Judge, data: st.DataObject)
                 f"read. The case was {case!r}."
             )
         judge.examples += 1
-
-
-def _restore(side: Side, memory: Memory) -> None:
-    by_base = {region.base: region.content for region in memory.regions}
-    for guard in side.guards:
-        content = by_base[guard.whole.data_ptr()]
-        guard.whole.copy_(torch.from_numpy(content))
 
 
 def test_an_index_of_blocks_is_its_slots(judge: Judge, home: Workshop) -> None:

@@ -39,20 +39,13 @@ class Late:
         self.final = [guard.payload().clone() for guard in case.src.guards]
         self.views = view_of(case.src), view_of(case.dst)
         self.indices = index_of(case.src), index_of(case.dst)
-        self._prepare()
+        self.copy().synchronize()  # compiles outside of the race
+        before = {region.base: region.content for region in self.expected.before.regions}
+        for guard in case.dst.guards:
+            guard.whole.copy_(torch.from_numpy(before[guard.whole.data_ptr()]))
         for guard in case.src.guards:
             guard.payload().fill_(0xEE)
         judge.facility.synchronize()
-
-    def _prepare(self) -> None:
-        """Compile outside of the race, and leave the destination as it was."""
-        try:
-            self.copy().synchronize()
-        finally:
-            before = {region.base: region.content for region in self.expected.before.regions}
-            for guard in self.case.dst.guards:
-                content = before[guard.whole.data_ptr()]
-                guard.whole.copy_(torch.from_numpy(content))
 
     def produce(self) -> None:
         """Write the source, on the current stream."""

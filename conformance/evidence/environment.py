@@ -58,7 +58,11 @@ def describe_environment(subject: Subject, asked: str) -> dict[str, Any]:
         emulating = standins.emulating(device.type)
         facts["emulation"] = hashed(emulating)
         facts |= {ASSUMPTION: told} if (told := assumed(emulating)) else {}
-    facts |= _carrier(subject)
+    if path := subject.backend.library:
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        facts[LIBRARY] = {Path(path).resolve().name: digest}
+    if path or subject.backend.carrier:
+        facts[CARRIER] = subject.backend.carrier
     facts |= {} if subject.emulated else _toolkit(device)
     if interpreted(subject):
         facts[INTERPRET] = os.environ[INTERPRET]
@@ -87,16 +91,6 @@ def assumed(modules: Iterable[str]) -> str:
     a clause; empty where none takes anything."""
     said = (str(getattr(import_module(module), "ASSUMPTION", "")) for module in modules)
     return "; ".join(clause for clause in said if clause)
-
-
-def _carrier(subject: Subject) -> dict[str, Any]:
-    path = subject.backend.library
-    found: dict[str, Any] = {CARRIER: subject.backend.carrier}
-    if path:
-        built = Path(path)
-        digest = hashlib.sha256(built.read_bytes()).hexdigest()
-        return found | {LIBRARY: {built.resolve().name: digest}}
-    return found if found[CARRIER] else {}
 
 
 def hashed(modules: Iterable[str]) -> dict[str, str]:
@@ -130,8 +124,8 @@ def is_emulated(subject: Subject) -> bool:
 
     A backend of a third party that emulates says so with ``emulated = True`` in its class.
     """
-    says = getattr(subject.backend, "emulated", False)
-    return subject.emulated or interpreted(subject) or bool(says)
+    says = bool(getattr(subject.backend, "emulated", False))
+    return subject.emulated or interpreted(subject) or says
 
 
 def interpreted(subject: Subject) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -195,16 +195,13 @@ def told(backend: str, device: str, ladder: Ladder, digest: Digest = digest) -> 
     """
     mine = {pair: rungs for pair, rungs in by_pair(ladder).items() if pair[0] == backend}
     here = mine.get((backend, device), [])
-    best = _best(here or [rung for rungs in mine.values() for rung in rungs], ladder, digest)
-    if best is None:
+    rungs = here or [rung for rungs in mine.values() for rung in rungs]
+    if not rungs:
         return ""
+    # The highest rung that holds, else the highest that expired.
+    best = max(rungs, key=lambda rung: (not why_expired(rung, ladder, digest), rung.rung))
     expired = "expired " if why_expired(best, ladder, digest) else ""
     return ", ".join([f"{expired}{best.rung}{'' if here else f' on {best.device}'}", *best.caveats])
-
-
-def _best(rungs: Iterable[Rung], ladder: Ladder, digest: Digest) -> Rung | None:
-    ranked = [(not why_expired(rung, ladder, digest), rung.rung, rung) for rung in rungs]
-    return max(ranked, key=lambda entry: entry[:2])[2] if ranked else None
 
 
 def cpu_name(machine: str) -> str:

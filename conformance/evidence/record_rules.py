@@ -72,20 +72,13 @@ def _signatures(record: _Record) -> Iterator[str]:
     for row in rows:
         if not re.fullmatch(r"\(.*\).*", row["signature"], re.DOTALL):
             yield f"The signature of {row['op']} is {row['signature']!r}."
-    standins = _as_they_are(record.get("emulation"))
+    told, standins = record.get("emulation"), []
+    for name, sha256 in told.items() if isinstance(told, dict) else ():
+        with suppress(SourceError):  # of this repository, and here as they were then
+            if str(name).startswith(_STANDINS) and source_sha256(name) == sha256:
+                standins.append(name)
     if standins and not wrong and rows != signatures_of(standins):
         yield f"Its signatures are not those of {', '.join(standins)}."
-
-
-def _as_they_are(emulation: object) -> list[str]:
-    """The stand-ins of this repository that are here as they were then."""
-    named = emulation.items() if isinstance(emulation, dict) else ()
-    ours = [(name, sha256) for name, sha256 in named if str(name).startswith(_STANDINS)]
-    found = []
-    for name, sha256 in ours:
-        with suppress(SourceError):
-            found += [name] if source_sha256(name) == sha256 else []
-    return found
 
 
 def _schemas(record: _Record) -> Iterator[str]:

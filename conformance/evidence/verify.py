@@ -70,8 +70,13 @@ def check_report(text: str, listing: Listing = cases_of) -> list[str]:
             f"It was made by suite {record.suite} (spec {record.spec}), but {SUITE_VERSION} (spec "
             f"{SPEC_VERSION}) is installed; verify it with the release that has its suite."
         ]
-    found = [*_seal(record), *_sums(record), *_cases(record), *_facts(record)]
-    return [*found, *_case_list(record, listing)]
+    found = [*_sums(record), *_cases(record), *_facts(record), *_case_list(record, listing)]
+    seal = record.environment.get(SEAL)
+    if seal is None:
+        found.insert(0, f"It has no seal ({SEAL!r}): no run of the suite wrote it.")
+    elif seal != digest_of(record):
+        found.insert(0, "Its seal does not fit its content: it was changed after the run.")
+    return found
 
 
 def _kinds(record: RunRecord) -> Iterator[str]:
@@ -81,14 +86,6 @@ def _kinds(record: RunRecord) -> Iterator[str]:
             yield "A waiver of the report has not the keys id, reason, expires."
         elif not re.fullmatch(r"\d+(\.\d+)*", str(waiver["expires"])):
             yield f"A waiver of the report expires in {waiver['expires']!r}, which is no version."
-
-
-def _seal(record: RunRecord) -> Iterator[str]:
-    seal = record.environment.get(SEAL)
-    if seal is None:
-        yield f"It has no seal ({SEAL!r}): no run of the suite wrote it."
-    elif seal != digest_of(record):
-        yield "Its seal does not fit its content: it was changed after the run."
 
 
 def _sums(record: RunRecord) -> Iterator[str]:
@@ -130,21 +127,14 @@ def _cases(record: RunRecord) -> Iterator[str]:
             yield f"Case {case.id!r} is {case.status}, which does not fit the report's waivers."
         # A layout that was declined is no field that was left unclaimed.
         silent = case.status == "not-claimed" and not case.declined
-        if silent and _claims_all(record, case.claim):
+        value = record.capabilities.get(case.claim, False)
+        if silent and (value is True or value == _WHOLE.get(case.claim, ...)):
             yield f"Case {case.id!r} is not claimed, but the backend claims {case.claim!r}."
         if case.status == "passed" and case.declined and case.declined >= case.examples:
             yield f"Case {case.id!r} passed, with half or more of its copies declined."
         if not (isfinite(case.seconds) and min(case.seconds, case.examples, case.declined) >= 0):
             yield f"Case {case.id!r} took {case.seconds} s for {case.examples} examples."
     yield from _work(record)
-
-
-def _claims_all(record: RunRecord, claim: str) -> bool:
-    """Whether the backend claims all that there is of a field, so that no case of it is left."""
-    if claim not in record.capabilities:
-        return False
-    value = record.capabilities[claim]
-    return value is True or bool(value == _WHOLE.get(claim, ...))
 
 
 def _work(record: RunRecord) -> Iterator[str]:
@@ -157,7 +147,9 @@ def _work(record: RunRecord) -> Iterator[str]:
     spent = sum(case.seconds for case in record.cases)
     if passed and not spent > 0:
         yield f"Its {len(record.cases)} cases took no time at all."
-    jobs = _jobs_of(record)
+    words = _words_of(record)
+    told = words[words.index("--jobs") + 1 :][:1] if "--jobs" in words else []
+    jobs = int(told[0]) if told and told[0].isdecimal() else 1
     if spent > jobs * record.seconds * 1.05 + 1:
         once = f"{jobs} at a time" if jobs > 1 else "one after another"
         yield f"Its cases took {spent:.1f} s, {once}, but the run {record.seconds:.1f} s."
@@ -269,13 +261,6 @@ def _words_of(record: RunRecord) -> list[str]:
         return shlex.split(record.command)
     except ValueError:
         return []
-
-
-def _jobs_of(record: RunRecord) -> int:
-    """How many cases ran at a time, as the command says."""
-    words = _words_of(record)
-    told = words[words.index("--jobs") + 1 :][:1] if "--jobs" in words else []
-    return int(told[0]) if told and told[0].isdecimal() else 1
 
 
 def _command(record: RunRecord) -> Iterator[str]:

@@ -25,7 +25,8 @@ def junit(record: RunRecord) -> str:
     suites += [_errors(record, "missing", record.missing)] if record.missing else []
     unfit = broken(record)
     suites += [_errors(record, "waivers", unfit)] if unfit else []
-    root = ElementTree.Element("testsuites", name=_attribute(_title(record)))
+    title = f"portakv conform {record.backend.get('name', '?')} on {device(record)}"
+    root = ElementTree.Element("testsuites", name=_attribute(title))
     for key in ("tests", "failures", "errors", "skipped"):
         root.set(key, str(sum(int(suite.get(key, "0")) for suite in suites)))
     root.set("time", f"{record.seconds:.3f}")
@@ -33,10 +34,6 @@ def junit(record: RunRecord) -> str:
     ElementTree.indent(root)
     body = ElementTree.tostring(root, encoding="unicode")
     return f'<?xml version="1.0" encoding="utf-8"?>\n{body}\n'
-
-
-def _title(record: RunRecord) -> str:
-    return f"portakv conform {record.backend.get('name', '?')} on {device(record)}"
 
 
 def _suite(record: RunRecord, area: str) -> ElementTree.Element:

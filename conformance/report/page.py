@@ -38,6 +38,7 @@ _STROKES = {
     "waived": "M2.8 9.2C4.5 6.4 6.3 6.4 8 8.2S11.5 10 13.2 7.2",
     "not-claimed": "M4 8H12",
 }
+_ICON = "<svg xmlns='http://www.w3.org/2000/svg'><circle cx='8' cy='8' r='7' fill='{}'/></svg>"
 _BAR, _LEAST = 1000, 8  # width of the bar in its own units; one case in a thousand is still seen
 _HEADLINE = 240  # characters that can still be read in large letters
 _NAMES = {
@@ -54,6 +55,7 @@ def page(record: RunRecord) -> str:
         key=lambda case: case.status != "failed",  # faults of the surroundings last
     )
     found, apart = matrix(record.cases), _apart(record)
+    colour = _COLOURS.get(record.verdict, _COLOURS["failed"]).replace("#", "%23")
     titles = {
         "failures": failed and "Failures", "coverage": found.cells and "Coverage",
         "claims": "Capabilities", "apart": apart and "Not claimed, waived",
@@ -68,7 +70,7 @@ def page(record: RunRecord) -> str:
         broken=words.broken(record), left_out=words.left_out(record), about=_about(record),
         sections=[(name, title) for name, title in titles.items() if title],
         claims=_claims(record), environment=_environment(record), identity=_identity(record),
-        areas=_areas(record), icon=_icon(record),
+        areas=_areas(record), icon=f"data:image/svg+xml,{_ICON.format(colour)}",
     )  # fmt: skip
 
 
@@ -148,12 +150,6 @@ def _common(record: RunRecord) -> dict[str, Any]:
         "device": words.device(record), "verdict": words.verdict(record),
         "emulated": words.emulated(record),
     }  # fmt: skip
-
-
-def _icon(record: RunRecord) -> str:
-    colour = _COLOURS.get(record.verdict, _COLOURS["failed"]).replace("#", "%23")
-    dot = f"<circle cx='8' cy='8' r='7' fill='{colour}'/>"
-    return f"data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'>{dot}</svg>"
 
 
 def _own(name: str) -> Markup:

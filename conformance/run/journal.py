@@ -158,18 +158,13 @@ class Journal:
             raise SuiteBroken(f"A worker told of a case that is no record: {error}") from error
         page.running, page.latest = "", case.id
         self.ran += 1
-        self._keep_example(case)
-        self.settle(case)
-
-    def _keep_example(self, case: CaseRecord) -> None:
-        if not case.example or self._options.examples is None:
-            return
-        drawn = case.area in _DRAWN
-        if self._examples[drawn] < MOST_EXAMPLES:
+        if case.example and self._options.examples is not None:
+            drawn = case.area in _DRAWN
             self._examples[drawn] += 1
-        else:
-            (self._options.examples / case.example).unlink(missing_ok=True)
-            case.example = ""
+            if self._examples[drawn] > MOST_EXAMPLES:
+                (self._options.examples / case.example).unlink(missing_ok=True)
+                case.example = ""
+        self.settle(case)
 
     def settle(self, case: CaseRecord) -> None:
         """How a case ended, after its waiver."""

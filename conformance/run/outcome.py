@@ -42,10 +42,12 @@ def outcome(
         if report.skipped:
             return "error", "The case skipped itself; a case of the suite never does.", ""
         status: Status = "failed" if when == "call" else "error"
-        told = sentence(_message(report))
+        crash = getattr(report.longrepr, "reprcrash", None)
+        told = sentence(str(getattr(crash, "message", report.longrepr)))
         if _FLAKY in report.longreprtext and judge is not None and judge.fault:
             told = f"{sentence(judge.fault)} {_ONCE}"
-        return status, told, _details(report)
+        parts = [report.longreprtext, *(f"--- {name}\n{text}" for name, text in report.sections)]
+        return status, told, "\n".join(parts)[-_MOST_DETAILS:]
     if "call" not in reports:
         return "error", "The case did not come to its end.", ""
     if NOT_CLAIMED in item.stash:
@@ -67,14 +69,3 @@ def sentence(message: str) -> str:
     for note in _NOTES:
         told = told.partition(note)[0]
     return told.partition(" The case was ")[0].strip()
-
-
-def _message(report: pytest.TestReport) -> str:
-    crash = getattr(report.longrepr, "reprcrash", None)
-    return str(getattr(crash, "message", report.longrepr))
-
-
-def _details(report: pytest.TestReport) -> str:
-    parts = [report.longreprtext]
-    parts += [f"--- {name}\n{content}" for name, content in report.sections]
-    return "\n".join(parts)[-_MOST_DETAILS:]

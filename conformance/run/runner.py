@@ -43,19 +43,11 @@ def run(
     journal = Journal(options, progress)
     with tempfile.TemporaryDirectory(prefix="portakv-conform-") as folder:
         Workers(journal, options, progress, Path(folder), command or worker_command()).work()
-    _note_what_was_left_out(journal, options)
-    return _record(journal, options, started, time.monotonic() - began)
-
-
-def _note_what_was_left_out(journal: Journal, options: Options) -> None:
     if options.only:
         journal.miss(f"Only {counted(len(journal.ids))} asked for (--only), not the profile.")
     if journal.stopped and journal.left():
         left = counted(len(journal.left()))
         journal.miss(f"{left} behind the first failure and did not run (-x).")
-
-
-def _record(journal: Journal, options: Options, started: datetime, seconds: float) -> RunRecord:
     subject = journal.subject
     record = RunRecord(
         schema=SCHEMA,
@@ -75,7 +67,7 @@ def _record(journal: Journal, options: Options, started: datetime, seconds: floa
         verdict="",
         missing=journal.missing,
         started=started.isoformat(timespec="seconds"),
-        seconds=round(seconds, 2),
+        seconds=round(time.monotonic() - began, 2),
         command=options.command(),
         waivers=[waiver.plain() for waiver in options.waivers],
     )

@@ -341,16 +341,14 @@ class Workers:
         if not self._running:
             for id in self._journal.left():  # taken by a worker that was lost before it began
                 self._share.give_back(id)
-        while len(self._running) < self._jobs and self._wanting():
+        while len(self._running) < self._jobs:
+            # Only if it would find a case to run. The first one lists them, alone.
+            starting = sum(not worker.page.listed for worker in self._running)
+            waiting = len(self._journal.waiting(self._share)) if self._journal.ids else 1
+            if waiting <= starting:
+                break
             self._running.append(self._start())
         return bool(self._running)
-
-    def _wanting(self) -> bool:
-        """Whether another worker would find a case to run. The first one lists them, alone."""
-        if not self._journal.ids:
-            return not self._running
-        starting = sum(not worker.page.listed for worker in self._running)
-        return len(self._journal.waiting(self._share)) > starting
 
     def _start(self) -> Supervised:
         self._started += 1
