@@ -59,9 +59,7 @@ _STATES: dict[str, Callable[[torch.device], AbstractContextManager[object]]] = {
 
 @pytest.mark.parametrize("state", _STATES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_a_copy_under_a_setting(
-    subject: Subject, judge: Judge, home: Workshop, direction: str, state: str
-) -> None:
+def test_a_copy_under_a_setting(judge: Judge, home: Workshop, direction: str, state: str) -> None:
     """Views, plans, launches and copies that are made under a setting are those of any other time,
     and what is prepared under it serves without it."""
     shape = Shape(layers=3, heads=3, widths=(48, 48), blocks=90 + list(_STATES).index(state))
@@ -72,8 +70,8 @@ def test_a_copy_under_a_setting(
         asked = asked_of(case)
 
         def carry() -> None:
-            with _STATES[state](subject.device):
-                judge.finish(subject.copy(*asked_of(case), count=case.count))
+            with _STATES[state](judge.subject.device):
+                judge.finish(judge.subject.copy(*asked_of(case), count=case.count))
 
         judge.judge(case, carry, lambda: judge.why_declined(*asked))
 

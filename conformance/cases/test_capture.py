@@ -15,7 +15,7 @@ import torch
 from portakv import TransferError, Unsupported
 from portakv_conformance.draw.arrangement import Case
 from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop
-from portakv_conformance.judge.claims import launch_of, not_claimed
+from portakv_conformance.judge.claims import launch_of
 from portakv_conformance.judge.judging import Judge, asked_of, changed
 from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.pattern import pattern_bytes
@@ -65,13 +65,11 @@ def check_replays(judge: Judge, case: Case, graph: Any, home: Workshop, holes: i
         judge.check(expected, case, f"At replay {turn}: ")
 
 
-def check_captured_launch(
-    request: pytest.FixtureRequest, judge: Judge, home: Workshop, direction: str, *, first: bool
-) -> None:
+def check_captured_launch(judge: Judge, home: Workshop, direction: str, *, first: bool) -> None:
     """Capture a launch that was never called before, or one that was, and replay it."""
     subject = judge.subject
     if not subject.can.capturable:
-        not_claimed(request, "capturable", "its launches cannot be captured into a graph.")
+        judge.not_claimed("capturable", "its launches cannot be captured into a graph.")
         return
     holes = 2 if subject.can.skips_negative else 0
     case = device_case(subject, home, direction, holes, FIRST if first else SHAPE)
@@ -88,30 +86,24 @@ def check_captured_launch(
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_a_launch_is_captured_and_replayed(
-    request: pytest.FixtureRequest, judge: Judge, home: Workshop, direction: str
-) -> None:
+def test_a_launch_is_captured_and_replayed(judge: Judge, home: Workshop, direction: str) -> None:
     """What was captured reads ids and bytes anew at every replay."""
-    check_captured_launch(request, judge, home, direction, first=False)
+    check_captured_launch(judge, home, direction, first=False)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_a_first_launch_inside_a_capture(
-    request: pytest.FixtureRequest, judge: Judge, home: Workshop, direction: str
-) -> None:
+def test_a_first_launch_inside_a_capture(judge: Judge, home: Workshop, direction: str) -> None:
     """What a launch needs is made when it is prepared: its first call may be inside a capture."""
-    check_captured_launch(request, judge, home, direction, first=True)
+    check_captured_launch(judge, home, direction, first=True)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_a_copy_inside_a_capture(
-    request: pytest.FixtureRequest, subject: Subject, judge: Judge, home: Workshop, direction: str
-) -> None:
+def test_a_copy_inside_a_capture(judge: Judge, home: Workshop, direction: str) -> None:
     """As a user gets it: a copy of device ids is captured, or refused with nothing enqueued."""
-    can = subject.can
+    can = judge.subject.can
     able = can.capturable and can.skips_negative and can.guards and can.index_on == "device"
-    case = device_case(subject, home, direction, 2)
-    call = partial(subject.copy, *asked_of(case), count=case.count)
+    case = device_case(judge.subject, home, direction, 2)
+    call = partial(judge.subject.copy, *asked_of(case), count=case.count)
     call().synchronize()
     if able:
         graph, transfer = captured(call)
@@ -120,21 +112,19 @@ def test_a_copy_inside_a_capture(
                 ask()
         check_replays(judge, case, graph, home, 2)
         return
-    not_claimed(request, "capturable", "a copy of device ids inside a capture is refused.")
+    judge.not_claimed("capturable", "a copy of device ids inside a capture is refused.")
     refused_in_capture(judge, case, call)
     judge.copy(case)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_host_ids_inside_a_capture(
-    subject: Subject, judge: Judge, home: Workshop, direction: str
-) -> None:
+def test_host_ids_inside_a_capture(judge: Judge, home: Workshop, direction: str) -> None:
     """Ids on the host would have to be copied first: a backend that reads the device's is
     refused inside a capture, and works behind it."""
     case = home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 9))
-    call = partial(subject.copy, *asked_of(case), count=case.count)
+    call = partial(judge.subject.copy, *asked_of(case), count=case.count)
     call().synchronize()
-    if subject.can.index_on == "device":
+    if judge.subject.can.index_on == "device":
         refused_in_capture(judge, case, call)
     judge.copy(case)
 

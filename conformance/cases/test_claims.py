@@ -23,7 +23,6 @@ from portakv_conformance.judge.claims import (
     check_refused,
     claimed,
     launch_of,
-    not_claimed,
     plan_of,
 )
 from portakv_conformance.judge.judging import Judge, asked_of, takes
@@ -76,20 +75,17 @@ def _in(place: str, side: Side) -> Side:
     ],
     ids="-".join,
 )  # fmt: skip
-def test_places(
-    request: pytest.FixtureRequest, subject: Subject, judge: Judge, home: Workshop,
-    pair: tuple[str, str], direction: str,
-) -> None:  # fmt: skip
+def test_places(judge: Judge, home: Workshop, pair: tuple[str, str], direction: str) -> None:
     """It copies between the places that it claims, and refuses plans between others."""
     case = home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 9))
     case = Case(_in(pair[0], case.src), _in(pair[1], case.dst), case.count)
-    if pair in subject.can.places:
+    if pair in judge.subject.can.places:
         claimed(judge, case, "places", f"copies from {pair[0]} to {pair[1]} memory")
         return
-    not_claimed(request, "places", f"it does not copy from {pair[0]} to {pair[1]} memory.")
+    judge.not_claimed("places", f"it does not copy from {pair[0]} to {pair[1]} memory.")
     plan = plan_of(case)
     try:
-        subject.prepare(plan)
+        judge.subject.prepare(plan)
     except Unsupported:
         judge.copy(case)  # the library stages it, or the backend is refused
         return
@@ -101,16 +97,14 @@ def test_places(
 
 @pytest.mark.claim("index_on")
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_ids_are_read_where_claimed(
-    subject: Subject, judge: Judge, home: Workshop, direction: str
-) -> None:
+def test_ids_are_read_where_claimed(judge: Judge, home: Workshop, direction: str) -> None:
     """The launch reads ids where it claims to, on both sides at once too."""
-    place = subject.can.home_of_ids(subject.device)
-    dtype = next(iter(subject.can.index_dtypes))
+    place = judge.subject.can.home_of_ids(judge.subject.device)
+    dtype = next(iter(judge.subject.can.index_dtypes))
     for step in (1, SHAPE.block_size):
         ids = torch.tensor(home.shuffled(SHAPE.slots // step, 5), dtype=dtype).to(place)
         case = home.move(direction, SHAPE, ids, step=step)
-        claimed(judge, case, "index_on", f"reads ids on the {subject.can.index_on}")
+        claimed(judge, case, "index_on", f"reads ids on the {judge.subject.can.index_on}")
     _within_one_cache(judge, home, dtype, dtype, "index_on", "reads ids of both sides")
 
 
@@ -132,18 +126,17 @@ def _within_one_cache(
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
 def test_ids_are_read_in_the_claimed_dtypes(
-    request: pytest.FixtureRequest, subject: Subject, judge: Judge, home: Workshop,
-    dtype: torch.dtype, direction: str,
-) -> None:  # fmt: skip
+    judge: Judge, home: Workshop, dtype: torch.dtype, direction: str
+) -> None:
     """The launch reads ids of each dtype that it claims, also where the sides' dtypes differ."""
-    if dtype not in subject.can.index_dtypes:
-        not_claimed(request, "index_dtypes", f"ids of {dtype} are converted before the launch.")
+    if dtype not in judge.subject.can.index_dtypes:
+        judge.not_claimed("index_dtypes", f"ids of {dtype} are converted before the launch.")
         judge.copy(home.move(direction, SHAPE, torch.tensor([3, 0, 9], dtype=dtype)))
         return
-    place = subject.can.home_of_ids(subject.device)
+    place = judge.subject.can.home_of_ids(judge.subject.device)
     ids = torch.tensor(home.shuffled(SHAPE.slots, 9), dtype=dtype).to(place)
     claimed(judge, home.move(direction, SHAPE, ids), "index_dtypes", f"reads ids of {dtype}")
-    for other in subject.can.index_dtypes:
+    for other in judge.subject.can.index_dtypes:
         what = f"reads {dtype} beside {other}"
         _within_one_cache(judge, home, dtype, other, "index_dtypes", what)
 
@@ -152,16 +145,15 @@ def test_ids_are_read_in_the_claimed_dtypes(
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("step", [1, 4])
 def test_negative_ids_reach_the_launch(
-    request: pytest.FixtureRequest, subject: Subject, judge: Judge, home: Workshop,
-    step: int, direction: str,
-) -> None:  # fmt: skip
+    judge: Judge, home: Workshop, step: int, direction: str
+) -> None:
     """A launch that claims to skip negative ids moves nothing for any negative number."""
-    if not subject.can.skips_negative:
-        not_claimed(request, "skips_negative", "negative ids are removed before the launch.")
+    if not judge.subject.can.skips_negative:
+        judge.not_claimed("skips_negative", "negative ids are removed before the launch.")
         judge.copy(home.move(direction, SHAPE, [-1, 3, -1], step=step))
         return
-    place = subject.can.home_of_ids(subject.device)
-    for dtype in subject.can.index_dtypes:
+    place = judge.subject.can.home_of_ids(judge.subject.device)
+    for dtype in judge.subject.can.index_dtypes:
         least = torch.iinfo(dtype).min
         for ids in ([-1, 3, 0], [3, 0, -1], [-1, -1], [-7, 2, least, 5], [least // 4, 1, -(2**20)]):
             case = home.move(direction, SHAPE, torch.tensor(ids, dtype=dtype).to(place), step=step)
@@ -171,18 +163,15 @@ def test_negative_ids_reach_the_launch(
 @pytest.mark.claim("guards")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("step", [1, 4])
-def test_bad_ids_are_guarded(
-    request: pytest.FixtureRequest, subject: Subject, judge: Judge, home: Workshop,
-    step: int, direction: str,
-) -> None:  # fmt: skip
+def test_bad_ids_are_guarded(judge: Judge, home: Workshop, step: int, direction: str) -> None:
     """A launch that guards moves nothing for an id past the end, moves all others, and writes the
     position + 1 of a bad id to the status word, if it is given one."""
-    if not subject.can.guards:
-        not_claimed(request, "guards", "bad ids are found before the launch.")
+    if not judge.subject.can.guards:
+        judge.not_claimed("guards", "bad ids are found before the launch.")
         return
-    past, place = SHAPE.slots // step, subject.can.home_of_ids(subject.device)
+    past, place = SHAPE.slots // step, judge.subject.can.home_of_ids(judge.subject.device)
     lists = [[1, past, 3], [past, 2], [0, 4, past], [1, past, 3, past], [4, 2, 0]]
-    for dtype in subject.can.index_dtypes:
+    for dtype in judge.subject.can.index_dtypes:
         wild = [past + 1, 2**31 - 1]
         wild += [2**31, 2**32 + 1, 2**40, 2**61, 2**62, 2**63 - 1] if dtype == torch.int64 else []
         for number, ids in enumerate([lists[0], *([1, bad, 3] for bad in wild), *lists]):
@@ -197,9 +186,7 @@ def test_bad_ids_are_guarded(
 @pytest.mark.claim("alignment")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("vector", [1, 2, 4, 8, 16])
-def test_alignment(
-    subject: Subject, judge: Judge, home: Workshop, vector: int, direction: str
-) -> None:
+def test_alignment(judge: Judge, home: Workshop, vector: int, direction: str) -> None:
     """It takes rows that are aligned as it claims and no better, and refuses any less.
 
     Padding may need more loops than it claims; an offset in the storage never does.
@@ -215,9 +202,9 @@ def test_alignment(
         )
         plan = plan_of(case)
         assert plan.vector >= min(vector, 16), f"The suite's plan has vector {plan.vector}."
-        if plan.vector < subject.can.alignment:
+        if plan.vector < judge.subject.can.alignment:
             check_refused(judge, case)
-        elif "shift" in how or refusal(subject.can, plan) is None:
+        elif "shift" in how or refusal(judge.subject.can, plan) is None:
             claimed(judge, case, "alignment", f"takes rows at multiples of {plan.vector} B")
 
 
@@ -228,9 +215,7 @@ _LOOPS = {0: (1, 1, 1, 1), 1: (1, 1, 2, 1), 2: (1, 2, 2, 1), 3: (3, 2, 2, 1), 4:
 @pytest.mark.claim("max_loops")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("loops", _LOOPS)
-def test_max_loops(
-    subject: Subject, judge: Judge, home: Workshop, loops: int, direction: str
-) -> None:
+def test_max_loops(judge: Judge, home: Workshop, loops: int, direction: str) -> None:
     """It takes nests of as many strided loops as it claims, and refuses deeper ones."""
     layers, kv, heads, step = _LOOPS[loops]
     shape = Shape(layers=layers, heads=heads, widths=(32,) * kv)
@@ -241,7 +226,7 @@ def test_max_loops(
     case = home.move(direction, shape, ids, step=step, pads=pads)
     plan = plan_of(case)
     assert max(len(nest.loops) for nest in plan.nests) == loops, str(plan)
-    most = subject.can.max_loops
+    most = judge.subject.can.max_loops
     if most is None or loops <= most:
         claimed(judge, case, "max_loops", f"takes {loops} strided loops")
     else:
@@ -283,9 +268,7 @@ def _landing(judge: Judge, launch: Any) -> Any:
 
 
 @pytest.mark.claim("threads")
-def test_threads(
-    request: pytest.FixtureRequest, subject: Subject, judge: Judge, home: Workshop
-) -> None:
+def test_threads(judge: Judge, home: Workshop) -> None:
     """One launch may be called from several threads at once; where that is not claimed, copies of
     several threads still come out right."""
     shape = Shape(layers=3)
@@ -294,13 +277,13 @@ def test_threads(
     expected = [case.expected() for case in cases]
     plans = [plan_of(case) for case in cases]
     assert len({(plan.src, plan.dst) for plan in plans}) == 1
-    if subject.can.threads:
-        launch = subject.prepare(plans[0])
-        works = [_landing(judge, launch_of(subject, case, launch)) for case in cases]
+    if judge.subject.can.threads:
+        launch = judge.subject.prepare(plans[0])
+        works = [_landing(judge, launch_of(judge.subject, case, launch)) for case in cases]
     else:
-        not_claimed(request, "threads", "the library lets one thread at a time into a launch.")
+        judge.not_claimed("threads", "the library lets one thread at a time into a launch.")
         works = [partial(_by_user, judge, asked_of(case)) for case in cases]
-    at_once(works, 40 if subject.can.threads else 8)
+    at_once(works, 40 if judge.subject.can.threads else 8)
     for case, wanted in zip(cases, expected, strict=True):
         judge.check(wanted, case, "Called from four threads: ")
 

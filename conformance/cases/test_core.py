@@ -222,11 +222,9 @@ def test_layers_in_one_allocation(judge: Judge, home: Workshop, direction: str) 
 @pytest.mark.needs("accelerator")
 @pytest.mark.parametrize("place", ["cpu", "device"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_ids_on_either_side(
-    subject: Subject, judge: Judge, home: Workshop, direction: str, place: str
-) -> None:
+def test_ids_on_either_side(judge: Judge, home: Workshop, direction: str, place: str) -> None:
     """Ids on the host or on the device, contiguous or not, int32 or int64, are the same ids."""
-    where = subject.device if place == "device" else torch.device("cpu")
+    where = judge.subject.device if place == "device" else torch.device("cpu")
     for dtype in (torch.int64, torch.int32):
         ids = torch.tensor(home.shuffled(SHAPE.slots, 10, 2), dtype=dtype).to(where)
         must(judge, home.move(direction, SHAPE, ids))

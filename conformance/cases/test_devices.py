@@ -23,17 +23,15 @@ from portakv_conformance.judge.subject import subject as find
 pytestmark = [pytest.mark.area("ordering"), pytest.mark.needs("accelerator")]
 
 
-def test_threads_with_streams_of_their_own(
-    facility: Facility, judge: Judge, home: Workshop
-) -> None:
+def test_threads_with_streams_of_their_own(judge: Judge, home: Workshop) -> None:
     """Threads that copy on streams of their own do not disturb each other."""
     shops = [replace(home, seed=home.seed + n) for n in range(3)]
     lates = [Late(judge, s.gather(SHAPE, s.shuffled(SHAPE.slots, 9, 1))) for s in shops]
 
     def work(late: Late) -> None:
-        with facility.on(facility.stream()):
+        with judge.facility.on(judge.facility.stream()):
             for _ in range(5):
-                facility.delay(1)
+                judge.facility.delay(1)
                 late.produce()
                 late.copy().synchronize()
 
@@ -76,15 +74,13 @@ def test_another_device_than_the_current_one(
 @pytest.mark.needs("two devices")
 @pytest.mark.parametrize("late", [False, True], ids=["there", "late"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_ids_on_another_device(
-    facility: Facility, judge: Judge, home: Workshop, direction: str, late: bool
-) -> None:
+def test_ids_on_another_device(judge: Judge, home: Workshop, direction: str, late: bool) -> None:
     """Ids may lie on another device than the views, and be written there behind slow work."""
-    there = Facility(facility.second(), facility.emulated)
+    there = Facility(judge.facility.second(), judge.facility.emulated)
     slots = torch.tensor(home.shuffled(SHAPE.slots, 9, 1))
     copy = Late(judge, home.move(direction, SHAPE, slots.to(there.device)))
     copy.produce()
-    facility.synchronize()
+    judge.facility.synchronize()
     if late:
         side = copy.case.src if direction == "gather" else copy.case.dst
         assert side.ids is not None

@@ -46,11 +46,9 @@ def test_any_copy(subject: Subject, judge: Judge, part: int, data: st.DataObject
 
 @in_parts(2)
 @given(data=st.data())
-def test_copies_between_two_sides(
-    subject: Subject, judge: Judge, part: int, data: st.DataObject
-) -> None:
+def test_copies_between_two_sides(judge: Judge, part: int, data: st.DataObject) -> None:
     """Token-exact copies between any two layouts, waited for in any way."""
-    case = data.draw(cases(**places(subject, data)))
+    case = data.draw(cases(**places(judge.subject, data)))
     judge.copy(case, end=data.draw(st.sampled_from(ENDS)))
 
 

@@ -50,11 +50,9 @@ def test_ids_that_are_not_contiguous(
 
 
 @pytest.mark.parametrize(("mine", "theirs"), list(product(DTYPES, DTYPES)))
-def test_each_side_has_its_own_dtype(
-    subject: Subject, judge: Judge, home: Workshop, mine: str, theirs: str
-) -> None:
+def test_each_side_has_its_own_dtype(judge: Judge, home: Workshop, mine: str, theirs: str) -> None:
     """Ids of the two sides may be of different dtypes, and lie in different places."""
-    for place, other in product(homes(subject), homes(subject)):
+    for place, other in product(homes(judge.subject), homes(judge.subject)):
         src = torch.tensor(home.shuffled(SHAPE.slots, 10, 1), dtype=DTYPES[mine])
         dst = torch.tensor(home.shuffled(SHAPE.slots, 10)[::-1], dtype=DTYPES[theirs])
         source = home.cache(SHAPE, src.to(place))

@@ -16,7 +16,7 @@ from portakv import Transfer
 from portakv_conformance.cases.test_ordering import Late
 from portakv_conformance.cases.test_safety import DUPLICATES, check_duplicates
 from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop
-from portakv_conformance.judge.claims import at_once, launch_of, not_claimed, plan_of
+from portakv_conformance.judge.claims import at_once, launch_of, plan_of
 from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.judging import Judge, asked_of
 from portakv_conformance.judge.subject import Subject
@@ -47,11 +47,9 @@ def test_capture_is_claimed_where_there_are_graphs(subject: Subject, facility: F
 @pytest.mark.claim("alignment")
 @pytest.mark.parametrize("times", [1, 3, 5])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_rows_as_short_as_claimed(
-    subject: Subject, judge: Judge, home: Workshop, direction: str, times: int
-) -> None:
+def test_rows_as_short_as_claimed(judge: Judge, home: Workshop, direction: str, times: int) -> None:
     """Rows of as many bytes as it claims to need, or an odd multiple of them, are not refused."""
-    least = subject.can.alignment
+    least = judge.subject.can.alignment
     shape = Shape(heads=1, widths=(times * least,) * 2)
     case = home.move(direction, shape, home.shuffled(shape.slots, 9), dtype=torch.uint8)
     assert judge.copy(case), (
@@ -90,24 +88,21 @@ def test_host_ids_that_change_right_after_the_call(
 
 @pytest.mark.claim("index_on")
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_a_launch_has_read_its_host_ids(
-    request: pytest.FixtureRequest, subject: Subject, facility: Facility, judge: Judge,
-    home: Workshop, direction: str,
-) -> None:  # fmt: skip
+def test_a_launch_has_read_its_host_ids(judge: Judge, home: Workshop, direction: str) -> None:
     """A launch that reads ids on the host has read them when it returns; what it returns, if
     anything, is the end of the copy."""
-    if subject.can.index_on != "host":
-        not_claimed(request, "index_on", "it reads ids on the device.")
-    dtype = next(iter(subject.can.index_dtypes))
+    if judge.subject.can.index_on != "host":
+        judge.not_claimed("index_on", "it reads ids on the device.")
+    dtype = next(iter(judge.subject.can.index_dtypes))
     ids = torch.tensor(home.shuffled(SHAPE.slots, 9), dtype=dtype)
-    ids = ids.to(subject.can.home_of_ids(subject.device))
+    ids = ids.to(judge.subject.can.home_of_ids(judge.subject.device))
     case = home.move(direction, SHAPE, ids)
     expected = case.expected()
-    launch = launch_of(subject, case)
-    facility.synchronize()
-    facility.delay(BUSY)
+    launch = launch_of(judge.subject, case)
+    judge.facility.synchronize()
+    judge.facility.delay(BUSY)
     pending = launch(None, None)
-    if subject.can.index_on == "host":
+    if judge.subject.can.index_on == "host":
         _other_slots(ids)
     judge.land(pending)
     judge.check(expected, case, "Its ids were read after the launch had returned. ")
@@ -115,21 +110,19 @@ def test_a_launch_has_read_its_host_ids(
 
 @pytest.mark.claim("threads")
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_each_thread_gets_its_own_copy(
-    request: pytest.FixtureRequest, subject: Subject, judge: Judge, home: Workshop, direction: str
-) -> None:
+def test_each_thread_gets_its_own_copy(judge: Judge, home: Workshop, direction: str) -> None:
     """Of one launch that several threads call at once each call moves its own rows, once."""
-    if not subject.can.threads:
-        not_claimed(request, "threads", "the library lets one thread at a time into a launch.")
+    if not judge.subject.can.threads:
+        judge.not_claimed("threads", "the library lets one thread at a time into a launch.")
         return
     prepared = None
     for turn in range(_ROUNDS):
         shops = [replace(home, seed=home.seed + 10 * turn + n) for n in range(_THREADS)]
         # Fresh destinations each time: a call that is lost is not made good by the next.
         cases = [shop.move(direction, SHAPE, shop.shuffled(SHAPE.slots, 9)) for shop in shops]
-        prepared = prepared or subject.prepare(plan_of(cases[0]))
+        prepared = prepared or judge.subject.prepare(plan_of(cases[0]))
         expected = [case.expected() for case in cases]
-        launches = [launch_of(subject, case, prepared) for case in cases]
+        launches = [launch_of(judge.subject, case, prepared) for case in cases]
         judge.facility.synchronize()
         at_once([partial(_landed, judge, launch) for launch in launches])
         for case, wanted in zip(cases, expected, strict=True):
@@ -142,31 +135,27 @@ def _landed(judge: Judge, launch: Any) -> None:
 
 @pytest.mark.area("safety")
 @pytest.mark.parametrize("step", [1, 4])
-def test_duplicates_that_reach_a_launch(
-    subject: Subject, judge: Judge, home: Workshop, step: int
-) -> None:
+def test_duplicates_that_reach_a_launch(judge: Judge, home: Workshop, step: int) -> None:
     """Where nobody looked at the ids, a destination that occurs twice corrupts nothing else."""
     shape = replace(SHAPE, block_size=4, blocks=6)
-    case = home.scatter(shape, torch.tensor(DUPLICATES).to(subject.device), step=step)
-    launch = launch_of(subject, case)
+    case = home.scatter(shape, torch.tensor(DUPLICATES).to(judge.subject.device), step=step)
+    launch = launch_of(judge.subject, case)
     check_duplicates(judge, case, lambda: judge.land(launch(None, None)))
 
 
 @pytest.mark.area("ordering")
 @pytest.mark.needs("accelerator")
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_the_default_stream_is_a_stream(
-    facility: Facility, judge: Judge, home: Workshop, direction: str
-) -> None:
+def test_the_default_stream_is_a_stream(judge: Judge, home: Workshop, direction: str) -> None:
     """The default stream, passed while another is current, carries the work out: its number, 0,
     does not say that no stream was given."""
     late = Late(judge, home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 9)))
     launch = launch_of(judge.subject, late.case)
     late.produce()
-    default, side = facility.current(), facility.stream()
-    facility.synchronize()
-    facility.delay(BUSY, side)
-    with facility.on(side):
+    default, side = judge.facility.current(), judge.facility.stream()
+    judge.facility.synchronize()
+    judge.facility.delay(BUSY, side)
+    with judge.facility.on(side):
         pending = launch(default, None)
     if pending is not None:
         pending.wait()

@@ -76,11 +76,9 @@ def distinct(slots: np.ndarray) -> bool:
 
 @_FEWER
 @given(st.data())
-def test_scatter_after_gather_is_the_identity(
-    subject: Subject, judge: Judge, data: st.DataObject
-) -> None:
+def test_scatter_after_gather_is_the_identity(judge: Judge, data: st.DataObject) -> None:
     """What was copied and is copied back leaves every byte of the source as it was."""
-    case = drawn(subject, data, expanded=False)
+    case = drawn(judge.subject, data, expanded=False)
     there_and_back(judge, case, ("", ""), "After there and back")
 
 
@@ -115,11 +113,9 @@ def test_permuting_positions_permutes_nothing(
 
 @_FEWER
 @given(st.data(), st.integers(0, 40))
-def test_parts_make_the_whole(
-    subject: Subject, judge: Judge, data: st.DataObject, cut: int
-) -> None:
+def test_parts_make_the_whole(judge: Judge, data: st.DataObject, cut: int) -> None:
     """A copy in two parts, by offsets, is the copy in one."""
-    case = drawn(subject, data)
+    case = drawn(judge.subject, data)
     cut = min(cut, case.count)
     src, dst = (replace(side, offset=side.offset + cut) for side in (case.src, case.dst))
     parts = [Case(src, dst, case.count - cut), Case(case.src, case.dst, cut)]

@@ -70,6 +70,14 @@ def made(judge: Judge, home: Workshop, direction: str, ids: str) -> Case:
     return home.move(direction, SHAPE, slots.to(judge.subject.device) if ids == "device" else slots)
 
 
+def produced(judge: Judge, home: Workshop, direction: str, ids: str) -> Late:
+    """The same, with its source in place."""
+    late = Late(judge, made(judge, home, direction, ids))
+    late.produce()
+    judge.facility.synchronize()
+    return late
+
+
 @pytest.mark.parametrize("ids", PLACES)
 @pytest.mark.parametrize("where", STREAMS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -97,10 +105,7 @@ def test_later_work_waits_for_the_copy(
     facility: Facility, judge: Judge, home: Workshop, direction: str, where: str
 ) -> None:
     """Behind ``Transfer.wait`` the current stream may read the destination and reuse the source."""
-    late = Late(judge, made(judge, home, direction, "host"))
-    late.produce()
-    facility.synchronize()
-    side = facility.stream()
+    late, side = produced(judge, home, direction, "host"), facility.stream()
     with facility.on(side if where == "current" else facility.current()):
         facility.delay(SLOW, side if where == "side" else None)
         transfer = late.copy(side if where == "side" else None)
@@ -136,15 +141,10 @@ def test_ids_that_are_produced_late(
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_done_means_landed(
-    facility: Facility, judge: Judge, home: Workshop, direction: str
-) -> None:
+def test_done_means_landed(judge: Judge, home: Workshop, direction: str) -> None:
     """A transfer on a busy stream says that it is done only when its bytes have landed."""
-    late = Late(judge, made(judge, home, direction, "host"))
-    late.produce()
-    facility.synchronize()
-    side = facility.stream()
-    facility.delay(SLOW, side)
+    late, side = produced(judge, home, direction, "host"), judge.facility.stream()
+    judge.facility.delay(SLOW, side)
     transfer = late.copy(side)
     judge.finish(transfer, "synchronize" if not transfer.done() else "done")
     late.check()
@@ -158,10 +158,7 @@ def test_memory_freed_right_after_the_call(
 ) -> None:
     """Source and ids may be freed and reused right after the call, whether or not the transfer is
     kept: the copy still reads what was there."""
-    late = Late(judge, made(judge, home, direction, ids))
-    late.produce()
-    facility.synchronize()
-    side = facility.stream()
+    late, side = produced(judge, home, direction, ids), facility.stream()
     facility.delay(SLOW, side)
     transfer = late.copy(side)
     expected, target = late.expected, late.case.dst
@@ -252,20 +249,18 @@ def test_a_launch_returns_while_its_stream_is_busy(
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_copies_on_two_streams_at_once(
-    facility: Facility, judge: Judge, home: Workshop, direction: str
-) -> None:
+def test_copies_on_two_streams_at_once(judge: Judge, home: Workshop, direction: str) -> None:
     """Copies on two streams do not share anything that one of them still needs."""
     lates = []
     for number in range(2):
         shop = replace(home, seed=home.seed + number)
         slots = shop.shuffled(SHAPE.slots, 9, 1)
         lates.append(Late(judge, shop.move(direction, SHAPE, slots)))
-    streams = [facility.stream() for _ in lates]
+    streams = [judge.facility.stream() for _ in lates]
     transfers = []
     for turn, (late, stream) in enumerate(zip(lates, streams, strict=True)):
         late.produce()
-        facility.delay(SLOW * (2 - turn), stream)
+        judge.facility.delay(SLOW * (2 - turn), stream)
         transfers.append(late.copy(stream))
     for transfer in transfers:
         transfer.synchronize()
@@ -273,16 +268,14 @@ def test_copies_on_two_streams_at_once(
         late.check()
 
 
-def test_a_load_behind_a_store_of_the_same_rows(
-    facility: Facility, judge: Judge, home: Workshop
-) -> None:
+def test_a_load_behind_a_store_of_the_same_rows(judge: Judge, home: Workshop) -> None:
     """On one stream, a store reads its rows before the load behind it writes them."""
     slots = home.shuffled(SHAPE.slots, 9)
     store = home.gather(SHAPE, slots)
     fresh = replace(home, seed=home.seed + 1).scatter(SHAPE, slots)
     both = (store, Case(fresh.src, replace(store.src), 9))
     expected = [case.expected() for case in both]
-    facility.delay(SLOW)
+    judge.facility.delay(SLOW)
     transfers = [judge.subject.copy(*asked_of(case)) for case in both]
     for transfer in transfers:
         transfer.synchronize()

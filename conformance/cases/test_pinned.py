@@ -15,7 +15,6 @@ import pytest
 from portakv import CopyPlan, Unsupported
 from portakv_conformance.draw.arrangement import Case
 from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop
-from portakv_conformance.judge.claims import not_claimed
 from portakv_conformance.judge.judging import Asked, Judge, asked_of
 from portakv_conformance.judge.subject import Subject
 
@@ -39,25 +38,24 @@ def made(home: Workshop, direction: str, pair: tuple[str, str]) -> tuple[Case, A
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_pinned_memory_on_the_host(
-    request: pytest.FixtureRequest, subject: Subject, judge: Judge, home: Workshop,
-    pair: tuple[str, str], direction: str,
-) -> None:  # fmt: skip
+    judge: Judge, home: Workshop, pair: tuple[str, str], direction: str
+) -> None:
     """A backend of the host copies to and from pinned memory where it claims to, and refuses a
     plan of it where it does not."""
     case, asked = made(home, direction, pair)
-    refusal = refused(subject, asked)
+    refusal = refused(judge.subject, asked)
     way = f"from {pair[0]} to {pair[1]} memory"
-    if pair in subject.can.places:
+    if pair in judge.subject.can.places:
         assert refusal is None, (
             f"It claims by 'places' that it copies {way}, and refuses a plan of that: {refusal}"
         )
-        launched = partial(subject.launch, *asked, case.count)
+        launched = partial(judge.subject.launch, *asked, case.count)
         judge.judge(case, lambda: judge.land(launched()), lambda: None)
     else:
-        not_claimed(request, "places", f"it does not copy {way}.")
+        judge.not_claimed("places", f"it does not copy {way}.")
         assert refusal is not None, f"It prepares a plan that it does not claim: {way}."
     fresh, again = made(home, direction, pair)
-    judge.call(fresh, lambda: subject.copy(*again, count=fresh.count), asked=again)
+    judge.call(fresh, lambda: judge.subject.copy(*again, count=fresh.count), asked=again)
 
 
 def refused(subject: Subject, asked: Asked) -> Unsupported | None:

@@ -23,7 +23,7 @@ from portakv_conformance.draw.by_hand import (
     lifted,
     widened,
 )
-from portakv_conformance.judge.claims import check_guarded, check_refused, not_claimed, without_bad
+from portakv_conformance.judge.claims import check_guarded, check_refused, without_bad
 from portakv_conformance.judge.judging import Judge, asked_of
 from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.subject import Subject
@@ -56,13 +56,11 @@ def test_host_blocks_past_the_end(judge: Judge, home: Workshop, direction: str, 
 @pytest.mark.needs("accelerator")
 @pytest.mark.parametrize("slot", [*_PAST, *_FAR])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_device_slots_past_the_end(
-    subject: Subject, judge: Judge, home: Workshop, direction: str, slot: int
-) -> None:
+def test_device_slots_past_the_end(judge: Judge, home: Workshop, direction: str, slot: int) -> None:
     """A bad slot on the device moves nothing, all others move, the transfer raises SlotError, and
     the device is sound."""
     for dtype in (torch.int64, torch.int32) if slot < 2**31 else (torch.int64,):
-        ids = torch.tensor([2, slot, 7, -1, 11], dtype=dtype).to(subject.device)
+        ids = torch.tensor([2, slot, 7, -1, 11], dtype=dtype).to(judge.subject.device)
         _judge_bad(judge, home.move(direction, SHAPE, ids))
         judge.copy(home.move(direction, SHAPE, [3, 1]))
 
@@ -133,15 +131,16 @@ def test_device_ids_past_the_end_of_both_sides(
 @pytest.mark.parametrize("step", [1, 4])
 @pytest.mark.parametrize("pair", _PAIRS)
 def test_bad_ids_of_both_sides_are_guarded(
-    request: pytest.FixtureRequest, subject: Subject, judge: Judge, home: Workshop,
-    pair: str, step: int,
-) -> None:  # fmt: skip
+    judge: Judge, home: Workshop, pair: str, step: int
+) -> None:
     """A launch that guards does so for both lists, and tells also of an id that faces padding."""
-    if not subject.can.guards:
-        not_claimed(request, "guards", "bad ids are found before the launch.")
+    if not judge.subject.can.guards:
+        judge.not_claimed("guards", "bad ids are found before the launch.")
         return
-    for dtype in subject.can.index_dtypes:
-        case = two_lists(home, pair, step, subject.can.home_of_ids(subject.device), dtype)
+    for dtype in judge.subject.can.index_dtypes:
+        case = two_lists(
+            home, pair, step, judge.subject.can.home_of_ids(judge.subject.device), dtype
+        )
         judge.carried(partial(check_guarded, judge, case), asked_of(case))
 
 
@@ -160,18 +159,17 @@ _SEVERAL = {
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("ids", _SEVERAL)
 def test_the_word_names_a_bad_position(
-    request: pytest.FixtureRequest, subject: Subject, judge: Judge, home: Workshop,
-    ids: str, offset: int, step: int,
-) -> None:  # fmt: skip
+    judge: Judge, home: Workshop, ids: str, offset: int, step: int
+) -> None:
     """Of several bad ids the status word tells the position + 1 of one, whichever it is, counted
     from where the copy begins in its list, padding included."""
-    if not subject.can.guards:
-        not_claimed(request, "guards", "bad ids are found before the launch.")
+    if not judge.subject.can.guards:
+        judge.not_claimed("guards", "bad ids are found before the launch.")
         return
     end = SHAPE.slots // step
     listed = [0] * offset + [n - _END + end if n >= _END else n for n in _SEVERAL[ids]]
     for direction in DIRECTIONS:
-        given = torch.tensor(listed).to(subject.can.home_of_ids(subject.device))
+        given = torch.tensor(listed).to(judge.subject.can.home_of_ids(judge.subject.device))
         check_guarded(judge, home.move(direction, SHAPE, given, step=step, offset=offset * step))
 
 
@@ -206,11 +204,9 @@ def check_duplicates(judge: Judge, case: Case, carry: Callable[[], object]) -> N
 
 @pytest.mark.needs("accelerator")
 @pytest.mark.parametrize("step", [1, 4])
-def test_duplicates_on_the_device(
-    subject: Subject, judge: Judge, home: Workshop, step: int
-) -> None:
+def test_duplicates_on_the_device(judge: Judge, home: Workshop, step: int) -> None:
     """Duplicate destinations on the device have no order, and corrupt nothing else."""
-    case = home.scatter(SHAPE, torch.tensor(DUPLICATES).to(subject.device), step=step)
+    case = home.scatter(SHAPE, torch.tensor(DUPLICATES).to(judge.subject.device), step=step)
     asked = asked_of(case)
     check_duplicates(judge, case, lambda: judge.finish(judge.subject.copy(*asked)))
 

@@ -30,15 +30,11 @@ def dump(case: Case, about: dict[str, Any] | None = None) -> str:
     Raises:
         ValueError: a side that was not built from an arrangement.
     """
-    one_cache = case.src.tensors is case.dst.tensors
     document = {
-        "schema": SCHEMA,
-        "about": about or {},
-        "count": case.count,
-        "one_cache": one_cache,
-        "src": _side(case.src),
-        "dst": _side(case.dst),
-    }
+        "schema": SCHEMA, "about": about or {}, "count": case.count,
+        "one_cache": case.src.tensors is case.dst.tensors,
+        "src": _side(case.src), "dst": _side(case.dst),
+    }  # fmt: skip
     return json.dumps(document, indent=1) + "\n"
 
 
@@ -136,21 +132,12 @@ def _side(side: Side) -> dict[str, Any]:
     to = asdict(side.arrangement)
     to["dtype"] = str(side.arrangement.dtype).removeprefix("torch.")
     to["kinds"] = [kind.__name__ for kind in side.arrangement.kinds]
-    ids = None
-    if side.ids is not None:
-        ids = {
-            "values": side.ids.tolist(),
-            "dtype": str(side.ids.dtype).removeprefix("torch."),
-            "device": str(side.ids.device),
-            "stride": side.ids.stride(0),
-        }
-    return {
-        "arrangement": to,
-        "declared": side.extents,
-        "ids": ids,
-        "step": side.step,
-        "offset": side.offset,
-    }
+    told = {"arrangement": to, "declared": side.extents, "step": side.step, "offset": side.offset}
+    ids = side.ids
+    return told | {"ids": None if ids is None else {
+        "values": ids.tolist(), "dtype": str(ids.dtype).removeprefix("torch."),
+        "device": str(ids.device), "stride": ids.stride(0),
+    }}  # fmt: skip
 
 
 def _build(told: dict[str, Any], move: _Move) -> Side:

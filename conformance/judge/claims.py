@@ -28,18 +28,8 @@ AREAS = (
     "core", "corners", "safety", "claims", "metamorphic", "ordering", "capture", "stateful",
     "drawn",
 )  # fmt: skip
-NOT_CLAIMED = pytest.StashKey[str]()
-
 #: A case of the profile ``full`` only.
 full = pytest.mark.profile("full")
-
-
-def not_claimed(request: pytest.FixtureRequest, field: str, reason: str) -> None:
-    """Let this case end as ``not-claimed``, unless it fails: the backend does not claim ``field``.
-
-    The case goes on, and returns by itself.
-    """
-    request.node.stash[NOT_CLAIMED] = f"{field} is not claimed: {reason}"
 
 
 def claimed(judge: Judge, case: Case, field: str, what: str) -> None:

@@ -57,6 +57,7 @@ class Judge:
     Attributes:
         examples: copies that were carried out and judged.
         declined: why copies were not carried out, a sentence each.
+        unclaimed: what the backend does not claim of this test, a sentence; or empty.
         failing: the case that failed last; hypothesis ends with the smallest.
         direct: it failed by the launch alone, without the library around it.
         end: how its end was waited for, one of `ENDS`.
@@ -68,10 +69,16 @@ class Judge:
         self.subject, self.facility, self.seed = subject, facility, seed
         self.examples = 0
         self.declined: list[str] = []
+        self.unclaimed = ""
         self.failing: Case | None = None
         self.fault = ""
         self.direct = False
         self.end = ENDS[0]
+
+    def not_claimed(self, field: str, reason: str) -> None:
+        """Let this test end as ``not-claimed``, unless it fails: the backend does not claim
+        ``field``. The test goes on, and returns by itself."""
+        self.unclaimed = f"{field} is not claimed: {reason}"
 
     def copy(self, case: Case, *, end: str = "synchronize") -> bool:
         """Judge a case as a user gets it; False where the backend declines it, as it may."""

@@ -129,7 +129,8 @@ def _templates() -> Environment:
     made.filters |= {
         "prose": prose, "breakable": breakable, "first_byte": first_byte, "headline": _headline,
         "plural": words.plural, "duration": words.duration, "worst": words.worst,
-        "dtype_of": dtype_of, "digest": _digest,
+        "dtype_of": dtype_of,
+        "digest": lambda text: f"sha256-{b64encode(sha256(text.encode()).digest()).decode()}",
         "tally": lambda cases: Counter(case.status for case in cases),
         "about": lambda tags: " · ".join(f"{name} {value}" for name, value in tags.items()),
     }  # fmt: skip
@@ -157,10 +158,6 @@ def _own(name: str) -> Markup:
     text = files(__package__ or "").joinpath("templates").joinpath(name).read_text(encoding="utf-8")
     assert "</" not in text, f"{name} holds '</' and would end its element."
     return Markup(text)
-
-
-def _digest(content: str) -> str:
-    return f"sha256-{b64encode(sha256(content.encode()).digest()).decode()}"
 
 
 def _headline(reason: str) -> tuple[str, str]:
@@ -202,11 +199,10 @@ def _apart(record: RunRecord) -> list[tuple[tuple[Status, str, str], list[str]]]
     """What is waived or not claimed: status, reason and expiry, and the cases of each."""
     until = {waiver.get("id"): waiver.get("expires", "") for waiver in record.waivers}
     entries: dict[tuple[Status, str, str], list[str]] = {}
-    for status in ("waived", "not-claimed"):
-        for case in record.cases:
-            if case.status == status:
-                expires = until.get(case.id, "") if status == "waived" else ""
-                entries.setdefault((case.status, case.reason, expires), []).append(case.id)
+    for case in sorted(record.cases, key=lambda case: case.status != "waived"):
+        if case.status in ("waived", "not-claimed"):
+            expires = until.get(case.id, "") if case.status == "waived" else ""
+            entries.setdefault((case.status, case.reason, expires), []).append(case.id)
     return list(entries.items())
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import pytest
 
-from portakv_conformance.judge.claims import NOT_CLAIMED
 from portakv_conformance.judge.judging import Judge
 from portakv_conformance.record import Status
 
@@ -23,13 +22,12 @@ _MOST_DETAILS = 20_000  # characters
 
 
 def outcome(
-    item: pytest.Item, reports: Mapping[str, pytest.TestReport], judge: Judge | None, flaw: str
+    reports: Mapping[str, pytest.TestReport], judge: Judge | None, flaw: str
 ) -> tuple[Status, str, str]:
     """Status, a sentence and the details of a case whose phases have all ended.
 
     Args:
-        item: the case.
-        reports: by phase.
+        reports: of the case, by phase.
         judge: of its copies, where it asked for one.
         flaw: why nothing at all can be judged of the backend; or empty.
     """
@@ -50,8 +48,8 @@ def outcome(
         return status, told, "\n".join(parts)[-_MOST_DETAILS:]
     if "call" not in reports:
         return "error", "The case did not come to its end.", ""
-    if NOT_CLAIMED in item.stash:
-        return "not-claimed", item.stash[NOT_CLAIMED], ""
+    if judge is not None and judge.unclaimed:
+        return "not-claimed", judge.unclaimed, ""
     if judge is None or not judge.declined:
         return "passed", "", ""
     # What was judged stands for the case only where it is the greater part of it.

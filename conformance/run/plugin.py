@@ -52,7 +52,9 @@ class Suite:
         self.config = config
         self.profile: str = config.getoption("--portakv-profile")
         self.fuzz: int | None = config.getoption("--portakv-fuzz")
-        self.seed = _seed(config.getoption("--portakv-seed"), self.fuzz)
+        drawn = random.SystemRandom().randrange(1 << 31) if self.fuzz else 0
+        seed: int | None = config.getoption("--portakv-seed")
+        self.seed = drawn if seed is None else seed
         self.subject = _subject(config)
         self.facility = Facility(self.subject.device, self.subject.emulated)
         self.events: str | None = config.getoption("--portakv-events")
@@ -229,7 +231,7 @@ class Suite:
     def _record(self, item: pytest.Item, seconds: float) -> CaseRecord:
         judge = item.stash.get(_JUDGE, None)
         reports = item.stash[_REPORTS]
-        status, reason, details = outcome(item, reports, judge, self.subject.flaw)
+        status, reason, details = outcome(reports, judge, self.subject.flaw)
         return CaseRecord(
             id=case_id(item),
             area=mark_of(item, "area"),
@@ -295,12 +297,6 @@ def _subject(config: pytest.Config) -> Subject:
         raise pytest.UsageError(str(error)) from error
     except BackendUnavailable as error:
         pytest.exit(str(error), returncode=UNAVAILABLE)
-
-
-def _seed(asked: int | None, fuzz: int | None) -> int:
-    if asked is not None:
-        return asked
-    return random.SystemRandom().randrange(1 << 31) if fuzz else 0
 
 
 # -- what cases ask for --------------------------------------------------------------------------

@@ -84,15 +84,9 @@ def kernels() -> Iterator[tuple[str, RowsKernel]]:
     heads = KVView([_bytes(2, 3, 2, 4, 64) for _ in range(3)], "layer | kv block head token dim")
     objects = [_bytes(2, 3, 4, 128) for _ in range(3)]
     listed = KVView(objects, "block | kv layer token (head dim)", heads=2)
+    chunk = KVView(_bytes(2, 3, 8, 128), "kv layer token (head dim)", heads=2)
     yield from _of("pool to pool, other order of heads", pool, heads, 1, 1, 16)
-    yield from _of(
-        "whole blocks",
-        heads,
-        KVView(_bytes(2, 3, 8, 128), "kv layer token (head dim)", heads=2),
-        4,
-        0,
-        16,
-    )
+    yield from _of("whole blocks", heads, chunk, 4, 0, 16)
     yield from _of("one allocation to memory objects", joined, listed, 1, 0, 16)
 
 
@@ -198,17 +192,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for tool in ("hipcc", "llvm-objdump", "llvm-readelf"):
         asked.add_argument(f"--{tool}", default=tool)
     given = asked.parse_args(arguments)
+    tools = given.hipcc, given.llvm_objdump, given.llvm_readelf
     with tempfile.TemporaryDirectory(prefix="portakv-hip-") as folder:
-        found = _build(
-            given.hipcc, given.llvm_objdump, given.llvm_readelf, Path(folder), given.targets
-        )
+        found = _build(*tools, Path(folder), given.targets)
     _print(found, given.targets)
     wrong = sum(bool(code.wrong) for code in found)
     compiler = (_run([given.hipcc, "--version"]).stdout.splitlines() or ["unknown"])[0]
     if given.report:
-        given.report.write_text(
-            json.dumps(_report(found, given.targets, compiler, given.dtk), indent=1) + "\n"
-        )
+        report = _report(found, given.targets, compiler, given.dtk)
+        given.report.write_text(json.dumps(report, indent=1) + "\n")
     print(f"{len(found)} kernels built by hipcc ({compiler}), {wrong} wrong; compiled, not run")
     return int(wrong > 0)
 

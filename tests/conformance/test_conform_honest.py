@@ -92,8 +92,8 @@ def test_an_honest_backend_is_conformant(name: str, tmp_path: Path) -> None:
 def test_loops_that_are_claimed_may_not_be_declined(name: str, direction: str) -> None:
     judge, home = judge_of(name), Workshop()
     with pytest.raises(AssertionError, match="claims by 'max_loops' that it takes 4 strided"):
-        test_claims.test_max_loops(judge.subject, judge, home, 4, direction)
-    test_claims.test_max_loops(judge.subject, judge, home, 3, direction)
+        test_claims.test_max_loops(judge, home, 4, direction)
+    test_claims.test_max_loops(judge, home, 3, direction)
     assert judge.examples == 1
 
 
@@ -103,10 +103,10 @@ def test_each_claim_is_tested_within_the_others(name: str, direction: str) -> No
     found = one(name)
     home = Workshop(paged=find_home(found, HOMES))
     for vector in (1, 2, 4, 8, 16):
-        test_claims.test_alignment(found, judge_of(name), home, vector, direction)
+        test_claims.test_alignment(judge_of(name), home, vector, direction)
     for loops in range(5):
         judge = judge_of(name)
-        test_claims.test_max_loops(found, judge, home, loops, direction)
+        test_claims.test_max_loops(judge, home, loops, direction)
         assert judge.examples == (
             loops <= (9 if found.can.max_loops is None else found.can.max_loops)
         )

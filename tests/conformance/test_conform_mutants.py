@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mutants: each is a backend with one bug, and the base that they share has none; and the score:
+"""The mutants: each is a backend with one bug, and the base that they share has none. The score:
 which are caught, which survive, and what the exit code says of it."""
 
 from __future__ import annotations

@@ -10,10 +10,11 @@ from typing import Any
 import support.conform_fake_worker as fake
 from portakv_conformance.evidence.verdict import SEAL
 from portakv_conformance.record import CaseRecord, RunRecord
+from portakv_conformance.run.progress import Progress
 from portakv_conformance.run.runner import Options, run
 
 
-class Heard:
+class Heard(Progress):
     """A `Progress` that keeps what it is told."""
 
     def __init__(self) -> None:
