@@ -257,27 +257,22 @@ def test_batches(connector: AdaptiveConnector, name: str, skipped: list[int]) ->
     assert all(map(same, targets, expected))
 
 
-def different_kinds() -> dict[str, Any]:
-    """Pairs of chunks that hold equal rows but are not alike as tensors."""
-    wide = filled((2, LAYERS, 4, 2, HEADS * DIM), poison=True)
-    return {
-        "dtypes": [make_chunk(4), make_chunk(4, torch.bfloat16)],
-        "widths": [make_chunk(4), filled((2, LAYERS, 4, HEADS * DIM // 2), torch.float32)],
-        "ranks": [make_chunk(4), filled((2, LAYERS, 4, HEADS, DIM), poison=True)],
-        "strides": [make_chunk(4), wide[:, :, :, 1]],
-        "objects": [SimpleNamespace(tensor=make_chunk(4)), make_chunk(4)],
-    }
-
-
 @pytest.mark.parametrize("kind", ["dtypes", "widths", "ranks", "strides", "objects"])
 def test_chunks_of_several_kinds(kind: str) -> None:
+    """Chunks that hold equal rows but are not alike as tensors."""
+    other: Any = {
+        "dtypes": make_chunk(4, torch.bfloat16),
+        "widths": filled((2, LAYERS, 4, HEADS * DIM // 2), torch.float32),
+        "ranks": filled((2, LAYERS, 4, HEADS, DIM), poison=True),
+        "strides": filled((2, LAYERS, 4, 2, HEADS * DIM), poison=True)[:, :, :, 1],
+        "objects": SimpleNamespace(tensor=make_chunk(4)),
+    }[kind]
     connector = AdaptiveConnector("cpu", reinterpret=kind in ("dtypes", "widths"))
-    caches, pair = make_caches(), different_kinds()[kind]
+    caches, pair = make_caches(), [other, make_chunk(4)]
     connector.batched_from_gpu(pair, caches, MANY, [0, 4], [4, 8])
     for chunk, part in zip(pair, (MANY[:4], MANY[4:8]), strict=True):
-        tensor = getattr(chunk, "tensor", chunk).contiguous()
-        plain = tensor.view(2, LAYERS, 4, -1).view(torch.float16)
-        assert same(plain, rows(caches, part))
+        plain = getattr(chunk, "tensor", chunk).contiguous().view(2, LAYERS, 4, -1)
+        assert same(plain.view(torch.float16), rows(caches, part))
 
 
 def test_one_launch_for_chunks_of_equal_shape(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,6 @@ from support.connector_cases import (
     HEADS,
     LAYERS,
     SIZE,
-    SLOTS,
     make_caches,
     make_chunk,
     rows,
@@ -56,21 +55,17 @@ def test_registered_caches_need_not_be_passed(connector: AdaptiveConnector) -> N
 def test_reallocated_caches_are_noticed(connector: AdaptiveConnector, change: str) -> None:
     caches = make_caches()
     connector.register_kv_caches(caches)
-    old = list(caches)
-    slots, dtype = [1, 6, 15], torch.float16
-    if change == "address":
-        caches = make_caches()
-    elif change == "shape":
-        caches = make_caches(blocks=4)
-    elif change == "strides":
-        caches = [filled((2, BLOCKS, HEADS, SIZE, DIM)).transpose(2, 3) for _ in range(LAYERS)]
-    elif change == "dtype":
-        dtype = torch.bfloat16
-        caches = [cache.view(dtype) for cache in caches]
-    elif change == "order":
-        caches = caches[::-1]
-    else:
-        caches[1] = make_caches()[0]  # in the very list that was registered
+    old, slots = list(caches), [1, 6, 15]
+    dtype = torch.bfloat16 if change == "dtype" else torch.float16
+    turned = [filled((2, BLOCKS, HEADS, SIZE, DIM)).transpose(2, 3) for _ in range(LAYERS)]
+    caches[:] = {  # in the very list that was registered
+        "address": make_caches(),
+        "shape": make_caches(blocks=4),
+        "strides": turned,
+        "dtype": [cache.view(dtype) for cache in old],
+        "order": old[::-1],
+        "one": [old[0], make_caches()[0], *old[2:]],
+    }[change]
     chunk = make_chunk(3, dtype)
     gone = [cache for cache in old if all(cache is not kept for kept in caches)]
     wanted = scattered(caches, chunk, slots)
@@ -115,30 +110,22 @@ def test_memory_objects_are_not_held(connector: AdaptiveConnector) -> None:
     assert ref() is None
 
 
-def test_threads_share_registered_caches(connector: AdaptiveConnector) -> None:
-    caches = make_caches()
-    connector.register_kv_caches(caches)
+@pytest.mark.parametrize("registered", [True, False])
+def test_threads_share_a_connector(connector: AdaptiveConnector, registered: bool) -> None:
+    """They share its registered caches, or each passes its own."""
+    shared = make_caches()
+    connector.register_kv_caches(shared)
 
-    def work(first: int) -> None:
-        slots = [(first + 5 * i) % SLOTS for i in range(4)]
-        for _ in range(30):
-            chunk = make_chunk(4)
-            connector.from_gpu(chunk, None, slots).synchronize()
-            assert same(chunk, rows(caches, slots))
-
-    run_threads(work, [0, 1, 2, 3])
-
-
-def test_threads_that_pass_their_own_caches(connector: AdaptiveConnector) -> None:
-    def work(blocks: int) -> None:
-        caches, slots = make_caches(blocks), [1, 6, 15]
+    def work(nth: int) -> None:
+        caches = shared if registered else make_caches(5 + nth)
+        slots = [(nth + 5 * i) % (5 * SIZE) for i in range(4)]
         wanted = rows(caches, slots)
-        for _ in range(60):
-            chunk = make_chunk(3)
-            connector.from_gpu(chunk, caches, slots).synchronize()
+        for _ in range(50):
+            chunk = make_chunk(4)
+            connector.from_gpu(chunk, None if registered else caches, slots).synchronize()
             assert same(chunk, wanted), "rows of another thread's caches were stored"
 
-    run_threads(work, [5, 6, 7])
+    run_threads(work, range(4))
 
 
 class Interrupting(dict[str, torch.Tensor]):

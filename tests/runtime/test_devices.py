@@ -19,7 +19,6 @@ import pytest
 import torch
 
 from portakv import BackendUnavailable, DeviceMismatch
-from portakv.cli import main
 from portakv.registry.registry import BUILT_IN, MADE_FOR, REGISTRY, found, trace
 from portakv.runtime.devices import (
     DeviceAbsent,
@@ -281,34 +280,6 @@ def test_the_table_says_what_the_probes_say(name: str) -> None:
     elsewhere: Any = Named("zpu")
     only = re.fullmatch(r"it runs on (\w+) devices, not on zpu", loaded.probe(elsewhere).reason)
     assert (only and only.group(1)) == MADE_FOR.get(name)
-
-
-# The commands
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["backends", "--device", "nonsense"],
-         "'nonsense' was asked about, but neither torch nor a backend knows"),
-        (["explain", "epd", "epd", "--device", "zpu"],
-         "torch knows no zpu devices; did you mean 'xpu'?"),
-    ],
-    ids=["backends", "explain"],
-)  # fmt: skip
-def test_commands_say_what_is_missing(
-    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(words) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert told in captured.err
-
-
-def test_backends_of_one_device(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["backends", "--device", "cpu", "--json"]) == 0
-    (told,) = json.loads(capsys.readouterr().out)["devices"]
-    assert (told["device"], told["chosen"]) == ("cpu", "reference")
 
 
 @pytest.mark.parametrize("kind", KINDS)
