@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.core_cases import HANDS, lazy
+from support.core_cases import lazy
 
 from portakv import PRESETS, CopyPlan, KVView, LayoutError, Unsupported
 from portakv.layout.language import parse
@@ -34,68 +34,63 @@ def paged(block: int) -> Form:
 
 
 FLAT = form("token dim", 48, 8)
+P16 = paged(16)
 LISTED = KVView([torch.zeros(8, dtype=torch.float16) for _ in range(3)], "token | dim").form
 POOL = form("(block token) dim", 48, 8, block_size=4)
 
 
-class TestUnits:
-    @pytest.mark.parametrize(
-        ("src", "dst", "steps", "unit"),
-        [
-            (paged(16), paged(16), (16, 16), 16),
-            (paged(16), paged(16), (1, 1), 1),
-            (paged(16), paged(16), (16, 1), 1),
-            (paged(16), paged(16), (0, 0), 16),
-            (paged(16), paged(16), (0, 4), 4),
-            (paged(16), paged(24), (16, 24), 8),
-            (paged(16), paged(6), (0, 0), 2),
-            (paged(16), paged(15), (16, 15), 1),
-            (paged(16), FLAT, (16, 0), 16),
-            (paged(16), FLAT, (64, 0), 16),  # a manager block of four kernel blocks
-            (paged(16), FLAT, (8, 0), 8),  # half a block for each id
-            (paged(16), FLAT, (0, 0), 16),
-            (POOL, FLAT, (4, 0), 4),
-            (POOL, FLAT, (64, 0), 64),  # a flat pool allows any
-            (POOL, paged(16), (4, 16), 4),
-            (POOL, POOL, (12, 8), 4),
-            (FLAT, FLAT, (0, 0), 1),
-        ],
-    )
-    def test_the_most_that_steps_and_block_sizes_allow(
-        self, src: Form, dst: Form, steps: tuple[int, int], unit: int
-    ) -> None:
-        assert CopyPlan(src, dst, *steps).unit == unit
+@pytest.mark.parametrize(
+    ("src", "dst", "steps", "asked", "unit"),
+    [
+        (P16, P16, (16, 16), None, 16),
+        (P16, P16, (1, 1), None, 1),
+        (P16, P16, (16, 1), None, 1),
+        (P16, P16, (0, 0), None, 16),
+        (P16, P16, (0, 4), None, 4),
+        (P16, paged(24), (16, 24), None, 8),
+        (P16, paged(6), (0, 0), None, 2),
+        (P16, paged(15), (16, 15), None, 1),
+        (P16, FLAT, (16, 0), None, 16),
+        (P16, FLAT, (64, 0), None, 16),  # a manager block of four kernel blocks
+        (P16, FLAT, (8, 0), None, 8),  # half a block for each id
+        (P16, FLAT, (0, 0), None, 16),
+        (POOL, FLAT, (4, 0), None, 4),
+        (POOL, FLAT, (64, 0), None, 64),  # a flat pool allows any
+        (POOL, P16, (4, 16), None, 4),
+        (POOL, POOL, (12, 8), None, 4),
+        (FLAT, FLAT, (0, 0), None, 1),
+        (FLAT, POOL, (0, 0), 48, 48),  # two flat sides without ids allow any
+        # Tokens split 2 x 3 against 3 x 2: only single tokens have a place on both sides.
+        (form("block token/3 head token%3 dim", 5, 2, 2, 3, 8),
+         form("block token/2 head token%2 dim", 5, 3, 2, 2, 8), (6, 6), None, 1),
+        *((P16, P16, (16, 16), unit, unit) for unit in (1, 2, 4, 8, 16)),
+    ],
+)  # fmt: skip
+def test_the_unit_is_what_is_asked_or_the_most_that_steps_and_block_sizes_allow(
+    src: Form, dst: Form, steps: tuple[int, int], asked: int | None, unit: int
+) -> None:
+    plan = CopyPlan(src, dst, *steps, asked)
+    assert plan.unit == unit
+    assert plan.nests[0].unit_bytes == unit * plan.token_bytes
 
-    def test_a_smaller_unit_can_be_asked_for(self) -> None:
-        units = [CopyPlan(paged(16), paged(16), 16, 16, unit=u).unit for u in (1, 2, 4, 8, 16)]
-        assert units == [1, 2, 4, 8, 16]
 
-    @pytest.mark.parametrize("unit", [0, -1, 3, 32])
-    def test_another_unit_is_unsupported(self, unit: int) -> None:
-        with pytest.raises(Unsupported, match="unit") as caught:
-            CopyPlan(paged(16), paged(16), 16, 16, unit=unit)
-        assert "divisors of 16" in caught.value.why
+@pytest.mark.parametrize("unit", [0, -1, 3, 32])
+def test_another_unit_is_unsupported(unit: int) -> None:
+    with pytest.raises(Unsupported, match="unit") as caught:
+        CopyPlan(P16, P16, 16, 16, unit=unit)
+    assert "divisors of 16" in caught.value.why
 
-    def test_two_flat_sides_without_ids_allow_any_unit(self) -> None:
-        plan = CopyPlan(FLAT, POOL, unit=48)
-        assert (plan.unit, plan.nests[0].loops, plan.nests[0].run) == (48, (), 48 * 16)
 
-    def test_blocks_in_factors_that_do_not_divide_each_other_take_a_smaller_unit(self) -> None:
-        """Tokens split 2 x 3 against 3 x 2: only single tokens have a place on both sides."""
-        src = form("block token/3 head token%3 dim", 5, 2, 2, 3, 8)
-        dst = form("block token/2 head token%2 dim", 5, 3, 2, 2, 8)
-        assert CopyPlan(src, dst, 6, 6).unit == 1
-
-    @pytest.mark.parametrize(
-        ("src", "step", "aligned"),
-        [(FLAT, 0, False), (FLAT, 4, True), (POOL, 0, False), (POOL, 1, True), (paged(4), 0, True),
-         (LISTED, 0, True)],
-    )  # fmt: skip
-    def test_sides_with_ids_or_with_tokens_apart_are_aligned(
-        self, src: Form, step: int, aligned: bool
-    ) -> None:
-        plan = CopyPlan(src, FLAT, step, 0)
-        assert (plan.aligned("src"), plan.aligned("dst")) == (aligned, False)
+@pytest.mark.parametrize(
+    ("src", "step", "aligned"),
+    [(FLAT, 0, False), (FLAT, 4, True), (POOL, 0, False), (POOL, 1, True), (P16, 0, True),
+     (LISTED, 0, True)],
+)  # fmt: skip
+def test_sides_with_ids_or_with_tokens_apart_are_aligned(
+    src: Form, step: int, aligned: bool
+) -> None:
+    plan = CopyPlan(src, FLAT, step, 0)
+    assert (plan.aligned("src"), plan.aligned("dst")) == (aligned, False)
 
 
 class TestLoops:
@@ -145,23 +140,14 @@ class TestLoops:
         assert [(x.name, x.extent) for x in nest.loops] == [("dim", 2), ("head", 2)]
         assert (nest.run, nest.unit_bytes) == (64, 2 * 128)
 
-    def test_no_byte_is_in_two_loops_or_in_none(self) -> None:
-        for src, dst in product(HANDS, HANDS):
-            first, second = (hand.view(hand.make(0)).form for hand in (src, dst))
-            for steps in ((1, 1), (src.block, dst.block)):
-                plan = CopyPlan(first, second, *steps)
-                assert plan.token_bytes == first.token_bytes == 2 * 2 * 2 * 8
-
     def test_presets_need_at_most_five_strided_loops(self) -> None:
         """The bound that kernels rely on, for every pair of layouts that has a plan."""
         forms = [_example(layout) for layout in sorted({p.layout for p in PRESETS.values()})]
         made = 0
         for src, dst in product(forms, forms):
             try:
-                plans = [
-                    CopyPlan(src, dst, 1, 1),
-                    CopyPlan(src, dst, src.block_size, dst.block_size),
-                ]
+                steps = (1, 1), (src.block_size, dst.block_size)
+                plans = [CopyPlan(src, dst, *pair) for pair in steps]
             except (LayoutError, Unsupported):
                 continue
             made += 1
@@ -194,9 +180,8 @@ class TestLoops:
 
 
 def _example(layout: str) -> Form:
-    extents: dict[str, Any] = {"layers": 3, "heads": 2}
     axes = parse(layout).axes
-    extents = {k: v for k, v in extents.items() if k[:-1] in axes}
+    extents: dict[str, Any] = {f"{x}s": n for x, n in (("layer", 3), ("head", 2)) if x in axes}
     tensors = example_tensors(layout, **extents, dim=64, blocks=3, tokens=4)
     block_size = 4 if "block" in axes else None
     return KVView(tensors, layout, **extents, dim=64, block_size=block_size).form

@@ -35,6 +35,7 @@ def test_runs_between_any_two_layouts(src: Hand, dst: Hand, by: str) -> None:
     expected = dst.rows(target)
     expected[:, :, written[moved]] = src.rows(source)[:, :, read[moved]]
     plan = CopyPlan(first.form, second.form, mine.plan_step, theirs.plan_step)
+    assert plan.token_bytes == first.form.token_bytes == 2 * 2 * 2 * 8
     move(plan.runs(first, second, mine, theirs, count))
     assert torch.equal(dst.rows(target), expected)
 

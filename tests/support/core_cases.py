@@ -91,8 +91,8 @@ class Hand:
         return side_of(arranged(self.layout, shape, torch.int16, seed=seed, tokens=SLOTS)).tensors
 
     def view(self, tensors: Any) -> KVView:
-        declared = {"heads": HEADS, "layers": LAYERS}
-        return KVView(tensors, self.layout, block_size=self.block or None, **declared)
+        block = self.block or None
+        return KVView(tensors, self.layout, block_size=block, heads=HEADS, layers=LAYERS)
 
     def rows(self, tensors: Any) -> torch.Tensor:
         extents = {"heads": HEADS, "layers": LAYERS, "block_size": self.block or None}

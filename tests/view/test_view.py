@@ -30,11 +30,13 @@ from portakv.view.form import Step
          {"block": (Step(0, 0, 64),), "token": (Step(4, 0, 16),)}),
         (noise(3, 33 * 4), "block (kv token dim)", {"dim": (32, 1)}, 1,
          {"offset": 4 * 64, "token": (Step(4, 0, 2),)}),
+        (noise(3, 40), "block (token kv dim)", {"dim": (8, 2)}, 1,
+         {"offset": 16, "token": (Step(4, 0, 20),)}),
         (noise(5, 14), "token (kv dim)", {"kv": 3, "dim": (8, 4, 2)}, 2, {"offset": 24}),
         ([noise(5, 8) for _ in range(3)], "layer | token dim", {}, 0, {"layer": (Step(3, 1, 0),)}),
     ],
     ids=["NHD over HND", "padded pages", "elements apart", "flat pool", "unequal widths",
-         "three widths", "separate tensors"],
+         "unequal rows", "three widths", "separate tensors"],
 )  # fmt: skip
 def test_steps(
     tensors: Any, layout: str, extents: dict[str, Any], part: int, expected: dict[str, Any]
