@@ -6,6 +6,8 @@ Every copy is made twice: by the library's choice of backend, and run by run wit
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.core_cases import GIB, Mover, address, by_backend, by_runs, lazy, noise
@@ -20,6 +22,14 @@ def carry(request: pytest.FixtureRequest) -> Mover:
 
 
 BYTES = torch.uint8
+
+
+def loaded(carry: Mover, rows: KVView, view: KVView, index: Any, memory: torch.Tensor) -> None:
+    """Copy rows to a view of memory, of which only what ``memory`` says may change."""
+    carry(rows, view, None, index)
+    storage = view.owners[0].untyped_storage()
+    found = torch.empty(0, dtype=memory.dtype).set_(storage)
+    assert torch.equal(found, memory.flatten())
 
 
 # Offsets in 32-bit arithmetic wrap silently: a row lands 4 GiB before its place.
@@ -86,16 +96,12 @@ def test_131072_tokens_of_32_layers_in_one_call() -> None:
 def test_every_byte_of_a_row_and_none_behind_it(
     carry: Mover, width: int, dtype: torch.dtype
 ) -> None:
-    paged = noise(4, 8, width + 3, dtype=dtype)
-    dense = noise(20, width, dtype=dtype, seed=1)
-    before = paged.view(BYTES).clone()
+    paged, dense = noise(32, width + 3, dtype=dtype), noise(20, width, dtype=dtype, seed=1)
     ids = torch.randperm(32, generator=torch.Generator().manual_seed(1))[:20]
-    view = KVView(paged[:, :, :width], "block token dim")
-    carry(KVView(dense, "token dim"), view, None, ids)
-    size = width * dtype.itemsize
-    expected = before.view(32, -1)
-    expected[ids, :size] = dense.view(BYTES)
-    assert torch.equal(paged.view(BYTES).view(32, -1), expected)
+    expected = paged.view(BYTES).clone()
+    expected[ids, : width * dtype.itemsize] = dense.view(BYTES)
+    view = KVView(paged.view(4, 8, -1)[:, :, :width], "block token dim")
+    loaded(carry, KVView(dense, "token dim"), view, ids, expected)
 
 
 # A vector width chosen from row bytes alone faults, or moves other bytes, where a base, a stride
@@ -202,38 +208,31 @@ def test_kv_declared_where_there_are_blocks() -> None:
 
 def test_logical_nhd_over_hnd_memory(carry: Mover) -> None:
     """Shape (2, B, T, H, D) over memory K B H T D, addressed as if it were linear."""
-    memory = noise(2, 3, 2, 4, 8)
-    before = memory.clone()
-    cache, chunk = memory.transpose(2, 3), noise(2, 5, 16, seed=1)
-    ids = torch.tensor([11, 0, 4, 3, 7])
-    view = KVView(cache, "kv block token head dim")
-    carry(KVView(chunk, "kv token (head dim)", heads=2), view, None, ids)
-    expected = before.transpose(2, 3).reshape(2, 12, 16)
-    expected[:, ids] = chunk
-    assert torch.equal(cache.reshape(2, 12, 16), expected)
+    memory, chunk = noise(2, 3, 2, 4, 8), noise(2, 5, 2, 8, seed=1)
+    expected, ids = memory.clone(), torch.tensor([11, 0, 4, 3, 7])
+    expected.transpose(2, 3)[:, ids // 4, ids % 4] = chunk
+    view = KVView(memory.transpose(2, 3), "kv block token head dim")
+    loaded(carry, KVView(chunk, "kv token head dim"), view, ids, expected)
 
 
 def test_padding_of_pages_is_not_touched(carry: Mover) -> None:
     """The stride of a block is more than its dense size: the rest belongs to somebody."""
     memory, chunk = noise(4, 100), noise(2, 4, 8, seed=1)
-    before, pages = memory.clone(), KVView(memory[:, :64].view(4, 2, 4, 8), "block kv token dim")
-    carry(KVView(chunk, "kv token dim"), pages, None, Index([2], step=4))
-    before[2, :64] = chunk.flatten()
-    assert torch.equal(memory, before)
+    expected, pages = memory.clone(), memory[:, :64].view(4, 2, 4, 8)
+    expected[2, :64] = chunk.flatten()
+    view = KVView(pages, "block kv token dim")
+    loaded(carry, KVView(chunk, "kv token dim"), view, Index([2], step=4), expected)
 
 
 def test_packed_layers_do_not_touch_each_other(carry: Mover) -> None:
     """All layers interleave in a block; a copy of one must leave its neighbours whole."""
-    memory = noise(3, 4, 5, 2, 16)
-    before = memory.clone()
-    layers = [memory[:, i].transpose(1, 2) for i in range(4)]
-    whole = KVView(layers, "layer | block head token (kv dim)")
-    chunk = noise(2, 10, 2, 8, seed=1)
-    carry(KVView(chunk, "kv token head dim"), whole.slice(layers=2), None, Index([2, 0], step=5))
+    memory, chunk = noise(3, 4, 5, 2, 16), noise(2, 10, 2, 8, seed=1)
+    layers, expected = [memory[:, i].transpose(1, 2) for i in range(4)], memory.clone()
     for at, block in enumerate((2, 0)):
         rows = chunk[:, 5 * at : 5 * at + 5].permute(1, 2, 0, 3).reshape(5, 2, 16)
-        before[block, 2] = rows
-    assert torch.equal(memory, before)
+        expected[block, 2] = rows
+    view = KVView(layers, "layer | block head token (kv dim)").slice(layers=2)
+    loaded(carry, KVView(chunk, "kv token head dim"), view, Index([2, 0], step=5), expected)
 
 
 def test_aliased_layers_are_read_twice_and_never_written_twice(carry: Mover) -> None:
@@ -248,13 +247,11 @@ def test_aliased_layers_are_read_twice_and_never_written_twice(carry: Mover) -> 
 
 def test_a_destination_that_is_not_contiguous_is_really_written(carry: Mover) -> None:
     """Copied through `.contiguous()` and thrown away: success reported, nothing written."""
-    memory = noise(8, 2, 3, 12)
-    before = memory.clone()
-    turned = memory.permute(1, 3, 2, 0)[:, ::2]  # (kv, tokens, heads, dim), each apart
-    chunk = noise(2, 6, 3, 8, seed=1)
-    carry(KVView(chunk, "kv token head dim"), KVView(turned, "kv token head dim"), None, None)
-    assert torch.equal(turned, chunk)
-    assert torch.equal(memory[..., 1::2], before[..., 1::2])
+    memory, chunk = noise(8, 2, 3, 12), noise(2, 6, 3, 8, seed=1)
+    expected = memory.clone()
+    expected[..., ::2] = chunk.permute(3, 0, 2, 1)
+    view = KVView(memory.permute(1, 3, 2, 0)[:, ::2], "kv token head dim")  # each element apart
+    loaded(carry, KVView(chunk, "kv token head dim"), view, None, expected)
 
 
 def test_a_slice_of_a_list_is_written_and_not_a_copy_of_it(carry: Mover) -> None:

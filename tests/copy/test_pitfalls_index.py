@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.core_cases import Mover, by_backend, by_runs, noise
 
-from portakv import Index, KVView, SlotError, copy_blocks, copy_rows
+from portakv import Index, KVView, SlotError, copy_rows
 
 SCATTERED = pytest.mark.parametrize("scattered", [False, True], ids=["gather", "scatter"])
 
@@ -136,21 +136,3 @@ def test_a_negative_block_skips_its_tokens(carry: Mover, scattered: bool) -> Non
     rig = Rig(12)
     rig.move(carry, Index([4, -1, 0], step=4), scattered)
     rig.expect([16, 17, 18, 19, *[-1] * 4, 0, 1, 2, 3], scattered=scattered)
-
-
-@pytest.mark.parametrize("sides", [(4, 4), (4, 8), (8, 4), (4, 6), (6, 4)])
-def test_block_sizes_may_differ_where_the_tokens_are_as_many(sides: tuple[int, int]) -> None:
-    cache, other = noise(24 // sides[0], sides[0], 8), noise(24 // sides[1], sides[1], 8, seed=1)
-    src, dst = KVView(cache, "block token dim"), KVView(other, "block token dim")
-    mine, theirs = (torch.arange(24 // side).flip(0) for side in sides)
-    copy_blocks(src, dst, mine, theirs).synchronize()
-    slots = [Index(ids, step=n).slots(24) for ids, n in ((mine, sides[0]), (theirs, sides[1]))]
-    assert torch.equal(other.view(24, 8)[slots[1]], cache.view(24, 8)[slots[0]])
-
-
-def test_blocks_inside_one_cache(carry: Mover) -> None:
-    rig = Rig(1)
-    carry(rig.paged, rig.paged, Index([1, 3], step=4), Index([0, 2], step=4))
-    blocks = rig.before[1:6]
-    blocks[[0, 2]] = blocks[[1, 3]]
-    assert torch.equal(rig.memory, rig.before)
