@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.block_cases import DST, LAYERS, PATIENCE, SRC, layered, until, wanted
+from support.block_cases import DST, LAYERS, PATIENCE, Pair, layered, until
 from support.guarded_memory import check_sentence
 from support.small_backends import small_backend
 from support.threads import run_threads
@@ -60,21 +60,18 @@ class Gate:
             raise self.failing[self.started - 1]
 
 
-class Late:
+class Late(threading.Event):
     """Work that no stream orders; it ends when the test says so, the first time with an error."""
 
-    def __init__(self, error: BaseException | None = None) -> None:
-        self.end = threading.Event()
-        self.error = error
+    error: BaseException | None = None
+    done = threading.Event.is_set
 
-    def done(self) -> bool:
-        return self.end.is_set()
-
-    def wait(self) -> None:
-        assert self.end.wait(PATIENCE)
+    def wait(self, timeout: float | None = PATIENCE) -> bool:
+        assert super().wait(timeout)
         error, self.error = self.error, None
         if error is not None:
             raise error
+        return True
 
 
 @pytest.fixture
@@ -91,20 +88,21 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     until(lambda: not worker._running)
 
 
-def land_late(monkeypatch: pytest.MonkeyPatch, error: BaseException | None = None) -> Late:
-    late = Late(error)
+@pytest.fixture
+def late(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> Late:
+    """Slices land when this is set."""
+    late = Late()
     monkeypatch.setattr(type(registry.choose("cpu", "gated").backend), "pending", late)
     return late
 
 
-class Started:
-    """A transfer of five blocks through the gate, and its destination's rows."""
+class Started(Pair):
+    """A transfer of five blocks through the gate."""
 
     def __init__(self, **options: Any) -> None:
-        src, self.dst = layered(), layered()
-        self.before, self.after = self.dst.rows(), wanted(src, self.dst, SRC, DST)
-        options = {"cancellable": True, **options}
-        self.transfer = copy_blocks(src.view, self.dst.view, SRC, DST, backend="gated", **options)
+        super().__init__(layered(), layered())
+        self.before = self.dst.rows()
+        self.transfer = self.start(backend="gated", **{"cancellable": True, **options})
 
     def until_slice(self, nth: int) -> None:
         """Wait until so many slices were issued."""
@@ -113,7 +111,7 @@ class Started:
     def landed(self, blocks: int = 5) -> bool:
         """Only the first so many blocks were moved."""
         slots = self.dst.slots(DST[:blocks])
-        self.before[:, :, slots] = self.after[:, :, slots]
+        self.before[:, :, slots] = self.expected[:, :, slots]
         return torch.equal(self.dst.rows(), self.before)
 
 
@@ -136,14 +134,14 @@ def test_the_caller_does_not_wait(gate: Gate) -> None:
     assert one.transfer.statistics.slices == 5
 
 
-def test_few_slices_are_under_way(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    late, one = land_late(monkeypatch), Started()
+def test_few_slices_are_under_way(gate: Gate, late: Late) -> None:
+    one = Started()
     gate.open(5)
     until(lambda: gate.started >= WINDOW)
     time.sleep(0.05)
     assert gate.started == WINDOW
     assert one.transfer.statistics.blocks == 0
-    late.end.set()
+    late.set()
     one.transfer.synchronize()
     assert gate.started == 5
 
@@ -155,7 +153,7 @@ def test_a_layer_ends_before_the_next(gate: Gate) -> None:
     gate.open(5 + WINDOW)  # of five slices for each layer
     layers[0].synchronize()
     assert layers[0].done()
-    assert torch.equal(one.dst.rows()[0], one.after[0])
+    assert torch.equal(one.dst.rows()[0], one.expected[0])
     assert not layers[1].done()
     assert not one.transfer.done()
     gate.open()
@@ -226,7 +224,7 @@ def test_cancelling(gate: Gate) -> None:
     assert one.landed(3)
     found = transfer.statistics
     assert (found.blocks, found.blocks_asked, found.slices) == (3, 5, 3)
-    assert found.nbytes == 3 * one.after[:, :, : one.dst.size].numel() * 2
+    assert found.nbytes == 3 * one.expected[:, :, : one.dst.size].numel() * 2
     assert issubclass(TransferCancelled, TransferError)
 
 
@@ -238,7 +236,7 @@ def test_layers_that_landed_before_it_was_cancelled(gate: Gate) -> None:
     assert one.transfer.cancel()
     gate.open()
     layers[0].synchronize()
-    assert torch.equal(one.dst.rows()[0], one.after[0])
+    assert torch.equal(one.dst.rows()[0], one.expected[0])
     for layer in (layers[1], layers[2], one.transfer):
         with pytest.raises(TransferCancelled):
             layer.synchronize()
@@ -311,10 +309,10 @@ def test_an_error_of_the_library_stays_what_it_is(gate: Gate) -> None:
     assert transfer.statistics.nbytes == 0
 
 
-def test_a_slice_that_fails_when_it_lands(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    late, one = land_late(monkeypatch, RuntimeError("a sticky error")), Started()
+def test_a_slice_that_fails_when_it_lands(gate: Gate, late: Late) -> None:
+    late.error, one = RuntimeError("a sticky error"), Started()
     gate.open()
-    late.end.set()
+    late.set()
     with pytest.raises(TransferError, match="0 of 5 slices had landed, with RuntimeError: a stick"):
         one.transfer.synchronize()
     found = one.transfer.statistics
