@@ -75,7 +75,7 @@ class SharedFile:
         wanted = None
         if block_bytes is not None and blocks is not None:
             wanted = (block_bytes, blocks, stride_of(block_bytes, blocks, alignment))
-        elif block_bytes is not blocks:
+        elif block_bytes is not None or blocks is not None:
             raise HostMemoryError(
                 f"The shared pool {name!r} was asked for with {blocks} blocks of {block_bytes} "
                 f"bytes; say both, to make it, or neither, to open it as it is."

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import array
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -103,33 +104,34 @@ def test_wrong_values(values: Any, dtype: torch.dtype | None, names: tuple[str, 
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "names"),
+    ("call", "error", "words"),
     [
-        (lambda: to_device([1, 2, 3], out=zeros(2)), LayoutError, "3 values of 2"),
-        (lambda: to_device([1], dtype=torch.int32, out=zeros(1)), LayoutError, "int32 int64"),
-        (lambda: to_device([1, 2], out=zeros(4)[::2]), LayoutError, "contiguous strides"),
-        (lambda: to_device([1], "cpu", out=zeros(1).to(META)), DeviceMismatch, "cpu meta"),
+        (lambda: to_device([1, 2, 3], out=zeros(2)), LayoutError, "3 values .* tensor of 2 of"),
+        (lambda: to_device([1], dtype=torch.int32, out=zeros(1)), LayoutError, "int32 .*int64"),
+        (lambda: to_device([1, 2], out=zeros(4)[::2]), LayoutError, "strides .*contiguous"),
+        (lambda: to_device([1], "cpu", out=zeros(1).to(META)), DeviceMismatch, "cpu .*meta"),
         (lambda: to_device([1]), DeviceMismatch, "neither a device nor an out tensor"),
-        (lambda: to_device(zeros(1).to(META), "cpu"), DeviceMismatch, "meta copy_"),
+        (lambda: to_device(zeros(1).to(META), "cpu"), DeviceMismatch, "meta.*copy_"),
         (lambda: SmallCopy(-1, torch.int32, "cpu"), LayoutError, "-1 values"),
         (lambda: SmallCopy(1, torch.bfloat16, "cpu"), LayoutError, "bfloat16"),
-        (lambda: SmallCopy("x", torch.int32, "cpu"), LayoutError, "'x'"),  # type: ignore
-        (lambda: SmallCopy(1.5, torch.int32, "cpu"), LayoutError, "1.5"),  # type: ignore
+        (lambda: SmallCopy("x", torch.int32, "cpu"), LayoutError, "'x' values"),  # type: ignore
+        (lambda: SmallCopy(1.5, torch.int32, "cpu"), LayoutError, "1.5 values"),  # type: ignore
         (lambda: SmallCopy(1, "int32", "cpu"), LayoutError, "int32"),  # type: ignore
-        (lambda: SmallCopy(1, [], "cpu"), LayoutError, "[]"),  # type: ignore
+        (lambda: SmallCopy(1, [], "cpu"), LayoutError, r"\[\]"),  # type: ignore
         (lambda: SmallCopy(1, torch.int32, out=[0]), LayoutError, "list"),  # type: ignore
-        (lambda: to_device([1], out=[0]), LayoutError, "list tensor"),  # type: ignore
-        (lambda: to_device(zeros(2).to_sparse(), "cpu"), LayoutError, "sparse strided"),
-        (lambda: to_device([[1], [2, 3]], "cpu"), LayoutError, "list position 0"),  # type: ignore
-        *((lambda name=name: choose(64, name), BackendUnavailable, f"{name} Name a device")
+        (lambda: to_device([1], out=[0]), LayoutError, "list .*tensor"),  # type: ignore
+        (lambda: to_device(zeros(2).to_sparse(), "cpu"), LayoutError, "sparse.*strided"),
+        (lambda: to_device([[1], [2, 3]], "cpu"), LayoutError, "list at position 0"),  # type: ignore
+        *((lambda name=name: choose(64, name), BackendUnavailable, f"{name}.* Name a device of")
           for name in ("xpu", "nonsense")),
-        *((lambda name=name: to_device([1], name), BackendUnavailable, f"{name} Name a device")
+        *((lambda name=name: to_device([1], name), BackendUnavailable, f"{name}.* Name a device of")
           for name in ("xpu", "nonsense")),
     ],
 )  # fmt: skip
-def test_a_wrong_target(call: Any, error: type[PortaKVError], names: str) -> None:
-    with refused(error, *names.split()):
+def test_a_wrong_target(call: Any, error: type[PortaKVError], words: str) -> None:
+    with refused(error) as caught:
         call()
+    assert re.search(words, str(caught.value))
 
 
 def zeros(count: int) -> torch.Tensor:
