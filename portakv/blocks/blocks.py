@@ -9,8 +9,7 @@ import torch
 
 from portakv.blocks.handle import BlockMove, BlockTransfer
 from portakv.blocks.slices import in_slices
-from portakv.copy.arguments import Ids
-from portakv.copy.copy import carrier, check_views, checked, is_strict
+from portakv.copy.copy import Ids, carrier, check_views, checked, is_strict
 from portakv.engines.engine import Terms
 from portakv.errors import LayoutError, SlotError, Unsupported
 from portakv.plan.plan import check_disjoint

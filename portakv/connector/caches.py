@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from portakv.connector.in_graph import Allocations
-from portakv.copy.arguments import Ids, MemoryObject, Tensors
-from portakv.copy.copy import check_device_ids
+from portakv.copy.copy import Ids, MemoryObject, Tensors, check_device_ids
 from portakv.copy.shortcut import Shortcuts
 from portakv.errors import DeviceMismatch, LayoutError, SlotError
 from portakv.layout.language import parse

@@ -16,8 +16,7 @@ from torch.compiler import is_compiling
 
 from portakv.connector import in_graph
 from portakv.connector.caches import Batch, Registration, facts_of
-from portakv.copy.arguments import Ids, MemoryObject, Tensors
-from portakv.copy.copy import copy_move, is_strict
+from portakv.copy.copy import Ids, MemoryObject, Tensors, copy_move, is_strict
 from portakv.errors import LayoutError, SlotError
 from portakv.layout.language import parse
 from portakv.layout.presets import resolve

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from math import gcd
 from operator import index as whole_number
+from typing import Any, Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from portakv.copy.arguments import Ids
 from portakv.copy.enqueue import Piece, launch, refuse_capture
 from portakv.engines.choose import across
 from portakv.engines.engine import Engine, Terms
@@ -28,6 +31,23 @@ from portakv.runtime.streams import check_stream
 from portakv.runtime.transfer import Completion, Transfer, bad_slot
 from portakv.view.index import Index
 from portakv.view.view import KVView
+
+#: Slots or blocks: int32 or int64, one dimension, on host or device.
+Ids: TypeAlias = "Index | torch.Tensor | npt.NDArray[np.signedinteger[Any]] | Sequence[int]"
+#: A tensor, or the containers that a layout names, outermost first.
+Tensors: TypeAlias = "torch.Tensor | Sequence[Tensors] | Mapping[Any, Tensors]"
+
+
+class HasTensor(Protocol):
+    """A memory object of an engine: it has its tensors as ``.tensor``."""
+
+    @property
+    def tensor(self) -> Any:
+        """`Tensors`; None or anything else is refused when it is used."""
+
+
+#: A chunk.
+MemoryObject: TypeAlias = "Tensors | HasTensor"
 
 
 def copy_rows(
