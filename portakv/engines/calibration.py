@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -84,7 +84,7 @@ def calibrate(
     device: torch.device,
     seconds: float = SECONDS,
     grid: Grid | None = None,
-    timer: Timer | None = None,
+    timer: EventTimer | None = None,
     host: Host | None = None,
     clock: Callable[[], float] = perf_counter,
 ) -> Table:
@@ -136,7 +136,7 @@ _FIXED, _PER_RUN, _PER_BYTE = 50e-6, 0.5e-6, 1 / 20e9
 class _Work:
     """What is measured with, and what was found so far."""
 
-    def __init__(self, device: torch.device, grid: Grid, timer: Timer, host: Host) -> None:
+    def __init__(self, device: torch.device, grid: Grid, timer: EventTimer, host: Host) -> None:
         self.device, self._grid, self._timer, self._host = device, grid, timer, host
         self.left_out: dict[str, str] = dict(host.out)
         self.found: dict[tuple[str, str], dict[int, list[Point]]] = {}
@@ -300,27 +300,13 @@ class Timed(NamedTuple):
     host_seconds: float
 
 
-class Timer(Protocol):
-    """Times one copy.
+class EventTimer:
+    """Times one copy by device events round a call on an idle device: what the host does first
+    counts.
 
     Attributes:
         name: what its times are.
     """
-
-    name: str
-
-    def time(self, call: Callable[[], Pending | None], host_seconds: float = 0.0) -> Timed:
-        """Time a call, whose work is ordered on the current stream unless it is pending.
-
-        Args:
-            call: the copy.
-            host_seconds: what the call is taken to keep the host, which is to be hidden; 0: nothing
-                is, since the call itself waits for the device.
-        """
-
-
-class EventTimer:
-    """Device events round a call on an idle device: what the host does first counts."""
 
     name = "device events round a call on an idle device"
 
@@ -329,7 +315,14 @@ class EventTimer:
         self._events = [torch.Event(device, enable_timing=True) for _ in range(2)]
 
     def time(self, call: Callable[[], Pending | None], host_seconds: float = 0.0) -> Timed:
-        """Time one call, the last event behind what the host had to wait for."""
+        """Time a call, whose work is ordered on the current stream unless it is pending; the last
+        event stands behind what the host had to wait for.
+
+        Args:
+            call: the copy.
+            host_seconds: what the call is taken to keep the host, which is to be hidden; 0: nothing
+                is, since the call itself waits for the device.
+        """
         stream = torch.accelerator.current_stream(self.device)
         stream.synchronize()
         return self._timed(call, stream)
@@ -401,14 +394,11 @@ class DelayTimer(EventTimer):
         return self._timed(noted, stream), issued[0] < delay
 
     def _cycles_per_second(self) -> float:
-        stream = torch.accelerator.current_stream(self.device)
-        first, last = self._events
-        first.record(stream)
-        with inside(stream):
-            self._sleep(_CYCLES)
-        last.record(stream)
-        last.synchronize()
-        return _CYCLES / (first.elapsed_time(last) / 1e3)
+        def asleep() -> None:
+            with inside(torch.accelerator.current_stream(self.device)):
+                self._sleep(_CYCLES)
+
+        return _CYCLES / super().time(asleep).seconds
 
 
 def timer_for(device: torch.device) -> EventTimer:

@@ -107,11 +107,7 @@ def default_rule(shapes: Mapping[str, Shape], direction: str, kernel: bool) -> t
 
 
 def pick(
-    shapes: Mapping[str, Shape],
-    direction: str,
-    out: Mapping[str, str],
-    terms: Terms,
-    costs: Table,
+    shapes: Mapping[str, Shape], direction: str, out: Mapping[str, str], terms: Terms, costs: Table
 ) -> Pick:
     """The engine for a copy.
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
-import tempfile
 import threading
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -195,16 +193,7 @@ def store(table: Table) -> Path:
         OSError: it cannot be written.
     """
     path = path_for(table.device)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(as_json(table), file, indent=1)
-        os.replace(temporary, path)
-    except OSError:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    _kernel_cache.write_at_once(path, json.dumps(as_json(table), indent=1).encode())
     forget()
     return path
 

@@ -276,12 +276,7 @@ class CudaLink:
         return enough
 
     def _copy_beside(
-        self,
-        pieces: Pieces,
-        to_device: bool,
-        stream: torch.Stream | None,
-        handle: int,
-        begun: bool,
+        self, pieces: Pieces, to_device: bool, stream: torch.Stream | None, handle: int, begun: bool
     ) -> None:
         """On another stream, between two events: in turn with this one, or in place of the legacy
         default stream, which batches refuse."""

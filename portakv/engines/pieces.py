@@ -8,7 +8,6 @@ its plan: from its loops, and from which ids have their neighbours next to them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from itertools import pairwise
 from math import prod
 from typing import NamedTuple
@@ -146,7 +145,7 @@ def to_2d_copies(
         runs: in the order of the source, as `CopyPlan.runs` gives them, with neighbours merged.
         src, dst: the views that they lie in: no piece then reaches from one allocation of theirs
             into another, nor over a seam between two registrations, which drivers refuse.
-        below: bytes; of wider runs only many together become rows. See `Crossing.fold_below`.
+        below: bytes; of wider runs only many together become rows. See `Link.fold_below`.
     """
     return _least(*_apart(runs, [view for view in (src, dst) if view is not None]), below)
 
@@ -262,8 +261,8 @@ _SORTED = 1 << 16
 class Shape(NamedTuple):
     """Bytes of a copy and the pieces that they lie in.
 
-    ``runs`` are contiguous, neighbours merged: as many as `CopyPlan.runs` gives, or more where
-    parts of a plan happen to meet. ``pieces`` are about what `fold` makes of them: what the host
+    ``runs`` are contiguous, neighbours merged: as many as `CopyPlan.runs` gives, or more if parts
+    of a plan happen to meet. ``pieces`` are about what `to_2d_copies` makes of them: what the host
     asks for, while the device pays for each row of a 2-D copy about as for a copy of its own.
     """
 
@@ -284,7 +283,7 @@ class RunCounter:
         plan: any plan.
         mirrored: its two sides are one, and the runs are those between that side's memory and
             dense rows in the order of its index.
-        fold_below: as `Crossing.fold_below` has it; 0: nothing folds, however many lie together.
+        fold_below: as `Link.fold_below` has it; 0: nothing folds, however many lie together.
     """
 
     def __init__(self, plan: CopyPlan, mirrored: bool = False, fold_below: int = ALL) -> None:
@@ -317,7 +316,7 @@ class RunCounter:
         return Shape(count * self._bytes, sum(p[0] for p in parts), sum(p[1] for p in parts))
 
     def unmerged(self, count: int) -> Shape:
-        """The shape for who merges nothing, as a kernel that goes by the plan's loops."""
+        """The shape for a kernel that goes by the plan's loops and merges nothing."""
         units = count // self._unit
         runs = units * sum(prod(loop.extent for loop in nest.loops) for nest in self._nests)
         return Shape(count * self._bytes, runs, runs)
@@ -327,10 +326,9 @@ class RunCounter:
             return units
         sides = [(self._nests[0].src.units, src_index), (self._nests[0].dst.units, dst_index)]
         limits = tuple(_limit(steps) for steps, _ in sides)
-        if all(index.ids is None for _, index in sides):
-            firsts = tuple(index.offset // self._unit for _, index in sides)
-            return _consecutive(firsts, limits, units)
         lists = [index for _, index in sides if index.ids is not None]
+        if not (lists or any(limits)):
+            return 1
         unknown = [index for index in lists if index.known_ids() is None]
         if unknown:  # asking the device would wait for it: taken as scattered
             return min(units, max(-(-units * self._unit // index.step) for index in unknown))
@@ -362,15 +360,6 @@ def _numbers(index: Index, units: int, unit: int) -> Int64:
     return np.asarray(ids[at // per_id] * per_id + at % per_id)
 
 
-@lru_cache(maxsize=1024)
-def _consecutive(firsts: tuple[int, ...], limits: tuple[int, ...], units: int) -> int:
-    """Groups of units that follow each other on all sides, but for limits."""
-    if not any(limits):
-        return 1
-    numbers = [np.arange(first, first + units, dtype=np.int64) for first in firsts]
-    return _groups(numbers, limits, falling=False)
-
-
 def _groups(numbers: Sequence[Int64], limits: Sequence[int], falling: bool) -> int:
     """Groups of positions in which the numbers of all sides rise by one, across no limit.
 
@@ -392,8 +381,8 @@ def _groups(numbers: Sequence[Int64], limits: Sequence[int], falling: bool) -> i
 
 
 def _of_nest(nest: Nest, units: int, groups: int, below: int) -> tuple[int, int]:
-    """Runs and pieces of one nest, folded as `fold` does with this ``below`` (0: not at all), on
-    average."""
+    """Runs and pieces of one nest, folded as `to_2d_copies` does with this ``below`` (0: not at
+    all), on average."""
     if not units:
         return 0, 0
     src, dst = nest.src.units[-1], nest.dst.units[-1]

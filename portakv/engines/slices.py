@@ -62,12 +62,7 @@ def staged_sizes(idle: bool) -> Sizes:
 
 
 def cuts(
-    form: Form,
-    outside: tuple[str, ...],
-    count: int,
-    quantum: int,
-    rising: bool,
-    sizes: Sizes,
+    form: Form, outside: tuple[str, ...], count: int, quantum: int, rising: bool, sizes: Sizes
 ) -> list[Cut]:
     """Cut ``count`` positions of a form into slices, in the order in which they should be moved.
 

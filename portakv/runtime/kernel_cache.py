@@ -85,12 +85,17 @@ def _digest(name: str, binary: bytes) -> bytes:
 
 def _write(path: Path, binary: bytes) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not _private(path.parent):
-        return
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    if _private(path.parent):
+        write_at_once(path, _digest(path.name, binary) + binary)
+
+
+def write_at_once(path: Path, content: bytes) -> None:
+    """Write a file at once or not at all, whatever others write; raises `OSError`."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(_digest(path.name, binary) + binary)
+            file.write(content)
         os.replace(temporary, path)
     except OSError:
         with suppress(OSError):

@@ -155,7 +155,7 @@ def test_every_engine_that_serves_the_device_is_measured() -> None:
     assert list(rows["h2d", 4096, 1]) == ["staged", "descriptors", "ring"]
 
 
-class Pretending:
+class Pretending(EventTimer):
     """Tells times that it was given."""
 
     name = "pretended"

@@ -6,13 +6,13 @@ from __future__ import annotations
 import json
 import os
 import stat
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.threads import run_threads
 
 from portakv.engines import costs as table
 from portakv.engines.costs import (
@@ -26,6 +26,7 @@ from portakv.engines.costs import (
     path_for,
     read,
     store,
+    unmeasured,
 )
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import kernel_cache as _kernel_cache
@@ -72,22 +73,16 @@ def made(**device: str) -> Table:
 @pytest.mark.parametrize("size", [256, 512, 1152, 4096, 32768, 65536, 500_000, 1 << 20])
 @pytest.mark.parametrize("runs", [1, 3, 16, 100, 1000, 4096, 20_000])
 def test_between_measurements_what_is_affine_is_exact(size: int, runs: int) -> None:
-    found = made().seconds("staged", "d2h", size, runs)
-    wanted = affine(size, runs)
-    # Before its first point a column is level, and behind its last it goes straight on.
-    few = size * runs < max(SIZES)
-    assert found == pytest.approx(wanted, rel=0.5 if few else 1e-6)
-    assert found is not None
-    assert few or found >= wanted * (1 - 1e-6)
-
-
-@pytest.mark.parametrize("size", [256, 1152, 32768, 1 << 20])
-@pytest.mark.parametrize("runs", [16, 100, 1000, 4096])
-def test_what_the_host_pays_is_known_beside_it(size: int, runs: int) -> None:
-    found = made().host_seconds("staged", "d2h", size, runs)
-    few = size * runs < max(SIZES)
-    assert found == pytest.approx(kept(runs), rel=0.5 if few else 1e-6)
-    assert made().host_seconds("staged", "h2d", size, runs) is None
+    """The device's time, and what the host pays beside it."""
+    known, few = made(), size * runs < max(SIZES)
+    for found, wanted in (
+        (known.seconds("staged", "d2h", size, runs), affine(size, runs)),
+        (known.host_seconds("staged", "d2h", size, runs), kept(runs)),
+    ):
+        # Before its first point a column is level, and behind its last it goes straight on.
+        assert found is not None
+        assert few or found == pytest.approx(wanted, rel=1e-6)
+        assert runs < 16 or not few or found == pytest.approx(wanted, rel=0.5)
 
 
 def test_outside_the_sizes_that_were_measured() -> None:
@@ -115,9 +110,10 @@ def test_seconds_do_not_fall_with_the_number_of_runs() -> None:
 
 
 def test_what_was_not_measured_is_not_known() -> None:
-    assert made().seconds("descriptors", "d2h", 4096, 1) is None
-    assert made().seconds("staged", "h2d", 4096, 1) is None
-    assert Table({}, {("a", "d2h"): {}}).seconds("a", "d2h", 1, 1) is None
+    for known in (made(), Table({}, {("staged", "h2d"): {}}), unmeasured("of a test")):
+        for look in (known.seconds, known.host_seconds):
+            assert look("descriptors", "d2h", 4096, 1) is None
+            assert look("staged", "h2d", 4096, 1) is None
 
 
 # the file
@@ -131,17 +127,15 @@ def test_a_table_comes_back_as_it_was(folder: Path) -> None:
     after = read(path)
     assert as_json(after) == as_json(before)
     for size in (300, 4096):
-        assert after.seconds("staged", "d2h", size, 77) == before.seconds("staged", "d2h", size, 77)
-        assert after.host_seconds("staged", "d2h", size, 77) == before.host_seconds(
-            "staged", "d2h", size, 77
-        )
-    assert after.left_out == {"ring": "it was slow"}
-    assert after.timer == "a good clock"
+        asked = "staged", "d2h", size, 77
+        assert after.seconds(*asked) == before.seconds(*asked)
+        assert after.host_seconds(*asked) == before.host_seconds(*asked)
+    assert (after.left_out, after.timer) == ({"ring": "it was slow"}, "a good clock")
     assert str(path) in after.origin
     assert [entry.name for entry in folder.iterdir()] == [path.name]  # nothing half-written
 
 
-def test_it_is_used_from_then_on() -> None:
+def test_it_is_read_once_and_used_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
     before = costs_of(CPU)
     assert not before.measured
     assert "`portakv calibrate` measures one" in before.origin
@@ -151,14 +145,8 @@ def test_it_is_used_from_then_on() -> None:
     assert after.measured
     assert after.origin.startswith("measured on")
     assert after.seconds("staged", "d2h", 4096, 1) == pytest.approx(affine(4096, 1))
-    assert costs_of(CPU) is after
-
-
-def test_a_file_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    store(made())
-    first = costs_of(CPU)
     monkeypatch.setattr(table, "read", None)
-    assert costs_of(CPU) is first
+    assert costs_of(CPU) is after
 
 
 def test_tables_of_other_devices_drivers_and_releases_lie_beside_it(folder: Path) -> None:
@@ -220,9 +208,6 @@ def test_a_file_that_is_damaged_is_ignored_and_says_so(kind: str) -> None:
     assert not found.measured
     assert f"{path} was ignored, since" in found.origin
     assert why in found.origin
-    asked: Any = found
-    assert asked.seconds("staged", "d2h", 4096, 1) is None
-    assert asked.host_seconds("staged", "d2h", 4096, 1) is None
     # Measuring again mends it.
     store(made())
     assert costs_of(CPU).measured
@@ -256,20 +241,17 @@ def test_a_folder_in_its_place_is_ignored() -> None:
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
-def test_who_reads_while_others_write_sees_a_whole_table(folder: Path) -> None:
+def test_a_reader_sees_a_whole_table_while_others_write(folder: Path) -> None:
     path = store(made())
 
-    def write() -> None:
-        for _ in range(100):
-            store(made())
+    def work(writes: bool) -> None:
+        for _ in range(50):
+            if writes:
+                store(made())
+            else:
+                assert read(path).points
 
-    writers = [threading.Thread(target=write) for _ in range(2)]
-    for writer in writers:
-        writer.start()
-    reads = 0
-    while any(writer.is_alive() for writer in writers) or not reads:
-        assert read(path).points
-        reads += 1
+    run_threads(work, [True, True, False])
     assert [entry.name for entry in folder.iterdir()] == [path.name]
 
 
@@ -277,30 +259,26 @@ def test_who_reads_while_others_write_sees_a_whole_table(folder: Path) -> None:
     ("told", "driver"),
     [
         ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27\n", "580.65.06"),
-        (
-            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release",
-            "570.86.15",
-        ),
+        ("NVRM version: Open Kernel Module for x86_64  570.86.15  Release", "570.86.15"),
         ("6.12.12\n", "6.12.12"),
         ("nothing that one knows", "13000"),
         (None, "13000"),
+        (None, ""),
     ],
 )
 def test_the_driver_of_a_table(
     told: str | None, driver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As its module tells it, else the driver, if there is one to ask."""
+
+    def version() -> int:
+        if not driver:
+            raise ImportError("no cuda.bindings")
+        return 13000
+
     file = tmp_path / "version"
     if told is not None:
         file.write_text(told)
     monkeypatch.setattr(table, "_MODULES", (file, file))
-    monkeypatch.setattr(_cuda_driver, "driver_version", lambda: 13000)
+    monkeypatch.setattr(_cuda_driver, "driver_version", version)
     assert table._driver() == driver
-
-
-def test_a_driver_that_nobody_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent() -> int:
-        raise ImportError("no cuda.bindings")
-
-    monkeypatch.setattr(table, "_MODULES", (tmp_path, tmp_path))
-    monkeypatch.setattr(_cuda_driver, "driver_version", absent)
-    assert table._driver() == ""

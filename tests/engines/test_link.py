@@ -20,13 +20,7 @@ from support.threads import run_threads
 
 from portakv import CopyPlan, Index, KVView, TransferError, copy_blocks
 from portakv.engines import link
-from portakv.engines.link import (
-    LEAST_BATCH,
-    MOST_DESCRIPTORS,
-    CudaLink,
-    TorchLink,
-    link_of,
-)
+from portakv.engines.link import LEAST_BATCH, MOST_DESCRIPTORS, CudaLink, TorchLink, link_of
 from portakv.engines.pieces import Pieces, to_2d_copies
 from portakv.plan.runs import Runs
 from portakv.runtime import cuda as _cuda_driver

@@ -23,14 +23,7 @@ from support.guarded_memory import refused
 
 from portakv import KVView, TransferError
 from portakv.engines import link
-from portakv.engines.link import (
-    FOLD_BELOW,
-    LEAST_BATCH,
-    Copies,
-    CudaLink,
-    TorchLink,
-    link_of,
-)
+from portakv.engines.link import FOLD_BELOW, LEAST_BATCH, Copies, CudaLink, TorchLink, link_of
 from portakv.engines.pieces import ALL, Pieces, to_2d_copies
 from portakv.plan.runs import Runs
 from portakv.runtime import cuda as _cuda_driver

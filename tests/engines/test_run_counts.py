@@ -17,7 +17,6 @@ from portakv import CopyPlan, Index, KVView
 from portakv.engines import pieces as shapes
 from portakv.engines.pieces import ALL, LEAST_HEIGHT, TALL, RunCounter, Shape, to_2d_copies
 from portakv.plan.runs import Runs
-from portakv.view.form import Form
 from portakv_conformance.draw.arrangement import Case, Side
 from portakv_conformance.draw.strategies import cases
 
@@ -143,54 +142,45 @@ def test_what_engines_meet(
     assert 0.5 <= found.pieces / folded(runs, src, dst, below) <= 2
 
 
+def of_host(src: KVView, dst: KVView, mine: Index, theirs: Index, down: bool) -> RunCounter:
+    """The counter of the host's side of a copy."""
+    plan = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
+    places = ("device", "pinned") if down else ("pinned", "device")
+    plan.src, plan.dst = (replace(x.form, place=y) for x, y in zip((src, dst), places, strict=True))
+    return RunCounter.of_host(plan)
+
+
 def test_the_host_side_alone() -> None:
     """Between rows in the order of the index and host memory, whatever the device's side is."""
-    device, host = hnd(), by_block()
-    plan = CopyPlan(device.form, host.form, B, B)
-    plan.src, plan.dst = _at(device, "device"), _at(host, "pinned")
-    counter = RunCounter.of_host(plan)
-    block = L * 2 * B * H * D * 4
+    device, host, block = hnd(), by_block(), L * 2 * B * H * D * 4
     for ids, runs in (([7, 3, 5], 3), ([3, 4, 5], 1), ([5, 4, 3], 3), ([1, 2, 9, 10, 11, 0], 3)):
         index = Index(ids, step=B)
+        counter = of_host(device, host, index, index, True)
         found = counter.shape(counter.groups(index, index, len(ids) * B), len(ids) * B)
         assert (found.nbytes, found.runs, found.pieces) == (len(ids) * block, runs, runs)
     # The whole plan moves head by head.
+    plan = CopyPlan(device.form, host.form, B, B)
     assert counted(plan, Index([7], B), Index([3], B), B).runs == L * 2 * H * B
-
-
-def test_whole_blocks_are_one_run_however_they_are_named() -> None:
-    """By slots on the device, host blocks that are taken whole lie in one piece all the same."""
-    device, host = paged(), by_block()
-    slots = Index(np.random.default_rng(2).permutation(N * B)[: 4 * B])
-    plan = CopyPlan(device.form, host.form, slots.plan_step, B)
-    plan.src, plan.dst = _at(device, "device"), _at(host, "pinned")
-    assert plan.unit == 1
-    counter = RunCounter.of_host(plan)
-
-    def runs(theirs: Index, count: int) -> int:
-        return counter.shape(counter.groups(theirs, theirs, count), count).runs
-
-    assert runs(Index([7, 3, 5, 1], B), 4 * B) == 4
-    # Parts of blocks are runs of each plane.
-    planes = 2 * L
-    assert runs(Index([7, 3, 5, 1], B), 4 * B - 1) == 4 * planes
-    assert runs(Index([7, 3, 5, 1], B, offset=1), 2 * B) == 3 * planes
-
-
-def test_a_host_side_without_ids() -> None:
-    device, host = paged(), chunk()
-    plan = CopyPlan(host.form, device.form, 0, B)
-    plan.src, plan.dst = _at(host, "pinned"), _at(device, "device")
-    counter = RunCounter.of_host(plan)
-    every = Index()
-    assert counter.groups(every, every, 20 * B) == 1
+    # A chunk without ids: rows at one pitch, or all of it.
+    counter = of_host(chunk(), paged(), Index(), Index([1], B), False)
+    assert counter.groups(Index(), Index(), 20 * B) == 1
     found = counter.shape(1, 20 * B)
-    assert (found.runs, found.pieces) == (2 * L, 1)  # rows at one pitch
-    assert counter.shape(1, N * B).runs == 1  # all of it
+    assert (found.runs, found.pieces) == (2 * L, 1)
+    assert counter.shape(1, N * B).runs == 1
 
 
-def _at(view: KVView, place: str) -> Form:
-    return replace(view.form, place=place)
+@pytest.mark.parametrize(
+    ("offset", "count", "runs"), [(0, 4 * B, 4), (0, 4 * B - 1, 4 * 2 * L), (1, 2 * B, 3 * 2 * L)]
+)
+def test_whole_blocks_are_one_run_however_they_are_named(
+    offset: int, count: int, runs: int
+) -> None:
+    """By slots on the device, host blocks that are taken whole lie in one piece all the same; parts
+    of blocks are runs of each plane."""
+    slots = Index(np.random.default_rng(2).permutation(N * B)[: 4 * B])
+    theirs = Index([7, 3, 5, 1], B, offset=offset)
+    counter = of_host(paged(), by_block(), slots, theirs, True)
+    assert counter.shape(counter.groups(theirs, theirs, count), count).runs == runs
 
 
 def test_padding_between_blocks_keeps_neighbours_apart() -> None:
@@ -232,27 +222,6 @@ def test_few_wide_rows_stay_apart_and_many_fold(height: int, by_loop: bool) -> N
             assert found.pieces == found.runs
     never = counted(plan, Index(), Index(), count, 0)
     assert (never.runs, never.pieces) == (runs.src.size,) * 2
-
-
-def test_a_list_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    src, dst = paged(), by_block()
-    counter = RunCounter(CopyPlan(src.form, dst.form, B, B))
-    mine, theirs = Index([1, 2, 3], B), Index([4, 5, 6], B)
-    assert counter.groups(mine, theirs, 3 * B) == 1
-    monkeypatch.setattr(shapes, "_groups", lambda *_, **__: 99)
-    assert counter.groups(mine, theirs, 3 * B) == 1
-    assert counter.groups(mine, theirs, 2 * B) == 99  # other positions
-    assert counter.groups(mine.shifted(B), theirs.shifted(B), 2 * B) == 99
-    assert counter.groups(Index([1, 2, 3], B), theirs, 3 * B) == 99  # another list
-
-
-def test_counts_that_are_kept_do_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shapes, "_KEPT", 8)
-    src, dst = paged(), by_block()
-    counter = RunCounter(CopyPlan(src.form, dst.form, B, B))
-    for first in range(40):
-        assert counter.groups(Index([first, 3], B), Index([9, 1], B), 2 * B) == 2
-    assert len(counter._known) <= 8
 
 
 def test_ids_on_a_device_are_not_waited_for() -> None:
