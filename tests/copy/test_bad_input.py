@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -20,6 +19,7 @@ from portakv import (
     Index,
     KVView,
     LayoutError,
+    PortaKVError,
     SlotError,
     Unsupported,
     copy_blocks,
@@ -47,6 +47,10 @@ class Scene:
         self.single = filled((1, 1, 1, HEADS, DIM))
         self.pages = [filled((6, 64), torch.uint8) for _ in range(4)]
         self.memory = [*self.caches, self.chunk, self.wide, self.single, *self.pages]
+        one_place = self.single.expand(2, 1, 8, HEADS, DIM)
+        self.broad, self.shared = (
+            KVView(tensor, "kv layer token head dim") for tensor in (self.wide, one_place)
+        )
         self.connector = AdaptiveConnector("cpu")
         self.cache = KVView(self.caches, KV_LAYOUT)
         self.rows = KVView(self.chunk, CHUNK_LAYOUT, heads=HEADS)
@@ -248,99 +252,79 @@ def test_destinations_that_require_grad(scene: Scene) -> None:
 # What views and copies of rows and blocks refuse
 
 
-def sparse() -> torch.Tensor:
-    return torch.eye(4).view(1, 4, 1, 4).to_sparse()
-
-
 def fake() -> torch.Tensor:
     with pytest.importorskip("torch._subclasses.fake_tensor").FakeTensorMode():
         return torch.zeros(3, 4)
 
 
-def view_without(axis: str) -> KVView:
-    extents = {"layer": 2, "kv": 2, "block": 3, "token": SIZE, "head": HEADS, "dim": DIM, axis: 0}
-    return KVView(torch.zeros(*extents.values()), " ".join(extents))
-
-
 #: Without their types, for calls that are wrong.
 rows: Any = copy_rows
 blocks: Any = copy_blocks
-#: Calls on a scene, the errors that they raise and words of their sentences.
-COPIES: list[tuple[Callable[[Any], Any], Any, tuple[str, ...]]] = [
-    (lambda s: KVView(sparse(), "block token head dim"), LayoutError, ("strided", "sparse")),
-    (lambda s: KVView([sparse()], "layer | block token head dim"), LayoutError, ("sparse",)),
-    (lambda s: KVView(torch.zeros(3, 4, dtype=torch.complex64).conj(), "token dim"), LayoutError,
-     ("conjugated", "resolve_conj")),
-    (lambda s: KVView(fake(), "token dim"), LayoutError, ("without memory",)),
-    (lambda s: view_without("layer"), LayoutError, ("'layer'", "0")),
-    (lambda s: view_without("kv"), LayoutError, ("'kv'", "0")),
-    (lambda s: view_without("head"), LayoutError, ("'head'", "0")),
-    (lambda s: view_without("dim"), LayoutError, ("'dim'", "0")),
-    (lambda s: s.cache.plane(3000, 0), LayoutError, ("plane", "count from 0")),
-    (lambda s: s.cache.plane(-1, 0), LayoutError, ("plane", "count from 0")),
-    (lambda s: s.cache.plane(0, 2), LayoutError, ("plane", "count from 0")),
-    (lambda s: s.cache.slice(layers=[0, 1]), LayoutError, ("layers=", "expected an integer")),
-    (lambda s: s.cache.slice(layers=1.0), LayoutError, ("layers=", "expected an integer")),
-    (lambda s: s.cache.slice(layers="0"), LayoutError, ("layers=", "expected an integer")),
-    (lambda s: rows(None, s.cache), LayoutError, ("asked", "expected")),
-    (lambda s: blocks(s.cache, None, [0], [0]), LayoutError, ("asked", "expected")),
-    (lambda s: CopyPlan(s.cache, s.cache), LayoutError, ("asked", "expected")),
-    (lambda s: CopyPlan(s.rows.form, s.rows.form, -1, 0), SlotError, ("steps -1",)),
-    (lambda s: rows(s.cache, s.rows, [0], backend="nonsense"), BackendUnavailable,
-     ("'nonsense'", "no such backend")),
-    (lambda s: rows(s.cache, s.rows, [0], stream="default"), DeviceMismatch, ("='default'",)),
-    (lambda s: blocks(s.cache, s.cache, [0], [1], stream=7), DeviceMismatch, ("stream=7",)),
-    # Views that cannot hold each other's rows.
-    (lambda s: rows(s.cache.slice(layers=0), s.rows, [0]), LayoutError,
-     ("'layer'", "source", "destination")),
-    (lambda s: rows(s.cache.slice(heads=0), s.rows, [0]), LayoutError, ("'head'", "source")),
-    (lambda s: rows(s.cache.slice(kv=0), s.rows, [0]), LayoutError, ("'kv'", "destination")),
-    (lambda s: rows(s.cache, KVView(s.wide, "kv layer token head dim"), [0]), LayoutError,
-     ("16", "32", "bytes")),
-    (lambda s: rows(s.opaque(0), s.opaque(2), [0], [4]), Unsupported, ("opaque", "whole")),
-    (lambda s: rows(s.opaque(0), s.opaque(2), Index([0], 4), Index([2], 4), count=2),
-     Unsupported, ("opaque", "whole")),
-    (lambda s: rows(s.opaque(0), KVView(s.wide[0, :2, :, 0], "layer token dim"), Index([0], 4)),
-     Unsupported, ("opaque", "rows")),
-    (lambda s: blocks(s.opaque(0), s.opaque(2, 8), [0, 1], [0]), LayoutError,
-     ("hold 4 tokens", "8", "equal")),
-    (lambda s: blocks(s.cache, s.rows, [0], [0]), LayoutError,
-     ("dst_blocks", "`block`", "None")),
-    (lambda s: blocks(s.cache, s.rows, Index([0], 2), None), SlotError,
-     ("src_blocks", "step 2", "step=4")),
-    (lambda s: rows(s.cache.slice(layers=0), KVView(
-        s.single.expand(2, 1, 8, HEADS, DIM), "kv layer token head dim"), [0, 1]), LayoutError,
-     ("destination", "one")),
-    (lambda s: s.connector.to_gpu(s.chunk, [s.caches[i] for i in (0, 1, 0)], [0, 1]), LayoutError,
-     ("destination", "address")),
-    # Counts, ids and steps.
-    (lambda s: blocks(s.cache, s.cache, [0], [1, 2]), SlotError, ("covers 4", "stination 8")),
-    (lambda s: rows(s.cache, s.rows, [0, 1, 2], count=-1), SlotError, ("count", "was asked")),
-    (lambda s: rows(s.cache, s.rows, [0, 1, 2], count=2.0), SlotError, ("count", "was asked")),
-    (lambda s: rows(s.cache, s.rows, [0, 1, 2], count="2"), SlotError, ("count", "was asked")),
-    (lambda s: rows(s.cache, s.rows, [0, 1, 2], count=4), SlotError,
-     ("4 positions", "source index", "3 ids")),
-    (lambda s: rows(s.cache, s.rows, list(range(9))), SlotError,
-     ("9 tokens", "destination", "holds 8")),
-    (lambda s: rows(s.cache, s.rows), SlotError, ("covers 20", "destination 8")),
-    (lambda s: rows(s.cache, s.cache, [0, 1, 2], [3, 4]), SlotError,
-     ("covers 3", "destination 2")),
-    (lambda s: rows(s.cache, s.rows, Index([0], step=0)), SlotError, ("step", "offset")),
-    (lambda s: rows(s.cache, s.rows, Index([0], offset=-1)), SlotError, ("step", "offset")),
-    (lambda s: rows(s.cache, s.cache, [3, 4], [9, 3]), SlotError,
-     ("Slot 3", "source and destination")),
-    (lambda s: s.connector.to_gpu(s.chunk, s.caches, [7, 3, 7]), SlotError,
-     ("Slot 7", "2 times", "once")),
-    (lambda s: blocks(s.rows, s.cache, None, [2, 2]), SlotError, ("2 times", "once")),
-]  # fmt: skip
+#: Calls on a scene that are refused, by the error that they raise, and words of its sentence.
+COPIES: dict[type[PortaKVError], list[tuple[Any, ...]]] = {
+    LayoutError: [
+        (lambda s: KVView(torch.zeros(3, 4, dtype=torch.complex64).conj(), "token dim"),
+         "conjugated", "resolve_conj"),
+        (lambda s: KVView(fake(), "token dim"), "without memory"),
+        (lambda s: s.cache.plane(3000, 0), "plane", "count from 0"),
+        (lambda s: s.cache.plane(-1, 0), "plane", "count from 0"),
+        (lambda s: s.cache.plane(0, 2), "plane", "count from 0"),
+        (lambda s: rows(None, s.cache), "asked", "expected"),
+        (lambda s: blocks(s.cache, None, [0], [0]), "asked", "expected"),
+        (lambda s: CopyPlan(s.cache, s.cache), "asked", "expected"),
+        (lambda s: rows(s.cache.slice(layers=0), s.rows, [0]), "'layer'", "source", "destination"),
+        (lambda s: rows(s.cache.slice(heads=0), s.rows, [0]), "'head'", "source"),
+        (lambda s: rows(s.cache.slice(kv=0), s.rows, [0]), "'kv'", "destination"),
+        (lambda s: rows(s.cache, s.broad, [0]), "16", "32", "bytes"),
+        (lambda s: blocks(s.opaque(0), s.opaque(2, 8), [0, 1], [0]), "hold 4 tokens", "8", "equal"),
+        (lambda s: blocks(s.cache, s.rows, [0], [0]), "dst_blocks", "`block`", "None"),
+        (lambda s: rows(s.cache.slice(layers=0), s.shared, [0, 1]), "destination", "one"),
+        (lambda s: s.connector.to_gpu(s.chunk, [s.caches[i] for i in (0, 1, 0)], [0, 1]),
+         "destination", "address"),
+    ],
+    SlotError: [
+        (lambda s: CopyPlan(s.rows.form, s.rows.form, -1, 0), "steps -1"),
+        (lambda s: blocks(s.cache, s.rows, Index([0], 2), None), "src_blocks", "step 2", "step=4"),
+        (lambda s: blocks(s.cache, s.cache, [0], [1, 2]), "covers 4", "stination 8"),
+        (lambda s: rows(s.cache, s.rows, [0, 1, 2], count=-1), "count", "was asked"),
+        (lambda s: rows(s.cache, s.rows, [0, 1, 2], count=2.0), "count", "was asked"),
+        (lambda s: rows(s.cache, s.rows, [0, 1, 2], count="2"), "count", "was asked"),
+        (lambda s: rows(s.cache, s.rows, [0, 1, 2], count=4),
+         "4 positions", "source index", "3 ids"),
+        (lambda s: rows(s.cache, s.rows, list(range(9))), "9 tokens", "destination", "holds 8"),
+        (lambda s: rows(s.cache, s.rows), "covers 20", "destination 8"),
+        (lambda s: rows(s.cache, s.cache, [0, 1, 2], [3, 4]), "covers 3", "destination 2"),
+        (lambda s: rows(s.cache, s.cache, [3, 4], [9, 3]), "Slot 3", "source and destination"),
+        (lambda s: s.connector.to_gpu(s.chunk, s.caches, [7, 3, 7]), "Slot 7", "2 times", "once"),
+        (lambda s: blocks(s.rows, s.cache, None, [2, 2]), "2 times", "once"),
+    ],
+    Unsupported: [
+        (lambda s: rows(s.opaque(0), s.opaque(2), [0], [4]), "opaque", "whole"),
+        (lambda s: rows(s.opaque(0), s.opaque(2), Index([0], 4), Index([2], 4), count=2),
+         "opaque", "whole"),
+        (lambda s: rows(s.opaque(0), KVView(s.wide[0, :2, :, 0], "layer token dim"), Index([0], 4)),
+         "opaque", "rows"),
+    ],
+    DeviceMismatch: [
+        (lambda s: rows(s.cache, s.rows, [0], stream="default"), "='default'"),
+        (lambda s: blocks(s.cache, s.cache, [0], [1], stream=7), "stream=7"),
+    ],
+    BackendUnavailable: [
+        (lambda s: rows(s.cache, s.rows, [0], backend="nonsense"), "'nonsense'", "no such backend"),
+    ],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "words"), COPIES, ids=[" ".join(words) for _, _, words in COPIES]
+    ("error", "case"),
+    [
+        pytest.param(error, case, id=" ".join(case[1:]))
+        for error, cases in COPIES.items()
+        for case in cases
+    ],
 )
-def test_what_views_and_copies_refuse(
-    scene: Scene, call: Callable[[Scene], Any], error: Any, words: tuple[str, ...]
-) -> None:
+def test_what_views_and_copies_refuse(scene: Scene, error: Any, case: tuple[Any, ...]) -> None:
+    call, *words = case
     with refused(error, *words, watch=scene.memory):
         call(scene)
 
