@@ -112,8 +112,8 @@ class _ReadAtOnce(Way):
     """The host's values are read while the driver is called, out of memory of each thread's.
 
     Attributes:
-        memory: makes a thread's memory of a dtype, a number of values and a device; it has
-            `PackedInts`, ``packed``, and their ``whole``.
+        memory: makes a thread's memory, with `PackedInts` as ``packed``, of a dtype, a number of
+            values and a device.
     """
 
     memory: Callable[[torch.dtype, int, torch.device], Any]
@@ -130,7 +130,7 @@ class _ReadAtOnce(Way):
     def send(self, values: Values, out: torch.Tensor, stream: _Stream, captures: bool) -> int:
         mine = self._mine.own
         if type(values) is ndarray and values.dtype is self._own and values.shape == self._shape:
-            mine.whole[...] = values  # what `fill` would come to, some calls later
+            mine.packed.whole[...] = values  # what `fill` would come to, some calls later
             count = self._most
         else:
             count = mine.packed.fill(values)
@@ -152,7 +152,6 @@ class _Pages:
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
         self.packed = PackedInts(pages, most, dtype)  # which keeps the pages
-        self.whole = self.packed.whole
 
 
 class Inline(_ReadAtOnce):
@@ -230,7 +229,6 @@ class _Parameters:
         self._arguments = _cuda_driver.Arguments(head + value_bytes(device), device)
         self.buffer, self.address = self._arguments.buffer, self._arguments.address
         self.packed = PackedInts(self.buffer, most, dtype, head)
-        self.whole = self.packed.whole
 
 
 class ByValue(_ReadAtOnce):
@@ -248,9 +246,9 @@ class ByValue(_ReadAtOnce):
         self._function, self._launch = loaded.values, loaded.launch
 
     def issue(self, mine: _Parameters, to: int, nbytes: int, stream: _Stream) -> None:
-        vector = widest_vector(to)
+        blocks, vector = _grid(to, nbytes)
         VALUES_HEAD.pack_into(mine.buffer, 0, to, nbytes, vector)
-        self._launch(self._function, blocks(nbytes, vector), mine.address, stream)
+        self._launch(self._function, blocks, mine.address, stream)
 
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -271,9 +269,9 @@ class Kernels:
     def issue(self, out: torch.Tensor, slot: Slot, nbytes: int, stream: _Stream) -> None:
         """The kernel reads the slot by itself: no copy engine takes part."""
         to = out.data_ptr()
-        vector = widest_vector(to)
+        blocks, vector = _grid(to, nbytes)
         MAPPED.pack_into(self._arguments.buffer, 0, to, slot.address, nbytes, vector)
-        self.launch(self._mapped, blocks(nbytes, vector), self._arguments.address, stream)
+        self.launch(self._mapped, blocks, self._arguments.address, stream)
 
 
 def kernels(device: torch.device) -> Kernels:
@@ -303,14 +301,10 @@ def source(nbytes: int) -> str:
     return f"#define PORTAKV_SMALL_VECTORS {nbytes // _WIDE}\n{text}"
 
 
-def widest_vector(address: int) -> int:
-    """The widest vector in bytes that an address is aligned to."""
-    return min(_WIDE, address & -address)
-
-
-def blocks(nbytes: int, vector: int) -> int:
-    """Thread blocks of a launch."""
-    return max(1, min(MOST_BLOCKS, -(-nbytes // (vector * THREADS))))
+def _grid(to: int, nbytes: int) -> tuple[int, int]:
+    """Thread blocks of a launch, and the widest vector in bytes that the target is aligned to."""
+    vector = min(_WIDE, to & -to)
+    return max(1, min(MOST_BLOCKS, -(-nbytes // (vector * THREADS)))), vector
 
 
 # --- through pinned memory ------------------------------------------------------------------------
@@ -440,10 +434,7 @@ def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
 
 def as_array(values: Values, dtype: torch.dtype | None = None) -> Array:
     """Values as an array of a dtype, in their own shape; a copy only if they have another dtype.
-
-    Args:
-        values: see `Values`.
-        dtype: None: the array's or tensor's own, uint8 for bytes, int64 for other sequences.
+    None: the array's or tensor's own, uint8 for bytes, int64 for other sequences.
 
     Raises:
         DeviceMismatch: a tensor that is not on the host.
@@ -482,17 +473,8 @@ def as_array(values: Values, dtype: torch.dtype | None = None) -> Array:
 
 
 class PackedInts:
-    """Memory that values are written to, again and again, as elements of one dtype.
-
-    Args:
-        memory: writable bytes.
-        most: how many values they have room for.
-        dtype: of the values.
-        offset: bytes of the memory before the first value.
-
-    Attributes:
-        whole: all of it, as an array of the dtype.
-    """
+    """Memory that values are written to, again and again, as elements of one dtype: room for
+    ``most`` behind ``offset`` bytes; ``whole``: all of them, as an array."""
 
     def __init__(
         self, memory: bytearray | mmap.mmap | Array, most: int, dtype: torch.dtype, offset: int = 0

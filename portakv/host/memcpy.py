@@ -297,23 +297,22 @@ def _lies_ready(host: torch.Tensor, dst: torch.Tensor, src: torch.Tensor) -> boo
 def _check_capture(
     dst: torch.Tensor, src: torch.Tensor, direction: str, rows: Pitched | str, non_blocking: bool
 ) -> None:
-    if not non_blocking:
-        raise refuse_capture(
-            "A blocking copy", "the host cannot wait for it; pass non_blocking=True"
-        )
-    if direction in _BY_TORCH or isinstance(rows, Pitched):
-        return
     host = dst if direction == "d2h" else src
-    if not is_pinned(host):
-        raise refuse_capture(
-            "A copy of pageable host memory", "a graph reads it at replay; pin the memory first"
-        )
-    if not _lies_ready(host, dst, src):
-        raise refuse_capture(
-            f"A copy of host memory with strides {list(host.stride())}",
+    through_host = direction not in _BY_TORCH and not isinstance(rows, Pitched)
+    if not non_blocking:
+        what, why = "A blocking copy", "the host cannot wait for it; pass non_blocking=True"
+    elif through_host and not is_pinned(host):
+        what = "A copy of pageable host memory"
+        why = "a graph reads it at replay; pin the memory first"
+    elif through_host and not _lies_ready(host, dst, src):
+        what = f"A copy of host memory with strides {list(host.stride())}"
+        why = (
             f"torch would copy it through memory that the graph does not keep ({rows}); use "
-            f"contiguous memory, or rows that a 2-D memcpy takes",
+            f"contiguous memory, or rows that a 2-D memcpy takes"
         )
+    else:
+        return
+    raise refuse_capture(what, why)
 
 
 def _check_alike(dst: Any, src: Any) -> None:
@@ -404,10 +403,7 @@ def _reach(tensor: torch.Tensor, below: float = math.inf) -> int:
 
 def loops_of(dst: torch.Tensor, src: torch.Tensor) -> tuple[int, list[tuple[int, int, int]]]:
     """The longest run of bytes that is contiguous in both, and the loops round it, innermost first:
-    each its extent and the bytes from one index to the next in the source and the destination.
-
-    The destination has no element twice, and both have the same shape and element size.
-    """
+    each its extent and the bytes from one index to the next in the source and the destination."""
     run, loops = dst.element_size(), list[tuple[int, int, int]]()
     strides = zip(dst.shape, src.stride(), dst.stride(), strict=True)
     dims = [(extent, run * a, run * b) for extent, a, b in strides if extent > 1]
@@ -422,10 +418,7 @@ def loops_of(dst: torch.Tensor, src: torch.Tensor) -> tuple[int, list[tuple[int,
 
 
 def pitched(dst: torch.Tensor, src: torch.Tensor) -> Pitched | str:
-    """The rows of a copy, or why it has none, as a phrase.
-
-    A copy that is one contiguous run on both sides has a single row.
-    """
+    """The rows of a copy (one, if it is contiguous on both sides), or why it has none."""
     run, loops = loops_of(dst, src)
     if not loops:
         return Pitched(run, 1, run, run)
