@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from math import gcd
 from operator import index as whole_number
 from typing import Any, Protocol, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from portakv.copy.enqueue import Piece, launch, refuse_capture
@@ -29,13 +26,10 @@ from portakv.registry.prepared import Prepared, prepared
 from portakv.registry.registry import Choice, choose
 from portakv.runtime.streams import check_stream
 from portakv.runtime.transfer import Completion, Transfer, bad_slot
+from portakv.view.index import Ids as Ids
 from portakv.view.index import Index
 from portakv.view.view import KVView
-
-#: Slots or blocks: int32 or int64, one dimension, on host or device.
-Ids: TypeAlias = "Index | torch.Tensor | npt.NDArray[np.signedinteger[Any]] | Sequence[int]"
-#: A tensor, or the containers that a layout names, outermost first.
-Tensors: TypeAlias = "torch.Tensor | Sequence[Tensors] | Mapping[Any, Tensors]"
+from portakv.view.view import Tensors as Tensors
 
 
 class HasTensor(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from portakv.errors import DeviceMismatch, LayoutError
 from portakv.layout import presets
 from portakv.layout.extents import Sized, Values, declare, factor_extent, finish, positive, solve
 from portakv.layout.language import Factor, Layout, parse
+from portakv.layout.presets import Extent
 from portakv.runtime.bounded import Bounded
 from portakv.view.form import Form, Part, build_parts, same_form
 
@@ -27,6 +28,8 @@ _STRIDED = torch.strided
 _BYTES = frozenset({torch.uint8, torch.int8})
 _KNOWN_SHAPES = 256  # forms of single tensors that one layout remembers
 
+#: A tensor, or the containers that a layout names, outermost first.
+Tensors: TypeAlias = "torch.Tensor | Sequence[Tensors] | Mapping[Any, Tensors]"
 Grid = npt.NDArray[np.object_]
 #: How a container factor walks: entries of the table, and bytes for each kv, of one step.
 Walks = dict[Factor, tuple[int, tuple[int, ...]]]
@@ -64,13 +67,13 @@ class BoundLayout:
     __slots__ = ("_known", "declared", "layout", "reinterpret")
 
     def __init__(
-        self, layout: Layout, extents: Mapping[str, Any], reinterpret: bool = False
+        self, layout: Layout, extents: Mapping[str, Extent], reinterpret: bool = False
     ) -> None:
         self.layout, self.reinterpret = layout, reinterpret
         self.declared = declare(layout, extents)
         self._known: Bounded[tuple[Any, ...], _Known] = Bounded("forms of tensors", _KNOWN_SHAPES)
 
-    def read(self, tensors: Any) -> Found:
+    def read(self, tensors: Tensors) -> Found:
         """Find form and addresses, in the order of `Facts`.
 
         Raises:
@@ -99,7 +102,7 @@ class BoundLayout:
         spans = [(address, address + reach)] if reach else []
         return form, (address,), (tensors,), slots, device, tensors.requires_grad, spans
 
-    def _read_all(self, tensors: Any) -> Facts:
+    def _read_all(self, tensors: Tensors) -> Facts:
         layout = self.layout
         grid = _to_grid(layout, tensors)
         flat: list[torch.Tensor] = list(grid.reshape(-1))
@@ -125,7 +128,7 @@ class BoundLayout:
 
 
 @lru_cache(maxsize=256)
-def _bound(layout: str, declared: tuple[tuple[str, Any], ...], reinterpret: bool) -> BoundLayout:
+def _bound(layout: str, declared: tuple[tuple[str, Extent], ...], reinterpret: bool) -> BoundLayout:
     text, always = presets.resolve(layout)
     extents = dict(always)
     for name, value in declared:
@@ -138,7 +141,9 @@ def _bound(layout: str, declared: tuple[tuple[str, Any], ...], reinterpret: bool
     return BoundLayout(parse(text), extents, reinterpret)
 
 
-def bind_layout(layout: str, /, *, reinterpret: bool = False, **extents: Any) -> BoundLayout:
+def bind_layout(
+    layout: str, /, *, reinterpret: bool = False, **extents: int | Sequence[int] | None
+) -> BoundLayout:
     """A layout (string or preset) bound to declared extents; None means undeclared.
 
     ``reinterpret``: rows are bytes, whatever the dtypes of the tensors.
@@ -153,7 +158,7 @@ def bind_layout(layout: str, /, *, reinterpret: bool = False, **extents: Any) ->
     return _bound(layout, declared, bool(reinterpret))
 
 
-def _integers(name: str, value: Any) -> int | tuple[int, ...]:
+def _integers(name: str, value: object) -> Extent:
     """A declared extent as plain integers: equal numbers of other types must not pass for them."""
     if name == "dim" and isinstance(value, (list, tuple)):
         return tuple(positive(name, one) for one in value)
@@ -166,7 +171,7 @@ def _container_factors(layout: Layout, values: Values) -> list[tuple[Factor, int
     return [(f, factor_extent(f, values[0]) or 1) for f in factors]
 
 
-def _to_grid(layout: Layout, tensors: Any) -> Grid:
+def _to_grid(layout: Layout, tensors: object) -> Grid:
     """Lay nested containers out as an array of tensors, one axis for each container level."""
     shape: list[int] = []
     level = [tensors]
@@ -197,7 +202,7 @@ def _to_grid(layout: Layout, tensors: Any) -> Grid:
     return grid.reshape(shape)
 
 
-def _items(layout: Layout, level: Any) -> list[Any]:
+def _items(layout: Layout, level: object) -> list[object]:
     if isinstance(level, Mapping):
         return list(level.values())
     if isinstance(level, (list, tuple)):
@@ -210,7 +215,7 @@ def _items(layout: Layout, level: Any) -> list[Any]:
     )
 
 
-def _refuse_array(level: Any) -> None:
+def _refuse_array(level: object) -> None:
     if isinstance(level, np.ndarray):
         raise LayoutError(
             f"A numpy array of shape {level.shape} was found where tensors are read; hand over "

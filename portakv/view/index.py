@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from operator import index as whole_number
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,9 @@ import torch
 
 from portakv.errors import SlotError, Unsupported
 
-#: What an index is made from, as callers hold it.
-IdList = torch.Tensor | npt.NDArray[np.signedinteger[Any]] | Sequence[int]
+IdList: TypeAlias = "torch.Tensor | npt.NDArray[np.signedinteger[Any]] | Sequence[int]"
+#: Slots or blocks: int32 or int64, one dimension, on host or device.
+Ids: TypeAlias = "Index | IdList"
 _DTYPES = (torch.int64, torch.int32)
 _ANY = frozenset(_DTYPES)
 _HOST = torch.device("cpu")
@@ -101,7 +102,7 @@ class Index:
         self._placed: Index | None = None  # what `placed` answered to that; None: this one
 
     @classmethod
-    def of(cls, index: Any, step: int = 1) -> Index:
+    def of(cls, index: Ids | None, step: int = 1) -> Index:
         """An index as it is; a tensor, array or list as ids of ``step`` tokens for one call; None
         as consecutive."""
         if isinstance(index, Index):
@@ -342,7 +343,7 @@ class Index:
         return f"Index({ids}, step={self.step}, offset={self.offset})"
 
 
-def _as_ids(ids: Any) -> torch.Tensor:
+def _as_ids(ids: object) -> torch.Tensor:
     if isinstance(ids, (list, tuple, range)):
         ids = _listed(ids)
     if isinstance(ids, np.ndarray):
@@ -379,7 +380,7 @@ def _as_ids(ids: Any) -> torch.Tensor:
     return ids
 
 
-def _listed(ids: Sequence[Any]) -> npt.NDArray[np.int64]:
+def _listed(ids: Sequence[object]) -> npt.NDArray[np.int64]:
     bad = next((x for x in ids if isinstance(x, bool) or not isinstance(x, (int, np.integer))), ids)
     if bad is not ids:
         raise SlotError(f"An index holds integers, but {bad!r} was found; pass slot numbers.")

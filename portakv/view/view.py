@@ -9,7 +9,7 @@ when the view is made.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from portakv.errors import LayoutError
 from portakv.layout.language import Layout
 from portakv.view.bound import BoundLayout, Facts, Found, as_dtype, bind_layout
+from portakv.view.bound import Tensors as Tensors
 from portakv.view.form import ALIASED, locate, plane_origins, same_form
 from portakv.view.slicing import slice_facts
 
@@ -55,7 +56,7 @@ class KVView:
 
     def __init__(
         self,
-        tensors: Any,
+        tensors: Tensors,
         layout: str,
         *,
         layers: int | None = None,
@@ -75,7 +76,7 @@ class KVView:
         self._hold()
 
     @classmethod
-    def through(cls, bound: BoundLayout, tensors: Any, *, lasting: bool = False) -> KVView:
+    def through(cls, bound: BoundLayout, tensors: Tensors, *, lasting: bool = False) -> KVView:
         """A view through a layout that was bound before; raises as the constructor does.
 
         ``lasting``: it outlives the call that it is made for.
@@ -86,8 +87,9 @@ class KVView:
             view._hold()
         return view
 
-    def _set(self, layout: Layout, tensors: Any, facts: Found) -> None:
-        self.layout, self.tensors = layout, tensors
+    def _set(self, layout: Layout, tensors: Tensors, facts: Found) -> None:
+        self.layout = layout
+        self.tensors: Any = tensors
         (
             self.form, self.origins, self.owners, self.slots, self.device, self.requires_grad,
             self.spans,
@@ -95,7 +97,7 @@ class KVView:
         self._table: torch.Tensor | None = None
         self._memory: tuple[tuple[torch.UntypedStorage, int, int], ...] | None = None
         self._unwritable: str | None = None
-        self.derived: dict[Any, Any] = {}
+        self.derived: dict[Hashable, Any] = {}
 
     def _hold(self) -> None:
         # Aliases keep the memory that was read, also where a caller gives a tensor another one.
