@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from support.command_line import registered
 from support.cuda_cases import COPIES, NHD, Copy, End, by, chunk, objects, pool
 from support.direct_on_cpu import CPU, SMALL, DirectOnCpu, Driver, compiled, installed, why_not
@@ -86,15 +86,17 @@ def test_every_byte_lands(name: str, engine: type[DirectOnCpu]) -> None:
     copied.check(lambda: copy(copied, engine))
 
 
-@given(all_cases())
-def test_drawn_copies(engine: type[DirectOnCpu], case: Case) -> None:
-    src, dst = view_of(case.src), view_of(case.dst)
-    mine, theirs = index_of(case.src), index_of(case.dst)
-    case.check(
-        lambda: copy_rows(
-            src, dst, mine, theirs, count=case.count, backend=engine.name
-        ).synchronize()
-    )
+@pytest.mark.parametrize("share", [4, pytest.param(1, marks=pytest.mark.full)])
+def test_drawn_copies(engine: type[DirectOnCpu], share: int) -> None:
+    @settings(max_examples=max(6, settings().max_examples // share))
+    @given(all_cases())
+    def check(case: Case) -> None:
+        src, dst = view_of(case.src), view_of(case.dst)
+        ids = index_of(case.src), index_of(case.dst)
+        asked = {"count": case.count, "backend": engine.name}
+        case.check(lambda: copy_rows(src, dst, *ids, **asked).synchronize())  # type: ignore[arg-type]
+
+    check()
 
 
 CUTS = [SMALL, Cut(), Cut(threads=64, each=4, strip=32), Cut(threads=2, each=1, strip=1)]
