@@ -196,17 +196,13 @@ def run_device(asked: argparse.Namespace, device: torch.device) -> dict[str, Any
     rows, left_out = carry_out([*_device_steps(preset, shapes, field)], device, asked.seconds)
     suite.relate(rows)
     return {
-        "format": RESULT_FORMAT,
-        "machine": machine,
+        "format": RESULT_FORMAT, "machine": machine,
         "asked": {
-            "preset": asked.preset,
-            "backends": field.backends,
-            "peers": {peer.name: peer.release for peer in peers},
-            "timer": timer.name,
+            "preset": asked.preset, "backends": field.backends,
+            "peers": {peer.name: peer.release for peer in peers}, "timer": timer.name,
         },
-        "left_out": left_out + suite.peer_failures(rows),
-        "rows": rows,
-    }
+        "left_out": left_out + suite.peer_failures(rows), "rows": rows,
+    }  # fmt: skip
 
 
 def _device_steps(
@@ -270,21 +266,17 @@ def run_host(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     absent = [f"{engine}: {why}" for engine, why in bench.absent.items()]
     name = f"{short_name(device)}-{HOST_SUITE}"
     return {
-        "format": RESULT_FORMAT,
-        "suite": HOST_SUITE,
+        "format": RESULT_FORMAT, "suite": HOST_SUITE,
         "name": name if len(parts) == len(PARTS) else "-".join([name, *parts]),
         "machine": machine,
         "asked": {
-            "preset": asked.preset,
-            "parts": parts,
-            "peers": {peer.name: peer.release for peer in peers},
-            "timer": bench.timer.name,
+            "preset": asked.preset, "parts": parts,
+            "peers": {peer.name: peer.release for peer in peers}, "timer": bench.timer.name,
             "calibrated": costs_of(device).measured,
         },
         # Some steps leave out the same for the same reason.
-        "left_out": absent + list(dict.fromkeys(left_out)),
-        "rows": rows,
-    }
+        "left_out": absent + list(dict.fromkeys(left_out)), "rows": rows,
+    }  # fmt: skip
 
 
 def _host_steps(part: str, bench: Bench) -> list[Step]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -71,8 +71,7 @@ PRESETS: Mapping[str, Preset] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """One workload to measure, or why it is left out."""
 
     shape: Shape
@@ -80,8 +79,7 @@ class Task:
     left_out: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(NamedTuple):
     """Everything that is measured beside `copy_`, and how."""
 
     backends: Sequence[str]
@@ -108,10 +106,8 @@ def tasks(preset: Preset, shapes: Sequence[Shape], device: torch.device) -> Iter
         for arrangement in arrangements:
             needed = shape.payload * (2 * shape.pool + 2 * shape.objects)
             free = free_memory(device) or 1 << 32
-            why = ""
-            if needed > _SHARE * free:
-                why = f"needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-            yield Task(shape, arrangement, why)
+            why = f"needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+            yield Task(shape, arrangement, why if needed > _SHARE * free else "")
 
 
 def run_task(task: Task, preset: Preset, field: Field) -> Found:

@@ -20,7 +20,7 @@ from portakv_benchmarks.shared.shapes import Shape
 #: The plain ways in the order in which they get faster.
 PLAIN = ("Python loops", "advanced indexing", "vectorised")
 INDEX = "random"
-# A call of this way takes a fifth of a second, which a few rounds know well enough.
+# A call of the first takes a fifth of a second, which a few rounds know well enough.
 _SLOW_ROUNDS = 5
 
 

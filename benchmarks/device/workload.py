@@ -13,9 +13,6 @@ import torch
 
 from portakv_benchmarks.shared.shapes import POISON, Shape, fill, planes, poison_of, sizes
 
-#: How the layers lie: each in an allocation of its own, or all in one.
-ARRANGEMENTS = ("apart", "together")
-
 _SEED = 20261120
 
 
@@ -24,7 +21,8 @@ class Workload:
 
     Args:
         shape: what to move.
-        arrangement: one of `ARRANGEMENTS`; ``apart`` only for layouts with a list over layers.
+        arrangement: the layers are ``together`` in one allocation, or ``apart``, which is only for
+            layouts with a list over layers.
         device: where everything lies.
         objects: how many memory objects there are of each kind; timed calls take turns with them.
 
@@ -36,17 +34,20 @@ class Workload:
     def __init__(
         self, shape: Shape, arrangement: str, device: torch.device, objects: int = 3
     ) -> None:
-        if arrangement not in ARRANGEMENTS or (arrangement == "apart" and not shape.layered):
-            raise ValueError(
-                f"Shape {shape.name!r} was asked for with layers {arrangement!r}; expected one of "
-                f"{ARRANGEMENTS}, and 'apart' only for a list over layers."
-            )
         self.shape, self.arrangement, self.device = shape, arrangement, device
         self.source = self._caches(1)
         self.target = self._caches(None)
         self.loaded = [self._chunk(2 + i) for i in range(objects)]
         self.stored = [self._chunk(None) for _ in range(objects)]
-        self._ids = _index_lists(shape)
+        generator = torch.Generator().manual_seed(_SEED)
+        slots = torch.randperm(shape.slots, generator=generator)
+        blocks = torch.randperm(shape.blocks, generator=generator)
+        first = shape.block_size if shape.pool > 1 else 0
+        self._ids = {
+            "random": slots[: shape.tokens],
+            "contiguous": torch.arange(first, first + shape.tokens),
+            "blocks": blocks[: shape.tokens // shape.block_size],
+        }
 
     def ids(self, index: str) -> torch.Tensor:
         """The index list of a kind, int64 on the host: slots, or for ``blocks`` block ids."""
@@ -70,11 +71,8 @@ class Workload:
 
     def stored_right(self, i: int, index: str) -> bool:
         """Whether memory object ``i`` holds the source's rows, every byte."""
-        block, token = self._places(index)
-        chunk = planes(self.stored[i], self.shape.chunk, self.shape)
-        cache = planes(self.source, self.shape.cache, self.shape)
-        same = [(c[0] == p[block, token]).all() for c, p in zip(chunk, cache, strict=True)]
-        return bool(torch.stack(same).all())
+        planes_of, places = self._rows(self.source, self.stored[i], index)
+        return bool(torch.stack([(c[0] == p[places]).all() for p, c in planes_of]).all())
 
     def copied_right(self, i: int) -> bool:
         """Whether memory object ``i`` that is written equals the one that is read."""
@@ -85,20 +83,19 @@ class Workload:
 
         Overwrites those rows.
         """
-        block, token = self._places(index)
-        chunk = planes(self.loaded[i], self.shape.chunk, self.shape)
-        cache = planes(self.target, self.shape.cache, self.shape)
+        planes_of, places = self._rows(self.target, self.loaded[i], index)
         same = []
-        for c, p in zip(chunk, cache, strict=True):
-            same.append((c[0] == p[block, token]).all())
-            p[block, token] = poison_of(p.dtype)
+        for p, c in planes_of:
+            same.append((c[0] == p[places]).all())
+            p[places] = poison_of(p.dtype)
             same.append((p == poison_of(p.dtype)).all())
         return bool(torch.stack(same).all())
 
-    def _places(self, index: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Block and place in the block of each token."""
-        slots, size = self.slots(index).to(self.device), self.shape.block_size
-        return slots // size, slots % size
+    def _rows(self, caches: Any, chunk: torch.Tensor, index: str) -> tuple[Any, Any]:
+        """The planes of caches and of a chunk, in pairs; block and place in it of each token."""
+        slots, shape = self.slots(index).to(self.device), self.shape
+        both = planes(caches, shape.cache, shape), planes(chunk, shape.chunk, shape)
+        return zip(*both, strict=True), (slots // shape.block_size, slots % shape.block_size)
 
     def _caches(self, salt: int | None) -> Any:
         shape = self.shape
@@ -122,15 +119,3 @@ class Workload:
         else:
             fill(held, salt)
         return held.view(torch.uint8)[:count].view(dtype).view(extents)
-
-
-def _index_lists(shape: Shape) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(_SEED)
-    slots = torch.randperm(shape.slots, generator=generator)
-    blocks = torch.randperm(shape.blocks, generator=generator)
-    first = shape.block_size if shape.pool > 1 else 0
-    return {
-        "random": slots[: shape.tokens],
-        "contiguous": torch.arange(first, first + shape.tokens),
-        "blocks": blocks[: shape.tokens // shape.block_size],
-    }

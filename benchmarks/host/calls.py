@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from time import perf_counter
 
 from portakv.plan.plan import CopyPlan
@@ -65,13 +66,13 @@ def _measure(bench: Bench, case: Case, whole: bool) -> Found:
     for direction in DIRECTIONS:
         sides.fill(direction)
         merged = merged_runs(sides, direction)
-        for way in bench.serving(_WAYS if whole else _WAYS[:-1]):
-            for ids in IDS if whole else IDS[:1]:
-                try:
-                    rows.append(_row(bench, sides, direction, way, ids, merged, calls))
-                except FAILURES as error:
-                    place = f"host time: {way.name} {direction}, {ids}"
-                    left_out.append(f"{place}: {in_a_line(error)}")
+        ways = bench.serving(_WAYS if whole else _WAYS[:-1])
+        for way, ids in product(ways, IDS if whole else IDS[:1]):
+            try:
+                rows.append(_row(bench, sides, direction, way, ids, merged, calls))
+            except FAILURES as error:
+                place = f"host time: {way.name} {direction}, {ids}"
+                left_out.append(f"{place}: {in_a_line(error)}")
     return rows, left_out
 
 

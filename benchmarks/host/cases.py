@@ -37,23 +37,14 @@ _HOST_POOL = 2
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Layouts and ids of both sides.
+    """Layouts and ids of both sides."""
 
-    Attributes:
-        run: bytes that lie together on both sides.
-        heads: of 128 elements of 2 bytes, which make a row.
-        cache: the device's layout.
-        by: how the device's rows are named, ``slots`` or ``blocks`` of 16 tokens, at random.
-        host: the host's layout.
-        order: the host's block ids, ``consecutive`` or ``random``; ``dense`` is a chunk.
-    """
-
-    run: int
-    heads: int
-    cache: str
-    by: str
-    host: str
-    order: str
+    run: int  # bytes that lie together on both sides
+    heads: int  # of 128 elements of 2 bytes, which make a row
+    cache: str  # the device's layout
+    by: str  # how its rows are named: ``slots``, or ``blocks`` of 16 tokens, at random
+    host: str  # the host's layout
+    order: str  # of its block ids, ``consecutive`` or ``random``; ``dense`` is a chunk
 
     @property
     def row(self) -> int:
@@ -98,20 +89,20 @@ class Case:
     @property
     def on_device(self) -> Shape:
         """The device's side."""
-        by_block = self.scene.by == "blocks"
-        return self._shape(self.scene.cache, _BLOCK if by_block else 1, _POOL)
+        block_size = _BLOCK if self.scene.by == "blocks" else 1
+        return self._shape(self.scene.cache, block_size, _POOL)
 
     @property
     def on_host(self) -> Shape:
         """The host's side."""
-        pool = 1 if self.scene.order == "dense" else _HOST_POOL
-        return self._shape(self.scene.host, _BLOCK, pool)
+        return self._shape(
+            self.scene.host, _BLOCK, 1 if self.scene.order == "dense" else _HOST_POOL
+        )
 
     def _shape(self, layout: str, block_size: int, pool: int) -> Shape:
         return Shape(
-            name=self.name, model="none", source="benchmarks/host/cases.py", cache=layout,
-            chunk=CHUNK, layers=self.layers, heads=self.scene.heads, dim=_DIM, dtype="float16",
-            block_size=block_size, tokens=self.tokens, kv=_KV, pool=pool,
+            self.name, "none", "benchmarks/host/cases.py", layout, CHUNK, self.layers, _DIM,
+            "float16", block_size, self.tokens, _KV, self.scene.heads, pool,
         )  # fmt: skip
 
 
@@ -122,28 +113,21 @@ _HOSTS = (
     (BLOCK_FIRST, "random"),
     (POOL_BY_LAYER, "random"),
 )
-#: Runs of a whole block.
-_WHOLE_BLOCKS = tuple(
-    Scene(_LAYERS * _KV * _BLOCK * 2048, 8, BLOCK_FIRST, "blocks", BLOCK_FIRST, order)
-    for order in ("consecutive", "random")
-)
 
 
-def _scenes(host: str, order: str) -> Sequence[Scene]:
+def _scenes(host: str, order: str) -> list[Scene]:
     """The scenes of a host side: runs of one row, by random slots; and of one block in a plane."""
-    sides = host, order
-    return (
-        *(Scene(256 * n, n, LAYER_FIRST, "slots", *sides) for n in (1, 8, 32)),
-        Scene(_BLOCK * 2048, 8, LAYER_FIRST, "blocks", *sides),
-    )
+    rows = [Scene(256 * n, n, LAYER_FIRST, "slots", host, order) for n in (1, 8, 32)]
+    return [*rows, Scene(_BLOCK * 2048, 8, LAYER_FIRST, "blocks", host, order)]
 
 
-#: The host sides that caches have first, since time may run out.
+#: The host sides that caches have first, since time may run out; then runs of a whole block.
 SCENES: tuple[Scene, ...] = (
     *(one for host in _HOSTS[:-1] for one in _scenes(*host)),
-    *_WHOLE_BLOCKS,
+    *(Scene(_LAYERS * _KV * _BLOCK * 2048, 8, BLOCK_FIRST, "blocks", BLOCK_FIRST, order)
+      for order in ("consecutive", "random")),
     *_scenes(*_HOSTS[-1]),
-)
+)  # fmt: skip
 
 
 def scene(run: int, host: str = CHUNK, order: str = "dense") -> Scene:
@@ -152,17 +136,14 @@ def scene(run: int, host: str = CHUNK, order: str = "dense") -> Scene:
 
 
 def case_of(scene: Scene, payload: int) -> Case | None:
-    """The case of exactly so many bytes; None where whole tokens or blocks do not make them."""
-    together = scene.by == "blocks" or scene.order != "dense"
-    unit = _BLOCK if together else 1
-    layers = _LAYERS
-    while layers:
+    """The case of exactly so many bytes; None if whole tokens or blocks do not make them."""
+    unit = 1 if (scene.by, scene.order) == ("slots", "dense") else _BLOCK
+    # Where all of a block lies together, fewer layers would make its runs shorter.
+    for layers in (32,) if scene.cache == BLOCK_FIRST else (32, 16, 8, 4, 2, 1):
         each = layers * _KV * scene.row
         if payload % (unit * each) == 0:
-            break
-        layers //= 2
-    spread = scene.cache == BLOCK_FIRST and layers < _LAYERS  # its runs would be shorter
-    return None if not layers or spread else Case(scene, layers, payload // each)
+            return Case(scene, layers, payload // each)
+    return None
 
 
 def cases(scenes: Sequence[Scene], payloads: Sequence[int]) -> list[Case]:

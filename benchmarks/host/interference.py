@@ -75,21 +75,13 @@ Movers = Callable[[Bench, str, list[str]], Iterable[Mover]]
 
 @dataclass
 class Met:
-    """What a mover's meetings with the loop gave.
-
-    Attributes:
-        mover: what met it.
-        times: milliseconds of the loop beside it.
-        alone: milliseconds of the loop alone, for each of them.
-        links: 10^9 bytes in a second meanwhile.
-        dry: how often all transfers had ended when the next was issued.
-    """
+    """What a mover's meetings with the loop gave."""
 
     mover: Mover
-    times: list[float] = field(default_factory=list)
-    alone: list[float] = field(default_factory=list)
-    links: list[float] = field(default_factory=list)
-    dry: int = 0
+    times: list[float] = field(default_factory=list)  # milliseconds of the loop beside it
+    alone: list[float] = field(default_factory=list)  # and of the loop alone, for each of them
+    links: list[float] = field(default_factory=list)  # 10^9 bytes in a second meanwhile
+    dry: int = 0  # how often all transfers had ended when the next was issued
 
 
 def interference_steps(bench: Bench) -> Iterator[Step]:

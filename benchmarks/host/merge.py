@@ -42,10 +42,8 @@ def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for n, result in enumerate(results):
         rows += [row for row in result["rows"] if parts[row["part"]] == n]
         replaced = [part for part in result["asked"]["parts"] if parts[part] != n]
-        left_out += [
-            line for line in result["left_out"]
-            if line not in left_out and line.partition(": ")[0] not in replaced
-        ]  # fmt: skip
+        told = [line for line in result["left_out"] if line.partition(": ")[0] not in replaced]
+        left_out += [line for line in told if line not in left_out]
     if {row["part"] for row in rows} == set(parts):  # what broke off in one is in another
         left_out = [line for line in left_out if not line.startswith("interrupted:")]
     peers = {k: v for result in results for k, v in result["asked"]["peers"].items()}

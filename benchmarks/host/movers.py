@@ -46,9 +46,7 @@ class Mover:
         verified: every byte was right whenever it was checked.
     """
 
-    def __init__(
-        self, variant: Variant, payload: int, way: Way | None = None, **labels: Any
-    ) -> None:
+    def __init__(self, variant: Variant, payload: int, way: Way | None = None, **labels: Any):
         self.payload, self.labels = payload, {**labels, **variant.labels}
         self.verified = True
         self._variant, self._way = variant, way
@@ -146,18 +144,19 @@ class Ways:
             action(mover)
             synchronise()
         except FAILURES as error:
-            self.left_out.append(f"{self._place}, {mover}: {in_a_line(error)}")
+            self._tell(f"{mover}: {in_a_line(error)}")
         else:
             return True
         try:
             synchronise()
         except RuntimeError as error:
             self.usable = False
-            self.left_out.append(
-                f"{self._place}, the device cannot be used any more ({in_a_line(error)}); the "
-                f"others stopped"
-            )
+            why = in_a_line(error)
+            self._tell(f"the device cannot be used any more ({why}); the others stopped")
         return False
+
+    def _tell(self, line: str) -> None:
+        self.left_out.append(f"{self._place}, {line}")
 
 
 def sides_of(bench: Bench, run: int) -> Sides:

@@ -27,8 +27,8 @@ from portakv_benchmarks.shared.shapes import in_words
 OURS, TORCH = "pinned.allocate", "torch, pin_memory=True"
 _STATUS = Path("/proc/self/status")
 
-#: Memory, and the bytes that its allocator says it took; None: ask the kernel.
-Taken = tuple[Any, int | None]
+#: Memory; what holds it; the bytes that its allocator says it took, None: ask the kernel.
+Taken = tuple[torch.Tensor, Any, int | None]
 
 
 def pinning_steps(bench: Bench) -> Iterator[Step]:
@@ -41,8 +41,8 @@ def _measure(bench: Bench, nbytes: int) -> Found:
     bench.forget()
     gc.collect()
     _empty_torch()
-    # As much as the greedier of the two takes: a power of two.
-    _touch(1 << (nbytes - 1).bit_length())
+    # Have the machine give as much as the greedier of the two takes, a power of two, and free it.
+    torch.empty((1 << (nbytes - 1).bit_length()) // 8, dtype=torch.int64).fill_(1)
     rows = [_row(OURS, nbytes, _ours), _row(TORCH, nbytes, _torch)]
     _empty_torch()
     for row in rows:
@@ -53,11 +53,10 @@ def _measure(bench: Bench, nbytes: int) -> Found:
 def _row(name: str, nbytes: int, take: Callable[[int], Taken]) -> Row:
     before = resident()
     began = perf_counter()
-    held, said = take(nbytes)
+    tensor, held, said = take(nbytes)
     seconds = perf_counter() - began
     found = resident() - before
     taken = found if said is None else said
-    tensor = held.tensor if name == OURS else held
     # Another byte than 0 at both ends and in between, seen again through the device's eyes.
     tensor[:: max(1, nbytes // 1000)] = 0x5A
     right = tensor.numel() == nbytes and bool((tensor[:: max(1, nbytes // 1000)] == 0x5A).all())
@@ -76,18 +75,21 @@ def _row(name: str, nbytes: int, take: Callable[[int], Taken]) -> Row:
 
 
 def _ours(nbytes: int) -> Taken:
-    return pinned.allocate(nbytes), None
+    memory = pinned.allocate(nbytes)
+    return memory.tensor, memory, None
 
 
 def _torch(nbytes: int) -> Taken:
-    ask = getattr(torch.cuda, "host_memory_stats", None)
-    known = torch.cuda.is_available() and ask is not None
-    before = _torch_has(ask) if known else 0
+    before = _torch_has()
     memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    return memory, _torch_has(ask) - before if known else None
+    return memory, None, None if before is None else (_torch_has() or 0) - before
 
 
-def _torch_has(ask: Any) -> int:
+def _torch_has() -> int | None:
+    """The pinned bytes that torch says it has; None if it does not say."""
+    ask = getattr(torch.cuda, "host_memory_stats", None)
+    if ask is None or not torch.cuda.is_available():
+        return None
     stats = ask()
     return int(stats.get("allocated_bytes.current", stats.get("allocated_bytes.allocated", 0)))
 
@@ -97,11 +99,6 @@ def _empty_torch() -> None:
     empty = getattr(torch._C, "_host_emptyCache", None)
     if empty is not None and torch.cuda.is_available():
         empty()
-
-
-def _touch(nbytes: int) -> None:
-    """Have the machine give so many bytes once, and free them."""
-    torch.empty(nbytes // 8, dtype=torch.int64).fill_(1)
 
 
 def resident() -> int:

@@ -30,54 +30,30 @@ RARE = 512 * MB
 
 @dataclass(frozen=True, slots=True)
 class HostPreset:
-    """How much is measured; sizes in bytes.
+    """How much is measured; sizes in bytes."""
 
-    Attributes:
-        runs: lengths of runs in the grid.
-        payloads: of the grid; from `RARE` on with two host sides only, since they take the time.
-        largest: of two scenes more.
-        seconds: bounds the rounds of one measurement.
-        thread_blocks, direct: limits of the direct engine, and the payload that it is swept with.
-        duplex: payloads each way, of both directions at once.
-        pageable: payloads between a device and pageable memory.
-        ring_slots: for plain copies through a pinned ring, slots and bytes of one.
-        beside: the payload of one transfer beside a model.
-        loop_seconds, repeats: how long a loop runs alone, and how often each way meets it.
-        waiting: seconds of transfers that follow each other, beside copies of another stream.
-        matmul: the side of its square matrices.
-        attention: batch, heads and tokens of the decode loop.
-        small: counts of integers.
-        small_samples: calls of each way beside a large copy, where a bar looks at them; idle ones
-            are more.
-        large: that copy's bytes.
-        pinned: bytes to pin.
-        call_rows: bytes of a row, for the host time of 1,000 blocks x 64 planes.
-        call_blocks: the number of blocks.
-        calls: how often each is called; beyond the first length of rows a third as often.
-    """
-
-    runs: tuple[int, ...]
-    payloads: tuple[int, ...]
-    largest: int
-    seconds: float
-    thread_blocks: tuple[int, ...]
-    direct: int
-    duplex: tuple[int, ...]
-    pageable: tuple[int, ...]
-    ring_slots: tuple[tuple[int, int], ...]
-    beside: int
-    loop_seconds: float
-    repeats: int
-    waiting: float
-    matmul: int
-    attention: tuple[int, int, int]
-    small: tuple[int, ...]
-    small_samples: int
-    large: int
-    pinned: int
-    call_rows: tuple[int, ...]
-    call_blocks: int
-    calls: int
+    runs: tuple[int, ...]  # of the grid, their lengths
+    payloads: tuple[int, ...]  # of the grid; from `RARE` on with two host sides only
+    largest: int  # payload, of two scenes more
+    seconds: float  # bound the rounds of one measurement
+    thread_blocks: tuple[int, ...]  # limits of the direct engine
+    direct: int  # the payload that it is swept with
+    duplex: tuple[int, ...]  # payloads each way, of both directions at once
+    pageable: tuple[int, ...]  # payloads between a device and pageable memory
+    ring_slots: tuple[tuple[int, int], ...]  # of a plain pinned ring: slots, and bytes of one
+    beside: int  # the payload of one transfer beside a model
+    loop_seconds: float  # how long a loop runs alone
+    repeats: int  # how often each way meets it
+    waiting: float  # seconds of transfers that follow each other, beside copies of another stream
+    matmul: int  # the side of its square matrices
+    attention: tuple[int, int, int]  # batch, heads and tokens of the decode loop
+    small: tuple[int, ...]  # counts of integers
+    small_samples: int  # calls beside a large copy if a bar looks at them; idle ones are more
+    large: int  # that copy's bytes
+    pinned: int  # bytes to pin
+    call_rows: tuple[int, ...]  # bytes of a row, for the host time of block transfers
+    call_blocks: int  # blocks x 64 planes
+    calls: int  # how often each is called; beyond the first length of rows a third as often
 
     def payloads_of(self, scene: Scene) -> list[int]:
         """The payloads of a scene of the grid."""
@@ -117,10 +93,8 @@ HOST_PRESETS: Mapping[str, HostPreset] = {
 class Bench:
     """The device, what times it, the peers, and memory that is kept from part to part.
 
-    Args:
-        device: an accelerator.
-        preset: how much is measured.
-        peers: released copies of others.
+    Attributes:
+        absent: why an engine does not serve the device, by its name.
     """
 
     def __init__(
@@ -130,12 +104,10 @@ class Bench:
         self.module = torch.get_device_module(device)
         self.wall = HostTimer(device)
         # Events that tell the time are had on CUDA devices.
-        cuda = device.type == "cuda"
-        self.timer = DeviceTimer(device, link=True) if cuda else self.wall
+        self.timer = DeviceTimer(device, link=True) if device.type == "cuda" else self.wall
         self._regions: dict[bool, tuple[int, Region]] = {}
-        said = {d.name: d for d in trace(device)}
-        #: Why an engine does not serve the device, by its name.
-        self.absent = {n: said[n].reason for n in ENGINES if n in said and not said[n].accepted}
+        engines = [said for said in trace(device) if said.name in ENGINES]
+        self.absent = {said.name: said.reason for said in engines if not said.accepted}
 
     def region(self, payload: int, *, pageable: bool = False) -> Region:
         """Memory for cases of up to so many bytes; kept, and made anew if it is too small."""
@@ -175,17 +147,11 @@ MOST_RUNS, LEAST_RUN = 20_000, 32 << 10
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Way:
-    """An engine under terms.
+    """An engine under terms."""
 
-    Attributes:
-        name: what its rows are called.
-        engine: what ``backend=`` takes.
-        terms: other keywords of `copy_blocks`.
-    """
-
-    name: str
-    engine: str
-    terms: Mapping[str, Any] = field(default_factory=dict)
+    name: str  # what its rows are called
+    engine: str  # what ``backend=`` takes
+    terms: Mapping[str, Any] = field(default_factory=dict)  # other keywords of `copy_blocks`
 
     def left_out(self, case: Case) -> str:
         """Why it is not measured with a case, as a line; empty where it is."""

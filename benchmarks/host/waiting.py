@@ -79,23 +79,20 @@ def _other(
 
 def _waits(bench: Bench, mover: Mover, copy: Callable[[], object]) -> list[float]:
     """Seconds of each copy of the other, from its call to its end."""
-    queue = Queue(bench.module, mover, bench.stream())
-    stream, ends = bench.stream(), bench.preset.waiting
+    queue, stream = Queue(bench.module, mover, bench.stream()), bench.stream()
     waits: list[float] = []
     bench.module.synchronize()
     with uncollected():
         due = (now := perf_counter()) + _BEFORE
-        over = now + ends
+        over = now + bench.preset.waiting
         while not waits or now < over:
             queue.go_on()
+            if perf_counter() >= due:
+                waits.append(_seen(bench, queue, stream, copy))
+                if waits[-1] >= _GIVEN_UP:
+                    bench.module.synchronize()
+                due = perf_counter() + _BETWEEN
             now = perf_counter()
-            if now < due:
-                continue
-            waits.append(_seen(bench, queue, stream, copy))
-            if waits[-1] >= _GIVEN_UP:
-                bench.module.synchronize()
-            now = perf_counter()
-            due = now + _BETWEEN
         bench.module.synchronize()
     return waits
 

@@ -28,6 +28,7 @@ import torch
 
 from portakv.errors import PortaKVError
 
+Call = Callable[[int], object]  # takes the number of the memory object
 Row = dict[str, Any]
 Rows = list[Row]
 #: What was measured: rows, and a line for each thing that was left out.
@@ -44,19 +45,12 @@ _LEAST_ROUNDS = 5
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way of moving the bytes.
+    """One way of moving the bytes; its calls take a memory object's number."""
 
-    Attributes:
-        labels: what identifies it in the results.
-        call: the timed call, with a memory object's number.
-        poison: overwrites what the call will write.
-        right: whether every byte landed, and none elsewhere.
-    """
-
-    labels: Mapping[str, Any]
-    call: Call
-    poison: Callable[[int], object]
-    right: Callable[[int], bool]
+    labels: Mapping[str, Any]  # what identifies it in the results
+    call: Call  # is timed
+    poison: Call  # overwrites what the call will write
+    right: Callable[[int], bool]  # every byte landed, and none elsewhere
 
     def check(self, i: int) -> bool:
         """Call it once, and look at every byte."""
@@ -69,22 +63,16 @@ class Variant:
 class Measured:
     """What the rounds gave for one variant.
 
-    Attributes:
-        labels: the variant's.
-        figures: ``p10_us``, ``p50_us``, ``p90_us``, ``ratio``, ``ratio_p10``, ``ratio_p90`` and
-            ``host_us``.
-        rounds: how many there were.
-        hidden: the host's part of the call is not in the times.
-        verified: every byte was right.
-        repeats: the ratios of the single measurements, if there were several.
+    ``figures`` are ``p10_us``, ``p50_us``, ``p90_us``, ``ratio``, ``ratio_p10``, ``ratio_p90`` and
+    ``host_us``.
     """
 
     labels: Mapping[str, Any]
     figures: Mapping[str, float]
     rounds: int
-    hidden: bool
+    hidden: bool  # the host's part of the call is not in the times
     verified: bool
-    repeats: tuple[float, ...] = ()
+    repeats: tuple[float, ...] = ()  # the ratios of single measurements, if there were several
 
     @property
     def noisy(self) -> bool:
@@ -222,8 +210,6 @@ def quickest(rows: Iterable[Row]) -> Row | None:
     """The row of the least time whose bytes were right."""
     return min((r for r in rows if r["verified"]), key=lambda r: float(r["p50_us"]), default=None)
 
-
-Call = Callable[[int], object]  # takes the number of the memory object
 
 #: Microseconds of host time from which on no delay is put in front of a call inside a device: such
 #: calls are thousands of launches, more than a device queues, so that the host's time shows anyway.

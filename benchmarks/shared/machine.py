@@ -21,18 +21,12 @@ import portakv
 def describe(device: torch.device) -> dict[str, Any]:
     """Facts of the machine and versions, as JSON can hold them."""
     facts: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "device_type": device.type,
-        "device": device_name(device),
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "torch_threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "portakv": portakv.__version__,
-    }
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "device_type": device.type,
+        "device": device_name(device), "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)), "torch_threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(),
+        "torch": torch.__version__, "numpy": numpy.__version__, "portakv": portakv.__version__,
+    }  # fmt: skip
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts["cuda"] = torch.version.cuda or torch.version.hip

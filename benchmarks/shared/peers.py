@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -94,9 +95,10 @@ class LMCache:
         Returns:
             ``move(chunk, store)``: from the caches to a chunk, or back.
         """
-        first = caches[0] if isinstance(caches, list) else caches
-        form, device = getattr(self._ops.EngineKVFormat, _FORMATS[shape.cache]), first.device
-        pointers = _pointers(caches)
+        tensors = caches if isinstance(caches, list) else [caches]
+        form, device = getattr(self._ops.EngineKVFormat, _FORMATS[shape.cache]), tensors[0].device
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        pointers = torch.tensor(addresses, dtype=torch.int64).to(device)
         if kernel == "slot kernel":
             placed = slots.to(device)
             return lambda chunk, store: self._ops.multi_layer_kv_transfer(
@@ -132,13 +134,6 @@ def _describe(described: Any, shape: Shape) -> Any:
     return described
 
 
-def _pointers(caches: Any) -> torch.Tensor:
-    """Addresses of the layers, or of the one tensor that holds all, int64 on the device."""
-    tensors = caches if isinstance(caches, list) else [caches]
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    return torch.tensor(addresses, dtype=torch.int64).to(tensors[0].device)
-
-
 def _load(package: str, module: str) -> tuple[ModuleType, str]:
     """A compiled module of a package whose own ``__init__`` is not run, and its release."""
     install = f"pip install --no-deps {package}=={PEERS[package]}"
@@ -151,18 +146,16 @@ def _load(package: str, module: str) -> tuple[ModuleType, str]:
             f"Peer {package!r} was asked for, but it is not installed; for the benchmark alone: "
             f"{install}"
         )
-    folders = [Path(folder) for folder in found.submodule_search_locations]
-    paths = [folder / (module + suffix) for folder in folders for suffix in EXTENSION_SUFFIXES]
+    folders = product(found.submodule_search_locations, EXTENSION_SUFFIXES)
+    paths = [Path(folder, module + suffix) for folder, suffix in folders]
     path = next((path for path in paths if path.exists()), None)
     if path is None:
         raise PeerMissing(
             f"{package} {release} has no compiled {module} for Python "
             f"{sys.version_info.major}.{sys.version_info.minor}; install a wheel for it: {install}"
         )
-    spec = spec_from_file_location(f"{package}.{module}", path)
-    assert spec is not None
-    assert spec.loader is not None
     try:
+        spec: Any = spec_from_file_location(f"{package}.{module}", path)
         loaded = module_from_spec(spec)
         spec.loader.exec_module(loaded)
     except ImportError as error:

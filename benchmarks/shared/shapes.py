@@ -32,42 +32,26 @@ INDEX_KINDS = ("random", "contiguous", "blocks")
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What one transfer moves.
+    """What one transfer moves."""
 
-    Attributes:
-        name: what `--shape` takes.
-        model, source: whose cache it is, and where the numbers come from.
-        cache, chunk: layouts.
-        layers, kv, heads, dim: extents; ``dim`` in elements.
-        dtype: a torch dtype's name.
-        block_size: tokens of a block.
-        tokens: tokens moved at once, a multiple of ``block_size``.
-        pool: slots of the cache for each token moved.
-        index: index lists to measure with, of `INDEX_KINDS`.
-        objects: memory objects of each kind that the timed calls take turns with.
-        apart, together: whether it is measured with each layer in an allocation of its own, and
-            with all in one.
-        compiled: whether backends that compile for seconds are measured with it.
-    """
-
-    name: str
-    model: str
-    source: str
-    cache: str
-    chunk: str
+    name: str  # what `--shape` takes
+    model: str  # whose cache it is
+    source: str  # where the numbers come from
+    cache: str  # its layout
+    chunk: str  # likewise
     layers: int
-    dim: int
-    dtype: str
-    block_size: int
-    tokens: int
+    dim: int  # in elements
+    dtype: str  # a torch dtype's name
+    block_size: int  # tokens of a block
+    tokens: int  # moved at once, a multiple of ``block_size``
     kv: int = 2
     heads: int = 1
-    pool: int = 4
-    index: tuple[str, ...] = INDEX_KINDS
-    objects: int = 3
-    apart: bool = True
-    together: bool = True
-    compiled: bool = False
+    pool: int = 4  # slots of the cache for each token moved
+    index: tuple[str, ...] = INDEX_KINDS  # index lists to measure with
+    objects: int = 3  # memory objects of each kind that the timed calls take turns with
+    apart: bool = True  # measured with each layer in an allocation of its own
+    together: bool = True  # and with all in one
+    compiled: bool = False  # backends that compile for seconds are measured with it
 
     @property
     def torch_dtype(self) -> torch.dtype:
