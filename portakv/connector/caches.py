@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from operator import index as whole_number
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias
+from weakref import ref
 
 import numpy as np
 import torch
@@ -67,7 +68,12 @@ class Registration(NamedTuple):
 
     @classmethod
     def read(
-        cls, kv_caches: Tensors, bound: BoundLayout, chunk_layout: str, choice: Choice, owner: Any
+        cls,
+        kv_caches: Tensors,
+        bound: BoundLayout,
+        chunk_layout: str,
+        choice: Choice,
+        owner: ref[Any],
     ) -> Registration:
         """Read caches for a connector's ``choice``; ``owner`` is a weak reference to it.
 
@@ -163,7 +169,7 @@ class ChunkReader:
 
     def sets(self, jobs: Sequence[Job]) -> list[Job]:
         """Chunks of equal form as one paged view, each of them a block."""
-        groups: dict[Any, list[Job]] = defaultdict(list)
+        groups: dict[tuple[object, ...], list[Job]] = defaultdict(list)
         for job in jobs:
             # Equal in bytes is not enough: one view has tensors of one shape and dtype.
             chunk, first = job[0], job[0].owners[0]
@@ -261,7 +267,7 @@ def slot_range(slot_mapping: Ids | None, start: int, end: int | None) -> tuple[I
     return (index.shifted(start) if start else index), stop - start
 
 
-def _whole(name: str, value: Any) -> int:
+def _whole(name: str, value: SupportsIndex) -> int:
     try:
         return whole_number(value)
     except TypeError:
@@ -316,13 +322,13 @@ def _check_caches(kv_caches: Tensors, bound: BoundLayout) -> None:
         )
 
 
-def facts_of(kv_caches: Any) -> Facts:
+def facts_of(kv_caches: Tensors) -> Facts:
     """Address, shape, strides and dtype of each tensor, nested as they are."""
     if isinstance(kv_caches, torch.Tensor):
         return kv_caches.data_ptr(), kv_caches.shape, kv_caches.stride(), kv_caches.dtype
     if isinstance(kv_caches, Mapping):
-        kv_caches = kv_caches.values()
-    elif not isinstance(kv_caches, (list, tuple)):
+        return [facts_of(item) for item in kv_caches.values()]
+    if not isinstance(kv_caches, (list, tuple)):
         advice = "; wrap it in torch.from_numpy" if isinstance(kv_caches, np.ndarray) else ""
         raise LayoutError(
             f"kv_caches is a {type(kv_caches).__name__}; expected a tensor, list, tuple or "

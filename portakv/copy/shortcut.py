@@ -10,7 +10,6 @@ checks what an address or a count can change and launches. What does not fit goe
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import Any
 
 import torch
 
@@ -19,7 +18,7 @@ from portakv.registry.prepared import prepared
 from portakv.registry.registry import Choice
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capture_question, capturing
-from portakv.runtime.transfer import Completion, Transfer, acquire_word, event_pool, hold
+from portakv.runtime.transfer import Completion, Owner, Transfer, acquire_word, event_pool, hold
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
@@ -37,18 +36,18 @@ class Shortcuts:
         owner: a weak reference to the connector, for errors that the caller was not told of.
     """
 
-    def __init__(self, cache: KVView, first: torch.Tensor, choice: Choice, owner: Any) -> None:
+    def __init__(self, cache: KVView, first: torch.Tensor, choice: Choice, owner: Owner) -> None:
         self._cache, self._choice, self._owner = cache, choice, owner
         device = choice.backend.device
         self._events, self._index = event_pool(device), device.index
         self._capturing = capture_question(device)
         # One tensor stands for all of them; `Registration.check_memory` looks at each.
         self._first, self._begins = first, first.data_ptr()
-        self._known: Bounded[Any, _Shortcut] = Bounded("shortcuts", _MOST)
+        self._known: Bounded[tuple[object, ...], _Shortcut] = Bounded("shortcuts", _MOST)
         self._repeatable = device.type != "cpu"  # until a launch shows that it is not
 
     def transfer(
-        self, store: bool, memory_obj: Any, slot_mapping: Any, start: Any, end: Any
+        self, store: bool, memory_obj: object, slot_mapping: object, start: object, end: object
     ) -> Transfer | None:
         """The transfer by a shortcut, on the current stream; None: `copy_move` has to make it."""
         ids = slot_mapping
@@ -90,19 +89,21 @@ class Shortcuts:
         hold(completion, self._owner)
         return Transfer((completion,), (chunk, ids, self._cache), False, shortcut.carried)
 
-    def _ids_of(self, index: Any, store: bool, start: Any, end: Any) -> torch.Tensor | None:
+    def _ids_of(
+        self, index: object, store: bool, start: object, end: object
+    ) -> torch.Tensor | None:
         """The copy on the device of host ids that were found good for this range before."""
         if type(index) is not Index or index.plan_step != 1 or index.offset:
             return None
         if not index.on_host:
             return index.ids
-        if type(start) is not int or type(end) not in (int, type(None)):
+        if type(start) is not int or (end is not None and type(end) is not int):
             return None
         length = index.length or 0
         count = (length if end is None else end) - start
         return index.checked_copy(start, count, self._cache.slots, not store)
 
-    def remember(self, store: bool, chunk: KVView, slot_mapping: Any) -> None:
+    def remember(self, store: bool, chunk: KVView, slot_mapping: object) -> None:
         """Make a shortcut of a transfer that `copy_move` just made, if one is possible."""
         if not self._repeatable:
             return

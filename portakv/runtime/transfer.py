@@ -6,17 +6,21 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from portakv.errors import PortaKVError, SlotError, TransferError, TransferTimeout
+
+#: A weak reference to the object that reports an error for which no caller asked: a connector.
+Owner: TypeAlias = "weakref.ref[Any]"
 
 _settling = threading.Lock()  # of the words and events of every completion
 
@@ -136,8 +140,7 @@ class Completion:
 
     Attributes:
         error: what went wrong, reported or not; or None.
-        owner: a weak reference to the object that reports an error for which no caller asked (a
-            connector); or None.
+        owner: what reports an error for which no caller asked; or None.
     """
 
     __slots__ = (
@@ -158,7 +161,7 @@ class Completion:
         pendings: Sequence[Pending] = (),
         words: Sequence[tuple[StatusWord, int]] = (),
         error: PortaKVError | None = None,
-        kept: Any = None,
+        kept: object = None,
         pool: EventPool | None = None,
         standing: bool = False,
     ) -> None:
@@ -169,7 +172,7 @@ class Completion:
         self.error = error
         self.kept = kept
         self.standing = standing
-        self.owner: Any = None
+        self.owner: Owner | None = None
         self._reported = False
 
     @property
@@ -274,7 +277,7 @@ class Transfer:
     def __init__(
         self,
         completions: Sequence[Completion] = (),
-        kept: Any = None,
+        kept: object = None,
         captured: bool = False,
         carried: tuple[str, str] = NOTHING,
     ) -> None:
@@ -393,12 +396,12 @@ _UNCHECKED = 16  # looked through only if there are more, so that a call seldom 
 failed: list[Completion] = []
 
 
-def hold(completion: Completion, owner: Any = None) -> None:
+def hold(completion: Completion, owner: Owner | None = None) -> None:
     """Hold a completion until it has ended.
 
     Args:
         completion: of a launch.
-        owner: a weak reference to the object that reports an error for which no caller asked.
+        owner: what reports an error for which no caller asked.
     """
     if completion.owner is None:
         completion.owner = owner
@@ -421,13 +424,13 @@ def _retire(flying: deque[Completion]) -> bool:
     return True
 
 
-def fail(completion: Completion, owner: Any) -> None:
+def fail(completion: Completion, owner: Owner) -> None:
     """Hold a completion whose error is known already, until its owner reports it."""
     completion.owner = owner
     failed.append(completion)
 
 
-def unreported_error(owner: Any) -> PortaKVError | None:
+def unreported_error(owner: Owner | None) -> PortaKVError | None:
     """An error of this owner's transfers that was not reported yet, once; never blocks."""
     for completion in tuple(_in_flight):
         if completion.owner is owner or completion.owner is None:

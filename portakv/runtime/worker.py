@@ -83,13 +83,13 @@ class Worker(Generic[SliceT]):
         self,
         slices: Sequence[SliceT],
         issue: Callable[[SliceT], Transfer],
-        inside: Callable[[], AbstractContextManager[Any]],
+        inside: Callable[[], AbstractContextManager[object]],
         limit: RateLimit | None = None,
     ) -> None:
         self.slices, self._limit = slices, limit
         # Both hold the views, and are let go at the end.
         self._issue: Callable[[SliceT], Transfer] | None = issue
-        self._inside: Callable[[], AbstractContextManager[Any]] | None = inside
+        self._inside: Callable[[], AbstractContextManager[object]] | None = inside
         # In a child of the process the thread does not exist, and its lock may be held for ever.
         self._process = this_process()
         self._change = threading.Condition()
@@ -240,7 +240,7 @@ class Landing(Completion):
 
     __slots__ = ("_slices", "_worker")
 
-    def __init__(self, worker: Worker[Any], slices: int, kept: Any = None) -> None:
+    def __init__(self, worker: Worker[Any], slices: int, kept: object = None) -> None:
         end: Any = SimpleNamespace(
             done=partial(worker.has_landed, slices), wait=partial(worker.wait, slices)
         )
