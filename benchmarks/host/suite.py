@@ -14,7 +14,7 @@ from portakv import Index, copy_blocks
 from portakv.blocks.handle import BlockTransfer
 from portakv.engines.choose import HostLaunch, across
 from portakv.engines.engine import Terms
-from portakv.plan.move import Move
+from portakv.plan.plan import Move
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import ENGINES, choose, trace
 from portakv.runtime.transfer import Transfer

@@ -31,7 +31,7 @@ import torch
 from portakv import CopyPlan, TransferError, Unsupported
 from portakv.backends._ascend_kernel import Arguments, reached
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch
-from portakv.plan.move import Move
+from portakv.plan.plan import Move
 from portakv.runtime import kernel_cache as _kernel_cache
 
 #: What it always says of itself.

@@ -31,7 +31,7 @@ from portakv.runtime.devices import Unusable
 
 if TYPE_CHECKING:
     from portakv.plan.loops import Loop
-    from portakv.plan.move import Move
+    from portakv.plan.plan import Move
     from portakv.view.index import Index
     from portakv.view.view import KVView
 

@@ -19,7 +19,7 @@ from portakv.backends.strided import ELEMENTS
 from portakv.plan.plan import CopyPlan, Nest, Side
 
 if TYPE_CHECKING:
-    from portakv.plan.move import Move
+    from portakv.plan.plan import Move
     from portakv.view.index import Index
     from portakv.view.view import KVView
 

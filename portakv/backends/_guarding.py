@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from portakv.backends.strided import Ops, StridedCopy
-from portakv.plan.move import Move
-from portakv.plan.plan import CopyPlan
+from portakv.plan.plan import CopyPlan, Move
 from portakv.view.index import Index
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from portakv.plan.plan import CopyPlan, Nest
 if TYPE_CHECKING:
     import torch
 
-    from portakv.plan.move import Move
+    from portakv.plan.plan import Move
     from portakv.view.index import Index
     from portakv.view.view import KVView
 

@@ -35,8 +35,7 @@ from portakv.backends._ascend_kernel import KernelRows, find_kernel, told
 from portakv.backends._packed import TOKENS, packed, planes
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch, Tells
 from portakv.backends.strided import Ops, StridedCopy
-from portakv.plan.move import Move
-from portakv.plan.plan import CopyPlan
+from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.devices import VENDOR_PACKAGES, Unusable, imported, version_of
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from portakv.plan.move import Move
+from portakv.plan.plan import Move
 from portakv.runtime.devices import inside
 from portakv.runtime.transfer import Pending as Pending
 

@@ -34,8 +34,7 @@ from portakv.backends._compiled_program import (
 )
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch
 from portakv.errors import Unsupported
-from portakv.plan.move import Move
-from portakv.plan.plan import CopyPlan
+from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing
 

@@ -39,8 +39,7 @@ import torch
 from portakv.backends._guarding import GuardedRows, guarded_slots
 from portakv.backends._packed import HND, HND_IN_BLOCKS, TOKENS, apart, packed, planes, steps
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch
-from portakv.plan.move import Move
-from portakv.plan.plan import CopyPlan
+from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.devices import VENDOR_PACKAGES, Unusable, imported, version_of
 
 if TYPE_CHECKING:

@@ -15,8 +15,7 @@ import torch
 
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch
 from portakv.backends.strided import Ops, StridedCopy
-from portakv.plan.move import Move
-from portakv.plan.plan import CopyPlan
+from portakv.plan.plan import CopyPlan, Move
 
 _HOST = ("pageable", "pinned")
 # complex128 is torch's only 16-byte dtype, and not every vendor has it. A CPU is faster with a call

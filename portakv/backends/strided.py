@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from portakv.plan.loops import Loop
-from portakv.plan.move import Move
-from portakv.plan.plan import CopyPlan, Nest
+from portakv.plan.plan import CopyPlan, Move, Nest
 
 if TYPE_CHECKING:
     from portakv.view.form import Form

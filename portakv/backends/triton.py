@@ -16,8 +16,7 @@ import torch
 
 from portakv.backends._triton_rows import NestKernel
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch
-from portakv.plan.move import Move
-from portakv.plan.plan import CopyPlan
+from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, refuse_capture, refuse_fork, this_process
 

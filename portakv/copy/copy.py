@@ -20,8 +20,7 @@ from portakv.errors import (
     SlotError,
     Unsupported,
 )
-from portakv.plan.move import Move
-from portakv.plan.plan import check_disjoint
+from portakv.plan.plan import Move, check_disjoint
 from portakv.registry.prepared import Prepared, prepared
 from portakv.registry.registry import Choice, choose
 from portakv.runtime.streams import check_stream

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from portakv.errors import PortaKVError, Unsupported
-from portakv.plan.move import Move
+from portakv.plan.plan import Move
 from portakv.registry.prepared import Prepared
 from portakv.runtime import streams
 from portakv.runtime.devices import capturing

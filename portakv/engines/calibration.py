@@ -25,8 +25,7 @@ from portakv.engines.costs import D2H, DIRECTIONS, CostTable, Point, Table, iden
 from portakv.engines.engine import Terms, finish
 from portakv.errors import PortaKVError
 from portakv.host import pinned
-from portakv.plan.move import Move
-from portakv.plan.plan import CopyPlan
+from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.devices import inside
 from portakv.view.form import Form
 from portakv.view.index import Index

@@ -23,8 +23,7 @@ from portakv.engines.engine import Engine, EngineLaunch, Terms, read_on
 from portakv.engines.link import by_torch, link_of
 from portakv.engines.pieces import RunCounter, Shape
 from portakv.errors import BackendUnavailable, Unsupported
-from portakv.plan.move import Move
-from portakv.plan.plan import CopyPlan
+from portakv.plan.plan import CopyPlan, Move
 from portakv.registry.prepared import bring
 from portakv.registry.registry import BUILT_IN, REGISTRY, Choice
 from portakv.runtime.bounded import Bounded

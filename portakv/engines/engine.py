@@ -12,8 +12,8 @@ import torch
 
 from portakv.backends.base import Backend, Decision, Pending
 from portakv.errors import InvalidTerms
-from portakv.plan.move import Move as Move
 from portakv.plan.plan import CopyPlan
+from portakv.plan.plan import Move as Move
 from portakv.registry.registry import Choice, choose
 from portakv.view.index import Index
 from portakv.view.view import KVView

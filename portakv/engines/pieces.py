@@ -18,8 +18,7 @@ import numpy.typing as npt
 from portakv.host import pinned
 from portakv.host.memcpy import MAX_PITCH
 from portakv.plan.loops import Loop, Nest
-from portakv.plan.move import Move
-from portakv.plan.plan import CopyPlan
+from portakv.plan.plan import CopyPlan, Move
 from portakv.plan.runs import Int64, Runs, factors, summed
 from portakv.runtime.bounded import Bounded
 from portakv.view.form import Steps

@@ -17,8 +17,7 @@ import torch
 
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, Tells
 from portakv.errors import Unsupported
-from portakv.plan.move import Move
-from portakv.plan.plan import CopyPlan
+from portakv.plan.plan import CopyPlan, Move
 from portakv.registry import registry
 from portakv.registry.registry import Choice
 from portakv.runtime.bounded import Bounded

@@ -23,7 +23,7 @@ from portakv import AdaptiveConnector, CopyPlan, Index, KVView, TransferError, U
 from portakv.backends import _ascend_kernel, ascend
 from portakv.backends._ascend_kernel import Arguments, KernelRows
 from portakv.backends.ascend import Ascend
-from portakv.plan.move import Move
+from portakv.plan.plan import Move
 from portakv.registry.registry import choose, trace
 from portakv_conformance import simdev
 from portakv_conformance.vendor import standins

@@ -20,7 +20,7 @@ from support.guarded_memory import refused
 
 from portakv import TransferError, Unsupported
 from portakv.backends import _ascend_kernel
-from portakv.plan.move import Move
+from portakv.plan.plan import Move
 from portakv_conformance.evidence.evidence import read
 from portakv_conformance.evidence.source import source_sha256
 from portakv_conformance.vendor import ascendc_emulated

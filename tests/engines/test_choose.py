@@ -31,7 +31,7 @@ from portakv.engines import choose as chosen
 from portakv.engines.choose import Host, HostLaunch, Pick
 from portakv.engines.costs import Table
 from portakv.engines.engine import Terms
-from portakv.plan.move import Move
+from portakv.plan.plan import Move
 
 
 @pytest.fixture(autouse=True)

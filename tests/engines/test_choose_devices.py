@@ -23,7 +23,7 @@ from portakv.engines import costs, staging
 from portakv.engines.choose import ORDER, Host, across
 from portakv.engines.costs import DIRECTIONS
 from portakv.engines.engine import PINNED, Engine, Terms
-from portakv.plan.move import Move
+from portakv.plan.plan import Move
 from portakv.registry.registry import BUILT_IN, choose
 from portakv.runtime.bounded import Bounded
 

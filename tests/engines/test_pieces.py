@@ -24,7 +24,7 @@ from portakv.engines.pieces import LEAST_HEIGHT, TALL, Pieces, pieces_of, portio
 from portakv.host import pinned
 from portakv.host._pages import PAGE
 from portakv.host.memcpy import MAX_PITCH
-from portakv.plan.move import Move
+from portakv.plan.plan import Move
 from portakv.plan.runs import Runs
 
 LAYERS, BLOCKS = 12, 40
