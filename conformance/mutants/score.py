@@ -8,25 +8,255 @@ every mutant is caught and the un-mutated bases pass, else 1: also where one cou
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
+import torch
+
 from portakv.registry.registry import ENVIRONMENT
+from portakv.registry.self_check import SelfCheck, self_check
+from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.mutants import CONTROLS, MUTANTS, Mutant
-from portakv_conformance.mutants.table import document, print_score
-from portakv_conformance.mutants.trial import (
-    WALL_LIMIT,
-    Trial,
-    fails_self_check,
-    try_control,
-    try_mutant,
-)
+from portakv_conformance.record import CaseRecord, RunRecord
 from portakv_conformance.run.options import whole_number
+from portakv_conformance.run.progress import Progress
+from portakv_conformance.run.runner import BadRequest, Options, SubjectUnavailable, SuiteBroken, run
 from portakv_conformance.run.workers import INTERRUPTED
+
+#: Seconds that one case may take of a mutant, and a mutant in all.
+CASE_LIMIT = 60.0
+WALL_LIMIT = 300.0
+
+Runner = Callable[..., RunRecord]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How a mutant fared under one seed.
+
+    Attributes:
+        mutant, seed: who, and from which seed.
+        caught_by: the id of the first case that failed; empty where none did.
+        reason: what that case said, or why there is no verdict.
+        seconds: until then, with everything that had to be loaded.
+        judged: the suite got to judge it. Where it did not, the suite is not at fault.
+    """
+
+    mutant: Mutant
+    seed: int
+    caught_by: str
+    reason: str
+    seconds: float
+    judged: bool = True
+
+    @property
+    def survives(self) -> bool:
+        """True where it was judged, and no case failed."""
+        return self.judged and not self.caught
+
+    @property
+    def ending(self) -> str:
+        """How it fared, in a few words."""
+        if self.caught:
+            return f"caught by {self.caught_by}"
+        return f"{'SURVIVES' if self.judged else 'NOT JUDGED'}: {self.reason}"
+
+    @property
+    def caught(self) -> bool:
+        """True where a case failed."""
+        return bool(self.caught_by)
+
+
+class OutOfTime(Exception):
+    """A mutant was not caught within its limit."""
+
+
+class _Clock(Progress):
+    """Ends a run when its time is over."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._until = seconds, time.monotonic() + seconds
+
+    def started(self, id: str) -> None:
+        if time.monotonic() > self._until:
+            raise OutOfTime(f"it was not caught within {self._seconds:g} s")
+
+
+def try_mutant(
+    mutant: Mutant, seed: int = 0, *, wall: float = WALL_LIMIT, runner: Runner = run
+) -> Trial:
+    """Run the suite on a mutant, up to its first failure.
+
+    A case in error is none that catches: the suite itself is at fault then.
+    """
+    began = time.monotonic()
+    asked = Options(
+        mutant.target, mutant.device, mutant.profile, seed, limit=CASE_LIMIT, exit_first=True
+    )
+    caught, why, judged = "", "every case passed", True
+    try:
+        wrong = _wrong(runner(asked, _Clock(wall)))
+        failed = next((case for case in wrong if case.status == "failed"), None)
+        if failed is not None:
+            caught, why = failed.id, failed.reason
+        elif wrong:
+            why = f"{wrong[0].id} is in error: {wrong[0].reason}"
+    except (OutOfTime, BadRequest, SubjectUnavailable, SuiteBroken) as error:
+        why, judged = _line(error), isinstance(error, OutOfTime)
+    return Trial(mutant, seed, caught, why, time.monotonic() - began, judged)
+
+
+def _wrong(record: RunRecord) -> list[CaseRecord]:
+    return [case for case in record.cases if case.status in WRONG]
+
+
+def try_control(control: Mutant, seed: int = 0, *, runner: Runner = run) -> str | None:
+    """Run the full suite on an un-mutated base; None where it passes, else why not."""
+    try:
+        record = runner(Options(control.target, control.device, "full", seed))
+    except (BadRequest, SubjectUnavailable, SuiteBroken) as error:
+        return _line(error)
+    if wrong := _wrong(record):
+        return f"{len(wrong)} cases fail, the first is {wrong[0].id}: {wrong[0].reason}"
+    return None if record.verdict == "conformant" else "; ".join(record.missing)
+
+
+def fails_self_check(mutant: Mutant) -> bool:
+    """Whether the registry would turn a mutant down when it is chosen, before any user's copy."""
+    module, _, name = mutant.target.partition(":")
+    if mutant.device != "cpu":
+        from portakv_conformance import simdev
+
+        if simdev.available() is not None:
+            return False
+        simdev.load(mutant.device)
+    device = torch.device("cpu") if mutant.device == "cpu" else torch.device(mutant.device, 0)
+    found = self_check(getattr(importlib.import_module(module), name)(device))
+    return found.state is SelfCheck.FAILED
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+_HEAD = """\
+# Mutants
+
+A suite that cannot fail proves nothing. So it comes with backends that have a bug: each is a small
+correct kernel (`conformance/mutants/base.py`, on the simulated device `device_rows.py` beside
+it) with one step of it replaced. The kernel itself passes the suite, in the profile `full`; every
+mutant has to fail it, and one that survives is a bug of the suite.
+
+This page is written by the score:
+
+```
+portakv conform --mutants                  # every mutant once; exit code 1 if one survives
+portakv conform --mutants --runs 10        # under ten seeds
+python -m portakv_conformance.mutants.score --write docs/mutants.md
+portakv conform portakv_conformance.mutants.addressing:OffByOneSlot      # one of them by hand
+```
+
+Each mutant is judged by its profile on its device up to the first case that fails, with the
+registry's power-on self-check out of the way; where that check alone turns a mutant down when it is
+chosen, the table says so. A file of cases that names a mutant's weakness may come after a case that
+meets it by chance; the table shows what came first. Seconds are those of the first run, on two
+cores, two mutants at a time, loading torch and the suite included.
+"""
+
+
+def by_mutant(trials: Sequence[Trial]) -> list[list[Trial]]:
+    """The trials of each mutant, in the order of the mutants."""
+    return [list(group) for _, group in groupby(trials, key=lambda trial: trial.mutant.name)]
+
+
+def document(trials: Sequence[Trial], self_checked: Collection[str]) -> str:
+    """The page of the documentation.
+
+    ``self_checked``: names of mutants that the registry's self-check turns down.
+    """
+    groups = by_mutant(trials)
+    parts = [_HEAD, _sum(groups)]
+    for module, mutants in groupby(groups, key=lambda g: g[0].mutant.target.partition(":")[0]):
+        title = (importlib.import_module(module).__doc__ or "").partition("\n")[0]
+        parts.append(f"\n## {title.rstrip('.')}\n")
+        parts.append("| mutant | bug | profile | caught by | s |\n|---|---|---|---|---:|")
+        parts += [_row(group, self_checked) for group in mutants]
+    return "\n".join(parts) + "\n"
+
+
+def _sum(groups: Sequence[Sequence[Trial]]) -> str:
+    runs = len(groups[0]) if groups else 0
+    caught = sum(all(trial.caught for trial in group) for group in groups)
+    how = "" if runs == 1 else f" in {runs} runs of {runs}, each with another seed"
+    unjudged = sum(not any(trial.judged for trial in group) for group in groups)
+    rest = f" {unjudged} could not be judged here." if unjudged else ""
+    return f"**{caught} of {len(groups)} mutants are caught{how}.{rest}**"
+
+
+def _row(group: Sequence[Trial], self_checked: Collection[str]) -> str:
+    first = group[0]
+    mutant = first.mutant
+    where = mutant.profile if mutant.device == "cpu" else f"{mutant.profile}, {mutant.device}"
+    # A bar would end the cell, in code as well.
+    found = first.caught_by.removeprefix("cases/").replace("|", "\\|")
+    case = f"`{found}`" if first.caught else "**survives**" if first.judged else "not judged"
+    if len(group) > 1:
+        case += f" ({sum(trial.caught for trial in group)} of {len(group)})"
+    if mutant.name in self_checked:
+        case += "; the self-check too"
+    return f"| `{mutant.name}` | {mutant.bug} | {where} | {case} | {first.seconds:.0f} |"
+
+
+def print_score(
+    trials: Sequence[Trial], self_checked: Collection[str], controls: Mapping[str, str | None]
+) -> None:
+    """Print the table, the survivors and the sum on standard output."""
+    groups = by_mutant(trials)
+    lines = [_cells(group, self_checked) for group in groups]
+    _print_table(("mutant", "bug", "caught by", "runs", "s"), lines)
+    for name, why in controls.items():
+        print(f"{name}, un-mutated: {'passes' if why is None else f'FAILS: {why}'}")
+    for group in groups:
+        for trial in group:
+            if not trial.caught:
+                name = f"{trial.mutant.name} ({trial.mutant.target})"
+                what = "SURVIVES" if trial.judged else "NOT JUDGED"
+                print(f"{what} under seed {trial.seed}: {name}: {trial.reason}")
+    print(_sum(groups).strip("*"))
+
+
+def _cells(group: Sequence[Trial], self_checked: Collection[str]) -> tuple[str, ...]:
+    first, caught = group[0], sum(trial.caught for trial in group)
+    lost = "SURVIVES" if any(trial.survives for trial in group) else "not judged"
+    case = next((trial.caught_by for trial in group if trial.caught), lost)
+    note = " (self-check too)" if first.mutant.name in self_checked else ""
+    runs, seconds = f"{caught}/{len(group)}", f"{first.seconds:.1f}"
+    return first.mutant.name, first.mutant.bug, case.removeprefix("cases/") + note, runs, seconds
+
+
+def _print_table(head: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        for line in (head, *lines):
+            print("  ".join(line))
+        return
+    table = Table(*head)
+    for line in lines:
+        style = "bold red" if line[2].startswith("SURVIVES") else ""
+        table.add_row(*(Text(cell, style=style) for cell in line))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
 
 _JOBS = 2
 

@@ -18,11 +18,11 @@ import torch
 from portakv.backends.base import Capabilities
 from portakv.backends.reference import Reference
 from portakv.runtime import hip as _hip_driver
-from portakv_conformance.evidence import driver
-from portakv_conformance.evidence.driver import driver_version
+from portakv_conformance.evidence import environment
 from portakv_conformance.evidence.environment import (
     describe_backend,
     describe_environment,
+    driver_version,
     is_emulated,
     package_sha256,
     package_versions,
@@ -155,7 +155,7 @@ def device(kind: str) -> Any:
 @pytest.fixture
 def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     """A machine without any driver's files or tools, and what writes such a file."""
-    monkeypatch.setattr(driver, "_ROOT", tmp_path)
+    monkeypatch.setattr(environment, "_ROOT", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
 
     def write(name: str, text: str) -> None:

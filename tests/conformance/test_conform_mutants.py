@@ -24,8 +24,13 @@ from portakv_conformance.judge.judging import index_of, view_of
 from portakv_conformance.mutants import CONTROLS, MUTANTS, Mutant, score
 from portakv_conformance.mutants.base import HostRows
 from portakv_conformance.mutants.cells import IllegalAddress, load, store
-from portakv_conformance.mutants.table import document
-from portakv_conformance.mutants.trial import Trial, fails_self_check, try_control, try_mutant
+from portakv_conformance.mutants.score import (
+    Trial,
+    document,
+    fails_self_check,
+    try_control,
+    try_mutant,
+)
 from portakv_conformance.record import SCHEMA, CaseRecord, RunRecord
 from portakv_conformance.run.runner import Options, SubjectUnavailable
 from portakv_conformance.run.workers import INTERRUPTED

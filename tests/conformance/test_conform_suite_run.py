@@ -162,27 +162,42 @@ def test_fuzzing_draws_as_many_as_asked(tmp_path: Path) -> None:
     assert "--portakv-fuzz 77" in record.replay
 
 
-@pytest.mark.parametrize(
-    ("options", "environment", "code", "why"),
-    [
-        (("--portakv-backend=nonsense",), {}, 3, "no such backend"),
-        (("--portakv-backend=reference", "--portakv-device=npu"), {}, 3, "torch_npu"),
-        (("--portakv-backend=reference", "--portakv-device=mps:9"), {}, 3, "'mps:9' was asked"),
-        (("--portakv-backend=reference", "--portakv-device=zzz"), {}, 3, "torch knows no zzz"),
-        (("--portakv-backend=reference", "--portakv-device=z z"), {}, 4, "'z z' was asked for"),
-        (("--portakv-backend=a b:C",), {}, 4, "pkg.mod:Class"),
-        (("--portakv-backend=reference",), {"PORTAKV_BACKEND": "cuda"}, 4, "unset"),
-        (("--portakv-backend=reference", "--portakv-seed=x"), {}, 4, "whole number"),
-        (("--portakv-backend=reference", "--portakv-fuzz=0"), {}, 4, "from 1 on"),
-        ((), {}, 5, "no tests"),
-    ],
-)
-def test_exit_codes(
-    tmp_path: Path, options: tuple[str, ...], environment: dict[str, str], code: int, why: str
-) -> None:
-    done = run(*options, where=tmp_path, **environment)
-    assert done.returncode == code
-    assert why in done.stdout + done.stderr
+#: Options of the suite, the exit code, and what is told.
+CODES = [
+    ("--portakv-backend=nonsense", 3, "no such backend"),
+    ("--portakv-backend=reference --portakv-device=npu", 3, "torch_npu"),
+    ("--portakv-backend=reference --portakv-device=mps:9", 3, "'mps:9' was asked"),
+    ("--portakv-backend=reference --portakv-device=zzz", 3, "torch knows no zzz"),
+    ("--portakv-backend=reference '--portakv-device=z z'", 4, "'z z' was asked for"),
+    ("'--portakv-backend=a b:C'", 4, "pkg.mod:Class"),
+    ("--portakv-backend=reference --portakv-seed=x", 4, "whole number"),
+    ("--portakv-backend=reference --portakv-fuzz=0", 4, "from 1 on"),
+    ("", 5, "no tests"),
+    ("--portakv-backend=reference", 4, "unset PORTAKV_BACKEND"),
+]
+EACH = """
+import os, pytest, shlex, sys
+base, *asked = sys.argv[1:]
+for words in asked:
+    if words == asked[-1]:
+        os.environ["PORTAKV_BACKEND"] = "cuda"
+    code = pytest.main([*shlex.split(base), *shlex.split(words)])
+    sys.stderr.flush()
+    print(f"\\n@@ {int(code)}", flush=True)
+"""
+
+
+def test_exit_codes(tmp_path: Path) -> None:
+    base = "-q -p no:cacheprovider --pyargs portakv_conformance"
+    done = subprocess.run(
+        [sys.executable, "-c", EACH, base, *(words for words, _, _ in CODES)], cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    told = re.split(r"^@@ (\d)$", done.stdout, flags=re.MULTILINE)
+    codes, texts = list(map(int, told[1::2])), told[::2]
+    assert codes == [code for _, code, _ in CODES], done.stdout
+    for (words, _, why), text in zip(CODES, texts, strict=False):
+        assert why in text, (words, text)
 
 
 def test_ids_that_are_not_in_the_profile(tmp_path: Path) -> None:
