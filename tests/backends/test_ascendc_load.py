@@ -8,9 +8,13 @@ the emulation, and some with one thing wrong.
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,8 +24,12 @@ from portakv import TransferError
 from portakv.backends import _ascend_kernel as _ascendc
 from portakv.backends._ascend_kernel import find_kernel, open_kernel
 from portakv.runtime.devices import Unusable
+from portakv_conformance.record import RunRecord
+from portakv_conformance.report import support
+from portakv_conformance.simdev import build
 
 ASCEND = Path(__file__).resolve().parents[2] / "native" / "ascend"
+SCRIPT = ["bash", str(ASCEND / "emulation" / "run.sh"), "library"]
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None, reason="g++ is not installed: no library can be built"
 )
@@ -160,19 +168,27 @@ def test_the_variable_goes_first_and_has_to_be_met(
 
 # What is refused
 
-
-def test_another_interface(built: Built) -> None:
-    text = sound(portakv_ascend_abi="unsigned portakv_ascend_abi() { return 7; }")
-    assert refusal(built(text)) == (
-        "libportakv_ascend.so has the interface 7, and 1 is launched here; build it again, from "
-        "native/ascend of this release"
-    )
+ELSE = "libportakv_ascend.so"
 
 
-@pytest.mark.parametrize("name", SOUND)
-def test_a_function_that_is_missing(built: Built, name: str) -> None:
-    told = refusal(built(sound(emulated=1, **{name: ""})), emulated=True)
-    assert told.startswith(f"libportakv_ascend.so has no function {name}; build it again")
+@pytest.mark.parametrize(
+    ("text", "emulated", "told"),
+    [
+        (sound(portakv_ascend_abi="unsigned portakv_ascend_abi() { return 7; }"), False,
+         f"{ELSE} has the interface 7, and 1 is launched here; build it again, from native/ascend "
+         "of this release"),
+        *((sound(emulated=1, **{name: ""}), True,
+           f"{ELSE} has no function {name}; build it again") for name in SOUND),
+        (sound(portakv_ascend_platform=(
+            "int portakv_ascend_platform(unsigned*, unsigned*) { return 1; }")), False,
+         f"{ELSE} found no vector cores, or none with a unified buffer (code 1)"),
+        (sound(emulated=1), False, f"{ELSE} emulates the kernel on a CPU, and this NPU is real"),
+        (sound(), True, f"{ELSE} is for an NPU, and this one is emulated"),
+    ],
+    ids=["interface", *SOUND, "platform", "emulation for a real NPU", "the other way round"],
+)  # fmt: skip
+def test_a_library_is_refused(text: str, emulated: bool, told: str, built: Built) -> None:
+    assert refusal(built(text), emulated).startswith(told)
 
 
 def test_a_library_that_it_needs_and_that_is_missing(built: Built, tmp_path: Path) -> None:
@@ -191,22 +207,6 @@ def test_a_file_that_is_no_library(tmp_path: Path) -> None:
     (tmp_path / "rows.so").write_text("no ELF")
     assert "rows.so cannot be loaded (" in refusal(str(tmp_path / "rows.so"))
     assert "there is no such file" in refusal(str(tmp_path))
-
-
-def test_a_platform_without_vector_cores(built: Built) -> None:
-    text = sound(
-        portakv_ascend_platform="int portakv_ascend_platform(unsigned*, unsigned*) { return 1; }"
-    )
-    assert "found no vector cores, or none with a unified buffer (code 1)" in refusal(built(text))
-
-
-def test_an_emulation_for_a_real_npu_and_the_other_way_round(built: Built) -> None:
-    emulation = built(sound(emulated=1), name="emulation.so")
-    assert open_kernel(emulation, True).emulated
-    assert "emulates the kernel on a CPU, and this NPU is real" in refusal(emulation)
-    real = built(sound(), name="real.so")
-    assert not open_kernel(real, False).emulated
-    assert "is for an NPU, and this one is emulated" in refusal(real, emulated=True)
 
 
 # Launches
@@ -277,22 +277,58 @@ def test_cmake_builds_and_installs_a_library_that_loads(tmp_path: Path) -> None:
     kernel.launch(bytes((ctypes.c_int64 * 15)(*range(1, 16))), (), 0)
 
 
-def test_the_emulation_launches_nothing_by_itself(tmp_path: Path) -> None:
-    path = tmp_path / "libportakv_ascend.so"
-    script = ["bash", str(ASCEND / "emulation" / "run.sh"), "library"]
-    done = subprocess.run([*script, str(path)], capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The library that ``run.sh library`` builds for a simulated NPU."""
+    path = tmp_path_factory.mktemp("kernel") / "libportakv_ascend.so"
+    done = subprocess.run([*SCRIPT, str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"PORTAKV_ASCENDC={path} names it for a simulated NPU" in done.stdout
-    kernel = open_kernel(str(path), True)
+    return str(path)
+
+
+def test_the_emulation_launches_nothing_by_itself(emulation: str) -> None:
+    kernel = open_kernel(emulation, True)
     assert kernel.emulated
     numbers = bytes((ctypes.c_int64 * 15)(1, *[0] * 12, 1, 0))
     with pytest.raises(TransferError, match="returned 2"):
         kernel.launch(numbers, [(64, 8, True)], 0)
-    done = subprocess.run(script, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (
-        2,
-        "run.sh library was not told where to; name a file.\n",
-    )
+    done = subprocess.run(SCRIPT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == "run.sh library was not told where to; name a file.\n"
+
+
+@pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+@pytest.mark.parametrize("by", ["kernel", "nothing", pytest.param("ops", marks=pytest.mark.full)])
+def test_the_command_of_docs_hardware_judges_the_kernel(
+    by: str, emulation: str, tmp_path: Path
+) -> None:
+    """Here on the simulated device; the report says by what copies went."""
+    named = {"kernel": emulation, "ops": "", "nothing": emulation + ".not"}[by]
+    done = subprocess.run(
+        [sys.executable, "-m", "portakv", "conform", "ascend", "--device", "simdev:npu",
+         "--profile", "core", "--only", "cases/test_core.py::test_rows_move[gather-int32-1]",
+         "--report", str(tmp_path)],
+        env={**os.environ, _ascendc.VARIABLE: named}, capture_output=True, text=True,
+    )  # fmt: skip
+    told = done.stdout + done.stderr
+    if by == "nothing":  # which cannot be used; nothing else is judged in its place
+        assert done.returncode == 3
+        assert "there is no such file" in told
+        return
+    assert re.search(r"\b\d+ passed in ", told), told
+    report = (tmp_path / "conformance.json").read_text()
+    said, device = json.loads(report)["environment"], support.device(RunRecord.read(report))
+    if by == "ops":
+        assert said["carried out by"] == "the ops of torch_npu"
+        assert "library" not in said
+        assert device == "npu, emulated"
+        return
+    assert "copies go by the AscendC kernel in libportakv_ascend.so, emulated" in report
+    assert said["carried out by"] == "the AscendC kernel"
+    digest = hashlib.sha256(Path(emulation).read_bytes()).hexdigest()
+    assert said["library"] == {"libportakv_ascend.so": digest}
+    assert device == "npu, emulated, by the AscendC kernel"
 
 
 def test_the_interface_has_one_number() -> None:

@@ -136,12 +136,13 @@ def test_every_kernel_compiles_to_machine_code(architecture: int) -> None:
 @needs_nvrtc
 @pytest.mark.skipif(_tool() is None, reason="nvdisasm is not installed: pip install triton")
 @pytest.mark.parametrize("architecture", WIDER)
-def test_machine_code_has_the_vector_width(architecture: int, tmp_path: Path) -> None:
-    """One kernel for each width and each pair of tables: to disassemble takes longer than to
-    compile."""
-    chosen = {(k.vector, k.src.kind, k.dst.kind): source for source, k in KERNELS.items()}
-    assert {vector for vector, _, _ in chosen} == set(_SASS)
-    for number, ((vector, _, _), source) in enumerate(chosen.items()):
+@pytest.mark.parametrize("tables", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_machine_code_has_the_vector_width(tables: bool, architecture: int, tmp_path: Path) -> None:
+    """One kernel for each width, or for each pair of tables too: to disassemble takes longer than
+    to compile."""
+    kinds = {(k.vector, k.src.kind * tables, k.dst.kind * tables): s for s, k in KERNELS.items()}
+    assert {vector for vector, _, _ in kinds} == set(_SASS)
+    for number, ((vector, _, _), source) in enumerate(kinds.items()):
         binary = _nvrtc.compile_kernel(source, architecture)
         code = _disassembled(binary, tmp_path / f"{number}.cubin")
         assert f".target\tsm_{architecture}" in code
