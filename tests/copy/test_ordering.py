@@ -30,8 +30,7 @@ from support.guarded_memory import check_sentence, untouched
 from support.threads import run_threads
 
 from portakv import Index, KVView, Unsupported, copy_rows
-from portakv.copy import enqueue
-from portakv.runtime import transfer
+from portakv.runtime import streams, transfer
 from portakv_benchmarks.shared.harness import DeviceTimer
 from portakv_conformance import simdev
 
@@ -99,9 +98,9 @@ def test_a_copy_waits_for_its_producer(
 def test_without_the_connectors_wait_every_copy_is_wrong(
     store: bool, place: str, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the wait of `enqueue` all of `REPEATS` copies are right, without it none is."""
+    """With the wait of `streams` all of `REPEATS` copies are right, without it none is."""
     if not waits:
-        monkeypatch.setattr(enqueue, "follow_current", no_wait.follow_without_waiting)
+        monkeypatch.setattr(streams, "follow_current", no_wait.follow_without_waiting)
     rig = Rig(simdev_cases.OTHER)
     chunk, ids, wrong = rig.chunk(), rig.ids(IDS, place), 0
     for repeat in range(REPEATS):
