@@ -11,9 +11,9 @@ from portakv.blocks.handle import BlockMove, BlockTransfer
 from portakv.blocks.slices import in_slices
 from portakv.copy.copy import Ids, carrier, check_views, checked, is_strict
 from portakv.engines.engine import Terms
-from portakv.errors import LayoutError, SlotError, Unsupported
+from portakv.errors import LayoutError, SlotError
 from portakv.plan.plan import check_disjoint
-from portakv.runtime.devices import capturing, inside
+from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.streams import beside
 from portakv.runtime.transfer import Transfer
 from portakv.view import Index, KVView
@@ -107,10 +107,8 @@ def _detached(asked: BlockMove, by_layer: bool) -> BlockTransfer:
     with inside(asked.stream):
         captured = capturing(asked.device)
     if captured or capturing(asked.device):
-        raise Unsupported(
-            "A detached copy inside graph capture",
-            "a graph has no work that its stream does not wait for; leave out detached",
-        )
+        why = "a graph has no work that its stream does not wait for; leave out detached"
+        raise refuse_capture("A detached copy", why)
     asked.follow_current()
     with inside(asked.stream):
         before = torch.accelerator.current_stream(asked.device.index)

@@ -11,11 +11,10 @@ from math import gcd, lcm
 
 from portakv.blocks.handle import BlockMove, BlockTransfer, Slice
 from portakv.copy.copy import drop_bad_ids
-from portakv.errors import Unsupported
 from portakv.plan import Move
 from portakv.plan.plan import check_disjoint
 from portakv.registry.prepared import bring
-from portakv.runtime.devices import capturing, inside
+from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.streams import ignore_captures_elsewhere, own_stream
 from portakv.runtime.transfer import Transfer
 from portakv.runtime.worker import WINDOW, Landing, RateLimit, Worker
@@ -38,10 +37,8 @@ def in_slices(asked: BlockMove, rate: float | None, by_layer: bool) -> BlockTran
         Unsupported: inside graph capture. As `copy.copy_move` does otherwise.
     """
     if capturing(asked.device):
-        raise Unsupported(
-            "A copy in slices inside graph capture",
-            "the host issues them while the copy runs; leave out cancellable and max_gbps",
-        )
+        why = "the host issues them while the copy runs; leave out cancellable and max_gbps"
+        raise refuse_capture("A copy in slices", why)
     asked.move.dst.check_writable()
     (asked.layer(0) if by_layer else asked).check()  # what cannot be carried out is refused now
     src, dst, mine, theirs, count = asked.move

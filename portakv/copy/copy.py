@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
-from portakv.copy.enqueue import Piece, launch, refuse_capture
+from portakv.copy.enqueue import Piece, check_not_captured, launch
 from portakv.engines.choose import across
 from portakv.engines.engine import Engine, Terms
 from portakv.errors import (
@@ -241,7 +241,7 @@ def _need_cleaning(pieces: list[Piece], trusted: bool) -> bool:
     """
     for ready, _, _ in pieces:
         if not ready.can.skips_negative or not (trusted or ready.can.guards):
-            refuse_capture(
+            check_not_captured(
                 ready.choice.backend.device, "its ids have to be checked before they are used"
             )
             return True
@@ -257,7 +257,9 @@ def check_device_ids(move: Move) -> None:
     """
     src, dst, mine, theirs, count = move
     if not (mine.on_host and theirs.on_host):
-        refuse_capture(common_device(src, dst), "its ids have to be checked before they are used")
+        check_not_captured(
+            common_device(src, dst), "its ids have to be checked before they are used"
+        )
         mine.to_host().check(count, src.slots, "source")
         theirs.to_host().check(count, dst.slots, "destination", distinct=True)
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from portakv.errors import PortaKVError, Unsupported
+from portakv.errors import PortaKVError
 from portakv.plan.plan import Move
 from portakv.registry.prepared import Prepared
 from portakv.runtime import streams
-from portakv.runtime.devices import capturing
+from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.transfer import (
     NOTHING,
     Completion,
@@ -97,21 +97,18 @@ def follow_current(stream: torch.Stream, moves: Sequence[Move]) -> None:
     streams.follow_current(stream, *src.owners, *dst.owners, *ids, *tables)
 
 
-def refuse_capture(device: torch.device, why: str) -> None:
+def check_not_captured(device: torch.device, why: str) -> None:
     """Raise `Unsupported` inside graph capture, before anything was enqueued."""
     if capturing(device):
-        raise Unsupported(
-            "A copy inside graph capture",
-            f"{why}; capture a copy with a capturable backend and contiguous device ids of a dtype "
-            f"that it reads",
-        )
+        todo = "capture a copy with a capturable backend and contiguous device ids of a dtype"
+        raise refuse_capture("A copy", f"{why}; {todo} that it reads")
 
 
 def _check_capture(pieces: Sequence[Piece], move: Move) -> None:
     for ready, _, _ in pieces:
         device = ready.choice.backend.device
         if not ready.can.capturable:
-            refuse_capture(device, f"backend {ready.choice.name!r} cannot be captured")
+            check_not_captured(device, f"backend {ready.choice.name!r} cannot be captured")
         for index in (move.src_index, move.dst_index):
             if not index.has_ids_on(ready.home_of_ids, ready.can.index_dtypes):
-                refuse_capture(device, "its ids would have to be copied first")
+                check_not_captured(device, "its ids would have to be copied first")

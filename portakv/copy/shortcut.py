@@ -19,7 +19,7 @@ from portakv.registry.registry import Choice
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capture_question, capturing
 from portakv.runtime.transfer import Completion, Owner, Transfer, acquire_word, event_pool, hold
-from portakv.view.index import Index
+from portakv.view.index import Ids, Index
 from portakv.view.view import KVView
 
 _current_device = torch.accelerator.current_device_index
@@ -103,7 +103,7 @@ class Shortcuts:
         count = (length if end is None else end) - start
         return index.checked_copy(start, count, self._cache.slots, not store)
 
-    def remember(self, store: bool, chunk: KVView, slot_mapping: object) -> None:
+    def remember(self, store: bool, chunk: KVView, slot_mapping: Ids | None) -> None:
         """Make a shortcut of a transfer that `copy_move` just made, if one is possible."""
         if not self._repeatable:
             return
