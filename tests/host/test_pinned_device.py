@@ -134,7 +134,7 @@ def test_what_exists_is_pageable_with_the_same_results() -> None:
     with pinned.register(torch.arange(50000)) as held:
         assert not held.pinned
         assert held.view(torch.int64).to(SIMDEV).cpu().sum() == 50000 * 49999 // 2
-    with SharedPool("test-simdev", 4096, 2) as pool, pool.acquire() as block:
+    with SharedPool(f"test-simdev-{os.getpid()}", 4096, 2) as pool, pool.acquire() as block:
         assert not pool.pinned
         block.tensor.copy_(torch.full((4096,), 7, dtype=torch.uint8, device=SIMDEV))
         assert bool((block.tensor == 7).all())

@@ -289,8 +289,6 @@ def test_a_block_that_is_adopted_outlives_its_maker(name: str) -> None:
         block.release()
         with pytest.raises(HostMemoryError, match="nobody has it"):
             pool.adopt(index)
-        with pytest.raises(SlotError, match=r"0 \.\. 1"):
-            pool.adopt(2)
         with pool.acquire(), pytest.raises(HostMemoryError, match="somebody else by now"):
             pool.adopt(index, generation)
 
@@ -384,11 +382,11 @@ def test_processes_never_share_a_block_even_when_some_are_killed(name: str) -> N
         children = [Child(work) for _ in range(4)]
         for child in children:
             child.told()
-        time.sleep(0.3)
+        time.sleep(0.15)
         children[0].kill()
-        time.sleep(0.1)
+        time.sleep(0.05)
         children[1].kill()
-        time.sleep(0.3)
+        time.sleep(0.15)
         assert [child.end() for child in children[2:]] == [0, 0]
         pool.reclaim()
         assert pool.free == 3
