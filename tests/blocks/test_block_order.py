@@ -89,10 +89,11 @@ def test_a_stream_waits_for_one_layer(
 
 
 def test_a_layer_ends_before_the_whole(accelerator: torch.device) -> None:
-    stream = torch.Stream(accelerator)
-    moved = pair(accelerator, store=True).start(by_layer=True, stream=stream)
+    blocks = pair(accelerator, store=True)
+    moved = blocks.start(by_layer=True, stream=torch.Stream(accelerator))
     moved.layers[0].synchronize()
     assert moved.layers[0].done()
+    assert torch.equal(blocks.dst.rows()[0], blocks.expected[0])
     moved.layers[2].synchronize()
     assert moved.layers[1].done()
     assert moved.done()

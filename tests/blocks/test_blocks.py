@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -267,58 +269,47 @@ def test_terms_that_let_kernels_cross_the_link(device: torch.device, terms: dict
 # Bad input
 
 
-def twice(cache: Cache) -> KVView:
-    return KVView([cache.tensors[0]] * LAYERS, "layer | kv block token head dim")
+NHD = "layer | kv block token head dim"
+WIDE = KVView([filled((2, BLOCKS, SIZE, HEADS, 2 * DIM))] * LAYERS, NHD)
+PAGES = KVView(filled((2, 6, 64), torch.uint8), "layer block page", block_size=4)
+FOR_PAGES = KVView(filled((2, 8, 4, 16), torch.uint8), "layer block token dim")
+#: Views and ids of a transfer between two caches, the error, and words of its sentence.
+REFUSED: list[tuple[Callable[[Cache, Cache], tuple[Any, ...]], Any, list[str]]] = [
+    (lambda src, dst: (src.view, dst.view, [0, BLOCKS], [1, 2]), SlotError,
+     ["source", f"{BLOCKS * SIZE} slots"]),
+    (lambda src, dst: (src.view, dst.view, [0, 1, 2], [1, 2, BLOCKS + 3]), SlotError,
+     ["destination", f"id {BLOCKS + 3}"]),
+    (lambda src, dst: (src.view, dst.view, SRC, [1, 2, 3, 4, 1]), SlotError,  # in two slices
+     ["occurs 2 times", "destination"]),
+    (lambda src, dst: (src.view, dst.view, [0, 1], [1]), SlotError,
+     [f"covers {2 * SIZE}", f"destination {SIZE}"]),
+    (lambda src, dst: (src.view, dst.view, torch.tensor([0.0]), [1]), SlotError, ["float"]),
+    (lambda src, dst: (WIDE, src.view, [0], [1]), LayoutError, ["bytes"]),
+    (lambda src, dst: (dst.view, KVView([src.tensors[0]] * LAYERS, NHD), [0], [1]), LayoutError,
+     ["share one place", "written"]),
+    (lambda src, dst: (src.tensors, dst.view, [0], [1]), LayoutError, ["two views"]),
+    (lambda src, dst: (src.view.slice(layers=0), dst.view, [0], [1]), LayoutError,
+     ["'layer' extent 1"]),
+    (lambda src, dst: (PAGES, FOR_PAGES, [0], [1]), Unsupported, ["opaque"]),
+]  # fmt: skip
 
 
-def wide() -> KVView:
-    tensors = [filled((2, BLOCKS, SIZE, HEADS, 2 * DIM))] * LAYERS
-    return KVView(tensors, "layer | kv block token head dim")
-
-
-#: Views and ids, made of a source and a destination, in place of right ones; and the refusal.
-REFUSED: dict[str, tuple[dict[str, Any], Any, tuple[str, ...]]] = {
-    "a source past the end": (
-        {"src_blocks": [0, BLOCKS], "dst_blocks": [1, 2]}, SlotError,
-        ("source", f"{BLOCKS * SIZE} slots")),
-    "a destination past the end": (
-        {"src_blocks": [0, 1, 2], "dst_blocks": [1, 2, BLOCKS + 3]}, SlotError,
-        ("destination", f"id {BLOCKS + 3}")),
-    # The two of them would be in different slices.
-    "a destination twice": (
-        {"dst_blocks": [1, 2, 3, 4, 1]}, SlotError, ("occurs 2 times", "destination")),
-    "fewer destinations": (
-        {"src_blocks": [0, 1], "dst_blocks": [1]}, SlotError,
-        (f"covers {2 * SIZE}", f"destination {SIZE}")),
-    "ids of floats": ({"src_blocks": torch.tensor([0.0])}, SlotError, ("float",)),
-    "rows of another width": ({"src": lambda src, dst: wide()}, LayoutError, ("bytes",)),
-    "layers that share a place": (
-        {"src": lambda src, dst: dst.view, "dst": lambda src, dst: twice(src)}, LayoutError,
-        ("share one place", "written")),
-    "no view": ({"src": lambda src, dst: src.tensors}, LayoutError, ("two views",)),
-    "one layer of three": (
-        {"src": lambda src, dst: src.view.slice(layers=0)}, LayoutError, ("'layer' extent 1",)),
-    "a stream of another device": (
-        {"stream": type("Elsewhere", (), {"device": torch.device("cuda", 1)})()}, DeviceMismatch,
-        ("cpu", "cuda:1", "stream")),
-    "opaque pages as rows": (
-        {"src": KVView(filled((2, 6, 64), torch.uint8), "layer block page", block_size=4),
-         "dst": KVView(filled((2, 8, 4, 16), torch.uint8), "layer block token dim"),
-         "src_blocks": [0], "dst_blocks": [1]}, Unsupported, ("opaque",)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_every_way_refuses(name: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("given", "error", "words"), REFUSED, ids=[" ".join(words) for _, _, words in REFUSED]
+)
+def test_what_every_way_refuses(
+    given: Any, error: Any, words: list[str], options: dict[str, Any]
+) -> None:
     src, dst = layered(), block_first()
-    special, error, words = REFUSED[name]
-    given: dict[str, Any] = {
-        "src": src.view, "dst": dst.view, "src_blocks": SRC, "dst_blocks": DST, **options
-    }  # fmt: skip
-    for key, value in special.items():
-        given[key] = value(src, dst) if callable(value) else value
     with refused(error, *words, watch=[src.tensors, dst.tensors]):
-        copy_blocks(**given)
+        copy_blocks(*given(src, dst), **options)
+
+
+def test_a_stream_of_a_device_that_is_not_here(options: dict[str, Any]) -> None:
+    blocks = Pair(layered(), layered())
+    elsewhere: Any = SimpleNamespace(device=torch.device("cuda", 1))
+    with refused(DeviceMismatch, "cpu", "cuda:1", "stream", watch=blocks.dst.tensors):
+        blocks.start(stream=elsewhere, **options)
 
 
 @pytest.mark.parametrize(
@@ -337,10 +328,10 @@ def test_what_every_way_refuses(name: str, options: dict[str, Any]) -> None:
     ids=str,
 )
 def test_terms_that_nobody_can_keep(terms: dict[str, Any], words: str) -> None:
-    src, dst = layered(), layered()
+    blocks = Pair(layered(), layered())
     error = Unsupported if words == "leave it out" else InvalidTerms
-    with refused(error, words, str(next(iter(terms))), watch=dst.tensors) as caught:
-        copy_blocks(src.view, dst.view, SRC, DST, **terms)
+    with refused(error, words, str(next(iter(terms))), watch=blocks.dst.tensors) as caught:
+        blocks.start(**terms)
     assert isinstance(caught.value, ValueError) == (error is InvalidTerms)
 
 

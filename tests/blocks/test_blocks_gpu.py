@@ -97,21 +97,6 @@ def test_layers_through_a_thread() -> None:
     assert pools.right()
 
 
-def test_both_directions_at_once(options: dict[str, Any]) -> None:
-    out, back = Pools(True, 256), Pools(False, 256)
-    order = torch.randperm(256)
-    if "max_gbps" in options:
-        options = {**options, "max_gbps": 20.0}
-    moves = [
-        out.start(order, out.ids, stream=torch.cuda.Stream(DEVICE), **options),
-        back.start(back.ids, order, stream=torch.cuda.Stream(DEVICE), **options),
-    ]
-    for moved in moves:
-        moved.synchronize()
-    assert holds(out.empty, out.numbers[:, order])
-    assert holds(back.empty[:, order], back.numbers)
-
-
 # Slices
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import Any
 
@@ -12,17 +11,16 @@ import torch
 from support.connector_cases import make_caches, make_chunk
 from support.guarded_memory import refused
 from support.small_backends import small_backend
+from support.threads import run_threads
 
 from portakv import (
     AdaptiveConnector,
     BackendUnavailable,
-    CopyPlan,
     KVView,
     Unsupported,
     copy_rows,
     register_backend,
 )
-from portakv.backends.base import Decision
 from portakv.registry import registry
 
 
@@ -34,53 +32,32 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_backend_that_no_pattern_fits_is_never_chosen_unasked() -> None:
-    class Picky(small_backend("picky")):  # type: ignore[misc]
-        def check(self, plan: CopyPlan) -> Decision:
-            takes = plan.src.layers == 3
-            return Decision(self.name, takes, "it takes three layers and nothing else")
-
-    register_backend("picky", Picky)
+    register_backend("picky", small_backend("picky", rejects=lambda plan: plan.src.layers != 3))
     choice = registry.choose("cpu")
     assert choice.name == "reference"
     reason = next(d.reason for d in choice.trace if d.name == "picky")
     assert "could not be self-checked" in reason
-    forced = registry.choose("cpu", "picky")
-    assert forced.name == "picky"
-    views = [KVView(torch.zeros(3, 5, 4), "layer token dim") for _ in "ab"]
-    copy_rows(views[0], views[1], [1, 2], [3, 4], backend="picky").synchronize()
-    narrow = [view.slice(layers=0) for view in views]
-    with pytest.raises(Unsupported, match="three layers"):
-        copy_rows(narrow[0], narrow[1], [1], [2], backend="picky")
+    assert registry.choose("cpu", "picky").name == "picky"
+    src, dst = (KVView(torch.zeros(3, 5, 4), "layer token dim") for _ in "ab")
+    copy_rows(src, dst, [1, 2], [3, 4], backend="picky").synchronize()
+    with pytest.raises(Unsupported, match="check dislikes this plan"):
+        copy_rows(src.slice(layers=0), dst.slice(layers=0), [1], [2], backend="picky")
 
 
 def test_launches_that_claim_no_threads_run_one_at_a_time() -> None:
-    running, most = [], []
+    running: list[int] = []
+    most: list[int] = []
 
-    class Lonely(small_backend("lonely", threads=False)):  # type: ignore[misc]
-        def prepare(self, plan: CopyPlan) -> Any:
-            launch = super().prepare(plan)
+    def slow(view: KVView) -> None:
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.005)
+        running.pop()
 
-            def slow(*arguments: Any) -> None:
-                running.append(1)
-                most.append(len(running))
-                time.sleep(0.005)
-                launch(*arguments)
-                running.pop()
-
-            return slow
-
-    register_backend("lonely", Lonely)
-    caches = make_caches()
+    register_backend("lonely", small_backend("lonely", threads=False, spoil=slow))
     connector = AdaptiveConnector("cpu", backend="lonely")
-    connector.register_kv_caches(caches)
-    calls = [
-        threading.Thread(target=connector.from_gpu, args=(make_chunk(2), None, [1, 2]))
-        for _ in range(8)
-    ]
-    for call in calls:
-        call.start()
-    for call in calls:
-        call.join()
+    connector.register_kv_caches(make_caches())
+    run_threads(lambda _: connector.from_gpu(make_chunk(2), None, [1, 2]), range(8))
     assert max(most) == 1
 
 
