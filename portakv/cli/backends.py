@@ -39,11 +39,8 @@ def add_to(verbs: Any) -> None:
         description="Asks every candidate about every type of device on this machine. The chosen "
         "one copies a known pattern there first, and every byte is compared.",
     )
-    parser.add_argument(
-        "--device",
-        metavar="D",
-        help="ask about this one, such as npu or cuda:1, which need not be here",
-    )
+    named = "ask about this one, such as npu or cuda:1, which need not be here"
+    parser.add_argument("--device", metavar="D", help=named)
     parser.add_argument("--json", action="store_true", help="print one JSON value")
     parser.set_defaults(run=run)
 

@@ -39,38 +39,22 @@ def add_options(parser: Any) -> None:
         "copies between a device and the host",
         "The engine for --blocks runs of --run-bytes, which lie apart on both sides.",
     )
-    group.add_argument(
-        "--host", action="store_true", help="explain the choice of an engine, instead of a plan"
-    )
-    group.add_argument(
-        "--run-bytes", type=read_bytes, metavar="N",
-        help=f"bytes of a run on the device, such as 32768 or 32K (default: {_RUN_BYTES >> 10}K)",
-    )  # fmt: skip
-    group.add_argument(
-        "--payload", type=read_bytes, metavar="N", help="all bytes, instead of --blocks"
-    )
-    group.add_argument("--direction", choices=DIRECTIONS, help="default: d2h")
-    group.add_argument(
-        "--host-runs", type=positive, metavar="N",
-        help="runs in host memory, 1 where it is dense (default: as many as on the device)",
-    )  # fmt: skip
-    group.add_argument(
-        "--pageable", action="store_true", default=None, help="host memory that is not pinned"
-    )
-    group.add_argument("--overlap", choices=OVERLAPS, help="what else the device does (compute)")
-    group.add_argument(
-        "--max-gbps",
-        type=partial(read_above_zero, what="10^9 bytes in a second, above 0"),
-        metavar="R",
-        help="the most 10^9 bytes in a second",
-    )
-    group.add_argument(
-        "--max-thread-blocks", type=positive, metavar="N",
-        help="the most thread blocks of a kernel that reads or writes host memory",
-    )  # fmt: skip
-    group.add_argument(
-        "--table", metavar="FILE", help="a table of `portakv calibrate`, perhaps of another device"
-    )
+    add, memory = group.add_argument, "host memory that is not pinned"
+    add("--host", action="store_true", help="explain the choice of an engine, instead of a plan")
+    run = f"bytes of a run on the device, such as 32768 or 32K (default: {_RUN_BYTES >> 10}K)"
+    add("--run-bytes", type=read_bytes, metavar="N", help=run)
+    add("--payload", type=read_bytes, metavar="N", help="all bytes, instead of --blocks")
+    add("--direction", choices=DIRECTIONS, help="default: d2h")
+    runs = "runs in host memory, 1 where it is dense (default: as many as on the device)"
+    add("--host-runs", type=positive, metavar="N", help=runs)
+    add("--pageable", action="store_true", default=None, help=memory)
+    add("--overlap", choices=OVERLAPS, help="what else the device does (compute)")
+    rate = partial(read_above_zero, what="10^9 bytes in a second, above 0")
+    add("--max-gbps", type=rate, metavar="R", help="the most 10^9 bytes in a second")
+    blocks = "the most thread blocks of a kernel that reads or writes host memory"
+    add("--max-thread-blocks", type=positive, metavar="N", help=blocks)
+    table = "a table of `portakv calibrate`, perhaps of another device"
+    add("--table", metavar="FILE", help=table)
 
 
 def misplaced(asked: argparse.Namespace) -> str:

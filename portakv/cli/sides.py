@@ -94,24 +94,18 @@ def _dtype(text: str) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One side: what was asked, its layout and a view of example tensors.
-
-    ``step`` is tokens for each id of its index; 0: consecutive tokens, no ids.
-    """
+    """One side: what was asked, its layout and a view of example tensors."""
 
     asked: str
     layout: Layout
     view: KVView
-    step: int
+    step: int  # tokens for each id of its index; 0: consecutive tokens, no ids
 
 
 def make_sides(
-    asked: tuple[str, str],
-    said: Extents,
-    device: torch.device,
-    steps: tuple[int | None, int | None],
-    whole_blocks: bool,
-) -> tuple[Side, Side]:
+    asked: tuple[str, str], said: Extents, device: torch.device,
+    steps: tuple[int | None, int | None], whole_blocks: bool,
+) -> tuple[Side, Side]:  # fmt: skip
     """Example views of two layouts.
 
     Args:

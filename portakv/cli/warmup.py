@@ -37,18 +37,12 @@ Architecture = int | str
 
 
 class Target(NamedTuple):
-    """What kernels are compiled for.
+    """What kernels are compiled for."""
 
-    Attributes:
-        name: ``sm_90``, ``gfx906``.
-        compiler: its name and version.
-        holds: whether the cache has the binary of a text; compile: makes it and keeps it there.
-    """
-
-    name: str
-    compiler: str
-    holds: Callable[[str], bool]
-    compile: Callable[[str], bytes]
+    name: str  # ``sm_90``, ``gfx906``
+    compiler: str  # its name and version
+    holds: Callable[[str], bool]  # whether the cache has the binary of a text
+    compile: Callable[[str], bytes]  # makes it and keeps it there
 
 
 class Pair(NamedTuple):
@@ -206,7 +200,7 @@ def architecture(text: str) -> Architecture:
 
 
 def targets(asked: Sequence[Architecture]) -> list[Target]:
-    """A target for each architecture; for those of this machine's devices where none is named.
+    """A target for each architecture; for those of this machine's devices if none is named.
 
     Raises:
         PortaKVError: a compiler cannot be used, an architecture that it does not know, no device.

@@ -79,19 +79,12 @@ def run_demo(*, device: str | None = None, json: bool = False) -> int:
 
 @dataclass(frozen=True)
 class ModelPart:
-    """How the example with a model went.
+    """How the example with a model went."""
 
-    Attributes:
-        skipped: why it did not run; empty if it did.
-        good: the logits were bit-identical and the control's were not, or it was skipped.
-        found: the example's own outcome, by name.
-        story: the lines that it told.
-    """
-
-    skipped: str
-    good: bool
-    found: dict[str, Any] = field(default_factory=dict)
-    story: list[str] = field(default_factory=list)
+    skipped: str  # why it did not run; empty if it did
+    good: bool  # the logits were bit-identical and the control's were not, or it was skipped
+    found: dict[str, Any] = field(default_factory=dict)  # the example's own outcome, by name
+    story: list[str] = field(default_factory=list)  # the lines that it told
 
     def as_json(self) -> dict[str, Any]:
         """Everything, for ``--json``."""

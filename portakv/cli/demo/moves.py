@@ -31,29 +31,17 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One line of the table."""
 
-    Attributes:
-        backend: its name; "torch" for what plain torch does with the same bytes.
-        call: the call that was made.
-        way: what it moved, in words.
-        checked: bytes that were compared.
-        wrong: bytes that are not what plain torch indexing says.
-        refused: why the backend does not take this copy, in its own words; empty otherwise.
-        failed: what it raised instead of copying; empty otherwise.
-        seconds: the median time of one copy; None if it was not timed.
-        ratio: ``copy_``'s ``seconds`` by its own: 1 is as fast.
-    """
-
-    backend: str
+    backend: str  # its name; "torch" for what plain torch does with the same bytes
     call: str
-    way: str
-    checked: int = 0
-    wrong: int = 0
-    refused: str = ""
-    failed: str = ""
-    seconds: float | None = None
-    ratio: float | None = None
+    way: str  # what it moved, in words
+    checked: int = 0  # bytes that were compared
+    wrong: int = 0  # bytes that are not what plain torch indexing says
+    refused: str = ""  # why the backend does not take this copy, in its own words
+    failed: str = ""  # what it raised instead of copying
+    seconds: float | None = None  # the median time of one copy; None if it was not timed
+    ratio: float | None = None  # ``copy_``'s ``seconds`` by its own: 1 is as fast
 
     @property
     def good(self) -> bool:

@@ -16,11 +16,7 @@ POISON = 0x5A5AC3C35A5AC3C3
 
 @dataclass(frozen=True)
 class Scenario:
-    """Extents of paged caches ``[2, blocks, block_size, heads, dim]`` in fp16, and what is moved.
-
-    Attributes:
-        full_layers: layers before `fitted` took some away; 0: ``layers``.
-    """
+    """Paged caches ``[2, blocks, block_size, heads, dim]`` in fp16, and what is moved of them."""
 
     layers: int = 32
     tokens: int = 128
@@ -28,7 +24,7 @@ class Scenario:
     dim: int = 128
     block_size: int = 16
     blocks: int = 32
-    full_layers: int = 0
+    full_layers: int = 0  # before `fitted` took some away; 0: ``layers``
 
     @property
     def slots(self) -> int:
