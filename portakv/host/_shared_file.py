@@ -28,7 +28,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from portakv.errors import HostMemoryError, SlotError
 from portakv.host import _pages
@@ -61,10 +60,11 @@ class SharedFile:
         owners: of each block, the place of its owner among the members, plus 1; 0: free.
         generations: how often it changed hands; since: when, by the monotonic clock; labels: what
             for.
+        members: `RECORD`, one for each process that can be attached; me: the place of this one.
     """
 
     def __init__(self, path: Path, fd: int) -> None:
-        self.path, self.locks = path, FileLocks(fd)
+        self.path, self.locks, self.me = path, FileLocks(fd), -1
 
     @classmethod
     def open(
@@ -115,27 +115,34 @@ class SharedFile:
         """Make a block this process's. Inside ``locks.exclusive()``."""
         self.since[index] = time.monotonic()
         self.generations[index] += 1
-        self.owners[index] = self.members.me + 1
+        self.owners[index] = self.me + 1
 
     def reclaim(self) -> list[str]:
-        """Free what dead members have. Inside ``locks.exclusive()``."""
+        """Free what members have that ended without leaving, if their devices write no more. Inside
+        ``locks.exclusive()``."""
         found = []
-        for place in self.members.dead():
-            theirs = np.flatnonzero(self.owners == place + 1)
-            found.append(f"{self.members.describe(place)}: {theirs.size} blocks")
-            self.owners[theirs] = 0
-            self.members.bury(place)
+        for place in np.flatnonzero(self.members["pid"]).tolist():
+            if place != self.me and self._gone(place):
+                theirs = np.flatnonzero(self.owners == place + 1)
+                found.append(f"{self.describe(place)}: {theirs.size} blocks")
+                self.owners[theirs] = 0
+                self.members["pid"][place] = 0
         return found
+
+    def describe(self, place: int) -> str:
+        """Who has a place among the members, in words."""
+        name = self.members["name"][place].decode(errors="replace")
+        return f"{name or 'a process'} ({int(self.members['pid'][place])})"
 
     def leave(self, keep: bool) -> None:
         """Give back what this process has, and its place; the last removes the file."""
         if self.locks.fd < 0:
             return
         with suppress(HostMemoryError), self.locks.exclusive():
-            self.owners[self.owners == self.members.me + 1] = 0
+            self.owners[self.owners == self.me + 1] = 0
             self.reclaim()
-            self.members.leave()
-            if not keep and not self.members.attached() and self._named():
+            self.members["pid"][self.me] = 0
+            if not keep and not self.members["pid"].any() and self._named():
                 self.path.unlink(missing_ok=True)
         self.locks.close()
         # Tensors still hold the memory; nothing here does.
@@ -210,8 +217,7 @@ class SharedFile:
         self.generations = np.frombuffer(self.mapping, np.int64, count, at + 8 * count)
         self.since = np.frombuffer(self.mapping, np.float64, count, at + 16 * count)
         self.labels = np.frombuffer(self.mapping, "S40", count, at + 24 * count)
-        table = np.frombuffer(self.mapping, RECORD, _MEMBERS, _MEMBERS_AT)
-        self.members = Members(self.locks, table)
+        self.members = np.frombuffer(self.mapping, RECORD, _MEMBERS, _MEMBERS_AT)
         if fresh:
             _pages.touch(self.address // _pages.PAGE * _pages.PAGE, self.nbytes)
             for field in _SIZES:
@@ -219,15 +225,40 @@ class SharedFile:
             self.header["magic"][0] = _MAGIC
 
     def _join(self, name: str, label: str) -> None:
-        if not self.members.join(label):
+        if not self._take_place(label):
             self.reclaim()
-            if not self.members.join(label):
+            if not self._take_place(label):
                 raise HostMemoryError(
                     f"The shared pool {name!r} was opened by one process more than the {_MEMBERS} "
                     f"that it has room for; close it in some."
                 )
         # Left by a predecessor that died in this place before it had it.
-        self.owners[self.owners == self.members.me + 1] = 0
+        self.owners[self.owners == self.me + 1] = 0
+
+    def _take_place(self, label: str) -> bool:
+        """Take a free place among the members; False if there is none."""
+        for place in np.flatnonzero(self.members["pid"] == 0).tolist():
+            if self.locks.take(1 + place):
+                self.members["name"][place] = str(label).encode()[:32]
+                self.members["noticed"][place] = 0.0
+                self.members["started"][place] = _started(os.getpid()) or 0
+                self.members["space"][place] = _space()
+                self.members["pid"][place] = os.getpid()  # last: until then the place is free
+                self.me = place
+                return True
+        return False
+
+    def _gone(self, place: int) -> bool:
+        if self.locks.taken(1 + place):
+            return False
+        record = self.members[place]
+        if int(record["space"]) == _space():
+            # The kernel closes a dying process's files one after the other: this lock may be free
+            # while its device still writes. A process that is a zombie has closed them all.
+            return _started(int(record["pid"])) != int(record["started"])
+        if record["noticed"] == 0.0:
+            self.members["noticed"][place] = time.monotonic()
+        return bool(time.monotonic() - float(self.members["noticed"][place]) > _GRACE)
 
 
 def names() -> list[str]:
@@ -289,14 +320,14 @@ def _data_at(blocks: int) -> int:
     return _pages.to_pages(_OWNERS_AT + blocks * _BLOCK_RECORD)
 
 
-# --- members -------------------------------------------------------------------------------------
+# --- locks ---------------------------------------------------------------------------------------
 
 
 class FileLocks:
     """Locks on single bytes of an open file, for this opening of it."""
 
     def __init__(self, fd: int) -> None:
-        self.fd, self._process, self._threads = fd, os.getpid(), threading.Lock()
+        self.fd, self._threads = fd, threading.Lock()
         _open.add(self)
         _watch_forks()
 
@@ -344,63 +375,6 @@ class FileLocks:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
-
-
-class Members:
-    """The attached processes, in a table of `RECORD` that all of them see; ``me``: this one's."""
-
-    def __init__(self, locks: FileLocks, table: npt.NDArray[np.void]) -> None:
-        self._locks, self._table = locks, table
-        self.me = -1
-
-    def join(self, name: str) -> bool:
-        """Take a free place; False if there is none. Inside `FileLocks.exclusive`."""
-        for place in np.flatnonzero(self._table["pid"] == 0).tolist():
-            if self._locks.take(1 + place):
-                self._table["name"][place] = str(name).encode()[:32]
-                self._table["noticed"][place] = 0.0
-                self._table["started"][place] = _started(os.getpid()) or 0
-                self._table["space"][place] = _space()
-                self._table["pid"][place] = os.getpid()  # last: until then the place is free
-                self.me = place
-                return True
-        return False
-
-    def leave(self) -> None:
-        """Give the place back. Inside `FileLocks.exclusive`."""
-        if self.me >= 0:
-            self._table["pid"][self.me] = 0
-            self._locks.give(1 + self.me)
-            self.me = -1
-
-    def attached(self) -> list[int]:
-        """The places of all processes that joined and did not leave, dead or alive."""
-        return [int(place) for place in np.flatnonzero(self._table["pid"])]
-
-    def dead(self) -> list[int]:
-        """The places of processes that ended without leaving, if their devices write no more."""
-        return [place for place in self.attached() if place != self.me and self._gone(place)]
-
-    def bury(self, place: int) -> None:
-        """Make the place of a dead process free. Inside `FileLocks.exclusive`."""
-        self._table["pid"][place] = 0
-
-    def describe(self, place: int) -> str:
-        """Who has a place, in words."""
-        name = self._table["name"][place].decode(errors="replace")
-        return f"{name or 'a process'} ({int(self._table['pid'][place])})"
-
-    def _gone(self, place: int) -> bool:
-        if self._locks.taken(1 + place):
-            return False
-        record = self._table[place]
-        if int(record["space"]) == _space():
-            # The kernel closes a dying process's files one after the other: this lock may be free
-            # while its device still writes. A process that is a zombie has closed them all.
-            return _started(int(record["pid"])) != int(record["started"])
-        if record["noticed"] == 0.0:
-            self._table["noticed"][place] = time.monotonic()
-        return bool(time.monotonic() - float(self._table["noticed"][place]) > _GRACE)
 
 
 _LAYOUT = "hhqqi4x"  # struct flock of 64-bit Linux

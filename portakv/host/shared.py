@@ -198,7 +198,7 @@ class SharedPool:
         self._refuse()
         file, now = self._file, time.monotonic()
         return [
-            f"block {index}: {file.members.describe(int(file.owners[index]) - 1)}, for "
+            f"block {index}: {file.describe(int(file.owners[index]) - 1)}, for "
             f"{file.labels[index].decode(errors='replace') or 'nothing named'}, "
             f"{now - file.since[index]:.1f} s"
             for index in np.flatnonzero(file.owners).tolist()
@@ -257,7 +257,7 @@ class SharedPool:
 
     def _owners(self) -> str:
         places = Counter(self._file.owners[self._file.owners != 0].tolist())
-        describe = self._file.members.describe
+        describe = self._file.describe
         return ", ".join(f"{describe(place - 1)}: {count}" for place, count in places.items())
 
 
