@@ -406,15 +406,15 @@ def piece_bytes(largest: int, unit: int) -> int:
 
 @cache
 def _watch_exit() -> None:
-    """Called when first needed: an import has no effects."""
-    atexit.register(_at_exit)
+    """Called when first needed, as an import has no effects: at exit unregister what is left.
+    Nothing is unmapped: tensors may outlive the interpreter."""
 
+    def at_exit() -> None:
+        settle()
+        for registration in list(_live):
+            registration.undo()
 
-def _at_exit() -> None:
-    """Unregister what is left. Nothing is unmapped: tensors may outlive the interpreter."""
-    settle()
-    for registration in list(_live):
-        registration.undo()
+    atexit.register(at_exit)
 
 
 def warn_once(why: str) -> None:
@@ -423,17 +423,13 @@ def warn_once(why: str) -> None:
         if why in _told:
             return
         _told.add(why)
+    frame, level = sys._getframe(), 1
+    # The first line up the stack that is not PortaKV's own is the one to point to.
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("portakv."):
+        frame, level = frame.f_back, level + 1
     warnings.warn(
         f"Host memory was asked to be pinned and stays pageable: {why}. Results are the same; "
         f"copies are slower, and block the host.",
         RuntimeWarning,
-        stacklevel=_outside(),
+        stacklevel=level,
     )
-
-
-def _outside() -> int:
-    """How far up the stack, from the warning on, the first line is that is not PortaKV's own."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("portakv."):
-        frame, level = frame.f_back, level + 1
-    return level

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,14 +109,6 @@ def kernels() -> ctypes.CDLL:
         return ctypes.CDLL(str(target))
 
 
-class Launch(NamedTuple):
-    """What the driver was asked: the kernel, the head of its parameter, and the stream."""
-
-    function: str
-    head: tuple[int, ...]
-    stream: int
-
-
 class Card:
     """A CUDA device whose memory is the host's, and its driver.
 
@@ -125,7 +117,7 @@ class Card:
         current: the number of torch's current device; ``entered``: those that were made it.
         raw: torch's current stream of each device.
         adopted: threads that were given a context.
-        launches: what was launched; ``answer``: what the driver says to it.
+        launches: where each wrote, how many bytes, and its stream; ``answer``: what the driver says.
     """
 
     def __init__(self, library: FakeLibrary) -> None:
@@ -135,14 +127,13 @@ class Card:
         self.current, self.entered = 1, list[int]()
         self.raw: dict[int | None, int] = {None: STREAM, 0: 70, 1: STREAM}
         self.adopted: list[int] = []
-        self.launches: list[Launch] = []
+        self.launches: list[tuple[int, int, int]] = []
         self.answer = 0
 
     @property
-    def asked(self) -> list[tuple[int, ...]]:
+    def asked(self) -> list[tuple[int, int, int]]:
         """Where each send went to, its bytes, and its stream."""
-        sent = [(one.dst, one.nbytes, one.stream) for one in self.library.sent]
-        return sent + [(*one.head[:2], one.stream) for one in self.launches]
+        return [(one.dst, one.nbytes, one.stream) for one in self.library.sent] + self.launches
 
     def forget(self) -> None:
         self.library.forget()
@@ -155,12 +146,11 @@ class Card:
         stream, parameters = rest[-3:-1]
         argument = ctypes.cast(parameters, ctypes.POINTER(ctypes.c_void_p))[0] or 0
         head = ctypes.string_at(argument, _small_ways.VALUES_HEAD.size)
+        to, nbytes, _ = _small_ways.VALUES_HEAD.unpack(head)
         assert 1 <= blocks <= _small_ways.MOST_BLOCKS
         if not self.answer:
             function(ctypes.c_void_p(argument), blocks, rest[2])
-        self.launches.append(
-            Launch(function.__name__, _small_ways.VALUES_HEAD.unpack(head), stream)
-        )
+        self.launches.append((to, nbytes, stream))
         return (self.answer,)
 
     @contextmanager
