@@ -117,7 +117,7 @@ class Card:
         current: the number of torch's current device; ``entered``: those that were made it.
         raw: torch's current stream of each device.
         adopted: threads that were given a context.
-        launches: where each wrote, how many bytes, and its stream; ``answer``: what the driver says.
+        launches: where to, how many bytes, on which stream; ``answer``: what the driver says.
     """
 
     def __init__(self, library: FakeLibrary) -> None:
