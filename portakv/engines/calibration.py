@@ -9,6 +9,7 @@ is measured beside what the device takes, and is no part of it where it can be h
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -84,7 +85,6 @@ def calibrate(
     seconds: float = SECONDS,
     grid: Grid | None = None,
     timer: EventTimer | None = None,
-    host: Host | None = None,
     clock: Callable[[], float] = perf_counter,
 ) -> Table:
     """Measure the engines of a device.
@@ -94,7 +94,6 @@ def calibrate(
         seconds: time to take at most; points that are left then are not measured.
         grid: what to measure; by default `GRID`.
         timer: how; by default `timer_for` the device.
-        host: whose engines; by default all that serve the device.
         clock: seconds that pass.
 
     Raises:
@@ -103,7 +102,7 @@ def calibrate(
     began = clock()
     grid = grid or GRID
     timer = timer or timer_for(device)
-    work = _Work(device, grid, timer, host or Host(device, terms=_IDLE))
+    work = _Work(device, grid, timer, Host(device, terms=_IDLE))
     whole = True
     for direction, size, runs, engine in work.points():
         expected = work.expected(engine, direction, size, runs) * (grid.times(size * runs) + 2)
@@ -115,10 +114,7 @@ def calibrate(
         lines = "\n".join(f"  {name}: {why}" for name, why in work.left_out.items())
         said = lines or f"  {seconds:g} s are too few for the first point"
         raise PortaKVError(f"No engine could be measured on {device}:\n{said}")
-    points = {
-        key: {size: sorted(column, key=lambda p: p.runs) for size, column in sorted(sizes.items())}
-        for key, sizes in work.found.items()
-    }
+    points = {key: dict(sorted(sizes.items())) for key, sizes in work.found.items()}
     emulated = bool(getattr(torch.get_device_module(device), "EMULATED", False))
     return Table(
         identity(device), points, work.left_out, emulated, clock() - began, whole,
@@ -165,9 +161,8 @@ class _Work:
         columns = self.found.get((engine, direction))
         if not columns:
             return _FIXED + runs * (_PER_RUN + size * _PER_BYTE)
-        known = {s: sorted(c, key=lambda p: p.runs) for s, c in columns.items()}
-        host = CostTable(known, "host_seconds").seconds(size, runs)
-        return CostTable(known, "seconds").seconds(size, runs) + host + min(host, SEEN)
+        host = CostTable(columns, "host_seconds").seconds(size, runs)
+        return CostTable(columns, "seconds").seconds(size, runs) + host + min(host, SEEN)
 
     def measure(self, engine: str, direction: str, size: int, runs: int) -> None:
         """Measure one point; an engine that fails, or whose bytes are wrong, is left out."""
@@ -191,7 +186,7 @@ class _Work:
             return
         seconds, host = (median(column) for column in zip(*times, strict=True))
         column = self.found.setdefault((engine, direction), {}).setdefault(size, [])
-        column.append(Point(runs, seconds, host))
+        insort(column, Point(runs, seconds, host), key=lambda point: point.runs)
 
     def launch(self, src: Form, dst: Form) -> HostLaunch:
         """The launch between two forms; made once."""
