@@ -4,7 +4,7 @@
 Each point copies so many runs of one size between blocks in random order, on the device and on the
 host alike, with room between them, so that no two runs are neighbours and none fold. Every engine
 copies the same blocks, and an engine whose bytes are wrong is left out. What a call keeps the host
-is measured beside what the device takes, and is no part of it where it can be hidden.
+is measured beside what the device takes, and is no part of it if it can be hidden.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class _Work:
             copy = _Copy(self, engine, direction, size, runs)
             if size not in self.found.get((engine, direction), {}):
                 copy.prove()
-            # Who copies pageable memory waits for the device, and would wait for a delay as well.
+            # A copy of pageable memory waits for the device, and would wait for a delay as well.
             kept = copy.host_seconds()
             hide = 0.0 if self.pageable(engine) else kept
             repeats = self._grid.times(size * runs)
@@ -277,7 +277,7 @@ def by_point(table: Table) -> Rows:
     return dict(sorted(found.items()))
 
 
-#: Seconds of host time from which on no delay hides them where they are more than this share of the
+#: Seconds of host time from which on no delay hides them if they are more than this share of the
 #: whole: calls that follow each other would wait for the host, however far ahead it began. With
 #: thousands of copies in its queue the device also takes no more.
 SEEN, SHARE = 3e-3, 0.75
@@ -354,7 +354,7 @@ class DelayTimer(EventTimer):
         self._rate = max(self._cycles_per_second() for _ in range(5))
 
     def time(self, call: Callable[[], Pending | None], host_seconds: float = 0.0) -> Timed:
-        """Time one call; again, where the host was late."""
+        """Time one call; again, if the host was late."""
         if host_seconds <= 0:
             return super().time(call)
         if host_seconds >= SEEN:
@@ -371,7 +371,7 @@ class DelayTimer(EventTimer):
         return super().time(call)
 
     def _behind(self, call: Callable[[], Pending | None], delay: float) -> tuple[Timed, bool]:
-        """A call behind a delay, and whether all of it was issued meanwhile."""
+        """A call behind a delay, and whether all of it was issued during it."""
         stream = torch.accelerator.current_stream(self.device)
         stream.synchronize()
         self._flushed.zero_()
@@ -396,6 +396,6 @@ class DelayTimer(EventTimer):
 
 
 def timer_for(device: torch.device) -> EventTimer:
-    """The timer of a device: with a delay where its torch has a kernel for that."""
+    """The timer of a device: with a delay if its torch has a kernel for that."""
     can = hasattr(torch.get_device_module(device), "_sleep")
     return DelayTimer(device) if can else EventTimer(device)

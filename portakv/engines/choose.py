@@ -31,7 +31,7 @@ from portakv.runtime.devices import inside
 
 _log = logging.getLogger(__name__)
 
-#: The engines, the gentlest to a running model first: it wins where two cost the same in all.
+#: The engines, the gentlest to a running model first: it wins if two cost the same in all.
 ORDER = ("staged", "descriptors", "direct", "ring")
 #: The most bytes that a kernel may move across the link while the device computes, by direction.
 #: Measured on an H200: `direct` beats `staged` up to 2 MiB down and 12 MiB up, where it costs a

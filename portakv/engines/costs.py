@@ -47,7 +47,7 @@ class TableError(ValueError):
 @dataclass(frozen=True, slots=True)
 class Point:
     """One measurement: so many runs, the seconds until they had landed, without what the host does
-    first where that can be hidden, and the seconds that the call kept the host."""
+    first if that can be hidden, and the seconds that the call kept the host."""
 
     runs: int
     seconds: float

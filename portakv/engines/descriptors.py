@@ -29,7 +29,7 @@ MOST_KEPT = 1 << 18
 
 
 class Descriptors(Engine):
-    """A copy for every piece: batched where the driver can, of rows at a pitch where they are."""
+    """A copy for every piece: batched if the driver can, of rows at a pitch if they are."""
 
     name = "descriptors"
 

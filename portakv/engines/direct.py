@@ -55,7 +55,7 @@ class Cut(NamedTuple):
 
 
 #: A quarter of a megabyte under way in eight blocks: more than what the link holds. With eight
-#: vectors in each of 512 threads, where both sides have ids, registers spilled: 0.75 - 0.85 of a
+#: vectors in each of 512 threads, if both sides have ids, registers spilled: 0.75 - 0.85 of a
 #: memcpy from the host on an H200, and 0.92 - 0.95 as it is.
 CUT = Cut()
 
@@ -207,7 +207,7 @@ class _DirectLaunch(EngineLaunch):
 
 
 def check_reach(view: KVView, device: torch.device) -> None:
-    """Raise `Unsupported` where a device does not reach a view of pinned memory by its addresses,
+    """Raise `Unsupported` if a device does not reach a view of pinned memory by its addresses,
     as with memory that was registered but not mapped; a kernel would end in a fault.
 
     One address of a view is asked for, once.

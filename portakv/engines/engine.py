@@ -23,7 +23,7 @@ PINNED = frozenset({("device", "pinned"), ("pinned", "device")})
 PAGEABLE = frozenset({("device", "pageable"), ("pageable", "device")})
 
 
-#: What else the device does meanwhile: it computes, and must not be slowed; or nothing.
+#: What else the device does during a transfer: it computes, and must not be slowed; or nothing.
 OVERLAPS = ("compute", "idle")
 
 
@@ -32,7 +32,7 @@ class Terms:
     """What a transfer may take.
 
     Attributes:
-        overlap: ``compute``, the device runs a model meanwhile, so that nothing but copy engines
+        overlap: ``compute``, the device runs a model as well, so that nothing but copy engines
             and short kernels may be used; or ``idle``, the fastest way whatever it takes.
         max_thread_blocks: the most thread blocks of a kernel that reads or writes host memory;
             None: the engine's own limit.
@@ -147,7 +147,7 @@ class EngineLaunch(ABC):
 
 def read_on(stream: torch.Stream | None, index: Index) -> Index:
     """The index, with its ids held until the end of what ``stream`` is made to wait for: they may
-    be a copy that somebody else keeps, made on another stream."""
+    be a copy that an index keeps, made on another stream."""
     if stream is not None and index.ids is not None and index.ids.device == stream.device:
         index.ids.record_stream(stream)
     return index

@@ -47,7 +47,7 @@ LEAST_BATCH = 2
 #: at twice the price. It is less than three of the largest slices of `staged`.
 IN_A_ROW = 88 << 20
 
-#: Rows from this many bytes on are entries of a batch rather than of a 2-D copy, where there are
+#: Rows from this many bytes on are entries of a batch rather than of a 2-D copy, if there are
 #: batches. On an H200, of a memcpy, rows of 4 KiB: 0.61 by a batch, 0.60 by tall 2-D copies, which
 #: cost the host less; 8 KiB 0.89 and 0.76, 32 KiB 0.98 - 1.0 and 0.5 - 0.92, by their height.
 FOLD_BELOW = 8 << 10
@@ -64,7 +64,7 @@ class Link(Protocol):
     """Puts pieces on the link of one device; any thread may call it.
 
     Attributes:
-        fold_below: bytes; narrower rows are worth folding into 2-D copies, wider ones only where
+        fold_below: bytes; narrower rows are worth folding into 2-D copies, wider ones only if
             they are many: they cross faster as copies of their own.
     """
 
@@ -75,8 +75,8 @@ class Link(Protocol):
     ) -> None:
         """Copy the pieces, ordered on ``stream`` (None: the device's current one).
 
-        The host does not wait, except where memory is pageable or a device's torch knows no other
-        way. Who calls holds the memory of both views until the copy has ended.
+        The host does not wait, except if memory is pageable or a device's torch knows no other
+        way. The caller holds the memory of both views until the copy has ended.
 
         Raises:
             TransferError: the driver refuses; some of the pieces may have been moved.
@@ -84,7 +84,7 @@ class Link(Protocol):
 
 
 def by_torch(device: torch.device) -> bool:
-    """True where runs cross the link of a device by calls of its torch, each at a call's cost."""
+    """True if runs cross the link of a device by calls of its torch, each at a call's cost."""
     return why_not(device) is not None
 
 
@@ -291,7 +291,7 @@ class CudaLink:
 
 @cache
 def why_not(device: torch.device) -> str | None:
-    """What keeps the driver from copying for a device, as a phrase; None where it can."""
+    """What keeps the driver from copying for a device, as a phrase; None if it can."""
     if (why := _cuda_driver.of_others(device)) is not None:
         return why
     try:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 #: Each slice costs the caller about 0.1 ms, and in the first one only the link is busy, or only the
 #: host. Of 16, 24 and 32 MiB the middle did best (H200, 16 cores); a device takes
-#: `BUFFERS` bounce buffers for them, 72 MiB of pinned memory, and a block more where one is cut.
+#: `BUFFERS` bounce buffers for them, 72 MiB of pinned memory, and a block more if one is cut.
 SIZES = Sizes(whole=8 << 20, smallest=8 << 20, largest=24 << 20)
 
 

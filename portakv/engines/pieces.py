@@ -29,7 +29,7 @@ from portakv.view.view import KVView
 #: this many entries of a batched one (H200: 3.3 us, and 0.42 us for an entry).
 LEAST_HEIGHT = 8
 
-#: The same where rows are wide, which cross faster as entries of a batch: as many rows are taken
+#: The same if rows are wide, which cross faster as entries of a batch: as many rows are taken
 #: together all the same, since the host would be busy for longer than the link. 64 rows of 32 KiB
 #: took the host 4 us and reached 0.78 (D2H) and 0.92 (H2D) of a memcpy on an H200; as entries they
 #: took it 28 us and up, and reached 0.98 where it kept up, 0.5 - 0.9 where it did not.
@@ -280,13 +280,13 @@ class RunCounter:
 
     Args:
         plan: any plan.
-        mirrored: its two sides are one, and the runs are those between that side's memory and
+        dense: its two sides are one, and the runs are those between that side's memory and
             dense rows in the order of its index.
         fold_below: as `Link.fold_below` has it; 0: nothing folds, however many lie together.
     """
 
-    def __init__(self, plan: CopyPlan, mirrored: bool = False, fold_below: int = ALL) -> None:
-        self._unit, self._nests, self._mirrored = plan.unit, plan.nests, mirrored
+    def __init__(self, plan: CopyPlan, dense: bool = False, fold_below: int = ALL) -> None:
+        self._unit, self._nests, self._dense = plan.unit, plan.nests, dense
         self._bytes, self._below = plan.token_bytes, fold_below
         self._known: Bounded[tuple[object, ...], int] = Bounded("counts of runs", _KEPT)
 
@@ -332,7 +332,7 @@ class RunCounter:
         if unknown:  # asking the device would wait for it: taken as scattered
             return min(units, max(-(-units * self._unit // index.step) for index in unknown))
         numbers = [_numbers(index, units, self._unit) for _, index in sides]
-        return _groups(numbers, limits, falling=not self._mirrored)
+        return _groups(numbers, limits, falling=not self._dense)
 
 
 def _list_of(index: Index) -> tuple[object, bool, int]:

@@ -56,7 +56,7 @@ class Sizes(NamedTuple):
 
 
 def staged_sizes(idle: bool) -> Sizes:
-    """Those of `staged`; where the link is not ``idle`` all are as large as they can be, as nothing
+    """Those of `staged`; if the link is not ``idle`` all are as large as they can be, as nothing
     waits for the first of them, and a model that leaves little room is asked for it least often."""
     return Sizes(WHOLE, SMALLEST if idle else LARGEST, LARGEST)
 
@@ -165,7 +165,7 @@ class TwoStages:
         """Slots of a buffer for ``count`` positions of which the ``first`` may stand inside a
         block; exactly so many if nothing is to lie between its planes. Else one of few numbers, so
         that transfers of any length share forms and with them plans: no more than ``largest`` bytes
-        (None: `LARGEST`), but for one block, or one more where one is cut."""
+        (None: `LARGEST`), but for one block, or one more if one is cut."""
         block, quantum = self.dense.block_size, self.quantum
         if exactly and block == 1:
             return count

@@ -57,7 +57,7 @@ class DenseRows:
         by_layer: they lie layer by layer instead, in the order that every backend knows.
 
     Attributes:
-        block_size: tokens of a block; 1 where the form is not paged.
+        block_size: tokens of a block; 1 if the form is not paged.
         outside: which of ``kv`` and ``layer`` lie outside the tokens, outermost first; an axis of
             extent 1 does not.
     """
