@@ -19,7 +19,7 @@ from portakv.backends.base import Capabilities, Launch
 from portakv.backends.strided import HostRows
 from portakv.engines.engine import PAGEABLE, Engine, Move
 from portakv.engines.pieces import Pieces
-from portakv.engines.slices import Sizes, Slice, TwoStages, cuts, kept_slices
+from portakv.engines.slices import Sizes, Slice, TwoStages, kept_slices
 from portakv.engines.staged import Passage, StagedLaunch
 from portakv.engines.staging import BUFFERS, bounce_buffers, staging
 from portakv.plan.plan import CopyPlan
@@ -133,18 +133,13 @@ class _RingLaunch(StagedLaunch):
     ) -> list[Slice]:
         """As `StagedLaunch.slices`, wherever the host's memory is. If planes lie outside the
         positions these are cut, so that the host copies few long pieces."""
+        outside = self.stages.whole.dense.outside
+        # Not exactly so many positions: transfers of any length share few plans.
         key = count, theirs.ids_token, theirs.offset
-        kept, whole = kept_slices(self, rows), self.stages.whole
-        slices: list[Slice] | None = kept.get(key)
-        if slices is None:
-            # Not exactly so many positions: transfers of any length share few plans.
-            slices = kept[key] = [
-                _Bounced(self.stages, cut, rows, host, theirs, False, SIZES.largest)
-                for cut in cuts(
-                    self._host, whole.dense.outside, count, whole.quantum, self.downward, SIZES
-                )
-            ]
-        return slices
+        return kept_slices(self, rows, key, lambda: [
+            _Bounced(self.stages, cut, rows, host, theirs, False, SIZES.largest)
+            for cut in self._cuts(outside, count, SIZES)
+        ])  # fmt: skip
 
     def _hop(self, each: Slice, host: KVView, at: int) -> None:
         """The host's copy between its rows and a bounce buffer, once nothing crosses there."""

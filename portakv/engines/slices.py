@@ -9,6 +9,7 @@ the positions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import lcm
 from typing import TYPE_CHECKING, NamedTuple
@@ -311,9 +312,11 @@ class Slice:
         return known._replace(dst=known.dst + dst, src=known.src + src)
 
 
-def kept_slices(launch: object, rows: KVView) -> Bounded[tuple[object, ...], list[Slice]]:
-    """The slices that a view of rows keeps for a launch."""
+def kept_slices(
+    launch: object, rows: KVView, key: tuple[object, ...], make: Callable[[], list[Slice]]
+) -> list[Slice]:
+    """The slices that a view of rows keeps for a launch under a key, made if there are none."""
     kept: Bounded[tuple[object, ...], list[Slice]] | None = rows.derived.get(launch)
     if kept is None:
         kept = rows.derived.setdefault(launch, Bounded("slices of transfers", _KEPT))
-    return kept
+    return kept.get_or_make(key, make)

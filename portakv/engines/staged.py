@@ -17,7 +17,7 @@ import torch
 from portakv.backends.base import Capabilities, Launch
 from portakv.engines.engine import PINNED, Engine, EngineLaunch, Move, finish, read_on
 from portakv.engines.link import link_of
-from portakv.engines.slices import Slice, StagesByCut, cuts, kept_slices, staged_sizes
+from portakv.engines.slices import Cut, Sizes, Slice, StagesByCut, cuts, kept_slices, staged_sizes
 from portakv.engines.staging import DETACHED_RING, RING, Staging, mark, staging
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan
@@ -86,16 +86,14 @@ class StagedLaunch(EngineLaunch):
             key += (host.origins,)
         else:  # in other memory of the host's form a slice lies as far behind its address
             outside = self.stages.whole.dense.outside
-        kept = kept_slices(self, rows)
-        slices: list[Slice] | None = kept.get(key)
-        if slices is None:
-            # Ids scatter the rows of a plane anyway, and several allocations the planes.
-            quantum, sizes = self.stages.whole.quantum, staged_sizes(idle)
-            slices = kept[key] = [
-                Slice(self.stages, cut, rows, host, theirs, bool(outside))
-                for cut in cuts(self._host, outside, count, quantum, self.downward, sizes)
-            ]
-        return slices
+        # Ids scatter the rows of a plane anyway, and several allocations the planes.
+        return kept_slices(self, rows, key, lambda: [
+            Slice(self.stages, cut, rows, host, theirs, bool(outside))
+            for cut in self._cuts(outside, count, staged_sizes(idle))
+        ])  # fmt: skip
+
+    def _cuts(self, outside: tuple[str, ...], count: int, sizes: Sizes) -> list[Cut]:
+        return cuts(self._host, outside, count, self.stages.whole.quantum, self.downward, sizes)
 
 
 class _Staged(NamedTuple):

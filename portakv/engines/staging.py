@@ -173,7 +173,31 @@ def _split(part: Part, axis: str, name: str) -> list[_Factor]:
     return [*found, *(_Factor(s.table, s.stride, f"{name}%?", s.extent) for s in rest)]
 
 
-class Staging:
+class _Buffers:
+    """Buffers that transfers pass through, one transfer at a time, under ``lock``."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._memory: list[torch.Tensor] = []
+        self._views: Bounded[tuple[int, DenseRows, int], KVView] = Bounded(
+            "views of staging buffers", _VIEWS
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held."""
+        return sum(memory.numel() for memory in self._memory)
+
+    def view(self, at: int, dense: DenseRows, held: int) -> KVView:
+        """One of the buffers, as dense rows of ``held`` slots."""
+        key = at, dense, held
+        known = self._views.get(key)
+        if known is None:
+            known = self._views[key] = dense.view(self._memory[at], held)
+        return known
+
+
+class Staging(_Buffers):
     """The device's buffers of one stream. One transfer at a time issues its work, under ``lock``;
     on the device the stream orders them, or if they are detached the buffers do, one by one.
 
@@ -185,23 +209,13 @@ class Staging:
     """
 
     def __init__(self, device: torch.device, detached: bool = False) -> None:
+        super().__init__()
         self.detached = detached
-        self.lock = threading.Lock()
         self.half: torch.Stream = own_stream(device, priority=-1)
         self.link: torch.Stream = own_stream(device)
         self.free: list[torch.Event | None] = [None] * RING
         self._turn = 0
         self._device = device
-        self._each = 0
-        self._room: torch.Tensor | None = None
-        self._views: Bounded[tuple[int, DenseRows, int], KVView] = Bounded(
-            "views of staging buffers", _VIEWS
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the device that are held."""
-        return 0 if self._room is None else self._room.numel()
 
     def reserve(self, nbytes: int, buffers: int) -> None:
         """Have room for so many buffers, of so many bytes each; on the current stream.
@@ -209,33 +223,24 @@ class Staging:
         Smaller memory is given back: to what the allocator serves later on this stream, which by
         then waits for every use. If transfers are detached this stream is ``half``.
         """
-        each = max(self._each, -(-nbytes // _APART) * _APART)
-        if each > self._each or buffers > len(self.free):
+        before = self._memory[0].numel() if self._memory else 0
+        each = max(before, -(-nbytes // _APART) * _APART)
+        if each > before or buffers > len(self.free):
             buffers = max(len(self.free), buffers)
             self._views.clear()
-            self._room, self._each = None, 0  # nothing is held if there is no more
+            self._memory = []  # nothing is held if there is no more
             self.free = [None] * buffers
-            self._room = torch.empty(buffers * each, dtype=torch.uint8, device=self._device)
-            self._each = each
+            room = torch.empty(buffers * each, dtype=torch.uint8, device=self._device)
+            self._memory = list(room.split(each))
             if self.detached:
                 # The link waits for no stream that the allocator knows this memory by.
-                self._room.record_stream(self.link)
+                room.record_stream(self.link)
                 self.link.wait_stream(self.half)
 
     def turns(self, slices: int, buffers: int) -> list[int]:
         """Which buffer each of so many slices takes, the one behind the last slice's first."""
         first, self._turn = self._turn, (self._turn + slices) % buffers
         return [(first + nth) % buffers for nth in range(slices)]
-
-    def view(self, at: int, dense: DenseRows, held: int) -> KVView:
-        """One of the buffers, as dense rows of ``held`` slots."""
-        key = at, dense, held
-        known = self._views.get(key)
-        if known is None:
-            assert self._room is not None
-            room = self._room[at * self._each : (at + 1) * self._each]
-            known = self._views[key] = dense.view(room, held)
-        return known
 
 
 _known: Bounded[tuple[torch.device, int, bool], Staging] = Bounded("staging of streams", _STREAMS)
@@ -252,7 +257,7 @@ def staging(device: torch.device, work: torch.Stream, detached: bool = False) ->
     return found
 
 
-class BounceBuffers:
+class BounceBuffers(_Buffers):
     """The pinned buffers of one device. One transfer at a time has them, under ``lock``.
 
     What crosses is remembered with its buffer, not with the transfer: a transfer may end before its
@@ -260,17 +265,8 @@ class BounceBuffers:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self._memory: list[torch.Tensor] = []
-        self._views: Bounded[tuple[int, DenseRows, int], KVView] = Bounded(
-            "views of bounce buffers", _VIEWS
-        )
+        super().__init__()
         self._crossing: list[torch.Stream | torch.Event | None] = [None] * BUFFERS
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of pinned memory that are held."""
-        return sum(memory.numel() for memory in self._memory)
 
     def reserve(self, nbytes: int) -> None:
         """Have buffers of at least so many bytes each."""
@@ -281,12 +277,6 @@ class BounceBuffers:
         self._views.clear()
         self._memory = []
         self._memory = [pinned.empty(nbytes, torch.uint8) for _ in range(BUFFERS)]
-
-    def view(self, at: int, dense: DenseRows, held: int) -> KVView:
-        """One of the buffers, as dense rows of ``held`` slots."""
-        return self._views.get_or_make(
-            (at, dense, held), lambda: dense.view(self._memory[at], held)
-        )
 
     def begin(self, at: int, stream: torch.Stream) -> None:
         """Something is about to cross on a stream: until `end`, the buffer waits for all of it."""
