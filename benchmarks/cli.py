@@ -213,23 +213,17 @@ def _device_steps(
     fast = [name for name in field.backends if name not in suite.COMPILING]
 
     def overhead(backend: str) -> Step:
-        rounds = preset.overhead_rounds
-        return f"overhead of {backend}", lambda: (measure_overhead(backend, device, rounds), [])
-
-    def start(backend: str, rounds: int) -> Step:
-        name = f"fresh process with {backend}"
-        return name, lambda: (measure_startup(backend, str(device), rounds), [])
-
-    def workload(task: suite.Task) -> Step:
-        name = f"{task.shape.name}, layers {task.arrangement}"
-        if task.left_out:
-            return name, lambda: ([], [f"{name}: {task.left_out}"])
-        return name, partial(suite.run_task, task, preset, field)
+        asked = backend, device, preset.overhead_rounds
+        return f"overhead of {backend}", partial(measure_overhead, *asked)
 
     yield from (overhead(backend) for backend in fast)
-    if preset.starts:  # the first is what the registry would choose
-        yield from (start(name, preset.starts if name == fast[0] else 1) for name in fast)
-    yield from (workload(task) for task in suite.tasks(preset, shapes, device))
+    for backend in fast if preset.starts else ():  # the first is what the registry would choose
+        rounds = preset.starts if backend == fast[0] else 1
+        yield (f"fresh process with {backend}",
+               partial(measure_startup, backend, str(device), rounds))  # fmt: skip
+    for task in suite.tasks(preset, shapes, device):
+        yield (f"{task.shape.name}, layers {task.arrangement}",
+               partial(suite.run_task, task, preset, field))  # fmt: skip
     for shape in shapes:
         if preset.ladder and shape.name == LADDER:
             yield f"ladder of {LADDER}", partial(run_ladder, shape, field, preset.rounds)

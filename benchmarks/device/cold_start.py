@@ -29,7 +29,9 @@ _LIMIT = 180.0  # seconds for one process
 _CACHES = ("PORTAKV_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 
-def measure_startup(backend: str, device: str, rounds: int) -> list[dict[str, Any]]:
+def measure_startup(
+    backend: str, device: str, rounds: int
+) -> tuple[list[dict[str, Any]], list[str]]:
     """A row for cold and one for warm starts, each the median of ``rounds`` processes."""
     found: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": []}
     for _ in range(rounds):
@@ -45,7 +47,7 @@ def measure_startup(backend: str, device: str, rounds: int) -> list[dict[str, An
             "import_seconds": round(median(one["imported"] for one in times), 4),
             "rounds": rounds, "verified": all(one["right"] for one in times),
         })  # fmt: skip
-    return rows
+    return rows, []
 
 
 def _start(backend: str, device: str, folder: Path) -> dict[str, Any]:

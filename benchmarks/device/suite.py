@@ -114,6 +114,8 @@ def run_task(task: Task, preset: Preset, field: Field) -> Found:
     """Measure one workload in every way; a row for each, that of `copy_` first, and what was
     refused. Repeats have memory of their own."""
     shape, place = task.shape, f"{task.shape.name}, layers {task.arrangement}"
+    if task.left_out:
+        return [], [f"{place}: {task.left_out}"]
     repeats = preset.repeats if shape.payload < REPEATED_BELOW else 1
     left_out: list[str] = []
     runs: list[list[Measured]] = []

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from portakv_benchmarks.shared.shapes import POISON, Shape, fill, planes, poison_of, sizes
+from portakv_benchmarks.shared.shapes import POISON, Shape, fill, moved, planes, sizes
 
 _SEED = 20261120
 
@@ -71,8 +71,10 @@ class Workload:
 
     def stored_right(self, i: int, index: str) -> bool:
         """Whether memory object ``i`` holds the source's rows, every byte."""
-        planes_of, places = self._rows(self.source, self.stored[i], index)
-        return bool(torch.stack([(c[0] == p[places]).all() for p, c in planes_of]).all())
+        pairs, places = self._rows(self.source, self.stored[i], index)
+        return bool(
+            torch.stack([(chunk[0] == cache[places]).all() for cache, chunk in pairs]).all()
+        )
 
     def copied_right(self, i: int) -> bool:
         """Whether memory object ``i`` that is written equals the one that is read."""
@@ -83,19 +85,18 @@ class Workload:
 
         Overwrites those rows.
         """
-        planes_of, places = self._rows(self.target, self.loaded[i], index)
-        same = []
-        for p, c in planes_of:
-            same.append((c[0] == p[places]).all())
-            p[places] = poison_of(p.dtype)
-            same.append((p == poison_of(p.dtype)).all())
-        return bool(torch.stack(same).all())
+        pairs, places = self._rows(self.target, self.loaded[i], index)
+        chunks, cached = [chunk for _, chunk in pairs], [cache for cache, _ in pairs]
+        right = moved(chunks, 0, cached, places)
+        tensors = self.target if isinstance(self.target, list) else [self.target]
+        clean = [(tensor.view(torch.uint8) == POISON).all() for tensor in tensors]
+        return bool(right & torch.stack(clean).all())
 
     def _rows(self, caches: Any, chunk: torch.Tensor, index: str) -> tuple[Any, Any]:
         """The planes of caches and of a chunk, in pairs; block and place in it of each token."""
         slots, shape = self.slots(index).to(self.device), self.shape
         both = planes(caches, shape.cache, shape), planes(chunk, shape.chunk, shape)
-        return zip(*both, strict=True), (slots // shape.block_size, slots % shape.block_size)
+        return [*zip(*both, strict=True)], (slots // shape.block_size, slots % shape.block_size)
 
     def _caches(self, salt: int | None) -> Any:
         shape = self.shape

@@ -17,7 +17,7 @@ import torch
 
 from portakv import Index, KVView
 from portakv.host import pinned
-from portakv_benchmarks.shared.shapes import POISON, Shape, fill, in_words, planes, poison_of, sizes
+from portakv_benchmarks.shared.shapes import POISON, Shape, fill, in_words, moved, planes, sizes
 
 #: A directions' name, as everywhere: from the device to the host, and back.
 DIRECTIONS = ("d2h", "h2d")
@@ -206,7 +206,7 @@ class Sides:
         self.caches, spread = _caches(device, region.device)
         self.chunk = _tensor(region.host, 0, _host_sizes(host), host)
         end = -(-spread // 512) * 512
-        self._cache_words = _words(region.device[:end])
+        self._cache_bytes = region.device[:end]
         self._host_bytes = self.chunk.nbytes
         self.dense = _words(region.device[end : end + case.payload])
         self.flat = _words(region.host[: case.payload])
@@ -257,7 +257,7 @@ class Sides:
         """Overwrite everything that a copy in a direction may write, or what a plain one writes."""
         self._synchronise()
         if direction == "h2d":
-            (self.dense if plain else self._cache_words).fill_(poison_of(torch.int64))
+            (self.dense.view(torch.uint8) if plain else self._cache_bytes).fill_(POISON)
         else:
             nbytes = self.case.payload if plain else self._host_bytes
             self._region.host[:nbytes].copy_(self._region.scratch[:nbytes].fill_(POISON))
@@ -276,31 +276,22 @@ class Sides:
         """
         self._synchronise()
         device, host = self.case.on_device, self.case.on_host
-        scratch = self._region.scratch[: self._host_bytes].copy_(
-            self._region.host[: self._host_bytes]
-        )
+        scratch = self._region.scratch[: self._host_bytes]
+        scratch.copy_(self._region.host[: self._host_bytes])
         copied = _tensor(scratch, 0, _host_sizes(host), host)
         # The places come from the host: a copy that went wrong may have overwritten the device's.
-        ends = [
-            (planes(self.caches, device.cache, device), self._places(device, self._ids[0])),
-            (planes(copied, host.cache, host), self._places(host, self._ids[1])),
-        ]
-        words = _words(scratch) if direction == "d2h" else self._cache_words
-        (sources, out_of), (targets, into) = ends if direction == "d2h" else ends[::-1]
-        same = []
-        for source, target in zip(sources, targets, strict=True):
-            same.append((target[into] == source[out_of]).all())
-            target[into] = poison_of(target.dtype)
-        return bool(torch.stack(same).all() & (words == poison_of(torch.int64)).all())
+        here = planes(self.caches, device.cache, device), self._places(device, self._ids[0])
+        there = planes(copied, host.cache, host), self._places(host, self._ids[1])
+        if direction == "d2h":
+            return bool(moved(*here, *there) & (scratch == POISON).all())
+        return bool(moved(*there, *here) & (self._cache_bytes == POISON).all())
 
-    def _places(self, shape: Shape, ids: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """Block and place in the block of each token, on the device; of a chunk, block 0."""
+    def _places(self, shape: Shape, ids: torch.Tensor | None) -> Any:
+        """Block and place in the block of each token, on the device; of a chunk, its only block."""
         if ids is None:
-            places = torch.zeros(shape.tokens, dtype=torch.int64), torch.arange(shape.tokens)
-        else:
-            size = shape.block_size
-            places = ids.repeat_interleave(size), torch.arange(size).repeat(ids.numel())
-        return tuple(place.to(self.device) for place in places)
+            return 0
+        at = torch.arange(shape.block_size).repeat(ids.numel())
+        return ids.repeat_interleave(shape.block_size).to(self.device), at.to(self.device)
 
     def _synchronise(self) -> None:
         torch.get_device_module(self.device).synchronize()

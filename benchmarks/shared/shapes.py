@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -56,8 +56,7 @@ class Shape:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype itself."""
-        found = getattr(torch, self.dtype)
-        assert isinstance(found, torch.dtype)
+        found: torch.dtype = getattr(torch, self.dtype)
         return found
 
     @property
@@ -184,9 +183,19 @@ def fill(words: torch.Tensor, salt: int) -> torch.Tensor:
     return words.mul_(-0x61C8864680B583EB).add_(salt * 0x2545F4914F6CDD1D % (1 << 62))
 
 
-def poison_of(dtype: torch.dtype) -> int:
-    """The integer of a dtype whose every byte is `POISON`."""
-    return int.from_bytes([POISON] * dtype.itemsize, "big", signed=dtype.is_signed)
+def moved(
+    sources: Sequence[torch.Tensor], out_of: Any, targets: Sequence[torch.Tensor], into: Any
+) -> torch.Tensor:
+    """Whether the rows at some places of planes are those at others of their sources, every byte.
+
+    Overwrites them with poison: then nothing but poison is left where no other row was written.
+    """
+    same = []
+    for source, target in zip(sources, targets, strict=True):
+        same.append((target[into] == source[out_of]).all())
+        target[into] = int.from_bytes([POISON] * target.element_size(), "big",
+                                      signed=target.dtype.is_signed)  # fmt: skip
+    return torch.stack(same).all()
 
 
 def in_words(nbytes: int) -> str:

@@ -315,7 +315,7 @@ def test_a_tiny_shape_gives_verified_rows(tiny: Shape, device: torch.device) -> 
 
 @ON_CPU_AND_CUDA
 def test_overhead_rows(device: torch.device) -> None:
-    rows = measure_overhead("reference", device, 10)
+    rows, _ = measure_overhead("reference", device, 10)
     on_device = [] if device.type == "cpu" else ["device tensor"]
     assert [row["ids"] for row in rows] == ["kept Index", "host tensor", *on_device]
     assert all(row["verified"] and row["launch_us"] > 0 for row in rows)
@@ -390,7 +390,7 @@ def test_rows_are_related_to_cuda_and_to_the_better_right_peer() -> None:
 
 @pytest.mark.full
 def test_fresh_processes_start_cold_and_warm() -> None:
-    rows = measure_startup("reference", "cpu", 1)
+    rows, _ = measure_startup("reference", "cpu", 1)
     assert [row["cache"] for row in rows] == ["cold", "warm"]
     assert all(row["verified"] for row in rows)
     assert all(0 < row["import_seconds"] < row["seconds"] for row in rows)
