@@ -13,9 +13,8 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Real
-from operator import itemgetter
 from typing import Any, Protocol
 
 import torch
@@ -164,7 +163,8 @@ class PinnedPool:
         self._segments: list[tuple[int, PinnedMemory]] = []  # number of its first block, memory
         self._size, self._generation, self.high_water = 0, 0, 0
         self._free: deque[int] = deque()
-        self._out: dict[int, tuple[weakref.ref[Block], float, Leak]] = {}  # since when, and who
+        # Blocks that are out: since when, the owner and its thread, and the stack.
+        self._out: dict[int, tuple[weakref.ref[Block], float, str, str, str]] = {}
         # Blocks that were released after work that has not ended, and what tells when it has.
         self._in_use: list[tuple[int, Callable[[], bool]]] = []
         self._process, self._closed = os.getpid(), False
@@ -285,10 +285,10 @@ class PinnedPool:
         """Every block that is out and its owner, the oldest first."""
         now = time.monotonic()
         with self._changed:
-            out = sorted(self._out.values(), key=itemgetter(1))
+            out = sorted(self._out.items(), key=lambda item: item[1][1])
         return [
-            replace(leak, seconds=now - since, dropped=block() is None)
-            for block, since, leak in out
+            Leak(index, owner, thread, now - since, block() is None, stack)
+            for index, (block, since, owner, thread, stack) in out
         ]
 
     def close(self) -> None:
@@ -364,8 +364,8 @@ class PinnedPool:
             self, index, memory.tensor[start : start + self.block_bytes], self._generation
         )
         stack = "".join(traceback.format_stack()[:-3]) if self._stacks else ""
-        leak = Leak(index, owner, threading.current_thread().name, 0.0, False, stack)
-        self._out[index] = weakref.ref(block), time.monotonic(), leak
+        thread = threading.current_thread().name
+        self._out[index] = weakref.ref(block), time.monotonic(), owner, thread, stack
         self.high_water = max(self.high_water, len(self._out) + len(self._in_use))
         return block
 
