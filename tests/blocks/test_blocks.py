@@ -124,9 +124,8 @@ def test_bad_ids_on_the_device(accelerator: torch.device, store: bool, way: str)
     blocks = pair(accelerator, store, True, [5, 2], [1, 4])
     ids = torch.tensor([5, BLOCKS, 2], device=accelerator)
     if way not in SLICED:
-        moved = blocks.start(ids, [1, 3, 4], **WAYS[way])
         with pytest.raises(SlotError):
-            moved.synchronize()
+            blocks.start(ids, [1, 3, 4], **WAYS[way]).synchronize()
         assert blocks.landed()
     else:  # they are read before anything is issued
         with refused(SlotError, "source", f"id {BLOCKS}", watch=blocks.dst.tensors):

@@ -232,23 +232,6 @@ def test_a_quick_stream_does_not_wait_for_a_slow_one(accelerator: torch.device) 
     assert quick.landed()
 
 
-@DOWNWARD
-def test_memory_and_handles_that_everybody_forgets(
-    accelerator: torch.device, downward: bool
-) -> None:
-    for _ in range(3):
-        pairs = Pairs(accelerator, downward)
-        pairs.started()
-        for blocks in pairs.each:
-            del blocks.src
-        gc.collect()
-        rubbish: list[Any] = [block_first(pin=True) for _ in range(4)]
-        rubbish += [layered(accelerator) for _ in range(4)]
-        settle(accelerator)
-        assert pairs.landed()
-        del rubbish
-
-
 def test_threads_and_both_directions(accelerator: torch.device) -> None:
     pairs = [Pairs(accelerator, nth % 2 == 0, 4) for nth in range(4)]
     run_threads(lambda each: [moved.synchronize() for moved in each.started()], pairs)

@@ -8,7 +8,6 @@ import pytest
 from portakv.cli.console import (
     PIPED_WIDTH,
     Column,
-    fit_widths,
     output_width,
     print_prose,
     print_table,
@@ -49,17 +48,6 @@ def test_numbers_stand_on_the_right(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     ends = {len(x) for x in lines if x.split()[-1:] in (["1"], ["1024"], ["16"])}
     assert ends == {80}
-
-
-def test_widths_are_natural_where_there_is_room() -> None:
-    assert fit_widths(COLUMNS[:2], [["ab", "c d e"]], 80) == [4, 12]
-
-
-def test_prose_gives_way_before_names() -> None:
-    rows = [["n" * 20, "some words of prose " * 3, "1"]]
-    name, prose, number = fit_widths(COLUMNS, rows, 50)
-    assert (name, number) == (20, 5)
-    assert name + prose + number + 2 * 2 == 50
 
 
 def test_a_pipe_has_a_width_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
