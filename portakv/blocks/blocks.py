@@ -12,7 +12,6 @@ from portakv.blocks.slices import in_slices
 from portakv.copy.copy import Ids, carrier, check_views, checked, is_strict
 from portakv.engines.engine import Terms
 from portakv.errors import LayoutError, SlotError
-from portakv.plan.plan import check_disjoint
 from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.streams import beside
 from portakv.runtime.transfer import Transfer
@@ -93,8 +92,8 @@ def _issued(asked: BlockMove, by_layer: bool) -> BlockTransfer:
     if not by_layer:
         return BlockTransfer(asked.issue(), extent, began)
     asked.move.dst.check_writable()
-    check_disjoint(asked.move)
-    layers = [asked.layer(i).issue(disjoint=True) for i in range(asked.move.src.layers)]
+    asked.check_memory()
+    layers = [asked.layer(i).issue(known_good=True) for i in range(asked.move.src.layers)]
     return BlockTransfer(Transfer.join(layers), extent, began, layers)
 
 

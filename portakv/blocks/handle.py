@@ -16,6 +16,7 @@ from portakv.copy.enqueue import follow_current
 from portakv.engines.engine import Engine
 from portakv.errors import TransferError
 from portakv.plan import Move
+from portakv.plan.plan import check_disjoint
 from portakv.registry.registry import Choice
 from portakv.runtime.transfer import Transfer
 from portakv.runtime.worker import Worker
@@ -125,10 +126,17 @@ class BlockMove(NamedTuple):
         block = mine.plan_step or theirs.plan_step or 1
         return Extent((mine, theirs), count, block, src.form.token_bytes / share)
 
-    def issue(self, disjoint: bool = False) -> Transfer:
-        """Issue all of it; ``disjoint``: its rows are known to be."""
-        strict = self.strict
-        return copy_move(self.move, self.choice, self.stream, disjoint=disjoint, strict=strict)
+    def issue(self, known_good: bool = False) -> Transfer:
+        """Issue all of it; ``known_good``: after `check_memory`."""
+        return copy_move(
+            self.move, self.choice, self.stream, known_good=known_good, strict=self.strict
+        )
+
+    def check_memory(self) -> None:
+        """Raise if the memory of a view was replaced, or a row is both read and written."""
+        self.move.src.check_memory()
+        self.move.dst.check_memory()
+        check_disjoint(self.move)
 
     def check(self) -> None:
         """Raise what issuing it raises for its forms; moves nothing."""

@@ -12,7 +12,6 @@ from math import gcd, lcm
 from portakv.blocks.handle import BlockMove, BlockTransfer, Slice
 from portakv.copy.copy import drop_bad_ids
 from portakv.plan import Move
-from portakv.plan.plan import check_disjoint
 from portakv.registry.prepared import bring
 from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.streams import ignore_captures_elsewhere, own_stream
@@ -44,8 +43,8 @@ def in_slices(asked: BlockMove, rate: float | None, by_layer: bool) -> BlockTran
     src, dst, mine, theirs, count = asked.move
     extent, began = asked.extent, time.perf_counter()
     move = _cleaned(Move(src, dst, mine.to_host(), theirs.to_host(), count))
-    check_disjoint(move)
     asked = asked._replace(move=move)
+    asked.check_memory()
     if not move.count:
         return BlockTransfer(
             Transfer(), extent, began, [Transfer()] * src.layers if by_layer else None
@@ -58,7 +57,7 @@ def in_slices(asked: BlockMove, rate: float | None, by_layer: bool) -> BlockTran
     within = asked._replace(stream=None, strict=False)  # its stream is the thread's current one
 
     def issue(piece: Slice) -> Transfer:
-        return within.part(piece).issue(disjoint=True)
+        return within.part(piece).issue()  # memory may go while it runs
 
     slices, limit = cut(asked, rate, by_layer), None if rate is None else RateLimit(rate)
     worker = Worker(slices, issue, partial(_inside, asked), limit)

@@ -246,7 +246,7 @@ class AdaptiveConnector:
         caches.check_memory()
         job = caches.job(memory_obj, slot_mapping, start, end)
         move, strict = caches.move(store, job), self._strict
-        transfer = copy_move(move, self._choice, stream, disjoint=True, strict=strict)
+        transfer = copy_move(move, self._choice, stream, known_good=True, strict=strict)
         if not strict:  # a shortcut looks at no ids
             caches.shortcuts.remember(store, job[0], slot_mapping)
         return self._keep(transfer)
@@ -264,7 +264,7 @@ class AdaptiveConnector:
         caches = self._caches(kv_caches)
         caches.check_memory()
         transfers = [
-            copy_move(move, self._choice, stream, disjoint=True, strict=self._strict)
+            copy_move(move, self._choice, stream, known_good=True, strict=self._strict)
             for move in caches.batch_moves(store, batch, self._strict)
         ]
         return self._keep(Transfer.join(transfers))

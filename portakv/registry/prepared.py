@@ -61,10 +61,13 @@ class Prepared:
 
     def place_both(self, move: Move) -> Move:
         """A copy with the ids of both sides where `place` puts them."""
+        if self.can.index_on == "any":
+            return move
         src, dst, mine, theirs, count = move
-        if mine.fleeting and theirs.fleeting and self.can.index_on != "any":
-            bring((mine, theirs), self.home_of_ids, self.can.index_dtypes)
-        return Move(src, dst, self.place(mine), self.place(theirs), count)
+        home, dtypes = self.home_of_ids, self.can.index_dtypes
+        if mine.fleeting or theirs.fleeting:
+            bring((mine, theirs), home, dtypes)
+        return Move(src, dst, mine.placed(home, dtypes), theirs.placed(home, dtypes), count)
 
 
 _Key = tuple[Form, Form, int, int, int | None, Choice]
