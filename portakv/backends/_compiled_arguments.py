@@ -38,20 +38,15 @@ class NestArguments:
 
     def __init__(self, nest: Nest, plan: CopyPlan, lost: torch.Tensor) -> None:
         width = min(nest.vector, 8)
-        src_walks = [(x.src_stride, x.src_table) for x in nest.loops]
-        dst_walks = [(x.dst_stride, x.dst_table) for x in nest.loops]
-        self.shape = CopyShape(
+        self._src = _SideArguments(nest, plan, "src", ())
+        self._dst = _SideArguments(nest, plan, "dst", (lost.data_ptr(),))
+        self.shape = self._src.copy = self._dst.copy = CopyShape(
             ELEMENTS[width],
             nest.run // width,
             nest.vector // width,
             tuple(x.extent for x in nest.loops),
-            _side_shape(nest.src, plan.src_step // plan.unit, src_walks),
-            _side_shape(nest.dst, plan.dst_step // plan.unit, dst_walks),
-        )
-        self._src = _SideArguments(nest.src, self.shape, self.shape.src, plan.unit, src_walks, ())
-        reached = (lost.data_ptr(),)
-        self._dst = _SideArguments(
-            nest.dst, self.shape, self.shape.dst, plan.unit, dst_walks, reached
+            self._src.shape,
+            self._dst.shape,
         )
         self._lost = lost  # held here: arguments only know its address
 
@@ -68,52 +63,50 @@ class NestArguments:
 class _SideArguments:
     """One side of a nest; ``reached`` are addresses that its memory must reach beside a view's."""
 
-    def __init__(
-        self,
-        side: Side,
-        shape: CopyShape,
-        mine: SideShape,
-        unit: int,
-        walks: list[tuple[int, int]],
-        reached: tuple[int, ...],
-    ) -> None:
-        self.side, self.shape, self.mine, self.unit, self.reached = side, shape, mine, unit, reached
-        self.flat = mine.unit_entries == (False,)
-        self.steps = [x.table or x.stride // shape.grain for x in side.units]
+    copy: CopyShape
+
+    def __init__(self, nest: Nest, plan: CopyPlan, name: str, reached: tuple[int, ...]) -> None:
+        side: Side = getattr(nest, name)
+        self.side, self.unit, self.grain, self.reached = side, plan.unit, nest.vector, reached
+        walks = [(getattr(x, f"{name}_stride"), getattr(x, f"{name}_table")) for x in nest.loops]
+        self.shape = SideShape(
+            getattr(plan, f"{name}_step") // plan.unit,
+            tuple(step.extent for step in side.units),
+            tuple(step.table != 0 for step in side.units),
+            tuple(table != 0 for _, table in walks),
+        )
+        self.steps = [x.table or x.stride // self.grain for x in side.units]
         for stride, table in walks:
-            self.steps += [stride // shape.grain, *([table] if table else [])]
+            self.steps += [stride // self.grain, *([table] if table else [])]
 
     def arguments(self, view: KVView, index: Index) -> tuple[list[Argument], int]:
         """The arguments of this side, and the address that its memory begins at."""
-        side, grain = self.side, self.shape.grain
+        side, unit, per_id = self.side, self.unit, self.shape.per_id
         memory, table, low = self._kept(view)
         given: list[Argument] = [memory]
         start = side.offset - low + (view.origins[side.table] if table is None else 0)
-        if self.mine.per_id:
-            ids, first, rest = id_arguments(index, view.device, self.unit, self.mine.per_id)
+        if per_id:
+            ids, first, rest = id_arguments(index, view.device, unit, per_id)
             given.append(ids)
-            numbers = [first, view.slots // self.unit, *([rest] if self.mine.per_id > 1 else [])]
-        elif self.flat:
-            # A flat side may start anywhere, also between two units.
-            first, rest = divmod(index.offset, self.unit)
-            stride = side.units[0].stride
-            start += first * stride + rest * (stride // self.unit)
-            numbers = [0]
+            numbers = [first, view.slots // unit, *([rest] if per_id > 1 else [])]
         else:
-            numbers = [index.offset // self.unit]
+            first, rest = divmod(index.offset, unit)
+            # A flat side may start anywhere, also between two units.
+            start += rest * (side.units[-1].stride // unit)
+            numbers = [first]
         if table is not None:
             given.append(table)
             numbers.append(side.table)
-        return [*given, start // grain, *numbers, *self.steps], low
+        return [*given, start // self.grain, *numbers, *self.steps], low
 
     def _kept(self, view: KVView) -> tuple[torch.Tensor, torch.Tensor | None, int]:
         """A view's memory, its table of addresses, and the address that the memory begins at."""
         known: tuple[torch.Tensor, torch.Tensor | None, int] | None = view.derived.get(self)
         if known is None:
             low = min((*view.origins, *self.reached)) // ALIGNMENT * ALIGNMENT
-            shape, device, table = self.shape, view.device, None
-            memory = memory_from(low, device, shape.dtype, shape.run, shape.ratio)
-            if self.mine.tabled:
+            copy, device, table = self.copy, view.device, None
+            memory = memory_from(low, device, copy.dtype, copy.run, copy.ratio)
+            if self.shape.tabled:
                 table = memory_from(view.table.data_ptr(), device, torch.int64)
             known = view.derived[self] = (memory, table, low)
         return known
@@ -127,12 +120,3 @@ def id_arguments(
     low = ids.data_ptr() // ALIGNMENT * ALIGNMENT
     first, rest = divmod(index.offset // unit, per_id)
     return memory_from(low, device, ids.dtype), (ids.data_ptr() - low) // 8 + first, rest
-
-
-def _side_shape(side: Side, per_id: int, walks: list[tuple[int, int]]) -> SideShape:
-    return SideShape(
-        per_id,
-        tuple(step.extent for step in side.units),
-        tuple(step.table != 0 for step in side.units),
-        tuple(table != 0 for _, table in walks),
-    )

@@ -82,9 +82,13 @@ OTHERS: dict[str, tuple[type[Backend], str, int, Any]] = {
 ALL = {**KERNELS, **OTHERS}
 WITH_SPACE = [name for name in KERNELS if name != "ascend kernel"]  # for 5 GiB
 TABLE = {**COPIES, **REPEATED}
+IN_STATES = {f"{x} within {state}": (state, x) for state in STATES for x in SHOWN}
 #: What `compiled` copies on the host outside of ``.ci/full``, and what `triton` does not.
-FEW = ("gather", "scatter", "blocks", "memory objects, scattered", "one block for all")
-SLOW = ("more planes than the arguments hold",)
+FEW = {
+    "gather", "scatter", "blocks", "memory objects, scattered", "one block for all",
+    "gather within default device meta", "gather within inference mode",
+}  # fmt: skip
+SLOW = {"more planes than the arguments hold", *(x for x in IN_STATES if "gather" not in x)}
 
 
 @pytest.fixture(scope="module")
@@ -121,26 +125,33 @@ def by_each(carriers: Any, *, wide: str = "") -> pytest.MarkDecorator:
     )
 
 
-def fewer(carrier: Carrier, few: bool, request: pytest.FixtureRequest) -> None:
-    """On the host `compiled` takes seconds for each shape, and the interpreter for each plane: all
-    but a few are for ``.ci/full``."""
-    slow = carrier.backend in (Compiled, Triton) and carrier.device.type == "cpu"
-    if slow and not few and "full" not in request.config.option.markexpr:
-        pytest.skip("it takes long on a host: run by -m full")
+def by_each_on(carriers: Any, things: Any) -> pytest.MarkDecorator:
+    """Run a test by each of some backends on each of some things.
+
+    On the host `compiled` takes seconds for each shape, and the interpreter for each plane: all but
+    a few are for ``.ci/full``.
+    """
+    wide = {
+        "compiled": [x for x in things if x not in FEW],
+        "triton interpreted": [x for x in things if x in SLOW],
+    }
+    return pytest.mark.parametrize(
+        ("carrier", "name"),
+        [
+            pytest.param(
+                each, x, id=f"{x}-{each}",
+                marks=[*ALL[each][3], *[pytest.mark.full] * (x in wide.get(each, ()))],
+            )
+            for each in carriers
+            for x in things
+        ],
+        indirect=["carrier"],
+    )  # fmt: skip
 
 
-@pytest.fixture
-def copied(request: pytest.FixtureRequest, carrier: Carrier) -> Copy:
-    """A copy of the table, made anew."""
-    name = request.param
-    fewer(carrier, name in FEW if carrier.backend is Compiled else name not in SLOW, request)
-    return TABLE[name]()
-
-
-@by_each(ALL)
-@pytest.mark.parametrize("copied", TABLE, indirect=True)
-def test_every_byte_lands(copied: Copy, carrier: Carrier) -> None:
-    carrier.copies(copied)
+@by_each_on(ALL, TABLE)
+def test_every_byte_lands(name: str, carrier: Carrier) -> None:
+    carrier.copies(TABLE[name]())
 
 
 @by_each(
@@ -299,15 +310,10 @@ def test_threads_share_a_launch(carrier: Carrier) -> None:
 # What it may not mind, and what it refuses
 
 
-@by_each([name for name in ALL if ALL[name][1] == "cpu"])
-@pytest.mark.parametrize("name", SHOWN)
-@pytest.mark.parametrize("state", STATES)
-def test_no_state_of_torch_s_changes_a_copy(
-    state: str, name: str, carrier: Carrier, request: pytest.FixtureRequest
-) -> None:
-    few = name == "gather" and state in ("default device meta", "inference mode")
-    fewer(carrier, few, request)
-    copy = SHOWN[name]()
+@by_each_on([x for x in ALL if ALL[x][1] == "cpu"], IN_STATES)
+def test_no_state_of_torch_s_changes_a_copy(name: str, carrier: Carrier) -> None:
+    state, shown = IN_STATES[name]
+    copy = SHOWN[shown]()
     copy.check(lambda: carrier.launches(copy, state=state))
 
 

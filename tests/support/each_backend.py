@@ -16,6 +16,8 @@ import torch
 
 from portakv import Index, KVView, LayoutError, SlotError, copy_rows
 from portakv.backends.base import Backend
+from portakv.backends.compiled import Compiled
+from portakv.registry.registry import choose
 from support.cuda_cases import (
     CHUNK,
     COPIES,
@@ -144,7 +146,7 @@ class Carrier(NamedTuple):
         src, dst, plan = copy.src.view(), copy.dst.view(), copy.plan()
         indices = copy.src.index(), copy.dst.index()
         with nullcontext() if state is None else STATES[state]():
-            backend = self.backend(self.device)
+            backend = self._made(state is None)
             can = backend.capabilities()
             home = can.home_of_ids(self.device)
             mine, theirs = (
@@ -155,6 +157,14 @@ class Carrier(NamedTuple):
                 pending.wait()
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
+
+    def _made(self, may_be_shared: bool) -> Backend:
+        """A backend with nothing prepared; of `compiled`, which takes seconds, the registry's."""
+        if may_be_shared and self.backend is Compiled:
+            found = choose(self.device, self.name).backend
+            assert isinstance(found, Backend)
+            return found
+        return self.backend(self.device)
 
     def word(self) -> torch.Tensor:
         """A status word that the backend can write."""
