@@ -57,34 +57,36 @@ def test_layers_and_planes_are_views_that_are_made_once() -> None:
     assert whole.planes((0, 2), (0, 1)).src.form == whole.src.form
 
 
+def table(*ids: int, offset: int = 0) -> Index:
+    return Index(list(ids), 8, offset)
+
+
+POOL = KVView(noise(2, 12, 16), "layer (block token) dim", block_size=1)
+
+
 @pytest.mark.parametrize(
-    ("ids", "offsets", "count", "expected"),
+    ("views", "mine", "theirs", "count", "expected"),
     [
-        ([3, 1], (0, 0), 16, [(0, 16, 8)]),
-        ([3, 1], (0, 3), 16, [(0, 16, 8)]),  # a chunk may begin at any token
-        ([3, 1], (3, 0), 13, [(0, 5, 1), (5, 8, 8)]),
-        ([3, 1, 2], (3, 0), 14, [(0, 5, 1), (5, 8, 8), (13, 1, 1)]),
-        ([3, 1], (0, 0), 9, [(0, 8, 8), (8, 1, 1)]),
-        ([3, 1], (3, 0), 4, [(0, 4, 1)]),
+        ((cache(), chunk(32)), table(3, 1), Index(), 16, [(0, 16, 8)]),
+        # A chunk may begin at any token.
+        ((cache(), chunk(32)), table(3, 1), Index(offset=3), 16, [(0, 16, 8)]),
+        ((cache(), chunk(32)), table(3, 1, offset=3), Index(), 13, [(0, 5, 1), (5, 8, 8)]),
+        ((cache(), chunk(32)), table(3, 1, 2, offset=3), Index(), 14,
+         [(0, 5, 1), (5, 8, 8), (13, 1, 1)]),
+        ((cache(), chunk(32)), table(3, 1), Index(), 9, [(0, 8, 8), (8, 1, 1)]),
+        ((cache(), chunk(32)), table(3, 1, offset=3), Index(), 4, [(0, 4, 1)]),
+        # Sides that never meet go in smaller units.
+        ((padded(), padded()), table(3, 1, offset=2), table(0, 2, offset=6), 10,
+         [(0, 2, 1), (2, 8, 4)]),
+        ((padded(), padded()), table(3, 1, offset=2), table(0, 2, offset=5), 10, [(0, 10, 1)]),
+        # So does a pool that ends inside a unit.
+        ((POOL, chunk(32)), table(0), Index(), 8, [(0, 8, 4)]),
     ],
-)
+)  # fmt: skip
 def test_a_copy_is_split_into_head_body_and_tail(
-    ids: list[int], offsets: tuple[int, int], count: int, expected: list[tuple[int, ...]]
+    views: tuple[KVView, KVView], mine: Index, theirs: Index, count: int, expected: Any
 ) -> None:
-    index = Index(ids, 8, offsets[0])
-    assert sections(Move(cache(), chunk(32), index, Index(offset=offsets[1]), count)) == expected
-
-
-def test_sides_that_never_meet_go_in_smaller_units() -> None:
-    both = Index([3, 1], 8, 2), Index([0, 2], 8, 6)
-    assert sections(Move(padded(), padded(), *both, 10)) == [(0, 2, 1), (2, 8, 4)]
-    odd = Index([3, 1], 8, 2), Index([0, 2], 8, 5)
-    assert sections(Move(padded(), padded(), *odd, 10)) == [(0, 10, 1)]
-
-
-def test_a_pool_that_ends_inside_a_unit_goes_in_smaller_units() -> None:
-    pool = KVView(noise(2, 12, 16), "layer (block token) dim", block_size=1)
-    assert sections(Move(pool, chunk(32), Index([0], step=8), Index(), 8)) == [(0, 8, 4)]
+    assert sections(Move(*views, mine, theirs, count)) == expected
 
 
 def test_opaque_pages_are_not_split() -> None:

@@ -169,58 +169,53 @@ def test_what_an_index_knows_about_itself() -> None:
 HERE, NARROW = torch.device("cpu"), frozenset({torch.int32})
 
 
-class TestPlaces:
-    def test_ids_are_copied_once_for_all_indices_of_a_list(self) -> None:
-        index = Index(torch.tensor([4, -(2**40), 7]))
-        narrow = index.ids_on(HERE, NARROW)
-        assert narrow.tolist() == [4, -1, 7]
-        assert index.shifted(1).ids_on(HERE, NARROW) is narrow
-        assert index.placed(HERE, NARROW).ids is narrow
-        assert index.placed(HERE, NARROW) is index.placed(HERE, NARROW)
-        assert index.shifted(2).placed(HERE, NARROW).slots(1).tolist() == [7]
+def test_ids_are_copied_once_for_all_indices_of_a_list() -> None:
+    index = Index(torch.tensor([4, -(2**40), 7]))
+    narrow = index.ids_on(HERE, NARROW)
+    assert narrow.tolist() == [4, -1, 7]
+    assert index.shifted(1).ids_on(HERE, NARROW) is narrow
+    assert index.placed(HERE, NARROW).ids is narrow
+    assert index.placed(HERE, NARROW) is index.placed(HERE, NARROW)
+    assert index.shifted(2).placed(HERE, NARROW).slots(1).tolist() == [7]
+    with pytest.raises(Unsupported, match=f"id {2**31}"):
+        Index([2**31]).ids_on(HERE, NARROW)
 
-    def test_ids_that_lie_right_are_not_copied(self) -> None:
-        index = Index(torch.tensor([4, 1]))
-        assert index.placed(HERE, frozenset({torch.int64})) is index
-        assert index.ids_on(HERE) is index.ids
-        assert index.has_ids_on(HERE, frozenset({torch.int64}))
-        assert not index.has_ids_on(HERE, NARROW)
-        assert Index().placed(HERE, NARROW).ids is None
 
-    def test_a_copy_that_was_made_elsewhere_is_found(self) -> None:
-        index, copy = Index([4, 1]), torch.tensor([4, 1], dtype=torch.int32)
-        index.add_copy(copy)
-        assert index.ids_on(HERE, NARROW) is copy
-        assert index.checked_copy(0, 2, 9, True) is None
-        index.check(2, 9, "destination", distinct=True)
-        assert index.checked_copy(0, 2, 9, True) is copy
+def test_ids_that_lie_right_are_not_copied() -> None:
+    index = Index(torch.tensor([4, 1]))
+    assert index.placed(HERE, frozenset({torch.int64})) is index
+    assert index.ids_on(HERE) is index.ids
+    assert index.has_ids_on(HERE, frozenset({torch.int64}))
+    assert not index.has_ids_on(HERE, NARROW)
+    assert Index().placed(HERE, NARROW).ids is None
+    stepped = Index(torch.arange(6)[::2]).ids_on(HERE)
+    assert stepped.is_contiguous()
+    assert stepped.tolist() == [0, 2, 4]
 
-    def test_steps_in_memory_are_taken_out(self) -> None:
-        ids = Index(torch.arange(6)[::2]).ids_on(HERE)
-        assert ids.is_contiguous()
-        assert ids.tolist() == [0, 2, 4]
 
-    def test_an_id_that_int32_cannot_hold(self) -> None:
-        with pytest.raises(Unsupported, match=f"id {2**31}"):
-            Index([2**31]).ids_on(HERE, NARROW)
+def test_a_copy_that_was_made_elsewhere_is_found() -> None:
+    index, copy = Index([4, 1]), torch.tensor([4, 1], dtype=torch.int32)
+    index.add_copy(copy)
+    assert index.ids_on(HERE, NARROW) is copy
+    assert index.checked_copy(0, 2, 9, True) is None
+    index.check(2, 9, "destination", distinct=True)
+    assert index.checked_copy(0, 2, 9, True) is copy
 
-    def test_a_token_stands_for_a_list(self) -> None:
-        index = Index([4, 1, 5])
-        assert index.shifted(1).ids_token is index.ids_token
-        assert index.placed(HERE, NARROW).ids_token is index.ids_token
-        assert index.part(0, 3).ids_token is not index.ids_token
-        assert Index([4, 1, 5]).ids_token is not index.ids_token
-        assert Index(offset=3).ids_token is None
 
-    def test_clean_ids_stay_clean_for_their_range(self) -> None:
-        index = Index([4, 1, 5])
-        assert index.is_clean(3, 8)
-        index.on_host = False  # as if the ids were on a device
-        assert not index.is_clean(3, 8)
-        index.mark_clean(3, 8)
-        assert index.is_clean(3, 8)
-        assert not index.is_clean(2, 8)
-        assert not index.is_clean(3, 4)
+def test_a_token_stands_for_a_list() -> None:
+    index = Index([4, 1, 5])
+    assert index.shifted(1).ids_token is index.placed(HERE, NARROW).ids_token is index.ids_token
+    assert index.ids_token not in (index.part(0, 3).ids_token, Index([4, 1, 5]).ids_token)
+    assert Index(offset=3).ids_token is None
+
+
+def test_clean_ids_stay_clean_for_their_range() -> None:
+    index = Index([4, 1, 5])
+    assert index.is_clean(3, 8)
+    index.on_host = False  # as if the ids were on a device
+    assert not index.is_clean(3, 8)
+    index.mark_clean(3, 8)
+    assert [index.is_clean(*each) for each in ((3, 8), (2, 8), (3, 4))] == [True, False, False]
 
 
 @pytest.mark.parametrize(
