@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
-from support.core_cases import HANDS, SLOTS, Hand, noise
+from support.core_cases import noise
 
 from portakv import CopyPlan, Index, KVView
 from portakv.engines import pieces as shapes
@@ -58,27 +58,6 @@ def test_drawn_plans() -> None:
     check()
     assert len(seen) > _TIMES / 2
     assert sum(seen) > 0.9 * len(seen)
-
-
-@pytest.mark.parametrize("dst", HANDS, ids=lambda hand: hand.layout)
-@pytest.mark.parametrize("src", HANDS, ids=lambda hand: hand.layout)
-def test_any_two_layouts(src: Hand, dst: Hand) -> None:
-    """Block tables on the paged sides, in an order with neighbours in it, and everything."""
-    first, second = src.view(src.make(1)), dst.view(dst.make(2))
-    for ordered in (True, False):
-        indices = []
-        for hand in (src, dst):
-            blocks = np.arange(SLOTS // hand.block) if hand.block else None
-            blocks = blocks if ordered or blocks is None else np.roll(blocks, 1)
-            indices.append(Index(blocks, step=hand.block or 1))
-        mine, theirs = indices
-        plan = CopyPlan(first.form, second.form, mine.plan_step, theirs.plan_step)
-        runs = plan.runs(first, second, mine, theirs, SLOTS)
-        found = counted(plan, mine, theirs, SLOTS)
-        assert found.nbytes == int(runs.nbytes.sum())
-        real = runs.src.size
-        # The parts of a kv may lie one behind the other, and several allocations too.
-        assert real <= found.runs <= 2 * real
 
 
 L, N, B, H, D = 16, 48, 16, 2, 32

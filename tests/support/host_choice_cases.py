@@ -59,7 +59,7 @@ class Figures:
         return fixed + runs * per_run - (-run_bytes * runs // (32 << 20)) * per_slice
 
 
-H200 = Figures()
+H200: Any = Figures()
 
 
 class Fake(Engine):
@@ -115,7 +115,7 @@ class Direct(Fake):
         )
 
     def prepare(self, plan: Plan) -> Launch:
-        sleep(0.01)  # as who compiles: other threads come meanwhile
+        sleep(0.01)  # as a compiler: other threads come by then
         return super().prepare(plan)
 
 
