@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -68,18 +69,16 @@ class LoadedKernels:
         """
         found = []
         for kernel in kernels:
-            loaded = self._load(kernel.source, kernel.names.values())
+            source, names = kernel.source, kernel.names.values()
+            with self._lock:
+                loaded = self._loaded.get_or_make(source, partial(self._load, source, names))
             found.append({each: loaded[name] for each, name in kernel.names.items()})
         return found
 
     def _load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
-        with self._lock:
-            known = self._loaded.get(source)
-            if known is None:
-                if self._capturing():
-                    raise refuse_capture()
-                known = self._loaded[source] = self._driver.load(source, names)
-            return known
+        if self._capturing():
+            raise refuse_capture()
+        return self._driver.load(source, names)
 
 
 class RowsBackend(Backend):

@@ -40,7 +40,7 @@ class Triton(Backend):
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
-        why = _missing_host() if device.type == "cpu" else _missing_device(device)
+        why = _missing(device)
         if why is not None:
             return Decision(cls.name, False, why)
         import triton
@@ -70,15 +70,15 @@ class Triton(Backend):
     def _kernel(self, nest: NestKernel) -> Any:
         """The kernel of a nest, compiled and loaded; nests of one shape share it."""
         with self._lock:
-            found = self._compiled.get(nest.key)
-            if found is None:
-                if capturing(self.device):
-                    raise refuse_capture()
-                with torch.get_device_module(self.device).device(self.device):
-                    found = compile_kernel(nest, _target())
-                    found.run  # noqa: B018 - loads it into the current device
-                self._compiled[nest.key] = found
-            return found
+            return self._compiled.get_or_make(nest.key, lambda: self._loaded(nest))
+
+    def _loaded(self, nest: NestKernel) -> Any:
+        if capturing(self.device):
+            raise refuse_capture()
+        with torch.get_device_module(self.device).device(self.device):
+            found = compile_kernel(nest, _target())
+            found.run  # noqa: B018 - loads it into the current device
+        return found
 
 
 def compile_kernel(nest: NestKernel, target: Any) -> Any:
@@ -121,20 +121,29 @@ class _InterpretedLaunch(MoveLaunch):
                     copy_rows[(programs, nest.planes)](*arguments, **constants)
 
 
-class _TritonLaunch:
-    def __init__(
-        self, unit: int, nests: list[NestKernel], kernels: list[Any], device: torch.device
-    ) -> None:
+class _OnDevice:
+    """What a launch asks of Triton's driver, and its parts: nest, function to run, and what that
+    wants of the kernel."""
+
+    def __init__(self, device: torch.device, parts: list[Any]) -> None:
         driver = _driver()
         self._current_device = driver.get_current_device
         self._current_stream = driver.get_current_stream
-        self._unit, self._device, self._index = unit, device, device.index
+        self._device, self._index, self._parts = device, device.index, parts
+        self._process = this_process()
+
+
+class _TritonLaunch(_OnDevice):
+    def __init__(
+        self, unit: int, nests: list[NestKernel], kernels: list[Any], device: torch.device
+    ) -> None:
         # Constants keep their places in a launcher's arguments; what stands there is not read.
-        self._parts = [
+        parts = [
             (nest, k.run, k.function, k.packed_metadata, (None,) * (len(nest.constants) + 1))
             for nest, k in zip(nests, kernels, strict=True)
         ]
-        self._process = this_process()
+        super().__init__(device, parts)
+        self._unit = unit
 
     def again(
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
@@ -143,7 +152,7 @@ class _TritonLaunch:
         store = src_index.ids is not None
         if self._unit != 1 or any((x.dst if store else x.src).looks_up for x, *_ in self._parts):
             return None
-        return _TritonAgain(self._parts, self._device, (src, dst, src_index, dst_index))
+        return _TritonAgain(self._device, self._parts, (src, dst, src_index, dst_index))
 
     def __call__(
         self,
@@ -175,18 +184,13 @@ class _TritonLaunch:
                 )  # fmt: skip
 
 
-class _TritonAgain:
+class _TritonAgain(_OnDevice):
     """See `base.Again`."""
 
-    def __init__(self, parts: list[Any], device: torch.device, sides: Any) -> None:
-        driver = _driver()
-        self._current_device = driver.get_current_device
-        self._current_stream = driver.get_current_stream
-        self._device, self._index = device, device.index
-        self._process = this_process()
+    def __init__(self, device: torch.device, parts: list[Any], sides: Any) -> None:
+        super().__init__(device, [])
         src, dst, src_index, dst_index = sides
         self._store = src_index.ids is not None
-        self._parts = []
         for nest, run, function, metadata, constants in parts:
             mine, theirs = nest.src.arguments(src, src_index), nest.dst.arguments(dst, dst_index)
             paged, dense = (mine, theirs) if self._store else (theirs, mine)
@@ -237,27 +241,22 @@ def _interpreter_asked() -> bool:
     return os.environ.get(INTERPRET, "").lower() in ("1", "true", "on", "yes")
 
 
-def _missing_host() -> str | None:
-    """Why it cannot run on the host, or None."""
-    if not _interpreter_asked():
+def _missing(device: torch.device) -> str | None:
+    """Why it cannot run on a device, or None."""
+    on_host = device.type == "cpu"
+    if on_host and not _interpreter_asked():
         return f"it needs a GPU; on the host only its interpreter runs: set {INTERPRET}=1 for that"
-    why = _unimportable()
-    if why is not None:
-        return why
-    from portakv.backends._triton_kernel import copy_rows
-
-    if not hasattr(copy_rows, "rewrite"):
-        return f"{INTERPRET} was set after its kernel was imported; set it before Python starts"
-    return None
-
-
-def _missing_device(device: torch.device) -> str | None:
-    """Why it cannot run on an accelerator, or None."""
-    if _interpreter_asked():
+    if not on_host and _interpreter_asked():
         return f"{INTERPRET} is set, so that Triton runs on the host only; unset it"
     why = _unimportable()
     if why is not None:
         return why
+    if on_host:
+        from portakv.backends._triton_kernel import copy_rows
+
+        if hasattr(copy_rows, "rewrite"):
+            return None
+        return f"{INTERPRET} was set after its kernel was imported; set it before Python starts"
     try:
         served = _served()
     except Exception as error:  # whatever a vendor's driver, or the compiler that it needs, raises
