@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -150,15 +149,9 @@ def test_logits_that_changed_make_the_demo_fail(monkeypatch: pytest.MonkeyPatch)
 # the second part: its check of bytes
 
 
-def founding() -> Founding:
-    """The small scenario, poisoned."""
+def test_the_check_of_a_chunk_and_of_pages_counts_wrong_bytes() -> None:
     made = Founding(torch.device("cpu"), SMALL)
     made.poison()
-    return made
-
-
-def test_the_check_of_a_chunk_and_of_pages_counts_wrong_bytes() -> None:
-    made = founding()
     slots = made.slots.tolist()
     assert made.wrong_in_chunk(made.slots) > PAYLOAD // 2
     assert made.wrong_in_target(made.slots) > PAYLOAD // 2
@@ -285,13 +278,9 @@ def test_the_whole_demo_fits_80_columns(
         assert said in ran.out
 
 
-def test_json_is_one_object_with_everything(capsys: pytest.CaptureFixture[str]) -> None:
-    from portakv.cli.demo import run_demo
-
-    assert run_demo(device="cpu", json=True) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["model"]["identical"] is True
-    assert found["model"]["control_differs"] is True
+def test_json_is_one_object_with_everything() -> None:
+    found = run_json("demo", "--device", "cpu")
+    assert (found["model"]["identical"], found["model"]["control_differs"]) == (True, True)
     assert found["scenario"]["payload_bytes"] == PAYLOAD
     assert found["candidates"][-1]["name"] == "reference"
     assert found["ok"] is True
@@ -320,11 +309,19 @@ def test_the_scenario_is_fitted_to_free_memory(free: int | None, layers: int) ->
 
 
 @pytest.mark.usefixtures("no_model")
-def test_a_scenario_that_was_scaled_down_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("portakv.cli.demo.free_memory", lambda device: SMALL.needed)
+@pytest.mark.parametrize("room", [True, False])
+def test_what_the_demo_says_is_what_it_did(room: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's weights, the backends by name, and what it did not run or scaled down."""
+    if not room:
+        monkeypatch.setattr("portakv.cli.demo.free_memory", lambda device: SMALL.needed)
     told = " ".join(run("demo", "--device", "cpu").out.split())
-    assert "24 tokens of 1 layers" in told
-    assert "Scaled down: 3 layers would take more than half of the free memory of cpu." in told
+    assert "a small Llama with random weights; nothing is downloaded" in told
+    assert "of KV cache through reference 24 tokens" in told
+    assert "every backend" not in told
+    assert ("compiled accepted" in told) == ("so the demo did not run it" in told)
+    assert ("24 tokens of 1 layers" in told) is not room
+    said = "Scaled down: 3 layers would take more than half of the free memory of cpu."
+    assert (said in told) is not room
 
 
 def test_free_memory_knows_the_limit_of_a_container(
@@ -361,13 +358,3 @@ def test_copies_are_timed_with_the_threads_that_serve(monkeypatch: pytest.Monkey
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("no_model")
-def test_what_the_demo_says_is_what_it_did() -> None:
-    """The model's weights, the backends by name, and those that it did not run."""
-    told = " ".join(run("demo", "--device", "cpu").out.split())
-    assert "a small Llama with random weights; nothing is downloaded" in told
-    assert "of KV cache through reference 24 tokens" in told
-    assert "every backend" not in told
-    assert ("compiled accepted" in told) == ("so the demo did not run it" in told)
