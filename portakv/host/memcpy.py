@@ -272,7 +272,7 @@ def _copy_by_torch(
             late = False
             if is_pinned(src):
                 # The host packs it now; earlier work of the stream may still be writing it.
-                streams.drain(dst.device, stream)
+                (stream or torch.accelerator.current_stream(dst.device.index)).synchronize()
         elif dst.device.type != "cuda":
             # CUDA has read pageable memory when its call returns; of others that is not known.
             late = late and is_pinned(src)

@@ -45,14 +45,9 @@ def why_not(device: torch.device) -> str | None:
     """What keeps the driver from being asked for a device by the extra ``cuda``, as a phrase; None
     if it can be."""
     why = no_cuda(device) or nvrtc.missing()
-    return why if why is not None else too_old()
-
-
-def too_old() -> str | None:
-    """That the driver is older than the extra ``cuda`` needs, as a phrase; None if it is not."""
-    found = driver_version()
-    if found >= DRIVER:
-        return None
+    found = 0 if why else driver_version()
+    if why or found >= DRIVER:
+        return why
     return (
         f"the driver supports CUDA {found // 1000}.{found % 1000 // 10}, but 13.0 is needed; "
         f"update the driver"

@@ -160,12 +160,8 @@ def _meant(named: Named) -> str:
     if found is None:
         return ""
     index = "" if named.index is None else f":{named.index}"
-    return f"{found or _accelerator_type()}{index}"
-
-
-def _accelerator_type() -> str:
-    kind = torch.accelerator.current_accelerator()
-    return "cuda" if kind is None else kind.type
+    here = torch.accelerator.current_accelerator()
+    return f"{found or ('cuda' if here is None else here.type)}{index}"
 
 
 def indexed(device: torch.device | str) -> torch.device:
@@ -304,11 +300,7 @@ def capture_question(device: torch.device) -> Callable[[], bool]:
         # What torch.cuda's function of that name calls, at a third of its cost.
         return torch._C._cuda_isCurrentStreamCapturing
     module = None if device == _HOST else torch.get_device_module(device)
-    return getattr(module, "is_current_stream_capturing", None) or _never
-
-
-def _never() -> bool:
-    return False
+    return getattr(module, "is_current_stream_capturing", bool)  # bool() is False
 
 
 def refuse_capture(

@@ -53,8 +53,10 @@ def own_stream(device: torch.device, priority: int = 0) -> Any:
     try:
         handle = free.pop()
     except IndexError:
-        handle = 0
-    return _wrapped(handle or cuda.make_stream(device, priority), device, free)
+        handle = cuda.make_stream(device, priority)
+    stream: Any = _Own(handle, device=device)  # type: ignore[no-untyped-call]
+    stream.lent = free, handle
+    return stream
 
 
 class _Own(torch.cuda.ExternalStream):
@@ -66,13 +68,6 @@ class _Own(torch.cuda.ExternalStream):
     def __del__(self) -> None:
         free, handle = self.lent
         free.append(handle)
-
-
-def _wrapped(handle: int, device: torch.device, free: list[int]) -> Any:
-    make: Any = _Own
-    stream = make(handle, device=device)
-    stream.lent = free, handle
-    return stream
 
 
 # By a caller's stream and two places. One that goes out serves others, behind what it has left to
@@ -131,11 +126,6 @@ def follow_current(stream: torch.Stream | None, *tensors: torch.Tensor) -> None:
     for tensor in tensors:
         if tensor.device == stream.device:
             tensor.record_stream(stream)
-
-
-def drain(device: torch.device, stream: torch.Stream | None) -> None:
-    """Block the host until everything on ``stream`` has ended; None: the device's current one."""
-    (stream or torch.accelerator.current_stream(device.index)).synchronize()
 
 
 def completion(

@@ -162,10 +162,6 @@ class Worker(Generic[SliceT]):
         failed.__cause__ = self._error
         return failed
 
-    def join(self, seconds: float) -> None:
-        """Wait for the thread."""
-        self._thread.join(seconds)
-
     def _run(self) -> None:
         in_flight: deque[Transfer] = deque()
         try:
@@ -269,4 +265,4 @@ def _stop_all() -> None:
     for worker in workers:
         worker.cancel()
     for worker in workers:
-        worker.join(EXIT_SECONDS)
+        worker._thread.join(EXIT_SECONDS)
