@@ -30,6 +30,7 @@ from portakv.errors import DeviceMismatch, LayoutError, Unsupported
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, inside, refuse_capture
+from portakv.runtime.transfer import Completion, hold_memory
 
 #: Bytes that the driver takes along with a command.
 INLINE_BYTES = 65536
@@ -416,6 +417,12 @@ class Mapped(Copy):
     @staticmethod
     def issues(device: torch.device) -> Issue:
         return kernels(device).issue
+
+    def __del__(self) -> None:
+        """The allocator of pinned memory knows of no kernel that reads a slot, so the slots of
+        sends that are under way are held for longer than this."""
+        for slot, ended in getattr(self, "_slots", ()):
+            hold_memory(Completion(ended, kept=slot.memory), retire=False)
 
 
 # --- values --------------------------------------------------------------------------------------

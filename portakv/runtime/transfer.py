@@ -455,11 +455,17 @@ def unreported_error(owner: Owner | None) -> PortaKVError | None:
 _holding_memory: deque[Completion] = deque()
 
 
-def hold_memory(completion: Completion) -> None:
-    """Hold a completion, and so the host memory that it keeps, until it has ended; lets go of the
-    oldest ones that have."""
+def hold_memory(completion: Completion, retire: bool = True) -> None:
+    """Hold a completion, and so the host memory that it keeps, until it has ended.
+
+    Args:
+        completion: of a launch that reads or writes host memory.
+        retire: let go of the oldest ones that have ended. False if this may run inside another
+            thread's graph capture, which a question to an event would end.
+    """
     _holding_memory.append(completion)
-    copies_holding_memory()
+    if retire:
+        copies_holding_memory()
 
 
 def copies_holding_memory() -> int:

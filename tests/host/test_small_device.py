@@ -176,6 +176,26 @@ def test_to_device_keeps_values_until_they_were_read(accelerator: torch.device, 
         del landed, rubbish
 
 
+def test_a_sender_that_is_dropped_keeps_values_until_they_were_read(
+    accelerator: torch.device, way: str
+) -> None:
+    wanted = drawn(500, torch.int64)
+    landed = torch.empty_like(wanted, device=accelerator)
+    for slow in (False, True):  # the first time everything is loaded and allocated
+        settle(accelerator)
+        sender = SmallCopy(500, torch.int64, out=landed.zero_(), way=way)
+        if slow:
+            delay(current(accelerator))
+        sender.send(wanted)
+        del sender
+        gc.collect()
+        rubbish = [torch.zeros(500, dtype=torch.int64, pin_memory=True) for _ in range(32)]
+        settle(accelerator)
+        assert same_bits(landed, wanted)
+        assert len(rubbish) == 32
+        assert copies_holding_memory() == 0
+
+
 @pytest.mark.simdev
 def test_one_send_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the choice of a slot and its event no other thread may choose."""
