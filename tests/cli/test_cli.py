@@ -134,38 +134,30 @@ def test_an_unknown_forced_name_says_where_the_trace_is(
     assert "portakv backends --device cpu" in err
 
 
-def fresh(words: list[str], **environment: str) -> subprocess.Popen[str]:
-    code = f"import sys; from portakv.cli import main; sys.exit(main({words!r}))"
+def fresh(code: str, **environment: str) -> subprocess.Popen[str]:
+    """Python in a process of its own, in which `main` runs commands."""
     return subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, **environment},
+        [sys.executable, "-c", f"import sys; from portakv.cli import main; {code}"], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment},
     )  # fmt: skip
 
 
-def test_the_help_imports_no_extra_and_no_demo() -> None:
-    code = (
-        "import sys; from portakv.cli import main; main([]); sys.exit(' '.join({'rich', "
-        "'transformers', 'matplotlib', 'portakv.cli.demo', 'portakv_benchmarks'} & set(sys.modules)"
-        ") or 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_the_help_imports_no_extra_and_a_picture_needs_no_unicode() -> None:
+    extras = {"rich", "transformers", "matplotlib", "portakv.cli.demo", "portakv_benchmarks"}
+    code = f"main([]); assert not {extras} & set(sys.modules); main(['layouts', 'vllm-nhd'])"
+    with fresh(code, PYTHONIOENCODING="ascii") as process:
+        out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    assert "kv_caches[layer][kv, block, token, head, dim]" in out
 
 
 def test_a_reader_that_has_gone_is_no_traceback() -> None:
-    with fresh(["layouts", "--json"]) as process:
+    with fresh("sys.exit(main(['layouts', '--json']))") as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait(timeout=300) == 1
-
-
-def test_a_terminal_without_unicode_gets_its_picture() -> None:
-    with fresh(["layouts", "vllm-nhd"], PYTHONIOENCODING="ascii") as process:
-        out, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (0, "")
-    assert "kv_caches[layer][kv, block, token, head, dim]" in out
 
 
 # portakv backends
