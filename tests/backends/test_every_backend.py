@@ -12,6 +12,8 @@ of device memory, without whose cache the allocator gives each tensor memory of 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -321,6 +323,27 @@ def test_no_state_of_torch_s_changes_a_copy(name: str, carrier: Carrier) -> None
 @pytest.mark.parametrize("change", CHANGES)
 def test_memory_that_is_elsewhere_is_refused(change: str, carrier: Carrier) -> None:
     refuses_memory_that_is_elsewhere(carrier, CHANGES[change])
+
+
+def test_asking_them_loads_no_compiler_and_no_driver() -> None:
+    """In a process of its own."""
+    program = (
+        "import sys, torch\n"
+        "from portakv.registry import registry\n"
+        "from portakv.backends.hip import Hip\n"
+        "registry.trace('cpu')\n"
+        "if torch.version.hip is None:\n"
+        "    assert not Hip.probe(torch.device('cuda', 0)).accepted\n"
+        "assert not {'torch._inductor', 'torch._dynamo', 'triton'} & set(sys.modules)\n"
+        "loaded = open('/proc/self/maps').read()\n"
+        "assert not any(word in loaded for word in ('amdhip', 'hiprtc', 'galaxyhip'))\n"
+    )
+    around = ("PORTAKV_BACKEND", "TRITON_INTERPRET")
+    environment = {name: value for name, value in os.environ.items() if name not in around}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # On a GPU

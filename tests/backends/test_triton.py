@@ -18,7 +18,6 @@ from support.paged_cases import chunk, dense, paged, pool, rows_of
 from portakv import CopyPlan, Index
 from portakv.backends import triton as triton_backend
 from portakv.backends.triton import Triton, compile_kernel
-from portakv.registry import registry
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
@@ -35,29 +34,10 @@ def _reason(device: torch.device) -> str:
     return decision.reason
 
 
-def test_it_is_asked_before_the_reference() -> None:
-    names = registry.REGISTRY.names()
-    assert names.index("triton") < names.index("reference")
-
-
 def test_the_host_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "TRITON_INTERPRET=1" in _reason(CPU)
     assert "GPU" in _reason(CPU)
-
-
-def test_the_host_is_refused_without_importing_triton() -> None:
-    program = (
-        "import sys, torch\n"
-        "from portakv.backends.triton import Triton\n"
-        "assert not Triton.probe(torch.device('cpu')).accepted\n"
-        "assert 'triton' not in sys.modules\n"
-    )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    ran = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stderr
 
 
 def _failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
