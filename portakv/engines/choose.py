@@ -209,6 +209,10 @@ class Host(Engine):
         half: what carries out the device's half of a copy; None: what the registry chooses.
         terms: what the caller asks of the transfers.
         costs: what engines cost; None: what was measured on this device.
+
+    Attributes:
+        engines: the engines that serve this device, by name.
+        out: the engines that do not, and why, as a phrase.
     """
 
     name = "host"
@@ -222,24 +226,20 @@ class Host(Engine):
     ) -> None:
         super().__init__(device, half, terms)
         self._costs = costs
-        self._lock = threading.Lock()
-        self._asked: tuple[dict[str, Backend], dict[str, str]] | None = None
         self._logged: set[str] = set()
+        self.engines: dict[str, Backend] = {}
+        self.out: dict[str, str] = {}
+        for name in ORDER:
+            made = self._make(name)
+            if isinstance(made, str):
+                self.out[name] = made
+            else:
+                self.engines[name] = made
 
     @property
     def costs(self) -> Table:
         """What engines cost on this device."""
         return self._costs or costs_of(self.device)
-
-    @property
-    def engines(self) -> Mapping[str, Backend]:
-        """The engines that serve this device, by name."""
-        return self._ask()[0]
-
-    @property
-    def out(self) -> Mapping[str, str]:
-        """The engines that do not, and why, as a phrase."""
-        return self._ask()[1]
 
     def capabilities(self) -> Capabilities:
         served = [engine.capabilities().places for engine in self.engines.values()]
@@ -250,7 +250,7 @@ class Host(Engine):
         able = [name for name, answer in answers.items() if answer.accepted]
         if able:
             return Decision(self.name, True, f"takes the plan, by {' or '.join(able)}")
-        reasons = {name: answer.reason for name, answer in answers.items()} | dict(self.out)
+        reasons = {name: answer.reason for name, answer in answers.items()} | self.out
         told = "; ".join(f"{name}: {why}" for name, why in reasons.items())
         return Decision(self.name, False, f"no engine takes it ({told})")
 
@@ -265,15 +265,6 @@ class Host(Engine):
         if engine not in self._logged:
             self._logged.add(engine)
             _log.info("%s: engine %s, %s", self.device, engine, why)
-
-    def _ask(self) -> tuple[dict[str, Backend], dict[str, str]]:
-        with self._lock:
-            if self._asked is None:
-                made = {name: self._make(name) for name in ORDER}
-                out = {name: one for name, one in made.items() if isinstance(one, str)}
-                engines = {name: one for name, one in made.items() if not isinstance(one, str)}
-                self._asked = engines, out
-        return self._asked
 
     def _make(self, name: str) -> Backend | str:
         """An engine, or why it does not serve this device."""

@@ -50,29 +50,21 @@ class Terms:
     detached: bool = False
 
     def __post_init__(self) -> None:
-        if self.overlap not in OVERLAPS:
-            raise InvalidTerms(
-                f"A transfer with overlap={self.overlap!r}",
-                f"expected one of {', '.join(OVERLAPS)}; pass one of these, or leave it out for "
-                f"{OVERLAPS[0]}",
-            )
-        if not isinstance(self.detached, bool):
-            raise InvalidTerms(
-                f"A transfer with detached={self.detached!r}",
-                "expected True or False; pass one, or leave it out for False",
-            )
         blocks, rate = self.max_thread_blocks, self.max_gbps
-        if blocks is not None and (not isinstance(blocks, int) or blocks < 1):
-            raise InvalidTerms(
-                f"A transfer with max_thread_blocks={blocks!r}",
-                "expected a whole number from 1 on; pass one, or None for the engine's own limit",
-            )
-        if rate is not None and not (isinstance(rate, Real) and rate > 0):
-            raise InvalidTerms(
-                f"A transfer with max_gbps={rate!r}",
-                "expected 10^9 bytes in a second, above 0; pass so many, or None for the link's "
-                "own rate",
-            )
+        known = (
+            ("overlap", self.overlap in OVERLAPS,
+             f"one of {', '.join(OVERLAPS)}; pass one of these, or leave it out for {OVERLAPS[0]}"),
+            ("detached", isinstance(self.detached, bool),
+             "True or False; pass one, or leave it out for False"),
+            ("max_thread_blocks", blocks is None or (isinstance(blocks, int) and blocks >= 1),
+             "a whole number from 1 on; pass one, or None for the engine's own limit"),
+            ("max_gbps", rate is None or (isinstance(rate, Real) and rate > 0),
+             "10^9 bytes in a second, above 0; pass so many, or None for the link's own rate"),
+        )  # fmt: skip
+        for name, right, expected in known:
+            if not right:
+                asked = f"A transfer with {name}={getattr(self, name)!r}"
+                raise InvalidTerms(asked, f"expected {expected}")
 
     @property
     def of_engine(self) -> Terms:
