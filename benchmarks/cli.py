@@ -24,6 +24,7 @@ from portakv.cli.console import print_json
 from portakv.engines.costs import costs_of
 from portakv.errors import PortaKVError
 from portakv.registry.registry import ENVIRONMENT
+from portakv.runtime.devices import usable_device, usual_device
 from portakv_benchmarks.check import HOST_SUITE, judge, load_bars, print_verdicts
 from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.cold_start import measure_startup
@@ -149,22 +150,12 @@ def pick_device(name: str | None) -> torch.device:
     """The device of a name, made the current one; None: the accelerator, else the CPU.
 
     Raises:
-        PortaKVError: torch finds no such device here.
+        DeviceMismatch: torch finds no such device here.
     """
-    if name is None:
-        present = torch.accelerator.is_available()
-        device = (torch.accelerator.current_accelerator() if present else None) or "cpu"
-        device = torch.device(device)
-    else:
-        try:
-            device = torch.device(name)
-        except RuntimeError as error:
-            raise PortaKVError(f"--device {name} was asked for: {error}") from error
+    device = usual_device() if name is None else usable_device(name)
     if device.type == "cpu":
         return torch.device("cpu")
     module = torch.get_device_module(device)
-    if not module.is_available():
-        raise PortaKVError(f"--device {name} was asked for, but torch finds no such device here.")
     index = module.current_device() if device.index is None else device.index
     module.set_device(index)
     return torch.device(device.type, index)

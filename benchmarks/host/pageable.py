@@ -36,50 +36,33 @@ class PlainRing:
     """A pinned ring for copies between dense memory of a device and of the host.
 
     Args:
-        device: the device.
         slots: how many.
         nbytes: of one slot.
     """
 
     def __init__(self, device: torch.device, slots: int, nbytes: int) -> None:
-        self._module = torch.get_device_module(device)
         self._words = nbytes // 8
-        self._slots = [pinned.empty(self._words, torch.int64) for _ in range(slots)]
-        self._events = [torch.Event(device) for _ in range(slots)]
+        self._slots = [
+            (pinned.empty(self._words, torch.int64), torch.Event(device)) for _ in range(slots)
+        ]
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copy int64 words; the host waits for the end of what it reads or writes itself."""
-        (self._down if source.device.type != "cpu" else self._up)(target, source)
-
-    def _down(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        down, ahead = source.device.type != "cpu", len(self._slots)
         pieces = list(zip(target.split(self._words), source.split(self._words), strict=True))
-        ahead = len(self._slots)
-        for n in range(min(ahead, len(pieces))):
-            self._fetch(n, pieces[n][1])
-        for n, (into, _) in enumerate(pieces):
-            at = n % ahead
-            self._events[at].synchronize()
-            into.copy_(self._slots[at][: into.numel()])
-            if n + ahead < len(pieces):
-                self._fetch(at, pieces[n + ahead][1])
-
-    def _fetch(self, at: int, source: torch.Tensor) -> None:
-        self._slots[at][: source.numel()].copy_(source, non_blocking=True)
-        self._events[at].record()
-
-    def _up(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        ahead = len(self._slots)
-        for n, (into, words) in enumerate(
-            zip(target.split(self._words), source.split(self._words), strict=True)
-        ):
-            at = n % ahead
-            if n >= ahead:
-                self._events[at].synchronize()
-            slot = self._slots[at][: words.numel()]
-            slot.copy_(words)
-            into.copy_(slot, non_blocking=True)
-            self._events[at].record()
-        self._module.current_stream().synchronize()
+        for n in range(len(pieces) + ahead):
+            slot, event = self._slots[n % ahead]
+            if 0 <= n - ahead < len(pieces):  # what the slot held before
+                event.synchronize()
+                if down:
+                    into = pieces[n - ahead][0]
+                    into.copy_(slot[: into.numel()])
+            if n < len(pieces):
+                into, words = pieces[n]
+                part = slot[: words.numel()].copy_(words, non_blocking=down)
+                if not down:
+                    into.copy_(part, non_blocking=True)
+                event.record()
 
 
 def pageable_steps(bench: Bench) -> Iterator[Step]:
