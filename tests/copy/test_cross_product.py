@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every preset as source x every preset as destination, judged by the oracle byte by byte.
+"""Every kind of preset as source and as destination, judged by the oracle byte by byte.
 
 Where both can hold the rows the copy is exact and canaries stay whole; where they cannot, the right
 error is raised and not one byte has changed. Whether a pair can is decided by `presets_cases.meet`
@@ -12,10 +12,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.presets_cases import LAYOUTS, meet, side
+from support.presets_cases import KINDS, meet, side
 
 from portakv import Index, KVView, LayoutError, Unsupported, copy_rows
-from portakv.layout.presets import PRESETS
 from portakv_conformance.draw.arrangement import Case, Side
 from portakv_conformance.judge.memory import Memory
 
@@ -34,10 +33,10 @@ def _views(names: tuple[str, str], case: Case) -> tuple[KVView, KVView]:
     return mine, KVView(dst.tensors, names[1], reinterpret=bits, **dst.extents)
 
 
-@pytest.mark.parametrize("source", LAYOUTS)
+@pytest.mark.parametrize("source", KINDS)
 def test_every_destination(source: str) -> None:
     copied = refused = 0
-    for destination in LAYOUTS:
+    for destination in KINDS:
         held, names = meet(source, destination), (source, destination)
         sides = side(source, held), side(destination, held, source=False)
         if held is None:
@@ -47,7 +46,7 @@ def test_every_destination(source: str) -> None:
             _copies(names, *sides)
             copied += 1
     assert copied, f"{source} could be copied to nothing"
-    assert copied + refused == len(PRESETS)
+    assert copied + refused == len(KINDS)
 
 
 def _copies(names: tuple[str, str], src: Side, dst: Side) -> None:

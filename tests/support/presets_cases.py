@@ -81,6 +81,16 @@ _DTYPES = {
 }
 
 
+def _kind(name: str) -> str:
+    """What presets share whose tensors are alike in everything."""
+    dtype = _DTYPES.get(name, torch.float16)
+    return f"{LAYOUTS[name]} {lies(name, dtype)} {WIDTHS.get(name)} {_KV.get(name)}"
+
+
+#: One preset of each kind.
+KINDS = list({_kind(name): name for name in reversed(LAYOUTS)}.values())[::-1]
+
+
 def meet(one: str, other: str) -> Shape | None:
     """What both presets can hold, or None: then a copy between them must raise. Widths are unequal
     wherever both sides can have such."""
