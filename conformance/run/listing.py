@@ -19,6 +19,7 @@ import pytest
 from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.subject import SIMULATED
 from portakv_conformance.run.journal import SuiteBroken
+from portakv_conformance.run.request import Options
 from portakv_conformance.run.workers import WorkerProcess, worker_command
 
 _OPTION = "--portakv-listed-device"
@@ -40,11 +41,9 @@ def cases_of(
         SuiteBroken: the suite cannot be collected here.
     """
     told = ["--collect-only", "-p", __name__, _OPTION, device.partition(":")[0]]
-    told += ["--portakv-backend", "reference", "--portakv-profile", profile]
+    asked = Options("reference", profile=profile)
     with tempfile.TemporaryDirectory(prefix="portakv-conform-") as folder:
-        worker = WorkerProcess(
-            command or worker_command(), Path(folder) / "listing", "reference", "cpu", False, told
-        )
+        worker = WorkerProcess(command or worker_command(), Path(folder, "listing"), asked, told)
         try:
             found = _described(worker)
         finally:

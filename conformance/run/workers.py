@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,19 +69,12 @@ class WorkerProcess:
     Args:
         command: what runs it, to which the file of its orders is added.
         folder: a folder of its own for its files, which is made.
-        backend, device, emulated, options: its orders; see `worker.Orders`.
-        surroundings: environment variables to set for it.
+        asked: what is to be run.
+        more: options of the suite that only this worker has.
     """
 
     def __init__(
-        self,
-        command: Sequence[str],
-        folder: Path,
-        backend: str,
-        device: str,
-        emulated: bool,
-        options: Sequence[str],
-        surroundings: Mapping[str, str] | None = None,
+        self, command: Sequence[str], folder: Path, asked: Options, more: Sequence[str]
     ) -> None:
         folder.mkdir(parents=True)
         self._events, self._stacks, empty = (
@@ -91,12 +84,13 @@ class WorkerProcess:
         for file in (self._events, self._stacks, empty):
             file.touch()
         self._read = 0
+        told = [*asked.suite_options(), *more, "--portakv-events", str(self._events)]
         Orders(
-            backend, device, emulated, str(self._events), str(self._stacks),
-            [*options, "--portakv-events", str(self._events)], str(empty), os.getpid(),
+            asked.backend, asked.device, asked.emulated, str(self._events), str(self._stacks),
+            told, str(empty), os.getpid(),
         ).write(orders)  # fmt: skip
         environment = {k: v for k, v in os.environ.items() if k not in _LEFT_OUT}
-        environment |= surroundings or {}
+        environment |= surroundings(asked.jobs)
         environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         # Else hypothesis leaves a folder in the user's current one.
         environment["HYPOTHESIS_STORAGE_DIRECTORY"] = str(folder / "hypothesis")
@@ -353,15 +347,12 @@ class Workers:
     def _start(self) -> Supervised:
         self._started += 1
         asked, folder = self._options, self._folder / str(self._started)
-        told = [*asked.suite_options(), "--portakv-share", str(self._folder / "taken")]
+        told = ["--portakv-share", str(self._folder / "taken")]
         if asked.only:
             only = folder.with_suffix(".only")
             only.write_text("".join(f"{id}\n" for id in asked.only), encoding="utf-8")
             told += ["--portakv-only", str(only)]
-        process = WorkerProcess(
-            self._command, folder, asked.backend, asked.device, asked.emulated, told,
-            surroundings(asked.jobs),
-        )  # fmt: skip
+        process = WorkerProcess(self._command, folder, asked, told)
         return Supervised(process, self._journal, self._share, asked.seconds)
 
     def _look(self) -> bool:

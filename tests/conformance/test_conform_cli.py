@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -20,6 +19,7 @@ import support.conform_fake_worker as fake
 import torch
 from support.command_line import choose_tables, settle
 from support.conform_fake_worker import CLAIM, CORE
+from support.conform_runs import python
 
 from portakv.cli import main as portakv
 from portakv_conformance import cli
@@ -324,9 +324,7 @@ def test_what_lies_in_the_current_folder_hides_nothing(tmp_path: Path) -> None:
     for folder in (hidden, hidden.parent):
         (folder / "__init__.py").touch()
     (hidden / "worker.py").write_text("main = lambda words: print('the folder\\'s')")
-    done = subprocess.run(
-        [*worker_command(), "none.json"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = python(*worker_command()[1:], "none.json", where=tmp_path)
     assert "none.json" in done.stderr
     assert "the folder's" not in done.stdout
 

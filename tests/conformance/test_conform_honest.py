@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import support.conform_honest_backends as backends
 import torch
+from support.conform_runs import python
 
 from portakv.registry import registry
 from portakv_conformance.cases import test_claims
@@ -52,14 +50,8 @@ def judge_of(name: str) -> Judge:
 
 def conform(name: str, folder: Path, *options: str) -> RunRecord:
     """The report of a run of the suite on one of the backends."""
-    tests = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
-    words = [sys.executable, "-m", "portakv", "conform", f"support.conform_honest_backends:{name}"]
-    done = subprocess.run(
-        [*words, "--device", "cpu", "--report", str(folder), *options],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    words = ("conform", f"support.conform_honest_backends:{name}", "--device", "cpu", *options)
+    done = python("-m", "portakv", *words, "--report", str(folder))
     assert done.returncode in (0, 1), done.stderr
     return RunRecord.read((folder / "conformance.json").read_text(encoding="utf-8"))
 
@@ -165,10 +157,9 @@ def test_another_layout_is_used_where_it_is_taken() -> None:
 
 def test_a_backend_that_remembers_is_told_by_what_it_did(tmp_path: Path) -> None:
     """Hypothesis repeats the calls, which then end in another way."""
-    words = [sys.executable, "-m", "portakv", "conform"]
-    words += ["portakv_conformance.mutants.state:StalePointerTable", "--device", "cpu"]
+    words = ["conform", "portakv_conformance.mutants.state:StalePointerTable", "--device", "cpu"]
     words += ["--only", "cases/test_stateful.py", "--report", str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = python("-m", "portakv", *words)
     assert done.returncode == 1, done.stderr
     record = RunRecord.read((tmp_path / "conformance.json").read_text(encoding="utf-8"))
     (reason,) = wrong(record).values()

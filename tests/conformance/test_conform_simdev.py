@@ -7,27 +7,22 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from support.conform_runs import python
 
 from portakv_conformance.simdev import build
 
 HERE = Path(__file__).parent
-PATH = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
 why_not = build.missing()
 COPY = HERE.parent / "copy"
 MODULES = [HERE / "test_simdev_device.py", COPY / "test_copies.py", COPY / "test_ordering.py"]
 pytestmark = pytest.mark.skipif(why_not is not None, reason=why_not or "")
 
 
-def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run Python with the tests' modules, in an environment with some variables more."""
-    environment = {**os.environ, "SIMDEV_NAME": "simdev", "PYTHONPATH": PATH, **variables}
-    return subprocess.run(
-        [sys.executable, *command],
-        env=environment, cwd=HERE, capture_output=True, text=True, check=False, timeout=600,
-    )  # fmt: skip
+run = partial(python, SIMDEV_NAME="simdev")
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.conform_runs import python
 
 from portakv import BackendUnavailable, CopyPlan, Index, KVView, Unsupported
 from portakv.backends.base import Decision
@@ -317,10 +316,7 @@ def test_what_fails_only_beside_other_work_is_not_kept_as_an_example(tmp_path: P
     """A saved example that passes when it is replayed would only mislead."""
     told = ["--only", "test_ordering", "--device", "simdev", "--profile", "core", "-x"]
     mutant = "portakv_conformance.mutants.ordering:NoWaitOnProducer"
-    result = subprocess.run(
-        [sys.executable, "-m", "portakv", "conform", mutant, *told, "--report", str(tmp_path)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    result = python("-m", "portakv", "conform", mutant, *told, "--report", str(tmp_path))
     assert result.returncode == 1, result.stderr
     assert "FAILED cases/test_ordering.py" in result.stdout
     assert "conform replay" not in result.stdout

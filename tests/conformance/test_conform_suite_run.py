@@ -5,14 +5,13 @@ examples as files, judged again where they failed or elsewhere."""
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.conform_runs import python
 
 import portakv_conformance
 from portakv.registry import registry
@@ -24,17 +23,13 @@ from portakv_conformance.run.progress import SILENT
 from portakv_conformance.run.request import Options
 from portakv_conformance.simdev import build
 
-_TESTS = Path(__file__).resolve().parents[1]
 OFF_BY_ONE = "support.conform_suite_backends:OffByOne"
 
 
 def run(*options: str, where: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the suite's package under pytest in a folder of its own."""
-    path = os.pathsep.join([str(_TESTS), *filter(None, sys.path)])
-    given = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs"]
-    words += ["portakv_conformance", *options]
-    return subprocess.run(words, cwd=where, env=given, capture_output=True, text=True, timeout=300)
+    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs", "portakv_conformance")
+    return python(*words, *options, where=where, **environment)
 
 
 def events(file: Path) -> list[dict[str, Any]]:
@@ -176,23 +171,20 @@ CODES = [
     ("--portakv-backend=reference", 4, "unset PORTAKV_BACKEND"),
 ]
 EACH = """
-import os, pytest, shlex, sys
+import contextlib, os, pytest, shlex, sys
 base, *asked = sys.argv[1:]
 for words in asked:
     if words == asked[-1]:
         os.environ["PORTAKV_BACKEND"] = "cuda"
-    code = pytest.main([*shlex.split(base), *shlex.split(words)])
-    sys.stderr.flush()
-    print(f"\\n@@ {int(code)}", flush=True)
+    with contextlib.redirect_stderr(sys.stdout):
+        code = pytest.main([*shlex.split(base), *shlex.split(words)])
+    print(f"\\n@@ {int(code)}")
 """
 
 
 def test_exit_codes(tmp_path: Path) -> None:
     base = "-q -p no:cacheprovider --pyargs portakv_conformance"
-    done = subprocess.run(
-        [sys.executable, "-c", EACH, base, *(words for words, _, _ in CODES)], cwd=tmp_path,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
+    done = python("-c", EACH, base, *(words for words, _, _ in CODES), where=tmp_path)
     told = re.split(r"^@@ (\d)$", done.stdout, flags=re.MULTILINE)
     codes, texts = list(map(int, told[1::2])), told[::2]
     assert codes == [code for _, code, _ in CODES], done.stdout
@@ -225,13 +217,11 @@ def test_the_package_may_lie_behind_a_symbolic_link(tmp_path: Path) -> None:
     """As under /usr/lib64, /var/run or a linked home; pytest keeps the path that it was given."""
     folder = tmp_path / "portakv_conformance"
     folder.symlink_to(Path(portakv_conformance.__file__).parent)
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only"]
-    words += ["-k", "test_parts", "--pyargs", "portakv_conformance"]  # found in this folder first
-    judged = [*words, "--portakv-backend", "reference"]
-    listed = subprocess.run(judged, cwd=tmp_path, capture_output=True, text=True, check=False)
+    words = ("--collect-only", "-k", "test_parts")  # the package is found in this folder first
+    listed = run(*words, "--portakv-backend", "reference", where=tmp_path)
     assert listed.returncode == 0, listed.stdout + listed.stderr
     assert "test_parts.py::test_slices" in listed.stdout
-    nothing = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    nothing = run(*words, where=tmp_path)
     assert "no tests" in nothing.stdout, nothing.stdout
 
 
@@ -245,12 +235,7 @@ simulated = pytest.mark.skipif(why_not is not None, reason=why_not or "")
 
 def conform(*words: str) -> subprocess.CompletedProcess[str]:
     """`portakv conform` in a process of its own, which may load the simulated device."""
-    environment = {**os.environ, "PYTHONPATH": str(_TESTS), "COLUMNS": "500"}
-    environment.pop("PORTAKV_BACKEND", None)
-    return subprocess.run(
-        [sys.executable, "-c", COMMAND, *words],
-        env=environment, capture_output=True, text=True, check=False, timeout=600,
-    )  # fmt: skip
+    return python("-c", COMMAND, *words, COLUMNS="500", PORTAKV_BACKEND="")
 
 
 @simulated

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.conform_runs import ROOT, python
 
 from portakv_conformance.simdev import build
 
-ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "vendor_backend"
 why_not = build.missing()
 simulated = pytest.mark.skipif(why_not is not None, reason=why_not or "")
@@ -25,11 +23,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source") / "vendor_backend"
     shutil.copytree(EXAMPLE, source)  # building leaves files in the tree
     target = tmp_path_factory.mktemp("installed")
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation",
-         "--target", str(target), str(source)],
-        capture_output=True, text=True, check=False, timeout=600,
-    )  # fmt: skip
+    words = ("-q", "--no-deps", "--no-build-isolation", "--target", str(target), str(source))
+    done = python("-m", "pip", "install", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     return target
 
@@ -37,11 +32,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(installed: Path, *command: str, **variables: str) -> str:
     """What Python prints with the package installed."""
     path = os.pathsep.join([str(installed), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *command],
-        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200", **variables},
-        capture_output=True, text=True, check=False, timeout=600,
-    )  # fmt: skip
+    done = python(*command, where=ROOT, PYTHONPATH=path, COLUMNS="200", **variables)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
 

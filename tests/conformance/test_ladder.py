@@ -6,8 +6,6 @@ from __future__ import annotations
 import html
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 from support import conform_reports
 from support.conform_reports import refusals
+from support.conform_runs import ROOT, python
 
 from portakv.cli import main as portakv
 from portakv_conformance.evidence import ladder as ladders
@@ -43,7 +42,6 @@ from portakv_conformance.report.words import plain
 from portakv_conformance.run.request import Options
 from portakv_conformance.vendor.standins import EMULATION, SIMULATION, STANDINS, emulating
 
-ROOT = Path(__file__).resolve().parents[2]
 VENDOR = "portakv_conformance.vendor"
 ASCENDC = f"{VENDOR}.ascendc_emulated:AscendC"
 ASSUMED = "by assumption: the vendor has not confirmed the ops' signatures"
@@ -90,10 +88,7 @@ def test_every_rung_is_borne_out_by_its_file() -> None:
 
 
 def test_the_readme_s_tables_say_what_the_ladder_says() -> None:
-    checked = subprocess.run(
-        [sys.executable, ".ci/readme_tables.py", "--check"], cwd=ROOT, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+    checked = python(".ci/readme_tables.py", "--check")
     assert checked.returncode == 0, checked.stderr
 
 

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of the suite with workers that need no torch, and what they tell."""
+"""Runs of the suite with workers that need no torch, and what they tell; Python run anew."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import support.conform_fake_worker as fake
@@ -12,6 +16,17 @@ from portakv_conformance.evidence.verdict import SEAL
 from portakv_conformance.record import CaseRecord, RunRecord
 from portakv_conformance.run.progress import Progress
 from portakv_conformance.run.runner import Options, run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def python(*words: str, where: Path = ROOT, **more: str) -> subprocess.CompletedProcess[str]:
+    """What Python did that finds the tests' modules, with some variables of environment more."""
+    path = os.pathsep.join([str(ROOT / "tests"), *filter(None, sys.path)])
+    given = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+    return subprocess.run(
+        [sys.executable, *words], cwd=where, env=given, capture_output=True, text=True, timeout=600
+    )
 
 
 class Heard(Progress):
