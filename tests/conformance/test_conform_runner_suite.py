@@ -48,7 +48,7 @@ def passed(ids: tuple[str, ...]) -> RunRecord:
 
 
 def judged(name: str, ids: tuple[str, ...], **options: object) -> RunRecord:
-    asked = Options(f"support.conform_bad_backends:{name}", only=ids, **options)  # type: ignore[arg-type]
+    asked = Options(f"support.conform_suite_backends:{name}", only=ids, **options)  # type: ignore[arg-type]
     return run(asked)
 
 
@@ -65,7 +65,7 @@ def test_the_reference_passes(passed: RunRecord, listed: dict[str, dict[str, Any
 
 @pytest.mark.slow
 def test_a_backend_that_raises(ids: tuple[str, ...], tmp_path: Path) -> None:
-    record = judged("Raising", ids, examples=tmp_path)
+    record = judged("Burning", ids, examples=tmp_path)
     assert [case.status for case in record.cases] == ["failed"] * 2
     assert "the firmware is on fire" in record.cases[0].reason
     saved = tmp_path / record.cases[0].example
@@ -87,7 +87,7 @@ def test_a_backend_that_hangs(ids: tuple[str, ...]) -> None:
 
 
 def test_a_backend_that_prints(ids: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
-    record = judged("Chatty", ids)
+    record = judged("Talking", ids)
     assert [case.status for case in record.cases] == ["passed"] * 2
     assert capfd.readouterr() == ("", "")
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backends with one fault each, for the tests of the suite itself."""
+"""Backends with one fault each, for the tests of the suite itself and of its runner."""
 
 from __future__ import annotations
 
 import os
 import re
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from threading import Thread
@@ -53,10 +55,13 @@ class OffByOne(Right):
 
 
 class Talking(Right):
-    """It prints, which is nobody's business."""
+    """It prints to both outputs, also past Python, which is nobody's business."""
 
     def carry(self, real: Any, *rest: Any) -> Any:
         print('{"event": "finish"}')
+        print("half a line", end="", file=sys.stderr)
+        os.write(1, b'{"event": "end"}\n')
+        os.write(2, b"past Python\n")
         return super().carry(real, *rest)
 
 
@@ -175,3 +180,63 @@ class Namesake(Right):
 
 class Unfinished(Backend):
     """It implements nothing."""
+
+
+# -- what they do to their process ----------------------------------------------------------------
+
+
+class Burning(Right):
+    """Its launch raises before it has begun."""
+
+    def carry(self, real: Any, *rest: Any) -> Any:
+        raise RuntimeError("the firmware is on fire")
+
+
+class Hanging(Right):
+    """Its launch never returns."""
+
+    def carry(self, real: Any, *rest: Any) -> Any:
+        launch_for_ever()
+
+
+def launch_for_ever() -> None:
+    while True:
+        sleep(0.05)
+
+
+class Crashing(Right):
+    """Its launch takes the process with it."""
+
+    def carry(self, real: Any, *rest: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+class Nonsense(Right):
+    """Claims what no claim can be."""
+
+    def capabilities(self) -> Capabilities:
+        dtypes, places = frozenset({torch.float32}), super().capabilities().places
+        return Capabilities(places, "nowhere", dtypes, alignment=-3)
+
+
+class NoClaims(Right):
+    """Claims by a word."""
+
+    def capabilities(self) -> Capabilities:
+        return "all of it"  # type: ignore[return-value]
+
+
+class Secretive(Right):
+    """It does not say what it claims."""
+
+    def capabilities(self) -> Capabilities:
+        raise OSError("the licence server is asleep")
+
+
+class Deadly(Right):
+    """Its probe takes the process with it."""
+
+    @classmethod
+    def probe(cls, device: torch.device) -> Decision:
+        os.kill(os.getpid(), signal.SIGSEGV)
+        return super().probe(device)
