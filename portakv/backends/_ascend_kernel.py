@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from portakv.backends._guarding import GuardedRows
+from portakv.backends._vendor_rows import GuardedRows
 from portakv.errors import TransferError, Unsupported
 from portakv.plan.plan import CopyPlan, Nest, Side
 from portakv.runtime.bounded import Bounded
@@ -58,10 +58,8 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "portakv_ascend_emulated": (_number, ()),
     "portakv_ascend_platform": (ctypes.c_int, (ctypes.POINTER(_number),) * 2),
     "portakv_ascend_rows": (ctypes.c_int, (ctypes.c_char_p, _number, _number, _pointer)),
-}
-# And what one that emulates exports beside it (emulation/library.cpp).
-_LEND: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "portakv_emulation_lend": (None, (ctypes.c_char_p, _number))
+    # And what one that emulates exports beside it (emulation/library.cpp).
+    "portakv_emulation_lend": (None, (ctypes.c_char_p, _number)),
 }
 _MEMORY = struct.Struct("<4Q")
 
@@ -161,11 +159,7 @@ KERNELS: Bounded[str, Kernel] = Bounded("AscendC libraries", 8)
 
 
 def _load(path: str) -> Kernel:
-    """A library, whether it is emulated or not.
-
-    Raises:
-        Unusable: a clause.
-    """
+    """A library, whether it is emulated or not; raises `Unusable` with a clause."""
     name = Path(path).resolve().name
     try:
         library = ctypes.CDLL(path)
@@ -173,13 +167,14 @@ def _load(path: str) -> Kernel:
         raise Unusable(
             f"{name} cannot be loaded ({error}); source CANN's set_env.sh, or {_AGAIN}"
         ) from error
-    _type(library, name, {"portakv_ascend_abi": _FUNCTIONS["portakv_ascend_abi"]})
+    first, *others, lend = _FUNCTIONS
+    _type(library, name, [first])
     abi = library.portakv_ascend_abi()
     if abi != ABI:
         raise Unusable(f"{name} has the interface {abi}, and {ABI} is launched here; {_AGAIN}")
-    _type(library, name, _FUNCTIONS)
+    _type(library, name, others)
     emulated = bool(library.portakv_ascend_emulated())
-    _type(library, name, _LEND if emulated else {})
+    _type(library, name, [lend] if emulated else [])
     blocks, ub_bytes = _number(), _number()
     code = library.portakv_ascend_platform(ctypes.byref(blocks), ctypes.byref(ub_bytes))
     if code:
@@ -190,13 +185,13 @@ def _load(path: str) -> Kernel:
     return Kernel(name, path, library, blocks.value, ub_bytes.value, emulated)
 
 
-def _type(library: Any, name: str, functions: dict[str, tuple[Any, tuple[Any, ...]]]) -> None:
-    for function, (returned, arguments) in functions.items():
+def _type(library: Any, name: str, functions: Sequence[str]) -> None:
+    for function in functions:
         try:
             found = getattr(library, function)
         except AttributeError:
             raise Unusable(f"{name} has no function {function}; {_AGAIN}") from None
-        found.restype, found.argtypes = returned, arguments
+        found.restype, found.argtypes = _FUNCTIONS[function]
 
 
 class KernelRows:

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from portakv.backends._ascend_kernel import KernelRows, find_kernel, told
-from portakv.backends._packed import TOKENS, packed, planes
+from portakv.backends._vendor_rows import TOKENS, packed, planes
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch, Tells
 from portakv.backends.strided import Ops, StridedCopy
 from portakv.plan.plan import CopyPlan, Move

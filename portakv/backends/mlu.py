@@ -36,8 +36,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from portakv.backends._guarding import GuardedRows, guarded_slots
-from portakv.backends._packed import HND, HND_IN_BLOCKS, TOKENS, apart, packed, planes, steps
+from portakv.backends._vendor_rows import (
+    HND,
+    HND_IN_BLOCKS,
+    TOKENS,
+    GuardedRows,
+    apart,
+    guarded_slots,
+    packed,
+    planes,
+    steps,
+)
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.devices import VENDOR_PACKAGES, Unusable, imported, version_of
