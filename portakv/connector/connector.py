@@ -27,7 +27,6 @@ from portakv.runtime.transfer import (
     Completion,
     Transfer,
     any_word_set,
-    fail,
     failed,
     unreported_error,
 )
@@ -339,7 +338,7 @@ class AdaptiveConnector:
             if completion.standing:
                 self._captured.append(completion)
             elif completion.unreported:
-                fail(completion, self._owner)
+                failed.append(completion)
         return transfer
 
     def _report(self) -> None:

@@ -9,7 +9,6 @@ from weakref import WeakSet
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
-_Default = TypeVar("_Default")
 
 
 class Bounded(Generic[Key, Value]):
@@ -62,9 +61,9 @@ class Bounded(Generic[Key, Value]):
         except KeyError:
             return self.setdefault(key, make())
 
-    def pop(self, key: Key, default: _Default = None) -> Value | _Default:  # type: ignore[assignment]
-        """Forget an entry; returns its value, or ``default`` if there was none."""
-        return self._entries.pop(key, default)
+    def pop(self, key: Key) -> Value | None:
+        """Forget an entry; returns its value, or None if there was none."""
+        return self._entries.pop(key, None)
 
     def values(self) -> list[Value]:
         """The values of now, the oldest first."""

@@ -392,7 +392,7 @@ def bad_slot(position: int, slot: int | None = None, slots: int | None = None) -
 # caller dropped.
 _in_flight: deque[Completion] = deque()
 _UNCHECKED = 16  # looked through only if there are more, so that a call seldom pays for it
-#: Completions with an error, until it is reported.
+#: Completions with an error, until their owner reports it.
 failed: list[Completion] = []
 
 
@@ -422,12 +422,6 @@ def _retire(flying: deque[Completion]) -> bool:
         flying.appendleft(oldest)
         return False
     return True
-
-
-def fail(completion: Completion, owner: Owner) -> None:
-    """Hold a completion whose error is known already, until its owner reports it."""
-    completion.owner = owner
-    failed.append(completion)
 
 
 def unreported_error(owner: Owner | None) -> PortaKVError | None:

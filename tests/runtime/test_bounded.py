@@ -42,8 +42,7 @@ def test_an_entry_is_written_again_keeps_its_age_and_is_forgotten() -> None:
     kept[1] = 11
     kept[3] = 30
     assert (1 in kept, kept.get(2), kept.get(3)) == (False, 20, 30)
-    assert (kept.pop(2), kept.pop(2, 0)) == (20, 0)
-    assert kept.pop(2) is None
+    assert (kept.pop(2), kept.pop(2)) == (20, None)
     kept.clear()
     assert (len(kept), kept.get(3)) == (0, None)
 

@@ -141,7 +141,8 @@ def test_an_error_that_was_told_by_its_handle_is_not_told_again() -> None:
 @pytest.mark.usefixtures("apart", "host_words")
 def test_errors_of_an_owner_that_is_gone_are_dropped() -> None:
     owner = weakref.ref(one := _Owner())
-    transfer.fail(Completion(error=SlotError("an error")), owner)
+    transfer.failed.append(Completion(error=SlotError("an error")))
+    transfer.failed[0].owner = owner
     del one
     gc.collect()
     assert _troubled()
