@@ -162,7 +162,7 @@ class Index:
         found = self._found(home, dtypes)
         if found is not None:
             return found
-        dtype = next(d for d in (self.ids.dtype, *_DTYPES) if d in dtypes)
+        dtype = next((d for d in (self.ids.dtype, *_DTYPES) if d in dtypes), torch.int32)
         narrows = dtype == torch.int32 and self.ids.dtype == torch.int64
         ids = (self._narrow() if narrows else self.ids.to(dtype)).to(home).contiguous()
         if self.on_host:
