@@ -129,7 +129,9 @@ def test_bad_ids_move_nothing_and_are_told(
 
 def test_in_a_new_thread(engine: Direct) -> None:
     """A thread of its own has no context yet."""
-    run_threads(lambda down: judged(COPIES["gather"](), engine, down), [True, False])
+    told = []
+    run_threads(lambda down: told.append(judged(COPIES["gather"](), engine, down)), [True, False])
+    assert told == [0, 0]
 
 
 # Order
