@@ -40,7 +40,6 @@ from portakv_benchmarks.host.suite import HOST_PRESETS, Bench
 from portakv_benchmarks.host.waiting import waiting_steps
 from portakv_benchmarks.shared.harness import (
     DeviceTimer,
-    Found,
     HostTimer,
     Row,
     Rows,
@@ -182,9 +181,10 @@ def run_device(asked: argparse.Namespace, device: torch.device) -> dict[str, Any
     usual = [name for name in accepted if preset.compiling or name not in suite.COMPILING]
     peers = [load_peer(name) for name in asked.peer or ()]
     timer = HostTimer(device) if device.type == "cpu" else DeviceTimer(device)
-    field = suite.Field(asked.backend or usual, peers, timer, device)
+    field = suite.Field(asked.backend or usual, peers, timer, device, [])
     machine = describe(device)
-    rows, left_out = carry_out([*_device_steps(preset, shapes, field)], device, asked.seconds)
+    steps = [*_device_steps(preset, shapes, field)]
+    rows = carry_out(steps, device, asked.seconds, field.left_out)
     suite.relate(rows)
     return {
         "format": RESULT_FORMAT, "machine": machine,
@@ -192,7 +192,7 @@ def run_device(asked: argparse.Namespace, device: torch.device) -> dict[str, Any
             "preset": asked.preset, "backends": field.backends,
             "peers": {peer.name: peer.release for peer in peers}, "timer": timer.name,
         },
-        "left_out": left_out + suite.peer_failures(rows), "rows": rows,
+        "left_out": field.left_out + suite.peer_failures(rows), "rows": rows,
     }  # fmt: skip
 
 
@@ -246,7 +246,7 @@ def run_host(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     peers = [load_peer(name) for name in asked.peer or ()]
     bench, machine = Bench(device, HOST_PRESETS[asked.preset], peers), describe(device)
     steps = [step for part in parts for step in _host_steps(part, bench)]
-    rows, left_out = carry_out(steps, device, asked.seconds)
+    rows = carry_out(steps, device, asked.seconds, bench.left_out)
     bench.forget()
     absent = [f"{engine}: {why}" for engine, why in bench.absent.items()]
     name = f"{short_name(device)}-{HOST_SUITE}"
@@ -260,28 +260,27 @@ def run_host(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             "calibrated": costs_of(device).measured,
         },
         # Some steps leave out the same for the same reason.
-        "left_out": absent + list(dict.fromkeys(left_out)), "rows": rows,
+        "left_out": absent + list(dict.fromkeys(bench.left_out)), "rows": rows,
     }  # fmt: skip
 
 
 def _host_steps(part: str, bench: Bench) -> list[Step]:
-    """The steps of a part, whose rows name it; of one that cannot tell them a step that says why,
-    so that the others are measured."""
+    """The steps of a part, whose rows name it; of one that cannot tell them none, and why."""
 
-    def labelled(measure: Callable[[], Found]) -> Found:
-        rows, left_out = measure()
-        return [{**row, "part": part} for row in rows], left_out
+    def labelled(measure: Callable[[], Rows]) -> Rows:
+        return [{**row, "part": part} for row in measure()]
 
     try:
-        steps = list(PARTS[part](bench))
+        return [(f"{part}: {name}", partial(labelled, step)) for name, step in PARTS[part](bench)]
     except Exception as error:
-        why = f"{part}: {in_a_line(error)}"
-        return [(part, lambda: ([], [why]))]
-    return [(f"{part}: {name}", partial(labelled, measure)) for name, measure in steps]
+        bench.left_out.append(f"{part}: {in_a_line(error)}")
+        return []
 
 
-def carry_out(steps: Sequence[Step], device: torch.device, seconds: float | None) -> Found:
-    """Rows and what was left out. What is over time or interrupted is left out, and told.
+def carry_out(
+    steps: Sequence[Step], device: torch.device, seconds: float | None, left_out: list[str]
+) -> Rows:
+    """What the steps measure. What is over time, fails or is interrupted is left out, and told.
 
     Args:
         steps: in their order.
@@ -289,7 +288,6 @@ def carry_out(steps: Sequence[Step], device: torch.device, seconds: float | None
         seconds: after these nothing new is begun.
     """
     rows: Rows = []
-    left_out: list[str] = []
     began = perf_counter()
     with torch.no_grad():
         for done, (name, step) in enumerate(steps):
@@ -300,21 +298,19 @@ def carry_out(steps: Sequence[Step], device: torch.device, seconds: float | None
             told = f"[{done + 1}/{len(steps)}] {elapsed:.0f} s: {name}"
             print(told, file=sys.stderr, flush=True)
             try:
-                found, refused = step()
+                rows += step()
             except KeyboardInterrupt:
                 left_out.append(f"interrupted: the last {len(steps) - done} steps")
                 break
             except Exception as error:  # what was measured before must not be lost
-                found, refused = [], [f"{name}: {in_a_line(error)}"]
-            rows += found
-            left_out += refused
+                left_out.append(f"{name}: {in_a_line(error)}")
             try:
                 _release(device)
             except RuntimeError as error:
                 why = in_a_line(error)
                 left_out.append(f"{name} left the device unusable ({why}); the rest was not run")
                 break
-    return rows, left_out
+    return rows
 
 
 def _release(device: torch.device) -> None:

@@ -29,9 +29,7 @@ _LIMIT = 180.0  # seconds for one process
 _CACHES = ("PORTAKV_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 
-def measure_startup(
-    backend: str, device: str, rounds: int
-) -> tuple[list[dict[str, Any]], list[str]]:
+def measure_startup(backend: str, device: str, rounds: int) -> list[dict[str, Any]]:
     """A row for cold and one for warm starts, each the median of ``rounds`` processes."""
     found: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": []}
     for _ in range(rounds):
@@ -47,7 +45,7 @@ def measure_startup(
             "import_seconds": round(median(one["imported"] for one in times), 4),
             "rounds": rounds, "verified": all(one["right"] for one in times),
         })  # fmt: skip
-    return rows, []
+    return rows
 
 
 def _start(backend: str, device: str, folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 from portakv import AdaptiveConnector, Index, KVView
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import choose
-from portakv_benchmarks.shared.harness import Found, uncollected
+from portakv_benchmarks.shared.harness import Rows, uncollected
 
 #: Takes a memory object's number, and a new tensor over it.
 Call = Callable[[int, torch.Tensor], object]
@@ -35,7 +35,7 @@ _WARM_UP = 13  # turns
 _TURN = 16  # calls of one kind in a row
 
 
-def measure_overhead(backend: str, device: torch.device, rounds: int) -> Found:
+def measure_overhead(backend: str, device: torch.device, rounds: int) -> Rows:
     """A row for each kind of index list: an `Index` that the caller keeps, and raw tensors."""
     size = (2, _BLOCKS, _BLOCK_SIZE, 1, _DIM)
     cache = torch.arange(prod(size), dtype=torch.int16, device=device).view(size)
@@ -71,7 +71,7 @@ def measure_overhead(backend: str, device: torch.device, rounds: int) -> Found:
         verified[name] = all(torch.equal(chunk.view(torch.int16), expected) for chunk in chunks)
     times = _time(calls, chunks, rounds, device)
     launches = times["launch"]
-    rows = [
+    return [
         {
             "kind": "overhead", "backend": backend, "ids": name,
             "added_us": round(median(a - b for a, b in zip(times[name], launches, strict=True)), 2),
@@ -80,7 +80,6 @@ def measure_overhead(backend: str, device: torch.device, rounds: int) -> Found:
         }
         for name in ids
     ]  # fmt: skip
-    return rows, []
 
 
 def _time(

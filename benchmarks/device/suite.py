@@ -17,7 +17,6 @@ from portakv.registry.registry import ENGINES, trace
 from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.shared.harness import (
     Call,
-    Found,
     Measured,
     Row,
     Rows,
@@ -80,12 +79,13 @@ class Task(NamedTuple):
 
 
 class Field(NamedTuple):
-    """Everything that is measured beside `copy_`, and how."""
+    """Everything that is measured beside `copy_`, and how; and a line on what was left out."""
 
     backends: Sequence[str]
     peers: Sequence[LMCache]
     timer: Timer
     device: torch.device
+    left_out: list[str]
 
 
 def accepted_backends(device: torch.device) -> list[str]:
@@ -110,29 +110,29 @@ def tasks(preset: Preset, shapes: Sequence[Shape], device: torch.device) -> Iter
             yield Task(shape, arrangement, why if needed > _SHARE * free else "")
 
 
-def run_task(task: Task, preset: Preset, field: Field) -> Found:
-    """Measure one workload in every way; a row for each, that of `copy_` first, and what was
-    refused. Repeats have memory of their own."""
+def run_task(task: Task, preset: Preset, field: Field) -> Rows:
+    """Measure one workload in every way; a row for each, that of `copy_` first. Repeats have memory
+    of their own."""
     shape, place = task.shape, f"{task.shape.name}, layers {task.arrangement}"
     if task.left_out:
-        return [], [f"{place}: {task.left_out}"]
+        field.left_out.append(f"{place}: {task.left_out}")
+        return []
     repeats = preset.repeats if shape.payload < REPEATED_BELOW else 1
-    left_out: list[str] = []
     runs: list[list[Measured]] = []
     for repeat in range(repeats):
         work = Workload(shape, task.arrangement, field.device, shape.objects)
-        found, missing = _variants(work, preset, field)
-        good, refused = usable(found, place)
+        told: list[str] = []
+        good = usable(_variants(work, preset, field, place, told), place, told)
         if repeat == 0:
-            left_out = [f"{place}, {line}" for line in missing] + refused
+            field.left_out.extend(told)
         runs.append(
             measure(
                 ceiling(work), good, field.timer, objects=shape.objects, rounds=preset.rounds,
                 seconds=preset.seconds,
             )
         )  # fmt: skip
-        del work, found, good
-    return [_row(task, field.timer, one) for one in merge(runs)], left_out
+        del work, good
+    return [_row(task, field.timer, one) for one in merge(runs)]
 
 
 def ceiling(work: Workload) -> Variant:
@@ -145,10 +145,11 @@ def ceiling(work: Workload) -> Variant:
     )
 
 
-def _variants(work: Workload, preset: Preset, field: Field) -> tuple[list[Variant], list[str]]:
-    """Every way of moving a workload, and a line on each that cannot be made."""
+def _variants(
+    work: Workload, preset: Preset, field: Field, place: str, left_out: list[str]
+) -> list[Variant]:
+    """Every way of moving a workload; adds a line on each that cannot be made."""
     found: list[Variant] = []
-    missing = []
     for index in (index for index in work.shape.index if index in preset.index):
         for backend in field.backends:
             if backend in COMPILING and (index != "random" or not work.shape.compiled):
@@ -159,13 +160,13 @@ def _variants(work: Workload, preset: Preset, field: Field) -> tuple[list[Varian
                     ways = connector_ways(work, backend, index, capturable=True)
                     found += [replayed(way) for way in ways]
             except PortaKVError as error:
-                missing.append(f"{backend} {index}: {error}")
+                left_out.append(f"{place}, {backend} {index}: {error}")
         for peer in field.peers:
             try:
                 found += peer_ways(peer, work, index)
             except PeerMissing as error:
-                missing.append(f"{peer.name} {index}: {error}")
-    return found, missing
+                left_out.append(f"{place}, {peer.name} {index}: {error}")
+    return found
 
 
 def replayed(variant: Variant) -> Variant:

@@ -14,7 +14,7 @@ import torch
 
 from portakv_benchmarks.device.suite import Field, both_ways, ceiling, connector_ways
 from portakv_benchmarks.device.workload import Workload
-from portakv_benchmarks.shared.harness import Call, Found, Measured, Row, measure, usable
+from portakv_benchmarks.shared.harness import Call, Measured, Row, Rows, measure, usable
 from portakv_benchmarks.shared.shapes import Shape
 
 #: The plain ways in the order in which they get faster.
@@ -24,8 +24,8 @@ INDEX = "random"
 _SLOW_ROUNDS = 5
 
 
-def run_ladder(shape: Shape, field: Field, rounds: int) -> Found:
-    """A row for each way and direction, and the ways that were refused.
+def run_ladder(shape: Shape, field: Field, rounds: int) -> Rows:
+    """A row for each way and direction.
 
     The shape's cache is a list over layers of ``(2, blocks, block_size, heads, dim)``, each an
     allocation of its own, and the chunk ``[2, L, T, H*D]``.
@@ -37,11 +37,8 @@ def run_ladder(shape: Shape, field: Field, rounds: int) -> Found:
         for name, make in zip(PLAIN, (_loops, _indexing, _vectorised), strict=True)
     )
     fast = [way for ways in plain for way in ways]
-    refused: list[str] = []
     for backend in field.backends:
-        good, bad = usable(list(connector_ways(work, backend, INDEX)), "ladder")
-        fast += good
-        refused += bad
+        fast += usable([*connector_ways(work, backend, INDEX)], "ladder", field.left_out)
     measured: list[Measured] = []
     for ways, turns in ((slow, _SLOW_ROUNDS), (fast, rounds)):
         found = measure(
@@ -49,7 +46,7 @@ def run_ladder(shape: Shape, field: Field, rounds: int) -> Found:
         )
         # One row of `copy_` is enough: the one beside the fast ways.
         measured += found[1:] if ways is slow else found
-    return [_row(shape, one) for one in measured], refused
+    return [_row(shape, one) for one in measured]
 
 
 def _row(shape: Shape, one: Measured) -> Row:

@@ -22,7 +22,6 @@ from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, LAYER_FIRST, 
 from portakv_benchmarks.host.suite import DESCRIPTORS, HOST, STAGED, Bench, Way, direct
 from portakv_benchmarks.shared.harness import (
     FAILURES,
-    Found,
     Row,
     Rows,
     Step,
@@ -58,9 +57,8 @@ def call_steps(bench: Bench) -> Iterator[Step]:
             yield name, partial(_measure, bench, Case(place, _LAYERS, tokens), whole)
 
 
-def _measure(bench: Bench, case: Case, whole: bool) -> Found:
+def _measure(bench: Bench, case: Case, whole: bool) -> Rows:
     rows: Rows = []
-    left_out: list[str] = []
     sides = bench.sides(case)
     calls = bench.preset.calls if whole else max(1, bench.preset.calls // 3)
     for direction in DIRECTIONS:
@@ -72,8 +70,8 @@ def _measure(bench: Bench, case: Case, whole: bool) -> Found:
                 rows.append(_row(bench, sides, direction, way, ids, merged, calls))
             except FAILURES as error:
                 place = f"host time: {way.name} {direction}, {ids}"
-                left_out.append(f"{place}: {in_a_line(error)}")
-    return rows, left_out
+                bench.left_out.append(f"{place}: {in_a_line(error)}")
+    return rows
 
 
 def merged_runs(sides: Sides, direction: str) -> int:

@@ -40,7 +40,6 @@ from portakv_benchmarks.host.suite import (
     direct,
 )
 from portakv_benchmarks.shared.harness import (
-    Found,
     Measured,
     Row,
     Rows,
@@ -88,39 +87,32 @@ def duplex_steps(bench: Bench) -> Iterator[Step]:
         yield f"both ways: {case.name}", partial(_both_ways, bench, case)
 
 
-def _grid(bench: Bench, mine: Sequence[Case]) -> Found:
-    rows: Rows = []
-    left_out: list[str] = []
-    for case in mine:
-        found, told = _measure(bench, case, GRID_WAYS, "host_copy")
-        rows += found
-        left_out += told
+def _grid(bench: Bench, mine: Sequence[Case]) -> Rows:
+    rows = [row for case in mine for row in _measure(bench, case, GRID_WAYS, "host_copy")]
     compare(rows)
-    return rows, left_out
+    return rows
 
 
-def _direct(bench: Bench, case: Case) -> Found:
+def _direct(bench: Bench, case: Case) -> Rows:
     ways = [direct(blocks) for blocks in bench.preset.thread_blocks]
-    rows, left_out = _measure(bench, case, ways, "host_direct")
+    rows = _measure(bench, case, ways, "host_direct")
     for row in rows:
         if row["backend"] != MEMCPY:
             row["thread_blocks"] = int(row["backend"].rpartition(" ")[2])
-    return rows, left_out
+    return rows
 
 
-def _measure(bench: Bench, case: Case, ways: Sequence[Way], kind: str) -> Found:
+def _measure(bench: Bench, case: Case, ways: Sequence[Way], kind: str) -> Rows:
     """A case in both directions by each way."""
     ways = bench.serving(ways)
-    left_out = [why for way in ways if (why := way.left_out(case))]
+    bench.left_out += [why for way in ways if (why := way.left_out(case))]
     named = {way.name: way for way in ways if not way.left_out(case)}
     sides = bench.sides(case)
     rows: Rows = []
     for direction in DIRECTIONS:
         sides.fill(direction)
-        good, refused = usable(
-            [by_engine(way, sides, direction) for way in named.values()], case.name
-        )
-        left_out += refused
+        known = [by_engine(way, sides, direction) for way in named.values()]
+        good = usable(known, case.name, bench.left_out)
         more: Rows = [{}, *(_staging(bench, variant) for variant in good)]
         found = measured(bench, by_memcpy(sides, direction), good, case.payload)
         for variant, told in zip(good, more[1:], strict=True):
@@ -132,7 +124,7 @@ def _measure(bench: Bench, case: Case, ways: Sequence[Way], kind: str) -> Found:
         bench.module.synchronize()
         for one, told in zip(found, more, strict=True):
             rows.append({**_row(kind, case, one, bench), **told})
-    return rows, left_out
+    return rows
 
 
 def _row(kind: str, case: Case, one: Measured, bench: Bench) -> Row:
@@ -191,7 +183,7 @@ def measured(
     )  # fmt: skip
 
 
-def _both_ways(bench: Bench, case: Case) -> Found:
+def _both_ways(bench: Bench, case: Case) -> Rows:
     """Device to host and host to device at once, each with memory of its own."""
     ends = [
         (Sides(case, region), direction, bench.stream())
@@ -202,7 +194,8 @@ def _both_ways(bench: Bench, case: Case) -> Found:
     for sides, direction, _ in ends:
         sides.fill(direction)
     ways = bench.serving((STAGED, direct(), HOST, HOST_IDLE))
-    good, left_out = usable([_opposed(way, ends) for way in ways], f"both ways: {case.name}")
+    known = [_opposed(way, ends) for way in ways]
+    good = usable(known, f"both ways: {case.name}", bench.left_out)
     rows = [
         _row("host_duplex", case, one, bench)
         for one in measured(bench, _opposed_memcpy(bench, ends), good, 2 * case.payload)
@@ -213,7 +206,7 @@ def _both_ways(bench: Bench, case: Case) -> Found:
             told = [way.taken(way.move(sides, direction)) for sides, direction, _ in ends]
             row |= {**told[0], "chosen": ", ".join(dict.fromkeys(one["chosen"] for one in told))}
     bench.module.synchronize()
-    return rows, left_out
+    return rows
 
 
 Ends = list[tuple[Sides, str, torch.Stream]]

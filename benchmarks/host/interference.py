@@ -58,7 +58,7 @@ from portakv_benchmarks.host.suite import (
     by_call,
     direct,
 )
-from portakv_benchmarks.shared.harness import Found, Row, Rows, Step, grouped, short, uncollected
+from portakv_benchmarks.shared.harness import Row, Rows, Step, grouped, short, uncollected
 from portakv_benchmarks.shared.peers import LMCache
 
 #: Ways that a bar judges are repeated in full, the others this often at most.
@@ -69,8 +69,8 @@ _ON_OWN = 3
 _HELD_UP = 15.0
 _JUDGED = (MEMCPY, CHOSEN, HOST_DETACHED.name)
 
-#: The movers of a direction; adds lines on those that there cannot be.
-Movers = Callable[[Bench, str, list[str]], Iterable[Mover]]
+#: The movers of a direction.
+Movers = Callable[[Bench, str], Iterable[Mover]]
 
 
 @dataclass
@@ -105,14 +105,13 @@ def _place(loop: str, where: str, direction: str) -> str:
     return f"beside {loop} on {STREAMS[where]}, {direction}"
 
 
-def _beside_peers(asked: tuple[Bench, str, str, str]) -> Found:
-    rows, left_out = _measure(asked, _peers, min(_OTHERS, asked[0].preset.repeats))
-    return [row for row in rows if "peer" in row], left_out
+def _beside_peers(asked: tuple[Bench, str, str, str]) -> Rows:
+    rows = _measure(asked, _peers, min(_OTHERS, asked[0].preset.repeats))
+    return [row for row in rows if "peer" in row]
 
 
-def _measure(asked: tuple[Bench, str, str, str], movers: Movers, repeats: int) -> Found:
-    meeting = _Meeting(*asked)
-    return meeting.rows(movers, repeats), meeting.left_out
+def _measure(asked: tuple[Bench, str, str, str], movers: Movers, repeats: int) -> Rows:
+    return _Meeting(*asked).rows(movers, repeats)
 
 
 class _Meeting:
@@ -122,7 +121,6 @@ class _Meeting:
         self._bench, self._direction = bench, direction
         self._labels = {"loop": loop, "stream": where}
         self._ways = Ways(bench, _place(loop, where, direction))
-        self.left_out = self._ways.left_out
         self._loop = LOOPS[loop](bench.device, bench.preset)
         own = where == OWN
         self._work = bench.stream() if own else bench.module.default_stream(bench.device)
@@ -131,7 +129,7 @@ class _Meeting:
     def rows(self, movers: Movers, repeats: int) -> Rows:
         """A row for each mover that could meet the loop."""
         ways = self._ways
-        found = movers(self._bench, self._direction, self.left_out)
+        found = movers(self._bench, self._direction)
         usable = [Met(one) for one in found if ways.tried(one, Mover.once)]
         if ways.usable:
             self._alone()  # clocks sink from then on, no more at once
@@ -218,12 +216,12 @@ class _Meeting:
         }  # fmt: skip
 
 
-def _engines(bench: Bench, direction: str, left_out: list[str]) -> Iterator[Mover]:
+def _engines(bench: Bench, direction: str) -> Iterator[Mover]:
     """Plain memcpy and every engine; rows of 2 KB and of 256 bytes, and blocks for descriptors."""
     yield from _moved_by(bench, direction, (HOST_DETACHED, HOST, direct(8)), (STAGED, DESCRIPTORS))
 
 
-def _chosen(bench: Bench, direction: str, left_out: list[str]) -> Iterator[Mover]:
+def _chosen(bench: Bench, direction: str) -> Iterator[Mover]:
     """Plain memcpy and what PortaKV chooses."""
     yield from _moved_by(bench, direction, (HOST_DETACHED, HOST), ())
 
@@ -238,7 +236,7 @@ def _moved_by(
         yield transfers(bench, way, direction)
 
 
-def _peers(bench: Bench, direction: str, left_out: list[str]) -> Iterator[Mover]:
+def _peers(bench: Bench, direction: str) -> Iterator[Mover]:
     """Plain memcpy and peers; rows of 2 KB and of 256 bytes."""
     yield memcpys(bench, direction)
     for peer, run in product(bench.peers, RUNS):
@@ -246,7 +244,7 @@ def _peers(bench: Bench, direction: str, left_out: list[str]) -> Iterator[Mover]
         try:
             call = _by_peer(peer, sides, direction)
         except PortaKVError as error:
-            left_out.append(f"beside a loop, {peer.name} {direction}: {error}")
+            bench.left_out.append(f"beside a loop, {peer.name} {direction}: {error}")
         else:
             yield moved(
                 sides, by_call(sides, direction, peer.name, peer.name, call, peer=peer.name)

@@ -123,8 +123,8 @@ def recorded(module: Any, stream: torch.Stream) -> Any:
 
 
 class Ways:
-    """Keeps the ways apart: what one of them does wrong is told in ``left_out``, and the others go
-    on for as long as the device can be used.
+    """Keeps the ways apart: what one of them does wrong is told, and the others go on for as long
+    as the device can be used.
 
     Attributes:
         usable: no failure has taken the device.
@@ -132,7 +132,6 @@ class Ways:
 
     def __init__(self, bench: Bench, place: str) -> None:
         self._bench, self._place = bench, place
-        self.left_out: list[str] = []
         self.usable = True
 
     def tried(self, mover: Mover, action: Callable[[Mover], object]) -> bool:
@@ -156,7 +155,7 @@ class Ways:
         return False
 
     def _tell(self, line: str) -> None:
-        self.left_out.append(f"{self._place}, {line}")
+        self._bench.left_out.append(f"{self._place}, {line}")
 
 
 def sides_of(bench: Bench, run: int) -> Sides:

@@ -17,7 +17,6 @@ from portakv.host import pinned
 from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, Case, Sides, cases, scene
 from portakv_benchmarks.host.suite import HOST, KB, Bench, Way, by_engine, by_memcpy
 from portakv_benchmarks.shared.harness import (
-    Found,
     Rows,
     Step,
     grouped,
@@ -72,7 +71,7 @@ def pageable_steps(bench: Bench) -> Iterator[Step]:
         yield f"pageable: {case.name}", partial(_measure, bench, case)
 
 
-def _measure(bench: Bench, case: Case) -> Found:
+def _measure(bench: Bench, case: Case) -> Rows:
     sides = Sides(case, bench.region(max(bench.preset.pageable), pageable=True))
     copies: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {TORCH: torch.Tensor.copy_}
     for slots, nbytes in bench.preset.ring_slots:
@@ -80,17 +79,14 @@ def _measure(bench: Bench, case: Case) -> Found:
             bench.device, slots, nbytes
         ).copy
     rows: Rows = []
-    left_out: list[str] = []
     for direction in DIRECTIONS:
         sides.fill(direction)
         torchs, *rings = (
             by_memcpy(sides, direction, name, copy, plain=True) for name, copy in copies.items()
         )
         ways = bench.serving((Way("ring", "ring"), HOST))
-        good, refused = usable(
-            [by_engine(way, sides, direction) for way in ways], f"pageable: {case.name}"
-        )
-        left_out += refused
+        known = [by_engine(way, sides, direction) for way in ways]
+        good = usable(known, f"pageable: {case.name}", bench.left_out)
         chosen = HOST.name in (variant.labels["backend"] for variant in good)
         told = {HOST.name: HOST.taken(HOST.move(sides, direction))} if chosen else {}
         bench.module.synchronize()
@@ -105,7 +101,7 @@ def _measure(bench: Bench, case: Case) -> Found:
                 **one.row(case.payload), "timer": bench.wall.name,
             })  # fmt: skip
     compare(rows)
-    return rows, left_out
+    return rows
 
 
 def compare(rows: Rows) -> None:

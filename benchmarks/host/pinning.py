@@ -21,7 +21,7 @@ import torch
 
 from portakv.host import pinned
 from portakv_benchmarks.host.suite import Bench
-from portakv_benchmarks.shared.harness import Found, Row, Step, short
+from portakv_benchmarks.shared.harness import Row, Rows, Step, short
 from portakv_benchmarks.shared.shapes import in_words
 
 OURS, TORCH = "pinned.allocate", "torch, pin_memory=True"
@@ -37,7 +37,7 @@ def pinning_steps(bench: Bench) -> Iterator[Step]:
     yield f"pinning {in_words(nbytes)}", partial(_measure, bench, nbytes)
 
 
-def _measure(bench: Bench, nbytes: int) -> Found:
+def _measure(bench: Bench, nbytes: int) -> Rows:
     bench.forget()
     gc.collect()
     _empty_torch()
@@ -47,7 +47,7 @@ def _measure(bench: Bench, nbytes: int) -> Found:
     _empty_torch()
     for row in rows:
         row["to_torch"] = short(row["seconds"] / rows[1]["seconds"])
-    return rows, []
+    return rows
 
 
 def _row(name: str, nbytes: int, take: Callable[[int], Taken]) -> Row:

@@ -29,7 +29,7 @@ from portakv.host import pinned
 from portakv.host.small import SmallCopy, choose, to_device
 from portakv_benchmarks.host.movers import timed_event
 from portakv_benchmarks.host.suite import Bench
-from portakv_benchmarks.shared.harness import Found, Row, Rows, Step, short
+from portakv_benchmarks.shared.harness import Row, Rows, Step, short
 
 Values = npt.NDArray[np.int64]
 
@@ -74,8 +74,8 @@ def small_steps(bench: Bench) -> Iterator[Step]:
         yield f"small copies: {count}", partial(_measure, bench, count)
 
 
-def _measure(bench: Bench, count: int) -> Found:
-    ways, left_out = _ways(bench.device, count)
+def _measure(bench: Bench, count: int) -> Rows:
+    ways = _ways(bench, count)
     with bench.module.stream(bench.stream()):
         seen = _sends(bench, ways, count, _Large(bench))
     rows = [_row(bench, name, count, seen[name]) for name in ways]
@@ -83,7 +83,7 @@ def _measure(bench: Bench, count: int) -> Found:
     for row in rows:
         if row["backend"] == OURS:
             row["why"] = choose(8 * count, bench.device).why
-    return rows, left_out
+    return rows
 
 
 class _Large:
@@ -208,9 +208,9 @@ def _send(
     return Seen(took * 1e6, host * 1e6, device, busy, right)
 
 
-def _ways(device: torch.device, count: int) -> tuple[dict[str, Route], list[str]]:
-    """Every way, and those that cannot be had, with the reason."""
-    left_out: list[str] = []
+def _ways(bench: Bench, count: int) -> dict[str, Route]:
+    """Every way that can be had."""
+    device = bench.device
     ways = {
         OURS: Route(SmallCopy(count, torch.int64, device).send),
         "to_device": Route(lambda values: to_device(values, device)),
@@ -219,7 +219,7 @@ def _ways(device: torch.device, count: int) -> tuple[dict[str, Route], list[str]
         try:
             sender = SmallCopy(count, torch.int64, device, way=way)
         except PortaKVError as error:
-            left_out.append(f"small copies: {count}, {way}: {error}")
+            bench.left_out.append(f"small copies: {count}, {way}: {error}")
         else:
             ways[f"{OURS} {way}"] = Route(sender.send)
     held = pinned.empty(count, torch.int64)
@@ -238,4 +238,4 @@ def _ways(device: torch.device, count: int) -> tuple[dict[str, Route], list[str]
     ways[PINNED] = Route(fill_and_copy)
     ways[f"{PINNED}, filled before"] = Route(copy, fill)
     ways[PLAIN] = Route(lambda values: torch.tensor(values, device=device))
-    return ways, left_out
+    return ways

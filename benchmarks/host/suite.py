@@ -95,6 +95,7 @@ class Bench:
 
     Attributes:
         absent: why an engine does not serve the device, by its name.
+        left_out: a line for each thing that was not measured.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Bench:
         self.wall = HostTimer(device)
         # Events that tell the time are had on CUDA devices.
         self.timer = DeviceTimer(device, link=True) if device.type == "cuda" else self.wall
+        self.left_out: list[str] = []
         self._regions: dict[bool, tuple[int, Region]] = {}
         engines = [said for said in trace(device) if said.name in ENGINES]
         self.absent = {said.name: said.reason for said in engines if not said.accepted}

@@ -21,7 +21,7 @@ import torch
 from portakv_benchmarks.host.cases import DIRECTIONS
 from portakv_benchmarks.host.movers import Mover, Queue, Ways, memcpys, recorded, transfers
 from portakv_benchmarks.host.suite import DESCRIPTORS, HOST, HOST_DETACHED, Bench, direct
-from portakv_benchmarks.shared.harness import Found, Rows, Step, short, uncollected
+from portakv_benchmarks.shared.harness import Rows, Step, short, uncollected
 from portakv_benchmarks.shared.shapes import in_words
 
 #: Bytes of the other's copy: what a kernel may carry out, and what surely takes a copy engine.
@@ -37,14 +37,14 @@ def waiting_steps(bench: Bench) -> Iterator[Step]:
         yield f"copies of others beside transfers, {direction}", partial(_measure, bench, direction)
 
 
-def _measure(bench: Bench, direction: str) -> Found:
+def _measure(bench: Bench, direction: str) -> Rows:
     ways = Ways(bench, f"copies of others, {direction}")
     rows: Rows = []
     movers = [memcpys(bench, direction)]
     movers += [transfers(bench, way, direction) for way in bench.serving(_WAYS)]
     for mover, nbytes in product(movers, OTHERS):
         ways.tried(mover, partial(_row, bench, direction, nbytes, rows))
-    return rows, ways.left_out
+    return rows
 
 
 def _row(bench: Bench, direction: str, nbytes: int, rows: Rows, mover: Mover) -> None:

@@ -31,10 +31,8 @@ from portakv.errors import PortaKVError
 Call = Callable[[int], object]  # takes the number of the memory object
 Row = dict[str, Any]
 Rows = list[Row]
-#: What was measured: rows, and a line for each thing that was left out.
-Found = tuple[Rows, list[str]]
 #: A step's name, and what measures it.
-Step = tuple[str, Callable[[], Found]]
+Step = tuple[str, Callable[[], Rows]]
 
 #: What goes wrong with a way, and is told in place of its figures.
 FAILURES = (PortaKVError, RuntimeError, TypeError, ValueError)
@@ -91,19 +89,19 @@ class Measured:
         }
 
 
-def usable(variants: Sequence[Variant], place: str) -> tuple[list[Variant], list[str]]:
-    """The variants that can be called, and a line on each other, which begins with ``place``."""
-    good, refused = [], []
+def usable(variants: Sequence[Variant], place: str, left_out: list[str]) -> list[Variant]:
+    """The variants that can be called; adds a line on each other, which begins with ``place``."""
+    good = []
     for variant in variants:
         try:
             variant.poison(0)
             variant.call(0)
         except FAILURES as error:
             names = [variant.labels[n] for n in ("backend", "op", "index") if n in variant.labels]
-            refused.append(f"{place}, {' '.join(names)}: {in_a_line(error)}")
+            left_out.append(f"{place}, {' '.join(names)}: {in_a_line(error)}")
         else:
             good.append(variant)
-    return good, refused
+    return good
 
 
 def in_a_line(error: BaseException) -> str:

@@ -256,20 +256,20 @@ def failing(error: Exception) -> Variant:
 
 
 def test_a_way_that_raises_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    good, refused = usable([failing(RuntimeError("no\nmore")), right := variant(1)], "s")
-    assert good == [right]
-    assert refused == ["s, broken gather random: RuntimeError: no"]
+    told: list[str] = []
+    assert usable([failing(RuntimeError("no\nmore")), right := variant(1)], "s", told) == [right]
+    assert told == ["s, broken gather random: RuntimeError: no"]
     late = RuntimeError("the capture failed")
     late.__context__ = ValueError("why it did")
-    told = usable([failing(late)], "s")[1][0]
-    assert told.endswith("RuntimeError: the capture failed (behind ValueError: why it did)")
+    assert usable([failing(late)], "s", told) == []
+    assert told[1].endswith("RuntimeError: the capture failed (behind ValueError: why it did)")
     with pytest.raises(ZeroDivisionError):  # a mistake in the benchmark is no answer of a way
-        usable([failing(ZeroDivisionError())], "s")
+        usable([failing(ZeroDivisionError())], "s", told)
     broken = [failing(RuntimeError("no"))]
     monkeypatch.setattr(suite, "connector_ways", lambda work, backend, index: broken)
-    rows, left_out = suite.run_task(suite.Task(tiny(), "apart"), FULL, field())
+    rows = suite.run_task(suite.Task(tiny(), "apart"), FULL, asked := field())
     assert [row["backend"] for row in rows] == ["copy_"]
-    assert left_out == ["seed, layers apart, broken gather random: RuntimeError: no"] * 3
+    assert asked.left_out == ["seed, layers apart, broken gather random: RuntimeError: no"] * 3
 
 
 def test_a_way_that_takes_too_long_to_hide_is_not_delayed() -> None:
@@ -301,8 +301,8 @@ def test_a_call_is_timed_on_an_idle_device_and_then_forgotten() -> None:
 @pytest.mark.parametrize("tiny", TINIES, ids=lambda s: f"{s.name} {s.cache} {s.dtype}")
 def test_a_tiny_shape_gives_verified_rows(tiny: Shape, device: torch.device) -> None:
     for task in suite.tasks(PRESET, [tiny], device):
-        rows, refused = suite.run_task(task, PRESET, field(device))
-        assert refused == []
+        rows = suite.run_task(task, PRESET, asked := field(device))
+        assert asked.left_out == []
         assert all(row["verified"] and row["p50_us"] > 0 for row in rows)
         assert (rows[0]["backend"], rows[0]["ratio"], rows[0]["host_hidden"]) == ("copy_", 1, True)
         assert {row["rounds"] for row in rows} == {5}
@@ -315,7 +315,7 @@ def test_a_tiny_shape_gives_verified_rows(tiny: Shape, device: torch.device) -> 
 
 @ON_CPU_AND_CUDA
 def test_overhead_rows(device: torch.device) -> None:
-    rows, _ = measure_overhead("reference", device, 10)
+    rows = measure_overhead("reference", device, 10)
     on_device = [] if device.type == "cpu" else ["device tensor"]
     assert [row["ids"] for row in rows] == ["kept Index", "host tensor", *on_device]
     assert all(row["verified"] and row["launch_us"] > 0 for row in rows)
@@ -333,7 +333,7 @@ def test_small_payloads_are_measured_several_times_in_other_memory(
 
     monkeypatch.setattr(suite, "Workload", Counted)
     task = suite.Task(tiny(), "apart")
-    rows, _ = suite.run_task(task, FULL, field())
+    rows = suite.run_task(task, FULL, field())
     assert len(made) == 2
     assert {len(row["repeats"]) for row in rows} == {2}
     monkeypatch.setattr(suite, "REPEATED_BELOW", 0)
@@ -348,7 +348,7 @@ def test_backends_that_compile_serve_the_marked_shapes_only(
     marked, other = tiny("seed", compiled=True), tiny("seed", compiled=False)
     assert [task.shape.compiled for task in suite.tasks(FULL, [marked, other], CPU)][-1]
     for known, indices in ((marked, {"random"}), (other, set())):
-        rows, _ = suite.run_task(suite.Task(known, "apart"), FULL, field())
+        rows = suite.run_task(suite.Task(known, "apart"), FULL, field())
         assert {row["index"] for row in rows[1:]} == indices
 
 
@@ -365,8 +365,8 @@ def test_what_memory_cannot_hold_is_left_out_with_the_reason(
 
 
 def test_the_ladder_checks_every_way() -> None:
-    rows, refused = run_ladder(tiny(), field(), 5)
-    assert refused == []
+    rows = run_ladder(tiny(), asked := field(), 5)
+    assert asked.left_out == []
     assert all(row["verified"] for row in rows)
     assert {(row["way"], row["op"]) for row in rows} == {
         (way, op) for way in (*PLAIN, "reference") for op in ("gather", "scatter")
@@ -390,7 +390,7 @@ def test_rows_are_related_to_cuda_and_to_the_better_right_peer() -> None:
 
 @pytest.mark.full
 def test_fresh_processes_start_cold_and_warm() -> None:
-    rows, _ = measure_startup("reference", "cpu", 1)
+    rows = measure_startup("reference", "cpu", 1)
     assert [row["cache"] for row in rows] == ["cold", "warm"]
     assert all(row["verified"] for row in rows)
     assert all(0 < row["import_seconds"] < row["seconds"] for row in rows)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from enum import IntEnum
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -18,6 +19,8 @@ import portakv_benchmarks.cli as bench
 from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.shared import peers
+
+ONCE = dataclasses.replace(FULL, repeats=1)
 
 
 class FakeOps:
@@ -86,8 +89,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOps:
 
 def test_a_peer_is_called_and_its_bytes_are_checked(fake: FakeOps) -> None:
     peer = peers.load_peer("lmcache")
-    rows, refused = suite.run_task(suite.Task(tiny(), "apart"), FULL, field(peers=(peer,)))
-    assert refused == []
+    rows = suite.run_task(suite.Task(tiny(), "apart"), ONCE, asked := field(peers=(peer,)))
+    assert asked.left_out == []
     theirs = [row for row in rows if row.get("peer")]
     assert {(row["backend"], row["op"], row["index"]) for row in theirs} == {
         (f"lmcache {kernel}", op, index)
@@ -106,7 +109,7 @@ def test_a_peer_that_is_wrong_is_told_and_is_not_compared_with(
 ) -> None:
     monkeypatch.setattr(FakeOps, "_copy", lambda self, chunk, pointers, slots, store: None)
     peer = peers.load_peer("lmcache")
-    rows, _ = suite.run_task(suite.Task(tiny(), "apart"), FULL, field(peers=(peer,)))
+    rows = suite.run_task(suite.Task(tiny(), "apart"), ONCE, field(peers=(peer,)))
     suite.relate(rows)
     assert not any("to_peer" in row for row in rows)
     told = suite.peer_failures(rows)
@@ -119,9 +122,9 @@ def test_a_peer_that_is_wrong_is_told_and_is_not_compared_with(
 def test_a_peer_says_which_caches_it_has_no_format_for(fake: FakeOps) -> None:
     peer = peers.load_peer("lmcache")
     shape = tiny("encoder-cache", tokens=576)
-    _, refused = suite.run_task(suite.Task(shape, "together"), FULL, field(peers=(peer,)))
-    assert len(refused) == 1
-    assert "LMCache has no format" in refused[0]
+    suite.run_task(suite.Task(shape, "together"), ONCE, asked := field(peers=(peer,)))
+    (told,) = asked.left_out
+    assert "LMCache has no format" in told
 
 
 def test_a_kernel_that_reads_outside_of_the_cache_is_not_called(fake: FakeOps) -> None:

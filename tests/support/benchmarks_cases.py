@@ -29,7 +29,7 @@ def tiny(name: str = "seed", **changes: Any) -> Shape:
 def field(device: torch.device = CPU, peers: tuple[Any, ...] = ()) -> suite.Field:
     """What is measured, without a peer unless one is given."""
     timer = DeviceTimer(device) if device.type == "cuda" else HostTimer(device)
-    return suite.Field(("reference",), peers, timer, device)
+    return suite.Field(("reference",), peers, timer, device, [])
 
 
 def copied(backend: str, time: float, **more: Any) -> dict[str, Any]:
