@@ -165,59 +165,69 @@ def test_what_the_driver_refuses(library: FakeLibrary, what: str) -> None:
     assert len(library.calls) == int(what[0] == "9")
 
 
-def fake_stream(handle: int, log: list[str]) -> Any:
-    """A stream of the fake torch below: a handle, and a log of who waits for whom."""
+class Crossing:
+    """A `CudaLink` on a machine without CUDA, between two buffers, with what it touches of torch:
+    the current device, contexts that were adopted, and streams by their handles."""
 
-    def wait_stream(other: Any) -> None:
-        log.append(f"{handle} waits for {other.cuda_stream}")
+    def __init__(self, library: FakeLibrary, patch: pytest.MonkeyPatch) -> None:
+        self.library, self.memory, self.device = library, Memory(), 0
+        self.adopted: list[tuple[int, int | None]] = []
+        self.log: list[str] = []
+        self.beside = [77, 78, 79]  # handles of the next streams of the link's own
+        asked = self
 
-    return SimpleNamespace(cuda_stream=handle, wait_stream=wait_stream)
+        class Switched:
+            def __init__(self, device: torch.device) -> None:
+                self._device = device
+
+            def __enter__(self) -> None:
+                self._before, asked.device = asked.device, self._device.index
+
+            def __exit__(self, *_: object) -> None:
+                asked.device = self._before
+
+        def adopt(device: torch.device) -> None:
+            self.adopted.append((threading.get_ident(), device.index))
+
+        patch.setattr(_cuda_driver, "library", lambda: library.library)
+        patch.setattr(_cuda_driver, "adopt", adopt)
+        patch.setattr(_cuda_driver, "raw", lambda stream, index: stream.cuda_stream)
+        patch.setattr(torch._C, "_cuda_getDevice", lambda: self.device, raising=False)
+        patch.setattr(torch.cuda, "device", Switched)
+        patch.setattr(link, "own_stream", lambda device: self.stream(self.beside.pop(0)))
+        buffers = (self.memory.src, "pinned"), (self.memory.dst, "device")
+        self._views = []
+        for buffer, place in buffers:
+            view = KVView(torch.from_numpy(buffer).view(-1, 16), "token dim")
+            patch.setattr(view, "form", SimpleNamespace(place=place))
+            self._views.append(view)
+        self.links = [CudaLink(torch.device("cuda", at)) for at in range(2)]
+
+    def stream(self, handle: int) -> Any:
+        """A stream of that handle, which logs what waits for what."""
+
+        def wait_stream(other: Any) -> None:
+            self.log.append(f"{handle} waits for {other.cuda_stream}")
+
+        return SimpleNamespace(cuda_stream=handle, wait_stream=wait_stream)
+
+    def copy(self, pieces: Pieces, handle: int, device: int = 0) -> list[int]:
+        """Copy and judge pieces; returns the stream of each call of the driver."""
+        self.log.clear()
+        self.library.forget()
+        src, dst = self._views
+        self.links[device].copy(self.memory.at(pieces), src, dst, self.stream(handle))
+        self.memory.judge(pieces)
+        return [call.stream for call in self.library.calls]
 
 
 @pytest.fixture
-def cuda(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What of torch's CUDA a crossing touches, on a machine without any: the current device, who
-    adopted a context, and streams by their handles."""
-    state = SimpleNamespace(device=0, adopted=[], log=[], library=library)
-
-    class Switched:
-        def __init__(self, device: torch.device) -> None:
-            self._device = device
-
-        def __enter__(self) -> None:
-            self._before, state.device = state.device, self._device.index
-
-        def __exit__(self, *_: object) -> None:
-            state.device = self._before
-
-    def adopt(device: torch.device) -> None:
-        state.adopted.append((threading.get_ident(), device.index))
-
-    monkeypatch.setattr(_cuda_driver, "library", lambda: library.library)
-    monkeypatch.setattr(_cuda_driver, "adopt", adopt)
-    monkeypatch.setattr(_cuda_driver, "raw", lambda stream, index: stream.cuda_stream)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: state.device, raising=False)
-    monkeypatch.setattr(torch.cuda, "device", Switched)
-    monkeypatch.setattr(link, "own_stream", lambda device: fake_stream(77, state.log))
-    return state
+def cuda(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> Crossing:
+    return Crossing(library, monkeypatch)
 
 
-def views(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> tuple[KVView, KVView]:
-    """Views of the buffers; the destination says that it is on a device."""
-    made = [KVView(torch.from_numpy(each).view(-1, 16), "token dim") for each in
-            (memory.src, memory.dst)]  # fmt: skip
-    places = (SimpleNamespace(place="pinned"), SimpleNamespace(place="device"))
-    for view, form in zip(made, places, strict=True):
-        monkeypatch.setattr(view, "form", form)
-    return made[0], made[1]
-
-
-def test_the_right_device_in_any_thread(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory, pieces = Memory(), plain(3)
-    where = views(memory, monkeypatch)
-    made = CudaLink(torch.device("cuda", 1))
-    seen = []
-    real = Copies.copy
+def test_the_right_device_in_any_thread(cuda: Crossing, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, real = [], Copies.copy
 
     def copy(self: Copies, *args: Any) -> None:
         seen.append(cuda.device)
@@ -225,14 +235,10 @@ def test_the_right_device_in_any_thread(cuda: Any, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Copies, "copy", copy)
     for _ in range(2):
-        made.copy(memory.at(pieces), *where, fake_stream(STREAM, cuda.log))
-        memory.judge(pieces)
-    other = threading.Thread(
-        target=lambda: made.copy(memory.at(pieces), *where, fake_stream(STREAM, cuda.log))
-    )
+        cuda.copy(plain(3), STREAM, device=1)
+    other = threading.Thread(target=lambda: cuda.copy(plain(3), STREAM, device=1))
     other.start()
     other.join()
-    memory.judge(pieces)
     assert seen == [1, 1, 1]
     assert cuda.device == 0
     # Once in each thread, since a new one has no context.
@@ -240,86 +246,54 @@ def test_the_right_device_in_any_thread(cuda: Any, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("handle", [0, 1])
-def test_the_default_stream_is_not_given_to_a_batch(
-    cuda: Any, handle: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    memory = Memory()
-    where = views(memory, monkeypatch)
-    made = CudaLink(torch.device("cuda", 0))
+def test_the_default_stream_is_not_given_to_a_batch(cuda: Crossing, handle: int) -> None:
     for pieces in (plain(LEAST_BATCH - 1), plain(30), plain(40)):
-        cuda.log.clear()
-        cuda.library.forget()
-        made.copy(memory.at(pieces), *where, fake_stream(handle, cuda.log))
-        memory.judge(pieces)
         beside = pieces.number >= LEAST_BATCH and cuda.library.batches
-        assert {call.stream for call in cuda.library.calls} == {77 if beside else handle}
+        assert set(cuda.copy(pieces, handle)) == {77 if beside else handle}
         order = [f"77 waits for {handle}", f"{handle} waits for 77"]
         assert cuda.log == (order if beside else [])
 
 
 @pytest.mark.parametrize("library", [13], indirect=True)
 def test_the_default_stream_waits_also_for_what_failed(
-    cuda: Any, monkeypatch: pytest.MonkeyPatch
+    cuda: Crossing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory = Memory()
     cuda.library.forget(refuse_at=0)
+    monkeypatch.setattr(cuda.library, "forget", lambda: None)
     with pytest.raises(TransferError):
-        CudaLink(torch.device("cuda", 0)).copy(
-            memory.at(plain(30)), *views(memory, monkeypatch), fake_stream(0, cuda.log)
-        )
+        cuda.copy(plain(30), 0)
     assert cuda.log[-1] == "0 waits for 77"
 
 
-def test_others_get_in_between_copies_in_a_row(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After so many bytes a copy goes by another stream: each stream has its own, and its count."""
-    memory, pieces = Memory(), plain(1, width=128)
-    monkeypatch.setattr(link, "IN_A_ROW", 300)
-    streams = iter((77, 78, 79))
-    monkeypatch.setattr(link, "own_stream", lambda device: fake_stream(next(streams), cuda.log))
-    where = views(memory, monkeypatch)
-    made = CudaLink(torch.device("cuda", 0))
-    beside = {5: 77, 6: 78}
+@pytest.mark.parametrize(("in_a_row", "every"), [(300, 3), (100, 2)])
+def test_others_get_in_between_copies_in_a_row(
+    cuda: Crossing, in_a_row: int, every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After so many bytes a copy of 128 goes by another stream: each stream has its own, and its
+    count. One beyond the limit takes turns, too."""
+    monkeypatch.setattr(link, "IN_A_ROW", in_a_row)
     for nth in range(1, 10):
-        for handle in beside:
-            cuda.log.clear()
-            cuda.library.forget()
-            made.copy(memory.at(pieces), *where, fake_stream(handle, cuda.log))
-            memory.judge(pieces)
-            other, turn = beside[handle], nth % 3 == 0
-            assert [call.stream for call in cuda.library.calls] == [other if turn else handle]
+        for handle, other in ((5, 77), (6, 78)):
+            turn = nth % every == 0
+            assert cuda.copy(plain(1, width=128), handle) == [other if turn else handle]
             order = [f"{other} waits for {handle}", f"{handle} waits for {other}"]
             assert cuda.log == (order if turn else [])
 
 
 def test_only_the_first_batch_of_a_long_list_is_short(
-    cuda: Any, monkeypatch: pytest.MonkeyPatch
+    cuda: Crossing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The link waits for the end of its call alone."""
-    memory, pieces = Memory(), plain(60)
     for name, size in (("IN_A_ROW", 480), ("FIRST_DESCRIPTORS", 3), ("GROWTH", 2)):
         monkeypatch.setattr(link, name, size)
-    made = CudaLink(torch.device("cuda", 0))
-    made.copy(memory.at(pieces), *views(memory, monkeypatch), fake_stream(5, cuda.log))
-    memory.judge(pieces)
+    cuda.copy(plain(60), 5)
     if cuda.library.batches:
         assert [call.copies for call in cuda.library.calls] == [3, 6, 11, 20, 20]
 
 
-def test_copies_beyond_the_limit_take_turns_too(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory, pieces = Memory(), plain(1, width=128)
-    monkeypatch.setattr(link, "IN_A_ROW", 100)
-    made = CudaLink(torch.device("cuda", 0))
-    for _ in range(4):
-        made.copy(memory.at(pieces), *views(memory, monkeypatch), fake_stream(5, cuda.log))
-    assert [call.stream for call in cuda.library.calls] == [5, 77, 5, 77]
-
-
-def test_a_long_list_crosses_in_turns(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory, pieces = Memory(), plain(60)
+def test_a_long_list_crosses_in_turns(cuda: Crossing, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "IN_A_ROW", 160)
-    made = CudaLink(torch.device("cuda", 0))
-    made.copy(memory.at(pieces), *views(memory, monkeypatch), fake_stream(5, cuda.log))
-    memory.judge(pieces)
+    cuda.copy(plain(60), 5)
     row: dict[int, int] = {5: 0, 77: 0}
     streams = [stream for call in cuda.library.calls for stream in [call.stream] * call.copies]
     for before, stream in pairwise([0, *streams]):
