@@ -60,8 +60,9 @@ def load_library() -> None:
     with _one_builder():
         library = _kernel_cache.cached(parts, lambda: _build(compiler))
     # Without a name on disk: nobody can put another library in its place between check and load.
+    # It stays open: the loader takes a name that comes again for the library that it had.
     handle = os.memfd_create("portakv_simdev")
-    with os.fdopen(handle, "wb") as file:
+    with os.fdopen(handle, "wb", closefd=False) as file:
         file.write(library)
         file.flush()
         ctypes.CDLL(f"/proc/self/fd/{handle}")

@@ -30,9 +30,9 @@ def compiler() -> str | None:
 @cache
 def library() -> ctypes.CDLL:
     """The fake runtime, which is also the fake hipRTC; `DriverMissing` as `built` raises."""
-    # Without a name on disk, as the simulated device is loaded.
+    # Without a name on disk, and open for good, as the simulated device is loaded.
     handle = os.memfd_create("portakv_hip_fake")
-    with os.fdopen(handle, "wb") as file:
+    with os.fdopen(handle, "wb", closefd=False) as file:
         file.write(built())
         file.flush()
         return ctypes.CDLL(f"/proc/self/fd/{handle}")
