@@ -7,7 +7,6 @@ language's definition (``rows``), and a copy is one assignment by absolute addre
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from portakv_conformance.judge.memory import Memory, Region
 from portakv_conformance.judge.origin import came_from, place_of
 from portakv_conformance.judge.rows import Extents, Rows, locate
 
-__all__ = ["Expected", "Rows", "check_copy", "compare", "expand", "expected_copy", "locate"]
+__all__ = ["Expected", "Rows", "compare", "expand", "expected_copy", "locate"]
 
 
 def expand(ids: Any, step: int, offset: int, count: int) -> np.ndarray:
@@ -162,28 +161,3 @@ def _explain(expected: Expected, actual: Memory, address: int, wrong: int) -> st
         f"0x{int(expected.after.read(here)[0]):02x}, {should}. "
         f"In all {wrong} bytes are wrong."
     )
-
-
-def check_copy(
-    src_tensors: Any,
-    src_layout: str,
-    src_extents: Extents | None,
-    dst_tensors: Any,
-    dst_layout: str,
-    dst_extents: Extents | None,
-    src_slots: Any,
-    dst_slots: Any,
-    copy: Callable[[], object],
-) -> None:
-    """Run ``copy`` (which must have finished when it returns) and judge every byte.
-
-    AssertionError with the sentence of ``compare`` where a byte of either side is wrong.
-    """
-    expected = expected_copy(
-        src_tensors, src_layout, src_extents, dst_tensors, dst_layout, dst_extents,
-        src_slots, dst_slots,
-    )  # fmt: skip
-    copy()
-    verdict = compare(expected, dst_tensors, src_tensors)
-    if verdict is not None:
-        raise AssertionError(verdict)

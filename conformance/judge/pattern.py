@@ -74,7 +74,7 @@ class Guarded:
         view = torch.empty(0, dtype=dtype, device=self.whole.device)
         item = view.element_size()
         reach = 1 + offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-        if self.start % item or (0 not in size and reach * item > self.nbytes):
+        if 0 not in size and reach * item > self.nbytes:
             raise ValueError(f"{list(size)} of {dtype} does not fit {self.nbytes} guarded bytes.")
         return view.set_(
             self.whole.untyped_storage(), self.start // item + offset, list(size), list(stride)
@@ -102,20 +102,15 @@ def guarded(
     seed: int = 0,
     storage: int = 0,
     poison: bool = False,
-    lead: int = 0,
     device: torch.device | str = "cpu",
 ) -> Guarded:
-    """Allocate ``nbytes`` between canaries, filled with the pattern, or with poison.
-
-    ``lead`` moves the payload that many bytes on, away from the allocator's alignment (64 bytes
-    on the CPU). The pattern counts offsets from the start of the storage.
-    """
-    start = MARGIN + lead
-    content = np.empty(start + nbytes + MARGIN, dtype=np.uint8)
-    content[:start] = canary_bytes(start)
+    """Allocate ``nbytes`` between canaries, filled with the pattern, or with poison: by the offset
+    from the start of the storage."""
+    content = np.empty(MARGIN + nbytes + MARGIN, dtype=np.uint8)
+    content[:MARGIN] = canary_bytes(MARGIN)
     fill = poison_bytes if poison else pattern_bytes
-    content[start : start + nbytes] = fill(seed, storage, nbytes, start)
-    content[start + nbytes :] = canary_bytes(MARGIN, start + nbytes)
+    content[MARGIN : MARGIN + nbytes] = fill(seed, storage, nbytes, MARGIN)
+    content[MARGIN + nbytes :] = canary_bytes(MARGIN, MARGIN + nbytes)
     whole = torch.empty(content.size, dtype=torch.uint8, device=device)
     whole.copy_(torch.from_numpy(content))
-    return Guarded(whole, start, nbytes)
+    return Guarded(whole, MARGIN, nbytes)

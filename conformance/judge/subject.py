@@ -82,7 +82,6 @@ class Subject:
         dst_index: Index,
         count: int,
         *,
-        stream: torch.Stream | None = None,
         status: torch.Tensor | None = None,
         unit: int | None = None,
     ) -> Pending | None:
@@ -93,7 +92,7 @@ class Subject:
         """
         plan = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step, unit)
         mine, theirs = self.place(src_index), self.place(dst_index)
-        return self.prepare(plan)(src, dst, mine, theirs, count, stream, status)
+        return self.prepare(plan)(src, dst, mine, theirs, count, None, status)
 
     def place(self, index: Index) -> Index:
         """An index with its ids where the backend claims to read them."""

@@ -67,10 +67,10 @@ def verified(rung: Rung, ladder: Ladder, digest: Digest = digest) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def reached(rung: Rung, ladder: Ladder, digest: Digest = digest) -> str:
+def reached(rung: Rung, ladder: Ladder) -> str:
     """A rung without its link, with the device that it is about: ``R3: 1,820 passed (mlu,
     emulated)``."""
-    since = why_expired(rung, ladder, digest)
+    since = why_expired(rung, ladder)
     parts = [f"{rung.rung}: {text(rung.told)} ({text(rung.device)})", since]
     parts += map(text, rung.caveats)
     return ("expired: " if since else "") + ", ".join(part for part in parts if part)

@@ -9,7 +9,6 @@ that is there.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,16 +25,13 @@ _OPTION = "--portakv-listed-device"
 _LIMIT = 300.0
 
 
-def cases_of(
-    profile: str, device: str, command: Sequence[str] | None = None
-) -> dict[str, dict[str, Any]]:
+def cases_of(profile: str, device: str) -> dict[str, dict[str, Any]]:
     """By id, ``area``, ``profile``, ``claim`` and ``tags`` of each case of the list, and whether
     it is ``optional``: a real machine with one device is judged without it.
 
     Args:
         profile: ``core`` or ``full``.
         device: as a report names it: ``cuda``, ``simdev:1``; two of that kind are assumed.
-        command: what runs a worker.
 
     Raises:
         SuiteBroken: the suite cannot be collected here.
@@ -43,7 +39,7 @@ def cases_of(
     told = ["--collect-only", "-p", __name__, _OPTION, device.partition(":")[0]]
     asked = Options("reference", profile=profile)
     with tempfile.TemporaryDirectory(prefix="portakv-conform-") as folder:
-        worker = WorkerProcess(command or worker_command(), Path(folder, "listing"), asked, told)
+        worker = WorkerProcess(worker_command(), Path(folder, "listing"), asked, told)
         try:
             found = _described(worker)
         finally:

@@ -21,6 +21,7 @@ from portakv.backends.base import Backend
 from portakv_conformance.draw.arrangement import Case
 from portakv_conformance.draw.strategies import all_cases
 from portakv_conformance.judge.judging import index_of, view_of
+from portakv_conformance.judge.oracle import compare
 from portakv_conformance.mutants import CONTROLS, MUTANTS, Mutant, score
 from portakv_conformance.mutants.base import HostRows
 from portakv_conformance.mutants.cells import IllegalAddress, load, store
@@ -61,8 +62,9 @@ def class_of(mutant: Mutant) -> type[HostRows]:
     return found
 
 
-def moved_by(backend: Backend, case: Case) -> None:
-    """Carry a case out by the backend's launch alone, unit by unit of one token or page."""
+def wrong_byte(backend: Backend, case: Case) -> str | None:
+    """The first, once the backend's launch alone moved unit by unit of one token or page."""
+    expected = case.expected()
     src, dst = view_of(case.src), view_of(case.dst)
     mine, theirs = index_of(case.src), index_of(case.dst)
     unit = src.block_size if src.opaque else 1
@@ -70,6 +72,7 @@ def moved_by(backend: Backend, case: Case) -> None:
     pending = backend.prepare(plan)(src, dst, mine, theirs, case.count, None, None)
     if pending is not None:
         pending.wait()
+    return compare(expected, case.dst.tensors, case.src.tensors)
 
 
 def test_there_are_enough_and_each_has_its_own_name() -> None:
@@ -95,7 +98,7 @@ def test_a_mutant_is_a_small_backend_with_a_sentence(mutant: Mutant) -> None:
 @settings(max_examples=150)
 @given(all_cases())
 def test_the_unmutated_base_is_right(case: Case) -> None:
-    case.check(lambda: moved_by(HostRows(HOST), case))
+    assert wrong_byte(HostRows(HOST), case) is None
 
 
 def test_the_self_check_turns_some_down() -> None:
@@ -114,7 +117,7 @@ def test_a_mutant_is_wrong_where_the_base_is_right(name: str) -> None:
     @settings(max_examples=100, database=None, phases=(Phase.generate,))
     @given(all_cases())
     def holds(case: Case) -> None:
-        case.check(lambda: moved_by(backend, case))
+        assert wrong_byte(backend, case) is None
 
     with pytest.raises(AssertionError, match="Destination"):
         holds()
@@ -333,7 +336,7 @@ def test_an_interrupt_ends_every_run() -> None:
 
     def attempt(mutant: Mutant, seed: int) -> Trial:
         began.append(mutant)
-        assert len(began) == 1 or INTERRUPTED.wait(20)
+        assert mutant is MUTANTS[0] or INTERRUPTED.wait(20)
         return Trial(mutant, seed, "cases/x", "why", 0.0)
 
     def tell(trial: Trial) -> None:

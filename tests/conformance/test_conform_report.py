@@ -17,7 +17,7 @@ import pytest
 import torch
 from support import conform_reports
 
-from portakv_conformance.judge.oracle import check_copy
+from portakv_conformance.judge.oracle import compare, expected_copy
 from portakv_conformance.record import RunRecord
 from portakv_conformance.report import write
 from portakv_conformance.report.first_byte import first_byte
@@ -324,15 +324,10 @@ def test_the_badge_says_the_verdict() -> None:
 def test_the_oracle_s_own_sentence_is_taken_apart() -> None:
     """Keys and values swapped by a copy: found, expected and origin as the oracle names them."""
     src = torch.arange(2 * 4 * 8, dtype=torch.int16).view(2, 4, 1, 8)
-    dst = torch.zeros_like(src)
-
-    def swapped() -> None:
-        dst.copy_(src.flip(0))
-
-    layout, none = "kv token head dim", None
-    with pytest.raises(AssertionError) as wrong:
-        check_copy(src, layout, none, dst, layout, none, range(4), range(4), swapped)
-    byte = first_byte(f"Case 3. {wrong.value} More.")
+    dst, side = torch.zeros_like(src), ("kv token head dim", None)
+    expected = expected_copy(src, *side, dst, *side, range(4), range(4))
+    dst.copy_(src.flip(0))
+    byte = first_byte(f"Case 3. {compare(expected, dst)} More.")
     assert byte is not None
     assert byte.place == "layer 0 key slot 0 head 0 byte 0"
     assert (byte.found, byte.expected) == ("0x20", "0x00")

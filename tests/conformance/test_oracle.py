@@ -20,7 +20,6 @@ from portakv_conformance.judge.grammar import Factor, read_layout
 from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.oracle import (
     Rows,
-    check_copy,
     compare,
     expand,
     expected_copy,
@@ -310,13 +309,6 @@ def test_a_wrong_byte_is_named(what: str, names: list[str]) -> None:
         assert name in verdict
 
 
-def test_check_copy_runs_and_judges() -> None:
-    arguments, cache, chunk = gather()
-    check_copy(*[*arguments, lambda: gather_by_hand(cache, chunk)])
-    with pytest.raises(AssertionError, match="Destination layer 0"):
-        check_copy(*[*arguments, lambda: chunk.zero_()])
-
-
 @pytest.mark.parametrize(
     ("shape", "layout", "extents"),
     [((2, 2, 4, 12), "kv layer token (head dim)", {"heads": 2}),
@@ -371,11 +363,11 @@ def test_pattern_depends_on_place_alone() -> None:
     assert bool(halves.isnan().any())
 
 
-@pytest.mark.parametrize(("at", "side"), [(0, "before"), (66, "before"), (107, "behind")])
+@pytest.mark.parametrize(("at", "side"), [(0, "before"), (63, "before"), (104, "behind")])
 def test_canaries_notice(at: int, side: str) -> None:
-    held = guarded(40, lead=3)
+    held = guarded(40)
     assert held.broken() is None
-    assert held.payload().tolist() == pattern_bytes(0, 0, 40, start=67).tolist()
+    assert held.payload().tolist() == pattern_bytes(0, 0, 40, start=64).tolist()
     held.payload().fill_(9)
     assert held.broken() is None
     held.whole[at] ^= 1
