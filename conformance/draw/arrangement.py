@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from portakv_conformance.judge.grammar import Group, read_layout
-from portakv_conformance.judge.oracle import Expected, expand, expected_copy
+from portakv_conformance.judge.oracle import Expected, compare, expand, expected_copy
 from portakv_conformance.judge.pattern import Guarded, guarded
 
 
@@ -94,6 +95,14 @@ class Case:
             src.tensors, src.layout, src.extents, dst.tensors, dst.layout, dst.extents,
             self.src_slots(), self.dst_slots(),
         )  # fmt: skip
+
+    def check(self, copy: Callable[[], object]) -> None:
+        """Run ``copy`` (finished when it returns); AssertionError on the first wrong byte."""
+        expected = self.expected()
+        copy()
+        verdict = compare(expected, self.dst.tensors, self.src.tensors)
+        if verdict is not None:
+            raise AssertionError(f"{verdict} The case was {self!r}.")
 
 
 def _dtype(tensors: Any) -> torch.dtype:

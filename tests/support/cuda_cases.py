@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from portakv import CopyPlan, Index, KVView
-from portakv_conformance.judge.oracle import check_copy, expand
+from portakv_conformance.judge.oracle import compare, expand, expected_copy
 from support.guarded_memory import filled
 
 NHD, HND = "layer | kv block token head dim", "layer | kv block head token dim"
@@ -60,10 +60,13 @@ class Copy:
     def check(self, copy: Callable[[], object]) -> None:
         """Run ``copy``, judge every byte by the oracle."""
         src, dst = self.src, self.dst
-        check_copy(
+        expected = expected_copy(
             src.tensors, src.layout, src.extents, dst.tensors, dst.layout, dst.extents,
-            src.slots(self.count), dst.slots(self.count), copy,
+            src.slots(self.count), dst.slots(self.count),
         )  # fmt: skip
+        copy()
+        verdict = compare(expected, dst.tensors, src.tensors)
+        assert verdict is None, verdict
 
 
 def pool(layout: str = NHD, layers: int = 3, blocks: int = 3, dim: int = 8, **ids: Any) -> End:
