@@ -23,6 +23,7 @@ from portakv.plan.plan import CopyPlan, Nest, Side
 from portakv.runtime.bounded import Bounded
 
 if TYPE_CHECKING:
+    from portakv.plan.plan import Move
     from portakv.view.index import Index
     from portakv.view.view import KVView
 
@@ -176,40 +177,32 @@ class RowsKernel:
         """Blocks along x and y of a launch of so many units."""
         return -(-units * self.row // (self.threads * each)), self.planes
 
-    def pack(
-        self,
-        buffer: bytearray,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        status: int,
-        ahead: int,
-    ) -> None:
+    def pack(self, buffer: bytearray, move: Move, status: int, ahead: int) -> None:
         """Put a request's addresses and counts into the argument; `pack_span` completes it."""
+        src, dst, src_index, dst_index, _ = move
         _REQUEST.pack_into(
             buffer, 0, *self.src.request(src, src_index), *self.dst.request(dst, dst_index),
             0, 0, self.unit, ahead, status,
         )  # fmt: skip
-        for side, view, at in (
-            (self.src, src, _TABLES_AT), (self.dst, dst, self._dst_table_at)
-        ):  # fmt: skip
-            if side.entries:
-                table = side.table(view)
-                buffer[at : at + len(table)] = table
+        if self.src.entries:
+            table = self.src.table(src)
+            buffer[_TABLES_AT : _TABLES_AT + len(table)] = table
+        if self.dst.entries:
+            table = self.dst.table(dst)
+            buffer[self._dst_table_at : self._dst_table_at + len(table)] = table
 
     def packer(
-        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
+        self, move: Move
     ) -> Callable[[bytearray, int, int, int, int, int, int], None] | None:
         """`pack` and `pack_span` of one launch with everything settled but (address of the dense
         side, address of the ids, first id, units, vectors to prefetch ahead, status word); None
         where a table is needed."""
-        store = src_index.ids is not None
-        dense = self.dst if store else self.src
+        store = move.src_index.ids is not None
+        mine, dense = (self.src, self.dst) if store else (self.dst, self.src)
         if dense.kind != "NONE" or self.unit != 1:
             return None
-        paged = self.src.request(src, src_index) if store else self.dst.request(dst, dst_index)
-        base, table, _, wide, _, limit = paged
+        paged = (move.src, move.src_index) if store else (move.dst, move.dst_index)
+        base, table, _, wide, _, limit = mine.request(*paged)
         behind, pack = dense.side.offset, _REQUEST.pack_into
 
         if store:

@@ -13,12 +13,12 @@ import torch
 
 from portakv.backends.base import Backend, Capabilities, Launch
 from portakv.backends.rows_kernel import THREADS, RowsKernel, Tuning
+from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.cuda import ArgumentLists
 from portakv.runtime.devices import capturing, refuse_capture
 
 if TYPE_CHECKING:
-    from portakv.plan.plan import CopyPlan
     from portakv.view.index import Index
     from portakv.view.view import KVView
 
@@ -132,13 +132,13 @@ class RowsLaunch:
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
     ) -> RowsAgain | None:
         """See `base.Repeatable`."""
-        parts, fixed = [], []
+        parts, fixed, move = [], [], Move(src, dst, src_index, dst_index, 0)
         for kernel, functions in self._parts:
-            packer = kernel.packer(src, dst, src_index, dst_index)
+            packer = kernel.packer(move)
             if packer is None:
                 return None
             filled = bytearray(kernel.fixed)
-            kernel.pack(filled, src, dst, src_index, dst_index, 0, 0)
+            kernel.pack(filled, move, 0, 0)
             fixed.append(bytes(filled))
             parts.append((packer, functions, kernel))
         return RowsAgain(parts, fixed, self._driver)
@@ -153,17 +153,18 @@ class RowsLaunch:
         stream: torch.Stream | None,
         status: torch.Tensor | None,
     ) -> None:
+        move = Move(src, dst, src_index, dst_index, count)
         handle = self._handle(stream)
         if handle is None:
             with self._driver.current():
-                self(src, dst, src_index, dst_index, count, stream, status)
+                self(*move, stream, status)
             return
         units, arguments = count // self._unit, self._arguments
         word = 0 if status is None else self._driver.word(status.data_ptr())
         for at, (kernel, functions) in enumerate(self._parts):
             buffer, threads = arguments.buffers[at], kernel.threads
             each, ahead = kernel.tuned(units)
-            kernel.pack(buffer, src, dst, src_index, dst_index, word, ahead)
+            kernel.pack(buffer, move, word, ahead)
             for start, span in kernel.spans(units):
                 kernel.pack_span(buffer, start, span)
                 blocks, planes = kernel.grid(span, each)

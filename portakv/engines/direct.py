@@ -30,7 +30,6 @@ from portakv.runtime.devices import capturing, refuse_capture, refuse_fork, this
 from portakv.runtime.transfer import event_pool
 
 if TYPE_CHECKING:
-    from portakv.view.index import Index
     from portakv.view.view import KVView
 
 NAME = "portakv_direct"
@@ -118,20 +117,11 @@ class DirectKernel(RowsKernel):
         """Thread blocks of a launch: no more than have something to do."""
         return min(self._most, -(-units * self._whole // (self.threads * self.cut.each))), 1
 
-    def pack(
-        self,
-        buffer: bytearray,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        status: int,
-        ahead: int,
-    ) -> None:
+    def pack(self, buffer: bytearray, move: Move, status: int, ahead: int) -> None:
         """See `RowsKernel.pack`; of the host's addresses those that `table_on` put there."""
-        super().pack(buffer, src, dst, src_index, dst_index, status, ahead)
+        super().pack(buffer, move, status, ahead)
         if self.wants_table:
-            table: _Table = (src if self._reads_host else dst).derived[self._table]
+            table: _Table = (move.src if self._reads_host else move.dst).derived[self._table]
             _TABLE.pack_into(buffer, self._table_at, table.addresses.data_ptr() + self._first)
 
 
