@@ -1,74 +1,114 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of the pages say what ladder.toml says, each pitfall names tests that exist."""
+"""Committed results, the ladder that they bear out, and the README's and docs/hardware.md's tables
+made from it. Each known pitfall names tests that exist."""
 
 from __future__ import annotations
 
-import ast
 import importlib
+import json
 import re
 import sys
 from collections import Counter
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.conform_reports import changed, emulated, failing, passing
 from support.conform_runs import ROOT, python
 
 from portakv_conformance.evidence import ladder as ladders
-from portakv_conformance.evidence.ladder import Ladder
+from portakv_conformance.evidence.evidence import name_of, of_report, rung_of
+from portakv_conformance.evidence.ladder import RESULTS, Ladder, Rung
+from portakv_conformance.evidence.verdict import SEAL, digest_of
+from portakv_conformance.evidence.verify import check_report
+from portakv_conformance.record import RunRecord
+from portakv_conformance.report.results import file_name, keep, read, trimmed
+from portakv_conformance.report.support import device, table, versions
+from portakv_conformance.run.listing import cases_of
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-PAGE = ROOT / "docs" / "hardware.md"
-VENDORS = {"cuda", "ascend", "ascendc-emulated", "mlu", "hip", "hip-emulated"}
+COMMITTED = {
+    file.name: json.loads(file.read_text(encoding="utf-8"))
+    for file in sorted((ROOT / RESULTS).glob("*.json"))
+}
 
 
 @pytest.fixture
 def tables(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """.ci/readme_tables.py"""
     monkeypatch.syspath_prepend(str(ROOT / ".ci"))
     return importlib.import_module("readme_tables")
 
 
-def rows(text: str) -> list[str]:
-    start, end = text.index("<!-- table: hardware -->"), text.index("<!-- end -->")
-    return [line for line in text[start:end].splitlines() if line.startswith("|")][2:]
+# -- what is committed ----------------------------------------------------------------------------
 
 
-def row_of(backend: str, shown: list[str]) -> str:
-    (row,) = (line for line in shown if line.split("|")[3].strip() == f"`{backend}`")
-    return row
+def test_the_pages_say_what_the_ladder_says(tables: Any) -> None:
+    tables.check()
 
 
-def test_the_page_has_every_rung_of_every_vendor_s_backend(tables: Any) -> None:
-    found, shown = ladders.read(), rows(PAGE.read_text(encoding="utf-8"))
+def test_every_rung_is_borne_out_by_its_file(tables: Any) -> None:
+    """The rung, the backend, the flag, the command, the hash: each as the file itself says."""
+    found = ladders.read()
+    assert found.rungs
+    assert ladders.FILE.read_text(encoding="utf-8") == ladders.written(found)
+    listed = {row[2] for row in tables.HARDWARE}
+    assert listed | {"reference", "compiled"} >= {rung.backend for rung in found.rungs}
+    shown = [line.split("|") for line in tables.hardware().splitlines()]  # ends if one is not
     for rung in found.rungs:
-        if rung.backend in VENDORS:
-            row = row_of(rung.backend, shown)
-            assert f"{rung.rung}: {rung.told} ({rung.device})" in row
-    named = {row[2] for row in tables.HARDWARE} | {"reference", "compiled"}
-    assert named >= {rung.backend for rung in found.rungs}
+        about_devices = rung.backend != "triton" and rung.backend in listed
+        told = f"{rung.rung}: {rung.told} ({rung.device})"
+        assert not about_devices or any(
+            told in row[4] and row[3] == f" `{rung.backend}` " for row in shown
+        )
 
 
-def test_the_table_follows_the_ladder(tables: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@cache
+def listed(profile: str, device: str) -> dict[str, dict[str, Any]]:
+    return cases_of(profile, device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in COMMITTED if "schema" in COMMITTED[n]])
+def test_committed_reports_stand(name: str) -> None:
+    assert check_report((ROOT / RESULTS / name).read_text(encoding="utf-8"), listed) == []
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_a_result_holds_no_place_of_the_machine_and_the_backend_s_own_name(name: str) -> None:
+    """Nothing in a committed file says where on which machine it was made."""
+    roots = "bin|build|data|home|mnt|opt|private|root|srv|tmp|usr|var|work|workspace|Users"
+    text = (ROOT / RESULTS / name).read_text(encoding="utf-8")
+    assert re.findall(rf"(?<![\w./~])/(?:{roots})\b[^\s\"]*", text) == []
+    assert not re.search(r"\brootdir\b", text)
+    if "what" in COMMITTED[name]:
+        assert COMMITTED[name]["name"] == name_of(COMMITTED[name]["backend"])
+
+
+def test_the_hardware_table_follows_the_ladder(
+    tables: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (mine,) = (r for r in ladders.read().rungs if (r.backend, r.rung) == ("mlu", "R3"))
     real = replace(mine, device="MLU590", rung="R6", emulated=False, told="9 cases", note="")
     gone = replace(mine, source_sha256="0" * 64)
     monkeypatch.setattr(tables, "borne_out", lambda: Ladder((gone, real)))
-    made = rows(f"<!-- table: hardware -->\n{tables.hardware()}\n<!-- end -->")
-    row = row_of("mlu", made)
-    assert re.search(r"\| (expired: )?R6: 9 cases \(MLU590\)", row)
-    assert f"expired: R3: {mine.told} (mlu, emulated), source changed since" in row
-    assert row_of("hip", made).endswith("| R0: described |")
+    shown = {line.split("|")[3].strip(): line for line in tables.hardware().splitlines()}
+    assert re.search(r"\| (expired: )?R6: 9 cases \(MLU590\)", shown["`mlu`"])
+    assert f"expired: R3: {mine.told} (mlu, emulated), source changed since" in shown["`mlu`"]
+    assert shown["`hip`"].endswith("| R0: described |")
 
 
-@pytest.mark.parametrize("change", ["another rung", "a row less", "no mark"])
+@pytest.mark.parametrize(
+    ("was", "now"), [("R3", "R6"), ("| mlu | R3 |\n", ""), ("<!-- end -->", "")]
+)
 def test_a_stale_page_is_found(
-    tables: Any, change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tables: Any, was: str, now: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = tmp_path / "hardware.md"
     monkeypatch.setattr(tables, "ROOT", tmp_path)
@@ -78,11 +118,129 @@ def test_a_stale_page_is_found(
     text = page.read_text()
     assert text == "a <!-- table: hardware -->\n| mlu | R3 |\n<!-- end --> z\n"
     tables.check()
-    new = {"another rung": ("R3", "R6"), "a row less": ("| mlu | R3 |\n", ""),
-           "no mark": ("<!-- end -->", "")}[change]  # fmt: skip
-    page.write_text(text.replace(*new))
+    page.write_text(text.replace(was, now))
     with pytest.raises(SystemExit, match=r"hardware\.md"):
         tables.check()
+
+
+# -- results --------------------------------------------------------------------------------------
+
+
+def ours(*facts: dict[str, Any], **values: Any) -> RunRecord:
+    """A run of a backend of this repository on a GPU."""
+    gpu = {"device": "cuda:0", "device_name": "NVIDIA H200", "driver": "580.159",
+           "triton": "3.6.0", "nvidia-cuda-nvrtc": "13.0.88", "torch_acme": ...}  # fmt: skip
+    backend = {"name": "cuda", "target": "portakv.backends.cuda:Cuda", "version": "0.1",
+               "source_sha256": "a" * 64}  # fmt: skip
+    return changed(passing(), gpu, *facts, **{"backend": backend, **values})
+
+
+def kept(record: RunRecord, folder: Path) -> Path:
+    """Of cases that no suite has; what `verify` says of them is not asked."""
+    report = folder / "conformance.json"
+    report.write_text(record.document())
+    return keep(report, folder / "results", lambda text: [])
+
+
+def test_a_result_is_the_whole_report_with_a_line_for_each_case(tmp_path: Path) -> None:
+    record = failing()
+    file = kept(record, tmp_path)
+    assert file.name == "acme-acme-xpu-900-2026.12.json"
+    assert RunRecord.read(file.read_text()) == read(file) == record
+    assert len(file.read_text().splitlines()) < len(record.cases) + 40
+
+
+def test_details_of_passed_cases_are_left_out_and_the_seal_still_fits(tmp_path: Path) -> None:
+    record = failing()
+    for case in record.cases:
+        case.details = case.details or "much that was printed"
+    short = read(kept(changed(record), tmp_path))
+    assert {bool(c.details) for c in short.cases if c.status == "passed"} == {False}
+    assert {bool(c.details) for c in short.cases if c.status != "passed"} == {True}
+    assert trimmed(short) is short
+    assert all(case.details for case in record.cases)  # what was handed in is as it was
+
+
+@pytest.mark.parametrize(("facts", "name", "shown", "file"), [
+    ({"device": "cpu", "device_name": "Some CPU (R) @ 2 GHz", "driver": "", "emulated": False},
+     "cuda", "CPU (x86-64)", "cuda-cpu"),
+    ({"device": "cpu"}, "cuda", "CPU (x86-64), emulated", "cuda-cpu"),
+    ({"device": "cpu"}, "../../etc/Passwd", "CPU (x86-64), emulated", "etc-passwd-cpu"),
+    ({"device": "simdev"}, "cuda", "simdev, emulated", "cuda-simdev"),
+    ({"device": "simdev:1"}, "cuda", "simdev, emulated", "cuda-simdev"),
+    ({"device": "simdev:mlu"}, "cuda", "mlu, emulated", "cuda-simdev-mlu"),
+    ({"device": "simdev:mlu:1"}, "cuda", "mlu, emulated", "cuda-simdev-mlu"),
+    ({"device": "mlu"}, "cuda", "mlu, emulated", "cuda-mlu"),
+])  # fmt: skip
+def test_a_result_is_named_by_the_processor_s_kind_or_the_name_that_a_device_carries(
+    facts: dict[str, Any], name: str, shown: str, file: str
+) -> None:
+    run = ours({"emulated": True} | facts)
+    run.backend["name"] = name
+    assert (device(run), file_name(run)) == (shown, f"{file}-2026.12.json")
+
+
+def test_a_result_says_what_it_holds_for() -> None:
+    said = "torch 2.13.0, nvidia-cuda-nvrtc 13.0.88, driver 580.159, Python 3.11.7"
+    assert versions(ours()) == said
+    assert "driver" not in versions(ours({"driver": ""}))
+
+
+def test_what_is_edited_no_report_or_no_certification_is_no_result(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="its seal does not fit its contents"):
+        kept(replace(failing(), verdict="conformant", rung="R6"), tmp_path)
+    for asked in {"fuzz": 100}, {"seed": 7}:
+        with pytest.raises(ValueError, match="no --seed, no --fuzz"):
+            kept(ours(**asked), tmp_path)
+    for text, why in (('{"schema": "other"}', "no report of schema"), ("{", r"odd\.json")):
+        (tmp_path / "odd.json").write_text(text)
+        with pytest.raises(ValueError, match=why):
+            keep(tmp_path / "odd.json", tmp_path)
+    forged = emulated()
+    forged.rung = "R6"
+    forged.environment[SEAL] = digest_of(forged)
+    (tmp_path / "odd.json").write_text(forged.document())
+    with pytest.raises(ValueError, match="R6 needs the real one"):
+        keep(tmp_path / "odd.json", tmp_path / "results",
+             partial(check_report, listing=lambda profile, device: {}))  # fmt: skip
+    assert not (tmp_path / "results").exists()
+
+
+# -- the README's table ---------------------------------------------------------------------------
+
+LINK = "[R6: 312 passed, 2 not claimed](conformance/results/a.json)"
+
+
+def rung(**values: Any) -> Rung:
+    return replace(rung_of(of_report(ours()), "conformance/results/a.json"), **values)
+
+
+def lines(*rungs: Rung, sha256: str = "a" * 64) -> list[str]:
+    return table(Ladder(rungs), lambda target: sha256).splitlines()[2:]
+
+
+def test_a_line_of_the_table_says_rung_versions_date_and_what_has_changed() -> None:
+    assert lines(rung()) == [
+        f"| `cuda` | NVIDIA H200 | {LINK} | "
+        "torch 2.13.0, nvidia-cuda-nvrtc 13.0.88, driver 580.159, Python 3.11.7 | 2026-11-20 |"
+    ]
+    (shown,) = lines(rung(suite="2026.05", note="by us"), sha256="b" * 64)
+    assert f"| expired: {LINK}, source changed since, suite 2026.05, now 2026.12, by us |" in shown
+
+
+def test_a_pair_is_one_line_its_highest_rung_first() -> None:
+    mlu = {"backend": "mlu", "device": "mlu, emulated", "emulated": True, "emulation": {"a": "1"}}
+    rungs = [rung(**mlu, rung=name, told=f"by {name}") for name in ("R1", "R3")]
+    shown = lines(*rungs, rung())
+    assert [line.split("|")[1].strip() for line in shown] == ["`cuda`", "`mlu`"]
+    file = "conformance/results/a.json"
+    assert f"| mlu, emulated | [R3: by R3]({file}); [R1: by R1]({file}) |" in shown[1]
+
+
+def test_the_table_holds_whatever_a_device_is_called() -> None:
+    (shown,) = lines(rung(device="a|b <c>\nd", versions="v|1"))
+    assert f"| a\\|b \\<c\\> d | {LINK}" in shown
+    assert shown.endswith("| v\\|1 | 2026-11-20 |")
 
 
 # -- pitfalls -----------------------------------------------------------------------------------
@@ -98,26 +256,15 @@ KNOWN = {
 NAMED = sorted({test for pitfall in PITFALLS for test in pitfall.get("tests", ())})
 
 
-@cache
-def functions(path: Path) -> frozenset[str]:
-    """The tests that a file defines: ``test_y``, or ``TestX::test_y`` in a class."""
-    owners: list[tuple[str, Any]] = [("", ast.parse(path.read_text(encoding="utf-8")))]
-    owners += [(f"{n.name}::", n) for n in owners[0][1].body if isinstance(n, ast.ClassDef)]
-    return frozenset(
-        owner + node.name
-        for owner, tree in owners
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef)
-    )
-
-
 @pytest.mark.parametrize("test", NAMED)
 def test_a_named_test_exists(test: str) -> None:
     assert test.startswith(("cases/test_", "tests/"))
-    file, _, function = test.partition("::")
+    file, *names = test.split("::")
     path = (ROOT / "conformance" if file.startswith("cases/") else ROOT) / file
     assert path.is_file(), f"{test} is named in {SOURCE.name}, but there is no {path}."
-    assert function in functions(path), f"{test} is named in {SOURCE.name} and does not exist."
+    for name in names:
+        found = re.search(rf"^ *(def|class) {name}\b", path.read_text(encoding="utf-8"), re.M)
+        assert found, f"{test} is named in {SOURCE.name} and does not exist."
 
 
 def test_each_pitfall_has_tests_or_says_what_is_not_built() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import random
 from dataclasses import replace
+from typing import Any
 
 from portakv_conformance import SPEC_VERSION, SUITE_VERSION
 from portakv_conformance.evidence.verdict import case_list_sha256, judge
@@ -195,16 +196,20 @@ def hostile() -> RunRecord:
     )  # fmt: skip
 
 
-RUNS = {
-    "passing": passing,
-    "failing": failing,
-    "emulated": emulated,
-    "incomplete": incomplete,
-    "hostile": hostile,
-}
+RUNS = {each.__name__: each for each in (passing, failing, emulated, incomplete, hostile)}
 
 
-def refusals(run: RunRecord, *, seal: bool = True) -> list[str]:
-    if seal:
-        judge(run)
-    return check_report(run.document(), lambda profile, device: {})
+def changed(run: RunRecord, *facts: dict[str, Any], **values: Any) -> RunRecord:
+    """The run with other values and facts of its environment, judged again; ``...`` for a fact that
+    is left out."""
+    run = replace(run, **values)
+    for told in facts:
+        run.environment |= told
+    run.environment = {name: fact for name, fact in run.environment.items() if fact is not ...}
+    judge(run)
+    return run
+
+
+def refusals(run: RunRecord) -> str:
+    """What `verify` says of a run, whose cases no suite has to know."""
+    return "\n".join(check_report(run.document(), lambda profile, device: {}))
