@@ -101,19 +101,14 @@ def _compile(source: str, target: str) -> bytes:
         options = [*FLAGS, f"--gpu-architecture={target}"]
         (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
         if int(error):
-            raise RuntimeError(f"NVRTC refused the kernel for {target}:\n{_log(program)}")
+            log = _read(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
+            text = log.decode(errors="replace").strip("\0 \n")
+            raise RuntimeError(f"NVRTC refused the kernel for {target}:\n{text}")
         if target.startswith("sm_"):
             return _read(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
         return _read(program, nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-
-
-def _log(program: Any) -> str:
-    from cuda.bindings import nvrtc
-
-    log = _read(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
-    return log.decode(errors="replace").strip("\0 \n")
 
 
 def _read(program: Any, ask_size: Any, read: Any) -> bytes:
