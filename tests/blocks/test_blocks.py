@@ -31,8 +31,10 @@ from support.block_cases import (
     layered,
     pair,
 )
+from support.command_line import registered
 from support.device_cases import current, settle
 from support.guarded_memory import filled, refused, same, untouched
+from support.small_backends import small_backend
 
 from portakv import (
     BlockTransfer,
@@ -350,3 +352,16 @@ def test_streams_and_caches_of_other_devices(accelerator: torch.device, way: str
             blocks.start(stream=torch.Stream(other), **WAYS[way])
         with refused(DeviceMismatch, name, str(other), watch=blocks.dst.tensors):
             Pair(blocks.src, layered(other)).start(**WAYS[way])
+
+
+@pytest.mark.parametrize("options", [{}, {"by_layer": True}, {"cancellable": True}], ids=str)
+def test_memory_that_was_resized_is_noticed(options: dict[str, Any]) -> None:
+    """By the call, since a backend that goes by addresses cannot."""
+    src, dst = layered(), layered()
+    storage = src.tensors[1].untyped_storage()
+    storage.resize_(2 * storage.nbytes())
+    with (
+        registered(addresses=small_backend("addresses", by_runs=True)),
+        refused(LayoutError, "replaced", "make the view anew", watch=dst.tensors),
+    ):
+        copy_blocks(src.view, dst.view, SRC, DST, backend="addresses", **options)

@@ -310,5 +310,6 @@ def test_strict_looks_at_slots_on_a_device(device: torch.device, tokens: tuple[i
         chunk = make_chunk(3, device=device)
         connector.from_gpu(chunk, caches, slots, first, first + 3).synchronize()
         assert same(chunk.cpu(), rows(caches, slots[first : first + 3].tolist()).cpu())
+    connector.to_gpu(chunks[0], None, slots, 1, 4).synchronize()
     with refused(SlotError, "occurs 2 times", watch=caches):
         connector.to_gpu(chunks[0], None, slots, 0, 4)
