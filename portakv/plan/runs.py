@@ -13,7 +13,7 @@ from portakv.errors import SlotError
 from portakv.plan.loops import Loop, Nest, Side
 
 if TYPE_CHECKING:
-    from portakv.plan.plan import Move
+    from portakv.plan.move import Move
     from portakv.view.view import KVView
 
 Int64 = npt.NDArray[np.int64]
