@@ -90,6 +90,13 @@ FEW = {
     "gather", "scatter", "blocks", "memory objects, scattered", "one block for all",
     "gather within default device meta", "gather within inference mode",
 }  # fmt: skip
+#: A copy for each width of a vector and each kind of table: what `hip` compiles in each run, since
+#: its text is the one of `cuda` but for a few words.
+SHAPES = {
+    "gather", "scatter", "blocks", "several units of an id", "two nests", "NZ blocks",
+    "memory objects, gathered", "memory objects, blocks", "more planes than the arguments hold",
+    *(f"gather of {width} B rows" for width in (40, 12, 6, 3)),
+}  # fmt: skip
 SLOW = {"more planes than the arguments hold", *(x for x in IN_STATES if "gather" not in x)}
 
 
@@ -130,12 +137,13 @@ def by_each(carriers: Any, *, wide: str = "") -> pytest.MarkDecorator:
 def by_each_on(carriers: Any, things: Any) -> pytest.MarkDecorator:
     """Run a test by each of some backends on each of some things.
 
-    On the host `compiled` takes seconds for each shape, and the interpreter for each plane: all but
-    a few are for ``.ci/full``.
+    On the host `compiled` takes seconds for each shape, the interpreter for each plane, and `hip`
+    half a second for each kernel: all but a few are for ``.ci/full``.
     """
     wide = {
         "compiled": [x for x in things if x not in FEW],
         "triton interpreted": [x for x in things if x in SLOW],
+        "hip-emulated": [x for x in things if x in TABLE and x not in SHAPES],
     }
     return pytest.mark.parametrize(
         ("carrier", "name"),
