@@ -64,13 +64,16 @@ class Landed:
     """A slice's end, which a test sets."""
 
     def __init__(self) -> None:
-        self.end, self.error = threading.Event(), None
+        self.end = threading.Event()
+        self.error: Exception | None = None
 
     def done(self) -> bool:
         return self.end.is_set()
 
     def wait(self) -> None:
         assert self.end.wait(PATIENCE)
+        if self.error is not None:
+            raise self.error
 
 
 class Scene:
@@ -156,6 +159,17 @@ def test_a_slice_that_cannot_be_issued_ends_the_worker() -> None:
     with pytest.raises(TransferError, match="failed when 2 of 4 slices had landed, with MemoryErr"):
         whole.synchronize(timeout=PATIENCE)
     assert not scene.worker.cancel()
+
+
+def test_no_slice_is_issued_behind_one_that_did_not_land() -> None:
+    scene = Scene(8)
+    scene.ends[0].error = OSError("the link is down")
+    whole = scene.handle(8)
+    scene.land(*range(WINDOW))
+    scene.worker.start()
+    with pytest.raises(TransferError, match="failed when 0 of 8 slices had landed, with OSError"):
+        whole.synchronize(timeout=PATIENCE)
+    assert scene.issued == list(range(WINDOW))
 
 
 def test_a_limit_pauses_between_slices_and_a_cancel_ends_the_pause() -> None:
