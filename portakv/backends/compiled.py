@@ -215,26 +215,16 @@ def _missing(device: torch.device) -> str | None:
     for switch in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"):
         if os.environ.get(switch, "0") not in ("", "0"):
             return f"torch.compile is switched off by {switch}"
-    return _missing_triton() if device.type == "cuda" else _missing_compiler()
-
-
-def _missing_compiler() -> str | None:
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
-        return f"inductor's C++ compiler {compiler!r} is not there; install g++, or set CXX"
-    return _missing_headers()
-
-
-def _missing_triton() -> str | None:
-    if find_spec("triton") is None:
-        return "inductor needs the package triton for GPUs, and it is not installed"
-    compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
-    if not any(shutil.which(compiler) for compiler in compilers if compiler):
-        return "Triton finds no C compiler for its launchers; install gcc, or set CC"
-    return _missing_headers()
-
-
-def _missing_headers() -> str | None:
+    if device.type == "cuda":
+        if find_spec("triton") is None:
+            return "inductor needs the package triton for GPUs, and it is not installed"
+        compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
+        if not any(shutil.which(compiler) for compiler in compilers if compiler):
+            return "Triton finds no C compiler for its launchers; install gcc, or set CC"
+    else:
+        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+        if shutil.which(compiler) is None:
+            return f"inductor's C++ compiler {compiler!r} is not there; install g++, or set CXX"
     folder = sysconfig.get_path("include")
     if not (Path(folder) / "Python.h").exists():
         return f"Python's headers are not in {folder}; install them (Debian: python3-dev)"
