@@ -52,27 +52,20 @@ def judged() -> Subject:
 
 
 def test_each_file_of_a_third_party_counts(vendor: Path) -> None:
+    """And nothing that is compiled from it. A module by itself is its file."""
     files = source_files("acme_rows.backend")
     assert set(files) == {"__init__.py", "backend.py", "inner/__init__.py", "inner/kernel.cu"}
     before = source_sha256("acme_rows.backend:Acme")
     assert re.fullmatch("[0-9a-f]{64}", before)
+    (vendor / "__pycache__").mkdir()
+    for name in "__pycache__/backend.py", "notes.txt":
+        (vendor / name).write_text("")
     assert source_sha256("acme_rows.backend:Acme") == before
     for name in files:
         (vendor / name).write_text("# changed\n")
         after = source_sha256("acme_rows.backend:Acme")
         assert after != before
         before = after
-
-
-def test_what_is_compiled_from_it_does_not_count(vendor: Path) -> None:
-    before = source_sha256("acme_rows:Acme")
-    (vendor / "__pycache__").mkdir()
-    (vendor / "__pycache__" / "backend.py").write_text("")
-    (vendor / "notes.txt").write_text("")
-    assert source_sha256("acme_rows:Acme") == before
-
-
-def test_a_module_by_itself_is_its_file(vendor: Path) -> None:
     assert list(source_files("acme_alone")) == ["acme_alone.py"]
     for name in ("no_such_module.at.all", "sys", "no such"):
         with pytest.raises(SourceError, match="module"):
@@ -97,16 +90,13 @@ def test_our_own_backends_count_what_they_build_on(backend: str, files: str) -> 
     assert not any(name.endswith(".base.py") for name in found)
 
 
-def test_what_was_judged(judged: Subject) -> None:
+def test_what_was_judged_and_where(judged: Subject) -> None:
     told = describe_backend(judged)
     assert told["target"] == "portakv.backends.reference:Reference"
     assert told["source_sha256"] == source_sha256(told["target"])
     assert told["version"]
     told = describe_backend(replace(judged, target="no_such_module:Class"))
     assert told["source_sha256"].startswith("unknown: module 'no_such_module'")
-
-
-def test_where_it_was_judged(judged: Subject) -> None:
     facts = describe_environment(judged, "cpu")
     assert {"torch", "python", "os", "device", "device_name", "driver", "emulated"} <= set(facts)
     assert facts["torch"] == str(torch.__version__)
@@ -144,7 +134,9 @@ def test_claims_and_nonsense_in_plain_values() -> None:
 # -- a vendor's device ----------------------------------------------------------------------------
 
 CUDA = torch.device("cuda", 0)
-Write = Callable[[str, str], None]
+NVIDIA_SMI = '#!/bin/sh\n[ "$1" = --query-gpu=driver_version ] && echo 580.159.04\n'
+CAMBRICON = "proc/driver/cambricon/mlus/0000:0{}:00.0/information"
+MLU = "Device name: MLU590\n"
 
 
 def device(kind: str) -> Any:
@@ -153,76 +145,65 @@ def device(kind: str) -> Any:
 
 
 @pytest.fixture
-def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """A machine without any driver's files or tools, and what writes such a file."""
+def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
+    """A machine without any driver's files or tools, and what writes such files."""
     monkeypatch.setattr(environment, "_ROOT", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
 
-    def write(name: str, text: str) -> None:
-        file = tmp_path / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-        file.chmod(0o755)
+    def write(files: dict[str, str]) -> None:
+        for name, text in files.items():
+            file = tmp_path / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+            file.chmod(0o755)
 
     return write
 
 
-@pytest.fixture
-def rocm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A torch for ROCm, without HIP's libraries."""
+def hip(monkeypatch: pytest.MonkeyPatch, version: int = 0) -> None:
+    """A torch for ROCm, with HIP's libraries of that version, or without them."""
 
-    def missing() -> None:
-        raise _hip_driver.DriverMissing("the HIP runtime cannot be loaded")
+    def driver() -> Any:
+        if not version:
+            raise _hip_driver.DriverMissing("the HIP runtime cannot be loaded")
+        return SimpleNamespace(number={"hipRuntimeGetVersion": version}.__getitem__)
 
     told = SimpleNamespace(name="", gcnArchName="gfx906:sramecc+:xnack-")
     monkeypatch.setattr(torch.version, "hip", "6.3.42134")
-    monkeypatch.setattr(_hip_driver, "driver", missing)
+    monkeypatch.setattr(_hip_driver, "driver", driver)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: told)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: told.name)
 
 
-NVIDIA_SMI = '#!/bin/sh\n[ "$1" = --query-gpu=driver_version ] && echo 580.159.04\n'
-
-
-def test_nvidia(system: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "files", "driver"),
+    [
+        *((kind, {}, "") for kind in ("cuda", "hip", "npu", "mlu", "xpu", "cpu")),
+        ("cuda", {"bin/nvidia-smi": NVIDIA_SMI}, "580.159.04"),
+        ("cuda", {"bin/nvidia-smi": "#!/bin/sh\nexit 9\n"}, ""),
+        ("hip", {"bin/nvidia-smi": NVIDIA_SMI}, ""),  # it is about other devices
+        *(("hip", {f"sys/module/{module}/version": "6.12.12\n"}, f"{module} 6.12.12")
+          for module in ("amdgpu", "hydcu", "hycu")),
+        # The module of the Linux tree has no version: that of HIP's runtime then.
+        ("hip 60342134", {}, "HIP 6.3.42134"),
+        ("hip 60342134", {"sys/module/amdgpu/version": "6.12.12\n"}, "amdgpu 6.12.12"),
+        ("npu", {"usr/local/Ascend/driver/version.info": "ascendhal_version=7\nVersion=24.1.0\n"},
+         "24.1.0"),
+        ("mlu", {CAMBRICON.format(1): MLU}, ""),
+        ("mlu", {CAMBRICON.format(1): MLU, CAMBRICON.format(2): f"{MLU}Driver Version: v5.10.29\n"},
+         "v5.10.29"),
+    ],
+)  # fmt: skip
+def test_a_driver_is_told_by_the_vendor_s_own_files(
+    kind: str, files: dict[str, str], driver: str, system: Callable[[dict[str, str]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    kind, _, version = kind.partition(" ")
     monkeypatch.setattr(torch.version, "hip", None)
-    assert driver_version(CUDA) == ""
-    system("bin/nvidia-smi", NVIDIA_SMI)
-    assert driver_version(CUDA) == "580.159.04"
-    system("bin/nvidia-smi", "#!/bin/sh\nexit 9\n")
-    assert driver_version(CUDA) == ""
-
-
-@pytest.mark.parametrize("module", ["amdgpu", "hydcu", "hycu"])
-def test_the_kernel_module_of_amd_or_hygon(module: str, system: Write, rocm: None) -> None:
-    system("bin/nvidia-smi", NVIDIA_SMI)  # which is about other devices
-    assert driver_version(CUDA) == ""
-    system(f"sys/module/{module}/version", "6.12.12\n")
-    assert driver_version(CUDA) == f"{module} 6.12.12"
-
-
-def test_hips_runtime_where_the_module_has_no_version(
-    system: Write, rocm: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As that of the Linux tree has none."""
-    numbers = {"hipRuntimeGetVersion": 60342134}
-    monkeypatch.setattr(_hip_driver, "driver", lambda: SimpleNamespace(number=numbers.__getitem__))
-    assert driver_version(CUDA) == "HIP 6.3.42134"
-    system("sys/module/amdgpu/version", "6.12.12\n")
-    assert driver_version(CUDA) == "amdgpu 6.12.12"
-
-
-def test_ascend_cambricon_and_others(system: Write) -> None:
-    def told() -> list[str]:
-        return [driver_version(device(kind)) for kind in ("npu", "mlu", "xpu", "cpu")]
-
-    place = "proc/driver/cambricon/mlus/0000:0{}:00.0/information"
-    system(place.format(1), "Device name: MLU590\n")
-    assert told() == ["", "", "", ""]
-    system("usr/local/Ascend/driver/version.info", "ascendhal_version=7\nVersion=24.1.0\n")
-    assert told() == ["24.1.0", "", "", ""]
-    system(place.format(2), "Device name: MLU590\nDriver Version: v5.10.29\n")
-    assert told() == ["24.1.0", "v5.10.29", "", ""]
+    if kind == "hip":
+        hip(monkeypatch, int(version or 0))
+    system(files)
+    assert driver_version(CUDA if kind in ("cuda", "hip") else device(kind)) == driver
 
 
 def test_another_vendor_s_extension_tells_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,20 +218,18 @@ def test_another_vendor_s_extension_tells_its_own(monkeypatch: pytest.MonkeyPatc
     assert driver_version(device("acme")) == ""
 
 
-# The whole environment
-
-
-def test_a_hip_device(system: Write, rocm: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    system("sys/module/hydcu/version", "5.16.29\n")
+def test_a_hip_device(
+    system: Callable[[dict[str, str]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hip(monkeypatch)
+    system({"sys/module/hydcu/version": "5.16.29\n"})
     on_it = replace(subject("reference", "cpu"), device=CUDA)
     facts = describe_environment(on_it, "cuda")
     told = {name: facts.get(name) for name in ("driver", "hip", "architecture", "cuda")}
     assert told == {
-        "driver": "hydcu 5.16.29",
-        "hip": "6.3.42134",
-        "architecture": "gfx906:sramecc+:xnack-",
+        "driver": "hydcu 5.16.29", "hip": "6.3.42134", "architecture": "gfx906:sramecc+:xnack-",
         "cuda": None,
-    }
+    }  # fmt: skip
     assert facts["device_name"] == facts["architecture"], "some DCUs have no name"
     assert describe_environment(replace(on_it, emulated=True), "cuda")["driver"] == ""
 
@@ -281,33 +260,26 @@ torch_npu/__pycache__/__init__.cpython-311.pyc,,
 """
 
 
-@pytest.fixture
-def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The list of files of an installed torch_npu."""
+def test_a_vendors_package_is_told_with_the_hash_of_its_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not of its installation: by the list of files of an installed torch_npu."""
     folder = tmp_path / "torch_npu-2.13.0.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_npu\nVersion: 2.13.0\n")
     (folder / "RECORD").write_text(RECORD)
     monkeypatch.syspath_prepend(str(tmp_path))
-    return folder / "RECORD"
-
-
-def test_a_vendors_package_is_told_with_its_hash(record: Path) -> None:
     facts = describe_environment(subject("reference", "cpu"), "cpu")
-    assert facts["torch-npu"] == "2.13.0"
-    assert facts["sha256 of torch-npu"] == package_sha256("torch-npu")
-    assert len(facts["sha256 of torch-npu"]) == 64
-    assert "sha256 of torch-mlu" not in facts
-
-
-def test_the_hash_is_that_of_the_build_not_of_the_installation(record: Path) -> None:
     before = package_sha256("torch-npu")
+    assert (facts["torch-npu"], facts["sha256 of torch-npu"]) == ("2.13.0", before)
+    assert len(before) == 64
+    assert "sha256 of torch-mlu" not in facts
     lines = RECORD.replace("of-this-machine", "of-another").replace("zuuue4", "uv").splitlines()
-    record.write_text("\n".join(reversed(lines)))
+    (folder / "RECORD").write_text("\n".join(reversed(lines)))
     assert package_sha256("torch-npu") == before
-    record.write_text(RECORD.replace("CsK9HA", "another"))
+    (folder / "RECORD").write_text(RECORD.replace("CsK9HA", "another"))
     assert package_sha256("torch-npu") != before
-    record.unlink()
+    (folder / "RECORD").unlink()
     assert package_sha256("torch-npu") == ""
 
 

@@ -10,7 +10,6 @@ import support.conform_honest_backends as backends
 import torch
 from support.conform_runs import python
 
-from portakv.registry import registry
 from portakv_conformance.cases import test_claims
 from portakv_conformance.draw.by_hand import HOMES, Workshop
 from portakv_conformance.evidence.verify import check_report
@@ -18,6 +17,8 @@ from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.judging import Judge, across, find_home
 from portakv_conformance.judge.subject import Subject, subject
 from portakv_conformance.record import CaseRecord, RunRecord
+
+pytestmark = pytest.mark.usefixtures("own_registry")
 
 _CLAIMS = (
     "NoTables", "Loops0", "Loops1", "Loops2", "Align4", "Align16", "Int32Only", "Int64Only",
@@ -30,14 +31,6 @@ _TELLING = (
     "cases/test_claims.py", "cases/test_stateful.py", "cases/test_connector.py::test_batches",
     "cases/test_core.py::test_rows_move", "cases/test_parts.py::test_migration_within_one_cache",
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A registry of its own, so that no backend stays behind."""
-    made = registry.Registry()
-    monkeypatch.setattr(registry, "REGISTRY", made)
-    monkeypatch.setattr("portakv_conformance.judge.subject.REGISTRY", made)
 
 
 def one(name: str) -> Subject:

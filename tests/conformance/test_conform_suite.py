@@ -18,7 +18,6 @@ from support.conform_runs import python
 
 from portakv import BackendUnavailable, CopyPlan, Index, KVView, Unsupported
 from portakv.backends.base import Decision
-from portakv.registry import registry
 from portakv_conformance.cases import test_addresses
 from portakv_conformance.draw import saved
 from portakv_conformance.draw.arrangement import Case, side_of
@@ -32,15 +31,9 @@ from portakv_conformance.judge.pattern import poison_bytes
 from portakv_conformance.judge.subject import subject
 from portakv_conformance.run.outcome import sentence
 
+pytestmark = pytest.mark.usefixtures("own_registry")
+
 SHAPE = Shape()
-
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A registry of its own, so that no backend stays behind."""
-    made = registry.Registry()
-    monkeypatch.setattr(registry, "REGISTRY", made)
-    monkeypatch.setattr("portakv_conformance.judge.subject.REGISTRY", made)
 
 
 def judge_of(name: str) -> Judge:
