@@ -44,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Report what the child said of a test, in place of running it here."""
     marked = item.get_closest_marker("own_process")
     if marked is None or os.environ.get(_GROUP):
@@ -57,6 +57,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     for report in known[group].get(item.nodeid) or [_lost(item, known[group])]:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # What ran here before, in the same module, left its fixtures for this test.
+    item.session._setupstate.teardown_exact(nextitem)
     return True
 
 
