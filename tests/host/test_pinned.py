@@ -10,7 +10,6 @@ import platform
 import re
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -42,21 +41,13 @@ def private(nbytes: int = 4 * PAGE) -> mmap.mmap:
     return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
-def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The interpreter, with the tests' helpers."""
-    return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, check=True, timeout=120,
-        env={**os.environ, "PYTHONPATH": f"{TESTS}:{os.environ.get('PYTHONPATH', '')}",
-             **environment},
-    )  # fmt: skip
-
-
 # What comes back
 
 
 @each_way
-@pytest.mark.parametrize("nbytes", [1, 100, PAGE, PAGE + 1, ODD])
+@pytest.mark.parametrize("nbytes", [1, PAGE, PAGE + 1, ODD])
 def test_so_many_bytes_and_no_more(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the kernel gave every page before anything was written."""
     made: list[int] = []
     plain = mmap.mmap
 
@@ -65,11 +56,14 @@ def test_so_many_bytes_and_no_more(nbytes: int, monkeypatch: pytest.MonkeyPatch)
         return plain(fd, length, **options)
 
     monkeypatch.setattr(mmap, "mmap", recorded)
-    with pinned.allocate(nbytes) as memory:
+    with pinned.allocate(nbytes, huge_pages="never", threads=3) as memory:
         assert made == [nbytes]
+        assert resident(memory.address, nbytes)
         assert memory.nbytes == nbytes == memory.tensor.numel() == memory.array.nbytes
         assert memory.address % PAGE == 0
-        assert memory.seams == ()
+        assert (memory.seams, memory.notes) == ((), ())
+        assert memory.parts(0, nbytes) == [(0, nbytes)]
+        assert memory.parts(nbytes, 0) == [(nbytes, 0)]
         memory.tensor.fill_(7)
         assert memory.array.sum() == 7 * nbytes
 
@@ -89,12 +83,6 @@ def resident(address: int, nbytes: int) -> bool:
         words.seek(address // PAGE * 8)
         found = np.frombuffer(words.read(8 * -(-nbytes // PAGE)), np.uint64)
     return bool((found >> np.uint64(63)).all())
-
-
-@each_way
-def test_the_kernel_gave_every_page_before_anything_was_written() -> None:
-    with pinned.allocate(ODD, huge_pages="never", threads=3) as memory:
-        assert resident(memory.address, ODD)
 
 
 def test_without_populate_pages_are_written_and_keep_what_they_hold(
@@ -119,12 +107,16 @@ def test_many_slices_are_touched_each_once(monkeypatch: pytest.MonkeyPatch) -> N
                             (12 * PAGE, 4 * PAGE), (16 * PAGE, PAGE)]  # fmt: skip
 
 
-def test_a_cgroup_limits_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 200\nfile 500\nshmem 100\n")
+def test_what_the_kernel_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cgroup limits what is available; nodes are listed as ranges."""
+    told = {"memory.max": "1000\n", "memory.current": "700\n", "has_memory": "0-2,5\n",
+            "memory.stat": "anon 200\nfile 500\nshmem 100\n"}  # fmt: skip
+    for name, text in told.items():
+        (tmp_path / name).write_text(text)
     monkeypatch.setattr(_pages, "Path", lambda _: tmp_path)
+    monkeypatch.setattr(_pages, "_NODES", tmp_path)
     assert list(_pages._cgroups()) == [1000 - 700 + 400]
+    assert _pages.nodes() == [0, 1, 2, 5]
     (tmp_path / "memory.max").write_text("max\n")
     assert list(_pages._cgroups()) == []
 
@@ -142,8 +134,6 @@ def test_reserved_huge_pages_or_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     with pinned.allocate(ODD, huge_pages="reserved") as memory:
         assert "no reserved huge pages" in memory.notes[0]
         assert "transparent huge pages were" in memory.notes[1]
-    with pinned.allocate(ODD) as memory:
-        assert memory.notes == ()
 
 
 # What is refused
@@ -173,39 +163,36 @@ def test_reserved_huge_pages_or_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: pinned.register(torch.zeros(0)), "0 bytes"),
         (lambda: pinned.register(np.zeros((3, 0))), "0 bytes"),
         (lambda: pinned.register(bytearray()), "0 bytes"),
+        (lambda: pinned.register(torch.zeros(4, device="meta")), "on meta"),
+        *((lambda n=n: pinned.allocate(ODD, numa=n), "nodes have whole numbers")
+          for n in (1.5, "0", [0, "1"], np.array(0.0), int)),
+        *((lambda n=n: pinned.allocate(ODD, numa=n), "node 4096")
+          for n in (np.int64(4096), [np.int32(4096)], np.array([4096]))),
+        (lambda: pinned.allocate(ODD, numa=[]), "an empty list of NUMA nodes"),
     ],
 )  # fmt: skip
 def test_what_makes_no_memory(
     call: Callable[[], object], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "available" not in words:
+    other = {"node": Unsupported, "meta": DeviceMismatch}
+    error = next((other[word] for word in other if word in words), HostMemoryError)
+    if not re.search("available|node", words):
         monkeypatch.setattr(_pages, "map_private", lambda *_: pytest.fail("memory was taken first"))
-    with pytest.raises(HostMemoryError, match=words):
+    with pytest.raises(error, match=words):
         call()
 
 
-def test_no_pages_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pages, "_call", lambda *_: 12)
-    with pytest.raises(HostMemoryError, match="no pages for them"):
-        pinned.allocate(ODD)
-
-
-@each_way
-def test_parts_lie_inside() -> None:
-    with pinned.allocate(PAGE) as memory:
-        assert memory.parts(0, PAGE) == [(0, PAGE)]
-        assert memory.parts(PAGE, 0) == [(PAGE, 0)]
-        outside: list[tuple[Any, Any]] = [
-            (0, 99999), (-5, 10), (PAGE, 1), (PAGE + 1, 0), (8, -1), (0, 1.5), ("x", 1),
-        ]  # fmt: skip
-        for offset, nbytes in outside:
-            with pytest.raises(HostMemoryError, match=f"were asked of {PAGE} bytes; expected"):
-                memory.parts(offset, nbytes)
-
-
-def test_a_tensor_that_is_not_on_the_host() -> None:
-    with pytest.raises(DeviceMismatch, match="on meta"):
-        pinned.register(torch.zeros(4, device="meta"))
+@pytest.mark.parametrize(
+    ("offset", "nbytes"),
+    [(0, 99999), (-5, 10), (PAGE, 1), (PAGE + 1, 0), (8, -1), (0, 1.5), ("x", 1)],
+)
+@pytest.mark.usefixtures("cuda")
+def test_parts_that_lie_outside(offset: Any, nbytes: Any) -> None:
+    with (
+        pinned.allocate(PAGE) as memory,
+        pytest.raises(HostMemoryError, match=f"were asked of {PAGE} bytes; expected"),
+    ):
+        memory.parts(offset, nbytes)
 
 
 @each_way
@@ -231,26 +218,10 @@ def test_freed() -> None:
 @each_way
 def test_registered_already() -> None:
     tensor = torch.zeros(50000)
-    with pinned.register(tensor):
-        for again in (tensor, tensor[10000:10001], tensor.numpy()):
+    with pinned.register(tensor), pinned.allocate(PAGE) as memory:
+        for again in (tensor, tensor[10000:10001], tensor.numpy(), memory.tensor):
             with pytest.raises(HostMemoryError, match="already"):
                 pinned.register(again)
-    with pinned.register(tensor):
-        pass
-    with pinned.allocate(PAGE) as memory, pytest.raises(HostMemoryError, match="already"):
-        pinned.register(memory.tensor)
-    with private() as mapping:
-        address = _pages.address_of(mapping)
-        with pinned.register_address(address, PAGE + 100):
-            with pytest.raises(HostMemoryError, match="shares a page"):
-                pinned.register_address(address + PAGE + 200, 100)
-            with pinned.register_address(address + 2 * PAGE, PAGE):
-                pass
-
-
-@each_way
-def test_unregister_by_the_memory_itself() -> None:
-    tensor = torch.zeros(50000)
     held = pinned.register(tensor)
     pinned.unregister(tensor)
     for again in (tensor, held):
@@ -278,45 +249,26 @@ def test_a_node_that_exists_and_one_that_does_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("node", "words"),
+    ("call", "code", "error", "why"),
     [
-        *((node, "nodes have whole numbers") for node in (1.5, "0", [0, "1"], np.array(0.0), int)),
-        *((node, "node 4096") for node in (np.int64(4096), [np.int32(4096)], np.array([4096]))),
-        ([], "an empty list of NUMA nodes"),
+        ("syscall", 1, Unsupported, "CAP_SYS_NICE"), ("syscall", 38, Unsupported, "without NUMA"),
+        ("syscall", 5, Unsupported, "refused"),
+        ("madvise", 12, HostMemoryError, "no pages for them"),
     ],
-)
-def test_a_node_that_is_none(node: Any, words: str) -> None:
-    with pytest.raises(Unsupported, match=words):
-        pinned.allocate(ODD, numa=node)
-
-
-@pytest.mark.parametrize(
-    ("code", "why"), [(1, "CAP_SYS_NICE"), (38, "without NUMA"), (5, "refused")]
-)
-def test_why_a_node_cannot_be_bound(code: int, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_pages, "_call", lambda name, *_: code if name == "syscall" else 0)
+)  # fmt: skip
+def test_what_the_kernel_refuses(
+    call: str, code: int, error: type[Exception], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_pages, "_call", lambda name, *_: code if name == call else 0)
     monkeypatch.setattr(_pages, "nodes", lambda: [0])
-    with pytest.raises(Unsupported, match=why):
+    with pytest.raises(error, match=why):
         pinned.allocate(PAGE, numa=0)
     monkeypatch.setattr(platform, "machine", lambda: "vax")
     with pytest.raises(Unsupported, match="not known on vax"):
         pinned.allocate(PAGE, numa=0)
 
 
-def test_lists_of_nodes() -> None:
-    assert _pages._listed("0-2,5\n") == [0, 1, 2, 5]
-
-
 # Until when
-
-
-@each_way
-def test_memory_is_unmapped_behind_its_last_tensor() -> None:
-    tensor = pinned.empty(PAGE * 64, torch.uint8)
-    address = tensor.data_ptr()
-    assert _pages.is_mapped(address, PAGE)
-    del tensor
-    assert not _pages.is_mapped(address, PAGE)
 
 
 @each_way
@@ -336,7 +288,8 @@ def test_shared_memory_cannot_be_closed_meanwhile() -> None:
 
 def test_tensors_and_arrays_hold_what_was_closed(cuda: FakeLibrary) -> None:
     memory = pinned.allocate(ODD)
-    assert cuda.registered == {memory.address: (ODD, 3)}
+    address = memory.address
+    assert cuda.registered == {address: (ODD, 3)}
     assert memory.pinned
     part = memory.tensor[8:16].view(torch.int32)
     array = memory.array[100:]
@@ -347,8 +300,9 @@ def test_tensors_and_arrays_hold_what_was_closed(cuda: FakeLibrary) -> None:
     array[:] = 4
     del part
     assert cuda.registered
+    assert _pages.is_mapped(address, PAGE)
     del array
-    assert not cuda.registered
+    assert not _pages.is_mapped(address, PAGE)
     assert cuda.log == ["register", "quiesce", "unregister"]
     with pytest.raises(HostMemoryError, match="closed"):
         _ = memory.tensor
@@ -379,33 +333,6 @@ def test_a_forked_child_leaves_the_registration_alone(cuda: FakeLibrary) -> None
         os._exit(0 if right and "unregister" not in cuda.log else 1)
     assert os.waitpid(child, 0)[1] == 0
     memory.close()
-
-
-AT_EXIT = """
-import pytest
-from support.pinned_runtime import installed
-from portakv.host import pinned
-patch = pytest.MonkeyPatch()
-library = installed(patch)
-class Told(list):
-    def append(self, what):
-        print(what, flush=True)
-library.log = Told()
-held = pinned.allocate(4096)
-tensor = held.tensor
-closed = pinned.allocate(4096)
-closed.close()
-mine = pinned.register(bytearray(50000))
-print("end", flush=True)
-"""
-
-
-def test_at_exit_what_is_left_is_unregistered_once() -> None:
-    done = run("-c", AT_EXIT)
-    said = done.stdout.split("end\n")
-    assert said[0].split() == ["register"] * 2 + ["quiesce", "unregister", "register"]
-    assert sorted(said[1].split()) == ["quiesce"] * 2 + ["unregister"] * 2
-    assert done.stderr == ""
 
 
 # What is registered
@@ -449,7 +376,7 @@ def test_read_only(cuda: FakeLibrary) -> None:
             assert [flags for _, flags in cuda.registered.values()] == [3 + 8]
 
 
-def test_somebody_else_registered_it(cuda: FakeLibrary) -> None:
+def test_somebody_else_registered_it_or_has_let_go_of_it(cuda: FakeLibrary) -> None:
     with private() as mapping:
         cuda.registered[_pages.address_of(mapping)] = PAGE, 0
         with pytest.raises(HostMemoryError, match="somebody else"):
@@ -458,39 +385,28 @@ def test_somebody_else_registered_it(cuda: FakeLibrary) -> None:
         cuda.registered.clear()
         with pinned.register(mapping):
             assert cuda.registered
+            cuda.registered.clear()  # a device that was reset has forgotten it
+    assert cuda.sticky == 0
 
 
 @pytest.mark.parametrize("code", [2, 304, 800, 801])
 def test_a_refusal_leaves_it_pageable_and_no_error_behind(code: int, cuda: FakeLibrary) -> None:
-    cuda.refuse = {0: code, 1: code, 2: code}
+    """Also of a later piece, which undoes the earlier."""
+    cuda.refuse = {0: code, 3: code, 4: code}
     array = np.arange(50000)
     with pinned.register(array) as held:
         assert not held.pinned
         assert (held.view(torch.int64).numpy() == array).all()
-    with pinned.allocate(ODD) as memory:
+    with pinned.allocate(4 * PAGE, largest=PAGE) as memory:
         assert not memory.pinned
-        assert memory.tensor.fill_(1).sum() == ODD
+        assert cuda.log.count("register") == cuda.log.count("unregister") == 2
+        assert not cuda.registered
+        assert memory.tensor.fill_(1).sum() == 4 * PAGE
         with pytest.raises(Unsupported, match="not registered"):
             memory.device_address()
     assert cuda.sticky == 0
     with pytest.raises(HostMemoryError, match="fallback=True"):
         pinned.allocate(ODD, fallback=False)
-
-
-def test_a_later_piece_that_fails_undoes_the_earlier(cuda: FakeLibrary) -> None:
-    cuda.refuse = {2: 2}
-    with pinned.allocate(4 * PAGE, largest=PAGE) as memory:
-        assert not memory.pinned
-        assert cuda.log.count("register") == cuda.log.count("unregister") == 2
-        assert not cuda.registered
-        assert cuda.sticky == 0
-
-
-def test_a_device_that_was_reset_has_forgotten_the_memory(cuda: FakeLibrary) -> None:
-    memory = pinned.allocate(PAGE)
-    cuda.registered.clear()
-    memory.close()
-    assert cuda.sticky == 0
 
 
 def test_pieces(cuda: FakeLibrary) -> None:
@@ -520,8 +436,9 @@ def test_what_is_registered_is_exact_and_its_neighbours_are_left_alone(cuda: Fak
     with pinned.register_address(address, 2 * PAGE, held=mapping) as memory:
         assert cuda.registered == {address: (2 * PAGE, 3)}
         assert memory.seams == ()
-        with pytest.raises(HostMemoryError, match="a page can be registered once"):
-            pinned.register_address(address + 2 * PAGE + 8, PAGE, held=mapping)
+        for behind in (2 * PAGE + 8, -50):
+            with pytest.raises(HostMemoryError, match="registered once"):
+                pinned.register_address(address + behind, 40, held=mapping)
         pinned.register_address(address + 3 * PAGE, PAGE, held=mapping).close()
     with pinned.register_address(address, 3 * PAGE, held=mapping, largest=PAGE) as memory:
         assert memory.seams == tuple(at * PAGE - 100 for at in (1, 2, 3))
@@ -546,38 +463,54 @@ def test_the_library_that_torch_loaded(tmp_path: Path) -> None:
 # The warning
 
 
-def test_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_registrations, "_told", set())
-    absent(monkeypatch)
-    monkeypatch.setattr(_registrations, "why_not", lambda: "of the test")
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        for _ in range(3):
-            with pinned.allocate(PAGE) as memory:
-                assert not memory.pinned
-                assert "pageable" in repr(memory)
-        with pytest.raises(HostMemoryError, match="of the test"):
-            pinned.allocate(PAGE, fallback=False)
-    assert [str(one.message).count("of the test") for one in seen] == [1]
-
-
-ASKS = """
-import torch
-from portakv.host import _registrations, pinned
-
-def mine():
+SCRIPT = """
+import pytest, sys
+from support.pinned_runtime import absent, installed
+from portakv.host import pinned
+patch = pytest.MonkeyPatch()
+absent(patch)
+for turn in range(2):
     pinned.allocate(4096)
-    pinned.empty((4, 4))
-    pinned.register(torch.zeros(9))
-
-_registrations._told = type("Nothing", (set,), {"add": lambda *_: None})()
-mine()
+    patch.setattr(pinned._registrations, "why_not", lambda: "of the test")
+pinned.empty((4, 4))
+pinned._registrations._told.clear()
+pinned.register(bytearray(9))
+library = installed(patch)
+class Told(list):
+    def append(self, what):
+        print(what, flush=True)
+library.log = Told()
+held = pinned.allocate(4096)
+tensor = held.tensor
+closed = pinned.allocate(4096)
+closed.close()
+mine = pinned.register(bytearray(50000))
+print("end", flush=True)
 """
 
 
-def test_it_points_to_the_caller(tmp_path: Path) -> None:
-    script = tmp_path / "asks.py"
-    script.write_text(ASKS)
-    ran = run("-W", "always", str(script), CUDA_VISIBLE_DEVICES="")
-    told = [line for line in ran.stderr.splitlines() if "RuntimeWarning" in line]
-    assert [line.startswith(f"{script}:{at}: ") for line, at in zip(told, (6, 7, 8), strict=True)]
+def test_a_process_that_ends(tmp_path: Path) -> None:
+    """Each reason is told once, where the caller asked, and what is left is unregistered once."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    paths = f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}"
+    done = subprocess.run(
+        [sys.executable, "-W", "always", str(script)], capture_output=True, text=True, check=True,
+        timeout=120, env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    said = done.stdout.split("end\n")
+    assert said[0].split() == ["register"] * 2 + ["quiesce", "unregister", "register"]
+    assert sorted(said[1].split()) == ["quiesce"] * 2 + ["unregister"] * 2
+    told = [line for line in done.stderr.splitlines() if "RuntimeWarning" in line]
+    wanted = [(8, "the test has taken"), (8, "of the test"), (12, "of the test")]
+    for line, (at, why) in zip(told, wanted, strict=True):
+        assert line.startswith(f"{script}:{at}: ")
+        assert why in line
+
+
+def test_without_a_device_it_is_pageable_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent(monkeypatch)
+    with pinned.allocate(PAGE) as memory:
+        assert "pageable" in repr(memory)
+    with pytest.raises(HostMemoryError, match="the test has taken"):
+        pinned.allocate(PAGE, fallback=False)

@@ -57,6 +57,21 @@ class Child:
         os.waitpid(self.pid, 0)
 
 
+def opener(do: Callable[[SharedPool], object], *pool: Any) -> Child:
+    """A process that has opened a pool and done something with it, and waits."""
+
+    def work(pipe: Connection) -> None:
+        opened = SharedPool(*pool)
+        done = do(opened)
+        pipe.send("done")
+        pipe.recv()
+        del done
+
+    child = Child(work)
+    child.told()
+    return child
+
+
 def holder(name: str, count: int, value: int) -> Child:
     """A process that opens the pool, takes blocks, fills them, tells of them and waits."""
 
