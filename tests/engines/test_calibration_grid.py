@@ -153,10 +153,13 @@ def test_what_the_host_does_first_is_hidden() -> None:
         sleep(1e-3)
         target.copy_(source, non_blocking=True)  # 32 MiB: 0.6 ms on a fast link
 
-    seen, hidden = timer.time(late), timer.time(late, 1e-3)
-    assert seen.host_seconds > 1e-3
-    assert hidden.host_seconds > 1e-3
-    assert 1e-4 < hidden.seconds < seen.seconds - 0.8e-3
+    for _ in range(50):  # a device that others use as well may be theirs for a millisecond
+        seen, hidden = timer.time(late), timer.time(late, 1e-3)
+        assert seen.host_seconds > 1e-3
+        assert hidden.host_seconds > 1e-3
+        if 1e-4 < hidden.seconds < seen.seconds - 0.8e-3:
+            return
+    pytest.fail(f"the host's millisecond shows alike in {seen} and {hidden}")
 
 
 @pytest.mark.gpu
