@@ -25,6 +25,7 @@ from support.small_cases import (
     in_threads,
     installed,
     same_bits,
+    small_copy,
 )
 
 from portakv import BackendUnavailable, LayoutError, Unsupported
@@ -57,7 +58,7 @@ def _place(kind: str, way: str, *marks: pytest.MarkDecorator) -> Any:
 
 @pytest.fixture(
     params=[
-        _place("cpu", "inline"), _place("cpu", "value"),
+        _place("cpu", "host"), _place("cpu", "inline"), _place("cpu", "value"),
         _place("privateuseone", "copy", pytest.mark.simdev),
         *(_place("cuda", way, pytest.mark.gpu) for way in ("inline", "value", "mapped", "copy")),
     ],
@@ -66,6 +67,9 @@ def place(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Place]:
     kind, way = request.param
+    if way == "host":
+        yield Place(torch.device("cpu"), way, None, None)
+        return
     if kind == "cpu":
         library = FakeLibrary(tmp_path_factory.getbasetemp(), None)
         with installed(library, only=way) as card:
@@ -83,15 +87,7 @@ def place(
 
 @pytest.fixture(params=["new", "ready"])
 def send(request: pytest.FixtureRequest, place: Place) -> Callable[..., torch.Tensor]:
-    """A small copy of values to a target, by either call."""
-
-    def ready(values: Any, out: torch.Tensor) -> torch.Tensor:
-        return SmallCopy(out.numel(), out.dtype, out=out, way=place.asked).send(values)
-
-    def new(values: Any, out: torch.Tensor) -> torch.Tensor:
-        return to_device(values, out=out, way=place.asked)
-
-    return ready if request.param == "ready" else new
+    return small_copy(request.param, place.asked)
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
@@ -146,7 +142,8 @@ def test_sends_again_and_again(place: Place) -> None:
         assert landed.untyped_storage().data_ptr() == sender.out.data_ptr()
         assert same_bits(landed, values)
         assert torch.equal(sender.out[count:], before[count:])
-    with refused(Unsupported, "way='mapped'" if place.way in MOST else "never captured"):
+    why = "send the values again" if place.way == "host" else "never captured"
+    with refused(Unsupported, "way='mapped'" if place.way in MOST else why):
         sender.refill([1])
 
 

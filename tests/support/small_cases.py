@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
@@ -24,6 +24,7 @@ import pytest
 import torch
 
 from portakv.host import _small_ways, small
+from portakv.host.small import SmallCopy, to_device
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime.devices import capture_question
 from support.fake_libcuda import FakeLibrary
@@ -52,6 +53,20 @@ def same_bits(landed: torch.Tensor, values: torch.Tensor) -> bool:
     return landed.dtype == values.dtype and torch.equal(
         landed.cpu().view(torch.uint8), values.view(torch.uint8)
     )
+
+
+def small_copy(call: str, way: str | None) -> Callable[..., torch.Tensor]:
+    """A small copy to a target by ``call``: ``new``, or one that is ``ready`` for that target."""
+    senders: dict[int, SmallCopy] = {}  # kept, since a kernel may still read their memory
+
+    def send(values: Any, out: torch.Tensor, **more: Any) -> torch.Tensor:
+        if call == "new":
+            return to_device(values, out=out, way=way, **more)
+        if id(out) not in senders:
+            senders[id(out)] = SmallCopy(out.numel(), out.dtype, out=out, way=way)
+        return senders[id(out)].send(values, **more)
+
+    return send
 
 
 def in_threads(work: Any) -> None:
