@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support.fake_libcuda import FakeLibrary
 from support.guarded_memory import filled, refused, same, untouched
 
-from portakv import DeviceMismatch, LayoutError, TransferError, Unsupported
+from portakv import DeviceMismatch, LayoutError, PortaKVError, TransferError, Unsupported
 from portakv.host import memcpy
 from portakv.host.memcpy import (
     MAX_PITCH,
@@ -54,11 +54,10 @@ def test_a_host_copy(dtype: torch.dtype) -> None:
 def test_a_strided_destination_is_really_written() -> None:
     """A copy through `.contiguous()` would report success and write nothing."""
     memory = filled((6, 8), torch.int32)
-    before, src = memory.clone(), filled((4, 3), torch.int32)
+    wanted, src = memory.clone(), filled((4, 3), torch.int32)
     copy_(memory.t()[2:6, ::2], src)
-    assert torch.equal(memory[::2, 2:6], src.t())
-    assert torch.equal(memory[1::2], before[1::2])
-    assert torch.equal(memory[:, :2], before[:, :2])
+    wanted[::2, 2:6] = src.t()
+    assert torch.equal(memory, wanted)
 
 
 def test_an_expanded_source_and_one_of_a_leaf_that_learns() -> None:
@@ -107,21 +106,22 @@ def test_nothing_to_copy() -> None:
 # What is refused
 
 
-def test_tensors_that_differ() -> None:
-    dst = filled((4, 4), torch.int32)
-    with refused(LayoutError, "torch.float32", "torch.int32", "neither converts", watch=dst):
-        copy_(dst, torch.zeros(4, 4))
-    with refused(LayoutError, "int16", "int32", watch=dst):
-        copy_(dst, torch.zeros(4, 8, dtype=torch.int16))
+def test_tensors_that_differ(device: torch.device) -> None:
+    dst = filled((4, 4), torch.int32, device=device)
+    plain = torch.zeros(4, 4, dtype=torch.int32)
+    wrong: list[tuple[type[PortaKVError], Any, tuple[str, ...]]] = [
+        (LayoutError, torch.zeros(4, 4), ("torch.float32", "torch.int32", "neither converts")),
+        (LayoutError, torch.zeros(4, 8, dtype=torch.int16), ("int16", "int32")),
+        (LayoutError, plain.numpy(), ("ndarray", "source")),
+        (LayoutError, plain.to_sparse(), ("sparse", "source")),
+        (DeviceMismatch, plain.to("meta"), ("meta", str(dst.device))),
+    ]
     for shape in ((4,), (4, 1), (1, 4, 4), (2, 8), ()):
-        with refused(LayoutError, str(list(shape)), "[4, 4]", watch=dst):
-            copy_(dst, torch.zeros(shape, dtype=torch.int32))
-    with refused(LayoutError, "ndarray", "source", watch=dst):
-        copy_(dst, np.zeros((4, 4), np.int32))  # type: ignore[arg-type]
-    with refused(LayoutError, "sparse", "source", watch=dst):
-        copy_(dst, torch.zeros(4, 4, dtype=torch.int32).to_sparse())
-    with refused(DeviceMismatch, "meta", "cpu", watch=dst):
-        copy_(dst, torch.zeros(4, 4, dtype=torch.int32, device="meta"))
+        other = torch.zeros(shape, dtype=torch.int32)
+        wrong.append((LayoutError, other, (str(list(shape)), "[4, 4]")))
+    for error, src, names in wrong:
+        with refused(error, *names, watch=dst):
+            copy_(dst, src)
 
 
 def test_a_direction_that_was_not_asked() -> None:
@@ -143,43 +143,18 @@ def _on(device: str) -> Any:
     return SimpleNamespace(device=torch.device(device))
 
 
-@pytest.mark.parametrize("shift", range(-9, 10))
-def test_any_common_byte_is_refused(shift: int) -> None:
-    memory = filled((64,), BYTES)
-    src = memory[20:28].view(2, 4)
-    # Through another storage over the same memory, too.
-    again = torch.from_numpy(memory.numpy())[20 + shift : 28 + shift].view(2, 4)
-    for dst in (memory[20 + shift : 28 + shift].view(2, 4), again):
-        if abs(shift) < 8:
-            with refused(LayoutError, "share bytes", "through a buffer", watch=memory):
-                copy_(dst, src)
-        else:
-            wanted = src.clone()
-            copy_(dst, src)
-            assert torch.equal(dst, wanted)
-
-
 @pytest.mark.parametrize(
-    ("shape", "strides", "overlaps"),
+    ("shape", "strides"),
     [
-        ((3, 4), (0, 1), True), ((3, 4), (1, 1), True), ((3, 4), (3, 1), True),
-        ((3, 4), (4, 1), False), ((1, 4), (0, 1), False), ((), (), False),
-        ((3, 2), (2, 3), True),  # 0 2 4 and 3 5 7: woven, which strides do not show to be apart
-        ((4, 2), (2, 4), True), ((2, 3, 2), (6, 3, 2), True),
-        ((2, 2, 2), (6, 3, 2), False),  # 0 2 3 5 6 8 9 11
+        ((3, 4), (0, 1)), ((3, 4), (1, 1)), ((3, 4), (3, 1)), ((4, 2), (2, 4)),
+        ((2, 3, 2), (6, 3, 2)),
+        ((3, 2), (2, 3)),  # 0 2 4 and 3 5 7: woven, which strides do not show to be apart
     ],
 )  # fmt: skip
-def test_elements_at_one_address(
-    shape: tuple[int, ...], strides: tuple[int, ...], overlaps: bool
-) -> None:
+def test_elements_at_one_address(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
     memory, src = filled((64,), torch.int32), filled(shape, torch.int32)
-    dst = memory.as_strided(shape, strides)
-    if overlaps:
-        with refused(LayoutError, "at one address", str(list(strides)), watch=memory):
-            copy_(dst, src)
-    else:
-        copy_(dst, src)
-        assert torch.equal(dst, src)
+    with refused(LayoutError, "at one address", str(list(strides)), watch=memory):
+        copy_(memory.as_strided(shape, strides), src)
 
 
 @pytest.mark.parametrize(
@@ -192,17 +167,19 @@ def test_elements_at_one_address(
     ],
     ids=str,
 )  # fmt: skip
-def test_parts_of_one_tensor_that_share_no_byte(cut: Any, other: Any) -> None:
+def test_parts_of_one_tensor(device: torch.device, cut: Any, other: Any) -> None:
     """What a caller slices out of one cache: columns, rows, every second one."""
-    memory = filled((8, 16), torch.int16)
+    memory = filled((8, 16), torch.int16, device=device)
     for dst, src in ((cut, other), (other, cut)):
         wanted = memory[src].clone()
         copy_(memory[dst], memory[src])
         assert torch.equal(memory[dst], wanted)
         copy_(memory.t()[dst[::-1]] if isinstance(dst, tuple) else memory.t()[:, dst],
               memory[src].t())  # fmt: skip
-    with refused(LayoutError, "share bytes", watch=memory):
-        copy_(memory[:, 1::2], memory[:, 1:9])
+    again = memory if device.type != "cpu" else torch.from_numpy(memory.numpy())
+    for dst in (memory, again):  # through another storage over the same memory, too
+        with refused(LayoutError, "share bytes", "through a buffer", watch=memory):
+            copy_(dst[:, 1::2], memory[:, 1:9])
 
 
 @given(
@@ -223,7 +200,8 @@ def test_no_overlap_passes(
     try:
         check_disjoint(dst, src)
     except LayoutError:
-        assert bad or not (_nested(one) and max(written) < min(read))
+        apart = max(written) < min(read) or max(read) < min(written)
+        assert bad or not (_nested(one) and apart)
     else:
         assert not bad
 
@@ -299,14 +277,10 @@ def test_rows_are_the_copy(data: Any) -> None:
     if isinstance(rows, str):
         assert len(loops) > 1
         return
-    _move(dst.data_ptr(), src.data_ptr(), rows)
+    for row in range(rows.height):
+        at = dst.data_ptr() + row * rows.dst_pitch
+        ctypes.memmove(at, src.data_ptr() + row * rows.src_pitch, rows.width)
     assert torch.equal(dst, src)
-
-
-def _move(dst: int, src: int, rows: tuple[int, int, int, int]) -> None:
-    width, height, src_pitch, dst_pitch = rows
-    for row in range(height):
-        ctypes.memmove(dst + row * dst_pitch, src + row * src_pitch, width)
 
 
 # What is asked of the CUDA driver
@@ -340,14 +314,11 @@ def test_the_structure_says_what_is_meant(
         _cuda_driver.copy_pitched(*places, None)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_without_cuda_it_says_so() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
     assert not any(map(is_available, (None, "cpu", "xpu", "nonsense")))
     why = _cuda_driver.why_not(torch.device("cuda", 0))
     assert why == "torch finds no usable CUDA device here"
-    why = _cuda_driver.why_not(torch.device("xpu", 0))
-    assert why == "the CUDA driver does not serve xpu devices"
 
 
 # Inside graph capture
