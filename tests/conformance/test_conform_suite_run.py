@@ -199,20 +199,6 @@ def test_ids_that_are_not_in_the_profile(tmp_path: Path) -> None:
     assert "test_nothing" in done.stdout + done.stderr
 
 
-@pytest.mark.slow
-def test_the_case_list_is_the_same_for_every_backend_and_seed(tmp_path: Path) -> None:
-    lists = []
-    for backend, seed in (("reference", 0), ("support.conform_suite_backends:Modest", 9)):
-        told = tmp_path / f"{seed}.jsonl"
-        run(
-            f"--portakv-backend={backend}", f"--portakv-seed={seed}", f"--portakv-events={told}",
-            "--portakv-profile=full", "--collect-only", where=tmp_path,
-        )  # fmt: skip
-        lists.append(events(told)[0]["ids"])
-    assert lists[0] == lists[1]
-    assert len(lists[0]) == len(set(lists[0])) > 1500
-
-
 def test_the_package_may_lie_behind_a_symbolic_link(tmp_path: Path) -> None:
     """As under /usr/lib64, /var/run or a linked home; pytest keeps the path that it was given."""
     folder = tmp_path / "portakv_conformance"

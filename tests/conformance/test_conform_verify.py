@@ -66,20 +66,22 @@ def test_a_report_stands(record: RunRecord) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "behaviours", "verdict"),
+    ("options", "behaviours", "verdict", "missing"),
     [
-        ({}, {CORE + "a": "fail", CORE + "b": "crash"}, "failed"),
+        ({}, {CORE + "a": "fail", CORE + "b": "crash"}, "failed", ""),
         ({"waivers": (Waiver(CLAIM + "c", "Ticket.", "2999.01"),)}, {CLAIM + "c": "fail"},
-         "conformant"),
-        ({"only": (CORE + "b",)}, {CORE + "a": "fail"}, "incomplete"),
-        ({"exit_first": True}, {CORE + "a": "fail"}, "failed"),
+         "conformant", ""),
+        ({"only": (CORE + "b",)}, {CORE + "a": "fail"}, "incomplete", "--only"),
+        ({"exit_first": True}, {CORE + "a": "fail"}, "failed", "behind the first failure"),
     ],
 )  # fmt: skip
 def test_one_that_failed_one_with_waivers_and_partial_ones_stand(
-    options: dict[str, Any], behaviours: dict[str, str], verdict: str
+    options: dict[str, Any], behaviours: dict[str, str], verdict: str, missing: str
 ) -> None:
     record = run(Options("fake", **options), command=fake.command(BEHAVIOURS | behaviours))
     assert (record.verdict, refusals(record)) == (verdict, "")
+    assert missing in "".join(record.missing)
+    assert bool(missing) == bool(record.missing)
 
 
 def set_to(name: str, value: object) -> Callable[[RunRecord], None]:

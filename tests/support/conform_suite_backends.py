@@ -73,28 +73,13 @@ class Raising(Right):
         raise KeyError("stream")
 
 
-class Late(Right):
-    """It returns before it has begun, and says that nobody has to wait."""
-
-    def carry(self, real: Any, *rest: Any) -> Any:
-        Thread(target=_later, args=(super().carry, real, *rest)).start()
-
-
 class Waiting(Right):
-    """It returns before it has begun, with a `Pending` that tells the truth, or not."""
-
-    honest = True
+    """It returns before it has begun, with a `Pending` that tells the truth."""
 
     def carry(self, real: Any, *rest: Any) -> Any:
         thread = Thread(target=_later, args=(super().carry, real, *rest))
         thread.start()
-        return _Pending(thread, self.honest)
-
-
-class Impatient(Waiting):
-    """Its `Pending` is done before the work is."""
-
-    honest = False
+        return _Pending(thread)
 
 
 def _later(work: Callable[..., Any], *rest: Any) -> None:
@@ -103,22 +88,14 @@ def _later(work: Callable[..., Any], *rest: Any) -> None:
 
 
 class _Pending:
-    def __init__(self, thread: Thread, honest: bool) -> None:
-        self.thread, self.honest = thread, honest
+    def __init__(self, thread: Thread) -> None:
+        self.thread = thread
 
     def done(self) -> bool:
-        return not self.thread.is_alive() or not self.honest
+        return not self.thread.is_alive()
 
     def wait(self) -> None:
-        if self.honest:
-            self.thread.join()
-
-
-class Boasting(Right):
-    """It claims to skip negative ids and to guard, and does neither."""
-
-    def capabilities(self) -> Capabilities:
-        return replace(super().capabilities(), skips_negative=True, guards=True)
+        self.thread.join()
 
 
 class Modest(Right):
@@ -126,22 +103,6 @@ class Modest(Right):
 
     def capabilities(self) -> Capabilities:
         return replace(super().capabilities(), alignment=16, max_loops=2, tables=False)
-
-
-class Lax(Modest):
-    """It carries out what it does not claim."""
-
-    def check(self, plan: CopyPlan) -> Decision:
-        return Decision(self.name, True, "takes everything")
-
-
-class Refusing(Right):
-    """It claims pointer tables, and refuses them in `prepare`."""
-
-    def prepare(self, plan: CopyPlan) -> Any:
-        if plan.tabled:
-            raise Unsupported("A plan with tables", "they are not written yet")
-        return super().prepare(plan)
 
 
 class WholeChunks(Right):
@@ -183,13 +144,6 @@ class Unfinished(Backend):
 
 
 # -- what they do to their process ----------------------------------------------------------------
-
-
-class Burning(Right):
-    """Its launch raises before it has begun."""
-
-    def carry(self, real: Any, *rest: Any) -> Any:
-        raise RuntimeError("the firmware is on fire")
 
 
 class Hanging(Right):
