@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -46,9 +46,27 @@ _LINK_HEAD = """\
 *Of memcpy* is the time of one plain memcpy of the same bytes, between the device and the same
 pinned memory in the same run, / the way's own: 1.00 is the link itself."""
 
+
+def _times(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:,.0f}"
+
+
+def _way(row: Row) -> str:
+    return f"`{row['way']}`" if row["way"] in (*_ORDER, "copy_") else str(row["way"])
+
+
+def _median_wait(row: Row) -> str:
+    late = row["given_up"] > row["samples"] // 2
+    return _NEVER if late else f"{row['wait_us']:,.0f}"
+
+
+#: A column's text for a row: a format of its fields, or what makes it.
+Cell = str | Callable[[Row], str]
+_NEVER = "given up"
+_WAY: Mapping[str, Cell] = {"direction": lambda row: _WORDS[row["op"]], "way": "`{backend}`"}
 #: For each kind of rows that are listed one by one: the section's title, what it says, and what
-#: stands in each column, as a format of the row's fields and of those of `_worded`.
-_LISTS: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
+#: stands in each column.
+_LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
     "overhead": (
         "What a call costs the host", "",
         {"backend": "`{backend}`", "slots": "{ids}", "launch alone, us": "{launch_us:.1f}",
@@ -61,25 +79,25 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
     "ladder": (
         "Ways of moving the founding scenario",
         "A gather of 128 tokens of 32 layers, 67 MB, each layer an allocation.",
-        {"way": "{way_worded}", "device time, us": "{p50_us:,.4g}", "x cuda": "{to_cuda_worded}"},
+        {"way": _way, "device time, us": "{p50_us:,.4g}",
+         "x cuda": lambda row: _times(row["to_cuda"]) if "to_cuda" in row else ""},
     ),
     "host_interference": (
         "What a transfer does to what runs beside it",
         "The loop runs alone, then beside transfers at full speed, on the default stream or on one "
         "of its own. `host` is what PortaKV chooses unless it is told that the device is idle; "
         "`host detached` the same with `detached=True`.",
-        {"loop": "{loop}", "stream": "{stream}", "direction": "{direction}", "way": "`{backend}`",
-         "moved": "{shape}", "slow-down, %": "{slowdown_pct:.1f}",
-         "link, GB/s": "{link_gb_per_s:.1f}"},
+        {"loop": "{loop}", "stream": "{stream}", **_WAY, "moved": "{shape}",
+         "slow-down, %": "{slowdown_pct:.1f}", "link, GB/s": "{link_gb_per_s:.1f}"},
     ),
     "host_waiting": (
         "What a copy of another stream waits for",
         "A pinned copy of another owner, on another stream and in the direction of transfers that "
         "follow each other, until the host sees its end. Copy engines stay with one stream for as "
         "long as it has more for them; a copy that waited for 50 ms was given up.",
-        {"copy": "{other}", "direction": "{direction}", "beside": "`{backend}`",
-         "moved": "{shape}", "alone, us": "{alone_us:,.0f}", "median, us": "{median_worded}",
-         "longest, us": "{longest_worded}"},
+        {"copy": "{other}", "direction": _WAY["direction"], "beside": "`{backend}`",
+         "moved": "{shape}", "alone, us": "{alone_us:,.0f}", "median, us": _median_wait,
+         "longest, us": lambda row: _NEVER if row["given_up"] else f"{row['worst_us']:,.0f}"},
     ),
     "host_small": (
         "Small copies",
@@ -91,14 +109,14 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
         "What a block transfer costs the host",
         "{blocks:,} blocks x {planes} planes, behind other transfers and as the first one on an "
         "idle device.",
-        {"engine": "`{backend}`", "direction": "{direction}", "host memory": "{host_side}",
-         "ids": "{ids}", "rows": "{rows_worded}", "host, us": "{host_us:,.1f}",
-         "idle, us": "{idle_us:,.1f}"},
+        {"engine": "`{backend}`", "direction": _WAY["direction"], "host memory": "{host_side}",
+         "ids": "{ids}", "rows": lambda row: in_words(row["row_bytes"]),
+         "host, us": "{host_us:,.1f}", "idle, us": "{idle_us:,.1f}"},
     ),
     "host_pinning": (
         "Pinning", "Memory that the machine had touched once before.",
-        {"allocator": "`{backend}`", "asked": "{asked_worded}", "taken": "{taken_worded}",
-         "seconds": "{seconds:.2f}"},
+        {"allocator": "`{backend}`", "asked": lambda row: in_words(row["payload_bytes"]),
+         "taken": lambda row: in_words(row["taken_bytes"]), "seconds": "{seconds:.2f}"},
     ),
 }  # fmt: skip
 
@@ -141,20 +159,22 @@ def _measured(machine: Mapping[str, Any]) -> str:
 
 def _which(copies: Sequence[Row]) -> list[str]:
     """What to take, in the order of the median over all workloads."""
-    told = []
-    for way in preference(copies):
-        found = _ratios(copies, way)
-        told.append(
-            f"- `{way}`: {median(found):.2f} of `copy_` in the median of {len(found)} rows, "
-            f"{min(found):.2f} at worst."
-        )
+    told = [
+        f"- `{way}`: {median(found):.2f} of `copy_` in the median of {len(found)} rows, "
+        f"{min(found):.2f} at worst."
+        for way, found in _by_preference(copies)
+    ]
     return ["", "### Which one", "", *told] if told else []
 
 
 def preference(copies: Sequence[Row]) -> list[str]:
     """The ways from the fastest to the slowest, by the median over their rows."""
-    found = {way: _ratios(copies, way) for way in _ORDER}
-    return sorted((way for way in _ORDER if found[way]), key=lambda way: -median(found[way]))
+    return [way for way, _ in _by_preference(copies)]
+
+
+def _by_preference(copies: Sequence[Row]) -> list[tuple[str, list[float]]]:
+    found = [(way, [float(r["ratio"]) for r in _of(copies, "copy", backend=way)]) for way in _ORDER]
+    return sorted((one for one in found if one[1]), key=lambda one: -median(one[1]))
 
 
 def _slower(copies: Sequence[Row]) -> list[str]:
@@ -189,43 +209,36 @@ def _sizes(copies: Sequence[Row]) -> list[str]:
         "in microseconds: Llama-3 8B, rows of 2 KB, each layer an allocation. Where the host time "
         "is the larger, a faster kernel is not seen unless other work hides the call."
     )
-    heads = ["payload", *(f"`{way}`" for way in ways)]
-    lines = _section("From what size it matters", told, heads, table)
-    return [*lines, "", *(_threshold(by, sizes, ways[0], way) for way in ways[1:])]
-
-
-def _threshold(by: Mapping[Any, Row], sizes: Sequence[int], fastest: str, way: str) -> str:
-    """From which payload on a way costs more than its launch."""
-    slower = [
-        _size(size) for size in sizes
-        if (size, way) in by and (size, fastest) in by
-        and by[size, way]["p50_us"] > CLOSE * by[size, fastest]["p50_us"]
-    ]  # fmt: skip
-    if not slower:
-        return (
-            f"- `{way}` is at most {CLOSE - 1:.0%} slower than `{fastest}` at every size measured."
-        )
-    return (
-        f"- `{way}` is more than {CLOSE - 1:.0%} slower than `{fastest}`, of the sizes measured, "
-        f"at {', '.join(slower)}."
+    fastest, *others = ways
+    lines = _section(
+        "From what size it matters", told, ["payload", *(f"`{way}`" for way in ways)], table
     )
+    lines.append("")
+    for way in others:
+        slower = [
+            _size(n) for n in sizes
+            if (n, way) in by and (n, fastest) in by
+            and by[n, way]["p50_us"] > CLOSE * by[n, fastest]["p50_us"]
+        ]  # fmt: skip
+        more = f"more than {CLOSE - 1:.0%} slower than `{fastest}`, of the sizes measured, at "
+        most = f"at most {CLOSE - 1:.0%} slower than `{fastest}` at every size measured"
+        lines.append(f"- `{way}` is {more + ', '.join(slower) if slower else most}.")
+    return lines
 
 
 def _peers(rows: Sequence[Row]) -> list[str]:
     """`cuda` against the peer, by direction and rows."""
-    kinds: dict[str, list[Row]] = {
-        "rows of 256 B and more, from 32 MB": [],
-        "rows of 256 B and more, under 32 MB": [],
-        "rows under 256 B": [],
-    }
-    large, small, narrow = kinds.values()
-    for row in _of(rows, "copy", backend="cuda"):
-        wide, much = row["row_bytes"] >= 256, row["payload_bytes"] >= _LARGE
-        (narrow if not wide else large if much else small).append(row)
-    table = [
-        [words, op, *_spread(_of(found, "copy", op=op), "to_peer")]
-        for (words, found), op in product(kinds.items(), ("gather", "scatter"))
-    ]
+    kinds: dict[str, Callable[[Row], bool]] = {
+        "rows of 256 B and more, from 32 MB":
+            lambda r: r["row_bytes"] >= 256 and r["payload_bytes"] >= _LARGE,
+        "rows of 256 B and more, under 32 MB":
+            lambda r: r["row_bytes"] >= 256 and r["payload_bytes"] < _LARGE,
+        "rows under 256 B": lambda r: r["row_bytes"] < 256,
+    }  # fmt: skip
+    table = []
+    for (words, asked), op in product(kinds.items(), ("gather", "scatter")):
+        mine = filter(asked, _of(rows, "copy", backend="cuda", op=op))
+        table.append([words, op, *_spread([*mine], "to_peer")])
     told = (
         "Device time of `cuda` / that of the faster of LMCache's released kernels, in the rows "
         "that these carried out correctly in the same run; below 1 is faster."
@@ -275,30 +288,13 @@ def _link_best(rows: Sequence[Row]) -> list[str]:
 def _listed(rows: Sequence[Row], kind: str) -> list[str]:
     """The section of a kind of rows, a line for each."""
     title, told, cells = _LISTS[kind]
-    worded = [_worded(row) for row in _of(rows, kind)]
-    table = [[cell.format_map(row) for cell in cells.values()] for row in worded]
-    return _section(title, told.format_map(worded[0]) if worded else "", [*cells], table)
+    mine = _of(rows, kind)
+    table = [[_text(cell, row) for cell in cells.values()] for row in mine]
+    return _section(title, _text(told, mine[0]) if mine else "", [*cells], table)
 
 
-def _worded(row: Row) -> dict[str, Any]:
-    """A row, and what some of its fields are in words."""
-    found: dict[str, Any] = {**row, "direction": _WORDS.get(row.get("op", ""), "")}
-    if row["kind"] == "ladder":
-        plain = row["way"] not in (*_ORDER, "copy_")
-        found["way_worded"] = row["way"] if plain else f"`{row['way']}`"
-        found["to_cuda_worded"] = _times(row["to_cuda"]) if "to_cuda" in row else ""
-    elif row["kind"] == "host_waiting":
-        half, never = row["samples"] // 2, "given up"
-        found["median_worded"] = never if row["given_up"] > half else f"{row['wait_us']:,.0f}"
-        found["longest_worded"] = never if row["given_up"] else f"{row['worst_us']:,.0f}"
-    for name, field in (
-        ("rows", "row_bytes"),
-        ("asked", "payload_bytes"),
-        ("taken", "taken_bytes"),
-    ):
-        if field in row:
-            found[f"{name}_worded"] = in_words(row[field])
-    return found
+def _text(cell: Cell, row: Row) -> str:
+    return cell.format_map(row) if isinstance(cell, str) else cell(row)
 
 
 def _spread(rows: Sequence[Row], figure: str) -> list[str]:
@@ -312,16 +308,8 @@ def _of(rows: Sequence[Row], kind: str, **fields: Any) -> list[Row]:
     return [r for r in rows if all(r.get(name) == value for name, value in asked.items())]
 
 
-def _ratios(copies: Sequence[Row], way: str) -> list[float]:
-    return [float(row["ratio"]) for row in _of(copies, "copy", backend=way)]
-
-
 def _size(size: int) -> str:
     return f"{size / 1e6:.3g} MB" if size < 999_500_000 else f"{size / 1e9:.3g} GB"
-
-
-def _times(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:,.0f}"
 
 
 def _section(

@@ -11,24 +11,12 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv import AdaptiveConnector, Index, KVView, copy_blocks, copy_rows
-from portakv.cli.demo.scenario import free_memory
+from portakv.cli.demo.moves import free_memory
 from portakv.errors import PortaKVError
 from portakv.registry.registry import ENGINES, trace
 from portakv_benchmarks.device.workload import Workload
-from portakv_benchmarks.shared.harness import (
-    Call,
-    Measured,
-    Row,
-    Rows,
-    Timer,
-    Variant,
-    grouped,
-    measure,
-    merge,
-    quickest,
-    short,
-    usable,
-)
+from portakv_benchmarks.shared import harness
+from portakv_benchmarks.shared.harness import Call, Measured, Row, Rows, Timer, Variant
 from portakv_benchmarks.shared.peers import LMCache, PeerMissing
 from portakv_benchmarks.shared.shapes import Shape
 
@@ -122,17 +110,17 @@ def run_task(task: Task, preset: Preset, field: Field) -> Rows:
     for repeat in range(repeats):
         work = Workload(shape, task.arrangement, field.device, shape.objects)
         told: list[str] = []
-        good = usable(_variants(work, preset, field, place, told), place, told)
+        good = harness.usable(_variants(work, preset, field, place, told), place, told)
         if repeat == 0:
             field.left_out.extend(told)
         runs.append(
-            measure(
+            harness.measure(
                 ceiling(work), good, field.timer, objects=shape.objects, rounds=preset.rounds,
                 seconds=preset.seconds,
             )
         )  # fmt: skip
         del work, good
-    return [_row(task, field.timer, one) for one in merge(runs)]
+    return [_row(task, field.timer, one) for one in harness.merge(runs)]
 
 
 def ceiling(work: Workload) -> Variant:
@@ -287,8 +275,8 @@ def _row(task: Task, timer: Timer, one: Measured) -> Row:
         "row_bytes": shape.row_bytes, "payload_bytes": shape.payload, "tokens": shape.tokens,
         "pool_slots": shape.slots,
         "pool_bytes": shape.layers * shape.kv * shape.slots * shape.row_bytes,
-        "slots_used": short(shape.slots_used), **one.row(2 * shape.payload),
-        "repeats": [short(ratio) for ratio in one.repeats], "timer": timer.name,
+        "slots_used": harness.short(shape.slots_used), **one.row(2 * shape.payload),
+        "repeats": [harness.short(ratio) for ratio in one.repeats], "timer": timer.name,
     }  # fmt: skip
 
 
@@ -300,17 +288,17 @@ def relate(rows: Rows) -> None:
     ``to_peer``, its time / that of the peer's fastest kernel whose bytes were right, and which
     one that is, ``best_peer``."""
     copies = [row for row in rows if row["kind"] == "copy" and row["backend"] != "copy_"]
-    for group in grouped(copies, "shape", "layers", "op", "index"):
+    for group in harness.grouped(copies, "shape", "layers", "op", "index"):
         own = [row for row in group if not row.get("peer")]
         fastest = next((row for row in own if row["backend"] == _FASTEST), None)
-        best = quickest(row for row in group if row.get("peer"))
+        best = harness.quickest(row for row in group if row.get("peer"))
         for row in own:
             if fastest is not None and row is not fastest:
                 row["to_cuda"] = _times(row, fastest)
             if best is not None:
                 row["to_peer"], row["best_peer"] = _times(row, best), best["backend"]
     ladder = [row for row in rows if row["kind"] == "ladder" and row["op"] != "copy_"]
-    for group in grouped(ladder, "op"):
+    for group in harness.grouped(ladder, "op"):
         for fastest in (row for row in group if row["way"] == _FASTEST):
             for row in group:
                 row["to_cuda"] = _times(row, fastest)
@@ -327,4 +315,4 @@ def peer_failures(rows: Rows) -> list[str]:
 
 
 def _times(row: Row, other: Row) -> float:
-    return short(row["p50_us"] / other["p50_us"])
+    return harness.short(row["p50_us"] / other["p50_us"])

@@ -20,15 +20,8 @@ from time import perf_counter
 from portakv.plan.plan import CopyPlan
 from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, LAYER_FIRST, Case, Scene, Sides
 from portakv_benchmarks.host.suite import DESCRIPTORS, HOST, STAGED, Bench, Way, direct
-from portakv_benchmarks.shared.harness import (
-    FAILURES,
-    Row,
-    Rows,
-    Step,
-    in_a_line,
-    quantile,
-    short,
-)
+from portakv_benchmarks.shared import harness
+from portakv_benchmarks.shared.harness import Row, Rows, Step, quantile, short
 from portakv_benchmarks.shared.shapes import in_words
 
 _BLOCK, _LAYERS = 16, 32
@@ -68,9 +61,9 @@ def _measure(bench: Bench, case: Case, whole: bool) -> Rows:
         for way, ids in product(ways, IDS if whole else IDS[:1]):
             try:
                 rows.append(_row(bench, sides, direction, way, ids, merged, calls))
-            except FAILURES as error:
+            except harness.FAILURES as error:
                 place = f"host time: {way.name} {direction}, {ids}"
-                bench.left_out.append(f"{place}: {in_a_line(error)}")
+                bench.left_out.append(f"{place}: {harness.in_a_line(error)}")
     return rows
 
 

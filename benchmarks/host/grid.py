@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from portakv.engines.staging import staging
+from portakv_benchmarks.host import suite
 from portakv_benchmarks.host.cases import (
     BLOCK_FIRST,
     DIRECTIONS,
@@ -24,38 +25,14 @@ from portakv_benchmarks.host.cases import (
     cases,
     scene,
 )
-from portakv_benchmarks.host.suite import (
-    CHOSEN,
-    DESCRIPTORS,
-    HOST,
-    HOST_IDLE,
-    KB,
-    MB,
-    MEMCPY,
-    STAGED,
-    Bench,
-    Way,
-    by_engine,
-    by_memcpy,
-    direct,
-)
-from portakv_benchmarks.shared.harness import (
-    Measured,
-    Row,
-    Rows,
-    Step,
-    Variant,
-    grouped,
-    measure,
-    quickest,
-    short,
-    usable,
-)
+from portakv_benchmarks.host.suite import HOST, KB, Bench, Way
+from portakv_benchmarks.shared import harness
+from portakv_benchmarks.shared.harness import Measured, Row, Rows, Step, Variant, short
 from portakv_benchmarks.shared.shapes import in_words
 
 #: What is compared; `chosen_loss` is against the best of the first three that may be chosen.
-ENGINES = (STAGED, DESCRIPTORS, direct())
-GRID_WAYS = (*ENGINES, HOST, HOST_IDLE)
+ENGINES = (suite.STAGED, suite.DESCRIPTORS, suite.direct())
+GRID_WAYS = (*ENGINES, HOST, suite.HOST_IDLE)
 
 
 def grid_steps(bench: Bench) -> Iterator[Step]:
@@ -94,10 +71,10 @@ def _grid(bench: Bench, mine: Sequence[Case]) -> Rows:
 
 
 def _direct(bench: Bench, case: Case) -> Rows:
-    ways = [direct(blocks) for blocks in bench.preset.thread_blocks]
+    ways = [suite.direct(blocks) for blocks in bench.preset.thread_blocks]
     rows = _measure(bench, case, ways, "host_direct")
     for row in rows:
-        if row["backend"] != MEMCPY:
+        if row["backend"] != suite.MEMCPY:
             row["thread_blocks"] = int(row["backend"].rpartition(" ")[2])
     return rows
 
@@ -111,14 +88,14 @@ def _measure(bench: Bench, case: Case, ways: Sequence[Way], kind: str) -> Rows:
     rows: Rows = []
     for direction in DIRECTIONS:
         sides.fill(direction)
-        known = [by_engine(way, sides, direction) for way in named.values()]
-        good = usable(known, case.name, bench.left_out)
+        known = [suite.by_engine(way, sides, direction) for way in named.values()]
+        good = harness.usable(known, case.name, bench.left_out)
         more: Rows = [{}, *(_staging(bench, variant) for variant in good)]
-        found = measured(bench, by_memcpy(sides, direction), good, case.payload)
+        found = measured(bench, suite.by_memcpy(sides, direction), good, case.payload)
         for variant, told in zip(good, more[1:], strict=True):
             told["alone_us"] = short(bench.timer.alone.get(variant.call, 0.0))
             way = named[variant.labels["backend"]]
-            if way.engine == CHOSEN:
+            if way.engine == suite.CHOSEN:
                 told |= way.taken(way.move(sides, direction))
                 told["allowed"] = sorted(way.allowed(sides, direction))
         bench.module.synchronize()
@@ -154,7 +131,7 @@ def _staging(bench: Bench, variant: Variant) -> Row:
     with module.stream(stream):
         variant.call(0)
     module.synchronize()
-    return {"staging_mb": short((module.max_memory_allocated(device) - before) / MB)}
+    return {"staging_mb": short((module.max_memory_allocated(device) - before) / suite.MB)}
 
 
 def compare(rows: Rows) -> None:
@@ -162,13 +139,13 @@ def compare(rows: Rows) -> None:
     ``chosen_loss``, their time / its time - 1, if the best is of those that their terms allow;
     ``best_engine`` and ``best_ratio``, of all."""
     named = [way.name for way in ENGINES]
-    for point in grouped(rows, "shape", "op"):
+    for point in harness.grouped(rows, "shape", "op"):
         known = [row for row in point if row["backend"] in named]
-        best = quickest(known)
-        for row in (row for row in point if row["engine"] == CHOSEN):
+        best = harness.quickest(known)
+        for row in (row for row in point if row["engine"] == suite.CHOSEN):
             if best is not None:
                 row["best_engine"], row["best_ratio"] = best["backend"], best["ratio"]
-            allowed = quickest(one for one in known if one["engine"] in row["allowed"])
+            allowed = harness.quickest(one for one in known if one["engine"] in row["allowed"])
             if allowed is not None:
                 row["chosen_loss"] = short(row["p50_us"] / allowed["p50_us"] - 1)
 
@@ -177,7 +154,7 @@ def measured(
     bench: Bench, ceiling: Variant, variants: Sequence[Variant], payload: int
 ) -> list[Measured]:
     """Variants in turns with a ceiling, on one device and one region."""
-    return measure(
+    return harness.measure(
         ceiling, variants, bench.timer, objects=1, rounds=bench.preset.rounds(payload),
         seconds=bench.preset.seconds,
     )  # fmt: skip
@@ -193,16 +170,17 @@ def _both_ways(bench: Bench, case: Case) -> Rows:
     ]
     for sides, direction, _ in ends:
         sides.fill(direction)
-    ways = bench.serving((STAGED, direct(), HOST, HOST_IDLE))
+    ways = bench.serving((suite.STAGED, suite.direct(), HOST, suite.HOST_IDLE))
     known = [_opposed(way, ends) for way in ways]
-    good = usable(known, f"both ways: {case.name}", bench.left_out)
+    good = harness.usable(known, f"both ways: {case.name}", bench.left_out)
     rows = [
         _row("host_duplex", case, one, bench)
         for one in measured(bench, _opposed_memcpy(bench, ends), good, 2 * case.payload)
     ]
+    chosen = {way.name: way for way in ways if way.engine == suite.CHOSEN}
     for row in rows:  # what went both ways together
         row["gb_per_s"] = short(2 * row["gb_per_s"])
-        for way in (way for way in ways if way.name == row["backend"] and way.engine == CHOSEN):
+        if (way := chosen.get(row["backend"])) is not None:
             told = [way.taken(way.move(sides, direction)) for sides, direction, _ in ends]
             row |= {**told[0], "chosen": ", ".join(dict.fromkeys(one["chosen"] for one in told))}
     bench.module.synchronize()
@@ -217,12 +195,12 @@ def _opposed(way: Way, ends: Ends) -> Variant:
         for transfer in [way.move(*end) for end in ends]:
             transfer.wait()
 
-    variants = [by_engine(way, sides, direction) for sides, direction, _ in ends]
+    variants = [suite.by_engine(way, sides, direction) for sides, direction, _ in ends]
     return _together(variants, call)
 
 
 def _opposed_memcpy(bench: Bench, ends: Ends) -> Variant:
-    variants = [by_memcpy(sides, direction) for sides, direction, _ in ends]
+    variants = [suite.by_memcpy(sides, direction) for sides, direction, _ in ends]
 
     def call(i: int) -> None:
         current = bench.module.current_stream(bench.device)

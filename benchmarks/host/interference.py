@@ -30,34 +30,10 @@ from typing import Any
 import torch
 
 from portakv.errors import PortaKVError
+from portakv_benchmarks.host import movers, suite
 from portakv_benchmarks.host.cases import DIRECTIONS, Sides
-from portakv_benchmarks.host.movers import (
-    DEFAULT,
-    LOOPS,
-    OWN,
-    RUNS,
-    STREAMS,
-    Mover,
-    Queue,
-    Ways,
-    memcpys,
-    moved,
-    sides_of,
-    timed_event,
-    transfers,
-)
-from portakv_benchmarks.host.suite import (
-    CHOSEN,
-    DESCRIPTORS,
-    HOST,
-    HOST_DETACHED,
-    MEMCPY,
-    STAGED,
-    Bench,
-    Way,
-    by_call,
-    direct,
-)
+from portakv_benchmarks.host.movers import LOOPS, OWN, Mover, Queue, Ways
+from portakv_benchmarks.host.suite import HOST, HOST_DETACHED, MEMCPY, Bench, Way
 from portakv_benchmarks.shared.harness import Row, Rows, Step, grouped, short, uncollected
 from portakv_benchmarks.shared.peers import LMCache
 
@@ -67,7 +43,7 @@ _OTHERS = 2
 _ON_OWN = 3
 #: Seconds after which a loop beside a mover is given up: it would never begin.
 _HELD_UP = 15.0
-_JUDGED = (MEMCPY, CHOSEN, HOST_DETACHED.name)
+_JUDGED = (MEMCPY, suite.CHOSEN, HOST_DETACHED.name)
 
 #: The movers of a direction.
 Movers = Callable[[Bench, str], Iterable[Mover]]
@@ -88,21 +64,21 @@ def interference_steps(bench: Bench) -> Iterator[Step]:
     """A step for each loop and direction, beside plain memcpy and every engine; and with the loop
     on a stream of its own, beside what bars judge."""
     most = bench.preset.repeats
-    kinds = (DEFAULT, _engines, most), (OWN, _chosen, min(_ON_OWN, most))
-    for (where, movers, repeats), direction, loop in product(kinds, DIRECTIONS, LOOPS):
+    kinds = (movers.DEFAULT, _engines, most), (OWN, _chosen, min(_ON_OWN, most))
+    for (where, make, repeats), direction, loop in product(kinds, DIRECTIONS, LOOPS):
         asked = bench, loop, where, direction
-        yield _place(*asked[1:]), partial(_measure, asked, movers, repeats)
+        yield _place(*asked[1:]), partial(_measure, asked, make, repeats)
 
 
 def peer_steps(bench: Bench) -> Iterator[Step]:
     """The same beside plain memcpy and peers; no step if there are none."""
     for direction, loop in product(DIRECTIONS if bench.peers else (), LOOPS):
-        asked = bench, loop, DEFAULT, direction
+        asked = bench, loop, movers.DEFAULT, direction
         yield f"peers {_place(*asked[1:])}", partial(_beside_peers, asked)
 
 
 def _place(loop: str, where: str, direction: str) -> str:
-    return f"beside {loop} on {STREAMS[where]}, {direction}"
+    return f"beside {loop} on {movers.STREAMS[where]}, {direction}"
 
 
 def _beside_peers(asked: tuple[Bench, str, str, str]) -> Rows:
@@ -110,8 +86,8 @@ def _beside_peers(asked: tuple[Bench, str, str, str]) -> Rows:
     return [row for row in rows if "peer" in row]
 
 
-def _measure(asked: tuple[Bench, str, str, str], movers: Movers, repeats: int) -> Rows:
-    return _Meeting(*asked).rows(movers, repeats)
+def _measure(asked: tuple[Bench, str, str, str], make: Movers, repeats: int) -> Rows:
+    return _Meeting(*asked).rows(make, repeats)
 
 
 class _Meeting:
@@ -126,10 +102,10 @@ class _Meeting:
         self._work = bench.stream() if own else bench.module.default_stream(bench.device)
         self._side = bench.stream()
 
-    def rows(self, movers: Movers, repeats: int) -> Rows:
+    def rows(self, make: Movers, repeats: int) -> Rows:
         """A row for each mover that could meet the loop."""
         ways = self._ways
-        found = movers(self._bench, self._direction)
+        found = make(self._bench, self._direction)
         usable = [Met(one) for one in found if ways.tried(one, Mover.once)]
         if ways.usable:
             self._alone()  # clocks sink from then on, no more at once
@@ -195,7 +171,7 @@ class _Meeting:
         with self._bench.module.stream(self._work):
             torch.zeros(1, device=self._bench.device)  # the stream's last work is a kernel's
         self._bench.module.synchronize()
-        return timed_event(self._bench.module), timed_event(self._bench.module)
+        return movers.timed_event(self._bench.module), movers.timed_event(self._bench.module)
 
     def _start(self, first: Any, last: Any) -> None:
         with self._bench.module.stream(self._work):
@@ -218,7 +194,8 @@ class _Meeting:
 
 def _engines(bench: Bench, direction: str) -> Iterator[Mover]:
     """Plain memcpy and every engine; rows of 2 KB and of 256 bytes, and blocks for descriptors."""
-    yield from _moved_by(bench, direction, (HOST_DETACHED, HOST, direct(8)), (STAGED, DESCRIPTORS))
+    by_rows, once = (HOST_DETACHED, HOST, suite.direct(8)), (suite.STAGED, suite.DESCRIPTORS)
+    yield from _moved_by(bench, direction, by_rows, once)
 
 
 def _chosen(bench: Bench, direction: str) -> Iterator[Mover]:
@@ -229,25 +206,25 @@ def _chosen(bench: Bench, direction: str) -> Iterator[Mover]:
 def _moved_by(
     bench: Bench, direction: str, by_rows: tuple[Way, ...], once: tuple[Way, ...]
 ) -> Iterator[Mover]:
-    yield memcpys(bench, direction)
-    for run, way in product(RUNS, bench.serving(by_rows)):
-        yield transfers(bench, way, direction, run)
+    yield movers.memcpys(bench, direction)
+    for run, way in product(movers.RUNS, bench.serving(by_rows)):
+        yield movers.transfers(bench, way, direction, run)
     for way in bench.serving(once):
-        yield transfers(bench, way, direction)
+        yield movers.transfers(bench, way, direction)
 
 
 def _peers(bench: Bench, direction: str) -> Iterator[Mover]:
     """Plain memcpy and peers; rows of 2 KB and of 256 bytes."""
-    yield memcpys(bench, direction)
-    for peer, run in product(bench.peers, RUNS):
-        sides = sides_of(bench, run)
+    yield movers.memcpys(bench, direction)
+    for peer, run in product(bench.peers, movers.RUNS):
+        sides = movers.sides_of(bench, run)
         try:
             call = _by_peer(peer, sides, direction)
         except PortaKVError as error:
             bench.left_out.append(f"beside a loop, {peer.name} {direction}: {error}")
         else:
-            yield moved(
-                sides, by_call(sides, direction, peer.name, peer.name, call, peer=peer.name)
+            yield movers.moved(
+                sides, suite.by_call(sides, direction, peer.name, peer.name, call, peer=peer.name)
             )
 
 

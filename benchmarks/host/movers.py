@@ -13,16 +13,9 @@ from typing import Any
 import torch
 
 from portakv.runtime.transfer import Transfer
+from portakv_benchmarks.host import suite
 from portakv_benchmarks.host.cases import Sides, case_of, scene
-from portakv_benchmarks.host.suite import (
-    DESCRIPTORS,
-    KB,
-    Bench,
-    HostPreset,
-    Way,
-    by_engine,
-    by_memcpy,
-)
+from portakv_benchmarks.host.suite import DESCRIPTORS, KB, Bench, HostPreset, Way
 from portakv_benchmarks.shared.harness import FAILURES, Variant, in_a_line
 
 #: Lengths of rows that are moved beside something else; `descriptors` has blocks.
@@ -169,13 +162,13 @@ def memcpys(bench: Bench, direction: str) -> Mover:
     """Plain memcpys of as many bytes; fills the source of all that move in this direction."""
     dense = sides_of(bench, RUNS[0])
     dense.fill(direction)
-    return Mover(by_memcpy(dense, direction), dense.case.payload, shape="dense")
+    return Mover(suite.by_memcpy(dense, direction), dense.case.payload, shape="dense")
 
 
 def transfers(bench: Bench, way: Way, direction: str, run: int | None = None) -> Mover:
     """An engine; rows of ``run`` bytes, or what suits the engine."""
     sides = sides_of(bench, run or (BLOCK_RUN if way.engine == DESCRIPTORS.engine else RUNS[0]))
-    mover = moved(sides, by_engine(way, sides, direction), way)
+    mover = moved(sides, suite.by_engine(way, sides, direction), way)
     if "max_thread_blocks" in way.terms:
         mover.labels["thread_blocks"] = way.terms["max_thread_blocks"]
     return mover

@@ -16,15 +16,8 @@ import torch
 from portakv.host import pinned
 from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, Case, Sides, cases, scene
 from portakv_benchmarks.host.suite import HOST, KB, Bench, Way, by_engine, by_memcpy
-from portakv_benchmarks.shared.harness import (
-    Rows,
-    Step,
-    grouped,
-    measure,
-    quickest,
-    short,
-    usable,
-)
+from portakv_benchmarks.shared import harness
+from portakv_benchmarks.shared.harness import Rows, Step
 from portakv_benchmarks.shared.shapes import in_words
 
 RING = "plain ring"
@@ -86,11 +79,11 @@ def _measure(bench: Bench, case: Case) -> Rows:
         )
         ways = bench.serving((Way("ring", "ring"), HOST))
         known = [by_engine(way, sides, direction) for way in ways]
-        good = usable(known, f"pageable: {case.name}", bench.left_out)
+        good = harness.usable(known, f"pageable: {case.name}", bench.left_out)
         chosen = HOST.name in (variant.labels["backend"] for variant in good)
         told = {HOST.name: HOST.taken(HOST.move(sides, direction))} if chosen else {}
         bench.module.synchronize()
-        for one in measure(
+        for one in harness.measure(
             torchs, [*rings, *good], bench.wall, objects=1,
             rounds=bench.preset.rounds(case.payload), seconds=bench.preset.seconds,
         ):  # fmt: skip
@@ -107,9 +100,9 @@ def _measure(bench: Bench, case: Case) -> Rows:
 def compare(rows: Rows) -> None:
     """Write into the rows of engines ``to_ring``, the time of the best plain way / their own, and
     which one that is."""
-    for point in grouped(rows, "shape", "op"):
-        best = quickest(row for row in point if row["plain"])
+    for point in harness.grouped(rows, "shape", "op"):
+        best = harness.quickest(row for row in point if row["plain"])
         for row in point:
             if best is not None and not row["plain"]:
-                row["to_ring"] = short(best["p50_us"] / row["p50_us"])
+                row["to_ring"] = harness.short(best["p50_us"] / row["p50_us"])
                 row["best_ring"] = best["backend"]

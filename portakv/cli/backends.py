@@ -10,7 +10,6 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -88,16 +87,14 @@ def _device(text: str) -> torch.device | str:
 def _told(device: torch.device | str) -> dict[str, Any]:
     """What is said of a device, or of the name of one that torch cannot use here."""
     candidates = candidates_for(device)
-    rungs = _verified([c.name for c in candidates], device)
+    rungs = _verified([c["name"] for c in candidates], device)
+    here = not isinstance(device, str)
     return {
         "device": str(device),
-        "name": "" if isinstance(device, str) else device_name(device),
-        "count": 0 if isinstance(device, str) else device_count(device),
-        "chosen": next((c.name for c in candidates if c.chosen), None),
-        "candidates": [
-            {**row, "verified": rungs.get(row["name"], "")} for row in as_json(candidates)
-        ],
-    }
+        "name": device_name(device) if here else "", "count": device_count(device) if here else 0,
+        "chosen": next((c["name"] for c in candidates if c["chosen"]), None),
+        "candidates": [{**one, "verified": rungs.get(one["name"], "")} for one in candidates],
+    }  # fmt: skip
 
 
 def _print(told: Sequence[Mapping[str, Any]], forced: str | None) -> None:
@@ -137,14 +134,8 @@ def _verified(names: Sequence[str], device: torch.device | str) -> dict[str, str
     return {name: ladder.told(name, listed, rungs) for name in names}
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A backend and its answer; at most one is ``chosen``."""
-
-    name: str
-    accepted: bool
-    chosen: bool
-    reason: str
+#: A backend's answer as JSON has it: ``name, accepted, chosen, reason``; at most one is chosen.
+Candidate = dict[str, Any]
 
 
 def forced_backend() -> str | None:
@@ -166,26 +157,25 @@ def candidates_for(device: torch.device | str) -> list[Candidate]:
         decisions.insert(0, REGISTRY.unknown(forced))
     # An entry point that was refused shares its name with a backend: accepted tells them apart.
     return [
-        Candidate(d.name, d.accepted, d.accepted and d.name == chosen, d.reason) for d in decisions
-    ]
+        {"name": d.name, "accepted": d.accepted, "chosen": d.accepted and d.name == chosen,
+         "reason": d.reason} for d in decisions
+    ]  # fmt: skip
 
 
 def candidates_for_plan(plan: CopyPlan, taken: Choice) -> list[Candidate]:
     """Every candidate's answer for a plan that ``taken`` carries out."""
     answers = {decision.name: decision for decision in taken.trace}
-    found = []
-    for candidate in candidates_for(taken.backend.device):
-        accepted, reason = candidate.accepted, candidate.reason
-        chosen = accepted and candidate.name == taken.name
-        if chosen:
-            reason += f"; {taken.trace[-1].reason}"
+    found = candidates_for(taken.backend.device)
+    for one in found:
+        name, accepted = one["name"], one["accepted"]
+        one["chosen"] = accepted and name == taken.name
+        if one["chosen"]:
+            one["reason"] += f"; {taken.trace[-1].reason}"
         elif accepted:  # one that was not asked about the plan is asked now
-            known = answers.get(candidate.name) or _passed_over(candidate.name, plan, taken)
-            accepted = known.accepted
+            known = answers.get(name) or _passed_over(name, plan, taken)
             why = "was forced" if taken.forced else "is asked before it"
-            told = f"{reason}; takes the plan too, but {taken.name} {why}"
-            reason = told if accepted else known.reason
-        found.append(Candidate(candidate.name, accepted, chosen, reason))
+            told = f"{one['reason']}; takes the plan too, but {taken.name} {why}"
+            one |= {"accepted": known.accepted, "reason": told if known.accepted else known.reason}
     return found
 
 
@@ -200,13 +190,8 @@ def _passed_over(name: str, plan: CopyPlan, taken: Choice) -> Decision:
         return Decision(name, False, f"its check failed: {type(error).__name__}: {error}")
 
 
-def as_json(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
-    """Candidates as JSON: ``name, accepted, chosen, reason``."""
-    return [asdict(candidate) for candidate in candidates]
-
-
-def print_candidates(candidates: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Print a table of candidates as `as_json` has them, with ``verified`` if any says it."""
+def print_candidates(candidates: Sequence[Candidate], title: str) -> None:
+    """Print a table of candidates, with ``verified`` if any says it."""
     shown = ["reason"]
     if any(one.get("verified") for one in candidates):
         shown.insert(0, "verified")

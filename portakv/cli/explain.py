@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from portakv.cli import explain_link
-from portakv.cli.backends import as_json, candidates_for_plan, forced_backend, print_candidates
+from portakv.cli.backends import candidates_for_plan, forced_backend, print_candidates
 from portakv.cli.console import Column, print_json, print_prose, print_table
 from portakv.cli.sides import (
     Side,
@@ -107,7 +107,7 @@ def run(asked: argparse.Namespace) -> int:
         },
         "device": str(taken.backend.device), "forced": taken.forced, "backend": taken.name,
         "why": _why(taken), "notes": _notes(taken, ids=bool(src.step or dst.step)),
-        "candidates": as_json(candidates_for_plan(plan, taken)),
+        "candidates": candidates_for_plan(plan, taken),
     }  # fmt: skip
     if asked.json:
         print_json(found)

@@ -25,19 +25,8 @@ from portakv_benchmarks.device.cold_start import measure_startup
 from portakv_benchmarks.device.overhead import measure_overhead
 from portakv_benchmarks.device.ways import PLAIN, run_ladder
 from portakv_benchmarks.device.workload import Workload
-from portakv_benchmarks.shared.harness import (
-    NEVER_HIDDEN,
-    DeviceTimer,
-    HostTimer,
-    Measured,
-    Sample,
-    Timer,
-    Variant,
-    measure,
-    merge,
-    short,
-    usable,
-)
+from portakv_benchmarks.shared import harness
+from portakv_benchmarks.shared.harness import HostTimer, Measured, Sample, Timer, Variant, measure
 from portakv_benchmarks.shared.shapes import Shape, load, planes
 
 #: Without the simulated device, on which the host would rest before each call.
@@ -240,11 +229,11 @@ def test_repeats_are_merged_by_their_medians() -> None:
         figures = {"p50_us": 10 / ratio, "p90_us": 12.1 / ratio, "ratio": ratio}
         return [Measured({}, figures, 5, True, verified)]
 
-    (merged,) = merge([one(0.9), one(0.5), one(0.8)])
+    (merged,) = harness.merge([one(0.9), one(0.5), one(0.8)])
     assert (merged.repeats, merged.rounds, merged.noisy) == ((0.9, 0.5, 0.8), 15, True)
     assert merged.figures["p50_us"] == pytest.approx(10 / 0.8)
     assert merged.verified
-    assert not merge([one(0.9), one(0.9, verified=False)])[0].verified
+    assert not harness.merge([one(0.9), one(0.9, verified=False)])[0].verified
 
 
 def failing(error: Exception) -> Variant:
@@ -257,14 +246,15 @@ def failing(error: Exception) -> Variant:
 
 def test_a_way_that_raises_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    assert usable([failing(RuntimeError("no\nmore")), right := variant(1)], "s", told) == [right]
+    ways = [failing(RuntimeError("no\nmore")), right := variant(1)]
+    assert harness.usable(ways, "s", told) == [right]
     assert told == ["s, broken gather random: RuntimeError: no"]
     late = RuntimeError("the capture failed")
     late.__context__ = ValueError("why it did")
-    assert usable([failing(late)], "s", told) == []
+    assert harness.usable([failing(late)], "s", told) == []
     assert told[1].endswith("RuntimeError: the capture failed (behind ValueError: why it did)")
     with pytest.raises(ZeroDivisionError):  # a mistake in the benchmark is no answer of a way
-        usable([failing(ZeroDivisionError())], "s", told)
+        harness.usable([failing(ZeroDivisionError())], "s", told)
     broken = [failing(RuntimeError("no"))]
     monkeypatch.setattr(suite, "connector_ways", lambda work, backend, index: broken)
     rows = suite.run_task(suite.Task(tiny(), "apart"), FULL, asked := field())
@@ -274,9 +264,9 @@ def test_a_way_that_raises_is_left_out_with_its_reason(monkeypatch: pytest.Monke
 
 def test_a_way_that_takes_too_long_to_hide_is_not_delayed() -> None:
     """Thousands of launches fill the device's queue: a longer delay would only wait longer."""
-    timer = DeviceTimer.__new__(DeviceTimer)
+    timer = harness.DeviceTimer.__new__(harness.DeviceTimer)
     timer._module = SimpleNamespace(synchronize=lambda: None)
-    timer._never_hidden, timer._settling, timer.alone = NEVER_HIDDEN, 3, WeakKeyDictionary()
+    timer._never_hidden, timer._settling, timer.alone = harness.NEVER_HIDDEN, 3, WeakKeyDictionary()
     assert timer.settle(lambda i: sleep(0.025), 1) == 0.0
     assert timer.settle(lambda i: None, 1) >= 50
 
@@ -307,7 +297,7 @@ def test_a_tiny_shape_gives_verified_rows(tiny: Shape, device: torch.device) -> 
         assert (rows[0]["backend"], rows[0]["ratio"], rows[0]["host_hidden"]) == ("copy_", 1, True)
         assert {row["rounds"] for row in rows} == {5}
         assert {row["pool_slots"] for row in rows} == {tiny.slots}
-        assert {row["slots_used"] for row in rows} == {short(tiny.slots_used)}
+        assert {row["slots_used"] for row in rows} == {harness.short(tiny.slots_used)}
         assert [(row["op"], row["index"]) for row in rows[1:]] == [
             (op, index) for index in tiny.index for op in ("gather", "scatter")
         ]

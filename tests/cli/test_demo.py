@@ -15,8 +15,8 @@ from support.small_backends import small_backend
 
 from portakv import AdaptiveConnector, KVView, Transfer
 from portakv.cli import demo
-from portakv.cli.demo import ModelPart, moves, run_model, scenario
-from portakv.cli.demo.scenario import Founding, Scenario, fitted, free_memory
+from portakv.cli.demo import ModelPart, moves, run_model
+from portakv.cli.demo.moves import FOUNDING, Founding, Scenario, fitted, free_memory
 from portakv.runtime.devices import usual_device
 from portakv_examples import offload_transformers
 
@@ -270,7 +270,7 @@ def test_the_whole_demo_fits_80_columns(
 ) -> None:
     choose_tables(kind, monkeypatch)
     monkeypatch.setenv("PORTAKV_BACKEND", forced)
-    monkeypatch.setattr("portakv.cli.demo.FOUNDING", replace(scenario.FOUNDING, layers=1))
+    monkeypatch.setattr("portakv.cli.demo.FOUNDING", replace(FOUNDING, layers=1))
     ran = run("demo", "--device", "cpu")
     assert ran.code == 0
     assert max(map(len, ran.out.splitlines())) <= 80
@@ -290,7 +290,7 @@ def test_json_is_one_object_with_everything() -> None:
 
 
 def test_the_founding_scenario_is_the_one_that_is_named() -> None:
-    s = scenario.FOUNDING
+    s = FOUNDING
     assert (s.layers, s.tokens, s.heads, s.dim, s.block_size) == (32, 128, 32, 128, 16)
     assert s.payload == 64 << 20 < s.pool
     made = Founding(torch.device("cpu"), replace(s, layers=1))
@@ -303,7 +303,7 @@ def test_the_founding_scenario_is_the_one_that_is_named() -> None:
 
 @pytest.mark.parametrize(("free", "layers"), [(None, 32), (8 << 30, 32), (1 << 30, 16), (0, 1)])
 def test_the_scenario_is_fitted_to_free_memory(free: int | None, layers: int) -> None:
-    found = fitted(scenario.FOUNDING, free)
+    found = fitted(FOUNDING, free)
     assert found.layers == layers
     assert found.full_layers == (32 if layers < 32 else 0)
 
@@ -313,7 +313,7 @@ def test_the_scenario_is_fitted_to_free_memory(free: int | None, layers: int) ->
 def test_what_the_demo_says_is_what_it_did(room: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model's weights, the backends by name, and what it did not run or scaled down."""
     if not room:
-        monkeypatch.setattr("portakv.cli.demo.free_memory", lambda device: SMALL.needed)
+        monkeypatch.setattr("portakv.cli.demo.moves.free_memory", lambda device: SMALL.needed)
     told = " ".join(run("demo", "--device", "cpu").out.split())
     assert "a small Llama with random weights; nothing is downloaded" in told
     assert "of KV cache through reference 24 tokens" in told
@@ -329,11 +329,11 @@ def test_free_memory_knows_the_limit_of_a_container(
 ) -> None:
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("2000\n")
-    assert scenario._group_free(tmp_path) == 3000
+    assert moves._group_free(tmp_path) == 3000
     (tmp_path / "memory.max").write_text("max\n")
-    assert scenario._group_free(tmp_path) is None
-    monkeypatch.setattr(scenario, "_machine_free", lambda: 7000)
-    monkeypatch.setattr(scenario, "_group_free", lambda: 3000)
+    assert moves._group_free(tmp_path) is None
+    monkeypatch.setattr(moves, "_machine_free", lambda: 7000)
+    monkeypatch.setattr(moves, "_group_free", lambda: 3000)
     assert free_memory(torch.device("cpu")) == 3000
 
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from portakv import __version__
-from portakv.cli.backends import as_json, candidates_for, print_candidates
+from portakv.cli.backends import candidates_for, print_candidates
 from portakv.cli.console import Column, print_json, print_table
-from portakv.cli.demo.moves import ROUNDS, Row, measured
-from portakv.cli.demo.scenario import FOUNDING, Founding, Scenario, fitted, free_memory
+from portakv.cli.demo import moves
+from portakv.cli.demo.moves import FOUNDING, Founding, Row, Scenario
 from portakv.cli.sides import in_bytes, in_time
 from portakv.registry.registry import ENVIRONMENT, REGISTRY, choose
 from portakv.runtime.devices import device_name, usual_device
@@ -55,12 +55,12 @@ def run_demo(*, device: str | None = None, json: bool = False) -> int:
     tell: Callable[[str], None] = _hush if json else _tell
     _tell_heading(tell, where, forced)
     model = run_model(where, lambda line: tell(f"  {line}"))
-    scenario = fitted(FOUNDING, free_memory(where))
+    scenario = moves.fitted(FOUNDING, moves.free_memory(where))
     # The backends that the registry may choose here; the forced one alone if there is one.
     names = [choice.name] if forced else REGISTRY.automatic(where)
     serving = [n for n in names if REGISTRY.ask(n, where, check=True)[0] is not None]
     _tell_scenario(tell, scenario, where, serving)
-    rows, threads = measured(Founding(where, scenario), serving, forced is not None)
+    rows, threads = moves.measured(Founding(where, scenario), serving, forced is not None)
     good = model.good and all(row.good for row in rows)
     if json:
         print_json({
@@ -68,7 +68,7 @@ def run_demo(*, device: str | None = None, json: bool = False) -> int:
             "device_name": device_name(where), "forced": forced, "model": model.as_json(),
             "scenario": scenario.as_json(), "threads": threads,
             "moves": [row.as_json() for row in rows], "chosen": choice.name,
-            "candidates": as_json(candidates_for(where)), "ok": good,
+            "candidates": candidates_for(where), "ok": good,
         })  # fmt: skip
     else:
         _tell_rows(rows, threads)
@@ -174,7 +174,7 @@ def _tell_rows(rows: Sequence[Row], threads: int | None) -> None:
     _tell(_prose(f"{proven} {wrong:,} bytes of other copies are WRONG." if wrong else proven))
     text = (
         "vs copy_: the time of torch's copy_ of the same bytes from one dense chunk to another "
-        f"/ this time; 1.00x is as fast. Medians of {ROUNDS} rounds in which all took turns."
+        f"/ this time; 1.00x is as fast. Medians of {moves.ROUNDS} rounds in which all took turns."
     )
     if threads is not None and threads < torch.get_num_threads():
         text += (
@@ -200,12 +200,13 @@ def _tell_choice(device: torch.device, forced: str | None, run: Sequence[str]) -
     """What the registry chooses, and every candidate's answer."""
     candidates = candidates_for(device)
     _tell(f"\n3. What the registry chooses for {device}\n")
-    print_candidates(as_json(candidates), "")
-    chosen = next((c.name for c in candidates if c.chosen), "nothing")
+    print_candidates(candidates, "")
+    chosen = next((c["name"] for c in candidates if c["chosen"]), "nothing")
     why = f"{ENVIRONMENT} forces it" if forced else "the first that is accepted, in this order"
     text = f"{chosen} is chosen: {why}."
-    for name in (c.name for c in candidates if c.accepted and c.name not in run and not forced):
-        text += f" {name} is used only if it is asked for, so the demo did not run it."
+    for name in (c["name"] for c in candidates if c["accepted"] and not forced):
+        if name not in run:
+            text += f" {name} is used only if it is asked for, so the demo did not run it."
     _tell("\n" + _prose(text))
 
 
