@@ -45,31 +45,22 @@ def same(tensor: torch.Tensor, wanted: np.ndarray) -> bool:
 
 
 def test_pinned_memory(device: torch.device, state: State) -> None:
+    existing = np.zeros(5000, np.uint8)
     with state(device):
         tensor, nothing = pinned.empty((6, 8)), pinned.empty((0, 4))
-        memory = pinned.allocate(100)
-        existing = np.zeros(5000, np.uint8)
-        held = pinned.register(existing)
-    assert (tensor.dtype, tensor.device.type) == (torch.float32, "cpu")
-    assert (nothing.dtype, nothing.device.type) == (torch.float32, "cpu")
-    for each in (tensor, memory.tensor, held.tensor):
-        each.fill_(1)  # also what was made in inference mode
-        assert bool(each.numpy().all())
-    memory.close()
-    held.close()
-
-
-def test_a_pool(device: torch.device, state: State) -> None:
-    with state(device):
+        memory, held = pinned.allocate(100), pinned.register(existing)
         pool = PinnedPool(64, 1, limit=2)
         blocks = pool.acquire_many(2)
-    for number, block in enumerate(blocks):
-        block.tensor.fill_(number + 1)
+    for each in (tensor, nothing):
+        assert (each.dtype, each.device.type) == (torch.float32, "cpu")
+    for each in (tensor, memory.tensor, held.tensor, *(block.tensor for block in blocks)):
+        each.fill_(1)  # also what was made in inference mode
+        assert bool(each.numpy().all())
     with state(device):
-        assert [block.tensor.numpy().sum() for block in blocks] == [64, 128]
-        for block in blocks:
-            block.release()
-        pool.close()
+        for one in blocks:
+            one.release()
+        for made in (pool, memory, held):
+            made.close()
 
 
 @pytest.mark.parametrize("made", ["before", "under it"])
@@ -101,24 +92,18 @@ def test_plain_copies(device: torch.device, state: State, made: str) -> None:
 def test_small_copies(device: torch.device, state: State, values: object) -> None:
     out = torch.zeros(48, dtype=torch.int32, device=device)
     with state(device):
+        under_it = torch.zeros(48, dtype=torch.int32, device=device)
+        senders = [SmallCopy(48, torch.int32, device), SmallCopy(48, torch.int32, out=under_it)]
         made = to_device(values, device, torch.int32)  # type: ignore[arg-type]
         assert to_device(values, out=out) is out  # type: ignore[arg-type]
-        sender = SmallCopy(48, torch.int32, device)
-        landed = sender.send(values)  # type: ignore[arg-type]
-        assert choose(192, device).way == sender.way
-        assert all(same(each, NUMBERS) for each in (made, out, landed))
-    assert {each.device for each in (made, out, landed)} == {torch.zeros(1, device=device).device}
+        landed = [sender.send(values) for sender in senders]  # type: ignore[arg-type]
+        assert [sender.way for sender in senders] == [choose(192, device).way] * 2
+        assert all(same(each, NUMBERS) for each in (made, out, *landed))
+    assert {each.device for each in (made, *landed)} == {torch.zeros(1, device=device).device}
     made.add_(1)  # also what was made in inference mode
     assert same(made, NUMBERS + 1)
-    sender.send(NUMBERS[::-1].copy())
-    assert same(sender.out, NUMBERS[::-1])
-
-
-def test_small_copies_to_a_target_made_under_it(device: torch.device, state: State) -> None:
-    with state(device):
-        out = torch.zeros(48, dtype=torch.int32, device=device)
-        sender = SmallCopy(48, torch.int32, out=out)
-    to_device(NUMBERS, out=out)
-    assert same(out, NUMBERS)
-    sender.send(NUMBERS[::-1].copy())
-    assert same(out, NUMBERS[::-1])
+    to_device(NUMBERS + 1, out=under_it)
+    assert same(under_it, NUMBERS + 1)
+    for sender in senders:
+        sender.send(NUMBERS[::-1].copy())
+        assert same(sender.out, NUMBERS[::-1])

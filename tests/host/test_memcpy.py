@@ -176,6 +176,9 @@ def test_parts_of_one_tensor(device: torch.device, cut: Any, other: Any) -> None
         assert torch.equal(memory[dst], wanted)
         copy_(memory.t()[dst[::-1]] if isinstance(dst, tuple) else memory.t()[:, dst],
               memory[src].t())  # fmt: skip
+    flat = memory.view(torch.uint8).view(-1)
+    with refused(LayoutError, "share bytes", watch=memory):
+        copy_(flat[7:15], flat[:8])
     again = memory if device.type != "cpu" else torch.from_numpy(memory.numpy())
     for dst in (memory, again):  # through another storage over the same memory, too
         with refused(LayoutError, "share bytes", "through a buffer", watch=memory):
