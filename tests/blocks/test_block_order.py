@@ -118,11 +118,20 @@ def test_both_directions_on_one_cache(accelerator: torch.device) -> None:
     assert all(each.landed() for each in both)
 
 
-def test_two_devices(accelerator: torch.device, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "terms",
+    [*WAYS.values(), *({"backend": n} for n in ("staged", "descriptors", "direct"))],
+    ids=str,
+)
+@STORE
+def test_two_devices(accelerator: torch.device, store: bool, terms: dict[str, Any]) -> None:
+    """Whichever device is the current one, bytes and order are each device's own."""
     if torch.get_device_module(accelerator).device_count() < 2:
         pytest.skip("there is one device of this kind")
-    both = [pair(torch.device(accelerator.type, index), store=True) for index in range(2)]
-    for moved in [each.start(**options) for each in both]:
+    if accelerator.type != "cuda" and terms.get("backend") == "direct":
+        pytest.skip("no kernel of this device reads host memory")
+    both = [pair(torch.device(accelerator.type, index), store) for index in range(2)]
+    for moved in [each.start(**terms) for _ in range(5) for each in both]:
         moved.synchronize()
     assert all(each.landed() for each in both)
 

@@ -26,7 +26,7 @@ from support.block_cases import (
 )
 from support.device_cases import DEVICE, LONG
 
-from portakv import KVView, TransferCancelled, TransferError, Unsupported, copy_blocks
+from portakv import TransferCancelled, TransferError, Unsupported, copy_blocks
 from portakv.host import pinned
 
 pytestmark = pytest.mark.gpu
@@ -54,37 +54,6 @@ class Pools:
 
 
 # Layers
-
-
-def test_a_kernel_that_waits_for_one_layer_sees_its_bytes() -> None:
-    pools = Pools(False, 64, layers=8)
-    numbers, found = pools.numbers.to(DEVICE), torch.zeros(8, dtype=torch.bool, device=DEVICE)
-    pools.start(by_layer=True).synchronize()  # compiles
-    for _ in range(3):
-        pools.empty.zero_()
-        stream, reader = torch.cuda.Stream(DEVICE), torch.cuda.Stream(DEVICE)
-        torch.cuda.synchronize()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(LONG)
-        moved = pools.start(by_layer=True, stream=stream)
-        assert not moved.done(), "the call waited for its stream"
-        for i, layer in enumerate(moved.layers):
-            with torch.cuda.stream(reader):
-                layer.wait(reader)
-                found[i] = (pools.empty[i, :, 0, :] == numbers[i][:, None]).all()
-        reader.synchronize()
-        assert bool(found.all())
-        moved.synchronize()
-
-
-def test_layers_to_the_host_end_one_by_one() -> None:
-    pools = Pools(True, 64, layers=8)
-    moved = pools.start(back=pools.ids[::-1], by_layer=True)
-    for i, layer in enumerate(moved.layers):
-        layer.synchronize()
-        assert holds(pools.empty[i : i + 1], pools.numbers[i : i + 1].flip(1))
-    assert moved.done()
-    assert moved.statistics.nbytes == 8 * 64 * BIG
 
 
 def test_layers_through_a_thread() -> None:
@@ -303,37 +272,3 @@ def test_every_engine_takes_many_that_are_detached(name: str) -> None:
 
 
 # Two devices
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("engine", [None, "staged", "descriptors", "direct"])
-def test_two_devices_store_and_load_at_once(engine: str | None) -> None:
-    """Whichever device is the current one, bytes and order are each device's own."""
-    layers, blocks, moved, devices = 8, 64, 24, (0, 1)
-    pool = pinned.empty((blocks, 2, layers, 16, 256), torch.int16)
-    shape = (layers, 2, blocks, 16, 256)
-    caches = [
-        torch.randint(-999, 999, shape, dtype=torch.int16, device=f"cuda:{d}") for d in devices
-    ]
-    ids = [torch.randperm(blocks)[:moved] for _ in devices]
-    there = [torch.arange(moved) + 32 * d for d in devices]
-    empty = [torch.zeros_like(cache) for cache in caches]
-    here = KVView(pool, "block kv layer token (head dim)", heads=2)
-
-    def view(tensor: torch.Tensor) -> KVView:
-        return KVView(tensor, "layer kv block token (head dim)", heads=2)
-
-    for _ in range(10):
-        stores = [
-            copy_blocks(view(caches[d]), here, ids[d], there[d], backend=engine) for d in devices
-        ]
-    for store in stores:
-        store.synchronize()
-    loads = [copy_blocks(here, view(empty[d]), there[d], ids[d], backend=engine) for d in devices]
-    for load in loads:
-        load.synchronize()
-    for cache, back, mine, theirs in zip(caches, empty, ids, there, strict=True):
-        rows = cache[:, :, mine.to(cache.device)]
-        assert torch.equal(pool[theirs], rows.cpu().permute(2, 1, 0, 3, 4))
-        assert torch.equal(back[:, :, mine.to(cache.device)], rows)
-        assert int(back.count_nonzero()) == int(rows.count_nonzero())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.block_cases import BLOCKS, DST, SIZE, SRC, block_first, layered, wanted
-from support.guarded_memory import refused, same
+from support.guarded_memory import refused
 
 from portakv import Index, SlotError, copy_blocks, copy_rows
 
@@ -80,28 +80,6 @@ def test_inside_one_cache_the_rows_are_compared_each_time() -> None:
     for _ in range(2):
         with refused(SlotError, "both source and destination", watch=src.tensors):
             copy_blocks(src.view, src.view, mine, theirs)
-
-
-def test_other_counts_and_offsets() -> None:
-    src, dst, index, other = layered(), layered(), by_block(SRC), by_block(DST)
-    for count in (8, 12, 8):
-        copy_rows(src.view, dst.view, index, by_block(DST), count=count).synchronize()
-    for offset in (0, 4, 0, 4):
-        dst.tensors[0].zero_()
-        copy_rows(src.view, dst.view, index.shifted(offset), other, count=4).synchronize()
-        assert same(dst.tensors[0][:, DST[0]], src.tensors[0][:, SRC[offset // 4]])
-    assert checks(index, other) == [4, 1]  # (0, 8), (0, 12), (0, 4), (4, 4): each once
-
-
-def test_consecutive_rows_beside_a_kept_index() -> None:
-    """The end without ids may begin elsewhere each time."""
-    src, dst, index = layered(), block_first(), by_block(SRC[:2])
-    for first in (0, 8, 0, 8):
-        dst.tensors.zero_()
-        copy_rows(src.view, dst.view, index, Index(offset=first)).synchronize()
-        for at, block in enumerate(SRC[:2]):
-            assert same(dst.tensors[first // 4 + at, 1], src.tensors[1][:, block])
-    assert checks(index) == [1]
 
 
 def test_indices_do_not_hold_each_other_or_any_view() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import simdev_cases
 from support.block_cases import BLOCKS, SIZE, block_first, layered, pair, wanted
-from support.device_cases import current, delay, on, settle
+from support.device_cases import current, delay, settle
 from support.engine_cases import broken_at, full
 from support.engine_cases import small_slices as small_mirrors
 from support.threads import run_threads
@@ -117,38 +117,6 @@ def test_no_stream_waits_for_it_but_one_that_is_told_to(downward: bool, side: bo
     assert moved.done()
     settle(device)
     assert pairs.landed()
-
-
-def test_a_reader_behind_the_handle_sees_the_bytes(accelerator: torch.device) -> None:
-    for _ in range(5):
-        pairs, reader = Pairs(accelerator, False, 1), torch.Stream(accelerator)
-        (moved,) = pairs.started()
-        with on(reader):
-            moved.wait()
-            found = [cache.clone() for cache in pairs.each[0].dst.tensors]
-        reader.synchronize()
-        for copied, row in zip(found, pairs.each[0].expected, strict=True):
-            assert torch.equal(copied.cpu().view(torch.int16).reshape(row.shape), row)
-
-
-@DOWNWARD
-def test_it_comes_behind_what_the_stream_held(accelerator: torch.device, downward: bool) -> None:
-    for _ in range(5):
-        blocks = pair(accelerator, downward, True, IDS, IDS)
-        src, dst = blocks.src, blocks.dst
-        fresh = layered(accelerator) if downward else block_first(pin=True)
-        there = fresh.tensors if downward else fresh.tensors.to(accelerator)
-        settle(accelerator)
-        stream = torch.Stream(accelerator)
-        delay(stream)
-        with on(stream):
-            if downward:
-                for layer, made in zip(src.tensors, there, strict=True):
-                    layer.copy_(made)
-            else:
-                src.tensors.copy_(there, non_blocking=True)
-        blocks.start(stream=stream, **DETACHED).synchronize()
-        assert torch.equal(dst.rows()[:, :, dst.slots(IDS)], fresh.rows()[:, :, fresh.slots(IDS)])
 
 
 @DOWNWARD

@@ -79,23 +79,25 @@ def test_reallocated_caches_are_noticed(connector: AdaptiveConnector, change: st
 
 @pytest.mark.parametrize("release", [True, False], ids=["unregistered", "replaced"])
 def test_caches_are_kept_while_registered_and_let_go_after(
-    connector: AdaptiveConnector, release: bool
+    device: torch.device, release: bool
 ) -> None:
-    caches, chunk = make_caches(), make_chunk(3)
-    wanted = rows(caches, [1, 6, 15])
+    connector, slots = AdaptiveConnector(device), [1, 6, 15]
+    caches, chunk = make_caches(device=device), make_chunk(3, device=device)
+    wanted = rows(caches, slots)
     alive = [weakref.ref(cache.untyped_storage()) for cache in caches]
     tensors = [weakref.ref(cache) for cache in caches]
     connector.register_kv_caches(caches)
     del caches
     gc.collect()
-    connector.from_gpu(chunk, None, [1, 6, 15]).synchronize()
-    assert same(chunk, wanted)
+    for ids in (slots, torch.tensor(slots, device=device)):
+        connector.from_gpu(chunk, None, ids).synchronize()
+        assert same(chunk.cpu(), wanted.cpu())
     assert all(ref() is not None for ref in tensors)
-    others = make_caches()
+    others = make_caches(device=device)
     if release:
         connector.unregister_kv_caches()
     else:
-        connector.from_gpu(chunk, others, [1, 6, 15])
+        connector.from_gpu(chunk, others, slots).synchronize()
     gc.collect()
     assert not any(ref() is not None for ref in tensors + alive)
 
@@ -162,24 +164,29 @@ def test_caches_of_two_threads_are_not_mixed_up(connector: AdaptiveConnector, at
 
 
 @pytest.mark.parametrize("how", ["data", "set_", "resized", "freed"])
-def test_caches_that_were_given_other_memory_are_noticed(how: str, device: torch.device) -> None:
+@pytest.mark.parametrize("layer", [0, 1])
+def test_caches_that_were_given_other_memory_are_noticed(
+    how: str, layer: int, device: torch.device
+) -> None:
+    """The long way, which host ids take, looks at every layer; a shortcut at the first."""
     shape = (2, 4, 4, 2, 8)
     caches = [torch.zeros(shape, dtype=torch.float16, device=device) for _ in range(3)]
     chunk = torch.zeros(2, 3, 2, 16, dtype=torch.float16, device=device)
     connector = AdaptiveConnector(device)
     connector.register_kv_caches(caches)
-    connector.from_gpu(chunk, None, [1, 2]).synchronize()
+    slots = [1, 2] if layer else torch.tensor([1, 2], device=device)
+    connector.from_gpu(chunk, None, slots).synchronize()
     if how == "data":
-        caches[1].data = torch.ones_like(caches[1])
+        caches[layer].data = torch.ones_like(caches[layer])
     elif how == "set_":
-        cache: Any = caches[1]
+        cache: Any = caches[layer]
         cache.set_(torch.ones_like(cache))
     else:
-        storage = caches[1].untyped_storage()
+        storage = caches[layer].untyped_storage()
         storage.resize_(0 if how == "freed" else 2 * storage.nbytes())
     for move in (connector.from_gpu, connector.to_gpu):
         with refused(LayoutError, "replaced", "register", watch=[chunk]):
-            move(chunk, None, [1, 2])
+            move(chunk, None, slots)
 
 
 def test_captured_transfers_are_not_kept_without_bound() -> None:

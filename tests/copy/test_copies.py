@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from contextlib import nullcontext
 from typing import Any
 
@@ -224,15 +222,3 @@ def test_devices_that_do_not_belong_together(card: Rig) -> None:
             check_sentence(str(error), word, name)
             wanted = before
         check([here], [wanted])
-
-
-def test_caches_are_let_go_at_unregister(card: Rig) -> None:
-    refs = [weakref.ref(cache) for cache in card.caches]
-    for slots in (card.ids([1, 2, 3]), [1, 2, 3]):
-        card.move(True, card.chunk(3), None, slots).synchronize()
-    del card.caches
-    gc.collect()
-    assert all(ref() is not None for ref in refs)
-    card.connector.unregister_kv_caches()
-    gc.collect()
-    assert not any(ref() is not None for ref in refs)

@@ -37,6 +37,12 @@ class Rig:
         else:
             carry(self.paged, self.dense, index, None)
 
+    def copy(self, index: Index, scattered: bool, count: int) -> None:
+        sides = (self.dense, self.paged, None, index)
+        if not scattered:
+            sides = (self.paged, self.dense, index, None)
+        copy_rows(*sides, count=count).synchronize()
+
     def expect(self, slots: list[int], *, scattered: bool) -> None:
         """The rows of ``slots`` moved, in their order; every other byte is as it was."""
         cache, chunk = self.before[1:6].view(20, 8), self.chunk_before[4:-4]
@@ -98,12 +104,15 @@ def test_a_slot_past_the_end_moves_nothing(carry: Mover, scattered: bool, slot: 
 
 
 @SCATTERED
-def test_a_block_past_the_end_moves_nothing(carry: Mover, scattered: bool) -> None:
-    rig = Rig(8)
-    told = r"slot 20 \(of id 5, 4 slots each\), but the view has 20 slots"
+@pytest.mark.parametrize("block", [5, 2**61, 2**62, 2**63 - 1])
+@pytest.mark.parametrize("count", [10, 12])
+def test_a_block_past_the_end_moves_nothing(scattered: bool, block: int, count: int) -> None:
+    """2**62 * 4 is 0 in 64 bits: a wild block must not come back as block 0."""
+    rig = Rig(12)
+    told = rf"Position 4 .* \(of id {block}, 4 slots each\), .* has 20 slots"
     with pytest.raises(SlotError, match=told):
-        rig.move(carry, Index([0, 5], step=4), scattered)
-    rig.expect([-1] * 8, scattered=scattered)
+        rig.copy(Index([0, block, 1], step=4), scattered, count)
+    rig.expect([-1] * 12, scattered=scattered)
 
 
 def test_duplicates_in_a_scatter_are_refused_and_in_a_gather_are_served(carry: Mover) -> None:
@@ -126,13 +135,15 @@ def test_a_partial_chunk_is_moved_like_a_whole_one(
     rig = Rig(12)
     table = Index([3, 0, 4, 1, 2], step=4, offset=offset)
     slots = table.slots(count).tolist() + [-1] * (12 - count)
-    sides = (rig.dense, rig.paged, None, table) if scattered else (rig.paged, rig.dense, table)
-    copy_rows(*sides, count=count).synchronize()
+    rig.copy(table, scattered, count)
     rig.expect(slots, scattered=scattered)
 
 
 @SCATTERED
-def test_a_negative_block_skips_its_tokens(carry: Mover, scattered: bool) -> None:
+@pytest.mark.parametrize("padding", [-1, -7, -(2**31), -(2**62), -(2**63)])
+@pytest.mark.parametrize("count", [10, 12])
+def test_a_negative_block_skips_its_tokens(scattered: bool, padding: int, count: int) -> None:
+    """-2**63 * 4 is 0 in 64 bits: padding must not come back as block 0."""
     rig = Rig(12)
-    rig.move(carry, Index([4, -1, 0], step=4), scattered)
-    rig.expect([16, 17, 18, 19, *[-1] * 4, 0, 1, 2, 3], scattered=scattered)
+    rig.copy(Index([4, padding, 1], step=4), scattered, count)
+    rig.expect([16, 17, 18, 19, *[-1] * 4, *range(4, count - 4)], scattered=scattered)

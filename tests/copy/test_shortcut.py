@@ -20,7 +20,6 @@ from support.device_cases import (
     host_bytes,
     make_caches,
     make_chunk,
-    scattered,
 )
 from support.guarded_memory import untouched
 
@@ -137,40 +136,6 @@ def test_host_ids_in_a_kept_index(rig: Again) -> None:
     for _ in range(2):
         with untouched(rig.caches), pytest.raises(SlotError, match=f"slot {SLOTS}"):
             rig.connector.to_gpu(make_chunk(5), None, bad)
-
-
-@pytest.mark.parametrize("store", [True, False])
-def test_behind_a_late_producer_and_before_a_late_consumer(rig: Again, store: bool) -> None:
-    caches, fresh = rig.caches, make_caches()
-    move = rig.connector.from_gpu if store else rig.connector.to_gpu
-    move(make_chunk(5), None, rig.ids(IDS)).synchronize()
-    chunk, new, ids = make_chunk(5), make_chunk(5), rig.ids(IDS)
-    wanted = [gathered(fresh, chunk, IDS)] if store else scattered(fresh, new, IDS)
-    torch.cuda.synchronize()
-    torch.cuda._sleep(LONG)  # the producer comes late
-    for cache, other in zip(caches, fresh, strict=True):
-        cache.copy_(other)
-    if not store:
-        chunk.copy_(new)
-    transfer = move(chunk, None, ids)
-    assert not transfer.done()
-    landed = [chunk.clone()] if store else [cache.clone() for cache in caches]
-    torch.cuda._sleep(LONG // 8)
-    for written in [*caches] if store else [chunk]:
-        written.zero_()  # must not overtake the transfer
-    torch.cuda.synchronize()
-    for found, want in zip(landed, wanted, strict=True):
-        assert torch.equal(host_bytes(found), want)
-    assert rig.taken == [False, True]
-
-
-@pytest.mark.parametrize("layer", [0, 2])
-def test_caches_whose_memory_was_freed(rig: Again, layer: int) -> None:
-    rig.start().synchronize()
-    rig.caches[layer].untyped_storage().resize_(0)
-    with pytest.raises(LayoutError, match="register the kv_caches again"):
-        # The long way looks at every layer, a shortcut at the first.
-        rig.start(rig.ids(IDS) if layer == 0 else torch.tensor(IDS))
 
 
 def test_refusals_are_those_of_the_long_way(rig: Again) -> None:

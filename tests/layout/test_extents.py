@@ -148,12 +148,3 @@ def test_tensors_of_one_kv_must_have_one_shape_and_other_kv_may_differ_in_width(
     pairs[1] = (zeros(5, 4, 8), zeros(5, 4, 4))
     with pytest.raises(LayoutError, match="share shape, strides and dtype"):
         KVView(pairs, "layer kv | block token dim")
-
-
-def test_a_batch_of_2_is_not_taken_for_kv() -> None:
-    """`shape[0] == 2` decides nothing: each layout is taken literally."""
-    cache = zeros(2, 2, 4, 1, 8)
-    first = KVView(cache, "kv block token head dim")
-    second = KVView(cache, "block kv token head dim")
-    assert first.form.parts[1].offset == 2 * 4 * 8 * 2
-    assert second.form.parts[1].offset == 4 * 8 * 2

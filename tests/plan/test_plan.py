@@ -306,7 +306,11 @@ class TestRefusals:
             (form("layer token dim", 2, 5, 8), form("layer token dim", 3, 5, 8), "'layer' extent"),
             (form("token head dim", 5, 2, 8), form("token dim", 5, 16), "'head' extent 2"),
             (form("token dim", 5, 8), form("token dim", 5, 4), r"\(16,\) bytes wide .* \(8,\)"),
-            (form("token dim", 5, 8), form("token dim", 5, 8, dtype=torch.uint8), "bytes"),
+            (
+                form("token dim", 5, 8),
+                form("token dim", 5, 8, dtype=torch.uint8),
+                "widths are compared in bytes",
+            ),
         ],
     )
     def test_extents_and_widths_that_differ(self, src: Form, dst: Form, why: str) -> None:

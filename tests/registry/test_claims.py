@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from support.guarded_memory import check_sentence, filled, same
 from support.registry_cases import DIM, HEADS, KV_LAYOUT, LAYERS, SIZE, caches, fresh, store
 from support.small_backends import small_backend
+from support.threads import run_threads
 
-from portakv import Index, KVView, PortaKVError, copy_rows, register_backend
+from portakv import Index, KVView, PortaKVError, Unsupported, copy_rows, register_backend
+from portakv.registry import registry
 
 __all__ = ["caches", "fresh"]  # fixtures
 
@@ -85,3 +89,31 @@ def test_a_slot_that_int32_cannot_hold_is_not_narrowed() -> None:
     else:
         assert same(chunk, wide[:2].contiguous())
     assert not any(bool((ids < 0).any()) for launch in backend.given for ids in launch.ids())
+
+
+def test_a_backend_that_no_pattern_fits_is_never_chosen_unasked() -> None:
+    register_backend("picky", small_backend("picky", rejects=lambda plan: plan.src.layers != 3))
+    choice = registry.choose("cpu")
+    assert choice.name == "reference"
+    reason = next(d.reason for d in choice.trace if d.name == "picky")
+    assert "could not be self-checked" in reason
+    assert registry.choose("cpu", "picky").name == "picky"
+    src, dst = (KVView(torch.zeros(3, 5, 4), "layer token dim") for _ in "ab")
+    copy_rows(src, dst, [1, 2], [3, 4], backend="picky").synchronize()
+    with pytest.raises(Unsupported, match="check dislikes this plan"):
+        copy_rows(src.slice(layers=0), dst.slice(layers=0), [1], [2], backend="picky")
+
+
+def test_launches_that_claim_no_threads_run_one_at_a_time(caches: list[torch.Tensor]) -> None:
+    running, most = [], 0
+
+    def slow(view: KVView) -> None:
+        nonlocal most
+        running.append(1)
+        most = max(most, len(running))
+        time.sleep(0.005)
+        running.pop()
+
+    register_backend("lonely", small_backend("lonely", threads=False, spoil=slow))
+    run_threads(lambda _: store(caches, [1, 2], "lonely"), range(8))
+    assert most == 1

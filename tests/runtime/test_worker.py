@@ -134,44 +134,6 @@ def test_slices_are_issued_in_turn_and_few_are_in_flight() -> None:
     assert scene.worker.ended_at is not None
 
 
-def test_a_cancelled_worker_lands_what_is_in_flight() -> None:
-    scene = Scene(8)
-    first, whole = scene.handle(WINDOW), scene.handle(8)
-    scene.worker.start()
-    until(lambda: scene.worker.issued == WINDOW)
-    assert scene.worker.cancel()
-    assert not scene.worker.ended
-    scene.land(*range(WINDOW))
-    with pytest.raises(TransferCancelled, match=f"cancelled when {WINDOW} of 8 slices had landed"):
-        whole.synchronize(timeout=PATIENCE)
-    first.synchronize(timeout=PATIENCE)
-    assert scene.issued == list(range(WINDOW))
-    assert scene.worker.cancel()  # again; nothing changes
-    assert scene.worker.cancelled
-
-
-def test_a_slice_that_cannot_be_issued_ends_the_worker() -> None:
-    scene = Scene(4)
-    scene.fails_at = 2
-    whole = scene.handle(4)
-    scene.land(0, 1)
-    scene.worker.start()
-    with pytest.raises(TransferError, match="failed when 2 of 4 slices had landed, with MemoryErr"):
-        whole.synchronize(timeout=PATIENCE)
-    assert not scene.worker.cancel()
-
-
-def test_no_slice_is_issued_behind_one_that_did_not_land() -> None:
-    scene = Scene(8)
-    scene.ends[0].error = OSError("the link is down")
-    whole = scene.handle(8)
-    scene.land(*range(WINDOW))
-    scene.worker.start()
-    with pytest.raises(TransferError, match="failed when 0 of 8 slices had landed, with OSError"):
-        whole.synchronize(timeout=PATIENCE)
-    assert scene.issued == list(range(WINDOW))
-
-
 def test_a_limit_pauses_between_slices_and_a_cancel_ends_the_pause() -> None:
     scene = Scene(3, RateLimit(1e-9))  # a slice in a quarter of an hour
     whole = scene.handle(3)

@@ -12,7 +12,7 @@ import torch
 from support.ambient import STATES
 from support.core_cases import HANDS, HEADS, KV, LAYERS, SLOTS, Hand, noise
 
-from portakv import CopyPlan, DeviceMismatch, Index, KVView, LayoutError, copy_rows
+from portakv import CopyPlan, Index, KVView, LayoutError
 from portakv.view.example import example_tensors
 from portakv.view.form import Step
 
@@ -149,11 +149,6 @@ def test_what_is_refused(tensors: Any, layout: str, extents: dict[str, Any], why
         KVView(tensors, layout, **extents)
 
 
-def test_tensors_of_several_devices() -> None:
-    with pytest.raises(DeviceMismatch, match="lie on cpu and meta"):
-        KVView([noise(5, 8), noise(5, 8).to("meta")], "layer | token dim")
-
-
 @pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad])
 def test_tensors_inside_function_transforms(transform: Any) -> None:
     def read(cache: torch.Tensor) -> torch.Tensor:
@@ -208,13 +203,6 @@ SHARED = "(stride 0|one address)"
 def test_what_cannot_be_written(tensors: Any, layout: str, why: str) -> None:
     with pytest.raises(LayoutError, match=f"cannot be written: .*{why}"):
         KVView(tensors, layout).check_writable()
-
-
-def test_rows_that_share_a_place_can_be_sources() -> None:
-    one = noise(1, 8)
-    dst = KVView(noise(5, 8, seed=1), "token dim")
-    copy_rows(KVView(one.expand(5, 8), "token dim"), dst).synchronize()
-    assert torch.equal(dst.tensors, one.expand(5, 8))
 
 
 @pytest.mark.parametrize(
