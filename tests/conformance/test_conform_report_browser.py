@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(chromium() is None, reason=ABSENT)
 
 WIDE, PHONE = (1280, 900), (360, 800)
 SIZES = (WIDE, PHONE)
+Pages = dict[str, Path]
 # Contrast of each visible text with what lies under it (WCAG 2.2, 1.4.3): 4.5, and 3 where large.
 PALE = """(() => {
   const read = (text) => text.match(/[\\d.]+/g).map(Number);
@@ -61,7 +62,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
     folder = tmp_path_factory.mktemp("reports")
     for name, run in conform_reports.RUNS.items():
         write(run(), folder / name)
@@ -75,7 +76,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     if name == "failing" or (size is WIDE) == (scheme == "light")
 ], ids=lambda value: value[0] if isinstance(value, tuple) else value)  # fmt: skip
 def test_the_page_fits_is_legible_and_asks_for_nothing(
-    browser: Browser, pages: dict[str, Path], name: str, size: tuple[int, int], scheme: str
+    browser: Browser, pages: Pages, name: str, size: tuple[int, int], scheme: str
 ) -> None:
     browser.open(pages[name], *size, scheme)
     # A failing check is looked into on the picture: pytest keeps it in its temporary folder.
@@ -97,9 +98,7 @@ def test_the_page_fits_is_legible_and_asks_for_nothing(
     assert loaded == [pages[name].resolve().as_uri()]
 
 
-def test_the_matrix_scrolls_in_its_own_box_on_a_phone(
-    browser: Browser, pages: dict[str, Path]
-) -> None:
+def test_the_matrix_scrolls_in_its_own_box_on_a_phone(browser: Browser, pages: Pages) -> None:
     browser.open(pages["passing"], 360, 800, "light")
     box = "document.querySelector('.scroll')"
     assert browser.ask(f"{box}.scrollWidth > {box}.clientWidth")
@@ -108,8 +107,8 @@ def test_the_matrix_scrolls_in_its_own_box_on_a_phone(
     assert browser.ask(f"Math.abs({left} - {box}.getBoundingClientRect().left)") < 3
 
 
-def test_cases_are_filtered_by_status_area_and_words(
-    browser: Browser, pages: dict[str, Path]
+def test_cases_are_filtered_by_status_area_words_and_a_cell_of_the_matrix(
+    browser: Browser, pages: Pages
 ) -> None:
     record = conform_reports.failing()
     browser.open(pages["failing"], 1280, 900, "light")
@@ -133,10 +132,8 @@ def test_cases_are_filtered_by_status_area_and_words(
     browser.ask(choose.format("search", "no such case"))
     assert browser.ask(SEEN) == 0
     assert browser.ask("document.getElementById('nothing').checkVisibility()")
-
-
-def test_a_cell_of_the_matrix_leads_to_its_cases(browser: Browser, pages: dict[str, Path]) -> None:
-    browser.open(pages["failing"], 1280, 900, "light")
+    browser.ask(choose.format("search", ""))
+    browser.ask(choose.format("area", ""))
     browser.ask("document.querySelector('a.cell.failed').click()")
     assert browser.ask(SEEN) == 1
     assert browser.ask("location.hash") == "#cases"
@@ -144,13 +141,11 @@ def test_a_cell_of_the_matrix_leads_to_its_cases(browser: Browser, pages: dict[s
     assert browser.ask(f"{open_}.dataset.status") == "failed"
     assert browser.ask(f"{open_}.checkVisibility()")
     browser.ask("document.getElementById('cell').click()")
-    assert browser.ask(SEEN) == len(conform_reports.failing().cases)
+    assert browser.ask(SEEN) == len(record.cases)
 
 
 @pytest.mark.parametrize("clipboard", ["open", "closed"])
-def test_a_command_is_copied_as_it_stands(
-    browser: Browser, pages: dict[str, Path], clipboard: str
-) -> None:
+def test_a_command_is_copied_as_it_stands(browser: Browser, pages: Pages, clipboard: str) -> None:
     """With the clipboard's own interface, and the old way where a page has none."""
     browser.open(pages["failing"], 1280, 900, "light")
     browser.ask(
@@ -172,7 +167,7 @@ def test_a_command_is_copied_as_it_stands(
 
 
 def test_paper_shows_the_details_of_failures(
-    browser: Browser, pages: dict[str, Path], tmp_path: Path
+    browser: Browser, pages: Pages, tmp_path: Path
 ) -> None:
     browser.open(pages["failing"], 1280, 900, "dark")
     browser.paper(tmp_path / "report.pdf")
