@@ -21,7 +21,7 @@ from portakv.backends.base import Decision
 from portakv_conformance.cases import test_addresses
 from portakv_conformance.draw import saved
 from portakv_conformance.draw.arrangement import Case, side_of
-from portakv_conformance.draw.by_hand import HOMES, Shape, Workshop, arranged, lifted
+from portakv_conformance.draw.by_hand import HOMES, Shape, Workshop, arranged
 from portakv_conformance.draw.strategies import all_cases
 from portakv_conformance.judge.claims import check_refused
 from portakv_conformance.judge.device_support import Facility
@@ -226,21 +226,6 @@ def test_a_case_made_by_hand_cannot_be_saved() -> None:
     case.src.arrangement = None
     with pytest.raises(ValueError, match="not built from an arrangement"):
         saved.dump(case)
-
-
-def test_a_lifted_side_is_the_same_side_elsewhere() -> None:
-    side = Workshop().cache(SHAPE, [0], dtype=torch.uint8)
-    moved = lifted(side, 3)
-    for one, two in zip(moved.tensors, side.tensors, strict=True):
-        assert one.untyped_storage().data_ptr() % 16 == 3
-        assert one.storage_offset() == two.storage_offset()
-        assert one.stride() == two.stride()
-        assert torch.equal(one, two)
-    for guard, old in zip(moved.guards, side.guards, strict=True):
-        assert guard.broken() is None
-        guard.payload().fill_(0)
-        assert not torch.equal(guard.whole, old.whole)
-    assert not moved.tensors[0].any()
 
 
 def test_a_block_that_is_split_is_launched_in_a_unit_that_fits_its_parts() -> None:

@@ -12,10 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
 
-from portakv_conformance.draw.arrangement import Case
-from portakv_conformance.draw.strategies import all_cases, cases, migrations, page_cases
 from portakv_conformance.judge.grammar import Factor, read_layout
 from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.oracle import (
@@ -162,14 +159,6 @@ def test_opaque_rows_are_whole_blocks() -> None:
     assert (rows.widths, rows.slots, rows.block_size) == ((48,), 12, 4)
     found = rows.row_addresses(0, 0, [4]) - pages.data_ptr()
     assert found.ravel().tolist() == list(range(48, 96))
-
-
-def test_equal_bytes_in_two_dtypes_are_one_row() -> None:
-    rows = [
-        locate(torch.zeros(2, 3, 4, dtype=dtype).repeat(1, 1, n), "kv token dim")
-        for dtype, n in ((torch.float32, 1), (torch.bfloat16, 2), (torch.uint8, 4))
-    ]
-    assert {r.widths for r in rows} == {(16, 16)}
 
 
 def test_grammar() -> None:
@@ -378,50 +367,3 @@ def test_canaries_notice(at: int, side: str) -> None:
 def test_a_tensor_outside_its_payload_is_refused() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         guarded(40).tensor(torch.float32, (2, 6), (5, 1))
-
-
-# -- strategies -----------------------------------------------------------------------------------
-
-
-@given(all_cases())
-def test_drawn_cases_hold_together(case: Case) -> None:
-    expected = case.expected()
-    for side, rows in ((case.src, expected.src), (case.dst, expected.dst)):
-        for fact in ("layers", "kv", "heads", "widths", "block_size", "slots", "opaque"):
-            assert getattr(side, fact) == getattr(rows, fact)
-        assert all(held.broken() is None for held in side.guards)
-    written = case.dst_slots()[case.dst_slots() >= 0]
-    assert np.unique(written).size == written.size
-    every = np.arange(0, case.dst.slots, case.dst.block_size or 1 if case.dst.opaque else 1)
-    planes = [
-        expected.dst.row_addresses(kv, layer, every).ravel()
-        for kv in range(case.dst.kv)
-        for layer in range(case.dst.layers)
-    ]
-    addresses = np.concatenate(planes)
-    assert np.unique(addresses).size == addresses.size
-
-
-@given(migrations())
-def test_drawn_migrations_do_not_meet(case: Case) -> None:
-    assert not set(case.src_slots().tolist()) & set(case.dst_slots().tolist())
-
-
-@given(cases(holes=False, ragged=False, factored=False, containers=("layer",)))
-def test_options_are_kept(case: Case) -> None:
-    assert (case.src_slots() >= 0).all()
-    assert (case.dst_slots() >= 0).all()
-    for side in (case.src, case.dst):
-        assert "/" not in side.layout
-        assert side.layout.partition("|")[0].strip(" ()") == "layer" or "|" not in side.layout
-
-
-@given(page_cases(loose_pages=False, expanded=False))
-def test_drawn_pages_go_whole_and_can_be_dense(case: Case) -> None:
-    for rows in (case.expected().src, case.expected().dst):
-        page = rows.row_addresses(0, 0, [0]).ravel()
-        assert (np.diff(page) == 1).all()
-    assert case.src.opaque
-    assert case.src.block_size is not None
-    assert case.count % case.src.block_size == 0
-    assert case.src.widths == case.dst.widths

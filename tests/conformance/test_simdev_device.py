@@ -214,25 +214,16 @@ def test_pageable_memory_is_read_at_once_and_pinned_memory_later() -> None:
 
 
 def test_freed_memory_is_soon_somebody_elses() -> None:
-    side = torch.Stream(DEVICE)
-    for recorded in (True, False):
-        source = torch.arange(1000, device=DEVICE)
-        side.wait_stream(current())
-        with on(side):
-            copy = source.clone()
-        if recorded:
-            source.record_stream(side)
-        del source
-        if recorded:
-            with on(side):
-                assert torch.equal(copy.cpu(), torch.arange(1000))
-            continue
-        with on(side), pytest.raises(RuntimeError, match=r"8000 bytes that were freed.*record_str"):
-            copy.cpu()
-        with on(side):
-            assert copy.cpu().unique().tolist() == [
-                int.from_bytes(b"\xdb" * 8, "little", signed=True)
-            ]
+    side, source = torch.Stream(DEVICE), torch.arange(1000, device=DEVICE)
+    side.wait_stream(current())
+    with on(side):
+        copy = source.clone()
+    del source  # and nobody has recorded that another stream reads it
+    with on(side), pytest.raises(RuntimeError, match=r"8000 bytes that were freed.*record_str"):
+        copy.cpu()
+    with on(side):
+        found = copy.cpu().unique().tolist()
+    assert found == [int.from_bytes(b"\xdb" * 8, "little", signed=True)]
 
 
 def test_a_write_to_freed_memory_hits_its_next_owner() -> None:
@@ -299,19 +290,6 @@ def test_a_failing_job_is_told_to_whoever_waits() -> None:
 
 def runs(*numbers: int) -> torch.Tensor:
     return torch.tensor(numbers)
-
-
-def test_copy_runs_moves_bytes_on_a_stream() -> None:
-    x = torch.arange(16, dtype=torch.uint8).to(DEVICE)
-    pinned = torch.zeros(8, dtype=torch.uint8).pin_memory()
-    side, at = torch.Stream(DEVICE), x.data_ptr()
-    side.wait_stream(current())
-    simdev.copy_runs(runs(at, at + 9), runs(at + 12, at), runs(4, 2), side)
-    simdev.copy_runs(runs(at), runs(pinned.data_ptr()), runs(8), side)
-    assert pinned.sum() == 0
-    side.synchronize()
-    assert pinned.tolist() == [9, 10, 2, 3, 4, 5, 6, 7]
-    assert x.cpu().tolist() == [9, 10, *range(2, 12), 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("bad", ["past", "host", "other", "negative"])
