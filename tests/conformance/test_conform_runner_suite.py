@@ -76,12 +76,6 @@ def test_a_backend_that_hangs(ids: tuple[str, ...]) -> None:
     assert "in launch_for_ever" in record.cases[0].details
 
 
-def test_a_backend_that_prints(ids: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
-    record = judged("Talking", ids)
-    assert [case.status for case in record.cases] == ["passed"] * 2
-    assert capfd.readouterr() == ("", "")
-
-
 @pytest.mark.parametrize(
     ("name", "told", "noted"),
     [
@@ -105,7 +99,7 @@ def test_two_workers_find_what_one_finds(listed: dict[str, dict[str, Any]]) -> N
     areas: dict[str, list[str]] = {}
     for id, case in listed.items():
         areas.setdefault(case["area"], []).append(id)
-    some = tuple(id for ids in areas.values() for id in ids[::40])
+    some = tuple(id for ids in areas.values() for id in ids[::120])
     assert set(areas) >= {"core", "corners", "safety", "drawn"}
     alone = run(Options("reference", only=some))
     both = run(Options("reference", only=some, jobs=2))
