@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.conform_runs import python
 
-from portakv import BackendUnavailable, CopyPlan, Index, KVView, Unsupported
+from portakv import AdaptiveConnector, BackendUnavailable, CopyPlan, Index, KVView, Unsupported
 from portakv.backends.base import Decision
-from portakv_conformance.cases import test_addresses
+from portakv_conformance.cases import test_addresses, test_connector
 from portakv_conformance.draw import saved
 from portakv_conformance.draw.arrangement import Case, side_of
 from portakv_conformance.draw.by_hand import HOMES, Shape, Workshop, arranged
@@ -132,6 +132,17 @@ def test_a_launch_that_refuses_has_no_reason_that_counts() -> None:
     with pytest.raises(AssertionError, match="check and prepare take this plan"):
         judge.copy(case)
     assert judge.declined == []
+
+
+@pytest.mark.parametrize("move", ["from_gpu", "to_gpu"])
+def test_a_connector_whose_backend_refuses_parts_of_chunks_fails(move: str) -> None:
+    judge, home = judge_of("WholeChunks"), Workshop()
+    connector = AdaptiveConnector(
+        "cpu", backend=judge.subject.name, kv_layout=home.paged, chunk_layout=home.dense
+    )
+    store = test_connector.Store(judge, home, connector)
+    with pytest.raises(AssertionError, match="it moves whole ones"):
+        test_connector.test_a_range_of_the_slot_mapping(store, move, 3, 11)
 
 
 def test_a_refusal_that_check_foretells_may_be() -> None:

@@ -154,23 +154,6 @@ def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return found
 
 
-@pytest.mark.parametrize("rung", WHOLE)
-def test_a_record_with_another_hash_than_what_is_here_is_not_kept(
-    tmp_path: Path, rung: str, keeper: Any
-) -> None:
-    """Every hash has the right form, and is that of nothing in this repository."""
-    with pytest.raises(ValueError, match="is expired: source changed since"):
-        keeper.place(record_in(tmp_path, rung), "", None)
-    right = source_sha256(REFERENCE)
-    if rung in ("R1", "R2", "R3"):
-        with pytest.raises(ValueError, match="is expired: simdev changed since"):
-            keeper.place(record_in(tmp_path, rung, source_sha256=right), "", None)
-        with pytest.raises(ValueError, match="does not say what emulated it"):
-            keeper.place(record_in(tmp_path, rung, source_sha256=right, emulation={}), "", None)
-    else:
-        assert keeper.place(record_in(tmp_path, rung, source_sha256=right), "", None).rung == rung
-
-
 def test_a_stand_in_s_signatures_and_their_sources() -> None:
     found = {
         row["op"]: row
