@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 import pytest
 import torch
-from support.benchmarks_cases import CPU, FULL, copied, field, tiny
+from support.benchmarks_cases import CPU, FULL, ON_CPU_AND_CUDA, copied, field, tiny
 
 from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.cold_start import measure_startup
@@ -27,15 +27,7 @@ from portakv_benchmarks.device.ways import PLAIN, run_ladder
 from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import HostTimer, Measured, Sample, Timer, Variant, measure
-from portakv_benchmarks.shared.shapes import Shape, load, planes
-
-#: Without the simulated device, on which the host would rest before each call.
-ON_CPU_AND_CUDA = pytest.mark.parametrize(
-    "device",
-    [CPU, pytest.param(torch.device("cuda", 0), marks=pytest.mark.gpu)],
-    ids=str,
-    indirect=True,
-)
+from portakv_benchmarks.shared.shapes import Shape, load
 
 
 def shape(**fields: Any) -> Shape:
@@ -122,18 +114,6 @@ def test_bad_shapes_are_refused(tmp_path: Path, change: str, why: str) -> None:
 
 
 # --- what is moved, and whether it is right ---------------------------------------------------
-
-
-def test_planes_against_plain_indexing() -> None:
-    work = Workload(TINY, "apart", CPU)
-    cache = planes(work.source, TINY.cache, TINY)
-    chunk = planes(work.loaded[0], TINY.chunk, TINY)
-    for layer in range(3):
-        for kv in range(2):
-            plane = work.source[layer].view(torch.int16)[kv]
-            assert torch.equal(cache[2 * layer + kv], plane)
-            rows = work.loaded[0].view(torch.int16)[kv, layer].view(1, 8, 2, 8)
-            assert torch.equal(chunk[2 * layer + kv], rows)
 
 
 def test_every_tensor_has_bytes_of_its_own_where_they_were_asked_for() -> None:

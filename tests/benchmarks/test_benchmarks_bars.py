@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bars on conditions, figures across rows, and the decision guide made from results."""
+"""Bars on conditions and on the rows that full presets give, and the decision guide of results."""
 
 from __future__ import annotations
 
@@ -14,21 +14,27 @@ from support.benchmarks_cases import MACHINE, copied, host_result, linked
 
 from portakv.registry.registry import Registry
 from portakv_benchmarks import check, guide
-from portakv_benchmarks.host.suite import KB, MB
+from portakv_benchmarks.cli import print_bars
+from portakv_benchmarks.host.calls import IDS, ORDERS
+from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, SCENES, cases, scene
+from portakv_benchmarks.host.suite import HOST_PRESETS, KB, MB
+from portakv_benchmarks.host.waiting import OTHERS
 from portakv_benchmarks.shared.shapes import load
 
 # --- bars -------------------------------------------------------------------------------------
 
+FULL = HOST_PRESETS["full"]
 ACCEPTED = 'accepted = { figure = 0.45, reason = "cold", tries = ["a", "b", "c"] }'
 
 
 def judged(
-    tmp_path: Path, figures: list[float], more: str = "", limit: str = "at_least = 0.5", **row: Any
-) -> int:
+    tmp_path: Path, figures: list[float], more: str = "", limit: str = "at_least = 0.5",
+    where: str = 'shape = "s"', **row: Any,
+) -> int:  # fmt: skip
     """The exit code of the check of rows with these figures against one bar."""
     bars, result = tmp_path / "bars.toml", tmp_path / "result.json"
-    where = 'where = { shape = "s" }\nfigure = "ratio"'
-    bars.write_text(f'[[bar]]\nname = "b"\n{where}\n{limit}\n{more}\n')
+    about = f'name = "b"\nwhere = {{ {where} }}\nfigure = "ratio"'
+    bars.write_text(f"[[bar]]\n{about}\n{limit}\n{more}\n")
     rows = [{"shape": "s", "ratio": figure, "verified": True, **row} for figure in figures]
     result.write_text(json.dumps({"machine": {"device_type": "cpu"}, "rows": rows}))
     return check.main([str(result), "--bars", str(bars)])
@@ -54,6 +60,7 @@ def judged(
         ([0.9], {"more": ACCEPTED.replace("cold", " ")}, 2, ""),
         ([0.9], {"more": "at_most = 1.0"}, 2, ""),
         ([0.9], {"limit": ""}, 2, ""),
+        ([0.9], {"where": "ratio = { about = 3 }"}, 2, ""),  # a condition that nothing knows
     ],
 )
 def test_verdicts(
@@ -64,21 +71,19 @@ def test_verdicts(
     assert word in capsys.readouterr().out
 
 
-def test_a_broken_file_is_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert check.main([str(tmp_path / "absent.json")]) == 2
-    broken = tmp_path / "broken.json"
-    broken.write_text("{")
-    assert check.main([str(broken)]) == 2
-    assert "cannot be judged" in capsys.readouterr().err
-    assert check.main([str(guide.RESULTS / "h200.json"), str(broken)]) == 2
-
-
-def test_several_files_are_judged_in_one_call(capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_files_are_judged_and_a_broken_one_is_no_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = [str(guide.RESULTS / name) for name in ("h200.json", "h200-host.json")]
     assert check.main(files) == 0
     shown = capsys.readouterr().out
     assert all(file in shown for file in files)
     assert shown.count(", 0 missed") == 2
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    for words in ([str(tmp_path / "absent.json")], [str(broken)], [files[0], str(broken)]):
+        assert check.main(words) == 2
+        assert "cannot be judged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", sorted(guide.RESULTS.glob("*.json")), ids=lambda path: path.stem)
@@ -108,14 +113,6 @@ def test_bars_pick_rows_on_conditions(where: Mapping[str, Any], picked: list[int
     rows = [{"bytes": size, "ratio": 0.9} for size in (31, 32, 100, 128)]
     assert [row["bytes"] for row in rows if bar.picks(row)] == picked
     assert not bar.picks({"bytes": 100})  # a row without the figure
-
-
-def test_a_bar_with_an_unknown_condition_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "bars.toml"
-    bar = 'name = "b"\nwhere = { size = { about = 3 } }\nfigure = "ratio"\nat_least = 1.0'
-    file.write_text(f"[[bar]]\n{bar}\n")
-    with pytest.raises(ValueError, match="about"):
-        check.load_bars(file)
 
 
 def test_the_verdict_names_the_worst_row(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,6 +145,88 @@ def test_every_bar_of_a_cuda_device_asks_for_rows_that_the_full_preset_gives() -
     verdicts = check.judge({"machine": {"device_type": "cuda"}, "rows": rows}, check.load_bars())
     assert len(verdicts) > 25
     assert [v.bar.name for v in verdicts if v.word != "met"] == []
+
+
+# --- bars of the host benchmark ---------------------------------------------------------------
+
+
+def full_result() -> list[dict[str, Any]]:
+    """Rows as the full preset gives them, with figures that reach every bar."""
+    rows: list[dict[str, Any]] = []
+    for one in SCENES:
+        found = product(cases([one], FULL.payloads_of(one)), DIRECTIONS, ("host", "host idle"))
+        for case, op, way in found:
+            rows.append(linked(way, shape=case.name, op=op, payload_bytes=case.payload, ratio=1.0,
+                            host_side=one.side, staging_mb=48.0, chosen_loss=0.0))  # fmt: skip
+    for op in DIRECTIONS:
+        rows += [linked(f"direct {n}", kind="host_direct", op=op, thread_blocks=n, ratio=0.96)
+                 for n in FULL.thread_blocks]  # fmt: skip
+        rows.append(linked("host", kind="host_pageable", op=op, to_ring=0.95))
+        beside = product(("default", "own"), ("matmul", "attention"), ("host", "host detached"))
+        rows += [linked(way, kind="host_interference", op=op, loop=loop, stream=stream,
+                     over_memcpy=1.0, link_ratio=0.95) for stream, loop, way in beside]  # fmt: skip
+        rows += [linked(way, kind="host_waiting", op=op, other_bytes=n, worst_us=700.0)
+                 for way in ("host", "host detached", "descriptors") for n in OTHERS]  # fmt: skip
+        rows += [linked(engine, kind="host_call", op=op, host_us=90.0, us_per_run=0.9, ids=ids,
+                     run_bytes=16 * size, host_side=scene(2 * KB, BLOCK_FIRST, order).side)
+                 for engine in ("direct", "staged", "descriptors") for ids in IDS
+                 for size in FULL.call_rows for order in ORDERS]  # fmt: skip
+    rows.append(linked("host", kind="host_duplex", op="both", ratio=0.96))
+    figures = {"busy_to_idle": 1.5, "idle_to_pinned": 0.9}
+    rows += [linked("SmallCopy", kind="host_small", integers=n, **figures) for n in FULL.small]
+    rows.append(linked("pinned.allocate", kind="host_pinning", to_torch=0.5, excess_mb=0.1))
+    return rows
+
+
+def host_bars() -> list[check.Bar]:
+    return [bar for bar in check.load_bars() if bar.of_host]
+
+
+def test_every_host_bar_asks_for_rows_that_the_full_preset_gives() -> None:
+    verdicts = check.judge(host_result(full_result()), check.load_bars())
+    assert {verdict.bar.name for verdict in verdicts} == {bar.name for bar in host_bars()}
+    assert {verdict.word for verdict in verdicts} == {"met"}
+
+
+def test_what_is_only_reported_is_not_judged() -> None:
+    rows = full_result()
+    only = [one for one in rows if one["kind"] == "host_call"
+            and (one["ids"] != "kept Index" or one["run_bytes"] != 4 * KB)]  # fmt: skip
+    staged = [one for one in rows if one["kind"] == "host_call" and one["engine"] == "staged"
+              and one["host_side"] == "block-first random"]  # fmt: skip
+    for one in (*only, *staged):
+        one |= {"host_us": 1e6, "us_per_run": 1e6}
+    assert only
+    assert staged
+    assert {v.word for v in check.judge(host_result(rows), check.load_bars())} == {"met"}
+
+
+def test_bars_on_what_was_not_measured_are_counted_and_not_missed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [one for one in full_result() if one["kind"] == "host_pinning"]
+    print_bars(host_result(rows))
+    shown = capsys.readouterr().out
+    assert shown.count(" met ") == 2
+    assert "missed" not in shown
+    assert f"{len(host_bars()) - 2} bars are about rows that were not measured." in shown
+
+
+@pytest.mark.parametrize("bar", host_bars(), ids=lambda bar: str(bar.name))
+def test_every_host_bar_is_missed_by_one_worse_row(bar: check.Bar) -> None:
+    rows = full_result()
+    worst = bar.worst([one for one in rows if bar.picks(one)])
+    limit = bar.at_least if bar.at_least is not None else bar.at_most
+    assert limit is not None
+    rows[rows.index(dict(worst))][bar.figure] = limit + (0.01 if bar.at_most is not None else -0.01)
+    words = {v.bar.name: v.word for v in check.judge(host_result(rows), [bar])}
+    assert words in ({bar.name: "missed"}, {bar.name: "accepted"})
+
+
+def test_the_bars_of_one_suite_do_not_judge_the_other() -> None:
+    copies = {"machine": {"device_type": "cuda"}, "rows": []}
+    assert not any(v.bar.of_host for v in check.judge(copies, check.load_bars()))
+    assert all(v.bar.of_host for v in check.judge(host_result([]), check.load_bars()))
 
 
 # --- the decision guide -----------------------------------------------------------------------

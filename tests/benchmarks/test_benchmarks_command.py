@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from support.benchmarks_cases import FULL, tiny
+from support.simdev_cases import NAME
 
 import portakv_benchmarks.cli as bench
 from portakv_benchmarks.device import suite
@@ -136,6 +137,12 @@ def test_a_forced_backend_is_refused(
         (["--device", "nonsense"], "nonsense"),
         (["--host", "--device", "cpu"], "no accelerator here"),
         (["--host", "--device", "nonsense"], "nonsense"),
+        pytest.param(["--host", "--device", NAME], "is emulated", marks=pytest.mark.simdev),
+        pytest.param(
+            ["--host", "--device", NAME, "--preset", "tiny", "--only", "grid,nonsense"],
+            "Part 'nonsense' was asked for",
+            marks=pytest.mark.simdev,
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

@@ -126,14 +126,6 @@ def test_wrong_bytes_end_in_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.simdev
-def test_figures_come_from_real_hardware_only(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["--host", "--device", NAME]) == 2
-    assert "emulated" in capsys.readouterr().err
-    assert bench.main([*WORDS, "--only", "grid,nonsense"]) == 2
-    assert "nonsense" in capsys.readouterr().err
-
-
-@pytest.mark.simdev
 def test_an_engine_that_fails_is_told_and_the_others_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Sides.arguments
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from types import ModuleType
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -298,53 +298,40 @@ def test_a_string_gets_its_picture() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("line", "function", "returned", "code", "expected"),
     [
-        ([], {"device": None, "json": False}),
-        (["--json", "--device", "cpu"], {"device": "cpu", "json": True}),
+        ("demo", "portakv.cli.demo.run_demo", 3, 3, call(device=None, json=False)),
+        ("demo --json --device cpu", "portakv.cli.demo.run_demo", 0, 0,
+         call(device="cpu", json=True)),
+        ("bench --json --help a", "portakv_benchmarks.cli.main", 4, 4,
+         call(["--json", "--help", "a"])),
+        ("bench", "portakv_benchmarks.cli.main", None, 0, call([])),
+    ],
+)  # fmt: skip
+def test_words_are_handed_on(
+    line: str, function: str, returned: int | None, code: int, expected: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    ran = Mock(return_value=returned)
+    monkeypatch.setattr(function, ran)
+    assert run(*line.split())[0] == code
+    assert ran.call_args_list == [expected]
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("portakv_benchmarks.cli", ["runs the package portakv_benchmarks, but this installation"]),
+        ("matplotlib", ["needs the package 'matplotlib'", "portakv[bench]"]),
     ],
 )
-def test_demo_runs_the_demo(
-    words: list[str], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_bench_without_a_package(
+    missing: str, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    demo = Mock(return_value=3)
-    monkeypatch.setitem(sys.modules, "portakv.cli.demo", fake("portakv.cli.demo", run_demo=demo))
-    assert run("demo", *words)[0] == 3
-    demo.assert_called_once_with(**expected)
-
-
-@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (4, 4)])
-def test_bench_hands_its_words_on(
-    returned: int | None, code: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench = Mock(return_value=returned)
-    monkeypatch.setitem(sys.modules, "portakv_benchmarks", fake("portakv_benchmarks"))
-    cli = fake("portakv_benchmarks.cli", main=bench)
-    monkeypatch.setitem(sys.modules, "portakv_benchmarks.cli", cli)
-    assert run("bench", "--json", "--help", "seed")[0] == code
-    bench.assert_called_once_with(["--json", "--help", "seed"])
-
-
-def test_bench_without_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "portakv_benchmarks.cli", None)
-    monkeypatch.setitem(sys.modules, "portakv_benchmarks", None)
-    code, out, err = run("bench", "--json")
-    assert (code, out) == (1, "")
-    assert "runs the package portakv_benchmarks, but this installation has no" in err
-
-
-def test_bench_without_what_the_benchmarks_need(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(name: str) -> ModuleType:
-        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
 
     monkeypatch.setattr(importlib, "import_module", refuse)
-    code, _, err = run("bench")
-    assert code == 1
-    assert "needs the package 'matplotlib'" in err
-    assert "portakv[bench]" in err
-
-
-def fake(name: str, **members: Any) -> ModuleType:
-    module = ModuleType(name)
-    vars(module).update(members)
-    return module
+    code, out, err = run("bench", "--json")
+    assert (code, out) == (1, "")
+    assert all(words in err for words in said)

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+from support.benchmarks_cases import CPU, ON_CPU_AND_CUDA
 from support.command_line import run, run_json
 from support.guarded_memory import check_sentence
 from support.hip_cases import needs_compiler
@@ -70,43 +71,29 @@ def test_the_table(cache: Path) -> None:
     assert f"0 were there before: {cache}" in " ".join(ran.out.split())
 
 
-def _sources(cache: Any, chunk: Any, step: int, heads: int) -> list[str]:
-    mine = KVView(cache, NHD).form
-    theirs = KVView(chunk, CHUNK, heads=heads).form
-    plans = [CopyPlan(mine, theirs, step, 0), CopyPlan(theirs, mine, 0, step)]
-    return [RowsKernel(nest, plan).source for plan in plans for nest in plan.nests]
-
-
-def _needed(device: str) -> list[str]:
+def _needed(device: torch.device) -> list[str]:
     """Kernels of caches and chunks of any size, of one model."""
     found = []
     for blocks, tokens in ((3, 7), (40, 256)):
         chunk = torch.empty(2, 3, tokens, 2 * 64, dtype=torch.bfloat16, device=device)
         whole = torch.empty(3, 2, blocks, 16, 2, 64, dtype=torch.bfloat16, device=device)
-        for caches in (list(whole), [layer.clone() for layer in whole]):
-            for step in (1, 16):
-                found += _sources(caches, chunk, step, 2)
+        theirs = KVView(chunk, CHUNK, heads=2).form
+        for caches, step in product((list(whole), [x.clone() for x in whole]), (1, 16)):
+            mine = KVView(caches, NHD).form
+            plans = [CopyPlan(mine, theirs, step, 0), CopyPlan(theirs, mine, 0, step)]
+            found += [RowsKernel(nest, plan).source for plan in plans for nest in plan.nests]
     return found
 
 
-def _warm(architecture: int) -> None:
-    extents = ("--layers", "3", "--heads", "2", "--dim", "64", "--dtype", "bfloat16")
-    run_json("warmup", "--arch", str(architecture), "--layout", NHD, CHUNK, *extents)
-
-
 @needs_nvrtc
-def test_what_copies_need_is_there() -> None:
-    assert not any(_nvrtc.compiled_before(source, 90) for source in _needed("cpu"))
-    _warm(90)
-    assert all(_nvrtc.compiled_before(source, 90) for source in _needed("cpu"))
-
-
-@pytest.mark.gpu
-@needs_nvrtc
-def test_what_copies_on_a_device_need_is_there() -> None:
-    major, minor = torch.cuda.get_device_capability()
-    _warm(10 * major + minor)
-    assert all(_nvrtc.compiled_before(source, 10 * major + minor) for source in _needed("cuda"))
+@ON_CPU_AND_CUDA
+def test_what_copies_need_is_there(device: torch.device) -> None:
+    major, minor = (9, 0) if device.type == "cpu" else torch.cuda.get_device_capability()
+    architecture, extents = 10 * major + minor, ("--layers", "3", "--heads", "2", "--dim", "64")
+    assert not any(_nvrtc.compiled_before(source, architecture) for source in _needed(device))
+    run_json("warmup", "--arch", str(architecture), "--layout", NHD, CHUNK, *extents,
+             "--dtype", "bfloat16")  # fmt: skip
+    assert all(_nvrtc.compiled_before(source, architecture) for source in _needed(device))
 
 
 @needs_nvrtc
@@ -144,7 +131,7 @@ def test_amds_architectures(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     targets = [(w["target"], w["compiled"], w["kept"]) for w in first["warmed"]]
     assert targets == [("gfx906", 8, 0), ("gfx90a:xnack-", 8, 0)]
     assert first["compilers"] == [f"hipRTC {_hip_driver.hiprtc_version(fake_driver())}"]
-    for source in _needed("cpu"):
+    for source in _needed(CPU):
         assert _hip_driver.compiled_before(fake_driver(), source, "gfx906")
         assert not _hip_driver.compiled_before(fake_driver(), source, "gfx90a")
     again = run_json("warmup", "--arch", "gfx906", *words)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import pytest
 import torch
 
 from portakv_benchmarks.device import suite
@@ -13,6 +14,14 @@ from portakv_benchmarks.shared.harness import DeviceTimer, HostTimer
 from portakv_benchmarks.shared.shapes import Shape, load
 
 CPU = torch.device("cpu")
+#: For the fixture ``device``, without the simulated device, on which benchmarks rest the host
+#: before each call.
+ON_CPU_AND_CUDA = pytest.mark.parametrize(
+    "device",
+    [CPU, pytest.param(torch.device("cuda", 0), marks=pytest.mark.gpu)],
+    ids=str,
+    indirect=True,
+)
 FULL = dataclasses.replace(suite.PRESETS["full"], rounds=5, repeats=2)
 MACHINE = {"device_type": "cuda", "device": "Some GPU", "torch": "2.11", "python": "3.12",
            "date": "2026-11-20", "portakv": "0", "driver_version": "1"}  # fmt: skip
