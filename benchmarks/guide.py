@@ -18,14 +18,14 @@ from statistics import median
 from typing import Any
 
 from portakv_benchmarks.check import HOST_SUITE
-from portakv_benchmarks.shared.shapes import in_words
+from portakv_benchmarks.shared.harness import Row, grouped, having, quickest
+from portakv_benchmarks.shared.shapes import in_decimal, in_words
 
 RESULTS = Path(__file__).with_name("results")
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "choosing.md"
 #: A way matters less than this much slower than the fastest: within what two runs differ by.
 CLOSE = 1.05
 
-Row = Mapping[str, Any]
 _ORDER = ("cuda", "triton", "compiled", "compiled graph", "reference")
 _LAYERS = {"apart": "each layer an allocation", "together": "all layers in one allocation"}
 _WORDS = {"d2h": "device to host", "h2d": "host to device"}
@@ -134,7 +134,7 @@ def page(files: Iterable[Path]) -> str:
 
 def _device(result: Mapping[str, Any]) -> list[str]:
     machine, rows = result["machine"], result["rows"]
-    copies = [r for r in _of(rows, "copy") if r["verified"] and not r.get("peer")]
+    copies = [r for r in having(rows, kind="copy") if r["verified"] and not r.get("peer")]
     driver = f", driver {machine['driver_version']}" if "driver_version" in machine else ""
     told = ["", f"## {machine['device']}", "", f"{_measured(machine)}{driver}."]
     for section in (_which, _slower, _sizes):
@@ -173,16 +173,16 @@ def preference(copies: Sequence[Row]) -> list[str]:
 
 
 def _by_preference(copies: Sequence[Row]) -> list[tuple[str, list[float]]]:
-    found = [(way, [float(r["ratio"]) for r in _of(copies, "copy", backend=way)]) for way in _ORDER]
+    found = [(way, [float(r["ratio"]) for r in having(copies, backend=way)]) for way in _ORDER]
     return sorted((one for one in found if one[1]), key=lambda one: -median(one[1]))
 
 
 def _slower(copies: Sequence[Row]) -> list[str]:
     """How much slower each way is than `cuda`, by how the layers lie."""
-    table = [
-        [f"`{way}`", words, *_spread(_of(copies, "copy", backend=way, layers=layers), "to_cuda")]
-        for (layers, words), way in product(_LAYERS.items(), _ORDER[1:])
-    ]
+    table = []
+    for (layers, words), way in product(_LAYERS.items(), _ORDER[1:]):
+        mine = having(copies, backend=way, layers=layers)
+        table.append([f"`{way}`", words, *_spread(mine, "to_cuda")])
     heads = ["backend", "layers", "x cuda, median", "x cuda, worst", "rows"]
     return _section("How much slower than `cuda`", "", heads, table)
 
@@ -190,7 +190,7 @@ def _slower(copies: Sequence[Row]) -> list[str]:
 def _sizes(copies: Sequence[Row]) -> list[str]:
     """Against payload, for the shape that is measured from one token up."""
     rows = [
-        r for r in _of(copies, "copy", row_bytes=2048, op="gather", index="random", layers="apart",
+        r for r in having(copies, row_bytes=2048, op="gather", index="random", layers="apart",
                        cache="layer | kv block token head dim")
         if r["shape"].startswith("llama3-8b") and r["slots_used"] < 1
     ]  # fmt: skip
@@ -199,24 +199,23 @@ def _sizes(copies: Sequence[Row]) -> list[str]:
     ways = [way for way in _ORDER if any(way == found for _, found in by)]
     if len(sizes) < 3 or len(ways) < 2:
         return []
-    table = []
-    for size in sizes:
-        found = [by.get((size, way)) for way in ways]
-        cells = [f"{r['p50_us']:.4g} us ({r['host_us']:.0f})" if r else "" for r in found]
-        table.append([_size(size), *cells])
+    found = [(size, [by.get((size, way)) for way in ways]) for size in sizes]
+    table = [
+        [in_decimal(size),
+         *(f"{r['p50_us']:.4g} us ({r['host_us']:.0f})" if r else "" for r in mine)]
+        for size, mine in found
+    ]  # fmt: skip
     told = (
         "Device time of a gather of random slots, and in brackets the host time of the call, both "
         "in microseconds: Llama-3 8B, rows of 2 KB, each layer an allocation. Where the host time "
         "is the larger, a faster kernel is not seen unless other work hides the call."
     )
     fastest, *others = ways
-    lines = _section(
-        "From what size it matters", told, ["payload", *(f"`{way}`" for way in ways)], table
-    )
-    lines.append("")
+    heads = ["payload", *(f"`{way}`" for way in ways)]
+    lines = [*_section("From what size it matters", told, heads, table), ""]
     for way in others:
         slower = [
-            _size(n) for n in sizes
+            in_decimal(n) for n in sizes
             if (n, way) in by and (n, fastest) in by
             and by[n, way]["p50_us"] > CLOSE * by[n, fastest]["p50_us"]
         ]  # fmt: skip
@@ -237,7 +236,7 @@ def _peers(rows: Sequence[Row]) -> list[str]:
     }  # fmt: skip
     table = []
     for (words, asked), op in product(kinds.items(), ("gather", "scatter")):
-        mine = filter(asked, _of(rows, "copy", backend="cuda", op=op))
+        mine = filter(asked, having(rows, kind="copy", backend="cuda", op=op))
         table.append([words, op, *_spread([*mine], "to_peer")])
     told = (
         "Device time of `cuda` / that of the faster of LMCache's released kernels, in the rows "
@@ -249,12 +248,12 @@ def _peers(rows: Sequence[Row]) -> list[str]:
 
 def _link_sizes(rows: Sequence[Row]) -> list[str]:
     """The chosen engine by payload, over all layouts."""
-    chosen = _of(rows, "host_copy", backend="host")
+    chosen = having(rows, kind="host_copy", backend="host")
     table = []
     for payload in sorted({row["payload_bytes"] for row in chosen}):
         cells = [in_words(payload)]
         for op in _WORDS:
-            found = [r["ratio"] for r in _of(chosen, "host_copy", payload_bytes=payload, op=op)]
+            found = [r["ratio"] for r in having(chosen, payload_bytes=payload, op=op)]
             cells += [f"{median(found):.3f}", f"{min(found):.3f}"] if found else ["", ""]
         table.append(cells)
     heads = ["payload"]
@@ -266,20 +265,16 @@ def _link_sizes(rows: Sequence[Row]) -> list[str]:
 
 def _link_best(rows: Sequence[Row]) -> list[str]:
     """Which engine was the fastest, by runs and direction."""
-    fastest: dict[tuple[str, str], Row] = {}
-    for row in _of(rows, "host_copy"):
-        point = row["shape"], row["op"]
-        if row["backend"] in _ENGINES:
-            fastest[point] = min(fastest.get(point, row), row, key=lambda one: float(one["p50_us"]))
+    ours = [row for row in having(rows, kind="host_copy") if row["backend"] in _ENGINES]
+    fastest = [row for point in grouped(ours, "shape", "op") if (row := quickest(point))]
     table = []
-    for run, large in product(sorted({r["run_bytes"] for r in fastest.values()}), (False, True)):
+    for run, large in product(sorted({row["run_bytes"] for row in fastest}), (False, True)):
         cells = [in_words(run), "from 128 MB" if large else "less"]
         for op in _WORDS:
-            mine = _of([*fastest.values()], "host_copy", run_bytes=run, op=op)
-            won = Counter(
-                r["backend"] for r in mine if (r["payload_bytes"] >= _LINK_LARGE) == large
-            )
-            cells.append(", ".join(f"`{name}` {times}" for name, times in won.most_common()))
+            mine = having(fastest, run_bytes=run, op=op)
+            won = [r["backend"] for r in mine if (r["payload_bytes"] >= _LINK_LARGE) == large]
+            best = Counter(won).most_common()
+            cells.append(", ".join(f"`{name}` {times}" for name, times in best))
         table.append(cells)
     told = "Which engine was the fastest on an idle device, and at how many points."
     return _section("Which engine", told, ["runs", "payload", *_WORDS.values()], table)
@@ -288,7 +283,7 @@ def _link_best(rows: Sequence[Row]) -> list[str]:
 def _listed(rows: Sequence[Row], kind: str) -> list[str]:
     """The section of a kind of rows, a line for each."""
     title, told, cells = _LISTS[kind]
-    mine = _of(rows, kind)
+    mine = having(rows, kind=kind)
     table = [[_text(cell, row) for cell in cells.values()] for row in mine]
     return _section(title, _text(told, mine[0]) if mine else "", [*cells], table)
 
@@ -301,15 +296,6 @@ def _spread(rows: Sequence[Row], figure: str) -> list[str]:
     """Median, worst and number of a figure of the rows that have it; empty if none has."""
     found = [float(row[figure]) for row in rows if figure in row]
     return [_times(median(found)), _times(max(found)), str(len(found))] if found else []
-
-
-def _of(rows: Sequence[Row], kind: str, **fields: Any) -> list[Row]:
-    asked = {"kind": kind, **fields}
-    return [r for r in rows if all(r.get(name) == value for name, value in asked.items())]
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e6:.3g} MB" if size < 999_500_000 else f"{size / 1e9:.3g} GB"
 
 
 def _section(

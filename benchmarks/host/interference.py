@@ -146,7 +146,7 @@ class _Meeting:
         Raises:
             RuntimeError: the loop had not ended after `_HELD_UP` seconds.
         """
-        mover.poison()
+        mover.variant.poison(0)
         queue = Queue(self._bench.module, mover, self._side)
         first, last = self._ready()
         began = perf_counter()
@@ -171,7 +171,8 @@ class _Meeting:
         with self._bench.module.stream(self._work):
             torch.zeros(1, device=self._bench.device)  # the stream's last work is a kernel's
         self._bench.module.synchronize()
-        return movers.timed_event(self._bench.module), movers.timed_event(self._bench.module)
+        first, last = (self._bench.module.Event(enable_timing=True) for _ in range(2))
+        return first, last
 
     def _start(self, first: Any, last: Any) -> None:
         with self._bench.module.stream(self._work):

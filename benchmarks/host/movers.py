@@ -36,33 +36,26 @@ class Mover:
         labels: what identifies it in the results, beside the variant's labels.
 
     Attributes:
+        variant: the same; its call returns a handle that tells the end, or None if the stream does.
         verified: every byte was right whenever it was checked.
     """
 
     def __init__(self, variant: Variant, payload: int, way: Way | None = None, **labels: Any):
         self.payload, self.labels = payload, {**labels, **variant.labels}
         self.verified = True
-        self._variant, self._way = variant, way
+        self.variant, self._way = variant, way
 
     def __str__(self) -> str:
         return f"{self.labels['backend']} {self.labels['shape']}"
 
-    def issue(self) -> object:
-        """Move the case once; a handle that tells the end, or None if the stream does."""
-        return self._variant.call(0)
-
-    def poison(self) -> None:
-        """Overwrite what it will write."""
-        self._variant.poison(0)
-
     def look(self) -> None:
         """Look at every byte."""
-        self.verified &= self._variant.right(0)
+        self.verified &= self.variant.right(0)
 
     def once(self) -> None:
         """Move once while nothing else runs, and look at every byte."""
-        self.poison()
-        done = self.issue()
+        self.variant.poison(0)
+        done = self.variant.call(0)
         self.look()
         if self._way is not None and isinstance(done, Transfer):
             self.labels |= self._way.taken(done)
@@ -101,7 +94,7 @@ class Queue:
 
     def _issue(self) -> None:
         with self._module.stream(self._stream):
-            done = self.mover.issue()
+            done = self.mover.variant.call(0)
             if isinstance(done, Transfer):
                 self._flying.append(done.done)
             else:
@@ -221,18 +214,13 @@ class Loop:
 
     def _time(self) -> float:
         """Milliseconds of one run."""
-        first, last = timed_event(self._module), timed_event(self._module)
+        first, last = (self._module.Event(enable_timing=True) for _ in range(2))
         self._module.synchronize()
         first.record()
         self.run()
         last.record()
         self._module.synchronize()
         return float(first.elapsed_time(last))
-
-
-def timed_event(module: Any) -> Any:
-    """An event of a device that knows the time."""
-    return module.Event(enable_timing=True)
 
 
 def matmul(device: torch.device, preset: HostPreset) -> Loop:

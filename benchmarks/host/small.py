@@ -27,7 +27,6 @@ import torch
 from portakv.errors import PortaKVError
 from portakv.host import pinned
 from portakv.host.small import SmallCopy, choose, to_device
-from portakv_benchmarks.host.movers import timed_event
 from portakv_benchmarks.host.suite import Bench
 from portakv_benchmarks.shared.harness import Row, Rows, Step, short
 
@@ -190,7 +189,7 @@ def _send(
     """Send other values than before."""
     values = np.arange(n + 1, n + 1 + count, dtype=np.int64) * 0x10001
     stream = bench.module.current_stream(bench.device)
-    first, last = timed_event(bench.module), timed_event(bench.module)
+    first, last = (bench.module.Event(enable_timing=True) for _ in range(2))
     if way.before is not None:
         way.before(values)
     if large is not None:

@@ -49,7 +49,7 @@ def _measure(bench: Bench, direction: str) -> Rows:
 
 def _row(bench: Bench, direction: str, nbytes: int, rows: Rows, mover: Mover) -> None:
     mover.once()
-    mover.poison()
+    mover.variant.poison(0)
     copy, right = _other(bench, direction, nbytes)
     waits = _waits(bench, mover, copy)
     alone_stream = bench.stream()

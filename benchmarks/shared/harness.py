@@ -204,6 +204,11 @@ def grouped(rows: Rows, *names: str) -> list[Rows]:
     return list(groups.values())
 
 
+def having(rows: Sequence[Row], **fields: Any) -> Rows:
+    """The rows whose fields have these values."""
+    return [row for row in rows if all(row.get(name) == fields[name] for name in fields)]
+
+
 def quickest(rows: Iterable[Row]) -> Row | None:
     """The row of the least time whose bytes were right."""
     return min((r for r in rows if r["verified"]), key=lambda r: float(r["p50_us"]), default=None)

@@ -16,6 +16,7 @@ import numpy
 import torch
 
 import portakv
+from portakv.runtime import devices
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -38,10 +39,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def device_name(device: torch.device) -> str:
     """The device's own name; for a CPU the processor's."""
-    if device.type == "cpu":
-        return cpu_name()
-    ask = getattr(torch.get_device_module(device), "get_device_name", None)
-    return str(ask(device)) if ask else device.type
+    return cpu_name() if device.type == "cpu" else devices.device_name(device) or device.type
 
 
 def short_name(device: torch.device) -> str:

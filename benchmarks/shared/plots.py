@@ -21,26 +21,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from portakv_benchmarks.shared.shapes import in_words
-
-Row = Mapping[str, Any]
+from portakv_benchmarks.shared.harness import Row, having
+from portakv_benchmarks.shared.shapes import in_decimal, in_words
 
 # One colour for each way, the same in all plots (Okabe and Ito's, which colour-blind readers tell
 # apart); black is the ceiling, shades of grey are peers.
 COLOURS = {
     "cuda": "#0072B2", "triton": "#009E73", "compiled": "#CC79A7", "compiled graph": "#882255",
     "reference": "#D55E00", "lmcache slot kernel": "#777777", "lmcache block kernel": "#AAAAAA",
-    "copy_": "black",
+    "copy_": "black", "memcpy": "black", "host": "#0072B2", "host detached": "#56B4E9",
+    "staged": "#009E73", "descriptors": "#CC79A7", "direct": "#D55E00", "direct 8": "#D55E00",
+    "lmcache": "#777777",
 }  # fmt: skip
 _MARKS = {"cuda": "o", "triton": "s", "reference": "^", "lmcache slot kernel": "x"}
 _SWEEP = "llama3-8b"  # the shape that is measured from one token up
 _INK: Any = {"svg.hashsalt": "portakv", "svg.fonttype": "path", "font.size": 9}
-# The same for copies to and from the host.
-LINK_COLOURS = {
-    "host": "#0072B2", "host detached": "#56B4E9", "staged": "#009E73",
-    "descriptors": "#CC79A7", "direct": "#D55E00", "direct 8": "#D55E00", "lmcache": "#777777",
-    "memcpy": "black",
-}  # fmt: skip
 _LINK_MARKS = {"host": "o", "staged": "s", "descriptors": "^", "direct": "x"}
 _WORDS = {"d2h": "device to host", "h2d": "host to device"}
 #: The host side that stands for its runs: the hardest of those that were measured.
@@ -77,23 +72,22 @@ def draw(results: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
 
 def bandwidth(copies: list[Row], device: str) -> Figure | None:
     """Bandwidth, read and written, against bytes: Llama-3 8B from one token up, random slots."""
-    rows = _of(copies, row_bytes=2048, cache="layer | kv block token head dim", layers="apart")
+    rows = having(copies, row_bytes=2048, cache="layer | kv block token head dim", layers="apart")
     rows = [row for row in rows if row["shape"].startswith(_SWEEP) and row["slots_used"] < 1]
     if len({row["payload_bytes"] for row in rows}) < 2:
         return None
     figure = Figure(figsize=(9.5, 4.2))
-    for at, op in enumerate(("gather", "scatter")):
-        axes = figure.add_subplot(1, 2, at + 1)
-        _line(axes, _of(rows, backend="copy_"), "gb_per_s", label="copy_ (ceiling)",
+    for op, axes in zip(("gather", "scatter"), figure.subplots(1, 2), strict=True):
+        _line(axes, having(rows, backend="copy_"), "gb_per_s", label="copy_ (ceiling)",
               color="black", linestyle="--", linewidth=1.6)  # fmt: skip
-        moved = _of(rows, op=op, index="random")
+        moved = having(rows, op=op, index="random")
         for way in _ways(moved):
-            _line(axes, _of(moved, backend=way), "gb_per_s", label=way, markersize=4,
+            _line(axes, having(moved, backend=way), "gb_per_s", label=way, markersize=4,
                   linewidth=1.2, color=COLOURS.get(way), marker=_MARKS.get(way, "d"))  # fmt: skip
         _sizes_below(axes)
         axes.set_ylim(bottom=0)
         axes.set_title(f"{op}, random slots, layers apart", fontsize=9)
-        if at == 0:
+        if op == "gather":
             axes.set_ylabel("GB/s, read and written")
             axes.legend(fontsize=8, frameon=False)
     title = "Llama-3 8B, 1 to 16,384 tokens, rows of 2 KB"
@@ -105,7 +99,7 @@ def heat_map(copies: list[Row], device: str) -> Figure | None:
     """For each workload and way, the time of `copy_` / the time of the way; random slots, or
     blocks if a shape has no slots."""
     rows = [row for row in copies if row["backend"] != "copy_" and row["verified"]]
-    slotted = {row["shape"] for row in _of(rows, index="random")}
+    slotted = {row["shape"] for row in having(rows, index="random")}
     rows = [row for row in rows if row["index"] == "random" or row["shape"] not in slotted]
     ways = [way for way in _ways(rows) if way != "lmcache block kernel"]
     columns = list(product(ways, ("gather", "scatter")))
@@ -115,7 +109,8 @@ def heat_map(copies: list[Row], device: str) -> Figure | None:
         return None
     found = {(_workload(row), row["backend"], row["op"]): row["ratio"] for row in rows}
     cells = [[found.get((line, *column), float("nan")) for column in columns] for line in lines]
-    figure, axes = _axes(2.6 + 0.55 * len(columns), 0.6 + 0.19 * len(lines))
+    figure = Figure(figsize=(2.6 + 0.55 * len(columns), 0.6 + 0.19 * len(lines)))
+    axes = figure.subplots()
     axes.imshow(cells, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1)
     for y, line in enumerate(cells):
         for x, ratio in enumerate(line):
@@ -135,7 +130,8 @@ def heat_map(copies: list[Row], device: str) -> Figure | None:
 
 def host_cost(rows: list[Row], device: str) -> Figure:
     """Host time of a registered call, the launch alone and what the call adds."""
-    figure, axes = _axes(6.2, 0.9 + 0.32 * len(rows))
+    figure = Figure(figsize=(6.2, 0.9 + 0.32 * len(rows)))
+    axes = figure.subplots()
     names = [f"{row['backend']}, {row['ids']}" for row in rows]
     launches = [row["launch_us"] for row in rows]
     added = [max(0.0, row["call_us"] - row["launch_us"]) for row in rows]
@@ -157,11 +153,12 @@ def ladder(rows: list[Row], device: str) -> Figure:
     for row in rows:
         slowest[row["way"]] = max(row["p50_us"], slowest.get(row["way"], 0.0))
     order = sorted(slowest, key=lambda way: -slowest[way])
-    figure, axes = _axes(7.2, 0.9 + 0.42 * len(order))
+    figure = Figure(figsize=(7.2, 0.9 + 0.42 * len(order)))
+    axes = figure.subplots()
     places = {"gather": (-0.2, 1.0), "scatter": (0.2, 0.55), "copy_": (0.0, 1.0)}
     for op, (y, way) in product(places, enumerate(order)):
         shift, shade = places[op]
-        for row in _of(rows, way=way, op=op):
+        for row in having(rows, way=way, op=op):
             time, colour = row["p50_us"], COLOURS.get(way, "#BBBBBB")
             axes.barh(y + shift, time, height=0.38, color=colour, alpha=shade)
             note = f" {time:.4g} us" if time < 1e3 else f" {time / 1e3:.4g} ms"
@@ -184,9 +181,9 @@ def ratio(rows: list[Row], device: str) -> Figure | None:
         return None
     shown: dict[tuple[str, int], tuple[str, list[Row]]] = {}
     for direction, run in product(_WORDS, runs):
-        mine = _of(rows, op=direction, run_bytes=run)
-        side = next((s for s in _SIDES if _of(mine, host_side=s)), "")
-        shown[direction, run] = side, _of(mine, host_side=side)
+        mine = having(rows, op=direction, run_bytes=run)
+        side = next((s for s in _SIDES if having(mine, host_side=s)), "")
+        shown[direction, run] = side, having(mine, host_side=side)
     drawn = [row for _, own in shown.values() for row in own if row["backend"] in _LINK_MARKS]
     lowest = min([0.9, *(row["ratio"] // 0.1 / 10 for row in drawn)])
     figure = Figure(figsize=(2.9 * len(runs), 5.6))
@@ -194,8 +191,8 @@ def ratio(rows: list[Row], device: str) -> Figure | None:
         axes = figure.add_subplot(len(_WORDS), len(runs), at + 1)
         axes.axhline(1.0, color="black", linestyle="--", linewidth=1.2)
         for way, mark in _LINK_MARKS.items():
-            _line(axes, _of(own, backend=way), "ratio", label="chosen" if way == "host" else way,
-                  color=LINK_COLOURS[way], marker=mark, markersize=4, linewidth=1.2)  # fmt: skip
+            _line(axes, having(own, backend=way), "ratio", label="chosen" if way == "host" else way,
+                  color=COLOURS[way], marker=mark, markersize=4, linewidth=1.2)  # fmt: skip
         _sizes_below(axes)
         axes.set_ylim(lowest, 1.05)
         axes.set_title(f"{in_words(run)} runs, {side}", fontsize=8)
@@ -223,7 +220,7 @@ def interference(rows: list[Row], device: str) -> Figure:
         axes = figure.add_subplot(grid[at // 2, at % 2])
         names = [f"{row['backend']}, {row['shape']}" for row in mine]
         slow = [max(0.0, row["slowdown_pct"]) for row in mine]
-        axes.barh(names, slow, color=[LINK_COLOURS.get(row["backend"], "#BBBBBB") for row in mine])
+        axes.barh(names, slow, color=[COLOURS.get(row["backend"], "#BBBBBB") for row in mine])
         for y, row in enumerate(mine):
             words = f" {row['slowdown_pct']:.1f} % · {row['link_gb_per_s']:.3g} GB/s"
             axes.text(slow[y], y, words, va="center", fontsize=7)
@@ -241,11 +238,6 @@ def interference(rows: list[Row], device: str) -> Figure:
     return figure
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height))
-    return figure, figure.add_subplot(1, 1, 1)
-
-
 def _sizes_below(axes: Axes) -> None:
     """A logarithmic axis of payloads, with sizes in words, and a grid."""
     axes.set_xscale("log")
@@ -257,19 +249,14 @@ def _sizes_below(axes: Axes) -> None:
     axes.grid(alpha=0.25)
 
 
-def _of(rows: Sequence[Row], **fields: Any) -> list[Row]:
-    return [row for row in rows if all(row[name] == value for name, value in fields.items())]
-
-
 def _ways(rows: Sequence[Row]) -> list[str]:
     found = {str(row["backend"]) for row in rows} - {"copy_"}
     return [way for way in (*COLOURS, *sorted(found - set(COLOURS))) if way in found]
 
 
 def _workload(row: Row) -> str:
-    size = row["payload_bytes"] / 1e6
-    words = f"{size:.3g} MB" if size < 999.5 else f"{size / 1e3:.3g} GB"
-    return f"{row['shape']}, layers {row['layers']} · {words} · {row['row_bytes']} B"
+    size = in_decimal(row["payload_bytes"])
+    return f"{row['shape']}, layers {row['layers']} · {size} · {row['row_bytes']} B"
 
 
 def _line(axes: Axes, rows: Sequence[Row], figure: str, **style: Any) -> None:

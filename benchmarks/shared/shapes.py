@@ -204,3 +204,8 @@ def in_words(nbytes: int) -> str:
         if nbytes >= unit:
             return f"{nbytes / unit:.4g} {name}"
     return f"{nbytes} B"
+
+
+def in_decimal(nbytes: int) -> str:
+    """``0.131 MB``, ``1.07 GB``, by 1000."""
+    return f"{nbytes / 1e6:.3g} MB" if nbytes < 999_500_000 else f"{nbytes / 1e9:.3g} GB"

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from portakv.cli.console import Column, print_table
+from portakv_benchmarks.shared.harness import Row, having
 from portakv_benchmarks.shared.shapes import in_words
 
-Row = Mapping[str, Any]
 #: A column's title; and the field that it shows, as it is ("op") or as a number on the right
 #: ("ratio:.3f", "blocks:"), "-" in rows without it; or what makes its text, on the right.
 Cell = tuple[str, "str | Callable[[Row], str]"]
@@ -25,7 +25,7 @@ def print_results(results: Mapping[str, Any]) -> None:
     machine = results["machine"]
     print(f"{machine['device']}, torch {machine['torch']}, Python {machine['python']}")
     for kind, (title, cells) in _TABLES.items():
-        rows = [row for row in results["rows"] if row["kind"] == kind]
+        rows = having(results["rows"], kind=kind)
         if kind == "ladder":
             rows.sort(key=lambda row: (row["op"], -row["p50_us"]))
         if rows:

@@ -88,10 +88,11 @@ def _told(device: torch.device | str) -> dict[str, Any]:
     """What is said of a device, or of the name of one that torch cannot use here."""
     candidates = candidates_for(device)
     rungs = _verified([c["name"] for c in candidates], device)
-    here = not isinstance(device, str)
+    name, count = "", 0
+    if not isinstance(device, str):
+        name, count = device_name(device), device_count(device)
     return {
-        "device": str(device),
-        "name": device_name(device) if here else "", "count": device_count(device) if here else 0,
+        "device": str(device), "name": name, "count": count,
         "chosen": next((c["name"] for c in candidates if c["chosen"]), None),
         "candidates": [{**one, "verified": rungs.get(one["name"], "")} for one in candidates],
     }  # fmt: skip
