@@ -207,8 +207,9 @@ def _libc() -> Any:
 def nodes() -> list[int]:
     """The nodes of this machine that have memory; empty if the kernel tells of none."""
     for name in ("has_memory", "online"):
-        with suppress(OSError, ValueError):
-            return _listed((_NODES / name).read_text())
+        with suppress(OSError, ValueError):  # 0-1,4
+            ranges = [part.partition("-") for part in (_NODES / name).read_text().split(",")]
+            return [n for a, _, b in ranges for n in range(int(a), int(b or a) + 1)]
     return []
 
 
@@ -254,12 +255,3 @@ def _numbers(wanted: Any) -> list[int]:
     with suppress(TypeError):
         return [operator.index(wanted)]
     return [operator.index(node) for node in wanted]
-
-
-def _listed(text: str) -> list[int]:
-    """``0-1,4`` as numbers."""
-    found: list[int] = []
-    for part in text.strip().split(","):
-        first, _, last = part.partition("-")
-        found.extend(range(int(first), int(last or first) + 1))
-    return found

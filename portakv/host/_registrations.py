@@ -70,18 +70,10 @@ class Runtime:
     def __init__(self, library: Any, prefix: str) -> None:
         self._library, self._prefix = library, prefix
 
-    def register(self, address: int, nbytes: int, flags: int) -> None:
-        """Pin memory that exists."""
-        self._call("HostRegister", address, nbytes, flags)
-
-    def unregister(self, address: int) -> None:
-        """Undo `register` of the memory that begins there."""
-        self._call("HostUnregister", address)
-
     def device_address(self, address: int) -> int:
         """Where the current device finds mapped memory; HIP may have it elsewhere than the host."""
         found = ctypes.c_void_p()
-        self._call("HostGetDevicePointer", ctypes.byref(found), address, 0)
+        self.call("HostGetDevicePointer", ctypes.byref(found), address, 0)
         return found.value or 0
 
     def last_error(self) -> int:
@@ -92,7 +84,8 @@ class Runtime:
         """A function of the library by the rest of its name."""
         return getattr(self._library, f"{self._prefix}{name}")
 
-    def _call(self, name: str, *arguments: Any) -> None:
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call a function."""
         if code := self.function(name)(*arguments):
             self.last_error()
             text = self.function("GetErrorString")(code)
@@ -239,7 +232,7 @@ class Registration:
         try:
             for piece, length in self.pieces:
                 if runtime is not None:
-                    runtime.register(piece, length, flags)
+                    runtime.call("HostRegister", piece, length, flags)
                     self._registered.append(piece)
         except BaseException:
             self.undo()
@@ -271,7 +264,7 @@ class Registration:
             quiesce()
             for piece in registered:
                 try:
-                    self._runtime.unregister(piece)
+                    self._runtime.call("HostUnregister", piece)
                 except CallRefused as refused:
                     # After a reset of the device nothing is registered; a finalizer cannot raise.
                     if refused.code != UNKNOWN:

@@ -63,16 +63,11 @@ class SharedFile:
         members: `RECORD`, one for each process that can be attached; me: the place of this one.
     """
 
-    def __init__(self, path: Path, fd: int) -> None:
-        self.path, self.locks, self.me = path, FileLocks(fd), -1
-
-    @classmethod
-    def open(
-        cls, name: str, block_bytes: int | None, blocks: int | None, alignment: int, label: str
-    ) -> SharedFile:
+    def __init__(
+        self, name: str, block_bytes: int | None, blocks: int | None, alignment: int, label: str
+    ) -> None:
         """Open or make it, and join. Errors as `SharedPool`."""
-        path = _path(name)
-        wanted = None
+        self.path, self.me, wanted = _path(name), -1, None
         if block_bytes is not None and blocks is not None:
             wanted = (block_bytes, blocks, stride_of(block_bytes, blocks, alignment))
         elif block_bytes is not None or blocks is not None:
@@ -80,18 +75,18 @@ class SharedFile:
                 f"The shared pool {name!r} was asked for with {blocks} blocks of {block_bytes} "
                 f"bytes; say both, to make it, or neither, to open it as it is."
             )
-        while True:
-            file = cls(path, _opened(path, wanted is not None))
+        joined = False
+        while not joined:  # the last member may remove the file before it is locked here
+            self.locks = FileLocks(_opened(self.path, wanted is not None))
             try:
-                with file.locks.exclusive():
-                    if file._named():
-                        file._begin(name, wanted)
-                        file._join(name, label)
-                        return file
-                file.locks.close()  # the last member removed it in between
-            except BaseException:
-                file.locks.close()
-                raise
+                with self.locks.exclusive():
+                    if self._named():
+                        self._begin(name, wanted)
+                        self._join(name, label)
+                        joined = True
+            finally:
+                if not joined:
+                    self.locks.close()
 
     @property
     def address(self) -> int:
@@ -157,24 +152,22 @@ class SharedFile:
 
     def _begin(self, name: str, wanted: tuple[int, int, int] | None) -> None:
         """Make the file, unless that was finished before, and map it."""
-        fd = self.locks.fd
-        raw = os.pread(fd, HEADER.itemsize, 0).ljust(HEADER.itemsize, b"\0")
+        raw = os.pread(self.locks.fd, HEADER.itemsize, 0).ljust(HEADER.itemsize, b"\0")
         found = np.frombuffer(raw, HEADER)
+        here = tuple(int(found[field][0]) for field in _SIZES)
         fresh = found["magic"][0] == 0
-        if fresh:
-            if wanted is None:
-                self.path.unlink(missing_ok=True)
-                raise _absent(name)
+        if fresh and wanted is None:
+            self.path.unlink(missing_ok=True)
+            raise _absent(name)
+        if fresh and wanted is not None:
             self._reserve(wanted)
+            here = wanted
         elif found["magic"][0] != _MAGIC:
             raise HostMemoryError(
                 f"The shared pool {name!r} was made by another release of PortaKV; end what uses "
                 f"it and remove {self.path}."
             )
-        here = tuple(int(found[field][0]) for field in _SIZES)
-        if wanted is not None and fresh:
-            here = wanted
-        if wanted is not None and wanted != here:
+        elif wanted is not None and wanted != here:
             raise HostMemoryError(
                 f"The shared pool {name!r} was asked for with {wanted[1]} blocks of {wanted[0]} "
                 f"bytes ({wanted[2]} apart), and it has {here[1]} of {here[0]} ({here[2]} apart); "

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,16 @@ import torch
 from portakv.errors import HostMemoryError, Unsupported
 from portakv.host import _pages, _registrations
 from portakv.host._pages import BufferRange, HugePages
-from portakv.host._registrations import LARGEST, CallRefused, Registration, buffer_of, seams
+from portakv.host._registrations import (
+    LARGEST,
+    MAPPED,
+    PORTABLE,
+    READ_ONLY,
+    CallRefused,
+    Registration,
+    buffer_of,
+    seams,
+)  # fmt: skip
 
 __all__ = ["HostMemoryError", "PinnedMemory", "allocate", "empty", "register", "register_address",
            "registered", "seams", "unregister", "why_not"]  # fmt: skip
@@ -46,8 +55,7 @@ class PinnedMemory:
         base: torch.Tensor,
         registration: Registration | None = None,
         notes: Sequence[str] = (),
-        mapped: bool = True,
-        read_only: bool = False,
+        flags: int = 0,
     ) -> None:
         self.nbytes, self.address = base.numel(), base.data_ptr()
         self.pinned = registration.pinned if registration is not None else base.is_pinned()
@@ -55,7 +63,7 @@ class PinnedMemory:
         pieces = [] if registration is None else registration.pieces
         self.seams = tuple(at - self.address for at, _ in pieces[1:])
         self._base: torch.Tensor | None = base
-        self._registration, self._mapped, self._read_only = registration, mapped, read_only
+        self._registration, self._flags = registration, flags
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -71,7 +79,7 @@ class PinnedMemory:
     def array(self) -> npt.NDArray[np.uint8]:
         """All of it, uint8 ``[nbytes]``. Holds the memory."""
         found: npt.NDArray[np.uint8] = self.tensor.numpy()
-        if self._read_only:
+        if self._flags & READ_ONLY:
             found.flags.writeable = False
         return found
 
@@ -109,7 +117,7 @@ class PinnedMemory:
         what = f"The device's address of host memory at {self.address:#x}"
         if self._registration is None or not self._registration.pinned:
             raise Unsupported(what, "it is not registered with a CUDA or HIP runtime; copy instead")
-        if not self._mapped:
+        if not self._flags & MAPPED:
             raise Unsupported(what, "it was registered with mapped=False; register it mapped")
         try:
             return self._registration.device_address(self.address + offset)
@@ -176,8 +184,10 @@ def allocate(
     if numa is not None:
         _pages.bind(address, len(mapping), numa)
     _pages.touch(address, len(mapping), threads)
-    how = _How(portable, mapped, False, largest, unit, fallback)
-    return _pinned(address, nbytes, len(mapping), mapping, how, notes)
+    return _pinned(
+        address, nbytes, len(mapping), mapping, notes, portable=portable, mapped=mapped,
+        largest=largest, unit=unit, fallback=fallback,
+    )  # fmt: skip
 
 
 def empty(shape: int | Sequence[int], dtype: torch.dtype | None = None, **options: Any,
@@ -242,21 +252,13 @@ def register(
 
 
 def register_address(
-    address: int,
-    nbytes: int,
-    *,
-    held: object = None,
-    portable: bool = True,
-    mapped: bool = True,
-    read_only: bool = False,
-    largest: int = LARGEST,
-    unit: int = 1,
-    fallback: bool = True,
+    address: int, nbytes: int, *, held: object = None, **options: Any
 ) -> PinnedMemory:
     """As `register`, of bytes at an address.
 
     Args:
         held: the owner of the memory, kept until it is unregistered.
+        options: of `register`.
     """
     nbytes = _count(nbytes)
     asked = f"{nbytes} bytes at address {address!r} were asked to be registered"
@@ -267,8 +269,7 @@ def register_address(
             f"{nbytes} bytes at {address:#x} were asked to be registered, and some of them "
             f"belong to no memory of this process; register memory before it is freed."
         )
-    how = _How(portable, mapped, read_only, largest, unit, fallback)
-    memory = _pinned(address, nbytes, nbytes, held, how)
+    memory = _pinned(address, nbytes, nbytes, held, **options)
     _open.append(memory)
     return memory
 
@@ -299,17 +300,6 @@ def why_not() -> str | None:
     return None if _registrations.through_torch() else _registrations.why_not()
 
 
-class _How(NamedTuple):
-    """How memory is registered; see `allocate` and `register`."""
-
-    portable: bool
-    mapped: bool
-    read_only: bool
-    largest: int
-    unit: int
-    fallback: bool
-
-
 def _count(nbytes: int) -> int:
     return _pages.whole(
         nbytes, 1, f"{nbytes!r} bytes of host memory were asked for", "ask for one at least"
@@ -317,20 +307,18 @@ def _count(nbytes: int) -> int:
 
 
 def _pinned(
-    address: int, nbytes: int, length: int, owner: object, how: _How, notes: Sequence[str] = ()
-) -> PinnedMemory:
+    address: int, nbytes: int, length: int, owner: object, notes: Sequence[str] = (), *,
+    portable: bool = True, mapped: bool = True, read_only: bool = False, largest: int = LARGEST,
+    unit: int = 1, fallback: bool = True,
+) -> PinnedMemory:  # fmt: skip
     """Memory at an address, registered to a length or, if that is impossible and allowed,
     merely claimed. Every tensor made from it holds the registration and the owner."""
     runtime = _registrations.find_runtime()
+    flags = PORTABLE * portable | MAPPED * mapped | READ_ONLY * read_only
     registration, why = None, why_not() or _ONLY_TORCH
     if runtime is not None:
-        flags = (
-            _registrations.PORTABLE * how.portable
-            | _registrations.MAPPED * how.mapped
-            | _registrations.READ_ONLY * how.read_only
-        )
         try:
-            registration = Registration(runtime, address, length, flags, how.largest, how.unit)
+            registration = Registration(runtime, address, length, flags, largest, unit)
         except CallRefused as refused:
             if refused.code in (_registrations.ALREADY, _registrations.INVALID):
                 raise HostMemoryError(
@@ -341,19 +329,19 @@ def _pinned(
                 ) from None
             why = f"the runtime refused to register it, {refused}"
     if registration is None:
-        if not how.fallback:
+        if not fallback:
             raise HostMemoryError(
                 f"Pinned host memory was asked for, and {why}. Pass fallback=True to go on with "
                 f"pageable memory."
             )
         _registrations.warn_once(why)
-        registration = Registration(None, address, length, 0, how.largest, how.unit)
+        registration = Registration(None, address, length, 0, largest, unit)
     memory = BufferRange(address, nbytes)
     with torch.inference_mode(False):  # as in `PinnedMemory.view`
         base = torch.from_numpy(memory.array())
     end = weakref.finalize(memory, registration.forget, owner)
     end.atexit = False  # `_registrations` unregisters at exit; unmapping then would be too early
-    return PinnedMemory(base, registration, notes, how.mapped, how.read_only)
+    return PinnedMemory(base, registration, notes, flags)
 
 
 def _from_torch(nbytes: int, huge_pages: HugePages, numa: Any) -> PinnedMemory | None:

@@ -11,11 +11,12 @@ import time
 import traceback
 import warnings
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,10 +31,23 @@ _ASK_AGAIN = 0.0005  # seconds between two looks at work that only tells when as
 _GROW_AGAIN = 0.1  # seconds until a waiting caller asks again for memory that could not be had
 
 
-class Pool(Protocol):
-    """What a block is given back to."""
+_Own = TypeVar("_Own", bound="Pool")
 
+
+class Pool(ABC):
+    """What blocks come from and are given back to."""
+
+    @abstractmethod
     def release(self, block: Block, after: Any = None) -> None: ...
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    def __enter__(self: _Own) -> _Own:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class Block:
@@ -115,7 +129,7 @@ class Leak:
         return f"block {self.index}: {who}, for {self.seconds:.1f} s{how}{where}"
 
 
-class PinnedPool:
+class PinnedPool(Pool):
     """Blocks of one size in pinned memory. A context manager; `close` may be called again.
 
     Args:
@@ -309,12 +323,6 @@ class PinnedPool:
         if left:
             warnings.warn(_listed("A pool was closed", left), ResourceWarning, stacklevel=2)
 
-    def __enter__(self) -> PinnedPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _refuse_fork(self) -> None:
         if self._process != os.getpid():
             raise HostMemoryError(
@@ -404,7 +412,7 @@ def stride(block_bytes: int, blocks: int, alignment: int) -> int:
 def deadline(timeout: float | None) -> float | None:
     """When a wait of so many seconds ends, by the monotonic clock; None: never. Raises
     `HostMemoryError` for what is no number."""
-    if timeout is None or timeout == math.inf:
+    if timeout is None:
         return None
     if not isinstance(timeout, Real) or math.isnan(timeout):
         raise HostMemoryError(

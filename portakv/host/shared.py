@@ -21,14 +21,14 @@ import torch
 from portakv.errors import HostMemoryError, PoolExhausted
 from portakv.host import _registrations, pinned
 from portakv.host._shared_file import SharedFile, names, remove
-from portakv.host.pool import Block, check_block, deadline
+from portakv.host.pool import Block, Pool, check_block, deadline
 
 __all__ = ["PoolExhausted", "SharedPool", "names", "remove"]
 
 _ASK_AGAIN = 0.002  # seconds between two looks at what other processes released
 
 
-class SharedPool:
+class SharedPool(Pool):
     """Blocks of one size, shared by name. A context manager; `close` may be called again.
 
     The first process that names it makes it, the last that closes it removes it, unless it
@@ -58,7 +58,7 @@ class SharedPool:
         keep: bool = False,
         fallback: bool = True,
     ) -> None:
-        self._file = SharedFile.open(name, block_bytes, blocks, alignment, label)
+        self._file = SharedFile(name, block_bytes, blocks, alignment, label)
         self.name, self.block_bytes, self.blocks = name, self._file.block_bytes, self._file.blocks
         try:
             self._memory = pinned.register_address(
@@ -216,12 +216,6 @@ class SharedPool:
                 ResourceWarning,
                 stacklevel=2,
             )
-
-    def __enter__(self) -> SharedPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _refuse(self) -> None:
         if self._process != os.getpid():

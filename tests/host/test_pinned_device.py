@@ -221,7 +221,7 @@ def test_freed_and_read_only_leave_no_error() -> None:
     assert last_error() == 0
     # Behind the library's own checks, the runtime's refusal is cleared as well.
     with pytest.raises(_registrations.CallRefused):
-        _registrations._loaded().register(address, ODD, 0)
+        _registrations._loaded().call("HostRegister", address, ODD, 0)
     assert last_error() == 0
 
 
