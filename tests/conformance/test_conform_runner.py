@@ -17,7 +17,7 @@ import pytest
 import support.conform_fake_worker as fake
 import torch
 from support.conform_fake_worker import CLAIM, CORE
-from support.conform_runs import Heard, ran, statuses
+from support.conform_runs import ROOT, Heard, ran, statuses
 
 from portakv_conformance.evidence.verdict import case_list_sha256, judge
 from portakv_conformance.evidence.verify import check_report
@@ -36,15 +36,15 @@ def endings(behaviours: dict[str, str], *options: Any, **how: Any) -> list[str]:
     return list(statuses(ran(behaviours, *options, **how)).values())
 
 
-def children() -> list[int]:
-    """Processes that this one has started and that have not ended."""
+def children(process: int = os.getpid()) -> list[int]:
+    """What a process, by default this one, has started and has not ended."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        if words[0] != "Z" and int(words[1]) == os.getpid():
+        if words[0] != "Z" and int(words[1]) == process:
             found.append(int(folder.name))
     return found
 
@@ -124,6 +124,7 @@ def test_a_run_in_which_all_is_well(capfd: pytest.CaptureFixture[str]) -> None:
         ("half a line", "SIGKILL (perhaps by the system, for want of memory) while this case ran"),
         ("crash later", "SIGSEGV right after this case"),
         ("leave", "exit code 0 while this case ran"),
+        ("retire", "It faulted."),  # the device, and the worker says so
     ],
 )
 def test_a_case_that_takes_the_process_with_it_has_failed(how: str, told: str) -> None:
@@ -135,6 +136,7 @@ def test_a_case_that_takes_the_process_with_it_has_failed(how: str, told: str) -
     assert (record.verdict, record.rung, record.totals["failed"]) == ("failed", "", 1)
     assert len(heard.sentences) == 1
     assert CORE + "b" in heard.sentences[0]
+    assert ("The device failed behind" in heard.sentences[0]) == (how == "retire")
     assert lost.replay.endswith(f" --only {CORE}b")
 
 
@@ -181,14 +183,6 @@ def test_losses_that_cost_too_much_end_the_run(monkeypatch: pytest.MonkeyPatch) 
     assert record.cases[-1].status == "error"
 
 
-def test_a_worker_that_retires_costs_one_case() -> None:
-    heard = Heard()
-    record = ran({CORE + "a": "pass", CORE + "b": "retire", CORE + "c": "pass"}, heard)
-    assert statuses(record) == {CORE + "a": "passed", CORE + "b": "failed", CORE + "c": "passed"}
-    assert record.cases[1].reason == "It faulted."
-    assert heard.sentences == [f"The device failed behind {CORE}b (an illegal access)."]
-
-
 def test_children_of_a_worker_end_with_it() -> None:
     (case,) = ran({CORE + "a": "child"}, exit_first=True).cases
     assert fake.gone(int(case.reason.split()[-1]))
@@ -223,25 +217,14 @@ def test_nothing_can_be_judged(
 
 def test_a_worker_ends_when_its_runner_is_killed() -> None:
     """A device must not stay occupied by the worker of a runner that is gone."""
-    code = (
-        "import sys, support.conform_fake_worker as fake\n"
-        "from portakv_conformance.run.runner import Options, run\n"
-        "from support.conform_runs import Telling\n"
-        "run(Options('fake'), Telling(), command=(sys.executable, '-c', "
-        "'import os, sys, time; from pathlib import Path; "
-        "from portakv_conformance.run import worker; "
-        "orders = worker.Orders.read(Path(sys.argv[1])); worker._end_with(orders.runner); "
-        "import support.conform_fake_worker as fake; fake.tell(orders, fake.SUBJECT); "
-        'fake.tell(orders, dict(event="list", ids=["a"])); '
-        'fake.tell(orders, dict(event="start", id=str(os.getpid()))); time.sleep(600)\'))\n'
-    )
-    here = os.path.dirname(os.path.dirname(__file__))
+    code = "from support.conform_runs import Telling, ran; ran({'a': 'hang'}, Telling())"
+    path = os.pathsep.join([str(ROOT / "tests"), *filter(None, sys.path)])
     parent = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=here,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([here, *filter(None, sys.path)])},
-    )  # fmt: skip
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
+    )
     assert parent.stdout is not None
-    worker = int(parent.stdout.readline())
+    parent.stdout.readline()
+    (worker,) = children(parent.pid)
     parent.kill()
     parent.wait()
     assert fake.gone(worker)

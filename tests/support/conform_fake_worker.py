@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from portakv_conformance.run.worker import STACKS_PLEASE, Orders, Share
+from portakv_conformance.run.worker import STACKS_PLEASE, Orders, Share, _end_with
 
 CORE, CLAIM = "cases/test_core.py::test_", "cases/test_claims.py::test_"
 SUBJECT = {
@@ -64,6 +64,7 @@ def gone(process: int) -> bool:
 def main(argv: Sequence[str]) -> None:
     behaviours: dict[str, str] = json.loads(argv[0])
     orders = Orders.read(Path(argv[1]))
+    _end_with(orders.runner)
     number = Path(orders.events).parent.name
     of_second = {key: behaviours.pop(key) for key in list(behaviours) if key.startswith("2 ")}
     if number == "2":
