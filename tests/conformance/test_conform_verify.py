@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from support import conform_reports
 from support.conform_fake_worker import CLAIM, CORE
 from support.conform_reports import changed
 
-from portakv_conformance import SUITE_VERSION, cli
+from portakv_conformance import SUITE_VERSION
 from portakv_conformance.cli import main
 from portakv_conformance.evidence import verify
 from portakv_conformance.evidence.evidence import of_report
@@ -456,17 +455,3 @@ def test_a_waived_failure_is_no_first_failure() -> None:
     behaviours = {CLAIM + "a": "fail", CLAIM + "b": "fail", CLAIM + "c": "pass"}
     record = ran(behaviours, *waived(CLAIM + "a"), exit_first=True)
     assert [case.status for case in record.cases] == ["waived", "failed"]
-
-
-def test_waivers_are_strict_where_only_some_cases_are_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A waiver that does not hold fails these too, though its case is not among them."""
-    behaviours = {CORE + "a": "pass", CLAIM + "a": "fail", CLAIM + "b": "pass"}
-    monkeypatch.setattr(cli, "run", partial(run, command=fake.command(behaviours)))
-    words = ["fake", "--device", "cpu", "--only", CORE + "a", "--waivers"]
-    assert cli.main([*words, str(written(tmp_path, GOOD))]) == 0
-    assert cli.main([*words, str(written(tmp_path, GOOD.replace(LATER, NOW)))]) == 1
-    assert f"expired in suite {NOW}" in " ".join(capsys.readouterr().out.split())
-    assert cli.main([*words, str(written(tmp_path, GOOD.replace(CLAIM + "a", "cases/gone")))]) == 2
-    assert "A waiver names 'cases/gone', but no case" in capsys.readouterr().err
