@@ -392,21 +392,10 @@ def test_caches_that_are_not_registered_do_not_replace_those_that_are() -> None:
 
 @pytest.mark.parametrize("store", [True, False])
 def test_torch_finds_the_schema_true(store: bool) -> None:
-    connector, caches = AdaptiveConnector("cpu"), make_caches()
+    connector = AdaptiveConnector("cpu")
     op = torch.ops.portakv.from_gpu if store else torch.ops.portakv.to_gpu
-    torch.library.opcheck(
-        op.default,
-        (
-            connector._enlisted.number,
-            [make_chunk()],
-            [1],
-            caches,
-            [LAYERS],
-            torch.arange(4),
-            [0],
-            [4],
-        ),
-    )
+    given = ([make_chunk()], [1], make_caches(), [LAYERS], torch.arange(4), [0], [4])
+    torch.library.opcheck(op.default, (connector._enlisted.number, *given))
 
 
 def test_eager_calls_do_not_go_through_the_op(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,6 +240,13 @@ def test_the_vector_is_the_widest_that_everything_allows(
         assert {nest.vector for nest in plan.nests} == {plan.vector} == {vector}
 
 
+def test_a_flat_side_may_begin_between_two_units() -> None:
+    """A block of 8 tokens x 24 B allows vectors of 16 B, a start at the next token does not."""
+    blocks, rows = form("block token dim", 4, 8, 12), form("token dim", 24, 12)
+    assert CopyPlan(blocks, blocks, 8, 8).vector == 16
+    assert CopyPlan(blocks, rows, 8, 0).vector == CopyPlan(rows, blocks, 0, 8).vector == 8
+
+
 @pytest.mark.parametrize(
     ("loops", "merged"),
     [

@@ -7,37 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.core_cases import HANDS, SLOTS, Hand, Mover, by_backend, by_runs, move, noise
-from support.guarded_memory import filled, same
+from support.core_cases import Mover, by_backend, by_runs, move, noise
 
-from portakv import CopyPlan, Index, KVView, PortaKVError, SlotError, copy_rows
-
-
-def indices(hand: Hand, by: str, ids: list[int]) -> Index:
-    """Slots, or a block table in any order for what is paged, else consecutive slots."""
-    if by == "slots":
-        return Index(ids)
-    blocks = torch.arange(SLOTS // hand.block).flip(0).roll(1) if hand.block else None
-    return Index(blocks, step=hand.block or 1)
-
-
-@pytest.mark.parametrize("by", ["slots", "blocks"])
-@pytest.mark.parametrize("src", HANDS, ids=lambda hand: hand.layout)
-@pytest.mark.parametrize("dst", HANDS, ids=lambda hand: hand.layout)
-def test_runs_between_any_two_layouts(src: Hand, dst: Hand, by: str) -> None:
-    source, target = src.make(1), dst.make(2)
-    first, second = src.view(source), dst.view(target)
-    mine = indices(src, by, [11, 0, -1, 6, 5, 7, 3])
-    theirs = indices(dst, by, [2, 3, 8, -5, 0, 11, 7])
-    count = 7 if by == "slots" else SLOTS
-    read, written = (torch.from_numpy(index.slots(count)) for index in (mine, theirs))
-    moved = (read >= 0) & (written >= 0)
-    expected = dst.rows(target)
-    expected[:, :, written[moved]] = src.rows(source)[:, :, read[moved]]
-    plan = CopyPlan(first.form, second.form, mine.plan_step, theirs.plan_step)
-    assert plan.token_bytes == first.form.token_bytes == 2 * 2 * 2 * 8
-    move(plan.runs(first, second, mine, theirs, count))
-    assert torch.equal(dst.rows(target), expected)
+from portakv import CopyPlan, Index, KVView, PortaKVError, SlotError
 
 
 @pytest.mark.parametrize("carry", [by_runs, by_backend])
@@ -180,25 +152,3 @@ def test_a_view_of_another_form_or_none() -> None:
             views: list[Any] = [wrong if n == at else view for n in range(2)]
             with pytest.raises(PortaKVError, match=f"{side}.* {told}"):
                 plan.runs(views[0], views[1], table(0), table(0), 4)
-
-
-@pytest.mark.parametrize("start", [0, 1, 2, 3, 5])
-@pytest.mark.parametrize("gathers", [True, False], ids=["gather", "scatter"])
-def test_a_flat_side_may_begin_between_two_units(start: int, gathers: bool) -> None:
-    """A block of 8 tokens x 24 B allows vectors of 16 B, a start at the next token does not."""
-    cache, rows = noise(4, 8, 12, dtype=torch.float16), filled((24, 12))
-    table, begin = Index([2, 0], step=8), Index(offset=start)
-    blocks = KVView(cache, "block token dim", kv=1)
-    flat = KVView(rows, "token dim", kv=1)
-    assert CopyPlan(blocks.form, blocks.form, 8, 8).vector == 16
-    if gathers:
-        wanted = rows.clone()
-        wanted[start : start + 16] = cache[[2, 0]].view(rows.dtype).reshape(16, 12)
-        assert CopyPlan(blocks.form, flat.form, 8, 0).vector == 8
-        copy_rows(blocks, flat, table, begin, count=16).synchronize()
-        assert same(rows, wanted)
-    else:
-        expected = cache.clone()
-        expected[[2, 0]] = rows[start : start + 16].view(cache.dtype).reshape(2, 8, 12)
-        copy_rows(flat, blocks, begin, table, count=16).synchronize()
-        assert same(cache, expected)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.core_cases import HANDS, HEADS, KV, LAYERS, SLOTS, Hand, address, noise
+from support.core_cases import HANDS, Hand, address, noise
 
-from portakv import KVView, LayoutError, copy_rows
+from portakv import KVView, LayoutError
 from portakv_conformance.draw.arrangement import Case
 from portakv_conformance.draw.strategies import cases
 
@@ -37,33 +37,11 @@ def check(part: KVView, whole: KVView, layers: Range, heads: Range, kv: Range) -
 
 
 @pytest.mark.parametrize("hand", HANDS, ids=lambda hand: hand.layout)
-@pytest.mark.parametrize("axis", ["layers", "heads", "kv"])
-@pytest.mark.parametrize("asked", [0, 1, slice(1, None), slice(0, 1), slice(None), slice(-1, None)])
-def test_a_slice_leads_to_the_same_rows(hand: Hand, axis: str, asked: Range) -> None:
-    whole = hand.view(hand.make(0))
-    ranges: dict[str, Any] = {"layers": None, "heads": None, "kv": None, axis: asked}
-    check(whole.slice(**ranges), whole, **ranges)
-
-
-@pytest.mark.parametrize("hand", HANDS, ids=lambda hand: hand.layout)
 def test_slices_of_slices_and_of_several_axes(hand: Hand) -> None:
     whole = hand.view(hand.make(0))
     both = whole.slice(layers=1, heads=slice(1, 2), kv=0)
     check(both, whole, 1, slice(1, 2), 0)
     check(whole.slice(kv=0).slice(layers=1).slice(heads=1), whole, 1, slice(1, 2), 0)
-
-
-@pytest.mark.parametrize("hand", HANDS, ids=lambda hand: hand.layout)
-def test_copying_slice_by_slice_is_copying_the_whole(hand: Hand) -> None:
-    source, target = hand.make(1), hand.make(2)
-    src, dst = hand.view(source), hand.view(target)
-    ids = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(0))
-    for layer, head, kv in product(range(LAYERS), range(HEADS), range(KV)):
-        cut: dict[str, Any] = {"layers": layer, "heads": head, "kv": kv}
-        copy_rows(src.slice(**cut), dst.slice(**cut), ids, ids.flip(0)).synchronize()
-    expected = torch.empty_like(hand.rows(source))
-    expected[:, :, ids.flip(0)] = hand.rows(source)[:, :, ids]
-    assert torch.equal(hand.rows(target), expected)
 
 
 def _separate() -> list[torch.Tensor]:

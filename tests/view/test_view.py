@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.ambient import STATES
 from support.core_cases import HANDS, HEADS, KV, LAYERS, SLOTS, Hand, noise
 
-from portakv import CopyPlan, Index, KVView, LayoutError
+from portakv import KVView, LayoutError
 from portakv.view.example import example_tensors
 from portakv.view.form import Step
 
@@ -203,29 +202,6 @@ SHARED = "(stride 0|one address)"
 def test_what_cannot_be_written(tensors: Any, layout: str, why: str) -> None:
     with pytest.raises(LayoutError, match=f"cannot be written: .*{why}"):
         KVView(tensors, layout).check_writable()
-
-
-@pytest.mark.parametrize(
-    "state",
-    ["default device meta", "with torch.device meta", "default dtype bfloat16", "inference mode"],
-)
-def test_whatever_torch_was_set_to(state: str) -> None:
-    """Engines set defaults while they load; a view, its table, a plan and ids know none of it."""
-    hand, cpu = HANDS[0], torch.device("cpu")
-    tensors, ids = hand.make(0), torch.tensor([5, -1, 2], dtype=torch.int64)
-    with STATES[state](cpu):
-        view, index = hand.view(tensors), Index([1, 0, 2], step=4)
-        assert view.table.device == cpu
-        assert view.table.tolist() == view.addresses.tolist()
-        assert index.units(12, 2, cpu).tolist() == [2, 3, 0, 1, 4, 5]
-        assert Index([5, -1, 2]).ids_on(cpu).tolist() == ids.tolist()
-        assert Index(offset=4).units(4, 2, cpu).tolist() == [2, 3]
-        assert Index.joined([(index, 2), (Index(ids), 3)]).slots(5).tolist() == [4, 5, 5, -1, 2]
-        assert view.plane(1, 1, torch.int64).device == cpu
-        runs = CopyPlan(view.form, view.form, 4, 4).runs(view, view, index, index, 12)
-        assert runs.nbytes.dtype == np.int64
-        made = example_tensors("layer | token dim", layers=2, tokens=3, dim=4)
-        assert (made[0].device, made[0].dtype) == (cpu, torch.float16)
 
 
 class TestPlanes:
