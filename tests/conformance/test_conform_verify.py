@@ -15,6 +15,7 @@ import support.conform_fake_worker as fake
 from support import conform_reports
 from support.conform_fake_worker import CLAIM, CORE
 from support.conform_reports import changed
+from support.conform_runs import ran
 
 from portakv_conformance import SUITE_VERSION
 from portakv_conformance.cli import main
@@ -34,7 +35,6 @@ from portakv_conformance.judge.waivers import Waiver, WaiverError, judged, probl
 from portakv_conformance.record import CaseRecord, RunRecord
 from portakv_conformance.report.markdown import markdown
 from portakv_conformance.report.words import left_out
-from portakv_conformance.run.runner import Options, run
 from portakv_conformance.vendor.standins import SIMULATION, STANDINS
 
 BEHAVIOURS = {CORE + "a": "pass", CORE + "b": "pass", CLAIM + "c": "not-claimed"}
@@ -46,7 +46,7 @@ def listing(profile: str, device: str) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def made() -> RunRecord:
-    return run(Options("fake", profile="full"), command=fake.command(BEHAVIOURS))
+    return ran(BEHAVIOURS, profile="full")
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_a_report_stands(record: RunRecord) -> None:
 def test_one_that_failed_one_with_waivers_and_partial_ones_stand(
     options: dict[str, Any], behaviours: dict[str, str], verdict: str, missing: str
 ) -> None:
-    record = run(Options("fake", **options), command=fake.command(BEHAVIOURS | behaviours))
+    record = ran(BEHAVIOURS | behaviours, **options)
     assert (record.verdict, refusals(record)) == (verdict, "")
     assert missing in "".join(record.missing)
     assert bool(missing) == bool(record.missing)
@@ -315,7 +315,7 @@ def test_cases_on_two_devices_are_left_out_in_words_only(record: RunRecord) -> N
 
 
 def test_a_run_says_what_it_was_judged_without() -> None:
-    record = run(Options("fake"), command=fake.command(BEHAVIOURS | {"lone": "9"}))
+    record = ran(BEHAVIOURS | {"lone": "9"})
     assert record.environment[LEFT_OUT] == "9 cases were left out, since one device was found"
     assert record.verdict == "conformant"
 
@@ -368,13 +368,8 @@ def written(folder: Path, text: str) -> Path:
     return file
 
 
-def waived(*ids: str, expires: str = LATER) -> tuple[Waiver, ...]:
-    return tuple(Waiver(id, "Ticket 4711.", expires) for id in ids)
-
-
-def ran(behaviours: dict[str, str], *waivers: Waiver, **options: object) -> RunRecord:
-    wanted = Options("fake", waivers=waivers, **options)  # type: ignore[arg-type]
-    return run(wanted, command=fake.command(behaviours))
+def waived(id: str, expires: str = LATER) -> tuple[Waiver, ...]:
+    return (Waiver(id, "Ticket 4711.", expires),)
 
 
 def test_a_file_is_read_in_its_order(tmp_path: Path) -> None:
@@ -427,7 +422,7 @@ def test_a_file_of_another_form_is_refused(tmp_path: Path, text: str, told: str)
 def test_a_waived_case(how: str, id: str, expires: str, status: str, told: str) -> None:
     """A failure or a crash is waived, of no CORE case and until its waiver expires; it proves no
     rung. What passes, or is not claimed, fails."""
-    record = ran({id: how, CLAIM + "b": "pass"}, *waived(id, expires=expires), profile="full")
+    record = ran({id: how, CLAIM + "b": "pass"}, waivers=waived(id, expires), profile="full")
     assert [case.status for case in record.cases] == [status, "passed"]
     assert told in record.cases[0].reason
     conformant = "conformant" if status == "waived" else "failed"
@@ -443,7 +438,7 @@ def test_an_expiry_is_compared_as_numbers() -> None:
 
 
 def test_an_unknown_id_fails_a_run_in_which_all_is_well() -> None:
-    record = ran({CORE + "a": "pass"}, *waived("cases/test_claims.py::test_gone"))
+    record = ran({CORE + "a": "pass"}, waivers=waived("cases/test_claims.py::test_gone"))
     assert (record.verdict, record.totals["failed"]) == ("failed", 0)
     (told,) = problems(record.waivers, record.cases, NOW, whole=True)
     assert "no case of this run has that id" in told
@@ -453,5 +448,5 @@ def test_an_unknown_id_fails_a_run_in_which_all_is_well() -> None:
 
 def test_a_waived_failure_is_no_first_failure() -> None:
     behaviours = {CLAIM + "a": "fail", CLAIM + "b": "fail", CLAIM + "c": "pass"}
-    record = ran(behaviours, *waived(CLAIM + "a"), exit_first=True)
+    record = ran(behaviours, waivers=waived(CLAIM + "a"), exit_first=True)
     assert [case.status for case in record.cases] == ["waived", "failed"]
