@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import os
-import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +25,6 @@ from portakv.backends.base import Decision, Launch
 from portakv.engines import direct
 from portakv.engines.direct import BLOCKS, CUT, NAME, Cut, Direct, DirectKernel
 from portakv.engines.engine import Terms
-from portakv.plan.plan import Move
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import nvrtc as _nvrtc
 from portakv.runtime.devices import this_process
@@ -105,25 +103,24 @@ def _run(prepared: Launch, copied: Copy) -> None:
     prepared(src.view(), dst.view(), src.index(), dst.index(), copied.count, None, None)
 
 
+SMALL = Cut(threads=64, each=2, strip=64)
+
+
 @needs_compiler
-@pytest.mark.parametrize(("terms", "most"), [(None, BLOCKS), (1, 1), (2, 2), (3, 3), (20, 20)])
-def test_no_more_thread_blocks_than_the_terms_allow(
-    terms: int | None, most: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("cut", "make", "terms", "blocks"),
+    [(SMALL, large, None, BLOCKS), *((SMALL, large, most, most) for most in (1, 2, 3, 20)),
+     (CUT, large, None, 6), (CUT, COPIES["gather"], None, 1)],
+    ids=str,
+)  # fmt: skip
+def test_no_more_thread_blocks_than_the_terms_allow_and_have_something_to_do(
+    cut: Cut, make: Callable[[], Copy], terms: int | None, blocks: int
 ) -> None:
-    with installed(Cut(threads=64, each=2, strip=64)) as driver:
-        copied = large()
+    copied = make()
+    with installed(cut) as driver:
         copied.check(lambda: launch(copied, Terms(max_thread_blocks=terms)))
-    assert [(blocks, threads) for blocks, threads, _ in driver.launches] == [(most, 64)]
-
-
-@needs_compiler
-def test_no_more_thread_blocks_than_have_something_to_do(driver: Driver) -> None:
-    copied = large()
-    copied.check(lambda: launch(copied))
-    small = COPIES["gather"]()
-    small.check(lambda: launch(small))
-    assert [(blocks, threads) for blocks, threads, _ in driver.launches] == [(6, 1024), (1, 1024)]
-    assert driver.streams == [7, 7], "the stream's handle, as the driver knows it"
+    assert [launched[:2] for launched in driver.launches] == [(blocks, cut.threads)]
+    assert driver.streams == [7], "the stream's handle, as the driver knows it"
 
 
 @needs_compiler
@@ -179,9 +176,11 @@ def test_nothing_is_loaded_during_capture(driver: Driver, monkeypatch: pytest.Mo
         with refused(Unsupported, "make the same call once before the capture"):
             engine.prepare(copied.plan())
     copied.check(lambda: _run(engine.prepare(copied.plan()), copied))
+    driver.held.clear()
     with monkeypatch.context() as capturing:
         capturing.setattr(direct, "capturing", lambda device: True)
         copied.check(lambda: _run(engine.prepare(copied.plan()), copied))
+    assert driver.held == [], "a graph's memory is its owner's"
 
 
 # Tables of the host on the device
@@ -292,26 +291,6 @@ class _nothing:
     def __exit__(self, *error: object) -> None: ...
 
 
-# The argument
-
-
-def test_arguments_begin_as_the_rows_kernels_do() -> None:
-    """The words of a request: base, table, ids, wide, first, limit."""
-    copied = Copy(by(pool(), [3, 1]), objects(), 2)
-    plan = between(copied, "device", "pinned")
-    kernel = DirectKernel(plan.nests[0], plan, CUDA)
-    assert kernel.wants_table
-    buffer = bytearray(kernel.fixed)
-    ids, dst = copied.src.index(), copied.dst.view()
-    addresses = SimpleNamespace(data_ptr=lambda: 1 << 40)
-    dst.derived[direct._TABLE_ON, CUDA] = SimpleNamespace(addresses=addresses)
-    move = Move(copied.src.view(), dst, ids, copied.dst.index(), copied.count)
-    kernel.pack(buffer, move, 99, 0)
-    words = struct.unpack_from("<12q", buffer)
-    assert words[7] == (1 << 40) + 8 * kernel.dst.side.table
-    assert (words[2], words[3], words[5]) == (ids.ids.data_ptr(), 1, 12)  # type: ignore[union-attr]
-
-
 # What is held
 
 
@@ -331,15 +310,6 @@ def test_the_host_s_memory_is_held_until_the_copy_ended(
     with refused(TransferError, "700", watch=copied.dst.tensors):
         launch(copied)
     assert len(driver.held) == 2
-
-
-@needs_compiler
-def test_a_graph_s_memory_is_its_owner_s(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    copied = COPIES["gather"]()
-    prepared = DirectOnCpu(CPU).prepare(copied.plan())
-    monkeypatch.setattr(direct, "capturing", lambda device: True)
-    _run(prepared, copied)
-    assert driver.held == []
 
 
 # What compilers make of the kernel

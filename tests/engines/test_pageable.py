@@ -104,20 +104,6 @@ def test_slices_of_the_default_size(tokens: int, downward: bool) -> None:
         assert torch.equal(copies.landed(), wanted)
 
 
-@DOWNWARD
-@pytest.mark.usefixtures("small")
-def test_on_another_stream_behind_its_producer(accelerator: torch.device, downward: bool) -> None:
-    copies, stream = Copies(downward, accelerator), torch.Stream(accelerator)
-    for seed in range(REPEATS):
-        torch.accelerator.synchronize(accelerator)
-        with on(stream):
-            wanted = copies.fill(seed)
-            copies.run(stream)
-            found = copies.host.clone() if downward else copies.rows.clone()
-        stream.synchronize()
-        assert torch.equal(found.cpu(), wanted)
-
-
 def interrupted(plain: Callable[..., Any], after: int, late: bool) -> Callable[..., Any]:
     """A stand-in that is interrupted in its n-th call, before or after the work."""
     calls = iter(range(1 << 30))
@@ -150,26 +136,15 @@ def test_an_interrupt_leaves_the_ring_usable(
         with pytest.raises(KeyboardInterrupt):
             copies.run()
         monkeypatch.setattr(owner, "copy", plain)
+        if downward:  # what is left behind is not written later
+            copies.host.fill_(0x11)
+            assert (copies.landed() == 0x11).all()
         # The memory goes at once, and the next transfer takes the same buffers.
         del copies
         other = Copies(not downward, accelerator)
         wanted = other.fill(seed + 100)
         other.run()
         assert torch.equal(other.landed(), wanted)
-
-
-@pytest.mark.usefixtures("small")
-def test_memory_that_an_interrupt_leaves_behind_is_not_written_later(
-    accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    copies = Copies(True, accelerator)
-    copies.fill(1)
-    monkeypatch.setattr(HostRows, "copy", interrupted(HostRows.copy, 2, False))
-    with pytest.raises(KeyboardInterrupt):
-        copies.run()
-    copies.host.fill_(0x11)
-    torch.accelerator.synchronize(accelerator)
-    assert (copies.host == 0x11).all()
 
 
 def on_streams_of_their_own(devices: list[torch.device]) -> None:

@@ -7,136 +7,76 @@ from typing import Any
 
 import pytest
 import torch
+from support.engine_cases import DOWNWARD
+from support.guarded_memory import filled
 
-from portakv import AdaptiveConnector, Index, KVView, copy_rows
+from portakv import Index, KVView, copy_rows
 from portakv.errors import BackendUnavailable, PortaKVError, Unsupported
 
-LAYOUT = "kv layer token head dim"
-PAGED = "layer kv block token head dim"
-LAYERS, TOKENS, HEADS, DIM, BLOCK = 2, 12, 2, 8, 4
-SHAPE = (2, LAYERS, TOKENS, HEADS, DIM)
-PAGED_SHAPE = (LAYERS, 2, TOKENS // BLOCK, BLOCK, HEADS, DIM)
-AXES = {LAYOUT: LAYOUT.split(), PAGED: PAGED.split()}
-COUNT = 8
+CHUNK, BLOCK = "kv layer token head dim", 4
+SHAPES = {CHUNK: (2, 2, 12, 2, 8), "layer kv block token head dim": (2, 2, 3, BLOCK, 2, 8)}
 #: Index of the source, as (ids, step, offset).
 INDICES: list[tuple[Any, int, int]] = [
     (None, 1, 3),
     ([11, 4, 5, 6, 0, 9, 2, 3], 1, 0),
     ([2, 0, 1], BLOCK, 2),
 ]
-ENGINES = [
-    pytest.param("ring", "pageable", id="ring"),
-    pytest.param("staged", "pinned", id="staged"),
-    pytest.param("descriptors", "pinned", id="descriptors"),
-    pytest.param("direct", "pinned", id="direct"),
-]
+COUNT = 8
+PLACES = {"ring": "pageable", "staged": "pinned", "descriptors": "pinned", "direct": "pinned"}
 
 
-def source_of(layout: str, axis: str, stride: int, device: torch.device | str) -> torch.Tensor:
-    """Elements of 16 bits; one axis has another stride than in dense memory."""
-    shape = SHAPE if layout == LAYOUT else PAGED_SHAPE
-    dense = torch.empty(shape, dtype=torch.int16, device="meta")
-    strides = [
-        stride if name == axis else own
-        for name, own in zip(AXES[layout], dense.stride(), strict=True)
-    ]
-    memory = torch.arange(1, 1 + dense.numel()).to(torch.int16)
-    if isinstance(device, torch.device):
-        memory = memory.to(device)
-    elif device == "pinned":
-        memory = memory.pin_memory()
-    return memory.as_strided(shape, strides)
+def placed(memory: torch.Tensor, place: str | torch.device) -> torch.Tensor:
+    if isinstance(place, torch.device):
+        return memory.to(place)
+    return memory.pin_memory() if place == "pinned" else memory.clone()
 
 
-def view_of(tensor: torch.Tensor, layout: str) -> KVView:
-    extents: dict[str, Any] = {"layers": LAYERS, "kv": 2, "heads": HEADS, "dim": DIM}
-    if layout == PAGED:
-        extents["block_size"] = BLOCK
-    return KVView(tensor, layout, **extents)
-
-
-def expected_of(source: torch.Tensor, layout: str, index: tuple[Any, int, int]) -> torch.Tensor:
-    """The rows in the order of the index, ``[2, layers, count, heads, dim]``."""
-    dense = source.cpu()
-    if layout == PAGED:
-        dense = dense.transpose(0, 1).reshape(SHAPE)
-    ids, step, offset = index
-    slots = [
-        at if ids is None else ids[at // step] * step + at % step
-        for at in range(offset, offset + COUNT)
-    ]
-    return dense[:, :, slots].contiguous()
-
-
-@pytest.mark.parametrize(("engine", "place"), ENGINES)
+@pytest.mark.parametrize("engine", PLACES)
 @pytest.mark.parametrize("stride", [0, 1], ids=["stride 0", "one element"])
-@pytest.mark.parametrize("to_device", [True, False], ids=["h2d", "d2h"])
+@DOWNWARD
 @pytest.mark.parametrize(
-    ("layout", "axis"), [(layout, axis) for layout, axes in AXES.items() for axis in axes]
+    ("layout", "axis"), [(layout, axis) for layout in SHAPES for axis in layout.split()]
 )
 def test_every_engine_and_direction(
-    accelerator: torch.device, engine: str, place: str, stride: int, to_device: bool, layout: str,
-    axis: str,
-) -> None:  # fmt: skip
-    source = source_of(layout, axis, stride, place if to_device else accelerator)
-    for index in INDICES[: 1 if axis == "dim" else None]:  # each element is a run
-        target = torch.zeros(SHAPE, dtype=torch.int16, device=accelerator if to_device else "cpu")
-        target = target.pin_memory() if place == "pinned" and not to_device else target
-        ids, step, offset = index
-        moved(view_of(source, layout), view_of(target, LAYOUT), Index(ids, step, offset), engine)
-        found = target.cpu()
-        assert torch.equal(found[:, :, :COUNT], expected_of(source, layout, index)), index
-        assert not found[:, :, COUNT:].any()
-
-
-def moved(src: KVView, dst: KVView, index: Index, engine: str) -> None:
-    """Copy rows by an engine; skip the test if it does not take such copies and says so."""
-    try:
-        copy_rows(src, dst, index, count=COUNT, backend=engine).synchronize()
-    except BackendUnavailable as error:
-        pytest.skip(str(error).partition("\n")[0])
-    except Unsupported as error:
-        if engine != "descriptors" or "it copies runs of 16 B or more" not in str(error):
-            raise
-        pytest.skip(str(error).splitlines()[1])
-
-
-@pytest.mark.parametrize("offset", [0, 5])
-@pytest.mark.parametrize("place", ["pageable", "pinned"])
-def test_one_row_for_every_token_of_a_memory_object(
-    accelerator: torch.device, place: str, offset: int
+    accelerator: torch.device, engine: str, stride: int, downward: bool, layout: str, axis: str
 ) -> None:
-    """A memory object of `to_gpu` that repeats one row, which is all that its memory holds."""
-    row = torch.arange(1, 1 + 2 * LAYERS * HEADS * DIM).to(torch.int16)
-    row = row.view(2, LAYERS, 1, HEADS * DIM)
-    row = row.pin_memory() if place == "pinned" else row
-    memory_obj = row.expand(2, LAYERS, COUNT, HEADS * DIM)
-    shape = (2, TOKENS // BLOCK, BLOCK, HEADS, DIM)
-    caches = [torch.zeros(shape, dtype=torch.int16, device=accelerator) for _ in range(LAYERS)]
-    connector = AdaptiveConnector(
-        accelerator,
-        kv_layout="layer | kv block token head dim",
-        chunk_layout="kv layer token (head dim)",
+    """Against `reference`; ``axis`` has another stride than in dense memory."""
+    memory = filled(SHAPES[layout], torch.int16)
+    strides = [
+        stride if name == axis else own
+        for name, own in zip(layout.split(), memory.stride(), strict=True)
+    ]
+    places = (accelerator, PLACES[engine])[:: 1 if downward else -1]
+    src, plain = (
+        KVView(each.as_strided(memory.shape, strides), layout)
+        for each in (placed(memory, places[0]), memory)
     )
-    slots = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(offset))
-    end = offset + COUNT
-    connector.to_gpu(memory_obj, caches, slots, offset, min(end, TOKENS)).synchronize()
-    used = slots[offset : min(end, TOKENS)]
-    for layer, cache in enumerate(caches):
-        found = cache.cpu().reshape(2, TOKENS, HEADS * DIM)
-        wanted = torch.zeros_like(found)
-        wanted[:, used] = row[:, layer]
-        assert torch.equal(found, wanted)
+    for ids, step, offset in INDICES[: 1 if axis == "dim" else None]:  # each element is a run
+        wanted = filled(SHAPES[CHUNK], torch.int16)
+        target, index = placed(wanted, places[1]), Index(ids, step, offset)
+        copy_rows(plain, KVView(wanted, CHUNK), index, count=COUNT)
+        try:
+            dst = KVView(target, CHUNK)
+            copy_rows(src, dst, index, count=COUNT, backend=engine).synchronize()
+        except BackendUnavailable as error:
+            pytest.skip(str(error).partition("\n")[0])
+        except Unsupported as error:
+            if engine != "descriptors" or "it copies runs of 16 B or more" not in str(error):
+                raise
+            pytest.skip(str(error).splitlines()[1])
+        assert torch.equal(target.cpu(), wanted), index
 
 
-@pytest.mark.parametrize(("engine", "place"), [("staged", "pageable"), ("descriptors", "pageable"),
-                                           ("ring", "pinned")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("engine", "place"),
+    [("staged", "pageable"), ("descriptors", "pageable"), ("ring", "pinned")],
+)
 def test_an_engine_that_does_not_serve_the_memory_says_which_one_does(
     accelerator: torch.device, engine: str, place: str
 ) -> None:
-    host = source_of(LAYOUT, "token", 0, place)
-    rows = torch.zeros(SHAPE, dtype=torch.int16, device=accelerator)
+    views = [KVView(placed(filled(SHAPES[CHUNK], torch.int16), each), CHUNK)
+             for each in (place, accelerator)]  # fmt: skip
     with pytest.raises(
         PortaKVError, match=f"{engine}: rejected, it does not copy from {place} to device"
     ):
-        copy_rows(view_of(host, LAYOUT), view_of(rows, LAYOUT), backend=engine)
+        copy_rows(views[0], views[1], backend=engine)

@@ -56,35 +56,26 @@ def _staging_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=[None, 512], ids=["default", "small"])
 def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slices of the default size, and so small that every copy has many."""
     if request.param is not None:
         small_slices(monkeypatch, request.param)
 
 
 @DOWNWARD
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
-@pytest.mark.parametrize("engine", [Staged, Ring])
-@pytest.mark.usefixtures("slices")
+@pytest.mark.parametrize(
+    ("engine", "largest"),
+    [(Staged, None), (Staged, 512), (Ring, None), (Ring, 512), (Descriptors, None)],
+)
 def test_every_byte(
-    accelerator: torch.device, engine: type[Backend], case: Case, downward: bool
-) -> None:
+    accelerator: torch.device, engine: type[Backend], largest: int | None, case: Case,
+    downward: bool, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In slices of the default size, and so small that every copy has many."""
+    if largest:
+        small_slices(monkeypatch, largest)
     judge(case, engine(accelerator), downward, ON_HOST[engine])
-
-
-@DOWNWARD
-@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
-def test_every_byte_by_descriptors(accelerator: torch.device, case: Case, downward: bool) -> None:
-    judge(case, Descriptors(accelerator), downward, torch.Tensor.pin_memory)
-
-
-@DOWNWARD
-@pytest.mark.parametrize("engine", [Staged, Ring, Descriptors])
-@pytest.mark.usefixtures("slices")
-def test_on_another_stream(
-    accelerator: torch.device, engine: type[Backend], downward: bool
-) -> None:
-    stream = torch.Stream(accelerator)
-    for case in CASES[::5]:
+    if case in CASES[::5]:
+        stream = torch.Stream(accelerator)
         stream.wait_stream(torch.accelerator.current_stream(accelerator.index))
         judge(case, engine(accelerator), downward, ON_HOST[engine], stream)
 
