@@ -14,7 +14,6 @@ from support.benchmarks_cases import MACHINE, copied, host_result, linked
 
 from portakv.registry.registry import Registry
 from portakv_benchmarks import check, guide
-from portakv_benchmarks.cli import print_bars
 from portakv_benchmarks.host.calls import IDS, ORDERS
 from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, SCENES, cases, scene
 from portakv_benchmarks.host.suite import HOST_PRESETS, KB, MB
@@ -201,17 +200,6 @@ def test_what_is_only_reported_is_not_judged() -> None:
     assert {v.word for v in check.judge(host_result(rows), check.load_bars())} == {"met"}
 
 
-def test_bars_on_what_was_not_measured_are_counted_and_not_missed(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    rows = [one for one in full_result() if one["kind"] == "host_pinning"]
-    print_bars(host_result(rows))
-    shown = capsys.readouterr().out
-    assert shown.count(" met ") == 2
-    assert "missed" not in shown
-    assert f"{len(host_bars()) - 2} bars are about rows that were not measured." in shown
-
-
 @pytest.mark.parametrize("bar", host_bars(), ids=lambda bar: str(bar.name))
 def test_every_host_bar_is_missed_by_one_worse_row(bar: check.Bar) -> None:
     rows = full_result()
@@ -221,12 +209,6 @@ def test_every_host_bar_is_missed_by_one_worse_row(bar: check.Bar) -> None:
     rows[rows.index(dict(worst))][bar.figure] = limit + (0.01 if bar.at_most is not None else -0.01)
     words = {v.bar.name: v.word for v in check.judge(host_result(rows), [bar])}
     assert words in ({bar.name: "missed"}, {bar.name: "accepted"})
-
-
-def test_the_bars_of_one_suite_do_not_judge_the_other() -> None:
-    copies = {"machine": {"device_type": "cuda"}, "rows": []}
-    assert not any(v.bar.of_host for v in check.judge(copies, check.load_bars()))
-    assert all(v.bar.of_host for v in check.judge(host_result([]), check.load_bars()))
 
 
 # --- the decision guide -----------------------------------------------------------------------

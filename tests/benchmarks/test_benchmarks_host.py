@@ -6,6 +6,7 @@ No test here judges a time.
 
 from __future__ import annotations
 
+import json
 import mmap
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from support.benchmarks_cases import CPU, host_result, linked
 
 from portakv import copy_blocks
+from portakv_benchmarks.guide import RESULTS
 from portakv_benchmarks.host import grid as host_grid
 from portakv_benchmarks.host import interference as host_interference
 from portakv_benchmarks.host import merge as host_merge
@@ -283,15 +285,17 @@ def test_parts_are_merged_and_the_last_of_each_counts(tmp_path: Path) -> None:
     assert host_merge.main([str(tmp_path / "absent.json"), "--out", str(tmp_path)]) == 2
 
 
-def test_plots_of_a_result(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "drawn"),
+    [
+        ("h200", ["bandwidth", "heatmap", "host", "ladder"]),
+        ("h200-host", ["ratio", "interference"]),
+    ],
+)
+def test_plots_of_a_recorded_result(name: str, drawn: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="plots need the extra `bench`")
     from portakv_benchmarks.shared.plots import draw
 
-    rows = [linked(way, op=op, payload_bytes=n * MB, run_bytes=run, host_side="dense", ratio=0.9)
-            for way in ("host", "staged") for op in DIRECTIONS for n in (1, 32)
-            for run in (256, 2 * KB)]  # fmt: skip
-    rows += [linked(way, kind="host_interference", op=op, loop="matmul", stream="own",
-                    slowdown_pct=3.0, link_gb_per_s=50.0)
-             for way in ("memcpy", "host") for op in DIRECTIONS]  # fmt: skip
-    drawn = draw(host_result(rows), tmp_path, "x")
-    assert [path.name for path in drawn] == ["x-ratio.svg", "x-interference.svg"]
+    results = json.loads((RESULTS / f"{name}.json").read_text())
+    paths = draw(results, tmp_path, "x")
+    assert [path.name for path in paths] == [f"x-{one}.svg" for one in drawn.split()]
