@@ -38,14 +38,7 @@ from portakv_benchmarks.host.pinning import pinning_steps
 from portakv_benchmarks.host.small import small_steps
 from portakv_benchmarks.host.suite import HOST_PRESETS, Bench
 from portakv_benchmarks.host.waiting import waiting_steps
-from portakv_benchmarks.shared.harness import (
-    DeviceTimer,
-    HostTimer,
-    Row,
-    Rows,
-    Step,
-    in_a_line,
-)
+from portakv_benchmarks.shared.harness import DeviceTimer, HostTimer, Row, Rows, Step, in_a_line
 from portakv_benchmarks.shared.machine import describe, short_name
 from portakv_benchmarks.shared.peers import PEERS, load_peer
 from portakv_benchmarks.shared.shapes import Shape, load

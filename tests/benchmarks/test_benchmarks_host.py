@@ -19,12 +19,7 @@ from support.benchmarks_cases import CPU, host_result, linked
 
 from portakv import copy_blocks
 from portakv_benchmarks.guide import RESULTS
-from portakv_benchmarks.host import grid as host_grid
-from portakv_benchmarks.host import interference as host_interference
-from portakv_benchmarks.host import merge as host_merge
-from portakv_benchmarks.host import pageable as host_pageable
-from portakv_benchmarks.host import pinning as host_pinning
-from portakv_benchmarks.host import small as host_small
+from portakv_benchmarks.host import grid, interference, merge, pageable, pinning, small, suite
 from portakv_benchmarks.host.cases import (
     BLOCK_FIRST,
     DIRECTIONS,
@@ -36,17 +31,7 @@ from portakv_benchmarks.host.cases import (
     cases,
     scene,
 )
-from portakv_benchmarks.host.suite import (
-    DESCRIPTORS,
-    GB,
-    HOST,
-    HOST_PRESETS,
-    KB,
-    MB,
-    MOST_RUNS,
-    RARE,
-    Bench,
-)
+from portakv_benchmarks.host.suite import GB, HOST_PRESETS, KB, MB, Bench
 from portakv_benchmarks.shared.shapes import POISON
 
 FULL = HOST_PRESETS["full"]
@@ -62,7 +47,7 @@ def test_the_grid_has_every_length_of_runs_and_every_host_side() -> None:
         assert {(one.host, one.order) for one in SCENES if one.run == run} == sides
     assert len({one.name for one in SCENES}) == len(SCENES)
     assert SCENES[0].name == "256 B runs, dense"
-    large = {(one.host, one.order) for one in SCENES if RARE in FULL.payloads_of(one)}
+    large = {(one.host, one.order) for one in SCENES if suite.RARE in FULL.payloads_of(one)}
     assert large == {("kv layer token (head dim)", "dense"), (BLOCK_FIRST, "random")}
 
 
@@ -79,13 +64,13 @@ def test_cases_move_exactly_what_they_say() -> None:
 def test_a_payload_that_is_no_whole_block_has_no_case() -> None:
     assert case_of(scene(2 * MB, BLOCK_FIRST, "random"), MB) is None
     assert case_of(scene(8 * KB), 8 * KB) is None
-    small = case_of(scene(32 * KB), MB)
-    assert small is not None
-    assert small.layers == 16
+    few = case_of(scene(32 * KB), MB)
+    assert few is not None
+    assert few.layers == 16
 
 
 def test_what_bars_judge_comes_first_and_pools_by_layer_last() -> None:
-    names = [name for name, _ in host_grid.grid_steps(Bench(CPU, FULL))]
+    names = [name for name, _ in grid.grid_steps(Bench(CPU, FULL))]
     late = ["layer-first" in name for name in names]
     assert late == sorted(late)
     assert sum(late) == 4
@@ -94,7 +79,7 @@ def test_what_bars_judge_comes_first_and_pools_by_layer_last() -> None:
 
 def test_descriptors_are_not_measured_with_a_descriptor_for_each_row() -> None:
     told = {
-        (run, payload): DESCRIPTORS.left_out(found)
+        (run, payload): suite.DESCRIPTORS.left_out(found)
         for run, payload in ((8 * KB, MB), (32 * KB, 512 * MB), (32 * KB, GB))
         if (found := case_of(scene(run), payload)) is not None
     }
@@ -102,8 +87,8 @@ def test_descriptors_are_not_measured_with_a_descriptor_for_each_row() -> None:
     assert str(GB // (32 * KB)) in told[32 * KB, GB]
     rows = case_of(scene(256), 128 * MB)
     assert rows is not None
-    assert rows.runs > MOST_RUNS
-    assert not HOST.left_out(rows)
+    assert rows.runs > suite.MOST_RUNS
+    assert not suite.HOST.left_out(rows)
 
 
 # --- whether bytes are right --------------------------------------------------------------------
@@ -167,7 +152,7 @@ def test_the_loss_is_against_the_best_engine_that_the_terms_allow() -> None:
         linked("host idle", 10.0, allowed=every), linked("staged", 4.0, op="h2d"),
         linked("host", 9.0, allowed=["ring"]),  # what the terms allow was not measured
     ]  # fmt: skip
-    host_grid.compare(rows)
+    grid.compare(rows)
     losses = [None, None, None, None, 0.1, 0.25, None, None]
     assert [one.get("chosen_loss") for one in rows] == losses
     best = [(one.get("best_engine"), one.get("best_ratio")) for one in rows]
@@ -184,7 +169,7 @@ def test_interference_is_beyond_that_of_memcpy_beside_the_same_loop() -> None:
             ("host", "matmul", "own", 4.5, 45.0),
         )
     ]
-    host_interference.compare(rows)
+    interference.compare(rows)
     assert (rows[1]["over_memcpy"], rows[1]["link_ratio"]) == (1.5, 0.9)
     assert "over_memcpy" not in rows[0] | rows[2] | rows[3]
 
@@ -194,7 +179,7 @@ def test_pageable_copies_are_against_the_best_plain_ring() -> None:
         linked("torch", 20.0, plain=True), linked("ring a", 10.0, plain=True),
         linked("ring b", 8.0, plain=True, verified=False), linked("host", 12.5, plain=False),
     ]  # fmt: skip
-    host_pageable.compare(rows)
+    pageable.compare(rows)
     assert (rows[3]["to_ring"], rows[3]["best_ring"]) == (0.8, "ring a")
     assert "to_ring" not in rows[0]
 
@@ -202,15 +187,15 @@ def test_pageable_copies_are_against_the_best_plain_ring() -> None:
 def test_small_copies_are_against_a_pinned_one() -> None:
     rows = [linked("SmallCopy", idle_us=5.0, paced_us=30.0),
             linked("pinned copy", idle_us=10.0, paced_us=40.0)]  # fmt: skip
-    host_small.compare(rows)
+    small.compare(rows)
     assert [one["idle_to_pinned"] for one in rows] == [0.5, 1.0]
     assert [one["paced_to_pinned"] for one in rows] == [0.75, 1.0]
 
 
 def test_what_a_process_has_in_memory() -> None:
-    before = host_pinning.resident()
+    before = pinning.resident()
     held = torch.frombuffer(mmap.mmap(-1, 64 * MB), dtype=torch.uint8).fill_(1)
-    assert held.numel() - 4 * MB < host_pinning.resident() - before < held.numel() + 16 * MB
+    assert held.numel() - 4 * MB < pinning.resident() - before < held.numel() + 16 * MB
 
 
 # --- small copies: idle sends come about as those beside a large copy do --------------------------
@@ -224,17 +209,17 @@ def test_only_the_copy_in_flight_differs(
 
     def send(bench: Any, way: str, count: int, n: int, large: Any, flies: bool) -> Any:
         noted.append(f"{way} {'idle' if large is None else 'busy' if flies else 'paced'}")
-        return host_small.Seen(9.0 if flies else 6.0 if large else 5.0, 1.0, 2.0, flies, True)
+        return small.Seen(9.0 if flies else 6.0 if large else 5.0, 1.0, 2.0, flies, True)
 
-    monkeypatch.setattr(host_small, "_send", send)
+    monkeypatch.setattr(small, "_send", send)
     preset = SimpleNamespace(small_samples=samples, large=1 << 30)
     module = SimpleNamespace(synchronize=lambda: noted.append("ends"))
     bench: Any = SimpleNamespace(preset=preset, module=module)
     large: Any = SimpleNamespace(pass_by=lambda: noted.append("large"))
-    monkeypatch.setattr(host_small, "_WARM_UP", 0)
+    monkeypatch.setattr(small, "_WARM_UP", 0)
     ways: Any = {"one": "one", "other": "other"}
-    seen = host_small._sends(bench, ways, count, large)
-    turn = [f"{way} idle" for way in ways for _ in range(expected)] * host_small._TURNS
+    seen = small._sends(bench, ways, count, large)
+    turn = [f"{way} idle" for way in ways for _ in range(expected)] * small._TURNS
     beside = [
         [f"{way} paced", "large", f"{way} busy"] * expected for way in ways
     ]  # a large copy has ended before each
@@ -242,17 +227,17 @@ def test_only_the_copy_in_flight_differs(
         *turn, "large", *beside[0], "large", *beside[1]
     ]  # fmt: skip
     assert all(noted[at + 1] == "ends" for at, one in enumerate(noted) if " " in one)
-    row = host_small._row(bench, "one", count, seen["one"])
+    row = small._row(bench, "one", count, seen["one"])
     assert (row["samples"], row["overtook"], row["busy_to_idle"]) == (expected, expected, 1.5)
     assert (row["idle_us"], row["paced_us"], row["busy_us"]) == (5.0, 6.0, 9.0)
-    assert (row["idle_samples"], row["verified"]) == (host_small._TURNS * expected, True)
+    assert (row["idle_samples"], row["verified"]) == (small._TURNS * expected, True)
 
 
-@pytest.mark.parametrize(("flies", "moved"), [(False, host_small._SHORT), (True, 100_000)])
+@pytest.mark.parametrize(("flies", "moved"), [(False, small._SHORT), (True, 100_000)])
 def test_the_other_copy_is_large_or_short_and_has_ended(flies: bool, moved: int) -> None:
     answers = iter([False, False, False, True])
     event = SimpleNamespace(record=lambda stream: None, query=lambda: next(answers))
-    large = object.__new__(host_small._Large)
+    large = object.__new__(small._Large)
     large._module = SimpleNamespace(stream=lambda stream: nullcontext())
     large._stream, large._ended = None, event  # type: ignore[assignment]
     large._source = torch.ones(100_000, dtype=torch.uint8)
@@ -271,26 +256,23 @@ def test_parts_are_merged_and_the_last_of_each_counts(tmp_path: Path) -> None:
         return host_result(found, name=f"some-gpu-host-{name}", left_out=["same"],
                            asked={"parts": [name], "peers": {}})  # fmt: skip
 
-    merged = host_merge.merge([part("grid", 0.1), part("small", 0.2), part("grid", 0.3)])
+    merged = merge.merge([part("grid", 0.1), part("small", 0.2), part("grid", 0.3)])
     assert [(r["part"], r["ratio"]) for r in merged["rows"]] == [("small", 0.2), ("grid", 0.3)]
     assert (merged["name"], merged["left_out"]) == ("some-gpu-host", ["same"])
     late = part("grid", 0.3) | {"left_out": ["grid: 1 GB: no time was left", "grid of four"]}
-    assert host_merge.merge([late, part("grid", 0.1)])["left_out"] == ["grid of four", "same"]
+    assert merge.merge([late, part("grid", 0.1)])["left_out"] == ["grid of four", "same"]
     other = part("small", 0.2)
     other["machine"]["driver_version"] = "2"
     with pytest.raises(ValueError, match="driver_version"):
-        host_merge.merge([part("grid", 0.1), other])
+        merge.merge([part("grid", 0.1), other])
     with pytest.raises(ValueError, match="no result"):
-        host_merge.merge([{**part("grid", 0.1), "suite": "other"}])
-    assert host_merge.main([str(tmp_path / "absent.json"), "--out", str(tmp_path)]) == 2
+        merge.merge([{**part("grid", 0.1), "suite": "other"}])
+    assert merge.main([str(tmp_path / "absent.json"), "--out", str(tmp_path)]) == 2
 
 
 @pytest.mark.parametrize(
     ("name", "drawn"),
-    [
-        ("h200", ["bandwidth", "heatmap", "host", "ladder"]),
-        ("h200-host", ["ratio", "interference"]),
-    ],
+    [("h200", "bandwidth heatmap host ladder"), ("h200-host", "ratio interference")],
 )
 def test_plots_of_a_recorded_result(name: str, drawn: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="plots need the extra `bench`")

@@ -17,10 +17,7 @@ from support.simdev_cases import DEVICE, NAME
 
 import portakv_benchmarks.cli as bench
 from portakv_benchmarks.cli import PARTS
-from portakv_benchmarks.host import grid as host_grid
-from portakv_benchmarks.host import interference as host_interference
-from portakv_benchmarks.host import merge as host_merge
-from portakv_benchmarks.host import movers as host_loops
+from portakv_benchmarks.host import grid, interference, merge, movers
 from portakv_benchmarks.host.cases import DIRECTIONS, Sides, case_of, scene
 from portakv_benchmarks.host.movers import LOOPS, Mover
 from portakv_benchmarks.host.suite import HOST, HOST_PRESETS, KB, MB, STAGED, Bench
@@ -36,7 +33,7 @@ SMALL = dataclasses.replace(
     beside=2 * MB, loop_seconds=0.05, matmul=1024, attention=(2, 4, 512), large=64 * MB,
     small=(1, 64, 10_000), pinned=17 * MB,
 )  # fmt: skip
-KINDS = {"host_copy", "host_direct", "host_duplex", "host_call", "host_small", "host_interference",
+KINDS = {"host_copy", "host_direct", "host_duplex", "host_call", "host_small", "interference",
          "host_waiting", "host_pageable", "host_pinning"}  # fmt: skip
 
 
@@ -113,7 +110,7 @@ def test_parts_on_their_own_make_one_result(
         assert bench.main([*WORDS, "--only", part, "--out", str(tmp_path / part)]) == 0
     files = sorted(str(file) for file in tmp_path.glob("*/*.json"))
     assert [Path(file).stem.rpartition("-")[2] for file in files] == ["pinning", "small"]
-    host_merge.main([*files, "--out", str(tmp_path)])
+    merge.main([*files, "--out", str(tmp_path)])
     kinds = [row["kind"] for row in written(tmp_path)["rows"]]
     assert kinds[:2] == ["host_pinning", "host_pinning"]
     assert "integers" in capsys.readouterr().out
@@ -136,7 +133,7 @@ def test_an_engine_that_fails_is_told_and_the_others_stay(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Sides, "arguments", broken)
     bench_ = Bench(DEVICE, TINY)
-    rows = next(iter(host_grid.duplex_steps(bench_)))[1]()
+    rows = next(iter(grid.duplex_steps(bench_)))[1]()
     assert [row["backend"] for row in rows] == ["memcpy"]
     assert any("the link is down" in line for line in bench_.left_out)
 
@@ -157,12 +154,12 @@ def beside(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], None]) -> tup
         labels = {"backend": name, "engine": name, "op": "d2h"}
         return Mover(Variant(labels, call, lambda i: None, lambda i: True), 1 << 20, shape="s")
 
-    def movers(bench_: Bench, direction: str) -> list[Mover]:
+    def three(bench_: Bench, direction: str) -> list[Mover]:
         return [mover("memcpy", lambda i: None), mover("bad", fail), mover("host", lambda i: None)]
 
-    monkeypatch.setattr(host_interference, "_engines", movers)
+    monkeypatch.setattr(interference, "_engines", three)
     bench_ = Bench(DEVICE, TINY)
-    rows = next(iter(host_interference.interference_steps(bench_)))[1]()
+    rows = next(iter(interference.interference_steps(bench_)))[1]()
     return rows, bench_.left_out
 
 
@@ -205,7 +202,7 @@ def test_a_way_that_takes_the_device_ends_the_step_with_what_there_is(
 
 @pytest.mark.simdev
 def test_a_loop_that_is_held_up_ends_the_way_that_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_interference, "_HELD_UP", 0)
+    monkeypatch.setattr(interference, "_HELD_UP", 0)
     rows, left_out = beside(monkeypatch, lambda times: None)
     assert not rows
     assert len(left_out) == 3
@@ -222,7 +219,7 @@ def test_peers_come_last_and_beside_a_memcpy_of_their_own(monkeypatch: pytest.Mo
             raise PeerMissing("it takes no such rows")
         return lambda: HOST.move(sides, direction)
 
-    monkeypatch.setattr(host_interference, "_by_peer", by_peer)
+    monkeypatch.setattr(interference, "_by_peer", by_peer)
     assert list(PARTS)[-1] == "peers"
     peers: Any = [Peer()]
     bench_ = Bench(DEVICE, TINY, peers)
@@ -267,7 +264,7 @@ def test_staging_is_what_a_call_takes_itself(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "reset_peak_memory_stats", lambda _: None, raising=False)
     monkeypatch.setattr(module, "max_memory_allocated", lambda _: max(taken), raising=False)
     variant = Variant({}, call, lambda i: None, lambda i: True)
-    told = [host_grid._staging(Bench(DEVICE, TINY), variant) for _ in range(2)]
+    told = [grid._staging(Bench(DEVICE, TINY), variant) for _ in range(2)]
     assert told == [{"staging_mb": 3.0}] * 2
     assert len({*seen, module.current_stream(DEVICE).stream_id}) == 3
 
@@ -292,7 +289,7 @@ def test_a_loop_keeps_what_a_captured_graph_reads_and_writes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # A graph holds addresses alone: memory that it writes to was given to the ids of a transfer.
-    monkeypatch.setattr(host_loops, "_captured", lambda step, device: lambda: None)
+    monkeypatch.setattr(movers, "_captured", lambda step, device: lambda: None)
     held: list[weakref.ref[torch.Tensor]] = []
     made = torch.empty_like
 

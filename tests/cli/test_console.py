@@ -5,13 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from portakv.cli.console import (
-    PIPED_WIDTH,
-    Column,
-    output_width,
-    print_prose,
-    print_table,
-)
+from portakv.cli.console import PIPED_WIDTH, Column, output_width, print_prose, print_table
 
 COLUMNS = [Column("name", whole=True), Column("what it says"), Column("bytes", right=True)]
 ROWS = [

@@ -9,15 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.command_line import (
-    FOUNDING,
-    Absent,
-    Late,
-    Shy,
-    registered,
-    run,
-    run_json,
-)
+from support.command_line import FOUNDING, Absent, Late, Shy, registered, run, run_json
 
 from portakv.engines.costs import Point, Table, as_json
 from portakv.layout.language import parse
