@@ -449,8 +449,20 @@ def as_array(values: Values, dtype: torch.dtype | None = None) -> Array:
             the dtype cannot hold.
     """
     wanted = None if dtype is None else numpy_dtype(dtype)
+    array: Array
     if isinstance(values, torch.Tensor):
-        array = _of_tensor(values)
+        if values.layout != torch.strided:
+            raise LayoutError(
+                f"A small copy was asked of a tensor with the layout {values.layout}; expected "
+                f"torch.strided. Call to_dense() first."
+            )
+        if not values.is_cpu:
+            raise DeviceMismatch(
+                f"A small copy was asked of a tensor on {values.device}; expected values on the "
+                f"host. Use copy_ for what is on a device."
+            )
+        numpy_dtype(values.dtype)
+        array = values.numpy()
     elif isinstance(values, np.ndarray):
         array = values
     elif isinstance(values, (bytes, bytearray, memoryview)):
@@ -503,22 +515,6 @@ class PackedInts:
             )
         self.whole[: array.size].reshape(array.shape)[...] = array
         return array.size
-
-
-def _of_tensor(values: torch.Tensor) -> Array:
-    if values.layout != torch.strided:
-        raise LayoutError(
-            f"A small copy was asked of a tensor with the layout {values.layout}; expected "
-            f"torch.strided. Call to_dense() first."
-        )
-    if not values.is_cpu:
-        raise DeviceMismatch(
-            f"A small copy was asked of a tensor on {values.device}; expected values on the "
-            f"host. Use copy_ for what is on a device."
-        )
-    numpy_dtype(values.dtype)
-    found: Array = values.numpy()
-    return found
 
 
 def _of_sequence(values: Sequence[int], wanted: np.dtype[Any]) -> Array:

@@ -211,7 +211,7 @@ def _copy(
         _cuda_driver.copy_pitched(*places, rows, device, stream)
     else:
         way, why = "torch", rows
-        late = _copy_by_torch(dst, src, direction, non_blocking, stream) and non_blocking
+        late = _copy_by_torch(dst, src, direction, rows, non_blocking, stream)
     if captures:
         late, transfer = True, streams.captured(device, stream, (dst, src))
     else:
@@ -259,16 +259,16 @@ def is_pinned(tensor: torch.Tensor) -> bool:
 
 
 def _copy_by_torch(
-    dst: torch.Tensor, src: torch.Tensor, direction: str, non_blocking: bool,
+    dst: torch.Tensor, src: torch.Tensor, direction: str, why: str, non_blocking: bool,
     stream: torch.Stream | None,
 ) -> bool:  # fmt: skip
     """Let torch copy; returns False if all bytes have landed already."""
-    late = non_blocking or direction in _BY_TORCH
+    late = non_blocking
     if direction == "d2h":
         # Torch brings the bytes to pageable memory first if the host lays them out itself.
-        late = late and _lies_ready(dst, dst, src) and is_pinned(dst)
+        late = late and _lies_ready(dst, why) and is_pinned(dst)
     elif direction == "h2d":
-        if not _lies_ready(src, dst, src):
+        if not _lies_ready(src, why):
             late = False
             if is_pinned(src):
                 # The host packs it now; earlier work of the stream may still be writing it.
@@ -277,8 +277,13 @@ def _copy_by_torch(
             # CUDA has read pageable memory when its call returns; of others that is not known.
             late = late and is_pinned(src)
     with inside(stream):
-        _write(dst, src, late)
+        _write(dst, src, late or direction in _BY_TORCH)
     return late
+
+
+def _lies_ready(host: torch.Tensor, why: str) -> bool:
+    """True if torch hands the host's tensor of a copy to memcpy as it lies."""
+    return host.is_contiguous() or why == _TORCH_SAME
 
 
 def _write(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool) -> None:
@@ -289,29 +294,25 @@ def _write(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool) -> None:
         dst.copy_(src, non_blocking=non_blocking)
 
 
-def _lies_ready(host: torch.Tensor, dst: torch.Tensor, src: torch.Tensor) -> bool:
-    """True if torch hands the host's tensor of a copy to memcpy as it lies."""
-    return host.is_contiguous() or not loops_of(dst, src)[1]
-
-
 def _check_capture(
     dst: torch.Tensor, src: torch.Tensor, direction: str, rows: Pitched | str, non_blocking: bool
 ) -> None:
     host = dst if direction == "d2h" else src
-    through_host = direction not in _BY_TORCH and not isinstance(rows, Pitched)
     if not non_blocking:
         what, why = "A blocking copy", "the host cannot wait for it; pass non_blocking=True"
-    elif through_host and not is_pinned(host):
+    elif direction in _BY_TORCH or isinstance(rows, Pitched):
+        return
+    elif not is_pinned(host):
         what = "A copy of pageable host memory"
         why = "a graph reads it at replay; pin the memory first"
-    elif through_host and not _lies_ready(host, dst, src):
+    elif _lies_ready(host, rows):
+        return
+    else:
         what = f"A copy of host memory with strides {list(host.stride())}"
         why = (
             f"torch would copy it through memory that the graph does not keep ({rows}); use "
             f"contiguous memory, or rows that a 2-D memcpy takes"
         )
-    else:
-        return
     raise refuse_capture(what, why)
 
 

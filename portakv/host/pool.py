@@ -11,12 +11,11 @@ import time
 import traceback
 import warnings
 import weakref
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
 import torch
 
@@ -31,23 +30,10 @@ _ASK_AGAIN = 0.0005  # seconds between two looks at work that only tells when as
 _GROW_AGAIN = 0.1  # seconds until a waiting caller asks again for memory that could not be had
 
 
-_Own = TypeVar("_Own", bound="Pool")
+class Pool(Protocol):
+    """What a block is given back to."""
 
-
-class Pool(ABC):
-    """What blocks come from and are given back to."""
-
-    @abstractmethod
     def release(self, block: Block, after: Any = None) -> None: ...
-
-    @abstractmethod
-    def close(self) -> None: ...
-
-    def __enter__(self: _Own) -> _Own:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class Block:
@@ -129,7 +115,7 @@ class Leak:
         return f"block {self.index}: {who}, for {self.seconds:.1f} s{how}{where}"
 
 
-class PinnedPool(Pool):
+class PinnedPool:
     """Blocks of one size in pinned memory. A context manager; `close` may be called again.
 
     Args:
@@ -322,6 +308,12 @@ class PinnedPool(Pool):
             self._changed.notify_all()
         if left:
             warnings.warn(_listed("A pool was closed", left), ResourceWarning, stacklevel=2)
+
+    def __enter__(self) -> PinnedPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _refuse_fork(self) -> None:
         if self._process != os.getpid():

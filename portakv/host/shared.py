@@ -21,14 +21,14 @@ import torch
 from portakv.errors import HostMemoryError, PoolExhausted
 from portakv.host import _registrations, pinned
 from portakv.host._shared_file import SharedFile, names, remove
-from portakv.host.pool import Block, Pool, check_block, deadline
+from portakv.host.pool import Block, check_block, deadline
 
 __all__ = ["PoolExhausted", "SharedPool", "names", "remove"]
 
 _ASK_AGAIN = 0.002  # seconds between two looks at what other processes released
 
 
-class SharedPool(Pool):
+class SharedPool:
     """Blocks of one size, shared by name. A context manager; `close` may be called again.
 
     The first process that names it makes it, the last that closes it removes it, unless it
@@ -216,6 +216,12 @@ class SharedPool(Pool):
                 ResourceWarning,
                 stacklevel=2,
             )
+
+    def __enter__(self) -> SharedPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _refuse(self) -> None:
         if self._process != os.getpid():

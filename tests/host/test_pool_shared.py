@@ -277,23 +277,23 @@ def test_a_forked_child_opens_it_again(name: str) -> None:
 
 def test_a_child_does_not_keep_its_parent_s_locks(name: str) -> None:
     """Killed, the opener is seen to be dead although a process forked from it lives on."""
-    grandchildren: Any
-    grandchildren, there = Pipe()
+    here, there = Pipe()
 
     def work(pool: SharedPool) -> None:
         pool.acquire()
-        if grandchild := os.fork():
-            there.send(grandchild)
-        else:
+        if not os.fork():
+            there.send(os.getpid())
             time.sleep(60)
             os._exit(0)
 
     with SharedPool(name, SIZE, 1) as pool:
-        opener(work, name).kill()
+        child = opener(work, name)
+        grandchild: Any = here.recv()
+        child.kill()
         try:
             pool.acquire().release()
         finally:
-            os.kill(grandchildren.recv(), signal.SIGKILL)
+            os.kill(grandchild, signal.SIGKILL)
 
 
 def test_the_dead_of_another_container_are_buried_later(
