@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +20,7 @@ from support.host_choice_cases import (
     engines,
     plan_of,
     planes,
+    put,
     refusals,
     view,
 )
@@ -159,9 +159,7 @@ def test_to_torch_each_row_is_a_call_however_many_lie_together(
     for place in ("device", "pinned"):
         tensor = torch.empty(8, 2, 64, 4, 64) if place == "device" else torch.empty(8, 64, 2, 4, 64)
         layout = f"block {'kv token' if place == 'device' else 'token kv'} head dim"
-        made = KVView(tensor, layout)
-        made.form = replace(made.form, place=place)
-        views.append(made)
+        views.append(put(KVView(tensor, layout), place))
 
     def runs() -> int:
         launch = ready(host(), views[0], views[1], 64)

@@ -266,7 +266,7 @@ def test_memory_that_is_elsewhere_or_too_short_is_refused(
     moved(*sides, Index(), Index(), 20)
     before, there = arena.clone(), target.clone()
     if ends is None:
-        whole.untyped_storage().resize_(bytes_left)
+        whole.untyped_storage().resize_(bytes_left or 0)
     else:
         rows.owners[0].set_(torch.from_numpy(arena.numpy()[slice(*ends)]).untyped_storage())
     for _ in range(2):

@@ -237,16 +237,6 @@ def test_what_the_driver_refuses_leaves_it_usable() -> None:
     ends.judge(pieces)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
-@pytest.mark.parametrize("count", [1, 500])
-def test_on_a_device_that_is_not_current(count: int) -> None:
-    ends, pieces = Ends(torch.device("cuda", 1), True), scattered(count)
-    ends.copy(pieces)
-    ends.judge(pieces)
-    assert torch.cuda.current_device() == 0
-
-
 BLOCKS, MANY, TRIES = 80, 12, 5  # MiB of a transfer; transfers: 17 ms of a link of PCIe 5 in all
 
 

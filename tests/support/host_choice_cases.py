@@ -13,20 +13,18 @@ import pytest
 import torch
 
 from portakv import CopyPlan, Index, KVView
-from portakv.backends.base import Capabilities, Decision, Launch
+from portakv.backends.base import Capabilities, Decision
 from portakv.engines import choose as chosen
 from portakv.engines.choose import Pick
 from portakv.engines.costs import unmeasured
 from portakv.engines.engine import PAGEABLE, PINNED, Engine
 from portakv.errors import Unsupported
-from portakv.plan.plan import CopyPlan as Plan
 
 UNMEASURED = unmeasured("of a test")
 CPU = torch.device("cpu")
 HERE = __name__
 BLOCKS, SIZE = 64, 16
 ROWS = 8 * SIZE * 4  # of 256 bytes, in each block
-
 
 #: Of an H200 behind PCIe 5 x16, by engine: fixed seconds, at least for each run, bytes in a second
 #: to the host and to the device; seconds of the host: fixed, for each run, for each 32 MiB.
@@ -76,24 +74,9 @@ class Fake(Engine):
     def capabilities(self) -> Capabilities:
         return Capabilities(places=self.places, index_on="any")
 
-    def prepare(self, plan: Plan) -> Launch:
+    def prepare(self, plan: CopyPlan) -> Any:
         Fake.prepared.append(self.name)
-
-        return _Noted(self.name)
-
-
-class _Noted:
-    """A launch that writes down its arguments."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __call__(
-        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int,
-        stream: torch.Stream | None, status: torch.Tensor | None,
-    ) -> None:  # fmt: skip
-        arguments = src, dst, src_index, dst_index, count, stream, status
-        Fake.launched.append((self._name, arguments))
+        return lambda *arguments: Fake.launched.append((self.name, arguments))
 
 
 class Staged(Fake):
@@ -114,7 +97,7 @@ class Direct(Fake):
             places=PINNED, index_dtypes=frozenset({torch.int32}), guards=True, skips_negative=True
         )
 
-    def prepare(self, plan: Plan) -> Launch:
+    def prepare(self, plan: CopyPlan) -> Any:
         sleep(0.01)  # as a compiler: other threads come by then
         return super().prepare(plan)
 
@@ -129,7 +112,7 @@ class Refusing(Fake):
 
     name = "refusing"
 
-    def check(self, plan: Plan) -> Decision:
+    def check(self, plan: CopyPlan) -> Decision:
         return Decision(self.name, False, "its rows are too narrow")
 
 
@@ -138,7 +121,7 @@ class Late(Fake):
 
     name = "late"
 
-    def prepare(self, plan: Plan) -> Launch:
+    def prepare(self, plan: CopyPlan) -> Any:
         Fake.prepared.append("late")
         raise Unsupported("This copy", "its kernel does not compile")
 
@@ -146,7 +129,7 @@ class Late(Fake):
 class Breaking(Fake):
     name = "breaking"
 
-    def prepare(self, plan: Plan) -> Launch:
+    def prepare(self, plan: CopyPlan) -> Any:
         raise RuntimeError("the compiler crashed")
 
 
@@ -158,12 +141,7 @@ class Absent(Fake):
         return Decision(cls.name, False, "its driver is not installed")
 
 
-USUAL = {
-    "staged": f"{HERE}:Staged",
-    "descriptors": f"{HERE}:Descriptors",
-    "direct": f"{HERE}:Direct",
-    "ring": f"{HERE}:Ring",
-}
+USUAL = {each.name: f"{HERE}:{each.__name__}" for each in (Staged, Descriptors, Direct, Ring)}
 
 
 @contextmanager
@@ -179,19 +157,23 @@ def engines(monkeypatch: pytest.MonkeyPatch, **targets: str) -> Iterator[None]:
         yield
 
 
-def view(place: str) -> KVView:
-    """Blocks of 16 tokens, 8 planes of 16 KiB, each block in one piece."""
-    found = KVView(torch.empty(BLOCKS, 4, 2, SIZE, 4, 64), "block layer kv token head dim")
+def put(found: KVView, place: str) -> KVView:
+    """The view, which then says that its memory lies there."""
     found.form = replace(found.form, place=place)
     return found
+
+
+def view(place: str) -> KVView:
+    """Blocks of 16 tokens, 8 planes of 16 KiB, each block in one piece."""
+    return put(
+        KVView(torch.empty(BLOCKS, 4, 2, SIZE, 4, 64), "block layer kv token head dim"), place
+    )
 
 
 def planes(place: str) -> KVView:
     """The same rows head by head, 256 bytes each, and each layer in an allocation of its own."""
     layers = [torch.empty(2, BLOCKS, 4, SIZE, 64) for _ in range(4)]
-    found = KVView(layers, "layer | kv block head token dim")
-    found.form = replace(found.form, place=place)
-    return found
+    return put(KVView(layers, "layer | kv block head token dim"), place)
 
 
 def plan_of(src: KVView, dst: KVView, src_step: int = SIZE, dst_step: int = SIZE) -> CopyPlan:
