@@ -168,6 +168,8 @@ def test_an_error_is_raised_by_done_or_by_the_next_call(card: Rig, memory: str) 
     assert torch.equal(host_bytes(chunk)[:, :, 1], before[:, :, 1])
     card.move(True, chunk, None, ids)
     settle(card.device)
+    other = Rig(card.device)
+    moved(other, False, other.chunk(3), [7, 8, 9], [7, 8, 9])  # it is not this one's error
     with refused(SlotError, "Position 1", "past the end", watch=[*card.caches, chunk]):
         card.move(False, chunk, None, [7, 8, 9])
     moved(card, False, chunk, [7, 8, 9], [7, 8, 9])

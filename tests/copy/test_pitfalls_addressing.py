@@ -55,20 +55,6 @@ def test_a_layer_of_more_than_4_gib(carry: Mover, ids_dtype: torch.dtype, width:
     assert torch.equal(back.tensors, rows)
 
 
-def test_blocks_layers_and_kv_that_lie_gibibytes_apart(carry: Mover) -> None:
-    strides = (3 * GIB + 64, 7 * GIB + 64, GIB + 192, 64, 1)  # layer kv block token dim
-    memory = lazy(14 * GIB)
-    cache = memory.as_strided((2, 2, 3, 4, 64), strides)
-    rows = noise(2, 2, 12, 64, dtype=BYTES)
-    ids = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    view = KVView(cache, "layer kv block token dim")
-    carry(KVView(rows, "layer kv token dim"), view, None, ids)
-    for layer, kv, slot in ((0, 0, 0), (1, 0, 5), (0, 1, 11), (1, 1, 8)):
-        start = layer * strides[0] + kv * strides[1] + slot // 4 * strides[2] + slot % 4 * 64
-        at = ids.tolist().index(slot)
-        assert torch.equal(memory[start : start + 64], rows[layer, kv, at])
-
-
 def test_131072_tokens_of_32_layers_in_one_call() -> None:
     """16 GiB for each side: the addresses of the last rows, not only of the first."""
     tokens, row = 131_072, 8 * 128 * 2

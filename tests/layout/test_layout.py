@@ -21,6 +21,8 @@ READ = {
     ),
     "(kv layer) | (block token) 1 dim": (["(kv layer)"], ["(block token)", "1", "dim"]),
     "block page": ([], ["block", "page"]),
+    "page block": ([], ["page", "block"]),
+    "block (page)": ([], ["block", "(page)"]),
     "| token dim": ([], ["token", "dim"]),
     "token(head dim)": ([], ["token", "(head dim)"]),
     "  layer|( block token )dim ": (["layer"], ["(block token)", "dim"]),
@@ -35,6 +37,7 @@ def test_groups_are_read_in_order_and_printed_as_they_were(text: str) -> None:
     assert ([str(g) for g in layout.containers], [str(g) for g in layout.dims]) == READ[text]
     again = parse(" ".join([*map(str, layout.containers), "|", *map(str, layout.dims)]))
     assert (again.containers, again.dims) == (layout.containers, layout.dims)
+    assert layout.open_end == read_layout(text).open_end
 
 
 @pytest.mark.parametrize(
@@ -43,18 +46,6 @@ def test_groups_are_read_in_order_and_printed_as_they_were(text: str) -> None:
 )
 def test_paged_and_opaque_follow_from_the_axes(text: str, paged: bool, opaque: bool) -> None:
     assert (parse(text).paged, parse(text).opaque) == (paged, opaque)
-
-
-@pytest.mark.parametrize(
-    ("text", "open_end"),
-    [
-        ("block page", True), ("block (page)", True), ("token (head dim)", True),
-        ("token (dim)", True), ("block token head dim", False), ("(token head) dim", False),
-        ("page block", False), ("(head dim) token", False), ("token (head dim) 1", False),
-    ],
-)  # fmt: skip
-def test_page_or_parentheses_at_the_end_are_open(text: str, open_end: bool) -> None:
-    assert parse(text).open_end is open_end
 
 
 def test_shares_says_where_an_axis_has_no_dimension_to_itself() -> None:

@@ -5,16 +5,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from support.core_cases import noise
 
 from portakv import CopyPlan, Index, KVView, SlotError, Unsupported
 from portakv.plan import Move
-from portakv.plan.loops import Side
 from portakv.plan.plan import check_disjoint
-from portakv.view.form import Step
 
 
 def cache(blocks: int = 4, size: int = 8) -> KVView:
@@ -109,18 +105,3 @@ def test_a_slot_that_is_read_and_written_is_refused() -> None:
             check_disjoint(Move(view, same, Index([1, 2], step=8), table, 16))
         check_disjoint(Move(view, same, Index([2, 3], step=8), table, 16))
     check_disjoint(Move(view, other, Index([1, 2], step=8), Index([1, 2], step=8), 16))
-
-
-@pytest.mark.parametrize("kind", ["array", "tensor"])
-def test_units_are_located_by_their_numbers(kind: str) -> None:
-    """Blocks through a table of two entries each, then tokens 96 bytes apart."""
-    side = Side(3, 7, (Step(0, 2, 0), Step(4, 0, 96)))
-    numbers = np.array([0, 5, 11])
-    given: Any = torch.from_numpy(numbers) if kind == "tensor" else numbers
-    entries, places = side.locate(given, 32)
-    assert entries is not None
-    assert entries.tolist() == [0, 2, 4]
-    assert places.tolist() == [0, 3, 9]
-    entries, places = Side(0, 0, (Step(0, 0, 0), Step(4, 0, 8))).locate(given)
-    assert entries is None
-    assert places.tolist() == [0, 8, 24]

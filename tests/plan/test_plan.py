@@ -14,9 +14,9 @@ from support.core_cases import lazy
 
 from portakv import PRESETS, CopyPlan, KVView, LayoutError, Unsupported
 from portakv.layout.language import parse
-from portakv.plan.loops import Loop, merge, refine, split_run
+from portakv.plan.loops import Loop
 from portakv.view.example import example_tensors
-from portakv.view.form import Form, Step
+from portakv.view.form import Form
 
 
 def form(layout: str, *shape: int, dtype: torch.dtype = torch.float16, **extents: Any) -> Form:
@@ -247,39 +247,13 @@ def test_a_flat_side_may_begin_between_two_units() -> None:
     assert CopyPlan(blocks, rows, 8, 0).vector == CopyPlan(rows, blocks, 0, 8).vector == 8
 
 
-@pytest.mark.parametrize(
-    ("loops", "merged"),
-    [
-        ([("a", 2, 0, 12, 0, 12), ("b", 3, 0, 4, 0, 4), ("c", 4, 0, 1, 0, 1)],
-         [("a b c", 24, 0, 1, 0, 1)]),
-        ([("c", 4, 0, 1, 0, 1), ("a", 2, 0, 12, 0, 12), ("b", 3, 0, 4, 0, 4)],
-         [("a b c", 24, 0, 1, 0, 1)]),
-        ([("a", 2, 0, 12, 0, 24), ("b", 3, 0, 4, 0, 4)],
-         [("a", 2, 0, 12, 0, 24), ("b", 3, 0, 4, 0, 4)]),
-        ([("kv", 2, 3, 0, 0, 30), ("layer", 3, 1, 0, 0, 10)], [("kv layer", 6, 1, 0, 0, 10)]),
-        # Heads read from one place and written to many are not one longer run.
-        ([("head", 4, 0, 0, 0, 16), ("dim", 16, 0, 1, 0, 1)],
-         [("head", 4, 0, 0, 0, 16), ("dim", 16, 0, 1, 0, 1)]),
-    ],
-    ids=["nested", "in any order", "apart on one side", "through a table", "a source at rest"],
-)  # fmt: skip
-def test_loops_merge_where_both_sides_are_contiguous(loops: Any, merged: Any) -> None:
-    assert merge([loop(*one) for one in loops]) == [loop(*one) for one in merged]
-
-
-def test_axes_are_refined_through_tables_and_end_in_a_run() -> None:
-    loops = refine("head", (Step(2, 0, 100), Step(6, 0, 1)), (Step(4, 3, 0), Step(3, 0, 5)))
-    assert loops == [
-        loop("head", 2, 0, 100, 6, 0), loop("head", 2, 0, 3, 3, 0), loop("head", 3, 0, 1, 0, 5),
-    ]  # fmt: skip
-    apart, still = loop("dim", 4, 0, 2, 0, 1), loop("head", 4, 0, 0, 0, 16)
-    assert split_run([apart]) == ((apart,), 1)
-    assert split_run([still, loop("dim", 16, 0, 1, 0, 1)]) == ((still,), 16)
-
-
-def test_a_loop_over_planes_is_known_by_its_axes() -> None:
-    assert loop("kv layer", 6, 1, 0, 0, 10).over_planes
-    assert not loop("layer head", 6, 0, 10, 0, 10).over_planes
+def test_a_loop_over_planes_is_known_by_all_its_axes() -> None:
+    one = form("kv layer token dim", 2, 3, 5, 8)
+    (both,) = CopyPlan(one, one, 1, 1).nests[0].loops
+    assert (both.axes, both.extent, both.over_planes) == (("kv", "layer"), 6, True)
+    inside = form("layer head token dim", 2, 3, 5, 8)
+    (both,) = CopyPlan(inside, inside, 1, 1).nests[0].loops
+    assert (both.axes, both.over_planes) == (("layer", "head"), False)
 
 
 def test_the_cost_does_not_depend_on_blocks_or_tokens() -> None:

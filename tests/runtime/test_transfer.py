@@ -127,18 +127,6 @@ def test_an_error_outlives_the_queue() -> None:
 
 
 @pytest.mark.usefixtures("apart", "host_words")
-def test_an_error_that_was_told_by_its_handle_is_not_told_again() -> None:
-    owner = weakref.ref(one := _Owner())
-    work, word, completion = begun(owner)
-    bad(word, 0)
-    work.ended = True
-    completion.synchronize()
-    assert completion.take_error() is not None
-    assert transfer.unreported_error(owner) is None
-    assert one
-
-
-@pytest.mark.usefixtures("apart", "host_words")
 def test_errors_of_an_owner_that_is_gone_are_dropped() -> None:
     owner = weakref.ref(one := _Owner())
     transfer.failed.append(Completion(error=SlotError("an error")))

@@ -13,35 +13,6 @@ from support.core_cases import HANDS, HEADS, KV, LAYERS, SLOTS, Hand, noise
 
 from portakv import KVView, LayoutError
 from portakv.view.example import example_tensors
-from portakv.view.form import Step
-
-
-@pytest.mark.parametrize(
-    ("tensors", "layout", "extents", "part", "expected"),
-    [
-        (noise(2, 3, 2, 4, 8).transpose(2, 3), "kv block token head dim", {}, 1,
-         {"token": (Step(4, 0, 16),), "head": (Step(2, 0, 64),), "block": (Step(0, 0, 128),),
-          "offset": 3 * 128}),
-        (noise(3, 100)[:, :32].view(3, 4, 8), "block token dim", {}, 0,
-         {"block": (Step(0, 0, 200),)}),
-        (noise(5, 16)[:, ::2], "token dim", {}, 0, {"dim": (Step(8, 0, 4), Step(2, 0, 1))}),
-        (noise(12, 8), "(block token) dim", {"block_size": 4}, 0,
-         {"block": (Step(0, 0, 64),), "token": (Step(4, 0, 16),)}),
-        (noise(3, 33 * 4), "block (kv token dim)", {"dim": (32, 1)}, 1,
-         {"offset": 4 * 64, "token": (Step(4, 0, 2),)}),
-        (noise(3, 40), "block (token kv dim)", {"dim": (8, 2)}, 1,
-         {"offset": 16, "token": (Step(4, 0, 20),)}),
-        (noise(5, 14), "token (kv dim)", {"kv": 3, "dim": (8, 4, 2)}, 2, {"offset": 24}),
-        ([noise(5, 8) for _ in range(3)], "layer | token dim", {}, 0, {"layer": (Step(3, 1, 0),)}),
-    ],
-    ids=["NHD over HND", "padded pages", "elements apart", "flat pool", "unequal widths",
-         "unequal rows", "three widths", "separate tensors"],
-)  # fmt: skip
-def test_steps(
-    tensors: Any, layout: str, extents: dict[str, Any], part: int, expected: dict[str, Any]
-) -> None:
-    found = KVView(tensors, layout, **extents).form.parts[part]
-    assert {name: getattr(found, name) for name in expected} == expected
 
 
 def _strange(tensor: torch.Tensor) -> torch.Tensor:
