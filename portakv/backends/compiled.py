@@ -2,8 +2,8 @@
 """`compiled`: a plan as one indexed copy, through ``torch.compile``.
 
 One kernel moves all planes of a nest, whether they share an allocation or not; it is compiled in
-`prepare` only, for each shape that a model fixes (see `_compiled_rows`). Ids are guarded inside of
-it: to clean them before would read device ids on the host, and wait for the device.
+`prepare` only, for each shape that a model fixes (see `_compiled_program`). Ids are guarded inside
+of it: to clean them before would read device ids on the host, and wait for the device.
 """
 
 from __future__ import annotations
@@ -19,24 +19,30 @@ from importlib.util import find_spec
 from itertools import product
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from portakv.backends._compiled_arguments import NestArguments, id_arguments
 from portakv.backends._compiled_program import (
     ALIGNMENT,
     Argument,
     CopyShape,
     Program,
+    SideShape,
     copy,
     memory_from,
     report,
 )
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch
-from portakv.errors import Unsupported
-from portakv.plan.plan import CopyPlan, Move
+from portakv.backends.strided import ELEMENTS
+from portakv.plan.plan import CopyPlan, Move, Nest, Side
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.devices import capturing
+from portakv.runtime.devices import capturing, refuse_capture
+from portakv.runtime.streams import beside
+
+if TYPE_CHECKING:
+    from portakv.view.index import Index
+    from portakv.view.view import KVView
 
 _HOST = ("pageable", "pinned")
 _PLACES = {
@@ -60,8 +66,6 @@ class Compiled(Backend):
             "compiled programs", 512
         )
         self._lost: Bounded[int, torch.Tensor] = Bounded("memory nobody reads", 512)
-        #: A stream beside each stream.
-        self._sides: Bounded[int, torch.cuda.Stream] = Bounded("streams of reports", 64)
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
@@ -81,15 +85,13 @@ class Compiled(Backend):
 
     def prepare(self, plan: CopyPlan) -> Launch:
         if capturing(self.device):
-            raise Unsupported(
-                "Preparing a copy inside graph capture",
-                "it has to be compiled first; make the same call once before the capture",
+            raise refuse_capture(
+                why="it has to be compiled first; make the same call once before the capture"
             )
         with self._lock:
             nests = [NestArguments(nest, plan, self.lost(nest.run)) for nest in plan.nests]
             copies = [(nest, self._copying(nest.shape)) for nest in nests]
-            report, lost = self._reporting(plan), self.lost(_WORD)
-            return _CompiledLaunch(plan, copies, report, lost, self._sides)
+            return _CompiledLaunch(plan, copies, self._reporting(plan), self.lost(_WORD))
 
     @property
     def compilations(self) -> int:
@@ -151,10 +153,8 @@ class _CompiledLaunch(MoveLaunch):
         copies: list[tuple[NestArguments, Program]],
         report: Program | None,
         lost: torch.Tensor,
-        sides: Bounded[int, torch.cuda.Stream],
     ) -> None:
         self._unit, self._copies, self._report, self._lost = plan.unit, copies, report, lost
-        self._sides = sides
         self._per_id = [step // plan.unit for step in (plan.src_step, plan.dst_step)]
 
     @torch.no_grad()
@@ -182,8 +182,8 @@ class _CompiledLaunch(MoveLaunch):
             yield
             return
         current = torch.cuda.current_stream(device)
-        # Shared, one stream would wait for the work of several others.
-        side = self._sides.get_or_make(current.cuda_stream, lambda: torch.cuda.Stream(device))
+        # Of this stream alone: shared, one would wait for the work of several others.
+        side: Any = beside(current, "ids", "report")
         side.wait_stream(current)
         with torch.cuda.stream(side):
             report(arguments)
@@ -203,6 +203,104 @@ class _CompiledLaunch(MoveLaunch):
                 ids = id_arguments(index, device, self._unit, per_id)
                 given += [*ids, view.slots // self._unit, per_id]
         return given
+
+
+class NestArguments:
+    """One nest: the shape of its program, and the arguments of its launches.
+
+    Args:
+        nest: the loop nest.
+        plan: the plan that it belongs to.
+        lost: memory of one run, on the device, for what is not to be moved.
+
+    Attributes:
+        shape: nests of equal shape share a program.
+    """
+
+    def __init__(self, nest: Nest, plan: CopyPlan, lost: torch.Tensor) -> None:
+        width = min(nest.vector, 8)
+        self._src = _SideArguments(nest, plan, "src", ())
+        self._dst = _SideArguments(nest, plan, "dst", (lost.data_ptr(),))
+        self.shape = self._src.copy = self._dst.copy = CopyShape(
+            ELEMENTS[width],
+            nest.run // width,
+            nest.vector // width,
+            tuple(x.extent for x in nest.loops),
+            self._src.shape,
+            self._dst.shape,
+        )
+        self._lost = lost  # held here: arguments only know its address
+
+    def launch(self, move: Move, units: int) -> list[Argument]:
+        """The arguments of one launch."""
+        mine, _ = self._src.arguments(move.src, move.src_index)
+        theirs, low = self._dst.arguments(move.dst, move.dst_index)
+        given = [units, *mine, *theirs]
+        if self.shape.src.per_id or self.shape.dst.per_id:
+            given.append((self._lost.data_ptr() - low) // self.shape.grain)
+        return given
+
+
+class _SideArguments:
+    """One side of a nest; ``reached`` are addresses that its memory must reach beside a view's."""
+
+    copy: CopyShape
+
+    def __init__(self, nest: Nest, plan: CopyPlan, name: str, reached: tuple[int, ...]) -> None:
+        side: Side = getattr(nest, name)
+        self.side, self.unit, self.grain, self.reached = side, plan.unit, nest.vector, reached
+        walks = [(getattr(x, f"{name}_stride"), getattr(x, f"{name}_table")) for x in nest.loops]
+        self.shape = SideShape(
+            getattr(plan, f"{name}_step") // plan.unit,
+            tuple(step.extent for step in side.units),
+            tuple(step.table != 0 for step in side.units),
+            tuple(table != 0 for _, table in walks),
+        )
+        self.steps = [x.table or x.stride // self.grain for x in side.units]
+        for stride, table in walks:
+            self.steps += [stride // self.grain, *([table] if table else [])]
+
+    def arguments(self, view: KVView, index: Index) -> tuple[list[Argument], int]:
+        """The arguments of this side, and the address that its memory begins at."""
+        side, unit, per_id = self.side, self.unit, self.shape.per_id
+        memory, table, low = self._kept(view)
+        given: list[Argument] = [memory]
+        start = side.offset - low + (view.origins[side.table] if table is None else 0)
+        if per_id:
+            ids, first, rest = id_arguments(index, view.device, unit, per_id)
+            given.append(ids)
+            numbers = [first, view.slots // unit, *([rest] if per_id > 1 else [])]
+        else:
+            first, rest = divmod(index.offset, unit)
+            # A flat side may start anywhere, also between two units.
+            start += rest * (side.units[-1].stride // unit)
+            numbers = [first]
+        if table is not None:
+            given.append(table)
+            numbers.append(side.table)
+        return [*given, start // self.grain, *numbers, *self.steps], low
+
+    def _kept(self, view: KVView) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+        """A view's memory, its table of addresses, and the address that the memory begins at."""
+        known: tuple[torch.Tensor, torch.Tensor | None, int] | None = view.derived.get(self)
+        if known is None:
+            low = min((*view.origins, *self.reached)) // ALIGNMENT * ALIGNMENT
+            copy, device, table = self.copy, view.device, None
+            memory = memory_from(low, device, copy.dtype, copy.run, copy.ratio)
+            if self.shape.tabled:
+                table = memory_from(view.table.data_ptr(), device, torch.int64)
+            known = view.derived[self] = (memory, table, low)
+        return known
+
+
+def id_arguments(
+    index: Index, device: torch.device, unit: int, per_id: int
+) -> tuple[torch.Tensor, int, int]:
+    """Memory that the ids lie in, the first of them, and how many of its units are passed over."""
+    ids = index.ids_on(device)
+    low = ids.data_ptr() // ALIGNMENT * ALIGNMENT
+    first, rest = divmod(index.offset // unit, per_id)
+    return memory_from(low, device, ids.dtype), (ids.data_ptr() - low) // 8 + first, rest
 
 
 def _missing(device: torch.device) -> str | None:

@@ -23,21 +23,8 @@ class Cuda(RowsBackend):
     def probe(cls, device: torch.device) -> Decision:
         if device.type != "cuda":
             return Decision(cls.name, False, f"it runs on cuda devices, not on {device.type}")
-        if torch.version.hip is not None:
-            return Decision(cls.name, False, "this torch is built for ROCm, not for CUDA")
-        why = _nvrtc.missing() or _driver_too_old() or _cuda.device_too_old(device)
+        why = _cuda.of_others(device) or _nvrtc.missing() or _cuda.driver_too_old()
+        why = why or _cuda.device_too_old(device)
         if why is not None:
             return Decision(cls.name, False, why)
         return Decision(cls.name, True, f"NVRTC {_nvrtc.nvrtc_version()} compiles its kernel")
-
-
-def _driver_too_old() -> str | None:
-    error, found = _cuda.bindings().cuDriverGetVersion()
-    if int(error):
-        return f"the driver does not tell its version ({error})"
-    if found < _cuda.DRIVER:
-        return (
-            f"the driver supports CUDA {found // 1000}.{found % 1000 // 10}, but 13.0 is needed; "
-            f"update the driver"
-        )
-    return None

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -15,42 +14,16 @@ from portakv.backends.base import Backend, Capabilities, Launch
 from portakv.backends.rows_kernel import THREADS, RowsKernel, Tuning
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.cuda import ArgumentLists
+from portakv.runtime.cuda import ArgumentLists, CudaDriver
 from portakv.runtime.devices import capturing, refuse_capture
 
 if TYPE_CHECKING:
+    from portakv.runtime.hip import Card
     from portakv.view.index import Index
     from portakv.view.view import KVView
 
-
-class RowsDriver(Protocol):
-    """What a device's driver does for the rows kernel.
-
-    ``launch`` takes (function, blocks along x, y, z, threads along x, y, z, bytes of shared memory,
-    stream's handle, address of the list of arguments, 0) and returns ``success`` or an error.
-    """
-
-    @property
-    def launch(self) -> Callable[..., Any]: ...
-
-    @property
-    def success(self) -> object: ...
-
-    def load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
-        """Compile a text, or find it on disk, and load its kernels, by name."""
-
-    def handle(self, stream: torch.Stream | None) -> Any:
-        """The driver's handle of a stream (None: the device's current one); None if another device
-        is current. Raises `Unsupported` in a forked process."""
-
-    def current(self) -> AbstractContextManager[object]:
-        """Inside, the device is this thread's current one, and the thread has its context."""
-
-    def check(self, answer: Any, what: str) -> None:
-        """Raise for an answer that is not ``success``."""
-
-    def word(self, address: int) -> int:
-        """Where the device finds a word of pinned memory."""
+#: A device's driver: `CudaDriver` says what each function does.
+RowsDriver: TypeAlias = "CudaDriver | Card"
 
 
 class LoadedKernels:

@@ -7,8 +7,8 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -44,10 +44,16 @@ def no_cuda(device: torch.device) -> str | None:
 def why_not(device: torch.device) -> str | None:
     """What keeps the driver from being asked for a device by the extra ``cuda``, as a phrase; None
     if it can be."""
-    why = no_cuda(device) or nvrtc.missing()
-    found = 0 if why else driver_version()
-    if why or found >= DRIVER:
-        return why
+    return no_cuda(device) or nvrtc.missing() or driver_too_old()
+
+
+def driver_too_old() -> str | None:
+    """That the driver is older than CUDA 13 or does not tell, as a phrase; None if it is not."""
+    error, found = bindings().cuDriverGetVersion()
+    if int(error):
+        return f"the driver does not tell its version ({error})"
+    if found >= DRIVER:
+        return None
     return (
         f"the driver supports CUDA {found // 1000}.{found % 1000 // 10}, but 13.0 is needed; "
         f"update the driver"
@@ -268,7 +274,8 @@ class Caller:
 
 
 class CudaDriver(Caller):
-    """What launching kernels on one device takes; `hip.Card` has the same functions.
+    """What launching kernels on one device takes; `hip.Card` has the same functions. Everything
+    that launches the rows kernel speaks to a device by these.
 
     Attributes:
         launch: takes a function, the blocks along x, y and z, the threads along x, y and z, the
@@ -288,12 +295,9 @@ class CudaDriver(Caller):
         """See `load`."""
         return load(source, names, self.device)
 
-    @contextmanager
-    def current(self) -> Iterator[None]:
+    def current(self) -> AbstractContextManager[object]:
         """Inside, the device is this thread's current one, and the thread has a context."""
-        with torch.cuda.device(self.device):
-            adopt(self.device)
-            yield
+        return inside(self.device)
 
     def check(self, answer: Any, what: str) -> None:
         """Raise `TransferError` for an answer that is not ``success``."""

@@ -23,6 +23,7 @@ from portakv import CopyPlan, KVView
 from portakv.backends.base import Backend, Capabilities, Decision, Launch
 from portakv.backends.rows_kernel import NAMES, RowsKernel
 from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
+from portakv.runtime.cuda import CudaDriver
 from portakv_conformance.vendor.hip_fake import SHIM
 
 THREADS = 128
@@ -121,8 +122,8 @@ class _Launch(RowsLaunch):
         super().__call__(src, *rest, **named)
 
 
-class HostDriver:
-    """A driver of the host: work is done when a launch returns. See `rows_launch.RowsDriver`."""
+class HostDriver(CudaDriver):
+    """A driver of the host: work is done when a launch returns."""
 
     success = 0
 
