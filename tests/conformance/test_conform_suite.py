@@ -21,11 +21,13 @@ from portakv.backends.base import Decision
 from portakv_conformance.cases import test_addresses, test_connector
 from portakv_conformance.draw import saved
 from portakv_conformance.draw.arrangement import Case, side_of
-from portakv_conformance.draw.by_hand import HOMES, Shape, Workshop, arranged
+from portakv_conformance.draw.by_hand import HOMES, Shape, Workshop, arranged, lifted
 from portakv_conformance.draw.strategies import all_cases
 from portakv_conformance.judge.claims import check_refused
 from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.judging import Judge, asked_of, find_home, largest_unit, view_of
+from portakv_conformance.judge.oracle import compare
+from portakv_conformance.judge.pattern import poison_bytes
 from portakv_conformance.judge.subject import subject
 from portakv_conformance.run.outcome import sentence
 
@@ -232,6 +234,39 @@ def test_a_case_made_by_hand_cannot_be_saved() -> None:
     case.src.arrangement = None
     with pytest.raises(ValueError, match="not built from an arrangement"):
         saved.dump(case)
+
+
+def test_shapes_lie_as_they_say() -> None:
+    side = Workshop().cache(SHAPE, [0], memory="kv block head token dim", source=False)
+    first = side.tensors[0]
+    assert first.stride() == (6 * 2 * 4 * 16, 2 * 4 * 16, 16, 4 * 16, 1)
+    assert first.storage_offset() * 2 == side.guards[0].start
+    poison = poison_bytes(0, 1000, 8, side.guards[0].start)
+    assert side.guards[0].payload()[:8].tolist() == poison.tolist()
+
+
+def test_a_lifted_side_is_the_same_side_elsewhere() -> None:
+    side = Workshop().cache(SHAPE, [0], dtype=torch.uint8)
+    moved = lifted(side, 3)
+    for one, two in zip(moved.tensors, side.tensors, strict=True):
+        assert one.untyped_storage().data_ptr() % 16 == 3
+        assert one.storage_offset() == two.storage_offset()
+        assert one.stride() == two.stride()
+        assert torch.equal(one, two)
+    for guard, old in zip(moved.guards, side.guards, strict=True):
+        assert guard.broken() is None
+        guard.payload().fill_(0)
+        assert not torch.equal(guard.whole, old.whole)
+    assert not moved.tensors[0].any()
+
+
+def test_a_pool_of_all_layers_is_one_storage() -> None:
+    side = Workshop().cache(SHAPE, [0], memory="block layer kv token head dim", pads={1: 8})
+    assert len(side.guards) == 1
+    first, second = side.tensors
+    assert second.data_ptr() - first.data_ptr() == 2 * 4 * 2 * 16 * 2
+    case = Workshop().gather(SHAPE, [1, 2], memory="block layer kv token head dim")
+    assert compare(case.expected(), case.dst.tensors) is not None  # nothing was copied yet
 
 
 def test_a_block_that_is_split_is_launched_in_a_unit_that_fits_its_parts() -> None:

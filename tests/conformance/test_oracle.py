@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
 
+from portakv_conformance.draw.arrangement import Case
+from portakv_conformance.draw.strategies import cases, page_cases
 from portakv_conformance.judge.grammar import Factor, read_layout
 from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.oracle import (
@@ -367,3 +370,26 @@ def test_canaries_notice(at: int, side: str) -> None:
 def test_a_tensor_outside_its_payload_is_refused() -> None:
     with pytest.raises(ValueError, match="does not fit"):
         guarded(40).tensor(torch.float32, (2, 6), (5, 1))
+
+
+# -- strategies -----------------------------------------------------------------------------------
+
+
+@given(cases(holes=False, ragged=False, factored=False, containers=("layer",)))
+def test_options_are_kept(case: Case) -> None:
+    assert (case.src_slots() >= 0).all()
+    assert (case.dst_slots() >= 0).all()
+    for side in (case.src, case.dst):
+        assert "/" not in side.layout
+        assert side.layout.partition("|")[0].strip(" ()") == "layer" or "|" not in side.layout
+
+
+@given(page_cases(loose_pages=False, expanded=False))
+def test_drawn_pages_go_whole_and_can_be_dense(case: Case) -> None:
+    for rows in (case.expected().src, case.expected().dst):
+        page = rows.row_addresses(0, 0, [0]).ravel()
+        assert (np.diff(page) == 1).all()
+    assert case.src.opaque
+    assert case.src.block_size is not None
+    assert case.count % case.src.block_size == 0
+    assert case.src.widths == case.dst.widths
