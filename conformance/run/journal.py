@@ -70,7 +70,7 @@ class Journal:
         self._options = options
         self._progress = progress
         self._waivers = {waiver.id: waiver for waiver in options.waivers}
-        self._described: dict[str, dict[str, Any]] = {}
+        self._about: dict[str, dict[str, Any]] = {}
         self.loading = False
         self.subject: dict[str, Any] = {}
         self.ids: list[str] = []
@@ -104,12 +104,10 @@ class Journal:
             self._take_refusal(kind, event["reason"], page)
         elif kind == "list":
             page.listed = True
-            self._take_list(event["ids"], event.get("profile", event["ids"]))
-            self.lone = event.get("lone", 0)
+            self._take_list(event["cases"], event["profile"])
+            self.lone = event["lone"]
         elif kind == "missing":
             self.miss(event["reason"])
-        elif kind == "described":
-            self._described |= event["cases"]
         elif kind == "start":
             page.running = event["id"]
             self._progress.started(page.running)
@@ -131,9 +129,10 @@ class Journal:
         else:
             raise SubjectUnavailable(reason)
 
-    def _take_list(self, ids: list[str], profile: list[str]) -> None:
+    def _take_list(self, cases: dict[str, dict[str, Any]], profile: list[str]) -> None:
         if self.ids:
             return
+        ids, self._about = list(cases), cases
         only = self._options.only
         stale = sorted(set(self._waivers) - set(profile)) if only else []
         if stale:  # a whole run fails by it; of a part nobody else would notice
@@ -179,10 +178,7 @@ class Journal:
 
     def lose(self, id: str, status: Status, reason: str, details: str) -> None:
         """A case that its worker was lost with, or that was never run."""
-        case = self.cases.get(id)
-        if case is None:
-            told = self._described.get(id, {"area": "core", "profile": self._options.profile})
-            case = CaseRecord(id, **told)
+        case = self.cases.get(id) or CaseRecord(id, **self._about[id])
         case.status, case.reason, case.details = status, reason, details
         self.settle(case)
 

@@ -52,7 +52,7 @@ def cases_of(profile: str, device: str) -> dict[str, dict[str, Any]]:
 def _described(worker: WorkerProcess) -> dict[str, dict[str, Any]] | None:
     while events := worker.events(_LIMIT):
         for event in events:
-            if event["event"] == "described":
+            if event["event"] == "list":
                 cases: dict[str, dict[str, Any]] = event["cases"]
                 pairs = set(event["two devices"])
                 return {id: {**about, "optional": id in pairs} for id, about in cases.items()}

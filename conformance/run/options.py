@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -103,9 +104,10 @@ def mark_of(item: pytest.Item, name: str, default: str = "core") -> str:
     return default if mark is None else str(mark.args[0])
 
 
-def tags_of(item: pytest.Item) -> dict[str, str]:
-    """The tags of a case, the nearest of each name."""
+def about(item: pytest.Item) -> dict[str, Any]:
+    """The fields of `CaseRecord` that are marks of a case; of its tags the nearest of each name."""
     tags: dict[str, str] = {}
     for mark in item.iter_markers("tags"):
         tags = {**mark.kwargs, **tags}
-    return tags
+    named = {"area": mark_of(item, "area"), "profile": mark_of(item, "profile")}
+    return {**named, "claim": mark_of(item, "claim", ""), "tags": tags}

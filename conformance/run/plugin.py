@@ -31,7 +31,7 @@ from portakv_conformance.judge.judging import Judge, find_home
 from portakv_conformance.judge.subject import Subject, subject
 from portakv_conformance.record import CaseRecord
 from portakv_conformance.run.device_alive import DeviceAlive
-from portakv_conformance.run.options import case_id, is_case, mark_of, tags_of
+from portakv_conformance.run.options import about, case_id, is_case, mark_of
 from portakv_conformance.run.outcome import outcome
 from portakv_conformance.run.request import chosen
 from portakv_conformance.run.worker import Share, append, writable
@@ -113,8 +113,15 @@ class Suite:
             kept = [item for item in kept if case_id(item) in ids]
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if not is_case(item)] + kept
-        ids = [case_id(item) for item in kept]
-        self._tell({"event": "list", "ids": ids, "profile": profile, "lone": self._lone})
+        pairs = [
+            case_id(item)
+            for item in kept
+            if any(mark.args[0] == "two devices" for mark in item.iter_markers("needs"))
+        ]
+        self._tell({
+            "event": "list", "cases": {case_id(item): about(item) for item in kept},
+            "profile": profile, "two devices": pairs, "lone": self._lone,
+        })  # fmt: skip
 
     def _belongs(self, item: pytest.Item) -> bool:
         if mark_of(item, "profile") == "full" and self.profile == "core":
@@ -234,14 +241,11 @@ class Suite:
         status, reason, details = outcome(reports, judge, self.subject.flaw)
         return CaseRecord(
             id=case_id(item),
-            area=mark_of(item, "area"),
-            profile=mark_of(item, "profile"),
-            claim=mark_of(item, "claim", ""),
+            **about(item),
             status=status,
             seconds=round(seconds, 4),
             examples=judge.examples if judge else 0,
             declined=len(judge.declined) if judge else 0,
-            tags=tags_of(item),
             reason=writable(reason),
             details=writable(details),
             replay=self._replay(item),
@@ -253,14 +257,14 @@ class Suite:
         if self.examples is None or judge is None or judge.failing is None:
             return
         name = f"example-{zlib.crc32(record.id.encode()):08x}.json"
-        about = {
+        origin = {
             "case": record.id, "backend": self.subject.target, "device": str(self.subject.device),
             "emulated": self.subject.emulated, "seed": self.seed, "reason": record.reason,
             "direct": judge.direct, "end": judge.end,
         }  # fmt: skip
         file = Path(self.examples) / name
         try:
-            saved.save(judge.failing, file, about)
+            saved.save(judge.failing, file, origin)
         except ValueError:  # tensors that no arrangement describes
             return
         if saved.replay(file, self.subject) is None:

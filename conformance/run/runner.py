@@ -32,7 +32,7 @@ def run(
     Args:
         options: what to run.
         progress: told as it goes on.
-        command: what runs a worker, to which the file of its orders is added.
+        command: what runs a worker, to which what it is told is added.
 
     Raises:
         SubjectUnavailable: the backend cannot run there, with the probe's reason.

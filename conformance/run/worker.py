@@ -15,51 +15,20 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import pytest
+from typing import Any
 
 #: Asks a worker for the stacks of all of its threads. Answered by faulthandler's own handler, in
 #: C, so that a worker answers that hangs in native code.
 STACKS_PLEASE = signal.SIGUSR1
+#: The files that a worker answers in, in a folder of its own.
+EVENTS, STACKS = "events.jsonl", "stacks.txt"
+#: An empty file there: no configuration of the folder that a run happens to be started in.
+CONFIGURATION = "pytest.ini"
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 # Of the user's own plugins none is loaded: one that reorders or repeats would change the verdict.
 _PLUGINS = ("-p", "portakv_conformance.run.options", "-p", "_hypothesis_pytestplugin")
 _QUIET = ("-p", "no:cacheprovider", "-p", "no:faulthandler", "--no-header", "-q", "--tb=short")
-
-
-@dataclass(frozen=True)
-class Orders:
-    """What a worker is told, as a file of JSON.
-
-    Attributes:
-        backend, device, emulated: what is judged, and where.
-        events, stacks: the files that it answers in.
-        pytest: the options of the suite.
-        configuration: an empty file: no configuration of the folder that we happen to be in.
-        runner: the process that gave the orders; its end is the worker's.
-    """
-
-    backend: str
-    device: str
-    emulated: bool
-    events: str
-    stacks: str
-    pytest: list[str]
-    configuration: str
-    runner: int
-
-    def write(self, path: Path) -> None:
-        """Write the file."""
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
-
-    @classmethod
-    def read(cls, path: Path) -> Orders:
-        """Read the file."""
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def writable(text: str) -> str:
@@ -116,19 +85,25 @@ class Share:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Carry out the orders in the file that is named; returns pytest's exit code."""
-    orders = Orders.read(Path(argv[0]))
-    _end_with(orders.runner)
-    stacks = open(orders.stacks, "a", encoding="utf-8")  # noqa: SIM115 (open until the end)
+    """Judge a backend; returns pytest's exit code.
+
+    Args:
+        argv: the worker's folder, the process of the runner, whose end is the worker's; the
+            backend, its device and ``emulated`` or an empty text; then options of the suite.
+    """
+    home, runner, backend, device, emulated, *asked = argv
+    events = str(Path(home, EVENTS))
+    _end_with(int(runner))
+    stacks = open(Path(home, STACKS), "a", encoding="utf-8")  # noqa: SIM115 (open until the end)
     faulthandler.enable(file=stacks, all_threads=True)
     faulthandler.register(STACKS_PLEASE, file=stacks, all_threads=True)
     # What fails before this is an installation that is broken; what fails behind it is the backend.
     from portakv_conformance.evidence import environment  # noqa: F401
     from portakv_conformance.judge import subject  # noqa: F401
 
-    append(orders.events, {"event": "loading"})
-    told = introduce(orders)
-    append(orders.events, told)
+    append(events, {"event": "loading"})
+    told = introduce(backend, device, emulated=bool(emulated))
+    append(events, told)
     if told["event"] != "subject":
         return 0
     import pytest
@@ -136,40 +111,12 @@ def main(argv: Sequence[str]) -> int:
     from portakv_conformance.run.options import PACKAGE
 
     folder = str(PACKAGE)
-    where = ["-c", orders.configuration, "--rootdir", folder, "--confcutdir", folder]
-    words = [*where, *_PLUGINS, *_QUIET, *orders.pytest, folder]
-    return int(pytest.main(words, plugins=[Descriptions(orders)]))
+    where = ["-c", str(Path(home, CONFIGURATION)), "--rootdir", folder, "--confcutdir", folder]
+    told_by = ["--portakv-events", events]
+    return int(pytest.main([*where, *_PLUGINS, *_QUIET, *asked, *told_by, folder]))
 
 
-class Descriptions:
-    """Tells what each case is about before it runs: of one that takes the process with it nobody
-    could tell afterwards."""
-
-    def __init__(self, orders: Orders) -> None:
-        self._orders = orders
-
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Write the event ``described``: by id, the fields of `CaseRecord` that are marks."""
-        from portakv_conformance.run.options import case_id, mark_of, tags_of
-
-        told = {
-            case_id(item): {
-                "area": mark_of(item, "area"),
-                "profile": mark_of(item, "profile"),
-                "claim": mark_of(item, "claim", ""),
-                "tags": tags_of(item),
-            }
-            for item in session.items
-        }
-        pairs = [
-            case_id(item)
-            for item in session.items
-            if any(mark.args[0] == "two devices" for mark in item.iter_markers("needs"))
-        ]
-        append(self._orders.events, {"event": "described", "cases": told, "two devices": pairs})
-
-
-def introduce(orders: Orders) -> dict[str, Any]:
+def introduce(backend: str, device: str, *, emulated: bool) -> dict[str, Any]:
     """The event that tells who is judged, or why nobody is.
 
     ``{"event": "subject", "backend", "environment", "capabilities", "trace"}``, or ``unavailable``
@@ -184,12 +131,12 @@ def introduce(orders: Orders) -> dict[str, Any]:
     from portakv_conformance.judge.subject import subject
 
     try:
-        judged = subject(orders.backend, orders.device, emulated=orders.emulated)
+        judged = subject(backend, device, emulated=emulated)
         capabilities = plain(judged.can)
         return {
             "event": "subject",
             "backend": describe_backend(judged),
-            "environment": describe_environment(judged, orders.device),
+            "environment": describe_environment(judged, device),
             "capabilities": capabilities if isinstance(capabilities, dict) else {"": capabilities},
             "trace": [str(decision) for decision in judged.trace],
         }

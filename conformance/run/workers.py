@@ -29,7 +29,7 @@ from portakv_conformance.run.journal import (
 )
 from portakv_conformance.run.progress import Progress
 from portakv_conformance.run.request import Options
-from portakv_conformance.run.worker import STACKS_PLEASE, Orders, Share
+from portakv_conformance.run.worker import CONFIGURATION, EVENTS, STACKS, STACKS_PLEASE, Share
 
 #: Set to end every run of this process: each then raises KeyboardInterrupt where it stands.
 INTERRUPTED = threading.Event()
@@ -59,7 +59,7 @@ _START = (
 
 
 def worker_command() -> tuple[str, ...]:
-    """What runs a worker, to which the file of its orders is added."""
+    """What runs a worker, to which what it is told is added."""
     return (sys.executable, "-I", "-c", _START, json.dumps(sys.path))
 
 
@@ -67,7 +67,7 @@ class WorkerProcess:
     """A worker's process: its events, its stacks, what it printed.
 
     Args:
-        command: what runs it, to which the file of its orders is added.
+        command: what runs it, to which what it is told is added.
         folder: a folder of its own for its files, which is made.
         asked: what is to be run.
         more: options of the suite that only this worker has.
@@ -77,18 +77,13 @@ class WorkerProcess:
         self, command: Sequence[str], folder: Path, asked: Options, more: Sequence[str]
     ) -> None:
         folder.mkdir(parents=True)
-        self._events, self._stacks, empty = (
-            folder / name for name in ("events.jsonl", "stacks.txt", "pytest.ini")
-        )
-        self._printed, orders = folder / "printed.txt", folder / "orders.json"
-        for file in (self._events, self._stacks, empty):
+        self._events, self._stacks = folder / EVENTS, folder / STACKS
+        self._printed = folder / "printed.txt"
+        for file in (self._events, self._stacks, folder / CONFIGURATION):
             file.touch()
         self._read = 0
-        told = [*asked.suite_options(), *more, "--portakv-events", str(self._events)]
-        Orders(
-            asked.backend, asked.device, asked.emulated, str(self._events), str(self._stacks),
-            told, str(empty), os.getpid(),
-        ).write(orders)  # fmt: skip
+        told = [str(folder), str(os.getpid()), asked.backend, asked.device]
+        told += ["emulated" * asked.emulated, *asked.suite_options(), *more]
         environment = {k: v for k, v in os.environ.items() if k not in _LEFT_OUT}
         environment |= surroundings(asked.jobs)
         environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
@@ -96,7 +91,7 @@ class WorkerProcess:
         environment["HYPOTHESIS_STORAGE_DIRECTORY"] = str(folder / "hypothesis")
         with self._printed.open("wb") as printed:
             self._process = subprocess.Popen(
-                [*command, str(orders)],
+                [*command, *told],
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
                 stderr=subprocess.STDOUT,
@@ -287,7 +282,7 @@ class Workers:
         options: what was asked for.
         progress: told of workers that were lost.
         folder: an empty folder for the files of all workers.
-        command: what runs a worker, to which the file of its orders is added.
+        command: what runs a worker, to which what it is told is added.
     """
 
     def __init__(

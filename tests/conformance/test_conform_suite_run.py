@@ -60,7 +60,7 @@ def test_events_tell_of_each_case(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     kinds = [event["event"] for event in events]
     assert kinds == ["list", *["start", "end"] * len(_FEW), "finish"]  # whatever it prints
-    listed = events[0]["ids"]
+    listed = list(events[0]["cases"])
     assert sorted(listed) == sorted(_FEW)
     assert listed[0].startswith("cases/test_core.py"), "CORE comes first"
     assert listed[-1] == "cases/test_drawn.py::test_pages[0]"
@@ -209,7 +209,8 @@ def test_the_first_examples_are_kept_drawn_ones_apart(tmp_path: Path) -> None:
     journal, page = Journal(Options("fake", examples=tmp_path), SILENT), Page()
     areas = ["corners"] * (MOST_EXAMPLES + 3) + ["drawn"] * 3 + ["metamorphic"] * 3
     ids = [f"cases/test_x.py::test_{n}" for n in range(len(areas))]
-    journal.take({"event": "list", "ids": ids}, page)
+    cases: dict[str, Any] = {id: {} for id in ids}
+    journal.take({"event": "list", "cases": cases, "profile": ids, "lone": 0}, page)
     for n, (id, area) in enumerate(zip(ids, areas, strict=True)):
         (tmp_path / f"{n}.json").write_text("{}")
         case = CaseRecord(id, area, "core", status="failed", reason="Wrong.", example=f"{n}.json")

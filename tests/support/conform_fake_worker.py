@@ -2,7 +2,8 @@
 """A worker without torch, pytest and cases: it writes the events of the behaviours that it is
 given, and crashes, hangs and prints as it is told.
 
-As a script: ``conform_fake_worker.py BEHAVIOURS ORDERS``. As a module: what tests start it with.
+As a script: ``conform_fake_worker.py BEHAVIOURS`` and what a worker is told. As a module: what
+tests start it with.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from portakv_conformance.run.worker import STACKS_PLEASE, Orders, Share, _end_with
+from portakv_conformance.run.worker import EVENTS, STACKS, STACKS_PLEASE, Share, _end_with
 
 CORE, CLAIM = "cases/test_core.py::test_", "cases/test_claims.py::test_"
 SUBJECT = {
@@ -63,44 +64,43 @@ def gone(process: int) -> bool:
 
 def main(argv: Sequence[str]) -> None:
     behaviours: dict[str, str] = json.loads(argv[0])
-    orders = Orders.read(Path(argv[1]))
-    _end_with(orders.runner)
-    number = Path(orders.events).parent.name
+    home = Path(argv[1])
+    _end_with(int(argv[2]))
+    number = home.name
     of_second = {key: behaviours.pop(key) for key in list(behaviours) if key.startswith("2 ")}
     if number == "2":
         behaviours |= {key.removeprefix("2 "): what for key, what in of_second.items()}
-    faulthandler.enable(file=open(orders.stacks, "a"))  # noqa: SIM115
-    faulthandler.register(STACKS_PLEASE, file=open(orders.stacks, "a"))  # noqa: SIM115
+    faulthandler.enable(file=open(home / STACKS, "a"))  # noqa: SIM115
+    faulthandler.register(STACKS_PLEASE, file=open(home / STACKS, "a"))  # noqa: SIM115
     if "load" in behaviours:
-        act(behaviours.pop("load"), orders, "")
-    tell(orders, {"event": "loading"})
+        act(behaviours.pop("load"), home, "")
+    tell(home, {"event": "loading"})
     alone = behaviours.pop("start", "")
     if alone:
-        act(alone, orders, "")
+        act(alone, home, "")
         return
-    tell(orders, SUBJECT)
-    act(behaviours.pop("collect", "pass"), orders, "")
+    tell(home, SUBJECT)
+    act(behaviours.pop("collect", "pass"), home, "")
     finish, taken = behaviours.pop("finish", "pass"), behaviours.pop("take", "")
     lone = int(behaviours.pop("lone", 0))
-    only = option(orders, "--portakv-only")
+    only = option(argv, "--portakv-only")
     ids = Path(only).read_text().splitlines() if only else list(behaviours)
     ids = [id for id in behaviours if id in ids]
-    tell(orders, {"event": "list", "ids": ids, "profile": list(behaviours), "lone": lone})
-    tell(orders, {"event": "described", "cases": {id: about(id) for id in ids}})
-    share = Share(Path(option(orders, "--portakv-share")))
+    cases = {id: about(id) for id in ids}
+    tell(home, {"event": "list", "cases": cases, "profile": list(behaviours), "lone": lone})
+    share = Share(Path(option(argv, "--portakv-share")))
     if number == "1" and taken:
         share.take(taken)  # and never begins it
     for id in ids:
         if not share.take(id):
             continue
-        tell(orders, {"event": "start", "id": id})
-        act(behaviours[id], orders, id)
-    tell(orders, {"event": "finish"})
-    act(finish, orders, "")
+        tell(home, {"event": "start", "id": id})
+        act(behaviours[id], home, id)
+    tell(home, {"event": "finish"})
+    act(finish, home, "")
 
 
-def option(orders: Orders, name: str) -> str:
-    words = orders.pytest
+def option(words: Sequence[str], name: str) -> str:
     return words[words.index(name) + 1] if name in words else ""
 
 
@@ -110,27 +110,27 @@ def about(id: str) -> dict[str, Any]:
     return {"area": area, "profile": "core", "claim": claim, "tags": {}}
 
 
-def tell(orders: Orders, event: Mapping[str, Any]) -> None:
-    with open(orders.events, "a", encoding="utf-8") as events:
+def tell(home: Path, event: Mapping[str, Any]) -> None:
+    with open(home / EVENTS, "a", encoding="utf-8") as events:
         events.write(json.dumps(event) + "\n")
 
 
-def end(orders: Orders, id: str, status: str, reason: str = "") -> None:
+def end(home: Path, id: str, status: str, reason: str = "") -> None:
     record = {
         "id": id, **about(id), "status": status, "seconds": 0.001, "examples": 1, "declined": 0,
         "reason": reason, "details": "", "replay": "", "example": "",
     }  # fmt: skip
-    tell(orders, {"event": "end", "case": record})
+    tell(home, {"event": "end", "case": record})
 
 
-def act(what: str, orders: Orders, id: str) -> None:
+def act(what: str, home: Path, id: str) -> None:
     if what == "fail":
-        end(orders, id, "failed", "Byte 3 is 7, expected 9.")
+        end(home, id, "failed", "Byte 3 is 7, expected 9.")
     elif what in ("error", "not-claimed"):
-        end(orders, id, what, "It is so.")
+        end(home, id, what, "It is so.")
     elif what in ("crash", "crash later"):
         if what == "crash later":
-            end(orders, id, "passed")
+            end(home, id, "passed")
         os.kill(os.getpid(), signal.SIGSEGV)
     elif what == "abort":
         os.abort()
@@ -140,33 +140,33 @@ def act(what: str, orders: Orders, id: str) -> None:
         print("ERROR: 1 ids are not in profile 'core'", flush=True)
         os._exit(4)
     elif what == "unavailable":
-        tell(orders, {"event": "unavailable", "reason": "no such backend; known are x"})
+        tell(home, {"event": "unavailable", "reason": "no such backend; known are x"})
     elif what == "hang":
         spin_for_ever()
     elif what == "leave":  # the session ends without this case
-        tell(orders, {"event": "finish"})
+        tell(home, {"event": "finish"})
         sys.exit(0)
     elif what == "retire":  # the device works no more in this process
-        end(orders, id, "failed", "It faulted.")
-        tell(orders, {"event": "retired", "reason": "an illegal access"})
+        end(home, id, "failed", "It faulted.")
+        tell(home, {"event": "retired", "reason": "an illegal access"})
         os._exit(1)
     elif what == "half a line":
-        with open(orders.events, "a", encoding="utf-8") as events:
+        with open(home / EVENTS, "a", encoding="utf-8") as events:
             events.write('{"event": "en')
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "slow":
         time.sleep(0.2)
-        end(orders, id, "passed", f"by {os.getpid()}")
+        end(home, id, "passed", f"by {os.getpid()}")
     elif what == "child":
         child = os.fork()
         if child == 0:
             time.sleep(600)
-        end(orders, id, "failed", f"child {child}")
+        end(home, id, "failed", f"child {child}")
     else:
         print('{"event": "end", "case": "what a backend prints"}\n' * 100)
         print("and to standard error", file=sys.stderr)
         if id:
-            end(orders, id, "passed")
+            end(home, id, "passed")
 
 
 def spin_for_ever() -> None:
