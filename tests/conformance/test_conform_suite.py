@@ -177,6 +177,8 @@ def test_a_backend_that_declines_is_no_failure_and_no_example() -> None:
     assert judge.declined == ["it needs 16 B alignment and the plan allows 1 B"]
     assert judge.examples == 0
     check_refused(judge, gather(dtype=torch.uint8, shift=1))
+    with pytest.raises(AssertionError, match="must raise Unsupported; the copy returned"):
+        check_refused(judge_of("Lax"), gather(dtype=torch.uint8, shift=1))
 
 
 def test_a_home_is_a_layout_that_the_backend_takes(monkeypatch: pytest.MonkeyPatch) -> None:

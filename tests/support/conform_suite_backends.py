@@ -105,6 +105,13 @@ class Modest(Right):
         return replace(super().capabilities(), alignment=16, max_loops=2, tables=False)
 
 
+class Lax(Modest):
+    """It carries out what it does not claim."""
+
+    def check(self, plan: CopyPlan) -> Decision:
+        return Decision(self.name, True, "takes everything")
+
+
 class WholeChunks(Right):
     """Its launch refuses what does not fill a chunk, of which check and prepare say nothing."""
 
