@@ -45,10 +45,6 @@ def _index_copy(target: torch.Tensor, rows: torch.Tensor, source: torch.Tensor) 
     target.index_copy_(0, rows, source)
 
 
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    target.copy_(source)
-
-
 class Ops(NamedTuple):
     """How a device copies.
 
@@ -75,7 +71,7 @@ class Ops(NamedTuple):
         _index_select
     )
     put: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object] = _index_copy
-    copy: Callable[[torch.Tensor, torch.Tensor], object] = _copy
+    copy: Callable[[torch.Tensor, torch.Tensor], object] = torch.Tensor.copy_
 
 
 class StridedCopy:

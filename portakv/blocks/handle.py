@@ -19,7 +19,7 @@ from portakv.plan import Move
 from portakv.plan.plan import check_disjoint
 from portakv.registry.registry import Choice
 from portakv.runtime.transfer import Transfer
-from portakv.runtime.worker import Worker
+from portakv.runtime.worker import Slice, Worker
 from portakv.view import Index
 
 
@@ -55,15 +55,6 @@ class Statistics:
     def gbps(self) -> float | None:
         """10^9 bytes in a second; None if no time is known."""
         return self.nbytes / self.seconds / 1e9 if self.seconds else None
-
-
-class Slice(NamedTuple):
-    """Positions ``first`` to ``first + tokens`` of one layer (None: of all), and their bytes."""
-
-    layer: int | None
-    first: int
-    tokens: int
-    nbytes: int
 
 
 class Extent(NamedTuple):
@@ -180,7 +171,7 @@ class BlockTransfer(Transfer):
         extent: Extent,
         began: float,
         layers: Sequence[Transfer] | None = None,
-        worker: Worker[Slice] | None = None,
+        worker: Worker | None = None,
     ) -> None:
         super().__init__(transfer.completions, transfer._kept, transfer._captured, transfer.carried)
         self._extent, self._began, self._worker = extent, began, worker

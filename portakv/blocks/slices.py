@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from functools import partial
 from math import gcd, lcm
 
-from portakv.blocks.handle import BlockMove, BlockTransfer, Slice
+from portakv.blocks.handle import BlockMove, BlockTransfer
 from portakv.copy.copy import drop_bad_ids
 from portakv.plan import Move
 from portakv.registry.prepared import bring
 from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.streams import ignore_captures_elsewhere, own_stream
 from portakv.runtime.transfer import Transfer
-from portakv.runtime.worker import WINDOW, Landing, RateLimit, Worker
+from portakv.runtime.worker import WINDOW, Landing, RateLimit, Slice, Worker
 
 #: The most bytes of a slice, unless one block has more; three times as much if the host copies
 #: too. What is in flight when a transfer is cancelled still lands, three slices of it

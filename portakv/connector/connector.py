@@ -81,7 +81,7 @@ class AdaptiveConnector:
         self._registered: Registration | None = None
         self._captured: deque[Completion] = deque(maxlen=CAPTURED)
         self._owner = weakref.ref(self)
-        self._enlisted = in_graph.Enlisted(self._run_op)
+        self._number = in_graph.enlist(self)
         self._passing: Registration | None = None
 
     def __repr__(self) -> str:
@@ -281,8 +281,11 @@ class AdaptiveConnector:
             args = (store, kv_caches, batch, stream)
             return cast(Transfer, in_graph.eagerly(self._move_batch, *args))
         if memory_objs:
-            shown, number = self._shown(kv_caches), self._enlisted.number
-            in_graph.transfer(store, number, *shown, memory_objs, slot_mapping, starts, ends)
+            caches, levels = self._shown(kv_caches)
+            chunks = in_graph.flatten([getattr(one, "tensor", one) for one in memory_objs])
+            stops = [slot_mapping.shape[0] if end is None else end for end in ends]
+            op = torch.ops.portakv.from_gpu if store else torch.ops.portakv.to_gpu
+            op(self._number, *chunks, list(caches), list(levels), slot_mapping, starts, stops)
         return Transfer()
 
     def _shown(self, kv_caches: Any) -> tuple[Sequence[torch.Tensor], Sequence[int]]:

@@ -9,11 +9,11 @@ connector's eager call. Eager calls never come here, and do not pay for the disp
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from operator import is_
 from typing import Any
-from weakref import WeakMethod, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -131,54 +131,16 @@ def nested(tensors: Sequence[torch.Tensor], levels: Sequence[int]) -> Any:
     return level[0]
 
 
-class Enlisted:
-    """A connector as compiled functions name it, as long as the connector has this.
-
-    Args:
-        run: carries the op out, a method of the connector: (store, caches, levels, memory objects,
-            slots, starts, ends).
-    """
-
-    __slots__ = ("__weakref__", "number", "run")
-
-    def __init__(self, run: Callable[..., None]) -> None:
-        _define()
-        self.number, self.run = next(_numbers), WeakMethod(run)
-        _enlisted[self.number] = self
+def enlist(connector: Any) -> int:
+    """The number by which compiled functions name a connector, as long as it lives."""
+    _define()
+    number = next(_numbers)
+    _enlisted[number] = connector
+    return number
 
 
-_enlisted: WeakValueDictionary[int, Enlisted] = WeakValueDictionary()
+_enlisted: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _numbers = itertools.count(1)
-
-
-def transfer(
-    store: bool,
-    number: int,
-    caches: Sequence[torch.Tensor],
-    cache_levels: Sequence[int],
-    memory_objs: Sequence[Any],
-    slot_mapping: torch.Tensor,
-    starts: Sequence[Any],
-    ends: Sequence[Any],
-) -> None:
-    """Put the op into the graph that is being traced.
-
-    Args:
-        store: which op.
-        number: the connector's.
-        caches: the allocations of the registered caches (no levels), or other caches, flat.
-        cache_levels: the lengths of their containers.
-        memory_objs, slot_mapping, starts, ends: as in a connector's batch.
-
-    Raises:
-        LayoutError: containers that do not fit together.
-    """
-    chunks, chunk_levels = flatten([getattr(one, "tensor", one) for one in memory_objs])
-    length = slot_mapping.shape[0]
-    ends = [length if end is None else end for end in ends]
-    op = torch.ops.portakv.from_gpu if store else torch.ops.portakv.to_gpu
-    given = (list(caches), list(cache_levels), slot_mapping, list(starts), ends)
-    op(number, chunks, chunk_levels, *given)
 
 
 def eagerly(call: Any, *arguments: Any) -> Any:
@@ -232,13 +194,12 @@ def _run(
 ) -> None:
     """What an op does when it runs; ``ranges``: slots, starts and ends."""
     found = _enlisted.get(connector)
-    run = None if found is None else found.run()
-    if run is None:
+    if found is None:
         raise TransferError(
             "A compiled function asked for a transfer of a connector that is gone; keep the "
             "connector as long as functions that were compiled with it."
         )
-    run(store, kv_caches, cache_levels, nested(memory_objs, chunk_levels), *ranges)
+    found._run_op(store, kv_caches, cache_levels, nested(memory_objs, chunk_levels), *ranges)
 
 
 def _fake(*arguments: object) -> None:

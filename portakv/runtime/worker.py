@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,15 +29,13 @@ WINDOW = 3
 EXIT_SECONDS = 10.0
 
 
-class Slice(Protocol):
-    """A piece of work, as far as a worker looks at it."""
+class Slice(NamedTuple):
+    """Positions ``first`` to ``first + tokens`` of one layer (None: of all), and their bytes."""
 
-    @property
-    def nbytes(self) -> int:
-        """Its bytes, for the rate."""
-
-
-SliceT = TypeVar("SliceT", bound=Slice)
+    layer: int | None
+    first: int
+    tokens: int
+    nbytes: int
 
 
 class RateLimit:
@@ -60,7 +58,7 @@ class RateLimit:
         return max(0.0, start - self._now())
 
 
-class Worker(Generic[SliceT]):
+class Worker:
     """Issues slices from a thread of its own.
 
     Args:
@@ -81,14 +79,14 @@ class Worker(Generic[SliceT]):
 
     def __init__(
         self,
-        slices: Sequence[SliceT],
-        issue: Callable[[SliceT], Transfer],
+        slices: Sequence[Slice],
+        issue: Callable[[Slice], Transfer],
         inside: Callable[[], AbstractContextManager[object]],
         limit: RateLimit | None = None,
     ) -> None:
         self.slices, self._limit = slices, limit
         # Both hold the views, and are let go at the end.
-        self._issue: Callable[[SliceT], Transfer] | None = issue
+        self._issue: Callable[[Slice], Transfer] | None = issue
         self._inside: Callable[[], AbstractContextManager[object]] | None = inside
         # In a child of the process the thread does not exist, and its lock may be held for ever.
         self._process = this_process()
@@ -236,7 +234,7 @@ class Landing(Completion):
 
     __slots__ = ("_slices", "_worker")
 
-    def __init__(self, worker: Worker[Any], slices: int, kept: object = None) -> None:
+    def __init__(self, worker: Worker, slices: int, kept: object = None) -> None:
         end: Any = SimpleNamespace(
             done=partial(worker.has_landed, slices), wait=partial(worker.wait, slices)
         )
@@ -256,7 +254,7 @@ class Landing(Completion):
             self.error = self._worker.failure(self._slices)
 
 
-_running: set[Worker[Any]] = set()
+_running: set[Worker] = set()
 
 
 def _stop_all() -> None:

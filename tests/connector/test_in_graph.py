@@ -373,7 +373,7 @@ def test_bad_slots_raise_from_the_compiled_function(compiler: str) -> None:
 
 def test_a_connector_that_is_gone() -> None:
     connector, caches = AdaptiveConnector("cpu"), make_caches()
-    handle = connector._enlisted.number
+    handle = connector._number
     del connector
     gc.collect()
     arguments = ([make_chunk()], [1], caches, [LAYERS], torch.arange(4), [0], [4])
@@ -384,7 +384,7 @@ def test_a_connector_that_is_gone() -> None:
 def test_caches_that_are_not_registered_do_not_replace_those_that_are() -> None:
     (connector, caches, chunk), others, slots = scene(), make_caches(), torch.arange(4)
     arguments = ([chunk], [1], others, [LAYERS], slots, [0], [4])
-    torch.ops.portakv.from_gpu(connector._enlisted.number, *arguments)
+    torch.ops.portakv.from_gpu(connector._number, *arguments)
     assert torch.equal(chunk, rows_of(others, slots))
     connector.from_gpu(chunk, None, slots)
     assert torch.equal(chunk, rows_of(caches, slots))
@@ -395,7 +395,7 @@ def test_torch_finds_the_schema_true(store: bool) -> None:
     connector = AdaptiveConnector("cpu")
     op = torch.ops.portakv.from_gpu if store else torch.ops.portakv.to_gpu
     given = ([make_chunk()], [1], make_caches(), [LAYERS], torch.arange(4), [0], [4])
-    torch.library.opcheck(op.default, (connector._enlisted.number, *given))
+    torch.library.opcheck(op.default, (connector._number, *given))
 
 
 def test_eager_calls_do_not_go_through_the_op(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,12 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NamedTuple
 
 import pytest
 
 from portakv.errors import TransferCancelled, TransferError
 from portakv.runtime.transfer import Completion, Transfer
-from portakv.runtime.worker import WINDOW, Landing, RateLimit, Worker
+from portakv.runtime.worker import WINDOW, Landing, RateLimit, Slice, Worker
 
 PATIENCE = 30.0
 
@@ -53,13 +52,6 @@ def test_over_many_slices_the_rate_is_kept_whatever_sleeps_too_long() -> None:
     assert total / (watch.time - 100.0) / 1e9 == pytest.approx(1.0, rel=0.05)
 
 
-class Slice(NamedTuple):
-    """A slice by its number."""
-
-    number: int
-    nbytes: int = 1000
-
-
 class Landed:
     """A slice's end, which a test sets."""
 
@@ -83,13 +75,14 @@ class Scene:
         self.ends = [Landed() for _ in range(slices)]
         self.issued, self.entered, self.left = list[int](), False, False
         self.fails_at = slices
-        self.worker = Worker([Slice(n) for n in range(slices)], self.issue, self.inside, limit)
+        parts = [Slice(None, n, 1, 1000) for n in range(slices)]
+        self.worker = Worker(parts, self.issue, self.inside, limit)
 
     def issue(self, one: Slice) -> Transfer:
-        if one.number == self.fails_at:
+        if one.first == self.fails_at:
             raise MemoryError("no more")
-        self.issued.append(one.number)
-        return Transfer([Completion(pendings=[self.ends[one.number]])])
+        self.issued.append(one.first)
+        return Transfer([Completion(pendings=[self.ends[one.first]])])
 
     @contextmanager
     def inside(self) -> Iterator[None]:
