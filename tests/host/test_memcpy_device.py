@@ -264,12 +264,13 @@ def test_memory_is_let_go_once_a_copy_has_ended(accelerator: torch.device) -> No
 def test_memory_that_is_pinned_only_at_its_beginning(
     accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    held: object = None
     src, dst = filled((ROWS, 2 * WIDTH), torch.int32), there(accelerator, ROWS, WIDTH)
     assert not is_pinned(src)
     if accelerator.type == "cuda":
         held = register(src[: ROWS // 2], fallback=False)
     else:
-        held, end = src, src[ROWS // 2 :].data_ptr()
+        end = src[ROWS // 2 :].data_ptr()
         monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: self.data_ptr() < end)
     assert is_pinned(src[: ROWS // 2])
     assert not is_pinned(src[:, :WIDTH])

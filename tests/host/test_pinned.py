@@ -209,6 +209,7 @@ def test_freed() -> None:
 
 @each_way
 def test_registered_already() -> None:
+    again: Any
     tensor = torch.zeros(50000)
     with pinned.register(tensor), pinned.allocate(PAGE) as memory:
         for again in (tensor, tensor[10000:10001], tensor.numpy(), memory.tensor):

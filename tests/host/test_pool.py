@@ -234,7 +234,7 @@ def test_it_grows_by_what_is_missing_or_tells_the_cause(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("ends", ["a release", "memory", "the pool is closed"])
-def test_what_ends_a_wait_without_end(ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_ends_a_wait(ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with PinnedPool(SIZE, 1, limit=64, grow=32) as pool:
         block = pool.acquire()
         scarce = Scarce(monkeypatch, 0)
@@ -249,12 +249,14 @@ def test_what_ends_a_wait_without_end(ends: str, monkeypatch: pytest.MonkeyPatch
 
         timer = threading.Timer(0.05, end)
         timer.start()
+        began = time.monotonic()
         if ends == "the pool is closed":
             with pytest.raises(HostMemoryError, match="closed"):
-                pool.acquire(wait=True)
+                pool.acquire(wait=True, timeout=10)
         else:
-            with pool.acquire(wait=True) as second:
+            with pool.acquire(wait=True, timeout=10) as second:
                 assert second.index == (ends == "memory")
+        assert time.monotonic() - began < 8, "it was noticed when the time was over"
         timer.join()
         if block.held:
             block.release()

@@ -129,8 +129,9 @@ def test_kept_and_removed(name: str) -> None:
     ids=str,
 )  # fmt: skip
 def test_another_size_or_name(name: str, asked: Any, words: str) -> None:
+    given: list[Any] = [name if each is None else each for each in asked]
     with SharedPool(name, SIZE, 2), refused(HostMemoryError) as caught:
-        SharedPool(*(name if each is None else each for each in asked))
+        SharedPool(*given)
     assert re.search(words, str(caught.value))
 
 
