@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from portakv.backends.base import Decision, Launch
 from portakv.engines import direct
 from portakv.engines.direct import BLOCKS, CUT, NAME, Cut, Direct, DirectKernel
 from portakv.engines.engine import Terms
+from portakv.plan.plan import Move
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import nvrtc as _nvrtc
 from portakv.runtime.devices import this_process
@@ -289,6 +291,26 @@ def test_where_a_device_finds_host_memory(monkeypatch: pytest.MonkeyPatch) -> No
 class _nothing:
     def __enter__(self) -> None: ...
     def __exit__(self, *error: object) -> None: ...
+
+
+# The argument
+
+
+def test_arguments_begin_as_the_rows_kernels_do() -> None:
+    """The words of a request: base, table, ids, wide, first, limit."""
+    copied = Copy(by(pool(), [3, 1]), objects(), 2)
+    plan = between(copied, "device", "pinned")
+    kernel = DirectKernel(plan.nests[0], plan, CUDA)
+    assert kernel.wants_table
+    buffer = bytearray(kernel.fixed)
+    ids, dst = copied.src.index(), copied.dst.view()
+    addresses = SimpleNamespace(data_ptr=lambda: 1 << 40)
+    dst.derived[direct._TABLE_ON, CUDA] = SimpleNamespace(addresses=addresses)
+    move = Move(copied.src.view(), dst, ids, copied.dst.index(), copied.count)
+    kernel.pack(buffer, move, 99, 0)
+    words = struct.unpack_from("<12q", buffer)
+    assert words[7] == (1 << 40) + 8 * kernel.dst.side.table
+    assert (words[2], words[3], words[5]) == (ids.ids.data_ptr(), 1, 12)  # type: ignore[union-attr]
 
 
 # What is held

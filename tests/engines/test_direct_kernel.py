@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from support.command_line import registered
-from support.cuda_cases import COPIES, NHD, Copy, End, by, chunk, pool
+from support.cuda_cases import COPIES, NHD, Copy, End, by, chunk, objects, pool
 from support.direct_on_cpu import CPU, SMALL, DirectOnCpu, Driver, compiled, installed, why_not
 from support.guarded_memory import filled, refused
 
@@ -222,6 +222,16 @@ def test_the_argument_is_as_the_kernel_takes_it(engine: type[DirectOnCpu]) -> No
             assert library.argument_bytes() == len(kernel.fixed)
             assert library.src_table_at() == direct._SRC_TABLE_AT
             assert library.dst_table_at() == direct._DST_TABLE_AT
+
+
+def test_tables_of_the_host_lie_on_the_device(engine: type[DirectOnCpu]) -> None:
+    """Its own table is cleared here: whoever reads it faults or moves wrong bytes."""
+    copied = Copy(by(pool(), [11, 0, 5], 1), objects(), 3)
+    if engine is Loads:
+        copied = Copy(by(objects(), [11, 0, 5], 1), pool(), 3)
+    kernel = DirectKernel(copied.plan().nests[0], _as(copied.plan(), engine))
+    assert kernel.wants_table
+    assert judged(copied, engine) == 0
 
 
 def _as(plan: CopyPlan, engine: type[DirectOnCpu]) -> CopyPlan:
