@@ -59,26 +59,6 @@ class Options:
     ids_on: str = "cpu"
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """A side before it is built. ``step`` is 0 where the side has no ids."""
-
-    arrangement: Arrangement
-    extents: dict[str, Any]
-    rows: SharedRows
-    block_size: int | None
-    slots: int
-    step: int = 0
-
-    def side(self, ids: torch.Tensor | None, offset: int, *, opaque: bool = False) -> Side:
-        side = side_of(self.arrangement, ids, max(self.step, 1), offset, self.extents)
-        # What was drawn must be what was built, or the examples would not be those described.
-        drawn = (self.rows.layers, self.rows.heads, self.rows.widths, self.block_size, self.slots)
-        assert drawn == (side.layers, side.heads, side.widths, side.block_size, side.slots)
-        assert side.opaque is opaque
-        return side
-
-
 def _draw_rows(draw: Draw, options: Options) -> tuple[SharedRows, list[torch.dtype]]:
     """Extents and widths, and a dtype for each side that the widths are a multiple of."""
     layers, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
@@ -109,10 +89,11 @@ def _draw_splits(draw: Draw, rows: SharedRows, dtypes: list[torch.dtype]) -> lis
     return [n // b if n % b == 0 and n > b else 0 for n, b in zip(cuts, bytes_of, strict=True)]
 
 
-def _draw_draft(
+def _draw_side(
     draw: Draw, rows: SharedRows, dtype: torch.dtype, n: int, source: bool, options: Options
-) -> _Draft:
-    """One side: a paged cache or a chunk, its layout, its memory and the step of its index."""
+) -> Side:
+    """One side but for its ids: a paged cache or a chunk, its layout, its memory and the step of
+    its index, 0 where it will have none."""
     paged = draw(st.booleans())
     grain = n if n and rows.split == "token" else 1
     size = pick(draw, (4, 2, 8, 1, 3, 5, 6, 7) if paged else (4, 1, 2, 3, *range(5, 25)))
@@ -125,11 +106,15 @@ def _draw_draft(
     layout = draw_layout(draw, rows, paged, n, options.containers)
     declared = declare(draw, layout, extents, paged)
     arrangement = _arranged(draw, layout, dtype, extents, source, options)
+    side = side_of(arrangement, declared=declared)
+    # What was drawn must be what was built, or the examples would not be those described.
+    drawn = (rows.layers, rows.heads, rows.widths, size if paged else None, size * blocks)
+    assert drawn == (side.layers, side.heads, side.widths, side.block_size, side.slots)
     slots = size * blocks
     usual = [1, size, 2 * size, *(s for s in range(2, size) if size % s == 0), 3]
     steps = [s for s in usual if s <= slots] if paged else [0, 1, 2, 4]
     step = pick(draw, [*steps, 0]) if paged else pick(draw, [s for s in steps if s <= slots])
-    return _Draft(arrangement, declared, rows, size if paged else None, slots, step)
+    return replace(side, step=step)
 
 
 def _arranged(
@@ -152,21 +137,21 @@ def _arranged(
     return found
 
 
-def _most(draft: _Draft, source: bool, options: Options) -> int:
+def _most(side: Side, source: bool, options: Options) -> int:
     """The positions that one side can hold, duplicates in the source apart."""
-    if draft.step and (source or options.duplicates):
+    if side.step and (source or options.duplicates):
         return 40
-    return draft.slots // max(draft.step, 1) * max(draft.step, 1)
+    return side.slots // max(side.step, 1) * max(side.step, 1)
 
 
 def _draw_count(
-    draw: Draw, drafts: list[_Draft], options: Options, unit: int = 1
+    draw: Draw, sides: list[Side], options: Options, unit: int = 1
 ) -> tuple[list[int], int]:
     """Offsets of both sides and the count of positions."""
     if not options.ragged and unit == 1:
-        sizes = [n for d in drafts for n in (d.step, d.block_size) if n]
+        sizes = [n for side in sides for n in (side.step, side.block_size) if n]
         unit = math.gcd(*sizes) if sizes else 1
-    most = [_most(draft, n == 0, options) for n, draft in enumerate(drafts)]
+    most = [_most(side, n == 0, options) for n, side in enumerate(sides)]
     offsets = [0, 0]
     if draw(st.booleans()):
         offsets = [draw(st.integers(0, min((m - 1) // unit, 5))) * unit for m in most]
@@ -176,13 +161,13 @@ def _draw_count(
     return offsets, (room if draw(st.booleans()) else draw(st.integers(min(room, 1), room))) * unit
 
 
-def _draw_ids(
-    draw: Draw, draft: _Draft, offset: int, count: int, unique: bool, options: Options
-) -> torch.Tensor | None:
-    """Ids of one side: in order, reversed or shuffled, perhaps with holes and spare ones."""
-    if not draft.step:
-        return None
-    units, needed = draft.slots // draft.step, -(-(offset + count) // draft.step)
+def _with_ids(
+    draw: Draw, side: Side, offset: int, count: int, unique: bool, options: Options
+) -> Side:
+    """A side with ids: in order, reversed or shuffled, perhaps with holes and spare ones."""
+    if not side.step:
+        return replace(side, step=1, offset=offset)
+    units, needed = side.slots // side.step, -(-(offset + count) // side.step)
     how, rng = draw(st.integers(0, 2)), random.Random(draw(st.integers(0, 255)))
     if unique:
         needed = min(needed + draw(st.integers(0, 2)), units)
@@ -193,7 +178,7 @@ def _draw_ids(
         ids.reverse()
     if options.holes and draw(st.booleans()):
         ids = [rng.choice((-1, -2, -100)) if rng.random() < 0.3 else n for n in ids]
-    return _as_tensor(draw, ids, options.ids_on)
+    return replace(side, ids=_as_tensor(draw, ids, options.ids_on), offset=offset)
 
 
 def _as_tensor(draw: Draw, ids: list[int], device: str) -> torch.Tensor:
@@ -216,15 +201,10 @@ def cases(draw: Draw, /, **options: Any) -> Case:
     chosen = Options(**options)
     rows, dtypes = _draw_rows(draw, chosen)
     splits = _draw_splits(draw, rows, dtypes)
-    drafts = [_draw_draft(draw, rows, dtypes[n], splits[n], n == 0, chosen) for n in range(2)]
-    offsets, count = _draw_count(draw, drafts, chosen)
-    src, dst = (
-        draft.side(
-            _draw_ids(draw, draft, offsets[n], count, n == 1 and not chosen.duplicates, chosen),
-            offsets[n],
-        )
-        for n, draft in enumerate(drafts)
-    )
+    sides = [_draw_side(draw, rows, dtypes[n], splits[n], n == 0, chosen) for n in range(2)]
+    (first, second), count = _draw_count(draw, sides, chosen)
+    src = _with_ids(draw, sides[0], first, count, False, chosen)
+    dst = _with_ids(draw, sides[1], second, count, not chosen.duplicates, chosen)
     return Case(src, dst, count)
 
 
@@ -234,13 +214,12 @@ def migrations(draw: Draw, /, **options: Any) -> Case:
     chosen = Options(**options)
     rows, dtypes = _draw_rows(draw, chosen)
     split = _draw_splits(draw, rows, dtypes)[0]
-    draft = _draw_draft(draw, rows, dtypes[0], split, False, chosen)
-    step = draft.step if 0 < 2 * draft.step <= draft.slots else 1
-    units = list(range(draft.slots // step))
+    side = _draw_side(draw, rows, dtypes[0], split, False, chosen)
+    step = side.step if 0 < 2 * side.step <= side.slots else 1
+    units = list(range(side.slots // step))
     random.Random(draw(st.integers(0, 255))).shuffle(units)
     moved = len(units) // 2 if draw(st.booleans()) else draw(st.integers(0, len(units) // 2))
     halves = (units[:moved], units[moved : 2 * moved])
-    side = draft.side(None, 0)
     sides = []
     for half in halves:
         by_slot = draw(st.booleans())
@@ -258,25 +237,19 @@ def page_cases(draw: Draw, /, **options: Any) -> Case:
     first = pick(draw, DTYPES)
     width = first.itemsize * draw(st.integers(1, 40))
     second = pick(draw, [t for t in DTYPES if width % t.itemsize == 0])
-    rows = SharedRows(layers, 1, (width,))
-    drafts = []
+    sides = []
     for n, dtype in enumerate((first, second)):
         layout = pick(draw, [p for p in _PAGES if layers == 1 or "layer" in p])
         blocks = draw(st.integers(1, 5))
         extents = {"layer": layers, "head": 1, "token": size, "block": blocks, "kv": 1}
         extents["page"] = (width // dtype.itemsize,)
         arrangement = _arranged(draw, layout, dtype, extents, n == 0, chosen)
-        declared = {"block_size": size}
-        step = pick(draw, (size, 0))
-        drafts.append(_Draft(arrangement, declared, rows, size, size * blocks, step))
-    offsets, count = _draw_count(draw, drafts, chosen, unit=size)
-    src, dst = (
-        draft.side(
-            _draw_ids(draw, draft, offsets[n], count, n == 1, chosen), offsets[n], opaque=True
-        )
-        for n, draft in enumerate(drafts)
-    )
-    return Case(src, dst, count)
+        side = side_of(arrangement, step=pick(draw, (size, 0)), declared={"block_size": size})
+        assert side.opaque
+        sides.append(side)
+    (before, behind), count = _draw_count(draw, sides, chosen, unit=size)
+    src = _with_ids(draw, sides[0], before, count, False, chosen)
+    return Case(src, _with_ids(draw, sides[1], behind, count, True, chosen), count)
 
 
 def all_cases(**options: Any) -> st.SearchStrategy[Case]:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from portakv.cli.console import Column, print_table
 from portakv.registry.registry import ENVIRONMENT
 from portakv.registry.self_check import SelfCheck, self_check
 from portakv_conformance.evidence.verdict import WRONG
@@ -221,7 +222,7 @@ def print_score(
     """Print the table, the survivors and the sum on standard output."""
     groups = by_mutant(trials)
     lines = [_cells(group, self_checked) for group in groups]
-    _print_table(("mutant", "bug", "caught by", "runs", "s"), lines)
+    print_table(_COLUMNS, lines)
     for name, why in controls.items():
         print(f"{name}, un-mutated: {'passes' if why is None else f'FAILS: {why}'}")
     for group in groups:
@@ -242,22 +243,10 @@ def _cells(group: Sequence[Trial], self_checked: Collection[str]) -> tuple[str, 
     return first.mutant.name, first.mutant.bug, case.removeprefix("cases/") + note, runs, seconds
 
 
-def _print_table(head: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> None:
-    try:
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError:
-        for line in (head, *lines):
-            print("  ".join(line))
-        return
-    table = Table(*head)
-    for line in lines:
-        style = "bold red" if line[2].startswith("SURVIVES") else ""
-        table.add_row(*(Text(cell, style=style) for cell in line))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
+_COLUMNS = (
+    Column("mutant", whole=True), Column("bug"), Column("caught by", whole=True),
+    Column("runs", right=True), Column("s", right=True),
+)  # fmt: skip
 _JOBS = 2
 
 
