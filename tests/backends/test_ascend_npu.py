@@ -183,9 +183,8 @@ def test_any_layout_goes_by_the_kernel(name: str) -> None:
 
 def views(name: str = "tuples", tokens: int = 4) -> tuple[KVView, KVView]:
     """A cache and a chunk on the device."""
-    there = Elsewhere(DEVICE)
-    ends = cache(name), chunk(name, tokens)
-    return tuple(KVView(there.moved(x.tensors), x.layout, **x.extents) for x in ends)  # type: ignore[return-value]
+    view, rows = Elsewhere(DEVICE).views(cache(name), chunk(name, tokens))
+    return view, rows
 
 
 def test_explain_names_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,11 +332,7 @@ def test_the_stand_in_leaves_another_package_alone(monkeypatch: pytest.MonkeyPat
 def test_a_stream_of_another_device_than_the_current_one_is_refused() -> None:
     kernel, _ = AscendKernel.find_kernel(True)
     assert kernel is not None
-    there = Elsewhere(OTHER)
-    paged, dense = (
-        KVView(there.moved(x.tensors), x.layout, **x.extents)
-        for x in (cache("tuples"), chunk("tuples", 4))
-    )
+    paged, dense = Elsewhere(OTHER).views(cache("tuples"), chunk("tuples", 4))
     rows = KernelRows(kernel, CopyPlan(dense.form, paged.form, 0, 0), OTHER)
     with pytest.raises(TransferError, match=r"returned 107003; the copy was not made"):
         rows(Move(dense, paged, Index(), Index(), 4), None)
@@ -359,16 +354,6 @@ def test_a_status_word_on_the_host_is_refused() -> None:
         kernel.launch(copy, [(word.data_ptr(), 8, True)], stream)
 
 
-def test_memory_that_no_side_covers_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        _ascend_kernel, "_spans",
-        lambda view, writable: [(first, past - first - 1, True) for first, past in view.spans],
-    )  # fmt: skip
-    with pytest.raises(Exception, match=r"emulated AscendC kernel failed.*lies in no alloc"):
-        KERNEL.copies(Copy(chunk("tuples", 4), by(cache("tuples"), [9, 2, SLOTS - 1, 5]), 4))
-    simdev.take_faults()
-
-
 def test_an_empty_copy_launches_nothing() -> None:
     for carrier in (OPS, KERNEL):
         with Recorded() as recorded:
@@ -379,7 +364,7 @@ def test_an_empty_copy_launches_nothing() -> None:
 def test_a_prepared_launch_serves_any_request_of_its_plan() -> None:
     """The nests are uploaded once; every address and count is the request's."""
     pools, there = [cache("tuples"), cache("tuples")], Elsewhere(DEVICE)
-    first, second = (KVView(there.moved(x.tensors), x.layout, **x.extents) for x in pools)
+    first, second = there.views(*pools)
     launch = AscendKernel(DEVICE).prepare(CopyPlan(first.form, second.form, SIZE, SIZE))
     for (mine, theirs), (src, dst) in (
         ((first, second), pools), ((second, first), pools[::-1])

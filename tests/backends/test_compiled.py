@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.core_cases import noise
 from support.guarded_memory import filled, same
 from support.paged_cases import chunk, dense, paged, pool, rows_of
 
@@ -93,18 +92,6 @@ def test_another_length_stride_pool_or_place_compiles_nothing(device: str) -> No
         copy(dense(rows), paged(caches), None, ids)
         assert torch.equal(rows_of(caches), wanted), tokens
     assert compiled(device).compilations == made
-
-
-@on_each_device
-def test_one_allocation_and_many_are_one_kernel_each(device: str) -> None:
-    whole = noise(3, 2, 6, 4, 2, 8).to(device)
-    apart, together = [t.clone() for t in whole], list(whole)
-    for caches in (apart, together):
-        rows = torch.zeros(2, 3, 4, 16, dtype=torch.int16, device=device)
-        plan = CopyPlan(paged(caches).form, dense(rows).form, 1, 0)
-        assert (len(plan.nests), plan.tabled) == (1, caches is apart)
-        copy(paged(caches), dense(rows), [5, 23, 0, 11])
-        assert torch.equal(rows.cpu(), rows_of(caches)[:, :, [5, 23, 0, 11]])
 
 
 @on_each_device

@@ -3,17 +3,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import importlib.util
 import os
 import re
 import subprocess
 import sys
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -22,12 +19,9 @@ import pytest
 import torch
 from support.cuda_cases import COPIES
 
-from portakv import Unsupported
 from portakv.backends.cuda import Cuda
 from portakv.backends.rows_kernel import MAX_ENTRIES, NAMES, RowsKernel
-from portakv.backends.rows_launch import LoadedKernels
 from portakv.runtime import nvrtc as _nvrtc
-from portakv.runtime.cuda import ArgumentLists
 
 DEVICE = torch.device("cuda", 0)
 ARCHITECTURES = (80, 90, 100)
@@ -217,6 +211,13 @@ class _Nvrtc:
         return self.answer
 
 
+class _NotThere:
+    """A library that does not load."""
+
+    def nvrtcVersion(self) -> None:
+        raise RuntimeError("libnvrtc.so.13 was not found\nsearched in:\n  nowhere")
+
+
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """A machine on which nothing is missing: tests take one thing away."""
@@ -263,6 +264,11 @@ def test_nothing_is_missing(machine: SimpleNamespace) -> None:
         ("nvrtc", _Nvrtc(13, 7), "NVRTC does not tell its version (7)"),
         ("driver", (0, 12080), "the driver supports CUDA 12.8, but 13.0 is needed; update the"),
         ("driver", (3, None), "the driver does not tell its version (3)"),
+        (
+            "nvrtc",
+            _NotThere(),
+            "NVRTC cannot be loaded (libnvrtc.so.13 was not found); pip install",
+        ),
         ("device", (7, 0), "Compute capability 7.0 was asked of NVRTC 13.2, which compiles for"),
     ],
 )
@@ -275,65 +281,9 @@ def test_what_is_missing_is_the_reason(
     assert decision.reason.startswith(reason)
 
 
-def test_a_library_that_does_not_load_is_the_reason(machine: SimpleNamespace) -> None:
-    def fail() -> None:
-        raise RuntimeError("libnvrtc.so.13 was not found\nsearched in:\n  nowhere")
-
-    machine.nvrtc = SimpleNamespace(nvrtcVersion=fail)
-    reason = Cuda.probe(DEVICE).reason
-    assert reason.startswith("NVRTC cannot be loaded (libnvrtc.so.13 was not found); pip install")
-
-
 def test_other_devices_and_other_builds_of_torch(
     machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert Cuda.probe(torch.device("cpu")).reason == "it runs on cuda devices, not on cpu"
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert Cuda.probe(DEVICE).reason == "this torch is built for ROCm, not for CUDA"
-
-
-class _Driver:
-    """A driver that loads anything, and counts what it is asked for."""
-
-    launch, success = None, (0,)
-
-    def __init__(self) -> None:
-        self.loaded: list[str] = []
-        self.adopted: list[int] = []
-
-    def load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
-        self.loaded.append(source)
-        return dict.fromkeys(names, source)
-
-    def current(self) -> Any:
-        self.adopted.append(threading.get_ident())
-        return nullcontext()
-
-
-def test_nothing_is_loaded_during_capture() -> None:
-    """A module that is loaded while a stream is captured would break the capture."""
-    driver, captures = _Driver(), [False]
-    loaded = LoadedKernels(driver, lambda: captures[0])  # type: ignore[arg-type]
-    first, second = (list(kernels().values())[n] for n in (0, 1))
-    loaded.functions([first])
-    captures[0] = True
-    assert loaded.functions([first]) == [{1: first.source, 2: first.source}]
-    with pytest.raises(Unsupported, match="make the same call once before the capture"):
-        loaded.functions([first, second])
-    assert driver.loaded == [first.source]
-
-
-def test_each_thread_has_arguments_and_a_context() -> None:
-    driver = _Driver()
-    arguments, theirs = ArgumentLists([b"ab", b"c"], driver.current), list[Any]()
-    other = threading.Thread(target=lambda: theirs.extend([arguments.buffers, arguments.addresses]))
-    other.start()
-    other.join()
-    assert driver.adopted == [threading.get_ident(), other.ident]
-    mine = arguments.buffers
-    assert theirs[0] == mine == [bytearray(b"ab"), bytearray(b"c")]
-    assert theirs[0][0] is not mine[0]
-    for buffer, address in zip(mine, arguments.addresses, strict=True):
-        buffer[0] = 7
-        there = ctypes.c_size_t.from_address(address).value
-        assert ctypes.string_at(there, 1) == b"\7"

@@ -31,7 +31,6 @@ from support.each_backend import (
     CHANGES,
     REPEATED,
     SHOWN,
-    STATES,
     Carrier,
     refuses_memory_that_is_elsewhere,
 )
@@ -84,6 +83,10 @@ OTHERS: dict[str, tuple[type[Backend], str, int, Any]] = {
 ALL = {**KERNELS, **OTHERS}
 WITH_SPACE = [name for name in KERNELS if name != "ascend kernel"]  # for 5 GiB
 TABLE = {**COPIES, **REPEATED}
+STATES = (
+    "default device meta", "with torch.device meta", "default dtype bfloat16", "inference mode",
+    "deterministic algorithms", "number of threads", "warnings as errors",
+)  # fmt: skip
 IN_STATES = {f"{x} within {state}": (state, x) for state in STATES for x in SHOWN}
 #: What `compiled` copies on the host outside of ``.ci/full``, and what `triton` does not.
 FEW = {
@@ -359,11 +362,11 @@ def test_asking_them_loads_no_compiler_and_no_driver() -> None:
 ON_A_GPU = ["cuda", "triton", "compiled on a GPU"]
 
 
-def gather(layers: int = 3) -> tuple[list[torch.Tensor], torch.Tensor, Any]:
+def gather(device: Any = "cuda", layers: int = 3) -> tuple[list[torch.Tensor], torch.Tensor, Any]:
     """A pool, a chunk of eight tokens, and their views with ids on the device."""
-    caches = paged_cases.pool("cuda", layers=layers)
-    rows = paged_cases.chunk("cuda", 8, layers=layers)
-    ids = torch.arange(8, device="cuda")
+    caches = paged_cases.pool(device, layers=layers)
+    rows = paged_cases.chunk(device, 8, layers=layers)
+    ids = torch.arange(8, device=device)
     return caches, rows, (paged_cases.paged(caches), paged_cases.dense(rows), Index(ids), Index())
 
 
@@ -436,10 +439,11 @@ def test_a_stream_is_honoured(carrier: Carrier) -> None:
         assert torch.equal(rows.cpu(), paged_cases.rows_of(caches)[:, :, :8])
 
 
-@by_each(["cuda", "triton"])
+@by_each(["hip-emulated", "cuda", "triton"])
 def test_a_forked_process_is_refused(carrier: Carrier, monkeypatch: pytest.MonkeyPatch) -> None:
-    caches, rows, (src, dst, ids, none) = gather()
+    caches, rows, (src, dst, ids, none) = gather(carrier.device)
     launch = carrier.backend(carrier.device).prepare(CopyPlan(src.form, dst.form, 1, 0))
     monkeypatch.setattr(this_process(), "forked", True)
-    with refused(Unsupported, "forked", watch=[*caches, rows]):
+    said = "HIP does not survive fork" if carrier.backend is HipEmulated else "forked"
+    with refused(Unsupported, said, watch=[*caches, rows]):
         launch(src, dst, ids, none, 8, None, None)

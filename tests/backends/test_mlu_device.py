@@ -80,11 +80,7 @@ def copied(
 
 def views(kind: str, tokens: int) -> tuple[KVView, KVView]:
     """A cache and a chunk on the device."""
-    there = Elsewhere(DEVICE)
-    paged, dense = (
-        KVView(there.moved(x.tensors), x.layout, **x.extents)
-        for x in (cache(kind), chunk(kind, tokens))
-    )
+    paged, dense = Elsewhere(DEVICE).views(cache(kind), chunk(kind, tokens))
     return paged, dense
 
 
@@ -97,8 +93,12 @@ def test_each_kind_of_cache_goes_by_its_op(kind: str, gather: bool, dtype: torch
     *_, op, calls = CACHES[kind]
     if dtype == torch.uint8 and op:
         calls, op = 0, ""  # heads of 16 bytes
-    MLU.copies(copied(kind, gather, IDS, dtype))
+    copy = copied(kind, gather, IDS, dtype)
+    MLU.copies(copy)
     assert dict(mlu_standin.CALLS) == ({op: calls} if op else {})
+    src, dst = Elsewhere(DEVICE).views(copy.src, copy.dst)
+    told = Mlu(DEVICE).check(CopyPlan(src.form, dst.form, int(gather), int(not gather))).reason
+    assert told == f"takes the plan by {op or 'index_select and index_copy_, after a wait'}"
 
 
 @both_ways
@@ -166,14 +166,6 @@ def test_a_release_without_the_transfer_of_all_layers(
 ) -> None:
     MLU.tells(copied(kind, gather, [*IDS, -1]), None)
     assert mlu_standin.CALLS[PLANES_OP] == mlu_standin.CALLS.total() == calls
-
-
-@pytest.mark.parametrize("kind", CACHES)
-def test_the_plan_tells_the_op(kind: str) -> None:
-    paged, dense = views(kind, 4)
-    op = CACHES[kind][3] or "index_select and index_copy_, after a wait"
-    told = Mlu(DEVICE).check(CopyPlan(paged.form, dense.form, 1, 0)).reason
-    assert told == f"takes the plan by {op}"
 
 
 # -- the library around it -----------------------------------------------------------------------

@@ -54,7 +54,8 @@ STATES: dict[str, State] = {
     "inference mode": lambda device: torch.inference_mode(),
     "no grad": lambda device: torch.no_grad(),
     "autocast": lambda device: torch.autocast("cpu", dtype=torch.bfloat16),
-    "deterministic algorithms": _set(torch.use_deterministic_algorithms, True, False),
+    # What torch.use_deterministic_algorithms calls, which imports all of inductor before.
+    "deterministic algorithms": _set(torch._C._set_deterministic_algorithms, True, False),
     "another current device": _another_current_device,
     "one thread": _set(torch.set_num_threads, 1, torch.get_num_threads()),
     "number of threads": _set(

@@ -4,9 +4,8 @@ with stride 0, torch's ambient state, memory that is replaced."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,9 +17,9 @@ from portakv import Index, KVView, LayoutError, SlotError, copy_rows
 from portakv.backends.base import Backend
 from portakv.backends.compiled import Compiled
 from portakv.registry.registry import choose
+from support.ambient import STATES
 from support.cuda_cases import (
     CHUNK,
-    COPIES,
     NHD,
     SLOTS,
     Copy,
@@ -52,7 +51,6 @@ def _windows(step: int) -> Copy:
 
 #: Sources of which several rows, or parts of them, are one: a step of 0 bytes, or of one element.
 REPEATED: dict[str, Callable[[], Copy]] = {
-    "one token for all": COPIES["a repeated source"],
     "one token for all, from the second on": lambda: Copy(
         _chunk(filled((2, 3, 1, 16)).expand(2, 3, 9, 16), offset=2), by(pool(), SLOTS), 7
     ),
@@ -93,6 +91,10 @@ class Elsewhere:
         there = self._storages[storage.data_ptr()][1].untyped_storage()
         moved = torch.empty(0, dtype=tree.dtype, device=self._device)
         return moved.set_(there, tree.storage_offset(), tree.size(), tree.stride())
+
+    def views(self, *ends: End) -> list[KVView]:
+        """Of their tensors on the device."""
+        return [KVView(self.moved(end.tensors), end.layout, **end.extents) for end in ends]
 
     def bring_back(self) -> None:
         """What the device's storages hold, padding included, into those of the host."""
@@ -145,7 +147,7 @@ class Carrier(NamedTuple):
         """Make a backend, prepare a plan, launch it, and wait for the end, in a state of torch."""
         src, dst, plan = copy.src.view(), copy.dst.view(), copy.plan()
         indices = copy.src.index(), copy.dst.index()
-        with nullcontext() if state is None else STATES[state]():
+        with nullcontext() if state is None else STATES[state](self.device):
             backend = self._made(state is None)
             can = backend.capabilities()
             home = can.home_of_ids(self.device)
@@ -185,65 +187,6 @@ class Carrier(NamedTuple):
         copy.check(run)
 
 
-# Torch's ambient state
-
-
-@contextmanager
-def _default_device(name: str) -> Iterator[None]:
-    before = torch.get_default_device()
-    torch.set_default_device(name)
-    try:
-        yield
-    finally:
-        torch.set_default_device(before if before.type != "cpu" else None)
-
-
-@contextmanager
-def _default_dtype() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    # What torch.use_deterministic_algorithms calls, which imports all of inductor before.
-    torch._C._set_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch._C._set_deterministic_algorithms(False)
-
-
-@contextmanager
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-
-
-STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "default device meta": lambda: _default_device("meta"),
-    "within a device": lambda: torch.device("meta"),
-    "default dtype bfloat16": _default_dtype,
-    "inference mode": torch.inference_mode,
-    "deterministic algorithms": _deterministic,
-    "three threads": _threads,
-    "warnings as errors": _warnings,
-}
 _CLEAN = [11, 0, 6, 5, 3, 9, 1]
 #: Copies with clean ids that show of every part of a backend whether it minds.
 SHOWN: dict[str, Callable[[], Copy]] = {
