@@ -103,6 +103,16 @@ def test_tokens_in_a_list_of_tensors_keep_whole_units() -> None:
     assert torch.equal(dst.tensors[[2, 0]].view(8, 8), torch.stack(tokens[2:10]))
 
 
+def test_tokens_behind_two_levels_of_lists() -> None:
+    rows = [noise(8, seed=n) for n in range(12)]
+    listed = [[rows[4 * i : 4 * i + 2], rows[4 * i + 2 : 4 * i + 4]] for i in range(3)]
+    src = KVView(listed, "token/2 kv token%2 | dim")
+    dst = KVView(noise(2, 3, 8, seed=99), "kv token dim")
+    by_runs(src, dst, [5, 0, 3], None)
+    wanted = [[listed[slot // 2][kv][slot % 2] for slot in (5, 0, 3)] for kv in range(2)]
+    assert torch.equal(dst.tensors, torch.stack([torch.stack(one) for one in wanted]))
+
+
 def table(*ids: int, offset: int = 0) -> Index:
     return Index(list(ids), 4, offset)
 
