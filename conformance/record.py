@@ -124,8 +124,15 @@ class RunRecord:
     waivers: list[dict[str, str]] = field(default_factory=list)
 
     def document(self) -> str:
-        """The JSON document, readable, with a final newline."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        """The JSON document, with a line for each field and each case, so that a change can be
+        read; it ends with a newline."""
+        values = asdict(self)
+        del values["cases"]
+        cases = ",\n".join(f"  {case.line()}" for case in self.cases)
+        lines = (
+            f" {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}," for k, v in values.items()
+        )
+        return "{\n" + "\n".join(lines) + f'\n "cases": [\n{cases}\n ]\n}}\n'
 
     @classmethod
     def read(cls, text: str) -> RunRecord:

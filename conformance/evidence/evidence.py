@@ -35,10 +35,10 @@ from portakv_conformance.evidence.environment import INTERPRET, assumed, hashed
 from portakv_conformance.evidence.ladder import EMULATED, RESULTS, Ladder, Rung, broken_rules
 from portakv_conformance.evidence.record_rules import kernels_in, lacking, signatures_of
 from portakv_conformance.evidence.source import SourceError, source_sha256
-from portakv_conformance.evidence.verdict import LEFT_OUT
+from portakv_conformance.evidence.verdict import LEFT_OUT, totals_of
 from portakv_conformance.record import ASSUMPTION, SCHEMA, STATUSES, RunRecord
 from portakv_conformance.report import results, support
-from portakv_conformance.report.words import STATUS_WORDS, counts
+from portakv_conformance.report.words import STATUS_WORDS
 
 #: The rung that each kind of job bears out; no job but the suite's own ends at R6.
 JOBS = {
@@ -115,7 +115,7 @@ def of_report(record: RunRecord) -> Rung:
 
 def outcome(record: RunRecord) -> str:
     """How many cases passed, and how many were about what the backend does not claim."""
-    counted = counts(record)
+    counted = totals_of(record.cases)
     shown = [status for status in STATUSES[::-1] if counted[status] or status == "passed"]
     return ", ".join(f"{counted[status]:,} {STATUS_WORDS[status]}" for status in shown)
 
@@ -194,8 +194,7 @@ def _not_borne_out(rung: Rung, file: Path) -> Iterator[str]:
     place = f"{' '.join(rung.place)}, by {rung.evidence}"
     try:
         said = read(file)
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if said.suite and file.name != results.file_name(RunRecord.read(json.dumps(record))):
+        if said.suite and file.name != results.file_name(results.read(file)):
             yield f"{place}: the file must be named after its contents."
         made = rung_of(said, rung.evidence, device=rung.device, note=rung.note)
     except ValueError as error:

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import re
 
+from portakv_conformance.evidence.verdict import totals_of
 from portakv_conformance.record import STATUSES, CaseRecord, RunRecord
 from portakv_conformance.report.first_byte import first_byte
 from portakv_conformance.report.words import (
     STATUS_WORDS,
     broken,
-    counts,
     device,
     duration,
     emulated,
@@ -79,7 +79,7 @@ def _head(record: RunRecord) -> str:
 
 
 def _totals(record: RunRecord) -> str:
-    found = counts(record)
+    found = totals_of(record.cases)
     shown = [s for s in STATUSES[::-1] if found[s] or s in ("passed", "failed")]
     names = " | ".join(STATUS_WORDS[status] for status in shown)
     numbers = " | ".join(f"{found[status]:,}" for status in shown)

@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup, escape
 
-from portakv_conformance.evidence.verdict import SEAL, why_no_rung
+from portakv_conformance.evidence.verdict import SEAL, totals_of, why_no_rung
 from portakv_conformance.record import STATUSES, CaseRecord, RunRecord, Status
 from portakv_conformance.report import words
 from portakv_conformance.report.first_byte import first_byte
@@ -65,7 +65,7 @@ def page(record: RunRecord) -> str:
         _common(record), style=style, script=script, strokes=_STROKES, failed=failed,
         matrix=found, apart=apart, short=SHORT, words=words.STATUS_WORDS, rungs=words.RUNGS,
         meanings=words.CLAIMS, area_words=words.AREAS, statuses=STATUSES[::-1],
-        counts=words.counts(record), bar=_bar(record), sentence=words.sentence(record),
+        counts=totals_of(record.cases), bar=_bar(record), sentence=words.sentence(record),
         no_rung=why_no_rung(record), emulation=words.emulation(record),
         broken=words.broken(record), left_out=words.left_out(record), about=_about(record),
         sections=[(name, title) for name, title in titles.items() if title],
@@ -168,7 +168,7 @@ def _headline(reason: str) -> tuple[str, str]:
 
 def _bar(record: RunRecord) -> list[tuple[Status, str, str]]:
     """Shares of each status as one line: status, where it begins and how wide it is."""
-    found = words.counts(record)
+    found = totals_of(record.cases)
     total = sum(found.values()) or 1
     widths = {s: max(_BAR * found[s] // total, _LEAST) for s in reversed(STATUSES) if found[s]}
     scale = _BAR / (sum(widths.values()) or 1)

@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results that are committed: a report for each backend-device pair that was run.
 
-They are whole reports, sealed as they were made, written with a case to each line so that a change
-can be read.
+They are whole reports, sealed as they were made.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 
-from portakv_conformance.evidence.verdict import SEAL, digest_of, judge
+from portakv_conformance.evidence.verdict import SEAL, digest_of
 from portakv_conformance.evidence.verify import check_report
 from portakv_conformance.record import RunRecord
 from portakv_conformance.report.words import built
@@ -38,25 +35,6 @@ def file_name(record: RunRecord) -> str:
     return (
         "-".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()).strip("-.") for part in parts) + ".json"
     )
-
-
-def trimmed(record: RunRecord) -> RunRecord:
-    """The report without details of cases that passed; sealed anew where there were any."""
-    if not any(case.details for case in record.cases if case.status == "passed"):
-        return record
-    cases = [replace(c, details="") if c.status == "passed" else c for c in record.cases]
-    short = replace(record, cases=cases, environment=dict(record.environment))
-    judge(short)
-    return short
-
-
-def document(record: RunRecord) -> str:
-    """The same JSON document as the report's own, with one line for each field or case."""
-    values = asdict(record)
-    cases = values.pop("cases")
-    lines = [f" {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}," for k, v in values.items()]
-    listed = ",\n".join(f"  {json.dumps(case, ensure_ascii=False)}" for case in cases)
-    return "{\n" + "\n".join(lines) + f'\n "cases": [\n{listed}\n ]\n}}\n'
 
 
 def read(file: Path) -> RunRecord:
@@ -100,5 +78,5 @@ def keep(report: Path, folder: Path, check: Check = check_report) -> Path:
         )
     file = folder / file_name(record)
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(document(trimmed(record)), encoding="utf-8", newline="\n")
+    file.write_text(record.document(), encoding="utf-8", newline="\n")
     return file

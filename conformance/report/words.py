@@ -8,7 +8,7 @@ from collections import Counter
 from datetime import datetime, timezone
 from typing import Any
 
-from portakv_conformance.evidence.verdict import LEFT_OUT
+from portakv_conformance.evidence.verdict import LEFT_OUT, WRONG, totals_of
 from portakv_conformance.judge.waivers import problems
 from portakv_conformance.record import ASSUMPTION, CARRIER, LIBRARY, STATUSES, RunRecord, Status
 
@@ -59,15 +59,9 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
-def counts(record: RunRecord) -> Counter[Status]:
-    """How many cases have each status, counted anew: nothing is taken from ``totals``."""
-    return Counter(case.status for case in record.cases)
-
-
 def bad(record: RunRecord) -> int:
     """Cases that failed or ended in an error."""
-    found = counts(record)
-    return found["failed"] + found["error"]
+    return sum(case.status in WRONG for case in record.cases)
 
 
 def emulated(record: RunRecord) -> bool:
@@ -110,7 +104,7 @@ def left_out(record: RunRecord) -> list[str]:
 
 def verdict(record: RunRecord) -> str:
     """The verdict as a headline."""
-    waived = counts(record)["waived"]
+    waived = totals_of(record.cases)["waived"]
     if record.verdict == "conformant":
         word = "Conformant in emulation" if emulated(record) else "Conformant"
         return f"{word}, with {plural(waived, 'waiver')}" if waived else word
@@ -121,7 +115,7 @@ def verdict(record: RunRecord) -> str:
 
 def sentence(record: RunRecord) -> str:
     """The verdict in a sentence or two, for a reader who reads nothing else."""
-    found, total = counts(record), len(record.cases)
+    found, total = totals_of(record.cases), len(record.cases)
     if record.verdict == "failed":
         wrong = bad(record)
         if not wrong:
