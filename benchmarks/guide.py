@@ -158,7 +158,6 @@ def _measured(machine: Mapping[str, Any]) -> str:
 
 
 def _which(copies: Sequence[Row]) -> list[str]:
-    """What to take, in the order of the median over all workloads."""
     told = [
         f"- `{way}`: {median(found):.2f} of `copy_` in the median of {len(found)} rows, "
         f"{min(found):.2f} at worst."
@@ -178,7 +177,6 @@ def _by_preference(copies: Sequence[Row]) -> list[tuple[str, list[float]]]:
 
 
 def _slower(copies: Sequence[Row]) -> list[str]:
-    """How much slower each way is than `cuda`, by how the layers lie."""
     table = []
     for (layers, words), way in product(_LAYERS.items(), _ORDER[1:]):
         mine = having(copies, backend=way, layers=layers)
@@ -226,7 +224,6 @@ def _sizes(copies: Sequence[Row]) -> list[str]:
 
 
 def _peers(rows: Sequence[Row]) -> list[str]:
-    """`cuda` against the peer, by direction and rows."""
     kinds: dict[str, Callable[[Row], bool]] = {
         "rows of 256 B and more, from 32 MB":
             lambda r: r["row_bytes"] >= 256 and r["payload_bytes"] >= _LARGE,
@@ -247,7 +244,6 @@ def _peers(rows: Sequence[Row]) -> list[str]:
 
 
 def _link_sizes(rows: Sequence[Row]) -> list[str]:
-    """The chosen engine by payload, over all layouts."""
     chosen = having(rows, kind="host_copy", backend="host")
     table = []
     for payload in sorted({row["payload_bytes"] for row in chosen}):
@@ -264,7 +260,6 @@ def _link_sizes(rows: Sequence[Row]) -> list[str]:
 
 
 def _link_best(rows: Sequence[Row]) -> list[str]:
-    """Which engine was the fastest, by runs and direction."""
     ours = [row for row in having(rows, kind="host_copy") if row["backend"] in _ENGINES]
     fastest = [row for point in grouped(ours, "shape", "op") if (row := quickest(point))]
     table = []
@@ -281,7 +276,6 @@ def _link_best(rows: Sequence[Row]) -> list[str]:
 
 
 def _listed(rows: Sequence[Row], kind: str) -> list[str]:
-    """The section of a kind of rows, a line for each."""
     title, told, cells = _LISTS[kind]
     mine = having(rows, kind=kind)
     table = [[_text(cell, row) for cell in cells.values()] for row in mine]

@@ -59,7 +59,7 @@ def judged(
         ([0.9], {"more": ACCEPTED.replace("cold", " ")}, 2, ""),
         ([0.9], {"more": "at_most = 1.0"}, 2, ""),
         ([0.9], {"limit": ""}, 2, ""),
-        ([0.9], {"where": "ratio = { about = 3 }"}, 2, ""),  # a condition that nothing knows
+        ([0.9], {"where": "ratio = { about = 3 }"}, 2, "asks for ['about']; known are"),
     ],
 )
 def test_verdicts(
@@ -67,7 +67,8 @@ def test_verdicts(
     more: dict[str, Any], code: int, word: str,
 ) -> None:  # fmt: skip
     assert judged(tmp_path, figures, **more) == code
-    assert word in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert word in (shown.err if code == 2 else shown.out)
 
 
 def test_several_files_are_judged_and_a_broken_one_is_no_verdict(
@@ -209,6 +210,12 @@ def test_every_host_bar_is_missed_by_one_worse_row(bar: check.Bar) -> None:
     rows[rows.index(dict(worst))][bar.figure] = limit + (0.01 if bar.at_most is not None else -0.01)
     words = {v.bar.name: v.word for v in check.judge(host_result(rows), [bar])}
     assert words in ({bar.name: "missed"}, {bar.name: "accepted"})
+
+
+def test_the_bars_of_one_suite_do_not_judge_the_other() -> None:
+    copies = {"machine": {"device_type": "cuda"}, "rows": []}
+    assert not any(v.bar.of_host for v in check.judge(copies, check.load_bars()))
+    assert all(v.bar.of_host for v in check.judge(host_result([]), check.load_bars()))
 
 
 # --- the decision guide -----------------------------------------------------------------------

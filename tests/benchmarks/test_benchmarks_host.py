@@ -141,6 +141,12 @@ def test_the_beginning_of_the_same_host_memory_serves_plain_copies() -> None:
     assert sides.flat.data_ptr() == sides.chunk.data_ptr()
 
 
+def test_two_halves_share_no_byte() -> None:
+    first, second = Region.reserve(CPU, 128 * KB, pageable=True).halves()
+    for mine, theirs in zip(first, second, strict=True):
+        assert mine.data_ptr() + mine.numel() == theirs.data_ptr()
+
+
 # --- figures across rows ------------------------------------------------------------------------
 
 

@@ -52,7 +52,7 @@ def run_demo(*, device: str | None = None, json: bool = False) -> int:
     where, forced = choice.backend.device, os.environ.get(ENVIRONMENT) or None
     began = time.perf_counter()
     # Printed at once, into a pipe too: the demo takes seconds, and each part is worth seeing.
-    tell: Callable[[str], None] = _hush if json else _tell
+    tell: Callable[[str], object] = str if json else _tell
     _tell_heading(tell, where, forced)
     model = run_model(where, lambda line: tell(f"  {line}"))
     scenario = moves.fitted(FOUNDING, moves.free_memory(where))
@@ -91,7 +91,7 @@ class ModelPart:
         return {"skipped": self.skipped or None, **self.found, "story": self.story}
 
 
-def run_model(device: torch.device, tell: Callable[[str], None]) -> ModelPart:
+def run_model(device: torch.device, tell: Callable[[str], object]) -> ModelPart:
     """Run the example on ``device``; its lines go to ``tell`` as they come.
 
     A `transformers` that is missing or cannot be imported is told, not raised.
@@ -121,11 +121,7 @@ def _tell(text: str) -> None:
     print(text, flush=True)
 
 
-def _hush(text: str) -> None:
-    """With ``--json`` nothing is told."""
-
-
-def _tell_heading(tell: Callable[[str], None], device: torch.device, forced: str | None) -> None:
+def _tell_heading(tell: Callable[[str], object], device: torch.device, forced: str | None) -> None:
     parts = [str(device), device_name(device)]
     if device.type == "cpu":
         threads = torch.get_num_threads()
@@ -139,7 +135,7 @@ def _tell_heading(tell: Callable[[str], None], device: torch.device, forced: str
 
 
 def _tell_scenario(
-    tell: Callable[[str], None], s: Scenario, device: torch.device, serving: Sequence[str]
+    tell: Callable[[str], object], s: Scenario, device: torch.device, serving: Sequence[str]
 ) -> None:
     tell(f"\n2. {in_bytes(s.payload)} of KV cache through {', '.join(serving)}\n")
     text = (
