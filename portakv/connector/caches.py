@@ -49,39 +49,36 @@ class Batch(NamedTuple):
             )
 
 
-class Registration(NamedTuple):
-    """Caches that a connector holds.
+class Registration:
+    """Caches that a connector holds, and the reader of memory objects beside them.
+
+    Args:
+        kv_caches: the caches.
+        bound: their layout.
+        chunk_layout: of memory objects, which are read with every extent that the caches tell.
+        choice: the connector's backend.
+        owner: a weak reference to the connector.
 
     Attributes:
         view: what was read of them.
         allocations: what a compiler is shown of them.
         facts: what tells others apart; see `facts_of`.
-        chunks: the reader of memory objects beside them.
         shortcuts: transfers to and from them that were made before.
+
+    Raises:
+        LayoutError: caches that contradict the layout. DeviceMismatch: on another device.
     """
 
-    view: KVView
-    allocations: Allocations
-    facts: Facts
-    chunks: ChunkReader
-    shortcuts: Shortcuts
-
-    @classmethod
-    def read(
-        cls,
+    def __init__(
+        self,
         kv_caches: Tensors,
         bound: BoundLayout,
         chunk_layout: str,
         choice: Choice,
         owner: ref[Any],
-    ) -> Registration:
-        """Read caches for a connector's ``choice``; ``owner`` is a weak reference to it.
-
-        Raises:
-            LayoutError: caches that contradict the layout. DeviceMismatch: on another device.
-        """
+    ) -> None:
         _check_caches(kv_caches, bound)
-        view = KVView.through(bound, kv_caches, lasting=True)
+        self.view = view = KVView.through(bound, kv_caches, lasting=True)
         if view.device != choice.backend.device:
             raise DeviceMismatch(
                 f"The kv_caches are on {view.device}, but this connector serves "
@@ -89,10 +86,10 @@ class Registration(NamedTuple):
             )
         if choice.can.tables:
             view.table  # noqa: B018 - made now, so that no transfer has to
-        allocations = Allocations(kv_caches)
-        shortcuts = Shortcuts(view, allocations.leaves[0], choice, owner)
-        chunks = ChunkReader(view, chunk_layout)
-        return cls(view, allocations, facts_of(kv_caches), chunks, shortcuts)
+        self.allocations, self.facts = Allocations(kv_caches), facts_of(kv_caches)
+        self.shortcuts = Shortcuts(view, self.allocations.leaves[0], choice, owner)
+        self._layout = chunk_layout
+        self._bound: dict[tuple[str, int], BoundLayout] = {}
 
     def check_memory(self) -> None:
         """Raise `LayoutError` if the memory of a cache was freed, resized or replaced."""
@@ -114,7 +111,7 @@ class Registration(NamedTuple):
             SlotError: the slot mapping has no such range, or the memory object is too small.
         """
         index, count = slot_range(slots, start, end)
-        chunk = self.chunks.read(memory_obj)
+        chunk = self.chunk(memory_obj)
         if chunk.slots < count:
             raise SlotError(
                 f"{count} tokens were asked, but the memory_obj holds {chunk.slots}; pass a larger "
@@ -134,19 +131,11 @@ class Registration(NamedTuple):
         jobs = [job for job in jobs if job[3]]
         if store:
             _check_apart([job[0] for job in jobs])
-        moves = [self.move(store, job) for job in self.chunks.sets(jobs)]
+        moves = [self.move(store, job) for job in self._sets(jobs)]
         _check_batch(moves, strict)
         return moves
 
-
-class ChunkReader:
-    """Reads memory objects in one chunk layout, with every extent that the cache view knows."""
-
-    def __init__(self, cache: KVView, layout: str) -> None:
-        self._cache, self._layout = cache, layout
-        self._bound: dict[tuple[str, int], BoundLayout] = {}
-
-    def read(self, memory_obj: MemoryObject) -> KVView:
+    def chunk(self, memory_obj: MemoryObject) -> KVView:
         """The view of one memory object: a tensor, or anything with ``.tensor``.
 
         Raises:
@@ -163,11 +152,11 @@ class ChunkReader:
         except LayoutError as error:
             raise LayoutError(
                 f"The memory_obj does not hold chunks of these caches. {error} (Its dtype is "
-                f"{probe.dtype}, the caches' {self._cache.owners[0].dtype}; widths are compared "
+                f"{probe.dtype}, the caches' {self.view.owners[0].dtype}; widths are compared "
                 f"in bytes.)"
             ) from error
 
-    def sets(self, jobs: Sequence[Job]) -> list[Job]:
+    def _sets(self, jobs: Sequence[Job]) -> list[Job]:
         """Chunks of equal form as one paged view, each of them a block."""
         groups: dict[tuple[object, ...], list[Job]] = defaultdict(list)
         for job in jobs:
@@ -189,7 +178,7 @@ class ChunkReader:
     def _bind(self, layout: str, itemsize: int) -> BoundLayout:
         bound = self._bound.get((layout, itemsize))
         if bound is None:
-            extents = _known_extents(self._cache, resolve(layout)[0], itemsize)
+            extents = _known_extents(self.view, resolve(layout)[0], itemsize)
             if layout != self._layout:
                 extents.pop("block_size", None)  # a block of a batch is a chunk
             bound = self._bound[layout, itemsize] = bind_layout(layout, **extents)

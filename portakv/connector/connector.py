@@ -186,7 +186,7 @@ class AdaptiveConnector:
         if registered is None:
             return "\n".join([*lines, "no kv_caches are registered, so there is no plan yet"])
         cache = registered.view
-        chunk = registered.chunks.read(example_chunk(cache, self._layouts[1], tokens))
+        chunk = registered.chunk(example_chunk(cache, self._layouts[1], tokens))
         ready = prepared(cache.form, chunk.form, 1, 0, None, self._choice)
         lines.append(f"from_gpu of {tokens} tokens, carried out by {ready.choice.name!r}:")
         if ready.choice.name != self._choice.name:
@@ -331,9 +331,7 @@ class AdaptiveConnector:
         return self._passing
 
     def _read(self, kv_caches: Tensors) -> Registration:
-        return Registration.read(
-            kv_caches, self._bound, self._layouts[1], self._choice, self._owner
-        )
+        return Registration(kv_caches, self._bound, self._layouts[1], self._choice, self._owner)
 
     def _keep(self, transfer: Transfer) -> Transfer:
         for completion in transfer.completions:
