@@ -49,12 +49,15 @@ def _no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Loads a torch_npu of some version with some ops, and asks the backend."""
+    """Loads a torch_npu of some version, with some schemas changed (empty: the op is missing), and
+    asks the backend."""
     library = torch.library.Library("npu", "FRAGMENT")
 
-    def ask(version: str, schemas: dict[str, str]) -> Decision:
-        for name, schema in schemas.items():
-            library.define(name.partition("::")[2] + schema)
+    def ask(version: str = f"{RELEASE}.0", **changed: str) -> Decision:
+        known = ascend_ops.pinned_schemas("vendor")
+        for name, schema in ({x.partition("::")[2]: known[x] for x in known} | changed).items():
+            if schema:
+                library.define(name + schema)
         module = ModuleType("torch_npu")
         module.__dict__["__version__"] = version
         monkeypatch.setitem(sys.modules, "torch_npu", module)
@@ -104,7 +107,7 @@ def test_a_broken_package_is_a_reason(installed: Any, text: str, said: str) -> N
 
 @pytest.mark.parametrize("version", ["2.1.0", "1.13.0", f"{RELEASE}1.0"])
 def test_another_release_is_refused(loaded: Any, version: str) -> None:
-    decision = loaded(version, ascend_ops.pinned_schemas("vendor"))
+    decision = loaded(version)
     assert str(decision) == (
         f"ascend: rejected, torch_npu {version} was found, which is not for torch "
         f"{torch.__version__}; {INSTALL}"
@@ -112,7 +115,7 @@ def test_another_release_is_refused(loaded: Any, version: str) -> None:
 
 
 def test_the_release_for_this_torch_is_accepted(loaded: Any) -> None:
-    decision = loaded(f"{RELEASE}.0.post3", ascend_ops.pinned_schemas("vendor"))
+    decision = loaded(f"{RELEASE}.0.post3")
     assert str(decision) == (
         f"ascend: accepted, torch_npu {RELEASE}.0.post3; copies go by its ops, since the AscendC "
         f"kernel was not built (bash native/ascend/run_in_cann.sh npu builds it, and "
@@ -125,7 +128,7 @@ def test_a_kernel_that_is_named_and_cannot_be_used_is_a_rejection(
 ) -> None:
     named = tmp_path / "libportakv_ascend.so"
     monkeypatch.setenv(_ascendc.VARIABLE, str(named))
-    decision = loaded(f"{RELEASE}.0", ascend_ops.pinned_schemas("vendor"))
+    decision = loaded()
     assert str(decision) == (
         f"ascend: rejected, PORTAKV_ASCENDC names {named}, and there is no such file (bash "
         f"native/ascend/run_in_cann.sh npu builds it, and PORTAKV_ASCENDC names it); without "
@@ -135,10 +138,7 @@ def test_a_kernel_that_is_named_and_cannot_be_used_is_a_rejection(
 
 @pytest.mark.parametrize("missing", sorted(CALLS))
 def test_an_op_that_is_missing_is_named(loaded: Any, missing: str) -> None:
-    schemas = ascend_ops.pinned_schemas("vendor")
-    del schemas[f"npu::{missing}"]
-    decision = loaded(f"{RELEASE}.0", schemas)
-    assert str(decision) == (
+    assert str(loaded(**{missing: ""})) == (
         f"ascend: rejected, torch_npu {RELEASE}.0 has no op {missing}; {INSTALL}"
     )
 
@@ -161,8 +161,7 @@ def test_an_op_that_is_missing_is_named(loaded: Any, missing: str) -> None:
     ids=["an argument less", "another name", "an argument more"],
 )
 def test_an_op_with_another_signature_is_shown(loaded: Any, name: str, schema: str) -> None:
-    schemas = {**ascend_ops.pinned_schemas("vendor"), f"npu::{name}": schema}
-    decision = loaded(f"{RELEASE}.0", schemas)
+    decision = loaded(**{name: schema})
     assert not decision.accepted
     assert f"is npu::{name}(" in decision.reason
     assert "cannot be called with" in decision.reason
