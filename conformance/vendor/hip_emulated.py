@@ -9,18 +9,16 @@ are read. Memory is the host's, work is done when a launch returns, and there ar
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from itertools import product
 
 import torch
 
-from portakv.backends.base import Capabilities, Decision
+from portakv.backends.base import Capabilities, Decision, places_on
 from portakv.backends.hip import Hip
 from portakv.runtime.hip import Card, Driver
 from portakv_conformance.vendor.hip_fake import fake_driver
 
 EMULATED = True
 ARCHITECTURE = "gfx906"
-_HOST = ("pageable", "pinned")
 
 
 class HostCard(Card):
@@ -61,6 +59,4 @@ class HipEmulated(Hip):
         return cls._probe_driver(device)
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(
-            places=frozenset(product(_HOST, _HOST)), skips_negative=True, guards=True
-        )
+        return Capabilities(places_on(self.device), skips_negative=True, guards=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -33,6 +34,14 @@ class Decision:
 
 
 _HOST = torch.device("cpu")
+
+
+def places_on(device: torch.device) -> frozenset[tuple[str, str]]:
+    """The pairs of places between which rows stay on ``device``."""
+    if device.type != "cpu":
+        return frozenset({("device", "device")})
+    host = ("pageable", "pinned")
+    return frozenset(product(host, host))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
-from itertools import product
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,7 @@ from portakv.backends._compiled_program import (
     memory_from,
     report,
 )
-from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch
+from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch, places_on
 from portakv.backends.strided import ELEMENTS
 from portakv.plan.plan import CopyPlan, Move, Nest, Side
 from portakv.runtime.bounded import Bounded
@@ -44,11 +43,6 @@ if TYPE_CHECKING:
     from portakv.view.index import Index
     from portakv.view.view import KVView
 
-_HOST = ("pageable", "pinned")
-_PLACES = {
-    "cpu": frozenset(product(_HOST, _HOST)),
-    "cuda": frozenset({("device", "device")}),
-}
 # Elements that the example of a program moves; inductor sizes its blocks by it.
 _EXAMPLE = 2**18
 _WORD = 16  # bytes, of which a report uses eight
@@ -75,7 +69,7 @@ class Compiled(Backend):
 
     def capabilities(self) -> Capabilities:
         return Capabilities(
-            places=_PLACES[self.device.type],
+            places=places_on(self.device),
             # Which dtype will come is not known in prepare, and each is a program of its own.
             index_dtypes=frozenset({torch.int64}),
             skips_negative=True,
@@ -306,7 +300,7 @@ def id_arguments(
 def _missing(device: torch.device) -> str | None:
     """What compiling for a device lacks, as a sentence, or None. Imports nothing: inductor alone
     takes a second, and what it finds wrong is the self-check's reason."""
-    if device.type not in _PLACES:
+    if device.type not in ("cpu", "cuda"):
         return f"it runs on cuda and cpu devices, not on {device.type}"
     if not hasattr(torch._C, "_construct_storage_from_data_pointer"):
         return f"torch {torch.__version__} cannot make a tensor of an address"

@@ -9,15 +9,12 @@ address table, its elements as wide as the plan's vector; the copy is then ``ind
 
 from __future__ import annotations
 
-from itertools import product
-
 import torch
 
-from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch
+from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch, places_on
 from portakv.backends.strided import Ops, StridedCopy
 from portakv.plan.plan import CopyPlan, Move
 
-_HOST = ("pageable", "pinned")
 # complex128 is torch's only 16-byte dtype, and not every vendor has it. A CPU is faster with a call
 # for each plane than with strides over all of them.
 _OPS = {"cpu": Ops(16, by_plane=True), "cuda": Ops(16)}
@@ -33,9 +30,7 @@ class Reference(Backend):
         return Decision(cls.name, True, "plain torch indexing runs on any torch device")
 
     def capabilities(self) -> Capabilities:
-        host = self.device.type == "cpu"
-        places = product(_HOST, _HOST) if host else [("device", "device")]
-        return Capabilities(places=frozenset(places))
+        return Capabilities(places=places_on(self.device))
 
     def prepare(self, plan: CopyPlan) -> Launch:
         return _IndexingLaunch(plan, _OPS.get(self.device.type, Ops()))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from portakv.backends.base import Backend, Capabilities, Launch
+from portakv.backends.base import Backend, Capabilities, Launch, places_on
 from portakv.backends.rows_kernel import THREADS, RowsKernel, Tuning
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import Bounded
@@ -71,7 +71,7 @@ class RowsBackend(Backend):
 
     def capabilities(self) -> Capabilities:
         return Capabilities(
-            places=frozenset({("device", "device")}),
+            places=places_on(self.device),
             skips_negative=True,
             guards=True,
             capturable=True,

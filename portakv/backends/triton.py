@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import os
 import threading
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from portakv.backends._triton_rows import NestKernel
-from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch
+from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch, places_on
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, refuse_capture, refuse_fork, this_process
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from portakv.view.view import KVView
 
 INTERPRET = "TRITON_INTERPRET"
-_HOST = ("pageable", "pinned")
 
 
 class Triton(Backend):
@@ -54,7 +52,7 @@ class Triton(Backend):
     def capabilities(self) -> Capabilities:
         host = self.device.type == "cpu"
         return Capabilities(
-            places=frozenset(product(_HOST, _HOST) if host else [("device", "device")]),
+            places=places_on(self.device),
             skips_negative=True,
             guards=True,
             capturable=not host,

@@ -53,11 +53,6 @@ Found = tuple[
 ]
 
 
-#: What tensors of one shape, strides, dtype, place and alignment share: form, slots, device, and
-#: the bytes from the first to past the last.
-_Known = tuple[Form, int, torch.device, int]
-
-
 class BoundLayout:
     """A layout and its declared extents; with ``reinterpret`` rows are bytes, whatever the dtype.
 
@@ -71,7 +66,10 @@ class BoundLayout:
     ) -> None:
         self.layout, self.reinterpret = layout, reinterpret
         self.declared = declare(layout, extents)
-        self._known: Bounded[tuple[Any, ...], _Known] = Bounded("forms of tensors", _KNOWN_SHAPES)
+        # What tensors of one shape, strides, dtype, place and alignment share: form, slots, device,
+        # and the bytes from the first to past the last.
+        self._known: Bounded[tuple[Any, ...], tuple[Form, int, torch.device, int]]
+        self._known = Bounded("forms of tensors", _KNOWN_SHAPES)
 
     def read(self, tensors: Tensors) -> Found:
         """Find form and addresses, in the order of `Facts`.
