@@ -50,10 +50,6 @@ class Waiver:
     reason: str
     expires: str
 
-    def plain(self) -> dict[str, str]:
-        """As `RunRecord` holds it."""
-        return asdict(self)
-
 
 def read_waivers(path: Path) -> tuple[Waiver, ...]:
     """The waivers of a file, in its order.
@@ -120,7 +116,7 @@ def judged(case: CaseRecord, waiver: Waiver | None, suite: str) -> CaseRecord:
         case.status = "failed"
         case.reason = f"It is waived ({waiver.reason}) but {ended}; remove the waiver."
     elif case.status == "failed":
-        why_not = _why_not(waiver.plain(), case.area, suite)
+        why_not = _why_not(asdict(waiver), case.area, suite)
         if why_not:
             case.reason = f"{case.reason} {why_not}".strip()
         else:

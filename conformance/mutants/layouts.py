@@ -23,33 +23,34 @@ def _read_as(plan: CopyPlan, src: Form, dst: Form) -> CopyPlan:
     return _plan(src, dst, plan.src_step, plan.dst_step, plan.unit)
 
 
-class SwappedKeysAndValues(HostRows):
+class _SourceMisread(HostRows):
+    def planned(self, plan: CopyPlan, call: Call) -> CopyPlan:
+        return _read_as(plan, self.read(plan.src), plan.dst)
+
+    def read(self, form: Form) -> Form:
+        """The form of a source as the mutant takes it."""
+        raise NotImplementedError
+
+
+class SwappedKeysAndValues(_SourceMisread):
     """Keys are copied to the values and values to the keys."""
 
-    def planned(self, plan: CopyPlan, call: Call) -> CopyPlan:
-        parts = plan.src.parts
-        if len(set(plan.src.widths)) > 1:
-            return plan
-        return _read_as(plan, replace(plan.src, parts=parts[::-1]), plan.dst)
+    def read(self, form: Form) -> Form:
+        return form if len(set(form.widths)) > 1 else replace(form, parts=form.parts[::-1])
 
 
-class SwappedTuples(HostRows):
+class SwappedTuples(SwappedKeysAndValues):
     """Keys and values are swapped where each has a tensor of its own."""
 
-    def planned(self, plan: CopyPlan, call: Call) -> CopyPlan:
-        parts = plan.src.parts
-        apart = len({part.table for part in parts}) > 1
-        if not apart or len(set(plan.src.widths)) > 1:
-            return plan
-        return _read_as(plan, replace(plan.src, parts=parts[::-1]), plan.dst)
+    def read(self, form: Form) -> Form:
+        return super().read(form) if len({part.table for part in form.parts}) > 1 else form
 
 
-class SwappedLayers(HostRows):
+class SwappedLayers(_SourceMisread):
     """Layers are walked from the last to the first on one side only."""
 
-    def planned(self, plan: CopyPlan, call: Call) -> CopyPlan:
-        parts = tuple(_last_layer_first(part) for part in plan.src.parts)
-        return _read_as(plan, replace(plan.src, parts=parts), plan.dst)
+    def read(self, form: Form) -> Form:
+        return replace(form, parts=tuple(map(_last_layer_first, form.parts)))
 
 
 def _last_layer_first(part: Part) -> Part:
@@ -62,15 +63,13 @@ def _last_layer_first(part: Part) -> Part:
     return replace(part, table=start[0], offset=start[1], layer=(back,))
 
 
-class FirstLayerForAll(HostRows):
+class FirstLayerForAll(_SourceMisread):
     """The address of the first layer is used for every layer of the source."""
 
-    def planned(self, plan: CopyPlan, call: Call) -> CopyPlan:
-        parts = tuple(
-            replace(part, layer=tuple(Step(at.extent, 0, 0) for at in part.layer))
-            for part in plan.src.parts
-        )
-        return _read_as(plan, replace(plan.src, parts=parts), plan.dst)
+    def read(self, form: Form) -> Form:
+        layers = [tuple(Step(at.extent, 0, 0) for at in part.layer) for part in form.parts]
+        pairs = zip(form.parts, layers, strict=True)
+        return replace(form, parts=tuple(replace(part, layer=layer) for part, layer in pairs))
 
 
 class TokensBeforeHeads(HostRows):
@@ -124,19 +123,17 @@ def _guess(form: Form, slots: int) -> Form:
     return replace(form, parts=parts)
 
 
-class TwoLayersTakenForKv(HostRows):
+class TwoLayersTakenForKv(_SourceMisread):
     """Layout guessed from the count of tensors: a list of two layers is taken for (key, value)."""
 
-    def planned(self, plan: CopyPlan, call: Call) -> CopyPlan:
-        form, parts = plan.src, plan.src.parts
-        layer = parts[0].layer
+    def read(self, form: Form) -> Form:
+        parts, layer = form.parts, form.parts[0].layer
         if form.layers != 2 or form.kv != 2 or len(layer) != 1 or not layer[0].table:
-            return plan
+            return form
         distance = parts[1].offset - parts[0].offset
         across = (Step(2, 0, distance),)
         second = replace(parts[0], table=parts[0].table + layer[0].table, layer=across)
-        read = replace(form, parts=(replace(parts[0], layer=across), second))
-        return _read_as(plan, read, plan.dst)
+        return replace(form, parts=(replace(parts[0], layer=across), second))
 
 
 class LostThroughContiguous(HostRows):

@@ -19,6 +19,8 @@ _MOST_WRONG = 20  # failures that are shown while a run goes on; the summary gro
 class Progress:
     """What is told what happens in a run; by itself it shows nothing."""
 
+    _wrong = 0
+
     def listed(self, count: int) -> None:
         """The run has so many cases."""
 
@@ -31,16 +33,6 @@ class Progress:
     def say(self, sentence: str) -> None:
         """Something happened to the run itself."""
 
-
-SILENT = Progress()
-
-
-class Showing(Progress):
-    """Shows failures at once, but only a few of many."""
-
-    def __init__(self) -> None:
-        self._wrong = 0
-
     def wrong(self, case: CaseRecord) -> str:
         """What to show of a case that ended; empty where it is right, or one of many."""
         self._wrong += case.status in WRONG
@@ -51,11 +43,13 @@ class Showing(Progress):
         return f"{case.status}: {case.id}"
 
 
-class Lines(Showing):
+SILENT = Progress()
+
+
+class Lines(Progress):
     """Plain lines: each failure at once, and where the run is every few seconds."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._count = self._done = 0
         self._told = time.monotonic()
 
@@ -77,11 +71,10 @@ class Lines(Showing):
         print(sentence, file=sys.stderr, flush=True)
 
 
-class Bar(Showing):
+class Bar(Progress):
     """A bar of rich with the running case; failures scroll by above it."""
 
     def __init__(self, progress: Any) -> None:
-        super().__init__()
         self._progress = progress
         self._task = progress.add_task("", total=None, case="loading the backend")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def run(
         started=started.isoformat(timespec="seconds"),
         seconds=round(time.monotonic() - began, 2),
         command=options.command(),
-        waivers=[waiver.plain() for waiver in options.waivers],
+        waivers=[asdict(waiver) for waiver in options.waivers],
     )
     if journal.lone:
         record.environment[LEFT_OUT] = (

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def cut(record: RunRecord) -> None:
 
 def waive(record: RunRecord, at: int) -> None:
     record.cases[at].status, record.cases[at].reason = "waived", "Ticket."
-    record.waivers = [Waiver(record.cases[at].id, "Ticket.", "2999.01").plain()]
+    record.waivers = [asdict(Waiver(record.cases[at].id, "Ticket.", "2999.01"))]
 
 
 def asked(record: RunRecord, old: str, new: str) -> None:
@@ -443,7 +444,7 @@ def test_an_unknown_id_fails_a_run_in_which_all_is_well() -> None:
     (told,) = problems(record.waivers, record.cases, NOW, whole=True)
     assert "no case of this run has that id" in told
     # One that expired besides is told twice.
-    assert len(problems([Waiver("x", "why", "1").plain()], [], NOW, whole=True)) == 2
+    assert len(problems([asdict(Waiver("x", "why", "1"))], [], NOW, whole=True)) == 2
 
 
 def test_a_waived_failure_is_no_first_failure() -> None:
