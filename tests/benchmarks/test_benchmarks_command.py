@@ -82,10 +82,10 @@ def test_it_prints_a_table_or_one_json_value_and_writes_the_same(
     assert "seed, layers apart" in shown.err
     assert "portakv[bench]" in shown.err  # there is no matplotlib, and the result is written
     assert measured("--shape", "llama3-8b-16", "--bars")[0] == 0
-    shown = capsys.readouterr().out
-    assert "verdict" in shown
-    assert "host time that a registered call adds" in shown
-    assert "3 bars are about rows that were not measured." in shown
+    judged = capsys.readouterr().out
+    assert "verdict" in judged
+    assert "host time that a registered call adds" in judged
+    assert "3 bars are about rows that were not measured." in judged
 
 
 def test_wrong_bytes_end_in_exit_code_1(measured: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

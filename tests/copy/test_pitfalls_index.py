@@ -38,10 +38,10 @@ class Rig:
             carry(self.paged, self.dense, index, None)
 
     def copy(self, index: Index, scattered: bool, count: int) -> None:
-        sides = (self.dense, self.paged, None, index)
-        if not scattered:
-            sides = (self.paged, self.dense, index, None)
-        copy_rows(*sides, count=count).synchronize()
+        if scattered:
+            copy_rows(self.dense, self.paged, None, index, count=count).synchronize()
+        else:
+            copy_rows(self.paged, self.dense, index, None, count=count).synchronize()
 
     def expect(self, slots: list[int], *, scattered: bool) -> None:
         """The rows of ``slots`` moved, in their order; every other byte is as it was."""
