@@ -313,8 +313,3 @@ def test_the_command_of_docs_hardware_judges_the_kernel(
     digest = hashlib.sha256(Path(emulation).read_bytes()).hexdigest()
     assert said["library"] == {"libportakv_ascend.so": digest}
     assert device == "npu, emulated, by the AscendC kernel"
-
-
-def test_the_interface_has_one_number() -> None:
-    (number,) = re.findall(r"kAbi = (\d+);", (ASCEND / "copy.h").read_text())
-    assert int(number) == _ascendc.ABI

@@ -336,6 +336,14 @@ def test_memory_that_is_elsewhere_is_refused(change: str, carrier: Carrier) -> N
     refuses_memory_that_is_elsewhere(carrier, CHANGES[change])
 
 
+@pytest.mark.parametrize("backend", [HipEmulated, AscendC], ids=lambda x: x.name)
+def test_an_emulation_says_so(backend: type[Backend]) -> None:
+    decision = backend.probe(torch.device("cpu"))
+    assert (decision.accepted, backend.emulated) == (True, True)
+    assert "emulated on" in decision.reason.lower()
+    assert "not on cuda" in backend.probe(torch.device("cuda", 0)).reason
+
+
 def test_asking_them_loads_no_compiler_and_no_driver() -> None:
     """In a process of its own."""
     program = (

@@ -414,12 +414,3 @@ def test_a_card_asks_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     cards = [Card(torch.device("cuda", n), Mock()) for n in (0, 1)]
     assert [card.is_current() for card in cards] == [False, True]
     assert cards[1].stream(None) == 8
-
-
-def test_the_emulation_says_so() -> None:
-    decision = HipEmulated.probe(CPU)
-    assert decision.accepted
-    assert "emulated on the CPU" in decision.reason
-    assert HipEmulated.emulated
-    assert "not on cuda" in HipEmulated.probe(CUDA).reason
-    assert Hip.threads % 64 == 0
