@@ -14,6 +14,7 @@ import torch
 from hypothesis import strategies as st
 
 from portakv_conformance.draw.arrangement import Arrangement
+from portakv_conformance.judge.grammar import read_layout
 
 Draw = Any  # the callable that hypothesis hands to a composite strategy
 _KINDS = (list, tuple, dict)
@@ -107,17 +108,6 @@ def _grouped(factors: list[str], merge: int) -> list[str]:
     return [group[0] if len(group) == 1 else f"({' '.join(group)})" for group in groups]
 
 
-def groups_of(layout: str) -> list[list[str]]:
-    """The groups of a layout that the strategies wrote, as lists of words."""
-    groups, inside = [], ""
-    for word in layout.replace("|", "").split():
-        inside = f"{inside} {word}"
-        if "(" not in inside or ")" in inside:
-            groups.append(inside.strip(" ()").split())
-            inside = ""
-    return groups
-
-
 def declare(draw: Draw, layout: str, extents: dict[str, Any], paged: bool) -> dict[str, Any]:
     """The extents a caller declares: all that are needed, and some that are not."""
     dims = extents["dim"]
@@ -131,7 +121,8 @@ def declare(draw: Draw, layout: str, extents: dict[str, Any], paged: bool) -> di
     }
     if not paged:
         del every["block_size"]
-    spare, groups = draw(st.integers(0, 31)), groups_of(layout)
+    spare, axes = draw(st.integers(0, 31)), read_layout(layout)
+    groups = [list(map(str, group)) for group in axes.left + axes.right]
     solved = _solvable(groups, paged) if draw(st.booleans()) else set()
     return {
         keyword: extent
@@ -164,8 +155,8 @@ def arrange(
     draw: Draw, layout: str, dtype: torch.dtype, extents: dict[str, Any], source: bool, device: str
 ) -> Arrangement:
     """How the tensors of a layout lie in memory: order, padding, offsets, allocations."""
-    left, _, right = layout.rpartition("|")
-    groups, levels = groups_of(right), len(groups_of(left))
+    axes = read_layout(layout)
+    groups, levels = [list(map(str, group)) for group in axes.right], len(axes.left)
     place = pick(draw, ("separate", "strided", "scattered")) if levels else "separate"
     n = len(groups) + (place == "strided")
     # In its plainest form a strided place is one tensor after another.

@@ -23,10 +23,10 @@ from portakv_conformance.draw.drawn_layouts import (
     arrange,
     declare,
     draw_layout,
-    groups_of,
     pick,
     rarely,
 )
+from portakv_conformance.judge.grammar import read_layout
 
 DTYPES = (
     torch.float16, torch.uint8, torch.int8, torch.bfloat16, torch.float32,
@@ -130,7 +130,7 @@ def _arranged(
     if not options.expanded:
         found = replace(found, expand=None)
     if "page" in extents and not options.loose_pages:
-        page = len(groups_of(layout.rpartition("|")[2])) - 1
+        page = len(read_layout(layout).right) - 1
         order = (*(n for n in found.order if n != page), page)
         expand = None if found.expand == page else found.expand
         found = replace(found, order=order, gap=1, expand=expand)
