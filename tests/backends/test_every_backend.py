@@ -337,7 +337,7 @@ def test_memory_that_is_elsewhere_is_refused(change: str, carrier: Carrier) -> N
 
 
 @pytest.mark.parametrize("backend", [HipEmulated, AscendC], ids=lambda x: x.name)
-def test_an_emulation_says_so(backend: type[Backend]) -> None:
+def test_an_emulation_says_so(backend: type[HipEmulated] | type[AscendC]) -> None:
     decision = backend.probe(torch.device("cpu"))
     assert (decision.accepted, backend.emulated) == (True, True)
     assert "emulated on" in decision.reason.lower()
