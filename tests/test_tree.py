@@ -28,24 +28,24 @@ TREE = {
 #: Lines of Python that a folder may hold, and the aim. A limit goes down with each clean-up, until
 #: it is the aim; raise one only with the reason in docs/design.md.
 BUDGETS = {
-    "portakv": (23_450, 18_500),
-    "portakv/backends": (3_900, 3_620),
-    "portakv/blocks": (600, 420),
-    "portakv/cli": (2_620, 2_050),
-    "portakv/connector": (980, 870),
+    "portakv": (21_260, 18_500),
+    "portakv/backends": (3_620, 3_620),
+    "portakv/blocks": (510, 420),
+    "portakv/cli": (2_130, 2_050),
+    "portakv/connector": (900, 870),
     "portakv/copy": (660, 660),
-    "portakv/engines": (3_800, 3_310),
-    "portakv/host": (4_000, 2_690),
-    "portakv/layout": (910, 880),
-    "portakv/plan": (845, 700),
-    "portakv/registry": (850, 590),
-    "portakv/runtime": (2_360, 2_050),
-    "portakv/view": (1_930, 1_520),
-    "conformance": (17_500, 13_500),
-    "benchmarks": (5_950, 4_500),
-    "tests": (44_200, 30_000),
+    "portakv/engines": (3_420, 3_310),
+    "portakv/host": (3_530, 2_690),
+    "portakv/layout": (880, 880),
+    "portakv/plan": (790, 700),
+    "portakv/registry": (750, 590),
+    "portakv/runtime": (2_300, 2_050),
+    "portakv/view": (1_760, 1_520),
+    "conformance": (16_460, 13_500),
+    "benchmarks": (5_020, 4_500),
+    "tests": (33_970, 30_000),
 }
-MODULES = 115  # of `portakv`; the aim is 100
+MODULES = 100  # of `portakv`
 IMPORTS = 10  # modules of the library that one module may import
 #: Modules that import more, and how many; none may be added, and no number may rise.
 MANY_IMPORTS = {
