@@ -33,8 +33,8 @@ SMALL = dataclasses.replace(
     beside=2 * MB, loop_seconds=0.05, matmul=1024, attention=(2, 4, 512), large=64 * MB,
     small=(1, 64, 10_000), pinned=17 * MB,
 )  # fmt: skip
-KINDS = {"host_copy", "host_direct", "host_duplex", "host_call", "host_small", "interference",
-         "host_waiting", "host_pageable", "host_pinning"}  # fmt: skip
+KINDS = {"host_copy", "host_direct", "host_duplex", "host_call", "host_small",
+         "host_interference", "host_waiting", "host_pageable", "host_pinning"}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

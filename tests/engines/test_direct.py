@@ -113,7 +113,7 @@ SMALL = Cut(threads=64, each=2, strip=64)
     ("cut", "make", "terms", "blocks"),
     [(SMALL, large, None, BLOCKS), *((SMALL, large, most, most) for most in (1, 2, 3, 20)),
      (CUT, large, None, 6), (CUT, COPIES["gather"], None, 1)],
-    ids=str,
+    ids=["no terms", *(f"at most {most}" for most in (1, 2, 3, 20)), "fewer to do", "one to do"],
 )  # fmt: skip
 def test_no_more_thread_blocks_than_the_terms_allow_and_have_something_to_do(
     cut: Cut, make: Callable[[], Copy], terms: int | None, blocks: int
