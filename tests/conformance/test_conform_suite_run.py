@@ -232,7 +232,8 @@ def test_an_example_keeps_how_its_end_was_waited_for(tmp_path: Path) -> None:
     file = files[0]
     again = conform("replay", str(file))
     assert again.returncode == 1, again.stdout + again.stderr
-    assert json.loads(file.read_text(encoding="utf-8"))["about"]["reason"] in again.stdout
+    # How far the late copy had come, when the suite looked, differs from run to run.
+    assert "it was not written" in again.stdout
     file.write_text(file.read_text(encoding="utf-8").replace('"end": "', '"end": "never '))
     with pytest.raises(ValueError, match="no way to wait for a copy"):
         saved.replay(file, subject("reference"))
