@@ -231,7 +231,8 @@ class Staging(_Buffers):
             self._memory = []  # nothing is held if there is no more
             self.free = [None] * buffers
             room = torch.empty(buffers * each, dtype=torch.uint8, device=self._device)
-            self._memory = list(room.split(each))
+            # Slices, not `split`: a vendor's torch need not have more.
+            self._memory = [room[at * each : (at + 1) * each] for at in range(buffers)]
             if self.detached:
                 # The link waits for no stream that the allocator knows this memory by.
                 room.record_stream(self.link)
