@@ -256,7 +256,9 @@ def test_a_small_copy_need_not_wait_for_the_last_transfer(
             torch.zeros(small, dtype=torch.uint8).pin_memory()]  # fmt: skip
     torch.cuda.synchronize()
     asked: dict[str, Any] = {"backend": engine, "detached": detached}
-    for _ in range(TRIES):  # a host that is held up begins when all is over
+    for _ in range(TRIES):  # a host that is held up looks when all is over
+        delay(current(CUDA))  # all are asked for before the first begins, on a slow host too
+        other.wait_stream(current(CUDA))
         ids = torch.arange(BLOCKS * MANY).split(BLOCKS)
         ids = [part.flip(0) if backwards else part for part in ids]
         moves = [copy_blocks(src, dst, part, part, **asked) for part in ids]

@@ -149,6 +149,9 @@ def test_transfers_in_slices_share_no_stream(monkeypatch: pytest.MonkeyPatch) ->
         for move in moves:
             move.synchronize()
         del moves, move
+        for thread in threading.enumerate():
+            if thread.name == "portakv worker":  # holds its stream until it has ended
+                thread.join(PATIENCE)
         gc.collect()
         assert len(set(handed_out)) == 4
         rounds.append(set(handed_out))
