@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 
 from portakv_conformance.judge.waivers import problems
@@ -118,8 +118,3 @@ def judge(record: RunRecord) -> None:
     record.verdict = verdict_of(record)
     record.rung = rung_of(record)
     record.environment[SEAL] = digest_of(record)
-
-
-def in_list_order(cases: dict[str, CaseRecord], ids: Sequence[str]) -> list[CaseRecord]:
-    """The records of those ids that have one, in the order of the list."""
-    return [cases[id] for id in ids if id in cases]

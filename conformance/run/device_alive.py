@@ -16,11 +16,7 @@ _TRIES = 2  # an error of the failed case may be delivered by the next call, and
 
 class DeviceAlive:
     """Asked after a case that failed on an accelerator: torch's own work there, and a small copy
-    through the backend if that has worked before.
-
-    Args:
-        subject, facility: what is judged, and where.
-    """
+    through the backend if that has worked before."""
 
     def __init__(self, subject: Subject, facility: Facility) -> None:
         self._subject, self._facility = subject, facility
@@ -47,12 +43,9 @@ class DeviceAlive:
             self._facility.synchronize()
             torch.ones(8, device=self._subject.device).cpu()
             if copies:
-                self._copy()
+                home = find_home(self._subject, HOMES)
+                case = Workshop(str(self._subject.device), 0, home).gather(Shape(), [1])
+                self._subject.copy(*asked_of(case), count=case.count).synchronize()
         except Exception as error:  # a driver's error may be of any kind
             return f"{type(error).__name__}: {error}".partition("\n")[0]
         return ""
-
-    def _copy(self) -> None:
-        home = find_home(self._subject, HOMES)
-        case = Workshop(str(self._subject.device), 0, home).gather(Shape(), [1])
-        self._subject.copy(*asked_of(case), count=case.count).synchronize()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of a run so far, from the events of its workers."""
+"""What is known of a run so far: its case list, how cases ended, what could not be run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
 from typing import Any
 
 from portakv_conformance import SUITE_VERSION
@@ -33,25 +33,6 @@ MOST_EXAMPLES = 20
 _DRAWN = ("drawn", "metamorphic", "stateful")  # areas
 
 
-@dataclass
-class Page:
-    """What one worker has told.
-
-    Attributes:
-        running, latest: the id of the case that runs, and of the one that ended last; or empty.
-        listed, finished: whether it collected its cases, and came to the end of its session.
-        refusal: why it could not load what others have loaded; or empty.
-        retired: why it ended itself behind a case that has failed; or empty.
-    """
-
-    running: str = ""
-    latest: str = ""
-    listed: bool = False
-    finished: bool = False
-    refusal: str = ""
-    retired: str = ""
-
-
 class Journal:
     """The cases of a run and how they ended, over all of its workers.
 
@@ -67,78 +48,37 @@ class Journal:
     """
 
     def __init__(self, options: Options, progress: Progress) -> None:
-        self._options = options
-        self._progress = progress
+        self._options, self.progress = options, progress
         self._waivers = {waiver.id: waiver for waiver in options.waivers}
         self._about: dict[str, dict[str, Any]] = {}
-        self.loading = False
+        self._examples: Counter[bool] = Counter()  # by whether the case draws them
+        self.loading = self.stopped = False
         self.subject: dict[str, Any] = {}
         self.ids: list[str] = []
         self.cases: dict[str, CaseRecord] = {}
         self.missing: list[str] = []
         self.lone = self.ran = 0
-        self.stopped = False
-        self._examples = {True: 0, False: 0}  # by whether the case draws them
 
     def left(self) -> list[str]:
         """Ids that have not ended, in their order."""
         return [id for id in self.ids if id not in self.cases]
 
     def waiting(self, share: Share) -> list[str]:
-        """Ids that nobody has taken yet."""
+        """Ids that no worker has taken yet."""
         return [id for id in self.left() if not share.taken(id)]
 
-    def take(self, event: dict[str, Any], page: Page) -> None:
-        """One event of the worker whose page it is.
-
-        Raises:
-            SubjectUnavailable, BadRequest: it tells that nothing can be judged.
-            SuiteBroken: it is none that a suite of this version writes.
-        """
-        kind = event.get("event")
-        if kind == "loading":
-            self.loading = True
-        elif kind == "subject":
-            self.subject = self.subject or event
-        elif kind in ("unavailable", "usage"):
-            self._take_refusal(kind, event["reason"], page)
-        elif kind == "list":
-            page.listed = True
-            self._take_list(event["cases"], event["profile"])
-            self.lone = event["lone"]
-        elif kind == "missing":
-            self.miss(event["reason"])
-        elif kind == "start":
-            page.running = event["id"]
-            self._progress.started(page.running)
-        elif kind == "end":
-            self._take_end(event["case"], page)
-        elif kind == "finish":
-            page.finished = True
-        elif kind == "retired":
-            page.retired = event["reason"]
-        else:
-            raise SuiteBroken(f"A worker told of {event!r}, which no suite of this version does.")
-
-    def _take_refusal(self, kind: str, reason: str, page: Page) -> None:
-        """A worker tells that there is nothing to judge. Where others found it, only it is lost."""
-        if self.subject:
-            page.refusal = reason
-        elif kind == "usage":
-            raise BadRequest(reason)
-        else:
-            raise SubjectUnavailable(reason)
-
-    def _take_list(self, cases: dict[str, dict[str, Any]], profile: list[str]) -> None:
+    def take_list(self, event: dict[str, Any]) -> None:
+        """The case list, as each worker tells it; raises `BadRequest`, `SuiteBroken`."""
+        self.lone = event["lone"]
         if self.ids:
             return
-        ids, self._about = list(cases), cases
-        only = self._options.only
-        stale = sorted(set(self._waivers) - set(profile)) if only else []
-        if stale:  # a whole run fails by it; of a part nobody else would notice
+        self._about, only = event["cases"], self._options.only
+        stale = sorted(set(self._waivers) - set(event["profile"])) if only else []
+        if stale:  # a whole run fails by it; in a part nothing else would show it
             raise BadRequest(
                 f"A waiver names {stale[0]!r}, but no case of the profile has that id; remove it."
             )
+        ids = list(self._about)
         self.ids, unknown = chosen(ids, only) if only else (ids, [])
         if unknown:
             raise BadRequest(
@@ -148,14 +88,14 @@ class Journal:
             )
         if not self.ids:
             raise SuiteBroken(f"The profile {self._options.profile!r} has no case here.")
-        self._progress.listed(len(self.ids))
+        self.progress.listed(len(self.ids))
 
-    def _take_end(self, values: dict[str, Any], page: Page) -> None:
+    def take_end(self, values: dict[str, Any]) -> str:
+        """A case that has ended by itself; its id. Raises `SuiteBroken` if it is no record."""
         try:
             case = CaseRecord.read(values)
         except (ValueError, KeyError) as error:
             raise SuiteBroken(f"A worker told of a case that is no record: {error}") from error
-        page.running, page.latest = "", case.id
         self.ran += 1
         if case.example and self._options.examples is not None:
             drawn = case.area in _DRAWN
@@ -163,26 +103,25 @@ class Journal:
             if self._examples[drawn] > MOST_EXAMPLES:
                 (self._options.examples / case.example).unlink(missing_ok=True)
                 case.example = ""
-        self.settle(case)
-
-    def settle(self, case: CaseRecord) -> None:
-        """How a case ended, after its waiver."""
-        again = case.id in self.cases
-        case.replay = self._options.command(case.id)
-        case = judged(case, self._waivers.get(case.id), SUITE_VERSION)
-        self.cases[case.id] = case
-        if not again:
-            self._progress.ended(case)
-        if case.status in WRONG and self._options.exit_first:
-            self.stopped = True
+        self._settle(case)
+        return case.id
 
     def lose(self, id: str, status: Status, reason: str, details: str) -> None:
         """A case that its worker was lost with, or that was never run."""
         case = self.cases.get(id) or CaseRecord(id, **self._about[id])
         case.status, case.reason, case.details = status, reason, details
-        self.settle(case)
+        self._settle(case)
 
     def miss(self, sentence: str) -> None:
         """Something that could not be run here."""
         if sentence not in self.missing:
             self.missing.append(sentence)
+
+    def _settle(self, case: CaseRecord) -> None:
+        """How a case ended, after its waiver."""
+        again = case.id in self.cases
+        case.replay = self._options.command(case.id)
+        case = self.cases[case.id] = judged(case, self._waivers.get(case.id), SUITE_VERSION)
+        if not again:
+            self.progress.ended(case)
+        self.stopped |= case.status in WRONG and self._options.exit_first

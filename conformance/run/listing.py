@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The case list that the installed suite has for a profile on a kind of device, and what each case
-is about, on a machine that need not have that device.
+"""The case list that the installed suite has for a profile on a kind of device, which need not be
+here.
 
 As a pytest plugin of a worker that only collects it shows the suite another device than the one
 that is there.
@@ -41,22 +41,15 @@ def cases_of(profile: str, device: str) -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="portakv-conform-") as folder:
         worker = WorkerProcess(worker_command(), Path(folder, "listing"), asked, told)
         try:
-            found = _described(worker)
+            while events := worker.events(_LIMIT):
+                for event in events:
+                    if event["event"] == "list":
+                        pairs = event["two devices"]
+                        cases = event["cases"].items()
+                        return {id: {**about, "optional": id in pairs} for id, about in cases}
         finally:
             worker.stop()
-        if found is None:
-            raise SuiteBroken(f"The suite cannot be collected here.\n{worker.printed()}")
-    return found
-
-
-def _described(worker: WorkerProcess) -> dict[str, dict[str, Any]] | None:
-    while events := worker.events(_LIMIT):
-        for event in events:
-            if event["event"] == "list":
-                cases: dict[str, dict[str, Any]] = event["cases"]
-                pairs = set(event["two devices"])
-                return {id: {**about, "optional": id in pairs} for id, about in cases.items()}
-    return None
+        raise SuiteBroken(f"The suite cannot be collected here.\n{worker.printed()}")
 
 
 class Elsewhere(Facility):

@@ -31,7 +31,7 @@ ENVIRONMENT = "PORTAKV_BACKEND"
 
 
 @cache
-def real(path: Path) -> Path:
+def _real(path: Path) -> Path:
     """A path without symbolic links: pytest keeps those that it was pointed to the package by."""
     return path.resolve()
 
@@ -51,9 +51,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options; their names all begin with ``--portakv-``."""
-    group = parser.getgroup("portakv", "PortaKV conformance suite")
-    add = group.addoption
-    number = whole_number
+    add, number = parser.getgroup("portakv", "PortaKV conformance suite").addoption, whole_number
     add("--portakv-backend", metavar="NAME", help="what to judge: a name, or pkg.mod:Class")
     add("--portakv-device", metavar="D", default="cpu", help="where: cpu, cuda:1, simdev:mlu, ...")
     add("--portakv-profile", choices=PROFILES, default="core", help="which cases (default: core)")
@@ -82,19 +80,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Without a backend to judge there are no cases."""
-    if config.getoption("--portakv-backend") is None and PACKAGE in real(collection_path).parents:
+    if config.getoption("--portakv-backend") is None and PACKAGE in _real(collection_path).parents:
         return True
     return None
 
 
 def is_case(item: pytest.Item) -> bool:
     """Whether a collected test is one of the suite's."""
-    return PACKAGE in real(item.path).parents
+    return PACKAGE in _real(item.path).parents
 
 
 def case_id(item: pytest.Item) -> str:
     """The id of a case: the file relative to this package, and what pytest calls the test."""
-    file = real(item.path).relative_to(PACKAGE).as_posix()
+    file = _real(item.path).relative_to(PACKAGE).as_posix()
     return f"{file}::{item.nodeid.partition('::')[2]}"
 
 

@@ -33,7 +33,7 @@ from portakv_conformance.record import CaseRecord
 from portakv_conformance.run.device_alive import DeviceAlive
 from portakv_conformance.run.options import about, case_id, is_case, mark_of
 from portakv_conformance.run.outcome import outcome
-from portakv_conformance.run.request import chosen
+from portakv_conformance.run.request import Options, chosen
 from portakv_conformance.run.worker import Share, append, writable
 
 #: Examples of each drawn case in certification; ``--portakv-fuzz`` replaces them.
@@ -58,26 +58,18 @@ class Suite:
         self.subject = _subject(config)
         self.facility = Facility(self.subject.device, self.subject.emulated)
         self.events: str | None = config.getoption("--portakv-events")
-        only, share = config.getoption("--portakv-only"), config.getoption("--portakv-share")
-        self.only = None if only is None else Path(only).read_text(encoding="utf-8").split("\n")
+        share = config.getoption("--portakv-share")
         self.share = None if share is None else Share(Path(share))
         self.examples: str | None = config.getoption("--portakv-examples")
         self.alive = DeviceAlive(self.subject, self.facility)
         self._lone = 0  # cases left out for want of a second device
-        self._load_settings()
-
-    def _load_settings(self) -> None:
-        """Loaded before any case is imported; no case has a number of examples of its own."""
+        # Loaded before any case is imported; no case has a number of examples of its own.
         settings.register_profile(
-            "portakv",
-            max_examples=self.fuzz or EXAMPLES[self.profile],
-            database=None,
-            deadline=None,
-            phases=(Phase.explicit, Phase.generate, Phase.shrink),
-            suppress_health_check=list(HealthCheck),
-            print_blob=False,
+            "portakv", max_examples=self.fuzz or EXAMPLES[self.profile], database=None,
+            deadline=None, phases=(Phase.explicit, Phase.generate, Phase.shrink),
+            suppress_health_check=list(HealthCheck), print_blob=False,
             report_multiple_bugs=False,  # one failure, the one whose example is kept
-        )
+        )  # fmt: skip
         settings.load_profile("portakv")
 
     # -- which cases, and in which order --------------------------------------------------------
@@ -98,39 +90,34 @@ class Suite:
         """Keep the profile's cases that make sense on this device, the most telling first."""
         mine = [item for item in items if is_case(item)]
         self._lone = 0
-        dropped = [item for item in mine if not self._belongs(item)]
-        kept = [item for item in mine if item not in set(dropped)]
-        kept.sort(key=lambda item: AREAS.index(mark_of(item, "area")))
-        profile = [case_id(item) for item in kept]
-        if self.only is not None:
-            ids, unknown = chosen(profile, sorted(set(filter(None, self.only))))
+        kept = {case_id(item): item for item in mine if self._belongs(item)}
+        profile = sorted(kept, key=lambda id: AREAS.index(mark_of(kept[id], "area")))
+        ids, only = profile, config.getoption("--portakv-only")
+        if only is not None:
+            words = Path(only).read_text(encoding="utf-8").split("\n")
+            ids, unknown = chosen(profile, sorted(set(filter(None, words))))
             if unknown:
                 raise pytest.UsageError(
                     f"Profile {self.profile!r} on {self.subject.device} has no case "
                     f"{unknown[0]!r}; `portakv conform --list` prints the ids."
                 )
-            dropped += [item for item in kept if case_id(item) not in ids]
-            kept = [item for item in kept if case_id(item) in ids]
-        config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if not is_case(item)] + kept
-        pairs = [
-            case_id(item)
-            for item in kept
-            if any(mark.args[0] == "two devices" for mark in item.iter_markers("needs"))
-        ]
+        wanted = set(ids)
+        config.hook.pytest_deselected(items=[i for i in mine if case_id(i) not in wanted])
+        items[:] = [item for item in items if not is_case(item)] + [kept[id] for id in ids]
+        pairs = [id for id in ids if "two devices" in _needs(kept[id])]
         self._tell({
-            "event": "list", "cases": {case_id(item): about(item) for item in kept},
-            "profile": profile, "two devices": pairs, "lone": self._lone,
+            "event": "list", "cases": {id: about(kept[id]) for id in ids}, "profile": profile,
+            "two devices": pairs, "lone": self._lone,
         })  # fmt: skip
 
     def _belongs(self, item: pytest.Item) -> bool:
         if mark_of(item, "profile") == "full" and self.profile == "core":
             return False
-        for mark in item.iter_markers("needs"):
-            met, why = self._has(mark.args[0])
+        for need in _needs(item):
+            met, why = self._has(need)
+            if why and not met:
+                self._tell({"event": "missing", "reason": f"{case_id(item)}: {why}"})
             if not met:
-                if why:
-                    self._tell({"event": "missing", "reason": f"{case_id(item)}: {why}"})
                 return False
         return True
 
@@ -221,9 +208,7 @@ class Suite:
             pytest.fail(self.subject.flaw, pytrace=False)
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(
-        self, item: pytest.Item
-    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, Any, Any]:
         """Keep the reports of a case's phases."""
         report = yield
         if _REPORTS in item.stash:
@@ -240,16 +225,10 @@ class Suite:
         reports = item.stash[_REPORTS]
         status, reason, details = outcome(reports, judge, self.subject.flaw)
         return CaseRecord(
-            id=case_id(item),
-            **about(item),
-            status=status,
-            seconds=round(seconds, 4),
-            examples=judge.examples if judge else 0,
-            declined=len(judge.declined) if judge else 0,
-            reason=writable(reason),
-            details=writable(details),
-            replay=self._replay(item),
-        )
+            case_id(item), **about(item), status=status, seconds=round(seconds, 4),
+            examples=judge.examples if judge else 0, declined=len(judge.declined) if judge else 0,
+            reason=writable(reason), details=writable(details), replay=self._replay(item),
+        )  # fmt: skip
 
     def _save(self, record: CaseRecord, judge: Judge | None) -> None:
         """Write the failing example, as far as it was built from a structure and fails also on its
@@ -276,16 +255,21 @@ class Suite:
     def _replay(self, item: pytest.Item) -> str:
         name, _, test = case_id(item).partition("::")
         module = "portakv_conformance." + name.removesuffix(".py").replace("/", ".")
-        options = self.config.option
-        told = f"--portakv-backend {options.portakv_backend} --portakv-device"
-        told += f" {options.portakv_device}{' --portakv-emulated' * options.portakv_emulated}"
-        told += f" --portakv-profile {self.profile} --portakv-seed {self.seed}"
-        told += f" --portakv-fuzz {self.fuzz}" if self.fuzz else ""
-        return f"python -m pytest --pyargs '{module}::{test}' {told}"
+        given = self.config.option
+        asked = Options(
+            given.portakv_backend, given.portakv_device, self.profile, self.seed, self.fuzz or 0,
+            emulated=given.portakv_emulated,
+        )  # fmt: skip
+        words = " ".join(asked.suite_options())
+        return f"python -m pytest --pyargs '{module}::{test}' {words}"
 
     def _tell(self, event: dict[str, Any]) -> None:
         if self.events is not None:
             append(self.events, event)
+
+
+def _needs(item: pytest.Item) -> list[str]:
+    return [mark.args[0] for mark in item.iter_markers("needs")]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -24,8 +24,7 @@ class Options:
     """What to run.
 
     Attributes:
-        backend: a registered name or ``pkg.mod:Class``.
-        device: where.
+        backend: a registered name or ``pkg.mod:Class``; device: where.
         profile: ``core`` or ``full``.
         seed: of every pattern and drawing.
         fuzz: examples drawn in each drawn case; 0: the profile's own numbers.
@@ -59,10 +58,7 @@ class Options:
 
     def command(self, *only: str) -> str:
         """The command that repeats this run, or only some of its cases."""
-        words = ["portakv", "conform", self.backend, "--device", self.device]
-        words += ["--profile", self.profile, "--seed", str(self.seed)]
-        words += ["--fuzz", str(self.fuzz)] if self.fuzz else []
-        words += ["--emulated"] if self.emulated else []
+        words = ["portakv", "conform", self.backend, *self._shared("--")]
         words += ["--waivers", self.waiver_file] if self.waivers and not only else []
         words += ["--limit", f"{self.limit:g}"] if self.limit else []
         words += ["--jobs", str(self.jobs)] if self.jobs > 1 and not only else []
@@ -73,15 +69,17 @@ class Options:
 
     def suite_options(self) -> list[str]:
         """The same as options of the pytest plugin, but for ``only``."""
-        told = [
-            "--portakv-backend", self.backend, "--portakv-device", self.device,
-            "--portakv-profile", self.profile, "--portakv-seed", str(self.seed),
-        ]  # fmt: skip
-        told += ["--portakv-fuzz", str(self.fuzz)] if self.fuzz else []
-        told += ["--portakv-emulated"] if self.emulated else []
+        told = ["--portakv-backend", self.backend, *self._shared("--portakv-")]
         if self.examples is not None:
             told += ["--portakv-examples", str(self.examples.resolve())]
         return told
+
+    def _shared(self, start: str) -> list[str]:
+        """The options that both commands have, whose names begin so."""
+        words = [f"{start}device", self.device, f"{start}profile", self.profile]
+        words += [f"{start}seed", str(self.seed)]
+        words += [f"{start}fuzz", str(self.fuzz)] if self.fuzz else []
+        return words + [f"{start}emulated"] * self.emulated
 
 
 def chosen(ids: Sequence[str], words: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from portakv_conformance import SPEC_VERSION, SUITE_VERSION
-from portakv_conformance.evidence.verdict import LEFT_OUT, case_list_sha256, in_list_order, judge
+from portakv_conformance.evidence.verdict import LEFT_OUT, case_list_sha256, judge
 from portakv_conformance.record import SCHEMA, RunRecord
 from portakv_conformance.run.journal import BadRequest, Journal, SubjectUnavailable, SuiteBroken
 from portakv_conformance.run.progress import SILENT, Progress
@@ -43,38 +43,26 @@ def run(
     started, began = datetime.now(timezone.utc), time.monotonic()
     journal = Journal(options, progress)
     with tempfile.TemporaryDirectory(prefix="portakv-conform-") as folder:
-        Workers(journal, options, progress, Path(folder), command or worker_command()).work()
+        Workers(journal, options, Path(folder), command or worker_command()).work()
     if options.only:
         journal.miss(f"Only {counted(len(journal.ids))} asked for (--only), not the profile.")
-    if journal.stopped and journal.left():
-        left = counted(len(journal.left()))
-        journal.miss(f"{left} behind the first failure and did not run (-x).")
+    if journal.stopped and (left := journal.left()):
+        journal.miss(f"{counted(len(left))} behind the first failure and did not run (-x).")
     subject = journal.subject
-    record = RunRecord(
-        schema=SCHEMA,
-        suite=SUITE_VERSION,
-        spec=SPEC_VERSION,
-        backend=subject["backend"],
-        environment=dict(subject["environment"]),
-        capabilities=subject["capabilities"],
-        trace=subject["trace"],
-        profile=options.profile,
-        seed=options.seed,
-        fuzz=options.fuzz,
-        case_list_sha256=case_list_sha256(journal.ids),
-        cases=in_list_order(journal.cases, journal.ids),
-        totals={},
-        rung="",
-        verdict="",
-        missing=journal.missing,
-        started=started.isoformat(timespec="seconds"),
-        seconds=round(time.monotonic() - began, 2),
-        command=options.command(),
-        waivers=[asdict(waiver) for waiver in options.waivers],
-    )
+    environment = dict(subject["environment"])
     if journal.lone:
-        record.environment[LEFT_OUT] = (
-            f"{counted(journal.lone)} left out, since one device was found"
-        )
+        left_out = f"{counted(journal.lone)} left out, since one device was found"
+        environment[LEFT_OUT] = left_out
+    record = RunRecord(
+        schema=SCHEMA, suite=SUITE_VERSION, spec=SPEC_VERSION, backend=subject["backend"],
+        environment=environment, capabilities=subject["capabilities"], trace=subject["trace"],
+        profile=options.profile, seed=options.seed, fuzz=options.fuzz,
+        case_list_sha256=case_list_sha256(journal.ids),
+        cases=[journal.cases[id] for id in journal.ids if id in journal.cases],
+        totals={}, rung="", verdict="", missing=journal.missing,
+        started=started.isoformat(timespec="seconds"),
+        seconds=round(time.monotonic() - began, 2), command=options.command(),
+        waivers=[asdict(waiver) for waiver in options.waivers],
+    )  # fmt: skip
     judge(record)
     return record

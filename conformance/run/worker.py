@@ -38,12 +38,9 @@ def writable(text: str) -> str:
 
 def append(file: str, event: dict[str, Any]) -> None:
     """Append an event to a file, flushed at once: a crashing process takes no buffered line along.
-
-    Every report can hold what was told, whatever bytes a vendor's driver puts into its messages.
-    """
-    line = json.dumps(_writable(event)) + "\n"
+    Every report can hold it, whatever bytes a vendor's driver puts into its messages."""
     with open(file, "a", encoding="ascii") as events:
-        events.write(line)
+        events.write(json.dumps(_writable(event)) + "\n")
 
 
 def _writable(value: Any) -> Any:
@@ -112,31 +109,24 @@ def main(argv: Sequence[str]) -> int:
 
     folder = str(PACKAGE)
     where = ["-c", str(Path(home, CONFIGURATION)), "--rootdir", folder, "--confcutdir", folder]
-    told_by = ["--portakv-events", events]
-    return int(pytest.main([*where, *_PLUGINS, *_QUIET, *asked, *told_by, folder]))
+    asked += ["--portakv-events", events, folder]
+    return int(pytest.main([*where, *_PLUGINS, *_QUIET, *asked]))
 
 
 def introduce(backend: str, device: str, *, emulated: bool) -> dict[str, Any]:
-    """The event that tells who is judged, or why nobody is.
-
-    ``{"event": "subject", "backend", "environment", "capabilities", "trace"}``, or ``unavailable``
-    or ``usage`` with a ``reason``.
-    """
+    """The event ``subject`` that tells what is judged; ``unavailable`` or ``usage`` with a
+    ``reason`` if nothing is."""
     from portakv.errors import PortaKVError
-    from portakv_conformance.evidence.environment import (
-        describe_backend,
-        describe_environment,
-        plain,
-    )
+    from portakv_conformance.evidence import environment
     from portakv_conformance.judge.subject import subject
 
     try:
         judged = subject(backend, device, emulated=emulated)
-        capabilities = plain(judged.can)
+        capabilities = environment.plain(judged.can)
         return {
             "event": "subject",
-            "backend": describe_backend(judged),
-            "environment": describe_environment(judged, device),
+            "backend": environment.describe_backend(judged),
+            "environment": environment.describe_environment(judged, device),
             "capabilities": capabilities if isinstance(capabilities, dict) else {"": capabilities},
             "trace": [str(decision) for decision in judged.trace],
         }

@@ -20,14 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from portakv_conformance.record import Status
-from portakv_conformance.run.journal import (
-    BadRequest,
-    Journal,
-    Page,
-    SubjectUnavailable,
-    SuiteBroken,
-)
-from portakv_conformance.run.progress import Progress
+from portakv_conformance.run.journal import BadRequest, Journal, SubjectUnavailable, SuiteBroken
 from portakv_conformance.run.request import Options
 from portakv_conformance.run.worker import CONFIGURATION, EVENTS, STACKS, STACKS_PLEASE, Share
 
@@ -91,13 +84,10 @@ class WorkerProcess:
         environment["HYPOTHESIS_STORAGE_DIRECTORY"] = str(folder / "hypothesis")
         with self._printed.open("wb") as printed:
             self._process = subprocess.Popen(
-                [*command, *told],
-                stdin=subprocess.DEVNULL,
-                stdout=printed,
-                stderr=subprocess.STDOUT,
-                env=environment,
+                [*command, *told], stdin=subprocess.DEVNULL, stdout=printed,
+                stderr=subprocess.STDOUT, env=environment,
                 start_new_session=True,  # Ctrl-C is ours to handle, and its children end with it
-            )
+            )  # fmt: skip
 
     def events(self, seconds: float = 0.0) -> list[dict[str, Any]]:
         """The next events; empty if none came within ``seconds`` or the process has ended."""
@@ -118,12 +108,9 @@ class WorkerProcess:
         """The exit code, negative for a signal; None while it runs."""
         return self._process.poll()
 
-    @property
     def how(self) -> str:
         """How it ended, as the end of a sentence."""
-        code = self.code
-        if code is None:
-            return "is still running"
+        code = self._process.wait()
         if code >= 0:
             return f"ended with exit code {code}"
         name = signal.Signals(-code).name
@@ -156,27 +143,27 @@ class WorkerProcess:
         self._process.wait()
 
 
-class Supervised:
+class Worker:
     """A worker of a run, and what it has told until it ends, crashes, or is silent for too long.
 
-    Args:
-        process: the running worker.
-        journal: what is known of the whole run.
-        share: which cases were taken.
-        limit: seconds that one case may take.
+    Attributes:
+        process: the running process.
+        listed: it has collected its cases.
+        wasted: seconds that its loss costs: its start, and how long it was silent at its end.
     """
 
     def __init__(
         self, process: WorkerProcess, journal: Journal, share: Share, limit: float
     ) -> None:
-        self.page = Page()
-        self.stop = process.stop
-        self._process, self._journal, self._share = process, journal, share
-        self._limit = limit
+        self.process, self._journal, self._share, self._limit = process, journal, share, limit
+        self.listed = self._finished = False
+        self._running = self._latest = ""  # the case that runs, and the one that ended last
+        self._refusal = ""  # why it could not load what others have loaded
+        self._retired = ""  # why it ended itself behind a case that has failed
         self._began = self._heard = time.monotonic()
         self._ready = 0.0  # seconds until it had its case list
 
-    def look(self, *, alone: bool = True) -> str | None:
+    def look(self, *, alone: bool) -> str | None:
         """Take what the worker has told since: None while it goes on, else how it was lost, a
         sentence, or an empty one if it ended well.
 
@@ -186,92 +173,110 @@ class Supervised:
         Raises:
             SubjectUnavailable, BadRequest, SuiteBroken: nothing can be judged.
         """
-        ended = self._process.code is not None  # asked before reading, as above
-        for event in (events := self._process.events()):
-            self._journal.take(event, self.page)
+        ended = self.process.code is not None  # asked before reading, as above
+        for event in (events := self.process.events()):
+            self._take(event)
             if self._journal.stopped:
                 return ""
         if events:
             self._heard = time.monotonic()
-            self._ready = self._ready or (self._heard - self._began if self.page.listed else 0.0)
+            self._ready = self._ready or (self._heard - self._began if self.listed else 0.0)
         elif ended:
-            return self._ended(alone)
-        elif time.monotonic() - self._heard > self._allowed():
-            return self._too_long(alone)
+            return self._lost(f"The worker process {self.process.how()}", alone)
+        elif time.monotonic() - self._heard > (limit := self._allowed()):
+            late = f"It took longer than its limit of {limit:g} s; the worker process was killed"
+            return self._lost(late, alone)
         return None
 
+    @property
     def wasted(self) -> float:
-        """Seconds that its loss costs: its start, and how long it was silent at its end."""
         return self._ready + time.monotonic() - self._heard
 
+    def _take(self, event: dict[str, Any]) -> None:
+        kind, journal = event.get("event"), self._journal
+        if kind == "loading":
+            journal.loading = True
+        elif kind == "subject":
+            journal.subject = journal.subject or event
+        elif kind in ("unavailable", "usage"):
+            if not journal.subject:  # else others found it, and only this worker is lost
+                raise (BadRequest if kind == "usage" else SubjectUnavailable)(event["reason"])
+            self._refusal = event["reason"]
+        elif kind == "list":
+            self.listed = True
+            journal.take_list(event)
+        elif kind == "missing":
+            journal.miss(event["reason"])
+        elif kind == "start":
+            self._running = event["id"]
+            journal.progress.started(self._running)
+        elif kind == "end":
+            self._running, self._latest = "", journal.take_end(event["case"])
+        elif kind == "finish":
+            self._finished = True
+        elif kind == "retired":
+            self._retired = event["reason"]
+        else:
+            raise SuiteBroken(f"A worker told of {event!r}, which no suite of this version does.")
+
     def _allowed(self) -> float:
-        if not self.page.listed:
+        if not self.listed:
             return _STARTING
-        return _ENDING if self.page.finished else self._limit
+        return _ENDING if self._finished else self._limit
 
     def _over(self) -> bool:
         """It came to the end of its session, and no case waits that it was given."""
-        ended = self.page.finished and not self.page.running and bool(self._journal.ids)
+        ended = self._finished and not self._running and bool(self._journal.ids)
         return ended and not self._journal.waiting(self._share)
 
-    def _ended(self, alone: bool) -> str:
-        how = self._process.how
+    def _lost(self, what: str, alone: bool) -> str:
+        """Name the case that it was lost with; returns a sentence for the user, or an empty one
+        if it was behind its last case."""
+        code, journal = self.process.code, self._journal
         if self._over():
-            if how.startswith("was killed"):
-                self._journal.miss(
-                    f"The worker {how} after the last case; memory may have been corrupted before."
-                )
+            if code is None:
+                journal.miss(f"The worker did not end within {_ENDING:g} s of its last case.")
+            elif code < 0:
+                how = f"{self.process.how()} after the last case"
+                journal.miss(f"The worker {how}; memory may have been corrupted before.")
             return ""
-        what = f"The worker process {how}"
-        if self.page.refusal:
-            what = f"A worker could not load the backend, which others could ({self.page.refusal}),"
-        return self._lost(what, self._process.stacks(), alone)
-
-    def _too_long(self, alone: bool) -> str:
-        if self._over():
-            self._journal.miss(f"The worker did not end within {_ENDING:g} s of its last case.")
-            return ""
-        stacks, limit = self._process.stacks(), self._allowed()
-        self.stop()
-        what = f"It took longer than its limit of {limit:g} s; the worker process was killed"
-        return self._lost(what, stacks, alone)
-
-    def _lost(self, what: str, stacks: str, alone: bool) -> str:
-        """Name the case that it was lost with; returns a sentence for the user."""
-        if self.page.retired:
-            return f"The device failed behind {self.page.latest} ({self.page.retired})."
-        details = "\n\n".join(part for part in (stacks, self._process.printed()) if part)
-        if not self._journal.ids:
-            raise self._nothing_begun(what, details)
-        if not (self.page.listed or alone):
+        stacks = self.process.stacks()
+        self.process.stop()
+        if self._retired:
+            return f"The device failed behind {self._latest} ({self._retired})."
+        if self._refusal:
+            what = f"A worker could not load the backend, which others could ({self._refusal}),"
+        details = "\n\n".join(part for part in (stacks, self.process.printed()) if part)
+        if not journal.ids:
+            raise self._nothing_begun(what, details, code)
+        if not (self.listed or alone):
             return f"{what} before it was ready; the others go on."
         id, status, when = self._at_fault()
         if not id:
             return f"{what} {when}."
-        others = set(self._journal.left()) - {id}
+        others = set(journal.left()) - {id}
         went_on = "; another worker went on with the rest" if others else ""
-        self._journal.lose(id, status, f"{what} {when}{went_on}.", details)
+        journal.lose(id, status, f"{what} {when}{went_on}.", details)
         return f"{what} {when}: {id}"
 
-    def _nothing_begun(self, what: str, details: str) -> Exception:
+    def _nothing_begun(self, what: str, details: str, code: int | None) -> Exception:
         if not self._journal.loading:
             return SuiteBroken(f"{what} before it loaded anything.\n{details}")
         if not self._journal.subject:
             return SubjectUnavailable(f"{what} while the backend was loaded and probed.\n{details}")
-        if self._process.code == _PYTEST_USAGE:
-            return BadRequest(self._process.printed().rpartition("ERROR: ")[2])
+        if code == _PYTEST_USAGE:
+            return BadRequest(self.process.printed().rpartition("ERROR: ")[2])
         return SuiteBroken(f"{what} before the cases were collected.\n{details}")
 
     def _at_fault(self) -> tuple[str, Status, str]:
         """The case that it was lost with, how that ended, and when it was, as a clause."""
-        if self.page.running:
-            return self.page.running, "failed", "while this case ran"
-        if self.page.latest:
-            return self.page.latest, "failed", "right after this case"
+        if self._running:
+            return self._running, "failed", "while this case ran"
+        if self._latest:
+            return self._latest, "failed", "right after this case"
         # None is to blame; one is named, so that a worker that never begins is no endless loop.
         next_one = next((id for id in self._journal.left() if self._share.take(id)), "")
-        began = "before this case began" if self.page.listed else "before it was ready"
-        return next_one, "error", began
+        return next_one, "error", f"before {'this case began' if self.listed else 'it was ready'}"
 
 
 class Workers:
@@ -280,24 +285,18 @@ class Workers:
     Args:
         journal: what is known of the run.
         options: what was asked for.
-        progress: told of workers that were lost.
         folder: an empty folder for the files of all workers.
         command: what runs a worker, to which what it is told is added.
     """
 
     def __init__(
-        self,
-        journal: Journal,
-        options: Options,
-        progress: Progress,
-        folder: Path,
-        command: Sequence[str],
+        self, journal: Journal, options: Options, folder: Path, command: Sequence[str]
     ) -> None:
-        self._journal, self._options, self._progress = journal, options, progress
+        self._journal, self._options = journal, options
         self._folder, self._command = folder, command
         (folder / "taken").mkdir()
         self._share = Share(folder / "taken")
-        self._running: list[Supervised] = []
+        self._running: list[Worker] = []
         self._jobs = options.jobs
         self._started = self._losses = self._ran = 0
         self._seconds = 0.0  # that losses have cost: workers that began, cases that hung
@@ -317,13 +316,12 @@ class Workers:
                     time.sleep(_POLL)
         finally:
             for worker in self._running:
-                worker.stop()
+                worker.process.stop()
 
     def _go_on(self) -> bool:
         """Start the workers that are wanting; False if there is nothing left to do."""
-        why = self._hopeless()
-        if why:
-            self._progress.say(f"The other cases are not run: {why}.")
+        if why := self._hopeless():
+            self._journal.progress.say(f"The other cases are not run: {why}.")
             for id in self._journal.left():
                 self._journal.lose(id, "error", f"It was not run: {why}.", "")
             return False
@@ -332,14 +330,14 @@ class Workers:
                 self._share.give_back(id)
         while len(self._running) < self._jobs:
             # Only if it would find a case to run. The first one lists them, alone.
-            starting = sum(not worker.page.listed for worker in self._running)
+            starting = sum(not worker.listed for worker in self._running)
             waiting = len(self._journal.waiting(self._share)) if self._journal.ids else 1
             if waiting <= starting:
                 break
             self._running.append(self._start())
         return bool(self._running)
 
-    def _start(self) -> Supervised:
+    def _start(self) -> Worker:
         self._started += 1
         asked, folder = self._options, self._folder / str(self._started)
         told = ["--portakv-share", str(self._folder / "taken")]
@@ -348,33 +346,33 @@ class Workers:
             only.write_text("".join(f"{id}\n" for id in asked.only), encoding="utf-8")
             told += ["--portakv-only", str(only)]
         process = WorkerProcess(self._command, folder, asked, told)
-        return Supervised(process, self._journal, self._share, asked.seconds)
+        return Worker(process, self._journal, self._share, asked.seconds)
 
     def _look(self) -> bool:
-        done = False
+        """Whether a worker has ended, or the run."""
+        before = len(self._running)
         for worker in list(self._running):
             lost = worker.look(alone=len(self._running) == 1)
             if self._journal.stopped:
                 return True
             if lost is not None:
-                done = True
                 self._remove(worker, lost)
-        return done
+        return len(self._running) < before
 
-    def _remove(self, worker: Supervised, lost: str) -> None:
-        worker.stop()
+    def _remove(self, worker: Worker, lost: str) -> None:
+        worker.process.stop()
         self._running.remove(worker)
         if not lost:
             return
-        self._progress.say(lost)
-        if self._running and not worker.page.listed:
+        self._journal.progress.say(lost)
+        if self._running and not worker.listed:
             self._jobs -= 1  # there is no room for so many, on the device or in memory
         else:
             # A worker that ended with the first case that it took has got the run no further.
             between = self._journal.ran - self._ran
             self._losses = self._losses + 1 if between < _PROGRESS else 1
             self._ran = self._journal.ran
-            self._seconds += worker.wasted()
+            self._seconds += worker.wasted
 
     def _hopeless(self) -> str:
         """Why it makes no sense to go on, as a clause; empty if it does."""

@@ -18,7 +18,7 @@ import portakv_conformance
 from portakv_conformance.draw import saved
 from portakv_conformance.judge.subject import subject
 from portakv_conformance.record import CaseRecord, RunRecord
-from portakv_conformance.run.journal import MOST_EXAMPLES, Journal, Page
+from portakv_conformance.run.journal import MOST_EXAMPLES, Journal
 from portakv_conformance.run.progress import SILENT
 from portakv_conformance.run.request import Options
 from portakv_conformance.simdev import build
@@ -206,15 +206,15 @@ def test_an_example_of_a_device_that_is_not_here(tmp_path: Path) -> None:
 
 def test_the_first_examples_are_kept_drawn_ones_apart(tmp_path: Path) -> None:
     """Fixed cases come first, and would leave no room for what --fuzz finds."""
-    journal, page = Journal(Options("fake", examples=tmp_path), SILENT), Page()
+    journal = Journal(Options("fake", examples=tmp_path), SILENT)
     areas = ["corners"] * (MOST_EXAMPLES + 3) + ["drawn"] * 3 + ["metamorphic"] * 3
     ids = [f"cases/test_x.py::test_{n}" for n in range(len(areas))]
     cases: dict[str, Any] = {id: {} for id in ids}
-    journal.take({"event": "list", "cases": cases, "profile": ids, "lone": 0}, page)
+    journal.take_list({"cases": cases, "profile": ids, "lone": 0})
     for n, (id, area) in enumerate(zip(ids, areas, strict=True)):
         (tmp_path / f"{n}.json").write_text("{}")
         case = CaseRecord(id, area, "core", status="failed", reason="Wrong.", example=f"{n}.json")
-        journal.take({"event": "end", "case": json.loads(case.line())}, page)
+        journal.take_end(json.loads(case.line()))
     kept = [case.example for case in journal.cases.values()]
     assert list(map(bool, kept)) == [True] * MOST_EXAMPLES + [False] * 3 + [True] * 6
     assert {file.name for file in tmp_path.iterdir()} == {name for name in kept if name}
