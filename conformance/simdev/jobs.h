@@ -170,11 +170,13 @@ bool may_precede(const JobPtr& job, const std::set<Job*>& open, std::set<Job*>& 
                      [&](const JobPtr& first) { return may_precede(first, open, seen); });
 }
 
-std::vector<JobPtr> rivals(const Job& job) {  // launched later, in the same memory; latest first
+// Launched later on other streams, in the same memory; latest first.
+std::vector<JobPtr> rivals(const Job& job) {
   std::map<uint64_t, JobPtr, std::greater<>> found;
   for (const Touch& touch : job.touches)
     for (const auto& [user, writes] : touch.block->users)
-      if (user->number > job.number && (writes || touch.writes)) found[user->number] = user;
+      if (user->queue != job.queue && user->number > job.number && (writes || touch.writes))
+        found[user->number] = user;
   std::vector<JobPtr> listed;
   for (auto& entry : found) listed.push_back(entry.second);
   return listed;
@@ -324,12 +326,18 @@ void follow(Job& job, const JobPtr& first) {
   if (!ended(first)) job.after.push_back(first);
 }
 
-// Put a job behind those of a stream that touch the same memory.
+// Put a job behind those of a stream that touch the same memory: the last one that writes, which is
+// behind all before it, and those since. To name them all again takes the cube of their number.
 void follow_users(Job& job, const Queue* queue) {
-  for (const Touch& touch : job.touches)
-    for (const auto& [user, writes] : touch.block->users)
-      if (user->queue == queue && user->number < job.number && (writes || touch.writes))
-        follow(job, user);
+  for (const Touch& touch : job.touches) {
+    const auto& users = touch.block->users;
+    for (auto each = users.rbegin(); each != users.rend(); ++each) {
+      const auto& [user, writes] = *each;
+      bool meets = user->queue == queue && user->number < job.number && (writes || touch.writes);
+      if (meets) follow(job, user);
+      if (meets && writes) break;
+    }
+  }
 }
 
 void append(const JobPtr& job) {
