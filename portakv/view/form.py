@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from math import prod
 
 from portakv.layout.extents import factor_extent
-from portakv.layout.language import Factor, Group, Layout
+from portakv.layout.language import Factor, Layout
 
 #: Where memory can be: on the device, pinned or pageable on the host, or in another process.
 PLACES = ("device", "pinned", "pageable", "remote")
@@ -59,7 +60,7 @@ PART_AXES = ("layer", "block", "token", "head", "dim")
 
 @dataclass(frozen=True, slots=True, eq=True)
 class Form:
-    """Strides, widths, alignment and place of a view.
+    """Where the rows of a view lie, relative to its addresses.
 
     Attributes:
         parts: one for each ``kv``.
@@ -150,7 +151,7 @@ def build_parts(
     values: Sequence[Mapping[str, int]],
     strides: Sequence[Sequence[int]],
     itemsizes: Sequence[int],
-    container_steps: Mapping[Factor, tuple[int, Sequence[int]]],
+    walks: Mapping[Factor, tuple[int, Sequence[int]]],
 ) -> tuple[Part, ...]:
     """Make the parts of a form.
 
@@ -159,78 +160,48 @@ def build_parts(
         values: for each kv, the extent of each axis, complete.
         strides: for each kv, the stride in elements of each dimension group.
         itemsizes: for each kv, the bytes of one element.
-        container_steps: for each container factor, the entries of the table that one step
-            advances, and for each kv the bytes.
+        walks: for each container factor, the entries of the table that one step advances, and for
+            each kv the bytes.
     """
     parts = []
-    for k, known in enumerate(values):
+    for k, itemsize in enumerate(itemsizes):
         steps: dict[Factor, Step] = {}
         table = offset = 0
-        for group in layout.containers:
-            for factor in group.factors:
-                entries, distances = container_steps[factor]
-                if factor.axis == "kv":
-                    table, offset = k * entries, k * distances[k]
-                else:
-                    extent = factor_extent(factor, known) or 0
-                    steps[factor] = Step(extent, entries, distances[k])
+        for factor, (entries, distances) in walks.items():
+            if factor.axis == "kv":
+                table, offset = k * entries, k * distances[k]
+            else:
+                steps[factor] = Step(factor_extent(factor, values[k]) or 0, entries, distances[k])
         for group, stride in zip(layout.dims, strides[k], strict=True):
-            offset += _group_steps(group, stride * itemsizes[k], values, k, steps)
-        parts.append(_part(layout, steps, table, offset, itemsizes[k]))
+            inner = [stride * itemsize] * len(values)  # for each kv, what the factors so far span
+            for factor in reversed(group.factors):
+                if factor.axis == "kv":
+                    offset += sum(inner[:k])
+                    inner = [sum(inner)] * len(values)
+                    continue
+                extents = [factor_extent(factor, known) or 0 for known in values]
+                steps[factor] = Step(extents[k], 0, inner[k])
+                inner = [span * extent for span, extent in zip(inner, extents, strict=True)]
+        axes: dict[str, Steps] = {}
+        for factor, step in sorted(steps.items(), key=lambda item: item[0].part == "%"):
+            name = "dim" if factor.axis == "page" else factor.axis
+            axes[name] = (*axes.get(name, ()), step)
+        axes["dim"] = (*axes.get("dim", ()), Step(itemsize, 0, 1))
+        unbounded = "block" if layout.paged else "token"
+        axes[unbounded] = (replace(axes[unbounded][0], extent=0), *axes[unbounded][1:])
+        merged = {name: merge_steps(chain) for name, chain in axes.items()}
+        parts.append(Part(table, offset, **merged))
     return tuple(parts)
-
-
-def _group_steps(
-    group: Group,
-    stride: int,
-    values: Sequence[Mapping[str, int]],
-    k: int,
-    steps: dict[Factor, Step],
-) -> int:
-    """Fill ``steps`` for one dimension group; return the byte offset of part ``k`` in it."""
-    offset = 0
-    inner = [1] * len(values)  # for each kv, what the factors to the right span
-    for factor in reversed(group.factors):
-        if factor.axis == "kv":
-            offset = sum(inner[:k]) * stride
-            inner = [sum(inner)] * len(values)
-            continue
-        steps[factor] = Step(factor_extent(factor, values[k]) or 0, 0, inner[k] * stride)
-        extents = [factor_extent(factor, known) or 0 for known in values]
-        inner = [span * extent for span, extent in zip(inner, extents, strict=True)]
-    return offset
-
-
-def _part(
-    layout: Layout, steps: Mapping[Factor, Step], table: int, offset: int, itemsize: int
-) -> Part:
-    axes: dict[str, Steps] = {}
-    for factor, step in sorted(steps.items(), key=lambda item: item[0].part == "%"):
-        name = "dim" if factor.axis == "page" else factor.axis
-        axes[name] = (*axes.get(name, ()), step)
-    axes["dim"] = (*axes.get("dim", ()), Step(itemsize, 0, 1))
-    unbounded = "block" if layout.paged else "token"
-    for name, chain in axes.items():
-        if name == unbounded:
-            chain = (replace(chain[0], extent=0), *chain[1:])
-        axes[name] = merge_steps(chain)
-    return Part(table, offset, **axes)
 
 
 def merge_steps(steps: Sequence[Step]) -> Steps:
     """Join neighbours that together are one step, and drop steps of extent 1."""
     merged: list[Step] = []
     for step in steps:
-        if step.extent == 1:
-            continue
-        outer = merged[-1] if merged else None
-        if (
-            outer is not None
-            and outer.table == step.extent * step.table
-            and outer.stride == step.extent * step.stride
-        ):
-            merged[-1] = Step(outer.extent * step.extent, step.table, step.stride)
-        else:
+        walk = step.extent * step.table, step.extent * step.stride
+        if merged and (merged[-1].table, merged[-1].stride) == walk:
+            merged[-1] = replace(step, extent=merged[-1].extent * step.extent)
+        elif step.extent != 1:
             merged.append(step)
     return tuple(merged)
 
@@ -250,11 +221,8 @@ def _why_unwritable(parts: Sequence[Part]) -> str:
 
 def plane_origins(part: Part) -> list[tuple[int, int]]:
     """Table entry and byte offset of each layer's plane."""
-    origins = [(part.table, part.offset)]
-    for step in part.layer:
-        moves = [(i * step.table, i * step.stride) for i in range(step.extent)]
-        origins = [(table + t, offset + o) for table, offset in origins for t, o in moves]
-    return origins
+    layers = range(prod(step.extent for step in part.layer))
+    return [locate(part.table, part.offset, part.layer, layer) for layer in layers]
 
 
 def locate(table: int, offset: int, steps: Sequence[Step], position: int) -> tuple[int, int]:

@@ -30,21 +30,16 @@ _MOST = 256  # checks that one list of ids remembers
 
 
 class _Store:
-    """What all indices of one list share: its copies by place, and what was found out about it.
-
-    Attributes:
-        token: stands for the list, and holds none of its memory.
-        array: the ids as a contiguous int64 array on the host, once they were needed there.
-        copies: contiguous copies of the ids in other places or dtypes.
-        checked: for (offset, count, slots, distinct) whether an id of that range is negative.
-    """
+    """What all indices of one list share."""
 
     __slots__ = ("array", "checked", "copies", "token")
 
     def __init__(self) -> None:
-        self.token = object()
+        self.token = object()  # stands for the list, and holds none of its memory
+        #: The ids as a contiguous int64 array on the host, once they were needed there.
         self.array: npt.NDArray[np.int64] | None = None
-        self.copies: list[torch.Tensor] = []
+        self.copies: list[torch.Tensor] = []  # contiguous, in other places or dtypes
+        #: For (offset, count, slots, distinct) whether an id of that range is negative.
         self.checked: dict[tuple[int, int, int, bool | None], bool] = {}
 
     def remember(self, key: tuple[int, int, int, bool | None], skips: bool) -> None:
@@ -125,7 +120,7 @@ class Index:
         return cls(torch.cat([piece.to(home, torch.int64) for piece in pieces]))
 
     def _derived(self, ids: torch.Tensor | None, offset: int, store: _Store | None = None) -> Index:
-        """An index of the same list, or of a part of it with a store of its own."""
+        """An index of the same list, or with ``store`` of a part of it."""
         index = Index.__new__(Index)
         index._set(ids, self.step, offset, store or self._store, self.fleeting)
         return index
@@ -135,11 +130,11 @@ class Index:
         return self._derived(self.ids, self.offset + tokens) if tokens else self
 
     def part(self, first: int, count: int) -> Index:
-        """Of this index ``count`` positions from ``first`` on, without the other ids; shares the
-        copies that there are."""
-        q = self.offset + first
+        """``count`` positions from ``first`` on, without the other ids; shares the copies that
+        there are."""
         if self.ids is None:
-            return Index(offset=q)
+            return self.shifted(first)
+        q = self.offset + first
         held = slice(q // self.step, -(-(q + count) // self.step))
         store = _Store()
         store.array = None if self._store.array is None else self._store.array[held]
@@ -148,8 +143,8 @@ class Index:
 
     @property
     def ids_token(self) -> object:
-        """Stands for the list of ids in a key: one object for all indices that share a list, whose
-        contents never change; None without ids."""
+        """Stands for the list of ids in a key: one object for all indices that share it; None
+        without ids."""
         return None if self.ids is None else self._store.token
 
     def ids_on(self, home: torch.device, dtypes: frozenset[torch.dtype] = _ANY) -> torch.Tensor:
@@ -158,13 +153,21 @@ class Index:
         Raises:
             Unsupported: only int32 is read, and an id is larger.
         """
-        assert self.ids is not None
         found = self._found(home, dtypes)
         if found is not None:
             return found
-        dtype = next((d for d in (self.ids.dtype, *_DTYPES) if d in dtypes), torch.int32)
-        narrows = dtype == torch.int32 and self.ids.dtype == torch.int64
-        ids = (self._narrow() if narrows else self.ids.to(dtype)).to(home).contiguous()
+        assert self.ids is not None
+        if torch.int64 in dtypes or self.ids.dtype in dtypes:
+            ids = self.ids.to(home, self.ids.dtype if self.ids.dtype in dtypes else torch.int64)
+        else:
+            largest = int(self.host_ids().max(initial=0)) if self.on_host else 0
+            if largest > _INT32:
+                raise Unsupported(
+                    f"An index with id {largest}",
+                    "the backend reads int32 ids only; use another backend",
+                )
+            ids = self.ids.clamp(-1, _INT32).to(torch.int32).to(home)  # what is bad stays so
+        ids = ids.contiguous()
         if self.on_host:
             # A copy made from device ids is ordered on one stream only, so it is not kept.
             self._store.copies.append(ids)
@@ -217,33 +220,20 @@ class Index:
         """As `host_ids`, if that waits for nothing; else None."""
         return self.host_ids() if self.ids is not None and self.on_host else self._store.array
 
-    def _narrow(self) -> torch.Tensor:
-        """The ids as int32, for a backend that reads nothing else; what does not fit stays bad."""
-        assert self.ids is not None
-        largest = int(self.host_ids().max(initial=0)) if self.on_host else 0
-        if largest > _INT32:
-            raise Unsupported(
-                f"An index with id {largest}",
-                "the backend reads int32 ids only; use another backend",
-            )
-        return self.ids.clamp(-1, _INT32).to(torch.int32)
-
     def units(self, count: int, unit: int, device: torch.device) -> torch.Tensor:
         """For each of ``count // unit`` units its number (slot // unit), int64 ``[units]``.
 
         Negative where the id is negative. Without ids the first position may be any slot; units
         are then counted from it.
         """
-        if self.ids is None:
-            first = self.offset // unit
-            return torch.arange(first, first + count // unit, dtype=torch.int64, device=device)
-        ids = self.ids_on(device)
         first, per_id = self.offset // unit, self.step // unit
-        if per_id == 1:
-            return ids[first : first + count // unit].long()
+        if self.ids is not None and per_id == 1:
+            return self.ids_on(device)[first : first + count // unit].long()
         at = torch.arange(first, first + count // unit, dtype=torch.int64, device=device)
+        if self.ids is None:
+            return at
         # Clamped before it is multiplied, so that a wild id stays wild.
-        wide = ids.long().clamp(-1, _WILD // self.step)
+        wide = self.ids_on(device).long().clamp(-1, _WILD // self.step)
         return wide[at // per_id] * per_id + at % per_id
 
     def slots(self, count: int, every: int = 1) -> npt.NDArray[np.int64]:

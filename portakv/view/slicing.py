@@ -13,24 +13,28 @@ from dataclasses import replace
 from itertools import product
 from math import prod
 from operator import index
+from typing import TYPE_CHECKING
 
 import torch
 
 from portakv.errors import LayoutError
-from portakv.view.bound import Facts
+from portakv.view.bound import Rows, Spans
 from portakv.view.form import PART_AXES, Part, Step, Steps, locate, same_form
+
+if TYPE_CHECKING:
+    from portakv.view.view import KVView
 
 Range = slice | int | None
 
 
-def slice_facts(facts: Facts, *, layers: Range, heads: Range, kv: Range) -> Facts:
-    """Facts of the sliced view; raises `LayoutError` for ranges that cannot be cut out."""
-    form, origins, owners = facts.form, facts.origins, facts.owners
+def sliced(view: KVView, *, layers: Range, heads: Range, kv: Range) -> Rows:
+    """The rows of a slice; raises `LayoutError` for ranges that cannot be cut out."""
+    form, origins, owners, spans = view.form, view.origins, view.owners, view.spans
     kv_range = _range("kv", kv, form.kv)
     layer_range = _range("layers", layers, form.layers)
     head_range = _range("heads", heads, form.heads)
     if (len(kv_range), len(layer_range), len(head_range)) == (form.kv, form.layers, form.heads):
-        return facts
+        return form, origins, owners, spans
     parts = [_cut(form.parts[k], "head", head_range) for k in kv_range]
     fewer_layers = len(layer_range) < form.layers
     alignment = _alignment(form.alignment, parts, fewer_layers)
@@ -42,11 +46,11 @@ def slice_facts(facts: Facts, *, layers: Range, heads: Range, kv: Range) -> Fact
         owners = tuple(owner for owner in owners for _ in parts)
         parts = [_rewalk(x, x.table * n + i, lambda table: table * n) for i, x in enumerate(parts)]
     parts = [_cut(part, "layer", layer_range) for part in parts]
-    count = facts.slots // (form.block_size or 1)  # blocks, or a chunk's tokens
+    count = view.slots // (form.block_size or 1)  # blocks, or a chunk's tokens
     kept, parts = _keep_entries(parts, len(origins), count)
     parts, shifts = _fold_origins(parts, count)
     dtypes = tuple(form.dtypes[k] for k in kv_range) if form.dtypes else ()
-    sliced = replace(
+    form = replace(
         form,
         parts=tuple(parts),
         layers=len(layer_range),
@@ -57,13 +61,12 @@ def slice_facts(facts: Facts, *, layers: Range, heads: Range, kv: Range) -> Fact
     )
     origins = tuple(origins[entry] + shifts.get(i, 0) for i, entry in enumerate(kept))
     left = tuple(owners[i] for i in kept)
-    spans = _within(facts.spans, left) if len(left) < len(owners) else facts.spans
-    return facts._replace(form=same_form(sliced), origins=origins, owners=left, spans=spans)
+    if len(left) < len(owners):
+        spans = _within(spans, left)
+    return same_form(form), origins, left, spans
 
 
-def _within(
-    spans: Sequence[tuple[int, int]], owners: Sequence[torch.Tensor]
-) -> list[tuple[int, int]]:
+def _within(spans: Spans, owners: Sequence[torch.Tensor]) -> Spans:
     """The parts of sorted, disjoint spans that lie in the storages of some of their tensors."""
     storages = (owner.untyped_storage() for owner in owners)
     ends = [past for _, past in spans]

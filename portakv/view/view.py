@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Views: tensors read through a layout are a form and addresses.
+"""`KVView`: tensors read through a layout are a form and addresses.
 
 Addresses come from ``data_ptr()`` and strides, never from contiguity, the number of tensors or
-``shape[i] == 2``. A contradiction between tensors, layout and declared extents is a `LayoutError`
-when the view is made.
+``shape[i] == 2``.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ import torch
 
 from portakv.errors import LayoutError
 from portakv.layout.language import Layout
-from portakv.view.bound import BoundLayout, Facts, Found, as_dtype, bind_layout
+from portakv.view.bound import BoundLayout, Facts, Rows, as_dtype, bind_layout, reach
 from portakv.view.bound import Tensors as Tensors
 from portakv.view.form import ALIASED, locate, plane_origins, same_form
-from portakv.view.slicing import slice_facts
+from portakv.view.slicing import sliced
 
 
 class KVView:
@@ -67,9 +66,8 @@ class KVView:
         reinterpret: bool = False,
         **unknown: NoReturn,
     ) -> None:
-        width = tuple(dim) if isinstance(dim, (list, tuple)) else dim
         bound = bind_layout(
-            layout, layers=layers, kv=kv, block_size=block_size, heads=heads, dim=width,
+            layout, layers=layers, kv=kv, block_size=block_size, heads=heads, dim=dim,
             reinterpret=reinterpret, **unknown,
         )  # fmt: skip
         self._set(bound.layout, tensors, bound.read(tensors))
@@ -87,13 +85,10 @@ class KVView:
             view._hold()
         return view
 
-    def _set(self, layout: Layout, tensors: Tensors, facts: Found) -> None:
-        self.layout = layout
-        self.tensors: Any = tensors
-        (
-            self.form, self.origins, self.owners, self.slots, self.device, self.requires_grad,
-            self.spans,
-        ) = facts  # fmt: skip
+    def _set(self, layout: Layout, tensors: Any, facts: Facts) -> None:
+        self.layout, self.tensors = layout, tensors
+        rows, self.slots, self.device, self.requires_grad = facts
+        self.form, self.origins, self.owners, self.spans = rows
         self._table: torch.Tensor | None = None
         self._memory: tuple[tuple[torch.UntypedStorage, int, int], ...] | None = None
         self._unwritable: str | None = None
@@ -166,25 +161,24 @@ class KVView:
 
     def check_writable(self) -> None:
         """Raise `LayoutError` where this view cannot be a destination."""
-        why = self._unwritable
-        if why is None:
-            why = self._unwritable = self._why_unwritable()
-        if why:
-            raise LayoutError(f"The destination, {self.layout.text!r}, cannot be written: {why}.")
+        if self._unwritable is None:
+            self._unwritable = self._why_unwritable()
+        if self._unwritable:
+            why = f"cannot be written: {self._unwritable}."
+            raise LayoutError(f"The destination, {self.layout.text!r}, {why}")
 
     def _why_unwritable(self) -> str:
         if self.requires_grad:
             return "it requires grad; pass tensor.detach()"
         if self.form.unwritable or len(self.origins) == 1:
             return self.form.unwritable
-        planes = [
+        planes = {
             self.origins[entry] + offset
             for part in self.form.parts
             for entry, offset in plane_origins(part)
-        ]
-        if len(set(planes)) < len(planes) or len(set(self.origins)) < len(self.origins):
-            return ALIASED
-        return ""
+        }
+        count = self.form.layers * self.form.kv
+        return ALIASED if len(planes) < count or len(set(self.origins)) < len(self.origins) else ""
 
     def strided(
         self,
@@ -200,8 +194,7 @@ class KVView:
         """
         storage = self.owners[entry].untyped_storage()
         start = self.origins[entry] + offset - storage.data_ptr()
-        reach = sum((n - 1) * s for n, s in zip(size, stride, strict=True)) + 1 if all(size) else 0
-        if start < 0 or start + reach * dtype.itemsize > storage.nbytes():
+        if start < 0 or start + reach(size, stride) * dtype.itemsize > storage.nbytes():
             raise self.replaced()
         empty = torch.empty(0, dtype=dtype, device=self.device)
         return empty.set_(storage, start // dtype.itemsize, size, stride)
@@ -261,17 +254,12 @@ class KVView:
         element = self.owners[entry].dtype if dtype is None else as_dtype(dtype)
         chain = [(self.slots // (self.form.block_size or 1), part.block)] if part.block else []
         chain += [(self.form.block_size or self.slots, part.token), (self.heads, part.head)]
-        chain += [(self.widths[kv], part.dim)]
-        size, stride = [], []
-        for extent, steps in chain:
-            size.append(extent)
-            stride.append(steps[0].stride if steps else 0)
-        width = element.itemsize
-        places = [self.origins[entry] + offset, size[-1], *stride[:-1]]
-        if any(place % width for place in places) or stride[-1] not in (0, 1):
+        stride = [steps[0].stride if steps else 0 for _, steps in chain]
+        width, row = element.itemsize, self.widths[kv]
+        if any(place % width for place in (self.origins[entry] + offset, row, *stride)):
             raise LayoutError(f"A plane of {self.layout.text!r} cannot be read as {element}.")
-        counts = [*size[:-1], size[-1] // width]
-        return self.strided(entry, offset, element, counts, [*(s // width for s in stride[:-1]), 1])
+        size = [*(extent for extent, _ in chain), row // width]
+        return self.strided(entry, offset, element, size, [*(s // width for s in stride), 1])
 
     def slice(
         self,
@@ -294,7 +282,7 @@ class KVView:
                 f"A slice by {asked} was asked; expected layers, heads or kv; pass an Index of "
                 f"the blocks or tokens to the copy."
             )
-        return self._with(slice_facts(self._facts(), layers=layers, heads=heads, kv=kv))
+        return self._with(sliced(self, layers=layers, heads=heads, kv=kv))
 
     def as_bytes(self) -> KVView:
         """This view with rows of bytes, whatever the dtypes of its tensors; see ``reinterpret``."""
@@ -303,7 +291,8 @@ class KVView:
         view: KVView | None = self.derived.get("bytes")
         if view is None:
             form = same_form(self.form.untyped())
-            view = self.derived["bytes"] = self._with(self._facts()._replace(form=form))
+            view = self._with((form, self.origins, self.owners, self.spans))
+            self.derived["bytes"] = view
         return view
 
     def planes(self, layers: tuple[int, int] | None, kv: tuple[int, int] | None) -> KVView:
@@ -318,15 +307,9 @@ class KVView:
             found = self.derived[key] = self.slice(layers=ends[0], kv=ends[1])
         return found
 
-    def _facts(self) -> Facts:
-        return Facts(
-            self.form, self.origins, self.owners, self.slots, self.device, self.requires_grad,
-            self.spans,
-        )  # fmt: skip
-
-    def _with(self, facts: Facts) -> KVView:
+    def _with(self, rows: Rows) -> KVView:
         view = KVView.__new__(KVView)
-        view._set(self.layout, self.tensors, facts)
+        view._set(self.layout, self.tensors, (rows, self.slots, self.device, self.requires_grad))
         view._memory = None if self._memory is None else ()  # its owners are held as well
         return view
 
