@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from portakv.backends._vendor_rows import GuardedRows
+from portakv.backends.rows_kernel import SideArguments
 from portakv.errors import TransferError, Unsupported
-from portakv.plan.plan import CopyPlan, Nest, Side
+from portakv.plan.plan import CopyPlan, Nest
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import Unusable
 
 if TYPE_CHECKING:
     from portakv.plan.loops import Loop
     from portakv.plan.plan import Move
-    from portakv.view.index import Index
     from portakv.view.view import KVView
 
 #: Names the library.
@@ -250,20 +250,27 @@ class Arguments:
         why = refusal(plan)
         if why is not None:
             raise Unsupported("A copy by the AscendC kernel", f"{why}; use backend 'reference'")
-        self.nests = [_nest(nest, plan) for nest in plan.nests]
-        self._plan = plan
+        self._unit = plan.unit
+        self._sides = [
+            [SideArguments(nest, plan, name, nest.loops) for name in ("src", "dst")]
+            for nest in plan.nests
+        ]
+        self.nests = [
+            _nest(nest, plan.unit, sides)
+            for nest, sides in zip(plan.nests, self._sides, strict=True)
+        ]
 
     def copies(self, nests: Sequence[int], move: Move, status: int) -> list[bytes]:
         """A ``portakv::Copy`` for each nest, whose addresses are ``nests``; ``status``: the address
         of the status word, or 0."""
-        unit, (src, dst, mine, theirs, count) = self._plan.unit, move
-        return [
-            _COPY.pack(
-                at, *_request(nest.src, unit, src, mine), *_request(nest.dst, unit, dst, theirs),
-                count // unit, status,
-            )
-            for at, nest in zip(nests, self._plan.nests, strict=True)
-        ]  # fmt: skip
+        copies = []
+        for at, (mine, theirs) in zip(nests, self._sides, strict=True):
+            # A request begins with the base here, and with the table there.
+            base, table, *src = mine.request(move.src, move.src_index)
+            to_base, to_table, *dst = theirs.request(move.dst, move.dst_index)
+            units = move.count // self._unit
+            copies.append(_COPY.pack(at, table, base, *src, to_table, to_base, *dst, units, status))
+        return copies
 
 
 def refusal(plan: CopyPlan) -> str | None:
@@ -302,12 +309,17 @@ def _read_only(tensor: torch.Tensor) -> Memory:
     return tensor.data_ptr(), tensor.nbytes, False
 
 
-def _nest(nest: Nest, plan: CopyPlan) -> bytes:
-    """A nest as ``portakv::Nest``."""
+def _nest(nest: Nest, unit: int, sides: Sequence[SideArguments]) -> bytes:
+    """A nest as ``portakv::Nest``; where its sides begin is a part of each request."""
     loops, rows, src_stride, dst_stride = _split_rows(nest)
-    numbers = [*_side(nest.src, plan.src_step // plan.unit)]
-    numbers += _side(nest.dst, plan.dst_step // plan.unit)
-    numbers += [plan.unit, nest.run, rows, src_stride, dst_stride, len(loops)]
+    numbers: list[int] = []
+    for side in sides:
+        steps = side.side.units
+        numbers += [0, 0, side.per_id, len(steps)]
+        for step in steps:
+            numbers += [step.extent, step.table, step.stride]
+        numbers += [0] * (3 * (MAX_UNITS - len(steps)))
+    numbers += [unit, nest.run, rows, src_stride, dst_stride, len(loops)]
     for loop in loops:
         numbers += [loop.extent, loop.src_table, loop.src_stride, loop.dst_table, loop.dst_stride]
     numbers += [0] * (5 * (MAX_LOOPS - len(loops)))
@@ -323,25 +335,3 @@ def _split_rows(nest: Nest) -> tuple[tuple[Loop, ...], int, int, int]:
         if not last.tabled and all(0 <= gap < _MOST_GAP for gap in gaps):
             return nest.loops[:-1], last.extent, last.src_stride, last.dst_stride
     return nest.loops, 1, nest.run, nest.run
-
-
-def _side(side: Side, per_id: int) -> list[int]:
-    numbers = [side.table, side.offset, per_id, len(side.units)]
-    for step in side.units:
-        numbers += [step.extent, step.table, step.stride]
-    return numbers + [0] * (3 * (MAX_UNITS - len(side.units)))
-
-
-def _request(
-    side: Side, unit: int, view: KVView, index: Index
-) -> tuple[int, int, int, int, int, int]:
-    """What a request fixes about one side, as ``portakv::Request``: table, base, ids, whether they
-    are int64, first, limit."""
-    tabled = len(view.origins) > 1
-    table, base = (view.table.data_ptr(), 0) if tabled else (0, view.origins[0])
-    first, rest = divmod(index.offset, unit)
-    limit = view.slots // unit
-    if index.ids is not None:
-        return table, base, index.ids.data_ptr(), index.ids.itemsize == 8, first, limit
-    # Without ids a flat side may start anywhere, also between two units.
-    return table, base + rest * (side.units[-1].stride // unit), 0, 0, first, limit

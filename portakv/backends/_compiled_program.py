@@ -82,6 +82,11 @@ class CopyShape(NamedTuple):
         """Bytes in a grain, a power of two."""
         return self.ratio * self.dtype.itemsize
 
+    @property
+    def has_ids(self) -> bool:
+        """True if a side has ids."""
+        return self.src.per_id + self.dst.per_id > 0
+
 
 def memory_from(
     address: int, device: torch.device, dtype: torch.dtype, run: int = 1, ratio: int = 1

@@ -24,7 +24,7 @@ MAX_PLANES = 65535  # programs along y
 MAX_VECTORS = 2**31 - 2**16
 # Steps travel in tuples of these lengths, longer only where a plan needs it: a launcher is built
 # for each combination of lengths, so that nearly all plans share one.
-_LEAST_STEPS = {"units": 3, "outer": 4, "inner": 4}
+_LEAST_STEPS = 3, 4, 4  # of units, outer and inner loops
 
 
 class Tile(NamedTuple):
@@ -36,13 +36,7 @@ class Tile(NamedTuple):
 
 # For each vector width in bytes. A warp may be 64 wide: at least 64 vectors for each warp keep a
 # whole vector to every thread.
-TILES = {
-    16: Tile(256, 4),
-    8: Tile(512, 4),
-    4: Tile(1024, 4),
-    2: Tile(1024, 4),
-    1: Tile(1024, 4),
-}
+TILES = {16: Tile(256, 4), 8: Tile(512, 4), **dict.fromkeys((4, 2, 1), Tile(1024, 4))}
 
 
 class Side(NamedTuple):
@@ -71,35 +65,30 @@ class Side(NamedTuple):
     inner: Any
 
 
-class SideShape(SideArguments):
+class _Side(SideArguments):
     """What a plan fixes about one side of a nest.
 
     Attributes:
-        looks_up: where addresses come from: 0, one; 1, a table by plane; 2, by unit.
         constants: what it has of the kernel's constants.
+        looks_up: where addresses come from: 0, one; 1, a table by plane; 2, by unit.
     """
-
-    narrow = False
 
     def __init__(
         self, nest: Nest, plan: CopyPlan, name: str, outer: list[Loop], inner: list[Loop]
     ) -> None:
         super().__init__(nest, plan, name, outer, inner)
-        entries = tuple(x.table for x in self.side.units), tuple(table for table, _ in self.walks)
-        self.looks_up = 2 if any(entries[0]) else int(any(entries[1]))
-        if self.looks_up:
-            self.kind = "UNITS"  # the view's table, also by plane
-        self._steps = (
-            _padded("units", [x.stride for x in self.side.units]),
-            _padded("outer", [stride for _, stride in self.walks]),
-            _padded("inner", self.strides),
+        units, walks = self.side.units, self.walks
+        self.looks_up = 2 if self.side.tabled else int(self.kind == "UNITS")
+        strides = [x.stride for x in units], [stride for _, stride in walks], self.strides
+        self._steps = tuple(
+            (*x, *[0] * (least - len(x))) for x, least in zip(strides, _LEAST_STEPS, strict=True)
         )
         self.constants: dict[str, Any] = {
-            "PER_ID": self.per_id if self.ids else 0,
-            "UNITS": tuple(x.extent for x in self.side.units[1:]),
-            "TABLE": self.looks_up,
-            "UNIT_ENTRIES": entries[0],
-            "OUTER_ENTRIES": entries[1],
+            f"{name}_PER_ID".upper(): self.per_id,
+            f"{name}_UNITS".upper(): tuple(x.extent for x in units[1:]),
+            f"{name}_TABLE".upper(): self.looks_up,
+            f"{name}_UNIT_ENTRIES".upper(): tuple(x.table for x in units),
+            f"{name}_OUTER_ENTRIES".upper(): tuple(table for table, _ in walks),
         }
 
     def signature(self) -> Side:
@@ -109,7 +98,7 @@ class SideShape(SideArguments):
     def arguments(self, view: KVView, index: Index) -> Side:
         """The values of this side's arguments."""
         base, table, ids, wide, first, limit = self.request(view, index)
-        past = -(-limit // self.per_id) if self.ids else 0
+        past = -(-limit // self.per_id) if self.per_id else 0
         return Side(base, table, ids, int(wide), first, limit, past, *self._steps)
 
 
@@ -132,8 +121,7 @@ class NestKernel:
 
     def __init__(self, nest: Nest, plan: CopyPlan) -> None:
         outer, inner = split_loops(nest.loops)
-        self.src = SideShape(nest, plan, "src", outer, inner)
-        self.dst = SideShape(nest, plan, "dst", outer, inner)
+        self.src, self.dst = (_Side(nest, plan, x, outer, inner) for x in ("src", "dst"))
         self.tile = TILES[nest.vector]
         self.planes = prod(x.extent for x in outer)
         run = nest.run // nest.vector
@@ -152,9 +140,9 @@ class NestKernel:
             "ROW": self._row,
             "OUTER": tuple(x.extent for x in outer),
             "INNER": tuple(x.extent for x in inner),
+            **self.src.constants,
+            **self.dst.constants,
         }
-        for name, side in (("SRC", self.src), ("DST", self.dst)):
-            self.constants |= {f"{name}_{key}": value for key, value in side.constants.items()}
         self.key = (*self.constants.values(), self.tile.warps, str(self.signature()))
 
     @property
@@ -164,15 +152,9 @@ class NestKernel:
 
     def signature(self) -> dict[str, Any]:
         """The types of the kernel's arguments, constants included, in its order."""
-        arguments = {
-            "src": self.src.signature(),
-            "dst": self.dst.signature(),
-            "units": "i32",
-            "start": "i64",
-            "tokens": "i64",
-            "status": "i64",
-        }
-        return {**arguments, **dict.fromkeys(self.constants, "constexpr")}
+        sides = {"src": self.src.signature(), "dst": self.dst.signature()}
+        numbers = {"units": "i32", "start": "i64", "tokens": "i64", "status": "i64"}
+        return {**sides, **numbers, **dict.fromkeys(self.constants, "constexpr")}
 
     @property
     def most_units(self) -> int:
@@ -190,14 +172,5 @@ class NestKernel:
         mine = self.src.arguments(move.src, move.src_index)
         theirs = self.dst.arguments(move.dst, move.dst_index)
         word, unit, most = 0 if status is None else status.data_ptr(), self._unit, self.most_units
-        return [
-            (
-                self.programs(min(most, units - start)),
-                (mine, theirs, min(most, units - start), start, unit, word),
-            )
-            for start in range(0, units, most)
-        ]
-
-
-def _padded(kind: str, strides: list[int]) -> tuple[int, ...]:
-    return (*strides, *[0] * (_LEAST_STEPS[kind] - len(strides)))
+        spans = [(start, min(most, units - start)) for start in range(0, units, most)]
+        return [(self.programs(n), (mine, theirs, n, start, unit, word)) for start, n in spans]

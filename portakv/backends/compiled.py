@@ -15,6 +15,7 @@ import sysconfig
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -33,8 +34,9 @@ from portakv.backends._compiled_program import (
     report,
 )
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch, places_on
+from portakv.backends.rows_kernel import SideArguments
 from portakv.backends.strided import ELEMENTS
-from portakv.plan.plan import CopyPlan, Move, Nest, Side
+from portakv.plan.plan import CopyPlan, Move, Nest
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.streams import beside
@@ -83,17 +85,17 @@ class Compiled(Backend):
                 why="it has to be compiled first; make the same call once before the capture"
             )
         with self._lock:
-            nests = [NestArguments(nest, plan, self.lost(nest.run)) for nest in plan.nests]
+            nests = [_NestArguments(nest, plan, self._lost_bytes(nest.run)) for nest in plan.nests]
             copies = [(nest, self._copying(nest.shape)) for nest in nests]
-            return _CompiledLaunch(plan, copies, self._reporting(plan), self.lost(_WORD))
+            return _CompiledLaunch(plan, copies, self._reporting(plan), self._lost_bytes(_WORD))
 
     @property
     def compilations(self) -> int:
         """How many functions were compiled so far."""
         return sum(program.compilations for program in self._programs.values())
 
-    def lost(self, nbytes: int) -> torch.Tensor:
-        """Memory that nobody reads, for what is not to be moved."""
+    def _lost_bytes(self, nbytes: int) -> torch.Tensor:
+        """Memory that is not read, for what is not to be moved."""
         with torch.inference_mode(False):
             return self._lost.get_or_make(
                 nbytes, lambda: torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
@@ -104,18 +106,16 @@ class Compiled(Backend):
 
         def make() -> Program:
             units = max(2, _EXAMPLE // (prod(shape.loops) * shape.run))
-            zeros = self._zeros(units)
-            lost = self.lost(shape.run * shape.dtype.itemsize).data_ptr()
+            zeros = torch.zeros(units, dtype=torch.int64, device=self.device)
+            lost = self._lost_bytes(shape.run * shape.dtype.itemsize).data_ptr()
             example: list[Argument] = [units]
             for side in (shape.src, shape.dst):
                 example.append(memory_from(lost, self.device, shape.dtype, shape.run, shape.ratio))
-                for _ in range((side.per_id > 0) + side.tabled):
-                    example.append(self._all_from(zeros))
+                example += [self._all_from(zeros) for _ in range(bool(side.per_id) + side.tabled)]
                 steps = len(side.extents) + len(shape.loops) + sum(side.loop_entries)
                 numbers = 2 + (side.per_id > 0) + (side.per_id > 1) + side.tabled
                 example += [0] * (numbers + steps)
-            example += [0] * any(side.per_id for side in (shape.src, shape.dst))
-            return Program(copy, {"SHAPE": shape}, example)
+            return Program(copy, {"SHAPE": shape}, [*example, *[0] * shape.has_ids])
 
         return self._programs.get_or_make(shape, make)
 
@@ -124,17 +124,14 @@ class Compiled(Backend):
         key = (plan.src_step > 0, plan.dst_step > 0)
 
         def make() -> Program:
-            units = 4096
-            zeros = self._zeros(units)
-            example: list[Argument] = [self._all_from(self.lost(_WORD)), units, 0, 0, 0]
+            zeros = torch.zeros(4096, dtype=torch.int64, device=self.device)
+            word = self._all_from(self._lost_bytes(_WORD))
+            example: list[Argument] = [word, len(zeros), 0, 0, 0]
             for _ in range(sum(key)):
                 example += [self._all_from(zeros), 0, 0, 0, 1]
             return Program(report, {"SIDES": sum(key)}, example)
 
         return self._programs.get_or_make(key, make) if any(key) else None
-
-    def _zeros(self, count: int) -> torch.Tensor:
-        return torch.zeros(count, dtype=torch.int64, device=self.device)
 
     def _all_from(self, tensor: torch.Tensor) -> torch.Tensor:
         return memory_from(tensor.data_ptr(), self.device, torch.int64)
@@ -144,7 +141,7 @@ class _CompiledLaunch(MoveLaunch):
     def __init__(
         self,
         plan: CopyPlan,
-        copies: list[tuple[NestArguments, Program]],
+        copies: list[tuple[_NestArguments, Program]],
         report: Program | None,
         lost: torch.Tensor,
     ) -> None:
@@ -193,18 +190,17 @@ class _CompiledLaunch(MoveLaunch):
         memory = memory_from(low, device, torch.int64)
         given: list[Argument] = [memory, units, self._unit, (word - low) // 8, (lost - low) // 8]
         for view, index, per_id in zip(move[:2], move[2:4], self._per_id, strict=True):
-            if per_id:
-                ids = id_arguments(index, device, self._unit, per_id)
+            if index.ids is not None:
+                first = index.offset // self._unit
+                ids = id_arguments(index.ids.data_ptr(), device, first, per_id)
                 given += [*ids, view.slots // self._unit, per_id]
         return given
 
 
-class NestArguments:
+class _NestArguments:
     """One nest: the shape of its program, and the arguments of its launches.
 
     Args:
-        nest: the loop nest.
-        plan: the plan that it belongs to.
         lost: memory of one run, on the device, for what is not to be moved.
 
     Attributes:
@@ -213,8 +209,9 @@ class NestArguments:
 
     def __init__(self, nest: Nest, plan: CopyPlan, lost: torch.Tensor) -> None:
         width = min(nest.vector, 8)
-        self._src = _SideArguments(nest, plan, "src", ())
-        self._dst = _SideArguments(nest, plan, "dst", (lost.data_ptr(),))
+        self._src = _SideArguments(nest, plan, "src", nest.loops)
+        self._dst = _SideArguments(nest, plan, "dst", nest.loops)
+        self._dst.reached = (lost.data_ptr(),)
         self.shape = self._src.copy = self._dst.copy = CopyShape(
             ELEMENTS[width],
             nest.run // width,
@@ -229,50 +226,54 @@ class NestArguments:
         """The arguments of one launch."""
         mine, _ = self._src.arguments(move.src, move.src_index)
         theirs, low = self._dst.arguments(move.dst, move.dst_index)
-        given = [units, *mine, *theirs]
-        if self.shape.src.per_id or self.shape.dst.per_id:
-            given.append((self._lost.data_ptr() - low) // self.shape.grain)
-        return given
+        lost = (self._lost.data_ptr() - low) // self.shape.grain
+        return [units, *mine, *theirs, *[lost] * self.shape.has_ids]
 
 
-class _SideArguments:
-    """One side of a nest; ``reached`` are addresses that its memory must reach beside a view's."""
+class _SideArguments(SideArguments):
+    """One side of a nest.
+
+    Attributes:
+        copy: the nest's shape.
+        reached: addresses that the side's memory must reach beside a view's.
+    """
 
     copy: CopyShape
+    reached: tuple[int, ...] = ()
 
-    def __init__(self, nest: Nest, plan: CopyPlan, name: str, reached: tuple[int, ...]) -> None:
-        side: Side = getattr(nest, name)
-        self.side, self.unit, self.grain, self.reached = side, plan.unit, nest.vector, reached
-        walks = [(getattr(x, f"{name}_stride"), getattr(x, f"{name}_table")) for x in nest.loops]
-        self.shape = SideShape(
-            getattr(plan, f"{name}_step") // plan.unit,
-            tuple(step.extent for step in side.units),
-            tuple(step.table != 0 for step in side.units),
-            tuple(table != 0 for _, table in walks),
+    @cached_property
+    def shape(self) -> SideShape:
+        """What the model fixes of it."""
+        units = self.side.units
+        return SideShape(
+            self.per_id,
+            tuple(step.extent for step in units),
+            tuple(step.table != 0 for step in units),
+            tuple(table != 0 for table, _ in self.walks),
         )
-        self.steps = [x.table or x.stride // self.grain for x in side.units]
-        for stride, table in walks:
-            self.steps += [stride // self.grain, *([table] if table else [])]
+
+    @cached_property
+    def _steps(self) -> list[int]:
+        grain = self.copy.grain
+        steps = [x.table or x.stride // grain for x in self.side.units]
+        for table, stride in self.walks:
+            steps += [stride // grain, *[table] * bool(table)]
+        return steps
 
     def arguments(self, view: KVView, index: Index) -> tuple[list[Argument], int]:
         """The arguments of this side, and the address that its memory begins at."""
-        side, unit, per_id = self.side, self.unit, self.shape.per_id
+        base, _, ids, _, first, limit = self.request(view, index)
         memory, table, low = self._kept(view)
         given: list[Argument] = [memory]
-        start = side.offset - low + (view.origins[side.table] if table is None else 0)
-        if per_id:
-            ids, first, rest = id_arguments(index, view.device, unit, per_id)
-            given.append(ids)
-            numbers = [first, view.slots // unit, *([rest] if per_id > 1 else [])]
-        else:
-            first, rest = divmod(index.offset, unit)
-            # A flat side may start anywhere, also between two units.
-            start += rest * (side.units[-1].stride // unit)
-            numbers = [first]
+        numbers = [(base - low) // self.copy.grain, first]
+        if self.per_id:
+            of_ids, first, rest = id_arguments(ids, view.device, first, self.per_id)
+            given.append(of_ids)
+            numbers[1:] = [first, limit, *[rest] * (self.per_id > 1)]
         if table is not None:
             given.append(table)
-            numbers.append(side.table)
-        return [*given, start // self.grain, *numbers, *self.steps], low
+            numbers.append(self.side.table)
+        return [*given, *numbers, *self._steps], low
 
     def _kept(self, view: KVView) -> tuple[torch.Tensor, torch.Tensor | None, int]:
         """A view's memory, its table of addresses, and the address that the memory begins at."""
@@ -288,13 +289,13 @@ class _SideArguments:
 
 
 def id_arguments(
-    index: Index, device: torch.device, unit: int, per_id: int
+    ids: int, device: torch.device, first: int, per_id: int
 ) -> tuple[torch.Tensor, int, int]:
-    """Memory that the ids lie in, the first of them, and how many of its units are passed over."""
-    ids = index.ids_on(device)
-    low = ids.data_ptr() // ALIGNMENT * ALIGNMENT
-    first, rest = divmod(index.offset // unit, per_id)
-    return memory_from(low, device, ids.dtype), (ids.data_ptr() - low) // 8 + first, rest
+    """Memory that ids lie in, where in it unit ``first`` has its own, and how many of that id's
+    units are passed over."""
+    low = ids // ALIGNMENT * ALIGNMENT
+    first, rest = divmod(first, per_id)
+    return memory_from(low, device, torch.int64), (ids - low) // 8 + first, rest
 
 
 def _missing(device: torch.device) -> str | None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
+from itertools import chain
 from math import prod
 from posixpath import normpath
 from typing import TYPE_CHECKING, NamedTuple
@@ -64,8 +65,6 @@ TUNING = (
 
 
 _INCLUDE = re.compile(r'^#include "(.+)"\n', re.MULTILINE)
-
-
 _texts: Bounded[str, str] = Bounded("kernel texts", 8)
 
 
@@ -126,8 +125,7 @@ class RowsKernel:
                 f"the kernel takes {MAX_OUTER} loops over planes, {MAX_INNER} inside a unit and "
                 f"{MAX_PLANES} planes; use backend 'reference'",
             )
-        self.src = SideArguments(nest, plan, "src", outer, inner)
-        self.dst = SideArguments(nest, plan, "dst", outer, inner)
+        self.src, self.dst = (_SideWords(nest, plan, x, outer, inner) for x in ("src", "dst"))
         self._dst_table_at = _TABLES_AT + 8 * max(1, self.src.entries)
         self._unit_bytes = self.row * self.planes * self.vector
         #: The most units of one launch.
@@ -144,8 +142,8 @@ class RowsKernel:
         types = [
             f"typedef {_extents(self.inner)} Inner;",
             f"typedef {_extents(self.outer)} Outer;",
-            f"typedef {self.src.shape()} Src;",
-            f"typedef {self.dst.shape()} Dst;",
+            f"typedef {self.src.shape} Src;",
+            f"typedef {self.dst.shape} Dst;",
         ]
         entries = [self.entry(each, name) for each, name in self.names.items()]
         head = [kernel_text(self.file), "using namespace portakv;", *types]
@@ -232,51 +230,82 @@ def _extents(numbers: list[int]) -> str:
 
 
 class SideArguments:
-    """What a plan fixes about one side of a nest, and a request of it.
+    """What a plan fixes about one side of a nest, and a request of it, for any kernel.
 
     Attributes:
-        ids: whether it has ids, each of ``per_id`` units.
-        kind: where addresses come from: ``NONE``, one; ``PLANES``, a table of ``entries`` that
-            travels with the arguments; ``UNITS``, the view's table.
-        walks: for each loop over planes its entries of the table and its bytes.
-        strides: of the loops inside a unit.
-        fixed: all this as the kernel's text declares it.
+        per_id: units that one id covers; 0 without ids.
+        walks: for each of ``outer`` its entries of the table and its bytes.
+        strides: of the loops ``inner``.
+        kind: where addresses come from: ``NONE``, one; ``UNITS``, the view's table.
         narrow: the kernel counts units in 32 bits.
+    """
+
+    narrow = False
+
+    def __init__(
+        self, nest: Nest, plan: CopyPlan, name: str, outer: Sequence[Loop],
+        inner: Sequence[Loop] = (),
+    ) -> None:  # fmt: skip
+        self.side: Side = getattr(nest, name)
+        self.unit, self.per_id = plan.unit, getattr(plan, f"{name}_step") // plan.unit
+        self.walks = [(getattr(x, f"{name}_table"), getattr(x, f"{name}_stride")) for x in outer]
+        self.strides = [getattr(x, f"{name}_stride") for x in inner]
+        looks_up = self.side.tabled or any(table for table, _ in self.walks)
+        self.kind = "UNITS" if looks_up else "NONE"
+
+    def request(self, view: KVView, index: Index) -> tuple[int, int, int, int, int, int]:
+        """base, table, ids, whether they are int64, first, limit."""
+        side, unit, limit = self.side, self.unit, view.slots // self.unit
+        if self.narrow and limit > _MAX_NUMBERS:
+            raise Unsupported(
+                f"A view of {view.slots} tokens in units of {unit}",
+                f"the kernel counts {_MAX_NUMBERS} units; use backend 'reference'",
+            )
+        table, base = 0, side.offset
+        if self.kind == "UNITS":
+            table = view.table.data_ptr() + 8 * side.table
+        elif self.kind == "NONE":
+            base += view.origins[side.table]
+        first, rest = divmod(index.offset, unit)
+        ids = index.ids  # contiguous and on the device: the library places them
+        if ids is None:
+            # A flat side may start anywhere, also between two units.
+            return base + rest * (side.units[-1].stride // unit), table, 0, 0, first, limit
+        return base, table, ids.data_ptr(), ids.dtype is torch.int64, first, limit
+
+
+class _SideWords(SideArguments):
+    """A side of the rows kernel.
+
+    Attributes:
+        kind: also ``PLANES``, a table of ``entries`` that travels with the arguments.
+        ids: whether it has ids.
+        fixed: what a plan fixes, as the kernel's text declares it.
     """
 
     narrow = True
 
     def __init__(
-        self, nest: Nest, plan: CopyPlan, name: str, outer: list[Loop], inner: list[Loop]
+        self, nest: Nest, plan: CopyPlan, name: str, outer: Sequence[Loop], inner: Sequence[Loop]
     ) -> None:
-        self.side: Side = getattr(nest, name)
-        step: int = getattr(plan, f"{name}_step")
-        self.unit, self.ids = plan.unit, step > 0
-        self.per_id = step // plan.unit if self.ids else 1
-        self.walks = [(getattr(x, f"{name}_table"), getattr(x, f"{name}_stride")) for x in outer]
-        self.strides = [getattr(x, f"{name}_stride") for x in inner]
-        tables = zip(outer, self.walks, strict=True)
-        entries = 1 + sum((x.extent - 1) * table for x, (table, _) in tables)
-        self.kind, self.entries = "NONE", 0
-        if self.side.tabled or entries > MAX_ENTRIES:
-            self.kind = "UNITS"
-        elif entries > 1:
+        super().__init__(nest, plan, name, outer, inner)
+        self.ids, self.entries = self.per_id > 0, 0
+        loops = zip(outer, self.walks, strict=True)
+        entries = 1 + sum((x.extent - 1) * table for x, (table, _) in loops)
+        if self.kind == "UNITS" and not self.side.tabled and entries <= MAX_ENTRIES:
             self.kind, self.entries = "PLANES", entries
+        walks = [(x.table, x.stride) for x in self.side.units]
+        walks += [(0, 0)] * (MAX_UNITS - len(walks)) + self.walks
+        walks += [(0, 0)] * (MAX_OUTER - len(self.walks))
+        numbers = [*chain(*walks), *self.strides, *[0] * (MAX_INNER - len(self.strides))]
+        self.fixed = struct.pack(f"<{len(numbers)}q", *numbers)
 
     @property
-    def fixed(self) -> bytes:
-        units = [(x.table, x.stride) for x in self.side.units]
-        steps = units + [(0, 0)] * (MAX_UNITS - len(units))
-        steps += self.walks + [(0, 0)] * (MAX_OUTER - len(self.walks))
-        numbers = [number for step in steps for number in step]
-        numbers += self.strides + [0] * (MAX_INNER - len(self.strides))
-        return struct.pack(f"<{len(numbers)}q", *numbers)
-
     def shape(self) -> str:
         """Its type in the kernel's text."""
         bounded = _extents([x.extent for x in self.side.units[1:]])
         ids = str(self.ids).lower()
-        return f"SideShape<{ids}, {self.per_id}, {self.kind}, {self.entries}, {bounded}>"
+        return f"SideShape<{ids}, {self.per_id or 1}, {self.kind}, {self.entries}, {bounded}>"
 
     def table(self, view: KVView) -> bytes:
         """The entries that travel in the arguments."""
@@ -286,28 +315,6 @@ class SideArguments:
             entries = view.origins[first : first + self.entries]
             kept = view.derived[self] = struct.pack(f"<{self.entries}q", *entries)
         return kept
-
-    def request(self, view: KVView, index: Index) -> tuple[int, int, int, int, int, int]:
-        """base, table, ids, whether they are int64, first, limit."""
-        side, unit, kind = self.side, self.unit, self.kind
-        table, base = 0, side.offset
-        if kind == "UNITS":
-            table = view.table.data_ptr() + 8 * side.table
-        elif kind == "NONE":
-            base += view.origins[side.table]
-        limit = view.slots // unit
-        if limit > _MAX_NUMBERS and self.narrow:
-            raise Unsupported(
-                f"A view of {view.slots} tokens in units of {unit}",
-                f"the kernel counts {_MAX_NUMBERS} units; use backend 'reference'",
-            )
-        if not self.ids:
-            first, rest = divmod(index.offset, unit)
-            # Without ids a flat side may start anywhere, also between two units.
-            return base + rest * (side.units[-1].stride // unit), table, 0, 0, first, limit
-        ids = index.ids  # contiguous and on the device: the library places them
-        assert ids is not None
-        return base, table, ids.data_ptr(), ids.dtype is torch.int64, index.offset // unit, limit
 
 
 def split_loops(loops: tuple[Loop, ...]) -> tuple[list[Loop], list[Loop]]:
