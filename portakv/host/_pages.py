@@ -19,16 +19,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from portakv.errors import HostMemoryError, Unsupported
 
 PAGE = mmap.PAGESIZE
 HugePages = Literal["auto", "transparent", "reserved", "never"]
-HUGE = 2 << 20  # what x86 and most arm64 kernels call huge
+_HUGE = 2 << 20  # what x86 and most arm64 kernels call huge
 _MAP_HUGETLB = 0x40000
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
 _MS_ASYNC = 1
@@ -48,19 +47,11 @@ _WHY = {
 
 
 class BufferRange:
-    """Bytes at an address, in numpy's terms; arrays and tensors made from it hold it."""
+    """Bytes at an address, for `numpy.asarray`; arrays and tensors made from it hold it."""
 
     def __init__(self, address: int, nbytes: int) -> None:
-        self.address, self.nbytes = address, nbytes
-
-    @property
-    def __array_interface__(self) -> dict[str, Any]:
-        place = {"shape": (self.nbytes,), "data": (self.address, False)}
-        return {"version": 3, "typestr": "|u1", **place}
-
-    def array(self) -> npt.NDArray[np.uint8]:
-        """The bytes, without a copy."""
-        return np.asarray(self)
+        place = {"shape": (nbytes,), "data": (address, False)}
+        self.__array_interface__: dict[str, Any] = {"version": 3, "typestr": "|u1", **place}
 
 
 def whole(number: Any, least: int, asked: str, do: str) -> int:
@@ -75,18 +66,6 @@ def whole(number: Any, least: int, asked: str, do: str) -> int:
     return found
 
 
-def refuse(huge_pages: str, threads: int | None) -> None:
-    """Raise `HostMemoryError` for ways to get pages that there are not."""
-    if huge_pages not in get_args(HugePages):
-        raise HostMemoryError(
-            f"Host memory was asked for with huge_pages={huge_pages!r}; expected one of "
-            f"{', '.join(get_args(HugePages))}: pass one of these, or leave it out for auto."
-        )
-    if threads is not None:
-        asked = f"{threads!r} threads were asked to touch pages"
-        whole(threads, 1, asked, "pass None for one a core, at most 16")
-
-
 def address_of(mapping: mmap.mmap) -> int:
     """Where a mapping begins."""
     return int(np.frombuffer(mapping, np.uint8).ctypes.data)
@@ -98,20 +77,17 @@ def to_pages(nbytes: int, page: int = PAGE) -> int:
 
 
 def map_private(nbytes: int, huge_pages: str) -> tuple[mmap.mmap, list[str]]:
-    """A private mapping of exactly so many bytes (the kernel ends it with its page), and what was
-    done about huge pages, a sentence each; of ``auto``, none. Raises `HostMemoryError` if the
-    kernel has no room for it."""
+    """A private mapping of exactly so many bytes (the kernel ends it with its page), and notes on
+    huge pages; of ``auto``, none. Raises `HostMemoryError` if the kernel has no room for it."""
     notes: list[str] = []
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     if huge_pages == "reserved":
-        whole = to_pages(nbytes, HUGE)
+        whole = to_pages(nbytes, _HUGE)
         with suppress(OSError):
             mapping = mmap.mmap(-1, whole, flags=flags | _MAP_HUGETLB)
-            notes.append(f"reserved huge pages hold it, {whole} bytes of them")
-            return mapping, notes
+            return mapping, [f"reserved huge pages hold it, {whole} bytes of them"]
         notes.append("no reserved huge pages are free (vm.nr_hugepages); asked for transparent")
-    room = available()
-    if nbytes > room:
+    if nbytes > (room := available()):
         raise HostMemoryError(
             f"{nbytes} bytes of host memory were asked for, and {room} are available to this "
             f"process; touching more would have it killed. Ask for less."
@@ -144,29 +120,27 @@ def touch(address: int, nbytes: int, threads: int | None = None) -> None:
     Raises:
         HostMemoryError: the kernel ran out of pages, or of pages on the node asked for.
     """
-    end, first = address + nbytes, (address // _SLICE + 1) * _SLICE
+    end = address + nbytes
     # Cut at multiples of a slice, so that two threads do not share a huge page.
-    edges = [address, *range(first, end, _SLICE), end]
-    slices = [(start, stop - start) for start, stop in itertools.pairwise(edges)]
-    count = min(threads or min(16, len(os.sched_getaffinity(0))), len(slices))
+    edges = [address, *range((address // _SLICE + 1) * _SLICE, end, _SLICE), end]
+    count = min(threads or min(16, len(os.sched_getaffinity(0))), len(edges) - 1)
     if count == 1:
-        for each in slices:
-            _touch_slice(*each)
+        for start, stop in itertools.pairwise(edges):
+            _touch_slice(start, stop)
         return
-    with ThreadPoolExecutor(count, thread_name_prefix="portakv-touch") as pool:
-        for done in [pool.submit(_touch_slice, *each) for each in slices]:
-            done.result()
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(_touch_slice, edges, edges[1:]))
 
 
-def _touch_slice(address: int, nbytes: int) -> None:
-    code = _call("madvise", address, nbytes, _MADV_POPULATE_WRITE)
+def _touch_slice(start: int, end: int) -> None:
+    code = _call("madvise", start, end - start, _MADV_POPULATE_WRITE)
     if code in (errno.EINVAL, errno.ENOSYS, errno.EPERM):
         # A kernel without it: what the page holds is written back, since it may be a shared one.
         # Numpy releases the GIL.
-        BufferRange(address, nbytes).array()[::PAGE] |= 0
+        np.asarray(BufferRange(start, end - start))[::PAGE] |= 0
     elif code:
         raise HostMemoryError(
-            f"{nbytes} bytes of host memory were mapped, and the kernel has no pages for them "
+            f"{end - start} bytes of host memory were mapped, and the kernel has no pages for them "
             f"({os.strerror(code)}); ask for less memory, or for another NUMA node."
         )
 
@@ -220,38 +194,29 @@ def bind(address: int, nbytes: int, wanted: int | Sequence[int]) -> None:
         Unsupported: no node, or one that is not there, an architecture or kernel that cannot bind,
             or a container that may not.
     """
-    try:
-        asked = _numbers(wanted)
-    except TypeError:
-        raise Unsupported(
-            f"Binding {nbytes} bytes of host memory to NUMA node {wanted!r}",
-            "nodes have whole numbers; name one or more, or leave numa=None",
-        ) from None
-    if not asked:
-        raise Unsupported(
-            f"Binding {nbytes} bytes of host memory to an empty list of NUMA nodes",
-            "pages must come from some node; name one or more, or leave numa=None",
-        )
-    what = f"Binding {nbytes} bytes of host memory to NUMA node {', '.join(map(str, asked))}"
-    number = _MBIND.get(platform.machine())
-    if number is None:
-        raise Unsupported(what, f"the system call is not known on {platform.machine()}")
-    known = nodes()
-    if not known:
-        raise Unsupported(what, "this kernel tells of no NUMA nodes; leave numa=None")
-    if not set(asked) <= set(known):
-        raise Unsupported(what, f"this machine has the nodes {known}; ask for some of these")
-    bits = 8 * ctypes.sizeof(ctypes.c_ulong)
-    mask = (ctypes.c_ulong * (max(asked) // bits + 1))()
-    for node in asked:
-        mask[node // bits] |= 1 << node % bits
-    code = _call("syscall", number, address, nbytes, _MPOL_BIND, mask, len(mask) * bits + 1, 0)
-    if code:
-        raise Unsupported(what, _WHY.get(code, f"the kernel refused it ({os.strerror(code)})"))
-
-
-def _numbers(wanted: Any) -> list[int]:
-    """One whole number, or several; raises `TypeError` for anything else."""
-    with suppress(TypeError):
-        return [operator.index(wanted)]
-    return [operator.index(node) for node in wanted]
+    asked: list[int] | None = None
+    with suppress(TypeError, ValueError):
+        asked = [operator.index(node) for node in np.atleast_1d(wanted).tolist()]
+    number, known = _MBIND.get(platform.machine()), nodes()
+    what = f"NUMA node {repr(wanted) if asked is None else ', '.join(map(str, asked))}"
+    if asked is None:
+        why = "nodes have whole numbers; name one or more, or leave numa=None"
+    elif not asked:
+        what = "an empty list of NUMA nodes"
+        why = "pages must come from some node; name one or more, or leave numa=None"
+    elif number is None:
+        why = f"the system call is not known on {platform.machine()}"
+    elif not known:
+        why = "this kernel tells of no NUMA nodes; leave numa=None"
+    elif not set(asked) <= set(known):
+        why = f"this machine has the nodes {known}; ask for some of these"
+    else:
+        bits = 8 * ctypes.sizeof(ctypes.c_ulong)
+        mask = (ctypes.c_ulong * (max(asked) // bits + 1))()
+        for node in asked:
+            mask[node // bits] |= 1 << node % bits
+        code = _call("syscall", number, address, nbytes, _MPOL_BIND, mask, len(mask) * bits + 1, 0)
+        if code == 0:
+            return
+        why = _WHY.get(code, f"the kernel refused it ({os.strerror(code)})")
+    raise Unsupported(f"Binding {nbytes} bytes of host memory to {what}", why)

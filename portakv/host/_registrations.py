@@ -23,14 +23,14 @@ import re
 import sys
 import threading
 import warnings
-import weakref
 from contextlib import suppress
 from functools import cache
 from multiprocessing.shared_memory import SharedMemory
+from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from portakv.errors import DeviceMismatch, HostMemoryError
@@ -44,13 +44,10 @@ PORTABLE, MAPPED, READ_ONLY = 1, 2, 8
 INVALID, ALREADY, UNKNOWN = 1, 712, 713
 
 _lock = threading.RLock()  # a finalizer may run wherever its own thread holds it
-_claimed: list[tuple[int, int]] = []  # page ranges, sorted; no two overlap
-_live: weakref.WeakSet[Registration] = weakref.WeakSet()
-_seams: list[int] = []  # addresses, sorted
+_live: list[Registration] = []  # by their pages; no two overlap
+_seams: list[int] = []  # of all these, sorted
 _postponed: list[tuple[Registration, Any]] = []  # by finalizers during a graph's capture
 _told: set[str] = set()
-
-_Buffer = tuple[int, int, bool, Any]
 
 # --- the runtime ----------------------------------------------------------------------------------
 
@@ -132,9 +129,8 @@ def why_not() -> str | None:
 
 def through_torch() -> bool:
     """True if there is a device of another kind, for which torch's own allocator pins."""
-    if torch.cuda._is_in_bad_fork() or torch.cuda.is_available():
-        return False
-    return torch.accelerator.is_available()
+    no_cuda = not torch.cuda._is_in_bad_fork() and not torch.cuda.is_available()
+    return no_cuda and torch.accelerator.is_available()
 
 
 @cache
@@ -160,15 +156,11 @@ def loaded_library(stem: str, version: str, maps: str = "/proc/self/maps") -> st
     """The file of a library that this process has loaded, of a major version if there are several
     and one is named; ``stem``: how its name begins, up to ``.so``."""
     found: list[str] = []
-    with suppress(OSError), open(maps) as lines:
-        for line in lines:
-            path = line.partition("/")[2].rstrip("\n")
-            name = os.path.basename(path)
-            if re.match(rf"{stem}(-[0-9a-f]+)?\.so", name) and f"/{path}" not in found:
-                found.append(f"/{path}")
-    named = re.compile(rf"\.so\.{version}(\.|$)|-[0-9a-f]+\.so\.{version}(\.|$)")
-    preferred = [path for path in found if version and named.search(path)]
-    return next(iter(preferred + found), None)
+    with suppress(OSError):
+        file = rf"(?m)/(?:.*/)?{stem}(?:-[0-9a-f]+)?\.so[^/\n]*$"
+        found = re.findall(file, Path(maps).read_text())
+    preferred = re.compile(rf"\.so\.{version}(\.|$)" if version else "")
+    return min(found, key=lambda path: preferred.search(path) is None, default=None)
 
 
 def quiesce() -> None:
@@ -177,7 +169,7 @@ def quiesce() -> None:
     A device that has failed does neither: its error is left to its next user.
     """
     module: Any = torch.accelerator if through_torch() else torch.cuda
-    if module is torch.cuda and (torch.cuda._is_in_bad_fork() or not torch.cuda.is_initialized()):
+    if module is torch.cuda and not torch.cuda.is_initialized():
         return
     inside: Any = torch._C
     for index in range(module.device_count()):
@@ -196,21 +188,13 @@ def capturing() -> bool:
 
 
 class Registration:
-    """Memory, registered in pieces; or merely claimed, so that it stays pageable, if there is no
-    runtime. The pages that it touches cannot be registered again.
+    """Memory, registered in pieces; or without a runtime merely claimed, so that it stays pageable.
 
-    Args:
-        runtime, flags: register the memory.
-        address, nbytes: on a page or not.
-        largest: bytes of one piece, at most.
-        unit: pieces of memory that begins on a page are a multiple of it, if one fits at all.
-
-    Raises:
-        HostMemoryError: some of these pages are registered already, or pieces that cannot be.
-        CallRefused: the runtime refused, and nothing is registered or claimed.
+    Raises `HostMemoryError` for pages that are registered already or pieces that cannot be
+    (`piece_bytes`), `CallRefused` if the runtime refuses: then nothing is registered or claimed.
 
     Attributes:
-        pieces: (address, bytes) of each, in order.
+        pages: where they begin and end; pieces: (address, bytes) of each, in order.
     """
 
     def __init__(
@@ -222,26 +206,39 @@ class Registration:
         largest: int,
         unit: int,
     ) -> None:
-        start, end, length = address // PAGE * PAGE, address + nbytes, piece_bytes(largest, unit)
-        self._runtime, self._process = runtime, os.getpid()
-        edges = [address, *range(start + length, end, length), end]  # between pages
-        self.pieces: list[tuple[int, int]] = [(a, b - a) for a, b in itertools.pairwise(edges)]
-        self._registered: list[int] = []
+        start, end, step = address // PAGE * PAGE, address + nbytes, piece_bytes(largest, unit)
+        edges = [address, *range(start + step, end, step), end]  # between pages
+        self.pages = start, to_pages(end)
+        self.pieces = [(a, b - a) for a, b in itertools.pairwise(edges)]
+        self._runtime, self._process, self.flags = runtime, os.getpid(), flags
+        self._registered: list[int] | None = []  # None: undone
         settle()
-        self._range: tuple[int, int] | None = _claim(start, to_pages(end))
+        self._claim()
         try:
-            for piece, length in self.pieces:
-                if runtime is not None:
+            if runtime is not None:
+                for piece, length in self.pieces:
                     runtime.call("HostRegister", piece, length, flags)
                     self._registered.append(piece)
         except BaseException:
             self.undo()
             raise
-        with _lock:
-            _seams.extend(piece for piece, _ in self.pieces[1:])
-            _seams.sort()
-        _live.add(self)
         _watch_exit()
+
+    def _claim(self) -> None:
+        start, end = self.pages
+        with _lock:
+            at = bisect.bisect_left(_live, self.pages, key=attrgetter("pages"))
+            for taken, until in (each.pages for each in _live[max(0, at - 1) : at + 1]):
+                if taken < end and start < until:
+                    raise HostMemoryError(
+                        f"Pages {start:#x} - {end:#x} were asked to be registered, and {taken:#x} "
+                        f"- {until:#x} are already, in whole or in part; a page can be registered "
+                        f"once. Register both as one range, unregister the first, or keep memory "
+                        f"that shares a page apart."
+                    )
+            _live.insert(at, self)
+            for piece, _ in self.pieces[1:]:
+                bisect.insort(_seams, piece)
 
     @property
     def pinned(self) -> bool:
@@ -251,15 +248,15 @@ class Registration:
     def device_address(self, address: int) -> int:
         """Where the current device finds a byte of it. Raises `CallRefused`."""
         assert self._runtime is not None
-        at = bisect.bisect_right([piece for piece, _ in self.pieces], address) - 1
-        piece = self.pieces[at][0]
+        piece = max(start for start, _ in self.pieces if start <= address)
         return self._runtime.device_address(piece) + address - piece
 
     def undo(self) -> None:
         """Unregister, once no device works any more. Again: nothing."""
         with _lock:
-            registered, self._registered = self._registered, []
-            claimed, self._range = self._range, None
+            registered, self._registered = self._registered, None
+        if registered is None:
+            return
         if registered and self._process == os.getpid() and self._runtime is not None:
             quiesce()
             for piece in registered:
@@ -269,10 +266,9 @@ class Registration:
                     # After a reset of the device nothing is registered; a finalizer cannot raise.
                     if refused.code != UNKNOWN:
                         warn_once(f"unregistering it failed before, {refused}")
-        if claimed is not None:
-            with _lock:
-                _claimed.remove(claimed)
-                _seams[:] = [at for at in _seams if not claimed[0] < at < claimed[1]]
+        with _lock:
+            _live.remove(self)
+            _seams[:] = [at for at in _seams if not self.pages[0] < at < self.pages[1]]
 
     def forget(self, owner: Any) -> None:
         """`undo`; if a graph's capture forbids that, later. The owner is held until then."""
@@ -295,28 +291,59 @@ def settle() -> None:
             registration, owner = _postponed.pop()
         except IndexError:  # another thread was faster
             return
-        registration.undo()
-        del owner  # gives its memory back
+        registration.undo()  # before the owner gives the memory back
+        del owner
 
 
-def buffer_of(memory: Any) -> _Buffer:
+def buffer_of(memory: Any) -> tuple[int, int, bool, Any]:
     """Which bytes a tensor, an array or another buffer covers: their address and number from the
     first to the last, whether they can only be read, and what holds them.
 
     Raises:
-        HostMemoryError: freed, empty, pinned already, or no memory at all.
+        HostMemoryError: freed, empty, or no memory at all.
         DeviceMismatch: a tensor that is not on the host.
     """
     if isinstance(memory, torch.Tensor):
-        return _of_tensor(memory)
-    if isinstance(memory, np.ndarray):
-        return _of_array(memory, memory)
-    # Both ask the owner for a buffer, which it cannot close while that is held.
+        if memory.device.type != "cpu":
+            raise DeviceMismatch(
+                f"A tensor on {memory.device} was asked to be registered; expected memory of the "
+                f"host. Copy it there first."
+            )
+        if memory.layout != torch.strided:
+            raise HostMemoryError(
+                f"A tensor of layout {memory.layout} was asked to be registered; expected a "
+                f"strided one. Register its parts."
+            )
+        size, fixed, address = memory.element_size(), False, memory.data_ptr()
+        shape, steps = tuple(memory.shape), [size * step for step in memory.stride()]
+    else:
+        memory = memory if isinstance(memory, np.ndarray) else _held_buffer(memory)
+        array = np.asarray(memory)
+        size, fixed, address = array.itemsize, not array.flags.writeable, array.ctypes.data
+        shape, steps = array.shape, list(array.strides)
+    if math.prod(shape) * size == 0:
+        raise HostMemoryError(
+            "Memory of 0 bytes was asked to be registered; there is nothing to pin. Leave it out."
+        )
+    reach = [(count - 1) * step for count, step in zip(shape, steps, strict=True)]
+    low, high = sum(min(step, 0) for step in reach), sum(max(step, 0) for step in reach) + size
+    if isinstance(memory, torch.Tensor):
+        needed, there = memory.storage_offset() * size + high, memory.untyped_storage().nbytes()
+        if there < needed:
+            raise HostMemoryError(
+                f"A tensor of {needed} bytes was asked to be registered, and its storage holds "
+                f"{there}: it was freed before. Register it earlier."
+            )
+    return address + low, high - low, fixed, memory
+
+
+def _held_buffer(memory: Any) -> memoryview:
+    """The buffer of an object, which cannot be closed while that is held."""
     buffer = memory.buf if isinstance(memory, SharedMemory) else memory
     try:
         if buffer is None:
             raise ValueError("it is closed")
-        view = memoryview(buffer)
+        return memoryview(buffer)
     except ValueError as error:
         raise HostMemoryError(
             f"A {type(memory).__name__} was asked to be registered, and it was freed before "
@@ -327,64 +354,6 @@ def buffer_of(memory: Any) -> _Buffer:
             f"A {type(memory).__name__} was asked to be registered; expected a tensor, an array, "
             f"an mmap, shared memory or anything else with a buffer."
         ) from None
-    return _of_array(np.asarray(view), view)
-
-
-def _of_tensor(tensor: torch.Tensor) -> _Buffer:
-    if tensor.device.type != "cpu":
-        raise DeviceMismatch(
-            f"A tensor on {tensor.device} was asked to be registered; expected memory of the host. "
-            f"Copy it there first."
-        )
-    if tensor.layout != torch.strided:
-        raise HostMemoryError(
-            f"A tensor of layout {tensor.layout} was asked to be registered; expected a strided "
-            f"one. Register its parts."
-        )
-    _refuse_empty(tensor.numel())
-    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
-    if tensor.untyped_storage().nbytes() < needed:
-        raise HostMemoryError(
-            f"A tensor of {needed} bytes was asked to be registered, and its storage holds "
-            f"{tensor.untyped_storage().nbytes()}: it was freed before. Register it earlier."
-        )
-    if tensor.is_pinned():
-        raise HostMemoryError(
-            f"{needed} bytes at {tensor.data_ptr():#x} were asked to be registered, and they are "
-            f"pinned already, here or by torch; use them as they are."
-        )
-    return tensor.data_ptr(), (last + 1) * tensor.element_size(), False, tensor
-
-
-def _of_array(array: npt.NDArray[Any], owner: Any) -> _Buffer:
-    _refuse_empty(array.nbytes)
-    reach = [(size - 1) * step for size, step in zip(array.shape, array.strides, strict=True)]
-    low = sum(step for step in reach if step < 0)
-    high = sum(step for step in reach if step > 0) + array.itemsize
-    return array.ctypes.data + low, high - low, not array.flags.writeable, owner
-
-
-def _refuse_empty(size: int) -> None:
-    if size == 0:
-        raise HostMemoryError(
-            "Memory of 0 bytes was asked to be registered; there is nothing to pin. Leave it out."
-        )
-
-
-def _claim(start: int, end: int) -> tuple[int, int]:
-    with _lock:
-        at = bisect.bisect_left(_claimed, (start, end))
-        for taken in _claimed[max(0, at - 1) : at + 1]:
-            if taken[0] < end and start < taken[1]:
-                raise HostMemoryError(
-                    f"Pages {start:#x} - {end:#x} were asked to be registered, and "
-                    f"{taken[0]:#x} - {taken[1]:#x} are already, in whole or in part; a page can "
-                    f"be registered once. Register both as one range, unregister the first, or "
-                    f"keep memory that shares a page apart."
-                )
-        bisect.insort(_claimed, (start, end))
-    return start, end
 
 
 def piece_bytes(largest: int, unit: int) -> int:
@@ -402,12 +371,11 @@ def _watch_exit() -> None:
     """Called when first needed, as an import has no effects: at exit unregister what is left.
     Nothing is unmapped: tensors may outlive the interpreter."""
 
-    def at_exit() -> None:
+    @atexit.register
+    def unregister_all() -> None:
         settle()
         for registration in list(_live):
             registration.undo()
-
-    atexit.register(at_exit)
 
 
 def warn_once(why: str) -> None:

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,29 +39,35 @@ _PREFIX = "portakv-"
 _MAGIC = 0x3130564B41545250  # changes with the layout of the file
 _MEMBERS = 128
 #: One attached process; ``pid`` 0: a free place. ``noticed``: when its lock was first found free.
-RECORD = np.dtype([("pid", "i8"), ("space", "i8"), ("started", "i8"), ("noticed", "f8"),
-                   ("name", "S32")])  # fmt: skip
-HEADER = np.dtype([("magic", "i8"), ("block_bytes", "i8"), ("blocks", "i8"), ("stride", "i8"),
-                   ("high_water", "i8")])  # fmt: skip
-_SIZES = ("block_bytes", "blocks", "stride")
-_MEMBERS_AT = 256
-_OWNERS_AT = _MEMBERS_AT + _MEMBERS * RECORD.itemsize
-_BLOCK_RECORD = 8 + 8 + 8 + 40  # owner, generation, since, label
+_MEMBER = np.dtype([("pid", "i8"), ("space", "i8"), ("started", "i8"), ("noticed", "f8"),
+                    ("name", "S32")])  # fmt: skip
 _GRACE = 1.0  # seconds until a dead process of another container has let go of its devices
 _PATIENCE = 30.0  # seconds to wait for a change of the tables, which takes microseconds
 
 _open: weakref.WeakSet[FileLocks] = weakref.WeakSet()
 
 
+def tables_of(blocks: int) -> np.dtype[np.void]:
+    """What the file begins with, for so many blocks.
+
+    ``sizes``: bytes of a block, blocks, bytes from one to the next; ``owners``: of each block, the
+    place of its owner among the members, plus 1, or 0: free; ``generations``: how often it changed
+    hands; ``since``: when, by the monotonic clock; ``labels``: what for.
+    """
+    return np.dtype(
+        [("magic", "i8"), ("sizes", "i8", (3,)), ("high_water", "i8"), ("later", "V216"),
+         ("members", _MEMBER, (_MEMBERS,)), ("owners", "i8", (blocks,)),
+         ("generations", "i8", (blocks,)), ("since", "f8", (blocks,)), ("labels", "S40", (blocks,))]
+    )  # fmt: skip
+
+
 class SharedFile:
     """One opening of the file, with a place among its members.
 
     Attributes:
-        mapping: all of the file; header: `HEADER`, one record.
-        owners: of each block, the place of its owner among the members, plus 1; 0: free.
-        generations: how often it changed hands; since: when, by the monotonic clock; labels: what
-            for.
-        members: `RECORD`, one for each process that can be attached; me: the place of this one.
+        mapping: all of the file; tables: `tables_of` its beginning.
+        address, nbytes: of all blocks; block_bytes, blocks, stride: how they lie.
+        me: the place of this process among the members.
     """
 
     def __init__(
@@ -75,28 +82,16 @@ class SharedFile:
                 f"The shared pool {name!r} was asked for with {blocks} blocks of {block_bytes} "
                 f"bytes; say both, to make it, or neither, to open it as it is."
             )
-        joined = False
-        while not joined:  # the last member may remove the file before it is locked here
+        while self.me < 0:  # the last member may remove the file before it is locked here
             self.locks = FileLocks(_opened(self.path, wanted is not None))
             try:
                 with self.locks.exclusive():
                     if self._named():
                         self._begin(name, wanted)
                         self._join(name, label)
-                        joined = True
             finally:
-                if not joined:
+                if self.me < 0:
                     self.locks.close()
-
-    @property
-    def address(self) -> int:
-        """Of the first block."""
-        return _pages.address_of(self.mapping) + _data_at(self.blocks)
-
-    @property
-    def nbytes(self) -> int:
-        """Of all blocks."""
-        return self.blocks * self.stride
 
     def check(self, index: int) -> None:
         """Raise `SlotError` if there is no such block."""
@@ -108,41 +103,45 @@ class SharedFile:
 
     def assign(self, index: int) -> None:
         """Make a block this process's. Inside ``locks.exclusive()``."""
-        self.since[index] = time.monotonic()
-        self.generations[index] += 1
-        self.owners[index] = self.me + 1
+        self.tables["since"][index] = time.monotonic()
+        self.tables["generations"][index] += 1
+        self.tables["owners"][index] = self.me + 1
 
     def reclaim(self) -> list[str]:
         """Free what members have that ended without leaving, if their devices write no more. Inside
         ``locks.exclusive()``."""
         found = []
-        for place in np.flatnonzero(self.members["pid"]).tolist():
+        pids = self.tables["members"]["pid"]
+        for place in np.flatnonzero(pids).tolist():
             if place != self.me and self._gone(place):
-                theirs = np.flatnonzero(self.owners == place + 1)
-                found.append(f"{self.describe(place)}: {theirs.size} blocks")
-                self.owners[theirs] = 0
-                self.members["pid"][place] = 0
+                found.append(f"{self.describe(place)}: {self._free_all(place)} blocks")
+                pids[place] = 0
         return found
 
     def describe(self, place: int) -> str:
         """Who has a place among the members, in words."""
-        name = self.members["name"][place].decode(errors="replace")
-        return f"{name or 'a process'} ({int(self.members['pid'][place])})"
+        member = self.tables["members"][place]
+        return f"{member['name'].decode(errors='replace') or 'a process'} ({member['pid']})"
 
     def leave(self, keep: bool) -> None:
         """Give back what this process has, and its place; the last removes the file."""
         if self.locks.fd < 0:
             return
         with suppress(HostMemoryError), self.locks.exclusive():
-            self.owners[self.owners == self.me + 1] = 0
+            self._free_all(self.me)
             self.reclaim()
-            self.members["pid"][self.me] = 0
-            if not keep and not self.members["pid"].any() and self._named():
+            pids = self.tables["members"]["pid"]
+            pids[self.me] = 0
+            if not keep and not pids.any() and self._named():
                 self.path.unlink(missing_ok=True)
         self.locks.close()
-        # Tensors still hold the memory; nothing here does.
-        del self.mapping, self.header, self.owners, self.generations, self.since, self.labels
-        del self.members
+        del self.mapping, self.tables  # tensors still hold the memory; nothing here does
+
+    def _free_all(self, place: int) -> int:
+        """Free the blocks of a member; how many they were."""
+        theirs = np.flatnonzero(self.tables["owners"] == place + 1)
+        self.tables["owners"][theirs] = 0
+        return theirs.size
 
     def _named(self) -> bool:
         """True while the name still leads to this file."""
@@ -152,34 +151,43 @@ class SharedFile:
 
     def _begin(self, name: str, wanted: tuple[int, int, int] | None) -> None:
         """Make the file, unless that was finished before, and map it."""
-        raw = os.pread(self.locks.fd, HEADER.itemsize, 0).ljust(HEADER.itemsize, b"\0")
-        found = np.frombuffer(raw, HEADER)
-        here = tuple(int(found[field][0]) for field in _SIZES)
-        fresh = found["magic"][0] == 0
-        if fresh and wanted is None:
+        magic, *found = struct.unpack("4q", os.pread(self.locks.fd, 32, 0).ljust(32, b"\0"))
+        sizes = wanted or tuple(found)
+        if magic == 0 and wanted is None:
             self.path.unlink(missing_ok=True)
             raise _absent(name)
-        if fresh and wanted is not None:
-            self._reserve(wanted)
-            here = wanted
-        elif found["magic"][0] != _MAGIC:
+        if magic not in (0, _MAGIC):
             raise HostMemoryError(
                 f"The shared pool {name!r} was made by another release of PortaKV; end what uses "
                 f"it and remove {self.path}."
             )
-        elif wanted is not None and wanted != here:
+        if magic and sizes != tuple(found):
             raise HostMemoryError(
-                f"The shared pool {name!r} was asked for with {wanted[1]} blocks of {wanted[0]} "
-                f"bytes ({wanted[2]} apart), and it has {here[1]} of {here[0]} ({here[2]} apart); "
-                f"ask for the same, or take another name."
+                f"The shared pool {name!r} was asked for with {sizes[1]} blocks of {sizes[0]} "
+                f"bytes ({sizes[2]} apart), and it has {found[1]} of {found[0]} ({found[2]} "
+                f"apart); ask for the same, or take another name."
             )
-        self.block_bytes, self.blocks, self.stride = here
-        self._map(fresh)
+        self.block_bytes, self.blocks, self.stride = sizes
+        self.nbytes, tables = self.blocks * self.stride, tables_of(self.blocks)
+        first = _pages.to_pages(tables.itemsize)
+        if magic == 0:
+            self._reserve(first + self.nbytes)
+        # An opening of its own: mmap keeps a copy of the descriptor, which would keep the locks
+        # alive in forked children.
+        fd = os.open(f"/proc/self/fd/{self.locks.fd}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self.mapping = mmap.mmap(fd, first + self.nbytes)
+        finally:
+            os.close(fd)
+        self.tables: Any = np.frombuffer(self.mapping, tables, 1)[0]
+        self.address = _pages.address_of(self.mapping) + first
+        if magic == 0:
+            _pages.touch(self.address, self.nbytes)
+            self.tables["sizes"] = sizes
+            self.tables["magic"] = _MAGIC
 
-    def _reserve(self, wanted: tuple[int, int, int]) -> None:
+    def _reserve(self, total: int) -> None:
         """Have the pages from the start: running out of them later would be a SIGBUS."""
-        _, blocks, stride = wanted
-        total = _data_at(blocks) + blocks * stride
         try:
             if total > _pages.available():
                 raise OSError(errno.ENOMEM, "more than this process may have")
@@ -195,48 +203,24 @@ class SharedFile:
                 f"larger (docker: --shm-size)."
             ) from None
 
-    def _map(self, fresh: bool) -> None:
-        total = _data_at(self.blocks) + self.nbytes
-        # An opening of its own: mmap keeps a copy of the descriptor, which would keep the locks
-        # alive in forked children.
-        fd = os.open(f"/proc/self/fd/{self.locks.fd}", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            self.mapping = mmap.mmap(fd, total)
-        finally:
-            os.close(fd)
-        count, at = self.blocks, _OWNERS_AT
-        self.header = np.frombuffer(self.mapping, HEADER, 1)
-        self.owners = np.frombuffer(self.mapping, np.int64, count, at)
-        self.generations = np.frombuffer(self.mapping, np.int64, count, at + 8 * count)
-        self.since = np.frombuffer(self.mapping, np.float64, count, at + 16 * count)
-        self.labels = np.frombuffer(self.mapping, "S40", count, at + 24 * count)
-        self.members = np.frombuffer(self.mapping, RECORD, _MEMBERS, _MEMBERS_AT)
-        if fresh:
-            _pages.touch(self.address // _pages.PAGE * _pages.PAGE, self.nbytes)
-            for field in _SIZES:
-                self.header[field][0] = getattr(self, field)
-            self.header["magic"][0] = _MAGIC
-
     def _join(self, name: str, label: str) -> None:
-        if not self._take_place(label):
-            self.reclaim()
-            if not self._take_place(label):
-                raise HostMemoryError(
-                    f"The shared pool {name!r} was opened by one process more than the {_MEMBERS} "
-                    f"that it has room for; close it in some."
-                )
-        # Left by a predecessor that died in this place before it had it.
-        self.owners[self.owners == self.me + 1] = 0
+        """Take a free place among the members, if need be a dead one's."""
+        if not self._take_place(label) and not (self.reclaim() and self._take_place(label)):
+            raise HostMemoryError(
+                f"The shared pool {name!r} was opened by one process more than the {_MEMBERS} "
+                f"that it has room for; close it in some."
+            )
+        self._free_all(self.me)  # a predecessor may have died in this place before it had it
 
     def _take_place(self, label: str) -> bool:
-        """Take a free place among the members; False if there is none."""
-        for place in np.flatnonzero(self.members["pid"] == 0).tolist():
+        members = self.tables["members"]
+        for place in np.flatnonzero(members["pid"] == 0).tolist():
             if self.locks.take(1 + place):
-                self.members["name"][place] = str(label).encode()[:32]
-                self.members["noticed"][place] = 0.0
-                self.members["started"][place] = _started(os.getpid()) or 0
-                self.members["space"][place] = _space()
-                self.members["pid"][place] = os.getpid()  # last: until then the place is free
+                members["name"][place] = str(label).encode()[:32]
+                members["noticed"][place] = 0.0
+                members["started"][place] = _started(os.getpid()) or 0
+                members["space"][place] = _space()
+                members["pid"][place] = os.getpid()  # last: until then the place is free
                 self.me = place
                 return True
         return False
@@ -244,14 +228,14 @@ class SharedFile:
     def _gone(self, place: int) -> bool:
         if self.locks.taken(1 + place):
             return False
-        record = self.members[place]
-        if int(record["space"]) == _space():
+        member = self.tables["members"][place]
+        if member["space"] == _space():
             # The kernel closes a dying process's files one after the other: this lock may be free
             # while its device still writes. A process that is a zombie has closed them all.
-            return _started(int(record["pid"])) != int(record["started"])
-        if record["noticed"] == 0.0:
-            self.members["noticed"][place] = time.monotonic()
-        return bool(time.monotonic() - float(self.members["noticed"][place]) > _GRACE)
+            return bool(_started(member["pid"]) != member["started"])
+        if member["noticed"] == 0.0:
+            member["noticed"] = time.monotonic()
+        return bool(time.monotonic() - member["noticed"] > _GRACE)
 
 
 def names() -> list[str]:
@@ -308,11 +292,6 @@ def _absent(name: str) -> HostMemoryError:
     )
 
 
-def _data_at(blocks: int) -> int:
-    """Where the blocks begin, on a page."""
-    return _pages.to_pages(_OWNERS_AT + blocks * _BLOCK_RECORD)
-
-
 # --- locks ---------------------------------------------------------------------------------------
 
 
@@ -326,20 +305,24 @@ class FileLocks:
 
     def take(self, byte: int) -> bool:
         """Lock a byte, or say at once that another opening of the file has it."""
-        try:
-            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _lock(fcntl.F_WRLCK, byte))
-        except (BlockingIOError, PermissionError):  # EAGAIN, EACCES: two names of one answer
-            return False
-        return True
+        with suppress(BlockingIOError, PermissionError):  # EAGAIN, EACCES: two names of one answer
+            self._call(fcntl.F_OFD_SETLK, fcntl.F_WRLCK, byte)
+            return True
+        return False
 
     def give(self, byte: int) -> None:
         """Unlock a byte."""
-        fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _lock(fcntl.F_UNLCK, byte))
+        self._call(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, byte)
 
     def taken(self, byte: int) -> bool:
         """True if another opening of the file has the byte locked."""
-        answer = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, byte))
-        return bool(struct.unpack(_LAYOUT, answer)[0] != fcntl.F_UNLCK)
+        return self._call(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, byte) != fcntl.F_UNLCK
+
+    def _call(self, command: int, kind: int, byte: int) -> int:
+        """Ask the kernel for a lock, or about one; the kind of lock that it answers."""
+        flock = "hhqqi4x"  # of 64-bit Linux
+        asked = struct.pack(flock, kind, os.SEEK_SET, byte, 1, 0)
+        return int(struct.unpack(flock, fcntl.fcntl(self.fd, command, asked))[0])
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -368,13 +351,6 @@ class FileLocks:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
-
-
-_LAYOUT = "hhqqi4x"  # struct flock of 64-bit Linux
-
-
-def _lock(kind: int, byte: int) -> bytes:
-    return struct.pack(_LAYOUT, kind, os.SEEK_SET, byte, 1, 0)
 
 
 def _space() -> int:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -19,17 +20,8 @@ import torch
 
 from portakv.errors import HostMemoryError, Unsupported
 from portakv.host import _pages, _registrations
-from portakv.host._pages import BufferRange, HugePages
-from portakv.host._registrations import (
-    LARGEST,
-    MAPPED,
-    PORTABLE,
-    READ_ONLY,
-    CallRefused,
-    Registration,
-    buffer_of,
-    seams,
-)  # fmt: skip
+from portakv.host._pages import HugePages
+from portakv.host._registrations import LARGEST, CallRefused, Registration, seams
 
 __all__ = ["HostMemoryError", "PinnedMemory", "allocate", "empty", "register", "register_address",
            "registered", "seams", "unregister", "why_not"]  # fmt: skip
@@ -55,15 +47,14 @@ class PinnedMemory:
         base: torch.Tensor,
         registration: Registration | None = None,
         notes: Sequence[str] = (),
-        flags: int = 0,
     ) -> None:
         self.nbytes, self.address = base.numel(), base.data_ptr()
         self.pinned = registration.pinned if registration is not None else base.is_pinned()
         self.notes = tuple(notes)
-        pieces = [] if registration is None else registration.pieces
-        self.seams = tuple(at - self.address for at, _ in pieces[1:])
+        pieces = registration.pieces[1:] if registration is not None else []
+        self.seams = tuple(at - self.address for at, _ in pieces)
         self._base: torch.Tensor | None = base
-        self._registration, self._flags = registration, flags
+        self._registration = registration
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -79,7 +70,7 @@ class PinnedMemory:
     def array(self) -> npt.NDArray[np.uint8]:
         """All of it, uint8 ``[nbytes]``. Holds the memory."""
         found: npt.NDArray[np.uint8] = self.tensor.numpy()
-        if self._flags & READ_ONLY:
+        if self._registration is not None and self._registration.flags & _registrations.READ_ONLY:
             found.flags.writeable = False
         return found
 
@@ -99,8 +90,7 @@ class PinnedMemory:
         _pages.whole(offset, 0, asked, do)
         _pages.whole(self.nbytes - offset - _pages.whole(nbytes, 0, asked, do), 0, asked, do)
         cuts = [seam for seam in self.seams if offset < seam < offset + nbytes]
-        starts, ends = [offset, *cuts], [*cuts, offset + nbytes]
-        return [(a, b - a) for a, b in zip(starts, ends, strict=True)]
+        return [(a, b - a) for a, b in pairwise([offset, *cuts, offset + nbytes])]
 
     def view(self, dtype: torch.dtype, shape: Sequence[int] | None = None) -> torch.Tensor:
         """All of it as another dtype and shape, without a copy."""
@@ -117,7 +107,7 @@ class PinnedMemory:
         what = f"The device's address of host memory at {self.address:#x}"
         if self._registration is None or not self._registration.pinned:
             raise Unsupported(what, "it is not registered with a CUDA or HIP runtime; copy instead")
-        if not self._flags & MAPPED:
+        if not self._registration.flags & _registrations.MAPPED:
             raise Unsupported(what, "it was registered with mapped=False; register it mapped")
         try:
             return self._registration.device_address(self.address + offset)
@@ -172,13 +162,18 @@ def allocate(
         HostMemoryError: no bytes, more than there is room for, or an argument not as above.
         Unsupported: a NUMA node that cannot be bound.
     """
-    _pages.refuse(huge_pages, threads)
+    if huge_pages not in (known := get_args(HugePages)):
+        raise HostMemoryError(
+            f"Host memory was asked for with huge_pages={huge_pages!r}; expected one of "
+            f"{', '.join(known)}: pass one of these, or leave it out for auto."
+        )
+    if threads is not None:
+        asked = f"{threads!r} threads were asked to touch pages"
+        _pages.whole(threads, 1, asked, "pass None for one a core, at most 16")
     _registrations.piece_bytes(largest, unit)
     nbytes = _count(nbytes)
-    if _registrations.through_torch():
-        given = _from_torch(nbytes, huge_pages, numa)
-        if given is not None:
-            return given
+    if _registrations.through_torch() and (given := _from_torch(nbytes, huge_pages, numa)):
+        return given
     mapping, notes = _pages.map_private(nbytes, huge_pages)
     address = _pages.address_of(mapping)
     if numa is not None:
@@ -239,7 +234,12 @@ def register(
         HostMemoryError: registered already, freed, read-only without ``read_only``, or empty.
         DeviceMismatch: a tensor that is not on the host.
     """
-    address, nbytes, fixed, owner = buffer_of(memory)
+    address, nbytes, fixed, owner = _registrations.buffer_of(memory)
+    if isinstance(memory, torch.Tensor) and memory.is_pinned():
+        raise HostMemoryError(
+            f"{nbytes} bytes at {address:#x} were asked to be registered, and they are pinned "
+            f"already, here or by torch; use them as they are."
+        )
     if fixed and not read_only:
         raise HostMemoryError(
             f"{nbytes} bytes were asked to be registered, and they can only be read; "
@@ -262,9 +262,8 @@ def register_address(
     """
     nbytes = _count(nbytes)
     asked = f"{nbytes} bytes at address {address!r} were asked to be registered"
-    if _pages.whole(address, 0, asked, "pass an address") == 0 or not _pages.is_mapped(
-        address, nbytes
-    ):
+    address = _pages.whole(address, 0, asked, "pass an address")
+    if address == 0 or not _pages.is_mapped(address, nbytes):
         raise HostMemoryError(
             f"{nbytes} bytes at {address:#x} were asked to be registered, and some of them "
             f"belong to no memory of this process; register memory before it is freed."
@@ -280,9 +279,10 @@ def unregister(memory: Any) -> None:
     Raises:
         HostMemoryError: it is not registered, or not by `register`.
     """
-    at = memory.address if isinstance(memory, PinnedMemory) else buffer_of(memory)[0]
+    held = isinstance(memory, PinnedMemory)
+    at = memory.address if held else _registrations.buffer_of(memory)[0]
     found = next((one for one in _open if one.address == at), None)
-    if found is None or (isinstance(memory, PinnedMemory) and found is not memory):
+    if found is None or (held and found is not memory):
         raise HostMemoryError(
             f"Memory at {at:#x} was asked to be unregistered, and register() has none that begins "
             f"there; pass what was registered, once."
@@ -301,9 +301,8 @@ def why_not() -> str | None:
 
 
 def _count(nbytes: int) -> int:
-    return _pages.whole(
-        nbytes, 1, f"{nbytes!r} bytes of host memory were asked for", "ask for one at least"
-    )
+    asked = f"{nbytes!r} bytes of host memory were asked for"
+    return _pages.whole(nbytes, 1, asked, "ask for one at least")
 
 
 def _pinned(
@@ -314,7 +313,8 @@ def _pinned(
     """Memory at an address, registered to a length or, if that is impossible and allowed,
     merely claimed. Every tensor made from it holds the registration and the owner."""
     runtime = _registrations.find_runtime()
-    flags = PORTABLE * portable | MAPPED * mapped | READ_ONLY * read_only
+    flags = _registrations.PORTABLE * portable | _registrations.MAPPED * mapped
+    flags |= _registrations.READ_ONLY * read_only
     registration, why = None, why_not() or _ONLY_TORCH
     if runtime is not None:
         try:
@@ -335,13 +335,13 @@ def _pinned(
                 f"pageable memory."
             )
         _registrations.warn_once(why)
-        registration = Registration(None, address, length, 0, largest, unit)
-    memory = BufferRange(address, nbytes)
+        registration = Registration(None, address, length, flags, largest, unit)
+    memory = _pages.BufferRange(address, nbytes)
     with torch.inference_mode(False):  # as in `PinnedMemory.view`
-        base = torch.from_numpy(memory.array())
+        base = torch.from_numpy(np.asarray(memory))
     end = weakref.finalize(memory, registration.forget, owner)
     end.atexit = False  # `_registrations` unregisters at exit; unmapping then would be too early
-    return PinnedMemory(base, registration, notes, flags)
+    return PinnedMemory(base, registration, notes)
 
 
 def _from_torch(nbytes: int, huge_pages: HugePages, numa: Any) -> PinnedMemory | None:

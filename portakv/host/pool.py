@@ -133,6 +133,7 @@ class PinnedPool:
             `pinned.allocate` does.
 
     Attributes:
+        blocks: how many it has now, free or out.
         high_water: most blocks that were out at once.
     """
 
@@ -161,19 +162,14 @@ class PinnedPool:
         self._stacks, self._options = stacks, options
         self._changed = threading.Condition(threading.RLock())
         self._segments: list[tuple[int, PinnedMemory]] = []  # number of its first block, memory
-        self._size, self._generation, self.high_water = 0, 0, 0
+        self.blocks = self.high_water = self._generation = 0
         self._free: deque[int] = deque()
         # Blocks that are out: since when, the owner and its thread, and the stack.
         self._out: dict[int, tuple[weakref.ref[Block], float, str, str, str]] = {}
         # Blocks that were released after work that has not ended, and what tells when it has.
-        self._in_use: list[tuple[int, Callable[[], bool]]] = []
+        self._in_use: dict[int, Callable[[], bool]] = {}
         self._process, self._closed = os.getpid(), False
         self._add(blocks)
-
-    @property
-    def blocks(self) -> int:
-        """How many it has now, free or out."""
-        return self._size
 
     @property
     def free(self) -> int:
@@ -234,7 +230,7 @@ class PinnedPool:
                 missing = count - len(self._free)
                 if missing <= 0:
                     return [self._hand_out(owner) for _ in range(count)]
-                now, room = time.monotonic(), self.limit - self._size >= missing
+                now, room = time.monotonic(), self.limit - self.blocks >= missing
                 if room and now >= grow_at:
                     refused, grow_at = self._grown(missing), time.monotonic() + _GROW_AGAIN
                     continue
@@ -258,25 +254,18 @@ class PinnedPool:
             HostMemoryError: released before, another pool's, no block, or in a forked process.
         """
         self._refuse_fork()
-        check_block(self, block, "this one")
         with self._changed:
-            out = self._out.get(block.index)
-            if out is None or out[0]() is not block:
-                raise HostMemoryError(
-                    f"Block {block.index} was released twice; it may be somebody else's by now. "
-                    f"Release each block once."
-                )
-            if after is not None:
-                ask = getattr(after, "query", None) or getattr(after, "done", None)
-                if ask is None:
-                    raise HostMemoryError(
-                        f"A block was released after a {type(after).__name__}, which does not say "
-                        f"when it ends; pass a transfer, an event, or anything with done() or "
-                        f"query()."
-                    )
-                self._in_use.append((block.index, ask))
-            else:
+            check_block(self, block, "this pool")
+            ask = getattr(after, "query", None) or getattr(after, "done", None)
+            if after is None:
                 self._free.append(block.index)
+            elif ask is not None:
+                self._in_use[block.index] = ask
+            else:
+                raise HostMemoryError(
+                    f"A block was released after a {type(after).__name__}, which does not say "
+                    f"when it ends; pass a transfer, an event, or anything with done() or query()."
+                )
             del self._out[block.index]
             block.drop()
             self._changed.notify_all()
@@ -326,19 +315,18 @@ class PinnedPool:
     def _add(self, blocks: int) -> None:
         # Each in one registration: no block crosses a seam.
         most = max(1, LARGEST // self._stride)
-        while blocks > 0:
-            count = min(blocks, most)
+        for done in range(0, blocks, most):
+            count = min(blocks - done, most)
             nbytes = (count - 1) * self._stride + self.block_bytes
             memory = pinned.allocate(nbytes, unit=self._stride, **self._options)
-            self._segments.append((self._size, memory))
-            self._free.extend(range(self._size, self._size + count))
-            self._size += count
-            blocks -= count
+            self._segments.append((self.blocks, memory))
+            self._free.extend(range(self.blocks, self.blocks + count))
+            self.blocks += count
 
     def _grown(self, missing: int) -> HostMemoryError | None:
         """Grow by `grow` blocks, or else by as many as are missing; or why not even by these."""
         refused = None
-        most = min(max(self._grow, missing), self.limit - self._size)
+        most = min(max(self._grow, missing), self.limit - self.blocks)
         for count in dict.fromkeys((most, missing)):
             try:
                 self._add(count)
@@ -351,18 +339,17 @@ class PinnedPool:
 
     def _sweep(self) -> None:
         """Make blocks free if the work after which they were released has ended."""
-        for one in [one for one in self._in_use if _ended(one[1])]:
-            self._in_use.remove(one)
-            self._free.append(one[0])
+        for index in [index for index, ask in self._in_use.items() if _ended(ask)]:
+            del self._in_use[index]
+            self._free.append(index)
 
     def _hand_out(self, owner: str) -> Block:
         index = self._free.popleft()
         first, memory = next(one for one in reversed(self._segments) if one[0] <= index)
         start = (index - first) * self._stride
         self._generation += 1
-        block = Block(
-            self, index, memory.tensor[start : start + self.block_bytes], self._generation
-        )
+        tensor = memory.tensor[start : start + self.block_bytes]
+        block = Block(self, index, tensor, self._generation)
         stack = "".join(traceback.format_stack()[:-3]) if self._stacks else ""
         thread = threading.current_thread().name
         self._out[index] = weakref.ref(block), time.monotonic(), owner, thread, stack
@@ -374,12 +361,13 @@ class PinnedPool:
     ) -> PoolExhausted:
         how, do = "" if waited is None else f" within {waited:g} s", "raise the limit"
         if refused is not None:
-            how += f", as it has {self._size} and there was no memory for more"
+            how += f", as it has {self.blocks} and there was no memory for more"
             do = "free some of the machine's memory"
-        asked = f"{count} blocks of {self.block_bytes} bytes were asked of a pool"
-        free = f"{len(self._free)} of {self.limit} were free{how}"
-        todo = f"release some, wait longer, or {do}"
-        return PoolExhausted(_listed(f"{asked}, and {free}; {todo}", self.leaks()))
+        sentence = (
+            f"{count} blocks of {self.block_bytes} bytes were asked of a pool, and "
+            f"{len(self._free)} of {self.limit} were free{how}; release some, wait longer, or {do}"
+        )
+        return PoolExhausted(_listed(sentence, self.leaks()))
 
 
 def _ended(ask: Callable[[], bool]) -> bool:
@@ -415,7 +403,7 @@ def deadline(timeout: float | None) -> float | None:
 
 
 def check_block(pool: Pool, block: Block, name: str) -> None:
-    """Raise `HostMemoryError`, which calls the pool so, unless the block came from it."""
+    """Raise `HostMemoryError`, which calls the pool so, unless the block is one that is out."""
     if not isinstance(block, Block):
         raise HostMemoryError(
             f"A {type(block).__name__} was given back to {name}; release a Block that it handed "
@@ -425,6 +413,11 @@ def check_block(pool: Pool, block: Block, name: str) -> None:
         raise HostMemoryError(
             f"Block {block.index} of another pool was given back to {name}; release it to the "
             f"pool that it came from: block.release()."
+        )
+    if not block.held:
+        raise HostMemoryError(
+            f"Block {block.index} of {name} was released twice; it may be somebody else's by now. "
+            f"Release each block once."
         )
 
 

@@ -83,26 +83,19 @@ class SharedPool:
     def free(self) -> int:
         """How many blocks are free."""
         self._refuse()
-        return int(np.count_nonzero(self._file.owners == 0))
+        return int(np.count_nonzero(self._file.tables["owners"] == 0))
 
     @property
     def high_water(self) -> int:
         """Most blocks that were out at once, in all processes."""
         self._refuse()
-        return int(self._file.header["high_water"][0])
+        return int(self._file.tables["high_water"])
 
     def acquire(self, owner: str = "", *, wait: bool = False, timeout: float | None = None,
                 ) -> Block:  # fmt: skip
         """A block that no process has; blocks of dead processes are taken back if need be.
 
-        Args:
-            owner: what it is for, shown by `leaks` to every process; 40 bytes are kept.
-            wait: wait for one if none is free; otherwise that is an error at once.
-            timeout: seconds to wait at most; None: without end.
-
-        Raises:
-            PoolExhausted: none is free, or was in time; names their owners.
-            HostMemoryError: the pool is closed, or this process was forked from its opener.
+        Arguments and errors as `PinnedPool.acquire`; every process sees 40 bytes of ``owner``.
         """
         until = deadline(timeout)
         while True:
@@ -131,22 +124,17 @@ class SharedPool:
         """
         self._refuse()
         check_block(self, block, repr(self.name))
-        if self._held.get(block.index) is not block:
-            raise HostMemoryError(
-                f"Block {block.index} of {self.name!r} was released twice; it may be somebody "
-                f"else's by now. Release each block once."
-            )
         if after is not None:
             after.synchronize()
         with self._file.locks.exclusive():
             del self._held[block.index]
             block.drop()
-            if self._file.generations[block.index] != block.generation:
+            if self._file.tables["generations"][block.index] != block.generation:
                 raise HostMemoryError(
                     f"Block {block.index} of {self.name!r} was released here after another process "
                     f"adopted it; whoever adopts a block releases it."
                 )
-            self._file.owners[block.index] = 0
+            self._file.tables["owners"][block.index] = 0
 
     def adopt(self, index: int, generation: int | None = None) -> Block:
         """Take over a block that another process acquired and told this one of.
@@ -164,8 +152,9 @@ class SharedPool:
         self._refuse()
         self._file.check(index)
         with self._file.locks.exclusive():
-            now = int(self._file.generations[index])
-            if self._file.owners[index] == 0 or generation not in (None, now):
+            tables = self._file.tables
+            now = int(tables["generations"][index])
+            if tables["owners"][index] == 0 or generation not in (None, now):
                 raise HostMemoryError(
                     f"Block {index} of {self.name!r} was asked to be adopted, and nobody has it, "
                     f"or somebody else by now; adopt it before whoever acquired it releases it or "
@@ -196,12 +185,12 @@ class SharedPool:
     def leaks(self) -> list[str]:
         """Every block that is out: its index, the process, what for and since when."""
         self._refuse()
-        file, now = self._file, time.monotonic()
+        tables, now = self._file.tables, time.monotonic()
         return [
-            f"block {index}: {file.describe(int(file.owners[index]) - 1)}, for "
-            f"{file.labels[index].decode(errors='replace') or 'nothing named'}, "
-            f"{now - file.since[index]:.1f} s"
-            for index in np.flatnonzero(file.owners).tolist()
+            f"block {index}: {self._file.describe(tables['owners'][index] - 1)}, for "
+            f"{tables['labels'][index].decode(errors='replace') or 'nothing named'}, "
+            f"{now - tables['since'][index]:.1f} s"
+            for index in np.flatnonzero(tables["owners"]).tolist()
         ]
 
     def close(self) -> None:
@@ -236,27 +225,27 @@ class SharedPool:
 
     def _take(self, owner: str) -> int | None:
         self._refuse()
-        file = self._file
+        file, tables = self._file, self._file.tables
         with file.locks.exclusive():
-            free = np.flatnonzero(file.owners == 0)
+            free = np.flatnonzero(tables["owners"] == 0)
             if not free.size and file.reclaim():
-                free = np.flatnonzero(file.owners == 0)
+                free = np.flatnonzero(tables["owners"] == 0)
             if not free.size:
                 return None
             index = int(free[0])
-            file.labels[index] = str(owner).encode()[:40]
+            tables["labels"][index] = str(owner).encode()[:40]
             file.assign(index)
-            used = self.blocks - free.size + 1
-            file.header["high_water"][0] = max(file.header["high_water"][0], used)
+            tables["high_water"] = max(tables["high_water"], self.blocks - free.size + 1)
             return index
 
     def _hand_out(self, index: int) -> Block:
-        block = Block(self, index, self.bytes_of(index), int(self._file.generations[index]))
-        self._held[index] = block
+        generation = int(self._file.tables["generations"][index])
+        self._held[index] = block = Block(self, index, self.bytes_of(index), generation)
         return block
 
     def _owners(self) -> str:
-        places = Counter(self._file.owners[self._file.owners != 0].tolist())
+        places = Counter(self._file.tables["owners"].tolist())
+        del places[0]  # the free ones
         describe = self._file.describe
         return ", ".join(f"{describe(place - 1)}: {count}" for place, count in places.items())
 

@@ -208,7 +208,7 @@ def test_freed() -> None:
 
 
 @each_way
-def test_registered_already() -> None:
+def test_registered_already(monkeypatch: pytest.MonkeyPatch) -> None:
     again: Any
     tensor = torch.zeros(50000)
     with pinned.register(tensor), pinned.allocate(PAGE) as memory:
@@ -216,6 +216,9 @@ def test_registered_already() -> None:
             with pytest.raises(HostMemoryError, match="already"):
                 pinned.register(again)
     held = pinned.register(tensor)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: True)  # as a device's runtime says
+    with pytest.raises(HostMemoryError, match="pinned already"):
+        pinned.register(tensor)
     pinned.unregister(tensor)
     for again in (tensor, held):
         with pytest.raises(HostMemoryError, match="asked to be unregistered"):

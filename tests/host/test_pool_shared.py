@@ -168,10 +168,10 @@ def test_one_process_more_than_there_is_room_for(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with SharedPool(name, SIZE, 1) as pool:
-        pids: Any = pool._file.members["pid"]
+        pids: Any = pool._file.tables["members"]["pid"]
         dead = np.flatnonzero(pids == 0)
         pids[dead] = 2**40  # no process
-        pool._file.members["space"][dead] = _shared_file._space()
+        pool._file.tables["members"]["space"][dead] = _shared_file._space()
         with SharedPool(name):
             assert np.count_nonzero(pids) == 2
         monkeypatch.setattr(_shared_file.SharedFile, "_take_place", lambda *_: False)
@@ -356,6 +356,6 @@ def test_a_process_whose_lock_is_gone_and_that_lives_on_is_spared(name: str) -> 
 
 def test_a_lock_that_is_held_tells_of_life_whatever_the_numbers_say(name: str) -> None:
     with SharedPool(name, SIZE, 1) as pool, SharedPool(name) as other:
-        other._file.members["pid"][other._file.me] = 2**40  # no process
+        other._file.tables["members"]["pid"][other._file.me] = 2**40  # no process
         with other.acquire():
             assert pool.reclaim() == []

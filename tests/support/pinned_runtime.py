@@ -86,7 +86,7 @@ def absent(patch: pytest.MonkeyPatch) -> None:
 
 def claimed() -> int:
     """How many page ranges are registered or claimed."""
-    return len(_registrations._claimed)
+    return len(_registrations._live)
 
 
 @pytest.fixture(params=["runtime", "none"])
