@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from portakv.cli.console import Column, print_table
 
@@ -60,31 +60,39 @@ class Bar:
     accepted: Mapping[str, Any] | None = None
     open: str = ""
 
+    def __post_init__(self) -> None:
+        conditions = [asked for asked in self.where.values() if isinstance(asked, Mapping)]
+        if unknown := {name for asked in conditions for name in asked} - set(CONDITIONS):
+            raise ValueError(
+                f"Bar {self.name!r} asks for {sorted(unknown)}; known are {list(CONDITIONS)}."
+            )
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError(
+                f"Bar {self.name!r} has no limit or two; expected at_least or at_most."
+            )
+        if self.accepted is None:
+            return
+        tries, reason = self.accepted["tries"], self.accepted["reason"]
+        if len(tries) < _TRIES or not reason.strip():
+            raise ValueError(
+                f"Bar {self.name!r} is accepted with {len(tries)} tries and the reason {reason!r}; "
+                f"expected at least {_TRIES} different tries and a reason."
+            )
+
     @property
     def of_host(self) -> bool:
         """True if it is about results of `portakv bench --host`."""
         return str(self.where.get("kind", "")).startswith(f"{HOST_SUITE}_")
 
-    @property
-    def limit(self) -> float:
-        """What is asked."""
-        limit = self.at_least if self.at_most is None else self.at_most
-        assert limit is not None
-        return limit
-
     def __str__(self) -> str:
-        return f"{'<=' if self.at_least is None else '>='} {self.limit:g}"
+        return f">= {self.at_least:g}" if self.at_most is None else f"<= {self.at_most:g}"
 
-    def reached(self, found: float, limit: float) -> bool:
-        """True if a figure is as good as the limit."""
-        return found <= limit if self.at_least is None else found >= limit
-
-    def as_accepted(self, found: float) -> bool:
-        """True if the figure is no worse than the one that was accepted."""
-        if self.accepted is None:
-            return False
-        noise = TOLERANCE if self.at_least is None else -TOLERANCE
-        return self.reached(found, self.accepted["figure"] * (1 + noise))
+    def reached(self, found: float, accepted: float | None = None) -> bool:
+        """True if a figure is as good as the limit, or no worse than an accepted one."""
+        if self.at_most is not None:
+            return found <= (self.at_most if accepted is None else accepted * (1 + TOLERANCE))
+        assert self.at_least is not None
+        return found >= (self.at_least if accepted is None else accepted * (1 - TOLERANCE))
 
     def picks(self, row: Mapping[str, Any]) -> bool:
         """True for rows that the bar is about."""
@@ -98,46 +106,20 @@ class Bar:
         return pick(rows, key=lambda row: float(row[self.figure]))
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What became of one bar: ``met``, ``accepted`` or ``missed``.
-
-    ``row`` says which row decided, ``rows`` how many were judged.
-    """
+class Verdict(NamedTuple):
+    """What became of one bar: ``met``, ``accepted`` or ``missed``."""
 
     bar: Bar
     figure: float | None
     word: str
     reason: str = ""
-    row: str = ""
-    rows: int = 0
+    row: str = ""  # the one that decided
+    rows: int = 0  # how many were judged
 
 
 def load_bars(path: Path = FILE) -> list[Bar]:
-    """The bars of a file.
-
-    Raises:
-        ValueError: a bar without exactly one limit, or accepted without three tries and a reason.
-    """
-    bars = [Bar(**entry) for entry in tomllib.loads(path.read_text(encoding="utf-8"))["bar"]]
-    for bar in bars:
-        for asked in bar.where.values():
-            unknown = set(asked) - set(CONDITIONS) if isinstance(asked, Mapping) else set()
-            if unknown:
-                raise ValueError(
-                    f"Bar {bar.name!r} asks for {sorted(unknown)}; known are {list(CONDITIONS)}."
-                )
-        if (bar.at_least is None) == (bar.at_most is None):
-            raise ValueError(f"{bar!r} has no limit or two; expected at_least or at_most.")
-        if bar.accepted is None:
-            continue
-        tries, reason = bar.accepted["tries"], bar.accepted["reason"]
-        if len(tries) < _TRIES or not reason.strip():
-            raise ValueError(
-                f"Bar {bar.name!r} is accepted with {len(tries)} tries and the reason {reason!r}; "
-                f"expected at least {_TRIES} different tries and a reason."
-            )
-    return bars
+    """The bars of a file; raises `ValueError` for one that asks for what cannot be judged."""
+    return [Bar(**entry) for entry in tomllib.loads(path.read_text(encoding="utf-8"))["bar"]]
 
 
 def judge(results: Mapping[str, Any], bars: Sequence[Bar]) -> list[Verdict]:
@@ -160,11 +142,11 @@ def _judge(bar: Bar, rows: Sequence[Mapping[str, Any]]) -> Verdict:
     noisy = "the row is flagged as noisy" if deciding.get("noisy") else ""
     if not all(row["verified"] for row in picked):
         word, reason = "missed", "some bytes were wrong"
-    elif bar.reached(worst, bar.limit):
+    elif bar.reached(worst):
         word, reason = "met", noisy
     elif bar.accepted is None:
         word, reason = "missed", bar.open or noisy
-    elif bar.as_accepted(worst):
+    elif bar.reached(worst, bar.accepted["figure"]):
         word, reason = "accepted", bar.accepted["reason"]
     else:
         word, reason = "missed", "worse than the figure that was accepted"
@@ -178,8 +160,7 @@ def _fulfils(found: Any, asked: Any) -> bool:
 
 
 def _named(row: Mapping[str, Any]) -> str:
-    names = ["shape", "layers", "backend", "way", "op", "index", "ids", "loop", "stream",
-             "other"]  # fmt: skip
+    names = ["shape", "layers", "backend", "way", "op", "index", "ids", "loop", "stream", "other"]
     if row.get("kind") == "startup":
         names.append("cache")  # of compiled kernels; in other rows it is a layout
     return " ".join(str(row[name]) for name in names if name in row)
@@ -192,19 +173,19 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
         Column("verdict", whole=True), Column("rows", right=True), Column("worst"),
         Column("remark"),
     ]  # fmt: skip
-    rows = []
-    for v in verdicts:
-        figure = "-" if v.figure is None else f"{v.figure:.4g}"
-        rows.append([v.bar.name, figure, str(v.bar), v.word, str(v.rows), v.row, v.reason])
+    rows = [
+        [v.bar.name, "-" if v.figure is None else f"{v.figure:.4g}", str(v.bar), v.word,
+         str(v.rows), v.row, v.reason]
+        for v in verdicts
+    ]  # fmt: skip
     print_table(columns, rows, title="bars")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Judge files; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__)
-    parser.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="a result of `portakv bench`"
-    )
+    result = "a result of `portakv bench`"
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=result)
     parser.add_argument("--bars", type=Path, default=FILE, help="default: benchmarks/bars.toml")
     asked = parser.parse_args(argv)
     return max(_check(file, asked.bars, len(asked.files) > 1) for file in asked.files)

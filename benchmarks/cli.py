@@ -12,7 +12,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -30,17 +30,11 @@ from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.cold_start import measure_startup
 from portakv_benchmarks.device.overhead import measure_overhead
 from portakv_benchmarks.device.ways import run_ladder
-from portakv_benchmarks.host.calls import call_steps
-from portakv_benchmarks.host.grid import direct_steps, duplex_steps, grid_steps
-from portakv_benchmarks.host.interference import interference_steps, peer_steps
-from portakv_benchmarks.host.pageable import pageable_steps
-from portakv_benchmarks.host.pinning import pinning_steps
-from portakv_benchmarks.host.small import small_steps
+from portakv_benchmarks.host import calls, grid, interference, pageable, pinning, small, waiting
 from portakv_benchmarks.host.suite import HOST_PRESETS, Bench
-from portakv_benchmarks.host.waiting import waiting_steps
 from portakv_benchmarks.shared.harness import DeviceTimer, HostTimer, Row, Rows, Step, in_a_line
 from portakv_benchmarks.shared.machine import describe, short_name
-from portakv_benchmarks.shared.peers import PEERS, load_peer
+from portakv_benchmarks.shared.peers import PEERS, LMCache, load_peer
 from portakv_benchmarks.shared.shapes import Shape, load
 from portakv_benchmarks.shared.tables import print_results
 
@@ -49,17 +43,12 @@ LADDER = "seed"  # the founding scenario
 #: What ``--host`` measures, in this order: the grid first, since most bars are about it, and peers
 #: last, since the kernel of another that fails may leave no device for what follows.
 PARTS: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
-    "grid": grid_steps,
-    "direct": direct_steps,
-    "duplex": duplex_steps,
-    "calls": call_steps,
-    "small": small_steps,
-    "interference": interference_steps,
-    "waiting": waiting_steps,
-    "pageable": pageable_steps,
-    "pinning": pinning_steps,
-    "peers": peer_steps,
-}
+    "grid": grid.grid_steps, "direct": grid.direct_steps, "duplex": grid.duplex_steps,
+    "calls": calls.call_steps, "small": small.small_steps,
+    "interference": interference.interference_steps, "waiting": waiting.waiting_steps,
+    "pageable": pageable.pageable_steps, "pinning": pinning.pinning_steps,
+    "peers": interference.peer_steps,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,43 +87,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser(host: bool) -> argparse.ArgumentParser:
+    what = ("copies between a device and host memory by every engine, in turns with a plain memcpy"
+            if host else "backends on real models' shapes, in turns with copy_")  # fmt: skip
     parser = argparse.ArgumentParser(
         prog="portakv bench --host" if host else "portakv bench",
-        description="Measures copies between a device and host memory by every engine, in turns "
-        "with a plain memcpy of the same bytes, and checks every byte in the same run."
-        if host
-        else "Measures backends on real models' shapes, in turns with copy_ of the same bytes, and "
-        "checks every byte in the same run.",
+        description=f"Measures {what} of the same bytes, and checks every byte in the same run.",
     )
+    add = parser.add_argument
     instead = "measure copies between the device and the host; see `bench --host --help`"
-    parser.add_argument("--host", action="store_true", help=argparse.SUPPRESS if host else instead)
+    add("--host", action="store_true", help=argparse.SUPPRESS if host else instead)
     presets, preset = (HOST_PRESETS, "full") if host else (suite.PRESETS, "core")
-    parser.add_argument(
-        "--preset", choices=sorted(presets), default=preset, help=f"default: {preset}"
-    )
-    parser.add_argument("--device", help="a torch device (default: the accelerator, if any)")
-    parser.add_argument(
-        "--seconds", type=float, help="start nothing new after this time; tell what was left out"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="write DIR/<device>.json, and plots of it"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON value")
-    parser.add_argument(
-        "--bars", action="store_true",
+    add("--preset", choices=sorted(presets), default=preset, help=f"default: {preset}")
+    add("--device", help="a torch device (default: the accelerator, if any)")
+    add("--seconds", type=float, help="start nothing new after this time; tell what was left out")
+    add("--out", type=Path, metavar="DIR", help="write DIR/<device>.json, and plots of it")
+    add("--json", action="store_true", help="print one JSON value")
+    add("--bars", action="store_true",
         help="judge the figures by this project's own bars, which were set for its own machines",
     )  # fmt: skip
-    peers = f"may be repeated: {', '.join(PEERS)}"
+    several: dict[str, Any] = {"action": "append", "metavar": "NAME"}
     if host:
-        parts = f"some parts alone, separated by commas: {', '.join(PARTS)}"
-        parser.add_argument("--only", metavar="PARTS", help=parts)
-        peers = f"a released peer, for the part `peers`; {peers}"
+        add("--only", metavar="PARTS",
+            help=f"some parts alone, separated by commas: {', '.join(PARTS)}")  # fmt: skip
     else:
-        several: dict[str, Any] = {"action": "append", "metavar": "NAME"}
-        parser.add_argument("--backend", help="may be repeated (default: all accepted)", **several)
-        parser.add_argument("--shape", help="may be repeated (default: the preset's)", **several)
-        peers = f"a released peer to measure beside; {peers}"
-    parser.add_argument("--peer", action="append", metavar="NAME", help=peers)
+        add("--backend", help="may be repeated (default: all accepted)", **several)
+        add("--shape", help="may be repeated (default: the preset's)", **several)
+    use = ", for the part `peers`" if host else " to measure beside"
+    add("--peer", help=f"a released peer{use}; may be repeated: {', '.join(PEERS)}", **several)
     return parser
 
 
@@ -148,9 +127,8 @@ def pick_device(name: str | None) -> torch.device:
     if device.type == "cpu":
         return torch.device("cpu")
     module = torch.get_device_module(device)
-    index = module.current_device() if device.index is None else device.index
-    module.set_device(index)
-    return torch.device(device.type, index)
+    module.set_device(module.current_device() if device.index is None else device.index)
+    return torch.device(device.type, module.current_device())
 
 
 def run_device(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -161,9 +139,7 @@ def run_device(asked: argparse.Namespace, device: torch.device) -> dict[str, Any
     """
     preset = suite.PRESETS[asked.preset]
     known, accepted = load(), suite.accepted_backends(device)
-    for name in asked.shape or ():
-        if name not in known:
-            raise PortaKVError(f"Shape {name!r} was asked for; known are {', '.join(known)}.")
+    _check_known("Shape", asked.shape or (), known)
     for name in asked.backend or ():
         if name not in accepted:
             raise PortaKVError(
@@ -181,12 +157,20 @@ def run_device(asked: argparse.Namespace, device: torch.device) -> dict[str, Any
     suite.relate(rows)
     return {
         "format": RESULT_FORMAT, "machine": machine,
-        "asked": {
-            "preset": asked.preset, "backends": field.backends,
-            "peers": {peer.name: peer.release for peer in peers}, "timer": timer.name,
-        },
+        "asked": {"preset": asked.preset, "backends": field.backends, **_with(peers, timer.name)},
         "left_out": field.left_out + suite.peer_failures(rows), "rows": rows,
     }  # fmt: skip
+
+
+def _with(peers: Sequence[LMCache], timer: str) -> Row:
+    """What the results of both suites say of what was asked for."""
+    return {"peers": {peer.name: peer.release for peer in peers}, "timer": timer}
+
+
+def _check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise PortaKVError(f"{what} {name!r} was asked for; known are {', '.join(known)}.")
 
 
 def _device_steps(
@@ -195,12 +179,12 @@ def _device_steps(
     """Everything to measure, by name; what compiles for seconds comes last."""
     device = field.device
     fast = [name for name in field.backends if name not in suite.COMPILING]
-
-    def overhead(backend: str) -> Step:
-        asked = backend, device, preset.overhead_rounds
-        return f"overhead of {backend}", partial(measure_overhead, *asked)
-
-    yield from (overhead(backend) for backend in fast)
+    overheads = {
+        name: (f"overhead of {name}",
+               partial(measure_overhead, name, device, preset.overhead_rounds))
+        for name in field.backends
+    }  # fmt: skip
+    yield from (overheads[name] for name in fast)
     for backend in fast if preset.starts else ():  # the first is what the registry would choose
         rounds = preset.starts if backend == fast[0] else 1
         yield (f"fresh process with {backend}",
@@ -211,7 +195,7 @@ def _device_steps(
     for shape in shapes:
         if preset.ladder and shape.name == LADDER:
             yield f"ladder of {LADDER}", partial(run_ladder, shape, field, preset.rounds)
-    yield from (overhead(backend) for backend in field.backends if backend not in fast)
+    yield from (step for name, step in overheads.items() if name not in fast)
 
 
 def run_host(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -232,9 +216,7 @@ def run_host(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             f"the benchmark itself."
         )
     words = [*PARTS] if asked.only is None else [word.strip() for word in asked.only.split(",")]
-    for word in words:
-        if word not in PARTS:
-            raise PortaKVError(f"Part {word!r} was asked for; known are {', '.join(PARTS)}.")
+    _check_known("Part", words, PARTS)
     parts = [part for part in PARTS if part in words]
     peers = [load_peer(name) for name in asked.peer or ()]
     bench, machine = Bench(device, HOST_PRESETS[asked.preset], peers), describe(device)
@@ -247,11 +229,8 @@ def run_host(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "format": RESULT_FORMAT, "suite": HOST_SUITE,
         "name": name if len(parts) == len(PARTS) else "-".join([name, *parts]),
         "machine": machine,
-        "asked": {
-            "preset": asked.preset, "parts": parts,
-            "peers": {peer.name: peer.release for peer in peers}, "timer": bench.timer.name,
-            "calibrated": costs_of(device).measured,
-        },
+        "asked": {"preset": asked.preset, "parts": parts, **_with(peers, bench.timer.name),
+                  "calibrated": costs_of(device).measured},
         # Some steps leave out the same for the same reason.
         "left_out": absent + list(dict.fromkeys(bench.left_out)), "rows": rows,
     }  # fmt: skip
@@ -273,13 +252,8 @@ def _host_steps(part: str, bench: Bench) -> list[Step]:
 def carry_out(
     steps: Sequence[Step], device: torch.device, seconds: float | None, left_out: list[str]
 ) -> Rows:
-    """What the steps measure. What is over time, fails or is interrupted is left out, and told.
-
-    Args:
-        steps: in their order.
-        device: whose memory is given back between them.
-        seconds: after these nothing new is begun.
-    """
+    """What the steps measure; nothing new is begun after so many seconds. What is over time, fails
+    or is interrupted is left out, and told."""
     rows: Rows = []
     began = perf_counter()
     with torch.no_grad():
@@ -297,21 +271,15 @@ def carry_out(
                 break
             except Exception as error:  # what was measured before must not be lost
                 left_out.append(f"{name}: {in_a_line(error)}")
-            try:
-                _release(device)
+            try:  # give memory back, so that the next workload sees what it can have
+                gc.collect()
+                if hasattr(torch.get_device_module(device), "empty_cache"):
+                    torch.get_device_module(device).empty_cache()
             except RuntimeError as error:
                 why = in_a_line(error)
                 left_out.append(f"{name} left the device unusable ({why}); the rest was not run")
                 break
     return rows
-
-
-def _release(device: torch.device) -> None:
-    """Give memory back, so that the next workload sees what it can have."""
-    gc.collect()
-    empty = getattr(torch.get_device_module(device), "empty_cache", None)
-    if empty is not None:
-        empty()
 
 
 def write(results: Row, folder: Path, stem: str) -> list[Path]:

@@ -51,10 +51,6 @@ def _times(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:,.0f}"
 
 
-def _way(row: Row) -> str:
-    return f"`{row['way']}`" if row["way"] in (*_ORDER, "copy_") else str(row["way"])
-
-
 def _median_wait(row: Row) -> str:
     late = row["given_up"] > row["samples"] // 2
     return _NEVER if late else f"{row['wait_us']:,.0f}"
@@ -79,7 +75,8 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
     "ladder": (
         "Ways of moving the founding scenario",
         "A gather of 128 tokens of 32 layers, 67 MB, each layer an allocation.",
-        {"way": _way, "device time, us": "{p50_us:,.4g}",
+        {"way": lambda row: f"`{row['way']}`" if row["way"] in (*_ORDER, "copy_") else row["way"],
+         "device time, us": "{p50_us:,.4g}",
          "x cuda": lambda row: _times(row["to_cuda"]) if "to_cuda" in row else ""},
     ),
     "host_interference": (
@@ -136,12 +133,13 @@ def _device(result: Mapping[str, Any]) -> list[str]:
     machine, rows = result["machine"], result["rows"]
     copies = [r for r in having(rows, kind="copy") if r["verified"] and not r.get("peer")]
     driver = f", driver {machine['driver_version']}" if "driver_version" in machine else ""
-    told = ["", f"## {machine['device']}", "", f"{_measured(machine)}{driver}."]
-    for section in (_which, _slower, _sizes):
-        told += section(copies)
-    told += [*_listed(rows, "overhead"), *_listed(rows, "startup"), *_peers(rows)]
     gathers = [row for row in rows if row.get("op") in ("gather", "copy_")]
-    return told + _listed(sorted(gathers, key=lambda row: -float(row["p50_us"])), "ladder")
+    gathers.sort(key=lambda row: -float(row["p50_us"]))
+    return [
+        "", f"## {machine['device']}", "", f"{_measured(machine)}{driver}.", *_which(copies),
+        *_slower(copies), *_sizes(copies), *_listed(rows, "overhead"), *_listed(rows, "startup"),
+        *_peers(rows), *_listed(gathers, "ladder"),
+    ]  # fmt: skip
 
 
 def _link(result: Mapping[str, Any]) -> list[str]:
@@ -161,26 +159,22 @@ def _which(copies: Sequence[Row]) -> list[str]:
     told = [
         f"- `{way}`: {median(found):.2f} of `copy_` in the median of {len(found)} rows, "
         f"{min(found):.2f} at worst."
-        for way, found in _by_preference(copies)
+        for way, found in preference(copies).items()
     ]
     return ["", "### Which one", "", *told] if told else []
 
 
-def preference(copies: Sequence[Row]) -> list[str]:
-    """The ways from the fastest to the slowest, by the median over their rows."""
-    return [way for way, _ in _by_preference(copies)]
-
-
-def _by_preference(copies: Sequence[Row]) -> list[tuple[str, list[float]]]:
+def preference(copies: Sequence[Row]) -> dict[str, list[float]]:
+    """The ratios of each way, from the fastest to the slowest by their median."""
     found = [(way, [float(r["ratio"]) for r in having(copies, backend=way)]) for way in _ORDER]
-    return sorted((one for one in found if one[1]), key=lambda one: -median(one[1]))
+    return dict(sorted((one for one in found if one[1]), key=lambda one: -median(one[1])))
 
 
 def _slower(copies: Sequence[Row]) -> list[str]:
-    table = []
-    for (layers, words), way in product(_LAYERS.items(), _ORDER[1:]):
-        mine = having(copies, backend=way, layers=layers)
-        table.append([f"`{way}`", words, *_spread(mine, "to_cuda")])
+    table = [
+        [f"`{way}`", words, *_spread(having(copies, backend=way, layers=layers), "to_cuda")]
+        for (layers, words), way in product(_LAYERS.items(), _ORDER[1:])
+    ]
     heads = ["backend", "layers", "x cuda, median", "x cuda, worst", "rows"]
     return _section("How much slower than `cuda`", "", heads, table)
 
@@ -192,17 +186,16 @@ def _sizes(copies: Sequence[Row]) -> list[str]:
                        cache="layer | kv block token head dim")
         if r["shape"].startswith("llama3-8b") and r["slots_used"] < 1
     ]  # fmt: skip
-    by = {(r["payload_bytes"], r["backend"]): r for r in rows}
-    sizes = sorted({size for size, _ in by})
-    ways = [way for way in _ORDER if any(way == found for _, found in by)]
+    sizes = sorted({row["payload_bytes"] for row in rows})
+    ways = [way for way in _ORDER if having(rows, backend=way)]
     if len(sizes) < 3 or len(ways) < 2:
         return []
-    found = [(size, [by.get((size, way)) for way in ways]) for size in sizes]
-    table = [
-        [in_decimal(size),
-         *(f"{r['p50_us']:.4g} us ({r['host_us']:.0f})" if r else "" for r in mine)]
-        for size, mine in found
-    ]  # fmt: skip
+    by = {(r["payload_bytes"], r["backend"]): r for r in rows}
+    table = []
+    for size in sizes:
+        mine = [by.get((size, way)) for way in ways]
+        cells = [f"{r['p50_us']:.4g} us ({r['host_us']:.0f})" if r else "" for r in mine]
+        table.append([in_decimal(size), *cells])
     told = (
         "Device time of a gather of random slots, and in brackets the host time of the call, both "
         "in microseconds: Llama-3 8B, rows of 2 KB, each layer an allocation. Where the host time "
@@ -212,29 +205,28 @@ def _sizes(copies: Sequence[Row]) -> list[str]:
     heads = ["payload", *(f"`{way}`" for way in ways)]
     lines = [*_section("From what size it matters", told, heads, table), ""]
     for way in others:
-        slower = [
-            in_decimal(n) for n in sizes
-            if (n, way) in by and (n, fastest) in by
-            and by[n, way]["p50_us"] > CLOSE * by[n, fastest]["p50_us"]
-        ]  # fmt: skip
-        more = f"more than {CLOSE - 1:.0%} slower than `{fastest}`, of the sizes measured, at "
+        both = [n for n in sizes if (n, way) in by and (n, fastest) in by]
+        slower = [n for n in both if by[n, way]["p50_us"] > CLOSE * by[n, fastest]["p50_us"]]
         most = f"at most {CLOSE - 1:.0%} slower than `{fastest}` at every size measured"
-        lines.append(f"- `{way}` is {more + ', '.join(slower) if slower else most}.")
+        more = f"more than {CLOSE - 1:.0%} slower than `{fastest}`, of the sizes measured, at "
+        lines.append(
+            f"- `{way}` is {more + ', '.join(map(in_decimal, slower)) if slower else most}."
+        )
     return lines
 
 
 def _peers(rows: Sequence[Row]) -> list[str]:
-    kinds: dict[str, Callable[[Row], bool]] = {
-        "rows of 256 B and more, from 32 MB":
-            lambda r: r["row_bytes"] >= 256 and r["payload_bytes"] >= _LARGE,
-        "rows of 256 B and more, under 32 MB":
-            lambda r: r["row_bytes"] >= 256 and r["payload_bytes"] < _LARGE,
-        "rows under 256 B": lambda r: r["row_bytes"] < 256,
-    }  # fmt: skip
+    def workload(row: Row) -> str:
+        if row["row_bytes"] < 256:
+            return "rows under 256 B"
+        large = row["payload_bytes"] >= _LARGE
+        return f"rows of 256 B and more, {'from' if large else 'under'} 32 MB"
+
+    kinds = (f"rows of 256 B and more, {how} 32 MB" for how in ("from", "under"))
     table = []
-    for (words, asked), op in product(kinds.items(), ("gather", "scatter")):
-        mine = filter(asked, having(rows, kind="copy", backend="cuda", op=op))
-        table.append([words, op, *_spread([*mine], "to_peer")])
+    for words, op in product((*kinds, "rows under 256 B"), ("gather", "scatter")):
+        mine = having(rows, kind="copy", backend="cuda", op=op)
+        table.append([words, op, *_spread([r for r in mine if workload(r) == words], "to_peer")])
     told = (
         "Device time of `cuda` / that of the faster of LMCache's released kernels, in the rows "
         "that these carried out correctly in the same run; below 1 is faster."
@@ -252,9 +244,7 @@ def _link_sizes(rows: Sequence[Row]) -> list[str]:
             found = [r["ratio"] for r in having(chosen, payload_bytes=payload, op=op)]
             cells += [f"{median(found):.3f}", f"{min(found):.3f}"] if found else ["", ""]
         table.append(cells)
-    heads = ["payload"]
-    for words in _WORDS.values():
-        heads += [f"{words}, median", "worst"]
+    heads = ["payload", *(h for words in _WORDS.values() for h in (f"{words}, median", "worst"))]
     told = "The engine that PortaKV chooses, of memcpy, over all layouts that were measured."
     return _section("What to expect", told, heads, table)
 
@@ -299,9 +289,8 @@ def _section(
     whole = [line for line in table if len(line) == len(heads)]
     if not whole:
         return []
-    lines = [heads, ["---"] * len(heads), *whole]
-    words = [told, ""] if told else []
-    return ["", f"### {title}", "", *words, *(f"| {' | '.join(line)} |" for line in lines)]
+    rows = [f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *whole)]
+    return ["", f"### {title}", "", *([told, ""] if told else []), *rows]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter, sleep
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -57,16 +57,11 @@ class Variant:
         return self.right(i)
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What the rounds gave for one variant.
-
-    ``figures`` are ``p10_us``, ``p50_us``, ``p90_us``, ``ratio``, ``ratio_p10``, ``ratio_p90`` and
-    ``host_us``.
-    """
+class Measured(NamedTuple):
+    """What the rounds gave for one variant."""
 
     labels: Mapping[str, Any]
-    figures: Mapping[str, float]
+    figures: Mapping[str, float]  # p10_us, p50_us, p90_us, ratio, ratio_p10, ratio_p90, host_us
     rounds: int
     hidden: bool  # the host's part of the call is not in the times
     verified: bool
@@ -81,12 +76,9 @@ class Measured:
         """What a row says of times; ``moved`` bytes count in its bandwidth."""
         return {
             **{name: short(value) for name, value in self.figures.items()},
-            "gb_per_s": short(moved / self.figures["p50_us"] / 1e3),
-            "rounds": self.rounds,
-            "host_hidden": self.hidden,
-            "noisy": self.noisy,
-            "verified": self.verified,
-        }
+            "gb_per_s": short(moved / self.figures["p50_us"] / 1e3), "rounds": self.rounds,
+            "host_hidden": self.hidden, "noisy": self.noisy, "verified": self.verified,
+        }  # fmt: skip
 
 
 def usable(variants: Sequence[Variant], place: str, left_out: list[str]) -> list[Variant]:
@@ -124,14 +116,9 @@ def uncollected() -> Iterator[None]:
 
 
 def measure(
-    ceiling: Variant,
-    variants: Sequence[Variant],
-    timer: Timer,
-    *,
-    objects: int,
-    rounds: int,
+    ceiling: Variant, variants: Sequence[Variant], timer: Timer, *, objects: int, rounds: int,
     seconds: float,
-) -> list[Measured]:
+) -> list[Measured]:  # fmt: skip
     """Measure variants beside ``ceiling``, `copy_` of the same bytes; its row comes first.
 
     Args:
@@ -152,23 +139,20 @@ def measure(
                 i = (n * len(everyone) + turn) % objects  # never that of the call before
                 samples[v].append(timer.sample(everyone[v].call, i, settled[v]))
     verified = [known and v.check(0) for known, v in zip(verified, everyone, strict=True)]
-    return [
-        _summary(variant, own, samples[0], known)
-        for variant, own, known in zip(everyone, samples, verified, strict=True)
-    ]
+    found = []
+    for variant, own, known in zip(everyone, samples, verified, strict=True):
+        ratios = [c.elapsed / s.elapsed for c, s in zip(samples[0], own, strict=True)]
+        figures = _quantiles([sample.elapsed for sample in own], "p{}_us", 10, 50, 90)
+        figures["ratio"] = median(ratios)
+        figures |= _quantiles(ratios, "ratio_p{}", 10, 90)
+        figures["host_us"] = median(sample.host for sample in own)
+        hidden = all(sample.hidden for sample in own)
+        found.append(Measured(variant.labels, figures, len(own), hidden, known))
+    return found
 
 
-def _summary(
-    variant: Variant, own: Sequence[Sample], ceiling: Sequence[Sample], verified: bool
-) -> Measured:
-    times = [sample.elapsed for sample in own]
-    ratios = [c.elapsed / s.elapsed for c, s in zip(ceiling, own, strict=True)]
-    figures = {f"p{q}_us": quantile(times, q / 100) for q in (10, 50, 90)}
-    figures["ratio"] = quantile(ratios, 0.5)
-    figures |= {f"ratio_p{q}": quantile(ratios, q / 100) for q in (10, 90)}
-    figures["host_us"] = quantile([sample.host for sample in own], 0.5)
-    hidden = all(sample.hidden for sample in own)
-    return Measured(variant.labels, figures, len(own), hidden, verified)
+def _quantiles(values: Sequence[float], name: str, *percents: int) -> dict[str, float]:
+    return {name.format(q): quantile(values, q / 100) for q in percents}
 
 
 def merge(repeats: Sequence[Sequence[Measured]]) -> list[Measured]:
@@ -176,7 +160,7 @@ def merge(repeats: Sequence[Sequence[Measured]]) -> list[Measured]:
     return [
         Measured(
             same[0].labels,
-            {name: quantile([r.figures[name] for r in same], 0.5) for name in same[0].figures},
+            {name: median(one.figures[name] for one in same) for name in same[0].figures},
             sum(one.rounds for one in same),
             all(one.hidden for one in same),
             all(one.verified for one in same),
@@ -223,34 +207,28 @@ LINK_NEVER_HIDDEN = 3000.0
 #: How often a call is timed again, behind a longer delay, when its host part was seen.
 _TRIES = 4
 #: Calls on an idle device that say how long the host takes.
-_SETTLING = 5
-_LINK_SETTLING = 3
+_SETTLING, _LINK_SETTLING = 5, 3
 _REST = 0.02  # seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One timed call, in microseconds. ``hidden``: the host's part is not in ``elapsed``."""
+class Sample(NamedTuple):
+    """One timed call, in microseconds."""
 
     elapsed: float
     host: float
-    hidden: bool
+    hidden: bool  # the host's part is not in ``elapsed``
 
 
 class Timer(ABC):
-    """Times single calls.
+    """Times single calls."""
 
-    Attributes:
-        name: what results call it.
-        alone: for each call that was settled the microseconds from its beginning on an idle device
-            until the host sees its end; forgotten with the call, whose memory it would hold.
-    """
-
-    name: str
+    name: str  # what results call it
 
     def __init__(self, device: torch.device, settling: int) -> None:
         self._module = torch.get_device_module(device)
         self._settling = settling
+        # For each call that was settled the microseconds from its beginning on an idle device until
+        # the host sees its end; forgotten with the call, whose memory it would hold.
         self.alone: WeakKeyDictionary[Call, float] = WeakKeyDictionary()
 
     def settle(self, call: Call, objects: int) -> float:
@@ -287,7 +265,6 @@ class HostTimer(Timer):
         self.name = "perf_counter" + ("" if self._on_cpu else " round call and synchronisation")
 
     def sample(self, call: Call, i: int, settled: float) -> Sample:
-        """Time one call with memory object ``i``."""
         if not self._on_cpu:
             self._module.synchronize()
             sleep(_REST)
@@ -299,12 +276,8 @@ class HostTimer(Timer):
 
 
 class DeviceTimer(Timer):
-    """Device events, behind a flush of the L2 cache and a delay kernel.
-
-    Args:
-        device: an accelerator.
-        link: times copies to and from the host, which take the host and the link longer.
-    """
+    """Device events, behind a flush of the L2 cache and a delay kernel; ``link``: of copies to and
+    from the host, which take the host and the link longer."""
 
     def __init__(self, device: torch.device, link: bool = False) -> None:
         super().__init__(device, _LINK_SETTLING if link else _SETTLING)
@@ -320,34 +293,30 @@ class DeviceTimer(Timer):
         self._cycles_per_us = self._calibrate() if self._sleep else 0.0
 
     def settle(self, call: Call, objects: int) -> float:
-        """Call it a few times; returns the delay in microseconds that hides its host time, 0.0 if
-        nothing can."""
+        """The same, but the delay that hides its host time, 0.0 if nothing can."""
         host = super().settle(call, objects)
         return 0.0 if host > self._never_hidden else 2 * host + 50
 
     def sample(self, call: Call, i: int, settled: float) -> Sample:
-        """Time one call with memory object ``i``; again, if the host was late."""
-        for _ in range(_TRIES):
-            taken = self._sample(call, i, settled)
-            if taken.hidden or not self._sleep or not settled:
-                break
-            settled *= 2
-        return taken
-
-    def _sample(self, call: Call, i: int, delay: float) -> Sample:
+        """The same; again behind a longer delay, if the host was late."""
         first, last = self._events
-        self._flush.zero_()
-        if self._sleep:
-            self._sleep(int(delay * self._cycles_per_us))
-        began = perf_counter()
-        first.record()
-        start = perf_counter()
-        call(i)
-        host = (perf_counter() - start) * 1e6
-        last.record()
-        issued = (perf_counter() - began) * 1e6
-        self._module.synchronize()
-        return Sample(first.elapsed_time(last) * 1e3, host, bool(self._sleep) and issued < delay)
+        for attempt in range(_TRIES):
+            delay = settled * 2**attempt
+            self._flush.zero_()
+            if self._sleep:
+                self._sleep(int(delay * self._cycles_per_us))
+            began = perf_counter()
+            first.record()
+            start = perf_counter()
+            call(i)
+            host = (perf_counter() - start) * 1e6
+            last.record()
+            issued = (perf_counter() - began) * 1e6
+            self._module.synchronize()
+            hidden = bool(self._sleep) and issued < delay
+            if hidden or not self._sleep or not settled:
+                break
+        return Sample(first.elapsed_time(last) * 1e3, host, hidden)
 
     def _calibrate(self) -> float:
         """Clock cycles of the delay kernel in a microsecond."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,7 +21,7 @@ from portakv.runtime import devices
 def describe(device: torch.device) -> dict[str, Any]:
     """Facts of the machine and versions, as JSON can hold them."""
     facts: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "device_type": device.type,
+        "date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "device_type": device.type,
         "device": device_name(device), "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)), "torch_threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(),
@@ -52,21 +51,15 @@ def short_name(device: torch.device) -> str:
 
 def cpu_name() -> str:
     """The processor as the kernel names it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return found.group(1).strip() if found else platform.machine()
 
 
 def _smi(device: torch.device) -> dict[str, str]:
     """Driver, clocks and power limit as nvidia-smi reads them; nothing is changed."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return {}
     asked = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
-    command = [tool, f"--query-gpu={','.join(asked)}", "--format=csv,noheader"]
+    command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
         line = told.stdout.splitlines()[device.index or 0]

@@ -53,13 +53,9 @@ class LMCache:
     `lmcache/v1/gpu_connector/gpu_connectors.py` call it); its block kernel takes block ids
     (``multi_layer_block_kv_transfer``, as `lmcache/v1/multiprocess/transfer_context/base.py`
     calls it). Both read pointers of the layers from a tensor on the device, made beforehand.
-
-    Attributes:
-        name: what its rows are called.
-        release: the version that was found.
     """
 
-    name = "lmcache"
+    name = "lmcache"  # what its rows are called
 
     def __init__(self) -> None:
         self._ops, self.release = _load("lmcache", "c_ops")
@@ -67,11 +63,7 @@ class LMCache:
 
     def kernels(self, shape: Shape, by_blocks: bool) -> list[str]:
         """The kernels that carry such a shape out: ``slot kernel``, and with block ids ``block
-        kernel``.
-
-        Raises:
-            PeerMissing: it has no name for the shape's cache, or no kernel that carries it out.
-        """
+        kernel``; raises `PeerMissing` if there is none."""
         if shape.cache not in _FORMATS or shape.chunk != _CHUNK:
             raise PeerMissing(
                 f"LMCache has no format for a cache {shape.cache!r} with chunks {shape.chunk!r}."
@@ -86,15 +78,8 @@ class LMCache:
         return ["block kernel"]
 
     def move_by(self, kernel: str, shape: Shape, slots: torch.Tensor, caches: Any) -> Move:
-        """A call of one of its kernels, with everything that can be made beforehand.
-
-        Args:
-            slots: of each token, int64 on the host.
-            caches: the layers' tensors, or the one that holds all, on a device.
-
-        Returns:
-            ``move(chunk, store)``: from the caches to a chunk, or back.
-        """
+        """A call of one of its kernels, with everything that can be made beforehand: from caches on
+        a device to a chunk or back, by the slot of each token, int64 on the host."""
         tensors = caches if isinstance(caches, list) else [caches]
         form, device = getattr(self._ops.EngineKVFormat, _FORMATS[shape.cache]), tensors[0].device
         addresses = [tensor.data_ptr() for tensor in tensors]
@@ -106,7 +91,13 @@ class LMCache:
                 block_size=shape.block_size, head_size=shape.dim,
             )  # fmt: skip
         blocks = (slots[:: shape.block_size] // shape.block_size).to(device)
-        described = _describe(self._ops.PageBufferShapeDesc(), shape)
+        described = self._ops.PageBufferShapeDesc()
+        described.kv_size, described.nl = shape.kv, shape.layers
+        described.nb, described.bs = shape.blocks, shape.block_size
+        latent = shape.cache == "layer | block token dim"
+        described.nh, described.hs = 1 if latent else shape.heads, shape.dim
+        described.element_size = shape.torch_dtype.itemsize
+        described.block_stride_elems = 0  # blocks without padding
         return lambda chunk, store: self._ops.multi_layer_block_kv_transfer(
             pointers, [chunk.data_ptr()], blocks, device, self._ways[store], described,
             shape.tokens, form, 0,
@@ -114,24 +105,10 @@ class LMCache:
 
 
 def load_peer(name: str) -> LMCache:
-    """The peer of a name.
-
-    Raises:
-        PeerMissing: an unknown name, or a package that is not installed or does not load.
-    """
+    """The peer of a name; raises `PeerMissing` if it is unknown, not installed or does not load."""
     if name not in PEERS:
         raise PeerMissing(f"Peer {name!r} was asked for; known are {', '.join(PEERS)}.")
     return LMCache()
-
-
-def _describe(described: Any, shape: Shape) -> Any:
-    latent = shape.cache == "layer | block token dim"
-    described.kv_size, described.nl = shape.kv, shape.layers
-    described.nb, described.bs = shape.blocks, shape.block_size
-    described.nh, described.hs = 1 if latent else shape.heads, shape.dim
-    described.element_size = shape.torch_dtype.itemsize
-    described.block_stride_elems = 0  # blocks without padding
-    return described
 
 
 def _load(package: str, module: str) -> tuple[ModuleType, str]:
@@ -148,7 +125,7 @@ def _load(package: str, module: str) -> tuple[ModuleType, str]:
         )
     folders = product(found.submodule_search_locations, EXTENSION_SUFFIXES)
     paths = [Path(folder, module + suffix) for folder, suffix in folders]
-    path = next((path for path in paths if path.exists()), None)
+    path = next(filter(Path.exists, paths), None)
     if path is None:
         raise PeerMissing(
             f"{package} {release} has no compiled {module} for Python "

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -21,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from portakv_benchmarks.shared.harness import Row, having
+from portakv_benchmarks.shared.harness import Row, grouped, having
 from portakv_benchmarks.shared.shapes import in_decimal, in_words
 
 # One colour for each way, the same in all plots (Okabe and Ito's, which colour-blind readers tell
@@ -44,23 +43,17 @@ _STREAMS = {"default": "the default stream", "own": "a stream of its own"}
 
 
 def draw(results: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
-    """Write the plots of a result into a folder; those without rows are not written.
-
-    Args:
-        stem: how the files' names begin.
-    """
+    """Write the plots of a result into a folder as ``STEM-NAME.svg``; those without rows are not
+    written."""
     written = []
     kinds: dict[str, tuple[str, Callable[[list[Row], str], Figure | None]]] = {
-        "bandwidth": ("copy", bandwidth),
-        "heatmap": ("copy", heat_map),
-        "host": ("overhead", host_cost),
-        "ladder": ("ladder", ladder),
-        "ratio": ("host_copy", ratio),
-        "interference": ("host_interference", interference),
-    }
+        "bandwidth": ("copy", bandwidth), "heatmap": ("copy", heat_map),
+        "host": ("overhead", host_cost), "ladder": ("ladder", ladder),
+        "ratio": ("host_copy", ratio), "interference": ("host_interference", interference),
+    }  # fmt: skip
     with matplotlib.rc_context(_INK):
         for name, (kind, make) in kinds.items():
-            rows = [row for row in results["rows"] if row["kind"] == kind]
+            rows = having(results["rows"], kind=kind)
             figure = make(rows, results["machine"]["device"]) if rows else None
             if figure is not None:
                 path = folder / f"{stem}-{name}.svg"
@@ -149,9 +142,7 @@ def host_cost(rows: list[Row], device: str) -> Figure:
 
 def ladder(rows: list[Row], device: str) -> Figure:
     """Every way of moving the founding scenario, slowest first, on a logarithmic axis."""
-    slowest: dict[str, float] = {}
-    for row in rows:
-        slowest[row["way"]] = max(row["p50_us"], slowest.get(row["way"], 0.0))
+    slowest = {own[0]["way"]: max(r["p50_us"] for r in own) for own in grouped(rows, "way")}
     order = sorted(slowest, key=lambda way: -slowest[way])
     figure = Figure(figsize=(7.2, 0.9 + 0.42 * len(order)))
     axes = figure.subplots()
@@ -209,15 +200,13 @@ def ratio(rows: list[Row], device: str) -> Figure | None:
 
 def interference(rows: list[Row], device: str) -> Figure:
     """The slow-down of a loop beside each way, and the link's bandwidth that it reached."""
-    points: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        points.setdefault((row["loop"], row["stream"], row["op"]), []).append(row)
-    lines = -(-len(points) // 2)
-    heights = [max(map(len, list(points.values())[2 * at : 2 * at + 2])) for at in range(lines)]
+    points = grouped(rows, "loop", "stream", "op")
+    heights = [max(map(len, points[at : at + 2])) for at in range(0, len(points), 2)]
     figure = Figure(figsize=(11, sum(1.1 + 0.2 * height for height in heights)))
-    grid = figure.add_gridspec(lines, 2, height_ratios=[1 + height for height in heights])
-    for at, ((loop, stream, direction), mine) in enumerate(points.items()):
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=[1 + height for height in heights])
+    for at, mine in enumerate(points):
         axes = figure.add_subplot(grid[at // 2, at % 2])
+        loop, stream, direction = (mine[0][name] for name in ("loop", "stream", "op"))
         names = [f"{row['backend']}, {row['shape']}" for row in mine]
         slow = [max(0.0, row["slowdown_pct"]) for row in mine]
         axes.barh(names, slow, color=[COLOURS.get(row["backend"], "#BBBBBB") for row in mine])
@@ -264,23 +253,18 @@ def _line(axes: Axes, rows: Sequence[Row], figure: str, **style: Any) -> None:
     axes.plot(sorted(points), [points[size] for size in sorted(points)], **style)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the plots of one file beside it; returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the plots of one file beside it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.shared.plots", description=__doc__)
     parser.add_argument("file", type=Path, help="a result of `portakv bench`")
     parser.add_argument("--out", type=Path, help="the folder (default: the file's)")
     asked = parser.parse_args(argv)
     folder = asked.out or asked.file.parent
-    try:
-        results = json.loads(asked.file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        print(f"plots: {asked.file} cannot be drawn: {error}", file=sys.stderr)
-        return 2
     folder.mkdir(parents=True, exist_ok=True)
+    results = json.loads(asked.file.read_text(encoding="utf-8"))
     for path in draw(results, folder, asked.file.stem):
         print(f"wrote {path}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,11 +7,11 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -55,9 +55,7 @@ class Shape:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype itself."""
-        found: torch.dtype = getattr(torch, self.dtype)
-        return found
+        return cast(torch.dtype, getattr(torch, self.dtype))
 
     @property
     def row_bytes(self) -> int:
@@ -99,42 +97,35 @@ def load(path: Path = FILE) -> Mapping[str, Shape]:
         ValueError: a name that occurs twice, a field that is missing, unknown or out of range.
     """
     found: dict[str, Shape] = {}
-    whole: dict[str, dict[str, Any]] = {}
     for entry in tomllib.loads(path.read_text(encoding="utf-8"))["shape"]:
         name, like = entry.get("name"), entry.pop("like", None)
-        if like is not None and like not in whole:
-            raise ValueError(
-                f"{path.name}: shape {name!r} is like {like!r}; expected the name of a shape "
-                f"above it."
-            )
-        fields = whole[name] = {**whole.get(like, {}), **entry}
         try:
+            if like is not None and like not in found:
+                raise ValueError(f"is like {like!r}; expected the name of a shape above it")
+            if name in found:
+                raise ValueError("occurs twice; give each shape a name of its own")
+            fields = {**(asdict(found[like]) if like else {}), **entry}
             shape = Shape(**{**fields, "index": tuple(fields.get("index", INDEX_KINDS))})
-        except TypeError as error:
-            raise ValueError(f"{path.name}: shape {name!r}: {error}") from error
-        _check(path.name, shape, found)
-        found[shape.name] = shape
+            _check(shape)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path.name}: shape {name!r}: {error}.") from error
+        found[name] = shape
     return MappingProxyType(found)
 
 
-def _check(file: str, shape: Shape, found: Mapping[str, Shape]) -> None:
-    where = f"{file}: shape {shape.name!r}"
-    if shape.name in found:
-        raise ValueError(f"{where} occurs twice; give each shape a name of its own.")
+def _check(shape: Shape) -> None:
     if not shape.source.strip():
-        raise ValueError(f"{where} names no source; say where its numbers come from.")
+        raise ValueError("names no source; say where its numbers come from")
     if not isinstance(getattr(torch, shape.dtype, None), torch.dtype):
-        raise ValueError(f"{where} has dtype {shape.dtype!r}; expected the name of a torch dtype.")
-    unknown = set(shape.index) - set(INDEX_KINDS)
-    if unknown or not shape.index:
-        raise ValueError(f"{where} has index {shape.index}; expected some of {INDEX_KINDS}.")
+        raise ValueError(f"has dtype {shape.dtype!r}; expected the name of a torch dtype")
+    if not shape.index or not set(shape.index) <= set(INDEX_KINDS):
+        raise ValueError(f"has index {shape.index}; expected some of {INDEX_KINDS}")
     numbers = (shape.layers, shape.kv, shape.heads, shape.dim, shape.block_size, shape.tokens)
     broken = "blocks" in shape.index and shape.tokens % shape.block_size
     if min(*numbers, shape.pool, shape.objects) < 1 or broken:
         raise ValueError(
-            f"{where} has {shape.tokens} tokens in blocks of {shape.block_size} and extents "
-            f"{numbers}; expected whole blocks where the index is `blocks`, and every number at "
-            f"least 1."
+            f"has {shape.tokens} tokens in blocks of {shape.block_size} and extents {numbers}; "
+            f"expected whole blocks where the index is `blocks`, and every number at least 1"
         )
 
 
@@ -143,18 +134,17 @@ def planes(tensors: Any, layout: str, shape: Shape) -> list[torch.Tensor]:
 
     Only for layouts without split axes, and with no container but a list over layers.
     """
-    left, _, right = layout.rpartition("|")
     order = ("layer", "kv", "block", "token", "head", "dim")
+    names = [name for group in _groups(layout) for name in group]
+    missing = [name for name in order if name not in names]
     found = []
-    for tensor in tensors if left.strip() else [tensors]:
-        whole, names = tensor.view(_BITS[tensor.element_size()]), re.findall(r"\w+", right)
+    for tensor in tensors if layout.rpartition("|")[0].strip() else [tensors]:
+        whole = tensor.view(_BITS[tensor.element_size()])
         for at, group in enumerate(_groups(layout)):
             if len(group) > 1:
                 whole = whole.unflatten(at, [_axis(name, shape, 1, shape.tokens) for name in group])
-        for name in order:
-            if name not in names:
-                whole, names = whole.unsqueeze(-1), [*names, name]
-        ordered = whole.permute([names.index(name) for name in order])
+        whole = whole.view(*whole.shape, *(1 for _ in missing))
+        ordered = whole.permute([[*names, *missing].index(name) for name in order])
         found += [plane for layer in ordered for plane in layer]
     return found
 
