@@ -210,11 +210,13 @@ def _dense(form: Form) -> bool:
     return whole and packed(form, PAGES if form.paged else TOKENS)
 
 
-def _scatter_rows(matrix: torch.Tensor, numbers: torch.Tensor, rows: torch.Tensor) -> None:
+def _scatter_rows(
+    matrix: torch.Tensor, axis: int, numbers: torch.Tensor, rows: torch.Tensor
+) -> None:
     if matrix.dtype in _SCATTER_ND:
         torch.ops.npu.npu_scatter_nd_update_.default(matrix, numbers[:, None], rows)
     else:
-        matrix.index_copy_(0, numbers, rows)
+        matrix.index_copy_(axis, numbers, rows)
 
 
 _OPS = Ops(by_plane=True, holes=False, put=_scatter_rows)  # see `Ops.holes`

@@ -121,8 +121,13 @@ class MoveLaunch(ABC):
         status: torch.Tensor | None,
     ) -> None:
         """See `Launch`."""
-        with inside(self.device if stream is None else stream):
-            self.carry(Move(src, dst, src_index, dst_index, count), status)
+        move = Move(src, dst, src_index, dst_index, count)
+        where = self.device if stream is None else stream
+        if where is None:
+            self.carry(move, status)
+            return
+        with inside(where):
+            self.carry(move, status)
 
     @abstractmethod
     def carry(self, move: Move, status: torch.Tensor | None) -> None:

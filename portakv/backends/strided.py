@@ -35,16 +35,6 @@ _Picked = torch.Tensor | None
 _Planes = tuple[_Tensors, _Picked, _Tensors, _Picked]
 
 
-def _index_select(
-    source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None
-) -> torch.Tensor:
-    return torch.index_select(source, 0, rows, out=out)
-
-
-def _index_copy(target: torch.Tensor, rows: torch.Tensor, source: torch.Tensor) -> None:
-    target.index_copy_(0, rows, source)
-
-
 class Ops(NamedTuple):
     """How a device copies.
 
@@ -58,8 +48,8 @@ class Ops(NamedTuple):
             back old bytes over those that another stream has written meanwhile.
         evenly: ids on the host are looked at: those that rise evenly make a plain copy, which pays
             if torch gives plain copies to more threads.
-        select: picks rows: (source, rows, out or None).
-        put: writes rows: (target, rows, source).
+        select: picks rows: (source, 0, rows) and perhaps ``out``.
+        put: writes rows: (target, 0, rows, source).
         copy: copies all rows: (target, source).
     """
 
@@ -67,10 +57,10 @@ class Ops(NamedTuple):
     by_plane: bool = False
     holes: bool = True
     evenly: bool = False
-    select: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor] = (
-        _index_select
+    select: Callable[..., torch.Tensor] = torch.index_select
+    put: Callable[[torch.Tensor, int, torch.Tensor, torch.Tensor], object] = (
+        torch.Tensor.index_copy_
     )
-    put: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object] = _index_copy
     copy: Callable[[torch.Tensor, torch.Tensor], object] = torch.Tensor.copy_
 
 
@@ -115,16 +105,16 @@ def _run(
     """Copy rows of each plane; ``within``: they share memory, which torch refuses to index in."""
     for source, target in zip(sources, targets, strict=True):
         if written is None and read is not None and not within:
-            ops.select(source, read, target)
+            ops.select(source, 0, read, out=target)
             continue
         if read is not None:
-            source = ops.select(source, read, None)
+            source = ops.select(source, 0, read)
         elif within:
             source = source.clone()
         if written is None:
             ops.copy(target, source)
         else:
-            ops.put(target, written, source)
+            ops.put(target, 0, written, source)
 
 
 class _Rows:
@@ -288,13 +278,15 @@ def _by_entry(
 # Rows of the host
 
 
-def _pick_here(source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+def _pick_here(
+    source: torch.Tensor, _: int, rows: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     if out is None:
         return source[rows]
     return torch.ops.aten.index.Tensor_out(source, [rows], out=out)  # type: ignore[no-any-return]
 
 
-def _put_here(target: torch.Tensor, rows: torch.Tensor, source: torch.Tensor) -> None:
+def _put_here(target: torch.Tensor, _: int, rows: torch.Tensor, source: torch.Tensor) -> None:
     target.index_put_((rows,), source)
 
 

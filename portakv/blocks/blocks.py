@@ -13,7 +13,7 @@ from portakv.copy.copy import Ids, carrier, check_views, checked, is_strict
 from portakv.engines.engine import Terms
 from portakv.errors import LayoutError, SlotError
 from portakv.runtime.devices import capturing, inside, refuse_capture
-from portakv.runtime.streams import beside
+from portakv.runtime.streams import beside, check_stream
 from portakv.runtime.transfer import Transfer
 from portakv.view import Index, KVView
 
@@ -72,13 +72,17 @@ def copy_blocks(
         PortaKVError: what `copy_rows` raises. Slices also refuse bad ids on a device at once.
     """
     strict, sliced = is_strict(check), cancellable or max_gbps is not None
-    # No stream orders slices anyway.
-    terms = Terms(overlap, max_thread_blocks, max_gbps, False if sliced else detached)
+    terms = None
+    if overlap != "compute" or max_thread_blocks is not None or sliced or detached is not False:
+        # No stream orders slices anyway.
+        terms = Terms(overlap, max_thread_blocks, max_gbps, False if sliced else detached)
     check_views(src, dst)
     src = src.as_bytes() if reinterpret else src
     mine, theirs = _block_index(src, src_blocks, "src"), _block_index(dst, dst_blocks, "dst")
-    move, choice = checked(src, dst, mine, theirs, None, backend, stream)
-    asked = BlockMove(move, carrier(src, dst, choice, terms), stream, strict)
+    move, choice = checked(src, dst, mine, theirs, None, backend)
+    if terms is not None:
+        choice = carrier(src, dst, choice, terms)
+    asked = BlockMove(move, choice, stream, strict)
     if sliced:
         return in_slices(asked, max_gbps, by_layer)
     if detached and asked.device.type != "cpu":
@@ -103,6 +107,7 @@ def _detached(asked: BlockMove, by_layer: bool) -> BlockTransfer:
     Raises:
         Unsupported: a graph is captured.
     """
+    check_stream(asked.stream, asked.device)
     with inside(asked.stream):
         captured = capturing(asked.device)
     if captured or capturing(asked.device):
@@ -118,16 +123,17 @@ def _detached(asked: BlockMove, by_layer: bool) -> BlockTransfer:
 def _block_index(view: KVView, blocks: Ids | None, side: str) -> Index:
     if blocks is None:
         return Index()
-    if view.block_size is None:
+    size = view.form.block_size
+    if not size:
         raise LayoutError(
             f"{side}_blocks was given, but {view.layout.text!r} has no `block` axis; pass None for "
             f"consecutive tokens."
         )
     if isinstance(blocks, Index):
-        if blocks.step != view.block_size:
+        if blocks.step != size:
             raise SlotError(
                 f"{side}_blocks is an Index with step {blocks.step}, but the view's blocks hold "
-                f"{view.block_size} tokens; pass Index(ids, step={view.block_size}), or ids."
+                f"{size} tokens; pass Index(ids, step={size}), or ids."
             )
         return blocks
-    return Index.of(blocks, view.block_size)
+    return Index.of(blocks, size)

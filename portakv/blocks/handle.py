@@ -21,6 +21,7 @@ from portakv.registry.registry import Choice
 from portakv.runtime.transfer import Transfer
 from portakv.runtime.worker import Slice, Worker
 from portakv.view import Index
+from portakv.view.form import Form
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +62,25 @@ class Extent(NamedTuple):
     """What a block transfer moves: enough to tell of it, and none of the memory.
 
     Attributes:
+        form: of the source.
         indices: of both sides.
         tokens: positions.
-        block: tokens of a block.
-        token_bytes: bytes of a token in all layers; of an opaque page, its share.
     """
 
+    form: Form
     indices: tuple[Index, Index]
     tokens: int
-    block: int
-    token_bytes: float
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block."""
+        mine, theirs = self.indices
+        return mine.plan_step or theirs.plan_step or 1
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of a token in all layers; of an opaque page, its share."""
+        return self.form.token_bytes / (self.form.block_size if self.form.opaque else 1)
 
     def moving(self) -> int:
         """The tokens of which no id on the host says that they are skipped."""
@@ -113,9 +123,7 @@ class BlockMove(NamedTuple):
     def extent(self) -> Extent:
         """What a handle says of it, without its views."""
         src, _, mine, theirs, count = self.move
-        share = src.form.block_size if src.opaque else 1
-        block = mine.plan_step or theirs.plan_step or 1
-        return Extent((mine, theirs), count, block, src.form.token_bytes / share)
+        return Extent(src.form, (mine, theirs), count)
 
     def issue(self, known_good: bool = False) -> Transfer:
         """Issue all of it; ``known_good``: after `check_memory`."""

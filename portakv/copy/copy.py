@@ -76,7 +76,7 @@ def copy_rows(
     check_views(src, dst)
     src = src.as_bytes() if reinterpret else src
     mine, theirs = Index.of(src_index), Index.of(dst_index)
-    move, choice = checked(src, dst, mine, theirs, count, backend, stream)
+    move, choice = checked(src, dst, mine, theirs, count, backend)
     return copy_move(move, choice, stream, strict=is_strict(check))
 
 
@@ -87,15 +87,13 @@ def checked(
     dst_index: Index,
     count: object,
     backend: str | None,
-    stream: torch.Stream | None,
 ) -> tuple[Move, Choice]:
-    """A caller's copy and what carries it out, with all checked but the contents of ids; ``count``
-    None: what the indices cover. Raises as `copy_rows` does."""
+    """A caller's copy and the backend that was chosen, with all checked but the stream and the
+    contents of ids; ``count`` None: what the indices cover. Raises as `copy_rows` does."""
     tokens = covered(src, dst, src_index, dst_index) if count is None else _count(count)
     src_index.check_length(tokens, src.slots, "source")
     dst_index.check_length(tokens, dst.slots, "destination")
     choice = choose(common_device(src, dst), backend)
-    check_stream(stream, choice.backend.device)
     return Move(src, dst, src_index, dst_index, tokens), choice
 
 
@@ -133,17 +131,19 @@ def common_device(src: KVView, dst: KVView) -> torch.device:
 
 def covered(src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> int:
     """The tokens that two indices cover alike; raises `SlotError` if they differ."""
-    tokens = [x.length for x in (src_index, dst_index) if x.length is not None]
-    if not tokens:
-        tokens = [src.slots - src_index.offset, dst.slots - dst_index.offset]
-    if len(set(tokens)) > 1:
+    mine, theirs = src_index.length, dst_index.length
+    if mine is None and theirs is None:
+        mine, theirs = src.slots - src_index.offset, dst.slots - dst_index.offset
+    tokens = theirs if mine is None else mine
+    assert tokens is not None
+    if tokens != theirs and theirs is not None:
         raise SlotError(
-            f"The source covers {tokens[0]} tokens and the destination {tokens[1]}; make them "
-            f"equal, or pass count."
+            f"The source covers {tokens} tokens and the destination {theirs}; make them equal, or "
+            f"pass count."
         )
-    if tokens[0] < 0:
-        raise SlotError(f"The index begins {-tokens[0]} tokens behind its end; lower its offset.")
-    return tokens[0]
+    if tokens < 0:
+        raise SlotError(f"The index begins {-tokens} tokens behind its end; lower its offset.")
+    return tokens
 
 
 def copy_move(
@@ -167,14 +167,16 @@ def copy_move(
     Raises as `copy_rows` does.
     """
     src, dst, src_index, dst_index, count = move
-    check_stream(stream, choice.backend.device)
+    if stream is not None:
+        check_stream(stream, choice.backend.device)
     dst.check_writable()
     if not known_good:
         src.check_memory()
         dst.check_memory()
     if not src.device == dst.device == choice.backend.device:
         choice = carrier(src, dst, choice, None)
-    ready = prepared(src.form, dst.form, *move.steps, None, choice)
+    steps = src_index.plan_step, dst_index.plan_step
+    ready = prepared(src.form, dst.form, *steps, None, choice)
     if count == 0:
         return Transfer()
     if strict:
@@ -185,7 +187,7 @@ def copy_move(
     error: PortaKVError | None = None
     trusted = src_index.is_clean(count, src.slots) and dst_index.is_clean(count, dst.slots)
     if (skips or not trusted) and _need_cleaning(pieces, trusted):
-        move, error = drop_bad_ids(move, max(piece.ready.plan.unit for piece in pieces))
+        move, error = drop_bad_ids(move, max(ready.plan.unit for ready, _, _ in pieces))
         if move.count == 0:
             return Transfer((Completion(error=error),))
         pieces = _pieces(prepared(src.form, dst.form, *move.steps, None, choice), move, choice)
@@ -209,7 +211,7 @@ def carrier(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Ch
             f"on {home}; views must lie there or on the host. Make a connector for their device."
         )
     if isinstance(choice.backend, Engine):
-        return across(choice, terms)
+        return choice if terms is None else across(choice, terms)
     # A backend that was asked for by name and crosses is never replaced: its own check refuses.
     crosses = choice.forced and any("device" in x and x[0] != x[1] for x in choice.can.places)
     reached = src.device == dst.device or (src.form.place, dst.form.place) in choice.can.places
@@ -226,12 +228,12 @@ def carrier(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Ch
 
 def _pieces(ready: Prepared, move: Move, choice: Choice) -> list[Piece]:
     """The body of a copy in the largest units, its head and tail by token."""
-    by_unit = {ready.plan.unit: ready}
     pieces = []
     for first, tokens, unit in ready.plan.split(move):
-        if unit not in by_unit:
-            by_unit[unit] = prepared(move.src.form, move.dst.form, *move.steps, unit, choice)
-        pieces.append(Piece(by_unit[unit], first, tokens))
+        part = ready
+        if unit != ready.plan.unit:
+            part = prepared(move.src.form, move.dst.form, *move.steps, unit, choice)
+        pieces.append((part, first, tokens))
     return pieces
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TypeAlias
 
 import torch
 
@@ -24,13 +24,8 @@ from portakv.runtime.transfer import (
     hold,
 )
 
-
-class Piece(NamedTuple):
-    """What carries out ``tokens`` positions of a copy from position ``first`` on."""
-
-    ready: Prepared
-    first: int
-    tokens: int
+#: What carries out a part of a copy, the part's first position, and its tokens.
+Piece: TypeAlias = tuple[Prepared, int, int]
 
 
 def launch(
@@ -41,7 +36,7 @@ def launch(
     Inside graph capture every piece is captured; with ``stream`` the capture forks there, and
     `Transfer.wait` joins.
     """
-    device = pieces[0].ready.choice.backend.device
+    device = pieces[0][0].choice.backend.device
     on_device = move.src.form.place == "device" or move.dst.form.place == "device"
     captured = on_device and capturing(device)
     if captured:
@@ -55,7 +50,11 @@ def launch(
     status: list[tuple[StatusWord, int]] = []
     carried = None
     for (ready, first, tokens), whole in zip(pieces, placed, strict=True):
-        word = _word(ready, first, status) if on_device else None
+        word = None
+        if on_device and ready.can.guards:
+            status_word = acquire_word()
+            status.append((status_word, first))  # it counts from there
+            word = status_word.tensor
         pending = ready.launch(*whole.part(first, tokens), stream, word)
         carried = carried or ready.carried
         if pending is not None:
@@ -75,15 +74,6 @@ def launch(
     if pendings or status:
         hold(completion)
     return Transfer((completion,), kept if on_device else None, False, carried or NOTHING)
-
-
-def _word(ready: Prepared, first: int, status: list[tuple[StatusWord, int]]) -> torch.Tensor | None:
-    """A status word for a launch that guards; noted with the position that it counts from."""
-    if not ready.can.guards:
-        return None
-    word = acquire_word()
-    status.append((word, first))
-    return word.tensor
 
 
 def follow_current(stream: torch.Stream, moves: Sequence[Move]) -> None:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from math import gcd, prod
-from typing import NamedTuple
 
 import numpy as np
 
@@ -24,15 +23,7 @@ from portakv.view.form import Form, Part, Step, Steps, merge_steps
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
-__all__ = ["CopyPlan", "Move", "Nest", "Section", "Side", "check_disjoint"]
-
-
-class Section(NamedTuple):
-    """Positions of a copy that are moved in units of one size."""
-
-    first: int
-    tokens: int
-    unit: int
+__all__ = ["CopyPlan", "Move", "Nest", "Side", "check_disjoint"]
 
 
 class CopyPlan:
@@ -117,18 +108,18 @@ class CopyPlan:
         chains = [_chain(form, part) for part in form.parts]
         return step > 0 or any(len(chain) > 1 or chain[0].table for chain in chains)
 
-    def split(self, move: Move) -> list[Section]:
-        """The sections of a copy that this plan was made for: its body in the largest units that
-        the counts and offsets allow, its head and tail by token.
+    def split(self, move: Move) -> list[tuple[int, int, int]]:
+        """The sections of a copy that this plan was made for, each (first position, tokens, tokens
+        of a unit): its body in the largest units that the counts and offsets allow, its head and
+        tail by token.
 
         Raises:
             Unsupported: opaque pages that would have to be cut.
         """
         unit, count = self.unit, move.count
         src, dst, mine, theirs, _ = move
-        numbers = (count, src.slots, dst.slots, mine.offset, theirs.offset)
-        if unit == 1 or not any(number % unit for number in numbers):
-            return [Section(0, count, unit)]
+        if unit in (1, gcd(unit, count, src.slots, dst.slots, mine.offset, theirs.offset)):
+            return [(0, count, unit)]
         starts = [x.offset for x, side in ((mine, "src"), (theirs, "dst")) if self.aligned(side)]
         # A flat pool may end inside a unit; then no unit may be moved that is partly past the end.
         ends = [view.slots for view, x in ((src, mine), (dst, theirs)) if x.ids is not None]
@@ -141,13 +132,10 @@ class CopyPlan:
                 "a page moves only whole; ask for whole blocks",
             )
         if body == 0:
-            return [Section(0, count, 1)]
-        sections = [
-            Section(0, head, 1),
-            Section(head, body, common),
-            Section(head + body, count - head - body, 1),
-        ]
-        return [section for section in sections if section.tokens]
+            return [(0, count, 1)]
+        past = head + body
+        sections = [(0, head, 1), (head, body, common), (past, count - past, 1)]
+        return [section for section in sections if section[1]]
 
     def runs(
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int

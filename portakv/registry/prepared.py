@@ -49,7 +49,7 @@ class Prepared:
         """What carried out the launch that this thread made last, and why that one: the backend,
         or the engine that was picked."""
         told: tuple[str, str] | None = getattr(self.launch, "carried", None)
-        return told or (self.choice.name, self.choice.trace[-1].reason)
+        return told or (self.choice.backend.name, self.choice.trace[-1].reason)
 
     def place(self, index: Index) -> Index:
         """An index with its ids on the device, and in a dtype, that the backend reads."""
@@ -67,7 +67,10 @@ class Prepared:
         home, dtypes = self.home_of_ids, self.can.index_dtypes
         if mine.fleeting or theirs.fleeting:
             bring((mine, theirs), home, dtypes)
-        return Move(src, dst, mine.placed(home, dtypes), theirs.placed(home, dtypes), count)
+        read, written = mine.placed(home, dtypes), theirs.placed(home, dtypes)
+        if read is mine and written is theirs:
+            return move
+        return Move(src, dst, read, written, count)
 
 
 _Key = tuple[Form, Form, int, int, int | None, Choice]
@@ -157,8 +160,11 @@ def bring(indices: Sequence[Index], home: torch.device, dtypes: frozenset[torch.
         return False
     from portakv.host.small import to_device  # not before it is needed
 
+    if len(sent) == 1:
+        sent[0].add_copy(to_device(sent[0].host_ids(), home, torch.int64))
+        return True
     listed = [index.host_ids() for index in sent]
-    ids = to_device(listed[0] if len(listed) == 1 else np.concatenate(listed), home, torch.int64)
+    ids = to_device(np.concatenate(listed), home, torch.int64)
     for index, own in zip(sent, ids.split([each.size for each in listed]), strict=True):
         index.add_copy(own)
     return True

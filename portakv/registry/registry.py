@@ -101,7 +101,7 @@ class Registry:
         self._lock = threading.RLock()
         self._targets: dict[str, str | type[Backend]] = dict(BUILT_IN)
         self._answers: dict[tuple[str, torch.device], _Answer] = {}
-        self._choices: dict[tuple[torch.device, str | None], Choice] = {}
+        self._choices: dict[tuple[torch.device | str, str | None], Choice] = {}
         self._tells: dict[torch.device, tuple[Tells, ...]] = {}
         self._installed: set[str] = set()
         self._refused_entries: list[Decision] = []
@@ -191,15 +191,18 @@ class Registry:
                 self._answers[name, device] = answer
             return answer.decision
 
-    def choose(self, device: torch.device, asked: str | None) -> Choice:
+    def choose(self, device: torch.device | str, asked: str | None) -> Choice:
         """The backend for a device; see `choose`."""
         forced = os.environ.get(ENVIRONMENT) or asked
-        with self._lock:
-            known = self._choices.get((device, forced))
-            if known is None:
-                known = self._choices[device, forced] = self._choose(device, forced)
-                _log.info("%s: backend %s, %s", device, known.name, known.trace[-1].reason)
+        known = self._choices.get((device, forced))
+        if known is not None:
             return known
+        device = found(device)
+        with self._lock:
+            if (device, forced) not in self._choices:
+                made = self._choices[device, forced] = self._choose(device, forced)
+                _log.info("%s: backend %s, %s", device, made.name, made.trace[-1].reason)
+            return self._choices[device, forced]
 
     def _choose(self, device: torch.device, forced: str | None) -> Choice:
         trace: list[Decision] = []
@@ -350,12 +353,12 @@ def choose(device: torch.device | str, backend: str | None = None) -> Choice:
     Raises:
         BackendUnavailable: with the trace; a forced backend never falls back.
     """
-    if not isinstance(backend, str | None):
+    if backend is not None and not isinstance(backend, str):
         raise BackendUnavailable(
             f"backend={backend!r} was asked for; expected the name of a backend. Name none to let "
             f"the registry choose."
         )
-    return REGISTRY.choose(found(device), backend)
+    return REGISTRY.choose(device, backend)
 
 
 def trace(device: torch.device | str) -> tuple[Decision, ...]:

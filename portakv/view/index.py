@@ -193,13 +193,16 @@ class Index:
         served = self._served
         if served is not None and served[0] is home and served[1] is dtypes:
             return self._placed or self  # the same launch asks again and again
-        if self.ids is None:
+        ids = self.ids
+        if ids is None:
             return self
-        ids = self.ids_on(home, dtypes)
-        placed = None if ids is self.ids else self._derived(ids, self.offset)
-        if placed is None or self.on_host:
+        if ids.device == home and ids.dtype in dtypes and ids.is_contiguous():
+            self._served, self._placed = (home, dtypes), None
+            return self
+        placed = self._derived(self.ids_on(home, dtypes), self.offset)
+        if self.on_host:
             self._served, self._placed = (home, dtypes), placed
-        return placed or self
+        return placed
 
     def to_host(self) -> Index:
         """This index with its ids on the host; waits for the device if they are there."""
@@ -249,7 +252,7 @@ class Index:
         """Raise `SlotError` if ``count`` positions run past the list, or past a view of
         ``slots`` slots that is read without ids."""
         if self.ids is not None:
-            if self.offset + count > self.ids.numel() * self.step:
+            if self.length is not None and count > self.length:
                 raise SlotError(
                     f"{count} positions from {self.offset} on were asked of the {side} index, "
                     f"which covers {self.ids.numel()} ids x {self.step} tokens; pass a longer list "
