@@ -22,7 +22,7 @@ import torch
 
 from portakv.backends.base import Pending
 from portakv.engines.choose import ORDER, Host, HostLaunch
-from portakv.engines.costs import D2H, DIRECTIONS, CostTable, Point, Table, identity
+from portakv.engines.costs import D2H, DIRECTIONS, Point, Table, cost, identity
 from portakv.engines.engine import Terms, finish
 from portakv.errors import PortaKVError
 from portakv.host import pinned
@@ -161,8 +161,8 @@ class _Work:
         columns = self.found.get((engine, direction))
         if not columns:
             return _FIXED + runs * (_PER_RUN + size * _PER_BYTE)
-        host = CostTable(columns, "host_seconds").seconds(size, runs)
-        return CostTable(columns, "seconds").seconds(size, runs) + host + min(host, SEEN)
+        host = cost(columns, "host_seconds", size, runs)
+        return cost(columns, "seconds", size, runs) + host + min(host, SEEN)
 
     def measure(self, engine: str, direction: str, size: int, runs: int) -> None:
         """Measure one point; an engine that fails, or whose bytes are wrong, is left out."""

@@ -16,7 +16,6 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -85,57 +84,39 @@ class Table:
 
     def seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> float | None:
         """Seconds that the device takes; None if an engine was not measured."""
-        found = self._tables["seconds"].get((engine, direction))
-        return None if found is None else found.seconds(run_bytes, runs)
+        columns = self.points.get((engine, direction))
+        return cost(columns, "seconds", run_bytes, runs) if columns else None
 
     def host_seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> float | None:
         """Seconds that a call keeps the host; None if an engine was not measured."""
-        found = self._tables["host_seconds"].get((engine, direction))
-        return None if found is None else found.seconds(run_bytes, runs)
-
-    @cached_property
-    def _tables(self) -> dict[str, dict[tuple[str, str], CostTable]]:
-        return {
-            what: {key: CostTable(points, what) for key, points in self.points.items() if points}
-            for what in ("seconds", "host_seconds")
-        }
+        columns = self.points.get((engine, direction))
+        return cost(columns, "host_seconds", run_bytes, runs) if columns else None
 
 
-class CostTable:
-    """Seconds of one engine in one direction over bytes of a run and number of runs.
-
-    Args:
-        columns: the measurements.
-        what: ``seconds`` or ``host_seconds`` of each.
+def cost(columns: Columns, what: str, run_bytes: int, runs: int) -> float:
+    """The ``seconds`` or ``host_seconds`` of one engine in one direction.
 
     Between measurements seconds are linear: in the number of runs of one size, and for equal bytes
     in how many runs they lie in. That is exact for what each run and each byte has its price.
     """
-
-    def __init__(self, columns: Columns, what: str) -> None:
-        self._sizes = sorted(columns)
-        self._columns = [
-            ([p.runs for p in columns[size]], [getattr(p, what) for p in columns[size]])
-            for size in self._sizes
-        ]
-
-    def seconds(self, run_bytes: int, runs: int) -> float:
-        sizes = self._sizes
-        nbytes = max(1, run_bytes) * max(1, runs)
-        if run_bytes <= sizes[0]:
-            # Narrower runs cost what the narrowest do, each.
-            return _along(*self._columns[0], max(1, runs))
-        if run_bytes >= sizes[-1]:
-            return _along(*self._columns[-1], nbytes / sizes[-1])
-        at = bisect_left(sizes, run_bytes)
-        narrow, wide = sizes[at - 1], sizes[at]
-        share = (1 / narrow - 1 / run_bytes) / (1 / narrow - 1 / wide)
-        first = _along(*self._columns[at - 1], nbytes / narrow)
-        return first + share * (_along(*self._columns[at], nbytes / wide) - first)
+    sizes = sorted(columns)
+    nbytes = max(1, run_bytes) * max(1, runs)
+    if run_bytes <= sizes[0]:
+        # Narrower runs cost what the narrowest do, each.
+        return _along(columns[sizes[0]], what, max(1, runs))
+    if run_bytes >= sizes[-1]:
+        return _along(columns[sizes[-1]], what, nbytes / sizes[-1])
+    at = bisect_left(sizes, run_bytes)
+    narrow, wide = sizes[at - 1], sizes[at]
+    share = (1 / narrow - 1 / run_bytes) / (1 / narrow - 1 / wide)
+    first = _along(columns[narrow], what, nbytes / narrow)
+    return first + share * (_along(columns[wide], what, nbytes / wide) - first)
 
 
-def _along(runs: Sequence[int], seconds: Sequence[float], wanted: float) -> float:
+def _along(column: Sequence[Point], what: str, wanted: float) -> float:
     """Seconds at a number of runs; straight on past the last one, level before the first one."""
+    runs = [point.runs for point in column]
+    seconds: list[float] = [getattr(point, what) for point in column]
     if wanted <= runs[0]:
         return seconds[0]
     if len(runs) == 1:

@@ -9,7 +9,6 @@ the positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import lcm
 from typing import TYPE_CHECKING, NamedTuple
@@ -133,7 +132,6 @@ def multiple(nbytes: int, quantum: int, token_bytes: float) -> int:
 
 
 _FRONT = Index()
-_KEPT = 64  # lengths of which a view of rows remembers the slices
 
 
 class TwoStages:
@@ -156,22 +154,16 @@ class TwoStages:
         self._half = half
         self._made: Bounded[int, tuple[Prepared, CopyPlan]] = Bounded("stages of slices", 64)
 
-    def prepare(self, device: torch.device) -> None:
-        """Prepare the stage on the device; raises `Unsupported` if no backend takes it."""
-        held = self.held(1, 0, False)
-        buffer = torch.empty(self.dense.nbytes(held), dtype=torch.uint8, device=device)
-        self.of(self.dense.view(buffer, held), held)
-
-    def held(self, count: int, first: int, exactly: bool, largest: int | None = None) -> int:
+    def held(self, count: int, first: int, exactly: bool, largest: int) -> int:
         """Slots of a buffer for ``count`` positions of which the ``first`` may stand inside a
         block; exactly so many if nothing is to lie between its planes. Else one of few numbers, so
         that transfers of any length share forms and with them plans: no more than ``largest`` bytes
-        (None: `LARGEST`), but for one block, or one more if one is cut."""
+        but for one block, or one more if one is cut."""
         block, quantum = self.dense.block_size, self.quantum
         if exactly and block == 1:
             return count
         held = quantum
-        most = multiple(LARGEST if largest is None else largest, quantum, self.plan.token_bytes)
+        most = multiple(largest, quantum, self.plan.token_bytes)
         while held < count:
             held *= 2
         held = max(min(held, most), -(-count // quantum) * quantum)
@@ -196,15 +188,6 @@ class TwoStages:
         block = self.dense.block_size
         return _FRONT if block == 1 else Index(offset=index.offset % block)
 
-    def pieces(
-        self, link: CopyPlan, host: KVView, dense: KVView, index: Index, count: int, below: int
-    ) -> Pieces:
-        """What has to cross between a buffer and the host; ``below`` as in `to_2d_copies`."""
-        behind = self.behind(index)
-        if self.downward:
-            return to_2d_copies(link.runs(dense, host, behind, index, count), dense, host, below)
-        return to_2d_copies(link.runs(host, dense, index, behind, count), host, dense, below)
-
 
 class StagesByCut:
     """The stages of a plan, ``whole`` and for the planes of its slices; prepared.
@@ -223,12 +206,10 @@ class StagesByCut:
         self._plan, self._half, self._by_layer = plan, half, False
         self._known: dict[tuple[Form, Form], TwoStages] = {}
         try:
-            self.whole = self._of(plan)
-            self.whole.prepare(device)
+            self.whole = self._prepared(device)
         except Unsupported:
             self._by_layer = True
-            self.whole = self._of(plan)
-            self.whole.prepare(device)
+            self.whole = self._prepared(device)
 
     def of(self, rows: KVView, host: KVView, cut: Cut) -> TwoStages:
         """The stages of a slice, of views that show only its planes."""
@@ -241,6 +222,14 @@ class StagesByCut:
             steps = self._plan.src_step, self._plan.dst_step
             known = self._known[key] = self._of(CopyPlan(src, dst, *steps, self._plan.unit))
         return known
+
+    def _prepared(self, device: torch.device) -> TwoStages:
+        """The stages of the whole plan, with the one on the device prepared."""
+        whole = self._of(self._plan)
+        held = whole.held(1, 0, False, LARGEST)
+        buffer = torch.empty(whole.dense.nbytes(held), dtype=torch.uint8, device=device)
+        whole.of(whole.dense.view(buffer, held), held)
+        return whole
 
     def _of(self, plan: CopyPlan) -> TwoStages:
         host = plan.dst if plan.src.place == "device" else plan.src
@@ -257,7 +246,7 @@ class Slice:
         rows, host: views of all planes.
         theirs: the index of all of the host's rows, with ids on the host.
         exactly: nothing may lie between the planes of a buffer.
-        largest: bytes of a buffer; None: those of `staged`.
+        largest: bytes of a buffer.
 
     Attributes:
         rows: the device's planes.
@@ -275,11 +264,10 @@ class Slice:
         host: KVView,
         theirs: Index,
         exactly: bool,
-        largest: int | None = None,
+        largest: int,
     ) -> None:
-        self.rows, part = rows.planes(cut.layers, cut.kv), host.planes(cut.layers, cut.kv)
-        self.cut, self.start, self.count = cut, cut.start, cut.count
-        self.stages = stages.of(self.rows, part, cut)
+        self.cut, self.rows = cut, rows.planes(cut.layers, cut.kv)
+        self.stages = stages.of(self.rows, host.planes(cut.layers, cut.kv), cut)
         self.theirs = theirs.shifted(cut.start)
         self.dense, self.behind = self.stages.dense, self.stages.behind(self.theirs)
         self.held = self.stages.held(cut.count, self.theirs.offset, exactly, largest)
@@ -299,24 +287,18 @@ class Slice:
         is first asked for, so that the slices before this one are under way by then."""
         settled = self._settled
         if settled is None:
-            part = host.planes(self.cut.layers, self.cut.kv)
+            src, dst = dense, host.planes(self.cut.layers, self.cut.kv)
+            mine, theirs = self.behind, self.theirs
+            if not self.stages.downward:
+                src, dst, mine, theirs = dst, src, theirs, mine
             link = self.stages.of(dense, self.held)[1]
-            made = self.stages.pieces(link, part, dense, self.theirs, self.cut.count, fold_below)
+            runs = link.runs(src, dst, mine, theirs, self.cut.count)
+            made = to_2d_copies(runs, src, dst, fold_below)
             # At once: other threads may look.
             settled = self._settled = dense.origins[0], host.origins[0], made
         there, here = dense.origins[0] - settled[0], host.origins[0] - settled[1]
         known = settled[2]
-        dst, src = (here, there) if self.stages.downward else (there, here)
-        if not dst and not src:
+        src_moved, dst_moved = (there, here) if self.stages.downward else (here, there)
+        if not dst_moved and not src_moved:
             return known
-        return known._replace(dst=known.dst + dst, src=known.src + src)
-
-
-def kept_slices(
-    launch: object, rows: KVView, key: tuple[object, ...], make: Callable[[], list[Slice]]
-) -> list[Slice]:
-    """The slices that a view of rows keeps for a launch under a key, made if there are none."""
-    kept: Bounded[tuple[object, ...], list[Slice]] | None = rows.derived.get(launch)
-    if kept is None:
-        kept = rows.derived.setdefault(launch, Bounded("slices of transfers", _KEPT))
-    return kept.get_or_make(key, make)
+        return known._replace(dst=known.dst + dst_moved, src=known.src + src_moved)

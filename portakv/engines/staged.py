@@ -10,24 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
 from portakv.backends.base import Capabilities, Launch
 from portakv.engines.engine import PINNED, Engine, EngineLaunch, Move, finish, read_on
 from portakv.engines.link import link_of
-from portakv.engines.slices import Cut, Sizes, Slice, StagesByCut, cuts, kept_slices, staged_sizes
+from portakv.engines.slices import Cut, Sizes, Slice, StagesByCut, cuts, staged_sizes
 from portakv.engines.staging import DETACHED_RING, RING, Staging, mark, staging
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import Prepared
 from portakv.runtime import streams
+from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
 from portakv.view.index import Index
 
 if TYPE_CHECKING:
     from portakv.view.view import KVView
+
+
+_KEPT = 64  # lengths of which a view of rows remembers the slices
 
 
 class Staged(Engine):
@@ -87,22 +91,23 @@ class StagedLaunch(EngineLaunch):
         else:  # in other memory of the host's form a slice lies as far behind its address
             outside = self.stages.whole.dense.outside
         # Ids scatter the rows of a plane anyway, and several allocations the planes.
-        return kept_slices(self, rows, key, lambda: [
-            Slice(self.stages, cut, rows, host, theirs, bool(outside))
-            for cut in self._cuts(outside, count, staged_sizes(idle))
+        sizes = staged_sizes(idle)
+        return self._kept(rows, key, lambda: [
+            Slice(self.stages, cut, rows, host, theirs, bool(outside), sizes.largest)
+            for cut in self._cuts(outside, count, sizes)
         ])  # fmt: skip
+
+    def _kept(
+        self, rows: KVView, key: tuple[object, ...], make: Callable[[], list[Slice]]
+    ) -> list[Slice]:
+        """The slices that a view of rows keeps for this launch, made if there are none."""
+        kept: Bounded[tuple[object, ...], list[Slice]] | None = rows.derived.get(self)
+        if kept is None:
+            kept = rows.derived.setdefault(self, Bounded("slices of transfers", _KEPT))
+        return kept.get_or_make(key, make)
 
     def _cuts(self, outside: tuple[str, ...], count: int, sizes: Sizes) -> list[Cut]:
         return cuts(self._host, outside, count, self.stages.whole.quantum, self.downward, sizes)
-
-
-class _Staged(NamedTuple):
-    """A slice's buffer and its number, the device's stage, and its rows on the device."""
-
-    dense: KVView
-    at: int
-    prepared: Prepared
-    mine: Index
 
 
 class Passage:
@@ -132,7 +137,8 @@ class Passage:
         self._slices, self._cross = slices, cross
         alone = len(slices) == 1 and not room.detached
         self._half, self.link = (work, work) if alone else (room.half, room.link)
-        self._staged: list[_Staged] = []
+        # Of each slice its buffer and the number of that, the device's stage, its device's rows.
+        self._staged: list[tuple[KVView, int, Prepared, Index]] = []
         self._free: list[torch.Event | None] = []
         self._last = 0  # so many last slices leave no mark that their buffers are free
 
@@ -168,9 +174,9 @@ class Passage:
             # What was enqueued, also before an interrupt, is part of the caller's stream.
             for each in others:
                 work.wait_stream(each)
-            for piece, staged in zip(self._slices, self._staged, strict=True):
+            for piece, (dense, *_) in zip(self._slices, self._staged, strict=True):
                 piece.rows.record_table(work)  # made in a launch, for one stream's kernel
-                staged.dense.record_table(work)
+                dense.record_table(work)
 
     def _settle(self, mine: Index, turns: Sequence[int]) -> None:
         """Settle which buffer each slice goes through, and bring the ids of the device's rows."""
@@ -180,7 +186,7 @@ class Passage:
             prepared = each.prepared(dense)
             if prepared is not by:
                 index, by = read_on(self._work, prepared.place(mine)), prepared
-            self._staged.append(_Staged(dense, at, prepared, index.shifted(each.cut.start)))
+            self._staged.append((dense, at, prepared, index.shifted(each.cut.start)))
 
     def move(self, nth: int) -> None:
         """Issue both stages of a slice, in order, behind its buffer's last use."""

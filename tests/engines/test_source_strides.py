@@ -68,8 +68,7 @@ def test_every_engine_and_direction(
 
 
 @pytest.mark.parametrize(
-    ("engine", "place"),
-    [("staged", "pageable"), ("descriptors", "pageable"), ("ring", "pinned")],
+    ("engine", "place"), [("staged", "pageable"), ("descriptors", "pageable"), ("ring", "pinned")]
 )
 def test_an_engine_that_does_not_serve_the_memory_says_which_one_does(
     accelerator: torch.device, engine: str, place: str

@@ -38,7 +38,7 @@ from portakv.engines.descriptors import Descriptors
 from portakv.engines.link import TorchLink
 from portakv.engines.pageable import Ring
 from portakv.engines.pieces import ALL, Pieces
-from portakv.engines.slices import Slice, TwoStages
+from portakv.engines.slices import Slice
 from portakv.engines.staged import Staged
 from portakv.engines.staging import Staging, dense_rows
 from portakv.host import pinned
@@ -193,7 +193,7 @@ def test_slices_cross_before_the_pieces_of_later_ones_are_made(
     """Else the link is idle until the host has expanded the whole transfer."""
     small_slices(monkeypatch, 4096)
     transfer = Transfers(Staged(DEVICE), downward)
-    made, copy, order = TwoStages.pieces, TorchLink.copy, list[str]()
+    made, copy, order = schedule.to_2d_copies, TorchLink.copy, list[str]()
 
     def pieces(*arguments: Any) -> Any:
         order.append("made")
@@ -203,7 +203,7 @@ def test_slices_cross_before_the_pieces_of_later_ones_are_made(
         order.append("crossed")
         copy(*arguments)
 
-    monkeypatch.setattr(TwoStages, "pieces", pieces)
+    monkeypatch.setattr(schedule, "to_2d_copies", pieces)
     monkeypatch.setattr(TorchLink, "copy", crossed)
     for again in (False, True):  # what is kept is not made again
         order.clear()
@@ -229,7 +229,7 @@ def test_staging_is_empty_and_usable_after_it_found_no_memory(
 ) -> None:
     """Else what was enough before is taken to be there still."""
     stages = Transfers(Staged(DEVICE), True).launch.stages.whole
-    held = stages.held(8, 0, True)
+    held = stages.held(8, 0, True, schedule.LARGEST)
     nbytes = stages.dense.nbytes(held)
     for later in ((1, 2), larger):
         room = Staging(DEVICE)
