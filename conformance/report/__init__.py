@@ -6,8 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from portakv_conformance.record import RunRecord
-from portakv_conformance.report.junit import junit
-from portakv_conformance.report.markdown import markdown
 
 
 def write(record: RunRecord, folder: Path) -> list[Path]:
@@ -22,19 +20,15 @@ def write(record: RunRecord, folder: Path) -> list[Path]:
     Raises:
         OSError: the folder cannot be made or written.
     """
-    from portakv_conformance.report.page import badge, page  # needs jinja2
+    from portakv_conformance.report import page  # needs jinja2
 
     folder.mkdir(parents=True, exist_ok=True)
     forms = {
-        "conformance.json": record.document(),
-        "report.html": page(record),
-        "report.md": markdown(record),
-        "junit.xml": junit(record),
-        "badge.svg": badge(record),
-    }
-    written = []
+        "conformance.json": record.document(), "report.html": page.page(record),
+        "report.md": page.markdown(record), "junit.xml": page.junit(record),
+        "badge.svg": page.badge(record),
+    }  # fmt: skip
     for name, text in forms.items():
         file = folder / name
         file.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
-        written.append(file)
-    return written
+    return [folder / name for name in forms]

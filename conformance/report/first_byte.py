@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
+
+from portakv_conformance.report.words import plural
 
 _SENTENCE = re.compile(
     r"Destination (?P<place>[^()]+) \(storage (?P<storage>\d+), offset (?P<offset>\d+)\) holds "
@@ -47,6 +50,14 @@ class FirstByte:
             ("expected", self.expected, self.should),
         )
 
+    def short(self) -> str:
+        """The reason with the sentence on one line, as Markdown shows it."""
+        return (
+            f"{self.before} First wrong byte: {self.place}, storage {self.storage}, offset "
+            f"{self.offset:,}: {self.found} for {self.expected}; "
+            f"{plural(self.wrong, 'wrong byte')} in all. {self.after}"
+        )
+
     def headline(self) -> str:
         """The fault in a few words: whose bytes the row holds."""
         row = _WITHIN_A_ROW.sub("", self.place)
@@ -71,10 +82,7 @@ def first_byte(reason: str) -> FirstByte | None:
     found = _SENTENCE.search(reason)
     if found is None:
         return None
-    named = found.groupdict()
-    return FirstByte(
-        place=named["place"], storage=int(named["storage"]), offset=int(named["offset"]),
-        found=named["found"], origin=named["origin"], expected=named["expected"],
-        should=named["should"], wrong=int(named["wrong"]),
-        before=reason[: found.start()].strip(), after=reason[found.end() :].strip(),
-    )  # fmt: skip
+    named: dict[str, Any] = found.groupdict()
+    numbers = {name: int(named[name]) for name in ("storage", "offset", "wrong")}
+    before, after = reason[: found.start()].strip(), reason[found.end() :].strip()
+    return FirstByte(**{**named, **numbers}, before=before, after=after)

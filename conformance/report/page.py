@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``report.html`` and ``badge.svg``: templates, and what they are filled with.
+"""The forms of a report that people and CI servers read, each a template: ``report.html``,
+``report.md``, ``junit.xml``, ``badge.svg``.
 
 The page stands alone: its policy lets nothing else in, and no text of a record becomes markup.
 """
@@ -9,6 +10,8 @@ from __future__ import annotations
 import re
 from base64 import b64encode
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
@@ -21,7 +24,6 @@ from portakv_conformance.evidence.verdict import SEAL, totals_of, why_no_rung
 from portakv_conformance.record import STATUSES, CaseRecord, RunRecord, Status
 from portakv_conformance.report import words
 from portakv_conformance.report.first_byte import first_byte
-from portakv_conformance.report.matrix import SHORT, dtype_of, matrix
 from portakv_conformance.report.words import printable
 
 LABEL = "PortaKV conformance"
@@ -30,59 +32,52 @@ _EMULATED = "#5b3fb8"  # white text on any of these has a contrast of more than 
 _PADDING = 7
 # Widths of 11 px sans-serif letters, in px; `textLength` makes any font fit them.
 _NARROW, _WIDE = frozenset("ijl.,:|!'()[] tfrI1-"), frozenset("mwMW@%")
-# Strokes in a box of 16 x 16. A status is never told by its colour alone.
-_STROKES = {
-    "passed": "M3.5 8.6 6.7 11.8 12.5 4.6",
-    "failed": "M4.2 4.2 11.8 11.8M11.8 4.2 4.2 11.8",
-    "error": "M8 3.2V9M8 12.4V12.6",
-    "waived": "M2.8 9.2C4.5 6.4 6.3 6.4 8 8.2S11.5 10 13.2 7.2",
-    "not-claimed": "M4 8H12",
-}
 _ICON = "<svg xmlns='http://www.w3.org/2000/svg'><circle cx='8' cy='8' r='7' fill='{}'/></svg>"
 _BAR, _LEAST = 1000, 8  # width of the bar in its own units; one case in a thousand is still seen
 _HEADLINE = 240  # characters that can still be read in large letters
-_NAMES = {
-    "device": "Device, as asked", "device_name": "Device", "driver": "Driver", "os": "System",
-    "python": "Python", "torch": "torch", "emulated": "Emulated",
+ANY = "any"  # where a case has a layout but is about no dtype or operation in particular
+# Narrow columns need short names; others stand as they are.
+_SHORT = {
+    "bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64",
+    "float8_e4m3fn": "f8e4", "float8_e5m2": "f8e5", "uint8": "u8", "int8": "i8",
+    "int16": "i16", "int32": "i32", "int64": "i64", "bool": "b8",
 }  # fmt: skip
 
 
 def page(record: RunRecord) -> str:
     """The whole HTML document."""
-    style, script = _own("page.css"), _own("page.js")
-    failed = sorted(
-        (case for case in record.cases if case.status in ("failed", "error")),
-        key=lambda case: case.status != "failed",  # faults of the surroundings last
-    )
-    found, apart = matrix(record.cases), _apart(record)
     colour = _COLOURS.get(record.verdict, _COLOURS["failed"]).replace("#", "%23")
-    titles = {
-        "failures": failed and "Failures", "coverage": found.cells and "Coverage",
-        "claims": "Capabilities", "apart": apart and "Not claimed, waived",
-        "environment": "Environment", "cases": "All cases",
-    }  # fmt: skip
-    return _templates().get_template("page.html").render(
-        _common(record), style=style, script=script, strokes=_STROKES, failed=failed,
-        matrix=found, apart=apart, short=SHORT, words=words.STATUS_WORDS, rungs=words.RUNGS,
-        meanings=words.CLAIMS, area_words=words.AREAS, statuses=STATUSES[::-1],
-        counts=totals_of(record.cases), bar=_bar(record), sentence=words.sentence(record),
-        no_rung=why_no_rung(record), emulation=words.emulation(record),
-        broken=words.broken(record), left_out=words.left_out(record), about=_about(record),
-        sections=[(name, title) for name, title in titles.items() if title],
-        claims=_claims(record), environment=_environment(record), identity=_identity(record),
-        areas=_areas(record), icon=f"data:image/svg+xml,{_ICON.format(colour)}",
+    return _filled(
+        "page.html", record, style=_own("page.css"), script=_own("page.js"), short=_SHORT,
+        matrix=matrix(record.cases), apart=_apart(record), bar=_bar(record), seal=SEAL,
+        rungs=words.RUNGS, no_rung=why_no_rung(record),
+        icon=f"data:image/svg+xml,{_ICON.format(colour)}",
     )  # fmt: skip
+
+
+def markdown(record: RunRecord) -> str:
+    """The summary: short enough for a comment on a pull request."""
+    return _filled("report.md", record)
+
+
+def junit(record: RunRecord) -> str:
+    """The form that CI servers read; there is no standard behind it, this is the common core.
+
+    What could not be run, and waivers that do not hold, are errors in suites of their own: they
+    keep a run from being conformant.
+    """
+    return _filled("junit.xml", record)
 
 
 def badge(record: RunRecord) -> str:
     """The badge as an SVG document of 20 px height; no service is asked."""
     said, label = message(record), width(LABEL)
-    conformant = record.verdict == "conformant"
-    colour = _COLOURS.get(record.verdict, _COLOURS["failed"])
-    return _templates().get_template("badge.svg").render(
-        _common(record), label=LABEL, said=said, label_width=label, said_width=width(said),
+    emulated = record.verdict == "conformant" and words.emulated(record)
+    colour = _EMULATED if emulated else _COLOURS.get(record.verdict, _COLOURS["failed"])
+    return _filled(
+        "badge.svg", record, label=LABEL, said=said, label_width=label, said_width=width(said),
         left=label + 2 * _PADDING, right=width(said) + 2 * _PADDING, padding=_PADDING,
-        colour=_EMULATED if conformant and words.emulated(record) else colour,
+        colour=colour,
     )  # fmt: skip
 
 
@@ -117,19 +112,70 @@ def breakable(text: str, marks: str = "/:[,") -> Markup:
     return Markup("<wbr>").join(broken.split("\0"))
 
 
+@dataclass
+class Matrix:
+    """Layout x dtype x operation, from the tags of cases: layouts are rows, columns are the dtypes
+    of each operation.
+
+    Attributes:
+        layouts: in the order of the cases.
+        columns: for each operation the dtypes that occur with it.
+        cells: by (layout, operation, dtype), how many cases have each status.
+    """
+
+    layouts: list[str] = field(default_factory=list)
+    columns: dict[str, list[str]] = field(default_factory=dict)
+    cells: dict[tuple[str, str, str], Counter[Status]] = field(default_factory=dict)
+
+
+def matrix(cases: Iterable[CaseRecord]) -> Matrix:
+    """The matrix of all cases that are about a layout; empty where none is."""
+    made = Matrix()
+    for case in cases:
+        layout = case.tags.get("layout")
+        if layout is None:
+            continue
+        operation, dtype = case.tags.get("operation", ANY), _dtype_of(case)
+        if layout not in made.layouts:
+            made.layouts.append(layout)
+        dtypes = made.columns.setdefault(operation, [])
+        if dtype not in dtypes:
+            dtypes.append(dtype)
+        made.cells.setdefault((layout, operation, dtype), Counter())[case.status] += 1
+    order = {name: place for place, name in enumerate(_SHORT)}
+    for dtypes in made.columns.values():
+        dtypes.sort(key=lambda dtype: order.get(dtype, len(order)))
+    return made
+
+
+def _dtype_of(case: CaseRecord) -> str:
+    """The dtype that a case is about, without torch's name, or `ANY`."""
+    return case.tags.get("dtype", ANY).removeprefix("torch.")
+
+
+def _filled(name: str, record: RunRecord, **more: Any) -> str:
+    """A template filled with a record and with what every form says of it."""
+    return _templates().get_template(name).render(
+        more, record=record, name=record.backend.get("name", "?"), device=words.device(record),
+        verdict=words.verdict(record), sentence=words.sentence(record), rung=words.rung(record),
+        emulated=words.emulated(record), emulation=words.emulation(record),
+        broken=words.broken(record), left_out=words.left_out(record),
+        date=words.moment(record.started), words=words.STATUS_WORDS, statuses=STATUSES[::-1],
+        counts=totals_of(record.cases), copies=sum(case.examples for case in record.cases),
+    )  # fmt: skip
+
+
 @cache
 def _templates() -> Environment:
     made = Environment(
-        loader=PackageLoader(__package__ or "", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_final,
-    )
+        loader=PackageLoader(__package__ or "", "templates"), finalize=_final, trim_blocks=True,
+        autoescape=lambda name: name != "report.md", lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
     made.filters |= {
         "prose": prose, "breakable": breakable, "first_byte": first_byte, "headline": _headline,
         "plural": words.plural, "duration": words.duration, "worst": words.worst,
-        "dtype_of": dtype_of,
+        "plain": words.plain, "dtype_of": _dtype_of, "line": words.line, "text": words.text,
+        "code": words.code, "fenced": words.fenced,
         "digest": lambda text: f"sha256-{b64encode(sha256(text.encode()).digest()).decode()}",
         "tally": lambda cases: Counter(case.status for case in cases),
         "about": lambda tags: " · ".join(f"{name} {value}" for name, value in tags.items()),
@@ -142,15 +188,6 @@ def _final(value: Any) -> Any:
     if isinstance(value, str) and not isinstance(value, Markup):
         return printable(value)
     return "" if value is None else value
-
-
-def _common(record: RunRecord) -> dict[str, Any]:
-    seal = {"conformant": "passed", "incomplete": "incomplete"}.get(record.verdict, "failed")
-    return {
-        "record": record, "name": record.backend.get("name", "?"), "seal": seal,
-        "device": words.device(record), "verdict": words.verdict(record),
-        "emulated": words.emulated(record),
-    }  # fmt: skip
 
 
 def _own(name: str) -> Markup:
@@ -179,22 +216,6 @@ def _bar(record: RunRecord) -> list[tuple[Status, str, str]]:
     return pieces
 
 
-def _about(record: RunRecord) -> list[tuple[str, str]]:
-    drawn = f"{record.fuzz:,} for each drawn case, from seed {record.seed}" if record.fuzz else ""
-    simulated = ", emulated" if words.emulated(record) else ""
-    return [
-        ("Backend", " ".join(record.backend.get(k, "") for k in ("name", "version")).strip()),
-        ("Device", f"{record.environment.get('device', '?')}{simulated}"),
-        ("Profile", record.profile),
-        ("Suite", f"{record.suite} (spec {record.spec})"),
-        ("Cases", f"{len(record.cases):,}"),
-        ("Copies judged", f"{sum(case.examples for case in record.cases):,}"),
-        ("Fuzz examples", drawn),
-        ("Date", words.moment(record.started)),
-        ("Time taken", words.duration(record.seconds)),
-    ]
-
-
 def _apart(record: RunRecord) -> list[tuple[tuple[Status, str, str], list[str]]]:
     """What is waived or not claimed: status, reason and expiry, and the cases of each."""
     until = {waiver.get("id"): waiver.get("expires", "") for waiver in record.waivers}
@@ -204,41 +225,3 @@ def _apart(record: RunRecord) -> list[tuple[tuple[Status, str, str], list[str]]]
             expires = until.get(case.id, "") if case.status == "waived" else ""
             entries.setdefault((case.status, case.reason, expires), []).append(case.id)
     return list(entries.items())
-
-
-def _claims(record: RunRecord) -> list[tuple[str, str, Counter[Status]]]:
-    """Every field of the capabilities, its value and the cases that judged it."""
-    judged: dict[str, Counter[Status]] = {}
-    for case in record.cases:
-        if case.claim:
-            judged.setdefault(case.claim, Counter())[case.status] += 1
-    return [
-        (name, words.plain(value), judged.get(name, Counter()))
-        for name, value in record.capabilities.items()
-    ]
-
-
-def _environment(record: RunRecord) -> list[tuple[str, str]]:
-    known = record.environment
-    first = [
-        (w, words.plain(known[k])) for k, w in _NAMES.items() if known.get(k) not in (None, "")
-    ]
-    return first + [(k, words.plain(v)) for k, v in known.items() if k not in {*_NAMES, SEAL}]
-
-
-def _identity(record: RunRecord) -> list[tuple[str, str]]:
-    return [
-        ("Backend class", record.backend.get("target", "")),
-        ("Source, SHA-256", record.backend.get("source_sha256", "")),
-        ("Case list, SHA-256", record.case_list_sha256),
-        ("Report's seal, SHA-256", str(record.environment.get(SEAL, ""))),
-        ("Seed", str(record.seed)),
-        ("Schema", record.schema),
-    ]
-
-
-def _areas(record: RunRecord) -> dict[str, list[CaseRecord]]:
-    there = {case.area for case in record.cases}
-    names = [area for area in words.AREAS if area in there]
-    names += sorted(there - set(names))
-    return {name: [case for case in record.cases if case.area == name] for name in names}

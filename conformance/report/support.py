@@ -17,9 +17,8 @@ from portakv_conformance.evidence.ladder import (
     why_expired,
 )
 from portakv_conformance.record import RunRecord
-from portakv_conformance.report.markdown import text
 from portakv_conformance.report.results import device_kind
-from portakv_conformance.report.words import built, emulated
+from portakv_conformance.report.words import built, emulated, text
 
 # Packages of the environment whose versions a result stands or falls with, beyond torch's own.
 _PACKAGES = {
@@ -61,19 +60,19 @@ def versions(record: RunRecord) -> str:
 
 def verified(rung: Rung, ladder: Ladder, digest: Digest = digest) -> str:
     """A rung as a link to its evidence, and what has changed since."""
-    linked = f"[{rung.rung}: {text(rung.told)}]({rung.evidence})"
-    since = why_expired(rung, ladder, digest)
-    parts = [f"expired: {linked}" if since else linked, since, *map(text, rung.caveats)]
-    return ", ".join(part for part in parts if part)
+    return _told(f"[{rung.rung}: {text(rung.told)}]({rung.evidence})", rung, ladder, digest)
 
 
 def reached(rung: Rung, ladder: Ladder) -> str:
     """A rung without its link, with the device that it is about: ``R3: 1,820 passed (mlu,
     emulated)``."""
-    since = why_expired(rung, ladder)
-    parts = [f"{rung.rung}: {text(rung.told)} ({text(rung.device)})", since]
-    parts += map(text, rung.caveats)
-    return ("expired: " if since else "") + ", ".join(part for part in parts if part)
+    return _told(f"{rung.rung}: {text(rung.told)} ({text(rung.device)})", rung, ladder, digest)
+
+
+def _told(what: str, rung: Rung, ladder: Ladder, digest: Digest) -> str:
+    since = why_expired(rung, ladder, digest)
+    parts = [f"expired: {what}" if since else what, since, *map(text, rung.caveats)]
+    return ", ".join(part for part in parts if part)
 
 
 def table(ladder: Ladder, digest: Digest = digest) -> str:

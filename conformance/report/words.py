@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a report says in words, the same in every form: verdict, areas, rungs, claims."""
+"""What a report says in words, the same in every form, and text that no form acts on."""
 
 from __future__ import annotations
 
@@ -12,43 +12,19 @@ from portakv_conformance.evidence.verdict import LEFT_OUT, WRONG, totals_of
 from portakv_conformance.judge.waivers import problems
 from portakv_conformance.record import ASSUMPTION, CARRIER, LIBRARY, STATUSES, RunRecord, Status
 
-#: For each area of cases, what it judges.
-AREAS = {
-    "core": "Byte-exact copies both ways: what every backend must do.",
-    "corners": "A fixed table of corner cases: layouts, widths, counts and kinds of ids.",
-    "drawn": "Layouts, strides, holes and ids drawn from the seed.",
-    "metamorphic": "Laws that need no oracle: scatter after gather is the identity.",
-    "stateful": "A cache that is filled, evicted, offloaded and reloaded, step by step.",
-    "safety": "Canaries, poison, ids out of range, aliasing, misaligned memory.",
-    "ordering": "Slow producers and consumers, side streams, buffers freed right away.",
-    "capture": "Graph capture and compilation.",
-    "claims": "Each claim is tested; what is not claimed must be refused.",
-}
 #: The rungs of verification that a run can reach.
 RUNGS = {"R3": "semantics emulated", "R6": "run on the hardware"}
 STATUS_WORDS: dict[Status, str] = {
     "passed": "passed", "failed": "failed", "error": "error", "waived": "waived",
     "not-claimed": "not claimed",
 }  # fmt: skip
-#: What each field of `Capabilities` claims.
-CLAIMS = {
-    "places": "copies between these places",
-    "index_on": "where it reads ids",
-    "index_dtypes": "dtypes of ids that it reads",
-    "skips_negative": "skips positions whose id is negative",
-    "guards": "moves nothing for an id past the end, and reports it",
-    "alignment": "the least vector that it needs, in bytes",
-    "max_loops": "strided loops that it takes in a nest",
-    "tables": "takes planes addressed by a pointer table",
-    "capturable": "can be captured into a device graph",
-    "threads": "one launch may be called from several threads",
-}
 EMULATED = (
     "The device, or what runs code on it, was simulated in software. The run says that the "
     "semantics are right, not that any hardware works, and nothing about speed."
 )
-
-
+# What Markdown or HTML would take for more than text; ``@`` and ``#`` would call people and issues.
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|~@#!&])")
+_ZERO_WIDTH = "\u200b"
 # Characters that no HTML or XML document may hold, and lone surrogates, which UTF-8 has no bytes
 # for. A vendor's traceback brings some along.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -57,6 +33,36 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\uff
 def printable(text: str) -> str:
     """The text with characters that a document must not hold written as ``\\x1b``."""
     return _UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
+def line(text: str) -> str:
+    """Any text on one line: readers differ in what they do with line ends in attributes."""
+    return " ".join(printable(text).split())
+
+
+def text(words: str) -> str:
+    """Any text on one line, with nothing in it that Markdown would act on."""
+    return _SPECIAL.sub(r"\\\1", line(words)).replace("\\@", f"@{_ZERO_WIDTH}")
+
+
+def code(words: str) -> str:
+    """Any text on one line as Markdown's code, whatever backticks it holds."""
+    told = line(words).replace("|", "\u2502")
+    fence = _fence("`", told)
+    edge = " " if told.startswith("`") or told.endswith("`") else ""
+    return f"{fence}{edge}{told}{edge}{fence}" if told else ""
+
+
+def fenced(words: str) -> str:
+    """Any text as a block of Markdown's code."""
+    fence = _fence("```", words)
+    return f"{fence}\n{printable(words)}\n{fence}"
+
+
+def _fence(least: str, words: str) -> str:
+    while least in words:
+        least += "`"
+    return least
 
 
 def bad(record: RunRecord) -> int:
@@ -108,9 +114,8 @@ def verdict(record: RunRecord) -> str:
     if record.verdict == "conformant":
         word = "Conformant in emulation" if emulated(record) else "Conformant"
         return f"{word}, with {plural(waived, 'waiver')}" if waived else word
-    return {"failed": "Not conformant", "incomplete": "Incomplete"}.get(
-        record.verdict, record.verdict
-    )
+    others = {"failed": "Not conformant", "incomplete": "Incomplete"}
+    return others.get(record.verdict, record.verdict)
 
 
 def sentence(record: RunRecord) -> str:
@@ -126,12 +131,11 @@ def sentence(record: RunRecord) -> str:
     if record.verdict == "incomplete":
         gaps = plural(len(record.missing), "part")
         return f"No certificate: {gaps} of the {record.profile} profile could not be run here."
-    text = f"{plural(found['passed'], 'case')} passed, with every byte where it must be."
-    unclaimed = found["not-claimed"]
-    if unclaimed:
+    told = f"{plural(found['passed'], 'case')} passed, with every byte where it must be."
+    if unclaimed := found["not-claimed"]:
         about = "is" if unclaimed == 1 else "are"
-        text += f" {plural(unclaimed, 'case')} {about} about what the backend does not claim."
-    return text
+        told += f" {plural(unclaimed, 'case')} {about} about what the backend does not claim."
+    return told
 
 
 def rung(record: RunRecord) -> str:

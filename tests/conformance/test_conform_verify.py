@@ -34,7 +34,7 @@ from portakv_conformance.evidence.verdict import (
 from portakv_conformance.evidence.verify import check_report
 from portakv_conformance.judge.waivers import Waiver, WaiverError, judged, problems, read_waivers
 from portakv_conformance.record import CaseRecord, RunRecord
-from portakv_conformance.report.markdown import markdown
+from portakv_conformance.report.page import markdown
 from portakv_conformance.report.words import left_out
 from portakv_conformance.vendor.standins import SIMULATION, STANDINS
 

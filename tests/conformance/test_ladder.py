@@ -29,8 +29,7 @@ from portakv_conformance.evidence.ladder import (
 from portakv_conformance.evidence.source import SourceError, source_files, source_sha256
 from portakv_conformance.judge.subject import subject
 from portakv_conformance.record import RunRecord
-from portakv_conformance.report.markdown import markdown
-from portakv_conformance.report.page import page
+from portakv_conformance.report.page import markdown, page
 from portakv_conformance.report.results import keep
 from portakv_conformance.report.summary import print_summary
 from portakv_conformance.report.support import reached, verified
