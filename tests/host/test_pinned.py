@@ -174,19 +174,6 @@ def test_what_makes_no_memory(
         call()
 
 
-@pytest.mark.parametrize(
-    ("offset", "nbytes"),
-    [(0, 99999), (-5, 10), (PAGE, 1), (PAGE + 1, 0), (8, -1), (0, 1.5), ("x", 1)],
-)
-@pytest.mark.usefixtures("cuda")
-def test_parts_that_lie_outside(offset: Any, nbytes: Any) -> None:
-    with (
-        pinned.allocate(PAGE) as memory,
-        pytest.raises(HostMemoryError, match=f"were asked of {PAGE} bytes; expected"),
-    ):
-        memory.parts(offset, nbytes)
-
-
 @each_way
 def test_freed() -> None:
     gone = private()
@@ -334,25 +321,22 @@ def test_a_forked_child_leaves_the_registration_alone(cuda: FakeLibrary) -> None
 # What is registered
 
 
-def kinds() -> dict[str, Any]:
-    return {
-        "numpy": np.zeros(50000, np.int16),
-        "torch": torch.zeros(100, 500),
-        "mmap": private(),
-        "bytearray": bytearray(70000),
-        "transposed": torch.zeros(300, 200).t(),
-        "backwards": np.zeros(30000)[::-3],
-        "in the middle": torch.zeros(100000)[333:40333],
-    }
+KINDS: dict[str, Any] = {
+    "numpy": np.zeros(50000, np.int16),
+    "torch": torch.zeros(100, 500),
+    "mmap": private(),
+    "bytearray": bytearray(70000),
+    "transposed": torch.zeros(300, 200).t(),
+    "backwards": np.zeros(30000)[::-3],
+    "in the middle": torch.zeros(100000)[333:40333],
+}
 
 
-@pytest.mark.parametrize("kind", list(kinds()))
+@pytest.mark.parametrize("kind", KINDS)
 def test_memory_that_exists_where_it_is(kind: str, cuda: FakeLibrary) -> None:
-    memory = kinds()[kind]
+    memory = KINDS[kind]
     with pinned.register(memory, mapped=False) as held:
-        ((start, (length, flags)),) = cuda.registered.items()
-        assert flags == 1
-        assert (start, length) == (held.address, held.nbytes)
+        assert cuda.registered == {held.address: (held.nbytes, 1)}
         held.tensor.fill_(1)
         assert pinned.registered() == [held]
     assert not cuda.registered
@@ -398,6 +382,7 @@ def test_a_refusal_leaves_it_pageable_and_no_error_behind(code: int, cuda: FakeL
         assert cuda.log.count("register") == cuda.log.count("unregister") == 2
         assert not cuda.registered
         assert memory.tensor.fill_(1).sum() == 4 * PAGE
+        assert "pageable" in repr(memory)
         with pytest.raises(Unsupported, match="not registered"):
             memory.device_address()
     assert cuda.sticky == 0
@@ -414,16 +399,26 @@ def test_pieces(cuda: FakeLibrary) -> None:
         assert memory.parts(PAGE, PAGE) == [(PAGE, PAGE)]
         assert memory.parts(3 * PAGE, 5 * PAGE) == [(3 * PAGE, PAGE), (4 * PAGE, 4 * PAGE)]
         assert memory.parts(0, 9 * PAGE)[-1] == (8 * PAGE, PAGE)
+        end, outside = memory.nbytes, f"were asked of {memory.nbytes} bytes; expected"
+        wrong: list[Any] = [
+            (0, end + 1),
+            (-5, 9),
+            (end, 1),
+            (end + 1, 0),
+            (8, -1),
+            (0, 1.5),
+            ("x", 1),
+        ]
+        for each in wrong:
+            with pytest.raises(HostMemoryError, match=outside):
+                memory.parts(*each)
         # The address of each piece is asked for by itself.
         assert memory.device_address(9 * PAGE + 1) == memory.address + 9 * PAGE + 1 + (1 << 40)
     for unit in (3 * PAGE, 3 * PAGE // 2):
         with pinned.allocate(12 * PAGE, largest=4 * PAGE, unit=unit) as memory:
             assert memory.seams == (3 * PAGE, 6 * PAGE, 9 * PAGE)
-    with (
-        pinned.allocate(PAGE, mapped=False) as memory,
-        pytest.raises(Unsupported, match="mapped=False"),
-    ):
-        memory.device_address()
+    with pytest.raises(Unsupported, match="mapped=False"):
+        pinned.allocate(PAGE, mapped=False).device_address()
 
 
 def test_what_is_registered_is_exact_and_its_neighbours_are_left_alone(cuda: FakeLibrary) -> None:
@@ -489,7 +484,7 @@ def test_a_process_that_ends(tmp_path: Path) -> None:
     """Each reason is told once, where the caller asked, and what is left is unregistered once."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    paths = f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}"
+    paths = f"{TESTS}:{os.environ.get('PYTHONPATH', '')}"
     done = subprocess.run(
         [sys.executable, "-W", "always", str(script)], capture_output=True, text=True, check=True,
         timeout=120, env={**os.environ, "PYTHONPATH": paths},
@@ -502,11 +497,3 @@ def test_a_process_that_ends(tmp_path: Path) -> None:
     for line, (at, why) in zip(told, wanted, strict=True):
         assert line.startswith(f"{script}:{at}: ")
         assert why in line
-
-
-def test_without_a_device_it_is_pageable_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    absent(monkeypatch)
-    with pinned.allocate(PAGE) as memory:
-        assert "pageable" in repr(memory)
-    with pytest.raises(HostMemoryError, match="the test has taken"):
-        pinned.allocate(PAGE, fallback=False)

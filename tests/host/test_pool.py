@@ -30,11 +30,7 @@ pytestmark = [
 ]
 __all__ = ["either"]
 SIZE = 1000
-
-
 Make = Callable[..., Any]
-
-
 name = pytest.fixture(unused_name)
 
 
@@ -48,9 +44,12 @@ def make(request: pytest.FixtureRequest) -> Make:
 # Of either kind
 
 
-def test_blocks_lie_apart_and_have_their_size(make: Make) -> None:
+def test_blocks_lie_apart_have_their_size_and_are_counted(make: Make) -> None:
     with make(5, alignment=256) as pool:
-        blocks = [pool.acquire() for _ in range(5)]
+        assert (pool.free, pool.blocks, pool.high_water) == (5, 5, 0)
+        pool.acquire().release()
+        blocks = [pool.acquire() for _ in range(4)]
+        assert (pool.free, pool.high_water) == (1, 4)
         for number, block in enumerate(blocks):
             assert block.nbytes == block.tensor.numel() == SIZE
             assert block.address % 256 == 0
@@ -58,18 +57,7 @@ def test_blocks_lie_apart_and_have_their_size(make: Make) -> None:
         for number, block in enumerate(blocks):
             assert bool((block.tensor == number).all())
             block.release()
-
-
-def test_counts(make: Make) -> None:
-    with make(3) as pool:
-        assert (pool.free, pool.blocks, pool.high_water) == (3, 3, 0)
-        first, second = pool.acquire(), pool.acquire()
-        first.release()
-        with pool.acquire() as third:
-            assert third.held
-            assert (pool.free, pool.high_water) == (1, 2)
-        second.release()
-        assert (pool.free, pool.high_water) == (3, 2)
+        assert (pool.free, pool.high_water) == (5, 4)
 
 
 def test_waiting_ends_with_the_time_or_a_release(make: Make) -> None:
@@ -183,17 +171,18 @@ def test_exhausted_is_an_error_at_once_that_names_who_has_it() -> None:
             pool.acquire_many(3)
 
 
-def test_memory_is_exactly_what_the_blocks_need() -> None:
-    with PinnedPool(SIZE, 3, alignment=64) as pool:
-        assert [memory.nbytes for _, memory in pool._segments] == [2 * 1024 + SIZE]
+def test_memory_is_exactly_what_the_blocks_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    scarce = Scarce(monkeypatch, 3)
+    with PinnedPool(SIZE, 3, alignment=64):
+        assert scarce.asked == [0, 2 * 1024 + SIZE]
 
 
 def test_it_grows_up_to_its_limit() -> None:
     with PinnedPool(SIZE, 2, limit=5, grow=2) as pool:
-        blocks, sizes = pool.acquire_many(2), [pool.blocks]
-        blocks, sizes = [*blocks, pool.acquire()], [*sizes, pool.blocks]
-        blocks, sizes = [*blocks, *pool.acquire_many(2)], [*sizes, pool.blocks]
-        assert sizes == [2, 4, 5]
+        blocks = []
+        for count, size in ((2, 2), (1, 4), (2, 5)):
+            blocks += pool.acquire_many(count)
+            assert pool.blocks == size
         with pytest.raises(PoolExhausted):
             pool.acquire()
         for number, block in enumerate(blocks):
@@ -210,8 +199,8 @@ class Scarce:
 
     def __call__(self, nbytes: int, **options: Any) -> PinnedMemory:
         memory = self._allocate(nbytes, **options)  # as pages that are mapped, and then not there
-        self.asked.append(nbytes // 1024 + 1)
-        if self.asked[-1] > self.room:
+        self.asked.append(nbytes)
+        if nbytes > 1024 * self.room:
             raise HostMemoryError("of the test")
         return memory
 
@@ -220,7 +209,7 @@ def test_it_grows_by_what_is_missing_or_tells_the_cause(monkeypatch: pytest.Monk
     with PinnedPool(SIZE, 2, limit=64, grow=32) as pool:
         scarce = Scarce(monkeypatch, 3)
         pool.acquire_many(5)
-        assert (pool.blocks, scarce.asked) == (5, [0, 32, 3])
+        assert (pool.blocks, scarce.asked) == (5, [0, 31 * 1024 + SIZE, 2 * 1024 + SIZE])
         scarce.room, kept = 0, claimed()
         with pytest.raises(PoolExhausted, match="it has 5 and there was no memory") as refused:
             pool.acquire()
@@ -236,30 +225,22 @@ def test_it_grows_by_what_is_missing_or_tells_the_cause(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("ends", ["a release", "memory", "the pool is closed"])
 def test_what_ends_a_wait(ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with PinnedPool(SIZE, 1, limit=64, grow=32) as pool:
-        block = pool.acquire()
-        scarce = Scarce(monkeypatch, 0)
-
-        def end() -> None:
-            if ends == "memory":
-                scarce.room = 1
-            elif ends == "a release":
-                block.release()
-            else:
-                pool.close()
-
-        timer = threading.Timer(0.05, end)
+        block, scarce = pool.acquire(), Scarce(monkeypatch, 0)
+        end: dict[str, Callable[[], None]] = {
+            "a release": block.release,
+            "memory": lambda: setattr(scarce, "room", 1),
+            "the pool is closed": pool.close,
+        }
+        timer = threading.Timer(0.05, end[ends])
         timer.start()
         began = time.monotonic()
         if ends == "the pool is closed":
             with pytest.raises(HostMemoryError, match="closed"):
                 pool.acquire(wait=True, timeout=10)
         else:
-            with pool.acquire(wait=True, timeout=10) as second:
-                assert second.index == (ends == "memory")
+            assert pool.acquire(wait=True, timeout=10).index == (ends == "memory")
         assert time.monotonic() - began < 8, "it was noticed when the time was over"
         timer.join()
-        if block.held:
-            block.release()
 
 
 def test_a_block_in_flight_is_not_handed_out() -> None:

@@ -30,7 +30,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The shared pool .* was closed with:ResourceWarning"),
 ]
 
-
 name = pytest.fixture(unused_name)
 
 
@@ -74,13 +73,6 @@ def test_one_opening_waits_for_another_and_cannot_release_what_that_has(name: st
         assert taker.free == 0
         taken.release()
         assert taker.free == 1
-
-
-def test_release_waits_for_the_work(name: str) -> None:
-    waited: list[int] = []
-    with SharedPool(name, SIZE, 1) as pool:
-        pool.acquire().release(after=SimpleNamespace(synchronize=lambda: waited.append(1)))
-    assert waited == [1]
 
 
 def test_closed_with_blocks_out(name: str) -> None:
@@ -135,15 +127,18 @@ def test_another_size_or_name(name: str, asked: Any, words: str) -> None:
     assert re.search(words, str(caught.value))
 
 
-def test_arguments_that_mean_nothing(name: str) -> None:
+def test_indices_that_mean_nothing_owners_that_are_numbers_and_work_that_goes_on(name: str) -> None:
     wrong: Any
     with SharedPool(name, 64, 1) as pool:
         for wrong in ("x", 1.5, -1, 1):
             for call in (pool.bytes_of, pool.adopt):
                 with refused(SlotError, repr(wrong), "0 .. 0"):
                     call(wrong)
-        with pool.acquire(owner=7):  # type: ignore[arg-type]
-            assert "for 7" in pool.leaks()[0]
+        block = pool.acquire(owner=7)  # type: ignore[arg-type]
+        assert "for 7" in pool.leaks()[0]
+        waited: list[int] = []
+        block.release(after=SimpleNamespace(synchronize=lambda: waited.append(pool.free)))
+        assert (waited, pool.free) == ([0], 1)
 
 
 def test_somebody_else_s_file(name: str) -> None:
