@@ -82,11 +82,8 @@ class Layout:
 
     def shares(self, axis: str) -> bool:
         """True where ``axis`` shares a dimension with another axis, so that neither is implied."""
-        for group in self.containers + self.dims:
-            names = {f.axis for f in group.factors}
-            if axis in names and len(names) > 1:
-                return True
-        return False
+        groups = [{f.axis for f in group.factors} for group in self.containers + self.dims]
+        return any(axis in names and len(names) > 1 for names in groups)
 
 
 def parse(text: str) -> Layout:
@@ -103,81 +100,54 @@ def parse(text: str) -> Layout:
 
 @lru_cache(maxsize=512)
 def _parse(text: str) -> Layout:
-    found = _Groups(text).read()
-    _check_factors(text, found.places)
-    _check_together(text, found.places)
-    containers = found.groups[: found.bar or 0]
-    return Layout(text, tuple(containers), tuple(found.groups[len(containers) :]))
+    groups: list[Group] = []  # containers first
+    bar: int | None = None  # how many of them stand left of `|`
+    places: list[tuple[Factor, int]] = []
+    inside: list[Factor] | None = None  # factors since an open parenthesis
+    opened = at = 0
+    while text[at:].strip():
+        match = _TOKEN.match(text, at)
+        if match is None:
+            at += len(text[at:]) - len(text[at:].lstrip())
+            fail(text, at, f"{text[at]!r} is not part of the layout language.")
+        start, at = match.start(match.lastgroup or 0), match.end()
+        if match["factor"]:
+            factor = _factor(text, match["factor"], start)
+            places.append((factor, start))
+            if inside is None:
+                groups.append(Group((factor,)))
+            else:
+                inside.append(factor)
+        elif match["one"]:
+            if inside is not None:
+                fail(text, start, "`1` is a dimension of its own and cannot stand in parentheses.")
+            groups.append(Group(()))
+        elif match["mark"] == "|":
+            if bar is not None or inside is not None:
+                fail(text, start, "`|` stands at most once, and outside of parentheses.")
+            bar = len(groups)
+        elif match["mark"] == "(":
+            if inside is not None:
+                fail(text, start, "Parentheses do not nest.")
+            inside, opened = [], start
+        else:
+            if not inside:
+                fail(text, start, "This parenthesis closes nothing; write axes in between.")
+            groups.append(Group(tuple(inside), merged=True))
+            inside = None
+    if inside is not None:
+        fail(text, opened, "This parenthesis is never closed.")
+    if len(groups) == (bar or 0):
+        fail(text, len(text.rstrip()), "The tensor has no dimension; name at least one axis.")
+    _check_factors(text, places)
+    _check_together(text, places)
+    return Layout(text, tuple(groups[: bar or 0]), tuple(groups[bar or 0 :]))
 
 
 def fail(text: str, at: int, why: str) -> NoReturn:
     """Raise a `LayoutError` that shows ``text`` with a caret under position ``at``."""
     shown = re.sub(r"\s", " ", text)  # a line break or a tab would move the caret
     raise LayoutError(f"{why}\n    {shown}\n    {' ' * at}^")
-
-
-class _Groups:
-    """The groups of a layout string, read from left to right.
-
-    Attributes:
-        groups: all groups, containers first.
-        bar: how many of them stand left of ``|``; None without ``|``.
-        places: each factor and where it stands in the string.
-    """
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.groups: list[Group] = []
-        self.bar: int | None = None
-        self.places: list[tuple[Factor, int]] = []
-        self._inside: list[Factor] | None = None  # factors since an open parenthesis
-        self._opened = 0
-
-    def read(self) -> _Groups:
-        at = 0
-        while self.text[at:].strip():
-            match = _TOKEN.match(self.text, at)
-            if match is None:
-                at += len(self.text[at:]) - len(self.text[at:].lstrip())
-                fail(self.text, at, f"{self.text[at]!r} is not part of the layout language.")
-            start, at = match.start(match.lastgroup or 0), match.end()
-            if match["factor"]:
-                self._add(_factor(self.text, match["factor"], start), start)
-            elif match["one"]:
-                if self._inside is not None:
-                    why = "`1` is a dimension of its own and cannot stand in parentheses."
-                    fail(self.text, start, why)
-                self.groups.append(Group(()))
-            else:
-                self._add_mark(match["mark"], start)
-        if self._inside is not None:
-            fail(self.text, self._opened, "This parenthesis is never closed.")
-        if len(self.groups) == (self.bar or 0):
-            why = "The tensor has no dimension; name at least one axis."
-            fail(self.text, len(self.text.rstrip()), why)
-        return self
-
-    def _add(self, factor: Factor, at: int) -> None:
-        self.places.append((factor, at))
-        if self._inside is None:
-            self.groups.append(Group((factor,)))
-        else:
-            self._inside.append(factor)
-
-    def _add_mark(self, mark: str, at: int) -> None:
-        if mark == "|":
-            if self.bar is not None or self._inside is not None:
-                fail(self.text, at, "`|` stands at most once, and outside of parentheses.")
-            self.bar = len(self.groups)
-        elif mark == "(":
-            if self._inside is not None:
-                fail(self.text, at, "Parentheses do not nest.")
-            self._inside, self._opened = [], at
-        else:
-            if not self._inside:
-                fail(self.text, at, "This parenthesis closes nothing; write axes in between.")
-            self.groups.append(Group(tuple(self._inside), merged=True))
-            self._inside = None
 
 
 def _factor(text: str, word: str, at: int) -> Factor:

@@ -92,19 +92,13 @@ def _expression(layout: Layout) -> str:
 
 def _index(group: Group) -> str:
     """The index along one level: ``0`` for ``1``, ``block * block_size + token`` for a merge."""
-    text = "0"
-    for at, factor in enumerate(group.factors):
-        if at == 0:
-            text = _term(factor)
-            continue
+    text = ""
+    for factor in group.factors:
+        sign = {"/": "//"}.get(factor.part, factor.part)
+        term = f"{factor.axis} {sign} {factor.n}" if factor.part else factor.axis
         outer = f"({text})" if " + " in text else text
-        text = f"{outer} * {_size(factor)} + {_term(factor)}"
-    return text
-
-
-def _term(factor: Factor) -> str:
-    mark = {"": "", "/": f" // {factor.n}", "%": f" % {factor.n}"}[factor.part]
-    return factor.axis + mark
+        text = f"{outer} * {_size(factor)} + {term}" if text else term
+    return text or "0"
 
 
 def _size(factor: Factor) -> str:

@@ -52,8 +52,12 @@ class Preset:
 def memory_order(text: str) -> str:
     """The groups of a layout or preset in the order in which they lie in memory; of a string,
     which says nothing of it, the string."""
-    preset = PRESETS.get(text.strip()) or _BY_LMCACHE_NAME.get(text.strip())
+    preset = _named(text)
     return (preset.memory or preset.layout) if preset else text
+
+
+def _named(text: str) -> Preset | None:
+    return PRESETS.get(text.strip()) or _BY_LMCACHE_NAME.get(text.strip())
 
 
 def resolve(text: str) -> tuple[str, dict[str, Extent]]:
@@ -69,23 +73,18 @@ def resolve(text: str) -> tuple[str, dict[str, Extent]]:
         raise LayoutError(
             f"A layout is a layout string or the name of a preset, but {text!r} was given."
         )
-    preset = PRESETS.get(text.strip()) or _BY_LMCACHE_NAME.get(text.strip())
+    preset, word = _named(text), text.strip()
     if preset is not None:
         return preset.layout, dict(preset.extents)
-    if _is_string(text):
+    # What can only be meant as a layout string; an empty one is left to the parser.
+    if not word or word in (*AXES, "1") or any(c in " \t\n|()/%" for c in word):
         return text, {}
-    near = difflib.get_close_matches(text.strip().lower(), PRESETS, n=5, cutoff=0.5)
+    near = difflib.get_close_matches(word.lower(), PRESETS, n=5, cutoff=0.5)
     hint = f"Near names: {', '.join(near)}." if near else "No name is near."
     raise LayoutError(
-        f"There is no preset named {text.strip()!r}. {hint} Write one of the names that "
+        f"There is no preset named {word!r}. {hint} Write one of the names that "
         f"`portakv layouts` prints, or a layout string such as 'layer | kv block token head dim'."
     )
-
-
-def _is_string(text: str) -> bool:
-    """True for what can only be meant as a layout string; an empty one is left to the parser."""
-    word = text.strip()
-    return not word or word in (*AXES, "1") or any(c in " \t\n|()/%" for c in word)
 
 
 def _lmcache() -> Iterator[Preset]:

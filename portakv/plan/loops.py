@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TypeVar
 
@@ -72,6 +72,19 @@ class Side:
     def tabled(self) -> bool:
         """True if a unit's number decides which entry of the table it lies behind."""
         return any(step.table for step in self.units)
+
+    def text(self, number: str) -> str:
+        """Where the unit of a number lies, as a person would write it."""
+        walks: list[str] = []
+        below = 1
+        for at in reversed(self.units):
+            place = number if below == 1 else f"{number} // {below}"
+            place = f"{place} % {at.extent}" if at.extent else place
+            walk = f"table[{place} * {at.table}]" if at.table else f"{place} * {at.stride} B"
+            walks.insert(0, walk)
+            below *= at.extent or 1
+        base = f"table[{self.table}]" + (f" + {self.offset} B" if self.offset else "")
+        return " + ".join([base, *walks])
 
     def locate(self, numbers: Numbers, grain: int = 1) -> tuple[Numbers | None, Numbers]:
         """Where units lie, by their numbers (an int64 array, or a tensor on any device).
@@ -142,39 +155,41 @@ def refine(axis: str, src: Steps, dst: Steps) -> list[Loop]:
     return [loop for loop in reversed(loops) if loop.extent > 1]
 
 
-def merge(loops: Iterable[Loop]) -> list[Loop]:
+def _merge(loops: Iterable[Loop]) -> list[Loop]:
     """Merge loops that are contiguous on both sides, whatever their order; sort outermost first."""
-    left = [loop for loop in loops if loop.extent > 1]
-    left.sort(key=lambda x: (x.tabled, abs(x.dst_stride), abs(x.src_stride)))
+    left = sorted(loops, key=lambda x: (x.tabled, abs(x.dst_stride), abs(x.src_stride)))
     merged: list[Loop] = []
     while left:
         inner = left.pop(0)
-        outer = next((loop for loop in left if _continues(loop, inner)), None)
+        behind = tuple(inner.extent * step for step in _steps(inner))
+        outer = next((loop for loop in left if _steps(loop) == behind), None)
         if outer is None:
             merged.append(inner)
             continue
         left.remove(outer)
         axes = inner.axes if outer.axes == inner.axes else outer.axes + inner.axes
         extent = outer.extent * inner.extent
-        steps = (inner.src_table, inner.src_stride, inner.dst_table, inner.dst_stride)
-        left.insert(0, Loop(axes, extent, *steps))
+        left.insert(0, Loop(axes, extent, *_steps(inner)))
     return merged[::-1]
 
 
-def _continues(outer: Loop, inner: Loop) -> bool:
-    walks = [(x.src_table, x.src_stride, x.dst_table, x.dst_stride) for x in (outer, inner)]
-    return walks[0] == tuple(inner.extent * step for step in walks[1])
+def _steps(loop: Loop) -> tuple[int, int, int, int]:
+    return loop.src_table, loop.src_stride, loop.dst_table, loop.dst_stride
 
 
-def split_run(loops: Sequence[Loop]) -> tuple[tuple[Loop, ...], int]:
-    """Take the contiguous run out of merged loops; 1 byte if there is none."""
-    rest, run = [], 1
-    for loop in loops:
+def close(nest: Nest) -> Nest:
+    """A nest with its loops merged, its run taken out of them, and its vector."""
+    loops, run = [], 1
+    for loop in _merge(nest.loops):
         if (loop.src_stride, loop.dst_stride) == (1, 1) and not loop.tabled:
             run = loop.extent
         else:
-            rest.append(loop)
-    return tuple(rest), run
+            loops.append(loop)
+    numbers = [nest.vector, run, nest.src.offset, nest.dst.offset]
+    for loop in loops:
+        numbers += (loop.src_stride, loop.dst_stride)
+    numbers += [step.stride for step in nest.src.units + nest.dst.units]
+    return replace(nest, loops=tuple(loops), run=run, vector=widest_vector(numbers))
 
 
 def widest_vector(numbers: Iterable[int]) -> int:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans: what a copy between two forms needs, worked out before any address or index is known.
+"""`Move`, one copy as a value, and `CopyPlan`, what a copy between two forms needs, worked out
+before any address or index is known.
 
 A plan is one nest of loops, or one for each kv where they differ: units x strided loops x one
 contiguous run. Its cost does not depend on how many tokens or blocks will be moved.
@@ -12,18 +13,60 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from math import gcd, prod
+from typing import NamedTuple
 
 import numpy as np
 
 from portakv.errors import LayoutError, SlotError, Unsupported
-from portakv.plan.loops import Loop, Nest, Side, merge, refine, split_run, widest_vector
-from portakv.plan.move import Move
+from portakv.plan.loops import Loop, close, refine
+from portakv.plan.loops import Nest as Nest
+from portakv.plan.loops import Side as Side
 from portakv.plan.runs import Runs, factors, summed
 from portakv.view.form import Form, Part, Step, Steps, merge_steps
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
-__all__ = ["CopyPlan", "Move", "Nest", "Side", "check_disjoint"]
+
+class Move(NamedTuple):
+    """``count`` tokens from the rows of one view to the rows of another.
+
+    The order of the fields is that of a launch: ``launch(*move, stream, status)``. Making one costs
+    the host as little as a tuple.
+
+    Attributes:
+        src, dst: views.
+        src_index, dst_index: for each side, which slot each position uses.
+        count: tokens.
+    """
+
+    src: KVView
+    dst: KVView
+    src_index: Index
+    dst_index: Index
+    count: int  # type: ignore[assignment]  # tuples have a method of that name
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """The steps that a plan of this copy is made for."""
+        return self.src_index.plan_step, self.dst_index.plan_step
+
+    def part(self, first: int, tokens: int) -> Move:
+        """``tokens`` positions from position ``first`` on; shares the ids and their copies."""
+        if not first:
+            return self if tokens == self.count else Move(*self[:4], tokens)
+        mine, theirs = self.src_index.shifted(first), self.dst_index.shifted(first)
+        return Move(self.src, self.dst, mine, theirs, tokens)
+
+    def layer(self, layer: int) -> Move:
+        """One layer of the copy; the views must have equally many."""
+        return self.planes((layer, layer + 1), None)
+
+    def planes(self, layers: tuple[int, int] | None, kv: tuple[int, int] | None) -> Move:
+        """The rows of some layers and kv, each range [first, past the last); None: all."""
+        if layers is None and kv is None:
+            return self
+        src, dst = self.src.planes(layers, kv), self.dst.planes(layers, kv)
+        return Move(src, dst, self.src_index, self.dst_index, self.count)
 
 
 class CopyPlan:
@@ -61,19 +104,20 @@ class CopyPlan:
                 f"A plan was asked between a {type(src).__name__} and a {type(dst).__name__}; "
                 f"expected two forms, such as view.form."
             )
-        whole = all(isinstance(x, int) for x in (src_step, dst_step, 1 if unit is None else unit))
-        if not whole or src_step < 0 or dst_step < 0:
+        numbers = (src_step, dst_step, 1 if unit is None else unit)
+        if not all(isinstance(number, int) for number in numbers) or min(numbers[:2]) < 0:
             raise SlotError(
                 f"A plan with steps {src_step!r} and {dst_step!r} was asked (unit={unit!r}); "
                 f"expected integers: tokens for each id, or 0 for a side without ids."
             )
-        _check_extents(src, dst)
         if reinterpret:
             src = src.untyped()
-        _check_dtypes(src, dst)
+        _check_forms(src, dst)
         self.src, self.dst = src, dst
         self.src_step, self.dst_step = src_step, dst_step
-        largest = _largest_unit(src, dst, src_step, dst_step)
+        chains = [_chain(form, part)[1:] for form in (src, dst) for part in form.parts]
+        inner = [prod(step.extent for step in chain) for chain in chains if chain]
+        largest = gcd(src_step, dst_step, *inner)  # 0 if any number can be moved at once
         if unit is not None and (unit < 1 or largest % unit):
             raise Unsupported(
                 f"A plan with unit {unit}", f"the steps and block sizes allow divisors of {largest}"
@@ -95,9 +139,9 @@ class CopyPlan:
     @cached_property
     def tabled(self) -> bool:
         """True where a side needs its address table."""
-        sides = [side for nest in self.nests for side in (nest.src, nest.dst)]
-        loops = [loop for nest in self.nests for loop in nest.loops]
-        return any(side.tabled for side in sides) or any(loop.tabled for loop in loops)
+        nests = self.nests
+        sided = any(nest.src.tabled or nest.dst.tabled for nest in nests)
+        return sided or any(loop.tabled for nest in nests for loop in nest.loops)
 
     def aligned(self, side: str) -> bool:
         """True where positions of a side must start at multiples of ``unit``.
@@ -105,8 +149,7 @@ class CopyPlan:
         A side without ids whose tokens lie at one stride behind one address may start anywhere.
         """
         form, step = (self.src, self.src_step) if side == "src" else (self.dst, self.dst_step)
-        chains = [_chain(form, part) for part in form.parts]
-        return step > 0 or any(len(chain) > 1 or chain[0].table for chain in chains)
+        return not all(_starts(form, part, step) for part in form.parts)
 
     def split(self, move: Move) -> list[tuple[int, int, int]]:
         """The sections of a copy that this plan was made for, each (first position, tokens, tokens
@@ -182,7 +225,7 @@ class CopyPlan:
             f"s: {_numbers(self.src_step)}, d: {_numbers(self.dst_step)}",
         ]
         for nest in self.nests:
-            src, dst = _origin("s", nest.src), _origin("d", nest.dst)
+            src, dst = nest.src.text("s"), nest.dst.text("d")
             lines.append(f"for s, d in units: src = {src}; dst = {dst}")
             for depth, loop in enumerate(nest.loops, 1):
                 lines.append("  " * depth + str(loop))
@@ -227,20 +270,7 @@ def _numbers(step: int) -> str:
     return f"units by ids of {step} {'token' if step == 1 else 'tokens'}"
 
 
-def _origin(number: str, side: Side) -> str:
-    walks = []
-    below = 1
-    for at in reversed(side.units):
-        place = number if below == 1 else f"{number} // {below}"
-        if at.extent:
-            place = f"{place} % {at.extent}"
-        walks.append(f"table[{place} * {at.table}]" if at.table else f"{place} * {at.stride} B")
-        below *= at.extent or 1
-    base = f"table[{side.table}]" + (f" + {side.offset} B" if side.offset else "")
-    return " + ".join([base, *reversed(walks)])
-
-
-def _check_extents(src: Form, dst: Form) -> None:
+def _check_forms(src: Form, dst: Form) -> None:
     for what, mine, theirs in (
         ("kv", src.kv, dst.kv),
         ("layer", src.layers, dst.layers),
@@ -267,13 +297,10 @@ def _check_extents(src: Form, dst: Form) -> None:
             f"The source's pages hold {src.block_size} tokens and the destination's "
             f"{dst.block_size}; opaque pages move only between equal block sizes."
         )
-
-
-def _check_dtypes(src: Form, dst: Form) -> None:
-    for k, (mine, theirs) in enumerate(zip(src.dtypes, dst.dtypes, strict=False)):
-        if mine != theirs and mine and theirs:
+    for k, (one, other) in enumerate(zip(src.dtypes, dst.dtypes, strict=False)):
+        if one != other and one and other:
             raise LayoutError(
-                f"The source's rows of kv {k} are {mine} and the destination's {theirs}; a copy "
+                f"The source's rows of kv {k} are {one} and the destination's {other}; a copy "
                 f"moves bits and converts nothing. Make the dtypes equal, or pass reinterpret=True "
                 f"where the bits are meant."
             )
@@ -285,17 +312,6 @@ def _chain(form: Form, part: Part) -> Steps:
         return merge_steps((*part.block, *part.token))
     # Tokens of an opaque page have no place of their own.
     return (*part.block, Step(form.block_size, 0, 0)) if form.block_size > 1 else part.block
-
-
-def _largest_unit(src: Form, dst: Form, src_step: int, dst_step: int) -> int:
-    """The most tokens that can be moved at once; 0 where any number can."""
-    largest = gcd(src_step, dst_step)
-    for form in (src, dst):
-        for part in form.parts:
-            chain = _chain(form, part)
-            if len(chain) > 1:
-                largest = gcd(largest, prod(step.extent for step in chain[1:]))
-    return largest
 
 
 def _fit(
@@ -361,21 +377,10 @@ def _split(chain: Steps, unit: int) -> tuple[Steps, Steps]:
 
 def _join(nests: list[Nest]) -> tuple[Nest, ...]:
     """One nest with a kv loop where all kv differ by equal distances, else one for each kv."""
-    first = nests[0]
     shapes = {(nest.loops, nest.src.units, nest.dst.units) for nest in nests}
     origins = [(n.src.table, n.src.offset, n.dst.table, n.dst.offset) for n in nests]
     steps = {tuple(b - a for a, b in zip(x, y, strict=True)) for x, y in pairwise(origins)}
-    if len(shapes) > 1 or len(steps) > 1:
-        return tuple(_close(nest) for nest in nests)
-    for step in steps:
-        first = replace(first, loops=(*first.loops, Loop(("kv",), len(nests), *step)))
-    return (_close(first),)
-
-
-def _close(nest: Nest) -> Nest:
-    loops, run = split_run(merge(nest.loops))
-    numbers = [nest.vector, run, nest.src.offset, nest.dst.offset]
-    for loop in loops:
-        numbers += (loop.src_stride, loop.dst_stride)
-    numbers += [step.stride for step in nest.src.units + nest.dst.units]
-    return replace(nest, loops=loops, run=run, vector=widest_vector(numbers))
+    if len(shapes) == 1 and len(steps) < 2:
+        loops = [Loop(("kv",), len(nests), *step) for step in steps]
+        nests = [replace(nests[0], loops=(*nests[0].loops, *loops))]
+    return tuple(close(nest) for nest in nests)

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from portakv.errors import SlotError
-from portakv.plan.loops import Loop, Nest, Side
+from portakv.plan.loops import Loop, Nest
 
 if TYPE_CHECKING:
-    from portakv.plan.move import Move
+    from portakv.plan.plan import Move
     from portakv.view.view import KVView
 
 Int64 = npt.NDArray[np.int64]
@@ -86,7 +86,11 @@ def _factors(
     planes, lines = [], []
     zero = np.zeros(1, dtype=np.int64)
     for at, (side, view, own) in enumerate(zip((nest.src, nest.dst), views, slots, strict=True)):
-        entries, offsets = _walk(*_place(side, own, unit), inner, at)
+        entries, offsets = side.locate(own // unit)
+        # Only if tokens lie at one stride may a unit begin between multiples.
+        offsets = offsets + own % unit * (side.units[-1].stride // unit) + side.offset
+        entries = (own * 0 if entries is None else entries) + side.table
+        entries, offsets = _walk(entries, offsets, inner, at)
         tables, starts = _walk(zero + side.table, zero, outer, at)
         if by_line[at]:
             offsets = view.addresses[entries] + offsets
@@ -125,14 +129,6 @@ def _walk(entries: Int64, offsets: Int64, loops: Sequence[Loop], side: int) -> t
 
 def _outer(base: Int64, steps: Int64) -> Int64:
     return np.asarray((base[:, None] + steps[None, :]).reshape(-1))
-
-
-def _place(side: Side, slots: Int64, unit: int) -> tuple[Int64, Int64]:
-    """Table entry and byte offset of each unit that begins at a slot."""
-    entries, offsets = side.locate(slots // unit)
-    # Only if tokens lie at one stride may a unit begin between multiples.
-    offsets = offsets + slots % unit * (side.units[-1].stride // unit) + side.offset
-    return (slots * 0 if entries is None else entries) + side.table, offsets
 
 
 def _merge(src: Int64, dst: Int64, nbytes: Int64) -> Runs:
