@@ -80,6 +80,8 @@ def copy_blocks(
     src = src.as_bytes() if reinterpret else src
     mine, theirs = _block_index(src, src_blocks, "src"), _block_index(dst, dst_blocks, "dst")
     move, choice = checked(src, dst, mine, theirs, None, backend)
+    if stream is not None:
+        check_stream(stream, choice.backend.device)
     if terms is not None:
         choice = carrier(src, dst, choice, terms)
     asked = BlockMove(move, choice, stream, strict)
@@ -107,7 +109,6 @@ def _detached(asked: BlockMove, by_layer: bool) -> BlockTransfer:
     Raises:
         Unsupported: a graph is captured.
     """
-    check_stream(asked.stream, asked.device)
     with inside(asked.stream):
         captured = capturing(asked.device)
     if captured or capturing(asked.device):

@@ -54,15 +54,10 @@ class StatusWord:
         """Put 0 back."""
         self._values[0] = 0
 
-    def release(self) -> None:
-        """Give the word back; only after everything that may write it has ended."""
-        if self._values[0]:
-            self._values[0] = 0
-        _free_words.append(self)
-
 
 _BATCH = 64  # words allocated at once
 _CLEAR = bytes(8 * _BATCH)
+#: Given back only after everything that may write them has ended.
 _free_words: deque[StatusWord] = deque()
 # Pinned memory, never freed: a launch may still write a word whose transfer was dropped.
 _batches: list[npt.NDArray[np.int64]] = []
@@ -141,19 +136,13 @@ class Completion:
     Attributes:
         error: what went wrong, reported or not; or None.
         owner: what reports an error for which no caller asked; or None.
+        settled: the end was seen.
     """
 
     __slots__ = (
-        "_events",
-        "_pendings",
-        "_pool",
-        "_reported",
-        "_words",
-        "error",
-        "kept",
-        "owner",
+        "_event", "_pendings", "_pool", "_reported", "_words", "error", "kept", "owner", "settled",
         "standing",
-    )
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -165,15 +154,10 @@ class Completion:
         pool: EventPool | None = None,
         standing: bool = False,
     ) -> None:
-        self._events: Sequence[torch.Event] = [] if event is None else [event]
-        self._words: Sequence[tuple[StatusWord, int]] = list(words)
-        self._pendings = pendings
-        self._pool = pool
-        self.error = error
-        self.kept = kept
-        self.standing = standing
+        self._event, self._pool, self._pendings, self._words = event, pool, pendings, words
+        self.error, self.kept, self.standing = error, kept, standing
         self.owner: Owner | None = None
-        self._reported = False
+        self.settled = self._reported = False
 
     @property
     def unreported(self) -> bool:
@@ -185,16 +169,11 @@ class Completion:
         """True if no stream orders the work."""
         return bool(self._pendings)
 
-    @property
-    def settled(self) -> bool:
-        """True once the end was seen; asks no device."""
-        return self._events is _SETTLED
-
     def ended(self) -> bool:
         """True once all bytes have landed, error or not; never blocks or raises."""
-        for event in self._events:
-            if not event.query():
-                return False
+        event = self._event
+        if event is not None and not event.query():
+            return False
         for pending in self._pendings:
             if not pending.done():
                 return False
@@ -203,17 +182,19 @@ class Completion:
 
     def wait(self, stream: torch.Stream | None) -> None:
         """Make a stream wait for the event; block the host for what is not on a stream."""
+        event = self._event
         for pending in self._pendings:
             pending.wait()
-        for event in self._events:
+        if event is not None:
             # An event that is given no stream takes the current device's, which may be another.
             event.wait(stream or torch.accelerator.current_stream(event.device))
 
     def synchronize(self) -> None:
         """Block the host until all bytes have landed."""
+        event = self._event
         for pending in self._pendings:
             pending.wait()
-        for event in self._events:
+        if event is not None:
             event.synchronize()
         self._settle()
 
@@ -239,22 +220,20 @@ class Completion:
             return
         # Read, then given back, at once: another thread's transfer may get the word next.
         with _settling:
-            for event in self._events:
-                if self._pool is not None:
-                    self._pool.release(event)
+            if self._event is not None and self._pool is not None:
+                self._pool.release(self._event)
             for word, start in self._words:
-                self._read(word, start)
-                word.release()
-            self._events, self._words = _SETTLED, ()
+                if self._read(word, start):
+                    word.clear()
+                _free_words.append(word)
+            self._event, self._words, self.settled = None, (), True
 
-    def _read(self, word: StatusWord, start: int) -> None:
+    def _read(self, word: StatusWord, start: int) -> int:
         position = word.read()
         if position and self.error is None:
             self.error = bad_slot(start + position - 1)
             failed.append(self)
-
-
-_SETTLED: tuple[torch.Event, ...] = ()  # the events of a completion whose end was seen
+        return position
 
 
 #: What `Transfer.carried` is before anything was issued.
@@ -339,17 +318,16 @@ class Transfer:
 
     def __repr__(self) -> str:
         """What is known of it without asking a device, which inside graph capture must not be."""
+        errors = [c.error for c in self.completions if c.error]
+        state = "not seen to have ended"
         if self._captured:
             state = "captured into a graph"
-        elif (error := next((c.error for c in self.completions if c.error), None)) is not None:
-            state = f"failed with {type(error).__name__}"
+        elif errors:
+            state = f"failed with {type(errors[0]).__name__}"
         elif all(completion.settled for completion in self.completions):
             state = "ended"
-        else:
-            state = "not seen to have ended"
         number = len(self.completions)
-        launches = "1 launch" if number == 1 else f"{number} launches"
-        return f"<{type(self).__name__} of {launches}, {state}>"
+        return f"<{type(self).__name__} of {number} launch{'es' * (number != 1)}, {state}>"
 
     def _await_end(self, seconds: float) -> None:
         """Ask for the end until it is seen, less and less often: torch waits without a limit."""
@@ -397,12 +375,8 @@ failed: list[Completion] = []
 
 
 def hold(completion: Completion, owner: Owner | None = None) -> None:
-    """Hold a completion until it has ended.
-
-    Args:
-        completion: of a launch.
-        owner: what reports an error for which no caller asked.
-    """
+    """Hold a launch's completion until it has ended; ``owner`` reports an error for which no caller
+    asked."""
     if completion.owner is None:
         completion.owner = owner
     _in_flight.append(completion)
@@ -426,18 +400,16 @@ def _retire(flying: deque[Completion]) -> bool:
 
 def unreported_error(owner: Owner | None) -> PortaKVError | None:
     """An error of this owner's transfers that was not reported yet, once; never blocks."""
-    for completion in tuple(_in_flight):
+    flying = tuple(_in_flight)
+    for completion in flying:
         if completion.owner is owner or completion.owner is None:
             completion.ended()  # takes an error out of its word, if no caller holds the transfer
+    for completion in (*flying, *failed):
         if completion.owner is owner:
             error = completion.take_error()  # also of work that goes on
             if error is not None:
                 return error
     for completion in tuple(failed):
-        if completion.owner is owner:
-            error = completion.take_error()
-            if error is not None:
-                return error
         # Reported by now, or its owner is gone.
         if not completion.unreported or completion.owner is None or completion.owner() is None:
             with suppress(ValueError):  # another thread was faster
@@ -450,13 +422,9 @@ _holding_memory: deque[Completion] = deque()
 
 
 def hold_memory(completion: Completion, retire: bool = True) -> None:
-    """Hold a completion, and so the host memory that it keeps, until it has ended.
-
-    Args:
-        completion: of a launch that reads or writes host memory.
-        retire: let go of the oldest ones that have ended. False if this may run inside another
-            thread's graph capture, which a question to an event would end.
-    """
+    """Hold a completion, and so the host memory that it keeps, until it has ended; with ``retire``
+    let go of the oldest ones that have. False if this may run inside another thread's graph
+    capture, which a question to an event would end."""
     _holding_memory.append(completion)
     if retire:
         copies_holding_memory()
