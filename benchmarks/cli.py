@@ -190,8 +190,7 @@ def _device_steps(
         yield (f"fresh process with {backend}",
                partial(measure_startup, backend, str(device), rounds))  # fmt: skip
     for task in suite.tasks(preset, shapes, device):
-        yield (f"{task.shape.name}, layers {task.arrangement}",
-               partial(suite.run_task, task, preset, field))  # fmt: skip
+        yield f"{task}", partial(suite.run_task, task, preset, field)
     for shape in shapes:
         if preset.ladder and shape.name == LADDER:
             yield f"ladder of {LADDER}", partial(run_ladder, shape, field, preset.rounds)

@@ -36,32 +36,26 @@ def measure_startup(backend: str, device: str, rounds: int) -> list[dict[str, An
         with tempfile.TemporaryDirectory() as folder:
             for times in found.values():  # the second finds what the first left behind
                 times.append(_start(backend, device, Path(folder)))
-    rows = []
-    for cache, times in found.items():
-        seconds = [one["seconds"] for one in times]
-        rows.append({
+    return [
+        {
             "kind": "startup", "backend": backend, "cache": cache,
-            "seconds": round(median(seconds), 4), "worst": round(max(seconds), 4),
+            "seconds": round(median(one["seconds"] for one in times), 4),
+            "worst": round(max(one["seconds"] for one in times), 4),
             "import_seconds": round(median(one["imported"] for one in times), 4),
             "rounds": rounds, "verified": all(one["right"] for one in times),
-        })  # fmt: skip
-    return rows
+        }
+        for cache, times in found.items()
+    ]  # fmt: skip
 
 
 def _start(backend: str, device: str, folder: Path) -> dict[str, Any]:
-    """Start one process and read what it prints.
-
-    Raises:
-        RuntimeError: it failed; with the end of what it said.
-    """
-    environment = dict(os.environ)
-    for name in _CACHES:
-        own = folder / name.lower()
+    """Start one process and read what it prints."""
+    caches = {name: folder / name.lower() for name in _CACHES}
+    for own in caches.values():
         own.mkdir(mode=0o700, exist_ok=True)
-        environment[name] = str(own)
     # Not the script's folder, whose modules could stand in for others.
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    environment["PYTHONSAFEPATH"] = "1"
+    modules = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, **caches, "PYTHONPATH": modules, "PYTHONSAFEPATH": "1"}
     told = subprocess.run(
         [sys.executable, __file__, backend, device],
         env=environment, capture_output=True, text=True, timeout=_LIMIT, check=False,

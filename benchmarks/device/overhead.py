@@ -10,6 +10,7 @@ makes them, each with another memory object, which is a tensor that no call has 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from math import prod
 from statistics import median
 from time import perf_counter
@@ -54,14 +55,13 @@ def measure_overhead(backend: str, device: torch.device, rounds: int) -> Rows:
         ids["device tensor"] = host.to(device)
     placed, whole = way.place(ids["kept Index"]), Index()
 
-    def launch(i: int, chunk: torch.Tensor) -> object:
-        return way.launch(view, chunk_views[i], placed, whole, 1, None, None)
-
     def registered(slots: Any) -> Call:
         return lambda i, chunk: connector.from_gpu(chunk, slot_mapping=slots)
 
-    calls: dict[str, Call] = {"launch": launch}
-    calls |= {name: registered(slots) for name, slots in ids.items()}
+    calls: dict[str, Call] = {
+        "launch": lambda i, chunk: way.launch(view, chunk_views[i], placed, whole, 1, None, None),
+        **{name: registered(slots) for name, slots in ids.items()},
+    }
     verified = {}
     for name, call in calls.items():
         for chunk in chunks:
@@ -90,14 +90,12 @@ def _time(
     with uncollected():
         for n in range(-_WARM_UP, -(-rounds // _TURN)):
             torch.get_device_module(device).synchronize()  # launches must not queue up
-            for turn in range(len(names)):
-                name = names[(n + turn) % len(names)]
-                for i in range(_TURN):
-                    at = (n + turn + i) % _OBJECTS
-                    fresh = chunks[at].detach()  # a new tensor over the same memory
-                    start = perf_counter()
-                    calls[name](at, fresh)
-                    elapsed = (perf_counter() - start) * 1e6
-                    if n >= 0:
-                        times[name].append(elapsed)
+            for turn, i in product(range(len(names)), range(_TURN)):
+                name, at = names[(n + turn) % len(names)], (n + turn + i) % _OBJECTS
+                fresh = chunks[at].detach()  # a new tensor over the same memory
+                start = perf_counter()
+                calls[name](at, fresh)
+                elapsed = (perf_counter() - start) * 1e6
+                if n >= 0:
+                    times[name].append(elapsed)
     return times

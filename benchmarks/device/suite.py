@@ -4,8 +4,10 @@ rows stand to each other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -65,15 +67,18 @@ class Task(NamedTuple):
     arrangement: str
     left_out: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.shape.name}, layers {self.arrangement}"
+
 
 class Field(NamedTuple):
-    """Everything that is measured beside `copy_`, and how; and a line on what was left out."""
+    """Everything that is measured beside `copy_`, and how."""
 
     backends: Sequence[str]
     peers: Sequence[LMCache]
     timer: Timer
     device: torch.device
-    left_out: list[str]
+    left_out: list[str]  # a line on each thing that was not measured
 
 
 def accepted_backends(device: torch.device) -> list[str]:
@@ -101,24 +106,18 @@ def tasks(preset: Preset, shapes: Sequence[Shape], device: torch.device) -> Iter
 def run_task(task: Task, preset: Preset, field: Field) -> Rows:
     """Measure one workload in every way; a row for each, that of `copy_` first. Repeats have memory
     of their own."""
-    shape, place = task.shape, f"{task.shape.name}, layers {task.arrangement}"
+    shape = task.shape
     if task.left_out:
-        field.left_out.append(f"{place}: {task.left_out}")
+        field.left_out.append(f"{task}: {task.left_out}")
         return []
     repeats = preset.repeats if shape.payload < REPEATED_BELOW else 1
     runs: list[list[Measured]] = []
     for repeat in range(repeats):
         work = Workload(shape, task.arrangement, field.device, shape.objects)
-        told: list[str] = []
-        good = harness.usable(_variants(work, preset, field, place, told), place, told)
-        if repeat == 0:
-            field.left_out.extend(told)
-        runs.append(
-            harness.measure(
-                ceiling(work), good, field.timer, objects=shape.objects, rounds=preset.rounds,
-                seconds=preset.seconds,
-            )
-        )  # fmt: skip
+        told = field.left_out if repeat == 0 else []  # the others leave out the same
+        good = harness.usable(_variants(work, preset, field, f"{task}", told), f"{task}", told)
+        limits = shape.objects, preset.rounds, preset.seconds
+        runs.append(harness.measure(ceiling(work), good, field.timer, *limits))
         del work, good
     return [_row(task, field.timer, one) for one in harness.merge(runs)]
 
@@ -127,10 +126,8 @@ def ceiling(work: Workload) -> Variant:
     """`copy_` of the bytes of one memory object to another."""
     return Variant(
         {"backend": "copy_", "op": "copy_", "index": "none", "call": "Tensor.copy_"},
-        lambda i: work.stored[i].copy_(work.loaded[i]),
-        work.poison_stored,
-        work.copied_right,
-    )
+        lambda i: work.stored[i].copy_(work.loaded[i]), work.poison_stored, work.copied_right,
+    )  # fmt: skip
 
 
 def _variants(
@@ -181,11 +178,8 @@ def replayed(variant: Variant) -> Variant:
 def connector_ways(
     work: Workload, backend: str, index: str, capturable: bool = False
 ) -> Iterator[Variant]:
-    """Gather and scatter through one backend, as a caller of PortaKV writes them.
-
-    Args:
-        capturable: with slots that lie on the device, as a capture into a graph needs them.
-    """
+    """Gather and scatter through one backend, as a caller of PortaKV writes them; ``capturable``:
+    with slots that lie on the device, as a capture into a graph needs them."""
     ids = work.ids(index)
     if index == "blocks":
         yield from _by_blocks(work, backend, ids)
@@ -206,11 +200,11 @@ def _by_blocks(work: Workload, backend: str, ids: torch.Tensor) -> Iterator[Vari
     if work.device.type != "cpu":
         kept, copy = Index(ids, step=shape.block_size), copy_rows  # type: ignore[assignment]
     source, target = (KVView(caches, shape.cache) for caches in (work.source, work.target))
-    kv = shape.kv if "kv" in shape.chunk else None
-    heads = shape.heads if "(head dim)" in shape.chunk else None
+    extents: Any = {"kv": shape.kv} if "kv" in shape.chunk else {}
+    extents |= {"heads": shape.heads} if "(head dim)" in shape.chunk else {}
 
     def chunk(tensor: torch.Tensor) -> KVView:
-        return KVView(tensor, shape.chunk, kv=kv, heads=heads)
+        return KVView(tensor, shape.chunk, **extents)
 
     yield from both_ways(
         work, "blocks", backend, (copy.__name__, copy.__name__),
@@ -226,45 +220,34 @@ def _connector(work: Workload, backend: str, caches: Any) -> AdaptiveConnector:
 
 
 def peer_ways(peer: LMCache, work: Workload, index: str) -> Iterator[Variant]:
-    """Gather and scatter by each kernel of a peer that takes such an index list.
-
-    Raises:
-        PeerMissing: it does not carry such a shape out.
-    """
+    """Gather and scatter by each kernel of a peer that takes such an index list; raises
+    `PeerMissing` if it does not carry such a shape out."""
     slots = work.slots(index)
     for kernel in peer.kernels(work.shape, index != "random"):
         store, load = (
-            _peer_call(peer.move_by(kernel, work.shape, slots, caches), chunks, out)
-            for caches, chunks, out in (
-                (work.source, work.stored, True), (work.target, work.loaded, False),
-            )
+            peer.move_by(kernel, work.shape, slots, caches) for caches in (work.source, work.target)
+        )
+        yield from both_ways(
+            work, index, f"{peer.name} {kernel}", (kernel, kernel),
+            partial(lambda move, i: move(work.stored[i], True), store),
+            partial(lambda move, i: move(work.loaded[i], False), load), peer=peer.name,
         )  # fmt: skip
-        name = f"{peer.name} {kernel}"
-        for way in both_ways(work, index, name, (kernel, kernel), store, load):
-            yield replace(way, labels={**way.labels, "peer": peer.name})
-
-
-def _peer_call(move: Callable[..., object], chunks: Sequence[torch.Tensor], out: bool) -> Call:
-    return lambda i: move(chunks[i], out)
 
 
 def both_ways(
-    work: Workload, index: str, backend: str, calls: tuple[str, str], store: Call, load: Call
-) -> Iterator[Variant]:
+    work: Workload, index: str, backend: str, calls: tuple[str, str], store: Call, load: Call,
+    **labels: str,
+) -> Iterator[Variant]:  # fmt: skip
     """A gather and a scatter, with their checks; ``calls`` are their names."""
-    labels = {"backend": backend, "index": index}
+    labels = {"backend": backend, "index": index, **labels}
     yield Variant(
-        {**labels, "op": "gather", "call": calls[0]},
-        store,
-        work.poison_stored,
+        {**labels, "op": "gather", "call": calls[0]}, store, work.poison_stored,
         lambda i: work.stored_right(i, index),
-    )
+    )  # fmt: skip
     yield Variant(
-        {**labels, "op": "scatter", "call": calls[1]},
-        load,
-        lambda i: work.poison_target(),
+        {**labels, "op": "scatter", "call": calls[1]}, load, lambda i: work.poison_target(),
         lambda i: work.target_right(i, index),
-    )
+    )  # fmt: skip
 
 
 def _row(task: Task, timer: Timer, one: Measured) -> Row:
@@ -280,28 +263,25 @@ def _row(task: Task, timer: Timer, one: Measured) -> Row:
     }  # fmt: skip
 
 
-_FASTEST = "cuda"
-
-
 def relate(rows: Rows) -> None:
     """Write figures into the rows of copies: ``to_cuda``, a backend's time / that of `cuda`;
     ``to_peer``, its time / that of the peer's fastest kernel whose bytes were right, and which
     one that is, ``best_peer``."""
-    copies = [row for row in rows if row["kind"] == "copy" and row["backend"] != "copy_"]
-    for group in harness.grouped(copies, "shape", "layers", "op", "index"):
+    moved = [row for row in rows if row.get("op") in ("gather", "scatter")]
+    for group in harness.grouped(
+        harness.having(moved, kind="copy"), "shape", "layers", "op", "index"
+    ):
         own = [row for row in group if not row.get("peer")]
-        fastest = next((row for row in own if row["backend"] == _FASTEST), None)
         best = harness.quickest(row for row in group if row.get("peer"))
         for row in own:
-            if fastest is not None and row is not fastest:
-                row["to_cuda"] = _times(row, fastest)
+            for fastest in harness.having(own, backend="cuda"):
+                if row is not fastest:
+                    row["to_cuda"] = _times(row, fastest)
             if best is not None:
                 row["to_peer"], row["best_peer"] = _times(row, best), best["backend"]
-    ladder = [row for row in rows if row["kind"] == "ladder" and row["op"] != "copy_"]
-    for group in harness.grouped(ladder, "op"):
-        for fastest in (row for row in group if row["way"] == _FASTEST):
-            for row in group:
-                row["to_cuda"] = _times(row, fastest)
+    for group in harness.grouped(harness.having(moved, kind="ladder"), "op"):
+        for fastest, row in product(harness.having(group, way="cuda"), group):
+            row["to_cuda"] = _times(row, fastest)
 
 
 def peer_failures(rows: Rows) -> list[str]:

@@ -8,13 +8,14 @@ and memory objects, in the same run.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
 
 from portakv_benchmarks.device.suite import Field, both_ways, ceiling, connector_ways
 from portakv_benchmarks.device.workload import Workload
-from portakv_benchmarks.shared.harness import Call, Measured, Row, Rows, measure, usable
+from portakv_benchmarks.shared.harness import Call, Rows, measure, usable
 from portakv_benchmarks.shared.shapes import Shape
 
 #: The plain ways in the order in which they get faster.
@@ -25,11 +26,8 @@ _SLOW_ROUNDS = 5
 
 
 def run_ladder(shape: Shape, field: Field, rounds: int) -> Rows:
-    """A row for each way and direction.
-
-    The shape's cache is a list over layers of ``(2, blocks, block_size, heads, dim)``, each an
-    allocation of its own, and the chunk ``[2, L, T, H*D]``.
-    """
+    """A row for each way and direction; of a shape whose cache is a list over layers of ``(2,
+    blocks, block_size, heads, dim)`` and whose chunk is ``[2, L, T, H*D]``."""
     work = Workload(shape, "apart", field.device, shape.objects)
     slots = work.slots(INDEX).to(work.device)
     slow, *plain = (
@@ -39,24 +37,21 @@ def run_ladder(shape: Shape, field: Field, rounds: int) -> Rows:
     fast = [way for ways in plain for way in ways]
     for backend in field.backends:
         fast += usable([*connector_ways(work, backend, INDEX)], "ladder", field.left_out)
-    measured: list[Measured] = []
-    for ways, turns in ((slow, _SLOW_ROUNDS), (fast, rounds)):
-        found = measure(
-            ceiling(work), ways, field.timer, objects=shape.objects, rounds=turns, seconds=20.0
-        )
-        # One row of `copy_` is enough: the one beside the fast ways.
-        measured += found[1:] if ways is slow else found
-    return [_row(shape, one) for one in measured]
-
-
-def _row(shape: Shape, one: Measured) -> Row:
-    told = one.row(2 * shape.payload)
+    limits = ((slow, _SLOW_ROUNDS), (fast, rounds))
+    few, found = (
+        measure(ceiling(work), ways, field.timer, shape.objects, turns, 20.0)
+        for ways, turns in limits
+    )
     names = ("p50_us", "ratio", "host_us", "rounds", "noisy", "host_hidden", "verified")
-    return {
-        "kind": "ladder", "shape": shape.name, "way": one.labels["backend"],
-        "op": one.labels["op"], "pool_slots": shape.slots, "slots_used": shape.slots_used,
-        "payload_bytes": shape.payload, **{name: told[name] for name in names},
-    }  # fmt: skip
+    rows = []
+    for one in (*few[1:], *found):  # one row of `copy_` is enough: the one beside the fast ways
+        told = one.row(2 * shape.payload)
+        rows.append({
+            "kind": "ladder", "shape": shape.name, "way": one.labels["backend"],
+            "op": one.labels["op"], "pool_slots": shape.slots, "slots_used": shape.slots_used,
+            "payload_bytes": shape.payload, **{name: told[name] for name in names},
+        })  # fmt: skip
+    return rows
 
 
 def _loops(work: Workload, slots: torch.Tensor) -> tuple[Call, Call]:
@@ -65,10 +60,9 @@ def _loops(work: Workload, slots: torch.Tensor) -> tuple[Call, Call]:
     places = [(slot // size, slot % size) for slot in slots.tolist()]
 
     def pairs(chunk: torch.Tensor, caches: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for layer in range(shape.layers):
-            for kv in range(shape.kv):
-                for token, (block, place) in enumerate(places):
-                    yield chunk[kv, layer, token], caches[layer][kv, block, place].view(-1)
+        for layer, kv in product(range(shape.layers), range(shape.kv)):
+            for token, (block, place) in enumerate(places):
+                yield chunk[kv, layer, token], caches[layer][kv, block, place].view(-1)
 
     def gather(i: int) -> None:
         for row, cached in pairs(work.stored[i], work.source):
@@ -83,20 +77,18 @@ def _loops(work: Workload, slots: torch.Tensor) -> tuple[Call, Call]:
 
 def _indexing(work: Workload, slots: torch.Tensor) -> tuple[Call, Call]:
     """Blocks and places as two indices, for each layer and K or V."""
-    shape = work.shape
+    shape, kvs = work.shape, range(work.shape.kv)
     heads = (shape.tokens, shape.heads, shape.dim)
 
     def gather(i: int) -> None:
         block, place = slots // shape.block_size, slots % shape.block_size
-        for layer, cache in enumerate(work.source):
-            for kv in range(shape.kv):
-                work.stored[i][kv, layer].view(heads).copy_(cache[kv, block, place])
+        for (layer, cache), kv in product(enumerate(work.source), kvs):
+            work.stored[i][kv, layer].view(heads).copy_(cache[kv, block, place])
 
     def scatter(i: int) -> None:
         block, place = slots // shape.block_size, slots % shape.block_size
-        for layer, cache in enumerate(work.target):
-            for kv in range(shape.kv):
-                cache[kv, block, place] = work.loaded[i][kv, layer].view(heads)
+        for (layer, cache), kv in product(enumerate(work.target), kvs):
+            cache[kv, block, place] = work.loaded[i][kv, layer].view(heads)
 
     return gather, scatter
 

@@ -17,18 +17,11 @@ _SEED = 20261120
 
 
 class Workload:
-    """Memory for one shape: caches to read and to write, memory objects to read and to write.
+    """Memory for one shape: caches to read (``source``) and to write (``target``), as its layout
+    wants them, and some memory objects to read (``loaded``) and to write (``stored``).
 
-    Args:
-        shape: what to move.
-        arrangement: the layers are ``together`` in one allocation, or ``apart``, which is only for
-            layouts with a list over layers.
-        device: where everything lies.
-        objects: how many memory objects there are of each kind; timed calls take turns with them.
-
-    Attributes:
-        source, target: caches as the shape's layout wants them; ``target`` is poisoned.
-        loaded, stored: memory objects that are read (bytes of their own), and written (poisoned).
+    The layers are ``together`` in one allocation, or ``apart``, which is only for layouts with a
+    list over layers. What is read has bytes of its own, what is written is poisoned.
     """
 
     def __init__(
@@ -66,12 +59,17 @@ class Workload:
 
     def poison_target(self) -> None:
         """Overwrite the caches that are written."""
-        for tensor in self.target if isinstance(self.target, list) else [self.target]:
-            tensor.view(torch.uint8).fill_(POISON)
+        for tensor in self._targets():
+            tensor.fill_(POISON)
+
+    def _targets(self) -> list[torch.Tensor]:
+        tensors = self.target if isinstance(self.target, list) else [self.target]
+        return [tensor.view(torch.uint8) for tensor in tensors]
 
     def stored_right(self, i: int, index: str) -> bool:
         """Whether memory object ``i`` holds the source's rows, every byte."""
-        pairs, places = self._rows(self.source, self.stored[i], index)
+        cached, chunks, places = self._rows(self.source, self.stored[i], index)
+        pairs = zip(cached, chunks, strict=True)
         return bool(
             torch.stack([(chunk[0] == cache[places]).all() for cache, chunk in pairs]).all()
         )
@@ -85,18 +83,15 @@ class Workload:
 
         Overwrites those rows.
         """
-        pairs, places = self._rows(self.target, self.loaded[i], index)
-        chunks, cached = [chunk for _, chunk in pairs], [cache for cache, _ in pairs]
+        cached, chunks, places = self._rows(self.target, self.loaded[i], index)
         right = moved(chunks, 0, cached, places)
-        tensors = self.target if isinstance(self.target, list) else [self.target]
-        clean = [(tensor.view(torch.uint8) == POISON).all() for tensor in tensors]
-        return bool(right & torch.stack(clean).all())
+        return bool(right & torch.stack([(one == POISON).all() for one in self._targets()]).all())
 
-    def _rows(self, caches: Any, chunk: torch.Tensor, index: str) -> tuple[Any, Any]:
-        """The planes of caches and of a chunk, in pairs; block and place in it of each token."""
+    def _rows(self, caches: Any, chunk: torch.Tensor, index: str) -> tuple[Any, Any, Any]:
+        """The planes of caches and of a chunk, and block and place in it of each token."""
         slots, shape = self.slots(index).to(self.device), self.shape
-        both = planes(caches, shape.cache, shape), planes(chunk, shape.chunk, shape)
-        return [*zip(*both, strict=True)], (slots // shape.block_size, slots % shape.block_size)
+        places = slots // shape.block_size, slots % shape.block_size
+        return planes(caches, shape.cache, shape), planes(chunk, shape.chunk, shape), places
 
     def _caches(self, salt: int | None) -> Any:
         shape = self.shape

@@ -19,13 +19,13 @@ from time import perf_counter
 
 from portakv.plan.plan import CopyPlan
 from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, LAYER_FIRST, Case, Scene, Sides
-from portakv_benchmarks.host.suite import DESCRIPTORS, HOST, STAGED, Bench, Way, direct
+from portakv_benchmarks.host.suite import DESCRIPTORS, DIRECT, HOST, STAGED, Bench, Way
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Row, Rows, Step, quantile, short
 from portakv_benchmarks.shared.shapes import in_words
 
 _BLOCK, _LAYERS = 16, 32
-_WAYS = (direct(), STAGED, HOST, DESCRIPTORS)
+_WAYS = (DIRECT, STAGED, HOST, DESCRIPTORS)
 #: Calls of a way that takes the host this many microseconds are not repeated as often.
 _DEAR, _FEW = 20_000.0, 4
 #: Calls of a round.
@@ -42,9 +42,9 @@ def call_steps(bench: Bench) -> Iterator[Step]:
     decides, and they are called less often, by fewer ways and with kept ids alone.
     """
     tokens = _BLOCK * bench.preset.call_blocks
-    for row in bench.preset.call_rows:
+    for row, order in product(bench.preset.call_rows, ORDERS):
         whole = row == bench.preset.call_rows[0]
-        for order in ORDERS if whole else ORDERS[:1]:
+        if whole or order == ORDERS[0]:
             place = Scene(_BLOCK * row, row // 256, LAYER_FIRST, "blocks", BLOCK_FIRST, order)
             name = f"host time: rows of {in_words(row)}, {place.side}"
             yield name, partial(_measure, bench, Case(place, _LAYERS, tokens), whole)
@@ -54,10 +54,12 @@ def _measure(bench: Bench, case: Case, whole: bool) -> Rows:
     rows: Rows = []
     sides = bench.sides(case)
     calls = bench.preset.calls if whole else max(1, bench.preset.calls // 3)
+    ways = bench.serving(_WAYS if whole else _WAYS[:-1])
     for direction in DIRECTIONS:
         sides.fill(direction)
-        merged = merged_runs(sides, direction)
-        ways = bench.serving(_WAYS if whole else _WAYS[:-1])
+        src, dst, mine, theirs = sides.arguments(direction)
+        plan = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
+        merged = int(plan.runs(src, dst, mine, theirs, case.tokens).nbytes.size)  # with neighbours
         for way, ids in product(ways, IDS if whole else IDS[:1]):
             try:
                 rows.append(_row(bench, sides, direction, way, ids, merged, calls))
@@ -65,13 +67,6 @@ def _measure(bench: Bench, case: Case, whole: bool) -> Rows:
                 place = f"host time: {way.name} {direction}, {ids}"
                 bench.left_out.append(f"{place}: {harness.in_a_line(error)}")
     return rows
-
-
-def merged_runs(sides: Sides, direction: str) -> int:
-    """The runs of a transfer once neighbours are merged."""
-    src, dst, mine, theirs = sides.arguments(direction)
-    plan = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
-    return int(plan.runs(src, dst, mine, theirs, sides.case.tokens).nbytes.size)
 
 
 def _row(
@@ -93,14 +88,13 @@ def _row(
     chosen = way.taken(way.move(sides, direction))
     bench.module.synchronize()
     middle = quantile(times, 0.5)
+    case, scene = sides.case, sides.case.scene
     return {
-        "kind": "host_call", "shape": sides.case.name, "backend": way.name, "engine": way.engine,
-        **chosen, "op": direction, "ids": ids, "host_side": sides.case.scene.side,
-        "row_bytes": sides.case.scene.row, "run_bytes": sides.case.scene.run,
-        "payload_bytes": sides.case.payload, "blocks": sides.case.tokens // _BLOCK,
-        "planes": 2 * sides.case.layers, "merged_runs": merged,
-        "host_us": short(middle), "host_us_p90": short(quantile(times, 0.9)),
-        "idle_us": short(quantile(idle, 0.5)),
+        "kind": "host_call", "shape": case.name, "backend": way.name, "engine": way.engine,
+        **chosen, "op": direction, "ids": ids, "host_side": scene.side, "row_bytes": scene.row,
+        "run_bytes": scene.run, "payload_bytes": case.payload, "blocks": case.tokens // _BLOCK,
+        "planes": 2 * case.layers, "merged_runs": merged, "host_us": short(middle),
+        "host_us_p90": short(quantile(times, 0.9)), "idle_us": short(quantile(idle, 0.5)),
         "first_us": short(first), "us_per_run": short(middle / merged), "calls": len(times),
         "verified": right,
     }  # fmt: skip

@@ -83,36 +83,22 @@ class Case:
 
     @property
     def name(self) -> str:
-        """The scene and the payload."""
         return f"{self.scene.name}, {in_words(self.payload)}"
 
     @property
     def on_device(self) -> Shape:
-        """The device's side."""
-        block_size = _BLOCK if self.scene.by == "blocks" else 1
-        return self._shape(self.scene.cache, block_size, _POOL)
+        return self._shape(self.scene.cache, _BLOCK if self.scene.by == "blocks" else 1, _POOL)
 
     @property
     def on_host(self) -> Shape:
-        """The host's side."""
-        return self._shape(
-            self.scene.host, _BLOCK, 1 if self.scene.order == "dense" else _HOST_POOL
-        )
+        pool = 1 if self.scene.order == "dense" else _HOST_POOL
+        return self._shape(self.scene.host, _BLOCK, pool)
 
     def _shape(self, layout: str, block_size: int, pool: int) -> Shape:
         return Shape(
             self.name, "none", "benchmarks/host/cases.py", layout, CHUNK, self.layers, _DIM,
             "float16", block_size, self.tokens, _KV, self.scene.heads, pool,
         )  # fmt: skip
-
-
-#: What a host's side can be: a chunk, a pool block by block, a pool layer by layer.
-_HOSTS = (
-    (CHUNK, "dense"),
-    (BLOCK_FIRST, "consecutive"),
-    (BLOCK_FIRST, "random"),
-    (POOL_BY_LAYER, "random"),
-)
 
 
 def _scenes(host: str, order: str) -> list[Scene]:
@@ -123,10 +109,10 @@ def _scenes(host: str, order: str) -> list[Scene]:
 
 #: The host sides that caches have first, since time may run out; then runs of a whole block.
 SCENES: tuple[Scene, ...] = (
-    *(one for host in _HOSTS[:-1] for one in _scenes(*host)),
+    *_scenes(CHUNK, "dense"), *_scenes(BLOCK_FIRST, "consecutive"), *_scenes(BLOCK_FIRST, "random"),
     *(Scene(_LAYERS * _KV * _BLOCK * 2048, 8, BLOCK_FIRST, "blocks", BLOCK_FIRST, order)
       for order in ("consecutive", "random")),
-    *_scenes(*_HOSTS[-1]),
+    *_scenes(POOL_BY_LAYER, "random"),
 )  # fmt: skip
 
 
@@ -158,26 +144,21 @@ _COPIES = 5  # of the payload on the device: the cache, and what a plain copy re
 
 
 class Region(NamedTuple):
-    """Bytes on the device and on the host, uint8, one dimension; ``host`` is pinned or pageable.
-
-    ``scratch`` lies on the device, as large as ``host``: what the host's bytes are compared in.
-    """
+    """Bytes on the device and on the host, uint8, one dimension."""
 
     device: torch.Tensor
-    host: torch.Tensor
-    scratch: torch.Tensor
+    host: torch.Tensor  # pinned or pageable
+    scratch: torch.Tensor  # on the device, as large: what the host's bytes are compared in
 
     @classmethod
     def reserve(cls, device: torch.device, payload: int, *, pageable: bool = False) -> Region:
         """Memory for any case of up to so many bytes, on a device and on the host."""
-        on_host = 2 * payload
-        layers = 64 * 8 * _GAP
-        host = torch.zeros if pageable else pinned.empty
-        return cls(
-            torch.empty(_COPIES * payload + layers, dtype=torch.uint8, device=device),
-            host(on_host, dtype=torch.uint8),
-            torch.empty(on_host, dtype=torch.uint8, device=device),
+        host = (torch.zeros if pageable else pinned.empty)(2 * payload, dtype=torch.uint8)
+        there, scratch = (
+            torch.empty(nbytes, dtype=torch.uint8, device=device)
+            for nbytes in (_COPIES * payload + 64 * 8 * _GAP, host.numel())
         )
+        return cls(there, host, scratch)
 
     def halves(self) -> tuple[Region, Region]:
         """Two regions, for two directions at once."""
@@ -186,11 +167,7 @@ class Region(NamedTuple):
 
 
 class Sides:
-    """A case in a region: the views and ids of both sides, for either direction.
-
-    Args:
-        case: what is moved.
-        region: large enough for it.
+    """A case in a region that is large enough: views and ids of both sides, for either direction.
 
     Attributes:
         caches: the device's tensors, as their layout wants them.
@@ -223,14 +200,9 @@ class Sides:
         """Have what every engine needs on the device, ids and addresses, made once and kept."""
         for index in (self.device_index, self.host_index):
             if index is not None:
-                index.placed(self.device, frozenset({torch.int64}))
+                index.placed(self.dense.device, frozenset({torch.int64}))
         if len(self.device_view.origins) > 1:
             self.device_view.table.size()
-
-    @property
-    def device(self) -> torch.device:
-        """The device."""
-        return self.dense.device
 
     def arguments(self, direction: str, ids: Any = None) -> tuple[Any, Any, Any, Any]:
         """What `copy_blocks` takes, for a direction; ``ids`` stand in for both sides' own."""
@@ -256,11 +228,11 @@ class Sides:
     def poison(self, direction: str, plain: bool = False) -> None:
         """Overwrite everything that a copy in a direction may write, or what a plain one writes."""
         self._synchronise()
-        if direction == "h2d":
-            (self.dense.view(torch.uint8) if plain else self._cache_bytes).fill_(POISON)
-        else:
-            nbytes = self.case.payload if plain else self._host_bytes
+        nbytes = self.case.payload if plain else self._host_bytes
+        if direction == "d2h":
             self._region.host[:nbytes].copy_(self._region.scratch[:nbytes].fill_(POISON))
+        else:
+            (self.dense.view(torch.uint8) if plain else self._cache_bytes).fill_(POISON)
         self._synchronise()
 
     def plain_right(self) -> bool:
@@ -290,11 +262,12 @@ class Sides:
         """Block and place in the block of each token, on the device; of a chunk, its only block."""
         if ids is None:
             return 0
-        at = torch.arange(shape.block_size).repeat(ids.numel())
-        return ids.repeat_interleave(shape.block_size).to(self.device), at.to(self.device)
+        places = ids.repeat_interleave(shape.block_size), torch.arange(shape.block_size)
+        blocks, at = (one.to(self.dense.device) for one in places)
+        return blocks, at.repeat(ids.numel())
 
     def _synchronise(self) -> None:
-        torch.get_device_module(self.device).synchronize()
+        torch.get_device_module(self.dense.device).synchronize()
 
 
 def _ids(case: Case) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -302,12 +275,12 @@ def _ids(case: Case) -> tuple[torch.Tensor, torch.Tensor | None]:
     generator = torch.Generator().manual_seed(_SEED)
     device, host = case.on_device, case.on_host
     mine = torch.randperm(device.blocks, generator=generator)[: case.tokens // device.block_size]
-    if case.scene.order == "dense":
-        return mine, None
     wanted = case.tokens // host.block_size
-    if case.scene.order == "consecutive":
-        return mine, torch.arange(1, 1 + wanted)
-    return mine, torch.randperm(host.blocks, generator=generator)[:wanted]
+    theirs = {
+        "dense": None, "consecutive": torch.arange(1, 1 + wanted),
+        "random": torch.randperm(host.blocks, generator=generator)[:wanted],
+    }  # fmt: skip
+    return mine, theirs[case.scene.order]
 
 
 def _caches(shape: Shape, memory: torch.Tensor) -> tuple[Any, int]:

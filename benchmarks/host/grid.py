@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -27,25 +26,23 @@ from portakv_benchmarks.host.cases import (
 )
 from portakv_benchmarks.host.suite import HOST, KB, Bench, Way
 from portakv_benchmarks.shared import harness
-from portakv_benchmarks.shared.harness import Measured, Row, Rows, Step, Variant, short
+from portakv_benchmarks.shared.harness import Call, Measured, Row, Rows, Step, Variant, short
 from portakv_benchmarks.shared.shapes import in_words
 
 #: What is compared; `chosen_loss` is against the best of the first three that may be chosen.
-ENGINES = (suite.STAGED, suite.DESCRIPTORS, suite.direct())
+ENGINES = (suite.STAGED, suite.DESCRIPTORS, suite.DIRECT)
 GRID_WAYS = (*ENGINES, HOST, suite.HOST_IDLE)
 
 
 def grid_steps(bench: Bench) -> Iterator[Step]:
     """A step for each scene, and the largest payload."""
     preset = bench.preset
+    scenes = [one for one in SCENES if one.run in preset.runs]
+    steps = [(one.name, cases([one], preset.payloads_of(one))) for one in scenes]
+    late = sum(one.host == POOL_BY_LAYER for one in scenes)  # they are the last of all
     largest = cases([scene(2 * KB), scene(32 * KB, BLOCK_FIRST, "random")], [preset.largest])
-    steps = {
-        one.name: (one.host == POOL_BY_LAYER, cases([one], preset.payloads_of(one)))
-        for one in SCENES
-        if one.run in preset.runs
-    }
-    steps[in_words(preset.largest)] = (False, largest)
-    for name, (_, mine) in sorted(steps.items(), key=lambda step: step[1][0]):  # what is late, last
+    steps.insert(len(steps) - late, (in_words(preset.largest), largest))
+    for name, mine in steps:
         yield f"grid: {name}", partial(_grid, bench, mine)
 
 
@@ -71,11 +68,11 @@ def _grid(bench: Bench, mine: Sequence[Case]) -> Rows:
 
 
 def _direct(bench: Bench, case: Case) -> Rows:
-    ways = [suite.direct(blocks) for blocks in bench.preset.thread_blocks]
-    rows = _measure(bench, case, ways, "host_direct")
+    limits = {suite.direct(blocks).name: blocks for blocks in bench.preset.thread_blocks}
+    rows = _measure(bench, case, [*map(suite.direct, limits.values())], "host_direct")
     for row in rows:
-        if row["backend"] != suite.MEMCPY:
-            row["thread_blocks"] = int(row["backend"].rpartition(" ")[2])
+        if row["backend"] in limits:
+            row["thread_blocks"] = limits[row["backend"]]
     return rows
 
 
@@ -90,16 +87,16 @@ def _measure(bench: Bench, case: Case, ways: Sequence[Way], kind: str) -> Rows:
         sides.fill(direction)
         known = [suite.by_engine(way, sides, direction) for way in named.values()]
         good = harness.usable(known, case.name, bench.left_out)
-        more: Rows = [{}, *(_staging(bench, variant) for variant in good)]
-        found = measured(bench, suite.by_memcpy(sides, direction), good, case.payload)
-        for variant, told in zip(good, more[1:], strict=True):
+        more = [_staging(bench, variant) for variant in good]
+        found = bench.measure(suite.by_memcpy(sides, direction), good, case.payload)
+        for variant, told in zip(good, more, strict=True):
             told["alone_us"] = short(bench.timer.alone.get(variant.call, 0.0))
             way = named[variant.labels["backend"]]
             if way.engine == suite.CHOSEN:
                 told |= way.taken(way.move(sides, direction))
                 told["allowed"] = sorted(way.allowed(sides, direction))
         bench.module.synchronize()
-        for one, told in zip(found, more, strict=True):
+        for one, told in zip(found, [{}, *more], strict=True):
             rows.append({**_row(kind, case, one, bench), **told})
     return rows
 
@@ -141,48 +138,31 @@ def compare(rows: Rows) -> None:
     named = [way.name for way in ENGINES]
     for point in harness.grouped(rows, "shape", "op"):
         known = [row for row in point if row["backend"] in named]
-        best = harness.quickest(known)
-        for row in (row for row in point if row["engine"] == suite.CHOSEN):
-            if best is not None:
+        for row in harness.having(point, engine=suite.CHOSEN):
+            if best := harness.quickest(known):
                 row["best_engine"], row["best_ratio"] = best["backend"], best["ratio"]
-            allowed = harness.quickest(one for one in known if one["engine"] in row["allowed"])
-            if allowed is not None:
-                row["chosen_loss"] = short(row["p50_us"] / allowed["p50_us"] - 1)
-
-
-def measured(
-    bench: Bench, ceiling: Variant, variants: Sequence[Variant], payload: int
-) -> list[Measured]:
-    """Variants in turns with a ceiling, on one device and one region."""
-    return harness.measure(
-        ceiling, variants, bench.timer, objects=1, rounds=bench.preset.rounds(payload),
-        seconds=bench.preset.seconds,
-    )  # fmt: skip
+            if best := harness.quickest(one for one in known if one["engine"] in row["allowed"]):
+                row["chosen_loss"] = short(row["p50_us"] / best["p50_us"] - 1)
 
 
 def _both_ways(bench: Bench, case: Case) -> Rows:
     """Device to host and host to device at once, each with memory of its own."""
-    ends = [
-        (Sides(case, region), direction, bench.stream())
-        for region, direction in zip(
-            bench.region(2 * case.payload).halves(), DIRECTIONS, strict=True
-        )
-    ]
+    regions = zip(bench.region(2 * case.payload).halves(), DIRECTIONS, strict=True)
+    ends = [(Sides(case, region), op, bench.stream()) for region, op in regions]
     for sides, direction, _ in ends:
         sides.fill(direction)
-    ways = bench.serving((suite.STAGED, suite.direct(), HOST, suite.HOST_IDLE))
+    ways = bench.serving((suite.STAGED, suite.DIRECT, HOST, suite.HOST_IDLE))
     known = [_opposed(way, ends) for way in ways]
     good = harness.usable(known, f"both ways: {case.name}", bench.left_out)
-    rows = [
-        _row("host_duplex", case, one, bench)
-        for one in measured(bench, _opposed_memcpy(bench, ends), good, 2 * case.payload)
-    ]
     chosen = {way.name: way for way in ways if way.engine == suite.CHOSEN}
-    for row in rows:  # what went both ways together
-        row["gb_per_s"] = short(2 * row["gb_per_s"])
+    rows = []
+    for one in bench.measure(_opposed_memcpy(bench, ends), good, 2 * case.payload):
+        row = _row("host_duplex", case, one, bench)
+        row["gb_per_s"] = short(2 * row["gb_per_s"])  # what went both ways together
         if (way := chosen.get(row["backend"])) is not None:
             told = [way.taken(way.move(sides, direction)) for sides, direction, _ in ends]
             row |= {**told[0], "chosen": ", ".join(dict.fromkeys(one["chosen"] for one in told))}
+        rows.append(row)
     bench.module.synchronize()
     return rows
 
@@ -195,8 +175,7 @@ def _opposed(way: Way, ends: Ends) -> Variant:
         for transfer in [way.move(*end) for end in ends]:
             transfer.wait()
 
-    variants = [suite.by_engine(way, sides, direction) for sides, direction, _ in ends]
-    return _together(variants, call)
+    return _together([suite.by_engine(way, sides, op) for sides, op, _ in ends], call)
 
 
 def _opposed_memcpy(bench: Bench, ends: Ends) -> Variant:
@@ -214,11 +193,10 @@ def _opposed_memcpy(bench: Bench, ends: Ends) -> Variant:
     return _together(variants, call)
 
 
-def _together(variants: Sequence[Variant], call: Any) -> Variant:
+def _together(variants: Sequence[Variant], call: Call) -> Variant:
     """Both directions as one variant."""
     return Variant(
-        {**variants[0].labels, "op": "both"},
-        call,
+        {**variants[0].labels, "op": "both"}, call,
         lambda i: [variant.poison(i) for variant in variants],
         lambda i: all(variant.right(i) for variant in variants),
-    )
+    )  # fmt: skip

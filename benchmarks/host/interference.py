@@ -20,7 +20,6 @@ without its device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from statistics import median
@@ -34,7 +33,7 @@ from portakv_benchmarks.host import movers, suite
 from portakv_benchmarks.host.cases import DIRECTIONS, Sides
 from portakv_benchmarks.host.movers import LOOPS, OWN, Mover, Queue, Ways
 from portakv_benchmarks.host.suite import HOST, HOST_DETACHED, MEMCPY, Bench, Way
-from portakv_benchmarks.shared.harness import Row, Rows, Step, grouped, short, uncollected
+from portakv_benchmarks.shared.harness import Row, Rows, Step, grouped, having, short, uncollected
 from portakv_benchmarks.shared.peers import LMCache
 
 #: Ways that a bar judges are repeated in full, the others this often at most.
@@ -49,45 +48,42 @@ _JUDGED = (MEMCPY, suite.CHOSEN, HOST_DETACHED.name)
 Movers = Callable[[Bench, str], Iterable[Mover]]
 
 
-@dataclass
 class Met:
     """What a mover's meetings with the loop gave."""
 
-    mover: Mover
-    times: list[float] = field(default_factory=list)  # milliseconds of the loop beside it
-    alone: list[float] = field(default_factory=list)  # and of the loop alone, for each of them
-    links: list[float] = field(default_factory=list)  # 10^9 bytes in a second meanwhile
-    dry: int = 0  # how often all transfers had ended when the next was issued
+    def __init__(self, mover: Mover) -> None:
+        self.mover = mover
+        self.times = list[float]()  # milliseconds of the loop beside it
+        self.alone = list[float]()  # and of the loop alone, for each of them
+        self.links = list[float]()  # 10^9 bytes in a second meanwhile
+        self.dry = 0  # how often all transfers had ended when the next was issued
 
 
 def interference_steps(bench: Bench) -> Iterator[Step]:
     """A step for each loop and direction, beside plain memcpy and every engine; and with the loop
     on a stream of its own, beside what bars judge."""
-    most = bench.preset.repeats
-    kinds = (movers.DEFAULT, _engines, most), (OWN, _chosen, min(_ON_OWN, most))
-    for (where, make, repeats), direction, loop in product(kinds, DIRECTIONS, LOOPS):
-        asked = bench, loop, where, direction
-        yield _place(*asked[1:]), partial(_measure, asked, make, repeats)
+    kinds = (movers.DEFAULT, _engines, bench.preset.repeats), (OWN, _chosen, _ON_OWN)
+    for (where, make, most), direction, loop in product(kinds, DIRECTIONS, LOOPS):
+        yield (
+            _place(loop, where, direction),
+            partial(_measure, bench, loop, where, direction, make, most),
+        )
 
 
 def peer_steps(bench: Bench) -> Iterator[Step]:
     """The same beside plain memcpy and peers; no step if there are none."""
     for direction, loop in product(DIRECTIONS if bench.peers else (), LOOPS):
-        asked = bench, loop, movers.DEFAULT, direction
-        yield f"peers {_place(*asked[1:])}", partial(_beside_peers, asked)
+        asked = loop, movers.DEFAULT, direction
+        yield f"peers {_place(*asked)}", partial(_measure, bench, *asked, _peers, _OTHERS)
 
 
 def _place(loop: str, where: str, direction: str) -> str:
     return f"beside {loop} on {movers.STREAMS[where]}, {direction}"
 
 
-def _beside_peers(asked: tuple[Bench, str, str, str]) -> Rows:
-    rows = _measure(asked, _peers, min(_OTHERS, asked[0].preset.repeats))
-    return [row for row in rows if "peer" in row]
-
-
-def _measure(asked: tuple[Bench, str, str, str], make: Movers, repeats: int) -> Rows:
-    return _Meeting(*asked).rows(make, repeats)
+def _measure(bench: Bench, loop: str, where: str, direction: str, make: Movers, most: int) -> Rows:
+    rows = _Meeting(bench, loop, where, direction).rows(make, min(most, bench.preset.repeats))
+    return [row for row in rows if make is not _peers or "peer" in row]
 
 
 class _Meeting:
@@ -111,10 +107,10 @@ class _Meeting:
             self._alone()  # clocks sink from then on, no more at once
         for n in range(repeats):
             turn = n % max(1, len(usable))
-            judged = [met for met in usable if met.mover.labels["backend"] in _JUDGED]
             taking_part = [
-                met for met in [*usable[turn:], *usable[:turn]] if n < _OTHERS or met in judged
-            ]
+                met for met in [*usable[turn:], *usable[:turn]]
+                if n < _OTHERS or met.mover.labels["backend"] in _JUDGED
+            ]  # fmt: skip
             stayed = self._repeat(taking_part)
             usable = [met for met in usable if met in stayed or met not in taking_part]
         rows = [self._row(met) for met in usable if met.times]
@@ -195,23 +191,16 @@ class _Meeting:
 
 def _engines(bench: Bench, direction: str) -> Iterator[Mover]:
     """Plain memcpy and every engine; rows of 2 KB and of 256 bytes, and blocks for descriptors."""
-    by_rows, once = (HOST_DETACHED, HOST, suite.direct(8)), (suite.STAGED, suite.DESCRIPTORS)
-    yield from _moved_by(bench, direction, by_rows, once)
-
-
-def _chosen(bench: Bench, direction: str) -> Iterator[Mover]:
-    """Plain memcpy and what PortaKV chooses."""
-    yield from _moved_by(bench, direction, (HOST_DETACHED, HOST), ())
-
-
-def _moved_by(
-    bench: Bench, direction: str, by_rows: tuple[Way, ...], once: tuple[Way, ...]
-) -> Iterator[Mover]:
-    yield movers.memcpys(bench, direction)
-    for run, way in product(movers.RUNS, bench.serving(by_rows)):
-        yield movers.transfers(bench, way, direction, run)
-    for way in bench.serving(once):
+    yield from _chosen(bench, direction, suite.direct(8))
+    for way in bench.serving((suite.STAGED, suite.DESCRIPTORS)):
         yield movers.transfers(bench, way, direction)
+
+
+def _chosen(bench: Bench, direction: str, *more: Way) -> Iterator[Mover]:
+    """Plain memcpy and what PortaKV chooses; rows of 2 KB and of 256 bytes."""
+    yield movers.memcpys(bench, direction)
+    for run, way in product(movers.RUNS, bench.serving((HOST_DETACHED, HOST, *more))):
+        yield movers.transfers(bench, way, direction, run)
 
 
 def _peers(bench: Bench, direction: str) -> Iterator[Mover]:
@@ -230,11 +219,7 @@ def _peers(bench: Bench, direction: str) -> Iterator[Mover]:
 
 
 def _by_peer(peer: LMCache, sides: Sides, direction: str) -> Callable[[], object]:
-    """A peer's slot kernel with a chunk in pinned memory, as its connector has it.
-
-    Raises:
-        PeerMissing: its kernel does not take the cache.
-    """
+    """A peer's slot kernel with a chunk in pinned memory, as its connector has it."""
     kernel, *_ = peer.kernels(sides.case.on_device, by_blocks=False)
     move = peer.move_by(kernel, sides.case.on_device, sides.slots, sides.caches)
     return lambda: move(sides.chunk, direction == "d2h")
@@ -244,8 +229,7 @@ def compare(rows: Rows) -> None:
     """Write into each row how it stands to plain memcpy beside the same loop: ``over_memcpy``, in
     points of slow-down, and ``link_ratio``, of the link's bandwidth meanwhile."""
     for point in grouped(rows, "loop", "stream", "op"):
-        floor = next((row for row in point if row["backend"] == MEMCPY), None)
-        for row in point:
-            if floor is not None and row is not floor:
+        for floor, row in product(having(point, backend=MEMCPY), point):
+            if row is not floor:
                 row["over_memcpy"] = round(row["slowdown_pct"] - floor["slowdown_pct"], 2)
                 row["link_ratio"] = short(row["link_gb_per_s"] / floor["link_gb_per_s"])

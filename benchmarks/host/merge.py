@@ -23,11 +23,8 @@ _SAME = ("device", "driver_version", "torch", "portakv", "python")
 
 
 def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """All rows, of each part those of the last result that has it.
-
-    Raises:
-        ValueError: a result of another suite, or of another machine.
-    """
+    """All rows, of each part those of the last result that has it; raises `ValueError` for a result
+    of another suite, or of another machine."""
     last = results[-1]
     parts: dict[str, int] = {}
     for n, result in enumerate(results):
@@ -59,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     asked = parser.parse_args(argv)
     try:
-        found = [json.loads(file.read_text(encoding="utf-8")) for file in asked.files]
-        results = merge(found)
+        results = merge([json.loads(file.read_text(encoding="utf-8")) for file in asked.files])
     except (OSError, ValueError, KeyError) as error:
         print(f"merge: {error}", file=sys.stderr)
         return 2

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from math import ceil
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -27,22 +27,15 @@ AHEAD = 4
 
 
 class Mover:
-    """A way of moving a case, and what came of it beside something else.
+    """A way of moving a case of so many bytes, and what came of it beside something else.
 
-    Args:
-        variant: one call of it moves the case once, behind the current stream.
-        payload: bytes of one transfer.
-        way: the engine and its terms; None of a peer, and of memcpy.
-        labels: what identifies it in the results, beside the variant's labels.
-
-    Attributes:
-        variant: the same; its call returns a handle that tells the end, or None if the stream does.
-        verified: every byte was right whenever it was checked.
+    One call of its variant moves the case once, behind the current stream, and returns a handle
+    that tells the end, or None if the stream does. A peer and memcpy have no `Way`.
     """
 
     def __init__(self, variant: Variant, payload: int, way: Way | None = None, **labels: Any):
         self.payload, self.labels = payload, {**labels, **variant.labels}
-        self.verified = True
+        self.verified = True  # every byte was right whenever it was checked
         self.variant, self._way = variant, way
 
     def __str__(self) -> str:
@@ -62,16 +55,12 @@ class Mover:
 
 
 class Queue:
-    """Keeps transfers of a mover following each other on a stream.
-
-    Attributes:
-        stamps: seconds on the host's clock at which one was seen to have ended.
-        dry: how often all had ended when the next was issued.
-    """
+    """Keeps transfers of a mover following each other on a stream."""
 
     def __init__(self, module: Any, mover: Mover, stream: torch.Stream) -> None:
-        self.mover, self.stamps, self.dry = mover, list[float](), 0
-        self._module, self._stream = module, stream
+        self.mover, self._module, self._stream = mover, module, stream
+        self.stamps = list[float]()  # seconds on the host's clock at which one was seen to end
+        self.dry = 0  # how often all had ended when the next was issued
         self._flying: deque[Callable[[], bool]] = deque()
 
     def fill(self) -> None:
@@ -110,15 +99,11 @@ def recorded(module: Any, stream: torch.Stream) -> Any:
 
 class Ways:
     """Keeps the ways apart: what one of them does wrong is told, and the others go on for as long
-    as the device can be used.
-
-    Attributes:
-        usable: no failure has taken the device.
-    """
+    as the device can be used."""
 
     def __init__(self, bench: Bench, place: str) -> None:
         self._bench, self._place = bench, place
-        self.usable = True
+        self.usable = True  # no failure has taken the device
 
     def tried(self, mover: Mover, action: Callable[[Mover], object]) -> bool:
         """Whether a mover could be put to some use; what has failed by then is this mover's."""
@@ -181,15 +166,11 @@ _DIM = 128
 
 
 class Loop:
-    """A step again and again on the current stream, for at least so long when nothing disturbs it.
+    """A step again and again on the current stream, for at least so many seconds when nothing
+    disturbs it.
 
-    The steps are captured, where the device has graphs: launches in their thousands would fill the
+    The steps are captured, if the device has graphs: launches in their thousands would fill the
     queue and hold up the host, which has transfers to issue meanwhile.
-
-    Args:
-        step: one step, on the current stream.
-        device: where.
-        seconds: how long it takes alone, at least.
     """
 
     def __init__(self, step: Callable[[], object], device: torch.device, seconds: float) -> None:
@@ -201,11 +182,7 @@ class Loop:
         self._times = 1
         taken = min(self._time() for _ in range(3))
         self._times = max(1, ceil(1.05 * seconds * 1e3 / taken)) if taken else 1
-
-    @property
-    def steps(self) -> int:
-        """How many steps one run makes."""
-        return _BATCH * self._times
+        self.steps = _BATCH * self._times  # of one run
 
     def run(self) -> None:
         """Issue every step."""
@@ -225,8 +202,8 @@ class Loop:
 
 def matmul(device: torch.device, preset: HostPreset) -> Loop:
     """Products of square bf16 matrices."""
-    side = preset.matmul
-    a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
+    shape = preset.matmul, preset.matmul
+    a, b = (torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
     out = torch.empty_like(a)
     return Loop(lambda: torch.mm(a, b, out=out), device, preset.loop_seconds)
 
@@ -259,5 +236,4 @@ def _captured(step: Callable[[], object], device: torch.device) -> Callable[[], 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):
         batch()
-    replay: Callable[[], None] = graph.replay
-    return replay
+    return cast(Callable[[], None], graph.replay)

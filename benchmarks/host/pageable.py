@@ -25,12 +25,7 @@ TORCH = "torch, pageable"
 
 
 class PlainRing:
-    """A pinned ring for copies between dense memory of a device and of the host.
-
-    Args:
-        slots: how many.
-        nbytes: of one slot.
-    """
+    """A pinned ring for copies between dense memory of a device and of the host."""
 
     def __init__(self, device: torch.device, slots: int, nbytes: int) -> None:
         self._words = nbytes // 8
@@ -68,9 +63,8 @@ def _measure(bench: Bench, case: Case) -> Rows:
     sides = Sides(case, bench.region(max(bench.preset.pageable), pageable=True))
     copies: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {TORCH: torch.Tensor.copy_}
     for slots, nbytes in bench.preset.ring_slots:
-        copies[f"{RING}, {slots} x {in_words(nbytes)}"] = PlainRing(
-            bench.device, slots, nbytes
-        ).copy
+        ring = PlainRing(bench.device, slots, nbytes)
+        copies[f"{RING}, {slots} x {in_words(nbytes)}"] = ring.copy
     rows: Rows = []
     for direction in DIRECTIONS:
         sides.fill(direction)
@@ -83,10 +77,7 @@ def _measure(bench: Bench, case: Case) -> Rows:
         chosen = HOST.name in (variant.labels["backend"] for variant in good)
         told = {HOST.name: HOST.taken(HOST.move(sides, direction))} if chosen else {}
         bench.module.synchronize()
-        for one in harness.measure(
-            torchs, [*rings, *good], bench.wall, objects=1,
-            rounds=bench.preset.rounds(case.payload), seconds=bench.preset.seconds,
-        ):  # fmt: skip
+        for one in bench.measure(torchs, [*rings, *good], case.payload, bench.wall):
             rows.append({
                 "kind": "host_pageable", "shape": case.name, "plain": False, **one.labels,
                 **told.get(one.labels["backend"], {}),

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 
@@ -28,7 +27,7 @@ OURS, TORCH = "pinned.allocate", "torch, pin_memory=True"
 _STATUS = Path("/proc/self/status")
 
 #: Memory; what holds it; the bytes that its allocator says it took, None: ask the kernel.
-Taken = tuple[torch.Tensor, Any, int | None]
+Taken = tuple[torch.Tensor, object, int | None]
 
 
 def pinning_steps(bench: Bench) -> Iterator[Step]:
@@ -57,10 +56,11 @@ def _row(name: str, nbytes: int, take: Callable[[int], Taken]) -> Row:
     seconds = perf_counter() - began
     found = resident() - before
     taken = found if said is None else said
-    # Another byte than 0 at both ends and in between, seen again through the device's eyes.
-    tensor[:: max(1, nbytes // 1000)] = 0x5A
-    right = tensor.numel() == nbytes and bool((tensor[:: max(1, nbytes // 1000)] == 0x5A).all())
+    # Another byte than 0 at both ends and in between.
+    some = tensor[:: max(1, nbytes // 1000)].fill_(0x5A)
+    right = tensor.numel() == nbytes and bool((some == 0x5A).all())
     pinned_all = bool(tensor[:1].is_pinned() and tensor[-1:].is_pinned())
+    del some
     began = perf_counter()
     del tensor, held
     gc.collect()
@@ -87,10 +87,9 @@ def _torch(nbytes: int) -> Taken:
 
 def _torch_has() -> int | None:
     """The pinned bytes that torch says it has; None if it does not say."""
-    ask = getattr(torch.cuda, "host_memory_stats", None)
-    if ask is None or not torch.cuda.is_available():
+    if not (hasattr(torch.cuda, "host_memory_stats") and torch.cuda.is_available()):
         return None
-    stats = ask()
+    stats = torch.cuda.host_memory_stats()
     return int(stats.get("allocated_bytes.current", stats.get("allocated_bytes.allocated", 0)))
 
 

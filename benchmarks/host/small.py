@@ -28,7 +28,7 @@ from portakv.errors import PortaKVError
 from portakv.host import pinned
 from portakv.host.small import SmallCopy, choose, to_device
 from portakv_benchmarks.host.suite import Bench
-from portakv_benchmarks.shared.harness import Row, Rows, Step, short
+from portakv_benchmarks.shared.harness import Row, Rows, Step, having, short
 
 Values = npt.NDArray[np.int64]
 
@@ -48,22 +48,19 @@ _TURNS = 3  # of idle sends
 
 
 class Route(NamedTuple):
-    """A way for values: what is timed, and what was done with them before.
+    """A way for values."""
 
-    ``send`` makes them usable on the current stream, and returns where they are.
-    """
-
-    send: Callable[[Values], torch.Tensor]
-    before: Callable[[Values], object] | None = None
+    send: Callable[[Values], torch.Tensor]  # is timed: makes them usable on the current stream
+    before: Callable[[Values], object] = id  # what was done with them before
 
 
 class Seen(NamedTuple):
-    """One send, in microseconds; ``busy``: the large copy was still under way at its end."""
+    """One send, in microseconds."""
 
     landed: float
     host: float
     device: float
-    busy: bool
+    busy: bool  # the large copy was still under way at its end
     right: bool
 
 
@@ -77,11 +74,10 @@ def _measure(bench: Bench, count: int) -> Rows:
     ways = _ways(bench, count)
     with bench.module.stream(bench.stream()):
         seen = _sends(bench, ways, count, _Large(bench))
-    rows = [_row(bench, name, count, seen[name]) for name in ways]
+    rows = [_row(bench, name, count, sends) for name, sends in seen.items()]
     compare(rows)
-    for row in rows:
-        if row["backend"] == OURS:
-            row["why"] = choose(8 * count, bench.device).why
+    for row in having(rows, backend=OURS):
+        row["why"] = choose(8 * count, bench.device).why
     return rows
 
 
@@ -90,8 +86,7 @@ class _Large:
 
     def __init__(self, bench: Bench) -> None:
         self._module, self._stream = bench.module, bench.stream()
-        region = bench.region(bench.preset.large)
-        nbytes = bench.preset.large
+        region, nbytes = bench.region(bench.preset.large), bench.preset.large
         self._source, self._target = region.host[:nbytes], region.device[:nbytes]
         self._ended = torch.Event(bench.device)
 
@@ -146,9 +141,7 @@ def _sends(
     The ways take turns, each with many sends: the first of all would meet a colder driver, and a
     way that alternates with others a processor whose caches hold theirs.
     """
-    seen: dict[str, dict[str, list[Seen]]] = {
-        name: {"idle": [], "paced": [], "busy": []} for name in ways
-    }
+    seen = {name: {state: list[Seen]() for state in ("idle", "paced", "busy")} for name in ways}
 
     def send(name: str, state: str, n: int) -> None:
         beside = None if state == "idle" else large
@@ -175,12 +168,8 @@ def _sends(
 def compare(rows: Rows) -> None:
     """Write ``idle_to_pinned`` and ``paced_to_pinned`` into each row: its latency on an idle device
     / that of a pinned non-blocking copy of the same values."""
-    known = next((row for row in rows if row["backend"] == PINNED), None)
-    if known is None:
-        return
-    for row in rows:
-        for state in ("idle", "paced"):
-            row[f"{state}_to_pinned"] = short(row[f"{state}_us"] / known[f"{state}_us"])
+    for known, row, state in product(having(rows, backend=PINNED), rows, ("idle", "paced")):
+        row[f"{state}_to_pinned"] = short(row[f"{state}_us"] / known[f"{state}_us"])
 
 
 def _send(
@@ -190,8 +179,7 @@ def _send(
     values = np.arange(n + 1, n + 1 + count, dtype=np.int64) * 0x10001
     stream = bench.module.current_stream(bench.device)
     first, last = (bench.module.Event(enable_timing=True) for _ in range(2))
-    if way.before is not None:
-        way.before(values)
+    way.before(values)
     if large is not None:
         large.start(flies)
     first.record(stream)

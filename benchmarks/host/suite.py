@@ -19,7 +19,14 @@ from portakv.registry.prepared import prepared
 from portakv.registry.registry import ENGINES, choose, trace
 from portakv.runtime.transfer import Transfer
 from portakv_benchmarks.host.cases import BLOCK_FIRST, Case, Region, Scene, Sides
-from portakv_benchmarks.shared.harness import DeviceTimer, HostTimer, Variant
+from portakv_benchmarks.shared.harness import (
+    DeviceTimer,
+    HostTimer,
+    Measured,
+    Timer,
+    Variant,
+    measure,
+)
 from portakv_benchmarks.shared.peers import LMCache
 from portakv_benchmarks.shared.shapes import in_words
 
@@ -91,12 +98,7 @@ HOST_PRESETS: Mapping[str, HostPreset] = {
 
 
 class Bench:
-    """The device, what times it, the peers, and memory that is kept from part to part.
-
-    Attributes:
-        absent: why an engine does not serve the device, by its name.
-        left_out: a line for each thing that was not measured.
-    """
+    """The device, what times it, the peers, and memory that is kept from part to part."""
 
     def __init__(
         self, device: torch.device, preset: HostPreset, peers: Sequence[LMCache] = ()
@@ -106,18 +108,31 @@ class Bench:
         self.wall = HostTimer(device)
         # Events that tell the time are had on CUDA devices.
         self.timer = DeviceTimer(device, link=True) if device.type == "cuda" else self.wall
-        self.left_out: list[str] = []
-        self._regions: dict[bool, tuple[int, Region]] = {}
-        engines = [said for said in trace(device) if said.name in ENGINES]
-        self.absent = {said.name: said.reason for said in engines if not said.accepted}
+        self.left_out: list[str] = []  # a line for each thing that was not measured
+        self._regions: dict[bool, Region] = {}
+        #: Why an engine does not serve the device, by its name.
+        self.absent = {
+            one.name: one.reason for one in trace(device)
+            if one.name in ENGINES and not one.accepted
+        }  # fmt: skip
 
     def region(self, payload: int, *, pageable: bool = False) -> Region:
         """Memory for cases of up to so many bytes; kept, and made anew if it is too small."""
-        if self._regions.get(pageable, (0,))[0] < payload:
+        if pageable not in self._regions or self._regions[pageable].host.numel() < 2 * payload:
             self._regions.pop(pageable, None)
-            made = Region.reserve(self.device, payload, pageable=pageable)
-            self._regions[pageable] = (payload, made)
-        return self._regions[pageable][1]
+            self._regions[pageable] = Region.reserve(self.device, payload, pageable=pageable)
+        return self._regions[pageable]
+
+    def measure(
+        self,
+        ceiling: Variant,
+        variants: Sequence[Variant],
+        payload: int,
+        timer: Timer | None = None,
+    ) -> list[Measured]:
+        """Variants in turns with a ceiling, on one device and one region."""
+        limits = 1, self.preset.rounds(payload), self.preset.seconds
+        return measure(ceiling, variants, timer or self.timer, *limits)
 
     def sides(self, case: Case) -> Sides:
         """A case in the kept memory, with copies of its ids wherever engines read them."""
@@ -180,7 +195,7 @@ class Way:
         src, dst, *ids = sides.arguments(direction)
         mine, theirs = (Index() if one is None else one for one in ids)
         steps = mine.plan_step, theirs.plan_step
-        choice = across(choose(sides.device), Terms(**self.terms))
+        choice = across(choose(sides.dense.device), Terms(**self.terms))
         launch = cast(HostLaunch, prepared(src.form, dst.form, *steps, None, choice).launch)
         picked = launch.pick(Move(src, dst, mine, theirs, sides.case.tokens))
         return {one.engine for one in picked.alternatives if not one.refused}
@@ -193,7 +208,7 @@ class Way:
         return copy_blocks(*arguments, backend=self.engine, stream=stream, **self.terms)
 
 
-STAGED, DESCRIPTORS = Way("staged", "staged"), Way("descriptors", "descriptors")
+STAGED, DESCRIPTORS, DIRECT = (Way(name, name) for name in ("staged", "descriptors", "direct"))
 #: The default: a model may be running meanwhile; and the choice for a device that is idle.
 HOST = Way(CHOSEN, CHOSEN)
 HOST_IDLE = Way(f"{CHOSEN} idle", CHOSEN, {"overlap": "idle"})
@@ -201,10 +216,8 @@ HOST_IDLE = Way(f"{CHOSEN} idle", CHOSEN, {"overlap": "idle"})
 HOST_DETACHED = Way(f"{CHOSEN} detached", CHOSEN, {"detached": True})
 
 
-def direct(blocks: int | None = None) -> Way:
-    """The direct engine, with at most so many thread blocks; None: its own limit."""
-    if blocks is None:
-        return Way("direct", "direct")
+def direct(blocks: int) -> Way:
+    """The direct engine, with at most so many thread blocks."""
     return Way(f"direct {blocks}", "direct", {"max_thread_blocks": blocks})
 
 
@@ -212,12 +225,9 @@ def by_call(
     sides: Sides, direction: str, name: str, engine: str, call: Callable[[], object], **labels: Any
 ) -> Variant:
     """Any call that moves a case, every byte of the destination checked."""
-    return Variant(
-        {"backend": name, "engine": engine, "op": direction, **labels},
-        lambda i: call(),
-        lambda i: sides.poison(direction),
-        lambda i: sides.right(direction),
-    )
+    labels = {"backend": name, "engine": engine, "op": direction, **labels}
+    return Variant(labels, lambda i: call(), lambda i: sides.poison(direction),
+                   lambda i: sides.right(direction))  # fmt: skip
 
 
 def by_engine(way: Way, sides: Sides, direction: str) -> Variant:
@@ -225,27 +235,20 @@ def by_engine(way: Way, sides: Sides, direction: str) -> Variant:
     return by_call(sides, direction, way.name, way.engine, lambda: way.move(sides, direction))
 
 
-def by_memcpy(
-    sides: Sides,
-    direction: str,
-    name: str = MEMCPY,
-    copy: Callable[[torch.Tensor, torch.Tensor], object] | None = None,
-    **labels: Any,
-) -> Variant:
-    """One copy of as many bytes between dense memory and the same host memory.
-
-    Args:
-        copy: copies to its first argument; by default `plain_copy` does.
-    """
-    target, source = (sides.flat, sides.dense)[:: 1 if direction == "d2h" else -1]
-    return Variant(
-        {"backend": name, "engine": MEMCPY, "op": direction, **labels},
-        lambda i: (copy or plain_copy)(target, source),
-        lambda i: sides.poison(direction, plain=True),
-        lambda i: sides.plain_right(),
-    )
-
-
 def plain_copy(target: torch.Tensor, source: torch.Tensor) -> None:
     """The plain copy, on the current stream."""
     target.copy_(source, non_blocking=True)
+
+
+def by_memcpy(
+    sides: Sides, direction: str, name: str = MEMCPY,
+    copy: Callable[[torch.Tensor, torch.Tensor], object] = plain_copy, **labels: Any,
+) -> Variant:  # fmt: skip
+    """One copy of as many bytes, to its first argument, between dense memory and the same host
+    memory."""
+    target, source = (sides.flat, sides.dense)[:: 1 if direction == "d2h" else -1]
+    labels = {"backend": name, "engine": MEMCPY, "op": direction, **labels}
+    return Variant(
+        labels, lambda i: copy(target, source), lambda i: sides.poison(direction, plain=True),
+        lambda i: sides.plain_right(),
+    )  # fmt: skip

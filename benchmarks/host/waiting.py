@@ -83,16 +83,14 @@ def _waits(bench: Bench, mover: Mover, copy: Callable[[], object]) -> list[float
     waits: list[float] = []
     bench.module.synchronize()
     with uncollected():
-        due = (now := perf_counter()) + _BEFORE
-        over = now + bench.preset.waiting
-        while not waits or now < over:
+        due = (began := perf_counter()) + _BEFORE
+        while not waits or perf_counter() < began + bench.preset.waiting:
             queue.go_on()
             if perf_counter() >= due:
                 waits.append(_seen(bench, queue, stream, copy))
                 if waits[-1] >= _GIVEN_UP:
                     bench.module.synchronize()
                 due = perf_counter() + _BETWEEN
-            now = perf_counter()
         bench.module.synchronize()
     return waits
 

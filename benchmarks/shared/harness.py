@@ -116,7 +116,7 @@ def uncollected() -> Iterator[None]:
 
 
 def measure(
-    ceiling: Variant, variants: Sequence[Variant], timer: Timer, *, objects: int, rounds: int,
+    ceiling: Variant, variants: Sequence[Variant], timer: Timer, objects: int, rounds: int,
     seconds: float,
 ) -> list[Measured]:  # fmt: skip
     """Measure variants beside ``ceiling``, `copy_` of the same bytes; its row comes first.
