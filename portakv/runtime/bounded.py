@@ -12,18 +12,12 @@ Value = TypeVar("Value")
 
 
 class Bounded(Generic[Key, Value]):
-    """A mapping of at most ``limit`` entries; the entry that was inserted first goes first.
+    """A mapping of at most ``limit`` entries, which `caches` lists under ``name`` (in the plural);
+    the entry that was inserted first goes first.
 
-    Looking an entry up does not make it younger, so that a hit costs what a dictionary's does. Any
-    number of threads may use one at once: each step is one operation of a dictionary, no lock is
-    held, and what goes out is released with no lock held either.
-
-    Args:
-        name: what `caches` lists it under, in the plural: ``prepared copies``.
-        limit: the most entries; at least 1.
-
-    Attributes:
-        get: `dict.get` of the entries: the value of a key, or None, or the default that was given.
+    Looking an entry up (``get`` is `dict.get`) does not make it younger, so that a hit costs what a
+    dictionary's does. Any number of threads may use one at once: each step is one operation of a
+    dictionary, no lock is held, and what goes out is released with no lock held either.
     """
 
     __slots__ = ("__weakref__", "_entries", "get", "limit", "name")

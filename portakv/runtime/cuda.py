@@ -8,7 +8,7 @@ import ctypes
 import struct
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from typing import Any
 
@@ -107,13 +107,11 @@ def function(library: Any, name: str, *arguments: Any) -> Any:
 def error_name(error: int, library: Any) -> str:
     """What the driver calls an error."""
     called = ctypes.c_char_p()
-    try:
+    with suppress(AttributeError):
         name = function(library, "cuGetErrorName", ctypes.c_int, ctypes.POINTER(ctypes.c_char_p))
-    except AttributeError:
-        return f"error {error}"
-    if name(error, ctypes.byref(called)) or not called.value:
-        return f"error {error}"
-    return called.value.decode()
+        if not name(error, ctypes.byref(called)) and called.value:
+            return called.value.decode()
+    return f"error {error}"
 
 
 def check(error: Any, what: str) -> None:
@@ -188,12 +186,8 @@ def make_stream(device: torch.device, priority: int) -> int:
 
 
 def load(source: str, names: Iterable[str], device: torch.device) -> dict[str, Any]:
-    """Compile a text, or find it on disk, and make its kernels resident.
-
-    Raises:
-        RuntimeError: the text does not compile, with NVRTC's log.
-        TransferError: the driver refuses it.
-    """
+    """Compile a text, or find it on disk, and make its kernels resident. Raises `RuntimeError` with
+    NVRTC's log, or `TransferError` if the driver refuses it."""
     driver = bindings()
     binary = nvrtc.compile_kernel(source, capability(device))
     adopt(device)
@@ -211,13 +205,9 @@ def load(source: str, names: Iterable[str], device: torch.device) -> dict[str, A
 
 
 class ArgumentLists(threading.local):
-    """One buffer for each kernel and thread, so that several threads can share a launch, on any
-    kind of device; ``current`` gives a new thread a context, see `CudaDriver.current`.
-
-    Attributes:
-        buffers: the kernels' parameters, each of which begins as ``fixed`` says.
-        addresses: of the lists of parameters (each holds one), as a launch takes them.
-    """
+    """For each kernel and thread the parameter's bytes, which begin as ``fixed`` says, and the
+    address of the list of parameters (it holds one), so that several threads can share a launch;
+    ``current`` gives a new thread a context."""
 
     def __init__(
         self, fixed: Iterable[bytes], current: Callable[[], AbstractContextManager[object]]
@@ -230,11 +220,7 @@ class ArgumentLists(threading.local):
 
 
 class Arguments(ArgumentLists):
-    """A kernel's one parameter of ``nbytes``, on a CUDA device.
-
-    Attributes:
-        buffer: the parameter's bytes; address: of the list of parameters, as a launch takes it.
-    """
+    """One kernel's parameter of ``nbytes``, and the address of its list, on a CUDA device."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         adopt(device)  # a new thread has no context yet
@@ -244,10 +230,7 @@ class Arguments(ArgumentLists):
 
 class Caller:
     """What every call for one device asks first, in any thread; ``wrap`` makes of a stream's handle
-    what the call takes.
-
-    Raises `Unsupported` in a process that was forked from the one that made it.
-    """
+    what the call takes. Raises `Unsupported` in a process that was forked from its own."""
 
     def __init__(self, device: torch.device, wrap: Callable[[int], Any] = int) -> None:
         self._index = device.index
@@ -274,13 +257,12 @@ class Caller:
 
 
 class CudaDriver(Caller):
-    """What launching kernels on one device takes; `hip.Card` has the same functions. Everything
-    that launches the rows kernel speaks to a device by these.
+    """What launching kernels on one device takes; `hip.Card` has the same functions, by which
+    everything that launches the rows kernel speaks to a device.
 
-    Attributes:
-        launch: takes a function, the blocks along x, y and z, the threads along x, y and z, the
-            bytes of shared memory, a stream's handle, the address of the list of parameters, and 0;
-            returns ``success`` or an error.
+    ``launch`` takes a function, the blocks along x, y and z, the threads along x, y and z, the
+    bytes of shared memory, a stream's handle, the address of the list of parameters, and 0; it
+    returns ``success`` or an error.
     """
 
     success: Any = (0,)
@@ -292,7 +274,7 @@ class CudaDriver(Caller):
         self.launch: Callable[..., Any] = driver.cuLaunchKernel
 
     def load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
-        """See `load`."""
+        """See the function."""
         return load(source, names, self.device)
 
     def current(self) -> AbstractContextManager[object]:
@@ -352,16 +334,10 @@ class Copy2D:
         """Copy ``height`` rows of ``width`` bytes, a pitch apart on each side, ordered on a stream;
         returns 0 or an error's number."""
         if to_device:
-            rows = _pack_rows(
-                0, 0, _AT_HOST, src, 0, 0, src_pitch, 0, 0, _ON_DEVICE, 0, dst, 0, dst_pitch,
-                width, height,
-            )  # fmt: skip
+            sides = 0, 0, _AT_HOST, src, 0, 0, src_pitch, 0, 0, _ON_DEVICE, 0, dst, 0, dst_pitch
         else:
-            rows = _pack_rows(
-                0, 0, _ON_DEVICE, 0, src, 0, src_pitch, 0, 0, _AT_HOST, dst, 0, 0, dst_pitch,
-                width, height,
-            )  # fmt: skip
-        return int(self._copy(rows, handle))
+            sides = 0, 0, _ON_DEVICE, 0, src, 0, src_pitch, 0, 0, _AT_HOST, dst, 0, 0, dst_pitch
+        return int(self._copy(_pack_rows(*sides, width, height), handle))
 
 
 def copy_pitched(
@@ -372,16 +348,9 @@ def copy_pitched(
     device: torch.device,
     stream: torch.Stream | None,
 ) -> None:
-    """Copy rows between pinned host memory and a device; ordered on ``stream``.
-
-    Args:
-        dst, src: addresses of the first rows.
-        to_device: from the host to the device, else the other way round.
-        rows: bytes of a row, rows, and the bytes from row to row in the source and destination.
-
-    Raises:
-        TransferError: the driver refuses the copy; nothing was moved.
-    """
+    """Copy rows between two addresses, of pinned host memory and a device; ordered on ``stream``.
+    ``rows``: bytes of a row, rows, and the bytes from row to row in the source and destination.
+    Raises `TransferError` if the driver refuses it; nothing was moved."""
     width, height, src_pitch, dst_pitch = rows
     adopt(device)
     with torch.cuda.device(device):

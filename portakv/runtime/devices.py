@@ -54,11 +54,8 @@ class Named:
 
 
 class Unusable(Exception):
-    """Why a vendor's package cannot be used, and what to install, as a sentence without its stop.
-
-    Attributes:
-        why: the reason alone; install: what to install, in words; or empty.
-    """
+    """``why`` a vendor's package cannot be used, and what to ``install`` or nothing, as a sentence
+    without its stop."""
 
     def __init__(self, why: str, install: str = "") -> None:
         super().__init__(f"{why}; install {install}" if install else why)
@@ -85,11 +82,8 @@ class DeviceAbsent(Exception):
 
 
 def imported(package: str, install: str) -> Any:
-    """The module ``package``; ``install`` is what a user has to install for it, in words.
-
-    Raises:
-        Unusable: it is not installed, or its import failed in whatever way.
-    """
+    """The module ``package``; ``install`` is what a user has to install for it, in words. Raises
+    `Unusable` if it is not installed, or its import failed in whatever way."""
     try:
         return import_module(package)
     except ModuleNotFoundError as error:
@@ -110,10 +104,8 @@ def version_of(module: Any) -> str:
 
 
 def known(device: torch.device | str) -> torch.device:
-    """The device of that name.
-
-    A type that is not torch's own comes with a package of its vendor's, which extends torch and is
-    called ``torch_`` and the type. It is imported now, if it is here and torch has not loaded it.
+    """The device of that name. A type that is not torch's own comes with a package of its vendor's,
+    ``torch_`` and the type, which is imported if it is here and torch has not loaded it.
 
     Raises:
         DeviceAbsent: torch does not know the type, or the package fails, in its own words.
@@ -152,24 +144,17 @@ def _is_installed(package: str) -> bool:
 def _meant(named: Named) -> str:
     """The device that was probably meant by a name that torch does not know; or empty."""
     kind = named.type.lower()
-    types = (*_OF_TORCH, *VENDOR_PACKAGES)
-    found = _ALIASES.get(kind, kind if kind in types else None)
-    if found is None:
-        near = difflib.get_close_matches(kind, types, n=1, cutoff=0.6)
-        found = near[0] if near else None
+    near = difflib.get_close_matches(kind, (*_OF_TORCH, *VENDOR_PACKAGES), n=1, cutoff=0.6)
+    found = _ALIASES.get(kind, near[0] if near else None)
     if found is None:
         return ""
-    index = "" if named.index is None else f":{named.index}"
     here = torch.accelerator.current_accelerator()
-    return f"{found or ('cuda' if here is None else here.type)}{index}"
+    return str(Named(found or ("cuda" if here is None else here.type), named.index))
 
 
 def indexed(device: torch.device | str) -> torch.device:
-    """The device with its index, so that ``cuda`` and ``cuda:0`` are one.
-
-    Raises:
-        DeviceAbsent: as `known` does; torch finds no current device of its type.
-    """
+    """The device with its index, so that ``cuda`` and ``cuda:0`` are one; raises `DeviceAbsent` as
+    `known` does, or if torch finds no current device of its type."""
     place = known(device)
     if place.type == "cpu":
         return _HOST
@@ -188,11 +173,7 @@ def indexed(device: torch.device | str) -> torch.device:
 
 
 def resolve(device: torch.device | str | int) -> torch.device:
-    """A device with an index, unless it is the CPU.
-
-    Raises:
-        BackendUnavailable: this machine has no such device.
-    """
+    """A device with an index, unless it is the CPU; `BackendUnavailable` if it is not here."""
     try:
         return indexed(torch.device(device) if isinstance(device, int) else device)
     except (DeviceAbsent, RuntimeError) as error:
@@ -219,23 +200,18 @@ def usual_device() -> torch.device:
 
 
 def usable_device(text: str) -> torch.device:
-    """The device of that name, after asking torch for memory on it.
-
-    Raises:
-        DeviceMismatch: torch does not know the device, or cannot use it here.
-    """
+    """The device of that name, after asking torch for memory on it; raises `DeviceMismatch` if
+    torch does not know the device, or cannot use it here."""
     try:
         device = known(text)
         torch.empty(0, dtype=torch.uint8, device=device)
     except Exception as error:  # torch says it in a different type for each device
-        why = _first_line(error)
-        present = ", ".join(map(str, devices_present()))
-        more = f". What each backend lacks: portakv backends --device {text}"
+        more = f" What each backend lacks: portakv backends --device {text}"
         if isinstance(error, DeviceAbsent) and not error.known:
-            more = "."
+            more = ""
         raise DeviceMismatch(
-            f"Device {text!r} was asked, but torch cannot use it here ({why}); this machine has "
-            f"{present}{more}"
+            f"Device {text!r} was asked, but torch cannot use it here ({_first_line(error)}); this "
+            f"machine has {', '.join(map(str, devices_present()))}.{more}"
         ) from error
     return device
 
@@ -316,17 +292,10 @@ def refuse_capture(
 
 
 class Process:
-    """The process in which something was made.
+    """The process in which something was made; ``forked`` is True in a child of it. To look is
+    cheaper than to ask the system for the process at each launch."""
 
-    Attributes:
-        forked: True in a child that was forked from it. To look is cheaper than to ask the system
-            for the process at each launch.
-    """
-
-    __slots__ = ("forked",)
-
-    def __init__(self) -> None:
-        self.forked = False
+    forked = False
 
 
 _process = Process()

@@ -68,7 +68,7 @@ class Driver(NamedTuple):
     compiler: Any
 
     def check(self, error: int, what: str) -> None:
-        """RuntimeError where a function of the runtime returned an error."""
+        """RuntimeError if a function of the runtime returned an error."""
         if error:
             raise RuntimeError(f"{what} failed: {self.error(error)}; the copy was not made.")
 
@@ -77,6 +77,15 @@ class Driver(NamedTuple):
         name = self.runtime.hipGetErrorName(error).decode()
         text = self.runtime.hipGetErrorString(error).decode()
         return f"{name} ({error})" + (f", {text}" if text != name else "")
+
+    def check_compiler(self, error: int, what: str) -> None:
+        """RuntimeError if a function of the compiler returned an error."""
+        if error:
+            raise RuntimeError(f"{what} of hipRTC failed: {self.compiler_error(error)}")
+
+    def compiler_error(self, error: int) -> str:
+        """An error of the compiler in words, and its number."""
+        return f"{self.compiler.hiprtcGetErrorString(error).decode()} ({error})"
 
     def number(self, function: str) -> int:
         """The number that a function gives; RuntimeError if it fails."""
@@ -87,11 +96,8 @@ class Driver(NamedTuple):
 
 @cache
 def driver() -> Driver:
-    """The libraries of this process: those that torch has loaded, where it has.
-
-    Raises:
-        DriverMissing: no runtime or no hipRTC was found, or one lacks a function.
-    """
+    """The libraries of this process, those that torch has loaded if it has; `DriverMissing` if one
+    was not found or lacks a function."""
     runtime = _open([place for stem in _RUNTIMES for place in _places(stem)], "the HIP runtime")
     try:
         compiler = _open([*_places(_COMPILER, Path(runtime._name).parent)], "hipRTC")
@@ -103,11 +109,8 @@ def driver() -> Driver:
 
 
 def bound(runtime: ctypes.CDLL, compiler: ctypes.CDLL) -> Driver:
-    """A driver of two open libraries, each function with its arguments.
-
-    Raises:
-        DriverMissing: a function is not there.
-    """
+    """A driver of two open libraries, each function with its arguments; `DriverMissing` if one is
+    not there."""
     for library, table, names in zip((runtime, compiler), (RUNTIME, COMPILER), _NAMES, strict=True):
         for name in (*table, *names):
             try:
@@ -131,12 +134,8 @@ def _open(places: list[str], what: str) -> ctypes.CDLL:
 
 
 def _places(stem: str, beside: Path | None = None) -> Iterator[str]:
-    """Where a library may be, best first: a process must not have two copies of a runtime.
-
-    Args:
-        stem: of its file's name.
-        beside: the folder of a library that it belongs to.
-    """
+    """Where a library may be, best first: a process must not have two copies of a runtime;
+    ``beside``: the folder of a library that it belongs to."""
     name = f"lib{stem}.so"
     with suppress(OSError), open("/proc/self/maps", encoding="utf-8") as maps:
         paths = {line[line.find("/") :].rstrip("\n") for line in maps if "/" in line}
@@ -153,30 +152,23 @@ FLAGS = ("-std=c++17", "-O3")
 
 
 def hiprtc_version(driver: Driver) -> str:
-    """The versions of hipRTC and of its runtime, which decide what it makes of a text.
-
-    Raises:
-        RuntimeError: one of them is not told.
-    """
+    """The versions of hipRTC and of its runtime, which decide what it makes of a text; raises
+    `RuntimeError` if one of them is not told."""
     major, minor = ctypes.c_int(), ctypes.c_int()
     error = driver.compiler.hiprtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    _check_compiler(driver, error, "Asking for its version")
+    driver.check_compiler(error, "Asking for its version")
     runtime = driver.number("hipRuntimeGetVersion")  # hipRTC 5.2 calls itself 9.0
     return f"{major.value}.{minor.value} of HIP {hip_release(runtime)}"
 
 
 def hip_release(number: int) -> str:
-    """A version of HIP as a number, written as its releases are (``HIP_VERSION`` of its
-    headers)."""
+    """A version as a number (``HIP_VERSION`` of HIP's headers), written as its releases are."""
     return f"{number // 10_000_000}.{number // 100_000 % 100}.{number % 100_000}"
 
 
 def compile_kernel(driver: Driver, source: str, architecture: str) -> bytes:
-    """The code object of a text for an architecture such as ``gfx90a:xnack-``, kept on disk.
-
-    Raises:
-        RuntimeError: the text does not compile, with hipRTC's log.
-    """
+    """The code object of a text for an architecture such as ``gfx90a:xnack-``, kept on disk; raises
+    `RuntimeError` with hipRTC's log."""
     key = _cache_key(driver, source, architecture)
     return kernel_cache.cached(key, lambda: _compile(driver, source, architecture))
 
@@ -194,14 +186,14 @@ def _compile(driver: Driver, source: str, architecture: str) -> bytes:
     rtc, program = driver.compiler, ctypes.c_void_p()
     name = b"portakv_rows.hip"
     error = rtc.hiprtcCreateProgram(ctypes.byref(program), source.encode(), name, 0, None, None)
-    _check_compiler(driver, error, "Creating a program")
+    driver.check_compiler(error, "Creating a program")
     try:
         options = [flag.encode() for flag in (*FLAGS, f"--offload-arch={architecture}")]
         listed = (ctypes.c_char_p * len(options))(*options)
         error = rtc.hiprtcCompileProgram(program, len(options), listed)
         if error:
             log = _read(driver, program, rtc.hiprtcGetProgramLogSize, rtc.hiprtcGetProgramLog)
-            text = log.decode(errors="replace").strip("\0 \n") or _compiler_error(driver, error)
+            text = log.decode(errors="replace").strip("\0 \n") or driver.compiler_error(error)
             raise RuntimeError(f"hipRTC refused the kernel for {architecture}:\n{text}")
         return _read(driver, program, rtc.hiprtcGetCodeSize, rtc.hiprtcGetCode)
     finally:
@@ -213,21 +205,11 @@ def _read(
 ) -> bytes:
     """What hipRTC holds of a program."""
     size = ctypes.c_size_t()
-    error = ask_size(program, ctypes.byref(size))
-    _check_compiler(driver, error, "Asking for the size of a result")
+    driver.check_compiler(ask_size(program, ctypes.byref(size)), "Asking for the size of a result")
     result = ctypes.create_string_buffer(size.value or 1)
     if size.value:
-        _check_compiler(driver, read(program, result), "Reading a result")
+        driver.check_compiler(read(program, result), "Reading a result")
     return result.raw[: size.value]
-
-
-def _check_compiler(driver: Driver, error: int, what: str) -> None:
-    if error:
-        raise RuntimeError(f"{what} of hipRTC failed: {_compiler_error(driver, error)}")
-
-
-def _compiler_error(driver: Driver, error: int) -> str:
-    return f"{driver.compiler.hiprtcGetErrorString(error).decode()} ({error})"
 
 
 # --- devices --------------------------------------------------------------------------------------
@@ -240,13 +222,8 @@ _HYGON_NAMES = ("hygon", "dcu", "z100", "k100", "k500", "bw1000", "bw500")
 class Card:
     """One device, and what launching kernels on it takes: `cuda.CudaDriver` has the same functions.
 
-    Attributes:
-        device: as torch names it, which is asked for its facts now.
-        architecture: what hipRTC compiles for, such as ``gfx90a:sramecc+:xnack-``.
-        name: the model's name.
-
-    Raises:
-        RuntimeError: torch does not tell the architecture.
+    ``architecture`` is what hipRTC compiles for, such as ``gfx90a:sramecc+:xnack-``, ``name`` the
+    model's name. Raises `RuntimeError` if torch does not tell the architecture.
     """
 
     success: Any = 0
@@ -290,8 +267,7 @@ class Card:
         return functions
 
     def handle(self, stream: torch.Stream | None) -> Any:
-        """The handle of a stream (None: the device's current one); None if another device is
-        current. Raises `Unsupported` in a forked process."""
+        """As `cuda.Caller.handle`."""
         if self._process.forked:
             raise refuse_fork("HIP")
         return self.stream(stream) if self.is_current() else None

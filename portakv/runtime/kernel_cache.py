@@ -29,12 +29,8 @@ def directory() -> Path:
 
 
 def cached(parts: tuple[str, ...], build: Callable[[], bytes]) -> bytes:
-    """The binary for a key, from disk or built and kept.
-
-    Args:
-        parts: everything that decides the binary: source, flags, architecture, compiler version.
-        build: makes it; its errors pass through.
-    """
+    """The binary for a key, from disk or built and kept; errors of ``build`` pass through.
+    ``parts``: all that decides the binary: source, flags, architecture, compiler version."""
     path = _path(parts)
     kept = _read(path)
     if kept is not None:
@@ -46,12 +42,12 @@ def cached(parts: tuple[str, ...], build: Callable[[], bytes]) -> bytes:
 
 
 def holds(parts: tuple[str, ...]) -> bool:
-    """True where the binary for a key is on disk, whole."""
+    """True if the binary for a key is on disk, whole."""
     return _read(_path(parts)) is not None
 
 
 def refusal() -> str | None:
-    """Why nothing can be kept in the directory, which is made if need be; None where it can."""
+    """Why nothing can be kept in the directory, which is made if need be; None if it can."""
     folder = directory()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -79,7 +75,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _digest(name: str, binary: bytes) -> bytes:
-    """Of the name too: a whole entry under another key's name is corrupt as well."""
+    # Of the name too: a whole entry under another key's name is corrupt as well.
     return hashlib.sha256(name.encode() + binary).digest()
 
 
@@ -104,7 +100,7 @@ def write_at_once(path: Path, content: bytes) -> None:
 
 
 def _private(folder: Path) -> bool:
-    """True where nobody else can put a kernel into the folder."""
+    """True if no other user can put a kernel into the folder."""
     status = folder.stat()
     mine = not hasattr(os, "getuid") or status.st_uid == os.getuid()
     return mine and not stat.S_IMODE(status.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)

@@ -13,7 +13,7 @@ NEEDED = "pip install 'portakv[cuda]'"
 
 
 def missing() -> str | None:
-    """What keeps NVRTC 13 from being used, as a sentence; None where it can be."""
+    """What keeps NVRTC 13 from being used, as a sentence; None if it can be."""
     try:
         found = version("cuda-bindings")
     except PackageNotFoundError:
@@ -56,11 +56,7 @@ def architectures() -> list[int]:
 
 def target_for(capability: int) -> str:
     """What to compile for: machine code (``sm_90``), or PTX (``compute_90``) of the nearest older
-    architecture where NVRTC does not know the device's.
-
-    Raises:
-        RuntimeError: the device is older than everything that NVRTC knows.
-    """
+    architecture if NVRTC does not know the device's; `RuntimeError` if it knows none so old."""
     known = architectures()
     if capability in known:
         return f"sm_{capability}"
@@ -74,17 +70,14 @@ def target_for(capability: int) -> str:
 
 
 def compile_kernel(source: str, capability: int) -> bytes:
-    """The binary of a text for a compute capability, kept on disk: see `target_for`.
-
-    Raises:
-        RuntimeError: the text does not compile, with NVRTC's log; or as `target_for` does.
-    """
+    """The binary of a text for a compute capability, kept on disk; raises `RuntimeError` with
+    NVRTC's log, and as `target_for` does."""
     target = target_for(capability)
     return _kernel_cache.cached(_key(source, target), lambda: _compile(source, target))
 
 
 def compiled_before(source: str, capability: int) -> bool:
-    """True where the cache on disk holds the binary of a text for a compute capability."""
+    """True if the cache on disk holds the binary of a text for a compute capability."""
     return _kernel_cache.holds(_key(source, target_for(capability)))
 
 

@@ -34,10 +34,8 @@ _free: defaultdict[tuple[torch.device, int], list[int]] = defaultdict(list)
 
 
 def own_stream(device: torch.device, priority: int = 0) -> Any:
-    """A stream of the device's own kind, which has no other owner for as long as this object lives.
-
-    On devices that the CUDA driver does not serve, or whose driver's library cannot be used, it is
-    one of torch's.
+    """A stream of the device's own kind, which has no other owner for as long as this object lives;
+    one of torch's if the CUDA driver does not serve the device, or cannot be used.
 
     Args:
         device: with its index.
@@ -101,7 +99,7 @@ def ignore_captures_elsewhere(device: torch.device) -> None:
 
 def check_stream(stream: torch.Stream | None, *devices: torch.device) -> None:
     """Raise `DeviceMismatch` unless ``stream`` is None or belongs to one of the devices."""
-    if stream is None:
+    if stream is None or getattr(stream, "device", None) in devices:
         return
     served = " and ".join(dict.fromkeys(map(str, devices)))
     if not isinstance(getattr(stream, "device", None), torch.device):
@@ -109,8 +107,6 @@ def check_stream(stream: torch.Stream | None, *devices: torch.device) -> None:
             f"A copy on {served} was asked with stream={stream!r}; expected a stream of torch. "
             f"Pass one (torch.cuda.ExternalStream holds a handle), or none for the current one."
         )
-    if stream.device in devices:
-        return
     raise DeviceMismatch(
         f"A copy on {served} was asked with a stream of {stream.device}; expected a stream of a "
         f"device that takes part. Pass one, or none for the current stream."
@@ -148,9 +144,8 @@ def captured(
     carried: tuple[str, str] | None = None,
 ) -> Transfer:
     """The handle of a copy that was captured; with ``stream``, `Transfer.wait` joins the fork."""
-    event = None
-    if stream is not None:
-        event = torch.Event(device)
+    event = None if stream is None else torch.Event(device)
+    if event is not None:
         event.record(stream)
     completion = Completion(event, words=words, standing=True)
     return Transfer((completion,), kept, True, carried or NOTHING)

@@ -91,8 +91,7 @@ class EventPool:
     """The free events of one device: making and destroying one costs more than recording it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._free: list[torch.Event] = []
+        self._device, self._free = device, list[torch.Event]()
 
     def acquire(self) -> torch.Event:
         """An event, ready to be recorded."""

@@ -68,7 +68,6 @@ class Worker:
         limit: None: as fast as they land.
 
     Attributes:
-        slices: as they were given.
         issued, landed: how many slices were issued so far, and how many landed before any that
             failed.
         carried: what carried the first slice out, as `Transfer.carried`.
@@ -85,9 +84,8 @@ class Worker:
         limit: RateLimit | None = None,
     ) -> None:
         self.slices, self._limit = slices, limit
-        # Both hold the views, and are let go at the end.
-        self._issue: Callable[[Slice], Transfer] | None = issue
-        self._inside: Callable[[], AbstractContextManager[object]] | None = inside
+        self._issue: Any = issue  # both hold the views, and are let go at the end
+        self._inside: Any = inside
         # In a child of the process the thread does not exist, and its lock may be held for ever.
         self._process = this_process()
         self._change = threading.Condition()
@@ -152,18 +150,16 @@ class Worker:
                 f"The transfer was cancelled when {so_far}; the rest was not moved. Its statistics "
                 f"say how many blocks were."
             )
-        if isinstance(self._error, PortaKVError):
-            return self._error
-        failed = TransferError(
-            f"The transfer failed when {so_far}, with {type(self._error).__name__}: {self._error}."
-        )
-        failed.__cause__ = self._error
-        return failed
+        error = self._error
+        if not isinstance(error, PortaKVError):
+            why = f"with {type(error).__name__}: {error}."
+            error = TransferError(f"The transfer failed when {so_far}, {why}")
+            error.__cause__ = self._error
+        return error
 
     def _run(self) -> None:
         in_flight: deque[Transfer] = deque()
         try:
-            assert self._inside is not None
             with self._inside():
                 try:
                     self._issue_all(in_flight)
@@ -185,9 +181,10 @@ class Worker:
             while len(in_flight) >= WINDOW:
                 self._land(in_flight)
             self._keep_rate(piece, in_flight)
-            if not self._claim():
-                return
-            assert self._issue is not None
+            with self._change:
+                if self.cancelled or self._error is not None:
+                    return
+                self.issued += 1
             in_flight.append(self._issue(piece))
             if self.carried is NOTHING:
                 self.carried = in_flight[0].carried
@@ -208,14 +205,6 @@ class Worker:
                 self._land(in_flight)
             with self._change:
                 self._change.wait_for(lambda: self.cancelled, limit.left(start))
-
-    def _claim(self) -> bool:
-        """Take the next slice; False if it must not start."""
-        with self._change:
-            if self.cancelled or self._error is not None:
-                return False
-            self.issued += 1
-            return True
 
     def _land(self, in_flight: deque[Transfer]) -> None:
         """Wait for the oldest slice."""
