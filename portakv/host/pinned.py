@@ -20,11 +20,11 @@ import torch
 
 from portakv.errors import HostMemoryError, Unsupported
 from portakv.host import _pages, _registrations
-from portakv.host._pages import HugePages
+from portakv.host._pages import HugePages, available
 from portakv.host._registrations import LARGEST, CallRefused, Registration, seams
 
-__all__ = ["HostMemoryError", "PinnedMemory", "allocate", "empty", "register", "register_address",
-           "registered", "seams", "unregister", "why_not"]  # fmt: skip
+__all__ = ["HostMemoryError", "PinnedMemory", "allocate", "available", "empty", "register",
+           "register_address", "registered", "seams", "unregister", "why_not"]  # fmt: skip
 
 _ONLY_TORCH = "torch registers no memory that exists for this device; take some of `allocate`"
 _open: list[PinnedMemory] = []  # what `register` returned, until it is closed

@@ -10,6 +10,8 @@ import os
 import shlex
 import subprocess
 import sys
+from itertools import takewhile
+from subprocess import PIPE
 from types import ModuleType
 from typing import Any
 from unittest.mock import Mock, call
@@ -134,30 +136,23 @@ def test_an_unknown_forced_name_says_where_the_trace_is(
     assert "portakv backends --device cpu" in err
 
 
-def fresh(code: str, **environment: str) -> subprocess.Popen[str]:
-    """Python in a process of its own, in which `main` runs commands."""
-    return subprocess.Popen(
-        [sys.executable, "-c", f"import sys; from portakv.cli import main; {code}"], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment},
+def test_the_help_imports_no_extra_a_picture_needs_no_unicode_and_a_reader_may_go() -> None:
+    code = (
+        "import sys; from portakv.cli import main; main([]); "
+        "more = {'rich', 'transformers', 'matplotlib', 'portakv.cli.demo', 'portakv_benchmarks'}; "
+        "assert not more & set(sys.modules); main(['layouts', 'vllm-nhd']); print('end'); "
+        "sys.stdout.flush(); input(); sys.exit(main(['layouts', '--json']))"
+    )
+    process: Any = subprocess.Popen(
+        [sys.executable, "-c", code], text=True, stdin=PIPE, stdout=PIPE, stderr=PIPE,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
-
-
-def test_the_help_imports_no_extra_and_a_picture_needs_no_unicode() -> None:
-    extras = {"rich", "transformers", "matplotlib", "portakv.cli.demo", "portakv_benchmarks"}
-    code = f"main([]); assert not {extras} & set(sys.modules); main(['layouts', 'vllm-nhd'])"
-    with fresh(code, PYTHONIOENCODING="ascii") as process:
-        out, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (0, "")
-    assert "kv_caches[layer][kv, block, token, head, dim]" in out
-
-
-def test_a_reader_that_has_gone_is_no_traceback() -> None:
-    with fresh("sys.exit(main(['layouts', '--json']))") as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
+    with process:
+        told = "".join(takewhile("end\n".__ne__, process.stdout))
         process.stdout.close()
-        assert process.stderr.read() == ""
-        assert process.wait(timeout=300) == 1
+        _, err = process.communicate("\n", timeout=300)
+    assert "kv_caches[layer][kv, block, token, head, dim]" in told, err
+    assert (process.returncode, err) == (1, "")
 
 
 # portakv backends

@@ -7,6 +7,7 @@ import sys
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from portakv import CopyPlan, KVView
 from portakv.backends.rows_kernel import RowsKernel
 from portakv.runtime import hip as _hip_driver
 from portakv.runtime import nvrtc as _nvrtc
+from portakv_benchmarks.shared.shapes import load
 from portakv_conformance.vendor.hip_fake import fake_driver
 
 needs_nvrtc = pytest.mark.skipif(_nvrtc.missing() is not None, reason=str(_nvrtc.missing()))
@@ -33,6 +35,22 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both compilers answer at once; what is kept, and under which name, is as ever."""
+    monkeypatch.setattr(_nvrtc, "_compile", lambda source, target: f"{source} {target}".encode())
+    monkeypatch.setattr(_hip_driver, "_compile", lambda *_: b"code")
+
+
+def devices(monkeypatch: pytest.MonkeyPatch, hip: str | None, told: list[Any]) -> None:
+    """This machine has GPUs, of which torch tells so much."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(told))
+    ask = "get_device_capability" if hip is None else "get_device_properties"
+    monkeypatch.setattr(torch.cuda, ask, told.__getitem__)
+
+
 def refuses(*words: str) -> str:
     """What it says on standard error when it cannot."""
     ran = run("warmup", *words)
@@ -44,6 +62,7 @@ def refuses(*words: str) -> str:
 
 
 @needs_nvrtc
+@pytest.mark.usefixtures("quick")
 def test_kernels_are_compiled_once(cache: Path) -> None:
     words = ("warmup", "--arch", "90", "sm_80", "9.0", "--shape", "deepseek-mla", "encoder-cache")
     first = run_json(*words)
@@ -87,6 +106,7 @@ def _needed(device: torch.device) -> list[str]:
 
 @needs_nvrtc
 @ON_CPU_AND_CUDA
+@pytest.mark.usefixtures("quick")
 def test_what_copies_need_is_there(device: torch.device) -> None:
     major, minor = (9, 0) if device.type == "cpu" else torch.cuda.get_device_capability()
     architecture, extents = 10 * major + minor, ("--layers", "3", "--heads", "2", "--dim", "64")
@@ -97,16 +117,11 @@ def test_what_copies_need_is_there(device: torch.device) -> None:
 
 
 @needs_nvrtc
+@pytest.mark.usefixtures("quick")
 def test_the_default_is_every_shape_for_this_machines_devices(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from portakv_benchmarks.shared.shapes import load
-
-    monkeypatch.setattr(_nvrtc, "_compile", lambda source, target: f"{source} {target}".encode())
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", [(9, 0), (8, 0), (9, 0)].__getitem__)
+    devices(monkeypatch, None, [(9, 0), (8, 0), (9, 0)])
     warmed = run_json("warmup")["warmed"]
     assert [w["target"] for w in warmed] == ["sm_90", "sm_80"] * len(load())
     assert [w["name"] for w in warmed[::2]] == list(load())
@@ -123,8 +138,9 @@ def test_without_a_device_architectures_have_to_be_named(monkeypatch: pytest.Mon
 
 
 @needs_compiler
-def test_amds_architectures(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By hipRTC, which is the fake one; a name that says more is another one."""
+@pytest.mark.usefixtures("quick")
+def test_amds_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hipRTC; a name that says more is another one. The default is this machine's devices."""
     monkeypatch.setattr(_hip_driver, "driver", fake_driver)
     words = ("--layout", NHD, CHUNK, "--heads", "2", "--layers", "3", "--dim", "64")
     first = run_json("warmup", "--arch", "gfx906", "gfx906", "gfx90a:xnack-", *words)
@@ -134,21 +150,11 @@ def test_amds_architectures(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for source in _needed(CPU):
         assert _hip_driver.compiled_before(fake_driver(), source, "gfx906")
         assert not _hip_driver.compiled_before(fake_driver(), source, "gfx90a")
-    again = run_json("warmup", "--arch", "gfx906", *words)
-    assert [(w["compiled"], w["kept"]) for w in again["warmed"]] == [(0, 8)]
-
-
-@needs_compiler
-def test_under_rocm_the_default_is_this_machines_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     named = [SimpleNamespace(gcnArchName=name) for name in ("gfx936", "gfx90a:xnack-", "gfx936")]
-    monkeypatch.setattr(_hip_driver, "driver", fake_driver)
-    monkeypatch.setattr(_hip_driver, "_compile", lambda *_: b"code")
-    monkeypatch.setattr(torch.version, "hip", "6.3")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", named.__getitem__)
-    warmed = run_json("warmup", "--layout", NHD, CHUNK, "--layers", "2")["warmed"]
-    assert [w["target"] for w in warmed] == ["gfx936", "gfx90a:xnack-"]
+    devices(monkeypatch, "6.3", named)
+    again = run_json("warmup", *words)["warmed"]
+    counts = [(w["target"], w["compiled"], w["kept"]) for w in again]
+    assert counts == [("gfx936", 8, 0), ("gfx90a:xnack-", 0, 8)]
 
 
 def test_without_hiprtc(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +182,7 @@ def test_what_cannot_be_compiled(words: list[str], said: str) -> None:
 
 
 @needs_nvrtc
+@pytest.mark.usefixtures("quick")
 def test_without_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "portakv_benchmarks.shared.shapes", None)
     assert "--layout" in refuses("--arch", "90")

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ import torch
 from portakv.blocks.blocks import copy_blocks
 from portakv.connector.connector import AdaptiveConnector
 from portakv.errors import Unsupported
+from portakv.host.pinned import available
 from portakv.runtime.transfer import Transfer
 from portakv.view.index import Index
 from portakv.view.view import KVView
@@ -83,23 +83,8 @@ def free_memory(device: torch.device) -> int | None:
     if device.type != "cpu":
         ask = getattr(torch.get_device_module(device), "mem_get_info", None)
         return int(ask(device)[0]) if ask else None
-    told = [free for free in (_machine_free(), _group_free()) if free is not None]
-    return min(told) if told else None
-
-
-def _machine_free() -> int | None:
-    """What Linux could hand out, page cache included; elsewhere nothing is known."""
     with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    return None
-
-
-def _group_free(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What this process's control group may still take: a container's limit is not in meminfo."""
-    with suppress(OSError, ValueError):  # without a limit the file says "max"
-        return int((root / "memory.max").read_text()) - int((root / "memory.current").read_text())
+        return available()
     return None
 
 
