@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mutants: seeded-bug backends, each small and realistic, that the suite has to catch.
 
-Every mutant is a correct kernel (`host_rows`, on the simulated device `device_rows`) with one step
+Every mutant is a correct kernel (`HostRows`, on the simulated device `DeviceRows`) with one step
 of it replaced; its docstring is its bug. A mutant that survives is a bug of the suite.
 """
 
@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from types import ModuleType
 
 from portakv_conformance.mutants import (
     addressing,
     claims,
     indices,
     layouts,
-    merging,
     ordering,
     paths,
     state,
     vectors,
 )
-from portakv_conformance.mutants.base import HostRows
-from portakv_conformance.mutants.device_rows import DeviceRows
+from portakv_conformance.mutants.base import DeviceRows, HostRows
 
 __all__ = ["CONTROLS", "MUTANTS", "Mutant"]
 
@@ -53,19 +50,13 @@ def _mutant(found: type[HostRows]) -> Mutant:
     return Mutant(found.name, target, bug, found.device_type, found.profile)
 
 
-def _mutants_of(module: ModuleType) -> list[Mutant]:
-    """The classes that a module defines, in their order; an underscore marks a base."""
-    return [
-        _mutant(found)
-        for name, found in vars(module).items()
-        if inspect.isclass(found) and found.__module__ == module.__name__ and name[0] != "_"
-        if issubclass(found, HostRows)
-    ]
-
-
-_MODULES = (addressing, paths, vectors, indices, layouts, merging, state, claims, ordering)
-
-#: Every mutant, those of one idea together.
-MUTANTS: tuple[Mutant, ...] = tuple(one for module in _MODULES for one in _mutants_of(module))
+#: Every mutant, those of one idea together; an underscore marks a base.
+MUTANTS: tuple[Mutant, ...] = tuple(
+    _mutant(found)
+    for module in (addressing, paths, vectors, indices, layouts, state, claims, ordering)
+    for name, found in vars(module).items()
+    if name[0] != "_" and getattr(found, "__module__", "") == module.__name__
+    if inspect.isclass(found) and issubclass(found, HostRows)
+)
 #: The un-mutated bases: the suite has to pass them.
 CONTROLS: tuple[Mutant, ...] = (_mutant(HostRows), _mutant(DeviceRows))

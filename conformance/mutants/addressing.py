@@ -11,8 +11,8 @@ import numpy as np
 from portakv import Index, KVView
 from portakv.plan.loops import Loop
 from portakv.plan.plan import CopyPlan, Nest, Side
-from portakv_conformance.mutants.base import Call, HostRows
-from portakv_conformance.mutants.cells import Int64
+from portakv_conformance.mutants.base import Call, HostRows, Pair
+from portakv_conformance.mutants.cells import Int64, narrow
 
 
 class OffByOneSlot(HostRows):
@@ -27,7 +27,7 @@ class ThirtyTwoBitOffset(HostRows):
     """Byte offsets are worked out in 32 bits and wrap in a cache of more than 2 GiB."""
 
     def address(self, view: KVView, entry: Int64, byte: Int64) -> Int64:
-        return super().address(view, entry, byte.astype(np.int32).astype(np.int64))
+        return super().address(view, entry, narrow(byte))
 
 
 class UnsignedOffset(HostRows):
@@ -40,7 +40,7 @@ class UnsignedOffset(HostRows):
 class IgnoredStride(HostRows):
     """The stride of a block is taken as block_size times the stride of a token."""
 
-    def place(self, side: Side, numbers: Int64) -> tuple[Int64, Int64]:
+    def place(self, side: Side, numbers: Int64) -> Pair:
         units = side.units
         if len(units) > 1 and not any(step.table for step in units):
             dense = replace(units[0], stride=units[1].extent * units[1].stride)
@@ -52,9 +52,8 @@ class IgnoredStorageOffset(HostRows):
     """Addresses are taken from the storage, so a tensor that begins inside of it is missed."""
 
     def table(self, view: KVView) -> Int64:
-        starts = [owner.untyped_storage().data_ptr() for owner in view.owners]
-        begins = [owner.data_ptr() for owner in view.owners]
-        return np.asarray(super().table(view) - np.array(begins) + np.array(starts))
+        inside = [owner.data_ptr() - owner.untyped_storage().data_ptr() for owner in view.owners]
+        return np.asarray(super().table(view) - np.array(inside))
 
 
 class FirstTensorForAll(HostRows):
@@ -78,13 +77,9 @@ class FirstStridesForAll(HostRows):
     """Keys and values of unequal width are both walked with the strides of the keys."""
 
     def nests(self, plan: CopyPlan) -> Sequence[Nest]:
-        first = plan.nests[0]
+        src, dst = plan.nests[0].src.units, plan.nests[0].dst.units
         return [
-            replace(
-                nest,
-                src=replace(nest.src, units=first.src.units),
-                dst=replace(nest.dst, units=first.dst.units),
-            )
+            replace(nest, src=replace(nest.src, units=src), dst=replace(nest.dst, units=dst))
             for nest in plan.nests
         ]
 
@@ -93,19 +88,18 @@ class UnequalWidthsMixed(HostRows):
     """Values of unequal width are moved with as many bytes as the keys have."""
 
     def nests(self, plan: CopyPlan) -> Sequence[Nest]:
-        first = plan.nests[0]
-        alike = [replace(nest, run=min(first.run, nest.run)) for nest in plan.nests]
+        alike = [replace(nest, run=min(plan.nests[0].run, nest.run)) for nest in plan.nests]
         return [replace(nest, vector=np.gcd(nest.run, nest.vector).item()) for nest in alike]
 
 
 class OnlyFirstBlockSize(HostRows):
     """The block size of the source is used for the destination as well."""
 
-    def planned(self, plan: CopyPlan, call: Call) -> CopyPlan:
-        self._extents = [step.extent for step in plan.nests[0].src.units]
-        return plan
+    def planned(self, call: Call) -> CopyPlan:
+        self._extents = [step.extent for step in call.plan.nests[0].src.units]
+        return call.plan
 
-    def place(self, side: Side, numbers: Int64) -> tuple[Int64, Int64]:
+    def place(self, side: Side, numbers: Int64) -> Pair:
         if len(side.units) == len(self._extents):
             pairs = zip(side.units, self._extents, strict=True)
             side = replace(side, units=tuple(replace(at, extent=n) for at, n in pairs))
@@ -115,18 +109,14 @@ class OnlyFirstBlockSize(HostRows):
 class PlanesInEightBits(HostRows):
     """Layers are counted in eight bits, so layer 256 of a deep model is layer 0 again."""
 
-    def walk(self, loop: Loop, name: str) -> tuple[Int64, Int64]:
-        entries, steps = super().walk(loop, name)
-        if "layer" not in loop.name:
-            return entries, steps
-        at = np.arange(loop.extent) & 0xFF
-        return entries[at], steps[at]
+    def turns(self, loop: Loop) -> Int64:
+        return super().turns(loop) & (0xFF if "layer" in loop.name else -1)
 
 
 class TableStepsInBytes(HostRows):
     """A step through the table is taken in bytes, eight for an entry, and so passes over seven."""
 
-    def walk(self, loop: Loop, name: str) -> tuple[Int64, Int64]:
+    def walk(self, loop: Loop, name: str) -> Pair:
         entries, steps = super().walk(loop, name)
         return entries * 8 if loop.extent > 2 else entries, steps
 
@@ -134,37 +124,31 @@ class TableStepsInBytes(HostRows):
 class RepeatsMovedOnce(HostRows):
     """A loop without a stride in the source, rows that are seen twice, is left out."""
 
-    def walk(self, loop: Loop, name: str) -> tuple[Int64, Int64]:
-        entries, steps = super().walk(loop, name)
-        repeats = not (loop.src_stride or loop.src_table)
-        return (entries[:1], steps[:1]) if repeats else (entries, steps)
+    def turns(self, loop: Loop) -> Int64:
+        found = super().turns(loop)
+        return found if loop.src_stride or loop.src_table else found[:1]
 
 
 class RepeatsAVectorApart(HostRows):
     """Rows of a source that all lie at one address, by a stride of 0, are read a vector apart."""
 
-    def place(self, side: Side, numbers: Int64) -> tuple[Int64, Int64]:
-        units = [
-            step if step.stride or step.table else replace(step, stride=16) for step in side.units
-        ]
+    def place(self, side: Side, numbers: Int64) -> Pair:
+        units = [at if at.stride or at.table else replace(at, stride=16) for at in side.units]
         return super().place(replace(side, units=tuple(units)), numbers)
 
 
 class HeadsRoundedDown(HostRows):
     """Heads are halved until one is left, so of 6 or 12 heads only 4 or 8 are walked."""
 
-    def walk(self, loop: Loop, name: str) -> tuple[Int64, Int64]:
-        entries, steps = super().walk(loop, name)
-        if "head" not in loop.name:
-            return entries, steps
-        walked = 1 << (loop.extent.bit_length() - 1)
-        return entries[:walked], steps[:walked]
+    def turns(self, loop: Loop) -> Int64:
+        found = super().turns(loop)
+        return found[: 1 << (loop.extent.bit_length() - 1)] if "head" in loop.name else found
 
 
 class HeadsRoundedUp(HostRows):
     """Heads are walked up to the next power of two, and no mask leaves out those past the last."""
 
-    def walk(self, loop: Loop, name: str) -> tuple[Int64, Int64]:
+    def turns(self, loop: Loop) -> Int64:
         if "head" in loop.name:
             loop = replace(loop, extent=1 << (loop.extent - 1).bit_length())
-        return super().walk(loop, name)
+        return super().turns(loop)

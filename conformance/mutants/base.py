@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -20,21 +20,22 @@ import torch
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, Pending
 from portakv.plan.loops import Loop
 from portakv.plan.plan import CopyPlan, Nest, Side
-from portakv_conformance.mutants.cells import Int64, load, store
+from portakv_conformance.mutants.cells import Int64, check_inside, load, store
 
 if TYPE_CHECKING:
     from portakv import Index, KVView
 
 Mask = npt.NDArray[np.bool_]
 Pair = tuple[Int64, Int64]
-_HOST = ("pageable", "pinned")
+HOST = frozenset((a, b) for a in ("pageable", "pinned") for b in ("pageable", "pinned"))
 _WILD = 2**62  # far past the end of any view; an id is clipped to it before it is multiplied
 
 
 @dataclass(frozen=True)
 class Call:
-    """What one launch was called with."""
+    """What one launch was called with, and the plan that it was prepared for."""
 
+    plan: CopyPlan
     src: KVView
     dst: KVView
     src_index: Index
@@ -53,17 +54,25 @@ class Runs:
     nbytes: int
     vector: int
 
+    def at(self, chosen: Any) -> Runs:
+        """Some of the runs, by numbers, a mask or a slice."""
+        return replace(self, src=self.src[chosen], dst=self.dst[chosen])
+
 
 class HostRows(Backend):
-    """Rows moved on the host as a kernel moves them."""
+    """Rows moved on the host as a kernel moves them; keywords of a subclass are claims."""
 
     #: Where a mutant shows its bug: the device and the profile that judge it.
     device_type: ClassVar[str] = "cpu"
     profile: ClassVar[str] = "core"
+    claims: ClassVar[dict[str, Any]] = {
+        "places": HOST, "index_on": "host", "skips_negative": True, "guards": True,
+    }  # fmt: skip
 
-    def __init_subclass__(cls, **rest: Any) -> None:
-        super().__init_subclass__(**rest)
+    def __init_subclass__(cls, **claims: Any) -> None:
+        super().__init_subclass__()
         cls.name = re.sub(r"(?<=.)(?=[A-Z])", "-", cls.__name__).lower()
+        cls.claims = {**cls.claims, **claims}
 
     name = "host-rows"
 
@@ -75,57 +84,47 @@ class HostRows(Backend):
         return Decision(cls.name, True, f"it moves rows by address on {device.type}")
 
     def capabilities(self) -> Capabilities:
-        places = frozenset((a, b) for a in _HOST for b in _HOST)
-        return Capabilities(places=places, index_on="host", skips_negative=True, guards=True)
+        return Capabilities(**self.claims)
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        def launch(
-            src: KVView,
-            dst: KVView,
-            src_index: Index,
-            dst_index: Index,
-            count: int,
-            stream: torch.Stream | None,
-            status: torch.Tensor | None,
-        ) -> Pending | None:
-            return self.carry(plan, Call(src, dst, src_index, dst_index, count, stream, status))
+        def launch(*given: Any, **named: Any) -> Pending | None:
+            return self.carry(Call(plan, *given, **named))
 
         return launch
 
     # The steps, in their order
 
-    def carry(self, plan: CopyPlan, call: Call) -> Pending | None:
+    def carry(self, call: Call) -> Pending | None:
         """One launch from beginning to end."""
-        plan = self.planned(plan, call)
-        for runs in self.pieces(plan, call):
+        call = replace(call, plan=self.planned(call))
+        for runs in self.pieces(call):
             self.move(runs, call)
         return None
 
-    def planned(self, plan: CopyPlan, call: Call) -> CopyPlan:
+    def planned(self, call: Call) -> CopyPlan:
         """The plan as the kernel understands it."""
-        return plan
+        return call.plan
 
-    def pieces(self, plan: CopyPlan, call: Call) -> list[Runs]:
+    def pieces(self, call: Call) -> list[Runs]:
         """What is to be moved, nest by nest."""
-        src, dst = self.pairs(plan, call)
-        return [self.expand(nest, plan, call, src, dst) for nest in self.nests(plan)]
+        src, dst = self.pairs(call)
+        return [self.expand(nest, call, src, dst) for nest in self.nests(call.plan)]
 
     def nests(self, plan: CopyPlan) -> Sequence[Nest]:
         """The nests as the kernel's generator writes them down."""
         return plan.nests
 
-    def units(self, plan: CopyPlan, call: Call) -> int:
+    def units(self, call: Call) -> int:
         """How many units the grid covers."""
-        return call.count // plan.unit
+        return call.count // call.plan.unit
 
-    def pairs(self, plan: CopyPlan, call: Call) -> tuple[Int64, Int64]:
+    def pairs(self, call: Call) -> Pair:
         """The numbers of the units to move, on both sides; the others are skipped or reported."""
-        units = self.units(plan, call)
-        src = self.numbers(call.src_index, units, plan.unit)
-        dst = self.numbers(call.dst_index, units, plan.unit)
-        bad = self.bad(src, dst, call.src.slots // plan.unit, call.dst.slots // plan.unit, call)
-        if bad.any():
-            self.report(np.nonzero(bad)[0], plan.unit, call)
+        units, unit = self.units(call), call.plan.unit
+        src, dst = (self.numbers(at, units, unit) for at in (call.src_index, call.dst_index))
+        bad = self.bad(src, dst, call.src.slots // unit, call.dst.slots // unit, call)
+        if bad.any() and call.status is not None:
+            call.status[0] = self.told(np.nonzero(bad)[0], unit, call)
         moved = self.moved(src, dst) & ~bad
         return src[moved], dst[moved]
 
@@ -137,10 +136,9 @@ class HostRows(Backend):
         """Which units are not padding."""
         return (src >= 0) & (dst >= 0)
 
-    def report(self, bad: Int64, unit: int, call: Call) -> None:
-        """Name the first of the bad units in the status word."""
-        if call.status is not None:
-            call.status[0] = int(bad[0]) * unit + 1
+    def told(self, bad: Int64, unit: int, call: Call) -> int:
+        """What the status word says of bad units: the first of their positions, + 1."""
+        return int(bad[0]) * unit + 1
 
     def numbers(self, index: Index, units: int, unit: int) -> Int64:
         """The number of each unit on one side; negative where it is padding."""
@@ -160,12 +158,13 @@ class HostRows(Backend):
         """The list of ids, as the kernel reads it from memory."""
         return ids.numpy().astype(np.int64)
 
-    def expand(self, nest: Nest, plan: CopyPlan, call: Call, src: Int64, dst: Int64) -> Runs:
+    def expand(self, nest: Nest, call: Call, src: Int64, dst: Int64) -> Runs:
         """Units and loops as the addresses of runs."""
-        mine = self.offsets(nest, "src", src, call.src_index, plan.unit)
-        theirs = self.offsets(nest, "dst", dst, call.dst_index, plan.unit)
+        unit = call.plan.unit
+        mine = self.offsets(nest, "src", src, call.src_index, unit)
+        theirs = self.offsets(nest, "dst", dst, call.dst_index, unit)
         here, there = self.address(call.src, *mine), self.address(call.dst, *theirs)
-        return Runs(here, there, nest.run, self.vector(nest, plan, call))
+        return Runs(here, there, nest.run, self.vector(nest, call.plan))
 
     def offsets(self, nest: Nest, name: str, numbers: Int64, index: Index, unit: int) -> Pair:
         """Table entry, and bytes behind its address, of every run of one side."""
@@ -180,7 +179,7 @@ class HostRows(Backend):
             byte = np.add.outer(byte, steps).reshape(-1)
         return entry, byte
 
-    def place(self, side: Side, numbers: Int64) -> tuple[Int64, Int64]:
+    def place(self, side: Side, numbers: Int64) -> Pair:
         """Table entry and bytes of each unit."""
         entry, byte = np.full_like(numbers, side.table), np.full_like(numbers, side.offset)
         for step in reversed(side.units):
@@ -189,12 +188,14 @@ class HostRows(Backend):
             entry, byte = entry + at * step.table, byte + at * step.stride
         return entry, byte
 
-    def walk(self, loop: Loop, name: str) -> tuple[Int64, Int64]:
+    def walk(self, loop: Loop, name: str) -> Pair:
         """Table entries and bytes of each turn of a loop, on side ``src`` or ``dst``."""
-        at = np.arange(loop.extent, dtype=np.int64)
-        if name == "src":
-            return at * loop.src_table, at * loop.src_stride
-        return at * loop.dst_table, at * loop.dst_stride
+        at = self.turns(loop)
+        return at * getattr(loop, f"{name}_table"), at * getattr(loop, f"{name}_stride")
+
+    def turns(self, loop: Loop) -> Int64:
+        """The numbers that a loop runs through."""
+        return np.arange(loop.extent, dtype=np.int64)
 
     def address(self, view: KVView, entry: Int64, byte: Int64) -> Int64:
         """Absolute addresses."""
@@ -204,7 +205,7 @@ class HostRows(Backend):
         """The table of addresses of a view."""
         return view.addresses
 
-    def vector(self, nest: Nest, plan: CopyPlan, call: Call) -> int:
+    def vector(self, nest: Nest, plan: CopyPlan) -> int:
         """The width of one access, in bytes."""
         return nest.vector
 
@@ -215,3 +216,30 @@ class HostRows(Backend):
     def load(self, runs: Runs, call: Call) -> npt.NDArray[Any]:
         """The vectors of all runs ``[runs, vectors]``."""
         return load(call.src, runs.src, runs.nbytes, runs.vector)
+
+
+class DeviceRows(HostRows, places=frozenset({("device", "device")})):
+    """Rows moved by the simulated device, in the order of a stream: what the steps of `HostRows`
+    work out is handed to the device's one vendor op, a batch of copies."""
+
+    device_type: ClassVar[str] = "simdev"
+
+    def move(self, runs: Runs, call: Call) -> None:
+        self.enqueue(runs, call, self.stream(call))
+
+    def stream(self, call: Call) -> torch.Stream:
+        """The stream on which to order the work: that of the call, else the current one."""
+        return call.stream or torch.accelerator.current_stream(self.device)
+
+    def enqueue(self, runs: Runs, call: Call, stream: torch.Stream) -> None:
+        """Order the copies of all runs on a stream."""
+        check_inside(call.src, runs.src, runs.nbytes)
+        check_inside(call.dst, runs.dst, runs.nbytes)
+        copy_runs(torch.from_numpy(runs.src), torch.from_numpy(runs.dst), runs.nbytes, stream)
+
+
+def copy_runs(src: torch.Tensor, dst: torch.Tensor, nbytes: int, stream: torch.Stream) -> None:
+    """Order copies of ``nbytes`` between addresses of the simulated device on a stream."""
+    from portakv_conformance import simdev  # built and loaded only where it is used
+
+    simdev.copy_runs(src, dst, torch.full_like(src, nbytes), stream)

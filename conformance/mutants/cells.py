@@ -8,6 +8,7 @@ that runs wild is seen every time, and harms nobody else's memory.
 from __future__ import annotations
 
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,25 +23,21 @@ _SPACE = 2**56  # bytes, past every address that a process can have
 _ELEMENTS = {1: "|u1", 2: "<u2", 4: "<u4", 8: "<u8", 16: "|V16"}
 
 
+def narrow(numbers: Int64) -> Int64:
+    """Numbers as they come back from 32 bits."""
+    return numbers.astype(np.int32).astype(np.int64)
+
+
 class IllegalAddress(RuntimeError):
     """An access outside the buffers of a view."""
 
 
-class _Space:
-    """The whole address space for numpy, as vectors of one width."""
-
-    def __init__(self, width: int) -> None:
-        self.__array_interface__ = {
-            "data": (_FIRST, False),
-            "shape": ((_SPACE - _FIRST) // width,),
-            "typestr": _ELEMENTS[width],
-            "version": 3,
-        }
-
-
 @cache
 def _space(width: int) -> npt.NDArray[Any]:
-    return np.asarray(_Space(width))
+    """The whole address space for numpy, as vectors of one width."""
+    shape = ((_SPACE - _FIRST) // width,)
+    told = {"data": (_FIRST, False), "shape": shape, "typestr": _ELEMENTS[width], "version": 3}
+    return np.asarray(SimpleNamespace(__array_interface__=told))
 
 
 def _cells(addresses: Int64, nbytes: int, width: int) -> Int64:

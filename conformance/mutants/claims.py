@@ -13,7 +13,7 @@ import torch
 from portakv import KVView, Unsupported
 from portakv.backends.base import Capabilities, Decision, Launch
 from portakv.plan.plan import CopyPlan, Nest
-from portakv_conformance.mutants.base import Call, HostRows, Mask, Runs
+from portakv_conformance.mutants.base import HOST, Call, HostRows, Mask, Pair, Runs
 from portakv_conformance.mutants.cells import Int64
 
 
@@ -45,73 +45,63 @@ class GuardOffByOne(HostRows):
 class StatusIgnored(HostRows):
     """A bad slot moves nothing, and nobody is told: the status word stays 0."""
 
-    def report(self, bad: Int64, unit: int, call: Call) -> None:
-        return
+    def told(self, bad: Int64, unit: int, call: Call) -> int:
+        return 0
 
 
 class StatusFromZero(HostRows):
     """The status word holds the position, not position + 1: a bad first id looks like none."""
 
-    def report(self, bad: Int64, unit: int, call: Call) -> None:
-        super().report(bad, unit, call)
-        if call.status is not None:
-            call.status.sub_(1)
+    def told(self, bad: Int64, unit: int, call: Call) -> int:
+        return super().told(bad, unit, call) - 1
 
 
 class StatusInUnits(HostRows):
     """The status word counts units, and so names another position than the bad one."""
 
-    def report(self, bad: Int64, unit: int, call: Call) -> None:
-        super().report(bad, 1, call)
+    def told(self, bad: Int64, unit: int, call: Call) -> int:
+        return super().told(bad, 1, call)
 
 
 class StatusOfTheWholeList(HostRows):
     """The status word counts from the first id of the list, wherever the copy begins in it."""
 
-    def report(self, bad: Int64, unit: int, call: Call) -> None:
-        super().report(bad, unit, call)
-        if call.status is not None:
-            call.status.add_(call.src_index.offset + call.dst_index.offset)
+    def told(self, bad: Int64, unit: int, call: Call) -> int:
+        return super().told(bad, unit, call) + call.src_index.offset + call.dst_index.offset
 
 
 class StatusWithoutPadding(HostRows):
     """The status word counts the positions that are moved, and so leaves out padding before it."""
 
-    def report(self, bad: Int64, unit: int, call: Call) -> None:
-        sides = (call.src_index, call.dst_index)
-        before = [self.numbers(index, int(bad[0]), unit) for index in sides]
-        kept = int(np.sum((before[0] >= 0) & (before[1] >= 0)))
-        super().report(np.array([kept]), unit, call)
+    def told(self, bad: Int64, unit: int, call: Call) -> int:
+        src, dst = (
+            self.numbers(index, int(bad[0]), unit) for index in (call.src_index, call.dst_index)
+        )
+        return super().told(np.array([self.moved(src, dst).sum()]), unit, call)
 
 
 class StatusOfAllAtOnce(HostRows):
     """Each bad position is put into the status word by an atomic or, so that several mix."""
 
-    def report(self, bad: Int64, unit: int, call: Call) -> None:
-        if call.status is not None:
-            call.status[0] = int(np.bitwise_or.reduce(bad * unit + 1))
+    def told(self, bad: Int64, unit: int, call: Call) -> int:
+        return int(np.bitwise_or.reduce(bad * unit + 1))
 
 
 class StatusCountsTheBad(HostRows):
     """The status word tells how many ids were bad where there are several, not where one stands."""
 
-    def report(self, bad: Int64, unit: int, call: Call) -> None:
-        super().report(bad, unit, call)
-        if call.status is not None and len(bad) > 1:
-            call.status[0] = len(bad)
+    def told(self, bad: Int64, unit: int, call: Call) -> int:
+        return len(bad) if len(bad) > 1 else super().told(bad, unit, call)
 
 
 class BadSlotStopsTheRest(HostRows):
     """One bad slot and nothing at all is moved, though all other rows should be."""
 
-    def pairs(self, plan: CopyPlan, call: Call) -> tuple[Int64, Int64]:
-        self._bad = False
-        src, dst = super().pairs(plan, call)
-        return (src[:0], dst[:0]) if self._bad else (src, dst)
-
-    def report(self, bad: Int64, unit: int, call: Call) -> None:
-        self._bad = True
-        super().report(bad, unit, call)
+    def bad(self, src: Int64, dst: Int64, src_end: int, dst_end: int, call: Call) -> Mask:
+        bad = super().bad(src, dst, src_end, dst_end, call)
+        if bad.any():
+            src[:] = -1
+        return bad
 
 
 class ClaimsTables(HostRows):
@@ -137,11 +127,8 @@ class ClaimsAnyLoops(HostRows):
         return [replace(nest, loops=nest.loops[:2]) for nest in plan.nests]
 
 
-class TakesMoreThanItClaims(HostRows):
+class TakesMoreThanItClaims(HostRows, max_loops=1):
     """Claims one loop, accepts plans of more, and leaves out the loops that it does not have."""
-
-    def capabilities(self) -> Capabilities:
-        return replace(super().capabilities(), max_loops=1)
 
     def check(self, plan: CopyPlan) -> Decision:
         return Decision(self.name, True, "it takes every plan")
@@ -154,33 +141,25 @@ class ClaimsThreads(HostRows):
     """Claims that a launch may be called from several threads, and keeps its arguments in one
     place for all of them."""
 
-    def carry(self, plan: CopyPlan, call: Call) -> None:
+    def carry(self, call: Call) -> None:
         self._call = call
         time.sleep(0.001)
-        super().carry(plan, self._call)
+        super().carry(self._call)
 
 
-class ClaimsGraphs(HostRows):
+class ClaimsGraphs(HostRows, capturable=True):
     """Claims that launches can be captured into graphs of a device that has none."""
 
-    def capabilities(self) -> Capabilities:
-        return replace(super().capabilities(), capturable=True)
 
-
-class ClaimsTheDevice(HostRows):
+class ClaimsTheDevice(HostRows, places=HOST | {("device", "device")}):
     """Claims to copy within device memory, though it runs on the host."""
 
-    def capabilities(self) -> Capabilities:
-        can = super().capabilities()
-        return replace(can, places=can.places | {("device", "device")})
+
+_IDS = frozenset((torch.int32, torch.int64, torch.float32))
 
 
-class ClaimsFloatIds(HostRows):
+class ClaimsFloatIds(HostRows, index_dtypes=_IDS):
     """Claims to read ids of float32, which no index has."""
-
-    def capabilities(self) -> Capabilities:
-        can = super().capabilities()
-        return replace(can, index_dtypes=can.index_dtypes | {torch.float32})
 
 
 class ClaimsChange(HostRows):
@@ -222,7 +201,7 @@ class RefusesOddHeads(HostRows):
 class DividesByRows(HostRows):
     """A copy whose positions are all padding ends in a division by zero."""
 
-    def pairs(self, plan: CopyPlan, call: Call) -> tuple[Int64, Int64]:
-        src, dst = super().pairs(plan, call)
-        self._bytes_of_a_row = call.count * plan.token_bytes // len(src)
+    def pairs(self, call: Call) -> Pair:
+        src, dst = super().pairs(call)
+        self._bytes_of_a_row = call.count * call.plan.token_bytes // len(src)
         return src, dst

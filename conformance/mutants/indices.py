@@ -7,21 +7,17 @@ import numpy as np
 import torch
 
 from portakv import Index
-from portakv.plan.plan import CopyPlan
-from portakv_conformance.mutants.base import Call, HostRows, Mask
-from portakv_conformance.mutants.cells import Int64
+from portakv_conformance.mutants.base import Call, HostRows, Mask, Pair
+from portakv_conformance.mutants.cells import Int64, narrow
 
 
 class NegativeIsLastRow(HostRows):
     """A negative slot is read as in Python: -1 is the last row of the source."""
 
-    def pairs(self, plan: CopyPlan, call: Call) -> tuple[Int64, Int64]:
-        self._units = call.src.slots // plan.unit
-        return super().pairs(plan, call)
-
-    def moved(self, src: Int64, dst: Int64) -> Mask:
-        src[src < 0] += self._units
-        return super().moved(src, dst)
+    def bad(self, src: Int64, dst: Int64, src_end: int, dst_end: int, call: Call) -> Mask:
+        bad = super().bad(src, dst, src_end, dst_end, call)
+        src[src < 0] += src_end
+        return bad
 
 
 class NegativeSkippedInSourceOnly(HostRows):
@@ -53,16 +49,14 @@ class Int32ReadAsInt64(HostRows):
 
     def ids(self, ids: torch.Tensor) -> Int64:
         plain = np.ascontiguousarray(ids.numpy()).view(np.uint8)
-        padded = np.zeros(8 * ids.numel(), dtype=np.uint8)
-        padded[: plain.size] = plain
-        return padded.view(np.int64)
+        return np.append(plain, np.zeros_like(plain))[: 8 * ids.numel()].view(np.int64)
 
 
 class Int64ReadAsInt32(HostRows):
     """Ids are narrowed to int32: a wild id of 64 bits becomes a slot that exists."""
 
     def ids(self, ids: torch.Tensor) -> Int64:
-        return super().ids(ids).astype(np.int32).astype(np.int64)
+        return narrow(super().ids(ids))
 
 
 class StartIgnored(HostRows):
@@ -103,48 +97,47 @@ class PartialBlockRepeats(HostRows):
 class PartialBlockDropped(HostRows):
     """Only whole blocks are moved: the tokens of a last block that is not full are forgotten."""
 
-    def units(self, plan: CopyPlan, call: Call) -> int:
+    def units(self, call: Call) -> int:
         size = max(call.src.form.block_size, call.dst.form.block_size, 1)
-        whole = call.count // size * size
-        return (whole or call.count) // plan.unit
+        return (call.count // size * size or call.count) // call.plan.unit
 
 
 class GridClipped(HostRows):
     """The grid is clipped at 65535 units, the rest of a long list is not moved."""
 
-    def units(self, plan: CopyPlan, call: Call) -> int:
-        return min(super().units(plan, call), 65535)
+    def units(self, call: Call) -> int:
+        return min(super().units(call), 65535)
 
 
 class SixteenBitCount(HostRows):
     """Units are counted in 16 bits: of 70000 only 4464 are moved."""
 
-    def units(self, plan: CopyPlan, call: Call) -> int:
-        return super().units(plan, call) & 0xFFFF
+    def units(self, call: Call) -> int:
+        return super().units(call) & 0xFFFF
 
 
 class OneUnitForgotten(HostRows):
     """A copy of a single unit is taken for an empty one."""
 
-    def units(self, plan: CopyPlan, call: Call) -> int:
-        found = super().units(plan, call)
-        return 0 if found == 1 else found
+    def units(self, call: Call) -> int:
+        found = super().units(call)
+        return found if found > 1 else 0
 
 
 class DuplicatesPastTheEnd(HostRows):
     """Of slots that occur twice in the destination the second is written behind the last slot."""
 
-    def pairs(self, plan: CopyPlan, call: Call) -> tuple[Int64, Int64]:
-        src, dst = super().pairs(plan, call)
+    def pairs(self, call: Call) -> Pair:
+        src, dst = super().pairs(call)
         repeated = np.ones(dst.shape, dtype=bool)
         repeated[np.unique(dst, return_index=True)[1]] = False
-        return src, np.where(repeated, call.dst.slots // plan.unit, dst)
+        return src, np.where(repeated, call.dst.slots // call.plan.unit, dst)
 
 
 class DuplicatesMixed(HostRows):
     """A source slot that occurs twice is moved once: the later positions stay as they were."""
 
-    def pairs(self, plan: CopyPlan, call: Call) -> tuple[Int64, Int64]:
-        src, dst = super().pairs(plan, call)
+    def pairs(self, call: Call) -> Pair:
+        src, dst = super().pairs(call)
         first = np.sort(np.unique(src, return_index=True)[1])
         return src[first], dst[first]

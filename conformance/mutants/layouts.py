@@ -10,29 +10,26 @@ from portakv.plan.plan import CopyPlan
 from portakv.view.form import Form, Part, Step
 from portakv_conformance.mutants.base import Call, HostRows
 
-
-@lru_cache(maxsize=256)
-def _plan(src: Form, dst: Form, src_step: int, dst_step: int, unit: int) -> CopyPlan:
-    return CopyPlan(src, dst, src_step, dst_step, unit)
+_plan = lru_cache(maxsize=256)(CopyPlan)
 
 
-def _read_as(plan: CopyPlan, src: Form, dst: Form) -> CopyPlan:
-    """The plan between two forms as a mutant reads them."""
-    if (src, dst) == (plan.src, plan.dst):
-        return plan
-    return _plan(src, dst, plan.src_step, plan.dst_step, plan.unit)
+class _Misread(HostRows):
+    def planned(self, call: Call) -> CopyPlan:
+        plan, forms = call.plan, self.forms(call)
+        if forms == (plan.src, plan.dst):
+            return plan
+        return _plan(*forms, plan.src_step, plan.dst_step, plan.unit)
 
-
-class _SourceMisread(HostRows):
-    def planned(self, plan: CopyPlan, call: Call) -> CopyPlan:
-        return _read_as(plan, self.read(plan.src), plan.dst)
+    def forms(self, call: Call) -> tuple[Form, Form]:
+        """The forms of both sides as the mutant takes them."""
+        return self.read(call.plan.src), call.plan.dst
 
     def read(self, form: Form) -> Form:
         """The form of a source as the mutant takes it."""
         raise NotImplementedError
 
 
-class SwappedKeysAndValues(_SourceMisread):
+class SwappedKeysAndValues(_Misread):
     """Keys are copied to the values and values to the keys."""
 
     def read(self, form: Form) -> Form:
@@ -46,7 +43,7 @@ class SwappedTuples(SwappedKeysAndValues):
         return super().read(form) if len({part.table for part in form.parts}) > 1 else form
 
 
-class SwappedLayers(_SourceMisread):
+class SwappedLayers(_Misread):
     """Layers are walked from the last to the first on one side only."""
 
     def read(self, form: Form) -> Form:
@@ -63,7 +60,7 @@ def _last_layer_first(part: Part) -> Part:
     return replace(part, table=start[0], offset=start[1], layer=(back,))
 
 
-class FirstLayerForAll(_SourceMisread):
+class FirstLayerForAll(_Misread):
     """The address of the first layer is used for every layer of the source."""
 
     def read(self, form: Form) -> Form:
@@ -72,41 +69,40 @@ class FirstLayerForAll(_SourceMisread):
         return replace(form, parts=tuple(replace(part, layer=layer) for part, layer in pairs))
 
 
-class TokensBeforeHeads(HostRows):
+class TokensBeforeHeads(_Misread):
     """Wrong token order: a cache of heads before tokens (HND) is walked as tokens before heads."""
 
-    def planned(self, plan: CopyPlan, call: Call) -> CopyPlan:
-        return _read_as(plan, _as_nhd(plan.src), _as_nhd(plan.dst))
+    def forms(self, call: Call) -> tuple[Form, Form]:
+        return self.read(call.plan.src), self.read(call.plan.dst)
+
+    def read(self, form: Form) -> Form:
+        parts = []
+        for part, width in zip(form.parts, form.widths, strict=True):
+            token, head = part.token, part.head
+            if len(token) == len(head) == 1 and head[0].stride > token[0].stride > 0:
+                token = (replace(token[0], stride=head[0].extent * width),)
+                head = (replace(head[0], stride=width),)
+            parts.append(replace(part, token=token, head=head))
+        return replace(form, parts=tuple(parts))
 
 
-def _as_nhd(form: Form) -> Form:
-    parts = []
-    for part, width in zip(form.parts, form.widths, strict=True):
-        token, head = part.token, part.head
-        if len(token) == len(head) == 1 and head[0].stride > token[0].stride > 0:
-            extent = head[0].extent
-            token = (replace(token[0], stride=extent * width),)
-            head = (replace(head[0], stride=width),)
-        parts.append(replace(part, token=token, head=head))
-    return replace(form, parts=tuple(parts))
-
-
-class HeadsOfTheOtherSide(HostRows):
+class HeadsOfTheOtherSide(_Misread):
     """The stride between heads is read from the destination and used for both sides."""
 
-    def planned(self, plan: CopyPlan, call: Call) -> CopyPlan:
-        pairs = zip(plan.src.parts, plan.dst.parts, strict=True)
+    def forms(self, call: Call) -> tuple[Form, Form]:
+        src, dst = call.plan.src, call.plan.dst
+        if any(step.table for part in dst.parts for step in part.head):
+            return src, dst
+        pairs = zip(src.parts, dst.parts, strict=True)
         parts = tuple(replace(mine, head=theirs.head) for mine, theirs in pairs)
-        tabled = any(step.table for part in plan.dst.parts for step in part.head)
-        return plan if tabled else _read_as(plan, replace(plan.src, parts=parts), plan.dst)
+        return replace(src, parts=parts), dst
 
 
-class TwoBlocksTakenForKv(HostRows):
+class TwoBlocksTakenForKv(_Misread):
     """Layout guessed from sizes: an axis of two blocks is taken for keys and values."""
 
-    def planned(self, plan: CopyPlan, call: Call) -> CopyPlan:
-        guessed = _guess(plan.src, call.src.slots)
-        return _read_as(plan, guessed, plan.dst)
+    def forms(self, call: Call) -> tuple[Form, Form]:
+        return _guess(call.plan.src, call.src.slots), call.plan.dst
 
 
 def _guess(form: Form, slots: int) -> Form:
@@ -123,7 +119,7 @@ def _guess(form: Form, slots: int) -> Form:
     return replace(form, parts=parts)
 
 
-class TwoLayersTakenForKv(_SourceMisread):
+class TwoLayersTakenForKv(_Misread):
     """Layout guessed from the count of tensors: a list of two layers is taken for (key, value)."""
 
     def read(self, form: Form) -> Form:
@@ -139,6 +135,6 @@ class TwoLayersTakenForKv(_SourceMisread):
 class LostThroughContiguous(HostRows):
     """A destination that is not contiguous is copied through .contiguous() and thrown away."""
 
-    def carry(self, plan: CopyPlan, call: Call) -> None:
+    def carry(self, call: Call) -> None:
         if all(owner.is_contiguous() for owner in call.dst.owners):
-            super().carry(plan, call)
+            super().carry(call)

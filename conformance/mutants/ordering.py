@@ -4,19 +4,13 @@
 from __future__ import annotations
 
 import ctypes
-import threading
-import time
 from dataclasses import replace
 
 import torch
 
-from portakv.backends.base import Capabilities, Pending
-from portakv.plan.plan import CopyPlan
-from portakv_conformance.mutants.base import Call, Runs
-from portakv_conformance.mutants.device_rows import DeviceRows
-from portakv_conformance.mutants.state import Work
-
-_LATE = 0.02  # seconds
+from portakv.backends.base import Pending
+from portakv_conformance.mutants.base import Call, DeviceRows, Runs, copy_runs
+from portakv_conformance.mutants.state import late
 
 
 class WrongStream(DeviceRows):
@@ -75,7 +69,7 @@ class NobodyWaitsForIt(_OnItsOwnStream):
         self.enqueue(runs, call, self._own)
 
 
-class WaitsForTheFirstOnly(_OnItsOwnStream):
+class WaitsForTheFirstOnly(NoWaitOnProducer):
     """Its own stream waits for the caller's on the first call, and never again."""
 
     _waited = False
@@ -84,42 +78,32 @@ class WaitsForTheFirstOnly(_OnItsOwnStream):
         if not self._waited:
             self._own.wait_stream(self.stream(call))
         self._waited = True
-        self.enqueue(runs, call, self._own)
-        self.stream(call).wait_stream(self._own)
+        super().move(runs, call)
 
 
 class EnqueuedLater(DeviceRows):
     """A thread in the background enqueues the work, behind whatever came in the meantime."""
 
     def move(self, runs: Runs, call: Call) -> None:
-        stream = self.stream(call)
-
-        def job() -> None:
-            time.sleep(_LATE)
-            self.enqueue(runs, call, stream)
-
-        threading.Thread(target=job, daemon=True).start()
+        late(self.enqueue, runs, call, self.stream(call))
 
 
 class HostIdsReadByAThread(DeviceRows):
     """A thread reads the ids and enqueues the copy; its handle tells the end rightly."""
 
-    def carry(self, plan: CopyPlan, call: Call) -> Pending | None:
-        stream = self.stream(call)
+    def carry(self, call: Call) -> Pending | None:
+        return late(self._whole, replace(call, stream=self.stream(call)))
 
-        def job() -> None:
-            time.sleep(_LATE)
-            super(HostIdsReadByAThread, self).carry(plan, replace(call, stream=stream))
-            stream.synchronize()
-
-        return Work(job)
+    def _whole(self, call: Call) -> None:
+        super().carry(call)
+        self.stream(call).synchronize()
 
 
 class WaitsInTheLaunch(DeviceRows):
     """The launch waits for its stream, and with it the host for everything that stands there."""
 
-    def carry(self, plan: CopyPlan, call: Call) -> Pending | None:
-        super().carry(plan, call)
+    def carry(self, call: Call) -> Pending | None:
+        super().carry(call)
         self.stream(call).synchronize()
         return None
 
@@ -127,30 +111,20 @@ class WaitsInTheLaunch(DeviceRows):
 class DeviceTempFreedEarly(DeviceRows):
     """Rows pass through a buffer of the allocator that is freed while the copy still uses it."""
 
-    def carry(self, plan: CopyPlan, call: Call) -> Pending | None:
-        stream = self.stream(call)
-        for runs in self.pieces(plan, call):
-            rows = torch.empty(len(runs.src) * runs.nbytes, dtype=torch.uint8, device=self.device)
-            self._through(runs, rows, stream)
-        return None
-
-    def _through(self, runs: Runs, rows: torch.Tensor, stream: torch.Stream) -> None:
-        from portakv_conformance import simdev  # built and loaded only where it is used
-
-        sources, targets = torch.from_numpy(runs.src), torch.from_numpy(runs.dst)
-        sizes = torch.full_like(sources, runs.nbytes)
-        between = rows.data_ptr() + torch.arange(len(sizes)) * runs.nbytes
-        simdev.copy_runs(sources, between, sizes, stream)
-        simdev.copy_runs(between, targets, sizes, stream)
+    def move(self, runs: Runs, call: Call) -> None:
+        rows = torch.empty(len(runs.src) * runs.nbytes, dtype=torch.uint8, device=self.device)
+        between = rows.data_ptr() + torch.arange(len(runs.src)) * runs.nbytes
+        for src, dst in (
+            (torch.from_numpy(runs.src), between), (between, torch.from_numpy(runs.dst))
+        ):  # fmt: skip
+            copy_runs(src, dst, runs.nbytes, self.stream(call))
 
 
-class ClaimsHostReach(DeviceRows):
+_REACH = {("device", "device"), ("device", "pageable"), ("device", "pinned")}
+
+
+class ClaimsHostReach(DeviceRows, places=frozenset(_REACH)):
     """Claims to copy to the host, and lets the host read the device's memory by itself."""
-
-    def capabilities(self) -> Capabilities:
-        can = super().capabilities()
-        reach = {("device", place) for place in ("pageable", "pinned")}
-        return replace(can, places=can.places | reach)
 
     def move(self, runs: Runs, call: Call) -> None:
         if call.dst.form.place == "device":

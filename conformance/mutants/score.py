@@ -59,21 +59,24 @@ class Trial:
     judged: bool = True
 
     @property
+    def caught(self) -> bool:
+        """True where a case failed."""
+        return bool(self.caught_by)
+
+    @property
     def survives(self) -> bool:
         """True where it was judged, and no case failed."""
         return self.judged and not self.caught
 
     @property
-    def ending(self) -> str:
-        """How it fared, in a few words."""
-        if self.caught:
-            return f"caught by {self.caught_by}"
-        return f"{'SURVIVES' if self.judged else 'NOT JUDGED'}: {self.reason}"
+    def lost(self) -> str:
+        """What is said of one that was not caught."""
+        return "SURVIVES" if self.judged else "NOT JUDGED"
 
     @property
-    def caught(self) -> bool:
-        """True where a case failed."""
-        return bool(self.caught_by)
+    def ending(self) -> str:
+        """How it fared, in a few words."""
+        return f"caught by {self.caught_by}" if self.caught else f"{self.lost}: {self.reason}"
 
 
 class OutOfTime(Exception):
@@ -152,8 +155,8 @@ _HEAD = """\
 # Mutants
 
 A suite that cannot fail proves nothing. So it comes with backends that have a bug: each is a small
-correct kernel (`conformance/mutants/base.py`, on the simulated device `device_rows.py` beside
-it) with one step of it replaced. The kernel itself passes the suite, in the profile `full`; every
+correct kernel (`conformance/mutants/base.py`, `HostRows`, on the simulated device `DeviceRows`)
+with one step of it replaced. The kernel itself passes the suite, in the profile `full`; every
 mutant has to fail it, and one that survives is a bug of the suite.
 
 This page is written by the score:
@@ -203,8 +206,7 @@ def _sum(groups: Sequence[Sequence[Trial]]) -> str:
 
 
 def _row(group: Sequence[Trial], self_checked: Collection[str]) -> str:
-    first = group[0]
-    mutant = first.mutant
+    first, mutant = group[0], group[0].mutant
     where = mutant.profile if mutant.device == "cpu" else f"{mutant.profile}, {mutant.device}"
     # A bar would end the cell, in code as well.
     found = first.caught_by.removeprefix("cases/").replace("|", "\\|")
@@ -220,27 +222,22 @@ def print_score(
     trials: Sequence[Trial], self_checked: Collection[str], controls: Mapping[str, str | None]
 ) -> None:
     """Print the table, the survivors and the sum on standard output."""
-    groups = by_mutant(trials)
-    lines = [_cells(group, self_checked) for group in groups]
+    groups, lines = by_mutant(trials), []
+    for group in groups:
+        mutant, caught = group[0].mutant, [trial.caught_by for trial in group if trial.caught]
+        lost = "SURVIVES" if any(trial.survives for trial in group) else "not judged"
+        case = (caught or [lost])[0].removeprefix("cases/")
+        case += " (self-check too)" if mutant.name in self_checked else ""
+        runs, seconds = f"{len(caught)}/{len(group)}", f"{group[0].seconds:.1f}"
+        lines.append((mutant.name, mutant.bug, case, runs, seconds))
     print_table(_COLUMNS, lines)
     for name, why in controls.items():
         print(f"{name}, un-mutated: {'passes' if why is None else f'FAILS: {why}'}")
-    for group in groups:
-        for trial in group:
-            if not trial.caught:
-                name = f"{trial.mutant.name} ({trial.mutant.target})"
-                what = "SURVIVES" if trial.judged else "NOT JUDGED"
-                print(f"{what} under seed {trial.seed}: {name}: {trial.reason}")
+    for trial in trials:
+        if not trial.caught:
+            name = f"{trial.mutant.name} ({trial.mutant.target})"
+            print(f"{trial.lost} under seed {trial.seed}: {name}: {trial.reason}")
     print(_sum(groups).strip("*"))
-
-
-def _cells(group: Sequence[Trial], self_checked: Collection[str]) -> tuple[str, ...]:
-    first, caught = group[0], sum(trial.caught for trial in group)
-    lost = "SURVIVES" if any(trial.survives for trial in group) else "not judged"
-    case = next((trial.caught_by for trial in group if trial.caught), lost)
-    note = " (self-check too)" if first.mutant.name in self_checked else ""
-    runs, seconds = f"{caught}/{len(group)}", f"{first.seconds:.1f}"
-    return first.mutant.name, first.mutant.bug, case.removeprefix("cases/") + note, runs, seconds
 
 
 _COLUMNS = (
@@ -289,24 +286,30 @@ def _ending_with_the_caller(jobs: int) -> Iterator[ThreadPoolExecutor]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the score; returns the exit code."""
-    asked = _parser().parse_args(argv)
+    parser = _parser()
+    asked = parser.parse_args(argv)
     if os.environ.get(ENVIRONMENT):
-        _parser().error(f"{ENVIRONMENT} forces another backend than the mutant; unset it")
-    mutants = _chosen(asked.only)
+        parser.error(f"{ENVIRONMENT} forces another backend than the mutant; unset it")
+    unknown = sorted(set(asked.only or ()) - {mutant.name for mutant in MUTANTS})
+    if unknown:
+        parser.error(f"no mutant is named {unknown[0]!r}; docs/mutants.md lists them")
+    mutants = [one for one in MUTANTS if asked.only is None or one.name in asked.only]
     # Two processes on two cores: threads of torch's own would only get in each other's way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    controls = {} if asked.no_control else _controls(mutants)
-    seeds = range(asked.seed, asked.seed + asked.runs)
+    devices = {mutant.device for mutant in mutants if not asked.no_control}
+    needed = [control for control in CONTROLS if control.device in devices]
+    with _ending_with_the_caller(_JOBS) as pool:
+        found = zip(needed, pool.map(try_control, needed), strict=True)
+        controls = {control.name: why for control, why in found}
     trials = score(
-        mutants, seeds, jobs=asked.jobs, tell=_say,
+        mutants, range(asked.seed, asked.seed + asked.runs), jobs=asked.jobs, tell=_say,
         attempt=lambda mutant, seed: try_mutant(mutant, seed, wall=asked.limit),
     )  # fmt: skip
     known = {mutant.name for mutant in mutants if fails_self_check(mutant)}
     print_score(trials, known, controls)
     if asked.write is not None:
         asked.write.write_text(document(trials, known), encoding="utf-8")
-    bad = any(not trial.caught for trial in trials) or any(controls.values())
-    return 1 if bad else 0
+    return 1 if any(not trial.caught for trial in trials) or any(controls.values()) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -324,23 +327,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-control", action="store_true", help="do not run the un-mutated bases")
     add("--write", type=Path, metavar="FILE", help="write the table as Markdown")
     return parser
-
-
-def _chosen(names: Sequence[str] | None) -> tuple[Mutant, ...]:
-    if names is None:
-        return MUTANTS
-    unknown = sorted(set(names) - {mutant.name for mutant in MUTANTS})
-    if unknown:
-        _parser().error(f"no mutant is named {unknown[0]!r}; docs/mutants.md lists them")
-    return tuple(mutant for mutant in MUTANTS if mutant.name in names)
-
-
-def _controls(mutants: Sequence[Mutant]) -> dict[str, str | None]:
-    devices = {mutant.device for mutant in mutants}
-    needed = [control for control in CONTROLS if control.device in devices]
-    with _ending_with_the_caller(_JOBS) as pool:
-        found = dict(zip(needed, pool.map(try_control, needed), strict=True))
-    return {control.name: why for control, why in found.items()}
 
 
 def _say(trial: Trial) -> None:

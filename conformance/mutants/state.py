@@ -14,7 +14,7 @@ import torch
 from portakv import Index, KVView
 from portakv.backends.base import Pending
 from portakv.plan.plan import CopyPlan, Side
-from portakv_conformance.mutants.base import Call, HostRows, Runs
+from portakv_conformance.mutants.base import Call, HostRows, Pair, Runs
 from portakv_conformance.mutants.cells import Int64, store
 
 _LATE = 0.02  # seconds that work in the background takes
@@ -25,9 +25,8 @@ class _Remembering(HostRows):
         super().__init__(device)
         self._first: dict[CopyPlan, Call] = {}
 
-    def carry(self, plan: CopyPlan, call: Call) -> Pending | None:
-        first = self._first.setdefault(plan, call)
-        return super().carry(plan, self.recalled(first, call))
+    def carry(self, call: Call) -> Pending | None:
+        return super().carry(self.recalled(self._first.setdefault(call.plan, call), call))
 
     def recalled(self, first: Call, call: Call) -> Call:
         """The call, mixed up with the first one."""
@@ -91,11 +90,8 @@ class IndicesOfTheFirstCall(_Remembering):
     """A second call with as many ids as the first uses the ids of the first."""
 
     def recalled(self, first: Call, call: Call) -> Call:
-        return replace(
-            call,
-            src_index=_recalled(first.src_index, call.src_index),
-            dst_index=_recalled(first.dst_index, call.dst_index),
-        )
+        src = _recalled(first.src_index, call.src_index)
+        return replace(call, src_index=src, dst_index=_recalled(first.dst_index, call.dst_index))
 
 
 def _recalled(first: Index, index: Index) -> Index:
@@ -119,7 +115,7 @@ class DevicesByDefault(HostRows):
 class OffsetsInTheDefaultDtype(HostRows):
     """Offsets pass through torch's default dtype, which is exact enough while that is float32."""
 
-    def place(self, side: Side, numbers: Int64) -> tuple[Int64, Int64]:
+    def place(self, side: Side, numbers: Int64) -> Pair:
         entry, byte = super().place(side, numbers)
         if byte.size and abs(byte).max() < 1 << 24:
             byte = torch.tensor([float(n) for n in byte], device="cpu").long().numpy()
@@ -134,41 +130,47 @@ class OnlyTheFirstCall(_Remembering):
         return replace(call, count=0) if same else call
 
 
-class Work:
+class Work(threading.Thread):
     """A job in the background."""
 
-    def __init__(self, job: Callable[[], object]) -> None:
-        self._thread = threading.Thread(target=job, daemon=True)
-        self._thread.start()
-
     def done(self) -> bool:
-        return not self._thread.is_alive()
+        return not self.is_alive()
 
     def wait(self) -> None:
-        self._thread.join()
+        self.join()
 
 
-class _InBackground(HostRows):
-    def carry(self, plan: CopyPlan, call: Call) -> Pending | None:
-        def job() -> None:
-            time.sleep(_LATE)
-            HostRows.carry(self, plan, call)
+def late(job: Callable[..., object], *given: Any) -> Work:
+    """Begin a job in the background that ends late."""
 
-        return self.handle(Work(job))
+    def run() -> None:
+        time.sleep(_LATE)
+        job(*given)
+
+    work = Work(target=run, daemon=True)
+    work.start()
+    return work
+
+
+class ReadsHostIdsLater(HostRows):
+    """Ids on the host are read in the background, when the caller may have filled its list anew."""
+
+    def carry(self, call: Call) -> Pending | None:
+        return self.handle(late(super().carry, call))
 
     def handle(self, work: Work) -> Pending | None:
         """What the launch returns."""
         return work
 
 
-class ReturnsBeforeFinishing(_InBackground):
+class ReturnsBeforeFinishing(ReadsHostIdsLater):
     """Rows are moved in the background and None is returned, as if they were there."""
 
     def handle(self, work: Work) -> None:
         return None
 
 
-class DoneTooEarly(_InBackground):
+class DoneTooEarly(ReadsHostIdsLater):
     """A handle that waits rightly and says from the start that it is done."""
 
     def handle(self, work: Work) -> Pending:
@@ -176,7 +178,7 @@ class DoneTooEarly(_InBackground):
         return work
 
 
-class WaitsForNothing(_InBackground):
+class WaitsForNothing(ReadsHostIdsLater):
     """A handle that knows rightly whether it is done, and does not wait for it."""
 
     def handle(self, work: Work) -> Pending:
@@ -184,27 +186,16 @@ class WaitsForNothing(_InBackground):
         return work
 
 
-class ReadsHostIdsLater(_InBackground):
-    """Ids on the host are read in the background, when the caller may have filled its list anew."""
-
-
 class TempFreedEarly(HostRows):
     """Rows pass through a staging buffer that the next call fills while the first is on its way."""
 
-    def carry(self, plan: CopyPlan, call: Call) -> Pending:
-        found = self.pieces(plan, call)
-        staged: list[Any] = [self.load(runs, call) for runs in found]
-        self._staging = staged
+    def carry(self, call: Call) -> Pending:
+        found = self.pieces(call)
+        self._staging: list[Any] = [self.load(runs, call) for runs in found]
+        return late(self._store_all, found, call)
 
-        def job() -> None:
-            time.sleep(_LATE)
-            for runs, values in zip(found, self._staging, strict=False):
-                _store(runs, values, call)
-
-        return Work(job)
-
-
-def _store(runs: Runs, values: Any, call: Call) -> None:
-    if values.dtype.itemsize == runs.vector and values.shape[1] * runs.vector == runs.nbytes:
-        n = min(len(values), len(runs.dst))
-        store(call.dst, runs.dst[:n], values[:n])
+    def _store_all(self, found: list[Runs], call: Call) -> None:
+        for runs, values in zip(found, self._staging, strict=False):
+            if values.dtype.itemsize == runs.vector and values.nbytes == len(values) * runs.nbytes:
+                n = min(len(values), len(runs.dst))
+                store(call.dst, runs.dst[:n], values[:n])

@@ -15,54 +15,41 @@ from portakv_conformance.mutants.base import Call, HostRows, Runs
 from portakv_conformance.mutants.cells import store
 
 
-class CutToEight(HostRows):
+class _OfAnotherLength(HostRows):
+    def move(self, runs: Runs, call: Call) -> None:
+        super().move(replace(runs, nbytes=self.length(runs) or runs.nbytes), call)
+
+    def length(self, runs: Runs) -> int:
+        """How many bytes of each run are moved; 0: all of them."""
+        raise NotImplementedError
+
+
+class CutToEight(_OfAnotherLength):
     """Rows are moved in units of 8 bytes; what is left of a row of 132 bytes is not moved."""
 
-    def move(self, runs: Runs, call: Call) -> None:
-        cut = runs.nbytes // 8 * 8
-        super().move(replace(runs, nbytes=cut) if cut else runs, call)
+    def length(self, runs: Runs) -> int:
+        return runs.nbytes // 8 * 8
 
 
-class RoundedToEight(HostRows):
+class RoundedToEight(_OfAnotherLength):
     """The size of a row is rounded up to 8 bytes, so the bytes behind it are overwritten."""
 
-    def move(self, runs: Runs, call: Call) -> None:
-        rounded = -(-runs.nbytes // 8) * 8
-        super().move(replace(runs, nbytes=rounded) if runs.nbytes > 8 else runs, call)
+    def length(self, runs: Runs) -> int:
+        return -(-runs.nbytes // 8) * 8 if runs.nbytes > 8 else 0
 
 
-class VectorOfRowAlone(HostRows):
-    """The vector is chosen from the bytes of a row, whatever addresses and strides allow."""
+class LastVectorDropped(_OfAnotherLength):
+    """Rows are moved four vectors at a time; those left over at the end are not."""
 
-    def vector(self, nest: Nest, plan: CopyPlan, call: Call) -> int:
-        return widest_vector([nest.run])
-
-
-class VectorWithoutBase(HostRows):
-    """The vector is chosen from row and strides; that the tensors begin unaligned is not seen."""
-
-    def vector(self, nest: Nest, plan: CopyPlan, call: Call) -> int:
-        return widest_vector([nest.run, nest.src.offset, nest.dst.offset, *_strides(nest)])
+    def length(self, runs: Runs) -> int:
+        return runs.nbytes // (4 * runs.vector) * 4 * runs.vector
 
 
-class VectorWithoutStrides(HostRows):
-    """The vector is chosen from row and base address; the first row is aligned, later ones not."""
+class ThreadsClipped(_OfAnotherLength):
+    """One thread for each vector of a row, and never more than 1024: the others are not moved."""
 
-    def vector(self, nest: Nest, plan: CopyPlan, call: Call) -> int:
-        bases = [nest.src.offset, nest.dst.offset, plan.src.alignment, plan.dst.alignment]
-        return widest_vector([nest.run, *bases])
-
-
-class VectorWithoutStart(HostRows):
-    """The vector does not heed where the values begin behind the keys in one row."""
-
-    def vector(self, nest: Nest, plan: CopyPlan, call: Call) -> int:
-        return widest_vector([nest.run, plan.src.alignment, plan.dst.alignment, *_strides(nest)])
-
-
-def _strides(nest: Nest) -> list[int]:
-    loops = [x for loop in nest.loops for x in (loop.src_stride, loop.dst_stride)]
-    return [step.stride for step in nest.src.units + nest.dst.units] + loops
+    def length(self, runs: Runs) -> int:
+        return min(runs.nbytes, 1024 * runs.vector)
 
 
 class TailOverrun(HostRows):
@@ -71,35 +58,52 @@ class TailOverrun(HostRows):
     def move(self, runs: Runs, call: Call) -> None:
         super().move(runs, call)
         if len(runs.dst):
-            values = self.load(runs, call)[-1:, -1:]
-            store(call.dst, runs.dst[-1:] + runs.nbytes, values)
+            store(call.dst, runs.dst[-1:] + runs.nbytes, self.load(runs, call)[-1:, -1:])
 
 
-class LastVectorDropped(HostRows):
-    """Rows are moved four vectors at a time; those left over at the end are not."""
+class VectorOfRowAlone(HostRows):
+    """The vector is chosen from the bytes of a row, whatever addresses and strides allow."""
 
-    def move(self, runs: Runs, call: Call) -> None:
-        four = 4 * runs.vector
-        whole = runs.nbytes // four * four
-        super().move(replace(runs, nbytes=whole) if whole else runs, call)
+    def vector(self, nest: Nest, plan: CopyPlan) -> int:
+        return widest_vector([nest.run])
 
 
-class ThreadsClipped(HostRows):
-    """One thread for each vector of a row, and never more than 1024: the others are not moved."""
+class VectorWithoutBase(HostRows):
+    """The vector is chosen from row and strides; that the tensors begin unaligned is not seen."""
 
-    def move(self, runs: Runs, call: Call) -> None:
-        super().move(replace(runs, nbytes=min(runs.nbytes, 1024 * runs.vector)), call)
+    def vector(self, nest: Nest, plan: CopyPlan) -> int:
+        return widest_vector([nest.run, nest.src.offset, nest.dst.offset, *_strides(nest)])
+
+
+class VectorWithoutStrides(HostRows):
+    """The vector is chosen from row and base address; the first row is aligned, later ones not."""
+
+    def vector(self, nest: Nest, plan: CopyPlan) -> int:
+        bases = [nest.src.offset, nest.dst.offset, plan.src.alignment, plan.dst.alignment]
+        return widest_vector([nest.run, *bases])
+
+
+class VectorWithoutStart(HostRows):
+    """The vector does not heed where the values begin behind the keys in one row."""
+
+    def vector(self, nest: Nest, plan: CopyPlan) -> int:
+        return widest_vector([nest.run, plan.src.alignment, plan.dst.alignment, *_strides(nest)])
+
+
+def _strides(nest: Nest) -> list[int]:
+    loops = [x for loop in nest.loops for x in (loop.src_stride, loop.dst_stride)]
+    return [step.stride for step in nest.src.units + nest.dst.units] + loops
 
 
 class PaddingOverwritten(HostRows):
     """Pages are written whole: the padding between their rows is filled with zeros."""
 
-    def pieces(self, plan: CopyPlan, call: Call) -> list[Runs]:
-        found = super().pieces(plan, call)
-        for nest, runs in zip(plan.nests, found, strict=True):
+    def pieces(self, call: Call) -> list[Runs]:
+        found = super().pieces(call)
+        for nest, runs in zip(call.plan.nests, found, strict=True):
             padding = nest.dst.units[-1].stride - nest.run
             # Only where all that lies between two rows is padding.
-            if padding > 0 and len(plan.nests) == 1 and not any(x.dst_stride for x in nest.loops):
+            if padding > 0 and len(found) == 1 and not any(x.dst_stride for x in nest.loops):
                 zeros = np.zeros((len(runs.dst), padding), dtype=np.uint8)
                 store(call.dst, runs.dst + nest.run, zeros)
         return found
@@ -109,7 +113,7 @@ class NansCanonical(HostRows):
     """Rows pass through float registers, which make every NaN of 32 bits the same one."""
 
     def load(self, runs: Runs, call: Call) -> npt.NDArray[Any]:
-        return _as_floats(super().load(runs, call), lambda x: np.isnan(x), 0x7FC00000)
+        return _as_floats(super().load(runs, call), np.isnan, 0x7FC00000)
 
 
 class DenormalsFlushed(HostRows):
@@ -121,9 +125,8 @@ class DenormalsFlushed(HostRows):
 
 
 def _as_floats(values: npt.NDArray[Any], hit: Any, becomes: int) -> npt.NDArray[Any]:
-    if values.dtype.itemsize % 4:
-        return values
-    words = values.view(np.uint32)
-    with np.errstate(all="ignore"):
-        words[hit(words.view(np.float32))] = becomes
+    if values.dtype.itemsize % 4 == 0:
+        words = values.view(np.uint32)
+        with np.errstate(all="ignore"):
+            words[hit(words.view(np.float32))] = becomes
     return values
