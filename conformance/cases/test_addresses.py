@@ -14,7 +14,6 @@ from portakv.registry.registry import ENGINES
 from portakv_conformance.draw.arrangement import Case
 from portakv_conformance.draw.by_hand import (
     CHUNK,
-    DIRECTIONS,
     PAGED,
     Shape,
     Workshop,
@@ -34,7 +33,6 @@ _TRIES = 1000
 @pytest.mark.parametrize(
     "layout", ["layer | kv block token head dim", "layer kv | block token head dim"]
 )
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_tensors_in_no_order(judge: Judge, workshop: Workshop, direction: str, layout: str) -> None:
     """Where tensors lie in memory says nothing of which layer they are."""
     slots = workshop.shuffled(SHAPE.slots, 9, 1)
@@ -74,7 +72,6 @@ def test_a_source_that_is_expanded(judge: Judge, home: Workshop, direction: str,
 # -- caches that share tensors -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_caches_that_share_tensors(judge: Judge, workshop: Workshop, direction: str) -> None:
     """A cache is all of its tensors: another one with the same first tensor, the same last one, or
     the same ones in another order, is another cache."""

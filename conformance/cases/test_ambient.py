@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from portakv.registry.self_check import SelfCheck, self_check
-from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop
+from portakv_conformance.draw.by_hand import Shape, Workshop
 from portakv_conformance.judge.judging import Judge, asked_of
 from portakv_conformance.judge.subject import Subject
 
@@ -58,7 +58,6 @@ _STATES: dict[str, Callable[[torch.device], AbstractContextManager[object]]] = {
 
 
 @pytest.mark.parametrize("state", _STATES)
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_copy_under_a_setting(judge: Judge, home: Workshop, direction: str, state: str) -> None:
     """Views, plans, launches and copies that are made under a setting are those of any other time,
     and what is prepared under it serves without it."""

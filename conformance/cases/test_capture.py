@@ -14,7 +14,7 @@ import torch
 
 from portakv import TransferError, Unsupported
 from portakv_conformance.draw.arrangement import Case
-from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop
+from portakv_conformance.draw.by_hand import Shape, Workshop
 from portakv_conformance.judge.claims import launch_of
 from portakv_conformance.judge.judging import Judge, asked_of, changed
 from portakv_conformance.judge.memory import Memory
@@ -85,19 +85,16 @@ def check_captured_launch(judge: Judge, home: Workshop, direction: str, *, first
     check_replays(judge, case, graph, home, holes)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_launch_is_captured_and_replayed(judge: Judge, home: Workshop, direction: str) -> None:
     """What was captured reads ids and bytes anew at every replay."""
     check_captured_launch(judge, home, direction, first=False)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_first_launch_inside_a_capture(judge: Judge, home: Workshop, direction: str) -> None:
     """What a launch needs is made when it is prepared: its first call may be inside a capture."""
     check_captured_launch(judge, home, direction, first=True)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_copy_inside_a_capture(judge: Judge, home: Workshop, direction: str) -> None:
     """As a user gets it: a copy of device ids is captured, or refused with nothing enqueued."""
     can = judge.subject.can
@@ -117,7 +114,6 @@ def test_a_copy_inside_a_capture(judge: Judge, home: Workshop, direction: str) -
     judge.copy(case)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_host_ids_inside_a_capture(judge: Judge, home: Workshop, direction: str) -> None:
     """Ids on the host would have to be copied first: a backend that reads the device's is
     refused inside a capture, and works behind it."""

@@ -5,6 +5,7 @@ where nothing of the library helps; what it does not claim is refused, with ever
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -61,28 +62,31 @@ def _in(place: str, side: Side) -> Side:
     return side if place == "device" else on_host(side, place == "pinned")
 
 
+_ON_HOST = ("pageable", "pageable")
+_PAIRS = [
+    ("device", "device"), ("device", "pinned"), ("pinned", "device"), ("device", "pageable"),
+    ("pageable", "device"),
+]  # fmt: skip
+
+
 @pytest.mark.claim("places")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(
     "pair",
     [
-        pytest.param(("pageable", "pageable"), marks=pytest.mark.needs("host")),
-        *(
-            pytest.param(pair, marks=pytest.mark.needs("accelerator"))
-            for pair in (("device", "device"), ("device", "pinned"), ("pinned", "device"),
-                         ("device", "pageable"), ("pageable", "device"))
-        ),
+        pytest.param(_ON_HOST, marks=pytest.mark.needs("host")),
+        *(pytest.param(pair, marks=pytest.mark.needs("accelerator")) for pair in _PAIRS),
     ],
     ids="-".join,
-)  # fmt: skip
+)
 def test_places(judge: Judge, home: Workshop, pair: tuple[str, str], direction: str) -> None:
     """It copies between the places that it claims, and refuses plans between others."""
-    case = home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 9))
+    case, way = home.some(direction, SHAPE, 9), f"from {pair[0]} to {pair[1]} memory"
     case = Case(_in(pair[0], case.src), _in(pair[1], case.dst), case.count)
     if pair in judge.subject.can.places:
-        claimed(judge, case, "places", f"copies from {pair[0]} to {pair[1]} memory")
+        claimed(judge, case, "places", f"copies {way}")
         return
-    judge.not_claimed("places", f"it does not copy from {pair[0]} to {pair[1]} memory.")
+    judge.not_claimed("places", f"it does not copy {way}.")
     plan = plan_of(case)
     try:
         judge.subject.prepare(plan)
@@ -96,26 +100,27 @@ def test_places(judge: Judge, home: Workshop, pair: tuple[str, str], direction: 
 
 
 @pytest.mark.claim("index_on")
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_ids_are_read_where_claimed(judge: Judge, home: Workshop, direction: str) -> None:
     """The launch reads ids where it claims to, on both sides at once too."""
-    place = judge.subject.can.home_of_ids(judge.subject.device)
-    dtype = next(iter(judge.subject.can.index_dtypes))
     for step in (1, SHAPE.block_size):
-        ids = torch.tensor(home.shuffled(SHAPE.slots // step, 5), dtype=dtype).to(place)
+        ids = judge.ids(home.shuffled(SHAPE.slots // step, 5))
         case = home.move(direction, SHAPE, ids, step=step)
         claimed(judge, case, "index_on", f"reads ids on the {judge.subject.can.index_on}")
-    _within_one_cache(judge, home, dtype, dtype, "index_on", "reads ids of both sides")
+    _within_one_cache(judge, home, None, None, "index_on", "reads ids of both sides")
 
 
 def _within_one_cache(
-    judge: Judge, home: Workshop, mine: torch.dtype, theirs: torch.dtype, field: str, what: str
+    judge: Judge,
+    home: Workshop,
+    mine: torch.dtype | None,
+    theirs: torch.dtype | None,
+    field: str,
+    what: str,
 ) -> None:
     """Judge a copy within one cache, which a backend may decline whatever it claims of ids."""
-    place = judge.subject.can.home_of_ids(judge.subject.device)
     slots = home.shuffled(SHAPE.slots, 12)
-    cache = home.cache(SHAPE, torch.tensor(slots[:6], dtype=mine).to(place))
-    case = Case(cache, replace(cache, ids=torch.tensor(slots[6:], dtype=theirs).to(place)), 6)
+    cache = home.cache(SHAPE, judge.ids(slots[:6], mine))
+    case = Case(cache, replace(cache, ids=judge.ids(slots[6:], theirs)), 6)
     if takes(judge.subject, case):
         claimed(judge, case, field, what)
     else:
@@ -133,8 +138,7 @@ def test_ids_are_read_in_the_claimed_dtypes(
         judge.not_claimed("index_dtypes", f"ids of {dtype} are converted before the launch.")
         judge.copy(home.move(direction, SHAPE, torch.tensor([3, 0, 9], dtype=dtype)))
         return
-    place = judge.subject.can.home_of_ids(judge.subject.device)
-    ids = torch.tensor(home.shuffled(SHAPE.slots, 9), dtype=dtype).to(place)
+    ids = judge.ids(home.shuffled(SHAPE.slots, 9), dtype)
     claimed(judge, home.move(direction, SHAPE, ids), "index_dtypes", f"reads ids of {dtype}")
     for other in judge.subject.can.index_dtypes:
         what = f"reads {dtype} beside {other}"
@@ -148,15 +152,13 @@ def test_negative_ids_reach_the_launch(
     judge: Judge, home: Workshop, step: int, direction: str
 ) -> None:
     """A launch that claims to skip negative ids moves nothing for any negative number."""
-    if not judge.subject.can.skips_negative:
-        judge.not_claimed("skips_negative", "negative ids are removed before the launch.")
+    if not judge.claims("skips_negative", "negative ids are removed before the launch."):
         judge.copy(home.move(direction, SHAPE, [-1, 3, -1], step=step))
         return
-    place = judge.subject.can.home_of_ids(judge.subject.device)
     for dtype in judge.subject.can.index_dtypes:
         least = torch.iinfo(dtype).min
         for ids in ([-1, 3, 0], [3, 0, -1], [-1, -1], [-7, 2, least, 5], [least // 4, 1, -(2**20)]):
-            case = home.move(direction, SHAPE, torch.tensor(ids, dtype=dtype).to(place), step=step)
+            case = home.move(direction, SHAPE, judge.ids(ids, dtype), step=step)
             claimed(judge, case, "skips_negative", "skips negative ids")
 
 
@@ -166,17 +168,15 @@ def test_negative_ids_reach_the_launch(
 def test_bad_ids_are_guarded(judge: Judge, home: Workshop, step: int, direction: str) -> None:
     """A launch that guards moves nothing for an id past the end, moves all others, and writes the
     position + 1 of a bad id to the status word, if it is given one."""
-    if not judge.subject.can.guards:
-        judge.not_claimed("guards", "bad ids are found before the launch.")
+    if not judge.claims("guards", "bad ids are found before the launch."):
         return
-    past, place = SHAPE.slots // step, judge.subject.can.home_of_ids(judge.subject.device)
+    past = SHAPE.slots // step
     lists = [[1, past, 3], [past, 2], [0, 4, past], [1, past, 3, past], [4, 2, 0]]
     for dtype in judge.subject.can.index_dtypes:
         wild = [past + 1, 2**31 - 1]
         wild += [2**31, 2**32 + 1, 2**40, 2**61, 2**62, 2**63 - 1] if dtype == torch.int64 else []
         for number, ids in enumerate([lists[0], *([1, bad, 3] for bad in wild), *lists]):
-            placed = torch.tensor(ids, dtype=dtype).to(place)
-            case = home.move(direction, SHAPE, placed, step=step)
+            case = home.move(direction, SHAPE, judge.ids(ids, dtype), step=step)
             check_guarded(judge, case, word=number > 0)
 
 
@@ -191,15 +191,9 @@ def test_alignment(judge: Judge, home: Workshop, vector: int, direction: str) ->
 
     Padding may need more loops than it claims; an offset in the storage never does.
     """
-    shifted: list[dict[str, Any]] = [
-        {"shift": vector},
-        {"pads": {4: vector}},
-        {"pads": {2: vector}},
-    ]
-    for how in shifted:
-        case = home.move(
-            direction, Shape(widths=(64, 64)), home.shuffled(24, 9), dtype=torch.uint8, **how
-        )
+    for how in ({"shift": vector}, {"pads": {4: vector}}, {"pads": {2: vector}}):
+        shape, as_bytes = Shape(widths=(64, 64)), {"dtype": torch.uint8, **how}
+        case = home.some(direction, shape, 9, **as_bytes)
         plan = plan_of(case)
         assert plan.vector >= min(vector, 16), f"The suite's plan has vector {plan.vector}."
         if plan.vector < judge.subject.can.alignment:
@@ -222,8 +216,7 @@ def test_max_loops(judge: Judge, home: Workshop, loops: int, direction: str) -> 
     # No two loops can be merged: every place is padded, by multiples of the widest vector.
     places = len(home.paged.rpartition("|")[2].split())
     pads = {place: 8 * place for place in range(1, places)}
-    ids = home.shuffled(shape.slots // step, 3)
-    case = home.move(direction, shape, ids, step=step, pads=pads)
+    case = home.some(direction, shape, 3, step=step, pads=pads)
     plan = plan_of(case)
     assert max(len(nest.loops) for nest in plan.nests) == loops, str(plan)
     most = judge.subject.can.max_loops
@@ -234,20 +227,15 @@ def test_max_loops(judge: Judge, home: Workshop, loops: int, direction: str) -> 
 
 
 @pytest.mark.claim("tables")
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_tables(subject: Subject, judge: Judge, home: Workshop, direction: str) -> None:
     """It takes planes in separate allocations, at new addresses in each call; or refuses them."""
     shape, held = Shape(layers=5), []
     # Blocks as a list need a table and no loop, where the home has no list.
     layout = home.paged if "|" in home.paged else home.paged.replace("block", "block |", 1)
-    how: dict[str, Any] = {
-        "layout": layout,
-        "place": "scattered",
-        "grain": max(1, subject.can.alignment // 2),
-    }
+    grain = max(1, subject.can.alignment // 2)
     for number in range(3):
         shop = replace(home, seed=home.seed + number)
-        case = shop.move(direction, shape, shop.shuffled(shape.slots, 9), **how)
+        case = shop.some(direction, shape, 9, layout=layout, place="scattered", grain=grain)
         held.append(case)
         assert plan_of(case).tabled, "The suite's plan needs no table."
         if subject.can.tables:
@@ -263,7 +251,7 @@ def test_tables(subject: Subject, judge: Judge, home: Workshop, direction: str) 
         judge.judge(case, _landing(judge, launch_of(subject, case, launches[key])), lambda: None)
 
 
-def _landing(judge: Judge, launch: Any) -> Any:
+def _landing(judge: Judge, launch: Any) -> Callable[[], None]:
     return lambda: judge.land(launch(None, None))
 
 
@@ -273,17 +261,16 @@ def test_threads(judge: Judge, home: Workshop) -> None:
     several threads still come out right."""
     shape = Shape(layers=3)
     shops = [replace(home, seed=home.seed + n) for n in range(4)]
-    cases = [shop.gather(shape, shop.shuffled(shape.slots, 9)) for shop in shops]
+    cases = [shop.some("gather", shape, 9) for shop in shops]
     expected = [case.expected() for case in cases]
     plans = [plan_of(case) for case in cases]
     assert len({(plan.src, plan.dst) for plan in plans}) == 1
-    if judge.subject.can.threads:
+    if judge.claims("threads", "the library lets one thread at a time into a launch."):
         launch = judge.subject.prepare(plans[0])
         works = [_landing(judge, launch_of(judge.subject, case, launch)) for case in cases]
+        at_once(works, 40)
     else:
-        judge.not_claimed("threads", "the library lets one thread at a time into a launch.")
-        works = [partial(_by_user, judge, asked_of(case)) for case in cases]
-    at_once(works, 40 if judge.subject.can.threads else 8)
+        at_once([partial(_by_user, judge, asked_of(case)) for case in cases], 8)
     for case, wanted in zip(cases, expected, strict=True):
         judge.check(wanted, case, "Called from four threads: ")
 

@@ -15,9 +15,8 @@ import torch
 
 from portakv.registry.self_check import SelfCheck, self_check
 from portakv_conformance.draw.arrangement import Case
-from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop
+from portakv_conformance.draw.by_hand import Shape, Workshop
 from portakv_conformance.judge.judging import ENDS, Judge
-from portakv_conformance.judge.subject import Subject
 
 pytestmark = pytest.mark.area("core")
 
@@ -26,31 +25,26 @@ ELEMENTS = {
     1: torch.uint8, 2: torch.bfloat16, 4: torch.float32, 8: torch.int64, 16: torch.complex128,
 }  # fmt: skip
 SHAPE = Shape()
+SIZE = SHAPE.block_size
+DTYPES = pytest.mark.parametrize("ids", [torch.int32, torch.int64], ids=["int32", "int64"])
 
 
 def must(judge: Judge, case: Case, **how: Any) -> None:
     """Judge a case that no backend may decline."""
-    if not judge.copy(case, **how):
-        raise AssertionError(f"CORE cannot be declined, and it was: {judge.declined[-1]}")
-
-
-def dtypes_of_device(subject: Subject, dtype: torch.dtype) -> torch.dtype:
-    """The dtype, or where the device's torch has none of that width a narrower one."""
-    try:
-        torch.empty(1, dtype=dtype, device=subject.device)
-    except (RuntimeError, TypeError, NotImplementedError):
-        return torch.int64
-    return dtype
+    assert judge.copy(case, **how), f"CORE cannot be declined, and it was: {judge.declined[-1]}"
 
 
 @pytest.mark.parametrize("width", ELEMENTS)
-@pytest.mark.parametrize("ids", [torch.int32, torch.int64], ids=["int32", "int64"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@DTYPES
 def test_rows_move(
-    subject: Subject, judge: Judge, home: Workshop, direction: str, ids: torch.dtype, width: int
+    judge: Judge, home: Workshop, direction: str, ids: torch.dtype, width: int
 ) -> None:
     """Rows under int32 or int64 slots, with holes, arrive byte by byte, whatever an element is."""
-    dtype = dtypes_of_device(subject, ELEMENTS[width])
+    dtype = ELEMENTS[width]
+    try:
+        torch.empty(1, dtype=dtype, device=judge.subject.device)
+    except (RuntimeError, TypeError, NotImplementedError):
+        dtype = torch.int64  # the device's torch has none of that width
     slots = torch.tensor(home.shuffled(SHAPE.slots, 11, holes=3), dtype=ids)
     must(judge, home.move(direction, SHAPE, slots, dtype=dtype))
 
@@ -66,14 +60,12 @@ HOLES: dict[str, list[int]] = {
 
 
 @pytest.mark.parametrize("heads", [1, 3, 5, 6, 12, 40])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_head_counts(judge: Judge, home: Workshop, direction: str, heads: int) -> None:
     """Any number of heads moves, whether or not it is a power of two."""
-    must(judge, home.move(direction, replace(SHAPE, heads=heads), home.shuffled(SHAPE.slots, 9, 1)))
+    must(judge, home.some(direction, replace(SHAPE, heads=heads), 9, 1))
 
 
 @pytest.mark.parametrize("holes", HOLES)
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_negative_slots_are_skipped(
     judge: Judge, home: Workshop, direction: str, holes: str
 ) -> None:
@@ -82,14 +74,12 @@ def test_negative_slots_are_skipped(
         must(judge, home.move(direction, SHAPE, torch.tensor(HOLES[holes], dtype=dtype)))
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_negative_blocks_are_skipped(judge: Judge, home: Workshop, direction: str) -> None:
     """A negative entry of a block table skips a whole block."""
-    must(judge, home.move(direction, SHAPE, [3, -1, 0, -5], step=SHAPE.block_size))
+    must(judge, home.move(direction, SHAPE, [3, -1, 0, -5], step=SIZE))
 
 
-@pytest.mark.parametrize("ids", [torch.int32, torch.int64], ids=["int32", "int64"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@DTYPES
 def test_an_empty_list_moves_nothing(
     judge: Judge, home: Workshop, direction: str, ids: torch.dtype
 ) -> None:
@@ -98,46 +88,39 @@ def test_an_empty_list_moves_nothing(
 
 
 @pytest.mark.parametrize("slot", [0, 1, 3, 4, 22, 23])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_one_row(judge: Judge, home: Workshop, direction: str, slot: int) -> None:
     """One slot moves one row of each plane, the first and the last of a block and a cache too."""
     must(judge, home.move(direction, SHAPE, [slot]))
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 15, 16, 17, 23])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_counts_that_fill_no_block(
     judge: Judge, home: Workshop, direction: str, count: int
 ) -> None:
     """Any number of tokens moves, also through a block table whose last block is partly used."""
-    must(judge, home.move(direction, SHAPE, home.shuffled(SHAPE.slots, count)))
-    blocks = home.shuffled(SHAPE.blocks, -(-count // SHAPE.block_size))
-    case = home.move(direction, SHAPE, blocks, step=SHAPE.block_size)
+    must(judge, home.some(direction, SHAPE, count))
+    case = home.some(direction, SHAPE, -(-count // SIZE), step=SIZE)
     must(judge, Case(case.src, case.dst, count))
 
 
 @pytest.mark.parametrize("offset", [1, 4, 7])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_an_index_begins_at_its_offset(
     judge: Judge, home: Workshop, direction: str, offset: int
 ) -> None:
     """Positions count from the index's offset, in slots and in tokens of a block table."""
-    must(judge, home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 12, 2), offset=offset))
-    blocks = home.shuffled(SHAPE.blocks, 4, 1)
-    must(judge, home.move(direction, SHAPE, blocks, step=SHAPE.block_size, offset=offset))
+    must(judge, home.some(direction, SHAPE, 12, 2, offset=offset))
+    must(judge, home.some(direction, SHAPE, 4, 1, step=SIZE, offset=offset))
 
 
 @pytest.mark.parametrize("tail", [1, 2, 5])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_list_that_is_longer_than_the_copy(
     judge: Judge, home: Workshop, direction: str, tail: int
 ) -> None:
     """Ids behind the asked count are not read."""
-    case = home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 14, 1))
+    case = home.some(direction, SHAPE, 14, 1)
     must(judge, Case(case.src, case.dst, case.count - tail))
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_consecutive_rows_need_no_list(judge: Judge, home: Workshop, direction: str) -> None:
     """Without ids on either side, rows move in their order."""
     case = home.move(direction, SHAPE, list(range(SHAPE.slots)))
@@ -146,24 +129,22 @@ def test_consecutive_rows_need_no_list(judge: Judge, home: Workshop, direction: 
 
 
 @pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_transfer_that_ended_has_landed(
     judge: Judge, home: Workshop, direction: str, end: str
 ) -> None:
     """When a transfer says that it ended, in any of its three ways, every byte is in its place."""
     many = Shape(layers=3, widths=(128, 128), blocks=32)
-    must(judge, home.move(direction, many, home.shuffled(many.slots, 60)), end=end)
+    must(judge, home.some(direction, many, 60), end=end)
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_every_bit_pattern_survives(
     judge: Judge, home: Workshop, direction: str, width: int
 ) -> None:
     """Bytes are moved, not numbers: NaN payloads, signs of zero, denormals, all 16-bit patterns."""
     floats = {1: torch.float8_e4m3fn, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
     wide = Shape(layers=1, heads=2, widths=(4096, 4096), block_size=4, blocks=4)
-    case = home.move(direction, wide, home.shuffled(wide.slots, wide.slots), dtype=floats[width])
+    case = home.some(direction, wide, wide.slots, dtype=floats[width])
     sizes = [guard.nbytes for guard in case.src.guards]
     odd = _odd_floats(width, sum(sizes))
     for guard, piece in zip(case.src.guards, odd.split(sizes), strict=True):
@@ -174,25 +155,22 @@ def test_every_bit_pattern_survives(
 
 def _odd_floats(width: int, nbytes: int) -> torch.Tensor:
     """Bytes of numbers that arithmetic does not keep: every pattern, or NaNs of every payload."""
-    count = torch.arange(nbytes // width, dtype=torch.int64)
-    if width <= 2:
-        bits = count
-    else:
-        top = {4: 0x7F80_0001, 8: 0x7FF0_0000_0000_0001}[width]
+    bits = count = torch.arange(nbytes // width, dtype=torch.int64)
+    if width > 2:
+        top, sign = {4: (0x7F80_0001, -(1 << 31)), 8: (0x7FF0_0000_0000_0001, -(1 << 63))}[width]
         bits = top + count * 37  # signalling NaNs, as most payloads are
-        bits[::5] |= -(1 << 31) if width == 4 else -(1 << 63)
+        bits[::5] |= sign
         bits[1::5] = count[1::5]  # denormals
     narrow = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
     return bits.to(narrow).view(torch.uint8)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_second_call_is_a_call_of_its_own(judge: Judge, home: Workshop, direction: str) -> None:
     """The same plan again, with other ids, another count and other addresses, keeps nothing."""
     held = []  # so that no call gets the addresses of the one before it
     for number, count in enumerate((9, 9, 4, 16, 9)):
         shop = replace(home, seed=home.seed + number)
-        case = shop.move(direction, SHAPE, shop.shuffled(SHAPE.slots, count, number % 2))
+        case = shop.some(direction, SHAPE, count, number % 2)
         must(judge, case)
         held.append(case)
     again = replace(home, seed=home.seed + 9).shuffled(SHAPE.slots, 9)
@@ -202,7 +180,6 @@ def test_a_second_call_is_a_call_of_its_own(judge: Judge, home: Workshop, direct
         must(judge, case)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_ids_changed_after_the_call(judge: Judge, home: Workshop, direction: str) -> None:
     """An id list that is filled anew is a new list: nothing of the old one is kept."""
     first = torch.tensor(home.shuffled(SHAPE.slots, 8))
@@ -211,17 +188,14 @@ def test_ids_changed_after_the_call(judge: Judge, home: Workshop, direction: str
         first.copy_(torch.tensor(Workshop(seed=home.seed + 50 + step).shuffled(SHAPE.slots, 8)))
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_layers_in_one_allocation(judge: Judge, home: Workshop, direction: str) -> None:
     """Whether layers lie in one allocation or in several, the same rows move."""
-    slots = home.shuffled(SHAPE.slots, 9, 1)
-    must(judge, home.move(direction, SHAPE, slots, place="strided"))
-    must(judge, home.move(direction, SHAPE, slots, place="separate"))
+    for place in ("strided", "separate"):
+        must(judge, home.some(direction, SHAPE, 9, 1, place=place))
 
 
 @pytest.mark.needs("accelerator")
 @pytest.mark.parametrize("place", ["cpu", "device"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_ids_on_either_side(judge: Judge, home: Workshop, direction: str, place: str) -> None:
     """Ids on the host or on the device, contiguous or not, int32 or int64, are the same ids."""
     where = judge.subject.device if place == "device" else torch.device("cpu")
@@ -234,14 +208,12 @@ def test_ids_on_either_side(judge: Judge, home: Workshop, direction: str, place:
 
 @pytest.mark.needs("accelerator")
 @pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_to_the_host_and_back(judge: Judge, home: Workshop, direction: str, end: str) -> None:
     """A cache on the device is stored to a chunk on the host, and loaded from one."""
-    slots = home.shuffled(SHAPE.slots, 9, 2)
-    must(judge, home.move(direction, SHAPE, slots, chunk={"device": "cpu"}), end=end)
+    must(judge, home.some(direction, SHAPE, 9, 2, {"device": "cpu"}), end=end)
 
 
-def test_the_power_on_self_check(subject: Subject) -> None:
+def test_the_power_on_self_check(judge: Judge) -> None:
     """The library's own self-check accepts the backend, or takes none of its layouts."""
-    found: Any = self_check(subject.backend)
+    found: Any = self_check(judge.subject.backend)
     assert found.state is not SelfCheck.FAILED, f"{found.reason}."

@@ -41,46 +41,39 @@ _WIDTHS = [
 def both_ways(judge: Judge, source: Any, target: Any) -> None:
     """Judge a copy from the first maker's side to the second's, then the other way.
 
-    A maker is called with ``source=True`` or ``False`` and returns a side.
+    A maker is called with ``source=True`` or ``False`` and returns a side with ids.
     """
     for make, take in ((source, target), (target, source)):
         src, dst = make(True), take(False)
-        counts = [
-            side.slots if side.ids is None else len(side.ids) * side.step for side in (src, dst)
-        ]
-        judge.copy(Case(src, dst, min(counts)))
+        judge.copy(Case(src, dst, min(len(side.ids) * side.step for side in (src, dst))))
 
 
 @pytest.mark.parametrize("width", _WIDTHS)
 def test_row_width(judge: Judge, home: Workshop, width: int) -> None:
     """A row of any number of bytes moves whole: nothing is rounded, and no last piece is lost."""
     shape = Shape(layers=1, heads=1, widths=(width, width), blocks=5)
-    slots = home.shuffled(shape.slots, 7, 1)
     # A width is a program of its own for backends that compile, so the others go one way only.
     for direction in DIRECTIONS if width in _COMMON else (DIRECTIONS[width % 2],):
-        judge.copy(home.move(direction, shape, slots, dtype=torch.uint8))
+        judge.copy(home.some(direction, shape, 7, 1, dtype=torch.uint8))
 
 
 def heads_first(judge: Judge, home: Workshop, direction: str, heads: int, width: int) -> None:
     """Judge copies of caches in which each head lies apart, by their layout or in memory alone."""
     shape = Shape(heads=heads, widths=(width, width))
-    slots = home.shuffled(shape.slots, 9, 1)
-    judge.copy(home.move(direction, shape, slots, layout=HND))
+    judge.copy(home.some(direction, shape, 9, 1, layout=HND))
     memory = reordered(home.paged, "kv block head token dim")
-    judge.copy(home.move(direction, shape, slots, memory=memory))
+    judge.copy(home.some(direction, shape, 9, 1, memory=memory))
 
 
 @pytest.mark.parametrize("width", [2, 6, 10, 20, 34, 66, 100, 132])
 @pytest.mark.parametrize("heads", [1, 3, 8])
 def test_heads_that_no_vector_divides(judge: Judge, home: Workshop, heads: int, width: int) -> None:
-    """In HND a head's bytes, not the row's, bound the widest access, also where a vector divides
-    the row; tokens keep their order."""
+    """In HND a head's bytes bound the widest access, also where a vector divides the row."""
     for direction in DIRECTIONS:
         heads_first(judge, home, direction, heads, width)
 
 
 @pytest.mark.parametrize("heads", [5, 6, 12, 40])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_heads_that_are_no_power_of_two(
     judge: Judge, home: Workshop, direction: str, heads: int
 ) -> None:
@@ -107,9 +100,8 @@ def test_keys_and_values_of_unequal_width(
 ) -> None:
     """Each kv has a width of its own, in containers, side by side and one behind the other."""
     shape = Shape(heads=2 if "head" in layout else 1, widths=widths)
-    slots = workshop.shuffled(shape.slots, 9, 1)
     for direction in DIRECTIONS:
-        judge.copy(workshop.move(direction, shape, slots, {"layout": PLAIN}, layout=layout))
+        judge.copy(workshop.some(direction, shape, 9, 1, {"layout": PLAIN}, layout=layout))
 
 
 _MANY = [
@@ -126,13 +118,11 @@ _MANY = [
 def test_many_heads_and_few(
     judge: Judge, home: Workshop, heads: int, width: int, layers: int
 ) -> None:
-    """128 heads are as good as one, and so is a row of more than 1,024 vectors; a latent row of
-    1152 B has one head."""
+    """128 heads are as good as one, and so is a row of more than 1,024 vectors."""
     shape = Shape(layers=layers, heads=heads, widths=(width, width), blocks=3)
-    slots = home.shuffled(shape.slots, 5, 1)
     for direction in DIRECTIONS:
-        judge.copy(home.move(direction, shape, slots))
-        judge.copy(home.move(direction, shape, slots, layout=HND))
+        judge.copy(home.some(direction, shape, 5, 1))
+        judge.copy(home.some(direction, shape, 5, 1, layout=HND))
 
 
 @pytest.mark.parametrize("layout", ["layer | block token dim", "layer | (block token) 1 dim"])
@@ -141,10 +131,9 @@ def test_one_latent_row_for_each_token(
     judge: Judge, workshop: Workshop, width: int, layout: str
 ) -> None:
     """MLA keeps one row for each token and layer, without keys, values or heads."""
-    shape = Shape(layers=3, heads=1, widths=(width,))
-    slots = workshop.shuffled(shape.slots, 11, 2)
     for direction in DIRECTIONS:
-        judge.copy(workshop.move(direction, shape, slots, layout=layout))
+        shape = Shape(layers=3, heads=1, widths=(width,))
+        judge.copy(workshop.some(direction, shape, 11, 2, layout=layout))
 
 
 _SIZES = (
@@ -157,8 +146,7 @@ _SIZES = (
 def test_block_sizes(judge: Judge, workshop: Workshop, sizes: tuple[int, int]) -> None:
     """Blocks of both sides may have any sizes, and need have no common factor."""
     first, second = (
-        Shape(layers=2, heads=2, widths=(12, 12), block_size=size, blocks=2 + 256 // size)
-        for size in sizes
+        Shape(widths=(12, 12), block_size=size, blocks=2 + 256 // size) for size in sizes
     )
     count = min(first.slots, second.slots) - 3
 
@@ -176,14 +164,11 @@ def test_block_tables_of_both_sides(
     judge: Judge, workshop: Workshop, sizes: tuple[int, int]
 ) -> None:
     """Block tables on both sides move every token once, whatever their steps have in common."""
-    first, second = (
-        Shape(layers=2, heads=2, widths=(16, 16), block_size=size, blocks=768 // size)
-        for size in sizes
-    )
+    first, second = (Shape(widths=(16, 16), block_size=n, blocks=768 // n) for n in sizes)
 
     def make(shape: Shape, layout: str, source: bool) -> Any:
-        blocks = workshop.shuffled(shape.blocks, 384 // shape.block_size)
         step = shape.block_size
+        blocks = workshop.shuffled(shape.blocks, 384 // step)
         return workshop.cache(shape, blocks, step=step, layout=layout, source=source)
 
     both_ways(judge, lambda s: make(first, NHD, s), lambda s: make(second, HND, s))
@@ -203,7 +188,7 @@ def test_shapes_in_which_every_extent_is_two(
     judge: Judge, workshop: Workshop, layout: str, layers: int
 ) -> None:
     """Which axis is which is said by the layout, never by an extent that happens to be 2."""
-    shape = Shape(layers=layers, heads=2, widths=(4, 4), block_size=2, blocks=2)
+    shape = Shape(layers, widths=(4, 4), block_size=2, blocks=2)
     for direction in DIRECTIONS:
         judge.copy(workshop.move(direction, shape, [3, 0, 1], layout=layout))
         judge.copy(workshop.move(direction, shape, [1, 0], step=2, layout=layout))
@@ -232,26 +217,22 @@ _PADDED: dict[str, Any] = {
 
 def _lying(layout: str, how: Any) -> dict[str, Any]:
     """An entry of `_PADDED` as keywords, for a cache of a layout."""
+    if isinstance(how, tuple):
+        axis, elements, *more = how
+        return {**widened(layout, axis, elements), **dict(*more)}
     if isinstance(how, dict):
         return how
-    if isinstance(how, str):
-        memory = reordered(layout, how)
-        apart = memory.split().index("head") + 1
-        return {"memory": memory, **({"pads": {apart: 4}} if "head layer" in memory else {})}
-    axis, elements, *more = how
-    return {**widened(layout, axis, elements), **dict(*more)}
+    memory = reordered(layout, how)
+    pads = {memory.split().index("head") + 1: 4} if "head layer" in memory else {}
+    return {"memory": memory, "pads": pads}
 
 
 @pytest.mark.parametrize("how", _PADDED)
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_strides_and_padding(judge: Judge, home: Workshop, direction: str, how: str) -> None:
     """Rows lie where strides and storage offsets say; the bytes between them are not touched."""
-    shape = Shape(layers=3, heads=2, widths=(16, 16))
-    wanted = _lying(home.paged, _PADDED[how])
-    slots = home.shuffled(shape.slots, 9, 1)
-    judge.copy(home.move(direction, shape, slots, **wanted))
-    blocks = home.shuffled(shape.blocks, 3, 1)
-    judge.copy(home.move(direction, shape, blocks, step=4, **wanted))
+    shape, wanted = Shape(layers=3, widths=(16, 16)), _lying(home.paged, _PADDED[how])
+    judge.copy(home.some(direction, shape, 9, 1, **wanted))
+    judge.copy(home.some(direction, shape, 3, 1, step=4, **wanted))
 
 
 #: How a chunk lies, as keywords of `arranged`.
@@ -266,14 +247,11 @@ _CHUNKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("how", _CHUNKS)
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_chunks_that_are_not_contiguous(
     judge: Judge, home: Workshop, direction: str, how: str
 ) -> None:
     """A chunk need not be contiguous: what is written arrives in it, not in a copy of it."""
-    shape = Shape(layers=2, heads=2, widths=(16, 16))
-    slots = home.shuffled(shape.slots, 9, 1)
-    judge.copy(home.move(direction, shape, slots, _CHUNKS[how]))
+    judge.copy(home.some(direction, Shape(widths=(16, 16)), 9, 1, _CHUNKS[how]))
 
 
 @pytest.mark.parametrize(
@@ -288,13 +266,11 @@ def test_chunks_that_are_not_contiguous(
 def test_lists_of_memory_objects(judge: Judge, home: Workshop, layout: str, place: str) -> None:
     """A list of buffers, each a block, is one paged view and moves in one copy."""
     cache, store = Shape(blocks=8), Shape(block_size=16, blocks=2)
-    slots = home.shuffled(cache.slots, 27, 2)
+    slots, how = home.shuffled(cache.slots, 27, 2), {"layout": layout, "place": place}
     both_ways(
         judge,
         lambda source: home.cache(cache, slots, source=source),
-        lambda source: home.cache(
-            store, list(range(27)), layout=layout, source=source, place=place
-        ),
+        lambda source: home.cache(store, list(range(27)), source=source, **how),
     )
 
 
@@ -303,26 +279,21 @@ def test_lists_of_memory_objects(judge: Judge, home: Workshop, layout: str, plac
 def test_opaque_pages(judge: Judge, workshop: Workshop, page: int, layout: str) -> None:
     """An opaque page moves whole, and its padding stays."""
     shape = Shape(widths=(page,), heads=1)
-    step, size = shape.block_size, torch.uint8
+    how: dict[str, Any] = {"step": shape.block_size, "dtype": torch.uint8}
+    padded, blocks = {"layout": "layer | block page", "pads": {1: 5}}, workshop.shuffled(6, 4)
+    holes = workshop.shuffled(6, 4, 1)
     both_ways(
         judge,
-        lambda source: workshop.cache(
-            shape, workshop.shuffled(6, 4, 1), step=step, source=source, dtype=size,
-            layout="layer | block page", pads={1: 5},
-        ),
-        lambda source: workshop.cache(
-            shape, workshop.shuffled(6, 4), step=step, source=source, dtype=size, layout=layout
-        ),
-    )  # fmt: skip
+        lambda source: workshop.cache(shape, holes, source=source, **how, **padded),
+        lambda source: workshop.cache(shape, blocks, source=source, **how, layout=layout),
+    )
 
 
 def test_one_source_row_for_many_tokens(judge: Judge, home: Workshop) -> None:
     """A source may have a stride of 0, and one slot may be read many times."""
-    shape = Shape()
-    spread = home.chunk(shape, 8, layout="kv layer token head dim", expand=2)
-    target = home.cache(shape, home.shuffled(shape.slots, 8), source=False)
-    judge.copy(Case(spread, target, 8))
-    judge.copy(home.gather(shape, [5, 5, 5, 0, 5, -1, 5]))
+    spread = {"layout": "kv layer token head dim", "expand": 2}
+    judge.copy(home.some("scatter", Shape(), 8, 0, spread))
+    judge.copy(home.gather(Shape(), [5, 5, 5, 0, 5, -1, 5]))
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -330,36 +301,32 @@ def test_one_source_row_for_many_tokens(judge: Judge, home: Workshop) -> None:
 def test_more_than_a_grid_holds(judge: Judge, home: Workshop, kind: str, direction: str) -> None:
     """One call moves 200,000 tokens, 70,000 blocks, tokens of 70,200 runs or a block of 35,000
     tokens: nothing is clipped."""
-    rng = torch.Generator().manual_seed(home.seed)
+    rng, how = torch.Generator().manual_seed(home.seed), dict[str, Any]()
     if kind == "tokens":
         shape = Shape(1, 1, (2, 2), block_size=16, blocks=12_600)
-        judge.copy(
-            home.move(direction, shape, torch.randperm(shape.slots, generator=rng)[:200_000])
-        )
+        ids: Any = torch.randperm(shape.slots, generator=rng)[:200_000]
     elif kind == "blocks":
-        shape = Shape(1, 1, (4, 4), block_size=2, blocks=70_001)
+        shape, how = Shape(1, 1, (4, 4), block_size=2, blocks=70_001), {"step": 2}
         ids = torch.randperm(shape.blocks, generator=rng)
-        judge.copy(home.move(direction, shape, ids, step=2))
     elif kind == "layers":
-        shape = Shape(300, 117, (2, 2), block_size=2, blocks=2)
-        judge.copy(home.move(direction, shape, [3, 0], layout=HND, place="strided"))
+        shape, ids = Shape(300, 117, (2, 2), block_size=2, blocks=2), [3, 0]
+        how = {"layout": HND, "place": "strided"}
     else:
-        shape = Shape(1, 2, (2, 2), block_size=35_000, blocks=2)
-        judge.copy(home.move(direction, shape, [1], step=35_000, layout=HND))
+        shape, ids = Shape(1, 2, (2, 2), block_size=35_000, blocks=2), [1]
+        how = {"layout": HND, "step": 35_000}
+    judge.copy(home.move(direction, shape, ids, **how))
 
 
 @full
 @pytest.mark.needs("accelerator")
 @pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_more_runs_than_one_call_of_a_copy_engine_takes(
     judge: Judge, home: Workshop, direction: str, pinned: bool
 ) -> None:
-    """Between host and device one call moves 20,000 runs, of which no two are neighbours on either
-    side: engines that take 8,192 at a time are called again."""
-    shape = Shape(layers=2, heads=1, widths=(24, 24), blocks=2 * 5_000 // 4)
+    """Between host and device one call moves 20,000 runs, no two of them neighbours on either side:
+    engines that take 8,192 at a time are called again."""
+    shape, source = Shape(2, 1, (24, 24), blocks=2 * 5_000 // 4), direction == "gather"
     slots = home.shuffled(shape.slots // 2, 5_000)
-    source = direction == "gather"
     cache = home.cache(shape, [2 * slot for slot in slots], source=source)
     host = Workshop("cpu", home.seed)
     chunk = on_host(host.chunk(shape, 5_000, source=not source, pads={3: 4}), pinned)
@@ -369,17 +336,14 @@ def test_more_runs_than_one_call_of_a_copy_engine_takes(
 @pytest.mark.parametrize("same", [True, False], ids=["same-dtype", "other-dtype"])
 def test_widths_are_compared_in_bytes(judge: Judge, home: Workshop, same: bool) -> None:
     """Both sides may have different dtypes where rows have equal bytes; bits are not converted."""
-    slots = home.shuffled(Shape().slots, 9, 1)
     for direction in DIRECTIONS:
         dtype = torch.float16 if same else torch.int64
-        judge.copy(home.move(direction, Shape(), slots, {"dtype": dtype}))
+        judge.copy(home.some(direction, Shape(), 9, 1, {"dtype": dtype}))
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_row_that_is_larger_than_a_page_of_memory(
     judge: Judge, workshop: Workshop, direction: str
 ) -> None:
     """A row of many kilobytes is one run, as in caches of encoders."""
-    shape = Shape(layers=1, heads=1, widths=(70_002,), blocks=3)
-    slots, chunk = workshop.shuffled(shape.slots, 5, 1), {"layout": "token (head dim)"}
-    judge.copy(workshop.move(direction, shape, slots, chunk, layout="block token dim"))
+    shape, chunk = Shape(1, 1, (70_002,), blocks=3), {"layout": "token (head dim)"}
+    judge.copy(workshop.some(direction, shape, 5, 1, chunk, layout="block token dim"))

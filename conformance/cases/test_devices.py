@@ -13,7 +13,7 @@ import torch
 from portakv import DeviceMismatch, Unsupported
 from portakv_conformance.cases.test_ordering import SHAPE, SLOW, Late
 from portakv_conformance.draw.arrangement import Case
-from portakv_conformance.draw.by_hand import DIRECTIONS, Workshop
+from portakv_conformance.draw.by_hand import Workshop
 from portakv_conformance.judge.claims import at_once
 from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.judging import Judge, asked_of, index_of
@@ -42,7 +42,6 @@ def test_threads_with_streams_of_their_own(judge: Judge, home: Workshop) -> None
 
 @pytest.mark.needs("two devices")
 @pytest.mark.parametrize("thread", [False, True], ids=["same-thread", "other-thread"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_another_device_than_the_current_one(
     subject: Subject, facility: Facility, judge: Judge, home: Workshop, direction: str, thread: bool
 ) -> None:
@@ -73,7 +72,6 @@ def test_another_device_than_the_current_one(
 
 @pytest.mark.needs("two devices")
 @pytest.mark.parametrize("late", [False, True], ids=["there", "late"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_ids_on_another_device(judge: Judge, home: Workshop, direction: str, late: bool) -> None:
     """Ids may lie on another device than the views, and be written there behind slow work."""
     there = Facility(judge.facility.second(), judge.facility.emulated)

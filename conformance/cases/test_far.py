@@ -19,7 +19,6 @@ import pytest
 import torch
 
 from portakv import Index, KVView
-from portakv_conformance.draw.by_hand import DIRECTIONS
 from portakv_conformance.judge.claims import full
 from portakv_conformance.judge.judging import Judge
 from portakv_conformance.judge.pattern import pattern_bytes
@@ -163,7 +162,6 @@ def check_layers(judge: Judge, direction: str, memory: torch.Tensor, stride: int
 
 @pytest.mark.needs("host")
 @pytest.mark.parametrize("stride", [2**31 + 256, 2**32 + 256, 2**33 + 4096, 2**35 + 256])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_blocks_that_lie_far_apart(judge: Judge, direction: str, stride: int) -> None:
     """A block may lie any number of bytes behind the one before it."""
     plane = far_blocks(mapped(2 * stride + 4096), stride, 3)
@@ -181,7 +179,6 @@ def test_whole_blocks_and_two_lists(judge: Judge, kind: str, stride: int) -> Non
 
 @pytest.mark.needs("host")
 @pytest.mark.parametrize("rows", [(_HEADS, _DIM), (1, _ODD)], ids=["even", "odd"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_slots_that_are_far_out(judge: Judge, direction: str, rows: tuple[int, int]) -> None:
     """The product of a slot and a row's bytes passes 2**31, 2**32 and 2**33, whatever divides the
     row."""
@@ -194,7 +191,6 @@ def test_slots_that_are_far_out(judge: Judge, direction: str, rows: tuple[int, i
 
 @pytest.mark.needs("host")
 @pytest.mark.parametrize("first", [0, 2**31 // _ODD, 2**32 // _ODD + 3])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_far_chunk(judge: Judge, direction: str, first: int) -> None:
     """A chunk may have planes gigabytes apart, and a copy may begin gigabytes behind its address;
     here with rows of an odd number of bytes."""
@@ -205,7 +201,6 @@ def test_a_far_chunk(judge: Judge, direction: str, first: int) -> None:
 
 
 @pytest.mark.needs("host")
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_layers_that_lie_far_apart(judge: Judge, direction: str) -> None:
     """Planes of one allocation may lie gigabytes apart."""
     stride = 2**32 + 512
@@ -231,7 +226,6 @@ def on_a_device(test: Any) -> Any:
 
 
 @on_a_device
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_far_blocks_on_a_device(judge: Judge, device_memory: Bytes, direction: str) -> None:
     """On a device too, a block may lie more than 2**32 bytes behind the first."""
     stride = 2**32 + 256
@@ -253,7 +247,6 @@ def test_whole_blocks_and_two_lists_on_a_device(
 
 @on_a_device
 @pytest.mark.parametrize("row", [128, _ODD])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_flat_pool_on_a_device(
     judge: Judge, device_memory: Bytes, direction: str, row: int
 ) -> None:
@@ -266,7 +259,6 @@ def test_a_flat_pool_on_a_device(
 
 @on_a_device
 @pytest.mark.parametrize("far", ["planes", "tokens"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_far_chunk_on_a_device(
     judge: Judge, device_memory: Bytes, direction: str, far: str
 ) -> None:
@@ -281,7 +273,6 @@ def test_a_far_chunk_on_a_device(
 
 
 @on_a_device
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_layers_that_lie_far_apart_on_a_device(
     judge: Judge, device_memory: Bytes, direction: str
 ) -> None:

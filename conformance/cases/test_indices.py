@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from portakv_conformance.draw.arrangement import Case, Side
-from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop
+from portakv_conformance.draw.by_hand import Shape, Workshop
 from portakv_conformance.judge.judging import Judge, across
 from portakv_conformance.judge.subject import Subject
 
@@ -36,7 +36,6 @@ def elsewhere(judge: Judge, home: Workshop, layout: str, ids: Any, **how: Any) -
 
 @pytest.mark.parametrize("stride", [2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_ids_that_are_not_contiguous(
     subject: Subject, judge: Judge, home: Workshop, direction: str, dtype: str, stride: int
 ) -> None:
@@ -61,7 +60,6 @@ def test_each_side_has_its_own_dtype(judge: Judge, home: Workshop, mine: str, th
 
 
 @pytest.mark.parametrize("step", [1, 2, 4, 8, 12, 36])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_steps(judge: Judge, home: Workshop, direction: str, step: int) -> None:
     """An id may stand for any number of tokens: part of a block, a block, or several blocks."""
     units = SHAPE.slots // step
@@ -108,7 +106,6 @@ def test_holes_on_both_sides(judge: Judge, home: Workshop, holes: int) -> None:
     judge.copy(Case(src, dst, 24))
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_list_in_order_backwards_and_with_runs(
     judge: Judge, home: Workshop, direction: str
 ) -> None:

@@ -15,7 +15,7 @@ import torch
 from portakv import Transfer
 from portakv_conformance.cases.test_ordering import Late
 from portakv_conformance.cases.test_safety import DUPLICATES, check_duplicates
-from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop
+from portakv_conformance.draw.by_hand import Shape, Workshop
 from portakv_conformance.judge.claims import at_once, launch_of, plan_of
 from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.judging import Judge, asked_of
@@ -46,7 +46,6 @@ def test_capture_is_claimed_where_there_are_graphs(subject: Subject, facility: F
 
 @pytest.mark.claim("alignment")
 @pytest.mark.parametrize("times", [1, 3, 5])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_rows_as_short_as_claimed(judge: Judge, home: Workshop, direction: str, times: int) -> None:
     """Rows of as many bytes as it claims to need, or an odd multiple of them, are not refused."""
     least = judge.subject.can.alignment
@@ -64,7 +63,6 @@ def _other_slots(ids: torch.Tensor) -> None:
 
 @pytest.mark.area("ordering")
 @pytest.mark.parametrize("kind", ["int32", "int64", "pinned"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_host_ids_that_change_right_after_the_call(
     facility: Facility, judge: Judge, home: Workshop, direction: str, kind: str
 ) -> None:
@@ -87,7 +85,6 @@ def test_host_ids_that_change_right_after_the_call(
 
 
 @pytest.mark.claim("index_on")
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_launch_has_read_its_host_ids(judge: Judge, home: Workshop, direction: str) -> None:
     """A launch that reads ids on the host has read them when it returns; what it returns, if
     anything, is the end of the copy."""
@@ -109,7 +106,6 @@ def test_a_launch_has_read_its_host_ids(judge: Judge, home: Workshop, direction:
 
 
 @pytest.mark.claim("threads")
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_each_thread_gets_its_own_copy(judge: Judge, home: Workshop, direction: str) -> None:
     """Of one launch that several threads call at once each call moves its own rows, once."""
     if not judge.subject.can.threads:
@@ -145,7 +141,6 @@ def test_duplicates_that_reach_a_launch(judge: Judge, home: Workshop, step: int)
 
 @pytest.mark.area("ordering")
 @pytest.mark.needs("accelerator")
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_default_stream_is_a_stream(judge: Judge, home: Workshop, direction: str) -> None:
     """The default stream, passed while another is current, carries the work out: its number, 0,
     does not say that no stream was given."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from portakv_conformance.draw.arrangement import Case
-from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop, on_host
+from portakv_conformance.draw.by_hand import Shape, Workshop, on_host
 from portakv_conformance.judge.claims import launch_of, plan_of
 from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.judging import Judge, asked_of, index_of, view_of
@@ -80,7 +80,6 @@ def produced(judge: Judge, home: Workshop, direction: str, ids: str) -> Late:
 
 @pytest.mark.parametrize("ids", PLACES)
 @pytest.mark.parametrize("where", STREAMS)
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_copy_waits_for_its_producer(
     facility: Facility, judge: Judge, home: Workshop, direction: str, where: str, ids: str
 ) -> None:
@@ -100,7 +99,6 @@ def test_a_copy_waits_for_its_producer(
 
 
 @pytest.mark.parametrize("where", STREAMS)
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_later_work_waits_for_the_copy(
     facility: Facility, judge: Judge, home: Workshop, direction: str, where: str
 ) -> None:
@@ -121,7 +119,6 @@ def test_later_work_waits_for_the_copy(
 
 
 @pytest.mark.parametrize("where", ["none", "side"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_ids_that_are_produced_late(
     facility: Facility, judge: Judge, home: Workshop, direction: str, where: str
 ) -> None:
@@ -140,7 +137,6 @@ def test_ids_that_are_produced_late(
     late.check()
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_done_means_landed(judge: Judge, home: Workshop, direction: str) -> None:
     """A transfer on a busy stream says that it is done only when its bytes have landed."""
     late, side = produced(judge, home, direction, "host"), judge.facility.stream()
@@ -152,7 +148,6 @@ def test_done_means_landed(judge: Judge, home: Workshop, direction: str) -> None
 
 @pytest.mark.parametrize("ids", PLACES)
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "dropped"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_memory_freed_right_after_the_call(
     facility: Facility, judge: Judge, home: Workshop, direction: str, keep: bool, ids: str
 ) -> None:
@@ -182,7 +177,6 @@ def test_memory_freed_right_after_the_call(
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["given", "current"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_launch_works_on_its_stream(
     facility: Facility, judge: Judge, home: Workshop, direction: str, given: bool
 ) -> None:
@@ -216,7 +210,6 @@ def _busy(facility: Facility, stream: torch.Stream) -> torch.Event:
 
 
 @pytest.mark.parametrize("ids", ["no-ids", "ids"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_launch_returns_while_its_stream_is_busy(
     facility: Facility, judge: Judge, home: Workshop, direction: str, ids: str
 ) -> None:
@@ -248,7 +241,6 @@ def test_a_launch_returns_while_its_stream_is_busy(
         )
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_copies_on_two_streams_at_once(judge: Judge, home: Workshop, direction: str) -> None:
     """Copies on two streams do not share anything that one of them still needs."""
     lates = []

@@ -38,7 +38,6 @@ _FAR = (2**31, 2**32 + 1, 2**40, 2**62, 2**63 - 1)
 
 
 @pytest.mark.parametrize("slot", [*_PAST, *_FAR])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_host_slots_past_the_end(judge: Judge, home: Workshop, direction: str, slot: int) -> None:
     """A slot past the end in a list on the host is a SlotError, and nothing is moved."""
     for dtype in (torch.int64, torch.int32) if slot < 2**31 else (torch.int64,):
@@ -47,7 +46,6 @@ def test_host_slots_past_the_end(judge: Judge, home: Workshop, direction: str, s
 
 
 @pytest.mark.parametrize("block", [SHAPE.blocks, 2**31 - 1, 2**61, 2**62, 2**63 - 1])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_host_blocks_past_the_end(judge: Judge, home: Workshop, direction: str, block: int) -> None:
     """A block past the end is a SlotError, also where its slots do not fit 64 bits."""
     check_refused(judge, home.move(direction, SHAPE, [2, block, 0], step=4), SlotError)
@@ -55,7 +53,6 @@ def test_host_blocks_past_the_end(judge: Judge, home: Workshop, direction: str, 
 
 @pytest.mark.needs("accelerator")
 @pytest.mark.parametrize("slot", [*_PAST, *_FAR])
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_device_slots_past_the_end(judge: Judge, home: Workshop, direction: str, slot: int) -> None:
     """A bad slot on the device moves nothing, all others move, the transfer raises SlotError, and
     the device is sound."""
@@ -228,7 +225,6 @@ def test_destinations_that_cannot_be_written(judge: Judge, home: Workshop) -> No
     check_refused(judge, Case(home.chunk(SHAPE, 2), doubled, 2), LayoutError)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_two_number_types_are_refused(judge: Judge, home: Workshop, direction: str) -> None:
     """Rows of one number type do not go to rows of another, unless the caller means their bits:
     without that it is a LayoutError, and nothing moves."""

@@ -202,6 +202,13 @@ class Workshop:
         made = self.chunk(shape, max(count, 1), source=not source, **dense)
         return between(direction, self.cache(shape, ids, source=source, **how), made, count)
 
+    def some(
+        self, direction: str, shape: Shape, count: int, holes: int = 0, *chunk: Any, **how: Any
+    ) -> Case:
+        """A case under `shuffled` ids; the rest is as for `move`."""
+        ids = self.shuffled(shape.slots // how.get("step", 1), count, holes)
+        return self.move(direction, shape, ids, *chunk, **how)
+
     def ids(self, ids: Any) -> torch.Tensor | None:
         """Ids as a tensor: int64 on the host where they are a list."""
         if ids is None or isinstance(ids, torch.Tensor):

@@ -80,6 +80,19 @@ class Judge:
         ``field``. The test goes on, and returns by itself."""
         self.unclaimed = f"{field} is not claimed: {reason}"
 
+    def claims(self, field: str, otherwise: str) -> bool:
+        """Whether ``field``, a yes or no, is claimed; where not, the test ends as `not_claimed`."""
+        if not getattr(self.subject.can, field):
+            self.not_claimed(field, otherwise)
+            return False
+        return True
+
+    def ids(self, ids: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Ids where the backend claims to read them, by default in a dtype that it claims."""
+        can = self.subject.can
+        listed = torch.tensor(ids, dtype=dtype or next(iter(can.index_dtypes)))
+        return listed.to(can.home_of_ids(self.subject.device))
+
     def copy(self, case: Case, *, end: str = "synchronize") -> bool:
         """Judge a case as a user gets it; False where the backend declines it, as it may."""
         self.direct, self.end = False, end
