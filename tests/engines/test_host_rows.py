@@ -17,12 +17,12 @@ from support.engine_cases import (
     CHUNKS,
     POOLS,
     index_of,
-    leaves,
     mapped,
     scattered,
     tensors_of,
     view_of,
 )
+from support.guarded_memory import tensors_in
 
 from portakv import Index, KVView, LayoutError, copy_rows
 from portakv.backends import strided
@@ -83,7 +83,7 @@ def test_every_byte(case: tuple[str, Any, int, int, int], outward: bool) -> None
         moved(rows, slot, index, behind, count, unit)
         copy_rows(judged, other, index, behind, count=count)
     assert torch.equal(dense, twin)
-    for found, wanted in zip(leaves(here), leaves(expected), strict=True):
+    for found, wanted in zip(tensors_in(here), tensors_in(expected), strict=True):
         assert torch.equal(found, wanted)
 
 

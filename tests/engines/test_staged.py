@@ -24,9 +24,9 @@ from support.engine_cases import (
     cases,
     full,
     judge,
-    leaves,
     small_slices,
 )
+from support.guarded_memory import tensors_in
 from support.simdev_cases import DEVICE
 
 from portakv import CopyPlan, Index, KVView, Unsupported
@@ -94,7 +94,7 @@ def test_kept_slices_serve_other_memory(accelerator: torch.device, downward: boo
 def test_streams_have_staging_of_their_own(accelerator: torch.device, downward: bool) -> None:
     """The same prepared copy on two streams at once, over and over: each by its own buffers."""
     transfer = Transfers(Staged(accelerator), downward)
-    expected = transfer.moved() if downward else leaves(transfer.host.tensors)[0].clone()
+    expected = transfer.moved() if downward else tensors_in(transfer.host.tensors)[0].clone()
     others = [transfer.host, transfer.chunk(2)]
     streams = [torch.Stream(accelerator) for _ in others]
     for _ in range(3):
@@ -103,7 +103,7 @@ def test_streams_have_staging_of_their_own(accelerator: torch.device, downward: 
             transfer.go(other, TOKENS, stream)
     torch.accelerator.synchronize(accelerator)
     for other in others:
-        assert torch.equal(leaves(other.tensors)[0], expected)
+        assert torch.equal(tensors_in(other.tensors)[0], expected)
     assert torch.equal(transfer.moved(), expected)
 
 
@@ -115,11 +115,11 @@ def test_earlier_work_of_the_stream_comes_first(accelerator: torch.device, downw
     transfer()  # nothing is made any more
     for _ in range(5):
         delay(torch.accelerator.current_stream(accelerator.index))
-        for layer in leaves(transfer.rows.tensors):
+        for layer in tensors_in(transfer.rows.tensors):
             layer.fill_(7)
         transfer.go(transfer.host, TOKENS)
         torch.accelerator.synchronize(accelerator)
-        (chunk,) = leaves(transfer.host.tensors)
+        (chunk,) = tensors_in(transfer.host.tensors)
         assert not downward or bool((chunk == 7).all())
         assert torch.equal(transfer.moved(), chunk)
 
@@ -332,7 +332,7 @@ def test_a_transfer_that_ends_early_holds_nothing_and_leaves_streams_in_order(
     small_slices(monkeypatch)
     transfer = Transfers(Staged(DEVICE), downward)
     host = transfer.chunk(3)
-    (chunk,) = leaves(host.tensors)
+    (chunk,) = tensors_in(host.tensors)
     gone = weakref.ref(chunk)
     with monkeypatch.context() as patch:
         patch.setattr(TorchLink, "copy", broken_at(3, TorchLink.copy, error))

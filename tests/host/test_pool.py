@@ -15,7 +15,7 @@ import pytest
 from support.guarded_memory import refused
 from support.pinned_runtime import claimed, either
 from support.pool_processes import unused_name
-from support.small_cases import in_threads
+from support.threads import run_threads
 
 from portakv.host import pinned
 from portakv.host.pinned import HostMemoryError, PinnedMemory
@@ -118,7 +118,7 @@ def test_threads_never_share_a_block(make: Make) -> None:
                         time.sleep(0)
                     assert bool((block.tensor == number).all()), "it found another's bytes"
 
-        in_threads(work)
+        run_threads(work, range(4))
         assert pool.free == 2
         assert pool.high_water <= 2
 

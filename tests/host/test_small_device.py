@@ -18,7 +18,8 @@ import torch
 from support.device_cases import DEVICE, current, delay, on, settle
 from support.guarded_memory import refused
 from support.simdev_cases import DEVICE as SIMDEV
-from support.small_cases import drawn, in_threads, same_bits, small_copy
+from support.small_cases import drawn, same_bits, small_copy
+from support.threads import run_threads
 
 from portakv import BackendUnavailable, DeviceMismatch, LayoutError, Unsupported
 from portakv.host import _small_ways, small
@@ -189,7 +190,7 @@ def test_one_send_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         inside.pop()
 
     monkeypatch.setattr(ring, "_issue", slowly)
-    in_threads(lambda number: sender.send([1]))
+    run_threads(lambda number: sender.send([1]), range(4))
     assert most == [1, 1, 1, 1]
 
 

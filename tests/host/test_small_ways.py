@@ -30,11 +30,11 @@ from support.small_cases import (
     Card,
     drawn,
     forget,
-    in_threads,
     installed,
     same_bits,
     small_copy,
 )
+from support.threads import run_threads
 
 from portakv import BackendUnavailable, LayoutError, TransferError, Unsupported
 from portakv.host import _small_ways, small
@@ -216,7 +216,7 @@ def test_threads_do_not_write_over_each_other_s_values(place: Place) -> None:
             if place.device.type != "cpu":  # where it is written at once, not in one piece
                 assert len(set(sender.send([number] * 64).tolist())) == 1
 
-    in_threads(work)
+    run_threads(work, range(4))
 
 
 @pytest.mark.gpu
@@ -358,7 +358,7 @@ def test_each_thread_has_memory_and_a_context_of_its_own(card: Card) -> None:
                 way.send([number] * 64, torch.zeros(64, dtype=torch.int64), None, False)
         all_sent.wait()  # so that none is given what another thread gave back
 
-    in_threads(work)
+    run_threads(work, range(4))
     sources = [one.src for one in card.library.sent]
     assert len(sources) == 8
     assert len(set(sources)) == 4

@@ -60,30 +60,20 @@ def why_not() -> str | None:
 
 
 @cache
-def _folder() -> Any:
-    return tempfile.TemporaryDirectory(prefix="cuda-on-cpu-")
-
-
-@cache
-def compiled(source: str) -> ctypes.CDLL:
-    """The loaded kernel; each text is compiled once in a process."""
-    stem = Path(_folder().name) / f"kernel{len(list(Path(_folder().name).glob('*.so')))}"
-    return ctypes.CDLL(str(build(source, stem)))
-
-
-def build(source: str, stem: Path) -> Path:
-    """Compile a kernel's text to a library with the entries above."""
-    text = source.replace("(void)address;", "touch(address);")
-    assert text.count("touch(address);") == 1, "where the kernel prefetches was not found"
-    stem.with_suffix(".cpp").write_text(_HEAD + text + _ENTRIES)
-    library = stem.with_suffix(".so")
-    flags = [*_STRICT, *os.environ.get(FLAGS, "").split()]
-    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", *flags]
-    files = [str(stem.with_suffix(".cpp")), "-o", str(library)]
-    environment = {**os.environ, "LD_PRELOAD": ""}  # a sanitizer's runtime is not for g++ itself
-    done = subprocess.run([*command, *files], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return library
+def compiled(source: str, entries: str = _ENTRIES) -> ctypes.CDLL:
+    """A kernel's text and its entries as a loaded library; each is compiled once in a process."""
+    with tempfile.TemporaryDirectory(prefix="cuda-on-cpu-") as folder:
+        path, library = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
+        text = source.replace("(void)address;", "touch(address);").replace("#pragma once", "")
+        path.write_text(_HEAD + text + entries)
+        flags = [*_STRICT, *os.environ.get(FLAGS, "").split()]
+        command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", *flags, str(path)]
+        environment = {**os.environ, "LD_PRELOAD": ""}  # a sanitizer's runtime is not for g++
+        done = subprocess.run(
+            [*command, "-o", str(library)], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        return ctypes.CDLL(str(library))
 
 
 class CudaOnCpu(Backend):
@@ -131,6 +121,7 @@ class HostDriver(CudaDriver):
         self.readable: Sequence[tuple[int, int]] = ()
 
     def load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
+        assert source.count("(void)address;") == 1, "where the kernel prefetches was not found"
         numbers = {name: each for each, name in NAMES.items()}
         return {name: (compiled(source), numbers[name]) for name in names}
 

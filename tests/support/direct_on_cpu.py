@@ -12,9 +12,6 @@ import ctypes
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,18 +41,9 @@ extern "C" unsigned dst_table_at() {{ return offsetof(Argument, to.table); }}
 """
 
 
-@cache
-def _folder() -> TemporaryDirectory[str]:
-    return TemporaryDirectory(prefix="direct-on-cpu-")
-
-
-@cache
 def compiled(source: str) -> ctypes.CDLL:
-    """The loaded kernel; each text is compiled once in a process."""
-    stem = Path(_folder().name) / f"kernel{len(list(Path(_folder().name).glob('*.so')))}"
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(cuda_on_cpu, "_ENTRIES", _ENTRIES)
-        return ctypes.CDLL(str(cuda_on_cpu.build(source, stem)))
+    """The loaded kernel."""
+    return cuda_on_cpu.compiled(source, _ENTRIES)
 
 
 @dataclass

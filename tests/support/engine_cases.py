@@ -19,8 +19,9 @@ from portakv.engines.descriptors import Descriptors
 from portakv.engines.pageable import Ring
 from portakv.engines.slices import Sizes
 from portakv.engines.staged import Staged
-from portakv.plan.plan import CopyPlan
+from portakv.plan.plan import CopyPlan, Move
 from portakv.view.example import example_tensors
+from support.guarded_memory import tensors_in
 
 BLOCK, BLOCKS, DIM = 8, 24, 16
 #: Layouts of the device's side, and of the host's.
@@ -77,16 +78,9 @@ def tensors_of(layout: str, tokens: int, seed: int) -> Any:
         layout, **EXTENTS, blocks=BLOCKS, tokens=BLOCK if paged else tokens, dtype=torch.int16
     )
     generator = torch.Generator().manual_seed(seed)
-    for tensor in leaves(made):
+    for tensor in tensors_in(made):
         tensor.copy_(torch.randint(-32768, 32767, tensor.shape, generator=generator).short())
     return made
-
-
-def leaves(tensors: Any) -> list[torch.Tensor]:
-    """The tensors in containers."""
-    if isinstance(tensors, torch.Tensor):
-        return [tensors]
-    return [leaf for each in tensors for leaf in leaves(each)]
 
 
 def mapped(tensors: Any, make: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -124,34 +118,20 @@ def judge(
     if not downward:
         views, plain, indices = views[::-1], plain[::-1], indices[::-1]
     copy_rows(*plain, *indices, count=case.count)
-    launch_pieces(engine, views, indices, case.count, stream)
+    launch_pieces(engine, Move(*views, *indices, case.count), stream)
     torch.accelerator.synchronize(device)
     found, expected = (pinned, here) if downward else (on_device, there)
-    for tensor, wanted in zip(leaves(found), leaves(expected), strict=True):
+    for tensor, wanted in zip(tensors_in(found), tensors_in(expected), strict=True):
         assert torch.equal(tensor.cpu(), wanted), case
 
 
-def launch_pieces(
-    engine: Backend,
-    views: tuple[KVView, KVView],
-    indices: tuple[Index, Index],
-    count: int,
-    stream: torch.Stream | None,
-) -> None:
-    """Launch whole units, and then the rest by tokens, as the library does."""
-    src, dst = views
-    src_index, dst_index = indices
-    start = 0
-    for unit in (None, 1):
-        plan = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step, unit)
-        aligned = not any(i.offset % plan.unit for i in indices)
-        tokens = (count - start) // plan.unit * plan.unit if aligned else 0
-        if tokens:
-            mine, theirs = src_index.shifted(start), dst_index.shifted(start)
-            assert engine.check(plan).accepted, engine.check(plan)
-            engine.prepare(plan)(src, dst, mine, theirs, tokens, stream, None)
-            start += tokens
-    assert start == count
+def launch_pieces(engine: Backend, move: Move, stream: torch.Stream | None) -> None:
+    """Launch whole units, and head and tail by tokens, as the library does."""
+    forms = move.src.form, move.dst.form
+    for first, tokens, unit in CopyPlan(*forms, *move.steps).split(move):
+        plan = CopyPlan(*forms, *move.steps, unit)
+        assert engine.check(plan).accepted, engine.check(plan)
+        engine.prepare(plan)(*move.part(first, tokens), stream, None)
 
 
 DOWNWARD = pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
@@ -202,13 +182,13 @@ class Transfers:
         before = mapped(source, torch.Tensor.clone)
         self.go(host, tokens)
         torch.accelerator.synchronize(self.engine.device)
-        for now, then in zip(leaves(source), leaves(before), strict=True):
+        for now, then in zip(tensors_in(source), tensors_in(before), strict=True):
             assert torch.equal(now, then)
-        assert torch.equal(self.moved(tokens), leaves(host.tensors)[0][:, :, :tokens])
+        assert torch.equal(self.moved(tokens), tensors_in(host.tensors)[0][:, :, :tokens])
 
     def moved(self, tokens: int = TOKENS) -> torch.Tensor:
         """The device's rows that are read or written, as a chunk."""
-        layers = [layer.cpu().flatten(1, 2) for layer in leaves(self.rows.tensors)]
+        layers = [layer.cpu().flatten(1, 2) for layer in tensors_in(self.rows.tensors)]
         return torch.stack([x[:, FIRST : FIRST + tokens].flatten(2) for x in layers], 1)
 
     def turned(self, mine: Any, theirs: Any) -> Any:

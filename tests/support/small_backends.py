@@ -4,20 +4,19 @@ claims of the test's choice, and keep what they were given."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 
 from portakv import CopyPlan, Index, KVView, Unsupported
 from portakv.backends.base import Backend, Capabilities, Decision
 from portakv.backends.reference import Reference
+from support.core_cases import move
 
 
-@dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """What one launch was called with."""
 
     plan: CopyPlan
@@ -25,7 +24,7 @@ class Given:
     dst: KVView
     src_index: Index
     dst_index: Index
-    count: int
+    count: int  # type: ignore[assignment]  # tuples have a method of that name
     stream: torch.Stream | None
     status: torch.Tensor | None
 
@@ -34,25 +33,9 @@ class Given:
         return [x.ids for x in (self.src_index, self.dst_index) if x.ids is not None]
 
 
-class ByRuns:
+def run_by_run(plan: CopyPlan) -> Callable[..., None]:
     """A launch that moves ``plan.runs`` with memmove: it skips negative ids by itself."""
-
-    def __init__(self, plan: CopyPlan) -> None:
-        self.plan = plan
-
-    def __call__(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None,
-    ) -> None:
-        runs = self.plan.runs(src, dst, src_index, dst_index, count)
-        for source, target, nbytes in zip(*(column.tolist() for column in runs), strict=True):
-            ctypes.memmove(target, source, nbytes)
+    return lambda *move_and_stream: move(plan.runs(*move_and_stream[:5]))
 
 
 class Small(Reference):
@@ -85,7 +68,7 @@ class Small(Reference):
         self.asked.append("prepare")
         if self.refuses is not None and self.refuses(plan):
             raise Unsupported("This plan", "prepare dislikes it")
-        launch = ByRuns(plan) if self.by_runs else super().prepare(plan)
+        launch = run_by_run(plan) if self.by_runs else super().prepare(plan)
 
         def recorded(src: KVView, dst: KVView, *rest: Any) -> Any:
             self.given.append(Given(plan, src, dst, *rest))

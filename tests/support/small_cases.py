@@ -8,15 +8,10 @@ what it was asked, and out of which memory; it says nothing about a driver.
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +22,7 @@ from portakv.host import _small_ways, small
 from portakv.host.small import SmallCopy, to_device
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime.devices import capture_question
+from support.cuda_on_cpu import compiled, why_not
 from support.fake_libcuda import FakeLibrary
 
 INTEGERS = (
@@ -35,7 +31,6 @@ INTEGERS = (
 )  # fmt: skip
 VALUE_BYTES = 32736  # that go by value
 STREAM = 0x7F55_0000_1230  # a handle of more than 32 bits
-_STRICT = ("-Wall", "-Wextra", "-Werror")
 
 
 def drawn(count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -69,27 +64,6 @@ def small_copy(call: str, way: str | None) -> Callable[..., torch.Tensor]:
     return send
 
 
-def in_threads(work: Any) -> None:
-    """Run ``work(number)`` in four threads at once; the first error of one is raised here."""
-    errors: list[BaseException] = []
-    together = threading.Barrier(4)
-
-    def run(number: int) -> None:
-        try:
-            together.wait()
-            work(number)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-
-
 def forget() -> None:
     """Forget what small copies know of devices and keep ready for them."""
     for one in (small._targets, small._senders, _small_ways._inline, _small_ways._kernels):
@@ -101,10 +75,8 @@ def forget() -> None:
 @cache
 def kernels() -> ctypes.CDLL:
     """The small copies' kernels compiled by g++, each behind an entry that runs its grid."""
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed: the kernel cannot be compiled")
-    head = files("portakv_conformance.vendor").joinpath("kernel_on_cpu.h").read_text()
-    text = _small_ways.source(VALUE_BYTES)
+    if why := why_not():
+        pytest.skip(why)
     kinds = {_small_ways.MAPPED_NAME: "Mapped", _small_ways.VALUES_NAME: "Values"}
     entries = "".join(
         f'extern "C" void run_{name}(const void* argument, unsigned blocks, unsigned threads) {{\n'
@@ -112,16 +84,7 @@ def kernels() -> ctypes.CDLL:
         f'extern "C" unsigned bytes_{name}() {{ return sizeof(portakv::small::{kind}); }}\n'
         for name, kind in kinds.items()
     )
-    with tempfile.TemporaryDirectory(prefix="small-on-cpu-") as folder:
-        path = Path(folder) / "small.cpp"
-        path.write_text((head + text + entries).replace("#pragma once", ""))
-        target = path.with_suffix(".so")
-        command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", *_STRICT]
-        done = subprocess.run(
-            [*command, str(path), "-o", str(target)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return ctypes.CDLL(str(target))
+    return compiled(_small_ways.source(VALUE_BYTES), entries)
 
 
 class Card:
