@@ -194,7 +194,7 @@ class Registry:
     def choose(self, device: torch.device | str, asked: str | None) -> Choice:
         """The backend for a device; see `choose`."""
         forced = os.environ.get(ENVIRONMENT) or asked
-        known = self._choices.get((device, forced))
+        known = self._choices.get((device, forced)) if isinstance(device, torch.device) else None
         if known is not None:
             return known
         device = found(device)

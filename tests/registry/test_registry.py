@@ -66,6 +66,12 @@ def test_unknown_forced_backend_lists_the_candidates(monkeypatch: pytest.MonkeyP
         registry.choose("cpu", "one")
 
 
+@pytest.mark.parametrize("device", [None, 3, ["cpu"], {}])
+def test_what_is_no_device_is_refused(device: Any) -> None:
+    with refused(BackendUnavailable, repr(str(device)), "no device of torch's", "Pass a device"):
+        registry.choose(device)
+
+
 def test_a_name_asked_for_in_vain_can_be_registered_later_and_then_not_again() -> None:
     with pytest.raises(BackendUnavailable):
         registry.choose("cpu", "late")
