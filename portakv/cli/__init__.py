@@ -96,7 +96,13 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", action="store_true", help="print one JSON value")
     demo.set_defaults(run=_demo)
     for verb in (backends, explain, layouts, warmup, calibrate):
-        verb.add_to(verbs)
+        own = verbs.add_parser(
+            verb.__name__.rpartition(".")[2], help=verb.HELP, description=verb.DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        verb.add_options(own)
+        own.add_argument("--json", action="store_true", help="print one JSON value")
+        own.set_defaults(run=verb.run)
     judged = "judge a backend by the conformance suite; see `portakv conform --help`"
     verbs.add_parser("conform", help=judged, add_help=False)
     measured = "measure backends on real models' shapes; see `portakv bench --help`"

@@ -30,18 +30,16 @@ _RUNGS = (
 )
 
 
-def add_to(verbs: Any) -> None:
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "backends",
-        help="which backends serve this machine, and why not the others",
-        description="Asks every candidate about every type of device on this machine. The chosen "
-        "one copies a known pattern there first, and every byte is compared.",
-    )
+HELP = "which backends serve this machine, and why not the others"
+DESCRIPTION = """\
+Asks every candidate about every type of device on this machine. The chosen one
+copies a known pattern there first, and every byte is compared."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
     named = "ask about this one, such as npu or cuda:1, which need not be here"
     parser.add_argument("--device", metavar="D", help=named)
-    parser.add_argument("--json", action="store_true", help="print one JSON value")
-    parser.set_defaults(run=run)
 
 
 def run(asked: argparse.Namespace) -> int:

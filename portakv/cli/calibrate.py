@@ -14,7 +14,8 @@ from portakv.cli.sides import accelerator_asked, in_bytes, in_time, read_above_z
 from portakv.errors import PortaKVError
 from portakv.runtime import kernel_cache as _kernel_cache
 
-_DESCRIPTION = """\
+HELP = "measure the copies between a device and the host, once for each kind of device"
+DESCRIPTION = """\
 Measures every engine that copies between a device and host memory, over the
 direction, the bytes of a run and the number of runs, and keeps the table in
 PORTAKV_CACHE_DIR, else in portakv in the user's cache folder. From then on the
@@ -24,22 +25,14 @@ The device should be idle. A table is true for one model of device, its driver
 and runtime, and torch's release; another one is measured beside it."""
 
 
-def add_to(verbs: Any) -> None:
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "calibrate",
-        help="measure the copies between a device and the host, once for each kind of device",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
     parser.add_argument("--device", help="a torch device (default: the accelerator)")
     above_zero = partial(read_above_zero, what="seconds above 0")
     parser.add_argument(
         "--seconds", type=above_zero, metavar="S", default=20.0,
         help="time to measure at most; what is left then is interpolated (default: 20)",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print one JSON value")
-    parser.set_defaults(run=run)
 
 
 def run(asked: argparse.Namespace) -> int:

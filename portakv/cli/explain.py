@@ -25,7 +25,8 @@ from portakv.registry.registry import ENVIRONMENT, Choice, choose
 from portakv.runtime.bounded import caches
 from portakv.runtime.devices import usable_device, usual_device
 
-_DESCRIPTION = """\
+HELP = "the plan between two layouts, and which backend carries it out"
+DESCRIPTION = """\
 Prints the plan of a copy between two layouts: the loops a person would write,
 the tokens moved for each index read (unit), the widest access (vector) and the
 bytes of a token; then the backend that carries it out and what the others
@@ -40,14 +41,8 @@ extent 1 on both. Presets bring the extents that they fix, and those that fix a
 width count bytes (uint8)."""
 
 
-def add_to(verbs: Any) -> None:
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "explain",
-        help="the plan between two layouts, and which backend carries it out",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
     for name in ("src", "dst"):
         metavar = f"{name.upper()}_LAYOUT"
         parser.add_argument(name, nargs="?", metavar=metavar, help="a layout string or a preset")
@@ -64,13 +59,12 @@ def add_to(verbs: Any) -> None:
         )
     parser.add_argument("--device", help="a torch device (default: the accelerator, else cpu)")
     parser.add_argument("--backend", metavar="NAME", help=f"force it, unless {ENVIRONMENT} is set")
-    parser.add_argument("--json", action="store_true", help="print one JSON value")
     parser.add_argument(
         "--caches", action="store_true",
         help="list instead everything in the library that remembers: its name, size and limit",
     )  # fmt: skip
     explain_link.add_options(parser)
-    parser.set_defaults(run=run, misunderstood=parser.error)
+    parser.set_defaults(misunderstood=parser.error)
 
 
 def _step(text: str) -> int:

@@ -117,14 +117,11 @@ def _answer(one: Alternative, picked: Pick) -> str:
 
 
 def _in_words(terms: Terms) -> str:
-    text = {
-        "compute": "overlap='compute': the device is taken to run a model meanwhile",
-        "idle": "overlap='idle': the device is taken to do nothing else",
-    }[terms.overlap]
-    if terms.max_gbps is not None:
-        text += f"; max_gbps={terms.max_gbps:g}"
-    if terms.max_thread_blocks is not None:
-        text += f"; max_thread_blocks={terms.max_thread_blocks}"
+    does = {"compute": "run a model meanwhile", "idle": "do nothing else"}[terms.overlap]
+    text = f"overlap={terms.overlap!r}: the device is taken to {does}"
+    for name in ("max_gbps", "max_thread_blocks"):
+        if (limit := getattr(terms, name)) is not None:
+            text += f"; {name}={limit:g}"
     return text
 
 

@@ -10,18 +10,15 @@ from portakv.cli.console import Column, print_json, print_prose, print_table
 from portakv.layout.picture import draw
 from portakv.layout.presets import PRESETS, Preset, resolve
 
+HELP = "the named layouts; with a name, its string, note and picture"
+DESCRIPTION = """\
+Without a name, prints every preset. With one, prints what is known of it and how
+its tensors are read. A layout string gets its picture too."""
 
-def add_to(verbs: Any) -> None:
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "layouts",
-        help="the named layouts; with a name, its string, note and picture",
-        description="Without a name, prints every preset. With one, prints what is known of it and "
-        "how its tensors are read. A layout string gets its picture too.",
-    )
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="a preset or a layout string")
-    parser.add_argument("--json", action="store_true", help="print one JSON value")
-    parser.set_defaults(run=run)
 
 
 def run(asked: argparse.Namespace) -> int:

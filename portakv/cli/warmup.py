@@ -23,7 +23,8 @@ from portakv.runtime import kernel_cache as _kernel_cache
 from portakv.runtime import nvrtc as _nvrtc
 from portakv.view.view import KVView
 
-_DESCRIPTION = """\
+HELP = "compile the kernels of cuda or hip into their cache, for any architecture"
+DESCRIPTION = """\
 Compiles the kernels of the `cuda` or the `hip` backend and keeps them in their
 cache (PORTAKV_CACHE_DIR, else portakv in the user's cache folder), so that the
 first transfer does not have to. It needs no GPU: with --arch it also serves a
@@ -54,14 +55,8 @@ class Pair(NamedTuple):
     extents: Extents
 
 
-def add_to(verbs: Any) -> None:
-    """Add the verb."""
-    parser = verbs.add_parser(
-        "warmup",
-        help="compile the kernels of cuda or hip into their cache, for any architecture",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
     parser.add_argument(
         "--arch", type=architecture, nargs="+", metavar="N", default=[],
         help="compute capabilities (90, 9.0 or sm_90), or AMD's names, whole, as torch tells them "
@@ -76,8 +71,6 @@ def add_to(verbs: Any) -> None:
         help="two layout strings or presets; the extents below are theirs",
     )  # fmt: skip
     add_extents(parser.add_argument_group("extents of --layout"))
-    parser.add_argument("--json", action="store_true", help="print one JSON value")
-    parser.set_defaults(run=run)
 
 
 def run(asked: argparse.Namespace) -> int:
