@@ -23,18 +23,9 @@ from torch.utils import backend_registration
 from portakv_conformance.simdev.build import SimulatedDeviceError, load_library, missing
 
 __all__ = [
-    "EMULATED",
-    "NAMES",
-    "SimulatedDeviceError",
-    "available",
-    "copy_runs",
-    "delay",
-    "early",
-    "load",
-    "loaded",
-    "synchronised",
-    "take_faults",
-]
+    "EMULATED", "NAMES", "SimulatedDeviceError", "available", "copy_runs", "delay", "early", "load",
+    "loaded", "synchronised", "take_faults",
+]  # fmt: skip
 
 #: What it always says of itself.
 EMULATED = True
@@ -48,9 +39,7 @@ _name: str | None = None
 
 def available() -> str | None:
     """None where the device can be loaded, as far as can be told without trying; else why not."""
-    if _name is not None:
-        return None
-    return _taken() or missing()
+    return None if _name is not None else _taken() or missing()
 
 
 def loaded() -> str | None:
@@ -71,9 +60,8 @@ def load(name: str = "simdev") -> None:
     """
     global _name
     if name not in NAMES:
-        raise ValueError(
-            f"The simulated device was asked to be {name!r}; it can be {', '.join(NAMES)}."
-        )
+        known = ", ".join(NAMES)
+        raise ValueError(f"The simulated device was asked to be {name!r}; it can be {known}.")
     with _lock:
         if _name == name:
             return
@@ -82,11 +70,16 @@ def load(name: str = "simdev") -> None:
                 f"The simulated device is {_name!r} in this process and cannot be {name!r} as "
                 f"well; torch takes one name. Start another process for {name!r}."
             )
-        why = _taken()
-        if why is not None:
+        if why := _taken():
             raise SimulatedDeviceError(why)
         load_library()
-        _introduce(name)
+        from portakv_conformance.simdev import device_module
+
+        torch.ops.portakv_simdev.power_on()
+        backend_registration.rename_privateuse1_backend(name)
+        torch._register_device_module(name, device_module)
+        backend_registration.generate_methods_for_privateuse1_backend(for_storage=True)
+        atexit.register(_tell)
         _name = name
 
 
@@ -96,14 +89,10 @@ def delay(stream: torch.Stream, milliseconds: int) -> None:
 
 
 def copy_runs(
-    src: torch.Tensor,
-    dst: torch.Tensor,
-    nbytes: torch.Tensor,
-    stream: torch.Stream | None = None,
+    src: torch.Tensor, dst: torch.Tensor, nbytes: torch.Tensor, stream: torch.Stream | None = None
 ) -> None:
-    """Copy ``nbytes[i]`` bytes from address ``src[i]`` to ``dst[i]``, as one job on a stream.
-
-    This is what a vendor's batched memory copy looks like.
+    """Copy ``nbytes[i]`` bytes from address ``src[i]`` to ``dst[i]``, as one job on a stream: what
+    a vendor's batched memory copy looks like.
 
     Args:
         src, dst, nbytes: int64 ``[runs]`` on the host; read before the call returns. Addresses of
@@ -132,9 +121,7 @@ def copy_runs(
 
 def take_faults() -> list[str]:
     """What went wrong in jobs since the last look, a sentence each; the host's waits raise it."""
-    if _name is None:
-        return []
-    return list(torch.ops.portakv_simdev.taken_faults())
+    return [] if _name is None else list(torch.ops.portakv_simdev.taken_faults())
 
 
 def synchronised() -> list[str]:
@@ -160,16 +147,6 @@ def _taken() -> str | None:
         f"Another package has made {holder!r} torch's device in this process, and there is room "
         f"for one; start a process without it (TORCH_DEVICE_BACKEND_AUTOLOAD=0)."
     )
-
-
-def _introduce(name: str) -> None:
-    from portakv_conformance.simdev import device_module
-
-    torch.ops.portakv_simdev.power_on()
-    backend_registration.rename_privateuse1_backend(name)
-    torch._register_device_module(name, device_module)
-    backend_registration.generate_methods_for_privateuse1_backend(for_storage=True)
-    atexit.register(_tell)
 
 
 def _tell() -> None:

@@ -8,10 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import accelerator
 
 EMULATED = True
-
 Event = torch.Event
+current_device = accelerator.current_device_index
+current_stream = accelerator.current_stream
+set_stream = accelerator.set_stream
+synchronize = accelerator.synchronize
 
 
 def Stream(device: Any = None, priority: int = 0) -> torch.Stream:
@@ -20,13 +24,11 @@ def Stream(device: Any = None, priority: int = 0) -> torch.Stream:
 
 
 def is_available() -> bool:
-    """True: who can ask has loaded it."""
+    """True: what can ask has loaded it, and there is nothing to initialise."""
     return True
 
 
-def is_initialized() -> bool:
-    """True: there is nothing to initialise."""
-    return True
+is_initialized = is_available
 
 
 def device_count() -> int:
@@ -34,14 +36,9 @@ def device_count() -> int:
     return int(torch.ops.portakv_simdev.device_count())
 
 
-def current_device() -> int:
-    """The index of the current device."""
-    return torch.accelerator.current_device_index()
-
-
 def set_device(device: Any) -> None:
     """Make a device the current one."""
-    torch.accelerator.set_device_index(_device(device).index)
+    accelerator.set_device_index(_device(device).index)
 
 
 @contextmanager
@@ -52,7 +49,7 @@ def device(device: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.accelerator.set_device_index(before)
+        accelerator.set_device_index(before)
 
 
 def get_device_name(device: Any = None) -> str:
@@ -60,26 +57,11 @@ def get_device_name(device: Any = None) -> str:
     return f"simulated accelerator {_device(device)} (emulated on the CPU)"
 
 
-def synchronize(device: Any = None) -> None:
-    """Wait for all streams of a device."""
-    torch.accelerator.synchronize(_device(device))
-
-
-def current_stream(device: Any = None) -> torch.Stream:
-    """The current stream of a device."""
-    return torch.accelerator.current_stream(_device(device))
-
-
 def default_stream(device: Any = None) -> torch.Stream:
     """Stream 0 of a device."""
     where = _device(device)
-    kind = current_stream(where).device_type
+    kind = accelerator.current_stream(where).device_type
     return torch.Stream(stream_id=0, device_index=where.index, device_type=kind)
-
-
-def set_stream(stream: torch.Stream) -> None:
-    """Make a stream, and its device, the current ones."""
-    torch.accelerator.set_stream(stream)
 
 
 @contextmanager
@@ -88,22 +70,21 @@ def stream(stream: torch.Stream | None) -> Iterator[None]:
     if stream is None:
         yield
         return
-    there = torch.accelerator.current_stream(stream.device)
+    there = accelerator.current_stream(stream.device)
     before = current_device()
-    torch.accelerator.set_stream(stream)
+    set_stream(stream)
     try:
         yield
     finally:
-        torch.accelerator.set_stream(there)
-        torch.accelerator.set_device_index(before)
+        set_stream(there)
+        accelerator.set_device_index(before)
 
 
 def manual_seed(seed: int) -> None:
     """Nothing: random numbers come from the CPU's generator."""
 
 
-def manual_seed_all(seed: int) -> None:
-    """Nothing: random numbers come from the CPU's generator."""
+manual_seed_all = manual_seed
 
 
 def _is_in_bad_fork() -> bool:

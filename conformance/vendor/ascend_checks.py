@@ -33,13 +33,10 @@ def main() -> None:
     enter("npu")
     refusals = [_refused(name, call, kind) for name, call, kind in _forbidden(torch_npu)]
     told = {
-        "torch": torch.__version__,
-        "torch_npu": torch_npu.__version__,
-        "torch_npu_git": torch_npu.version.git_version,
-        "schemas": schemas,
-        "refusals": refusals,
+        "torch": torch.__version__, "torch_npu": torch_npu.__version__,
+        "torch_npu_git": torch_npu.version.git_version, "schemas": schemas, "refusals": refusals,
         "kernel": launch_kernel(torch_npu),
-    }
+    }  # fmt: skip
     print(json.dumps(told))
 
 
@@ -53,9 +50,8 @@ def compare_schemas() -> list[dict[str, Any]]:
             theirs = known.get(name, "").partition("(")
             has = name in known and torch._C._dispatch_has_kernel_for_dispatch_key(name, _DISPATCH)
             there = "".join(theirs[1:])
-            same = there == pinned and has
-            row = {"op": name, "pinned": pinned, "found": there, "kernel": has, "same": same}
-            found.append(row)
+            row = {"op": name, "pinned": pinned, "found": there, "kernel": has}
+            found.append({**row, "same": there == pinned and has})
     return found
 
 
@@ -74,12 +70,8 @@ def launch_kernel(torch_npu: Any) -> dict[str, Any]:
     backend.prepare(plan)(view, dense, index, Index(), 3, stream, None)
     moved = chunk.cpu().equal(rows.view(32, 2, 16)[[9, 3, 30]])
     ordered = handles == [stream.npu_stream]
-    return {
-        "right": moved and ordered,
-        "said": backend.check(plan).reason,
-        "moved": moved,
-        "on_its_stream": ordered,
-    }
+    told = {"said": backend.check(plan).reason, "moved": moved, "on_its_stream": ordered}
+    return {"right": moved and ordered, **told}
 
 
 _Call = Callable[[], object]
@@ -108,9 +100,8 @@ def _forbidden(torch_npu: Any) -> list[tuple[str, _Call, type[Exception]]]:
     def norm(*tensors: torch.Tensor, slots: torch.Tensor = slots) -> _Call:
         return lambda: scatter(*tensors, slots, cache_mode="Norm")
 
-    nz = torch_npu.empty_with_format(
-        (4, 8, 2, 16), dtype=torch.float16, device="npu", acl_format=_NZ
-    )
+    shape, half = (4, 8, 2, 16), torch.float16
+    nz = torch_npu.empty_with_format(shape, dtype=half, device="npu", acl_format=_NZ)
     return [
         ("scatter, a keyword not known", lambda: scatter(*two, slots, mode="Norm"), RuntimeError),
         ("scatter, slots forgotten", lambda: scatter(*two), RuntimeError),
@@ -125,14 +116,10 @@ def _forbidden(torch_npu: Any) -> list[tuple[str, _Call, type[Exception]]]:
         ("scatter, an empty tensor", norm(rows[:0], rows[:0], *two[2:], slots=slots[:0]), refused),
         ("gather, int64 blocks", lambda: gather(*two[2:], ids.long(), ids[0], *two[:2]), refused),
         ("tanh, which nothing emulates", rows.tanh, refused),
-        ("tanh, in a thread that is not watched", lambda: _in_a_thread(rows.tanh), RuntimeError),
+        ("tanh, in a thread that is not watched",
+         lambda: ThreadPoolExecutor(1).submit(rows.tanh).result(), RuntimeError),
         ("a copy of an NZ tensor given as ND", lambda: _copy_of(nz), Unsupported),
-    ]
-
-
-def _in_a_thread(call: _Call) -> object:
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(call).result()
+    ]  # fmt: skip
 
 
 def _copy_of(cache: torch.Tensor) -> None:

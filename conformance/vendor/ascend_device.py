@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils import _pytree as pytree
@@ -81,31 +81,26 @@ def enter(name: str) -> None:
     module: Any = torch.get_device_module(name)
     module.EMULATED_AS = f"torch_npu {torch_npu.__version__} over a stub of CANN, on the host"
     copy = torch.library.get_kernel("aten::copy_", _DISPATCH)
-    _implement({**_VENDOR, **{name: _torch_op(name) for name in _PLAIN}})
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("copy_", partial(_copy, copy), _DISPATCH)
+    ops = {**_VENDOR, **{name: _torch_op(name) for name in _PLAIN}}
+    kernels: dict[str, Any] = {name: partial(_run, name, op) for name, op in ops.items()}
+    for op, kernel in {**kernels, "aten::copy_": partial(_copy, copy)}.items():
+        space, _, rest = op.partition("::")
+        library = torch.library.Library(space, "IMPL")
+        library.impl(rest, kernel, _DISPATCH)
+        _kept.append(library)  # its kernels go with it
     guard: Any = _Guard  # torch does not say its types
     guard = guard()
     guard.__enter__()
-    _kept.extend((library, guard))
+    _kept.append(guard)
     folder = os.environ.get(CALLS)
     if folder:
         told = Path(folder, f"{os.getpid()}.json")
         atexit.register(lambda: told.write_text(json.dumps(calls), encoding="utf-8"))
 
 
-def _implement(ops: dict[str, Callable[..., Any]]) -> None:
-    for name, function in ops.items():
-        space, _, rest = name.partition("::")
-        library = torch.library.Library(space, "IMPL")
-        library.impl(rest, partial(_run, name, function), _DISPATCH)
-        _kept.append(library)  # its kernels go with it
-
-
 def _torch_op(name: str) -> Callable[..., Any]:
     base, _, overload = name.removeprefix("aten::").partition(".")
-    found: Callable[..., Any] = getattr(getattr(torch.ops.aten, base), overload or "default")
-    return found
+    return cast(Callable[..., Any], getattr(getattr(torch.ops.aten, base), overload or "default"))
 
 
 class _Guard(TorchDispatchMode):
@@ -159,18 +154,15 @@ def _run(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         return pytree.tree_map(give, function(*lent_args, **lent_kwargs))
 
 
-def _copy(
-    vendor: Any, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
-) -> torch.Tensor:
+def _copy(vendor: Any, target: torch.Tensor, source: torch.Tensor, late: bool = False) -> Any:
     """`copy_` by the vendor's kernel where it moves plain bytes; CANN would compute the rest."""
     alike = target.dtype == source.dtype and target.shape == source.shape
     if alike and target.is_contiguous() and source.is_contiguous():
         calls["aten::copy_, the vendor's"] += 1
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
-        vendor.call_boxed(keys, target, source, non_blocking)
+        vendor.call_boxed(keys, target, source, late)
         return target
-    copied: torch.Tensor = _run("aten::copy_", torch.Tensor.copy_, target, source)
-    return copied
+    return _run("aten::copy_", torch.Tensor.copy_, target, source)
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:

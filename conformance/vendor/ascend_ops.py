@@ -39,33 +39,23 @@ def check_current(name: str, tensors: Iterable[torch.Tensor]) -> None:
     """Raise `Refused` where an op is called with tensors of another device than the current one,
     on which torch_npu would launch it."""
     current = torch.accelerator.current_device_index()
-    for tensor in tensors:
-        if tensor.device.type == "npu" and tensor.device.index != current:
-            raise Refused(
-                f"{name} was called with a tensor on {tensor.device}; the current device is "
-                f"npu:{current}."
-            )
+    for where in (tensor.device for tensor in tensors):
+        if where.type == "npu" and where.index != current:
+            told = f"a tensor on {where}; the current device is npu:{current}"
+            raise Refused(f"{name} was called with {told}.")
 
 
 def pinned_schemas(whose: str) -> dict[str, str]:
     """By qualified name the pinned schemas of the ``vendor``'s ops, or of ``torch``'s own."""
-    with SCHEMAS.open("rb") as file:
-        found: dict[str, str] = tomllib.load(file)[whose]
-    return found
+    return dict(tomllib.loads(SCHEMAS.read_text(encoding="utf-8"))[whose])
 
 
 def scatter_pa_kv_cache(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    *,
-    compress_lens: torch.Tensor | None = None,
-    compress_seq_offsets: torch.Tensor | None = None,
-    seq_lens: torch.Tensor | None = None,
+    key: torch.Tensor, value: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor, *, compress_lens: torch.Tensor | None = None,
+    compress_seq_offsets: torch.Tensor | None = None, seq_lens: torch.Tensor | None = None,
     cache_mode: str | None = "PA_NZ",
-) -> None:
+) -> None:  # fmt: skip
     """Write row ``i`` of key and value to slot ``slot_mapping[i]`` of the caches."""
     need = _needs("npu_scatter_pa_kv_cache")
     need(cache_mode in (None, "Norm"), f"cache_mode {cache_mode!r} is for NZ; these are ND")
@@ -75,25 +65,17 @@ def scatter_pa_kv_cache(
     _check_pages(need, key, value, key_cache, value_cache)
     need(slot_mapping.dtype in _IDS, f"slot_mapping is {slot_mapping.dtype}, not int32 or int64")
     need(slot_mapping.shape == key.shape[:1], "slot_mapping has not one slot for each token")
-    slots = key_cache.shape[0] * key_cache.shape[1]
-    _check_range(need, slot_mapping, slots, "slot_mapping")
+    _check_range(need, slot_mapping, key_cache.shape[0] * key_cache.shape[1], "slot_mapping")
     for rows, cache in ((key, key_cache), (value, value_cache)):
         bits = _BITS[rows.element_size()]
-        pool = cache.view(slots, *cache.shape[2:]).view(bits)
-        pool.index_copy_(0, slot_mapping.long(), rows.view(bits))
+        cache.flatten(0, 1).view(bits).index_copy_(0, slot_mapping.long(), rows.view(bits))
 
 
 def gather_pa_kv_cache(
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    seq_lens: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    seq_offset: torch.Tensor | None = None,
-    is_seq_lens_cumsum: bool = False,
-) -> None:
+    key_cache: torch.Tensor, value_cache: torch.Tensor, block_tables: torch.Tensor,
+    seq_lens: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *,
+    seq_offset: torch.Tensor | None = None, is_seq_lens_cumsum: bool = False,
+) -> None:  # fmt: skip
     """Read the tokens of one sequence, block by block, into key and value."""
     need = _needs("npu_gather_pa_kv_cache")
     need(seq_offset is None and not is_seq_lens_cumsum, "offsets and sums are not emulated")
@@ -112,14 +94,12 @@ def gather_pa_kv_cache(
     numbers = block_tables[0].long()[:, None] * size + torch.arange(size, device=key.device)
     for cache, rows in ((key_cache, key), (value_cache, value)):
         bits = _BITS[rows.element_size()]
-        pool = cache.view(blocks * size, *cache.shape[2:]).view(bits)
-        torch.index_select(pool, 0, numbers.view(-1)[:tokens], out=rows.view(bits))
+        slots = numbers.view(-1)[:tokens]
+        torch.index_select(cache.flatten(0, 1).view(bits), 0, slots, out=rows.view(bits))
 
 
 def scatter_nd_update_(
-    input: torch.Tensor,
-    indices: torch.Tensor,
-    updates: torch.Tensor,
+    input: torch.Tensor, indices: torch.Tensor, updates: torch.Tensor
 ) -> torch.Tensor:
     """Write row ``i`` of updates to row ``indices[i, 0]`` of input."""
     need = _needs("npu_scatter_nd_update_")

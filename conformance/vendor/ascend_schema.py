@@ -99,32 +99,27 @@ def _judge(asked: argparse.Namespace, work: Path, report: Path) -> dict[str, Any
     variables = {**os.environ, **cann_stub.environment(work / "cann"), **_variables(work)}
     checks = _run([str(python), "-m", f"{__package__}.ascend_checks"], variables)
     suite = _suite(python, variables, asked.profile, report.absolute())
+    calls: Counter[str] = Counter()  # of each op, in all processes of the suite
+    for file in (work / "calls").glob("*.json"):
+        calls.update(json.loads(file.read_text(encoding="utf-8")))
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     made = {
-        "job": "ascend-schema",
+        "job": "ascend-schema", "emulated": True, "says": SENTENCE,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "command": f"{COMMAND} --profile {asked.profile} --report out",
-        "emulated": True,
-        "says": SENTENCE,
         "wheel": {"file": wheel.name, "sha256": digest},
-        **json.loads(checks),
-        "cann_stub_raises": raising,
-        "conformance": suite,
-        "ops_called": _calls(work / "calls"),
-    }
+        **json.loads(checks), "cann_stub_raises": raising, "conformance": suite,
+        "ops_called": dict(sorted(calls.items())),
+    }  # fmt: skip
     # What the ladder reads of a record (portakv_conformance.evidence.evidence).
     return {
-        **made,
-        "what": "accepted by the vendor's schemas",
-        "name": name_of(BACKEND),
-        "backend": BACKEND,
-        "source_sha256": suite["source_sha256"],
+        **made, "what": "accepted by the vendor's schemas", "right": right(made),
+        "name": name_of(BACKEND), "backend": BACKEND, "source_sha256": suite["source_sha256"],
         "device": "npu, emulated",
         "versions": f"torch-npu {made['torch_npu']}, torch {made['torch']}",
         "vendor": {wheel.name: digest},
         "emulation": hashed([_ENTER.partition(":")[0], f"{__package__}.ascend_checks"]),
-        "right": right(made),
-    }
+    }  # fmt: skip
 
 
 def _environment(venv: Path, python: Path) -> Path:
@@ -143,11 +138,7 @@ def _environment(venv: Path, python: Path) -> Path:
 
 
 def check_wheel(wheel: Path, known: Mapping[str, str]) -> str:
-    """The sha256 of a wheel, which is the known one of its file name where there is one.
-
-    Raises:
-        JobError: it is another.
-    """
+    """The sha256 of a wheel; `JobError` if another one is known of its file name."""
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     expected = known.get(wheel.name, digest)
     if digest != expected:
@@ -169,12 +160,9 @@ def _variables(work: Path) -> dict[str, str]:
         home = Path(str(importlib.import_module(name).__file__)).parent
         (site / name).symlink_to(home, target_is_directory=True)
     return {
-        "PYTHONPATH": str(site),
-        standins.EMULATION: _ENTER,
-        VARIABLE: "",  # this job is about the ops
-        ascend_device.CALLS: str(calls),
-        "PYTHONWARNINGS": "ignore",
-    }
+        "PYTHONPATH": str(site), standins.EMULATION: _ENTER, ascend_device.CALLS: str(calls),
+        "PYTHONWARNINGS": "ignore", VARIABLE: "",  # this job is about the ops
+    }  # fmt: skip
 
 
 def _suite(python: Path, variables: dict[str, str], profile: str, report: Path) -> dict[str, Any]:
@@ -188,37 +176,20 @@ def _suite(python: Path, variables: dict[str, str], profile: str, report: Path) 
     kept = keep(file, report)  # as it can be committed
     record = read(kept)
     return {
-        "file": kept.name,
-        "sha256": hashlib.sha256(kept.read_bytes()).hexdigest(),
-        "verdict": record.verdict,
-        "rung": record.rung,
-        "suite": record.suite,
-        "profile": record.profile,
+        "file": kept.name, "sha256": hashlib.sha256(kept.read_bytes()).hexdigest(),
+        "verdict": record.verdict, "rung": record.rung, "suite": record.suite,
+        "profile": record.profile, "source_sha256": record.backend["source_sha256"],
         "cases": dict(sorted(Counter(case.status for case in record.cases).items())),
-        "source_sha256": record.backend["source_sha256"],
-    }
+    }  # fmt: skip
 
 
-def _calls(folder: Path) -> dict[str, int]:
-    """How often each op was called in all processes of the suite."""
-    total: Counter[str] = Counter()
-    for file in folder.glob("*.json"):
-        total.update(json.loads(file.read_text(encoding="utf-8")))
-    return dict(sorted(total.items()))
-
-
-def _run(
-    command: Sequence[str],
-    variables: dict[str, str] | None = None,
-    accepted: tuple[int, ...] = (0,),
-) -> str:
+def _run(command: Sequence[str], variables: Any = None, accepted: Sequence[int] = (0,)) -> str:
     done = subprocess.run(
         command, env=variables, capture_output=True, text=True, check=False, timeout=_SECONDS
     )
     if done.returncode not in accepted:
-        raise JobError(
-            f"{' '.join(command[:6])} ended with {done.returncode}: {done.stderr.strip()[-2000:]}"
-        )
+        said = f"{done.returncode}: {done.stderr.strip()[-2000:]}"
+        raise JobError(f"{' '.join(command[:6])} ended with {said}")
     return done.stdout
 
 

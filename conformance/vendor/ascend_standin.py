@@ -13,7 +13,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -31,7 +31,6 @@ _OPS: dict[str, Callable[..., Any]] = {
     "npu_gather_pa_kv_cache": ascend_ops.gather_pa_kv_cache,
     "npu_scatter_nd_update_": ascend_ops.scatter_nd_update_,
 }
-_kept: list[torch.library.Library] = []
 
 
 def install() -> None:
@@ -40,31 +39,27 @@ def install() -> None:
     if "torch_npu" in sys.modules or importlib.util.find_spec("torch_npu") is not None:
         return
     _declare()
-    sys.modules["torch_npu"] = _module()
+    module = ModuleType("torch_npu", "A stand-in: the simulated device, and no NPU.")
+    module.__dict__.update(
+        EMULATED=True, __version__=torch.__version__, npu=torch.get_device_module("npu")
+    )
+    sys.modules["torch_npu"] = module
     ascendc_npu.install(os.environ.get(VARIABLE))
 
 
-def _declare() -> None:
-    if _kept:
-        return
+@cache
+def _declare() -> torch.library.Library:
+    """The ops, which go with the library."""
     library = torch.library.Library("npu", "DEF")
     for name, schema in ascend_ops.pinned_schemas("vendor").items():
         library.define(name.partition("::")[2] + schema)
     for name, op in _OPS.items():
         library.impl(name, partial(_launch, name, op), _DISPATCH)
     library.impl("get_npu_format", lambda tensor: _ND, _DISPATCH)
-    _kept.append(library)  # its ops go with it
+    return library
 
 
 def _launch(name: str, op: Callable[..., Any], *args: Any, **given: Any) -> Any:
     tensors = [each for each in (*args, *given.values()) if isinstance(each, torch.Tensor)]
     ascend_ops.check_current(name, tensors)
     return op(*args, **given)
-
-
-def _module() -> ModuleType:
-    module = ModuleType("torch_npu", "A stand-in: the simulated device, and no NPU.")
-    module.__dict__.update(
-        EMULATED=True, __version__=torch.__version__, npu=torch.get_device_module("npu")
-    )
-    return module

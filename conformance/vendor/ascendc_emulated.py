@@ -16,14 +16,11 @@ import ctypes
 import os
 import shutil
 import struct
-import subprocess
-import tempfile
 import zlib
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import as_file, files
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +29,7 @@ from portakv import CopyPlan, TransferError, Unsupported
 from portakv.backends._ascend_kernel import Arguments, reached
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch
 from portakv.plan.plan import Move
-from portakv.runtime import kernel_cache as _kernel_cache
+from portakv_conformance.vendor import cpp
 
 #: What it always says of itself.
 EMULATED = True
@@ -41,7 +38,6 @@ FLAGS = "PORTAKV_ASCENDC_FLAGS"
 
 _HOST = ("pageable", "pinned")
 _MEMORY = struct.Struct("<4Q")
-_SECONDS = 120
 
 
 class Setting(NamedTuple):
@@ -90,9 +86,8 @@ class AscendC(Backend):
 class _EmulatedLaunch(MoveLaunch):
     def __init__(self, plan: CopyPlan) -> None:
         self._unit, self._arguments = plan.unit, Arguments(plan)
-        self._nests = [
-            ctypes.create_string_buffer(nest, len(nest)) for nest in self._arguments.nests
-        ]
+        nests = self._arguments.nests
+        self._nests = [ctypes.create_string_buffer(nest, len(nest)) for nest in nests]
         self._run = library().portakv_emulated_rows
 
     def carry(self, move: Move, status: torch.Tensor | None) -> None:
@@ -115,14 +110,11 @@ def run(
     setting: Setting,
     seed: int,
 ) -> None:
-    """Run a launch on the emulation, now.
+    """Run a launch by ``portakv_emulated_rows`` of a library, now; raises `TransferError` if the
+    emulation found what hardware would refuse.
 
     Args:
-        rows: ``portakv_emulated_rows`` of a library.
         memory: what it may touch: address, bytes, whether it may be written, where the bytes are.
-
-    Raises:
-        TransferError: the emulation found what hardware would refuse.
     """
     lent = b"".join(_MEMORY.pack(*one) for one in memory)
     why = ctypes.create_string_buffer(512)
@@ -149,33 +141,14 @@ def library() -> ctypes.CDLL:
 
 @cache
 def library_file() -> str:
-    """Where this process can load that library from. It has no name on disk: nobody can put another
-    in its place between check and load. And it stays open: the loader takes a name that comes
-    again for the library that it had."""
-    folder = files("portakv_native.ascend")
-    with as_file(folder) as sources:
+    """Where this process can load that library from."""
+    with as_file(files("portakv_native.ascend")) as sources:
         texts = [path.read_text() for path in sorted(sources.rglob("*.h"))]
-        flags = ("-std=c++17", "-O1", *os.environ.get(FLAGS, "").split())
-        told = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True)
         main = sources / "emulation" / "library.cpp"
-        parts = ("ascendc", *texts, main.read_text(), *flags, told.stdout)
-        binary = _kernel_cache.cached(parts, lambda: _build(main, flags))
-    handle = os.memfd_create("portakv_ascendc")
-    os.write(handle, binary)
-    return f"/proc/{os.getpid()}/fd/{handle}"
-
-
-def _build(main: Path, flags: tuple[str, ...]) -> bytes:
-    with tempfile.TemporaryDirectory(prefix="portakv-ascendc-") as folder:
-        target = Path(folder, "rows.so")
-        command = ["g++", *flags, "-shared", "-fPIC", f"-I{main.parent}", str(main)]
-        done = subprocess.run(
-            [*command, "-o", str(target)], capture_output=True, text=True, timeout=_SECONDS,
-            env={**os.environ, "LD_PRELOAD": ""},  # a sanitizer's runtime is not for g++ itself
-        )  # fmt: skip
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no output"]
-            raise Unsupported(
-                "The AscendC kernel on a CPU", f"g++ failed to compile it ({lines[0].strip()})"
-            )
-        return target.read_bytes()
+        flags = ("-std=c++17", "-O1", *os.environ.get(FLAGS, "").split(), "-shared", "-fPIC")
+        command = ["g++", *flags, f"-I{main.parent}", str(main)]
+        try:
+            return cpp.in_memory("portakv_ascendc", cpp.built(command, [*texts, main.read_text()]))
+        except cpp.CompilerError as error:
+            why = f"g++ failed to compile it ({error})"
+            raise Unsupported("The AscendC kernel on a CPU", why) from error

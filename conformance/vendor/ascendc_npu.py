@@ -32,12 +32,9 @@ from portakv_conformance.vendor.ascendc_emulated import Setting
 
 #: What it always says of itself.
 EMULATED = True
-#: What CANN returns for a stream of another device than the current one.
-STREAM_OF_ANOTHER_CONTEXT = 107003
-#: What stands here for memory that a core does not reach.
-NO_DEVICE_MEMORY = 507053
-#: And for what the emulation did not expect; told on stderr.
-INTERNAL_ERROR = 507899
+_STREAM_OF_ANOTHER_CONTEXT = 107003  # as CANN, for a stream of another device than the current one
+_NO_DEVICE_MEMORY = 507053  # for memory that a core does not reach
+_INTERNAL_ERROR = 507899  # for what the emulation did not expect; told on stderr
 
 _SERVE = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p,
@@ -111,7 +108,7 @@ def run_at_once(path: str) -> list[int]:
             ascendc_emulated.run(rows, ctypes.string_at(copy, 15 * 8), held, setting, 0)
         except TransferError:
             traceback.print_exc()
-            return INTERNAL_ERROR
+            return _INTERNAL_ERROR
         return 0
 
     callback = _SERVE(serve)
@@ -122,9 +119,8 @@ def run_at_once(path: str) -> list[int]:
 
 def _current_stream(device: Any = None) -> torch.Stream:
     found = torch.accelerator.current_stream(device)
-    return _Stream(
-        stream_id=found.stream_id, device_index=found.device_index, device_type=found.device_type
-    )
+    names = ("stream_id", "device_index", "device_type")
+    return _Stream(**{name: getattr(found, name) for name in names})
 
 
 def _serve(
@@ -133,7 +129,7 @@ def _serve(
     """Launch on the stream with a handle; 0, or an error of CANN."""
     device, stream_id = (handle & 0xFF) - 1, handle >> 8
     if device != torch.accelerator.current_device_index():
-        return STREAM_OF_ANOTHER_CONTEXT
+        return _STREAM_OF_ANOTHER_CONTEXT
     numbers = list(struct.unpack("<15q", ctypes.string_at(copy, 15 * 8)))
     lent = struct.iter_unpack("<4Q", ctypes.string_at(memory, 4 * 8 * count))
     held = sorted((one[:3] for one in lent if one[1]), key=lambda one: not one[2])
@@ -148,10 +144,10 @@ def _serve(
                 tensors[:written], tensors[written:],
             )  # fmt: skip
     except _HostMemory:
-        return NO_DEVICE_MEMORY
+        return _NO_DEVICE_MEMORY
     except Exception:  # who called is C++: it would go no further, and nobody would be told
         traceback.print_exc()
-        return INTERNAL_ERROR
+        return _INTERNAL_ERROR
     return 0
 
 
@@ -170,14 +166,9 @@ def _tensor(first: int, size: int, device: int) -> torch.Tensor:
 
 
 def _rows(
-    library: int,
-    copy: list[int],
-    cores: int,
-    ub_bytes: int,
-    firsts: list[int],
-    written: list[torch.Tensor],
-    read: list[torch.Tensor],
-) -> None:
+    library: int, copy: list[int], cores: int, ub_bytes: int, firsts: list[int],
+    written: list[torch.Tensor], read: list[torch.Tensor],
+) -> None:  # fmt: skip
     """The job: the kernel, on the bytes behind tensors that begin at addresses of the device."""
     held = [*((one, True) for one in written), *((one, False) for one in read)]
     memory = [

@@ -29,17 +29,11 @@ class StubError(RuntimeError):
 
 
 def build(packages: Path, folder: Path) -> list[str]:
-    """Build the stub for the torch_npu in ``packages`` (a site-packages) below ``folder``.
-
-    Returns:
-        The names that raise.
-
-    Raises:
-        StubError: torch_npu is not there, or a tool is missing or failed.
-    """
+    """Build the stub for the torch_npu in ``packages`` (a site-packages) below ``folder``; the
+    names that raise. `StubError` if torch_npu is not there, or a tool is missing or failed."""
     wheel = packages / "torch_npu"
-    libraries = [*wheel.glob("_C*.so"), *wheel.glob("lib/*.so")]
-    libraries = [library for library in libraries if library.name != _OPTIONAL]
+    found = (*wheel.glob("_C*.so"), *wheel.glob("lib/*.so"))
+    libraries = [library for library in found if library.name != _OPTIONAL]
     if not libraries:
         raise StubError(
             f"No libraries of torch_npu were found in {wheel}; install its wheel there."
@@ -68,12 +62,9 @@ def environment(folder: Path) -> dict[str, str]:
     """The variables under which torch_npu finds the stub in ``folder``."""
     path = os.pathsep.join(filter(None, [str(folder / "lib"), os.environ.get("LD_LIBRARY_PATH")]))
     return {
-        "ASCEND_HOME_PATH": str(folder),
-        "ASCEND_OPP_PATH": str(folder / "opp"),
-        "LD_LIBRARY_PATH": path,
-        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
-        "TASK_QUEUE_ENABLE": "0",
-    }
+        "ASCEND_HOME_PATH": str(folder), "ASCEND_OPP_PATH": str(folder / "opp"),
+        "LD_LIBRARY_PATH": path, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "TASK_QUEUE_ENABLE": "0",
+    }  # fmt: skip
 
 
 def _symbols(files: Iterable[Path], which: str, *, dynamic: bool = True) -> set[str]:
@@ -87,9 +78,8 @@ def _run(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     except FileNotFoundError as error:
-        raise StubError(
-            f"The stub of CANN needs {command[0]}, which is not here; install gcc and binutils."
-        ) from error
+        what = f"{command[0]}, which is not here; install gcc and binutils"
+        raise StubError(f"The stub of CANN needs {what}.") from error
     except subprocess.CalledProcessError as error:
         raise StubError(f"{' '.join(command)} failed: {error.stderr.strip()}") from error
     return done.stdout

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -30,22 +31,21 @@ from portakv.runtime.hip import FLAGS
 from portakv_conformance.evidence.source import source_sha256
 
 TARGETS = ("gfx906", "gfx908", "gfx90a")
+_HIPCC = ("cross-compiled, not executed", "AMD", "check_hip.sh")
+_DTK = ("built by the vendor's toolchain", "Hygon", "check_dtk.sh")
 _NHD = "layer | kv block token head dim"
-# What loads and stores one vector of so many bytes (LLVM's AMDGPU assembler).
+# What loads and stores one vector of so many bytes (LLVM's AMDGPU assembler): of 2 and of 1 also to
+# and from either half of a register.
 _LOADS = {
-    16: ("global_load_dwordx4",),
-    8: ("global_load_dwordx2",),
-    4: ("global_load_dword",),
+    16: ("global_load_dwordx4",), 8: ("global_load_dwordx2",), 4: ("global_load_dword",),
     2: ("global_load_ushort", "global_load_short_d16", "global_load_short_d16_hi"),
     1: ("global_load_ubyte", "global_load_ubyte_d16", "global_load_ubyte_d16_hi"),
-}
+}  # fmt: skip
 _STORES = {
-    16: ("global_store_dwordx4",),
-    8: ("global_store_dwordx2",),
-    4: ("global_store_dword",),
-    2: ("global_store_short", "global_store_short_d16_hi"),  # from either half of a register
+    16: ("global_store_dwordx4",), 8: ("global_store_dwordx2",), 4: ("global_store_dword",),
+    2: ("global_store_short", "global_store_short_d16_hi"),
     1: ("global_store_byte", "global_store_byte_d16_hi"),
-}
+}  # fmt: skip
 _IDS = {*_LOADS[8], *_LOADS[4]}  # what loads ids and addresses
 _STATUS = "flat_store_dwordx2"  # the status word lies in host memory
 
@@ -77,17 +77,17 @@ def kernels() -> Iterator[tuple[str, RowsKernel]]:
     for width, vector in ((4096, 16), (40, 8), (12, 4), (6, 2), (3, 1)):
         caches = KVView([_bytes(5, 4, width) for _ in range(2)], "layer | block token dim")
         rows = KVView(_bytes(2, 7, width), "layer token dim")
-        yield from _of(f"gather rows of {width} B", caches, rows, 1, 0, vector)
-        yield from _of(f"scatter rows of {width} B", rows, caches, 0, 1, vector)
+        yield _of(f"gather rows of {width} B", caches, rows, 1, 0, vector)
+        yield _of(f"scatter rows of {width} B", rows, caches, 0, 1, vector)
     pool = KVView([_bytes(2, 3, 4, 2, 64) for _ in range(3)], _NHD)
     joined = KVView(list(_bytes(3, 2, 3, 4, 2, 64)), _NHD)
     heads = KVView([_bytes(2, 3, 2, 4, 64) for _ in range(3)], "layer | kv block head token dim")
     objects = [_bytes(2, 3, 4, 128) for _ in range(3)]
     listed = KVView(objects, "block | kv layer token (head dim)", heads=2)
     chunk = KVView(_bytes(2, 3, 8, 128), "kv layer token (head dim)", heads=2)
-    yield from _of("pool to pool, other order of heads", pool, heads, 1, 1, 16)
-    yield from _of("whole blocks", heads, chunk, 4, 0, 16)
-    yield from _of("one allocation to memory objects", joined, listed, 1, 0, 16)
+    yield _of("pool to pool, other order of heads", pool, heads, 1, 1, 16)
+    yield _of("whole blocks", heads, chunk, 4, 0, 16)
+    yield _of("one allocation to memory objects", joined, listed, 1, 0, 16)
 
 
 def _bytes(*shape: int) -> torch.Tensor:
@@ -96,20 +96,15 @@ def _bytes(*shape: int) -> torch.Tensor:
 
 def _of(
     name: str, src: KVView, dst: KVView, src_step: int, dst_step: int, vector: int
-) -> Iterator[tuple[str, RowsKernel]]:
+) -> tuple[str, RowsKernel]:
     plan = CopyPlan(src.form, dst.form, src_step, dst_step)
     assert (len(plan.nests), plan.vector) == (1, vector), f"{name}: {plan}"
-    yield name, RowsKernel(plan.nests[0], plan)
+    return name, RowsKernel(plan.nests[0], plan)
 
 
 def read_code(code: Code, disassembly: str, notes: str) -> Code:
-    """Judge the machine code of a kernel.
-
-    Args:
-        code: which kernel; completed and returned.
-        disassembly: of ``llvm-objdump -d``.
-        notes: the code object's metadata, of ``llvm-readelf --notes``.
-    """
+    """Judge the machine code of a kernel, by its disassembly (``llvm-objdump -d``) and its code
+    object's metadata (``llvm-readelf --notes``); ``code`` is completed and returned."""
     for each, name in NAMES.items():
         _, found, rest = disassembly.partition(f"<{name}>:\n")
         body = rest.partition("\n\n")[0]
@@ -119,9 +114,12 @@ def read_code(code: Code, disassembly: str, notes: str) -> Code:
             code.wrong.append(f"{name} is not in the code")
         else:
             code.wrong += _judge(name, code.accesses[name], code.vector, each)
-    code.lds = sum(_numbers(notes, "group_segment_fixed_size"))
-    code.scratch = sum(_numbers(notes, "private_segment_fixed_size"))
-    code.wave = min(_numbers(notes, "wavefront_size"), default=0)
+    told: dict[str, list[int]] = {}
+    for key, number in re.findall(r"\.(\w+):\s*(\d+)", notes):
+        told.setdefault(key, []).append(int(number))
+    code.lds = sum(told.get("group_segment_fixed_size", ()))
+    code.scratch = sum(told.get("private_segment_fixed_size", ()))
+    code.wave = min(told.get("wavefront_size", ()), default=0)
     if code.lds or code.scratch:
         code.wrong.append(f"{code.lds} B of LDS and {code.scratch} B of scratch are used, not none")
     if code.wave != 64:
@@ -139,14 +137,8 @@ def _judge(name: str, found: dict[str, int], vector: int, each: int) -> Iterator
         yield f"{name} has {', '.join(others)}"
 
 
-def _numbers(notes: str, name: str) -> list[int]:
-    return [int(number) for number in re.findall(rf"\.{name}:\s*(\d+)", notes)]
-
-
-def _build(
-    hipcc: str, objdump: str, readelf: str, folder: Path, targets: Sequence[str]
-) -> list[Code]:
-    found = []
+def _build(tools: Sequence[str], folder: Path, targets: Sequence[str]) -> list[Code]:
+    (hipcc, objdump, readelf), found = tools, []
     for number, (name, kernel) in enumerate(kernels()):
         text = folder / f"kernel{number}.hip"
         text.write_text(f"#include <hip/hip_runtime.h>\n{kernel.source}")
@@ -171,11 +163,10 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 def _print(found: list[Code], targets: Sequence[str]) -> None:
     print(f"{'kernel':36}{'vector':>7}  " + "".join(f"{t:>12}" for t in targets) + "   load, store")
-    for name in dict.fromkeys(code.kernel for code in found):
-        row = [code for code in found if code.kernel == name]
-        words = "".join(f"{'WRONG' if code.wrong else 'right':>12}" for code in row)
-        shown = row[0].accesses.get(NAMES[1], {})
-        vector = row[0].vector
+    for name, row in groupby(found, key=lambda code: code.kernel):
+        first, *others = row
+        words = "".join(f"{'WRONG' if code.wrong else 'right':>12}" for code in (first, *others))
+        shown, vector = first.accesses.get(NAMES[1], {}), first.vector
         wide = [word for word in (*_LOADS[vector], *_STORES[vector]) if word in shown]
         print(f"{name:36}{vector:>5} B  {words}   {', '.join(wide)}")
     for code in found:
@@ -194,35 +185,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = asked.parse_args(arguments)
     tools = given.hipcc, given.llvm_objdump, given.llvm_readelf
     with tempfile.TemporaryDirectory(prefix="portakv-hip-") as folder:
-        found = _build(*tools, Path(folder), given.targets)
+        found = _build(tools, Path(folder), given.targets)
     _print(found, given.targets)
     wrong = sum(bool(code.wrong) for code in found)
     compiler = (_run([given.hipcc, "--version"]).stdout.splitlines() or ["unknown"])[0]
-    if given.report:
-        report = _report(found, given.targets, compiler, given.dtk)
+    if given.report:  # a record of a job, as `portakv_conformance.evidence.evidence` reads it
+        what, who, script = _DTK if given.dtk else _HIPCC
+        report = {
+            "what": what, "backend": "portakv.backends.hip:Hip", "name": Hip.name,
+            "source_sha256": source_sha256("portakv.backends.hip:Hip"),
+            "device": f"{who} {', '.join(given.targets)}",
+            "command": " ".join([f"bash native/cuda/{script}", *given.targets]),
+            "compiler": compiler, "date": datetime.now(timezone.utc).date().isoformat(),
+            "targets": list(given.targets), "right": not wrong,
+            "kernels": [asdict(code) for code in found],
+        }  # fmt: skip
         given.report.write_text(json.dumps(report, indent=1) + "\n")
     print(f"{len(found)} kernels built by hipcc ({compiler}), {wrong} wrong; compiled, not run")
     return int(wrong > 0)
-
-
-def _report(
-    found: list[Code], targets: Sequence[str], compiler: str, dtk: bool
-) -> dict[str, object]:
-    """A record of a job, as `portakv_conformance.evidence.evidence` reads it."""
-    script = "check_dtk.sh" if dtk else "check_hip.sh"
-    return {
-        "what": "built by the vendor's toolchain" if dtk else "cross-compiled, not executed",
-        "backend": "portakv.backends.hip:Hip",
-        "name": Hip.name,
-        "source_sha256": source_sha256("portakv.backends.hip:Hip"),
-        "device": f"{'Hygon' if dtk else 'AMD'} {', '.join(targets)}",
-        "command": " ".join([f"bash native/cuda/{script}", *targets]),
-        "compiler": compiler,
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "targets": list(targets),
-        "right": not any(code.wrong for code in found),
-        "kernels": [asdict(code) for code in found],
-    }
 
 
 if __name__ == "__main__":

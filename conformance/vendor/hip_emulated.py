@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hip` on a CPU: its own code and kernel text, over the fake driver. EMULATED.
+"""`hip` on a CPU: its own code and kernel text, over a fake driver that g++ builds. EMULATED.
 
 ``portakv conform portakv_conformance.vendor.hip_emulated:HipEmulated`` judges all of `hip` but the
 device: the text that hipRTC is given, how arguments are packed, how launches are cut and errors
@@ -8,17 +8,64 @@ are read. Memory is the host's, work is done when a launch returns, and there ar
 
 from __future__ import annotations
 
+import ctypes
+import zlib
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from pathlib import Path
 
 import torch
 
 from portakv.backends.base import Capabilities, Decision, places_on
 from portakv.backends.hip import Hip
-from portakv.runtime.hip import Card, Driver
-from portakv_conformance.vendor.hip_fake import fake_driver
+from portakv.runtime.hip import Card, Driver, DriverMissing, bound
+from portakv_conformance.vendor import cpp
 
 EMULATED = True
 ARCHITECTURE = "gfx906"
+#: What makes a kernel's text a C++ program.
+SHIM = Path(__file__).with_name("kernel_on_cpu.h")
+_SOURCE = SHIM.with_name("hip_fake.cpp")
+_FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
+
+
+def compiler() -> str | None:
+    """The C++ compiler that builds the library and then the kernels; None where there is none."""
+    return cpp.compiler("g++")
+
+
+@cache
+def built() -> bytes:
+    """The fake runtime, which is also the fake hipRTC, as a file holds it.
+
+    Raises:
+        DriverMissing: there is no compiler, or it failed.
+    """
+    found = compiler()
+    if found is None:
+        raise DriverMissing("the fake HIP driver needs g++ (Debian: apt install g++), or set CXX")
+    sources = [_SOURCE.read_text(), SHIM.read_text()]
+    # The last part of its version: kernels are kept on disk by it, apart from those of any real HIP
+    # and from those of other sources than these.
+    patch = zlib.crc32("".join(sources).encode()) % 100_000
+    named = [f"-DPORTAKV_FAKE_PATCH={patch}", f'-DPORTAKV_SHIM="{SHIM}"']
+    command = [found, *_FLAGS, *named, f'-DPORTAKV_CXX="{found}"', str(_SOURCE), "-ldl"]
+    try:
+        return cpp.built(command, sources)
+    except cpp.CompilerError as error:
+        raise DriverMissing(f"the fake HIP driver does not compile: {error}") from error
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The fake runtime, loaded; `DriverMissing` as `built` raises."""
+    return ctypes.CDLL(cpp.in_memory("portakv_hip_fake", built()))
+
+
+@cache
+def fake_driver() -> Driver:
+    """The fake libraries as `hip` calls them; `DriverMissing` as `built` raises."""
+    return bound(library(), library())
 
 
 class HostCard(Card):

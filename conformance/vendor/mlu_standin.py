@@ -53,20 +53,15 @@ class TransferDirection(IntEnum):
 
 
 def install(*, direction: bool = True, transfer: bool = True) -> None:
-    """Let ``import torch_mlu_ops`` and ``import torch_mlu`` find the stand-ins.
-
-    Nothing happens for a package that is there already.
-
-    Args:
-        direction: False for an older release, whose `reshape_paged_cache` has no ``direction``.
-        transfer: False for a release without `multi_layer_kv_transfer`.
-    """
-    ops: dict[str, Any] = {
-        "reshape_paged_cache": reshape_paged_cache if direction else _reshape_to_cache
-    }
+    """Let ``import torch_mlu_ops`` and ``import torch_mlu`` find the stand-ins, unless they are
+    there already. Older releases have no ``direction`` in `reshape_paged_cache`, or no
+    `multi_layer_kv_transfer`."""
+    scatter = reshape_paged_cache if direction else _reshape_to_cache
+    ops: dict[str, Any] = {"reshape_paged_cache": scatter}
     if transfer:
-        ops["multi_layer_kv_transfer"] = multi_layer_kv_transfer
-        ops |= {"KVFormat": KVFormat, "TransferDirection": TransferDirection}
+        ops |= {
+            each.__name__: each for each in (multi_layer_kv_transfer, KVFormat, TransferDirection)
+        }
     for name, members in (("torch_mlu", {}), ("torch_mlu_ops", ops)):
         if name not in sys.modules and find_spec(name) is None:
             module = ModuleType(name, "A stand-in; see portakv_conformance.vendor.mlu_standin.")
@@ -75,19 +70,12 @@ def install(*, direction: bool = True, transfer: bool = True) -> None:
 
 
 def reshape_paged_cache(
-    k: torch.Tensor,
-    v: torch.Tensor | None,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor | None,
-    slot_mapping: torch.Tensor,
-    direction: bool = False,
-) -> Any:
+    k: torch.Tensor, v: torch.Tensor | None, k_cache: torch.Tensor, v_cache: torch.Tensor | None,
+    slot_mapping: torch.Tensor, direction: bool = False,
+) -> Any:  # fmt: skip
     """Scatter ``k``, ``v`` [tokens, heads, size] into caches [blocks, heads, block_size, size], or
-    with ``direction`` gather; a negative slot moves nothing.
-
-    Raises:
-        RuntimeError: a dtype, shape, stride or device that the op does not take.
-    """
+    with ``direction`` gather; a negative slot moves nothing. `RuntimeError` for a dtype, shape,
+    stride or device that the op does not take."""
     CALLS["reshape_paged_cache"] += 1
     _check((v is None) == (v_cache is None), "v and v_cache are given together or not at all")
     _check_slots(slot_mapping, k)
@@ -108,33 +96,20 @@ def reshape_paged_cache(
 
 
 def _reshape_to_cache(
-    k: torch.Tensor,
-    v: torch.Tensor | None,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor | None,
+    k: torch.Tensor, v: torch.Tensor | None, k_cache: torch.Tensor, v_cache: torch.Tensor | None,
     slot_mapping: torch.Tensor,
-) -> Any:
+) -> Any:  # fmt: skip
     return reshape_paged_cache(k, v, k_cache, v_cache, slot_mapping)
 
 
 def multi_layer_kv_transfer(
-    key_value: torch.Tensor,
-    kv_cache_ptrs: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    paged_memory_device: torch.device,
-    page_buffer_size: int,
-    direction: TransferDirection,
-    kv_format: KVFormat,
-    block_size: int,
-    head_size: int,
-    skip_prefix_n_tokens: int,
-) -> None:
+    key_value: torch.Tensor, kv_cache_ptrs: torch.Tensor, slot_mapping: torch.Tensor,
+    paged_memory_device: torch.device, page_buffer_size: int, direction: TransferDirection,
+    kv_format: KVFormat, block_size: int, head_size: int, skip_prefix_n_tokens: int,
+) -> None:  # fmt: skip
     """Move all layers between ``key_value`` [2, L, T, heads * head_size] ([L, T, ...] for
-    NB_HN_BS_HS), on the host or the device, and the caches behind the L pointers.
-
-    Raises:
-        RuntimeError: a dtype, shape, stride, device or number that the op does not take.
-    """
+    NB_HN_BS_HS), on the host or the device, and the caches behind the L pointers. `RuntimeError`
+    for a dtype, shape, stride, device or number that the op does not take."""
     CALLS["multi_layer_kv_transfer"] += 1
     planes = _checked_planes(key_value, kv_cache_ptrs, slot_mapping, KVFormat(kv_format))
     hidden = planes.shape[-1]
@@ -173,12 +148,9 @@ def _checked_planes(
 
 
 def _caches(
-    address: int,
-    pages: tuple[int, int, int, int],
-    kv_format: KVFormat,
-    dtype: torch.dtype,
+    address: int, pages: tuple[int, int, int, int], kv_format: KVFormat, dtype: torch.dtype,
     device: torch.device,
-) -> list[torch.Tensor]:
+) -> list[torch.Tensor]:  # fmt: skip
     """The planes [blocks, heads, block_size, head_size] of the cache at an address."""
     blocks, *page = pages
     shape = {

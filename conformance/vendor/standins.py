@@ -20,11 +20,8 @@ STANDINS = {
 
 
 def emulating(name: str) -> tuple[str, ...]:
-    """The modules that emulate a device of that name: what a report holds for, and expires with.
-
-    They are where `source.source_files` starts: what they import and the files beside them that
-    they name count with them.
-    """
+    """The modules that emulate a device of that name, where `source.source_files` starts: what a
+    report holds for, and expires with."""
     module = os.environ.get(EMULATION, "").partition(":")[0]
     if module:
         return (module,)
@@ -32,20 +29,10 @@ def emulating(name: str) -> tuple[str, ...]:
 
 
 def install(name: str) -> None:
-    """Put the stand-in for a device name in place; nothing where there is none.
-
-    A stand-in leaves the vendor's own package alone where that is installed.
-    """
-    module = STANDINS.get(name)
-    if module is None:
-        return
-    try:
-        found = import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        return
-    found.install()
+    """Put the stand-in for a device name in place, if there is one; it leaves the vendor's own
+    package alone if that is installed."""
+    if name in STANDINS:
+        import_module(STANDINS[name]).install()
 
 
 def enter(name: str) -> bool:

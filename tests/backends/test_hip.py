@@ -38,8 +38,13 @@ from portakv.backends.rows_kernel import RowsKernel
 from portakv.runtime import hip as _hip_driver
 from portakv.runtime.cuda import raw_stream
 from portakv.runtime.hip import Card, Driver
-from portakv_conformance.vendor.hip_emulated import HipEmulated, HostCard
-from portakv_conformance.vendor.hip_fake import built, fake_driver, library
+from portakv_conformance.vendor.hip_emulated import (
+    HipEmulated,
+    HostCard,
+    built,
+    fake_driver,
+    library,
+)
 
 pytestmark = needs_compiler
 
@@ -188,7 +193,7 @@ from portakv.registry import registry
 from portakv.registry.self_check import self_check
 from portakv.runtime import hip as _hip_driver
 from portakv_conformance.vendor.hip_emulated import HipEmulated
-from portakv_conformance.vendor.hip_fake import fake_driver
+from portakv_conformance.vendor.hip_emulated import fake_driver
 
 
 def on_the_host(backend):

@@ -21,7 +21,7 @@ from portakv.backends.rows_kernel import RowsKernel
 from portakv.runtime import hip as _hip_driver
 from portakv.runtime import nvrtc as _nvrtc
 from portakv_benchmarks.shared.shapes import load
-from portakv_conformance.vendor.hip_fake import fake_driver
+from portakv_conformance.vendor.hip_emulated import fake_driver
 
 needs_nvrtc = pytest.mark.skipif(_nvrtc.missing() is not None, reason=str(_nvrtc.missing()))
 NHD, CHUNK = "layer | kv block token head dim", "kv layer token (head dim)"

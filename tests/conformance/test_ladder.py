@@ -130,7 +130,7 @@ def test_a_list_tells_the_rung_here_else_the_highest_that_holds() -> None:
     (f"{VENDOR}.ascend_device",
      f"{VENDOR}.ascend_ops.py {VENDOR}.cann_stub.py {VENDOR}/cann_stub.c"),
     (f"{VENDOR}.hip_emulated",
-     f"{VENDOR}.hip_fake.py {VENDOR}/hip_fake.cpp {VENDOR}/kernel_on_cpu.h"),
+     f"{VENDOR}.cpp.py {VENDOR}/hip_fake.cpp {VENDOR}/kernel_on_cpu.h"),
     (f"{VENDOR}.ascendc_emulated",
      "portakv_native.ascend/emulation/machine.h portakv_native.ascend/rows.h"),
 ])  # fmt: skip

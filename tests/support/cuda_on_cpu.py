@@ -24,7 +24,7 @@ from portakv.backends.base import Backend, Capabilities, Decision, Launch
 from portakv.backends.rows_kernel import NAMES, RowsKernel
 from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
 from portakv.runtime.cuda import CudaDriver
-from portakv_conformance.vendor.hip_fake import SHIM
+from portakv_conformance.vendor.hip_emulated import SHIM
 
 THREADS = 128
 #: Further flags for g++, from the environment: a process under a sanitizer sets them.

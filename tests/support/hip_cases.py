@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from portakv.backends.hip import Hip
-from portakv_conformance.vendor.hip_emulated import HipEmulated
-from portakv_conformance.vendor.hip_fake import compiler, fake_driver, library
+from portakv_conformance.vendor.hip_emulated import HipEmulated, compiler, fake_driver, library
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 needs_compiler = pytest.mark.skipif(

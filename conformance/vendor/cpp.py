@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the C++ of emulations with the machine's compiler, once for each source and compiler."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from portakv.runtime import kernel_cache
+
+_SECONDS = 600
+
+
+class CompilerError(Exception):
+    """A compiler failed; the text is the first of its errors."""
+
+
+def compiler(*names: str) -> str | None:
+    """The C++ compiler: ``CXX``, else the first of the names that is installed; None without."""
+    named = os.environ.get("CXX")
+    return next(filter(None, map(shutil.which, [named] if named else names)), None)
+
+
+def built(command: Sequence[str], sources: Sequence[str]) -> bytes:
+    """The library that a compiler makes, kept on disk under the command and the compiler's version.
+
+    Args:
+        command: the compiler and its arguments; the file that it writes is added.
+        sources: the texts, and whatever else decides the library.
+
+    Raises:
+        CompilerError: the compiler failed.
+    """
+    told = subprocess.run(
+        [command[0], "--version"], capture_output=True, text=True, check=False, timeout=_SECONDS
+    )
+    return kernel_cache.cached((*sources, *command, told.stdout), lambda: _build(command))
+
+
+def _build(command: Sequence[str]) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="portakv-cpp-") as folder:
+        target = Path(folder, "library.so")
+        try:
+            done = subprocess.run(
+                [*command, "-o", str(target)], capture_output=True, text=True, check=False,
+                timeout=_SECONDS,
+                env={**os.environ, "LD_PRELOAD": ""},  # a sanitizer's runtime is not for it
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise CompilerError(str(error)) from error
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no output"]
+            raise CompilerError(lines[0].strip())
+        return target.read_bytes()
+
+
+def in_memory(name: str, library: bytes) -> str:
+    """Where this process can load a library from. It has no name on disk: nothing can put another
+    in its place between check and load. And it stays open: the loader takes a name that comes
+    again for the library that it had."""
+    handle = os.memfd_create(name)
+    with os.fdopen(handle, "wb", closefd=False) as file:
+        file.write(library)
+    return f"/proc/{os.getpid()}/fd/{handle}"
