@@ -209,7 +209,7 @@ class Registration:
         start, end, step = address // PAGE * PAGE, address + nbytes, piece_bytes(largest, unit)
         edges = [address, *range(start + step, end, step), end]  # between pages
         self.pages = start, to_pages(end)
-        self.pieces = [(a, b - a) for a, b in itertools.pairwise(edges)]
+        self.pieces: list[tuple[int, int]] = [(a, b - a) for a, b in itertools.pairwise(edges)]
         self._runtime, self._process, self.flags = runtime, os.getpid(), flags
         self._registered: list[int] | None = []  # None: undone
         settle()

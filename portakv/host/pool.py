@@ -27,6 +27,7 @@ from portakv.host.pinned import PinnedMemory
 __all__ = ["Block", "Leak", "PinnedPool", "PoolExhausted"]
 
 _ASK_AGAIN = 0.0005  # seconds between two looks at work that only tells when asked
+_CENTURY = 3e9  # seconds, as long as the system can wait
 _GROW_AGAIN = 0.1  # seconds until a waiting caller asks again for memory that could not be had
 
 
@@ -209,8 +210,8 @@ class PinnedPool:
         Raises:
             HostMemoryError: a count that is no whole number, or below 0.
         """
-        asked = f"{count!r} blocks were asked of a pool"
-        count = _pages.whole(count, 0, asked, "say how many are needed")
+        asked, do = f"{count!r} blocks were asked of a pool", "say how many are needed"
+        count = _pages.whole(count, 0, asked, do)
         if count > self.limit:
             raise PoolExhausted(
                 f"{count} blocks were asked of a pool that may have {self.limit}; ask for fewer, "
@@ -218,14 +219,12 @@ class PinnedPool:
             )
         self._refuse_fork()
         with self._changed:
-            until = deadline(timeout)
+            until, grow_at = deadline(timeout), 0.0
             refused: HostMemoryError | None = None
-            grow_at = 0.0
             while True:
                 if self._closed:
-                    raise HostMemoryError(
-                        "A block was asked of a pool that is closed; make another one."
-                    )
+                    asked = "A block was asked of a pool that is closed"
+                    raise HostMemoryError(f"{asked}; make another one.")
                 self._sweep()
                 missing = count - len(self._free)
                 if missing <= 0:
@@ -234,12 +233,10 @@ class PinnedPool:
                 if room and now >= grow_at:
                     refused, grow_at = self._grown(missing), time.monotonic() + _GROW_AGAIN
                     continue
-                left = None if until is None else until - now
-                if not wait or (left is not None and left <= 0):
+                if not wait or now >= until:
                     raise self._exhausted(count, timeout if wait else None, refused) from refused
-                pauses = [left] if left is not None else []
-                pauses += [_ASK_AGAIN] * bool(self._in_use) + [grow_at - now] * room
-                self._changed.wait(min(pauses, default=None))
+                pauses = [_ASK_AGAIN] * bool(self._in_use) + [grow_at - now] * room
+                self._changed.wait(min([until - now, *pauses]))
 
     def release(self, block: Block, after: Any = None) -> None:
         """Give a block back.
@@ -286,10 +283,8 @@ class PinnedPool:
         Warns of blocks that are out (`ResourceWarning`), and names their owners.
         """
         with self._changed:
-            if self._closed:
-                return
+            left = [] if self._closed or self._process != os.getpid() else self.leaks()
             self._closed = True
-            left = [] if self._process != os.getpid() else self.leaks()
             for _, memory in self._segments:
                 memory.close()
             self._segments.clear()
@@ -389,17 +384,16 @@ def stride(block_bytes: int, blocks: int, alignment: int) -> int:
     return -(-block_bytes // alignment) * alignment
 
 
-def deadline(timeout: float | None) -> float | None:
-    """When a wait of so many seconds ends, by the monotonic clock; None: never. Raises
+def deadline(timeout: float | None) -> float:
+    """When a wait of so many seconds ends, by the monotonic clock; None: in a century. Raises
     `HostMemoryError` for what is no number."""
-    if timeout is None:
-        return None
-    if not isinstance(timeout, Real) or math.isnan(timeout):
+    seconds = _CENTURY if timeout is None else timeout
+    if not isinstance(seconds, Real) or math.isnan(seconds):
         raise HostMemoryError(
             f"A block was asked for with timeout={timeout!r}; expected seconds: pass a number, or "
             f"None to wait without end."
         )
-    return time.monotonic() + min(timeout, threading.TIMEOUT_MAX)
+    return time.monotonic() + min(seconds, _CENTURY)
 
 
 def check_block(pool: Pool, block: Block, name: str) -> None:

@@ -102,15 +102,15 @@ class SharedPool:
             index = self._take(owner)
             if index is not None:
                 return self._hand_out(index)
-            left = None if until is None else until - time.monotonic()
-            if not wait or (left is not None and left <= 0):
+            left = until - time.monotonic()
+            if not wait or left <= 0:
                 how = f" within {timeout:g} s" if wait and timeout is not None else ""
                 raise PoolExhausted(
                     f"A block was asked of the shared pool {self.name!r}, and none of its "
                     f"{self.blocks} was free{how}. They are out to {self._owners()}. Release "
                     f"some, wait longer, or make a larger pool."
                 )
-            time.sleep(_ASK_AGAIN if left is None else min(_ASK_AGAIN, left))
+            time.sleep(min(_ASK_AGAIN, left))
 
     def release(self, block: Block, after: Any = None) -> None:
         """Give a block back.
@@ -153,7 +153,7 @@ class SharedPool:
         self._file.check(index)
         with self._file.locks.exclusive():
             tables = self._file.tables
-            now = int(tables["generations"][index])
+            now = tables["generations"][index]
             if tables["owners"][index] == 0 or generation not in (None, now):
                 raise HostMemoryError(
                     f"Block {index} of {self.name!r} was asked to be adopted, and nobody has it, "
@@ -196,15 +196,11 @@ class SharedPool:
     def close(self) -> None:
         """Leave the pool. Blocks that this process has are given back, with a `ResourceWarning`,
         once its devices touch them no more."""
-        left = list(self._held.values()) if self._leave.alive else []
+        left = ", ".join(map(str, self._held)) if self._leave.alive else ""
         self._leave()
         if left and self._process == os.getpid():
-            names = ", ".join(str(block.index) for block in left)
-            warnings.warn(
-                f"The shared pool {self.name!r} was closed with blocks {names} out.",
-                ResourceWarning,
-                stacklevel=2,
-            )
+            told = f"The shared pool {self.name!r} was closed with blocks {left} out."
+            warnings.warn(told, ResourceWarning, stacklevel=2)
 
     def __enter__(self) -> SharedPool:
         return self
