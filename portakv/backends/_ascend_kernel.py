@@ -302,7 +302,7 @@ def _spans(view: KVView, writable: bool) -> list[Memory]:
         else:
             joined.append([first, past])
     held = [(first, past - first, writable) for first, past in joined]
-    return held + ([_read_only(view.table)] if len(view.origins) > 1 else [])
+    return [*held, _read_only(view.table)]
 
 
 def _read_only(tensor: torch.Tensor) -> Memory:
