@@ -16,6 +16,7 @@ import operator
 import struct
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
@@ -64,16 +65,14 @@ _Stream = torch.Stream | None
 
 
 class Way(ABC):
-    """One way of carrying at most so many values of a dtype, again and again, from any thread.
+    """One way of carrying at most so many values of a dtype, again and again, from any thread."""
 
-    Attributes:
-        no_refill: what cannot be refilled, and why; of ways that carry the same in each replay.
-    """
-
+    #: What cannot be refilled, and why; of ways that carry the same in each replay.
     no_refill = "", ""
 
-    @abstractmethod
-    def __init__(self, device: torch.device, dtype: torch.dtype, most: int) -> None: ...
+    def __init__(self, device: torch.device, dtype: torch.dtype, most: int) -> None:
+        self._device, self._dtype, self._most = device, dtype, most
+        self._itemsize = dtype.itemsize
 
     @abstractmethod
     def send(self, values: Values, out: torch.Tensor, stream: _Stream, captures: bool) -> int:
@@ -91,57 +90,43 @@ class OnHost(Way):
 
     no_refill = "to the CPU", "there are no graphs; send the values again"
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, most: int) -> None:
-        self._dtype, self._most = dtype, most
-
     def send(self, values: Values, out: torch.Tensor, stream: _Stream, captures: bool) -> int:
         memory = out.view(-1).view(torch.uint8).numpy()
-        return PackedInts(memory, self._most, self._dtype).fill(values)
+        return fill(room(memory, out.numel(), out.dtype), values)
 
 
 # --- read during the call -------------------------------------------------------------------------
 
 
-class _PerThread(threading.local):
-    """Memory for the values of each thread, so that several can send at once."""
-
-    def __init__(self, make: Callable[..., Any], *made_of: Any) -> None:
-        self.own = make(*made_of)
-
-
 class _ReadAtOnce(Way):
-    """The host's values are read while the driver is called, out of memory of each thread's.
+    """The host's values are read while the driver is called, out of memory of each thread's."""
 
-    Attributes:
-        memory: makes a thread's memory, with `PackedInts` as ``packed``, of a dtype, a number of
-            values and a device.
-    """
-
+    #: Makes that memory: a `threading.local` with `room` for the values as ``room``.
     memory: Callable[[torch.dtype, int, torch.device], Any]
 
     def __init__(self, device: torch.device, dtype: torch.dtype, most: int) -> None:
-        self._mine = _PerThread(type(self).memory, dtype, most, device)
-        self._device, self._itemsize = device, dtype.itemsize
-        self._most, self._shape, self._own = most, (most,), numpy_dtype(dtype)
+        super().__init__(device, dtype, most)
+        self._mine = type(self).memory(dtype, most, device)
+        self._shape, self._own = (most,), numpy_dtype(dtype)
 
     @abstractmethod
     def issue(self, mine: Any, to: int, nbytes: int, stream: _Stream) -> None:
         """Write the first bytes of this thread's memory to an address, on the stream."""
 
     def send(self, values: Values, out: torch.Tensor, stream: _Stream, captures: bool) -> int:
-        mine = self._mine.own
+        mine = self._mine
         if type(values) is ndarray and values.dtype is self._own and values.shape == self._shape:
-            mine.packed.whole[...] = values  # what `fill` would come to, some calls later
+            mine.room[...] = values  # what `fill` would come to, some calls later
             count = self._most
         else:
-            count = mine.packed.fill(values)
+            count = fill(mine.room, values)
         if count:
             self.issue(mine, out.data_ptr(), count * self._itemsize, stream)
         return count
 
 
-class _Pages:
-    """Pageable memory for the values of one thread.
+class _Pages(threading.local):
+    """Pageable memory for the values of each thread.
 
     The caller's may be pinned, and would be read later than the call returns. So would these pages
     if a caller registered them with memory of its own: they are whole ones, off the heap.
@@ -152,7 +137,7 @@ class _Pages:
         nbytes = max(most * dtype.itemsize, 1)
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
-        self.packed = PackedInts(pages, most, dtype)  # which keeps the pages
+        self.room = room(pages, most, dtype)  # which keeps the pages
 
 
 class Inline(_ReadAtOnce):
@@ -181,12 +166,12 @@ class Inline(_ReadAtOnce):
             raise _cuda_driver.refused(name, f"A copy of {nbytes // self._itemsize} values")
 
 
-_inline: Bounded[torch.device, tuple[str | None]] = Bounded("devices that take values inline", 32)
+_inline: Bounded[torch.device, str | None] = Bounded("devices that take values inline", 32)
 
 
 def why_not_inline(device: torch.device) -> str | None:
     """What keeps values from going inline to a device, as a phrase; None if they can."""
-    return _inline.get_or_make(device, lambda: (_ask_for_inline(device),))[0]
+    return _inline.get_or_make(device, lambda: _ask_for_inline(device))
 
 
 @cache
@@ -202,13 +187,13 @@ def _ask_for_inline(device: torch.device) -> str | None:
     why = _cuda_driver.no_cuda(device)
     if why is not None:
         return why
-    number, function = ctypes.c_int, _cuda_driver.function
+    number, pointer, function = ctypes.c_int, ctypes.POINTER(ctypes.c_int), _cuda_driver.function
     found, reads = number(), number()
     try:
         _copy_function()
         library = _cuda_driver.library()
-        find = function(library, "cuDeviceGet", ctypes.POINTER(number), number)
-        ask = function(library, "cuDeviceGetAttribute", ctypes.POINTER(number), number, number)
+        find = function(library, "cuDeviceGet", pointer, number)
+        ask = function(library, "cuDeviceGetAttribute", pointer, number, number)
     except (OSError, AttributeError) as error:
         return f"the CUDA driver's library cannot be used ({error})"
     _cuda_driver.adopt(device)  # the driver answers once it has been initialised
@@ -222,14 +207,12 @@ def _ask_for_inline(device: torch.device) -> str | None:
     return None
 
 
-class _Parameters:
-    """The parameters of one thread's launches by value: their head, and the values."""
+class _Parameters(_cuda_driver.Arguments):
+    """The parameters of each thread's launches by value: their head, and the values."""
 
     def __init__(self, dtype: torch.dtype, most: int, device: torch.device) -> None:
-        head = VALUES_HEAD.size
-        self._arguments = _cuda_driver.Arguments(head + value_bytes(device), device)
-        self.buffer, self.address = self._arguments.buffer, self._arguments.address
-        self.packed = PackedInts(self.buffer, most, dtype, head)
+        super().__init__(VALUES_HEAD.size + value_bytes(device), device)
+        self.room = room(self.buffer, most, dtype, VALUES_HEAD.size)
 
 
 class ByValue(_ReadAtOnce):
@@ -288,10 +271,8 @@ def kernels(device: torch.device) -> Kernels:
 
 def value_bytes(device: torch.device) -> int:
     """Bytes of values that a launch on a device carries in its parameters: whole vectors."""
-    large = (
-        _cuda_driver.driver_version() >= _LARGE_DRIVER
-        and _cuda_driver.capability(device) >= _LARGE_CAPABILITY
-    )
+    large = _cuda_driver.driver_version() >= _LARGE_DRIVER
+    large = large and _cuda_driver.capability(device) >= _LARGE_CAPABILITY
     limit = _LARGE_PARAMETERS if large else _CLASSIC_PARAMETERS
     return (limit - VALUES_HEAD.size) // _WIDE * _WIDE
 
@@ -315,7 +296,7 @@ class Slot(NamedTuple):
     """Pinned memory for one send."""
 
     memory: torch.Tensor
-    packed: PackedInts
+    room: Array
     address: int
 
 
@@ -323,7 +304,7 @@ def make_slot(dtype: torch.dtype, most: int) -> Slot:
     """Pinned memory for so many values."""
     nbytes = max(most * dtype.itemsize, 1)
     memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-    return Slot(memory, PackedInts(memory.numpy(), most, dtype), memory.data_ptr())
+    return Slot(memory, room(memory.numpy(), most, dtype), memory.data_ptr())
 
 
 #: Enqueues the copy of so many bytes of a slot to a tensor, on a stream.
@@ -341,15 +322,15 @@ class Copy(Way):
     """Through pinned memory: slots that are used in turn, and one that captured sends read."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, most: int) -> None:
+        super().__init__(device, dtype, most)
         if capturing(device):
             raise refuse_capture(
                 "A small copy through pinned memory", "it has to be made before the capture"
             )
-        self._device, self._index, self._issue = device, device.index, self.issues(device)
+        self._issue = self.issues(device)
         self._alone = torch.accelerator.device_count() == 1
-        self._dtype, self._itemsize, self._most = dtype, dtype.itemsize, most
-        self._slots: list[tuple[Slot, torch.Event]] = []  # each with the end of its last send
-        self._next = 0
+        # Each with the end of its last send; the first is next.
+        self._slots: deque[tuple[Slot, torch.Event]] = deque()
         self._standing = make_slot(dtype, most)
         self._captured: int | None = None  # values of the captured send
         self._lock = threading.Lock()
@@ -363,18 +344,18 @@ class Copy(Way):
         with self._lock:
             if captures:
                 self._captured = count = self._stand(values)
-                if count:
-                    self._issue(out, self._standing, count * self._itemsize, stream)
-                return count
-            slot, ended = self._take()
-            count = slot.packed.fill(values)
+                slot, ended = self._standing, None
+            else:
+                slot, ended = self._take()
+                count = fill(slot.room, values)
             if count:
                 self._issue(out, slot, count * self._itemsize, stream)
+            if count and ended is not None:
                 if stream is None and not self._alone:
                     # Given no stream it would take one of the device that is current.
-                    stream = torch.accelerator.current_stream(self._index)
+                    stream = torch.accelerator.current_stream(self._device.index)
                 ended.record(stream)
-                self._next = (self._next + 1) % len(self._slots)
+                self._slots.rotate(-1)
             return count
 
     def refill(self, values: Values) -> None:
@@ -388,27 +369,25 @@ class Copy(Way):
 
     def _stand(self, values: Values) -> int:
         """Write what every captured send carries; a graph's size is fixed."""
-        array = as_array(values, self._dtype)
+        array = as_array(values, self._standing.room.dtype)
         if self._captured not in (None, array.size):
             raise LayoutError(
                 f"A small copy that was captured with {self._captured} values was given "
                 f"{array.size}; expected as many, since a graph's sizes are fixed. Pad the values, "
                 f"or capture another SmallCopy."
             )
-        return self._standing.packed.fill(array)
+        return fill(self._standing.room, array)
 
     def _take(self) -> tuple[Slot, torch.Event]:
         """The slot that is next, once its last send has ended."""
-        if self._slots:
-            found = self._slots[self._next]
-            if found[1].query():
-                return found
-        if len(self._slots) < MOST_SLOTS:
-            made = make_slot(self._dtype, self._most), torch.Event(self._device)
-            self._slots.insert(self._next, made)
-        else:
-            self._slots[self._next][1].synchronize()
-        return self._slots[self._next]
+        slots = self._slots
+        if not slots or not slots[0][1].query():
+            if len(slots) < MOST_SLOTS:
+                made = make_slot(self._dtype, self._most), torch.Event(self._device)
+                slots.appendleft(made)
+            else:
+                slots[0][1].synchronize()
+        return slots[0]
 
 
 class Mapped(Copy):
@@ -439,7 +418,7 @@ def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     return _NUMPY[dtype]
 
 
-def as_array(values: Values, dtype: torch.dtype | None = None) -> Array:
+def as_array(values: Values, wanted: np.dtype[Any] | None) -> Array:
     """Values as an array of a dtype, in their own shape; a copy only if they have another dtype.
     None: the array's or tensor's own, uint8 for bytes, int64 for other sequences.
 
@@ -448,7 +427,6 @@ def as_array(values: Values, dtype: torch.dtype | None = None) -> Array:
         LayoutError: something that has no length, elements that are no integers, or a value that
             the dtype cannot hold.
     """
-    wanted = None if dtype is None else numpy_dtype(dtype)
     array: Array
     if isinstance(values, torch.Tensor):
         if values.layout != torch.strided:
@@ -491,62 +469,56 @@ def as_array(values: Values, dtype: torch.dtype | None = None) -> Array:
     return cast
 
 
-class PackedInts:
-    """Memory that values are written to, again and again, as elements of one dtype: room for
-    ``most`` behind ``offset`` bytes; ``whole``: all of them, as an array."""
+def room(
+    memory: bytearray | mmap.mmap | Array, most: int, dtype: torch.dtype, offset: int = 0
+) -> Array:
+    """Memory behind ``offset`` bytes as so many elements, which values are written to by `fill`."""
+    found: Array = np.ndarray((most,), numpy_dtype(dtype), memory, offset)
+    return found
 
-    def __init__(
-        self, memory: bytearray | mmap.mmap | Array, most: int, dtype: torch.dtype, offset: int = 0
-    ) -> None:
-        self._most, self._dtype = most, dtype
-        self.whole: Array = np.ndarray((most,), numpy_dtype(dtype), memory, offset)
 
-    def fill(self, values: Values) -> int:
-        """Write values to the beginning; returns how many they are.
-
-        Raises as `as_array` does, and `LayoutError` for more values than there is room for, before
-        anything is written.
-        """
-        array = as_array(values, self._dtype)
-        if array.size > self._most:
-            raise LayoutError(
-                f"{array.size} values of {self._dtype} were sent by a small copy made for "
-                f"{self._most}; expected no more. Make one for the most that occur."
-            )
-        self.whole[: array.size].reshape(array.shape)[...] = array
-        return array.size
+def fill(room: Array, values: Values) -> int:
+    """Write values to the beginning of an array; returns how many they are. Raises as `as_array`
+    does, and for more values than there is room for, before anything is written."""
+    array = as_array(values, room.dtype)
+    if array.size > room.size:
+        raise LayoutError(
+            f"{array.size} values of {TORCH_DTYPES[room.dtype]} were sent by a small copy made for "
+            f"{room.size}; expected no more. Make one for the most that occur."
+        )
+    room[: array.size].reshape(array.shape)[...] = array
+    return array.size
 
 
 def _of_sequence(values: Sequence[int], wanted: np.dtype[Any]) -> Array:
     try:
-        array = np.asarray(values)
+        array: Array = np.asarray(values)
         if array.ndim == 1 and array.dtype.kind in "iub":
             return array
     except Exception:  # ragged, or elements that numpy cannot read: told one by one below
         pass
     # Also 2**63 among smaller ones, of which numpy would make floats.
-    least, most = _bounds(wanted)
     numbers = []
     for position, value in enumerate(values):
         try:
             numbers.append(operator.index(value))
         except Exception:
             raise _wrong_value(f"a {type(value).__name__}", position, wanted) from None
-        if not least <= numbers[-1] <= most:
+        if numbers[-1] not in _bounds(wanted):
             raise _wrong_value(numbers[-1], position, wanted)
     return np.array(numbers, wanted)
 
 
-def _bounds(wanted: np.dtype[Any]) -> tuple[int, int]:
+def _bounds(wanted: np.dtype[Any]) -> range:
+    """The integers that a dtype holds."""
     if wanted.kind == "b":
-        return 0, 1
-    return int(np.iinfo(wanted).min), int(np.iinfo(wanted).max)
+        return range(2)
+    return range(int(np.iinfo(wanted).min), int(np.iinfo(wanted).max) + 1)
 
 
 def _wrong_value(found: object, position: int, wanted: np.dtype[Any]) -> LayoutError:
-    least, most = _bounds(wanted)
     return LayoutError(
         f"A small copy to {TORCH_DTYPES[wanted]} was asked of values with {found} at position "
-        f"{position}; expected integers from {least} to {most}. Correct the value or take a wider "
-        f"dtype."
+        f"{position}; expected integers from {_bounds(wanted)[0]} to {_bounds(wanted)[-1]}. "
+        f"Correct the value or take a wider dtype."
     )

@@ -94,18 +94,15 @@ def is_available(device: torch.device | str | None = None) -> bool:
         device: the device asked about; None: the current accelerator.
     """
     try:
-        place = usual_device() if device is None else resolve(device)
+        return _cuda_driver.why_not(usual_device() if device is None else resolve(device)) is None
     except BackendUnavailable:  # there is no such device
         return False
-    return _cuda_driver.why_not(place) is None
 
 
 def copy_(
-    dst: torch.Tensor,
-    src: torch.Tensor,
-    non_blocking: bool = False,
+    dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False,
     stream: torch.Stream | None = None,
-) -> Copied:
+) -> Copied:  # fmt: skip
     """Copy a tensor into another, wherever they are.
 
     Args:
@@ -131,31 +128,25 @@ def copy_(
 
 
 def copy_h2d(
-    dst: torch.Tensor,
-    src: torch.Tensor,
-    non_blocking: bool = False,
+    dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False,
     stream: torch.Stream | None = None,
-) -> Copied:
+) -> Copied:  # fmt: skip
     """`copy_` from the host to a device; `DeviceMismatch` for any other direction."""
     return _copy(dst, src, non_blocking, stream, "h2d")
 
 
 def copy_d2h(
-    dst: torch.Tensor,
-    src: torch.Tensor,
-    non_blocking: bool = False,
+    dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False,
     stream: torch.Stream | None = None,
-) -> Copied:
+) -> Copied:  # fmt: skip
     """`copy_` from a device to the host; `DeviceMismatch` for any other direction."""
     return _copy(dst, src, non_blocking, stream, "d2h")
 
 
 def copy_d2d(
-    dst: torch.Tensor,
-    src: torch.Tensor,
-    non_blocking: bool = False,
+    dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False,
     stream: torch.Stream | None = None,
-) -> Copied:
+) -> Copied:  # fmt: skip
     """`copy_` inside a device or between two; `DeviceMismatch` for any other direction."""
     return _copy(dst, src, non_blocking, stream, "d2d", "peer")
 
@@ -299,21 +290,19 @@ def _check_capture(
 ) -> None:
     host = dst if direction == "d2h" else src
     if not non_blocking:
-        what, why = "A blocking copy", "the host cannot wait for it; pass non_blocking=True"
-    elif direction in _BY_TORCH or isinstance(rows, Pitched):
+        why = "the host cannot wait for it; pass non_blocking=True"
+        raise refuse_capture("A blocking copy", why)
+    if direction in _BY_TORCH or isinstance(rows, Pitched):
         return
-    elif not is_pinned(host):
-        what = "A copy of pageable host memory"
+    if not is_pinned(host):
         why = "a graph reads it at replay; pin the memory first"
-    elif _lies_ready(host, rows):
-        return
-    else:
-        what = f"A copy of host memory with strides {list(host.stride())}"
-        why = (
+        raise refuse_capture("A copy of pageable host memory", why)
+    if not _lies_ready(host, rows):
+        raise refuse_capture(
+            f"A copy of host memory with strides {list(host.stride())}",
             f"torch would copy it through memory that the graph does not keep ({rows}); use "
-            f"contiguous memory, or rows that a 2-D memcpy takes"
+            f"contiguous memory, or rows that a 2-D memcpy takes",
         )
-    raise refuse_capture(what, why)
 
 
 def _check_alike(dst: Any, src: Any) -> None:
@@ -365,13 +354,8 @@ def check_disjoint(dst: torch.Tensor, src: torch.Tensor) -> None:
 
 def _twice(tensor: torch.Tensor) -> bool:
     """True unless each stride steps over all that lies inside it."""
-    reach = 1
-    dims = [pair for pair in zip(tensor.stride(), tensor.shape, strict=True) if pair[1] > 1]
-    for stride, extent in sorted(dims):
-        if stride < reach:
-            return True
-        reach += stride * (extent - 1)
-    return False
+    steps = [step for step, _ in _dims(tensor)]
+    return len({*steps}) < len(steps) or any(step < _reach(tensor, step) for step in steps)
 
 
 def _apart(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -383,9 +367,7 @@ def _apart(one: torch.Tensor, other: torch.Tensor) -> bool:
     shift = other.data_ptr() - one.data_ptr()
     if shift >= _reach(one) or -shift >= _reach(other):
         return True
-    size = one.element_size()
-    dims = [pair for each in (one, other) for pair in zip(each.stride(), each.shape, strict=True)]
-    steps = sorted({size * stride for stride, extent in dims if extent > 1 and stride})
+    steps = sorted({step for step, _ in _dims(one) + _dims(other) if step})
     for at, step in enumerate(steps):
         period = math.gcd(*steps[at:])
         if _reach(one, step) <= shift % period <= period - _reach(other, step):
@@ -393,29 +375,32 @@ def _apart(one: torch.Tensor, other: torch.Tensor) -> bool:
     return False
 
 
+def _dims(tensor: torch.Tensor) -> list[tuple[int, int]]:
+    """Stride in bytes and extent of each axis of several elements."""
+    size, axes = tensor.element_size(), zip(tensor.stride(), tensor.shape, strict=True)
+    return [(size * stride, extent) for stride, extent in axes if extent > 1]
+
+
 def _reach(tensor: torch.Tensor, below: float = math.inf) -> int:
     """Bytes from the first to behind the last, by the strides of fewer bytes than ``below``."""
-    size = tensor.element_size()
-    dims = zip(tensor.stride(), tensor.shape, strict=True)
-    return size + sum(
-        size * stride * (extent - 1) for stride, extent in dims if size * stride < below
-    )
+    inner = (step * (extent - 1) for step, extent in _dims(tensor) if step < below)
+    return tensor.element_size() + sum(inner)
 
 
 def loops_of(dst: torch.Tensor, src: torch.Tensor) -> tuple[int, list[tuple[int, int, int]]]:
     """The longest run of bytes that is contiguous in both, and the loops round it, innermost first:
     each its extent and the bytes from one index to the next in the source and the destination."""
-    run, loops = dst.element_size(), list[tuple[int, int, int]]()
+    size = dst.element_size()
     strides = zip(dst.shape, src.stride(), dst.stride(), strict=True)
-    dims = [(extent, run * a, run * b) for extent, a, b in strides if extent > 1]
+    dims = [(extent, size * a, size * b) for extent, a, b in strides if extent > 1]
+    loops = [(size, 1, 1)]  # the run, a loop over bytes; then those round it
     for extent, a, b in sorted(dims, key=lambda dim: dim[2]):
-        if not loops and a == b == run:
-            run *= extent
-        elif loops and (a, b) == (loops[-1][0] * loops[-1][1], loops[-1][0] * loops[-1][2]):
-            loops[-1] = (loops[-1][0] * extent, *loops[-1][1:])
+        inner, *steps = loops[-1]
+        if [a, b] == [inner * step for step in steps]:
+            loops[-1] = (inner * extent, *loops[-1][1:])
         else:
             loops.append((extent, a, b))
-    return run, loops
+    return loops[0][0], loops[1:]
 
 
 def pitched(dst: torch.Tensor, src: torch.Tensor) -> Pitched | str:

@@ -30,14 +30,7 @@ import torch
 
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError
 from portakv.host import _small_ways as ways
-from portakv.host._small_ways import (
-    INLINE_BYTES,
-    TORCH_DTYPES,
-    Values,
-    Way,
-    as_array,
-    numpy_dtype,
-)
+from portakv.host._small_ways import TORCH_DTYPES, Values, Way, as_array, numpy_dtype
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import streams
 from portakv.runtime.bounded import Bounded
@@ -84,8 +77,7 @@ def choose(nbytes: int, device: torch.device | str, way: str | None = None) -> C
             f"A small copy by {way!r} was asked; expected one of {', '.join(WAYS)}, or None for "
             f"the best."
         )
-    why = _why_not(way, place, nbytes)
-    if why is not None:
+    if (why := _why_not(way, place, nbytes)) is not None:
         raise BackendUnavailable(
             f"A small copy of {nbytes} bytes to {place} by {way!r} was asked, but {why}; ask for "
             f"{_best(place, nbytes).way!r}, or for None."
@@ -125,7 +117,7 @@ def to_device(
     place, first, most, captures = _target(device, out)
     if out is not None:
         dtype = dtype or out.dtype
-    array = as_array(values, dtype)
+    array = as_array(values, None if dtype is None else numpy_dtype(dtype))
     dtype = dtype or TORCH_DTYPES[array.dtype]
     if stream is not None:
         streams.check_stream(stream, place)
@@ -142,13 +134,11 @@ def to_device(
     target = _new(array.shape, dtype, place) if out is None else out
     if stream is not None:
         streams.follow_current(stream, *(() if captured else (target,)))
-    if chosen == "host":
-        ways.OnHost(place, dtype, array.size).send(array, target, stream, captured)
-    elif chosen in ("inline", "value"):
+    if chosen in ("inline", "value", "host"):
         _ready(chosen, place, dtype).send(array, target, stream, captured)
     elif array.size:
         slot = ways.make_slot(dtype, array.size)
-        slot.packed.fill(array)
+        ways.fill(slot.room, array)
         issue = ways.Mapped.issues(place) if chosen == "mapped" else ways.by_copy
         issue(target, slot, array.nbytes, stream)
         streams.completion(place, stream, slot.memory)  # holds the slot until it was read
@@ -246,32 +236,33 @@ def _best(device: torch.device, nbytes: int) -> Chosen:
     for way in WAYS:
         why = _why_not(way, device, nbytes)
         if why is None:
-            return Chosen(way, " and ".join(missing) or _HOLDS[way].format(_most(way, device)))
+            return Chosen(way, " and ".join(missing) or _holds(way, device))
         missing[why] = None
     raise AssertionError("either 'copy' or 'host' can be had")
 
 
 def _why_not(way: str, device: torch.device, nbytes: int) -> str | None:
     """What keeps so many bytes from going a way, as a phrase; None: nothing."""
-    if device.type == "cpu":
-        return None if way == "host" else "the target is on the CPU"
-    if way == "host":
-        return f"{device} is no CPU"
-    if way == "copy":
+    if (device.type == "cpu") != (way == "host"):
+        return f"{device} is no CPU" if way == "host" else "the target is on the CPU"
+    if way in ("copy", "host"):
         return None
-    why = ways.why_not_inline(device) if way == "inline" else _cuda_driver.why_not(device)
-    if why is None and way != "inline":
-        why = _cuda_driver.device_too_old(device)
-    if why is None and nbytes > _most(way, device):
-        return _HOLDS[way].format(_most(way, device))
-    return why
+    if way == "inline":
+        why = ways.why_not_inline(device)
+    else:
+        why = _cuda_driver.why_not(device) or _cuda_driver.device_too_old(device)
+    return _holds(way, device) if why is None and nbytes > _most(way, device) else why
 
 
 def _most(way: str, device: torch.device) -> int:
     """The most bytes that go a way, if it can be had."""
     if way == "inline":
-        return INLINE_BYTES
+        return ways.INLINE_BYTES
     return ways.value_bytes(device) if way == "value" else sys.maxsize
+
+
+def _holds(way: str, device: torch.device) -> str:
+    return _HOLDS[way].format(_most(way, device))
 
 
 class _Target(NamedTuple):
@@ -305,9 +296,8 @@ def _target(device: torch.device | str | int | None, out: torch.Tensor | None) -
     if known is None:
         place = resolve(device)
         way = _best(place, 0).way
-        known = _targets.setdefault(
-            place, _Target(place, way, _most(way, place), _capture_question(place))
-        )
+        made = _Target(place, way, _most(way, place), _capture_question(place))
+        known = _targets.setdefault(place, made)
         # A name without a number means the current device, which another call may have changed.
         if place.type == "cpu" or str(device) == str(place):
             _targets[device] = known

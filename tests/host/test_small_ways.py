@@ -38,7 +38,7 @@ from support.threads import run_threads
 
 from portakv import BackendUnavailable, LayoutError, TransferError, Unsupported
 from portakv.host import _small_ways, small
-from portakv.host._small_ways import INLINE_BYTES, ByValue, Inline, PackedInts, Way
+from portakv.host._small_ways import INLINE_BYTES, ByValue, Inline, Way
 from portakv.host.small import SmallCopy, choose, to_device
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import nvrtc, streams
@@ -244,8 +244,7 @@ def test_through_mapped_memory(nbytes: int, offset: int, library: FakeLibrary) -
     target = filled((nbytes + 32,), torch.uint8)
     before = target.clone()
     out = target[16 + offset : 16 + offset + nbytes]
-    packed = PackedInts(source.numpy(), nbytes, torch.uint8)
-    slot = _small_ways.Slot(source, packed, source.data_ptr())
+    slot = _small_ways.Slot(source, source.numpy(), source.data_ptr())
     with installed(library, only="mapped"):
         _small_ways.kernels(CPU).issue(out, slot, nbytes, None)
     assert torch.equal(out, source)
