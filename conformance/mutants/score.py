@@ -143,8 +143,8 @@ def fails_self_check(mutant: Mutant) -> bool:
             return False
         simdev.load(mutant.device)
     device = torch.device("cpu") if mutant.device == "cpu" else torch.device(mutant.device, 0)
-    found = self_check(getattr(importlib.import_module(module), name)(device))
-    return found.state is SelfCheck.FAILED
+    found, _ = self_check(getattr(importlib.import_module(module), name)(device))
+    return found is SelfCheck.FAILED
 
 
 def _line(error: Exception) -> str:

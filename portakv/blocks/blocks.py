@@ -94,21 +94,18 @@ def copy_blocks(
 
 def _issued(asked: BlockMove, by_layer: bool) -> BlockTransfer:
     """Issue all of it, whole or one layer behind the other."""
-    began, extent = time.perf_counter(), asked.extent
+    began, move = time.perf_counter(), asked.move
     if not by_layer:
-        return BlockTransfer(asked.issue(), extent, began)
-    asked.move.dst.check_writable()
+        return BlockTransfer(asked.issue(), move, began)
+    move.dst.check_writable()
     asked.check_memory()
-    layers = [asked.layer(i).issue(known_good=True) for i in range(asked.move.src.layers)]
-    return BlockTransfer(Transfer.join(layers), extent, began, layers)
+    layers = [asked.layer(i).issue(known_good=True) for i in range(move.src.layers)]
+    return BlockTransfer(Transfer.join(layers), move, began, layers)
 
 
 def _detached(asked: BlockMove, by_layer: bool) -> BlockTransfer:
-    """Begin behind the transfer's stream, which does not wait for the end.
-
-    Raises:
-        Unsupported: a graph is captured.
-    """
+    """Begin behind the transfer's stream, which does not wait for the end; raises `Unsupported`
+    while a graph is captured."""
     with inside(asked.stream):
         captured = capturing(asked.device)
     if captured or capturing(asked.device):

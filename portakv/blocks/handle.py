@@ -13,14 +13,12 @@ import torch
 
 from portakv.copy.copy import copy_move
 from portakv.copy.enqueue import follow_current
-from portakv.engines.engine import Engine
 from portakv.errors import TransferError
 from portakv.plan import Move
 from portakv.plan.plan import check_disjoint
 from portakv.registry.registry import Choice
 from portakv.runtime.transfer import Transfer
 from portakv.runtime.worker import Slice, Worker
-from portakv.view import Index
 from portakv.view.form import Form
 
 
@@ -58,49 +56,14 @@ class Statistics:
         return self.nbytes / self.seconds / 1e9 if self.seconds else None
 
 
-class Extent(NamedTuple):
-    """What a block transfer moves: enough to tell of it, and none of the memory.
-
-    Attributes:
-        form: of the source.
-        indices: of both sides.
-        tokens: positions.
-    """
-
-    form: Form
-    indices: tuple[Index, Index]
-    tokens: int
-
-    @property
-    def block(self) -> int:
-        """Tokens of a block."""
-        mine, theirs = self.indices
-        return mine.plan_step or theirs.plan_step or 1
-
-    @property
-    def token_bytes(self) -> float:
-        """Bytes of a token in all layers; of an opaque page, its share."""
-        return self.form.token_bytes / (self.form.block_size if self.form.opaque else 1)
-
-    def moving(self) -> int:
-        """The tokens of which no id on the host says that they are skipped."""
-        skipped = [
-            index.slots(self.tokens) < 0
-            for index in self.indices
-            if index.ids is not None and index.on_host and (index.host_ids() < 0).any()
-        ]
-        return self.tokens - int(np.count_nonzero(np.logical_or.reduce(skipped)))
+def token_bytes(form: Form) -> float:
+    """Bytes of a token in all layers; of an opaque page, its share."""
+    return form.token_bytes / (form.block_size if form.opaque else 1)
 
 
 class BlockMove(NamedTuple):
-    """A copy of whole blocks, checked but for its ids.
-
-    Attributes:
-        move: the copy.
-        choice: the backend that carries it out, or the engine, on the caller's terms.
-        stream: where to order it.
-        strict: ids on a device are looked at before anything is moved.
-    """
+    """A copy of whole blocks, checked but for its ids; ``choice`` is the backend that carries it
+    out, or the engine, on the caller's terms; the rest is as in `copy_move`."""
 
     move: Move
     choice: Choice
@@ -111,19 +74,6 @@ class BlockMove(NamedTuple):
     def device(self) -> torch.device:
         """The device that carries it out."""
         return self.choice.backend.device
-
-    @property
-    def index_dtypes(self) -> frozenset[torch.dtype]:
-        """The dtypes of ids that are read on the device."""
-        backend = self.choice.backend
-        half = backend.half if isinstance(backend, Engine) else self.choice
-        return half.can.index_dtypes
-
-    @property
-    def extent(self) -> Extent:
-        """What a handle says of it, without its views."""
-        src, _, mine, theirs, count = self.move
-        return Extent(src.form, (mine, theirs), count)
 
     def issue(self, known_good: bool = False) -> Transfer:
         """Issue all of it; ``known_good``: after `check_memory`."""
@@ -165,24 +115,25 @@ class BlockTransfer(Transfer):
 
     Args:
         transfer: how all of it ends.
-        extent: what it moves.
+        move: what it moves; its views are not kept.
         began: when it was asked for, by `time.perf_counter`.
         layers: a transfer for each layer; None without ``by_layer``.
         worker: what issues it, if that is not done already.
     """
 
-    __slots__ = ("_began", "_ended", "_extent", "_layers", "_worker")
+    __slots__ = ("_began", "_ended", "_form", "_indices", "_layers", "_tokens", "_worker")
 
     def __init__(
         self,
         transfer: Transfer,
-        extent: Extent,
+        move: Move,
         began: float,
         layers: Sequence[Transfer] | None = None,
         worker: Worker | None = None,
     ) -> None:
         super().__init__(transfer.completions, transfer._kept, transfer._captured, transfer.carried)
-        self._extent, self._began, self._worker = extent, began, worker
+        self._form, self._indices, self._tokens = move.src.form, move[2:4], move.count
+        self._began, self._worker = began, worker
         self._layers = None if layers is None else tuple(layers)
         self._ended: float | None = None if transfer.completions else time.perf_counter()
 
@@ -219,34 +170,42 @@ class BlockTransfer(Transfer):
     @property
     def statistics(self) -> Statistics:
         """What became of it so far; never blocks or raises."""
-        worker, extent = self._worker, self._extent
+        worker, (mine, theirs) = self._worker, self._indices
         ended = worker is None or worker.ended  # asked first: what follows is then all
-        moving = extent.moving()
-        nbytes, blocks = self._progress(moving)
+        moving, block = self._moving(), mine.plan_step or theirs.plan_step or 1
+        nbytes, tokens = self._progress(moving)
         if worker is None:
             pieces, ended_at, carried = max(1, len(self._layers or ())), self._ended, self.carried
         else:
             pieces, ended_at, carried = worker.issued, worker.ended_at, worker.carried
         seconds = ended_at - self._began if ended and ended_at is not None else None
-        return Statistics(
-            nbytes, blocks, moving // extent.block, *carried, seconds, pieces, self.cancelled
-        )
+        counts = nbytes, tokens // block, moving // block
+        return Statistics(*counts, *carried, seconds, pieces, self.cancelled)
+
+    def _moving(self) -> int:
+        """The tokens of which no id on the host says that they are skipped."""
+        skipped = [
+            index.slots(self._tokens) < 0
+            for index in self._indices
+            if index.ids is not None and index.on_host and (index.host_ids() < 0).any()
+        ]
+        return self._tokens - int(np.count_nonzero(np.logical_or.reduce(skipped)))
 
     def _progress(self, moving: int) -> tuple[int, int]:
-        """Bytes that have landed, and blocks that have in all layers."""
-        extent, worker = self._extent, self._worker
+        """Bytes that have landed, and tokens that have in all layers."""
+        worker, layers = self._worker, self._layers or ()
         if worker is not None:
             landed, last = worker.slices[: worker.landed], worker.slices[-1].layer
             whole = sum(piece.tokens for piece in landed if piece.layer == last)
-            return sum(piece.nbytes for piece in landed), whole // extent.block
+            return sum(piece.nbytes for piece in landed), whole
         if self._captured:
             return 0, 0
+        nbytes = moving * token_bytes(self._form)
         if all(completion.ended() for completion in self.completions):
             self._note_end()
-            return round(moving * extent.token_bytes), moving // extent.block
-        layers = self._layers or ()
+            return round(nbytes), moving
         done = sum(all(c.ended() for c in layer.completions) for layer in layers)
-        return round(done * moving * extent.token_bytes / max(1, len(layers))), 0
+        return round(done * nbytes / max(1, len(layers))), 0
 
     def _finish(self) -> None:
         self._note_end()

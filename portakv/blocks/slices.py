@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from functools import partial
 from math import gcd, lcm
 
-from portakv.blocks.handle import BlockMove, BlockTransfer
+from portakv.blocks.handle import BlockMove, BlockTransfer, token_bytes
 from portakv.copy.copy import drop_bad_ids
+from portakv.engines.engine import Engine
 from portakv.plan import Move
 from portakv.registry.prepared import bring
 from portakv.runtime.devices import capturing, inside, refuse_capture
@@ -29,26 +30,21 @@ BEAT = 0.002
 
 def in_slices(asked: BlockMove, rate: float | None, by_layer: bool) -> BlockTransfer:
     """Start a transfer in slices, at most ``rate`` 10^9 bytes a second; with ``by_layer`` no slice
-    has rows of two layers.
-
-    Raises:
-        SlotError: also for bad ids on a device, which are read first.
-        Unsupported: inside graph capture. As `copy.copy_move` does otherwise.
-    """
+    has rows of two layers. Raises as `copy_move` does; `SlotError` also for bad ids on a device,
+    which are read first, and `Unsupported` inside graph capture."""
     if capturing(asked.device):
         why = "the host issues them while the copy runs; leave out cancellable and max_gbps"
         raise refuse_capture("A copy in slices", why)
     asked.move.dst.check_writable()
     (asked.layer(0) if by_layer else asked).check()  # what cannot be carried out is refused now
-    src, dst, mine, theirs, count = asked.move
-    extent, began = asked.extent, time.perf_counter()
+    whole, began = asked.move, time.perf_counter()
+    src, dst, mine, theirs, count = whole
     move = _cleaned(Move(src, dst, mine.to_host(), theirs.to_host(), count))
     asked = asked._replace(move=move)
     asked.check_memory()
     if not move.count:
-        return BlockTransfer(
-            Transfer(), extent, began, [Transfer()] * src.layers if by_layer else None
-        )
+        layers = [Transfer()] * src.layers if by_layer else None
+        return BlockTransfer(Transfer(), whole, began, layers)
     # Indices of its own: copies of ids that the thread makes are on no other stream.
     asked = asked.part(Slice(None, 0, move.count, 0))
     if asked.device.type != "cpu":
@@ -65,8 +61,8 @@ def in_slices(asked: BlockMove, rate: float | None, by_layer: bool) -> BlockTran
     if by_layer:
         last = {piece.layer: nth for nth, piece in enumerate(slices, 1)}
         layers = [Transfer((Landing(worker, nth),)) for nth in last.values()]
-    whole = Transfer((Landing(worker, len(slices), (src, dst)),))
-    transfer = BlockTransfer(whole, extent, began, layers, worker)
+    end = Transfer((Landing(worker, len(slices), (src, dst)),))
+    transfer = BlockTransfer(end, whole, began, layers, worker)
     worker.start()
     return transfer
 
@@ -78,14 +74,14 @@ def cut(asked: BlockMove, rate: float | None, by_layer: bool) -> list[Slice]:
     # Tokens between two places where both sides may be cut.
     whole = lcm(mine or 1, theirs or 1, src.form.block_size if src.opaque else 1)
     layers: list[int | None] = list(range(src.layers)) if by_layer else [None]
-    token_bytes, most = asked.extent.token_bytes / len(layers), float(SLICE)
+    each, most = token_bytes(src.form) / len(layers), float(SLICE)
     if {src.form.place, dst.form.place} == {"device", "pageable"}:
         most *= WINDOW  # each keeps its thread, and has to wake torch's
     if rate is not None:
         most = min(most, rate * 1e9 * BEAT)
-    tokens = max(1, int(most / (whole * token_bytes))) * whole
+    tokens = max(1, int(most / (whole * each))) * whole
     return [
-        Slice(layer, first, size, round(size * token_bytes))
+        Slice(layer, first, size, round(size * each))
         for layer in layers
         for first in range(0, count, tokens)
         for size in [min(tokens, count - first)]
@@ -104,7 +100,9 @@ def _cleaned(move: Move) -> Move:
 def _inside(asked: BlockMove) -> Iterator[None]:
     """Inside, its stream and device are the current ones, and its ids are on the device."""
     ignore_captures_elsewhere(asked.device)
-    indices, dtypes = asked.extent.indices, asked.index_dtypes
+    indices, choice = (asked.move.src_index, asked.move.dst_index), asked.choice
+    half = choice.backend.half if isinstance(choice.backend, Engine) else choice
+    dtypes = half.can.index_dtypes
     with inside(asked.stream):
         bring(indices, asked.device, dtypes)
         for index in indices:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from operator import index as whole_number
-from typing import Any, NamedTuple, SupportsIndex, TypeAlias
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias, cast
 from weakref import ref
 
 import numpy as np
@@ -60,9 +60,8 @@ class Registration:
         owner: a weak reference to the connector.
 
     Attributes:
-        view: what was read of them.
+        view: what was read of them; facts: what tells others apart, as `facts_of` says.
         allocations: what a compiler is shown of them.
-        facts: what tells others apart; see `facts_of`.
         shortcuts: transfers to and from them that were made before.
 
     Raises:
@@ -70,13 +69,9 @@ class Registration:
     """
 
     def __init__(
-        self,
-        kv_caches: Tensors,
-        bound: BoundLayout,
-        chunk_layout: str,
-        choice: Choice,
+        self, kv_caches: Tensors, bound: BoundLayout, chunk_layout: str, choice: Choice,
         owner: ref[Any],
-    ) -> None:
+    ) -> None:  # fmt: skip
         _check_caches(kv_caches, bound)
         self.view = view = KVView.through(bound, kv_caches, lasting=True)
         if view.device != choice.backend.device:
@@ -104,12 +99,8 @@ class Registration:
         return Move(chunk, self.view, own, index, count)
 
     def job(self, memory_obj: MemoryObject, slots: Ids | None, start: int, end: int | None) -> Job:
-        """One memory object and its range of the slot mapping, read and checked.
-
-        Raises:
-            LayoutError: it does not hold rows of these caches, or lies in them.
-            SlotError: the slot mapping has no such range, or the memory object is too small.
-        """
+        """One memory object and its range of the slot mapping, read and checked: it holds rows of
+        these caches, does not lie in them and is not too small; the slot mapping has the range."""
         index, count = slot_range(slots, start, end)
         chunk = self.chunk(memory_obj)
         if chunk.slots < count:
@@ -136,13 +127,9 @@ class Registration:
         return moves
 
     def chunk(self, memory_obj: MemoryObject) -> KVView:
-        """The view of one memory object: a tensor, or anything with ``.tensor``.
-
-        Raises:
-            LayoutError: it does not hold rows of these caches.
-        """
-        tensor: Any = memory_obj
-        probe: Any = memory_obj
+        """The view of one memory object: a tensor, or anything with ``.tensor``; raises
+        `LayoutError` if it does not hold rows of these caches."""
+        tensor = probe = cast(Any, memory_obj)
         if not isinstance(memory_obj, torch.Tensor):
             tensor = getattr(memory_obj, "tensor", memory_obj)
             probe = _first_tensor(tensor)
@@ -188,13 +175,9 @@ class Registration:
 def _known_extents(cache: KVView, layout: str, itemsize: int) -> dict[str, Any]:
     parsed = parse(layout)
     extents: dict[str, Any] = {}
-    for name, axis, value in (
-        ("layers", "layer", cache.layers),
-        ("kv", "kv", cache.kv),
-        ("heads", "head", cache.heads),
-    ):
-        if axis in parsed.axes or value != 1:
-            extents[name] = value
+    for name, axis in (("layers", "layer"), ("kv", "kv"), ("heads", "head")):
+        if axis in parsed.axes or getattr(cache, name) != 1:
+            extents[name] = getattr(cache, name)
     if any(width % itemsize for width in cache.widths):
         raise LayoutError(
             f"The memory_obj's elements have {itemsize} bytes, which do not divide the caches' "

@@ -80,11 +80,8 @@ _prepared: Bounded[_Key, Prepared] = Bounded("prepared copies", CAPACITY)
 def prepared(
     src: Form, dst: Form, src_step: int, dst_step: int, unit: int | None, choice: Choice
 ) -> Prepared:
-    """The prepared copy between two forms; made on the first call, looked up after that.
-
-    Raises:
-        LayoutError, Unsupported: as `CopyPlan` and `prepare` do.
-    """
+    """The prepared copy between two forms; made on the first call, looked up after that. Raises as
+    `CopyPlan` and `prepare` do."""
     key = (src, dst, src_step, dst_step, unit, choice)
     found = _prepared.get(key)
     if found is not None:
@@ -103,22 +100,21 @@ def prepare(plan: CopyPlan, device: torch.device, choice: Choice) -> tuple[Launc
         Unsupported: no backend takes the plan (or the forced one does not), with the trace.
     """
     refused: list[Decision] = []
-    names = [choice.name]
+    names, known = [choice.name], registry.REGISTRY
     if not choice.forced:
-        order = registry.REGISTRY.automatic(device)
+        order = known.automatic(device)
         names += order[order.index(choice.name) + 1 :] if choice.name in order else order
     for name in names:
-        backend, decision = registry.REGISTRY.ask(name, device, check=True)
-        backend = choice.backend if name == choice.name else backend
-        launch: Launch | None = None
+        backend, decision = known.ask(name, device, check=True)
+        backend, launch = choice.backend if name == choice.name else backend, None
         if backend is not None:
             launch, decision = _prepare(backend, plan)
         if backend is None or launch is None:
             refused.append(Decision(name, False, decision.reason))
             continue
         if refused:
-            registry.REGISTRY.log_fallback(device, choice.name, refused[0].reason, name)
-        can, tells = backend.capabilities(), registry.REGISTRY.tells(device)
+            known.log_fallback(device, choice.name, refused[0].reason, name)
+        can, tells = backend.capabilities(), known.tells(device)
         if tells or not can.threads:
             launch = _Careful(launch, not can.threads, tells)
         won = Decision(name, True, decision.reason)
@@ -141,14 +137,11 @@ def _prepare(backend: Backend, plan: CopyPlan) -> tuple[Launch | None, Decision]
 
 
 def bring(indices: Sequence[Index], home: torch.device, dtypes: frozenset[torch.dtype]) -> bool:
-    """Send ids on the host to a device in one small copy, ordered on its current stream;
-    `Index.ids_on` then finds them there.
+    """Send ids on the host to a device in one small copy, ordered on its current stream, where
+    `Index.ids_on` then finds them; returns whether there were any.
 
     Only those of fleeting indices: they are used on no other stream than this one, and on streams
     that wait for it.
-
-    Returns:
-        True where some were sent.
     """
     if home.type not in AT_ONCE or torch.int64 not in dtypes:
         return False
@@ -175,10 +168,8 @@ _PLAIN = "bytes lie where strides say"
 
 class _Careful:
     """A launch of a backend that does not claim ``threads``, or on a device whose tensors may be
-    laid out otherwise than their strides say.
-
-    Each view is looked at once, before anything is moved, and remembers that it was right. The
-    launch's `Repeatable.again` is hidden: every transfer comes through here.
+    laid out otherwise than their strides say: each view is looked at once, before anything is
+    moved, and remembers that it was right. It hides `Repeatable.again`: every transfer comes here.
     """
 
     def __init__(self, launch: Launch, one_at_a_time: bool, tells: Sequence[Tells]) -> None:
@@ -188,7 +179,7 @@ class _Careful:
     def __call__(self, src: KVView, dst: KVView, *rest: Any, **named: Any) -> Pending | None:
         for view in (src, dst) if self._tells else ():
             if _PLAIN not in view.derived:
-                self._look(view)
+                self._check_plain(view)
         with self._lock:
             return self._launch(src, dst, *rest, **named)
 
@@ -197,8 +188,7 @@ class _Careful:
         """What an engine that picks engines tells of its last launch."""
         return getattr(self._launch, "carried", None)
 
-    def _look(self, view: KVView) -> None:
-        """Raise `Unsupported` if a tensor of the view is not plain."""
+    def _check_plain(self, view: KVView) -> None:
         owners = view.owners if view.form.place == "device" else ()
         for why in (tell(owner) for owner in owners for tell in self._tells):
             if why:

@@ -155,12 +155,10 @@ class Registry:
             return sorted(self._targets, key=lambda name: name in LAST and 1 + LAST.index(name))
 
     def automatic(self, device: torch.device) -> list[str]:
-        """The candidates that are used without being asked for, in their order.
-
-        A package that brings a backend does not become the default of the CPU by being installed:
-        there backends of entry points are used only when they are named.
-        """
-        names, asked = self.names(), {*ONLY_ASKED.get(device.type, ()), *ENGINES}
+        """The candidates that are used without being asked for, in their order. On the CPU none of
+        an entry point is: a package does not become the default there by being installed."""
+        asked = {*ONLY_ASKED.get(device.type, ()), *ENGINES}
+        names = self.names()
         if device.type == "cpu":
             asked |= self._installed
         return [name for name in names if name not in asked]
@@ -170,8 +168,7 @@ class Registry:
     ) -> tuple[Backend | None, Decision]:
         """One candidate's answer for ``device``; with ``check`` it is also self-checked, once."""
         answer = self._answer(name, device, check)
-        decision = answer.decision
-        return (answer.backend if decision.accepted else None), decision
+        return (answer.backend if answer.decision.accepted else None), answer.decision
 
     def _answer(self, name: str, device: torch.device, check: bool) -> _Answer:
         with self._lock:
@@ -218,12 +215,13 @@ class Registry:
 
     def trace(self, device: torch.device) -> tuple[Decision, ...]:
         """What every candidate says of ``device``, without choosing; see `trace`."""
-        automatic = self.automatic(device)
-        decisions = [self._answer(name, device, False).decision for name in self.names()]
-        for at, (name, said) in enumerate((d.name, d) for d in decisions):
+        automatic, decisions = self.automatic(device), list[Decision]()
+        for name in self.names():
+            said = self._answer(name, device, False).decision
             if said.accepted and name not in automatic:
                 reason = f"{said.reason}; on {device.type} it is used only when asked for"
-                decisions[at] = Decision(name, True, reason)
+                said = Decision(name, True, reason)
+            decisions.append(said)
         return (*decisions, *self._refused_entries)
 
     def trace_absent(self, absent: DeviceAbsent) -> tuple[Decision, ...]:
@@ -240,11 +238,10 @@ class Registry:
             return ()
         with self._lock:
             if device not in self._tells:
-                classes = []
+                told = []
                 for name in self.names():
                     with suppress(Exception, SystemExit):  # what does not load knows of no tensors
-                        classes.append(self._class(name))
-                told = [cls.hides(device) for cls in classes]
+                        told.append(self._class(name).hides(device))
                 self._tells[device] = tuple(tell for tell in told if tell is not None)
             return self._tells[device]
 
@@ -279,10 +276,10 @@ class Registry:
 
     def unknown(self, name: str) -> Decision:
         """The answer for a name that no candidate has."""
-        near = difflib.get_close_matches(str(name), self.names(), n=1)
-        meant = f"; did you mean {near[0]}?" if near else ";"
-        reason = f"no such backend{meant} known are {', '.join(self.names())}"
-        return Decision(name, False, reason)
+        names = self.names()
+        near = difflib.get_close_matches(str(name), names, n=1)
+        meant = f" did you mean {near[0]}?" if near else ""
+        return Decision(name, False, f"no such backend;{meant} known are {', '.join(names)}")
 
     def _scan(self) -> None:
         if self._scanned:
@@ -298,28 +295,21 @@ class Registry:
 
 
 def _unavailable(
-    device: torch.device,
-    forced: str | None,
-    tried: Sequence[Decision],
-    all_said: Sequence[Decision],
+    device: torch.device, forced: str | None, tried: Sequence[Decision], said: Sequence[Decision]
 ) -> BackendUnavailable:
     """The error if no backend serves a device: the reason first, other answers on request."""
-    if os.environ.get(ENVIRONMENT):
-        todo = f"Unset {ENVIRONMENT} to let the registry choose, or mend the reason."
-    elif forced is not None:
-        todo = "Name no backend to let the registry choose, or mend the reason."
-    else:
-        todo = "Mend one of the reasons."
     if forced is not None:
+        unset = f"Unset {ENVIRONMENT}" if os.environ.get(ENVIRONMENT) else "Name no backend"
+        todo = f"{unset} to let the registry choose, or mend the reason."
         asked = f"Backend {forced!r} was forced, but it cannot serve {device}: {tried[-1].reason}."
     else:
         close = [d for d in tried if MADE_FOR.get(d.name, device.type) == device.type]
         asked = "\n".join([f"No backend can serve {device}:", *(f"  {d}" for d in close)])
+        todo = "Mend one of the reasons."
     error = BackendUnavailable(
         f"{asked}\n{todo} `portakv backends --device {device}` shows what every candidate says."
     )
-    rest = [d for d in all_said if d.name not in {t.name for t in tried}]
-    error.trace = (*tried, *rest)
+    error.trace = (*tried, *(d for d in said if d.name not in {t.name for t in tried}))
     return error
 
 
@@ -380,12 +370,14 @@ def found(device: torch.device | str) -> torch.device:
     if isinstance(place, torch.device):
         return place
     absent, said = place
-    asked, mark, todo, more = str(device), "" if absent.meant else ".", "Pass", ""
+    todo, more = "" if absent.meant else ".", ""
     if absent.known:
-        todo = "Mend that, or pass"
-        more = f" `portakv backends --device {asked}` shows what every candidate says."
+        todo += " Mend that, or pass"
+        more = f" `portakv backends --device {device}` shows what every candidate says."
+    else:
+        todo += " Pass"
     error = BackendUnavailable(
-        f"Device {asked!r} was asked for, but {absent}{mark} {todo} a device of this machine: "
+        f"Device {str(device)!r} was asked for, but {absent}{todo} a device of this machine: "
         f"{', '.join(map(str, devices_present()))}.{more}"
     )
     error.trace = said

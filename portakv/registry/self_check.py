@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from enum import Enum, auto
-from typing import NamedTuple
 
 import torch
 
@@ -36,13 +35,6 @@ class SelfCheck(Enum):
     WAIVED = auto()
 
 
-class Checked(NamedTuple):
-    """What a self-check found, and why, as a phrase."""
-
-    state: SelfCheck
-    reason: str
-
-
 #: (layout, physical order of kv, block, token, head, dim) tried in turn: a backend may take one.
 _PATTERNS = (
     ("layer | kv block token head dim", (0, 1, 2, 3, 4)),
@@ -52,8 +44,9 @@ _PATTERNS = (
 )
 
 
-def self_check(backend: Backend) -> Checked:
-    """Gather and scatter the pattern; it fails at the first wrong byte, and if it raises."""
+def self_check(backend: Backend) -> tuple[SelfCheck, str]:
+    """Gather and scatter the pattern; it fails at the first wrong byte, and if it raises. Returns
+    what was found, and why, as a phrase."""
     refused = ""
     for layout, order in _PATTERNS:
         try:
@@ -62,16 +55,12 @@ def self_check(backend: Backend) -> Checked:
             refused = str(error)
             continue
         except Exception as error:
-            why = f"its self-check raised {type(error).__name__}: {error}"
-            return Checked(SelfCheck.FAILED, why)
+            return SelfCheck.FAILED, f"its self-check raised {type(error).__name__}: {error}"
         if why is None:
-            return Checked(SelfCheck.PASSED, "self-check passed, every byte right")
-        return Checked(SelfCheck.FAILED, f"its self-check failed: {why}")
-    return Checked(
-        SelfCheck.UNCHECKABLE,
-        f"it could not be self-checked, since it takes no test pattern ({refused}); it is used "
-        f"only when forced",
-    )
+            return SelfCheck.PASSED, "self-check passed, every byte right"
+        return SelfCheck.FAILED, f"its self-check failed: {why}"
+    why = f"it could not be self-checked, since it takes no test pattern ({refused}); it is used "
+    return SelfCheck.UNCHECKABLE, f"{why}only when forced"
 
 
 def _try_pattern(backend: Backend, layout: str, order: tuple[int, ...]) -> str | None:

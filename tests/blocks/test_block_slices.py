@@ -9,13 +9,15 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.block_cases import DST, LAYERS, PATIENCE, Pair, layered, until
+from support.block_cases import DST, LAYERS, PATIENCE, SRC, Pair, layered, until
 from support.guarded_memory import check_sentence
 from support.small_backends import small_backend
 from support.threads import run_threads
@@ -132,6 +134,17 @@ def test_the_caller_does_not_wait(gate: Gate) -> None:
     assert one.transfer.statistics.slices == 5
 
 
+def test_few_slices_are_in_flight(gate: Gate, late: Late) -> None:
+    one = Started()
+    gate.open()
+    one.until_slice(WINDOW)
+    time.sleep(0.02)
+    assert one.transfer.statistics.slices == WINDOW
+    late.set()
+    one.transfer.synchronize()
+    assert one.landed()
+
+
 def test_a_layer_ends_before_the_next(gate: Gate) -> None:
     one = Started(by_layer=True)
     layers = one.transfer.layers
@@ -172,6 +185,15 @@ def test_a_transfer_keeps_its_rate() -> None:
 
 
 # Cancellation
+
+
+def test_a_cancel_ends_the_pause_of_a_rate() -> None:
+    src, dst = layered(), layered()
+    transfer = copy_blocks(src.view, dst.view, SRC, DST, max_gbps=1e-9)  # minutes for each slice
+    until(lambda: transfer.statistics.blocks == 1)
+    assert transfer.cancel()
+    with pytest.raises(TransferCancelled):
+        transfer.synchronize(timeout=PATIENCE)
 
 
 def test_cancelling(gate: Gate) -> None:
@@ -314,6 +336,25 @@ def test_an_interrupt_leaves_it_running(gate: Gate) -> None:
     one.transfer.synchronize()
     assert one.landed()
     assert one.transfer.statistics.blocks == 5
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_child_of_the_process_is_told_that_the_parent_goes_on(gate: Gate) -> None:
+    one = Started()
+    one.until_slice(1)
+    child = os.fork()
+    if not child:
+        code = 1
+        with suppress(BaseException):
+            for ask in (one.transfer.done, one.transfer.synchronize, one.transfer.wait):
+                with pytest.raises(TransferError, match="goes on in the parent"):
+                    ask()
+            code = 0
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    gate.open()
+    one.transfer.synchronize()
+    assert one.landed()
 
 
 PROGRAM = """

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block transfers on a CUDA device that take a while: layers, slices, graphs, two devices, and a
-model beside them."""
+"""Block transfers on a CUDA device that take a while: slices, graphs, and a model beside them."""
 
 from __future__ import annotations
 
@@ -37,9 +36,9 @@ STORE = pytest.mark.parametrize("store", [True, False], ids=["d2h", "h2d"])
 class Pools:
     """Numbered blocks of `BIG` bytes on one side, and room for them on the other."""
 
-    def __init__(self, store: bool, blocks: int, layers: int = 1) -> None:
+    def __init__(self, store: bool, blocks: int) -> None:
         places = (DEVICE, "cpu") if store else ("cpu", DEVICE)
-        (self.full, self.src), (self.empty, self.dst) = (large(blocks, layers, p) for p in places)
+        (self.full, self.src), (self.empty, self.dst) = (large(blocks, 1, p) for p in places)
         self.numbers = numbered(self.full)[:, :, 0, 0].cpu()
         self.ids = list(range(blocks))
         torch.cuda.synchronize()
@@ -51,19 +50,6 @@ class Pools:
 
     def right(self) -> bool:
         return holds(self.empty, self.numbers)
-
-
-# Layers
-
-
-def test_layers_through_a_thread() -> None:
-    pools = Pools(False, 64, layers=4)
-    moved = pools.start(by_layer=True, max_gbps=2.0)
-    moved.layers[0].synchronize()
-    assert not moved.layers[2].done()
-    assert holds(pools.empty[:1], pools.numbers[:1])
-    moved.synchronize()
-    assert pools.right()
 
 
 # Slices
@@ -275,6 +261,3 @@ def test_every_engine_takes_many_that_are_detached(name: str) -> None:
     for moved in parts.started(backend=name, overlap="idle"):
         moved.synchronize()
     assert parts.right()
-
-
-# Two devices

@@ -73,15 +73,6 @@ def test_ids_of_a_source_that_may_not_be_a_destination() -> None:
         copy_rows(src.view, dst.view, Index(), twice)
 
 
-def test_inside_one_cache_the_rows_are_compared_each_time() -> None:
-    mine, theirs = by_block([1, 2]), by_block([2, 3])
-    src, dst = layered(), layered()
-    copy_blocks(src.view, dst.view, mine, theirs).synchronize()
-    for _ in range(2):
-        with refused(SlotError, "both source and destination", watch=src.tensors):
-            copy_blocks(src.view, src.view, mine, theirs)
-
-
 def test_indices_do_not_hold_each_other_or_any_view() -> None:
     mine, theirs = by_block(SRC), by_block(DST)
     src, dst = layered(), layered()

@@ -18,7 +18,6 @@ from support.threads import run_threads
 from portakv import Index, copy_blocks
 from portakv.engines import staging
 from portakv.engines.link import TorchLink
-from portakv.engines.staging import DETACHED_RING, Staging
 from portakv.runtime.bounded import Bounded
 
 DOWNWARD = pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
@@ -47,12 +46,6 @@ class Pairs:
         return all(blocks.landed() for blocks in self.each)
 
 
-def the_room() -> Staging:
-    (room,) = staging._known.values()
-    assert room.detached
-    return room
-
-
 @DOWNWARD
 @pytest.mark.parametrize(
     "options", [{}, {"by_layer": True}, {"cancellable": True}, {"max_gbps": 1.0}], ids=str
@@ -67,25 +60,6 @@ def test_every_byte_of_many_lands(
         assert moved.done()
         assert moved.statistics.engine == "staged"
     assert pairs.landed()
-
-
-@pytest.mark.simdev
-@DOWNWARD
-def test_mirrors_that_nobody_waits_for_are_overwritten(downward: bool) -> None:
-    """So the test above can fail."""
-
-    class Forgetful(list[Any]):
-        def __setitem__(self, at: Any, event: Any) -> None:
-            pass
-
-    device = simdev_cases.DEVICE
-    for moved in Pairs(device, downward, 1).started():
-        moved.synchronize()
-    the_room().free = Forgetful([None] * DETACHED_RING)
-    pairs = Pairs(device, downward)
-    for moved in pairs.started():
-        moved.synchronize()
-    assert not pairs.landed()
 
 
 @pytest.mark.simdev

@@ -54,7 +54,7 @@ def test_defaults_are_flash_attention_and_2ltd(connector: AdaptiveConnector) -> 
 
 def test_slots_that_change_after_the_call(connector: AdaptiveConnector) -> None:
     caches, chunk, slots = make_caches(), make_chunk(3), torch.tensor([9, 2, 17])
-    for wanted in ([9, 2, 17], [1, 3, 5], [23, 22, 21]):
+    for wanted in ([9, 2, 17], [1, 3, 5]):
         slots.copy_(torch.tensor(wanted))
         connector.from_gpu(chunk, caches, slots)
         assert same(chunk, rows(caches, wanted))

@@ -4,8 +4,10 @@ caches, the same bytes as the eager call; and calls at the edges of what a graph
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -28,7 +30,7 @@ from portakv import (
 
 LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 8, 4, 2, 8
 SLOTS = BLOCKS * SIZE
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICE = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +69,17 @@ def scene(
     return connector, caches, make_chunk(4, device)
 
 
+def storing(
+    connector: AdaptiveConnector, chunk: Any, caches: Any = None, compiler: str = "aot_eager"
+) -> Callable[[torch.Tensor], None]:
+    """A compiled function that stores the slots that it is given."""
+
+    def step(slots: torch.Tensor) -> None:
+        connector.from_gpu(chunk, caches, slots)
+
+    return torch.compile(step, fullgraph=True, backend=compiler)
+
+
 class Counter(CompileCounterWithBackend):
     """Counts compilations, and keeps the graphs."""
 
@@ -79,7 +92,7 @@ class Counter(CompileCounterWithBackend):
         ]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@DEVICE
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("registered", [True, False])
 def test_a_store_stands_behind_writes_and_before_reads(
@@ -107,7 +120,7 @@ def test_a_store_stands_behind_writes_and_before_reads(
     assert set(counter.ops()) == {"portakv.from_gpu"}
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@DEVICE
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("registered", [True, False])
 @pytest.mark.parametrize("make", ALLOCATIONS)
@@ -132,7 +145,7 @@ def test_a_load_stands_behind_the_chunk_and_before_reads_of_the_cache(
     torch.testing.assert_close(found, sum(cache.double().sum() for cache in caches))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@DEVICE
 @pytest.mark.parametrize("make", ALLOCATIONS)
 @pytest.mark.parametrize("passed", [True, False])
 def test_the_compiler_makes_no_copy_of_the_caches(
@@ -158,7 +171,7 @@ def test_the_compiler_makes_no_copy_of_the_caches(
     assert torch.equal(chunk, second)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@DEVICE
 def test_a_cache_that_the_graph_writes_by_indexing_and_then_loads(device: str) -> None:
     """Inductor then works on a copy of that cache and puts it back; slow, and right."""
     connector, caches, chunk = scene(device)
@@ -179,7 +192,7 @@ def test_a_cache_that_the_graph_writes_by_indexing_and_then_loads(device: str) -
     assert torch.equal(chunk, rows_of(caches, slots))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@DEVICE
 @pytest.mark.parametrize("store", [True, False])
 def test_a_batch_is_one_op(device: str, store: bool) -> None:
     connector, caches = AdaptiveConnector(device), make_caches(device)
@@ -221,10 +234,7 @@ def test_caches_that_were_never_registered_are_read_once(monkeypatch: pytest.Mon
     reading = Mock(wraps=connector._read)
     monkeypatch.setattr(connector, "_read", reading)
 
-    def step(slots: torch.Tensor) -> None:
-        connector.from_gpu(chunk, caches, slots)
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = storing(connector, chunk, caches)
     for first in range(5):
         slots = torch.arange(first, first + 4)
         compiled(slots)
@@ -235,28 +245,11 @@ def test_caches_that_were_never_registered_are_read_once(monkeypatch: pytest.Mon
 def test_other_caches_registered_after_the_compilation() -> None:
     connector, chunk, slots = AdaptiveConnector("cpu"), make_chunk(), torch.arange(4)
 
-    def step(slots: torch.Tensor) -> None:
-        connector.from_gpu(chunk, None, slots)
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = storing(connector, chunk)
     for caches in (make_caches(), make_caches(), in_one_allocation()):
         connector.register_kv_caches(caches)
         compiled(slots)
         assert torch.equal(chunk, rows_of(caches, slots))
-
-
-class _Later:
-    """Work that lands when somebody waits for it."""
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        self._work: list[Callable[[], None]] = [work]
-
-    def done(self) -> bool:
-        return not self._work
-
-    def wait(self) -> None:
-        while self._work:
-            self._work.pop()()
 
 
 def test_work_that_no_stream_orders_has_landed_before_the_graph_goes_on() -> None:
@@ -264,8 +257,14 @@ def test_work_that_no_stream_orders_has_landed_before_the_graph_goes_on() -> Non
     prepare = late.prepare
 
     def prepare_late(self: Any, plan: Any) -> Any:
+        """Work that lands when the graph waits for it."""
         launch = prepare(self, plan)
-        return lambda *arguments: _Later(lambda: launch(*arguments))
+
+        def start(*arguments: Any) -> Any:
+            land = functools.cache(functools.partial(launch, *arguments))
+            return SimpleNamespace(done=lambda: bool(land.cache_info().currsize), wait=land)
+
+        return start
 
     late.prepare = prepare_late  # type: ignore[method-assign]
     with registered(late=late):
@@ -283,11 +282,7 @@ def test_work_that_no_stream_orders_has_landed_before_the_graph_goes_on() -> Non
 @pytest.mark.gpu
 def test_a_bad_device_id_is_told_by_the_next_compiled_call() -> None:
     connector, caches, chunk = scene("cuda")
-
-    def step(slots: torch.Tensor) -> None:
-        connector.from_gpu(chunk, None, slots)
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = storing(connector, chunk)
     compiled(torch.tensor([0, SLOTS, 2, 3], device="cuda"))
     torch.cuda.synchronize()
     with pytest.raises(SlotError, match="Position 1 "):
@@ -297,20 +292,12 @@ def test_a_bad_device_id_is_told_by_the_next_compiled_call() -> None:
     assert torch.equal(chunk, rows_of(caches, torch.arange(4, device="cuda")))
 
 
-class _MemoryObj:
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-
 def test_nested_caches_and_memory_objects_with_a_tensor() -> None:
     connector = AdaptiveConnector("cpu", kv_layout="layer kv | block token head dim")
     caches = {f"model.{n}": tuple(torch.randn(2, BLOCKS, SIZE, HEADS, DIM)) for n in range(LAYERS)}
     chunk, slots = make_chunk(), torch.tensor([9, 2, 17, 6])
 
-    def step(memory_obj: _MemoryObj, slots: torch.Tensor) -> None:
-        connector.from_gpu(memory_obj, caches, slots)
-
-    torch.compile(step, fullgraph=True, backend="aot_eager")(_MemoryObj(chunk), slots)
+    storing(connector, SimpleNamespace(tensor=chunk), caches)(slots)
     together = [torch.stack(pair) for pair in caches.values()]
     assert torch.equal(chunk, rows_of(together, slots))
 
@@ -358,12 +345,7 @@ def test_nothing_registered_nothing_passed() -> None:
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_bad_slots_raise_from_the_compiled_function(compiler: str) -> None:
     connector, caches, chunk = scene()
-    before = chunk.clone()
-
-    def step(slots: torch.Tensor) -> None:
-        connector.from_gpu(chunk, None, slots)
-
-    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    before, compiled = chunk.clone(), storing(connector, chunk, compiler=compiler)
     with pytest.raises(SlotError, match=f"slot {SLOTS}"):
         compiled(torch.tensor([0, 1, SLOTS, 2]))
     assert torch.equal(chunk, before)

@@ -2,7 +2,6 @@
 """Mappings that forget their oldest entries."""
 
 import gc
-import timeit
 from functools import partial
 from operator import mul
 
@@ -21,6 +20,7 @@ def test_the_entry_that_was_inserted_first_goes_first() -> None:
     assert (kept.get(1), kept.get(2), kept.get(3)) == (None, "two", "three")
     assert kept.values() == ["two", "three"]
     assert len(kept) == 2
+    assert type(kept.get) is type({}.get)  # so that a hit costs what one of a dictionary does
 
 
 def test_an_entry_is_made_once_and_not_remembered_if_it_cannot_be_made() -> None:
@@ -68,14 +68,3 @@ def test_threads_fill_one_at_once() -> None:
 
     run_threads(fill, range(0, 42, 7))
     assert len(kept) <= 8
-
-
-def test_a_hit_is_as_cheap_as_one_of_a_dictionary() -> None:
-    kept: Bounded[int, int] = Bounded("hits", 8)
-    plain = {1: 1}
-    kept[1] = 1
-
-    def seconds(get: object) -> float:
-        return min(timeit.repeat("get(1)", globals={"get": get}, number=20_000, repeat=9))
-
-    assert seconds(kept.get) < 3 * seconds(plain.get)

@@ -71,16 +71,12 @@ def test_those_that_live_are_apart_and_one_that_ends_comes_back() -> None:
 
 
 @pytest.mark.usefixtures("driver")
-def test_each_device_and_priority_has_its_own() -> None:
+def test_each_device_and_priority_has_its_own_or_the_driver_s_word() -> None:
     other = torch.device("cuda", 1)
     handle = own_stream(CARD).handle
     assert own_stream(other).handle != handle
     assert own_stream(CARD, -1).handle != handle
     assert own_stream(CARD).handle == handle
-
-
-@pytest.mark.usefixtures("driver")
-def test_what_the_driver_refuses_is_told() -> None:
     with refused(TransferError, "A stream of cuda:0", "CUDA_ERROR_INVALID_VALUE"):
         own_stream(CARD, -6)
 
