@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.command_line import run, run_json, settle
+from support.command_line import run, run_json
 from support.simdev_cases import DEVICE, NAME
 
 from portakv import CopyPlan, PortaKVError
-from portakv.backends.base import Capabilities, Decision, Pending
-from portakv.engines import calibration, costs
+from portakv.backends.base import Pending
+from portakv.engines import calibration
 from portakv.engines import choose as chosen
 from portakv.engines.calibration import (
     GAP,
@@ -35,36 +35,29 @@ from portakv.engines.calibration import (
 from portakv.engines.choose import Host, HostLaunch
 from portakv.engines.costs import DIRECTIONS
 from portakv.engines.descriptors import Descriptors
-from portakv.engines.engine import PINNED, Engine
 from portakv.engines.staged import Staged
 from portakv.registry.registry import BUILT_IN
-from portakv.runtime import kernel_cache as _kernel_cache
-from portakv.runtime.bounded import Bounded
 from portakv_conformance import simdev
 
 pytestmark = pytest.mark.simdev
 
 SMALL = Grid((256, 4096), (4096, 32768), most_runs=64, repeats=1, short=0, pageable=8192)
 ONE_POINT = Grid((4096,), (4096,), repeats=3, short=0, pageable=4096)
-HERE = __name__
+HERE, FAKES = __name__, "support.host_choice_cases"
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache directory of one's own, a small grid, and no faults left behind."""
-    settle(monkeypatch)
-    monkeypatch.setenv(_kernel_cache.ENVIRONMENT, str(tmp_path / "cache"))
-    monkeypatch.setattr(costs, "_known", Bounded("tables", 4))
+def _small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A small grid, and no faults left behind."""
     monkeypatch.setattr(calibration, "GRID", SMALL)
-    yield tmp_path / "cache"
+    yield
     torch.accelerator.synchronize(DEVICE)
     assert not simdev.take_faults()
 
 
 def replaced(monkeypatch: pytest.MonkeyPatch, **targets: str) -> None:
     """Other classes for engines."""
-    found = {name: f"{HERE}:{target}" for name, target in targets.items()}
-    monkeypatch.setattr(chosen, "BUILT_IN", BUILT_IN | found)
+    monkeypatch.setattr(chosen, "BUILT_IN", BUILT_IN | targets)
 
 
 class Wrong(Descriptors):
@@ -88,43 +81,21 @@ class Failing(Descriptors):
         return launched
 
 
-class Broken(Engine):
-    """Fails at once."""
-
-    name = "broken"
-
-    def capabilities(self) -> Capabilities:
-        return Capabilities(places=PINNED, index_on="any")
-
-    def prepare(self, plan: CopyPlan) -> Any:
-        raise RuntimeError("nothing works today")
-
-
-class Absent(Broken):
-    @classmethod
-    def probe(cls, device: torch.device) -> Decision:
-        return Decision(cls.name, False, "it is not here")
-
-
-class Late(Broken):
+class Late(Staged):
     """Works behind the caller's back, and ends when it is waited for."""
 
     waited = 0
 
     def prepare(self, plan: CopyPlan) -> Any:
-        launch = Staged(self.device).prepare(plan)
+        launch = super().prepare(plan)
 
-        class End:
-            def done(self) -> bool:
-                return False
+        def wait() -> None:
+            Late.waited += 1
+            torch.accelerator.synchronize(DEVICE)
 
-            def wait(self) -> None:
-                Late.waited += 1
-                torch.accelerator.synchronize(DEVICE)
-
-        def launched(*arguments: Any) -> Pending:
+        def launched(*arguments: Any) -> Any:
             launch(*arguments)
-            return End()
+            return SimpleNamespace(done=lambda: False, wait=wait)
 
         return launched
 
@@ -255,14 +226,15 @@ def test_too_little_time_for_anything_is_an_error() -> None:
 def test_an_engine_that_is_wrong_or_fails_is_left_out_with_all_its_points(
     fake: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replaced(monkeypatch, descriptors=fake)
+    replaced(monkeypatch, descriptors=f"{HERE}:{fake}")
     found = calibrate(DEVICE, 60)
     assert why in found.left_out["descriptors"]
     assert {engine for engine, _ in found.points} == {"staged", "ring"}
 
 
 def test_pending_work_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    replaced(monkeypatch, staged="Late", descriptors="Absent", ring="Absent")
+    absent = f"{FAKES}:Absent"
+    replaced(monkeypatch, staged=f"{HERE}:Late", descriptors=absent, ring=absent)
     Late.waited = 0
     calibrate(DEVICE, 60, ONE_POINT)
     assert Late.waited == 2 * (1 + 2 + 3)  # each direction: proved, called, timed
@@ -395,17 +367,18 @@ def test_calibrate_as_json_and_what_is_no_table(
     assert found["emulated"]
     assert sorted(found["engines"]) == ["descriptors", "ring", "staged"]
     assert run("calibrate", "--device", str(DEVICE), "--seconds", "1e-4")[:2] == (1, "")
-    replaced(monkeypatch, staged="Absent", descriptors="Broken", ring="Absent")
+    absent = f"{FAKES}:Absent"
+    replaced(monkeypatch, staged=absent, descriptors=f"{FAKES}:Breaking", ring=absent)
     code, out, err = run("calibrate", "--device", str(DEVICE))
     assert (code, out) == (1, "")
     assert "No engine could be measured" in err
-    assert "nothing works today" in err
+    assert "the compiler crashed" in err
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder.write_text("a file")
+    folder.parent.write_text("a file")
     monkeypatch.setattr(calibration, "calibrate", None)
     code, out, err = run("calibrate", "--device", str(DEVICE))
     assert (code, out) == (1, "")

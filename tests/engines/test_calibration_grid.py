@@ -10,13 +10,12 @@ from time import perf_counter, sleep
 
 import pytest
 import torch
-from support.command_line import choose_tables, run, settle
+from support.command_line import choose_tables, run
 from support.host_choice_cases import FIGURES, H200
 
 from portakv.cli import calibrate as verb
 from portakv.cli import main
 from portakv.cli import sides as units
-from portakv.engines import costs
 from portakv.engines.calibration import (
     GRID,
     SECONDS,
@@ -31,23 +30,14 @@ from portakv.engines.calibration import (
 from portakv.engines.choose import ORDER
 from portakv.engines.costs import DIRECTIONS, Point, Table, costs_of, store
 from portakv.host import pinned
-from portakv.runtime import kernel_cache as _kernel_cache
-from portakv.runtime.bounded import Bounded
+from portakv.runtime import kernel_cache
 
 CUDA = torch.device("cuda", 0)
 
+pytestmark = pytest.mark.usefixtures("folder")
 no_accelerator = pytest.mark.skipif(
     torch.accelerator.is_available(), reason="this machine has an accelerator"
 )
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache directory of one's own, and no table that was read."""
-    settle(monkeypatch)
-    monkeypatch.setenv(_kernel_cache.ENVIRONMENT, str(tmp_path / "cache"))
-    monkeypatch.setattr(costs, "_known", Bounded("tables", 4))
-    return tmp_path / "cache"
 
 
 def test_the_grid_of_a_size() -> None:
@@ -120,7 +110,7 @@ def test_a_table_by_points() -> None:
 def measured() -> tuple[Table, float]:
     """A table, and the seconds that it took; kernels stay where they are kept."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(_kernel_cache.ENVIRONMENT)
+        patch.delenv(kernel_cache.ENVIRONMENT)
         began = perf_counter()
         found = calibrate(CUDA)
         return found, perf_counter() - began

@@ -29,19 +29,9 @@ from portakv.engines.costs import (
     unmeasured,
 )
 from portakv.runtime import cuda as _cuda_driver
-from portakv.runtime import kernel_cache as _kernel_cache
-from portakv.runtime.bounded import Bounded
 
+pytestmark = pytest.mark.usefixtures("folder")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache directory that is not there yet, and a process that has read no table."""
-    found = tmp_path / "a" / "cache"
-    monkeypatch.setenv(_kernel_cache.ENVIRONMENT, str(found))
-    monkeypatch.setattr(table, "_known", Bounded("tables", 4))
-    return found
 
 
 def affine(size: int, runs: int) -> float:

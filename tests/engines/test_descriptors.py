@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from support.device_cases import current, delay
-from support.engine_cases import DOWNWARD, cases, index_of, tensors_of, view_of
-from support.guarded_memory import check_sentence
+from support.engine_cases import DOWNWARD, TOKENS, Transfers
+from support.guarded_memory import check_sentence, tensors_in
 from support.simdev_cases import DEVICE, OTHER
 from support.threads import run_threads
 
@@ -19,118 +19,75 @@ from portakv.engines import descriptors
 from portakv.engines.descriptors import LEAST_RUN, Descriptors
 from portakv.engines.engine import Engine
 from portakv.engines.link import TorchLink
+from portakv.engines.pageable import Ring
 from portakv.engines.staged import Staged
 from portakv.host import pinned
 from portakv.plan.runs import Runs
 from portakv.runtime.transfer import copies_holding_memory
 
-PAGED, CHUNK = cases()[0].device, cases()[0].host
 
-
-class Scene:
-    """A paged cache on a device, a chunk in pinned memory, and a launch between them."""
-
-    def __init__(
-        self, device: torch.device, downward: bool = True, engine: type[Engine] = Descriptors
-    ) -> None:
-        self.device, self.downward, self.tokens = device, downward, 32
-        self.cache = [layer.to(device) for layer in tensors_of(PAGED, 0, 1)]
-        self.chunk = tensors_of(CHUNK, self.tokens, 2).pin_memory()
-        rows, host = view_of(self.cache, PAGED), view_of(self.chunk, CHUNK)
-        self.views = (rows, host) if downward else (host, rows)
-        steps = (1, 0) if downward else (0, 1)
-        self.plan = CopyPlan(self.views[0].form, self.views[1].form, *steps)
-        self.launch = engine(device).prepare(self.plan)
-
-    def go(self, ids: Index, host: torch.Tensor | None = None) -> None:
-        """Copy rows under these ids; ``host``: another chunk."""
-        views = list(self.views)
-        if host is not None:
-            views[self.downward] = view_of(host, CHUNK)
-        indices = (ids, Index()) if self.downward else (Index(), ids)
-        self.launch(views[0], views[1], *indices, self.tokens, None, None)
-
-    def stored(self, ids: list[int]) -> torch.Tensor:
-        """What the chunk must hold once these slots were stored."""
-        torch.accelerator.synchronize(self.device)
-        layers = torch.stack([layer.cpu() for layer in self.cache])
-        return layers.transpose(0, 1).flatten(2, 3)[:, :, ids].flatten(3)
-
-
-def test_ids_may_lie_anywhere(accelerator: torch.device) -> None:
-    scene = Scene(accelerator)
+@pytest.mark.parametrize("engine", [Descriptors, Staged, Ring])
+def test_ids_may_lie_anywhere(accelerator: torch.device, engine: type[Engine]) -> None:
+    transfer = Transfers(engine(accelerator), True)
     for where in (torch.device("cpu"), accelerator):
         for dtype in (torch.int32, torch.int64):
-            ids = torch.randperm(190)[:32]
-            scene.go(Index(ids.to(where, dtype)))
-            torch.accelerator.synchronize(accelerator)
-            assert torch.equal(scene.chunk, scene.stored(ids.tolist())), where
+            transfer.mine = Index(torch.randperm(190)[:TOKENS].to(where, dtype))
+            transfer()
 
 
 @pytest.mark.parametrize("on_host", [True, False])
 def test_an_id_past_the_end_moves_nothing(accelerator: torch.device, on_host: bool) -> None:
-    scene, ids = Scene(accelerator), torch.arange(32)
+    transfer, ids = Transfers(Descriptors(accelerator), True), torch.arange(TOKENS)
     ids[7] = 24 * 8
-    before = scene.chunk.clone()
+    transfer.mine = Index(ids if on_host else ids.to(accelerator))
+    before = transfer.expected(tokens=0)
     with pytest.raises(SlotError) as caught:
-        scene.go(Index(ids if on_host else ids.to(accelerator)))
+        transfer.go()
     check_sentence(str(caught.value), "192")
-    torch.accelerator.synchronize(accelerator)
-    assert torch.equal(scene.chunk, before)
+    transfer.check(before)
 
 
 def test_negative_ids_are_left_out(accelerator: torch.device) -> None:
-    scene, ids = Scene(accelerator), torch.arange(32)
-    before = scene.chunk.clone()
+    transfer, ids = Transfers(Descriptors(accelerator), True), torch.arange(TOKENS)
     ids[5:9] = -1
-    scene.go(Index(ids))
-    torch.accelerator.synchronize(accelerator)
-    kept = ids >= 0
-    assert torch.equal(scene.chunk[:, :, kept], scene.stored(ids[kept].tolist()))
-    assert torch.equal(scene.chunk[:, :, ~kept], before[:, :, ~kept])
-    scene.tokens = 0  # nothing is no copy
-    before = scene.chunk.clone()
-    scene.go(Index([1, 2]))
-    torch.accelerator.synchronize(accelerator)
-    assert torch.equal(scene.chunk, before)
+    transfer.mine = Index(ids)
+    transfer()
 
 
 @pytest.mark.simdev
 def test_a_list_that_is_used_again_is_expanded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    scene, asked, real = Scene(DEVICE), list[int](), CopyPlan.runs
+    transfer, asked, real = Transfers(Descriptors(DEVICE), True), list[int](), CopyPlan.runs
 
     def runs(self: CopyPlan, *args: object) -> Runs:
         asked.append(1)
         return real(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(CopyPlan, "runs", runs)
-    ids = torch.randperm(150)[:40]
+    ids = torch.randperm(150)[:TOKENS]
     index = Index(ids)
     for again, expected in ((index, 1), (index, 1), (index.shifted(3), 2), (index.shifted(3), 2)):
-        scene.go(again)
+        transfer.mine = again
+        transfer.go(tokens=32)
         assert len(asked) == expected
     # Another index of the same tensor may be made after its ids have changed.
     ids.copy_(ids.flip(0))
-    scene.go(Index(ids))
+    transfer.mine = Index(ids)
+    transfer(tokens=32)
     assert len(asked) == 3
-    wanted = scene.stored(ids[:32].tolist())
-    assert torch.equal(scene.chunk, wanted)
-    other = torch.zeros_like(scene.chunk).pin_memory()
-    scene.go(Index(ids), other)  # another memory under a list of the same ids
-    torch.accelerator.synchronize(DEVICE)
-    assert torch.equal(other, wanted)
+    transfer.mine = Index(ids)
+    transfer(transfer.chunk(5), 32)  # another memory under a list of the same ids
 
 
 @pytest.mark.simdev
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(descriptors, "MOST_KEPT", 500)
     monkeypatch.setattr(TorchLink, "copy", lambda *args: None)
-    scene, kept = Scene(DEVICE), list[Index]()
+    transfer, kept = Transfers(Descriptors(DEVICE), True), list[Index]()
     for seed in range(30):
-        kept.append(index_of((torch.randperm(190)[: 8 + seed].tolist(), 1)))
-        scene.tokens = 8 + seed if seed < 24 else 32
-        scene.go(kept[-1])
-        known = scene.launch._known  # type: ignore[attr-defined]
+        kept.append(Index(torch.randperm(190)[: 8 + seed].tolist()))
+        transfer.mine = kept[-1]
+        transfer.go(tokens=8 + seed if seed < 24 else 32)
+        known = transfer.prepared()._known
         number = sum(pieces.number + 1 for pieces in known._pieces.values())
         assert 0 < known._number == number <= 500
         assert kept[-1].ids_token in next(reversed(known._pieces))
@@ -141,21 +98,20 @@ def test_host_memory_outlives_the_copy(accelerator: torch.device, engine: type[E
     """Forgotten while the copy flies."""
     torch.accelerator.synchronize(accelerator)
     assert copies_holding_memory() == 0
-    scene = Scene(accelerator, False, engine)
-    wanted, cache, index = scene.chunk.clone(), scene.cache, Index(list(range(32)))
-    scene.go(index)  # what is made once is there
+    transfer = Transfers(engine(accelerator), False)
+    transfer()  # what is made once is there
+    cache, shape = tensors_in(transfer.rows.tensors), tensors_in(transfer.host.tensors)[0].shape
     for layer in cache:
         layer.zero_()
-    torch.accelerator.synchronize(accelerator)
+    wanted = tensors_in(transfer.expected().tensors)
     delay(current(accelerator))
-    scene.go(index)
+    transfer.go()
     assert copies_holding_memory() == 1
-    del scene
+    del transfer
     gc.collect()
-    rubbish = [torch.full_like(wanted, 7).pin_memory() for _ in range(4)]
+    rubbish = [torch.full(shape, 7, dtype=torch.int16).pin_memory() for _ in range(4)]
     torch.accelerator.synchronize(accelerator)
-    layers = torch.stack([layer.cpu() for layer in cache])
-    assert torch.equal(layers.transpose(0, 1).flatten(2, 3)[:, :, :32].flatten(3), wanted)
+    assert all(torch.equal(x.cpu(), y) for x, y in zip(cache, wanted, strict=True))
     assert copies_holding_memory() == 0
     del rubbish
 
@@ -182,18 +138,15 @@ def test_scattered_blocks_of_separate_layers(accelerator: torch.device, downward
 
 
 def test_from_several_threads(accelerator: torch.device) -> None:
-    scene = Scene(accelerator)
-    chunks = [torch.zeros_like(scene.chunk).pin_memory() for _ in range(3)]
-    lists = [torch.randperm(190)[:32].tolist() for _ in chunks]
-
-    def store(number: int) -> None:
-        for _ in range(2):
-            scene.go(Index(lists[number]), chunks[number])
-
-    run_threads(store, range(3))
-    torch.accelerator.synchronize(accelerator)
-    for chunk, ids in zip(chunks, lists, strict=True):
-        assert torch.equal(chunk, scene.stored(ids))
+    """By one launch, each with a list and a chunk of its own."""
+    transfers = [Transfers(Descriptors(accelerator), True) for _ in range(3)]
+    for each in transfers:
+        each.mine = Index(torch.randperm(190)[:TOKENS].tolist())
+        each._prepared = transfers[0]._prepared
+    wanted = [each.expected() for each in transfers]
+    run_threads(lambda each: [each.go(), each.go()], transfers)
+    for each, expected in zip(transfers, wanted, strict=True):
+        each.check(expected)
 
 
 @pytest.mark.simdev

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from support.device_cases import delay, on
-from support.engine_cases import DOWNWARD, small_slices
+from support.engine_cases import CHUNKS, DOWNWARD, Case, Transfers, small_slices
+from support.guarded_memory import tensors_in
 from support.simdev_cases import DEVICE, OTHER
 from support.threads import run_threads
 
@@ -24,7 +25,7 @@ from portakv.engines.slices import Sizes
 from portakv.engines.staging import BUFFERS, bounce_buffers
 from portakv.plan.plan import CopyPlan
 
-TOKENS, WIDTH, SLICE = 96, 32, 2048
+SLICE, TOKEN, TOKENS = 2048, 3 * 2 * 2 * 16 * 2, 96  # bytes, of a token; tokens of a copy
 REPEATS = 8
 
 
@@ -33,75 +34,44 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     small_slices(monkeypatch, SLICE)
 
 
-class Copies:
-    """One chunk on each side, with a prepared copy between them."""
+def between_chunks(
+    device: torch.device, downward: bool, tokens: int = TOKENS, seed: int = 1
+) -> Transfers:
+    """One chunk on each side; backwards, so that the device's half is no plain copy."""
+    case = Case(CHUNKS[0], CHUNKS[0], (range(tokens - 1, -1, -1), 1), None, tokens)
+    return Transfers(Ring(device), downward, case, seed)
 
-    def __init__(
-        self, down: bool, device: torch.device, tokens: int = TOKENS, layers: int = 2,
-        width: int = WIDTH,
-    ) -> None:  # fmt: skip
-        self.tokens, self.down = tokens, down
-        shape = (2, layers, tokens, width)
-        self.host = torch.zeros(shape, dtype=torch.uint8)
-        self.rows = torch.zeros(shape, dtype=torch.uint8, device=device)
-        views = [KVView(x, "kv layer token (head dim)", heads=1) for x in (self.rows, self.host)]
-        self.views = views if down else views[::-1]
-        # Backwards, so that the device's half is no plain copy.
-        self.indices = self.turned(Index(torch.arange(tokens).flip(0)))
-        forms, steps = (v.form for v in self.views), (i.plan_step for i in self.indices)
-        plan = CopyPlan(*forms, *steps)  # type: ignore[arg-type]
-        self.launch: Any = Ring(device).prepare(plan)
 
-    def turned(self, ids: Index) -> tuple[Index, Index]:
-        """Both indices, of which the device's has ids."""
-        return (ids, Index()) if self.down else (Index(), ids)
-
-    def fill(self, seed: int) -> torch.Tensor:
-        """Other bytes in the source; returns what the destination is to hold."""
-        generator = torch.Generator().manual_seed(seed)
-        made = torch.randint(0, 256, self.host.shape, dtype=torch.uint8, generator=generator)
-        (self.rows if self.down else self.host).copy_(made)
-        return made.flip(2)
-
-    def run(self, stream: torch.Stream | None = None) -> None:
-        self.launch(*self.views, *self.indices, self.tokens, stream, None)
-
-    def landed(self) -> torch.Tensor:
-        """The destination; of the device, behind everything."""
-        torch.accelerator.synchronize(self.rows.device)
-        return self.host.clone() if self.down else self.rows.cpu()
-
-    def slices(self) -> list[Any]:
-        """The slices that a copy is made of."""
-        rows, host, _, theirs = self.launch.ends((*self.views, *self.indices, self.tokens))
-        found: list[Any] = self.launch.slices(rows, host, theirs, self.tokens)
-        return found
+def slices_of(transfer: Transfers) -> list[Any]:
+    """The slices that a copy is made of."""
+    rows, host, count = transfer.rows, transfer.host, transfer.case.count
+    found: list[Any] = transfer.prepared().slices(rows, host, transfer.theirs, count)
+    return found
 
 
 @DOWNWARD
 @pytest.mark.usefixtures("small")
 def test_slices_go_round_the_buffers(accelerator: torch.device, downward: bool) -> None:
-    copies = Copies(downward, accelerator)
-    assert len(copies.slices()) > 2 * BUFFERS
+    transfer = between_chunks(accelerator, downward)
+    assert len(slices_of(transfer)) > 2 * BUFFERS
     for seed in range(REPEATS):
-        wanted = copies.fill(seed)
-        copies.run()
+        chunk = transfer.chunk(seed)
+        expected, (tensor,) = transfer.expected(chunk), tensors_in(chunk.tensors)
+        transfer.go(chunk)
         if downward:
-            assert torch.equal(copies.host, wanted)  # it has landed when the call returns
+            assert torch.equal(tensor, expected.tensors)  # it has landed when the call returns
         else:
-            copies.host.fill_(0xEE)  # all of it has been read
-        assert torch.equal(copies.landed(), wanted)
+            tensor.fill_(0xEE)  # all of it has been read
+            transfer.check(expected)
 
 
 @DOWNWARD
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 1040, 32_000])
+@pytest.mark.parametrize("tokens", [1, 1040, 64_000])
 def test_slices_of_the_default_size(tokens: int, downward: bool) -> None:
-    copies = Copies(downward, torch.device("cuda", 0), tokens, layers=8, width=256)
+    transfer = between_chunks(torch.device("cuda", 0), downward, tokens)
     for seed in range(3):
-        wanted = copies.fill(seed)
-        copies.run()
-        assert torch.equal(copies.landed(), wanted)
+        transfer(transfer.chunk(seed))
 
 
 def interrupted(plain: Callable[..., Any], after: int, late: bool) -> Callable[..., Any]:
@@ -128,43 +98,38 @@ def test_an_interrupt_leaves_the_ring_usable(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     owner: Any = {"rows": HostRows, "link": type(link_of(accelerator))}[where]
-    plain: Callable[..., Any] = owner.copy
-    for seed in range(2):
-        copies = Copies(downward, accelerator)
-        copies.fill(seed)
-        monkeypatch.setattr(owner, "copy", interrupted(plain, after, late))
+    transfer = between_chunks(accelerator, downward)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, "copy", interrupted(owner.copy, after, late))
         with pytest.raises(KeyboardInterrupt):
-            copies.run()
-        monkeypatch.setattr(owner, "copy", plain)
-        if downward:  # what is left behind is not written later
-            copies.host.fill_(0x11)
-            assert (copies.landed() == 0x11).all()
-        # The memory goes at once, and the next transfer takes the same buffers.
-        del copies
-        other = Copies(not downward, accelerator)
-        wanted = other.fill(seed + 100)
-        other.run()
-        assert torch.equal(other.landed(), wanted)
+            transfer.go()
+    if downward:  # what is left behind is not written later
+        (chunk,) = tensors_in(transfer.host.tensors)
+        chunk.fill_(0x11)
+        torch.accelerator.synchronize(accelerator)
+        assert (chunk == 0x11).all()
+    # The memory goes at once, and the next transfer takes the same buffers.
+    del transfer
+    between_chunks(accelerator, not downward, seed=9)()
 
 
 def on_streams_of_their_own(devices: list[torch.device]) -> None:
     """Two threads of each direction."""
-    wrong: list[str] = []
 
     def work(number: int) -> None:
-        down, device = number < 2, devices[number % len(devices)]
-        copies, stream = Copies(down, device), torch.Stream(device)
-        for seed in range(REPEATS):
+        device = devices[number % len(devices)]
+        transfer = between_chunks(device, number < 2, seed=10 * number)
+        expected, stream = transfer.expected(), torch.Stream(device)
+        target = transfer.host if number < 2 else transfer.rows
+        for _ in range(REPEATS):
             with on(stream):
-                wanted = copies.fill(100 * number + seed)
-                copies.run(stream)
-                found = copies.host.clone() if down else copies.rows.clone()
+                tensors_in(target.tensors)[0].zero_()
+                transfer.go(stream=stream)
+                found = tensors_in(target.tensors)[0].cpu().clone()
             stream.synchronize()
-            if not torch.equal(found.cpu(), wanted):
-                wrong.append(f"thread {number}, round {seed}")
+            assert torch.equal(found, expected.tensors)
 
     run_threads(work, range(4))
-    assert not wrong
 
 
 @pytest.mark.usefixtures("small")
@@ -184,19 +149,19 @@ def test_ids_that_are_brought_for_the_copy_are_there_before_they_are_read(
     accelerator: torch.device, downward: bool
 ) -> None:
     """A column of a block table: it is made contiguous on the caller's stream, which is late."""
-    copies, stream = Copies(downward, accelerator), torch.Stream(accelerator)
+    transfer, stream = between_chunks(accelerator, downward), torch.Stream(accelerator)
     for seed in range(4):
         order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(seed))
         table = torch.stack([order, torch.full_like(order, 1 << 40)], 1).to(accelerator)
-        made = copies.fill(seed).flip(2)
-        wanted = made[:, :, order if downward else order.argsort()]
-        copies.indices = copies.turned(Index(table[:, 0]))
+        transfer.mine = Index(table[:, 0])
+        expected = transfer.expected()
+        transfer.mine = Index(table[:, 0])  # of which the host knows nothing
         torch.accelerator.synchronize(accelerator)
         with on(stream):
             delay(stream)
-            copies.run(stream)
+            transfer.go(stream=stream)
             stream.synchronize()
-        assert torch.equal(copies.landed(), wanted)
+        transfer.check(expected)
 
 
 @DOWNWARD
@@ -219,10 +184,10 @@ def test_opaque_pages_of_any_size(accelerator: torch.device, page: int, downward
 @pytest.mark.usefixtures("small")
 def test_pinned_memory_is_bounded_and_no_more_than_a_payload_needs() -> None:
     bounce_buffers.cache_clear()
-    for tokens, nbytes in ((0, 0), (4, 2 * 2 * 4 * WIDTH), (4096, SLICE)):
-        copies = Copies(True, DEVICE, tokens or 1)
-        copies.tokens = tokens
-        copies.run()
+    between_chunks(DEVICE, True).go(tokens=0)
+    assert bounce_buffers(DEVICE).nbytes == 0
+    for tokens, nbytes in ((1, TOKEN), (1000, SLICE)):
+        between_chunks(DEVICE, True, tokens).go()
         assert bounce_buffers(DEVICE).nbytes == BUFFERS * nbytes
 
 
@@ -241,7 +206,7 @@ def test_a_slice_is_no_larger_than_asked_or_by_one_block(
     monkeypatch.setattr(schedule, "LARGEST", 1 << 20)
     layers, blocks = 2, 640 // block
     shape = (blocks, layers, 2) if layout.startswith("block") else (layers, 2, blocks)
-    made = torch.zeros((*shape, block, WIDTH), dtype=torch.uint8)
+    made = torch.zeros((*shape, block, 32), dtype=torch.uint8)
     sides = [made.to(DEVICE), made] if "|" not in layout else [list(made.to(DEVICE)), list(made)]
     device, host = (KVView(x, layout) for x in sides)
     theirs = Index(list(range(blocks))[::-1], block, offset)
@@ -256,11 +221,10 @@ def test_a_slice_is_no_larger_than_asked_or_by_one_block(
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 16, 63, 64, 65, 1000])
 @pytest.mark.usefixtures("small")
 def test_slices_cover_every_position_of_every_plane_once(tokens: int, downward: bool) -> None:
-    copies = Copies(downward, DEVICE, tokens)
-    slices = copies.slices()
-    device, host = copies.views if downward else copies.views[::-1]
+    transfer = between_chunks(DEVICE, downward, tokens)
+    slices, host = slices_of(transfer), transfer.host
     of_host = [host.planes(x.cut.layers, x.cut.kv) for x in slices]
-    for whole, mine in ((device, [x.rows for x in slices]), (host, of_host)):
+    for whole, mine in ((transfer.rows, [x.rows for x in slices]), (host, of_host)):
         met = sorted(
             (origin, at)
             for piece, view in zip(slices, mine, strict=True)
@@ -283,7 +247,7 @@ def planes_of(view: KVView) -> list[int]:
 @pytest.mark.usefixtures("small")
 def test_small_slices_stand_where_only_one_side_is_busy(downward: bool) -> None:
     """At the beginning the link to the host, at the end the one to the device."""
-    slices = Copies(downward, DEVICE, 1000).slices()
+    slices = slices_of(between_chunks(DEVICE, downward, 1000))
     sizes = [piece.dense.nbytes(piece.cut.count) for piece in slices[:: 1 if downward else -1]]
     assert sizes[0] == SLICE // 4
     assert max(sizes) == sizes[1] == SLICE

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,15 +16,14 @@ import torch
 from support.device_cases import delay
 from support.engine_cases import (
     DOWNWARD,
-    FIRST,
     ON_HOST,
     TOKENS,
+    USUAL,
     Case,
     Transfers,
     broken_at,
     cases,
     full,
-    judge,
     small_slices,
 )
 from support.guarded_memory import tensors_in
@@ -37,7 +37,7 @@ from portakv.engines import staging
 from portakv.engines.descriptors import Descriptors
 from portakv.engines.link import TorchLink
 from portakv.engines.pageable import Ring
-from portakv.engines.pieces import ALL, Pieces
+from portakv.engines.pieces import ALL, Pieces, to_2d_copies
 from portakv.engines.slices import Slice
 from portakv.engines.staged import Staged
 from portakv.engines.staging import Staging, dense_rows
@@ -73,11 +73,10 @@ def test_every_byte(
     """In slices of the default size, and so small that every copy has many."""
     if largest:
         small_slices(monkeypatch, largest)
-    judge(case, engine(accelerator), downward, ON_HOST[engine])
+    transfer = Transfers(engine(accelerator), downward, case)
+    transfer()
     if case in CASES[::5]:
-        stream = torch.Stream(accelerator)
-        stream.wait_stream(torch.accelerator.current_stream(accelerator.index))
-        judge(case, engine(accelerator), downward, ON_HOST[engine], stream)
+        transfer(transfer.chunk(3), stream=torch.Stream(accelerator))
 
 
 @DOWNWARD
@@ -94,17 +93,14 @@ def test_kept_slices_serve_other_memory(accelerator: torch.device, downward: boo
 def test_streams_have_staging_of_their_own(accelerator: torch.device, downward: bool) -> None:
     """The same prepared copy on two streams at once, over and over: each by its own buffers."""
     transfer = Transfers(Staged(accelerator), downward)
-    expected = transfer.moved() if downward else tensors_in(transfer.host.tensors)[0].clone()
-    others = [transfer.host, transfer.chunk(2)]
-    streams = [torch.Stream(accelerator) for _ in others]
+    others = [transfer.host, transfer.chunk(2)]  # of the same bytes
+    expected, streams = transfer.expected(), [torch.Stream(accelerator) for _ in others]
     for _ in range(3):
         for other, stream in zip(others, streams, strict=True):
             stream.wait_stream(torch.accelerator.current_stream(accelerator.index))
-            transfer.go(other, TOKENS, stream)
-    torch.accelerator.synchronize(accelerator)
+            transfer.go(other, stream=stream)
     for other in others:
-        assert torch.equal(tensors_in(other.tensors)[0], expected)
-    assert torch.equal(transfer.moved(), expected)
+        transfer.check(expected, other)
 
 
 @DOWNWARD
@@ -113,15 +109,20 @@ def test_earlier_work_of_the_stream_comes_first(accelerator: torch.device, downw
     """Rows that are still being written are read after that, or written after that."""
     transfer = Transfers(Staged(accelerator), downward)
     transfer()  # nothing is made any more
-    for _ in range(5):
-        delay(torch.accelerator.current_stream(accelerator.index))
+
+    def fill(value: int) -> None:
         for layer in tensors_in(transfer.rows.tensors):
-            layer.fill_(7)
-        transfer.go(transfer.host, TOKENS)
+            layer.fill_(value)
+
+    for value in range(5):
+        fill(value)
+        expected = transfer.expected()
+        fill(99)
         torch.accelerator.synchronize(accelerator)
-        (chunk,) = tensors_in(transfer.host.tensors)
-        assert not downward or bool((chunk == 7).all())
-        assert torch.equal(transfer.moved(), chunk)
+        delay(torch.accelerator.current_stream(accelerator.index))
+        fill(value)
+        transfer.go()
+        transfer.check(expected)
 
 
 @DOWNWARD
@@ -174,15 +175,13 @@ def test_a_backend_that_refuses_the_hosts_order_gets_the_other(
     host = Transfers(Staged(accelerator), downward).host
     OnlyByLayer.takes, OnlyByLayer.refused = set(), 0
     with pytest.raises(Unsupported):
-        Transfers(Staged(accelerator, half), downward)
+        Transfers(Staged(accelerator, half), downward).prepared()
     assert OnlyByLayer.refused == 2  # both were tried
     dense = dense_rows(host.form, True)
     held = {TOKENS, *(1 << n for n in range(12))}
     room = torch.empty(dense.nbytes(max(held)), dtype=torch.uint8, device=accelerator)
     OnlyByLayer.takes = {dense.view(room, each).form for each in held}
-    transfer = Transfers(Staged(accelerator, half), downward)
-    transfer.mine = Index(torch.arange(FIRST, FIRST + TOKENS))
-    transfer()
+    Transfers(Staged(accelerator, half), downward)()
 
 
 @DOWNWARD
@@ -193,7 +192,7 @@ def test_slices_cross_before_the_pieces_of_later_ones_are_made(
     """Else the link is idle until the host has expanded the whole transfer."""
     small_slices(monkeypatch, 4096)
     transfer = Transfers(Staged(DEVICE), downward)
-    made, copy, order = schedule.to_2d_copies, TorchLink.copy, list[str]()
+    made, copy, order = to_2d_copies, TorchLink.copy, list[str]()
 
     def pieces(*arguments: Any) -> Any:
         order.append("made")
@@ -217,7 +216,7 @@ def test_slices_cross_before_the_pieces_of_later_ones_are_made(
 def test_staging_stays_below_its_limit() -> None:
     """Whatever is moved, two buffers of one slice each."""
     for case in CASES[::4]:
-        judge(case, Staged(DEVICE), True, torch.Tensor.pin_memory)
+        Transfers(Staged(DEVICE), True, case)()
     most = staging.RING * schedule.LARGEST
     assert max(each.nbytes for each in staging._known.values()) <= most
 
@@ -228,7 +227,7 @@ def test_staging_is_empty_and_usable_after_it_found_no_memory(
     larger: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else what was enough before is taken to be there still."""
-    stages = Transfers(Staged(DEVICE), True).launch.stages.whole
+    stages = Transfers(Staged(DEVICE), True).prepared().stages.whole
     held = stages.held(8, 0, True, schedule.LARGEST)
     nbytes = stages.dense.nbytes(held)
     for later in ((1, 2), larger):
@@ -254,7 +253,7 @@ def test_transfers_go_on_after_one_that_found_no_memory(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", full)
         with pytest.raises(torch.OutOfMemoryError):
-            transfer.go(transfer.host, TOKENS)
+            transfer.go()
     transfer(tokens=8)
     transfer()
 
@@ -287,7 +286,7 @@ def test_threads_that_settle_one_slice_at_once_agree(
 
     def fresh() -> Slice:
         transfer.rows.derived.clear()
-        (found,) = transfer.launch.slices(transfer.rows, host, transfer.theirs, TOKENS, True)
+        (found,) = transfer.prepared().slices(transfer.rows, host, transfer.theirs, TOKENS, True)
         return found  # type: ignore[no-any-return]
 
     one = fresh()
@@ -352,7 +351,8 @@ def test_memory_that_is_pinned_in_other_parts_is_cut_there(
     engine: type[Backend], host_ids: bool, downward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the same address, with the same ids, where pieces are kept: none may reach over a seam."""
-    transfer = Transfers(engine(DEVICE), downward, host_ids)
+    case = replace(USUAL, host_ids=(range(TOKENS), 1) if host_ids else None)
+    transfer = Transfers(engine(DEVICE), downward, case)
     crossed, copy = list[tuple[int, int]](), TorchLink.copy
 
     def noted(self: Any, pieces: Pieces, *others: Any) -> None:

@@ -100,40 +100,6 @@ def index_of(ids: tuple[Any, int] | None, offset: int = 0) -> Index:
     return Index(offset=offset) if ids is None else Index(list(ids[0]), step=ids[1])
 
 
-def judge(
-    case: Case,
-    engine: Backend,
-    downward: bool,
-    on_host: Callable[[torch.Tensor], torch.Tensor],
-    stream: torch.Stream | None = None,
-) -> None:
-    """Copy through an engine; every byte of the destination must be as `reference` has it."""
-    device = engine.device
-    there, here = tensors_of(case.device, 0, 1), tensors_of(case.host, case.count + case.offset, 2)
-    on_device = mapped(there, lambda x: x.to(device))
-    pinned = mapped(here, on_host)
-    views = view_of(on_device, case.device), view_of(pinned, case.host)
-    plain = view_of(there, case.device), view_of(here, case.host)
-    indices = index_of(case.ids), index_of(case.host_ids, case.offset)
-    if not downward:
-        views, plain, indices = views[::-1], plain[::-1], indices[::-1]
-    copy_rows(*plain, *indices, count=case.count)
-    launch_pieces(engine, Move(*views, *indices, case.count), stream)
-    torch.accelerator.synchronize(device)
-    found, expected = (pinned, here) if downward else (on_device, there)
-    for tensor, wanted in zip(tensors_in(found), tensors_in(expected), strict=True):
-        assert torch.equal(tensor.cpu(), wanted), case
-
-
-def launch_pieces(engine: Backend, move: Move, stream: torch.Stream | None) -> None:
-    """Launch whole units, and head and tail by tokens, as the library does."""
-    forms = move.src.form, move.dst.form
-    for first, tokens, unit in CopyPlan(*forms, *move.steps).split(move):
-        plan = CopyPlan(*forms, *move.steps, unit)
-        assert engine.check(plan).accepted, engine.check(plan)
-        engine.prepare(plan)(*move.part(first, tokens), stream, None)
-
-
 DOWNWARD = pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
 #: Each engine that copies by pieces, with the host memory that it takes.
 ON_HOST: dict[type[Backend], Callable[[torch.Tensor], torch.Tensor]] = {
@@ -141,55 +107,100 @@ ON_HOST: dict[type[Backend], Callable[[torch.Tensor], torch.Tensor]] = {
     Descriptors: torch.Tensor.pin_memory,
     Ring: torch.Tensor.clone,
 }
-#: Tokens of a transfer of `Transfers`, and its first slot.
+#: Tokens of the usual case, and its first slot.
 TOKENS, FIRST = 40, 100
+USUAL = Case(PAGED[0], CHUNKS[0], (range(FIRST, FIRST + TOKENS), 1), None, TOKENS)
 
 
 class Transfers:
-    """Transfers of one kind between a paged cache and a chunk, through one prepared copy, with the
-    same lists of ids each time.
+    """Transfers of one kind, through launches that are prepared once, judged by `reference`.
 
     Args:
         engine: carries them out.
         downward: from the device to the host.
-        host_ids: the host's rows have ids, too.
+        case: layouts, ids and tokens; the ids are the same lists each time.
+        seed: of the bytes.
+
+    Attributes:
+        rows, host: the device's memory, and the host's.
+        mine, theirs: the index of either.
     """
 
-    def __init__(self, engine: Backend, downward: bool, host_ids: bool = False) -> None:
-        self.engine, self.downward = engine, downward
-        there = mapped(tensors_of(PAGED[0], 0, 1), lambda x: x.to(engine.device))
-        self.rows, self.host = view_of(there, PAGED[0]), self.chunk(2)
-        self.mine = index_of((list(range(FIRST, FIRST + TOKENS)), 1))
-        self.theirs = index_of((list(range(TOKENS)), 1) if host_ids else None)
-        forms = self.turned(self.rows.form, self.host.form)
-        steps = self.turned(self.mine.plan_step, self.theirs.plan_step)
-        self.launch: Any = engine.prepare(CopyPlan(*forms, *steps))
+    def __init__(self, engine: Backend, downward: bool, case: Case = USUAL, seed: int = 1) -> None:
+        self.engine, self.downward, self.case = engine, downward, case
+        made = tensors_of(case.device, case.count, seed)
+        self.rows = view_of(mapped(made, lambda x: x.to(engine.device)), case.device)
+        self.host = self.chunk(seed + 1)
+        self.mine, self.theirs = index_of(case.ids), index_of(case.host_ids, case.offset)
+        self.plan = self._plan_of(None)
+        self._prepared: dict[int, Any] = {}
 
     def chunk(self, seed: int) -> KVView:
         """Other memory of the host, of random bytes."""
-        made = tensors_of(CHUNKS[0], TOKENS, seed)
-        return view_of(ON_HOST[type(self.engine)](made), CHUNKS[0])
+        made = tensors_of(self.case.host, self.case.count + self.case.offset, seed)
+        return view_of(mapped(made, ON_HOST[type(self.engine)]), self.case.host)
 
-    def go(self, host: KVView, tokens: int, stream: torch.Stream | None = None) -> None:
-        """Launch; nothing is waited for."""
-        indices = self.turned(self.mine, self.theirs)
-        self.launch(*self.turned(self.rows, host), *indices, tokens, stream, None)
+    def _plan_of(self, unit: int | None) -> CopyPlan:
+        src, dst = self.turned(self.rows.form, self.host.form)
+        steps = self.turned(self.mine.plan_step, self.theirs.plan_step)
+        return CopyPlan(src, dst, steps[0], steps[1], unit)
 
-    def __call__(self, host: KVView | None = None, tokens: int = TOKENS) -> None:
-        """Move the rows, and compare."""
-        host = host or self.host
-        source = (self.rows if self.downward else host).tensors
-        before = mapped(source, torch.Tensor.clone)
-        self.go(host, tokens)
+    def prepared(self, unit: int | None = None) -> Any:
+        """The launch of the plan in units of so many tokens; None: of its own."""
+        unit = unit or self.plan.unit
+        if unit not in self._prepared:
+            plan = self._plan_of(unit)
+            assert self.engine.check(plan).accepted, self.engine.check(plan)
+            self._prepared[unit] = self.engine.prepare(plan)
+        return self._prepared[unit]
+
+    def go(
+        self, host: KVView | None = None, tokens: int | None = None,
+        stream: torch.Stream | None = None,
+    ) -> None:  # fmt: skip
+        """Launch whole units, and head and tail by tokens, as the library does; nothing is waited
+        for."""
+        src, dst = self.turned(self.rows, host or self.host)
+        mine, theirs = self.turned(self.mine, self.theirs)
+        move = Move(src, dst, mine, theirs, self.case.count if tokens is None else tokens)
+        for first, count, unit in self.plan.split(move):
+            part = mine.shifted(first), theirs.shifted(first)
+            self.prepared(unit)(src, dst, *part, count, stream, None)
+
+    def expected(self, host: KVView | None = None, tokens: int | None = None) -> KVView:
+        """The destination as it should be once the rows were moved, on the host."""
+        src, dst = (self._plain(view) for view in self.turned(self.rows, host or self.host))
+        indices = (index.to_host() for index in self.turned(self.mine, self.theirs))
+        copy_rows(src, dst, *indices, count=self.case.count if tokens is None else tokens)
+        return dst
+
+    def check(self, expected: KVView, host: KVView | None = None) -> None:
+        """Every byte of the destination is as it should be, once all has ended."""
         torch.accelerator.synchronize(self.engine.device)
-        for now, then in zip(tensors_in(source), tensors_in(before), strict=True):
-            assert torch.equal(now, then)
-        assert torch.equal(self.moved(tokens), tensors_in(host.tensors)[0][:, :, :tokens])
+        self._alike(self.turned(self.rows, host or self.host)[1], expected)
 
-    def moved(self, tokens: int = TOKENS) -> torch.Tensor:
-        """The device's rows that are read or written, as a chunk."""
-        layers = [layer.cpu().flatten(1, 2) for layer in tensors_in(self.rows.tensors)]
-        return torch.stack([x[:, FIRST : FIRST + tokens].flatten(2) for x in layers], 1)
+    def __call__(
+        self, host: KVView | None = None, tokens: int | None = None,
+        stream: torch.Stream | None = None,
+    ) -> None:  # fmt: skip
+        """Move the rows and judge; the source is as it was."""
+        source = self.turned(self.rows, host or self.host)[0]
+        before, expected = self._plain(source), self.expected(host, tokens)
+        if stream is not None:
+            stream.wait_stream(torch.accelerator.current_stream(stream.device_index))
+        self.go(host, tokens, stream)
+        self.check(expected, host)
+        self._alike(source, before)
+
+    def _plain(self, view: KVView) -> KVView:
+        layout = self.case.device if view is self.rows else self.case.host
+        return view_of(mapped(view.tensors, lambda x: x.cpu().clone()), layout)
+
+    def _alike(self, found: KVView, wanted: KVView) -> None:
+        for tensor, other in zip(
+            tensors_in(found.tensors), tensors_in(wanted.tensors), strict=True
+        ):
+            assert torch.equal(tensor.cpu(), other), self.case
 
     def turned(self, mine: Any, theirs: Any) -> Any:
         """(Source, destination) of what belongs to the device and to the host."""
