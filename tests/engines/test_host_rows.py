@@ -134,14 +134,14 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], bool]]:
     def note(target: torch.Tensor, indexed: bool) -> None:
         seen.append((tuple(n for n in target.shape if n != 1), indexed))
 
-    def select(source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    def select(*given: Any, out: torch.Tensor | None = None) -> torch.Tensor:
         if out is not None:
             note(out, True)
-        return ops.select(source, rows, out)
+        return ops.select(*given, out=out)
 
-    def put(target: torch.Tensor, rows: torch.Tensor, source: torch.Tensor) -> None:
+    def put(target: torch.Tensor, *given: Any) -> None:
         note(target, True)
-        ops.put(target, rows, source)
+        ops.put(target, *given)
 
     def copy(target: torch.Tensor, source: torch.Tensor) -> None:
         note(target.view(torch.uint8), False)
