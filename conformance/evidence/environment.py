@@ -65,11 +65,8 @@ def _told(pattern: str, around: str) -> str:
 
 
 def _module() -> str:
-    for name in _MODULES:
-        version = _told(f"sys/module/{name}/version", r"(\S+)")
-        if version:
-            return f"{name} {version}"
-    return ""
+    found = ((name, _told(f"sys/module/{name}/version", r"(\S+)")) for name in _MODULES)
+    return next((f"{name} {version}" for name, version in found if version), "")
 
 
 def _hip() -> str:
@@ -85,15 +82,11 @@ def _nvidia() -> str:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ""
-    try:
-        told = subprocess.run(
-            [tool, "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=20, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    lines = told.stdout.split()
-    return lines[0] if lines else ""
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return next(iter(done.stdout.split()), "")
+    return ""
 
 
 #: Environment variable under which Triton interprets its kernels on the host.
@@ -108,12 +101,7 @@ _VENDORS = ("torch-npu", "torch-mlu", "torch-mlu-ops")
 
 
 def describe_environment(subject: Subject, asked: str) -> dict[str, Any]:
-    """The facts of `RunRecord.environment`.
-
-    Args:
-        subject: what is judged.
-        asked: the device as the user wrote it.
-    """
+    """The facts of `RunRecord.environment`; ``asked`` is the device as the user wrote it."""
     device = subject.device
     facts: dict[str, Any] = {
         "torch": str(torch.__version__),
@@ -144,17 +132,12 @@ def describe_environment(subject: Subject, asked: str) -> dict[str, Any]:
 
 def describe_backend(subject: Subject) -> dict[str, str]:
     """The facts of `RunRecord.backend`: name, target, version, source_sha256."""
-    try:
-        source = source_sha256(subject.target)
-    except SourceError as error:
-        source = f"unknown: {error}"
     versions = package_versions(_distributions(subject.target))
     return {
-        "name": subject.name,
-        "target": subject.target,
+        "name": subject.name, "target": subject.target,
         "version": next(iter(versions.values()), ""),
-        "source_sha256": source,
-    }
+        "source_sha256": hashed([subject.target])[subject.target],
+    }  # fmt: skip
 
 
 def assumed(modules: Iterable[str]) -> str:
@@ -165,7 +148,7 @@ def assumed(modules: Iterable[str]) -> str:
 
 
 def hashed(modules: Iterable[str]) -> dict[str, str]:
-    """The hash of each of the modules that emulate, as a backend's own source is hashed."""
+    """The hash of the source of each module, or of ``module:Class``; else why it is unknown."""
     found = {}
     for module in modules:
         try:
@@ -263,11 +246,8 @@ def package_sha256(name: str) -> str:
     except metadata.PackageNotFoundError:
         return ""
     # Not what an installer writes: its own notes, scripts with its Python's path, compiled files.
-    files = sorted(
-        line
-        for line in listed.splitlines()
-        if ",sha256=" in line and ".dist-info/" not in line and not line.startswith("..")
-    )
+    hashes = (line for line in listed.splitlines() if ",sha256=" in line)
+    files = sorted(x for x in hashes if ".dist-info/" not in x and not x.startswith(".."))
     return hashlib.sha256("\n".join(files).encode()).hexdigest() if files else ""
 
 
@@ -289,9 +269,8 @@ def _system() -> str:
 
 
 def _processor() -> str:
-    try:
+    with suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+        if found := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
+            return found.group(1).strip()
+    return platform.processor() or platform.machine()

@@ -60,12 +60,8 @@ _PATH = re.compile(r"(?:(?<=-[ILB])|(?<![\w./~]))/(?:[\w.+@-]+/)+([\w.+@-]*)")
 
 def read(file: Path) -> Rung:
     """What a file says, as a row that names no file yet; its rung is empty where it bears out none,
-    its device where the file does not say one.
-
-    Raises:
-        ValueError: it is neither a report that nobody edited nor a record of a job that holds
-            what its kind has to; a sentence that says why it cannot be read.
-    """
+    its device where the file does not say one. `ValueError` if it is neither a report as it was
+    made nor a record of a job that holds what its kind has to; a sentence."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -81,43 +77,27 @@ def read(file: Path) -> Rung:
 
 
 def of_report(record: RunRecord) -> Rung:
-    """What a report of the suite says.
-
-    Raises:
-        ValueError: it does not say which backend it is about; a sentence.
-    """
+    """What a report of the suite says; `ValueError` if it does not say of which backend."""
     for name in ("name", "target", "source_sha256"):
         if not isinstance(record.backend.get(name), str):
             raise ValueError(f"it does not say the backend's {name}.")
-    lone = LEFT_OUT in record.environment
+    counted, known = totals_of(record.cases), record.environment
+    shown = [status for status in STATUSES[::-1] if counted[status] or status == "passed"]
+    told = [f"{counted[status]:,} {STATUS_WORDS[status]}" for status in shown]
     return Rung(
-        evidence="",
-        rung=record.rung,
-        told=outcome(record) + (", on one device" if lone else ""),
-        backend=record.backend["name"],
-        target=record.backend["target"],
-        source_sha256=record.backend["source_sha256"],
-        device=support.device(record),
-        emulated=record.environment.get("emulated") is not False,
-        command=record.command,
-        date=record.started[:10],
-        versions=support.versions(record),
+        evidence="", rung=record.rung,
+        told=", ".join([*told, "on one device"] if LEFT_OUT in known else told),
+        backend=record.backend["name"], target=record.backend["target"],
+        source_sha256=record.backend["source_sha256"], device=support.device(record),
+        emulated=known.get("emulated") is not False, command=record.command,
+        date=record.started[:10], versions=support.versions(record),
         vendor={
             f"{name.removeprefix('sha256 of ')}, as installed": str(digest)
-            for name, digest in record.environment.items()
-            if name.startswith("sha256 of ")
+            for name, digest in known.items() if name.startswith("sha256 of ")
         },
-        suite=record.suite,
-        emulation=_emulation(record),
-        assumption=str(record.environment.get(ASSUMPTION, "")),
-    )
-
-
-def outcome(record: RunRecord) -> str:
-    """How many cases passed, and how many were about what the backend does not claim."""
-    counted = totals_of(record.cases)
-    shown = [status for status in STATUSES[::-1] if counted[status] or status == "passed"]
-    return ", ".join(f"{counted[status]:,} {STATUS_WORDS[status]}" for status in shown)
+        suite=record.suite, emulation=_emulation(record),
+        assumption=str(known.get(ASSUMPTION, "")),
+    )  # fmt: skip
 
 
 def _emulation(record: RunRecord) -> dict[str, str]:
@@ -147,29 +127,21 @@ def _of_job(file: Path, values: Any) -> Rung:
         raise ValueError(f"{file} says {values['what']!r}; expected one of {', '.join(JOBS)}.")
     told = ", ".join(str(part) for part in (values["what"], values.get("told")) if part)
     return Rung(
-        evidence="",
-        rung=JOBS[values["what"]] if values["right"] else "",
+        evidence="", rung=JOBS[values["what"]] if values["right"] else "",
         told=told if values["right"] else f"failed: {told}",
-        backend=values["name"],
-        target=values["backend"],
-        source_sha256=values["source_sha256"],
+        backend=values["name"], target=values["backend"], source_sha256=values["source_sha256"],
         device=str(values.get("device", "")),
         emulated=True,  # nothing of this ran on the device that it is about
-        command=values["command"],
-        date=values["date"],
+        command=values["command"], date=values["date"],
         versions=str(values.get("versions", values.get("compiler", ""))),
-        vendor=dict(values.get("vendor", {})),
-        emulation=dict(values.get("emulation", {})),
+        vendor=dict(values.get("vendor", {})), emulation=dict(values.get("emulation", {})),
         assumption=str(values.get("assumption", "")),
-    )
+    )  # fmt: skip
 
 
 def rung_of(said: Rung, file: str, *, device: str = "", note: str = "") -> Rung:
-    """The row of a result file; ``device`` where the file does not say one.
-
-    Raises:
-        ValueError: it bears out no rung, or nobody says on which device.
-    """
+    """The row of a result file; ``device`` if the file does not say one. `ValueError` if it bears
+    out no rung, or the device is not said at all."""
     if not said.rung:
         raise ValueError(f"{file} bears out no rung: {said.told}.")
     if not (said.device or device):
@@ -208,17 +180,7 @@ def _not_borne_out(rung: Rung, file: Path) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be recorded of a command.
-
-    Attributes:
-        what: one of `JOBS`; target: ``module:Class``; device, versions: for a reader.
-        says: a regular expression for what it prints where it did its work; tells: one for what
-            of that stands in the row of the ladder.
-        emulated_by: the modules that emulate in it.
-        targets: what it builds for.
-        kernels: a regular expression for each kernel that was read, with groups of that name and
-            ``target``; compiler: one for the toolchain's line with its version.
-    """
+    """What is to be recorded of a command: the options of `main`, which says what each is."""
 
     what: str
     target: str
@@ -245,19 +207,12 @@ def recorded(job: Job, command: Sequence[str]) -> dict[str, Any]:
     sys.stdout.write(done.stdout)
     printed = without_places(done.stdout)
     record = {
-        "what": job.what,
-        "name": name_of(job.target),
-        "backend": job.target,
-        "device": job.device,
-        "versions": job.versions,
-        "source_sha256": before[0],
-        "emulation": before[1],
-        "assumption": assumed(job.emulated_by),
-        "command": shlex.join(command),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        **_shown(job, printed),
-        "printed": printed.splitlines(),
-    }
+        "what": job.what, "name": name_of(job.target), "backend": job.target,
+        "device": job.device, "versions": job.versions, "source_sha256": before[0],
+        "emulation": before[1], "assumption": assumed(job.emulated_by),
+        "command": shlex.join(command), "date": datetime.now(timezone.utc).date().isoformat(),
+        **_shown(job, printed), "printed": printed.splitlines(),
+    }  # fmt: skip
     wrong = lacking(JOBS[job.what], record)
     if JOBS[job.what] in EMULATED and not job.emulated_by:
         wrong.append("It does not say what emulated (--emulated-by).")
@@ -277,11 +232,7 @@ def without_places(printed: str) -> str:
 
 
 def name_of(target: str) -> str:
-    """The name that a backend says it has.
-
-    Raises:
-        SourceError: ``module:Class`` is none.
-    """
+    """The name that a backend says it has; `SourceError` if ``module:Class`` is none."""
     module, _, attribute = target.partition(":")
     found = getattr(getattr(import_module(module), attribute, None), "name", "")
     if not (isinstance(found, str) and found):

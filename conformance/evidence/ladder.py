@@ -151,38 +151,36 @@ def _changed(target: str, sha256: str, digest: Digest) -> bool:
 
 def broken_rules(ladder: Ladder) -> Iterator[str]:
     """What contradicts the rules that hold whatever the files say; a sentence each."""
-    seen: set[tuple[str, str, str]] = set()
-    for rung in ladder.rungs:
-        name = " ".join(rung.place)
-        if rung.rung not in RUNGS:
-            yield f"{name}: there is no rung {rung.rung!r}; expected one of {', '.join(RUNGS)}."
-        if rung.rung == "R6" and rung.emulated:
-            yield f"{name}: an emulated device is never R6."
-        if rung.rung == "R6" and not rung.suite:
-            yield f"{name}: R6 needs a report of the suite."
-        if not rung.emulated and rung.rung != "R6":
-            yield f"{name}: what ran on the real device is R6 or no rung."
-        if rung.rung in ("R4", "R5", "R6") and rung.target.startswith(_EMULATIONS):
-            yield f"{name}: {rung.target} emulates a vendor's backend, and is at most R3."
-        if rung.emulated and "emulated" not in rung.device and rung.rung in EMULATED:
-            yield f"{name}: the device has to say that it is emulated."
-        if rung.place in seen:
-            yield f"{name}: listed twice."
-        if not rung.evidence.startswith(RESULTS) or ".." in rung.evidence:
-            yield f"{name}: the evidence {rung.evidence!r} does not lie in {RESULTS}."
-        seen.add(rung.place)
+    places = [rung.place for rung in ladder.rungs]
+    for at, rung in enumerate(ladder.rungs):
+        name, real, top = " ".join(rung.place), not rung.emulated, rung.rung == "R6"
+        mine = rung.target.startswith(_EMULATIONS)
+        said = real or "emulated" in rung.device or rung.rung not in EMULATED
+        inside = rung.evidence.startswith(RESULTS) and ".." not in rung.evidence
+        rules = {
+            f"there is no rung {rung.rung!r}; expected one of {', '.join(RUNGS)}":
+                rung.rung in RUNGS,
+            "an emulated device is never R6": real or not top,
+            "R6 needs a report of the suite": bool(rung.suite) or not top,
+            "what ran on the real device is R6 or no rung": top or not real,
+            f"{rung.target} emulates a vendor's backend, and is at most R3":
+                not (mine and rung.rung in ("R4", "R5", "R6")),
+            "the device has to say that it is emulated": said,
+            "listed twice": rung.place not in places[:at],
+            f"the evidence {rung.evidence!r} does not lie in {RESULTS}": inside,
+        }  # fmt: skip
+        yield from (f"{name}: {rule}." for rule, holds in rules.items() if not holds)
 
 
 def by_pair(ladder: Ladder) -> dict[tuple[str, str], list[Rung]]:
     """The rungs of each pair, highest first; pairs in the order of the README's table."""
-    rank = {name: place for place, name in enumerate(_ORDER)}
     pairs: dict[tuple[str, str], list[Rung]] = {}
     for rung in sorted(ladder.rungs, key=lambda rung: rung.rung, reverse=True):
         pairs.setdefault((rung.backend, rung.device), []).append(rung)
 
     def place(pair: tuple[str, str]) -> tuple[int, str, int, str]:
-        rungs = pairs[pair]
-        return rank.get(pair[0], len(rank)), pair[0], rungs[0].rung != "R6", pair[1]
+        rank = _ORDER.index(pair[0]) if pair[0] in _ORDER else len(_ORDER)
+        return rank, pair[0], pairs[pair][0].rung != "R6", pair[1]
 
     return {pair: pairs[pair] for pair in sorted(pairs, key=place)}
 
@@ -235,18 +233,15 @@ def read(file: Path = FILE) -> Ladder:
 
 def written(ladder: Ladder) -> str:
     """The text of the file."""
-    parts = [_HEAD]
-    if ladder.vendor:
-        parts.append("\n[vendor]\n" + _lines(ladder.vendor))
+    tables: list[tuple[str, Mapping[str, Any]]] = [("[vendor]", ladder.vendor)]
     for rungs in by_pair(ladder).values():
-        for rung in rungs:
-            shown = {name: value for name, value in asdict(rung).items() if value not in ("", {})}
-            parts.append("\n[[rung]]\n" + _lines(shown))
+        tables += [("[[rung]]", asdict(rung)) for rung in rungs]
+    parts = [_HEAD]
+    for head, values in tables:
+        shown = {name: value for name, value in values.items() if value not in ("", {})}
+        lines = (f"{_key(name)} = {_value(value)}\n" for name, value in shown.items())
+        parts += [f"\n{head}\n", *lines] if shown else []
     return "".join(parts)
-
-
-def _lines(values: Mapping[str, Any]) -> str:
-    return "".join(f"{_key(name)} = {_value(value)}\n" for name, value in values.items())
 
 
 def _key(name: str) -> str:

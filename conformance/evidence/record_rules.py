@@ -25,50 +25,36 @@ from portakv_conformance.evidence.source import SHA256, SourceError, source_sha2
 _WHEEL = re.compile(r"[A-Za-z0-9_.]+-(?P<version>[^-]+)-[^/]+\.whl")
 _STANDINS = "portakv_conformance.vendor."
 _Record = Mapping[str, Any]
+_Rows = Sequence[_Record]
 
 
 def lacking(rung: str, record: _Record) -> list[str]:
     """What a record lacks to bear out a rung, a sentence each; empty where it holds all."""
-    found = [f"{name} {values[name]!r} is no sha256." for values, name in _no_hashes(record)]
+    hashes: dict[str, Any] = {"source_sha256": record["source_sha256"]}
+    for place in ("vendor", "emulation"):
+        values = record.get(place, {})
+        hashes |= values if isinstance(values, dict) else {place: values}
+    bad = {name: value for name, value in hashes.items() if not re.fullmatch(SHA256, str(value))}
+    found = [f"{name} {value!r} is no sha256." for name, value in bad.items()]
     told = str(record.get("told") or "")
     if told not in " ".join(" ".join(_printed(record)).split()):
         found.append(f"{told!r} was not printed.")
+    name, keys = _ROWS.get(rung, ("", ()))
+    rows = record.get(name) if name else []
+    if not isinstance(rows, list) or not rows:
+        found += [f"It holds no {name}."] if name else []
+        rows = []
+    for row in rows:
+        if not isinstance(row, dict) or not all(_text(row.get(key)) for key in keys):
+            found.append(f"Each of its {name} needs {', '.join(keys)}; found {str(row)[:80]}.")
+            rows = []
+            break
     for check in _CHECKS.get(rung, ()):
-        found += check(record)
+        found += check(record, rows)
     return found
 
 
-def _no_hashes(record: _Record) -> Iterator[tuple[_Record, str]]:
-    if not re.fullmatch(SHA256, record["source_sha256"]):
-        yield record, "source_sha256"
-    for place in ("vendor", "emulation"):
-        values = record.get(place, {})
-        if not isinstance(values, dict):
-            yield record, place
-            continue
-        for name, sha256 in values.items():
-            if not re.fullmatch(SHA256, str(sha256)):
-                yield values, name
-
-
-def _rows(record: _Record, name: str, keys: Sequence[str]) -> tuple[list[_Record], list[str]]:
-    """The rows of a list of objects with texts under these keys, and what is wrong with it."""
-    rows = record.get(name)
-    if not isinstance(rows, list) or not rows:
-        return [], [f"It holds no {name}."]
-    for row in rows:
-        if not isinstance(row, dict) or not all(_text(row.get(key)) for key in keys):
-            return [], [f"Each of its {name} needs {', '.join(keys)}; found {str(row)[:80]}."]
-    return rows, []
-
-
-def _text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _signatures(record: _Record) -> Iterator[str]:
-    rows, wrong = _rows(record, "signatures", ("op", "signature", "source"))
-    yield from wrong
+def _signatures(record: _Record, rows: _Rows) -> Iterator[str]:
     for row in rows:
         if not re.fullmatch(r"\(.*\).*", row["signature"], re.DOTALL):
             yield f"The signature of {row['op']} is {row['signature']!r}."
@@ -77,19 +63,14 @@ def _signatures(record: _Record) -> Iterator[str]:
         with suppress(SourceError):  # of this repository, and here as they were then
             if str(name).startswith(_STANDINS) and source_sha256(name) == sha256:
                 standins.append(name)
-    if standins and not wrong and rows != signatures_of(standins):
+    if standins and rows and rows != signatures_of(standins):
         yield f"Its signatures are not those of {', '.join(standins)}."
 
 
-def _schemas(record: _Record) -> Iterator[str]:
-    rows, wrong = _rows(record, "schemas", ("op", "pinned", "found"))
-    yield from wrong
+def _schemas(record: _Record, rows: _Rows) -> Iterator[str]:
     for row in rows:
         if row["pinned"] != row["found"] or row.get("same") is not True:
             yield f"{row['op']} is pinned as {row['pinned']}, but was found as {row['found']}."
-
-
-def _wheel(record: _Record) -> Iterator[str]:
     wheels = [found for name in record.get("vendor") or () if (found := _WHEEL.fullmatch(name))]
     if not wheels:
         yield "It names no wheel of the vendor's, <package>-<version>-<tags>.whl, with its sha256."
@@ -98,15 +79,13 @@ def _wheel(record: _Record) -> Iterator[str]:
             yield f"Its versions do not name {wheel['version']}, which its wheel has."
 
 
-def _targets(record: _Record) -> Iterator[str]:
+def _targets(record: _Record, rows: _Rows) -> Iterator[str]:
     targets = record.get("targets")
     if not isinstance(targets, list) or not targets or not all(map(_text, targets)):
         yield "It does not say for which targets it was built."
 
 
-def _kernels(record: _Record) -> Iterator[str]:
-    rows, wrong = _rows(record, "kernels", ("kernel", "target"))
-    yield from wrong
+def _kernels(record: _Record, rows: _Rows) -> Iterator[str]:
     for row in rows:
         if row.get("wrong"):
             yield f"{row['kernel']} for {row['target']} is wrong: {row['wrong']}."
@@ -116,14 +95,11 @@ def _kernels(record: _Record) -> Iterator[str]:
     built, read = set(map(str, record.get("targets") or ())), {row["target"] for row in rows}
     if rows and read != built:
         yield f"It was built for {sorted(built)}, but code was read of {sorted(read)}."
-
-
-def _versions(record: _Record) -> Iterator[str]:
     if not (_text(record.get("versions")) or _text(record.get("compiler"))):
         yield "It does not say which compiler built it (versions or compiler)."
 
 
-def _compiler(record: _Record) -> Iterator[str]:
+def _compiler(record: _Record, rows: _Rows) -> Iterator[str]:
     line = record.get("compiler")
     if not (_text(line) and re.search(r"\d", str(line))):
         yield "It does not hold the toolchain's line with its version (compiler)."
@@ -131,28 +107,29 @@ def _compiler(record: _Record) -> Iterator[str]:
         yield f"The line {line!r} of its toolchain is not in what was printed."
 
 
+def _text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
 def _printed(record: _Record) -> list[str]:
     printed = record.get("printed", [])
     return list(map(str, printed)) if isinstance(printed, list) else []
 
 
-_CHECKS: Mapping[str, Sequence[Callable[[_Record], Iterator[str]]]] = {
-    "R1": (_signatures,),
-    "R2": (_schemas, _wheel),
-    "R4": (_targets, _kernels, _versions),
+# The list of objects that a rung's record has, and the texts that each of them needs.
+_ROWS: Mapping[str, tuple[str, Sequence[str]]] = {
+    "R1": ("signatures", ("op", "signature", "source")),
+    "R2": ("schemas", ("op", "pinned", "found")), "R4": ("kernels", ("kernel", "target")),
+}  # fmt: skip
+_CHECKS: Mapping[str, Sequence[Callable[[_Record, _Rows], Iterator[str]]]] = {
+    "R1": (_signatures,), "R2": (_schemas,), "R4": (_targets, _kernels),
     "R5": (_targets, _compiler),
-}
-
-
-# -- for who makes a record -----------------------------------------------------------------------
+}  # fmt: skip
 
 
 def signatures_of(modules: Iterable[str]) -> list[dict[str, str]]:
-    """The signatures that stand-ins have, and where each is known from, as they declare it.
-
-    A stand-in's ``SOURCES`` has for each function, ``package.function``, where its signature is
-    known from.
-    """
+    """The signatures that stand-ins have, and where each is known from: a stand-in's ``SOURCES``
+    says it for each function, ``package.function``."""
     found = []
     for name in modules:
         module = import_module(name)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+from contextlib import suppress
 from pathlib import Path
 
 #: A hash as it is written, as a regular expression.
@@ -34,67 +35,61 @@ class SourceError(Exception):
 
 def source_sha256(target: str) -> str:
     """The hash of the source of ``module:Class``: of each file's name and bytes, in name order.
-
-    Raises:
-        SourceError: the module has no source file here.
-    """
-    found = source_files(target.partition(":")[0])
+    `SourceError` if the module has no source file here."""
     hashed = hashlib.sha256()
-    for name in sorted(found):
-        inside = hashlib.sha256(found[name].read_bytes()).hexdigest()
+    for name, file in sorted(source_files(target.partition(":")[0]).items()):
+        inside = hashlib.sha256(file.read_bytes()).hexdigest()
         hashed.update(f"{name} {inside}\n".encode())
     return hashed.hexdigest()
 
 
 def source_files(module: str) -> dict[str, Path]:
     """The files that count for a backend's module, by a name that is the same on any machine."""
-    path = _file_of(module)
+    path, top = _file_of(module), module.partition(".")[0]
     if module.startswith((f"{_OURS}.", f"{_VENDOR}.")):
         return _ours(module, path, {})
-    if module.partition(".")[0].startswith("portakv") or "." not in module:
-        if path.name != "__init__.py":
-            return {path.name: path}
-        folder = path.parent
-    else:
-        folder = _file_of(module.partition(".")[0]).parent
-    return {file.relative_to(folder).as_posix(): file for file in _files_in(folder)}
+    if not top.startswith("portakv") and "." in module:
+        path = _file_of(top)
+    elif path.name != "__init__.py":
+        return {path.name: path}
+    return _files_in(path.parent)
 
 
 def _ours(module: str, path: Path, found: dict[str, Path]) -> dict[str, Path]:
     """The file of a module of ``portakv.backends`` and those that it builds on, added to found."""
     found[f"{module}.py"] = path
-    for file in _beside(path):
-        found[f"{module.rpartition('.')[0]}/{file.name}"] = file
-    for name in _named_in(path, module):
+    package = module.rpartition(".")[0]
+    imported, texts = _named_in(path, package)
+    for file in path.parent.iterdir():  # what is no Python: `hip_fake.cpp`
+        if file.name in texts and file.suffix in _SUFFIXES - {".py"} and file.is_file():
+            found[f"{package}/{file.name}"] = file
+    drivers = {f"{_RUNTIME}.{driver}" for driver in _DRIVERS}
+    for name in imported.union(*map(_named_by, texts)):
         if name.startswith(f"{_NATIVE}."):
-            folder = _file_of(name).parent
-            found |= {f"{name}/{f.relative_to(folder).as_posix()}": f for f in _files_in(folder)}
+            files = _files_in(_file_of(name).parent)
+            found |= {f"{name}/{inner}": file for inner, file in files.items()}
+        elif not (name.startswith(_COUNTED) or name in drivers):
+            continue
         elif name != f"{_OURS}.base" and f"{name}.py" not in found:
-            try:
-                inner = _file_of(name)
-            except SourceError:
-                continue  # the name of a function, which its module's file has
-            _ours(name, inner, found)
+            with suppress(SourceError):  # the name of a function, which its module's file has
+                _ours(name, _file_of(name), found)
     return found
 
 
-def _named_in(path: Path, module: str) -> set[str]:
-    """Modules of the backends, and native folders, that a file imports or names in a text."""
-    package = module.rpartition(".")[0]
-    named: set[str] = set()
+def _named_in(path: Path, package: str) -> tuple[set[str], set[str]]:
+    """The modules that a file imports, perhaps with names of theirs; and its texts."""
+    imported: set[str] = set()
+    texts: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            base = package if node.level == 1 else "" if node.level == 0 else None
-            if base is None:
-                continue
-            origin = ".".join(part for part in (base, node.module or "") if part)
-            named |= {origin, *(f"{origin}.{alias.name}" for alias in node.names)}
+        if isinstance(node, ast.ImportFrom) and node.level < 2:
+            parts = (package * node.level, node.module or "")
+            origin = ".".join(part for part in parts if part)
+            imported |= {origin, *(f"{origin}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
-            named |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            named |= _named_by(node.value)
-    drivers = {f"{_RUNTIME}.{driver}" for driver in _DRIVERS}
-    return {name for name in named if name.startswith(_COUNTED) or name in drivers}
+            texts.add(node.value)
+    return imported, texts
 
 
 def _named_by(text: str) -> set[str]:
@@ -106,26 +101,12 @@ def _named_by(text: str) -> set[str]:
     return {text} if text.replace(".", "").isidentifier() else set()
 
 
-def _beside(path: Path) -> list[Path]:
-    """The files that are no Python, lie beside a module and are named in it: ``hip_fake.cpp``."""
-    texts = {
-        node.value
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    }
-    return [
-        file
-        for file in sorted(path.parent.iterdir())
-        if file.name in texts and file.suffix in _SUFFIXES - {".py"} and file.is_file()
-    ]
-
-
-def _files_in(folder: Path) -> list[Path]:
-    return [
-        file
-        for file in sorted(folder.rglob("*"))
+def _files_in(folder: Path) -> dict[str, Path]:
+    return {
+        file.relative_to(folder).as_posix(): file
+        for file in folder.rglob("*")
         if file.suffix in _SUFFIXES and "__pycache__" not in file.parts and file.is_file()
-    ]
+    }
 
 
 def _file_of(module: str) -> Path:

@@ -48,13 +48,10 @@ def verdict_of(record: RunRecord) -> str:
     A waiver that does not hold is a failure. Waived cases leave a run conformant; its totals and
     its ``waivers`` show them.
     """
-    if any(case.status in WRONG for case in record.cases):
+    unfit = problems(record.waivers, record.cases, record.suite, whole=not record.missing)
+    if unfit or any(case.status in WRONG for case in record.cases):
         return "failed"
-    if problems(record.waivers, record.cases, record.suite, whole=not record.missing):
-        return "failed"
-    if record.missing or not record.cases:
-        return "incomplete"
-    return "conformant"
+    return "incomplete" if record.missing or not record.cases else "conformant"
 
 
 def rung_of(record: RunRecord) -> str:

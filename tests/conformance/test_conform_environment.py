@@ -76,7 +76,8 @@ def test_each_file_of_a_third_party_counts(vendor: Path) -> None:
     ("backend", "files"),
     [
         ("cuda", "portakv.backends.cuda.py portakv.runtime.nvrtc.py portakv_native.cuda/rows.cuh"),
-        ("compiled", "portakv.backends.strided.py"),
+        # The function that packs a side lies with the kernel: so its text counts here too.
+        ("compiled", "portakv.backends.strided.py portakv_native.cuda/rows.cuh"),
         ("hip", "portakv.runtime.hip.py portakv_native.cuda/rows.cuh"),
         ("ascend", "portakv_native.ascend/rows.h"),
         ("reference", "portakv.backends.reference.py portakv.backends.strided.py"),
