@@ -67,12 +67,6 @@ class Runtime:
     def __init__(self, library: Any, prefix: str) -> None:
         self._library, self._prefix = library, prefix
 
-    def device_address(self, address: int) -> int:
-        """Where the current device finds mapped memory; HIP may have it elsewhere than the host."""
-        found = ctypes.c_void_p()
-        self.call("HostGetDevicePointer", ctypes.byref(found), address, 0)
-        return found.value or 0
-
     def last_error(self) -> int:
         """The error that the next kernel launch would find; it is forgotten."""
         return int(self.function("GetLastError")())
@@ -246,10 +240,13 @@ class Registration:
         return bool(self._registered)
 
     def device_address(self, address: int) -> int:
-        """Where the current device finds a byte of it. Raises `CallRefused`."""
+        """Where the current device finds a byte of it: on HIP perhaps not where the host does.
+        Raises `CallRefused`."""
         assert self._runtime is not None
         piece = max(start for start, _ in self.pieces if start <= address)
-        return self._runtime.device_address(piece) + address - piece
+        found = ctypes.c_void_p()
+        self._runtime.call("HostGetDevicePointer", ctypes.byref(found), piece, 0)
+        return (found.value or 0) + address - piece
 
     def undo(self) -> None:
         """Unregister, once no device works any more. Again: nothing."""
@@ -287,12 +284,9 @@ def seams() -> tuple[int, ...]:
 def settle() -> None:
     """End what had to wait for the end of a capture."""
     while _postponed and not capturing():
-        try:
-            registration, owner = _postponed.pop()
-        except IndexError:  # another thread was faster
-            return
-        registration.undo()  # before the owner gives the memory back
-        del owner
+        with suppress(IndexError):  # another thread was faster
+            registration, _owner = _postponed.pop()
+            registration.undo()  # before the owner gives the memory back
 
 
 def buffer_of(memory: Any) -> tuple[int, int, bool, Any]:

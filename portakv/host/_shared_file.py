@@ -210,7 +210,6 @@ class SharedFile:
                 f"The shared pool {name!r} was opened by one process more than the {_MEMBERS} "
                 f"that it has room for; close it in some."
             )
-        self._free_all(self.me)  # a predecessor may have died in this place before it had it
 
     def _take_place(self, label: str) -> bool:
         members = self.tables["members"]
