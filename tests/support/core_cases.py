@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from portakv import CopyPlan, Index, KVView, copy_rows
+from portakv.plan import Move
 from portakv.view.form import locate as step_to
 from portakv_conformance.draw.arrangement import side_of
 from portakv_conformance.draw.by_hand import Shape, arranged
@@ -44,24 +45,29 @@ def move(runs: Iterable[Any]) -> None:
         ctypes.memmove(target, source, nbytes)
 
 
-Mover = Callable[[KVView, KVView, Any, Any], None]
+Mover = Callable[..., None]
 
 
-def by_backend(src: KVView, dst: KVView, mine: Any, theirs: Any) -> None:
+def by_backend(src: KVView, dst: KVView, mine: Any, theirs: Any, count: int | None = None) -> None:
     """Copy by the library's choice of backend."""
-    copy_rows(src, dst, mine, theirs).synchronize()
+    copy_rows(src, dst, mine, theirs, count=count).synchronize()
 
 
-def by_runs(src: KVView, dst: KVView, mine: Any, theirs: Any) -> None:
-    """Copy run by run, as a copy engine would: in the plan's units, head and tail by token."""
-    first, second = Index.of(mine), Index.of(theirs)
-    lengths = [x.length for x in (first, second) if x.length is not None]
-    count = min(lengths or [src.slots, dst.slots])
+def by_runs(src: KVView, dst: KVView, mine: Any, theirs: Any, count: int | None = None) -> None:
+    """Copy run by run, as a copy engine would."""
+    indices = Index.of(mine), Index.of(theirs)
+    lengths = [x.length for x in indices if x.length is not None]
+    count = min(lengths or [src.slots, dst.slots]) if count is None else count
     dst.check_writable()
-    plan = CopyPlan(src.form, dst.form, first.plan_step, second.plan_step)
-    if count % plan.unit or first.offset % plan.unit or second.offset % plan.unit:
-        plan = CopyPlan(src.form, dst.form, first.plan_step, second.plan_step, unit=1)
-    move(plan.runs(src, dst, first, second, count))
+    for plan, part in sections(Move(src, dst, *indices, count)):
+        move(plan.runs(*part))
+
+
+def sections(whole: Move) -> Iterator[tuple[CopyPlan, Move]]:
+    """A copy as the library cuts it: whole units, and head and tail by tokens, each with a plan."""
+    forms = whole.src.form, whole.dst.form
+    for first, tokens, unit in CopyPlan(*forms, *whole.steps).split(whole):
+        yield CopyPlan(*forms, *whole.steps, unit), whole.part(first, tokens)
 
 
 def noise(*shape: int, dtype: torch.dtype = torch.int16, seed: int = 0) -> torch.Tensor:
