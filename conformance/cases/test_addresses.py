@@ -62,19 +62,17 @@ _EXPANDED = {"gather": ("kv", "token", "head"), "scatter": ("kv", "layer")}
 )
 def test_a_source_that_is_expanded(judge: Judge, home: Workshop, direction: str, axis: str) -> None:
     """A source may show one row in several places, by a stride of 0; each place is a row."""
-    slots = home.shuffled(SHAPE.slots, 9, 1)
     how: dict[str, Any] = {"expand": dimension(home.paged, axis)}
     if direction == "scatter":
         how = {"chunk": {"expand": dimension(CHUNK, axis)}}
-    judge.copy(home.move(direction, SHAPE, slots, **how))
+    judge.copy(home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 9, 1), **how))
 
 
 # -- caches that share tensors -------------------------------------------------------------------
 
 
 def test_caches_that_share_tensors(judge: Judge, workshop: Workshop, direction: str) -> None:
-    """A cache is all of its tensors: another one with the same first tensor, the same last one, or
-    the same ones in another order, is another cache."""
+    """A cache is all of its tensors in their order, not the first or the last of them."""
     source = direction == "gather"
     slots = workshop.shuffled(SHAPE.slots, 9, 1)
     one, two = (
@@ -82,18 +80,13 @@ def test_caches_that_share_tensors(judge: Judge, workshop: Workshop, direction: 
         for number in (0, 100)
     )
     first, *_, last = one.tensors
-    kept = [one, two]
-    for number, tensors in enumerate(
-        (
-            one.tensors,
-            [first, *two.tensors[1:]],
-            [*two.tensors[:-1], last],
-            [first, one.tensors[2], one.tensors[1], last],
-            [*two.tensors[:2], *one.tensors[2:]],
-            one.tensors,
-        )
-    ):
-        guards = [guard for side in kept for guard in side.guards]
+    sets = (
+        one.tensors, [first, *two.tensors[1:]], [*two.tensors[:-1], last],
+        [first, one.tensors[2], one.tensors[1], last], [*two.tensors[:2], *one.tensors[2:]],
+        one.tensors,
+    )  # fmt: skip
+    for number, tensors in enumerate(sets):
+        guards = [*one.guards, *two.guards]
         cache = replace(one, tensors=list(tensors), guards=guards, arrangement=None)
         chunk = workshop.chunk(SHAPE, 9, source=not source, storage=2000 + number)
         judge.copy(between(direction, cache, chunk, 9))
@@ -119,23 +112,19 @@ _SEEN_TWICE = [
 def test_host_sources_that_are_expanded(
     judge: Judge, home: Workshop, engine: str, pinned: bool, every: int
 ) -> None:
-    """Host memory whose rows share bytes is copied to the device row by row: by the judged
-    backend, by the library's own choice and by each of its engines that takes it."""
+    """Host memory whose rows share bytes is copied to the device row by row, by every engine."""
     host = replace(home, device="cpu")
     for layout, axis in _SEEN_TWICE:
         latent = "layer" not in layout
         shape = Shape(layers=1, heads=1, widths=(64,)) if latent else Shape(widths=(64, 64))
         slots = home.shuffled(shape.slots, 9, 1)
-        how: dict[str, Any] = {
-            "layout": layout, "expand": dimension(layout, axis), "every": every
-        }  # fmt: skip
+        how: Any = {"layout": layout, "expand": dimension(layout, axis), "every": every}
         if "block" in layout:
-            chunk = "token dim" if latent else CHUNK
             src = host.cache(shape, slots, **how)
-            dst = home.chunk(shape, 9, layout=chunk, source=False)
+            dst = home.chunk(shape, 9, layout="token dim" if latent else CHUNK, source=False)
         else:
-            cache = "block token dim" if latent else home.paged
             src = host.chunk(shape, 9, **how)
+            cache = "block token dim" if latent else home.paged
             dst = home.cache(shape, slots, layout=cache, source=False)
         case = Case(on_host(src, pinned), dst, 9)
         if engine == "subject":

@@ -59,8 +59,7 @@ _STATES: dict[str, Callable[[torch.device], AbstractContextManager[object]]] = {
 
 @pytest.mark.parametrize("state", _STATES)
 def test_a_copy_under_a_setting(judge: Judge, home: Workshop, direction: str, state: str) -> None:
-    """Views, plans, launches and copies that are made under a setting are those of any other time,
-    and what is prepared under it serves without it."""
+    """What is made and copied under a setting is what it is at any other time, and serves then."""
     shape = Shape(layers=3, heads=3, widths=(48, 48), blocks=90 + list(_STATES).index(state))
     slots = home.shuffled(shape.slots, 19, 2)
 

@@ -6,6 +6,7 @@ other bytes; one that does not is refused inside a capture, in words, before any
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,6 @@ from portakv_conformance.judge.claims import launch_of
 from portakv_conformance.judge.judging import Judge, asked_of, changed
 from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.pattern import pattern_bytes
-from portakv_conformance.judge.subject import Subject
 
 pytestmark = [
     pytest.mark.area("capture"), pytest.mark.needs("graphs"), pytest.mark.claim("capturable"),
@@ -30,12 +30,10 @@ SHAPE = Shape(layers=3, widths=(64, 64))
 FIRST = Shape(layers=3, heads=7, widths=(104, 104), block_size=12)
 
 
-def device_case(
-    subject: Subject, home: Workshop, direction: str, holes: int, shape: Shape = SHAPE
-) -> Case:
+def device_case(home: Workshop, direction: str, holes: int, shape: Shape = SHAPE) -> Case:
     """A case with ids on the device."""
     slots = torch.tensor(home.shuffled(shape.slots, 9, holes))
-    return home.move(direction, shape, slots.to(subject.device))
+    return home.move(direction, shape, slots.to(home.device))
 
 
 def captured(call: Any) -> tuple[Any, Any]:
@@ -53,7 +51,7 @@ def check_replays(judge: Judge, case: Case, graph: Any, home: Workshop, holes: i
     side = case.src if case.src.ids is not None else case.dst
     assert side.ids is not None
     for turn in range(3):
-        shop = Workshop(home.device, home.seed + turn, home.paged)
+        shop = replace(home, seed=home.seed + turn)
         if judge.subject.can.index_on == "device":
             side.ids.copy_(torch.tensor(shop.shuffled(side.slots, 9, holes)))
         for number, guard in enumerate(case.src.guards):
@@ -67,13 +65,11 @@ def check_replays(judge: Judge, case: Case, graph: Any, home: Workshop, holes: i
 
 def check_captured_launch(judge: Judge, home: Workshop, direction: str, *, first: bool) -> None:
     """Capture a launch that was never called before, or one that was, and replay it."""
-    subject = judge.subject
-    if not subject.can.capturable:
-        judge.not_claimed("capturable", "its launches cannot be captured into a graph.")
+    if not judge.claims("capturable", "its launches cannot be captured into a graph."):
         return
-    holes = 2 if subject.can.skips_negative else 0
-    case = device_case(subject, home, direction, holes, FIRST if first else SHAPE)
-    launch = launch_of(subject, case)
+    holes = 2 if judge.subject.can.skips_negative else 0
+    case = device_case(home, direction, holes, FIRST if first else SHAPE)
+    launch = launch_of(judge.subject, case)
     if not first:
         judge.launch(case)  # made its tables, and all that a first launch makes
         launch(None, None)
@@ -99,7 +95,7 @@ def test_a_copy_inside_a_capture(judge: Judge, home: Workshop, direction: str) -
     """As a user gets it: a copy of device ids is captured, or refused with nothing enqueued."""
     can = judge.subject.can
     able = can.capturable and can.skips_negative and can.guards and can.index_on == "device"
-    case = device_case(judge.subject, home, direction, 2)
+    case = device_case(home, direction, 2)
     call = partial(judge.subject.copy, *asked_of(case), count=case.count)
     call().synchronize()
     if able:
@@ -115,9 +111,8 @@ def test_a_copy_inside_a_capture(judge: Judge, home: Workshop, direction: str) -
 
 
 def test_host_ids_inside_a_capture(judge: Judge, home: Workshop, direction: str) -> None:
-    """Ids on the host would have to be copied first: a backend that reads the device's is
-    refused inside a capture, and works behind it."""
-    case = home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 9))
+    """A backend that reads ids on the device is refused those of the host inside a capture."""
+    case = home.some(direction, SHAPE, 9)
     call = partial(judge.subject.copy, *asked_of(case), count=case.count)
     call().synchronize()
     if judge.subject.can.index_on == "device":

@@ -16,9 +16,6 @@ import torch
 from portakv import AdaptiveConnector
 from portakv_conformance.draw.by_hand import Shape, Workshop, between
 from portakv_conformance.judge.judging import Judge, asked_of
-from portakv_conformance.judge.subject import Subject
-
-_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
 
 pytestmark = pytest.mark.area("capture")
 
@@ -35,11 +32,11 @@ def compiler() -> Iterator[str]:
 
 @pytest.mark.parametrize("move", ["from_gpu", "to_gpu"])
 def test_a_transfer_inside_a_compiled_function(
-    subject: Subject, judge: Judge, home: Workshop, compiler: str, move: str
+    judge: Judge, home: Workshop, compiler: str, move: str
 ) -> None:
-    """It comes behind what the function writes before and before what it reads behind, and takes
-    any number of slots."""
-    if _len_torch_dispatch_stack():
+    """It comes behind what the function writes before it, and before what is read behind it."""
+    subject = judge.subject
+    if torch._C._len_torch_dispatch_stack():
         judge.declined.append(
             "what emulates this device watches every op by a dispatch mode, and torch.compile "
             "traces through none"
@@ -72,10 +69,7 @@ def test_a_transfer_inside_a_compiled_function(
             judge.facility.synchronize()
 
         if judge.judge(case, carry, partial(judge.why_declined, *asked)):
-            assert torch.equal(_bits(returned[0]), _bits(chunk.tensors)), (
+            read, left = (each.cpu().view(torch.uint8) for each in (returned[0], chunk.tensors))
+            assert torch.equal(read, left), (
                 "What the compiled function read behind the transfer is not what the transfer left."
             )
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.cpu().view(torch.uint8)

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,6 @@ from portakv import AdaptiveConnector
 from portakv_conformance.draw.arrangement import Case, Side
 from portakv_conformance.draw.by_hand import Shape, Workshop, between
 from portakv_conformance.judge.judging import Judge, asked_of, changed
-from portakv_conformance.judge.subject import Subject
 
 pytestmark = pytest.mark.area("corners")
 
@@ -23,13 +23,16 @@ SHAPE = Shape(blocks=8)
 MOVES = ("from_gpu", "to_gpu")
 
 
-@dataclass
 class Store:
-    """Caches, and a connector that moves their rows to chunks and back."""
+    """Caches, and a connector that moves their rows to chunks and back, in a layout that the
+    backend takes."""
 
-    judge: Judge
-    home: Workshop
-    connector: AdaptiveConnector
+    def __init__(self, judge: Judge, home: Workshop) -> None:
+        self.judge, self.home = judge, home
+        self.connector = AdaptiveConnector(
+            judge.subject.device, backend=judge.subject.name, kv_layout=home.paged,
+            chunk_layout=home.dense,
+        )  # fmt: skip
 
     def caches(self, seed: int = 0, **how: Any) -> Side:
         """Caches of a seed of their own."""
@@ -40,15 +43,15 @@ class Store:
         shop = replace(self.home, seed=self.home.seed + 100 + seed)
         ids = shop.ids(slots)
         assert ids is not None
-        count = len(ids)
-        chunk = shop.chunk(SHAPE, tokens or max(count, 1), source=move == "to_gpu")
+        chunk = shop.chunk(SHAPE, tokens or max(len(ids), 1), source=move == "to_gpu")
         paged = replace(caches, ids=ids, arrangement=None)
-        return between("gather" if move == "from_gpu" else "scatter", paged, chunk, count)
+        return between("gather" if move == "from_gpu" else "scatter", paged, chunk, len(ids))
 
-    def check(self, move: str, case: Case, cache: Any = None, *rest: Any) -> None:
+    def check(self, move: str, case: Case, cache: Any = None, *rest: Any, held: Any = None) -> None:
         """Judge a call of the connector, by default under the ids of a case, as that copy."""
-        call = getattr(self.connector, move)
-        self.judge.call(case, partial(call, _chunk(case), cache, *(rest or (ids_of(case),))))
+        call = partial(getattr(self.connector, move), held or _chunk(case), cache)
+        ids = case.src.ids if case.src.ids is not None else case.dst.ids
+        self.judge.call(case, partial(call, *(rest or (ids,))))
 
 
 def _chunk(case: Case) -> Any:
@@ -56,12 +59,9 @@ def _chunk(case: Case) -> Any:
 
 
 @pytest.fixture
-def store(subject: Subject, judge: Judge, home: Workshop) -> Store:
-    """A connector for this backend, in a layout that it takes."""
-    connector = AdaptiveConnector(
-        subject.device, backend=subject.name, kv_layout=home.paged, chunk_layout=home.dense
-    )
-    return Store(judge, home, connector)
+def store(judge: Judge, home: Workshop) -> Store:
+    """A connector for this backend."""
+    return Store(judge, home)
 
 
 @pytest.mark.parametrize(
@@ -89,11 +89,6 @@ def test_caches_that_were_registered_again(store: Store, move: str) -> None:
             store.check(move, store.case(move, caches, slots.roll(again), seed=seed))
 
 
-def ids_of(case: Case) -> Any:
-    """The slot mapping of a case."""
-    return case.src.ids if case.src.ids is not None else case.dst.ids
-
-
 @pytest.mark.parametrize("move", MOVES)
 def test_caches_passed_with_the_call(store: Store, move: str) -> None:
     """Caches that differ from those registered take their place; alternating sets do not mix."""
@@ -110,7 +105,7 @@ def test_batches(store: Store, move: str, ragged: bool) -> None:
     """A batch moves each chunk's range of the slot mapping, as single calls would."""
     lengths = (8, 5, 8, 3) if ragged else (8, 8, 8)
     slots = torch.tensor(store.home.shuffled(SHAPE.slots, sum(lengths), 2))
-    ends = [sum(lengths[: n + 1]) for n in range(len(lengths))]
+    ends = [*accumulate(lengths)]
     starts = [0, *ends[:-1]]
     caches = store.caches(source=move == "from_gpu")
     store.connector.register_kv_caches(caches.tensors)
@@ -119,10 +114,7 @@ def test_batches(store: Store, move: str, ragged: bool) -> None:
         for n, (a, b) in enumerate(zip(starts, ends, strict=True))
     ]
     call = getattr(store.connector, f"batched_{move}")
-
-    def batch() -> Any:
-        return call([_chunk(case) for case in cases], None, slots, starts, ends)
-
+    batch = partial(call, [_chunk(case) for case in cases], None, slots, starts, ends)
     joined = _joined(caches, cases, slots, lengths)
     if move == "to_gpu":  # all chunks land in one cache: each expectation is made by those before
         store.judge.call(joined, batch)
@@ -139,17 +131,12 @@ def test_batches(store: Store, move: str, ragged: bool) -> None:
 def _joined(caches: Side, cases: list[Case], slots: torch.Tensor, lengths: tuple[int, ...]) -> Case:
     """A batch as one copy, between the caches and the chunks as blocks of 8 tokens."""
     load = cases[0].src.block_size is None
-    parts = [case.src if load else case.dst for case in cases]
-    first = parts[0]
+    first, tensors = cases[0].src if load else cases[0].dst, [_chunk(case) for case in cases]
+    ids = torch.tensor([8 * n + t for n, c in enumerate(lengths) for t in range(c)])
     chunks = replace(
-        first,
-        tensors=[part.tensors for part in parts],
-        layout=f"block | {first.layout}",
-        ids=torch.tensor([8 * n + t for n, c in enumerate(lengths) for t in range(c)]),
-        block_size=8,
-        slots=8 * len(cases),
-        arrangement=None,
-    )
+        first, tensors=tensors, layout=f"block | {first.layout}", ids=ids, block_size=8,
+        slots=8 * len(cases), arrangement=None,
+    )  # fmt: skip
     paged = replace(caches, ids=slots, arrangement=None)
     return between("scatter" if load else "gather", paged, chunks, len(slots))
 
@@ -157,9 +144,6 @@ def _joined(caches: Side, cases: list[Case], slots: torch.Tensor, lengths: tuple
 @pytest.mark.parametrize("move", MOVES)
 def test_objects_that_hold_a_tensor(store: Store, move: str) -> None:
     """A memory object may hold its tensor, and may be longer than what is moved."""
-
     caches = store.caches(source=move == "from_gpu")
     case = store.case(move, caches, store.home.shuffled(SHAPE.slots, 6), tokens=32)
-    held = SimpleNamespace(tensor=_chunk(case))
-    call = getattr(store.connector, move)
-    store.judge.call(case, lambda: call(held, caches.tensors, ids_of(case)))
+    store.check(move, case, caches.tensors, held=SimpleNamespace(tensor=_chunk(case)))

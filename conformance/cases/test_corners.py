@@ -266,7 +266,8 @@ def test_chunks_that_are_not_contiguous(
 def test_lists_of_memory_objects(judge: Judge, home: Workshop, layout: str, place: str) -> None:
     """A list of buffers, each a block, is one paged view and moves in one copy."""
     cache, store = Shape(blocks=8), Shape(block_size=16, blocks=2)
-    slots, how = home.shuffled(cache.slots, 27, 2), {"layout": layout, "place": place}
+    slots = home.shuffled(cache.slots, 27, 2)
+    how: dict[str, Any] = {"layout": layout, "place": place}
     both_ways(
         judge,
         lambda source: home.cache(cache, slots, source=source),
@@ -280,11 +281,11 @@ def test_opaque_pages(judge: Judge, workshop: Workshop, page: int, layout: str) 
     """An opaque page moves whole, and its padding stays."""
     shape = Shape(widths=(page,), heads=1)
     how: dict[str, Any] = {"step": shape.block_size, "dtype": torch.uint8}
-    padded, blocks = {"layout": "layer | block page", "pads": {1: 5}}, workshop.shuffled(6, 4)
-    holes = workshop.shuffled(6, 4, 1)
+    padded: dict[str, Any] = {"layout": "layer | block page", "pads": {1: 5}, **how}
+    holes, blocks = workshop.shuffled(6, 4, 1), workshop.shuffled(6, 4)
     both_ways(
         judge,
-        lambda source: workshop.cache(shape, holes, source=source, **how, **padded),
+        lambda source: workshop.cache(shape, holes, source=source, **padded),
         lambda source: workshop.cache(shape, blocks, source=source, **how, layout=layout),
     )
 
@@ -299,8 +300,7 @@ def test_one_source_row_for_many_tokens(judge: Judge, home: Workshop) -> None:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("kind", ["tokens", "blocks", "layers", "rows-of-a-block"])
 def test_more_than_a_grid_holds(judge: Judge, home: Workshop, kind: str, direction: str) -> None:
-    """One call moves 200,000 tokens, 70,000 blocks, tokens of 70,200 runs or a block of 35,000
-    tokens: nothing is clipped."""
+    """Nothing is clipped of many tokens, many blocks, many runs of a token or a long block."""
     rng, how = torch.Generator().manual_seed(home.seed), dict[str, Any]()
     if kind == "tokens":
         shape = Shape(1, 1, (2, 2), block_size=16, blocks=12_600)

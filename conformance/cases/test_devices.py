@@ -17,7 +17,6 @@ from portakv_conformance.draw.by_hand import Workshop
 from portakv_conformance.judge.claims import at_once
 from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.judging import Judge, asked_of, index_of
-from portakv_conformance.judge.subject import Subject
 from portakv_conformance.judge.subject import subject as find
 
 pytestmark = [pytest.mark.area("ordering"), pytest.mark.needs("accelerator")]
@@ -26,7 +25,7 @@ pytestmark = [pytest.mark.area("ordering"), pytest.mark.needs("accelerator")]
 def test_threads_with_streams_of_their_own(judge: Judge, home: Workshop) -> None:
     """Threads that copy on streams of their own do not disturb each other."""
     shops = [replace(home, seed=home.seed + n) for n in range(3)]
-    lates = [Late(judge, s.gather(SHAPE, s.shuffled(SHAPE.slots, 9, 1))) for s in shops]
+    lates = [Late(judge, shop.some("gather", SHAPE, 9, 1)) for shop in shops]
 
     def work(late: Late) -> None:
         with judge.facility.on(judge.facility.stream()):
@@ -43,15 +42,14 @@ def test_threads_with_streams_of_their_own(judge: Judge, home: Workshop) -> None
 @pytest.mark.needs("two devices")
 @pytest.mark.parametrize("thread", [False, True], ids=["same-thread", "other-thread"])
 def test_another_device_than_the_current_one(
-    subject: Subject, facility: Facility, judge: Judge, home: Workshop, direction: str, thread: bool
+    judge: Judge, home: Workshop, direction: str, thread: bool
 ) -> None:
-    """A copy runs on the device of its views, whichever is current, in any thread, and leaves the
-    current device as it was."""
-    other, current = facility.second(), torch.accelerator.current_device_index()
+    """A copy runs on the device of its views, in any thread, and leaves the current one alone."""
+    subject, current = judge.subject, torch.accelerator.current_device_index()
+    other = judge.facility.second()
     there = find(subject.name, other, emulated=subject.emulated)
-    theirs = Judge(there, Facility(other, facility.emulated), judge.seed)
-    shop = replace(home, device=str(other))
-    late = Late(theirs, shop.move(direction, SHAPE, shop.shuffled(SHAPE.slots, 9, 1)))
+    theirs = Judge(there, Facility(other, subject.emulated), judge.seed)
+    late = Late(theirs, replace(home, device=str(other)).some(direction, SHAPE, 9, 1))
 
     def work() -> int:
         # Which device is current is a matter of each thread, and need not be the judged one.
@@ -93,9 +91,9 @@ def test_ids_on_another_device(judge: Judge, home: Workshop, direction: str, lat
 
 
 @pytest.mark.needs("two devices")
-def test_views_on_two_devices_are_refused(facility: Facility, judge: Judge, home: Workshop) -> None:
+def test_views_on_two_devices_are_refused(judge: Judge, home: Workshop) -> None:
     """A copy between two devices is refused in words, not carried out on one of them."""
-    there = replace(home, device=str(facility.second()))
+    there = replace(home, device=str(judge.facility.second()))
     case = Case(home.cache(SHAPE, [1, 2]), there.chunk(SHAPE, 2, source=False), 2)
     with pytest.raises((DeviceMismatch, Unsupported)):
         judge.subject.copy(*asked_of(case)[:3])

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from portakv_conformance.draw.strategies import all_cases, cases, migrations, page_cases
 from portakv_conformance.judge.judging import ENDS, Judge
-from portakv_conformance.judge.subject import Subject
 
 pytestmark = pytest.mark.area("drawn")
 
@@ -28,47 +27,45 @@ def in_parts(count: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("part", range(count))
 
 
-def places(subject: Subject, data: st.DataObject) -> dict[str, Any]:
+def places(judge: Judge, data: st.DataObject) -> dict[str, Any]:
     """Options of the strategies: tensors on the device, ids there or on the host."""
-    device = str(subject.device)
-    if subject.on_host:
-        return {"device": device}
-    return {"device": device, "ids_on": device if data.draw(_ANYWHERE) == "device" else "cpu"}
+    device = str(judge.subject.device)
+    on_host = judge.subject.on_host or data.draw(_ANYWHERE) == "cpu"
+    return {"device": device, "ids_on": "cpu" if on_host else device}
 
 
 @in_parts(6)
 @given(data=st.data())
-def test_any_copy(subject: Subject, judge: Judge, part: int, data: st.DataObject) -> None:
-    """Whatever the layouts, strides, paddings, ids and steps: the addressed rows move, and
-    nothing else."""
-    judge.copy(data.draw(all_cases(**places(subject, data))))
+def test_any_copy(judge: Judge, part: int, data: st.DataObject) -> None:
+    """Whatever the layouts, strides, ids and steps: the addressed rows move, and nothing else."""
+    judge.copy(data.draw(all_cases(**places(judge, data))))
 
 
 @in_parts(2)
 @given(data=st.data())
 def test_copies_between_two_sides(judge: Judge, part: int, data: st.DataObject) -> None:
     """Token-exact copies between any two layouts, waited for in any way."""
-    case = data.draw(cases(**places(judge.subject, data)))
+    case = data.draw(cases(**places(judge, data)))
     judge.copy(case, end=data.draw(st.sampled_from(ENDS)))
 
 
 @in_parts(2)
 @given(data=st.data())
-def test_migrations(subject: Subject, judge: Judge, part: int, data: st.DataObject) -> None:
+def test_migrations(judge: Judge, part: int, data: st.DataObject) -> None:
     """Copies within one cache, between rows that do not meet."""
-    judge.copy(data.draw(migrations(**places(subject, data))))
+    judge.copy(data.draw(migrations(**places(judge, data))))
 
 
 @in_parts(2)
 @given(data=st.data())
-def test_pages(subject: Subject, judge: Judge, part: int, data: st.DataObject) -> None:
+def test_pages(judge: Judge, part: int, data: st.DataObject) -> None:
     """Whole opaque blocks between any two page layouts."""
-    judge.copy(data.draw(page_cases(**places(subject, data))))
+    judge.copy(data.draw(page_cases(**places(judge, data))))
 
 
 @in_parts(2)
 @given(data=st.data())
-def test_launches(subject: Subject, judge: Judge, part: int, data: st.DataObject) -> None:
+def test_launches(judge: Judge, part: int, data: st.DataObject) -> None:
     """What `prepare` returns moves the rows by itself, with ids where and as the backend claims."""
-    holes = subject.can.skips_negative
-    judge.launch(data.draw(cases(**places(subject, data), holes=holes)))
+    holes = judge.subject.can.skips_negative
+    judge.launch(data.draw(cases(**places(judge, data), holes=holes)))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from typing import Any
 
@@ -61,24 +60,18 @@ def near(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.full(shape, 0xA5, dtype=torch.uint8).to(like.device)
 
 
-def check(
-    judge: Judge,
-    direction: str,
-    far: Place,
-    other: Place,
-    names: list[str],
-    count: int | None = None,
-) -> None:
-    """Put bytes into the pieces of the source by plain indexing, copy them, and compare the pieces
-    of the destination; ``far`` is the source of a gather."""
+def check(judge: Judge, direction: str, far: Place, other: Place, names: list[str]) -> None:
+    """Put bytes into the pieces of the source, copy them, and compare those of the destination.
+
+    ``far`` is the source of a gather.
+    """
     src, dst = (far, other) if direction == "gather" else (other, far)
     shape = (len(names), *src.tensor[src.where[0]].shape)
     wanted = torch.from_numpy(pattern_bytes(judge.seed, 1, prod(shape)).copy()).view(shape)
     for at, piece in zip(src.where, wanted.to(src.tensor.device), strict=True):
         src.tensor[at] = piece
     asked = (src.view, dst.view, src.index, dst.index)
-    copy = partial(judge.subject.copy, *asked, count=count)
-    if judge.carried(lambda: judge.finish(copy()), asked):
+    if judge.carried(lambda: judge.finish(judge.subject.copy(*asked)), asked):
         for at, piece, name in zip(dst.where, wanted, names, strict=True):
             assert torch.equal(dst.tensor[at].cpu(), piece), (
                 f"{name} was not moved right: an offset or a product of it was cut."
@@ -127,8 +120,7 @@ def check_blocks(judge: Judge, kind: str, src: torch.Tensor, dst: torch.Tensor) 
 
 
 def check_chunk(judge: Judge, direction: str, chunk: torch.Tensor, first: int, apart: int) -> None:
-    """Copy tokens from ``first`` on of a far chunk ``[kv, tokens, bytes]`` to a small cache or
-    back."""
+    """Copy tokens from ``first`` on of a far chunk ``[kv, tokens, bytes]`` to a cache or back."""
     kvs, slots = range(len(chunk)), [3, 0, 5, 2]
     dense = near(chunk, (len(kvs), 4, _SIZE, _ODD))
     span = slice(first, first + len(slots))
@@ -144,7 +136,7 @@ def check_chunk(judge: Judge, direction: str, chunk: torch.Tensor, first: int, a
     # Of a gather the cache is the source.
     way = "scatter" if direction == "gather" else "gather"
     flat = Place(dense.view(len(kvs), 4 * _SIZE, _ODD), cache, Index(slots), rows)
-    check(judge, way, far, flat, names, len(slots))
+    check(judge, way, far, flat, names)
 
 
 def check_layers(judge: Judge, direction: str, memory: torch.Tensor, stride: int) -> None:
@@ -180,8 +172,7 @@ def test_whole_blocks_and_two_lists(judge: Judge, kind: str, stride: int) -> Non
 @pytest.mark.needs("host")
 @pytest.mark.parametrize("rows", [(_HEADS, _DIM), (1, _ODD)], ids=["even", "odd"])
 def test_slots_that_are_far_out(judge: Judge, direction: str, rows: tuple[int, int]) -> None:
-    """The product of a slot and a row's bytes passes 2**31, 2**32 and 2**33, whatever divides the
-    row."""
+    """The product of a slot and a row's bytes passes 2**31, 2**32 and 2**33."""
     row = prod(rows)
     slots = (2**33 + 2**20) // row // _SIZE * _SIZE
     plane = mapped(slots * row).view(slots // _SIZE, _SIZE, *rows)
@@ -192,8 +183,7 @@ def test_slots_that_are_far_out(judge: Judge, direction: str, rows: tuple[int, i
 @pytest.mark.needs("host")
 @pytest.mark.parametrize("first", [0, 2**31 // _ODD, 2**32 // _ODD + 3])
 def test_a_far_chunk(judge: Judge, direction: str, first: int) -> None:
-    """A chunk may have planes gigabytes apart, and a copy may begin gigabytes behind its address;
-    here with rows of an odd number of bytes."""
+    """A chunk may have planes gigabytes apart, and a copy may begin gigabytes behind it."""
     tokens = first + 100
     apart = max(tokens * _ODD, 2**32) + 3
     chunk = mapped(2 * apart).as_strided((2, tokens, _ODD), (apart, _ODD, 1))
@@ -212,8 +202,8 @@ def test_layers_that_lie_far_apart(judge: Judge, direction: str) -> None:
 
 @pytest.fixture
 def device_memory(subject: Subject, judge: Judge) -> Iterator[Bytes]:
-    """Makes bytes of the judged device, which get them back afterwards. What they hold is not
-    written: on the simulated device only what is touched takes memory."""
+    """Makes bytes of the judged device, which are given back afterwards, and writes none of them:
+    on the simulated device only what is touched takes memory."""
     yield lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=subject.device)
     judge.facility.release()
 
@@ -262,8 +252,7 @@ def test_a_flat_pool_on_a_device(
 def test_a_far_chunk_on_a_device(
     judge: Judge, device_memory: Bytes, direction: str, far: str
 ) -> None:
-    """On a device too, a chunk may have planes gigabytes apart, and a copy may begin gigabytes
-    behind its address."""
+    """On a device too, planes of a chunk, and its first token, may lie gigabytes behind it."""
     first, apart, row = 0, 2**32 + 3, _ODD
     if far == "tokens":  # keys and values of a token side by side
         first, apart, row = 2**32 // (2 * _ODD) + 3, _ODD, 2 * _ODD

@@ -24,8 +24,7 @@ DTYPES = {"int32": torch.int32, "int64": torch.int64}
 
 def homes(subject: Subject) -> list[torch.device]:
     """Where ids may lie: the host, and the device if it is another."""
-    host = torch.device("cpu")
-    return [host] if subject.on_host else [host, subject.device]
+    return list({torch.device("cpu"): None, subject.device: None})
 
 
 def elsewhere(judge: Judge, home: Workshop, layout: str, ids: Any, **how: Any) -> Side:
@@ -37,10 +36,10 @@ def elsewhere(judge: Judge, home: Workshop, layout: str, ids: Any, **how: Any) -
 @pytest.mark.parametrize("stride", [2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ids_that_are_not_contiguous(
-    subject: Subject, judge: Judge, home: Workshop, direction: str, dtype: str, stride: int
+    judge: Judge, home: Workshop, direction: str, dtype: str, stride: int
 ) -> None:
     """A strided list of ids is read by its stride; what stands between its ids is not read."""
-    for place in homes(subject):
+    for place in homes(judge.subject):
         slots = torch.tensor(home.shuffled(SHAPE.slots, 11, 2), dtype=DTYPES[dtype])
         wide = torch.full((stride * 11 + 1,), SHAPE.slots + 7, dtype=DTYPES[dtype]).to(place)
         spread = wide[1::stride][:11]
@@ -84,14 +83,14 @@ def test_offsets_of_both_sides(
     judge: Judge, home: Workshop, steps: tuple[int, int], offsets: tuple[int, int]
 ) -> None:
     """Each side begins at its own offset, in the middle of a block too."""
-    count, sides = 17, []
-    for step, offset, source in zip(steps, offsets, (True, False), strict=True):
-        ids = home.shuffled(36 // step, -(-(count + offset) // step)) if step else None
-        layout = home.paged if source else across(judge.subject, home.paged, HND)
-        sides.append(
-            home.cache(SHAPE, ids, step=max(step, 1), offset=offset, source=source, layout=layout)
-        )
-    judge.copy(Case(sides[0], sides[1], count))
+    count = 17
+    src, dst = (
+        home.shuffled(36 // step, -(-(count + offset) // step)) if step else None
+        for step, offset in zip(steps, offsets, strict=True)
+    )
+    source = home.cache(SHAPE, src, step=max(steps[0], 1), offset=offsets[0])
+    target = elsewhere(judge, home, HND, dst, step=max(steps[1], 1), offset=offsets[1])
+    judge.copy(Case(source, target, count))
 
 
 @pytest.mark.parametrize("holes", [1, 5, 10])

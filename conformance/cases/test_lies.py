@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from portakv import Transfer
 from portakv_conformance.cases.test_ordering import Late
 from portakv_conformance.cases.test_safety import DUPLICATES, check_duplicates
 from portakv_conformance.draw.by_hand import Shape, Workshop
-from portakv_conformance.judge.claims import at_once, launch_of, plan_of
+from portakv_conformance.judge.claims import at_once, landing, launch_of, plan_of
 from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.judging import Judge, asked_of
 from portakv_conformance.judge.subject import Subject
@@ -50,7 +49,7 @@ def test_rows_as_short_as_claimed(judge: Judge, home: Workshop, direction: str, 
     """Rows of as many bytes as it claims to need, or an odd multiple of them, are not refused."""
     least = judge.subject.can.alignment
     shape = Shape(heads=1, widths=(times * least,) * 2)
-    case = home.move(direction, shape, home.shuffled(shape.slots, 9), dtype=torch.uint8)
+    case = home.some(direction, shape, 9, dtype=torch.uint8)
     assert judge.copy(case), (
         f"It claims an alignment of {least} B and refuses rows of {times * least} B: "
         f"{judge.declined[-1]}"
@@ -64,18 +63,16 @@ def _other_slots(ids: torch.Tensor) -> None:
 @pytest.mark.area("ordering")
 @pytest.mark.parametrize("kind", ["int32", "int64", "pinned"])
 def test_host_ids_that_change_right_after_the_call(
-    facility: Facility, judge: Judge, home: Workshop, direction: str, kind: str
+    judge: Judge, home: Workshop, direction: str, kind: str
 ) -> None:
-    """A list of ids on the host belongs to the caller again when the call returns, however long
-    the copy takes."""
+    """A list of ids on the host belongs to the caller again when the call returns."""
     for _ in range(2):  # the second call is by a launch that was prepared
-        ids = torch.tensor(home.shuffled(SHAPE.slots, 9, 1))
-        ids = ids.to(torch.int32) if kind == "int32" else ids
-        if kind == "pinned" and facility.streams:
-            ids = ids.pin_memory()
+        dtype = torch.int32 if kind == "int32" else torch.int64
+        ids = torch.tensor(home.shuffled(SHAPE.slots, 9, 1), dtype=dtype)
+        ids = ids.pin_memory() if kind == "pinned" and judge.facility.streams else ids
         case = home.move(direction, SHAPE, ids)
         expected, asked, started = case.expected(), asked_of(case), list[Transfer]()
-        facility.delay(BUSY)
+        judge.facility.delay(BUSY)
         copy = partial(judge.subject.copy, *asked, count=case.count)
         if not judge.carried(lambda: started.append(copy()), asked):  # noqa: B023 (called at once)
             return
@@ -86,13 +83,10 @@ def test_host_ids_that_change_right_after_the_call(
 
 @pytest.mark.claim("index_on")
 def test_a_launch_has_read_its_host_ids(judge: Judge, home: Workshop, direction: str) -> None:
-    """A launch that reads ids on the host has read them when it returns; what it returns, if
-    anything, is the end of the copy."""
+    """A launch that reads ids on the host has read them when it returns."""
     if judge.subject.can.index_on != "host":
         judge.not_claimed("index_on", "it reads ids on the device.")
-    dtype = next(iter(judge.subject.can.index_dtypes))
-    ids = torch.tensor(home.shuffled(SHAPE.slots, 9), dtype=dtype)
-    ids = ids.to(judge.subject.can.home_of_ids(judge.subject.device))
+    ids = judge.ids(home.shuffled(SHAPE.slots, 9))
     case = home.move(direction, SHAPE, ids)
     expected = case.expected()
     launch = launch_of(judge.subject, case)
@@ -108,25 +102,20 @@ def test_a_launch_has_read_its_host_ids(judge: Judge, home: Workshop, direction:
 @pytest.mark.claim("threads")
 def test_each_thread_gets_its_own_copy(judge: Judge, home: Workshop, direction: str) -> None:
     """Of one launch that several threads call at once each call moves its own rows, once."""
-    if not judge.subject.can.threads:
-        judge.not_claimed("threads", "the library lets one thread at a time into a launch.")
+    if not judge.claims("threads", "the library lets one thread at a time into a launch."):
         return
     prepared = None
     for turn in range(_ROUNDS):
         shops = [replace(home, seed=home.seed + 10 * turn + n) for n in range(_THREADS)]
         # Fresh destinations each time: a call that is lost is not made good by the next.
-        cases = [shop.move(direction, SHAPE, shop.shuffled(SHAPE.slots, 9)) for shop in shops]
+        cases = [shop.some(direction, SHAPE, 9) for shop in shops]
         prepared = prepared or judge.subject.prepare(plan_of(cases[0]))
         expected = [case.expected() for case in cases]
         launches = [launch_of(judge.subject, case, prepared) for case in cases]
         judge.facility.synchronize()
-        at_once([partial(_landed, judge, launch) for launch in launches])
+        at_once([landing(judge, launch) for launch in launches])
         for case, wanted in zip(cases, expected, strict=True):
             judge.check(wanted, case, f"Called from {_THREADS} threads at once: ")
-
-
-def _landed(judge: Judge, launch: Any) -> None:
-    judge.land(launch(None, None))
 
 
 @pytest.mark.area("safety")
@@ -136,15 +125,14 @@ def test_duplicates_that_reach_a_launch(judge: Judge, home: Workshop, step: int)
     shape = replace(SHAPE, block_size=4, blocks=6)
     case = home.scatter(shape, torch.tensor(DUPLICATES).to(judge.subject.device), step=step)
     launch = launch_of(judge.subject, case)
-    check_duplicates(judge, case, lambda: judge.land(launch(None, None)))
+    check_duplicates(judge, case, landing(judge, launch))
 
 
 @pytest.mark.area("ordering")
 @pytest.mark.needs("accelerator")
 def test_the_default_stream_is_a_stream(judge: Judge, home: Workshop, direction: str) -> None:
-    """The default stream, passed while another is current, carries the work out: its number, 0,
-    does not say that no stream was given."""
-    late = Late(judge, home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 9)))
+    """The default stream, passed while another is current, is no missing one, though it is 0."""
+    late = Late(judge, home.some(direction, SHAPE, 9))
     launch = launch_of(judge.subject, late.case)
     late.produce()
     default, side = judge.facility.current(), judge.facility.stream()
@@ -152,7 +140,5 @@ def test_the_default_stream_is_a_stream(judge: Judge, home: Workshop, direction:
     judge.facility.delay(BUSY, side)
     with judge.facility.on(side):
         pending = launch(default, None)
-    if pending is not None:
-        pending.wait()
-    default.synchronize()
+    judge.land(pending, default)
     late.check()  # while the other stream is still busy

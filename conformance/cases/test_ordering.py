@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Order on accelerators: what a copy waits for, what waits for it, and what may be freed meanwhile.
-
-A slow job stands before the producer or before the copy, so that a missing wait shows.
-"""
+"""Order on accelerators: what a copy waits for, what waits for it, what may be freed. A slow job
+stands before the producer or before the copy, so that a missing wait shows."""
 
 from __future__ import annotations
 
@@ -28,10 +26,7 @@ PLACES = ("host", "device")
 
 
 class Late:
-    """A case whose source is produced late: until then it holds other bytes.
-
-    ``expected`` is what must come out of it.
-    """
+    """A case whose source holds other bytes until `produce`; ``expected`` is what must come out."""
 
     def __init__(self, judge: Judge, case: Case) -> None:
         self.judge, self.case = judge, case
@@ -40,9 +35,7 @@ class Late:
         self.views = view_of(case.src), view_of(case.dst)
         self.indices = index_of(case.src), index_of(case.dst)
         self.copy().synchronize()  # compiles outside of the race
-        before = {region.base: region.content for region in self.expected.before.regions}
-        for guard in case.dst.guards:
-            guard.whole.copy_(torch.from_numpy(before[guard.whole.data_ptr()]))
+        self.expected.before.restore(guard.whole for guard in case.dst.guards)
         for guard in case.src.guards:
             guard.payload().fill_(0xEE)
         judge.facility.synchronize()
@@ -64,17 +57,14 @@ class Late:
         self.judge.failing = failing
 
 
-def made(judge: Judge, home: Workshop, direction: str, ids: str) -> Case:
-    """A case whose ids lie on the host or on the device."""
+def made(judge: Judge, home: Workshop, direction: str, ids: str, *, now: bool = False) -> Late:
+    """A case whose ids lie on the host or on the device, with its source in place if asked."""
     slots = torch.tensor(home.shuffled(SHAPE.slots, 9, 1))
-    return home.move(direction, SHAPE, slots.to(judge.subject.device) if ids == "device" else slots)
-
-
-def produced(judge: Judge, home: Workshop, direction: str, ids: str) -> Late:
-    """The same, with its source in place."""
-    late = Late(judge, made(judge, home, direction, ids))
-    late.produce()
-    judge.facility.synchronize()
+    slots = slots.to(judge.subject.device) if ids == "device" else slots
+    late = Late(judge, home.move(direction, SHAPE, slots))
+    if now:
+        late.produce()
+        judge.facility.synchronize()
     return late
 
 
@@ -83,19 +73,8 @@ def produced(judge: Judge, home: Workshop, direction: str, ids: str) -> Late:
 def test_a_copy_waits_for_its_producer(
     facility: Facility, judge: Judge, home: Workshop, direction: str, where: str, ids: str
 ) -> None:
-    """A copy is ordered behind all earlier work of the caller's current stream, be it carried out
-    there or on another stream that is passed."""
-    late = Late(judge, made(judge, home, direction, ids))
-    side = facility.stream()
-    if where == "current":  # which need not be the default stream
-        with facility.on(side):
-            facility.delay(SLOW)
-            late.produce()
-            transfer = late.copy()
-        transfer.synchronize()
-        late.check()
-    else:
-        check_late(facility, late, where)
+    """A copy is ordered behind all earlier work of the caller's current stream, on any stream."""
+    check_late(facility, made(judge, home, direction, ids), where)
 
 
 @pytest.mark.parametrize("where", STREAMS)
@@ -103,7 +82,7 @@ def test_later_work_waits_for_the_copy(
     facility: Facility, judge: Judge, home: Workshop, direction: str, where: str
 ) -> None:
     """Behind ``Transfer.wait`` the current stream may read the destination and reuse the source."""
-    late, side = produced(judge, home, direction, "host"), facility.stream()
+    late, side = made(judge, home, direction, "host", now=True), facility.stream()
     with facility.on(side if where == "current" else facility.current()):
         facility.delay(SLOW, side if where == "side" else None)
         transfer = late.copy(side if where == "side" else None)
@@ -123,7 +102,7 @@ def test_ids_that_are_produced_late(
     facility: Facility, judge: Judge, home: Workshop, direction: str, where: str
 ) -> None:
     """Ids on the device are read behind the work that writes them."""
-    late = Late(judge, made(judge, home, direction, "device"))
+    late = made(judge, home, direction, "device")
     side = late.case.src if direction == "gather" else late.case.dst
     assert side.ids is not None
     late.produce()
@@ -139,7 +118,7 @@ def test_ids_that_are_produced_late(
 
 def test_done_means_landed(judge: Judge, home: Workshop, direction: str) -> None:
     """A transfer on a busy stream says that it is done only when its bytes have landed."""
-    late, side = produced(judge, home, direction, "host"), judge.facility.stream()
+    late, side = made(judge, home, direction, "host", now=True), judge.facility.stream()
     judge.facility.delay(SLOW, side)
     transfer = late.copy(side)
     judge.finish(transfer, "synchronize" if not transfer.done() else "done")
@@ -151,9 +130,8 @@ def test_done_means_landed(judge: Judge, home: Workshop, direction: str) -> None
 def test_memory_freed_right_after_the_call(
     facility: Facility, judge: Judge, home: Workshop, direction: str, keep: bool, ids: str
 ) -> None:
-    """Source and ids may be freed and reused right after the call, whether or not the transfer is
-    kept: the copy still reads what was there."""
-    late, side = produced(judge, home, direction, ids), facility.stream()
+    """Source and ids may be freed right after the call: the copy still reads what was there."""
+    late, side = made(judge, home, direction, ids, now=True), facility.stream()
     facility.delay(SLOW, side)
     transfer = late.copy(side)
     expected, target = late.expected, late.case.dst
@@ -180,10 +158,8 @@ def test_memory_freed_right_after_the_call(
 def test_a_launch_works_on_its_stream(
     facility: Facility, judge: Judge, home: Workshop, direction: str, given: bool
 ) -> None:
-    """A launch orders its work on the stream that it is given, or else on the current one, in
-    each call anew."""
-    slots = home.shuffled(SHAPE.slots, 9)
-    lates = [Late(judge, home.move(direction, SHAPE, slots)) for _ in range(3)]
+    """A launch orders its work on the stream that it is given, or else on the current one."""
+    lates = [Late(judge, home.some(direction, SHAPE, 9)) for _ in range(3)]
     prepared = judge.subject.prepare(plan_of(lates[0].case))
     for late in lates:
         # Ids are brought over now: the copy of a list would wait for the device.
@@ -196,9 +172,7 @@ def test_a_launch_works_on_its_stream(
             pending = None if given else launch(None, None)
         if given:
             pending = launch(stream, None)
-        if pending is not None:
-            pending.wait()
-        stream.synchronize()
+        judge.land(pending, stream)
         late.check()
 
 
@@ -215,7 +189,7 @@ def test_a_launch_returns_while_its_stream_is_busy(
 ) -> None:
     """A launch does not wait for its stream, unless it has to read ids that lie on the device."""
     can = judge.subject.can
-    case = home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 9))
+    case = home.some(direction, SHAPE, 9)
     if ids == "no-ids":
         case = Case(replace(case.src, ids=None), replace(case.dst, ids=None), case.count)
     late = Late(judge, case)
@@ -230,9 +204,7 @@ def test_a_launch_returns_while_its_stream_is_busy(
     busy = _busy(facility, stream)
     pending = launch(stream, None)
     waited = late_at_all and busy.query()
-    if pending is not None:
-        pending.wait()
-    stream.synchronize()
+    judge.land(pending, stream)
     late.check()
     if ids == "no-ids" or can.index_on == "host" or can.capturable:
         assert not waited, (
@@ -243,14 +215,11 @@ def test_a_launch_returns_while_its_stream_is_busy(
 
 def test_copies_on_two_streams_at_once(judge: Judge, home: Workshop, direction: str) -> None:
     """Copies on two streams do not share anything that one of them still needs."""
-    lates = []
-    for number in range(2):
-        shop = replace(home, seed=home.seed + number)
-        slots = shop.shuffled(SHAPE.slots, 9, 1)
-        lates.append(Late(judge, shop.move(direction, SHAPE, slots)))
-    streams = [judge.facility.stream() for _ in lates]
+    shops = [replace(home, seed=home.seed + number) for number in range(2)]
+    lates = [Late(judge, shop.some(direction, SHAPE, 9, 1)) for shop in shops]
     transfers = []
-    for turn, (late, stream) in enumerate(zip(lates, streams, strict=True)):
+    for turn, late in enumerate(lates):
+        stream = judge.facility.stream()
         late.produce()
         judge.facility.delay(SLOW * (2 - turn), stream)
         transfers.append(late.copy(stream))
@@ -279,10 +248,14 @@ def test_a_load_behind_a_store_of_the_same_rows(judge: Judge, home: Workshop) ->
 
 
 def check_late(facility: Facility, late: Late, where: str) -> None:
-    """Judge a copy behind a slow producer, on the current stream or on another."""
-    facility.delay(SLOW)
-    late.produce()
-    late.copy(facility.stream() if where == "side" else None).synchronize()
+    """Judge a copy behind a slow producer, on the current stream, ``current`` for one that is not
+    the default, or on another."""
+    side = facility.stream()
+    with facility.on(side if where == "current" else facility.current()):
+        facility.delay(SLOW)
+        late.produce()
+        transfer = late.copy(side if where == "side" else None)
+    transfer.synchronize()
     late.check()
 
 
@@ -292,7 +265,7 @@ def test_a_store_to_the_host_waits_for_its_producer(
     facility: Facility, judge: Judge, home: Workshop, where: str, pinned: bool
 ) -> None:
     """A store to the host reads the device behind the work that writes it."""
-    case = home.gather(SHAPE, home.shuffled(SHAPE.slots, 9, 1), {"device": "cpu"})
+    case = home.some("gather", SHAPE, 9, 1, {"device": "cpu"})
     check_late(facility, Late(judge, replace(case, dst=on_host(case.dst, pinned))), where)
 
 
@@ -301,7 +274,7 @@ def test_a_load_of_pinned_memory_that_is_being_written(
     facility: Facility, judge: Judge, home: Workshop, where: str
 ) -> None:
     """A load reads pinned memory behind the work that writes it."""
-    case = home.scatter(SHAPE, home.shuffled(SHAPE.slots, 9, 1), {"device": "cpu"})
+    case = home.some("scatter", SHAPE, 9, 1, {"device": "cpu"})
     late = Late(judge, replace(case, src=on_host(case.src, True)))
     late.final = [final.to(facility.device) for final in late.final]
     facility.synchronize()

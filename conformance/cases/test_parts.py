@@ -53,16 +53,16 @@ _SLICES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("what", _SLICES)
 def test_slices(judge: Judge, home: Workshop, what: str, direction: str, layout: str) -> None:
-    """A slice of a view is those layers, heads or kv only, also of a pool that all layers share:
-    the others are not touched."""
+    """A slice of a view is those layers, heads or kv only: the others are not touched."""
     whole, (part, fewer) = Shape(layers=4, heads=4), _SLICES[what]
     shape, source = replace(whole, **fewer), direction == "gather"
     slots = home.shuffled(whole.slots, 9, 1)
     side = home.cache(whole, slots, source=source, layout=layout)
     chunk = home.chunk(shape, 9, source=not source)
     told = replace(side, tensors=_sliced(side.tensors, side.layout, part), arrangement=None)
-    told.extents = {**side.extents, "layers": shape.layers, "kv": len(shape.widths)}
-    told.extents.update(heads=shape.heads, dim=side.extents["dim"][: len(shape.widths)])
+    kv, dims = len(shape.widths), side.extents["dim"]
+    fewer_of = {"layers": shape.layers, "kv": kv, "heads": shape.heads, "dim": dims[:kv]}
+    told.extents = {**side.extents, **fewer_of}
     cache, dense = view_of(side).slice(**part), view_of(chunk)
     asked = (cache, dense, index_of(side), Index())
     if not source:

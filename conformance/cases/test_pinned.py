@@ -16,7 +16,6 @@ from portakv import CopyPlan, Unsupported
 from portakv_conformance.draw.arrangement import Case
 from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop
 from portakv_conformance.judge.judging import Asked, Judge, asked_of
-from portakv_conformance.judge.subject import Subject
 
 pytestmark = [
     pytest.mark.area("claims"), pytest.mark.claim("places"), pytest.mark.needs("host"),
@@ -28,7 +27,7 @@ PAIRS = [("pinned", "pinned"), ("pinned", "pageable"), ("pageable", "pinned")]
 
 def made(home: Workshop, direction: str, pair: tuple[str, str]) -> tuple[Case, Asked]:
     """A case, and what it is asked for with views that are said to lie in a pair of places."""
-    case = home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 9))
+    case = home.some(direction, SHAPE, 9)
     asked = asked_of(case)
     for view, place in zip(asked[:2], pair, strict=True):
         view.form = replace(view.form, place=place)
@@ -40,11 +39,14 @@ def made(home: Workshop, direction: str, pair: tuple[str, str]) -> tuple[Case, A
 def test_pinned_memory_on_the_host(
     judge: Judge, home: Workshop, pair: tuple[str, str], direction: str
 ) -> None:
-    """A backend of the host copies to and from pinned memory where it claims to, and refuses a
-    plan of it where it does not."""
+    """A backend of the host copies pinned memory if it claims to, and refuses it if not."""
     case, asked = made(home, direction, pair)
-    refusal = refused(judge.subject, asked)
-    way = f"from {pair[0]} to {pair[1]} memory"
+    src, dst, mine, theirs = asked
+    refusal, way = None, f"from {pair[0]} to {pair[1]} memory"
+    try:
+        judge.subject.prepare(CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step))
+    except Unsupported as error:
+        refusal = error
     if pair in judge.subject.can.places:
         assert refusal is None, (
             f"It claims by 'places' that it copies {way}, and refuses a plan of that: {refusal}"
@@ -56,13 +58,3 @@ def test_pinned_memory_on_the_host(
         assert refusal is not None, f"It prepares a plan that it does not claim: {way}."
     fresh, again = made(home, direction, pair)
     judge.call(fresh, lambda: judge.subject.copy(*again, count=fresh.count), asked=again)
-
-
-def refused(subject: Subject, asked: Asked) -> Unsupported | None:
-    """Why ``check`` or ``prepare`` refuses the plan between two views, or None."""
-    src, dst, mine, theirs = asked
-    try:
-        subject.prepare(CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step))
-    except Unsupported as refusal:
-        return refusal
-    return None

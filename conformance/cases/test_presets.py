@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -61,23 +62,17 @@ _PAD = 16  # elements between the pages of layouts that lie in one pool
 def _table() -> Iterator[Any]:
     """(operation, preset, dtype): in `core` one dtype for each preset, in `full` others too."""
     for number, (name, preset) in enumerate(PRESETS.items()):
-        fixed = name in WIDTHS
-        dtypes = (torch.uint8,) if fixed else DTYPES
-        for at, dtype in enumerate(dtypes):
-            first = at == number % len(dtypes)
-            for operation in OPERATIONS:
-                if operation == "migrate" and not read_layout(preset.layout).written("block"):
-                    continue
-                if not first and operation not in ("gather", "scatter"):
-                    continue  # these move the same rows, and each is a program to compile
-                tags = {"layout": name, "dtype": _name(dtype), "operation": operation}
-                marks = [pytest.mark.tags(**tags), *([] if first else [full])]
-                label = f"{operation}-{name}-{_name(dtype)}"
-                yield pytest.param(operation, name, dtype, marks=marks, id=label)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        dtypes = (torch.uint8,) if name in WIDTHS else DTYPES
+        paged = read_layout(preset.layout).written("block")
+        for at, operation in product(range(len(dtypes)), OPERATIONS):
+            first, dtype = at == number % len(dtypes), str(dtypes[at]).removeprefix("torch.")
+            if operation == "migrate" and not paged:
+                continue
+            if not first and operation not in ("gather", "scatter"):
+                continue  # these move the same rows, and each is a program to compile
+            tags = pytest.mark.tags(layout=name, dtype=dtype, operation=operation)
+            marks, label = [tags, *([] if first else [full])], f"{operation}-{name}-{dtype}"
+            yield pytest.param(operation, name, dtypes[at], marks=marks, id=label)
 
 
 @pytest.mark.parametrize(("operation", "name", "dtype"), list(_table()))
@@ -96,14 +91,11 @@ def shape_of(name: str, dtype: torch.dtype) -> Shape:
     split = any(factor.part for group in axes.right for factor in group)
     elements = UNEQUAL.get(name, (64 if split else 16,) * kv)
     widths = WIDTHS.get(name) or tuple(n * dtype.itemsize for n in elements)
-    shape = Shape(
-        layers=2 if axes.written("layer") else 1,
-        heads=2 if axes.written("head") and name != "chunk-2ltd-mla" else 1,
-        widths=widths,
-    )
+    heads = 2 if axes.written("head") and name != "chunk-2ltd-mla" else 1
+    shape = Shape(2 if axes.written("layer") else 1, heads, widths)
     if axes.written("page"):
-        page = (widths[0] if name in WIDTHS else 24 * dtype.itemsize) * shape.block_size
-        return replace(shape, widths=(page,))
+        page = widths[0] if name in WIDTHS else 24 * dtype.itemsize
+        return replace(shape, widths=(page * shape.block_size,))
     return shape
 
 
@@ -125,33 +117,27 @@ def lies(name: str, dtype: torch.dtype) -> dict[str, Any]:
 def _case(shop: Workshop, operation: str, name: str, dtype: torch.dtype) -> Case:
     layout, shape = PRESETS[name].layout, shape_of(name, dtype)
     axes, how = read_layout(layout), lies(name, dtype)
-    if axes.written("page"):
+    if axes.written("page") and operation != "migrate":
         return _pages(shop, operation, layout, shape, how)
     if not axes.written("block"):
         return _chunks(shop, operation, layout, shape, dtype)
-    slots, equal = shop.shuffled(shape.slots, 13, 2), len(set(shape.widths)) == 1
-    if operation == "migrate":
-        return _within(shop, layout, shape, how)
+    if operation == "migrate":  # whole blocks of one cache, by block tables on both sides
+        blocks, step = shop.shuffled(shape.blocks, 4), shape.block_size
+        cache = shop.cache(shape, blocks[:2], layout=layout, step=step, **how)
+        return Case(cache, replace(cache, ids=torch.tensor(blocks[2:])), 2 * step)
+    equal = len(set(shape.widths)) == 1
     if operation == "convert":  # to a paged layout that is like none of the presets
         other = replace(shape, block_size=6, blocks=4)
         text = "head | block layer token kv dim" if equal else "block head layer token (kv dim)"
         ids = shop.shuffled(other.slots, 13)
         target = shop.cache(other, ids, layout=text, source=False, dtype=dtype)
+        slots = shop.shuffled(shape.slots, 13, 2)
         return Case(shop.cache(shape, slots, layout=layout, **how), target, 13)
     chunk = {"layout": CHUNK if equal else "layer token (kv head dim)"}
-    return shop.move(operation, shape, slots, chunk, layout=layout, **how)
-
-
-def _within(shop: Workshop, layout: str, shape: Shape, how: dict[str, Any]) -> Case:
-    """Whole blocks of one cache, by block tables on both sides."""
-    blocks = shop.shuffled(shape.blocks, 4)
-    cache = shop.cache(shape, blocks[:2], layout=layout, step=shape.block_size, **how)
-    return Case(cache, replace(cache, ids=torch.tensor(blocks[2:])), 2 * shape.block_size)
+    return shop.some(operation, shape, 13, 2, chunk, layout=layout, **how)
 
 
 def _pages(shop: Workshop, operation: str, layout: str, shape: Shape, how: dict[str, Any]) -> Case:
-    if operation == "migrate":
-        return _within(shop, layout, shape, how)
     size, blocks = shape.block_size, shop.shuffled(shape.blocks, 3, 1)
     mine = {"layout": layout, "step": size, **how}
     flat = "block page" if shape.layers == 1 else "block layer page"
@@ -170,5 +156,4 @@ def _chunks(shop: Workshop, operation: str, layout: str, shape: Shape, dtype: to
         source = shop.chunk(shape, 13, layout=layout, dtype=dtype)
         other = "token layer head kv dim"
         return Case(source, shop.chunk(shape, 13, layout=other, source=False, dtype=dtype), 13)
-    slots, chunk = shop.shuffled(shape.slots, 13, 2), {"layout": layout}
-    return shop.move(operation, shape, slots, chunk, layout=PAGED, dtype=dtype)
+    return shop.some(operation, shape, 13, 2, {"layout": layout}, layout=PAGED, dtype=dtype)

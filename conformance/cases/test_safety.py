@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -26,7 +27,6 @@ from portakv_conformance.draw.by_hand import (
 from portakv_conformance.judge.claims import check_guarded, check_refused, without_bad
 from portakv_conformance.judge.judging import Judge, asked_of
 from portakv_conformance.judge.memory import Memory
-from portakv_conformance.judge.subject import Subject
 
 pytestmark = pytest.mark.area("safety")
 
@@ -54,8 +54,7 @@ def test_host_blocks_past_the_end(judge: Judge, home: Workshop, direction: str, 
 @pytest.mark.needs("accelerator")
 @pytest.mark.parametrize("slot", [*_PAST, *_FAR])
 def test_device_slots_past_the_end(judge: Judge, home: Workshop, direction: str, slot: int) -> None:
-    """A bad slot on the device moves nothing, all others move, the transfer raises SlotError, and
-    the device is sound."""
+    """A bad slot on the device moves nothing, all others move, and the end is a SlotError."""
     for dtype in (torch.int64, torch.int32) if slot < 2**31 else (torch.int64,):
         ids = torch.tensor([2, slot, 7, -1, 11], dtype=dtype).to(judge.subject.device)
         _judge_bad(judge, home.move(direction, SHAPE, ids))
@@ -93,13 +92,13 @@ _PAIRS = {
 
 def two_lists(home: Workshop, pair: str, step: int, device: Any, dtype: torch.dtype) -> Case:
     """A copy from one cache to another under a list of ids on each side."""
-    end = SHAPE.slots // step
-    lists = [[n - _END + end if _END <= n < 2 * _END else n for n in ids] for ids in _PAIRS[pair]]
-    sides = [
-        home.cache(SHAPE, torch.tensor(ids, dtype=dtype).to(device), step=step, source=not number)
-        for number, ids in enumerate(lists)
-    ]
-    return Case(sides[0], sides[1], len(lists[0]) * step)
+    src, dst = (torch.tensor(_with_end(ids, step), dtype=dtype).to(device) for ids in _PAIRS[pair])
+    target = home.cache(SHAPE, dst, step=step, source=False)
+    return Case(home.cache(SHAPE, src, step=step), target, len(src) * step)
+
+
+def _with_end(ids: list[int], step: int) -> list[int]:
+    return [n - _END + SHAPE.slots // step if _END <= n < 2 * _END else n for n in ids]
 
 
 @pytest.mark.parametrize("step", [1, 4])
@@ -107,8 +106,7 @@ def two_lists(home: Workshop, pair: str, step: int, device: Any, dtype: torch.dt
 def test_host_ids_past_the_end_of_both_sides(
     judge: Judge, home: Workshop, pair: str, step: int
 ) -> None:
-    """With lists on both sides too, an id past the end of either is a SlotError, also where the
-    other side's is padding, and nothing is moved."""
+    """An id past the end of either list is a SlotError, also beside padding, and nothing moves."""
     check_refused(judge, two_lists(home, pair, step, "cpu", torch.int64), SlotError)
 
 
@@ -116,12 +114,11 @@ def test_host_ids_past_the_end_of_both_sides(
 @pytest.mark.parametrize("step", [1, 4])
 @pytest.mark.parametrize("pair", _PAIRS)
 def test_device_ids_past_the_end_of_both_sides(
-    subject: Subject, judge: Judge, home: Workshop, pair: str, step: int
+    judge: Judge, home: Workshop, pair: str, step: int
 ) -> None:
-    """With lists on both sides too, a bad id of either moves nothing, all others move, and the
-    transfer raises SlotError."""
+    """A bad id of either list moves nothing, all others move, and the transfer raises SlotError."""
     for dtype in (torch.int64, torch.int32):
-        _judge_bad(judge, two_lists(home, pair, step, subject.device, dtype))
+        _judge_bad(judge, two_lists(home, pair, step, judge.subject.device, dtype))
 
 
 @pytest.mark.claim("guards")
@@ -131,13 +128,11 @@ def test_bad_ids_of_both_sides_are_guarded(
     judge: Judge, home: Workshop, pair: str, step: int
 ) -> None:
     """A launch that guards does so for both lists, and tells also of an id that faces padding."""
-    if not judge.subject.can.guards:
-        judge.not_claimed("guards", "bad ids are found before the launch.")
+    if not judge.claims("guards", "bad ids are found before the launch."):
         return
     for dtype in judge.subject.can.index_dtypes:
-        case = two_lists(
-            home, pair, step, judge.subject.can.home_of_ids(judge.subject.device), dtype
-        )
+        place = judge.subject.can.home_of_ids(judge.subject.device)
+        case = two_lists(home, pair, step, place, dtype)
         judge.carried(partial(check_guarded, judge, case), asked_of(case))
 
 
@@ -158,15 +153,12 @@ _SEVERAL = {
 def test_the_word_names_a_bad_position(
     judge: Judge, home: Workshop, ids: str, offset: int, step: int
 ) -> None:
-    """Of several bad ids the status word tells the position + 1 of one, whichever it is, counted
-    from where the copy begins in its list, padding included."""
-    if not judge.subject.can.guards:
-        judge.not_claimed("guards", "bad ids are found before the launch.")
+    """Of several bad ids the status word tells the position + 1 of one, counted from where the copy
+    begins in its list, padding included."""
+    if not judge.claims("guards", "bad ids are found before the launch."):
         return
-    end = SHAPE.slots // step
-    listed = [0] * offset + [n - _END + end if n >= _END else n for n in _SEVERAL[ids]]
+    given = judge.ids([0] * offset + _with_end(_SEVERAL[ids], step), torch.int64)
     for direction in DIRECTIONS:
-        given = torch.tensor(listed).to(judge.subject.can.home_of_ids(judge.subject.device))
         check_guarded(judge, home.move(direction, SHAPE, given, step=step, offset=offset * step))
 
 
@@ -192,10 +184,9 @@ def check_duplicates(judge: Judge, case: Case, carry: Callable[[], object]) -> N
     expected = Case(replace(case.src, ids=positions), dst, len(once) * step).expected()
     carry()
     found = Memory.snapshot(case.dst.tensors)
-    for layer in range(expected.dst.layers):
-        for kv in range(expected.dst.kv):
-            rows = expected.dst.row_addresses(kv, layer, list(range(5 * step, 6 * step)))
-            expected.after.write(rows, found.read(rows))
+    for layer, kv in product(range(expected.dst.layers), range(expected.dst.kv)):
+        rows = expected.dst.row_addresses(kv, layer, list(range(5 * step, 6 * step)))
+        expected.after.write(rows, found.read(rows))
     judge.check(expected, case)
 
 
@@ -226,8 +217,7 @@ def test_destinations_that_cannot_be_written(judge: Judge, home: Workshop) -> No
 
 
 def test_two_number_types_are_refused(judge: Judge, home: Workshop, direction: str) -> None:
-    """Rows of one number type do not go to rows of another, unless the caller means their bits:
-    without that it is a LayoutError, and nothing moves."""
+    """Rows of one number type do not go to rows of another, unless the caller means their bits."""
     case = home.move(direction, SHAPE, [2, 0, 5], {"dtype": torch.bfloat16})
     case.src.reinterpret = False
     check_refused(judge, case, LayoutError)
@@ -248,30 +238,25 @@ _MISALIGNED = (
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("what", _MISALIGNED)
 def test_misaligned(judge: Judge, home: Workshop, what: str, direction: str, off: int) -> None:
-    """The widest access is what the storage's own address, every stride and the storage offset
-    allow, each by itself."""
+    """The widest access is what the storage's address, its offset and every stride allow."""
     shape = Shape(layers=3, heads=2, widths=(64, 64))
-    slots, source = home.shuffled(shape.slots, 9, 1), direction == "gather"
-    plain: dict[str, Any] = {"dtype": torch.uint8}
-    of_chunk = what.startswith("chunk")
-    layout = CHUNK if of_chunk else home.paged
-    how = widened(layout, _STRIDES[what], off) if what in _STRIDES else {}
-    if what.endswith("offset"):
-        how = {"shift": off}
-    cache = home.cache(shape, slots, source=source, **plain, **({} if of_chunk else how))
-    chunk = home.chunk(shape, 9, source=not source, **plain, **(how if of_chunk else {}))
+    of_chunk, part = what.startswith("chunk"), what.removeprefix("chunk-")
+    how = {"shift": off} if part == "offset" else {}
+    if what in _STRIDES:
+        how = widened(CHUNK if of_chunk else home.paged, _STRIDES[what], off)
+    sides = ({**how, "dtype": torch.uint8}, {"dtype": torch.uint8})
+    of_the_cache, of_the_chunk = sides[::-1] if of_chunk else sides
+    case = home.some(direction, shape, 9, 1, of_the_chunk, **of_the_cache)
+    cache, chunk = (case.src, case.dst) if direction == "gather" else (case.dst, case.src)
     if what == "one-layer":
         cache = _with_another_layer(cache, home, shape, off)
-    if what == "base":
-        cache = lifted(cache, off)
-    elif what == "chunk-base":
-        chunk = lifted(chunk, off)
+    elif part == "base":
+        cache, chunk = (cache, lifted(chunk, off)) if of_chunk else (lifted(cache, off), chunk)
     judge.copy(between(direction, cache, chunk, 9))
 
 
 def _with_another_layer(cache: Side, home: Workshop, shape: Shape, off: int) -> Side:
-    """A cache of which only the last layer is misaligned; as it is where layers lie in one
-    tensor, which has one address."""
+    """A cache of which only the last layer is misaligned, if layers are tensors of their own."""
     if not isinstance(cache.tensors, list):
         return cache
     assert cache.arrangement is not None

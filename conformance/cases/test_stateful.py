@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A serving engine in small: blocks are allocated, appended to, stored, evicted, loaded and moved
-in any order, against a dictionary of bytes."""
+"""A serving engine in small: blocks are written, stored, evicted, loaded and moved in any order."""
 
 from __future__ import annotations
 
@@ -58,9 +57,6 @@ class Engine(RuleBasedStateMachine):
         shop = replace(self.home, seed=self.judge.seed + self.number)
         return shop.chunk(SHAPE, tokens, source=source)
 
-    def _slots(self, sequence: int, first: int, past: int) -> list[int]:
-        return _slots(self.blocks[sequence], first, past)
-
     def _paged(self, ids: list[int], step: int = 1) -> Side:
         return replace(self.cache, ids=torch.tensor(ids), step=step)
 
@@ -87,7 +83,7 @@ class Engine(RuleBasedStateMachine):
             return
         chunk = self._chunk(tokens, True)
         fresh = tokens_at(chunk, range(tokens))
-        slots = self._slots(sequence, len(told), len(told) + tokens)
+        slots = _slots(own, len(told), len(told) + tokens)
         call = partial(self.connector.to_gpu, chunk.tensors, None, [-1, *slots], 1)
         if self._carried(call, chunk, self._paged(slots), tokens):
             told.extend(fresh)
@@ -99,7 +95,8 @@ class Engine(RuleBasedStateMachine):
         sequence = sorted(self.blocks)[pick % len(self.blocks)]
         told = self.told.pop(sequence)
         if told:
-            chunk, slots = self._chunk(len(told), False), self._slots(sequence, 0, len(told))
+            chunk = self._chunk(len(told), False)
+            slots = _slots(self.blocks[sequence], 0, len(told))
             ids = torch.tensor(slots, dtype=torch.int32)
             call = partial(self.connector.from_gpu, chunk.tensors, None, ids)
             if self._carried(call, self._paged(slots), chunk, len(told)):
@@ -126,8 +123,8 @@ class Engine(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 5), which=st.integers(0, 5))
     def migrate(self, pick: int, which: int) -> None:
         """A block moves to a free one, all layers at once."""
-        owners = [s for s in sorted(self.blocks) if self.blocks[s]]
-        own = self.blocks[owners[pick % len(owners)]]
+        owners = [own for _, own in sorted(self.blocks.items()) if own]
+        own = owners[pick % len(owners)]
         place = which % len(own)
         src, dst = self._paged([own[place]], SIZE), self._paged([self.free[0]], SIZE)
         view, name = view_of(self.cache), self.judge.subject.name
@@ -140,9 +137,8 @@ class Engine(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 5), other=st.sampled_from(HOMES))
     def convert(self, pick: int, other: str) -> None:
         """A sequence is read, through another layout's cache, as it was written."""
-        owners = [s for s in sorted(self.told) if self.told[s]]
-        sequence = owners[pick % len(owners)]
-        told = self.told[sequence]
+        owners = [(sequence, told) for sequence, told in sorted(self.told.items()) if told]
+        sequence, told = owners[pick % len(owners)]
         blocks = self.blocks[sequence][: -(-len(told) // SIZE)]
         order = list(range(len(blocks)))[::-1]
         src = self._paged(blocks, SIZE)
@@ -163,11 +159,9 @@ class Engine(RuleBasedStateMachine):
         held = tokens_at(self.cache, range(SHAPE.slots))
         with self._blaming():
             for sequence, told in self.told.items():
-                for token, slot in enumerate(self._slots(sequence, 0, len(told))):
-                    assert held[slot] == told[token], (
-                        f"Sequence {sequence}, token {token} in slot {slot} does not hold its "
-                        f"bytes."
-                    )
+                for token, slot in enumerate(_slots(self.blocks[sequence], 0, len(told))):
+                    where = f"Sequence {sequence}, token {token} in slot {slot}"
+                    assert held[slot] == told[token], f"{where} does not hold its bytes."
             for guard in self.cache.guards:
                 wrong = guard.broken()
                 assert wrong is None, wrong

@@ -57,6 +57,11 @@ def launch_of(subject: Subject, case: Case, launch: Any = None) -> Callable[...,
     return partial(launch, src, dst, subject.place(mine), subject.place(theirs), case.count)
 
 
+def landing(judge: Judge, launch: Callable[..., Any]) -> Callable[[], None]:
+    """A call of `launch_of`, carried out to its end."""
+    return lambda: judge.land(launch(None, None))
+
+
 def check_refused(judge: Judge, case: Case, error: type[PortaKVError] = Unsupported) -> None:
     """The forced backend must raise ``error`` for this case, with every output untouched.
 

@@ -131,11 +131,11 @@ class Judge:
         unit = largest_unit(*asked, case.count)
         self.land(self.subject.launch(*asked, case.count, status=status, unit=unit))
 
-    def land(self, pending: Pending | None) -> None:
-        """Wait for what a launch has begun."""
+    def land(self, pending: Pending | None, stream: torch.Stream | None = None) -> None:
+        """Wait for what a launch has begun, on all of the device or on a stream of it."""
         if pending is not None:
             pending.wait()
-        self.facility.synchronize()
+        (stream or self.facility).synchronize()
 
     def judge(
         self, case: Case, carry: Callable[[], object], why_declined: Callable[[], str | None]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +62,12 @@ class Memory:
     def copy(self) -> Memory:
         """The same regions with bytes of their own."""
         return Memory([Region(r.base, r.content.copy()) for r in self.regions])
+
+    def restore(self, wholes: Iterable[torch.Tensor]) -> None:
+        """Put the bytes back into tensors of uint8, each the whole of one of the storages."""
+        by_base = {region.base: region.content for region in self.regions}
+        for whole in wholes:
+            whole.copy_(torch.from_numpy(by_base[whole.data_ptr()]))
 
     def read(self, addresses: np.ndarray) -> np.ndarray:
         """The bytes at absolute addresses (int64, any shape)."""
