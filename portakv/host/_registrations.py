@@ -48,6 +48,7 @@ _live: list[Registration] = []  # by their pages; no two overlap
 _seams: list[int] = []  # of all these, sorted
 _postponed: list[tuple[Registration, Any]] = []  # by finalizers during a graph's capture
 _told: set[str] = set()
+_ONLY_TORCH = "torch registers no memory that exists for this device; take some of `allocate`"
 
 # --- the runtime ----------------------------------------------------------------------------------
 
@@ -118,13 +119,14 @@ def why_not() -> str | None:
     """What keeps host memory from being registered in this process; None: nothing."""
     if torch.cuda._is_in_bad_fork():
         return "CUDA does not survive fork; start this process by spawn"
-    return None if torch.cuda.is_available() else "there is no CUDA or ROCm device"
+    if torch.cuda.is_available():
+        return None
+    return _ONLY_TORCH if torch.accelerator.is_available() else "there is no CUDA or ROCm device"
 
 
 def through_torch() -> bool:
     """True if there is a device of another kind, for which torch's own allocator pins."""
-    no_cuda = not torch.cuda._is_in_bad_fork() and not torch.cuda.is_available()
-    return no_cuda and torch.accelerator.is_available()
+    return why_not() == _ONLY_TORCH
 
 
 @cache

@@ -44,7 +44,7 @@ _MEMBER = np.dtype([("pid", "i8"), ("space", "i8"), ("started", "i8"), ("noticed
 _GRACE = 1.0  # seconds until a dead process of another container has let go of its devices
 _PATIENCE = 30.0  # seconds to wait for a change of the tables, which takes microseconds
 
-_open: weakref.WeakSet[FileLocks] = weakref.WeakSet()
+_open: weakref.WeakSet[SharedFile] = weakref.WeakSet()
 
 
 def tables_of(blocks: int) -> np.dtype[np.void]:
@@ -67,7 +67,7 @@ class SharedFile:
     Attributes:
         mapping: all of the file; tables: `tables_of` its beginning.
         address, nbytes: of all blocks; block_bytes, blocks, stride: how they lie.
-        me: the place of this process among the members.
+        me: the place of this process among the members; fd: the opening, whose locks hold.
     """
 
     def __init__(
@@ -82,16 +82,68 @@ class SharedFile:
                 f"The shared pool {name!r} was asked for with {blocks} blocks of {block_bytes} "
                 f"bytes; say both, to make it, or neither, to open it as it is."
             )
+        self.fd, self._threads = -1, threading.Lock()
+        _open.add(self)
+        _watch_forks()
         while self.me < 0:  # the last member may remove the file before it is locked here
-            self.locks = FileLocks(_opened(self.path, wanted is not None))
+            self.fd = _opened(self.path, wanted is not None)
             try:
-                with self.locks.exclusive():
+                with self.exclusive():
                     if self._named():
                         self._begin(name, wanted)
                         self._join(name, label)
             finally:
                 if self.me < 0:
-                    self.locks.close()
+                    self.close()
+
+    def take(self, byte: int) -> bool:
+        """Lock a byte, or say at once that another opening of the file has it."""
+        with suppress(BlockingIOError, PermissionError):  # EAGAIN, EACCES: two names of one answer
+            self._call(fcntl.F_OFD_SETLK, fcntl.F_WRLCK, byte)
+            return True
+        return False
+
+    def give(self, byte: int) -> None:
+        """Unlock a byte."""
+        self._call(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, byte)
+
+    def taken(self, byte: int) -> bool:
+        """True if another opening of the file has the byte locked."""
+        return self._call(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, byte) != fcntl.F_UNLCK
+
+    def _call(self, command: int, kind: int, byte: int) -> int:
+        """Ask the kernel for a lock, or about one; the kind of lock that it answers."""
+        flock = "hhqqi4x"  # of 64-bit Linux
+        asked = struct.pack(flock, kind, os.SEEK_SET, byte, 1, 0)
+        return int(struct.unpack(flock, fcntl.fcntl(self.fd, command, asked))[0])
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Inside, no other process or thread changes the tables.
+
+        A process that dies inside leaves the lock to the next. Raises `HostMemoryError` if one
+        that lives does not let go of it.
+        """
+        with self._threads:
+            until, pause = time.monotonic() + _PATIENCE, 20e-6
+            while not self.take(0):
+                if time.monotonic() > until:
+                    raise HostMemoryError(
+                        f"A shared pool was used, and another process has held its tables for "
+                        f"{_PATIENCE:g} s; it may be stopped. Continue it, or end it."
+                    )
+                time.sleep(pause)
+                pause = min(2 * pause, 1e-3)
+            try:
+                yield
+            finally:
+                self.give(0)
+
+    def close(self) -> None:
+        """Drop every lock. Again, or in a forked process: nothing, as they are its parent's."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def check(self, index: int) -> None:
         """Raise `SlotError` if there is no such block."""
@@ -102,14 +154,14 @@ class SharedFile:
             )
 
     def assign(self, index: int) -> None:
-        """Make a block this process's. Inside ``locks.exclusive()``."""
+        """Make a block this process's. Inside `exclusive`."""
         self.tables["since"][index] = time.monotonic()
         self.tables["generations"][index] += 1
         self.tables["owners"][index] = self.me + 1
 
     def reclaim(self) -> list[str]:
         """Free what members have that ended without leaving, if their devices write no more. Inside
-        ``locks.exclusive()``."""
+        `exclusive`."""
         found = []
         pids = self.tables["members"]["pid"]
         for place in np.flatnonzero(pids).tolist():
@@ -125,16 +177,16 @@ class SharedFile:
 
     def leave(self, keep: bool) -> None:
         """Give back what this process has, and its place; the last removes the file."""
-        if self.locks.fd < 0:
+        if self.fd < 0:
             return
-        with suppress(HostMemoryError), self.locks.exclusive():
+        with suppress(HostMemoryError), self.exclusive():
             self._free_all(self.me)
             self.reclaim()
             pids = self.tables["members"]["pid"]
             pids[self.me] = 0
             if not keep and not pids.any() and self._named():
                 self.path.unlink(missing_ok=True)
-        self.locks.close()
+        self.close()
         del self.mapping, self.tables  # tensors still hold the memory; nothing here does
 
     def _free_all(self, place: int) -> int:
@@ -146,12 +198,12 @@ class SharedFile:
     def _named(self) -> bool:
         """True while the name still leads to this file."""
         with suppress(FileNotFoundError):
-            return os.path.samestat(os.fstat(self.locks.fd), os.stat(self.path))
+            return os.path.samestat(os.fstat(self.fd), os.stat(self.path))
         return False
 
     def _begin(self, name: str, wanted: tuple[int, int, int] | None) -> None:
         """Make the file, unless that was finished before, and map it."""
-        magic, *found = struct.unpack("4q", os.pread(self.locks.fd, 32, 0).ljust(32, b"\0"))
+        magic, *found = struct.unpack("4q", os.pread(self.fd, 32, 0).ljust(32, b"\0"))
         sizes = wanted or tuple(found)
         if magic == 0 and wanted is None:
             self.path.unlink(missing_ok=True)
@@ -174,7 +226,7 @@ class SharedFile:
             self._reserve(first + self.nbytes)
         # An opening of its own: mmap keeps a copy of the descriptor, which would keep the locks
         # alive in forked children.
-        fd = os.open(f"/proc/self/fd/{self.locks.fd}", os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
         try:
             self.mapping = mmap.mmap(fd, first + self.nbytes)
         finally:
@@ -191,8 +243,8 @@ class SharedFile:
         try:
             if total > _pages.available():
                 raise OSError(errno.ENOMEM, "more than this process may have")
-            os.ftruncate(self.locks.fd, 0)
-            os.posix_fallocate(self.locks.fd, 0, total)
+            os.ftruncate(self.fd, 0)
+            os.posix_fallocate(self.fd, 0, total)
         except OSError as error:
             folder = os.statvfs(FOLDER)
             room = min(folder.f_bavail * folder.f_frsize, _pages.available())
@@ -214,7 +266,7 @@ class SharedFile:
     def _take_place(self, label: str) -> bool:
         members = self.tables["members"]
         for place in np.flatnonzero(members["pid"] == 0).tolist():
-            if self.locks.take(1 + place):
+            if self.take(1 + place):
                 members["name"][place] = str(label).encode()[:32]
                 members["noticed"][place] = 0.0
                 members["started"][place] = _started(os.getpid()) or 0
@@ -225,7 +277,7 @@ class SharedFile:
         return False
 
     def _gone(self, place: int) -> bool:
-        if self.locks.taken(1 + place):
+        if self.taken(1 + place):
             return False
         member = self.tables["members"][place]
         if member["space"] == _space():
@@ -289,67 +341,6 @@ def _absent(name: str) -> HostMemoryError:
         f"The shared pool {name!r} was asked for as it is, and there is none; say block_bytes and "
         f"blocks to make it."
     )
-
-
-# --- locks ---------------------------------------------------------------------------------------
-
-
-class FileLocks:
-    """Locks on single bytes of an open file, for this opening of it."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd, self._threads = fd, threading.Lock()
-        _open.add(self)
-        _watch_forks()
-
-    def take(self, byte: int) -> bool:
-        """Lock a byte, or say at once that another opening of the file has it."""
-        with suppress(BlockingIOError, PermissionError):  # EAGAIN, EACCES: two names of one answer
-            self._call(fcntl.F_OFD_SETLK, fcntl.F_WRLCK, byte)
-            return True
-        return False
-
-    def give(self, byte: int) -> None:
-        """Unlock a byte."""
-        self._call(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, byte)
-
-    def taken(self, byte: int) -> bool:
-        """True if another opening of the file has the byte locked."""
-        return self._call(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, byte) != fcntl.F_UNLCK
-
-    def _call(self, command: int, kind: int, byte: int) -> int:
-        """Ask the kernel for a lock, or about one; the kind of lock that it answers."""
-        flock = "hhqqi4x"  # of 64-bit Linux
-        asked = struct.pack(flock, kind, os.SEEK_SET, byte, 1, 0)
-        return int(struct.unpack(flock, fcntl.fcntl(self.fd, command, asked))[0])
-
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Inside, no other process or thread changes the tables.
-
-        A process that dies inside leaves the lock to the next. Raises `HostMemoryError` if one
-        that lives does not let go of it.
-        """
-        with self._threads:
-            until, pause = time.monotonic() + _PATIENCE, 20e-6
-            while not self.take(0):
-                if time.monotonic() > until:
-                    raise HostMemoryError(
-                        f"A shared pool was used, and another process has held its tables for "
-                        f"{_PATIENCE:g} s; it may be stopped. Continue it, or end it."
-                    )
-                time.sleep(pause)
-                pause = min(2 * pause, 1e-3)
-            try:
-                yield
-            finally:
-                self.give(0)
-
-    def close(self) -> None:
-        """Drop every lock. Again, or in a forked process: nothing, as they are its parent's."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
 
 
 def _space() -> int:

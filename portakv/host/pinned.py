@@ -26,7 +26,6 @@ from portakv.host._registrations import LARGEST, CallRefused, Registration, seam
 __all__ = ["HostMemoryError", "PinnedMemory", "allocate", "available", "empty", "register",
            "register_address", "registered", "seams", "unregister", "why_not"]  # fmt: skip
 
-_ONLY_TORCH = "torch registers no memory that exists for this device; take some of `allocate`"
 _open: list[PinnedMemory] = []  # what `register` returned, until it is closed
 
 
@@ -315,7 +314,7 @@ def _pinned(
     runtime = _registrations.find_runtime()
     flags = _registrations.PORTABLE * portable | _registrations.MAPPED * mapped
     flags |= _registrations.READ_ONLY * read_only
-    registration, why = None, why_not() or _ONLY_TORCH
+    registration, why = None, _registrations.why_not() or ""
     if runtime is not None:
         try:
             registration = Registration(runtime, address, length, flags, largest, unit)

@@ -126,7 +126,7 @@ class SharedPool:
         check_block(self, block, repr(self.name))
         if after is not None:
             after.synchronize()
-        with self._file.locks.exclusive():
+        with self._file.exclusive():
             del self._held[block.index]
             block.drop()
             if self._file.tables["generations"][block.index] != block.generation:
@@ -151,7 +151,7 @@ class SharedPool:
         """
         self._refuse()
         self._file.check(index)
-        with self._file.locks.exclusive():
+        with self._file.exclusive():
             tables = self._file.tables
             now = tables["generations"][index]
             if tables["owners"][index] == 0 or generation not in (None, now):
@@ -179,7 +179,7 @@ class SharedPool:
     def reclaim(self) -> list[str]:
         """Take back the blocks of processes that died; names each, and how many."""
         self._refuse()
-        with self._file.locks.exclusive():
+        with self._file.exclusive():
             return self._file.reclaim()
 
     def leaks(self) -> list[str]:
@@ -222,7 +222,7 @@ class SharedPool:
     def _take(self, owner: str) -> int | None:
         self._refuse()
         file, tables = self._file, self._file.tables
-        with file.locks.exclusive():
+        with file.exclusive():
             free = np.flatnonzero(tables["owners"] == 0)
             if not free.size and file.reclaim():
                 free = np.flatnonzero(tables["owners"] == 0)

@@ -196,12 +196,12 @@ def test_blocks_of_a_killed_process_are_taken_back_when_needed(name: str) -> Non
 
 def test_a_process_killed_while_it_changes_the_tables(name: str) -> None:
     def half(pool: SharedPool) -> None:
-        pool._file.locks.take(0)
+        pool._file.take(0)
         pool._file.assign(0)
 
     with SharedPool(name, SIZE, 2) as pool:
         child = opener(half, name)
-        assert pool._file.locks.taken(0)
+        assert pool._file.taken(0)
         child.kill()
         for _ in range(2):
             pool.acquire()
@@ -225,7 +225,7 @@ def test_one_that_lives_and_holds_the_tables_is_told_of(
 ) -> None:
     monkeypatch.setattr(_shared_file, "_PATIENCE", 0.05)
     with SharedPool(name, SIZE, 1) as pool, SharedPool(name) as other:
-        with other._file.locks.exclusive(), pytest.raises(HostMemoryError, match="may be stopped"):
+        with other._file.exclusive(), pytest.raises(HostMemoryError, match="may be stopped"):
             pool.acquire()
         pool.acquire().release()
 
@@ -338,7 +338,7 @@ def test_a_process_whose_lock_is_gone_and_that_lives_on_is_spared(name: str) -> 
 
     def work(pool: SharedPool) -> None:
         pool.acquire()
-        pool._file.locks.give(1 + pool._file.me)
+        pool._file.give(1 + pool._file.me)
 
     with SharedPool(name, SIZE, 1) as pool:
         child = opener(work, name)

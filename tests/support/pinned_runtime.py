@@ -72,7 +72,6 @@ def installed(patch: pytest.MonkeyPatch) -> FakeLibrary:
     runtime = Runtime(library, "cuda")
     patch.setattr(_registrations, "find_runtime", lambda: runtime)
     patch.setattr(_registrations, "why_not", lambda: None)
-    patch.setattr(_registrations, "through_torch", lambda: False)
     patch.setattr(_registrations, "quiesce", lambda: library.log.append("quiesce"))
     return library
 
@@ -80,7 +79,6 @@ def installed(patch: pytest.MonkeyPatch) -> FakeLibrary:
 def absent(patch: pytest.MonkeyPatch) -> None:
     """No device at all, whatever this machine has."""
     patch.setattr(_registrations, "find_runtime", lambda: None)
-    patch.setattr(_registrations, "through_torch", lambda: False)
     patch.setattr(_registrations, "why_not", lambda: "the test has taken every device away")
 
 
