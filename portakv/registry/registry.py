@@ -356,8 +356,11 @@ def trace(device: torch.device | str) -> tuple[Decision, ...]:
 
     Of a device that torch cannot use here each says what it lacks, and none accepts.
     """
-    place = _sought(device)
-    return REGISTRY.trace(place) if isinstance(place, torch.device) else place[1]
+    try:
+        place = found(device)
+    except BackendUnavailable as absent:
+        return cast("tuple[Decision, ...]", absent.trace)
+    return REGISTRY.trace(place)
 
 
 def found(device: torch.device | str) -> torch.device:
@@ -366,28 +369,6 @@ def found(device: torch.device | str) -> torch.device:
     Raises:
         BackendUnavailable: torch cannot use it here; ``trace`` is what each candidate says of it.
     """
-    place = _sought(device)
-    if isinstance(place, torch.device):
-        return place
-    absent, said = place
-    todo, more = "" if absent.meant else ".", ""
-    if absent.known:
-        todo += " Mend that, or pass"
-        more = f" `portakv backends --device {device}` shows what every candidate says."
-    else:
-        todo += " Pass"
-    error = BackendUnavailable(
-        f"Device {str(device)!r} was asked for, but {absent}{todo} a device of this machine: "
-        f"{', '.join(map(str, devices_present()))}.{more}"
-    )
-    error.trace = said
-    raise error from absent
-
-
-def _sought(
-    device: torch.device | str,
-) -> torch.device | tuple[DeviceAbsent, tuple[Decision, ...]]:
-    """A device, or why it is not here and what the candidates say of that."""
     try:
         return indexed(device)
     except DeviceAbsent as absent:
@@ -395,4 +376,15 @@ def _sought(
         with suppress(DeviceAbsent, RuntimeError, TypeError):
             torch.device(device)  # what a candidate imports may have brought it
             return indexed(device)
-        return absent, said
+        todo, more = "" if absent.meant else ".", ""
+        if absent.known:
+            todo += " Mend that, or pass"
+            more = f" `portakv backends --device {device}` shows what every candidate says."
+        else:
+            todo += " Pass"
+        error = BackendUnavailable(
+            f"Device {str(device)!r} was asked for, but {absent}{todo} a device of this machine: "
+            f"{', '.join(map(str, devices_present()))}.{more}"
+        )
+        error.trace = said
+        raise error from absent

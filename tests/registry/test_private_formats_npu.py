@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors in a private format of the vendor's, on the simulated device that is named npu.
-
-The stand-in knows no such format, so that
-storages are named here whose tensors are to be taken for FRACTAL_NZ.
-"""
+"""Tensors in a private format of the vendor's, on the simulated device that is named npu. The
+stand-in knows none, so that storages are named here that are to be taken for FRACTAL_NZ."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from support.own_process import in_child, own_process
 
-from portakv import AdaptiveConnector, KVView, Unsupported, copy_rows
+from portakv import AdaptiveConnector, KVView, Unsupported, copy_rows, register_backend
 from portakv.backends import ascend
 from portakv.backends.base import Decision
 from portakv.registry.registry import REGISTRY, choose
@@ -70,8 +68,7 @@ def chunk() -> torch.Tensor:
     return torch.zeros(2, LAYERS, len(IDS), HEADS * DIM, dtype=torch.float16).to(DEVICE)
 
 
-def refused() -> Any:
-    return pytest.raises(Unsupported, match=r"FRACTAL_NZ; cast it; nothing was moved")
+refused = partial(pytest.raises, Unsupported, match=r"FRACTAL_NZ; cast it; nothing was moved")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -90,10 +87,8 @@ def test_no_backend_moves_one(backend: str, gathers: bool, formats: Formats) -> 
 
 
 def test_nor_the_next_that_takes_a_plan(formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
-    def declines(self: Any, plan: Any) -> Decision:
-        return Decision("ascend", False, "not this one")
-
-    monkeypatch.setattr(ascend.Ascend, "check", declines)
+    declined = Decision("ascend", False, "not this one")
+    monkeypatch.setattr(ascend.Ascend, "check", lambda self, plan: declined)
     pool, rows = caches(), chunk()
     connector = AdaptiveConnector(DEVICE, kv_layout=CACHE, chunk_layout=CHUNK)
     connector.register_kv_caches(pool)
@@ -131,15 +126,9 @@ def test_host_memory_is_not_asked_about(backend: str, formats: Formats) -> None:
         copy_rows(host, KVView(pool, CACHE), None, IDS, backend=backend).synchronize()
 
 
-def test_only_devices_that_extend_torch_are_asked_about() -> None:
-    assert REGISTRY.tells(torch.device("cpu")) == ()
-    assert REGISTRY.tells(torch.device("cuda", 0)) == ()
-    assert len(REGISTRY.tells(DEVICE)) == 1
-
-
-def test_a_backend_that_does_not_load_hides_nothing(formats: Formats) -> None:
-    from portakv import register_backend
-
+def test_only_devices_that_extend_torch_are_asked_about(formats: Formats) -> None:
+    """And a backend that does not load hides nothing."""
+    assert REGISTRY.tells(torch.device("cpu")) == REGISTRY.tells(torch.device("cuda", 0)) == ()
     register_backend("broken", "no_such_package:Backend")
     try:
         assert REGISTRY.tells(DEVICE) == (formats,)

@@ -23,7 +23,6 @@ from portakv import (
     Unsupported,
     register_backend,
 )
-from portakv.backends.reference import Reference
 from portakv.registry import registry
 
 __all__ = ["caches", "fresh"]  # fixtures
@@ -184,17 +183,14 @@ def test_third_parties_come_before_what_runs_everywhere_on_other_devices(
         assert order.index("triton") < order.index("mine")
 
 
-@pytest.mark.parametrize("name", ["", None, 3])
-def test_names_that_are_none(name: Any) -> None:
-    with refused(BackendUnavailable, "not empty"):
-        register_backend(name, "some.where:Class")
-
-
 @pytest.mark.parametrize("target", [7, object, "no_colon", "a b:C", ":C", "pkg.mod:", None])
-def test_what_is_no_backend_is_refused_at_once(target: Any) -> None:
+def test_what_is_no_backend_or_no_name_is_refused_at_once(target: Any) -> None:
     with refused(BackendUnavailable, "'odd'", "class"):
         register_backend("odd", target)
     assert "odd" not in registry.REGISTRY.names()
+    for name in ("", None, 3):
+        with refused(BackendUnavailable, "not empty"):
+            register_backend(name, "some.where:Class")  # type: ignore[arg-type]
 
 
 def test_what_was_chosen_is_logged_once(
@@ -264,10 +260,6 @@ def test_a_wrong_byte_or_an_error_in_the_self_check_rejects(
     assert reason in why
     with refused(BackendUnavailable, "'wrong' was forced", "self-check", reason, watch=caches):
         AdaptiveConnector("cpu", backend="wrong")
-
-
-def test_by_default_a_device_s_tensors_hide_nothing() -> None:
-    assert Reference.hides(torch.device("cpu")) is None
 
 
 # Plans that a backend does not take
