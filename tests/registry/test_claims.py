@@ -7,8 +7,8 @@ import time
 
 import pytest
 import torch
+from support.connector_cases import DIM, HEADS, KV_LAYOUT, LAYERS, SIZE, caches, fresh, store
 from support.guarded_memory import check_sentence, filled, same
-from support.registry_cases import DIM, HEADS, KV_LAYOUT, LAYERS, SIZE, caches, fresh, store
 from support.small_backends import small_backend
 from support.threads import run_threads
 

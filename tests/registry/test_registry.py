@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.connector_cases import BLOCKS, DIM, HEADS, LAYERS, SIZE, caches, fresh, store
 from support.guarded_memory import filled, refused, same
-from support.registry_cases import BLOCKS, DIM, HEADS, LAYERS, SIZE, caches, fresh, store
 from support.small_backends import small_backend
 
 from portakv import (

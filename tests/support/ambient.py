@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from portakv import AdaptiveConnector, Index, KVView, copy_blocks, copy_rows
+from support.connector_cases import KV_LAYOUT, LAYERS, SLOTS, make_caches, make_chunk
 
 State = Callable[[torch.device], AbstractContextManager[object]]
 
@@ -64,42 +66,22 @@ STATES: dict[str, State] = {
     "warnings as errors": _warnings_as_errors,
 }
 
-LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 6, 4, 2, 8
-
-SLOTS = BLOCKS * SIZE
-
-LAYOUT = "layer | kv block token head dim"
-
-
-def values(*shape: int, place: torch.device | str, first: int = 0) -> torch.Tensor:
-    """Distinct int16, in memory on ``place``."""
-    count = int(torch.Size(shape).numel())
-    numbers = torch.arange(first, first + count, dtype=torch.int64, device="cpu")
-    return (numbers % 32749).to(torch.int16).view(shape).to(place)
-
-
-def rows(caches: list[torch.Tensor]) -> torch.Tensor:
-    """``[layer, kv, slot, head * dim]`` on the host."""
-    return torch.stack([cache.cpu().view(2, SLOTS, HEADS * DIM) for cache in caches])
-
 
 class Scene:
     """Caches, a chunk and ids on a device and on the host, made before the state begins."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        shape = (2, BLOCKS, SIZE, HEADS, DIM)
-        self.caches = [values(*shape, place=device, first=997 * i) for i in range(LAYERS)]
-        self.empty = [torch.zeros(shape, dtype=torch.int16, device=device) for _ in range(LAYERS)]
-        host = [torch.zeros(shape, dtype=torch.int16, device="cpu") for _ in range(LAYERS)]
+        self.caches = make_caches(dtype=torch.int16, device=device)
+        self.empty = [torch.zeros_like(cache) for cache in self.caches]
+        host = [torch.zeros_like(cache, device="cpu") for cache in self.caches]
         self.host = [one.pin_memory() for one in host] if device.type != "cpu" else host
         self.slots = torch.tensor([9, 2, 17, 6, 0, 23], dtype=torch.int64, device="cpu")
         self.on_device = self.slots.to(device)
-        chunk = (2, LAYERS, len(self.slots), HEADS * DIM)
-        self.chunk = torch.zeros(chunk, dtype=torch.int16, device=device)
-        self.wanted = rows(self.caches)
+        self.chunk = make_chunk(len(self.slots), torch.int16, device)
         # numpy compares: torch's own functions are under the state as well.
-        self.gathered = self.wanted[:, :, self.slots].transpose(0, 1).numpy()
+        self.wanted = _blocks(self.caches)
+        self.gathered = _rows(self.caches)[:, :, self.slots].swapaxes(0, 1)
 
     def check(self) -> None:
         """Move everything, by everything that moves, and compare each byte."""
@@ -115,25 +97,28 @@ class Scene:
             assert (half.cpu().numpy() == self.gathered[:, :, first : first + 3]).all()
         other = AdaptiveConnector(self.device)
         other.to_gpu(self.chunk, self.empty, self.on_device).synchronize()
-        src, dst = KVView(self.caches, LAYOUT), KVView(self.empty, LAYOUT)
+        src, dst = KVView(self.caches, KV_LAYOUT), KVView(self.empty, KV_LAYOUT)
         copy_rows(src, dst, self.slots, self.on_device).synchronize()
-        for slot in self.slots.tolist():
-            landed = [one.cpu().numpy().reshape(2, SLOTS, -1)[:, slot] for one in self.empty]
-            assert (self.wanted[:, :, slot].numpy() == landed).all()
+        assert (_rows(self.empty)[:, :, self.slots] == self.gathered.swapaxes(0, 1)).all()
         copy_blocks(src, dst, [0, 5, 3], [5, 1, 0]).synchronize()
         copy_blocks(src, dst, [2, 1, 4], [2, 3, 4], by_layer=True).synchronize()
-        self.check_blocks(self.empty, {5: 0, 1: 5, 0: 3, 2: 2, 3: 1, 4: 4})
-        host = KVView(self.host, LAYOUT)
+        assert (_blocks(self.empty) == self.wanted[:, :, [3, 5, 2, 1, 4, 0]]).all()
+        host = KVView(self.host, KV_LAYOUT)
         copy_blocks(src, host, [0, 1], [4, 5]).synchronize()
         copy_blocks(src, host, [2, 3], [1, 0], cancellable=True).synchronize()
-        self.check_blocks(self.host, {4: 0, 5: 1, 1: 2, 0: 3})
+        assert (_blocks(self.host)[:, :, [4, 5, 1, 0]] == self.wanted[:, :, :4]).all()
         copy_blocks(host, dst, [4, 5], [0, 1]).synchronize()
-        self.check_blocks(self.empty, {0: 0, 1: 1, 5: 0})
+        assert (_blocks(self.empty)[:, :, [0, 1, 5]] == self.wanted[:, :, [0, 1, 0]]).all()
 
-    def check_blocks(self, found: list[torch.Tensor], wanted: dict[int, int]) -> None:
-        for mine, theirs in zip(found, self.caches, strict=True):
-            for to, origin in wanted.items():
-                assert (mine.cpu().numpy()[:, to] == theirs.cpu().numpy()[:, origin]).all()
+
+def _blocks(caches: list[torch.Tensor]) -> Any:
+    """``[layer, kv, block, ...]`` as numpy has it."""
+    return np.stack([cache.cpu().numpy() for cache in caches])
+
+
+def _rows(caches: list[torch.Tensor]) -> Any:
+    """``[layer, kv, slot, head * dim]``."""
+    return _blocks(caches).reshape(LAYERS, 2, SLOTS, -1)
 
 
 def in_a_child() -> None:

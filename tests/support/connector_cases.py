@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Caches and chunks in a connector's default layouts, and what they hold by plain indexing."""
+"""Caches and chunks in a connector's default layouts, what they hold by plain indexing, and a
+registry for each test of the modules that import the fixtures."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
+from portakv import AdaptiveConnector, Index
+from portakv.registry import registry
 from support.guarded_memory import filled
 
 LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 6, 4, 2, 8
 SLOTS = BLOCKS * SIZE
+KV_LAYOUT = "layer | kv block token head dim"
 
 
 def make_caches(
@@ -43,3 +50,31 @@ def scattered(
         flat[:, slots] = chunk[:, layer, : len(slots)]
         found.append(flat.view(cache.shape))
     return found
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry of its own for each test, and no forced backend."""
+    monkeypatch.setattr(registry, "REGISTRY", registry.Registry())
+    monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
+    return
+
+
+@pytest.fixture
+def caches() -> list[torch.Tensor]:
+    return make_caches()
+
+
+def store(
+    caches: list[torch.Tensor], slots: Any, backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the chunk that a connector stored, what it should hold) for slots of which some are
+    padding; their rows keep the chunk's poison."""
+    index = slots if isinstance(slots, Index) else Index(slots)
+    expanded = index.slots(index.length or 0)
+    chunk = make_chunk(len(expanded))
+    wanted, kept = chunk.clone(), torch.from_numpy(expanded >= 0)
+    wanted[:, :, kept] = rows(caches, expanded[expanded >= 0].tolist())
+    connector = AdaptiveConnector("cpu", backend=backend)
+    connector.from_gpu(chunk, caches, index).synchronize()
+    return chunk, wanted
