@@ -27,6 +27,7 @@ from support.command_line import registered
 from support.core_cases import GIB, lazy, noise
 from support.cuda_cases import COPIES, Copy, by, chunk, pool
 from support.cuda_on_cpu import CudaOnCpu
+from support.direct_on_cpu import Loads, Stores, installed
 from support.each_backend import (
     CHANGES,
     REPEATED,
@@ -66,6 +67,8 @@ KERNELS: dict[str, tuple[type[Backend], str, int, Any]] = {
     "cuda-on-cpu, two vectors": (CudaOnCpu, "cpu", 2, ()),
     "hip-emulated": (HipEmulated, "cpu", 1, ()),
     "ascendc": (AscendC, "cpu", 0, ()),
+    "direct, loads": (Loads, "cpu", 0, ()),
+    "direct, stores": (Stores, "cpu", 0, ()),
     "compiled": (Compiled, "cpu", 0, ()),
     "triton interpreted": (Triton, "cpu", 0, INTERPRETED),
     "ascend kernel": (AscendKernel, "privateuseone", 0, own_process("npu", "ascend")),
@@ -81,6 +84,7 @@ OTHERS: dict[str, tuple[type[Backend], str, int, Any]] = {
     "mlu": (Mlu, "privateuseone", 0, own_process("mlu", "mlu")),
 }
 ALL = {**KERNELS, **OTHERS}
+DIRECT = ("direct, loads", "direct, stores")
 WITH_SPACE = [name for name in KERNELS if name != "ascend kernel"]  # for 5 GiB
 TABLE = {**COPIES, **REPEATED}
 STATES = (
@@ -115,9 +119,10 @@ def carrier(
     if not decision.accepted:
         pytest.skip(decision.reason)
     own: AbstractContextManager[Any] = nullcontext()
-    if backend in (CudaOnCpu, HipEmulated, AscendC, AscendKernel):
+    if backend in (CudaOnCpu, HipEmulated, AscendC, AscendKernel, Loads, Stores):
         own = registered(**{backend.name: backend})
-    with pytest.MonkeyPatch.context() as patched, own:
+    driver = installed() if backend in (Loads, Stores) else nullcontext()
+    with pytest.MonkeyPatch.context() as patched, own, driver:
         patched.delenv("PORTAKV_BACKEND", raising=False)
         patched.setenv("PORTAKV_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         if vectors and backend is not HipEmulated:
@@ -141,12 +146,13 @@ def by_each_on(carriers: Any, things: Any) -> pytest.MarkDecorator:
     """Run a test by each of some backends on each of some things.
 
     On the host `compiled` takes seconds for each shape, the interpreter for each plane, and `hip`
-    half a second for each kernel: all but a few are for ``.ci/full``.
+    and `direct` half a second for each kernel: all but a few are for ``.ci/full``.
     """
     wide = {
         "compiled": [x for x in things if x not in FEW],
         "triton interpreted": [x for x in things if x in SLOW],
         "hip-emulated": [x for x in things if x in TABLE and x not in SHAPES],
+        **{each: [x for x in things if x not in {*COPIES, *FEW}] for each in DIRECT},
     }
     return pytest.mark.parametrize(
         ("carrier", "name"),
@@ -174,7 +180,7 @@ def test_every_byte_lands(name: str, carrier: Carrier) -> None:
 def test_drawn_copies(carrier: Carrier) -> None:
     profile = settings.default
     assert profile is not None
-    share = 16 if carrier.backend in (Compiled, Triton) else 1
+    share = {Compiled: 16, Triton: 16, Loads: 4, Stores: 4}.get(carrier.backend, 1)
 
     @settings(max_examples=max(6, profile.max_examples // share))
     @given(all_cases(device=carrier.device.type))
@@ -299,7 +305,7 @@ def test_a_copy_of_several_launches(carrier: Carrier, monkeypatch: pytest.Monkey
     assert int(status) == 18
 
 
-@by_each(["hip-emulated", "compiled", "cuda", "triton", "compiled on a GPU"])
+@by_each(["hip-emulated", "compiled", DIRECT[1], "cuda", "triton", "compiled on a GPU"])
 def test_threads_share_a_launch(carrier: Carrier) -> None:
     """Each has arguments of its own: a launch copies them when it is called, not before."""
     made = [Copy(by(pool(), [n, 11 - n, 5, 0]), chunk(4), 4) for n in range(4)]
@@ -447,7 +453,7 @@ def test_a_stream_is_honoured(carrier: Carrier) -> None:
         assert torch.equal(rows.cpu(), paged_cases.rows_of(caches)[:, :, :8])
 
 
-@by_each(["hip-emulated", "cuda", "triton"])
+@by_each(["hip-emulated", DIRECT[1], "cuda", "triton"])
 def test_a_forked_process_is_refused(carrier: Carrier, monkeypatch: pytest.MonkeyPatch) -> None:
     caches, rows, (src, dst, ids, none) = gather(carrier.device)
     launch = carrier.backend(carrier.device).prepare(CopyPlan(src.form, dst.form, 1, 0))

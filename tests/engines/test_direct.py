@@ -3,23 +3,17 @@
 
 from __future__ import annotations
 
-import os
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from support.cuda_cases import COPIES, Copy, by, chunk, objects, pool
-from support.cuda_on_cpu import FLAGS
 from support.direct_on_cpu import CPU, DirectOnCpu, Driver, installed, why_not
-from support.guarded_memory import refused, same
-from support.threads import run_threads
+from support.guarded_memory import refused
 
 from portakv import CopyPlan, TransferError, Unsupported
 from portakv.backends.base import Decision, Launch
@@ -29,10 +23,11 @@ from portakv.engines.engine import Terms
 from portakv.plan.plan import Move
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import nvrtc as _nvrtc
-from portakv.runtime.devices import this_process
 
 CUDA = torch.device("cuda", 0)
 needs_compiler = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+# One of them in every run.
+WIDER = [pytest.param(n, marks=[pytest.mark.full] * (n != 90)) for n in (80, 90, 100)]
 needs_nvrtc = pytest.mark.skipif(_nvrtc.missing() is not None, reason=str(_nvrtc.missing()))
 
 
@@ -131,40 +126,6 @@ def test_a_launch_that_the_driver_refuses(driver: Driver) -> None:
     copied = COPIES["gather"]()
     with refused(TransferError, "700", "nothing was moved", watch=copied.dst.tensors):
         launch(copied)
-
-
-@needs_compiler
-def test_a_forked_process(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    copied = COPIES["gather"]()
-    prepared = DirectOnCpu(CPU).prepare(copied.plan())
-    monkeypatch.setattr(this_process(), "forked", True)
-    with refused(Unsupported, "forked", "spawn", watch=copied.dst.tensors):
-        _run(prepared, copied)
-    assert driver.launches == []
-
-
-@needs_compiler
-def test_threads_do_not_share_arguments(driver: Driver) -> None:
-    """One launch, many threads, each with memory of its own."""
-    copies = [COPIES["gather"]() for _ in range(4)]
-    prepared = DirectOnCpu(CPU).prepare(copies[0].plan())
-
-    def work(copied: Copy) -> None:
-        _run(prepared, copied)
-        wanted = copied.dst.tensors.clone()
-        for layer, cache in enumerate(copied.src.tensors):
-            for position, slot in enumerate(copied.src.ids or []):
-                if slot >= 0:  # else it is as it was
-                    rows = cache[:, slot // 4, slot % 4].flatten(1)
-                    assert same(wanted[:, layer, position], rows)
-        for _ in range(50):
-            copied.dst.tensors.zero_()
-            _run(prepared, copied)
-            kept = wanted.clone()
-            kept[:, :, 2] = 0  # its id is negative
-            assert same(copied.dst.tensors, kept)
-
-    run_threads(work, copies)
 
 
 # Graph capture
@@ -276,23 +237,6 @@ def test_a_view_is_asked_once(driver: Driver, monkeypatch: pytest.MonkeyPatch) -
     assert asked == [views[1].origins[0]]
 
 
-def test_where_a_device_finds_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = {4096: 8192}
-    bindings = SimpleNamespace(
-        CUpointer_attribute=SimpleNamespace(CU_POINTER_ATTRIBUTE_DEVICE_POINTER=3),
-        cuPointerGetAttribute=lambda what, at: (0, known[at]) if at in known else (1, None),
-    )
-    monkeypatch.setattr(_cuda_driver, "bindings", lambda: bindings)
-    monkeypatch.setattr(_cuda_driver, "adopt", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: _nothing())
-    assert [direct.device_address(at, CUDA) for at in (4096, 5000)] == [8192, 0]
-
-
-class _nothing:
-    def __enter__(self) -> None: ...
-    def __exit__(self, *error: object) -> None: ...
-
-
 # The argument
 
 
@@ -366,7 +310,7 @@ def test_nvrtc_keeps_all_vectors_of_a_thread_in_registers() -> None:
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("architecture", WIDER)
 def test_nvrtc_makes_machine_code(architecture: int) -> None:
     for kernel in kernels()[:4]:
         binary = _nvrtc._compile(kernel.source, f"sm_{architecture}")
@@ -381,26 +325,3 @@ def test_nests_of_one_shape_have_one_text() -> None:
 
     assert text(3, 2) == text(3, 3)
     assert text(3, 2) != text(2, 2), "the number of planes is in the text"
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_the_kernel_is_clean_under_sanitizers() -> None:
-    """Reads and writes outside of ids, tables and arguments; misaligned or overflowing ones."""
-    asked = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True)
-    if not os.path.isabs(asked.stdout.strip()):
-        pytest.skip("g++ has no address sanitizer")
-    environment = {
-        **os.environ,
-        FLAGS: "-fsanitize=address,undefined -fno-sanitize-recover=all",
-        "LD_PRELOAD": asked.stdout.strip(),
-        "ASAN_OPTIONS": "detect_leaks=0",
-    }
-    some = "bad or several or blocks or objects or split or part"
-    words = ["-q", "-p", "no:cacheprovider", "-k", f"({some}) and Stores and not seeded"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *words, "test_direct_kernel.py"],
-        cwd=Path(__file__).parent, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "passed" in done.stdout

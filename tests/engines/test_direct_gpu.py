@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.cuda_cases import COPIES, Copy, by, chunk, objects, pool
 from support.device_cases import DEVICE, LONG
+from support.each_backend import Elsewhere
 from support.engine_cases import DOWNWARD
 from support.guarded_memory import refused, tensors_in
 from support.threads import run_threads
@@ -34,35 +35,6 @@ def engine() -> Direct:
     return Direct(DEVICE)
 
 
-class Twin:
-    """One side of a copy elsewhere: the same storages, whole, on the device or in pinned memory."""
-
-    def __init__(self, end: Any, place: str) -> None:
-        self._end, self._place = end, place
-        self._storages: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.tensors = self._moved(end.tensors)
-
-    def _moved(self, level: Any) -> Any:
-        if not isinstance(level, torch.Tensor):
-            return type(level)(self._moved(item) for item in level)
-        whole = torch.empty(0, dtype=torch.uint8).set_(level.untyped_storage())
-        key = whole.data_ptr()
-        if key not in self._storages:
-            twin = whole.to(DEVICE) if self._place == "device" else whole.pin_memory()
-            self._storages[key] = (whole, twin)
-        storage = self._storages[key][1].untyped_storage()
-        twin = torch.empty(0, dtype=level.dtype, device=storage.device)
-        return twin.set_(storage, level.storage_offset(), level.shape, level.stride())
-
-    def view(self) -> KVView:
-        return KVView(self.tensors, self._end.layout, **self._end.extents)
-
-    def bring_back(self) -> None:
-        """Every byte, canaries and padding included."""
-        for whole, twin in self._storages.values():
-            whole.copy_(twin)
-
-
 def placed(index: Index) -> Index:
     return index.placed(DEVICE, Capabilities(frozenset()).index_dtypes)
 
@@ -72,18 +44,17 @@ def judged(copied: Copy, engine: Direct, downward: bool) -> int:
     status = torch.zeros(1, dtype=torch.int64).pin_memory()
 
     def run() -> None:
-        src = Twin(copied.src, "device" if downward else "pinned")
-        dst = Twin(copied.dst, "pinned" if downward else "device")
-        views, indices = (src.view(), dst.view()), (copied.src.index(), copied.dst.index())
-        assert {view.form.place for view in views} == {"device", "pinned"}
-        plan = CopyPlan(views[0].form, views[1].form, *(x.plan_step for x in indices))
+        sides = [Elsewhere(DEVICE), Elsewhere("pinned")][:: 1 if downward else -1]
+        src, dst = (x.views(end)[0] for x, end in zip(sides, (copied.src, copied.dst), strict=True))
+        indices = copied.src.index(), copied.dst.index()
+        assert {src.form.place, dst.form.place} == {"device", "pinned"}
+        launch = engine.prepare(CopyPlan(src.form, dst.form, *(x.plan_step for x in indices)))
+        torch.cuda.synchronize()
         mine, theirs = (placed(x) for x in indices)
-        launch = engine.prepare(plan)
+        launch(src, dst, mine, theirs, copied.count, None, status)
         torch.cuda.synchronize()
-        launch(*views, mine, theirs, copied.count, None, status)
-        torch.cuda.synchronize()
-        src.bring_back()
-        dst.bring_back()
+        for side in sides:
+            side.bring_back()
 
     copied.check(run)
     return int(status)
@@ -274,7 +245,7 @@ def test_the_kernel_starts_with_as_many_threads_as_it_is_cut_for(engine: Direct)
     attribute = driver.CUfunction_attribute
     for name in sorted(WHOLE)[:12]:
         copied = COPIES[name]()
-        src, dst = Twin(copied.src, "device").view(), Twin(copied.dst, "pinned").view()
+        (src,), (dst,) = Elsewhere(DEVICE).views(copied.src), Elsewhere("pinned").views(copied.dst)
         steps = (copied.src.index().plan_step, copied.dst.index().plan_step)
         engine.prepare(CopyPlan(src.form, dst.form, *steps))
     for loaded in engine._kernels._loaded.values():

@@ -99,9 +99,21 @@ class DirectOnCpu(Direct):
         return super().prepare(placed)
 
 
+class Loads(DirectOnCpu):
+    """From the host to the device."""
+
+    name, stores = "direct-on-cpu-loads", False
+
+
+class Stores(DirectOnCpu):
+    """From the device to the host."""
+
+    name = "direct-on-cpu-stores"
+
+
 def _table_elsewhere(view: KVView, device: torch.device, stream: torch.Stream | None) -> None:
     """A copy that is kept by the view, as on a device: its own table is not what is read."""
-    made = SimpleNamespace(addresses=torch.tensor(view.origins))
+    made = SimpleNamespace(addresses=torch.tensor(view.origins, device=CPU))
     view.derived.setdefault((direct._TABLE_ON, device), made)
     view.table.fill_(0)
 

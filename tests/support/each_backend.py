@@ -75,7 +75,8 @@ REPEATED: dict[str, Callable[[], Copy]] = {
 
 
 class Elsewhere:
-    """Tensors on a device as they lie on the host: the same strides, the same shared storages."""
+    """Tensors on a device, or ``pinned``, as they lie on the host: with the same strides, sharing
+    the same storages."""
 
     def __init__(self, device: torch.device | str) -> None:
         self._device, self._storages = device, dict[int, tuple[torch.Tensor, torch.Tensor]]()
@@ -87,9 +88,10 @@ class Elsewhere:
         storage = tree.untyped_storage()
         if storage.data_ptr() not in self._storages:
             here = torch.empty(0, dtype=torch.uint8).set_(storage)
-            self._storages[storage.data_ptr()] = here, here.to(self._device)
+            twin = here.pin_memory() if self._device == "pinned" else here.to(self._device)
+            self._storages[storage.data_ptr()] = here, twin
         there = self._storages[storage.data_ptr()][1].untyped_storage()
-        moved = torch.empty(0, dtype=tree.dtype, device=self._device)
+        moved = torch.empty(0, dtype=tree.dtype, device=there.device)
         return moved.set_(there, tree.storage_offset(), tree.size(), tree.stride())
 
     def views(self, *ends: End) -> list[KVView]:
