@@ -186,6 +186,9 @@ def test_memory_that_exists(memory: Any) -> None:
     assert tensor.is_pinned()
     del tensor
     assert not isinstance(memory, torch.Tensor) or not memory.is_pinned()
+    pinned.register(memory, fallback=False)
+    pinned.unregister(memory)
+    assert pinned.registered() == []
     assert last_error() == 0
 
 

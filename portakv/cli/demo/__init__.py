@@ -13,7 +13,7 @@ import os
 import textwrap
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -65,10 +65,10 @@ def run_demo(*, device: str | None = None, json: bool = False) -> int:
     if json:
         print_json({
             "portakv": __version__, "torch": str(torch.__version__), "device": str(where),
-            "device_name": device_name(where), "forced": forced, "model": model.as_json(),
-            "scenario": scenario.as_json(), "threads": threads,
-            "moves": [row.as_json() for row in rows], "chosen": choice.name,
-            "candidates": candidates_for(where), "ok": good,
+            "device_name": device_name(where), "forced": forced,
+            "model": {"skipped": model.skipped, **model.found, "story": model.story},
+            "scenario": scenario.as_json(), "threads": threads, "moves": [*map(asdict, rows)],
+            "chosen": choice.name, "candidates": candidates_for(where), "ok": good,
         })  # fmt: skip
     else:
         _tell_rows(rows, threads)
@@ -81,14 +81,10 @@ def run_demo(*, device: str | None = None, json: bool = False) -> int:
 class ModelPart:
     """How the example with a model went."""
 
-    skipped: str  # why it did not run; empty if it did
+    skipped: str | None  # why it did not run; None if it did
     good: bool  # the logits were bit-identical and the control's were not, or it was skipped
     found: dict[str, Any] = field(default_factory=dict)  # the example's own outcome, by name
     story: list[str] = field(default_factory=list)  # the lines that it told
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything, for ``--json``."""
-        return {"skipped": self.skipped or None, **self.found, "story": self.story}
 
 
 def run_model(device: torch.device, tell: Callable[[str], object]) -> ModelPart:
@@ -114,7 +110,8 @@ def run_model(device: torch.device, tell: Callable[[str], object]) -> ModelPart:
         tell(line)
 
     outcome = example.main(device, hear)
-    return ModelPart("", outcome.identical and outcome.control_differs, dict(vars(outcome)), story)
+    good = outcome.identical and outcome.control_differs
+    return ModelPart(None, good, dict(vars(outcome)), story)
 
 
 def _tell(text: str) -> None:

@@ -169,8 +169,8 @@ class Row:
     way: str  # what it moved, in words
     checked: int = 0  # bytes that were compared
     wrong: int = 0  # bytes that are not what plain torch indexing says
-    refused: str = ""  # why the backend does not take this copy, in its own words
-    failed: str = ""  # what it raised instead of copying
+    refused: str | None = None  # why the backend does not take this copy, in its own words
+    failed: str | None = None  # what it raised instead of copying
     seconds: float | None = None  # the median time of one copy; None if it was not timed
     ratio: float | None = None  # ``copy_``'s ``seconds`` by its own: 1 is as fast
 
@@ -183,10 +183,6 @@ class Row:
     def right(self) -> bool:
         """True if bytes were compared and all were right."""
         return self.good and not self.refused and self.checked > 0
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything, for ``--json``."""
-        return {**asdict(self), "refused": self.refused or None, "failed": self.failed or None}
 
 
 class _Move(NamedTuple):
