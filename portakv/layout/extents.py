@@ -28,10 +28,8 @@ Values = list[dict[str, int]]  # for each kv, the extent of each axis
 
 
 def declare(layout: Layout, extents: Mapping[str, int | Sequence[int] | None]) -> Values:
-    """Turn declarations into one table of known extents for each ``kv``.
-
-    ``extents`` may hold ``layers``, ``kv``, ``block_size``, ``heads`` (integers) and ``dim`` (an
-    integer, or one for each kv; elements, not bytes).
+    """For each ``kv`` the extents that ``layers``, ``kv``, ``block_size``, ``heads`` (integers) and
+    ``dim`` (elements: an integer, or one for each kv) declare.
 
     Raises:
         LayoutError: a declaration for an axis that the layout does not have, of the wrong

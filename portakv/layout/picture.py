@@ -17,16 +17,8 @@ _MEANING = {
 
 
 def draw(layout_text: str) -> str:
-    """Draw a layout as text.
-
-    The first line reads like the Python that finds one element; below it stands one line for each
-    container and dimension, outermost first, each inside the one above.
-
-    Args:
-        layout_text: a layout string (not the name of a preset).
-
-    Returns:
-        A few lines without a trailing newline.
+    """Draw a layout string: a few lines, the first like the Python that finds one element; below it
+    one for each container and dimension, outermost first, each inside the one above.
 
     Raises:
         LayoutError: the string is not a layout.

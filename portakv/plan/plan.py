@@ -191,23 +191,24 @@ class CopyPlan:
             SlotError: what is no view or index, an id past the end of its view, a range past the
                 list, or a range or an index that does not consist of whole units.
         """
-        self._check_side("source", self.src, self.aligned("src"), src, src_index)
-        self._check_side("destination", self.dst, self.aligned("dst"), dst, dst_index)
+        self._check_side("source", src, src_index)
+        self._check_side("destination", dst, dst_index)
         return summed(factors(self.nests, self.unit, Move(src, dst, src_index, dst_index, count)))
 
-    def _check_side(self, name: str, form: Form, aligned: bool, view: KVView, index: Index) -> None:
+    def _check_side(self, name: str, view: KVView, index: Index) -> None:
+        side = "src" if name == "source" else "dst"
         if not (isinstance(view, KVView) and isinstance(index, Index)):
             raise SlotError(
                 f"The {name} was asked of plan.runs as a {type(view).__name__} and a "
                 f"{type(index).__name__}; expected a KVView and an Index. Pass Index() for "
                 f"consecutive slots."
             )
-        if view.form != form and view.form.untyped() != form:
+        if getattr(self, side) not in (view.form, view.form.untyped()):
             raise LayoutError(
                 f"The {name}, {view.layout.text!r}, has another form than the plan was made for; "
                 f"make a plan for the forms of these two views."
             )
-        if (aligned or index.ids is not None) and index.offset % self.unit:
+        if index.offset % self.unit and (index.ids is not None or self.aligned(side)):
             raise SlotError(
                 f"The {name} index begins at token {index.offset}, no multiple of the plan's unit "
                 f"{self.unit}; give head and tail to a plan with unit=1."
@@ -219,10 +220,11 @@ class CopyPlan:
             )
 
     def __str__(self) -> str:
-        plural = "token" if self.unit == 1 else "tokens"
+        steps = self.src_step, self.dst_step
+        src, dst = (f"units by ids of {_tokens(n)}" if n else "consecutive units" for n in steps)
         lines = [
-            f"unit {self.unit} {plural}, vector {self.vector} B, {self.token_bytes} B a token",
-            f"s: {_numbers(self.src_step)}, d: {_numbers(self.dst_step)}",
+            f"unit {_tokens(self.unit)}, vector {self.vector} B, {self.token_bytes} B a token",
+            f"s: {src}, d: {dst}",
         ]
         for nest in self.nests:
             src, dst = nest.src.text("s"), nest.dst.text("d")
@@ -263,23 +265,17 @@ def check_disjoint(move: Move) -> None:
         )
 
 
-def _numbers(step: int) -> str:
-    """Where the numbers of units come from."""
-    if not step:
-        return "consecutive units"
-    return f"units by ids of {step} {'token' if step == 1 else 'tokens'}"
+def _tokens(count: int) -> str:
+    return f"{count} {'token' if count == 1 else 'tokens'}"
 
 
 def _check_forms(src: Form, dst: Form) -> None:
-    for what, mine, theirs in (
-        ("kv", src.kv, dst.kv),
-        ("layer", src.layers, dst.layers),
-        ("head", src.heads, dst.heads),
-    ):
+    for axis in ("kv", "layers", "heads"):
+        mine, theirs = getattr(src, axis), getattr(dst, axis)
         if mine != theirs:
             raise LayoutError(
-                f"The source has {what!r} extent {mine} and the destination {theirs}; a copy "
-                f"needs equal extents: declare them alike, or slice one view."
+                f"The source has {axis.rstrip('s')!r} extent {mine} and the destination {theirs}; "
+                f"a copy needs equal extents: declare them alike, or slice one view."
             )
     if src.opaque != dst.opaque:
         raise Unsupported(

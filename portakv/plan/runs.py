@@ -28,11 +28,8 @@ class Runs(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """The runs of a nest as a sum: each of ``lines`` in each of ``planes``, in order of the source.
-
-    Addresses of the two are added. ``nbytes`` of a line is its own, neighbours merged; of planes it
-    is the longest line's.
-    """
+    """The runs of a nest as a sum: each of ``lines`` in each of ``planes``, whose addresses are
+    added, in order of the source. ``nbytes`` of planes is that of the longest line."""
 
     planes: Runs
     lines: Runs

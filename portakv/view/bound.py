@@ -37,10 +37,7 @@ Facts = tuple[Rows, int, torch.device, bool]
 
 
 class BoundLayout:
-    """A layout and its declared extents; with ``reinterpret`` rows are bytes, whatever the dtype.
-
-    A tensor of known shape, strides, dtype and place reuses its form by one look-up.
-    """
+    """A layout and declared extents; with ``reinterpret`` rows are bytes, whatever the dtype."""
 
     __slots__ = ("_known", "declared", "layout", "reinterpret")
 
@@ -49,7 +46,7 @@ class BoundLayout:
     ) -> None:
         self.layout, self.reinterpret = layout, reinterpret
         self.declared = declare(layout, extents)
-        # What such tensors share: form, slots, device, bytes from the first to past the last.
+        # What tensors of one key share: form, slots, device, bytes from the first to past the last.
         self._known: Bounded[tuple[Any, ...], tuple[Form, int, torch.device, int]]
         self._known = Bounded("forms of tensors", 256)
 

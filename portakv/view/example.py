@@ -31,18 +31,12 @@ def example_tensors(
     dtype: torch.dtype = torch.float16,
     device: torch.device | str = "cpu",
 ) -> Any:
-    """Uninitialised tensors of a layout, in the containers that it names: contiguous, but where a
-    preset says that its tensors lie in another memory order.
+    """Uninitialised tensors of a layout or preset, in the containers that it names: contiguous, but
+    where a preset says that its tensors lie in another memory order.
 
-    Args:
-        layout: a layout string or preset.
-        layers, blocks: extents.
-        heads: extent; by default what the preset says, else 1.
-        kv: extent; by default what the preset or the number of widths says, else 2 where the
-            layout names it.
-        dim: elements: one number, or one for each kv (of a page: its elements); by default what
-            the preset says, else 1.
-        tokens: tokens of a block, or of the chunk where there is no `block`.
+    ``tokens`` are those of a block, or of the chunk if there is no `block`; ``dim`` counts elements
+    (of a page: its elements), one number or one for each kv. What is None is what the preset says;
+    else 1, and 2 kv if the layout names them and ``dim`` gives no number of widths.
 
     Raises:
         LayoutError: the layout cannot be parsed, a factor does not divide its extent, or the
@@ -81,15 +75,14 @@ def _ordered(made: Any, memory: Layout, layout: Layout) -> Any:
         return [_ordered(one, memory, layout) for one in made]
     taken = len(memory.containers)
     wanted = [*layout.containers[taken:], *layout.dims]
-    viewed = made.permute([memory.dims.index(group) for group in wanted])
-    return _unbound(viewed, len(layout.containers) - taken)
+    return _unbound(
+        made.permute([memory.dims.index(group) for group in wanted]), len(wanted) - len(layout.dims)
+    )
 
 
 def _unbound(tensor: torch.Tensor, levels: int) -> Any:
     """The leading dimensions of a tensor as lists of views."""
-    if not levels:
-        return tensor
-    return [_unbound(one, levels - 1) for one in tensor.unbind(0)]
+    return [_unbound(one, levels - 1) for one in tensor.unbind(0)] if levels else tensor
 
 
 def example_chunk(cache: KVView, layout: str, tokens: int) -> Any:

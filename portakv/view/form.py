@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from itertools import product
 from math import prod
 
 from portakv.layout.extents import factor_extent
@@ -105,15 +106,14 @@ class Form:
         """Why `KVView.plane` shows no plane as one strided tensor, as a clause; empty if it can."""
         if self.opaque:
             return "opaque pages have no rows"
-        for part in self.parts:
-            for name in ("block", "token", "head", "dim"):
-                steps = part.axis(name)
-                if any(step.table for step in steps):
-                    return f"its {name!r} axis goes through tensors of their own"
-                if name == "dim" and steps and (len(steps) > 1 or steps[0].stride != 1):
-                    return "its 'dim' axis is no single run of bytes"
-                if len(steps) > 1:
-                    return f"its {name!r} axis is split into {len(steps)} factors"
+        for part, name in product(self.parts, ("block", "token", "head", "dim")):
+            steps = part.axis(name)
+            if any(step.table for step in steps):
+                return f"its {name!r} axis goes through tensors of their own"
+            if name == "dim" and steps and (len(steps) > 1 or steps[0].stride != 1):
+                return "its 'dim' axis is no single run of bytes"
+            if len(steps) > 1:
+                return f"its {name!r} axis is split into {len(steps)} factors"
         return ""
 
     def untyped(self) -> Form:
@@ -153,15 +153,11 @@ def build_parts(
     itemsizes: Sequence[int],
     walks: Mapping[Factor, tuple[int, Sequence[int]]],
 ) -> tuple[Part, ...]:
-    """Make the parts of a form.
+    """The parts of a form.
 
-    Args:
-        layout: the parsed layout.
-        values: for each kv, the extent of each axis, complete.
-        strides: for each kv, the stride in elements of each dimension group.
-        itemsizes: for each kv, the bytes of one element.
-        walks: for each container factor, the entries of the table that one step advances, and for
-            each kv the bytes.
+    ``values`` (extents), ``strides`` (elements, of each dimension group) and ``itemsizes`` (bytes)
+    are those of each kv; ``walks`` says for each container factor what one step advances: entries
+    of the table, and bytes for each kv.
     """
     parts = []
     for k, itemsize in enumerate(itemsizes):
@@ -208,15 +204,11 @@ def merge_steps(steps: Sequence[Step]) -> Steps:
 
 def _why_unwritable(parts: Sequence[Part]) -> str:
     """A step that does not move, or planes that coincide, would write many rows to one place."""
-    for part in parts:
-        for name in PART_AXES:
-            for step in part.axis(name):
-                if step.stride == 0 and step.table == 0 and step.extent != 1:
-                    return f"its {name!r} axis has stride 0, so that several rows share one place"
+    for name, part in product(PART_AXES, parts):
+        if any(step.stride == step.table == 0 and step.extent != 1 for step in part.axis(name)):
+            return f"its {name!r} axis has stride 0, so that several rows share one place"
     origins = [origin for part in parts for origin in plane_origins(part)]
-    if len(set(origins)) < len(origins):
-        return ALIASED
-    return ""
+    return ALIASED if len(set(origins)) < len(origins) else ""
 
 
 def plane_origins(part: Part) -> list[tuple[int, int]]:

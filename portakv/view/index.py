@@ -314,8 +314,7 @@ class Index:
         expanded = self.slots(count)
         past = np.flatnonzero(expanded >= slots)
         if past.size:
-            at = int(past[0])
-            of = ""
+            at, of = int(past[0]), ""
             if self.step > 1:
                 slot_id = int(self.host_ids()[(at + self.offset) // self.step])
                 of = f" (of id {slot_id}, {self.step} slots each)"
