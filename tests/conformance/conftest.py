@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
+from support.command_line import Ran, run, settle
 
 from portakv.registry import registry
 
@@ -14,3 +18,12 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     made = registry.Registry()
     monkeypatch.setattr(registry, "REGISTRY", made)
     monkeypatch.setattr("portakv_conformance.judge.subject.REGISTRY", made)
+
+
+@pytest.fixture
+def conform(own_registry: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+    """`portakv conform` in this process, with real workers."""
+    settle(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "500")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return partial(run, "conform")

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import support.conform_honest_backends as backends
 import torch
-from support.conform_runs import python
 
 from portakv_conformance.cases import test_claims
 from portakv_conformance.draw.by_hand import HOMES, Workshop
@@ -42,12 +42,20 @@ def judge_of(name: str) -> Judge:
     return Judge(one(name), Facility(torch.device("cpu")), 7)
 
 
-def conform(name: str, folder: Path, *options: str) -> RunRecord:
+Judged = Callable[..., RunRecord]
+
+
+@pytest.fixture
+def judged(conform: Any) -> Judged:
     """The report of a run of the suite on one of the backends."""
-    words = ("conform", f"{_HONEST}:{name}", "--device", "cpu", *options)
-    done = python("-m", "portakv", *words, "--report", str(folder))
-    assert done.returncode in (0, 1), done.stderr
-    return RunRecord.read((folder / "conformance.json").read_text(encoding="utf-8"))
+
+    def run(name: str, *options: str) -> RunRecord:
+        target = name if ":" in name else f"{_HONEST}:{name}"
+        done = conform(target, "--device", "cpu", "--json", *options)
+        assert done.code in (0, 1), done.err
+        return RunRecord.read(done.out)
+
+    return run
 
 
 def wrong(record: RunRecord) -> dict[str, str]:
@@ -55,8 +63,8 @@ def wrong(record: RunRecord) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ["Least", "OnlyTuplesByPrepare"])
-def test_a_narrow_claim_is_no_failure(name: str, tmp_path: Path) -> None:
-    record = conform(name, tmp_path, "--only", *_TELLING)
+def test_a_narrow_claim_is_no_failure(name: str, judged: Judged) -> None:
+    record = judged(name, "--only", *_TELLING)
     assert wrong(record) == {}
     migrations = [case for case in record.cases if case.id.endswith("_within_one_cache[home]")]
     assert [case.status for case in migrations] == ["passed"]
@@ -66,8 +74,8 @@ def test_a_narrow_claim_is_no_failure(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in _NAMED if name not in _LIARS])
-def test_an_honest_backend_is_conformant(name: str, tmp_path: Path) -> None:
-    record = conform(name, tmp_path)
+def test_an_honest_backend_is_conformant(name: str, judged: Judged) -> None:
+    record = judged(name)
     assert wrong(record) == {}
     assert record.verdict == "conformant"
     assert check_report(record.document()) == []
@@ -114,8 +122,8 @@ def test_claims_of_another_type_make_no_sense(target: str, why: str) -> None:
         test_claims.test_claims_make_sense(subject(target))
 
 
-def test_a_half_that_was_declined_is_not_passed(tmp_path: Path) -> None:
-    record = conform("PartOfScatters", tmp_path, "--only", "cases/test_corners.py::test_row_width")
+def test_a_half_that_was_declined_is_not_passed(judged: Judged) -> None:
+    record = judged("PartOfScatters", "--only", "cases/test_corners.py::test_row_width")
     told = {case.id: case for case in record.cases}
     assert {case.status for case in told.values()} == {"passed", "not-claimed"}
     for case in told.values():
@@ -149,13 +157,10 @@ def test_another_layout_is_used_where_it_is_taken() -> None:
     assert across(one("NoMigration"), HOMES[0], HOMES[1]) == HOMES[0]
 
 
-def test_a_backend_that_remembers_is_told_by_what_it_did(tmp_path: Path) -> None:
+def test_a_backend_that_remembers_is_told_by_what_it_did(judged: Judged) -> None:
     """Hypothesis repeats the calls, which then end in another way."""
-    words = ["conform", "portakv_conformance.mutants.state:StalePointerTable", "--device", "cpu"]
-    words += ["--only", "cases/test_stateful.py", "--report", str(tmp_path)]
-    done = python("-m", "portakv", *words)
-    assert done.returncode == 1, done.stderr
-    record = RunRecord.read((tmp_path / "conformance.json").read_text(encoding="utf-8"))
+    mutant = "portakv_conformance.mutants.state:StalePointerTable"
+    record = judged(mutant, "--only", "cases/test_stateful.py")
     (reason,) = wrong(record).values()
     assert "does not hold its bytes. The same calls end in another way when they are" in reason
     assert record.cases[0].example, "the copy that shows it alone was not kept"

@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.conform_runs import python
 
 from portakv import AdaptiveConnector, BackendUnavailable, CopyPlan, Index, KVView, Unsupported
 from portakv.backends.base import Decision
@@ -90,6 +89,12 @@ def test_what_is_not_there_is_told_with_the_reason(name: str, device: str, why: 
 def test_what_is_malformed_is_a_value_error(name: str, device: str) -> None:
     with pytest.raises(ValueError, match=r"was asked"):
         subject(name, device)
+
+
+def test_a_backend_that_does_not_say_what_it_claims_has_a_flaw() -> None:
+    found = subject(f"{BACKENDS}:Secretive").flaw
+    assert found.startswith("capabilities() raised OSError: the licence server is asleep;")
+    assert found.endswith("no case can be judged.")
 
 
 # -- how copies are judged ----------------------------------------------------------------------
@@ -280,14 +285,16 @@ def test_a_block_that_is_split_is_launched_in_a_unit_that_fits_its_parts() -> No
     assert largest_unit(split, flat, ids, Index(), 6) == CopyPlan(split.form, flat.form, 6, 0).unit
 
 
-def test_what_fails_only_beside_other_work_is_not_kept_as_an_example(tmp_path: Path) -> None:
+def test_what_fails_only_beside_other_work_is_not_kept_as_an_example(
+    tmp_path: Path, conform: Any
+) -> None:
     """A saved example that passes when it is replayed would only mislead."""
     told = ["--only", "test_ordering", "--device", "simdev", "--profile", "core", "-x"]
     mutant = "portakv_conformance.mutants.ordering:NoWaitOnProducer"
-    result = python("-m", "portakv", "conform", mutant, *told, "--report", str(tmp_path))
-    assert result.returncode == 1, result.stderr
-    assert "FAILED cases/test_ordering.py" in result.stdout
-    assert "conform replay" not in result.stdout
+    done = conform(mutant, *told, "--report", str(tmp_path))
+    assert done.code == 1, done.err
+    assert "FAILED cases/test_ordering.py" in done.out
+    assert "conform replay" not in done.out
     assert not list(tmp_path.glob("example-*.json"))
 
 
