@@ -46,6 +46,7 @@ from portakv import (
     TransferError,
     Unsupported,
     copy_blocks,
+    copy_rows,
 )
 from portakv.blocks import slices as block_slices
 from portakv.errors import InvalidTerms
@@ -358,3 +359,48 @@ def test_memory_that_was_resized_is_noticed(options: dict[str, Any]) -> None:
         refused(LayoutError, "replaced", "make the view anew", watch=dst.tensors),
     ):
         copy_blocks(src.view, dst.view, SRC, DST, backend="addresses", **options)
+
+
+# Indices that are used again
+
+
+@pytest.mark.parametrize(("kept", "judged"), [("both", [1, 2]), ("src", [1]), ("dst", [2])])
+def test_a_kept_index_is_judged_once_for_views_of_one_size(kept: str, judged: list[int]) -> None:
+    mine: Any = SRC if kept == "dst" else Index(SRC, SIZE)
+    theirs: Any = DST if kept == "src" else Index(DST, SIZE)
+    for blocks in (BLOCKS, BLOCKS, BLOCKS + 1, BLOCKS):  # other memory each time
+        moved = Pair(layered(), block_first(blocks=blocks))
+        moved.start(mine, theirs).synchronize()
+        assert moved.landed()
+    assert [len(x._store.checked) for x in (mine, theirs) if isinstance(x, Index)] == judged
+    small = block_first(blocks=6)
+    if kept != "src":
+        with refused(SlotError, "slot 24", "24 slots", watch=small.tensors):
+            copy_blocks(layered().view, small.view, mine, theirs)
+
+
+def test_ids_of_a_source_that_may_not_be_a_destination() -> None:
+    """The same indices the other way round, or beside no ids, are judged anew."""
+    twice, theirs = Index([5, 5, 7], SIZE), Index([1, 6, 0], SIZE)
+    src, dst = layered(), layered()
+    copy_blocks(src.view, dst.view, twice, theirs).synchronize()
+    for _ in range(2):  # what was refused is refused again
+        with refused(SlotError, "occurs 2 times", watch=dst.tensors):
+            copy_blocks(src.view, dst.view, theirs, twice)
+    for none in (None, Index()):
+        copy_rows(src.view, dst.view, twice, none).synchronize()
+    with refused(SlotError, "occurs 2 times", watch=dst.tensors):
+        copy_rows(src.view, dst.view, Index(), twice)
+
+
+def test_indices_do_not_hold_each_other_or_any_view() -> None:
+    mine, theirs = Index(SRC, SIZE), Index(DST, SIZE)
+    src, dst = layered(), layered()
+    copy_blocks(src.view, dst.view, mine, theirs).synchronize()
+    gone = [weakref.ref(x) for x in (src.tensors[0], dst.tensors[0], theirs.ids)]
+    gc.disable()
+    try:
+        del src, dst, theirs
+        assert [ref() is None for ref in gone] == [True] * 3
+    finally:
+        gc.enable()

@@ -30,6 +30,7 @@ from portakv import (
 
 LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 8, 4, 2, 8
 SLOTS = BLOCKS * SIZE
+COMPILER = pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 DEVICE = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
@@ -93,17 +94,18 @@ class Counter(CompileCounterWithBackend):
 
 
 @DEVICE
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+@COMPILER
 @pytest.mark.parametrize("registered", [True, False])
 def test_a_store_stands_behind_writes_and_before_reads(
     device: str, compiler: str, registered: bool
 ) -> None:
     connector, caches, _ = scene(device)
+    passed = None if registered else caches
 
     def step(row: torch.Tensor, chunk: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         for layer, cache in enumerate(caches):
             cache[0, 1] = row + layer
-        connector.from_gpu(chunk, None if registered else caches, slots)
+        connector.from_gpu(chunk, passed, slots)
         return chunk * 2
 
     counter = Counter(compiler)
@@ -121,7 +123,7 @@ def test_a_store_stands_behind_writes_and_before_reads(
 
 
 @DEVICE
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+@COMPILER
 @pytest.mark.parametrize("registered", [True, False])
 @pytest.mark.parametrize("make", ALLOCATIONS)
 def test_a_load_stands_behind_the_chunk_and_before_reads_of_the_cache(
@@ -302,21 +304,18 @@ def test_nested_caches_and_memory_objects_with_a_tensor() -> None:
     assert torch.equal(chunk, rows_of(together, slots))
 
 
-def _call(connector: AdaptiveConnector, **others: Any) -> Callable[[], Any]:
-    chunk = make_chunk()
-    arguments = {"slot_mapping": torch.arange(4), **others}
-    return lambda: connector.from_gpu(chunk, **arguments)
+@pytest.mark.parametrize("slots", [[1, 2, 3, 4], Index([1, 2, 3, 4])])
+def test_what_no_graph_can_hold_breaks_it_and_is_made_eagerly(slots: Any) -> None:
+    connector, caches, chunk = scene()
 
+    def step() -> Any:
+        return connector.from_gpu(chunk, None, slots)
 
-@pytest.mark.parametrize(
-    "others", [{"slot_mapping": [1, 2, 3, 4]}, {"slot_mapping": Index([1, 2, 3, 4])}]
-)
-def test_what_no_graph_can_hold_breaks_it_and_is_made_eagerly(others: dict[str, Any]) -> None:
-    connector = scene()[0]
     with pytest.raises(Unsupported, match="PortaKV's op"):
-        torch.compile(_call(connector, **others), fullgraph=True, backend="eager")()
+        torch.compile(step, fullgraph=True, backend="eager")()
     torch._dynamo.reset()
-    torch.compile(_call(connector, **others), backend="eager")().synchronize()
+    torch.compile(step, backend="eager")().synchronize()
+    assert torch.equal(chunk, rows_of(caches, torch.arange(1, 5)))
 
 
 def test_copy_rows_is_kept_out_of_graphs_by_its_caller() -> None:
@@ -337,9 +336,8 @@ def test_copy_rows_is_kept_out_of_graphs_by_its_caller() -> None:
 
 
 def test_nothing_registered_nothing_passed() -> None:
-    connector = AdaptiveConnector("cpu")
     with pytest.raises((LayoutError, RuntimeError), match=r"No kv_caches|LayoutError|Observed"):
-        torch.compile(_call(connector), backend="eager")()
+        storing(AdaptiveConnector("cpu"), make_chunk())(torch.arange(4))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -378,12 +376,6 @@ def test_torch_finds_the_schema_true(store: bool) -> None:
     op = torch.ops.portakv.from_gpu if store else torch.ops.portakv.to_gpu
     given = ([make_chunk()], [1], make_caches(), [LAYERS], torch.arange(4), [0], [4])
     torch.library.opcheck(op.default, (connector._number, *given))
-
-
-def test_eager_calls_do_not_go_through_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    connector, caches = AdaptiveConnector("cpu"), make_caches()
-    monkeypatch.setattr(connector, "_run_op", None)
-    connector.from_gpu(make_chunk(), caches, torch.arange(4)).synchronize()
 
 
 @pytest.mark.gpu
