@@ -2,8 +2,7 @@
 """The AscendC kernel of ``native/ascend``: found, loaded, given its arguments, and launched.
 
 `PORTAKV_ASCENDC` names the library; else it is looked for where ``run_in_cann.sh npu`` leaves it. A
-library that emulates the kernel has the same interface and says so: it is taken for an emulated
-device and for no other.
+library that emulates the kernel has the same interface: it is taken for an emulated device only.
 
 Its arguments are those of ``copy.h``: for each nest of a plan a ``Nest``, which is uploaded once,
 and for each request a ``Copy``, which travels as scalars. All members are 64-bit integers; strides
@@ -126,12 +125,6 @@ def find_kernel(emulated: bool) -> tuple[Kernel | None, str]:
     return kernel, f"by the AscendC kernel in {kernel.name}{', emulated' if emulated else ''}"
 
 
-def told(plan: CopyPlan) -> str:
-    """What carries a plan out where there is a kernel."""
-    why = refusal(plan)
-    return "the AscendC kernel" if why is None else f"index ops, after a wait, since {why}"
-
-
 def open_kernel(path: str, emulated: bool) -> Kernel:
     """The library at a path, for a device that is emulated or is not.
 
@@ -142,15 +135,14 @@ def open_kernel(path: str, emulated: bool) -> Kernel:
     if not Path(path).is_file():
         raise Unusable(f"there is no such file ({_BUILD})")
     kernel = KERNELS.get_or_make(path, lambda: _load(path))
-    if kernel.emulated and not emulated:
-        why = f"emulates the kernel on a CPU, and this NPU is real; {_BUILD}"
-    elif emulated and not kernel.emulated:
+    if kernel.emulated == emulated:
+        return kernel
+    why = f"emulates the kernel on a CPU, and this NPU is real; {_BUILD}"
+    if emulated:
         why = (
             "is for an NPU, and this one is emulated; native/ascend/emulation/run.sh library "
             "builds one for it"
         )
-    else:
-        return kernel
     raise Unusable(f"{kernel.name} {why}")
 
 
@@ -207,10 +199,8 @@ class KernelRows:
             return
         self._arguments = Arguments(plan)
         with torch.inference_mode(False):
-            self._nests = [
-                torch.frombuffer(bytearray(nest), dtype=torch.int64).to(device)
-                for nest in self._arguments.nests
-            ]
+            words = [bytearray(nest) for nest in self._arguments.nests]
+            self._nests = [torch.frombuffer(x, dtype=torch.int64).to(device) for x in words]
 
     def __call__(self, move: Move, status: torch.Tensor | None) -> None:
         if self._rest is not None:
@@ -250,15 +240,9 @@ class Arguments:
         why = refusal(plan)
         if why is not None:
             raise Unsupported("A copy by the AscendC kernel", f"{why}; use backend 'reference'")
-        self._unit = plan.unit
-        self._sides = [
-            [SideArguments(nest, plan, name, nest.loops) for name in ("src", "dst")]
-            for nest in plan.nests
-        ]
-        self.nests = [
-            _nest(nest, plan.unit, sides)
-            for nest, sides in zip(plan.nests, self._sides, strict=True)
-        ]
+        self._unit, nests, names = plan.unit, plan.nests, ("src", "dst")
+        self._sides = [[SideArguments(x, plan, name, x.loops) for name in names] for x in nests]
+        self.nests = [_nest(*x, plan.unit) for x in zip(nests, self._sides, strict=True)]
 
     def copies(self, nests: Sequence[int], move: Move, status: int) -> list[bytes]:
         """A ``portakv::Copy`` for each nest, whose addresses are ``nests``; ``status``: the address
@@ -274,10 +258,9 @@ class Arguments:
 
 
 def refusal(plan: CopyPlan) -> str | None:
-    """Why the kernel does not take a plan, as a clause; None where it does."""
+    """Why the kernel does not take a plan, as a clause; None if it does."""
     for nest in plan.nests:
-        loops = len(_split_rows(nest)[0])
-        steps = max(len(side.units) for side in (nest.src, nest.dst))
+        loops, steps = len(_split_rows(nest)[0]), max(len(nest.src.units), len(nest.dst.units))
         if loops > MAX_LOOPS or steps > MAX_UNITS:
             return (
                 f"the AscendC kernel takes {MAX_LOOPS} loops beside the rows and {MAX_UNITS} steps "
@@ -288,28 +271,25 @@ def refusal(plan: CopyPlan) -> str | None:
 
 def reached(move: Move, further: Sequence[Memory]) -> list[Memory]:
     """All memory that a launch may touch, for an emulation; ``further``: nests and status word."""
-    held = [*_spans(move.src, False), *_spans(move.dst, True)]
-    held += [_read_only(x.ids) for x in move[2:4] if x.ids is not None]
-    return [*held, *further]
+    read = [move.src.table, move.dst.table, *(x.ids for x in move[2:4] if x.ids is not None)]
+    return [*_spans(move.src, False), *_spans(move.dst, True), *map(_read_only, read), *further]
 
 
 def _spans(view: KVView, writable: bool) -> list[Memory]:
     """What a view's tensors cover; those that touch are one run to a plan, and so one piece."""
-    joined: list[list[int]] = []
+    joined: list[Memory] = []
     for first, past in view.spans:
-        if joined and joined[-1][1] == first:
-            joined[-1][1] = past
-        else:
-            joined.append([first, past])
-    held = [(first, past - first, writable) for first, past in joined]
-    return [*held, _read_only(view.table)]
+        if joined and sum(joined[-1][:2]) == first:
+            first = joined.pop()[0]
+        joined.append((first, past - first, writable))
+    return joined
 
 
 def _read_only(tensor: torch.Tensor) -> Memory:
     return tensor.data_ptr(), tensor.nbytes, False
 
 
-def _nest(nest: Nest, unit: int, sides: Sequence[SideArguments]) -> bytes:
+def _nest(nest: Nest, sides: Sequence[SideArguments], unit: int) -> bytes:
     """A nest as ``portakv::Nest``; where its sides begin is a part of each request."""
     loops, rows, src_stride, dst_stride = _split_rows(nest)
     numbers: list[int] = []

@@ -248,12 +248,8 @@ class Program:
     """
 
     def __init__(
-        self,
-        function: Callable[..., None],
-        constants: dict[str, Any],
-        example: Sequence[Argument],
+        self, function: Callable[..., None], constants: dict[str, Any], example: Sequence[Argument]
     ) -> None:
-        self.compilations = 0
         self._compiled: Callable[..., object] | None = None
         self._order: list[int] = []
         # Distinct integers, so that they can be told apart when they come back from the tracer;
@@ -281,14 +277,13 @@ class Program:
         assert compiled is not None
         compiled(*[arguments[n] for n in self._order])
 
-    def _compile(
-        self, graph: torch.fx.GraphModule, examples: list[Any]
-    ) -> Callable[..., tuple[()]]:
+    def _compile(self, graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
         """What torch.compile calls as its backend: compile, and learn the order of arguments."""
-        self.compilations += 1
         if self._compiled is not None:
             raise RuntimeError("A function that was to be compiled once was compiled again.")
-        self._compiled = torch._inductor.compile(graph, examples, options=_known_options())
+        known = set(torch._inductor.list_options())  # of this torch
+        options = {name: value for name, value in _OPTIONS.items() if name in known}
+        self._compiled = torch._inductor.compile(graph, examples, options=options)
 
         def learn(*given: Argument) -> tuple[()]:
             # The example's integers are marks, not addresses: nothing may run on them.
@@ -318,16 +313,10 @@ def _any_order() -> Iterator[None]:
     meet, so that any order gives one result."""
     promised = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    if promised:
-        torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(False)
     try:
         yield
     finally:
-        if promised:
-            torch.use_deterministic_algorithms(True, warn_only=warned)
+        torch.use_deterministic_algorithms(promised, warn_only=warned)
 
 
-def _known_options() -> dict[str, Any]:
-    """The options that this torch has."""
-    known = set(torch._inductor.list_options())
-    return {name: value for name, value in _OPTIONS.items() if name in known}

@@ -43,12 +43,7 @@ class Side(NamedTuple):
     """What a request says of one side; in the kernel each is an int64.
 
     Attributes:
-        base: an address, or the bytes behind the table's addresses.
-        table: where the table of addresses lies; 0 where none is used.
-        ids: where the ids lie; 0 without ids.
-        wide: 1 for int64 ids, 0 for int32.
-        first: number of the unit at position 0.
-        limit: units in the view.
+        base, table, ids, wide, first, limit: as `SideArguments.request` has them.
         past: the least id whose first unit is past the end.
         units, outer, inner: byte strides, outermost first.
     """

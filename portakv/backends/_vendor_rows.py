@@ -91,16 +91,13 @@ def guarded_slots(
 
 
 class GuardedRows:
-    """Any plan by torch indexing of whole rows, which can skip nothing: negative and bad ids are
-    taken out before. That waits for the device, since a number of tokens depends on it.
-
-    Args:
-        element: the widest element to index, in bytes.
-    """
+    """Any plan by torch indexing of whole rows, in elements of at most ``element`` bytes. It can
+    skip nothing: negative and bad ids are taken out before. That waits for the device, since a
+    number of tokens depends on it."""
 
     def __init__(self, plan: CopyPlan, device: torch.device, element: int) -> None:
         self._device, ops = device, Ops(element, by_plane=True, holes=False)
-        # Where ids are bad, what is left goes by token: units may begin anywhere.
+        # If ids are bad, what is left goes by token: units may begin anywhere.
         self._unit = plan.src.block_size if plan.src.opaque else 1
         pieces = CopyPlan(plan.src, plan.dst, self._unit, self._unit, self._unit)
         self._whole, self._pieces = (

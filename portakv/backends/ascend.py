@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from portakv.backends._ascend_kernel import KernelRows, find_kernel, told
+from portakv.backends._ascend_kernel import KernelRows, find_kernel, refusal
 from portakv.backends._vendor_rows import TOKENS, packed, planes
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch, Tells
 from portakv.backends.strided import Ops, StridedCopy
@@ -99,7 +99,10 @@ class Ascend(Backend):
 
     def check(self, plan: CopyPlan) -> Decision:
         decision = super().check(plan)
-        by = told(plan) if self._kernel else _paged_op(plan) or "rows, through index ops"
+        by = _paged_op(plan) or "rows, through index ops"
+        if self._kernel:
+            why = refusal(plan)
+            by = f"index ops, after a wait, since {why}" if why else "the AscendC kernel"
         by = f"takes the plan by {by}"
         return replace(decision, reason=by) if decision.accepted else decision
 
@@ -138,9 +141,7 @@ def _vendor() -> Any:
 
 
 class _Launch(MoveLaunch):
-    """Rows by the kernel or by the ops. Both are launched on the current device, wherever their
-    tensors are."""
-
+    # The kernel and the ops are launched on the current device, wherever their tensors are.
     def __init__(self, device: torch.device, rows: KernelRows | _OpRows) -> None:
         self.device, self._rows = device, rows
 
@@ -151,7 +152,7 @@ class _Launch(MoveLaunch):
 
 
 class _OpRows:
-    """A plan by the paged ops where they serve it, and by rows where not."""
+    """A plan by the paged ops if they serve it, else by rows."""
 
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
         self._unit, self._device = plan.unit, device

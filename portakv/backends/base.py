@@ -90,15 +90,9 @@ class Launch(Protocol):
     """
 
     def __call__(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None,
-    ) -> Pending | None: ...
+        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int,
+        stream: torch.Stream | None, status: torch.Tensor | None,
+    ) -> Pending | None: ...  # fmt: skip
 
 
 class MoveLaunch(ABC):
@@ -111,15 +105,9 @@ class MoveLaunch(ABC):
     device: torch.device | None = None
 
     def __call__(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None,
-    ) -> None:
+        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int,
+        stream: torch.Stream | None, status: torch.Tensor | None,
+    ) -> None:  # fmt: skip
         """See `Launch`."""
         move = Move(src, dst, src_index, dst_index, count)
         where = self.device if stream is None else stream

@@ -13,8 +13,6 @@ import shutil
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from importlib.util import find_spec
 from math import prod
@@ -89,11 +87,6 @@ class Compiled(Backend):
             copies = [(nest, self._copying(nest.shape)) for nest in nests]
             return _CompiledLaunch(plan, copies, self._reporting(plan), self._lost_bytes(_WORD))
 
-    @property
-    def compilations(self) -> int:
-        """How many functions were compiled so far."""
-        return sum(program.compilations for program in self._programs.values())
-
     def _lost_bytes(self, nbytes: int) -> torch.Tensor:
         """Memory that is not read, for what is not to be moved."""
         with torch.inference_mode(False):
@@ -153,35 +146,33 @@ class _CompiledLaunch(MoveLaunch):
         units = move.count // self._unit
         if not units:
             return  # inductor divides by the length
-        aside: AbstractContextManager[None] = nullcontext()
+        side = None
         if self._report is not None and status is not None:
-            aside = self._beside(self._report, self._to_report(move, units, status))
-        with aside:
+            side = self._beside(self._report, self._to_report(move, units, status))
+        try:
             # A view without slots has no memory to speak of, and every id is bad.
             if move.src.slots and move.dst.slots:
                 for nest, program in self._copies:
                     program(nest.launch(move, units))
+        finally:
+            if side is not None:
+                torch.cuda.current_stream(self._lost.device).wait_stream(side)
 
-    @contextmanager
-    def _beside(self, report: Program, arguments: list[Argument]) -> Iterator[None]:
-        """Report bad ids while the copy runs, on a stream beside its own: behind it the report took
-        15 % of the time of a 33 MB copy. In a capture before it, where a fork would gain nothing
-        that graphs do not gain anyway."""
+    def _beside(self, report: Program, arguments: list[Argument]) -> torch.cuda.Stream | None:
+        """Report bad ids while the copy runs, on a stream beside its own, which is returned: behind
+        it the report took 15 % of the time of a 33 MB copy. In a capture before it, where a fork
+        would gain nothing that graphs do not gain anyway."""
         device = self._lost.device
         if device.type == "cpu" or capturing(device):
             report(arguments)
-            yield
-            return
+            return None
         current = torch.cuda.current_stream(device)
         # Of this stream alone: shared, one would wait for the work of several others.
         side: Any = beside(current, "ids", "report")
         side.wait_stream(current)
         with torch.cuda.stream(side):
             report(arguments)
-        try:
-            yield
-        finally:
-            current.wait_stream(side)
+        return side  # type: ignore[no-any-return]
 
     def _to_report(self, move: Move, units: int, status: torch.Tensor) -> list[Argument]:
         device = self._lost.device

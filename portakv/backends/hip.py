@@ -18,11 +18,6 @@ from portakv.backends.rows_launch import RowsBackend
 from portakv.runtime import hip as _hip_driver
 from portakv.runtime.hip import Card, Driver, DriverMissing
 
-_OTHER_TORCH = (
-    "this torch is not built for ROCm; for a device of AMD install torch's build for ROCm, for a "
-    "DCU the torch of Hygon's DTK"
-)
-
 
 class Hip(RowsBackend):
     """The kernel of ``native/cuda`` on devices of AMD and Hygon."""
@@ -51,7 +46,11 @@ class Hip(RowsBackend):
         if device.type != "cuda":
             return Decision(cls.name, False, f"it runs on cuda devices, not on {device.type}")
         if torch.version.hip is None:
-            return Decision(cls.name, False, _OTHER_TORCH)
+            why = (
+                "this torch is not built for ROCm; for a device of AMD install torch's build for "
+                "ROCm, for a DCU the torch of Hygon's DTK"
+            )
+            return Decision(cls.name, False, why)
         return cls._probe_driver(device)
 
     @classmethod

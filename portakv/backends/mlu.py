@@ -95,11 +95,9 @@ class Mlu(Backend):
         return Capabilities(places, skips_negative=True, guards=True)
 
     def check(self, plan: CopyPlan) -> Decision:
-        decision = super().check(plan)
-        ops = [way.op for way in _ways(plan, self._ops)] or [
-            "index_select and index_copy_, after a wait"
-        ]
-        by = f"takes the plan by {ops[0]}"
+        decision, ways = super().check(plan), _ways(plan, self._ops)
+        by = ways[0].op if ways else "index_select and index_copy_, after a wait"
+        by = f"takes the plan by {by}"
         return replace(decision, reason=by) if decision.accepted else decision
 
     def prepare(self, plan: CopyPlan) -> Launch:
@@ -107,7 +105,7 @@ class Mlu(Backend):
 
 
 class _Call(NamedTuple):
-    """One launch as the ops see it: ``tokens`` from ``first`` on, and their cache."""
+    """One launch as the ops see it."""
 
     cache: KVView
     dense: KVView
@@ -246,16 +244,13 @@ class _MluLaunch(MoveLaunch):
         return True
 
 
-# The ops of the installed release
-
-
 @dataclass(frozen=True)
 class Ops:
-    """The package's ops.
+    """The ops of the installed package.
 
     Attributes:
         reshape: `reshape_paged_cache`; ``gathers``: it has a direction.
-        transfer: `multi_layer_kv_transfer`; None where there is none with known parameters.
+        transfer: `multi_layer_kv_transfer`; None if there is none with known parameters.
         formats, directions: members of ``KVFormat`` and ``TransferDirection`` by name.
         emulated: the package says that it is a stand-in.
         told: all this as a sentence.

@@ -139,15 +139,16 @@ class RowsKernel:
     @property
     def source(self) -> str:
         """The kernel's whole text; nests of one shape have one text."""
-        types = [
+        return "\n".join([
+            kernel_text(self.file),
+            "using namespace portakv;",
             f"typedef {_extents(self.inner)} Inner;",
             f"typedef {_extents(self.outer)} Outer;",
             f"typedef {self.src.shape} Src;",
             f"typedef {self.dst.shape} Dst;",
-        ]
-        entries = [self.entry(each, name) for each, name in self.names.items()]
-        head = [kernel_text(self.file), "using namespace portakv;", *types]
-        return "\n".join([*head, "typedef CopyOf<Src, Dst> Argument;", *entries])
+            "typedef CopyOf<Src, Dst> Argument;",
+            *(self.entry(each, name) for each, name in self.names.items()),
+        ])  # fmt: skip
 
     def entry(self, each: int, name: str) -> str:
         """The definition of one entry, behind the types of its shape."""
@@ -194,7 +195,7 @@ class RowsKernel:
     ) -> Callable[[bytearray, int, int, int, int, int, int], None] | None:
         """`pack` and `pack_span` of one launch with everything settled but (address of the dense
         side, address of the ids, first id, units, vectors to prefetch ahead, status word); None
-        where a table is needed."""
+        if a table is needed."""
         store = move.src_index.ids is not None
         mine, dense = (self.src, self.dst) if store else (self.dst, self.src)
         if dense.kind != "NONE" or self.unit != 1:
@@ -254,7 +255,8 @@ class SideArguments:
         self.kind = "UNITS" if looks_up else "NONE"
 
     def request(self, view: KVView, index: Index) -> tuple[int, int, int, int, int, int]:
-        """base, table, ids, whether they are int64, first, limit."""
+        """base (an address, or the bytes behind the table's), address of the table or 0, address
+        of the ids or 0, whether they are int64, the unit at position 0, units in the view."""
         side, unit, limit = self.side, self.unit, view.slots // self.unit
         if self.narrow and limit > _MAX_NUMBERS:
             raise Unsupported(

@@ -117,15 +117,9 @@ class RowsLaunch:
         return RowsAgain(parts, fixed, self._driver)
 
     def __call__(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None,
-    ) -> None:
+        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int,
+        stream: torch.Stream | None, status: torch.Tensor | None,
+    ) -> None:  # fmt: skip
         move = Move(src, dst, src_index, dst_index, count)
         handle = self._handle(stream)
         if handle is None:

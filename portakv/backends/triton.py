@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,12 +64,10 @@ class Triton(Backend):
         nests = [NestKernel(nest, plan) for nest in plan.nests]
         if self.device.type == "cpu":
             return _InterpretedLaunch(plan.unit, nests)
-        return _TritonLaunch(plan.unit, nests, [self._kernel(x) for x in nests], self.device)
-
-    def _kernel(self, nest: NestKernel) -> Any:
-        """The kernel of a nest, compiled and loaded; nests of one shape share it."""
-        with self._lock:
-            return self._compiled.get_or_make(nest.key, lambda: self._loaded(nest))
+        with self._lock:  # nests of one shape share a kernel
+            make, loaded = self._compiled.get_or_make, self._loaded
+            kernels = [make(nest.key, partial(loaded, nest)) for nest in nests]
+        return _TritonLaunch(plan.unit, nests, kernels, self.device)
 
     def _loaded(self, nest: NestKernel) -> Any:
         if capturing(self.device):
@@ -120,8 +119,7 @@ class _InterpretedLaunch(MoveLaunch):
 
 
 class _OnDevice:
-    """What a launch asks of Triton's driver, and its parts: nest, function to run, and what that
-    wants of the kernel."""
+    """What a launch asks of Triton's driver, and its parts: what it runs, with which arguments."""
 
     def __init__(self, device: torch.device, parts: list[Any]) -> None:
         driver = _driver()
@@ -153,15 +151,9 @@ class _TritonLaunch(_OnDevice):
         return _TritonAgain(self._device, self._parts, (src, dst, src_index, dst_index))
 
     def __call__(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        stream: torch.Stream | None,
-        status: torch.Tensor | None,
-    ) -> None:
+        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int,
+        stream: torch.Stream | None, status: torch.Tensor | None,
+    ) -> None:  # fmt: skip
         if self._process.forked:
             raise refuse_fork("the device's context")
         move = Move(src, dst, src_index, dst_index, count)
@@ -224,53 +216,36 @@ def _driver() -> Any:
     return driver.active
 
 
-def _served() -> str:
-    """The type of the devices that Triton's active driver serves."""
-    asked = getattr(_driver(), "get_active_torch_device", None)
-    # Cambricon's driver does not have it; its target is named as torch names the device.
-    return str(_target().backend if asked is None else asked().type)
-
-
 def _target() -> Any:
     return _driver().get_current_target()
-
-
-def _interpreter_asked() -> bool:
-    return os.environ.get(INTERPRET, "").lower() in ("1", "true", "on", "yes")
 
 
 def _missing(device: torch.device) -> str | None:
     """Why it cannot run on a device, or None."""
     on_host = device.type == "cpu"
-    if on_host and not _interpreter_asked():
+    interprets = os.environ.get(INTERPRET, "").lower() in ("1", "true", "on", "yes")
+    if on_host and not interprets:
         return f"it needs a GPU; on the host only its interpreter runs: set {INTERPRET}=1 for that"
-    if not on_host and _interpreter_asked():
+    if not on_host and interprets:
         return f"{INTERPRET} is set, so that Triton runs on the host only; unset it"
-    why = _unimportable()
-    if why is not None:
-        return why
-    if on_host:
+    try:
         from portakv.backends._triton_kernel import copy_rows
-
-        if hasattr(copy_rows, "rewrite"):
-            return None
-        return f"{INTERPRET} was set after its kernel was imported; set it before Python starts"
-    try:
-        served = _served()
-    except Exception as error:  # whatever a vendor's driver, or the compiler that it needs, raises
-        return f"Triton has no driver for this machine: {_first_line(error)}"
-    if served != device.type:
-        return f"Triton's active driver serves {served} devices, not {device.type}"
-    return None
-
-
-def _unimportable() -> str | None:
-    try:
-        from portakv.backends import _triton_kernel  # noqa: F401
     except ModuleNotFoundError as error:
         return f"the package {error.name!r} is missing; install portakv[triton]"
     except Exception as error:  # a Triton that does not fit torch or the system breaks in many ways
         return f"Triton cannot be imported: {_first_line(error)}"
+    if on_host:
+        if hasattr(copy_rows, "rewrite"):
+            return None
+        return f"{INTERPRET} was set after its kernel was imported; set it before Python starts"
+    try:
+        asked = getattr(_driver(), "get_active_torch_device", None)
+        # Cambricon's driver does not have it; its target is named as torch names the device.
+        served = _target().backend if asked is None else asked().type
+    except Exception as error:  # whatever a vendor's driver, or the compiler that it needs, raises
+        return f"Triton has no driver for this machine: {_first_line(error)}"
+    if served != device.type:
+        return f"Triton's active driver serves {served} devices, not {device.type}"
     return None
 
 
