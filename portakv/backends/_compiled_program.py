@@ -318,5 +318,3 @@ def _any_order() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(promised, warn_only=warned)
-
-

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.command_line import python
 
 from portakv.backends import _ascend_kernel as _ascendc
 from portakv.backends.ascend import CALLS, Ascend
@@ -180,11 +180,7 @@ def test_portakv_works_beside_a_torch_npu_that_does_not_load(tmp_path: Path) -> 
         "print(registry.choose('cpu').name, 'torch_npu' in sys.modules)\n"
         "print(*registry.trace('cpu'), sep='\\n')\n"
     )
-    variables = {"PYTHONPATH": str(tmp_path), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True,
-        text=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("reference False\n")
-    assert "ascend: rejected, it runs on npu devices, not on cpu" in done.stdout
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    told = python("-c", code, PYTHONPATH=path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert told.startswith("reference False\n")
+    assert "ascend: rejected, it runs on npu devices, not on cpu" in told

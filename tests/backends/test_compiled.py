@@ -9,9 +9,11 @@ import shutil
 import sysconfig
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from support.command_line import rejection
 from support.guarded_memory import filled, same
 from support.paged_cases import chunk, dense, paged, pool, rows_of
 
@@ -48,6 +50,11 @@ def _plan(device: str, *, layers: int = 3) -> CopyPlan:
 
 def _home(device: str) -> torch.device:
     return torch.device(device, 0) if device == "cuda" else torch.device(device)
+
+
+@pytest.fixture
+def nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "REGISTRY", registry.Registry())
 
 
 # One program serves all
@@ -95,7 +102,9 @@ def test_another_length_stride_pool_or_place_compiles_nothing(device: str) -> No
 
 
 @on_each_device
-@pytest.mark.parametrize("scatters", [False, True], ids=["gather", "scatter"])
+@pytest.mark.parametrize(
+    "scatters", [pytest.param(False, marks=pytest.mark.full), True], ids=["gather", "scatter"]
+)
 def test_the_code_is_one_kernel_without_a_buffer(device: str, scatters: bool) -> None:
     """No copy of a cache, and no rows kept between: what is loaded is stored.
 
@@ -165,7 +174,7 @@ def test_what_torch_guards_for_does_not_compile_again(device: str) -> None:
 
 
 @needs_compiler
-def test_a_promise_of_one_order_is_kept_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_promise_of_one_order_is_kept_for_others() -> None:
     """Under it inductor would write rows by a slow way of its own, over all memory."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -209,11 +218,8 @@ def test_integers_stay_variable() -> None:
 
 
 @needs_compiler
-def test_an_eager_run_is_refused_before_it_touches_memory(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_eager_run_is_refused_before_it_touches_memory(nothing_chosen: None) -> None:
     """Its arguments are marks, not addresses."""
-    monkeypatch.setattr(registry, "REGISTRY", registry.Registry())
     caches, rows = pool("cpu"), chunk("cpu", 2)
     wanted = rows.clone()
     torch.compiler.set_stance("force_eager")
@@ -229,9 +235,7 @@ def test_an_eager_run_is_refused_before_it_touches_memory(
 
 
 def _reason(device: torch.device) -> str:
-    decision = Compiled.probe(device)
-    assert not decision.accepted
-    return decision.reason
+    return rejection(Compiled, device)
 
 
 def test_what_is_missing_is_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -265,22 +269,17 @@ def test_what_is_missing_is_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 @needs_compiler
 def test_a_compiler_that_fails_is_the_self_checks_reason(
-    monkeypatch: pytest.MonkeyPatch,
+    nothing_chosen: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "REGISTRY", registry.Registry())
-
-    def fails(*given: Any, **more: Any) -> Any:
-        raise RuntimeError("the compiler broke")
-
-    monkeypatch.setattr(torch._inductor, "compile", fails)
+    broke = Mock(side_effect=RuntimeError("the compiler broke"))
+    monkeypatch.setattr(torch._inductor, "compile", broke)
     with pytest.raises(BackendUnavailable, match="the compiler broke"):
         registry.choose(CPU, "compiled")
     assert registry.choose(CPU).name == "reference"
 
 
-def test_where_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_it_stands(nothing_chosen: None) -> None:
     """On a host it is only used when asked for; on a GPU between `triton` and `reference`."""
-    monkeypatch.setattr(registry, "REGISTRY", registry.Registry())
     assert "compiled" not in registry.REGISTRY.automatic(CPU)
     said = {decision.name: decision for decision in registry.trace(CPU)}
     assert "on cpu it is used only when asked for" in said["compiled"].reason

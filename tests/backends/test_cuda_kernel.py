@@ -14,9 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from support.command_line import python, rejection
 from support.cuda_cases import COPIES
 
 from portakv.backends.cuda import Cuda
@@ -127,27 +129,32 @@ def test_every_kernel_compiles_to_machine_code(architecture: int) -> None:
     assert len(set(binaries)) == len(KERNELS)
 
 
+def chosen(tables: bool) -> list[tuple[str, RowsKernel]]:
+    """One kernel for each width, or for each pair of tables too."""
+    kinds = {(k.vector, k.src.kind * tables, k.dst.kind * tables): s for s, k in KERNELS.items()}
+    return [(source, KERNELS[source]) for source in kinds.values()]
+
+
 @needs_nvrtc
 @pytest.mark.skipif(_tool() is None, reason="nvdisasm is not installed: pip install triton")
 @pytest.mark.parametrize("architecture", WIDER)
 @pytest.mark.parametrize("tables", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_machine_code_has_the_vector_width(tables: bool, architecture: int, tmp_path: Path) -> None:
-    """One kernel for each width, or for each pair of tables too: to disassemble takes longer than
-    to compile."""
-    kinds = {(k.vector, k.src.kind * tables, k.dst.kind * tables): s for s, k in KERNELS.items()}
-    assert {vector for vector, _, _ in kinds} == set(_SASS)
-    for number, ((vector, _, _), source) in enumerate(kinds.items()):
+    """To disassemble takes longer than to compile."""
+    assert {kernel.vector for _, kernel in chosen(tables)} == set(_SASS)
+    for number, (source, kernel) in enumerate(chosen(tables)):
         binary = _nvrtc.compile_kernel(source, architecture)
         code = _disassembled(binary, tmp_path / f"{number}.cubin")
         assert f".target\tsm_{architecture}" in code
-        _judge_sass(code, vector)
+        _judge_sass(code, kernel.vector)
 
 
 @needs_nvrtc
-def test_ptx_has_the_vector_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of every kernel; made where NVRTC does not know a device, for the nearest older one."""
+@pytest.mark.parametrize("tables", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_ptx_has_the_vector_width(tables: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made where NVRTC does not know a device, for the nearest older one."""
     monkeypatch.setattr(_nvrtc, "architectures", lambda: [75, 80])
-    for source, kernel in KERNELS.items():
+    for source, kernel in chosen(tables):
         binary = _nvrtc.compile_kernel(source, 90)
         assert binary.endswith(b"\0"), "the driver wants text that ends"
         text = binary.decode()
@@ -189,39 +196,27 @@ def test_compiling_needs_no_cuda_core() -> None:
         "import sys; sys.modules['cuda.core'] = None\n"
         "from portakv.runtime import nvrtc as _nvrtc\n"
         "assert _nvrtc.missing() is None, _nvrtc.missing()\n"
-        "print(len(_nvrtc.compile_kernel(sys.stdin.read(), 90)))"
+        "print(len(_nvrtc.compile_kernel(sys.argv[1], 90)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], input=next(iter(KERNELS)), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 1000
+    assert int(python("-c", program, next(iter(KERNELS)))) > 1000
 
 
 # Why `cuda` is rejected
 
 
-class _Nvrtc:
+def _nvrtc_of(major: int, status: int = 0) -> Any:
     """An NVRTC of some version."""
-
-    def __init__(self, major: int, status: int = 0) -> None:
-        self.answer = (status, major, 2)
-
-    def nvrtcVersion(self) -> tuple[int, int, int]:
-        return self.answer
+    return SimpleNamespace(nvrtcVersion=lambda: (status, major, 2))
 
 
-class _NotThere:
-    """A library that does not load."""
-
-    def nvrtcVersion(self) -> None:
-        raise RuntimeError("libnvrtc.so.13 was not found\nsearched in:\n  nowhere")
+_LOST = RuntimeError("libnvrtc.so.13 was not found\nsearched in:\n  nowhere")
+NOT_THERE = SimpleNamespace(nvrtcVersion=Mock(side_effect=_LOST))
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """A machine on which nothing is missing: tests take one thing away."""
-    has = SimpleNamespace(bindings="13.1.0", nvrtc=_Nvrtc(13), driver=(0, 13000), device=(9, 0))
+    has = SimpleNamespace(bindings="13.1.0", nvrtc=_nvrtc_of(13), driver=(0, 13000), device=(9, 0))
 
     def version(package: str) -> str:
         if package != "cuda-bindings" or has.bindings is None:
@@ -260,15 +255,11 @@ def test_nothing_is_missing(machine: SimpleNamespace) -> None:
         ("bindings", None, "cuda-bindings is not installed; pip install 'portakv[cuda]'"),
         ("bindings", "12.9.1", "cuda-bindings 12.9.1 was found, but 13.x is needed; pip install"),
         ("nvrtc", None, "NVRTC cannot be loaded (cannot import name 'nvrtc'"),
-        ("nvrtc", _Nvrtc(12), "NVRTC 12.2 was found, but 13.x is needed; pip install"),
-        ("nvrtc", _Nvrtc(13, 7), "NVRTC does not tell its version (7)"),
+        ("nvrtc", _nvrtc_of(12), "NVRTC 12.2 was found, but 13.x is needed; pip install"),
+        ("nvrtc", _nvrtc_of(13, 7), "NVRTC does not tell its version (7)"),
         ("driver", (0, 12080), "the driver supports CUDA 12.8, but 13.0 is needed; update the"),
         ("driver", (3, None), "the driver does not tell its version (3)"),
-        (
-            "nvrtc",
-            _NotThere(),
-            "NVRTC cannot be loaded (libnvrtc.so.13 was not found); pip install",
-        ),
+        ("nvrtc", NOT_THERE, "NVRTC cannot be loaded (libnvrtc.so.13 was not found); pip install"),
         ("device", (7, 0), "Compute capability 7.0 was asked of NVRTC 13.2, which compiles for"),
     ],
 )
@@ -276,9 +267,7 @@ def test_what_is_missing_is_the_reason(
     machine: SimpleNamespace, what: str, value: Any, reason: str
 ) -> None:
     setattr(machine, what, value)
-    decision = Cuda.probe(DEVICE)
-    assert not decision.accepted
-    assert decision.reason.startswith(reason)
+    assert rejection(Cuda, DEVICE).startswith(reason)
 
 
 def test_other_devices_and_other_builds_of_torch(

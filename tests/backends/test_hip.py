@@ -6,9 +6,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from support.command_line import python, rejection
 from support.cuda_cases import COPIES, Copy, by, chunk, pool
 from support.guarded_memory import refused, same
 from support.hip_cases import (
@@ -56,9 +54,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def reason(device: torch.device = CUDA) -> str:
-    decision = Hip.probe(device)
-    assert not decision.accepted
-    return decision.reason
+    return rejection(Hip, device)
 
 
 # What it says of devices
@@ -213,17 +209,10 @@ print(json.dumps(found | {"trace": {d.name: [d.accepted, d.reason] for d in deci
 """
 
 
-def test_which_backend_a_torch_for_rocm_gets(tmp_path: Path) -> None:
+def test_which_backend_a_torch_for_rocm_gets() -> None:
     """In a process of its own. No tensor can lie on such a device here: the self-check copies
     through the same driver on the host."""
-    environment = {**os.environ, "PORTAKV_CACHE_DIR": str(tmp_path)}
-    for name in ("PORTAKV_BACKEND", "TRITON_INTERPRET"):
-        environment.pop(name, None)
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(python("-c", PROGRAM))
     assert found["chosen"] == "hip"
     accepted, why = found["trace"]["hip"]
     assert accepted

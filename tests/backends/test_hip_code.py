@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.command_line import python
 
 from portakv.backends import rows_kernel
 from portakv_conformance.evidence import evidence
@@ -66,11 +67,8 @@ CHOSEN = ["gather rows of 4096 B", "scatter rows of 3 B", "one allocation to mem
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("code")
-    environment = {**os.environ, "PORTAKV_CACHE_DIR": str(folder / "cache")}
-    command = [sys.executable, "-c", PROGRAM, str(folder), ",".join(TARGETS), *CHOSEN]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, str] = json.loads(done.stdout)
+    words = "-c", PROGRAM, str(folder), ",".join(TARGETS), *CHOSEN
+    found: dict[str, str] = json.loads(python(*words, PORTAKV_CACHE_DIR=str(folder / "cache")))
     return found
 
 

@@ -6,13 +6,12 @@ from __future__ import annotations
 import builtins
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from typing import Any
 
 import pytest
 import torch
+from support.command_line import python, rejection
 from support.paged_cases import chunk, dense, paged, pool, rows_of
 
 from portakv import CopyPlan, Index
@@ -29,9 +28,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def _reason(device: torch.device) -> str:
-    decision = Triton.probe(device)
-    assert not decision.accepted
-    return decision.reason
+    return rejection(Triton, device)
 
 
 def test_the_host_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,18 +73,13 @@ def test_triton_missing_or_broken(
 
 
 @needs_triton
-def test_a_gpu_under_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "unset it" in _reason(CUDA)
-
-
-@needs_triton
-def test_an_interpreter_asked_for_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interpreter_asked_for_too_late_or_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     import portakv.backends._triton_kernel  # noqa: F401 - imported without the interpreter
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "before Python starts" in _reason(CPU)
+    assert "unset it" in _reason(CUDA)
 
 
 @pytest.mark.gpu
@@ -162,15 +154,13 @@ print(json.dumps(found))
 
 
 @needs_triton
-@pytest.mark.parametrize(("name", "target"), [("npu", "npu Ascend910B1"), ("mlu", "mlu 5")])
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("npu", "npu Ascend910B1"), pytest.param("mlu", "mlu 5", marks=pytest.mark.full)],
+)
 def test_what_it_says_under_a_vendor_s_driver(name: str, target: str) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, name], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+    told = python("-c", PROGRAM, name, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    found: dict[str, Any] = json.loads(told)
     for case in ("active", "only a target"):
         accepted, reason = found[case]
         assert accepted, reason

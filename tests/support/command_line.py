@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -44,6 +46,23 @@ def run_json(*words: str) -> Any:
     ran = run(*words, "--json")
     assert (ran.code, ran.err) == (0, "")
     return json.loads(ran.out)
+
+
+def python(*words: str, **environment: str | None) -> str:
+    """What Python writes with these words, in a process of its own where no backend is forced and
+    variables of the environment are changed (None: unset)."""
+    changed = {"PORTAKV_BACKEND": None, "TRITON_INTERPRET": None, **environment}
+    told = {name: value for name, value in {**os.environ, **changed}.items() if value is not None}
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=told)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rejection(backend: type[Backend], device: torch.device) -> str:
+    """Why a backend rejects a device."""
+    decision = backend.probe(device)
+    assert not decision.accepted
+    return decision.reason
 
 
 def settle(monkeypatch: pytest.MonkeyPatch) -> None:
