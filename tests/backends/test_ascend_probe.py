@@ -84,21 +84,11 @@ def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [
-        (
-            "raise ImportError('libhccl.so: cannot open shared object file: No such file')",
-            "ImportError: libhccl.so: cannot open shared object file: No such file",
-        ),
-        ("raise OSError('libascendcl.so: invalid ELF header')", "OSError: libascendcl.so"),
-        (
-            "raise RuntimeError('Two accelerators cannot be used at the same time: npu and mlu')",
-            "RuntimeError: Two accelerators cannot be used at the same time: npu and mlu",
-        ),
-        ("import torch_npu_no_such_part", "torch_npu_no_such_part"),
-    ],
-    ids=["libhccl", "OSError", "two vendors", "half installed"],
-)
+    [("raise ImportError('libhccl.so: cannot open')", "ImportError: libhccl.so: cannot open"),
+     ("import torch_npu_no_such_part", "torch_npu_no_such_part")],
+)  # fmt: skip
 def test_a_broken_package_is_a_reason(installed: Any, text: str, said: str) -> None:
+    """As of every vendor's: test_mlu.py has them all."""
     decision = installed(text)
     assert not decision.accepted
     assert said in decision.reason

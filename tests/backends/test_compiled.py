@@ -23,6 +23,7 @@ from portakv.backends._compiled_program import Program
 from portakv.backends.compiled import Compiled
 from portakv.registry import registry
 
+pytestmark = pytest.mark.xdist_group("compiled")  # one process imports inductor
 CPU = torch.device("cpu")
 _missing = Compiled.probe(CPU)
 needs_compiler = pytest.mark.skipif(not _missing.accepted, reason=_missing.reason)

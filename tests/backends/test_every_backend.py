@@ -59,15 +59,19 @@ if in_child():
 
 INTERPRETED = own_process("", "triton interpreted", TRITON_INTERPRET="1")
 GPU = [pytest.mark.gpu, pytest.mark.sanitize]
+#: What compiles kernels here keeps them in its process: one of pytest's has all tests of each.
+ONE_PROCESS = {
+    x: [pytest.mark.xdist_group(x)] for x in ("cuda-on-cpu", "hip", "ascendc", "compiled")
+}
 #: Backends that skip and guard: class, the device's type, vectors of a thread, marks.
 KERNELS: dict[str, tuple[type[Backend], str, int, Any]] = {
-    "cuda-on-cpu": (CudaOnCpu, "cpu", 1, ()),
-    "cuda-on-cpu, two vectors": (CudaOnCpu, "cpu", 2, ()),
-    "hip-emulated": (HipEmulated, "cpu", 1, ()),
-    "ascendc": (AscendC, "cpu", 0, ()),
+    "cuda-on-cpu": (CudaOnCpu, "cpu", 1, ONE_PROCESS["cuda-on-cpu"]),
+    "cuda-on-cpu, two vectors": (CudaOnCpu, "cpu", 2, ONE_PROCESS["cuda-on-cpu"]),
+    "hip-emulated": (HipEmulated, "cpu", 1, ONE_PROCESS["hip"]),
+    "ascendc": (AscendC, "cpu", 0, ONE_PROCESS["ascendc"]),
     "direct, loads": (Loads, "cpu", 0, ()),
     "direct, stores": (Stores, "cpu", 0, ()),
-    "compiled": (Compiled, "cpu", 0, ()),
+    "compiled": (Compiled, "cpu", 0, ONE_PROCESS["compiled"]),
     "triton interpreted": (Triton, "cpu", 0, INTERPRETED),
     "ascend kernel": (AscendKernel, "privateuseone", 0, own_process("npu", "ascend")),
     "cuda": (Cuda, "cuda", 1, GPU),
@@ -175,10 +179,11 @@ def test_every_byte_lands(name: str, carrier: Carrier) -> None:
     [x for x in WITH_SPACE if x not in ("hip-emulated", "cuda", "cuda, two vectors")],
     wide="compiled",
 )
-def test_drawn_copies(carrier: Carrier) -> None:
+@pytest.mark.parametrize("share", [4, pytest.param(1, marks=pytest.mark.full)])
+def test_drawn_copies(share: int, carrier: Carrier) -> None:
     profile = settings.default
     assert profile is not None
-    share = {Compiled: 16, Triton: 16, Loads: 4, Stores: 4}.get(carrier.backend, 1)
+    share *= 4 if carrier.backend in (Compiled, Triton, Loads, Stores) else 1
 
     @settings(max_examples=max(6, profile.max_examples // share))
     @given(all_cases(device=carrier.device.type))

@@ -154,6 +154,7 @@ def test_a_device_without_the_package_falls_to_reference_with_the_reason() -> No
 
 
 @simulated
+@pytest.mark.full
 def test_a_judgement_on_it_says_that_it_is_emulated(tmp_path: Path) -> None:
     case = "cases/test_core.py::test_consecutive_rows_need_no_list[gather]"
     done = run("-m", "portakv", "conform", "mlu", "--device", "simdev:mlu", "--report",
@@ -172,7 +173,7 @@ def test_a_judgement_on_it_says_that_it_is_emulated(tmp_path: Path) -> None:
     ("device", "code", "told"),
     [
         ("simdev:npuu", 2, "was asked to be 'npuu'; it can be simdev, npu, mlu"),
-        ("simdev:npu", 3, "it runs on mlu devices, not on npu"),
+        pytest.param("simdev:npu", 3, "it runs on mlu devices, not on npu", marks=pytest.mark.full),
     ],
 )
 def test_names_that_the_simulated_device_does_not_carry(device: str, code: int, told: str) -> None:

@@ -7,13 +7,12 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from support.command_line import registered
+from support.command_line import python, registered
 from support.cuda_cases import COPIES, Copy, by, chunk, gathered, pool
 from support.cuda_on_cpu import FLAGS, CudaOnCpu, HostDriver, why_not
 from support.each_backend import Carrier
@@ -22,11 +21,14 @@ from support.guarded_memory import refused
 from portakv import Unsupported
 from portakv.backends import rows_kernel
 from portakv.backends.base import Backend
-from portakv.backends.rows_kernel import RowsKernel, kernel_text
+from portakv.backends.rows_kernel import kernel_text
 from portakv.backends.rows_launch import RowsLaunch
 from portakv_conformance.vendor.hip_emulated import HipEmulated
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+pytestmark = [
+    pytest.mark.skipif(why_not() is not None, reason=why_not() or ""),
+    pytest.mark.xdist_group("cuda-on-cpu"),
+]
 CPU = torch.device("cpu")
 NATIVE = Path(__file__).resolve().parents[2] / "native"
 SOURCES = sorted(x for x in NATIVE.rglob("*") if x.suffix in (".h", ".cuh", ".cpp", ".cu"))
@@ -113,13 +115,6 @@ def test_a_view_of_more_units_than_are_counted(monkeypatch: pytest.MonkeyPatch) 
     carrier.copies(Copy(by(pool(), [2, 1], 4), chunk(8), 8))  # 3 units of 4
 
 
-@pytest.mark.parametrize("most", [8, 100])
-def test_a_launch_takes_so_many_vectors(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_kernel, "_MAX_VECTORS", most)
-    plan = COPIES["gather"]().plan()
-    assert len(RowsKernel(plan.nests[0], plan).spans(23)) == {8: 8, 100: 1}[most]
-
-
 # The table of copies can fail
 
 # What a bug replaces, by what, and a copy that shows it without leaving the memory around its rows.
@@ -182,17 +177,10 @@ def test_the_kernel_is_clean_under_sanitizers() -> None:
     library = _sanitizer()
     if library is None:
         pytest.skip("g++ has no address sanitizer")
-    environment = {
-        **os.environ,
-        FLAGS: "-fsanitize=address,undefined -fno-sanitize-recover=all",
-        "LD_PRELOAD": library,
-        "ASAN_OPTIONS": "detect_leaks=0",
-    }
+    flags = {FLAGS: "-fsanitize=address,undefined -fno-sanitize-recover=all"}
+    own = {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}
     some = "bad or several or blocks or objects or planes or split"
-    words = ["-q", "-n0", "-p", "no:cacheprovider", "test_every_backend.py"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *words, "-k", f"({some}) and (cuda-on-cpu or direct)"],
-        cwd=Path(__file__).parent, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "passed" in done.stdout
+    these = "(cuda-on-cpu or direct)"
+    file = str(Path(__file__).with_name("test_every_backend.py"))
+    words = ["-q", "-n0", "-p", "no:cacheprovider", file, "-k", f"({some}) and {these}"]
+    assert "passed" in python("-m", "pytest", *words, **flags, **own)
