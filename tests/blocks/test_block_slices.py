@@ -9,10 +9,10 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,20 +60,6 @@ class Gate:
             raise self.failing[self.started - 1]
 
 
-class Late(threading.Event):
-    """Work that no stream orders; it ends when the test says so, the first time with an error."""
-
-    error: BaseException | None = None
-    done = threading.Event.is_set
-
-    def wait(self, timeout: float | None = PATIENCE) -> bool:
-        assert super().wait(timeout)
-        error, self.error = self.error, None
-        if error is not None:
-            raise error
-        return True
-
-
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     """A backend ``gated`` that waits at the gate behind every slice; one block to a slice."""
@@ -86,14 +72,6 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     yield gate
     gate.open()
     until(lambda: not worker._running)
-
-
-@pytest.fixture
-def late(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> Late:
-    """Slices land when this is set."""
-    late = Late()
-    monkeypatch.setattr(type(registry.choose("cpu", "gated").backend), "pending", late)
-    return late
 
 
 class Started(Pair):
@@ -134,17 +112,6 @@ def test_the_caller_does_not_wait(gate: Gate) -> None:
     assert one.transfer.statistics.slices == 5
 
 
-def test_few_slices_are_in_flight(gate: Gate, late: Late) -> None:
-    one = Started()
-    gate.open()
-    one.until_slice(WINDOW)
-    time.sleep(0.02)
-    assert one.transfer.statistics.slices == WINDOW
-    late.set()
-    one.transfer.synchronize()
-    assert one.landed()
-
-
 def test_a_layer_ends_before_the_next(gate: Gate) -> None:
     one = Started(by_layer=True)
     layers = one.transfer.layers
@@ -159,15 +126,6 @@ def test_a_layer_ends_before_the_next(gate: Gate) -> None:
     layers[2].wait()
     one.transfer.synchronize()
     assert one.landed()
-
-
-def test_several_at_once(gate: Gate) -> None:
-    started = [Started(by_layer=bool(i % 2)) for i in range(4)]
-    gate.open()
-    for one in reversed(started):
-        one.transfer.synchronize()
-        assert one.landed()
-    assert len(gate.threads) > 1
 
 
 def test_a_transfer_keeps_its_rate() -> None:
@@ -299,14 +257,26 @@ def test_an_error_of_the_library_stays_what_it_is(gate: Gate) -> None:
     assert transfer.statistics.nbytes == 0
 
 
-def test_a_slice_that_fails_when_it_lands(gate: Gate, late: Late) -> None:
-    late.error, one = RuntimeError("a sticky error"), Started()
+def test_few_are_in_flight_and_none_is_issued_behind_one_that_fails_when_it_lands(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    landing, errors = threading.Event(), [RuntimeError("a sticky error")]
+
+    def wait() -> None:
+        assert landing.wait(PATIENCE)
+        if errors:
+            raise errors.pop()
+
+    late = SimpleNamespace(done=landing.is_set, wait=wait)
+    monkeypatch.setattr(type(registry.choose("cpu", "gated").backend), "pending", late)
+    one = Started()
     gate.open()
-    late.set()
+    one.until_slice(WINDOW)
+    landing.set()
     with pytest.raises(TransferError, match="0 of 5 slices had landed, with RuntimeError: a stick"):
         one.transfer.synchronize()
     found = one.transfer.statistics
-    assert found.slices == WINDOW, "none is issued behind it; those under way landed"
+    assert found.slices == WINDOW
     assert found.blocks == 0, "blocks count up to the first that did not land"
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -300,13 +299,6 @@ def test_what_every_way_refuses(
     src, dst = layered(), block_first()
     with refused(error, *words, watch=[src.tensors, dst.tensors]):
         copy_blocks(*given(src, dst), **options)
-
-
-def test_a_stream_of_a_device_that_is_not_here(options: dict[str, Any]) -> None:
-    blocks = Pair(layered(), layered())
-    elsewhere: Any = SimpleNamespace(device=torch.device("cuda", 1))
-    with refused(DeviceMismatch, "cpu", "cuda:1", "stream", watch=blocks.dst.tensors):
-        blocks.start(stream=elsewhere, **options)
 
 
 @pytest.mark.parametrize(

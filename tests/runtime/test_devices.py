@@ -91,7 +91,7 @@ HCCL = "libhccl.so: cannot open shared object file: No such file or directory"
 def test_without_the_package_every_candidate_says_what_it_lacks(tmp_path: Path) -> None:
     asked = ["npu", "mlu:1"]
     for kind, told in zip(asked, run(CONNECT, {}, tmp_path, *asked), strict=True):
-        said, traced, *_ = told
+        said, traced, code, out, err, json_code, as_json, _ = told
         package = kind.partition(":")[0]
         assert said.startswith(
             f"Device {kind!r} was asked for, but torch knows no {package} devices, and "
@@ -110,21 +110,14 @@ def test_without_the_package_every_candidate_says_what_it_lacks(tmp_path: Path) 
         assert line.endswith(f"is not installed; {INSTALL[package]}")
         assert [line.partition(":")[0] for line in traced] == [*BUILT_IN]
         assert not any("accepted" in line for line in traced)
-        check_command(kind, *told[2:])
-
-
-def check_command(
-    kind: str, code: int, out: str, err: str, json_code: int, told: str, _: str
-) -> None:
-    """What `portakv backends` said of a device that is not here, as text and as JSON."""
-    assert (code, err) == (1, f"portakv: no backend is chosen for {kind}.\n")
-    text = " ".join(out.split())
-    assert f"{kind}, not here" in text
-    assert "Neuware" in text if kind.startswith("mlu") else "CANN's" in text
-    assert json_code == 1
-    (device,) = json.loads(told)["devices"]
-    assert (device["device"], device["count"], device["chosen"]) == (kind, 0, None)
-    assert [c["name"] for c in device["candidates"]] == REGISTRY.names()
+        # What `portakv backends` said, as text and as JSON.
+        assert (code, json_code, err) == (1, 1, f"portakv: no backend is chosen for {kind}.\n")
+        text = " ".join(out.split())
+        assert f"{kind}, not here" in text
+        assert ("Neuware" if package == "mlu" else "CANN's") in text
+        (device,) = json.loads(as_json)["devices"]
+        assert (device["device"], device["count"], device["chosen"]) == (kind, 0, None)
+        assert [c["name"] for c in device["candidates"]] == REGISTRY.names()
 
 
 @pytest.mark.parametrize(

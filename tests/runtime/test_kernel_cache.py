@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -91,30 +92,17 @@ def test_what_decides_a_binary_is_in_its_key(monkeypatch: pytest.MonkeyPatch) ->
 # Damage
 
 
-def damaged(how: str, name: str, content: bytes) -> bytes:
-    """What an entry of that name holds once it was damaged."""
-    return {
-        "cut": content[:-1],
-        "empty": b"",
-        "flipped": content[:700] + bytes([content[700] ^ 1]) + content[701:],
-        "checksum alone": content[:32],
-        "checksum of nothing": hashlib.sha256(name.encode()).digest(),
-    }[how]
+#: What an entry holds once it was damaged, by its name and content.
+DAMAGED: dict[str, Callable[[str, bytes], bytes]] = {
+    "cut": lambda _, content: content[:-1],
+    "empty": lambda *_: b"",
+    "flipped": lambda _, content: content[:700] + bytes([content[700] ^ 1]) + content[701:],
+    "checksum alone": lambda _, content: content[:32],
+    "checksum of nothing": lambda name, _: hashlib.sha256(name.encode()).digest(),
+}
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "cut",
-        "empty",
-        "flipped",
-        "checksum alone",
-        "checksum of nothing",
-        "another entry",
-        "pipe",
-        "a folder",
-    ],
-)
+@pytest.mark.parametrize("how", [*DAMAGED, "another entry", "pipe", "a folder"])
 def test_a_corrupt_entry_is_rebuilt(how: str, folder: Path) -> None:
     builds(1)
     path = entry(folder)
@@ -126,7 +114,7 @@ def test_a_corrupt_entry_is_rebuilt(how: str, folder: Path) -> None:
         (other,) = {*folder.iterdir()} - {path}
         other.replace(path)
     else:
-        path.write_bytes(damaged(how, path.name, path.read_bytes()))
+        path.write_bytes(DAMAGED[how](path.name, path.read_bytes()))
     assert not holds(KEY)
     builds(2 if how == "a folder" else 1)  # which nothing takes the place of
     assert entry(folder) == path, "no temporary file stays"
