@@ -314,7 +314,7 @@ def _pinned(
     runtime = _registrations.find_runtime()
     flags = _registrations.PORTABLE * portable | _registrations.MAPPED * mapped
     flags |= _registrations.READ_ONLY * read_only
-    registration, why = None, _registrations.why_not() or ""
+    registration, why = None, ""
     if runtime is not None:
         try:
             registration = Registration(runtime, address, length, flags, largest, unit)
@@ -328,6 +328,7 @@ def _pinned(
                 ) from None
             why = f"the runtime refused to register it, {refused}"
     if registration is None:
+        why = why or str(_registrations.why_not())
         if not fallback:
             raise HostMemoryError(
                 f"Pinned host memory was asked for, and {why}. Pass fallback=True to go on with "
