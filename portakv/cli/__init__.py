@@ -119,11 +119,8 @@ def _demo(asked: argparse.Namespace) -> int:
 
 
 def _delegate(verb: str, words: list[str]) -> int:
-    """Hand the words behind a verb to its package; returns its exit code.
-
-    Where that, or a package that it needs, is not installed, 1; of `conform` 2, since 1 would say
-    that a backend failed.
-    """
+    """Hand the words behind a verb to its package; returns its exit code: 1 if that or what it
+    needs is not installed, 2 of `conform`, since 1 would say that a backend failed."""
     package, extra, needed = _DELEGATED[verb]
     try:
         for name in needed:

@@ -62,11 +62,8 @@ def run(asked: argparse.Namespace) -> int:
 
 
 def _device(text: str) -> torch.device | str:
-    """The device; its name, if torch cannot use it here.
-
-    Raises:
-        DeviceMismatch: no torch and no backend has devices of that name.
-    """
+    """The device; its name, if torch cannot use it here. Raises `DeviceMismatch` if neither torch
+    nor a backend has devices of that name."""
     with suppress(BackendUnavailable):
         return found(text)
     kind, _, index = text.partition(":")
@@ -86,9 +83,9 @@ def _told(device: torch.device | str) -> dict[str, Any]:
     """What is said of a device, or of the name of one that torch cannot use here."""
     candidates = candidates_for(device)
     rungs = _verified([c["name"] for c in candidates], device)
-    name, count = "", 0
-    if not isinstance(device, str):
-        name, count = device_name(device), device_count(device)
+    name, count = (
+        ("", 0) if isinstance(device, str) else (device_name(device), device_count(device))
+    )
     return {
         "device": str(device), "name": name, "count": count,
         "chosen": next((c["name"] for c in candidates if c["chosen"]), None),
@@ -112,11 +109,8 @@ def _print(told: Sequence[Mapping[str, Any]], forced: str | None) -> None:
 
 
 def _verified(names: Sequence[str], device: torch.device | str) -> dict[str, str]:
-    """For each backend of that name how far it was verified, on ``device`` or elsewhere.
-
-    ``R6``, ``R3 on mlu, emulated``, ``expired R6 on NVIDIA H200``. Empty without the suite, which a
-    bare installation on Python 3.10 cannot read.
-    """
+    """For each backend how far it was verified, on ``device`` or elsewhere: ``R6``, ``R3 on mlu,
+    emulated``. Empty without the suite, which a bare installation on Python 3.10 cannot read."""
     try:
         from portakv_conformance.evidence import ladder
     except ImportError:
@@ -143,10 +137,8 @@ def forced_backend() -> str | None:
 
 
 def candidates_for(device: torch.device | str) -> list[Candidate]:
-    """Every candidate's answer for a device. The chosen one has passed its self-check.
-
-    Of the name of one that torch cannot use here too: each says what it lacks.
-    """
+    """Every candidate's answer for a device, or for the name of one that torch cannot use here:
+    each says what it lacks. The chosen one has passed its self-check."""
     chosen = None
     with suppress(BackendUnavailable):  # which the answers explain
         chosen = choose(device).name

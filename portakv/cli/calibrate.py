@@ -36,12 +36,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(asked: argparse.Namespace) -> int:
-    """Measure, keep and print.
-
-    Raises:
-        PortaKVError: no accelerator, or nothing could be measured or kept.
-        DeviceMismatch: torch cannot use the device.
-    """
+    """Measure, keep and print. Raises `PortaKVError` if there is no accelerator, or nothing could
+    be measured or kept, `DeviceMismatch` if torch cannot use the device."""
     # No other command needs what measures.
     from portakv.engines import calibration
     from portakv.engines import costs as table

@@ -72,11 +72,7 @@ def _step(text: str) -> int:
 
 
 def run(asked: argparse.Namespace) -> int:
-    """Print the plan and the candidates.
-
-    Raises:
-        LayoutError, Unsupported, BackendUnavailable, DeviceMismatch: what the copy would raise.
-    """
+    """Print the plan and the candidates; raises what the copy would raise."""
     if asked.caches:
         return _caches(asked.json)
     why = explain_link.misplaced(asked)

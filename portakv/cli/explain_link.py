@@ -74,12 +74,9 @@ def misplaced(asked: argparse.Namespace) -> str:
 
 
 def run(asked: argparse.Namespace) -> int:
-    """Print the engine, what each would take, the terms, and where the figures come from.
-
-    Raises:
-        PortaKVError: a file that is no table; a device that torch cannot use.
-        Unsupported: no engine takes the copy.
-    """
+    """Print the engine, what each would take, the terms, and where the figures come from. Raises
+    `PortaKVError` for a file that is no table or a device that torch cannot use, `Unsupported` if
+    no engine takes the copy."""
     run_bytes = asked.run_bytes or _RUN_BYTES
     runs = asked.blocks or (-(-asked.payload // run_bytes) if asked.payload else 1)
     nbytes = asked.payload or runs * run_bytes

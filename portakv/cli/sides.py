@@ -29,16 +29,13 @@ _BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 @dataclass(frozen=True, slots=True)
 class Extents:
-    """What the user said of both sides; None: not said.
-
-    ``block_size`` holds one number for each side; ``dim`` one for each kv, or one for all.
-    """
+    """What the user said of both sides; None: not said."""
 
     layers: int | None = None
     kv: int | None = None
     heads: int | None = None
-    dim: tuple[int, ...] | None = None
-    block_size: tuple[int, int] = (BLOCK_SIZE, BLOCK_SIZE)
+    dim: tuple[int, ...] | None = None  # for each kv, or one for all
+    block_size: tuple[int, int] = (BLOCK_SIZE, BLOCK_SIZE)  # for each side
     blocks: int | None = None
     tokens: int = TOKENS
     dtype: torch.dtype | None = None
@@ -106,18 +103,11 @@ def make_sides(
     asked: tuple[str, str], said: Extents, device: torch.device,
     steps: tuple[int | None, int | None], whole_blocks: bool,
 ) -> tuple[Side, Side]:  # fmt: skip
-    """Example views of two layouts.
+    """Example views of two layouts, source first; the tensors are not written to.
 
-    Args:
-        asked: layout strings or presets, source first.
-        said: extents; what is not said is filled in alike on both sides.
-        device: where the tensors are made. They are not written to.
-        steps: for each side tokens for each id; None: as ``whole_blocks`` says.
-        whole_blocks: paged sides take block ids; else a slot for each token.
-
-    Raises:
-        LayoutError: a layout that cannot be parsed or does not have such extents.
-        PortaKVError: tensors that cannot be made.
+    What is not said of extents is filled in alike on both sides. ``steps``: tokens for each id; of
+    None, a block's on paged sides if ``whole_blocks``, else 1. Raises `LayoutError`, also for
+    extents that a layout does not have, and `PortaKVError` for tensors that cannot be made.
     """
     resolved = [resolve(text) for text in asked]
     layouts = [parse(text) for text, _ in resolved]
@@ -189,10 +179,7 @@ def _view(
 
 def accelerator_asked(name: str | None) -> torch.device | None:
     """The accelerator of that name, with its index; by default this machine's. None: the CPU.
-
-    Raises:
-        DeviceMismatch: torch cannot use it, or it has no memory to copy from.
-    """
+    Raises `DeviceMismatch` if torch cannot use it, or it has no memory to copy from."""
     device = usual_device() if name is None else usable_device(name)
     if device.type == "cpu":
         return None

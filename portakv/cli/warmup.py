@@ -74,13 +74,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(asked: argparse.Namespace) -> int:
-    """Compile, and print what was compiled and what was there before.
-
-    Raises:
-        PortaKVError: a compiler or the cache cannot be used, an unknown shape or architecture, no
-            device where none was named.
-        LayoutError, Unsupported: what a copy between the layouts would raise.
-    """
+    """Compile, and print what was compiled and what was there before. Raises `PortaKVError` if a
+    compiler or the cache cannot be used, for an unknown shape or architecture, and if there is no
+    device and none was named; and what a copy between the layouts would raise."""
     compiled_for = targets(asked.arch)
     why = _kernel_cache.refusal()
     if why is not None:
@@ -193,11 +189,7 @@ def architecture(text: str) -> Architecture:
 
 
 def targets(asked: Sequence[Architecture]) -> list[Target]:
-    """A target for each architecture; for those of this machine's devices if none is named.
-
-    Raises:
-        PortaKVError: a compiler cannot be used, an architecture that it does not know, no device.
-    """
+    """A target for each architecture; for those of this machine's devices if none is named."""
     found = list(dict.fromkeys(asked or _own()))
     if not found:
         raise PortaKVError(

@@ -114,12 +114,9 @@ def is_mapped(address: int, nbytes: int) -> bool:
 
 
 def touch(address: int, nbytes: int, threads: int | None = None) -> None:
-    """Have the kernel give every page from ``address`` on, from several threads at once: None, one
-    for each core that the process may use, at most 16. What pages hold stays.
-
-    Raises:
-        HostMemoryError: the kernel ran out of pages, or of pages on the node asked for.
-    """
+    """Have the kernel give every page, from several threads at once (None: one for each core that
+    the process may use, at most 16); what pages hold stays. Raises `HostMemoryError` if the kernel
+    has no pages left, or none on the node asked for."""
     end = address + nbytes
     # Cut at multiples of a slice, so that two threads do not share a huge page.
     edges = [address, *range((address // _SLICE + 1) * _SLICE, end, _SLICE), end]
@@ -153,11 +150,10 @@ def available() -> int:
 
 def _cgroups() -> Iterator[int]:
     root = Path("/sys/fs/cgroup")
-    names = (("memory.max", "memory.current", "memory.stat"),
-             ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes",
-              "memory/memory.stat"))  # fmt: skip
-    for most, used, stat in names:
-        with suppress(OSError, ValueError, KeyError):
+    second = "memory.max", "memory.current", "memory.stat"
+    first = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat")
+    for most, used, stat in (second, first):
+        with suppress(OSError, ValueError):
             limit, current = int((root / most).read_text()), int((root / used).read_text())
             pairs = (line.split() for line in (root / stat).read_text().splitlines())
             counts = {key: int(value) for key, value in pairs}
@@ -188,12 +184,8 @@ def nodes() -> list[int]:
 
 
 def bind(address: int, nbytes: int, wanted: int | Sequence[int]) -> None:
-    """Have pages of the range that are not there yet come from these nodes and no other.
-
-    Raises:
-        Unsupported: no node, or one that is not there, an architecture or kernel that cannot bind,
-            or a container that may not.
-    """
+    """Have pages of the range that are not there yet come from these nodes and no other. Raises
+    `Unsupported` for no node or one that is not there, and if the kernel cannot or may not bind."""
     asked: list[int] | None = None
     with suppress(TypeError, ValueError):
         asked = [operator.index(node) for node in np.atleast_1d(wanted).tolist()]

@@ -160,10 +160,8 @@ def loaded_library(stem: str, version: str, maps: str = "/proc/self/maps") -> st
 
 
 def quiesce() -> None:
-    """Block the host until no device of this process reads or writes host memory any more.
-
-    A device that has failed does neither: its error is left to its next user.
-    """
+    """Block the host until no device of this process reads or writes host memory any more. One
+    that has failed does neither: its error is left to its next user."""
     module: Any = torch.accelerator if through_torch() else torch.cuda
     if module is torch.cuda and not torch.cuda.is_initialized():
         return
@@ -228,9 +226,9 @@ class Registration:
                 if taken < end and start < until:
                     raise HostMemoryError(
                         f"Pages {start:#x} - {end:#x} were asked to be registered, and {taken:#x} "
-                        f"- {until:#x} are already, in whole or in part; a page can be registered "
-                        f"once. Register both as one range, unregister the first, or keep memory "
-                        f"that shares a page apart."
+                        f"- {until:#x} are already; a page can be registered once. Register both "
+                        f"as one range, unregister the first, or keep memory that shares a page "
+                        f"apart."
                     )
             _live.insert(at, self)
             for piece, _ in self.pieces[1:]:
@@ -293,12 +291,8 @@ def settle() -> None:
 
 def buffer_of(memory: Any) -> tuple[int, int, bool, Any]:
     """Which bytes a tensor, an array or another buffer covers: their address and number from the
-    first to the last, whether they can only be read, and what holds them.
-
-    Raises:
-        HostMemoryError: freed, empty, or no memory at all.
-        DeviceMismatch: a tensor that is not on the host.
-    """
+    first to the last, whether they can only be read, and what holds them. Raises `HostMemoryError`
+    if it is freed, empty or no memory at all, `DeviceMismatch` for a tensor on a device."""
     if isinstance(memory, torch.Tensor):
         if memory.device.type != "cpu":
             raise DeviceMismatch(

@@ -48,17 +48,16 @@ _open: weakref.WeakSet[SharedFile] = weakref.WeakSet()
 
 
 def tables_of(blocks: int) -> np.dtype[np.void]:
-    """What the file begins with, for so many blocks.
-
-    ``sizes``: bytes of a block, blocks, bytes from one to the next; ``owners``: of each block, the
-    place of its owner among the members, plus 1, or 0: free; ``generations``: how often it changed
-    hands; ``since``: when, by the monotonic clock; ``labels``: what for.
-    """
-    return np.dtype(
-        [("magic", "i8"), ("sizes", "i8", (3,)), ("high_water", "i8"), ("later", "V216"),
-         ("members", _MEMBER, (_MEMBERS,)), ("owners", "i8", (blocks,)),
-         ("generations", "i8", (blocks,)), ("since", "f8", (blocks,)), ("labels", "S40", (blocks,))]
-    )  # fmt: skip
+    """What the file begins with, for so many blocks."""
+    return np.dtype([
+        ("magic", "i8"),
+        ("sizes", "i8", (3,)),  # bytes of a block, blocks, bytes from one to the next
+        ("high_water", "i8"), ("later", "V216"), ("members", _MEMBER, (_MEMBERS,)),
+        ("owners", "i8", (blocks,)),  # the owner's place among the members, plus 1; 0: free
+        ("generations", "i8", (blocks,)),  # how often it changed hands
+        ("since", "f8", (blocks,)),  # when, by the monotonic clock
+        ("labels", "S40", (blocks,)),  # what for
+    ])  # fmt: skip
 
 
 class SharedFile:
@@ -119,11 +118,8 @@ class SharedFile:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Inside, no other process or thread changes the tables.
-
-        A process that dies inside leaves the lock to the next. Raises `HostMemoryError` if one
-        that lives does not let go of it.
-        """
+        """Inside, no other process or thread changes the tables; one that dies inside leaves the
+        lock to the next. Raises `HostMemoryError` if one that lives does not let go of it."""
         with self._threads:
             until, pause = time.monotonic() + _PATIENCE, 20e-6
             while not self.take(0):

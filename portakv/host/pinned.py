@@ -208,15 +208,9 @@ def empty(shape: int | Sequence[int], dtype: torch.dtype | None = None, **option
 
 
 def register(
-    memory: Any,
-    *,
-    portable: bool = True,
-    mapped: bool = True,
-    read_only: bool = False,
-    largest: int = LARGEST,
-    unit: int = 1,
-    fallback: bool = True,
-) -> PinnedMemory:
+    memory: Any, *, portable: bool = True, mapped: bool = True, read_only: bool = False,
+    largest: int = LARGEST, unit: int = 1, fallback: bool = True,
+) -> PinnedMemory:  # fmt: skip
     """Pin memory that exists, where it is, until `unregister`, `PinnedMemory.close` or the end.
 
     It need not begin on a page; but a page is pinned only once, so memory that shares one with

@@ -48,16 +48,9 @@ class SharedPool:
     """
 
     def __init__(
-        self,
-        name: str,
-        block_bytes: int | None = None,
-        blocks: int | None = None,
-        *,
-        alignment: int = 64,
-        label: str = "",
-        keep: bool = False,
-        fallback: bool = True,
-    ) -> None:
+        self, name: str, block_bytes: int | None = None, blocks: int | None = None, *,
+        alignment: int = 64, label: str = "", keep: bool = False, fallback: bool = True,
+    ) -> None:  # fmt: skip
         self._file = SharedFile(name, block_bytes, blocks, alignment, label)
         self.name, self.block_bytes, self.blocks = name, self._file.block_bytes, self._file.blocks
         try:

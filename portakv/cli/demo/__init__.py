@@ -88,13 +88,8 @@ class ModelPart:
 
 
 def run_model(device: torch.device, tell: Callable[[str], object]) -> ModelPart:
-    """Run the example on ``device``; its lines go to ``tell`` as they come.
-
-    A `transformers` that is missing or cannot be imported is told, not raised.
-
-    Raises:
-        PortaKVError: as the calls of the example do.
-    """
+    """Run the example on ``device``; its lines go to ``tell`` as they come. A `transformers` that
+    is missing or cannot be imported is told, not raised."""
     try:
         example = importlib.import_module(EXAMPLE)
     except ImportError as error:

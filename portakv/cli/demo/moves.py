@@ -197,15 +197,9 @@ class _Move(NamedTuple):
 def measured(
     founding: Founding, backends: Sequence[str], forced: bool
 ) -> tuple[list[Row], int | None]:
-    """Check every copy of every backend, then time in rounds those that were right.
-
-    Returns:
-        One row for each copy, those of plain torch first, `copy_` before all; and how many CPU
-        threads all were timed with, None on an accelerator.
-
-    Raises:
-        Unsupported: a copy that the backend does not take, if it is ``forced``; else it is a row.
-    """
+    """Check every copy of every backend, then time in rounds those that were right: a row for each
+    copy, plain torch's first, `copy_` before all; and how many CPU threads served, None on an
+    accelerator. A copy that a ``forced`` backend does not take raises `Unsupported`."""
     moves = [*_plain(founding), *(move for name in backends for move in _moves(founding, name))]
     rows = [_checked(founding, move, forced) for move in moves]
     timed = [i for i, row in enumerate(rows) if row.right or row.backend == "torch"]
