@@ -26,17 +26,11 @@ Rows = Sequence[Sequence[str]]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a table.
-
-    Attributes:
-        title: its head.
-        whole: its cells are names, which are folded last.
-        right: its cells are numbers, which stand on the right.
-    """
+    """A column of a table."""
 
     title: str
-    whole: bool = False
-    right: bool = False
+    whole: bool = False  # its cells are names, which are folded last
+    right: bool = False  # its cells are numbers, which stand on the right
 
 
 def output_width() -> int:
@@ -45,13 +39,7 @@ def output_width() -> int:
 
 
 def print_table(columns: Sequence[Column], rows: Rows, title: str = "") -> None:
-    """Print a table to standard output.
-
-    Args:
-        columns: the columns.
-        rows: for each row one text for each column.
-        title: a line above it.
-    """
+    """Print a table, for each row one text for each column, with a title above it."""
     widths = fit_widths(columns, rows, output_width())
     try:
         lines = _by_rich(columns, rows, widths, title)

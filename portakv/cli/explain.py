@@ -107,7 +107,7 @@ def run(asked: argparse.Namespace) -> int:
 
 
 def _caches(json: bool) -> int:
-    """Print every bounded cache of this process, which has made no copy yet."""
+    # Of a process that has made no copy yet.
     found = [{"name": c.name, "size": len(c), "limit": c.limit} for c in caches()]
     if json:
         print_json({"caches": found})
@@ -145,7 +145,6 @@ def _print(found: Mapping[str, Any], sides: Sequence[Side]) -> None:
 
 
 def _facts(side: Side, told: Mapping[str, Any]) -> dict[str, str]:
-    """What a reader has to know of one side, by name."""
     text, asked = told["layout"], told["asked"].strip()
     wide = " + ".join(f"{width} B" for width in told["width_bytes"])
     return {
@@ -168,7 +167,6 @@ def _index_in_words(side: Side) -> str:
 
 
 def _notes(taken: Choice, ids: bool) -> list[str]:
-    """What the plan does not show but a caller may feel."""
     guarded = taken.can.guards and taken.can.skips_negative
     if not ids or guarded or taken.backend.device.type == "cpu":
         return []

@@ -35,11 +35,8 @@ _WIDTH = 80
 
 
 def run_demo(*, device: str | None = None, json: bool = False) -> int:
-    """Run the demo.
-
-    Args:
-        device: a torch device; None: the accelerator if there is one, else the CPU.
-        json: print one JSON object and nothing else.
+    """Run the demo on a device, by default the accelerator, else the CPU; with ``json`` nothing
+    but one JSON object is printed.
 
     Returns:
         The exit code: 0 if logits were bit-identical and every byte was right, else 1.
@@ -185,7 +182,6 @@ def _cells(row: Row) -> list[str]:
 
 
 def _tell_choice(device: torch.device, forced: str | None, run: Sequence[str]) -> None:
-    """What the registry chooses, and every candidate's answer."""
     candidates = candidates_for(device)
     _tell(f"\n3. What the registry chooses for {device}\n")
     print_candidates(candidates, "")

@@ -92,13 +92,10 @@ class Founding:
     """A scenario's tensors.
 
     Attributes:
-        pool: the paged caches that are read: for each layer fp16 ``[2, blocks, block_size, heads,
-            dim]`` of random bits, NaN patterns included.
-        target: paged caches of the same shape that are written.
-        chunk: a dense chunk ``[2, layers, tokens, heads * dim]`` that is written.
-        stored: a chunk of random bits that is read.
-        slots: where tokens lie, in random order, int64 on the device, as an engine has them.
-        blocks: ids of blocks, the same way.
+        pool, target: the paged caches that are read, of random bits, and those that are written.
+        stored, chunk: the dense chunk ``[2, layers, tokens, heads * dim]`` that is read, of random
+            bits, and the one that is written.
+        slots, blocks: where tokens lie and ids of blocks, in random order, int64 on the device.
         slots_of_blocks: the slots of these blocks' tokens, by plain arithmetic.
     """
 
@@ -213,8 +210,7 @@ def measured(
 
 
 def interleaved(device: torch.device, works: Sequence[Work], rounds: int = 0) -> list[float]:
-    """Each work's median seconds over `ROUNDS` rounds, or so many, in which all take turns, after
-    one round that does not count."""
+    """Each work's median seconds in `ROUNDS` rounds, or so many, after one that does not count."""
     taken = [[seconds(device, work) for work in works] for _ in range((rounds or ROUNDS) + 1)]
     return [median(times) for times in zip(*taken[1:], strict=True)]
 
@@ -235,9 +231,8 @@ def seconds(device: torch.device, work: Work) -> float:
 
 
 def _fastest_threads(works: Sequence[Work]) -> int:
-    """The number of torch's threads with which these copies take the least time now. With other
-    work on the cores one thread is: copies of a few milliseconds wait for the thread that the
-    system has set aside."""
+    """The number of torch's threads with which these copies take the least time now: one, if other
+    work on the cores sets a thread aside, for which a copy of a few milliseconds waits."""
     most, taken = torch.get_num_threads(), dict[int, float]()
     for count in dict.fromkeys((most, max(1, most // 2), 1)):
         with _threads(count):
