@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from types import SimpleNamespace
@@ -23,16 +23,13 @@ SHAPE = Shape(blocks=8)
 MOVES = ("from_gpu", "to_gpu")
 
 
+@dataclass
 class Store:
-    """Caches, and a connector that moves their rows to chunks and back, in a layout that the
-    backend takes."""
+    """Caches, and a connector that moves their rows to chunks and back."""
 
-    def __init__(self, judge: Judge, home: Workshop) -> None:
-        self.judge, self.home = judge, home
-        self.connector = AdaptiveConnector(
-            judge.subject.device, backend=judge.subject.name, kv_layout=home.paged,
-            chunk_layout=home.dense,
-        )  # fmt: skip
+    judge: Judge
+    home: Workshop
+    connector: AdaptiveConnector
 
     def caches(self, seed: int = 0, **how: Any) -> Side:
         """Caches of a seed of their own."""
@@ -60,8 +57,12 @@ def _chunk(case: Case) -> Any:
 
 @pytest.fixture
 def store(judge: Judge, home: Workshop) -> Store:
-    """A connector for this backend."""
-    return Store(judge, home)
+    """A connector for this backend, in a layout that it takes."""
+    connector = AdaptiveConnector(
+        judge.subject.device, backend=judge.subject.name, kv_layout=home.paged,
+        chunk_layout=home.dense,
+    )  # fmt: skip
+    return Store(judge, home, connector)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ tensors of it between canaries. Here is no randomness but that of the seeds hand
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import torch
 from portakv_conformance.judge.grammar import Group, read_layout
 from portakv_conformance.judge.oracle import Expected, compare, expand, expected_copy
 from portakv_conformance.judge.pattern import Guarded, guarded
+from portakv_conformance.judge.rows import leaves
 
 
 @dataclass
@@ -47,11 +49,6 @@ class Side:
     arrangement: Arrangement | None = None
     reinterpret: bool = False
 
-    @property
-    def kv(self) -> int:
-        """How many planes one layer has."""
-        return len(self.widths)
-
     def at(self, count: int) -> np.ndarray:
         """The slot of each of ``count`` positions, int64; negative where it is skipped."""
         return expand(self.ids, self.step, self.offset, count)
@@ -77,15 +74,15 @@ class Case:
     count: int
 
     def __post_init__(self) -> None:
-        if _dtype(self.src.tensors) != _dtype(self.dst.tensors):
-            self.src.reinterpret = True
+        src, dst = (next(leaves(side.tensors)).dtype for side in (self.src, self.dst))
+        self.src.reinterpret |= src != dst
 
     def src_slots(self) -> np.ndarray:
-        """The source slot of each position, int64 ``[count]``; negative where skipped."""
+        """The source slot of each position, as `Side.at`."""
         return self.src.at(self.count)
 
     def dst_slots(self) -> np.ndarray:
-        """The destination slot of each position, int64 ``[count]``; negative where skipped."""
+        """The destination slot of each position, as `Side.at`."""
         return self.dst.at(self.count)
 
     def expected(self) -> Expected:
@@ -101,14 +98,7 @@ class Case:
         expected = self.expected()
         copy()
         verdict = compare(expected, self.dst.tensors, self.src.tensors)
-        if verdict is not None:
-            raise AssertionError(f"{verdict} The case was {self!r}.")
-
-
-def _dtype(tensors: Any) -> torch.dtype:
-    while not isinstance(tensors, torch.Tensor):
-        tensors = next(iter(tensors.values() if isinstance(tensors, dict) else tensors))
-    return tensors.dtype
+        assert verdict is None, f"{verdict} The case was {self!r}."
 
 
 def _sketch(tensors: Any) -> str:
@@ -159,21 +149,19 @@ def side_of(
     declared: dict[str, Any] | None = None,
 ) -> Side:
     """Build one side; ``declared`` are its view's extents, by default all that can be declared."""
-    axes = read_layout(to.layout)
+    axes, extents = read_layout(to.layout), to.extents
     opaque, paged = axes.written("page"), axes.written("block")
-    dims = tuple(to.extents["page" if opaque else "dim"])
-    size = to.extents["token"]
+    dims = tuple(extents["page" if opaque else "dim"])
+    layers, heads, size = extents["layer"], extents["head"], extents["token"]
     if declared is None:
-        declared = {"layers": to.extents["layer"], "kv": len(dims), "heads": to.extents["head"]}
-        if not opaque:
-            declared["dim"] = dims
-        if paged:
-            declared["block_size"] = size
+        declared = {"layers": layers, "kv": len(dims), "heads": heads}
+        declared |= {} if opaque else {"dim": dims}
+        declared |= {"block_size": size} if paged else {}
     tensors, guards = build(to)
     return Side(
-        tensors, to.layout, declared, ids, step, offset, guards, to.extents["layer"],
-        to.extents["head"], tuple(n * to.dtype.itemsize for n in dims), size if paged else None,
-        size * (to.extents["block"] if paged else 1), opaque, to,
+        tensors, to.layout, declared, ids, step, offset, guards, layers, heads,
+        tuple(n * to.dtype.itemsize for n in dims), size if paged else None,
+        size * (extents["block"] if paged else 1), opaque, to,
     )  # fmt: skip
 
 
@@ -186,16 +174,12 @@ def _factor_size(to: Arrangement, group: Group, place: int, kv: int) -> int:
 
 def _group_size(to: Arrangement, group: Group, kv: int) -> int:
     """The length of a group, unequal parts behind one another."""
-    axes = [(f.axis, f.part) for f in group]
-    sizes = [_factor_size(to, group, place, kv) for place in range(len(group))]
-    if (
-        ("kv", "") in axes
-        and ("dim", "") in axes
-        and axes.index(("kv", "")) < axes.index(("dim", ""))
-    ):
+    axes = [str(factor) for factor in group]
+    size = math.prod(_factor_size(to, group, place, kv) for place in range(len(group)))
+    if {"kv", "dim"} <= set(axes) and axes.index("kv") < axes.index("dim"):
         widths: tuple[int, ...] = to.extents["dim"]
-        return math.prod(sizes) // (len(widths) * widths[kv]) * sum(widths)
-    return math.prod(sizes)
+        return size // (len(widths) * widths[kv]) * sum(widths)
+    return size
 
 
 def _strides(to: Arrangement, sizes: list[int]) -> tuple[list[int], int]:
@@ -211,76 +195,50 @@ def _strides(to: Arrangement, sizes: list[int]) -> tuple[list[int], int]:
 def build(to: Arrangement) -> tuple[Any, list[Guarded]]:
     """Tensors in their containers, and the guarded storages under them."""
     axes = read_layout(to.layout)
-    parts = len(to.extents["page" if axes.written("page") else "dim"])
     levels = [_group_size(to, group, 0) for group in axes.left]
-    count = math.prod(levels)
-    kv_of = _kv_of_each(axes.left, levels, parts, to)
-    flat: list[torch.Tensor | None] = [None] * count
+    kv_of = _kv_of_each(to, axes.left)
+    flat: dict[int, torch.Tensor] = {}
     guards: list[Guarded] = []
-    # Only the tensors of one kv are sure to have one to, so each kv is placed for itself.
+    # Only the tensors of one kv are sure to have one shape, so each kv is placed for itself.
     for kv in sorted(set(kv_of)):
-        mine = [number for number in range(count) if kv_of[number] == kv]
-        sizes = [_group_size(to, group, kv) for group in axes.right]
-        tensors = _place(to, axes.right, sizes, len(mine), kv, guards)
-        for number, tensor in zip(mine, tensors, strict=True):
-            flat[number] = tensor
-    return _contain(flat, levels, to.kinds), guards
+        mine = [number for number, each in enumerate(kv_of) if each == kv]
+        flat.update(zip(mine, _place(to, axes.right, len(mine), kv, guards), strict=True))
+    return _contain([flat[n] for n in range(len(flat))], levels, to.kinds), guards
 
 
-def _kv_of_each(
-    left: tuple[Group, ...], levels: list[int], parts: int, to: Arrangement
-) -> list[int]:
+def _kv_of_each(to: Arrangement, left: tuple[Group, ...]) -> list[int]:
     """The kv that each tensor of the containers belongs to; 0 where kv is no container."""
     radix = [(f.axis, _factor_size(to, g, i, 0)) for g in left for i, f in enumerate(g)]
-    found = []
-    for number in range(math.prod(levels)):
-        kv, rest = 0, number
-        for axis, size in reversed(radix):
-            kv = rest % size if axis == "kv" else kv
-            rest //= size
-        found.append(min(kv, parts - 1))
-    return found
+    digits = itertools.product(*(range(size) for _, size in radix))
+    axes = [axis for axis, _ in radix]
+    return [each[axes.index("kv")] if "kv" in axes else 0 for each in digits]
 
 
 def _place(
-    to: Arrangement,
-    right: tuple[Group, ...],
-    sizes: list[int],
-    count: int,
-    kv: int,
-    guards: list[Guarded],
+    to: Arrangement, right: tuple[Group, ...], count: int, kv: int, guards: list[Guarded]
 ) -> list[torch.Tensor]:
-    """``count`` tensors of one to, in as many storages as ``to.place`` says."""
-    all_sizes = [*sizes, count] if to.place == "strided" else list(sizes)
-    strides, span = _strides(to, all_sizes)
-    between = strides.pop() if to.place == "strided" else span
+    """``count`` tensors of one shape, in as many storages as ``to.place`` says."""
+    sizes = [_group_size(to, group, kv) for group in right]
+    separate, strided = to.place == "separate", to.place == "strided"
+    strides, span = _strides(to, [*sizes, count] if strided else sizes)
+    between = 0 if separate else strides.pop() if strided else span
     if to.expand is not None:
         strides[to.expand] = to.every
     size, stride = _trailing(to, right, sizes, strides, kv)
-    item = torch.empty(0, dtype=to.dtype).element_size()
     starts = [to.offset + number * between for number in range(count)]
+    elements = to.offset + span
     if to.place == "scattered":
         rng = random.Random(f"{to.seed} {kv}")  # as one list of all tensors it has no order either
         holes = [rng.randrange(9) * to.grain for _ in range(count)]
         starts = [start + sum(holes[: n + 1]) for n, start in enumerate(starts)]
         rng.shuffle(starts)
-    if to.place == "separate":
-        starts = [to.offset] * count
-    storages = count if to.place == "separate" else 1
-    elements = (span + to.offset) if to.place != "scattered" else max(starts) + span
-    made = [
-        guarded(
-            elements * item,
-            seed=to.seed,
-            storage=to.storage + len(guards) + n,
-            poison=to.poison,
-            device=to.device,
-        )
-        for n in range(storages)
-    ]
+        elements = max(starts) + span
+    how: dict[str, Any] = {"seed": to.seed, "poison": to.poison, "device": to.device}
+    first, nbytes = to.storage + len(guards), elements * to.dtype.itemsize
+    made = [guarded(nbytes, storage=first + n, **how) for n in range(count if separate else 1)]
     guards.extend(made)
     return [
-        made[n % storages].tensor(to.dtype, size, stride, start) for n, start in enumerate(starts)
+        made[n % len(made)].tensor(to.dtype, size, stride, start) for n, start in enumerate(starts)
     ]
 
 
@@ -292,9 +250,7 @@ def _trailing(
         return sizes, strides
     inner = [_factor_size(to, right[-1], place, kv) for place in range(len(right[-1]))]
     if len(inner) == 1:  # a page has no factors of its own: any two numbers do
-        least = next(
-            n for n in range(1, inner[0] + 1) if inner[0] % n == 0 and (n > 1 or inner == [1])
-        )
+        least = next((n for n in range(2, inner[0] + 1) if inner[0] % n == 0), 1)
         inner = [inner[0] // least, least]
     steps = [strides[-1] * math.prod(inner[place + 1 :]) for place in range(len(inner))]
     return sizes[:-1] + inner, strides[:-1] + steps

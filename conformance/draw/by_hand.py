@@ -8,6 +8,7 @@ which slots a shuffled list holds.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,18 +54,9 @@ class Shape:
 
 
 def arranged(
-    layout: str,
-    shape: Shape,
-    dtype: torch.dtype = torch.float16,
-    *,
-    source: bool = True,
-    seed: int = 0,
-    device: str = "cpu",
-    tokens: int = 0,
-    memory: str = "",
-    shift: int = 0,
-    **how: Any,
-) -> Arrangement:
+    layout: str, shape: Shape, dtype: torch.dtype = torch.float16, *, source: bool = True,
+    tokens: int = 0, memory: str = "", shift: int = 0, **how: Any,
+) -> Arrangement:  # fmt: skip
     """How the tensors of a layout lie.
 
     Args:
@@ -78,30 +70,25 @@ def arranged(
     """
     axes = read_layout(layout)
     opaque, paged = axes.written("page"), axes.written("block")
-    elements = tuple(width // dtype.itemsize for width in shape.widths)
     extents: dict[str, Any] = {
-        "layer": shape.layers,
-        "head": shape.heads,
-        "kv": len(shape.widths),
-        "block": shape.blocks if paged else 1,
-        "token": shape.block_size if paged else tokens,
-        "page" if opaque else "dim": elements,
-    }
-    names = [_text(group) for group in axes.right]
+        "layer": shape.layers, "head": shape.heads, "kv": len(shape.widths),
+        "block": shape.blocks if paged else 1, "token": shape.block_size if paged else tokens,
+        "page" if opaque else "dim": tuple(width // dtype.itemsize for width in shape.widths),
+    }  # fmt: skip
+    names = _names(axes.right)
     order = list(range(len(names)))
     if memory:
-        names.append(" ".join(_text(group) for group in axes.left))
-        order = [names.index(_text(group)) for group in read_layout(memory).right]
+        names.append(" ".join(_names(axes.left)))
+        order = [names.index(name) for name in _names(read_layout(memory).right)]
         if len(order) == len(names):
             how["place"] = "strided"
     elif how.get("place") == "strided":
         order = [len(order), *order]
-    how.setdefault("kinds", (list,) * len(axes.left))
-    how.setdefault("storage", 0 if source else _ELSEWHERE)
-    return Arrangement(
-        layout, dtype, extents, order=tuple(order), seed=seed, poison=not source, device=device,
-        offset=shift, **how,
-    )  # fmt: skip
+    how = {
+        "kinds": (list,) * len(axes.left), "storage": 0 if source else _ELSEWHERE,
+        "poison": not source, "offset": shift, "order": tuple(order), **how,
+    }  # fmt: skip
+    return Arrangement(layout, dtype, extents, **how)
 
 
 def widened(layout: str, axis: str, elements: int) -> dict[str, Any]:
@@ -109,8 +96,8 @@ def widened(layout: str, axis: str, elements: int) -> dict[str, Any]:
 
     Nothing where no dimension of the layout is that axis.
     """
-    names = [_text(group) for group in read_layout(layout).right]
-    return {"pads": {names.index(axis) + 1: elements}} if axis in names else {}
+    place = dimension(layout, axis)
+    return {} if place is None else {"pads": {place + 1: elements}}
 
 
 def reordered(layout: str, axes: str) -> str:
@@ -119,8 +106,7 @@ def reordered(layout: str, axes: str) -> str:
     An axis of ``axes`` that is none of its dimensions is passed over; a dimension that is not in
     ``axes`` comes outermost.
     """
-    names = [_text(group) for group in read_layout(layout).right]
-    left = [_text(group) for group in read_layout(layout).left]
+    left, names = _names(read_layout(layout).left), _names(read_layout(layout).right)
     known = names + left if len(left) == 1 else names
     wanted = [axis for axis in axes.split() if axis in known]
     return " ".join([*(name for name in names if name not in wanted), *wanted])
@@ -128,24 +114,19 @@ def reordered(layout: str, axes: str) -> str:
 
 def dimension(layout: str, axis: str) -> int | None:
     """Which dimension of a layout is an axis; None where none is."""
-    names = [_text(group) for group in read_layout(layout).right]
+    names = _names(read_layout(layout).right)
     return names.index(axis) if axis in names else None
 
 
-def _text(group: Group) -> str:
-    words = " ".join(map(str, group)) or "1"
-    return f"({words})" if len(group) > 1 else words
+def _names(groups: Sequence[Group]) -> list[str]:
+    words = [" ".join(map(str, group)) or "1" for group in groups]
+    return [f"({w})" if len(group) > 1 else w for w, group in zip(words, groups, strict=True)]
 
 
 @dataclass(frozen=True)
 class Workshop:
-    """Makes sides on one device from one seed.
-
-    Args:
-        device: where tensors lie.
-        seed: of the bytes and of shuffled lists.
-        paged: the layout of caches that name none.
-    """
+    """Makes sides on one device, from one seed of bytes and of shuffled lists; ``paged`` is the
+    layout of caches that name none."""
 
     device: str = "cpu"
     seed: int = 0
@@ -157,15 +138,9 @@ class Workshop:
         return _CHUNKS.get(self.paged, CHUNK)
 
     def cache(
-        self,
-        shape: Shape,
-        ids: Any = None,
-        *,
-        layout: str = "",
-        step: int = 1,
-        offset: int = 0,
+        self, shape: Shape, ids: Any = None, *, layout: str = "", step: int = 1, offset: int = 0,
         **how: Any,
-    ) -> Side:
+    ) -> Side:  # fmt: skip
         """A paged cache under a list of slots (with ``step`` the block size: of blocks)."""
         how = {"seed": self.seed, "device": self.device, **how}
         to = arranged(layout or self.paged, shape, **how)
@@ -187,13 +162,9 @@ class Workshop:
         return self.move("scatter", shape, ids, *chunk, **how)
 
     def move(
-        self,
-        direction: str,
-        shape: Shape,
-        ids: Any,
-        chunk: dict[str, Any] | None = None,
+        self, direction: str, shape: Shape, ids: Any, chunk: dict[str, Any] | None = None,
         **how: Any,
-    ) -> Case:
+    ) -> Case:  # fmt: skip
         """A case of `DIRECTIONS`; ``how`` is that of the cache, ``chunk`` that of the chunk, which
         has the cache's dtype if it names none."""
         ids, source = self.ids(ids), direction == "gather"

@@ -57,19 +57,14 @@ def _lefts(axes: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [left for n in range(1, 4) for left in permutations(axes, n)]
 
 
-def _written(draw: Draw, rows: SharedRows, paged: bool) -> list[str]:
-    """The axes that the layout names; an axis of extent 1 may stay away."""
-    axes = ["layer", "kv", "block", "token", "head", "dim"]
-    extents = {"layer": rows.layers, "kv": len(rows.widths), "head": rows.heads}
-    gone = {axis for axis, n in extents.items() if n == 1 and draw(st.booleans())}
-    return [a for a in axes if a not in gone and (paged or a != "block")]
-
-
 def draw_layout(
     draw: Draw, rows: SharedRows, paged: bool, n: int, containers: tuple[str, ...]
 ) -> str:
     """A layout string; ``n`` is the N of the factored axis, 0 for none."""
-    axes = _written(draw, rows, paged)
+    extents = {"layer": rows.layers, "kv": len(rows.widths), "head": rows.heads}
+    gone = {axis for axis, n in extents.items() if n == 1 and draw(st.booleans())}
+    gone |= set() if paged else {"block"}
+    axes = [a for a in ("layer", "kv", "block", "token", "head", "dim") if a not in gone]
     allowed = tuple(a for a in axes if a in containers and not (n and a == rows.split))
     left = list(pick(draw, _lefts(allowed))) if allowed and draw(st.booleans()) else []
     right = [a for a in axes if a not in left]
@@ -79,8 +74,10 @@ def draw_layout(
     if n and rows.split in right and not unequal:
         right[right.index(rows.split)] = f"{rows.split}/{n}"
         right.insert(draw(st.integers(0, len(right))), f"{rows.split}%{n}")
-    if unequal:
-        merge |= _parts_behind_one_another(right)
+    if unequal:  # kv stands left of dim, in one group with what lies between
+        low, high = sorted((right.index("kv"), right.index("dim")))
+        right[low], right[high] = "kv", "dim"
+        merge |= sum(1 << place for place in range(low, high))
     groups = _grouped(right, merge)
     if rarely(draw):
         groups.insert(draw(st.integers(0, len(groups))), "1")
@@ -90,21 +87,13 @@ def draw_layout(
     return f"{' '.join(bars)} | {' '.join(groups)}"
 
 
-def _parts_behind_one_another(right: list[str]) -> int:
-    """Unequal widths: put kv left of dim, and return the merges that make them one group."""
-    low, high = sorted((right.index("kv"), right.index("dim")))
-    right[low], right[high] = "kv", "dim"
-    return sum(1 << place for place in range(low, high))
-
-
 def _grouped(factors: list[str], merge: int) -> list[str]:
     """Bit n of ``merge`` puts factors n and n + 1 into one group."""
-    groups = [[factors[0]]]
-    for place, factor in enumerate(factors[1:]):
-        if merge >> place & 1:
-            groups[-1].append(factor)
-        else:
-            groups.append([factor])
+    groups: list[list[str]] = []
+    for place, factor in enumerate(factors):
+        if place == 0 or not merge >> (place - 1) & 1:
+            groups.append([])
+        groups[-1].append(factor)
     return [group[0] if len(group) == 1 else f"({' '.join(group)})" for group in groups]
 
 
@@ -113,12 +102,10 @@ def declare(draw: Draw, layout: str, extents: dict[str, Any], paged: bool) -> di
     dims = extents["dim"]
     one_number = len(set(dims)) == 1 and draw(st.booleans())
     every: dict[str, tuple[str, Any]] = {
-        "layers": ("layer", extents["layer"]),
-        "kv": ("kv", len(dims)),
-        "block_size": ("token", extents["token"]),
-        "heads": ("head", extents["head"]),
+        "layers": ("layer", extents["layer"]), "kv": ("kv", len(dims)),
+        "block_size": ("token", extents["token"]), "heads": ("head", extents["head"]),
         "dim": ("dim", dims[0] if one_number else tuple(dims)),
-    }
+    }  # fmt: skip
     if not paged:
         del every["block_size"]
     spare, axes = draw(st.integers(0, 31)), read_layout(layout)
@@ -172,20 +159,10 @@ def arrange(
     split_end = splits and draw(st.booleans())
     expandable = len(groups) - (1 if split_end else 0)
     expand = source and expandable > 0 and rarely(draw)
+    kinds = tuple(pick(draw, _KINDS) for _ in range(levels))
     return Arrangement(
-        layout=layout,
-        dtype=dtype,
-        extents=extents,
-        kinds=tuple(pick(draw, _KINDS) for _ in range(levels)),
-        place=place,
-        order=tuple(order),
-        pads=pads,
-        gap=2 if rarely(draw) else 1,
-        expand=draw(st.integers(0, expandable - 1)) if expand else None,
-        split_end=split_end,
-        offset=pick(draw, (0, 1, 2, 3, 4, 8, 16, 9)),
-        seed=draw(st.integers(0, 3)),
-        storage=0 if source else 1000,
-        poison=not source,
-        device=device,
-    )
+        layout, dtype, extents, kinds, place, tuple(order), pads, gap=2 if rarely(draw) else 1,
+        expand=draw(st.integers(0, expandable - 1)) if expand else None, split_end=split_end,
+        offset=pick(draw, (0, 1, 2, 3, 4, 8, 16, 9)), seed=draw(st.integers(0, 3)),
+        storage=0 if source else 1000, poison=not source, device=device,
+    )  # fmt: skip

@@ -7,9 +7,9 @@ It holds arrangements, ids and seeds, never bytes, and needs no hypothesis to be
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +70,16 @@ def load(text: str, device: str | torch.device | None = None) -> tuple[Case, dic
         ValueError: no document of this schema, or one with fields missing.
     """
     said = read_about(text)
+
+    def to(place: str) -> str:
+        """Where something goes that lay at ``place``; host memory of a device's case stays."""
+        stays = device is None or (place == "cpu" and said.get("device", "cpu") != "cpu")
+        return place if stays else str(device)
+
     try:
         document = json.loads(text)
-        move = _Move(str(said.get("device", "cpu")), None if device is None else str(device))
-        src = _build(document["src"], move)
-        if document["one_cache"]:
-            told = document["dst"]
-            ids = _ids(told["ids"], move)
-            dst = replace(src, ids=ids, step=told["step"], offset=told["offset"])
-        else:
-            dst = _build(document["dst"], move)
+        src = _build(document["src"], to)
+        dst = _build(document["dst"], to, src if document["one_cache"] else None)
         return Case(src, dst, int(document["count"])), said
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise _no_example(error) from error
@@ -113,57 +113,45 @@ def replay(path: Path, subject: Subject) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Move:
-    """From the device that an example was found on to the one where it is replayed."""
-
-    found: str
-    target: str | None
-
-    def to(self, place: str) -> str:
-        """Where something goes that lay at ``place``; host memory of a device's case stays."""
-        stays = self.target is None or (place == "cpu" and self.found != "cpu")
-        return place if self.target is None or stays else self.target
-
-
 def _side(side: Side) -> dict[str, Any]:
     if side.arrangement is None:
         raise ValueError(f"{side!r} was not built from an arrangement, so it cannot be saved.")
-    to = asdict(side.arrangement)
+    to, ids = asdict(side.arrangement), side.ids
     to["dtype"] = str(side.arrangement.dtype).removeprefix("torch.")
     to["kinds"] = [kind.__name__ for kind in side.arrangement.kinds]
-    told = {"arrangement": to, "declared": side.extents, "step": side.step, "offset": side.offset}
-    ids = side.ids
-    return told | {"ids": None if ids is None else {
+    told = None if ids is None else {
         "values": ids.tolist(), "dtype": str(ids.dtype).removeprefix("torch."),
         "device": str(ids.device), "stride": ids.stride(0),
-    }}  # fmt: skip
+    }  # fmt: skip
+    told_of = {"arrangement": to, "declared": side.extents, "step": side.step}
+    return {**told_of, "offset": side.offset, "ids": told}
 
 
-def _build(told: dict[str, Any], move: _Move) -> Side:
+def _build(told: dict[str, Any], to: Callable[[str], str], shared: Side | None = None) -> Side:
+    """A side, with the tensors of another one if it is given."""
+    ids, step, offset = _ids(told["ids"], to), told["step"], told["offset"]
+    if shared is not None:
+        return replace(shared, ids=ids, step=step, offset=offset)
     values = dict(told["arrangement"])
     values["dtype"] = _dtype(values["dtype"])
     values["kinds"] = tuple(_KINDS[name] for name in values["kinds"])
     values["order"] = tuple(values["order"])
     values["pads"] = {int(place): pad for place, pad in values["pads"].items()}
     values["extents"] = _extents(values["extents"])
-    values["device"] = move.to(values["device"])
-    ids = _ids(told["ids"], move)
-    declared = _extents(told["declared"])
-    return side_of(Arrangement(**values), ids, told["step"], told["offset"], declared)
+    values["device"] = to(values["device"])
+    return side_of(Arrangement(**values), ids, step, offset, _extents(told["declared"]))
 
 
 def _extents(told: dict[str, Any]) -> dict[str, Any]:
     return {axis: tuple(n) if isinstance(n, list) else n for axis, n in told.items()}
 
 
-def _ids(told: dict[str, Any] | None, move: _Move) -> torch.Tensor | None:
+def _ids(told: dict[str, Any] | None, to: Callable[[str], str]) -> torch.Tensor | None:
     if told is None:
         return None
-    dtype, step = _dtype(told["dtype"]), int(told["stride"])
-    values = torch.tensor(told["values"], dtype=dtype)
-    wide = torch.full((max(len(values), 1) * max(step, 1),), -1, dtype=dtype)
-    spread = wide.to(move.to(told["device"]))[:: max(step, 1)][: len(values)]
+    values, step = torch.tensor(told["values"], dtype=_dtype(told["dtype"])), max(told["stride"], 1)
+    wide = values.new_full((max(len(values), 1) * step,), -1).to(to(told["device"]))
+    spread = wide[::step][: len(values)]
     spread.copy_(values)
     return spread
 
@@ -190,11 +178,9 @@ def blaming(judge: Judge, *suspects: Case) -> Iterator[None]:
 
 def _fails_alone(judge: Judge, case: Case) -> bool:
     try:
-        fresh, _ = load(dump(case))
+        Judge(judge.subject, judge.facility, judge.seed).copy(load(dump(case))[0])
     except ValueError:  # tensors that no arrangement describes
         return False
-    try:
-        Judge(judge.subject, judge.facility, judge.seed).copy(fresh)
     except AssertionError:
         return True
     return False

@@ -16,16 +16,9 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
+from portakv_conformance.draw import drawn_layouts as layouts
 from portakv_conformance.draw.arrangement import Arrangement, Case, Side, side_of
-from portakv_conformance.draw.drawn_layouts import (
-    Draw,
-    SharedRows,
-    arrange,
-    declare,
-    draw_layout,
-    pick,
-    rarely,
-)
+from portakv_conformance.draw.drawn_layouts import Draw, SharedRows, pick, rarely
 from portakv_conformance.judge.grammar import read_layout
 
 DTYPES = (
@@ -103,30 +96,20 @@ def _draw_side(
         "layer": rows.layers, "head": rows.heads, "token": size, "block": blocks,
         "kv": len(rows.widths), "dim": tuple(w // dtype.itemsize for w in rows.widths),
     }  # fmt: skip
-    layout = draw_layout(draw, rows, paged, n, options.containers)
-    declared = declare(draw, layout, extents, paged)
+    layout = layouts.draw_layout(draw, rows, paged, n, options.containers)
+    declared = layouts.declare(draw, layout, extents, paged)
     arrangement = _arranged(draw, layout, dtype, extents, source, options)
-    side = side_of(arrangement, declared=declared)
-    # What was drawn must be what was built, or the examples would not be those described.
-    drawn = (rows.layers, rows.heads, rows.widths, size if paged else None, size * blocks)
-    assert drawn == (side.layers, side.heads, side.widths, side.block_size, side.slots)
-    slots = size * blocks
     usual = [1, size, 2 * size, *(s for s in range(2, size) if size % s == 0), 3]
-    steps = [s for s in usual if s <= slots] if paged else [0, 1, 2, 4]
-    step = pick(draw, [*steps, 0]) if paged else pick(draw, [s for s in steps if s <= slots])
-    return replace(side, step=step)
+    steps = [s for s in (usual if paged else [0, 1, 2, 4]) if s <= size * blocks]
+    return side_of(arrangement, step=pick(draw, [*steps, 0] if paged else steps), declared=declared)
 
 
 def _arranged(
-    draw: Draw,
-    layout: str,
-    dtype: torch.dtype,
-    extents: dict[str, Any],
-    source: bool,
+    draw: Draw, layout: str, dtype: torch.dtype, extents: dict[str, Any], source: bool,
     options: Options,
-) -> Arrangement:
+) -> Arrangement:  # fmt: skip
     """How a side lies in memory, less what the options leave out."""
-    found = arrange(draw, layout, dtype, extents, source, options.device)
+    found = layouts.arrange(draw, layout, dtype, extents, source, options.device)
     if not options.expanded:
         found = replace(found, expand=None)
     if "page" in extents and not options.loose_pages:
@@ -137,21 +120,16 @@ def _arranged(
     return found
 
 
-def _most(side: Side, source: bool, options: Options) -> int:
-    """The positions that one side can hold, duplicates in the source apart."""
-    if side.step and (source or options.duplicates):
-        return 40
-    return side.slots // max(side.step, 1) * max(side.step, 1)
-
-
 def _draw_count(
     draw: Draw, sides: list[Side], options: Options, unit: int = 1
 ) -> tuple[list[int], int]:
     """Offsets of both sides and the count of positions."""
     if not options.ragged and unit == 1:
-        sizes = [n for side in sides for n in (side.step, side.block_size) if n]
-        unit = math.gcd(*sizes) if sizes else 1
-    most = [_most(side, n == 0, options) for n, side in enumerate(sides)]
+        unit = math.gcd(*(n or 0 for s in sides for n in (s.step, s.block_size))) or 1
+    most = [side.slots // max(side.step, 1) * max(side.step, 1) for side in sides]
+    for n, side in enumerate(sides):
+        if side.step and (n == 0 or options.duplicates):
+            most[n] = 40  # slots may occur again
     offsets = [0, 0]
     if draw(st.booleans()):
         offsets = [draw(st.integers(0, min((m - 1) // unit, 5))) * unit for m in most]
@@ -219,9 +197,8 @@ def migrations(draw: Draw, /, **options: Any) -> Case:
     units = list(range(side.slots // step))
     random.Random(draw(st.integers(0, 255))).shuffle(units)
     moved = len(units) // 2 if draw(st.booleans()) else draw(st.integers(0, len(units) // 2))
-    halves = (units[:moved], units[moved : 2 * moved])
     sides = []
-    for half in halves:
+    for half in (units[:moved], units[moved : 2 * moved]):
         by_slot = draw(st.booleans())
         slots = [unit * step + n for unit in half for n in range(step)]
         ids = _as_tensor(draw, slots if by_slot else half, chosen.ids_on)
@@ -244,9 +221,8 @@ def page_cases(draw: Draw, /, **options: Any) -> Case:
         extents = {"layer": layers, "head": 1, "token": size, "block": blocks, "kv": 1}
         extents["page"] = (width // dtype.itemsize,)
         arrangement = _arranged(draw, layout, dtype, extents, n == 0, chosen)
-        side = side_of(arrangement, step=pick(draw, (size, 0)), declared={"block_size": size})
-        assert side.opaque
-        sides.append(side)
+        step = pick(draw, (size, 0))
+        sides.append(side_of(arrangement, step=step, declared={"block_size": size}))
     (before, behind), count = _draw_count(draw, sides, chosen, unit=size)
     src = _with_ids(draw, sides[0], before, count, False, chosen)
     return Case(src, _with_ids(draw, sides[1], behind, count, True, chosen), count)

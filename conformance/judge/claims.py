@@ -69,9 +69,9 @@ def check_refused(judge: Judge, case: Case, error: type[PortaKVError] = Unsuppor
     """
     asked = asked_of(case)
     before = Memory.snapshot(case.src.tensors, case.dst.tensors)
-    rule, advice = f"This copy must raise {error.__name__}", ""
-    if error is Unsupported:
-        rule, advice = "What is not claimed must raise Unsupported", "Claim it, or refuse it. "
+    rule, advice = "What is not claimed must raise Unsupported", "Claim it, or refuse it. "
+    if error is not Unsupported:
+        rule, advice = f"This copy must raise {error.__name__}", ""
     try:
         judge.finish(judge.subject.copy(*asked, count=case.count))
     except (error, Unsupported) as found:
@@ -95,13 +95,12 @@ def check_refused(judge: Judge, case: Case, error: type[PortaKVError] = Unsuppor
 
 def without_bad(case: Case) -> Case:
     """The copy that is left of a case: ids past the end, of either side, are padding."""
-    sides = []
-    for side in (case.src, case.dst):
+    made = Case(replace(case.src), replace(case.dst), case.count)
+    for side in (made.src, made.dst):
         if side.ids is not None:
             ids = side.ids.cpu().long()
-            side = replace(side, ids=torch.where(ids >= side.slots // side.step, -1, ids))
-        sides.append(side)
-    return Case(sides[0], sides[1], case.count)
+            side.ids = torch.where(ids >= side.slots // side.step, -1, ids)
+    return made
 
 
 def check_guarded(judge: Judge, case: Case, *, word: bool = True) -> None:

@@ -6,7 +6,6 @@ The only module of the suite that knows device types by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,12 +17,8 @@ _FILLS = 8  # for each millisecond: no accelerator writes 512 MiB faster
 
 
 class Facility:
-    """Streams, delays and devices of one kind.
-
-    Args:
-        device: the device that is judged.
-        emulated: it is the simulated one.
-    """
+    """Streams, delays and devices of the kind of ``device``, which is judged; ``emulated``: it is
+    the simulated one."""
 
     def __init__(self, device: torch.device, emulated: bool = False) -> None:
         self.device = device
@@ -67,24 +62,18 @@ class Facility:
             return
         stream = stream or self.current()
         with self.on(stream):  # also where another device than this one is current
-            self._wait(milliseconds)(stream)
+            if self.emulated:
+                from portakv_conformance import simdev
 
-    def _wait(self, milliseconds: int) -> Callable[[torch.Stream], object]:
-        if self.emulated:
-            from portakv_conformance import simdev
-
-            if simdev.loaded() is None:  # an emulation without streams of its own: nothing is late
-                return lambda stream: None
-            return lambda stream: simdev.delay(stream, milliseconds)
-        if self.device.type == "cuda":
-            return lambda stream: torch.cuda._sleep(milliseconds * _CYCLES)
-        return lambda stream: self._fill(milliseconds * _FILLS)
-
-    def _fill(self, times: int) -> None:
-        if self._junk is None:
-            self._junk = torch.empty(_FILL, dtype=torch.uint8, device=self.device)
-        for _ in range(times):
-            self._junk.fill_(1)
+                if simdev.loaded() is not None:  # else without streams of its own: nothing is late
+                    simdev.delay(stream, milliseconds)
+            elif self.device.type == "cuda":
+                torch.cuda._sleep(milliseconds * _CYCLES)
+            else:
+                if self._junk is None:
+                    self._junk = torch.empty(_FILL, dtype=torch.uint8, device=self.device)
+                for _ in range(milliseconds * _FILLS):
+                    self._junk.fill_(1)
 
     def synchronize(self) -> None:
         """Wait for all work of the judged device."""
@@ -96,14 +85,12 @@ class Facility:
         if not self.streams or self.emulated:
             return 0
         ask = getattr(torch.get_device_module(self.device), "mem_get_info", None)
-        if ask is None:
-            return 0
-        return int(ask(self.device)[0])
+        return 0 if ask is None else int(ask(self.device)[0])
 
     def release(self) -> None:
         """Give memory that the allocator holds back to the device."""
+        self.synchronize()
         if self.streams:
-            torch.accelerator.synchronize(self.device)
             give = getattr(torch.get_device_module(self.device), "empty_cache", None)
             if give is not None:
                 give()

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from contextlib import suppress
+from functools import lru_cache, partial
+from itertools import product
 from math import gcd
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from portakv import CopyPlan, Index, KVView, PortaKVError, Transfer, Unsupported
 from portakv.backends.base import Pending
 from portakv_conformance.draw.arrangement import Case, Side
-from portakv_conformance.draw.by_hand import Shape, Workshop
+from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop
 from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.oracle import Expected, compare
@@ -95,34 +97,27 @@ class Judge:
 
     def copy(self, case: Case, *, end: str = "synchronize") -> bool:
         """Judge a case as a user gets it; False where the backend declines it, as it may."""
-        self.direct, self.end = False, end
         asked = asked_of(case)
-        return self.call(
-            case, lambda: self.subject.copy(*asked, count=case.count), asked=asked, end=end
-        )
+        start = partial(self.subject.copy, *asked, count=case.count)
+        return self.call(case, start, asked=asked, end=end)
 
     def call(
-        self,
-        case: Case,
-        start: Callable[[], Transfer],
-        *,
-        asked: Asked | None = None,
+        self, case: Case, start: Callable[[], Transfer], *, asked: Asked | None = None,
         end: str = "synchronize",
-    ) -> bool:
+    ) -> bool:  # fmt: skip
         """Judge a call that starts a transfer as the copy that it must be; False where declined.
 
         ``asked`` is what the backend is asked for, where that is more than the case.
         """
-        given = asked or asked_of(case)
-        return self.judge(
-            case, lambda: self.finish(start(), end), lambda: self.why_declined(*given)
-        )
+        self.direct, self.end = False, end
+        why = partial(self.why_declined, *(asked or asked_of(case)))
+        return self.judge(case, lambda: self.finish(start(), end), why)
 
     def launch(self, case: Case) -> bool:
         """Judge a case by ``prepare`` and the launch alone; False where it is declined."""
         self.direct = True
-        asked = asked_of(case)
-        return self.judge(case, lambda: self.launch_only(case), lambda: self.why_declined(*asked))
+        why = partial(self.why_declined, *asked_of(case))
+        return self.judge(case, lambda: self.launch_only(case), why)
 
     def launch_only(self, case: Case, status: torch.Tensor | None = None) -> None:
         """Prepare and launch a case in the largest unit that its count, its offsets and its
@@ -156,7 +151,8 @@ class Judge:
         self, case: Case, carry: Callable[[], object], why_declined: Callable[[], str | None]
     ) -> bool:
         expected = case.expected()
-        ids = [side.ids.clone() for side in (case.src, case.dst) if side.ids is not None]
+        lists = [side.ids for side in (case.src, case.dst) if side.ids is not None]
+        ids = [listed.clone() for listed in lists]
         try:
             carry()
         except Unsupported as refusal:
@@ -173,21 +169,17 @@ class Judge:
                 rule = " It was asked for what is right."
             raise AssertionError(f"{told}{rule} The case was {case!r}.") from error
         self.check(expected, case)
-        now = [side.ids for side in (case.src, case.dst) if side.ids is not None]
-        assert all(torch.equal(a, b) for a, b in zip(ids, now, strict=True)), (
-            f"The copy wrote into its ids. The case was {case!r}."
-        )
+        same = all(torch.equal(a, b) for a, b in zip(ids, lists, strict=True))
+        assert same, f"The copy wrote into its ids. The case was {case!r}."
         return True
 
     def _note(self, why: str | None, refusal: str) -> None:
         assert why is not None, f"{_NO_REASON} {refusal}"
         self.declined.append(why)
 
-    def may_decline(
-        self, refusal: Unsupported, src: KVView, dst: KVView, mine: Index, theirs: Index
-    ) -> None:
+    def may_decline(self, refusal: Unsupported, *asked: Any) -> None:
         """Note why a copy of these views was refused; AssertionError where nothing allows it."""
-        self._note(self.why_declined(src, dst, mine, theirs), str(refusal))
+        self._note(self.why_declined(*asked), str(refusal))
 
     def carried(self, call: Callable[[], object], asked: Asked) -> bool:
         """Whether a call was carried out; False where the backend declines it, as it may."""
@@ -209,13 +201,13 @@ class Judge:
     def compare(self, expected: Expected, dst: Any, src: Any = None) -> str | None:
         """As the oracle's `compare`, with what the judged device knows of a wrong byte."""
         verdict = compare(expected, dst, src)
-        if verdict is None or not self.subject.emulated or _EMULATED_POISON not in verdict:
-            return verdict
-        return (
-            f"{verdict} 0xdb is what the simulated device fills memory with that was never "
-            f"written, or was freed: the copy came before its producer, or after the end of "
-            f"memory that it still needed."
-        )
+        if verdict and self.subject.emulated and _EMULATED_POISON in verdict:
+            verdict += (
+                " 0xdb is what the simulated device fills memory with that was never written, or "
+                "was freed: the copy came before its producer, or after the end of memory that it "
+                "still needed."
+            )
+        return verdict
 
     def finish(self, transfer: Transfer, end: str = "synchronize") -> None:
         """Wait for a transfer in one of the ways of ``ENDS``; its bytes have landed then."""
@@ -249,14 +241,10 @@ class Judge:
 def find_home(subject: Subject, layouts: Sequence[str]) -> str:
     """The first layout of a cache that the backend takes both ways, by tokens and by blocks; else
     the first."""
-    shape = Shape()
+    ways = list(product((1, Shape().block_size), DIRECTIONS))
     for layout in layouts:
         shop = Workshop(str(subject.device), 0, layout)
-        if all(
-            takes(subject, shop.move(direction, shape, [1], step=step))
-            for step in (1, shape.block_size)
-            for direction in ("gather", "scatter")
-        ):
+        if all(takes(subject, shop.move(way, Shape(), [1], step=step)) for step, way in ways):
             return layout
     return layouts[0]
 
@@ -271,9 +259,8 @@ def across(subject: Subject, paged: str, other: str) -> str:
 
 def takes(subject: Subject, case: Case) -> bool:
     """Whether the backend's ``check`` and ``prepare`` take every plan of a case."""
-    asked = asked_of(case)
     try:
-        for plan in plans(*asked):
+        for plan in plans(*asked_of(case)):
             subject.prepare(plan)
     except Exception:  # Unsupported; of anything else the cases will tell
         return False
@@ -285,12 +272,9 @@ def plans(src: KVView, dst: KVView, mine: Index, theirs: Index) -> list[CopyPlan
     first = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
     found = [first]
     by_unit = [first.unit if index.ids is not None else 0 for index in (mine, theirs)]
-    others = ((mine.plan_step, theirs.plan_step, 1), (by_unit[0], by_unit[1], None))
-    for src_step, dst_step, unit in others:
-        try:
-            found.append(CopyPlan(src.form, dst.form, src_step, dst_step, unit))
-        except PortaKVError:  # opaque pages have no plan by tokens
-            continue
+    for steps in ((mine.plan_step, theirs.plan_step, 1), by_unit):
+        with suppress(PortaKVError):  # opaque pages have no plan by tokens
+            found.append(CopyPlan(src.form, dst.form, *steps))
     return found
 
 
@@ -300,10 +284,8 @@ def changed(before: Memory, tensors: Any) -> str | None:
     for number, (old, new) in enumerate(zip(before.regions, now.regions, strict=True)):
         offsets = np.nonzero(old.content != new.content)[0]
         if offsets.size:
-            return (
-                f"{offsets.size} bytes of storage {number} of the outputs were changed, the first "
-                f"at offset {int(offsets[0])}"
-            )
+            many = f"{offsets.size} bytes of storage {number} of the outputs"
+            return f"{many} were changed, the first at offset {int(offsets[0])}"
     return None
 
 

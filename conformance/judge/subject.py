@@ -48,20 +48,9 @@ class Subject:
         """True where it works on the CPU, and so without streams."""
         return self.device.type == "cpu"
 
-    def copy(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Any = None,
-        dst_index: Any = None,
-        *,
-        count: int | None = None,
-        stream: torch.Stream | None = None,
-    ) -> Transfer:
+    def copy(self, *asked: Any, **how: Any) -> Transfer:
         """The copy as a user gets it: ``copy_rows`` with this backend forced."""
-        return copy_rows(
-            src, dst, src_index, dst_index, count=count, backend=self.name, stream=stream
-        )
+        return copy_rows(*asked, backend=self.name, **how)
 
     def prepare(self, plan: CopyPlan) -> Launch:
         """The launch, by the backend's own ``check`` and ``prepare``.
@@ -75,16 +64,9 @@ class Subject:
         return self.backend.prepare(plan)
 
     def launch(
-        self,
-        src: KVView,
-        dst: KVView,
-        src_index: Index,
-        dst_index: Index,
-        count: int,
-        *,
-        status: torch.Tensor | None = None,
-        unit: int | None = None,
-    ) -> Pending | None:
+        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int, *,
+        status: torch.Tensor | None = None, unit: int | None = None,
+    ) -> Pending | None:  # fmt: skip
         """Prepare and launch directly, with nothing of the library in between.
 
         ``count`` is a multiple of the plan's unit. Ids are brought only where the backend claims
@@ -123,16 +105,17 @@ def subject(name: str, device: str | torch.device = "cpu", *, emulated: bool = F
         raise BackendUnavailable(f"{name!r} was asked for, but {decision.reason}.")
     can, flaw = _claims(backend)
     trace = (decision,) if flaw else (*choose(place, name).trace,)
-    return Subject(name, _target(type(backend)), backend, place, can, trace, simulated, flaw)
+    target = f"{type(backend).__module__}:{type(backend).__qualname__}"
+    return Subject(name, target, backend, place, can, trace, simulated, flaw)
 
 
 def _claims(backend: Backend) -> tuple[Capabilities, str]:
-    nothing = Capabilities(places=frozenset())
     expected = "expected a portakv.backends.base.Capabilities. Without it no case can be judged."
     try:
         can = backend.capabilities()
     except Exception as error:  # a vendor's code may fail in any way
-        return nothing, f"capabilities() raised {type(error).__name__}: {error}; {expected}"
+        why = f"capabilities() raised {type(error).__name__}: {error}; {expected}"
+        return Capabilities(places=frozenset()), why
     if not isinstance(can, Capabilities):
         return can, f"capabilities() returned {can!r}; {expected}"
     return can, ""
@@ -141,19 +124,20 @@ def _claims(backend: Backend) -> tuple[Capabilities, str]:
 def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, bool]:
     simulated = emulated or str(device).partition(":")[0] == SIMULATED
     asked, device = str(device), _carried(str(device))
+    kind = device.partition(":")[0]
     from portakv_conformance.vendor import standins
 
     if simulated:
-        name = device.partition(":")[0]
-        if not standins.enter(name):
-            _simulate(asked, name)
+        if not standins.enter(kind):
+            _simulate(asked, kind)
+            standins.install(kind)
     elif not _WRITTEN.fullmatch(device):
         raise ValueError(f"Device {asked!r} was asked for; expected one such as cpu or npu:1.")
     else:
         try:  # a vendor's package is imported where torch does not know the device
             found(device)
         except BackendUnavailable as error:
-            if device.partition(":")[0] not in standins.STANDINS:
+            if kind not in standins.STANDINS:
                 raise
             raise BackendUnavailable(
                 f"{error}\nThe simulated device carries that name with --emulated."
@@ -167,16 +151,15 @@ def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, b
 
 def _simulate(asked: str, name: str) -> None:
     from portakv_conformance import simdev  # builds a C++ extension: only when asked
-    from portakv_conformance.vendor import standins
 
     why = simdev.available()
+    try:
+        if why is None:
+            simdev.load(name)
+    except simdev.SimulatedDeviceError as error:
+        why = str(error)
     if why is not None:
         raise BackendUnavailable(f"Device {asked!r} was asked for. {why}")
-    try:
-        simdev.load(name)
-    except simdev.SimulatedDeviceError as error:
-        raise BackendUnavailable(f"Device {asked!r} was asked for. {error}") from error
-    standins.install(name)
 
 
 def _carried(device: str) -> str:
@@ -204,8 +187,7 @@ def _register(target: str, device: torch.device) -> str:
         )
     name = made.name or attribute
     if name in REGISTRY.names():
-        known = REGISTRY.ask(name, _indexed(device), check=False)[0]
-        if type(known) is made:
+        if type(REGISTRY.ask(name, _indexed(device), check=False)[0]) is made:
             return name
         name = target  # that name is another's
     if name not in REGISTRY.names():
@@ -216,21 +198,13 @@ def _register(target: str, device: torch.device) -> str:
 def _indexed(device: torch.device) -> torch.device:
     """The device with its index; BackendUnavailable where torch cannot use it here."""
     place = found(device)
-    if place.type == "cpu":
-        return place
-    why = ""
     try:
         count = torch.get_device_module(place).device_count()
-        if (place.index or 0) >= count:
-            why = f"torch finds {count} of its kind"
+        if place.type == "cpu" or (place.index or 0) < count:
+            return place
+        why = f"torch finds {count} of its kind"
     except (RuntimeError, AssertionError, AttributeError) as error:
         why = str(error).splitlines()[0].rstrip(".")
-    if why:
-        raise BackendUnavailable(
-            f"Device {str(device)!r} was asked for, but torch cannot use it here ({why})."
-        )
-    return place
-
-
-def _target(cls: type[Backend]) -> str:
-    return f"{cls.__module__}:{cls.__qualname__}"
+    raise BackendUnavailable(
+        f"Device {str(device)!r} was asked for, but torch cannot use it here ({why})."
+    )
