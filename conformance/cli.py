@@ -12,6 +12,7 @@ import os
 import random
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -34,11 +35,7 @@ from portakv_conformance.run.runner import run
 
 
 def compare(words: list[str]) -> int:
-    """Print what changed between two reports; 1 where something got worse or is gone.
-
-    Raises:
-        BadRequest: one of them cannot be read.
-    """
+    """Print what changed between two reports; 1 where something got worse or is gone."""
     parser = argparse.ArgumentParser(
         prog="portakv conform diff",
         description="Prints FIX, REGRESSION, NEW and MISSING; exits with 1 on REGRESSION or "
@@ -56,20 +53,14 @@ def compare(words: list[str]) -> int:
         print(change)
         if change.bad and change.reason:
             print(f"{'':<10} {change.reason.splitlines()[0]}")
-    counts = dict.fromkeys(("FIX", "REGRESSION", "NEW", "MISSING"), 0)
-    for change in changes:
-        counts[change.kind] += 1
-    print(", ".join(f"{count} {kind}" for kind, count in counts.items()))
-    return 1 if any(change.bad for change in changes) else 0
+    counts = Counter(change.kind for change in changes)
+    kinds = ("FIX", "REGRESSION", "NEW", "MISSING")
+    print(", ".join(f"{counts[kind]} {kind}" for kind in kinds))
+    return int(any(change.bad for change in changes))
 
 
 def verify(words: list[str]) -> int:
-    """Print whether a report stands; 1 with every reason where it does not.
-
-    Raises:
-        BadRequest: the file cannot be read.
-        SuiteBroken: the installed suite cannot be collected.
-    """
+    """Print whether a report stands; 1 with every reason where it does not."""
     parser = argparse.ArgumentParser(
         prog="portakv conform verify",
         description="Checks a report: its schema and seal, its case list against the installed "
@@ -86,22 +77,15 @@ def verify(words: list[str]) -> int:
         return 1
     record = RunRecord.read(text)
     rung = f", {record.rung}" if record.rung else ""
-    emulated = " (emulated)" if record.environment["emulated"] else ""
-    place = f"{record.environment['device_name']}{emulated}"
-    print(
-        f"{asked.report} stands: {record.backend['name']} on {place}, "
-        f"suite {record.suite}, profile {record.profile}: {record.verdict}{rung}."
-    )
+    place = record.environment["device_name"]
+    place += " (emulated)" if record.environment["emulated"] else ""
+    who = f"{record.backend['name']} on {place}, suite {record.suite}, profile {record.profile}"
+    print(f"{asked.report} stands: {who}: {record.verdict}{rung}.")
     return 0
 
 
 def replay_example(words: list[str]) -> int:
-    """Judge a saved example again; 1, with the first wrong byte, where it still fails.
-
-    Raises:
-        BadRequest: the file is no saved example, or no backend is named.
-        SubjectUnavailable: the backend cannot run there.
-    """
+    """Judge a saved example again; 1, with the first wrong byte, where it still fails."""
     parser = argparse.ArgumentParser(
         prog="portakv conform replay",
         description="Judges a failing example that a run saved, on the backend and device that it "
@@ -172,42 +156,27 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: the words behind `portakv conform`; by default the process's own.
-
-    Returns:
-        The exit code; argparse raises ``SystemExit(2)`` for what it does not understand.
-    """
+    """Run one command: the words behind `portakv conform`, by default the process's own. Returns
+    the exit code; argparse raises ``SystemExit(2)`` for what it does not understand."""
     words = list(sys.argv[1:] if argv is None else argv)
+    verb = _VERBS.get(words[0]) if words else None
     try:
-        if words and words[0] in ("diff", "verify"):
-            return _VERBS[words[0]](words[1:])
-        if os.environ.get(ENVIRONMENT):
-            return _refuse(
-                f"{ENVIRONMENT}={os.environ[ENVIRONMENT]} forces every copy through one backend, "
-                f"which is not what the suite judges; unset it and name the backend."
+        if verb not in (compare, verify) and (forced := os.environ.get(ENVIRONMENT)):
+            raise BadRequest(
+                f"{ENVIRONMENT}={forced} forces every copy through one backend, which is not what "
+                f"the suite judges; unset it and name the backend."
             )
-        if words and words[0] in _VERBS:
-            return _VERBS[words[0]](words[1:])
-        return _conform(words)
-    except SubjectUnavailable as error:
-        print(f"portakv conform: {error}", file=sys.stderr)
-        return UNAVAILABLE
-    except (BadRequest, WaiverError) as error:
-        return _refuse(str(error))
-    except (SuiteBroken, PortaKVError) as error:
-        print(f"portakv conform: {error}", file=sys.stderr)
-        return FAILURES
+        return verb(words[1:]) if verb else _conform(words)
     except KeyboardInterrupt:
-        print("portakv conform: interrupted; nothing was reported.", file=sys.stderr)
-        return _INTERRUPTED
-
-
-def _refuse(sentence: str) -> int:
-    print(f"portakv conform: {sentence}", file=sys.stderr)
-    return USAGE
+        code, told = _INTERRUPTED, "interrupted; nothing was reported."
+    except SubjectUnavailable as error:
+        code, told = UNAVAILABLE, str(error)
+    except (BadRequest, WaiverError) as error:
+        code, told = USAGE, str(error)
+    except (SuiteBroken, PortaKVError) as error:
+        code, told = FAILURES, str(error)
+    print(f"portakv conform: {told}", file=sys.stderr)
+    return code
 
 
 def _conform(words: list[str]) -> int:
@@ -237,7 +206,7 @@ def _conform(words: list[str]) -> int:
 
         for path in write(record, asked.report):
             print(f"wrote {path}", file=sys.stderr)
-    return exit_code(record, options)
+    return _exit_code(record, options)
 
 
 def _list(words: list[str]) -> int:
@@ -255,14 +224,14 @@ def _list(words: list[str]) -> int:
     return CONFORMANT
 
 
-def exit_code(record: RunRecord, options: Options) -> int:
+def _exit_code(record: RunRecord, options: Options) -> int:
     """Conformant or not. Where only some cases were asked for, whether those are right, and every
     waiver holds."""
+    right = record.verdict == "conformant"
     if options.only:
-        wrong = any(case.status in WRONG for case in record.cases)
         broken = problems(record.waivers, record.cases, record.suite, whole=False)
-        return FAILURES if wrong or broken else CONFORMANT
-    return CONFORMANT if record.verdict == "conformant" else FAILURES
+        right = not (broken or any(case.status in WRONG for case in record.cases))
+    return CONFORMANT if right else FAILURES
 
 
 def _options(asked: argparse.Namespace) -> Options:
@@ -270,34 +239,23 @@ def _options(asked: argparse.Namespace) -> Options:
     if seed is None:
         seed = random.SystemRandom().randrange(_SEEDS) if asked.fuzz else 0
     return Options(
-        asked.backend,
-        asked.device or _usual_device(asked.backend),
-        asked.profile or ("core" if asked.report is None else "full"),
-        seed,
-        asked.fuzz or 0,
+        asked.backend, asked.device or _usual_device(asked.backend),
+        asked.profile or ("core" if asked.report is None else "full"), seed, asked.fuzz or 0,
         () if asked.waivers is None else read_waivers(asked.waivers),
         "" if asked.waivers is None else str(asked.waivers),
-        asked.limit,
-        asked.exit_first,
-        tuple(asked.only),
-        asked.emulated,
-        jobs=asked.jobs,
-    )
+        asked.limit, asked.exit_first, tuple(asked.only), asked.emulated, jobs=asked.jobs,
+    )  # fmt: skip
 
 
 def _usual_device(backend: str) -> str:
     """The type that a backend of PortaKV is made for; of others the accelerator where there is
     one, else the CPU. No device is touched to find out."""
-    made_for = MADE_FOR.get(backend)
-    if made_for is not None:
-        return made_for
-    import torch
+    if backend in MADE_FOR:
+        return MADE_FOR[backend]
+    from torch import accelerator
 
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator()
-        if kind is not None:
-            return kind.type
-    return "cpu"
+    kind = accelerator.current_accelerator() if accelerator.is_available() else None
+    return "cpu" if kind is None else kind.type
 
 
 def _examples_folder(report: Path | None) -> Path:
@@ -323,12 +281,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("backend", metavar="NAME", help="a registered backend, or pkg.mod:Class")
-    add(
-        "--device",
-        metavar="D",
-        help="cpu, cuda:1, simdev, simdev:mlu, ... (default: the kind that NAME is made for, such "
-        "as npu for ascend; where it is for several, the accelerator or cpu)",
-    )
+    add("--device", metavar="D", help="cpu, cuda:1, simdev, simdev:mlu, ... (default: the kind "
+        "that NAME is made for, such as npu for ascend; where it is for several, the accelerator "
+        "or cpu)")  # fmt: skip
     _add_profile(parser, None, "full with --report, which a rung needs; else core")
     count, seed = whole_number(1), whole_number(0)
     add("--fuzz", type=count, metavar="N", help="draw N fresh examples in each drawn case")
@@ -345,12 +300,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_profile(parser: argparse.ArgumentParser, default: str | None, told: str) -> None:
-    parser.add_argument(
-        "--profile",
-        choices=("core", "full"),
-        default=default,
-        help=f"which cases (default: {told})",
-    )
+    told = f"which cases (default: {told})"
+    parser.add_argument("--profile", choices=("core", "full"), default=default, help=told)
 
 
 def _seconds(text: str) -> float:

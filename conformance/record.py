@@ -72,13 +72,11 @@ class CaseRecord:
         type."""
         if not isinstance(values, dict):
             raise ValueError(f"A case record is {json.dumps(values)[:60]}, expected an object.")
-        known = {entry.name for entry in fields(cls)}
-        if set(values) != known:
-            odd = sorted(set(values) ^ known)
+        if odd := _odd(cls, values):
             raise ValueError(f"A case record has fields {odd} missing or unknown.")
         if values["status"] not in STATUSES:
             raise ValueError(f"Case {values['id']!r} has status {values['status']!r}.")
-        return _of_kind(cls(**values))
+        return _of_kind(cls(**values), f"case {values['id']!r}")
 
 
 @dataclass
@@ -129,45 +127,40 @@ class RunRecord:
         values = asdict(self)
         del values["cases"]
         cases = ",\n".join(f"  {case.line()}" for case in self.cases)
-        lines = (
-            f" {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}," for k, v in values.items()
-        )
-        return "{\n" + "\n".join(lines) + f'\n "cases": [\n{cases}\n ]\n}}\n'
+        told = {json.dumps(k): json.dumps(v, ensure_ascii=False) for k, v in values.items()}
+        lines = "".join(f" {key}: {value},\n" for key, value in told.items())
+        return f'{{\n{lines} "cases": [\n{cases}\n ]\n}}\n'
 
     @classmethod
     def read(cls, text: str) -> RunRecord:
-        """A document parsed.
-
-        Raises:
-            ValueError: it is none of this schema, or of a suite whose reports had other fields; a
-                sentence that says which.
-        """
+        """A document parsed; `ValueError`, a sentence, if it is none of this schema, or of a suite
+        whose reports had other fields."""
         values = json.loads(text)
         if not isinstance(values, dict) or values.get("schema") != SCHEMA:
             raise ValueError(f"This is no report of schema {SCHEMA!r}.")
-        known = {entry.name for entry in fields(cls)}
-        if set(values) != known:
-            odd = sorted(set(values) ^ known)
+        if odd := _odd(cls, values):
             raise ValueError(
                 f"The report is of suite {values.get('suite')!r} (installed is {SUITE_VERSION!r}) "
                 f"and has fields {odd} missing or unknown."
             )
         if isinstance(values["cases"], list):
             values["cases"] = [CaseRecord.read(case) for case in values["cases"]]
-        return _of_kind(cls(**values))
+        return _of_kind(cls(**values), "the report")
 
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "str": str, "int": int, "float": (int, float), "list": list, "dict": dict,
 }  # fmt: skip
+_Record = TypeVar("_Record", CaseRecord, RunRecord)
 
 
-_Record = TypeVar("_Record", "CaseRecord", "RunRecord")
+def _odd(cls: type[CaseRecord | RunRecord], values: dict[str, Any]) -> list[str]:
+    """The fields that are missing or unknown."""
+    return sorted(set(values) ^ {entry.name for entry in fields(cls)})
 
 
-def _of_kind(record: _Record) -> _Record:
+def _of_kind(record: _Record, place: str) -> _Record:
     """The record; ValueError with a sentence for each value of another type than the field's."""
-    place = f"case {record.id!r}" if isinstance(record, CaseRecord) else "the report"
     odd = []
     for entry in fields(record):
         kind = _KINDS.get(str(entry.type).partition("[")[0], str)

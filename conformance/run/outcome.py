@@ -24,13 +24,8 @@ _MOST_DETAILS = 20_000  # characters
 def outcome(
     reports: Mapping[str, pytest.TestReport], judge: Judge | None, flaw: str
 ) -> tuple[Status, str, str]:
-    """Status, a sentence and the details of a case whose phases have all ended.
-
-    Args:
-        reports: of the case, by phase.
-        judge: of its copies, where it asked for one.
-        flaw: why nothing at all can be judged of the backend; or empty.
-    """
+    """Status, a sentence and the details of a case whose phases have all ended, by the report of
+    each. A ``flaw`` says why nothing at all can be judged of the backend."""
     if flaw:
         return "failed", flaw, ""
     for when in ("setup", "call", "teardown"):

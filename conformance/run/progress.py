@@ -38,9 +38,8 @@ class Progress:
         self._wrong += case.status in WRONG
         if case.status not in WRONG or self._wrong > _MOST_WRONG + 1:
             return ""
-        if self._wrong > _MOST_WRONG:
-            return "More failures are shown at the end."
-        return f"{case.status}: {case.id}"
+        more = self._wrong > _MOST_WRONG
+        return "More failures are shown at the end." if more else f"{case.status}: {case.id}"
 
 
 SILENT = Progress()
@@ -90,9 +89,8 @@ class Bar(Progress):
             self.say(line)
 
     def say(self, sentence: str) -> None:
-        self._progress.console.print(
-            sentence, markup=False, emoji=False, highlight=False, soft_wrap=True
-        )
+        plain = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
+        self._progress.console.print(sentence, **plain)
 
 
 @contextmanager
@@ -108,9 +106,8 @@ def shown() -> Iterator[Progress]:
     except ImportError:
         yield Lines()
         return
-    running = TextColumn(
-        "{task.fields[case]}", markup=False, table_column=Column(no_wrap=True, ratio=1)
-    )
+    rest = Column(no_wrap=True, ratio=1)
+    running = TextColumn("{task.fields[case]}", markup=False, table_column=rest)
     columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), running)
     console = Console(stderr=True)
     with RichProgress(*columns, console=console, transient=True, expand=True) as progress:

@@ -83,11 +83,9 @@ class Options:
 
 
 def chosen(ids: Sequence[str], words: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The ids that words mean, in the order of ``ids``, and the words that mean none.
-
-    A word is an id, ``file::test`` for all its parameters, or a file for all its tests; the folder
-    ``cases/`` and the ending ``.py`` need not be written.
-    """
+    """The ids that words mean, in the order of ``ids``, and the words that mean none. A word is an
+    id, ``file::test`` for all its parameters, or a file for all its tests; ``cases/`` and ``.py``
+    need not be written."""
     wanted = {word: {id for id in ids if _means(word, id)} for word in words}
     found = set().union(*wanted.values())
     return [id for id in ids if id in found], [word for word, some in wanted.items() if not some]

@@ -28,12 +28,8 @@ __all__ = ["BadRequest", "Options", "SubjectUnavailable", "SuiteBroken", "run"]
 def run(
     options: Options, progress: Progress = SILENT, *, command: Sequence[str] | None = None
 ) -> RunRecord:
-    """Run the suite and judge what came of it.
-
-    Args:
-        options: what to run.
-        progress: told as it goes on.
-        command: what runs a worker, to which what it is told is added.
+    """Run the suite and judge what came of it. A command runs each worker, to which what it is told
+    is added.
 
     Raises:
         SubjectUnavailable: the backend cannot run there, with the probe's reason.

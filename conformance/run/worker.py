@@ -44,19 +44,16 @@ def append(file: str, event: dict[str, Any]) -> None:
 
 
 def _writable(value: Any) -> Any:
-    if isinstance(value, str):
-        return writable(value)
     if isinstance(value, dict):
         return {writable(str(key)): _writable(kept) for key, kept in value.items()}
-    return [_writable(entry) for entry in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [_writable(entry) for entry in value]
+    return writable(value) if isinstance(value, str) else value
 
 
 class Share:
-    """The cases that were taken, an empty file each: a worker that dies leaves no lock behind.
-
-    Args:
-        folder: an existing folder that all workers look at.
-    """
+    """The cases that were taken, an empty file each in a folder that all workers look at: a worker
+    that dies leaves no lock behind."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -82,12 +79,9 @@ class Share:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Judge a backend; returns pytest's exit code.
-
-    Args:
-        argv: the worker's folder, the process of the runner, whose end is the worker's; the
-            backend, its device and ``emulated`` or an empty text; then options of the suite.
-    """
+    """Judge a backend; returns pytest's exit code. Told are the worker's folder, the process of the
+    runner, whose end is the worker's, the backend, its device, ``emulated`` or an empty text, and
+    options of the suite."""
     home, runner, backend, device, emulated, *asked = argv
     events = str(Path(home, EVENTS))
     _end_with(int(runner))

@@ -57,14 +57,8 @@ def worker_command() -> tuple[str, ...]:
 
 
 class WorkerProcess:
-    """A worker's process: its events, its stacks, what it printed.
-
-    Args:
-        command: what runs it, to which what it is told is added.
-        folder: a folder of its own for its files, which is made.
-        asked: what is to be run.
-        more: options of the suite that only this worker has.
-    """
+    """A worker's process: its events, its stacks, what it printed. A command runs it, with a folder
+    of its own, which is made, and with options of the suite, of which it alone has ``more``."""
 
     def __init__(
         self, command: Sequence[str], folder: Path, asked: Options, more: Sequence[str]
@@ -144,19 +138,13 @@ class WorkerProcess:
 
 
 class Worker:
-    """A worker of a run, and what it has told until it ends, crashes, or is silent for too long.
-
-    Attributes:
-        process: the running process.
-        listed: it has collected its cases.
-        wasted: seconds that its loss costs: its start, and how long it was silent at its end.
-    """
+    """A worker of a run, and what it has told until it ends, crashes, or is silent for too long."""
 
     def __init__(
         self, process: WorkerProcess, journal: Journal, share: Share, limit: float
     ) -> None:
         self.process, self._journal, self._share, self._limit = process, journal, share, limit
-        self.listed = self._finished = False
+        self.listed = self._finished = False  # it has collected its cases, and run them
         self._running = self._latest = ""  # the case that runs, and the one that ended last
         self._refusal = ""  # why it could not load what others have loaded
         self._retired = ""  # why it ended itself behind a case that has failed
@@ -165,14 +153,8 @@ class Worker:
 
     def look(self, *, alone: bool) -> str | None:
         """Take what the worker has told since: None while it goes on, else how it was lost, a
-        sentence, or an empty one if it ended well.
-
-        Args:
-            alone: no other worker is there to run what this one does not.
-
-        Raises:
-            SubjectUnavailable, BadRequest, SuiteBroken: nothing can be judged.
-        """
+        sentence, or an empty one if it ended well. What it does not run no other does if it is
+        ``alone``. Raises as `Workers.work`."""
         ended = self.process.code is not None  # asked before reading, as above
         for event in (events := self.process.events()):
             self._take(event)
@@ -188,8 +170,8 @@ class Worker:
             return self._lost(late, alone)
         return None
 
-    @property
     def wasted(self) -> float:
+        """Seconds that its loss costs: its start, and how long it was silent at its end."""
         return self._ready + time.monotonic() - self._heard
 
     def _take(self, event: dict[str, Any]) -> None:
@@ -280,14 +262,8 @@ class Worker:
 
 
 class Workers:
-    """As many workers at a time as were asked for, over one case list.
-
-    Args:
-        journal: what is known of the run.
-        options: what was asked for.
-        folder: an empty folder for the files of all workers.
-        command: what runs a worker, to which what it is told is added.
-    """
+    """As many workers at a time as were asked for, over one case list; their files lie in an empty
+    folder. A command runs each, to which what it is told is added."""
 
     def __init__(
         self, journal: Journal, options: Options, folder: Path, command: Sequence[str]
@@ -372,7 +348,7 @@ class Workers:
             between = self._journal.ran - self._ran
             self._losses = self._losses + 1 if between < _PROGRESS else 1
             self._ran = self._journal.ran
-            self._seconds += worker.wasted
+            self._seconds += worker.wasted()
 
     def _hopeless(self) -> str:
         """Why it makes no sense to go on, as a clause; empty if it does."""

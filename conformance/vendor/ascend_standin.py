@@ -39,11 +39,7 @@ def install() -> None:
     if "torch_npu" in sys.modules or importlib.util.find_spec("torch_npu") is not None:
         return
     _declare()
-    module = ModuleType("torch_npu", "A stand-in: the simulated device, and no NPU.")
-    module.__dict__.update(
-        EMULATED=True, __version__=torch.__version__, npu=torch.get_device_module("npu")
-    )
-    sys.modules["torch_npu"] = module
+    sys.modules["torch_npu"] = _module()
     ascendc_npu.install(os.environ.get(VARIABLE))
 
 
@@ -63,3 +59,10 @@ def _launch(name: str, op: Callable[..., Any], *args: Any, **given: Any) -> Any:
     tensors = [each for each in (*args, *given.values()) if isinstance(each, torch.Tensor)]
     ascend_ops.check_current(name, tensors)
     return op(*args, **given)
+
+
+def _module() -> ModuleType:
+    module = ModuleType("torch_npu", "A stand-in: the simulated device, and no NPU.")
+    npu = torch.get_device_module("npu")
+    module.__dict__.update(EMULATED=True, __version__=torch.__version__, npu=npu)
+    return module
