@@ -32,6 +32,7 @@ _TRIES = 3
 
 #: What `where` can ask of a number or a word beside equality.
 CONDITIONS: Mapping[str, Callable[[Any, Any], bool]] = {
+    "is": lambda found, asked: found == asked,  # what a plain value asks
     "at_least": lambda found, asked: found >= asked,
     "below": lambda found, asked: found < asked,
     "multiple_of": lambda found, asked: found % asked == 0,
@@ -43,21 +44,15 @@ CONDITIONS: Mapping[str, Callable[[Any, Any], bool]] = {
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """What some figure of some rows has to reach.
-
-    ``where`` picks rows: each of its fields is a value, or a table of conditions, of
-    `CONDITIONS`, that the row's field fulfils. Rows without the figure are not picked.
-    ``accepted`` is of a bar that resisted: the ``figure`` that was reached, the ``reason`` why no
-    more, and the ``tries``.
-    """
+    """What some figure of the rows that have it has to reach."""
 
     name: str
-    where: Mapping[str, Any]
+    where: Mapping[str, Any]  # fields of a row: a value, or `CONDITIONS` that it fulfils
     figure: str
     at_least: float | None = None
     at_most: float | None = None
     device: str | None = None
-    accepted: Mapping[str, Any] | None = None
+    accepted: Mapping[str, Any] | None = None  # if it resisted: figure, reason, tries
     open: str = ""
 
     def __post_init__(self) -> None:
@@ -67,9 +62,7 @@ class Bar:
                 f"Bar {self.name!r} asks for {sorted(unknown)}; known are {list(CONDITIONS)}."
             )
         if (self.at_least is None) == (self.at_most is None):
-            raise ValueError(
-                f"Bar {self.name!r} has no limit or two; expected at_least or at_most."
-            )
+            raise ValueError(f"{self!r} has no limit or two; expected at_least or at_most.")
         if self.accepted is None:
             return
         tries, reason = self.accepted["tries"], self.accepted["reason"]
@@ -96,8 +89,10 @@ class Bar:
 
     def picks(self, row: Mapping[str, Any]) -> bool:
         """True for rows that the bar is about."""
-        return self.figure in row and all(
-            name in row and _fulfils(row[name], asked) for name, asked in self.where.items()
+        return {self.figure, *self.where} <= row.keys() and all(
+            CONDITIONS[name](row[field], limit)
+            for field, asked in self.where.items()
+            for name, limit in (asked if isinstance(asked, Mapping) else {"is": asked}).items()
         )
 
     def worst(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -151,12 +146,6 @@ def _judge(bar: Bar, rows: Sequence[Mapping[str, Any]]) -> Verdict:
     else:
         word, reason = "missed", "worse than the figure that was accepted"
     return Verdict(bar, worst, word, reason, _named(deciding), len(picked))
-
-
-def _fulfils(found: Any, asked: Any) -> bool:
-    if not isinstance(asked, Mapping):
-        return bool(found == asked)
-    return all(CONDITIONS[name](found, limit) for name, limit in asked.items())
 
 
 def _named(row: Mapping[str, Any]) -> str:

@@ -11,29 +11,34 @@ import argparse
 import gc
 import json
 import os
+import platform
+import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy
 import torch
 
+import portakv
 from portakv.cli.console import print_json
 from portakv.engines.costs import costs_of
 from portakv.errors import PortaKVError
 from portakv.registry.registry import ENVIRONMENT
-from portakv.runtime.devices import usable_device, usual_device
+from portakv.runtime.devices import device_name, usable_device, usual_device
 from portakv_benchmarks.check import HOST_SUITE, judge, load_bars, print_verdicts
 from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.cold_start import measure_startup
 from portakv_benchmarks.device.overhead import measure_overhead
 from portakv_benchmarks.device.ways import run_ladder
-from portakv_benchmarks.host import calls, grid, interference, pageable, pinning, small, waiting
+from portakv_benchmarks.host import calls, grid, interference, memory, small
 from portakv_benchmarks.host.suite import HOST_PRESETS, Bench
 from portakv_benchmarks.shared.harness import DeviceTimer, HostTimer, Row, Rows, Step, in_a_line
-from portakv_benchmarks.shared.machine import describe, short_name
 from portakv_benchmarks.shared.peers import PEERS, LMCache, load_peer
 from portakv_benchmarks.shared.shapes import Shape, load
 from portakv_benchmarks.shared.tables import print_results
@@ -45,18 +50,15 @@ LADDER = "seed"  # the founding scenario
 PARTS: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
     "grid": grid.grid_steps, "direct": grid.direct_steps, "duplex": grid.duplex_steps,
     "calls": calls.call_steps, "small": small.small_steps,
-    "interference": interference.interference_steps, "waiting": waiting.waiting_steps,
-    "pageable": pageable.pageable_steps, "pinning": pinning.pinning_steps,
+    "interference": interference.interference_steps, "waiting": interference.waiting_steps,
+    "pageable": memory.pageable_steps, "pinning": memory.pinning_steps,
     "peers": interference.peer_steps,
 }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, write to ``--out``, and print; returns the exit code.
-
-    Args:
-        argv: the words behind `portakv bench`; by default the process's own.
-    """
+    """Measure, write to ``--out``, and print; returns the exit code. ``argv`` are the words behind
+    `portakv bench`, by default the process's own."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = _parser("--host" in words)
     asked = parser.parse_args(words)
@@ -118,11 +120,7 @@ def _parser(host: bool) -> argparse.ArgumentParser:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of a name, made the current one; None: the accelerator, else the CPU.
-
-    Raises:
-        DeviceMismatch: torch finds no such device here.
-    """
+    """The device of a name, made the current one; None: the accelerator, else the CPU."""
     device = usual_device() if name is None else usable_device(name)
     if device.type == "cpu":
         return torch.device("cpu")
@@ -132,11 +130,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def run_device(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Measure copies inside a device; returns what is written as JSON.
-
-    Raises:
-        PortaKVError: a name is unknown, or a peer cannot be called here.
-    """
+    """Measure copies inside a device; returns what is written as JSON."""
     preset = suite.PRESETS[asked.preset]
     known, accepted = load(), suite.accepted_backends(device)
     _check_known("Shape", asked.shape or (), known)
@@ -198,12 +192,7 @@ def _device_steps(
 
 
 def run_host(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Measure copies between a device and the host; returns what is written as JSON.
-
-    Raises:
-        PortaKVError: a device that is no accelerator or only emulated, an unknown part, or a peer
-            that cannot be called here.
-    """
+    """Measure copies between a device and the host; returns what is written as JSON."""
     if device.type == "cpu":
         raise PortaKVError(
             "copies between a device and the host were to be measured, but torch finds no "
@@ -261,8 +250,7 @@ def carry_out(
             if seconds is not None and elapsed > seconds:
                 left_out += [f"{late}: no time was left" for late, _ in steps[done:]]
                 break
-            told = f"[{done + 1}/{len(steps)}] {elapsed:.0f} s: {name}"
-            print(told, file=sys.stderr, flush=True)
+            print(f"[{done + 1}/{len(steps)}] {elapsed:.0f} s: {name}", file=sys.stderr, flush=True)
             try:
                 rows += step()
             except KeyboardInterrupt:
@@ -279,6 +267,55 @@ def carry_out(
                 left_out.append(f"{name} left the device unusable ({why}); the rest was not run")
                 break
     return rows
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Facts of the machine and versions, as JSON can hold them."""
+    facts: dict[str, Any] = {
+        "date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "device_type": device.type,
+        "device": _name(device), "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)), "torch_threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(),
+        "torch": torch.__version__, "numpy": numpy.__version__, "portakv": portakv.__version__,
+    }  # fmt: skip
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts["cuda"] = torch.version.cuda or torch.version.hip
+        facts["multiprocessors"] = properties.multi_processor_count
+        facts["l2_bytes"] = getattr(properties, "L2_cache_size", None)
+        facts |= _smi(device)
+    return facts
+
+
+def _name(device: torch.device) -> str:
+    return _cpu_name() if device.type == "cpu" else device_name(device) or device.type
+
+
+def short_name(device: torch.device) -> str:
+    """A name for files that stays the same from run to run: ``cpu-2core``, ``h200``."""
+    if device.type == "cpu":
+        return f"cpu-{len(os.sched_getaffinity(0))}core"
+    words = re.sub(r"[^a-z0-9]+", "-", _name(device).lower()).strip("-").split("-")
+    return "-".join(word for word in words if word not in ("nvidia", "amd", "instinct"))
+
+
+def _cpu_name() -> str:
+    """The processor as the kernel names it."""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else platform.machine()
+
+
+def _smi(device: torch.device) -> dict[str, str]:
+    """Driver, clocks and power limit as nvidia-smi reads them; nothing is changed."""
+    asked = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
+    command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        line = told.stdout.splitlines()[device.index or 0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return {}
+    return dict(zip(asked, (word.strip() for word in line.split(",")), strict=False))
 
 
 def write(results: Row, folder: Path, stem: str) -> list[Path]:
@@ -300,8 +337,8 @@ def print_bars(results: Row) -> None:
     measured = [verdict for verdict in verdicts if verdict.rows]
     if measured:
         print_verdicts(measured)
-    if len(measured) < len(verdicts):
-        print(f"{len(verdicts) - len(measured)} bars are about rows that were not measured.")
+    if more := len(verdicts) - len(measured):
+        print(f"{more} bars are about rows that were not measured.")
 
 
 if __name__ == "__main__":

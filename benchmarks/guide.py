@@ -131,7 +131,7 @@ def page(files: Iterable[Path]) -> str:
 
 def _device(result: Mapping[str, Any]) -> list[str]:
     machine, rows = result["machine"], result["rows"]
-    copies = [r for r in having(rows, kind="copy") if r["verified"] and not r.get("peer")]
+    copies = having(rows, kind="copy", verified=True, peer=None)
     driver = f", driver {machine['driver_version']}" if "driver_version" in machine else ""
     gathers = [row for row in rows if row.get("op") in ("gather", "copy_")]
     gathers.sort(key=lambda row: -float(row["p50_us"]))
@@ -143,12 +143,12 @@ def _device(result: Mapping[str, Any]) -> list[str]:
 
 
 def _link(result: Mapping[str, Any]) -> list[str]:
-    machine, rows = result["machine"], [row for row in result["rows"] if row["verified"]]
-    told = ["", f"## Host memory, {machine['device']}", "", f"{_measured(machine)}.", "",
-            _LINK_HEAD, *_link_sizes(rows), *_link_best(rows)]  # fmt: skip
-    for kind in _LISTS:
-        told += _listed(rows, kind)
-    return told
+    machine, rows = result["machine"], having(result["rows"], verified=True)
+    return [
+        "", f"## Host memory, {machine['device']}", "", f"{_measured(machine)}.", "", _LINK_HEAD,
+        *_link_sizes(rows), *_link_best(rows),
+        *(line for kind in _LISTS for line in _listed(rows, kind)),
+    ]  # fmt: skip
 
 
 def _measured(machine: Mapping[str, Any]) -> str:
@@ -181,11 +181,9 @@ def _slower(copies: Sequence[Row]) -> list[str]:
 
 def _sizes(copies: Sequence[Row]) -> list[str]:
     """Against payload, for the shape that is measured from one token up."""
-    rows = [
-        r for r in having(copies, row_bytes=2048, op="gather", index="random", layers="apart",
-                       cache="layer | kv block token head dim")
-        if r["shape"].startswith("llama3-8b") and r["slots_used"] < 1
-    ]  # fmt: skip
+    rows = having(copies, row_bytes=2048, op="gather", index="random", layers="apart",
+                  cache="layer | kv block token head dim")  # fmt: skip
+    rows = [r for r in rows if r["shape"].startswith("llama3-8b") and r["slots_used"] < 1]
     sizes = sorted({row["payload_bytes"] for row in rows})
     ways = [way for way in _ORDER if having(rows, backend=way)]
     if len(sizes) < 3 or len(ways) < 2:
@@ -207,11 +205,11 @@ def _sizes(copies: Sequence[Row]) -> list[str]:
     for way in others:
         both = [n for n in sizes if (n, way) in by and (n, fastest) in by]
         slower = [n for n in both if by[n, way]["p50_us"] > CLOSE * by[n, fastest]["p50_us"]]
-        most = f"at most {CLOSE - 1:.0%} slower than `{fastest}` at every size measured"
-        more = f"more than {CLOSE - 1:.0%} slower than `{fastest}`, of the sizes measured, at "
-        lines.append(
-            f"- `{way}` is {more + ', '.join(map(in_decimal, slower)) if slower else most}."
-        )
+        told = f"at most {CLOSE - 1:.0%} slower than `{fastest}` at every size measured"
+        if slower:
+            told = f"more than {CLOSE - 1:.0%} slower than `{fastest}`, of the sizes measured, at "
+            told += ", ".join(map(in_decimal, slower))
+        lines.append(f"- `{way}` is {told}.")
     return lines
 
 
@@ -268,12 +266,11 @@ def _link_best(rows: Sequence[Row]) -> list[str]:
 def _listed(rows: Sequence[Row], kind: str) -> list[str]:
     title, told, cells = _LISTS[kind]
     mine = having(rows, kind=kind)
-    table = [[_text(cell, row) for cell in cells.values()] for row in mine]
-    return _section(title, _text(told, mine[0]) if mine else "", [*cells], table)
-
-
-def _text(cell: Cell, row: Row) -> str:
-    return cell.format_map(row) if isinstance(cell, str) else cell(row)
+    table = [
+        [cell.format_map(row) if isinstance(cell, str) else cell(row) for cell in cells.values()]
+        for row in mine
+    ]
+    return _section(title, told.format_map(mine[0]) if mine else "", [*cells], table)
 
 
 def _spread(rows: Sequence[Row], figure: str) -> list[str]:
@@ -297,9 +294,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the page, or with ``--check`` compare it; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.guide", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where it is old")
-    asked = parser.parse_args(argv)
-    text = page(RESULTS.glob("*.json"))
-    if not asked.check:
+    check, text = parser.parse_args(argv).check, page(RESULTS.glob("*.json"))
+    if not check:
         PAGE.write_text(text, encoding="utf-8")
         print(f"wrote {PAGE}")
     elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:

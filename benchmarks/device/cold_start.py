@@ -50,9 +50,9 @@ def measure_startup(backend: str, device: str, rounds: int) -> list[dict[str, An
 
 def _start(backend: str, device: str, folder: Path) -> dict[str, Any]:
     """Start one process and read what it prints."""
-    caches = {name: folder / name.lower() for name in _CACHES}
+    caches = {name: str(folder / name.lower()) for name in _CACHES}
     for own in caches.values():
-        own.mkdir(mode=0o700, exist_ok=True)
+        os.makedirs(own, mode=0o700, exist_ok=True)
     # Not the script's folder, whose modules could stand in for others.
     modules = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, **caches, "PYTHONPATH": modules, "PYTHONSAFEPATH": "1"}

@@ -19,7 +19,7 @@ from portakv.registry.registry import ENGINES, trace
 from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Call, Measured, Row, Rows, Timer, Variant
-from portakv_benchmarks.shared.peers import LMCache, PeerMissing
+from portakv_benchmarks.shared.peers import LMCache
 from portakv_benchmarks.shared.shapes import Shape
 
 #: Backends that compile each plan for seconds: measured with a few shapes and slots only.
@@ -88,10 +88,8 @@ def accepted_backends(device: torch.device) -> list[str]:
 
 
 def tasks(preset: Preset, shapes: Sequence[Shape], device: torch.device) -> Iterator[Task]:
-    """The workloads of a preset; those that the machine's memory cannot hold are left out.
-
-    Shapes for backends that compile come last, so that nothing waits for them.
-    """
+    """The workloads of a preset; those that the machine's memory cannot hold are left out. Shapes
+    for backends that compile come last, so that nothing waits for them."""
     for shape in sorted(shapes, key=lambda shape: shape.compiled):
         arrangements = ["apart"] if shape.layered and shape.apart else []
         if not arrangements or (preset.together and shape.together):
@@ -136,22 +134,23 @@ def _variants(
     """Every way of moving a workload; adds a line on each that cannot be made."""
     found: list[Variant] = []
     for index in (index for index in work.shape.index if index in preset.index):
-        for backend in field.backends:
-            if backend in COMPILING and (index != "random" or not work.shape.compiled):
-                continue
+        made = [(name, _backend_ways(work, name, index)) for name in field.backends]
+        made += [(peer.name, peer_ways(peer, work, index)) for peer in field.peers]
+        for name, ways in made:
             try:
-                found += connector_ways(work, backend, index)
-                if backend in COMPILING and work.device.type == "cuda":
-                    ways = connector_ways(work, backend, index, capturable=True)
-                    found += [replayed(way) for way in ways]
+                found += ways
             except PortaKVError as error:
-                left_out.append(f"{place}, {backend} {index}: {error}")
-        for peer in field.peers:
-            try:
-                found += peer_ways(peer, work, index)
-            except PeerMissing as error:
-                left_out.append(f"{place}, {peer.name} {index}: {error}")
+                left_out.append(f"{place}, {name} {index}: {error}")
     return found
+
+
+def _backend_ways(work: Workload, backend: str, index: str) -> Iterator[Variant]:
+    if backend not in COMPILING:
+        yield from connector_ways(work, backend, index)
+    elif index == "random" and work.shape.compiled:
+        yield from connector_ways(work, backend, index)
+        if work.device.type == "cuda":
+            yield from map(replayed, connector_ways(work, backend, index, capturable=True))
 
 
 def replayed(variant: Variant) -> Variant:
@@ -264,9 +263,8 @@ def _row(task: Task, timer: Timer, one: Measured) -> Row:
 
 
 def relate(rows: Rows) -> None:
-    """Write figures into the rows of copies: ``to_cuda``, a backend's time / that of `cuda`;
-    ``to_peer``, its time / that of the peer's fastest kernel whose bytes were right, and which
-    one that is, ``best_peer``."""
+    """Write into the rows of copies ``to_cuda``, a backend's time / that of `cuda`; ``to_peer``,
+    its time / that of the peer's fastest right kernel, and which one that is, ``best_peer``."""
     moved = [row for row in rows if row.get("op") in ("gather", "scatter")]
     for group in harness.grouped(
         harness.having(moved, kind="copy"), "shape", "layers", "op", "index"
@@ -286,12 +284,9 @@ def relate(rows: Rows) -> None:
 
 def peer_failures(rows: Rows) -> list[str]:
     """What a peer carried out wrongly, a line each."""
-    return [
-        f"{row['shape']}, layers {row['layers']}, {row['backend']} {row['op']} {row['index']}: "
-        f"some bytes were wrong"
-        for row in rows
-        if row.get("peer") and not row["verified"]
-    ]
+    wrong = [row for row in rows if row.get("peer") and not row["verified"]]
+    told = "{shape}, layers {layers}, {backend} {op} {index}: some bytes were wrong"
+    return [told.format_map(row) for row in wrong]
 
 
 def _times(row: Row, other: Row) -> float:

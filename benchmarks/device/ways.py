@@ -30,18 +30,15 @@ def run_ladder(shape: Shape, field: Field, rounds: int) -> Rows:
     blocks, block_size, heads, dim)`` and whose chunk is ``[2, L, T, H*D]``."""
     work = Workload(shape, "apart", field.device, shape.objects)
     slots = work.slots(INDEX).to(work.device)
-    slow, *plain = (
-        [*both_ways(work, INDEX, name, (name, name), *make(work, slots))]
-        for name, make in zip(PLAIN, (_loops, _indexing, _vectorised), strict=True)
-    )
-    fast = [way for ways in plain for way in ways]
+    plain = [
+        way for name, make in zip(PLAIN, (_loops, _indexing, _vectorised), strict=True)
+        for way in both_ways(work, INDEX, name, (name, name), *make(work, slots))
+    ]  # fmt: skip
+    slow, fast = plain[:2], plain[2:]
     for backend in field.backends:
         fast += usable([*connector_ways(work, backend, INDEX)], "ladder", field.left_out)
-    limits = ((slow, _SLOW_ROUNDS), (fast, rounds))
-    few, found = (
-        measure(ceiling(work), ways, field.timer, shape.objects, turns, 20.0)
-        for ways, turns in limits
-    )
+    few = measure(ceiling(work), slow, field.timer, shape.objects, _SLOW_ROUNDS, 20.0)
+    found = measure(ceiling(work), fast, field.timer, shape.objects, rounds, 20.0)
     names = ("p50_us", "ratio", "host_us", "rounds", "noisy", "host_hidden", "verified")
     rows = []
     for one in (*few[1:], *found):  # one row of `copy_` is enough: the one beside the fast ways

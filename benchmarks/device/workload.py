@@ -18,11 +18,9 @@ _SEED = 20261120
 
 class Workload:
     """Memory for one shape: caches to read (``source``) and to write (``target``), as its layout
-    wants them, and some memory objects to read (``loaded``) and to write (``stored``).
-
-    The layers are ``together`` in one allocation, or ``apart``, which is only for layouts with a
-    list over layers. What is read has bytes of its own, what is written is poisoned.
-    """
+    wants them, and some memory objects to read (``loaded``) and to write (``stored``). Layers are
+    ``together`` in one allocation, or ``apart``, which is only for layouts with a list over layers.
+    What is read has bytes of its own, what is written is poisoned."""
 
     def __init__(
         self, shape: Shape, arrangement: str, device: torch.device, objects: int = 3
@@ -80,9 +78,7 @@ class Workload:
 
     def target_right(self, i: int, index: str) -> bool:
         """Whether the target holds the rows of object ``i`` and poison elsewhere, every byte.
-
-        Overwrites those rows.
-        """
+        Overwrites those rows."""
         cached, chunks, places = self._rows(self.target, self.loaded[i], index)
         right = moved(chunks, 0, cached, places)
         return bool(right & torch.stack([(one == POISON).all() for one in self._targets()]).all())

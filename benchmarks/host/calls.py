@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a block transfer costs the host: 1,000 blocks x 64 planes, by each engine.
 
-Everything that can be made beforehand is: views, plans, kernels. The ids are an `Index` that the
-caller keeps, or tensors on the host that are new to the library, as an offload has them. The host's
-blocks follow each other, or lie at random: then the driver is asked for a copy of each.
-
-Calls follow each other in rounds, without waiting for an end in between, as those of a serving
-engine do. The first of a round finds an idle device and a processor that has waited: it is told
-beside the others, and is two to four times as dear.
+Everything that can be made beforehand is: views, plans, kernels. Calls follow each other in rounds,
+without waiting for an end in between, as those of a serving engine do. The first of a round finds
+an idle device and a processor that has waited: it is told beside the others, and is two to four
+times as dear.
 """
 
 from __future__ import annotations
@@ -36,11 +33,8 @@ ORDERS = ("random", "consecutive")
 
 
 def call_steps(bench: Bench) -> Iterator[Step]:
-    """A step for each row size and order of the host's blocks.
-
-    The first row size is measured in full; with others, which move gigabytes, the number of slices
-    decides, and they are called less often, by fewer ways and with kept ids alone.
-    """
+    """A step for each row size and order of the host's blocks. The first size is measured in full;
+    others, which move gigabytes, less often, by fewer ways and with kept ids alone."""
     tokens = _BLOCK * bench.preset.call_blocks
     for row, order in product(bench.preset.call_rows, ORDERS):
         whole = row == bench.preset.call_rows[0]

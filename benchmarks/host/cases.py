@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from typing import Any, NamedTuple
 
@@ -134,8 +135,7 @@ def case_of(scene: Scene, payload: int) -> Case | None:
 
 def cases(scenes: Sequence[Scene], payloads: Sequence[int]) -> list[Case]:
     """Every payload of every scene that there is."""
-    found = [case_of(scene, payload) for scene in scenes for payload in payloads]
-    return [case for case in found if case is not None]
+    return [case for pair in product(scenes, payloads) if (case := case_of(*pair)) is not None]
 
 
 _SEED = 20261121
@@ -167,28 +167,20 @@ class Region(NamedTuple):
 
 
 class Sides:
-    """A case in a region that is large enough: views and ids of both sides, for either direction.
-
-    Attributes:
-        caches: the device's tensors, as their layout wants them.
-        dense: int64 on the device, as many bytes as are moved: a plain copy's other side.
-        flat: int64 on the host, likewise; the beginning of the same memory that engines use.
-        slots: the device's slot of each token, int64 on the host.
-        chunk: the host's memory as its layout wants it; of a scene that is dense, a chunk.
-    """
+    """A case in a region that is large enough: views and ids of both sides, for either direction;
+    ``caches`` and ``chunk`` are the memory of both as their layouts want it."""
 
     def __init__(self, case: Case, region: Region) -> None:
         self.case, self._region = case, region
         device, host = case.on_device, case.on_host
-        self.caches, spread = _caches(device, region.device)
+        self.caches, end = _caches(device, region.device)
         self.chunk = _tensor(region.host, 0, _host_sizes(host), host)
-        end = -(-spread // 512) * 512
-        self._cache_bytes = region.device[:end]
-        self._host_bytes = self.chunk.nbytes
+        self._cache_bytes, self._host_bytes = region.device[:end], self.chunk.nbytes
+        # What a plain copy moves, as many int64: on the host the beginning of the same memory.
         self.dense = _words(region.device[end : end + case.payload])
         self.flat = _words(region.host[: case.payload])
-        self._ids = _ids(case)
-        mine, theirs = self._ids
+        mine, theirs = self._ids = _ids(case)
+        # The device's slot of each token, int64 on the host.
         self.slots = (mine[:, None] * device.block_size + torch.arange(device.block_size)).flatten()
         self.device_view = KVView(self.caches, device.cache)
         extents: Any = {"kv": host.kv, "heads": host.heads} if host.cache == CHUNK else {}
@@ -243,9 +235,7 @@ class Sides:
 
     def right(self, direction: str) -> bool:
         """Whether the destination holds the source's rows and poison elsewhere, every byte.
-
-        Overwrites those rows where they are on the device.
-        """
+        Overwrites those rows where they are on the device."""
         self._synchronise()
         device, host = self.case.on_device, self.case.on_host
         scratch = self._region.scratch[: self._host_bytes]
@@ -262,9 +252,9 @@ class Sides:
         """Block and place in the block of each token, on the device; of a chunk, its only block."""
         if ids is None:
             return 0
-        places = ids.repeat_interleave(shape.block_size), torch.arange(shape.block_size)
-        blocks, at = (one.to(self.dense.device) for one in places)
-        return blocks, at.repeat(ids.numel())
+        at = torch.arange(shape.block_size).repeat(ids.numel())
+        blocks = ids.repeat_interleave(shape.block_size)
+        return blocks.to(self.dense.device), at.to(self.dense.device)
 
     def _synchronise(self) -> None:
         torch.get_device_module(self.dense.device).synchronize()
@@ -286,14 +276,11 @@ def _ids(case: Case) -> tuple[torch.Tensor, torch.Tensor | None]:
 def _caches(shape: Shape, memory: torch.Tensor) -> tuple[Any, int]:
     """The device's tensors, and how many bytes they are spread over."""
     extents = sizes(shape.cache, shape, shape.blocks, shape.block_size)
-    if not shape.layered:
-        whole = _tensor(memory, 0, extents, shape)
-        return whole, whole.nbytes
     at, found = 0, []
-    for layer in range(shape.layers):
+    for layer in range(shape.layers if shape.layered else 1):
         found.append(_tensor(memory, at, extents, shape))
         at += -(-found[-1].nbytes // 512) * 512 + (layer * layer % 7) * _GAP
-    return found, at
+    return (found, at) if shape.layered else (found[0], at)
 
 
 def _host_sizes(shape: Shape) -> tuple[int, ...]:

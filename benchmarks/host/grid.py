@@ -111,12 +111,8 @@ def _row(kind: str, case: Case, one: Measured, bench: Bench) -> Row:
 
 
 def _staging(bench: Bench, variant: Variant) -> Row:
-    """``staging_mb``, the most memory of the device that a call takes, in 2^20 bytes. Empty where
-    torch does not say.
-
-    Engines keep what they stage in for each stream, so the call comes on a stream that none has
-    seen: what it takes there is its own, and nothing of it was left by a call before.
-    """
+    """``staging_mb``, the most memory of the device that a call takes, in 2^20 bytes; empty if
+    torch does not say. Engines keep staging memory for each stream: the call comes on a new one."""
     module, device = bench.module, bench.device
     if not hasattr(module, "max_memory_allocated"):
         return {}
@@ -132,9 +128,8 @@ def _staging(bench: Bench, variant: Variant) -> Row:
 
 
 def compare(rows: Rows) -> None:
-    """Write into the rows of chosen engines how they stand to the best engine of that point:
-    ``chosen_loss``, their time / its time - 1, if the best is of those that their terms allow;
-    ``best_engine`` and ``best_ratio``, of all."""
+    """Write into the rows of chosen engines ``chosen_loss``, their time / that of the best engine
+    which their terms allow - 1; and ``best_engine`` and ``best_ratio``, of all."""
     named = [way.name for way in ENGINES]
     for point in harness.grouped(rows, "shape", "op"):
         known = [row for row in point if row["backend"] in named]

@@ -1,20 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a transfer does to the model that is running: loops of compute beside each way.
+"""What a transfer does to the model that is running: loops of compute beside each way, as
+docs/benchmarks.md says.
 
-A loop runs on one stream, the default one or one of its own, as engines do either. In a side stream
-blocks are moved at full speed from before its first step until its last has ended, a few transfers
-in the queue at any time. The slow-down is the time of the loop / its time alone - 1; alone it runs
-before and behind the ways of each repeat, since clocks sink while a device works. The link's
-bandwidth counts the transfers that had ended by the loop's end, by the host's clock. Nothing but
-the loop has an event that tells the time: one for each transfer cost the link of an H200 up to 9 %.
-Repeats take the ways in turns, in an order that rotates.
+Nothing but the loop has an event that tells the time: one for each transfer cost the link of an
+H200 up to 9 %. Such an event is written by the engine that did the last work of its stream. Behind
+a copy that is a copy engine, and while that has copies of another stream the event, and what
+follows it, waits for all of them; so the loop's stream ends with a kernel before its first event.
 
-An event that tells the time is written by the engine that did the last work of its stream. Behind a
-copy that is a copy engine, and while that has copies of another stream the event, and what follows
-it, waits for all of them; so the loop's stream ends with a kernel before its first event.
-
-Peers meet the loops in a part of their own, since a kernel that fails may leave the process
-without its device.
+Likewise, what a copy of another stream waits for while transfers follow each other: an engine sends
+its step's inputs and fetches its tokens over the same link, with copies of its own. A copy that has
+waited so long that the copy engine may stay with the transfers for ever is given up.
 """
 
 from __future__ import annotations
@@ -35,6 +30,7 @@ from portakv_benchmarks.host.movers import LOOPS, OWN, Mover, Queue, Ways
 from portakv_benchmarks.host.suite import HOST, HOST_DETACHED, MEMCPY, Bench, Way
 from portakv_benchmarks.shared.harness import Row, Rows, Step, grouped, having, short, uncollected
 from portakv_benchmarks.shared.peers import LMCache
+from portakv_benchmarks.shared.shapes import in_words
 
 #: Ways that a bar judges are repeated in full, the others this often at most.
 _OTHERS = 2
@@ -64,10 +60,8 @@ def interference_steps(bench: Bench) -> Iterator[Step]:
     on a stream of its own, beside what bars judge."""
     kinds = (movers.DEFAULT, _engines, bench.preset.repeats), (OWN, _chosen, _ON_OWN)
     for (where, make, most), direction, loop in product(kinds, DIRECTIONS, LOOPS):
-        yield (
-            _place(loop, where, direction),
-            partial(_measure, bench, loop, where, direction, make, most),
-        )
+        asked = loop, where, direction
+        yield _place(*asked), partial(_measure, bench, *asked, make, most)
 
 
 def peer_steps(bench: Bench) -> Iterator[Step]:
@@ -137,11 +131,7 @@ class _Meeting:
         return float(first.elapsed_time(last))
 
     def _beside(self, met: Met, mover: Mover) -> None:
-        """Let a mover meet the loop.
-
-        Raises:
-            RuntimeError: the loop had not ended after `_HELD_UP` seconds.
-        """
+        """Let a mover meet the loop; raises `RuntimeError` if that does not end in time."""
         mover.variant.poison(0)
         queue = Queue(self._bench.module, mover, self._side)
         first, last = self._ready()
@@ -207,15 +197,14 @@ def _peers(bench: Bench, direction: str) -> Iterator[Mover]:
     """Plain memcpy and peers; rows of 2 KB and of 256 bytes."""
     yield movers.memcpys(bench, direction)
     for peer, run in product(bench.peers, movers.RUNS):
-        sides = movers.sides_of(bench, run)
+        sides, name = movers.sides_of(bench, run), peer.name
         try:
             call = _by_peer(peer, sides, direction)
         except PortaKVError as error:
-            bench.left_out.append(f"beside a loop, {peer.name} {direction}: {error}")
+            bench.left_out.append(f"beside a loop, {name} {direction}: {error}")
         else:
-            yield movers.moved(
-                sides, suite.by_call(sides, direction, peer.name, peer.name, call, peer=peer.name)
-            )
+            labels = sides, direction, name, name, call
+            yield movers.moved(sides, suite.by_call(*labels, peer=name))
 
 
 def _by_peer(peer: LMCache, sides: Sides, direction: str) -> Callable[[], object]:
@@ -233,3 +222,84 @@ def compare(rows: Rows) -> None:
             if row is not floor:
                 row["over_memcpy"] = round(row["slowdown_pct"] - floor["slowdown_pct"], 2)
                 row["link_ratio"] = short(row["link_gb_per_s"] / floor["link_gb_per_s"])
+
+
+# --- copies of others beside transfers ------------------------------------------------------------
+
+#: Bytes of the other's copy: what a kernel may carry out, and what surely takes a copy engine.
+OTHERS = (64, 1 << 20)
+_TRANSFERS = (HOST_DETACHED, HOST, suite.DESCRIPTORS, suite.direct(8))
+#: Seconds until the first copy of the other and between two, and after which one is given up.
+_BEFORE, _BETWEEN, _GIVEN_UP = 12e-3, 3e-3, 50e-3
+
+
+def waiting_steps(bench: Bench) -> Iterator[Step]:
+    """A step for each direction."""
+    for direction in DIRECTIONS:
+        yield f"copies of others beside transfers, {direction}", partial(_wait, bench, direction)
+
+
+def _wait(bench: Bench, direction: str) -> Rows:
+    ways = Ways(bench, f"copies of others, {direction}")
+    rows: Rows = []
+    found = [movers.memcpys(bench, direction)]
+    found += [movers.transfers(bench, way, direction) for way in bench.serving(_TRANSFERS)]
+    for mover, nbytes in product(found, OTHERS):
+        ways.tried(mover, partial(_wait_row, bench, direction, nbytes, rows))
+    return rows
+
+
+def _wait_row(bench: Bench, direction: str, nbytes: int, rows: Rows, mover: Mover) -> None:
+    mover.once()
+    mover.variant.poison(0)
+    # A pinned copy in the same direction.
+    here = torch.zeros(nbytes, dtype=torch.uint8).pin_memory()
+    there = torch.zeros(nbytes, dtype=torch.uint8, device=bench.device)
+    src, dst = (there, here) if direction == "d2h" else (here, there)
+    src.fill_(7)
+    copy = partial(dst.copy_, src, non_blocking=True)
+    waits = _waits(bench, mover, copy)
+    alone_stream = bench.stream()
+    bench.module.synchronize()
+    alone = [_seen(bench, None, alone_stream, copy) for _ in range(bench.preset.calls)]
+    mover.look()
+    rows.append({
+        "kind": "host_waiting", **mover.labels, "payload_bytes": mover.payload,
+        "other_bytes": nbytes, "other": f"{in_words(nbytes)} copy",
+        "alone_us": short(median(alone) * 1e6), "wait_us": short(median(waits) * 1e6),
+        "worst_us": short(max(waits) * 1e6), "samples": len(waits),
+        "given_up": sum(one >= _GIVEN_UP for one in waits),
+        "verified": mover.verified and bool((dst == 7).all()),
+    })  # fmt: skip
+
+
+def _waits(bench: Bench, mover: Mover, copy: Callable[[], object]) -> list[float]:
+    """Seconds of each copy of the other, from its call to its end."""
+    queue, stream = Queue(bench.module, mover, bench.stream()), bench.stream()
+    waits: list[float] = []
+    bench.module.synchronize()
+    with uncollected():
+        due = (began := perf_counter()) + _BEFORE
+        while not waits or perf_counter() < began + bench.preset.waiting:
+            queue.go_on()
+            if perf_counter() >= due:
+                waits.append(_seen(bench, queue, stream, copy))
+                if waits[-1] >= _GIVEN_UP:
+                    bench.module.synchronize()
+                due = perf_counter() + _BETWEEN
+        bench.module.synchronize()
+    return waits
+
+
+def _seen(
+    bench: Bench, queue: Queue | None, stream: torch.Stream, copy: Callable[[], object]
+) -> float:
+    """Seconds of a copy until its end was seen, or until it was given up."""
+    began = perf_counter()
+    with bench.module.stream(stream):
+        copy()
+    end = movers.recorded(bench.module, stream)
+    while not end.query() and perf_counter() - began < _GIVEN_UP:
+        if queue is not None:
+            queue.go_on()
+    return perf_counter() - began

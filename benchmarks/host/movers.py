@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from math import ceil
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -27,11 +27,9 @@ AHEAD = 4
 
 
 class Mover:
-    """A way of moving a case of so many bytes, and what came of it beside something else.
-
-    One call of its variant moves the case once, behind the current stream, and returns a handle
-    that tells the end, or None if the stream does. A peer and memcpy have no `Way`.
-    """
+    """A way of moving a case of so many bytes, and what came of it beside something else. One call
+    of its variant moves the case once, behind the current stream, and returns a handle that tells
+    the end, or None if the stream does. A peer and memcpy have no `Way`."""
 
     def __init__(self, variant: Variant, payload: int, way: Way | None = None, **labels: Any):
         self.payload, self.labels = payload, {**labels, **variant.labels}
@@ -42,7 +40,6 @@ class Mover:
         return f"{self.labels['backend']} {self.labels['shape']}"
 
     def look(self) -> None:
-        """Look at every byte."""
         self.verified &= self.variant.right(0)
 
     def once(self) -> None:
@@ -76,7 +73,6 @@ class Queue:
             self._issue()
 
     def land(self) -> None:
-        """See which have ended."""
         while self._flying and self._flying[0]():
             self._flying.popleft()
             self.stamps.append(perf_counter())
@@ -167,11 +163,8 @@ _DIM = 128
 
 class Loop:
     """A step again and again on the current stream, for at least so many seconds when nothing
-    disturbs it.
-
-    The steps are captured, if the device has graphs: launches in their thousands would fill the
-    queue and hold up the host, which has transfers to issue meanwhile.
-    """
+    disturbs it. The steps are captured, if the device has graphs: launches in their thousands would
+    fill the queue and hold up the host, which has transfers to issue meanwhile."""
 
     def __init__(self, step: Callable[[], object], device: torch.device, seconds: float) -> None:
         # A captured graph holds addresses, not tensors: freed, the step's memory would be given to
@@ -185,7 +178,6 @@ class Loop:
         self.steps = _BATCH * self._times  # of one run
 
     def run(self) -> None:
-        """Issue every step."""
         for _ in range(self._times):
             self._batch()
 
@@ -236,4 +228,4 @@ def _captured(step: Callable[[], object], device: torch.device) -> Callable[[], 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):
         batch()
-    return cast(Callable[[], None], graph.replay)
+    return graph.replay

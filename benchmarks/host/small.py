@@ -1,14 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small copies: integers that a stream can use, on an idle device and while a large copy flies.
+"""Small copies: integers that a stream can use, on an idle device and while a large copy flies;
+docs/benchmarks.md says what *idle*, *paced* and *busy* mean.
 
-Idle sends follow one another. Those beside a large copy cannot, and find the host's caches cold; so
-they are held against idle ones that come about as they do, *paced*: a large copy was issued and has
-ended, another one was issued, and a while later follows the send. That other one is as large and
-still flies (busy), or is of a few bytes, and over by then (paced). The two alternate.
-
-The latency is the host's: from handing the values over until the host sees, by synchronising their
-stream, that a kernel there could have read them. The device's events, recorded on that stream right
-before and behind the call, are told beside it. Every way is given the same numpy array of int64.
+The device's events, recorded on that stream right before and behind the call, are told beside the
+host's latency. Every way is given the same numpy array of int64.
 """
 
 from __future__ import annotations
@@ -136,11 +131,8 @@ def _row(bench: Bench, name: str, count: int, seen: Mapping[str, list[Seen]]) ->
 def _sends(
     bench: Bench, ways: Mapping[str, Route], count: int, large: _Large
 ) -> dict[str, dict[str, list[Seen]]]:
-    """Every send of every way, idle, paced and busy.
-
-    The ways take turns, each with many sends: the first of all would meet a colder driver, and a
-    way that alternates with others a processor whose caches hold theirs.
-    """
+    """Every send of every way, idle, paced and busy. The ways take turns, each with many sends: the
+    first of all would meet a colder driver, and a way that alternates others' caches."""
     seen = {name: {state: list[Seen]() for state in ("idle", "paced", "busy")} for name in ways}
 
     def send(name: str, state: str, n: int) -> None:

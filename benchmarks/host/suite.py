@@ -19,14 +19,8 @@ from portakv.registry.prepared import prepared
 from portakv.registry.registry import ENGINES, choose, trace
 from portakv.runtime.transfer import Transfer
 from portakv_benchmarks.host.cases import BLOCK_FIRST, Case, Region, Scene, Sides
-from portakv_benchmarks.shared.harness import (
-    DeviceTimer,
-    HostTimer,
-    Measured,
-    Timer,
-    Variant,
-    measure,
-)
+from portakv_benchmarks.shared import harness
+from portakv_benchmarks.shared.harness import Measured, Variant
 from portakv_benchmarks.shared.peers import LMCache
 from portakv_benchmarks.shared.shapes import in_words
 
@@ -69,9 +63,8 @@ class HostPreset:
 
     def rounds(self, payload: int) -> int:
         """How many rounds measure a payload: small ones move more from round to round."""
-        if payload <= 8 * MB:
-            return 25
-        return 15 if payload <= 32 * MB else 9 if payload <= 128 * MB else 5
+        limits = (8 * MB, 25), (32 * MB, 15), (128 * MB, 9)
+        return next((rounds for most, rounds in limits if payload <= most), 5)
 
 
 HOST_PRESETS: Mapping[str, HostPreset] = {
@@ -105,9 +98,9 @@ class Bench:
     ) -> None:
         self.device, self.preset, self.peers = device, preset, peers
         self.module = torch.get_device_module(device)
-        self.wall = HostTimer(device)
+        self.wall = harness.HostTimer(device)
         # Events that tell the time are had on CUDA devices.
-        self.timer = DeviceTimer(device, link=True) if device.type == "cuda" else self.wall
+        self.timer = harness.DeviceTimer(device, link=True) if device.type == "cuda" else self.wall
         self.left_out: list[str] = []  # a line for each thing that was not measured
         self._regions: dict[bool, Region] = {}
         #: Why an engine does not serve the device, by its name.
@@ -124,15 +117,12 @@ class Bench:
         return self._regions[pageable]
 
     def measure(
-        self,
-        ceiling: Variant,
-        variants: Sequence[Variant],
-        payload: int,
-        timer: Timer | None = None,
+        self, ceiling: Variant, variants: Sequence[Variant], payload: int, wall: bool = False
     ) -> list[Measured]:
-        """Variants in turns with a ceiling, on one device and one region."""
+        """Variants in turns with a ceiling, on one device and one region; ``wall``: timed by the
+        host's clock."""
         limits = 1, self.preset.rounds(payload), self.preset.seconds
-        return measure(ceiling, variants, timer or self.timer, *limits)
+        return harness.measure(ceiling, variants, self.wall if wall else self.timer, *limits)
 
     def sides(self, case: Case) -> Sides:
         """A case in the kept memory, with copies of its ids wherever engines read them."""
@@ -146,13 +136,10 @@ class Bench:
         return [way for way in ways if way.engine not in self.absent]
 
     def forget(self) -> None:
-        """Let go of the memory."""
         self._regions.clear()
 
     def stream(self) -> torch.Stream:
-        """A new stream of the device."""
-        made: torch.Stream = self.module.Stream(self.device)
-        return made
+        return cast(torch.Stream, self.module.Stream(self.device))
 
 
 MEMCPY = "memcpy"
@@ -175,11 +162,10 @@ class Way:
         if self.engine != DESCRIPTORS.engine:
             return ""
         if case.scene.run < LEAST_RUN:
-            return (f"{self.name}: all runs under {in_words(LEAST_RUN)}, since each costs the host "
-                    f"longer than the link")  # fmt: skip
-        if case.runs > MOST_RUNS:
-            return f"{self.name}, {case.name}: {case.runs} runs; measured up to {MOST_RUNS}"
-        return ""
+            least = f"{self.name}: all runs under {in_words(LEAST_RUN)}"
+            return f"{least}, since each costs the host longer than the link"
+        runs = f"{self.name}, {case.name}: {case.runs} runs; measured up to {MOST_RUNS}"
+        return runs if case.runs > MOST_RUNS else ""
 
     def taken(self, transfer: Transfer) -> dict[str, str]:
         """What a row says of the choice that a transfer made: ``chosen``, the engine, and

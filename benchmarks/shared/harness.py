@@ -3,12 +3,9 @@
 
 In each round every variant is called once, in an order that rotates, with the next memory object.
 A variant's ratio is the median over the rounds of the time of `copy_` / its own time, so that what
-slows the whole machine down slows both. Its bytes are checked before the rounds, for each memory
-object, and once behind them, the output poisoned each time.
-
-One of two timers says how long a call takes, by the host's clock or by a device's. On a device the
-L2 cache is flushed before each call, and a delay kernel stands before the first event: it outlasts
-the host's part of the call, so that the events see device time alone.
+slows the whole machine down slows both. Bytes are checked before and behind the rounds, the output
+poisoned each time. On a device the L2 cache is flushed before each call, and a delay kernel stands
+before the first event: it outlasts the host's part, so that the events see device time alone.
 """
 
 from __future__ import annotations
@@ -106,25 +103,19 @@ def in_a_line(error: BaseException) -> str:
 @contextmanager
 def uncollected() -> Iterator[None]:
     """Inside, no garbage is collected: that takes the host longer than what is timed."""
-    collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if collecting:
-            gc.enable()
+        gc.enable()
 
 
 def measure(
     ceiling: Variant, variants: Sequence[Variant], timer: Timer, objects: int, rounds: int,
     seconds: float,
 ) -> list[Measured]:  # fmt: skip
-    """Measure variants beside ``ceiling``, `copy_` of the same bytes; its row comes first.
-
-    Args:
-        objects: memory objects to take turns with.
-        rounds: how many rounds; fewer, but at least 5, where ``seconds`` are over first.
-    """
+    """Measure variants beside ``ceiling``, `copy_` of the same bytes, whose row comes first; with
+    so many memory objects in turns, in fewer rounds, but at least 5, if ``seconds`` are over."""
     everyone = [ceiling, *variants]
     verified = [all(variant.check(i) for i in range(objects)) for variant in everyone]
     settled = [timer.settle(variant.call, objects) for variant in everyone]
@@ -232,8 +223,7 @@ class Timer(ABC):
         self.alone: WeakKeyDictionary[Call, float] = WeakKeyDictionary()
 
     def settle(self, call: Call, objects: int) -> float:
-        """Call it a few times; returns the median microseconds of its host's part on an idle
-        device, which `sample` takes."""
+        """Call it a few times; the median microseconds of its host's part on an idle device."""
         for i in range(objects):
             call(i)
         hosts, walls = [], []
@@ -253,11 +243,9 @@ class Timer(ABC):
 
 
 class HostTimer(Timer):
-    """`time.perf_counter` from a call's beginning until its device has ended it.
-
-    Before a call to an accelerator the host rests: threads that torch copied with look for more
-    work for some milliseconds (libgomp: 8 - 10), and would take it from those of the next call.
-    """
+    """`time.perf_counter` from a call's beginning until its device has ended it. Before a call to
+    an accelerator the host rests: threads that torch copied with look for more work for some
+    milliseconds (libgomp: 8 - 10), and would take it from those of the next call."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device, _LINK_SETTLING)
@@ -320,13 +308,11 @@ class DeviceTimer(Timer):
 
     def _calibrate(self) -> float:
         """Clock cycles of the delay kernel in a microsecond."""
-        assert self._sleep is not None
-        cycles, rates = 2_000_000, list[float]()
-        first, last = self._events
+        cycles, (first, last), taken = 2_000_000, self._events, list[float]()
         for _ in range(5):
             first.record()
-            self._sleep(cycles)
+            self._module._sleep(cycles)
             last.record()
             self._module.synchronize()
-            rates.append(cycles / (first.elapsed_time(last) * 1e3))
-        return max(rates)
+            taken.append(first.elapsed_time(last))
+        return cycles / (min(taken) * 1e3)

@@ -54,8 +54,7 @@ def draw(results: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
     with matplotlib.rc_context(_INK):
         for name, (kind, make) in kinds.items():
             rows = having(results["rows"], kind=kind)
-            figure = make(rows, results["machine"]["device"]) if rows else None
-            if figure is not None:
+            if rows and (figure := make(rows, results["machine"]["device"])):
                 path = folder / f"{stem}-{name}.svg"
                 # No date and fixed ids: the same result gives the same file.
                 figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
@@ -80,11 +79,9 @@ def bandwidth(copies: list[Row], device: str) -> Figure | None:
         _sizes_below(axes)
         axes.set_ylim(bottom=0)
         axes.set_title(f"{op}, random slots, layers apart", fontsize=9)
-        if op == "gather":
-            axes.set_ylabel("GB/s, read and written")
-            axes.legend(fontsize=8, frameon=False)
-    title = "Llama-3 8B, 1 to 16,384 tokens, rows of 2 KB"
-    figure.suptitle(f"{title} · {device}", fontsize=10)
+    figure.axes[0].set_ylabel("GB/s, read and written")
+    figure.axes[0].legend(fontsize=8, frameon=False)
+    figure.suptitle(f"Llama-3 8B, 1 to 16,384 tokens, rows of 2 KB · {device}", fontsize=10)
     return figure
 
 
@@ -105,19 +102,18 @@ def heat_map(copies: list[Row], device: str) -> Figure | None:
     figure = Figure(figsize=(2.6 + 0.55 * len(columns), 0.6 + 0.19 * len(lines)))
     axes = figure.subplots()
     axes.imshow(cells, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1)
-    for y, line in enumerate(cells):
-        for x, ratio in enumerate(line):
-            if ratio == ratio:
-                ink = "white" if ratio < 0.12 or ratio > 0.92 else "black"
-                axes.text(x, y, f"{ratio:.2f}", ha="center", va="center", fontsize=6.5, color=ink)
+    for (y, line), (x, column) in product(enumerate(lines), enumerate(columns)):
+        if (ratio := found.get((line, *column))) is not None:
+            ink = "white" if ratio < 0.12 or ratio > 0.92 else "black"
+            axes.text(x, y, f"{ratio:.2f}", ha="center", va="center", fontsize=6.5, color=ink)
     axes.set_yticks(range(len(lines)), lines, fontsize=6.5)
     axes.set_xticks(range(len(columns)), [op for _, op in columns], fontsize=6, rotation=90)
     for at, way in enumerate(ways):
         axes.text(2 * at + 0.5, -0.7, way.replace(" ", "\n", 1), ha="center", va="bottom",
                   fontsize=7)  # fmt: skip
         axes.axvline(2 * at - 0.5, color="white", linewidth=2)
-    title = "Speed against copy_ of the same bytes (1 = a memory copy)"
-    axes.set_title(f"{title} · {device}", fontsize=9, pad=26)
+    axes.set_title(f"Speed against copy_ of the same bytes (1 = a memory copy) · {device}",
+                   fontsize=9, pad=26)  # fmt: skip
     return figure
 
 
@@ -170,15 +166,15 @@ def ratio(rows: list[Row], device: str) -> Figure | None:
     runs = sorted({row["run_bytes"] for row in rows})
     if len({row["payload_bytes"] for row in rows}) < 2:
         return None
-    shown: dict[tuple[str, int], tuple[str, list[Row]]] = {}
+    shown = []
     for direction, run in product(_WORDS, runs):
         mine = having(rows, op=direction, run_bytes=run)
         side = next((s for s in _SIDES if having(mine, host_side=s)), "")
-        shown[direction, run] = side, having(mine, host_side=side)
-    drawn = [row for _, own in shown.values() for row in own if row["backend"] in _LINK_MARKS]
+        shown.append((direction, run, side, having(mine, host_side=side)))
+    drawn = [row for *_, own in shown for row in own if row["backend"] in _LINK_MARKS]
     lowest = min([0.9, *(row["ratio"] // 0.1 / 10 for row in drawn)])
     figure = Figure(figsize=(2.9 * len(runs), 5.6))
-    for at, ((direction, run), (side, own)) in enumerate(shown.items()):
+    for at, (direction, run, side, own) in enumerate(shown):
         axes = figure.add_subplot(len(_WORDS), len(runs), at + 1)
         axes.axhline(1.0, color="black", linestyle="--", linewidth=1.2)
         for way, mark in _LINK_MARKS.items():
@@ -192,8 +188,8 @@ def ratio(rows: list[Row], device: str) -> Figure | None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, ncols=len(labels), loc="lower center", frameon=False,
                   bbox_to_anchor=(0.5, -0.05))  # fmt: skip
-    title = f"Speed against a pinned memcpy of the same bytes (from {lowest:g})"
-    figure.suptitle(f"{title} · {device}", fontsize=10)
+    title = f"Speed against a pinned memcpy of the same bytes (from {lowest:g}) · {device}"
+    figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     return figure
 
@@ -257,12 +253,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Draw the plots of one file beside it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.shared.plots", description=__doc__)
     parser.add_argument("file", type=Path, help="a result of `portakv bench`")
-    parser.add_argument("--out", type=Path, help="the folder (default: the file's)")
-    asked = parser.parse_args(argv)
-    folder = asked.out or asked.file.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    results = json.loads(asked.file.read_text(encoding="utf-8"))
-    for path in draw(results, folder, asked.file.stem):
+    file = parser.parse_args(argv).file
+    for path in draw(json.loads(file.read_text(encoding="utf-8")), file.parent, file.stem):
         print(f"wrote {path}")
 
 

@@ -89,13 +89,8 @@ class Shape:
 
 
 def load(path: Path = FILE) -> Mapping[str, Shape]:
-    """The shapes of a file by name, in its order.
-
-    An entry with ``like`` has every field that it does not write from the shape of that name.
-
-    Raises:
-        ValueError: a name that occurs twice, a field that is missing, unknown or out of range.
-    """
+    """The shapes of a file by name, in its order; raises `ValueError` for a field that is wrong. An
+    entry with ``like`` has every field that it does not write from the shape of that name."""
     found: dict[str, Shape] = {}
     for entry in tomllib.loads(path.read_text(encoding="utf-8"))["shape"]:
         name, like = entry.get("name"), entry.pop("like", None)
@@ -131,9 +126,7 @@ def _check(shape: Shape) -> None:
 
 def planes(tensors: Any, layout: str, shape: Shape) -> list[torch.Tensor]:
     """Each plane, layers outermost, as integers ``[blocks, tokens, heads, dim]``; a chunk: 1 block.
-
-    Only for layouts without split axes, and with no container but a list over layers.
-    """
+    Only for layouts without split axes, and with no container but a list over layers."""
     order = ("layer", "kv", "block", "token", "head", "dim")
     names = [name for group in _groups(layout) for name in group]
     missing = [name for name in order if name not in names]
@@ -177,9 +170,7 @@ def moved(
     sources: Sequence[torch.Tensor], out_of: Any, targets: Sequence[torch.Tensor], into: Any
 ) -> torch.Tensor:
     """Whether the rows at some places of planes are those at others of their sources, every byte.
-
-    Overwrites them with poison: then nothing but poison is left where no other row was written.
-    """
+    Overwrites them with poison: then nothing but poison is left if no other row was written."""
     same = []
     for source, target in zip(sources, targets, strict=True):
         same.append((target[into] == source[out_of]).all())

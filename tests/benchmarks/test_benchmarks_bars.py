@@ -16,8 +16,8 @@ from portakv.registry.registry import Registry
 from portakv_benchmarks import check, guide
 from portakv_benchmarks.host.calls import IDS, ORDERS
 from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, SCENES, cases, scene
+from portakv_benchmarks.host.interference import OTHERS
 from portakv_benchmarks.host.suite import HOST_PRESETS, KB, MB
-from portakv_benchmarks.host.waiting import OTHERS
 from portakv_benchmarks.shared.shapes import load
 
 # --- bars -------------------------------------------------------------------------------------

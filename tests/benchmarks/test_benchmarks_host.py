@@ -19,7 +19,7 @@ from support.benchmarks_cases import CPU, host_result, linked
 
 from portakv import copy_blocks
 from portakv_benchmarks.guide import RESULTS
-from portakv_benchmarks.host import grid, interference, merge, pageable, pinning, small, suite
+from portakv_benchmarks.host import grid, interference, memory, merge, small, suite
 from portakv_benchmarks.host.cases import (
     BLOCK_FIRST,
     DIRECTIONS,
@@ -185,7 +185,7 @@ def test_pageable_copies_are_against_the_best_plain_ring() -> None:
         linked("torch", 20.0, plain=True), linked("ring a", 10.0, plain=True),
         linked("ring b", 8.0, plain=True, verified=False), linked("host", 12.5, plain=False),
     ]  # fmt: skip
-    pageable.compare(rows)
+    memory.compare(rows)
     assert (rows[3]["to_ring"], rows[3]["best_ring"]) == (0.8, "ring a")
     assert "to_ring" not in rows[0]
 
@@ -199,9 +199,9 @@ def test_small_copies_are_against_a_pinned_one() -> None:
 
 
 def test_what_a_process_has_in_memory() -> None:
-    before = pinning.resident()
+    before = memory.resident()
     held = torch.frombuffer(mmap.mmap(-1, 64 * MB), dtype=torch.uint8).fill_(1)
-    assert held.numel() - 4 * MB < pinning.resident() - before < held.numel() + 16 * MB
+    assert held.numel() - 4 * MB < memory.resident() - before < held.numel() + 16 * MB
 
 
 # --- small copies: idle sends come about as those beside a large copy do --------------------------
