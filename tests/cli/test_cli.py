@@ -19,7 +19,7 @@ from unittest.mock import Mock, call
 import pytest
 import torch
 from support.command_line import Absent, Shy, registered, run, run_json
-from support.small_backends import small_backend
+from support.small_backends import small_backend, wipe
 
 import portakv
 from portakv.cli import main
@@ -180,10 +180,6 @@ def test_backends_as_json() -> None:
     assert (cpu["device"], cpu["count"], cpu["chosen"]) == ("cpu", 1, "reference")
     assert [c["name"] for c in cpu["candidates"]] == REGISTRY.names()
     assert list(cpu["candidates"][-1]) == ["name", "accepted", "chosen", "reason", "verified"]
-
-
-def wipe(view: portakv.KVView) -> None:
-    view.owners[0].view(torch.uint8).zero_()
 
 
 @pytest.mark.usefixtures("either")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.command_line import choose_tables, registered, run, run_json
-from support.small_backends import small_backend
+from support.small_backends import small_backend, wipe
 
 from portakv import AdaptiveConnector, KVView, Transfer
 from portakv.cli import demo
@@ -188,10 +188,6 @@ def flip(view: KVView) -> None:
 def fail(view: KVView) -> None:
     if view.slots in (24, 40):
         raise ValueError("out of ideas")
-
-
-def wipe(view: KVView) -> None:
-    view.owners[0].view(torch.uint8).zero_()
 
 
 @pytest.mark.usefixtures("no_model")

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from support.pinned_runtime import FakeLibrary, absent, either, installed
+from support.pool_processes import Child
 
 from portakv.errors import DeviceMismatch, HostMemoryError, Unsupported
 from portakv.host import _pages, _registrations, pinned
@@ -309,12 +310,13 @@ def test_nothing_is_unregistered_during_a_capture(
 def test_a_forked_child_leaves_the_registration_alone(cuda: FakeLibrary) -> None:
     memory = pinned.allocate(PAGE)
     memory.tensor.fill_(9)
-    child = os.fork()
-    if child == 0:
-        right = bool(memory.tensor[5] == 9)
+
+    def work(_: object) -> None:
+        assert bool(memory.tensor[5] == 9)
         memory.close()
-        os._exit(0 if right and "unregister" not in cuda.log else 1)
-    assert os.waitpid(child, 0)[1] == 0
+        assert "unregister" not in cuda.log
+
+    assert Child(work).end() == 0
     memory.close()
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 from support.guarded_memory import refused
 from support.pinned_runtime import claimed, either
-from support.pool_processes import unused_name
+from support.pool_processes import Child, unused_name
 from support.threads import run_threads
 
 from portakv.host import pinned
@@ -127,19 +126,16 @@ def test_a_forked_child_is_told_to_make_its_own(make: Make) -> None:
     with make(2) as pool:
         block = pool.acquire()
         block.tensor.fill_(3)
-        child = os.fork()
-        if child == 0:
-            try:
-                for call in (pool.acquire, block.release):
-                    with pytest.raises(HostMemoryError, match="forked from it"):
-                        call()
-                pool.close()
-                with PinnedPool(SIZE, 1) as own, own.acquire() as mine:
-                    mine.tensor.fill_(4)
-                os._exit(0)
-            finally:
-                os._exit(1)
-        assert os.waitpid(child, 0)[1] == 0
+
+        def work(_: object) -> None:
+            for call in (pool.acquire, block.release):
+                with pytest.raises(HostMemoryError, match="forked from it"):
+                    call()
+            pool.close()
+            with PinnedPool(SIZE, 1) as own, own.acquire() as mine:
+                mine.tensor.fill_(4)
+
+        assert Child(work).end() == 0
         assert int(block.tensor.max()) == 3
         block.release()
 

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
@@ -48,7 +49,8 @@ class Child:
 
     def end(self) -> int:
         """Its exit status."""
-        self.here.send("end")
+        with suppress(BrokenPipeError):  # it may have ended by itself
+            self.here.send("end")
         return os.waitpid(self.pid, 0)[1]
 
     def kill(self) -> None:
