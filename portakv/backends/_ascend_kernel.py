@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from portakv.plan.plan import Move
     from portakv.view.view import KVView
 
-#: Names the library.
 VARIABLE = "PORTAKV_ASCENDC"
 #: What this file launches, as ``portakv::kAbi`` counts it.
 ABI = 1
@@ -65,29 +64,18 @@ _MEMORY = struct.Struct("<4Q")
 
 @dataclass(frozen=True)
 class Kernel:
-    """A loaded library.
+    """A loaded library."""
 
-    Attributes:
-        name: its file's, for a reader; path: of that file.
-        library: with its functions typed.
-        blocks, ub_bytes: vector cores, and bytes of one core's unified buffer.
-        emulated: it runs the kernel on a CPU.
-    """
-
-    name: str
+    name: str  # its file's, for a reader
     path: str
-    library: Any
-    blocks: int
-    ub_bytes: int
-    emulated: bool
+    library: Any  # with its functions typed
+    blocks: int  # vector cores
+    ub_bytes: int  # of one core's unified buffer
+    emulated: bool  # it runs the kernel on a CPU
 
     def launch(self, copy: bytes, memory: Sequence[Memory], stream: int) -> None:
-        """Launch one nest on a stream, whose device is the current one.
-
-        Args:
-            copy: a ``portakv::Copy``.
-            memory: what it may touch. Only an emulation wants to know: it has no device memory.
-            stream: its raw handle.
+        """Launch a ``portakv::Copy`` on the stream with a raw handle, whose device is the current
+        one. What it may touch only an emulation wants to know, which has no device memory.
 
         Raises:
             TransferError: the launch was refused.
@@ -126,12 +114,8 @@ def find_kernel(emulated: bool) -> tuple[Kernel | None, str]:
 
 
 def open_kernel(path: str, emulated: bool) -> Kernel:
-    """The library at a path, for a device that is emulated or is not.
-
-    Raises:
-        Unusable: it is not there, cannot be loaded, is no build of this release, or is one for
-            the other kind of device; a clause.
-    """
+    """The library at a path, for a device that is emulated or is not; raises `Unusable` with a
+    clause if it cannot be used there."""
     if not Path(path).is_file():
         raise Unusable(f"there is no such file ({_BUILD})")
     kernel = KERNELS.get_or_make(path, lambda: _load(path))
@@ -227,14 +211,8 @@ class KernelRows:
 
 
 class Arguments:
-    """What the kernel is launched with to carry one plan out.
-
-    Attributes:
-        nests: each nest as ``portakv::Nest``.
-
-    Raises:
-        Unsupported: the plan is more than the kernel takes.
-    """
+    """What the kernel is launched with to carry one plan out: its ``nests``, each a
+    ``portakv::Nest``, and copies. Raises `Unsupported` if a plan is more than the kernel takes."""
 
     def __init__(self, plan: CopyPlan) -> None:
         why = refusal(plan)

@@ -39,19 +39,12 @@ Argument = torch.Tensor | int
 
 
 class SideShape(NamedTuple):
-    """What a model fixes about one side.
+    """What a model fixes about one side."""
 
-    Attributes:
-        per_id: units that one id covers; 0 without ids.
-        extents: of the steps that the number of a unit walks through, outermost (0) first.
-        unit_entries: for each step, whether it walks through the table of addresses.
-        loop_entries: for each loop, the same.
-    """
-
-    per_id: int
-    extents: tuple[int, ...]
-    unit_entries: tuple[bool, ...]
-    loop_entries: tuple[bool, ...]
+    per_id: int  # units that one id covers; 0 without ids
+    extents: tuple[int, ...]  # of the steps of a unit's number, outermost (0) first
+    unit_entries: tuple[bool, ...]  # for each step, whether it walks through the table of addresses
+    loop_entries: tuple[bool, ...]  # for each loop, the same
 
     @property
     def tabled(self) -> bool:
@@ -60,20 +53,12 @@ class SideShape(NamedTuple):
 
 
 class CopyShape(NamedTuple):
-    """What a model fixes about one nest: nests of equal shape share one program.
+    """What a model fixes about one nest: nests of equal shape share one program."""
 
-    Attributes:
-        dtype: of the elements that are moved.
-        run: elements in a contiguous run.
-        ratio: elements in a grain, the distance that addresses are counted in.
-        loops: extents of the loops, outermost first.
-        src, dst: the sides.
-    """
-
-    dtype: torch.dtype
-    run: int
-    ratio: int
-    loops: tuple[int, ...]
+    dtype: torch.dtype  # of the elements that are moved
+    run: int  # elements in a contiguous run
+    ratio: int  # elements in a grain, the distance that addresses are counted in
+    loops: tuple[int, ...]  # their extents, outermost first
     src: SideShape
     dst: SideShape
 
@@ -91,11 +76,8 @@ class CopyShape(NamedTuple):
 def memory_from(
     address: int, device: torch.device, dtype: torch.dtype, run: int = 1, ratio: int = 1
 ) -> torch.Tensor:
-    """All memory from ``address`` on as rows ``[rows, run]`` that begin ``ratio`` elements apart.
-
-    It owns and allocates nothing. ``address`` lies in an allocation of the device and is a
-    multiple of `ALIGNMENT`.
-    """
+    """All memory from ``address`` on, a multiple of `ALIGNMENT` in an allocation of the device, as
+    rows ``[rows, run]`` that begin ``ratio`` elements apart. It owns and allocates nothing."""
     storage = torch._C._construct_storage_from_data_pointer(address, device, SPAN)
     rows = (SPAN // dtype.itemsize - run) // ratio
     # One made in inference mode could not be written outside of it.
@@ -126,7 +108,8 @@ def copy(*arguments: Argument) -> None:
     units = next(given)
     source, src_rows, src_good = _side(SHAPE, SHAPE.src, given, units)
     target, dst_rows, dst_good = _side(SHAPE, SHAPE.dst, given, units)
-    good = [_over(found, SHAPE) for found in (src_good, dst_good) if found is not None]
+    loops = len(SHAPE.loops)
+    good = [_over(found, loops) for found in (src_good, dst_good) if found is not None]
     if good:
         dst_rows = torch.where(good[0] & good[-1], dst_rows, next(given))
     target.index_put_((dst_rows,), source[src_rows])
@@ -177,9 +160,10 @@ def _side(
         number, good = _from_ids(side, number, ids, first, limit, rest)
     entry = next(given) if side.tabled else 0
     row, entry = _walk_units(side, number, row, entry, [next(given) for _ in side.extents])
-    row, entry = _over(row, shape), _over(entry, shape)
+    below = len(shape.loops)
+    row, entry = _over(row, below), _over(entry, below)
     for depth, extent in enumerate(shape.loops):
-        along = _along(torch.arange(extent, device=memory.device), depth, shape)
+        along = _over(torch.arange(extent, device=memory.device), below - depth - 1)
         row = row + along * next(given)
         if side.loop_entries[depth]:
             entry = entry + along * next(given)
@@ -218,16 +202,9 @@ def _walk_units(
     return row, entry
 
 
-def _over(unit: Any, shape: CopyShape) -> Any:
-    """``[units]`` as ``[units, 1...]``; a number as it is."""
-    if isinstance(unit, torch.Tensor):
-        return unit.reshape(-1, *[1] * len(shape.loops))
-    return unit
-
-
-def _along(step: torch.Tensor, depth: int, shape: CopyShape) -> torch.Tensor:
-    """The steps of one loop as ``[extent, 1..]``, in its place from the right."""
-    return step.reshape(-1, *[1] * (len(shape.loops) - depth - 1))
+def _over(unit: Any, loops: int) -> Any:
+    """``[units]`` as ``[units, 1...]``, with so many loops below; a number as it is."""
+    return unit.reshape(-1, *[1] * loops) if isinstance(unit, torch.Tensor) else unit
 
 
 class Program:

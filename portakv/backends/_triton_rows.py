@@ -28,10 +28,10 @@ _LEAST_STEPS = 3, 4, 4  # of units, outer and inner loops
 
 
 class Tile(NamedTuple):
-    """How a launch is cut: vectors that a program moves, and the warps that move them."""
+    """How a launch is cut."""
 
-    vectors: int
-    warps: int
+    vectors: int  # that a program moves
+    warps: int  # that move them
 
 
 # For each vector width in bytes. A warp may be 64 wide: at least 64 vectors for each warp keep a
@@ -98,17 +98,12 @@ class _Side(SideArguments):
 
 
 class NestKernel:
-    """One nest: the constants of its kernel, and the arguments of its launches.
-
-    Args:
-        nest: the loop nest.
-        plan: the plan that it belongs to.
+    """One nest of a plan: the constants of its kernel, and the arguments of its launches.
 
     Attributes:
         constants: the kernel's constants but for the element.
         key: equal for nests that share a kernel.
-        tile: how its launches are cut.
-        planes: programs along y.
+        tile, planes: how its launches are cut, and their programs along y.
 
     Raises:
         Unsupported: more planes, or larger units, than a launch can count.

@@ -64,8 +64,7 @@ class Compiled(Backend):
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
         why = _missing(device)
-        reason = why or f"inductor compiles for {device.type}"
-        return Decision(cls.name, why is None, reason)
+        return Decision(cls.name, why is None, why or f"inductor compiles for {device.type}")
 
     def capabilities(self) -> Capabilities:
         return Capabilities(
@@ -189,14 +188,8 @@ class _CompiledLaunch(MoveLaunch):
 
 
 class _NestArguments:
-    """One nest: the shape of its program, and the arguments of its launches.
-
-    Args:
-        lost: memory of one run, on the device, for what is not to be moved.
-
-    Attributes:
-        shape: nests of equal shape share a program.
-    """
+    """One nest: the ``shape`` of its program, and the arguments of its launches; ``lost`` is memory
+    of one run, on the device, for what is not to be moved."""
 
     def __init__(self, nest: Nest, plan: CopyPlan, lost: torch.Tensor) -> None:
         width = min(nest.vector, 8)
@@ -222,15 +215,10 @@ class _NestArguments:
 
 
 class _SideArguments(SideArguments):
-    """One side of a nest.
+    """One side of a nest."""
 
-    Attributes:
-        copy: the nest's shape.
-        reached: addresses that the side's memory must reach beside a view's.
-    """
-
-    copy: CopyShape
-    reached: tuple[int, ...] = ()
+    copy: CopyShape  # the nest's
+    reached: tuple[int, ...] = ()  # addresses that the side's memory must reach beside a view's
 
     @cached_property
     def shape(self) -> SideShape:
@@ -268,15 +256,14 @@ class _SideArguments(SideArguments):
 
     def _kept(self, view: KVView) -> tuple[torch.Tensor, torch.Tensor | None, int]:
         """A view's memory, its table of addresses, and the address that the memory begins at."""
-        known: tuple[torch.Tensor, torch.Tensor | None, int] | None = view.derived.get(self)
-        if known is None:
+        if self not in view.derived:
             low = min((*view.origins, *self.reached)) // ALIGNMENT * ALIGNMENT
             copy, device, table = self.copy, view.device, None
             memory = memory_from(low, device, copy.dtype, copy.run, copy.ratio)
             if self.shape.tabled:
                 table = memory_from(view.table.data_ptr(), device, torch.int64)
-            known = view.derived[self] = (memory, table, low)
-        return known
+            view.derived[self] = (memory, table, low)
+        return view.derived[self]  # type: ignore[no-any-return]
 
 
 def id_arguments(

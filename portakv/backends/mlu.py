@@ -171,8 +171,8 @@ class _Layers:
 
 
 def _pointers(call: _Call) -> torch.Tensor:
-    """The address of each layer's cache, int64 on the device; kept for each stream, since no other
-    is ordered behind the copy that brings them there."""
+    """The address of each layer's cache, on the device; kept for each stream, since no other is
+    ordered behind the copy that brings them there."""
     key = (_pointers, torch.accelerator.current_stream(call.cache.device).stream_id)
     if key not in call.cache.derived:
         found = [layer[0].data_ptr() for layer in planes(call.cache, call.dtype)]
@@ -246,23 +246,15 @@ class _MluLaunch(MoveLaunch):
 
 @dataclass(frozen=True)
 class Ops:
-    """The ops of the installed package.
+    """The ops of the installed package."""
 
-    Attributes:
-        reshape: `reshape_paged_cache`; ``gathers``: it has a direction.
-        transfer: `multi_layer_kv_transfer`; None if there is none with known parameters.
-        formats, directions: members of ``KVFormat`` and ``TransferDirection`` by name.
-        emulated: the package says that it is a stand-in.
-        told: all this as a sentence.
-    """
-
-    reshape: Callable[..., Any]
-    gathers: bool
-    transfer: Callable[..., Any] | None
-    formats: dict[str, Any]
-    directions: dict[str, Any]
-    emulated: bool
-    told: str
+    reshape: Callable[..., Any]  # `reshape_paged_cache`
+    gathers: bool  # it has a direction
+    transfer: Callable[..., Any] | None  # `multi_layer_kv_transfer`, if its parameters are known
+    formats: dict[str, Any]  # members of ``KVFormat`` by name
+    directions: dict[str, Any]  # members of ``TransferDirection``
+    emulated: bool  # the package says that it is a stand-in
+    told: str  # all this as a sentence
 
 
 def load_ops() -> Ops:

@@ -81,11 +81,9 @@ def _read(name: str) -> str:
 
 
 class RowsKernel:
-    """One nest: its instance of the kernel and how its arguments are packed.
+    """One nest of a plan: its instance of the kernel and how its arguments are packed.
 
     Args:
-        nest: the loop nest.
-        plan: the plan that it belongs to.
         threads: of a block.
         tunings: how launches are cut, by their size; None: `TUNING`.
 
@@ -102,12 +100,9 @@ class RowsKernel:
     names: Mapping[int, str] = NAMES
 
     def __init__(
-        self,
-        nest: Nest,
-        plan: CopyPlan,
-        threads: int = THREADS,
+        self, nest: Nest, plan: CopyPlan, threads: int = THREADS,
         tunings: tuple[Tuning, ...] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.threads, self._tunings = threads, tunings or TUNING
         self.unit, self.vector = plan.unit, nest.vector
         outer, inner = split_loops(nest.loops)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -40,26 +40,21 @@ class LoadedKernels:
         Raises:
             Unsupported: one is not loaded, and a graph is being captured.
         """
-        found = []
-        for kernel in kernels:
-            source, names = kernel.source, kernel.names.values()
-            with self._lock:
-                loaded = self._loaded.get_or_make(source, partial(self._load, source, names))
-            found.append({each: loaded[name] for each, name in kernel.names.items()})
-        return found
+        with self._lock:
+            loaded = [self._loaded.get_or_make(x.source, partial(self._load, x)) for x in kernels]
+        return [
+            {each: functions[name] for each, name in kernel.names.items()}
+            for kernel, functions in zip(kernels, loaded, strict=True)
+        ]
 
-    def _load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
+    def _load(self, kernel: RowsKernel) -> dict[str, Any]:
         if self._capturing():
             raise refuse_capture()
-        return self._driver.load(source, names)
+        return self._driver.load(kernel.source, kernel.names.values())
 
 
 class RowsBackend(Backend):
-    """A backend of the rows kernel.
-
-    Args:
-        device: that it serves; driver: the device's.
-    """
+    """A backend of the rows kernel, on a device by its driver."""
 
     #: Threads of a block, and how launches are cut; None: as on NVIDIA's devices.
     threads = THREADS
@@ -70,12 +65,8 @@ class RowsBackend(Backend):
         self._driver, self._kernels = driver, LoadedKernels(driver, lambda: capturing(device))
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(
-            places=places_on(self.device),
-            skips_negative=True,
-            guards=True,
-            capturable=True,
-        )
+        places = places_on(self.device)
+        return Capabilities(places, skips_negative=True, guards=True, capturable=True)
 
     def prepare(self, plan: CopyPlan) -> Launch:
         kernels = [RowsKernel(nest, plan, self.threads, self.tunings) for nest in plan.nests]
@@ -91,10 +82,7 @@ class RowsLaunch:
     """
 
     def __init__(
-        self,
-        kernels: Sequence[RowsKernel],
-        functions: Sequence[dict[int, Any]],
-        driver: RowsDriver,
+        self, kernels: Sequence[RowsKernel], functions: Sequence[dict[int, Any]], driver: RowsDriver
     ) -> None:
         self._parts = list(zip(kernels, functions, strict=True))
         self._unit, self._driver = kernels[0].unit, driver

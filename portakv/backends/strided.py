@@ -65,13 +65,7 @@ class Ops(NamedTuple):
 
 
 class StridedCopy:
-    """One nest of a plan as torch calls.
-
-    Args:
-        nest: the loop nest.
-        unit: tokens of a unit.
-        ops: how the device copies.
-    """
+    """One nest of a plan, whose units are ``unit`` tokens, as torch calls."""
 
     def __init__(self, nest: Nest, unit: int, ops: Ops) -> None:
         self._unit, self._ops = unit, ops
