@@ -50,14 +50,8 @@ class Batch(NamedTuple):
 
 
 class Registration:
-    """Caches that a connector holds, and the reader of memory objects beside them.
-
-    Args:
-        kv_caches: the caches.
-        bound: their layout.
-        chunk_layout: of memory objects, which are read with every extent that the caches tell.
-        choice: the connector's backend.
-        owner: a weak reference to the connector.
+    """Caches that a connector holds, and the reader of memory objects beside them, which it reads
+    with every extent that the caches tell.
 
     Attributes:
         view: what was read of them; facts: what tells others apart, as `facts_of` says.

@@ -243,8 +243,8 @@ class AdaptiveConnector:
             if transfer is not None:
                 return transfer
         caches.check_memory()
-        job = caches.job(memory_obj, slot_mapping, start, end)
-        move, strict = caches.move(store, job), self._strict
+        job, strict = caches.job(memory_obj, slot_mapping, start, end), self._strict
+        move = caches.move(store, job)
         transfer = copy_move(move, self._choice, stream, known_good=True, strict=strict)
         if not strict:  # a shortcut looks at no ids
             caches.shortcuts.remember(store, job[0], slot_mapping)
@@ -278,8 +278,8 @@ class AdaptiveConnector:
         """Inside torch.compile: the opaque op takes the place of the call."""
         memory_objs, slot_mapping, starts, ends = batch
         if stream is not None or not isinstance(slot_mapping, torch.Tensor):
-            args = (store, kv_caches, batch, stream)
-            return cast(Transfer, in_graph.eagerly(self._move_batch, *args))
+            made = in_graph.eagerly(self._move_batch, store, kv_caches, batch, stream)
+            return cast(Transfer, made)
         if memory_objs:
             caches, levels = self._shown(kv_caches)
             chunks = in_graph.flatten([getattr(one, "tensor", one) for one in memory_objs])
@@ -300,11 +300,7 @@ class AdaptiveConnector:
         return leaves, levels
 
     def _run_op(
-        self,
-        store: bool,
-        caches: Sequence[torch.Tensor],
-        cache_levels: Sequence[int],
-        *given: Any,
+        self, store: bool, caches: Sequence[torch.Tensor], cache_levels: Sequence[int], *given: Any
     ) -> None:
         """Carry out the op of `in_graph`, when a compiled function runs; ``given``: a `Batch`."""
         batch, read = Batch(*given), self._handed_over(caches, cache_levels)
@@ -321,9 +317,9 @@ class AdaptiveConnector:
         their place: they may be a compiler's copies."""
         if not levels:
             registered = self._held()
-            if registered.allocations.are(caches):
-                return registered
-            return self._read(registered.allocations.nested_in(caches))  # copies: not kept
+            own = registered.allocations
+            # A compiler's copies are not kept.
+            return registered if own.are(caches) else self._read(own.nested_in(caches))
         kv_caches = in_graph.nested(caches, levels)
         facts = facts_of(kv_caches)
         if self._passing is None or self._passing.facts != facts:
@@ -346,10 +342,7 @@ class AdaptiveConnector:
         """Raise the error of an earlier transfer that the caller was not told of."""
         if capturing(self.device):
             return
-        for completion in tuple(self._captured):
-            error = completion.take_error()
-            if error is not None:
-                raise error
-        error = unreported_error(self._owner)
+        errors = (completion.take_error() for completion in tuple(self._captured))
+        error = next(filter(None, errors), None) or unreported_error(self._owner)
         if error is not None:
             raise error

@@ -35,12 +35,8 @@ class Allocations:
     """The caches as a compiler is shown them: one tensor for each allocation.
 
     Shown the layers of one allocation apart, it takes them for tensors that share memory, and works
-    on copies of them. Shown what they are views of, it works in place.
-
-    Attributes:
-        leaves: the tensors, flat.
-        tensors: the allocations; a tensor that stands alone is itself.
-        levels: the length of each level of the containers.
+    on copies of them. Shown what they are views of, it works in place. ``leaves`` are the tensors,
+    flat; ``tensors`` the allocations; ``levels`` the length of each level of the containers.
     """
 
     def __init__(self, nest: Any) -> None:
@@ -144,10 +140,8 @@ _numbers = itertools.count(1)
 
 
 def eagerly(call: Any, *arguments: Any) -> Any:
-    """Inside torch.compile: ``call`` as it is, outside of the graph, which breaks here.
-
-    With ``fullgraph=True`` that is the compiler's error.
-    """
+    """Inside torch.compile: ``call`` as it is, outside of the graph, which breaks here (with
+    ``fullgraph=True`` that is the compiler's error)."""
     _make_outside()
     return _outside(call, *arguments)
 

@@ -85,10 +85,9 @@ class _Answer(NamedTuple):
 
     @property
     def decision(self) -> Decision:
-        if self.backend is None:
-            return Decision(self.name, False, self.reason)
-        unchecked = "(not self-checked yet) " * (self.check is SelfCheck.NOT_YET)
-        return Decision(self.name, self.check in _USABLE, unchecked + self.reason)
+        usable = self.backend is not None and self.check in _USABLE
+        unchecked = usable and self.check is SelfCheck.NOT_YET
+        return Decision(self.name, usable, "(not self-checked yet) " * unchecked + self.reason)
 
     def checked(self, state: SelfCheck, reason: str) -> _Answer:
         return self._replace(check=state, reason=f"{self.reason}; {reason}")
@@ -136,9 +135,8 @@ class Registry:
         """Forget a backend that was registered; unknown and built-in names are errors."""
         with self._lock:
             if name in BUILT_IN or name not in self._targets:
-                raise BackendUnavailable(
-                    f"Backend {name!r} cannot be removed: only registered ones can."
-                )
+                why = "cannot be removed: only registered ones can."
+                raise BackendUnavailable(f"Backend {name!r} {why}")
             del self._targets[name]
             self._installed.discard(name)
             self._forget(name)
@@ -249,8 +247,8 @@ class Registry:
         """Log, once for each pair, that another backend than the chosen one takes a plan."""
         if (device, chosen, taken) not in self._logged:
             self._logged.add((device, chosen, taken))
-            _log.info("%s: backend %s in place of %s, which rejects a plan: %s",
-                      device, taken, chosen, why)  # fmt: skip
+            told = "%s: backend %s in place of %s, which rejects a plan: %s"
+            _log.info(told, device, taken, chosen, why)
 
     def _class(self, name: str) -> type[Backend]:
         target = self._targets[name]
@@ -265,9 +263,10 @@ class Registry:
         try:
             cls = self._class(name)
             decision = cls.probe(device)
-            if not decision.accepted or not make:
-                why = "it needs the device" if decision.accepted else decision.reason
-                return _Answer(name, None, why)
+            if not decision.accepted:
+                return _Answer(name, None, decision.reason)
+            if not make:
+                return _Answer(name, None, "it needs the device")
             backend = cls(device)
         except (Exception, SystemExit) as error:  # a broken package must not take others down
             return _Answer(name, None, f"it failed to load: {type(error).__name__}: {error}")

@@ -63,14 +63,8 @@ class Unusable(Exception):
 
 
 class DeviceAbsent(Exception):
-    """Why torch cannot use a device here, as the end of a sentence.
-
-    Attributes:
-        device: as far as it can be named.
-        install: what is to be installed, in words; or empty.
-        meant: the device that was probably meant; or empty.
-        known: whether the type is one of torch's or of a vendor's that the library knows.
-    """
+    """Why torch cannot use a device here, as the end of a sentence; with what to install, or the
+    device that was probably ``meant``. ``known``: torch or the library knows the type."""
 
     def __init__(
         self, device: torch.device | Named, why: str, install: str = "", meant: str = ""
@@ -284,7 +278,7 @@ def refuse_capture(
     why: str = "its kernel has to be compiled and loaded first; make the same call once before the "
     "capture",
 ) -> Unsupported:
-    """The error for what cannot be captured; as it is, for preparing what is not there yet."""
+    """The error for what cannot be captured; by default for preparing what is not there yet."""
     return Unsupported(f"{what} inside graph capture", why)
 
 

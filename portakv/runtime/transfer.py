@@ -122,18 +122,16 @@ def event_pool(device: torch.device) -> EventPool:
 
 
 class Completion:
-    """How one launch, or several in a row, end. Holds memory only if no stream orders the work.
+    """How one launch, or several in a row, end.
 
     Args:
         event: recorded behind the last launch; given back to its ``pool`` once it has ended.
-        pendings: work that is not on a stream.
+        pendings: work that no stream orders; ``kept``: its memory.
         words: a status word and the first position that it counts from, for each launch.
-        error: an error that is known already.
-        kept: memory of work that no stream orders.
+        error: what went wrong, if that is known already.
         standing: it was captured, and happens again with every replay.
 
     Attributes:
-        error: what went wrong, reported or not; or None.
         owner: what reports an error for which no caller asked; or None.
         settled: the end was seen.
     """

@@ -59,21 +59,19 @@ class RateLimit:
 
 
 class Worker:
-    """Issues slices from a thread of its own.
+    """Issues slices, in their order, from a thread of its own.
 
     Args:
-        slices: what to issue, in this order.
-        issue: issues one of them. Called in the thread, inside ``inside()``.
-        inside: makes the device and stream of the transfer the thread's current ones.
+        issue: issues one of them. Called in the thread, inside ``inside()``, which makes the device
+            and stream of the transfer the thread's current ones.
         limit: None: as fast as they land.
 
     Attributes:
-        issued, landed: how many slices were issued so far, and how many landed before any that
-            failed.
+        issued, landed: slices that were issued so far, and that landed before any that failed.
         carried: what carried the first slice out, as `Transfer.carried`.
         cancelled: some slices are not moved because `cancel` was called.
-        ended: no slice is in flight and none will be.
-        ended_at: when the last slice landed, by `time.perf_counter`; None before that.
+        ended: no slice is in flight and none will be; ``ended_at``: since when, by
+            `time.perf_counter`.
     """
 
     def __init__(
@@ -128,10 +126,9 @@ class Worker:
 
     def wait(self, slices: int) -> None:
         """Block the host until `has_landed`."""
-        if self._process.forked:
-            return
-        with self._change:
-            self._change.wait_for(lambda: self.has_landed(slices))
+        if not self._process.forked:
+            with self._change:
+                self._change.wait_for(lambda: self.has_landed(slices))
 
     def failure(self, slices: int) -> PortaKVError | None:
         """Why the first ``slices`` did not all land; None if they did, or may yet."""
