@@ -67,10 +67,8 @@ class Ends:
     def judge(self, pieces: Pieces) -> None:
         torch.accelerator.synchronize(self.device)
         expected = self._target.numpy().copy()
-        moved = bytes_of_pieces(pieces)
-        if moved:
-            targets, sources = np.array(moved).T
-            expected[targets] = self._source.numpy()[sources]
+        targets, sources = bytes_of_pieces(pieces)
+        expected[targets] = self._source.numpy()[sources]
         assert (self.dst.cpu().numpy() == expected).all()
 
 

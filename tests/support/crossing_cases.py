@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from portakv.engines.pieces import Pieces
-from portakv.plan.runs import Runs
+from portakv.plan.runs import Int64, Runs
 
 
 def runs_of(src: Sequence[int], dst: Sequence[int], nbytes: int | Sequence[int]) -> Runs:
@@ -20,22 +20,25 @@ def runs_of(src: Sequence[int], dst: Sequence[int], nbytes: int | Sequence[int])
     return Runs(*(column[order] for column in columns))
 
 
-def bytes_of_runs(runs: Runs) -> list[tuple[int, int]]:
-    """For each byte where it goes and where it comes from, in order."""
-    rows = zip(*(column.tolist() for column in runs), strict=True)
-    return sorted((to + at, start + at) for start, to, size in rows for at in range(size))
+def bytes_of_runs(runs: Runs) -> Int64:
+    """Of each byte where it goes and where it comes from, ``[2, bytes]``, in order of the first."""
+    of_run = np.repeat(np.arange(runs.nbytes.size), runs.nbytes)
+    within = np.arange(of_run.size) - np.repeat(np.cumsum(runs.nbytes) - runs.nbytes, runs.nbytes)
+    ends = np.stack([runs.dst[of_run] + within, runs.src[of_run] + within])
+    return np.asarray(ends[:, np.lexsort(ends[::-1])])
 
 
-def bytes_of_pieces(pieces: Pieces) -> list[tuple[int, int]]:
+def bytes_of_pieces(pieces: Pieces) -> Int64:
     """The same of pieces, however they are folded."""
-    return sorted(
-        (to + row * to_pitch + at, start + row * from_pitch + at)
-        for to, start, width, height, to_pitch, from_pitch in zip(
-            *(column.tolist() for column in pieces), strict=True
-        )
-        for row in range(height)
-        for at in range(width)
+    of_piece = np.repeat(np.arange(pieces.number), pieces.height)
+    row = np.arange(of_piece.size) - np.repeat(
+        np.cumsum(pieces.height) - pieces.height, pieces.height
     )
+    starts = (
+        getattr(pieces, side)[of_piece] + row * getattr(pieces, f"{side}_pitch")[of_piece]
+        for side in ("src", "dst")
+    )
+    return bytes_of_runs(Runs(*starts, pieces.width[of_piece]))
 
 
 @st.composite
