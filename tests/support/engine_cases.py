@@ -15,6 +15,7 @@ import torch
 from portakv import Index, KVView, copy_rows
 from portakv.backends.base import Backend
 from portakv.engines import pageable, slices
+from portakv.engines.choose import Host
 from portakv.engines.descriptors import Descriptors
 from portakv.engines.pageable import Ring
 from portakv.engines.slices import Sizes
@@ -105,6 +106,7 @@ DOWNWARD = pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"]
 ON_HOST: dict[type[Backend], Callable[[torch.Tensor], torch.Tensor]] = {
     Staged: torch.Tensor.pin_memory,
     Descriptors: torch.Tensor.pin_memory,
+    Host: torch.Tensor.pin_memory,
     Ring: torch.Tensor.clone,
 }
 #: Tokens of the usual case, and its first slot.
@@ -120,14 +122,19 @@ class Transfers:
         downward: from the device to the host.
         case: layouts, ids and tokens; the ids are the same lists each time.
         seed: of the bytes.
+        pageable: the host's memory is, whatever the engine usually takes.
 
     Attributes:
         rows, host: the device's memory, and the host's.
         mine, theirs: the index of either.
     """
 
-    def __init__(self, engine: Backend, downward: bool, case: Case = USUAL, seed: int = 1) -> None:
+    def __init__(
+        self, engine: Backend, downward: bool, case: Case = USUAL, seed: int = 1,
+        pageable: bool | None = None,
+    ) -> None:  # fmt: skip
         self.engine, self.downward, self.case = engine, downward, case
+        self._on_host = ON_HOST[type(engine) if pageable is None else Ring if pageable else Staged]
         made = tensors_of(case.device, case.count, seed)
         self.rows = view_of(mapped(made, lambda x: x.to(engine.device)), case.device)
         self.host = self.chunk(seed + 1)
@@ -138,7 +145,7 @@ class Transfers:
     def chunk(self, seed: int) -> KVView:
         """Other memory of the host, of random bytes."""
         made = tensors_of(self.case.host, self.case.count + self.case.offset, seed)
-        return view_of(mapped(made, ON_HOST[type(self.engine)]), self.case.host)
+        return view_of(mapped(made, self._on_host), self.case.host)
 
     def _plan_of(self, unit: int | None) -> CopyPlan:
         src, dst = self.turned(self.rows.form, self.host.form)
@@ -154,24 +161,28 @@ class Transfers:
             self._prepared[unit] = self.engine.prepare(plan)
         return self._prepared[unit]
 
+    def move(self, host: KVView | None = None, tokens: int | None = None) -> Move:
+        """The transfer as it is asked for."""
+        src, dst = self.turned(self.rows, host or self.host)
+        mine, theirs = self.turned(self.mine, self.theirs)
+        return Move(src, dst, mine, theirs, self.case.count if tokens is None else tokens)
+
     def go(
         self, host: KVView | None = None, tokens: int | None = None,
         stream: torch.Stream | None = None,
     ) -> None:  # fmt: skip
         """Launch whole units, and head and tail by tokens, as the library does; nothing is waited
         for."""
-        src, dst = self.turned(self.rows, host or self.host)
-        mine, theirs = self.turned(self.mine, self.theirs)
-        move = Move(src, dst, mine, theirs, self.case.count if tokens is None else tokens)
+        move = self.move(host, tokens)
         for first, count, unit in self.plan.split(move):
-            part = mine.shifted(first), theirs.shifted(first)
-            self.prepared(unit)(src, dst, *part, count, stream, None)
+            mine, theirs = move.src_index.shifted(first), move.dst_index.shifted(first)
+            self.prepared(unit)(move.src, move.dst, mine, theirs, count, stream, None)
 
     def expected(self, host: KVView | None = None, tokens: int | None = None) -> KVView:
         """The destination as it should be once the rows were moved, on the host."""
-        src, dst = (self._plain(view) for view in self.turned(self.rows, host or self.host))
-        indices = (index.to_host() for index in self.turned(self.mine, self.theirs))
-        copy_rows(src, dst, *indices, count=self.case.count if tokens is None else tokens)
+        asked = self.move(host, tokens)
+        src, dst = self._plain(asked.src), self._plain(asked.dst)
+        copy_rows(src, dst, asked.src_index.to_host(), asked.dst_index.to_host(), count=asked.count)
         return dst
 
     def check(self, expected: KVView, host: KVView | None = None) -> None:
