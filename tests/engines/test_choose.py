@@ -20,16 +20,18 @@ from support.host_choice_cases import (
     engines,
     plan_of,
     planes,
-    put,
     refusals,
     view,
 )
 from support.threads import run_threads
 
 from portakv import Index, KVView, Unsupported
+from portakv.backends.base import Capabilities
 from portakv.engines import choose as chosen
+from portakv.engines import pieces as pieces_of
 from portakv.engines.choose import Host, HostLaunch, Pick
-from portakv.engines.engine import Terms
+from portakv.engines.engine import PAGEABLE, PINNED, Terms
+from portakv.engines.pieces import TALL
 from portakv.plan.plan import Move
 
 
@@ -64,14 +66,7 @@ def launched() -> list[str]:
 
 
 def test_it_can_do_what_its_engines_can() -> None:
-    can = host().capabilities()
-    assert can.places == {
-        ("device", "pinned"), ("pinned", "device"), ("device", "pageable"), ("pageable", "device"),
-    }  # fmt: skip
-    assert (can.index_on, can.guards, can.skips_negative, can.capturable) == (
-        "any", False, False, False,
-    )  # fmt: skip
-    assert can.threads
+    assert host().capabilities() == Capabilities(places=PINNED | PAGEABLE, index_on="any")
 
 
 def test_an_engine_that_does_not_serve_the_device_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,18 +124,20 @@ def test_the_pick_depends_on_the_ids() -> None:
 
 
 @pytest.mark.parametrize(
-    ("below", "pieces"),
-    [(None, 30 * ROWS), (1, 30 * ROWS), (256, 30 * ROWS), (257, 30 * ROWS // 16)],
-)
+    ("below", "tall", "folds"),
+    [(None, TALL, False), (None, 16, False), (1, TALL, False), (1, 16, True), (256, TALL, False),
+     (257, TALL, True)],
+)  # fmt: skip
 def test_what_folds_counts_for_the_host_as_it_crosses(
-    below: int | None, pieces: int, monkeypatch: pytest.MonkeyPatch
+    below: int | None, tall: int, folds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows under the crossing's `fold_below` are one piece where they lie at a pitch; by torch
-    (None) each is a call. The device pays for each row beside its piece."""
+    """Rows under the link's `fold_below` at a pitch are one piece, and so are many wider ones (16
+    lie together); by torch (None) each is a call. The device pays for each row beside its piece."""
     if below is not None:
         monkeypatch.setattr(chosen, "by_torch", lambda device: False)
-        crossing = SimpleNamespace(fold_below=below)
-        monkeypatch.setattr(chosen, "link_of", lambda device: crossing)
+        monkeypatch.setattr(chosen, "link_of", lambda device: SimpleNamespace(fold_below=below))
+    monkeypatch.setattr(pieces_of, "TALL", tall)
+    pieces = 30 * ROWS // 16 if folds else 30 * ROWS
     sides = planes("device"), view("pinned")
     found = ready(host(), *sides).pick(moved(*sides, apart(30)))
     (one,) = (each for each in found.alternatives if each.engine == "descriptors")
@@ -149,28 +146,6 @@ def test_what_folds_counts_for_the_host_as_it_crosses(
     rows = 30 * ROWS * chosen.ROW["d2h"] if pieces < 30 * ROWS else 0
     assert one.seconds == (H200.seconds(*asked) or 0) + rows
     assert one.host_seconds == H200.host_seconds(*asked)
-
-
-def test_to_torch_each_row_is_a_call_however_many_lie_together(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Of 64 wide rows in a block a driver that has batches makes one 2-D copy; torch none."""
-    views = []
-    for place in ("device", "pinned"):
-        tensor = torch.empty(8, 2, 64, 4, 64) if place == "device" else torch.empty(8, 64, 2, 4, 64)
-        layout = f"block {'kv token' if place == 'device' else 'token kv'} head dim"
-        views.append(put(KVView(tensor, layout), place))
-
-    def runs() -> int:
-        launch = ready(host(), views[0], views[1], 64)
-        return runs_of(launch.pick(moved(views[0], views[1], Index([0, 2, 4, 6], 64))))[
-            "descriptors"
-        ]
-
-    assert runs() == 4 * 2 * 64
-    monkeypatch.setattr(chosen, "by_torch", lambda device: False)
-    monkeypatch.setattr(chosen, "link_of", lambda device: SimpleNamespace(fold_below=1))
-    assert runs() == 4 * 2
 
 
 def test_pageable_memory_goes_by_the_ring() -> None:
@@ -303,12 +278,7 @@ def test_a_pick_that_was_under_way_when_its_engine_went_out_does_not_last(
 
 def test_costs_are_read_before_the_first_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[torch.device] = []
-
-    def look(device: torch.device) -> Any:
-        asked.append(device)
-        return H200
-
-    monkeypatch.setattr(chosen, "costs_of", look)
+    monkeypatch.setattr(chosen, "costs_of", asked.append)
     Host(CPU).prepare(plan_of(view("device"), view("pinned")))
     assert asked == [CPU]
 

@@ -168,19 +168,6 @@ def test_pieces_are_looked_up_and_each_row_costs_the_device(direction: str) -> N
         assert one.seconds == H200.seconds(one.engine, direction, 2048, 6400)
 
 
-def test_rows_cost_about_what_was_measured() -> None:
-    """On an H200, of a memcpy: 64 rows of 4 KiB 0.60 up and 0.45 down, of 512 B 0.16 up."""
-
-    def share(direction: str, width: int) -> float:
-        shape = Shape(64000 * width, 64000, 1000)
-        found = pick({"descriptors": shape}, direction, OUT, Terms(), H200)
-        return (found.alternatives[0].gbps(shape.nbytes) or 0) / 55.3
-
-    assert share("h2d", 4 << 10) == pytest.approx(0.60, abs=0.05)
-    assert share("d2h", 4 << 10) == pytest.approx(0.45, abs=0.05)
-    assert share("h2d", 512) == pytest.approx(0.16, abs=0.03)
-
-
 def test_rows_count_beside_a_table_and_may_turn_the_pick() -> None:
     """What was measured was measured without rows."""
     known, idle = table(staged=1.1e-3, descriptors=1e-3), Terms("idle")

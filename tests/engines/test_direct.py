@@ -7,11 +7,11 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from support.cuda_cases import COPIES, Copy, by, chunk, objects, pool
+from support.device_cases import current, delay, on
 from support.direct_on_cpu import CPU, DirectOnCpu, Driver, installed, why_not
 from support.guarded_memory import refused
 
@@ -149,60 +149,36 @@ def test_nothing_is_loaded_during_capture(driver: Driver, monkeypatch: pytest.Mo
 # Tables of the host on the device
 
 
-class _Stream:
-    def __init__(self) -> None:
-        self.waited: list[object] = []
-
-    def wait_event(self, event: object) -> None:
-        self.waited.append(event)
-
-
-@pytest.fixture
-def table(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """What `table_on` asks of a device: a stream, events, and copies to it."""
-    told = SimpleNamespace(current=_Stream(), sent=[], recorded=[], used=[], capturing=False)
-
-    def send(values: Any, device: torch.device, stream: object) -> Any:
-        told.sent.append((values.tolist(), stream))
-        there = 4096 + 1000 * len(told.sent)
-        return SimpleNamespace(data_ptr=lambda: there, record_stream=told.used.append)
-
-    def recorded(stream: object) -> str:
-        told.recorded.append(stream)
-        return f"event {len(told.recorded)}"
-
-    monkeypatch.setattr(direct, "to_device", send)
-    monkeypatch.setattr(direct, "capturing", lambda device: told.capturing)
-    monkeypatch.setattr(direct, "event_pool", lambda device: SimpleNamespace(recorded=recorded))
-    monkeypatch.setattr(torch.accelerator, "current_stream", lambda index: told.current)
-    return told
+def test_a_table_is_sent_once_and_waited_for_by_every_stream(accelerator: torch.device) -> None:
+    view, side = objects().view(), torch.Stream(accelerator)
+    delay(current(accelerator))
+    first = direct.table_on(view, accelerator, None)
+    kept = view.derived[direct._TABLE_ON, accelerator]
+    with on(side):
+        assert direct.table_on(view, accelerator, side) == first
+        read = kept.addresses.clone()
+    assert kept is view.derived[direct._TABLE_ON, accelerator]
+    view.derived.clear()
+    del kept  # the allocator knows which stream reads it
+    rubbish = [torch.full_like(read, 7) for _ in range(4)]
+    with on(side):
+        assert read.tolist() == list(view.origins)
+    del rubbish
 
 
-def test_a_table_is_sent_once_and_waited_for_by_every_stream(table: SimpleNamespace) -> None:
-    view, side = objects().view(), _Stream()
-    first = direct.table_on(view, CUDA, None)
-    assert first == 5096
-    assert table.sent == [(list(view.origins), None)]
-    assert direct.table_on(view, CUDA, side) == first  # type: ignore[arg-type]
-    assert (len(table.sent), table.recorded) == (1, [None])
-    assert table.current.waited == side.waited == ["event 1"]
-    assert table.used == [table.current, side], "the allocator is told who reads it"
-    other = direct.table_on(view, torch.device("cuda", 1), side)  # type: ignore[arg-type]
-    assert (other, table.recorded) == (6096, [None, side])
-
-
-def test_a_table_inside_a_capture(table: SimpleNamespace) -> None:
+def test_a_table_inside_a_capture(
+    accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It has to be there before; then nothing waits for what was enqueued outside."""
     view = objects().view()
-    table.capturing = True
-    with refused(Unsupported, "make the same call once before the capture"):
-        direct.table_on(view, CUDA, None)
-    assert table.sent == []
-    table.capturing = False
-    there = direct.table_on(view, CUDA, None)
-    table.capturing, table.current.waited, table.used[:] = True, [], []
-    assert direct.table_on(view, CUDA, None) == there
-    assert (table.current.waited, table.used) == ([], [])
+    with monkeypatch.context() as inside:
+        inside.setattr(direct, "capturing", lambda device: True)
+        with refused(Unsupported, "make the same call once before the capture"):
+            direct.table_on(view, accelerator, None)
+    there = direct.table_on(view, accelerator, None)
+    monkeypatch.setattr(direct, "capturing", lambda device: True)
+    monkeypatch.setattr(torch.accelerator, "current_stream", None)
+    assert direct.table_on(view, accelerator, None) == there
 
 
 # Memory that a device does not reach
