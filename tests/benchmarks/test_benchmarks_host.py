@@ -285,5 +285,6 @@ def test_plots_of_a_recorded_result(name: str, drawn: str, tmp_path: Path) -> No
     from portakv_benchmarks.shared.plots import draw
 
     results = json.loads((RESULTS / f"{name}.json").read_text())
+    results["rows"] = results["rows"][::8]
     paths = draw(results, tmp_path, "x")
     assert [path.name for path in paths] == [f"x-{one}.svg" for one in drawn.split()]
