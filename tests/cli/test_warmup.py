@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -128,15 +129,6 @@ def test_the_default_is_every_shape_for_this_machines_devices(
     assert all(w["compiled"] + w["kept"] for w in warmed)
 
 
-# Errors
-
-
-@needs_nvrtc
-def test_without_a_device_architectures_have_to_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "finds no CUDA device here; name architectures" in refuses()
-
-
 @needs_compiler
 @pytest.mark.usefixtures("quick")
 def test_amds_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,16 +147,6 @@ def test_amds_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     again = run_json("warmup", *words)["warmed"]
     counts = [(w["target"], w["compiled"], w["kept"]) for w in again]
     assert counts == [("gfx936", 8, 0), ("gfx90a:xnack-", 0, 8)]
-
-
-def test_without_hiprtc(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> None:
-        raise _hip_driver.DriverMissing("hipRTC cannot be loaded (no such file); install ROCm")
-
-    monkeypatch.setattr(_hip_driver, "driver", missing)
-    assert "hip backend cannot be compiled: hipRTC cannot be loaded (no such file); install" in (
-        refuses("--arch", "gfx906")
-    )
 
 
 @needs_nvrtc
@@ -197,15 +179,28 @@ def test_a_cache_that_cannot_be_used(cache: Path) -> None:
     assert "PORTAKV_CACHE_DIR" in message
 
 
-def test_without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_nvrtc, "missing", lambda: "cuda-bindings is not installed")
-    assert "cannot be compiled: cuda-bindings is not installed." in refuses("--arch", "90")
+NO_HIPRTC = _hip_driver.DriverMissing("hipRTC cannot be loaded (no such file); install ROCm")
+REFUSED = RuntimeError("NVRTC refused the kernel:\na line that it did not like")
+#: What fails, how, for which architecture, and words of what is said.
+BROKEN: dict[str, tuple[Any, str, Mock, str, str]] = {
+    "no NVRTC": (
+        _nvrtc, "missing", Mock(return_value="cuda-bindings is not installed"), "90",
+        "cannot be compiled: cuda-bindings is not installed."),
+    "no hipRTC": (
+        _hip_driver, "driver", Mock(side_effect=NO_HIPRTC), "gfx906",
+        "hip backend cannot be compiled: hipRTC cannot be loaded (no such file); install"),
+    "NVRTC refuses": (
+        _nvrtc, "_compile", Mock(side_effect=REFUSED), "90", "the kernel:\na line"),
+    "no device": (
+        torch.cuda, "is_available", Mock(return_value=False), "",
+        "finds no CUDA device here; name architectures"),
+}  # fmt: skip
 
 
 @needs_nvrtc
-def test_what_the_compiler_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(source: str, target: str) -> bytes:
-        raise RuntimeError(f"NVRTC refused the kernel for {target}:\na line that it did not like")
-
-    monkeypatch.setattr(_nvrtc, "_compile", fail)
-    assert "sm_90:\na line" in refuses("--arch", "90", "--shape", "seed")
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_broken_is_told(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, name, broken, architecture, said = BROKEN[what]
+    monkeypatch.setattr(owner, name, broken)
+    arch = ["--arch", architecture] if architecture else []
+    assert said in refuses(*arch, "--shape", "seed")

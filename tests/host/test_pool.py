@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support.guarded_memory import refused
-from support.pinned_runtime import claimed, either
+from support.pinned_runtime import claimed
 from support.pool_processes import Child, unused_name
 from support.threads import run_threads
 
@@ -27,7 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:A pool was closed:ResourceWarning"),
     pytest.mark.usefixtures("either"),
 ]
-__all__ = ["either"]
 SIZE = 1000
 Make = Callable[..., Any]
 name = pytest.fixture(unused_name)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from mmap import PAGESIZE as PAGE
 from typing import Any
 
@@ -85,14 +83,3 @@ def absent(patch: pytest.MonkeyPatch) -> None:
 def claimed() -> int:
     """How many page ranges are registered or claimed."""
     return len(_registrations._live)
-
-
-@pytest.fixture(params=["runtime", "none"])
-def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A test holds with a runtime and without any device; and leaves nothing claimed."""
-    (installed if request.param == "runtime" else absent)(monkeypatch)
-    before = claimed()
-    yield
-    if claimed() != before:
-        gc.collect()  # a caught exception holds the frames that it passed
-    assert claimed() == before
