@@ -15,7 +15,6 @@ from itertools import product
 from math import gcd
 from typing import Any
 
-import numpy as np
 import torch
 
 from portakv import CopyPlan, Index, KVView, PortaKVError, Transfer, Unsupported
@@ -280,12 +279,10 @@ def plans(src: KVView, dst: KVView, mine: Index, theirs: Index) -> list[CopyPlan
 
 def changed(before: Memory, tensors: Any) -> str | None:
     """A clause on the first storage that is not as it was, or None."""
-    now = Memory.snapshot(tensors)
-    for number, (old, new) in enumerate(zip(before.regions, now.regions, strict=True)):
-        offsets = np.nonzero(old.content != new.content)[0]
-        if offsets.size:
-            many = f"{offsets.size} bytes of storage {number} of the outputs"
-            return f"{many} were changed, the first at offset {int(offsets[0])}"
+    for number, found in before.changes(Memory.snapshot(tensors)):
+        first = int(found[0]) - before.regions[number].base
+        many = f"{found.size} bytes of storage {number} of the outputs"
+        return f"{many} were changed, the first at offset {first}"
     return None
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,14 +49,13 @@ class Memory:
                 found[(storage.data_ptr(), storage.nbytes())] = tensor
         regions: list[Region] = []
         for (base, _), tensor in sorted(found.items(), key=lambda item: item[0]):
-            region = Region(base, storage_bytes(tensor))
+            content = storage_bytes(tensor)
             # Two storages can be windows on one piece of memory; it must be kept only once.
             if regions and base < regions[-1].end:
-                kept = regions[-1]
-                past = region.content[max(kept.end - base, 0) :]
-                kept.content = np.concatenate([kept.content, past])
+                past = content[max(regions[-1].end - base, 0) :]
+                regions[-1].content = np.concatenate([regions[-1].content, past])
             else:
-                regions.append(region)
+                regions.append(Region(base, content))
         return cls(regions)
 
     def copy(self) -> Memory:
@@ -80,6 +79,13 @@ class Memory:
         """Put bytes (uint8, the shape of ``addresses``) at absolute addresses."""
         for region, chosen in self._split(addresses):
             region.content[addresses[chosen] - region.base] = values[chosen]
+
+    def changes(self, now: Memory) -> Iterator[tuple[int, np.ndarray]]:
+        """The number of each region that is not as in ``now``, and the addresses that differ."""
+        for number, (was, found) in enumerate(zip(self.regions, now.regions, strict=True)):
+            offsets = np.nonzero(was.content != found.content)[0]
+            if offsets.size:
+                yield number, was.base + offsets
 
     def find(self, address: int) -> tuple[int, int] | None:
         """The number of the region that holds an address and the offset in it, or None."""

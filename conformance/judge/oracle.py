@@ -37,9 +37,9 @@ def expand(ids: Any, step: int, offset: int, count: int) -> np.ndarray:
 class Expected:
     """A copy as it must turn out.
 
-    ``regions`` are the storages of the destination afterwards; ``before`` is the destination and
-    ``source`` the source as they were; ``slots`` are the pairs (source, destination) really
-    copied, int64 ``[pairs, 2]`` (first slots of blocks where pages are opaque).
+    ``source`` and ``before``, the destination, are as they were, ``after`` is the destination as it
+    must be; ``slots`` are the pairs (source, destination) really copied, int64 ``[pairs, 2]``
+    (first slots of blocks where pages are opaque).
     """
 
     src: Rows
@@ -51,7 +51,7 @@ class Expected:
 
     @property
     def regions(self) -> list[Region]:
-        """The expected storages: base address and bytes."""
+        """The expected storages of the destination: base address and bytes."""
         return self.after.regions
 
 
@@ -100,8 +100,8 @@ def _whole_blocks(pairs: np.ndarray, size: int) -> np.ndarray:
     if len(pairs) % size:
         raise ValueError(f"{len(pairs)} positions are not whole blocks of {size}.")
     blocks = pairs.reshape(-1, size, 2)
-    within = np.arange(size, dtype=np.int64)[:, None]
-    in_order = (blocks == blocks[:, :1] + within) & (blocks[:, :1] % size == 0)
+    in_order = blocks == blocks[:, :1] + np.arange(size, dtype=np.int64)[:, None]
+    in_order &= blocks[:, :1] % size == 0
     if not (in_order.all(axis=1) | (blocks < 0).all(axis=1)).all():
         raise ValueError("Opaque pages can only be copied as whole blocks in order.")
     return blocks[:, 0]
@@ -116,28 +116,18 @@ def compare(expected: Expected, dst_tensors: Any, src_tensors: Any = None) -> st
     actual = Memory.snapshot(dst_tensors)
     if [(r.base, r.end) for r in actual.regions] != [(r.base, r.end) for r in expected.regions]:
         return "The destination's storages are not those that the expectation was made for."
-    wrong, first = 0, -1
-    for region, found in zip(expected.regions, actual.regions, strict=True):
-        offsets = np.nonzero(region.content != found.content)[0]
-        if offsets.size and not wrong:
-            first = region.base + int(offsets[0])
-        wrong += int(offsets.size)
+    wrong = [changed for _, changed in expected.after.changes(actual)]
     if wrong:
-        return _explain(expected, actual, first, wrong)
-    return None if src_tensors is None else _compare_source(expected, src_tensors)
-
-
-def _compare_source(expected: Expected, src_tensors: Any) -> str | None:
-    """The source, apart from storages shared with the destination, is as it was."""
-    now = Memory.snapshot(src_tensors)
-    targets = [(region.base, region.end) for region in expected.regions]
-    for number, (was, found) in enumerate(zip(expected.source.regions, now.regions, strict=True)):
-        offsets = np.nonzero(was.content != found.content)[0]
-        shared = any(was.base < end and base < was.end for base, end in targets)
-        if offsets.size and not shared:
-            place = place_of(expected.src, was.base + int(offsets[0]))
+        return _explain(expected, actual, int(wrong[0][0]), sum(map(len, wrong)))
+    if src_tensors is None:
+        return None
+    # The source, apart from storages shared with the destination, is as it was.
+    for number, changed in expected.source.changes(Memory.snapshot(src_tensors)):
+        was = expected.source.regions[number]
+        if not any(was.base < to.end and to.base < was.end for to in expected.regions):
+            place = place_of(expected.src, int(changed[0]))
             name = place.text(expected.src) if place else f"storage {number}, outside its rows"
-            return f"The copy wrote {offsets.size} bytes of its source, first of {name}."
+            return f"The copy wrote {changed.size} bytes of its source, first of {name}."
     return None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -32,22 +33,20 @@ class Place:
     def text(self, rows: Rows) -> str:
         """For a sentence: ``layer 3 value slot 17 head 2 byte 5``."""
         kv = f"kv {self.kv}" if rows.kv != 2 else ("key", "value")[self.kv]
-        if rows.opaque:
-            block = self.slot // (rows.block_size or 1)
-            return f"layer {self.layer} {kv} block {block} head {self.head} byte {self.byte}"
-        return f"layer {self.layer} {kv} slot {self.slot} head {self.head} byte {self.byte}"
+        size = rows.block_size or 1
+        unit = f"block {self.slot // size}" if rows.opaque else f"slot {self.slot}"
+        return f"layer {self.layer} {kv} {unit} head {self.head} byte {self.byte}"
 
 
 def _planes(rows: Rows) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
     """All rows of a view in pieces: layer, kv, slots, addresses [slots, heads, width]."""
     step = rows.block_size or 1 if rows.opaque else 1
-    for layer in range(rows.layers):
-        for kv in range(rows.kv):
-            each = max(_CHUNK // max(rows.heads * rows.widths[kv], 1), 1)
-            slots = np.arange(0, rows.slots, step, dtype=np.int64)
-            for first in range(0, slots.size, each):
-                some = slots[first : first + each]
-                yield layer, kv, some, rows.row_addresses(kv, layer, some)
+    slots = np.arange(0, rows.slots, step, dtype=np.int64)
+    for layer, kv in product(range(rows.layers), range(rows.kv)):
+        each = max(_CHUNK // max(rows.heads * rows.widths[kv], 1), 1)
+        for first in range(0, slots.size, each):
+            some = slots[first : first + each]
+            yield layer, kv, some, rows.row_addresses(kv, layer, some)
 
 
 def place_of(rows: Rows, address: int) -> Place | None:

@@ -86,9 +86,9 @@ class Guarded:
         for low, high in ((0, self.start), (self.start + self.nbytes, host.size)):
             wrong = np.nonzero(host[low:high] != canary_bytes(high - low, low))[0]
             if wrong.size:
-                side, far = ("behind", low + int(wrong[0]) - self.start - self.nbytes)
-                if low == 0:
-                    side, far = "before", self.start - int(wrong[-1]) - 1
+                side, far = "before", self.start - int(wrong[-1]) - 1
+                if low:
+                    side, far = "behind", int(wrong[0])
                 return (
                     f"A canary was overwritten: {wrong.size} bytes {side} a payload of "
                     f"{self.nbytes} bytes, the nearest {far} bytes away from it."
@@ -97,20 +97,14 @@ class Guarded:
 
 
 def guarded(
-    nbytes: int,
-    *,
-    seed: int = 0,
-    storage: int = 0,
-    poison: bool = False,
+    nbytes: int, *, seed: int = 0, storage: int = 0, poison: bool = False,
     device: torch.device | str = "cpu",
-) -> Guarded:
+) -> Guarded:  # fmt: skip
     """Allocate ``nbytes`` between canaries, filled with the pattern, or with poison: by the offset
     from the start of the storage."""
-    content = np.empty(MARGIN + nbytes + MARGIN, dtype=np.uint8)
-    content[:MARGIN] = canary_bytes(MARGIN)
+    content = canary_bytes(MARGIN + nbytes + MARGIN)
     fill = poison_bytes if poison else pattern_bytes
     content[MARGIN : MARGIN + nbytes] = fill(seed, storage, nbytes, MARGIN)
-    content[MARGIN + nbytes :] = canary_bytes(MARGIN, MARGIN + nbytes)
     whole = torch.empty(content.size, dtype=torch.uint8, device=device)
     whole.copy_(torch.from_numpy(content))
     return Guarded(whole, MARGIN, nbytes)

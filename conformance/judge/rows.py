@@ -32,7 +32,11 @@ def leaves(tensors: Any) -> Iterator[torch.Tensor]:
 
 
 class Rows:
-    """Tensors read through a layout: the address of every byte of every row.
+    """Tensors read through a layout string (not a preset name) and declared extents: the address of
+    every byte of every row.
+
+    ``extents`` has the keywords of a view: ``layers``, ``kv``, ``block_size``, ``heads``, ``dim``
+    (elements: one number, or one for each kv).
 
     Attributes: ``layers``, ``kv``, ``heads``; ``widths``, the bytes of ``dim`` (of ``page`` when
     ``opaque``) for each kv; ``block_size`` (None when not paged); ``slots``, the tokens that can
@@ -80,16 +84,13 @@ class Rows:
             if leaf.dim() != level[0].dim():
                 raise ValueError("The tensors of one view have different ranks.")
         self.tensors: list[torch.Tensor] = level
-        numbers = np.arange(len(level), dtype=np.int64)
-        self._levels = shape
-        self._number = numbers.reshape(shape)
-        self._base = np.array([t.data_ptr() for t in level], dtype=np.int64).reshape(shape)
-        self._rank = level[0].dim()
-        rank = [self._rank]
-        sizes = [list(t.shape) for t in level]
+        self._rank, self._levels = level[0].dim(), shape
         strides = [[s * t.element_size() for s in t.stride()] for t in level]
-        self._sizes = np.array(sizes, dtype=np.int64).reshape(shape + rank)
-        self._strides = np.array(strides, dtype=np.int64).reshape(shape + rank)
+        self._number = np.arange(len(level), dtype=np.int64).reshape(shape)
+        self._base = np.array([t.data_ptr() for t in level], dtype=np.int64).reshape(shape)
+        rank = [*shape, self._rank]
+        self._sizes = np.array([list(t.shape) for t in level], dtype=np.int64).reshape(rank)
+        self._strides = np.array(strides, dtype=np.int64).reshape(rank)
 
     def _tensor_of(self, kv: int) -> torch.Tensor:
         """The first tensor that holds rows of this kv."""
@@ -109,21 +110,18 @@ class Rows:
             raise ValueError(f"Unknown extents {sorted(unknown)}.")
         written = self.axes.written
         parts = int(extents.get("kv", 2 if written("kv") else 1))
-        self._extent["kv"] = [parts]
-        for keyword, axis in _DECLARES.items():
-            if axis in ("kv", "dim"):
-                continue
-            missing = 1 if axis in ("layer", "head") and not written(axis) else None
-            declared = extents.get(keyword)
-            if missing and declared not in (None, 1):
-                raise ValueError(f"{keyword}={declared} is declared, but {axis!r} is not written.")
-            self._extent[axis] = [missing or (None if declared is None else int(declared))]
-        if not written("block") and not written("page"):
-            self._extent["token"] = [None]  # a chunk has no block_size; its tokens are counted
-        elif not written("token") and not written("page"):
-            self._extent["token"] = [1]
-        self._extent["block"] = [None]
-        self._extent["page"] = [None] * parts
+        self._extent.update(kv=[parts], block=[None], page=[None] * parts)
+        for keyword in ("layers", "heads", "block_size"):
+            axis, declared = _DECLARES[keyword], extents.get(keyword)
+            if axis != "token" and not written(axis):
+                if declared not in (None, 1):
+                    told = f"{keyword}={declared} is declared"
+                    raise ValueError(f"{told}, but {axis!r} is not written.")
+                declared = 1
+            self._extent[axis] = [None if declared is None else int(declared)]
+        if not written("page") and not (written("block") and written("token")):
+            # A chunk has no block_size: its tokens are counted. A block may be of one token.
+            self._extent["token"] = [1 if written("block") else None]
         dim = extents.get("dim")
         each = [dim] * parts if dim is None or isinstance(dim, int) else list(map(int, dim))
         if len(each) != parts:
@@ -236,12 +234,11 @@ class Rows:
             if dimension == last and self.axes.open_end:
                 address = address + self._unravel(position, where, dimension)
             else:
-                index: tuple[Any, ...] = (*where, dimension)
-                address = address + position * self._strides[index]
-        shape = (slots.shape[0], self.heads, self._elements[kv])
-        elements = np.broadcast_to(address, shape)[..., None]
+                address = address + position * self._strides[(*where, dimension)]
+        rows = (slots.shape[0], self.heads)
+        elements = np.broadcast_to(address, (*rows, self._elements[kv]))[..., None]
         item = np.arange(self._itemsize[kv], dtype=np.int64)
-        return np.asarray(elements + item).reshape((shape[0], shape[1], self.widths[kv]))
+        return np.asarray(elements + item).reshape((*rows, self.widths[kv]))
 
     def _unravel(self, position: Any, where: tuple[Any, ...], first: int) -> Any:
         """Byte offset of a position in the trailing dimensions from ``first`` on."""
@@ -254,11 +251,5 @@ class Rows:
         return offset
 
 
-def locate(tensors: Any, layout: str, extents: Extents | None = None) -> Rows:
-    """Read tensors through a layout string (not a preset name) and declared extents.
-
-    ``extents`` has the keywords of a view: ``layers``, ``kv``, ``block_size``, ``heads``, ``dim``
-    (elements: one number, or one for each kv). ValueError where layout, extents and tensors
-    contradict each other.
-    """
-    return Rows(tensors, layout, extents)
+#: Reads tensors through a layout; ValueError where layout, extents and tensors contradict.
+locate = Rows

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -38,13 +39,8 @@ class WaiverError(ValueError):
 
 @dataclass(frozen=True)
 class Waiver:
-    """One case that may fail.
-
-    Attributes:
-        id: the case, as the report names it.
-        reason: why it fails, a sentence.
-        expires: the first suite version in which it must pass.
-    """
+    """One case that may fail: as the report names it, why, and the first suite version in which it
+    must pass."""
 
     id: str
     reason: str
@@ -59,11 +55,9 @@ def read_waivers(path: Path) -> tuple[Waiver, ...]:
             version that is none, or two waivers of one case.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise WaiverError(f"The waiver file {path} cannot be read: {error}.") from error
-    try:
-        values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise WaiverError(f"The waiver file {path} is no TOML: {error}.") from error
     unknown = sorted(set(values) - {_TABLE})
@@ -76,24 +70,23 @@ def read_waivers(path: Path) -> tuple[Waiver, ...]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise WaiverError(f"In {path} {_TABLE!r} is not a list; write [[{_TABLE}]] with two pairs.")
     found = tuple(_waiver(entry, f"{path}, waiver {at}") for at, entry in enumerate(entries, 1))
-    ids = [waiver.id for waiver in found]
-    for id in ids:
-        if ids.count(id) > 1:
-            raise WaiverError(f"{path} waives {id!r} {ids.count(id)} times; keep one of them.")
+    for id, times in Counter(waiver.id for waiver in found).items():
+        if times > 1:
+            raise WaiverError(f"{path} waives {id!r} {times} times; keep one of them.")
     return found
 
 
 def _waiver(entry: dict[str, Any], place: str) -> Waiver:
     known = [field.name for field in fields(Waiver)]
-    for key in entry:
+    told = ", ".join(known)
+    for key in (*entry, *known):
         if key not in known:
-            raise WaiverError(f"{place} has the unknown key {key!r}; known are {', '.join(known)}.")
-    for key in known:
+            raise WaiverError(f"{place} has the unknown key {key!r}; known are {told}.")
         value = entry.get(key)
         if not isinstance(value, str) or not value.strip():
             raise WaiverError(
-                f"{place} has no {key!r}; each waiver says {', '.join(known)}, all of them texts "
-                f"that are not empty."
+                f"{place} has no {key!r}; each waiver says {told}, all of them texts that are not "
+                f"empty."
             )
     if not _VERSION.fullmatch(entry["expires"]):
         raise WaiverError(
@@ -109,13 +102,11 @@ def judged(case: CaseRecord, waiver: Waiver | None, suite: str) -> CaseRecord:
     Failed becomes waived, unless the waiver expired or the case is CORE. A waived case that does
     not fail becomes failed. What is an error of the suite stays one.
     """
-    if waiver is None:
-        return case
-    if case.status in ("passed", "not-claimed"):
+    if waiver is not None and case.status in ("passed", "not-claimed"):
         ended = "passed" if case.status == "passed" else "is not claimed"
         case.status = "failed"
         case.reason = f"It is waived ({waiver.reason}) but {ended}; remove the waiver."
-    elif case.status == "failed":
+    elif waiver is not None and case.status == "failed":
         why_not = _why_not(asdict(waiver), case.area, suite)
         if why_not:
             case.reason = f"{case.reason} {why_not}".strip()
