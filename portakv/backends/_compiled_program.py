@@ -238,11 +238,11 @@ class Program:
         for tensor in self._example:
             if isinstance(tensor, torch.Tensor):
                 torch._dynamo.mark_static(tensor)
+        # A code object of its own: torch counts compilations for each, and gives up after a few.
+        code = function.__code__.replace(co_name=f"portakv_{function.__name__}")
+        own = FunctionType(code, {**function.__globals__, **constants})
         with torch.inference_mode(False), torch.no_grad(), _any_order():
-            compiled = torch.compile(
-                _own(function, constants), backend=self._compile, fullgraph=True, dynamic=True
-            )
-            compiled(*self._example)
+            torch.compile(own, backend=self._compile, fullgraph=True, dynamic=True)(*self._example)
         if sorted(self._order) != list(range(len(example))):
             raise RuntimeError("torch.compile took an argument of a copy for a constant.")
         del self._example
@@ -275,13 +275,6 @@ class Program:
             if (isinstance(x, int) and x == argument) if number else x is argument:
                 return n
         raise RuntimeError(f"torch.compile made an argument {argument!r} that it was not given.")
-
-
-def _own(function: Callable[..., None], constants: dict[str, Any]) -> Callable[..., None]:
-    """The function with constants and a code object of its own: torch counts compilations for
-    each code object, and gives up after a few."""
-    code = function.__code__.replace(co_name=f"portakv_{function.__name__}")
-    return FunctionType(code, {**function.__globals__, **constants})
 
 
 @contextmanager

@@ -156,11 +156,12 @@ class NestKernel:
         return -(-units * self._row // self.tile.vectors)
 
     def launches(
-        self, move: Move, units: int, status: torch.Tensor | None
+        self, move: Move, status: torch.Tensor | None
     ) -> list[tuple[int, tuple[Any, ...]]]:
         """(programs along x, arguments before the constants) of each launch."""
         mine = self.src.arguments(move.src, move.src_index)
         theirs = self.dst.arguments(move.dst, move.dst_index)
         word, unit, most = 0 if status is None else status.data_ptr(), self._unit, self.most_units
+        units = move.count // unit
         spans = [(start, min(most, units - start)) for start in range(0, units, most)]
         return [(self.programs(n), (mine, theirs, n, start, unit, word)) for start, n in spans]

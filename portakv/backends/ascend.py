@@ -195,13 +195,12 @@ def _paged_op(plan: CopyPlan) -> str:
     """The paged op that serves a plan; empty where none does."""
     src, dst = plan.src, plan.dst
     alone = src.kv % 2 and len(plan.nests) != src.kv  # the last kv cannot be told from the others
-    if src.kv < 2 or alone or not (_dense(src) and _dense(dst)):
+    if src.kv < 2 or alone or not (_dense(src) and _dense(dst)) or src.paged == dst.paged:
         return ""
-    if not src.paged and not plan.src_step and dst.paged and plan.dst_step == 1:
+    if dst.paged and not plan.src_step and plan.dst_step == 1:
         return "npu_scatter_pa_kv_cache"
-    if src.paged and plan.src_step and plan.unit == src.block_size and not dst.paged:
-        return "" if plan.dst_step else "npu_gather_pa_kv_cache"
-    return ""
+    whole = src.paged and plan.src_step and plan.unit == src.block_size and not plan.dst_step
+    return "npu_gather_pa_kv_cache" if whole else ""
 
 
 def _dense(form: Form) -> bool:

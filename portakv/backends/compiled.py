@@ -67,14 +67,11 @@ class Compiled(Backend):
         return Decision(cls.name, why is None, why or f"inductor compiles for {device.type}")
 
     def capabilities(self) -> Capabilities:
+        # Which dtype of ids will come is not known in prepare, and each is a program of its own.
         return Capabilities(
-            places=places_on(self.device),
-            # Which dtype will come is not known in prepare, and each is a program of its own.
-            index_dtypes=frozenset({torch.int64}),
-            skips_negative=True,
-            guards=True,
-            capturable=self.device.type != "cpu",
-        )
+            places_on(self.device), index_dtypes=frozenset({torch.int64}), skips_negative=True,
+            guards=True, capturable=self.device.type != "cpu",
+        )  # fmt: skip
 
     def prepare(self, plan: CopyPlan) -> Launch:
         if capturing(self.device):

@@ -225,11 +225,6 @@ class _MluLaunch(MoveLaunch):
 
     @torch.no_grad()
     def carry(self, move: Move, status: torch.Tensor | None) -> None:
-        if not self._by_an_op(move, status):
-            self._rest(move, status)
-
-    def _by_an_op(self, move: Move, status: torch.Tensor | None) -> bool:
-        """Whether one of the vendor's ops has carried the copy out."""
         src, dst, mine, theirs, count = move
         cache, dense, index, rows = (
             (src, dst, mine, theirs) if self._plan.src_step else (dst, src, theirs, mine)
@@ -239,9 +234,9 @@ class _MluLaunch(MoveLaunch):
         call = _Call(cache, dense, rows.offset, count, dtype)
         way = next((way for way in self._ways if way.takes(call)), None)
         if way is None or not count or cache.slots > _INT32:
-            return False
-        way(call, guarded_slots(cache, index, count, dense.device, status))
-        return True
+            self._rest(move, status)
+        else:
+            way(call, guarded_slots(cache, index, count, dense.device, status))
 
 
 @dataclass(frozen=True)
@@ -285,15 +280,10 @@ def load_ops() -> Ops:
         transfer, more = None, f"a {another} that is not the known one and is not used"
     emulated = bool(getattr(package, "EMULATED", False))
     label = " (emulated)" if emulated else ""
-    return Ops(
-        reshape, gathers, transfer, _members(package, "KVFormat"),
-        _members(package, "TransferDirection"), emulated,
-        f"{name}{label} has reshape_paged_cache ({ways}) and {more}",
-    )  # fmt: skip
-
-
-def _members(package: Any, enumeration: str) -> dict[str, Any]:
-    return dict(getattr(getattr(package, enumeration, None), "__members__", {}))
+    enumerations = [getattr(package, x, None) for x in ("KVFormat", "TransferDirection")]
+    formats, directions = (dict(getattr(x, "__members__", {})) for x in enumerations)
+    told = f"{name}{label} has reshape_paged_cache ({ways}) and {more}"
+    return Ops(reshape, gathers, transfer, formats, directions, emulated, told)
 
 
 def parameters(found: Any) -> tuple[str, ...]:

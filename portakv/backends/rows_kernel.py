@@ -308,8 +308,7 @@ class _SideWords(SideArguments):
         """The entries that travel in the arguments."""
         kept: bytes | None = view.derived.get(self)
         if kept is None:
-            first = self.side.table
-            entries = view.origins[first : first + self.entries]
+            entries = view.origins[self.side.table :][: self.entries]
             kept = view.derived[self] = struct.pack(f"<{self.entries}q", *entries)
         return kept
 

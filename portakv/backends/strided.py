@@ -8,7 +8,7 @@ loop over tokens. Ids must be clean: neither negative nor past the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby, product
 from math import gcd, prod
 from operator import itemgetter, mul
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from portakv.plan.loops import Loop
 from portakv.plan.plan import CopyPlan, Move, Nest
 
 if TYPE_CHECKING:
@@ -132,7 +131,11 @@ class _Rows:
             sizes, self._walk = [*((n, s // width) for n, s in loops), (nest.run // width, 1)], []
             self._grain = gcd(*(step.stride for step in side.units)) or width
         else:
-            row = _row(nest, inner)
+            row = gcd(
+                nest.run,
+                *(step.stride for side in (nest.src, nest.dst) for step in side.units),
+                *(stride for x in inner for stride in (x.src_stride, x.dst_stride)),
+            )
             self._walk = [(n, s // row) for n, s in (*loops, (nest.run // row, row)) if n > 1]
             sizes, self._grain = [(row // width, 1)], row
         self._size, self._stride = [n for n, _ in sizes], [s for _, s in sizes]
@@ -238,12 +241,6 @@ class _Rows:
         return max(last + 1, 0)
 
 
-def _row(nest: Nest, inner: Iterable[Loop]) -> int:
-    """Bytes of the longest piece that all strides of both sides are multiples of."""
-    units = [step.stride for side in (nest.src, nest.dst) for step in side.units]
-    return gcd(nest.run, *units, *(s for x in inner for s in (x.src_stride, x.dst_stride)))
-
-
 def _step(numbers: torch.Tensor) -> int:
     """What numbers on the host rise by each time; 0 if they do not rise evenly."""
     if numbers.numel() < 2:
@@ -295,13 +292,8 @@ _HERE = Ops(16, False, True, True, _pick_here, _put_here, _copy_bytes)
 
 
 class HostRows:
-    """Copies between rows of two forms on the host; they must not share memory.
-
-    Args:
-        src, dst: the forms.
-        src_step, dst_step: as a `CopyPlan` has them.
-        unit: what counts are multiples of.
-    """
+    """Copies between rows of two forms on the host, which must not share memory; steps as a
+    `CopyPlan` has them, and counts are multiples of ``unit``."""
 
     def __init__(self, src: Form, dst: Form, src_step: int, dst_step: int, unit: int) -> None:
         widest = CopyPlan(src, dst, src_step, dst_step)

@@ -52,18 +52,16 @@ class Triton(Backend):
 
     def capabilities(self) -> Capabilities:
         host = self.device.type == "cpu"
+        # The interpreter replaces functions of triton while it runs: no threads.
         return Capabilities(
-            places=places_on(self.device),
-            skips_negative=True,
-            guards=True,
-            capturable=not host,
-            threads=not host,  # the interpreter replaces functions of triton while it runs
-        )
+            places_on(self.device), skips_negative=True, guards=True, capturable=not host,
+            threads=not host,
+        )  # fmt: skip
 
     def prepare(self, plan: CopyPlan) -> Launch:
         nests = [NestKernel(nest, plan) for nest in plan.nests]
         if self.device.type == "cpu":
-            return _InterpretedLaunch(plan.unit, nests)
+            return _InterpretedLaunch(nests)
         with self._lock:  # nests of one shape share a kernel
             make, loaded = self._compiled.get_or_make, self._loaded
             kernels = [make(nest.key, partial(loaded, nest)) for nest in nests]
@@ -105,21 +103,21 @@ _interpreting = threading.Lock()
 class _InterpretedLaunch(MoveLaunch):
     """Runs the kernel through Triton's interpreter, in this thread."""
 
-    def __init__(self, unit: int, nests: list[NestKernel]) -> None:
-        self._unit, self._nests = unit, nests
+    def __init__(self, nests: list[NestKernel]) -> None:
+        self._nests = nests
 
     def carry(self, move: Move, status: torch.Tensor | None) -> None:
         from portakv.backends._triton_kernel import copy_rows
 
         for nest in self._nests:
             constants = _constants(nest)
-            for programs, arguments in nest.launches(move, move.count // self._unit, status):
+            for programs, arguments in nest.launches(move, status):
                 with _interpreting:
                     copy_rows[(programs, nest.planes)](*arguments, **constants)
 
 
 class _OnDevice:
-    """What a launch asks of Triton's driver, and its parts: what it runs, with which arguments."""
+    """What a launch asks of Triton's driver, and its parts: what it runs, with what."""
 
     def __init__(self, device: torch.device, parts: list[Any]) -> None:
         driver = _driver()
@@ -165,9 +163,9 @@ class _TritonLaunch(_OnDevice):
             self._run(move, status)
 
     def _run(self, move: Move, status: torch.Tensor | None) -> None:
-        stream, units = self._current_stream(self._index), move.count // self._unit
+        stream = self._current_stream(self._index)
         for nest, run, function, metadata, constants in self._parts:
-            for programs, arguments in nest.launches(move, units, status):
+            for programs, arguments in nest.launches(move, status):
                 run(
                     programs, nest.planes, 1, stream, function, metadata, None, None, None,
                     *arguments, *constants,
