@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -279,11 +278,9 @@ def test_an_extra_that_is_missing_is_no_failure_of_a_backend(
 
 def test_a_file_that_is_no_example_ends_with_2(command: Command, tmp_path: Path) -> None:
     assert command({}, "replay", str(tmp_path / "gone.json"), call=main) == 2
-    for text in ("", "{}", json.dumps({"schema": "portakv-example/1"})):
-        (tmp_path / "bad.json").write_text(text)
-        words = ["replay", str(tmp_path / "bad.json"), "reference"]
-        assert command({}, *words, call=main) == 2
-        assert "no saved example" in command.err
+    (tmp_path / "bad.json").write_text('{"schema": "portakv-example/1"}')
+    assert command({}, "replay", str(tmp_path / "bad.json"), "reference", call=main) == 2
+    assert "no saved example" in command.err
 
 
 def test_one_bug_is_told_once(command: Command) -> None:
@@ -398,11 +395,10 @@ def test_other_surroundings_are_told(record: RunRecord) -> None:
     assert differences(record, other) == told
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "portakv-conformance/1"}', "\xff"])
-def test_what_is_no_report_ends_with_2(
-    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "old").write_bytes(text.encode("latin-1"))
-    assert main(["diff", str(tmp_path / "old"), str(tmp_path / "old")]) == 2
-    assert main(["diff", str(tmp_path / "gone"), str(tmp_path / "gone")]) == 2
-    assert str(tmp_path) in capsys.readouterr().err
+def test_what_is_no_report_ends_with_2(command: Command, tmp_path: Path) -> None:
+    for text in (b"{}", b'{"schema": "portakv-conformance/1"}', b"\xff", b""):
+        (tmp_path / "old").write_bytes(text)
+        for name in "old", "gone":
+            file = str(tmp_path / name)
+            assert command({}, "diff", file, file, call=main) == 2
+            assert file in command.err

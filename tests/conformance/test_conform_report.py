@@ -19,29 +19,10 @@ from support import conform_reports
 
 from portakv_conformance.judge.oracle import compare, expected_copy
 from portakv_conformance.record import RunRecord
-from portakv_conformance.report import write
+from portakv_conformance.report import page as forms
+from portakv_conformance.report import words, write
 from portakv_conformance.report.first_byte import first_byte
-from portakv_conformance.report.page import (
-    ANY,
-    badge,
-    breakable,
-    junit,
-    markdown,
-    matrix,
-    message,
-    page,
-    prose,
-    width,
-)
-from portakv_conformance.report.words import (
-    code,
-    duration,
-    fenced,
-    moment,
-    plain,
-    printable,
-    text,
-)
+from portakv_conformance.report.page import ANY, matrix
 
 _VOID = {"meta", "link", "input", "wbr", "br", "img"}
 
@@ -79,7 +60,7 @@ class Reader(HTMLParser):
 
 @cache
 def read(name: str) -> Reader:
-    return Reader(page(conform_reports.RUNS[name]()))
+    return Reader(forms.page(conform_reports.RUNS[name]()))
 
 
 @pytest.fixture(params=list(conform_reports.RUNS))
@@ -157,7 +138,7 @@ def test_each_failure_is_explained_and_can_be_replayed() -> None:
         if case.status in ("failed", "error"):
             assert case.replay in reader.texts
             assert case.details in reader.texts
-    text = Reader(page(conform_reports.failing(60))).text  # folded behind the first
+    text = Reader(forms.page(conform_reports.failing(60))).text  # folded behind the first
     assert "60 failures" in text
     assert "35 more failures" in text
 
@@ -168,10 +149,10 @@ def test_waivers_show_reason_and_expiry_and_those_that_do_not_hold_are_named() -
     assert "Expires with suite 2027.02." in text
     gone = {"id": "cases/test_core.py::gone", "reason": "r", "expires": "2027.02"}
     record = replace(conform_reports.passing(), verdict="failed", waivers=[gone])
-    text = Reader(page(record)).text
+    text = Reader(forms.page(record)).text
     assert "Waivers that do not hold" in text
     assert "No case failed" in text
-    errors = ElementTree.fromstring(junit(record)).iter("error")
+    errors = ElementTree.fromstring(forms.junit(record)).iter("error")
     assert [error.get("type") for error in errors] == ["waivers"]
 
 
@@ -180,7 +161,7 @@ def test_what_is_missing_and_why_there_is_no_rung_are_said() -> None:
     assert "2 parts of the full profile could not be run here" in text
     assert "no C++ compiler was found" in text
     record = replace(conform_reports.passing(), profile="core", rung="")
-    assert "No rung is reached: R6 needs --profile full." in Reader(page(record)).text
+    assert "No rung is reached: R6 needs --profile full." in Reader(forms.page(record)).text
 
 
 def test_the_matrix_holds_the_worst_of_each_place() -> None:
@@ -201,11 +182,11 @@ def test_a_case_of_a_layout_alone_has_a_place_and_a_run_without_layouts_no_matri
     record = conform_reports.passing()
     alone = replace(record.cases[0], tags={"layout": "own"})
     assert matrix([alone]).columns == {ANY: [ANY]}
-    assert "any operation" in Reader(page(replace(record, cases=[alone]))).text
+    assert "any operation" in Reader(forms.page(replace(record, cases=[alone]))).text
     bare = [replace(case, tags={}) for case in record.cases]
-    assert 'id="coverage"' not in page(replace(record, cases=bare))
+    assert 'id="coverage"' not in forms.page(replace(record, cases=bare))
     empty = replace(conform_reports.incomplete(), cases=[], capabilities={}, trace=[])
-    assert "Incomplete" in Reader(page(empty)).text
+    assert "Incomplete" in Reader(forms.page(empty)).text
 
 
 # -- other forms -----------------------------------------------------------------------------------
@@ -229,7 +210,7 @@ def test_every_form_is_written_and_the_report_reads_back(record: RunRecord, tmp_
 def test_junit_counts_what_it_holds_and_names_cases_as_pytest_does(
     name: str, record: RunRecord
 ) -> None:
-    root = ElementTree.fromstring(junit(record))
+    root = ElementTree.fromstring(forms.junit(record))
     assert root.tag == "testsuites"
     kinds = {"tests": "testcase", "failures": "failure", "errors": "error", "skipped": "skipped"}
     for suite in root, *root:
@@ -250,7 +231,7 @@ def test_junit_counts_what_it_holds_and_names_cases_as_pytest_does(
 
 
 def test_markdown_says_verdict_totals_failures_and_place() -> None:
-    said = markdown(conform_reports.failing())
+    said = forms.markdown(conform_reports.failing())
     assert said.startswith("## ❌ acme on Acme XPU 900: Not conformant\n")
     assert "| 298 | 2 | 2 | 11 | 1 |" in said
     assert "### 12 failures" in said
@@ -258,26 +239,26 @@ def test_markdown_says_verdict_totals_failures_and_place() -> None:
     assert "holds bytes of layer 3 key slot 17, not of" in said
     assert "| driver | 5.2.1 |" in said
     assert len(said) < 12_000
-    assert len(markdown(conform_reports.passing())) < 1_500
-    said = markdown(conform_reports.failing(200))
+    assert len(forms.markdown(conform_reports.passing())) < 1_500
+    said = forms.markdown(conform_reports.failing(200))
     assert "and 180 more, in `report.html`." in said
     assert len(said) < 60_000  # a comment on GitHub has 65,536
-    said = markdown(conform_reports.emulated())
+    said = forms.markdown(conform_reports.emulated())
     assert "Conformant in emulation · R3: semantics emulated" in said
     assert "> **EMULATED.**" in said
-    assert "- The simulated device was not built" in markdown(conform_reports.incomplete())
+    assert "- The simulated device was not built" in forms.markdown(conform_reports.incomplete())
 
 
 def test_markdown_acts_on_nothing_that_a_record_says() -> None:
-    said = markdown(conform_reports.hostile())
+    said = forms.markdown(conform_reports.hostile())
     # What is left without code, whether within a line or in a block.
     outside = re.sub(r"(?<![\\`])(`+)(?!`).*?(?<!`)\1(?!`)", "", said, flags=re.DOTALL)
     assert not re.search(r"(?<!\\)<", outside)
     assert "@all" not in outside
-    assert text("a|b\n# c `d` @me") == "a\\|b \\# c \\`d\\` @\u200bme"
-    assert code("a``b") == "```a``b```"
-    assert code("`a") == "`` `a ``"
-    assert fenced("```\nx").startswith("````\n")
+    assert words.text("a|b\n# c `d` @me") == "a\\|b \\# c \\`d\\` @\u200bme"
+    assert words.code("a``b") == "```a``b```"
+    assert words.code("`a") == "`` `a ``"
+    assert words.fenced("```\nx").startswith("````\n")
 
 
 BADGES = {"passing": "R6 full 2026.12", "emulated": "R3 emulated full 2026.12",
@@ -285,14 +266,14 @@ BADGES = {"passing": "R6 full 2026.12", "emulated": "R3 emulated full 2026.12",
 
 
 def test_the_badge_is_one_line_of_svg_with_the_verdict(name: str, record: RunRecord) -> None:
-    drawn = badge(record)
-    assert message(record) == BADGES.get(name, message(record))
-    assert message(replace(conform_reports.passing(), rung="")) == "full 2026.12"
+    drawn = forms.badge(record)
+    assert forms.message(record) == BADGES.get(name, forms.message(record))
+    assert forms.message(replace(conform_reports.passing(), rung="")) == "full 2026.12"
     root = ElementTree.fromstring(drawn)
     assert root.get("height") == "20"
-    texts = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert texts == ["PortaKV conformance", message(record)]
-    assert int(root.get("width", "")) == width("PortaKV conformance") + width(message(record)) + 28
+    texts = [e.text or "" for e in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts == ["PortaKV conformance", forms.message(record)]
+    assert int(root.get("width", "")) == sum(map(forms.width, texts)) + 28
     assert "<script" not in drawn
     assert len(drawn) < 2_500
 
@@ -343,14 +324,15 @@ def test_the_fault_is_told_in_a_few_words(origin: str, should: str, told: str) -
 
 
 def test_times_values_and_odd_characters_in_words() -> None:
-    assert printable("a\x00b\x1b[1m\ud800") == "a\\x00b\\x1b[1m\\ud800"
-    assert breakable("a/b\x00::c") == "a<wbr>/b\\x00<wbr>::c"
-    assert prose("Field `a<b` is") == "Field <code>a&lt;b</code> is"
-    assert prose("One ` alone") == "One ` alone"
-    assert [duration(s) for s in (0.42, 41.6, 187.4, 3725)] == [
+    assert words.printable("a\x00b\x1b[1m\ud800") == "a\\x00b\\x1b[1m\\ud800"
+    assert forms.breakable("a/b\x00::c") == "a<wbr>/b\\x00<wbr>::c"
+    assert forms.prose("Field `a<b` is") == "Field <code>a&lt;b</code> is"
+    assert forms.prose("One ` alone") == "One ` alone"
+    assert [words.duration(s) for s in (0.42, 41.6, 187.4, 3725)] == [
         "0.4 s", "42 s", "3 min 7 s", "1 h 2 min"]  # fmt: skip
-    assert moment("2026-11-20T23:30:00-02:00") == "21 Nov 2026, 01:30 UTC"
-    assert moment("yesterday") == "yesterday"
-    assert plain([["device", "pinned"], ["pinned", "host"]]) == "device → pinned, pinned → host"
+    assert words.moment("2026-11-20T23:30:00-02:00") == "21 Nov 2026, 01:30 UTC"
+    assert words.moment("yesterday") == "yesterday"
+    places = [["device", "pinned"], ["pinned", "host"]]
+    assert words.plain(places) == "device → pinned, pinned → host"
     values: tuple[object, ...] = (None, True, [], 4)
-    assert [plain(value) for value in values] == ["any", "yes", "none", "4"]
+    assert [words.plain(value) for value in values] == ["any", "yes", "none", "4"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.conform_reports import changed, emulated, failing, incomplete, passing
+from support.conform_reports import changed, emulated, failing, incomplete, kept, passing
 
 from portakv.cli import main as portakv
 from portakv_conformance.evidence import ladder as ladders
@@ -30,7 +30,6 @@ from portakv_conformance.evidence.source import SourceError, source_files, sourc
 from portakv_conformance.judge.subject import subject
 from portakv_conformance.record import RunRecord
 from portakv_conformance.report.page import markdown, page
-from portakv_conformance.report.results import keep
 from portakv_conformance.report.summary import print_summary
 from portakv_conformance.report.support import reached, verified
 from portakv_conformance.report.words import plain
@@ -94,13 +93,13 @@ def test_the_rules(values: dict[str, Any], why: str) -> None:
 
 
 def test_a_rung_ends_with_the_source_the_suite_or_a_package_of_the_vendor() -> None:
-    kept = Ladder((), {"torch-npu": "1" * 64})
+    base = Ladder((), {"torch-npu": "1" * 64})
     held = rung(vendor={"torch-npu": "1" * 64})
-    assert why_expired(held, kept, same) == ""
-    assert why_expired(held, kept, other) == why_expired(held, kept, gone) == "source changed since"
-    assert why_expired(replace(held, suite="2026.05"), kept, same) == "suite 2026.05, now 2026.12"
+    assert why_expired(held, base, same) == ""
+    assert why_expired(held, base, other) == why_expired(held, base, gone) == "source changed since"
+    assert why_expired(replace(held, suite="2026.05"), base, same) == "suite 2026.05, now 2026.12"
     assert why_expired(held, Ladder(()), same) == "torch-npu changed since"
-    newer = kept.with_rung(rung(device="other", vendor={"torch-npu": "2" * 64}))
+    newer = base.with_rung(rung(device="other", vendor={"torch-npu": "2" * 64}))
     assert why_expired(held, newer, same) == "torch-npu changed since"
     # A third party's may be installed here or not; the table must not depend on that.
     assert why_expired(rung(target="acme.backend:Acme"), Ladder(()), gone) == ""
@@ -180,11 +179,9 @@ def test_a_row_has_the_emulation_of_its_report() -> None:
 # -- files ----------------------------------------------------------------------------------------
 
 
-def kept(run: RunRecord, root: Path) -> Rung:
+def row(run: RunRecord, root: Path) -> Rung:
     """The row of a run whose report was put among the results."""
-    (root / RESULTS).mkdir(parents=True, exist_ok=True)
-    (root / "conformance.json").write_text(run.document())
-    file = keep(root / "conformance.json", root / RESULTS, lambda text: [])
+    file = kept(run, root)
     return rung_of(read(file), RESULTS + file.name)
 
 
@@ -197,7 +194,7 @@ def kept(run: RunRecord, root: Path) -> Rung:
 )  # fmt: skip
 def test_a_row_says_what_its_file_says(tmp_path: Path, name: str, value: Any) -> None:
     """And a note, which is a person's."""
-    made = kept(passing(), tmp_path)
+    made = row(passing(), tmp_path)
     assert (made.rung, made.emulated, made.told) == ("R6", False, "312 passed, 2 not claimed")
     assert contradictions(Ladder((made,)), tmp_path) == []
     found = contradictions(Ladder((replace(made, **{name: value}),)), tmp_path)
@@ -207,7 +204,7 @@ def test_a_row_says_what_its_file_says(tmp_path: Path, name: str, value: Any) ->
 
 def test_an_emulated_report_cannot_be_raised_to_r6(tmp_path: Path) -> None:
     run = changed(passing(), {"emulated": True, "device": "simdev:mlu"})
-    made = kept(run, tmp_path)
+    made = row(run, tmp_path)
     assert (made.rung, made.device, made.emulated) == ("R3", "mlu, emulated", True)
     for values, why in (
         ({"rung": "R6"}, "rung is 'R6', but the file says 'R3'"),
@@ -217,7 +214,7 @@ def test_an_emulated_report_cannot_be_raised_to_r6(tmp_path: Path) -> None:
 
 
 def test_files_that_are_edited_missing_misnamed_or_forgotten_are_found(tmp_path: Path) -> None:
-    made = kept(passing(), tmp_path)
+    made = row(passing(), tmp_path)
     file = tmp_path / made.evidence
     text = file.read_text()
     assert "has no row in ladder.toml" in contradictions(Ladder(()), tmp_path)[0]
@@ -284,22 +281,22 @@ def test_what_a_stand_in_takes_for_true_stands_in_every_form(
     assert said in markdown(run)
     print_summary(run, Options(backend="mlu", device="simdev:mlu"))
     assert said in " ".join(capsys.readouterr().out.split())
-    row = rung_of(of_report(run), "a.json")
-    assert row.assumption == ASSUMED
-    assert ASSUMED in reached(row, Ladder((row,)))
-    assert ASSUMED in verified(row, Ladder((row,)))
-    assert told(row.backend, "acme", Ladder((row,))).endswith(f" on mlu, emulated, {ASSUMED}")
+    mine = rung_of(of_report(run), "a.json")
+    assert mine.assumption == ASSUMED
+    assert ASSUMED in reached(mine, Ladder((mine,)))
+    assert ASSUMED in verified(mine, Ladder((mine,)))
+    assert told(mine.backend, "acme", Ladder((mine,))).endswith(f" on mlu, emulated, {ASSUMED}")
     assert portakv(["backends", "--device", "mlu", "--json"]) == 1
     (device,) = json.loads(capsys.readouterr().out)["devices"]
-    (mine,) = (row for row in device["candidates"] if row["name"] == "mlu")
-    assert mine["verified"].endswith(f"R3 on mlu, emulated, {ASSUMED}")
+    (shown,) = (each for each in device["candidates"] if each["name"] == "mlu")
+    assert shown["verified"].endswith(f"R3 on mlu, emulated, {ASSUMED}")
     portakv(["backends", "--device", "mlu"])
     assert "by assumption:" in capsys.readouterr().out
 
 
 def test_what_a_built_library_carried_out_has_a_row_and_a_file_of_its_own(tmp_path: Path) -> None:
     rows = [
-        kept(changed(passing(), {"carried out by": what, "library": library}), tmp_path)
+        row(changed(passing(), {"carried out by": what, "library": library}), tmp_path)
         for what, library in (
             ("the ops of torch_npu", ...),
             ("the AscendC kernel", {"libportakv_ascend.so": "7" * 64}),

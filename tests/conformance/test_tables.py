@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.conform_reports import changed, emulated, failing, passing
+from support.conform_reports import changed, emulated, failing, kept, passing
 from support.conform_runs import ROOT, python
 
 from portakv_conformance.evidence import ladder as ladders
@@ -135,13 +135,6 @@ def ours(*facts: dict[str, Any], **values: Any) -> RunRecord:
     return changed(passing(), gpu, *facts, **{"backend": backend, **values})
 
 
-def kept(record: RunRecord, folder: Path) -> Path:
-    """Of cases that no suite has; what `verify` says of them is not asked."""
-    report = folder / "conformance.json"
-    report.write_text(record.document())
-    return keep(report, folder / "results", lambda text: [])
-
-
 def test_a_result_is_the_whole_report_with_a_line_for_each_case(tmp_path: Path) -> None:
     record = failing()
     file = kept(record, tmp_path)
@@ -190,9 +183,9 @@ def test_what_is_edited_no_report_or_no_certification_is_no_result(tmp_path: Pat
     forged.environment[SEAL] = digest_of(forged)
     (tmp_path / "odd.json").write_text(forged.document())
     with pytest.raises(ValueError, match="R6 needs the real one"):
-        keep(tmp_path / "odd.json", tmp_path / "results",
+        keep(tmp_path / "odd.json", tmp_path / RESULTS,
              partial(check_report, listing=lambda profile, device: {}))  # fmt: skip
-    assert not (tmp_path / "results").exists()
+    assert not (tmp_path / RESULTS).exists()
 
 
 # -- the README's table ---------------------------------------------------------------------------

@@ -6,12 +6,15 @@ from __future__ import annotations
 import hashlib
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from portakv_conformance import SPEC_VERSION, SUITE_VERSION
+from portakv_conformance.evidence.ladder import RESULTS
 from portakv_conformance.evidence.verdict import case_list_sha256, judge
 from portakv_conformance.evidence.verify import check_report
 from portakv_conformance.record import SCHEMA, CaseRecord, RunRecord
+from portakv_conformance.report.results import keep
 
 LAYOUTS = (
     "vllm-nhd", "vllm-hnd", "vllm-flashinfer-nhd", "vllm-0.26-hnd", "vllm-mla-fp8", "vllm-dsv4",
@@ -213,3 +216,11 @@ def changed(run: RunRecord, *facts: dict[str, Any], **values: Any) -> RunRecord:
 def refusals(run: RunRecord) -> str:
     """What `verify` says of a run, whose cases no suite has to know."""
     return "\n".join(check_report(run.document(), lambda profile, device: {}))
+
+
+def kept(run: RunRecord, root: Path) -> Path:
+    """The file of a run whose report was put among the results below a folder; what `verify` says
+    of cases that no suite has is not asked."""
+    report = root / "conformance.json"
+    report.write_text(run.document())
+    return keep(report, root / RESULTS, lambda text: [])
