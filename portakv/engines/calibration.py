@@ -190,24 +190,21 @@ class _Work:
 
     def launch(self, src: Form, dst: Form) -> HostLaunch:
         """The launch between two forms; made once."""
-        found = self._launches.get((src, dst))
-        if found is None:
-            found = self._launches[src, dst] = self._host.prepare(CopyPlan(src, dst, 1, 1))
-        return found
+        if (src, dst) not in self._launches:
+            self._launches[src, dst] = self._host.prepare(CopyPlan(src, dst, 1, 1))
+        return self._launches[src, dst]
 
     def blocks(self, place: str, size: int, runs: int) -> torch.Tensor:
         """``[runs, 1, size]`` bytes with gaps, out of one piece of memory for each place."""
-        pool = self._pools.get(place)
-        if pool is None:
+        if place not in self._pools:
             nbytes = self._grid.largest(self._most(place == "pageable"))
             if place == "pinned":
-                pool = pinned.allocate(nbytes, fallback=False).tensor
+                self._pools[place] = pinned.allocate(nbytes, fallback=False).tensor
             else:
                 device = self.device if place == "device" else "cpu"
-                pool = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-            self._pools[place] = pool
+                self._pools[place] = torch.zeros(nbytes, dtype=torch.uint8, device=device)
         pitch = size + GAP
-        return pool[: runs * pitch].view(runs, 1, pitch)[:, :, :size]
+        return self._pools[place][: runs * pitch].view(runs, 1, pitch)[:, :, :size]
 
 
 class _Copy:
@@ -310,13 +307,8 @@ class EventTimer:
 
     def time(self, call: Callable[[], Pending | None], host_seconds: float = 0.0) -> Timed:
         """Time a call, whose work is ordered on the current stream unless it is pending; the last
-        event stands behind what the host had to wait for.
-
-        Args:
-            call: the copy.
-            host_seconds: what the call is taken to keep the host, which is to be hidden; 0: nothing
-                is, since the call itself waits for the device.
-        """
+        event stands behind what the host had to wait for. ``host_seconds``: what the call is taken
+        to keep the host, which is to be hidden; 0: the call itself waits for the device."""
         stream = torch.accelerator.current_stream(self.device)
         stream.synchronize()
         return self._timed(call, stream)

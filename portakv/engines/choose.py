@@ -116,19 +116,18 @@ def pick(
 
     Args:
         shapes: what the copy is to each engine that might carry it out.
-        direction: ``d2h`` or ``h2d``.
         out: engines that do not, and why, as a phrase.
-        terms: what the caller asks.
-        costs: what engines cost.
 
     Raises:
         Unsupported: no engine is left, with each one's reason.
     """
-    found = []
-    for name in ORDER:
-        if name in shapes:
-            refused = out.get(name) or _kept_out(name, direction, shapes[name].nbytes, terms)
-            found.append(_alternative(name, shapes[name], direction, refused, costs))
+    found = [
+        _alternative(
+            name, shapes[name], direction, costs,
+            out.get(name) or _kept_out(name, direction, shapes[name].nbytes, terms),
+        )
+        for name in ORDER if name in shapes
+    ]  # fmt: skip
     able = [one for one in found if one.engine not in out]
     if not able:
         raise _none_left(out)
@@ -155,12 +154,10 @@ def _quickest(measured: list[Alternative], able: list[Alternative]) -> tuple[Alt
     least = min(_known(one.seconds) for one in measured)
     equal = [one for one in measured if _known(one.seconds) <= least * (1 + EQUAL)]
     best = min(equal, key=lambda one: _known(one.host_seconds))  # the first of equals
-    text = "the least time of those that the terms allow, as measured"
+    text = "the least time of those that the terms allow"
     if len(equal) > 1:
-        text = (
-            f"within {EQUAL * 100:g} % of the least time of those that the terms allow, and keeps "
-            f"the host least, as measured"
-        )
+        text = f"within {EQUAL * 100:g} % of {text}, and keeps the host least"
+    text += ", as measured"
     for one in able:
         if one.refused and _known(one.seconds) < _known(best.seconds):
             text += f"; {one.engine} would take less, but the terms keep it out"
@@ -172,7 +169,7 @@ def _known(seconds: float | None) -> float:
 
 
 def _alternative(
-    name: str, shape: Shape, direction: str, refused: str, costs: Table
+    name: str, shape: Shape, direction: str, costs: Table, refused: str
 ) -> Alternative:
     runs, pieces = max(1, shape.runs), max(1, shape.pieces)
     run_bytes = max(1, shape.nbytes // pieces)
@@ -204,12 +201,6 @@ def _none_left(out: Mapping[str, str]) -> Unsupported:
 class Host(Engine):
     """The engine of a device that picks engines.
 
-    Args:
-        device: the device.
-        half: what carries out the device's half of a copy; None: what the registry chooses.
-        terms: what the caller asks of the transfers.
-        costs: what engines cost; None: what was measured on this device.
-
     Attributes:
         engines: the engines that serve this device, by name.
         out: the engines that do not, and why, as a phrase.
@@ -218,28 +209,18 @@ class Host(Engine):
     name = "host"
 
     def __init__(
-        self,
-        device: torch.device,
-        half: Choice | None = None,
-        terms: Terms | None = None,
-        costs: Table | None = None,
+        self, device: torch.device, half: Choice | None = None, terms: Terms | None = None
     ) -> None:
         super().__init__(device, half, terms)
-        self._costs = costs
         self._logged: set[str] = set()
-        self.engines: dict[str, Backend] = {}
-        self.out: dict[str, str] = {}
-        for name in ORDER:
-            made = self._make(name)
-            if isinstance(made, str):
-                self.out[name] = made
-            else:
-                self.engines[name] = made
+        made = {name: self._make(name) for name in ORDER}
+        self.engines = {name: x for name, x in made.items() if not isinstance(x, str)}
+        self.out = {name: why for name, why in made.items() if isinstance(why, str)}
 
     @property
     def costs(self) -> Table:
         """What engines cost on this device."""
-        return self._costs or costs_of(self.device)
+        return costs_of(self.device)
 
     def capabilities(self) -> Capabilities:
         served = [engine.capabilities().places for engine in self.engines.values()]
@@ -282,10 +263,6 @@ class Host(Engine):
 class HostLaunch(EngineLaunch):
     """A plan's launches, one for each engine that takes it, each prepared when it is first used.
 
-    Args:
-        plan: between a device and the host.
-        host: whose engines they are.
-
     Attributes:
         direction: ``d2h`` or ``h2d``.
         out: engines that do not carry the plan out, and why, as a phrase.
@@ -295,14 +272,10 @@ class HostLaunch(EngineLaunch):
         super().__init__(plan, host.device)
         self.plan, self.direction = plan, "d2h" if self.downward else "h2d"
         self._host, self._terms = host, host.terms
-        self.out = dict(host.out)
-        self._engines: dict[str, Backend] = {}
-        for name, engine in host.engines.items():
-            decision = engine.check(plan)
-            if decision.accepted:
-                self._engines[name] = engine
-            else:
-                self.out[name] = decision.reason
+        answers = {name: engine.check(plan) for name, engine in host.engines.items()}
+        self._engines = {name: host.engines[name] for name, x in answers.items() if x.accepted}
+        refused = {name: x.reason for name, x in answers.items() if not x.accepted}
+        self.out = {**host.out, **refused}
         # To torch each row on the host is a call: nothing folds.
         below = 0 if by_torch(host.device) else link_of(host.device).fold_below
         self._lock = threading.RLock()
@@ -327,10 +300,9 @@ class HostLaunch(EngineLaunch):
         Raises:
             Unsupported: every engine has turned out not to carry the plan out.
         """
-        count, theirs = move.count, move.dst_index if self.downward else move.src_index
+        count, theirs, out = move.count, self.ends(move)[3], self.out
         whole = self._whole.groups(move.src_index, move.dst_index, count)
         of_host = self._of_host.groups(theirs, theirs, count)
-        out = self.out
         # An engine that turns out to be out ends every pick that was made before.
         key = whole, of_host, count, len(out)
         found = self._picks.get(key)

@@ -202,9 +202,9 @@ def read(path: Path) -> Table:
 
 def as_json(table: Table) -> dict[str, Any]:
     """A table as its file has it."""
-    engines: dict[str, dict[str, list[list[float]]]] = {}
+    engines: dict[str, dict[str, list[list[float]]]] = {engine: {} for engine, _ in table.points}
     for (engine, direction), columns in table.points.items():
-        engines.setdefault(engine, {})[direction] = [
+        engines[engine][direction] = [
             [size, p.runs, p.seconds, p.host_seconds] for size in columns for p in columns[size]
         ]
     return {
@@ -285,8 +285,7 @@ def _find(device: torch.device) -> Table:
             f"there is no table for this device in {path.parent}; `portakv calibrate` measures one"
         )
     try:
-        table = read(path)
-        if table.device == mine:
+        if (table := read(path)).device == mine:
             return table
         why = f"it was measured on {dict(table.device)}, and this is {mine}"
     except TableError as error:

@@ -60,14 +60,8 @@ CUT = Cut()
 
 
 class DirectKernel(RowsKernel):
-    """One nest between a device and pinned memory.
-
-    Args:
-        nest: the loop nest.
-        plan: the plan that it belongs to.
-        device: where tables of the host's addresses lie.
-        most: thread blocks of a launch.
-        cut: how it is cut among threads; None: `CUT`.
+    """One nest of a plan between a device and pinned memory, whose tables of the host's addresses
+    lie on ``device``, in ``most`` thread blocks.
 
     Raises:
         Unsupported: as `RowsKernel` does; a unit of more vectors than are counted.
@@ -82,14 +76,13 @@ class DirectKernel(RowsKernel):
         plan: CopyPlan,
         device: torch.device | None = None,
         most: int = BLOCKS,
-        cut: Cut | None = None,
     ) -> None:
         self._reads_host = plan.src.place != "device"
         if self._reads_host:
             # A plan walks as the destination lies; the link wants neighbours on the host's side.
             loops = sorted(nest.loops, key=lambda x: (not x.tabled, -abs(x.src_stride)))
             nest = replace(nest, loops=tuple(loops))
-        self.cut = cut or CUT
+        self.cut = CUT
         super().__init__(nest, plan, self.cut.threads, (Tuning(0, 1, 0),))
         self._whole = self.row * self.planes
         if self._whole >= MAX_VECTORS:
@@ -99,10 +92,10 @@ class DirectKernel(RowsKernel):
             )
         self.most_units = (MAX_VECTORS - 1) // self._whole
         self._most, self._table = most, (_TABLE_ON, device)
-        side, at = (self.src, _SRC_TABLE_AT) if self._reads_host else (self.dst, _DST_TABLE_AT)
+        self._table_at = _SRC_TABLE_AT if self._reads_host else _DST_TABLE_AT
+        side = self.src if self._reads_host else self.dst
         #: The kernel reads the host side's addresses from device memory.
-        self.wants_table = side.kind == "UNITS"
-        self._table_at, self._first = at, 8 * side.side.table
+        self.wants_table, self._first = side.kind == "UNITS", 8 * side.side.table
 
     def entry(self, each: int, name: str) -> str:
         """See `RowsKernel.entry`."""

@@ -22,7 +22,6 @@ from portakv.view.view import KVView
 PINNED = frozenset({("device", "pinned"), ("pinned", "device")})
 PAGEABLE = frozenset({("device", "pageable"), ("pageable", "device")})
 
-
 #: What else the device does during a transfer: it computes, and must not be slowed; or nothing.
 OVERLAPS = ("compute", "idle")
 
@@ -74,13 +73,8 @@ class Terms:
 
 
 class Engine(Backend):
-    """A backend between a device and host memory.
-
-    Args:
-        device: the device.
-        half: what carries out the device's half of a copy; None: what the registry chooses.
-        terms: what the caller asks of the transfers.
-    """
+    """A backend between a device and host memory, under the terms of a caller; ``half`` carries out
+    the device's half of a copy (None: what the registry chooses)."""
 
     def __init__(
         self, device: torch.device, half: Choice | None = None, terms: Terms | None = None
@@ -104,15 +98,7 @@ class Engine(Backend):
 
 
 class EngineLaunch(ABC):
-    """A launch across the link; see `base.Launch`.
-
-    Args:
-        plan: between a device and the host.
-        device: the device.
-
-    Attributes:
-        downward: from the device to the host.
-    """
+    """A launch across the link; see `base.Launch`. ``downward``: from the device to the host."""
 
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
         self.device, self.downward = device, plan.src.place == "device"

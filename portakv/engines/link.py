@@ -113,15 +113,12 @@ class TorchLink:
             for at, start, width, height, dst_pitch, src_pitch in zip(
                 *(column.tolist() for column in pieces), strict=True
             ):
-                host_pitch = src_pitch if to_device else dst_pitch
-                if height == 1 or host_pitch == width:
-                    source = mine.rows(start, width, height, src_pitch)
-                    theirs.rows(at, width, height, dst_pitch).copy_(source, non_blocking=late)
-                    continue
                 # Strided host memory torch would pack on the host, which would have to wait.
-                for row in range(height):
-                    source = mine.rows(start + row * src_pitch, width, 1, width)
-                    target = theirs.rows(at + row * dst_pitch, width, 1, width)
+                whole = (src_pitch if to_device else dst_pitch) == width
+                high = height if whole else 1
+                for row in range(0, height, high):
+                    source = mine.rows(start + row * src_pitch, width, high, src_pitch)
+                    target = theirs.rows(at + row * dst_pitch, width, high, dst_pitch)
                     target.copy_(source, non_blocking=late)
 
 

@@ -138,13 +138,12 @@ def _plain(runs: Runs) -> Pieces:
 def to_2d_copies(
     runs: Runs, src: KVView | None = None, dst: KVView | None = None, below: int = ALL
 ) -> Pieces:
-    """Runs as few pieces. Exactly their bytes, each once; the order of pieces is any.
+    """Runs, in the order of the source with neighbours merged, as few pieces: exactly their bytes,
+    each once; the order of pieces is any.
 
-    Args:
-        runs: in the order of the source, as `CopyPlan.runs` gives them, with neighbours merged.
-        src, dst: the views that they lie in: no piece then reaches from one allocation of theirs
-            into another, nor over a seam between two registrations, which drivers refuse.
-        below: bytes; of wider runs only many together become rows. See `Link.fold_below`.
+    No piece reaches from one allocation of the views into another, nor over a seam between two
+    registrations, which drivers refuse. Of runs of ``below`` bytes or more only many together
+    become rows.
     """
     return _least(*_apart(runs, [view for view in (src, dst) if view is not None]), below)
 
@@ -276,14 +275,9 @@ class Shape(NamedTuple):
 
 
 class RunCounter:
-    """Counts the runs of one plan.
-
-    Args:
-        plan: any plan.
-        dense: its two sides are one, and the runs are those between that side's memory and
-            dense rows in the order of its index.
-        fold_below: as `Link.fold_below` has it; 0: nothing folds, however many lie together.
-    """
+    """Counts the runs of one plan; if it is ``dense``, whose sides are one, those between that
+    side's memory and dense rows in the order of its index. ``fold_below`` is as `Link.fold_below`;
+    0: nothing folds, however many lie together."""
 
     def __init__(self, plan: CopyPlan, dense: bool = False, fold_below: int = ALL) -> None:
         self._unit, self._nests, self._dense = plan.unit, plan.nests, dense
@@ -301,12 +295,8 @@ class RunCounter:
         """Into how many groups ``count`` positions fall, in each of which the units follow each
         other on both sides."""
         key = _list_of(src_index), _list_of(dst_index), count
-        known = self._known.get(key)
-        if known is not None:
-            return known
-        found = self._count_groups(src_index, dst_index, count // self._unit)
-        self._known[key] = found
-        return found
+        units = count // self._unit
+        return self._known.get_or_make(key, lambda: self._count_groups(src_index, dst_index, units))
 
     def shape(self, groups: int, count: int) -> Shape:
         """The shape of ``count`` positions that fall into so many groups."""

@@ -64,15 +64,13 @@ def staged_sizes(idle: bool) -> Sizes:
 def cuts(
     form: Form, outside: tuple[str, ...], count: int, quantum: int, rising: bool, sizes: Sizes
 ) -> list[Cut]:
-    """Cut ``count`` positions of a form into slices, in the order in which they should be moved.
+    """Cut ``count`` positions of the host's form into slices, in the order in which they should be
+    moved.
 
     Args:
-        form: of the host's rows.
         outside: which of ``kv`` and ``layer`` lie outside the positions in memory, outermost first.
-        count: positions.
         quantum: every slice but the last along the positions is a multiple of it.
         rising: small slices first; else last.
-        sizes: of the slices.
     """
     if form.token_bytes // _page(form) * count <= sizes.whole:
         return [Cut(None, None, 0, count)]
@@ -135,17 +133,8 @@ _FRONT = Index()
 
 
 class TwoStages:
-    """Both stages of a plan: between the device's rows and dense ones, and across the link.
-
-    Args:
-        plan: between a device and the host.
-        dense: how rows lie while they are dense.
-        half: what carries out the stage on the device.
-
-    Attributes:
-        downward: from the device to the host.
-        quantum: slices along the positions are multiples of it, but for the last.
-    """
+    """Both stages of a plan: between the device's rows and dense ones, by ``half``, and across the
+    link. Slices along the positions are multiples of ``quantum``, but for the last."""
 
     def __init__(self, plan: CopyPlan, dense: DenseRows, half: Choice) -> None:
         self.plan, self.dense = plan, dense
@@ -192,11 +181,6 @@ class TwoStages:
 class StagesByCut:
     """The stages of a plan, ``whole`` and for the planes of its slices; prepared.
 
-    Args:
-        plan: between a device and the host.
-        half: what carries out the stage on the device.
-        device: that of the plan.
-
     Raises:
         Unsupported: no backend takes dense rows as the host has them, nor layer by layer; why not
             the second.
@@ -242,18 +226,13 @@ class Slice:
 
     Args:
         stages: of the whole plan.
-        cut: which planes and positions.
         rows, host: views of all planes.
         theirs: the index of all of the host's rows, with ids on the host.
-        exactly: nothing may lie between the planes of a buffer.
-        largest: bytes of a buffer.
+        exactly: nothing may lie between the planes of a buffer, of at most ``largest`` bytes.
 
     Attributes:
-        rows: the device's planes.
-        dense: how its rows lie while they are dense.
-        held: positions that a buffer holds.
-        behind: where its rows begin there.
-        theirs: the index of its own rows on the host.
+        rows, theirs: the device's planes, and the index of its own rows on the host.
+        dense, held, behind: how rows lie in a buffer, how many it holds, and where they begin.
     """
 
     def __init__(

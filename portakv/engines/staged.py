@@ -118,10 +118,8 @@ class Passage:
     slice, which has nothing to overlap with, stays on the caller's stream.
 
     Args:
-        downward: from the device to the host.
         room: the buffers, whose lock the caller holds.
         work: the stream that the transfer is ordered on.
-        slices: in their order.
         cross: enqueues what has to cross for a slice, with its buffer and its number, on ``link``.
     """
 
@@ -144,12 +142,8 @@ class Passage:
 
     @contextmanager
     def begun(self, mine: Index, current: torch.Stream) -> Iterator[None]:
-        """Inside, slices can be moved; the stream of the transfer then waits for them.
-
-        Args:
-            mine: the index of the device's rows.
-            current: the device's current stream.
-        """
+        """Inside, slices can be moved, of the device's rows under an index; the stream of the
+        transfer then waits for them."""
         room, work, number = self._room, self._work, len(self._slices)
         # Detached: behind the current stream alone, and not behind the transfer before: buffers are
         # free one by one. Ids that are brought for one call are ordered on the current stream,

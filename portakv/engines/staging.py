@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import pairwise, takewhile
 from math import prod
 from typing import Any, NamedTuple
@@ -50,11 +50,8 @@ class _Factor(NamedTuple):
 
 
 class DenseRows:
-    """How rows of a form lie while they are dense.
-
-    Args:
-        form: whose order the rows keep.
-        by_layer: they lie layer by layer instead, in the order that every backend knows.
+    """How rows of a form lie while they are dense: in its order, or ``by_layer``, in the order that
+    every backend knows.
 
     Attributes:
         block_size: tokens of a block; 1 if the form is not paged.
@@ -65,7 +62,8 @@ class DenseRows:
     def __init__(self, form: Form, by_layer: bool = False) -> None:
         self.form = form
         self.block_size = form.block_size or 1
-        layout, self._shape, extents = _described(form, by_layer)
+        extents = _extents(form)
+        layout, self._shape = _described(form, extents, by_layer)
         self._bound = bind_layout(layout, **extents)
         names = [name for name, n in zip(layout.split(), self._shape, strict=False) if n != 1]
         self.outside = tuple(takewhile(lambda name: name in ("kv", "layer"), names))
@@ -88,9 +86,8 @@ def dense_rows(form: Form, by_layer: bool = False) -> DenseRows:
     return DenseRows(form, by_layer)
 
 
-def _described(form: Form, by_layer: bool) -> tuple[str, list[int], Mapping[str, Any]]:
-    """Layout, shape (0: unbounded) and declared extents of dense rows."""
-    extents = _extents(form)
+def _described(form: Form, extents: Mapping[str, Any], by_layer: bool) -> tuple[str, list[int]]:
+    """Layout and shape (0: unbounded) of dense rows."""
     if not by_layer and (found := _in_order(form)) is not None:
         layout, shape = found
         try:
@@ -98,17 +95,17 @@ def _described(form: Form, by_layer: bool) -> tuple[str, list[int], Mapping[str,
                 [extent or 1 for extent in shape], dtype=torch.uint8, device=torch.device("cpu")
             )
             KVView(probe, layout, **extents)
-            return layout, shape, extents
+            return found
         except PortaKVError:
             pass  # an order that the language cannot say
     # Layer by layer: an order that every form has.
     each = form.heads * sum(form.widths)
     if form.opaque:
-        return "layer block (kv page)", [form.layers, _UNBOUNDED, each], extents
+        return "layer block (kv page)", [form.layers, _UNBOUNDED, each]
     if form.paged:
         shape = [form.layers, _UNBOUNDED, form.block_size, each]
-        return "layer block token (kv head dim)", shape, extents
-    return "layer token (kv head dim)", [form.layers, _UNBOUNDED, each], extents
+        return "layer block token (kv head dim)", shape
+    return "layer token (kv head dim)", [form.layers, _UNBOUNDED, each]
 
 
 def _in_order(form: Form) -> tuple[str, list[int]] | None:
@@ -165,12 +162,11 @@ def _split(part: Part, axis: str, name: str) -> list[_Factor]:
     if len(steps) == 1:
         (step,) = steps
         return [_Factor(step.table, step.stride, name, step.extent)]
-    below = prod(step.extent for step in steps[1:])
     outer, *rest = steps
+    below = prod(step.extent for step in rest)
+    inner = f"{name}%{below}" if len(rest) == 1 else f"{name}%?"
     found = [_Factor(outer.table, outer.stride, f"{name}/{below}", outer.extent)]
-    if len(rest) == 1:
-        return [*found, _Factor(rest[0].table, rest[0].stride, f"{name}%{below}", below)]
-    return [*found, *(_Factor(s.table, s.stride, f"{name}%?", s.extent) for s in rest)]
+    return found + [_Factor(step.table, step.stride, inner, step.extent) for step in rest]
 
 
 class _Buffers:
@@ -190,11 +186,8 @@ class _Buffers:
 
     def view(self, at: int, dense: DenseRows, held: int) -> KVView:
         """One of the buffers, as dense rows of ``held`` slots."""
-        key = at, dense, held
-        known = self._views.get(key)
-        if known is None:
-            known = self._views[key] = dense.view(self._memory[at], held)
-        return known
+        make = partial(dense.view, self._memory[at], held)
+        return self._views.get_or_make((at, dense, held), make)
 
 
 class Staging(_Buffers):
@@ -202,8 +195,7 @@ class Staging(_Buffers):
     on the device the stream orders them, or if they are detached the buffers do, one by one.
 
     Attributes:
-        half: the stream of the device's stage.
-        link: the stream on which slices cross.
+        half, link: the streams of the device's stage, and on which slices cross.
         detached: transfers do not wait for the ends of those before them.
         free: for each buffer, an event behind its last use by these; None if it has had none.
     """

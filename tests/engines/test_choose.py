@@ -37,12 +37,13 @@ from portakv.plan.plan import Move
 
 @pytest.fixture(autouse=True)
 def _fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(chosen, "costs_of", lambda device: H200)
     with engines(monkeypatch):
         yield
 
 
 def host(**terms: object) -> Host:
-    return Host(CPU, terms=Terms(**terms), costs=H200)  # type: ignore[arg-type]
+    return Host(CPU, terms=Terms(**terms))  # type: ignore[arg-type]
 
 
 def ready(asked: Host, src: KVView, dst: KVView, step: int = SIZE) -> HostLaunch:
