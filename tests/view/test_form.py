@@ -12,7 +12,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from support.core_cases import HANDS, Hand, noise
+from support.core_cases import noise
+from support.presets_cases import KINDS, side
 
 from portakv import KVView
 
@@ -24,9 +25,9 @@ def test_equal_readings_have_equal_forms_and_hashes() -> None:
     assert one != KVView(noise(3, 4, 8), "token head dim").form
 
 
-@pytest.mark.parametrize("hand", HANDS, ids=lambda hand: hand.layout)
-def test_a_copied_form_is_the_same_form(hand: Hand) -> None:
-    form = hand.view(hand.make(0)).form
+@pytest.mark.parametrize("name", KINDS)
+def test_a_copied_form_is_the_same_form(name: str) -> None:
+    form = KVView(side(name).tensors, name, **side(name).extents).form
     for again in (copy.copy(form), copy.deepcopy(form), pickle.loads(pickle.dumps(form))):
         assert again == form
         assert hash(again) == hash(form)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.core_cases import HANDS, Hand, address, noise
+from support.core_cases import address, noise
 
 from portakv import KVView, LayoutError
 from portakv_conformance.draw.arrangement import Case
@@ -34,14 +34,6 @@ def check(part: KVView, whole: KVView, layers: Range, heads: Range, kv: Range) -
         for slot in range(whole.slots):
             assert address(part, k, i, slot, j) == address(whole, plane, layer, slot, head)
     assert not any(at % part.form.alignment for at in part.addresses.tolist())
-
-
-@pytest.mark.parametrize("hand", HANDS, ids=lambda hand: hand.layout)
-def test_slices_of_slices_and_of_several_axes(hand: Hand) -> None:
-    whole = hand.view(hand.make(0))
-    both = whole.slice(layers=1, heads=slice(1, 2), kv=0)
-    check(both, whole, 1, slice(1, 2), 0)
-    check(whole.slice(kv=0).slice(layers=1).slice(heads=1), whole, 1, slice(1, 2), 0)
 
 
 def _separate() -> list[torch.Tensor]:
@@ -177,6 +169,7 @@ def test_any_slice_of_any_layout(case: Case, data: st.DataObject) -> None:
     layers, heads = cut(whole.layers, "layer"), cut(whole.heads, "head")
     kv = cut(whole.kv, "kv")
     check(whole.slice(layers=layers, heads=heads, kv=kv), whole, layers, heads, kv)
+    check(whole.slice(kv=kv).slice(layers=layers).slice(heads=heads), whole, layers, heads, kv)
     assert len({whole.slice(layers=i, kv=kv).form for i in range(whole.layers)}) == 1
 
 

@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.core_cases import HANDS, HEADS, KV, LAYERS, SLOTS, Hand, noise
+from support.core_cases import noise
+from support.presets_cases import KINDS, side
 
 from portakv import KVView, LayoutError
 from portakv.view.example import example_tensors
+from portakv_conformance.judge.memory import Memory
+from portakv_conformance.judge.oracle import locate
 
 
 def _strange(tensor: torch.Tensor) -> torch.Tensor:
@@ -176,26 +180,31 @@ def test_what_cannot_be_written(tensors: Any, layout: str, why: str) -> None:
 
 
 class TestPlanes:
-    @pytest.mark.parametrize("hand", HANDS, ids=lambda hand: hand.layout)
-    def test_a_plane_is_the_memory_itself(self, hand: Hand) -> None:
-        tensors = hand.make(0)
-        view, rows = hand.view(tensors), hand.rows(tensors)
+    @pytest.mark.parametrize("name", KINDS)
+    def test_a_plane_is_the_memory_itself(self, name: str) -> None:
+        held = side(name)
+        view = KVView(held.tensors, name, **held.extents)
         view.check_writable()
-        if "dim%2" in hand.layout or hand.layout.startswith(("token |", "block |")):
+        if re.search("page|%|^block [|]", held.layout):
             with pytest.raises(LayoutError, match="No strided tensor can show"):
                 view.plane(0, 0)
             assert view.form.unshown
             return
         assert not view.form.unshown
-        for layer, kv in np.ndindex(LAYERS, KV):
+        rows = locate(held.tensors, held.layout, held.extents)
+        for layer, kv in np.ndindex(view.layers, view.kv):
             plane = view.plane(layer, kv)
-            assert plane.dtype == torch.int16
-            shape = (SLOTS // hand.block, hand.block) if hand.block else (SLOTS,)
-            assert plane.shape == (*shape, HEADS, 4)
-            assert torch.equal(plane.reshape(SLOTS, HEADS, 4), rows[kv, layer])
-        before = rows[1, 1].clone()
-        view.plane(1, 1).add_(1)  # a plane is the memory itself
-        assert torch.equal(hand.rows(tensors)[1, 1], before + 1)
+            assert plane.dtype == view.owners[0].dtype
+            size = view.block_size
+            shape = (view.slots // size, size) if size else (view.slots,)
+            assert plane.shape == (*shape, view.heads, view.widths[kv] // plane.itemsize)
+            view.plane(layer, kv, torch.uint8).add_(1)
+            at, memory = (
+                rows.row_addresses(kv, layer, range(view.slots)),
+                Memory.snapshot(held.tensors),
+            )
+            found = view.plane(layer, kv, torch.uint8).reshape(at.shape)
+            assert np.array_equal(found, memory.read(at))
 
     @pytest.mark.parametrize(
         ("make", "dtype", "why"),
