@@ -185,7 +185,9 @@ def copy_move(
     skips |= dst_index.check(count, dst.slots, "destination", distinct=True)
     pieces = _pieces(ready, move, choice)
     error: PortaKVError | None = None
-    trusted = src_index.is_clean(count, src.slots) and dst_index.is_clean(count, dst.slots)
+    trusted = (src_index.on_host or src_index.is_clean(count, src.slots)) and (
+        dst_index.on_host or dst_index.is_clean(count, dst.slots)
+    )
     if (skips or not trusted) and _need_cleaning(pieces, trusted):
         move, error = drop_bad_ids(move, max(ready.plan.unit for ready, _, _ in pieces))
         if move.count == 0:
