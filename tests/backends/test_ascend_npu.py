@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from portakv import AdaptiveConnector, CopyPlan, Index, KVView, TransferError, Unsupported
 from portakv.backends import _ascend_kernel, ascend
-from portakv.backends._ascend_kernel import Arguments, KernelRows
+from portakv.backends._ascend_kernel import Arguments, Kernel, KernelRows
 from portakv.backends.ascend import Ascend
 from portakv.plan.plan import Move
 from portakv.registry.registry import choose, trace
@@ -130,39 +130,22 @@ def both_ways(carrier: Carrier, name: str, tokens: int, **index: Any) -> list[di
     return seen
 
 
-@pytest.mark.parametrize(
-    ("name", "gathers", "scatters"),
-    [
-        ("tuples", {SELECT: PLANES}, {SCATTER: LAYERS}),
-        ("merged", {SELECT: PLANES}, {SCATTER: LAYERS}),
-        ("offset", {SELECT: PLANES}, {SCATTER: LAYERS}),
-        ("unequal", {SELECT: PLANES}, {SCATTER: LAYERS}),
-        ("three", {SELECT: 3 * LAYERS}, {SCATTER: LAYERS, UPDATE: LAYERS}),
-        ("head-major", {SELECT: PLANES}, {UPDATE: PLANES}),
-        ("nz", {SELECT: PLANES}, {UPDATE: PLANES}),
-        ("holes", {SELECT: PLANES}, {UPDATE: PLANES}),
-        ("odd bytes", {SELECT: PLANES}, {UPDATE: PLANES}),
-        ("two bytes", {SELECT: PLANES}, {COPY: PLANES}),
-    ],
-)
-def test_which_op_serves_a_slot_mapping(
-    name: str, gathers: dict[str, int], scatters: dict[str, int]
-) -> None:
-    assert both_ways(OPS, name, len(IDS), ids=IDS) == [gathers, scatters]
+#: What gathers from each cache by blocks, and what scatters to it by slots.
+SERVES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+    **dict.fromkeys(("tuples", "merged", "offset", "unequal"),
+                    ({GATHER: LAYERS}, {SCATTER: LAYERS})),
+    "three": ({GATHER: LAYERS, SELECT: LAYERS}, {SCATTER: LAYERS, UPDATE: LAYERS}),
+    **dict.fromkeys(("head-major", "nz", "holes", "odd bytes"),
+                    ({SELECT: PLANES}, {UPDATE: PLANES})),
+    "two bytes": ({SELECT: PLANES}, {COPY: PLANES}),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "gathers"),
-    [
-        ("tuples", {GATHER: LAYERS}),
-        ("merged", {GATHER: LAYERS}),
-        ("unequal", {GATHER: LAYERS}),
-        ("three", {GATHER: LAYERS, SELECT: LAYERS}),
-        ("head-major", {SELECT: PLANES}),
-        ("nz", {SELECT: PLANES}),
-    ],
-)
-def test_which_op_serves_a_block_table(name: str, gathers: dict[str, int]) -> None:
+@pytest.mark.parametrize("name", CACHES)
+def test_which_op_serves(name: str) -> None:
+    gathers, scatters = SERVES[name]
+    planes = len(CACHES[name][1]) * LAYERS
+    assert both_ways(OPS, name, len(IDS), ids=IDS) == [{SELECT: planes}, scatters]
     assert both_ways(OPS, name, 3 * SIZE, ids=[3, 0, 2], step=SIZE)[0] == gathers
     # Head and tail of a range that cuts through blocks go by slots.
     assert SELECT in both_ways(OPS, name, 2 * SIZE, ids=[3, 0, 2], step=SIZE, offset=3)[0]
@@ -170,11 +153,10 @@ def test_which_op_serves_a_block_table(name: str, gathers: dict[str, int]) -> No
 
 @pytest.mark.parametrize("name", CACHES)
 def test_any_layout_goes_by_the_kernel(name: str) -> None:
+    blocks: dict[str, Any] = {"ids": [3, 0, 2], "step": SIZE}
     for tokens, index in (
-        (len(IDS), {"ids": IDS}),
-        (3 * SIZE, {"ids": [3, 0, 2], "step": SIZE}),
-        (2 * SIZE, {"ids": [3, 0, 2], "step": SIZE, "offset": 3}),
-    ):
+        (len(IDS), {"ids": IDS}), (3 * SIZE, blocks), (2 * SIZE, {**blocks, "offset": 3})
+    ):  # fmt: skip
         assert both_ways(KERNEL, name, tokens, **index) == [{}, {}]
 
 
@@ -303,10 +285,10 @@ def test_copies_on_another_device_than_the_current_one(
     assert torch.accelerator.current_device_index() == 0
 
 
-def test_block_migration_within_one_cache() -> None:
+@by_both
+def test_block_migration_within_one_cache(carrier: Carrier) -> None:
     held = cache("three")
-    for carrier in (OPS, KERNEL):
-        carrier.copies(Copy(by(held, [0, 2], SIZE), by(held, [3, 1], SIZE), 2 * SIZE))
+    carrier.copies(Copy(by(held, [0, 2], SIZE), by(held, [3, 1], SIZE), 2 * SIZE))
 
 
 def test_what_torch_npu_would_refuse() -> None:
@@ -329,19 +311,21 @@ def test_the_stand_in_leaves_another_package_alone(monkeypatch: pytest.MonkeyPat
 # Launches of the kernel
 
 
-def test_a_stream_of_another_device_than_the_current_one_is_refused() -> None:
+def loaded() -> Kernel:
     kernel, _ = AscendKernel.find_kernel(True)
     assert kernel is not None
+    return kernel
+
+
+def test_a_stream_of_another_device_than_the_current_one_is_refused() -> None:
     paged, dense = Elsewhere(OTHER).views(cache("tuples"), chunk("tuples", 4))
-    rows = KernelRows(kernel, CopyPlan(dense.form, paged.form, 0, 0), OTHER)
+    rows = KernelRows(loaded(), CopyPlan(dense.form, paged.form, 0, 0), OTHER)
     with pytest.raises(TransferError, match=r"returned 107003; the copy was not made"):
         rows(Move(dense, paged, Index(), Index(), 4), None)
 
 
 def test_a_status_word_on_the_host_is_refused() -> None:
     """A vector core does not reach it, pinned or not."""
-    kernel, _ = AscendKernel.find_kernel(True)
-    assert kernel is not None
     paged, dense = views()
     word = torch.zeros(1, dtype=torch.int64).pin_memory()
     arguments = Arguments(CopyPlan(dense.form, paged.form, 0, 0))
@@ -351,14 +335,14 @@ def test_a_status_word_on_the_host_is_refused() -> None:
     copy = arguments.copies([nest.data_ptr() for nest in nests], move, word.data_ptr())[0]
     stream = torch.get_device_module("npu").current_stream(DEVICE).npu_stream
     with pytest.raises(TransferError, match=r"returned 507053; the copy was not made"):
-        kernel.launch(copy, [(word.data_ptr(), 8, True)], stream)
+        loaded().launch(copy, [(word.data_ptr(), 8, True)], stream)
 
 
-def test_an_empty_copy_launches_nothing() -> None:
-    for carrier in (OPS, KERNEL):
-        with Recorded() as recorded:
-            carrier.copies(Copy(chunk("tuples", 4), by(cache("tuples"), []), 0))
-        assert not recorded.seen
+@by_both
+def test_an_empty_copy_launches_nothing(carrier: Carrier) -> None:
+    with Recorded() as recorded:
+        carrier.copies(Copy(chunk("tuples", 4), by(cache("tuples"), []), 0))
+    assert not recorded.seen
 
 
 def test_a_prepared_launch_serves_any_request_of_its_plan() -> None:
