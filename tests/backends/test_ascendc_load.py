@@ -125,10 +125,15 @@ def refusal(path: str, emulated: bool = False) -> str:
 # Where it is looked for
 
 
-def test_the_place_where_run_in_cann_leaves_it(built: Built, tmp_path: Path) -> None:
+@pytest.fixture
+def in_place(built: Built, tmp_path: Path) -> None:
+    """A library where run_in_cann.sh leaves it."""
     lib = tmp_path / "native" / "lib"
     lib.mkdir(parents=True)
     shutil.copy(built(sound()), lib)
+
+
+def test_the_place_where_run_in_cann_leaves_it(in_place: None) -> None:
     kernel, told = find_kernel(False)
     assert kernel is not None
     assert (kernel.blocks, kernel.ub_bytes, kernel.emulated) == (8, 4096, False)
@@ -137,19 +142,14 @@ def test_the_place_where_run_in_cann_leaves_it(built: Built, tmp_path: Path) -> 
     kernel, told = find_kernel(True)
     assert kernel is None
     assert told.startswith("by its ops, since of the AscendC kernel libportakv_ascend.so is for an")
-    script, cmake = (ASCEND / "run_in_cann.sh", ASCEND / "CMakeLists.txt")
-    assert '--install "$work" --prefix "$here/lib"' in script.read_text()
-    assert (
-        "install(TARGETS portakv_ascend portakv_ascend_kernel DESTINATION .)" in cmake.read_text()
-    )
+    script, cmake = ((ASCEND / x).read_text() for x in ("run_in_cann.sh", "CMakeLists.txt"))
+    assert '--install "$work" --prefix "$here/lib"' in script
+    assert "install(TARGETS portakv_ascend portakv_ascend_kernel DESTINATION .)" in cmake
 
 
 def test_the_variable_goes_first(
-    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    in_place: None, built: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lib = tmp_path / "native" / "lib"
-    lib.mkdir(parents=True)
-    shutil.copy(built(sound()), lib)
     monkeypatch.setenv(_ascendc.VARIABLE, built(sound(), name="mine.so"))
     assert find_kernel(False)[1] == "by the AscendC kernel in mine.so"
 
@@ -211,14 +211,8 @@ def test_the_real_library_s_host_part(built: Built, tmp_path: Path) -> None:
     header = tmp_path / "tiling" / "platform" / "platform_ascendc.h"
     header.parent.mkdir(parents=True)
     header.write_text(PLATFORM)
-    words = (
-        str(ASCEND / "host.cpp"),
-        f"-I{tmp_path}",
-        f"-I{ASCEND}",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-    )
+    flags = "-Wall", "-Wextra", "-Werror", f"-I{tmp_path}", f"-I{ASCEND}"
+    words = str(ASCEND / "host.cpp"), *flags
     path = built(LAUNCH, *words)
     kernel = open_kernel(path, False)
     assert (kernel.blocks, kernel.ub_bytes, kernel.emulated) == (40, 192 << 10, False)

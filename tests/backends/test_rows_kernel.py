@@ -19,10 +19,11 @@ from support.each_backend import Carrier
 from support.guarded_memory import refused
 
 from portakv import Unsupported
-from portakv.backends import rows_kernel
+from portakv.backends import _ascend_kernel, rows_kernel
 from portakv.backends.base import Backend
 from portakv.backends.rows_kernel import kernel_text
 from portakv.backends.rows_launch import RowsLaunch
+from portakv_conformance.vendor.ascendc_emulated import AscendC
 from portakv_conformance.vendor.hip_emulated import HipEmulated
 
 pytestmark = [
@@ -94,17 +95,22 @@ def test_a_repeated_launch_moves_what_the_first_one_does(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "name"), [("MAX_OUTER", "gather"), ("MAX_INNER", "NZ blocks"),
-                        ("MAX_UNITS", "split tokens"), ("MAX_PLANES", "blocks")]
+    ("backend", "limit", "name"),
+    [
+        *((CudaOnCpu, f"MAX_{x}", name) for x, name in (
+            ("OUTER", "gather"), ("INNER", "NZ blocks"), ("UNITS", "split tokens"),
+            ("PLANES", "blocks"))),
+        (AscendC, "MAX_LOOPS", "NZ blocks"), (AscendC, "MAX_UNITS", "gather"),
+    ],
 )  # fmt: skip
 def test_plans_with_more_than_the_arguments_hold(
-    limit: str, name: str, monkeypatch: pytest.MonkeyPatch
+    backend: type[Backend], limit: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = COPIES[name]().plan()
-    CudaOnCpu(CPU).prepare(plan)
-    monkeypatch.setattr(rows_kernel, limit, 1)
-    with refused(Unsupported, "the kernel takes", "reference"):
-        CudaOnCpu(CPU).prepare(plan)
+    plan, module = COPIES[name]().plan(), rows_kernel if backend is CudaOnCpu else _ascend_kernel
+    backend(CPU).prepare(plan)
+    monkeypatch.setattr(module, limit, int(backend is CudaOnCpu))
+    with refused(Unsupported, "kernel takes", "reference"):
+        backend(CPU).prepare(plan)
 
 
 def test_a_view_of_more_units_than_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
