@@ -79,14 +79,14 @@ def cuts(
     for kv, layers, atom in _planes(form, outside, count, largest):
         at = 0
         while at < layers:
-            # Powers of two: for each number of layers there is a plan, and perhaps a kernel.
-            n = 1 << (min(max(1, target // atom), layers - at).bit_length() - 1)
-            if "layer" not in outside:
-                n = layers
+            n = layers
+            if "layer" in outside:
+                # Powers of two: for each number of layers there is a plan, and perhaps a kernel.
+                n = 1 << (min(max(1, target // atom), layers - at).bit_length() - 1)
+            cut = Cut((at, at + n), kv, 0, count)
             if "layer" in outside and atom <= largest:
-                found.append(Cut((at, at + n), kv, 0, count))
+                found.append(cut)
             else:
-                cut = Cut((at, at + n), kv, 0, count)
                 found += _positions(cut, quantum, n * atom, target, largest)
             at += n
             target = min(target * GROWTH, largest)
@@ -100,11 +100,7 @@ def _planes(
 ) -> list[tuple[tuple[int, int] | None, int, int]]:
     """Which kv, how many layers, and bytes of one of these layers, outermost first."""
     plane = form.token_bytes // (form.layers * form.kv) * count // _page(form)
-    if "layer" not in outside:
-        if "kv" not in outside:
-            return [(None, form.layers, plane * form.kv)]
-        return [((k, k + 1), form.layers, plane) for k in range(form.kv)]
-    if outside[0] == "kv" or (len(outside) == 2 and plane * form.kv > largest):
+    if outside[:1] == ("kv",) or (len(outside) == 2 and plane * form.kv > largest):
         return [((k, k + 1), form.layers, plane) for k in range(form.kv)]
     return [(None, form.layers, plane * form.kv)]
 
@@ -162,14 +158,11 @@ class TwoStages:
         """The stage on the device, prepared for buffers of so many slots, and the other's plan."""
         known = self._made.get(held)
         if known is None:
-            plan, unit, form = self.plan, self.plan.unit, dense.form
-            if self.downward:
-                stage = prepared(plan.src, form, plan.src_step, 0, unit, self._half)
-                link = CopyPlan(form, plan.dst, 0, plan.dst_step, unit)
-            else:
-                stage = prepared(form, plan.dst, 0, plan.dst_step, unit, self._half)
-                link = CopyPlan(plan.src, form, plan.src_step, 0, unit)
-            known = self._made[held] = stage, link
+            plan, form = self.plan, dense.form
+            ends = (plan.src, form, plan.src_step, 0), (form, plan.dst, 0, plan.dst_step)
+            stage, link = ends if self.downward else ends[::-1]
+            made = prepared(*stage, plan.unit, self._half)
+            known = self._made[held] = made, CopyPlan(*link, plan.unit)
         return known
 
     def behind(self, index: Index) -> Index:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from time import sleep
 from types import SimpleNamespace
@@ -179,20 +180,9 @@ def test_lists_are_sent_once_and_not_while_a_copy_is_timed(monkeypatch: pytest.M
     assert not any(index.fleeting for pair in met for index in pair)
 
 
-class Clock:
-    """Passes so many seconds each time that somebody looks."""
-
-    def __init__(self, step: float) -> None:
-        self.step, self.now = step, 0.0
-
-    def __call__(self) -> float:
-        self.now += self.step
-        return self.now
-
-
 def test_it_ends_when_its_time_is_over() -> None:
     timer = Pretending([1e-5])
-    found = calibrate(DEVICE, 10, SMALL, timer, clock=Clock(1.0))
+    found = calibrate(DEVICE, 10, SMALL, timer, clock=count(1.0, 1.0).__next__)
     assert not found.whole
     assert timer.at == 9  # the first look at the clock is the beginning
     # The ends of the grid first, by every engine, so that a part of it spans all.
@@ -206,14 +196,14 @@ def test_it_ends_when_its_time_is_over() -> None:
 def test_a_point_that_would_take_too_long_is_left_out_and_smaller_ones_are_not() -> None:
     """What took a second for 16 runs takes longer for 64."""
     found = calibrate(DEVICE, 60, Grid((256,), (4096, 16384), repeats=9, short=0, pageable=4096),
-                      Pretending([5.0]), clock=Clock(0.001))  # fmt: skip
+                      Pretending([5.0]), clock=count(0.001, 0.001).__next__)  # fmt: skip
     assert not found.whole
     assert runs_of(found.points["staged", "d2h"]) == [(256, 16)]
 
 
 def test_too_little_time_for_anything_is_an_error() -> None:
     with pytest.raises(PortaKVError, match=r"1 s are too few for the first point|direct: "):
-        calibrate(DEVICE, 1, SMALL, clock=Clock(2.0))
+        calibrate(DEVICE, 1, SMALL, clock=count(2.0, 2.0).__next__)
 
 
 @pytest.mark.parametrize(

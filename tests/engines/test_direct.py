@@ -16,10 +16,10 @@ from support.direct_on_cpu import CPU, DirectOnCpu, Driver, installed, why_not
 from support.guarded_memory import refused
 
 from portakv import CopyPlan, TransferError, Unsupported
-from portakv.backends.base import Decision, Launch
+from portakv.backends.base import Capabilities, Decision, Launch
 from portakv.engines import direct
 from portakv.engines.direct import BLOCKS, CUT, NAME, Cut, Direct, DirectKernel
-from portakv.engines.engine import Terms
+from portakv.engines.engine import PINNED, Terms
 from portakv.plan.plan import Move
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import nvrtc as _nvrtc
@@ -68,10 +68,9 @@ def test_plans_by_their_places_and_narrow_vectors_are_told() -> None:
 
 
 def test_what_it_claims() -> None:
-    can = Direct(CUDA).capabilities()
-    assert can.places == {("device", "pinned"), ("pinned", "device")}
-    assert (can.skips_negative, can.guards, can.capturable, can.threads) == (True,) * 4
-    assert (can.index_on, can.alignment, can.max_loops, can.tables) == ("device", 1, None, True)
+    assert Direct(CUDA).capabilities() == Capabilities(
+        places=PINNED, skips_negative=True, guards=True, capturable=True
+    )
 
 
 # What it asks of the driver
@@ -199,12 +198,7 @@ def test_memory_that_is_pinned_but_not_mapped(
 @needs_compiler
 def test_a_view_is_asked_once(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-
-    def ask(address: int, device: torch.device) -> int:
-        asked.append(address)
-        return address
-
-    monkeypatch.setattr(direct, "device_address", ask)
+    monkeypatch.setattr(direct, "device_address", lambda at, device: asked.append(at) or at)
     copied = COPIES["gather"]()
     prepared = DirectOnCpu(CPU).prepare(copied.plan())
     views = copied.src.view(), copied.dst.view()

@@ -295,21 +295,6 @@ def test_no_piece_of_a_large_copy_reaches_over_a_seam(
                 folded(move, [seam])
 
 
-def test_only_large_copies_are_folded_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, real = [], folding._fold_factors
-
-    def noted(*arguments: Any) -> Pieces:
-        seen.append(len(arguments[3].nbytes))
-        return real(*arguments)
-
-    monkeypatch.setattr(folding, "_fold_factors", noted)
-    folded(copied(LAYER_FIRST, BLOCK_FIRST, RANDOM, RANDOM))
-    assert seen == []
-    monkeypatch.setattr(folding, "LARGE", 24)
-    folded(copied(LAYER_FIRST, BLOCK_FIRST, RANDOM, RANDOM))
-    assert seen == [8]
-
-
 @pytest.mark.parametrize("large", [0, 10**9])
 def test_what_runs_refuse_is_refused(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folding, "LARGE", large)
