@@ -234,7 +234,8 @@ class Rows:
             if dimension == last and self.axes.open_end:
                 address = address + self._unravel(position, where, dimension)
             else:
-                address = address + position * self._strides[(*where, dimension)]
+                index: tuple[Any, ...] = (*where, dimension)
+                address = address + position * self._strides[index]
         rows = (slots.shape[0], self.heads)
         elements = np.broadcast_to(address, (*rows, self._elements[kv]))[..., None]
         item = np.arange(self._itemsize[kv], dtype=np.int64)
