@@ -5,8 +5,8 @@ where nothing of the library helps; what it does not claim is refused, with ever
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from portakv.view.form import PLACES
 from portakv_conformance.draw.arrangement import Case, Side
 from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop, on_host
 from portakv_conformance.judge.claims import (
-    at_once,
+    check_at_once,
     check_guarded,
     check_refused,
     claimed,
@@ -26,7 +26,7 @@ from portakv_conformance.judge.claims import (
     launch_of,
     plan_of,
 )
-from portakv_conformance.judge.judging import Judge, asked_of, takes
+from portakv_conformance.judge.judging import Judge, takes
 from portakv_conformance.judge.subject import Subject
 
 pytestmark = pytest.mark.area("claims")
@@ -107,21 +107,16 @@ def test_ids_are_read_where_claimed(judge: Judge, home: Workshop, direction: str
         ids = judge.ids(home.shuffled(SHAPE.slots // step, 5))
         case = home.move(direction, SHAPE, ids, step=step)
         claimed(judge, case, "index_on", f"reads ids on the {judge.subject.can.index_on}")
-    _within_one_cache(judge, home, None, None, "index_on", "reads ids of both sides")
+    _within_one_cache(judge, home, (None, None), "index_on", "reads ids of both sides")
 
 
 def _within_one_cache(
-    judge: Judge,
-    home: Workshop,
-    mine: torch.dtype | None,
-    theirs: torch.dtype | None,
-    field: str,
-    what: str,
+    judge: Judge, home: Workshop, dtypes: Sequence[torch.dtype | None], field: str, what: str
 ) -> None:
     """Judge a copy within one cache, which a backend may decline whatever it claims of ids."""
     slots = home.shuffled(SHAPE.slots, 12)
-    cache = home.cache(SHAPE, judge.ids(slots[:6], mine))
-    case = Case(cache, replace(cache, ids=judge.ids(slots[6:], theirs)), 6)
+    cache = home.cache(SHAPE, judge.ids(slots[:6], dtypes[0]))
+    case = Case(cache, replace(cache, ids=judge.ids(slots[6:], dtypes[1])), 6)
     if takes(judge.subject, case):
         claimed(judge, case, field, what)
     else:
@@ -143,7 +138,7 @@ def test_ids_are_read_in_the_claimed_dtypes(
     claimed(judge, home.move(direction, SHAPE, ids), "index_dtypes", f"reads ids of {dtype}")
     for other in judge.subject.can.index_dtypes:
         what = f"reads {dtype} beside {other}"
-        _within_one_cache(judge, home, dtype, other, "index_dtypes", what)
+        _within_one_cache(judge, home, (dtype, other), "index_dtypes", what)
 
 
 @pytest.mark.claim("skips_negative")
@@ -256,18 +251,9 @@ def test_threads(judge: Judge, home: Workshop) -> None:
     shape = Shape(layers=3)
     shops = [replace(home, seed=home.seed + n) for n in range(4)]
     cases = [shop.some("gather", shape, 9) for shop in shops]
-    expected = [case.expected() for case in cases]
     plans = [plan_of(case) for case in cases]
     assert len({(plan.src, plan.dst) for plan in plans}) == 1
+    launch, times = None, 8
     if judge.claims("threads", "the library lets one thread at a time into a launch."):
-        launch = judge.subject.prepare(plans[0])
-        works = [landing(judge, launch_of(judge.subject, case, launch)) for case in cases]
-        at_once(works, 40)
-    else:
-        at_once([partial(_by_user, judge, asked_of(case)) for case in cases], 8)
-    for case, wanted in zip(cases, expected, strict=True):
-        judge.check(wanted, case, "Called from four threads: ")
-
-
-def _by_user(judge: Judge, asked: Any) -> None:
-    judge.finish(judge.subject.copy(*asked))
+        launch, times = judge.subject.prepare(plans[0]), 40
+    check_at_once(judge, cases, launch, times)

@@ -15,7 +15,7 @@ from portakv import Transfer
 from portakv_conformance.cases.test_ordering import Late
 from portakv_conformance.cases.test_safety import DUPLICATES, check_duplicates
 from portakv_conformance.draw.by_hand import Shape, Workshop
-from portakv_conformance.judge.claims import at_once, landing, launch_of, plan_of
+from portakv_conformance.judge.claims import check_at_once, landing, launch_of, plan_of
 from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.judging import Judge, asked_of
 from portakv_conformance.judge.subject import Subject
@@ -110,12 +110,7 @@ def test_each_thread_gets_its_own_copy(judge: Judge, home: Workshop, direction: 
         # Fresh destinations each time: a call that is lost is not made good by the next.
         cases = [shop.some(direction, SHAPE, 9) for shop in shops]
         prepared = prepared or judge.subject.prepare(plan_of(cases[0]))
-        expected = [case.expected() for case in cases]
-        launches = [launch_of(judge.subject, case, prepared) for case in cases]
-        judge.facility.synchronize()
-        at_once([landing(judge, launch) for launch in launches])
-        for case, wanted in zip(cases, expected, strict=True):
-            judge.check(wanted, case, f"Called from {_THREADS} threads at once: ")
+        check_at_once(judge, cases, prepared)
 
 
 @pytest.mark.area("safety")

@@ -188,8 +188,7 @@ def test_a_launch_returns_while_its_stream_is_busy(
     facility: Facility, judge: Judge, home: Workshop, direction: str, ids: str
 ) -> None:
     """A launch does not wait for its stream, unless it has to read ids that lie on the device."""
-    can = judge.subject.can
-    case = home.some(direction, SHAPE, 9)
+    can, case = judge.subject.can, home.some(direction, SHAPE, 9)
     if ids == "no-ids":
         case = Case(replace(case.src, ids=None), replace(case.dst, ids=None), case.count)
     late = Late(judge, case)
@@ -200,8 +199,7 @@ def test_a_launch_returns_while_its_stream_is_busy(
     # Whether slow work is slow here is asked of another stream: work that was asked for has begun.
     late_at_all = not _busy(facility, facility.stream()).query()
     assert late_at_all or facility.emulated, "The slow job ended as soon as it was ordered."
-    stream = facility.stream()
-    busy = _busy(facility, stream)
+    busy = _busy(facility, stream := facility.stream())
     pending = launch(stream, None)
     waited = late_at_all and busy.query()
     judge.land(pending, stream)

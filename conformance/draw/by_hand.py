@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partialmethod
 from typing import Any
 
 import torch
@@ -24,13 +25,10 @@ CHUNK = "kv layer token (head dim)"
 #: Layouts of caches; CORE is judged in the first that a backend takes. The last two need no table
 #: of addresses, the last not even a loop.
 HOMES = (
-    "layer | kv block token head dim",
-    "layer | kv block head token dim",
-    "layer kv | block token head dim",
-    "layer kv | block head token dim",
-    "block layer kv token head dim",
+    PAGED, "layer | kv block head token dim", "layer kv | block token head dim",
+    "layer kv | block head token dim", "block layer kv token head dim",
     "block token layer kv head dim",
-)
+)  # fmt: skip
 #: Layouts of chunks, for caches whose rows do not go to `CHUNK` in the fewest loops.
 _CHUNKS = {HOMES[-1]: "token layer kv (head dim)"}
 _ELSEWHERE = 1000  # storage numbers of destinations, so that no source has the same bytes
@@ -153,14 +151,6 @@ class Workshop:
         how = {"seed": self.seed, "device": self.device, **how}
         return side_of(arranged(layout or self.dense, shape, tokens=tokens, **how), None, 1, offset)
 
-    def gather(self, shape: Shape, ids: Any, *chunk: Any, **how: Any) -> Case:
-        """Rows of a cache to a chunk; the rest is as for `move`."""
-        return self.move("gather", shape, ids, *chunk, **how)
-
-    def scatter(self, shape: Shape, ids: Any, *chunk: Any, **how: Any) -> Case:
-        """Tokens of a chunk to rows of a cache; the rest is as for `move`."""
-        return self.move("scatter", shape, ids, *chunk, **how)
-
     def move(
         self, direction: str, shape: Shape, ids: Any, chunk: dict[str, Any] | None = None,
         **how: Any,
@@ -172,6 +162,9 @@ class Workshop:
         dense = {"dtype": how.get("dtype", torch.float16), **(chunk or {})}
         made = self.chunk(shape, max(count, 1), source=not source, **dense)
         return between(direction, self.cache(shape, ids, source=source, **how), made, count)
+
+    gather = partialmethod(move, "gather")
+    scatter = partialmethod(move, "scatter")
 
     def some(
         self, direction: str, shape: Shape, count: int, holes: int = 0, *chunk: Any, **how: Any

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from portakv import CopyPlan, PortaKVError, Unsupported
+from portakv.backends.base import Launch
 from portakv_conformance.draw.arrangement import Case
 from portakv_conformance.judge.judging import Judge, asked_of, changed
 from portakv_conformance.judge.memory import Memory
@@ -116,13 +117,29 @@ def check_guarded(judge: Judge, case: Case, *, word: bool = True) -> None:
         if side.ids is not None:
             ids, end = side.ids.tolist(), side.slots // side.step
             lists.append(f"{ids} of {side.step} tokens, of which those from {end} on are bad")
-            at = ((p, ids[(p + side.offset) // side.step]) for p in range(case.count))
-            wanted |= {p + 1 for p, id in at if id >= end}
+            at = range(case.count)
+            wanted |= {p + 1 for p in at if ids[(p + side.offset) // side.step] >= end}
     told = int(status[0])
     assert not word or told in (wanted or {0}), (
         f"The status word holds {told} for ids {' and '.join(lists)}; expected the position + 1 of "
         f"a bad one, or 0 where none is. The case was {case!r}."
     )
+
+
+def check_at_once(
+    judge: Judge, cases: Sequence[Case], launch: Launch | None, times: int = 1
+) -> None:
+    """Judge calls of one launch, or copies as a user gets them, each from a thread of its own."""
+    expected = [case.expected() for case in cases]
+    works: list[Callable[[], object]] = []
+    for case in cases:
+        copy = partial(judge.subject.copy, *asked_of(case))
+        user = partial(lambda copy: judge.finish(copy()), copy)
+        works.append(landing(judge, launch_of(judge.subject, case, launch)) if launch else user)
+    judge.facility.synchronize()
+    at_once(works, times)
+    for case, wanted in zip(cases, expected, strict=True):
+        judge.check(wanted, case, f"Called from {len(cases)} threads at once: ")
 
 
 def at_once(works: Sequence[Callable[[], object]], times: int = 1) -> None:

@@ -16,9 +16,8 @@ _plan = lru_cache(maxsize=256)(CopyPlan)
 class _Misread(HostRows):
     def planned(self, call: Call) -> CopyPlan:
         plan, forms = call.plan, self.forms(call)
-        if forms == (plan.src, plan.dst):
-            return plan
-        return _plan(*forms, plan.src_step, plan.dst_step, plan.unit)
+        same = forms == (plan.src, plan.dst)
+        return plan if same else _plan(*forms, plan.src_step, plan.dst_step, plan.unit)
 
     def forms(self, call: Call) -> tuple[Form, Form]:
         """The forms of both sides as the mutant takes them."""

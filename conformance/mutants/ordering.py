@@ -114,10 +114,8 @@ class DeviceTempFreedEarly(DeviceRows):
     def move(self, runs: Runs, call: Call) -> None:
         rows = torch.empty(len(runs.src) * runs.nbytes, dtype=torch.uint8, device=self.device)
         between = rows.data_ptr() + torch.arange(len(runs.src)) * runs.nbytes
-        for src, dst in (
-            (torch.from_numpy(runs.src), between), (between, torch.from_numpy(runs.dst))
-        ):  # fmt: skip
-            copy_runs(src, dst, runs.nbytes, self.stream(call))
+        copy_runs(torch.from_numpy(runs.src), between, runs.nbytes, self.stream(call))
+        copy_runs(between, torch.from_numpy(runs.dst), runs.nbytes, self.stream(call))
 
 
 _REACH = {("device", "device"), ("device", "pageable"), ("device", "pinned")}
@@ -129,6 +127,6 @@ class ClaimsHostReach(DeviceRows, places=frozenset(_REACH)):
     def move(self, runs: Runs, call: Call) -> None:
         if call.dst.form.place == "device":
             super().move(runs, call)
-            return
-        for source, target in zip(runs.src.tolist(), runs.dst.tolist(), strict=True):
-            ctypes.memmove(target, source, runs.nbytes)
+        else:
+            for source, target in zip(runs.src.tolist(), runs.dst.tolist(), strict=True):
+                ctypes.memmove(target, source, runs.nbytes)

@@ -36,6 +36,8 @@ from portakv_conformance.run.workers import INTERRUPTED
 CASE_LIMIT = 60.0
 WALL_LIMIT = 300.0
 
+_JOBS = 2
+_UNJUDGED = (BadRequest, SubjectUnavailable, SuiteBroken)
 Runner = Callable[..., RunRecord]
 
 
@@ -79,19 +81,15 @@ class Trial:
         return f"caught by {self.caught_by}" if self.caught else f"{self.lost}: {self.reason}"
 
 
-class OutOfTime(Exception):
-    """A mutant was not caught within its limit."""
-
-
 class _Clock(Progress):
-    """Ends a run when its time is over."""
+    """Ends a run when its time is over, with a TimeoutError."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._until = seconds, time.monotonic() + seconds
 
     def started(self, id: str) -> None:
         if time.monotonic() > self._until:
-            raise OutOfTime(f"it was not caught within {self._seconds:g} s")
+            raise TimeoutError(f"it was not caught within {self._seconds:g} s")
 
 
 def try_mutant(
@@ -113,8 +111,8 @@ def try_mutant(
             caught, why = failed.id, failed.reason
         elif wrong:
             why = f"{wrong[0].id} is in error: {wrong[0].reason}"
-    except (OutOfTime, BadRequest, SubjectUnavailable, SuiteBroken) as error:
-        why, judged = _line(error), isinstance(error, OutOfTime)
+    except (TimeoutError, *_UNJUDGED) as error:
+        why, judged = _line(error), isinstance(error, TimeoutError)
     return Trial(mutant, seed, caught, why, time.monotonic() - began, judged)
 
 
@@ -126,7 +124,7 @@ def try_control(control: Mutant, seed: int = 0, *, runner: Runner = run) -> str 
     """Run the full suite on an un-mutated base; None where it passes, else why not."""
     try:
         record = runner(Options(control.target, control.device, "full", seed))
-    except (BadRequest, SubjectUnavailable, SuiteBroken) as error:
+    except _UNJUDGED as error:
         return _line(error)
     if wrong := _wrong(record):
         return f"{len(wrong)} cases fail, the first is {wrong[0].id}: {wrong[0].reason}"
@@ -230,7 +228,11 @@ def print_score(
         case += " (self-check too)" if mutant.name in self_checked else ""
         runs, seconds = f"{len(caught)}/{len(group)}", f"{group[0].seconds:.1f}"
         lines.append((mutant.name, mutant.bug, case, runs, seconds))
-    print_table(_COLUMNS, lines)
+    columns = (
+        Column("mutant", whole=True), Column("bug"), Column("caught by", whole=True),
+        Column("runs", right=True), Column("s", right=True),
+    )  # fmt: skip
+    print_table(columns, lines)
     for name, why in controls.items():
         print(f"{name}, un-mutated: {'passes' if why is None else f'FAILS: {why}'}")
     for trial in trials:
@@ -238,13 +240,6 @@ def print_score(
             name = f"{trial.mutant.name} ({trial.mutant.target})"
             print(f"{trial.lost} under seed {trial.seed}: {name}: {trial.reason}")
     print(_sum(groups).strip("*"))
-
-
-_COLUMNS = (
-    Column("mutant", whole=True), Column("bug"), Column("caught by", whole=True),
-    Column("runs", right=True), Column("s", right=True),
-)  # fmt: skip
-_JOBS = 2
 
 
 def score(

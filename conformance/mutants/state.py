@@ -37,9 +37,8 @@ class StalePointerTable(_Remembering):
     """The addresses of a cache are kept for its form, so one that was reallocated is not seen."""
 
     def recalled(self, first: Call, call: Call) -> Call:
-        if call.src.form.block_size and call.src.slots == first.src.slots:
-            return replace(call, src=first.src)
-        return call
+        same = call.src.form.block_size and call.src.slots == first.src.slots
+        return replace(call, src=first.src) if same else call
 
 
 class StaleDestination(_Remembering):
@@ -50,8 +49,6 @@ class StaleDestination(_Remembering):
 
 
 class _TableKept(HostRows):
-    """A base that keeps the table of a cache under a part of what it holds."""
-
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._tables: dict[object, Int64] = {}
