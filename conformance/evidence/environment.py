@@ -41,9 +41,8 @@ _MODULES = ("amdgpu", "hydcu", "hycu")
 def driver_version(device: torch.device) -> str:
     """The version of the driver of a real device; empty where the system does not tell it.
 
-    Under HIP the kernel module's with its name, else that of the runtime, ``HIP 6.3.42134``. Of a
-    device of another kind ``driver_version`` of its properties, which torch.xpu has, as torch's
-    extension for it tells them.
+    Under HIP the kernel module's with its name, else that of the runtime, ``HIP 6.3.42134``. Of
+    other kinds ``driver_version`` of the properties that torch's extension tells, as torch.xpu has.
     """
     if device.type in _FILES:
         return _told(*_FILES[device.type])
@@ -123,8 +122,7 @@ def describe_environment(subject: Subject, asked: str) -> dict[str, Any]:
     if path or subject.backend.carrier:
         facts[CARRIER] = subject.backend.carrier
     facts |= {} if subject.emulated else _toolkit(device)
-    if interpreted(subject):
-        facts[INTERPRET] = os.environ[INTERPRET]
+    facts |= {INTERPRET: os.environ[INTERPRET]} if interpreted(subject) else {}
     facts |= package_versions([*_PACKAGES, *_VENDORS, *_distributions(subject.target)])
     digests = {f"sha256 of {name}": package_sha256(name) for name in _VENDORS}
     return facts | {name: digest for name, digest in digests.items() if digest}
@@ -208,9 +206,9 @@ def device_name(device: torch.device, simulated: bool) -> str:
 
 def _architecture(device: torch.device) -> str:
     """``gfx906`` and the like, under HIP."""
-    if device.type != "cuda" or torch.version.hip is None:
-        return ""
-    return str(getattr(torch.cuda.get_device_properties(device), "gcnArchName", ""))
+    hip = device.type == "cuda" and torch.version.hip is not None
+    told = torch.cuda.get_device_properties(device) if hip else None
+    return str(getattr(told, "gcnArchName", ""))
 
 
 def _toolkit(device: torch.device) -> dict[str, str]:

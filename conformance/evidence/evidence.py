@@ -66,14 +66,14 @@ def read(file: Path) -> Rung:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
-    if isinstance(values, dict) and values.get("schema") == SCHEMA:
-        record = results.read(file)
-        try:
-            return of_report(record)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            told = "" if isinstance(error, ValueError) else f"{type(error).__name__}, "
-            raise ValueError(f"{file} is unreadable: {told}{error}") from error
-    return _of_job(file, values)
+    if not (isinstance(values, dict) and values.get("schema") == SCHEMA):
+        return _of_job(file, values)
+    record = results.read(file)
+    try:
+        return of_report(record)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        told = "" if isinstance(error, ValueError) else f"{type(error).__name__}, "
+        raise ValueError(f"{file} is unreadable: {told}{error}") from error
 
 
 def of_report(record: RunRecord) -> Rung:
@@ -152,11 +152,9 @@ def rung_of(said: Rung, file: str, *, device: str = "", note: str = "") -> Rung:
 def contradictions(ladder: Ladder, root: Path) -> list[str]:
     """What the ladder says and its files do not, or the other way round; a sentence each."""
     wrong = list(broken_rules(ladder))
-    named = {rung.evidence for rung in ladder.rungs}
-    for file in sorted((root / RESULTS).glob("*")):
-        name = f"{RESULTS}{file.name}"
-        if name not in named:
-            wrong.append(f"{name} has no row in ladder.toml; keep it by .ci/keep_result.py.")
+    files = {f"{RESULTS}{file.name}" for file in (root / RESULTS).glob("*")}
+    for name in sorted(files - {rung.evidence for rung in ladder.rungs}):
+        wrong.append(f"{name} has no row in ladder.toml; keep it by .ci/keep_result.py.")
     for rung in ladder.rungs:
         wrong += _not_borne_out(rung, root / rung.evidence)
     return wrong

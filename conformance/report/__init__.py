@@ -9,16 +9,10 @@ from portakv_conformance.record import RunRecord
 
 
 def write(record: RunRecord, folder: Path) -> list[Path]:
-    """Write every form of a report into a folder, which is made where it is missing.
+    """Write every form of a report into a folder, which is made where it is missing; the files.
 
     ``conformance.json`` is the report itself; the others are made from the same record:
     ``report.html``, ``report.md``, ``junit.xml``, ``badge.svg``.
-
-    Returns:
-        The files, in that order.
-
-    Raises:
-        OSError: the folder cannot be made or written.
     """
     from portakv_conformance.report import page  # needs jinja2
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from portakv_conformance.evidence.verdict import WRONG, why_no_rung
 from portakv_conformance.record import CaseRecord, RunRecord
 
-#: Kinds that make a comparison fail.
-BAD_KINDS = ("REGRESSION", "MISSING")
 # What is no longer claimed is a step back from what passed; what is waived fails, and somebody has
 # said why.
 _DEPTH = {"passed": 0, "not-claimed": 1, "waived": 2, "failed": 3, "error": 3}
@@ -19,14 +17,8 @@ _RUNGS = ("R6", "R3", "")
 
 @dataclass(frozen=True)
 class Change:
-    """One case that ended in another way, or is in one report only.
-
-    Attributes:
-        kind: ``FIX``, ``REGRESSION``, ``NEW`` or ``MISSING``.
-        id: the case; or ``verdict`` and ``rung``, which are the run's.
-        before, after: its status in each report; empty where it is not in that one.
-        reason: what the worse of the two reports says of it.
-    """
+    """One case that ended in another way, or is in one report only; or the run's ``verdict`` or
+    ``rung``. Its status is empty for a report that it is not in; the reason is the worse one's."""
 
     kind: str
     id: str
@@ -37,7 +29,9 @@ class Change:
     @property
     def bad(self) -> bool:
         """Whether it makes a comparison fail: so does a new case that is wrong."""
-        return self.kind in BAD_KINDS or (self.kind == "NEW" and self.after in WRONG)
+        return self.kind in ("REGRESSION", "MISSING") or (
+            self.kind == "NEW" and self.after in WRONG
+        )
 
     def __str__(self) -> str:
         way = f"{self.before or 'not there'} -> {self.after or 'not there'}"
@@ -54,9 +48,8 @@ def compare_runs(old: RunRecord, new: RunRecord) -> list[Change]:
         _step("rung", old.rung, new.rung, _RUNGS, why_no_rung(new)),
     ]
     found += [_change(before.get(id), case) for id, case in after.items()]
-    found += [
-        Change("MISSING", id, case.status, "") for id, case in before.items() if id not in after
-    ]
+    gone = [case for id, case in before.items() if id not in after]
+    found += [Change("MISSING", case.id, case.status, "") for case in gone]
     return [change for change in found if change is not None]
 
 

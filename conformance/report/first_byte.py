@@ -20,16 +20,10 @@ _WITHIN_A_ROW = re.compile(r" head \d+ byte \d+$")
 
 @dataclass(frozen=True)
 class FirstByte:
-    """One wrong byte: where it lies, what it is, what it should be.
-
-    Attributes:
-        place: ``layer 3 value slot 17 head 0 byte 5``, or ``padding or canary``.
-        storage: number of the destination's storage; offset: bytes from its start.
-        found, expected: hexadecimal, such as ``0x9a``.
-        origin: where the found byte comes from; should: where the expected one does.
-        wrong: bytes that are wrong in all.
-        before, after: what else the text says, around the sentence.
-    """
+    """One wrong byte: where it lies (in words, the number of its storage, the offset in bytes),
+    what was found and expected (``0x9a``), where either comes from, how many bytes are wrong in
+    all, and
+    what else the text says, around the sentence."""
 
     place: str
     storage: int
@@ -39,16 +33,8 @@ class FirstByte:
     expected: str
     should: str
     wrong: int
-    before: str = ""
-    after: str = ""
-
-    def rows(self) -> tuple[tuple[str, str, str], ...]:
-        """Where it lies, what it is and what it should be: a name, a value and its meaning."""
-        return (
-            ("where", self.place, f"storage {self.storage}, offset {self.offset:,}"),
-            ("holds", self.found, self.origin),
-            ("expected", self.expected, self.should),
-        )
+    before: str
+    after: str
 
     def short(self) -> str:
         """The reason with the sentence on one line, as Markdown shows it."""

@@ -61,11 +61,8 @@ def markdown(record: RunRecord) -> str:
 
 
 def junit(record: RunRecord) -> str:
-    """The form that CI servers read; there is no standard behind it, this is the common core.
-
-    What could not be run, and waivers that do not hold, are errors in suites of their own: they
-    keep a run from being conformant.
-    """
+    """The common core of what CI servers read. What could not be run, and waivers that do not hold,
+    are errors in suites of their own: they keep a run from being conformant."""
     return _filled("junit.xml", record)
 
 
@@ -114,14 +111,9 @@ def breakable(text: str, marks: str = "/:[,") -> Markup:
 
 @dataclass
 class Matrix:
-    """Layout x dtype x operation, from the tags of cases: layouts are rows, columns are the dtypes
-    of each operation.
-
-    Attributes:
-        layouts: in the order of the cases.
-        columns: for each operation the dtypes that occur with it.
-        cells: by (layout, operation, dtype), how many cases have each status.
-    """
+    """Layout x dtype x operation, from the tags of cases: layouts are rows, in the order of the
+    cases; columns are the dtypes of each operation. A cell, by (layout, operation, dtype), says how
+    many cases have each status."""
 
     layouts: list[str] = field(default_factory=list)
     columns: dict[str, list[str]] = field(default_factory=dict)

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results that are committed: a report for each backend-device pair that was run.
-
-They are whole reports, sealed as they were made.
-"""
+"""Results that are committed: a whole report, sealed as made, for each backend-device pair."""
 
 from __future__ import annotations
 
@@ -31,18 +28,13 @@ def file_name(record: RunRecord) -> str:
     named = record.environment.get("device_name") or kind
     on_host = kind == "cpu" or record.environment.get("emulated") is not False
     place = f"{kind if on_host else named} {built(record)}"
-    parts = (record.backend["name"], place, record.suite)
-    return (
-        "-".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()).strip("-.") for part in parts) + ".json"
-    )
+    parts = (part.lower() for part in (record.backend["name"], place, record.suite))
+    return "-".join(re.sub(r"[^a-z0-9.]+", "-", part).strip("-.") for part in parts) + ".json"
 
 
 def read(file: Path) -> RunRecord:
-    """A report that nobody edited.
-
-    Raises:
-        ValueError: it is no report, or its seal is broken; a sentence that names the file.
-    """
+    """A report as its run left it; `ValueError`, a sentence that names the file, if it is none, or
+    its seal is broken."""
     try:
         record = RunRecord.read(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -56,17 +48,9 @@ def read(file: Path) -> RunRecord:
 
 
 def keep(report: Path, folder: Path, check: Check = check_report) -> Path:
-    """Put a report among the results, in place of an older one of the pair and suite.
-
-    Args:
-        report: the document ``conformance.json``.
-        folder: where results lie.
-        check: what says everything that is wrong with a report.
-
-    Raises:
-        ValueError: the report was edited or contradicts itself, or its run was not the one that
-            certification fixes.
-    """
+    """Put a report among the results in a folder, in place of an older one of the pair and suite.
+    `ValueError` if it was edited, if a check finds something wrong with it, or if its run was not
+    the one that certification fixes."""
     record = read(report)
     wrong = check(report.read_text(encoding="utf-8"))
     if wrong:

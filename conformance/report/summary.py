@@ -74,7 +74,15 @@ def _print_failures(record: RunRecord, options: Options) -> None:
         if case.status in WRONG:
             groups.setdefault(case.id.partition("[")[0], []).append(case)
     for cases in list(groups.values())[:_MOST_GROUPS]:
-        _print_failure(min(cases, key=_size), options)
+        case = min(cases, key=_size)
+        print(f"{case.status.upper()} {case.id}")
+        print_prose(f"  {_short(case.reason)}")
+        print(f"  again: {case.replay}")
+        if case.example and options.examples is not None:
+            file = options.examples / Path(case.example).name
+            words = ["portakv", "conform", "replay", str(file), options.backend]
+            words += ["--device", options.device, *["--emulated"] * options.emulated]
+            print(f"  its example: {shlex.join(words)}")
         if len(cases) > 1:
             print_prose(f"  and {plural(len(cases) - 1, 'more case')} of this test")
         print()
@@ -86,19 +94,8 @@ def _print_failures(record: RunRecord, options: Options) -> None:
 
 
 def _size(case: CaseRecord) -> tuple[bool, bool, int]:
-    """How much has to be understood of a failing case: one with an example to replay comes first,
-    errors of the surroundings come last."""
+    """One with an example to replay comes first, errors of the surroundings come last."""
     return case.status != "failed", not case.example, len(case.reason) + len(case.id)
-
-
-def _print_failure(case: CaseRecord, options: Options) -> None:
-    print(f"{case.status.upper()} {case.id}")
-    print_prose(f"  {_short(case.reason)}")
-    print(f"  again: {case.replay}")
-    if case.example and options.examples is not None:
-        words = ["portakv", "conform", "replay", str(options.examples / Path(case.example).name)]
-        words += [options.backend, "--device", options.device]
-        print(f"  its example: {shlex.join(words + ['--emulated'] * options.emulated)}")
 
 
 def _short(reason: str) -> str:

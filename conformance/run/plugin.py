@@ -77,11 +77,9 @@ class Suite:
     def pytest_report_header(self) -> list[str]:
         """What is judged, where, and from which seed."""
         fuzz = f", {self.fuzz} examples in each drawn case" if self.fuzz else ""
-        return [
-            f"portakv: {self.subject.target} as {self.subject.name!r} on {self.subject.device}"
-            f"{' (emulated)' if self.subject.emulated else ''}",
-            f"portakv: profile {self.profile}, seed {self.seed}{fuzz}",
-        ]
+        who = f"{self.subject.target} as {self.subject.name!r} on {self.subject.device}"
+        who += " (emulated)" if self.subject.emulated else ""
+        return [f"portakv: {who}", f"portakv: profile {self.profile}, seed {self.seed}{fuzz}"]
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(
@@ -127,17 +125,18 @@ class Suite:
         plain = {"host": not streams, "accelerator": streams, "graphs": self.facility.graphs}
         if need in plain:
             return plain[need], ""
+        where, emulated = self.subject.device, self.subject.emulated
         if need == "two devices":
             found = self.facility.devices()
-            missing = f"it needs two devices of type {self.subject.device.type}, found {found}."
-            if found < 2 and self.subject.device.type != "cpu" and not self.subject.emulated:
+            missing = f"it needs two devices of type {where.type}, found {found}."
+            if found < 2 and where.type != "cpu" and not emulated:
                 self._lone += 1  # no fault of the machine, but a report says so
-            return found > 1, missing if self.subject.emulated else ""
+            return found > 1, missing if emulated else ""
         if need == "memory":
-            if self.facility.emulated:  # its memory takes no room before it is touched
-                return streams, ""
-            missing = f"it needs {_BIG >> 30} GiB of free memory on {self.subject.device}."
-            return streams and self.facility.spare() > _BIG, missing if streams else ""
+            # An emulated device's takes no room before it is touched.
+            enough = self.facility.emulated or self.facility.spare() > _BIG
+            missing = f"it needs {_BIG >> 30} GiB of free memory on {where}."
+            return streams and enough, missing if streams else ""
         raise pytest.UsageError(f"A case needs {need!r}, which the plugin does not know.")
 
     def seed_of(self, name: str) -> int:
@@ -176,30 +175,25 @@ class Suite:
         try:
             return (yield)
         finally:
-            record = self._record(item, time.perf_counter() - began)
-            lost = self._lost(record)
-            if record.status == "failed" and not lost:  # elsewhere no example can be judged again
-                self._save(record, item.stash.get(_JUDGE, None))
-            self._tell({"event": "end", "case": asdict(record)})
-            if lost:
-                self._leave(lost)
+            self._end(item, time.perf_counter() - began)
 
-    def _lost(self, record: CaseRecord) -> str:
-        """Why nothing more can be judged in this process; noted with the case that did it."""
+    def _end(self, item: pytest.Item, seconds: float) -> None:
+        """Tell how a case ended. If nothing more can be judged in this process, end it, so that
+        another goes on where the device works."""
+        record, where = self._record(item, seconds), self.subject.device
         if record.status == "passed" and record.examples:
             self.alive.learn()
-        why = self.alive.lost() if record.status in WRONG else ""
-        if why:
-            lost = f"Behind it everything on {self.subject.device} fails in this process ({why})."
+        if why := self.alive.lost() if record.status in WRONG else "":
+            lost = f"Behind it everything on {where} fails in this process ({why})."
             record.reason = f"{record.reason} {writable(lost)}"
-        return why
-
-    def _leave(self, why: str) -> None:
-        """End the process, so that another goes on where the device works."""
-        if self.events is None:
-            pytest.exit(f"Nothing more can be judged on {self.subject.device}: {why}", returncode=1)
-        self._tell({"event": "retired", "reason": why})
-        os._exit(1)  # an orderly end might hang on the device
+        elif record.status == "failed":  # elsewhere no example can be judged again
+            self._save(record, item.stash.get(_JUDGE, None))
+        self._tell({"event": "end", "case": asdict(record)})
+        if why and self.events is None:
+            pytest.exit(f"Nothing more can be judged on {where}: {why}", returncode=1)
+        if why:
+            self._tell({"event": "retired", "reason": why})
+            os._exit(1)  # an orderly end might hang on the device
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:

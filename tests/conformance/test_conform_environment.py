@@ -239,8 +239,8 @@ def test_ascends_toolkit_is_asked_of_its_package(monkeypatch: pytest.MonkeyPatch
     utils: Any = ModuleType("torch_npu.utils")
     utils.get_cann_version = lambda: "8.3.RC1"
     module = SimpleNamespace(get_device_name=lambda _: "Ascend910B1")
-    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
     on_it = replace(subject("reference", "cpu"), device=device("npu"))
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
     assert "cann" not in describe_environment(on_it, "npu")
     monkeypatch.setitem(sys.modules, "torch_npu.utils", utils)
     facts = describe_environment(on_it, "npu")
