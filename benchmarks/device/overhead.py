@@ -30,10 +30,8 @@ CACHE = "layer | kv block token head dim"
 CHUNK = "kv layer token (head dim)"
 
 _BLOCKS, _BLOCK_SIZE, _DIM = 8, 16, 8
-_OBJECTS = 64
-_SLOT = 37
-_WARM_UP = 13  # turns
-_TURN = 16  # calls of one kind in a row
+_OBJECTS, _SLOT = 64, 37
+_WARM_UP, _TURN = 13, 16  # turns; calls of one kind in a row
 
 
 def measure_overhead(backend: str, device: torch.device, rounds: int) -> Rows:

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ladder: every way of moving one workload, from Python loops to a memory copy.
-
-What an engine would write in plain torch stands beside the backends, with the same caches, slots
-and memory objects, in the same run.
-"""
+"""The ladder: every way of moving one workload, from Python loops to a memory copy; what an engine
+would write in plain torch beside the backends, with the same caches, slots and memory objects."""
 
 from __future__ import annotations
 

@@ -27,9 +27,7 @@ _WAYS = (DIRECT, STAGED, HOST, DESCRIPTORS)
 _DEAR, _FEW = 20_000.0, 4
 #: Calls of a round.
 _ROUND = 5
-IDS = ("kept Index", "host tensor")
-#: Of the host's blocks.
-ORDERS = ("random", "consecutive")
+IDS, ORDERS = ("kept Index", "host tensor"), ("random", "consecutive")  # of the host's blocks
 
 
 def call_steps(bench: Bench) -> Iterator[Step]:

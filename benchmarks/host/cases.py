@@ -30,10 +30,9 @@ CHUNK = "kv layer token (head dim)"
 
 _LAYERS, _KV, _DIM, _BLOCK = 32, 2, 128, 16
 _ITEM = 2  # bytes of an element
-#: Slots of the device's cache for each token moved: sparse, as it is while a model runs.
-_POOL = 4
-#: Blocks of the host's pool for each block moved.
-_HOST_POOL = 2
+#: Slots of the device's cache for each token moved: sparse, as it is while a model runs; and blocks
+#: of the host's pool for each block moved.
+_POOL, _HOST_POOL = 4, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +153,9 @@ class Region(NamedTuple):
     def reserve(cls, device: torch.device, payload: int, *, pageable: bool = False) -> Region:
         """Memory for any case of up to so many bytes, on a device and on the host."""
         host = (torch.zeros if pageable else pinned.empty)(2 * payload, dtype=torch.uint8)
-        there, scratch = (
-            torch.empty(nbytes, dtype=torch.uint8, device=device)
-            for nbytes in (_COPIES * payload + 64 * 8 * _GAP, host.numel())
-        )
-        return cls(there, host, scratch)
+        largest = _COPIES * payload + 64 * 8 * _GAP
+        there = torch.empty(largest, dtype=torch.uint8, device=device)
+        return cls(there, host, torch.empty_like(host, device=device))
 
     def halves(self) -> tuple[Region, Region]:
         """Two regions, for two directions at once."""

@@ -104,17 +104,15 @@ def compare(rows: Rows) -> None:
     """Write into the rows of engines ``to_ring``, the time of the best plain way / their own, and
     which one that is."""
     for point in harness.grouped(rows, "shape", "op"):
-        best = harness.quickest(row for row in point if row["plain"])
-        for row in point:
-            if best is not None and not row["plain"]:
-                row["to_ring"] = harness.short(best["p50_us"] / row["p50_us"])
+        if best := harness.quickest(harness.having(point, plain=True)):
+            for row in harness.having(point, plain=False):
+                row["to_ring"] = short(best["p50_us"] / row["p50_us"])
                 row["best_ring"] = best["backend"]
 
 
 # --- pinning --------------------------------------------------------------------------------------
 
 OURS, TORCH = "pinned.allocate", "torch, pin_memory=True"
-_STATUS = Path("/proc/self/status")
 
 #: Memory; what holds it; the bytes that its allocator says it took, None: ask the kernel.
 Taken = tuple[torch.Tensor, object, int | None]
@@ -122,8 +120,7 @@ Taken = tuple[torch.Tensor, object, int | None]
 
 def pinning_steps(bench: Bench) -> Iterator[Step]:
     """One step."""
-    nbytes = bench.preset.pinned
-    yield f"pinning {in_words(nbytes)}", partial(_pinning, bench, nbytes)
+    yield f"pinning {in_words(bench.preset.pinned)}", partial(_pinning, bench, bench.preset.pinned)
 
 
 def _pinning(bench: Bench, nbytes: int) -> Rows:
@@ -185,12 +182,12 @@ def _torch_has() -> int | None:
 
 def _empty_torch() -> None:
     """Have torch give back the pinned memory that it keeps for later."""
-    empty = getattr(torch._C, "_host_emptyCache", None)
-    if empty is not None and torch.cuda.is_available():
-        empty()
+    if torch.cuda.is_available() and hasattr(torch._C, "_host_emptyCache"):
+        torch._C._host_emptyCache()
 
 
 def resident() -> int:
     """Bytes that the process has in memory, by the kernel's account."""
-    found = re.search(r"^VmRSS:\s*(\d+) kB$", _STATUS.read_text(encoding="utf-8"), re.MULTILINE)
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    found = re.search(r"^VmRSS:\s*(\d+) kB$", status, re.MULTILINE)
     return int(found.group(1)) * 1024 if found else 0

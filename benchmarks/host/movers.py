@@ -19,8 +19,7 @@ from portakv_benchmarks.host.suite import DESCRIPTORS, KB, Bench, HostPreset, Wa
 from portakv_benchmarks.shared.harness import FAILURES, Variant, in_a_line
 
 #: Lengths of rows that are moved beside something else; `descriptors` has blocks.
-RUNS = (2 * KB, 256)
-BLOCK_RUN = 32 * KB
+RUNS, BLOCK_RUN = (2 * KB, 256), 32 * KB
 #: Transfers in the queue at a time: several milliseconds of the link's time, in which the host
 #: issues what is measured and the next ones.
 AHEAD = 4

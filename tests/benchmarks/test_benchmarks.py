@@ -192,16 +192,12 @@ def test_the_ratio_is_the_median_over_rounds() -> None:
     assert not any(row.noisy for row in rows)
 
 
-def test_wrong_bytes_before_or_behind_the_rounds_are_told() -> None:
+def test_wrong_bytes_before_or_behind_the_rounds_are_told_and_rounds_end_in_time() -> None:
     turns = iter([True, True, False])
     wrong = [variant(1, lambda i: False), variant(2, lambda i: next(turns))]
-    rows = measure(variant(0), wrong, Script(), objects=2, rounds=5, seconds=60)
+    rows = measure(variant(0), wrong, Script(), objects=2, rounds=99, seconds=0.0)
     assert [row.verified for row in rows] == [True, False, False]
-    assert all(row.hidden for row in rows)
-
-
-def test_rounds_end_when_the_time_is_over() -> None:
-    assert measure(variant(0), [], Script(), objects=2, rounds=99, seconds=0.0)[0].rounds == 5
+    assert all(row.hidden and row.rounds == 5 for row in rows)
 
 
 def test_repeats_are_merged_by_their_medians() -> None:
@@ -296,19 +292,17 @@ def test_small_payloads_are_measured_several_times_in_other_memory(
 ) -> None:
     made: list[Workload] = []
 
-    class Counted(Workload):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            made.append(self)
+    def make(*arguments: Any) -> Workload:
+        made.append(Workload(*arguments))
+        return made[-1]
 
-    monkeypatch.setattr(suite, "Workload", Counted)
-    task = suite.Task(tiny(), "apart")
-    rows = suite.run_task(task, FULL, field())
-    assert len(made) == 2
-    assert {len(row["repeats"]) for row in rows} == {2}
-    monkeypatch.setattr(suite, "REPEATED_BELOW", 0)
-    suite.run_task(task, FULL, field())
-    assert len(made) == 3
+    monkeypatch.setattr(suite, "Workload", make)
+    for repeats, below in ((2, suite.REPEATED_BELOW), (1, 0)):
+        made.clear()
+        monkeypatch.setattr(suite, "REPEATED_BELOW", below)
+        rows = suite.run_task(suite.Task(tiny(), "apart"), FULL, field())
+        assert len(made) == repeats
+        assert {len(row["repeats"]) for row in rows} == {repeats}
 
 
 def test_backends_that_compile_serve_the_marked_shapes_only(

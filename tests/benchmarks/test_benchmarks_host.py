@@ -64,9 +64,7 @@ def test_cases_move_exactly_what_they_say() -> None:
 def test_a_payload_that_is_no_whole_block_has_no_case() -> None:
     assert case_of(scene(2 * MB, BLOCK_FIRST, "random"), MB) is None
     assert case_of(scene(8 * KB), 8 * KB) is None
-    few = case_of(scene(32 * KB), MB)
-    assert few is not None
-    assert few.layers == 16
+    assert [few.layers for few in cases([scene(32 * KB)], [MB])] == [16]
 
 
 def test_what_bars_judge_comes_first_and_pools_by_layer_last() -> None:
@@ -78,17 +76,13 @@ def test_what_bars_judge_comes_first_and_pools_by_layer_last() -> None:
 
 
 def test_descriptors_are_not_measured_with_a_descriptor_for_each_row() -> None:
-    told = {
-        (run, payload): suite.DESCRIPTORS.left_out(found)
-        for run, payload in ((8 * KB, MB), (32 * KB, 512 * MB), (32 * KB, GB))
-        if (found := case_of(scene(run), payload)) is not None
-    }
-    assert list(map(bool, told.values())) == [True, False, True]
-    assert str(GB // (32 * KB)) in told[32 * KB, GB]
-    rows = case_of(scene(256), 128 * MB)
-    assert rows is not None
-    assert rows.runs > suite.MOST_RUNS
-    assert not suite.HOST.left_out(rows)
+    wanted = ((8 * KB, MB), (32 * KB, 512 * MB), (32 * KB, GB), (256, 128 * MB))
+    found = [case for run, payload in wanted for case in cases([scene(run)], [payload])]
+    told = [suite.DESCRIPTORS.left_out(case) for case in found]
+    assert list(map(bool, told)) == [True, False, True, True]
+    assert str(GB // (32 * KB)) in told[2]
+    assert found[3].runs > suite.MOST_RUNS
+    assert not suite.HOST.left_out(found[3])
 
 
 # --- whether bytes are right --------------------------------------------------------------------
@@ -97,8 +91,7 @@ def test_descriptors_are_not_measured_with_a_descriptor_for_each_row() -> None:
 def moved(one: Scene, direction: str) -> tuple[Sides, torch.Tensor, torch.Tensor]:
     """A small case that was moved by `reference` between two regions of the host; the bytes of
     its destination, and where in them poison is left."""
-    case = case_of(one, 64 * KB)
-    assert case is not None
+    (case,) = cases([one], [64 * KB])
     sides = Sides(case, region := Region.reserve(CPU, 64 * KB, pageable=True))
     sides.fill(direction)
     sides.poison(direction)
@@ -129,22 +122,19 @@ def test_every_byte_counts(one: Scene, direction: str) -> None:
         assert not sides.right(direction)
 
 
-def test_the_beginning_of_the_same_host_memory_serves_plain_copies() -> None:
-    case = case_of(scene(2 * KB), 64 * KB)
-    assert case is not None
-    sides = Sides(case, Region.reserve(CPU, 64 * KB, pageable=True))
+def test_plain_copies_in_the_halves_of_a_region() -> None:
+    """They share no byte; the beginning of the same host memory serves them."""
+    (case,) = cases([scene(2 * KB)], [64 * KB])
+    first, second = Region.reserve(CPU, 128 * KB, pageable=True).halves()
+    for mine, theirs in zip(first, second, strict=True):
+        assert mine.data_ptr() + mine.numel() == theirs.data_ptr()
+    sides = Sides(case, second)
     sides.fill("d2h")
     sides.poison("d2h", plain=True)
     assert not sides.plain_right()
     sides.flat.copy_(sides.dense)
     assert sides.plain_right()
     assert sides.flat.data_ptr() == sides.chunk.data_ptr()
-
-
-def test_two_halves_share_no_byte() -> None:
-    first, second = Region.reserve(CPU, 128 * KB, pageable=True).halves()
-    for mine, theirs in zip(first, second, strict=True):
-        assert mine.data_ptr() + mine.numel() == theirs.data_ptr()
 
 
 # --- figures across rows ------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from support.simdev_cases import DEVICE, NAME
 import portakv_benchmarks.cli as bench
 from portakv_benchmarks.cli import PARTS
 from portakv_benchmarks.host import grid, interference, merge, movers
-from portakv_benchmarks.host.cases import DIRECTIONS, Sides, case_of, scene
+from portakv_benchmarks.host.cases import DIRECTIONS, Sides, cases, scene
 from portakv_benchmarks.host.movers import LOOPS, Mover
 from portakv_benchmarks.host.suite import HOST, HOST_PRESETS, KB, MB, STAGED, Bench
 from portakv_benchmarks.shared import harness
@@ -267,8 +267,7 @@ def test_staging_is_what_a_call_takes_itself(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.simdev
 def test_what_an_overlap_allows_depends_on_the_payload() -> None:
-    case = case_of(scene(2 * KB), 64 * KB)
-    assert case is not None
+    (case,) = cases([scene(2 * KB)], [64 * KB])
     sides = Bench(DEVICE, TINY).sides(case)
     for direction in DIRECTIONS:
         transfer = HOST.move(sides, direction)
