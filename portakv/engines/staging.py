@@ -245,7 +245,7 @@ def staging(device: torch.device, work: torch.Stream, detached: bool = False) ->
     the stream that was used longest ago it is given back."""
     key = device, work.stream_id, detached
     with _lock:
-        found = _known.pop(key) or Staging(device, detached)
+        found = _known.pop(key, None) or Staging(device, detached)
         _known[key] = found
     return found
 

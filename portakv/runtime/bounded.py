@@ -4,46 +4,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
-class Bounded(Generic[Key, Value]):
+class Bounded(dict[Key, Value]):
     """A mapping of at most ``limit`` entries, which `caches` lists under ``name`` (in the plural);
     the entry that was inserted first goes first.
 
-    Looking an entry up (``get`` is `dict.get`) does not make it younger, so that a hit costs what a
-    dictionary's does. Any number of threads may use one at once: each step is one operation of a
-    dictionary, no lock is held, and what goes out is released with no lock held either.
+    Looking an entry up does not make it younger, so that a hit costs what a dictionary's does. Any
+    number of threads may use one at once: each step is one operation of a dictionary, no lock is
+    held, and what goes out is released with no lock held either.
     """
 
-    __slots__ = ("__weakref__", "_entries", "get", "limit", "name")
-
-    get: Callable[..., Value | None]
+    __slots__ = ("__weakref__", "limit", "name")
+    __hash__ = object.__hash__  # type: ignore[assignment]  # each is one of its own, as in `caches`
 
     def __init__(self, name: str, limit: int) -> None:
+        super().__init__()
         self.name, self.limit = name, limit
-        self._entries: dict[Key, Value] = {}
-        self.get = self._entries.get
         _caches.add(self)
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._entries
-
     def __setitem__(self, key: Key, value: Value) -> None:
-        self._entries[key] = value
+        super().__setitem__(key, value)
         self._shrink()
 
     def setdefault(self, key: Key, value: Value) -> Value:
         """The value of ``key``, which is ``value`` if there was none: of several threads, the value
         of the first."""
-        value = self._entries.setdefault(key, value)
+        value = super().setdefault(key, value)
         self._shrink()
         return value
 
@@ -51,27 +43,14 @@ class Bounded(Generic[Key, Value]):
         """The value of ``key``, made if there is none. Several threads may make it at once; all get
         the first one. Errors of ``make`` pass through, and nothing is remembered."""
         try:
-            return self._entries[key]
+            return self[key]
         except KeyError:
             return self.setdefault(key, make())
 
-    def pop(self, key: Key) -> Value | None:
-        """Forget an entry; returns its value, or None if there was none."""
-        return self._entries.pop(key, None)
-
-    def values(self) -> list[Value]:
-        """The values of now, the oldest first."""
-        return list(self._entries.values())
-
-    def clear(self) -> None:
-        """Forget all entries."""
-        self._entries.clear()
-
     def _shrink(self) -> None:
-        entries = self._entries
-        while len(entries) > self.limit:
+        while len(self) > self.limit:
             try:
-                entries.pop(next(iter(entries)), None)
+                self.pop(next(iter(self)), None)
             except (RuntimeError, StopIteration):  # another thread changed it in between
                 continue
 
