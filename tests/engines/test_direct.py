@@ -198,7 +198,12 @@ def test_memory_that_is_pinned_but_not_mapped(
 @needs_compiler
 def test_a_view_is_asked_once(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(direct, "device_address", lambda at, device: asked.append(at) or at)
+
+    def ask(address: int, device: torch.device) -> int:
+        asked.append(address)
+        return address
+
+    monkeypatch.setattr(direct, "device_address", ask)
     copied = COPIES["gather"]()
     prepared = DirectOnCpu(CPU).prepare(copied.plan())
     views = copied.src.view(), copied.dst.view()

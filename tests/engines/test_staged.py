@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.cuda_cases import COPIES, chunk
 from support.device_cases import delay
+from support.each_backend import REPEATED, Elsewhere
 from support.engine_cases import (
     DOWNWARD,
     ON_HOST,
@@ -29,7 +31,7 @@ from support.engine_cases import (
 from support.guarded_memory import tensors_in
 from support.simdev_cases import DEVICE
 
-from portakv import CopyPlan, Index, KVView, Unsupported
+from portakv import CopyPlan, Index, KVView, Unsupported, copy_rows
 from portakv.backends.base import Backend, Decision
 from portakv.backends.reference import Reference
 from portakv.engines import slices as schedule
@@ -41,11 +43,15 @@ from portakv.engines.pieces import ALL, Pieces, to_2d_copies
 from portakv.engines.slices import Slice
 from portakv.engines.staged import Staged
 from portakv.engines.staging import Staging, dense_rows
+from portakv.errors import BackendUnavailable, PortaKVError
 from portakv.host import pinned
 from portakv.registry.registry import Choice
 from portakv.runtime.bounded import Bounded
 
 CASES = cases()
+#: The host memory that an engine takes.
+PLACES = {"ring": "cpu", "staged": "pinned", "descriptors": "pinned", "direct": "pinned"}
+TABLE = {**COPIES, **REPEATED}
 
 
 @pytest.fixture(autouse=True)
@@ -62,21 +68,60 @@ def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 @DOWNWARD
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
-@pytest.mark.parametrize(
-    ("engine", "largest"),
-    [(Staged, None), (Staged, 512), (Ring, None), (Ring, 512), (Descriptors, None)],
-)
+@pytest.mark.parametrize("engine", [Staged, Ring, Descriptors])
 def test_every_byte(
-    accelerator: torch.device, engine: type[Backend], largest: int | None, case: Case,
-    downward: bool, monkeypatch: pytest.MonkeyPatch,
+    accelerator: torch.device, engine: type[Backend], case: Case, downward: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """In slices of the default size, and so small that every copy has many."""
-    if largest:
-        small_slices(monkeypatch, largest)
+    """In slices so small that every copy has many."""
+    small_slices(monkeypatch, 512)
     transfer = Transfers(engine(accelerator), downward, case)
     transfer()
     if case in CASES[::5]:
         transfer(transfer.chunk(3), stream=torch.Stream(accelerator))
+
+
+@DOWNWARD
+@pytest.mark.parametrize("engine", PLACES)
+@pytest.mark.parametrize("name", TABLE)
+def test_every_copy_of_the_table(
+    accelerator: torch.device, engine: str, name: str, downward: bool
+) -> None:
+    """As the library makes it; among its sources some whose rows, or parts of them, are one."""
+    copied = TABLE[name]()
+    sides = [Elsewhere(accelerator), Elsewhere(PLACES[engine])][:: 1 if downward else -1]
+
+    def run() -> None:
+        (src,), (dst,) = (x.views(y) for x, y in zip(sides, (copied.src, copied.dst), strict=True))
+        ids = copied.src.index(), copied.dst.index()
+        copy_rows(src, dst, *ids, count=copied.count, backend=engine).synchronize()
+        for side in sides:
+            side.bring_back()
+
+    try:
+        copied.check(run)
+    except BackendUnavailable as error:
+        pytest.skip(str(error).partition("\n")[0])
+    except Unsupported as error:
+        if engine != "descriptors" or "it copies runs of 16 B or more" not in str(error):
+            raise
+        pytest.skip(str(error).splitlines()[1])
+
+
+@pytest.mark.parametrize(
+    ("engine", "place"), [("staged", "pageable"), ("descriptors", "pageable"), ("ring", "pinned")]
+)
+def test_an_engine_that_does_not_serve_the_memory_says_which_one_does(
+    accelerator: torch.device, engine: str, place: str
+) -> None:
+    src, dst = (
+        Elsewhere(each).views(chunk(7))[0]
+        for each in ("cpu" if place == "pageable" else place, accelerator)
+    )
+    with pytest.raises(
+        PortaKVError, match=f"{engine}: rejected, it does not copy from {place} to device"
+    ):
+        copy_rows(src, dst, backend=engine)
 
 
 @DOWNWARD

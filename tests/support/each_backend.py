@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,6 +50,15 @@ def _windows(step: int) -> Copy:
                                                        SLOTS), 7)  # fmt: skip
 
 
+def _one_element_apart(axis: str) -> Copy:
+    """A chunk, one of whose axes has a step of one element."""
+    dense = filled((2, 3, 9, 2, 8))
+    steps = [1 if x == axis else n for x, n in zip(_AXES.split(), dense.stride(), strict=True)]
+    source = End(dense.as_strided(dense.shape, steps), _AXES)
+    return Copy(by(source, [8, 4, 5, 6, 0, 1, 2]), chunk(7), 7)
+
+
+_AXES = "kv layer token head dim"
 #: Sources of which several rows, or parts of them, are one: a step of 0 bytes, or of one element.
 REPEATED: dict[str, Callable[[], Copy]] = {
     "one token for all, from the second on": lambda: Copy(
@@ -71,6 +81,7 @@ REPEATED: dict[str, Callable[[], Copy]] = {
     ),
     "rows of one element's step": lambda: _windows(1),
     "rows of three elements' step": lambda: _windows(3),
+    **{f"one element's step by {x}": partial(_one_element_apart, x) for x in _AXES.split()[:4]},
 }
 
 
