@@ -11,16 +11,9 @@ import pytest
 
 from portakv import BackendUnavailable, Unsupported, copy_rows
 from portakv.registry.registry import ENGINES
+from portakv_conformance.draw import by_hand
 from portakv_conformance.draw.arrangement import Case
-from portakv_conformance.draw.by_hand import (
-    CHUNK,
-    PAGED,
-    Shape,
-    Workshop,
-    between,
-    dimension,
-    on_host,
-)
+from portakv_conformance.draw.by_hand import CHUNK, PAGED, Shape, Workshop
 from portakv_conformance.judge.claims import full
 from portakv_conformance.judge.judging import Judge, asked_of, view_of
 
@@ -62,13 +55,10 @@ _EXPANDED = {"gather": ("kv", "token", "head"), "scatter": ("kv", "layer")}
 )
 def test_a_source_that_is_expanded(judge: Judge, home: Workshop, direction: str, axis: str) -> None:
     """A source may show one row in several places, by a stride of 0; each place is a row."""
-    how: dict[str, Any] = {"expand": dimension(home.paged, axis)}
+    how: dict[str, Any] = {"expand": by_hand.dimension(home.paged, axis)}
     if direction == "scatter":
-        how = {"chunk": {"expand": dimension(CHUNK, axis)}}
+        how = {"chunk": {"expand": by_hand.dimension(CHUNK, axis)}}
     judge.copy(home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 9, 1), **how))
-
-
-# -- caches that share tensors -------------------------------------------------------------------
 
 
 def test_caches_that_share_tensors(judge: Judge, workshop: Workshop, direction: str) -> None:
@@ -89,10 +79,8 @@ def test_caches_that_share_tensors(judge: Judge, workshop: Workshop, direction: 
         guards = [*one.guards, *two.guards]
         cache = replace(one, tensors=list(tensors), guards=guards, arrangement=None)
         chunk = workshop.chunk(SHAPE, 9, source=not source, storage=2000 + number)
-        judge.copy(between(direction, cache, chunk, 9))
+        judge.copy(by_hand.between(direction, cache, chunk, 9))
 
-
-# -- rows that are seen twice, on the host -------------------------------------------------------
 
 #: What lies on the host, and its dimension with a stride of 0 or of 1 element.
 _SEEN_TWICE = [
@@ -118,7 +106,7 @@ def test_host_sources_that_are_expanded(
         latent = "layer" not in layout
         shape = Shape(layers=1, heads=1, widths=(64,)) if latent else Shape(widths=(64, 64))
         slots = home.shuffled(shape.slots, 9, 1)
-        how: Any = {"layout": layout, "expand": dimension(layout, axis), "every": every}
+        how: Any = {"layout": layout, "expand": by_hand.dimension(layout, axis), "every": every}
         if "block" in layout:
             src = host.cache(shape, slots, **how)
             dst = home.chunk(shape, 9, layout="token dim" if latent else CHUNK, source=False)
@@ -126,7 +114,7 @@ def test_host_sources_that_are_expanded(
             src = host.chunk(shape, 9, **how)
             cache = "block token dim" if latent else home.paged
             dst = home.cache(shape, slots, layout=cache, source=False)
-        case = Case(on_host(src, pinned), dst, 9)
+        case = Case(by_hand.on_host(src, pinned), dst, 9)
         if engine == "subject":
             judge.copy(case)
         else:
@@ -143,6 +131,5 @@ def _by_engine(judge: Judge, case: Case, engine: str | None) -> None:
         except BackendUnavailable as error:
             raise Unsupported(f"This copy by {engine!r}", str(error)) from error
 
-    judge.judge(
-        case, carry, lambda: engine and f"The engine {engine!r} takes no copy of this kind."
-    )
+    why = engine and f"The engine {engine!r} takes no copy of this kind."
+    judge.judge(case, carry, lambda: why)

@@ -65,13 +65,12 @@ def test_a_copy_under_a_setting(judge: Judge, home: Workshop, direction: str, st
 
     def judged() -> None:
         case = home.move(direction, shape, slots)
-        asked = asked_of(case)
 
         def carry() -> None:
             with _STATES[state](judge.subject.device):
                 judge.finish(judge.subject.copy(*asked_of(case), count=case.count))
 
-        judge.judge(case, carry, lambda: judge.why_declined(*asked))
+        judge.judge(case, carry)
 
     judged()
     judge.copy(home.move(direction, shape, slots))

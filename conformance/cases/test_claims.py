@@ -56,9 +56,6 @@ def test_claims_make_sense(subject: Subject) -> None:
         assert subject.backend.capabilities() == can, "It claims something else when asked again."
 
 
-# -- places -----------------------------------------------------------------------------------
-
-
 def _in(place: str, side: Side) -> Side:
     return side if place == "device" else on_host(side, place == "pinned")
 
@@ -95,9 +92,6 @@ def test_places(judge: Judge, home: Workshop, pair: tuple[str, str], direction: 
         judge.copy(case)  # the library stages it, or the backend is refused
         return
     raise AssertionError(f"It prepares a plan that it does not claim:\n{plan}")
-
-
-# -- ids --------------------------------------------------------------------------------------
 
 
 @pytest.mark.claim("index_on")
@@ -174,9 +168,6 @@ def test_bad_ids_are_guarded(judge: Judge, home: Workshop, step: int, direction:
         for number, ids in enumerate([lists[0], *([1, bad, 3] for bad in wild), *lists]):
             case = home.move(direction, SHAPE, judge.ids(ids, dtype), step=step)
             check_guarded(judge, case, word=number > 0)
-
-
-# -- plans ------------------------------------------------------------------------------------
 
 
 @pytest.mark.claim("alignment")

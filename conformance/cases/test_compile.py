@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 
 from portakv import AdaptiveConnector
 from portakv_conformance.draw.by_hand import Shape, Workshop, between
-from portakv_conformance.judge.judging import Judge, asked_of
+from portakv_conformance.judge.judging import Judge
 
 pytestmark = pytest.mark.area("capture")
 
@@ -61,14 +60,14 @@ def test_a_transfer_inside_a_compiled_function(
         chunk = shop.chunk(SHAPE, tokens, source=move == "to_gpu")
         paged = replace(caches, ids=slots, arrangement=None)
         case = between("gather" if move == "from_gpu" else "scatter", paged, chunk, tokens)
-        asked, given = asked_of(case), (chunk.tensors, chunk.tensors.clone(), slots)
+        given = (chunk.tensors, chunk.tensors.clone(), slots)
         returned: list[torch.Tensor] = []
 
         def carry(given: Any = given, returned: list[torch.Tensor] = returned) -> None:
             returned.append(compiled(*given))
             judge.facility.synchronize()
 
-        if judge.judge(case, carry, partial(judge.why_declined, *asked)):
+        if judge.judge(case, carry):
             read, left = (each.cpu().view(torch.uint8) for each in (returned[0], chunk.tensors))
             assert torch.equal(read, left), (
                 "What the compiled function read behind the transfer is not what the transfer left."

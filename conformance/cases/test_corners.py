@@ -8,16 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from portakv_conformance.draw import by_hand
 from portakv_conformance.draw.arrangement import Case
-from portakv_conformance.draw.by_hand import (
-    DIRECTIONS,
-    Shape,
-    Workshop,
-    between,
-    on_host,
-    reordered,
-    widened,
-)
+from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop
 from portakv_conformance.judge.claims import full
 from portakv_conformance.judge.judging import Judge
 
@@ -61,7 +54,7 @@ def heads_first(judge: Judge, home: Workshop, direction: str, heads: int, width:
     """Judge copies of caches in which each head lies apart, by their layout or in memory alone."""
     shape = Shape(heads=heads, widths=(width, width))
     judge.copy(home.some(direction, shape, 9, 1, layout=HND))
-    memory = reordered(home.paged, "kv block head token dim")
+    memory = by_hand.reordered(home.paged, "kv block head token dim")
     judge.copy(home.some(direction, shape, 9, 1, memory=memory))
 
 
@@ -219,10 +212,10 @@ def _lying(layout: str, how: Any) -> dict[str, Any]:
     """An entry of `_PADDED` as keywords, for a cache of a layout."""
     if isinstance(how, tuple):
         axis, elements, *more = how
-        return {**widened(layout, axis, elements), **dict(*more)}
+        return {**by_hand.widened(layout, axis, elements), **dict(*more)}
     if isinstance(how, dict):
         return how
-    memory = reordered(layout, how)
+    memory = by_hand.reordered(layout, how)
     pads = {memory.split().index("head") + 1: 4} if "head layer" in memory else {}
     return {"memory": memory, "pads": pads}
 
@@ -329,8 +322,8 @@ def test_more_runs_than_one_call_of_a_copy_engine_takes(
     slots = home.shuffled(shape.slots // 2, 5_000)
     cache = home.cache(shape, [2 * slot for slot in slots], source=source)
     host = Workshop("cpu", home.seed)
-    chunk = on_host(host.chunk(shape, 5_000, source=not source, pads={3: 4}), pinned)
-    judge.copy(between(direction, cache, chunk, 5_000))
+    chunk = by_hand.on_host(host.chunk(shape, 5_000, source=not source, pads={3: 4}), pinned)
+    judge.copy(by_hand.between(direction, cache, chunk, 5_000))
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["same-dtype", "other-dtype"])

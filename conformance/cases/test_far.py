@@ -85,7 +85,7 @@ def check_rows(
     """Copy rows of one far plane to a dense chunk or back."""
     size = plane.shape[1] if plane.dim() == 4 else 1
     dense = near(plane, (len(slots), *plane.shape[-2:]))
-    where = [(slot // size, slot % size) if plane.dim() == 4 else (slot,) for slot in slots]
+    where = [divmod(slot, size) if plane.dim() == 4 else (slot,) for slot in slots]
     names = [
         f"The row of slot {slot}, {slot // size * plane.stride(0)} bytes behind its address,"
         for slot in slots
@@ -123,11 +123,9 @@ def check_chunk(judge: Judge, direction: str, chunk: torch.Tensor, first: int, a
     """Copy tokens from ``first`` on of a far chunk ``[kv, tokens, bytes]`` to a cache or back."""
     kvs, slots = range(len(chunk)), [3, 0, 5, 2]
     dense = near(chunk, (len(kvs), 4, _SIZE, _ODD))
-    span = slice(first, first + len(slots))
-    tokens = [(kv, span) for kv in kvs]
+    tokens = [(kv, slice(first, first + len(slots))) for kv in kvs]
     far = Place(chunk, KVView(chunk, "kv token dim"), Index(offset=first), tokens)
-    rows = [(kv, slots) for kv in kvs]
-    cache = KVView(dense, "kv block token dim")
+    cache, rows = KVView(dense, "kv block token dim"), [(kv, slots) for kv in kvs]
     names = [
         f"Tokens from {first} on of kv {kv}, {kv * apart + first * chunk.stride(1)} bytes behind "
         f"the address of the chunk,"
@@ -195,9 +193,6 @@ def test_layers_that_lie_far_apart(judge: Judge, direction: str) -> None:
     """Planes of one allocation may lie gigabytes apart."""
     stride = 2**32 + 512
     check_layers(judge, direction, mapped(2 * stride + 4096), stride)
-
-
-# -- on a device ----------------------------------------------------------------------------------
 
 
 @pytest.fixture

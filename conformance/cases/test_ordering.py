@@ -151,9 +151,6 @@ def test_memory_freed_right_after_the_call(
     judge.examples += 1
 
 
-# -- launches -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("given", [True, False], ids=["given", "current"])
 def test_a_launch_works_on_its_stream(
     facility: Facility, judge: Judge, home: Workshop, direction: str, given: bool
@@ -240,9 +237,6 @@ def test_a_load_behind_a_store_of_the_same_rows(judge: Judge, home: Workshop) ->
         transfer.synchronize()
     for case, wanted in zip(both, expected, strict=True):
         judge.check(wanted, case, source=False)
-
-
-# -- the host on one side -----------------------------------------------------------------------
 
 
 def check_late(facility: Facility, late: Late, where: str) -> None:

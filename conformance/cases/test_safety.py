@@ -13,17 +13,9 @@ import pytest
 import torch
 
 from portakv import LayoutError, SlotError
+from portakv_conformance.draw import by_hand
 from portakv_conformance.draw.arrangement import Case, Side
-from portakv_conformance.draw.by_hand import (
-    CHUNK,
-    DIRECTIONS,
-    PAGED,
-    Shape,
-    Workshop,
-    between,
-    lifted,
-    widened,
-)
+from portakv_conformance.draw.by_hand import CHUNK, DIRECTIONS, PAGED, Shape, Workshop
 from portakv_conformance.judge.claims import check_guarded, check_refused, without_bad
 from portakv_conformance.judge.judging import Judge, asked_of
 from portakv_conformance.judge.memory import Memory
@@ -73,8 +65,6 @@ def _judge_bad(judge: Judge, case: Case) -> None:
         return
     raise AssertionError(f"A bad slot raised nothing. The case was {case!r}.")
 
-
-# -- ids on both sides ----------------------------------------------------------------------------
 
 _END = 1 << 20  # stands for the first id past the end, and what is added to it for one far behind
 #: Ids of the source and of the destination: which of them are bad, and what faces a bad one.
@@ -162,9 +152,6 @@ def test_the_word_names_a_bad_position(
         check_guarded(judge, home.move(direction, SHAPE, given, step=step, offset=offset * step))
 
 
-# -- rows that meet -------------------------------------------------------------------------------
-
-
 def test_a_destination_slot_twice(judge: Judge, home: Workshop) -> None:
     """A destination that occurs twice in a list on the host is a SlotError, and nothing moves."""
     check_refused(judge, home.scatter(SHAPE, [7, 3, 7]), SlotError)
@@ -243,16 +230,18 @@ def test_misaligned(judge: Judge, home: Workshop, what: str, direction: str, off
     of_chunk, part = what.startswith("chunk"), what.removeprefix("chunk-")
     how = {"shift": off} if part == "offset" else {}
     if what in _STRIDES:
-        how = widened(CHUNK if of_chunk else home.paged, _STRIDES[what], off)
+        how = by_hand.widened(CHUNK if of_chunk else home.paged, _STRIDES[what], off)
     sides = ({**how, "dtype": torch.uint8}, {"dtype": torch.uint8})
     of_the_cache, of_the_chunk = sides[::-1] if of_chunk else sides
     case = home.some(direction, shape, 9, 1, of_the_chunk, **of_the_cache)
     cache, chunk = (case.src, case.dst) if direction == "gather" else (case.dst, case.src)
     if what == "one-layer":
         cache = _with_another_layer(cache, home, shape, off)
+    elif part == "base" and of_chunk:
+        chunk = by_hand.lifted(chunk, off)
     elif part == "base":
-        cache, chunk = (cache, lifted(chunk, off)) if of_chunk else (lifted(cache, off), chunk)
-    judge.copy(between(direction, cache, chunk, 9))
+        cache = by_hand.lifted(cache, off)
+    judge.copy(by_hand.between(direction, cache, chunk, 9))
 
 
 def _with_another_layer(cache: Side, home: Workshop, shape: Shape, off: int) -> Side:

@@ -102,12 +102,12 @@ class Case:
 
 
 def _sketch(tensors: Any) -> str:
-    """Containers as counts, a tensor as dtype, to, strides and storage offset."""
+    """Containers as counts, a tensor as dtype, shape, strides and storage offset."""
     if isinstance(tensors, torch.Tensor):
         dtype, offset = str(tensors.dtype)[6:], tensors.storage_offset()
         return f"{dtype}{list(tensors.shape)} strides {list(tensors.stride())} offset {offset}"
-    items = list(tensors.values()) if isinstance(tensors, dict) else list(tensors)
-    return f"{type(tensors).__name__} of {len(items)}: {_sketch(items[0])}"
+    first = next(iter(tensors.values() if isinstance(tensors, dict) else tensors))
+    return f"{type(tensors).__name__} of {len(tensors)}: {_sketch(first)}"
 
 
 @dataclass

@@ -75,14 +75,13 @@ def read_layout(text: str) -> Axes:
     return Axes(text, tuple(left), tuple(right), open_end)
 
 
-def _tokens(text: str) -> list[tuple[str, str, str, str, str]]:
+def _tokens(text: str) -> list[tuple[str, ...]]:
     found, at, end = [], 0, len(text.rstrip())
     while at < end:
         match = _TOKEN.match(text, at)
         if match is None:
             raise ValueError(f"The layout {text!r} cannot be read from {text[at:]!r} on.")
-        mark, axis, part, n, one = (piece or "" for piece in match.groups())
-        found.append((mark, axis, part, n, one))
+        found.append(match.groups(""))
         at = match.end()
     return found
 

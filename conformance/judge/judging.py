@@ -33,8 +33,8 @@ _NO_REASON = "The backend's check and prepare take this plan, and the copy raise
 #: What the simulated device fills memory with, as the oracle tells of a byte that nobody wrote.
 _EMULATED_POISON = "holds 0xdb, which is of unknown origin"
 
-
 Asked = tuple[KVView, KVView, Index, Index]
+Why = Callable[[], str | None]
 
 
 def view_of(side: Side) -> KVView:
@@ -115,8 +115,7 @@ class Judge:
     def launch(self, case: Case) -> bool:
         """Judge a case by ``prepare`` and the launch alone; False where it is declined."""
         self.direct = True
-        why = partial(self.why_declined, *asked_of(case))
-        return self.judge(case, lambda: self.launch_only(case), why)
+        return self.judge(case, lambda: self.launch_only(case))
 
     def launch_only(self, case: Case, status: torch.Tensor | None = None) -> None:
         """Prepare and launch a case in the largest unit that its count, its offsets and its
@@ -131,24 +130,20 @@ class Judge:
             pending.wait()
         (stream or self.facility).synchronize()
 
-    def judge(
-        self, case: Case, carry: Callable[[], object], why_declined: Callable[[], str | None]
-    ) -> bool:
+    def judge(self, case: Case, carry: Callable[[], object], why: Why | None = None) -> bool:
         """Run ``carry``, which has finished when it returns, and judge every byte.
 
-        ``why_declined`` is asked where it raised `Unsupported`: a sentence, or None where nothing
-        allows the backend to decline.
+        ``why`` is asked where it raised `Unsupported`, by default `why_declined`: a sentence, or
+        None where nothing allows the backend to decline.
         """
         try:
-            return self._judge(case, carry, why_declined)
+            return self._judge(case, carry, why or (lambda: self.why_declined(*asked_of(case))))
         except AssertionError as error:
             self.failing = case
             self.fault = self.fault or str(error)
             raise
 
-    def _judge(
-        self, case: Case, carry: Callable[[], object], why_declined: Callable[[], str | None]
-    ) -> bool:
+    def _judge(self, case: Case, carry: Callable[[], object], why: Why) -> bool:
         expected = case.expected()
         lists = [side.ids for side in (case.src, case.dst) if side.ids is not None]
         ids = [listed.clone() for listed in lists]
@@ -159,7 +154,7 @@ class Judge:
             wrong = changed(expected.before, case.dst.tensors)
             told = f"{refusal} The case was {case!r}."
             assert wrong is None, f"The copy was refused as Unsupported, but {wrong}: {told}"
-            self._note(why_declined(), told)
+            self._note(why(), told)
             return False
         except Exception as error:
             told = f"The copy raised {type(error).__name__}: {error}"

@@ -64,8 +64,6 @@ class Rows:
         self.block_size: int | None = self._whole("token") if paged else None
         self.slots: int = self._whole("token") * (self._whole("block") if paged else 1)
 
-    # -- reading the containers ---------------------------------------------------------------
-
     def _nest(self, tensors: Any) -> None:
         """Unfold the containers into arrays indexed by one position for each left group."""
         level: list[Any] = [tensors]
@@ -95,8 +93,6 @@ class Rows:
     def _tensor_of(self, kv: int) -> torch.Tensor:
         """The first tensor that holds rows of this kv."""
         return self.tensors[int(self._number[self._container({"kv": kv}, kv)])]
-
-    # -- extents ------------------------------------------------------------------------------
 
     def _whole(self, axis: str, kv: int = 0) -> int:
         known = self._extent[axis][kv]
@@ -176,8 +172,6 @@ class Rows:
         for kv in kvs if factor.axis in ("dim", "page") else [0]:
             self._extent[factor.axis][kv] = parts * (factor.n if factor.part else 1)
 
-    # -- positions ----------------------------------------------------------------------------
-
     def _size(self, group: Group, kv: int) -> int:
         """How long a group is. Parts of unequal width lie one behind the other."""
         if not group:
@@ -207,8 +201,6 @@ class Rows:
 
     def _container(self, at: Mapping[str, Any], kv: int) -> tuple[Any, ...]:
         return tuple(self._position(group, at, kv) for group in self.axes.left)
-
-    # -- addresses ----------------------------------------------------------------------------
 
     def row_addresses(self, kv: int, layer: int, slots: Any) -> np.ndarray:
         """Absolute addresses of the rows, int64 ``[len(slots), heads, widths[kv]]``.
