@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import gc
 
-import numpy as np
 import pytest
 import torch
 from support.device_cases import current, delay
-from support.engine_cases import DOWNWARD, TOKENS, Transfers
+from support.engine_cases import TOKENS, Transfers
 from support.guarded_memory import check_sentence, tensors_in
 from support.simdev_cases import DEVICE, OTHER
 from support.threads import run_threads
@@ -21,7 +20,6 @@ from portakv.engines.engine import Engine
 from portakv.engines.link import TorchLink
 from portakv.engines.pageable import Ring
 from portakv.engines.staged import Staged
-from portakv.host import pinned
 from portakv.plan.runs import Runs
 from portakv.runtime.transfer import copies_holding_memory
 
@@ -114,27 +112,6 @@ def test_host_memory_outlives_the_copy(accelerator: torch.device, engine: type[E
     assert all(torch.equal(x.cpu(), y) for x, y in zip(cache, wanted, strict=True))
     assert copies_holding_memory() == 0
     del rubbish
-
-
-@DOWNWARD
-def test_scattered_blocks_of_separate_layers(accelerator: torch.device, downward: bool) -> None:
-    """Layers in allocations of their own, registered memory of several registrations."""
-    layers, blocks, size = 6, 64, 4096
-    noise = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (13, blocks, 1, size)))
-    rows = list(noise[:12].to(accelerator, torch.uint8).view(layers, 2 * blocks, 1, size))
-    order = torch.randperm(2 * blocks)[:blocks]
-    with pinned.allocate(layers * blocks * size, largest=5 * 4096) as memory:
-        host = memory.tensor.view(layers, blocks, 1, size)
-        host.copy_(noise[12])
-        views = KVView(rows, "layer | block token dim"), KVView(host, "layer block token dim")
-        indices = Index(order), Index(list(range(blocks)))
-        if not downward:
-            views, indices = views[::-1], indices[::-1]
-        plan = CopyPlan(views[0].form, views[1].form, 1, 1)
-        Descriptors(accelerator).prepare(plan)(*views, *indices, blocks, None, None)
-        torch.accelerator.synchronize(accelerator)
-        for at, layer in enumerate(rows):
-            assert torch.equal(layer[order].cpu(), host[at])
 
 
 def test_from_several_threads(accelerator: torch.device) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,17 +162,12 @@ class Crossing:
         self.adopted: list[tuple[int, int | None]] = []
         self.log: list[str] = []
         self.beside = [77, 78, 79]  # handles of the next streams of the link's own
-        asked = self
 
-        class Switched:
-            def __init__(self, device: torch.device) -> None:
-                self._device = device
-
-            def __enter__(self) -> None:
-                self._before, asked.device = asked.device, self._device.index
-
-            def __exit__(self, *_: object) -> None:
-                asked.device = self._before
+        @contextmanager
+        def switched(device: torch.device) -> Iterator[None]:
+            before, self.device = self.device, device.index
+            yield
+            self.device = before
 
         def adopt(device: torch.device) -> None:
             self.adopted.append((threading.get_ident(), device.index))
@@ -179,7 +176,7 @@ class Crossing:
         patch.setattr(_cuda_driver, "adopt", adopt)
         patch.setattr(_cuda_driver, "raw", lambda stream, index: stream.cuda_stream)
         patch.setattr(torch._C, "_cuda_getDevice", lambda: self.device, raising=False)
-        patch.setattr(torch.cuda, "device", Switched)
+        patch.setattr(torch.cuda, "device", switched)
         patch.setattr(link, "own_stream", lambda device: self.stream(self.beside.pop(0)))
         buffers = (self.memory.src, "pinned"), (self.memory.dst, "device")
         self._views = []
