@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs as pieces: exactly their bytes, each once, in as few pieces as they allow; of small copies,
-and of large ones, which are folded before they are multiplied out; their numbers, without either."""
+and of large ones, which are folded before they are multiplied out; and how many there are."""
 
 from __future__ import annotations
 
@@ -387,7 +387,7 @@ def test_drawn_plans(times: int) -> None:
 L, N, B, H, D = 16, 48, 16, 2, 32
 
 
-def viewed(layout: str, *shape: int, **extents: int) -> Callable[[], KVView]:
+def viewed(layout: str, *shape: int, **extents: Any) -> Callable[[], KVView]:
     def made() -> KVView:
         tensor = torch.empty(shape)
         return KVView([x.clone() for x in tensor] if "|" in layout else tensor, layout, **extents)
