@@ -10,7 +10,6 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from portakv.errors import BackendUnavailable, DeviceMismatch
 from portakv.plan.plan import CopyPlan
 from portakv.registry import ENVIRONMENT, MADE_FOR, REGISTRY, choose, found, trace
 from portakv.registry.registry import Choice
-from portakv.runtime.devices import device_count, device_name, devices_present
+from portakv.runtime.devices import DeviceAbsent, device_count, device_name, devices_present
 
 _RUNGS = (
     "verified: R6 run on the hardware, R5 built by the vendor's toolchain, R4 cross-compiled, R3 "
@@ -64,18 +63,22 @@ def run(asked: argparse.Namespace) -> int:
 def _device(text: str) -> torch.device | str:
     """The device; its name, if torch cannot use it here. Raises `DeviceMismatch` if neither torch
     nor a backend has devices of that name."""
-    with suppress(BackendUnavailable):
-        return found(text)
-    kind, _, index = text.partition(":")
-    known = sorted({"cpu", *MADE_FOR.values()})
-    with suppress(RuntimeError):
-        known.append(torch.device(kind).type)
-    if kind in known and (index.isdecimal() or text == kind):
+    try:
+        device = found(text)
+        torch.empty(0, device=device)
+        return device
+    except BackendUnavailable as error:
+        absent = error.__cause__
+    except Exception:  # torch says in a different type for each device that it is not here
         return text
-    near = ["cuda"] if kind.lower() == "gpu" else get_close_matches(text.lower(), known, 1)
+    assert isinstance(absent, DeviceAbsent)
+    if absent.known and str(absent.device) == text:
+        return text
+    todo = f"name one of {', '.join(sorted({'cpu', *MADE_FOR.values()}))}, or cuda:1."
+    if absent.meant:
+        todo = f"did you mean {absent.meant!r}?"
     raise DeviceMismatch(
-        f"Device {text!r} was asked about, but neither torch nor a backend knows that name; "
-        + (f"did you mean {near[0]!r}?" if near else f"name one of {', '.join(known)}, or cuda:1.")
+        f"Device {text!r} was asked about, but neither torch nor a backend knows that name; {todo}"
     )
 
 

@@ -111,7 +111,7 @@ def known(device: torch.device | str) -> torch.device:
         named = Named(kind, int(index) if index.isdecimal() else None)
         if not isinstance(device, str) or str(named) != device or not kind.isidentifier():
             why = f"it is no device of torch's ({_first_line(error)})"
-            raise DeviceAbsent(named, why) from error
+            raise DeviceAbsent(named, why, meant=_meant(named)) from error
     package, install = VENDOR_PACKAGES.get(kind, (f"torch_{kind}", ""))
     why = f"torch knows no {kind} devices"
     if not install and not _is_installed(package):

@@ -196,11 +196,12 @@ def test_backends_tell_why_not_the_others() -> None:
     assert "its self-check failed" in text
 
 
-def test_backends_of_a_device_that_is_not_here() -> None:
-    code, out, err = run("backends", "--device", "mlu:1")
-    assert (code, err) == (1, "portakv: no backend is chosen for mlu:1.\n")
-    assert "mlu:1, not here" in out
-    assert "torch_mlu" in out
+@pytest.mark.parametrize(("name", "lacks"), [("mlu:1", "torch_mlu"), ("cuda:99", "rejected")])
+def test_backends_of_a_device_that_is_not_here(name: str, lacks: str) -> None:
+    code, out, err = run("backends", "--device", name)
+    assert (code, err) == (1, f"portakv: no backend is chosen for {name}.\n")
+    assert f"{name}, not here" in out
+    assert lacks in out
 
 
 def test_backends_under_a_forced_name(monkeypatch: pytest.MonkeyPatch) -> None:
