@@ -4,22 +4,20 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from support.command_line import python, run
 
 from portakv.backends.base import Decision
 from portakv.backends.mlu import Mlu
 from portakv_conformance.judge.subject import _carried
 from portakv_conformance.simdev import build
 
-HERE = Path(__file__).parent
 why_not = build.missing()
 simulated = pytest.mark.skipif(why_not is not None, reason=why_not or "")
 
@@ -111,17 +109,7 @@ def test_what_a_release_has_is_told(
     assert decision.reason.endswith(told)
 
 
-# -- on the simulated device, each time in a process of its own -----------------------------------
-
-
-def run(*command: str, folder: Path = HERE, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run Python with the tests' modules, in an environment with some variables more."""
-    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, **variables}
-    return subprocess.run(
-        [sys.executable, *command],
-        env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=600,
-    )  # fmt: skip
+# -- on the simulated device ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -145,9 +133,9 @@ def test_a_device_without_the_package_falls_to_reference_with_the_reason() -> No
         "except BackendUnavailable as error:\n"
         "    print(error)\n"
     )
-    done = run("-c", code)
-    assert done.returncode == 0, done.stderr
-    chosen, _, forced = done.stdout.partition("Backend 'mlu' was forced, but it cannot serve")
+    chosen, _, forced = python("-c", code).partition(
+        "Backend 'mlu' was forced, but it cannot serve"
+    )
     assert chosen.startswith("mlu:0: backend 'reference' was chosen\n")
     assert "mlu: rejected, torch_mlu_ops is not installed; install torch_mlu and" in chosen
     assert forced.startswith(" mlu:0: torch_mlu_ops is not installed; install torch_mlu and")
@@ -157,9 +145,8 @@ def test_a_device_without_the_package_falls_to_reference_with_the_reason() -> No
 @pytest.mark.full
 def test_a_judgement_on_it_says_that_it_is_emulated(tmp_path: Path) -> None:
     case = "cases/test_core.py::test_consecutive_rows_need_no_list[gather]"
-    done = run("-m", "portakv", "conform", "mlu", "--device", "simdev:mlu", "--report",
-               str(tmp_path), "--only", case)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = "mlu", "--device", "simdev:mlu", "--report", str(tmp_path), "--only", case
+    assert run("conform", *words).code == 0
     record = json.loads((tmp_path / "conformance.json").read_text())
     assert record["environment"]["emulated"] is True
     assert record["environment"]["device"] == "simdev:mlu"
@@ -177,15 +164,14 @@ def test_a_judgement_on_it_says_that_it_is_emulated(tmp_path: Path) -> None:
     ],
 )
 def test_names_that_the_simulated_device_does_not_carry(device: str, code: int, told: str) -> None:
-    done = run("-m", "portakv", "conform", "mlu", "--device", device)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert told in done.stderr
+    ran = run("conform", "mlu", "--device", device)
+    assert (ran.code, told in ran.err) == (code, True), ran
 
 
 @simulated
 @pytest.mark.slow
 def test_it_is_conformant_there(tmp_path: Path) -> None:
-    command = ("-m", "portakv", "conform", "mlu", "--device", "simdev:mlu", "--profile", "full")
-    done = run(*command, "--report", str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "emulated): conformant, R3." in done.stdout
+    words = "mlu", "--device", "simdev:mlu", "--profile", "full", "--report", str(tmp_path)
+    ran = run("conform", *words)
+    assert ran.code == 0, ran
+    assert "emulated): conformant, R3." in ran.out
