@@ -22,8 +22,7 @@ _WITHIN_A_ROW = re.compile(r" head \d+ byte \d+$")
 class FirstByte:
     """One wrong byte: where it lies (in words, the number of its storage, the offset in bytes),
     what was found and expected (``0x9a``), where either comes from, how many bytes are wrong in
-    all, and
-    what else the text says, around the sentence."""
+    all, and what else the text says, around the sentence."""
 
     place: str
     storage: int

@@ -86,43 +86,41 @@ def test_processes_that_start_together_build_it_once(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "built\n"
 
 
-def test_the_host_cannot_touch_device_memory() -> None:
-    code = (
-        "import ctypes, torch; from support.simdev_cases import DEVICE\n"
-        "x = torch.zeros(4, device=DEVICE); torch.accelerator.synchronize()\n"
-        "ctypes.string_at(x.data_ptr(), 4)"
-    )
-    done = run("-c", code)
-    assert done.returncode < 0
-    assert "the host touched memory of the simulated device outside of a job" in done.stderr
+TOUCH = """
+import ctypes
+x = torch.zeros(4, device=DEVICE); torch.accelerator.synchronize()
+ctypes.string_at(x.data_ptr(), 4)
+"""
+FAULT = """
+x = torch.zeros(4, device=DEVICE); y = x[torch.tensor([9], device=DEVICE)]
+e = torch.Event(DEVICE); e.record()
+while not e.query(): pass
+"""
+FORK = """
+import os, sys
+x = torch.zeros(4, device=DEVICE)
+if os.fork():
+    os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
+try:
+    x + 1
+except RuntimeError as error:
+    print(error, file=sys.stderr, flush=True); os._exit(7)
+"""
 
 
-def test_a_fault_that_nobody_waited_for_is_told_at_the_end() -> None:
-    code = (
-        "import torch; from support.simdev_cases import DEVICE\n"
-        "x = torch.zeros(4, device=DEVICE); y = x[torch.tensor([9], device=DEVICE)]\n"
-        "e = torch.Event(DEVICE); e.record()\n"
-        "while not e.query(): pass"
-    )
-    done = run("-c", code)
-    assert done.returncode == 0
-    assert "aten::index on stream 0 of simdev:0 failed" in done.stderr
-
-
-def test_a_forked_process_is_refused() -> None:
-    code = (
-        "import os, torch; from support.simdev_cases import DEVICE\n"
-        "x = torch.zeros(4, device=DEVICE)\n"
-        "if os.fork():\n"
-        "    os._exit(os.waitstatus_to_exitcode(os.wait()[1]))\n"
-        "try:\n"
-        "    x + 1\n"
-        "except RuntimeError as error:\n"
-        "    print(error, flush=True); os._exit(7)"
-    )
-    done = run("-c", code)
-    assert done.returncode == 7, done.stderr
-    assert "'spawn'" in done.stdout
+@pytest.mark.parametrize(
+    ("code", "ended", "told"),
+    [
+        (TOUCH, -11, "the host touched memory of the simulated device outside of a job"),
+        (FAULT, 0, "aten::index on stream 0 of simdev:0 failed"),  # nothing waited for it
+        (FORK, 7, "'spawn'"),
+    ],
+    ids=["the host touches device memory", "a fault is told at the end", "a forked process"],
+)
+def test_what_is_wrong_is_told(code: str, ended: int, told: str) -> None:
+    done = run("-c", f"import torch; from support.simdev_cases import DEVICE\n{code}")
+    assert (done.returncode < 0) if ended < 0 else (done.returncode == ended), done.stderr
+    assert told in done.stderr
 
 
 @pytest.mark.slow

@@ -1,26 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """The suite under pytest, as a vendor or the runner starts it, its events and exit codes; failing
-examples as files, judged again where they failed or elsewhere."""
+examples as files, judged again where they failed or elsewhere; backends that end their process."""
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.conform_runs import python
+from support.conform_runs import python, timeless
 
 import portakv_conformance
 from portakv_conformance.draw import saved
+from portakv_conformance.evidence.verdict import SEAL, digest_of, judge
+from portakv_conformance.evidence.verify import check_report
 from portakv_conformance.judge.subject import subject
 from portakv_conformance.record import CaseRecord, RunRecord
+from portakv_conformance.run import runner
 from portakv_conformance.run.journal import MOST_EXAMPLES, Journal
+from portakv_conformance.run.listing import cases_of
 from portakv_conformance.run.progress import SILENT
-from portakv_conformance.run.request import Options
+from portakv_conformance.run.runner import Options, SubjectUnavailable
 from portakv_conformance.simdev import build
 
 OFF_BY_ONE = "support.conform_suite_backends:OffByOne"
@@ -246,3 +252,104 @@ def test_a_backend_that_is_wrong_everywhere_says_so_once(tmp_path: Path, conform
         examples[id] for id in told
     ]
     assert f"Of the failing examples at most {MOST_EXAMPLES} of drawn cases" in done.out
+
+
+# -- what backends do to their process -----------------------------------------------------------
+
+Listed = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def listed() -> Listed:
+    """The cases of the profile core on the CPU."""
+    return cases_of("core", "cpu")
+
+
+@pytest.fixture(scope="module")
+def passed(listed: Listed) -> RunRecord:
+    """A run of some cases of each area."""
+    areas: dict[str, list[str]] = {}
+    for id, case in listed.items():
+        areas.setdefault(case["area"], []).append(id)
+    assert set(areas) >= {"core", "corners", "safety", "drawn"}
+    return runner.run(
+        Options("reference", only=tuple(id for ids in areas.values() for id in ids[::120]))
+    )
+
+
+def run_on(name: str, **options: Any) -> RunRecord:
+    return runner.run(Options(f"support.conform_suite_backends:{name}", only=(CASE,), **options))
+
+
+def test_the_reference_passes(passed: RunRecord, listed: Listed) -> None:
+    assert {case.status for case in passed.cases} <= {"passed", "not-claimed"}
+    assert passed.environment["emulated"] is False
+    assert passed.backend["target"] == "portakv.backends.reference:Reference"
+    assert re.fullmatch("[0-9a-f]{64}", passed.backend["source_sha256"])
+    assert ["pageable", "pageable"] in passed.capabilities["places"]
+    assert passed.capabilities["index_dtypes"] == ["int32", "int64"]
+    assert check_report(passed.document(), lambda profile, device: listed) == []
+
+
+def test_two_workers_find_what_one_finds(passed: RunRecord) -> None:
+    ids = tuple(case.id for case in passed.cases)
+    both = runner.run(Options("reference", only=ids, jobs=2))
+    assert timeless(both) == timeless(passed)
+    assert "--jobs 2 --only" in both.command
+    assert "--jobs" not in passed.command
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "where"),
+    [
+        ("Crashing", "killed by SIGSEGV while this case ran", "in launch"),
+        ("Hanging", "longer than its limit of 2 s", "in launch_for_ever"),
+        ("NoClaims", "capabilities() returned 'all of it'; expected", ""),
+    ],
+)
+def test_a_backend_that_cannot_be_judged_has_failed(name: str, told: str, where: str) -> None:
+    """The suite and its surroundings are in order."""
+    record = run_on(name, limit=2.0)
+    (case,) = record.cases
+    assert (record.verdict, case.status, case.area) == ("failed", "failed", "core")
+    assert told in case.reason
+    assert where in case.details
+    if name == "NoClaims":
+        assert case.reason.endswith("no case can be judged.")
+        assert record.capabilities == {"": "all of it"}
+
+
+@pytest.mark.slow
+def test_a_probe_that_crashes() -> None:
+    with pytest.raises(SubjectUnavailable, match="SIGSEGV while the backend was loaded"):
+        run_on("Deadly")
+
+
+def test_the_lists_of_other_devices_are_known_here(listed: Listed) -> None:
+    elsewhere = cases_of("core", "cuda:1")
+    assert set(listed[CASE]) == {"area", "profile", "claim", "tags", "optional"}
+    assert len(set(listed) & set(elsewhere)) > 50
+    assert set(elsewhere) - set(listed), "ordering on streams makes sense on accelerators only"
+
+
+def test_a_report_of_some_cases_that_claims_to_be_whole_is_refused(passed: RunRecord) -> None:
+    record = copy.deepcopy(passed)
+    command = record.command.partition(" --only")[0].replace("core", "full")
+    whole = replace(record, missing=[], profile="full", command=command)
+    judge(whole)
+    assert (whole.verdict, whole.rung) == ("conformant", "R6")
+    assert whole.environment[SEAL] == digest_of(whole)
+    (wrong,) = check_report(whole.document())
+    assert "cases of the installed suite are not in it" in wrong
+
+
+@pytest.mark.slow
+def test_an_interpreted_kernel_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    asked = Options("triton", only=(CASE,))
+    record = runner.run(asked)
+    assert record.environment["emulated"] is True
+    assert [case.status for case in record.cases] == ["passed"]
+    assert record.command.startswith("TRITON_INTERPRET=1 portakv conform triton ")
+    assert runner.run(replace(asked, backend="reference")).environment["emulated"] is False
