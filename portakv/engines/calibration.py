@@ -13,6 +13,7 @@ from bisect import insort
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -140,14 +141,12 @@ class _Work:
 
     def points(self) -> Iterator[tuple[str, int, int, str]]:
         """Every point; the ends of the grid first, so that a part of them spans it."""
-        for size in _spread(self._grid.run_bytes):
-            for pageable in (False, True):
-                most = self._most(pageable)
-                for runs in _spread(self._grid.runs(size, most)):
-                    for direction in DIRECTIONS:
-                        for engine in ORDER:
-                            if engine in self._host.engines and self.pageable(engine) == pageable:
-                                yield direction, size, runs, engine
+        there = [engine for engine in ORDER if engine in self._host.engines]
+        for size, pageable in product(_spread(self._grid.run_bytes), (False, True)):
+            counts = _spread(self._grid.runs(size, self._most(pageable)))
+            engines = [engine for engine in there if self.pageable(engine) == pageable]
+            for runs, direction, engine in product(counts, DIRECTIONS, engines):
+                yield direction, size, runs, engine
 
     def _most(self, pageable: bool) -> int:
         return self._grid.pageable if pageable else max(self._grid.payloads)
@@ -211,12 +210,13 @@ class _Copy:
     """One engine's copy of so many blocks of one size."""
 
     def __init__(self, work: _Work, engine: str, direction: str, size: int, runs: int) -> None:
-        host = work.blocks("pageable" if work.pageable(engine) else "pinned", size, runs)
-        device = work.blocks("device", size, runs)
+        places = ["device", "pageable" if work.pageable(engine) else "pinned"]
         self._engine, self._device, self._runs = engine, work.device, runs
-        self._src, self._dst = (device, host) if direction == D2H else (host, device)
+        self._blocks = [
+            work.blocks(place, size, runs) for place in places[:: 1 if direction == D2H else -1]
+        ]
         self._orders = [np.random.default_rng(seed).permutation(runs) for seed in (1, 2)]
-        src, dst = (KVView(x, "block token dim", block_size=1) for x in (self._src, self._dst))
+        src, dst = (KVView(each, "block token dim", block_size=1) for each in self._blocks)
         mine, theirs = (Index(order) for order in self._orders)
         self._move = Move(src, dst, mine, theirs, runs)
         self._launch = work.launch(src.form, dst.form)
@@ -238,12 +238,12 @@ class _Copy:
 
     def prove(self) -> None:
         """Raise `PortaKVError` unless a copy brings every block where it belongs."""
-        for blocks, first in ((self._src, 1), (self._dst, 128)):
+        for blocks, first in zip(self._blocks, (1, 128), strict=True):
             number = torch.arange(self._runs, device=blocks.device) % 127 + first
             blocks[:, 0, :] = number.to(torch.uint8)[:, None]
         finish(self.call())
         torch.accelerator.synchronize(self._device)
-        sides = zip((self._src, self._dst), self._orders, strict=True)
+        sides = zip(self._blocks, self._orders, strict=True)
         wanted, found = (blocks.cpu()[torch.from_numpy(order)] for blocks, order in sides)
         if not torch.equal(wanted, found):
             raise PortaKVError("its bytes were wrong")
@@ -370,14 +370,9 @@ class DelayTimer(EventTimer):
         began = perf_counter()
         with inside(stream):  # on its device, whichever is the current one
             self._sleep(int(delay * self._rate))
-        issued: list[float] = []
-
-        def noted() -> Pending | None:
-            pending = call()
-            issued.append(perf_counter() - began)
-            return pending
-
-        return self._timed(noted, stream), issued[0] < delay
+        asked = perf_counter() - began
+        timed = self._timed(call, stream)
+        return timed, asked + timed.host_seconds < delay
 
     def _cycles_per_second(self) -> float:
         def asleep() -> None:

@@ -137,16 +137,11 @@ def _extents(form: Form) -> Mapping[str, Any]:
 def _factors(form: Form) -> list[_Factor]:
     """Every factor of a form's axes, by its first part."""
     part = form.parts[0]
-    found = [_kv(form.parts)]
-    inner = "page" if form.opaque else "dim"
-    for axis, name in (("layer", "layer"), ("block", "block"), ("token", "token"),
-                       ("head", "head"), ("dim", inner)):  # fmt: skip
-        if form.opaque and axis in ("token", "head"):
-            continue
-        if axis == "block" and not form.paged:
-            continue
-        found += _split(part, axis, name)
-    return found
+    axes = ["layer", "block"] if form.paged else ["layer"]
+    if not form.opaque:
+        axes += ["token", "head"]
+    found = [_kv(form.parts), *(each for axis in axes for each in _split(part, axis, axis))]
+    return found + _split(part, "dim", "page" if form.opaque else "dim")
 
 
 def _kv(parts: Sequence[Part]) -> _Factor:

@@ -34,11 +34,11 @@ def bytes_of_pieces(pieces: Pieces) -> Int64:
     row = np.arange(of_piece.size) - np.repeat(
         np.cumsum(pieces.height) - pieces.height, pieces.height
     )
-    starts = (
+    src, dst = (
         getattr(pieces, side)[of_piece] + row * getattr(pieces, f"{side}_pitch")[of_piece]
         for side in ("src", "dst")
     )
-    return bytes_of_runs(Runs(*starts, pieces.width[of_piece]))
+    return bytes_of_runs(Runs(src, dst, pieces.width[of_piece]))
 
 
 @st.composite
