@@ -114,8 +114,12 @@ def known(device: torch.device | str) -> torch.device:
             raise DeviceAbsent(named, why, meant=_meant(named)) from error
     package, install = VENDOR_PACKAGES.get(kind, (f"torch_{kind}", ""))
     why = f"torch knows no {kind} devices"
-    if not install and not _is_installed(package):
-        raise DeviceAbsent(named, why, meant=_meant(named))
+    if not install:
+        installed = None
+        with suppress(ImportError, ValueError):
+            installed = find_spec(package)
+        if installed is None:
+            raise DeviceAbsent(named, why, meant=_meant(named))
     try:
         imported(package, install)
         return torch.device(device)
@@ -126,13 +130,6 @@ def known(device: torch.device | str) -> torch.device:
     except SystemExit as error:  # a broken package must not take others down
         why = f"{why}, and {package} ends the process when it is imported (SystemExit: {error})"
     raise DeviceAbsent(named, why, install)
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except (ImportError, ValueError):
-        return False
 
 
 def _meant(named: Named) -> str:

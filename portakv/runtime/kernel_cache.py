@@ -37,7 +37,9 @@ def cached(parts: tuple[str, ...], build: Callable[[], bytes]) -> bytes:
         return kept
     binary = build()
     with suppress(OSError):
-        _write(path, binary)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _private(path.parent):
+            write_at_once(path, _digest(path.name, binary) + binary)
     return binary
 
 
@@ -77,12 +79,6 @@ def _read(path: Path) -> bytes | None:
 def _digest(name: str, binary: bytes) -> bytes:
     # Of the name too: a whole entry under another key's name is corrupt as well.
     return hashlib.sha256(name.encode() + binary).digest()
-
-
-def _write(path: Path, binary: bytes) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if _private(path.parent):
-        write_at_once(path, _digest(path.name, binary) + binary)
 
 
 def write_at_once(path: Path, content: bytes) -> None:

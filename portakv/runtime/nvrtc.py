@@ -6,7 +6,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from portakv.runtime import kernel_cache as _kernel_cache
+from portakv.runtime import kernel_cache
 
 FLAGS = ("-std=c++17", "-default-device")
 NEEDED = "pip install 'portakv[cuda]'"
@@ -73,12 +73,12 @@ def compile_kernel(source: str, capability: int) -> bytes:
     """The binary of a text for a compute capability, kept on disk; raises `RuntimeError` with
     NVRTC's log, and as `target_for` does."""
     target = target_for(capability)
-    return _kernel_cache.cached(_key(source, target), lambda: _compile(source, target))
+    return kernel_cache.cached(_key(source, target), lambda: _compile(source, target))
 
 
 def compiled_before(source: str, capability: int) -> bool:
     """True if the cache on disk holds the binary of a text for a compute capability."""
-    return _kernel_cache.holds(_key(source, target_for(capability)))
+    return kernel_cache.holds(_key(source, target_for(capability)))
 
 
 def _key(source: str, target: str) -> tuple[str, ...]:
