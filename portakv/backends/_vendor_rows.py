@@ -72,9 +72,6 @@ def planes(view: KVView, dtype: torch.dtype) -> list[list[torch.Tensor]]:
     return view.derived[key]  # type: ignore[no-any-return]
 
 
-# Ids
-
-
 def guarded_slots(
     view: KVView, index: Index, count: int, device: torch.device, status: torch.Tensor | None
 ) -> torch.Tensor:

@@ -69,8 +69,8 @@ def compiled(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
     """For the targets that tests of this run ask for."""
-    named = {getattr(item, "callspec", None) and item.callspec.params.get("target")
-             for item in request.session.items}  # fmt: skip
+    specs = [getattr(item, "callspec", None) for item in request.session.items]
+    named = {spec.params.get("target") for spec in specs if spec is not None}
     asked = ",".join(target for target in TARGETS if target in named)
     folder = tmp_path_factory.mktemp("code")
     words = "-c", PROGRAM, str(folder), asked, *CHOSEN
