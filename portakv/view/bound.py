@@ -162,9 +162,17 @@ def bind_layout(
 def _to_grid(layout: Layout, tensors: object) -> Grid:
     """Lay nested containers out as an array of tensors, one axis for each container level."""
     shape: list[int] = []
-    level = [tensors]
+    level: list[Any] = [tensors]
     for group in layout.containers:
-        rows = [_items(layout, container) for container in level]
+        rows = [list(x.values()) if isinstance(x, Mapping) else x for x in level]
+        wrong = next((x for x in rows if not isinstance(x, (list, tuple))), rows)
+        if wrong is not rows:
+            raise _not_read(
+                wrong,
+                f"{layout.text!r} names {len(layout.containers)} container level(s) left of `|`, "
+                f"but a {type(wrong).__name__} was found where a list, tuple or dict was expected; "
+                f"write its axis right of `|` if it is a dimension of the tensor.",
+            )
         first, *others = dict.fromkeys(map(len, rows))
         if not first:
             raise LayoutError(
@@ -187,19 +195,6 @@ def _to_grid(layout: Layout, tensors: object) -> Grid:
             )
         grid[at] = tensor
     return grid.reshape(shape)
-
-
-def _items(layout: Layout, level: object) -> list[object]:
-    if isinstance(level, Mapping):
-        return list(level.values())
-    if isinstance(level, (list, tuple)):
-        return list(level)
-    raise _not_read(
-        level,
-        f"{layout.text!r} names {len(layout.containers)} container level(s) left of `|`, but a "
-        f"{type(level).__name__} was found where a list, tuple or dict was expected; write its "
-        f"axis right of `|` if it is a dimension of the tensor.",
-    )
 
 
 def _not_read(found: object, why: str) -> LayoutError:

@@ -172,7 +172,7 @@ def build_parts(
             inner = [stride * itemsize] * len(values)  # for each kv, what the factors so far span
             for factor in reversed(group.factors):
                 if factor.axis == "kv":
-                    offset += sum(inner[:k])
+                    offset = sum(inner[:k])
                     inner = [sum(inner)] * len(values)
                     continue
                 extents = [factor_extent(factor, known) or 0 for known in values]
