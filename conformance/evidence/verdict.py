@@ -78,8 +78,8 @@ def unnamed(record: RunRecord) -> list[str]:
     named = any(_VENDORS.match(name) and _said(value) for name, value in known.items())
     if not str(record.backend.get("target", "")).startswith("portakv."):
         named = named or _said(record.backend.get("version"))  # a third party's own package
-    lacking = [] if _said(known.get("driver")) else ["the driver's version"]
-    return lacking if named else [*lacking, "a version of the vendor's package"]
+    driver = [] if _said(known.get("driver")) else ["the driver's version"]
+    return driver if named else [*driver, "a version of the vendor's package"]
 
 
 def _said(value: object) -> bool:

@@ -165,7 +165,11 @@ def _facts(record: RunRecord) -> Iterator[str]:
     if device.partition(":")[0] == SIMULATED and record.environment.get("emulated") is False:
         yield "Its device is simdev, which is always emulated, but it says that it is not."
     yield from _emulation(record, device.partition(":")[0])
-    yield from _built(record)
+    library = record.environment.get(LIBRARY, {})
+    if isinstance(library, dict):
+        yield from _unhashed(library, "carried plans out")
+    else:
+        yield f"Its library is {library!r}, expected its sha256 by the name of its file."
     if not re.fullmatch(SHA256, str(record.backend.get("source_sha256"))):
         yield "It does not say the hash of the backend's source."
     claims = {field.name for field in fields(Capabilities)}
@@ -205,14 +209,6 @@ def _emulation(record: RunRecord, device: str) -> Iterator[str]:
         if assumed_here and not record.environment.get(ASSUMPTION):
             yield f"It does not say what it holds by: {assumed_here}."
     yield from _unhashed(told, "emulated")
-
-
-def _built(record: RunRecord) -> Iterator[str]:
-    library = record.environment.get(LIBRARY, {})
-    if isinstance(library, dict):
-        yield from _unhashed(library, "carried plans out")
-    else:
-        yield f"Its library is {library!r}, expected its sha256 by the name of its file."
 
 
 def _unhashed(told: dict[str, Any], what: str) -> Iterator[str]:
@@ -282,12 +278,7 @@ def _command(record: RunRecord) -> Iterator[str]:
     for word, shown in told.items():
         if word in words and not shown:
             yield f"Its command has {word}, which does not fit the rest of it: {record.command}"
-    yield from _backend(record, words)
-    yield from _interpreter(record, words)
-
-
-def _backend(record: RunRecord, words: list[str]) -> Iterator[str]:
-    """It begins with ``portakv conform`` and the backend, by its name or as ``pkg.mod:Class``."""
+    # It begins with `portakv conform` and the backend, by its name or as `pkg.mod:Class`.
     start = [word for word in words if "=" not in word or word.startswith("-")][:3]
     asked = start[2] if start[:2] == ["portakv", "conform"] and len(start) == 3 else ""
     name, target = (str(record.backend.get(key, "")) for key in ("name", "target"))
@@ -295,13 +286,9 @@ def _backend(record: RunRecord, words: list[str]) -> Iterator[str]:
     offered = ":" in asked and asked.rpartition(":")[2] == target.rpartition(":")[2]
     if asked not in (name, target) and not offered:
         yield f"Its command does not judge {name!r} ({target}): {record.command}"
-
-
-def _interpreter(record: RunRecord, words: list[str]) -> Iterator[str]:
-    asked = [word.partition("=")[2] for word in words if word.startswith(f"{INTERPRET}=")]
+    interpreted = [word.partition("=")[2] for word in words if word.startswith(f"{INTERPRET}=")]
     inside = str(record.environment.get(INTERPRET, "")).lower() in _YES
-    ours = str(record.backend.get("target", "")).startswith("portakv.backends.triton:")
-    on_host = str(record.environment.get("device", "")) == "cpu"
-    meant = ours and on_host and any(value.lower() in _YES for value in asked)
+    ours = target.startswith("portakv.backends.triton:") and device == "cpu"
+    meant = ours and any(value.lower() in _YES for value in interpreted)
     if (inside or meant) and record.environment.get("emulated") is not True:
         yield f"An interpreter ran its kernels ({INTERPRET}), but it says that nothing is emulated."

@@ -22,12 +22,9 @@ from portakv_conformance.report.words import built, emulated, text
 
 # Packages of the environment whose versions a result stands or falls with, beyond torch's own.
 _PACKAGES = {
-    "triton": ("triton",),
-    "compiled": ("triton",),
+    "triton": ("triton",), "compiled": ("triton",), "hip": ("hip",), "ascend": ("cann",),
     "cuda": ("nvidia-cuda-nvrtc", "cuda-bindings"),
-    "hip": ("hip",),
-    "ascend": ("cann",),
-}
+}  # fmt: skip
 
 
 def device(record: RunRecord) -> str:
@@ -49,12 +46,9 @@ def versions(record: RunRecord) -> str:
     """What the result holds for: torch, the vendor's packages, the driver, Python."""
     known = record.environment
     packages = [name for name in known if name.startswith(("torch-", "torch_"))]
-    packages += _PACKAGES.get(record.backend["name"], ())
+    packages += [*_PACKAGES.get(record.backend["name"], ()), "driver"]
     parts = [f"{name} {known[name]}" for name in ("torch", *packages) if known.get(name)]
-    if known.get("driver"):
-        parts.append(f"driver {known['driver']}")
-    if known.get("python"):
-        parts.append(f"Python {str(known['python']).split()[-1]}")
+    parts += [f"Python {str(known['python']).split()[-1]}"] if known.get("python") else []
     return ", ".join(parts)
 
 

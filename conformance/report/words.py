@@ -148,12 +148,10 @@ def duration(seconds: float) -> str:
     """``0.4 s``, ``42 s``, ``3 min 7 s``, ``1 h 2 min``."""
     if seconds < 10:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def moment(started: str) -> str:
@@ -169,10 +167,8 @@ def moment(started: str) -> str:
 
 def plain(value: Any) -> str:
     """A value of capabilities or environment for a reader."""
-    if value is None:
-        return "any"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+    if value is None or isinstance(value, bool):
+        return {None: "any", True: "yes", False: "no"}[value]
     if isinstance(value, (list, tuple)):
         pairs = all(isinstance(entry, (list, tuple)) for entry in value)
         joined = [" → ".join(map(str, e)) if pairs else plain(e) for e in value]

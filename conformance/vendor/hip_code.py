@@ -52,15 +52,9 @@ _STATUS = "flat_store_dwordx2"  # the status word lies in host memory
 
 @dataclass
 class Code:
-    """What was found in the machine code of one kernel for one target.
-
-    Attributes:
-        kernel, target, vector: which; the vector in bytes.
-        accesses: for each entry, how often each instruction that touches memory occurs.
-        lds, scratch: bytes of local memory, of all entries.
-        wave: lanes.
-        wrong: what is not as it should be, sentences; empty where all is right.
-    """
+    """What was found in the machine code of one kernel for one target: for each entry, how often
+    each instruction that touches memory occurs; bytes of local memory of all entries; lanes of a
+    wave; what is not as it should be, sentences. The vector is in bytes."""
 
     kernel: str
     target: str
