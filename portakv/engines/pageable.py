@@ -19,7 +19,7 @@ from portakv.backends.base import Capabilities, Launch
 from portakv.backends.strided import HostRows
 from portakv.engines.engine import PAGEABLE, Engine, Move
 from portakv.engines.pieces import Pieces
-from portakv.engines.slices import Sizes, Slice, TwoStages
+from portakv.engines.slices import Sizes, Slice, TwoStages, kept_slices
 from portakv.engines.staged import Passage, StagedLaunch
 from portakv.engines.staging import BUFFERS, bounce_buffers, staging
 from portakv.plan.plan import CopyPlan
@@ -136,7 +136,7 @@ class _RingLaunch(StagedLaunch):
         outside = self.stages.whole.dense.outside
         # Not exactly so many positions: transfers of any length share few plans.
         key = count, theirs.ids_token, theirs.offset
-        return self._kept(rows, key, lambda: [
+        return kept_slices(self, rows, key, lambda: [
             _Bounced(self.stages, cut, rows, host, theirs, False, SIZES.largest)
             for cut in self._cuts(outside, count, SIZES)
         ])  # fmt: skip

@@ -9,6 +9,7 @@ the positions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import lcm
 from typing import TYPE_CHECKING, NamedTuple
@@ -126,6 +127,7 @@ def multiple(nbytes: int, quantum: int, token_bytes: float) -> int:
 
 
 _FRONT = Index()
+_KEPT = 64  # lengths of which a view of rows remembers the slices
 
 
 class TwoStages:
@@ -274,3 +276,13 @@ class Slice:
         if not dst_moved and not src_moved:
             return known
         return known._replace(dst=known.dst + dst_moved, src=known.src + src_moved)
+
+
+def kept_slices(
+    launch: object, rows: KVView, key: tuple[object, ...], make: Callable[[], list[Slice]]
+) -> list[Slice]:
+    """The slices that a view of rows keeps for a launch under a key, made if there are none."""
+    kept: Bounded[tuple[object, ...], list[Slice]] | None = rows.derived.get(launch)
+    if kept is None:
+        kept = rows.derived.setdefault(launch, Bounded("slices of transfers", _KEPT))
+    return kept.get_or_make(key, make)

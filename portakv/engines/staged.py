@@ -17,21 +17,17 @@ import torch
 from portakv.backends.base import Capabilities, Launch
 from portakv.engines.engine import PINNED, Engine, EngineLaunch, Move, finish, read_on
 from portakv.engines.link import link_of
-from portakv.engines.slices import Cut, Sizes, Slice, StagesByCut, cuts, staged_sizes
+from portakv.engines.slices import Cut, Sizes, Slice, StagesByCut, cuts, kept_slices, staged_sizes
 from portakv.engines.staging import DETACHED_RING, RING, Staging, mark, staging
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import Prepared
 from portakv.runtime import streams
-from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
 from portakv.view.index import Index
 
 if TYPE_CHECKING:
     from portakv.view.view import KVView
-
-
-_KEPT = 64  # lengths of which a view of rows remembers the slices
 
 
 class Staged(Engine):
@@ -92,19 +88,10 @@ class StagedLaunch(EngineLaunch):
             outside = self.stages.whole.dense.outside
         # Ids scatter the rows of a plane anyway, and several allocations the planes.
         sizes = staged_sizes(idle)
-        return self._kept(rows, key, lambda: [
+        return kept_slices(self, rows, key, lambda: [
             Slice(self.stages, cut, rows, host, theirs, bool(outside), sizes.largest)
             for cut in self._cuts(outside, count, sizes)
         ])  # fmt: skip
-
-    def _kept(
-        self, rows: KVView, key: tuple[object, ...], make: Callable[[], list[Slice]]
-    ) -> list[Slice]:
-        """The slices that a view of rows keeps for this launch, made if there are none."""
-        kept: Bounded[tuple[object, ...], list[Slice]] | None = rows.derived.get(self)
-        if kept is None:
-            kept = rows.derived.setdefault(self, Bounded("slices of transfers", _KEPT))
-        return kept.get_or_make(key, make)
 
     def _cuts(self, outside: tuple[str, ...], count: int, sizes: Sizes) -> list[Cut]:
         return cuts(self._host, outside, count, self.stages.whole.quantum, self.downward, sizes)

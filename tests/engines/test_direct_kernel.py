@@ -130,8 +130,8 @@ def test_the_most_vectors_leave_room_for_a_turn() -> None:
 
 
 def test_the_argument_is_as_the_kernel_takes_it(engine: type[DirectOnCpu]) -> None:
-    for make in COPIES.values():
-        plan = make().plan()
+    for name in ("gather", "scatter", "memory objects, blocks", "NZ blocks", "two nests"):
+        plan = COPIES[name]().plan()
         for nest in plan.nests:
             kernel = DirectKernel(nest, plan)
             library = compiled(kernel.source)
