@@ -43,7 +43,8 @@ def judge_of(name: str) -> Judge:
 
 def gather(seed: int = 7, **how: Any) -> Case:
     shop = Workshop(seed=seed)
-    return shop.gather(SHAPE, shop.shuffled(SHAPE.slots, 9), **how)
+    case: Case = shop.gather(SHAPE, shop.shuffled(SHAPE.slots, 9), **how)
+    return case
 
 
 # -- who is judged ------------------------------------------------------------------------------
