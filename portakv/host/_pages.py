@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -187,8 +187,9 @@ def bind(address: int, nbytes: int, wanted: int | Sequence[int]) -> None:
     """Have pages of the range that are not there yet come from these nodes and no other. Raises
     `Unsupported` for no node or one that is not there, and if the kernel cannot or may not bind."""
     asked: list[int] | None = None
-    with suppress(TypeError, ValueError):
-        asked = [operator.index(node) for node in np.atleast_1d(wanted).tolist()]
+    for listed in ([wanted], wanted):
+        with suppress(TypeError):
+            asked = asked or [operator.index(node) for node in cast(Any, listed)]
     number, known = _MBIND.get(platform.machine()), nodes()
     what = f"NUMA node {repr(wanted) if asked is None else ', '.join(map(str, asked))}"
     if asked is None:

@@ -230,7 +230,8 @@ class Registration:
                         f"as one range, unregister the first, or keep memory that shares a page "
                         f"apart."
                     )
-            _live.insert(at, self)
+            # Looked up again: a finalizer may have taken one out meanwhile.
+            bisect.insort(_live, self, key=attrgetter("pages"))
             for piece, _ in self.pieces[1:]:
                 bisect.insort(_seams, piece)
 

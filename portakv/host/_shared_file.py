@@ -47,24 +47,31 @@ _PATIENCE = 30.0  # seconds to wait for a change of the tables, which takes micr
 _open: weakref.WeakSet[SharedFile] = weakref.WeakSet()
 
 
-def tables_of(blocks: int) -> np.dtype[np.void]:
-    """What the file begins with, for so many blocks."""
-    return np.dtype([
-        ("magic", "i8"),
-        ("sizes", "i8", (3,)),  # bytes of a block, blocks, bytes from one to the next
-        ("high_water", "i8"), ("later", "V216"), ("members", _MEMBER, (_MEMBERS,)),
-        ("owners", "i8", (blocks,)),  # the owner's place among the members, plus 1; 0: free
-        ("generations", "i8", (blocks,)),  # how often it changed hands
-        ("since", "f8", (blocks,)),  # when, by the monotonic clock
-        ("labels", "S40", (blocks,)),  # what for
-    ])  # fmt: skip
+#: What the file begins with: of each table its dtype and entries; None: one for each block.
+_TABLES: dict[str, tuple[Any, int | None]] = {
+    "magic": ("i8", 1),
+    "sizes": ("i8", 3),  # bytes of a block, blocks, bytes from one to the next
+    "high_water": ("i8", 1),
+    "later": ("V216", 1),
+    "members": (_MEMBER, _MEMBERS),
+    "owners": ("i8", None),  # the owner's place among the members, plus 1; 0: free
+    "generations": ("i8", None),  # how often it changed hands
+    "since": ("f8", None),  # when, by the monotonic clock
+    "labels": ("S40", None),  # what for
+}
+
+
+def _tables_bytes(blocks: int) -> int:
+    """Bytes of all tables. No numpy type spans them: it counts its bytes in 32 bits."""
+    counts = [(kind, blocks if count is None else count) for kind, count in _TABLES.values()]
+    return sum(np.dtype(kind).itemsize * count for kind, count in counts)
 
 
 class SharedFile:
     """One opening of the file, with a place among its members.
 
     Attributes:
-        mapping: all of the file; tables: `tables_of` its beginning.
+        mapping: all of the file; tables: `_TABLES`, which it begins with, by their names.
         address, nbytes: of all blocks; block_bytes, blocks, stride: how they lie.
         me: the place of this process among the members; fd: the opening, whose locks hold.
     """
@@ -216,8 +223,8 @@ class SharedFile:
                 f"apart); ask for the same, or take another name."
             )
         self.block_bytes, self.blocks, self.stride = sizes
-        self.nbytes, tables = self.blocks * self.stride, tables_of(self.blocks)
-        first = _pages.to_pages(tables.itemsize)
+        self.nbytes = self.blocks * self.stride
+        first = _pages.to_pages(_tables_bytes(self.blocks))
         if magic == 0:
             self._reserve(first + self.nbytes)
         # An opening of its own: mmap keeps a copy of the descriptor, which would keep the locks
@@ -227,12 +234,17 @@ class SharedFile:
             self.mapping = mmap.mmap(fd, first + self.nbytes)
         finally:
             os.close(fd)
-        self.tables: Any = np.frombuffer(self.mapping, tables, 1)[0]
+        self.tables: dict[str, Any] = {}
+        at = 0
+        for table, (kind, count) in _TABLES.items():
+            entries = self.blocks if count is None else count
+            self.tables[table] = np.frombuffer(self.mapping, kind, entries, at)
+            at += self.tables[table].nbytes
         self.address = _pages.address_of(self.mapping) + first
         if magic == 0:
             _pages.touch(self.address, self.nbytes)
-            self.tables["sizes"] = sizes
-            self.tables["magic"] = _MAGIC
+            self.tables["sizes"][:] = sizes
+            self.tables["magic"][0] = _MAGIC
 
     def _reserve(self, total: int) -> None:
         """Have the pages from the start: running out of them later would be a SIGBUS."""
@@ -258,6 +270,8 @@ class SharedFile:
                 f"The shared pool {name!r} was opened by one process more than the {_MEMBERS} "
                 f"that it has room for; close it in some."
             )
+        # Left by a predecessor, such as a thread that acquired while another closed the pool.
+        self._free_all(self.me)
 
     def _take_place(self, label: str) -> bool:
         members = self.tables["members"]

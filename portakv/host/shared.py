@@ -82,7 +82,7 @@ class SharedPool:
     def high_water(self) -> int:
         """Most blocks that were out at once, in all processes."""
         self._refuse()
-        return int(self._file.tables["high_water"])
+        return int(self._file.tables["high_water"][0])
 
     def acquire(self, owner: str = "", *, wait: bool = False, timeout: float | None = None,
                 ) -> Block:  # fmt: skip
@@ -224,7 +224,8 @@ class SharedPool:
             index = int(free[0])
             tables["labels"][index] = str(owner).encode()[:40]
             file.assign(index)
-            tables["high_water"] = max(tables["high_water"], self.blocks - free.size + 1)
+            used = self.blocks - free.size + 1
+            tables["high_water"][0] = max(tables["high_water"][0], used)
             return index
 
     def _hand_out(self, index: int) -> Block:

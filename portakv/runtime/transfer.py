@@ -179,18 +179,18 @@ class Completion:
 
     def wait(self, stream: torch.Stream | None) -> None:
         """Make a stream wait for the event; block the host for what is not on a stream."""
-        event = self._event
         for pending in self._pendings:
             pending.wait()
+        event = self._event  # not before: another thread may have given it back meanwhile
         if event is not None:
             # An event that is given no stream takes the current device's, which may be another.
             event.wait(stream or torch.accelerator.current_stream(event.device))
 
     def synchronize(self) -> None:
         """Block the host until all bytes have landed."""
-        event = self._event
         for pending in self._pendings:
             pending.wait()
+        event = self._event  # as in `wait`
         if event is not None:
             event.synchronize()
         self._settle()

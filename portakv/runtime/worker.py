@@ -82,8 +82,9 @@ class Worker:
         limit: RateLimit | None = None,
     ) -> None:
         self.slices, self._limit = slices, limit
-        self._issue: Any = issue  # both hold the views, and are let go at the end
-        self._inside: Any = inside
+        # Both hold the views, and are let go at the end.
+        self._issue: Callable[[Slice], Transfer] | None = issue
+        self._inside: Callable[[], AbstractContextManager[object]] | None = inside
         # In a child of the process the thread does not exist, and its lock may be held for ever.
         self._process = this_process()
         self._change = threading.Condition()
@@ -157,6 +158,7 @@ class Worker:
     def _run(self) -> None:
         in_flight: deque[Transfer] = deque()
         try:
+            assert self._inside is not None
             with self._inside():
                 try:
                     self._issue_all(in_flight)
@@ -182,6 +184,7 @@ class Worker:
                 if self.cancelled or self._error is not None:
                     return
                 self.issued += 1
+            assert self._issue is not None
             in_flight.append(self._issue(piece))
             if self.carried is NOTHING:
                 self.carried = in_flight[0].carried

@@ -4,6 +4,7 @@ refused; through a stand-in for the CUDA runtime, and pageable without any devic
 
 from __future__ import annotations
 
+import bisect
 import mmap
 import os
 import platform
@@ -23,6 +24,7 @@ from support.pool_processes import Child
 
 from portakv.errors import DeviceMismatch, HostMemoryError, Unsupported
 from portakv.host import _pages, _registrations, pinned
+from portakv.host._registrations import Registration
 
 pytestmark = pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
 PAGE = mmap.PAGESIZE
@@ -207,13 +209,17 @@ def test_a_node_that_exists_and_one_that_does_not() -> None:
     known = _pages.nodes()
     if not known:
         pytest.skip("this kernel tells of no NUMA nodes")
-    try:
-        memory = pinned.allocate(ODD, numa=known[-1])
-    except Unsupported as error:
-        pytest.skip(str(error))
-    with memory:
-        maps = Path("/proc/self/numa_maps").read_text()
-        assert re.search(rf"^{memory.address:x} bind:{known[-1]}\b", maps, re.MULTILINE)
+    nodes: list[Any] = [known[-1], [known[-1]], {known[-1]}, np.int64(known[-1])]
+    for wanted in nodes:
+        try:
+            memory = pinned.allocate(ODD, numa=wanted)
+        except Unsupported as error:
+            if "nodes have whole numbers" in str(error):
+                raise
+            pytest.skip(str(error))
+        with memory:
+            maps = Path("/proc/self/numa_maps").read_text()
+            assert re.search(rf"^{memory.address:x} bind:{known[-1]}\b", maps, re.MULTILINE)
     for wanted in (known[-1] + 1, [known[0], 4096]):
         with pytest.raises(Unsupported, match="this machine has the nodes"):
             pinned.allocate(PAGE, numa=wanted)
@@ -425,6 +431,27 @@ def test_what_is_registered_is_exact_and_its_neighbours_are_left_alone(cuda: Fak
         assert lengths == [PAGE - 100, PAGE, PAGE, 100]
         assert memory.device_address(PAGE) == address + PAGE + (1 << 40)
     assert not cuda.registered
+
+
+def test_a_finalizer_in_the_middle_leaves_ranges_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collector may run between a look-up and what follows it, in the same thread."""
+    made = [Registration(None, at * 2 * PAGE, PAGE, 0, PAGE, 1) for at in (1, 2, 3)]
+    look_up = bisect.bisect_left
+
+    def interrupted(*asked: Any, **named: Any) -> int:
+        found = look_up(*asked, **named)
+        made[0].undo()
+        return found
+
+    monkeypatch.setattr(bisect, "bisect_left", interrupted)
+    made.append(Registration(None, 5 * PAGE, PAGE, 0, PAGE, 1))
+    monkeypatch.undo()
+    try:
+        pages = [each.pages for each in _registrations._live]
+        assert pages == sorted(pages)
+    finally:
+        for each in made:
+            each.undo()
 
 
 def test_the_library_that_torch_loaded(tmp_path: Path) -> None:

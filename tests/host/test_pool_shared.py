@@ -117,6 +117,7 @@ def test_kept_and_removed(name: str) -> None:
         *(((bad, SIZE, 2), "was named") for bad in ("", "a/b", "a b", "x" * 201)),
         ((3,), "named 3; expected 1 to 200 letters"),
         (("portakv-large", 1 << 40, 100), "has room for"),
+        (("portakv-large", 64, 1 << 31), f"of {(1 << 31) * 128 + 12288} bytes .* has room for"),
     ],
     ids=str,
 )  # fmt: skip
@@ -172,6 +173,28 @@ def test_one_process_more_than_there_is_room_for(
         monkeypatch.setattr(_shared_file.SharedFile, "_take_place", lambda *_: False)
         with pytest.raises(HostMemoryError, match="one process more than the 128"):
             SharedPool(name)
+
+
+@pytest.mark.parametrize("blocks", [1 << 25, 40_000_000])
+def test_the_tables_of_many_blocks_count_in_full(
+    name: str, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 bytes for each block are more than a numpy type may have."""
+    monkeypatch.setattr(_shared_file._pages, "available", lambda: 1 << 31)
+    with refused(HostMemoryError) as caught:
+        SharedPool(name, 64, blocks)
+    found = re.match(r"A shared pool of (\d+) bytes was asked for", str(caught.value))
+    assert found is not None
+    assert 0 < int(found[1]) - blocks * 128 < 1 << 15
+
+
+def test_a_block_that_a_predecessor_left_is_free(name: str) -> None:
+    with SharedPool(name, SIZE, 2) as pool:
+        owners: Any = pool._file.tables["owners"]
+        owners[0] = pool._file.me + 2  # the next place's, which nobody has
+        with SharedPool(name) as next_one:
+            assert next_one._file.me == pool._file.me + 1
+            assert next_one.free == 2
 
 
 # When one of the processes dies

@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -265,6 +266,25 @@ def test_words_and_events_are_made_under_any_settings(
     assert any_word_set()
     assert word.read() == 2
     word.clear()
+
+
+@pytest.mark.parametrize("how", ["wait", "synchronize"])
+def test_an_event_that_was_given_back_meanwhile_is_not_waited_for(how: str) -> None:
+    """While one thread waits for work of the host, another may see the end of all of it."""
+    event, pool = Mock(), EventPool(torch.device("cpu"))
+    later = Later()
+    completion = Completion(event, [later], pool=pool)
+    wait = later.wait
+
+    def waited() -> None:
+        wait()
+        assert completion.ended()  # as another thread's question would find
+        assert pool.acquire() is event  # which the next transfer records
+
+    later.wait = waited  # type: ignore[method-assign]
+    getattr(completion, how)(*[None] * (how == "wait"))
+    assert not event.wait.called
+    assert not event.synchronize.called
 
 
 def test_events_are_used_again(accelerator: torch.device) -> None:
