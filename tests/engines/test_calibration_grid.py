@@ -166,31 +166,22 @@ def test_the_table_is_kept_and_decides(folder: Path) -> None:
 # The command
 
 
-@no_accelerator
-@pytest.mark.parametrize("option", [(), ("--json",)])
-def test_without_an_accelerator_there_is_nothing_to_measure(
-    option: tuple[str, ...], folder: Path
-) -> None:
-    code, out, err = run("calibrate", *option)
-    assert (code, out) == (1, "")
-    assert "this machine has no accelerator" in err
-    assert err.startswith("portakv: ")
-    assert not folder.exists()
-
-
 @pytest.mark.parametrize(
-    ("device", "why"),
+    ("words", "why"),
     [
-        ("cpu", "the CPU is the host"),
-        ("nonsense", "torch cannot use it here"),
-        ("meta", "does not take it"),
+        *(pytest.param(words, "this machine has no accelerator", marks=no_accelerator)
+          for words in ([], ["--json"])),
+        (["--device", "cpu"], "the CPU is the host"),
+        (["--device", "nonsense"], "torch cannot use it here"),
+        (["--device", "meta"], "does not take it"),
     ],
-)
-def test_a_device_that_cannot_be_measured(device: str, why: str) -> None:
-    code, out, err = run("calibrate", "--device", device)
+)  # fmt: skip
+def test_what_cannot_be_measured(words: list[str], why: str, folder: Path) -> None:
+    code, out, err = run("calibrate", *words)
     assert (code, out) == (1, "")
     assert err.startswith("portakv: ")
     assert why in err
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("seconds", ["0", "-3", "soon", "inf", "nan"])

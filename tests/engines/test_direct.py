@@ -1,34 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine `direct` without a GPU: what it says of devices and plans, and asks of a driver."""
+"""The engine `direct` without a GPU: what it says of devices and plans, how its kernel cuts a copy,
+run on the host both ways, and what it asks of a driver.
+
+What holds of every kernel alike is judged in `tests/backends/test_every_backend.py`.
+"""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from support.cuda_cases import COPIES, Copy, by, chunk, objects, pool
+from support.cuda_cases import COPIES, NHD, Copy, End, by, chunk, objects, pool
 from support.device_cases import current, delay, on
-from support.direct_on_cpu import CPU, DirectOnCpu, Driver, installed, why_not
-from support.guarded_memory import refused
+from support.direct_on_cpu import (
+    CPU,
+    SMALL,
+    Driver,
+    Loads,
+    Stores,
+    compiled,
+    installed,
+    why_not,
+)
+from support.guarded_memory import filled, refused
 
-from portakv import CopyPlan, TransferError, Unsupported
+from portakv import CopyPlan, Index, TransferError, Unsupported
+from portakv.backends import rows_kernel
 from portakv.backends.base import Capabilities, Decision, Launch
 from portakv.engines import direct
-from portakv.engines.direct import BLOCKS, CUT, NAME, Cut, Direct, DirectKernel
+from portakv.engines.direct import BLOCKS, CUT, MAX_VECTORS, NAME, Cut, Direct, DirectKernel
 from portakv.engines.engine import PINNED, Terms
-from portakv.plan.plan import Move
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import nvrtc as _nvrtc
 
 CUDA = torch.device("cuda", 0)
-needs_compiler = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 # One of them in every run.
 WIDER = [pytest.param(n, marks=[pytest.mark.full] * (n != 90)) for n in (80, 90, 100)]
 needs_nvrtc = pytest.mark.skipif(_nvrtc.missing() is not None, reason=str(_nvrtc.missing()))
+
+
+@pytest.fixture
+def driver() -> Iterator[Driver]:
+    if why := why_not():
+        pytest.skip(why)
+    with installed() as found:
+        yield found
+
+
+@pytest.fixture(params=[Loads, Stores], ids=["loads", "stores"])
+def engine(request: pytest.FixtureRequest, driver: Driver) -> type[Stores]:
+    found: type[Stores] = request.param
+    return found
 
 
 def between(copied: Copy, src: str, dst: str) -> CopyPlan:
@@ -36,6 +60,20 @@ def between(copied: Copy, src: str, dst: str) -> CopyPlan:
     forms = (copied.src.view().form, copied.dst.view().form)
     steps = (copied.src.index().plan_step, copied.dst.index().plan_step)
     return CopyPlan(replace(forms[0], place=src), replace(forms[1], place=dst), *steps)
+
+
+def launched(copied: Copy, prepared: Launch) -> int:
+    """Launch behind the library's checks and judge every byte; returns the status word."""
+    src, dst, status = copied.src, copied.dst, torch.zeros(1, dtype=torch.int64)
+    ends = src.view(), dst.view(), src.index(), dst.index()
+    copied.check(lambda: prepared(*ends, copied.count, None, status))
+    return int(status)
+
+
+def judged(copied: Copy, engine: type[Stores], most: int | None = None) -> int:
+    """The same by an engine with at most so many thread blocks."""
+    terms = Terms(max_thread_blocks=most)
+    return launched(copied, engine(CPU, terms=terms).prepare(copied.plan()))
 
 
 # What it says
@@ -54,12 +92,15 @@ def test_devices_that_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None
     assert Direct.probe(CUDA).accepted
 
 
-def test_plans_by_their_places_and_narrow_vectors_are_told() -> None:
+def test_what_it_claims_and_that_narrow_vectors_are_told() -> None:
     engine = Direct(CUDA)
-    for src, dst in (("device", "pinned"), ("pinned", "device")):
-        wide = engine.check(between(COPIES["gather"](), src, dst))
+    assert engine.capabilities() == Capabilities(
+        places=PINNED, skips_negative=True, guards=True, capturable=True
+    )
+    for sides in (Loads.sides, Stores.sides):
+        wide = engine.check(between(COPIES["gather"](), *sides))
         assert wide == Decision("direct", True, "takes the plan")
-        narrow = engine.check(between(COPIES["rows at an odd address"](), src, dst))
+        narrow = engine.check(between(COPIES["rows at an odd address"](), *sides))
         told = "takes the plan, in vectors of 1 B: only 16 B fill the link"
         assert narrow == Decision("direct", True, told)
     for src, dst in (("device", "device"), ("pageable", "device"), ("device", "pageable")):
@@ -67,19 +108,7 @@ def test_plans_by_their_places_and_narrow_vectors_are_told() -> None:
         assert decision.reason == f"it does not copy from {src} to {dst} memory"
 
 
-def test_what_it_claims() -> None:
-    assert Direct(CUDA).capabilities() == Capabilities(
-        places=PINNED, skips_negative=True, guards=True, capturable=True
-    )
-
-
-# What it asks of the driver
-
-
-@pytest.fixture
-def driver() -> Iterator[Driver]:
-    with installed(CUT) as found:
-        yield found
+# How a copy is cut
 
 
 def large() -> Copy:
@@ -89,63 +118,213 @@ def large() -> Copy:
     return Copy(by(cache, slots), chunk(256, layers=2, dim=48), 256)
 
 
-def launch(copied: Copy, terms: Terms | None = None) -> None:
-    prepared = DirectOnCpu(CPU, terms=terms).prepare(copied.plan())
-    _run(prepared, copied)
+MEDIUM = Cut(threads=64, each=2, strip=64)
 
 
-def _run(prepared: Launch, copied: Copy) -> None:
-    src, dst = copied.src, copied.dst
-    prepared(src.view(), dst.view(), src.index(), dst.index(), copied.count, None, None)
-
-
-SMALL = Cut(threads=64, each=2, strip=64)
-
-
-@needs_compiler
 @pytest.mark.parametrize(
     ("cut", "make", "terms", "blocks"),
-    [(SMALL, large, None, BLOCKS), *((SMALL, large, most, most) for most in (1, 2, 3, 20)),
+    [(MEDIUM, large, None, BLOCKS), *((MEDIUM, large, most, most) for most in (1, 2, 3, 20)),
      (CUT, large, None, 6), (CUT, COPIES["gather"], None, 1)],
     ids=["no terms", *(f"at most {most}" for most in (1, 2, 3, 20)), "fewer to do", "one to do"],
 )  # fmt: skip
+@pytest.mark.usefixtures("driver")
 def test_no_more_thread_blocks_than_the_terms_allow_and_have_something_to_do(
     cut: Cut, make: Callable[[], Copy], terms: int | None, blocks: int
 ) -> None:
-    copied = make()
+    """On the stream of the handle that the driver knows."""
     with installed(cut) as driver:
-        copied.check(lambda: launch(copied, Terms(max_thread_blocks=terms)))
-    assert [launched[:2] for launched in driver.launches] == [(blocks, cut.threads)]
-    assert driver.streams == [7], "the stream's handle, as the driver knows it"
+        assert judged(make(), Stores, terms) == 0
+    assert driver.launches == [(blocks, cut.threads, 7)]
 
 
-@needs_compiler
-def test_a_launch_that_the_driver_refuses(driver: Driver) -> None:
-    driver.error = 700
-    copied = COPIES["gather"]()
-    with refused(TransferError, "700", "nothing was moved", watch=copied.dst.tensors):
-        launch(copied)
+CUTS = [SMALL, Cut(), Cut(threads=64, each=4, strip=32), Cut(threads=2, each=1, strip=1)]
 
 
-# Graph capture
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("most", [1, 2, 7])
+def test_every_cut(cut: Cut, most: int, engine: type[Stores]) -> None:
+    """Turns, strips and blocks in all proportions to the copy."""
+    with installed(cut) as driver:
+        for name in ("gather", "memory objects, blocks", "NZ", "rows at an odd address"):
+            assert judged(COPIES[name](), engine, most) == 0
+        assert {threads for _, threads, _ in driver.launches} == {cut.threads}
+        assert max(blocks for blocks, _, _ in driver.launches) <= most
 
 
-@needs_compiler
+def tall(tokens: int) -> Copy:
+    """Planes of 2 vectors a token: numbers that no power of two divides."""
+    slots = [(7 * n + 3) % 12 for n in range(tokens)]
+    cache = End([filled((2, 3, 4, 2, 8)) for _ in range(3)], NHD, ids=slots)
+    return Copy(cache, chunk(tokens), tokens)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 7, 11, 12])
+def test_planes_of_any_length(tokens: int, engine: type[Stores]) -> None:
+    """What is divided by the length of a plane, which only the launch knows."""
+    assert judged(tall(tokens), engine) == 0
+
+
+@pytest.mark.parametrize(("most", "launches"), [(13, 23), (50, 6), (2000, 1)])
+def test_a_copy_of_several_launches(
+    most: int, launches: int, engine: type[Stores], driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Positions are named by their place in the whole. A token is 12 vectors in 6 planes."""
+    monkeypatch.setattr(direct, "MAX_VECTORS", most)
+    slots = [*range(11, -1, -1), *range(11)]
+    slots[17] = 12
+    copied = Copy(by(pool(), slots), chunk(23), 23)
+    assert judged(copied, engine) == 18
+    assert len(driver.launches) == launches
+    assert judged(replace(copied, count=0), engine) == 0
+    assert len(driver.launches) == launches, "nothing is no launch"
+
+
+def test_a_unit_of_more_vectors_than_are_counted(
+    engine: type[Stores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct, "MAX_VECTORS", 12)
+    with refused(Unsupported, "12 vectors", "'staged'"):
+        engine(CPU).prepare(tall(3).plan())
+
+
+def test_the_most_vectors_leave_room_for_a_turn() -> None:
+    """The last turn may begin just below the most and end one turn of all threads past it, which
+    is no longer than the copy itself; and `Divisor` is exact below 2^30."""
+    assert MAX_VECTORS <= 2**30
+    numbers = [0, 1, 2, 3, 2**29, 2**30 - 2, 2**30 - 1]
+    for divisor in [*range(1, 200), 641, 2**16 + 1, 2**29 - 1, 2**29, 2**29 + 1, 2**30 - 1]:
+        shift = 30 + (divisor - 1).bit_length()
+        factor = -(-(2**shift) // divisor)
+        assert factor < 2**32
+        for near in numbers + [divisor * (2**30 // divisor - 1) + n for n in (-1, 0, 1)]:
+            assert near * factor >> shift == near // divisor
+
+
+@pytest.mark.usefixtures("driver")
+def test_the_argument_is_as_the_kernel_takes_it() -> None:
+    for name in ("gather", "scatter", "memory objects, blocks", "NZ blocks", "two nests"):
+        plan = COPIES[name]().plan()
+        for nest in plan.nests:
+            kernel = DirectKernel(nest, plan)
+            library = compiled(kernel.source)
+            assert library.argument_bytes() == len(kernel.fixed)
+            assert library.src_table_at() == direct._SRC_TABLE_AT
+            assert library.dst_table_at() == direct._DST_TABLE_AT
+
+
+def test_tables_of_the_host_lie_on_the_device(engine: type[Stores]) -> None:
+    """Its own table is cleared here: whatever reads it faults or moves wrong bytes."""
+    source, target = (objects(), pool()) if engine is Loads else (pool(), objects())
+    copied = Copy(by(source, [11, 0, 5], 1), target, 3)
+    plan = between(copied, *engine.sides)
+    assert DirectKernel(plan.nests[0], plan).wants_table
+    assert judged(copied, engine) == 0
+
+
+def test_neighbours_on_the_hosts_side_are_walked_together(engine: type[Stores]) -> None:
+    """Heads before tokens on one side, behind them on the other, in blocks."""
+    hnd = End([filled((2, 3, 2, 4, 8)) for _ in range(3)], "layer | kv block head token dim")
+    nhd = pool()
+    for src, dst in ((hnd, nhd), (nhd, hnd)):
+        copied = Copy(by(src, [2, 0], 4), by(dst, [1, 2], 4), 8)
+        plan = between(copied, *engine.sides)
+        host = src if engine is Loads else dst
+        # Walked innermost: 2 heads of a token where the host has tokens first, else 4 tokens.
+        inner = [4, 2] if host is nhd else [2, 4]
+        assert DirectKernel(plan.nests[0], plan).inner == inner
+        assert judged(copied, engine) == 0
+
+
+# The copies above can fail
+
+BUGS = {
+    "every other strip": ("nth * Strip;", "nth / 2 * 2 * Strip;", "gather"),
+    "the last vector is left out": ("at < all ? here % row", "at + 1 < all ? here % row", "blocks"),
+    "past the end is moved too": ("|| in[nth] == row) continue;", ") continue;", "pool to pool"),
+    "strips overlap": ("thread / Strip * (Strip * Each)", "thread / Strip * Strip", "gather"),
+    "one turn": ("start += turn", "start += all", "gather"),
+    "a divisor rounded down": ("divisor - 1) / divisor", "0) / divisor", "gather"),
+    "ids are always int64": ("request.wide ?", "true ?", "gather int32"),
+    "a bad id is told at the wrong place": ("(i64)unit[nth] * copy.unit + 1", "1", "past the end"),
+    "parts of an id are forgotten": (
+        "known.first = (request.first + unit) % Shape::per_id;", "known.first = 0;",
+        "several units of an id",
+    ),
+    "one plane": ("planes.divide(there)", "0", "gather"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_seeded_bug_is_caught(
+    bug: str, engine: type[Stores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, wrong, name = BUGS[bug]
+    text = rows_kernel.kernel_text("host/direct.cuh")
+    assert right in text, "the kernel's text has changed: seed the bug anew"
+    monkeypatch.setattr(rows_kernel, "kernel_text", lambda *_: wrong.join(text.rsplit(right, 1)))
+    past = Copy(by(pool(), [3, 1, 12, 11]), chunk(4), 4)
+    copied = past if name == "past the end" else COPIES[name]()
+    told = 3 if copied is past else 0
+    with pytest.raises(AssertionError):
+        assert judged(copied, engine) == told
+
+
+# What it asks of the driver, and of the host's memory
+
+
 def test_nothing_is_loaded_during_capture(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, copied = DirectOnCpu(CPU), COPIES["gather"]()
+    made, copied = Stores(CPU), COPIES["gather"]()
     with monkeypatch.context() as capturing:
         capturing.setattr(direct, "capturing", lambda device: True)
         with refused(Unsupported, "make the same call once before the capture"):
-            engine.prepare(copied.plan())
-    copied.check(lambda: _run(engine.prepare(copied.plan()), copied))
+            made.prepare(copied.plan())
+    launched(copied, made.prepare(copied.plan()))
     driver.held.clear()
-    with monkeypatch.context() as capturing:
-        capturing.setattr(direct, "capturing", lambda device: True)
-        copied.check(lambda: _run(engine.prepare(copied.plan()), copied))
+    monkeypatch.setattr(direct, "capturing", lambda device: True)
+    launched(copied, made.prepare(copied.plan()))
     assert driver.held == [], "a graph's memory is its owner's"
 
 
-# Tables of the host on the device
+def test_the_host_s_memory_is_held_until_the_copy_ended(
+    engine: type[Stores], driver: Driver
+) -> None:
+    copied = COPIES["gather"]()
+    assert judged(copied, engine) == 0
+    host = copied.src if engine is Loads else copied.dst
+    assert [[x.data_ptr() for x in held] for held in driver.held] == [
+        [x.data_ptr() for x in host.view().owners]
+    ]
+    driver.error = 700  # what was launched before may be under way
+    with refused(TransferError, "700", "nothing was moved", watch=copied.dst.tensors):
+        judged(copied, engine)
+    assert len(driver.held) == 2
+
+
+@pytest.mark.parametrize("found", [0, 64])
+def test_memory_that_is_pinned_but_not_mapped(
+    driver: Driver, found: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(direct, "device_address", lambda address, device: found)
+    copied = COPIES["gather"]()
+    with refused(Unsupported, "mapped=True", "staged", watch=copied.dst.tensors):
+        judged(copied, Stores)
+    assert driver.launches == []
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_view_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def ask(address: int, device: torch.device) -> int:
+        asked.append(address)
+        return address
+
+    monkeypatch.setattr(direct, "device_address", ask)
+    copied = COPIES["gather"]()
+    prepared, dst = Stores(CPU).prepare(copied.plan()), copied.dst.view()
+    for _ in range(3):
+        prepared(copied.src.view(), dst, copied.src.index(), Index(), copied.count, None, None)
+    assert asked == [dst.origins[0]]
 
 
 def test_a_table_is_sent_once_and_waited_for_by_every_stream(accelerator: torch.device) -> None:
@@ -178,79 +357,6 @@ def test_a_table_inside_a_capture(
     monkeypatch.setattr(direct, "capturing", lambda device: True)
     monkeypatch.setattr(torch.accelerator, "current_stream", None)
     assert direct.table_on(view, accelerator, None) == there
-
-
-# Memory that a device does not reach
-
-
-@needs_compiler
-@pytest.mark.parametrize("found", [0, 64])
-def test_memory_that_is_pinned_but_not_mapped(
-    driver: Driver, found: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(direct, "device_address", lambda address, device: found)
-    copied = COPIES["gather"]()
-    with refused(Unsupported, "mapped=True", "staged", watch=copied.dst.tensors):
-        launch(copied)
-    assert driver.launches == []
-
-
-@needs_compiler
-def test_a_view_is_asked_once(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-
-    def ask(address: int, device: torch.device) -> int:
-        asked.append(address)
-        return address
-
-    monkeypatch.setattr(direct, "device_address", ask)
-    copied = COPIES["gather"]()
-    prepared = DirectOnCpu(CPU).prepare(copied.plan())
-    views = copied.src.view(), copied.dst.view()
-    for _ in range(3):
-        prepared(*views, copied.src.index(), copied.dst.index(), copied.count, None, None)
-    assert asked == [views[1].origins[0]]
-
-
-# The argument
-
-
-def test_arguments_begin_as_the_rows_kernels_do() -> None:
-    """The words of a request: base, table, ids, wide, first, limit."""
-    copied = Copy(by(pool(), [3, 1]), objects(), 2)
-    plan = between(copied, "device", "pinned")
-    kernel = DirectKernel(plan.nests[0], plan, CUDA)
-    assert kernel.wants_table
-    buffer = bytearray(kernel.fixed)
-    ids, dst = copied.src.index(), copied.dst.view()
-    addresses = SimpleNamespace(data_ptr=lambda: 1 << 40)
-    dst.derived[direct._TABLE_ON, CUDA] = SimpleNamespace(addresses=addresses)
-    move = Move(copied.src.view(), dst, ids, copied.dst.index(), copied.count)
-    kernel.pack(buffer, move, 99, 0)
-    words = struct.unpack_from("<12q", buffer)
-    assert words[7] == (1 << 40) + 8 * kernel.dst.side.table
-    assert (words[2], words[3], words[5]) == (ids.ids.data_ptr(), 1, 12)  # type: ignore[union-attr]
-
-
-# What is held
-
-
-@needs_compiler
-@pytest.mark.parametrize("stores", [True, False])
-def test_the_host_s_memory_is_held_until_the_copy_ended(
-    stores: bool, driver: Driver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(DirectOnCpu, "stores", stores)
-    copied = COPIES["gather"]()
-    copied.check(lambda: launch(copied))
-    host = copied.dst if stores else copied.src
-    assert [[x.data_ptr() for x in held] for held in driver.held] == [
-        [x.data_ptr() for x in host.view().owners]
-    ]
-    driver.error = 700  # what was launched before may be under way
-    with refused(TransferError, "700", watch=copied.dst.tensors):
-        launch(copied)
-    assert len(driver.held) == 2
 
 
 # What compilers make of the kernel

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine `direct` on a CUDA device: real pinned memory, both ways, streams and graphs."""
+"""The engine `direct` on a CUDA device: real pinned memory, both ways, streams and graphs.
+
+Every byte of every copy of the table is judged in `test_staged.py`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,6 @@ from support.guarded_memory import refused, tensors_in
 from support.threads import run_threads
 
 from portakv import Index, KVView, Unsupported
-from portakv.backends.base import Capabilities
 from portakv.engines import direct
 from portakv.engines.direct import Direct
 from portakv.engines.engine import Terms
@@ -35,10 +37,6 @@ def engine() -> Direct:
     return Direct(DEVICE)
 
 
-def placed(index: Index) -> Index:
-    return index.placed(DEVICE, Capabilities(frozenset()).index_dtypes)
-
-
 def judged(copied: Copy, engine: Direct, downward: bool) -> int:
     """Launch on the device and judge every byte; returns the status word."""
     status = torch.zeros(1, dtype=torch.int64).pin_memory()
@@ -50,7 +48,8 @@ def judged(copied: Copy, engine: Direct, downward: bool) -> int:
         assert {src.form.place, dst.form.place} == {"device", "pinned"}
         launch = engine.prepare(CopyPlan(src.form, dst.form, *(x.plan_step for x in indices)))
         torch.cuda.synchronize()
-        mine, theirs = (placed(x) for x in indices)
+        dtypes = engine.capabilities().index_dtypes
+        mine, theirs = (x.placed(DEVICE, dtypes) for x in indices)
         launch(src, dst, mine, theirs, copied.count, None, status)
         torch.cuda.synchronize()
         for side in sides:
@@ -58,21 +57,6 @@ def judged(copied: Copy, engine: Direct, downward: bool) -> int:
 
     copied.check(run)
     return int(status)
-
-
-# What no plan of one unit carries: the library cuts it into pieces.
-WHOLE = {
-    name
-    for name, make in COPIES.items()
-    if not (make().count % make().plan().unit
-            or make().src.offset % make().plan().unit or make().dst.offset % make().plan().unit)
-}  # fmt: skip
-
-
-@DOWNWARD
-@pytest.mark.parametrize("name", sorted(WHOLE))
-def test_every_byte_lands(engine: Direct, name: str, downward: bool) -> None:
-    assert judged(COPIES[name](), engine, downward) == 0
 
 
 @DOWNWARD
@@ -112,7 +96,6 @@ class Moved:
     """A copy of memory objects, both ways, with everything at hand."""
 
     def __init__(self, engine: Direct, downward: bool, listed: bool) -> None:
-        ids = [1, 0, 2]
         cache = torch.randint(-30000, 30000, (3, 2, 3, 4, 16), dtype=torch.int16)
         self.cache = cache.to(DEVICE)
         host = objects() if listed else chunk(12)
@@ -120,8 +103,7 @@ class Moved:
         tensors = self.host if listed else self.host[0]
         paged = KVView(self.cache, "layer kv block token (head dim)", heads=2)
         dense = KVView(tensors, host.layout, **host.extents)
-        order = torch.tensor(ids, device=DEVICE)
-        step = Index(order, step=4)
+        step = Index(torch.tensor([1, 0, 2], device=DEVICE), step=4)
         self.views = (paged, dense) if downward else (dense, paged)
         self.indices = (step, Index()) if downward else (Index(), step)
         steps = [x.plan_step for x in self.indices]
@@ -170,16 +152,6 @@ def test_a_store_comes_behind_what_its_stream_holds_and_the_host_does_not_wait(
         assert not torch.cuda.current_stream().query(), "the launch blocked the host"
     torch.cuda.synchronize()
     assert torch.equal(moved.cache, fresh)
-    assert torch.equal(moved.landed(), moved.rows())
-
-
-def test_a_table_made_on_a_slow_stream_is_waited_for_on_another(engine: Direct, side: Any) -> None:
-    moved = Moved(engine, True, True)
-    torch.cuda.synchronize()
-    torch.cuda._sleep(LONG)
-    moved.launch()  # makes the table, behind the sleep
-    moved.launch(side)
-    side.synchronize()
     assert torch.equal(moved.landed(), moved.rows())
 
 
@@ -243,7 +215,7 @@ def test_the_kernel_starts_with_as_many_threads_as_it_is_cut_for(engine: Direct)
     """Registers of all instances of the table allow a block, without local memory."""
     driver = _cuda_driver.bindings()
     attribute = driver.CUfunction_attribute
-    for name in sorted(WHOLE)[:12]:
+    for name in sorted(COPIES)[:12]:
         copied = COPIES[name]()
         (src,), (dst,) = Elsewhere(DEVICE).views(copied.src), Elsewhere("pinned").views(copied.dst)
         steps = (copied.src.index().plan_step, copied.dst.index().plan_step)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second hop of `ring`: rows inside the host, against `reference`, and as which calls of torch;
-memory that was replaced; and what of dense rows crosses."""
+"""The second hop of `ring`: as which calls of torch rows are copied inside the host, memory that
+was replaced, and what of dense rows crosses. All its bytes are judged in `test_staged.py`."""
 
 from __future__ import annotations
 
@@ -11,18 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.engine_cases import (
-    BLOCK,
-    BLOCKS,
-    CHUNKS,
-    POOLS,
-    index_of,
-    mapped,
-    scattered,
-    tensors_of,
-    view_of,
-)
-from support.guarded_memory import tensors_in
+from support.engine_cases import BLOCK, CHUNKS, POOLS, tensors_of, view_of
 
 from portakv import Index, KVView, LayoutError, copy_rows
 from portakv.backends import strided
@@ -30,20 +19,6 @@ from portakv.backends.strided import HostRows
 from portakv.engines.pageable import extent
 from portakv.engines.staging import dense_rows
 from portakv.plan.plan import CopyPlan
-
-#: Layout, ids of the rows (list, step), offset, count, unit.
-CASES: list[tuple[str, Any, int, int, int]] = [
-    *((layout, None, offset, 37, 1) for layout in CHUNKS for offset in (0, 5)),
-    *((layout, None, offset, 40, 1) for layout in POOLS for offset in (0, 3, 16)),
-    *((layout, None, 8, 40, BLOCK) for layout in POOLS),
-    *((layout, scattered(64, BLOCK), 0, 64, BLOCK) for layout in POOLS),
-    *((layout, scattered(64, BLOCK), offset, 43, 1) for layout in POOLS for offset in (0, 3)),
-    *((layout, scattered(41, 1), 2, 39, 1) for layout in (*POOLS, *CHUNKS)),
-    *((layout, (range(3, 12), BLOCK), 0, 70, 1) for layout in POOLS),
-    *((layout, (range(11, 2, -1), BLOCK), 0, 72, BLOCK) for layout in POOLS),
-    *((layout, (range(0, 80, 2), 1), 0, 40, 1) for layout in (*POOLS, *CHUNKS)),
-]
-
 
 OUTWARD = pytest.mark.parametrize("outward", [True, False], ids=["to rows", "from rows"])
 
@@ -62,29 +37,6 @@ def dense_of(rows: KVView, slots: int, fill: int | None = None) -> tuple[torch.T
     if fill is not None:
         memory.fill_(fill)
     return memory, dense.view(memory, slots)
-
-
-@OUTWARD
-@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
-def test_every_byte(case: tuple[str, Any, int, int, int], outward: bool) -> None:
-    layout, ids, offset, count, unit = case
-    here = tensors_of(layout, BLOCK * BLOCKS, 1)
-    expected = mapped(here, torch.Tensor.clone)
-    rows, judged = view_of(here, layout), view_of(expected, layout)
-    index = index_of(ids, offset) if ids is None else Index(list(ids[0]), ids[1], offset)
-    block = dense_rows(rows.form).block_size
-    behind = Index(offset=offset % block)
-    held = -(-(count + behind.offset) // block) * block
-    (dense, slot), (twin, other) = dense_of(rows, held), dense_of(rows, held)
-    if outward:
-        moved(slot, rows, behind, index, count, unit)
-        copy_rows(other, judged, behind, index, count=count)
-    else:
-        moved(rows, slot, index, behind, count, unit)
-        copy_rows(judged, other, index, behind, count=count)
-    assert torch.equal(dense, twin)
-    for found, wanted in zip(tensors_in(here), tensors_in(expected), strict=True):
-        assert torch.equal(found, wanted)
 
 
 def chunks(widths: tuple[int, int], tokens: int = 24) -> tuple[torch.Tensor, KVView]:

@@ -256,23 +256,24 @@ def copied(src: str, dst: str, mine: Sequence[int], theirs: Sequence[int], layer
     return Move(views[0], views[1], *ids, 4 * len(mine))
 
 
-@pytest.mark.usefixtures("always")
-@pytest.mark.parametrize("layers", [3, 12])
-def test_blocks_that_follow_each_other_are_merged_or_folded(layers: int) -> None:
-    ids = range(5, 15)
-    by_layer = folded(copied(LAYER_FIRST, POOL_BY_LAYER, ids, ids, layers))
-    assert (by_layer.number, set(by_layer.height.tolist())) == (layers, {1})
-    across = folded(copied(LAYER_FIRST, BLOCK_FIRST, ids, ids, layers))
-    assert (across.number, set(across.height.tolist())) == (layers, {10})
+NEAR = list(range(5, 15))
 
 
 @pytest.mark.usefixtures("always")
-def test_planes_at_one_distance_are_rows() -> None:
-    """Random blocks: the rows of a piece are the layers of a block."""
-    pieces = folded(copied(POOL_BY_LAYER, BLOCK_FIRST, RANDOM, RANDOM[::-1], 12))
-    assert (pieces.number, set(pieces.height.tolist())) == (8, {12})
-    apart = folded(copied(LAYER_FIRST, BLOCK_FIRST, RANDOM, RANDOM[::-1], 12))
-    assert apart.number == 8 * 12
+@pytest.mark.parametrize(
+    ("src", "dst", "ids", "layers", "number", "height"),
+    [
+        *((LAYER_FIRST, POOL_BY_LAYER, NEAR, layers, layers, 1) for layers in (3, 12)),
+        *((LAYER_FIRST, BLOCK_FIRST, NEAR, layers, layers, 10) for layers in (3, 12)),
+        (POOL_BY_LAYER, BLOCK_FIRST, RANDOM, 12, 8, 12),  # the layers of a block
+        (LAYER_FIRST, BLOCK_FIRST, RANDOM, 12, 8 * 12, 1),
+    ],
+)
+def test_blocks_that_follow_each_other_are_merged_and_planes_at_one_distance_are_rows(
+    src: str, dst: str, ids: list[int], layers: int, number: int, height: int
+) -> None:
+    pieces = folded(copied(src, dst, ids, ids if ids is NEAR else ids[::-1], layers))
+    assert (pieces.number, set(pieces.height.tolist())) == (number, {height})
 
 
 @pytest.mark.usefixtures("always")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines that copy by pieces: every byte of any layout; slices and staging of `staged`, what is
-kept of them, order on streams, failures, threads, and memory that is pinned in other parts."""
+kept of them, order on streams, failures, threads, memory that is pinned in other parts; and the ids
+and lists of `descriptors`."""
 
 from __future__ import annotations
 
@@ -13,12 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.cuda_cases import COPIES, chunk
-from support.device_cases import delay
+from support.cuda_cases import COPIES, Copy, End, by, chunk
+from support.device_cases import current, delay
 from support.each_backend import REPEATED, Elsewhere
 from support.engine_cases import (
     DOWNWARD,
-    ON_HOST,
     TOKENS,
     USUAL,
     Case,
@@ -28,15 +28,17 @@ from support.engine_cases import (
     full,
     small_slices,
 )
-from support.guarded_memory import tensors_in
+from support.guarded_memory import check_sentence, filled, tensors_in
 from support.simdev_cases import DEVICE
+from support.threads import run_threads
 
-from portakv import CopyPlan, Index, KVView, Unsupported, copy_rows
+from portakv import CopyPlan, Index, KVView, SlotError, Unsupported, copy_rows
 from portakv.backends.base import Backend, Decision
 from portakv.backends.reference import Reference
+from portakv.engines import descriptors, staging
 from portakv.engines import slices as schedule
-from portakv.engines import staging
-from portakv.engines.descriptors import Descriptors
+from portakv.engines.descriptors import LEAST_RUN, Descriptors
+from portakv.engines.engine import Engine
 from portakv.engines.link import TorchLink
 from portakv.engines.pageable import Ring
 from portakv.engines.pieces import ALL, Pieces, to_2d_copies
@@ -45,13 +47,34 @@ from portakv.engines.staged import Staged
 from portakv.engines.staging import Staging, dense_rows
 from portakv.errors import BackendUnavailable, PortaKVError
 from portakv.host import pinned
+from portakv.plan.runs import Runs
 from portakv.registry.registry import Choice
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.transfer import copies_holding_memory
 
 CASES = cases()
 #: The host memory that an engine takes.
 PLACES = {"ring": "cpu", "staged": "pinned", "descriptors": "pinned", "direct": "pinned"}
-TABLE = {**COPIES, **REPEATED}
+
+
+def unequal(layout: str, widths: list[list[int]]) -> Copy:
+    """Parts of unequal widths outside the tokens, each a tensor of its own."""
+    extents = {"layers": 2, "kv": 2, "heads": 1, "dim": (16, 8)}
+    src, dst = (
+        End([[filled((4, 8, 1, w), torch.uint8) for w in row] for row in widths], layout, extents)
+        for _ in range(2)
+    )
+    return Copy(by(src, [0, 2], 8), by(dst, [1, 3], 8), 16)
+
+
+TABLE = {
+    **COPIES,
+    **REPEATED,
+    "unequal widths in each layer": lambda: unequal(
+        "layer kv | block token head dim", [[16, 8], [16, 8]]
+    ),
+    "layers of each width": lambda: unequal("kv layer | block token head dim", [[16, 16], [8, 8]]),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -81,15 +104,9 @@ def test_every_byte(
         transfer(transfer.chunk(3), stream=torch.Stream(accelerator))
 
 
-@DOWNWARD
-@pytest.mark.parametrize("engine", PLACES)
-@pytest.mark.parametrize("name", TABLE)
-def test_every_copy_of_the_table(
-    accelerator: torch.device, engine: str, name: str, downward: bool
-) -> None:
-    """As the library makes it; among its sources some whose rows, or parts of them, are one."""
-    copied = TABLE[name]()
-    sides = [Elsewhere(accelerator), Elsewhere(PLACES[engine])][:: 1 if downward else -1]
+def crosses(copied: Copy, device: torch.device, engine: str, downward: bool) -> None:
+    """Copy between a device and the host as the library does; every byte is judged."""
+    sides = [Elsewhere(device), Elsewhere(PLACES[engine])][:: 1 if downward else -1]
 
     def run() -> None:
         (src,), (dst,) = (x.views(y) for x, y in zip(sides, (copied.src, copied.dst), strict=True))
@@ -98,14 +115,39 @@ def test_every_copy_of_the_table(
         for side in sides:
             side.bring_back()
 
+    copied.check(run)
+
+
+@DOWNWARD
+@pytest.mark.parametrize("engine", PLACES)
+@pytest.mark.parametrize("name", TABLE)
+def test_every_copy_of_the_table(
+    accelerator: torch.device, engine: str, name: str, downward: bool
+) -> None:
+    """Among its sources some whose rows, or parts of them, are one."""
     try:
-        copied.check(run)
+        crosses(TABLE[name](), accelerator, engine, downward)
     except BackendUnavailable as error:
         pytest.skip(str(error).partition("\n")[0])
     except Unsupported as error:
         if engine != "descriptors" or "it copies runs of 16 B or more" not in str(error):
             raise
         pytest.skip(str(error).splitlines()[1])
+
+
+@DOWNWARD
+@pytest.mark.parametrize("page", [96, 100])  # the bytes of 16 tokens, whole for each or not
+@pytest.mark.parametrize("engine", ["staged", "ring"])
+def test_opaque_pages_of_any_size_in_small_slices(
+    accelerator: torch.device, engine: str, page: int, downward: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    small_slices(monkeypatch)
+    src, dst = (
+        End(filled((2, 9, page), torch.uint8), "layer block page", {"kv": 1, "block_size": 16})
+        for _ in range(2)
+    )
+    crosses(Copy(src, dst, 9 * 16), accelerator, engine, downward)
 
 
 @pytest.mark.parametrize(
@@ -122,15 +164,6 @@ def test_an_engine_that_does_not_serve_the_memory_says_which_one_does(
         PortaKVError, match=f"{engine}: rejected, it does not copy from {place} to device"
     ):
         copy_rows(src, dst, backend=engine)
-
-
-@DOWNWARD
-@pytest.mark.usefixtures("slices")
-def test_kept_slices_serve_other_memory(accelerator: torch.device, downward: bool) -> None:
-    """What a view of rows remembers of one chunk is right for every other chunk of its form."""
-    transfer = Transfers(Staged(accelerator), downward)
-    for seed in range(4):
-        transfer(transfer.chunk(10 + seed))
 
 
 @DOWNWARD
@@ -168,34 +201,6 @@ def test_earlier_work_of_the_stream_comes_first(accelerator: torch.device, downw
         fill(value)
         transfer.go()
         transfer.check(expected)
-
-
-@DOWNWARD
-@pytest.mark.parametrize("engine", [Staged, Ring])
-@pytest.mark.parametrize(
-    ("layout", "widths"),
-    [
-        ("layer kv | block token head dim", [[16, 8], [16, 8]]),
-        ("kv layer | block token head dim", [[16, 16], [8, 8]]),
-    ],
-)
-def test_parts_of_unequal_widths_outside_the_tokens(
-    accelerator: torch.device, layout: str, widths: Any, engine: type[Backend], downward: bool
-) -> None:
-    """Each a tensor of its own."""
-    made = [[torch.randint(1, 256, (4, 8, 1, w), dtype=torch.uint8) for w in row] for row in widths]
-    rows = [[(x if downward else x.zero_()).to(accelerator) for x in map(torch.clone, row)]
-            for row in made]  # fmt: skip
-    host = [[ON_HOST[engine](torch.zeros_like(x) if downward else x) for x in row] for row in made]
-    sides = [KVView(x, layout, layers=2, kv=2, heads=1, dim=(16, 8)) for x in (rows, host)]
-    src, dst = sides if downward else sides[::-1]
-    launch: Any = engine(accelerator).prepare(CopyPlan(src.form, dst.form, 8, 8))
-    launch(src, dst, Index([0, 2], 8), Index([1, 3], 8), 16, None, None)
-    torch.accelerator.synchronize(accelerator)
-    found = [x.cpu() for row in (host if downward else rows) for x in row]
-    for each, source in zip(found, (x for row in made for x in row), strict=True):
-        assert torch.equal(each[[1, 3]], source[[0, 2]])
-        assert not each[[0, 2]].any()
 
 
 class OnlyByLayer(Reference):
@@ -327,7 +332,7 @@ def test_threads_that_settle_one_slice_at_once_agree(
     """Wherever one is interrupted by another, whose staging lies elsewhere, pieces lie in the
     buffer that they are asked for. The interruptions are calls, so that each of them happens."""
     transfer = Transfers(Staged(DEVICE), downward)
-    host = transfer.host
+    host, turns = transfer.host, list[int]()
 
     def fresh() -> Slice:
         transfer.rows.derived.clear()
@@ -338,12 +343,15 @@ def test_threads_that_settle_one_slice_at_once_agree(
     rooms = [torch.empty(one.nbytes, dtype=torch.uint8, device=DEVICE) for _ in range(3)]
     buffers = [one.dense.view(room, one.held) for room in rooms]
     expected = [fresh().pieces(buffer, host, ALL) for buffer in buffers]
-    turns = list[int]()
+
+    def check(one: Slice, nth: int) -> None:
+        for column, wanted in zip(one.pieces(buffers[nth], host, ALL), expected[nth], strict=True):
+            assert np.array_equal(column, wanted)
 
     def interrupted(one: Slice, name: str, value: Any) -> None:
         turns.append(turns[-1] - 1)
         if turns[-1] == 0:
-            assert_alike(one.pieces(buffers[1], host, ALL), expected[1])
+            check(one, 1)
         object.__setattr__(one, name, value)
 
     for turn in range(1, 9):  # before the first attribute that is set, the second, ...
@@ -351,18 +359,13 @@ def test_threads_that_settle_one_slice_at_once_agree(
         with monkeypatch.context() as patch:
             turns[:] = [turn]
             patch.setattr(Slice, "__setattr__", interrupted, raising=False)
-            assert_alike(one.pieces(buffers[0], host, ALL), expected[0])
-        for buffer, wanted in zip(buffers, expected, strict=True):
-            assert_alike(one.pieces(buffer, host, ALL), wanted)
+            check(one, 0)
+        for nth in range(3):
+            check(one, nth)
         if turns[-1] > 0:
             break
         assert len(turns) > 1
     assert turn > 1
-
-
-def assert_alike(found: Pieces, expected: Pieces) -> None:
-    for column, wanted in zip(found, expected, strict=True):
-        assert np.array_equal(column, wanted)
 
 
 @DOWNWARD
@@ -419,3 +422,112 @@ def test_memory_that_is_pinned_in_other_parts_is_cut_there(
         transfer()
         assert crossed
         assert not [ends for ends in crossed if ends[0] < seam < ends[1]]
+
+
+# Ids wherever they are, lists that are remembered, memory that is held
+
+
+@pytest.mark.parametrize("engine", [Descriptors, Staged, Ring])
+def test_ids_may_lie_anywhere(accelerator: torch.device, engine: type[Engine]) -> None:
+    transfer = Transfers(engine(accelerator), True)
+    for where in (torch.device("cpu"), accelerator):
+        for dtype in (torch.int32, torch.int64):
+            transfer.mine = Index(torch.randperm(190)[:TOKENS].to(where, dtype))
+            transfer()
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_an_id_past_the_end_moves_nothing(accelerator: torch.device, on_host: bool) -> None:
+    transfer, ids = Transfers(Descriptors(accelerator), True), torch.arange(TOKENS)
+    ids[7] = 24 * 8
+    transfer.mine = Index(ids if on_host else ids.to(accelerator))
+    before = transfer.expected(tokens=0)
+    with pytest.raises(SlotError) as caught:
+        transfer.go()
+    check_sentence(str(caught.value), "192")
+    transfer.check(before)
+
+
+@pytest.mark.simdev
+def test_a_list_that_is_used_again_is_expanded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    transfer, asked, real = Transfers(Descriptors(DEVICE), True), list[int](), CopyPlan.runs
+
+    def runs(self: CopyPlan, *args: object) -> Runs:
+        asked.append(1)
+        return real(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CopyPlan, "runs", runs)
+    ids = torch.randperm(150)[:TOKENS]
+    index = Index(ids)
+    for again, expected in ((index, 1), (index, 1), (index.shifted(3), 2), (index.shifted(3), 2)):
+        transfer.mine = again
+        transfer.go(tokens=32)
+        assert len(asked) == expected
+    # Another index of the same tensor may be made after its ids have changed.
+    ids.copy_(ids.flip(0))
+    transfer.mine = Index(ids)
+    transfer(tokens=32)
+    assert len(asked) == 3
+    transfer.mine = Index(ids)
+    transfer(transfer.chunk(5), 32)  # another memory under a list of the same ids
+
+
+@pytest.mark.simdev
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descriptors, "MOST_KEPT", 500)
+    monkeypatch.setattr(TorchLink, "copy", lambda *args: None)
+    transfer, kept = Transfers(Descriptors(DEVICE), True), list[Index]()
+    for seed in range(30):
+        kept.append(Index(torch.randperm(190)[: 8 + seed].tolist()))
+        transfer.mine = kept[-1]
+        transfer.go(tokens=8 + seed if seed < 24 else 32)
+        known = transfer.prepared()._known
+        number = sum(pieces.number + 1 for pieces in known._pieces.values())
+        assert 0 < known._number == number <= 500
+        assert kept[-1].ids_token in next(reversed(known._pieces))
+
+
+@pytest.mark.parametrize("engine", [Descriptors, Staged])
+def test_host_memory_outlives_the_copy(accelerator: torch.device, engine: type[Engine]) -> None:
+    """Forgotten while the copy flies."""
+    torch.accelerator.synchronize(accelerator)
+    assert copies_holding_memory() == 0
+    transfer = Transfers(engine(accelerator), False)
+    transfer()  # what is made once is there
+    cache, shape = tensors_in(transfer.rows.tensors), tensors_in(transfer.host.tensors)[0].shape
+    for layer in cache:
+        layer.zero_()
+    wanted = tensors_in(transfer.expected().tensors)
+    delay(current(accelerator))
+    transfer.go()
+    assert copies_holding_memory() == 1
+    del transfer
+    gc.collect()
+    rubbish = [torch.full(shape, 7, dtype=torch.int16).pin_memory() for _ in range(4)]
+    torch.accelerator.synchronize(accelerator)
+    assert all(torch.equal(x.cpu(), y) for x, y in zip(cache, wanted, strict=True))
+    assert copies_holding_memory() == 0
+    del rubbish
+
+
+def test_from_several_threads(accelerator: torch.device) -> None:
+    """By one launch, each with a list and a chunk of its own."""
+    transfers = [Transfers(Descriptors(accelerator), True) for _ in range(3)]
+    for each in transfers:
+        each.mine = Index(torch.randperm(190)[:TOKENS].tolist())
+        each._prepared = transfers[0]._prepared
+    wanted = [each.expected() for each in transfers]
+    run_threads(lambda each: [each.go(), each.go()], transfers)
+    for each, expected in zip(transfers, wanted, strict=True):
+        each.check(expected)
+
+
+@pytest.mark.simdev
+def test_runs_that_are_too_short_for_a_copy_engine_are_refused() -> None:
+    noise = torch.arange(4096).to(torch.uint8)
+    src = KVView(noise.to(DEVICE).view(-1, 4, LEAST_RUN // 2), "token head dim")
+    dst = KVView(noise.pin_memory().view(4, -1, LEAST_RUN // 2), "head token dim")
+    decision = Descriptors(DEVICE).check(CopyPlan(src.form, dst.form))
+    assert not decision.accepted
+    assert f"runs of {LEAST_RUN} B" in decision.reason
+    assert f"{LEAST_RUN // 2} B" in decision.reason

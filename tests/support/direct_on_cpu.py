@@ -27,7 +27,7 @@ from portakv.runtime import streams
 from support import cuda_on_cpu
 from support.cuda_on_cpu import why_not
 
-__all__ = ["CPU", "SMALL", "DirectOnCpu", "Driver", "installed", "why_not"]
+__all__ = ["CPU", "SMALL", "Driver", "Loads", "Stores", "installed", "why_not"]
 CPU = torch.device("cpu")
 #: So little in a turn that the smallest copy takes several, by two warps of four lanes.
 SMALL = Cut(threads=8, each=3, strip=4)
@@ -48,17 +48,15 @@ def compiled(source: str) -> ctypes.CDLL:
 
 @dataclass
 class Driver:
-    """What the engine asked of the driver: for each launch its blocks, threads and argument; and
-    the host memory that it had held."""
+    """What the engine asked of the driver: the blocks, threads and stream of each launch, and the
+    host memory that it had held; ``error``: what it answers."""
 
     held: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
-    launches: list[tuple[int, int, bytes]] = field(default_factory=list)
-    streams: list[int] = field(default_factory=list)
+    launches: list[tuple[int, int, int]] = field(default_factory=list)
     error: int = 0
 
     def load(self, source: str, names: Iterable[str], device: torch.device) -> dict[str, Any]:
-        library = compiled(source)
-        return dict.fromkeys(names, library)
+        return dict.fromkeys(names, compiled(source))
 
     def hold(self, device: torch.device, stream: torch.Stream | None, *host: torch.Tensor) -> None:
         self.held.append(host)
@@ -68,19 +66,17 @@ class Driver:
         assert (y, z, of_y, of_z, shared, extra) == (1, 1, 1, 1, 0, 0)
         assert x >= 1, "a launch of no blocks is an error of the driver's"
         argument = ctypes.cast(address, ctypes.POINTER(ctypes.c_void_p))[0]
-        content = ctypes.string_at(argument, library.argument_bytes())
-        self.launches.append((x, threads, content))
-        self.streams.append(stream)
+        self.launches.append((x, threads, stream))
         if not self.error:
             library.run_direct(ctypes.c_void_p(argument), x, threads)
         return (self.error,)
 
 
-class DirectOnCpu(Direct):
-    """`Direct` for the CPU; ``stores``: the source counts as the device's, else the destination."""
+class Stores(Direct):
+    """`Direct` for the CPU, to the host: the source counts as the device's."""
 
-    name = "direct-on-cpu"
-    stores = True
+    name = "direct-on-cpu-stores"
+    sides = ("device", "pinned")
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
@@ -91,24 +87,16 @@ class DirectOnCpu(Direct):
         return replace(super().capabilities(), places=places)
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        placed = copy.copy(plan)
-        if self.stores:
-            placed.src = replace(plan.src, place="device")
-        else:
-            placed.dst = replace(plan.dst, place="device")
+        placed, (src, dst) = copy.copy(plan), self.sides
+        placed.src, placed.dst = replace(plan.src, place=src), replace(plan.dst, place=dst)
         return super().prepare(placed)
 
 
-class Loads(DirectOnCpu):
-    """From the host to the device."""
+class Loads(Stores):
+    """From the host: the destination counts as the device's."""
 
-    name, stores = "direct-on-cpu-loads", False
-
-
-class Stores(DirectOnCpu):
-    """From the device to the host."""
-
-    name = "direct-on-cpu-stores"
+    name = "direct-on-cpu-loads"
+    sides = ("pinned", "device")
 
 
 def _table_elsewhere(view: KVView, device: torch.device, stream: torch.Stream | None) -> None:
@@ -120,7 +108,7 @@ def _table_elsewhere(view: KVView, device: torch.device, stream: torch.Stream | 
 
 @contextmanager
 def installed(cut: Cut = SMALL) -> Iterator[Driver]:
-    """Inside, `DirectOnCpu` launches on the host."""
+    """Inside, `Loads` and `Stores` launch on the host."""
     driver = Driver()
     bindings = SimpleNamespace(cuLaunchKernel=driver.launch, CUstream=lambda raw: raw)
     with pytest.MonkeyPatch.context() as patched:

@@ -68,6 +68,8 @@ def cases() -> list[Case]:
             found.append(Case(layout, host, *blocks, 96))
             found.append(Case(layout, host, scattered(41, 1), scattered(41, 1, seed=9), 41))
             found.append(Case(layout, host, scattered(72, BLOCK), (range(3, 12), BLOCK), 70))
+            found.append(Case(layout, host, scattered(72, BLOCK), (range(11, 2, -1), BLOCK), 72))
+            found.append(Case(layout, host, scattered(40, 1), (range(0, 80, 2), 1), 40))
             found.append(Case(layout, host, scattered(40, 1), None, 40, offset=21))
     return found
 
@@ -226,16 +228,20 @@ def small_slices(monkeypatch: pytest.MonkeyPatch, largest: int = 2048) -> None:
 
 
 def broken_at(
-    nth: int, copy: Callable[..., None], error: type[BaseException] = RuntimeError
+    nth: int,
+    copy: Callable[..., None],
+    error: type[BaseException] = RuntimeError,
+    late: bool = False,
 ) -> Callable[..., None]:
-    """A copy across the link whose ``nth`` call fails."""
+    """A copy whose ``nth`` call fails, before the bytes are copied or ``late``."""
     calls = list[None]()
 
     def failing(*arguments: Any) -> None:
         calls.append(None)
+        if late or len(calls) != nth:
+            copy(*arguments)
         if len(calls) == nth:
             raise error("the link is down")
-        copy(*arguments)
 
     return failing
 

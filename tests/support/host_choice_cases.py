@@ -176,8 +176,8 @@ def planes(place: str) -> KVView:
     return put(KVView(layers, "layer | kv block head token dim"), place)
 
 
-def plan_of(src: KVView, dst: KVView, src_step: int = SIZE, dst_step: int = SIZE) -> CopyPlan:
-    return CopyPlan(src.form, dst.form, src_step, dst_step)
+def plan_of(src: KVView, dst: KVView) -> CopyPlan:
+    return CopyPlan(src.form, dst.form, SIZE, SIZE)
 
 
 def apart(count: int, first: int = 0) -> Index:
