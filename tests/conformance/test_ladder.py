@@ -1,35 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ladder: its rules, what bears a rung out, what ends one, and what stands beside it always."""
+"""The ladder: its rules, what bears a rung out, what ends one, and what stands beside it always.
+Records of jobs and old reports: none is believed for its label alone, each names its backend and
+what it is about, and none holds a place of the machine that made it."""
 
 from __future__ import annotations
 
 import html
+import importlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.conform_reports import changed, emulated, failing, incomplete, kept, passing
+from support.conform_runs import ROOT
 
 from portakv.cli import main as portakv
+from portakv_conformance.evidence import evidence
 from portakv_conformance.evidence import ladder as ladders
 from portakv_conformance.evidence.environment import assumed, describe_environment
-from portakv_conformance.evidence.evidence import contradictions, of_report, read, rung_of
-from portakv_conformance.evidence.ladder import (
-    RESULTS,
-    Ladder,
-    Rung,
-    broken_rules,
-    by_pair,
-    told,
-    why_expired,
-    written,
-)
-from portakv_conformance.evidence.source import SourceError, source_files, source_sha256
+from portakv_conformance.evidence.evidence import JOBS, Job, contradictions, read, recorded, rung_of
+from portakv_conformance.evidence.ladder import RESULTS, Ladder, Rung, told, why_expired
+from portakv_conformance.evidence.record_rules import kernels_in, signatures_of
+from portakv_conformance.evidence.source import SourceError, source_sha256
 from portakv_conformance.judge.subject import subject
 from portakv_conformance.record import RunRecord
 from portakv_conformance.report.page import markdown, page
+from portakv_conformance.report.results import keep
 from portakv_conformance.report.summary import print_summary
 from portakv_conformance.report.support import reached, verified
 from portakv_conformance.report.words import plain
@@ -41,12 +40,12 @@ ASCENDC = f"{VENDOR}.ascendc_emulated:AscendC"
 ASSUMED = "by assumption: the vendor has not confirmed the ops' signatures"
 
 
-def same(target: str) -> str:
-    return "a" * 64
-
-
 def other(target: str) -> str:
     return "b" * 64
+
+
+def same(target: str) -> str:
+    return "a" * 64
 
 
 def gone(target: str) -> str:
@@ -71,12 +70,10 @@ def emulated_rung(**values: Any) -> Rung:
     ("values", "why"),
     [
         ({"emulated": True}, "an emulated device is never R6"),
-        ({"emulated": True, "device": "npu, emulated"}, "an emulated device is never R6"),
         ({"suite": ""}, "R6 needs a report of the suite"),
         ({"rung": "R7"}, "there is no rung 'R7'"),
         ({"rung": "R3"}, "what ran on the real device is R6 or no rung"),
         ({"rung": "R3", "emulated": True}, "has to say that it is emulated"),
-        ({"rung": "R5", "emulated": True, "target": ASCENDC}, "emulates a vendor's backend, and"),
         ({"rung": "R4", "emulated": True, "target": ASCENDC}, "emulates a vendor's backend, and"),
         ({"evidence": "docs/notes.md"}, "does not lie in conformance/results/"),
         ({"evidence": f"{RESULTS}../../README.md"}, "does not lie in conformance/results/"),
@@ -84,9 +81,9 @@ def emulated_rung(**values: Any) -> Rung:
     ],
 )
 def test_the_rules(values: dict[str, Any], why: str) -> None:
-    assert list(broken_rules(Ladder((rung(),)))) == []
+    assert list(ladders.broken_rules(Ladder((rung(),)))) == []
     rows = (rung(**values), *[rung()] * (why == "listed twice"))
-    assert why in "\n".join(broken_rules(Ladder(rows)))
+    assert why in "\n".join(ladders.broken_rules(Ladder(rows)))
 
 
 # -- what ends a rung -----------------------------------------------------------------------------
@@ -122,30 +119,13 @@ def test_a_list_tells_the_rung_here_else_the_highest_that_holds() -> None:
     )
 
 
-@pytest.mark.parametrize(("start", "files"), [
-    (SIMULATION, "device.cpp operators.h device_module.py"),
-    (f"{VENDOR}.mlu_standin", f"{VENDOR}.mlu_standin.py"),
-    (f"{VENDOR}.ascend_standin", f"{VENDOR}.ascend_ops.py {VENDOR}/ascend_schemas.toml"),
-    (f"{VENDOR}.ascend_device",
-     f"{VENDOR}.ascend_ops.py {VENDOR}.cann_stub.py {VENDOR}/cann_stub.c"),
-    (f"{VENDOR}.hip_emulated",
-     f"{VENDOR}.cpp.py {VENDOR}/hip_fake.cpp {VENDOR}/kernel_on_cpu.h"),
-    (f"{VENDOR}.ascendc_emulated",
-     "portakv_native.ascend/emulation/machine.h portakv_native.ascend/rows.h"),
-])  # fmt: skip
-def test_each_file_of_an_emulation_counts(start: str, files: str) -> None:
-    """A change of one ends every rung that this emulation carried."""
-    assert set(files.split()) <= set(source_files(start))
-    held = emulated_rung(emulation={start: "c" * 64})
-    since = why_expired(held, Ladder(()), lambda t: "a" * 64 if t == held.target else "d" * 64)
-    assert since == f"{start.rpartition('.')[2]} changed since"
-
-
 @pytest.mark.parametrize("rung", ["R1", "R2", "R3"])
-def test_an_emulated_rung_that_names_no_emulation_is_expired(rung: str) -> None:
+def test_an_emulated_rung_ends_with_what_emulated_it(rung: str) -> None:
     assert "does not say what emulated" in why_expired(emulated_rung(rung=rung), Ladder(()), same)
     held = emulated_rung(rung=rung, emulation={SIMULATION: "a" * 64, "triton": "3.6.0"})
     assert why_expired(held, Ladder(()), same) == ""  # of a third party's nothing is looked for
+    ended = why_expired(held, Ladder(()), lambda t: same(t) if t == held.target else other(t))
+    assert ended == "simdev changed since"
     lost = emulated_rung(emulation={f"{VENDOR}.no_such": "a" * 64})
     assert "no_such changed since" in why_expired(lost, Ladder(()), source_sha256)
     assert why_expired(emulated_rung(rung="R4", device="gfx906"), Ladder(()), same) == ""
@@ -168,12 +148,12 @@ def test_a_device_is_emulated_by_what_carries_its_name(monkeypatch: pytest.Monke
 
 def test_a_row_has_the_emulation_of_its_report() -> None:
     run = emulated()
-    assert of_report(run).emulation == {SIMULATION: "5" * 64}
+    assert evidence.of_report(run).emulation == {SIMULATION: "5" * 64}
     run.environment |= {"device": "cpu"}
-    assert of_report(run).emulation == {"portakv_acme": run.backend["source_sha256"]}
+    assert evidence.of_report(run).emulation == {"portakv_acme": run.backend["source_sha256"]}
     run.environment |= {"TRITON_INTERPRET": "1", "triton": "3.6.0"}
-    assert of_report(run).emulation == {"triton": "3.6.0"}
-    assert of_report(passing()).emulation == {}
+    assert evidence.of_report(run).emulation == {"triton": "3.6.0"}
+    assert evidence.of_report(passing()).emulation == {}
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -185,32 +165,29 @@ def row(run: RunRecord, root: Path) -> Rung:
     return rung_of(read(file), RESULTS + file.name)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("note", "by us"), ("rung", "R3"), ("backend", "other"), ("target", "a.b:C"),
-     ("device", "NVIDIA H100"), ("emulated", True), ("command", "portakv conform x"),
-     ("date", "2026-11-19"), ("source_sha256", "0" * 64), ("suite", "2027.01"),
-     ("told", "9 cases"), ("versions", "torch 9"), ("vendor", {"torch-npu": "0" * 64})],
-)  # fmt: skip
-def test_a_row_says_what_its_file_says(tmp_path: Path, name: str, value: Any) -> None:
+def test_a_row_says_what_its_file_says(tmp_path: Path) -> None:
     """And a note, which is a person's."""
     made = row(passing(), tmp_path)
     assert (made.rung, made.emulated, made.told) == ("R6", False, "312 passed, 2 not claimed")
-    assert contradictions(Ladder((made,)), tmp_path) == []
-    found = contradictions(Ladder((replace(made, **{name: value}),)), tmp_path)
-    more = f"{name} is {value!r}, but the file says"
-    assert (found == []) if name == "note" else (more in "\n".join(found))
+    assert contradictions(Ladder((replace(made, note="by us"),)), tmp_path) == []
+    values = {
+        "rung": "R3", "backend": "other", "target": "a.b:C", "device": "NVIDIA H100",
+        "emulated": True, "command": "portakv conform x", "date": "2026-11-19",
+        "source_sha256": "0" * 64, "suite": "2027.01", "told": "9 cases", "versions": "torch 9",
+        "vendor": {"torch-npu": "0" * 64}, "emulation": {"acme": "1"}, "assumption": "by luck",
+    }  # fmt: skip
+    found = contradictions(Ladder((replace(made, **values),)), tmp_path)  # type: ignore[arg-type]
+    for name, value in values.items():
+        assert f"{name} is {value!r}, but the file says" in "\n".join(found)
 
 
 def test_an_emulated_report_cannot_be_raised_to_r6(tmp_path: Path) -> None:
-    run = changed(passing(), {"emulated": True, "device": "simdev:mlu"})
-    made = row(run, tmp_path)
+    made = row(changed(passing(), {"emulated": True, "device": "simdev:mlu"}), tmp_path)
     assert (made.rung, made.device, made.emulated) == ("R3", "mlu, emulated", True)
-    for values, why in (
-        ({"rung": "R6"}, "rung is 'R6', but the file says 'R3'"),
-        ({"rung": "R6", "emulated": False}, "emulated is False, but the file says True"),
-    ):
-        assert why in "\n".join(contradictions(Ladder((replace(made, **values),)), tmp_path))
+    raised = replace(made, rung="R6", emulated=False)
+    found = "\n".join(contradictions(Ladder((raised,)), tmp_path))
+    assert "rung is 'R6', but the file says 'R3'" in found
+    assert "emulated is False, but the file says True" in found
 
 
 def test_files_that_are_edited_missing_misnamed_or_forgotten_are_found(tmp_path: Path) -> None:
@@ -230,7 +207,7 @@ def test_files_that_are_edited_missing_misnamed_or_forgotten_are_found(tmp_path:
 def test_what_is_not_conformant_is_no_rung() -> None:
     for run in (failing(), incomplete()):
         with pytest.raises(ValueError, match="bears out no rung"):
-            rung_of(of_report(run), "x.json")
+            rung_of(evidence.of_report(run), "x.json")
 
 
 # -- ladder.toml ----------------------------------------------------------------------------------
@@ -241,11 +218,11 @@ def test_the_file_holds_whatever_stands_in_it(tmp_path: Path) -> None:
     whole = rung(device="x", vendor={"torch-npu": "1" * 64, "a b": "2"})
     made = Ladder((odd, whole), {"torch-npu": "1" * 64})
     file = tmp_path / "ladder.toml"
-    file.write_text(written(made), encoding="utf-8")
+    file.write_text(ladders.written(made), encoding="utf-8")
     found = ladders.read(file)
     assert sorted(found.rungs, key=str) == sorted(made.rungs, key=str)
     assert found.vendor == made.vendor
-    assert written(found) == file.read_text(encoding="utf-8")
+    assert ladders.written(found) == file.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -263,7 +240,13 @@ def test_what_is_no_ladder_is_refused(tmp_path: Path, text: str) -> None:
 def test_pairs_stand_in_the_readme_s_order() -> None:
     names = ["zeta", "mlu", "reference", "cuda", "ascend"]
     made = Ladder(tuple(rung(backend=name) for name in names))
-    assert [name for name, _ in by_pair(made)] == ["reference", "cuda", "ascend", "mlu", "zeta"]
+    assert [name for name, _ in ladders.by_pair(made)] == [
+        "reference",
+        "cuda",
+        "ascend",
+        "mlu",
+        "zeta",
+    ]
 
 
 # -- what never stands apart from a result ---------------------------------------------------------
@@ -281,7 +264,7 @@ def test_what_a_stand_in_takes_for_true_stands_in_every_form(
     assert said in markdown(run)
     print_summary(run, Options(backend="mlu", device="simdev:mlu"))
     assert said in " ".join(capsys.readouterr().out.split())
-    mine = rung_of(of_report(run), "a.json")
+    mine = rung_of(evidence.of_report(run), "a.json")
     assert mine.assumption == ASSUMED
     assert ASSUMED in reached(mine, Ladder((mine,)))
     assert ASSUMED in verified(mine, Ladder((mine,)))
@@ -308,3 +291,268 @@ def test_what_a_built_library_carried_out_has_a_row_and_a_file_of_its_own(tmp_pa
          "acme-acme-xpu-900-by-the-ascendc-kernel-2026.12.json"),
     ]  # fmt: skip
     assert len(Ladder(()).with_rung(rows[0]).with_rung(rows[1]).rungs) == 2
+
+
+# -- records of jobs -----------------------------------------------------------------------------
+
+REFERENCE = "portakv.backends.reference:Reference"
+WHEEL = "torch_npu-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl"
+KINDS = {rung: what for what, rung in JOBS.items()}
+
+RECORD = {
+    "name": "reference", "backend": REFERENCE, "source_sha256": "a" * 64, "command": "bash it.sh",
+    "date": "2026-11-20", "device": "npu, emulated", "right": True,
+}  # fmt: skip
+WHOLE: dict[str, dict[str, Any]] = {
+    "R1": {"signatures": [{"op": "a.b", "signature": "(x) -> int", "source": "its page"}],
+           "emulation": {SIMULATION: "a" * 64}},
+    "R2": {"schemas": [{"op": "a::b", "pinned": "(int x)", "found": "(int x)", "same": True}],
+           "vendor": {WHEEL: "b" * 64}, "versions": "torch-npu 2.13.0",
+           "emulation": {SIMULATION: "a" * 64}},
+    "R3": {"emulation": {SIMULATION: "a" * 64}},
+    "R4": {"targets": ["gfx906"], "kernels": [{"kernel": "gather", "target": "gfx906"}],
+           "compiler": "HIP version: 5.2"},
+    "R5": {"targets": ["gfx936"], "compiler": "DTK 24.04"},
+}  # fmt: skip
+# Forged: the right label, and something else, which has to be refused in words.
+FORGED: list[tuple[str, dict[str, Any], str]] = [
+    ("R1", {"signatures": []}, "no signatures"),
+    ("R1", {"signatures": ["a.b(x)"]}, "needs op, signature, source"),
+    ("R1", {"signatures": [{"op": "a.b", "signature": "(x)", "source": " "}]}, "needs op"),
+    ("R1", {"signatures": [{"op": "a.b", "signature": "x", "source": "y"}]}, "signature of a.b"),
+    ("R1", {"source_sha256": "new"}, "is no sha256"),
+    ("R2", {"schemas": "all the same"}, "no schemas"),
+    ("R2", {"schemas": [{"op": "a::b", "same": True}]}, "needs op, pinned, found"),
+    ("R2", {"schemas": [{"op": "a::b", "pinned": "()", "found": "(int x)", "same": True}]},
+     "a::b is pinned as (), but was found as (int x)"),
+    ("R2", {"schemas": [{"op": "a::b", "pinned": "()", "found": "()", "same": False}]}, "a::b is"),
+    ("R2", {"vendor": {"torch_npu": "b" * 64}}, "names no wheel"),
+    ("R2", {"vendor": {WHEEL: "b" * 63}}, "is no sha256"),
+    ("R2", {"vendor": [WHEEL]}, "is no sha256"),
+    ("R2", {"versions": "torch-npu 2.12.0"}, "do not name 2.13.0"),
+    ("R2", {"emulation": {SIMULATION: ""}}, "is no sha256"),
+    ("R2", {"source_sha256": "A" * 64}, "is no sha256"),
+    ("R3", {"emulation": {SIMULATION: None}}, "is no sha256"),
+    ("R4", {"targets": []}, "for which targets"),
+    ("R4", {"kernels": [{"kernel": "gather"}]}, "needs kernel, target"),
+    ("R4", {"kernels": [{"kernel": "g", "target": "gfx906", "wrong": ["narrow"]}]}, "is wrong"),
+    ("R4", {"targets": ["gfx906", "gfx90a"]}, "but code was read of ['gfx906']"),
+    ("R4", {"compiler": ""}, "which compiler built it"),
+    ("R5", {"targets": None}, "for which targets"),
+    ("R5", {"targets": [""]}, "for which targets"),
+    ("R5", {"compiler": None}, "toolchain's line"),
+    ("R5", {"compiler": "the vendor's"}, "toolchain's line"),
+    ("R5", {"printed": ["DTK 23"]}, "is not in what was printed"),
+    ("R4", {"printed": ["scatter for gfx906"]}, "Nothing was printed of gather"),
+    ("R1", {"emulation": {STANDINS["mlu"]: source_sha256(STANDINS["mlu"])}},
+     f"are not those of {STANDINS['mlu']}"),
+    ("R5", {"source_sha256": "0" * 65}, "is no sha256"),
+    ("R4", {"right": False}, "bears out no rung: failed: cross-compiled"),
+    ("R4", {"right": "yes"}, "right missing or of another type"),
+    ("R4", {"what": "run on the hardware"}, "says 'run on the hardware'; expected one of"),
+    ("R4", {"command": None}, "command missing or of another type"),
+    ("R4", {"name": None}, "name missing or of another type"),
+    ("R4", {"device": ""}, "name it by --device"),
+]  # fmt: skip
+
+
+def record_in(folder: Path, rung: str, **values: Any) -> Path:
+    file = folder / "job.json"
+    file.write_text(json.dumps(RECORD | {"what": KINDS[rung]} | WHOLE[rung] | values))
+    return file
+
+
+@pytest.mark.parametrize("rung", WHOLE)
+def test_a_record_that_shows_all_is_read(tmp_path: Path, rung: str) -> None:
+    made = rung_of(read(record_in(tmp_path, rung)), "job.json")
+    assert (made.backend, made.rung, made.emulated) == ("reference", rung, True)
+    assert made.versions == WHOLE[rung].get("versions", WHOLE[rung].get("compiler", ""))
+    assert made.vendor == WHOLE[rung].get("vendor", {})
+    assert "R6" not in JOBS.values()
+    failed = record_in(tmp_path, rung, right=False, schemas=[], kernels=[])
+    assert read(failed).rung == ""
+
+
+@pytest.mark.parametrize(("rung", "values", "why"), FORGED)
+def test_a_forged_record_is_refused(
+    tmp_path: Path, rung: str, values: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(why)) as refused:
+        rung_of(read(record_in(tmp_path, rung, **values)), "job.json")
+    assert "job.json" in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"schema": "other"}'])
+def test_what_is_no_evidence_at_all(tmp_path: Path, text: str) -> None:
+    (tmp_path / "job.json").write_text(text)
+    with pytest.raises(ValueError, match=r"job\.json"):
+        read(tmp_path / "job.json")
+
+
+@pytest.fixture
+def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """.ci/keep_result.py with an empty ladder and folder of results."""
+    monkeypatch.syspath_prepend(str(ROOT / ".ci"))
+    found: Any = importlib.import_module("keep_result")
+    tables: Any = importlib.import_module("readme_tables")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "LADDER", tmp_path / "ladder.toml")
+    monkeypatch.setattr(found, "RESULTS", tmp_path / RESULTS)
+    (tmp_path / RESULTS).mkdir(parents=True)
+    (tmp_path / "ladder.toml").write_text("")
+    return found
+
+
+def test_a_stand_in_s_signatures_and_their_sources() -> None:
+    rows = signatures_of([SIMULATION, STANDINS["mlu"]])
+    transfer, scatter = sorted(rows, key=lambda row: row["op"])
+    assert transfer["op"] == "torch_mlu_ops.multi_layer_kv_transfer"
+    assert scatter["op"] == "torch_mlu_ops.reshape_paged_cache"
+    assert "direction: 'bool' = False" in scatter["signature"]
+    assert "vllm-mlu@8fa99fd" in scatter["source"]
+
+
+def test_a_result_is_kept_with_its_row(
+    tmp_path: Path, keeper: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keep, "__defaults__", (lambda text: [],))  # cases that no suite has
+    monkeypatch.setattr(ladders.why_expired, "__defaults__", (lambda target: "a" * 64,))
+    job = record_in(tmp_path, "R4", name="ascendc-emulated", backend=ASCENDC)
+    with pytest.raises(ValueError, match=r"is not kept: .* emulates a vendor's backend"):
+        keeper.place(job, "", None)
+    record_in(tmp_path, "R4", name="hip", device="AMD gfx906, gfx908")
+    made = keeper.place(job, "AMD gfx906, gfx908", "not run")
+    assert made.evidence == f"{RESULTS}hip-amd-gfx906-gfx908-r4.json"
+    run = passing()
+    (tmp_path / "conformance.json").write_text(run.document())
+    keeper.place(tmp_path / "conformance.json", "", None)
+    record_in(tmp_path, "R4", name="hip", device="AMD gfx906, gfx908", date="2026-11-21")
+    again = keeper.place(job, "AMD gfx906, gfx908", None)
+    monkeypatch.setattr(ladders.why_expired, "__defaults__", (lambda target: "b" * 64,))
+    with pytest.raises(ValueError, match="is expired: source changed since"):
+        keeper.place(job, "AMD gfx906, gfx908", None)
+    assert (again.date, again.note) == ("2026-11-21", "not run")
+    found = ladders.read(tmp_path / "ladder.toml")
+    assert {r.place for r in found.rungs} == {made.place, ("acme", "Acme XPU 900", "R6")}
+    assert contradictions(found, tmp_path) == []
+
+
+PRINTED = """version 24.04 in /somewhere/c/bin
+rootdir: /somewhere/x
+t.py::test_width[gfx906] PASSED
+t.py::test_width[gfx90a] PASSED"""
+
+
+def test_a_job_shows_what_was_built_and_read() -> None:
+    """And no place of the machine."""
+    job = Job("cross-compiled, not executed", REFERENCE, "AMD", "hipcc 5.2",
+              targets=["gfx906", "gfx90a"], kernels=r"::(?P<kernel>\w+)\[(?P<target>\w+)\] PASSED",
+              compiler=r"^version \d.*")  # fmt: skip
+    made = recorded(job, ["printf", PRINTED])
+    assert made["right"]
+    assert made["compiler"] == made["printed"][0] == "version 24.04 in bin"
+    assert len(made["printed"]) == 3
+    assert [row["target"] for row in made["kernels"]] == ["gfx906", "gfx90a"]
+    assert made["kernels"] == kernels_in(PRINTED, job.kernels)
+    for less in ({"targets": []}, {"kernels": ""}, {"targets": ["gfx906"]}, {"compiler": ""}):
+        lesser = replace(job, **{"versions": "", **less})  # type: ignore[arg-type]
+        assert not recorded(lesser, ["printf", PRINTED])["right"]
+
+
+@pytest.mark.parametrize(("rung", "more", "command", "told"), [
+    ("R1", [], "true", "It holds no signatures."),
+    ("R3", [], "true", "It does not say what emulated (--emulated-by)."),
+    ("R5", [], "true", "the toolchain's line with its version"),
+    ("R3", ["--emulated-by", "no.such"], "true", "Nothing was recorded"),
+    ("R3", ["--emulated-by", SIMULATION], "false", "The command ended with 1"),
+    ("R3", ["--emulated-by", SIMULATION, "--says", r"\d+ passed"], "true", "did not say what it"),
+    ("R3", ["--emulated-by", SIMULATION], "true", ""),
+])  # fmt: skip
+def test_the_command_says_what_a_record_lacks(
+    rung: str, more: list[str], command: str, told: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    file = tmp_path / "job.json"
+    words = ["--backend", REFERENCE, "--device", "x, emulated", "--report", str(file), *more]
+    assert evidence.main(["--what", KINDS[rung], *words, "--", command]) == (1 if told else 0)
+    assert told in capsys.readouterr().err
+    assert not file.exists() or read(file).rung == ("" if told else rung)
+    with pytest.raises(SystemExit):  # its own job writes that record
+        evidence.main(["--what", KINDS["R2"], *words, "--", "true"])
+
+
+def test_a_row_says_what_a_record_says_of_itself(tmp_path: Path) -> None:
+    """The class's own name, as a report has it: a module's last word may be another. What it tells,
+    and what its stand-in takes for true."""
+    sources = (SIMULATION, STANDINS["mlu"])
+    job = Job("semantics emulated", ASCENDC, "cpu, emulated", emulated_by=sources,
+              tells=r"profile\s+\w+,\s+seed\s+\d+:\s+\d[^.]*?(?=\s+in\s)")  # fmt: skip
+    command = ["printf", "on cpu: profile full, seed 0: 1721 passed in 9.1 s"]
+    record, file = recorded(job, command), tmp_path / "job.json"
+    file.write_text(json.dumps(record))
+    row = rung_of(read(file), "job.json")
+    assert (row.backend, row.assumption) == ("ascendc-emulated", ASSUMED)
+    assert row.emulation == {module: source_sha256(module) for module in sources}
+    assert row.told == "semantics emulated, profile full, seed 0: 1721 passed"
+    assert not recorded(replace(job, tells=r"\d+ failed"), command)["right"]
+    file.write_text(json.dumps(record | {"told": "profile full: 9999 passed"}))
+    with pytest.raises(ValueError, match="'profile full: 9999 passed' was not printed"):
+        read(file)
+    for target in ("portakv.backends.hip:Nobody", "portakv.backends.hip:Launch"):
+        with pytest.raises(SourceError, match="says no name"):
+            evidence.name_of(target)
+
+
+def test_the_recipe_of_the_page_is_about_the_real_kernel(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    recipe = text.partition('--what "built by the vendor\'s toolchain"')[2].partition("```")[0]
+    target = recipe.partition("--backend ")[2].split()[0]
+    device = recipe.partition('--device "')[2].partition('"')[0]
+    assert target == "portakv.backends.ascend:Ascend"
+    built = rung_of(read(record_in(tmp_path, "R5", backend=target, device=device)), f"{RESULTS}a")
+    assert list(ladders.broken_rules(Ladder((built,)))) == []
+
+
+# -- places of the machine ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("printed", "kept"), [
+    ("rootdir: /somewhere/x\ncachedir: .c\nconfigfile: a.toml\n1 passed\n", "1 passed\n"),
+    ("Python 3.11.7 -- /somewhere/bin/python", "Python 3.11.7 -- python"),
+    ("in '/somewhere/else/a.py':3, see", "in 'a.py':3, see"),
+    ("-I/somewhere/include/x -L/somewhere/l", "-Ix -Ll"),
+    ("/a/b/:/c/d", ":d"),
+    *((same, same) for same in (
+        "tests/a.py::t[1] PASSED", "https://a.b/c/d and/or 3 / 4, ../a/b, ~/a/b")),
+])  # fmt: skip
+def test_places_are_left_out(printed: str, kept: str) -> None:
+    assert evidence.without_places(printed) == kept
+
+
+# -- old and foreign reports ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"suite": "2025.01", "seed": ...}, "of suite '2025.01' (installed is"),
+        ({"seed": ...}, "fields ['seed'] missing or unknown"),
+        ({"note": "x"}, "fields ['note'] missing or unknown"),
+        ({"cases": [3]}, "A case record is 3, expected an object"),
+        ({"cases": [{}]}, "A case record has fields"),
+        ({"environment": None}, "'environment' is null, not dict"),
+        ({"backend": {"name": "acme"}}, "unreadable: it does not say the backend's target"),
+        ({"environment": {"python": " "}}, "is unreadable"),
+    ],
+)
+def test_an_old_or_foreign_report_is_refused_in_words(
+    tmp_path: Path, values: dict[str, Any], why: str
+) -> None:
+    known = {name: values[name] for name in ("environment", "backend") if values.get(name)}
+    run = changed(passing(), **known)  # sealed anew
+    told = json.loads(run.document()) | ({} if known else values)
+    file = tmp_path / "old.json"
+    file.write_text(json.dumps({name: value for name, value in told.items() if value is not ...}))
+    with pytest.raises(ValueError, match=re.escape(why)) as refused:
+        read(file)
+    assert "old.json" in str(refused.value)
