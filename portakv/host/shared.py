@@ -120,6 +120,7 @@ class SharedPool:
         if after is not None:
             after.synchronize()
         with self._file.exclusive():
+            check_block(self, block, repr(self.name))  # another thread may have released it
             del self._held[block.index]
             block.drop()
             if self._file.tables["generations"][block.index] != block.generation:

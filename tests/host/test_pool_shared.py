@@ -175,6 +175,20 @@ def test_one_process_more_than_there_is_room_for(
             SharedPool(name)
 
 
+def test_two_threads_that_release_one_block(name: str) -> None:
+    with SharedPool(name, SIZE, 1) as pool:
+        block, taken = pool.acquire(), []
+
+        def meanwhile() -> None:  # as another thread may, while this one waits for the work
+            block.release()
+            taken.append(pool.acquire())
+
+        with refused(HostMemoryError, "released twice"):
+            block.release(after=SimpleNamespace(synchronize=meanwhile))
+        assert taken[0].held
+        assert pool.free == 0
+
+
 @pytest.mark.parametrize("blocks", [1 << 25, 40_000_000])
 def test_the_tables_of_many_blocks_count_in_full(
     name: str, blocks: int, monkeypatch: pytest.MonkeyPatch
