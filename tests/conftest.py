@@ -9,6 +9,7 @@ their own, so that `--fuzz` reaches them; one that wants more writes
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import re
 import signal
@@ -97,6 +98,12 @@ def _check_simdev(used: torch.device) -> None:
         for index in range(2):
             torch.accelerator.synchronize(torch.device(_SIMDEV, index))
         assert not simdev.take_faults()
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was collected out of every later collection of garbage, of which tests ask many."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

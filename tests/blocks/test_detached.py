@@ -128,7 +128,10 @@ def test_one_that_failed_leaves_the_next_right(
 ) -> None:
     pairs = Pairs(simdev_cases.DEVICE, downward, 4)
     told = (torch.OutOfMemoryError, "full") if fault == "full" else (RuntimeError, "link is down")
+    for moved in Pairs(simdev_cases.DEVICE, downward, 1).started():  # to prepare takes memory too
+        moved.synchronize()
     with monkeypatch.context() as patch:
+        patch.setattr(staging, "_known", Bounded("staging", 8))
         if fault == "full":  # no room on the device, and then some
             patch.setattr(torch, "empty", full)
         else:
