@@ -236,10 +236,12 @@ class Registry:
             return ()
         with self._lock:
             if device not in self._tells:
-                told = []
+                classes = []
                 for name in self.names():
                     with suppress(Exception, SystemExit):  # what does not load knows of no tensors
-                        told.append(self._class(name).hides(device))
+                        classes.append(self._class(name))
+                # Not suppressed: without an answer bytes of a private format might be moved.
+                told = [cls.hides(device) for cls in classes]
                 self._tells[device] = tuple(tell for tell in told if tell is not None)
             return self._tells[device]
 

@@ -168,9 +168,10 @@ def resolve(device: torch.device | str | int) -> torch.device:
     try:
         return indexed(torch.device(device) if isinstance(device, int) else device)
     except (DeviceAbsent, RuntimeError) as error:
+        why = str(error).rstrip(".")
         raise BackendUnavailable(
-            f"Host memory was to be used with the device {device}, and {str(error).rstrip('.')}. "
-            f"Name a device of this machine, or leave it out."
+            f"Host memory was to be used with the device {device}, and {why}"
+            f"{'' if why.endswith('?') else '.'} Name a device of this machine, or leave it out."
         ) from None
 
 

@@ -20,7 +20,7 @@ from support.guarded_memory import refused
 from support.pool_processes import SIZE, Child, holder, opener, unused_name
 
 from portakv.errors import SlotError
-from portakv.host import _shared_file, shared
+from portakv.host import _pages, _shared_file, shared
 from portakv.host.pinned import HostMemoryError
 from portakv.host.shared import PoolExhausted, SharedPool
 
@@ -194,7 +194,7 @@ def test_the_tables_of_many_blocks_count_in_full(
     name: str, blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """64 bytes for each block are more than a numpy type may have."""
-    monkeypatch.setattr(_shared_file._pages, "available", lambda: 1 << 31)
+    monkeypatch.setattr(_pages, "available", lambda: 1 << 31)
     with refused(HostMemoryError) as caught:
         SharedPool(name, 64, blocks)
     found = re.match(r"A shared pool of (\d+) bytes was asked for", str(caught.value))

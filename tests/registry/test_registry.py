@@ -51,6 +51,22 @@ def test_environment_beats_argument_beats_choice(monkeypatch: pytest.MonkeyPatch
     assert registry.choose("cpu").name == "one"
 
 
+def test_one_that_cannot_tell_of_private_formats_is_not_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its device's tensors may not be moved unasked."""
+    broken: Any = small_backend("one")
+
+    def hides(device: torch.device) -> None:
+        raise RuntimeError(f"no format is told of on {device}")
+
+    broken.hides = staticmethod(hides)
+    register_backend("one", broken)
+    monkeypatch.setattr(torch._C, "_get_privateuse1_backend_name", lambda: "cpu")
+    with pytest.raises(RuntimeError, match="no format is told of on cpu"):
+        registry.REGISTRY.tells(torch.device("cpu"))
+
+
 def test_unknown_forced_backend_lists_the_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     register_backend("one", small_backend("one"))
     with refused(BackendUnavailable, "'none'", "known are", "one, compiled", "let the") as caught:

@@ -29,6 +29,7 @@ from portakv.runtime.devices import (
     inside,
     known,
     refuse_capture,
+    resolve,
     this_process,
     usable_device,
 )
@@ -143,6 +144,9 @@ def test_a_name_that_torch_does_not_know_suggests_the_device_that_was_meant(
         f"Device {asked!r} was asked for, but torch knows no {kind} devices{hint} Pass a device of "
         f"this machine: {present}."
     )
+    with pytest.raises(BackendUnavailable) as host:
+        resolve(asked)
+    assert str(host.value).endswith(f"{hint} Name a device of this machine, or leave it out.")
     with pytest.raises(DeviceMismatch) as command:
         usable_device(asked)
     assert hint.rstrip(".") in str(command.value)
