@@ -7,3 +7,40 @@ what must never happen (`test_safety`, `test_far`), what a backend claims (`test
 `test_lies`), order, devices and graphs (`test_ordering`, `test_devices`, `test_capture`), and
 structures that nobody thought of (`test_drawn`, `test_metamorphic`, `test_stateful`).
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from portakv_conformance.draw.arrangement import Case, Side
+from portakv_conformance.draw.by_hand import CHUNK, DIRECTIONS, PAGED, Shape, Workshop
+from portakv_conformance.judge.claims import full
+from portakv_conformance.judge.device_support import Facility
+from portakv_conformance.judge.judging import Judge, asked_of, index_of, view_of
+from portakv_conformance.judge.subject import Subject
+
+__all__ = [
+    "CHUNK", "DIRECTIONS", "PAGED", "Bench", "Case", "Facility", "Judge", "Shape", "Side",
+    "Subject", "Workshop", "asked_of", "full", "index_of", "view_of",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bench(Workshop):
+    """Makes the copies of a case of the suite, and has them judged."""
+
+    judge: Judge = field(kw_only=True)
+
+    @property
+    def subject(self) -> Subject:
+        """What is judged."""
+        return self.judge.subject
+
+    @property
+    def facility(self) -> Facility:
+        """Streams and delays of its device."""
+        return self.judge.facility
+
+    def copy(self, case: Case) -> bool:
+        """Judge a case as a user gets it; False where the backend declines it, as it may."""
+        return self.judge.copy(case)

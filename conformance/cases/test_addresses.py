@@ -11,11 +11,18 @@ import pytest
 
 from portakv import BackendUnavailable, Unsupported, copy_rows
 from portakv.registry.registry import ENGINES
+from portakv_conformance.cases import (
+    CHUNK,
+    PAGED,
+    Bench,
+    Case,
+    Judge,
+    Shape,
+    asked_of,
+    full,
+    view_of,
+)
 from portakv_conformance.draw import by_hand
-from portakv_conformance.draw.arrangement import Case
-from portakv_conformance.draw.by_hand import CHUNK, PAGED, Shape, Workshop
-from portakv_conformance.judge.claims import full
-from portakv_conformance.judge.judging import Judge, asked_of, view_of
 
 pytestmark = pytest.mark.area("corners")
 
@@ -26,13 +33,13 @@ _TRIES = 1000
 @pytest.mark.parametrize(
     "layout", ["layer | kv block token head dim", "layer kv | block token head dim"]
 )
-def test_tensors_in_no_order(judge: Judge, workshop: Workshop, direction: str, layout: str) -> None:
+def test_tensors_in_no_order(workshop: Bench, direction: str, layout: str) -> None:
     """Where tensors lie in memory says nothing of which layer they are."""
     slots = workshop.shuffled(SHAPE.slots, 9, 1)
     for seed in range(workshop.seed, workshop.seed + _TRIES):
         case = workshop.move(direction, SHAPE, slots, layout=layout, place="scattered", seed=seed)
         if _in_no_order(case, direction):
-            judge.copy(case)
+            workshop.copy(case)
             return
     pytest.fail(f"In {_TRIES} tries the allocator never placed tensors out of order.")
 
@@ -53,15 +60,15 @@ _EXPANDED = {"gather": ("kv", "token", "head"), "scatter": ("kv", "layer")}
 @pytest.mark.parametrize(
     ("direction", "axis"), [(way, axis) for way, axes in _EXPANDED.items() for axis in axes]
 )
-def test_a_source_that_is_expanded(judge: Judge, home: Workshop, direction: str, axis: str) -> None:
+def test_a_source_that_is_expanded(home: Bench, direction: str, axis: str) -> None:
     """A source may show one row in several places, by a stride of 0; each place is a row."""
     how: dict[str, Any] = {"expand": by_hand.dimension(home.paged, axis)}
     if direction == "scatter":
         how = {"chunk": {"expand": by_hand.dimension(CHUNK, axis)}}
-    judge.copy(home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 9, 1), **how))
+    home.copy(home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 9, 1), **how))
 
 
-def test_caches_that_share_tensors(judge: Judge, workshop: Workshop, direction: str) -> None:
+def test_caches_that_share_tensors(workshop: Bench, direction: str) -> None:
     """A cache is all of its tensors in their order, not the first or the last of them."""
     source = direction == "gather"
     slots = workshop.shuffled(SHAPE.slots, 9, 1)
@@ -79,7 +86,7 @@ def test_caches_that_share_tensors(judge: Judge, workshop: Workshop, direction: 
         guards = [*one.guards, *two.guards]
         cache = replace(one, tensors=list(tensors), guards=guards, arrangement=None)
         chunk = workshop.chunk(SHAPE, 9, source=not source, storage=2000 + number)
-        judge.copy(by_hand.between(direction, cache, chunk, 9))
+        workshop.copy(by_hand.between(direction, cache, chunk, 9))
 
 
 #: What lies on the host, and its dimension with a stride of 0 or of 1 element.
@@ -97,9 +104,7 @@ _SEEN_TWICE = [
 @pytest.mark.parametrize(
     "engine", ["subject", "automatic", *(pytest.param(engine, marks=full) for engine in ENGINES)]
 )
-def test_host_sources_that_are_expanded(
-    judge: Judge, home: Workshop, engine: str, pinned: bool, every: int
-) -> None:
+def test_host_sources_that_are_expanded(home: Bench, engine: str, pinned: bool, every: int) -> None:
     """Host memory whose rows share bytes is copied to the device row by row, by every engine."""
     host = replace(home, device="cpu")
     for layout, axis in _SEEN_TWICE:
@@ -116,9 +121,9 @@ def test_host_sources_that_are_expanded(
             dst = home.cache(shape, slots, layout=cache, source=False)
         case = Case(by_hand.on_host(src, pinned), dst, 9)
         if engine == "subject":
-            judge.copy(case)
+            home.copy(case)
         else:
-            _by_engine(judge, case, None if engine == "automatic" else engine)
+            _by_engine(home.judge, case, None if engine == "automatic" else engine)
 
 
 def _by_engine(judge: Judge, case: Case, engine: str | None) -> None:

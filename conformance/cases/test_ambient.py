@@ -11,9 +11,7 @@ import pytest
 import torch
 
 from portakv.registry.self_check import SelfCheck, self_check
-from portakv_conformance.draw.by_hand import Shape, Workshop
-from portakv_conformance.judge.judging import Judge, asked_of
-from portakv_conformance.judge.subject import Subject
+from portakv_conformance.cases import Bench, Judge, Shape, Subject, asked_of
 
 pytestmark = pytest.mark.area("safety")
 
@@ -58,7 +56,7 @@ _STATES: dict[str, Callable[[torch.device], AbstractContextManager[object]]] = {
 
 
 @pytest.mark.parametrize("state", _STATES)
-def test_a_copy_under_a_setting(judge: Judge, home: Workshop, direction: str, state: str) -> None:
+def test_a_copy_under_a_setting(home: Bench, direction: str, state: str) -> None:
     """What is made and copied under a setting is what it is at any other time, and serves then."""
     shape = Shape(layers=3, heads=3, widths=(48, 48), blocks=90 + list(_STATES).index(state))
     slots = home.shuffled(shape.slots, 19, 2)
@@ -67,13 +65,13 @@ def test_a_copy_under_a_setting(judge: Judge, home: Workshop, direction: str, st
         case = home.move(direction, shape, slots)
 
         def carry() -> None:
-            with _STATES[state](judge.subject.device):
-                judge.finish(judge.subject.copy(*asked_of(case), count=case.count))
+            with _STATES[state](home.subject.device):
+                home.judge.finish(home.subject.copy(*asked_of(case), count=case.count))
 
-        judge.judge(case, carry)
+        home.judge.judge(case, carry)
 
     judged()
-    judge.copy(home.move(direction, shape, slots))
+    home.copy(home.move(direction, shape, slots))
     judged()
 
 

@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from portakv import TransferError, Unsupported
-from portakv_conformance.draw.arrangement import Case
-from portakv_conformance.draw.by_hand import Shape, Workshop
+from portakv_conformance.cases import Bench, Case, Judge, Shape, asked_of
 from portakv_conformance.judge.claims import launch_of
-from portakv_conformance.judge.judging import Judge, asked_of, changed
+from portakv_conformance.judge.judging import changed
 from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.pattern import pattern_bytes
 
@@ -30,7 +29,7 @@ SHAPE = Shape(layers=3, widths=(64, 64))
 FIRST = Shape(layers=3, heads=7, widths=(104, 104), block_size=12)
 
 
-def device_case(home: Workshop, direction: str, holes: int, shape: Shape = SHAPE) -> Case:
+def device_case(home: Bench, direction: str, holes: int, shape: Shape = SHAPE) -> Case:
     """A case with ids on the device."""
     slots = torch.tensor(home.shuffled(shape.slots, 9, holes))
     return home.move(direction, shape, slots.to(home.device))
@@ -46,13 +45,13 @@ def captured(call: Any) -> tuple[Any, Any]:
     return graph, returned
 
 
-def check_replays(judge: Judge, case: Case, graph: Any, home: Workshop, holes: int) -> None:
+def check_replays(home: Bench, case: Case, graph: Any, holes: int) -> None:
     """Replay with new ids and new bytes, and judge each time."""
     side = case.src if case.src.ids is not None else case.dst
     assert side.ids is not None
     for turn in range(3):
         shop = replace(home, seed=home.seed + turn)
-        if judge.subject.can.index_on == "device":
+        if home.subject.can.index_on == "device":
             side.ids.copy_(torch.tensor(shop.shuffled(side.slots, 9, holes)))
         for number, guard in enumerate(case.src.guards):
             fresh = pattern_bytes(home.seed + turn + 1, number, guard.nbytes)
@@ -60,64 +59,64 @@ def check_replays(judge: Judge, case: Case, graph: Any, home: Workshop, holes: i
         expected = case.expected()
         graph.replay()
         torch.cuda.synchronize()
-        judge.check(expected, case, f"At replay {turn}: ")
+        home.judge.check(expected, case, f"At replay {turn}: ")
 
 
-def check_captured_launch(judge: Judge, home: Workshop, direction: str, *, first: bool) -> None:
+def check_captured_launch(home: Bench, direction: str, *, first: bool) -> None:
     """Capture a launch that was never called before, or one that was, and replay it."""
-    if not judge.claims("capturable", "its launches cannot be captured into a graph."):
+    if not home.judge.claims("capturable", "its launches cannot be captured into a graph."):
         return
-    holes = 2 if judge.subject.can.skips_negative else 0
+    holes = 2 if home.subject.can.skips_negative else 0
     case = device_case(home, direction, holes, FIRST if first else SHAPE)
-    launch = launch_of(judge.subject, case)
+    launch = launch_of(home.subject, case)
     if not first:
-        judge.launch(case)  # made its tables, and all that a first launch makes
+        home.judge.launch(case)  # made its tables, and all that a first launch makes
         launch(None, None)
     before = Memory.snapshot(case.dst.tensors)
     graph, pending = captured(lambda: launch(None, None))
     assert pending is None, "A captured launch returned a Pending: nobody can wait for a replay."
     wrong = changed(before, case.dst.tensors)
     assert wrong is None, f"A captured launch is carried out at a replay, but {wrong}."
-    check_replays(judge, case, graph, home, holes)
+    check_replays(home, case, graph, holes)
 
 
-def test_a_launch_is_captured_and_replayed(judge: Judge, home: Workshop, direction: str) -> None:
+def test_a_launch_is_captured_and_replayed(home: Bench, direction: str) -> None:
     """What was captured reads ids and bytes anew at every replay."""
-    check_captured_launch(judge, home, direction, first=False)
+    check_captured_launch(home, direction, first=False)
 
 
-def test_a_first_launch_inside_a_capture(judge: Judge, home: Workshop, direction: str) -> None:
+def test_a_first_launch_inside_a_capture(home: Bench, direction: str) -> None:
     """What a launch needs is made when it is prepared: its first call may be inside a capture."""
-    check_captured_launch(judge, home, direction, first=True)
+    check_captured_launch(home, direction, first=True)
 
 
-def test_a_copy_inside_a_capture(judge: Judge, home: Workshop, direction: str) -> None:
+def test_a_copy_inside_a_capture(home: Bench, direction: str) -> None:
     """As a user gets it: a copy of device ids is captured, or refused with nothing enqueued."""
-    can = judge.subject.can
+    can = home.subject.can
     able = can.capturable and can.skips_negative and can.guards and can.index_on == "device"
     case = device_case(home, direction, 2)
-    call = partial(judge.subject.copy, *asked_of(case), count=case.count)
+    call = partial(home.subject.copy, *asked_of(case), count=case.count)
     call().synchronize()
     if able:
         graph, transfer = captured(call)
         for ask in (transfer.done, transfer.synchronize):
             with pytest.raises(TransferError):
                 ask()
-        check_replays(judge, case, graph, home, 2)
+        check_replays(home, case, graph, 2)
         return
-    judge.not_claimed("capturable", "a copy of device ids inside a capture is refused.")
-    refused_in_capture(judge, case, call)
-    judge.copy(case)
+    home.judge.not_claimed("capturable", "a copy of device ids inside a capture is refused.")
+    refused_in_capture(home.judge, case, call)
+    home.copy(case)
 
 
-def test_host_ids_inside_a_capture(judge: Judge, home: Workshop, direction: str) -> None:
+def test_host_ids_inside_a_capture(home: Bench, direction: str) -> None:
     """A backend that reads ids on the device is refused those of the host inside a capture."""
     case = home.some(direction, SHAPE, 9)
-    call = partial(judge.subject.copy, *asked_of(case), count=case.count)
+    call = partial(home.subject.copy, *asked_of(case), count=case.count)
     call().synchronize()
-    if judge.subject.can.index_on == "device":
-        refused_in_capture(judge, case, call)
-    judge.copy(case)
+    if home.subject.can.index_on == "device":
+        refused_in_capture(home.judge, case, call)
+    home.copy(case)
 
 
 def refused_in_capture(judge: Judge, case: Case, call: Any) -> None:

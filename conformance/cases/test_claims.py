@@ -5,7 +5,6 @@ where nothing of the library helps; what it does not claim is refused, with ever
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +14,8 @@ import torch
 from portakv import Unsupported
 from portakv.backends.base import refusal
 from portakv.view.form import PLACES
-from portakv_conformance.draw.arrangement import Case, Side
-from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop, on_host
+from portakv_conformance.cases import DIRECTIONS, Bench, Case, Shape, Side, Subject
+from portakv_conformance.draw.by_hand import on_host
 from portakv_conformance.judge.claims import (
     check_at_once,
     check_guarded,
@@ -26,8 +25,7 @@ from portakv_conformance.judge.claims import (
     launch_of,
     plan_of,
 )
-from portakv_conformance.judge.judging import Judge, takes
-from portakv_conformance.judge.subject import Subject
+from portakv_conformance.judge.judging import takes
 
 pytestmark = pytest.mark.area("claims")
 
@@ -60,131 +58,119 @@ def _in(place: str, side: Side) -> Side:
     return side if place == "device" else on_host(side, place == "pinned")
 
 
-_ON_HOST = ("pageable", "pageable")
 _PAIRS = [
-    ("device", "device"), ("device", "pinned"), ("pinned", "device"), ("device", "pageable"),
-    ("pageable", "device"),
+    pytest.param(pair, marks=pytest.mark.needs("accelerator" if "device" in pair else "host"))
+    for pair in (
+        ("pageable", "pageable"), ("device", "device"), ("device", "pinned"), ("pinned", "device"),
+        ("device", "pageable"), ("pageable", "device"),
+    )
 ]  # fmt: skip
 
 
 @pytest.mark.claim("places")
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize(
-    "pair",
-    [
-        pytest.param(_ON_HOST, marks=pytest.mark.needs("host")),
-        *(pytest.param(pair, marks=pytest.mark.needs("accelerator")) for pair in _PAIRS),
-    ],
-    ids="-".join,
-)
-def test_places(judge: Judge, home: Workshop, pair: tuple[str, str], direction: str) -> None:
+@pytest.mark.parametrize("pair", _PAIRS, ids="-".join)
+def test_places(home: Bench, pair: tuple[str, str], direction: str) -> None:
     """It copies between the places that it claims, and refuses plans between others."""
     case, way = home.some(direction, SHAPE, 9), f"from {pair[0]} to {pair[1]} memory"
     case = Case(_in(pair[0], case.src), _in(pair[1], case.dst), case.count)
-    if pair in judge.subject.can.places:
-        claimed(judge, case, "places", f"copies {way}")
+    if pair in home.subject.can.places:
+        claimed(home.judge, case, "places", f"copies {way}")
         return
-    judge.not_claimed("places", f"it does not copy {way}.")
+    home.judge.not_claimed("places", f"it does not copy {way}.")
     plan = plan_of(case)
     try:
-        judge.subject.prepare(plan)
+        home.subject.prepare(plan)
     except Unsupported:
-        judge.copy(case)  # the library stages it, or the backend is refused
+        home.copy(case)  # the library stages it, or the backend is refused
         return
     raise AssertionError(f"It prepares a plan that it does not claim:\n{plan}")
 
 
 @pytest.mark.claim("index_on")
-def test_ids_are_read_where_claimed(judge: Judge, home: Workshop, direction: str) -> None:
+def test_ids_are_read_where_claimed(home: Bench, direction: str) -> None:
     """The launch reads ids where it claims to, on both sides at once too."""
     for step in (1, SHAPE.block_size):
-        ids = judge.ids(home.shuffled(SHAPE.slots // step, 5))
+        ids = home.judge.ids(home.shuffled(SHAPE.slots // step, 5))
         case = home.move(direction, SHAPE, ids, step=step)
-        claimed(judge, case, "index_on", f"reads ids on the {judge.subject.can.index_on}")
-    _within_one_cache(judge, home, (None, None), "index_on", "reads ids of both sides")
+        claimed(home.judge, case, "index_on", f"reads ids on the {home.subject.can.index_on}")
+    _within_one_cache(home, (None, None), "index_on", "reads ids of both sides")
 
 
-def _within_one_cache(
-    judge: Judge, home: Workshop, dtypes: Sequence[torch.dtype | None], field: str, what: str
-) -> None:
+def _within_one_cache(home: Bench, dtypes: tuple[Any, Any], field: str, what: str) -> None:
     """Judge a copy within one cache, which a backend may decline whatever it claims of ids."""
     slots = home.shuffled(SHAPE.slots, 12)
-    cache = home.cache(SHAPE, judge.ids(slots[:6], dtypes[0]))
-    case = Case(cache, replace(cache, ids=judge.ids(slots[6:], dtypes[1])), 6)
-    if takes(judge.subject, case):
-        claimed(judge, case, field, what)
+    cache = home.cache(SHAPE, home.judge.ids(slots[:6], dtypes[0]))
+    case = Case(cache, replace(cache, ids=home.judge.ids(slots[6:], dtypes[1])), 6)
+    if takes(home.subject, case):
+        claimed(home.judge, case, field, what)
     else:
-        judge.copy(case)
+        home.copy(case)
 
 
 @pytest.mark.claim("index_dtypes")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
-def test_ids_are_read_in_the_claimed_dtypes(
-    judge: Judge, home: Workshop, dtype: torch.dtype, direction: str
-) -> None:
+def test_ids_are_read_in_the_claimed_dtypes(home: Bench, dtype: Any, direction: str) -> None:
     """The launch reads ids of each dtype that it claims, also where the sides' dtypes differ."""
-    if dtype not in judge.subject.can.index_dtypes:
-        judge.not_claimed("index_dtypes", f"ids of {dtype} are converted before the launch.")
-        judge.copy(home.move(direction, SHAPE, torch.tensor([3, 0, 9], dtype=dtype)))
+    if dtype not in home.subject.can.index_dtypes:
+        home.judge.not_claimed("index_dtypes", f"ids of {dtype} are converted before the launch.")
+        home.copy(home.move(direction, SHAPE, torch.tensor([3, 0, 9], dtype=dtype)))
         return
-    ids = judge.ids(home.shuffled(SHAPE.slots, 9), dtype)
-    claimed(judge, home.move(direction, SHAPE, ids), "index_dtypes", f"reads ids of {dtype}")
-    for other in judge.subject.can.index_dtypes:
-        what = f"reads {dtype} beside {other}"
-        _within_one_cache(judge, home, (dtype, other), "index_dtypes", what)
+    ids = home.judge.ids(home.shuffled(SHAPE.slots, 9), dtype)
+    claimed(home.judge, home.move(direction, SHAPE, ids), "index_dtypes", f"reads ids of {dtype}")
+    for other in home.subject.can.index_dtypes:
+        _within_one_cache(home, (dtype, other), "index_dtypes", f"reads {dtype} beside {other}")
 
 
 @pytest.mark.claim("skips_negative")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("step", [1, 4])
-def test_negative_ids_reach_the_launch(
-    judge: Judge, home: Workshop, step: int, direction: str
-) -> None:
+def test_negative_ids_reach_the_launch(home: Bench, step: int, direction: str) -> None:
     """A launch that claims to skip negative ids moves nothing for any negative number."""
-    if not judge.claims("skips_negative", "negative ids are removed before the launch."):
-        judge.copy(home.move(direction, SHAPE, [-1, 3, -1], step=step))
+    if not home.judge.claims("skips_negative", "negative ids are removed before the launch."):
+        home.copy(home.move(direction, SHAPE, [-1, 3, -1], step=step))
         return
-    for dtype in judge.subject.can.index_dtypes:
+    for dtype in home.subject.can.index_dtypes:
         least = torch.iinfo(dtype).min
         for ids in ([-1, 3, 0], [3, 0, -1], [-1, -1], [-7, 2, least, 5], [least // 4, 1, -(2**20)]):
-            case = home.move(direction, SHAPE, judge.ids(ids, dtype), step=step)
-            claimed(judge, case, "skips_negative", "skips negative ids")
+            case = home.move(direction, SHAPE, home.judge.ids(ids, dtype), step=step)
+            claimed(home.judge, case, "skips_negative", "skips negative ids")
 
 
 @pytest.mark.claim("guards")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("step", [1, 4])
-def test_bad_ids_are_guarded(judge: Judge, home: Workshop, step: int, direction: str) -> None:
+def test_bad_ids_are_guarded(home: Bench, step: int, direction: str) -> None:
     """A launch that guards moves nothing for an id past the end, moves all others, and writes the
     position + 1 of a bad id to the status word, if it is given one."""
-    if not judge.claims("guards", "bad ids are found before the launch."):
+    if not home.judge.claims("guards", "bad ids are found before the launch."):
         return
     past = SHAPE.slots // step
     lists = [[1, past, 3], [past, 2], [0, 4, past], [1, past, 3, past], [4, 2, 0]]
-    for dtype in judge.subject.can.index_dtypes:
+    for dtype in home.subject.can.index_dtypes:
         wild = [past + 1, 2**31 - 1]
         wild += [2**31, 2**32 + 1, 2**40, 2**61, 2**62, 2**63 - 1] if dtype == torch.int64 else []
         for number, ids in enumerate([lists[0], *([1, bad, 3] for bad in wild), *lists]):
-            case = home.move(direction, SHAPE, judge.ids(ids, dtype), step=step)
-            check_guarded(judge, case, word=number > 0)
+            case = home.move(direction, SHAPE, home.judge.ids(ids, dtype), step=step)
+            check_guarded(home.judge, case, word=number > 0)
 
 
 @pytest.mark.claim("alignment")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("vector", [1, 2, 4, 8, 16])
-def test_alignment(judge: Judge, home: Workshop, vector: int, direction: str) -> None:
+def test_alignment(home: Bench, vector: int, direction: str) -> None:
     """It takes rows that are aligned as it claims and no better, and refuses any less."""
     for how in ({"shift": vector}, {"pads": {4: vector}}, {"pads": {2: vector}}):
         as_bytes: dict[str, Any] = {"dtype": torch.uint8, **how}
         case = home.some(direction, Shape(widths=(64, 64)), 9, **as_bytes)
         plan = plan_of(case)
         assert plan.vector >= min(vector, 16), f"The suite's plan has vector {plan.vector}."
-        if plan.vector < judge.subject.can.alignment:
-            check_refused(judge, case)
+        if plan.vector < home.subject.can.alignment:
+            check_refused(home.judge, case)
         # Padding may need more loops than it claims; an offset in the storage never does.
-        elif "shift" in how or refusal(judge.subject.can, plan) is None:
-            claimed(judge, case, "alignment", f"takes rows at multiples of {plan.vector} B")
+        elif "shift" in how or refusal(home.subject.can, plan) is None:
+            claimed(home.judge, case, "alignment", f"takes rows at multiples of {plan.vector} B")
 
 
 #: For each number of strided loops in a plan, the extents (layers, kv, heads, tokens) that make it.
@@ -194,7 +180,7 @@ _LOOPS = {0: (1, 1, 1, 1), 1: (1, 1, 2, 1), 2: (1, 2, 2, 1), 3: (3, 2, 2, 1), 4:
 @pytest.mark.claim("max_loops")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("loops", _LOOPS)
-def test_max_loops(judge: Judge, home: Workshop, loops: int, direction: str) -> None:
+def test_max_loops(home: Bench, loops: int, direction: str) -> None:
     """It takes nests of as many strided loops as it claims, and refuses deeper ones."""
     layers, kv, heads, step = _LOOPS[loops]
     shape = Shape(layers=layers, heads=heads, widths=(32,) * kv)
@@ -204,40 +190,41 @@ def test_max_loops(judge: Judge, home: Workshop, loops: int, direction: str) -> 
     case = home.some(direction, shape, 3, step=step, pads=pads)
     plan = plan_of(case)
     assert max(len(nest.loops) for nest in plan.nests) == loops, str(plan)
-    most = judge.subject.can.max_loops
+    most = home.subject.can.max_loops
     if most is None or loops <= most:
-        claimed(judge, case, "max_loops", f"takes {loops} strided loops")
+        claimed(home.judge, case, "max_loops", f"takes {loops} strided loops")
     else:
-        check_refused(judge, case)
+        check_refused(home.judge, case)
 
 
 @pytest.mark.claim("tables")
-def test_tables(subject: Subject, judge: Judge, home: Workshop, direction: str) -> None:
+def test_tables(home: Bench, direction: str) -> None:
     """It takes planes in separate allocations, at new addresses in each call; or refuses them."""
     shape, held = Shape(layers=5), []
     # Blocks as a list need a table and no loop, where the home has no list.
     layout = home.paged if "|" in home.paged else home.paged.replace("block", "block |", 1)
-    grain = max(1, subject.can.alignment // 2)
+    grain = max(1, home.subject.can.alignment // 2)
     for number in range(3):
         shop = replace(home, seed=home.seed + number)
         case = shop.some(direction, shape, 9, layout=layout, place="scattered", grain=grain)
         held.append(case)
         assert plan_of(case).tabled, "The suite's plan needs no table."
-        if subject.can.tables:
-            claimed(judge, case, "tables", "takes planes behind a table of addresses")
+        if home.subject.can.tables:
+            claimed(home.judge, case, "tables", "takes planes behind a table of addresses")
         else:
-            check_refused(judge, case)
+            check_refused(home.judge, case)
     launches: dict[Any, Any] = {}
-    for case in held if subject.can.tables else ():
+    for case in held if home.subject.can.tables else ():
         # One prepared launch serves views of one form at any addresses.
         plan = plan_of(case)
         key = (plan.src, plan.dst)
-        launches[key] = launches.get(key) or subject.prepare(plan)
-        judge.judge(case, landing(judge, launch_of(subject, case, launches[key])), lambda: None)
+        launches[key] = launches.get(key) or home.subject.prepare(plan)
+        launch = launch_of(home.subject, case, launches[key])
+        home.judge.judge(case, landing(home.judge, launch), lambda: None)
 
 
 @pytest.mark.claim("threads")
-def test_threads(judge: Judge, home: Workshop) -> None:
+def test_threads(home: Bench) -> None:
     """One launch may be called from several threads at once; copies may be in any case."""
     shape = Shape(layers=3)
     shops = [replace(home, seed=home.seed + n) for n in range(4)]
@@ -245,6 +232,6 @@ def test_threads(judge: Judge, home: Workshop) -> None:
     plans = [plan_of(case) for case in cases]
     assert len({(plan.src, plan.dst) for plan in plans}) == 1
     launch, times = None, 8
-    if judge.claims("threads", "the library lets one thread at a time into a launch."):
-        launch, times = judge.subject.prepare(plans[0]), 40
-    check_at_once(judge, cases, launch, times)
+    if home.judge.claims("threads", "the library lets one thread at a time into a launch."):
+        launch, times = home.subject.prepare(plans[0]), 40
+    check_at_once(home.judge, cases, launch, times)

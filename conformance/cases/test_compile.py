@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from portakv import AdaptiveConnector
-from portakv_conformance.draw.by_hand import Shape, Workshop, between
-from portakv_conformance.judge.judging import Judge
+from portakv_conformance.cases import Bench, Shape, Workshop
+from portakv_conformance.draw.by_hand import between
 
 pytestmark = pytest.mark.area("capture")
 
@@ -30,13 +30,11 @@ def compiler() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("move", ["from_gpu", "to_gpu"])
-def test_a_transfer_inside_a_compiled_function(
-    judge: Judge, home: Workshop, compiler: str, move: str
-) -> None:
+def test_a_transfer_inside_a_compiled_function(home: Bench, compiler: str, move: str) -> None:
     """It comes behind what the function writes before it, and before what is read behind it."""
-    subject = judge.subject
+    subject = home.subject
     if torch._C._len_torch_dispatch_stack():
-        judge.declined.append(
+        home.judge.declined.append(
             "what emulates this device watches every op by a dispatch mode, and torch.compile "
             "traces through none"
         )
@@ -65,9 +63,9 @@ def test_a_transfer_inside_a_compiled_function(
 
         def carry(given: Any = given, returned: list[torch.Tensor] = returned) -> None:
             returned.append(compiled(*given))
-            judge.facility.synchronize()
+            home.facility.synchronize()
 
-        if judge.judge(case, carry):
+        if home.judge.judge(case, carry):
             read, left = (each.cpu().view(torch.uint8) for each in (returned[0], chunk.tensors))
             assert torch.equal(read, left), (
                 "What the compiled function read behind the transfer is not what the transfer left."

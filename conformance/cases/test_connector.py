@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from portakv import AdaptiveConnector
-from portakv_conformance.draw.arrangement import Case, Side
-from portakv_conformance.draw.by_hand import Shape, Workshop, between
-from portakv_conformance.judge.judging import Judge, asked_of, changed
+from portakv_conformance.cases import Bench, Case, Shape, Side, asked_of
+from portakv_conformance.draw.by_hand import between
+from portakv_conformance.judge.judging import changed
 
 pytestmark = pytest.mark.area("corners")
 
@@ -27,8 +27,7 @@ MOVES = ("from_gpu", "to_gpu")
 class Store:
     """Caches, and a connector that moves their rows to chunks and back."""
 
-    judge: Judge
-    home: Workshop
+    home: Bench
     connector: AdaptiveConnector
 
     def caches(self, seed: int = 0, **how: Any) -> Side:
@@ -48,7 +47,7 @@ class Store:
         """Judge a call of the connector, by default under the ids of a case, as that copy."""
         call = partial(getattr(self.connector, move), held or _chunk(case), cache)
         ids = case.src.ids if case.src.ids is not None else case.dst.ids
-        self.judge.call(case, partial(call, *(rest or (ids,))))
+        self.home.judge.call(case, partial(call, *(rest or (ids,))))
 
 
 def _chunk(case: Case) -> Any:
@@ -56,13 +55,13 @@ def _chunk(case: Case) -> Any:
 
 
 @pytest.fixture
-def store(judge: Judge, home: Workshop) -> Store:
+def store(home: Bench) -> Store:
     """A connector for this backend, in a layout that it takes."""
     connector = AdaptiveConnector(
-        judge.subject.device, backend=judge.subject.name, kv_layout=home.paged,
+        home.subject.device, backend=home.subject.name, kv_layout=home.paged,
         chunk_layout=home.dense,
     )  # fmt: skip
-    return Store(judge, home, connector)
+    return Store(home, connector)
 
 
 @pytest.mark.parametrize(
@@ -118,14 +117,14 @@ def test_batches(store: Store, move: str, ragged: bool) -> None:
     batch = partial(call, [_chunk(case) for case in cases], None, slots, starts, ends)
     joined = _joined(caches, cases, slots, lengths)
     if move == "to_gpu":  # all chunks land in one cache: each expectation is made by those before
-        store.judge.call(joined, batch)
+        store.home.judge.call(joined, batch)
         return
     expected = [case.expected() for case in cases]
-    moved = store.judge.call(cases[0], batch, asked=asked_of(joined))
+    moved = store.home.judge.call(cases[0], batch, asked=asked_of(joined))
     for case, wanted in zip(cases, expected, strict=True):
         verdict = changed(wanted.before, case.dst.tensors)
         if moved:
-            verdict = store.judge.compare(wanted, case.dst.tensors, case.src.tensors)
+            verdict = store.home.judge.compare(wanted, case.dst.tensors, case.src.tensors)
         assert verdict is None, verdict
 
 

@@ -3,19 +3,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from portakv_conformance.cases import DIRECTIONS, Bench, Case, Shape, Workshop, full
 from portakv_conformance.draw import by_hand
-from portakv_conformance.draw.arrangement import Case
-from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop
-from portakv_conformance.judge.claims import full
-from portakv_conformance.judge.judging import Judge
 
 pytestmark = pytest.mark.area("corners")
 
+Ints = tuple[int, ...]
 NHD = "layer | kv block token head dim"
 HND = "layer | kv block head token dim"
 FUSED = "layer | block head token (kv dim)"
@@ -31,70 +30,61 @@ _WIDTHS = [
 ]
 
 
-def both_ways(judge: Judge, source: Any, target: Any) -> None:
+def both_ways(home: Bench, source: Any, target: Any) -> None:
     """Judge a copy from the first maker's side to the second's, then the other way.
 
-    A maker is called with ``source=True`` or ``False`` and returns a side with ids.
+    A maker is called with ``source`` True or False and returns a side with ids.
     """
     for make, take in ((source, target), (target, source)):
-        src, dst = make(True), take(False)
-        judge.copy(Case(src, dst, min(len(side.ids) * side.step for side in (src, dst))))
+        src, dst = make(source=True), take(source=False)
+        home.copy(Case(src, dst, min(len(side.ids) * side.step for side in (src, dst))))
 
 
 @pytest.mark.parametrize("width", _WIDTHS)
-def test_row_width(judge: Judge, home: Workshop, width: int) -> None:
+def test_row_width(home: Bench, width: int) -> None:
     """A row of any number of bytes moves whole: nothing is rounded, and no last piece is lost."""
     shape = Shape(layers=1, heads=1, widths=(width, width), blocks=5)
     # A width is a program of its own for backends that compile, so the others go one way only.
     for direction in DIRECTIONS if width in _COMMON else (DIRECTIONS[width % 2],):
-        judge.copy(home.some(direction, shape, 7, 1, dtype=torch.uint8))
+        home.copy(home.some(direction, shape, 7, 1, dtype=torch.uint8))
 
 
-def heads_first(judge: Judge, home: Workshop, direction: str, heads: int, width: int) -> None:
+def heads_first(home: Bench, direction: str, heads: int, width: int) -> None:
     """Judge copies of caches in which each head lies apart, by their layout or in memory alone."""
     shape = Shape(heads=heads, widths=(width, width))
-    judge.copy(home.some(direction, shape, 9, 1, layout=HND))
+    home.copy(home.some(direction, shape, 9, 1, layout=HND))
     memory = by_hand.reordered(home.paged, "kv block head token dim")
-    judge.copy(home.some(direction, shape, 9, 1, memory=memory))
+    home.copy(home.some(direction, shape, 9, 1, memory=memory))
 
 
 @pytest.mark.parametrize("width", [2, 6, 10, 20, 34, 66, 100, 132])
 @pytest.mark.parametrize("heads", [1, 3, 8])
-def test_heads_that_no_vector_divides(judge: Judge, home: Workshop, heads: int, width: int) -> None:
+def test_heads_that_no_vector_divides(home: Bench, heads: int, width: int) -> None:
     """In HND a head's bytes bound the widest access, also where a vector divides the row."""
     for direction in DIRECTIONS:
-        heads_first(judge, home, direction, heads, width)
+        heads_first(home, direction, heads, width)
 
 
 @pytest.mark.parametrize("heads", [5, 6, 12, 40])
-def test_heads_that_are_no_power_of_two(
-    judge: Judge, home: Workshop, direction: str, heads: int
-) -> None:
+def test_heads_that_are_no_power_of_two(home: Bench, direction: str, heads: int) -> None:
     """Heads that lie apart are each moved, and nothing beside the last of them."""
-    heads_first(judge, home, direction, heads, 32)
+    heads_first(home, direction, heads, 32)
 
 
-@pytest.mark.parametrize(
-    ("layout", "widths"),
-    [
-        ("layer kv | block token head dim", (64, 48)),
-        ("layer kv | block token head dim", (6, 10)),
-        ("layer kv | block token head dim", (2, 96, 34)),
-        (FUSED, (256, 128)),
-        (FUSED, (10, 6)),
-        ("layer | block token head (kv dim)", (48, 16)),
-        ("layer | block (kv token dim)", (128, 4)),
-        ("layer | block (kv token dim)", (576, 8)),
-        ("layer | block head (kv token dim)", (64, 32)),
-    ],
-)
-def test_keys_and_values_of_unequal_width(
-    judge: Judge, workshop: Workshop, layout: str, widths: tuple[int, ...]
-) -> None:
+_UNEQUAL = (
+    ("layer kv | block token head dim", (64, 48)), ("layer kv | block token head dim", (6, 10)),
+    ("layer kv | block token head dim", (2, 96, 34)), (FUSED, (256, 128)), (FUSED, (10, 6)),
+    ("layer | block token head (kv dim)", (48, 16)), ("layer | block (kv token dim)", (128, 4)),
+    ("layer | block (kv token dim)", (576, 8)), ("layer | block head (kv token dim)", (64, 32)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "widths"), _UNEQUAL)
+def test_keys_and_values_of_unequal_width(workshop: Bench, layout: str, widths: Ints) -> None:
     """Each kv has a width of its own, in containers, side by side and one behind the other."""
     shape = Shape(heads=2 if "head" in layout else 1, widths=widths)
     for direction in DIRECTIONS:
-        judge.copy(workshop.some(direction, shape, 9, 1, {"layout": PLAIN}, layout=layout))
+        workshop.copy(workshop.some(direction, shape, 9, 1, {"layout": PLAIN}, layout=layout))
 
 
 _MANY = [
@@ -108,25 +98,21 @@ _MANY = [
 
 
 @pytest.mark.parametrize(("heads", "width", "layers"), _MANY)
-def test_many_heads_and_few(
-    judge: Judge, home: Workshop, heads: int, width: int, layers: int
-) -> None:
+def test_many_heads_and_few(home: Bench, heads: int, width: int, layers: int) -> None:
     """128 heads are as good as one, and so is a row of more than 1,024 vectors."""
     shape = Shape(layers=layers, heads=heads, widths=(width, width), blocks=3)
     for direction in DIRECTIONS:
-        judge.copy(home.some(direction, shape, 5, 1))
-        judge.copy(home.some(direction, shape, 5, 1, layout=HND))
+        home.copy(home.some(direction, shape, 5, 1))
+        home.copy(home.some(direction, shape, 5, 1, layout=HND))
 
 
 @pytest.mark.parametrize("layout", ["layer | block token dim", "layer | (block token) 1 dim"])
 @pytest.mark.parametrize("width", [1152, 640, 656, 132])
-def test_one_latent_row_for_each_token(
-    judge: Judge, workshop: Workshop, width: int, layout: str
-) -> None:
+def test_one_latent_row_for_each_token(workshop: Bench, width: int, layout: str) -> None:
     """MLA keeps one row for each token and layer, without keys, values or heads."""
     for direction in DIRECTIONS:
         shape = Shape(layers=3, heads=1, widths=(width,))
-        judge.copy(workshop.some(direction, shape, 11, 2, layout=layout))
+        workshop.copy(workshop.some(direction, shape, 11, 2, layout=layout))
 
 
 _SIZES = (
@@ -136,35 +122,33 @@ _SIZES = (
 
 
 @pytest.mark.parametrize("sizes", _SIZES)
-def test_block_sizes(judge: Judge, workshop: Workshop, sizes: tuple[int, int]) -> None:
+def test_block_sizes(workshop: Bench, sizes: Ints) -> None:
     """Blocks of both sides may have any sizes, and need have no common factor."""
     first, second = (
         Shape(widths=(12, 12), block_size=size, blocks=2 + 256 // size) for size in sizes
     )
     count = min(first.slots, second.slots) - 3
 
-    def make(shape: Shape, layout: str, source: bool) -> Any:
+    def make(shape: Shape, layout: str, *, source: bool) -> Any:
         rng = Workshop(workshop.device, workshop.seed + source)
         return rng.cache(shape, rng.shuffled(shape.slots, count), layout=layout, source=source)
 
-    both_ways(judge, lambda s: make(first, NHD, s), lambda s: make(second, HND, s))
+    both_ways(workshop, partial(make, first, NHD), partial(make, second, HND))
     if first.block_size != second.block_size:
-        both_ways(judge, lambda s: make(first, HND, s), lambda s: make(second, HND, s))
+        both_ways(workshop, partial(make, first, HND), partial(make, second, HND))
 
 
 @pytest.mark.parametrize("sizes", [(4, 4), (4, 8), (8, 4), (4, 6), (16, 128), (3, 4)])
-def test_block_tables_of_both_sides(
-    judge: Judge, workshop: Workshop, sizes: tuple[int, int]
-) -> None:
+def test_block_tables_of_both_sides(workshop: Bench, sizes: Ints) -> None:
     """Block tables on both sides move every token once, whatever their steps have in common."""
     first, second = (Shape(widths=(16, 16), block_size=n, blocks=768 // n) for n in sizes)
 
-    def make(shape: Shape, layout: str, source: bool) -> Any:
+    def make(shape: Shape, layout: str) -> Any:
         step = shape.block_size
         blocks = workshop.shuffled(shape.blocks, 384 // step)
-        return workshop.cache(shape, blocks, step=step, layout=layout, source=source)
+        return partial(workshop.cache, shape, blocks, step=step, layout=layout)
 
-    both_ways(judge, lambda s: make(first, NHD, s), lambda s: make(second, HND, s))
+    both_ways(workshop, make(first, NHD), make(second, HND))
 
 
 _TWOS = (
@@ -177,14 +161,12 @@ _TWOS = (
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("layout", _TWOS)
-def test_shapes_in_which_every_extent_is_two(
-    judge: Judge, workshop: Workshop, layout: str, layers: int
-) -> None:
+def test_shapes_in_which_every_extent_is_two(workshop: Bench, layout: str, layers: int) -> None:
     """Which axis is which is said by the layout, never by an extent that happens to be 2."""
     shape = Shape(layers, widths=(4, 4), block_size=2, blocks=2)
     for direction in DIRECTIONS:
-        judge.copy(workshop.move(direction, shape, [3, 0, 1], layout=layout))
-        judge.copy(workshop.move(direction, shape, [1, 0], step=2, layout=layout))
+        workshop.copy(workshop.move(direction, shape, [3, 0, 1], layout=layout))
+        workshop.copy(workshop.move(direction, shape, [1, 0], step=2, layout=layout))
 
 
 #: How a cache lies: the axis that is further apart, by how many elements; the order in memory; or
@@ -221,11 +203,11 @@ def _lying(layout: str, how: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("how", _PADDED)
-def test_strides_and_padding(judge: Judge, home: Workshop, direction: str, how: str) -> None:
+def test_strides_and_padding(home: Bench, direction: str, how: str) -> None:
     """Rows lie where strides and storage offsets say; the bytes between them are not touched."""
     shape, wanted = Shape(layers=3, widths=(16, 16)), _lying(home.paged, _PADDED[how])
-    judge.copy(home.some(direction, shape, 9, 1, **wanted))
-    judge.copy(home.some(direction, shape, 3, 1, step=4, **wanted))
+    home.copy(home.some(direction, shape, 9, 1, **wanted))
+    home.copy(home.some(direction, shape, 3, 1, step=4, **wanted))
 
 
 #: How a chunk lies, as keywords of `arranged`.
@@ -240,59 +222,50 @@ _CHUNKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("how", _CHUNKS)
-def test_chunks_that_are_not_contiguous(
-    judge: Judge, home: Workshop, direction: str, how: str
-) -> None:
+def test_chunks_that_are_not_contiguous(home: Bench, direction: str, how: str) -> None:
     """A chunk need not be contiguous: what is written arrives in it, not in a copy of it."""
-    judge.copy(home.some(direction, Shape(widths=(16, 16)), 9, 1, _CHUNKS[how]))
+    home.copy(home.some(direction, Shape(widths=(16, 16)), 9, 1, _CHUNKS[how]))
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        "block | kv layer token (head dim)",
-        "block | layer token kv head dim",
-        "block token | layer kv head dim",
-    ],
-)
+_LISTS = (
+    "block | kv layer token (head dim)", "block | layer token kv head dim",
+    "block token | layer kv head dim",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", _LISTS)
 @pytest.mark.parametrize("place", ["separate", "strided", "scattered"])
-def test_lists_of_memory_objects(judge: Judge, home: Workshop, layout: str, place: str) -> None:
+def test_lists_of_memory_objects(home: Bench, layout: str, place: str) -> None:
     """A list of buffers, each a block, is one paged view and moves in one copy."""
     cache, store = Shape(blocks=8), Shape(block_size=16, blocks=2)
     slots = home.shuffled(cache.slots, 27, 2)
     how: dict[str, Any] = {"layout": layout, "place": place}
-    both_ways(
-        judge,
-        lambda source: home.cache(cache, slots, source=source),
-        lambda source: home.cache(store, list(range(27)), source=source, **how),
-    )
+    paged, listed = partial(home.cache, cache, slots), partial(home.cache, store, range(27), **how)
+    both_ways(home, paged, listed)
 
 
 @pytest.mark.parametrize("layout", ["layer | block page", "block layer page", "block | layer page"])
 @pytest.mark.parametrize("page", [132 * 4, 66, 7, 584 * 4])
-def test_opaque_pages(judge: Judge, workshop: Workshop, page: int, layout: str) -> None:
+def test_opaque_pages(workshop: Bench, page: int, layout: str) -> None:
     """An opaque page moves whole, and its padding stays."""
     shape = Shape(widths=(page,), heads=1)
     how: dict[str, Any] = {"step": shape.block_size, "dtype": torch.uint8}
     padded: dict[str, Any] = {"layout": "layer | block page", "pads": {1: 5}, **how}
     holes, blocks = workshop.shuffled(6, 4, 1), workshop.shuffled(6, 4)
-    both_ways(
-        judge,
-        lambda source: workshop.cache(shape, holes, source=source, **padded),
-        lambda source: workshop.cache(shape, blocks, source=source, **how, layout=layout),
-    )
+    mine = partial(workshop.cache, shape, holes, **padded)
+    both_ways(workshop, mine, partial(workshop.cache, shape, blocks, **how, layout=layout))
 
 
-def test_one_source_row_for_many_tokens(judge: Judge, home: Workshop) -> None:
+def test_one_source_row_for_many_tokens(home: Bench) -> None:
     """A source may have a stride of 0, and one slot may be read many times."""
     spread = {"layout": "kv layer token head dim", "expand": 2}
-    judge.copy(home.some("scatter", Shape(), 8, 0, spread))
-    judge.copy(home.gather(Shape(), [5, 5, 5, 0, 5, -1, 5]))
+    home.copy(home.some("scatter", Shape(), 8, 0, spread))
+    home.copy(home.gather(Shape(), [5, 5, 5, 0, 5, -1, 5]))
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("kind", ["tokens", "blocks", "layers", "rows-of-a-block"])
-def test_more_than_a_grid_holds(judge: Judge, home: Workshop, kind: str, direction: str) -> None:
+def test_more_than_a_grid_holds(home: Bench, kind: str, direction: str) -> None:
     """Nothing is clipped of many tokens, many blocks, many runs of a token or a long block."""
     rng, how = torch.Generator().manual_seed(home.seed), dict[str, Any]()
     if kind == "tokens":
@@ -307,14 +280,14 @@ def test_more_than_a_grid_holds(judge: Judge, home: Workshop, kind: str, directi
     else:
         shape, ids = Shape(1, 2, (2, 2), block_size=35_000, blocks=2), [1]
         how = {"layout": HND, "step": 35_000}
-    judge.copy(home.move(direction, shape, ids, **how))
+    home.copy(home.move(direction, shape, ids, **how))
 
 
 @full
 @pytest.mark.needs("accelerator")
 @pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
 def test_more_runs_than_one_call_of_a_copy_engine_takes(
-    judge: Judge, home: Workshop, direction: str, pinned: bool
+    home: Bench, direction: str, pinned: bool
 ) -> None:
     """Between host and device one call moves 20,000 runs, no two of them neighbours on either side:
     engines that take 8,192 at a time are called again."""
@@ -323,20 +296,18 @@ def test_more_runs_than_one_call_of_a_copy_engine_takes(
     cache = home.cache(shape, [2 * slot for slot in slots], source=source)
     host = Workshop("cpu", home.seed)
     chunk = by_hand.on_host(host.chunk(shape, 5_000, source=not source, pads={3: 4}), pinned)
-    judge.copy(by_hand.between(direction, cache, chunk, 5_000))
+    home.copy(by_hand.between(direction, cache, chunk, 5_000))
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["same-dtype", "other-dtype"])
-def test_widths_are_compared_in_bytes(judge: Judge, home: Workshop, same: bool) -> None:
+def test_widths_are_compared_in_bytes(home: Bench, same: bool) -> None:
     """Both sides may have different dtypes where rows have equal bytes; bits are not converted."""
     for direction in DIRECTIONS:
         dtype = torch.float16 if same else torch.int64
-        judge.copy(home.some(direction, Shape(), 9, 1, {"dtype": dtype}))
+        home.copy(home.some(direction, Shape(), 9, 1, {"dtype": dtype}))
 
 
-def test_a_row_that_is_larger_than_a_page_of_memory(
-    judge: Judge, workshop: Workshop, direction: str
-) -> None:
+def test_a_row_that_is_larger_than_a_page_of_memory(workshop: Bench, direction: str) -> None:
     """A row of many kilobytes is one run, as in caches of encoders."""
     shape, chunk = Shape(1, 1, (70_002,), blocks=3), {"layout": "token (head dim)"}
-    judge.copy(workshop.some(direction, shape, 5, 1, chunk, layout="block token dim"))
+    workshop.copy(workshop.some(direction, shape, 5, 1, chunk, layout="block token dim"))

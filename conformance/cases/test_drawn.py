@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from portakv_conformance.cases import Judge
 from portakv_conformance.draw.strategies import all_cases, cases, migrations, page_cases
-from portakv_conformance.judge.judging import ENDS, Judge
+from portakv_conformance.judge.judging import ENDS
 
 pytestmark = pytest.mark.area("drawn")
 

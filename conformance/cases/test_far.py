@@ -18,10 +18,8 @@ import pytest
 import torch
 
 from portakv import Index, KVView
-from portakv_conformance.judge.claims import full
-from portakv_conformance.judge.judging import Judge
+from portakv_conformance.cases import Judge, Subject, full
 from portakv_conformance.judge.pattern import pattern_bytes
-from portakv_conformance.judge.subject import Subject
 
 pytestmark = pytest.mark.area("safety")
 
@@ -60,21 +58,21 @@ def near(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.full(shape, 0xA5, dtype=torch.uint8).to(like.device)
 
 
-def check(judge: Judge, direction: str, far: Place, other: Place, names: list[str]) -> None:
-    """Put bytes into the pieces of the source, copy them, and compare those of the destination.
-
-    ``far`` is the source of a gather.
-    """
+def check(judge: Judge, direction: str, far: Place, other: Place) -> None:
+    """Put bytes into the pieces of the source, which is ``far`` in a gather, copy them, and compare
+    those of the destination."""
     src, dst = (far, other) if direction == "gather" else (other, far)
-    shape = (len(names), *src.tensor[src.where[0]].shape)
+    shape = (len(src.where), *src.tensor[src.where[0]].shape)
     wanted = torch.from_numpy(pattern_bytes(judge.seed, 1, prod(shape)).copy()).view(shape)
     for at, piece in zip(src.where, wanted.to(src.tensor.device), strict=True):
         src.tensor[at] = piece
     asked = (src.view, dst.view, src.index, dst.index)
     if judge.carried(lambda: judge.finish(judge.subject.copy(*asked)), asked):
-        for at, piece, name in zip(dst.where, wanted, names, strict=True):
+        for at, place, piece in zip(dst.where, far.where, wanted, strict=True):
             assert torch.equal(dst.tensor[at].cpu(), piece), (
-                f"{name} was not moved right: an offset or a product of it was cut."
+                f"What lies {far.tensor[place].storage_offset() - far.tensor.storage_offset()} "
+                f"bytes behind the address, at {place} of {far.view.layout.text!r}, was not moved "
+                f"right: an offset or a product of it was cut."
             )
         judge.examples += 1
 
@@ -86,13 +84,9 @@ def check_rows(
     size = plane.shape[1] if plane.dim() == 4 else 1
     dense = near(plane, (len(slots), *plane.shape[-2:]))
     where = [divmod(slot, size) if plane.dim() == 4 else (slot,) for slot in slots]
-    names = [
-        f"The row of slot {slot}, {slot // size * plane.stride(0)} bytes behind its address,"
-        for slot in slots
-    ]
     far = Place(plane, KVView(plane, layout, **extents), Index(slots), where)
     chunk = Place(dense, KVView(dense, "token head dim"), Index(), list(range(len(slots))))
-    check(judge, direction, far, chunk, names)
+    check(judge, direction, far, chunk)
 
 
 def check_blocks(judge: Judge, kind: str, src: torch.Tensor, dst: torch.Tensor) -> None:
@@ -111,30 +105,20 @@ def check_blocks(judge: Judge, kind: str, src: torch.Tensor, dst: torch.Tensor) 
         far = place(dst, here)
     elif kind.endswith("both"):
         other = place(dst, here)
-    names = [
-        f"Block {mine} of the source, which is block {theirs} of the destination where blocks lie "
-        f"{src.stride(0)} bytes apart,"
-        for mine, theirs in zip(there, here, strict=True)
-    ]
-    check(judge, "scatter" if kind == "blocks-scatter" else "gather", far, other, names)
+    check(judge, "scatter" if kind == "blocks-scatter" else "gather", far, other)
 
 
-def check_chunk(judge: Judge, direction: str, chunk: torch.Tensor, first: int, apart: int) -> None:
+def check_chunk(judge: Judge, direction: str, chunk: torch.Tensor, first: int) -> None:
     """Copy tokens from ``first`` on of a far chunk ``[kv, tokens, bytes]`` to a cache or back."""
     kvs, slots = range(len(chunk)), [3, 0, 5, 2]
     dense = near(chunk, (len(kvs), 4, _SIZE, _ODD))
     tokens = [(kv, slice(first, first + len(slots))) for kv in kvs]
     far = Place(chunk, KVView(chunk, "kv token dim"), Index(offset=first), tokens)
     cache, rows = KVView(dense, "kv block token dim"), [(kv, slots) for kv in kvs]
-    names = [
-        f"Tokens from {first} on of kv {kv}, {kv * apart + first * chunk.stride(1)} bytes behind "
-        f"the address of the chunk,"
-        for kv in kvs
-    ]
     # Of a gather the cache is the source.
     way = "scatter" if direction == "gather" else "gather"
     flat = Place(dense.view(len(kvs), 4 * _SIZE, _ODD), cache, Index(slots), rows)
-    check(judge, way, far, flat, names)
+    check(judge, way, far, flat)
 
 
 def check_layers(judge: Judge, direction: str, memory: torch.Tensor, stride: int) -> None:
@@ -146,8 +130,7 @@ def check_layers(judge: Judge, direction: str, memory: torch.Tensor, stride: int
     far = Place(plane, KVView(plane, "layer block token head dim"), Index(slots), rows)
     tokens = [(layer, at) for layer in layers for at in range(len(slots))]
     chunk = Place(dense, KVView(dense, "layer token head dim"), Index(), tokens)
-    names = [f"Layer {at[0]}, {at[0] * stride} bytes behind the address," for at in rows]
-    check(judge, direction, far, chunk, names)
+    check(judge, direction, far, chunk)
 
 
 @pytest.mark.needs("host")
@@ -185,7 +168,7 @@ def test_a_far_chunk(judge: Judge, direction: str, first: int) -> None:
     tokens = first + 100
     apart = max(tokens * _ODD, 2**32) + 3
     chunk = mapped(2 * apart).as_strided((2, tokens, _ODD), (apart, _ODD, 1))
-    check_chunk(judge, direction, chunk, first, apart)
+    check_chunk(judge, direction, chunk, first)
 
 
 @pytest.mark.needs("host")
@@ -196,7 +179,7 @@ def test_layers_that_lie_far_apart(judge: Judge, direction: str) -> None:
 
 
 @pytest.fixture
-def device_memory(subject: Subject, judge: Judge) -> Iterator[Bytes]:
+def memory(subject: Subject, judge: Judge) -> Iterator[Bytes]:
     """Makes bytes of the judged device, which are given back afterwards, and writes none of them:
     on the simulated device only what is touched takes memory."""
     yield lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=subject.device)
@@ -211,55 +194,47 @@ def on_a_device(test: Any) -> Any:
 
 
 @on_a_device
-def test_far_blocks_on_a_device(judge: Judge, device_memory: Bytes, direction: str) -> None:
+def test_far_blocks_on_a_device(judge: Judge, memory: Bytes, direction: str) -> None:
     """On a device too, a block may lie more than 2**32 bytes behind the first."""
     stride = 2**32 + 256
-    plane = far_blocks(device_memory(stride + 4096), stride, 2)
+    plane = far_blocks(memory(stride + 4096), stride, 2)
     check_rows(judge, direction, plane, [3, 0, 2], "block token head dim")
 
 
 @on_a_device
 @pytest.mark.parametrize("kind", MIGRATIONS)
-def test_whole_blocks_and_two_lists_on_a_device(
-    judge: Judge, device_memory: Bytes, kind: str
-) -> None:
+def test_whole_blocks_and_two_lists_on_a_device(judge: Judge, memory: Bytes, kind: str) -> None:
     """On a device too, far blocks move whole, and under ids on both sides."""
     stride, offset = 2**31 + 256, 2048
-    memory = device_memory(2 * stride + 8192)
-    src, dst = far_blocks(memory, stride, 3), far_blocks(memory[offset:], stride, 3)
+    whole = memory(2 * stride + 8192)
+    src, dst = far_blocks(whole, stride, 3), far_blocks(whole[offset:], stride, 3)
     check_blocks(judge, kind, src, dst)
 
 
 @on_a_device
 @pytest.mark.parametrize("row", [128, _ODD])
-def test_a_flat_pool_on_a_device(
-    judge: Judge, device_memory: Bytes, direction: str, row: int
-) -> None:
+def test_a_flat_pool_on_a_device(judge: Judge, memory: Bytes, direction: str, row: int) -> None:
     """On a device too, the product of a slot and a row's bytes passes 2**31 and 2**32."""
     slots = (2**32 + 2**20) // row // _SIZE * _SIZE
-    plane = device_memory(slots * row).view(slots, 1, row)
+    plane = memory(slots * row).view(slots, 1, row)
     picked = [slots - 1, 0, 2**31 // row, 2**31 // row + 1, 2**32 // row + 3, 1]
     check_rows(judge, direction, plane, picked, "(block token) head dim", block_size=_SIZE)
 
 
 @on_a_device
 @pytest.mark.parametrize("far", ["planes", "tokens"])
-def test_a_far_chunk_on_a_device(
-    judge: Judge, device_memory: Bytes, direction: str, far: str
-) -> None:
+def test_a_far_chunk_on_a_device(judge: Judge, memory: Bytes, direction: str, far: str) -> None:
     """On a device too, planes of a chunk, and its first token, may lie gigabytes behind it."""
     first, apart, row = 0, 2**32 + 3, _ODD
     if far == "tokens":  # keys and values of a token side by side
         first, apart, row = 2**32 // (2 * _ODD) + 3, _ODD, 2 * _ODD
-    memory = device_memory(apart + (first + 16) * row)
-    chunk = memory.as_strided((2, first + 16, _ODD), (apart, row, 1))
-    check_chunk(judge, direction, chunk, first, apart)
+    whole = memory(apart + (first + 16) * row)
+    chunk = whole.as_strided((2, first + 16, _ODD), (apart, row, 1))
+    check_chunk(judge, direction, chunk, first)
 
 
 @on_a_device
-def test_layers_that_lie_far_apart_on_a_device(
-    judge: Judge, device_memory: Bytes, direction: str
-) -> None:
+def test_layers_that_lie_far_apart_on_a_device(judge: Judge, memory: Bytes, direction: str) -> None:
     """On a device too, planes of one allocation may lie gigabytes apart."""
     stride = 2**31 + 512  # of three layers the last lies behind 2**32
-    check_layers(judge, direction, device_memory(2 * stride + 4096), stride)
+    check_layers(judge, direction, memory(2 * stride + 4096), stride)

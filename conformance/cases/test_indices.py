@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from portakv_conformance.draw.arrangement import Case, Side
-from portakv_conformance.draw.by_hand import Shape, Workshop
-from portakv_conformance.judge.judging import Judge, across
-from portakv_conformance.judge.subject import Subject
+from portakv_conformance.cases import Bench, Case, Shape, Side, Subject
+from portakv_conformance.judge.judging import across
 
 pytestmark = pytest.mark.area("corners")
 
@@ -27,61 +25,57 @@ def homes(subject: Subject) -> list[torch.device]:
     return list({torch.device("cpu"): None, subject.device: None})
 
 
-def elsewhere(judge: Judge, home: Workshop, layout: str, ids: Any, **how: Any) -> Side:
+def elsewhere(home: Bench, layout: str, ids: Any, **how: Any) -> Side:
     """A destination in another layout than the home, where the backend copies to it."""
-    found = across(judge.subject, home.paged, layout)
+    found = across(home.subject, home.paged, layout)
     return home.cache(SHAPE, ids, layout=found, source=False, **how)
 
 
 @pytest.mark.parametrize("stride", [2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ids_that_are_not_contiguous(
-    judge: Judge, home: Workshop, direction: str, dtype: str, stride: int
-) -> None:
+def test_ids_that_are_not_contiguous(home: Bench, direction: str, dtype: str, stride: int) -> None:
     """A strided list of ids is read by its stride; what stands between its ids is not read."""
-    for place in homes(judge.subject):
+    for place in homes(home.subject):
         slots = torch.tensor(home.shuffled(SHAPE.slots, 11, 2), dtype=DTYPES[dtype])
         wide = torch.full((stride * 11 + 1,), SHAPE.slots + 7, dtype=DTYPES[dtype]).to(place)
         spread = wide[1::stride][:11]
         spread.copy_(slots)
-        judge.copy(home.move(direction, SHAPE, spread))
+        home.copy(home.move(direction, SHAPE, spread))
 
 
 @pytest.mark.parametrize(("mine", "theirs"), list(product(DTYPES, DTYPES)))
-def test_each_side_has_its_own_dtype(judge: Judge, home: Workshop, mine: str, theirs: str) -> None:
+def test_each_side_has_its_own_dtype(home: Bench, mine: str, theirs: str) -> None:
     """Ids of the two sides may be of different dtypes, and lie in different places."""
-    for place, other in product(homes(judge.subject), homes(judge.subject)):
+    for place, other in product(homes(home.subject), homes(home.subject)):
         src = torch.tensor(home.shuffled(SHAPE.slots, 10, 1), dtype=DTYPES[mine])
         dst = torch.tensor(home.shuffled(SHAPE.slots, 10)[::-1], dtype=DTYPES[theirs])
         source = home.cache(SHAPE, src.to(place))
-        target = elsewhere(judge, home, POOL, dst.to(other))
-        judge.copy(Case(source, target, 10))
+        target = elsewhere(home, POOL, dst.to(other))
+        home.copy(Case(source, target, 10))
 
 
 @pytest.mark.parametrize("step", [1, 2, 4, 8, 12, 36])
-def test_steps(judge: Judge, home: Workshop, direction: str, step: int) -> None:
+def test_steps(home: Bench, direction: str, step: int) -> None:
     """An id may stand for any number of tokens: part of a block, a block, or several blocks."""
     units = SHAPE.slots // step
     ids = home.shuffled(units, max(1, units // 2), 1 if units > 2 else 0)
-    judge.copy(home.move(direction, SHAPE, ids, step=step))
-    judge.copy(home.move(direction, SHAPE, torch.tensor(ids, dtype=torch.int32), step=step))
+    home.copy(home.move(direction, SHAPE, ids, step=step))
+    home.copy(home.move(direction, SHAPE, torch.tensor(ids, dtype=torch.int32), step=step))
 
 
 @pytest.mark.parametrize(("mine", "theirs"), [(1, 4), (4, 1), (2, 4), (4, 12), (12, 4), (3, 4)])
-def test_steps_of_both_sides(judge: Judge, home: Workshop, mine: int, theirs: int) -> None:
+def test_steps_of_both_sides(home: Bench, mine: int, theirs: int) -> None:
     """The two sides count their ids in different units; a slot mapping is not a block table."""
     count = 24
     src = home.cache(SHAPE, home.shuffled(36 // mine, count // mine), step=mine)
     ids = home.shuffled(36 // theirs, count // theirs)
-    dst = elsewhere(judge, home, HND, ids, step=theirs)
-    judge.copy(Case(src, dst, count))
+    dst = elsewhere(home, HND, ids, step=theirs)
+    home.copy(Case(src, dst, count))
 
 
 @pytest.mark.parametrize("offsets", [(0, 1), (1, 0), (3, 5), (4, 8), (2, 2), (5, 4)])
 @pytest.mark.parametrize("steps", [(1, 1), (4, 4), (4, 1), (0, 4), (4, 0), (0, 1)])
-def test_offsets_of_both_sides(
-    judge: Judge, home: Workshop, steps: tuple[int, int], offsets: tuple[int, int]
-) -> None:
+def test_offsets_of_both_sides(home: Bench, steps: list[int], offsets: list[int]) -> None:
     """Each side begins at its own offset, in the middle of a block too."""
     count = 17
     src, dst = (
@@ -89,35 +83,33 @@ def test_offsets_of_both_sides(
         for step, offset in zip(steps, offsets, strict=True)
     )
     source = home.cache(SHAPE, src, step=max(steps[0], 1), offset=offsets[0])
-    target = elsewhere(judge, home, HND, dst, step=max(steps[1], 1), offset=offsets[1])
-    judge.copy(Case(source, target, count))
+    target = elsewhere(home, HND, dst, step=max(steps[1], 1), offset=offsets[1])
+    home.copy(Case(source, target, count))
 
 
 @pytest.mark.parametrize("holes", [1, 5, 10])
-def test_holes_on_both_sides(judge: Judge, home: Workshop, holes: int) -> None:
+def test_holes_on_both_sides(home: Bench, holes: int) -> None:
     """A position is skipped where either side's id is negative."""
     other = replace(home, seed=home.seed + 1)
     src = home.cache(SHAPE, home.shuffled(SHAPE.slots, 20, holes))
-    dst = elsewhere(judge, home, POOL, other.shuffled(SHAPE.slots, 20, holes))
-    judge.copy(Case(src, dst, 20))
+    dst = elsewhere(home, POOL, other.shuffled(SHAPE.slots, 20, holes))
+    home.copy(Case(src, dst, 20))
     src = home.cache(SHAPE, home.shuffled(9, 6, holes // 2), step=4)
     dst = replace(dst, ids=torch.tensor(other.shuffled(SHAPE.slots, 24, holes)))
-    judge.copy(Case(src, dst, 24))
+    home.copy(Case(src, dst, 24))
 
 
-def test_a_list_in_order_backwards_and_with_runs(
-    judge: Judge, home: Workshop, direction: str
-) -> None:
+def test_a_list_in_order_backwards_and_with_runs(home: Bench, direction: str) -> None:
     """Neighbouring ids may be moved together, but only where they are neighbours on both sides."""
     n = SHAPE.slots
     for slots in (
         list(range(n)), list(range(n))[::-1], [*range(8, 16), *range(8), *range(20, n)],
         [n - 1, *range(n - 1)], [*range(5, 9), -1, *range(10, 14)], [0, 1, 2, 3, 8, 9, 10, 11],
     ):  # fmt: skip
-        judge.copy(home.move(direction, SHAPE, slots))
+        home.copy(home.move(direction, SHAPE, slots))
 
 
 @pytest.mark.parametrize("step", [1, 4])
-def test_a_slot_that_is_read_many_times(judge: Judge, home: Workshop, step: int) -> None:
+def test_a_slot_that_is_read_many_times(home: Bench, step: int) -> None:
     """A source id may occur any number of times."""
-    judge.copy(home.gather(SHAPE, [3, 3, 0, 3, -1, 8, 8, 3], step=step))
+    home.copy(home.gather(SHAPE, [3, 3, 0, 3, -1, 8, 8, 3], step=step))

@@ -12,13 +12,10 @@ import pytest
 import torch
 
 from portakv import Transfer
+from portakv_conformance.cases import Bench, Facility, Shape, Subject, asked_of
 from portakv_conformance.cases.test_ordering import Late
 from portakv_conformance.cases.test_safety import DUPLICATES, check_duplicates
-from portakv_conformance.draw.by_hand import Shape, Workshop
 from portakv_conformance.judge.claims import check_at_once, landing, launch_of, plan_of
-from portakv_conformance.judge.device_support import Facility
-from portakv_conformance.judge.judging import Judge, asked_of
-from portakv_conformance.judge.subject import Subject
 
 pytestmark = pytest.mark.area("claims")
 
@@ -45,14 +42,14 @@ def test_capture_is_claimed_where_there_are_graphs(subject: Subject, facility: F
 
 @pytest.mark.claim("alignment")
 @pytest.mark.parametrize("times", [1, 3, 5])
-def test_rows_as_short_as_claimed(judge: Judge, home: Workshop, direction: str, times: int) -> None:
+def test_rows_as_short_as_claimed(home: Bench, direction: str, times: int) -> None:
     """Rows of as many bytes as it claims to need, or an odd multiple of them, are not refused."""
-    least = judge.subject.can.alignment
+    least = home.subject.can.alignment
     shape = Shape(heads=1, widths=(times * least,) * 2)
     case = home.some(direction, shape, 9, dtype=torch.uint8)
-    assert judge.copy(case), (
+    assert home.copy(case), (
         f"It claims an alignment of {least} B and refuses rows of {times * least} B: "
-        f"{judge.declined[-1]}"
+        f"{home.judge.declined[-1]}"
     )
 
 
@@ -62,78 +59,76 @@ def _other_slots(ids: torch.Tensor) -> None:
 
 @pytest.mark.area("ordering")
 @pytest.mark.parametrize("kind", ["int32", "int64", "pinned"])
-def test_host_ids_that_change_right_after_the_call(
-    judge: Judge, home: Workshop, direction: str, kind: str
-) -> None:
+def test_host_ids_that_change_right_after_the_call(home: Bench, direction: str, kind: str) -> None:
     """A list of ids on the host belongs to the caller again when the call returns."""
     for _ in range(2):  # the second call is by a launch that was prepared
         dtype = torch.int32 if kind == "int32" else torch.int64
         ids = torch.tensor(home.shuffled(SHAPE.slots, 9, 1), dtype=dtype)
-        ids = ids.pin_memory() if kind == "pinned" and judge.facility.streams else ids
+        ids = ids.pin_memory() if kind == "pinned" and home.facility.streams else ids
         case = home.move(direction, SHAPE, ids)
         expected, asked, started = case.expected(), asked_of(case), list[Transfer]()
-        judge.facility.delay(BUSY)
-        copy = partial(judge.subject.copy, *asked, count=case.count)
-        if not judge.carried(lambda: started.append(copy()), asked):  # noqa: B023 (called at once)
+        home.facility.delay(BUSY)
+        copy = partial(home.subject.copy, *asked, count=case.count)
+        if not home.judge.carried(lambda: started.append(copy()), asked):  # noqa: B023 (called at once)
             return
         _other_slots(ids)
-        judge.finish(started[0])
-        judge.check(expected, case, "Its ids were read after the call had returned. ")
+        home.judge.finish(started[0])
+        home.judge.check(expected, case, "Its ids were read after the call had returned. ")
 
 
 @pytest.mark.claim("index_on")
-def test_a_launch_has_read_its_host_ids(judge: Judge, home: Workshop, direction: str) -> None:
+def test_a_launch_has_read_its_host_ids(home: Bench, direction: str) -> None:
     """A launch that reads ids on the host has read them when it returns."""
-    if judge.subject.can.index_on != "host":
-        judge.not_claimed("index_on", "it reads ids on the device.")
-    ids = judge.ids(home.shuffled(SHAPE.slots, 9))
+    if home.subject.can.index_on != "host":
+        home.judge.not_claimed("index_on", "it reads ids on the device.")
+    ids = home.judge.ids(home.shuffled(SHAPE.slots, 9))
     case = home.move(direction, SHAPE, ids)
     expected = case.expected()
-    launch = launch_of(judge.subject, case)
-    judge.facility.synchronize()
-    judge.facility.delay(BUSY)
+    launch = launch_of(home.subject, case)
+    home.facility.synchronize()
+    home.facility.delay(BUSY)
     pending = launch(None, None)
-    if judge.subject.can.index_on == "host":
+    if home.subject.can.index_on == "host":
         _other_slots(ids)
-    judge.land(pending)
-    judge.check(expected, case, "Its ids were read after the launch had returned. ")
+    home.judge.land(pending)
+    home.judge.check(expected, case, "Its ids were read after the launch had returned. ")
 
 
 @pytest.mark.claim("threads")
-def test_each_thread_gets_its_own_copy(judge: Judge, home: Workshop, direction: str) -> None:
+def test_each_thread_gets_its_own_copy(home: Bench, direction: str) -> None:
     """Of one launch that several threads call at once each call moves its own rows, once."""
-    if not judge.claims("threads", "the library lets one thread at a time into a launch."):
+    if not home.judge.claims("threads", "the library lets one thread at a time into a launch."):
         return
     prepared = None
     for turn in range(_ROUNDS):
         shops = [replace(home, seed=home.seed + 10 * turn + n) for n in range(_THREADS)]
         # Fresh destinations each time: a call that is lost is not made good by the next.
         cases = [shop.some(direction, SHAPE, 9) for shop in shops]
-        prepared = prepared or judge.subject.prepare(plan_of(cases[0]))
-        check_at_once(judge, cases, prepared)
+        prepared = prepared or home.subject.prepare(plan_of(cases[0]))
+        check_at_once(home.judge, cases, prepared)
 
 
 @pytest.mark.area("safety")
 @pytest.mark.parametrize("step", [1, 4])
-def test_duplicates_that_reach_a_launch(judge: Judge, home: Workshop, step: int) -> None:
+def test_duplicates_that_reach_a_launch(home: Bench, step: int) -> None:
     """Where nobody looked at the ids, a destination that occurs twice corrupts nothing else."""
     shape = replace(SHAPE, block_size=4, blocks=6)
-    case = home.scatter(shape, torch.tensor(DUPLICATES).to(judge.subject.device), step=step)
-    launch = launch_of(judge.subject, case)
-    check_duplicates(judge, case, landing(judge, launch))
+    case = home.scatter(shape, torch.tensor(DUPLICATES).to(home.subject.device), step=step)
+    launch = launch_of(home.subject, case)
+    check_duplicates(home.judge, case, landing(home.judge, launch))
 
 
 @pytest.mark.area("ordering")
 @pytest.mark.needs("accelerator")
-def test_the_default_stream_is_a_stream(judge: Judge, home: Workshop, direction: str) -> None:
+def test_the_default_stream_is_a_stream(home: Bench, direction: str) -> None:
     """The default stream, passed while another is current, is no missing one, though it is 0."""
-    late = Late(judge, home.some(direction, SHAPE, 9))
-    launch = launch_of(judge.subject, late.case)
+    late = Late(home, home.some(direction, SHAPE, 9))
+    launch = launch_of(home.subject, late.case)
     late.produce()
-    default, side = judge.facility.current(), judge.facility.stream()
-    judge.facility.synchronize()
-    judge.facility.delay(BUSY, side)
-    with judge.facility.on(side):
+    default, side = home.facility.current(), home.facility.stream()
+    home.facility.synchronize()
+    home.facility.delay(BUSY, side)
+    with home.facility.on(side):
         pending = launch(default, None)
-    judge.land(pending, default)
+    home.judge.land(pending, default)
     late.check()  # while the other stream is still busy

@@ -15,21 +15,21 @@ from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
 from portakv import Index, LayoutError, Unsupported, copy_rows
-from portakv_conformance.draw.arrangement import Case, Side
-from portakv_conformance.draw.by_hand import Shape, Workshop
+from portakv_conformance.cases import Bench, Case, Judge, Shape, Side, asked_of, view_of
 from portakv_conformance.draw.saved import blaming
 from portakv_conformance.draw.strategies import cases
-from portakv_conformance.judge.judging import Judge, asked_of, changed, view_of
+from portakv_conformance.judge.judging import changed
 from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.rows import locate
 
 pytestmark = pytest.mark.area("metamorphic")
 
+Data = st.DataObject
 # What is copied matters less here than that two ways of copying it agree.
 _FEWER = settings(max_examples=max(settings().max_examples * 2 // 3, 1))
 
 
-def drawn(judge: Judge, data: st.DataObject, **options: Any) -> Case:
+def drawn(judge: Judge, data: Data, **options: Any) -> Case:
     """A case on the judged device."""
     return data.draw(cases(device=str(judge.subject.device), **options))
 
@@ -69,12 +69,12 @@ def distinct(slots: np.ndarray) -> bool:
 
 @_FEWER
 @given(st.data())
-def test_scatter_after_gather_is_the_identity(judge: Judge, data: st.DataObject) -> None:
+def test_scatter_after_gather_is_the_identity(judge: Judge, data: Data) -> None:
     """What was copied and is copied back leaves every byte of the source as it was."""
     there_and_back(judge, data, ("", ""), "After there and back")
 
 
-def there_and_back(judge: Judge, data: st.DataObject, backends: tuple[str, str], how: str) -> None:
+def there_and_back(judge: Judge, data: Data, backends: tuple[str, str], how: str) -> None:
     """Copy a drawn case by one backend and back by another (empty: the judged one)."""
     case = drawn(judge, data, expanded=False)
     try:
@@ -91,9 +91,7 @@ def there_and_back(judge: Judge, data: st.DataObject, backends: tuple[str, str],
 
 @_FEWER
 @given(st.data(), st.integers(0, 255))
-def test_permuting_positions_permutes_nothing(
-    judge: Judge, data: st.DataObject, order: int
-) -> None:
+def test_permuting_positions_permutes_nothing(judge: Judge, data: Data, order: int) -> None:
     """Positions have no order: the same pairs of slots in another order are the same copy."""
     case = drawn(judge, data)
     turned = np.random.default_rng(order).permutation(case.count)
@@ -106,7 +104,7 @@ def test_permuting_positions_permutes_nothing(
 
 @_FEWER
 @given(st.data(), st.integers(0, 40))
-def test_parts_make_the_whole(judge: Judge, data: st.DataObject, cut: int) -> None:
+def test_parts_make_the_whole(judge: Judge, data: Data, cut: int) -> None:
     """A copy in two parts, by offsets, is the copy in one."""
     case = drawn(judge, data)
     cut = min(cut, case.count)
@@ -130,9 +128,7 @@ def same_as(judge: Judge, case: Case, others: list[Case], how: str) -> None:
 @pytest.mark.parametrize("reads", ["reference", "subject"])
 @_FEWER
 @given(data=st.data())
-def test_one_backend_reads_what_another_wrote(
-    judge: Judge, data: st.DataObject, reads: str
-) -> None:
+def test_one_backend_reads_what_another_wrote(judge: Judge, data: Data, reads: str) -> None:
     """Rows that one backend gathers and the other scatters are the rows that were there."""
     names = ("reference", "") if reads == "reference" else ("", "reference")
     there_and_back(judge, data, names, f"With {names} in turn")
@@ -140,7 +136,7 @@ def test_one_backend_reads_what_another_wrote(
 
 @_FEWER
 @given(st.data())
-def test_a_chain_of_layouts(judge: Judge, data: st.DataObject) -> None:
+def test_a_chain_of_layouts(judge: Judge, data: Data) -> None:
     """Rows that go through a dense buffer arrive as those that go straight."""
     case = drawn(judge, data, holes=False)
     assume(distinct(case.dst_slots()))
@@ -158,11 +154,11 @@ def test_a_chain_of_layouts(judge: Judge, data: st.DataObject) -> None:
         agree(judge, told[0] if told else None, "By the layouts alone", case)
 
 
-def test_an_index_of_blocks_is_its_slots(judge: Judge, home: Workshop) -> None:
+def test_an_index_of_blocks_is_its_slots(home: Bench) -> None:
     """A block table moves what the mapping of all its slots moves."""
     shape = Shape(blocks=9)
     for holes in (0, 2):
         tables = home.some("gather", shape, 5, holes, step=shape.block_size)
         slots = Index(tables.src.ids, step=shape.block_size).slots(tables.count)
-        judge.copy(tables)
-        judge.copy(home.gather(shape, torch.from_numpy(slots)))
+        home.copy(tables)
+        home.copy(home.gather(shape, torch.from_numpy(slots)))

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from portakv import Index
-from portakv_conformance.draw.arrangement import Case
-from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop, between
-from portakv_conformance.judge.judging import Judge, index_of, view_of
+from portakv_conformance.cases import DIRECTIONS, Bench, Case, Shape, index_of, view_of
+from portakv_conformance.draw.by_hand import between
 
 pytestmark = pytest.mark.area("corners")
 
@@ -27,15 +26,15 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_migration_within_one_cache(judge: Judge, home: Workshop, layout: str) -> None:
+def test_migration_within_one_cache(home: Bench, layout: str) -> None:
     """Rows move inside one cache, by slots and by blocks, where both sides do not meet."""
     shape = Shape(blocks=8)
     slots = home.shuffled(shape.slots, 20)
     cache = home.cache(shape, slots[:10], layout=layout)
-    judge.copy(Case(cache, replace(cache, ids=torch.tensor(slots[10:])), 10))
+    home.copy(Case(cache, replace(cache, ids=torch.tensor(slots[10:])), 10))
     blocks = home.shuffled(shape.blocks, 6)
     cache = home.cache(shape, blocks[:3], layout=layout, step=4)
-    judge.copy(Case(cache, replace(cache, ids=torch.tensor(blocks[3:])), 12))
+    home.copy(Case(cache, replace(cache, ids=torch.tensor(blocks[3:])), 12))
 
 
 #: What is sliced of a view, and what is left of its shape then.
@@ -52,7 +51,7 @@ _SLICES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("layout", ["", LAYOUTS["pool"]], ids=["home", "pool"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("what", _SLICES)
-def test_slices(judge: Judge, home: Workshop, what: str, direction: str, layout: str) -> None:
+def test_slices(home: Bench, what: str, direction: str, layout: str) -> None:
     """A slice of a view is those layers, heads or kv only: the others are not touched."""
     whole, (part, fewer) = Shape(layers=4, heads=4), _SLICES[what]
     shape, source = replace(whole, **fewer), direction == "gather"
@@ -68,7 +67,7 @@ def test_slices(judge: Judge, home: Workshop, what: str, direction: str, layout:
     if not source:
         asked = (dense, cache, Index(), index_of(side))
     case = between(direction, told, chunk, 9)
-    judge.call(case, lambda: judge.subject.copy(*asked, count=9), asked=asked)
+    home.judge.call(case, lambda: home.subject.copy(*asked, count=9), asked=asked)
 
 
 #: The keyword that slices each axis.

@@ -13,9 +13,8 @@ from functools import partial
 import pytest
 
 from portakv import CopyPlan, Unsupported
-from portakv_conformance.draw.arrangement import Case
-from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop
-from portakv_conformance.judge.judging import Asked, Judge, asked_of
+from portakv_conformance.cases import DIRECTIONS, Bench, Case, Shape, asked_of
+from portakv_conformance.judge.judging import Asked
 
 pytestmark = [
     pytest.mark.area("claims"), pytest.mark.claim("places"), pytest.mark.needs("host"),
@@ -25,7 +24,7 @@ SHAPE = Shape()
 PAIRS = [("pinned", "pinned"), ("pinned", "pageable"), ("pageable", "pinned")]
 
 
-def made(home: Workshop, direction: str, pair: tuple[str, str]) -> tuple[Case, Asked]:
+def made(home: Bench, direction: str, pair: tuple[str, str]) -> tuple[Case, Asked]:
     """A case, and what it is asked for with views that are said to lie in a pair of places."""
     case = home.some(direction, SHAPE, 9)
     asked = asked_of(case)
@@ -36,25 +35,23 @@ def made(home: Workshop, direction: str, pair: tuple[str, str]) -> tuple[Case, A
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_pinned_memory_on_the_host(
-    judge: Judge, home: Workshop, pair: tuple[str, str], direction: str
-) -> None:
+def test_pinned_memory_on_the_host(home: Bench, pair: tuple[str, str], direction: str) -> None:
     """A backend of the host copies pinned memory if it claims to, and refuses it if not."""
     case, asked = made(home, direction, pair)
     src, dst, mine, theirs = asked
     refusal, way = None, f"from {pair[0]} to {pair[1]} memory"
     try:
-        judge.subject.prepare(CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step))
+        home.subject.prepare(CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step))
     except Unsupported as error:
         refusal = error
-    if pair in judge.subject.can.places:
+    if pair in home.subject.can.places:
         assert refusal is None, (
             f"It claims by 'places' that it copies {way}, and refuses a plan of that: {refusal}"
         )
-        launched = partial(judge.subject.launch, *asked, case.count)
-        judge.judge(case, lambda: judge.land(launched()), lambda: None)
+        launched = partial(home.subject.launch, *asked, case.count)
+        home.judge.judge(case, lambda: home.judge.land(launched()), lambda: None)
     else:
-        judge.not_claimed("places", f"it does not copy {way}.")
+        home.judge.not_claimed("places", f"it does not copy {way}.")
         assert refusal is not None, f"It prepares a plan that it does not claim: {way}."
     fresh, again = made(home, direction, pair)
-    judge.call(fresh, lambda: judge.subject.copy(*again, count=fresh.count), asked=again)
+    home.judge.call(fresh, lambda: home.subject.copy(*again, count=fresh.count), asked=again)

@@ -13,11 +13,9 @@ import pytest
 import torch
 
 from portakv.layout.presets import PRESETS
-from portakv_conformance.draw.arrangement import Case
-from portakv_conformance.draw.by_hand import CHUNK, PAGED, Shape, Workshop, between
-from portakv_conformance.judge.claims import full
+from portakv_conformance.cases import CHUNK, PAGED, Bench, Case, Shape, Workshop, full
+from portakv_conformance.draw.by_hand import between
 from portakv_conformance.judge.grammar import read_layout
-from portakv_conformance.judge.judging import Judge
 
 pytestmark = pytest.mark.area("corners")
 
@@ -69,11 +67,9 @@ def _table() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("operation", "name", "dtype"), list(_table()))
-def test_preset(
-    judge: Judge, workshop: Workshop, operation: str, name: str, dtype: torch.dtype
-) -> None:
+def test_preset(workshop: Bench, operation: str, name: str, dtype: torch.dtype) -> None:
     """Rows are gathered from, scattered to, migrated within and converted from every preset."""
-    judge.copy(_case(workshop, operation, name, dtype))
+    workshop.copy(_case(workshop, operation, name, dtype))
 
 
 def shape_of(name: str, dtype: torch.dtype) -> Shape:

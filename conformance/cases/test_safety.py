@@ -13,11 +13,17 @@ import pytest
 import torch
 
 from portakv import LayoutError, SlotError
+from portakv_conformance.cases import (
+    DIRECTIONS,
+    Bench,
+    Case,
+    Judge,
+    Shape,
+    Side,
+    asked_of,
+)
 from portakv_conformance.draw import by_hand
-from portakv_conformance.draw.arrangement import Case, Side
-from portakv_conformance.draw.by_hand import CHUNK, DIRECTIONS, PAGED, Shape, Workshop
 from portakv_conformance.judge.claims import check_guarded, check_refused, without_bad
-from portakv_conformance.judge.judging import Judge, asked_of
 from portakv_conformance.judge.memory import Memory
 
 pytestmark = pytest.mark.area("safety")
@@ -30,38 +36,38 @@ _FAR = (2**31, 2**32 + 1, 2**40, 2**62, 2**63 - 1)
 
 
 @pytest.mark.parametrize("slot", [*_PAST, *_FAR])
-def test_host_slots_past_the_end(judge: Judge, home: Workshop, direction: str, slot: int) -> None:
+def test_host_slots_past_the_end(home: Bench, direction: str, slot: int) -> None:
     """A slot past the end in a list on the host is a SlotError, and nothing is moved."""
     for dtype in (torch.int64, torch.int32) if slot < 2**31 else (torch.int64,):
         ids = torch.tensor([2, slot, 7], dtype=dtype)
-        check_refused(judge, home.move(direction, SHAPE, ids), SlotError)
+        check_refused(home.judge, home.move(direction, SHAPE, ids), SlotError)
 
 
 @pytest.mark.parametrize("block", [SHAPE.blocks, 2**31 - 1, 2**61, 2**62, 2**63 - 1])
-def test_host_blocks_past_the_end(judge: Judge, home: Workshop, direction: str, block: int) -> None:
+def test_host_blocks_past_the_end(home: Bench, direction: str, block: int) -> None:
     """A block past the end is a SlotError, also where its slots do not fit 64 bits."""
-    check_refused(judge, home.move(direction, SHAPE, [2, block, 0], step=4), SlotError)
+    check_refused(home.judge, home.move(direction, SHAPE, [2, block, 0], step=4), SlotError)
 
 
 @pytest.mark.needs("accelerator")
 @pytest.mark.parametrize("slot", [*_PAST, *_FAR])
-def test_device_slots_past_the_end(judge: Judge, home: Workshop, direction: str, slot: int) -> None:
+def test_device_slots_past_the_end(home: Bench, direction: str, slot: int) -> None:
     """A bad slot on the device moves nothing, all others move, and the end is a SlotError."""
     for dtype in (torch.int64, torch.int32) if slot < 2**31 else (torch.int64,):
-        ids = torch.tensor([2, slot, 7, -1, 11], dtype=dtype).to(judge.subject.device)
-        _judge_bad(judge, home.move(direction, SHAPE, ids))
-        judge.copy(home.move(direction, SHAPE, [3, 1]))
+        ids = torch.tensor([2, slot, 7, -1, 11], dtype=dtype).to(home.subject.device)
+        _judge_bad(home, home.move(direction, SHAPE, ids))
+        home.copy(home.move(direction, SHAPE, [3, 1]))
 
 
-def _judge_bad(judge: Judge, case: Case) -> None:
+def _judge_bad(home: Bench, case: Case) -> None:
     """Bytes as if the bad id were padding, and a SlotError at the end."""
     expected, asked = without_bad(case).expected(), asked_of(case)
     try:
-        if not judge.carried(lambda: judge.subject.copy(*asked).synchronize(), asked):
+        if not home.judge.carried(lambda: home.subject.copy(*asked).synchronize(), asked):
             return
     except SlotError:
-        judge.facility.synchronize()
-        judge.check(expected, case)
+        home.facility.synchronize()
+        home.judge.check(expected, case)
         return
     raise AssertionError(f"A bad slot raised nothing. The case was {case!r}.")
 
@@ -80,7 +86,7 @@ _PAIRS = {
 }
 
 
-def two_lists(home: Workshop, pair: str, step: int, device: Any, dtype: torch.dtype) -> Case:
+def two_lists(home: Bench, pair: str, step: int, device: Any, dtype: torch.dtype) -> Case:
     """A copy from one cache to another under a list of ids on each side."""
     src, dst = (torch.tensor(_with_end(ids, step), dtype=dtype).to(device) for ids in _PAIRS[pair])
     target = home.cache(SHAPE, dst, step=step, source=False)
@@ -93,37 +99,31 @@ def _with_end(ids: list[int], step: int) -> list[int]:
 
 @pytest.mark.parametrize("step", [1, 4])
 @pytest.mark.parametrize("pair", _PAIRS)
-def test_host_ids_past_the_end_of_both_sides(
-    judge: Judge, home: Workshop, pair: str, step: int
-) -> None:
+def test_host_ids_past_the_end_of_both_sides(home: Bench, pair: str, step: int) -> None:
     """An id past the end of either list is a SlotError, also beside padding, and nothing moves."""
-    check_refused(judge, two_lists(home, pair, step, "cpu", torch.int64), SlotError)
+    check_refused(home.judge, two_lists(home, pair, step, "cpu", torch.int64), SlotError)
 
 
 @pytest.mark.needs("accelerator")
 @pytest.mark.parametrize("step", [1, 4])
 @pytest.mark.parametrize("pair", _PAIRS)
-def test_device_ids_past_the_end_of_both_sides(
-    judge: Judge, home: Workshop, pair: str, step: int
-) -> None:
+def test_device_ids_past_the_end_of_both_sides(home: Bench, pair: str, step: int) -> None:
     """A bad id of either list moves nothing, all others move, and the transfer raises SlotError."""
     for dtype in (torch.int64, torch.int32):
-        _judge_bad(judge, two_lists(home, pair, step, judge.subject.device, dtype))
+        _judge_bad(home, two_lists(home, pair, step, home.subject.device, dtype))
 
 
 @pytest.mark.claim("guards")
 @pytest.mark.parametrize("step", [1, 4])
 @pytest.mark.parametrize("pair", _PAIRS)
-def test_bad_ids_of_both_sides_are_guarded(
-    judge: Judge, home: Workshop, pair: str, step: int
-) -> None:
+def test_bad_ids_of_both_sides_are_guarded(home: Bench, pair: str, step: int) -> None:
     """A launch that guards does so for both lists, and tells also of an id that faces padding."""
-    if not judge.claims("guards", "bad ids are found before the launch."):
+    if not home.judge.claims("guards", "bad ids are found before the launch."):
         return
-    for dtype in judge.subject.can.index_dtypes:
-        place = judge.subject.can.home_of_ids(judge.subject.device)
+    for dtype in home.subject.can.index_dtypes:
+        place = home.subject.can.home_of_ids(home.subject.device)
         case = two_lists(home, pair, step, place, dtype)
-        judge.carried(partial(check_guarded, judge, case), asked_of(case))
+        home.judge.carried(partial(check_guarded, home.judge, case), asked_of(case))
 
 
 #: Lists with more than one bad id, or with padding before it: whatever is worked out of several
@@ -140,22 +140,21 @@ _SEVERAL = {
 @pytest.mark.parametrize("step", [1, 4])
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("ids", _SEVERAL)
-def test_the_word_names_a_bad_position(
-    judge: Judge, home: Workshop, ids: str, offset: int, step: int
-) -> None:
+def test_the_word_names_a_bad_position(home: Bench, ids: str, offset: int, step: int) -> None:
     """Of several bad ids the status word tells the position + 1 of one, counted from where the copy
     begins in its list, padding included."""
-    if not judge.claims("guards", "bad ids are found before the launch."):
+    if not home.judge.claims("guards", "bad ids are found before the launch."):
         return
-    given = judge.ids([0] * offset + _with_end(_SEVERAL[ids], step), torch.int64)
+    given = home.judge.ids([0] * offset + _with_end(_SEVERAL[ids], step), torch.int64)
+    how = {"step": step, "offset": offset * step}
     for direction in DIRECTIONS:
-        check_guarded(judge, home.move(direction, SHAPE, given, step=step, offset=offset * step))
+        check_guarded(home.judge, home.move(direction, SHAPE, given, **how))
 
 
-def test_a_destination_slot_twice(judge: Judge, home: Workshop) -> None:
+def test_a_destination_slot_twice(home: Bench) -> None:
     """A destination that occurs twice in a list on the host is a SlotError, and nothing moves."""
-    check_refused(judge, home.scatter(SHAPE, [7, 3, 7]), SlotError)
-    check_refused(judge, home.scatter(SHAPE, [2, 2], step=4), SlotError)
+    check_refused(home.judge, home.scatter(SHAPE, [7, 3, 7]), SlotError)
+    check_refused(home.judge, home.scatter(SHAPE, [2, 2], step=4), SlotError)
 
 
 #: Destinations of which one occurs several times.
@@ -179,35 +178,35 @@ def check_duplicates(judge: Judge, case: Case, carry: Callable[[], object]) -> N
 
 @pytest.mark.needs("accelerator")
 @pytest.mark.parametrize("step", [1, 4])
-def test_duplicates_on_the_device(judge: Judge, home: Workshop, step: int) -> None:
+def test_duplicates_on_the_device(home: Bench, step: int) -> None:
     """Duplicate destinations on the device have no order, and corrupt nothing else."""
-    case = home.scatter(SHAPE, torch.tensor(DUPLICATES).to(judge.subject.device), step=step)
+    case = home.scatter(SHAPE, torch.tensor(DUPLICATES).to(home.subject.device), step=step)
     asked = asked_of(case)
-    check_duplicates(judge, case, lambda: judge.finish(judge.subject.copy(*asked)))
+    check_duplicates(home.judge, case, lambda: home.judge.finish(home.subject.copy(*asked)))
 
 
-def test_rows_that_are_source_and_destination(judge: Judge, home: Workshop) -> None:
+def test_rows_that_are_source_and_destination(home: Bench) -> None:
     """A copy inside one cache whose rows meet is a SlotError, and nothing moves."""
     for ids, others, step in (([1, 2, 3], [3, 4, 5], 1), ([1, 2], [0, 1], 4)):
         cache = home.cache(SHAPE, ids, step=step)
         case = Case(cache, replace(cache, ids=torch.tensor(others)), len(ids) * step)
-        check_refused(judge, case, SlotError)
+        check_refused(home.judge, case, SlotError)
 
 
-def test_destinations_that_cannot_be_written(judge: Judge, home: Workshop) -> None:
+def test_destinations_that_cannot_be_written(home: Bench) -> None:
     """A destination with a stride of 0, or with two planes at one address, is a LayoutError."""
     spread = {"layout": "kv layer token head dim", "expand": 2}
-    check_refused(judge, home.gather(SHAPE, list(range(8)), spread), LayoutError)
-    cache = replace(home, paged=PAGED).cache(SHAPE, [0, 1], source=False)
+    check_refused(home.judge, home.gather(SHAPE, list(range(8)), spread), LayoutError)
+    cache = replace(home, paged=by_hand.PAGED).cache(SHAPE, [0, 1], source=False)
     doubled = replace(cache, tensors=[cache.tensors[0], cache.tensors[0]])
-    check_refused(judge, Case(home.chunk(SHAPE, 2), doubled, 2), LayoutError)
+    check_refused(home.judge, Case(home.chunk(SHAPE, 2), doubled, 2), LayoutError)
 
 
-def test_two_number_types_are_refused(judge: Judge, home: Workshop, direction: str) -> None:
+def test_two_number_types_are_refused(home: Bench, direction: str) -> None:
     """Rows of one number type do not go to rows of another, unless the caller means their bits."""
     case = home.move(direction, SHAPE, [2, 0, 5], {"dtype": torch.bfloat16})
     case.src.reinterpret = False
-    check_refused(judge, case, LayoutError)
+    check_refused(home.judge, case, LayoutError)
 
 
 #: What is misaligned, and the axis of a cache or of a chunk whose stride does it.
@@ -224,13 +223,13 @@ _MISALIGNED = (
 @pytest.mark.parametrize("off", [1, 2, 4, 8])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("what", _MISALIGNED)
-def test_misaligned(judge: Judge, home: Workshop, what: str, direction: str, off: int) -> None:
+def test_misaligned(home: Bench, what: str, direction: str, off: int) -> None:
     """The widest access is what the storage's address, its offset and every stride allow."""
     shape = Shape(layers=3, heads=2, widths=(64, 64))
     of_chunk, part = what.startswith("chunk"), what.removeprefix("chunk-")
     how = {"shift": off} if part == "offset" else {}
     if what in _STRIDES:
-        how = by_hand.widened(CHUNK if of_chunk else home.paged, _STRIDES[what], off)
+        how = by_hand.widened(by_hand.CHUNK if of_chunk else home.paged, _STRIDES[what], off)
     sides = ({**how, "dtype": torch.uint8}, {"dtype": torch.uint8})
     of_the_cache, of_the_chunk = sides[::-1] if of_chunk else sides
     case = home.some(direction, shape, 9, 1, of_the_chunk, **of_the_cache)
@@ -241,10 +240,10 @@ def test_misaligned(judge: Judge, home: Workshop, what: str, direction: str, off
         chunk = by_hand.lifted(chunk, off)
     elif part == "base":
         cache = by_hand.lifted(cache, off)
-    judge.copy(by_hand.between(direction, cache, chunk, 9))
+    home.copy(by_hand.between(direction, cache, chunk, 9))
 
 
-def _with_another_layer(cache: Side, home: Workshop, shape: Shape, off: int) -> Side:
+def _with_another_layer(cache: Side, home: Bench, shape: Shape, off: int) -> Side:
     """A cache of which only the last layer is misaligned, if layers are tensors of their own."""
     if not isinstance(cache.tensors, list):
         return cache

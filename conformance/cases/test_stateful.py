@@ -18,11 +18,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from hypothesis.stateful import run_state_machine_as_test as run
 
 from portakv import AdaptiveConnector, Transfer, copy_blocks
+from portakv_conformance.cases import Bench, Case, Judge, Shape, Side, asked_of, view_of
 from portakv_conformance.cases.test_metamorphic import rows_at
-from portakv_conformance.draw.arrangement import Case, Side
-from portakv_conformance.draw.by_hand import HOMES, Shape, Workshop
+from portakv_conformance.draw.by_hand import HOMES
 from portakv_conformance.draw.saved import blaming
-from portakv_conformance.judge.judging import Judge, asked_of, view_of
 
 pytestmark = pytest.mark.area("stateful")
 
@@ -35,7 +34,7 @@ class Engine(RuleBasedStateMachine):
     token of each sequence must hold. What the backend declines does not happen."""
 
     judge: Judge
-    home: Workshop
+    home: Bench
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,9 +176,9 @@ def tokens_at(side: Side, slots: Sequence[int]) -> list[bytes]:
     return [b"".join(plane[at].tobytes() for plane in planes) for at in range(len(slots))]
 
 
-def test_blocks_of_an_engine(judge: Judge, home: Workshop) -> None:
+def test_blocks_of_an_engine(home: Bench) -> None:
     """Through any sequence of appends, evictions, reloads and migrations, no token is lost."""
-    machine = type("Engine", (Engine,), {"judge": judge, "home": home})
-    hypothesis.seed(judge.seed)(machine)
+    machine = type("Engine", (Engine,), {"judge": home.judge, "home": home})
+    hypothesis.seed(home.judge.seed)(machine)
     examples = max(settings().max_examples // 2, 10)
     run(machine, settings=settings(max_examples=examples, stateful_step_count=15))

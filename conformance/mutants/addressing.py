@@ -11,8 +11,7 @@ import numpy as np
 from portakv import Index, KVView
 from portakv.plan.loops import Loop
 from portakv.plan.plan import CopyPlan, Nest, Side
-from portakv_conformance.mutants.base import Call, HostRows, Pair
-from portakv_conformance.mutants.cells import Int64, narrow
+from portakv_conformance.mutants.base import Call, HostRows, Int64, Pair, narrow
 
 
 class OffByOneSlot(HostRows):

@@ -13,8 +13,7 @@ import torch
 from portakv import KVView, Unsupported
 from portakv.backends.base import Capabilities, Decision, Launch
 from portakv.plan.plan import CopyPlan, Nest
-from portakv_conformance.mutants.base import HOST, Call, HostRows, Mask, Pair, Runs
-from portakv_conformance.mutants.cells import Int64
+from portakv_conformance.mutants.base import HOST, Call, HostRows, Int64, Mask, Pair, Runs
 
 
 class ClaimsSkipping(HostRows):

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 
 from portakv import Index
-from portakv_conformance.mutants.base import Call, HostRows, Mask, Pair
-from portakv_conformance.mutants.cells import Int64, narrow
+from portakv_conformance.mutants.base import Call, HostRows, Int64, Mask, Pair, narrow
 
 
 class NegativeIsLastRow(HostRows):

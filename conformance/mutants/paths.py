@@ -9,8 +9,16 @@ from portakv import Index, KVView, Unsupported
 from portakv.plan.loops import Loop
 from portakv.plan.plan import Nest
 from portakv_conformance.mutants.addressing import ThirtyTwoBitOffset
-from portakv_conformance.mutants.base import Call, DeviceRows, HostRows, Mask, Pair, Runs
-from portakv_conformance.mutants.cells import Int64, narrow
+from portakv_conformance.mutants.base import (
+    Call,
+    DeviceRows,
+    HostRows,
+    Int64,
+    Mask,
+    Pair,
+    Runs,
+    narrow,
+)
 
 
 def _of_both(call: Call) -> bool:

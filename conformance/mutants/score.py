@@ -43,15 +43,9 @@ Runner = Callable[..., RunRecord]
 
 @dataclass(frozen=True)
 class Trial:
-    """How a mutant fared under one seed.
-
-    Attributes:
-        mutant, seed: who, and from which seed.
-        caught_by: the id of the first case that failed; empty where none did.
-        reason: what that case said, or why there is no verdict.
-        seconds: until then, with everything that had to be loaded.
-        judged: the suite got to judge it. Where it did not, the suite is not at fault.
-    """
+    """How a mutant fared under one seed: the id of the first case that failed, or an empty text;
+    what that case said, or why there is no verdict; the seconds until then, with all that had to be
+    loaded; whether the suite got to judge it: if not, the suite is not at fault."""
 
     mutant: Mutant
     seed: int
@@ -71,14 +65,10 @@ class Trial:
         return self.judged and not self.caught
 
     @property
-    def lost(self) -> str:
-        """What is said of one that was not caught."""
-        return "SURVIVES" if self.judged else "NOT JUDGED"
-
-    @property
     def ending(self) -> str:
         """How it fared, in a few words."""
-        return f"caught by {self.caught_by}" if self.caught else f"{self.lost}: {self.reason}"
+        lost = "SURVIVES" if self.judged else "NOT JUDGED"
+        return f"caught by {self.caught_by}" if self.caught else f"{lost}: {self.reason}"
 
 
 class _Clock(Progress):
@@ -120,6 +110,10 @@ def _wrong(record: RunRecord) -> list[CaseRecord]:
     return [case for case in record.cases if case.status in WRONG]
 
 
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 def try_control(control: Mutant, seed: int = 0, *, runner: Runner = run) -> str | None:
     """Run the full suite on an un-mutated base; None where it passes, else why not."""
     try:
@@ -143,10 +137,6 @@ def fails_self_check(mutant: Mutant) -> bool:
     device = torch.device("cpu") if mutant.device == "cpu" else torch.device(mutant.device, 0)
     found, _ = self_check(getattr(importlib.import_module(module), name)(device))
     return found is SelfCheck.FAILED
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 _HEAD = """\
@@ -195,7 +185,7 @@ def document(trials: Sequence[Trial], self_checked: Collection[str]) -> str:
 
 
 def _sum(groups: Sequence[Sequence[Trial]]) -> str:
-    runs = len(groups[0]) if groups else 0
+    runs = len(groups[0]) if groups else 1
     caught = sum(all(trial.caught for trial in group) for group in groups)
     how = "" if runs == 1 else f" in {runs} runs of {runs}, each with another seed"
     unjudged = sum(not any(trial.judged for trial in group) for group in groups)
@@ -221,12 +211,12 @@ def print_score(
 ) -> None:
     """Print the table, the survivors and the sum on standard output."""
     groups, lines = by_mutant(trials), []
-    for group in groups:
-        mutant, caught = group[0].mutant, [trial.caught_by for trial in group if trial.caught]
-        lost = "SURVIVES" if any(trial.survives for trial in group) else "not judged"
-        case = (caught or [lost])[0].removeprefix("cases/")
+    for first, *more in groups:
+        mutant, caught = first.mutant, [trial for trial in (first, *more) if trial.caught]
+        lost = first.ending.partition(":")[0]
+        case = caught[0].caught_by.removeprefix("cases/") if caught else lost
         case += " (self-check too)" if mutant.name in self_checked else ""
-        runs, seconds = f"{len(caught)}/{len(group)}", f"{group[0].seconds:.1f}"
+        runs, seconds = f"{len(caught)}/{1 + len(more)}", f"{first.seconds:.1f}"
         lines.append((mutant.name, mutant.bug, case, runs, seconds))
     columns = (
         Column("mutant", whole=True), Column("bug"), Column("caught by", whole=True),
@@ -237,8 +227,9 @@ def print_score(
         print(f"{name}, un-mutated: {'passes' if why is None else f'FAILS: {why}'}")
     for trial in trials:
         if not trial.caught:
+            lost = "SURVIVES" if trial.judged else "NOT JUDGED"
             name = f"{trial.mutant.name} ({trial.mutant.target})"
-            print(f"{trial.lost} under seed {trial.seed}: {name}: {trial.reason}")
+            print(f"{lost} under seed {trial.seed}: {name}: {trial.reason}")
     print(_sum(groups).strip("*"))
 
 

@@ -14,8 +14,7 @@ import torch
 from portakv import Index, KVView
 from portakv.backends.base import Pending
 from portakv.plan.plan import CopyPlan, Side
-from portakv_conformance.mutants.base import Call, HostRows, Pair, Runs
-from portakv_conformance.mutants.cells import Int64, store
+from portakv_conformance.mutants.base import Call, HostRows, Int64, Pair, Runs, store
 
 _LATE = 0.02  # seconds that work in the background takes
 

@@ -11,8 +11,7 @@ import numpy.typing as npt
 
 from portakv.plan.loops import widest_vector
 from portakv.plan.plan import CopyPlan, Nest
-from portakv_conformance.mutants.base import Call, HostRows, Runs
-from portakv_conformance.mutants.cells import store
+from portakv_conformance.mutants.base import Call, HostRows, Runs, store
 
 
 class _OfAnotherLength(HostRows):

@@ -23,8 +23,7 @@ from markupsafe import Markup, escape
 from portakv_conformance.evidence.verdict import SEAL, totals_of, why_no_rung
 from portakv_conformance.record import STATUSES, CaseRecord, RunRecord, Status
 from portakv_conformance.report import words
-from portakv_conformance.report.first_byte import first_byte
-from portakv_conformance.report.words import printable
+from portakv_conformance.report.words import first_byte, printable
 
 LABEL = "PortaKV conformance"
 _COLOURS = {"conformant": "#137a4a", "failed": "#b3261e", "incomplete": "#8a5a00"}

@@ -19,18 +19,19 @@ from typing import Any
 
 import hypothesis
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, settings
 
 from portakv import BackendUnavailable
+from portakv_conformance.cases import Bench
 from portakv_conformance.draw import saved
-from portakv_conformance.draw.by_hand import HOMES, Workshop
+from portakv_conformance.draw.by_hand import DIRECTIONS, HOMES, Shape, Workshop
 from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.judge.claims import AREAS
 from portakv_conformance.judge.device_support import Facility
-from portakv_conformance.judge.judging import Judge, find_home
+from portakv_conformance.judge.judging import Judge, asked_of, find_home
 from portakv_conformance.judge.subject import Subject, subject
 from portakv_conformance.record import CaseRecord
-from portakv_conformance.run.device_alive import DeviceAlive
 from portakv_conformance.run.options import about, case_id, is_case, mark_of
 from portakv_conformance.run.outcome import outcome
 from portakv_conformance.run.request import Options, chosen
@@ -43,6 +44,40 @@ _BIG = 6 << 30  # bytes that the largest cases take on a device
 _NOT_ALONE = "This one copy alone, with nothing before it or beside it, does not show it."
 _JUDGE = pytest.StashKey[Judge]()
 _REPORTS = pytest.StashKey[dict[str, pytest.TestReport]]()
+
+
+class DeviceAlive:
+    """Asked after a case that failed on an accelerator: torch's own work there, and a small copy
+    through the backend if that has worked before."""
+
+    def __init__(self, subject: Subject, facility: Facility) -> None:
+        self._subject, self._facility = subject, facility
+        self._copies: bool | None = None
+
+    def learn(self) -> None:
+        """A case has passed: find out, once, whether the small copy works."""
+        if self._facility.streams and self._copies is None:
+            self._copies = self._fault(copies=True) == ""
+
+    def lost(self) -> str:
+        """What everything raises since the case that failed just now; empty where all is well."""
+        if not self._facility.streams:
+            return ""
+        copies = self._copies is True
+        # An error of the failed case may be delivered by the next call, and only by that one.
+        return self._fault(copies=copies) and self._fault(copies=copies)
+
+    def _fault(self, *, copies: bool) -> str:
+        try:
+            self._facility.synchronize()
+            torch.ones(8, device=self._subject.device).cpu()
+            if copies:
+                home = find_home(self._subject, HOMES)
+                case = Workshop(str(self._subject.device), 0, home).gather(Shape(), [1])
+                self._subject.copy(*asked_of(case), count=case.count).synchronize()
+        except Exception as error:  # a driver's error may be of any kind
+            return f"{type(error).__name__}: {error}".partition("\n")[0]
+        return ""
 
 
 class Suite:
@@ -302,15 +337,9 @@ def facility(request: pytest.FixtureRequest) -> Facility:
 
 
 @pytest.fixture
-def seed(request: pytest.FixtureRequest) -> int:
-    """The seed of this case."""
-    return _suite(request).seed_of(case_id(request.node))
-
-
-@pytest.fixture
-def judge(request: pytest.FixtureRequest, subject: Subject, facility: Facility, seed: int) -> Judge:
-    """Judges the copies of this case."""
-    made = Judge(subject, facility, seed)
+def judge(request: pytest.FixtureRequest, subject: Subject, facility: Facility) -> Judge:
+    """Judges the copies of this case, from a seed of its own."""
+    made = Judge(subject, facility, _suite(request).seed_of(case_id(request.node)))
     request.node.stash[_JUDGE] = made
     return made
 
@@ -329,12 +358,18 @@ def home_layout(subject: Subject) -> str:
 
 
 @pytest.fixture
-def home(subject: Subject, seed: int, home_layout: str) -> Workshop:
+def home(judge: Judge, home_layout: str) -> Bench:
     """Makes sides on the judged device, caches in a layout that the backend takes."""
-    return Workshop(str(subject.device), seed, home_layout)
+    return Bench(str(judge.subject.device), judge.seed, home_layout, judge=judge)
+
+
+@pytest.fixture(params=DIRECTIONS)
+def direction(request: pytest.FixtureRequest) -> str:
+    """Rows go out of a cache, and into it."""
+    return str(request.param)
 
 
 @pytest.fixture
-def workshop(subject: Subject, seed: int) -> Workshop:
+def workshop(judge: Judge) -> Bench:
     """Makes sides on the judged device."""
-    return Workshop(str(subject.device), seed)
+    return Bench(str(judge.subject.device), judge.seed, judge=judge)

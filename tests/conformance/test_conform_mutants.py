@@ -27,7 +27,7 @@ from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.judging import Judge
 from portakv_conformance.judge.subject import subject
 from portakv_conformance.mutants import CONTROLS, MUTANTS, Mutant, score
-from portakv_conformance.mutants.cells import IllegalAddress, load, store
+from portakv_conformance.mutants.base import IllegalAddress, load, store
 from portakv_conformance.mutants.score import Trial, document, try_control, try_mutant
 from portakv_conformance.record import CaseRecord, RunRecord
 from portakv_conformance.run.runner import Options, SubjectUnavailable

@@ -25,7 +25,7 @@ from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.subject import Subject, subject
 from portakv_conformance.record import RunRecord
 from portakv_conformance.run import workers
-from portakv_conformance.run.device_alive import DeviceAlive
+from portakv_conformance.run.plugin import DeviceAlive
 from portakv_conformance.run.request import chosen
 from portakv_conformance.run.runner import BadRequest, Options, SubjectUnavailable, SuiteBroken
 from portakv_conformance.run.worker import append

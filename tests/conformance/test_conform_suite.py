@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from portakv import AdaptiveConnector, BackendUnavailable, CopyPlan, Index, KVView, Unsupported
 from portakv.backends.base import Decision
-from portakv_conformance.cases import test_addresses, test_connector
+from portakv_conformance.cases import Bench, test_addresses, test_connector
 from portakv_conformance.draw import saved
 from portakv_conformance.draw.arrangement import Case, side_of
 from portakv_conformance.draw.by_hand import HOMES, Shape, Workshop, arranged, lifted
@@ -139,11 +139,11 @@ def test_a_launch_that_refuses_has_no_reason_that_counts() -> None:
 
 @pytest.mark.parametrize("move", ["from_gpu", "to_gpu"])
 def test_a_connector_whose_backend_refuses_parts_of_chunks_fails(move: str) -> None:
-    judge, home = judge_of("WholeChunks"), Workshop()
+    home = Bench(judge=judge_of("WholeChunks"))
     connector = AdaptiveConnector(
-        "cpu", backend=judge.subject.name, kv_layout=home.paged, chunk_layout=home.dense
+        "cpu", backend=home.subject.name, kv_layout=home.paged, chunk_layout=home.dense
     )
-    store = test_connector.Store(judge, home, connector)
+    store = test_connector.Store(home, connector)
     with pytest.raises(AssertionError, match="it moves whole ones"):
         test_connector.test_a_range_of_the_slot_mapping(store, move, 3, 11)
 
@@ -365,6 +365,5 @@ def test_keys_and_values_are_scattered_each_in_their_own_way() -> None:
 def test_a_search_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_addresses, "_TRIES", 3)
     monkeypatch.setattr(test_addresses, "_in_no_order", lambda case, direction: False)
-    judge, shop = judge_of("Right"), Workshop()
     with pytest.raises(pytest.fail.Exception, match="In 3 tries the allocator never"):
-        test_addresses.test_tensors_in_no_order(judge, shop, "gather", HOMES[0])
+        test_addresses.test_tensors_in_no_order(Bench(judge=judge_of("Right")), "gather", HOMES[0])
